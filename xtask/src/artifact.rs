@@ -1,0 +1,99 @@
+//! `Artifact`: the only thing that stages hand to each other. A file, its size and its SHA-256.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+
+use anyhow::{Context, Result};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// A finished file. It is never changed once it has become an artifact.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Artifact {
+    /// Where the file lies.
+    pub path: Utf8PathBuf,
+    /// Its length in bytes (holes count).
+    pub size: u64,
+    /// SHA-256 of its content, lower-case hexadecimal.
+    pub sha256: String,
+}
+
+impl Artifact {
+    /// Hashes a finished file.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn of(path: impl Into<Utf8PathBuf>) -> Result<Self> {
+        let path = path.into();
+        let (size, sha256) = hash_file(&path)?;
+        Ok(Self { path, size, sha256 })
+    }
+}
+
+/// SHA-256 of some bytes, lower-case hexadecimal.
+pub fn hash_bytes(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// Length and SHA-256 of a file.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn hash_file(path: &Utf8Path) -> Result<(u64, String)> {
+    let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut size = 0;
+    loop {
+        let n = file.read(&mut buffer).with_context(|| format!("reading {path}"))?;
+        if n == 0 {
+            return Ok((size, hex(&hasher.finalize())));
+        }
+        hasher.update(&buffer[..n]);
+        size += n as u64;
+    }
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut s, b| {
+        write!(s, "{b:02x}").expect("writing to a String cannot fail");
+        s
+    })
+}
+
+/// The name that a file has while it is being written: the final name plus `.partial`.
+pub fn partial(path: &Utf8Path) -> Utf8PathBuf {
+    Utf8PathBuf::from(format!("{path}.partial"))
+}
+
+/// Writes a file beside its final name, syncs it, and renames it when it is complete.
+///
+/// # Errors
+/// When writing fails; nothing is left under the final name, and the partial file is removed.
+pub fn write_atomically(
+    path: &Utf8Path,
+    write: impl FnOnce(&mut dyn Write) -> Result<()>,
+) -> Result<()> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+    }
+    let temporary = partial(path);
+    let attempt = || -> Result<()> {
+        let file = File::create(&temporary).with_context(|| format!("creating {temporary}"))?;
+        let mut writer = io::BufWriter::new(file);
+        write(&mut writer)?;
+        let file = writer
+            .into_inner()
+            .map_err(io::IntoInnerError::into_error)
+            .with_context(|| format!("writing {temporary}"))?;
+        file.sync_all().with_context(|| format!("writing {temporary}"))?;
+        std::fs::rename(&temporary, path).with_context(|| format!("renaming {temporary}"))
+    };
+    attempt().inspect_err(|_| {
+        // Best effort: the first error is the one to report.
+        drop(std::fs::remove_file(&temporary));
+    })
+}

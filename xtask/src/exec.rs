@@ -1,0 +1,229 @@
+//! The one way to run another program: an argument list (never a shell string), a log that keeps
+//! everything the program said, and an error that shows the command, its exit code and last lines.
+
+use std::ffi::OsStr;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+
+/// How many of a failed program's last lines its error shows.
+const TAIL_LINES: usize = 15;
+
+/// One call of another program.
+#[derive(Debug)]
+pub struct Tool {
+    command: Command,
+    shown: Vec<String>,
+    log: Option<Utf8PathBuf>,
+}
+
+impl Tool {
+    /// The program's name or path.
+    pub fn new(program: impl AsRef<str>) -> Self {
+        let program = program.as_ref();
+        Self { command: Command::new(program), shown: vec![program.to_owned()], log: None }
+    }
+
+    /// Adds one argument.
+    #[must_use]
+    pub fn arg(mut self, arg: impl AsRef<str>) -> Self {
+        self.command.arg(arg.as_ref());
+        self.shown.push(arg.as_ref().to_owned());
+        self
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn args<S: AsRef<str>>(self, args: impl IntoIterator<Item = S>) -> Self {
+        args.into_iter().fold(self, Self::arg)
+    }
+
+    /// Sets an environment variable for the program.
+    #[must_use]
+    pub fn env(mut self, key: &str, value: impl AsRef<OsStr>) -> Self {
+        self.command.env(key, value);
+        self
+    }
+
+    /// Removes an environment variable for the program.
+    #[must_use]
+    pub fn env_remove(mut self, key: &str) -> Self {
+        self.command.env_remove(key);
+        self
+    }
+
+    /// Runs the program in this folder.
+    #[must_use]
+    pub fn current_dir(mut self, dir: &Utf8Path) -> Self {
+        self.command.current_dir(dir);
+        self
+    }
+
+    /// Appends everything that the program prints to this file; errors name it.
+    #[must_use]
+    pub fn log(mut self, path: &Utf8Path) -> Self {
+        self.log = Some(path.to_owned());
+        self
+    }
+
+    /// The command as a person would type it (for messages only; it is never given to a shell).
+    pub fn shown(&self) -> String {
+        let quote = |s: &String| {
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+            if !s.is_empty() && s.chars().all(plain) { s.clone() } else { format!("'{s}'") }
+        };
+        self.shown.iter().map(quote).collect::<Vec<_>>().join(" ")
+    }
+
+    /// Runs to the end.
+    ///
+    /// # Errors
+    /// When the program is missing or exits with anything but zero.
+    pub fn run(self) -> Result<()> {
+        self.run_lines(|_| {})
+    }
+
+    /// Runs to the end and shows each line (standard output and standard error) to `each`.
+    ///
+    /// # Errors
+    /// When the program is missing or exits with anything but zero.
+    pub fn run_lines(mut self, mut each: impl FnMut(&str)) -> Result<()> {
+        let mut log = self.open_log()?;
+        let shown = self.shown();
+        let (reader, writer) = std::io::pipe().context("making a pipe")?;
+        let second = writer.try_clone().context("making a pipe")?;
+        self.command.stdin(Stdio::null()).stdout(writer).stderr(second);
+        let mut child = self.command.spawn().with_context(|| format!("running {shown}"))?;
+        // `Command` keeps its ends of the pipe open; without this the reader would never end.
+        self.command.stdout(Stdio::null()).stderr(Stdio::null());
+        let mut tail = Vec::new();
+        let mut lines = BufReader::new(reader);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            if lines.read_until(b'\n', &mut line).with_context(|| format!("running {shown}"))? == 0
+            {
+                break;
+            }
+            if let Some(log) = &mut log {
+                log.write_all(&line).context("writing the log")?;
+            }
+            let text = String::from_utf8_lossy(&line);
+            each(text.trim_end());
+            keep_tail(&mut tail, text.trim_end());
+        }
+        let status = child.wait().with_context(|| format!("waiting for {shown}"))?;
+        self.check(status, &tail)
+    }
+
+    /// Runs to the end and returns what the program wrote to standard output.
+    ///
+    /// # Errors
+    /// When the program is missing, exits with anything but zero, or writes what is not UTF-8.
+    pub fn read(self) -> Result<String> {
+        let shown = self.shown();
+        String::from_utf8(self.read_bytes()?)
+            .with_context(|| format!("{shown} printed something that is not UTF-8"))
+    }
+
+    /// Runs to the end and returns the bytes that the program wrote to standard output.
+    ///
+    /// # Errors
+    /// When the program is missing or exits with anything but zero.
+    pub fn read_bytes(mut self) -> Result<Vec<u8>> {
+        let mut log = self.open_log()?;
+        let shown = self.shown();
+        let output = self
+            .command
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("running {shown}"))?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let mut tail = Vec::new();
+        for line in errors.lines() {
+            if let Some(log) = &mut log {
+                writeln!(log, "{line}").context("writing the log")?;
+            }
+            keep_tail(&mut tail, line);
+        }
+        self.check(output.status, &tail)?;
+        Ok(output.stdout)
+    }
+
+    /// Runs the program and hands its standard output to `consume` as it arrives; standard error
+    /// goes to the log (or nowhere).
+    ///
+    /// # Errors
+    /// When the program is missing or fails, or `consume` does.
+    pub fn stream<T>(mut self, consume: impl FnOnce(&mut dyn Read) -> Result<T>) -> Result<T> {
+        let errors = match self.open_log()? {
+            Some(log) => Stdio::from(log),
+            None => Stdio::null(),
+        };
+        let shown = self.shown();
+        let mut child = self
+            .command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("running {shown}"))?;
+        let consumed = match child.stdout.take() {
+            Some(mut out) => consume(&mut out),
+            None => bail!("{shown} has no standard output"),
+        };
+        let status = child.wait().with_context(|| format!("waiting for {shown}"))?;
+        let value = consumed?;
+        self.check(status, &[])?;
+        Ok(value)
+    }
+
+    fn open_log(&self) -> Result<Option<File>> {
+        let Some(path) = &self.log else { return Ok(None) };
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+        }
+        let mut file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .with_context(|| format!("opening the log {path}"))?;
+        writeln!(file, "$ {}", self.shown()).with_context(|| format!("writing {path}"))?;
+        Ok(Some(file))
+    }
+
+    fn check(&self, status: std::process::ExitStatus, tail: &[String]) -> Result<()> {
+        if status.success() {
+            return Ok(());
+        }
+        let mut message = format!("{} failed: {status}", self.shown());
+        for line in tail {
+            message.push_str("\n  | ");
+            message.push_str(line);
+        }
+        if let Some(log) = &self.log {
+            message.push_str(&format!("\nfull log: {log}"));
+        }
+        bail!(message)
+    }
+}
+
+fn keep_tail(tail: &mut Vec<String>, line: &str) {
+    if tail.len() == TAIL_LINES {
+        tail.remove(0);
+    }
+    tail.push(line.to_owned());
+}
+
+/// Where a program lies on `PATH`, in `/usr/sbin` or in `/sbin` (which `PATH` lacks for many users).
+pub fn find(program: &str) -> Option<Utf8PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    path.split(':')
+        .chain(["/usr/sbin", "/sbin"])
+        .filter(|dir| !dir.is_empty())
+        .map(|dir| Utf8Path::new(dir).join(program))
+        .find(|candidate| candidate.is_file())
+}

@@ -1,0 +1,7 @@
+//! The host tool: one product description in, a card image and its signed bundle out.
+//!
+//! `docs/architecture.md` is the map of this crate.
+
+pub mod artifact;
+pub mod exec;
+pub mod progress;

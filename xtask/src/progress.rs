@@ -1,0 +1,163 @@
+//! What a person sees while work is under way: bars with rates and remaining time on a terminal,
+//! plain lines in a log. Everything goes to standard error; standard output carries results.
+
+use std::io::IsTerminal;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// In a log, a long step says how far it is at most this often.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The width of the stage names in the first column.
+const COLUMN: usize = 8;
+
+fn bars() -> &'static MultiProgress {
+    static BARS: OnceLock<MultiProgress> = OnceLock::new();
+    BARS.get_or_init(|| {
+        let target = if std::io::stderr().is_terminal() {
+            ProgressDrawTarget::stderr_with_hz(8)
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        MultiProgress::with_draw_target(target)
+    })
+}
+
+/// Prints one line: the stage's name, then what happened.
+pub fn say(stage: &str, message: impl AsRef<str>) {
+    let line = format!(" {stage:<COLUMN$} {}", message.as_ref());
+    bars().suspend(|| eprintln!("{line}"));
+}
+
+/// Prints a warning that nobody should overlook.
+pub fn warn(message: impl AsRef<str>) {
+    let line = format!("warning: {}", message.as_ref());
+    bars().suspend(|| eprintln!("{line}"));
+}
+
+/// What a step counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Bytes; shown with binary units and a rate.
+    Bytes,
+    /// Things (packages, files, …).
+    Items,
+}
+
+/// One long step. Dropping it removes its bar.
+#[derive(Debug)]
+pub struct Step {
+    bar: ProgressBar,
+    stage: String,
+    what: String,
+    unit: Unit,
+    last_line: std::sync::Mutex<Instant>,
+}
+
+impl Step {
+    /// Starts a step of `total` bytes or items; 0 when the total is not known.
+    pub fn new(stage: &str, what: impl Into<String>, total: u64, unit: Unit) -> Self {
+        let what = what.into();
+        let bar = bars().add(ProgressBar::new(total));
+        let template = match (total, unit) {
+            (0, _) => " {prefix} {spinner} {msg}  {elapsed}",
+            (_, Unit::Bytes) => {
+                " {prefix} {msg:40!} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {eta} left"
+            }
+            (_, Unit::Items) => " {prefix} {msg:40!} {percent:>3} %  {pos} of {len}  {eta} left",
+        };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_prefix(format!("{stage:<COLUMN$}"));
+        bar.set_message(what.clone());
+        if total == 0 {
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
+        Self {
+            bar,
+            stage: stage.to_owned(),
+            what,
+            unit,
+            last_line: std::sync::Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Counts `n` more.
+    pub fn advance(&self, n: u64) {
+        self.bar.inc(n);
+        self.log_line();
+    }
+
+    /// Sets how far the step is.
+    pub fn set(&self, position: u64) {
+        self.bar.set_position(position);
+        self.log_line();
+    }
+
+    /// Says what is being worked on right now.
+    pub fn note(&self, message: impl Into<String>) {
+        self.bar.set_message(message.into());
+        self.log_line();
+    }
+
+    fn log_line(&self) {
+        if !self.bar.is_hidden() {
+            return;
+        }
+        let Ok(mut last) = self.last_line.try_lock() else { return };
+        if last.elapsed() < LOG_INTERVAL {
+            return;
+        }
+        *last = Instant::now();
+        let what = &self.what;
+        match (self.bar.length().unwrap_or(0), self.unit) {
+            (0, _) => say(&self.stage, format!("{what}: {}", self.bar.message())),
+            (total, Unit::Bytes) => say(
+                &self.stage,
+                format!("{what}: {} of {}", bytes(self.bar.position()), bytes(total)),
+            ),
+            (total, Unit::Items) => {
+                say(&self.stage, format!("{what}: {} of {total}", self.bar.position()));
+            }
+        }
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+        bars().remove(&self.bar);
+    }
+}
+
+/// A size for people: `38 MiB`, `4.0 GiB`, `912 B`.
+pub fn bytes(n: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    if n < 1024 {
+        return format!("{n} B");
+    }
+    let mut value = n as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1023.95 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if value < 9.95 {
+        format!("{value:.1} {}", UNITS[unit])
+    } else {
+        format!("{value:.0} {}", UNITS[unit])
+    }
+}
+
+/// A time for people: `0.4 s`, `41 s`, `3 min 41 s`.
+pub fn duration(d: Duration) -> String {
+    let seconds = d.as_secs();
+    match seconds {
+        0..10 => format!("{:.1} s", d.as_secs_f64()),
+        10..120 => format!("{seconds} s"),
+        _ => format!("{} min {} s", seconds / 60, seconds % 60),
+    }
+}
