@@ -3,5 +3,6 @@
 //! `docs/architecture.md` is the map of this crate.
 
 pub mod artifact;
+pub mod disk;
 pub mod exec;
 pub mod progress;

@@ -1,0 +1,451 @@
+//! Where everything lies on the card: a requested disk becomes a placed layout, or the list of
+//! everything that is wrong with it. Pure: no file is touched and nothing is decided by the host.
+
+use serde::{Deserialize, Serialize};
+
+/// Bytes in a sector. Cards and the emulated disks have no other size.
+pub const SECTOR: u64 = 512;
+/// Bytes in a block of the block map; partitions start and end on one.
+pub const BLOCK: u64 = 4096;
+/// Sectors of a GPT at the start of a disk: protective MBR, header, 128 entries of 128 bytes (UEFI
+/// specification 2.10, section 5.3).
+pub const GPT_HEAD_SECTORS: u64 = 34;
+/// Sectors of the backup GPT at the end of a disk: 128 entries of 128 bytes, header.
+pub const GPT_TAIL_SECTORS: u64 = 33;
+/// The smallest FAT that we make: below it a volume has fewer than 4085 clusters and would be FAT12.
+pub const SMALLEST_VFAT: u64 = 4 << 20;
+/// What a 32-bit sector number of an MBR reaches with 512-byte sectors: 2 TiB.
+const MBR_LIMIT: u64 = (1 << 32) * SECTOR;
+/// UTF-16 units in the name of a GPT entry.
+const GPT_NAME_UNITS: usize = 36;
+/// Slots in an MBR.
+const MBR_SLOTS: usize = 4;
+
+/// Which partition table a board's firmware reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TableKind {
+    /// The classic table: four primary partitions, 32-bit sector numbers.
+    Mbr,
+    /// GUID partition table with a protective MBR and a backup at the end of the disk.
+    Gpt,
+    /// GPT whose MBR also lists up to three of the partitions, for firmware that reads only an MBR.
+    Hybrid,
+}
+
+impl TableKind {
+    /// The name as it stands in `board.toml`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mbr => "mbr",
+            Self::Gpt => "gpt",
+            Self::Hybrid => "hybrid",
+        }
+    }
+
+    /// Whether there is a GPT.
+    pub fn has_gpt(self) -> bool {
+        !matches!(self, Self::Mbr)
+    }
+}
+
+/// What a partition is formatted with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Filesystem {
+    /// FAT16 below 512 MiB, FAT32 from there on.
+    Vfat,
+    /// ext4.
+    Ext4,
+    /// No filesystem: bytes.
+    Raw,
+}
+
+/// One partition, as a board asks for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartitionRequest {
+    /// The role's name (`boot`, `root-a`, …); the name of the GPT entry.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Byte offset, when the board fixes it; else the next aligned place.
+    pub start: Option<u64>,
+    /// What it is formatted with.
+    pub filesystem: Filesystem,
+    /// The active flag of an MBR entry, the legacy-bootable attribute of a GPT entry.
+    pub bootable: bool,
+    /// Listed in the MBR of a hybrid table too; without meaning for the other tables.
+    pub in_mbr: bool,
+}
+
+/// A whole disk, as a board asks for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskRequest {
+    /// Which table.
+    pub table: TableKind,
+    /// Bytes of the whole disk.
+    pub size: u64,
+    /// Byte offset of the first partition; what lies before it is for the table and the boot state.
+    pub first_partition: u64,
+    /// Every partition starts at a multiple of this many bytes; itself a multiple of 4 KiB.
+    pub alignment: u64,
+    /// Byte offset of each copy of the boot state: one sector, in a 4 KiB block of its own.
+    pub states: Vec<u64>,
+    /// In the order in which they lie on the disk, which is also that of their numbers.
+    pub partitions: Vec<PartitionRequest>,
+}
+
+/// One partition in its place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placed {
+    /// The number in the table, from 1.
+    pub number: u32,
+    /// The role's name.
+    pub name: String,
+    /// Byte offset.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Offset in sectors.
+    pub first_sector: u64,
+    /// Size in sectors.
+    pub sectors: u64,
+    /// What it is formatted with.
+    pub filesystem: Filesystem,
+    /// The active flag or the legacy-bootable attribute.
+    pub bootable: bool,
+    /// Listed in the MBR: always with an MBR table, by choice with a hybrid one, never with a GPT.
+    pub in_mbr: bool,
+}
+
+impl Placed {
+    /// The first byte after the partition.
+    pub fn end(&self) -> u64 {
+        self.offset + self.size
+    }
+}
+
+/// One copy of the boot state in its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateSector {
+    /// Byte offset.
+    pub offset: u64,
+    /// The same in sectors, as bootloaders want it.
+    pub sector: u64,
+}
+
+/// A disk on which everything has its place; it has passed every check of [`place`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// Which table.
+    pub table: TableKind,
+    /// Bytes of the whole disk.
+    pub size: u64,
+    /// Bytes in a sector.
+    pub sector_size: u64,
+    /// The copies of the boot state.
+    pub states: Vec<StateSector>,
+    /// The partitions, by offset and by number.
+    pub partitions: Vec<Placed>,
+}
+
+impl Layout {
+    /// The partition with this name.
+    pub fn partition(&self, name: &str) -> Option<&Placed> {
+        self.partitions.iter().find(|p| p.name == name)
+    }
+}
+
+/// A size for messages: exact, in the largest unit that divides it.
+pub fn exact(bytes: u64) -> String {
+    let units = [(1u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    match units.iter().find(|(unit, _)| bytes > 0 && bytes.is_multiple_of(*unit)) {
+        Some((unit, name)) => format!("{} {name}", bytes / unit),
+        None => format!("{bytes} B"),
+    }
+}
+
+/// Gives every partition its place.
+///
+/// # Errors
+/// Everything that is wrong, one sentence for each finding, in the order of the request.
+pub fn place(request: &DiskRequest) -> Result<Layout, Vec<String>> {
+    let mut findings = Vec::new();
+    if request.alignment == 0 || !request.alignment.is_multiple_of(BLOCK) {
+        findings.push(format!(
+            "the alignment is {}, it must be a multiple of 4 KiB",
+            exact(request.alignment)
+        ));
+        // Every later rule builds on it.
+        return Err(findings);
+    }
+    if !request.size.is_multiple_of(BLOCK) {
+        findings
+            .push(format!("the disk is {}, it must be a multiple of 4 KiB", exact(request.size)));
+    }
+    let partitions = place_partitions(request, &mut findings);
+    check_names(request, &mut findings);
+    check_table(request, &partitions, &mut findings);
+    check_ends(request, &partitions, &mut findings);
+    check_states(request, &partitions, &mut findings);
+    if !findings.is_empty() {
+        return Err(findings);
+    }
+    let states = request
+        .states
+        .iter()
+        .map(|&offset| StateSector { offset, sector: offset / SECTOR })
+        .collect();
+    Ok(Layout { table: request.table, size: request.size, sector_size: SECTOR, states, partitions })
+}
+
+/// Bytes at the start of the disk that the table needs.
+fn table_head(table: TableKind) -> u64 {
+    if table.has_gpt() { GPT_HEAD_SECTORS * SECTOR } else { SECTOR }
+}
+
+/// Bytes at the end of the disk that the table needs.
+fn table_tail(table: TableKind) -> u64 {
+    if table.has_gpt() { GPT_TAIL_SECTORS * SECTOR } else { 0 }
+}
+
+fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Placed> {
+    let mut placed: Vec<Placed> = Vec::new();
+    if request.partitions.is_empty() {
+        findings.push("the disk has no partition".to_owned());
+    }
+    for (index, wanted) in request.partitions.iter().enumerate() {
+        let name = &wanted.name;
+        if wanted.size == 0 {
+            findings.push(format!("`{name}` has size zero"));
+        } else if !wanted.size.is_multiple_of(BLOCK) {
+            findings.push(format!(
+                "`{name}` has a size of {}, it must be a multiple of 4 KiB",
+                exact(wanted.size)
+            ));
+        }
+        if wanted.filesystem == Filesystem::Vfat && (1..SMALLEST_VFAT).contains(&wanted.size) {
+            findings.push(format!(
+                "`{name}` has a size of {}, a vfat partition needs at least {}",
+                exact(wanted.size),
+                exact(SMALLEST_VFAT)
+            ));
+        }
+        let before = placed.last();
+        let free = before.map_or(request.first_partition, Placed::end);
+        let next = free.checked_next_multiple_of(request.alignment);
+        let Some(offset) = wanted.start.or(next).filter(|o| o.checked_add(wanted.size).is_some())
+        else {
+            findings.push(format!("`{name}` ends beyond what 64 bits can count"));
+            continue;
+        };
+        if !offset.is_multiple_of(request.alignment) {
+            findings.push(format!(
+                "`{name}` starts at {}, which is not a multiple of the alignment {}",
+                exact(offset),
+                exact(request.alignment)
+            ));
+        }
+        if let (Some(start), None) = (wanted.start, before)
+            && start < request.first_partition
+        {
+            findings.push(format!(
+                "`{name}` starts at {}, before the first partition may start ({})",
+                exact(start),
+                exact(request.first_partition)
+            ));
+        }
+        if let Some(before) = before
+            && offset < before.end()
+        {
+            findings.push(overlap(before, name, offset, wanted.size));
+        }
+        placed.push(Placed {
+            number: index as u32 + 1,
+            name: name.clone(),
+            offset,
+            size: wanted.size,
+            first_sector: offset / SECTOR,
+            sectors: wanted.size / SECTOR,
+            filesystem: wanted.filesystem,
+            bootable: wanted.bootable,
+            in_mbr: match request.table {
+                TableKind::Mbr => true,
+                TableKind::Gpt => false,
+                TableKind::Hybrid => wanted.in_mbr,
+            },
+        });
+    }
+    let head = table_head(request.table);
+    if request.first_partition < head {
+        findings.push(format!(
+            "the first partition may start at {}, but the {} table takes the first {}",
+            exact(request.first_partition),
+            request.table.name(),
+            exact(head)
+        ));
+    }
+    placed
+}
+
+fn overlap(before: &Placed, name: &str, offset: u64, size: u64) -> String {
+    let first = &before.name;
+    if offset + size <= before.offset {
+        return format!(
+            "`{name}` ({} at {}) is listed after `{first}` (starts at {}) but lies before it: list \
+             partitions in the order in which they lie on the disk",
+            exact(size),
+            exact(offset),
+            exact(before.offset)
+        );
+    }
+    format!(
+        "`{first}` ({} at {}) overlaps `{name}` (starts at {})",
+        exact(before.size),
+        exact(before.offset),
+        exact(offset)
+    )
+}
+
+fn check_names(request: &DiskRequest, findings: &mut Vec<String>) {
+    for (index, partition) in request.partitions.iter().enumerate() {
+        let name = &partition.name;
+        if name.is_empty() {
+            findings.push(format!("partition {} has no name", index + 1));
+        }
+        let first = request.partitions[..index].iter().position(|p| p.name == *name);
+        if let Some(first) = first {
+            findings.push(format!(
+                "partitions {} and {} are both named `{name}`",
+                first + 1,
+                index + 1
+            ));
+        }
+        let units = name.encode_utf16().count();
+        if request.table.has_gpt() && units > GPT_NAME_UNITS {
+            findings.push(format!(
+                "the name `{name}` has {units} characters, a GPT entry holds {GPT_NAME_UNITS}"
+            ));
+        }
+    }
+}
+
+fn check_table(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
+    match request.table {
+        TableKind::Mbr => {
+            if placed.len() > MBR_SLOTS {
+                findings.push(format!(
+                    "an mbr table holds 4 partitions, the disk has {}: use table = \"gpt\"",
+                    placed.len()
+                ));
+            }
+            for partition in placed.iter().filter(|p| p.end() > MBR_LIMIT) {
+                findings.push(format!(
+                    "`{}` ends at {}, an mbr table reaches 2 TiB: use table = \"gpt\"",
+                    partition.name,
+                    exact(partition.end())
+                ));
+            }
+        }
+        TableKind::Gpt => {
+            if placed.len() > 128 {
+                findings.push(format!("a gpt holds 128 partitions, the disk has {}", placed.len()));
+            }
+        }
+        TableKind::Hybrid => check_hybrid(placed, findings),
+    }
+}
+
+fn check_hybrid(placed: &[Placed], findings: &mut Vec<String>) {
+    let listed: Vec<&Placed> = placed.iter().filter(|p| p.in_mbr).collect();
+    if listed.is_empty() {
+        findings.push(
+            "a hybrid table lists no partition in its MBR: set in-mbr = true for the boot \
+             partition, or use table = \"gpt\""
+                .to_owned(),
+        );
+    }
+    if listed.len() >= MBR_SLOTS {
+        findings.push(format!(
+            "a hybrid table has room for 3 partitions in its MBR, {} are marked in-mbr",
+            listed.len()
+        ));
+    }
+    for partition in listed {
+        // A partition has one number, whichever of the two tables its reader looks at.
+        if partition.number as usize > MBR_SLOTS {
+            findings.push(format!(
+                "`{}` is partition {}, only the first 4 can stand in the MBR of a hybrid table",
+                partition.name, partition.number
+            ));
+        }
+        if partition.end() > MBR_LIMIT {
+            findings.push(format!(
+                "`{}` ends at {}, the MBR of a hybrid table reaches 2 TiB",
+                partition.name,
+                exact(partition.end())
+            ));
+        }
+    }
+}
+
+fn check_ends(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
+    let tail = table_tail(request.table);
+    let usable = request.size.saturating_sub(tail);
+    for partition in placed.iter().filter(|p| p.end() > usable) {
+        let name = &partition.name;
+        let (size, offset) = (exact(partition.size), exact(partition.offset));
+        let disk = exact(request.size);
+        findings.push(if partition.end() <= request.size {
+            format!("`{name}` ({size} at {offset}) overlaps the backup GPT in the last {} of the {disk} disk", exact(tail))
+        } else {
+            format!("`{name}` ({size} at {offset}) does not fit the disk ({disk})")
+        });
+    }
+}
+
+fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
+    let head = table_head(request.table);
+    for (index, &offset) in request.states.iter().enumerate() {
+        let this = format!("boot-state copy {} (at {})", index + 1, exact(offset));
+        if !offset.is_multiple_of(BLOCK) {
+            findings.push(format!("{this} is not at a multiple of 4 KiB"));
+        }
+        if offset < head {
+            findings.push(format!(
+                "{this} lies inside the {} table (the first {})",
+                request.table.name(),
+                exact(head)
+            ));
+        }
+        // In whole blocks: a block is what a card erases and a block map records.
+        let inside =
+            placed.iter().find(|p| offset < p.end() && p.offset < offset.saturating_add(BLOCK));
+        if let Some(partition) = inside {
+            findings.push(format!(
+                "{this} lies inside `{}` ({} at {})",
+                partition.name,
+                exact(partition.size),
+                exact(partition.offset)
+            ));
+        } else if offset >= request.first_partition {
+            findings.push(format!(
+                "{this} lies after the first partition's start ({})",
+                exact(request.first_partition)
+            ));
+        }
+        let first = request.states[..index].iter().position(|&o| o / BLOCK == offset / BLOCK);
+        if let Some(first) = first {
+            findings.push(format!(
+                "boot-state copies {} and {} share the 4 KiB block at {}",
+                first + 1,
+                index + 1,
+                exact(offset / BLOCK * BLOCK)
+            ));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "layout_tests.rs"]
+mod tests;
