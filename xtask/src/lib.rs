@@ -3,6 +3,11 @@
 //! `docs/architecture.md` is the map of this crate.
 
 pub mod artifact;
+pub mod cache;
+pub mod compose;
+pub mod config;
 pub mod disk;
 pub mod exec;
+pub mod facts;
+pub mod plan;
 pub mod progress;

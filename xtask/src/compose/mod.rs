@@ -1,0 +1,3 @@
+//! Compose: base, overlay, wheels and what the build itself adds become one ext4 image.
+
+pub mod tree;

@@ -1,0 +1,407 @@
+//! `board/<board>/board.toml`: what the hardware is. Only its form is checked here; what follows
+//! from several files together is checked when the plan is resolved.
+
+use std::collections::BTreeMap;
+
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::reader::{Fields, FromToml, Located, Place, Source};
+use super::units::{Name, Size};
+use crate::disk::layout::{Filesystem, TableKind};
+use toml::de::DeValue;
+
+/// How the slot that boots is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootFlow {
+    /// U-Boot reads the boot state from reserved sectors and loads the slot's kernel.
+    Uboot,
+    /// The Raspberry Pi firmware's one-shot flag and `autoboot.txt`.
+    Tryboot,
+}
+
+macro_rules! words {
+    ($type:ty, $expected:literal, $($word:literal => $value:expr),+) => {
+        impl FromToml for $type {
+            const EXPECTED: &'static str = $expected;
+            fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+                match value.as_str() {
+                    $(Some($word) => Ok($value),)+
+                    _ => Err(String::new()),
+                }
+            }
+        }
+    };
+}
+
+words!(BootFlow, "\"uboot\" or \"tryboot\"", "uboot" => Self::Uboot, "tryboot" => Self::Tryboot);
+words!(TableKind, "\"mbr\", \"gpt\" or \"hybrid\"",
+    "mbr" => Self::Mbr, "gpt" => Self::Gpt, "hybrid" => Self::Hybrid);
+words!(Filesystem, "\"vfat\" or \"ext4\"", "vfat" => Self::Vfat, "ext4" => Self::Ext4);
+
+/// A board, as written.
+#[derive(Debug)]
+pub struct Board {
+    /// The file it was read from.
+    pub place: Place,
+    /// Its name; equals the folder's.
+    pub name: Located<Name>,
+    /// For people: "Raspberry Pi 3".
+    pub title: String,
+    /// Debian's name of the architecture.
+    pub arch: Located<String>,
+    /// How the slot is chosen.
+    pub boot_flow: Located<BootFlow>,
+    /// Device-tree `compatible` strings that this board answers to.
+    pub compatible: Vec<String>,
+    /// The serial console.
+    pub console: Console,
+    /// The disk.
+    pub disk: Disk,
+    /// Its partitions, in order.
+    pub partitions: Vec<Partition>,
+    /// Kernel, command line, device trees, modules.
+    pub kernel: Kernel,
+    /// What the debian engine takes for this board.
+    pub debian: Option<DebianFiles>,
+    /// What the boot script's template needs to know: names and values are the template's.
+    pub uboot: BTreeMap<String, String>,
+    /// What the engine `buildroot` takes for this board.
+    pub buildroot: Option<BuildrootFacts>,
+    /// Files for the boot partitions.
+    pub boot_files: Vec<BootFile>,
+    /// How to run it in QEMU, as data for `run`.
+    pub qemu: Option<Qemu>,
+}
+
+/// The serial console.
+#[derive(Debug, Clone, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Console {
+    /// Linux's name, such as `ttyS1`.
+    pub device: String,
+    /// Bits per second.
+    pub baud: u32,
+}
+
+/// The disk.
+#[derive(Debug)]
+pub struct Disk {
+    /// Kind of partition table.
+    pub table: Located<TableKind>,
+    /// Size of the image.
+    pub size: Located<Size>,
+    /// Where the first partition starts.
+    pub first_partition: Located<Size>,
+    /// Byte offsets of the two raw boot-state sectors (flow `uboot`).
+    pub boot_state: Vec<Located<Size>>,
+}
+
+/// A partition.
+#[derive(Debug)]
+pub struct Partition {
+    /// `boot`, `root-a`, `root-b`, `data`, and for tryboot `boot-a`, `boot-b`.
+    pub role: Located<Name>,
+    /// What it holds.
+    pub filesystem: Located<Filesystem>,
+    /// Its size.
+    pub size: Located<Size>,
+    /// Where it starts; directly behind the one before when absent.
+    pub start: Option<Located<Size>>,
+    /// Carries the MBR's boot flag.
+    pub bootable: bool,
+    /// Shown in the hybrid MBR as well.
+    pub hybrid_mbr: bool,
+}
+
+/// Kernel, command line, device trees, modules.
+#[derive(Debug)]
+pub struct Kernel {
+    /// Command line, one argument an element.
+    pub cmdline: Vec<String>,
+    /// Globs of the device trees that the slot carries.
+    pub device_trees: Vec<Located<String>>,
+    /// Modules in the initrd, without their dependencies.
+    pub initrd_modules: Vec<String>,
+    /// Globs of the modules that stay in the root filesystem.
+    pub modules_keep: Vec<String>,
+}
+
+/// What the debian engine takes for this board from packages that are unpacked, not installed.
+#[derive(Debug)]
+pub struct DebianFiles {
+    /// The packages.
+    pub packages: Vec<Located<String>>,
+    /// Firmware files for the boot partition: globs of paths inside the packages.
+    pub firmware: Vec<Located<String>>,
+    /// The U-Boot binary inside the packages.
+    pub bootloader: Option<Located<String>>,
+}
+
+/// What the next engine needs to know of the board.
+#[derive(Debug, Clone, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BuildrootFacts {
+    /// The kernel's defconfig.
+    pub linux_defconfig: String,
+    /// Device trees that Buildroot's kernel build makes.
+    pub device_trees: Vec<String>,
+    /// U-Boot's board defconfig, where the board boots through U-Boot.
+    pub u_boot_defconfig: Option<String>,
+    /// Further Buildroot symbols, as defconfig lines.
+    pub symbols: Vec<String>,
+}
+
+/// How to run the board's image in QEMU.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Qemu {
+    /// `-machine`.
+    pub machine: String,
+    /// `-cpu`, where the machine leaves a choice.
+    pub cpu: Option<String>,
+    /// Memory in bytes.
+    pub memory: u64,
+    /// `-smp`.
+    pub cpus: u32,
+    /// How U-Boot gets into the machine: `bios` or `kernel`.
+    pub bootloader: String,
+    /// Device tree that U-Boot is given in the firmware's stead, by its path in the base system.
+    pub device_tree: Option<String>,
+    /// How the card is attached: `sd` or `virtio`.
+    pub drive: String,
+    /// The card must have a power of two as its size.
+    pub power_of_two_card: bool,
+    /// Which of the machine's serial ports is the console, counted from 0.
+    pub serial_port: u32,
+    /// Network device; none when absent.
+    pub network: Option<String>,
+    /// Further arguments.
+    pub arguments: Vec<String>,
+    /// How long tests wait for a login, seconds.
+    pub boot_timeout: u32,
+}
+
+fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
+    let machine = f.required("machine");
+    let cpu = f.optional("cpu");
+    let memory = f.required::<Size>("memory");
+    let cpus = f.required("cpus");
+    let bootloader = f.required("bootloader");
+    let device_tree = f.optional("device-tree");
+    let drive = f.required("drive");
+    let power_of_two_card = f.or("power-of-two-card", false);
+    let serial_port = f.or("serial-port", 0);
+    let network = f.optional("network");
+    let arguments = f.list("arguments");
+    let boot_timeout = f.or("boot-timeout", 300);
+    Some(Qemu {
+        machine: machine?.value,
+        cpu: cpu?.map(|l| l.value),
+        memory: memory?.value.0,
+        cpus: cpus?.value,
+        bootloader: bootloader?.value,
+        device_tree: device_tree?.map(|l| l.value),
+        drive: drive?.value,
+        power_of_two_card: power_of_two_card?,
+        serial_port: serial_port?,
+        network: network?.map(|l| l.value),
+        arguments: values(arguments?),
+        boot_timeout: boot_timeout?,
+    })
+}
+
+/// One entry of a boot partition: a rendered template, or files that the base system brings.
+#[derive(Debug)]
+pub struct BootFile {
+    /// Where the content comes from.
+    pub source: BootSource,
+    /// Its name in the partition; `.` keeps the names of several files.
+    pub path: String,
+    /// The partition's role; `boot-slot` stands for `boot-a` and `boot-b` alike.
+    pub partition: Located<Name>,
+}
+
+/// Where a boot file comes from.
+#[derive(Debug)]
+pub enum BootSource {
+    /// A template, looked up in the board's folder, then in `board/common`; wrapped as a U-Boot
+    /// script when `script` is set.
+    Template {
+        /// File name.
+        name: Located<Utf8PathBuf>,
+        /// Wrap for U-Boot.
+        script: bool,
+    },
+    /// The firmware files of the base system.
+    Firmware,
+    /// The device trees of the base system, without their folder.
+    DeviceTrees,
+    /// The boot loader of the base system.
+    Bootloader,
+    /// The kernel of the base system.
+    Kernel,
+    /// The initrd.
+    Initrd,
+}
+
+impl FromToml for BootSource {
+    const EXPECTED: &'static str =
+        "\"firmware\", \"device-trees\", \"bootloader\", \"kernel\" or \"initrd\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some("firmware") => Ok(Self::Firmware),
+            Some("device-trees") => Ok(Self::DeviceTrees),
+            Some("bootloader") => Ok(Self::Bootloader),
+            Some("kernel") => Ok(Self::Kernel),
+            Some("initrd") => Ok(Self::Initrd),
+            _ => Err(String::new()),
+        }
+    }
+}
+
+fn values<T>(list: Vec<Located<T>>) -> Vec<T> {
+    list.into_iter().map(|l| l.value).collect()
+}
+
+/// Reads `board/<name>/board.toml`.
+///
+/// # Errors
+/// All findings of the file at once.
+pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Board> {
+    let shown = Utf8Path::new("board").join(name).join("board.toml");
+    Source::read(root, &shown)?.parse(|fields| {
+        let board = build(fields)?;
+        if board.name.value.0 != name {
+            let message = format!(
+                "`name`: expected \"{name}\" as the folder, found \"{}\"",
+                board.name.value.0
+            );
+            fields.reject(&board.name.place, message, "name the folder and the board alike");
+            return None;
+        }
+        Some(board)
+    })
+}
+
+fn build(f: &mut Fields<'_>) -> Option<Board> {
+    let name = f.required("name");
+    let title = f.required::<String>("title");
+    let arch = f.required::<String>("arch");
+    let boot_flow = f.required("boot-flow");
+    let compatible = f.list("compatible");
+    let console = f.table("console", |f| {
+        let device = f.required("device");
+        let baud = f.or("baud", 115_200);
+        Some(Console { device: device?.value, baud: baud? })
+    });
+    let disk = f.table("disk", disk);
+    let partitions = f.tables("partitions", partition);
+    let kernel = f.table("kernel", |f| {
+        let cmdline = f.list("cmdline");
+        let device_trees = f.list("device-trees");
+        let initrd_modules = f.list("initrd-modules");
+        let modules_keep = f.list("modules-keep");
+        Some(Kernel {
+            cmdline: values(cmdline?),
+            device_trees: device_trees?,
+            initrd_modules: values(initrd_modules?),
+            modules_keep: values(modules_keep?),
+        })
+    });
+    let debian = f.optional_table("debian", |f| {
+        let packages = f.list("packages");
+        let firmware = f.list("firmware");
+        let bootloader = f.optional("bootloader");
+        Some(DebianFiles { packages: packages?, firmware: firmware?, bootloader: bootloader? })
+    });
+    let uboot = f.optional_table("u-boot", |f| Some(f.strings()));
+    let buildroot = f.optional_table("buildroot", |f| {
+        let linux_defconfig = f.required("linux-defconfig");
+        let device_trees = f.list("device-trees");
+        let u_boot_defconfig = f.optional("u-boot-defconfig");
+        let symbols = f.list("symbols");
+        Some(BuildrootFacts {
+            linux_defconfig: linux_defconfig?.value,
+            device_trees: values(device_trees?),
+            u_boot_defconfig: u_boot_defconfig?.map(|l| l.value),
+            symbols: values(symbols?),
+        })
+    });
+    let boot_files = f.tables("boot-files", boot_file);
+    let qemu = f.optional_table("qemu", qemu);
+    let place = f.place();
+    Some(Board {
+        place,
+        name: name?,
+        title: title?.value,
+        arch: arch?,
+        boot_flow: boot_flow?,
+        compatible: values(compatible?),
+        console: console?,
+        disk: disk?,
+        partitions: partitions?,
+        kernel: kernel?,
+        debian: debian?,
+        uboot: uboot?.unwrap_or_default(),
+        buildroot: buildroot?,
+        boot_files: boot_files?,
+        qemu: qemu?,
+    })
+}
+
+fn boot_file(f: &mut Fields<'_>) -> Option<BootFile> {
+    let template = f.optional::<Utf8PathBuf>("template");
+    let source = f.optional::<BootSource>("source");
+    let path = f.required::<String>("path");
+    let partition = f.optional("partition");
+    let compile = f.optional::<String>("compile");
+    let place = f.place();
+    let partition = partition?.unwrap_or(Located { value: Name("boot".to_owned()), place });
+    let compile = compile?;
+    if let Some(compile) = compile.as_ref().filter(|c| c.value != "boot-script") {
+        let message = format!("`compile`: expected \"boot-script\", found \"{}\"", compile.value);
+        f.reject(&compile.place, message, "");
+        return None;
+    }
+    let source = match (template?, source?) {
+        (Some(name), None) => BootSource::Template { name, script: compile.is_some() },
+        (None, Some(source)) => source.value,
+        _ => {
+            let message = "a boot file has either `template` or `source`";
+            f.reject(&f.place(), message, "write one of the two");
+            return None;
+        }
+    };
+    Some(BootFile { source, path: path?.value, partition })
+}
+
+fn disk(f: &mut Fields<'_>) -> Option<Disk> {
+    let table = f.required("table");
+    let size = f.required("size");
+    let first_partition = f.required("first-partition");
+    let boot_state = f.optional_table("boot-state", |f| f.list("offsets"));
+    Some(Disk {
+        table: table?,
+        size: size?,
+        first_partition: first_partition?,
+        boot_state: boot_state?.unwrap_or_default(),
+    })
+}
+
+fn partition(f: &mut Fields<'_>) -> Option<Partition> {
+    let role = f.required("role");
+    let filesystem = f.required("filesystem");
+    let size = f.required("size");
+    let start = f.optional("start");
+    let bootable = f.or("bootable", false);
+    let hybrid_mbr = f.or("hybrid-mbr", false);
+    Some(Partition {
+        role: role?,
+        filesystem: filesystem?,
+        size: size?,
+        start: start?,
+        bootable: bootable?,
+        hybrid_mbr: hybrid_mbr?,
+    })
+}

@@ -1,0 +1,189 @@
+//! What was typed: the TOML files and the overlay trees, checked for form, with the place of every
+//! value. What it means together is decided in `plan`.
+
+pub mod board;
+pub mod overlay;
+pub mod product;
+pub mod reader;
+pub mod units;
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::artifact::hash_file;
+
+/// Everything that one build reads from the workspace.
+#[derive(Debug)]
+pub struct Config {
+    /// The workspace's root folder.
+    pub root: Utf8PathBuf,
+    /// The product.
+    pub product: product::Product,
+    /// The board.
+    pub board: board::Board,
+    /// The product's overlays, in order.
+    pub overlays: Vec<overlay::Overlay>,
+    /// Packages that are unpacked, not installed, of all the product's boards, sorted.
+    pub extra_packages: Vec<String>,
+    /// Every file that was read, with its SHA-256, sorted by path.
+    pub inputs: Vec<Input>,
+}
+
+/// A file of the workspace that the build depends on.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+pub struct Input {
+    /// Path relative to the workspace.
+    pub path: Utf8PathBuf,
+    /// SHA-256 of the content.
+    pub sha256: String,
+}
+
+/// The workspace's root: the nearest folder upwards that has both `configs` and `board`.
+///
+/// # Errors
+/// When there is none.
+pub fn workspace_root() -> Result<Utf8PathBuf> {
+    let here = std::env::current_dir().context("looking up the current folder")?;
+    let here = Utf8PathBuf::try_from(here).context("the current folder's path is not UTF-8")?;
+    here.ancestors()
+        .find(|dir| dir.join("configs").is_dir() && dir.join("board").is_dir())
+        .map(Utf8Path::to_owned)
+        .with_context(|| {
+            format!(
+                "finding the workspace: neither {here} nor a folder above it has `configs` and `board`\n\
+                 help: run this inside a checkout of Slipway"
+            )
+        })
+}
+
+/// The names of all products, sorted.
+///
+/// # Errors
+/// When `configs` cannot be read.
+pub fn products(root: &Utf8Path) -> Result<Vec<String>> {
+    let names =
+        |entry: &camino::Utf8DirEntry| entry.file_name().strip_suffix(".toml").map(str::to_owned);
+    list(&root.join("configs"), names)
+}
+
+/// The names of all boards, sorted.
+///
+/// # Errors
+/// When `board` cannot be read.
+pub fn boards(root: &Utf8Path) -> Result<Vec<String>> {
+    let names = |entry: &camino::Utf8DirEntry| {
+        entry.path().join("board.toml").is_file().then(|| entry.file_name().to_owned())
+    };
+    list(&root.join("board"), names)
+}
+
+fn list(
+    dir: &Utf8Path,
+    name: impl Fn(&camino::Utf8DirEntry) -> Option<String>,
+) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in dir.read_dir_utf8().with_context(|| format!("reading {dir}"))? {
+        found.extend(name(&entry.with_context(|| format!("reading {dir}"))?));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The product that is built when none is named: the only development product, or the first one.
+pub const DEFAULT_PRODUCT: &str = "robot-dev";
+
+/// Reads a product and the board it is built for (the product's default when `board` is `None`).
+///
+/// # Errors
+/// Unknown names, with the known ones; all findings of the first file that has any.
+pub fn load(root: &Utf8Path, product: &str, board: Option<&str>) -> Result<Config> {
+    known("product", product, &products(root)?)?;
+    let product = product::read(root, product)?;
+    let board_name = board.unwrap_or(&product.default_board.value.0);
+    known("board", board_name, &boards(root)?)?;
+    if !product.boards.iter().any(|b| b.value.0 == board_name) {
+        let names: Vec<_> = product.boards.iter().map(|b| b.value.0.as_str()).collect();
+        bail!(
+            "the product {} is not made for the board {board_name}, only for {}\n\
+             help: choose another with --board, or add it to `boards` in {}",
+            product.name.value.0,
+            names.join(", "),
+            product.place.file
+        );
+    }
+    let board = board::read(root, board_name)?;
+    let overlays = product
+        .overlays
+        .iter()
+        .map(|name| overlay::read(root, name))
+        .collect::<Result<Vec<_>>>()?;
+    let extra_packages = extra_packages(root, &product)?;
+    let mut config = Config {
+        root: root.to_owned(),
+        product,
+        board,
+        overlays,
+        extra_packages,
+        inputs: Vec::new(),
+    };
+    config.inputs = inputs(&config)?;
+    Ok(config)
+}
+
+/// One package lock serves all boards of a product, so every board's packages are in it.
+fn extra_packages(root: &Utf8Path, product: &product::Product) -> Result<Vec<String>> {
+    let mut packages = std::collections::BTreeSet::new();
+    let known = boards(root)?;
+    for name in product.boards.iter().filter(|b| known.contains(&b.value.0)) {
+        if let Some(debian) = board::read(root, &name.value.0)?.debian {
+            packages.extend(debian.packages.into_iter().map(|p| p.value));
+        }
+    }
+    Ok(packages.into_iter().collect())
+}
+
+fn known(noun: &str, name: &str, names: &[String]) -> Result<()> {
+    if names.iter().any(|n| n == name) {
+        return Ok(());
+    }
+    let near = reader::nearest(name, names.iter().map(String::as_str));
+    let hint = near.map_or(String::new(), |n| format!("; did you mean {n}?"));
+    bail!("there is no {noun} {name}{hint}\nhelp: known: {}", names.join(", "))
+}
+
+/// Where a board's template lies: in its own folder, else in `board/common`, relative to the
+/// workspace.
+pub fn template(root: &Utf8Path, board_dir: &Utf8Path, name: &Utf8Path) -> Utf8PathBuf {
+    let own = board_dir.join(name);
+    if root.join(&own).is_file() { own } else { Utf8Path::new("board/common").join(name) }
+}
+
+fn inputs(config: &Config) -> Result<Vec<Input>> {
+    let board_dir = Utf8Path::new("board").join(&config.board.name.value.0);
+    let product = &config.product;
+    let root = &config.root;
+    let mut paths = vec![product.place.file.clone(), config.board.place.file.clone()];
+    paths.extend(product.rootfs.lock.iter().map(|l| l.value.clone()));
+    paths.extend(product.rootfs.defconfig.iter().map(|l| l.value.clone()));
+    paths.extend(product.api.iter().map(|api| api.lock.value.clone()));
+    paths.extend(product.update.keys.iter().map(|k| k.value.clone()));
+    paths.extend(product.users.iter().flat_map(|u| &u.authorized_keys).map(|k| k.value.clone()));
+    paths.extend(config.board.boot_files.iter().filter_map(|file| match &file.source {
+        board::BootSource::Template { name, .. } => Some(template(root, &board_dir, &name.value)),
+        _ => None,
+    }));
+    let mut inputs = Vec::new();
+    for path in paths {
+        let full = config.root.join(&path);
+        // A missing file is a finding of the plan, which knows the line that names it.
+        if full.is_file() {
+            inputs.push(Input { sha256: hash_file(&full)?.1, path });
+        }
+    }
+    for file in config.overlays.iter().flat_map(|o| &o.files) {
+        inputs.push(Input { path: file.source.clone(), sha256: file.sha256.clone() });
+    }
+    inputs.sort();
+    inputs.dedup();
+    Ok(inputs)
+}

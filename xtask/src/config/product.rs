@@ -1,0 +1,290 @@
+//! `configs/<product>.toml`: what ships. Only its form is checked here.
+
+use camino::{Utf8Path, Utf8PathBuf};
+use toml::de::DeValue;
+
+use super::reader::{Fields, FromToml, Located, Place, Source};
+use super::units::{Name, Percent, Version};
+
+/// Who may sign and log in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// For developers: the development key signs, a password may open the door.
+    Development,
+    /// For robots: no development key, no password.
+    Release,
+}
+
+impl FromToml for Kind {
+    const EXPECTED: &'static str = "\"development\" or \"release\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some("development") => Ok(Self::Development),
+            Some("release") => Ok(Self::Release),
+            _ => Err(String::new()),
+        }
+    }
+}
+
+/// Which engine makes the base system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// Debian packages; a working image in minutes.
+    Debian,
+    /// Buildroot; the production engine.
+    Buildroot,
+}
+
+impl FromToml for Engine {
+    const EXPECTED: &'static str = "\"debian\" or \"buildroot\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some("debian") => Ok(Self::Debian),
+            Some("buildroot") => Ok(Self::Buildroot),
+            _ => Err(String::new()),
+        }
+    }
+}
+
+/// A product, as written.
+#[derive(Debug)]
+pub struct Product {
+    /// The file it was read from.
+    pub place: Place,
+    /// Its name; equals the file's.
+    pub name: Located<Name>,
+    /// For people.
+    pub title: String,
+    /// Its version.
+    pub version: Located<Version>,
+    /// Development or release.
+    pub kind: Located<Kind>,
+    /// Boards that it is built for.
+    pub boards: Vec<Located<Name>>,
+    /// The one that is built when none is named.
+    pub default_board: Located<Name>,
+    /// Overlays, later ones over earlier ones.
+    pub overlays: Vec<Located<Name>>,
+    /// The base system.
+    pub rootfs: Rootfs,
+    /// The API wheel; none for a bare system.
+    pub api: Option<Api>,
+    /// Accounts besides the system's own.
+    pub users: Vec<User>,
+    /// SSH policy.
+    pub ssh: Ssh,
+    /// Network defaults.
+    pub network: Network,
+    /// Update policy.
+    pub update: Update,
+}
+
+/// The base system.
+#[derive(Debug)]
+pub struct Rootfs {
+    /// Which engine.
+    pub engine: Located<Engine>,
+    /// Debian suite (engine `debian`).
+    pub suite: Option<Located<Name>>,
+    /// Debian archive components (engine `debian`).
+    pub components: Vec<Located<String>>,
+    /// Packages (engine `debian`), without their dependencies.
+    pub packages: Vec<Located<String>>,
+    /// Package lock (engine `debian`).
+    pub lock: Option<Located<Utf8PathBuf>>,
+    /// Defconfig template (engine `buildroot`).
+    pub defconfig: Option<Located<Utf8PathBuf>>,
+    /// More than this share of the slot fails the build.
+    pub fill_limit: Percent,
+    /// More than this share of the slot warns.
+    pub fill_warning: Percent,
+    /// Globs of paths that are left out of the base.
+    pub prune: Vec<String>,
+    /// Exceptions from `prune`.
+    pub keep: Vec<String>,
+}
+
+/// The API wheel.
+#[derive(Debug)]
+pub struct Api {
+    /// Requirement, such as `opentrons==10.1.0`.
+    pub package: Located<String>,
+    /// Wheel lock.
+    pub lock: Located<Utf8PathBuf>,
+}
+
+/// An account.
+#[derive(Debug)]
+pub struct User {
+    /// Login name.
+    pub name: Located<Name>,
+    /// Numeric id; the group of the same name has it too. The system's `root` is 0.
+    pub uid: Located<u32>,
+    /// Further groups.
+    pub groups: Vec<String>,
+    /// Login shell.
+    pub shell: String,
+    /// Home directory.
+    pub home: String,
+    /// `locked`, `empty`, or a crypt(5) hash.
+    pub password: Located<String>,
+    /// Public keys for SSH: files, relative to the workspace.
+    pub authorized_keys: Vec<Located<Utf8PathBuf>>,
+}
+
+/// SSH policy.
+#[derive(Debug, Clone, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Ssh {
+    /// The server runs.
+    pub enabled: bool,
+    /// Passwords are accepted; a release product may not.
+    pub password_authentication: bool,
+    /// root may log in (with a key, unless passwords are accepted).
+    pub permit_root_login: bool,
+    /// Where `password-authentication` stands, for messages.
+    #[serde(skip)]
+    pub place: Place,
+}
+
+/// Network defaults.
+#[derive(Debug, Clone, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Network {
+    /// Host name until the robot has one of its own.
+    pub hostname: String,
+    /// A link-local address when no DHCP server answers.
+    pub link_local: bool,
+}
+
+/// Update policy.
+#[derive(Debug)]
+pub struct Update {
+    /// Bundles below this version are refused by the robot.
+    pub minimum_version: Located<Version>,
+    /// Public keys that a release product trusts: files, relative to the workspace.
+    pub keys: Vec<Located<Utf8PathBuf>>,
+}
+
+/// Reads `configs/<name>.toml`.
+///
+/// # Errors
+/// All findings of the file at once.
+pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Product> {
+    let shown = Utf8Path::new("configs").join(format!("{name}.toml"));
+    Source::read(root, &shown)?.parse(|fields| {
+        let product = build(fields)?;
+        if product.name.value.0 != name {
+            let message = format!(
+                "`name`: expected \"{name}\" as the file, found \"{}\"",
+                product.name.value.0
+            );
+            fields.reject(&product.name.place, message, "name the file and the product alike");
+            return None;
+        }
+        Some(product)
+    })
+}
+
+fn build(f: &mut Fields<'_>) -> Option<Product> {
+    let name = f.required("name");
+    let title = f.required::<String>("title");
+    let version = f.required("version");
+    let kind = f.required("kind");
+    let boards = f.list("boards");
+    let default_board = f.required("default-board");
+    let overlays = f.list("overlays");
+    let rootfs = f.table("rootfs", rootfs);
+    let api = f.optional_table("api", |f| {
+        let package = f.required("package");
+        let lock = f.required("lock");
+        Some(Api { package: package?, lock: lock? })
+    });
+    let users = f.tables("users", user);
+    let ssh = f.table("ssh", |f| {
+        let enabled = f.or("enabled", true);
+        let password_authentication = f.or("password-authentication", false);
+        let permit_root_login = f.or("permit-root-login", false);
+        Some(Ssh {
+            enabled: enabled?,
+            password_authentication: password_authentication?,
+            permit_root_login: permit_root_login?,
+            place: f.place(),
+        })
+    });
+    let network = f.table("network", |f| {
+        let hostname = f.required::<Name>("hostname");
+        let link_local = f.or("link-local", true);
+        Some(Network { hostname: hostname?.value.0, link_local: link_local? })
+    });
+    let update = f.table("update", |f| {
+        let minimum_version = f.required("minimum-version");
+        let keys = f.list("keys");
+        Some(Update { minimum_version: minimum_version?, keys: keys? })
+    });
+    let place = f.place();
+    Some(Product {
+        place,
+        name: name?,
+        title: title?.value,
+        version: version?,
+        kind: kind?,
+        boards: boards?,
+        default_board: default_board?,
+        overlays: overlays?,
+        rootfs: rootfs?,
+        api: api?,
+        users: users?,
+        ssh: ssh?,
+        network: network?,
+        update: update?,
+    })
+}
+
+fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
+    let engine = f.required("engine");
+    let suite = f.optional("suite");
+    let components = f.list("components");
+    let packages = f.list("packages");
+    let lock = f.optional("lock");
+    let defconfig = f.optional("defconfig");
+    let fill_limit = f.or("fill-limit", Percent(95));
+    let fill_warning = f.or("fill-warning", Percent(85));
+    let prune = f.list::<String>("prune");
+    let keep = f.list::<String>("keep");
+    Some(Rootfs {
+        engine: engine?,
+        suite: suite?,
+        components: components?,
+        packages: packages?,
+        lock: lock?,
+        defconfig: defconfig?,
+        fill_limit: fill_limit?,
+        fill_warning: fill_warning?,
+        prune: prune?.into_iter().map(|l| l.value).collect(),
+        keep: keep?.into_iter().map(|l| l.value).collect(),
+    })
+}
+
+fn user(f: &mut Fields<'_>) -> Option<User> {
+    let name = f.required("name");
+    let uid = f.required("uid");
+    let groups = f.list::<String>("groups");
+    let shell = f.or("shell", "/bin/sh".to_owned());
+    let home = f.optional::<String>("home");
+    let password = f.required("password");
+    let authorized_keys = f.list("authorized-keys");
+    let name: Located<Name> = name?;
+    let home = home?.map_or_else(|| format!("/home/{}", name.value.0), |h| h.value);
+    Some(User {
+        uid: uid?,
+        groups: groups?.into_iter().map(|l| l.value).collect(),
+        shell: shell?,
+        home,
+        password: password?,
+        authorized_keys: authorized_keys?,
+        name,
+    })
+}

@@ -1,0 +1,125 @@
+//! Sizes with units, percentages, versions and names as the configuration writes them.
+
+use toml::de::DeValue;
+
+use super::reader::FromToml;
+
+/// A size in bytes, written with a binary unit: `"512B"`, `"8KiB"`, `"64MiB"`, `"4GiB"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(pub u64);
+
+impl FromToml for Size {
+    const EXPECTED: &'static str = "a size with its unit, such as \"64MiB\" or \"4GiB\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text = value.as_str().ok_or(String::new())?;
+        parse_size(text).map(Size)
+    }
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| String::new())?;
+    let factor: u64 = match unit.trim_start() {
+        "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
+        "" => return Err("the unit is missing (B, KiB, MiB, GiB or TiB)".to_owned()),
+        other => return Err(format!("unknown unit `{other}` (use B, KiB, MiB, GiB or TiB)")),
+    };
+    number.checked_mul(factor).ok_or_else(|| "the size does not fit 64 bits".to_owned())
+}
+
+/// A share in whole percent, written `"95%"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Percent(pub u32);
+
+impl FromToml for Percent {
+    const EXPECTED: &'static str = "a percentage such as \"95%\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text = value.as_str().ok_or(String::new())?;
+        let number = text.strip_suffix('%').ok_or(String::new())?;
+        match number.trim().parse() {
+            Ok(n @ 0..=100) => Ok(Self(n)),
+            Ok(_) => Err("it must lie between 0% and 100%".to_owned()),
+            Err(_) => Err(String::new()),
+        }
+    }
+}
+
+/// A version of three numbers with an optional pre-release: `1.4.0`, `2.0.0-rc.1`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Version(pub String);
+
+impl Version {
+    /// The three numbers, and whether it is a pre-release (which sorts below the release).
+    fn order(&self) -> (Vec<u32>, bool, &str) {
+        let (core, pre) = self.0.split_once('-').map_or((self.0.as_str(), ""), |(c, p)| (c, p));
+        (core.split('.').filter_map(|n| n.parse().ok()).collect(), pre.is_empty(), pre)
+    }
+}
+
+impl PartialOrd for Version {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.order().cmp(&other.order()))
+    }
+}
+
+impl FromToml for Version {
+    const EXPECTED: &'static str = "a version such as \"1.4.0\" or \"2.0.0-rc.1\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text = value.as_str().ok_or(String::new())?;
+        let (core, pre) = text.split_once('-').map_or((text, None), |(c, p)| (c, Some(p)));
+        let numeric = |s: &str| {
+            !s.is_empty()
+                && s.chars().all(|c| c.is_ascii_digit())
+                && (s == "0" || !s.starts_with('0'))
+                && s.parse::<u32>().is_ok()
+        };
+        let identifier =
+            |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+        let parts: Vec<&str> = core.split('.').collect();
+        if parts.len() != 3 || !parts.iter().all(|p| numeric(p)) {
+            return Err(String::new());
+        }
+        if !pre.is_none_or(|p| p.split('.').all(identifier)) {
+            return Err("the pre-release has letters, digits, `-` and `.` only".to_owned());
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// A name that is safe in file names, host names and labels: `[a-z0-9][a-z0-9-]*`, at most 40 long.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Name(pub String);
+
+impl FromToml for Name {
+    const EXPECTED: &'static str = "a name of lower-case letters, digits and `-`";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text = value.as_str().ok_or(String::new())?;
+        let plain = text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-');
+        if text.is_empty() || !plain || text.starts_with('-') || text.ends_with('-') {
+            return Err(String::new());
+        }
+        if text.len() > 40 {
+            return Err(format!("it has {} characters, 40 are allowed", text.len()));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_need_a_unit() {
+        assert_eq!(parse_size("64MiB"), Ok(64 << 20));
+        assert_eq!(parse_size("4 GiB"), Ok(4 << 30));
+        assert!(parse_size("64").is_err_and(|e| e.contains("unit is missing")));
+        assert!(parse_size("64MB").is_err_and(|e| e.contains("unknown unit `MB`")));
+        assert!(parse_size("99999999999TiB").is_err_and(|e| e.contains("64 bits")));
+    }
+}

@@ -1,0 +1,235 @@
+//! The plan: one build, fully resolved and validated. `resolve` is pure: it reads no file and runs
+//! no program, so every rule that can be checked is checked before any slow work.
+
+pub mod identifiers;
+mod resolve;
+
+use std::collections::BTreeMap;
+
+use camino::Utf8PathBuf;
+use serde::Serialize;
+
+use crate::config::Input;
+use crate::config::board::{BootFlow, BuildrootFacts, Console, Qemu};
+use crate::config::overlay::{Attributes, EntryKind};
+use crate::config::product::{Engine, Kind, Network, Ssh};
+use crate::disk::layout::Layout;
+pub use identifiers::Identifiers;
+pub use resolve::resolve;
+
+/// One build. The only thing that stages read.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Plan {
+    /// Version of this structure's JSON form.
+    pub schema: u32,
+    /// What ships.
+    pub product: ProductPlan,
+    /// Where it runs.
+    pub board: BoardPlan,
+    /// The commit that is built.
+    pub commit: Option<String>,
+    /// The checkout differs from that commit.
+    pub modified: bool,
+    /// Seconds since 1970 that every timestamp in the outputs is set to.
+    pub epoch: u64,
+    /// UUIDs and volume ids, derived from product, version and board.
+    pub identifiers: Identifiers,
+    /// Every partition with its final byte offset.
+    pub disk: Layout,
+    /// The base system.
+    pub rootfs: RootfsPlan,
+    /// Overlay files, later overlays over earlier ones, sorted by target.
+    pub overlay: Vec<OverlayPlan>,
+    /// Directories with a mode or owner of their own.
+    pub directories: Vec<(Utf8PathBuf, Attributes)>,
+    /// The API wheel.
+    pub api: Option<ApiPlan>,
+    /// Accounts.
+    pub users: Vec<UserPlan>,
+    /// SSH policy.
+    pub ssh: Ssh,
+    /// Network defaults.
+    pub network: Network,
+    /// Update policy.
+    pub update: UpdatePlan,
+    /// Files of the boot partitions.
+    pub boot_files: Vec<BootFilePlan>,
+    /// Every file of the workspace that the build reads.
+    pub inputs: Vec<Input>,
+}
+
+/// What ships.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ProductPlan {
+    /// Name, as in file names.
+    pub name: String,
+    /// For people.
+    pub title: String,
+    /// Version.
+    pub version: String,
+    /// Development or release.
+    pub kind: Kind,
+}
+
+/// Where it runs.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BoardPlan {
+    /// Name, as in file names.
+    pub name: String,
+    /// For people.
+    pub title: String,
+    /// Debian's name of the architecture.
+    pub arch: String,
+    /// How the slot is chosen.
+    pub boot_flow: BootFlow,
+    /// Device-tree `compatible` strings.
+    pub compatible: Vec<String>,
+    /// Serial console.
+    pub console: Console,
+    /// Kernel command line.
+    pub cmdline: Vec<String>,
+    /// Globs of device trees.
+    pub device_trees: Vec<String>,
+    /// Modules of the initrd.
+    pub initrd_modules: Vec<String>,
+    /// Globs of the modules that stay.
+    pub modules_keep: Vec<String>,
+    /// Globs of firmware files inside the board's packages.
+    pub firmware: Vec<String>,
+    /// U-Boot inside the board's packages.
+    pub bootloader: Option<String>,
+    /// Values for the boot script's template.
+    pub uboot: BTreeMap<String, String>,
+    /// What the engine `buildroot` takes.
+    pub buildroot: Option<BuildrootFacts>,
+    /// How to run it in QEMU.
+    pub qemu: Option<Qemu>,
+}
+
+/// The base system.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RootfsPlan {
+    /// Which engine.
+    pub engine: Engine,
+    /// Debian suite; empty for Buildroot.
+    pub suite: String,
+    /// Debian archive components.
+    pub components: Vec<String>,
+    /// Installed packages, without their dependencies.
+    pub packages: Vec<String>,
+    /// Unpacked packages, of all the product's boards: one lock serves them all.
+    pub extra_packages: Vec<String>,
+    /// Package lock.
+    pub lock: Option<Utf8PathBuf>,
+    /// Defconfig template.
+    pub defconfig: Option<Utf8PathBuf>,
+    /// Percent of the slot above which the build fails.
+    pub fill_limit: u32,
+    /// Percent of the slot above which it warns.
+    pub fill_warning: u32,
+    /// Globs of what is left out.
+    pub prune: Vec<String>,
+    /// Exceptions from `prune`.
+    pub keep: Vec<String>,
+}
+
+/// An overlay file.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct OverlayPlan {
+    /// Path in the workspace.
+    pub source: Utf8PathBuf,
+    /// Path on the robot, without the leading slash.
+    pub target: Utf8PathBuf,
+    /// Literal, template or link.
+    pub kind: EntryKind,
+    /// Mode and owner.
+    pub attributes: Attributes,
+}
+
+/// The API wheel.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ApiPlan {
+    /// Requirement, such as `name==1.2.3`.
+    pub package: String,
+    /// Wheel lock.
+    pub lock: Utf8PathBuf,
+}
+
+/// An account.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct UserPlan {
+    /// Login name.
+    pub name: String,
+    /// Numeric id.
+    pub uid: u32,
+    /// Further groups.
+    pub groups: Vec<String>,
+    /// Shell.
+    pub shell: String,
+    /// Home.
+    pub home: String,
+    /// `locked`, `empty` or a crypt(5) hash. Not printed with the plan.
+    #[serde(skip)]
+    pub password: String,
+    /// Files of public keys.
+    pub authorized_keys: Vec<Utf8PathBuf>,
+}
+
+/// Update policy.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct UpdatePlan {
+    /// Bundles below this version are refused.
+    pub minimum_version: String,
+    /// Files of trusted public keys; empty for a development product, which trusts its own key.
+    pub keys: Vec<Utf8PathBuf>,
+}
+
+/// A file of a boot partition.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BootFilePlan {
+    /// Where it comes from.
+    pub source: BootSourcePlan,
+    /// Its name; `.` keeps the names of several.
+    pub path: String,
+    /// The partition's role.
+    pub partition: String,
+}
+
+/// Where a boot file comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootSourcePlan {
+    /// A rendered template.
+    Template {
+        /// Path in the workspace.
+        source: Utf8PathBuf,
+        /// Wrapped as a U-Boot script.
+        script: bool,
+    },
+    /// Firmware files.
+    Firmware,
+    /// Device trees.
+    DeviceTrees,
+    /// The boot loader.
+    Bootloader,
+    /// The kernel.
+    Kernel,
+    /// The initrd.
+    Initrd,
+}
+
+impl Plan {
+    /// The start of every output's file name: product, version, board.
+    pub fn stem(&self) -> String {
+        format!("{}-{}-{}", self.product.name, self.product.version, self.board.name)
+    }
+}

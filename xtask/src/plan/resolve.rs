@@ -1,0 +1,429 @@
+//! From what was typed to the plan: every rule that needs more than one value.
+
+use std::collections::BTreeMap;
+
+use camino::Utf8Path;
+
+use super::{
+    ApiPlan, BoardPlan, BootFilePlan, BootSourcePlan, Identifiers, OverlayPlan, Plan, ProductPlan,
+    RootfsPlan, UpdatePlan, UserPlan,
+};
+use crate::config::board::{Board, BootFlow, BootSource};
+use crate::config::product::{Engine, Kind, Product};
+use crate::config::reader::{Finding, Findings, Place};
+use crate::config::{self, Config};
+use crate::disk::layout::{self, DiskRequest, Filesystem, Layout, PartitionRequest};
+use crate::facts::Facts;
+
+/// Alignment of partitions without a `start` of their own: erase blocks of cards are 4 MiB.
+const ALIGNMENT: u64 = 4 << 20;
+
+/// Resolves one build. Pure.
+///
+/// # Errors
+/// Everything that is wrong, each with file, line and text.
+pub fn resolve(config: &Config, facts: &Facts) -> Result<Plan, Findings> {
+    let mut findings = Vec::new();
+    let (product, board) = (&config.product, &config.board);
+    check_product(config, &mut findings);
+    check_users(product, &mut findings);
+    check_board(board, &mut findings);
+    check_engine(product, board, &mut findings);
+    let disk = place_disk(board, &mut findings);
+    let overlay = merge_overlays(config);
+    let boot_files = boot_files(config, &mut findings);
+    let (Some(disk), true) = (disk, findings.is_empty()) else { return Err(Findings(findings)) };
+    let rootfs = &product.rootfs;
+    Ok(Plan {
+        schema: 1,
+        product: ProductPlan {
+            name: product.name.value.0.clone(),
+            title: product.title.clone(),
+            version: product.version.value.0.clone(),
+            kind: product.kind.value,
+        },
+        board: board_plan(board),
+        commit: facts.commit.clone(),
+        modified: facts.modified,
+        epoch: facts.epoch,
+        identifiers: Identifiers::derive(
+            &product.name.value.0,
+            &product.version.value.0,
+            &board.name.value.0,
+        ),
+        disk,
+        rootfs: RootfsPlan {
+            engine: rootfs.engine.value,
+            suite: rootfs.suite.as_ref().map_or(String::new(), |s| s.value.0.clone()),
+            components: rootfs.components.iter().map(|l| l.value.clone()).collect(),
+            packages: rootfs.packages.iter().map(|l| l.value.clone()).collect(),
+            extra_packages: config.extra_packages.clone(),
+            lock: rootfs.lock.as_ref().map(|l| l.value.clone()),
+            defconfig: rootfs.defconfig.as_ref().map(|l| l.value.clone()),
+            fill_limit: rootfs.fill_limit.0,
+            fill_warning: rootfs.fill_warning.0,
+            prune: rootfs.prune.clone(),
+            keep: rootfs.keep.clone(),
+        },
+        overlay,
+        directories: config.overlays.iter().flat_map(|o| o.directories.clone()).collect(),
+        api: product.api.as_ref().map(|api| ApiPlan {
+            package: api.package.value.clone(),
+            lock: api.lock.value.clone(),
+        }),
+        users: product
+            .users
+            .iter()
+            .map(|user| UserPlan {
+                name: user.name.value.0.clone(),
+                uid: user.uid.value,
+                groups: user.groups.clone(),
+                shell: user.shell.clone(),
+                home: user.home.clone(),
+                password: user.password.value.clone(),
+                authorized_keys: user.authorized_keys.iter().map(|k| k.value.clone()).collect(),
+            })
+            .collect(),
+        ssh: product.ssh.clone(),
+        network: product.network.clone(),
+        update: UpdatePlan {
+            minimum_version: product.update.minimum_version.value.0.clone(),
+            keys: product.update.keys.iter().map(|k| k.value.clone()).collect(),
+        },
+        boot_files,
+        inputs: config.inputs.clone(),
+    })
+}
+
+fn board_plan(board: &Board) -> BoardPlan {
+    let debian = board.debian.as_ref();
+    BoardPlan {
+        name: board.name.value.0.clone(),
+        title: board.title.clone(),
+        arch: board.arch.value.clone(),
+        boot_flow: board.boot_flow.value,
+        compatible: board.compatible.clone(),
+        console: board.console.clone(),
+        cmdline: board.kernel.cmdline.clone(),
+        device_trees: board.kernel.device_trees.iter().map(|l| l.value.clone()).collect(),
+        initrd_modules: board.kernel.initrd_modules.clone(),
+        modules_keep: board.kernel.modules_keep.clone(),
+        firmware: debian
+            .map_or(Vec::new(), |d| d.firmware.iter().map(|l| l.value.clone()).collect()),
+        bootloader: debian.and_then(|d| d.bootloader.as_ref()).map(|l| l.value.clone()),
+        uboot: board.uboot.clone(),
+        buildroot: board.buildroot.clone(),
+        qemu: board.qemu.clone(),
+    }
+}
+
+fn must_exist(config: &Config, place: &Place, path: &Utf8Path, help: &str, out: &mut Vec<Finding>) {
+    if !config.inputs.iter().any(|input| input.path == path) {
+        out.push(Finding::new(place, format!("the file {path} does not exist"), help));
+    }
+}
+
+fn check_product(config: &Config, out: &mut Vec<Finding>) {
+    let product = &config.product;
+    let default = &product.default_board;
+    if !product.boards.iter().any(|b| b.value == default.value) {
+        let message =
+            format!("`default-board` is {}, which is not among `boards`", default.value.0);
+        out.push(Finding::new(
+            &default.place,
+            message,
+            "add it to `boards`, or choose one of them",
+        ));
+    }
+    let known = config::boards(&config.root).unwrap_or_default();
+    for board in product.boards.iter().filter(|b| !known.contains(&b.value.0)) {
+        let message = format!("there is no board {}", board.value.0);
+        out.push(Finding::new(
+            &board.place,
+            message,
+            format!("known boards: {}", known.join(", ")),
+        ));
+    }
+    let floor = &product.update.minimum_version;
+    if floor.value > product.version.value {
+        let message = format!(
+            "`minimum-version` is {}, above the product's own version {}",
+            floor.value.0, product.version.value.0
+        );
+        out.push(Finding::new(&floor.place, message, "a robot would refuse this very bundle"));
+    }
+    if product.rootfs.fill_warning > product.rootfs.fill_limit {
+        let message = format!(
+            "`fill-warning` ({}%) lies above `fill-limit` ({}%)",
+            product.rootfs.fill_warning.0, product.rootfs.fill_limit.0
+        );
+        out.push(Finding::new(&product.rootfs.engine.place, message, "it would never warn"));
+    }
+    if let Some(api) = &product.api {
+        let help = "run `cargo xtask lock`";
+        must_exist(config, &api.lock.place, &api.lock.value, help, out);
+        if !api.package.value.contains("==") {
+            let message =
+                format!("`package`: expected `name==version`, found \"{}\"", api.package.value);
+            out.push(Finding::new(&api.package.place, message, "name one exact version"));
+        }
+    }
+    for key in &product.update.keys {
+        must_exist(config, &key.place, &key.value, "make one with `cargo xtask keys new`", out);
+    }
+    if product.kind.value == Kind::Release {
+        if product.ssh.password_authentication {
+            let message = "a release product must not accept passwords over SSH";
+            let help = "set `password-authentication = false` and use `authorized-keys`";
+            out.push(Finding::new(&product.ssh.place, message, help));
+        }
+        for user in product.users.iter().filter(|u| u.password.value == "empty") {
+            let message =
+                format!("the account {} of a release product has no password", user.name.value.0);
+            out.push(Finding::new(&user.password.place, message, "write \"locked\" or a hash"));
+        }
+    }
+}
+
+fn check_users(product: &Product, out: &mut Vec<Finding>) {
+    for (i, user) in product.users.iter().enumerate() {
+        let (name, uid) = (&user.name.value.0, user.uid.value);
+        if let Some(other) = product.users[..i].iter().find(|u| u.name.value == user.name.value) {
+            let message = format!("the account {name} is listed twice");
+            let help = format!("the first stands in line {}", other.name.place.line);
+            out.push(Finding::new(&user.name.place, message, help));
+        } else if let Some(other) = product.users[..i].iter().find(|u| u.uid.value == uid) {
+            let message = format!("{name} and {} both have uid {uid}", other.name.value.0);
+            out.push(Finding::new(&user.uid.place, message, "give each account an id of its own"));
+        }
+        // 0 is root; below 1000 the distribution hands out ids; 60000 is login.defs' UID_MAX.
+        if !(uid == 0 && name == "root" || (1000..60000).contains(&uid)) {
+            let message = format!("uid {uid} is not free for the account {name}");
+            out.push(Finding::new(&user.uid.place, message, "choose one from 1000 to 59999"));
+        }
+        let password = &user.password.value;
+        if !(password == "locked" || password == "empty" || password.starts_with('$')) {
+            let message =
+                format!("`password` of {name} is neither \"locked\", \"empty\" nor a crypt hash");
+            let mut place = user.password.place.clone();
+            // What stands there may be a password in clear: it is not repeated.
+            place.text = "password = …".to_owned();
+            out.push(Finding::new(&place, message, "make a hash with `openssl passwd -6`"));
+        }
+    }
+}
+
+fn check_board(board: &Board, out: &mut Vec<Finding>) {
+    if board.arch.value != "arm64" {
+        let message = format!("`arch`: expected \"arm64\", found \"{}\"", board.arch.value);
+        out.push(Finding::new(&board.arch.place, message, "no engine builds another one yet"));
+    }
+    let flow = board.boot_flow.value;
+    let needed: &[&str] = match flow {
+        BootFlow::Uboot => &["boot", "root-a", "root-b", "data"],
+        BootFlow::Tryboot => &["boot", "boot-a", "boot-b", "root-a", "root-b", "data"],
+    };
+    let find = |role: &str| board.partitions.iter().find(|p| p.role.value.0 == role);
+    for role in needed.iter().filter(|role| find(role).is_none()) {
+        let message = format!("the partition `{role}` is missing");
+        out.push(Finding::new(
+            &board.boot_flow.place,
+            message,
+            "add a [[partitions]] table for it",
+        ));
+    }
+    for partition in &board.partitions {
+        let role = partition.role.value.0.as_str();
+        if !needed.contains(&role) {
+            let message = format!("`{role}` is no role of this boot flow");
+            out.push(Finding::new(
+                &partition.role.place,
+                message,
+                format!("roles: {}", needed.join(", ")),
+            ));
+            continue;
+        }
+        let expected = if role.starts_with("boot") { Filesystem::Vfat } else { Filesystem::Ext4 };
+        if partition.filesystem.value != expected {
+            let message = format!(
+                "`{role}` must be {}",
+                if expected == Filesystem::Vfat { "vfat" } else { "ext4" }
+            );
+            out.push(Finding::new(&partition.filesystem.place, message, ""));
+        }
+    }
+    for (a, b) in [("root-a", "root-b"), ("boot-a", "boot-b")] {
+        if let (Some(first), Some(second)) = (find(a), find(b))
+            && first.size.value != second.size.value
+        {
+            let message = format!(
+                "`{a}` has {} and `{b}` {}: both slots must hold the same image",
+                layout::exact(first.size.value.0),
+                layout::exact(second.size.value.0)
+            );
+            out.push(Finding::new(&second.size.place, message, "give both the same size"));
+        }
+    }
+    let expected = if flow == BootFlow::Uboot { 2 } else { 0 };
+    let found = board.disk.boot_state.len();
+    if found != expected {
+        let place = board.disk.boot_state.first().map_or(&board.boot_flow.place, |s| &s.place);
+        let message = format!(
+            "`disk.boot-state.offsets`: expected {expected} sectors for this boot flow, found {found}"
+        );
+        out.push(Finding::new(
+            place,
+            message,
+            "the boot state is kept in two copies by the flow \"uboot\" only",
+        ));
+    }
+    if flow == BootFlow::Uboot {
+        let script = |s: &BootSource| matches!(s, BootSource::Template { script: true, .. });
+        if !board.boot_files.iter().any(|file| script(&file.source)) {
+            let message = "the flow \"uboot\" needs a boot script";
+            let help = "add a [[boot-files]] table with `compile = \"boot-script\"`";
+            out.push(Finding::new(&board.boot_flow.place, message, help));
+        }
+    }
+}
+
+fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
+    let rootfs = &product.rootfs;
+    let place = &rootfs.engine.place;
+    let mut needs = |present: bool, key: &str| {
+        if !present {
+            let message = format!("the engine needs `rootfs.{key}`");
+            out.push(Finding::new(place, message, format!("add `{key} = …` to [rootfs]")));
+        }
+    };
+    match rootfs.engine.value {
+        Engine::Debian => {
+            needs(rootfs.suite.is_some(), "suite");
+            needs(rootfs.lock.is_some(), "lock");
+            needs(!rootfs.components.is_empty(), "components");
+            needs(!rootfs.packages.is_empty(), "packages");
+            if board.debian.is_none() {
+                let message =
+                    format!("the engine debian does not know the board {}", board.name.value.0);
+                let help = format!(
+                    "add a [debian] table to {}, or use the engine buildroot",
+                    board.place.file
+                );
+                out.push(Finding::new(place, message, help));
+            }
+        }
+        Engine::Buildroot => {
+            needs(rootfs.defconfig.is_some(), "defconfig");
+            if board.buildroot.is_none() {
+                let message =
+                    format!("the engine buildroot does not know the board {}", board.name.value.0);
+                let help = format!("add a [buildroot] table to {}", board.place.file);
+                out.push(Finding::new(place, message, help));
+            }
+        }
+    }
+}
+
+fn place_disk(board: &Board, out: &mut Vec<Finding>) -> Option<Layout> {
+    let request = DiskRequest {
+        table: board.disk.table.value,
+        size: board.disk.size.value.0,
+        first_partition: board.disk.first_partition.value.0,
+        alignment: ALIGNMENT,
+        states: board.disk.boot_state.iter().map(|s| s.value.0).collect(),
+        partitions: board
+            .partitions
+            .iter()
+            .map(|p| PartitionRequest {
+                name: p.role.value.0.clone(),
+                size: p.size.value.0,
+                start: p.start.as_ref().map(|s| s.value.0),
+                filesystem: p.filesystem.value,
+                bootable: p.bootable,
+                in_mbr: p.hybrid_mbr,
+            })
+            .collect(),
+    };
+    match layout::place(&request) {
+        Ok(layout) => Some(layout),
+        Err(messages) => {
+            for message in messages {
+                // The finding stands where the first partition that it names is written.
+                let named = |p: &&crate::config::board::Partition| {
+                    message.contains(&format!("`{}`", p.role.value.0))
+                };
+                let place = board
+                    .partitions
+                    .iter()
+                    .find(named)
+                    .map_or(&board.disk.size.place, |p| &p.size.place);
+                out.push(Finding::new(place, message, ""));
+            }
+            None
+        }
+    }
+}
+
+fn merge_overlays(config: &Config) -> Vec<OverlayPlan> {
+    let mut merged = BTreeMap::new();
+    for file in config.overlays.iter().flat_map(|o| &o.files) {
+        let planned = OverlayPlan {
+            source: file.source.clone(),
+            target: file.target.clone(),
+            kind: file.kind,
+            attributes: file.attributes,
+        };
+        merged.insert(file.target.clone(), planned);
+    }
+    merged.into_values().collect()
+}
+
+fn boot_files(config: &Config, out: &mut Vec<Finding>) -> Vec<BootFilePlan> {
+    let board = &config.board;
+    let dir = Utf8Path::new("board").join(&board.name.value.0);
+    let mut files = Vec::new();
+    for file in &board.boot_files {
+        let source = match &file.source {
+            BootSource::Template { name, script } => {
+                let source = config::template(&config.root, &dir, &name.value);
+                let help = format!("looked in {dir} and board/common");
+                must_exist(config, &name.place, &source, &help, out);
+                BootSourcePlan::Template { source, script: *script }
+            }
+            BootSource::Firmware => BootSourcePlan::Firmware,
+            BootSource::DeviceTrees => BootSourcePlan::DeviceTrees,
+            BootSource::Bootloader => BootSourcePlan::Bootloader,
+            BootSource::Kernel => BootSourcePlan::Kernel,
+            BootSource::Initrd => BootSourcePlan::Initrd,
+        };
+        let roles: &[&str] = match file.partition.value.0.as_str() {
+            "boot-slot" => &["boot-a", "boot-b"],
+            "boot" => &["boot"],
+            other => {
+                let message = format!("boot files cannot go to the partition `{other}`");
+                out.push(Finding::new(
+                    &file.partition.place,
+                    message,
+                    "use \"boot\" or \"boot-slot\"",
+                ));
+                continue;
+            }
+        };
+        for role in roles {
+            if !board.partitions.iter().any(|p| p.role.value.0 == *role) {
+                let message = format!(
+                    "the boot file {} belongs to `{role}`, which the board has not",
+                    file.path
+                );
+                out.push(Finding::new(&file.partition.place, message, ""));
+                continue;
+            }
+            files.push(BootFilePlan {
+                source: source.clone(),
+                path: file.path.clone(),
+                partition: (*role).to_owned(),
+            });
+        }
+    }
+    files
+}
