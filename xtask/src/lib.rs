@@ -4,6 +4,8 @@
 
 pub mod artifact;
 pub mod cache;
+pub mod cli;
+pub mod cmd;
 pub mod compose;
 pub mod config;
 pub mod disk;
@@ -11,3 +13,4 @@ pub mod exec;
 pub mod facts;
 pub mod plan;
 pub mod progress;
+pub mod render;

@@ -1,5 +1,28 @@
 //! The command line; everything that it does lives in the library.
 
-fn main() {
-    xtask::progress::say("plan", "nothing yet");
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use xtask::cli::{Cli, Command};
+use xtask::cmd;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match &cli.command {
+        Command::Plan(options) => cmd::plan::plan(options),
+        Command::Render(options) => cmd::plan::render(options),
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Cli::command(), "xtask", &mut std::io::stdout());
+            Ok(())
+        }
+        _ => Err(anyhow::anyhow!("not there yet")),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One sentence: what was being done, then why it failed.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -166,7 +166,6 @@ fn inputs(config: &Config) -> Result<Vec<Input>> {
     paths.extend(product.rootfs.lock.iter().map(|l| l.value.clone()));
     paths.extend(product.rootfs.defconfig.iter().map(|l| l.value.clone()));
     paths.extend(product.api.iter().map(|api| api.lock.value.clone()));
-    paths.extend(product.update.keys.iter().map(|k| k.value.clone()));
     paths.extend(product.users.iter().flat_map(|u| &u.authorized_keys).map(|k| k.value.clone()));
     paths.extend(config.board.boot_files.iter().filter_map(|file| match &file.source {
         board::BootSource::Template { name, .. } => Some(template(root, &board_dir, &name.value)),

@@ -2,7 +2,6 @@
 //! links, and `*.j2` templates; `overlay.toml` beside them lists the exceptions from the usual
 //! modes and owners.
 
-use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result};
@@ -75,19 +74,32 @@ pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
         let help = "make the folder, or take the name out of `overlays`";
         return Err(Findings(vec![Finding::new(&name.place, message, help)]).into());
     }
-    let mut exceptions = read_exceptions(root, &base)?;
+    let exceptions = read_exceptions(root, &base)?;
     let mut files = Vec::new();
     walk(root, &base, Utf8Path::new(""), &mut files)?;
     files.sort_by(|a, b| a.target.cmp(&b.target));
-    for file in &mut files {
-        if let Some((attributes, _)) = exceptions.remove(&file.target) {
-            file.attributes = attributes;
+    let mut findings = Vec::new();
+    for (path, attributes, place) in exceptions.files {
+        match files.iter_mut().find(|file| file.target == path) {
+            Some(file) => file.attributes = attributes,
+            None => findings.push(Finding::new(
+                &place,
+                format!("the overlay has no file {path}"),
+                "name the file as on the robot, without `.j2`",
+            )),
         }
     }
-    let mut directories = Vec::new();
-    for (path, (attributes, _)) in exceptions {
-        directories.push((path, attributes));
+    for pair in files.windows(2) {
+        if let [first, second] = pair
+            && first.target == second.target
+        {
+            let message =
+                format!("{} and {} are both /{}", first.source, second.source, first.target);
+            findings.push(Finding::new(&name.place, message, "remove one of the two"));
+        }
     }
+    Findings(findings).check()?;
+    let directories = exceptions.directories.into_iter().map(|(p, a, _)| (p, a)).collect();
     Ok(Overlay { name: name.value.0.clone(), files, directories })
 }
 
@@ -135,15 +147,23 @@ fn walk(
     Ok(())
 }
 
-type Exceptions = BTreeMap<Utf8PathBuf, (Attributes, Place)>;
+/// Modes and owners of files, and directories that the overlay asks for.
+#[derive(Default)]
+struct Exceptions {
+    files: Vec<(Utf8PathBuf, Attributes, Place)>,
+    directories: Vec<(Utf8PathBuf, Attributes, Place)>,
+}
 
 fn read_exceptions(root: &Utf8Path, base: &Utf8Path) -> Result<Exceptions> {
     let shown = base.join(EXCEPTIONS);
     if !root.join(&shown).is_file() {
-        return Ok(Exceptions::new());
+        return Ok(Exceptions::default());
     }
-    let listed = Source::read(root, &shown)?.parse(|f| f.tables("paths", exception))?;
-    Ok(listed.into_iter().map(|(path, attributes, place)| (path, (attributes, place))).collect())
+    Source::read(root, &shown)?.parse(|f| {
+        let files = f.tables("files", exception);
+        let directories = f.tables("directories", exception);
+        Some(Exceptions { files: files?, directories: directories? })
+    })
 }
 
 fn exception(f: &mut Fields<'_>) -> Option<(Utf8PathBuf, Attributes, Place)> {

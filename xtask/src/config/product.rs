@@ -94,6 +94,8 @@ pub struct Rootfs {
     pub packages: Vec<Located<String>>,
     /// Package lock (engine `debian`).
     pub lock: Option<Located<Utf8PathBuf>>,
+    /// Buildroot release and the commit of its tag (engine `buildroot`).
+    pub buildroot: Option<(Located<String>, Located<String>)>,
     /// Defconfig template (engine `buildroot`).
     pub defconfig: Option<Located<Utf8PathBuf>>,
     /// More than this share of the slot fails the build.
@@ -142,8 +144,8 @@ pub struct Ssh {
     pub enabled: bool,
     /// Passwords are accepted; a release product may not.
     pub password_authentication: bool,
-    /// root may log in (with a key, unless passwords are accepted).
-    pub permit_root_login: bool,
+    /// sshd_config(5)'s `PermitRootLogin`: `no` or `prohibit-password`.
+    pub permit_root_login: String,
     /// Where `password-authentication` stands, for messages.
     #[serde(skip)]
     pub place: Place,
@@ -164,8 +166,6 @@ pub struct Network {
 pub struct Update {
     /// Bundles below this version are refused by the robot.
     pub minimum_version: Located<Version>,
-    /// Public keys that a release product trusts: files, relative to the workspace.
-    pub keys: Vec<Located<Utf8PathBuf>>,
 }
 
 /// Reads `configs/<name>.toml`.
@@ -206,7 +206,7 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     let ssh = f.table("ssh", |f| {
         let enabled = f.or("enabled", true);
         let password_authentication = f.or("password-authentication", false);
-        let permit_root_login = f.or("permit-root-login", false);
+        let permit_root_login = f.or("permit-root-login", "no".to_owned());
         Some(Ssh {
             enabled: enabled?,
             password_authentication: password_authentication?,
@@ -221,8 +221,7 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     });
     let update = f.table("update", |f| {
         let minimum_version = f.required("minimum-version");
-        let keys = f.list("keys");
-        Some(Update { minimum_version: minimum_version?, keys: keys? })
+        Some(Update { minimum_version: minimum_version? })
     });
     let place = f.place();
     Some(Product {
@@ -249,6 +248,8 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
     let components = f.list("components");
     let packages = f.list("packages");
     let lock = f.optional("lock");
+    let release = f.optional::<String>("release");
+    let commit = f.optional::<String>("commit");
     let defconfig = f.optional("defconfig");
     let fill_limit = f.or("fill-limit", Percent(95));
     let fill_warning = f.or("fill-warning", Percent(85));
@@ -260,6 +261,7 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
         components: components?,
         packages: packages?,
         lock: lock?,
+        buildroot: release?.zip(commit?),
         defconfig: defconfig?,
         fill_limit: fill_limit?,
         fill_warning: fill_warning?,

@@ -125,6 +125,8 @@ pub struct RootfsPlan {
     pub extra_packages: Vec<String>,
     /// Package lock.
     pub lock: Option<Utf8PathBuf>,
+    /// Buildroot's release and the commit of its tag.
+    pub buildroot: Option<(String, String)>,
     /// Defconfig template.
     pub defconfig: Option<Utf8PathBuf>,
     /// Percent of the slot above which the build fails.
@@ -188,8 +190,6 @@ pub struct UserPlan {
 pub struct UpdatePlan {
     /// Bundles below this version are refused.
     pub minimum_version: String,
-    /// Files of trusted public keys; empty for a development product, which trusts its own key.
-    pub keys: Vec<Utf8PathBuf>,
 }
 
 /// A file of a boot partition.

@@ -59,6 +59,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> Result<Plan, Findings> {
             packages: rootfs.packages.iter().map(|l| l.value.clone()).collect(),
             extra_packages: config.extra_packages.clone(),
             lock: rootfs.lock.as_ref().map(|l| l.value.clone()),
+            buildroot: rootfs.buildroot.as_ref().map(|(r, c)| (r.value.clone(), c.value.clone())),
             defconfig: rootfs.defconfig.as_ref().map(|l| l.value.clone()),
             fill_limit: rootfs.fill_limit.0,
             fill_warning: rootfs.fill_warning.0,
@@ -86,10 +87,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> Result<Plan, Findings> {
             .collect(),
         ssh: product.ssh.clone(),
         network: product.network.clone(),
-        update: UpdatePlan {
-            minimum_version: product.update.minimum_version.value.0.clone(),
-            keys: product.update.keys.iter().map(|k| k.value.clone()).collect(),
-        },
+        update: UpdatePlan { minimum_version: product.update.minimum_version.value.0.clone() },
         boot_files,
         inputs: config.inputs.clone(),
     })
@@ -167,9 +165,6 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
                 format!("`package`: expected `name==version`, found \"{}\"", api.package.value);
             out.push(Finding::new(&api.package.place, message, "name one exact version"));
         }
-    }
-    for key in &product.update.keys {
-        must_exist(config, &key.place, &key.value, "make one with `cargo xtask keys new`", out);
     }
     if product.kind.value == Kind::Release {
         if product.ssh.password_authentication {
@@ -314,6 +309,7 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         }
         Engine::Buildroot => {
             needs(rootfs.defconfig.is_some(), "defconfig");
+            needs(rootfs.buildroot.is_some(), "release` and `rootfs.commit");
             if board.buildroot.is_none() {
                 let message =
                     format!("the engine buildroot does not know the board {}", board.name.value.0);

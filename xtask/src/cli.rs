@@ -1,0 +1,262 @@
+//! The command line: what may be typed, and nothing of what it does.
+
+use camino::Utf8PathBuf;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Builds card images and the signed bundles that match them, without root and, once the downloads
+/// are there, without a network.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Build the card image, its bundle and the report.
+    ///
+    /// Installs what this machine lacks (it says what, and uses sudo where it must), makes the base
+    /// system, adds overlay and API, assembles the card image and packs the bundle that updates a
+    /// robot to the same system. Finished stages are kept: a build in which nothing changed does
+    /// no work.
+    BuildImage(BuildImage),
+    /// Show the resolved build: every input with its hash, every partition with its offset.
+    Plan(Show),
+    /// Write every generated text (defconfig, overlay, boot files) to dist/…/rendered.
+    Render(Show),
+    /// Show what is in an image, a bundle or a slot image; or compare two.
+    Inspect(Inspect),
+    /// Check an image or a bundle against its hashes and signatures.
+    Verify(Verify),
+    /// Boot a built image in QEMU, with its serial console on this terminal.
+    Run(Run),
+    /// Resolve packages and wheels again and write the lock files.
+    Lock(Lock),
+    /// Make, list and rotate signing keys.
+    #[command(subcommand)]
+    Keys(Keys),
+    /// List what this machine lacks for building and testing, each with its package.
+    Doctor(Doctor),
+    /// Run the tests. Sets this machine up first, as build-image does.
+    Test(Test),
+    /// Check formatting, lints and house rules; fast, and the first thing that `test` does.
+    Check,
+    /// Measure our speed beside the usual tools, in one run.
+    Bench(Bench),
+    /// Remove results and kept stages.
+    Clean(Clean),
+    /// Print the completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which build.
+#[derive(Debug, Clone, Args)]
+pub struct Target {
+    /// The product: a file in configs/, without .toml.
+    #[arg(long, short, default_value = crate::config::DEFAULT_PRODUCT)]
+    pub product: String,
+    /// The board: a folder in board/ [default: the product's default-board].
+    #[arg(long, short)]
+    pub board: Option<String>,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// For scripts.
+    Json,
+}
+
+/// Options of `build-image`.
+#[derive(Debug, Clone, Args)]
+pub struct BuildImage {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub target: Target,
+    /// Stop after this stage.
+    #[arg(long, value_enum)]
+    pub until: Option<Stage>,
+    /// Use no network: everything must have been downloaded before.
+    #[arg(long)]
+    pub offline: bool,
+    /// Fail if the package lock cannot be obeyed to the letter.
+    #[arg(long)]
+    pub locked: bool,
+    /// Also write the image as .img.zst.
+    #[arg(long)]
+    pub zst: bool,
+    /// How hard the bundle is compressed.
+    #[arg(long, value_enum, default_value = "fast")]
+    pub compression: Compression,
+    /// Never install missing tools; list them and fail.
+    #[arg(long)]
+    pub no_install: bool,
+    /// How to print the report.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
+/// The stages of a build, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Stage {
+    /// Resolve everything; start no work.
+    Plan,
+    /// Generate texts.
+    Render,
+    /// Make the base system.
+    Base,
+    /// Install the API wheels.
+    Api,
+    /// Make the root filesystem image.
+    Compose,
+    /// Assemble the card image.
+    Image,
+    /// Pack and sign the bundle.
+    Bundle,
+}
+
+/// Compression levels of the bundle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Compression {
+    /// As zstd -3: for daily work.
+    Fast,
+    /// As zstd -9: for nightly builds.
+    Release,
+    /// As zstd -19: smallest, takes minutes.
+    Slow,
+}
+
+/// Options of `plan` and `render`.
+#[derive(Debug, Clone, Args)]
+pub struct Show {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub target: Target,
+    /// How to print it.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
+/// Options of `inspect`.
+#[derive(Debug, Clone, Args)]
+pub struct Inspect {
+    /// A card image (.img), a bundle (.bundle) or a slot image (.ext4).
+    pub file: Utf8PathBuf,
+    /// Compare with this newer image or slot image: which packages, wheels and files changed.
+    #[arg(long, value_name = "NEW")]
+    pub diff: Option<Utf8PathBuf>,
+    /// How to print it.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
+/// Options of `verify`.
+#[derive(Debug, Clone, Args)]
+pub struct Verify {
+    /// A card image with its .bmap beside it, or a bundle.
+    pub file: Utf8PathBuf,
+    /// Public keys to trust: a key set (JSON) or a minisign public key [default: your own key set].
+    #[arg(long, value_name = "FILE")]
+    pub keys: Option<Utf8PathBuf>,
+    /// How to print the result.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
+/// Options of `run`.
+#[derive(Debug, Clone, Args)]
+pub struct Run {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub target: Target,
+    /// Boot this slot instead of the image's own choice.
+    #[arg(long, value_parser = ["a", "b"])]
+    pub slot: Option<String>,
+    /// Forward this port of 127.0.0.1 to the robot's SSH port.
+    #[arg(long, default_value_t = 2222)]
+    pub ssh_port: u16,
+}
+
+/// Options of `lock`.
+#[derive(Debug, Clone, Args)]
+pub struct Lock {
+    /// The product: a file in configs/, without .toml.
+    #[arg(long, short, default_value = crate::config::DEFAULT_PRODUCT)]
+    pub product: String,
+    /// Only the package lock, or only the wheel lock.
+    #[arg(long, value_parser = ["packages", "wheels"])]
+    pub only: Option<String>,
+}
+
+/// The verbs of `keys`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Keys {
+    /// Make the first release key, protected by a password.
+    New,
+    /// List the keys of the key set; secrets are never shown.
+    List {
+        /// How to print it.
+        #[arg(long, value_enum, default_value = "text")]
+        format: Format,
+    },
+    /// Make the next release key and revoke the one before it.
+    Rotate,
+}
+
+/// Options of `doctor`.
+#[derive(Debug, Clone, Args)]
+pub struct Doctor {
+    /// Install everything that is missing.
+    #[arg(long)]
+    pub install: bool,
+    /// How to print it.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
+/// Options of `test`.
+#[derive(Debug, Clone, Args)]
+pub struct Test {
+    /// Also what is too slow for every run: the Pi 3 in QEMU, the slow compression level, a browser.
+    #[arg(long)]
+    pub all: bool,
+    /// Only the quick ones: no image is built, nothing boots.
+    #[arg(long, conflicts_with = "all")]
+    pub quick: bool,
+    /// Never install missing tools; list them and fail.
+    #[arg(long)]
+    pub no_install: bool,
+}
+
+/// Options of `bench`.
+#[derive(Debug, Clone, Args)]
+pub struct Bench {
+    /// A filesystem image to measure with [default: a 1 GiB root filesystem made for it].
+    #[arg(long)]
+    pub payload: Option<Utf8PathBuf>,
+    /// Which benchmark.
+    #[arg(long, value_parser = ["disk", "bundle"])]
+    pub only: Option<String>,
+}
+
+/// Options of `clean`.
+#[derive(Debug, Clone, Args)]
+pub struct Clean {
+    /// Also the kept stages, which costs minutes in the next build.
+    #[arg(long)]
+    pub stages: bool,
+    /// Also the downloads, which costs a download.
+    #[arg(long)]
+    pub downloads: bool,
+    /// Only say what would be removed.
+    #[arg(long)]
+    pub dry_run: bool,
+}

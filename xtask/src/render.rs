@@ -1,0 +1,234 @@
+//! Render: every generated text of a build, from templates that know nothing but the plan. An
+//! undefined variable is an error, never an empty string.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, anyhow};
+use camino::{Utf8Path, Utf8PathBuf};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value, context};
+
+use crate::config::overlay::{Attributes, EntryKind};
+use crate::disk::layout::Layout;
+use crate::plan::{BootSourcePlan, Plan};
+
+/// A file of the overlay, ready to be placed.
+#[derive(Debug, Clone)]
+pub struct OverlayEntry {
+    /// Path in the workspace, for messages.
+    pub source: Utf8PathBuf,
+    /// Path on the robot, without the leading slash.
+    pub target: String,
+    /// Mode and owner.
+    pub attributes: Attributes,
+    /// What it is.
+    pub content: OverlayContent,
+}
+
+/// What an overlay entry is.
+#[derive(Debug, Clone)]
+pub enum OverlayContent {
+    /// A file with this content.
+    File(Vec<u8>),
+    /// A symbolic link to this target.
+    Symlink(String),
+}
+
+/// Every generated or copied text of a build.
+#[derive(Debug)]
+pub struct Rendered {
+    /// The root filesystem overlay, sorted by target.
+    pub overlay: Vec<OverlayEntry>,
+    /// Rendered boot files, by partition role and path.
+    pub boot: BTreeMap<(String, String), Vec<u8>>,
+    /// The defconfig, for the engine `buildroot`.
+    pub defconfig: Option<String>,
+    /// SSH public keys of each account.
+    pub authorized_keys: BTreeMap<String, String>,
+}
+
+impl Rendered {
+    /// Writes every text below `dir`, for people to read; what lay there before goes.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn write(&self, dir: &Utf8Path) -> Result<()> {
+        if dir.exists() {
+            std::fs::remove_dir_all(dir).with_context(|| format!("clearing {dir}"))?;
+        }
+        let put = |path: Utf8PathBuf, bytes: &[u8]| -> Result<()> {
+            let parent = path.parent().context("a rendered file has a folder")?;
+            std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+            std::fs::write(&path, bytes).with_context(|| format!("writing {path}"))
+        };
+        for entry in &self.overlay {
+            if let OverlayContent::File(bytes) = &entry.content {
+                put(dir.join("overlay").join(&entry.target), bytes)?;
+            }
+        }
+        for ((role, path), bytes) in &self.boot {
+            put(dir.join(role).join(path), bytes)?;
+        }
+        if let Some(defconfig) = &self.defconfig {
+            put(dir.join("defconfig"), defconfig.as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+/// Renders everything that the plan names.
+///
+/// # Errors
+/// A template with a mistake: file, line and what is wrong.
+pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
+    let context = template_context(plan);
+    let text = |path: &Utf8Path| {
+        std::fs::read_to_string(root.join(path)).with_context(|| format!("reading {path}"))
+    };
+    let template = |path: &Utf8Path| expand(path, &text(path)?, &context);
+    let mut overlay = Vec::new();
+    for file in &plan.overlay {
+        let content = match file.kind {
+            EntryKind::Literal => OverlayContent::File(
+                std::fs::read(root.join(&file.source))
+                    .with_context(|| format!("reading {}", file.source))?,
+            ),
+            EntryKind::Template => OverlayContent::File(template(&file.source)?.into_bytes()),
+            EntryKind::Symlink => OverlayContent::Symlink(
+                root.join(&file.source)
+                    .read_link_utf8()
+                    .with_context(|| format!("reading {}", file.source))?
+                    .into_string(),
+            ),
+        };
+        overlay.push(OverlayEntry {
+            source: file.source.clone(),
+            target: file.target.to_string(),
+            attributes: file.attributes,
+            content,
+        });
+    }
+    let mut boot = BTreeMap::new();
+    for file in &plan.boot_files {
+        if let BootSourcePlan::Template { source, .. } = &file.source {
+            let name = (file.partition.clone(), file.path.clone());
+            let bytes = if source.extension() == Some("j2") {
+                template(source)?.into_bytes()
+            } else {
+                text(source)?.into_bytes()
+            };
+            boot.insert(name, bytes);
+        }
+    }
+    let defconfig = plan.rootfs.defconfig.as_deref().map(template).transpose()?;
+    let mut authorized_keys = BTreeMap::new();
+    for user in &plan.users {
+        let keys = user.authorized_keys.iter().map(|p| text(p)).collect::<Result<String>>()?;
+        authorized_keys.insert(user.name.clone(), keys);
+    }
+    Ok(Rendered { overlay, boot, defconfig, authorized_keys })
+}
+
+fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    let syntax = SyntaxConfig::builder()
+        .keep_trailing_newline(true)
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()
+        .context("configuring the template syntax")?;
+    environment.set_syntax(syntax);
+    let explain = |error: minijinja::Error| {
+        let line = error.line().unwrap_or(0);
+        let excerpt = source.lines().nth(line.saturating_sub(1)).unwrap_or_default().trim();
+        let detail = error.detail().map_or(String::new(), |d| format!(": {d}"));
+        anyhow!(
+            "rendering {path}:{line}: {}{detail}\n  | {excerpt}\n\
+             help: docs/templates.md lists the variables that a template may use",
+            error.kind()
+        )
+    };
+    environment.add_template(path.as_str(), source).map_err(explain)?;
+    let template = environment.get_template(path.as_str()).map_err(explain)?;
+    template.render(context).map_err(explain)
+}
+
+/// What templates may use; `docs/templates.md` describes it.
+fn template_context(plan: &Plan) -> Value {
+    context! {
+        product => plan_part(&plan.product),
+        board => context! {
+            name => plan.board.name.clone(),
+            title => plan.board.title.clone(),
+            arch => plan.board.arch.clone(),
+            boot_flow => Value::from(Serde(plan.board.boot_flow)),
+            compatible => plan.board.compatible.clone(),
+            console => plan_part(&plan.board.console),
+            kernel => context! { cmdline => plan.board.cmdline.clone() },
+            u_boot => snake(&plan.board.uboot),
+            buildroot => plan.board.buildroot.as_ref().map(plan_part),
+        },
+        disk => context! {
+            table => plan.disk.table.name(),
+            size => plan.disk.size,
+            signature => plan.identifiers.disk_signature,
+            boot_state => plan.disk.states.iter().map(|s| s.sector).collect::<Vec<_>>(),
+        },
+        partitions => partitions(&plan.disk),
+        rootfs => plan_part(&plan.rootfs),
+        users => plan.users.iter().map(plan_part).collect::<Vec<_>>(),
+        ssh => plan_part(&plan.ssh),
+        network => plan_part(&plan.network),
+        update => plan_part(&plan.update),
+        api => plan.api.as_ref().map(plan_part),
+        epoch => plan.epoch,
+        commit => plan.commit.clone(),
+    }
+}
+
+/// A part of the plan with its keys as template variables: `boot-flow` becomes `boot_flow`.
+fn plan_part(part: &impl serde::Serialize) -> Value {
+    let json = serde_json::to_value(part).unwrap_or_default();
+    let serde_json::Value::Object(map) = json else { return Value::from(Serde(json)) };
+    Value::from_pairs(map.into_iter().map(|(k, v)| (k.replace('-', "_"), Value::from(Serde(v)))))
+}
+
+fn snake(map: &BTreeMap<String, String>) -> Value {
+    Value::from_pairs(map.iter().map(|(k, v)| (k.replace('-', "_"), v.as_str())))
+}
+
+fn partitions(layout: &Layout) -> Value {
+    Value::from_pairs(layout.partitions.iter().map(|p| {
+        let facts = context! {
+            number => p.number,
+            start_sector => p.first_sector,
+            sectors => p.sectors,
+            offset => p.offset,
+            size => p.size,
+        };
+        (p.name.replace('-', "_"), facts)
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_undefined_variable_is_an_error_with_its_place() {
+        let error = expand(
+            Utf8Path::new("a.j2"),
+            "one\n{{ product.nmae }}\n",
+            &context! {
+                product => context! { name => "x" },
+            },
+        )
+        .expect_err("undefined")
+        .to_string();
+        assert!(error.starts_with("rendering a.j2:2: undefined value"), "{error}");
+        assert!(error.contains("| {{ product.nmae }}"), "{error}");
+    }
+}
