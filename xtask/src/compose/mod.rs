@@ -1,3 +1,83 @@
-//! Compose: base, overlay, wheels and what the build itself adds become one ext4 image.
+//! Compose: base, overlay, wheels and what the build itself adds become one root filesystem tree.
+//!
+//! Invariant: the tree is the same for both slots; nothing in it says which slot it is in.
 
+pub mod lint;
+pub mod sizes;
 pub mod tree;
+mod units;
+mod users;
+
+use anyhow::{Context, Result};
+use camino::Utf8Path;
+
+use crate::artifact::Artifact;
+use crate::plan::Plan;
+use crate::config::board::BootFlow;
+use crate::render::{OverlayContent, Rendered};
+use tree::{Data, Entry, Node, Origin, Tree};
+
+/// Where the keys lie that the robot trusts.
+pub const KEY_SET: &str = "usr/lib/slipway/keyset.json";
+
+/// What compose puts together besides the plan.
+#[derive(Debug)]
+pub struct Parts<'a> {
+    /// The engine's root filesystem, a tar.
+    pub base: &'a Utf8Path,
+    /// The installed wheels, a tar.
+    pub wheels: Option<&'a Utf8Path>,
+    /// Generated texts.
+    pub rendered: &'a Rendered,
+    /// The kernel, as U-Boot loads it.
+    pub kernel: &'a Artifact,
+    /// The initrd.
+    pub initrd: &'a Artifact,
+    /// Device trees: path below `dtbs`, file.
+    pub device_trees: Vec<(&'a str, &'a Artifact)>,
+    /// The key set that the robot trusts, as JSON.
+    pub key_set: &'a [u8],
+}
+
+/// Builds the tree.
+///
+/// # Errors
+/// Parts that contradict each other, each named with its origin.
+pub fn tree(plan: &Plan, parts: &Parts<'_>) -> Result<Tree> {
+    let mut tree = Tree::default();
+    tree.add_tar(parts.base, &Origin::Base)?;
+    if let Some(wheels) = parts.wheels {
+        tree.add_tar(wheels, &Origin::Api)?;
+    }
+    for (path, attributes) in &plan.directories {
+        let mut entry = Entry::new(attributes.mode, Node::Directory, Origin::Compose);
+        (entry.uid, entry.gid) = (attributes.uid, attributes.gid);
+        tree.insert(path.as_str(), entry)?;
+    }
+    for file in &parts.rendered.overlay {
+        let node = match &file.content {
+            OverlayContent::File(bytes) => Node::File(Data::Bytes(bytes.clone())),
+            OverlayContent::Symlink(to) => Node::Symlink(to.clone()),
+        };
+        let origin = Origin::Overlay(file.source.clone());
+        let mut entry = Entry::new(file.attributes.mode, node, origin);
+        (entry.uid, entry.gid) = (file.attributes.uid, file.attributes.gid);
+        tree.insert(&file.target, entry)?;
+    }
+    users::add(&mut tree, &plan.users, parts.rendered)?;
+    units::apply_presets(&mut tree)?;
+    // With U-Boot the kernel travels in the slot's root; with tryboot in the slot's boot partition.
+    if plan.board.boot_flow == BootFlow::Uboot {
+        tree.file("boot/vmlinuz", 0o644, read(&parts.kernel.path)?)?;
+        tree.file("boot/initrd.img", 0o644, read(&parts.initrd.path)?)?;
+        for (path, file) in &parts.device_trees {
+            tree.file(&format!("boot/dtbs/{path}"), 0o644, read(&file.path)?)?;
+        }
+    }
+    tree.file(KEY_SET, 0o644, parts.key_set)?;
+    Ok(tree)
+}
+
+fn read(path: &Utf8Path) -> Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("reading {path}"))
+}

@@ -1,0 +1,175 @@
+//! The boot lint: everything that booting needs must be in the image. A card that hangs in silence
+//! costs an afternoon; these checks cost milliseconds.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+
+use super::tree::{Node, Tree};
+use crate::config::board::BootFlow;
+use crate::plan::Plan;
+
+/// Directories that something is mounted on.
+const MOUNT_POINTS: [&str; 7] = ["dev", "proc", "sys", "run", "tmp", "data", "var"];
+
+/// Checks the root filesystem and the boot partitions' files.
+///
+/// # Errors
+/// Everything that is missing, at once.
+pub fn check(
+    plan: &Plan,
+    tree: &Tree,
+    kernel_release: &str,
+    boot: &BTreeMap<(String, String), Vec<u8>>,
+    boot_names: &[(String, String)],
+) -> Result<()> {
+    let mut missing = Vec::new();
+    check_root(tree, kernel_release, &mut missing);
+    match plan.board.boot_flow {
+        BootFlow::Uboot => check_uboot(plan, tree, boot, &mut missing),
+        BootFlow::Tryboot => check_tryboot(boot, boot_names, &mut missing),
+    }
+    check_firmware_config(boot, boot_names, &mut missing);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    bail!("this image would not boot:\n  - {}", missing.join("\n  - "))
+}
+
+fn check_root(tree: &Tree, kernel_release: &str, missing: &mut Vec<String>) {
+    match tree.resolve("sbin/init") {
+        None => missing.push("/sbin/init is missing, or a link to nothing".to_owned()),
+        Some((path, entry)) if entry.mode & 0o111 == 0 || !matches!(entry.node, Node::File(_)) => {
+            missing.push(format!("/sbin/init leads to /{path}, which is not executable"));
+        }
+        Some(_) => {}
+    }
+    for dir in MOUNT_POINTS {
+        if !matches!(tree.resolve(dir), Some((_, entry)) if matches!(entry.node, Node::Directory)) {
+            missing.push(format!("the mount point /{dir} is missing"));
+        }
+    }
+    let modules = format!("usr/lib/modules/{kernel_release}/modules.dep");
+    if tree.resolve(&modules).is_none() {
+        missing.push(format!("/{modules} is missing: the modules do not fit the kernel"));
+    }
+}
+
+fn check_uboot(
+    plan: &Plan,
+    tree: &Tree,
+    boot: &BTreeMap<(String, String), Vec<u8>>,
+    missing: &mut Vec<String>,
+) {
+    // gzip (RFC 1952) or a bare arm64 Image, whose header has "ARM\x64" at byte 56
+    // (Documentation/arch/arm64/booting.rst).
+    match tree.read("boot/vmlinuz") {
+        Ok(k) if k.starts_with(&[0x1f, 0x8b]) || k.get(56..60) == Some(b"ARM\x64") => {}
+        Ok(_) => missing.push("/boot/vmlinuz is neither gzip nor an arm64 kernel image".to_owned()),
+        Err(_) => missing.push("the kernel /boot/vmlinuz is missing".to_owned()),
+    }
+    if !tree.read("boot/initrd.img").is_ok_and(|initrd| !initrd.is_empty()) {
+        missing.push("the initrd /boot/initrd.img is missing".to_owned());
+    }
+    let has_tree = tree.iter().any(|(p, _)| p.starts_with("boot/dtbs/") && p.ends_with(".dtb"));
+    if !plan.board.device_trees.is_empty() && !has_tree {
+        let globs = plan.board.device_trees.join(", ");
+        missing.push(format!("no device tree in /boot/dtbs matches {globs}"));
+    }
+    let Some(script) = boot.get(&("boot".to_owned(), "boot.scr".to_owned())) else {
+        missing.push("the boot script boot.scr is missing from the boot partition".to_owned());
+        return;
+    };
+    let script = String::from_utf8_lossy(script);
+    for path in loaded_paths(&script) {
+        let (fixed, variable) = path.split_once('$').map_or((path, false), |(f, _)| (f, true));
+        let fixed = fixed.trim_matches('/');
+        if tree.resolve(fixed).is_none() {
+            let what = if variable { "from the folder" } else { "the file" };
+            missing.push(format!("boot.scr loads {what} /{fixed}, which the slot does not have"));
+        }
+    }
+    let device = &plan.board.console.device;
+    for needed in ["root=", "slipway.slot=", &format!("console={device}")] {
+        if !script.contains(needed) {
+            missing.push(format!("boot.scr puts no `{needed}` on the kernel's command line"));
+        }
+    }
+}
+
+/// Absolute paths that a boot script's `load` commands name.
+fn loaded_paths(script: &str) -> Vec<&str> {
+    let mut paths = Vec::new();
+    for line in script.lines().filter(|l| !l.trim_start().starts_with('#')) {
+        for command in line.split(['\'', ';', '&', '|']) {
+            let mut words = command.split_whitespace().skip_while(|w| *w != "load");
+            if words.next().is_some() {
+                paths.extend(words.filter(|w| w.starts_with("/boot/")));
+            }
+        }
+    }
+    paths
+}
+
+fn check_tryboot(
+    boot: &BTreeMap<(String, String), Vec<u8>>,
+    boot_names: &[(String, String)],
+    missing: &mut Vec<String>,
+) {
+    if !boot.contains_key(&("boot".to_owned(), "autoboot.txt".to_owned())) {
+        missing.push("autoboot.txt is missing from the boot partition".to_owned());
+    }
+    for role in ["boot-a", "boot-b"] {
+        for name in ["config.txt", "cmdline.txt"] {
+            if !boot.contains_key(&(role.to_owned(), name.to_owned())) {
+                missing.push(format!("{name} is missing from the partition {role}"));
+            }
+        }
+        if !boot_names.iter().any(|(r, n)| r == role && n.ends_with(".dtb")) {
+            missing.push(format!("no device tree is in the partition {role}"));
+        }
+    }
+}
+
+/// What config.txt tells the firmware to load must lie beside it.
+fn check_firmware_config(
+    boot: &BTreeMap<(String, String), Vec<u8>>,
+    boot_names: &[(String, String)],
+    missing: &mut Vec<String>,
+) {
+    for ((role, name), text) in boot {
+        if name != "config.txt" {
+            continue;
+        }
+        for line in String::from_utf8_lossy(text).lines().map(str::trim) {
+            let file = match line.split_once(['=', ' ']) {
+                Some(("kernel", file)) => file,
+                Some(("initramfs", rest)) => rest.split_whitespace().next().unwrap_or_default(),
+                _ => continue,
+            };
+            if !boot_names.iter().any(|(r, n)| r == role && n == file) {
+                missing.push(format!(
+                    "config.txt in the partition {role} names {file}, which is not there"
+                ));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_what_a_script_loads() {
+        let script = "# load x /boot/no\nsetenv y 'load ${d} 0x1 /boot/vmlinuz && load a b /boot/dtbs/${f}'\n";
+        assert_eq!(loaded_paths(script), ["/boot/vmlinuz", "/boot/dtbs/${f}"]);
+    }
+
+    #[test]
+    fn an_empty_root_lacks_everything() {
+        let mut missing = Vec::new();
+        check_root(&Tree::default(), "6.1", &mut missing);
+        assert_eq!(missing.len(), 2 + MOUNT_POINTS.len(), "{missing:?}");
+    }
+}
