@@ -14,3 +14,4 @@ pub mod facts;
 pub mod plan;
 pub mod progress;
 pub mod render;
+pub mod tools;

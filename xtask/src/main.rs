@@ -9,6 +9,7 @@ use xtask::cmd;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match &cli.command {
+        Command::Doctor(options) => cmd::doctor::doctor(options),
         Command::Plan(options) => cmd::plan::plan(options),
         Command::Render(options) => cmd::plan::render(options),
         Command::Completions { shell } => {

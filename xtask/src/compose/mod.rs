@@ -12,8 +12,8 @@ use anyhow::{Context, Result};
 use camino::Utf8Path;
 
 use crate::artifact::Artifact;
-use crate::plan::Plan;
 use crate::config::board::BootFlow;
+use crate::plan::Plan;
 use crate::render::{OverlayContent, Rendered};
 use tree::{Data, Entry, Node, Origin, Tree};
 

@@ -32,7 +32,8 @@ const LARGEST: usize = 30;
 pub fn measure(tree: &Tree) -> Result<Sizes> {
     let mut owner: HashMap<String, String> = HashMap::new();
     for (path, _) in tree.iter() {
-        let Some(list) = path.strip_prefix("var/lib/dpkg/info/").and_then(|p| p.strip_suffix(".list"))
+        let Some(list) =
+            path.strip_prefix("var/lib/dpkg/info/").and_then(|p| p.strip_suffix(".list"))
         else {
             continue;
         };
@@ -109,8 +110,9 @@ pub fn budget(
              `rootfs.fill-limit` in {product_file}"
         );
     }
-    Ok((used > share(warning))
-        .then(|| format!("{facts}, above `fill-warning` ({warning} %); the largest packages: {largest}")))
+    Ok((used > share(warning)).then(|| {
+        format!("{facts}, above `fill-warning` ({warning} %); the largest packages: {largest}")
+    }))
 }
 
 #[cfg(test)]
@@ -120,7 +122,7 @@ mod tests {
     #[test]
     fn a_full_slot_fails_and_a_nearly_full_one_warns() {
         let sizes = Sizes { packages: vec![("libc6".into(), 5 << 20)], ..Sizes::default() };
-        let try_with = |used| budget(used << 20, 100 << 20, 95, 85, &sizes, "configs/x.toml");
+        let try_with = |used: u64| budget(used << 20, 100 << 20, 95, 85, &sizes, "configs/x.toml");
         assert!(try_with(80).expect("fits").is_none());
         assert!(try_with(90).expect("fits").is_some_and(|w| w.contains("libc6 5.0 MiB")));
         let error = try_with(96).expect_err("too full").to_string();

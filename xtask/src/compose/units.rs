@@ -52,7 +52,8 @@ fn enable(tree: &mut Tree, unit: &str) -> Result<()> {
         }
         None => unit.to_owned(),
     };
-    let found = UNIT_DIRS.iter().map(|dir| format!("{dir}/{file}")).find(|p| tree.resolve(p).is_some());
+    let found =
+        UNIT_DIRS.iter().map(|dir| format!("{dir}/{file}")).find(|p| tree.resolve(p).is_some());
     let Some(path) = found else {
         bail!("there is no unit {file}\nhelp: name a unit of the base system or of an overlay")
     };
@@ -83,7 +84,9 @@ fn enable(tree: &mut Tree, unit: &str) -> Result<()> {
     }
     // `Also=` names units of the same package; one that is not installed is no mistake.
     for other in also {
-        if other != unit && UNIT_DIRS.iter().any(|dir| tree.resolve(&format!("{dir}/{other}")).is_some()) {
+        if other != unit
+            && UNIT_DIRS.iter().any(|dir| tree.resolve(&format!("{dir}/{other}")).is_some())
+        {
             enable(tree, &other)?;
         }
     }

@@ -19,7 +19,10 @@ pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<(
         let (name, uid) = (&user.name, user.uid.to_string());
         let taken = |row: &&Vec<String>| row.get(2) == Some(&uid) && row.first() != Some(name);
         if let Some(other) = passwd.rows.iter().find(taken) {
-            bail!("adding the account {name}: the base system's {} has uid {uid} already", other[0]);
+            bail!(
+                "adding the account {name}: the base system's {} has uid {uid} already",
+                other[0]
+            );
         }
         passwd.set(name, &["x", &uid, &uid, "", &user.home, &user.shell]);
         group.set(name, &["x", &uid, ""]);
@@ -32,7 +35,9 @@ pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<(
         shadow.set(name, &[secret, "", "0", "99999", "7", "", "", ""]);
         for extra in &user.groups {
             group.add_member(extra, name).with_context(|| {
-                format!("adding the account {name}\nhelp: groups come from the base system's packages")
+                format!(
+                    "adding the account {name}\nhelp: groups come from the base system's packages"
+                )
             })?;
         }
         let keys = rendered.authorized_keys.get(name).map_or("", String::as_str);
@@ -111,8 +116,12 @@ mod tests {
 
     fn tree() -> Tree {
         let mut tree = Tree::default();
-        tree.file("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1::/:/bin/false\n")
-            .expect("placed");
+        tree.file(
+            "etc/passwd",
+            0o644,
+            "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1::/:/bin/false\n",
+        )
+        .expect("placed");
         tree.file("etc/group", 0o644, "root:x:0:\nvideo:x:44:\n").expect("placed");
         tree.file("etc/shadow", 0o640, "root:*:1:0:99999:7:::\n").expect("placed");
         tree

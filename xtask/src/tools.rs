@@ -1,0 +1,257 @@
+//! The programs that building and testing need, each with the Debian package that brings it. All
+//! that is missing is named at once, before any work, and installed on request.
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+
+use crate::exec::{Tool, find};
+use crate::progress::{say, warn};
+
+/// What a tool is needed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Purpose {
+    /// `build-image` and `lock`.
+    Build,
+    /// `run`, and the tests that boot an image.
+    Run,
+    /// `test`: foreign tools that read what we write.
+    Test,
+    /// `test --all`.
+    TestAll,
+    /// `bench`: the tools that we are measured against.
+    Bench,
+}
+
+/// One requirement.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Requirement {
+    /// The program, or the file for what is not a program.
+    pub program: &'static str,
+    /// The Debian package.
+    pub package: &'static str,
+    /// What it does for us.
+    pub why: &'static str,
+    /// What it is needed for.
+    pub purpose: Purpose,
+}
+
+const fn tool(
+    purpose: Purpose,
+    program: &'static str,
+    package: &'static str,
+    why: &'static str,
+) -> Requirement {
+    Requirement { program, package, why, purpose }
+}
+
+/// Everything, in the order in which it is listed.
+const REQUIREMENTS: &[Requirement] = &[
+    tool(Purpose::Build, "git", "git", "names the commit that is built"),
+    tool(Purpose::Build, "apt-get", "apt", "resolves the package lock"),
+    tool(Purpose::Build, "dpkg-deb", "dpkg", "unpacks packages"),
+    tool(Purpose::Build, "mmdebstrap", "mmdebstrap", "makes the Debian base system"),
+    tool(Purpose::Build, "arch-test", "arch-test", "lets mmdebstrap check foreign binaries"),
+    tool(
+        Purpose::Build,
+        "qemu-aarch64-static",
+        "qemu-user-static",
+        "runs the base system's maintainer scripts and its Python",
+    ),
+    tool(
+        Purpose::Build,
+        "/usr/share/keyrings/debian-archive-keyring.gpg",
+        "debian-archive-keyring",
+        "checks the archive's signatures",
+    ),
+    tool(Purpose::Build, "gpgv", "gpgv", "checks the archive's signatures"),
+    tool(Purpose::Build, "depmod", "kmod", "lists the kernel modules' dependencies"),
+    tool(Purpose::Build, "mkimage", "u-boot-tools", "wraps the boot script for U-Boot"),
+    tool(Purpose::Build, "python3", "python3", "runs pip"),
+    tool(Purpose::Build, "@pip", "python3-pip", "resolves and downloads the API wheels"),
+    tool(Purpose::Build, "unshare", "util-linux", "makes the base system without root"),
+    tool(Purpose::Build, "@newuidmap", "uidmap", "makes the base system without root"),
+    tool(
+        Purpose::Build,
+        "/etc/ssl/certs/ca-certificates.crt",
+        "ca-certificates",
+        "lets pip check its index",
+    ),
+    tool(Purpose::Run, "qemu-system-aarch64", "qemu-system-arm", "boots the image"),
+    tool(Purpose::Run, "qemu-img", "qemu-utils", "keeps the image unchanged while it runs"),
+    tool(Purpose::Test, "sfdisk", "fdisk", "reads our partition tables"),
+    tool(Purpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
+    tool(Purpose::Test, "fsck.fat", "dosfstools", "reads our FAT"),
+    tool(Purpose::Test, "mdir", "mtools", "reads our FAT"),
+    tool(Purpose::Test, "e2fsck", "e2fsprogs", "reads our ext4"),
+    tool(Purpose::Test, "bmaptool", "bmap-tools", "reads our block map"),
+    tool(Purpose::Test, "zstd", "zstd", "reads our frames"),
+    tool(Purpose::Test, "minisign", "minisign", "checks our signatures"),
+    tool(Purpose::Test, "cpio", "cpio", "reads our initrd"),
+    tool(Purpose::Test, "shellcheck", "shellcheck", "checks our shell scripts"),
+    tool(Purpose::TestAll, "chromium", "chromium", "renders the report"),
+    tool(Purpose::Bench, "genimage", "genimage", "assembles images"),
+    tool(Purpose::Bench, "rauc", "rauc", "makes bundles"),
+    tool(Purpose::Bench, "mksquashfs", "squashfs-tools", "serves rauc"),
+    tool(Purpose::Bench, "zip", "zip", "packs"),
+];
+
+impl Requirement {
+    fn is_met(&self) -> bool {
+        match self.program {
+            "@pip" => Tool::new("python3").args(["-m", "pip", "--version"]).read().is_ok(),
+            // Root needs no range of subordinate ids.
+            "@newuidmap" => rustix::process::getuid().is_root() || find("newuidmap").is_some(),
+            path if path.starts_with('/') => std::path::Path::new(path).exists(),
+            program => find(program).is_some(),
+        }
+    }
+}
+
+/// What this machine lacks for these purposes.
+pub fn missing(purposes: &[Purpose]) -> Vec<Requirement> {
+    REQUIREMENTS.iter().filter(|r| purposes.contains(&r.purpose) && !r.is_met()).cloned().collect()
+}
+
+/// Makes sure that nothing is missing: installs it, or says how.
+///
+/// # Errors
+/// When something is missing and may not be, or cannot be, installed.
+pub fn require(purposes: &[Purpose], install: bool) -> Result<()> {
+    let lacking = missing(purposes);
+    if lacking.is_empty() {
+        return Ok(());
+    }
+    if !install || find("apt-get").is_none() {
+        bail!("{}", describe(&lacking));
+    }
+    self::install(&lacking)?;
+    let still = missing(purposes);
+    if still.is_empty() { Ok(()) } else { bail!("after installing: {}", describe(&still)) }
+}
+
+/// The missing tools for people.
+pub fn describe(lacking: &[Requirement]) -> String {
+    let mut text = String::from("this machine lacks:");
+    for r in lacking {
+        let name = r.program.trim_start_matches('@');
+        text.push_str(&format!("\n  {name:<22} {:<22} {}", r.package, r.why));
+    }
+    text.push_str(&format!(
+        "\nhelp: cargo xtask doctor --install, or: sudo apt-get install {}",
+        packages(lacking).join(" ")
+    ));
+    text
+}
+
+fn packages(lacking: &[Requirement]) -> Vec<&'static str> {
+    let mut packages: Vec<_> = lacking.iter().map(|r| r.package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    packages
+}
+
+/// Installs the packages of what is missing, as root or through sudo.
+///
+/// # Errors
+/// When apt cannot install them.
+pub fn install(lacking: &[Requirement]) -> Result<()> {
+    let packages = packages(lacking);
+    say("setup", format!("installing {}", packages.join(" ")));
+    let update = || apt(&["update", "--quiet"]).run();
+    let options = ["--yes", "--quiet", "--no-install-recommends"];
+    let possible = |more: &[&str]| {
+        apt(&["install", "--simulate", "--quiet"]).args(more).args(&packages).read().is_ok()
+    };
+    // A fresh machine has no package lists, an old one lists what is gone.
+    update().context("refreshing the package lists")?;
+    let step = crate::progress::Step::new("setup", "apt-get", 0, crate::progress::Unit::Items);
+    if possible(&[]) {
+        return apt(&["install"])
+            .args(options)
+            .args(&packages)
+            .run_lines(|line| step.note(line))
+            .context("installing tools");
+    }
+    // Parts of QEMU that came from backports need the rest from there as well.
+    let backports = Backports::prepare().context("looking for the packages in backports")?;
+    warn("the packages do not fit this release as it is; taking them from its backports");
+    apt(&["update", "--quiet"]).args(&backports.options).run()?;
+    apt(&["install"])
+        .args(&backports.options)
+        .args(["-t", &backports.suite])
+        .args(options)
+        .args(&packages)
+        .run_lines(|line| step.note(line))
+        .context("installing tools")
+}
+
+fn apt(arguments: &[&str]) -> Tool {
+    let tool = if rustix::process::getuid().is_root() {
+        Tool::new("apt-get")
+    } else {
+        Tool::new("sudo").args(["--preserve-env=DEBIAN_FRONTEND", "apt-get"])
+    };
+    tool.env("DEBIAN_FRONTEND", "noninteractive").args(arguments)
+}
+
+/// The host's own sources plus its backports, in a sources list of their own: the machine's
+/// configuration stays as it is.
+struct Backports {
+    suite: String,
+    options: Vec<String>,
+    _dir: tempfile::TempDir,
+}
+
+impl Backports {
+    fn prepare() -> Result<Self> {
+        let release = std::fs::read_to_string("/etc/os-release").context("reading os-release")?;
+        let codename = release
+            .lines()
+            .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+            .context("this is not a Debian release with backports")?;
+        let suite = format!("{codename}-backports");
+        let targets = Tool::new("apt-get")
+            .args(["indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"])
+            .read()?;
+        let uri = targets
+            .lines()
+            .filter_map(|line| line.split_once(' '))
+            .find(|(_, release)| *release == codename)
+            .map(|(uri, _)| uri)
+            .with_context(|| format!("the machine's apt sources do not name {codename}"))?;
+        let dir = tempfile::tempdir().context("making a folder")?;
+        let list = dir.path().join("backports.list");
+        let lists = dir.path().join("lists");
+        std::fs::create_dir(&lists).context("making a folder")?;
+        let keyring = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        let line = |suite: &str| format!("deb [signed-by={keyring}] {uri} {suite} main\n");
+        std::fs::write(&list, line(codename) + &line(&suite)).context("writing a sources list")?;
+        let options = vec![
+            "-o".to_owned(),
+            format!("Dir::Etc::SourceList={}", list.display()),
+            "-o".to_owned(),
+            "Dir::Etc::SourceParts=/dev/null".to_owned(),
+            "-o".to_owned(),
+            format!("Dir::State::Lists={}", lists.display()),
+        ];
+        Ok(Self { suite, options, _dir: dir })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_description_names_each_program_with_its_package() {
+        let lacking = vec![
+            tool(Purpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
+            tool(Purpose::Test, "@pip", "python3-pip", "resolves wheels"),
+        ];
+        let text = describe(&lacking);
+        assert!(text.contains("sgdisk") && text.contains("gdisk"), "{text}");
+        assert!(text.ends_with("sudo apt-get install gdisk python3-pip"), "{text}");
+    }
+}
