@@ -100,6 +100,13 @@ pub fn load(root: &Utf8Path, product: &str, board: Option<&str>) -> Result<Confi
     known("product", product, &products(root)?)?;
     let product = product::read(root, product)?;
     let board_name = board.unwrap_or(&product.default_board.value.0);
+    let default = &product.default_board;
+    if !product.boards.iter().any(|b| b.value == default.value) {
+        let message =
+            format!("`default-board` is {}, which is not among `boards`", default.value.0);
+        let help = "add it to `boards`, or choose one of them";
+        reader::Findings(vec![reader::Finding::new(&default.place, message, help)]).check()?;
+    }
     known("board", board_name, &boards(root)?)?;
     if !product.boards.iter().any(|b| b.value.0 == board_name) {
         let names: Vec<_> = product.boards.iter().map(|b| b.value.0.as_str()).collect();

@@ -248,6 +248,7 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
     let components = f.list("components");
     let packages = f.list("packages");
     let lock = f.optional("lock");
+    // Both or none: a release is pinned by the commit of its tag.
     let release = f.optional::<String>("release");
     let commit = f.optional::<String>("commit");
     let defconfig = f.optional("defconfig");

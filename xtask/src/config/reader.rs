@@ -81,7 +81,8 @@ impl Findings {
     ///
     /// # Errors
     /// The findings themselves, when there are any.
-    pub fn check(self) -> Result<()> {
+    pub fn check(mut self) -> Result<()> {
+        self.0.sort_by(|a, b| (&a.place.file, a.place.line).cmp(&(&b.place.file, b.place.line)));
         if self.0.is_empty() { Ok(()) } else { Err(self.into()) }
     }
 }
@@ -411,12 +412,13 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// The known name nearest to a misspelt one, when one is near enough (a third of its letters).
+/// The known name nearest to a misspelt one, when one is near enough: two letters (a transposition
+/// counts as two), or a third of a long name.
 pub fn nearest<'n>(name: &str, known: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
     known
         .into_iter()
         .map(|candidate| (distance(name, candidate), candidate))
-        .filter(|(d, candidate)| *d <= candidate.len().max(name.len()) / 3)
+        .filter(|(d, candidate)| *d <= (candidate.len().max(name.len()) / 3).max(2))
         .min()
         .map(|(_, candidate)| candidate)
 }

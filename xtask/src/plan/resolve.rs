@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::Context as _;
 use camino::Utf8Path;
 
 use super::{
@@ -22,7 +23,7 @@ const ALIGNMENT: u64 = 4 << 20;
 ///
 /// # Errors
 /// Everything that is wrong, each with file, line and text.
-pub fn resolve(config: &Config, facts: &Facts) -> Result<Plan, Findings> {
+pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
     let mut findings = Vec::new();
     let (product, board) = (&config.product, &config.board);
     check_product(config, &mut findings);
@@ -32,7 +33,8 @@ pub fn resolve(config: &Config, facts: &Facts) -> Result<Plan, Findings> {
     let disk = place_disk(board, &mut findings);
     let overlay = merge_overlays(config);
     let boot_files = boot_files(config, &mut findings);
-    let (Some(disk), true) = (disk, findings.is_empty()) else { return Err(Findings(findings)) };
+    Findings(findings).check()?;
+    let disk = disk.context("the disk was rejected without a finding")?;
     let rootfs = &product.rootfs;
     Ok(Plan {
         schema: 1,
@@ -123,16 +125,6 @@ fn must_exist(config: &Config, place: &Place, path: &Utf8Path, help: &str, out: 
 
 fn check_product(config: &Config, out: &mut Vec<Finding>) {
     let product = &config.product;
-    let default = &product.default_board;
-    if !product.boards.iter().any(|b| b.value == default.value) {
-        let message =
-            format!("`default-board` is {}, which is not among `boards`", default.value.0);
-        out.push(Finding::new(
-            &default.place,
-            message,
-            "add it to `boards`, or choose one of them",
-        ));
-    }
     let known = config::boards(&config.root).unwrap_or_default();
     for board in product.boards.iter().filter(|b| !known.contains(&b.value.0)) {
         let message = format!("there is no board {}", board.value.0);
@@ -309,7 +301,7 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         }
         Engine::Buildroot => {
             needs(rootfs.defconfig.is_some(), "defconfig");
-            needs(rootfs.buildroot.is_some(), "release` and `rootfs.commit");
+            needs(rootfs.buildroot.is_some(), "release");
             if board.buildroot.is_none() {
                 let message =
                     format!("the engine buildroot does not know the board {}", board.name.value.0);

@@ -1,0 +1,170 @@
+//! One bad input for every rule of the configuration, with its message. The messages lie in
+//! `golden/bad-input`; `SLIPWAY_BLESS=1 cargo test` rewrites them, and the diff is the review.
+
+use camino::{Utf8Path, Utf8PathBuf};
+use xtask::config;
+use xtask::facts::Facts;
+use xtask::{plan, render};
+
+const PRODUCT: &str = "configs/shop.toml";
+const BOARD: &str = "board/sample/board.toml";
+
+/// Rule, file, what stands there, what is put in its stead.
+const CASES: &[(&str, &str, &str, &str)] = &[
+    ("not-toml", PRODUCT, "version = \"1.2.0\"", "version = = \"1.2.0\""),
+    ("unknown-key", PRODUCT, "title = ", "titel = "),
+    ("unknown-key-in-table", BOARD, "first-partition = ", "first-partiton = "),
+    ("missing-key", PRODUCT, "kind = \"release\"\n", ""),
+    ("wrong-type", PRODUCT, "uid = 1000", "uid = \"1000\""),
+    ("size-without-unit", BOARD, "size = \"1GiB\"", "size = \"1\""),
+    ("size-as-number", BOARD, "size = \"1GiB\"", "size = 1073741824"),
+    ("size-with-wrong-unit", BOARD, "size = \"64MiB\"", "size = \"64MB\""),
+    ("percent", PRODUCT, "\"90%\"", "\"190%\""),
+    ("version", PRODUCT, "version = \"1.2.0\"", "version = \"1.2\""),
+    ("version-leading-zero", PRODUCT, "version = \"1.2.0\"", "version = \"1.02.0\""),
+    ("name", PRODUCT, "hostname = \"shop\"", "hostname = \"Shop Robot\""),
+    (
+        "name-too-long",
+        PRODUCT,
+        "\"shop\"\n\n[update]",
+        "\"a123456789b123456789c123456789d123456789e\"\n\n[update]",
+    ),
+    ("product-name-differs", PRODUCT, "name = \"shop\"", "name = \"shpo\""),
+    ("board-name-differs", BOARD, "name = \"sample\"", "name = \"simple\""),
+    ("kind", PRODUCT, "kind = \"release\"", "kind = \"beta\""),
+    ("engine", PRODUCT, "engine = \"debian\"", "engine = \"yocto\""),
+    ("engine-needs-suite", PRODUCT, "suite = \"bookworm\"\n", ""),
+    ("engine-needs-lock", PRODUCT, "lock = \"configs/shop.packages.lock\"\n", ""),
+    ("engine-does-not-know-board", BOARD, "[debian]\npackages = [\"u-boot-sample\"]\n", ""),
+    ("buildroot-needs-defconfig", PRODUCT, "engine = \"debian\"", "engine = \"buildroot\""),
+    ("boot-flow", BOARD, "boot-flow = \"uboot\"", "boot-flow = \"grub\""),
+    ("table", BOARD, "table = \"mbr\"", "table = \"apm\""),
+    ("path-leaves-workspace", PRODUCT, "configs/shop.wheels.lock", "../shop.wheels.lock"),
+    ("missing-file", PRODUCT, "configs/shop.wheels.lock", "configs/other.wheels.lock"),
+    ("missing-template", BOARD, "boot.scr.j2", "boot.cmd.j2"),
+    ("missing-overlay", PRODUCT, "[\"plain\"]", "[\"plain\", \"fancy\"]"),
+    (
+        "default-board-not-listed",
+        PRODUCT,
+        "default-board = \"sample\"",
+        "default-board = \"other\"",
+    ),
+    ("unknown-board-listed", PRODUCT, "boards = [\"sample\"]", "boards = [\"sample\", \"smaple\"]"),
+    ("floor-above-version", PRODUCT, "\"1.0.0\"", "\"2.0.0\""),
+    ("warning-above-limit", PRODUCT, "\"80%\"", "\"95%\""),
+    ("api-without-version", PRODUCT, "thing==1.0", "thing>=1.0"),
+    ("release-with-passwords", PRODUCT, "authentication = false", "authentication = true"),
+    (
+        "release-without-password",
+        PRODUCT,
+        "uid = 1000\npassword = \"locked\"",
+        "uid = 1000\npassword = \"empty\"",
+    ),
+    (
+        "password-in-clear",
+        PRODUCT,
+        "uid = 1000\npassword = \"locked\"",
+        "uid = 1000\npassword = \"hunter2\"",
+    ),
+    ("user-twice", PRODUCT, "name = \"robot\"\nuid = 1000", "name = \"root\"\nuid = 1000"),
+    ("uid-twice", PRODUCT, "uid = 1000", "uid = 0"),
+    ("uid-of-the-system", PRODUCT, "uid = 1000", "uid = 33"),
+    ("arch", BOARD, "arch = \"arm64\"", "arch = \"riscv64\""),
+    (
+        "partition-missing",
+        BOARD,
+        "role = \"data\"\nfilesystem = \"ext4\"\nsize = \"64MiB\"",
+        "role = \"root-c\"\nfilesystem = \"ext4\"\nsize = \"64MiB\"",
+    ),
+    (
+        "wrong-filesystem",
+        BOARD,
+        "role = \"data\"\nfilesystem = \"ext4\"",
+        "role = \"data\"\nfilesystem = \"vfat\"",
+    ),
+    (
+        "slots-differ",
+        BOARD,
+        "role = \"root-b\"\nfilesystem = \"ext4\"\nsize = \"256MiB\"",
+        "role = \"root-b\"\nfilesystem = \"ext4\"\nsize = \"128MiB\"",
+    ),
+    ("partition-oversized", BOARD, "size = \"1GiB\"", "size = \"512MiB\""),
+    ("partitions-overlap", BOARD, "role = \"root-b\"\n", "role = \"root-b\"\nstart = \"100MiB\"\n"),
+    ("boot-state-missing", BOARD, "offsets = [\"1MiB\", \"1028KiB\"]", "offsets = [\"1MiB\"]"),
+    ("boot-state-in-partition", BOARD, "\"1028KiB\"", "\"5MiB\""),
+    ("boot-script-missing", BOARD, "compile = \"boot-script\"\n", ""),
+    ("boot-script-kind", BOARD, "\"boot-script\"", "\"gzip\""),
+    ("boot-file-without-source", BOARD, "template = \"boot.scr.j2\"\n", ""),
+    ("boot-file-partition", BOARD, "compile =", "partition = \"data\"\ncompile ="),
+    ("template-undefined", "overlays/plain/etc/hostname.j2", "hostname", "hostnmae"),
+    ("template-syntax", "overlays/plain/etc/hostname.j2", " }}", ""),
+    (
+        "many-at-once",
+        PRODUCT,
+        "kind = \"release\"\nboards",
+        "knd = \"release\"\nkind = \"beta\"\nboards",
+    ),
+];
+
+fn copy(from: &Utf8Path, to: &Utf8Path) {
+    std::fs::create_dir_all(to).expect("a folder");
+    for entry in from.read_dir_utf8().expect("readable") {
+        let entry = entry.expect("readable");
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), &target).expect("copied");
+        }
+    }
+}
+
+fn here() -> Utf8PathBuf {
+    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")
+}
+
+fn resolve(root: &Utf8Path) -> anyhow::Result<()> {
+    let config = config::load(root, "shop", None)?;
+    let facts =
+        Facts { commit: None, modified: false, epoch: 1_700_000_000, host_arch: "amd64".into() };
+    let plan = plan::resolve(&config, &facts)?;
+    render::render(root, &plan)?;
+    Ok(())
+}
+
+#[test]
+fn the_fixture_itself_is_accepted() {
+    resolve(&here().join("fixture")).expect("the fixture resolves and renders");
+}
+
+#[test]
+fn every_rule_has_its_message() {
+    let bless = std::env::var_os("SLIPWAY_BLESS").is_some();
+    let mut wrong = Vec::new();
+    for (rule, file, find, replace) in CASES {
+        let dir = tempfile::tempdir().expect("a folder");
+        let root = Utf8Path::from_path(dir.path()).expect("UTF-8").to_owned();
+        copy(&here().join("fixture"), &root);
+        let path = root.join(file);
+        let text = std::fs::read_to_string(&path).expect("read");
+        assert!(text.contains(find), "{rule}: the fixture no longer has {find:?}");
+        std::fs::write(&path, text.replacen(find, replace, 1)).expect("written");
+        let message = match resolve(&root) {
+            Ok(()) => {
+                wrong.push(format!("{rule}: was accepted"));
+                continue;
+            }
+            Err(error) => format!("{error:#}\n").replace(root.as_str(), "ROOT"),
+        };
+        assert!(!message.contains("hunter2"), "{rule}: a secret is repeated: {message}");
+        let golden = here().join(format!("golden/bad-input/{rule}.txt"));
+        if bless {
+            std::fs::write(&golden, &message).expect("written");
+        }
+        let expected = std::fs::read_to_string(&golden).unwrap_or_default();
+        if message != expected {
+            wrong.push(format!("{rule}: expected\n{expected}but found\n{message}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
