@@ -10,6 +10,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match &cli.command {
         Command::Doctor(options) => cmd::doctor::doctor(options),
+        Command::Check => cmd::check::check(),
+        Command::Test(options) => cmd::check::test(options),
+        Command::Clean(options) => cmd::clean::clean(options),
         Command::Plan(options) => cmd::plan::plan(options),
         Command::Render(options) => cmd::plan::render(options),
         Command::Completions { shell } => {

@@ -1,4 +1,6 @@
 //! One file for each verb of the command line.
 
+pub mod check;
+pub mod clean;
 pub mod doctor;
 pub mod plan;

@@ -1,0 +1,60 @@
+//! `clean`: removes what can be made again, and says how much that was.
+
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Context, Result};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::cache::Cache;
+use crate::cli::Clean;
+use crate::config::workspace_root;
+use crate::progress::{bytes, say};
+
+/// `cargo xtask clean`. Removes results, on request kept stages and downloads; never keys, locks or
+/// anything outside `dist/` and the cache.
+///
+/// # Errors
+/// When something cannot be removed.
+pub fn clean(options: &Clean) -> Result<()> {
+    let cache = Cache::locate()?;
+    let mut paths = vec![workspace_root()?.join("dist")];
+    if options.stages {
+        paths.extend(["stages", "tools", "tmp"].map(|name| cache.root.join(name)));
+    }
+    if options.downloads {
+        paths.push(cache.root.join("downloads"));
+    }
+    for path in paths.iter().filter(|p| p.exists()) {
+        let size = bytes(allocated(path)?);
+        if options.dry_run {
+            say("clean", format!("would remove {path} ({size})"));
+        } else {
+            remove(path)?;
+            say("clean", format!("removed {path} ({size})"));
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Utf8Path) -> Result<()> {
+    std::fs::remove_dir_all(path).with_context(|| format!("removing {path}"))
+}
+
+/// Bytes that a folder takes on disk: images are sparse.
+fn allocated(dir: &Utf8Path) -> Result<u64> {
+    let mut total = 0;
+    let mut folders: Vec<Utf8PathBuf> = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in folder.read_dir_utf8().with_context(|| format!("reading {folder}"))? {
+            let entry = entry.with_context(|| format!("reading {folder}"))?;
+            let metadata = entry.metadata().with_context(|| format!("reading {}", entry.path()))?;
+            if metadata.is_dir() {
+                folders.push(entry.into_path());
+            } else {
+                // st_blocks counts 512-byte units whatever the filesystem's block size (stat(2)).
+                total += metadata.blocks() * 512;
+            }
+        }
+    }
+    Ok(total)
+}

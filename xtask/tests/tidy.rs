@@ -1,0 +1,158 @@
+//! The house rules that a program can check.
+
+use std::process::Command;
+
+use camino::{Utf8Path, Utf8PathBuf};
+
+fn root() -> Utf8PathBuf {
+    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+/// Files that git tracks or would track, with their text; what is not UTF-8 is left out.
+fn files() -> Vec<(Utf8PathBuf, String)> {
+    let output = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root())
+        .output()
+        .expect("git runs");
+    assert!(output.status.success(), "git ls-files failed");
+    String::from_utf8(output.stdout)
+        .expect("UTF-8")
+        .lines()
+        .filter_map(|line| {
+            let text = std::fs::read_to_string(root().join(line)).ok()?;
+            Some((Utf8PathBuf::from(line), text))
+        })
+        .collect()
+}
+
+fn rust() -> Vec<(Utf8PathBuf, String)> {
+    files().into_iter().filter(|(path, _)| path.extension() == Some("rs")).collect()
+}
+
+fn complain(findings: Vec<String>) {
+    assert!(findings.is_empty(), "\n{}\n", findings.join("\n"));
+}
+
+#[test]
+fn no_file_is_longer_than_800_lines() {
+    let sources = files().into_iter().filter(|(path, _)| {
+        !matches!(path.extension(), Some("lock" | "txt" | "json")) && path != "LICENSE"
+    });
+    complain(
+        sources
+            .map(|(path, text)| (path, text.lines().count()))
+            .filter(|(_, lines)| *lines > 800)
+            .map(|(path, lines)| format!("{path}: {lines} lines"))
+            .collect(),
+    );
+}
+
+#[test]
+fn every_rust_file_opens_by_saying_what_it_is_for() {
+    let opens = |text: &str| {
+        text.lines().find(|l| !l.starts_with("#!")).is_some_and(|l| l.starts_with("//!"))
+    };
+    complain(
+        rust()
+            .into_iter()
+            .filter(|(_, text)| !opens(text))
+            .map(|(path, _)| format!("{path}: opens with no //! line"))
+            .collect(),
+    );
+}
+
+#[test]
+fn no_board_or_product_stands_in_rust_source() {
+    let mut names: Vec<String> = Vec::new();
+    for entry in root().join("board").read_dir_utf8().expect("board") {
+        names.push(entry.expect("readable").file_name().to_owned());
+    }
+    names.retain(|name| name != "common");
+    assert!(names.len() >= 4, "no boards found: {names:?}");
+    let mut findings = Vec::new();
+    for (path, text) in rust().into_iter().filter(|(p, _)| p.as_str().contains("/src/")) {
+        // Tests below the code may name boards of real inputs.
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for (number, line) in code.lines().enumerate() {
+            for name in &names {
+                let quoted =
+                    line.contains(&format!("\"{name}\"")) || line.contains(&format!("/{name}/"));
+                if quoted {
+                    findings.push(format!("{path}:{}: names the board {name}", number + 1));
+                }
+            }
+        }
+    }
+    complain(findings);
+}
+
+#[test]
+fn the_crates_depend_in_one_direction() {
+    let mut findings = Vec::new();
+    for (path, text) in files() {
+        let forbidden: &[&str] = match path.as_str() {
+            "bundle/Cargo.toml" => &["xtask", "slotd"],
+            "xtask/Cargo.toml" => &["slotd"],
+            "slotd/Cargo.toml" => &["xtask"],
+            _ => continue,
+        };
+        for name in forbidden {
+            if text.lines().any(|line| line.starts_with(name)) {
+                findings.push(format!("{path}: depends on {name}"));
+            }
+        }
+    }
+    complain(findings);
+}
+
+#[test]
+fn pure_code_touches_neither_files_nor_programs() {
+    let pure = ["xtask/src/plan/", "xtask/src/disk/layout.rs", "bundle/src/"];
+    let impure = ["std::fs", "std::process", "std::net", "exec::Tool", "SystemTime::now"];
+    let mut findings = Vec::new();
+    for (path, text) in rust() {
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        if pure.iter().any(|p| path.as_str().starts_with(p)) {
+            for word in impure.iter().filter(|word| code.contains(**word)) {
+                findings.push(format!("{path}: uses {word}"));
+            }
+        }
+    }
+    complain(findings);
+}
+
+#[test]
+fn programs_are_run_in_one_place() {
+    // `cmd/check.rs` lends its own terminal to cargo; `bench` measures children itself.
+    let allowed =
+        ["xtask/src/exec.rs", "xtask/src/cmd/check.rs", "xtask/src/bench/", "xtask/src/qemu"];
+    let mut findings = Vec::new();
+    for (path, text) in rust() {
+        let own = path.as_str().starts_with("xtask/src/")
+            && !allowed.iter().any(|a| path.as_str().starts_with(a));
+        if own && text.contains("Command::new(") {
+            findings.push(format!("{path}: runs a program without exec::Tool"));
+        }
+    }
+    complain(findings);
+}
+
+#[test]
+fn shell_scripts_are_clean() {
+    let scripts: Vec<String> = files()
+        .into_iter()
+        .filter(|(_, text)| {
+            let first = text.lines().next().unwrap_or_default();
+            first.starts_with("#!") && (first.ends_with("sh") || first.contains("bash"))
+        })
+        .map(|(path, _)| path.into_string())
+        .collect();
+    assert!(!scripts.is_empty(), "no scripts found");
+    let output = Command::new("shellcheck")
+        .args(&scripts)
+        .current_dir(root())
+        .output()
+        .expect("shellcheck is installed: cargo xtask doctor --install");
+    assert!(output.status.success(), "\n{}", String::from_utf8_lossy(&output.stdout));
+}
