@@ -3,6 +3,7 @@
 //! `docs/architecture.md` is the map of this crate.
 
 pub mod artifact;
+pub mod diff;
 pub mod exec;
 pub mod progress;
 pub mod report;

@@ -118,8 +118,8 @@ fn golden(name: &str, found: &str) {
 
 #[test]
 fn terminal_goldens() {
-    golden("terminal-100.txt", &terminal(&realistic(), Style { color: false, width: 110 }));
-    golden("terminal-60.txt", &terminal(&realistic(), Style { color: false, width: 60 }));
+    golden("terminal-wide.txt", &terminal(&realistic(), Style { color: false, width: 110 }));
+    golden("terminal-narrow.txt", &terminal(&realistic(), Style { color: false, width: 60 }));
     golden("terminal-color.txt", &terminal(&realistic(), Style { color: true, width: 110 }));
     assert_eq!(terminal(&empty(), Style::plain()), "");
 }

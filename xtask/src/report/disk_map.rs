@@ -106,8 +106,8 @@ pub(super) fn draw(disk: &Disk, width: f64) -> Map {
         }
         blocks.push(block);
     }
-    // Gaps go first, so that the minimum width of a tiny region is not painted over.
-    blocks.sort_by_key(|block| block.class != "gap");
+    // The smallest go last, so that the minimum width of a tiny region is not painted over.
+    blocks.sort_by_key(|block| (block.class != "gap", std::cmp::Reverse(block.size)));
     let labels = place(outside, width);
     let rows = labels.iter().map(|label| label.row + 1).max().unwrap_or(0);
     Map { width, blocks, labels, rows, ticks: ticks(disk.size, width) }

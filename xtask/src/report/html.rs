@@ -18,8 +18,8 @@ const TEMPLATE: &str = "report.html.j2";
 /// shows one of the two, so that letters keep their size.
 const WIDTHS: [(&str, f64, f64); 2] = [("wide", 1120.0, 460.0), ("narrow", 400.0, 520.0)];
 
-/// How wide a character of a tile's label is taken to be.
-const CHAR_WIDTH: f64 = 6.8;
+/// How wide a character of a tile's (bold) label is taken to be.
+const CHAR_WIDTH: f64 = 7.7;
 
 /// Tiles with a smaller area than this are drawn as one.
 const MIN_TILE: f64 = 220.0;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 pub use html::render_html;
+pub(crate) use terminal::printable;
 pub use terminal::{Style, render_terminal};
 
 /// The version of the JSON form. It rises when a field changes its meaning or goes away; a new
