@@ -1,6 +1,8 @@
 //! The geometry of the partition map: every region to scale, tiny ones with a visible minimum, and
 //! labels that never overlap. Pure; drawing is the template's business.
 
+use std::cmp::Ordering;
+
 use serde::Serialize;
 
 use super::{Disk, Region, RegionKind};
@@ -149,10 +151,11 @@ fn block(region: &Region, scale: f64, whole: f64) -> Block {
     }
 }
 
-/// Places labels to the right of their leader lines, from right to left: a label that has to go a
-/// row deeper then never has its leader cross the text of another.
+/// Places labels to the right of their leader lines, from right to left. A label takes the first row
+/// in which it neither meets another nor lies over the leader of one in a deeper row. Only where
+/// labels crowd at the right edge, and are pushed left over their leaders, may a line pass behind one.
 fn place(outside: Vec<(f64, String)>, width: f64) -> Vec<Label> {
-    let mut free_until: Vec<f64> = Vec::new();
+    let mut rows = 0;
     let mut labels: Vec<Label> = Vec::new();
     for (anchor, text) in outside.into_iter().rev() {
         let room = (width / CHAR_WIDTH) as usize;
@@ -160,12 +163,15 @@ fn place(outside: Vec<(f64, String)>, width: f64) -> Vec<Label> {
         let length = text.chars().count() as f64 * CHAR_WIDTH;
         let x = (anchor + 6.0).min(width - length).max(0.0);
         let end = x + length + LABEL_GAP;
-        let free = free_until.iter().position(|free| end <= *free);
-        let row = free.unwrap_or_else(|| {
-            free_until.push(width);
-            free_until.len() - 1
-        });
-        free_until[row] = anchor.min(x);
+        let free = |row: &usize| {
+            labels.iter().all(|other| match other.row.cmp(row) {
+                Ordering::Less => true,
+                Ordering::Equal => end <= other.x.min(other.anchor),
+                Ordering::Greater => end <= other.anchor,
+            })
+        };
+        let row = (0..rows).find(free).unwrap_or(rows);
+        rows = rows.max(row + 1);
         labels.push(Label { anchor, x, row, text });
     }
     labels.reverse();
@@ -218,13 +224,16 @@ mod tests {
         let disk = Disk::new(TableKind::Gpt, 40_000, regions).unwrap();
         let map = draw(&disk, 400.0);
         assert!(map.labels.len() > 5, "{map:?}");
-        for (index, a) in map.labels.iter().enumerate() {
+        for a in &map.labels {
             let end = |l: &Label| l.x + l.text.chars().count() as f64 * CHAR_WIDTH;
             assert!(end(a) <= map.width + 0.001, "{a:?} leaves the drawing");
-            for b in &map.labels[index + 1..] {
-                assert!(a.row != b.row || end(a) <= b.x, "{a:?} overlaps {b:?}");
+            for b in &map.labels {
+                if std::ptr::eq(a, b) {
+                    continue;
+                }
+                assert!(a.row != b.row || end(a) <= b.x || end(b) <= a.x, "{a:?} overlaps {b:?}");
                 assert!(
-                    b.row <= a.row || b.anchor >= end(a) || b.anchor < a.x,
+                    b.row <= a.row || b.anchor >= end(a) || b.anchor < a.x || a.x < a.anchor,
                     "the leader of {b:?} crosses {a:?}"
                 );
             }
