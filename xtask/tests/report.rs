@@ -203,12 +203,14 @@ fn pages_are_well_formed() {
     assert!(html.contains("&lt;script&gt;alert"), "the hostile name is not shown at all");
 }
 
-/// `REPORT_PAGE=/tmp/report.html` keeps the realistic page, to be looked at in a browser.
+/// `REPORT_PAGE=/tmp/report.html` keeps the realistic and the hostile page, to be looked at in a browser.
 #[test]
 fn the_page_can_be_looked_at() {
     let html = render_html(&realistic()).unwrap();
-    if let Some(path) = std::env::var_os("REPORT_PAGE") {
-        std::fs::write(path, &html).unwrap();
+    if let Some(mut path) = std::env::var_os("REPORT_PAGE") {
+        std::fs::write(&path, &html).unwrap();
+        path.push(".hostile.html");
+        std::fs::write(&path, render_html(&hostile()).unwrap()).unwrap();
     }
     for text in ["Partition map", "Time by stage", "What takes the space", "Largest files"] {
         assert!(html.contains(text), "{text} is missing");
