@@ -1,0 +1,250 @@
+//! The geometry of the partition map: every region to scale, tiny ones with a visible minimum, and
+//! labels that never overlap. Pure; drawing is the template's business.
+
+use std::cmp::Ordering;
+
+use serde::Serialize;
+
+use super::{Disk, Region, RegionKind};
+use crate::progress::bytes;
+
+/// A region is drawn at least this wide, so that one sector of a whole card can still be seen.
+const MIN_WIDTH: f64 = 3.0;
+
+/// How wide a character is taken to be; generous for a 12-pixel sans-serif face.
+const CHAR_WIDTH: f64 = 6.8;
+
+/// Labels whose regions lie closer together than this share one leader line.
+const SHARED_LEADER: f64 = 8.0;
+
+/// The space between two labels in one row.
+const LABEL_GAP: f64 = 14.0;
+
+/// One rectangle of the map.
+#[derive(Debug, Serialize)]
+pub(super) struct Block {
+    /// Where it begins, in the drawing's units.
+    pub x: f64,
+    /// Its width: to scale, but at least [`MIN_WIDTH`].
+    pub width: f64,
+    /// The width of the part that is in use.
+    pub used: f64,
+    /// The style that suits its role.
+    pub class: &'static str,
+    /// What to write inside; empty when it does not fit.
+    pub label: String,
+    /// The second line inside; empty when it does not fit.
+    pub detail: String,
+    /// The tooltip.
+    pub title: String,
+    /// The exact position, for programs and tests.
+    pub start: u64,
+    /// The exact size, for programs and tests.
+    pub size: u64,
+}
+
+/// A label outside of the map, with a line to what it names.
+#[derive(Debug, Serialize)]
+pub(super) struct Label {
+    /// Where its leader line stands.
+    pub anchor: f64,
+    /// Where its text begins.
+    pub x: f64,
+    /// Its row below the map, from 0.
+    pub row: usize,
+    /// What it says.
+    pub text: String,
+}
+
+/// A mark on the ruler.
+#[derive(Debug, Serialize)]
+pub(super) struct Tick {
+    pub x: f64,
+    pub text: String,
+}
+
+/// The whole map at one width.
+#[derive(Debug, Serialize)]
+pub(super) struct Map {
+    pub width: f64,
+    pub blocks: Vec<Block>,
+    pub labels: Vec<Label>,
+    pub rows: usize,
+    pub ticks: Vec<Tick>,
+}
+
+/// Which style a region has. Roles are fixed nouns: `boot`, `root-a`, `boot-b`, `data`, ….
+pub(super) fn class(region: &Region) -> &'static str {
+    match region.kind {
+        RegionKind::Gap => "gap",
+        RegionKind::Table => "table",
+        RegionKind::BootState => "state",
+        RegionKind::Partition => match region.role.split('-').next() {
+            Some("boot") => "boot",
+            Some("root") => "root",
+            Some("data") => "data",
+            _ => "other",
+        },
+    }
+}
+
+/// Draws the card over this width.
+pub(super) fn draw(disk: &Disk, width: f64) -> Map {
+    let scale = width / disk.size.max(1) as f64;
+    let mut blocks = Vec::with_capacity(disk.regions.len());
+    let mut outside: Vec<(f64, String)> = Vec::new();
+    for region in &disk.regions {
+        let block = block(region, scale, width);
+        if block.label.is_empty() && region.kind != RegionKind::Gap {
+            let anchor = block.x + block.width / 2.0;
+            let name = outside_name(region);
+            match outside.last_mut() {
+                Some((last, text)) if anchor - *last < SHARED_LEADER => {
+                    text.push_str(", ");
+                    text.push_str(&name);
+                }
+                _ => outside.push((anchor, name)),
+            }
+        }
+        blocks.push(block);
+    }
+    // The smallest go last, so that the minimum width of a tiny region is not painted over.
+    blocks.sort_by_key(|block| (block.class != "gap", std::cmp::Reverse(block.size)));
+    let labels = place(outside, width);
+    let rows = labels.iter().map(|label| label.row + 1).max().unwrap_or(0);
+    Map { width, blocks, labels, rows, ticks: ticks(disk.size, width) }
+}
+
+fn outside_name(region: &Region) -> String {
+    match region.kind {
+        RegionKind::Partition => format!("{} {}", region.role, bytes(region.size)),
+        _ => region.role.clone(),
+    }
+}
+
+fn block(region: &Region, scale: f64, whole: f64) -> Block {
+    let exact = region.size as f64 * scale;
+    let width = if region.kind == RegionKind::Gap { exact } else { exact.max(MIN_WIDTH) };
+    let x = (region.start as f64 * scale).min(whole - width).max(0.0);
+    let share = region.used.unwrap_or(0) as f64 / region.size.max(1) as f64;
+    let size = bytes(region.size);
+    let fits = |text: &str| text.chars().count() as f64 * CHAR_WIDTH + 16.0 <= width;
+    let label = if fits(&region.role) { region.role.clone() } else { String::new() };
+    let detail = if !label.is_empty() && fits(&size) { size.clone() } else { String::new() };
+    let mut title = format!("{}: {size} at {}", region.role, bytes(region.start));
+    if let Some(filesystem) = &region.filesystem {
+        title.push_str(&format!(", {filesystem}"));
+    }
+    if let Some(used) = region.used {
+        title.push_str(&format!(", {} used", bytes(used)));
+    }
+    Block {
+        x,
+        width,
+        used: exact * share.clamp(0.0, 1.0),
+        class: class(region),
+        label,
+        detail,
+        title,
+        start: region.start,
+        size: region.size,
+    }
+}
+
+/// Places labels to the right of their leader lines, from right to left. A label takes the first row
+/// in which it neither meets another nor lies over the leader of one in a deeper row. Only where
+/// labels crowd at the right edge, and are pushed left over their leaders, may a line pass behind one.
+fn place(outside: Vec<(f64, String)>, width: f64) -> Vec<Label> {
+    let mut rows = 0;
+    let mut labels: Vec<Label> = Vec::new();
+    for (anchor, text) in outside.into_iter().rev() {
+        let room = (width / CHAR_WIDTH) as usize;
+        let text = shorten(&text, room.saturating_sub(2));
+        let length = text.chars().count() as f64 * CHAR_WIDTH;
+        let x = (anchor + 6.0).min(width - length).max(0.0);
+        let end = x + length + LABEL_GAP;
+        let free = |row: &usize| {
+            labels.iter().all(|other| match other.row.cmp(row) {
+                Ordering::Less => true,
+                Ordering::Equal => end <= other.x.min(other.anchor),
+                Ordering::Greater => end <= other.anchor,
+            })
+        };
+        let row = (0..rows).find(free).unwrap_or(rows);
+        rows = rows.max(row + 1);
+        labels.push(Label { anchor, x, row, text });
+    }
+    labels.reverse();
+    labels
+}
+
+/// At most this many characters, the last an ellipsis when something is left out.
+pub(super) fn shorten(text: &str, room: usize) -> String {
+    if text.chars().count() <= room {
+        return text.to_owned();
+    }
+    let mut short: String = text.chars().take(room.saturating_sub(1)).collect();
+    short.push('…');
+    short
+}
+
+/// Marks at round sizes, far enough apart for their texts.
+fn ticks(size: u64, width: f64) -> Vec<Tick> {
+    const APART: f64 = 76.0;
+    let most = (width / APART).max(1.0);
+    let mut step = 512_u64;
+    while size as f64 / step as f64 > most && step < 1 << 62 {
+        step *= 2;
+    }
+    let mark = |n: u64| Tick { x: n as f64 * width / size.max(1) as f64, text: bytes(n) };
+    (0..=size / step).map(|n| mark(n * step)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::TableKind;
+
+    fn partition(role: &str, start: u64, size: u64) -> Region {
+        Region {
+            kind: RegionKind::Partition,
+            number: Some(1),
+            role: role.to_owned(),
+            start,
+            size,
+            filesystem: None,
+            used: Some(size / 2),
+        }
+    }
+
+    #[test]
+    fn labels_do_not_overlap_and_leaders_cross_no_text() {
+        let regions =
+            (0..12).map(|n| partition(&format!("partition-{n}"), n * 3000, 512)).collect();
+        let disk = Disk::new(TableKind::Gpt, 40_000, regions).unwrap();
+        let map = draw(&disk, 400.0);
+        assert!(map.labels.len() > 5, "{map:?}");
+        for a in &map.labels {
+            let end = |l: &Label| l.x + l.text.chars().count() as f64 * CHAR_WIDTH;
+            assert!(end(a) <= map.width + 0.001, "{a:?} leaves the drawing");
+            for b in &map.labels {
+                if std::ptr::eq(a, b) {
+                    continue;
+                }
+                assert!(a.row != b.row || end(a) <= b.x || end(b) <= a.x, "{a:?} overlaps {b:?}");
+                assert!(
+                    b.row <= a.row || b.anchor >= end(a) || b.anchor < a.x || a.x < a.anchor,
+                    "the leader of {b:?} crosses {a:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn ticks_are_round_and_few() {
+        let texts: Vec<String> = ticks(4 << 30, 1120.0).into_iter().map(|tick| tick.text).collect();
+        assert_eq!(texts.first().map(String::as_str), Some("0 B"));
+        assert_eq!(texts.last().map(String::as_str), Some("4.0 GiB"));
+        assert_eq!(texts.len(), 9, "{texts:?}");
+    }
+}

@@ -1,0 +1,297 @@
+//! The report as one HTML file that needs nothing from elsewhere. All numbers and drawings are
+//! computed here, so the page reads the same without scripts; the template only arranges them.
+
+use anyhow::{Context, Result};
+use minijinja::value::Serde;
+use minijinja::{Environment, UndefinedBehavior};
+use serde::Serialize;
+
+use super::disk_map::{self, shorten};
+use super::treemap::{Rect, squarify};
+use super::{Disk, Output, Package, PathSize, Report, Wheel, count, time};
+use crate::progress::bytes;
+
+/// The name ends in `.html.j2`: that is what switches escaping on.
+const TEMPLATE: &str = "report.html.j2";
+
+/// The widths at which drawings are made: for wide windows and print, and for phones. The page
+/// shows one of the two, so that letters keep their size.
+const WIDTHS: [(&str, f64, f64); 2] = [("wide", 1120.0, 460.0), ("narrow", 400.0, 520.0)];
+
+/// How wide a character of a tile's (bold) label is taken to be.
+const CHAR_WIDTH: f64 = 7.7;
+
+/// Tiles with a smaller area than this are drawn as one.
+const MIN_TILE: f64 = 220.0;
+
+/// How many rows the tables of files and folders show.
+const MOST_ROWS: usize = 25;
+
+/// The page. The same report gives the same bytes.
+///
+/// # Errors
+/// Only when the built-in template has a mistake.
+pub fn render_html(report: &Report) -> Result<String> {
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    environment.add_filter("bytes", bytes);
+    environment.add_filter("time", time);
+    environment.add_filter("px", |n: f64| format!("{n:.2}"));
+    environment
+        .add_template(TEMPLATE, include_str!("report.html.j2"))
+        .context("reading the report's template")?;
+    let template = environment.get_template(TEMPLATE).context("reading the report's template")?;
+    let page = Page {
+        report,
+        kind: report.product.kind.title(),
+        made: date(report.epoch),
+        image: report.output("image"),
+        bundle: report.output("bundle"),
+        cached: report.stages.iter().filter(|stage| stage.cached).count(),
+        table: report.disk.as_ref().map(|disk| disk.table_kind.title()),
+        maps: report.disk.as_ref().map(maps),
+        rows: report.disk.as_ref().map(disk_rows),
+        stages: stages(report),
+        treemaps: treemaps(report),
+        files: bars(&report.largest_files),
+        folders: bars(&report.directories),
+        packages: sorted(&report.packages, |p| (p.installed_bytes, p.name.clone())),
+        packages_total: report.packages.iter().map(|p| p.installed_bytes).sum(),
+        packages_count: count(report.packages.len(), "package"),
+        wheels: sorted(&report.wheels, |w| (w.bytes, w.name.clone())),
+        wheels_total: report.wheels.iter().map(|w| w.bytes).sum(),
+        wheels_count: count(report.wheels.len(), "wheel"),
+        warnings: warnings(report),
+        outputs: report.outputs.iter().filter(|output| output.name != "report").collect(),
+    };
+    template.render(Serde(page)).context("filling in the report's template")
+}
+
+/// What the template sees.
+#[derive(Serialize)]
+struct Page<'a> {
+    report: &'a Report,
+    kind: &'static str,
+    made: String,
+    image: Option<&'a Output>,
+    bundle: Option<&'a Output>,
+    cached: usize,
+    table: Option<&'static str>,
+    maps: Option<Vec<(&'static str, disk_map::Map)>>,
+    rows: Option<Vec<DiskRow<'a>>>,
+    stages: Vec<StageRow<'a>>,
+    treemaps: Vec<Treemap>,
+    files: Vec<Bar<'a>>,
+    folders: Vec<Bar<'a>>,
+    packages: Vec<&'a Package>,
+    packages_total: u64,
+    packages_count: String,
+    wheels: Vec<&'a Wheel>,
+    wheels_total: u64,
+    wheels_count: String,
+    warnings: Vec<Warning<'a>>,
+    /// Without the report itself: the page cannot contain its own size or hash.
+    outputs: Vec<&'a Output>,
+}
+
+#[derive(Serialize)]
+struct Warning<'a> {
+    text: String,
+    help: Option<&'a str>,
+}
+
+/// The warnings, each once; a line that starts with `help: ` stands apart.
+fn warnings(report: &Report) -> Vec<Warning<'_>> {
+    let root = report.root.as_ref().and_then(|root| root.warning.as_ref());
+    let root = root.filter(|warning| !report.warnings.contains(warning));
+    let all = report.warnings.iter().chain(root);
+    all.map(|warning| match warning.split_once("\nhelp: ") {
+        Some((text, help)) => Warning { text: text.to_owned(), help: Some(help) },
+        None => Warning { text: warning.clone(), help: None },
+    })
+    .collect()
+}
+
+fn maps(disk: &Disk) -> Vec<(&'static str, disk_map::Map)> {
+    WIDTHS.iter().map(|(name, width, _)| (*name, disk_map::draw(disk, *width))).collect()
+}
+
+#[derive(Serialize)]
+struct DiskRow<'a> {
+    region: &'a super::Region,
+    class: &'static str,
+}
+
+fn disk_rows(disk: &Disk) -> Vec<DiskRow<'_>> {
+    disk.regions.iter().map(|region| DiskRow { region, class: disk_map::class(region) }).collect()
+}
+
+#[derive(Serialize)]
+struct StageRow<'a> {
+    stage: &'a super::Stage,
+    percent: String,
+}
+
+fn stages(report: &Report) -> Vec<StageRow<'_>> {
+    let longest = report.stages.iter().map(|stage| stage.seconds).fold(0.0, f64::max);
+    let row = |stage| StageRow { stage, percent: percent(stage_seconds(stage), longest) };
+    report.stages.iter().map(row).collect()
+}
+
+fn stage_seconds(stage: &super::Stage) -> f64 {
+    if stage.seconds.is_finite() { stage.seconds.max(0.0) } else { 0.0 }
+}
+
+/// `part` of `whole` as a CSS percentage without the sign.
+fn percent(part: f64, whole: f64) -> String {
+    let share = if whole > 0.0 { part / whole * 100.0 } else { 0.0 };
+    format!("{:.2}", share.clamp(0.0, 100.0))
+}
+
+#[derive(Serialize)]
+struct Bar<'a> {
+    path: &'a str,
+    bytes: u64,
+    percent: String,
+}
+
+/// The largest, with bars relative to the very largest.
+fn bars(sizes: &[PathSize]) -> Vec<Bar<'_>> {
+    let sizes = sorted(sizes, |size| (size.bytes, size.path.clone()));
+    let largest = sizes.first().map_or(0, |size| size.bytes) as f64;
+    let bar = |size: &&'_ PathSize| percent(size.bytes as f64, largest);
+    sizes
+        .iter()
+        .take(MOST_ROWS)
+        .map(|size| Bar { path: &size.path, bytes: size.bytes, percent: bar(size) })
+        .collect()
+}
+
+/// Largest first, then by name.
+fn sorted<T>(items: &[T], key: impl Fn(&T) -> (u64, String)) -> Vec<&T> {
+    let mut items: Vec<&T> = items.iter().collect();
+    items.sort_by_cached_key(|item| {
+        let (size, name) = key(item);
+        (std::cmp::Reverse(size), name)
+    });
+    items
+}
+
+#[derive(Serialize)]
+struct Treemap {
+    name: &'static str,
+    width: f64,
+    height: f64,
+    tiles: Vec<Tile>,
+}
+
+#[derive(Serialize)]
+struct Tile {
+    rect: Rect,
+    class: &'static str,
+    label: String,
+    detail: String,
+    title: String,
+}
+
+/// Something that a tile stands for.
+struct Item {
+    name: String,
+    title: String,
+    size: u64,
+}
+
+fn treemaps(report: &Report) -> Vec<Treemap> {
+    let packages = report.packages.iter().map(|package| Item {
+        name: package.name.clone(),
+        title: format!("{} {}: {}", package.name, package.version, bytes(package.installed_bytes)),
+        size: package.installed_bytes,
+    });
+    let wheels = report.wheels.iter().map(|wheel| Item {
+        name: wheel.name.clone(),
+        title: format!("{} {}: {}", wheel.name, wheel.version, bytes(wheel.bytes)),
+        size: wheel.bytes,
+    });
+    let groups = [("package", packages.collect::<Vec<_>>()), ("wheel", wheels.collect())];
+    let total: u64 = groups.iter().flat_map(|(_, items)| items).map(|item| item.size).sum();
+    if total == 0 {
+        return Vec::new();
+    }
+    let draw = |&(name, width, height): &(&'static str, f64, f64)| {
+        let area = Rect { x: 0.0, y: 0.0, width, height };
+        let mut groups: Vec<(&'static str, u64, &[Item])> = groups
+            .iter()
+            .map(|(class, items)| (*class, items.iter().map(|i| i.size).sum(), items.as_slice()))
+            .filter(|(_, size, _)| *size > 0)
+            .collect();
+        groups.sort_by_key(|(_, size, _)| std::cmp::Reverse(*size));
+        let sizes: Vec<u64> = groups.iter().map(|(_, size, _)| *size).collect();
+        let areas = squarify(&sizes, area);
+        let smallest = (total as f64 * MIN_TILE / area.area()) as u64;
+        let tiles = groups
+            .iter()
+            .zip(areas)
+            .flat_map(|((class, _, items), area)| tiles(class, items, area, smallest))
+            .collect();
+        Treemap { name, width, height, tiles }
+    };
+    WIDTHS.iter().map(draw).collect()
+}
+
+/// The tiles of one group; what is smaller than `smallest` becomes one tile.
+fn tiles(class: &'static str, items: &[Item], area: Rect, smallest: u64) -> Vec<Tile> {
+    let (large, small): (Vec<&Item>, Vec<&Item>) =
+        items.iter().filter(|item| item.size > 0).partition(|item| item.size >= smallest);
+    let mut shown: Vec<(u64, String, String)> =
+        large.iter().map(|item| (item.size, item.name.clone(), item.title.clone())).collect();
+    match small.as_slice() {
+        [] => {}
+        [one] => shown.push((one.size, one.name.clone(), one.title.clone())),
+        many => {
+            let size = many.iter().map(|item| item.size).sum();
+            let name = format!("{} smaller", many.len());
+            let title =
+                format!("{}: {}", count(many.len(), &format!("smaller {class}")), bytes(size));
+            shown.push((size, name, title));
+        }
+    }
+    shown.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
+    let sizes: Vec<u64> = shown.iter().map(|(size, ..)| *size).collect();
+    let tile = |(rect, (size, name, title)): (Rect, (u64, String, String))| {
+        let room = ((rect.width - 14.0) / CHAR_WIDTH).max(0.0) as usize;
+        let fits = rect.height >= 22.0 && (room >= name.chars().count() || room >= 6);
+        let label = if fits { shorten(&name, room) } else { String::new() };
+        let size = bytes(size);
+        let detail_fits = fits && rect.height >= 40.0 && room >= size.len();
+        let detail = if detail_fits { size } else { String::new() };
+        Tile { rect, class, label, detail, title }
+    };
+    squarify(&sizes, area).into_iter().zip(shown).map(tile).collect()
+}
+
+/// Seconds since 1970 as `2026-11-05 00:00 UTC`. The calendar is Howard Hinnant's
+/// `civil_from_days`, with years that begin in March so that the leap day comes last.
+fn date(epoch: u64) -> String {
+    let (days, seconds) = (epoch / 86_400 + 719_468, epoch % 86_400);
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year + year / 4 - year / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02} {:02}:{:02} UTC", seconds / 3600, seconds / 60 % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        assert_eq!(date(0), "1970-01-01 00:00 UTC");
+        assert_eq!(date(951_782_400), "2000-02-29 00:00 UTC");
+        assert_eq!(date(1_735_689_599), "2024-12-31 23:59 UTC");
+        assert_eq!(date(4_107_542_400), "2100-03-01 00:00 UTC");
+    }
+}

@@ -1,0 +1,405 @@
+//! `Report`: what one build made, as a value. It renders to the terminal, to JSON and to a
+//! self-contained HTML page; nothing here looks at the disk, the clock or the environment.
+
+mod disk_map;
+mod html;
+mod terminal;
+mod treemap;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+pub use html::render_html;
+pub(crate) use terminal::printable;
+pub use terminal::{Style, render_terminal};
+
+/// The version of the JSON form. It rises when a field changes its meaning or goes away; a new
+/// field alone does not raise it.
+pub const SCHEMA: u32 = 1;
+
+/// Everything that a person, or a program that reads `report.json`, may want to know of one build.
+///
+/// Sizes are bytes, times are seconds. The lists keep the order that they are given in, except that
+/// the renderers sort what they show by size.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Report {
+    /// The version of this form: [`SCHEMA`].
+    pub schema: u32,
+    /// What was built.
+    pub product: Product,
+    /// The board that it was built for.
+    pub board: String,
+    /// The engine that made the base system.
+    pub engine: String,
+    /// The distribution or release that the engine built from, such as `bookworm`.
+    pub suite: Option<String>,
+    /// The commit of the product's sources, in full; none outside a repository.
+    pub commit: Option<String>,
+    /// The time that stands in every output: seconds since 1970, UTC.
+    pub epoch: u64,
+    /// Whether earlier results were used.
+    pub started_in: StartedIn,
+    /// How long the whole build took, by the wall clock.
+    pub seconds: f64,
+    /// The stages in the order in which they ran.
+    pub stages: Vec<Stage>,
+    /// The files that the build leaves in `dist/`.
+    pub outputs: Vec<Output>,
+    /// The key that signed the bundle; none when no bundle was made.
+    pub signed_by: Option<Signer>,
+    /// The card image's layout; none when the build stopped before it.
+    pub disk: Option<Disk>,
+    /// How full the root filesystem is; none when the build stopped before it.
+    pub root: Option<Root>,
+    /// The distribution's packages in the root filesystem.
+    pub packages: Vec<Package>,
+    /// The Python wheels in the root filesystem.
+    pub wheels: Vec<Wheel>,
+    /// The largest files of the root filesystem.
+    pub largest_files: Vec<PathSize>,
+    /// Folders of the root filesystem with all that lies under them; they may nest.
+    pub directories: Vec<PathSize>,
+    /// What the person who builds should know. Sentences, most important first.
+    pub warnings: Vec<String>,
+    /// Locked packages that the mirror no longer had, and what took their place.
+    pub replaced_packages: Vec<Replaced>,
+    /// Commands that make sense now.
+    pub next: Vec<String>,
+}
+
+/// The product that was built.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Product {
+    /// The short name, as in file names.
+    pub name: String,
+    /// The name for people.
+    pub title: String,
+    /// The version.
+    pub version: String,
+    /// Whether this may leave the house.
+    pub kind: Kind,
+}
+
+/// Whether something is meant for development or for release.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// For developers: may be signed with the development key, may have open accounts.
+    Development,
+    /// For robots in the field.
+    Release,
+}
+
+/// Whether a build used earlier results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StartedIn {
+    /// Every stage did its work.
+    Clean,
+    /// At least one stage took an earlier result.
+    Cached,
+}
+
+impl StartedIn {
+    /// What these stages amount to.
+    pub fn of(stages: &[Stage]) -> Self {
+        if stages.iter().any(|stage| stage.cached) { Self::Cached } else { Self::Clean }
+    }
+}
+
+/// One stage of the build.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Stage {
+    /// The stage's name.
+    pub name: String,
+    /// How long it took.
+    pub seconds: f64,
+    /// Whether it took an earlier result instead of working.
+    pub cached: bool,
+    /// What it did, in a few words; may be empty.
+    pub note: String,
+}
+
+/// One file that the build made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Output {
+    /// What it is: `image`, `bmap`, `bundle`, `sbom`, …
+    pub name: String,
+    /// Where it lies, relative to the folder in which the build was started.
+    pub path: String,
+    /// Its length; holes count.
+    pub size: u64,
+    /// What it occupies on the disk of the machine that built it; less than `size` when sparse.
+    pub on_disk_size: u64,
+    /// SHA-256 of its content, lower-case hexadecimal, where it was computed.
+    pub sha256: Option<String>,
+}
+
+/// The key that signed the bundle.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Signer {
+    /// The key's id, as `minisign` prints it.
+    pub key_id: String,
+    /// Which kind of key it is.
+    pub kind: Kind,
+}
+
+/// How partitions are recorded on the card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TableKind {
+    /// A master boot record.
+    Mbr,
+    /// A GUID partition table.
+    Gpt,
+    /// A GUID partition table with a master boot record that lists partitions too.
+    GptHybrid,
+}
+
+impl TableKind {
+    /// The name for people.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Mbr => "MBR",
+            Self::Gpt => "GPT",
+            Self::GptHybrid => "GPT with hybrid MBR",
+        }
+    }
+}
+
+/// The card image from its first byte to its last. Made with [`Disk::new`], its regions are sorted,
+/// do not overlap and leave nothing out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Disk {
+    /// The kind of partition table.
+    pub table_kind: TableKind,
+    /// The image's length.
+    pub size: u64,
+    /// What lies where.
+    pub regions: Vec<Region>,
+}
+
+/// What a region of the card is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RegionKind {
+    /// A partition.
+    Partition,
+    /// A partition table or its backup.
+    Table,
+    /// One copy of the boot state, in raw sectors outside of every partition.
+    BootState,
+    /// Nothing.
+    Gap,
+}
+
+/// A run of bytes of the card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Region {
+    /// What it is for.
+    pub kind: RegionKind,
+    /// A partition's number, from 1.
+    pub number: Option<u32>,
+    /// A partition's role, such as `root-a`; for the rest, what to call it.
+    pub role: String,
+    /// Where it begins, from the start of the card.
+    pub start: u64,
+    /// Its length.
+    pub size: u64,
+    /// The filesystem in it.
+    pub filesystem: Option<String>,
+    /// How much of the filesystem is in use, where it is known.
+    pub used: Option<u64>,
+}
+
+impl Region {
+    /// Where it ends: the first byte after it.
+    pub fn end(&self) -> u64 {
+        self.start.saturating_add(self.size)
+    }
+}
+
+impl Disk {
+    /// Sorts the regions and puts a gap wherever nothing lies.
+    ///
+    /// # Errors
+    /// When two regions overlap or one reaches beyond the card's end; the message names them.
+    pub fn new(table_kind: TableKind, size: u64, mut regions: Vec<Region>) -> Result<Self> {
+        regions.retain(|region| region.kind != RegionKind::Gap && region.size > 0);
+        regions.sort_by_key(|region| (region.start, region.size));
+        let mut all: Vec<Region> = Vec::with_capacity(regions.len() * 2 + 1);
+        for region in regions {
+            let free_from = all.last().map_or(0, Region::end);
+            if region.start < free_from {
+                let before = all.last().map_or("", |region| region.role.as_str());
+                bail!(
+                    "describing the card: `{}` starts at byte {}, but `{before}` ends at byte {free_from}",
+                    region.role,
+                    region.start
+                );
+            }
+            if region.end() > size {
+                bail!(
+                    "describing the card: `{}` ends at byte {}, but the card has {size} bytes",
+                    region.role,
+                    region.end()
+                );
+            }
+            push_gap(&mut all, free_from, region.start);
+            all.push(region);
+        }
+        let free_from = all.last().map_or(0, Region::end);
+        push_gap(&mut all, free_from, size);
+        Ok(Self { table_kind, size, regions: all })
+    }
+}
+
+fn push_gap(regions: &mut Vec<Region>, start: u64, end: u64) {
+    if start < end {
+        regions.push(Region {
+            kind: RegionKind::Gap,
+            number: None,
+            role: "unused".to_owned(),
+            start,
+            size: end - start,
+            filesystem: None,
+            used: None,
+        });
+    }
+}
+
+/// How full the root filesystem is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Root {
+    /// Bytes in use.
+    pub used: u64,
+    /// Bytes that the slot holds.
+    pub capacity: u64,
+    /// `used` in percent of `capacity`, rounded up: 100 means full.
+    pub fill_percent: u32,
+    /// The product's limit, in percent of `capacity`; a build that exceeds it fails.
+    pub limit_percent: u32,
+    /// A sentence when the limit is near.
+    pub warning: Option<String>,
+}
+
+impl Root {
+    /// Works out how full the filesystem is.
+    pub fn new(used: u64, capacity: u64, limit_percent: u32, warning: Option<String>) -> Self {
+        let percent = (u128::from(used) * 100).div_ceil(u128::from(capacity.max(1)));
+        let fill_percent = u32::try_from(percent).unwrap_or(u32::MAX);
+        Self { used, capacity, fill_percent, limit_percent, warning }
+    }
+}
+
+/// One package of the distribution.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Package {
+    /// The package's name.
+    pub name: String,
+    /// The package's version.
+    pub version: String,
+    /// What it occupies once installed.
+    pub installed_bytes: u64,
+}
+
+/// One Python wheel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Wheel {
+    /// The project's name.
+    pub name: String,
+    /// The project's version.
+    pub version: String,
+    /// What it occupies once installed.
+    pub bytes: u64,
+}
+
+/// A path and its size.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PathSize {
+    /// The path within the root filesystem, with a leading `/`.
+    pub path: String,
+    /// Its size; for a folder, of everything under it.
+    pub bytes: u64,
+}
+
+/// A locked package that could not be had any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Replaced {
+    /// The package's name.
+    pub name: String,
+    /// The version that was locked.
+    pub old: String,
+    /// The version that was built in.
+    pub new: String,
+}
+
+impl Report {
+    /// The report as JSON: indented, in the order of the fields, with a final newline.
+    ///
+    /// # Errors
+    /// When the value cannot be expressed in JSON.
+    pub fn to_json(&self) -> Result<String> {
+        let mut text = serde_json::to_string_pretty(self).context("writing the report as JSON")?;
+        text.push('\n');
+        Ok(text)
+    }
+
+    /// Reads a report that [`Report::to_json`] wrote.
+    ///
+    /// # Errors
+    /// When the text is no report, or a report of another schema.
+    pub fn from_json(text: &str) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Head {
+            schema: u32,
+        }
+        let head: Head = serde_json::from_str(text).context("reading a build report")?;
+        if head.schema != SCHEMA {
+            bail!(
+                "reading a build report: its schema is {}, this tool reads {SCHEMA}\n\
+                 help: use the tool of the version that made the report, or build again",
+                head.schema
+            );
+        }
+        serde_json::from_str(text).context("reading a build report")
+    }
+
+    /// The output of this name (`image`, `bundle`, …).
+    pub fn output(&self, name: &str) -> Option<&Output> {
+        self.outputs.iter().find(|output| output.name == name)
+    }
+}
+
+impl Kind {
+    /// The name for people.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Development => "development",
+            Self::Release => "release",
+        }
+    }
+}
+
+/// `1 package`, `2 packages`: a number with its noun.
+fn count(n: usize, noun: &str) -> String {
+    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
+}
+
+/// A time in seconds for people. What is not a time (negative, not a number) counts as none.
+fn time(seconds: f64) -> String {
+    let duration = std::time::Duration::try_from_secs_f64(seconds).unwrap_or_default();
+    crate::progress::duration(duration)
+}

@@ -1,0 +1,228 @@
+//! The report on a terminal: one line for each thing worth knowing, aligned, and nothing else.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+
+use super::{Output, Report, StartedIn, count, time};
+use crate::progress::bytes;
+
+/// The width of the first column; the same as that of the lines shown during a build.
+const NAME_COLUMN: usize = 8;
+
+/// Where the second column begins: a blank, the name, a blank.
+const INDENT: usize = NAME_COLUMN + 2;
+
+/// How wide lines may be where nothing says how wide the terminal is.
+const DEFAULT_WIDTH: usize = 100;
+
+/// What a person looks for; the rest stands in the report.
+const MAIN_OUTPUTS: [&str; 3] = ["image", "bundle", "report"];
+
+/// Narrower than this, lines are not made any shorter.
+const MIN_WIDTH: usize = 40;
+
+/// How the lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Style {
+    /// Whether to use colours (ANSI escapes).
+    pub color: bool,
+    /// The columns that a line may take; longer lines continue on the next one, indented.
+    pub width: usize,
+}
+
+impl Style {
+    /// No colour, the width for a log.
+    pub fn plain() -> Self {
+        Self { color: false, width: DEFAULT_WIDTH }
+    }
+
+    /// What suits this stream: colours only on a terminal and unless `NO_COLOR` is set (to
+    /// anything but nothing, see no-color.org), the terminal's width from `COLUMNS`.
+    pub fn of(stream: &impl IsTerminal) -> Self {
+        let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        let dumb = std::env::var_os("TERM").is_some_and(|value| value == "dumb");
+        let width = std::env::var("COLUMNS").ok().and_then(|value| value.parse().ok());
+        Self {
+            color: stream.is_terminal() && !no_color && !dumb,
+            width: width.unwrap_or(DEFAULT_WIDTH),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Ink {
+    Plain,
+    Name,
+    Warning,
+    Faint,
+}
+
+struct Page<'a> {
+    out: &'a mut dyn Write,
+    style: Style,
+}
+
+/// Writes the summary of a finished build.
+///
+/// # Errors
+/// When `out` cannot be written.
+pub fn render_terminal(report: &Report, out: &mut dyn Write, style: Style) -> io::Result<()> {
+    let style = Style { width: style.width.max(MIN_WIDTH), ..style };
+    let mut page = Page { out, style };
+    for warning in &report.warnings {
+        page.warning(warning)?;
+    }
+    if let Some(warning) = report.root.as_ref().and_then(|root| root.warning.as_ref()) {
+        // The same sentence may already stand among the warnings.
+        if !report.warnings.contains(warning) {
+            page.warning(warning)?;
+        }
+    }
+    page.replaced(report)?;
+    page.stages(report)?;
+    if let Some(root) = &report.root {
+        let text = format!(
+            "{} of {} ({} %, limit {} %)",
+            bytes(root.used),
+            bytes(root.capacity),
+            root.fill_percent,
+            root.limit_percent
+        );
+        page.row("root", &[text], "")?;
+    }
+    page.outputs(report)?;
+    page.row("next", &report.next, " · ")
+}
+
+impl Page<'_> {
+    fn paint(&self, text: &str, ink: Ink) -> String {
+        let code = match ink {
+            Ink::Plain => return text.to_owned(),
+            _ if !self.style.color => return text.to_owned(),
+            Ink::Name => "1",
+            Ink::Warning => "1;33",
+            Ink::Faint => "2",
+        };
+        format!("\x1b[{code}m{text}\x1b[0m")
+    }
+
+    fn warning(&mut self, text: &str) -> io::Result<()> {
+        let label = self.paint("warning:", Ink::Warning);
+        // Only control characters are dangerous on a terminal; the rest is shown as it is.
+        let mut lines = text.lines().map(printable);
+        writeln!(self.out, "{label} {}", lines.next().unwrap_or_default())?;
+        lines.try_for_each(|line| writeln!(self.out, "         {line}"))
+    }
+
+    /// One name and its parts; what does not fit goes to the next line, below the first part.
+    fn row(&mut self, name: &str, parts: &[String], separator: &str) -> io::Result<()> {
+        self.row_in(name, parts, separator, Ink::Plain)
+    }
+
+    fn row_in(&mut self, name: &str, parts: &[String], between: &str, ink: Ink) -> io::Result<()> {
+        let mut lines: Vec<String> = Vec::new();
+        for part in parts.iter().map(|part| printable(part)) {
+            let room = self.style.width - INDENT;
+            match lines.last_mut() {
+                Some(line) if width(line) + width(between) + width(&part) <= room => {
+                    line.push_str(between);
+                    line.push_str(&part);
+                }
+                _ => lines.push(part),
+            }
+        }
+        for (index, line) in lines.iter().enumerate() {
+            let name = if index == 0 { printable(name) } else { String::new() };
+            let name = self.paint(&format!("{name:<NAME_COLUMN$}"), Ink::Name);
+            let line = self.paint(line, ink);
+            writeln!(self.out, " {name} {line}")?;
+        }
+        Ok(())
+    }
+
+    fn replaced(&mut self, report: &Report) -> io::Result<()> {
+        let n = report.replaced_packages.len();
+        if n == 0 {
+            return Ok(());
+        }
+        let verb = if n == 1 { "is" } else { "are" };
+        self.warning(&format!(
+            "{} of the lock {verb} no longer to be had and {} replaced",
+            count(n, "package"),
+            if n == 1 { "was" } else { "were" }
+        ))?;
+        for package in &report.replaced_packages {
+            let line = format!("{} {} -> {}", package.name, package.old, package.new);
+            self.row("", &[line], "")?;
+        }
+        Ok(())
+    }
+
+    fn stages(&mut self, report: &Report) -> io::Result<()> {
+        let worked: Vec<String> = report
+            .stages
+            .iter()
+            .filter(|stage| !stage.cached)
+            .map(|stage| format!("{} {}", stage.name, time(stage.seconds)))
+            .collect();
+        self.row_in("time", &worked, " · ", Ink::Faint)?;
+        let cached = report.stages.len() - worked.len();
+        if report.started_in == StartedIn::Cached && cached > 0 {
+            let text = format!("{} unchanged, not repeated", count(cached, "stage"));
+            let name = if worked.is_empty() { "time" } else { "" };
+            self.row_in(name, &[text], "", Ink::Faint)?;
+        }
+        Ok(())
+    }
+
+    /// The outputs, their details in one column. What does not fit continues below.
+    fn outputs(&mut self, report: &Report) -> io::Result<()> {
+        let main: Vec<&Output> =
+            report.outputs.iter().filter(|o| MAIN_OUTPUTS.contains(&o.name.as_str())).collect();
+        // A build that stopped early may have made only lesser things; those are its result then.
+        let shown = if main.is_empty() { report.outputs.iter().collect() } else { main };
+        let details: Vec<String> = shown.iter().map(|output| detail(report, output)).collect();
+        let paths: Vec<String> = shown.iter().map(|output| printable(&output.path)).collect();
+        let column = paths.iter().map(|path| width(path)).max().unwrap_or(0);
+        let widest = details.iter().map(|detail| width(detail)).max().unwrap_or(0);
+        let fits = INDENT + column + 2 + widest <= self.style.width;
+        for ((output, path), detail) in shown.iter().zip(&paths).zip(&details) {
+            if fits {
+                let mut line = path.clone();
+                line.extend(std::iter::repeat_n(' ', column + 2 - width(path)));
+                line.push_str(detail);
+                self.row(&output.name, &[line], "")?;
+            } else {
+                self.row(&output.name, std::slice::from_ref(path), "")?;
+                self.row("", std::slice::from_ref(detail), "")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn detail(report: &Report, output: &Output) -> String {
+    let mut text = bytes(output.size);
+    if output.on_disk_size < output.size / 10 * 9 {
+        write!(text, ", {} on disk", bytes(output.on_disk_size)).ok();
+    }
+    match (output.name.as_str(), &report.signed_by) {
+        ("bundle", Some(signer)) => {
+            write!(text, ", signed with the {} key", signer.kind.title()).ok();
+        }
+        ("report", _) => text = time(report.seconds),
+        _ => {}
+    }
+    text
+}
+
+/// The columns that a text takes. Names and paths are ASCII nearly always; a wide character costs
+/// no more than an alignment that is off by one.
+fn width(text: &str) -> usize {
+    text.chars().count()
+}
+
+/// The text without control characters, which could change the terminal's state.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
