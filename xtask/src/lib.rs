@@ -5,3 +5,4 @@
 pub mod artifact;
 pub mod exec;
 pub mod progress;
+pub mod wheel;
