@@ -343,6 +343,10 @@ fn compile(request: &InstallRequest<'_>, tree: &mut Tree, facts: &mut [Fact]) ->
     }
     for (index, compiled) in made.into_iter().enumerate() {
         for (path, bytes) in compiled {
+            // Some wheels carry bytecode by mistake; as with every installer, fresh bytecode wins.
+            if tree.files.get(&path).is_some_and(|shipped| shipped.wheel == index) {
+                tree.files.remove(&path);
+            }
             let digest = digest_text(&bytes);
             tree.add(path, Placed { bytes, digest, mode: 0o644, wheel: index }, request.wheels)?;
         }
