@@ -5,4 +5,5 @@
 pub mod artifact;
 pub mod exec;
 pub mod progress;
+pub mod sbom;
 pub mod wheel;

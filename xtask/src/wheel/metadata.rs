@@ -170,10 +170,11 @@ fn license(headers: &Headers) -> Option<License> {
         .filter(|class| class.starts_with("License ::"))
         .filter_map(|class| class.rsplit(" :: ").next())
         .collect();
-    if let [class] = classes[..] {
-        if let Some((_, spdx)) = CLASSIFIERS.iter().find(|(name, _)| *name == class) {
-            return Some(License::Expression((*spdx).to_owned()));
-        }
+    let known = |class: &str| CLASSIFIERS.iter().find(|(name, _)| *name == class);
+    if let [class] = classes[..]
+        && let Some((_, spdx)) = known(class)
+    {
+        return Some(License::Expression((*spdx).to_owned()));
     }
     // A whole licence text in this field is common; only a short one is a name.
     let short = |text: &&str| text.len() <= 80 && !text.contains('\n');
