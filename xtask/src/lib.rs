@@ -17,3 +17,5 @@ pub mod progress;
 pub mod render;
 pub mod tools;
 pub mod report;
+pub mod sbom;
+pub mod wheel;

@@ -1,0 +1,300 @@
+//! The software bill of materials: CycloneDX 1.6 JSON of what the image holds. Equal contents give
+//! equal bytes: the serial number comes from the contents, the time from the build's epoch.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result, bail};
+use camino::Utf8Path;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::artifact::write_atomically;
+use crate::wheel::lock::WheelLock;
+use crate::wheel::metadata::License;
+use crate::wheel::{Installed, target::normalise};
+
+/// Where a component comes from; decides its package URL.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// A Debian package: its architecture (`arm64`, `all`) and the release (`bookworm`).
+    Debian {
+        /// `arm64` or `all`
+        arch: String,
+        /// `bookworm`
+        release: String,
+    },
+    /// A Python wheel.
+    Wheel {
+        /// The wheel's file name.
+        file: String,
+    },
+    /// Anything else, such as a Buildroot package or our own agent.
+    Generic,
+}
+
+/// One component of the system.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Component {
+    /// The package's or distribution's name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// Where it comes from.
+    pub origin: Origin,
+    /// SHA-256 of the file that was installed (the .deb, the wheel), lower-case hexadecimal.
+    pub sha256: Option<String>,
+    /// Its licence.
+    pub license: Option<License>,
+    /// One sentence about it.
+    pub summary: Option<String>,
+    /// The package URLs of the components that it needs, where that is known.
+    pub depends_on: Vec<String>,
+}
+
+/// What the bill is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Meta {
+    /// The product's name.
+    pub product: String,
+    /// Its version.
+    pub version: String,
+    /// The board's name.
+    pub board: String,
+    /// The build's time, seconds since 1970.
+    pub epoch: u64,
+}
+
+impl Component {
+    /// The package URL, which is also the component's reference in the bill.
+    pub fn purl(&self) -> String {
+        let version = percent(&self.version);
+        match &self.origin {
+            Origin::Debian { arch, release } => format!(
+                "pkg:deb/debian/{}@{version}?arch={}&distro={}",
+                percent(&self.name.to_ascii_lowercase()),
+                percent(arch),
+                percent(release)
+            ),
+            Origin::Wheel { file } => {
+                format!("{}?file_name={}", wheel_purl(&self.name, &self.version), percent(file))
+            }
+            Origin::Generic => format!("pkg:generic/{}@{version}", percent(&self.name)),
+        }
+    }
+}
+
+/// The package URL type `pypi` wants lower case and `-` for `_`; dots stay.
+fn wheel_purl(name: &str, version: &str) -> String {
+    let name = name.to_ascii_lowercase().replace('_', "-");
+    format!("pkg:pypi/{}@{}", percent(&name), percent(version))
+}
+
+/// Percent-encodes as package URLs want it: letters, digits, `.-_~` and `:` stay.
+fn percent(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b".-_~:".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
+}
+
+/// The installed wheels as components, with what the lock says about who needs whom.
+pub fn wheel_components(installed: &Installed, lock: &WheelLock) -> Vec<Component> {
+    let mut components: Vec<Component> = installed
+        .distributions
+        .iter()
+        .map(|d| Component {
+            name: d.name.clone(),
+            version: d.version.clone(),
+            origin: Origin::Wheel { file: d.wheel.clone() },
+            sha256: Some(d.sha256.clone()),
+            license: d.license.clone(),
+            summary: d.summary.clone(),
+            depends_on: Vec::new(),
+        })
+        .collect();
+    let by_name: BTreeMap<String, (usize, String)> = components
+        .iter()
+        .enumerate()
+        .map(|(index, component)| (normalise(&component.name), (index, component.purl())))
+        .collect();
+    for wheel in &lock.wheels {
+        let Some((_, purl)) = by_name.get(&wheel.name) else { continue };
+        for by in &wheel.needed_by {
+            if let Some((index, _)) = by_name.get(by) {
+                components[*index].depends_on.push(purl.clone());
+            }
+        }
+    }
+    components
+}
+
+/// The bill as a CycloneDX 1.6 document. The order of `components` does not matter.
+///
+/// # Errors
+/// When two components have one package URL, or one needs a component that is not in the list.
+pub fn cyclonedx(components: &[Component], meta: &Meta) -> Result<Value> {
+    let mut sorted = BTreeMap::new();
+    for component in components {
+        let purl = component.purl();
+        if sorted.insert(purl.clone(), component).is_some() {
+            bail!("{purl} is in the list of components twice");
+        }
+    }
+    let mut needed = BTreeSet::new();
+    let mut edges = BTreeMap::new();
+    for (purl, component) in &sorted {
+        let on: BTreeSet<&String> = component.depends_on.iter().collect();
+        if let Some(missing) = on.iter().find(|on| !sorted.contains_key(on.as_str())) {
+            bail!("{purl} needs {missing}, which is not among the components");
+        }
+        needed.extend(on.iter().copied());
+        edges.insert(purl.clone(), on);
+    }
+    let root = format!("pkg:generic/{}@{}", percent(&meta.product), percent(&meta.version));
+    if sorted.contains_key(&root) {
+        bail!("the component {root} has the name and version of the product itself");
+    }
+    // What nothing else is known to need, the product itself asked for.
+    edges.insert(root.clone(), sorted.keys().filter(|purl| !needed.contains(purl)).collect());
+    let dependencies: Vec<Value> =
+        edges.iter().map(|(purl, on)| json!({ "ref": purl, "dependsOn": on })).collect();
+    let listed: Vec<Value> = sorted.iter().map(|(purl, c)| describe(purl, c)).collect();
+    let mut document = json!({
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {
+            "timestamp": timestamp(meta.epoch),
+            "tools": { "components": [{
+                "type": "application",
+                "name": "slipway",
+                "version": env!("CARGO_PKG_VERSION"),
+            }] },
+            "component": {
+                "type": "operating-system",
+                "bom-ref": root,
+                "name": meta.product,
+                "version": meta.version,
+                "purl": root,
+                "properties": [{ "name": "slipway:board", "value": meta.board }],
+            },
+        },
+        "components": listed,
+        "dependencies": dependencies,
+    });
+    let text = serde_json::to_vec(&document).context("writing the bill of materials")?;
+    let digest = Sha256::digest(&text);
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&digest[..16]);
+    // Version 8 (RFC 9562): the content's own hash.
+    let serial = uuid::Builder::from_custom_bytes(bytes).into_uuid();
+    document["serialNumber"] = json!(format!("urn:uuid:{serial}"));
+    Ok(document)
+}
+
+/// Writes the bill, indented, with a newline at its end.
+///
+/// # Errors
+/// As `cyclonedx`, or when the file cannot be written.
+pub fn write(path: &Utf8Path, components: &[Component], meta: &Meta) -> Result<()> {
+    let document = cyclonedx(components, meta)?;
+    write_atomically(path, |out| {
+        serde_json::to_writer_pretty(&mut *out, &document)
+            .with_context(|| format!("writing {path}"))?;
+        out.write_all(b"\n").with_context(|| format!("writing {path}"))
+    })
+}
+
+fn describe(purl: &str, component: &Component) -> Value {
+    let kind = match component.origin {
+        Origin::Wheel { .. } => "library",
+        Origin::Debian { .. } | Origin::Generic => "application",
+    };
+    let mut value = json!({
+        "type": kind,
+        "bom-ref": purl,
+        "name": component.name,
+        "version": component.version,
+        "purl": purl,
+    });
+    if let Some(summary) = &component.summary {
+        value["description"] = json!(summary);
+    }
+    if let Some(sha256) = &component.sha256 {
+        value["hashes"] = json!([{ "alg": "SHA-256", "content": sha256 }]);
+    }
+    match &component.license {
+        Some(License::Expression(expression)) => {
+            value["licenses"] = json!([{ "expression": expression }]);
+        }
+        Some(License::Text(text)) => {
+            value["licenses"] = json!([{ "license": { "name": text } }]);
+        }
+        None => {}
+    }
+    value
+}
+
+/// Seconds since 1970 as RFC 3339 in UTC. The days come by Howard Hinnant's `civil_from_days`.
+fn timestamp(epoch: u64) -> String {
+    let (days, second) = (epoch / 86_400, epoch % 86_400);
+    let z = days + 719_468;
+    let (era, day_of_era) = (z / 146_097, z % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timestamps_are_those_of_date() {
+        // `date -u -d @N +%FT%TZ`
+        assert_eq!(timestamp(0), "1970-01-01T00:00:00Z");
+        assert_eq!(timestamp(951_782_399), "2000-02-28T23:59:59Z");
+        assert_eq!(timestamp(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(timestamp(1_795_222_196), "2026-11-21T00:49:56Z");
+    }
+
+    #[test]
+    fn package_urls_encode_what_they_must() {
+        let component = Component {
+            name: "libstdc++6".into(),
+            version: "2:12.2.0-14+deb12u1~x".into(),
+            origin: Origin::Debian { arch: "arm64".into(), release: "bookworm".into() },
+            sha256: None,
+            license: None,
+            summary: None,
+            depends_on: vec![],
+        };
+        assert_eq!(
+            component.purl(),
+            "pkg:deb/debian/libstdc%2B%2B6@2:12.2.0-14%2Bdeb12u1~x?arch=arm64&distro=bookworm"
+        );
+        let meta = Meta { product: "p".into(), version: "1".into(), board: "b".into(), epoch: 0 };
+        let twice = cyclonedx(&[component.clone(), component.clone()], &meta).unwrap_err();
+        assert!(twice.to_string().ends_with("is in the list of components twice"), "{twice}");
+        let mut lonely = component;
+        lonely.depends_on = vec!["pkg:pypi/x@1".into()];
+        let missing = cyclonedx(&[lonely], &meta).unwrap_err().to_string();
+        assert!(missing.contains("needs pkg:pypi/x@1, which is not among"), "{missing}");
+    }
+}

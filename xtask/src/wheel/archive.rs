@@ -1,0 +1,314 @@
+//! Reads one wheel whole into memory and trusts nothing in it: its paths, its sizes, its WHEEL,
+//! METADATA and RECORD are checked before anybody else sees a file of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Cursor, Read};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use camino::Utf8Path;
+use sha2::{Digest, Sha256, Sha384, Sha512};
+
+use super::metadata::{
+    EntryPoint, Headers, Metadata, RecordLine, parse_entry_points, parse_record,
+};
+use super::target::{Tag, WheelName, expand, normalise};
+use crate::artifact::hash_bytes;
+
+/// A wheel that unpacks to more is refused (1 GiB); the largest wheels in use stay below it.
+const MAX_UNPACKED: u64 = 1 << 30;
+
+/// One file of a wheel.
+#[derive(Debug, Clone)]
+pub struct WheelFile {
+    /// Its content.
+    pub bytes: Vec<u8>,
+    /// Whether the archive marks it as executable.
+    pub executable: bool,
+    /// SHA-256 as RECORD writes it: `sha256=` and URL-safe base64 without padding.
+    pub digest: String,
+}
+
+/// A wheel that has passed every check that needs nothing but the wheel.
+#[derive(Debug, Clone)]
+pub struct Wheel {
+    /// The file name.
+    pub file: String,
+    /// SHA-256 of the wheel file, lower-case hexadecimal.
+    pub sha256: String,
+    /// What the file name says.
+    pub name: WheelName,
+    /// What METADATA says.
+    pub metadata: Metadata,
+    /// Whether what lies at the top goes to `purelib` (else `platlib`).
+    pub purelib: bool,
+    /// The programs to make.
+    pub entry_points: Vec<EntryPoint>,
+    /// `opentrons-10.1.0.dist-info`
+    pub dist_info: String,
+    /// `opentrons-10.1.0.data`
+    pub data: String,
+    /// Every file by its path in the wheel.
+    pub files: BTreeMap<String, WheelFile>,
+}
+
+impl Wheel {
+    /// Reads a wheel file. `file` is its name (in the cache it lies under its hash), `sha256` is
+    /// what the lock says where there is one.
+    ///
+    /// # Errors
+    /// When it cannot be read, or breaks a rule; the error names the wheel and the file in it.
+    pub fn open(path: &Utf8Path, file: &str, sha256: Option<&str>) -> Result<Self> {
+        let bytes = std::fs::read(path).with_context(|| format!("reading {path}"))?;
+        Self::read(&bytes, file, sha256)
+    }
+
+    /// Reads a wheel's bytes.
+    ///
+    /// # Errors
+    /// When it breaks a rule; the error names the wheel and the file in it.
+    pub fn read(bytes: &[u8], file: &str, sha256: Option<&str>) -> Result<Self> {
+        Self::read_inner(bytes, file, sha256).with_context(|| format!("reading the wheel {file}"))
+    }
+
+    fn read_inner(bytes: &[u8], file: &str, sha256: Option<&str>) -> Result<Self> {
+        let name = WheelName::parse(file)?;
+        let found = hash_bytes(bytes);
+        if let Some(expected) = sha256 {
+            ensure!(found == expected, "its sha256 is {found}, the lock says {expected}");
+        }
+        let files = unpack(bytes)?;
+        let dist_info = find_dist_info(&files, &name)?;
+        let text = |file: &str| -> Result<&str> {
+            let path = format!("{dist_info}/{file}");
+            let entry = files.get(&path).with_context(|| format!("{path} is missing"))?;
+            std::str::from_utf8(&entry.bytes).with_context(|| format!("{path} is not UTF-8"))
+        };
+        let record = format!("{dist_info}/RECORD");
+        let lines = parse_record(text("RECORD")?).with_context(|| format!("reading {record}"))?;
+        check_record(&files, &lines, &record)?;
+        let purelib = check_wheel_text(text("WHEEL")?, &name.tags)
+            .with_context(|| format!("checking {dist_info}/WHEEL"))?;
+        let metadata = Metadata::parse(text("METADATA")?)
+            .and_then(|metadata| check_name(metadata, &name))
+            .with_context(|| format!("checking {dist_info}/METADATA"))?;
+        let points = format!("{dist_info}/entry_points.txt");
+        let entry_points = match files.contains_key(&points) {
+            true => parse_entry_points(text("entry_points.txt")?)
+                .with_context(|| format!("reading {points}"))?,
+            false => Vec::new(),
+        };
+        let data = format!("{}.data", dist_info.trim_end_matches(".dist-info"));
+        Ok(Self {
+            file: file.to_owned(),
+            sha256: found,
+            name,
+            metadata,
+            purelib,
+            entry_points,
+            dist_info,
+            data,
+            files,
+        })
+    }
+}
+
+fn unpack(bytes: &[u8]) -> Result<BTreeMap<String, WheelFile>> {
+    let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).context("opening the archive")?;
+    // The archive reader keeps one of several members with one name; they are counted here.
+    check_duplicates(bytes, archive.central_directory_start())?;
+    let mut files = BTreeMap::new();
+    let mut left = MAX_UNPACKED;
+    for index in 0..archive.len() {
+        let entry = archive.by_index(index).with_context(|| format!("reading member {index}"))?;
+        let path = std::str::from_utf8(entry.name_raw())
+            .map_err(|_| anyhow!("the path of member {index} is not UTF-8"))?
+            .to_owned();
+        check_path(path.trim_end_matches('/'))?;
+        ensure!(!entry.is_symlink(), "{path} is a symbolic link, which a wheel cannot have");
+        ensure!(!entry.encrypted(), "{path} is encrypted");
+        if entry.is_dir() {
+            continue;
+        }
+        let executable = entry.unix_mode().is_some_and(|mode| mode & 0o111 != 0);
+        let mut content = Vec::new();
+        // One byte more than is allowed tells a file that ends there from one that goes on.
+        let n = entry
+            .take(left + 1)
+            .read_to_end(&mut content)
+            .with_context(|| format!("unpacking {path}"))? as u64;
+        left = left.checked_sub(n).with_context(|| {
+            format!("it unpacks to more than {MAX_UNPACKED} bytes, which no sane wheel does")
+        })?;
+        let digest = digest_text(&content);
+        files.insert(path, WheelFile { bytes: content, executable, digest });
+    }
+    Ok(files)
+}
+
+/// Walks the archive's central directory and refuses a second member of the same name.
+fn check_duplicates(bytes: &[u8], start: u64) -> Result<()> {
+    /// APPNOTE.TXT 4.3.12: signature and fixed length of a central directory header.
+    const SIGNATURE: &[u8] = b"PK\x01\x02";
+    const HEADER: usize = 46;
+    let mut seen = BTreeSet::new();
+    let mut rest = usize::try_from(start).ok().and_then(|start| bytes.get(start..)).unwrap_or(&[]);
+    while let Some(header) = rest.get(..HEADER).filter(|header| header.starts_with(SIGNATURE)) {
+        let length = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]));
+        let (name, extra, comment) = (length(28), length(30), length(32));
+        let name_bytes = rest.get(HEADER..HEADER + name).context("the archive is cut off")?;
+        if !seen.insert(name_bytes) {
+            bail!("it has two members named {}", String::from_utf8_lossy(name_bytes));
+        }
+        rest = rest.get(HEADER + name + extra + comment..).context("the archive is cut off")?;
+    }
+    Ok(())
+}
+
+/// Refuses a path that could lead out of the folder that it is unpacked to, or means another one
+/// than it says.
+fn check_path(path: &str) -> Result<()> {
+    ensure!(!path.starts_with('/'), "the path {path} is absolute");
+    let strange = |c: char| c == '\\' || c.is_control();
+    ensure!(!path.contains(strange), "the path {path:?} has a backslash or a control character");
+    let bad = path.split('/').find(|part| matches!(*part, "" | "." | ".."));
+    if let Some(part) = bad {
+        bail!("the path {path} has the part '{part}', which can lead out of its folder");
+    }
+    Ok(())
+}
+
+fn find_dist_info(files: &BTreeMap<String, WheelFile>, name: &WheelName) -> Result<String> {
+    let found: BTreeSet<&str> = files
+        .keys()
+        .filter_map(|path| path.split_once('/'))
+        .map(|(top, _)| top)
+        .filter(|top| top.ends_with(".dist-info"))
+        .collect();
+    let found: Vec<&str> = found.into_iter().collect();
+    let [dist_info] = found[..] else {
+        bail!("it has {} .dist-info folders, expected one", found.len());
+    };
+    let stem = dist_info.trim_end_matches(".dist-info");
+    let agrees = stem.split_once('-').is_some_and(|(distribution, version)| {
+        normalise(distribution) == name.name && version == name.version
+    });
+    ensure!(
+        agrees,
+        "its folder is {dist_info}, its name says {}-{}.dist-info",
+        name.name,
+        name.version
+    );
+    Ok(dist_info.to_owned())
+}
+
+fn check_record(
+    files: &BTreeMap<String, WheelFile>,
+    lines: &[RecordLine],
+    record: &str,
+) -> Result<()> {
+    let mut listed = BTreeSet::new();
+    for line in lines {
+        let path = &line.path;
+        check_path(path).with_context(|| format!("checking {record}"))?;
+        ensure!(listed.insert(path.as_str()), "{record} lists {path} twice");
+        let file = files
+            .get(path)
+            .with_context(|| format!("{record} lists {path}, which the wheel does not have"))?;
+        if path == record {
+            continue;
+        }
+        ensure!(!line.hash.is_empty(), "{record} has no hash for {path}");
+        check_hash(&line.hash, file).with_context(|| format!("checking {path} with {record}"))?;
+        let size = file.bytes.len();
+        ensure!(
+            line.size == size.to_string(),
+            "{record} says that {path} has {} bytes, it has {size}",
+            line.size
+        );
+    }
+    // Signatures of RECORD cannot be in it (PEP 427).
+    let exempt = |path: &str| {
+        path == record || path == format!("{record}.jws") || path == format!("{record}.p7s")
+    };
+    if let Some(path) = files.keys().find(|path| !exempt(path) && !listed.contains(path.as_str())) {
+        bail!("{path} is in the wheel and not in {record}");
+    }
+    Ok(())
+}
+
+fn check_hash(given: &str, file: &WheelFile) -> Result<()> {
+    let (algorithm, _) = given.split_once('=').with_context(|| format!("'{given}' is no hash"))?;
+    let found = match algorithm {
+        "sha256" => file.digest.clone(),
+        "sha384" => format!("sha384={}", base64_url(&Sha384::digest(&file.bytes))),
+        "sha512" => format!("sha512={}", base64_url(&Sha512::digest(&file.bytes))),
+        other => bail!("the hash '{other}' is too weak: sha256 or better is needed (PEP 427)"),
+    };
+    ensure!(given.trim_end_matches('=') == found, "its hash is {found}, RECORD says {given}");
+    Ok(())
+}
+
+/// Checks WHEEL against the file name; true when the root is `purelib`.
+fn check_wheel_text(text: &str, tags: &[Tag]) -> Result<bool> {
+    let headers = Headers::parse(text);
+    let version = headers.get("wheel-version").context("Wheel-Version is missing")?;
+    ensure!(
+        version.split('.').next() == Some("1"),
+        "Wheel-Version is {version}, this tool knows 1.x"
+    );
+    let purelib = match headers.get("root-is-purelib").map(str::to_ascii_lowercase).as_deref() {
+        Some("true") => true,
+        Some("false") => false,
+        other => bail!("Root-Is-Purelib is {other:?}, expected true or false"),
+    };
+    let mut inside = Vec::new();
+    for tag in headers.all("tag") {
+        let [python, abi, platform] = tag.split('-').collect::<Vec<_>>()[..] else {
+            bail!("'{tag}' is not a tag");
+        };
+        inside.extend(expand(python, abi, platform));
+    }
+    inside.sort();
+    inside.dedup();
+    let show = |tags: &[Tag]| tags.iter().map(Tag::to_string).collect::<Vec<_>>().join(", ");
+    ensure!(inside == tags, "its tags are {}, the file name says {}", show(&inside), show(tags));
+    Ok(purelib)
+}
+
+fn check_name(metadata: Metadata, name: &WheelName) -> Result<Metadata> {
+    ensure!(
+        normalise(&metadata.name) == name.name,
+        "Name is {}, the file name says {}",
+        metadata.name,
+        name.name
+    );
+    // A version such as 1.0+local.1 is spelt with `_` in file names.
+    ensure!(
+        metadata.version_text.replace('-', "_") == name.version
+            || name.version.replace('_', "-").parse().is_ok_and(|v| metadata.version == v),
+        "Version is {}, the file name says {}",
+        metadata.version_text,
+        name.version
+    );
+    Ok(metadata)
+}
+
+/// A hash as RECORD writes it.
+pub fn digest_text(bytes: &[u8]) -> String {
+    format!("sha256={}", base64_url(&Sha256::digest(bytes)))
+}
+
+/// URL-safe base64 without padding (RFC 4648, section 5).
+fn base64_url(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for chunk in bytes.chunks(3) {
+        let group = chunk.iter().fold(0u32, |n, b| (n << 8) | u32::from(*b));
+        let group = group << (8 * (3 - chunk.len()));
+        for digit in 0..=chunk.len() {
+            let index = (group >> (18 - 6 * digit)) & 63;
+            text.push(char::from(ALPHABET[index as usize]));
+        }
+    }
+    text
+}

@@ -1,0 +1,158 @@
+//! Brings locked wheels into the cache, by hash, each once; offline it only looks there.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::lock::{LockedWheel, WheelLock};
+use super::pip::Pip;
+use super::target::Target;
+use crate::artifact::hash_file;
+use crate::progress::{self, Step, Unit};
+
+/// A locked wheel that lies in the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FetchedWheel {
+    /// What the lock says.
+    pub locked: LockedWheel,
+    /// Where its bytes lie; their SHA-256 has been checked.
+    pub path: Utf8PathBuf,
+}
+
+/// Where a wheel lies in the cache: `downloads/sha256/<hash>`.
+fn place(cache: &Utf8Path, wheel: &LockedWheel) -> Utf8PathBuf {
+    cache.join("downloads/sha256").join(&wheel.sha256)
+}
+
+/// Brings every wheel of a lock into the cache and checks its SHA-256. Only what is missing is
+/// downloaded; with `offline` nothing is.
+///
+/// # Errors
+/// When `offline` and wheels are missing (the error names them); when pip cannot download one, or
+/// the index has it no longer.
+pub fn fetch(lock: &WheelLock, cache: &Utf8Path, offline: bool) -> Result<Vec<FetchedWheel>> {
+    let missing = missing(&lock.wheels, cache)?;
+    if offline && !missing.is_empty() {
+        let files: Vec<&str> = missing.iter().map(|wheel| wheel.file.as_str()).collect();
+        bail!(
+            "{} of {} wheels are not in the cache {cache}, and --offline forbids to fetch them:\n  \
+             {}\nhelp: build once without --offline",
+            files.len(),
+            lock.wheels.len(),
+            files.join("\n  ")
+        );
+    }
+    if !missing.is_empty() {
+        let pip = Pip::find(None)?;
+        download(&pip, &missing, &lock.target, cache)
+            .context("downloading the wheels that the lock names")?;
+    }
+    let mut fetched = Vec::new();
+    for wheel in &lock.wheels {
+        let path = place(cache, wheel);
+        let size = std::fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
+        ensure!(
+            size == wheel.size,
+            "{} has {size} bytes, the lock says {}\n\
+             help: write the lock again with `cargo xtask lock`",
+            wheel.file,
+            wheel.size
+        );
+        fetched.push(FetchedWheel { locked: wheel.clone(), path });
+    }
+    Ok(fetched)
+}
+
+/// As `fetch`, for wheels whose size is not known yet; the paths are in the order of the wheels.
+pub(super) fn obtain(
+    pip: &Pip,
+    wheels: &[LockedWheel],
+    target: &Target,
+    cache: &Utf8Path,
+) -> Result<Vec<Utf8PathBuf>> {
+    let missing = missing(wheels, cache)?;
+    if !missing.is_empty() {
+        download(pip, &missing, target, cache)?;
+    }
+    Ok(wheels.iter().map(|wheel| place(cache, wheel)).collect())
+}
+
+/// The wheels that are not in the cache. A file there with the wrong content is removed.
+fn missing<'a>(wheels: &'a [LockedWheel], cache: &Utf8Path) -> Result<Vec<&'a LockedWheel>> {
+    let mut missing = Vec::new();
+    for wheel in wheels {
+        let path = place(cache, wheel);
+        if !path.exists() {
+            missing.push(wheel);
+        } else if hash_file(&path)?.1 != wheel.sha256 {
+            progress::warn(format!("{path} ({}) is damaged and is fetched again", wheel.file));
+            std::fs::remove_file(&path).with_context(|| format!("removing {path}"))?;
+            missing.push(wheel);
+        }
+    }
+    Ok(missing)
+}
+
+fn download(pip: &Pip, wheels: &[&LockedWheel], target: &Target, cache: &Utf8Path) -> Result<()> {
+    let folder = cache.join("downloads/sha256");
+    std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
+    // In the cache's own file system, so that a finished file can be renamed into its place.
+    let scratch = tempfile::Builder::new()
+        .prefix("wheels.partial.")
+        .tempdir_in(cache.join("downloads"))
+        .with_context(|| format!("making a folder in {cache}"))?;
+    let dir = Utf8Path::from_path(scratch.path()).context("the cache's path is not UTF-8")?;
+    let list = dir.join("requirements.txt");
+    let text: String = wheels
+        .iter()
+        .map(|w| format!("{}=={} --hash=sha256:{}\n", w.name, w.version, w.sha256))
+        .collect();
+    std::fs::write(&list, text).with_context(|| format!("writing {list}"))?;
+
+    let sizes: BTreeMap<&str, u64> = wheels.iter().map(|w| (w.file.as_str(), w.size)).collect();
+    let total: u64 = sizes.values().sum();
+    let step = match total {
+        // The sizes are not known while a lock is being made.
+        0 => Step::new("wheels", "downloading wheels", wheels.len() as u64, Unit::Items),
+        _ => Step::new("wheels", "downloading wheels", total, Unit::Bytes),
+    };
+    let mut current = 0;
+    pip.tool("download", target)
+        .args(["--no-deps", "--require-hashes", "--dest", dir.as_str(), "--requirement"])
+        .arg(&list)
+        .run_lines(|line| {
+            // pip announces a file, then loads it: the one before is complete by then.
+            let line = line.trim_start();
+            let file = line
+                .strip_prefix("Downloading ")
+                .or_else(|| line.strip_prefix("Using cached "))
+                .and_then(|rest| rest.split_whitespace().next())
+                .map(|file| file.rsplit('/').next().unwrap_or(file));
+            if let Some(file) = file.filter(|file| file.ends_with(".whl")) {
+                step.advance(current);
+                current = if total == 0 { 1 } else { sizes.get(file).copied().unwrap_or(0) };
+                step.note(file);
+            }
+        })?;
+    for wheel in wheels {
+        let from = dir.join(&wheel.file);
+        ensure!(
+            from.exists(),
+            "pip downloaded another file than {} for {} {}",
+            wheel.file,
+            wheel.name,
+            wheel.version
+        );
+        let (_, found) = hash_file(&from)?;
+        ensure!(
+            found == wheel.sha256,
+            "{} has the sha256 {found}, expected {}",
+            wheel.file,
+            wheel.sha256
+        );
+        let to = place(cache, wheel);
+        std::fs::rename(&from, &to).with_context(|| format!("renaming {from} to {to}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,426 @@
+//! Installs wheels as a standard installer does (PEP 427, PEP 491, PEP 627), not into a system but
+//! into a tar that the compose stage lays over the base. Equal wheels give equal bytes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use super::archive::{Wheel, digest_text};
+use super::base::BasePython;
+use super::bytecode;
+use super::check::check;
+use super::fetch::FetchedWheel;
+use super::lock::WheelLock;
+use super::metadata::{EntryPoint, License, RecordLine, format_record};
+use crate::artifact::{Artifact, write_atomically};
+
+/// What INSTALLER says (PEP 376).
+const INSTALLER: &str = "slipway\n";
+
+/// Where wheels go on the robot; absolute paths.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstallTarget {
+    /// Modules: `/usr/local/lib/python3.11/dist-packages`.
+    pub site_packages: Utf8PathBuf,
+    /// Programs: `/usr/local/bin`.
+    pub scripts: Utf8PathBuf,
+    /// Where a wheel's `data` goes: `/usr/local`.
+    pub prefix: Utf8PathBuf,
+    /// What a program's first line names: `/usr/bin/python3`.
+    pub interpreter: Utf8PathBuf,
+}
+
+impl InstallTarget {
+    /// Where Debian's Python looks for what the administrator adds; a plain CPython (Buildroot)
+    /// looks in `site-packages` under `/usr`.
+    pub fn for_base(base: &BasePython, debian: bool) -> Self {
+        let (prefix, folder) =
+            if debian { ("/usr/local", "dist-packages") } else { ("/usr", "site-packages") };
+        Self {
+            site_packages: format!("{prefix}/lib/python{}/{folder}", base.version.short()).into(),
+            scripts: format!("{prefix}/bin").into(),
+            prefix: prefix.into(),
+            interpreter: "/usr/bin/python3".into(),
+        }
+    }
+}
+
+/// One installation.
+#[derive(Debug)]
+pub struct InstallRequest<'a> {
+    /// The lock.
+    pub lock: &'a WheelLock,
+    /// Its wheels, fetched.
+    pub wheels: &'a [FetchedWheel],
+    /// The base's Python.
+    pub base: &'a BasePython,
+    /// Where they go.
+    pub target: &'a InstallTarget,
+    /// The cache folder; bytecode is kept there by wheel and interpreter.
+    pub cache: &'a Utf8Path,
+    /// The modification time of every file, seconds since 1970.
+    pub epoch: u64,
+    /// The tar to write.
+    pub out: &'a Utf8Path,
+    /// Where the interpreter's output goes.
+    pub log: Option<&'a Utf8Path>,
+}
+
+/// What was installed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Installed {
+    /// The tar: sorted, owner 0:0, all folders from the top, uncompressed.
+    pub tar: Artifact,
+    /// One for each wheel, sorted by name.
+    pub distributions: Vec<InstalledDistribution>,
+}
+
+/// One installed distribution.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct InstalledDistribution {
+    /// The name as its author spells it.
+    pub name: String,
+    /// The version.
+    pub version: String,
+    /// The wheel's file name.
+    pub wheel: String,
+    /// The wheel's SHA-256, lower-case hexadecimal.
+    pub sha256: String,
+    /// One sentence about it.
+    pub summary: Option<String>,
+    /// Its licence.
+    pub license: Option<License>,
+    /// The sum of its files' lengths in bytes, bytecode included.
+    pub installed_bytes: u64,
+    /// How many files it has, bytecode included.
+    pub files: u64,
+    /// How many of its modules do not compile and stay as source.
+    pub uncompiled: u64,
+    /// Whether the product asked for it (the others are its dependencies).
+    pub top_level: bool,
+    /// `/usr/local/lib/python3.11/dist-packages/opentrons/resources`, where the wheel has such a
+    /// folder right inside of the package of its own name.
+    pub resources: Option<Utf8PathBuf>,
+}
+
+/// A file on its way into the tar.
+struct Placed {
+    bytes: Vec<u8>,
+    digest: String,
+    mode: u32,
+    wheel: usize,
+}
+
+/// The tree that grows; paths without the leading slash.
+#[derive(Default)]
+struct Tree {
+    files: BTreeMap<String, Placed>,
+}
+
+impl Tree {
+    fn add(&mut self, path: String, placed: Placed, wheels: &[FetchedWheel]) -> Result<()> {
+        let wheel = placed.wheel;
+        if let Some(first) = self.files.get(&path) {
+            bail!(
+                "{} installs /{path}, which {} installs too",
+                wheels[wheel].locked.file,
+                wheels[first.wheel].locked.file
+            );
+        }
+        self.files.insert(path, placed);
+        Ok(())
+    }
+}
+
+/// Checks and installs wheels into a tar.
+///
+/// # Errors
+/// When a wheel breaks a rule, wheels do not fit the base or each other, two of them install one file,
+/// the base's Python cannot be run, or the tar cannot be written.
+pub fn install(request: &InstallRequest<'_>) -> Result<Installed> {
+    let InstallRequest { lock, wheels: fetched, base, target, .. } = request;
+    let mut on = lock.target.clone();
+    ensure!(
+        (on.python.major, on.python.minor) == (base.version.major, base.version.minor),
+        "the wheels were locked for Python {}, the base has {}\n\
+         help: resolve them again with `cargo xtask lock`",
+        on.python,
+        base.version
+    );
+    on.python = base.version;
+    let wheels = open_all(fetched)?;
+    check(&lock.requirement, &wheels, &on, &base.distributions)
+        .context("checking the wheels against the base")?;
+    let top = lock.top_level()?;
+
+    let mut facts = Vec::new();
+    let mut tree = Tree::default();
+    for (index, wheel) in wheels.into_iter().enumerate() {
+        let file = wheel.file.clone();
+        facts.push(
+            place(&mut tree, index, wheel, target, fetched, &top)
+                .with_context(|| format!("installing {file}"))?,
+        );
+    }
+    compile(request, &mut tree, &mut facts)?;
+    write_records(&mut tree, &mut facts, target);
+    for placed in tree.files.values() {
+        let fact = &mut facts[placed.wheel].0;
+        fact.files += 1;
+        fact.installed_bytes += placed.bytes.len() as u64;
+    }
+    write_atomically(request.out, |out| write_tar(&tree, request.epoch, out))
+        .with_context(|| format!("writing {}", request.out))?;
+    let mut distributions: Vec<_> = facts.into_iter().map(|(fact, _)| fact).collect();
+    distributions.sort_by(|a, b| a.wheel.cmp(&b.wheel));
+    Ok(Installed { tar: Artifact::of(request.out)?, distributions })
+}
+
+/// Reads and checks all wheels, on all cores.
+fn open_all(fetched: &[FetchedWheel]) -> Result<Vec<Wheel>> {
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    // The largest first, so that no core is left with it at the end.
+    let mut order: Vec<usize> = (0..fetched.len()).collect();
+    order.sort_by_key(|i| std::cmp::Reverse(fetched[*i].locked.size));
+    let work = || {
+        let mut done = Vec::new();
+        while let Some(index) =
+            order.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)).copied()
+        {
+            let FetchedWheel { locked, path } = &fetched[index];
+            done.push((index, Wheel::open(path, &locked.file, Some(&locked.sha256))));
+        }
+        done
+    };
+    let mut all = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
+        let mut all = Vec::new();
+        for thread in threads {
+            all.extend(thread.join().map_err(|_| anyhow!("a thread that read wheels failed"))?);
+        }
+        anyhow::Ok(all)
+    })?;
+    // The first error in the lock's order, whichever thread was faster.
+    all.sort_by_key(|(index, _)| *index);
+    all.into_iter().map(|(_, wheel)| wheel).collect()
+}
+
+/// What `place` leaves for `write_records`: the distribution, and where its RECORD goes.
+type Fact = (InstalledDistribution, String);
+
+/// A robot's path as the tree has it.
+fn inside(path: &Utf8Path) -> &str {
+    path.as_str().trim_matches('/')
+}
+
+fn place(
+    tree: &mut Tree,
+    index: usize,
+    wheel: Wheel,
+    target: &InstallTarget,
+    fetched: &[FetchedWheel],
+    top: &str,
+) -> Result<Fact> {
+    let site = inside(&target.site_packages);
+    let scripts = inside(&target.scripts);
+    let prefix = inside(&target.prefix);
+    let info = format!("{site}/{}", wheel.dist_info);
+    let record = format!("{info}/RECORD");
+    let top_level = wheel.name.name == top;
+    let package = wheel.name.name.replace('-', "_");
+    let resources = format!("{package}/resources/");
+    let resources = wheel
+        .files
+        .keys()
+        .any(|path| path.starts_with(&resources))
+        .then(|| target.site_packages.join(resources.trim_end_matches('/')));
+
+    let source_record = format!("{}/RECORD", wheel.dist_info);
+    let data = format!("{}/", wheel.data);
+    let put = |tree: &mut Tree, path: String, bytes: Vec<u8>, executable: bool| {
+        let digest = digest_text(&bytes);
+        let mode = if executable { 0o755 } else { 0o644 };
+        tree.add(path, Placed { bytes, digest, mode, wheel: index }, fetched)
+    };
+    for (path, file) in wheel.files {
+        if path == source_record {
+            continue;
+        }
+        let mode = if file.executable { 0o755 } else { 0o644 };
+        let placed = Placed { bytes: file.bytes, digest: file.digest, mode, wheel: index };
+        let Some(rest) = path.strip_prefix(&data) else {
+            tree.add(format!("{site}/{path}"), placed, fetched)?;
+            continue;
+        };
+        let (kind, rest) =
+            rest.split_once('/').with_context(|| format!("{path} lies in no scheme's folder"))?;
+        let to = match kind {
+            "purelib" | "platlib" => format!("{site}/{rest}"),
+            "data" => format!("{prefix}/{rest}"),
+            // As sysconfig and every installer spell it: the interpreter's, then the project's.
+            "headers" => format!("{prefix}/include/{}/{package}/{rest}", python_folder(site)),
+            "scripts" => {
+                let bytes = rewrite_shebang(placed.bytes, target);
+                put(tree, format!("{scripts}/{rest}"), bytes, true)?;
+                continue;
+            }
+            other => bail!("{path} lies in the unknown scheme '{other}'"),
+        };
+        tree.add(to, placed, fetched)?;
+    }
+    for point in &wheel.entry_points {
+        let text = program(point, target);
+        put(tree, format!("{scripts}/{}", point.name), text.into_bytes(), true)?;
+    }
+    put(tree, format!("{info}/INSTALLER"), INSTALLER.into(), false)?;
+    if top_level {
+        put(tree, format!("{info}/REQUESTED"), Vec::new(), false)?;
+    }
+    let metadata = wheel.metadata;
+    let fact = InstalledDistribution {
+        name: metadata.name,
+        version: metadata.version_text,
+        wheel: wheel.file,
+        sha256: wheel.sha256,
+        summary: metadata.summary,
+        license: metadata.license,
+        installed_bytes: 0,
+        files: 0,
+        uncompiled: 0,
+        top_level,
+        resources,
+    };
+    Ok((fact, record))
+}
+
+/// `python3.11` of `usr/local/lib/python3.11/dist-packages`.
+fn python_folder(site: &str) -> &str {
+    site.split('/').find(|part| part.starts_with("python3")).unwrap_or("python3")
+}
+
+/// A script whose first line is `#!python…` gets the robot's interpreter (PEP 427).
+fn rewrite_shebang(bytes: Vec<u8>, target: &InstallTarget) -> Vec<u8> {
+    let Some(rest) = bytes.strip_prefix(b"#!python") else { return bytes };
+    let end = rest.iter().position(|b| *b == b'\n').unwrap_or(rest.len());
+    // `pythonw` is a Windows matter; arguments stay.
+    let line = rest[..end].strip_prefix(b"w").unwrap_or(&rest[..end]);
+    let mut new = format!("#!{}", target.interpreter).into_bytes();
+    new.extend_from_slice(line.trim_ascii_end());
+    new.extend_from_slice(&rest[end..]);
+    new
+}
+
+/// The program for an entry point.
+fn program(point: &EntryPoint, target: &InstallTarget) -> String {
+    let EntryPoint { module, function, .. } = point;
+    let imported = function.split('.').next().unwrap_or(function);
+    format!(
+        "#!{}\nimport sys\n\nfrom {module} import {imported}\n\n\
+         if __name__ == \"__main__\":\n    sys.exit({function}())\n",
+        target.interpreter
+    )
+}
+
+fn compile(request: &InstallRequest<'_>, tree: &mut Tree, facts: &mut [Fact]) -> Result<()> {
+    let site = format!("{}/", inside(&request.target.site_packages));
+    let mut wheels: Vec<(String, bytecode::Sources<'_>)> =
+        facts.iter().map(|(fact, _)| (fact.sha256.clone(), BTreeMap::new())).collect();
+    for (path, placed) in &tree.files {
+        if path.starts_with(&site) && path.ends_with(".py") {
+            wheels[placed.wheel].1.insert(path, &placed.bytes);
+        }
+    }
+    let arch = &request.lock.target.arch;
+    let made = bytecode::compile(&wheels, request.base, arch, request.cache, request.log)?;
+    for (index, compiled) in made.iter().enumerate() {
+        facts[index].0.uncompiled = (wheels[index].1.len() - compiled.len()) as u64;
+    }
+    for (index, compiled) in made.into_iter().enumerate() {
+        for (path, bytes) in compiled {
+            // Some wheels carry bytecode by mistake; as with every installer, fresh bytecode wins.
+            if tree.files.get(&path).is_some_and(|shipped| shipped.wheel == index) {
+                tree.files.remove(&path);
+            }
+            let digest = digest_text(&bytes);
+            tree.add(path, Placed { bytes, digest, mode: 0o644, wheel: index }, request.wheels)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes each distribution's RECORD: every installed file with hash and size, paths relative to
+/// the folder of the modules, sorted.
+fn write_records(tree: &mut Tree, facts: &mut [Fact], target: &InstallTarget) {
+    let site = inside(&target.site_packages);
+    let mut records: Vec<Vec<RecordLine>> = facts.iter().map(|_| Vec::new()).collect();
+    for (path, placed) in &tree.files {
+        records[placed.wheel].push(RecordLine {
+            path: relative(path, site),
+            hash: placed.digest.clone(),
+            size: placed.bytes.len().to_string(),
+        });
+    }
+    for (index, mut lines) in records.into_iter().enumerate() {
+        let path = facts[index].1.clone();
+        lines.push(RecordLine {
+            path: relative(&path, site),
+            hash: String::new(),
+            size: String::new(),
+        });
+        lines.sort_by(|a, b| a.path.cmp(&b.path));
+        let bytes = format_record(&lines).into_bytes();
+        let digest = digest_text(&bytes);
+        tree.files.insert(path, Placed { bytes, digest, mode: 0o644, wheel: index });
+    }
+}
+
+/// `usr/local/bin/x` seen from `usr/local/lib/python3.11/dist-packages` is `../../../bin/x`.
+fn relative(path: &str, from: &str) -> String {
+    let path: Vec<&str> = path.split('/').collect();
+    let from: Vec<&str> = from.split('/').collect();
+    let common = path.iter().zip(&from).take_while(|(a, b)| a == b).count();
+    let up = std::iter::repeat_n("..", from.len() - common);
+    up.chain(path[common..].iter().copied()).collect::<Vec<_>>().join("/")
+}
+
+fn write_tar(tree: &Tree, epoch: u64, out: &mut dyn Write) -> Result<()> {
+    let mut folders = BTreeSet::new();
+    for path in tree.files.keys() {
+        let mut rest = path.as_str();
+        while let Some((parent, _)) = rest.rsplit_once('/') {
+            if !folders.insert(parent) {
+                break;
+            }
+            rest = parent;
+        }
+    }
+    let mut builder = tar::Builder::new(out);
+    let header = |kind: tar::EntryType, mode: u32, size: u64| {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(mode);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(epoch);
+        header.set_size(size);
+        header
+    };
+    let mut folders = folders.into_iter().peekable();
+    for (path, placed) in &tree.files {
+        while let Some(folder) = folders.next_if(|folder| *folder < path.as_str()) {
+            let mut header = header(tar::EntryType::Directory, 0o755, 0);
+            builder.append_data(&mut header, format!("{folder}/"), std::io::empty())?;
+        }
+        let mut header = header(tar::EntryType::Regular, placed.mode, placed.bytes.len() as u64);
+        builder
+            .append_data(&mut header, path, placed.bytes.as_slice())
+            .with_context(|| format!("adding /{path}"))?;
+    }
+    builder.into_inner().context("ending the tar").map(drop)
+}

@@ -1,0 +1,187 @@
+//! The wheel lock: which wheels a product's API is made of, by SHA-256, for one target. It names no
+//! index: where the files come from is the machine's own pip configuration.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::Utf8Path;
+use serde::{Deserialize, Serialize};
+
+use super::target::{Target, WheelName, normalise};
+use crate::artifact::{hash_bytes, write_atomically};
+
+/// The lock file's format; a reader refuses any other.
+const FORMAT: u32 = 1;
+
+/// The lines above a lock's first value.
+const HEADER: &str = "\
+# Written by `cargo xtask lock`; the wheels of this product's API for the base's Python.
+# A build installs exactly these files and refuses any other. Review the difference, commit it.
+";
+
+/// A resolved set of wheels.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct WheelLock {
+    /// 1
+    pub format: u32,
+    /// What was asked for: `opentrons==10.1.0`.
+    pub requirement: String,
+    /// For which Python it was resolved.
+    pub target: Target,
+    /// The wheels, sorted by normalised name.
+    #[serde(rename = "wheel")]
+    pub wheels: Vec<LockedWheel>,
+}
+
+/// One wheel of a lock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct LockedWheel {
+    /// The distribution's normalised name.
+    pub name: String,
+    /// Its version, as its metadata spells it.
+    pub version: String,
+    /// The wheel's file name.
+    pub file: String,
+    /// The wheel's length in bytes.
+    pub size: u64,
+    /// The wheel's SHA-256, lower-case hexadecimal.
+    pub sha256: String,
+    /// The Python versions that it says it runs on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requires_python: Option<String>,
+    /// The distributions of this lock that need it, sorted; empty for the one that was asked for.
+    #[serde(default)]
+    pub needed_by: Vec<String>,
+}
+
+impl WheelLock {
+    /// A new lock, in order.
+    pub fn new(requirement: &str, target: Target, mut wheels: Vec<LockedWheel>) -> Self {
+        wheels.sort_by(|a, b| a.name.cmp(&b.name));
+        Self { format: FORMAT, requirement: requirement.to_owned(), target, wheels }
+    }
+
+    /// Reads a lock file.
+    ///
+    /// # Errors
+    /// When it cannot be read or `parse` refuses it.
+    pub fn load(path: &Utf8Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+        Self::parse(&text).with_context(|| format!("reading the wheel lock {path}"))
+    }
+
+    /// Reads a lock's text and checks that it is whole and in order.
+    ///
+    /// # Errors
+    /// When it is not TOML, has an unknown key or format, or contradicts itself.
+    pub fn parse(text: &str) -> Result<Self> {
+        let lock: Self = toml::from_str(text)?;
+        ensure!(
+            lock.format == FORMAT,
+            "the lock has format {}, this tool reads format {FORMAT}\n\
+             help: write it again with `cargo xtask lock`",
+            lock.format
+        );
+        lock.target.validate()?;
+        let mut seen = BTreeSet::new();
+        for wheel in &lock.wheels {
+            wheel.validate()?;
+            if !seen.insert(&wheel.name) {
+                bail!("{} is locked twice\nhelp: keep one [[wheel]] of that name", wheel.name);
+            }
+        }
+        if let Some(pair) = lock.wheels.windows(2).find(|pair| pair[0].name > pair[1].name) {
+            bail!("the wheels are not sorted: {} stands before {}", pair[0].name, pair[1].name);
+        }
+        let top = lock.top_level()?;
+        ensure!(
+            lock.wheels.iter().any(|wheel| wheel.name == top),
+            "the requirement {} has no [[wheel]]\nhelp: write it again with `cargo xtask lock`",
+            lock.requirement
+        );
+        Ok(lock)
+    }
+
+    /// The lock as a person reviews it; the same lock is always the same text.
+    pub fn to_toml(&self) -> String {
+        let quote = |value: &str| toml::Value::String(value.to_owned()).to_string();
+        let target = &self.target;
+        let mut text = format!(
+            "{HEADER}format = {}\nrequirement = {}\n\n\
+             [target]\npython = {}\nimplementation = {}\narch = {}\nlibc = {}\n",
+            self.format,
+            quote(&self.requirement),
+            quote(&target.python.to_string()),
+            quote(&target.implementation),
+            quote(&target.arch),
+            quote(&target.libc.to_string()),
+        );
+        for wheel in &self.wheels {
+            text.push_str(&format!(
+                "\n[[wheel]]\nname = {}\nversion = {}\nfile = {}\nsize = {}\nsha256 = {}\n",
+                quote(&wheel.name),
+                quote(&wheel.version),
+                quote(&wheel.file),
+                wheel.size,
+                quote(&wheel.sha256),
+            ));
+            if let Some(python) = &wheel.requires_python {
+                text.push_str(&format!("requires-python = {}\n", quote(python)));
+            }
+            let needed: Vec<String> = wheel.needed_by.iter().map(|name| quote(name)).collect();
+            text.push_str(&format!("needed-by = [{}]\n", needed.join(", ")));
+        }
+        text
+    }
+
+    /// Writes the lock file; it appears under its name when it is complete.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save(&self, path: &Utf8Path) -> Result<()> {
+        write_atomically(path, |out| {
+            out.write_all(self.to_toml().as_bytes()).with_context(|| format!("writing {path}"))
+        })
+    }
+
+    /// The normalised name of the distribution that was asked for.
+    ///
+    /// # Errors
+    /// When the requirement cannot be read.
+    pub fn top_level(&self) -> Result<String> {
+        Ok(super::metadata::parse_requirement(&self.requirement)?.name.to_string())
+    }
+
+    /// The sum of the wheels' sizes in bytes: what a first build downloads.
+    pub fn download_bytes(&self) -> u64 {
+        self.wheels.iter().map(|wheel| wheel.size).sum()
+    }
+}
+
+impl LockedWheel {
+    fn validate(&self) -> Result<()> {
+        let file = WheelName::parse(&self.file)?;
+        ensure!(
+            self.name == normalise(&self.name) && file.name == self.name,
+            "the lock says '{}' and the file is {}: expected the normalised name '{}'",
+            self.name,
+            self.file,
+            file.name
+        );
+        ensure!(
+            self.sha256.len() == 64
+                && self.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')),
+            "the sha256 of {} is '{}': expected 64 lower-case hexadecimal digits",
+            self.file,
+            self.sha256
+        );
+        Ok(())
+    }
+}
+
+/// A hash of everything that the lock says; a stage that depends on the wheels is keyed by it.
+pub fn identity(lock: &WheelLock) -> String {
+    hash_bytes(lock.to_toml().as_bytes())
+}

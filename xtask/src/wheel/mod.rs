@@ -1,0 +1,24 @@
+//! The API wheel and everything that it needs: resolved once into a lock, fetched by hash, checked
+//! file by file, and installed as a standard installer would, into a tar that goes over the base.
+//! It never runs on the target and never asks an index while a build runs from its cache.
+
+pub mod archive;
+pub mod base;
+pub mod bytecode;
+pub mod check;
+pub mod fetch;
+pub mod install;
+pub mod lock;
+pub mod metadata;
+pub mod pip;
+pub mod resolve;
+pub mod target;
+
+pub use archive::Wheel;
+pub use base::BasePython;
+pub use check::{BaseDistribution, check};
+pub use fetch::{FetchedWheel, fetch};
+pub use install::{InstallRequest, InstallTarget, Installed, InstalledDistribution, install};
+pub use lock::{LockedWheel, WheelLock, identity};
+pub use resolve::{LockRequest, lock};
+pub use target::{Libc, PythonVersion, Target};

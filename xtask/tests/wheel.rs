@@ -1,0 +1,725 @@
+//! Wheels: one bad input for each rule with its message, installation compared with what other
+//! tools read, and (with `SLIPWAY_TEST_ALL=1`) the real lock on the real index.
+
+use std::collections::BTreeMap;
+use std::io::{Cursor, Read as _, Write as _};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use xtask::artifact::hash_bytes;
+use xtask::sbom;
+use xtask::wheel::archive::digest_text;
+use xtask::wheel::base::BaseSource;
+use xtask::wheel::resolve::describe_missing;
+use xtask::wheel::target::WheelName;
+use xtask::wheel::{
+    BaseDistribution, BasePython, FetchedWheel, InstallRequest, InstallTarget, Installed,
+    LockRequest, LockedWheel, Target, Wheel, WheelLock, check, fetch, identity, install, lock,
+};
+
+fn target() -> Target {
+    Target {
+        python: "3.11".parse().unwrap(),
+        implementation: "cp".into(),
+        arch: "aarch64".into(),
+        libc: "glibc 2.36".parse().unwrap(),
+    }
+}
+
+/// A wheel to be written: good until a test breaks it.
+#[derive(Clone)]
+struct Draft {
+    file: String,
+    info: String,
+    /// Path, content, mode; RECORD is made from them.
+    members: Vec<(String, String, u32)>,
+    /// Changes RECORD's text.
+    record: fn(String) -> String,
+    /// Changes the finished archive's bytes.
+    bytes: fn(Vec<u8>) -> Vec<u8>,
+}
+
+impl Draft {
+    fn new(name: &str, headers: &str) -> Self {
+        let info = format!("{name}-1.0.dist-info");
+        let text = |path: &str, text: &str| (path.to_owned(), text.to_owned(), 0o644);
+        Self {
+            file: format!("{name}-1.0-py3-none-any.whl"),
+            members: vec![
+                text(&format!("{name}/__init__.py"), "__version__ = '1.0'\n"),
+                text(
+                    &format!("{info}/METADATA"),
+                    &format!("Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{headers}\n"),
+                ),
+                text(
+                    &format!("{info}/WHEEL"),
+                    "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+                ),
+            ],
+            info,
+            record: |text| text,
+            bytes: |bytes| bytes,
+        }
+    }
+
+    fn with(mut self, path: &str, content: &str, mode: u32) -> Self {
+        self.members.push((path.to_owned(), content.to_owned(), mode));
+        self
+    }
+
+    fn edit(mut self, end: &str, from: &str, to: &str) -> Self {
+        for (path, content, _) in &mut self.members {
+            if path.ends_with(end) {
+                assert!(content.contains(from), "{path} has no {from}");
+                *content = content.replace(from, to);
+            }
+        }
+        self
+    }
+
+    fn record(mut self, change: fn(String) -> String) -> Self {
+        self.record = change;
+        self
+    }
+
+    fn build(&self) -> Vec<u8> {
+        let mut writer = zip::ZipWriter::new(Cursor::new(Vec::new()));
+        let mut record = String::new();
+        for (path, content, mode) in &self.members {
+            let options = zip::write::SimpleFileOptions::default().unix_permissions(*mode);
+            if *mode & 0o170_000 == 0o120_000 {
+                writer.add_symlink(path, content, options).unwrap();
+            } else {
+                writer.start_file(path, options).unwrap();
+                writer.write_all(content.as_bytes()).unwrap();
+            }
+            let digest = digest_text(content.as_bytes());
+            record.push_str(&format!("{path},{digest},{}\n", content.len()));
+        }
+        let path = format!("{}/RECORD", self.info);
+        record.push_str(&format!("{path},,\n"));
+        writer.start_file(&path, zip::write::SimpleFileOptions::default()).unwrap();
+        writer.write_all((self.record)(record).as_bytes()).unwrap();
+        (self.bytes)(writer.finish().unwrap().into_inner())
+    }
+
+    fn read(&self) -> anyhow::Result<Wheel> {
+        Wheel::read(&self.build(), &self.file, None)
+    }
+}
+
+/// Changes every occurrence of a member's name in an archive; names have equal lengths.
+fn rename(mut bytes: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
+    assert_eq!(from.len(), to.len());
+    let mut at = 0;
+    while at + from.len() <= bytes.len() {
+        if bytes[at..].starts_with(from) {
+            bytes[at..at + from.len()].copy_from_slice(to);
+        }
+        at += 1;
+    }
+    bytes
+}
+
+fn message<T>(result: anyhow::Result<T>) -> String {
+    match result {
+        Ok(_) => panic!("it was accepted"),
+        Err(error) => format!("{error:#}"),
+    }
+}
+
+#[test]
+fn each_broken_wheel_is_refused_with_its_reason() {
+    let good = || Draft::new("foo", "");
+    assert_eq!(good().read().unwrap().metadata.name, "foo");
+    let init = "foo/__init__.py";
+    let info = "foo-1.0.dist-info";
+    let mut other_name = good();
+    other_name.file = "bar-1.0-py3-none-any.whl".into();
+    let mut other_tag = good();
+    other_tag.file = "foo-1.0-cp311-cp311-linux_aarch64.whl".into();
+    let mut no_name = good();
+    no_name.file = "foo-1.0.zip".into();
+    let mut strange_name = good();
+    strange_name.file = "foo-1.0-py3-none-a%y.whl".into();
+    let mut twice = good().with("foo/a.py", "1", 0o644).with("foo/b.py", "1", 0o644);
+    twice.bytes = |bytes| rename(bytes, b"foo/b.py", b"foo/a.py");
+    let mut cut = good();
+    cut.bytes = |bytes| bytes[..bytes.len() / 2].to_vec();
+    let without = |end: &str| {
+        let mut draft = good();
+        draft.members.retain(|(path, _, _)| !path.ends_with(end));
+        draft
+    };
+    let wrong_hash = |text: String| {
+        let digest = digest_text(b"__version__ = '1.0'\n");
+        assert!(text.contains(&digest));
+        text.replace(&digest, &digest_text(b"something else"))
+    };
+    let cases: Vec<(Draft, String)> = vec![
+        (no_name, "foo-1.0.zip is not a wheel's name: expected NAME-VERSION[-BUILD]-PYTHON-ABI-PLATFORM.whl".into()),
+        (strange_name, "foo-1.0-py3-none-a%y.whl is not a wheel's name: it has an empty part or an unexpected character".into()),
+        (cut, "opening the archive".into()),
+        (other_name, format!("its folder is {info}, its name says bar-1.0.dist-info")),
+        (other_tag, format!("checking {info}/WHEEL: its tags are py3-none-any, the file name says cp311-cp311-linux_aarch64")),
+        (good().edit("/WHEEL", "Wheel-Version: 1.0", "Wheel-Version: 2.0"), format!("checking {info}/WHEEL: Wheel-Version is 2.0, this tool knows 1.x")),
+        (good().edit("/WHEEL", "true", "maybe"), format!("checking {info}/WHEEL: Root-Is-Purelib is Some(\"maybe\"), expected true or false")),
+        (good().edit("/WHEEL", "Tag: py3-none-any", "Tag: py3"), format!("checking {info}/WHEEL: 'py3' is not a tag")),
+        (without("/WHEEL"), format!("{info}/WHEEL is missing")),
+        (without("/METADATA"), format!("{info}/METADATA is missing")),
+        (good().edit("/METADATA", "Name: foo", "Name: bar"), format!("checking {info}/METADATA: Name is bar, the file name says foo")),
+        (good().edit("/METADATA", "Version: 1.0", "Version: 1.1"), format!("checking {info}/METADATA: Version is 1.1, the file name says 1.0")),
+        (good().edit("/METADATA", "\nVersion: 1.0", ""), format!("checking {info}/METADATA: Version is missing")),
+        (Draft::new("foo", "Requires-Dist: not a requirement\n"), "'not a requirement' is not a requirement (PEP 508)".into()),
+        (good().with("other-2.dist-info/x", "", 0o644), "it has 2 .dist-info folders, expected one".into()),
+        (good().record(wrong_hash), format!("checking {init} with {info}/RECORD: its hash is {}", digest_text(b"__version__ = '1.0'\n"))),
+        (good().record(|t| t.replace("sha256=", "md5=")), "the hash 'md5' is too weak: sha256 or better is needed (PEP 427)".into()),
+        (good().record(|t| t.replace(",20\n", ",21\n")), format!("{info}/RECORD says that {init} has 21 bytes, it has 20")),
+        (good().record(|t| t.lines().skip(1).map(|l| format!("{l}\n")).collect()), format!("{init} is in the wheel and not in {info}/RECORD")),
+        (good().record(|t| format!("{t}foo/gone.py,sha256=x,1\n")), format!("{info}/RECORD lists foo/gone.py, which the wheel does not have")),
+        (good().record(|t| format!("{t}{t}")), format!("{info}/RECORD lists {init} twice")),
+        (good().record(|t| t.replace("__init__.py,sha256=", "__init__.py,,sha256=")), "expected path, hash and size, found".into()),
+        (good().record(|t| format!("{t}\"open,,\n")), "a quote is not closed".into()),
+        (good().record(|t| format!("{t}../x,sha256=x,1\n")), format!("checking {info}/RECORD: the path ../x has the part '..', which can lead out of its folder")),
+        (good().record(|t| t.replace(&digest_text(b"__version__ = '1.0'\n"), "")), format!("{info}/RECORD has no hash for {init}")),
+        (good().with("../evil.py", "", 0o644), "the path ../evil.py has the part '..', which can lead out of its folder".into()),
+        (good().with("/etc/evil", "", 0o644), "the path /etc/evil is absolute".into()),
+        (good().with("foo//x", "", 0o644), "the path foo//x has the part '', which can lead out of its folder".into()),
+        (good().with("foo\\x", "", 0o644), "has a backslash or a control character".into()),
+        (good().with("foo/link", "/etc/passwd", 0o120_777), "foo/link is a symbolic link, which a wheel cannot have".into()),
+        (twice, "it has two members named foo/a.py".into()),
+        (good().with(&format!("{info}/entry_points.txt"), "[console_scripts]\nx = nothing\n", 0o644), format!("reading {info}/entry_points.txt: 'x = nothing' is not NAME = MODULE:FUNCTION")),
+        (good().with(&format!("{info}/entry_points.txt"), "[console_scripts]\n../x = a:b\n", 0o644), "'../x = a:b' is not NAME = MODULE:FUNCTION".into()),
+        (good().with(&format!("{info}/entry_points.txt"), "[gui_scripts]\nx = a:b;import os\n", 0o644), "'x = a:b;import os' is not NAME = MODULE:FUNCTION".into()),
+    ];
+    for (draft, expected) in cases {
+        let found = message(draft.read());
+        assert!(found.starts_with(&format!("reading the wheel {}: ", draft.file)), "{found}");
+        assert!(found.contains(&expected), "expected: {expected}\nfound: {found}");
+    }
+    let bytes = good().build();
+    let wrong = message(Wheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some("00")));
+    let expected = format!("its sha256 is {}, the lock says 00", hash_bytes(&bytes));
+    assert!(wrong.ends_with(&expected), "{wrong}");
+}
+
+#[test]
+fn wheels_are_checked_against_the_target_and_each_other() {
+    let wheel = |name: &str, headers: &str| Draft::new(name, headers).read().unwrap();
+    let base = [BaseDistribution { name: "Sys_Tools".into(), version: "3.1".into() }];
+    let verdict = |wheels: &[Wheel]| check("foo==1.0", wheels, &target(), &base);
+    let needs = "Requires-Dist: bar>=1; platform_machine == 'aarch64'\n\
+                 Requires-Dist: sys-tools>3\n\
+                 Requires-Dist: other; python_version < '3.8'\n\
+                 Requires-Dist: windows; sys_platform == 'win32'\n\
+                 Requires-Dist: extra-only; extra == 'x'\n\
+                 Requires-Python: >=3.10\n";
+    let good = [wheel("bar", ""), wheel("foo", needs)];
+    verdict(&good).unwrap();
+
+    let help = "\nhelp: resolve the wheels again for this base with `cargo xtask lock`";
+    let mut compiled =
+        Draft::new("foo", "").edit("/WHEEL", "py3-none-any", "cp312-cp312-linux_aarch64");
+    compiled.file = "foo-1.0-cp312-cp312-linux_aarch64.whl".into();
+    let cases: Vec<(Vec<Wheel>, &str)> = vec![
+        (
+            vec![compiled.read().unwrap()],
+            "foo-1.0-cp312-cp312-linux_aarch64.whl: its tags (cp312-cp312-linux_aarch64) do not fit CPython 3.11 on aarch64 with glibc 2.36",
+        ),
+        (
+            vec![wheel("foo", "Requires-Python: >=3.12\n")],
+            "foo-1.0-py3-none-any.whl: foo-1.0.dist-info/METADATA: it requires Python >=3.12, the base has 3.11",
+        ),
+        (
+            vec![wheel("foo", "Requires-Python: new\n")],
+            "foo-1.0-py3-none-any.whl: foo-1.0.dist-info/METADATA: Requires-Python 'new' is not a version specifier",
+        ),
+        (
+            vec![good[1].clone()],
+            "foo-1.0-py3-none-any.whl: foo-1.0.dist-info/METADATA: it requires bar>=1, neither the wheels nor the base have it",
+        ),
+        (
+            vec![wheel("foo", "Requires-Dist: sys-tools>=4\n")],
+            "foo-1.0-py3-none-any.whl: foo-1.0.dist-info/METADATA: it requires sys-tools>=4, version 3.1 is there",
+        ),
+        (vec![wheel("foo", ""), wheel("bar", "")], "bar-1.0-py3-none-any.whl: nothing needs it"),
+        (
+            vec![wheel("bar", ""), wheel("foo", "Requires-Dist: bar[fast]\n"), wheel("baz", "")],
+            "baz-1.0-py3-none-any.whl: nothing needs it",
+        ),
+        (
+            vec![wheel("foo", ""), wheel("foo", "")],
+            "foo-1.0-py3-none-any.whl: a second wheel of foo",
+        ),
+    ];
+    for (wheels, expected) in cases {
+        assert_eq!(message(verdict(&wheels)), format!("{expected}{help}"));
+    }
+    // An extra that is asked for brings its requirement.
+    let fast = [
+        wheel("bar", "Provides-Extra: fast\nRequires-Dist: baz; extra == 'fast'\n"),
+        wheel("baz", ""),
+        wheel("foo", "Requires-Dist: bar[fast]\n"),
+    ];
+    verdict(&fast).unwrap();
+    assert!(message(verdict(&[fast[0].clone(), fast[2].clone()])).contains("it requires baz"));
+}
+
+#[test]
+fn tags_are_those_that_pip_computes() {
+    let target = target();
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "debug", "--verbose", "--python-version", "3.11"]);
+    pip.args(["--implementation", "cp"]);
+    for platform in target.platforms() {
+        pip.args(["--platform", &platform]);
+    }
+    let said = String::from_utf8(pip.output().unwrap().stdout).unwrap();
+    let (_, list) = said.split_once("Compatible tags:").expect("pip debug lists tags");
+    let mut theirs: Vec<&str> =
+        list.lines().skip(1).map(str::trim).filter(|l| !l.is_empty()).collect();
+    let tags = target.tags();
+    let mut ours: Vec<String> = tags.iter().map(ToString::to_string).collect();
+    assert!(theirs.len() > 500, "{said}");
+    theirs.sort_unstable();
+    theirs.dedup();
+    ours.sort();
+    assert_eq!(ours, theirs);
+    assert_eq!(tags[0].to_string(), "cp311-cp311-manylinux_2_36_aarch64");
+}
+
+#[test]
+fn a_missing_wheel_is_explained_with_the_tags_that_exist() {
+    let named = |file: &str| WheelName::parse(file).unwrap();
+    let wheels = [
+        named("numpy-1.26.4-cp312-cp312-manylinux_2_17_aarch64.manylinux2014_aarch64.whl"),
+        named("numpy-1.26.4-cp312-cp312-win_amd64.whl"),
+        named("numpy-1.9.0-cp312-cp312-win_amd64.whl"),
+        named("numpy-2.1.0-cp313-cp313-manylinux2014_aarch64.whl"),
+    ];
+    let mut target = target();
+    target.python = "3.13".parse().unwrap();
+    let said = |requirement: &str| {
+        describe_missing(requirement, Some("opentrons"), &target, &wheels).unwrap().to_string()
+    };
+    assert_eq!(
+        said("numpy<2,>=1.20.0"),
+        "numpy<2,>=1.20.0, which opentrons needs, has no wheel for CPython 3.13 on aarch64 with glibc 2.36\n\
+         numpy 1.26.4, the newest version in that range, has these tags for Linux on aarch64:\n  \
+         cp312-cp312-manylinux2014_aarch64\n  cp312-cp312-manylinux_2_17_aarch64\n\
+         help: use a base with one of these Pythons, or a version of opentrons that allows a newer numpy"
+    );
+    assert!(
+        said("numpy<1")
+            .contains("no version in that range has any wheel; the newest version is 2.1.0")
+    );
+}
+
+fn product_lock() -> WheelLock {
+    let root = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    WheelLock::load(&root.join("configs/robot-dev.wheels.lock")).unwrap()
+}
+
+#[test]
+fn the_products_lock_is_whole_and_each_contradiction_in_a_lock_is_refused() {
+    let lock = product_lock();
+    let text = lock.to_toml();
+    assert_eq!(WheelLock::parse(&text).unwrap(), lock);
+    assert_eq!(lock.wheels.len(), 23);
+    let first = lock.wheels[0].sha256.clone();
+    let changed = text.replace(&first, &"0".repeat(64));
+    assert_ne!(identity(&lock), identity(&WheelLock::parse(&changed).unwrap()));
+    let half = text.find("[[wheel]]").unwrap();
+    let block = text[half..].split("\n\n").next().unwrap();
+    let cases = [
+        (
+            text.replace("format = 1", "format = 2"),
+            "the lock has format 2, this tool reads format 1",
+        ),
+        (text.replace("size = ", "length = "), "unknown field `length`"),
+        (text.replace(&first, "zz"), "is 'zz': expected 64 lower-case hexadecimal digits"),
+        (
+            text.replace("\"glibc 2.36\"", "\"bionic\""),
+            "'bionic' is not a C library: expected 'glibc 2.36' or 'musl 1.2'",
+        ),
+        (
+            text.replace("\"3.11\"", "\"three\""),
+            "'three' is not a Python version: expected 3.11 or 3.11.2",
+        ),
+        (text.replace("\"3.11\"", "\"3.8\""), "Python 3.8 is too old: 3.9 or later is needed"),
+        (
+            text.replace("\"cp\"", "\"pp\""),
+            "the Python implementation is 'pp', only 'cp' (CPython) is supported",
+        ),
+        (
+            text.replace("name = \"aionotify\"", "name = \"zzz\""),
+            "the lock says 'zzz' and the file is aionotify-0.3.1-py2.py3-none-any.whl: expected the normalised name 'aionotify'",
+        ),
+        (format!("{}\n{block}\n{}", &text[..half], &text[half..]), "aionotify is locked twice"),
+        (format!("{}\n{block}\n", text.replacen(block, "", 1)), "the wheels are not sorted: "),
+        (
+            text.replace("\"opentrons==10.1.0\"", "\"absent==1\""),
+            "the requirement absent==1 has no [[wheel]]",
+        ),
+    ];
+    for (bad, expected) in cases {
+        let found = message(WheelLock::parse(&bad));
+        assert!(found.contains(expected), "expected: {expected}\nfound: {found}");
+    }
+}
+
+/// A folder with an unpacked arm64 Debian with Python, made once for all tests.
+fn arm64_root() -> &'static Utf8Path {
+    static ROOT: OnceLock<Utf8PathBuf> = OnceLock::new();
+    ROOT.get_or_init(|| {
+        let root = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join("python-arm64");
+        if !root.exists() {
+            let partial = Utf8PathBuf::from(format!("{root}.{}", std::process::id()));
+            let status = Command::new("mmdebstrap")
+                .args([
+                    "--quiet",
+                    "--arch=arm64",
+                    "--variant=extract",
+                    "bookworm",
+                    partial.as_str(),
+                ])
+                .args(["--include=python3,libpython3.11-stdlib,libc6"])
+                .status()
+                .unwrap();
+            assert!(status.success(), "mmdebstrap failed");
+            std::fs::rename(&partial, &root).unwrap();
+        }
+        root
+    })
+}
+
+/// Runs Python in the unpacked base with the modules of an unpacked installation.
+fn python(installation: &Utf8Path, code: &str) -> String {
+    let root = arm64_root();
+    let output = Command::new("qemu-aarch64-static")
+        .args(["-L", root.as_str(), root.join("usr/bin/python3.11").as_str(), "-B", "-c", code])
+        .env("PYTHONPATH", installation.join("usr/local/lib/python3.11/dist-packages"))
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn unpack(tar: &Utf8Path, to: &Utf8Path) {
+    std::fs::create_dir_all(to).unwrap();
+    let status =
+        Command::new("tar").args(["-xf", tar.as_str(), "-C", to.as_str()]).status().unwrap();
+    assert!(status.success());
+}
+
+/// Puts drafts into a cache and locks them; `foo` is what is asked for.
+fn locked(drafts: &[Draft], cache: &Utf8Path) -> WheelLock {
+    let wheels = drafts.iter().map(|draft| {
+        let bytes = draft.build();
+        let sha256 = hash_bytes(&bytes);
+        let folder = cache.join("downloads/sha256");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join(&sha256), &bytes).unwrap();
+        LockedWheel {
+            name: WheelName::parse(&draft.file).unwrap().name,
+            version: "1.0".into(),
+            file: draft.file.clone(),
+            size: bytes.len() as u64,
+            sha256,
+            requires_python: None,
+            needed_by: vec![],
+        }
+    });
+    WheelLock::new("foo==1.0", target(), wheels.collect())
+}
+
+fn install_into(lock: &WheelLock, cache: &Utf8Path, out: &Utf8Path) -> anyhow::Result<Installed> {
+    let wheels = fetch(lock, cache, true)?;
+    let base = BasePython::read(BaseSource::Root(arm64_root().to_owned()))?;
+    let target = InstallTarget::for_base(&base, true);
+    let request = InstallRequest {
+        lock,
+        wheels: &wheels,
+        base: &base,
+        target: &target,
+        cache,
+        epoch: 1_700_000_000,
+        out,
+        log: None,
+    };
+    install(&request)
+}
+
+fn rich() -> Draft {
+    let info = "foo-1.0.dist-info";
+    Draft::new("foo", "Summary: A test\nLicense-Expression: MIT\nRequires-Dist: bar\n")
+        .with("foo/main.py", "class Tool:\n    @staticmethod\n    def go():\n        return 3\n", 0o644)
+        .with("foo/broken.py", "print 'Python 2'\n", 0o644)
+        .with("foo/resources/a, b.sh", "#!/bin/sh\n", 0o755)
+        .with("foo/__pycache__/main.cpython-311.pyc", "stale", 0o644)
+        .with("foo-1.0.data/scripts/tool", "#!python -u\nprint('tool')\n", 0o644)
+        .with("foo-1.0.data/scripts/shell", "#!/bin/sh\n", 0o644)
+        .with("foo-1.0.data/data/share/foo/x", "x", 0o644)
+        .with("foo-1.0.data/purelib/pure.py", "P = 1\n", 0o644)
+        .with("foo-1.0.data/platlib/plat.py", "P = 2\n", 0o644)
+        .with("foo-1.0.data/headers/foo.h", "//\n", 0o644)
+        .with(
+            &format!("{info}/entry_points.txt"),
+            "[console_scripts]\nfoo-go = foo.main:Tool.go [x]\n[gui_scripts]\nfoo-gui=foo.main:Tool.go\n[other]\nx=y\n",
+            0o644,
+        )
+}
+
+#[test]
+fn installation_is_what_a_standard_installer_makes() {
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = Utf8Path::from_path(scratch.path()).unwrap();
+    let (cache, out) = (dir.join("cache"), dir.join("out.tar"));
+    let lock = locked(&[rich(), Draft::new("bar", "")], &cache);
+    let installed = install_into(&lock, &cache, &out).unwrap();
+    let tree = dir.join("tree");
+    unpack(&out, &tree);
+    let site = tree.join("usr/local/lib/python3.11/dist-packages");
+    let text = |path: &str| std::fs::read_to_string(tree.join(path)).unwrap();
+    assert_eq!(text("usr/local/bin/tool"), "#!/usr/bin/python3 -u\nprint('tool')\n");
+    assert_eq!(text("usr/local/bin/shell"), "#!/bin/sh\n");
+    assert_eq!(text("usr/local/share/foo/x"), "x");
+    assert_eq!(text("usr/local/include/python3.11/foo/foo.h"), "//\n");
+    assert!(site.join("foo-1.0.dist-info/REQUESTED").exists());
+    assert!(!site.join("bar-1.0.dist-info/REQUESTED").exists());
+    assert!(!site.join("foo-1.0.dist-info/direct_url.json").exists());
+    let names: Vec<(&str, bool, u64)> = installed
+        .distributions
+        .iter()
+        .map(|d| (d.name.as_str(), d.top_level, d.uncompiled))
+        .collect();
+    assert_eq!(names, [("bar", false, 0), ("foo", true, 1)]);
+    assert_eq!(
+        installed.distributions[1].resources.as_deref().map(Utf8Path::as_str),
+        Some("/usr/local/lib/python3.11/dist-packages/foo/resources")
+    );
+
+    // The tar: owners, modes, times, order; Python's own reader judges.
+    let facts = Command::new("python3")
+        .arg("-c")
+        .arg(
+            "import sys, tarfile\n\
+             members = tarfile.open(sys.argv[1]).getmembers()\n\
+             names = [m.name for m in members]\n\
+             assert names == sorted(names), names\n\
+             assert {(m.uid, m.gid, m.mtime) for m in members} == {(0, 0, 1700000000)}\n\
+             modes = {m.name: oct(m.mode) for m in members}\n\
+             site = 'usr/local/lib/python3.11/dist-packages/'\n\
+             print(modes['usr'], modes['usr/local/bin/tool'], modes['usr/local/bin/foo-gui'],\n\
+                   modes[site + 'foo/resources/a, b.sh'], modes[site + 'foo/main.py'])\n",
+        )
+        .arg(&out)
+        .output()
+        .unwrap();
+    assert!(facts.status.success(), "{}", String::from_utf8_lossy(&facts.stderr));
+    assert_eq!(String::from_utf8_lossy(&facts.stdout).trim(), "0o755 0o755 0o755 0o755 0o644");
+
+    // The robot's Python: importlib.metadata reads RECORD, every line of it is true; the modules
+    // come from bytecode that needs no time and names the robot's paths; the programs run.
+    let said = python(
+        &tree,
+        "import base64, hashlib, importlib.metadata as m, runpy, sys, foo.main\n\
+         d = m.distribution('foo')\n\
+         listed = set()\n\
+         for f in d.files:\n\
+         \x20   data = f.locate().read_bytes(); listed.add(str(f))\n\
+         \x20   if f.name == 'RECORD' and f.hash is None: continue\n\
+         \x20   digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b'=').decode()\n\
+         \x20   assert (f.hash.mode, f.hash.value, f.size) == ('sha256', digest, len(data)), f\n\
+         assert '../../../bin/foo-go' in listed and 'foo/__pycache__/main.cpython-311.pyc' in listed\n\
+         code = foo.main.Tool.go.__code__\n\
+         header = open(foo.main.__cached__, 'rb').read()[:8]\n\
+         print(d.read_text('INSTALLER').strip(), len(listed), code.co_filename, header[4:])\n\
+         try: runpy.run_path(str(d.locate_file('../../../bin/foo-go')), run_name='__main__')\n\
+         except SystemExit as e: print(e.code)\n",
+    );
+    assert_eq!(
+        said,
+        "slipway 22 /usr/local/lib/python3.11/dist-packages/foo/main.py b'\\x01\\x00\\x00\\x00'\n3\n"
+    );
+    let counted = walk(&tree);
+    assert_eq!(installed.distributions.iter().map(|d| d.files).sum::<u64>(), counted.len() as u64);
+    assert_eq!(
+        installed.distributions.iter().map(|d| d.installed_bytes).sum::<u64>(),
+        counted.values().sum::<u64>()
+    );
+
+    // Again: from the cache, then without it.
+    let again = dir.join("again.tar");
+    assert_eq!(install_into(&lock, &cache, &again).unwrap().tar.sha256, installed.tar.sha256);
+    std::fs::remove_dir_all(cache.join("stages")).unwrap();
+    assert_eq!(install_into(&lock, &cache, &again).unwrap().tar.sha256, installed.tar.sha256);
+}
+
+fn walk(folder: &Utf8Path) -> BTreeMap<Utf8PathBuf, u64> {
+    let mut found = BTreeMap::new();
+    for item in folder.read_dir_utf8().unwrap() {
+        let item = item.unwrap();
+        let kind = item.metadata().unwrap();
+        if kind.is_dir() {
+            found.extend(walk(item.path()));
+        } else {
+            found.insert(item.path().to_owned(), kind.len());
+        }
+    }
+    found
+}
+
+#[test]
+fn a_base_in_a_tar_is_the_same_base() {
+    let scratch = tempfile::tempdir().unwrap();
+    let tar = Utf8Path::from_path(scratch.path()).unwrap().join("base.tar");
+    let status = Command::new("tar")
+        .args(["-cf", tar.as_str(), "-C", arm64_root().as_str(), "."])
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let from_tar = BasePython::read(BaseSource::Tar(tar)).unwrap();
+    let mut from_root = BasePython::read(BaseSource::Root(arm64_root().to_owned())).unwrap();
+    from_root.source = from_tar.source.clone();
+    assert_eq!(from_tar, from_root);
+    assert_eq!(from_tar.version.short(), "3.11");
+    let target = scratch.path().join("empty");
+    std::fs::create_dir(&target).unwrap();
+    let none = BasePython::read(BaseSource::Root(target.try_into().unwrap()));
+    assert!(message(none).starts_with("the base has no /usr/bin/python3"));
+}
+
+#[test]
+fn what_cannot_be_installed_says_why() {
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = Utf8Path::from_path(scratch.path()).unwrap();
+    let (cache, out) = (dir.join("cache"), dir.join("out.tar"));
+    let try_it = |drafts: &[Draft]| message(install_into(&locked(drafts, &cache), &cache, &out));
+    let foo = || Draft::new("foo", "Requires-Dist: bar\n");
+    let both = try_it(&[foo(), Draft::new("bar", "").with("foo/__init__.py", "", 0o644)]);
+    assert!(
+        both.ends_with(
+            "foo-1.0-py3-none-any.whl installs /usr/local/lib/python3.11/dist-packages/foo/__init__.py, \
+             which bar-1.0-py3-none-any.whl installs too"
+        ),
+        "{both}"
+    );
+    let scheme = try_it(&[Draft::new("foo", "").with("foo-1.0.data/etc/x", "", 0o644)]);
+    assert!(scheme.ends_with("foo-1.0.data/etc/x lies in the unknown scheme 'etc'"), "{scheme}");
+    let loose = try_it(&[Draft::new("foo", "").with("foo-1.0.data/x", "", 0o644)]);
+    assert!(loose.ends_with("foo-1.0.data/x lies in no scheme's folder"), "{loose}");
+    let mut other = locked(&[Draft::new("foo", "")], &cache);
+    other.target.python = "3.12".parse().unwrap();
+    let python = message(install_into(&other, &cache, &out));
+    assert!(
+        python.starts_with("the wheels were locked for Python 3.12, the base has 3.11"),
+        "{python}"
+    );
+    assert!(!out.exists());
+}
+
+#[test]
+fn offline_names_what_the_cache_lacks_and_a_damaged_file_is_not_used() {
+    let scratch = tempfile::tempdir().unwrap();
+    let cache = Utf8Path::from_path(scratch.path()).unwrap();
+    let lock = locked(&[Draft::new("bar", ""), Draft::new("foo", "")], cache);
+    let all: Vec<FetchedWheel> = fetch(&lock, cache, true).unwrap();
+    assert_eq!(all.len(), 2);
+    std::fs::write(&all[1].path, "damaged").unwrap();
+    let found = message(fetch(&lock, cache, true));
+    assert_eq!(
+        found,
+        format!(
+            "1 of 2 wheels are not in the cache {cache}, and --offline forbids to fetch them:\n  \
+             foo-1.0-py3-none-any.whl\nhelp: build once without --offline"
+        )
+    );
+    let mut short = locked(&[Draft::new("foo", "")], cache);
+    short.wheels[0].size += 1;
+    assert!(message(fetch(&short, cache, true)).contains("bytes, the lock says"));
+}
+
+/// Whether the long tests, which download from the machine's indexes, were asked for.
+fn all() -> bool {
+    std::env::var("SLIPWAY_TEST_ALL").is_ok_and(|value| value == "1")
+}
+
+#[test]
+fn the_real_api_is_locked_installed_and_imported() {
+    if !all() {
+        return;
+    }
+    let cache = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join("wheel-cache");
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = Utf8Path::from_path(scratch.path()).unwrap();
+    let mut request = LockRequest {
+        requirement: "opentrons==10.1.0".into(),
+        target: target(),
+        base: vec![],
+        cache: cache.clone(),
+        log: None,
+    };
+    let fresh = lock(&request).unwrap();
+    assert!(fresh.wheels.iter().any(|w| w.name == "opentrons" && w.needed_by.is_empty()));
+
+    let product = product_lock();
+    fetch(&product, &cache, false).unwrap();
+    let out = dir.join("api.tar");
+    let installed = install_into(&product, &cache, &out).unwrap();
+    unpack(&out, &dir.join("tree"));
+    let said = python(&dir.join("tree"), "import opentrons; print(opentrons.__version__)");
+    assert_eq!(said, "10.1.0\n");
+    validate_bill(&installed, &product, dir);
+
+    request.target.python = "3.13".parse().unwrap();
+    let missing = message(lock(&request));
+    assert!(missing.contains("numpy<2"), "{missing}");
+    assert!(missing.contains("\n  cp312-cp312-manylinux_2_17_aarch64\n"), "{missing}");
+}
+
+/// The published schema, which a Python package carries, judges the bill.
+fn validate_bill(installed: &Installed, lock: &WheelLock, dir: &Utf8Path) {
+    let mut components = sbom::wheel_components(installed, lock);
+    components.push(sbom::Component {
+        name: "libstdc++6".into(),
+        version: "1:12.2.0-14+deb12u1".into(),
+        origin: sbom::Origin::Debian { arch: "arm64".into(), release: "bookworm".into() },
+        sha256: Some("0".repeat(64)),
+        license: None,
+        summary: Some("GNU Standard C++ Library v3".into()),
+        depends_on: vec![],
+    });
+    let meta = sbom::Meta {
+        product: "robot".into(),
+        version: "0.1.0".into(),
+        board: "pi".into(),
+        epoch: 1_700_000_000,
+    };
+    let bill = dir.join("sbom.cdx.json");
+    sbom::write(&bill, &components, &meta).unwrap();
+    let first = std::fs::read(&bill).unwrap();
+    components.reverse();
+    sbom::write(&bill, &components, &meta).unwrap();
+    let mut second = Vec::new();
+    std::fs::File::open(&bill).unwrap().read_to_end(&mut second).unwrap();
+    assert_eq!(first, second, "the order of the components must not matter");
+
+    let venv = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join("cyclonedx");
+    let run = |program: &str, args: &[&str]| {
+        let output = Command::new(program).args(args).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{program} {args:?}: {errors}");
+    };
+    let python = venv.join("bin/python3");
+    run("python3", &["-m", "venv", venv.as_str()]);
+    run(python.as_str(), &["-m", "pip", "install", "-q", "cyclonedx-python-lib[json-validation]"]);
+    let script = "import sys\n\
+        from cyclonedx.schema import SchemaVersion\n\
+        from cyclonedx.validation.json import JsonStrictValidator\n\
+        errors = JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1]).read())\n\
+        sys.exit(repr(errors) if errors else 0)\n";
+    run(python.as_str(), &["-c", script, bill.as_str()]);
+}
