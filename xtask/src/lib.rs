@@ -3,5 +3,7 @@
 //! `docs/architecture.md` is the map of this crate.
 
 pub mod artifact;
+pub mod bootstate;
 pub mod exec;
 pub mod progress;
+pub mod qemu;
