@@ -181,6 +181,12 @@ impl Tool {
         Ok(value)
     }
 
+    /// The command itself, for the one program that is talked to while it runs: a virtual machine
+    /// with its serial console. Whoever takes it also ends the child and reports its failure.
+    pub fn into_command(self) -> Command {
+        self.command
+    }
+
     fn open_log(&self) -> Result<Option<File>> {
         let Some(path) = &self.log else { return Ok(None) };
         if let Some(parent) = path.parent() {

@@ -1,0 +1,328 @@
+//! Boots a card image in QEMU: on a person's terminal, or driven by a test through the serial console.
+//!
+//! The image is never written: the machine works on a qcow2 overlay. What a machine is comes from
+//! the board's `[qemu]` table; the network listens on the loopback address only.
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use crate::bootstate::{BootState, SECTOR};
+use crate::exec::Tool;
+use crate::progress;
+
+mod session;
+
+pub use session::Session;
+
+/// The program that is the machine.
+pub const PROGRAM: &str = "qemu-system-aarch64";
+
+/// The port of the guest's SSH server.
+const GUEST_SSH: u16 = 22;
+
+/// The port on the host that leads to it, when it is free.
+const HOST_SSH: u16 = 2222;
+
+/// How the boot loader gets into the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootloaderSlot {
+    /// As flash content (`-bios`).
+    Bios,
+    /// As what the machine would start as a kernel (`-kernel`).
+    Kernel,
+}
+
+/// How the card is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Drive {
+    /// The machine's own SD slot.
+    Sd,
+    /// A virtio block device.
+    Virtio,
+}
+
+/// A board as QEMU knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Machine {
+    /// The value of `-M`.
+    pub machine: String,
+    /// The value of `-cpu`; without one the machine's own.
+    pub cpu: Option<String>,
+    /// Memory in bytes, whole MiB.
+    pub memory: u64,
+    /// Number of processors.
+    pub cpus: u32,
+    /// How the boot loader gets in.
+    pub bootloader: BootloaderSlot,
+    /// How the card is attached.
+    pub drive: Drive,
+    /// Whether the card's size must be a power of two (QEMU's SD card refuses others).
+    pub power_of_two_card: bool,
+    /// Which of the machine's serial ports is the console, from 0.
+    pub serial_port: u8,
+    /// The network device (`-device`); none without one.
+    pub network: Option<String>,
+    /// Further arguments, as they are.
+    pub arguments: Vec<String>,
+    /// Seconds until a login on a busy host; what tests wait at most.
+    pub boot_timeout: u64,
+}
+
+/// The files that a machine starts from; all are only read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Files {
+    /// The card image.
+    pub image: Utf8PathBuf,
+    /// The boot loader.
+    pub bootloader: Utf8PathBuf,
+    /// The device tree, for a machine that has firmware hand one over.
+    pub device_tree: Option<Utf8PathBuf>,
+}
+
+/// What becomes of the guest's restart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnRestart {
+    /// The machine starts anew.
+    Restart,
+    /// The machine ends, so that a test sees a panic at once.
+    Exit,
+}
+
+/// A card that may be written: a qcow2 file over the image, which stays as it is.
+#[derive(Debug)]
+pub struct Overlay {
+    path: Utf8PathBuf,
+}
+
+impl Overlay {
+    /// Makes a new overlay at `path` (replacing an old one) over `image`, grown to a power of two
+    /// where the machine needs that.
+    ///
+    /// # Errors
+    /// When the image is missing or `qemu-img` fails.
+    pub fn create(machine: &Machine, image: &Utf8Path, path: &Utf8Path) -> Result<Self> {
+        let size = std::fs::metadata(image)
+            .with_context(|| format!("reading the card image {image}"))?
+            .len();
+        // The backing file's name is taken relative to the overlay, so it must be absolute.
+        let image = image.canonicalize_utf8().with_context(|| format!("finding {image}"))?;
+        let size = if machine.power_of_two_card { size.next_power_of_two() } else { size };
+        Tool::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+            .args([image.as_str(), path.as_str(), &size.to_string()])
+            .run()
+            .with_context(|| format!("making the overlay {path}"))?;
+        Ok(Self { path: path.to_owned() })
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Utf8Path {
+        &self.path
+    }
+
+    /// Writes one copy of the boot state at `offset` bytes, as the robot would.
+    ///
+    /// # Errors
+    /// When `qemu-io` fails, or a machine that uses the overlay is still running.
+    pub fn write_boot_state(&self, offset: u64, state: &BootState) -> Result<()> {
+        self.write(offset, &state.encode())
+    }
+
+    /// Writes bytes at an offset; both are whole sectors.
+    ///
+    /// # Errors
+    /// When `qemu-io` fails, or a machine that uses the overlay is still running.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let aligned = offset.is_multiple_of(SECTOR as u64) && bytes.len().is_multiple_of(SECTOR);
+        ensure!(aligned, "writing {} bytes at {offset} of a card: not whole sectors", bytes.len());
+        let source = Utf8PathBuf::from(format!("{}.source", self.path));
+        std::fs::write(&source, bytes).with_context(|| format!("writing {source}"))?;
+        let done = Tool::new("qemu-io")
+            .args(["-f", "qcow2", "-c"])
+            .arg(format!("write -q -s {source} {offset} {}", bytes.len()))
+            .arg(&self.path)
+            .run()
+            .with_context(|| format!("writing {} bytes at {offset} of {}", bytes.len(), self.path));
+        std::fs::remove_file(&source).with_context(|| format!("removing {source}"))?;
+        done
+    }
+}
+
+/// Boots the image with its serial console on this terminal until the person quits. What the guest
+/// writes lasts until then.
+///
+/// # Errors
+/// When the overlay cannot be made, or QEMU is missing or fails.
+pub fn run_interactive(machine: &Machine, files: &Files) -> Result<()> {
+    let folder = tempfile::tempdir().context("making a folder for the overlay")?;
+    let folder = Utf8Path::from_path(folder.path()).context("the temporary folder's name")?;
+    let overlay = Overlay::create(machine, &files.image, &folder.join("card.qcow2"))?;
+    let port = machine.network.as_ref().map(|_| free_port(HOST_SSH)).transpose()?;
+    progress::say("run", format!("{} in {}", files.image, machine.machine));
+    if let Some(port) = port {
+        progress::say("ssh", format!("ssh -p {port} robot@127.0.0.1"));
+    }
+    progress::say("quit", "Ctrl-A, then X. Changes are kept until then");
+    let arguments =
+        arguments(machine, files, overlay.path(), "mon:stdio", port, OnRestart::Restart);
+    let tool = Tool::new(PROGRAM).args(arguments);
+    let shown = tool.shown();
+    let mut command = tool.into_command();
+    command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
+    let status = command.status().with_context(|| format!("running {shown}"))?;
+    if !status.success() {
+        bail!("{shown} failed: {status}");
+    }
+    Ok(())
+}
+
+/// QEMU's arguments. `console` is the character device of the console's serial port.
+fn arguments(
+    machine: &Machine,
+    files: &Files,
+    overlay: &Utf8Path,
+    console: &str,
+    ssh_port: Option<u16>,
+    on_restart: OnRestart,
+) -> Vec<String> {
+    let mut list: Vec<String> = Vec::new();
+    let mut add = |words: &[&str]| list.extend(words.iter().map(|word| (*word).to_owned()));
+    add(&["-M", &machine.machine]);
+    if let Some(cpu) = &machine.cpu {
+        add(&["-cpu", cpu]);
+    }
+    add(&["-m", &format!("{}M", machine.memory >> 20), "-smp", &machine.cpus.to_string()]);
+    match machine.bootloader {
+        BootloaderSlot::Bios => add(&["-bios", files.bootloader.as_str()]),
+        BootloaderSlot::Kernel => add(&["-kernel", files.bootloader.as_str()]),
+    }
+    if let Some(tree) = &files.device_tree {
+        add(&["-dtb", tree.as_str()]);
+    }
+    // A comma in a file name would end the name; QEMU wants it doubled.
+    let card = format!("file={},format=qcow2", overlay.as_str().replace(',', ",,"));
+    match machine.drive {
+        Drive::Sd => add(&["-drive", &format!("{card},if=sd")]),
+        Drive::Virtio => {
+            add(&["-drive", &format!("{card},if=none,id=card")]);
+            add(&["-device", "virtio-blk-pci,drive=card"]);
+        }
+    }
+    match (&machine.network, ssh_port) {
+        (Some(device), Some(port)) => {
+            add(&["-netdev", &format!("user,id=lan,hostfwd=tcp:127.0.0.1:{port}-:{GUEST_SSH}")]);
+            // A PCI network device asks for a boot ROM that comes with another package; nothing boots from the network.
+            let rom = if device.ends_with("-pci") { ",romfile=" } else { "" };
+            add(&["-device", &format!("{device},netdev=lan{rom}")]);
+        }
+        _ => add(&["-nic", "none"]),
+    }
+    for _ in 0..machine.serial_port {
+        add(&["-serial", "null"]);
+    }
+    add(&["-serial", console, "-display", "none"]);
+    if console != "mon:stdio" {
+        add(&["-monitor", "none"]);
+    }
+    if on_restart == OnRestart::Exit {
+        add(&["-no-reboot"]);
+    }
+    list.extend(machine.arguments.iter().cloned());
+    list
+}
+
+/// The preferred port of the loopback address, or any free one.
+fn free_port(preferred: u16) -> Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, preferred))
+        .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+        .context("looking for a free port on 127.0.0.1")?;
+    Ok(listener.local_addr().context("looking for a free port on 127.0.0.1")?.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine() -> Machine {
+        Machine {
+            machine: "virt".into(),
+            cpu: Some("cortex-a53".into()),
+            memory: 1 << 30,
+            cpus: 2,
+            bootloader: BootloaderSlot::Bios,
+            drive: Drive::Virtio,
+            power_of_two_card: true,
+            serial_port: 1,
+            network: Some("virtio-net-pci".into()),
+            arguments: vec!["-device".into(), "i6300esb".into()],
+            boot_timeout: 60,
+        }
+    }
+
+    #[test]
+    fn arguments_follow_the_machine() {
+        let files = Files {
+            image: "card.img".into(),
+            bootloader: "u-boot.bin".into(),
+            device_tree: Some("board.dtb".into()),
+        };
+        let line = |machine: &Machine, port| {
+            let card = Utf8Path::new("a,b.qcow2");
+            arguments(machine, &files, card, "stdio", port, OnRestart::Exit).join(" ")
+        };
+        assert_eq!(
+            line(&machine(), Some(2222)),
+            "-M virt -cpu cortex-a53 -m 1024M -smp 2 -bios u-boot.bin -dtb board.dtb \
+             -drive file=a,,b.qcow2,format=qcow2,if=none,id=card -device virtio-blk-pci,drive=card \
+             -netdev user,id=lan,hostfwd=tcp:127.0.0.1:2222-:22 \
+             -device virtio-net-pci,netdev=lan,romfile= -serial null -serial stdio -display none \
+             -monitor none -no-reboot -device i6300esb"
+        );
+        let pi = Machine {
+            bootloader: BootloaderSlot::Kernel,
+            drive: Drive::Sd,
+            network: None,
+            ..machine()
+        };
+        let line = line(&pi, None);
+        assert!(line.contains("-kernel u-boot.bin"), "{line}");
+        assert!(line.contains("-drive file=a,,b.qcow2,format=qcow2,if=sd -nic none"), "{line}");
+    }
+
+    #[test]
+    fn an_overlay_takes_the_boot_state_and_leaves_the_image() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let image = folder.join("card.img");
+        std::fs::write(&image, vec![0; 3 << 20]).unwrap();
+        let overlay = Overlay::create(&machine(), &image, &folder.join("card.qcow2")).unwrap();
+        let state = BootState::first();
+        overlay.write_boot_state(1 << 20, &state).unwrap();
+        let refused = overlay.write(100, &[0; SECTOR]).unwrap_err().to_string();
+        assert!(refused.contains("not whole sectors"), "{refused}");
+
+        let raw = folder.join("raw.img");
+        Tool::new("qemu-img")
+            .args(["convert", "-O", "raw", overlay.path().as_str(), raw.as_str()])
+            .run()
+            .unwrap();
+        let card = std::fs::read(&raw).unwrap();
+        assert_eq!(card.len(), 4 << 20, "the card's size is a power of two");
+        assert_eq!(BootState::decode(&card[1 << 20..][..SECTOR]), Ok(state));
+        assert_eq!(std::fs::read(&image).unwrap(), vec![0; 3 << 20], "the image was written");
+    }
+
+    #[test]
+    fn a_taken_port_is_replaced() {
+        let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = taken.local_addr().unwrap().port();
+        assert_ne!(free_port(port).unwrap(), port);
+    }
+}

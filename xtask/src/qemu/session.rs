@@ -1,0 +1,311 @@
+//! A machine driven by a program: wait for words on its serial console, type lines, read results.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::process::{Child, ChildStdin, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::{Files, Machine, OnRestart, Overlay, PROGRAM, arguments};
+use crate::exec::Tool;
+
+/// How many of the console's last lines an error shows.
+const TAIL_LINES: usize = 25;
+
+/// Words after which waiting for anything else is in vain.
+const FATAL: [&str; 2] = ["Kernel panic - not syncing", "slipway-init: cannot start"];
+
+/// A running machine. Dropping it ends it (and only it).
+#[derive(Debug)]
+pub struct Session {
+    child: Child,
+    input: ChildStdin,
+    output: Receiver<Vec<u8>>,
+    /// What the console said and nobody has waited for yet.
+    unread: Vec<u8>,
+    /// What the console said last, for errors.
+    tail: Vec<u8>,
+    log: Utf8PathBuf,
+    commands: u32,
+}
+
+impl Session {
+    /// Starts a machine on an overlay; all that its console says also goes to `log`. It has no network.
+    ///
+    /// # Errors
+    /// When QEMU is missing or the log cannot be written.
+    pub fn start(
+        machine: &Machine,
+        files: &Files,
+        overlay: &Overlay,
+        log: &Utf8Path,
+        on_restart: OnRestart,
+    ) -> Result<Self> {
+        if let Some(parent) = log.parent() {
+            std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+        }
+        let mut log_file = File::create(log).with_context(|| format!("creating the log {log}"))?;
+        let arguments = arguments(machine, files, overlay.path(), "stdio", None, on_restart);
+        let tool = Tool::new(PROGRAM).args(arguments);
+        writeln!(log_file, "$ {}", tool.shown()).with_context(|| format!("writing {log}"))?;
+        Self::spawn(tool, log_file, log)
+    }
+
+    fn spawn(tool: Tool, mut log_file: File, log: &Utf8Path) -> Result<Self> {
+        let shown = tool.shown();
+        let errors = log_file.try_clone().with_context(|| format!("opening the log {log}"))?;
+        let mut child = tool
+            .into_command()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("running {shown}"))?;
+        let (Some(input), Some(mut console)) = (child.stdin.take(), child.stdout.take()) else {
+            bail!("{shown} has no console");
+        };
+        let (sender, output) = channel();
+        // Ends by itself at the end of the console, that is, with the machine.
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = console.read(&mut buffer) {
+                // A full disk must not stop the machine; the words still reach the session.
+                drop(log_file.write_all(&buffer[..n]));
+                if sender.send(buffer[..n].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        let log = log.to_owned();
+        Ok(Self { child, input, output, unread: Vec::new(), tail: Vec::new(), log, commands: 0 })
+    }
+
+    /// Waits until the console has said `words`, and returns what it said up to their end (without
+    /// terminal codes). What came later stays for the next call.
+    ///
+    /// # Errors
+    /// When the time is over, the machine ends, or its system cannot start; with the last lines.
+    pub fn expect(&mut self, words: &str, timeout: Duration) -> Result<String> {
+        self.expect_any(&[words], timeout).map(|(_, said)| said)
+    }
+
+    /// As [`Self::expect`], for the first of several; also says which.
+    ///
+    /// # Errors
+    /// As [`Self::expect`].
+    pub fn expect_any(&mut self, words: &[&str], timeout: Duration) -> Result<(usize, String)> {
+        let end = Instant::now() + timeout;
+        let wanted = words.join("` or `");
+        loop {
+            let first = words
+                .iter()
+                .enumerate()
+                .filter_map(|(i, w)| Some((position(&self.unread, w.as_bytes())?, i, w.len())))
+                .min();
+            if let Some((start, index, length)) = first {
+                let said: Vec<u8> = self.unread.drain(..start + length).collect();
+                return Ok((index, plain(&said)));
+            }
+            if let Some(fatal) =
+                FATAL.iter().find(|f| position(&self.unread, f.as_bytes()).is_some())
+            {
+                // The reason follows the words: take the rest of the line along.
+                self.receive_for(Duration::from_millis(500));
+                bail!(self.report(&format!(
+                    "waiting for `{wanted}`: the system does not start (`{fatal}`)"
+                )));
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            match self.output.recv_timeout(left) {
+                Ok(bytes) => self.take(&bytes),
+                Err(RecvTimeoutError::Timeout) => {
+                    let seconds = timeout.as_secs();
+                    bail!(self.report(&format!("waiting for `{wanted}`: not within {seconds} s")));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    let status = self.child.wait().context("waiting for the machine's end")?;
+                    bail!(self.report(&format!(
+                        "waiting for `{wanted}`: the machine has ended ({status})"
+                    )));
+                }
+            }
+        }
+    }
+
+    /// Types a line.
+    ///
+    /// # Errors
+    /// When the machine has ended.
+    pub fn send_line(&mut self, line: &str) -> Result<()> {
+        let sent = self.input.write_all(format!("{line}\n").as_bytes());
+        sent.and_then(|()| self.input.flush())
+            .with_context(|| format!("typing `{line}` on the console"))
+    }
+
+    /// Runs a command in the shell that the console shows, and returns its exit code and output.
+    ///
+    /// # Errors
+    /// As [`Self::expect`].
+    pub fn run(&mut self, command: &str, timeout: Duration) -> Result<(i32, String)> {
+        self.commands += 1;
+        let n = self.commands;
+        // The quotes keep the typed line, which the console echoes, from looking like the result.
+        self.send_line(&format!(
+            "echo slipway'-begin-{n}'; {command}; echo slipway'-exit-{n}='$?"
+        ))?;
+        self.expect(&format!("slipway-begin-{n}"), timeout)?;
+        let mut said = self.expect(&format!("slipway-exit-{n}="), timeout)?;
+        let code = self.expect("\n", timeout)?;
+        said.truncate(said.len() - format!("slipway-exit-{n}=").len());
+        let code = code
+            .trim()
+            .parse()
+            .with_context(|| format!("reading the exit code of `{command}` from `{code}`"))?;
+        Ok((code, said.replace('\r', "").trim().to_owned()))
+    }
+
+    /// Waits until the machine has ended by itself (powered off, or restarted where that ends it).
+    ///
+    /// # Errors
+    /// When it has not within the time; with the last lines.
+    pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
+        let end = Instant::now() + timeout;
+        loop {
+            match self.output.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(bytes) => self.take(&bytes),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return self.child.wait().context("waiting for the machine's end");
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    let seconds = timeout.as_secs();
+                    bail!(self.report(&format!("the machine has not ended within {seconds} s")));
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, bytes: &[u8]) {
+        self.unread.extend_from_slice(bytes);
+        self.tail.extend_from_slice(bytes);
+        // Far more than the lines that are shown.
+        let excess = self.tail.len().saturating_sub(16 << 10);
+        self.tail.drain(..excess);
+    }
+
+    fn receive_for(&mut self, time: Duration) {
+        let end = Instant::now() + time;
+        while let Ok(bytes) =
+            self.output.recv_timeout(end.saturating_duration_since(Instant::now()))
+        {
+            self.take(&bytes);
+        }
+    }
+
+    fn report(&self, problem: &str) -> String {
+        let text = plain(&self.tail).replace('\r', "");
+        let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        let mut message = problem.to_owned();
+        for line in &lines[lines.len().saturating_sub(TAIL_LINES)..] {
+            message.push_str("\n  | ");
+            message.push_str(line);
+        }
+        message.push_str(&format!("\nfull log: {}", self.log));
+        message
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // It may have ended by itself; either way nothing can be done about an error here.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+fn position(text: &[u8], words: &[u8]) -> Option<usize> {
+    text.windows(words.len()).position(|window| window == words)
+}
+
+/// Text without terminal codes (`ESC [ … letter`, `ESC ] … BEL`).
+fn plain(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let mut kept = String::with_capacity(text.len());
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        if c != '\u{1b}' {
+            kept.push(c);
+            continue;
+        }
+        match chars.next() {
+            Some('[') => drop(chars.find(|c| ('@'..='~').contains(c))),
+            Some(']') => drop(chars.find(|c| *c == '\u{7}')),
+            _ => {}
+        }
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    /// A shell in the machine's place: what a session does is the same for both.
+    fn shell(folder: &Utf8Path, script: &str) -> Session {
+        let log = folder.join("console.log");
+        let file = File::create(&log).unwrap();
+        Session::spawn(Tool::new("sh").args(["-c", script]), file, &log).unwrap()
+    }
+
+    #[test]
+    fn words_are_found_in_order_and_logged() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let mut session = shell(folder, "printf 'one \\033[31mtwo\\033[0m three\\n'; cat");
+        assert_eq!(session.expect("two", SOON).unwrap(), "one two");
+        assert_eq!(session.expect_any(&["nine", "three"], SOON).unwrap().0, 1);
+        session.send_line("typed").unwrap();
+        session.expect("typed", SOON).unwrap();
+        assert!(std::fs::read_to_string(folder.join("console.log")).unwrap().contains("typed"));
+    }
+
+    #[test]
+    fn a_command_gives_its_output_and_code() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let mut session =
+            shell(folder, "while read -r line; do echo \"# $line\"; eval \"$line\"; done");
+        assert_eq!(session.run("echo hello", SOON).unwrap(), (0, "hello".to_owned()));
+        assert_eq!(session.run("(exit 7)", SOON).unwrap(), (7, String::new()));
+    }
+
+    #[test]
+    fn failures_show_the_last_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let message = |script: &str, time| {
+            let mut session = shell(folder, script);
+            session.expect("login:", time).unwrap_err().to_string()
+        };
+        let short = Duration::from_millis(50);
+        let late = message("echo booting; exec cat", short);
+        assert!(late.contains("waiting for `login:`: not within 0 s"), "{late}");
+        let ended = message("echo booting; exit 3", SOON);
+        assert!(ended.contains("has ended (exit status: 3)\n  | booting\nfull log: "), "{ended}");
+        let fatal = message("echo 'slipway-init: cannot start: no disk'; exec cat", SOON);
+        assert!(fatal.contains("does not start") && fatal.contains("no disk"), "{fatal}");
+    }
+
+    #[test]
+    fn the_end_of_the_machine_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        assert!(shell(folder, "exit 0").wait(SOON).unwrap().success());
+        let late = shell(folder, "exec cat").wait(Duration::from_millis(50)).unwrap_err();
+        assert!(late.to_string().contains("has not ended"), "{late}");
+    }
+}
