@@ -1,8 +1,13 @@
 //! The card image: where everything lies (`layout`), writing it once, in place and sparse
 //! (`assemble`), and reading it back (`read`). Nothing is mounted and no loop device is used.
 
+mod fat;
 pub mod layout;
+mod pages;
+mod spec;
+mod table;
 
 pub use layout::{
     DiskRequest, Filesystem, Layout, PartitionRequest, Placed, StateSector, TableKind, place,
 };
+pub use spec::{Content, DiskImage, DiskSpec, FatFile, PartitionSpec, Source};

@@ -1,0 +1,219 @@
+//! A FAT volume with the same bytes on every run: fixed serial number and times, files in the
+//! given order. It is made in memory (its content is a boot partition's firmware, tens of MiB).
+
+use std::fs::File;
+use std::io::{Read, Write};
+
+use anyhow::{Context, Result, anyhow, bail};
+use fatfs::{
+    Date, DateTime, FileSystem, FormatVolumeOptions, FsOptions, Time, TimeProvider, format_volume,
+};
+
+use super::layout::{Placed, SECTOR};
+use super::pages::Pages;
+use super::spec::{FatFile, Source};
+use super::table::{HEADS, SECTORS_PER_TRACK};
+use crate::progress;
+
+/// From this size on a volume is FAT32, as `mkfs.fat` decides too.
+const FAT32_FROM: u64 = 512 << 20;
+/// A drive number that says "fixed disk" (BIOS interrupt 13h).
+const FIXED_DISK: u8 = 0x80;
+/// Offset of "hidden sectors" in the boot sector: how many lie before the volume on the disk.
+const HIDDEN_SECTORS: u64 = 0x1c;
+/// Offset of the time and date of last change in a directory entry.
+const ENTRY_CHANGED: u64 = 22;
+
+/// Whether a volume of this size is FAT32; smaller ones are FAT16.
+pub fn is_fat32(size: u64) -> bool {
+    size >= FAT32_FROM
+}
+
+/// Bytes in a cluster: keeps a FAT16 between 8,192 and 65,524 clusters (4,085 to 65,524 are
+/// allowed), and a FAT32 at the sizes that `mkfs.fat` uses.
+fn cluster_size(size: u64) -> u32 {
+    const KIB: u64 = 1 << 10;
+    const GIB: u64 = 1 << 30;
+    let cluster = match size {
+        s if !is_fat32(s) => (s.next_power_of_two() / 32_768).clamp(SECTOR, 16 * KIB),
+        s if s <= 8 * GIB => 4 * KIB,
+        s if s <= 16 * GIB => 8 * KIB,
+        s if s <= 32 * GIB => 16 * KIB,
+        _ => 32 * KIB,
+    };
+    cluster as u32
+}
+
+/// Answers every question for the time with the same moment.
+#[derive(Debug)]
+struct Fixed(DateTime);
+
+impl TimeProvider for Fixed {
+    fn get_current_date(&self) -> Date {
+        self.0.date
+    }
+
+    fn get_current_date_time(&self) -> DateTime {
+        self.0
+    }
+}
+
+/// Makes the volume for a partition.
+///
+/// # Errors
+/// When a file cannot be read or does not fit, a name cannot be stored, or two are the same.
+pub fn make(
+    placed: &Placed,
+    label: &str,
+    volume_id: u32,
+    files: &[FatFile],
+    epoch: u64,
+    size_key: &str,
+) -> Result<Pages> {
+    let name = &placed.name;
+    let doing = || format!("making the FAT volume of `{name}`");
+    let label = stored_label(label).with_context(doing)?;
+    let now = dos_time(epoch);
+    let mut pages = Pages::new(placed.size);
+    let options = FormatVolumeOptions::new()
+        .bytes_per_sector(SECTOR as u16)
+        .bytes_per_cluster(cluster_size(placed.size))
+        .total_sectors(u32::try_from(placed.sectors).with_context(doing)?)
+        .sectors_per_track(SECTORS_PER_TRACK as u16)
+        .heads(HEADS as u16)
+        .drive_num(FIXED_DISK)
+        .volume_id(volume_id)
+        .volume_label(label);
+    format_volume(&mut pages, options).with_context(doing)?;
+    finish_format(&mut pages, placed, now).with_context(doing)?;
+    // fatfs wants the clock for ever; it is 16 bytes, once for each volume.
+    let clock: &'static Fixed = Box::leak(Box::new(Fixed(now)));
+    let volume =
+        FileSystem::new(&mut pages, FsOptions::new().time_provider(clock)).with_context(doing)?;
+    for file in files {
+        write_file(&volume, file, placed, size_key)
+            .with_context(|| format!("{}: writing {}", doing(), file.path))?;
+    }
+    volume.unmount().with_context(doing)?;
+    Ok(pages)
+}
+
+/// Sets what `fatfs` leaves out: where the volume lies on the disk, which firmware reads in place of
+/// the partition table, and the time of the label.
+fn finish_format(pages: &mut Pages, placed: &Placed, now: DateTime) -> Result<()> {
+    let mut boot = [0u8; 512];
+    pages.read_at(0, &mut boot)?;
+    let u16_at = |at: usize| u64::from(u16::from_le_bytes([boot[at], boot[at + 1]]));
+    let u32_at = |at: usize| {
+        u64::from(u32::from_le_bytes([boot[at], boot[at + 1], boot[at + 2], boot[at + 3]]))
+    };
+    let hidden = u32::try_from(placed.first_sector).unwrap_or(0).to_le_bytes();
+    pages.write_at(HIDDEN_SECTORS, &hidden)?;
+    let (reserved, fats) = (u16_at(14), u64::from(boot[16]));
+    let mut root = (reserved + fats * u16_at(22)) * SECTOR;
+    if is_fat32(placed.size) {
+        let backup = u16_at(50) * SECTOR;
+        pages.write_at(backup + HIDDEN_SECTORS, &hidden)?;
+        root = (reserved + fats * u32_at(36)) * SECTOR;
+    }
+    let (date, time) = (now.date, now.time);
+    let time = time.hour << 11 | time.min << 5 | time.sec / 2;
+    let date = (date.year - 1980) << 9 | date.month << 5 | date.day;
+    pages.write_at(root + ENTRY_CHANGED, &time.to_le_bytes())?;
+    pages.write_at(root + ENTRY_CHANGED + 2, &date.to_le_bytes())?;
+    Ok(())
+}
+
+fn stored_label(label: &str) -> Result<[u8; 11]> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || " _-".contains(c);
+    if label.is_empty() || label.len() > 11 || !label.chars().all(allowed) {
+        bail!(
+            "the label `{label}` cannot be stored: a FAT label has 1 to 11 letters, digits, spaces, `-` or `_`"
+        );
+    }
+    let mut stored = [b' '; 11];
+    stored[..label.len()].copy_from_slice(label.to_ascii_uppercase().as_bytes());
+    Ok(stored)
+}
+
+/// The moment as FAT stores it: from 1980 to 2107, in steps of two seconds.
+fn dos_time(epoch: u64) -> DateTime {
+    /// 1 January 1980 in seconds since 1970.
+    const FIRST: u64 = 315_532_800;
+    /// 31 December 2107, 23:59:58.
+    const LAST: u64 = 4_354_819_198;
+    let seconds = epoch.clamp(FIRST, LAST);
+    // Civil date from days (Howard Hinnant, "chrono-compatible low-level date algorithms").
+    let days = seconds / 86_400 + 719_468;
+    let era = days / 146_097;
+    let day_of_era = days % 146_097;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let second = seconds % 86_400;
+    DateTime {
+        date: Date { year: year as u16, month: month as u16, day: day as u16 },
+        time: Time {
+            hour: (second / 3600) as u16,
+            min: (second / 60 % 60) as u16,
+            sec: (second % 60 / 2 * 2) as u16,
+            millis: 0,
+        },
+    }
+}
+
+fn write_file(
+    volume: &FileSystem<&mut Pages>,
+    file: &FatFile,
+    placed: &Placed,
+    size_key: &str,
+) -> Result<()> {
+    let parts: Vec<&str> = file.path.split('/').collect();
+    if parts.iter().any(|part| part.is_empty() || *part == "." || *part == "..") {
+        bail!("`{}` is not a path in a volume", file.path);
+    }
+    let mut folder = volume.root_dir();
+    let (name, folders) = parts.split_last().ok_or_else(|| anyhow!("the file has no name"))?;
+    for part in folders {
+        folder = folder.create_dir(part)?;
+    }
+    if folder.iter().any(|e| e.is_ok_and(|e| e.file_name().eq_ignore_ascii_case(name))) {
+        bail!("the volume has that name already (FAT does not tell capitals from small letters)");
+    }
+    let mut bytes = Vec::new();
+    let content: &[u8] = match &file.source {
+        Source::Bytes(bytes) => bytes,
+        Source::File(path) => {
+            File::open(path)
+                .and_then(|mut f| f.read_to_end(&mut bytes))
+                .with_context(|| format!("reading {path}"))?;
+            &bytes
+        }
+    };
+    let stats = volume.stats()?;
+    let free = u64::from(stats.free_clusters()) * u64::from(stats.cluster_size());
+    let too_large = || {
+        anyhow!(
+            "the file is {}, `{}` ({}) has {} free\nhelp: raise {size_key}",
+            progress::bytes(content.len() as u64),
+            placed.name,
+            progress::bytes(placed.size),
+            progress::bytes(free),
+        )
+    };
+    if content.len() as u64 > free {
+        return Err(too_large());
+    }
+    let mut target = folder.create_file(name)?;
+    target.write_all(content).map_err(|error| match error.kind() {
+        // The folder itself may have taken the last clusters.
+        std::io::ErrorKind::WriteZero => too_large(),
+        _ => error.into(),
+    })?;
+    target.flush()?;
+    Ok(())
+}
