@@ -5,4 +5,5 @@
 pub mod artifact;
 pub mod disk;
 pub mod exec;
+pub mod ext4;
 pub mod progress;
