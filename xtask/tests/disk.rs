@@ -1,46 +1,76 @@
 use camino::{Utf8Path, Utf8PathBuf};
 use uuid::Uuid;
-use xtask::ext4::*;
+use xtask::disk::*;
 #[test]
 fn trial() {
-    let r = Utf8PathBuf::from("/tmp/disk-e2fs/root");
-    let tool = Mke2fs {
-        program: r.join("sbin/mke2fs"),
-        libraries: vec![r.join("lib/x86_64-linux-gnu"), r.join("usr/lib/x86_64-linux-gnu")],
+    const MIB: u64 = 1 << 20;
+    let part = |name: &str, size: u64, filesystem| PartitionRequest {
+        name: name.into(),
+        size: size * MIB,
+        start: None,
+        filesystem,
+        bootable: name == "boot",
+        in_mbr: name == "boot",
     };
-    let t = std::time::Instant::now();
-    let req = Ext4Request {
-        tar: Some(Utf8Path::new("/tmp/slipway-bench/root.tar")),
-        size: 1 << 30,
-        label: "root",
-        uuid: Uuid::from_u128(1),
-        hash_seed: Uuid::from_u128(2),
-        epoch: 1700000000,
-        journal: false,
-        grows_to: None,
-        size_key: "partitions.root.size in board/x/board.toml",
-    };
-    println!(
-        "{:?} {:?}",
-        make(&tool, &req, Utf8Path::new("/tmp/slipway-bench/disk-root.ext4")),
-        t.elapsed()
-    );
-    println!(
-        "{:?} {:?}",
-        make(&tool, &req, Utf8Path::new("/tmp/slipway-bench/disk-root2.ext4")),
-        t.elapsed()
-    );
-    let small = Ext4Request { size: 700 << 20, ..req.clone() };
-    println!("{:?}", make(&tool, &small, Utf8Path::new("/tmp/slipway-bench/disk-root3.ext4")));
-    let small = Ext4Request { size: 800 << 20, ..req.clone() };
-    println!("{:?}", make(&tool, &small, Utf8Path::new("/tmp/slipway-bench/disk-root3.ext4")));
-    let data = Ext4Request {
-        tar: None,
-        size: 64 << 20,
-        journal: true,
-        grows_to: Some(1 << 40),
-        label: "data",
-        ..req
-    };
-    println!("{:?}", make(&tool, &data, Utf8Path::new("/tmp/slipway-bench/disk-data.ext4")));
+    for table in [TableKind::Gpt, TableKind::Mbr, TableKind::Hybrid] {
+        let layout = place(&DiskRequest {
+            table,
+            size: 4096 * MIB,
+            first_partition: 4 * MIB,
+            alignment: MIB,
+            states: vec![MIB, 2 * MIB],
+            partitions: vec![
+                part("boot", 64, Filesystem::Vfat),
+                part("root-a", 1024, Filesystem::Ext4),
+                part("root-b", 1024, Filesystem::Ext4),
+                part("data", 64, Filesystem::Ext4),
+            ],
+        })
+        .unwrap();
+        let root = Content::Image("/tmp/slipway-bench/root.ext4".into());
+        let p =
+            |n, content| PartitionSpec { guid: Uuid::from_u128(n), content, size_key: "x".into() };
+        let spec = DiskSpec {
+            layout,
+            disk_guid: Uuid::from_u128(99),
+            mbr_signature: 0x12345678,
+            epoch: 1700000000,
+            states: vec![b"seq=1".to_vec()],
+            partitions: vec![
+                p(
+                    1,
+                    Content::Fat {
+                        label: "boot".into(),
+                        volume_id: 0xdeadbeef,
+                        files: vec![
+                            FatFile {
+                                path: "config.txt".into(),
+                                source: Source::Bytes(b"hello".to_vec()),
+                            },
+                            FatFile {
+                                path: "overlays/a long name.dtbo".into(),
+                                source: Source::Bytes(vec![7; 100_000]),
+                            },
+                            FatFile {
+                                path: "start.elf".into(),
+                                source: Source::Bytes(vec![8; 30_000_000]),
+                            },
+                        ],
+                    },
+                ),
+                p(2, root.clone()),
+                p(3, root),
+                p(4, Content::Image("/tmp/disk-work/disk-data.ext4".into())),
+            ],
+        };
+        let t = std::time::Instant::now();
+        let out = Utf8PathBuf::from(format!("/tmp/disk-work/{}.img", table.name()));
+        println!("{:?} {:?}", assemble(&spec, &out), t.elapsed());
+        let t = std::time::Instant::now();
+        println!(
+            "{:?} {:?}",
+            bmap::check(&out, &bmap::path_for(&out)).map(|m| m.ranges.len()),
+            t.elapsed()
+        );
+    }
 }

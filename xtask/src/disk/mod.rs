@@ -3,11 +3,13 @@
 
 mod assemble;
 pub mod bmap;
+pub mod compress;
 mod copy;
 mod ext4_blocks;
 mod fat;
 pub mod layout;
 mod pages;
+pub mod read;
 mod spec;
 mod table;
 
