@@ -90,7 +90,10 @@ impl BlockMap {
         // The file's checksum is made with zeros in its own place.
         let own = artifact::hash_bytes(self.text(&"0".repeat(64)).as_bytes());
         let text = self.text(&own);
-        artifact::write_atomically(path, |out| Ok(out.write_all(text.as_bytes())?))?;
+        // Not synced, as the image is not: some filesystems would write the image out with it.
+        let temporary = artifact::partial(path);
+        std::fs::write(&temporary, &text).with_context(|| format!("writing {temporary}"))?;
+        std::fs::rename(&temporary, path).with_context(|| format!("renaming {temporary}"))?;
         Ok(Artifact {
             path: path.to_owned(),
             size: text.len() as u64,
