@@ -1,0 +1,331 @@
+//! A FAT volume with the same bytes on every run: fixed serial number and times, files in the
+//! given order. It is made in memory (its content is a boot partition's firmware, tens of MiB).
+
+use std::fs::File;
+use std::io::{Read, Write};
+
+use anyhow::{Context, Result, anyhow, bail};
+use fatfs::{
+    Date, DateTime, FileSystem, FormatVolumeOptions, FsOptions, Time, TimeProvider, format_volume,
+};
+
+use super::layout::{Placed, SECTOR};
+use super::pages::Pages;
+use super::spec::{FatFile, Source};
+use super::table::{HEADS, SECTORS_PER_TRACK};
+use crate::progress;
+
+/// From this size on a volume is FAT32, as `mkfs.fat` decides too.
+const FAT32_FROM: u64 = 512 << 20;
+/// A drive number that says "fixed disk" (BIOS interrupt 13h).
+const FIXED_DISK: u8 = 0x80;
+/// Offset of "hidden sectors" in the boot sector: how many lie before the volume on the disk.
+const HIDDEN_SECTORS: u64 = 0x1c;
+/// Offset of the time and date of last change in a directory entry.
+const ENTRY_CHANGED: u64 = 22;
+
+/// Bytes in a directory entry.
+const ENTRY: usize = 32;
+/// First byte of a deleted entry.
+const DELETED: u8 = 0xe5;
+/// Attribute of a folder.
+const FOLDER: u8 = 0x10;
+/// Attribute of the label; together with others, of a long name.
+const LABEL: u8 = 0x08;
+
+/// Whether a volume of this size is FAT32; smaller ones are FAT16.
+pub fn is_fat32(size: u64) -> bool {
+    size >= FAT32_FROM
+}
+
+/// Bytes in a cluster: keeps a FAT16 between 8,192 and 65,524 clusters (4,085 to 65,524 are
+/// allowed), and a FAT32 at the sizes that `mkfs.fat` uses.
+fn cluster_size(size: u64) -> u32 {
+    const KIB: u64 = 1 << 10;
+    const GIB: u64 = 1 << 30;
+    let cluster = match size {
+        s if !is_fat32(s) => (s.next_power_of_two() / 32_768).clamp(SECTOR, 16 * KIB),
+        s if s <= 8 * GIB => 4 * KIB,
+        s if s <= 16 * GIB => 8 * KIB,
+        s if s <= 32 * GIB => 16 * KIB,
+        _ => 32 * KIB,
+    };
+    cluster as u32
+}
+
+/// Answers every question for the time with the same moment.
+#[derive(Debug)]
+struct Fixed(DateTime);
+
+impl TimeProvider for Fixed {
+    fn get_current_date(&self) -> Date {
+        self.0.date
+    }
+
+    fn get_current_date_time(&self) -> DateTime {
+        self.0
+    }
+}
+
+/// Makes the volume for a partition.
+///
+/// # Errors
+/// When a file cannot be read or does not fit, a name cannot be stored, or two are the same.
+pub fn make(
+    placed: &Placed,
+    label: &str,
+    volume_id: u32,
+    files: &[FatFile],
+    epoch: u64,
+    size_key: &str,
+) -> Result<Pages> {
+    let name = &placed.name;
+    let doing = || format!("making the FAT volume of `{name}`");
+    let label = stored_label(label).with_context(doing)?;
+    let now = dos_time(epoch);
+    let mut pages = Pages::new(placed.size);
+    let options = FormatVolumeOptions::new()
+        .bytes_per_sector(SECTOR as u16)
+        .bytes_per_cluster(cluster_size(placed.size))
+        .total_sectors(u32::try_from(placed.sectors).with_context(doing)?)
+        .sectors_per_track(SECTORS_PER_TRACK as u16)
+        .heads(HEADS as u16)
+        .drive_num(FIXED_DISK)
+        .volume_id(volume_id)
+        .volume_label(label);
+    format_volume(&mut pages, options).with_context(doing)?;
+    finish_format(&mut pages, placed, now).with_context(doing)?;
+    // fatfs wants the clock for ever; it is 16 bytes, once for each volume.
+    let clock: &'static Fixed = Box::leak(Box::new(Fixed(now)));
+    let volume =
+        FileSystem::new(&mut pages, FsOptions::new().time_provider(clock)).with_context(doing)?;
+    for file in files {
+        write_file(&volume, file, placed, size_key)
+            .with_context(|| format!("{}: writing {}", doing(), file.path))?;
+    }
+    volume.unmount().with_context(doing)?;
+    finish_folders(&mut pages).with_context(doing)?;
+    Ok(pages)
+}
+
+/// Where things lie in a volume, read from its boot sector.
+struct Geometry {
+    fat32: bool,
+    /// Byte offset of the first allocation table.
+    table: u64,
+    /// Byte offset of the first cluster.
+    data: u64,
+    /// Byte offset of the root folder of a FAT16.
+    root: u64,
+    /// First cluster of the root folder of a FAT32.
+    root_cluster: u64,
+    /// Bytes in a cluster.
+    cluster: u64,
+    /// Byte offset of the boot sector's copy in a FAT32.
+    backup: u64,
+}
+
+impl Geometry {
+    fn read(pages: &mut Pages) -> Result<Self> {
+        let mut boot = [0u8; 512];
+        pages.read_at(0, &mut boot)?;
+        let u16_at = |at: usize| u64::from(u16::from_le_bytes([boot[at], boot[at + 1]]));
+        let u32_at = |at: usize| u16_at(at) | u16_at(at + 2) << 16;
+        let fat32 = u16_at(22) == 0;
+        let sectors = if fat32 { u32_at(36) } else { u16_at(22) };
+        let table = u16_at(14) * SECTOR;
+        let root = table + u64::from(boot[16]) * sectors * SECTOR;
+        Ok(Self {
+            fat32,
+            table,
+            data: root + u16_at(17) * ENTRY as u64,
+            root,
+            root_cluster: u32_at(44),
+            cluster: u64::from(boot[13]) * SECTOR,
+            backup: u16_at(50) * SECTOR,
+        })
+    }
+
+    /// Byte offset of a cluster; the first one has number 2.
+    fn cluster_at(&self, cluster: u64) -> u64 {
+        self.data + cluster.saturating_sub(2) * self.cluster
+    }
+
+    /// The pieces of the folder that starts at this cluster: byte offset and length.
+    fn folder(&self, pages: &mut Pages, first: u64) -> Result<Vec<(u64, u64)>> {
+        let mut pieces = Vec::new();
+        let (width, end) = if self.fat32 { (4, 0x0fff_fff8) } else { (2, 0xfff8) };
+        let mut cluster = first;
+        while (2..end).contains(&cluster) {
+            pieces.push((self.cluster_at(cluster), self.cluster));
+            let mut next = [0u8; 4];
+            pages.read_at(self.table + cluster * width, &mut next[..width as usize])?;
+            cluster = u64::from(u32::from_le_bytes(next)) & 0x0fff_ffff;
+        }
+        Ok(pieces)
+    }
+}
+
+/// Sets what `fatfs` leaves out when it formats: where the volume lies on the disk, which firmware
+/// reads in place of the partition table, and the time of the label.
+fn finish_format(pages: &mut Pages, placed: &Placed, now: DateTime) -> Result<()> {
+    let geometry = Geometry::read(pages)?;
+    let hidden = u32::try_from(placed.first_sector).unwrap_or(0).to_le_bytes();
+    pages.write_at(HIDDEN_SECTORS, &hidden)?;
+    if geometry.fat32 {
+        pages.write_at(geometry.backup + HIDDEN_SECTORS, &hidden)?;
+    }
+    let root =
+        if geometry.fat32 { geometry.cluster_at(geometry.root_cluster) } else { geometry.root };
+    let (date, time) = (now.date, now.time);
+    let time = time.hour << 11 | time.min << 5 | time.sec / 2;
+    let date = (date.year - 1980) << 9 | date.month << 5 | date.day;
+    pages.write_at(root + ENTRY_CHANGED, &time.to_le_bytes())?;
+    pages.write_at(root + ENTRY_CHANGED + 2, &date.to_le_bytes())?;
+    Ok(())
+}
+
+/// Puts the entries `.` and `..` where the specification wants them: `fatfs` 0.3 gives them long
+/// names and points `..` at the root's cluster in a FAT32, and `fsck.fat` refuses both.
+fn finish_folders(pages: &mut Pages) -> Result<()> {
+    let geometry = Geometry::read(pages)?;
+    let mut left = if geometry.fat32 {
+        geometry.folder(pages, geometry.root_cluster)?
+    } else {
+        vec![(geometry.root, geometry.data - geometry.root)]
+    };
+    while let Some((offset, length)) = left.pop() {
+        for at in (offset..offset + length).step_by(ENTRY) {
+            let mut entry = [0u8; ENTRY];
+            pages.read_at(at, &mut entry)?;
+            if entry[0] == 0 {
+                break;
+            }
+            let folder = entry[11] & (FOLDER | LABEL) == FOLDER;
+            if !folder || entry[0] == DELETED || entry[0] == b'.' {
+                continue;
+            }
+            let low = u64::from(u16::from_le_bytes([entry[26], entry[27]]));
+            let high = u64::from(u16::from_le_bytes([entry[20], entry[21]]));
+            let first = low | if geometry.fat32 { high << 16 } else { 0 };
+            finish_folder(pages, geometry.cluster_at(first), geometry.root_cluster)?;
+            left.extend(geometry.folder(pages, first)?);
+        }
+    }
+    Ok(())
+}
+
+/// Turns the first four entries of a folder (long name of `.`, `.`, long name of `..`, `..`) into
+/// `.`, `..` and two deleted ones.
+fn finish_folder(pages: &mut Pages, at: u64, root_cluster: u64) -> Result<()> {
+    let mut entries = [0u8; 4 * ENTRY];
+    pages.read_at(at, &mut entries)?;
+    let is = |n: usize, name: &[u8]| entries[n * ENTRY..].starts_with(name);
+    if !is(1, b".          ") || !is(3, b"..         ") {
+        bail!("fatfs has written a folder in a way that is not expected");
+    }
+    entries.copy_within(ENTRY..2 * ENTRY, 0);
+    entries.copy_within(3 * ENTRY..4 * ENTRY, ENTRY);
+    entries[2 * ENTRY..].fill(0);
+    entries[2 * ENTRY] = DELETED;
+    entries[3 * ENTRY] = DELETED;
+    let parent = &mut entries[ENTRY..2 * ENTRY];
+    let cluster = u64::from(u16::from_le_bytes([parent[26], parent[27]]))
+        | u64::from(u16::from_le_bytes([parent[20], parent[21]])) << 16;
+    if cluster == root_cluster {
+        parent[20..22].fill(0);
+        parent[26..28].fill(0);
+    }
+    Ok(pages.write_at(at, &entries)?)
+}
+
+fn stored_label(label: &str) -> Result<[u8; 11]> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || " _-".contains(c);
+    if label.is_empty() || label.len() > 11 || !label.chars().all(allowed) {
+        bail!(
+            "the label `{label}` cannot be stored: a FAT label has 1 to 11 letters, digits, spaces, `-` or `_`"
+        );
+    }
+    let mut stored = [b' '; 11];
+    stored[..label.len()].copy_from_slice(label.to_ascii_uppercase().as_bytes());
+    Ok(stored)
+}
+
+/// The moment as FAT stores it: from 1980 to 2107, in steps of two seconds.
+fn dos_time(epoch: u64) -> DateTime {
+    /// 1 January 1980 in seconds since 1970.
+    const FIRST: u64 = 315_532_800;
+    /// 31 December 2107, 23:59:58.
+    const LAST: u64 = 4_354_819_198;
+    let seconds = epoch.clamp(FIRST, LAST);
+    // Civil date from days (Howard Hinnant, "chrono-compatible low-level date algorithms").
+    let days = seconds / 86_400 + 719_468;
+    let era = days / 146_097;
+    let day_of_era = days % 146_097;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let second = seconds % 86_400;
+    DateTime {
+        date: Date { year: year as u16, month: month as u16, day: day as u16 },
+        time: Time {
+            hour: (second / 3600) as u16,
+            min: (second / 60 % 60) as u16,
+            sec: (second % 60 / 2 * 2) as u16,
+            millis: 0,
+        },
+    }
+}
+
+fn write_file(
+    volume: &FileSystem<&mut Pages>,
+    file: &FatFile,
+    placed: &Placed,
+    size_key: &str,
+) -> Result<()> {
+    let parts: Vec<&str> = file.path.split('/').collect();
+    if parts.iter().any(|part| part.is_empty() || *part == "." || *part == "..") {
+        bail!("`{}` is not a path in a volume", file.path);
+    }
+    let mut folder = volume.root_dir();
+    let (name, folders) = parts.split_last().ok_or_else(|| anyhow!("the file has no name"))?;
+    for part in folders {
+        folder = folder.create_dir(part)?;
+    }
+    if folder.iter().any(|e| e.is_ok_and(|e| e.file_name().eq_ignore_ascii_case(name))) {
+        bail!("the volume has that name already (FAT does not tell capitals from small letters)");
+    }
+    let mut bytes = Vec::new();
+    let content: &[u8] = match &file.source {
+        Source::Bytes(bytes) => bytes,
+        Source::File(path) => {
+            File::open(path)
+                .and_then(|mut f| f.read_to_end(&mut bytes))
+                .with_context(|| format!("reading {path}"))?;
+            &bytes
+        }
+    };
+    let stats = volume.stats()?;
+    let free = u64::from(stats.free_clusters()) * u64::from(stats.cluster_size());
+    let too_large = || {
+        anyhow!(
+            "the file is {}, `{}` ({}) has {} free\nhelp: raise {size_key}",
+            progress::bytes(content.len() as u64),
+            placed.name,
+            progress::bytes(placed.size),
+            progress::bytes(free),
+        )
+    };
+    if content.len() as u64 > free {
+        return Err(too_large());
+    }
+    let mut target = folder.create_file(name)?;
+    // In memory nothing but a full volume can go wrong: the folder may have taken the last clusters.
+    target.write_all(content).map_err(|_| too_large())?;
+    target.flush()?;
+    Ok(())
+}

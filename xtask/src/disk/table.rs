@@ -1,0 +1,223 @@
+//! The partition tables: MBR records and the hybrid of both are laid out here, the GPT's headers,
+//! entries and checksums come from the `gpt` crate.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+
+use anyhow::{Context, Result};
+use gpt::disk::LogicalBlockSize;
+use gpt::mbr::{PartRecord, ProtectiveMBR};
+use gpt::partition::{Partition, PartitionAttributes};
+use gpt::partition_types::{BASIC, LINUX_FS, LINUX_RESERVED, Type};
+use uuid::Uuid;
+
+use super::fat;
+use super::layout::{BLOCK, Filesystem, GPT_HEAD_SECTORS, Layout, Placed, SECTOR, TableKind};
+use super::pages::Pages;
+
+/// Type of the MBR record that says "a GPT is here" (UEFI specification 2.10, table 5.4).
+pub const PROTECTIVE: u8 = 0xee;
+/// MBR type of a Linux filesystem.
+const MBR_LINUX: u8 = 0x83;
+/// MBR type of bytes without a filesystem.
+const MBR_RAW: u8 = 0xda;
+/// MBR type of a FAT32 that is addressed by sector number; the Raspberry Pi's boot ROM knows it.
+const MBR_FAT32_LBA: u8 = 0x0c;
+/// MBR type of a FAT16 that is addressed by sector number; the Raspberry Pi's boot ROM knows it.
+const MBR_FAT16_LBA: u8 = 0x0e;
+/// The geometry that every partitioning tool assumes for disks which have none.
+pub const HEADS: u32 = 255;
+/// Sectors in a track of that geometry.
+pub const SECTORS_PER_TRACK: u32 = 63;
+/// Bytes at either end of the disk that hold tables, in whole blocks.
+const END_BYTES: u64 = (GPT_HEAD_SECTORS * SECTOR).next_multiple_of(BLOCK);
+
+/// The blocks at the start and at the end of a disk that hold its tables. They are there for an MBR
+/// as well: the zeros erase a GPT that an earlier use has left on the card.
+#[derive(Debug)]
+pub struct Tables {
+    /// From the first byte of the disk.
+    pub head: Pages,
+    /// Up to the last byte of the disk.
+    pub tail: Pages,
+    size: u64,
+    position: u64,
+}
+
+impl Tables {
+    fn blank(size: u64) -> io::Result<Self> {
+        let mut tables =
+            Self { head: Pages::new(END_BYTES), tail: Pages::new(END_BYTES), size, position: 0 };
+        tables.head.write_at(0, &[0; END_BYTES as usize])?;
+        tables.tail.write_at(0, &[0; END_BYTES as usize])?;
+        Ok(tables)
+    }
+
+    /// The byte offset of the tail.
+    pub fn tail_offset(&self) -> u64 {
+        self.size - END_BYTES
+    }
+
+    /// The end that the position lies in, moved to the position.
+    fn end(&mut self) -> io::Result<&mut Pages> {
+        let tail = self.tail_offset();
+        let (pages, offset) = match self.position {
+            p if p < END_BYTES => (&mut self.head, p),
+            p if p >= tail => (&mut self.tail, p - tail),
+            p => return Err(io::Error::other(format!("a table at byte {p} of the disk"))),
+        };
+        pages.seek(SeekFrom::Start(offset))?;
+        Ok(pages)
+    }
+}
+
+impl Read for Tables {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let count = self.end()?.read(out)?;
+        self.position += count as u64;
+        Ok(count)
+    }
+}
+
+impl Write for Tables {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.end()?.write(bytes)?;
+        self.position += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Seek for Tables {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let position = match to {
+            SeekFrom::Start(offset) => Some(offset),
+            SeekFrom::End(offset) => self.size.checked_add_signed(offset),
+            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
+        };
+        self.position = position.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, "seeking before the disk")
+        })?;
+        Ok(self.position)
+    }
+}
+
+/// Makes the tables of a disk. `guids` are those of the partitions, in the layout's order.
+///
+/// # Errors
+/// When the disk is too small for its tables.
+pub fn make(layout: &Layout, disk_guid: Uuid, signature: u32, guids: &[Uuid]) -> Result<Tables> {
+    let mut tables = Tables::blank(layout.size).context("making the partition table")?;
+    let mut mbr = ProtectiveMBR::with_lb_size(0);
+    mbr.set_disk_signature(signature.to_le_bytes());
+    for (slot, record) in records(layout).into_iter().enumerate() {
+        mbr.set_partition(slot, record);
+    }
+    mbr.overwrite_lba0(&mut tables).context("making the MBR")?;
+    if !layout.table.has_gpt() {
+        return Ok(tables);
+    }
+    let mut disk = gpt::GptConfig::new()
+        .writable(true)
+        .logical_block_size(LogicalBlockSize::Lb512)
+        .create_from_device(tables, Some(disk_guid))
+        .context("making the GPT")?;
+    let entries: BTreeMap<u32, Partition> = layout
+        .partitions
+        .iter()
+        .zip(guids)
+        .map(|(placed, &guid)| (placed.number, gpt_entry(placed, guid)))
+        .collect();
+    disk.update_partitions(entries).context("making the GPT")?;
+    disk.write().context("making the GPT")
+}
+
+fn gpt_entry(placed: &Placed, guid: Uuid) -> Partition {
+    let flags = if placed.bootable { PartitionAttributes::BOOTABLE.bits() } else { 0 };
+    Partition {
+        part_type_guid: gpt_type(placed.filesystem),
+        part_guid: guid,
+        first_lba: placed.first_sector,
+        last_lba: placed.first_sector + placed.sectors - 1,
+        flags,
+        name: placed.name.clone(),
+    }
+}
+
+/// A FAT is "basic data", not an EFI system partition: systemd would mount the latter by itself.
+fn gpt_type(filesystem: Filesystem) -> Type {
+    match filesystem {
+        Filesystem::Vfat => BASIC,
+        Filesystem::Ext4 => LINUX_FS,
+        Filesystem::Raw => LINUX_RESERVED,
+    }
+}
+
+/// The MBR type of a partition.
+pub fn mbr_type(filesystem: Filesystem, size: u64) -> u8 {
+    match filesystem {
+        Filesystem::Vfat if fat::is_fat32(size) => MBR_FAT32_LBA,
+        Filesystem::Vfat => MBR_FAT16_LBA,
+        Filesystem::Ext4 => MBR_LINUX,
+        Filesystem::Raw => MBR_RAW,
+    }
+}
+
+/// The four records of the MBR. In a hybrid table each partition keeps its number, and the
+/// protective record, which GPT readers look for in every slot, takes the last free one. It covers
+/// what lies before the first listed partition, so that no two records overlap.
+fn records(layout: &Layout) -> [PartRecord; 4] {
+    let mut records = [PartRecord::zero(); 4];
+    let listed = || layout.partitions.iter().filter(|p| p.in_mbr);
+    for placed in listed() {
+        if let Some(record) = records.get_mut(placed.number as usize - 1) {
+            let kind = mbr_type(placed.filesystem, placed.size);
+            *record = record_for(kind, placed.first_sector, placed.sectors, placed.bootable);
+        }
+    }
+    if layout.table == TableKind::Mbr {
+        return records;
+    }
+    let disk_sectors = layout.size / SECTOR;
+    let end = listed().map(|p| p.first_sector).min().unwrap_or(disk_sectors);
+    if let Some(free) = records.iter_mut().rev().find(|r| r.os_type == 0) {
+        *free = record_for(PROTECTIVE, 1, end - 1, false);
+    }
+    if layout.table == TableKind::Gpt {
+        // Without a hybrid it stands where the specification wants it.
+        records.swap(0, 3);
+    }
+    records
+}
+
+fn record_for(kind: u8, first: u64, sectors: u64, active: bool) -> PartRecord {
+    let (start_head, start_sector, start_track) = chs(first);
+    let (end_head, end_sector, end_track) = chs(first + sectors - 1);
+    PartRecord {
+        boot_indicator: if active { 0x80 } else { 0 },
+        start_head,
+        start_sector,
+        start_track,
+        os_type: kind,
+        end_head,
+        end_sector,
+        end_track,
+        lb_start: u32::try_from(first).unwrap_or(u32::MAX),
+        lb_size: u32::try_from(sectors).unwrap_or(u32::MAX),
+    }
+}
+
+/// Head, sector with the cylinder's upper bits, cylinder; the largest where it cannot be told.
+fn chs(sector: u64) -> (u8, u8, u8) {
+    let track = u64::from(SECTORS_PER_TRACK);
+    let cylinder = sector / (track * u64::from(HEADS));
+    if cylinder > 1023 {
+        return (0xfe, 0xff, 0xff);
+    }
+    let head = sector / track % u64::from(HEADS);
+    let within = sector % track + 1;
+    (head as u8, within as u8 | (cylinder >> 8 << 6) as u8, (cylinder & 0xff) as u8)
+}
