@@ -1,0 +1,220 @@
+//! The stages `base` and `api`: what the engine makes, and the wheels installed for it.
+
+use anyhow::{Context, Result, ensure};
+use camino::Utf8PathBuf;
+use serde::{Deserialize, Serialize};
+
+use super::Build;
+use crate::cache::Key;
+use crate::fetch::Fetcher;
+use crate::progress::{bytes, warn};
+use crate::rootfs::BaseSystem;
+use crate::rootfs::debian::{
+    self, BoardWants, BuildRequest, DebianSpec, Fetched, HostE2fs, Mirrors, PackagesLock, Policy,
+    PruneRules, Replaced,
+};
+use crate::rootfs::kernel::ModuleRules;
+use crate::wheel::{self, BasePython, BaseSource, InstallRequest, InstallTarget, Installed, WheelLock};
+
+/// Raised when the engine's code changes what it makes.
+const BASE_VERSION: u32 = 1;
+/// Raised when installing wheels changes what it makes.
+const API_VERSION: u32 = 1;
+
+/// The base system, and how to make filesystems for it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Base {
+    /// What the engine made.
+    pub system: BaseSystem,
+    /// Packages that the mirror no longer had.
+    pub replaced: Vec<Replaced>,
+    /// The time that the base's files carry: the lock's, so that a commit rebuilds nothing.
+    pub epoch: u64,
+    /// The filesystem tool.
+    pub e2fs: HostE2fs,
+    /// The stage's key, which stands for its content.
+    pub key: String,
+}
+
+/// The installed wheels.
+pub type Wheels = Installed;
+
+/// The packages that the plan asks for.
+pub fn spec(plan: &crate::plan::Plan) -> DebianSpec {
+    DebianSpec {
+        suite: plan.rootfs.suite.clone(),
+        components: plan.rootfs.components.clone(),
+        arch: plan.board.arch.clone(),
+        packages: plan.rootfs.packages.clone(),
+        extra: plan.rootfs.extra_packages.clone(),
+    }
+}
+
+fn prune_rules(build: &Build<'_>) -> Result<PruneRules> {
+    let mut rules = PruneRules::standard()?;
+    rules.drop.extend(build.plan.rootfs.prune.iter().cloned());
+    rules.keep.extend(build.plan.rootfs.keep.iter().cloned());
+    Ok(rules)
+}
+
+fn key(build: &Build<'_>, lock: &PackagesLock) -> Result<Key> {
+    let board = &build.plan.board;
+    Key::new("base", BASE_VERSION)
+        .with_json("lock", lock)?
+        .with_json("prune", &prune_rules(build)?)?
+        .with_json("device trees", &board.device_trees)?
+        .with_json("firmware", &board.firmware)?
+        .with_json("boot loader", &board.bootloader)?
+        .with_json("modules", &board.modules_keep)
+}
+
+/// The stage `base`.
+///
+/// # Errors
+/// A lock that is not the product's; no network; a package that cannot be had; a failing engine.
+pub fn base(build: &mut Build<'_>) -> Result<Base> {
+    let path = build.plan.rootfs.lock.clone().context("the engine debian has a package lock")?;
+    let full = build.root.join(&path);
+    let mut lock = PackagesLock::load(&full)?;
+    ensure!(
+        lock.request == spec(build.plan),
+        "the lock {path} was made for other packages than the product and its boards ask for\n\
+         help: run `cargo xtask lock --only packages` and commit the result"
+    );
+    let mut replaced = Vec::new();
+    let mut fetched = None;
+    if !build.cache.has("base", &key(build, &lock)?.finish()) {
+        build.require_tools()?;
+        let found = fetch(build, &lock)?;
+        if !found.replaced.is_empty() {
+            announce(&found, &path);
+            found.lock.save(&full)?;
+            lock = found.lock.clone();
+            replaced.clone_from(&found.replaced);
+        }
+        fetched = Some(found);
+    }
+    let key = key(build, &lock)?;
+    build.stage(
+        "base",
+        key,
+        |base: &Base| base.system.files(),
+        |base| {
+            format!(
+                "{} packages, {} unpacked, kernel {}",
+                base.system.packages.len(),
+                bytes(base.system.rootfs_bytes),
+                base.system.kernel_release
+            )
+        },
+        |build, dir| {
+            let fetched = match fetched {
+                Some(fetched) => fetched,
+                None => fetch(build, &lock)?,
+            };
+            let e2fs = host_tool(build, &lock)?;
+            let board = &build.plan.board;
+            let log = build.log("base");
+            let system = debian::build(
+                &BuildRequest {
+                    spec: &lock.request,
+                    debs: &fetched.debs,
+                    epoch: lock.epoch,
+                    prune: &prune_rules(build)?,
+                    board: &BoardWants {
+                        dtbs: board.device_trees.clone(),
+                        firmware: board.firmware.clone(),
+                        modules: ModuleRules { keep: board.modules_keep.clone(), drop: Vec::new() },
+                        bootloader: board.bootloader.clone(),
+                    },
+                    cache: build.cache,
+                    log: &log,
+                },
+                dir,
+            )?;
+            let key = dir.file_name().unwrap_or_default().to_owned();
+            Ok(Base { system, replaced, epoch: lock.epoch, e2fs, key })
+        },
+    )
+}
+
+fn fetch(build: &Build<'_>, lock: &PackagesLock) -> Result<Fetched> {
+    let offline = build.options.offline;
+    let fetcher = Fetcher::new(&build.cache.root, offline)?;
+    let mirrors = if offline { None } else { Some(Mirrors::from_host()?) };
+    let policy = if build.options.locked { Policy::Locked } else { Policy::Replace };
+    debian::fetch_lock(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)
+}
+
+fn host_tool(build: &Build<'_>, lock: &PackagesLock) -> Result<HostE2fs> {
+    let offline = build.options.offline;
+    let fetcher = Fetcher::new(&build.cache.root, offline)?;
+    let mirrors = if offline { None } else { Some(Mirrors::from_host()?) };
+    debian::host_e2fs(lock, &fetcher, mirrors.as_ref(), &build.cache.root)
+}
+
+fn announce(fetched: &Fetched, path: &camino::Utf8Path) {
+    let none = "none".to_owned();
+    let list: Vec<String> = fetched
+        .replaced
+        .iter()
+        .map(|r| {
+            let (old, new) = (r.old.as_ref().unwrap_or(&none), r.new.as_ref().unwrap_or(&none));
+            format!("\n  {}: {old} -> {new}", r.name)
+        })
+        .collect();
+    warn(format!(
+        "the mirror no longer has {} locked packages; replaced, and {path} rewritten:{}",
+        list.len(),
+        list.concat()
+    ));
+}
+
+/// The stage `api`: the wheels, installed into a tar of their own.
+///
+/// # Errors
+/// A wheel that does not fit, is damaged, or whose requirements the base does not meet.
+pub fn wheels(build: &mut Build<'_>, base: &Base) -> Result<Option<Wheels>> {
+    let Some(api) = build.plan.api.clone() else { return Ok(None) };
+    let lock = WheelLock::load(&build.root.join(&api.lock))?;
+    ensure!(
+        lock.requirement == api.package,
+        "the lock {} was made for {}, the product asks for {}\n\
+         help: run `cargo xtask lock --only wheels` and commit the result",
+        api.lock,
+        lock.requirement,
+        api.package
+    );
+    let key = Key::new("api", API_VERSION)
+        .with("wheels", wheel::identity(&lock))
+        .with("base", &base.system.rootfs.sha256)
+        .with("epoch", base.epoch.to_string());
+    let base = base.clone();
+    let installed = build.stage(
+        "api",
+        key,
+        |installed: &Installed| vec![installed.tar.path.clone()],
+        |installed| {
+            let size = installed.distributions.iter().map(|d| d.installed_bytes).sum();
+            let count = installed.distributions.len();
+            format!("{} and {} wheels in all, {}", api.package, count, bytes(size))
+        },
+        |build, dir| {
+            let cache: &Utf8PathBuf = &build.cache.root;
+            let wheels = wheel::fetch(&lock, cache, build.options.offline)?;
+            let python = BasePython::read(BaseSource::Tar(base.system.rootfs.path.clone()))?;
+            let log = build.log("api");
+            wheel::install(&InstallRequest {
+                lock: &lock,
+                wheels: &wheels,
+                base: &python,
+                target: &InstallTarget::for_base(&python, base.system.engine == "debian"),
+                cache,
+                epoch: base.epoch,
+                out: &dir.join("wheels.tar"),
+                log: Some(&log),
+            })
+        },
+    )?;
+    Ok(Some(installed))
+}

@@ -1,0 +1,407 @@
+//! The stages `compose`, `image` and `bundle`.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use camino::Utf8PathBuf;
+use serde::{Deserialize, Serialize};
+
+use super::{Base, Build, Wheels};
+use crate::artifact::{Artifact, hash_bytes, write_atomically};
+use crate::cache::Key;
+use crate::cli::Compression;
+use crate::compose::{self, Parts, lint, sizes};
+use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source};
+use crate::exec::Tool;
+use crate::ext4::{self, Ext4Request, Mke2fs};
+use crate::keys::Signing;
+use crate::plan::BootSourcePlan;
+use crate::progress::{bytes, say, warn};
+use crate::render::{OverlayContent, Rendered};
+use crate::rootfs::initrd::{self, InitrdRequest};
+use crate::update::{self, PackRequest, PayloadFile};
+
+/// Raised when compose changes what it makes.
+const COMPOSE_VERSION: u32 = 1;
+/// Raised when assembling changes what it makes.
+const IMAGE_VERSION: u32 = 1;
+/// Raised when packing changes what it makes.
+const BUNDLE_VERSION: u32 = 1;
+
+/// Where the initrd's script lies in the workspace.
+const INIT: &str = "board/common/init";
+
+/// The composed system.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct System {
+    /// The root filesystem: what each slot holds.
+    pub root: Utf8PathBuf,
+    /// The empty data filesystem.
+    pub data: Utf8PathBuf,
+    /// The initrd.
+    pub initrd: Artifact,
+    /// Bytes that the root filesystem uses.
+    pub used: u64,
+    /// Bytes that it has.
+    pub capacity: u64,
+    /// Where they are.
+    pub sizes: sizes::Sizes,
+    /// The budget's warning.
+    pub warning: Option<String>,
+    /// The stage's key, which stands for the content.
+    pub key: String,
+}
+
+/// The card image.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Card {
+    /// The image.
+    pub image: Utf8PathBuf,
+    /// Its length.
+    pub size: u64,
+    /// Bytes that reach the card.
+    pub mapped: u64,
+    /// Bytes that the image takes on disk.
+    pub written: u64,
+    /// Its block map.
+    pub bmap: Artifact,
+}
+
+/// The stage `compose`.
+///
+/// # Errors
+/// Parts that contradict each other, a slot that is too full, an image that would not boot.
+pub fn compose(
+    build: &mut Build<'_>,
+    rendered: &Rendered,
+    base: &Base,
+    wheels: Option<&Wheels>,
+    signing: &Signing,
+) -> Result<System> {
+    let plan = build.plan;
+    let init = std::fs::read(build.root.join(INIT)).with_context(|| format!("reading {INIT}"))?;
+    let key_set = signing.key_set_json()?;
+    let capacity = plan.disk.partition("root-a").context("the board has a root-a")?.size;
+    let data_size = plan.disk.partition("data").context("the board has a data partition")?.size;
+    let mut overlay = Vec::new();
+    for entry in &rendered.overlay {
+        let content = match &entry.content {
+            OverlayContent::File(bytes) => hash_bytes(bytes),
+            OverlayContent::Symlink(to) => format!("-> {to}"),
+        };
+        overlay.push((&entry.target, entry.attributes, content));
+    }
+    let passwords: Vec<_> = plan.users.iter().map(|u| &u.password).collect();
+    let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
+    let key = Key::new("compose", COMPOSE_VERSION)
+        .with("base", &base.key)
+        .with("wheels", wheels.map_or("", |w| &w.tar.sha256))
+        .with("init", &init)
+        .with("keys", &key_set)
+        .with("epoch", plan.epoch.to_string())
+        .with_json("overlay", &overlay)?
+        .with_json("boot", &boot)?
+        .with_json("users", &(&plan.users, &rendered.authorized_keys))?
+        // A crypt hash may be guessed at: only its hash goes into the key, which is hashed again.
+        .with_json("passwords", &passwords)?
+        .with_json("directories", &plan.directories)?
+        .with_json("identifiers", &plan.identifiers)?
+        .with_json("initrd modules", &plan.board.initrd_modules)?
+        .with_json("sizes", &(capacity, data_size))?
+        .with_json("budget", &(plan.rootfs.fill_limit, plan.rootfs.fill_warning))?;
+    let system: System = build.stage(
+        "compose",
+        key,
+        |system: &System| vec![system.root.clone(), system.data.clone(), system.initrd.path.clone()],
+        |system| {
+            let percent = system.used * 100 / system.capacity.max(1);
+            format!("root {} of {} ({percent} %)", bytes(system.used), bytes(system.capacity))
+        },
+        |build, dir| {
+            let config = std::fs::read_to_string(&base.system.kernel_config.path)
+                .context("reading the kernel's configuration")?;
+            let initrd = initrd::build(
+                &InitrdRequest {
+                    busybox: &base.system.initrd_parts.busybox.path,
+                    init: &init,
+                    modules: &plan.board.initrd_modules,
+                    modules_archive: &base.system.initrd_parts.modules.path,
+                    kernel_release: &base.system.kernel_release,
+                    epoch: base.epoch,
+                    extra: &[],
+                    compression: initrd::Compression::for_kernel(&config),
+                },
+                &dir.join("initrd.img"),
+            )?;
+            let parts = Parts {
+                base: &base.system.rootfs.path,
+                wheels: wheels.map(|w| w.tar.path.as_path()),
+                rendered,
+                kernel: &base.system.kernel,
+                initrd: &initrd,
+                device_trees: base.system.dtbs.iter().map(|d| (d.path.as_str(), &d.file)).collect(),
+                key_set: &key_set,
+            };
+            let tree = compose::tree(plan, &parts)?;
+            let names = boot_names(build, base);
+            lint::check(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
+            let sizes = sizes::measure(&tree)?;
+            let tar = dir.join("root.tar");
+            write_atomically(&tar, |out| tree.write(out, plan.epoch))?;
+            let tool = Mke2fs {
+                program: base.e2fs.mke2fs.clone(),
+                libraries: base.e2fs.lib_dir.iter().cloned().collect(),
+            };
+            let root = dir.join("root.ext4");
+            let board = &plan.board.name;
+            let usage = ext4::make(
+                &tool,
+                &Ext4Request {
+                    tar: Some(&tar),
+                    size: capacity,
+                    label: "root",
+                    uuid: plan.identifiers.root,
+                    hash_seed: plan.identifiers.root_hash_seed,
+                    epoch: plan.epoch,
+                    journal: false,
+                    grows_to: None,
+                    size_key: &format!("the size of root-a and root-b in board/{board}/board.toml"),
+                },
+                &root,
+            )?;
+            std::fs::remove_file(&tar).with_context(|| format!("removing {tar}"))?;
+            let product = format!("configs/{}.toml", plan.product.name);
+            let (limit, warning) = (plan.rootfs.fill_limit, plan.rootfs.fill_warning);
+            let used = usage.used();
+            let warning = sizes::budget(used, capacity, limit, warning, &sizes, &product)?;
+            let data = dir.join("data.ext4");
+            ext4::make(
+                &tool,
+                &Ext4Request {
+                    tar: None,
+                    size: data_size,
+                    label: "data",
+                    uuid: plan.identifiers.data,
+                    hash_seed: plan.identifiers.data_hash_seed,
+                    epoch: plan.epoch,
+                    journal: true,
+                    // The largest cards in use; room for the block group table to grow to it.
+                    grows_to: Some(1 << 40),
+                    size_key: &format!("the size of data in board/{board}/board.toml"),
+                },
+                &data,
+            )?;
+            let key = dir.file_name().unwrap_or_default().to_owned();
+            Ok(System { root, data, initrd, used, capacity, sizes, warning, key })
+        },
+    )?;
+    if let Some(warning) = &system.warning {
+        warn(warning);
+    }
+    Ok(system)
+}
+
+/// Every file of the boot partitions: partition role and name.
+fn boot_names(build: &Build<'_>, base: &Base) -> Vec<(String, String)> {
+    let mut names = Vec::new();
+    for file in &build.plan.boot_files {
+        let role = file.partition.clone();
+        match &file.source {
+            BootSourcePlan::Firmware => {
+                names.extend(base.system.firmware.iter().map(|f| (role.clone(), flat(&f.path))));
+            }
+            BootSourcePlan::DeviceTrees => {
+                names.extend(base.system.dtbs.iter().map(|f| (role.clone(), flat(&f.path))));
+            }
+            _ => names.push((role, file.path.clone())),
+        }
+    }
+    names
+}
+
+/// A file's name without its folders.
+fn flat(path: &str) -> String {
+    path.rsplit('/').next().unwrap_or(path).to_owned()
+}
+
+fn boot_partitions(
+    build: &Build<'_>,
+    rendered: &Rendered,
+    base: &Base,
+    system: &System,
+    dir: &camino::Utf8Path,
+) -> Result<BTreeMap<String, Vec<FatFile>>> {
+    let mut partitions: BTreeMap<String, Vec<FatFile>> = BTreeMap::new();
+    for file in &build.plan.boot_files {
+        let mut put = |path: String, source: Source| {
+            partitions.entry(file.partition.clone()).or_default().push(FatFile { path, source });
+        };
+        let from = |artifact: &Artifact| Source::File(artifact.path.clone());
+        match &file.source {
+            BootSourcePlan::Template { script, .. } => {
+                let key = (file.partition.clone(), file.path.clone());
+                let text = rendered.boot.get(&key).context("every template was rendered")?;
+                let bytes = if *script { wrap_script(build, text, dir)? } else { text.clone() };
+                put(file.path.clone(), Source::Bytes(bytes));
+            }
+            BootSourcePlan::Firmware => {
+                for f in &base.system.firmware {
+                    put(flat(&f.path), from(&f.file));
+                }
+            }
+            BootSourcePlan::DeviceTrees => {
+                for f in &base.system.dtbs {
+                    put(flat(&f.path), from(&f.file));
+                }
+            }
+            BootSourcePlan::Bootloader => {
+                let loader = base.system.bootloader.as_ref();
+                put(file.path.clone(), from(loader.context("the board names no boot loader")?));
+            }
+            BootSourcePlan::Kernel => put(file.path.clone(), from(&base.system.kernel)),
+            BootSourcePlan::Initrd => put(file.path.clone(), from(&system.initrd)),
+        }
+    }
+    Ok(partitions)
+}
+
+/// Wraps a boot script in U-Boot's image format.
+fn wrap_script(build: &Build<'_>, text: &[u8], dir: &camino::Utf8Path) -> Result<Vec<u8>> {
+    let (plain, wrapped) = (dir.join("boot.cmd"), dir.join("boot.scr"));
+    std::fs::write(&plain, text).with_context(|| format!("writing {plain}"))?;
+    Tool::new("mkimage")
+        .args(["-T", "script", "-A", "arm64", "-C", "none", "-n", "slipway", "-d"])
+        .arg(&plain)
+        .arg(&wrapped)
+        .env("SOURCE_DATE_EPOCH", build.plan.epoch.to_string())
+        .env("TZ", "UTC")
+        .log(&build.log("image"))
+        .run()
+        .context("wrapping the boot script")?;
+    std::fs::read(&wrapped).with_context(|| format!("reading {wrapped}"))
+}
+
+/// The stage `image`.
+///
+/// # Errors
+/// Boot files that do not fit their partition, a full disk.
+pub fn card(
+    build: &mut Build<'_>,
+    rendered: &Rendered,
+    base: &Base,
+    system: &System,
+) -> Result<Card> {
+    let plan = build.plan;
+    let out = build.output("img");
+    let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
+    let key = Key::new("image", IMAGE_VERSION)
+        .with("out", out.as_str())
+        .with("system", &system.key)
+        .with("base", &base.key)
+        .with("epoch", plan.epoch.to_string())
+        .with_json("boot files", &plan.boot_files)?
+        .with_json("boot", &boot)?
+        .with_json("layout", &plan.disk)?
+        .with_json("identifiers", &plan.identifiers)?;
+    let card: Card = build.stage(
+        "image",
+        key,
+        |card: &Card| vec![card.image.clone(), card.bmap.path.clone()],
+        |card| {
+            format!("{}  {}, {} on disk", card.image, bytes(card.size), bytes(card.written))
+        },
+        |build, dir| {
+            let mut boot = boot_partitions(build, rendered, base, system, dir)?;
+            let partitions = plan
+                .disk
+                .partitions
+                .iter()
+                .map(|placed| PartitionSpec {
+                    guid: plan.identifiers.partition(&placed.name),
+                    size_key: format!(
+                        "the size of {} in board/{}/board.toml",
+                        placed.name, plan.board.name
+                    ),
+                    content: match placed.name.as_str() {
+                        "root-a" | "root-b" => Content::Image(system.root.clone()),
+                        "data" => Content::Image(system.data.clone()),
+                        role => Content::Fat {
+                            label: role.to_owned(),
+                            volume_id: plan.identifiers.volume_id(role),
+                            files: boot.remove(role).unwrap_or_default(),
+                        },
+                    },
+                })
+                .collect();
+            let spec = DiskSpec {
+                layout: plan.disk.clone(),
+                disk_guid: plan.identifiers.disk,
+                mbr_signature: plan.identifiers.disk_signature,
+                epoch: plan.epoch,
+                states: Vec::new(),
+                partitions,
+            };
+            let made = disk::assemble(&spec, &out)?;
+            Ok(Card {
+                image: made.path,
+                size: made.size,
+                mapped: made.mapped,
+                written: made.written,
+                bmap: made.bmap,
+            })
+        },
+    )?;
+    if build.options.zst {
+        let packed = disk::compress::zst(&card.image)?;
+        say("image", format!("{}  {}", packed.path, bytes(packed.size)));
+    }
+    Ok(card)
+}
+
+/// The stage `bundle`.
+///
+/// # Errors
+/// A key that may not sign this product, a full disk.
+pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Result<Artifact> {
+    let plan = build.plan;
+    let out = build.output("bundle");
+    let level = match build.options.compression {
+        Compression::Fast => update::Level::Fast,
+        Compression::Release => update::Level::Release,
+        Compression::Slow => update::Level::Slow,
+    };
+    let key = Key::new("bundle", BUNDLE_VERSION)
+        .with("out", out.as_str())
+        .with("system", &system.key)
+        .with("epoch", plan.epoch.to_string())
+        .with("signer", signing.key_id())
+        .with_json("product", &(&plan.product, &plan.board.name, &plan.update))?
+        .with_json("compatible", &plan.board.compatible)?
+        .with("level", format!("{level:?}"));
+    build.stage(
+        "bundle",
+        key,
+        |bundle: &Artifact| vec![bundle.path.clone()],
+        |bundle| {
+            format!("{}  {}, signed with {}", bundle.path, bytes(bundle.size), signing.title())
+        },
+        |_, _| {
+            let request = PackRequest {
+                product: &plan.product.name,
+                version: &plan.product.version,
+                minimum_version: &plan.update.minimum_version,
+                boards: std::slice::from_ref(&plan.board.name),
+                epoch: plan.epoch,
+                payloads: &[PayloadFile {
+                    component: "system",
+                    version: &plan.product.version,
+                    role: "root",
+                    path: &system.root,
+                }],
+                level,
+                signing,
+            };
+            update::pack(&request, &out)
+        },
+    )
+}
