@@ -95,7 +95,8 @@ impl Draft {
                 writer.write_all(content.as_bytes()).unwrap();
             }
             let digest = digest_text(content.as_bytes());
-            record.push_str(&format!("{path},{digest},{}\n", content.len()));
+            let quoted = if path.contains(',') { format!("\"{path}\"") } else { path.clone() };
+            record.push_str(&format!("{quoted},{digest},{}\n", content.len()));
         }
         let path = format!("{}/RECORD", self.info);
         record.push_str(&format!("{path},,\n"));
@@ -534,7 +535,7 @@ fn installation_is_what_a_standard_installer_makes() {
          \x20   digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b'=').decode()\n\
          \x20   assert (f.hash.mode, f.hash.value, f.size) == ('sha256', digest, len(data)), f\n\
          assert '../../../bin/foo-go' in listed and 'foo/__pycache__/main.cpython-311.pyc' in listed\n\
-         code = foo.main.Tool.go.__code__\n\
+         import marshal; code = marshal.loads(open(foo.main.__cached__, 'rb').read()[16:])\n\
          header = open(foo.main.__cached__, 'rb').read()[:8]\n\
          print(d.read_text('INSTALLER').strip(), len(listed), code.co_filename, header[4:])\n\
          try: runpy.run_path(str(d.locate_file('../../../bin/foo-go')), run_name='__main__')\n\
@@ -722,4 +723,8 @@ fn validate_bill(installed: &Installed, lock: &WheelLock, dir: &Utf8Path) {
         errors = JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1]).read())\n\
         sys.exit(repr(errors) if errors else 0)\n";
     run(python.as_str(), &["-c", script, bill.as_str()]);
+    let text = String::from_utf8(first).unwrap().replace("\"SHA-256\"", "\"SHA-99\"");
+    std::fs::write(&bill, text).unwrap();
+    let refused = Command::new(&python).args(["-c", script, bill.as_str()]).output().unwrap();
+    assert!(!refused.status.success(), "the validator accepts anything");
 }
