@@ -16,6 +16,7 @@ use xtask::wheel::target::WheelName;
 use xtask::wheel::{
     BaseDistribution, BasePython, FetchedWheel, InstallRequest, InstallTarget, Installed,
     LockRequest, LockedWheel, Target, Wheel, WheelLock, check, fetch, identity, install, lock,
+    update,
 };
 
 fn target() -> Target {
@@ -331,6 +332,15 @@ fn the_products_lock_is_whole_and_each_contradiction_in_a_lock_is_refused() {
     let first = lock.wheels[0].sha256.clone();
     let changed = text.replace(&first, &"0".repeat(64));
     assert_ne!(identity(&lock), identity(&WheelLock::parse(&changed).unwrap()));
+    let mut newer = lock.clone();
+    newer.wheels[0].version = "9".into();
+    let gone = newer.wheels.remove(1);
+    assert_eq!(
+        xtask::wheel::lock::difference(Some(&lock), &newer),
+        ["aionotify 0.3.1 -> 9".to_owned(), format!("- {} {}", gone.name, gone.version)]
+    );
+    assert!(xtask::wheel::lock::difference(Some(&lock), &lock).is_empty());
+    assert_eq!(xtask::wheel::lock::difference(None, &lock).len(), 23);
     let half = text.find("[[wheel]]").unwrap();
     let block = text[half..].split("\n\n").next().unwrap();
     let cases = [
@@ -663,7 +673,9 @@ fn the_real_api_is_locked_installed_and_imported() {
         cache: cache.clone(),
         log: None,
     };
-    let fresh = lock(&request).unwrap();
+    let path = dir.join("fresh.lock");
+    let (fresh, _) = update(&request, &path).unwrap();
+    assert_eq!(WheelLock::load(&path).unwrap(), fresh);
     assert!(fresh.wheels.iter().any(|w| w.name == "opentrons" && w.needed_by.is_empty()));
 
     let product = product_lock();
