@@ -16,6 +16,7 @@ use xtask::wheel::target::WheelName;
 use xtask::wheel::{
     BaseDistribution, BasePython, FetchedWheel, InstallRequest, InstallTarget, Installed,
     LockRequest, LockedWheel, Target, Wheel, WheelLock, check, fetch, identity, install, lock,
+    update,
 };
 
 fn target() -> Target {
@@ -95,7 +96,8 @@ impl Draft {
                 writer.write_all(content.as_bytes()).unwrap();
             }
             let digest = digest_text(content.as_bytes());
-            record.push_str(&format!("{path},{digest},{}\n", content.len()));
+            let quoted = if path.contains(',') { format!("\"{path}\"") } else { path.clone() };
+            record.push_str(&format!("{quoted},{digest},{}\n", content.len()));
         }
         let path = format!("{}/RECORD", self.info);
         record.push_str(&format!("{path},,\n"));
@@ -330,6 +332,15 @@ fn the_products_lock_is_whole_and_each_contradiction_in_a_lock_is_refused() {
     let first = lock.wheels[0].sha256.clone();
     let changed = text.replace(&first, &"0".repeat(64));
     assert_ne!(identity(&lock), identity(&WheelLock::parse(&changed).unwrap()));
+    let mut newer = lock.clone();
+    newer.wheels[0].version = "9".into();
+    let gone = newer.wheels.remove(1);
+    assert_eq!(
+        xtask::wheel::lock::difference(Some(&lock), &newer),
+        ["aionotify 0.3.1 -> 9".to_owned(), format!("- {} {}", gone.name, gone.version)]
+    );
+    assert!(xtask::wheel::lock::difference(Some(&lock), &lock).is_empty());
+    assert_eq!(xtask::wheel::lock::difference(None, &lock).len(), 23);
     let half = text.find("[[wheel]]").unwrap();
     let block = text[half..].split("\n\n").next().unwrap();
     let cases = [
@@ -534,7 +545,7 @@ fn installation_is_what_a_standard_installer_makes() {
          \x20   digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b'=').decode()\n\
          \x20   assert (f.hash.mode, f.hash.value, f.size) == ('sha256', digest, len(data)), f\n\
          assert '../../../bin/foo-go' in listed and 'foo/__pycache__/main.cpython-311.pyc' in listed\n\
-         code = foo.main.Tool.go.__code__\n\
+         import marshal; code = marshal.loads(open(foo.main.__cached__, 'rb').read()[16:])\n\
          header = open(foo.main.__cached__, 'rb').read()[:8]\n\
          print(d.read_text('INSTALLER').strip(), len(listed), code.co_filename, header[4:])\n\
          try: runpy.run_path(str(d.locate_file('../../../bin/foo-go')), run_name='__main__')\n\
@@ -662,7 +673,9 @@ fn the_real_api_is_locked_installed_and_imported() {
         cache: cache.clone(),
         log: None,
     };
-    let fresh = lock(&request).unwrap();
+    let path = dir.join("fresh.lock");
+    let (fresh, _) = update(&request, &path).unwrap();
+    assert_eq!(WheelLock::load(&path).unwrap(), fresh);
     assert!(fresh.wheels.iter().any(|w| w.name == "opentrons" && w.needed_by.is_empty()));
 
     let product = product_lock();
@@ -722,4 +735,8 @@ fn validate_bill(installed: &Installed, lock: &WheelLock, dir: &Utf8Path) {
         errors = JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1]).read())\n\
         sys.exit(repr(errors) if errors else 0)\n";
     run(python.as_str(), &["-c", script, bill.as_str()]);
+    let text = String::from_utf8(first).unwrap().replace("\"SHA-256\"", "\"SHA-99\"");
+    std::fs::write(&bill, text).unwrap();
+    let refused = Command::new(&python).args(["-c", script, bill.as_str()]).output().unwrap();
+    assert!(!refused.status.success(), "the validator accepts anything");
 }

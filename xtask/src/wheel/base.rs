@@ -254,3 +254,33 @@ fn patch_level(status: &str, short: &str) -> Option<u32> {
     let rest = version.strip_prefix(short)?.strip_prefix('.')?;
     rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_patch_level_is_dpkgs() {
+        let status = "Package: python3\nVersion: 3.11.2-1+b1\n\n\
+                      Package: python3.11-minimal\nStatus: install ok installed\n\
+                      Version: 3.11.14-6+deb12u8\n\nPackage: x\nVersion: 1\n";
+        assert_eq!(patch_level(status, "3.11"), Some(14));
+        assert_eq!(patch_level(status, "3.12"), None);
+    }
+
+    #[test]
+    fn what_is_read_of_a_base_is_told_by_path() {
+        for path in [
+            "usr/lib/python3/dist-packages/yaml-6.0.dist-info/METADATA",
+            "usr/lib/python3/dist-packages/six-1.16.0.egg-info",
+            "usr/lib/python3.12/site-packages/a-1.egg-info/PKG-INFO",
+        ] {
+            assert!(distribution_of(path).is_some(), "{path}");
+        }
+        for path in ["usr/lib/python3/dist-packages/a/b.dist-info/METADATA", "usr/lib/x/METADATA"] {
+            assert!(distribution_of(path).is_none(), "{path}");
+        }
+        assert!(is_binary("usr/bin/python3.11") && is_binary("usr/lib/libpython3.12.so.1.0"));
+        assert!(!is_binary("usr/bin/python3") && !is_binary("usr/bin/python3.11-config"));
+    }
+}

@@ -181,6 +181,41 @@ impl LockedWheel {
     }
 }
 
+/// What a new lock changes, for people: `numpy 1.26.3 -> 1.26.4`, `+ idna 3.20`, `- six 1.16.0`;
+/// empty when the locks are equal.
+pub fn difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
+    let Some(old) = old else {
+        return new.wheels.iter().map(|w| format!("+ {} {}", w.name, w.version)).collect();
+    };
+    let mut lines = Vec::new();
+    if old.requirement != new.requirement {
+        lines.push(format!("requirement {} -> {}", old.requirement, new.requirement));
+    }
+    if old.target != new.target {
+        lines.push(format!("target {} -> {}", old.target, new.target));
+    }
+    let names: BTreeSet<&str> =
+        old.wheels.iter().chain(&new.wheels).map(|wheel| wheel.name.as_str()).collect();
+    for name in names {
+        let find = |lock: &'_ WheelLock| lock.wheels.iter().find(|w| w.name == name).cloned();
+        match (find(old), find(new)) {
+            (Some(a), Some(b)) if a.version != b.version => {
+                lines.push(format!("{name} {} -> {}", a.version, b.version));
+            }
+            (Some(a), Some(b)) if a.sha256 != b.sha256 => {
+                lines.push(format!("{name} {}: {} -> {}", a.version, a.file, b.file));
+            }
+            (Some(a), Some(b)) if a != b => {
+                lines.push(format!("{name} {}: needed-by or requires-python changed", a.version));
+            }
+            (Some(a), None) => lines.push(format!("- {name} {}", a.version)),
+            (None, Some(b)) => lines.push(format!("+ {name} {}", b.version)),
+            _ => {}
+        }
+    }
+    lines
+}
+
 /// A hash of everything that the lock says; a stage that depends on the wheels is keyed by it.
 pub fn identity(lock: &WheelLock) -> String {
     hash_bytes(lock.to_toml().as_bytes())

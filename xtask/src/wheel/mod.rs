@@ -20,5 +20,5 @@ pub use check::{BaseDistribution, check};
 pub use fetch::{FetchedWheel, fetch};
 pub use install::{InstallRequest, InstallTarget, Installed, InstalledDistribution, install};
 pub use lock::{LockedWheel, WheelLock, identity};
-pub use resolve::{LockRequest, lock};
+pub use resolve::{LockRequest, lock, update};
 pub use target::{Libc, PythonVersion, Target};

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use super::archive::Wheel;
 use super::check::{BaseDistribution, Closure, check, closure};
 use super::fetch::obtain;
-use super::lock::{LockedWheel, WheelLock};
+use super::lock::{LockedWheel, WheelLock, difference};
 use super::metadata::{Metadata, parse_requirement, satisfies};
 use super::pip::{Pip, wheel_file};
 use super::target::{Target, WheelName, normalise};
@@ -80,6 +80,22 @@ struct ReportMetadata {
 pub fn lock(request: &LockRequest) -> Result<WheelLock> {
     let LockRequest { requirement, target, .. } = request;
     resolve(request).with_context(|| format!("resolving {requirement} for {target}"))
+}
+
+/// Resolves and writes the lock file, what `cargo xtask lock` does; returns the lock and what it
+/// changes against the file that was there (nothing is written when nothing changes).
+///
+/// # Errors
+/// As `lock`, or when the file cannot be written. An old file that cannot be read counts as none:
+/// writing a new one is the way out of it.
+pub fn update(request: &LockRequest, path: &Utf8Path) -> Result<(WheelLock, Vec<String>)> {
+    let new = lock(request)?;
+    let old = WheelLock::load(path).ok();
+    let changes = difference(old.as_ref(), &new);
+    if old.as_ref() != Some(&new) {
+        new.save(path)?;
+    }
+    Ok((new, changes))
 }
 
 fn resolve(request: &LockRequest) -> Result<WheelLock> {
