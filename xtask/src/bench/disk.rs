@@ -23,7 +23,7 @@ use crate::progress;
 
 const MIB: u64 = 1 << 20;
 /// Rootfs sizes, in MiB: the cost must grow with them in a straight line.
-const SIZES: [u64; 1] = [1024];
+const SIZES: [u64; 4] = [256, 512, 1024, 2048];
 /// Bytes of firmware in the boot partition, about what a Raspberry Pi needs.
 const FIRMWARE: usize = 24 << 20;
 /// Offset of the magic number in an ext4 volume.
