@@ -4,4 +4,6 @@
 
 pub mod artifact;
 pub mod exec;
+pub mod fetch;
 pub mod progress;
+pub mod rootfs;
