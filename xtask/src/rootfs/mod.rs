@@ -5,6 +5,7 @@ pub mod debian;
 pub mod glob;
 pub mod initrd;
 pub mod kernel;
+pub mod tarball;
 
 use serde::{Deserialize, Serialize};
 
