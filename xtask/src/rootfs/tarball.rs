@@ -107,6 +107,15 @@ impl Tree {
         Ok(Self { source, entries })
     }
 
+    /// A tree without entries.
+    ///
+    /// # Errors
+    /// When no temporary file can be made.
+    pub fn empty() -> Result<Self> {
+        let source = tempfile::tempfile().context("creating a temporary file")?;
+        Ok(Self { source, entries: BTreeMap::new() })
+    }
+
     /// The bytes of a regular file; none where there is no such file.
     ///
     /// # Errors

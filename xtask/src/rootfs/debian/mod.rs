@@ -4,18 +4,24 @@
 //! `apt` solves, `dpkg` installs; this module decides what they see and keeps what they did.
 
 mod apt;
+mod binfmt;
+pub mod build;
 pub mod download;
 mod host;
+mod inventory;
 pub mod lock;
+pub mod prune;
 mod repo;
 mod unpack;
 
 use serde::{Deserialize, Serialize};
 
 pub use apt::Mirrors;
+pub use build::{BoardWants, BuildRequest, build};
 pub use download::{Fetched, LockedDeb, Policy, Replaced, fetch_lock};
 pub use host::{HostE2fs, host_e2fs};
 pub use lock::{Archive, LockedPackage, PackagesLock, lock};
+pub use prune::PruneRules;
 
 /// What to install, as the product and the board say it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
