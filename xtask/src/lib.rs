@@ -23,3 +23,6 @@ pub mod report;
 pub mod sbom;
 pub mod wheel;
 pub mod qemu;
+pub mod fetch;
+pub mod progress;
+pub mod rootfs;

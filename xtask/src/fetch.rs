@@ -1,0 +1,353 @@
+//! Downloads by hash into a store that every build shares: resumed, retried, checked before they
+//! get their name. What the store has is never asked for again; offline, what it lacks is named.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::{FlockOperation, flock};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+
+use crate::artifact::{Artifact, hash_file, partial};
+use crate::progress::{Step, Unit};
+
+/// Connections at a time; more annoys mirrors and gains nothing on a home line.
+const CONNECTIONS: usize = 4;
+/// Attempts that bring no new byte before a download is given up.
+const ATTEMPTS: u32 = 4;
+/// The wait before the second attempt; it doubles each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// A connection must be made within this time.
+const CONNECT: Duration = Duration::from_secs(20);
+/// The server must begin to answer within this time.
+const ANSWER: Duration = Duration::from_secs(60);
+/// One attempt may take this long; a slow one goes on in the next, where it stopped.
+const BODY: Duration = Duration::from_secs(300);
+/// The largest file that is fetched without a known size.
+const UNKNOWN_LIMIT: u64 = 4 << 30;
+/// Where systems keep their certificate authorities.
+const AUTHORITIES: [&str; 3] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
+
+/// One file to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Download {
+    /// What messages call it.
+    pub name: String,
+    /// Where to get it; may be empty when only the store can have it.
+    pub url: String,
+    /// Length in bytes, where known.
+    pub size: Option<u64>,
+    /// SHA-256, lower-case hexadecimal.
+    pub sha256: String,
+}
+
+/// What became of one download.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It lies in the store.
+    Ready(Artifact),
+    /// The server says that it has no such file (404 or 410).
+    Gone,
+}
+
+/// The store and the way to fill it.
+#[derive(Debug, Clone)]
+pub struct Fetcher {
+    store: Utf8PathBuf,
+    offline: bool,
+    agent: ureq::Agent,
+}
+
+impl Fetcher {
+    /// A store below `cache`; `offline` never opens a connection.
+    ///
+    /// # Errors
+    /// When the folder cannot be made, or SSL_CERT_FILE names no certificates.
+    pub fn new(cache: &Utf8Path, offline: bool) -> Result<Self> {
+        let store = cache.join("downloads/sha256");
+        fs::create_dir_all(&store).with_context(|| format!("creating {store}"))?;
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
+            .timeout_connect(Some(CONNECT))
+            .timeout_recv_response(Some(ANSWER))
+            .timeout_recv_body(Some(BODY))
+            .tls_config(TlsConfig::builder().root_certs(authorities()?).build())
+            .build();
+        Ok(Self { store, offline, agent: config.into() })
+    }
+
+    /// Where a file with this hash lies, once it is there.
+    pub fn path_of(&self, sha256: &str) -> Utf8PathBuf {
+        self.store.join(sha256)
+    }
+
+    /// Whether this fetcher never opens a connection.
+    pub fn is_offline(&self) -> bool {
+        self.offline
+    }
+
+    /// Fetches all files; outcomes come in the order of `wanted`. Progress goes to `stage`.
+    ///
+    /// # Errors
+    /// When files are missing offline (all are named), a server is out of reach, answers with an
+    /// error, or sends other bytes than were asked for.
+    pub fn fetch(&self, stage: &str, what: &str, wanted: &[Download]) -> Result<Vec<Outcome>> {
+        let mut outcomes: Vec<Option<Outcome>> = Vec::with_capacity(wanted.len());
+        for download in wanted {
+            outcomes.push(self.stored(download)?.map(Outcome::Ready));
+        }
+        let missing: Vec<usize> =
+            outcomes.iter().enumerate().filter(|(_, o)| o.is_none()).map(|(i, _)| i).collect();
+        if self.offline && !missing.is_empty() {
+            let names: Vec<&str> = missing.iter().map(|&i| wanted[i].name.as_str()).collect();
+            bail!(
+                "offline, and {} of {} downloads are not in {}: {}\n\
+                 help: run once without --offline",
+                names.len(),
+                wanted.len(),
+                self.store,
+                names.join(", ")
+            );
+        }
+        if !missing.is_empty() {
+            self.fetch_missing(stage, what, wanted, &missing, &mut outcomes)?;
+        }
+        outcomes.into_iter().map(|o| o.context("a download has no outcome")).collect()
+    }
+
+    fn fetch_missing(
+        &self,
+        stage: &str,
+        what: &str,
+        wanted: &[Download],
+        missing: &[usize],
+        outcomes: &mut [Option<Outcome>],
+    ) -> Result<()> {
+        let total = missing.iter().map(|&i| wanted[i].size.unwrap_or(0)).sum();
+        let step = Step::new(stage, what, total, Unit::Bytes);
+        let next = AtomicUsize::new(0);
+        let failed = AtomicBool::new(false);
+        let done: Mutex<Vec<(usize, Result<Outcome>)>> = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for _ in 0..CONNECTIONS.min(missing.len()) {
+                scope.spawn(|| {
+                    while !failed.load(Ordering::Relaxed) {
+                        let Some(&i) = missing.get(next.fetch_add(1, Ordering::Relaxed)) else {
+                            break;
+                        };
+                        let result = self
+                            .one(&wanted[i], &step)
+                            .with_context(|| format!("fetching {}", wanted[i].name));
+                        failed.fetch_or(result.is_err(), Ordering::Relaxed);
+                        done.lock().unwrap_or_else(|e| e.into_inner()).push((i, result));
+                    }
+                });
+            }
+        });
+        let mut done = done.into_inner().unwrap_or_else(|e| e.into_inner());
+        done.sort_by_key(|(i, _)| *i);
+        for (i, result) in done {
+            outcomes[i] = Some(result?);
+        }
+        Ok(())
+    }
+
+    /// The file in the store, if it is there and still what it should be.
+    fn stored(&self, download: &Download) -> Result<Option<Artifact>> {
+        let path = self.path_of(&download.sha256);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let (size, sha256) = hash_file(&path)?;
+        if sha256 == download.sha256 {
+            return Ok(Some(Artifact { path, size, sha256 }));
+        }
+        crate::progress::warn(format!("{path} was damaged and is fetched again"));
+        fs::remove_file(&path).with_context(|| format!("removing {path}"))?;
+        Ok(None)
+    }
+
+    fn one(&self, download: &Download, step: &Step) -> Result<Outcome> {
+        let path = self.path_of(&download.sha256);
+        let temporary = partial(&path);
+        let mut file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(&temporary)
+            .with_context(|| format!("opening {temporary}"))?;
+        // Another build may be fetching the same file; whoever comes second waits and finds it.
+        flock(&file, FlockOperation::LockExclusive)
+            .with_context(|| format!("locking {temporary}"))?;
+        if let Some(artifact) = self.stored(download)? {
+            return Ok(Outcome::Ready(artifact));
+        }
+        let mut pause = FIRST_PAUSE;
+        let mut attempt = 1;
+        loop {
+            let before = length(&file)?;
+            match self.attempt(download, &mut file, step) {
+                Ok(Attempt::Complete) => break,
+                Ok(Attempt::Gone) => {
+                    drop(fs::remove_file(&temporary));
+                    return Ok(Outcome::Gone);
+                }
+                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Again(error)) => {
+                    if length(&file)? > before {
+                        attempt = 1;
+                        pause = FIRST_PAUSE;
+                        continue;
+                    }
+                    if attempt == ATTEMPTS {
+                        return Err(error.context(format!("giving up after {ATTEMPTS} attempts")));
+                    }
+                    attempt += 1;
+                    std::thread::sleep(pause);
+                    pause *= 2;
+                }
+            }
+        }
+        let (size, sha256) = hash_file(&temporary)?;
+        if download.size.is_some_and(|expected| expected != size) || sha256 != download.sha256 {
+            drop(fs::remove_file(&temporary));
+            let expected = download.size.map_or("?".to_owned(), |n| n.to_string());
+            bail!(
+                "{} sent other bytes than were locked: expected {expected} bytes with SHA-256 {}, \
+                 found {size} bytes with SHA-256 {sha256}\n\
+                 help: the file was thrown away; try again, or another mirror",
+                download.url,
+                download.sha256
+            );
+        }
+        file.sync_all().with_context(|| format!("writing {temporary}"))?;
+        fs::rename(&temporary, &path).with_context(|| format!("renaming {temporary}"))?;
+        Ok(Outcome::Ready(Artifact { path, size, sha256 }))
+    }
+
+    fn attempt(
+        &self,
+        download: &Download,
+        file: &mut File,
+        step: &Step,
+    ) -> Result<Attempt, Failure> {
+        let have = length(file).map_err(Failure::Final)?;
+        let mut request = self.agent.get(&download.url).header("Accept-Encoding", "identity");
+        if have > 0 {
+            if download.size == Some(have) {
+                return Ok(Attempt::Complete);
+            }
+            request = request.header("Range", format!("bytes={have}-"));
+        }
+        let mut response = request.call().map_err(|error| classify(error, &download.url))?;
+        let status = response.status().as_u16();
+        let start = match status {
+            200 => 0,
+            206 => have,
+            404 | 410 => return Ok(Attempt::Gone),
+            // The partial file is longer than the real one: begin again.
+            416 => {
+                file.set_len(0).map_err(Failure::write)?;
+                return Err(Failure::again(format!("{}: nothing to resume", download.url)));
+            }
+            408 | 429 | 500..=599 => {
+                return Err(Failure::again(format!("{} answered {status}", download.url)));
+            }
+            _ => {
+                let message = format!("{} answered {status}", download.url);
+                return Err(Failure::Final(anyhow::Error::msg(message)));
+            }
+        };
+        file.set_len(start).map_err(Failure::write)?;
+        file.seek(SeekFrom::Start(start)).map_err(Failure::write)?;
+        let limit = download.size.unwrap_or(UNKNOWN_LIMIT);
+        // One byte more than expected is enough to know that the file is wrong.
+        let body = response.body_mut().with_config().limit(u64::MAX).reader();
+        let mut body = body.take(limit.saturating_sub(start).saturating_add(1));
+        let mut buffer = vec![0; 1 << 16];
+        let mut position = start;
+        loop {
+            let n = match body.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => n,
+                Err(e) => return Err(Failure::again(format!("{} broke off: {e}", download.url))),
+            };
+            file.write_all(&buffer[..n]).map_err(Failure::write)?;
+            position += n as u64;
+            step.advance(n as u64);
+        }
+        match download.size {
+            Some(size) if position < size => Err(Failure::again(format!(
+                "{} ended after {position} of {size} bytes",
+                download.url
+            ))),
+            _ => Ok(Attempt::Complete),
+        }
+    }
+}
+
+enum Attempt {
+    Complete,
+    Gone,
+}
+
+enum Failure {
+    Again(anyhow::Error),
+    Final(anyhow::Error),
+}
+
+impl Failure {
+    fn again(message: String) -> Self {
+        Self::Again(anyhow::Error::msg(message))
+    }
+
+    fn write(error: std::io::Error) -> Self {
+        Self::Final(anyhow::Error::new(error).context("writing the download"))
+    }
+}
+
+fn classify(error: ureq::Error, url: &str) -> Failure {
+    let again = matches!(
+        error,
+        ureq::Error::Timeout(_)
+            | ureq::Error::Io(_)
+            | ureq::Error::ConnectionFailed
+            | ureq::Error::HostNotFound
+            | ureq::Error::Protocol(_)
+    );
+    let error = anyhow::Error::msg(format!(
+        "{url}: {error}\nhelp: check the network and the proxy; --offline uses only what is there"
+    ));
+    if again { Failure::Again(error) } else { Failure::Final(error) }
+}
+
+fn length(file: &File) -> Result<u64> {
+    Ok(file.metadata().context("looking at a partial download")?.len())
+}
+
+/// The machine's certificate authorities (a company's own included), else Mozilla's.
+fn authorities() -> Result<RootCerts> {
+    let named = std::env::var("SSL_CERT_FILE").ok().filter(|v| !v.is_empty());
+    let candidates = named.iter().map(String::as_str).chain(AUTHORITIES);
+    let Some(path) = candidates.into_iter().find(|path| Utf8Path::new(path).is_file()) else {
+        return Ok(RootCerts::WebPki);
+    };
+    let pem = fs::read(path).with_context(|| format!("reading {path}"))?;
+    let certificates: Vec<Certificate<'static>> = parse_pem(&pem)
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        })
+        .collect();
+    if certificates.is_empty() {
+        bail!("{path} holds no certificate\nhelp: correct SSL_CERT_FILE");
+    }
+    Ok(RootCerts::Specific(Arc::new(certificates)))
+}

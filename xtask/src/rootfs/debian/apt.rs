@@ -1,0 +1,252 @@
+//! apt in a private state folder: it reads the machine's mirrors and proxies, and nothing else of
+//! the machine; it verifies the archive's signatures and solves for the target, without root.
+
+use std::fs;
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::exec::Tool;
+
+/// Overrides the archive's address (`…/debian`).
+pub const MIRROR_VARIABLE: &str = "SLIPWAY_DEBIAN_MIRROR";
+/// Overrides the address of the security archive (`…/debian-security`).
+pub const SECURITY_VARIABLE: &str = "SLIPWAY_DEBIAN_SECURITY_MIRROR";
+/// Overrides the keyring that the archives must be signed with.
+pub const KEYRING_VARIABLE: &str = "SLIPWAY_DEBIAN_KEYRING";
+
+/// Where package `debian-archive-keyring` puts its keys.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// Where packages come from on this machine. Never written into a lock or an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mirrors {
+    /// The archive; also serves `-updates` and `-backports`. No slash at the end.
+    pub archive: String,
+    /// The security archive. No slash at the end.
+    pub security: String,
+    /// Keys that must have signed both.
+    pub keyring: Utf8PathBuf,
+}
+
+impl Mirrors {
+    /// What the environment says, else what the machine's own apt uses.
+    ///
+    /// # Errors
+    /// When neither names a Debian archive, or the keyring is missing.
+    pub fn from_host() -> Result<Self> {
+        let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let (mut archive, mut security) = (set(MIRROR_VARIABLE), set(SECURITY_VARIABLE));
+        if archive.is_none() || security.is_none() {
+            let listing = Tool::new("apt-get")
+                .env("LC_ALL", "C")
+                .args(["indextargets", "--format"])
+                .arg("$(CREATED_BY)\t$(REPO_URI)\t$(RELEASE)\t$(ORIGIN)\t$(LABEL)")
+                .read()
+                .unwrap_or_default();
+            let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+            let (a, s) = host_mirrors(&listing, &release);
+            archive = archive.or(a);
+            security = security.or(s);
+        }
+        let missing = |what: &str, variable: &str| {
+            format!(
+                "this machine's apt configuration names no Debian {what}\n\
+                 help: set {variable} to its address, or build on Debian"
+            )
+        };
+        let Some(archive) = archive else { bail!(missing("archive", MIRROR_VARIABLE)) };
+        let Some(security) = security else {
+            bail!(missing("security archive", SECURITY_VARIABLE))
+        };
+        let keyring = Utf8PathBuf::from(set(KEYRING_VARIABLE).unwrap_or_else(|| KEYRING.into()));
+        if !keyring.is_file() {
+            bail!(
+                "the keyring {keyring} that packages are verified with is missing\n\
+                 help: sudo apt-get install debian-archive-keyring"
+            );
+        }
+        let trim = |uri: String| uri.trim_end_matches('/').to_owned();
+        Ok(Self { archive: trim(archive), security: trim(security), keyring })
+    }
+}
+
+/// The archive and the security archive among the targets of the machine's apt.
+///
+/// Origin and label come from a downloaded Release file; where apt never ran `update`, the names of
+/// the suites tell, provided that the machine says it is Debian.
+fn host_mirrors(listing: &str, os_release: &str) -> (Option<String>, Option<String>) {
+    let value = |key: &str| {
+        os_release
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+            .map(|v| v.trim_matches('"').to_owned())
+            .unwrap_or_default()
+    };
+    let codename = if value("ID") == "debian" { value("VERSION_CODENAME") } else { String::new() };
+    let (mut archive, mut security) = (None, None);
+    for line in listing.lines() {
+        let fields: Vec<&str> = line.split('\t').collect();
+        let &[created_by, uri, release, origin, label] = fields.as_slice() else { continue };
+        // Where a Release file says nothing, apt leaves the placeholder itself standing.
+        let unknown = origin.is_empty() || origin.starts_with("$(");
+        if created_by != "Packages" || !(uri.starts_with("http:") || uri.starts_with("https:")) {
+            continue;
+        }
+        let named = |suite: String| unknown && !codename.is_empty() && release == suite;
+        if (origin, label) == ("Debian", "Debian") || named(codename.clone()) {
+            archive.get_or_insert_with(|| uri.to_owned());
+        } else if (origin, label) == ("Debian", "Debian-Security")
+            || named(format!("{codename}-security"))
+        {
+            security.get_or_insert_with(|| uri.to_owned());
+        }
+    }
+    (archive, security)
+}
+
+/// One archive that a private apt may use.
+#[derive(Debug, Clone)]
+pub(super) struct Source {
+    /// Address without a slash at the end.
+    pub uri: String,
+    /// Suite, as in `bookworm-updates`.
+    pub suite: String,
+}
+
+/// apt with its own configuration, sources, lists and an empty dpkg status.
+#[derive(Debug)]
+pub(super) struct PrivateApt {
+    config: Utf8PathBuf,
+    log: Utf8PathBuf,
+}
+
+impl PrivateApt {
+    /// Sets up `dir` (kept between runs, so that unchanged indexes are not downloaded again).
+    pub fn new(
+        dir: &Utf8Path,
+        arch: &str,
+        sources: &[Source],
+        components: &[String],
+        keyring: &Utf8Path,
+    ) -> Result<Self> {
+        for below in ["etc/apt/preferences.d", "state/lists/partial", "cache/archives/partial"] {
+            let path = dir.join(below);
+            fs::create_dir_all(&path).with_context(|| format!("creating {path}"))?;
+        }
+        let dir = dir.canonicalize_utf8().with_context(|| format!("resolving {dir}"))?;
+        let write = |name: &str, text: String| {
+            let path = dir.join(name);
+            fs::write(&path, text).with_context(|| format!("writing {path}"))
+        };
+        let mut lines = String::new();
+        for Source { uri, suite } in sources {
+            let components = components.join(" ");
+            lines.push_str(&format!("deb [signed-by={keyring}] {uri} {suite} {components}\n"));
+        }
+        write("etc/apt/sources.list", lines)?;
+        write("status", String::new())?;
+        write("apt.conf", configuration(&dir, arch, &host_acquire_settings()))?;
+        Ok(Self { config: dir.join("apt.conf"), log: dir.join("apt.log") })
+    }
+
+    /// Writes the pins (`preferences`); an empty text removes them.
+    pub fn pin(&self, text: &str) -> Result<()> {
+        let path = self.config.with_file_name("etc/apt/preferences.d/pins");
+        fs::write(&path, text).with_context(|| format!("writing {path}"))
+    }
+
+    /// Adds a local archive (no signature: its files were checked by hash).
+    pub fn add_local(&self, repository: &Utf8Path) -> Result<()> {
+        let path = self.config.with_file_name("etc/apt/sources.list");
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        fs::write(&path, format!("{}{text}", super::repo::source_line(repository)))
+            .with_context(|| format!("writing {path}"))
+    }
+
+    /// Fetches and verifies the indexes.
+    ///
+    /// # Errors
+    /// When a mirror is out of reach or a signature is wrong.
+    pub fn update(&self) -> Result<()> {
+        self.tool("apt-get")
+            // Without this apt answers 0 with old or no indexes when a mirror is out of reach.
+            .args(["-q", "-o", "APT::Update::Error-Mode=any", "update"])
+            .log(&self.log)
+            .run()
+            .context("fetching the package indexes")
+    }
+
+    /// What `apt-get` prints for these arguments.
+    pub fn get(&self, args: impl IntoIterator<Item = impl AsRef<str>>) -> Result<String> {
+        self.tool("apt-get").args(args).log(&self.log).read()
+    }
+
+    /// What `apt-cache` prints for these arguments.
+    pub fn cache(&self, args: impl IntoIterator<Item = impl AsRef<str>>) -> Result<String> {
+        self.tool("apt-cache").args(args).log(&self.log).read()
+    }
+
+    fn tool(&self, program: &str) -> Tool {
+        Tool::new(program).env("APT_CONFIG", self.config.as_str()).env("LC_ALL", "C")
+    }
+}
+
+fn configuration(dir: &Utf8Path, arch: &str, acquire: &str) -> String {
+    format!(
+        r#"// `Dir` is set before apt looks for its other files, so nothing in /etc/apt is read.
+Dir "{dir}/";
+Dir::State "state";
+Dir::State::status "{dir}/status";
+Dir::Cache "cache";
+Dir::Etc "etc/apt";
+Dir::Log "log";
+APT::Architecture "{arch}";
+#clear APT::Architectures;
+APT::Architectures {{ "{arch}"; }};
+APT::Install-Recommends "false";
+APT::Install-Suggests "false";
+// apt would drop to the user _apt, who cannot write here.
+APT::Sandbox::User "root";
+APT::Get::Assume-Yes "true";
+Acquire::Languages "none";
+{acquire}"#
+    )
+}
+
+/// The machine's proxies, certificates and the like, in apt's own syntax.
+fn host_acquire_settings() -> String {
+    let dump = Tool::new("apt-config").args(["dump", "Acquire"]).read().unwrap_or_default();
+    let wanted = ["Acquire::http", "Acquire::https", "Acquire::ForceIPv", "Acquire::Retries"];
+    let keep = |line: &&str| wanted.iter().any(|prefix| line.starts_with(prefix));
+    dump.lines().filter(keep).fold(String::new(), |text, line| text + line + "\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::host_mirrors;
+
+    const OS: &str = "ID=debian\nVERSION_CODENAME=bookworm\n";
+
+    #[test]
+    fn the_hosts_mirrors_are_found_by_origin_and_label() {
+        let listing = "Packages\thttps://packages.example/x/\tnodistro\tOther\tOther\n\
+            Translations\thttp://no.example/debian/\tbookworm\tDebian\tDebian\n\
+            Packages\tfile:/srv/debian/\tbookworm\tDebian\tDebian\n\
+            Packages\thttp://a.example/debian/\tbookworm\tDebian\tDebian\n\
+            Packages\thttp://s.example/debian-security/\tbookworm-security\tDebian\tDebian-Security\n";
+        let (archive, security) = host_mirrors(listing, "");
+        assert_eq!(archive.as_deref(), Some("http://a.example/debian/"));
+        assert_eq!(security.as_deref(), Some("http://s.example/debian-security/"));
+    }
+
+    #[test]
+    fn a_debian_that_never_updated_is_understood_by_suite() {
+        let listing = "Packages\thttp://a.example/debian/\tbookworm\t$(ORIGIN)\t$(LABEL)\n\
+            Packages\thttp://s.example/sec/\tbookworm-security\t\t\n";
+        let (archive, security) = host_mirrors(listing, OS);
+        assert_eq!(archive.as_deref(), Some("http://a.example/debian/"));
+        assert_eq!(security.as_deref(), Some("http://s.example/sec/"));
+        assert_eq!(host_mirrors(listing, "ID=other\nVERSION_CODENAME=bookworm\n"), (None, None));
+    }
+}

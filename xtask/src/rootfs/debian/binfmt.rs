@@ -1,0 +1,127 @@
+//! Makes sure that this machine runs the target's programs: maintainer scripts are some. Tried by
+//! running one; where it fails, root registers qemu with the kernel, a user is told what to type.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::exec::{self, Tool};
+
+/// The kernel's folder for interpreters of foreign binaries.
+const BINFMT: &str = "/proc/sys/fs/binfmt_misc";
+
+/// As in qemu's own table (`/usr/lib/binfmt.d/qemu-aarch64.conf`): an ELF file, 64 bits,
+/// little-endian, of type 2 or 3, for machine 0xb7. Flags: P keeps argv[0], O opens the binary, F
+/// opens the interpreter now, so that a root without it can use it.
+const REGISTER: &str = concat!(
+    r":qemu-aarch64:M::\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00",
+    r":\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff",
+);
+
+/// The whole of a program for arm64 that exits with 0: an ELF header, one program header, and
+/// `mov x0, #0; mov x8, #93; svc #0`.
+fn probe() -> Vec<u8> {
+    let mut elf = Vec::with_capacity(132);
+    elf.extend(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    elf.extend([2, 0, 0xb7, 0, 1, 0, 0, 0]);
+    let base: u64 = 0x40_0000;
+    let code: [u32; 3] = [0xd280_0000, 0xd280_0ba8, 0xd400_0001];
+    for word in [base + 120, 64, 0] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend([0; 4]);
+    for half in [64_u16, 56, 1, 64, 0, 0] {
+        elf.extend(half.to_le_bytes());
+    }
+    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+    for word in [0, base, base, 132, 132, 0x1000_u64] {
+        elf.extend(word.to_le_bytes());
+    }
+    code.iter().for_each(|word| elf.extend(word.to_le_bytes()));
+    elf
+}
+
+/// Makes sure that programs for `arch` (Debian's name) run, also in a root that has no qemu.
+///
+/// # Errors
+/// When they do not and this process cannot change that; says the one command that does.
+pub(super) fn ensure(arch: &str, work: &Utf8Path) -> Result<()> {
+    let native = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    if arch == native {
+        return Ok(());
+    }
+    if arch != "arm64" {
+        bail!("packages for {arch} cannot be configured on {native}: only arm64 is known");
+    }
+    if runs(work)? {
+        return check_fixed();
+    }
+    let help = "help: sudo apt-get install qemu-user-static binfmt-support";
+    let Some(qemu) = exec::find("qemu-aarch64-static").or_else(|| exec::find("qemu-aarch64"))
+    else {
+        bail!("this machine cannot run arm64 programs: qemu-user-static is missing\n{help}");
+    };
+    if !rustix::process::geteuid().is_root() {
+        bail!("this machine cannot run arm64 programs: qemu is not registered\n{help}");
+    }
+    register(&qemu, work).with_context(|| format!("registering {qemu} for arm64\n{help}"))?;
+    if !runs(work)? {
+        bail!("{qemu} is registered, but arm64 programs still do not run\n{help}");
+    }
+    Ok(())
+}
+
+fn runs(work: &Utf8Path) -> Result<bool> {
+    let path = work.join("probe-arm64");
+    fs::write(&path, probe()).with_context(|| format!("writing {path}"))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("writing {path}"))?;
+    let ran = Tool::new(&path).run().is_ok();
+    fs::remove_file(&path).with_context(|| format!("removing {path}"))?;
+    Ok(ran)
+}
+
+/// Without flag F the interpreter is looked up within the new root, where it is not.
+fn check_fixed() -> Result<()> {
+    let entry = Utf8Path::new(BINFMT).join("qemu-aarch64");
+    let Ok(text) = fs::read_to_string(&entry) else { return Ok(()) };
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags: ")).unwrap_or_default();
+    if flags.contains('F') {
+        return Ok(());
+    }
+    bail!(
+        "{entry} has the flags '{flags}', without F arm64 programs do not run in a new root\n\
+         help: sudo apt-get install --reinstall qemu-user-static"
+    )
+}
+
+fn register(qemu: &Utf8Path, work: &Utf8Path) -> Result<()> {
+    let line = format!("{REGISTER}:{qemu}:POF");
+    let standard = Utf8PathBuf::from(BINFMT);
+    if standard.join("register").exists() {
+        return write_entry(&standard, &line);
+    }
+    // A container may forbid this very mount point; the kernel has one table wherever it is seen.
+    let own = work.join("binfmt");
+    fs::create_dir_all(&own).with_context(|| format!("creating {own}"))?;
+    let mount =
+        |at: &Utf8Path| Tool::new("mount").args(["-t", "binfmt_misc", "binfmt_misc"]).arg(at).run();
+    if mount(&standard).is_ok() {
+        return write_entry(&standard, &line);
+    }
+    mount(&own)?;
+    let written = write_entry(&own, &line);
+    Tool::new("umount").arg(&own).run()?;
+    written
+}
+
+fn write_entry(table: &Utf8Path, line: &str) -> Result<()> {
+    let path = table.join("register");
+    fs::write(&path, line).with_context(|| format!("writing {path}"))
+}

@@ -1,0 +1,372 @@
+//! From locked packages to a `BaseSystem`: `mmdebstrap` installs the root without network, kernel
+//! and firmware are unpacked natively, then one pass prunes and normalises everything.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use super::download::LockedDeb;
+use super::prune::{self, PruneRules};
+use super::{DebianSpec, binfmt, inventory, repo, unpack};
+use crate::artifact::{Artifact, write_atomically};
+use crate::exec::Tool;
+use crate::progress::{Step, Unit};
+use crate::rootfs::kernel::{self, ModuleRules};
+use crate::rootfs::tarball::{Data, Entry, Kind, Name, Tree};
+use crate::rootfs::{BaseSystem, InitrdParts, NamedFile, Role, glob};
+
+/// Where `raspi-firmware` puts the files of the Pi's boot ROM and GPU.
+const FIRMWARE: &str = "usr/lib/raspi-firmware";
+/// Where Debian's U-Boot packages put one folder per board.
+const U_BOOT: &str = "usr/lib/u-boot";
+
+/// What a board boots from, as patterns over the unpacked packages.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct BoardWants {
+    /// Patterns of device trees (`broadcom/bcm2837-*.dtb`); each must match.
+    pub dtbs: Vec<String>,
+    /// Patterns of firmware files (`bootcode.bin`, `start*.elf`); each must match.
+    pub firmware: Vec<String>,
+    /// Which kernel modules to keep.
+    pub modules: ModuleRules,
+    /// The bootloader below `usr/lib/u-boot` (`rpi_3/u-boot.bin`).
+    pub bootloader: Option<String>,
+}
+
+/// One build.
+#[derive(Debug)]
+pub struct BuildRequest<'a> {
+    /// What was asked for.
+    pub spec: &'a DebianSpec,
+    /// The fetched packages, roles `root` and `extra`.
+    pub debs: &'a [LockedDeb],
+    /// No file is younger (seconds since 1970).
+    pub epoch: u64,
+    /// What to remove.
+    pub prune: &'a PruneRules,
+    /// What to keep for the board.
+    pub board: &'a BoardWants,
+    /// Where everything that the programs print goes.
+    pub log: &'a Utf8Path,
+}
+
+/// Builds the base into `out_dir`, which is made.
+///
+/// As root `mmdebstrap` works in mode `root`, for a user in mode `unshare` (user namespaces with
+/// subordinate ids); both give the same bytes.
+///
+/// # Errors
+/// When arm64 programs cannot run here, a package's script fails, or a board's pattern matches
+/// nothing.
+pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSystem> {
+    fs::create_dir_all(out_dir).with_context(|| format!("creating {out_dir}"))?;
+    // Under the system's temporary folder: inside a user namespace, a home folder that only its
+    // owner may enter is closed.
+    let scratch = tempfile::Builder::new()
+        .prefix("slipway-base-")
+        .permissions(fs::Permissions::from_mode(0o755))
+        .tempdir()
+        .context("creating a temporary folder")?;
+    let work = Utf8Path::from_path(scratch.path()).context("the temporary folder is not UTF-8")?;
+    binfmt::ensure(&request.spec.arch, work)?;
+
+    let raw = work.join("root.tar");
+    install(request, work, &raw)?;
+    let extras = work.join("extras");
+    for deb in request.debs.iter().filter(|d| d.package.role == Role::Extra) {
+        unpack::deb(&deb.file.path, &extras)
+            .with_context(|| format!("unpacking {}", deb.package.shown()))?;
+    }
+    let kernel = kernel::find(&extras)?;
+    kernel::prune_modules(&extras, &kernel.release, &request.board.modules)
+        .context("choosing kernel modules")?;
+
+    let mut tree = Tree::read(&raw)?;
+    let modules_dir = extras.join("lib/modules").join(&kernel.release);
+    let modules = out_dir.join("modules.tar");
+    let module_tree = folder_tree(&mut tree, &extras, &modules_dir, request.epoch)?;
+    write_atomically(&modules, |out| module_tree.write(request.epoch, out))?;
+    add_firmware(&mut tree, &extras, request.epoch)?;
+    // The lists that packages know their files by are pruned with the rest only if a rule says so.
+    prune::apply(&mut tree, request.prune)?;
+    tree.add_parents(request.epoch);
+    prune::normalise(&mut tree, request.epoch)?;
+    let rootfs = out_dir.join("rootfs.tar");
+    write_atomically(&rootfs, |out| tree.write(request.epoch, out))?;
+
+    let (image, unpacked) = compress_kernel(&kernel.image, &out_dir.join("kernel.gz"))?;
+    let dtb_root = extras.join(format!("usr/lib/linux-image-{}", kernel.release));
+    let board = request.board;
+    let dtbs = collect(&dtb_root, &board.dtbs, &out_dir.join("dtbs"), "device tree")?;
+    let firmware =
+        collect(&extras.join(FIRMWARE), &board.firmware, &out_dir.join("firmware"), "firmware")?;
+    let bootloader = match &board.bootloader {
+        Some(path) => Some(
+            take(&extras.join(U_BOOT).join(path), &out_dir.join("u-boot.bin"))
+                .context("help: is the package with this bootloader among the extra packages?")?,
+        ),
+        None => None,
+    };
+    Ok(BaseSystem {
+        engine: "debian".to_owned(),
+        rootfs: Artifact::of(rootfs)?,
+        rootfs_bytes: tree.file_bytes(),
+        kernel: image,
+        kernel_unpacked_bytes: unpacked,
+        kernel_config: take(&kernel.config, &out_dir.join("kernel.config"))?,
+        kernel_release: kernel.release,
+        dtbs,
+        initrd_parts: InitrdParts {
+            busybox: take(&busybox(&extras)?, &out_dir.join("busybox"))?,
+            modules: Artifact::of(modules)?,
+        },
+        firmware,
+        bootloader,
+        python: inventory::python(&mut tree, request.debs)?,
+        packages: inventory::packages(&mut tree, request.debs)?,
+        glibc: inventory::glibc(request.debs)?,
+    })
+}
+
+/// Runs `mmdebstrap` on a local archive of the locked packages.
+fn install(request: &BuildRequest<'_>, work: &Utf8Path, out: &Utf8Path) -> Result<()> {
+    let root: Vec<&LockedDeb> =
+        request.debs.iter().filter(|d| d.package.role == Role::Root).collect();
+    let archive = work.join("archive");
+    plain_archive(&root, &archive)?;
+    let names: Vec<&str> = root.iter().map(|d| d.package.name.as_str()).collect();
+    let is_root = rustix::process::geteuid().is_root();
+    let mut tool = Tool::new("mmdebstrap")
+        .arg(if is_root { "--mode=root" } else { "--mode=unshare" })
+        .arg("--verbose")
+        .arg(format!("--architectures={}", request.spec.arch))
+        .args(["--variant=custom", "--format=tar"])
+        // Ours is better: a program was run, see `binfmt`.
+        .arg("--skip=check/qemu")
+        .arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr")
+        // Generated host keys would be thrown away, and making them under emulation takes seconds.
+        .arg(concat!(
+            "--extract-hook=mkdir -p \"$1/etc/ssh\" && ",
+            "touch \"$1/etc/ssh/ssh_host_rsa_key\" \"$1/etc/ssh/ssh_host_ecdsa_key\" ",
+            "\"$1/etc/ssh/ssh_host_ed25519_key\""
+        ))
+        .arg("--dpkgopt=force-unsafe-io")
+        // What the rules remove anyway and many small files: never written at all.
+        .args(
+            ["man", "info", "locale", "lintian"]
+                .map(|name| format!("--dpkgopt=path-exclude=/usr/share/{name}/*")),
+        )
+        .args(["--dpkgopt=path-exclude=/usr/share/doc/*"])
+        .arg("--dpkgopt=path-include=/usr/share/doc/*/copyright")
+        .arg(format!("--include={}", names.join(",")));
+    if is_root && !can_mount() {
+        tool = tool.arg("--skip=check/canmount,chroot/mount");
+    }
+    tool = tool
+        .arg(&request.spec.suite)
+        .arg(out)
+        .arg(repo::source_line(&archive).trim_end())
+        .env("SOURCE_DATE_EPOCH", request.epoch.to_string())
+        .env("LC_ALL", "C.UTF-8")
+        .env("TMPDIR", work.as_str())
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .current_dir(work)
+        .log(request.log);
+    // Each package is unpacked once and set up once.
+    let step = Step::new("base", "installing packages", 2 * names.len() as u64, Unit::Items);
+    tool.run_lines(|line| {
+        let doing = ["Unpacking ", "Setting up "].into_iter().find(|p| line.starts_with(p));
+        if let Some(verb) = doing {
+            let package = line[verb.len()..].split([' ', ':']).next().unwrap_or_default();
+            step.advance(1);
+            step.note(format!("{}{package}", verb.to_lowercase()));
+        }
+    })
+    .context("installing the base system\nhelp: cargo xtask doctor lists what may be missing")
+}
+
+/// Whether this root may mount: in a plain container it may not.
+fn can_mount() -> bool {
+    Tool::new("unshare").args(["--mount", "true"]).run().is_ok()
+}
+
+/// An archive of the same packages without compression: dpkg unpacks them under emulation, where
+/// decompressing costs ten times what it costs here.
+fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
+    let step = Step::new("base", "reading packages", debs.len() as u64, Unit::Items);
+    let next = AtomicUsize::new(0);
+    let stanzas: Mutex<Vec<(usize, Result<String>)>> = Mutex::new(Vec::new());
+    let workers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                while let Some(deb) = debs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let made = plain_deb(deb, folder);
+                    step.advance(1);
+                    let index = debs.iter().position(|d| std::ptr::eq(*d, *deb)).unwrap_or(0);
+                    stanzas.lock().unwrap_or_else(|e| e.into_inner()).push((index, made));
+                }
+            });
+        }
+    });
+    let mut stanzas = stanzas.into_inner().unwrap_or_else(|e| e.into_inner());
+    stanzas.sort_by_key(|(index, _)| *index);
+    let mut text = String::new();
+    for (_, stanza) in stanzas {
+        text.push_str(&stanza?);
+    }
+    let path = folder.join("Packages");
+    fs::write(&path, text).with_context(|| format!("writing {path}"))
+}
+
+fn plain_deb(deb: &LockedDeb, folder: &Utf8Path) -> Result<String> {
+    let name = format!("{}.deb", deb.file.sha256);
+    let path = folder.join(&name);
+    let member = |option: &str| Tool::new("dpkg-deb").arg(option).arg(&deb.file.path).read_bytes();
+    let members = [
+        ("debian-binary", b"2.0\n".to_vec()),
+        ("control.tar", member("--ctrl-tarfile")?),
+        ("data.tar", member("--fsys-tarfile")?),
+    ];
+    write_atomically(&path, |out| {
+        out.write_all(b"!<arch>\n")?;
+        for (member, bytes) in &members {
+            let size = bytes.len();
+            // ar(5): name, time, owner, group, mode, size, in columns; data padded to even length.
+            write!(out, "{member:<16}{:<12}{:<6}{:<6}{:<8}{size:<10}`\n", 0, 0, 0, "100644")?;
+            out.write_all(bytes)?;
+            out.write_all(if size % 2 == 1 { b"\n" } else { b"" })?;
+        }
+        Ok(())
+    })
+    .with_context(|| format!("rewriting {}", deb.package.shown()))?;
+    let made = Artifact::of(path)?;
+    repo::stanza(&made.path, &format!("./{name}"), made.size, &made.sha256)
+}
+
+/// Adds the kept modules to the root, and returns them as a tree of their own.
+fn folder_tree(root: &mut Tree, extras: &Utf8Path, modules: &Utf8Path, epoch: u64) -> Result<Tree> {
+    let release = modules.file_name().unwrap_or_default().to_owned();
+    let mut alone = Tree::empty()?;
+    for path in files_below(modules)? {
+        let relative = path.strip_prefix(modules).with_context(|| format!("placing {path}"))?;
+        let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
+        // `extras` is removed at the end; both trees are written before.
+        debug_assert!(path.starts_with(extras));
+        let entry = Entry::roots(Kind::File(Data::Path(path.clone(), size)), 0o644, epoch);
+        alone.entries.insert(Name::new(relative.as_str()), entry.clone());
+        root.entries.insert(Name::new(&format!("usr/lib/modules/{release}/{relative}")), entry);
+    }
+    alone.add_parents(epoch);
+    Ok(alone)
+}
+
+/// Device firmware of extra packages (Wi-Fi settings of the Pi) that the root does not have.
+fn add_firmware(root: &mut Tree, extras: &Utf8Path, epoch: u64) -> Result<()> {
+    for below in ["lib/firmware", "usr/lib/firmware"] {
+        let folder = extras.join(below);
+        if !folder.is_dir() {
+            continue;
+        }
+        for path in files_below(&folder)? {
+            let relative = path.strip_prefix(&folder).with_context(|| format!("placing {path}"))?;
+            let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
+            root.entries
+                .entry(Name::new(&format!("usr/lib/firmware/{relative}")))
+                .or_insert_with(|| Entry::roots(Kind::File(Data::Path(path, size)), 0o644, epoch));
+        }
+    }
+    Ok(())
+}
+
+/// Regular files below a folder, sorted; links are not followed.
+fn files_below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+    let mut found = Vec::new();
+    for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
+        let entry = entry.with_context(|| format!("listing {folder}"))?;
+        let kind = entry.file_type().with_context(|| format!("listing {folder}"))?;
+        if kind.is_dir() {
+            found.extend(files_below(entry.path())?);
+        } else if kind.is_file() {
+            found.push(entry.into_path());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Copies the files that the patterns match; each pattern must match one.
+fn collect(
+    from: &Utf8Path,
+    patterns: &[String],
+    to: &Utf8Path,
+    what: &str,
+) -> Result<Vec<NamedFile>> {
+    if patterns.is_empty() {
+        return Ok(Vec::new());
+    }
+    if !from.is_dir() {
+        bail!(
+            "no unpacked package has {what} files\n\
+             help: add the package that brings them to the extra packages"
+        );
+    }
+    let mut names = Vec::new();
+    for path in files_below(from)? {
+        names.push(path.strip_prefix(from).with_context(|| format!("placing {path}"))?.to_string());
+    }
+    for pattern in patterns {
+        if !names.iter().any(|name| glob::matches(pattern, name)) {
+            bail!("no {what} matches '{pattern}'\nhelp: correct it in the board's board.toml");
+        }
+    }
+    let mut files = Vec::new();
+    for name in names.into_iter().filter(|name| glob::any(patterns, name)) {
+        let file = take(&from.join(&name), &to.join(&name))?;
+        files.push(NamedFile { path: name, file });
+    }
+    Ok(files)
+}
+
+fn take(from: &Utf8Path, to: &Utf8Path) -> Result<Artifact> {
+    let mut source = fs::File::open(from).with_context(|| format!("opening {from}"))?;
+    write_atomically(to, |out| {
+        std::io::copy(&mut source, out).with_context(|| format!("copying {from}"))?;
+        Ok(())
+    })?;
+    Artifact::of(to)
+}
+
+fn busybox(extras: &Utf8Path) -> Result<Utf8PathBuf> {
+    let places = ["bin/busybox", "usr/bin/busybox"].map(|path| extras.join(path));
+    places.into_iter().find(|path| path.is_file()).context(
+        "no unpacked package has a busybox\nhelp: add busybox-static to the extra packages",
+    )
+}
+
+/// The kernel as gzip: a kernel package may have it compressed already.
+fn compress_kernel(image: &Utf8Path, out: &Utf8Path) -> Result<(Artifact, u64)> {
+    let bytes = fs::read(image).with_context(|| format!("reading {image}"))?;
+    if bytes.starts_with(&[0x1f, 0x8b]) {
+        let mut plain = flate2::read::GzDecoder::new(bytes.as_slice());
+        let size = std::io::copy(&mut plain, &mut std::io::sink())
+            .with_context(|| format!("unpacking {image}"))?;
+        return Ok((take(image, out)?, size));
+    }
+    write_atomically(out, |writer| {
+        let level = flate2::Compression::best();
+        let mut gzip = flate2::GzBuilder::new().mtime(0).write(writer, level);
+        gzip.write_all(&bytes)?;
+        gzip.finish()?;
+        Ok(())
+    })?;
+    Ok((Artifact::of(out)?, bytes.len() as u64))
+}

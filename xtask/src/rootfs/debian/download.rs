@@ -1,0 +1,214 @@
+//! Fetches what the lock names. Mirrors drop superseded versions: then just the vanished ones are
+//! resolved again with all others pinned, loudly, unless the build insists on its lock.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result, bail};
+use camino::Utf8Path;
+use serde::{Deserialize, Serialize};
+
+use super::DebianSpec;
+use super::apt::Mirrors;
+use super::lock::{self, LockedPackage, PackagesLock};
+use crate::artifact::Artifact;
+use crate::fetch::{Download, Fetcher, Outcome};
+use crate::progress;
+use crate::rootfs::Role;
+
+/// What to do about versions that the mirror no longer has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// Replace just them.
+    Replace,
+    /// Refuse (`--locked`).
+    Locked,
+}
+
+/// A locked package and its file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockedDeb {
+    /// What the lock says.
+    pub package: LockedPackage,
+    /// The file, checked.
+    pub file: Artifact,
+}
+
+/// One version that took the place of another.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Replaced {
+    /// Binary package name.
+    pub name: String,
+    /// The locked version; none when the package is new.
+    pub old: Option<String>,
+    /// The version taken instead; none when the package is no longer needed.
+    pub new: Option<String>,
+}
+
+/// Everything that a build reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetched {
+    /// The lock that was met; differs from the given one where versions were replaced.
+    pub lock: PackagesLock,
+    /// Files for roles `root` and `extra`, in the lock's order.
+    pub debs: Vec<LockedDeb>,
+    /// What was replaced, for the report; empty as a rule.
+    pub replaced: Vec<Replaced>,
+}
+
+/// What a plain fetch found.
+pub(super) struct Plain {
+    pub debs: Vec<LockedDeb>,
+    gone: Vec<LockedPackage>,
+}
+
+/// Fetches the packages of a lock. Replaced versions are in [`Fetched::lock`]: save it.
+///
+/// `mirrors` may be absent when everything is in the store or the fetcher is offline.
+///
+/// # Errors
+/// When a file cannot be fetched, or has vanished and `policy` is [`Policy::Locked`].
+pub fn fetch_lock(
+    lock: &PackagesLock,
+    fetcher: &Fetcher,
+    mirrors: Option<&Mirrors>,
+    policy: Policy,
+    cache: &Utf8Path,
+) -> Result<Fetched> {
+    let wanted: Vec<LockedPackage> =
+        lock.package.iter().filter(|p| p.role != Role::Host).cloned().collect();
+    let first = plain(&wanted, fetcher, mirrors)?;
+    if first.gone.is_empty() {
+        return Ok(Fetched { lock: lock.clone(), debs: first.debs, replaced: Vec::new() });
+    }
+    refuse_if_locked(&first.gone, policy)?;
+    let mirrors = mirrors.context("no mirror to resolve vanished packages with")?;
+    let lock = replace(lock, &first.gone, &first.debs, mirrors, cache)?;
+    let wanted: Vec<LockedPackage> =
+        lock.lock.package.iter().filter(|p| p.role != Role::Host).cloned().collect();
+    let second = plain(&wanted, fetcher, Some(mirrors))?;
+    // The index was fetched a moment ago: what is missing now is the mirror's own fault.
+    if let Some(package) = second.gone.first() {
+        bail!(
+            "the mirror's index lists {}, but the mirror does not have it\n\
+             help: the mirror is being updated or is broken; try again later or use another",
+            package.shown()
+        );
+    }
+    Ok(Fetched { lock: lock.lock, debs: second.debs, replaced: lock.replaced })
+}
+
+/// Fetches packages without ever replacing one.
+pub(super) fn fetch(
+    packages: &[LockedPackage],
+    fetcher: &Fetcher,
+    mirrors: Option<&Mirrors>,
+    policy: Policy,
+) -> Result<Plain> {
+    let found = plain(packages, fetcher, mirrors)?;
+    if !found.gone.is_empty() {
+        refuse_if_locked(&found.gone, policy)?;
+    }
+    Ok(found)
+}
+
+fn plain(
+    packages: &[LockedPackage],
+    fetcher: &Fetcher,
+    mirrors: Option<&Mirrors>,
+) -> Result<Plain> {
+    let downloads: Vec<Download> = packages
+        .iter()
+        .map(|p| Download {
+            name: p.shown(),
+            url: mirrors.map(|m| p.url(m)).unwrap_or_default(),
+            size: Some(p.size),
+            sha256: p.sha256.clone(),
+        })
+        .collect();
+    let (mut debs, mut gone) = (Vec::new(), Vec::new());
+    let outcomes = fetcher.fetch("fetch", "Debian packages", &downloads)?;
+    for (package, outcome) in packages.iter().zip(outcomes) {
+        match outcome {
+            Outcome::Ready(file) => debs.push(LockedDeb { package: package.clone(), file }),
+            Outcome::Gone => gone.push(package.clone()),
+        }
+    }
+    Ok(Plain { debs, gone })
+}
+
+fn refuse_if_locked(gone: &[LockedPackage], policy: Policy) -> Result<()> {
+    if policy == Policy::Replace {
+        return Ok(());
+    }
+    let names: Vec<String> = gone.iter().map(LockedPackage::shown).collect();
+    bail!(
+        "the mirror no longer has {} of the locked packages: {}\n\
+         help: build without --locked to replace just these, or run cargo xtask lock",
+        gone.len(),
+        names.join(", ")
+    )
+}
+
+struct Replacement {
+    lock: PackagesLock,
+    replaced: Vec<Replaced>,
+}
+
+/// Resolves the vanished packages again; all others keep their versions where apt can.
+///
+/// The kept ones may be gone from the index as well (only their files are at hand), so apt gets
+/// them as a local archive with pins above everything else.
+fn replace(
+    old: &PackagesLock,
+    gone: &[LockedPackage],
+    debs: &[LockedDeb],
+    mirrors: &Mirrors,
+    cache: &Utf8Path,
+) -> Result<Replacement> {
+    let spec: &DebianSpec = &old.request;
+    progress::warn(format!(
+        "the mirror no longer has {} of the locked packages; they are replaced: {}",
+        gone.len(),
+        gone.iter().map(LockedPackage::shown).collect::<Vec<_>>().join(", ")
+    ));
+    // Binaries of one source depend on each other's exact version: they move together, even
+    // those whose old file is still in the store.
+    let moving: BTreeSet<&str> = gone.iter().map(LockedPackage::pool).collect();
+    let kept: Vec<LockedDeb> =
+        debs.iter().filter(|d| !moving.contains(d.package.pool())).cloned().collect();
+    let mut solved = lock::solve_with_kept(spec, mirrors, cache, &kept);
+    if let Err(error) = &solved {
+        progress::warn(format!(
+            "no solution keeps all the other versions; all packages are resolved again ({error:#})"
+        ));
+        solved = lock::solve_with_kept(spec, mirrors, cache, &[]);
+    }
+    let mut package = solved.context("replacing vanished packages")?;
+    package.extend(old.of_role(Role::Host).cloned());
+    let lock = lock::finish(spec, package)?;
+    let replaced = differences(old, &lock);
+    for Replaced { name, old, new } in &replaced {
+        let text = |v: &Option<String>| v.clone().unwrap_or_else(|| "none".to_owned());
+        progress::warn(format!("{name}: {} replaced by {}", text(old), text(new)));
+    }
+    Ok(Replacement { lock, replaced })
+}
+
+/// What changed between two locks, by role, name and architecture.
+pub fn differences(old: &PackagesLock, new: &PackagesLock) -> Vec<Replaced> {
+    let versions = |lock: &PackagesLock| -> BTreeMap<(Role, String, String), (String, String)> {
+        let key = |p: &LockedPackage| (p.role, p.name.clone(), p.arch.clone());
+        lock.package.iter().map(|p| (key(p), (p.version.clone(), p.sha256.clone()))).collect()
+    };
+    let (old, new) = (versions(old), versions(new));
+    let keys: BTreeSet<_> = old.keys().chain(new.keys()).collect();
+    keys.into_iter()
+        .filter(|key| old.get(key) != new.get(key))
+        .map(|key| Replaced {
+            name: key.1.clone(),
+            old: old.get(key).map(|(version, _)| version.clone()),
+            new: new.get(key).map(|(version, _)| version.clone()),
+        })
+        .collect()
+}

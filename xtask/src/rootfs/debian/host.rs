@@ -1,0 +1,153 @@
+//! Tools that the building machine may lack: Debian 12's `mke2fs` cannot read a tar, so the newer
+//! one is taken from backports, unpacked into the cache, and never installed.
+
+use std::fs;
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::apt::{Mirrors, PrivateApt, Source};
+use super::download::{self, Policy};
+use super::lock::{LockedPackage, PackagesLock, lock_unpacked};
+use super::{DebianSpec, unpack};
+use crate::artifact::hash_bytes;
+use crate::exec::{self, Tool};
+use crate::fetch::Fetcher;
+use crate::rootfs::Role;
+
+/// From this version on `mke2fs -d` reads a tar and takes all times from SOURCE_DATE_EPOCH.
+const E2FSPROGS: (u32, u32, u32) = (1, 47, 1);
+
+/// Architectures (in Debian's words) that a build can run on.
+const HOSTS: [&str; 2] = ["amd64", "arm64"];
+
+/// Packages of `<suite>-backports` that hold the tool and its libraries.
+const FROM_BACKPORTS: [&str; 4] = ["e2fsprogs", "libcom-err2", "libext2fs2", "libss2"];
+
+/// What the tool loads at run time to read a tar, with what a minimal machine lacks of it.
+const FROM_SUITE: [&str; 4] = ["libarchive13", "libicu72", "libnettle8", "libxml2"];
+
+/// Releases whose own e2fsprogs is too old; newer ones need no host tools.
+const OLD_SUITES: [&str; 1] = ["bookworm"];
+
+/// The tools that make ext4 images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostE2fs {
+    /// Path of `mke2fs`.
+    pub mke2fs: Utf8PathBuf,
+    /// What `LD_LIBRARY_PATH` must be for it; none when it is the machine's own.
+    pub lib_dir: Option<Utf8PathBuf>,
+}
+
+/// Locks the host tools for every architecture that may build this suite.
+pub(super) fn lock(
+    spec: &DebianSpec,
+    mirrors: &Mirrors,
+    cache: &Utf8Path,
+) -> Result<Vec<LockedPackage>> {
+    let suite = &spec.suite;
+    let mut locked = Vec::new();
+    if !OLD_SUITES.contains(&suite.as_str()) {
+        return Ok(locked);
+    }
+    for arch in HOSTS {
+        let source = |uri: &str, suite: String| Source { uri: uri.to_owned(), suite };
+        let sources = [
+            source(&mirrors.archive, suite.clone()),
+            source(&mirrors.archive, format!("{suite}-updates")),
+            source(&mirrors.security, format!("{suite}-security")),
+            source(&mirrors.archive, format!("{suite}-backports")),
+        ];
+        let dir = cache.join(format!("apt/{suite}-host-{arch}"));
+        let apt = PrivateApt::new(&dir, arch, &sources, &["main".to_owned()], &mirrors.keyring)?;
+        apt.update()?;
+        let names: Vec<String> = FROM_BACKPORTS
+            .iter()
+            .map(|name| format!("{name}/{suite}-backports"))
+            .chain(FROM_SUITE.map(str::to_owned))
+            .collect();
+        locked.extend(
+            lock_unpacked(&apt, &names, mirrors, Role::Host)
+                .with_context(|| format!("choosing e2fsprogs for {arch} machines"))?,
+        );
+    }
+    Ok(locked)
+}
+
+/// An `mke2fs` that reads tars: the machine's own, else the locked one, unpacked into `cache`.
+///
+/// # Errors
+/// When the machine's is too old and the lock has none for its architecture, or it cannot be
+/// fetched.
+pub fn host_e2fs(
+    lock: &PackagesLock,
+    fetcher: &Fetcher,
+    mirrors: Option<&Mirrors>,
+    cache: &Utf8Path,
+) -> Result<HostE2fs> {
+    if let Some(mke2fs) = exec::find("mke2fs")
+        && version_of(&mke2fs, None)? >= E2FSPROGS
+    {
+        return Ok(HostE2fs { mke2fs, lib_dir: None });
+    }
+    let arch = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    let packages: Vec<LockedPackage> =
+        lock.of_role(Role::Host).filter(|p| p.arch == arch).cloned().collect();
+    if packages.is_empty() {
+        bail!(
+            "this machine's e2fsprogs is older than 1.47.1, and the package lock has none for {arch}\n\
+             help: install e2fsprogs 1.47.1 or newer, or run cargo xtask lock"
+        );
+    }
+    let hashes: String = packages.iter().map(|p| p.sha256.as_str()).collect();
+    let dir = cache.join(format!("tools/e2fsprogs-{}", &hash_bytes(hashes.as_bytes())[..16]));
+    if !dir.is_dir() {
+        let debs = download::fetch(&packages, fetcher, mirrors, Policy::Locked)?;
+        let partial = crate::artifact::partial(&dir);
+        if partial.exists() {
+            fs::remove_dir_all(&partial).with_context(|| format!("removing {partial}"))?;
+        }
+        for deb in &debs.debs {
+            unpack::deb(&deb.file.path, &partial)?;
+        }
+        fs::rename(&partial, &dir).with_context(|| format!("renaming {partial}"))?;
+    }
+    let mke2fs = ["sbin/mke2fs", "usr/sbin/mke2fs"]
+        .map(|path| dir.join(path))
+        .into_iter()
+        .find(|path| path.is_file());
+    let Some(mke2fs) = mke2fs else { bail!("{dir} has no mke2fs\nhelp: remove that folder") };
+    let mut libraries = Vec::new();
+    for below in ["lib", "usr/lib"] {
+        let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
+        let path = dir.join(below).join(triplet);
+        if path.is_dir() {
+            libraries.push(path.to_string());
+        }
+    }
+    let lib_dir = Utf8PathBuf::from(libraries.join(":"));
+    version_of(&mke2fs, Some(&lib_dir)).context("trying the unpacked mke2fs")?;
+    Ok(HostE2fs { mke2fs, lib_dir: Some(lib_dir) })
+}
+
+fn version_of(mke2fs: &Utf8Path, libraries: Option<&Utf8Path>) -> Result<(u32, u32, u32)> {
+    let mut tool = Tool::new(mke2fs).arg("-V");
+    if let Some(path) = libraries {
+        tool = tool.env("LD_LIBRARY_PATH", path.as_str());
+    }
+    let mut first = String::new();
+    tool.run_lines(|line| {
+        if first.is_empty() {
+            first = line.to_owned();
+        }
+    })?;
+    // `mke2fs 1.47.0 (5-Feb-2023)`
+    let numbers = first.split_whitespace().nth(1).unwrap_or_default();
+    let mut parts = numbers.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    let mut next = || parts.next().unwrap_or(0);
+    Ok((next(), next(), next()))
+}

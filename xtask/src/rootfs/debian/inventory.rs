@@ -1,0 +1,150 @@
+//! Reads from a finished root what the report, the SBOM and the wheel installer want to know.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use anyhow::{Context, Result};
+
+use super::download::LockedDeb;
+use super::lock::stanzas;
+use crate::exec::Tool;
+use crate::rootfs::tarball::{Name, Tree, size_of};
+use crate::rootfs::{Distribution, Package, Python, Role};
+
+/// Where Debian's `python3-*` packages put distributions.
+const DISTRIBUTIONS: &str = "usr/lib/python3/dist-packages/";
+
+/// All packages of the build, sorted by name.
+pub(super) fn packages(tree: &mut Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> {
+    let owned = owned_bytes(tree)?;
+    let mut all = Vec::with_capacity(debs.len());
+    for LockedDeb { package, file } in debs {
+        let control = Tool::new("dpkg-deb").arg("--field").arg(&file.path).read()?;
+        let mut fields = stanzas(&control).pop().unwrap_or_default();
+        let name = package.name.clone();
+        let source = fields.remove("Source").unwrap_or_else(|| name.clone());
+        // `linux-signed-arm64 (6.1.192+2)`: a source version of its own.
+        let (source, source_version) = match source.split_once(" (") {
+            Some((source, version)) => {
+                (source.to_owned(), version.trim_end_matches(')').to_owned())
+            }
+            None => (source, package.version.clone()),
+        };
+        let copyright = match package.role {
+            Role::Root => tree.bytes(&format!("usr/share/doc/{name}/copyright"))?,
+            _ => None,
+        };
+        all.push(Package {
+            version: package.version.clone(),
+            arch: package.arch.clone(),
+            role: package.role,
+            source,
+            source_version,
+            section: fields.remove("Section").unwrap_or_default(),
+            installed_bytes: owned.get(&name).copied().unwrap_or(0),
+            download_bytes: file.size,
+            sha256: file.sha256.clone(),
+            homepage: fields.remove("Homepage"),
+            licences: licences(&String::from_utf8_lossy(&copyright.unwrap_or_default())),
+            essential: fields.remove("Essential").as_deref() == Some("yes"),
+            name,
+        });
+    }
+    all.sort_by(|a, b| (&a.name, &a.arch).cmp(&(&b.name, &b.arch)));
+    Ok(all)
+}
+
+/// Bytes in the pruned root by package, after dpkg's lists of files.
+fn owned_bytes(tree: &mut Tree) -> Result<HashMap<String, u64>> {
+    let lists: Vec<String> = tree
+        .entries
+        .keys()
+        .map(Name::path)
+        .filter(|path| path.starts_with("var/lib/dpkg/info/") && path.ends_with(".list"))
+        .collect();
+    let mut owned = HashMap::new();
+    for path in lists {
+        let file = path.rsplit('/').next().unwrap_or_default();
+        let stem = file.trim_end_matches(".list");
+        let name = stem.split(':').next().unwrap_or(stem).to_owned();
+        let text = String::from_utf8_lossy(&tree.bytes(&path)?.unwrap_or_default()).into_owned();
+        let mut sum = 0;
+        for line in text.lines() {
+            let plain = Name::new(line);
+            // dpkg knows `/lib/x`, the merged root has it as `usr/lib/x`.
+            let merged = Name::new(&format!("usr{line}"));
+            let entry = tree.entries.get(&plain).or_else(|| tree.entries.get(&merged));
+            sum += entry.map_or(0, size_of);
+        }
+        owned.insert(name, sum);
+    }
+    Ok(owned)
+}
+
+/// The short names on the `License:` lines of a machine-readable copyright file.
+fn licences(copyright: &str) -> Vec<String> {
+    if !copyright.lines().take(5).any(|l| l.starts_with("Format:")) {
+        return Vec::new();
+    }
+    let names = copyright.lines().filter_map(|line| line.strip_prefix("License:"));
+    let names: BTreeSet<String> =
+        names.map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+    names.into_iter().collect()
+}
+
+/// The version that a locked package has, without epoch and Debian's revision.
+fn upstream<'a>(debs: &'a [LockedDeb], name: &str) -> Option<&'a str> {
+    let version = &debs.iter().find(|d| d.package.name == name)?.package.version;
+    let version = version.split_once(':').map_or(version.as_str(), |(_, rest)| rest);
+    Some(version.rsplit_once('-').map_or(version, |(upstream, _)| upstream))
+}
+
+/// The interpreter, by what `python3` in the root points at.
+pub(super) fn python(tree: &mut Tree, debs: &[LockedDeb]) -> Result<Python> {
+    let help = "help: add python3 to the product's packages";
+    let short = tree
+        .entries
+        .keys()
+        .filter_map(|name| name.path().strip_prefix("usr/bin/python3.").map(str::to_owned))
+        .find(|minor| minor.bytes().all(|b| b.is_ascii_digit()))
+        .map(|minor| format!("3.{minor}"))
+        .with_context(|| format!("the root has no Python\n{help}"))?;
+    let version = upstream(debs, &format!("python{short}"))
+        .or_else(|| upstream(debs, &format!("python{short}-minimal")))
+        .with_context(|| format!("no package of the lock is python{short}\n{help}"))?
+        .to_owned();
+    let metadata: Vec<String> = tree
+        .entries
+        .keys()
+        .map(Name::path)
+        .filter(|path| {
+            path.strip_prefix(DISTRIBUTIONS).is_some_and(|rest| {
+                rest.ends_with(".dist-info/METADATA")
+                    || rest.ends_with(".egg-info/PKG-INFO")
+                    || (rest.ends_with(".egg-info") && !rest.contains('/'))
+            })
+        })
+        .collect();
+    let mut distributions = Vec::new();
+    for path in metadata {
+        let Some(bytes) = tree.bytes(&path)? else { continue };
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let head: BTreeMap<&str, &str> =
+            text.lines().take_while(|l| !l.is_empty()).filter_map(|l| l.split_once(": ")).collect();
+        if let (Some(name), Some(version)) = (head.get("Name"), head.get("Version")) {
+            distributions.push(Distribution { name: (*name).into(), version: (*version).into() });
+        }
+    }
+    distributions.sort();
+    Ok(Python {
+        site_packages: format!("/usr/local/lib/python{short}/dist-packages"),
+        scripts: "/usr/local/bin".to_owned(),
+        version,
+        short,
+        distributions,
+    })
+}
+
+/// Version of the C library.
+pub(super) fn glibc(debs: &[LockedDeb]) -> Result<String> {
+    upstream(debs, "libc6").map(str::to_owned).context("the lock has no libc6")
+}

@@ -1,0 +1,436 @@
+//! The package lock: what apt decided once, by name, version and SHA-256, and what a build obeys.
+//! It names pool paths, never hosts: the same lock serves every mirror.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+
+use anyhow::{Context, Result, anyhow, bail};
+use camino::Utf8Path;
+use serde::{Deserialize, Serialize};
+
+use super::apt::{Mirrors, PrivateApt, Source};
+use super::download::LockedDeb;
+use super::{DebianSpec, host, repo};
+use crate::artifact::write_atomically;
+use crate::progress;
+use crate::rootfs::Role;
+
+/// The format of the lock file. Another number is refused.
+const VERSION: u32 = 1;
+
+/// Essential packages, but not apt, which counts as essential for itself: an image with a read-only
+/// root never installs packages, and apt alone brings fourteen others.
+const ESSENTIAL: &str = "?and(?essential,?not(?exact-name(apt)))";
+
+/// How the packages of kernel images, real ones and metapackages, are named.
+const KERNEL: &str = "linux-image-";
+
+/// A whole lock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct PackagesLock {
+    /// Format of this file.
+    pub version: u32,
+    /// What was asked for; a build compares it with the product.
+    pub request: DebianSpec,
+    /// What apt decided, sorted by role, name and architecture.
+    pub package: Vec<LockedPackage>,
+}
+
+/// One package file.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct LockedPackage {
+    /// Installed, unpacked for the image, or unpacked for the machine that builds.
+    pub role: Role,
+    /// Binary package name.
+    pub name: String,
+    /// Architecture (`arm64`, `all`).
+    pub arch: String,
+    /// Version, with its epoch.
+    pub version: String,
+    /// Which archive has it.
+    pub archive: Archive,
+    /// Path below the archive's address.
+    pub filename: String,
+    /// Length in bytes.
+    pub size: u64,
+    /// SHA-256, lower-case hexadecimal.
+    pub sha256: String,
+}
+
+impl LockedPackage {
+    /// Where this package lies on these mirrors.
+    pub fn url(&self, mirrors: &Mirrors) -> String {
+        // apt itself escapes these two in pool paths; some mirrors need it.
+        let path = self.filename.replace('+', "%2b").replace('~', "%7e");
+        format!("{}/{path}", self.archive.address(mirrors))
+    }
+
+    /// `name version` as messages show it.
+    pub fn shown(&self) -> String {
+        format!("{} {}", self.name, self.version)
+    }
+
+    /// The pool folder: all binaries of one source share it.
+    pub(super) fn pool(&self) -> &str {
+        self.filename.rsplit_once('/').map_or("", |(folder, _)| folder)
+    }
+}
+
+/// One of Debian's archives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Archive {
+    /// `bookworm`, `bookworm-updates` and `bookworm-backports`: one pool.
+    Debian,
+    /// `bookworm-security`.
+    Security,
+}
+
+impl Archive {
+    fn address(self, mirrors: &Mirrors) -> &str {
+        match self {
+            Self::Debian => &mirrors.archive,
+            Self::Security => &mirrors.security,
+        }
+    }
+}
+
+impl PackagesLock {
+    /// Reads a lock file.
+    ///
+    /// # Errors
+    /// When it cannot be read, is malformed (with line and text), or has another format.
+    pub fn load(path: &Utf8Path) -> Result<Self> {
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("reading {path}\nhelp: cargo xtask lock makes it"))?;
+        Self::parse(&text).with_context(|| format!("reading {path}"))
+    }
+
+    /// Parses the text of a lock file.
+    ///
+    /// # Errors
+    /// As [`PackagesLock::load`].
+    pub fn parse(text: &str) -> Result<Self> {
+        let lock: Self = toml::from_str(text)?;
+        if lock.version != VERSION {
+            bail!("the lock has format {}, this tool reads format {VERSION}", lock.version);
+        }
+        let mut seen = BTreeSet::new();
+        for package in &lock.package {
+            let LockedPackage { name, filename, sha256, .. } = package;
+            if sha256.len() != 64 || !sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+            {
+                bail!("package {name}: '{sha256}' is not a SHA-256 in lower-case hexadecimal");
+            }
+            if !filename.starts_with("pool/") || filename.split('/').any(|part| part == "..") {
+                bail!("package {name}: '{filename}' is not a path below pool/");
+            }
+            if !seen.insert((package.role, name, &package.arch)) {
+                bail!("package {name} ({}) is listed twice", package.arch);
+            }
+        }
+        Ok(lock)
+    }
+
+    /// The text of the lock file: sorted, and equal for equal content.
+    ///
+    /// # Errors
+    /// Never for a lock of this module; kept because the serializer may.
+    pub fn to_text(&self) -> Result<String> {
+        let body = toml::to_string(self).context("writing the package lock")?;
+        Ok(format!("# Made by `cargo xtask lock`; builds obey it. Do not edit by hand.\n{body}"))
+    }
+
+    /// Writes the lock file.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, path: &Utf8Path) -> Result<()> {
+        let text = self.to_text()?;
+        write_atomically(path, |out| Ok(out.write_all(text.as_bytes())?))
+    }
+
+    /// The packages of one role.
+    pub fn of_role(&self, role: Role) -> impl Iterator<Item = &LockedPackage> {
+        self.package.iter().filter(move |p| p.role == role)
+    }
+
+    /// Refuses a lock that was made for another request.
+    ///
+    /// # Errors
+    /// When the request differs; says what was added and removed.
+    pub fn check_request(&self, spec: &DebianSpec) -> Result<()> {
+        let set = |spec: &DebianSpec| -> BTreeSet<String> {
+            let list = |what: &str, names: &[String]| -> Vec<String> {
+                names.iter().map(|name| format!("{what} {name}")).collect()
+            };
+            let mut all = list("component", &spec.components);
+            all.extend(list("package", &spec.packages));
+            all.extend(list("extra package", &spec.extra));
+            all.extend([format!("suite {}", spec.suite), format!("architecture {}", spec.arch)]);
+            all.into_iter().collect()
+        };
+        let (asked, locked) = (set(spec), set(&self.request));
+        if asked == locked {
+            return Ok(());
+        }
+        let more: Vec<_> = asked.difference(&locked).cloned().collect();
+        let less: Vec<_> = locked.difference(&asked).cloned().collect();
+        let part = |what: &str, names: &[String]| match names {
+            [] => String::new(),
+            names => format!("; {what} {}", names.join(", ")),
+        };
+        bail!(
+            "the package lock was made for another request{}{}\nhelp: cargo xtask lock",
+            part("not in it:", &more),
+            part("only in it:", &less)
+        )
+    }
+}
+
+/// Lets apt solve the request against the machine's mirrors, and locks what it says.
+///
+/// `cache` keeps the package indexes. Nothing but indexes is downloaded, no root is needed.
+///
+/// # Errors
+/// When a mirror is out of reach, a signature is wrong, or apt finds no solution (its own words).
+pub fn lock(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
+    progress::say("lock", format!("{} {}: asking the mirrors", spec.suite, spec.arch));
+    let apt = target_apt(spec, mirrors, cache)?;
+    apt.pin("")?;
+    apt.update()?;
+    let mut package = solve(&apt, spec, mirrors, &[])?;
+    package.extend(host::lock(spec, mirrors, cache)?);
+    finish(spec, package)
+}
+
+/// Sorts and completes a lock.
+pub(super) fn finish(spec: &DebianSpec, mut package: Vec<LockedPackage>) -> Result<PackagesLock> {
+    let mut request = spec.clone();
+    for list in [&mut request.components, &mut request.packages, &mut request.extra] {
+        list.sort();
+        list.dedup();
+    }
+    package.sort();
+    package.dedup();
+    Ok(PackagesLock { version: VERSION, request, package })
+}
+
+/// The private apt for the target, with the three suites that every image uses.
+pub(super) fn target_apt(
+    spec: &DebianSpec,
+    mirrors: &Mirrors,
+    cache: &Utf8Path,
+) -> Result<PrivateApt> {
+    let suite = &spec.suite;
+    let sources = [
+        Source { uri: mirrors.archive.clone(), suite: suite.clone() },
+        Source { uri: mirrors.archive.clone(), suite: format!("{suite}-updates") },
+        Source { uri: mirrors.security.clone(), suite: format!("{suite}-security") },
+    ];
+    let dir = cache.join(format!("apt/{suite}-{}", spec.arch));
+    PrivateApt::new(&dir, &spec.arch, &sources, &spec.components, &mirrors.keyring)
+}
+
+/// What apt would install and unpack, with roles. `kept` is what the local archive offers.
+fn solve(
+    apt: &PrivateApt,
+    spec: &DebianSpec,
+    mirrors: &Mirrors,
+    kept: &[LockedDeb],
+) -> Result<Vec<LockedPackage>> {
+    let mut install = vec!["-qq", "--print-uris", "install", ESSENTIAL];
+    install.extend(spec.packages.iter().map(String::as_str));
+    let root = apt
+        .get(install)
+        .with_context(|| format!("choosing the packages of {} for {}", spec.suite, spec.arch))?;
+    let (local, remote): (Vec<&str>, Vec<&str>) =
+        root.lines().partition(|line| line.starts_with(repo::URI_PREFIX));
+    let mut locked = locked_from_uris(apt, &remote.join("\n"), mirrors, Role::Root)?;
+    for line in local {
+        let hash = repo::hash_in(line).with_context(|| format!("understanding {line}"))?;
+        let deb = kept.iter().find(|d| d.file.sha256 == hash);
+        let package = &deb.with_context(|| format!("apt chose an unknown file {hash}"))?.package;
+        locked.push(package.clone());
+    }
+    // A kernel's package name has its version in it, so the metapackage is compared by its prefix.
+    let same = |locked: &str, asked: &str| {
+        locked == asked || (locked.starts_with(KERNEL) && asked.starts_with(KERNEL))
+    };
+    let mut wanted = Vec::new();
+    for name in &spec.extra {
+        let mut extras = kept.iter().map(|d| &d.package).filter(|p| p.role == Role::Extra);
+        match extras.find(|p| same(&p.name, name)) {
+            Some(package) => locked.push(package.clone()),
+            None => wanted.push(name.clone()),
+        }
+    }
+    locked.extend(lock_unpacked(apt, &wanted, mirrors, Role::Extra)?);
+    Ok(locked)
+}
+
+/// Locks packages that are only unpacked. `names` may carry `/suite`.
+pub(super) fn lock_unpacked(
+    apt: &PrivateApt,
+    names: &[String],
+    mirrors: &Mirrors,
+    role: Role,
+) -> Result<Vec<LockedPackage>> {
+    if names.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut wanted = Vec::new();
+    for name in names {
+        wanted.push(kernel_behind(apt, name)?.unwrap_or_else(|| name.clone()));
+    }
+    let args = ["-qq", "--print-uris", "download"].map(str::to_owned).into_iter().chain(wanted);
+    let uris = apt.get(args).context("choosing the packages that are only unpacked")?;
+    locked_from_uris(apt, &uris, mirrors, role)
+}
+
+/// The real kernel package behind a metapackage such as `linux-image-arm64`.
+fn kernel_behind(apt: &PrivateApt, name: &str) -> Result<Option<String>> {
+    if !name.starts_with(KERNEL) {
+        return Ok(None);
+    }
+    let text = apt
+        .cache(["show", "--no-all-versions", name])
+        .with_context(|| format!("looking up {name}"))?;
+    let depends = stanzas(&text).into_iter().find_map(|s| s.get("Depends").cloned());
+    Ok(depends.and_then(|depends| {
+        let names = depends.split(',').filter_map(|item| item.split_whitespace().next());
+        names.into_iter().find(|item| item.starts_with(KERNEL)).map(str::to_owned)
+    }))
+}
+
+/// Reads lines of `--print-uris`: `'URI' FILE SIZE [HASH]`, and adds SHA-256 from the indexes.
+fn locked_from_uris(
+    apt: &PrivateApt,
+    text: &str,
+    mirrors: &Mirrors,
+    role: Role,
+) -> Result<Vec<LockedPackage>> {
+    let mut found = Vec::new();
+    for line in text.lines().filter(|line| line.starts_with('\'')) {
+        found.push(
+            parse_uri_line(line, mirrors, role)
+                .with_context(|| format!("understanding apt's answer: {line}"))?,
+        );
+    }
+    if found.is_empty() {
+        return Ok(found);
+    }
+    let queries: Vec<String> = found.iter().map(|p| format!("{}={}", p.name, p.version)).collect();
+    let shown = apt.cache(["show"].map(str::to_owned).into_iter().chain(queries))?;
+    let mut hashes: HashMap<String, String> = HashMap::new();
+    for mut stanza in stanzas(&shown) {
+        if let (Some(file), Some(hash)) = (stanza.remove("Filename"), stanza.remove("SHA256")) {
+            hashes.insert(file, hash);
+        }
+    }
+    for package in &mut found {
+        package.sha256 = hashes
+            .remove(&package.filename)
+            .ok_or_else(|| anyhow!("the index has no SHA-256 for {}", package.filename))?;
+    }
+    Ok(found)
+}
+
+fn parse_uri_line(line: &str, mirrors: &Mirrors, role: Role) -> Result<LockedPackage> {
+    let mut fields = line.split_whitespace();
+    let (Some(uri), Some(file), Some(size)) = (fields.next(), fields.next(), fields.next()) else {
+        bail!("expected an address, a file name and a size");
+    };
+    let uri = uri.trim_matches('\'');
+    let below = |mirror: &str| uri.strip_prefix(mirror)?.strip_prefix('/').map(unescape);
+    // The security archive first: its address often begins with the archive's.
+    let (archive, filename) = match (below(&mirrors.security), below(&mirrors.archive)) {
+        (Some(path), _) => (Archive::Security, path),
+        (None, Some(path)) => (Archive::Debian, path),
+        (None, None) => bail!("the address is on neither mirror"),
+    };
+    let parts: Vec<String> = file.trim_end_matches(".deb").split('_').map(unescape).collect();
+    let [name, version, arch] = parts.as_slice() else {
+        bail!("'{file}' is not NAME_VERSION_ARCH.deb")
+    };
+    Ok(LockedPackage {
+        role,
+        name: name.clone(),
+        arch: arch.clone(),
+        version: version.clone(),
+        archive,
+        filename,
+        size: size.parse().with_context(|| format!("'{size}' is not a size"))?,
+        sha256: String::new(),
+    })
+}
+
+/// Undoes `%xx`.
+fn unescape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('%') {
+        out.push_str(before);
+        let code = after.get(..2).and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        match code.filter(u8::is_ascii) {
+            Some(byte) => {
+                out.push(char::from(byte));
+                rest = &after[2..];
+            }
+            None => {
+                out.push('%');
+                rest = after;
+            }
+        }
+    }
+    out + rest
+}
+
+/// Splits deb822 text into its stanzas; continuation lines belong to the field before them.
+pub(super) fn stanzas(text: &str) -> Vec<BTreeMap<String, String>> {
+    let mut all = Vec::new();
+    for block in text.split("\n\n") {
+        let mut fields: BTreeMap<String, String> = BTreeMap::new();
+        let mut last = String::new();
+        for line in block.lines() {
+            if line.starts_with([' ', '\t']) {
+                if let Some(value) = fields.get_mut(&last) {
+                    value.push('\n');
+                    value.push_str(line.trim());
+                }
+            } else if let Some((key, value)) = line.split_once(':') {
+                last = key.to_owned();
+                fields.insert(last.clone(), value.trim().to_owned());
+            }
+        }
+        if !fields.is_empty() {
+            all.push(fields);
+        }
+    }
+    all
+}
+
+/// Solves the request with these packages at hand, in exactly these versions if apt can.
+pub(super) fn solve_with_kept(
+    spec: &DebianSpec,
+    mirrors: &Mirrors,
+    cache: &Utf8Path,
+    kept: &[LockedDeb],
+) -> Result<Vec<LockedPackage>> {
+    let apt = target_apt(spec, mirrors, cache)?;
+    let local = cache.join("apt/kept");
+    repo::write(&local, &kept.iter().collect::<Vec<_>>())?;
+    let local = local.canonicalize_utf8().context("resolving the local archive")?;
+    apt.add_local(&local)?;
+    // Above 1000: taken even where the archive has a newer one.
+    let pins = kept.iter().fold(String::new(), |text, LockedDeb { package, .. }| {
+        let LockedPackage { name, version, .. } = package;
+        text + &format!("Package: {name}\nPin: version {version}\nPin-Priority: 1001\n\n")
+    });
+    apt.pin(&pins)?;
+    let solved = apt.update().and_then(|()| solve(&apt, spec, mirrors, kept));
+    apt.pin("")?;
+    solved
+}

@@ -1,0 +1,42 @@
+//! The Debian engine: packages from the machine's own mirror, locked by version and SHA-256,
+//! installed by `mmdebstrap` into a root that is then pruned by rule and made reproducible.
+//!
+//! `apt` solves, `dpkg` installs; this module decides what they see and keeps what they did.
+
+mod apt;
+mod binfmt;
+pub mod build;
+pub mod download;
+mod host;
+mod inventory;
+pub mod lock;
+pub mod prune;
+mod repo;
+mod unpack;
+
+use serde::{Deserialize, Serialize};
+
+pub use apt::Mirrors;
+pub use build::{BoardWants, BuildRequest, build};
+pub use download::{Fetched, LockedDeb, Policy, Replaced, fetch_lock};
+pub use host::{HostE2fs, host_e2fs};
+pub use lock::{Archive, LockedPackage, PackagesLock, lock};
+pub use prune::PruneRules;
+
+/// What to install, as the product and the board say it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DebianSpec {
+    /// Release, as in `bookworm`. Its `-updates` and `-security` suites are always used too.
+    pub suite: String,
+    /// Archive components, as in `main`, `non-free-firmware`.
+    pub components: Vec<String>,
+    /// Debian's name of the target architecture, as in `arm64`.
+    pub arch: String,
+    /// Packages to install besides the essential ones; apt adds what they depend on, never what
+    /// they recommend. The package manager's own front end (`apt`) is left out unless named.
+    pub packages: Vec<String>,
+    /// Packages that are unpacked and never installed: kernel image (its metapackage is followed),
+    /// static busybox, firmware, bootloaders. Nothing that they depend on is taken.
+    pub extra: Vec<String>,
+}

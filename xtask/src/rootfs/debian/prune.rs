@@ -1,0 +1,170 @@
+//! Prune rules, which are data, and the few files whose content must not depend on the day.
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::rootfs::glob;
+use crate::rootfs::tarball::{Data, Entry, Kind, Name, Tree};
+
+/// Seconds of a day, in which /etc/shadow counts.
+const DAY: u64 = 86_400;
+
+/// What to remove from a root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct PruneRules {
+    /// Patterns of paths to remove (see [`glob::matches`]).
+    pub drop: Vec<String>,
+    /// Patterns of paths to keep although `drop` matches.
+    pub keep: Vec<String>,
+}
+
+impl PruneRules {
+    /// The rules for every Debian root: documentation, translations, and what differs by run.
+    ///
+    /// # Errors
+    /// When the built-in table is malformed; a test reads it.
+    pub fn standard() -> Result<Self> {
+        toml::from_str(include_str!("prune.toml")).context("reading the standard prune rules")
+    }
+
+    fn drops(&self, path: &str) -> bool {
+        glob::any(&self.drop, path) && !glob::any(&self.keep, path)
+    }
+}
+
+/// Applies the rules; hard links to a removed file become the file, folders of kept files stay.
+pub(super) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()> {
+    let doomed: Vec<Name> =
+        tree.entries.keys().filter(|name| rules.drops(&name.path())).cloned().collect();
+    let parents: std::collections::BTreeSet<String> = tree
+        .entries
+        .keys()
+        .map(Name::path)
+        .filter(|path| !rules.drops(path))
+        .flat_map(|path| {
+            path.match_indices('/').map(|(i, _)| path[..i].to_owned()).collect::<Vec<_>>()
+        })
+        .collect();
+    let mut removed = std::collections::BTreeMap::new();
+    for name in doomed {
+        if parents.contains(&name.path()) {
+            continue;
+        }
+        if let Some(entry) = tree.entries.remove(&name) {
+            removed.insert(name, entry);
+        }
+    }
+    // The first remaining link to a removed file takes its content, the others point to it.
+    let mut heirs: std::collections::BTreeMap<Name, Name> = std::collections::BTreeMap::new();
+    for (name, entry) in &mut tree.entries {
+        let Kind::Hardlink(target) = &entry.kind else { continue };
+        let target = Name::new(target);
+        let Some(file) = removed.get(&target) else { continue };
+        match heirs.get(&target) {
+            Some(heir) => entry.kind = Kind::Hardlink(heir.path()),
+            None => {
+                *entry = file.clone();
+                heirs.insert(target, name.clone());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Gives files of the build's day the epoch instead.
+pub(super) fn normalise(tree: &mut Tree, epoch: u64) -> Result<()> {
+    if let Some(shadow) = tree.bytes("etc/shadow")? {
+        let text = String::from_utf8(shadow).context("/etc/shadow is not UTF-8")?;
+        set_bytes(tree, "etc/shadow", shadow_of_day(&text, epoch / DAY).into_bytes());
+    }
+    // A timestamp from the future would be clamped in the tar but not in caches that quote it.
+    for entry in tree.entries.values_mut() {
+        entry.mtime = entry.mtime.min(epoch);
+    }
+    rewrite_bytecode(tree)
+}
+
+/// `name:password:day of last change:…`: the day is set to ours where there is one.
+fn shadow_of_day(text: &str, day: u64) -> String {
+    text.lines().fold(String::with_capacity(text.len()), |mut out, line| {
+        let mut fields: Vec<String> = line.split(':').map(str::to_owned).collect();
+        if let Some(changed) = fields.get_mut(2).filter(|field| !field.is_empty()) {
+            *changed = day.to_string();
+        }
+        out.push_str(&fields.join(":"));
+        out.push('\n');
+        out
+    })
+}
+
+/// Python recompiles at every start when a `.pyc` on a read-only root quotes another time than its
+/// source has. The tar's times are clamped, so the quoted ones are set to what the tar says.
+fn rewrite_bytecode(tree: &mut Tree) -> Result<()> {
+    let compiled: Vec<String> = tree
+        .entries
+        .keys()
+        .map(Name::path)
+        .filter(|path| path.ends_with(".pyc") && path.contains("/__pycache__/"))
+        .collect();
+    for path in compiled {
+        let Some(source) = source_of(&path) else { continue };
+        let Some(Entry { mtime, kind: Kind::File(data), .. }) =
+            tree.entries.get(&Name::new(&source))
+        else {
+            continue;
+        };
+        let (mtime, size) = (*mtime, data.size());
+        let Some(mut bytes) = tree.bytes(&path)? else { continue };
+        // PEP 552: magic, flags (0: checked by time and size), time, size; little-endian.
+        let Some(header) = bytes.get_mut(..16) else { bail!("{path} is too short") };
+        if header[4..8] != [0; 4] {
+            continue;
+        }
+        let quoted = u32::from_le_bytes([header[12], header[13], header[14], header[15]]);
+        if u64::from(quoted) != size & 0xffff_ffff {
+            bail!("{path} was compiled from another {source}: {quoted} bytes, found {size}");
+        }
+        let time = u32::try_from(mtime & 0xffff_ffff).unwrap_or(0).to_le_bytes();
+        if header[8..12] != time {
+            header[8..12].copy_from_slice(&time);
+            set_bytes(tree, &path, bytes);
+        }
+    }
+    Ok(())
+}
+
+/// `a/__pycache__/b.cpython-311.pyc` was compiled from `a/b.py`.
+fn source_of(compiled: &str) -> Option<String> {
+    let (folder, file) = compiled.rsplit_once("/__pycache__/")?;
+    Some(format!("{folder}/{}.py", file.split(".cpython-").next()?))
+}
+
+fn set_bytes(tree: &mut Tree, path: &str, bytes: Vec<u8>) {
+    if let Some(entry) = tree.entries.get_mut(&Name::new(path)) {
+        entry.kind = Kind::File(Data::Bytes(bytes));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{PruneRules, shadow_of_day, source_of};
+
+    #[test]
+    fn the_standard_rules_read_and_keep_copyright() {
+        let rules = PruneRules::standard().expect("the table is well-formed");
+        assert!(
+            rules.drops("usr/share/doc/bash/README") && rules.drops("etc/ssh/ssh_host_rsa_key")
+        );
+        assert!(!rules.drops("usr/share/doc/bash/copyright") && !rules.drops("usr/bin/bash"));
+    }
+
+    #[test]
+    fn shadow_and_bytecode_are_tied_to_the_epoch() {
+        assert_eq!(
+            shadow_of_day("root:*:20000:0:99999:7:::\nx:!::::::\n", 5),
+            "root:*:5:0:99999:7:::\nx:!::::::\n"
+        );
+        assert_eq!(source_of("a/__pycache__/b.cpython-311.pyc").as_deref(), Some("a/b.py"));
+    }
+}

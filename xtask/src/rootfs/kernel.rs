@@ -1,0 +1,222 @@
+//! Kernel modules by rule: which ones a board keeps, what these need in turn, and in which order
+//! they load. Only `modules.dep` and `modules.builtin` are believed, never names alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use super::glob;
+use crate::exec::{self, Tool};
+
+/// Which modules to keep.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ModuleRules {
+    /// Patterns of paths below `lib/modules/<release>` (`kernel/fs/ext4/**`). Empty keeps all.
+    pub keep: Vec<String>,
+    /// Exceptions from `keep`; a module that a kept one needs stays all the same.
+    pub drop: Vec<String>,
+}
+
+/// The dependencies among a kernel's modules.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ModuleIndex {
+    /// Module path to the paths that it needs, as `modules.dep` lists them.
+    needs: BTreeMap<String, Vec<String>>,
+    builtin: BTreeSet<String>,
+}
+
+impl ModuleIndex {
+    /// From the texts of `modules.dep` and `modules.builtin`.
+    pub fn new(dep: &str, builtin: &str) -> Self {
+        let needs = dep.lines().filter_map(|line| line.split_once(':')).map(|(path, needs)| {
+            (path.to_owned(), needs.split_whitespace().map(str::to_owned).collect())
+        });
+        Self { needs: needs.collect(), builtin: builtin.lines().map(module_name).collect() }
+    }
+
+    /// The kept modules with everything that they need.
+    ///
+    /// # Errors
+    /// When a pattern of `keep` matches nothing: it is misspelt, or the kernel changed.
+    pub fn kept(&self, rules: &ModuleRules) -> Result<BTreeSet<String>> {
+        for pattern in &rules.keep {
+            if !self.needs.keys().any(|path| glob::matches(pattern, path)) {
+                bail!(
+                    "no module of this kernel matches '{pattern}'\n\
+                     help: correct it in the board's rules for modules"
+                );
+            }
+        }
+        let asked = self.needs.keys().filter(|path| {
+            (rules.keep.is_empty() || glob::any(&rules.keep, path)) && !glob::any(&rules.drop, path)
+        });
+        let mut kept = BTreeSet::new();
+        for path in asked {
+            kept.extend(self.needs[path].iter().cloned());
+            kept.insert(path.clone());
+        }
+        Ok(kept)
+    }
+
+    /// The named modules and what they need, each after all that it needs itself.
+    ///
+    /// # Errors
+    /// When this kernel has no such module, neither loadable nor built in.
+    pub fn load_order(&self, names: &[String]) -> Result<Vec<String>> {
+        let by_name: BTreeMap<String, &String> =
+            self.needs.keys().map(|path| (module_name(path), path)).collect();
+        let mut order: Vec<String> = Vec::new();
+        for name in names {
+            let plain = module_name(name);
+            let Some(path) = by_name.get(&plain) else {
+                if self.builtin.contains(&plain) {
+                    continue;
+                }
+                bail!(
+                    "module {name} is neither among the kept modules nor built into the kernel\n\
+                     help: keep it in the board's rules for modules, or take it off the initrd's list"
+                );
+            };
+            // depmod lists what is needed with the last to load first.
+            for needed in self.needs[*path].iter().rev().chain([*path]) {
+                if !order.contains(needed) {
+                    order.push(needed.clone());
+                }
+            }
+        }
+        Ok(order)
+    }
+}
+
+/// `kernel/drivers/mmc/host/sdhci-iproc.ko` and `sdhci-iproc` are `sdhci_iproc`, as for the kernel.
+fn module_name(path: &str) -> String {
+    let file = path.trim().rsplit('/').next().unwrap_or_default();
+    let stem = file.split(".ko").next().unwrap_or_default();
+    stem.replace('-', "_")
+}
+
+/// Removes the modules that the rules do not keep from `base/lib/modules/<release>`, and indexes
+/// what stays. Returns how many stayed.
+///
+/// # Errors
+/// When `depmod` is missing or fails, or a rule matches nothing.
+pub fn prune_modules(base: &Utf8Path, release: &str, rules: &ModuleRules) -> Result<usize> {
+    let folder = base.join("lib/modules").join(release);
+    depmod(base, release)?;
+    let read = |name: &str| {
+        let path = folder.join(name);
+        fs::read_to_string(&path).with_context(|| format!("reading {path}"))
+    };
+    let index = ModuleIndex::new(&read("modules.dep")?, &read("modules.builtin")?);
+    let kept = index.kept(rules)?;
+    for path in index.needs.keys().filter(|path| !kept.contains(*path)) {
+        let path = folder.join(path);
+        fs::remove_file(&path).with_context(|| format!("removing {path}"))?;
+    }
+    remove_empty_folders(&folder)?;
+    depmod(base, release)?;
+    Ok(kept.len())
+}
+
+fn depmod(base: &Utf8Path, release: &str) -> Result<()> {
+    let Some(program) = exec::find("depmod") else {
+        bail!("depmod is missing\nhelp: sudo apt-get install kmod");
+    };
+    Tool::new(program).arg("-b").arg(base).arg(release).env("LC_ALL", "C").run()
+}
+
+fn remove_empty_folders(folder: &Utf8Path) -> Result<bool> {
+    let mut empty = true;
+    for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
+        let entry = entry.with_context(|| format!("listing {folder}"))?;
+        let is_folder = entry.file_type().with_context(|| format!("looking at {folder}"))?.is_dir();
+        if !(is_folder && remove_empty_folders(entry.path())?) {
+            empty = false;
+        }
+    }
+    if empty {
+        fs::remove_dir(folder).with_context(|| format!("removing {folder}"))?;
+    }
+    Ok(empty)
+}
+
+/// The kernel files of an unpacked package.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelFiles {
+    /// `boot/vmlinuz-<release>`.
+    pub image: Utf8PathBuf,
+    /// `boot/config-<release>`.
+    pub config: Utf8PathBuf,
+    /// The release itself.
+    pub release: String,
+}
+
+/// Finds the kernel in the folder that its package was unpacked into.
+///
+/// # Errors
+/// When there is none, or more than one.
+pub fn find(unpacked: &Utf8Path) -> Result<KernelFiles> {
+    let boot = unpacked.join("boot");
+    let mut releases = Vec::new();
+    if boot.is_dir() {
+        for entry in boot.read_dir_utf8().with_context(|| format!("listing {boot}"))? {
+            let entry = entry.with_context(|| format!("listing {boot}"))?;
+            releases.extend(entry.file_name().strip_prefix("vmlinuz-").map(str::to_owned));
+        }
+    }
+    let [release] = releases.as_slice() else {
+        bail!(
+            "expected one kernel among the unpacked packages, found {}\n\
+             help: name one linux-image package among the extra packages",
+            releases.len()
+        );
+    };
+    Ok(KernelFiles {
+        image: boot.join(format!("vmlinuz-{release}")),
+        config: boot.join(format!("config-{release}")),
+        release: release.clone(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ModuleIndex, ModuleRules};
+
+    fn index() -> ModuleIndex {
+        ModuleIndex::new(
+            "kernel/a/ext4.ko: kernel/a/jbd2.ko kernel/a/crc.ko\nkernel/a/jbd2.ko: kernel/a/crc.ko\n\
+             kernel/a/crc.ko:\nkernel/b/sdhci-iproc.ko: kernel/b/sdhci.ko\nkernel/b/sdhci.ko:\n",
+            "kernel/c/loop.ko\n",
+        )
+    }
+
+    #[test]
+    fn what_a_module_needs_is_loaded_before_it() {
+        let names = ["ext4", "loop", "sdhci_iproc"].map(str::to_owned);
+        let order = index().load_order(&names).expect("all are there");
+        let expected = ["a/crc", "a/jbd2", "a/ext4", "b/sdhci", "b/sdhci-iproc"];
+        assert_eq!(order, expected.map(|name| format!("kernel/{name}.ko")));
+    }
+
+    #[test]
+    fn an_unknown_module_and_a_rule_without_match_are_errors() {
+        let error = index().load_order(&["nonesuch".to_owned()]).unwrap_err().to_string();
+        assert!(error.starts_with("module nonesuch is neither"), "{error}");
+        let rules = ModuleRules { keep: vec!["kernel/x/**".into()], drop: vec![] };
+        let error = index().kept(&rules).unwrap_err().to_string();
+        assert!(error.starts_with("no module of this kernel matches 'kernel/x/**'"), "{error}");
+    }
+
+    #[test]
+    fn dependencies_of_kept_modules_stay() {
+        let rules = ModuleRules {
+            keep: vec!["kernel/a/ext4.ko".into()],
+            drop: vec!["kernel/a/crc.ko".into()],
+        };
+        assert_eq!(index().kept(&rules).expect("matches").len(), 3);
+    }
+}
