@@ -4,4 +4,6 @@
 
 pub mod artifact;
 pub mod exec;
+pub mod keys;
 pub mod progress;
+pub mod update;
