@@ -295,7 +295,9 @@ impl Signer {
         let number: [u8; 8] = number.try_into()?;
         let id: String = number.iter().rev().map(|b| format!("{b:02X}")).collect();
         ensure!(id == key.id, "the file holds the key {id}, the key set lists {}", key.id);
-        Ok(Self { key, number, secret: ed25519_compact::SecretKey::from_slice(scalar)? })
+        let secret = ed25519_compact::SecretKey::from_slice(scalar)
+            .map_err(|error| anyhow::anyhow!("reading the secret key: {error}"))?;
+        Ok(Self { key, number, secret })
     }
 
     /// What the key set says about the key.

@@ -2,7 +2,7 @@
 //! verified again. The format itself is the business of the crate `bundle`.
 
 use std::fs::File;
-use std::io::{self, BufReader, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -194,10 +194,9 @@ fn pack_in(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
     let mut payloads = Vec::new();
     let mut at = 0;
     for (index, packed) in indices.iter().zip(&packed) {
-        let mut part = spool.try_clone().context("opening the temporary file again")?;
-        // Clones share their position, so each part brings its own.
-        part.seek(SeekFrom::Start(0)).context("reading the temporary file")?;
-        payloads.push((index, At { file: part, at }));
+        // Clones share the file's position, so each part reads by its own.
+        let file = spool.try_clone().context("opening the temporary file again")?;
+        payloads.push((index, At { file, at }));
         at += packed.stored;
     }
     let comment = format!("slipway bundle {} {}", request.product, request.version);
@@ -312,7 +311,7 @@ fn compress(
 fn read_back(path: &Utf8Path, request: &PackRequest<'_>) -> Result<Vec<SignedBy>> {
     let keys = KeySet { keys: request.signers.iter().map(|s| s.key().clone()).collect() };
     let file = File::open(path).with_context(|| format!("reading {path} back"))?;
-    let mut walk = || -> bundle::Result<Vec<SignedBy>> {
+    let walk = || -> bundle::Result<Vec<SignedBy>> {
         let mut reader = Reader::open(Seekable(file), &keys)?;
         while let Some(mut payload) = reader.next_payload()? {
             while payload.next_frame().is_some() {

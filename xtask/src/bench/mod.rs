@@ -1,0 +1,3 @@
+//! Benchmarks against other tools, side by side in one run.
+
+pub mod bundle;
