@@ -1,3 +1,23 @@
 //! The update bundle, version 1: what the builder writes and the device reads.
 //!
 //! This crate starts no process and opens no file: all I/O goes through `Read`, `Write` and `Seek`.
+//! `docs/bundle-format.md` describes the format; the code and that page must agree.
+
+mod error;
+mod frames;
+pub mod index;
+pub mod keys;
+mod limits;
+pub mod manifest;
+pub mod reader;
+mod ustar;
+pub mod writer;
+
+pub use error::{Error, Result};
+pub use frames::Level;
+pub use index::{Frame, Index};
+pub use keys::{KeySet, SignedBy, TrustedKey};
+pub use limits::*;
+pub use manifest::{Component, Kind, Manifest, Payload, Version};
+pub use reader::{Input, PayloadReader, Policy, Reader, Seekable, Stream};
+pub use writer::{Compressed, SignatureFile, Source, compress, write_archive};

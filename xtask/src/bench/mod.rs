@@ -1,2 +1,4 @@
-//! Our own speed beside that of the tools that do the same work, side by side in one run.
+//! Benchmarks: our stages beside the usual tools, in one run, as ratios. Never a timed test.
+
+pub mod bundle;
 pub mod disk;

@@ -1,0 +1,379 @@
+//! `manifest.json`: what is signed. Reading checks every rule of the format, so that a `Manifest`
+//! in hand has bounded lengths, safe names and a consistent list of payloads.
+
+use std::cmp::Ordering;
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::error::{Error, Result};
+use crate::limits::{
+    BLOCK_SIZE, FORMAT, MAX_COMPONENTS, MAX_DATA, MAX_INDEX, MAX_MANIFEST, MAX_NAME, MAX_NAMES,
+    MAX_PAYLOAD, MAX_PAYLOADS,
+};
+
+/// The features that this reader knows. Version 1 has none.
+pub const FEATURES: &[&str] = &[];
+
+/// Whether something is meant for development or for release.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Made with a key that anybody on the team has; no robot in the field accepts it.
+    Development,
+    /// Made to ship.
+    Release,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Development => "development",
+            Self::Release => "release",
+        })
+    }
+}
+
+/// A semantic version: three numbers, perhaps a pre-release part (`1.2.0-rc.1`). No build part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Version {
+    text: String,
+    numbers: [u64; 3],
+    pre: Vec<Pre>,
+}
+
+/// Numbers sort below words (Semantic Versioning 2.0.0, item 11).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Pre {
+    Number(u64),
+    Word(String),
+}
+
+impl Version {
+    /// Reads a version.
+    ///
+    /// # Errors
+    /// When the text is not a semantic version of at most [`MAX_NAME`] characters.
+    pub fn parse(text: &str) -> Result<Self> {
+        let bad = || Error::BadManifest {
+            reason: format!(
+                "`{}` is not a version such as 1.2.0 or 1.2.0-rc.1",
+                text.escape_debug()
+            ),
+        };
+        if text.len() > MAX_NAME {
+            return Err(bad());
+        }
+        let (core, pre) = match text.split_once('-') {
+            Some((core, pre)) => (core, Some(pre)),
+            None => (text, None),
+        };
+        let mut parts = core.split('.').map(number);
+        let mut next = || parts.next().flatten().ok_or_else(bad);
+        let numbers = [next()?, next()?, next()?];
+        if parts.next().is_some() {
+            return Err(bad());
+        }
+        let word = |part: &str| {
+            let ok =
+                !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+            let digits = part.bytes().all(|b| b.is_ascii_digit());
+            match (ok, digits) {
+                (true, true) => number(part).map(Pre::Number),
+                (true, false) => Some(Pre::Word(part.to_owned())),
+                (false, _) => None,
+            }
+        };
+        let pre = match pre {
+            Some(pre) => pre.split('.').map(|part| word(part).ok_or_else(bad)).collect(),
+            None => Ok(Vec::new()),
+        }?;
+        Ok(Self { text: text.to_owned(), numbers, pre })
+    }
+
+    /// The version as it was written.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+}
+
+/// Digits without a leading zero.
+fn number(text: &str) -> Option<u64> {
+    let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    if !digits || (text.len() > 1 && text.starts_with('0')) {
+        return None;
+    }
+    text.parse().ok()
+}
+
+impl PartialOrd for Version {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Version {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let released = |v: &Self| v.pre.is_empty();
+        self.numbers
+            .cmp(&other.numbers)
+            .then_with(|| released(self).cmp(&released(other)))
+            .then_with(|| self.pre.cmp(&other.pre))
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl Serialize for Version {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.text)
+    }
+}
+
+impl<'de> Deserialize<'de> for Version {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Self::parse(&text).map_err(serde::de::Error::custom)
+    }
+}
+
+/// The signed manifest. Fields that this reader does not know are skipped: whoever adds one that
+/// must not be skipped names it in `required`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Manifest {
+    /// The format's version; [`FORMAT`].
+    pub format: u32,
+    /// Features without which this bundle must not be installed; unknown ones are refused by name.
+    #[serde(default)]
+    pub required: Vec<String>,
+    /// The product.
+    pub product: String,
+    /// The version of the whole bundle.
+    pub version: Version,
+    /// Development or release.
+    pub kind: Kind,
+    /// The boards that this bundle runs on.
+    pub boards: Vec<String>,
+    /// Once a device has committed this bundle, it refuses any of a lower version.
+    pub minimum_version: Version,
+    /// Only signatures by keys of this epoch or a later one count. Once a device has committed
+    /// this bundle, it asks the same of every later one.
+    pub key_epoch: u32,
+    /// The sources' time in seconds since 1970; nothing is ever decided by it.
+    pub epoch: u64,
+    /// What is in the bundle, in the order of the archive.
+    pub components: Vec<Component>,
+}
+
+/// Something that is versioned and installed as a whole: `system`, `api`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Component {
+    /// Its name, unique in the bundle.
+    pub name: String,
+    /// Its version.
+    pub version: Version,
+    /// Its payloads, in the order of the archive.
+    pub payloads: Vec<Payload>,
+}
+
+/// The content of one partition or file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Payload {
+    /// What it is for, unique in its component: `root`, `boot`.
+    pub role: String,
+    /// Its size in bytes, holes included.
+    pub size: u64,
+    /// Bytes of one block of the index; [`BLOCK_SIZE`].
+    pub block_size: u64,
+    /// The block index.
+    pub index: IndexRecord,
+    /// The zstd frames.
+    pub data: DataRecord,
+}
+
+/// The member `<component>/<role>.index`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct IndexRecord {
+    /// Its length in bytes.
+    pub size: u64,
+    /// Its SHA-256, lower-case hexadecimal. It covers everything: the index has the frames' hashes.
+    pub sha256: String,
+}
+
+/// The member `<component>/<role>.zst`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DataRecord {
+    /// Its length in bytes: the sum of the stored frames.
+    pub size: u64,
+}
+
+impl Manifest {
+    /// Reads a manifest and checks every rule.
+    ///
+    /// # Errors
+    /// Says which rule is broken, and names a format version or a feature that is not known.
+    pub fn parse(json: &[u8]) -> Result<Self> {
+        /// Read first, and alone, so that a later format is refused by its number.
+        #[derive(Deserialize)]
+        struct Head {
+            format: u64,
+            #[serde(default)]
+            required: Vec<String>,
+        }
+        if json.len() as u64 > MAX_MANIFEST {
+            return Err(Error::BadLength {
+                what: "manifest.json".to_owned(),
+                found: json.len() as u64,
+                allowed: MAX_MANIFEST,
+            });
+        }
+        let bad = |error: serde_json::Error| Error::BadManifest { reason: error.to_string() };
+        let head: Head = serde_json::from_slice(json).map_err(bad)?;
+        if head.format != u64::from(FORMAT) {
+            return Err(Error::UnknownFormat { found: head.format });
+        }
+        if let Some(name) = head.required.iter().find(|name| !FEATURES.contains(&name.as_str())) {
+            return Err(Error::UnknownFeature { name: name.escape_debug().to_string() });
+        }
+        let manifest: Self = serde_json::from_slice(json).map_err(bad)?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// The manifest as it stands in the archive: indented JSON with a final newline.
+    ///
+    /// # Errors
+    /// When a rule is broken, or it is longer than [`MAX_MANIFEST`].
+    pub fn to_json(&self) -> Result<Vec<u8>> {
+        self.check()?;
+        let mut json = serde_json::to_vec_pretty(self)
+            .map_err(|error| Error::BadManifest { reason: error.to_string() })?;
+        json.push(b'\n');
+        bounded("manifest.json", json.len() as u64, MAX_MANIFEST)?;
+        Ok(json)
+    }
+
+    /// Every rule that JSON's shape does not express.
+    fn check(&self) -> Result<()> {
+        if self.format != FORMAT {
+            return Err(Error::UnknownFormat { found: u64::from(self.format) });
+        }
+        names("required", &self.required)?;
+        name("product", &self.product)?;
+        if self.boards.is_empty() {
+            return Err(Error::BadManifest { reason: "`boards` is empty".to_owned() });
+        }
+        names("boards", &self.boards)?;
+        if self.minimum_version > self.version {
+            return Err(Error::BadManifest {
+                reason: format!(
+                    "`minimum-version` {} is above the bundle's own version {}",
+                    self.minimum_version, self.version
+                ),
+            });
+        }
+        if self.components.is_empty() {
+            return Err(Error::BadManifest { reason: "`components` is empty".to_owned() });
+        }
+        bounded("components", self.components.len() as u64, MAX_COMPONENTS as u64)?;
+        unique("components", self.components.iter().map(|c| c.name.as_str()))?;
+        self.components.iter().try_for_each(Component::check)
+    }
+}
+
+impl Component {
+    fn check(&self) -> Result<()> {
+        name("component", &self.name)?;
+        if self.payloads.is_empty() {
+            return Err(Error::BadManifest {
+                reason: format!("the component `{}` has no payloads", self.name),
+            });
+        }
+        bounded("payloads", self.payloads.len() as u64, MAX_PAYLOADS as u64)?;
+        unique("payloads", self.payloads.iter().map(|p| p.role.as_str()))?;
+        self.payloads.iter().try_for_each(|payload| payload.check(&self.name))
+    }
+}
+
+impl Payload {
+    fn check(&self, component: &str) -> Result<()> {
+        name("role", &self.role)?;
+        let what = |part: &str| format!("{component}/{}{part}", self.role);
+        if self.block_size != BLOCK_SIZE as u64 {
+            return Err(Error::BadManifest {
+                reason: format!(
+                    "{} has `block-size` {}, not {BLOCK_SIZE}",
+                    what(""),
+                    self.block_size
+                ),
+            });
+        }
+        bounded(&what(""), self.size, MAX_PAYLOAD)?;
+        bounded(&what(".index"), self.index.size, MAX_INDEX)?;
+        bounded(&what(".zst"), self.data.size, MAX_DATA)?;
+        let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        if self.index.sha256.len() != 64 || !self.index.sha256.bytes().all(digit) {
+            return Err(Error::BadManifest {
+                reason: format!("{}: `sha256` is not 64 hexadecimal digits", what(".index")),
+            });
+        }
+        Ok(())
+    }
+
+    /// How many blocks it has; the last one may be shorter.
+    pub fn blocks(&self) -> u64 {
+        self.size.div_ceil(BLOCK_SIZE as u64)
+    }
+}
+
+fn bounded(what: &str, found: u64, allowed: u64) -> Result<()> {
+    if found > allowed {
+        return Err(Error::BadLength { what: what.to_owned(), found, allowed });
+    }
+    Ok(())
+}
+
+/// Lower-case letters, digits, `.`, `_` and `-`, starting with a letter or digit: safe as a file name.
+fn name(what: &str, value: &str) -> Result<()> {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let ok = value.len() <= MAX_NAME
+        && value.bytes().next().is_some_and(plain)
+        && value.bytes().all(|b| plain(b) || b"._-".contains(&b));
+    if ok {
+        return Ok(());
+    }
+    Err(Error::BadManifest {
+        reason: format!(
+            "`{}` is not a name for `{what}`: lower-case letters, digits, `.`, `_`, `-`, at most {MAX_NAME}",
+            value.escape_debug()
+        ),
+    })
+}
+
+fn names(what: &str, values: &[String]) -> Result<()> {
+    bounded(what, values.len() as u64, MAX_NAMES as u64)?;
+    unique(what, values.iter().map(String::as_str))?;
+    values.iter().try_for_each(|value| name(what, value))
+}
+
+fn unique<'a>(what: &str, values: impl Iterator<Item = &'a str>) -> Result<()> {
+    let mut seen: Vec<&str> = Vec::new();
+    for value in values {
+        if seen.contains(&value) {
+            return Err(Error::BadManifest {
+                reason: format!("`{what}` has `{}` twice", value.escape_debug()),
+            });
+        }
+        seen.push(value);
+    }
+    Ok(())
+}

@@ -1,0 +1,330 @@
+//! Making a bundle, against `zstd -T0` at the same levels, `rauc bundle` and `zip`. Each contender
+//! is a process of its own, so that its peak memory is the kernel's number and not ours.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::{Kind, Level, Version};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::Serialize;
+
+use crate::exec;
+use crate::keys::Keys;
+use crate::progress;
+use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
+
+/// The first argument of a child that makes one bundle; the command line hands it to [`child`].
+pub const CHILD: &str = "bench-bundle-child";
+
+/// What one contender needed.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Row {
+    /// The command, shortened.
+    pub name: String,
+    /// The contender that it is compared with; itself for a yardstick.
+    pub yardstick: String,
+    /// Median seconds.
+    pub seconds: f64,
+    /// Bytes of the result.
+    pub bytes: u64,
+    /// Peak resident memory in bytes, the largest of all runs.
+    pub peak: u64,
+}
+
+/// A contender: how to run it, and the file that it makes.
+struct Contender {
+    name: String,
+    yardstick: String,
+    program: String,
+    args: Vec<String>,
+    result: Utf8PathBuf,
+}
+
+/// What to compare.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The payload, a plain (perhaps sparse) file.
+    pub payload: Utf8PathBuf,
+    /// A directory for results; they are removed.
+    pub scratch: Utf8PathBuf,
+    /// Runs of each contender, at least 3.
+    pub runs: usize,
+    /// Also the slow level and `zstd -19`, which take minutes each; they run once.
+    pub slow: bool,
+}
+
+/// Runs all contenders, in turn within each round, and returns medians.
+///
+/// # Errors
+/// When a contender fails. `rauc` and `zip` are left out when they are not installed.
+pub fn run(settings: &Settings) -> Result<Vec<Row>> {
+    std::fs::create_dir_all(&settings.scratch)
+        .with_context(|| format!("creating {}", settings.scratch))?;
+    let mut rows = Vec::new();
+    for (contenders, runs) in [(quick(settings)?, settings.runs.max(3)), (slow(settings)?, 1)] {
+        let mut times = vec![Vec::new(); contenders.len()];
+        let mut peaks = vec![0; contenders.len()];
+        let mut sizes = vec![0; contenders.len()];
+        for round in 0..runs {
+            for (at, contender) in contenders.iter().enumerate() {
+                progress::say(
+                    "bench",
+                    format!("round {} of {runs}: {}", round + 1, contender.name),
+                );
+                let (time, peak) = measure(contender)?;
+                times[at].push(time);
+                peaks[at] = peak.max(peaks[at]);
+                sizes[at] = std::fs::metadata(&contender.result)
+                    .with_context(|| format!("reading {}", contender.result))?
+                    .len();
+                std::fs::remove_file(&contender.result)
+                    .with_context(|| format!("removing {}", contender.result))?;
+            }
+        }
+        for (at, contender) in contenders.into_iter().enumerate() {
+            times[at].sort();
+            rows.push(Row {
+                name: contender.name,
+                yardstick: contender.yardstick,
+                seconds: times[at][runs / 2].as_secs_f64(),
+                bytes: sizes[at],
+                peak: peaks[at],
+            });
+        }
+    }
+    Ok(rows)
+}
+
+/// The rows as a table, each with its ratios to its yardstick.
+pub fn table(rows: &[Row]) -> String {
+    use std::fmt::Write as _;
+    let mut out = format!(
+        "{:<20} {:>9} {:>6}  {:>10} {:>7}  {:>9}\n",
+        "", "time", "ratio", "size", "ratio", "memory"
+    );
+    for row in rows {
+        let base = rows.iter().find(|other| other.name == row.yardstick).unwrap_or(row);
+        writeln!(
+            out,
+            "{:<20} {:>7.2} s {:>5.2}x  {:>6.1} MiB {:>6.3}x  {:>5} MiB",
+            row.name,
+            row.seconds,
+            row.seconds / base.seconds,
+            row.bytes as f64 / f64::from(1 << 20),
+            row.bytes as f64 / base.bytes as f64,
+            row.peak >> 20,
+        )
+        .expect("writing to a String cannot fail");
+    }
+    out
+}
+
+fn ours(settings: &Settings, level: &str, yardstick: &str) -> Result<Contender> {
+    let program = std::env::current_exe().context("finding the program itself")?;
+    let program = Utf8PathBuf::try_from(program).context("finding the program itself")?;
+    let result = settings.scratch.join(format!("ours-{level}.bundle"));
+    let args = [CHILD, settings.payload.as_str(), level, result.as_str()].map(str::to_owned);
+    Ok(Contender {
+        name: format!("slipway {level}"),
+        yardstick: yardstick.to_owned(),
+        program: program.into_string(),
+        args: args.to_vec(),
+        result,
+    })
+}
+
+fn other(
+    settings: &Settings,
+    name: &str,
+    yardstick: &str,
+    result: &str,
+    args: &[&str],
+) -> Contender {
+    let result = settings.scratch.join(result);
+    let fill = |arg: &&str| match *arg {
+        "IN" => settings.payload.to_string(),
+        "OUT" => result.to_string(),
+        other => other.to_owned(),
+    };
+    Contender {
+        name: name.to_owned(),
+        yardstick: yardstick.to_owned(),
+        program: name.split(' ').next().unwrap_or(name).to_owned(),
+        args: args.iter().map(fill).collect(),
+        result,
+    }
+}
+
+fn quick(settings: &Settings) -> Result<Vec<Contender>> {
+    let zstd = |level: &str| {
+        let name = format!("zstd -T0 -{level}");
+        let level = format!("-{level}");
+        let args = ["-q", "-f", "-T0", &level, "IN", "-o", "OUT"];
+        other(settings, &name, &name, "zstd.zst", &args)
+    };
+    let mut all = vec![
+        zstd("3"),
+        ours(settings, "fast", "zstd -T0 -3")?,
+        zstd("9"),
+        ours(settings, "release", "zstd -T0 -9")?,
+    ];
+    if exec::find("rauc").is_some() && exec::find("mksquashfs").is_some() {
+        all.push(rauc(settings)?);
+    }
+    if exec::find("zip").is_some() {
+        let args = ["-q", "-j", "OUT", "IN"];
+        all.push(other(settings, "zip", "zstd -T0 -3", "payload.zip", &args));
+    }
+    Ok(all)
+}
+
+fn slow(settings: &Settings) -> Result<Vec<Contender>> {
+    if !settings.slow {
+        return Ok(Vec::new());
+    }
+    let name = "zstd -T0 -19";
+    let args = ["-q", "-f", "-T0", "-19", "IN", "-o", "OUT"];
+    let zstd = other(settings, name, name, "zstd.zst", &args);
+    Ok(vec![zstd, ours(settings, "slow", "zstd -T0 -19")?])
+}
+
+/// A verity bundle of the one payload, compressed with zstd, signed with a throw-away certificate.
+fn rauc(settings: &Settings) -> Result<Contender> {
+    let input = settings.scratch.join("rauc");
+    std::fs::create_dir_all(&input).with_context(|| format!("creating {input}"))?;
+    let (key, certificate) = (settings.scratch.join("rauc.key"), settings.scratch.join("rauc.crt"));
+    exec::Tool::new("openssl")
+        .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=bench"])
+        .args(["-keyout", key.as_str(), "-out", certificate.as_str()])
+        .run()?;
+    let image = input.join("root.ext4");
+    if image.exists() {
+        std::fs::remove_file(&image).with_context(|| format!("removing {image}"))?;
+    }
+    let payload = settings.payload.canonicalize_utf8().context("finding the payload")?;
+    if std::fs::hard_link(&payload, &image).is_err() {
+        std::fs::copy(&payload, &image).with_context(|| format!("copying to {image}"))?;
+    }
+    let manifest = "[update]\ncompatible=bench\nversion=1\n\n[bundle]\nformat=verity\n\n[image.rootfs]\nfilename=root.ext4\n";
+    let path = input.join("manifest.raucm");
+    std::fs::write(&path, manifest).with_context(|| format!("writing {path}"))?;
+    let (cert, key) = (format!("--cert={certificate}"), format!("--key={key}"));
+    let args = [
+        "--mksquashfs-args=-comp zstd -Xcompression-level 3",
+        &cert,
+        &key,
+        "bundle",
+        input.as_str(),
+        "OUT",
+    ];
+    Ok(other(settings, "rauc bundle", "zstd -T0 -3", "rauc.raucb", &args))
+}
+
+/// Runs a contender to its end. What others wrote is not waiting for the disk when it starts.
+fn measure(contender: &Contender) -> Result<(Duration, u64)> {
+    rustix::fs::sync();
+    let started = Instant::now();
+    let child = Command::new(&contender.program)
+        .args(&contender.args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("running {}", contender.name))?;
+    let watcher = PeakWatcher::start(child.id());
+    let output = child.wait_with_output().with_context(|| format!("running {}", contender.name))?;
+    let time = started.elapsed();
+    let peak = watcher.finish();
+    ensure!(
+        output.status.success(),
+        "{} failed: {} (signal {:?})\n{}",
+        contender.name,
+        output.status,
+        output.status.signal(),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok((time, peak))
+}
+
+/// Watches the peak memory of a process and of its children (`rauc` works through `mksquashfs`):
+/// the kernel keeps `VmHWM` itself, so reading it now and then misses only the last moment.
+struct PeakWatcher {
+    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    thread: std::thread::JoinHandle<u64>,
+}
+
+impl PeakWatcher {
+    fn start(pid: u32) -> Self {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let stop = std::sync::Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let mut peak = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                peak = peak.max(high_water(pid));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            peak
+        });
+        Self { stop, thread }
+    }
+
+    fn finish(self) -> u64 {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.thread.join().unwrap_or(0)
+    }
+}
+
+/// The sum of the peaks of a process and its direct children, in bytes.
+fn high_water(pid: u32) -> u64 {
+    let own = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = own.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let children = children.unwrap_or_default();
+    let below: u64 =
+        children.split_whitespace().filter_map(|c| c.parse().ok()).map(high_water).sum();
+    kib.unwrap_or(0) * 1024 + below
+}
+
+/// The child's work: one bundle of one payload, signed with a key made for the occasion.
+///
+/// # Errors
+/// When the arguments are not those that [`run`] gives, or packing fails.
+pub fn child(args: &[String]) -> Result<()> {
+    let [payload, level, out] = args else {
+        bail!("expected a payload, a level and an output, found {} arguments", args.len())
+    };
+    let level = match level.as_str() {
+        "fast" => Level::Fast,
+        "release" => Level::Release,
+        "slow" => Level::Slow,
+        other => bail!("expected the level fast, release or slow, found `{other}`"),
+    };
+    let dir = tempfile::tempdir().context("creating a temporary directory")?;
+    let dir = Utf8Path::from_path(dir.path()).context("the temporary directory is not UTF-8")?;
+    let signer = Keys::open(dir)?.signer(Kind::Development)?;
+    let version = Version::parse("1.0.0")?;
+    let payload = PayloadRequest { role: "root".to_owned(), path: payload.into() };
+    let request = PackRequest {
+        product: "bench".to_owned(),
+        version: version.clone(),
+        kind: Kind::Development,
+        boards: vec!["bench".to_owned()],
+        minimum_version: version.clone(),
+        key_epoch: None,
+        epoch: 0,
+        components: vec![ComponentRequest {
+            name: "system".to_owned(),
+            version,
+            payloads: vec![payload],
+        }],
+        level,
+        workers: None,
+        signers: &[signer],
+    };
+    update::pack(&request, Utf8Path::new(out)).map(|_| ())
+}

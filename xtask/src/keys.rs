@@ -1,0 +1,320 @@
+//! Signing keys: made, listed, rotated, and used. Secret keys stay in the key directory, in
+//! minisign's own file format, readable by their owner alone; nothing ever prints one.
+
+use std::fs::{File, OpenOptions};
+use std::io::{IsTerminal, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+
+use anyhow::{Context, Result, bail, ensure};
+use blake2::{Blake2b512, Digest};
+use bundle::keys::{key_id, signature_file};
+use bundle::{KeySet, Kind, SignatureFile, TrustedKey};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::Serialize;
+
+use crate::artifact;
+use crate::progress;
+
+/// Where the password of release keys is taken from when nobody can be asked.
+pub const PASSWORD_VARIABLE: &str = "SLIPWAY_KEY_PASSWORD";
+
+/// The public side of all keys, in the key directory; it goes into images and verifies bundles.
+pub const KEY_SET: &str = "keyset.json";
+
+/// The key directory: `$SLIPWAY_KEYS`, else `$XDG_CONFIG_HOME/slipway/keys`, else
+/// `~/.config/slipway/keys`.
+///
+/// # Errors
+/// When none of the three variables is set.
+pub fn directory() -> Result<Utf8PathBuf> {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    if let Some(dir) = variable("SLIPWAY_KEYS") {
+        return Ok(dir.into());
+    }
+    if let Some(dir) = variable("XDG_CONFIG_HOME") {
+        return Ok(Utf8PathBuf::from(dir).join("slipway/keys"));
+    }
+    if let Some(home) = variable("HOME") {
+        return Ok(Utf8PathBuf::from(home).join(".config/slipway/keys"));
+    }
+    bail!("finding the key directory: HOME is not set\nhelp: set SLIPWAY_KEYS to a directory")
+}
+
+/// One line of `keys list`.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Listed {
+    /// The key as the key set has it.
+    #[serde(flatten)]
+    pub key: TrustedKey,
+    /// The secret key's file, when it is here.
+    pub secret: Option<Utf8PathBuf>,
+    /// The public key's file, for `minisign -V -p`.
+    pub public_file: Utf8PathBuf,
+}
+
+/// An opened key directory. It is locked while this value lives, so that two builds that both need
+/// the first development key make one.
+#[derive(Debug)]
+pub struct Keys {
+    dir: Utf8PathBuf,
+    set: KeySet,
+    /// Unlocks when it is closed.
+    _lock: File,
+}
+
+impl Keys {
+    /// Opens a key directory; it is made (mode 0700) when it is missing.
+    ///
+    /// # Errors
+    /// When it cannot be made, locked or read, or its key set is damaged.
+    pub fn open(dir: &Utf8Path) -> Result<Self> {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .with_context(|| format!("creating the key directory {dir}"))?;
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(dir.join(".lock"))
+            .with_context(|| format!("opening {dir}/.lock"))?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
+            .with_context(|| format!("locking {dir}/.lock"))?;
+        let path = dir.join(KEY_SET);
+        let set = match std::fs::read(&path) {
+            Ok(json) => KeySet::parse(&json).with_context(|| format!("reading {path}"))?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => KeySet::default(),
+            Err(error) => return Err(error).with_context(|| format!("reading {path}")),
+        };
+        Ok(Self { dir: dir.to_owned(), set, _lock: lock })
+    }
+
+    /// All keys, revoked ones too.
+    pub fn set(&self) -> &KeySet {
+        &self.set
+    }
+
+    /// The keys that a device of this kind of product trusts: release devices have no development
+    /// key at all.
+    pub fn set_for(&self, kind: Kind) -> KeySet {
+        let trusts = |key: &&TrustedKey| kind == Kind::Development || key.kind == Kind::Release;
+        KeySet { keys: self.set.keys.iter().filter(trusts).cloned().collect() }
+    }
+
+    /// All keys with their files.
+    pub fn list(&self) -> Vec<Listed> {
+        let listed = |key: &TrustedKey| {
+            let secret = self.file(key, "key");
+            Listed {
+                key: key.clone(),
+                secret: secret.is_file().then_some(secret),
+                public_file: self.file(key, "pub"),
+            }
+        };
+        self.set.keys.iter().map(listed).collect()
+    }
+
+    /// Makes the first key of a kind.
+    ///
+    /// # Errors
+    /// When there is one already, the password cannot be had, or writing fails.
+    pub fn new_key(&mut self, kind: Kind) -> Result<TrustedKey> {
+        if let Some(key) = self.current(kind) {
+            bail!(
+                "making a {kind} key: {} is there already, of epoch {}\nhelp: `cargo xtask keys rotate` makes its successor",
+                key.id,
+                key.epoch
+            );
+        }
+        self.make(kind)
+    }
+
+    /// Makes a key's successor with the next epoch. The old one stays trusted, so that bundles
+    /// signed by it still install, unless it is to be revoked.
+    ///
+    /// # Errors
+    /// When there is no key of this kind yet, the password cannot be had, or writing fails.
+    pub fn rotate(&mut self, kind: Kind, revoke_old: bool) -> Result<TrustedKey> {
+        ensure!(
+            self.current(kind).is_some(),
+            "rotating the {kind} key: there is none in {}\nhelp: `cargo xtask keys new` makes the first",
+            self.dir
+        );
+        let mut set = self.set.clone();
+        let new = self.make(kind)?;
+        if revoke_old {
+            for key in set.keys.iter_mut().filter(|key| key.kind == kind) {
+                key.revoked = true;
+            }
+            set.keys.push(new.clone());
+            self.save(set)?;
+        }
+        Ok(new)
+    }
+
+    /// The key that signs bundles of this kind, opened. The development key is made on first use.
+    ///
+    /// # Errors
+    /// When there is none, its secret part is not here, or the password is wrong.
+    pub fn signer(&mut self, kind: Kind) -> Result<Signer> {
+        let key = match (self.current(kind), kind) {
+            (Some(key), _) => key,
+            (None, Kind::Development) => {
+                let key = self.make(kind)?;
+                progress::say(
+                    "keys",
+                    format!("made the development key {} in {}", key.id, self.dir),
+                );
+                key
+            }
+            (None, Kind::Release) => bail!(
+                "finding the release key: there is none in {}\nhelp: `cargo xtask keys new --kind release` makes one; a release is never signed by a development key",
+                self.dir
+            ),
+        };
+        let path = self.file(&key, "key");
+        let text = std::fs::read_to_string(&path).with_context(|| {
+            format!("reading the secret key {path}\nhelp: copy it here, or set SLIPWAY_KEYS")
+        })?;
+        Signer::open(&text, key).with_context(|| format!("opening the secret key {path}"))
+    }
+
+    /// The newest key of a kind that is not revoked.
+    fn current(&self, kind: Kind) -> Option<TrustedKey> {
+        let fits = |key: &&TrustedKey| key.kind == kind && !key.revoked;
+        self.set.keys.iter().filter(fits).max_by_key(|key| key.epoch).cloned()
+    }
+
+    fn make(&mut self, kind: Kind) -> Result<TrustedKey> {
+        let pair = match kind {
+            Kind::Development => minisign::KeyPair::generate_unencrypted_keypair(),
+            Kind::Release => {
+                minisign::KeyPair::generate_encrypted_keypair(password("protecting the new key")?)
+            }
+        }
+        .with_context(|| format!("making a {kind} key"))?;
+        let public = pair.pk.to_base64();
+        let epoch = self.set.keys.iter().map(|key| key.epoch).max().unwrap_or(0) + 1;
+        let key = TrustedKey { id: key_id(&public)?, epoch, kind, public, revoked: false };
+        let comment = format!("slipway {kind} secret key {}", key.id);
+        let secret = pair.sk.to_box(Some(&comment)).context("encoding the secret key")?;
+        write_secret(&self.file(&key, "key"), secret.into_string().as_bytes())?;
+        let public = format!("untrusted comment: slipway {kind} key {}\n{}\n", key.id, key.public);
+        artifact::write_atomically(&self.file(&key, "pub"), |out| {
+            Ok(out.write_all(public.as_bytes())?)
+        })?;
+        // The key set comes last: only a key that is listed exists.
+        let mut set = self.set.clone();
+        set.keys.push(key.clone());
+        self.save(set)?;
+        Ok(key)
+    }
+
+    fn save(&mut self, mut set: KeySet) -> Result<()> {
+        set.keys.sort_by(|a, b| (a.epoch, &a.id).cmp(&(b.epoch, &b.id)));
+        set.check()?;
+        let mut json = serde_json::to_vec_pretty(&set).context("encoding the key set")?;
+        json.push(b'\n');
+        artifact::write_atomically(&self.dir.join(KEY_SET), |out| Ok(out.write_all(&json)?))?;
+        self.set = set;
+        Ok(())
+    }
+
+    fn file(&self, key: &TrustedKey, extension: &str) -> Utf8PathBuf {
+        self.dir.join(format!("{}-{}-{}.{extension}", key.kind, key.epoch, key.id))
+    }
+}
+
+/// Writes a file that only its owner can ever have read: the mode is there from the first byte.
+fn write_secret(path: &Utf8Path, content: &[u8]) -> Result<()> {
+    let temporary = artifact::partial(path);
+    if temporary.exists() {
+        std::fs::remove_file(&temporary).with_context(|| format!("removing {temporary}"))?;
+    }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temporary)
+        .with_context(|| format!("creating {temporary}"))?;
+    file.write_all(content)
+        .and_then(|()| file.sync_all())
+        .with_context(|| format!("writing {temporary}"))?;
+    std::fs::rename(&temporary, path).with_context(|| format!("renaming {temporary}"))
+}
+
+/// The password from the environment; `None` lets the `minisign` crate ask for it.
+fn password(what: &str) -> Result<Option<String>> {
+    match std::env::var(PASSWORD_VARIABLE) {
+        Ok(password) if password.is_empty() => {
+            bail!("{what}: {PASSWORD_VARIABLE} is empty\nhelp: a release key needs a password")
+        }
+        Ok(password) => Ok(Some(password)),
+        Err(std::env::VarError::NotPresent) if std::io::stdin().is_terminal() => Ok(None),
+        Err(std::env::VarError::NotPresent) => bail!(
+            "{what}: there is no terminal to ask for the password\nhelp: set {PASSWORD_VARIABLE}"
+        ),
+        Err(std::env::VarError::NotUnicode(_)) => {
+            bail!("{what}: {PASSWORD_VARIABLE} is not UTF-8")
+        }
+    }
+}
+
+/// An opened signing key.
+pub struct Signer {
+    key: TrustedKey,
+    number: [u8; 8],
+    secret: ed25519_compact::SecretKey,
+}
+
+impl std::fmt::Debug for Signer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Signer").field("id", &self.key.id).finish_non_exhaustive()
+    }
+}
+
+impl Signer {
+    /// Opens a minisign secret key file; `key` is what the key set says about it.
+    ///
+    /// # Errors
+    /// When it is not a secret key, not this one, or the password is wrong.
+    pub fn open(text: &str, key: TrustedKey) -> Result<Self> {
+        let secret = minisign::SecretKeyBox::from_string(text)?;
+        let secret = match key.kind {
+            Kind::Development => secret.into_unencrypted_secret_key()?,
+            Kind::Release => secret.into_secret_key(password("opening the release key")?)?,
+        };
+        // minisign's layout: 54 bytes of algorithms and salt, key number, Ed25519 secret key.
+        let bytes = secret.to_bytes();
+        let (Some(number), Some(scalar)) = (bytes.get(54..62), bytes.get(62..126)) else {
+            bail!("the secret key has {} bytes, expected at least 126", bytes.len());
+        };
+        let number: [u8; 8] = number.try_into()?;
+        let id: String = number.iter().rev().map(|b| format!("{b:02X}")).collect();
+        ensure!(id == key.id, "the file holds the key {id}, the key set lists {}", key.id);
+        let secret = ed25519_compact::SecretKey::from_slice(scalar)
+            .map_err(|error| anyhow::anyhow!("reading the secret key: {error}"))?;
+        Ok(Self { key, number, secret })
+    }
+
+    /// What the key set says about the key.
+    pub fn key(&self) -> &TrustedKey {
+        &self.key
+    }
+
+    /// Signs, in minisign's prehashed form, and always the same way: Ed25519 as RFC 8032 defines it
+    /// is deterministic, while the `minisign` crate adds random nonces.
+    pub fn sign(&self, bytes: &[u8], comment: &str) -> SignatureFile {
+        let signature = self.secret.sign(Blake2b512::digest(bytes), None);
+        let mut commented = signature.to_vec();
+        commented.extend_from_slice(comment.as_bytes());
+        let global = self.secret.sign(commented, None);
+        SignatureFile {
+            key: self.key.id.clone(),
+            text: signature_file(&self.number, &signature, comment, &global),
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! Update bundles on the workstation: payload files in, a signed bundle out; and the same bundle
+//! verified again. The format itself is the business of the crate `bundle`.
+
+use std::fs::File;
+use std::io::{self, BufReader, Write};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::manifest::Component;
+use bundle::{
+    KeySet, Kind, Level, Manifest, Payload, Policy, Reader, Seekable, SignedBy, Source, Stream,
+    Version,
+};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::artifact::{self, Artifact};
+use crate::keys::Signer;
+use crate::progress::{Step, Unit};
+
+/// One payload to pack.
+#[derive(Debug, Clone)]
+pub struct PayloadRequest {
+    /// What it is for: `root`, `boot`.
+    pub role: String,
+    /// The file with its content; holes are neither read nor stored.
+    pub path: Utf8PathBuf,
+}
+
+/// One component to pack.
+#[derive(Debug, Clone)]
+pub struct ComponentRequest {
+    /// Its name: `system`, `api`.
+    pub name: String,
+    /// Its version.
+    pub version: Version,
+    /// Its payloads.
+    pub payloads: Vec<PayloadRequest>,
+}
+
+/// A bundle to make.
+#[derive(Debug)]
+pub struct PackRequest<'a> {
+    /// The product's name.
+    pub product: String,
+    /// The bundle's version.
+    pub version: Version,
+    /// Development or release.
+    pub kind: Kind,
+    /// The boards that it runs on.
+    pub boards: Vec<String>,
+    /// Once installed, nothing below this version installs any more.
+    pub minimum_version: Version,
+    /// The lowest epoch of keys that count from now on; `None` takes the signers' lowest.
+    pub key_epoch: Option<u32>,
+    /// The sources' time, seconds since 1970.
+    pub epoch: u64,
+    /// What goes in, in order.
+    pub components: Vec<ComponentRequest>,
+    /// How hard to compress.
+    pub level: Level,
+    /// How many threads compress; `None` takes one for each core. The bundle's bytes are the same.
+    pub workers: Option<usize>,
+    /// The keys that sign, at least one.
+    pub signers: &'a [Signer],
+}
+
+/// How one payload was packed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PackedPayload {
+    /// The component's name.
+    pub component: String,
+    /// The payload's role.
+    pub role: String,
+    /// Its size in bytes, holes included.
+    pub size: u64,
+    /// Bytes of its blocks that are not zero.
+    pub used: u64,
+    /// Bytes of its block index.
+    pub index: u64,
+    /// Bytes of its compressed frames.
+    pub stored: u64,
+}
+
+/// A finished bundle.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PackReport {
+    /// The file.
+    pub artifact: Artifact,
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// Who has signed it.
+    pub signed_by: Vec<SignedBy>,
+    /// Its payloads, in order.
+    pub payloads: Vec<PackedPayload>,
+    /// How long it took.
+    #[serde(skip)]
+    pub elapsed: Duration,
+}
+
+/// A payload file. `SEEK_DATA` and `SEEK_HOLE` tell where its holes are.
+struct Sparse {
+    file: File,
+    size: u64,
+}
+
+impl Sparse {
+    fn open(path: &Utf8Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("opening {path}"))?;
+        let metadata = file.metadata().with_context(|| format!("reading {path}"))?;
+        ensure!(metadata.is_file(), "packing {path}: it is not a plain file");
+        Ok(Self { file, size: metadata.len() })
+    }
+}
+
+impl Source for Sparse {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    fn data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        use rustix::fs::{SeekFrom, seek};
+        use rustix::io::Errno;
+        if offset >= self.size {
+            return Ok(None);
+        }
+        // Threads share the file's position, but nobody reads by it.
+        match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => Ok(Some(start..seek(&self.file, SeekFrom::Hole(start))?)),
+            // Beyond the last data there is only a hole.
+            Err(Errno::NXIO) => Ok(None),
+            // The filesystem knows no holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(offset..self.size)),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Hashes what passes through.
+struct Hashing<'a> {
+    out: &'a mut dyn Write,
+    hasher: Sha256,
+    size: u64,
+}
+
+impl Write for Hashing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.out.write(bytes)?;
+        self.hasher.update(bytes.get(..n).unwrap_or_default());
+        self.size += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// Puts the hint of a bundle error where messages have their help.
+fn explain(error: bundle::Error) -> anyhow::Error {
+    let hint = error.hint();
+    let message = format!("{error} ({})\nhelp: {hint}", error.code());
+    anyhow::Error::new(error).context(message)
+}
+
+/// Makes the bundle `out`. It appears under its name only when it is complete and has been read
+/// back: archive, signatures and indices are checked, frames are not decompressed again.
+///
+/// # Errors
+/// When a payload cannot be read, a release would be signed by a development key alone, or writing
+/// fails. Nothing is left under the final name.
+pub fn pack(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
+    pack_in(request, out).with_context(|| format!("making the bundle {out}"))
+}
+
+fn pack_in(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
+    let started = Instant::now();
+    let key_epoch = check_signers(request)?;
+    let dir = out.parent().filter(|dir| !dir.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
+    std::fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
+    // An index precedes its frames and is known only after them, so frames wait in a nameless file.
+    let mut spool =
+        tempfile::tempfile_in(dir).with_context(|| format!("creating a file in {dir}"))?;
+    let (manifest, packed, indices) = compress(request, key_epoch, &mut spool)?;
+    let mut payloads = Vec::new();
+    let mut at = 0;
+    for (index, packed) in indices.iter().zip(&packed) {
+        // Clones share the file's position, so each part reads by its own.
+        let file = spool.try_clone().context("opening the temporary file again")?;
+        payloads.push((index, At { file, at }));
+        at += packed.stored;
+    }
+    let comment = format!("slipway bundle {} {}", request.product, request.version);
+    let mut result = None;
+    artifact::write_atomically(out, |file| {
+        let mut hashing = Hashing { out: file, hasher: Sha256::new(), size: 0 };
+        let mut sign = |bytes: &[u8]| {
+            Ok(request.signers.iter().map(|signer| signer.sign(bytes, &comment)).collect())
+        };
+        let mut parts: Vec<(&[u8], &mut dyn io::Read)> = payloads
+            .iter_mut()
+            .map(|(index, data)| (index.as_slice(), data as &mut dyn io::Read))
+            .collect();
+        bundle::write_archive(&mut hashing, &manifest, &mut sign, &mut parts).map_err(explain)?;
+        hashing.flush().context("writing")?;
+        let artifact = Artifact {
+            path: out.to_owned(),
+            size: hashing.size,
+            sha256: artifact::hex(&hashing.hasher.finalize()),
+        };
+        let signed_by = read_back(&artifact::partial(out), request)?;
+        result = Some((artifact, signed_by));
+        Ok(())
+    })?;
+    let Some((artifact, signed_by)) = result else { bail!("the bundle was not written") };
+    Ok(PackReport { artifact, manifest, signed_by, payloads: packed, elapsed: started.elapsed() })
+}
+
+/// A part of a file, read by position.
+struct At {
+    file: File,
+    at: u64,
+}
+
+impl io::Read for At {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read_at(buffer, self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+/// The rules about who signs what; returns the manifest's key epoch.
+fn check_signers(request: &PackRequest<'_>) -> Result<u32> {
+    let lowest = request.signers.iter().map(|signer| signer.key().epoch).min();
+    let Some(lowest) = lowest else {
+        bail!("nobody signs it\nhelp: `cargo xtask keys new` makes a key")
+    };
+    for key in request.signers.iter().map(Signer::key) {
+        ensure!(
+            request.kind == Kind::Development || key.kind == Kind::Release,
+            "`{}` is a release, and the key {} is a development key\nhelp: sign it with a release key (`cargo xtask keys new --kind release`)",
+            request.product,
+            key.id
+        );
+    }
+    Ok(request.key_epoch.unwrap_or(lowest))
+}
+
+/// Compresses all payloads into `spool`, one after the other.
+fn compress(
+    request: &PackRequest<'_>,
+    key_epoch: u32,
+    spool: &mut File,
+) -> Result<(Manifest, Vec<PackedPayload>, Vec<Vec<u8>>)> {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = request.workers.unwrap_or_else(cores);
+    let (mut packed, mut indices, mut components) = (Vec::new(), Vec::new(), Vec::new());
+    for component in &request.components {
+        let mut described: Vec<Payload> = Vec::new();
+        for payload in &component.payloads {
+            let source = Sparse::open(&payload.path)?;
+            let what = format!("compressing {}/{}", component.name, payload.role);
+            let step = Step::new("bundle", &what, source.size, Unit::Bytes);
+            let done =
+                bundle::compress(&source, request.level, workers, spool, &mut |n| step.advance(n))
+                    .map_err(explain)
+                    .with_context(|| format!("compressing {}", payload.path))?;
+            described.push(done.describe(&payload.role));
+            packed.push(PackedPayload {
+                component: component.name.clone(),
+                role: payload.role.clone(),
+                size: done.size,
+                used: u64::from(done.used_blocks) * bundle::BLOCK_SIZE as u64,
+                index: done.index.len() as u64,
+                stored: done.data_size,
+            });
+            indices.push(done.index);
+        }
+        components.push(Component {
+            name: component.name.clone(),
+            version: component.version.clone(),
+            payloads: described,
+        });
+    }
+    let manifest = Manifest {
+        format: bundle::FORMAT,
+        required: Vec::new(),
+        product: request.product.clone(),
+        version: request.version.clone(),
+        kind: request.kind,
+        boards: request.boards.clone(),
+        minimum_version: request.minimum_version.clone(),
+        key_epoch,
+        epoch: request.epoch,
+        components,
+    };
+    Ok((manifest, packed, indices))
+}
+
+/// Reads what was written, with everything verified but the frames, which are passed over.
+fn read_back(path: &Utf8Path, request: &PackRequest<'_>) -> Result<Vec<SignedBy>> {
+    let keys = KeySet { keys: request.signers.iter().map(|s| s.key().clone()).collect() };
+    let file = File::open(path).with_context(|| format!("reading {path} back"))?;
+    let walk = || -> bundle::Result<Vec<SignedBy>> {
+        let mut reader = Reader::open(Seekable(file), &keys)?;
+        while let Some(mut payload) = reader.next_payload()? {
+            while payload.next_frame().is_some() {
+                payload.skip_frame()?;
+            }
+        }
+        Ok(reader.signed_by().to_vec())
+    };
+    walk().map_err(explain).with_context(|| format!("reading {path} back"))
+}
+
+/// A bundle that was verified to its last block.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Verified {
+    /// The manifest.
+    pub manifest: Manifest,
+    /// SHA-256 of `manifest.json`.
+    pub manifest_sha256: String,
+    /// The signatures that count.
+    pub signed_by: Vec<SignedBy>,
+}
+
+/// Verifies a bundle: signatures, policy, indices, every frame and every block.
+///
+/// # Errors
+/// The first thing that is wrong. The chain holds a [`bundle::Error`] with its stable code.
+pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<Verified> {
+    let file = File::open(path).with_context(|| format!("opening {path}"))?;
+    let walk = || -> bundle::Result<Verified> {
+        let mut reader = Reader::open(Stream(BufReader::with_capacity(1 << 18, file)), keys)?;
+        reader.check(policy)?;
+        let sizes = reader.manifest().components.iter().flat_map(|c| &c.payloads).map(|p| p.size);
+        let step = Step::new("verify", "checking every block", sizes.sum(), Unit::Bytes);
+        reader.verify(|n| step.advance(n))?;
+        Ok(Verified {
+            manifest: reader.manifest().clone(),
+            manifest_sha256: reader.manifest_sha256().to_owned(),
+            signed_by: reader.signed_by().to_vec(),
+        })
+    };
+    walk().map_err(explain).with_context(|| format!("verifying {path}"))
+}
