@@ -122,6 +122,15 @@ impl Cache {
         self.root.join("stages")
     }
 
+    fn dir(&self, stage: &str, key: &str) -> Utf8PathBuf {
+        self.stages().join(stage).join(key.get(..32).unwrap_or(key))
+    }
+
+    /// Whether a result is kept, without looking at its outputs.
+    pub fn has(&self, stage: &str, key: &str) -> bool {
+        self.dir(stage, key).join(STAMP).is_file()
+    }
+
     /// Returns the kept result of `stage` under `key`, or lets `build` make it in its folder.
     /// `outputs` lists the files that must still be there, unchanged, for a kept result to count.
     ///
@@ -134,7 +143,7 @@ impl Cache {
         outputs: impl Fn(&T) -> Vec<Utf8PathBuf>,
         build: impl FnOnce(&Utf8Path) -> Result<T>,
     ) -> Result<Staged<T>> {
-        let dir = self.stages().join(stage).join(key.get(..32).unwrap_or(key));
+        let dir = self.dir(stage, key);
         fs::create_dir_all(dir.parent().context("a stage's folder has a parent")?)
             .with_context(|| format!("creating {dir}"))?;
         // Two builds that want the same stage at once: the second waits, then finds it finished.

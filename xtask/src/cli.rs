@@ -207,8 +207,12 @@ pub enum Keys {
         #[arg(long, value_enum, default_value = "text")]
         format: Format,
     },
-    /// Make the next release key and revoke the one before it.
-    Rotate,
+    /// Make the next release key. The one before stays trusted unless it is revoked.
+    Rotate {
+        /// Revoke all release keys before the new one.
+        #[arg(long)]
+        revoke: bool,
+    },
 }
 
 /// Options of `doctor`.

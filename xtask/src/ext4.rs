@@ -41,7 +41,7 @@ const FEATURES: [&str; 11] = [
 ];
 
 /// An e2fsprogs, perhaps unpacked somewhere and not installed.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Mke2fs {
     /// The program.
     pub program: Utf8PathBuf,

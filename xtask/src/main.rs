@@ -10,6 +10,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match &cli.command {
         Command::Doctor(options) => cmd::doctor::doctor(options),
+        Command::BuildImage(options) => xtask::build::build_image(options),
+        Command::Lock(options) => cmd::lock::lock(options),
+        Command::Keys(verb) => cmd::keys::keys(verb),
         Command::Check => cmd::check::check(),
         Command::Test(options) => cmd::check::test(options),
         Command::Clean(options) => cmd::clean::clean(options),

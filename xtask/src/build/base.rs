@@ -1,23 +1,29 @@
 //! The stages `base` and `api`: what the engine makes, and the wheels installed for it.
 
 use anyhow::{Context, Result, ensure};
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Build;
 use crate::cache::Key;
+use crate::config::Config;
+use crate::ext4::Mke2fs;
 use crate::fetch::Fetcher;
 use crate::progress::{bytes, warn};
-use crate::rootfs::BaseSystem;
 use crate::rootfs::debian::{
-    self, BoardWants, BuildRequest, DebianSpec, Fetched, HostE2fs, Mirrors, PackagesLock, Policy,
-    PruneRules, Replaced,
+    self, BoardWants, BuildRequest, DebianSpec, Fetched, Mirrors, PackagesLock, Policy, PruneRules,
+    Replaced,
 };
 use crate::rootfs::kernel::ModuleRules;
-use crate::wheel::{self, BasePython, BaseSource, InstallRequest, InstallTarget, Installed, WheelLock};
+use crate::rootfs::{BaseSystem, Role};
+use crate::wheel::base::BaseSource;
+use crate::wheel::target::Target;
+use crate::wheel::{self, BasePython, InstallRequest, InstallTarget, Installed, WheelLock};
 
 /// Raised when the engine's code changes what it makes.
 const BASE_VERSION: u32 = 1;
+/// Raised when installing packages changes what it makes.
+const ROOT_VERSION: u32 = 1;
 /// Raised when installing wheels changes what it makes.
 const API_VERSION: u32 = 1;
 
@@ -31,7 +37,7 @@ pub struct Base {
     /// The time that the base's files carry: the lock's, so that a commit rebuilds nothing.
     pub epoch: u64,
     /// The filesystem tool.
-    pub e2fs: HostE2fs,
+    pub e2fs: Mke2fs,
     /// The stage's key, which stands for its content.
     pub key: String,
 }
@@ -39,15 +45,54 @@ pub struct Base {
 /// The installed wheels.
 pub type Wheels = Installed;
 
-/// The packages that the plan asks for.
-pub fn spec(plan: &crate::plan::Plan) -> DebianSpec {
+/// The packages that a product and its boards ask for.
+pub fn package_spec(config: &Config) -> DebianSpec {
+    let rootfs = &config.product.rootfs;
     DebianSpec {
-        suite: plan.rootfs.suite.clone(),
-        components: plan.rootfs.components.clone(),
-        arch: plan.board.arch.clone(),
-        packages: plan.rootfs.packages.clone(),
-        extra: plan.rootfs.extra_packages.clone(),
+        suite: rootfs.suite.as_ref().map_or(String::new(), |s| s.value.0.clone()),
+        components: rootfs.components.iter().map(|l| l.value.clone()).collect(),
+        arch: config.board.arch.value.clone(),
+        packages: rootfs.packages.iter().map(|l| l.value.clone()).collect(),
+        extra: config.extra_packages.clone(),
     }
+}
+
+/// The Python that wheels are locked for: the package lock's, or the pinned Buildroot's.
+///
+/// # Errors
+/// When the lock has no Python or no C library.
+pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<Target> {
+    let arch = match config.board.arch.value.as_str() {
+        "arm64" => "aarch64",
+        other => other,
+    };
+    let (python, libc) = match (lock, &config.product.rootfs.python) {
+        (Some(lock), _) => {
+            let version = |name: &str| {
+                let mut packages = lock.of_role(Role::Root).filter(|p| p.name == name);
+                let package = packages.next().with_context(|| {
+                    format!(
+                        "the package lock has no {name}\nhelp: add python3 to `rootfs.packages`"
+                    )
+                })?;
+                // Debian's revision does not count: `3.11.2-1+b1`.
+                Ok::<_, anyhow::Error>(package.version.split('-').next().unwrap_or("").to_owned())
+            };
+            (version("python3")?, format!("glibc {}", version("libc6")?))
+        }
+        (None, Some(python)) => (python.value.clone(), "glibc 2.40".to_owned()),
+        (None, None) => {
+            anyhow::bail!("`rootfs.python` is missing in {}", config.product.place.file)
+        }
+    };
+    let target = Target {
+        python: python.parse().with_context(|| format!("the base's Python {python}"))?,
+        implementation: "cp".to_owned(),
+        arch: arch.to_owned(),
+        libc: libc.parse().with_context(|| format!("the base's C library {libc}"))?,
+    };
+    target.validate()?;
+    Ok(target)
 }
 
 fn prune_rules(build: &Build<'_>) -> Result<PruneRules> {
@@ -76,11 +121,7 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
     let path = build.plan.rootfs.lock.clone().context("the engine debian has a package lock")?;
     let full = build.root.join(&path);
     let mut lock = PackagesLock::load(&full)?;
-    ensure!(
-        lock.request == spec(build.plan),
-        "the lock {path} was made for other packages than the product and its boards ask for\n\
-         help: run `cargo xtask lock --only packages` and commit the result"
-    );
+    lock.check_request(&build.packages).with_context(|| format!("obeying {path}"))?;
     let mut replaced = Vec::new();
     let mut fetched = None;
     if !build.cache.has("base", &key(build, &lock)?.finish()) {
@@ -98,7 +139,11 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
     build.stage(
         "base",
         key,
-        |base: &Base| base.system.files(),
+        |base: &Base| {
+            let mut files = base.system.files();
+            files.push(base.e2fs.program.clone());
+            files
+        },
         |base| {
             format!(
                 "{} packages, {} unpacked, kernel {}",
@@ -115,9 +160,9 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
             let e2fs = host_tool(build, &lock)?;
             let board = &build.plan.board;
             let log = build.log("base");
+            let root = root(build, &lock, &fetched, &log)?;
             let system = debian::build(
                 &BuildRequest {
-                    spec: &lock.request,
                     debs: &fetched.debs,
                     epoch: lock.epoch,
                     prune: &prune_rules(build)?,
@@ -127,8 +172,7 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
                         modules: ModuleRules { keep: board.modules_keep.clone(), drop: Vec::new() },
                         bootloader: board.bootloader.clone(),
                     },
-                    cache: build.cache,
-                    log: &log,
+                    root: &root,
                 },
                 dir,
             )?;
@@ -136,6 +180,33 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
             Ok(Base { system, replaced, epoch: lock.epoch, e2fs, key })
         },
     )
+}
+
+/// The installed packages, before anything of a board: kept on its own, so that all boards of a
+/// product share the slowest step.
+fn root(
+    build: &Build<'_>,
+    lock: &PackagesLock,
+    fetched: &Fetched,
+    log: &Utf8Path,
+) -> Result<Utf8PathBuf> {
+    let installed: Vec<_> = lock.of_role(Role::Root).collect();
+    let key = Key::new("root", ROOT_VERSION)
+        .with("epoch", lock.epoch.to_string())
+        .with("suite", &lock.request.suite)
+        .with_json("packages", &installed)?
+        .finish();
+    let staged = build.cache.stage(
+        "root",
+        &key,
+        |tar: &Utf8PathBuf| vec![tar.clone()],
+        |dir| {
+            let tar = dir.join("root.tar");
+            debian::install(&lock.request, &fetched.debs, lock.epoch, log, &tar)?;
+            Ok(tar)
+        },
+    )?;
+    Ok(staged.value)
 }
 
 fn fetch(build: &Build<'_>, lock: &PackagesLock) -> Result<Fetched> {
@@ -146,7 +217,7 @@ fn fetch(build: &Build<'_>, lock: &PackagesLock) -> Result<Fetched> {
     debian::fetch_lock(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)
 }
 
-fn host_tool(build: &Build<'_>, lock: &PackagesLock) -> Result<HostE2fs> {
+fn host_tool(build: &Build<'_>, lock: &PackagesLock) -> Result<Mke2fs> {
     let offline = build.options.offline;
     let fetcher = Fetcher::new(&build.cache.root, offline)?;
     let mirrors = if offline { None } else { Some(Mirrors::from_host()?) };

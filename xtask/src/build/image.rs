@@ -6,20 +6,19 @@ use anyhow::{Context, Result};
 use camino::Utf8PathBuf;
 use serde::{Deserialize, Serialize};
 
-use super::{Base, Build, Wheels};
+use super::{Base, Build, Signing, Wheels};
 use crate::artifact::{Artifact, hash_bytes, write_atomically};
 use crate::cache::Key;
 use crate::cli::Compression;
 use crate::compose::{self, Parts, lint, sizes};
 use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source};
 use crate::exec::Tool;
-use crate::ext4::{self, Ext4Request, Mke2fs};
-use crate::keys::Signing;
+use crate::ext4::{self, Ext4Request};
 use crate::plan::BootSourcePlan;
 use crate::progress::{bytes, say, warn};
 use crate::render::{OverlayContent, Rendered};
 use crate::rootfs::initrd::{self, InitrdRequest};
-use crate::update::{self, PackRequest, PayloadFile};
+use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
 /// Raised when compose changes what it makes.
 const COMPOSE_VERSION: u32 = 1;
@@ -27,6 +26,9 @@ const COMPOSE_VERSION: u32 = 1;
 const IMAGE_VERSION: u32 = 1;
 /// Raised when packing changes what it makes.
 const BUNDLE_VERSION: u32 = 1;
+
+/// zstd's level for `.img.zst`: downloads are many, builds few, and its speed is still the disk's.
+const ZST_LEVEL: i32 = 9;
 
 /// Where the initrd's script lies in the workspace.
 const INIT: &str = "board/common/init";
@@ -80,7 +82,7 @@ pub fn compose(
 ) -> Result<System> {
     let plan = build.plan;
     let init = std::fs::read(build.root.join(INIT)).with_context(|| format!("reading {INIT}"))?;
-    let key_set = signing.key_set_json()?;
+    let key_set = &signing.key_set;
     let capacity = plan.disk.partition("root-a").context("the board has a root-a")?.size;
     let data_size = plan.disk.partition("data").context("the board has a data partition")?.size;
     let mut overlay = Vec::new();
@@ -97,7 +99,7 @@ pub fn compose(
         .with("base", &base.key)
         .with("wheels", wheels.map_or("", |w| &w.tar.sha256))
         .with("init", &init)
-        .with("keys", &key_set)
+        .with("keys", key_set)
         .with("epoch", plan.epoch.to_string())
         .with_json("overlay", &overlay)?
         .with_json("boot", &boot)?
@@ -112,7 +114,9 @@ pub fn compose(
     let system: System = build.stage(
         "compose",
         key,
-        |system: &System| vec![system.root.clone(), system.data.clone(), system.initrd.path.clone()],
+        |system: &System| {
+            vec![system.root.clone(), system.data.clone(), system.initrd.path.clone()]
+        },
         |system| {
             let percent = system.used * 100 / system.capacity.max(1);
             format!("root {} of {} ({percent} %)", bytes(system.used), bytes(system.capacity))
@@ -140,7 +144,7 @@ pub fn compose(
                 kernel: &base.system.kernel,
                 initrd: &initrd,
                 device_trees: base.system.dtbs.iter().map(|d| (d.path.as_str(), &d.file)).collect(),
-                key_set: &key_set,
+                key_set,
             };
             let tree = compose::tree(plan, &parts)?;
             let names = boot_names(build, base);
@@ -148,14 +152,11 @@ pub fn compose(
             let sizes = sizes::measure(&tree)?;
             let tar = dir.join("root.tar");
             write_atomically(&tar, |out| tree.write(out, plan.epoch))?;
-            let tool = Mke2fs {
-                program: base.e2fs.mke2fs.clone(),
-                libraries: base.e2fs.lib_dir.iter().cloned().collect(),
-            };
+            let tool = &base.e2fs;
             let root = dir.join("root.ext4");
             let board = &plan.board.name;
             let usage = ext4::make(
-                &tool,
+                tool,
                 &Ext4Request {
                     tar: Some(&tar),
                     size: capacity,
@@ -172,11 +173,11 @@ pub fn compose(
             std::fs::remove_file(&tar).with_context(|| format!("removing {tar}"))?;
             let product = format!("configs/{}.toml", plan.product.name);
             let (limit, warning) = (plan.rootfs.fill_limit, plan.rootfs.fill_warning);
-            let used = usage.used();
+            let used = usage.used;
             let warning = sizes::budget(used, capacity, limit, warning, &sizes, &product)?;
             let data = dir.join("data.ext4");
             ext4::make(
-                &tool,
+                tool,
                 &Ext4Request {
                     tar: None,
                     size: data_size,
@@ -307,9 +308,7 @@ pub fn card(
         "image",
         key,
         |card: &Card| vec![card.image.clone(), card.bmap.path.clone()],
-        |card| {
-            format!("{}  {}, {} on disk", card.image, bytes(card.size), bytes(card.written))
-        },
+        |card| format!("{}  {}, {} on disk", card.image, bytes(card.size), bytes(card.written)),
         |build, dir| {
             let mut boot = boot_partitions(build, rendered, base, system, dir)?;
             let partitions = plan
@@ -352,7 +351,7 @@ pub fn card(
         },
     )?;
     if build.options.zst {
-        let packed = disk::compress::zst(&card.image)?;
+        let packed = disk::compress::compress(&card.image, ZST_LEVEL)?;
         say("image", format!("{}  {}", packed.path, bytes(packed.size)));
     }
     Ok(card)
@@ -365,16 +364,17 @@ pub fn card(
 pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Result<Artifact> {
     let plan = build.plan;
     let out = build.output("bundle");
+    let signer = signing.signer.key();
     let level = match build.options.compression {
-        Compression::Fast => update::Level::Fast,
-        Compression::Release => update::Level::Release,
-        Compression::Slow => update::Level::Slow,
+        Compression::Fast => bundle::Level::Fast,
+        Compression::Release => bundle::Level::Release,
+        Compression::Slow => bundle::Level::Slow,
     };
     let key = Key::new("bundle", BUNDLE_VERSION)
         .with("out", out.as_str())
         .with("system", &system.key)
         .with("epoch", plan.epoch.to_string())
-        .with("signer", signing.key_id())
+        .with("signer", &signer.id)
         .with_json("product", &(&plan.product, &plan.board.name, &plan.update))?
         .with_json("compatible", &plan.board.compatible)?
         .with("level", format!("{level:?}"));
@@ -383,25 +383,31 @@ pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Resu
         key,
         |bundle: &Artifact| vec![bundle.path.clone()],
         |bundle| {
-            format!("{}  {}, signed with {}", bundle.path, bytes(bundle.size), signing.title())
+            let size = bytes(bundle.size);
+            format!("{}  {size}, signed by the {} key {}", bundle.path, signer.kind, signer.id)
         },
         |_, _| {
             let request = PackRequest {
-                product: &plan.product.name,
-                version: &plan.product.version,
-                minimum_version: &plan.update.minimum_version,
-                boards: std::slice::from_ref(&plan.board.name),
+                product: plan.product.name.clone(),
+                version: plan.product.version.clone(),
+                kind: plan.product.kind,
+                boards: vec![plan.board.name.clone()],
+                minimum_version: plan.update.minimum_version.clone(),
+                key_epoch: None,
                 epoch: plan.epoch,
-                payloads: &[PayloadFile {
-                    component: "system",
-                    version: &plan.product.version,
-                    role: "root",
-                    path: &system.root,
+                components: vec![ComponentRequest {
+                    name: "system".to_owned(),
+                    version: plan.product.version.clone(),
+                    payloads: vec![PayloadRequest {
+                        role: "root".to_owned(),
+                        path: system.root.clone(),
+                    }],
                 }],
                 level,
-                signing,
+                workers: None,
+                signers: std::slice::from_ref(&signing.signer),
             };
-            update::pack(&request, &out)
+            Ok(update::pack(&request, &out)?.artifact)
         },
     )
 }

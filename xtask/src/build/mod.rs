@@ -16,14 +16,15 @@ use crate::cache::{Cache, Key, Staged};
 use crate::cli::{BuildImage, Stage};
 use crate::cmd::plan::{dist, resolve, save};
 use crate::config::product::Engine;
-use crate::keys::Signing;
+use crate::keys::{self, Keys, Signer};
 use crate::plan::Plan;
 use crate::progress::{duration, say};
 use crate::render::{Rendered, render};
 use crate::report;
+use crate::rootfs::debian::DebianSpec;
 use crate::tools::{self, Purpose};
 
-pub use base::{Base, Wheels};
+pub use base::{Base, Wheels, package_spec, python_target};
 pub use image::{Card, System};
 
 /// What a build has at hand besides the plan.
@@ -38,6 +39,8 @@ pub struct Build<'a> {
     pub cache: &'a Cache,
     /// What was typed.
     pub options: &'a BuildImage,
+    /// What the package lock must have been made for.
+    packages: DebianSpec,
     /// How each stage went, for the report.
     stages: Vec<report::Stage>,
     tools: OnceCell<()>,
@@ -74,13 +77,14 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
             plan.product.name
         );
     }
-    let signing = Signing::for_product(plan.product.kind).context("choosing the signing key")?;
+    let signing = signing(&plan).context("choosing the signing key")?;
     let mut build = Build {
         plan: &plan,
         root: &config.root,
         dist,
         cache: &cache,
         options,
+        packages: package_spec(&config),
         stages: Vec::new(),
         tools: OnceCell::new(),
     };
@@ -101,6 +105,23 @@ pub struct Made {
     pub card: Option<Card>,
     /// The bundle.
     pub bundle: Option<Artifact>,
+}
+
+/// Who signs, and whom the robot trusts.
+pub struct Signing {
+    /// Opened for this build only; its secret is never printed.
+    pub signer: Signer,
+    /// The key set that goes into the image, as JSON.
+    pub key_set: Vec<u8>,
+}
+
+fn signing(plan: &Plan) -> Result<Signing> {
+    let kind = plan.product.kind;
+    let mut keys = Keys::open(&keys::directory()?)?;
+    let signer = keys.signer(kind)?;
+    let key_set =
+        serde_json::to_vec_pretty(&keys.set_for(kind)).context("describing the key set")?;
+    Ok(Signing { signer, key_set })
 }
 
 fn stages(
@@ -128,7 +149,8 @@ fn stages(
 }
 
 fn summary(plan: &Plan) -> String {
-    let mut text = format!("{} {} for {}", plan.product.name, plan.product.version, plan.board.name);
+    let mut text =
+        format!("{} {} for {}", plan.product.name, plan.product.version, plan.board.name);
     match plan.rootfs.engine {
         Engine::Debian => text.push_str(&format!(" · debian {}", plan.rootfs.suite)),
         Engine::Buildroot => text.push_str(" · buildroot"),

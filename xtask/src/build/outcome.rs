@@ -7,14 +7,14 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use camino::Utf8Path;
 
-use super::{Build, Made};
+use super::{Build, Made, Signing};
 use crate::artifact::write_atomically;
 use crate::cli::Format;
 use crate::config::product::Kind;
 use crate::disk::layout::{GPT_HEAD_SECTORS, GPT_TAIL_SECTORS, SECTOR, TableKind};
-use crate::keys::Signing;
 use crate::report::{self, Disk, Output, PathSize, Region, RegionKind, Report};
 use crate::sbom::{self, Component, Meta, Origin};
+use crate::wheel::metadata::License;
 
 /// Collects the report.
 ///
@@ -31,7 +31,7 @@ pub fn report(
     let sbom = build.dist.join("sbom.cdx.json");
     let meta = Meta {
         product: plan.product.name.clone(),
-        version: plan.product.version.clone(),
+        version: plan.product.version.to_string(),
         board: plan.board.name.clone(),
         epoch: plan.epoch,
     };
@@ -60,7 +60,7 @@ pub fn report(
         product: report::Product {
             name: plan.product.name.clone(),
             title: plan.product.title.clone(),
-            version: plan.product.version.clone(),
+            version: plan.product.version.to_string(),
             kind: kind(plan.product.kind),
         },
         board: plan.board.name.clone(),
@@ -73,8 +73,8 @@ pub fn report(
         stages: build.stages.clone(),
         outputs,
         signed_by: made.bundle.is_some().then(|| report::Signer {
-            key_id: signing.key_id().to_owned(),
-            kind: kind(signing.kind()),
+            key_id: signing.signer.key().id.clone(),
+            kind: kind(signing.signer.key().kind),
         }),
         disk: made.card.is_some().then(|| disk(build, made)).transpose()?,
         root: system.map(|s| {
@@ -142,7 +142,12 @@ fn next(build: &Build<'_>) -> Vec<String> {
     next
 }
 
-fn output(build: &Build<'_>, name: &str, path: &Utf8Path, sha256: Option<String>) -> Result<Output> {
+fn output(
+    build: &Build<'_>,
+    name: &str,
+    path: &Utf8Path,
+    sha256: Option<String>,
+) -> Result<Output> {
     let metadata = std::fs::metadata(path).with_context(|| format!("looking at {path}"))?;
     Ok(Output {
         name: name.to_owned(),
@@ -169,7 +174,7 @@ fn disk(build: &Build<'_>, made: &Made) -> Result<Disk> {
     let (table_kind, head) = match layout.table {
         TableKind::Mbr => (report::TableKind::Mbr, 1),
         TableKind::Gpt => (report::TableKind::Gpt, GPT_HEAD_SECTORS),
-        TableKind::Hybrid => (report::TableKind::GptHybridMbr, GPT_HEAD_SECTORS),
+        TableKind::Hybrid => (report::TableKind::GptHybrid, GPT_HEAD_SECTORS),
     };
     regions.push(region(RegionKind::Table, "partition table", 0, head * SECTOR));
     if layout.table.has_gpt() {
@@ -183,8 +188,7 @@ fn disk(build: &Build<'_>, made: &Made) -> Result<Disk> {
     for placed in &layout.partitions {
         let mut partition = region(RegionKind::Partition, &placed.name, placed.offset, placed.size);
         partition.number = Some(placed.number);
-        partition.filesystem =
-            serde_json::to_value(placed.filesystem)?.as_str().map(str::to_owned);
+        partition.filesystem = serde_json::to_value(placed.filesystem)?.as_str().map(str::to_owned);
         partition.used = made
             .system
             .as_ref()
@@ -209,7 +213,7 @@ fn components(build: &Build<'_>, made: &Made) -> Vec<Component> {
                 release: build.plan.rootfs.suite.clone(),
             },
             sha256: Some(package.sha256.clone()),
-            license: crate::wheel::metadata::License::of_names(&package.licences),
+            license: license(&package.licences),
             summary: None,
             depends_on: Vec::new(),
         })
@@ -220,6 +224,11 @@ fn components(build: &Build<'_>, made: &Made) -> Vec<Component> {
         components.extend(sbom::wheel_components(wheels, &lock));
     }
     components
+}
+
+/// Debian names licences in words of its own, so they stay text.
+fn license(names: &[String]) -> Option<License> {
+    (!names.is_empty()).then(|| License::Text(names.join(", ")))
 }
 
 /// Writes `report.json` and `report.html`, and prints the summary.

@@ -3,4 +3,6 @@
 pub mod check;
 pub mod clean;
 pub mod doctor;
+pub mod keys;
+pub mod lock;
 pub mod plan;

@@ -11,14 +11,21 @@ use crate::facts::Facts;
 use crate::plan::{self, Plan};
 use crate::render;
 
+/// Loads what was asked for, without resolving it.
+///
+/// # Errors
+/// Everything that is wrong with the files.
+pub fn load(target: &Target) -> Result<Config> {
+    config::load(&config::workspace_root()?, &target.product, target.board.as_deref())
+}
+
 /// Loads and resolves what was asked for.
 ///
 /// # Errors
 /// Everything that is wrong with the configuration.
 pub fn resolve(target: &Target) -> Result<(Config, Facts, Plan)> {
-    let root = config::workspace_root()?;
-    let config = config::load(&root, &target.product, target.board.as_deref())?;
-    let facts = Facts::collect(&root)?;
+    let config = load(target)?;
+    let facts = Facts::collect(&config.root)?;
     let plan = plan::resolve(&config, &facts)?;
     Ok((config, facts, plan))
 }

@@ -170,6 +170,11 @@ impl Tree {
                 xattrs,
                 origin: origin.clone(),
             };
+            // What is there keeps its mode: a later tar lists folders only to place files in them.
+            let is_directory = |e: &Entry| matches!(e.node, Node::Directory);
+            if is_directory(&merged) && self.entries.get(&name).is_some_and(is_directory) {
+                continue;
+            }
             self.insert(&name, merged)?;
         }
         Ok(())

@@ -8,6 +8,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::reader::{Fields, FromToml, Located, Place, Source};
 use super::units::{Name, Size};
 use crate::disk::layout::{Filesystem, TableKind};
+use crate::qemu::{BootloaderSlot, Drive, Machine};
 use toml::de::DeValue;
 
 /// How the slot that boots is chosen.
@@ -153,34 +154,17 @@ pub struct BuildrootFacts {
 }
 
 /// How to run the board's image in QEMU.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Qemu {
-    /// `-machine`.
-    pub machine: String,
-    /// `-cpu`, where the machine leaves a choice.
-    pub cpu: Option<String>,
-    /// Memory in bytes.
-    pub memory: u64,
-    /// `-smp`.
-    pub cpus: u32,
-    /// How U-Boot gets into the machine: `bios` or `kernel`.
-    pub bootloader: String,
+    /// The machine.
+    pub machine: Machine,
     /// Device tree that U-Boot is given in the firmware's stead, by its path in the base system.
     pub device_tree: Option<String>,
-    /// How the card is attached: `sd` or `virtio`.
-    pub drive: String,
-    /// The card must have a power of two as its size.
-    pub power_of_two_card: bool,
-    /// Which of the machine's serial ports is the console, counted from 0.
-    pub serial_port: u32,
-    /// Network device; none when absent.
-    pub network: Option<String>,
-    /// Further arguments.
-    pub arguments: Vec<String>,
-    /// How long tests wait for a login, seconds.
-    pub boot_timeout: u32,
 }
+
+words!(BootloaderSlot, "\"bios\" or \"kernel\"", "bios" => Self::Bios, "kernel" => Self::Kernel);
+words!(Drive, "\"sd\" or \"virtio\"", "sd" => Self::Sd, "virtio" => Self::Virtio);
 
 fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
     let machine = f.required("machine");
@@ -191,23 +175,25 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
     let device_tree = f.optional("device-tree");
     let drive = f.required("drive");
     let power_of_two_card = f.or("power-of-two-card", false);
-    let serial_port = f.or("serial-port", 0);
+    let serial_port = f.or("serial-port", 0u32);
     let network = f.optional("network");
     let arguments = f.list("arguments");
-    let boot_timeout = f.or("boot-timeout", 300);
+    let boot_timeout = f.or("boot-timeout", 300u32);
     Some(Qemu {
-        machine: machine?.value,
-        cpu: cpu?.map(|l| l.value),
-        memory: memory?.value.0,
-        cpus: cpus?.value,
-        bootloader: bootloader?.value,
+        machine: Machine {
+            machine: machine?.value,
+            cpu: cpu?.map(|l| l.value),
+            memory: memory?.value.0,
+            cpus: cpus?.value,
+            bootloader: bootloader?.value,
+            drive: drive?.value,
+            power_of_two_card: power_of_two_card?,
+            serial_port: u8::try_from(serial_port?).unwrap_or(u8::MAX),
+            network: network?.map(|l| l.value),
+            arguments: values(arguments?),
+            boot_timeout: u64::from(boot_timeout?),
+        },
         device_tree: device_tree?.map(|l| l.value),
-        drive: drive?.value,
-        power_of_two_card: power_of_two_card?,
-        serial_port: serial_port?,
-        network: network?.map(|l| l.value),
-        arguments: values(arguments?),
-        boot_timeout: boot_timeout?,
     })
 }
 

@@ -139,7 +139,8 @@ pub fn load(root: &Utf8Path, product: &str, board: Option<&str>) -> Result<Confi
 
 /// One package lock serves all boards of a product, so every board's packages are in it.
 fn extra_packages(root: &Utf8Path, product: &product::Product) -> Result<Vec<String>> {
-    let mut packages = std::collections::BTreeSet::new();
+    let unpacked = product.rootfs.unpacked.iter().map(|p| p.value.clone());
+    let mut packages: std::collections::BTreeSet<String> = unpacked.collect();
     let known = boards(root)?;
     for name in product.boards.iter().filter(|b| known.contains(&b.value.0)) {
         if let Some(debian) = board::read(root, &name.value.0)?.debian {

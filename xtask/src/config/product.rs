@@ -1,20 +1,11 @@
 //! `configs/<product>.toml`: what ships. Only its form is checked here.
 
+pub use bundle::{Kind, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use toml::de::DeValue;
 
 use super::reader::{Fields, FromToml, Located, Place, Source};
-use super::units::{Name, Percent, Version};
-
-/// Who may sign and log in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// For developers: the development key signs, a password may open the door.
-    Development,
-    /// For robots: no development key, no password.
-    Release,
-}
+use super::units::{Name, Percent};
 
 impl FromToml for Kind {
     const EXPECTED: &'static str = "\"development\" or \"release\"";
@@ -92,10 +83,14 @@ pub struct Rootfs {
     pub components: Vec<Located<String>>,
     /// Packages (engine `debian`), without their dependencies.
     pub packages: Vec<Located<String>>,
+    /// Packages that are unpacked, not installed: the kernel and what the initrd is made of.
+    pub unpacked: Vec<Located<String>>,
     /// Package lock (engine `debian`).
     pub lock: Option<Located<Utf8PathBuf>>,
     /// Buildroot release and the commit of its tag (engine `buildroot`).
     pub buildroot: Option<(Located<String>, Located<String>)>,
+    /// The release's Python, which wheels are locked for (engine `buildroot`).
+    pub python: Option<Located<String>>,
     /// Defconfig template (engine `buildroot`).
     pub defconfig: Option<Located<Utf8PathBuf>>,
     /// More than this share of the slot fails the build.
@@ -247,10 +242,12 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
     let suite = f.optional("suite");
     let components = f.list("components");
     let packages = f.list("packages");
+    let unpacked = f.list("unpacked");
     let lock = f.optional("lock");
     // Both or none: a release is pinned by the commit of its tag.
     let release = f.optional::<String>("release");
     let commit = f.optional::<String>("commit");
+    let python = f.optional("python");
     let defconfig = f.optional("defconfig");
     let fill_limit = f.or("fill-limit", Percent(95));
     let fill_warning = f.or("fill-warning", Percent(85));
@@ -261,8 +258,10 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
         suite: suite?,
         components: components?,
         packages: packages?,
+        unpacked: unpacked?,
         lock: lock?,
         buildroot: release?.zip(commit?),
+        python: python?,
         defconfig: defconfig?,
         fill_limit: fill_limit?,
         fill_warning: fill_warning?,

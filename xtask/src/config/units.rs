@@ -49,45 +49,11 @@ impl FromToml for Percent {
     }
 }
 
-/// A version of three numbers with an optional pre-release: `1.4.0`, `2.0.0-rc.1`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Version(pub String);
-
-impl Version {
-    /// The three numbers, and whether it is a pre-release (which sorts below the release).
-    fn order(&self) -> (Vec<u32>, bool, &str) {
-        let (core, pre) = self.0.split_once('-').map_or((self.0.as_str(), ""), |(c, p)| (c, p));
-        (core.split('.').filter_map(|n| n.parse().ok()).collect(), pre.is_empty(), pre)
-    }
-}
-
-impl PartialOrd for Version {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.order().cmp(&other.order()))
-    }
-}
-
-impl FromToml for Version {
+impl FromToml for bundle::Version {
     const EXPECTED: &'static str = "a version such as \"1.4.0\" or \"2.0.0-rc.1\"";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or(String::new())?;
-        let (core, pre) = text.split_once('-').map_or((text, None), |(c, p)| (c, Some(p)));
-        let numeric = |s: &str| {
-            !s.is_empty()
-                && s.chars().all(|c| c.is_ascii_digit())
-                && (s == "0" || !s.starts_with('0'))
-                && s.parse::<u32>().is_ok()
-        };
-        let identifier =
-            |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
-        let parts: Vec<&str> = core.split('.').collect();
-        if parts.len() != 3 || !parts.iter().all(|p| numeric(p)) {
-            return Err(String::new());
-        }
-        if !pre.is_none_or(|p| p.split('.').all(identifier)) {
-            return Err("the pre-release has letters, digits, `-` and `.` only".to_owned());
-        }
-        Ok(Self(text.to_owned()))
+        Self::parse(text).map_err(|_| String::new())
     }
 }
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::config::Input;
 use crate::config::board::{BootFlow, BuildrootFacts, Console, Qemu};
 use crate::config::overlay::{Attributes, EntryKind};
-use crate::config::product::{Engine, Kind, Network, Ssh};
+use crate::config::product::{Engine, Kind, Network, Ssh, Version};
 use crate::disk::layout::Layout;
 pub use identifiers::Identifiers;
 pub use resolve::resolve;
@@ -68,7 +68,7 @@ pub struct ProductPlan {
     /// For people.
     pub title: String,
     /// Version.
-    pub version: String,
+    pub version: Version,
     /// Development or release.
     pub kind: Kind,
 }
@@ -189,7 +189,7 @@ pub struct UserPlan {
 #[serde(rename_all = "kebab-case")]
 pub struct UpdatePlan {
     /// Bundles below this version are refused.
-    pub minimum_version: String,
+    pub minimum_version: Version,
 }
 
 /// A file of a boot partition.

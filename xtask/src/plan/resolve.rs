@@ -41,7 +41,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
         product: ProductPlan {
             name: product.name.value.0.clone(),
             title: product.title.clone(),
-            version: product.version.value.0.clone(),
+            version: product.version.value.clone(),
             kind: product.kind.value,
         },
         board: board_plan(board),
@@ -50,7 +50,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
         epoch: facts.epoch,
         identifiers: Identifiers::derive(
             &product.name.value.0,
-            &product.version.value.0,
+            product.version.value.as_str(),
             &board.name.value.0,
         ),
         disk,
@@ -89,7 +89,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
             .collect(),
         ssh: product.ssh.clone(),
         network: product.network.clone(),
-        update: UpdatePlan { minimum_version: product.update.minimum_version.value.0.clone() },
+        update: UpdatePlan { minimum_version: product.update.minimum_version.value.clone() },
         boot_files,
         inputs: config.inputs.clone(),
     })
@@ -138,7 +138,7 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
     if floor.value > product.version.value {
         let message = format!(
             "`minimum-version` is {}, above the product's own version {}",
-            floor.value.0, product.version.value.0
+            floor.value, product.version.value
         );
         out.push(Finding::new(&floor.place, message, "a robot would refuse this very bundle"));
     }

@@ -1,44 +1,31 @@
-//! Path patterns for rules: `*` and `?` stay within a path's component, `**` crosses components.
+//! Path patterns for rules: `*` and `?` stay within a path's component, `**` crosses components,
+//! `{a,b}` is either.
 
-/// Whether `path` (relative, `/`-separated) matches `pattern`.
+use anyhow::{Context, Result};
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+
+/// Compiles patterns of relative, `/`-separated paths. `a/**` matches everything below `a`, not `a`
+/// itself; `**/x` matches `x` at any depth.
 ///
-/// `a/**` matches everything below `a`, not `a` itself; `**/x` matches `x` at any depth.
-pub fn matches(pattern: &str, path: &str) -> bool {
-    let pattern: Vec<&str> = pattern.split('/').collect();
-    let path: Vec<&str> = path.split('/').collect();
-    components(&pattern, &path)
-}
-
-/// Whether any of the patterns matches.
-pub fn any<S: AsRef<str>>(patterns: &[S], path: &str) -> bool {
-    patterns.iter().any(|p| matches(p.as_ref(), path))
-}
-
-fn components(pattern: &[&str], path: &[&str]) -> bool {
-    match (pattern.split_first(), path.split_first()) {
-        (None, None) => true,
-        (Some((&"**", [])), _) => !path.is_empty(),
-        (Some((&"**", rest)), _) => (0..=path.len()).any(|skip| components(rest, &path[skip..])),
-        (Some((first, rest)), Some((name, below))) => {
-            component(first.as_bytes(), name.as_bytes()) && components(rest, below)
-        }
-        _ => false,
+/// # Errors
+/// A pattern that is malformed, by its text.
+pub fn compile<S: AsRef<str>>(patterns: &[S]) -> Result<GlobSet> {
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        let pattern = pattern.as_ref();
+        let glob = GlobBuilder::new(pattern).literal_separator(true).build();
+        set.add(glob.with_context(|| format!("reading the pattern '{pattern}'"))?);
     }
-}
-
-fn component(pattern: &[u8], name: &[u8]) -> bool {
-    match (pattern.split_first(), name.split_first()) {
-        (None, None) => true,
-        (Some((b'*', rest)), _) => (0..=name.len()).any(|skip| component(rest, &name[skip..])),
-        (Some((b'?', rest)), Some((_, below))) => component(rest, below),
-        (Some((a, rest)), Some((b, below))) => a == b && component(rest, below),
-        _ => false,
-    }
+    set.build().context("reading patterns")
 }
 
 #[cfg(test)]
 mod tests {
-    use super::matches;
+    use super::compile;
+
+    fn matches(pattern: &str, path: &str) -> bool {
+        compile(&[pattern]).expect("well-formed").is_match(path)
+    }
 
     #[test]
     fn stars_stay_within_a_component_and_double_stars_cross() {
@@ -49,5 +36,6 @@ mod tests {
         assert!(matches("**/__pycache__/*.pyc", "usr/lib/python3/__pycache__/a.pyc"));
         assert!(matches("**/x", "x"));
         assert!(matches("start?.elf", "start4.elf") && !matches("start?.elf", "start.elf"));
+        assert!(matches("fs/{ext4,fat}/**", "fs/fat/vfat.ko"));
     }
 }

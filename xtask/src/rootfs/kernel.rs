@@ -15,7 +15,8 @@ use crate::exec::{self, Tool};
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ModuleRules {
-    /// Patterns of paths below `lib/modules/<release>` (`kernel/fs/ext4/**`). Empty keeps all.
+    /// Patterns of modules or of folders below `lib/modules/<release>/kernel` (`fs/ext4`,
+    /// `drivers/net/{phy,usb}`). Empty keeps all.
     pub keep: Vec<String>,
     /// Exceptions from `keep`; a module that a kept one needs stays all the same.
     pub drop: Vec<String>,
@@ -27,6 +28,11 @@ pub struct ModuleIndex {
     /// Module path to the paths that it needs, as `modules.dep` lists them.
     needs: BTreeMap<String, Vec<String>>,
     builtin: BTreeSet<String>,
+}
+
+/// The module of that name, or all modules below the folder of that name.
+fn either(pattern: &str) -> [String; 2] {
+    [format!("kernel/{pattern}"), format!("kernel/{pattern}/**")]
 }
 
 impl ModuleIndex {
@@ -44,16 +50,21 @@ impl ModuleIndex {
     /// When a pattern of `keep` matches nothing: it is misspelt, or the kernel changed.
     pub fn kept(&self, rules: &ModuleRules) -> Result<BTreeSet<String>> {
         for pattern in &rules.keep {
-            if !self.needs.keys().any(|path| glob::matches(pattern, path)) {
+            // A folder of modules or a single one: `fs/ext4` and `fs/fat/vfat.ko` are both fine.
+            let one = glob::compile(&either(pattern))?;
+            if !self.needs.keys().any(|path| one.is_match(path)) {
                 bail!(
                     "no module of this kernel matches '{pattern}'\n\
-                     help: correct it in the board's rules for modules"
+                     help: correct it in `kernel.modules-keep` of the board's board.toml"
                 );
             }
         }
-        let asked = self.needs.keys().filter(|path| {
-            (rules.keep.is_empty() || glob::any(&rules.keep, path)) && !glob::any(&rules.drop, path)
-        });
+        let patterns: Vec<String> = rules.keep.iter().flat_map(|p| either(p)).collect();
+        let (keep, drop) = (glob::compile(&patterns)?, glob::compile(&rules.drop)?);
+        let asked = self
+            .needs
+            .keys()
+            .filter(|path| (rules.keep.is_empty() || keep.is_match(path)) && !drop.is_match(path));
         let mut kept = BTreeSet::new();
         for path in asked {
             kept.extend(self.needs[path].iter().cloned());

@@ -46,6 +46,19 @@ pub struct BaseSystem {
     pub glibc: String,
 }
 
+impl BaseSystem {
+    /// Every file that the value names.
+    pub fn files(&self) -> Vec<camino::Utf8PathBuf> {
+        let parts = &self.initrd_parts;
+        [&self.rootfs, &self.kernel, &self.kernel_config, &parts.busybox, &parts.modules]
+            .into_iter()
+            .chain(self.dtbs.iter().chain(&self.firmware).map(|named| &named.file))
+            .chain(&self.bootloader)
+            .map(|artifact| artifact.path.clone())
+            .collect()
+    }
+}
+
 /// A file with the path that it is known by, for example `broadcom/bcm2837-rpi-3-b.dtb`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NamedFile {

@@ -21,30 +21,23 @@ use crate::rootfs::kernel::{self, ModuleRules};
 use crate::rootfs::tarball::{Data, Entry, Kind, Name, Tree};
 use crate::rootfs::{BaseSystem, InitrdParts, NamedFile, Role, glob};
 
-/// Where `raspi-firmware` puts the files of the Pi's boot ROM and GPU.
-const FIRMWARE: &str = "usr/lib/raspi-firmware";
-/// Where Debian's U-Boot packages put one folder per board.
-const U_BOOT: &str = "usr/lib/u-boot";
-
 /// What a board boots from, as patterns over the unpacked packages.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct BoardWants {
     /// Patterns of device trees (`broadcom/bcm2837-*.dtb`); each must match.
     pub dtbs: Vec<String>,
-    /// Patterns of firmware files (`bootcode.bin`, `start*.elf`); each must match.
+    /// Patterns of firmware files in the unpacked packages; each must match.
     pub firmware: Vec<String>,
     /// Which kernel modules to keep.
     pub modules: ModuleRules,
-    /// The bootloader below `usr/lib/u-boot` (`rpi_3/u-boot.bin`).
+    /// The bootloader in the unpacked packages.
     pub bootloader: Option<String>,
 }
 
 /// One build.
 #[derive(Debug)]
 pub struct BuildRequest<'a> {
-    /// What was asked for.
-    pub spec: &'a DebianSpec,
     /// The fetched packages, roles `root` and `extra`.
     pub debs: &'a [LockedDeb],
     /// No file is younger (seconds since 1970).
@@ -53,32 +46,17 @@ pub struct BuildRequest<'a> {
     pub prune: &'a PruneRules,
     /// What to keep for the board.
     pub board: &'a BoardWants,
-    /// Where everything that the programs print goes.
-    pub log: &'a Utf8Path,
+    /// The installed root, as [`install`] made it; boards share it.
+    pub root: &'a Utf8Path,
 }
 
 /// Builds the base into `out_dir`, which is made.
 ///
-/// As root `mmdebstrap` works in mode `root`, for a user in mode `unshare` (user namespaces with
-/// subordinate ids); both give the same bytes.
-///
 /// # Errors
-/// When arm64 programs cannot run here, a package's script fails, or a board's pattern matches
-/// nothing.
+/// When a package cannot be unpacked or a board's pattern matches nothing.
 pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSystem> {
     fs::create_dir_all(out_dir).with_context(|| format!("creating {out_dir}"))?;
-    // Under the system's temporary folder: inside a user namespace, a home folder that only its
-    // owner may enter is closed.
-    let scratch = tempfile::Builder::new()
-        .prefix("slipway-base-")
-        .permissions(fs::Permissions::from_mode(0o755))
-        .tempdir()
-        .context("creating a temporary folder")?;
-    let work = Utf8Path::from_path(scratch.path()).context("the temporary folder is not UTF-8")?;
-    binfmt::ensure(&request.spec.arch, work)?;
-
-    let raw = work.join("root.tar");
-    install(request, work, &raw)?;
+    let (_scratch, work) = scratch()?;
     let extras = work.join("extras");
     for deb in request.debs.iter().filter(|d| d.package.role == Role::Extra) {
         unpack::deb(&deb.file.path, &extras)
@@ -88,7 +66,7 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     kernel::prune_modules(&extras, &kernel.release, &request.board.modules)
         .context("choosing kernel modules")?;
 
-    let mut tree = Tree::read(&raw)?;
+    let mut tree = Tree::read(request.root)?;
     let modules_dir = extras.join("lib/modules").join(&kernel.release);
     let modules = out_dir.join("modules.tar");
     let module_tree = folder_tree(&mut tree, &extras, &modules_dir, request.epoch)?;
@@ -105,11 +83,10 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     let dtb_root = extras.join(format!("usr/lib/linux-image-{}", kernel.release));
     let board = request.board;
     let dtbs = collect(&dtb_root, &board.dtbs, &out_dir.join("dtbs"), "device tree")?;
-    let firmware =
-        collect(&extras.join(FIRMWARE), &board.firmware, &out_dir.join("firmware"), "firmware")?;
+    let firmware = collect(&extras, &board.firmware, &out_dir.join("firmware"), "firmware")?;
     let bootloader = match &board.bootloader {
         Some(path) => Some(
-            take(&extras.join(U_BOOT).join(path), &out_dir.join("u-boot.bin"))
+            take(&extras.join(path), &out_dir.join("u-boot.bin"))
                 .context("help: is the package with this bootloader among the extra packages?")?,
         ),
         None => None,
@@ -135,10 +112,39 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     })
 }
 
-/// Runs `mmdebstrap` on a local archive of the locked packages.
-fn install(request: &BuildRequest<'_>, work: &Utf8Path, out: &Utf8Path) -> Result<()> {
-    let root: Vec<&LockedDeb> =
-        request.debs.iter().filter(|d| d.package.role == Role::Root).collect();
+/// A folder for intermediate files, removed when the first value is dropped. It lies under the
+/// system's temporary folder: inside a user namespace, a home folder that only its owner may enter
+/// is closed.
+fn scratch() -> Result<(tempfile::TempDir, Utf8PathBuf)> {
+    let folder = tempfile::Builder::new()
+        .prefix("slipway-base-")
+        .permissions(fs::Permissions::from_mode(0o755))
+        .tempdir()
+        .context("creating a temporary folder")?;
+    let path = Utf8Path::from_path(folder.path()).context("the temporary folder is not UTF-8")?;
+    let path = path.to_owned();
+    Ok((folder, path))
+}
+
+/// Installs the packages of role `root` with `mmdebstrap` from a local archive into a tar. The
+/// result depends on nothing but packages and epoch, so all boards of a product share it.
+///
+/// As root `mmdebstrap` works in mode `root`, for a user in mode `unshare` (user namespaces with
+/// subordinate ids); both give the same bytes after [`build`].
+///
+/// # Errors
+/// When programs of the architecture cannot run here, or a package's script fails.
+pub fn install(
+    spec: &DebianSpec,
+    debs: &[LockedDeb],
+    epoch: u64,
+    log: &Utf8Path,
+    out: &Utf8Path,
+) -> Result<()> {
+    let (_scratch, work) = scratch()?;
+    let work = work.as_path();
+    binfmt::ensure(&spec.arch, work)?;
+    let root: Vec<&LockedDeb> = debs.iter().filter(|d| d.package.role == Role::Root).collect();
     let archive = work.join("archive");
     plain_archive(&root, &archive)?;
     let names: Vec<&str> = root.iter().map(|d| d.package.name.as_str()).collect();
@@ -146,7 +152,7 @@ fn install(request: &BuildRequest<'_>, work: &Utf8Path, out: &Utf8Path) -> Resul
     let mut tool = Tool::new("mmdebstrap")
         .arg(if is_root { "--mode=root" } else { "--mode=unshare" })
         .arg("--verbose")
-        .arg(format!("--architectures={}", request.spec.arch))
+        .arg(format!("--architectures={}", spec.arch))
         .args(["--variant=custom", "--format=tar"])
         // Ours is better: a program was run, see `binfmt`.
         .arg("--skip=check/qemu")
@@ -170,15 +176,15 @@ fn install(request: &BuildRequest<'_>, work: &Utf8Path, out: &Utf8Path) -> Resul
         tool = tool.arg("--skip=check/canmount,chroot/mount");
     }
     tool = tool
-        .arg(&request.spec.suite)
+        .arg(&spec.suite)
         .arg(out)
         .arg(repo::source_line(&archive).trim_end())
-        .env("SOURCE_DATE_EPOCH", request.epoch.to_string())
+        .env("SOURCE_DATE_EPOCH", epoch.to_string())
         .env("LC_ALL", "C.UTF-8")
         .env("TMPDIR", work.as_str())
         .env("DEBIAN_FRONTEND", "noninteractive")
         .current_dir(work)
-        .log(request.log);
+        .log(log);
     // Each package is unpacked once and set up once.
     let step = Step::new("base", "installing packages", 2 * names.len() as u64, Unit::Items);
     tool.run_lines(|line| {
@@ -324,12 +330,14 @@ fn collect(
         names.push(path.strip_prefix(from).with_context(|| format!("placing {path}"))?.to_string());
     }
     for pattern in patterns {
-        if !names.iter().any(|name| glob::matches(pattern, name)) {
+        let one = glob::compile(&[pattern])?;
+        if !names.iter().any(|name| one.is_match(name)) {
             bail!("no {what} matches '{pattern}'\nhelp: correct it in the board's board.toml");
         }
     }
     let mut files = Vec::new();
-    for name in names.into_iter().filter(|name| glob::any(patterns, name)) {
+    let wanted = glob::compile(patterns)?;
+    for name in names.into_iter().filter(|name| wanted.is_match(name)) {
         let file = take(&from.join(&name), &to.join(&name))?;
         files.push(NamedFile { path: name, file });
     }

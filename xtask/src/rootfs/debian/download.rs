@@ -186,7 +186,7 @@ fn replace(
     }
     let mut package = solved.context("replacing vanished packages")?;
     package.extend(old.of_role(Role::Host).cloned());
-    let lock = lock::finish(spec, package)?;
+    let lock = lock::finish(spec, old.epoch, package)?;
     let replaced = differences(old, &lock);
     for Replaced { name, old, new } in &replaced {
         let text = |v: &Option<String>| v.clone().unwrap_or_else(|| "none".to_owned());

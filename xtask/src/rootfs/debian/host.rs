@@ -4,19 +4,17 @@
 use std::fs;
 
 use anyhow::{Context, Result, bail};
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 
 use super::apt::{Mirrors, PrivateApt, Source};
 use super::download::{self, Policy};
 use super::lock::{LockedPackage, PackagesLock, lock_unpacked};
 use super::{DebianSpec, unpack};
 use crate::artifact::hash_bytes;
-use crate::exec::{self, Tool};
+use crate::exec;
+use crate::ext4::Mke2fs;
 use crate::fetch::Fetcher;
 use crate::rootfs::Role;
-
-/// From this version on `mke2fs -d` reads a tar and takes all times from SOURCE_DATE_EPOCH.
-const E2FSPROGS: (u32, u32, u32) = (1, 47, 1);
 
 /// Architectures (in Debian's words) that a build can run on.
 const HOSTS: [&str; 2] = ["amd64", "arm64"];
@@ -29,15 +27,6 @@ const FROM_SUITE: [&str; 4] = ["libarchive13", "libicu72", "libnettle8", "libxml
 
 /// Releases whose own e2fsprogs is too old; newer ones need no host tools.
 const OLD_SUITES: [&str; 1] = ["bookworm"];
-
-/// The tools that make ext4 images.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HostE2fs {
-    /// Path of `mke2fs`.
-    pub mke2fs: Utf8PathBuf,
-    /// What `LD_LIBRARY_PATH` must be for it; none when it is the machine's own.
-    pub lib_dir: Option<Utf8PathBuf>,
-}
 
 /// Locks the host tools for every architecture that may build this suite.
 pub(super) fn lock(
@@ -84,11 +73,12 @@ pub fn host_e2fs(
     fetcher: &Fetcher,
     mirrors: Option<&Mirrors>,
     cache: &Utf8Path,
-) -> Result<HostE2fs> {
-    if let Some(mke2fs) = exec::find("mke2fs")
-        && version_of(&mke2fs, None)? >= E2FSPROGS
-    {
-        return Ok(HostE2fs { mke2fs, lib_dir: None });
+) -> Result<Mke2fs> {
+    if let Some(program) = exec::find("mke2fs") {
+        let own = Mke2fs { program, libraries: Vec::new() };
+        if own.version().is_ok() {
+            return Ok(own);
+        }
     }
     let arch = match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -126,28 +116,10 @@ pub fn host_e2fs(
         let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
         let path = dir.join(below).join(triplet);
         if path.is_dir() {
-            libraries.push(path.to_string());
+            libraries.push(path);
         }
     }
-    let lib_dir = Utf8PathBuf::from(libraries.join(":"));
-    version_of(&mke2fs, Some(&lib_dir)).context("trying the unpacked mke2fs")?;
-    Ok(HostE2fs { mke2fs, lib_dir: Some(lib_dir) })
-}
-
-fn version_of(mke2fs: &Utf8Path, libraries: Option<&Utf8Path>) -> Result<(u32, u32, u32)> {
-    let mut tool = Tool::new(mke2fs).arg("-V");
-    if let Some(path) = libraries {
-        tool = tool.env("LD_LIBRARY_PATH", path.as_str());
-    }
-    let mut first = String::new();
-    tool.run_lines(|line| {
-        if first.is_empty() {
-            first = line.to_owned();
-        }
-    })?;
-    // `mke2fs 1.47.0 (5-Feb-2023)`
-    let numbers = first.split_whitespace().nth(1).unwrap_or_default();
-    let mut parts = numbers.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
-    let mut next = || parts.next().unwrap_or(0);
-    Ok((next(), next(), next()))
+    let unpacked = Mke2fs { program: mke2fs, libraries };
+    unpacked.version().context("trying the unpacked mke2fs")?;
+    Ok(unpacked)
 }

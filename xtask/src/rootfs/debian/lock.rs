@@ -31,6 +31,9 @@ const KERNEL: &str = "linux-image-";
 pub struct PackagesLock {
     /// Format of this file.
     pub version: u32,
+    /// When it was made, seconds since 1970. The base's files carry this time, so that neither a
+    /// commit nor the day of the build changes the base.
+    pub epoch: u64,
     /// What was asked for; a build compares it with the product.
     pub request: DebianSpec,
     /// What apt decided, sorted by role, name and architecture.
@@ -203,11 +206,20 @@ pub fn lock(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<Pa
     apt.update()?;
     let mut package = solve(&apt, spec, mirrors, &[])?;
     package.extend(host::lock(spec, mirrors, cache)?);
-    finish(spec, package)
+    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
+        Ok(text) => text.parse().context("SOURCE_DATE_EPOCH is not a number of seconds")?,
+        Err(_) => now().context("this machine's clock stands before 1970")?.as_secs(),
+    };
+    finish(spec, epoch, package)
 }
 
 /// Sorts and completes a lock.
-pub(super) fn finish(spec: &DebianSpec, mut package: Vec<LockedPackage>) -> Result<PackagesLock> {
+pub(super) fn finish(
+    spec: &DebianSpec,
+    epoch: u64,
+    mut package: Vec<LockedPackage>,
+) -> Result<PackagesLock> {
     let mut request = spec.clone();
     for list in [&mut request.components, &mut request.packages, &mut request.extra] {
         list.sort();
@@ -215,7 +227,7 @@ pub(super) fn finish(spec: &DebianSpec, mut package: Vec<LockedPackage>) -> Resu
     }
     package.sort();
     package.dedup();
-    Ok(PackagesLock { version: VERSION, request, package })
+    Ok(PackagesLock { version: VERSION, epoch, request, package })
 }
 
 /// The private apt for the target, with the three suites that every image uses.

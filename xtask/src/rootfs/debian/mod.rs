@@ -17,9 +17,9 @@ mod unpack;
 use serde::{Deserialize, Serialize};
 
 pub use apt::Mirrors;
-pub use build::{BoardWants, BuildRequest, build};
+pub use build::{BoardWants, BuildRequest, build, install};
 pub use download::{Fetched, LockedDeb, Policy, Replaced, fetch_lock};
-pub use host::{HostE2fs, host_e2fs};
+pub use host::host_e2fs;
 pub use lock::{Archive, LockedPackage, PackagesLock, lock};
 pub use prune::PruneRules;
 

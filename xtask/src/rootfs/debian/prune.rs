@@ -13,7 +13,7 @@ const DAY: u64 = 86_400;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct PruneRules {
-    /// Patterns of paths to remove (see [`glob::matches`]).
+    /// Patterns of paths to remove (see [`glob::compile`]).
     pub drop: Vec<String>,
     /// Patterns of paths to keep although `drop` matches.
     pub keep: Vec<String>,
@@ -27,21 +27,19 @@ impl PruneRules {
     pub fn standard() -> Result<Self> {
         toml::from_str(include_str!("prune.toml")).context("reading the standard prune rules")
     }
-
-    fn drops(&self, path: &str) -> bool {
-        glob::any(&self.drop, path) && !glob::any(&self.keep, path)
-    }
 }
 
 /// Applies the rules; hard links to a removed file become the file, folders of kept files stay.
 pub(super) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()> {
+    let (drop, keep) = (glob::compile(&rules.drop)?, glob::compile(&rules.keep)?);
+    let drops = |path: &str| drop.is_match(path) && !keep.is_match(path);
     let doomed: Vec<Name> =
-        tree.entries.keys().filter(|name| rules.drops(&name.path())).cloned().collect();
+        tree.entries.keys().filter(|name| drops(&name.path())).cloned().collect();
     let parents: std::collections::BTreeSet<String> = tree
         .entries
         .keys()
         .map(Name::path)
-        .filter(|path| !rules.drops(path))
+        .filter(|path| !drops(path))
         .flat_map(|path| {
             path.match_indices('/').map(|(i, _)| path[..i].to_owned()).collect::<Vec<_>>()
         })

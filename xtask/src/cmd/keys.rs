@@ -1,0 +1,41 @@
+//! `keys`: make, list and rotate signing keys. Secrets are never printed.
+
+use anyhow::Result;
+use bundle::Kind;
+
+use crate::cli::{Format, Keys as Verb};
+use crate::keys::{Keys, directory};
+
+/// `cargo xtask keys …`.
+///
+/// # Errors
+/// When the key directory cannot be used, or there is a key already (`new`) or none (`rotate`).
+pub fn keys(verb: &Verb) -> Result<()> {
+    let mut keys = Keys::open(&directory()?)?;
+    match verb {
+        Verb::New => {
+            let key = keys.new_key(Kind::Release)?;
+            println!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
+        }
+        Verb::Rotate { revoke } => {
+            let key = keys.rotate(Kind::Release, *revoke)?;
+            println!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
+        }
+        Verb::List { format: Format::Json } => {
+            println!("{}", serde_json::to_string_pretty(&keys.list())?);
+        }
+        Verb::List { format: Format::Text } => {
+            let list = keys.list();
+            if list.is_empty() {
+                println!("no keys in {}; the first build makes the development key", directory()?);
+            }
+            for listed in list {
+                let key = &listed.key;
+                let secret = if listed.secret.is_some() { "can sign" } else { "public part only" };
+                let state = if key.revoked { ", revoked" } else { "" };
+                println!("{}  {:<11} epoch {:<3} {secret}{state}", key.id, key.kind, key.epoch);
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,65 @@
+//! `lock`: resolves packages and wheels again and writes what builds obey.
+
+use anyhow::{Context, Result, bail};
+
+use crate::build::{package_spec, python_target};
+use crate::cache::Cache;
+use crate::cli::{Lock, Target};
+use crate::cmd::plan::load;
+use crate::config::product::Engine;
+use crate::progress::say;
+use crate::rootfs::debian::{self, Mirrors, PackagesLock};
+use crate::tools::{self, Purpose};
+use crate::wheel::{self, LockRequest};
+
+/// `cargo xtask lock`.
+///
+/// # Errors
+/// No network; no solution; a package or wheel that does not exist for the target.
+pub fn lock(options: &Lock) -> Result<()> {
+    tools::require(&[Purpose::Build], true)?;
+    let config = load(&Target { product: options.product.clone(), board: None })?;
+    let cache = Cache::locate()?;
+    let wants = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
+    let product = &config.product;
+    let mut packages = None;
+    if product.rootfs.engine.value == Engine::Debian {
+        let path = product.rootfs.lock.as_ref().context("`rootfs.lock` is missing")?.value.clone();
+        let full = config.root.join(&path);
+        if wants("packages") {
+            let spec = package_spec(&config);
+            let new = debian::lock::lock(&spec, &Mirrors::from_host()?, &cache.root)?;
+            let old = PackagesLock::load(&full).ok();
+            let changes = old
+                .map_or(new.package.len(), |old| debian::download::differences(&old, &new).len());
+            new.save(&full)?;
+            say("lock", format!("{path}: {} packages, {changes} changed", new.package.len()));
+            packages = Some(new);
+        } else {
+            packages = Some(PackagesLock::load(&full)?);
+        }
+    }
+    let Some(api) = product.api.as_ref().filter(|_| wants("wheels")) else { return Ok(()) };
+    let target = python_target(&config, packages.as_ref())?;
+    let request = LockRequest {
+        requirement: api.package.value.clone(),
+        target,
+        base: Vec::new(),
+        cache: cache.root.clone(),
+        log: None,
+    };
+    let path = config.root.join(&api.lock.value);
+    // An empty or missing file is a lock that was never made.
+    if std::fs::metadata(&path).is_ok_and(|m| m.len() == 0) {
+        std::fs::remove_file(&path).with_context(|| format!("removing the empty {path}"))?;
+    }
+    let (lock, changes) = wheel::update(&request, &path)?;
+    say("lock", format!("{}: {} wheels", api.lock.value, lock.wheels.len()));
+    for change in changes {
+        say("", change);
+    }
+    if lock.wheels.is_empty() {
+        bail!("{} resolved to nothing", api.package.value);
+    }
+    Ok(())
+}
