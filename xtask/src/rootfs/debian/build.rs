@@ -123,6 +123,7 @@ fn scratch() -> Result<(tempfile::TempDir, Utf8PathBuf)> {
         .context("creating a temporary folder")?;
     let path = Utf8Path::from_path(folder.path()).context("the temporary folder is not UTF-8")?;
     let path = path.to_owned();
+    readable(&path, 0o755)?;
     Ok((folder, path))
 }
 
@@ -207,6 +208,7 @@ fn can_mount() -> bool {
 /// decompressing costs ten times what it costs here.
 fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
+    readable(folder, 0o755)?;
     let step = Step::new("base", "reading packages", debs.len() as u64, Unit::Items);
     let next = AtomicUsize::new(0);
     let stanzas: Mutex<Vec<(usize, Result<String>)>> = Mutex::new(Vec::new());
@@ -230,7 +232,14 @@ fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
         text.push_str(&stanza?);
     }
     let path = folder.join("Packages");
-    fs::write(&path, text).with_context(|| format!("writing {path}"))
+    fs::write(&path, text).with_context(|| format!("writing {path}"))?;
+    readable(&path, 0o644)
+}
+
+/// Whatever the umask: the root of a user namespace is another user, for whom this must be open.
+fn readable(path: &Utf8Path, mode: u32) -> Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        .with_context(|| format!("setting the mode of {path}"))
 }
 
 fn plain_deb(deb: &LockedDeb, folder: &Utf8Path) -> Result<String> {
@@ -247,13 +256,14 @@ fn plain_deb(deb: &LockedDeb, folder: &Utf8Path) -> Result<String> {
         for (member, bytes) in &members {
             let size = bytes.len();
             // ar(5): name, time, owner, group, mode, size, in columns; data padded to even length.
-            write!(out, "{member:<16}{:<12}{:<6}{:<6}{:<8}{size:<10}`\n", 0, 0, 0, "100644")?;
+            writeln!(out, "{member:<16}{:<12}{:<6}{:<6}{:<8}{size:<10}`", 0, 0, 0, "100644")?;
             out.write_all(bytes)?;
             out.write_all(if size % 2 == 1 { b"\n" } else { b"" })?;
         }
         Ok(())
     })
     .with_context(|| format!("rewriting {}", deb.package.shown()))?;
+    readable(&path, 0o644)?;
     let made = Artifact::of(path)?;
     repo::stanza(&made.path, &format!("./{name}"), made.size, &made.sha256)
 }

@@ -97,7 +97,9 @@ fn shadow_of_day(text: &str, day: u64) -> String {
 }
 
 /// Python recompiles at every start when a `.pyc` on a read-only root quotes another time than its
-/// source has. The tar's times are clamped, so the quoted ones are set to what the tar says.
+/// source has: the tar's times are clamped, so the quoted ones are set to what the tar says. With
+/// SOURCE_DATE_EPOCH Debian's scripts make `.pyc` files that quote the source's hash instead, which
+/// Python reads and hashes the source for; on a root that cannot change that check is switched off.
 fn rewrite_bytecode(tree: &mut Tree) -> Result<()> {
     let compiled: Vec<String> = tree
         .entries
@@ -116,8 +118,15 @@ fn rewrite_bytecode(tree: &mut Tree) -> Result<()> {
         let Some(mut bytes) = tree.bytes(&path)? else { continue };
         // PEP 552: magic, flags (0: checked by time and size), time, size; little-endian.
         let Some(header) = bytes.get_mut(..16) else { bail!("{path} is too short") };
-        if header[4..8] != [0; 4] {
-            continue;
+        match header[4..8] {
+            [0, 0, 0, 0] => {}
+            // Bit 0: by hash. Bit 1: check the hash.
+            [3, 0, 0, 0] => {
+                header[4] = 1;
+                set_bytes(tree, &path, bytes);
+                continue;
+            }
+            _ => continue,
         }
         let quoted = u32::from_le_bytes([header[12], header[13], header[14], header[15]]);
         if u64::from(quoted) != size & 0xffff_ffff {

@@ -1,0 +1,424 @@
+//! The Debian engine against a small archive of real packages on a server of our own: solving,
+//! signatures, downloads that break off, vanished versions. And trees
+//! and initrds as other tools read them. Needs apt, dpkg-deb, gpg, cpio, tar, zstd.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use xtask::artifact::{hash_bytes, hash_file};
+use xtask::exec::Tool;
+use xtask::fetch::{Download, Fetcher, Outcome};
+use xtask::rootfs::Role;
+use xtask::rootfs::debian::{DebianSpec, Fetched, Mirrors, PackagesLock, Policy, fetch_lock, lock};
+use xtask::rootfs::initrd::{self, Compression, InitrdRequest};
+use xtask::rootfs::tarball::Tree;
+
+/// What the server does with a path for a number of times, besides serving the file.
+#[derive(Clone, Copy, PartialEq)]
+enum Fault {
+    Truncate,
+    Busy,
+}
+
+#[derive(Default)]
+struct State {
+    faults: HashMap<String, (Fault, usize)>,
+    log: Vec<String>,
+}
+
+struct Server {
+    address: String,
+    state: Arc<Mutex<State>>,
+}
+
+impl Server {
+    fn start(root: &Utf8Path) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = format!("http://{}", listener.local_addr()?);
+        let state = Arc::new(Mutex::new(State::default()));
+        let (shared, root) = (state.clone(), root.to_owned());
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (shared, root) = (shared.clone(), root.clone());
+                std::thread::spawn(move || drop(serve(stream, &root, &shared)));
+            }
+        });
+        Ok(Self { address, state })
+    }
+
+    fn fault(&self, path: &str, fault: Fault, times: usize) {
+        self.state.lock().unwrap().faults.insert(path.to_owned(), (fault, times));
+    }
+
+    fn log(&self) -> Vec<String> {
+        self.state.lock().unwrap().log.clone()
+    }
+}
+
+fn serve(mut stream: TcpStream, root: &Utf8Path, state: &Mutex<State>) -> Result<()> {
+    let mut lines = BufReader::new(stream.try_clone()?);
+    let mut first = String::new();
+    lines.read_line(&mut first)?;
+    let (mut start, mut line) = (0, String::new());
+    while lines.read_line(&mut line)? > 2 {
+        let lower = line.to_lowercase();
+        if let Some(range) = lower.trim().strip_prefix("range: bytes=") {
+            start = range.trim_end_matches('-').parse().unwrap_or(0);
+        }
+        line.clear();
+    }
+    let path = first.split(' ').nth(1).unwrap_or("/").replace("%2b", "+").replace("%7e", "~");
+    let fault = {
+        let mut state = state.lock().unwrap();
+        state.log.push(format!("{path} from {start}"));
+        match state.faults.get_mut(&path) {
+            Some((fault, times)) if *times > 0 => {
+                *times -= 1;
+                Some(*fault)
+            }
+            _ => None,
+        }
+    };
+    let head = |status: &str, length: usize| {
+        format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n")
+    };
+    match fs::read(root.join(path.trim_start_matches('/'))) {
+        _ if fault == Some(Fault::Busy) => stream.write_all(head("503 Busy", 0).as_bytes())?,
+        Err(_) => stream.write_all(head("404 Not Found", 0).as_bytes())?,
+        Ok(body) => {
+            let rest = &body[start.min(body.len())..];
+            let status = if start > 0 { "206 Partial Content" } else { "200 OK" };
+            stream.write_all(head(status, rest.len()).as_bytes())?;
+            let end = if fault == Some(Fault::Truncate) { rest.len() / 2 } else { rest.len() };
+            stream.write_all(&rest[..end])?;
+        }
+    }
+    Ok(())
+}
+
+/// A signed archive of tiny packages, and the machine's side of it.
+struct World {
+    dir: tempfile::TempDir,
+    server: Server,
+    mirrors: Mirrors,
+}
+
+impl World {
+    fn new() -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let root = Utf8Path::from_path(dir.path()).context("path")?.to_owned();
+        let home = root.join("gpg");
+        fs::create_dir_all(&home)?;
+        fs::set_permissions(&home, fs::Permissions::from_mode(0o700))?;
+        let gpg = || Tool::new("gpg").env("GNUPGHOME", home.as_str()).arg("--batch");
+        gpg().args(["--passphrase", "", "--quick-gen-key", "test", "ed25519", "sign"]).run()?;
+        let keyring = root.join("keys.gpg");
+        gpg().args(["--export", "-o"]).arg(&keyring).run()?;
+        let server = Server::start(&root)?;
+        let mirrors = Mirrors {
+            archive: format!("{}/debian", server.address),
+            security: format!("{}/security", server.address),
+            keyring,
+        };
+        let world = Self { dir, server, mirrors };
+        for (name, version, more) in [
+            ("base", "1", "Essential: yes"),
+            ("lib", "1.0+x~1", "Depends: base"),
+            ("app", "1", "Depends: lib"),
+            ("firmware", "1", "Depends: nothing-that-exists"),
+        ] {
+            world.package(name, version, more)?;
+        }
+        world.publish()?;
+        Ok(world)
+    }
+
+    fn root(&self) -> Utf8PathBuf {
+        Utf8PathBuf::from_path_buf(self.dir.path().to_owned()).expect("UTF-8")
+    }
+
+    fn package(&self, name: &str, version: &str, more: &str) -> Result<()> {
+        let tree = self.root().join(format!("tree/{name}-{version}"));
+        fs::create_dir_all(tree.join("DEBIAN"))?;
+        fs::create_dir_all(tree.join("usr/share"))?;
+        // Not compressible, so that the file has a length worth cutting.
+        let noise: String = (0..500).map(|i| hash_bytes(format!("{name}{i}").as_bytes())).collect();
+        fs::write(tree.join("usr/share").join(name), noise)?;
+        let control = format!(
+            "Package: {name}\nVersion: {version}\nArchitecture: arm64\nMaintainer: T <t@t>\n\
+             {more}\nDescription: test\n"
+        );
+        fs::write(tree.join("DEBIAN/control"), control)?;
+        let pool = self.root().join("debian/pool/main").join(name);
+        fs::create_dir_all(&pool)?;
+        let deb = pool.join(format!("{name}_{version}_arm64.deb"));
+        Tool::new("dpkg-deb").args(["--root-owner-group", "-b"]).arg(&tree).arg(&deb).run()
+    }
+
+    /// Writes indexes and signatures for what lies in the pool.
+    fn publish(&self) -> Result<()> {
+        let debian = self.root().join("debian");
+        let mut index = String::new();
+        for folder in debian.join("pool/main").read_dir_utf8()? {
+            for deb in folder?.path().read_dir_utf8()? {
+                let deb = deb?.into_path();
+                let control = Tool::new("dpkg-deb").arg("-f").arg(&deb).read()?;
+                let (size, hash) = hash_file(&deb)?;
+                let name = deb.strip_prefix(&debian)?;
+                let control = control.trim_end();
+                index += &format!("{control}\nFilename: {name}\nSize: {size}\nSHA256: {hash}\n\n");
+            }
+        }
+        for (folder, suite, text) in [
+            ("debian", "test", index.as_str()),
+            ("debian", "test-updates", ""),
+            ("security", "test-security", ""),
+        ] {
+            let dist = self.root().join(folder).join("dists").join(suite);
+            fs::create_dir_all(dist.join("main/binary-arm64"))?;
+            fs::write(dist.join("main/binary-arm64/Packages"), text)?;
+            let release = format!(
+                "Suite: {suite}\nCodename: {suite}\nArchitectures: arm64\nComponents: main\n\
+                 Date: Sat, 01 Jan 2022 00:00:00 UTC\nSHA256:\n {} {} main/binary-arm64/Packages\n",
+                hash_bytes(text.as_bytes()),
+                text.len()
+            );
+            fs::write(dist.join("Release"), release)?;
+            Tool::new("gpg")
+                .env("GNUPGHOME", self.root().join("gpg").as_str())
+                .args(["--batch", "--yes", "--clearsign", "-o"])
+                .arg(dist.join("InRelease"))
+                .arg(dist.join("Release"))
+                .run()?;
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> Result<PackagesLock> {
+        lock(&spec(), &self.mirrors, &self.root().join("cache"))
+    }
+
+    fn fetch(&self, lock: &PackagesLock, policy: Policy) -> Result<Fetched> {
+        let cache = self.root().join("cache");
+        fetch_lock(lock, &Fetcher::new(&cache, false)?, Some(&self.mirrors), policy, &cache)
+    }
+}
+
+fn spec() -> DebianSpec {
+    DebianSpec {
+        suite: "test".into(),
+        components: vec!["main".into()],
+        arch: "arm64".into(),
+        packages: vec!["app".into()],
+        extra: vec!["firmware".into()],
+    }
+}
+
+#[test]
+fn a_lock_has_what_apt_chose_and_no_address() -> Result<()> {
+    let world = World::new()?;
+    let lock = world.lock()?;
+    let text = lock.to_text()?;
+    let named: Vec<_> = lock.package.iter().map(|p| (p.role, p.name.as_str())).collect();
+    let root = |name| (Role::Root, name);
+    assert_eq!(named, [(Role::Extra, "firmware"), root("app"), root("base"), root("lib")]);
+    ensure!(!text.contains("127.0.0.1") && !text.contains("http"), "{text}");
+    assert_eq!(text, world.lock()?.to_text()?);
+    assert_eq!(PackagesLock::parse(&text)?, lock);
+    lock.check_request(&spec())?;
+    let other = DebianSpec { packages: vec!["other".into()], ..spec() };
+    let error = lock.check_request(&other).unwrap_err().to_string();
+    assert!(error.contains("not in it: package other; only in it: package app"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn malformed_locks_are_refused_by_name() -> Result<()> {
+    let text = World::new()?.lock()?.to_text()?;
+    let hash = text.split("sha256 = \"").nth(1).context("hash")?[..64].to_owned();
+    for (from, to, message) in [
+        ("version = 1\n", "version = 2\n", "the lock has format 2, this tool reads format 1"),
+        ("\"pool/main/app/", "\"pool/../app/", "is not a path below pool/"),
+        (hash.as_str(), "ABC", "'ABC' is not a SHA-256 in lower-case hexadecimal"),
+        ("name = \"lib\"", "name = \"app\"", "package app (arm64) is listed twice"),
+        ("size = ", "sise = ", "unknown field `sise`"),
+    ] {
+        let error = format!("{:#}", PackagesLock::parse(&text.replace(from, to)).unwrap_err());
+        assert!(error.contains(message), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_archive_with_another_signature_is_refused() -> Result<()> {
+    let world = World::new()?;
+    let release = world.root().join("debian/dists/test/InRelease");
+    let text = fs::read_to_string(&release)?.replace("Date: Sat, 01", "Date: Sun, 02");
+    fs::write(&release, text)?;
+    let error = format!("{:#}", world.lock().unwrap_err());
+    assert!(error.contains("fetching the package indexes") && error.contains("BADSIG"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_vanished_version_is_replaced_alone_or_refused() -> Result<()> {
+    let world = World::new()?;
+    let old = world.lock()?;
+    // `lib` is superseded and gone; `app` too, but the mirror still has the locked file.
+    fs::remove_file(world.root().join("debian/pool/main/lib/lib_1.0+x~1_arm64.deb"))?;
+    world.package("lib", "2", "Depends: base")?;
+    world.package("app", "2", "Depends: lib")?;
+    world.publish()?;
+    let error = format!("{:#}", world.fetch(&old, Policy::Locked).unwrap_err());
+    assert!(error.contains("no longer has 1 of the locked packages: lib 1.0+x~1"), "{error}");
+    assert!(error.contains("help: build without --locked"), "{error}");
+    let fetched = world.fetch(&old, Policy::Replace)?;
+    let replaced: Vec<_> =
+        fetched.replaced.iter().map(|r| (r.name.as_str(), r.new.as_deref())).collect();
+    assert_eq!(replaced, [("lib", Some("2"))]);
+    let app = fetched.lock.package.iter().find(|p| p.name == "app").context("app")?;
+    assert_eq!(app.version, "1");
+    assert_eq!(world.fetch(&fetched.lock, Policy::Locked)?.replaced, []);
+    Ok(())
+}
+
+#[test]
+fn broken_downloads_are_resumed_and_wrong_ones_refused() -> Result<()> {
+    let world = World::new()?;
+    let lock = world.lock()?;
+    let path = "/debian/pool/main/app/app_1_arm64.deb";
+    world.server.fault(path, Fault::Truncate, 1);
+    world.server.fault("/debian/pool/main/base/base_1_arm64.deb", Fault::Busy, 1);
+    world.fetch(&lock, Policy::Locked)?;
+    let log = world.server.log();
+    let resumed = log.iter().any(|l| l.starts_with(path) && !l.ends_with("from 0"));
+    assert!(resumed, "{log:?}");
+
+    let other = world.root().join("other");
+    let offline = Fetcher::new(&other, true)?;
+    let error = fetch_lock(&lock, &offline, None, Policy::Locked, &other).unwrap_err().to_string();
+    assert!(error.contains("4 of 4 downloads") && error.contains("lib 1.0+x~1"), "{error}");
+
+    let deb = world.root().join("debian/pool/main/app/app_1_arm64.deb");
+    let mut bytes = fs::read(&deb)?;
+    bytes[100] ^= 1;
+    fs::write(&deb, bytes)?;
+    let fetcher = Fetcher::new(&other, false)?;
+    let result = fetch_lock(&lock, &fetcher, Some(&world.mirrors), Policy::Replace, &other);
+    let error = format!("{:#}", result.unwrap_err());
+    assert!(error.contains("fetching app 1") && error.contains("sent other bytes"), "{error}");
+    let hash = &lock.package.iter().find(|p| p.name == "app").context("app")?.sha256;
+    for entry in other.join("downloads/sha256").read_dir_utf8()? {
+        assert!(!entry?.file_name().starts_with(hash.as_str()), "a wrong file was kept");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_damaged_file_in_the_store_is_fetched_again() -> Result<()> {
+    let world = World::new()?;
+    let (size, sha256) = hash_file(&world.root().join("keys.gpg"))?;
+    let url = format!("{}/keys.gpg", world.server.address);
+    let wanted = Download { name: "keys".into(), url, size: Some(size), sha256 };
+    let fetcher = Fetcher::new(&world.root().join("cache"), false)?;
+    fs::write(fetcher.path_of(&wanted.sha256), "damaged")?;
+    let outcomes = fetcher.fetch("test", "files", std::slice::from_ref(&wanted))?;
+    assert!(matches!(outcomes.as_slice(), [Outcome::Ready(a)] if a.size == size));
+    assert_eq!(hash_file(&fetcher.path_of(&wanted.sha256))?, (size, wanted.sha256));
+    Ok(())
+}
+
+#[test]
+fn cpio_reads_an_initrd_with_its_modules_in_load_order() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let root = Utf8Path::from_path(dir.path()).context("path")?;
+    fs::create_dir_all(root.join("m/kernel"))?;
+    fs::write(root.join("m/modules.dep"), "kernel/a.ko: kernel/b-c.ko\nkernel/b-c.ko:\n")?;
+    fs::write(root.join("m/modules.builtin"), "kernel/loop.ko\n")?;
+    for name in ["m/kernel/a.ko", "m/kernel/b-c.ko", "busybox"] {
+        fs::write(root.join(name), name)?;
+    }
+    Tool::new("tar")
+        .arg("-C")
+        .arg(root.join("m"))
+        .arg("-cf")
+        .arg(root.join("m.tar"))
+        .arg(".")
+        .run()?;
+    let modules = ["a", "loop"].map(str::to_owned);
+    let busybox = root.join("busybox");
+    let archive = root.join("m.tar");
+    let build = |compression| {
+        let request = InitrdRequest {
+            busybox: &busybox,
+            init: b"#!/bin/sh\n",
+            modules: &modules,
+            modules_archive: &archive,
+            kernel_release: "6.1",
+            epoch: 1_600_000_000,
+            extra: &[],
+            compression,
+        };
+        initrd::build(&request, &root.join("initrd"))
+    };
+    for (compression, tool) in [(Compression::Zstd, "zstd"), (Compression::Gzip, "gzip")] {
+        let first = build(compression)?;
+        assert_eq!(first, build(compression)?);
+        let plain = Tool::new(tool).arg("-dc").arg(&first.path).env("LC_ALL", "C");
+        fs::write(
+            root.join("plain"),
+            plain.stream(|out| {
+                let mut bytes = Vec::new();
+                std::io::copy(out, &mut bytes)?;
+                Ok(bytes)
+            })?,
+        )?;
+        let list =
+            Tool::new("cpio").args(["-t", "--quiet", "-F"]).arg(root.join("plain")).read()?;
+        for path in ["init", "dev/console", "bin/busybox", "lib/modules/6.1/kernel/b-c.ko"] {
+            assert!(list.lines().any(|line| line == path), "{path} is not in {list}");
+        }
+        let order = Tool::new("cpio")
+            .args(["-i", "--quiet", "--to-stdout", "-F"])
+            .arg(root.join("plain"))
+            .arg("etc/modules")
+            .read()?;
+        assert_eq!(order, "/lib/modules/6.1/kernel/b-c.ko\n/lib/modules/6.1/kernel/a.ko\n");
+    }
+    Ok(())
+}
+
+#[test]
+fn gnu_tar_reads_a_rewritten_tree_with_links_and_long_names() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let root = Utf8Path::from_path(dir.path()).context("path")?;
+    let long = format!("t/{}/{}", "d".repeat(90), "f".repeat(90));
+    fs::create_dir_all(root.join(&long))?;
+    fs::write(root.join("t/z"), "linked")?;
+    fs::hard_link(root.join("t/z"), root.join("t/y"))?;
+    std::os::unix::fs::symlink("z", root.join("t/s"))?;
+    Tool::new("tar")
+        .arg("-C")
+        .arg(root.join("t"))
+        .arg("-cf")
+        .arg(root.join("in.tar"))
+        .args(["z", "y", "s"])
+        .arg(&long[2..])
+        .run()?;
+    let mut tree = Tree::read(&root.join("in.tar"))?;
+    tree.add_parents(5);
+    let mut bytes = Vec::new();
+    tree.write(5, &mut bytes)?;
+    fs::write(root.join("out.tar"), bytes)?;
+    let list = Tool::new("tar").env("TZ", "UTC").arg("-tvf").arg(root.join("out.tar")).read()?;
+    assert!(list.contains(" y\n") && list.contains(" z link to y\n"), "{list}");
+    assert!(list.contains(" s -> z\n") && list.contains(&long[2..]), "{list}");
+    assert!(list.lines().all(|line| line.contains("1970-01-01 00:00")), "{list}");
+    Ok(())
+}
