@@ -63,7 +63,8 @@ pub fn noise(n: usize, seed: u64) -> Vec<u8> {
 
 /// A payload of the given length with text, zeros and noise.
 pub fn mixed(n: usize) -> Vec<u8> {
-    let mut bytes: Vec<u8> = b"a line that comes again and again\n".iter().copied().cycle().take(n).collect();
+    let mut bytes: Vec<u8> =
+        b"a line that comes again and again\n".iter().copied().cycle().take(n).collect();
     for (at, block) in bytes.chunks_mut(4096).enumerate() {
         match at % 4 {
             1 => block.fill(0),
@@ -86,7 +87,8 @@ pub fn parts(contents: &[&[u8]], workers: usize) -> Parts {
     let mut payloads = Vec::new();
     for (at, content) in contents.iter().enumerate() {
         let mut data = Vec::new();
-        let done = bundle::compress(*content, Level::Fast, workers, &mut data, &mut |_| {}).unwrap();
+        let done =
+            bundle::compress(*content, Level::Fast, workers, &mut data, &mut |_| {}).unwrap();
         described.push(done.describe(format!("p{at}")));
         payloads.push((done.index, data));
     }
@@ -155,7 +157,8 @@ pub fn member(bytes: &[u8], name: &str) -> std::ops::Range<usize> {
     loop {
         let header = &bytes[at..at + 512];
         let found: Vec<u8> = header[..100].iter().copied().take_while(|b| *b != 0).collect();
-        let size = usize::from_str_radix(std::str::from_utf8(&header[124..135]).unwrap(), 8).unwrap();
+        let size =
+            usize::from_str_radix(std::str::from_utf8(&header[124..135]).unwrap(), 8).unwrap();
         if found == name.as_bytes() {
             return at + 512..at + 512 + size;
         }
