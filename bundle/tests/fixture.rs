@@ -1,5 +1,6 @@
 //! The first bundle of format 1 is readable for ever. Its files are never made again: a change that
 //! breaks this test breaks every bundle in the field.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
 

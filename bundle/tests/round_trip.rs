@@ -1,4 +1,5 @@
 //! What is written is read back, by us and by foreign tools, and is the same every time.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
 
