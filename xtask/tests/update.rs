@@ -1,0 +1,220 @@
+//! Keys and bundles as the command line uses them, with the foreign tools that must accept both.
+
+use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
+use bundle::{Kind, Level, Policy, Version};
+use camino::{Utf8Path, Utf8PathBuf};
+use xtask::keys::{KEY_SET, Keys, PASSWORD_VARIABLE, Signer};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack, verify};
+
+struct Dir(#[allow(dead_code)] tempfile::TempDir, Utf8PathBuf);
+
+fn dir() -> Dir {
+    let dir = tempfile::tempdir().unwrap();
+    let path = Utf8PathBuf::try_from(dir.path().to_owned()).unwrap();
+    Dir(dir, path)
+}
+
+/// A sparse file of 40 MiB with a little at its front, in the middle and at its very end.
+fn payload(dir: &Utf8Path) -> Utf8PathBuf {
+    let path = dir.join("root.img");
+    let mut file = std::fs::File::create(&path).unwrap();
+    for (at, text) in [(0, "front"), (21 << 20, "middle"), ((40 << 20) - 1, "z")] {
+        file.seek(SeekFrom::Start(at)).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+    }
+    path
+}
+
+fn request<'a>(payload: &Utf8Path, kind: Kind, signers: &'a [Signer]) -> PackRequest<'a> {
+    let version = Version::parse("0.1.0").unwrap();
+    let payload = PayloadRequest { role: "root".to_owned(), path: payload.to_owned() };
+    PackRequest {
+        product: "robot-test".to_owned(),
+        version: version.clone(),
+        kind,
+        boards: vec!["board-one".to_owned()],
+        minimum_version: version.clone(),
+        key_epoch: None,
+        epoch: 1_700_000_000,
+        components: vec![ComponentRequest {
+            name: "system".to_owned(),
+            version,
+            payloads: vec![payload],
+        }],
+        level: Level::Fast,
+        workers: None,
+        signers,
+    }
+}
+
+fn run(program: &str, args: &[&str], dir: &Utf8Path) -> Vec<u8> {
+    let output = Command::new(program).args(args).current_dir(dir).output();
+    let output = output.unwrap_or_else(|error| panic!("running {program}: {error}"));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {args:?}: {errors}");
+    output.stdout
+}
+
+#[test]
+fn a_bundle_is_made_the_same_twice_and_foreign_tools_read_it() {
+    let Dir(_keep, dir) = dir();
+    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let signers = [keys.signer(Kind::Development).unwrap()];
+    let root = payload(&dir);
+    let first = pack(&request(&root, Kind::Development, &signers), &dir.join("a.bundle")).unwrap();
+    let other = PackRequest { workers: Some(1), ..request(&root, Kind::Development, &signers) };
+    let second = pack(&other, &dir.join("deep/er/b.bundle")).unwrap();
+    assert_eq!(first.artifact.sha256, second.artifact.sha256);
+    assert_eq!(xtask::artifact::Artifact::of(dir.join("a.bundle")).unwrap(), first.artifact);
+    assert_eq!((first.payloads[0].size, first.payloads[0].used), (40 << 20, 3 * 4096));
+    assert_eq!(first.signed_by[0].kind, Kind::Development);
+    assert!(!dir.join("a.bundle.partial").exists());
+
+    let verified = verify(&dir.join("a.bundle"), keys.set(), &Policy::default()).unwrap();
+    assert_eq!(verified.manifest, first.manifest);
+    run("tar", &["-xf", "a.bundle"], &dir);
+    let public = &keys.list()[0].public_file;
+    run("minisign", &["-V", "-m", "manifest.json", "-p", public.as_str()], &dir);
+    assert!(run("zstd", &["-dc", "system/root.zst"], &dir) == std::fs::read(&root).unwrap());
+}
+
+#[test]
+fn a_damaged_bundle_is_refused_with_its_code_and_help() {
+    let Dir(_keep, dir) = dir();
+    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let signers = [keys.signer(Kind::Development).unwrap()];
+    let path = dir.join("a.bundle");
+    pack(&request(&payload(&dir), Kind::Development, &signers), &path).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[700] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let error = verify(&path, keys.set(), &Policy::default()).unwrap_err();
+    let shown = format!("{error:#}");
+    assert!(shown.contains("(bad-signature)\nhelp: "), "{shown}");
+    let typed = error.chain().find_map(|cause| cause.downcast_ref::<bundle::Error>());
+    assert_eq!(typed.map(bundle::Error::code), Some("bad-signature"));
+}
+
+#[test]
+fn the_minisign_tool_signs_with_our_key_what_we_accept() {
+    let Dir(_keep, dir) = dir();
+    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    keys.signer(Kind::Development).unwrap();
+    let listed = keys.list().remove(0);
+    std::fs::write(dir.join("text"), "something").unwrap();
+    let secret = listed.secret.unwrap();
+    run("minisign", &["-S", "-m", "text", "-s", secret.as_str()], &dir);
+    run("minisign", &["-V", "-m", "text", "-p", listed.public_file.as_str()], &dir);
+    let by_tool = std::fs::read_to_string(dir.join("text.minisig")).unwrap();
+    let ours = keys.signer(Kind::Development).unwrap().sign(b"something", "x").text;
+    // Algorithm, key number and signature are the tool's own, byte for byte.
+    assert_eq!(by_tool.lines().nth(1), ours.lines().nth(1));
+    assert_eq!(by_tool.lines().next(), ours.lines().next());
+}
+
+#[test]
+fn keys_are_made_once_kept_private_and_rotated() {
+    let Dir(_keep, dir) = dir();
+    let at = dir.join("keys");
+    let mut keys = Keys::open(&at).unwrap();
+    assert!(keys.list().is_empty());
+    let message = format!("{:#}", keys.signer(Kind::Release).unwrap_err());
+    assert!(message.contains("finding the release key: there is none in"), "{message}");
+    let message = format!("{:#}", keys.rotate(Kind::Development, false).unwrap_err());
+    assert!(message.contains("`cargo xtask keys new` makes the first"), "{message}");
+
+    let first = keys.signer(Kind::Development).unwrap().key().clone();
+    assert_eq!(keys.signer(Kind::Development).unwrap().key(), &first);
+    let message = format!("{:#}", keys.new_key(Kind::Development).unwrap_err());
+    assert!(message.contains("is there already, of epoch 1"), "{message}");
+    let mode = |path: &Utf8Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(mode(&at), 0o700);
+    assert_eq!(mode(keys.list()[0].secret.as_ref().unwrap()), 0o600);
+
+    let second = keys.rotate(Kind::Development, true).unwrap();
+    assert_eq!(second.epoch, 2);
+    assert_eq!(keys.signer(Kind::Development).unwrap().key(), &second);
+    drop(keys);
+    let keys = Keys::open(&at).unwrap();
+    let states: Vec<(u32, bool)> = keys.set().keys.iter().map(|k| (k.epoch, k.revoked)).collect();
+    assert_eq!(states, [(1, true), (2, false)]);
+    assert!(keys.set_for(Kind::Release).keys.is_empty());
+    assert_eq!(keys.set_for(Kind::Development).keys.len(), 2);
+    assert!(at.join(KEY_SET).is_file());
+}
+
+#[test]
+fn a_release_refuses_the_development_key() {
+    let Dir(_keep, dir) = dir();
+    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let signers = [keys.signer(Kind::Development).unwrap()];
+    let out = dir.join("a.bundle");
+    let error = pack(&request(&payload(&dir), Kind::Release, &signers), &out).unwrap_err();
+    let shown = format!("{error:#}");
+    assert!(shown.contains("is a release, and the key"), "{shown}");
+    assert!(shown.contains("help: sign it with a release key"), "{shown}");
+    assert!(!out.exists());
+    let error = pack(&request(&payload(&dir), Kind::Release, &[]), &out).unwrap_err();
+    assert!(format!("{error:#}").contains("nobody signs it"));
+}
+
+#[test]
+fn a_missing_payload_leaves_nothing_behind() {
+    let Dir(_keep, dir) = dir();
+    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let signers = [keys.signer(Kind::Development).unwrap()];
+    let out = dir.join("out/a.bundle");
+    let error = pack(&request(&dir.join("none"), Kind::Development, &signers), &out).unwrap_err();
+    assert!(format!("{error:#}").contains("opening"), "{error:#}");
+    assert_eq!(std::fs::read_dir(dir.join("out")).unwrap().count(), 0);
+}
+
+/// The environment belongs to the whole process, so the password's cases run in a child.
+#[test]
+fn a_release_key_needs_its_password() {
+    let case = |password: Option<&str>, at: &Utf8Path| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "--ignored", "--nocapture", "in_a_child_with_a_password"]);
+        command.env("SLIPWAY_TEST_DIR", at).env_remove(PASSWORD_VARIABLE);
+        command.stdin(std::process::Stdio::null());
+        if let Some(password) = password {
+            command.env(PASSWORD_VARIABLE, password);
+        }
+        let output = command.output().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let Dir(_keep, dir) = dir();
+    let (ok, text) = case(None, &dir);
+    assert!(!ok && text.contains("help: set SLIPWAY_KEY_PASSWORD"), "{text}");
+    let (ok, text) = case(Some(""), &dir);
+    assert!(!ok && text.contains("SLIPWAY_KEY_PASSWORD is empty"), "{text}");
+    let (ok, text) = case(Some("correct horse"), &dir);
+    assert!(ok, "{text}");
+    let (ok, text) = case(Some("wrong"), &dir);
+    assert!(!ok && text.contains("opening the secret key"), "{text}");
+    assert!(!text.contains("correct horse"));
+}
+
+#[test]
+#[ignore = "started by a_release_key_needs_its_password"]
+fn in_a_child_with_a_password() {
+    let dir = Utf8PathBuf::from(std::env::var("SLIPWAY_TEST_DIR").unwrap());
+    let work = || -> anyhow::Result<()> {
+        let mut keys = Keys::open(&dir.join("keys"))?;
+        if keys.list().is_empty() {
+            keys.new_key(Kind::Release)?;
+        }
+        let signers = [keys.signer(Kind::Release)?];
+        let out = dir.join("a.bundle");
+        pack(&request(&payload(&dir), Kind::Release, &signers), &out)?;
+        verify(&out, &keys.set_for(Kind::Release), &Policy::default())?;
+        Ok(())
+    };
+    if let Err(error) = work() {
+        println!("{error:#}");
+        panic!("refused");
+    }
+}
