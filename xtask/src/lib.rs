@@ -3,6 +3,8 @@
 //! `docs/architecture.md` is the map of this crate.
 
 pub mod artifact;
+pub mod bench;
 pub mod disk;
 pub mod exec;
+pub mod ext4;
 pub mod progress;

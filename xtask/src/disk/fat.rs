@@ -24,6 +24,15 @@ const HIDDEN_SECTORS: u64 = 0x1c;
 /// Offset of the time and date of last change in a directory entry.
 const ENTRY_CHANGED: u64 = 22;
 
+/// Bytes in a directory entry.
+const ENTRY: usize = 32;
+/// First byte of a deleted entry.
+const DELETED: u8 = 0xe5;
+/// Attribute of a folder.
+const FOLDER: u8 = 0x10;
+/// Attribute of the label; together with others, of a long name.
+const LABEL: u8 = 0x08;
+
 /// Whether a volume of this size is FAT32; smaller ones are FAT16.
 pub fn is_fat32(size: u64) -> bool {
     size >= FAT32_FROM
@@ -95,33 +104,139 @@ pub fn make(
             .with_context(|| format!("{}: writing {}", doing(), file.path))?;
     }
     volume.unmount().with_context(doing)?;
+    finish_folders(&mut pages).with_context(doing)?;
     Ok(pages)
 }
 
-/// Sets what `fatfs` leaves out: where the volume lies on the disk, which firmware reads in place of
-/// the partition table, and the time of the label.
+/// Where things lie in a volume, read from its boot sector.
+struct Geometry {
+    fat32: bool,
+    /// Byte offset of the first allocation table.
+    table: u64,
+    /// Byte offset of the first cluster.
+    data: u64,
+    /// Byte offset of the root folder of a FAT16.
+    root: u64,
+    /// First cluster of the root folder of a FAT32.
+    root_cluster: u64,
+    /// Bytes in a cluster.
+    cluster: u64,
+    /// Byte offset of the boot sector's copy in a FAT32.
+    backup: u64,
+}
+
+impl Geometry {
+    fn read(pages: &mut Pages) -> Result<Self> {
+        let mut boot = [0u8; 512];
+        pages.read_at(0, &mut boot)?;
+        let u16_at = |at: usize| u64::from(u16::from_le_bytes([boot[at], boot[at + 1]]));
+        let u32_at = |at: usize| u16_at(at) | u16_at(at + 2) << 16;
+        let fat32 = u16_at(22) == 0;
+        let sectors = if fat32 { u32_at(36) } else { u16_at(22) };
+        let table = u16_at(14) * SECTOR;
+        let root = table + u64::from(boot[16]) * sectors * SECTOR;
+        Ok(Self {
+            fat32,
+            table,
+            data: root + u16_at(17) * ENTRY as u64,
+            root,
+            root_cluster: u32_at(44),
+            cluster: u64::from(boot[13]) * SECTOR,
+            backup: u16_at(50) * SECTOR,
+        })
+    }
+
+    /// Byte offset of a cluster; the first one has number 2.
+    fn cluster_at(&self, cluster: u64) -> u64 {
+        self.data + cluster.saturating_sub(2) * self.cluster
+    }
+
+    /// The pieces of the folder that starts at this cluster: byte offset and length.
+    fn folder(&self, pages: &mut Pages, first: u64) -> Result<Vec<(u64, u64)>> {
+        let mut pieces = Vec::new();
+        let (width, end) = if self.fat32 { (4, 0x0fff_fff8) } else { (2, 0xfff8) };
+        let mut cluster = first;
+        while (2..end).contains(&cluster) {
+            pieces.push((self.cluster_at(cluster), self.cluster));
+            let mut next = [0u8; 4];
+            pages.read_at(self.table + cluster * width, &mut next[..width as usize])?;
+            cluster = u64::from(u32::from_le_bytes(next)) & 0x0fff_ffff;
+        }
+        Ok(pieces)
+    }
+}
+
+/// Sets what `fatfs` leaves out when it formats: where the volume lies on the disk, which firmware
+/// reads in place of the partition table, and the time of the label.
 fn finish_format(pages: &mut Pages, placed: &Placed, now: DateTime) -> Result<()> {
-    let mut boot = [0u8; 512];
-    pages.read_at(0, &mut boot)?;
-    let u16_at = |at: usize| u64::from(u16::from_le_bytes([boot[at], boot[at + 1]]));
-    let u32_at = |at: usize| {
-        u64::from(u32::from_le_bytes([boot[at], boot[at + 1], boot[at + 2], boot[at + 3]]))
-    };
+    let geometry = Geometry::read(pages)?;
     let hidden = u32::try_from(placed.first_sector).unwrap_or(0).to_le_bytes();
     pages.write_at(HIDDEN_SECTORS, &hidden)?;
-    let (reserved, fats) = (u16_at(14), u64::from(boot[16]));
-    let mut root = (reserved + fats * u16_at(22)) * SECTOR;
-    if is_fat32(placed.size) {
-        let backup = u16_at(50) * SECTOR;
-        pages.write_at(backup + HIDDEN_SECTORS, &hidden)?;
-        root = (reserved + fats * u32_at(36)) * SECTOR;
+    if geometry.fat32 {
+        pages.write_at(geometry.backup + HIDDEN_SECTORS, &hidden)?;
     }
+    let root =
+        if geometry.fat32 { geometry.cluster_at(geometry.root_cluster) } else { geometry.root };
     let (date, time) = (now.date, now.time);
-    let time = time.hour << 11 | time.min << 5 | time.sec / 2;
+    let time = time.hour << 11 | time.min << 5 | (time.sec / 2);
     let date = (date.year - 1980) << 9 | date.month << 5 | date.day;
     pages.write_at(root + ENTRY_CHANGED, &time.to_le_bytes())?;
     pages.write_at(root + ENTRY_CHANGED + 2, &date.to_le_bytes())?;
     Ok(())
+}
+
+/// Puts the entries `.` and `..` where the specification wants them: `fatfs` 0.3 gives them long
+/// names and points `..` at the root's cluster in a FAT32, and `fsck.fat` refuses both.
+fn finish_folders(pages: &mut Pages) -> Result<()> {
+    let geometry = Geometry::read(pages)?;
+    let mut left = if geometry.fat32 {
+        geometry.folder(pages, geometry.root_cluster)?
+    } else {
+        vec![(geometry.root, geometry.data - geometry.root)]
+    };
+    while let Some((offset, length)) = left.pop() {
+        for at in (offset..offset + length).step_by(ENTRY) {
+            let mut entry = [0u8; ENTRY];
+            pages.read_at(at, &mut entry)?;
+            if entry[0] == 0 {
+                break;
+            }
+            let folder = entry[11] & (FOLDER | LABEL) == FOLDER;
+            if !folder || entry[0] == DELETED || entry[0] == b'.' {
+                continue;
+            }
+            let low = u64::from(u16::from_le_bytes([entry[26], entry[27]]));
+            let high = u64::from(u16::from_le_bytes([entry[20], entry[21]]));
+            let first = low | if geometry.fat32 { high << 16 } else { 0 };
+            finish_folder(pages, geometry.cluster_at(first), geometry.root_cluster)?;
+            left.extend(geometry.folder(pages, first)?);
+        }
+    }
+    Ok(())
+}
+
+/// Turns the first four entries of a folder (long name of `.`, `.`, long name of `..`, `..`) into
+/// `.`, `..` and two deleted ones.
+fn finish_folder(pages: &mut Pages, at: u64, root_cluster: u64) -> Result<()> {
+    let mut entries = [0u8; 4 * ENTRY];
+    pages.read_at(at, &mut entries)?;
+    let is = |n: usize, name: &[u8]| entries[n * ENTRY..].starts_with(name);
+    if !is(1, b".          ") || !is(3, b"..         ") {
+        bail!("fatfs has written a folder in a way that is not expected");
+    }
+    entries.copy_within(ENTRY..2 * ENTRY, 0);
+    entries.copy_within(3 * ENTRY..4 * ENTRY, ENTRY);
+    entries[2 * ENTRY..].fill(0);
+    entries[2 * ENTRY] = DELETED;
+    entries[3 * ENTRY] = DELETED;
+    let parent = &mut entries[ENTRY..2 * ENTRY];
+    let cluster = u64::from(u16::from_le_bytes([parent[26], parent[27]]))
+        | u64::from(u16::from_le_bytes([parent[20], parent[21]])) << 16;
+    if cluster == root_cluster {
+        parent[20..22].fill(0);
+        parent[26..28].fill(0);
+    }
+    Ok(pages.write_at(at, &entries)?)
 }
 
 fn stored_label(label: &str) -> Result<[u8; 11]> {
@@ -209,11 +324,8 @@ fn write_file(
         return Err(too_large());
     }
     let mut target = folder.create_file(name)?;
-    target.write_all(content).map_err(|error| match error.kind() {
-        // The folder itself may have taken the last clusters.
-        std::io::ErrorKind::WriteZero => too_large(),
-        _ => error.into(),
-    })?;
+    // In memory nothing but a full volume can go wrong: the folder may have taken the last clusters.
+    target.write_all(content).map_err(|_| too_large())?;
     target.flush()?;
     Ok(())
 }

@@ -1,12 +1,20 @@
 //! The card image: where everything lies (`layout`), writing it once, in place and sparse
 //! (`assemble`), and reading it back (`read`). Nothing is mounted and no loop device is used.
 
+mod assemble;
+pub mod bmap;
+pub mod compress;
+mod copy;
+mod ext4_blocks;
 mod fat;
 pub mod layout;
 mod pages;
+pub mod read;
 mod spec;
 mod table;
 
+pub use assemble::assemble;
+pub use ext4_blocks::{Usage, usage};
 pub use layout::{
     DiskRequest, Filesystem, Layout, PartitionRequest, Placed, StateSector, TableKind, place,
 };

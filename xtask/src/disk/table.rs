@@ -12,9 +12,7 @@ use gpt::partition_types::{BASIC, LINUX_FS, LINUX_RESERVED, Type};
 use uuid::Uuid;
 
 use super::fat;
-use super::layout::{
-    BLOCK, Filesystem, GPT_HEAD_SECTORS, GPT_TAIL_SECTORS, Layout, Placed, SECTOR, TableKind,
-};
+use super::layout::{BLOCK, Filesystem, GPT_HEAD_SECTORS, Layout, Placed, SECTOR, TableKind};
 use super::pages::Pages;
 
 /// Type of the MBR record that says "a GPT is here" (UEFI specification 2.10, table 5.4).

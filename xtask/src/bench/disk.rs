@@ -1,0 +1,264 @@
+//! Assembling a card image from ready filesystems, beside `genimage`, `cp --sparse=always` and a
+//! copy of the same extents inside the kernel. Every contender writes the same bytes to the same
+//! disk, none of them waits for the disk itself, and they take turns.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::{SeekFrom, copy_file_range, seek};
+use rustix::io::Errno;
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::disk::{
+    Content, DiskRequest, DiskSpec, FatFile, Filesystem, PartitionRequest, PartitionSpec, Source,
+    TableKind, assemble, place,
+};
+use crate::exec::{self, Tool};
+use crate::progress;
+
+const MIB: u64 = 1 << 20;
+/// Rootfs sizes, in MiB: the cost must grow with them in a straight line.
+const SIZES: [u64; 4] = [256, 512, 1024, 2048];
+/// Bytes of firmware in the boot partition, about what a Raspberry Pi needs.
+const FIRMWARE: usize = 24 << 20;
+/// Offset of the magic number in an ext4 volume.
+const EXT4_MAGIC: u64 = 1024 + 56;
+
+/// The result for one size.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// Bytes of the rootfs image.
+    pub rootfs: u64,
+    /// Bytes that the finished card image takes on disk.
+    pub written: u64,
+    /// Median seconds of a copy of the image's extents in the kernel: the yardstick.
+    pub extent_copy: f64,
+    /// Median seconds of `cp --sparse=always`.
+    pub cp: f64,
+    /// Median seconds of `genimage`, when it is installed.
+    pub genimage: Option<f64>,
+    /// Median seconds of ours, with the FAT made and every checksum of the block map.
+    pub ours: f64,
+}
+
+/// Measures, with `repeats` turns for each contender, in a folder on the disk to be measured.
+///
+/// # Errors
+/// When a contender fails or the folder has no room for about 8 GiB.
+pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<Row>> {
+    ensure!(repeats > 0, "a measurement needs at least one turn");
+    std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
+    SIZES.iter().map(|&mib| measure(rootfs, folder, mib * MIB, repeats)).collect()
+}
+
+/// The rows as a table for people.
+pub fn table(rows: &[Row]) -> String {
+    let mut text =
+        String::from("rootfs    on disk   extent copy   cp --sparse     genimage        ours\n");
+    for row in rows {
+        let cell = |seconds: f64| format!("{seconds:.2} s {:.2}x", seconds / row.extent_copy);
+        text.push_str(&format!(
+            "{:<9} {:<9} {:<13} {:<15} {:<15} {}\n",
+            progress::bytes(row.rootfs),
+            progress::bytes(row.written),
+            format!("{:.2} s", row.extent_copy),
+            cell(row.cp),
+            row.genimage.map_or("not installed".to_owned(), cell),
+            cell(row.ours),
+        ));
+    }
+    text
+}
+
+fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> Result<Row> {
+    let root = folder.join("root.img");
+    cut(rootfs, &root, size)?;
+    let ours = folder.join("ours.img");
+    let spec = spec(&root, size)?;
+    // The first turn warms the page cache for everybody and makes what the copies copy.
+    assemble(&spec, &ours)?;
+    let genimage = exec::find("genimage");
+    if genimage.is_some() {
+        prepare_genimage(folder, &ours)?;
+    }
+    let mut times: [Vec<f64>; 4] = Default::default();
+    for _ in 0..repeats {
+        let copy = folder.join("copy.img");
+        times[0].push(timed(&copy, || copy_extents(&ours, &copy))?);
+        times[1].push(timed(&copy, || {
+            Tool::new("cp").args(["--sparse=always", ours.as_str(), copy.as_str()]).run()
+        })?);
+        if let Some(program) = &genimage {
+            times[2].push(timed(&folder.join("genimage-out/card.img"), || {
+                run_genimage(program, folder)
+            })?);
+        }
+        let again = folder.join("again.img");
+        times[3].push(timed(&again, || assemble(&spec, &again).map(drop))?);
+    }
+    let [extent_copy, cp, genimage, seconds] = times.map(median);
+    Ok(Row {
+        rootfs: size,
+        written: allocated(&ours)?,
+        extent_copy: extent_copy.context("no turn")?,
+        cp: cp.context("no turn")?,
+        genimage,
+        ours: seconds.context("no turn")?,
+    })
+}
+
+/// The time of `work`, which writes `out`. What earlier turns have left to write is written first,
+/// outside the measured time: else it would be charged to the next contender.
+fn timed(out: &Utf8Path, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    Tool::new("sync").run()?;
+    let start = Instant::now();
+    work()?;
+    let time: Duration = start.elapsed();
+    std::fs::remove_file(out).with_context(|| format!("removing {out}"))?;
+    Ok(time.as_secs_f64())
+}
+
+fn median(mut times: Vec<f64>) -> Option<f64> {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied()
+}
+
+fn allocated(path: &Utf8Path) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(std::fs::metadata(path)?.blocks() * 512)
+}
+
+/// Makes a rootfs image of this size from a real one: its start, or several of it in a row.
+fn cut(rootfs: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
+    let source = File::open(rootfs).with_context(|| format!("opening {rootfs}"))?;
+    let whole = source.metadata()?.len();
+    let target = File::create(out).with_context(|| format!("creating {out}"))?;
+    target.set_len(size)?;
+    for start in (0..size).step_by(usize::try_from(whole)?) {
+        extents(&source, &target, start, (size - start).min(whole))?;
+    }
+    if size < whole {
+        // A cut volume is no volume any more; it counts as bytes.
+        target.write_all_at(&[0, 0], EXT4_MAGIC)?;
+    }
+    Ok(())
+}
+
+fn copy_extents(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
+    let source = File::open(from).with_context(|| format!("opening {from}"))?;
+    let size = source.metadata()?.len();
+    let target = File::create(to).with_context(|| format!("creating {to}"))?;
+    target.set_len(size)?;
+    extents(&source, &target, 0, size)
+}
+
+/// Copies the data extents of the first `length` bytes to `shift` and beyond, in the kernel.
+fn extents(source: &File, target: &File, shift: u64, length: u64) -> Result<()> {
+    let mut at = 0;
+    while at < length {
+        let start = match seek(source, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => break,
+            Err(error) => return Err(error).context("looking for data"),
+        };
+        let end = seek(source, SeekFrom::Hole(start)).context("looking for a hole")?.min(length);
+        let (mut from, mut to) = (start, start + shift);
+        while from < end {
+            let count = usize::try_from(end - from)?;
+            let done = copy_file_range(source, Some(&mut from), target, Some(&mut to), count)
+                .context("copying in the kernel")?;
+            ensure!(done > 0, "the kernel copied nothing at {from}");
+        }
+        at = end.max(start + 1);
+    }
+    Ok(())
+}
+
+fn spec(root: &Utf8Path, size: u64) -> Result<DiskSpec> {
+    let partition = |name: &str, size: u64, filesystem: Filesystem| PartitionRequest {
+        name: name.to_owned(),
+        size,
+        start: None,
+        filesystem,
+        bootable: false,
+        in_mbr: false,
+    };
+    let layout = place(&DiskRequest {
+        table: TableKind::Gpt,
+        size: (2 * size + 256 * MIB).next_power_of_two(),
+        first_partition: 4 * MIB,
+        alignment: 4 * MIB,
+        states: vec![MIB, 2 * MIB],
+        partitions: vec![
+            partition("boot", 64 * MIB, Filesystem::Vfat),
+            partition("root-a", size, Filesystem::Ext4),
+            partition("root-b", size, Filesystem::Ext4),
+            partition("data", 64 * MIB, Filesystem::Ext4),
+        ],
+    })
+    .map_err(|findings| anyhow::anyhow!(findings.join("\n")))?;
+    // Bytes that are not zero anywhere, so that every contender writes all of them.
+    let firmware = (0..FIRMWARE).map(|n| (n % 251) as u8 | 1).collect();
+    let fat = Content::Fat {
+        label: "BOOT".to_owned(),
+        volume_id: 1,
+        files: vec![FatFile { path: "start.elf".to_owned(), source: Source::Bytes(firmware) }],
+    };
+    let image = Content::Image(root.to_owned());
+    let partitions = [fat, image.clone(), image, Content::Empty]
+        .into_iter()
+        .zip(1u128..)
+        .map(|(content, n)| PartitionSpec {
+            guid: Uuid::from_u128(n),
+            content,
+            size_key: "the benchmark".to_owned(),
+        })
+        .collect();
+    Ok(DiskSpec {
+        layout,
+        disk_guid: Uuid::from_u128(9),
+        mbr_signature: 9,
+        epoch: 1_700_000_000,
+        states: Vec::new(),
+        partitions,
+    })
+}
+
+/// Gives genimage a finished FAT volume (ours), so that it only has to place it.
+fn prepare_genimage(folder: &Utf8Path, ours: &Utf8Path) -> Result<()> {
+    let input = folder.join("genimage-in");
+    for path in [&input, &folder.join("genimage-root")] {
+        std::fs::create_dir_all(path).with_context(|| format!("creating {path}"))?;
+    }
+    let mut boot = vec![0; (64 * MIB) as usize];
+    File::open(ours)?.read_exact_at(&mut boot, 4 * MIB)?;
+    std::fs::write(input.join("boot.vfat"), &boot)?;
+    let link = input.join("root.img");
+    if !link.is_symlink() {
+        std::os::unix::fs::symlink(std::fs::canonicalize(folder.join("root.img"))?, &link)?;
+    }
+    let config = r#"image card.img {
+    hdimage { partition-table-type = "gpt" align = 4M }
+    partition boot { image = "boot.vfat" offset = 4M }
+    partition root-a { image = "root.img" }
+    partition root-b { image = "root.img" }
+    partition data { size = 64M }
+}
+"#;
+    let mut file = File::create(folder.join("genimage.cfg"))?;
+    Ok(file.write_all(config.as_bytes())?)
+}
+
+fn run_genimage(program: &Utf8Path, folder: &Utf8Path) -> Result<()> {
+    let at = |name: &str| Utf8PathBuf::from(folder).join(name).into_string();
+    Tool::new(program)
+        .args(["--config", &at("genimage.cfg"), "--inputpath", &at("genimage-in")])
+        .args(["--outputpath", &at("genimage-out"), "--tmppath", &at("genimage-tmp")])
+        .args(["--rootpath", &at("genimage-root")])
+        .run()
+}

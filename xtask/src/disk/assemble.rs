@@ -1,0 +1,238 @@
+//! Writes a card image: once, in place and sparse, with its block map computed on the way.
+
+use std::fs::File;
+use std::ops::Range;
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use uuid::Uuid;
+
+use super::bmap::{self, BlockMap};
+use super::copy::{self, Payload, Region};
+use super::layout::{BLOCK, Placed, SECTOR};
+use super::pages::Pages;
+use super::spec::{Content, DiskImage, DiskSpec};
+use super::{ext4_blocks, fat, table};
+use crate::artifact;
+use crate::progress::{self, Step, Unit};
+
+/// The first bytes of each partition are mapped even where they are zero: the superblocks of
+/// whatever was on the card before lie in the first 64 KiB (btrfs), an old journal behind.
+const ALWAYS_MAPPED: u64 = 1 << 20;
+
+/// Writes the image and, beside it, its block map. The map is the last to get its name.
+///
+/// It does not wait until the bytes are on the disk, which would take several times as long as all
+/// the rest: after a power cut on the build machine the block map tells a torn image from a good one
+/// ([`bmap::check`]).
+///
+/// # Errors
+/// When an input is missing, something does not fit its partition, or the disk is full; nothing is
+/// left under the image's name then.
+pub fn assemble(spec: &DiskSpec, out: &Utf8Path) -> Result<DiskImage> {
+    let map_path = bmap::path_for(out);
+    if let Some(parent) = out.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+    }
+    // A map that is older than the image would describe another one.
+    for stale in [&map_path, &out.to_owned()] {
+        match std::fs::remove_file(stale) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("removing the old {stale}"));
+            }
+            _ => {}
+        }
+    }
+    let temporary = artifact::partial(out);
+    let attempt = || -> Result<DiskImage> {
+        let (map, written) = write_image(spec, &temporary)?;
+        std::fs::rename(&temporary, out).with_context(|| format!("renaming {temporary}"))?;
+        let mapped = map.mapped_blocks() * BLOCK;
+        let bmap = map.write(&map_path)?;
+        Ok(DiskImage { path: out.to_owned(), size: spec.layout.size, mapped, written, bmap })
+    };
+    attempt().with_context(|| format!("assembling {out}")).inspect_err(|_| {
+        // Best effort: the first error is the one to report.
+        drop(std::fs::remove_file(&temporary));
+        drop(std::fs::remove_file(out));
+    })
+}
+
+fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)> {
+    let layout = &spec.layout;
+    ensure!(
+        spec.partitions.len() == layout.partitions.len(),
+        "the layout has {} partitions, contents are given for {}",
+        layout.partitions.len(),
+        spec.partitions.len()
+    );
+    let guids: Vec<Uuid> = spec.partitions.iter().map(|p| p.guid).collect();
+    let tables = table::make(layout, spec.disk_guid, spec.mbr_signature, &guids)?;
+    let states = state_sectors(spec)?;
+    let volumes = fat_volumes(spec)?;
+    let sources = sources(spec)?;
+
+    let mut regions = vec![
+        Region { payload: Payload::Memory(&tables.head), places: vec![0] },
+        Region { payload: Payload::Memory(&tables.tail), places: vec![tables.tail_offset()] },
+    ];
+    for (state, pages) in layout.states.iter().zip(&states) {
+        regions.push(Region { payload: Payload::Memory(pages), places: vec![state.offset] });
+    }
+    for (placed, pages) in &volumes {
+        regions.push(Region { payload: Payload::Memory(pages), places: vec![placed.offset] });
+    }
+    for (placed, wanted) in layout.partitions.iter().zip(&spec.partitions) {
+        if matches!(wanted.content, Content::Empty) {
+            let blocks = placed.size.min(ALWAYS_MAPPED) / BLOCK;
+            regions.push(Region { payload: Payload::Zeros(blocks), places: vec![placed.offset] });
+        }
+    }
+    for source in &sources {
+        let needed = source.needed.clone();
+        regions.push(Region {
+            payload: Payload::File { file: &source.file, size: source.size, needed },
+            places: source.places.clone(),
+        });
+    }
+    let total = total_bytes(&regions);
+    let step = Step::new("image", temporary.file_stem().unwrap_or("image"), total, Unit::Bytes);
+    let image = File::create(temporary).with_context(|| format!("creating {temporary}"))?;
+    let write = || -> Result<copy::Written> {
+        image.set_len(layout.size)?;
+        let written = copy::write(&regions, &image, &step)?;
+        Ok(written)
+    };
+    let written = write().map_err(|error| explain(error, temporary, total))?;
+    let map = BlockMap { image_size: layout.size, block_size: BLOCK, ranges: written.ranges };
+    Ok((map, written.bytes))
+}
+
+/// Adds what to do to the error of a full disk.
+fn explain(error: anyhow::Error, path: &Utf8Path, total: u64) -> anyhow::Error {
+    let full = error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|cause| cause.kind() == std::io::ErrorKind::StorageFull);
+    if !full {
+        return error.context(format!("writing {path}"));
+    }
+    let folder = path.parent().filter(|p| !p.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
+    let free = rustix::fs::statvfs(folder.as_std_path())
+        .map_or(0, |s| s.f_bavail.saturating_mul(s.f_frsize));
+    error.context(format!(
+        "writing {path}: the disk is full; the image needs up to {}, {} are free in {folder}\n\
+         help: free some space there, `cargo xtask clean` shows what it could remove",
+        progress::bytes(total),
+        progress::bytes(free),
+    ))
+}
+
+fn total_bytes(regions: &[Region<'_>]) -> u64 {
+    let each = regions.iter().map(|region| {
+        let bytes = match &region.payload {
+            Payload::Memory(pages) => pages.written() * BLOCK,
+            Payload::File { file, size, .. } => allocated(file).min(*size),
+            Payload::Zeros(_) => 0,
+        };
+        bytes * region.places.len() as u64
+    });
+    each.sum()
+}
+
+fn allocated(file: &File) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    /// The unit of `st_blocks`, whatever the filesystem's block size.
+    const STAT_BLOCK: u64 = 512;
+    file.metadata().map_or(0, |m| m.blocks() * STAT_BLOCK)
+}
+
+fn state_sectors(spec: &DiskSpec) -> Result<Vec<Pages>> {
+    let states = &spec.layout.states;
+    ensure!(
+        spec.states.len() <= states.len(),
+        "the layout has {} boot-state sectors, contents are given for {}",
+        states.len(),
+        spec.states.len()
+    );
+    let nothing = Vec::new();
+    let contents = spec.states.iter().chain(std::iter::repeat(&nothing));
+    let pages = states.iter().zip(contents).map(|(state, content)| {
+        let bytes = content.len();
+        ensure!(
+            bytes as u64 <= SECTOR,
+            "the boot state at sector {} has {bytes} bytes, a sector {SECTOR}",
+            state.sector
+        );
+        let mut pages = Pages::new(BLOCK);
+        pages.write_at(0, &[0; BLOCK as usize])?;
+        pages.write_at(0, content)?;
+        Ok(pages)
+    });
+    pages.collect()
+}
+
+fn fat_volumes(spec: &DiskSpec) -> Result<Vec<(&Placed, Pages)>> {
+    let mut volumes = Vec::new();
+    for (placed, wanted) in spec.layout.partitions.iter().zip(&spec.partitions) {
+        let Content::Fat { label, volume_id, files } = &wanted.content else { continue };
+        let pages = fat::make(placed, label, *volume_id, files, spec.epoch, &wanted.size_key)?;
+        volumes.push((placed, pages));
+    }
+    Ok(volumes)
+}
+
+/// A filesystem image and every place where it belongs.
+struct ImageSource {
+    path: Utf8PathBuf,
+    file: File,
+    size: u64,
+    /// Blocks that are mapped even where they are zero.
+    needed: Vec<Range<u64>>,
+    places: Vec<u64>,
+}
+
+fn sources(spec: &DiskSpec) -> Result<Vec<ImageSource>> {
+    let mut sources: Vec<ImageSource> = Vec::new();
+    for (placed, wanted) in spec.layout.partitions.iter().zip(&spec.partitions) {
+        let Content::Image(path) = &wanted.content else { continue };
+        let doing = || format!("placing {path} in `{}`", placed.name);
+        let known = sources.iter().position(|source| source.path == *path);
+        let index = match known {
+            Some(index) => index,
+            None => {
+                sources.push(open_source(path).with_context(doing)?);
+                sources.len() - 1
+            }
+        };
+        let source = &mut sources[index];
+        if source.size > placed.size {
+            bail!(
+                "{}: the image is {}, the partition {}\nhelp: raise {}",
+                doing(),
+                progress::bytes(source.size),
+                progress::bytes(placed.size),
+                wanted.size_key
+            );
+        }
+        source.places.push(placed.offset);
+    }
+    Ok(sources)
+}
+
+fn open_source(path: &Utf8Path) -> Result<ImageSource> {
+    let file = File::open(path).with_context(|| format!("opening {path}"))?;
+    let size = file.metadata()?.len();
+    let used = ext4_blocks::used_bytes(&file)?.unwrap_or_default();
+    // In the map's blocks: a smaller block of the volume takes the whole one with it.
+    let head = 0..size.min(ALWAYS_MAPPED).div_ceil(BLOCK);
+    let blocks = used.into_iter().map(|r| r.start / BLOCK..r.end.div_ceil(BLOCK));
+    let mut needed: Vec<Range<u64>> = Vec::new();
+    for range in std::iter::once(head).chain(blocks) {
+        match needed.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => needed.push(range),
+        }
+    }
+    Ok(ImageSource { path: path.to_owned(), file, size, needed, places: Vec::new() })
+}

@@ -1,0 +1,263 @@
+//! Makes an ext4 image from a tar, without root and with the same bytes on every run, through
+//! `mke2fs` of e2fsprogs 1.47.1 or newer: that is the first which reads a tar and takes every time
+//! from `SOURCE_DATE_EPOCH`.
+
+use std::fs::File;
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use uuid::Uuid;
+
+use crate::artifact;
+use crate::disk::{Usage, usage};
+use crate::exec::Tool;
+use crate::progress;
+
+/// Bytes in a block: what the kernel's page and the card's block are, and the bundle's index too.
+const BLOCK: u64 = 4096;
+/// Bytes in an inode: room for times after 2038 and for small attributes.
+const INODE: u32 = 256;
+/// One inode for so many bytes, as Debian's default for volumes from 512 MiB on.
+const BYTES_PER_INODE: u64 = 16_384;
+/// Inodes that stay free beyond those that the content needs.
+const SPARE_INODES: u64 = 1024;
+/// The oldest e2fsprogs that will do.
+const OLDEST: (u32, u32, u32) = (1, 47, 1);
+/// The features, all named, so that no `mke2fs.conf` decides. Left out on purpose: `64bit` (only
+/// needed from 16 TiB on), and `orphan_file` and `metadata_csum_seed`, which U-Boot 2023.01 and
+/// Linux before 5.15 do not know. U-Boot ignores the checksums of `metadata_csum`, Linux uses them.
+const FEATURES: [&str; 11] = [
+    "none",
+    "ext_attr",
+    "dir_index",
+    "filetype",
+    "extent",
+    "flex_bg",
+    "sparse_super",
+    "large_file",
+    "huge_file",
+    "dir_nlink",
+    "extra_isize",
+];
+
+/// An e2fsprogs, perhaps unpacked somewhere and not installed.
+#[derive(Debug, Clone)]
+pub struct Mke2fs {
+    /// The program.
+    pub program: Utf8PathBuf,
+    /// Where its libraries lie (libext2fs, libcom_err, libarchive); empty when they are installed.
+    pub libraries: Vec<Utf8PathBuf>,
+}
+
+impl Mke2fs {
+    /// The program as a call without arguments, free of the host's configuration. Another program
+    /// of the same package (`e2fsck`, `debugfs`) is found beside it.
+    pub fn tool(&self, program: &Utf8Path) -> Tool {
+        let tool = Tool::new(program)
+            .env("MKE2FS_CONFIG", "/dev/null")
+            .env("MKE2FS_SYNC", "0")
+            .env("LC_ALL", "C")
+            .env_remove("MKE2FS_DEVICE_SECTSIZE")
+            .env_remove("MKE2FS_DEVICE_PHYS_SECTSIZE");
+        if self.libraries.is_empty() {
+            return tool;
+        }
+        let dirs: Vec<&str> = self.libraries.iter().map(|dir| dir.as_str()).collect();
+        tool.env("LD_LIBRARY_PATH", dirs.join(":"))
+    }
+
+    /// The version, when it will do.
+    ///
+    /// # Errors
+    /// When the program cannot be run or is older than 1.47.1.
+    pub fn version(&self) -> Result<String> {
+        let mut version = None;
+        self.tool(&self.program).arg("-V").run_lines(|line| {
+            if let Some(rest) = line.strip_prefix("mke2fs ") {
+                version = rest.split_whitespace().next().map(str::to_owned);
+            }
+        })?;
+        let Some(version) = version else { bail!("{} does not say its version", self.program) };
+        let mut numbers = version.split('.').map(|n| n.parse().unwrap_or(0));
+        let mut next = || numbers.next().unwrap_or(0);
+        let found = (next(), next(), next());
+        ensure!(
+            found >= OLDEST,
+            "{} is version {version}, expected 1.47.1 or newer\n\
+             help: older ones read no tar and take times from the host; Debian 12 has a newer \
+             e2fsprogs in its backports",
+            self.program
+        );
+        Ok(version)
+    }
+}
+
+/// An ext4 image to make.
+#[derive(Debug, Clone)]
+pub struct Ext4Request<'a> {
+    /// What goes into it, with owners, modes and times; `None` makes an empty one.
+    pub tar: Option<&'a Utf8Path>,
+    /// Bytes of the image, a multiple of 4 KiB.
+    pub size: u64,
+    /// The label, at most 16 bytes.
+    pub label: &'a str,
+    /// The volume's UUID.
+    pub uuid: Uuid,
+    /// The seed of the folders' hashes.
+    pub hash_seed: Uuid,
+    /// Seconds since 1970: the time of everything that the tar does not date.
+    pub epoch: u64,
+    /// With a journal. A slot is never written while it is mounted and needs none; `data` does.
+    pub journal: bool,
+    /// How large it may become while it is mounted, in bytes, for a volume that grows on first
+    /// boot; `None` for one that stays as it is.
+    pub grows_to: Option<u64>,
+    /// Where the size is set, for messages: `partitions.root.size in board/pi4/board.toml`.
+    pub size_key: &'a str,
+}
+
+/// What a tar holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Content {
+    /// Bytes of its files, each in whole blocks.
+    bytes: u64,
+    /// Files, folders, links, devices.
+    entries: u64,
+}
+
+/// Makes the image.
+///
+/// # Errors
+/// When the tool is too old or fails, or the content does not fit; the message names both sizes.
+/// Nothing is left under the image's name then.
+pub fn make(tool: &Mke2fs, request: &Ext4Request<'_>, out: &Utf8Path) -> Result<Usage> {
+    let temporary = artifact::partial(out);
+    let attempt = || -> Result<Usage> {
+        check(request)?;
+        tool.version()?;
+        if let Some(parent) = out.parent() {
+            std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+        }
+        remove(&temporary)?;
+        let content = request.tar.map(content_of).transpose()?;
+        if let Some(content) = content
+            && content.bytes > request.size
+        {
+            return Err(too_large(request, content));
+        }
+        if let Err(error) = run(tool, request, content, &temporary) {
+            let text = format!("{error:#}");
+            let full = ["Could not allocate", "No free space", "No space left on device"];
+            return Err(match content {
+                Some(content)
+                    if full.iter().any(|f| text.contains(f)) && !disk_full(&temporary) =>
+                {
+                    too_large(request, content)
+                }
+                _ => error,
+            });
+        }
+        let usage = usage(&temporary)?;
+        File::open(&temporary)
+            .and_then(|file| file.sync_data())
+            .with_context(|| format!("writing {temporary}"))?;
+        std::fs::rename(&temporary, out).with_context(|| format!("renaming {temporary}"))?;
+        Ok(usage)
+    };
+    attempt().with_context(|| format!("making the filesystem {out}")).inspect_err(|_| {
+        // Best effort: the first error is the one to report.
+        drop(remove(&temporary));
+    })
+}
+
+fn check(request: &Ext4Request<'_>) -> Result<()> {
+    let (size, label) = (request.size, request.label);
+    ensure!(
+        size > 0 && size.is_multiple_of(BLOCK),
+        "its size is {size} bytes, expected a multiple of 4096"
+    );
+    ensure!(label.len() <= 16, "the label `{label}` has {} bytes, ext4 holds 16", label.len());
+    Ok(())
+}
+
+fn run(
+    tool: &Mke2fs,
+    request: &Ext4Request<'_>,
+    content: Option<Content>,
+    out: &Utf8Path,
+) -> Result<()> {
+    let mut features = FEATURES.join(",");
+    features.push_str(",metadata_csum");
+    let mut extended = vec![
+        format!("hash_seed={}", request.hash_seed),
+        // Inode tables and journal are complete, so that nothing of the card's past shines through
+        // and the kernel has nothing to do in the background.
+        "lazy_itable_init=0".to_owned(),
+        "lazy_journal_init=0".to_owned(),
+        "root_owner=0:0".to_owned(),
+        "nodiscard".to_owned(),
+    ];
+    if request.journal {
+        features.push_str(",has_journal");
+    }
+    if let Some(largest) = request.grows_to.filter(|largest| *largest > request.size) {
+        features.push_str(",resize_inode");
+        extended.push(format!("resize={}", largest / BLOCK));
+    }
+    let needed = content.map_or(0, |c| c.entries) + SPARE_INODES;
+    let inodes = needed.max(request.size / BYTES_PER_INODE);
+    let mut call = tool
+        .tool(&tool.program)
+        .env("SOURCE_DATE_EPOCH", request.epoch.to_string())
+        // mke2fs takes 0 for "now".
+        .env("E2FSPROGS_FAKE_TIME", request.epoch.max(1).to_string())
+        .args(["-q", "-F", "-t", "ext4", "-m", "0", "-e", "remount-ro"])
+        .args(["-b", &BLOCK.to_string(), "-I", &INODE.to_string(), "-N", &inodes.to_string()])
+        .args(["-L", request.label, "-U", &request.uuid.to_string()])
+        .args(["-O", &features, "-E", &extended.join(",")]);
+    if let Some(tar) = request.tar {
+        call = call.args(["-d", tar.as_str()]);
+    }
+    call.arg(out).arg((request.size / BLOCK).to_string()).run()
+}
+
+fn too_large(request: &Ext4Request<'_>, content: Content) -> anyhow::Error {
+    anyhow::anyhow!(
+        "the content ({} in {} entries) does not fit {}\nhelp: raise {}, or take something out",
+        progress::bytes(content.bytes),
+        content.entries,
+        progress::bytes(request.size),
+        request.size_key
+    )
+}
+
+/// Whether the host's disk is what was full.
+fn disk_full(path: &Utf8Path) -> bool {
+    let folder = path.parent().filter(|p| !p.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
+    rustix::fs::statvfs(folder.as_std_path()).is_ok_and(|s| s.f_bavail < 256)
+}
+
+fn content_of(path: &Utf8Path) -> Result<Content> {
+    let doing = || format!("reading {path}");
+    let mut archive = tar::Archive::new(File::open(path).with_context(doing)?);
+    let mut content = Content { bytes: 0, entries: 0 };
+    for entry in archive.entries_with_seek().with_context(doing)? {
+        let entry = entry.with_context(doing)?;
+        // The second name of a file takes neither an inode nor blocks.
+        if entry.header().entry_type() == tar::EntryType::Link {
+            continue;
+        }
+        content.entries += 1;
+        content.bytes += entry.size().next_multiple_of(BLOCK);
+    }
+    Ok(content)
+}
+
+fn remove(path: &Utf8Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {path}"))
+        }
+        _ => Ok(()),
+    }
+}
