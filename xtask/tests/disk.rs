@@ -478,18 +478,10 @@ fn damage_is_found() {
     let image = assemble(&spec, &folder.at("card.img")).expect("assembling");
     let last = spec.layout.size - 512;
     let cases: [(u64, &[u8], &str); 6] = [
-        (
-            512 + 24,
-            &[9],
-            "the GPT at the start of the disk is damaged: CRC32 Checksum Mismatch, the header is corrupted",
-        ),
-        (
-            last + 24,
-            &[9],
-            "the backup GPT at the end of the disk is damaged: CRC32 Checksum Mismatch, the header is corrupted",
-        ),
-        (1024 + 60, b"X", "the entries of the GPT at the start are damaged"),
-        (last - 16384 + 60, b"X", "the entries of the backup GPT are damaged"),
+        (512 + 24, &[9], "the GPT at the start of the disk is damaged: CRC32"),
+        (last + 24, &[9], "the backup GPT at the end of the disk is damaged: CRC32"),
+        (1024 + 60, b"X", "the GPT at the start of the disk is damaged: its entries: partition"),
+        (last - 16384 + 60, b"X", "the backup GPT at the end of the disk is damaged: its entries"),
         (446 + 8, &[1], "slot 1 of the hybrid MBR is not partition 1 of the GPT"),
         (446 + 48 + 8, &[2], "the protective record starts at sector 2, expected 1"),
     ];
@@ -505,7 +497,8 @@ fn damage_is_found() {
     assert_eq!(read::tables(&image.path).expect("reading").findings, [""; 0]);
     file.set_len(spec.layout.size + MIB).expect("growing");
     let findings = read::tables(&image.path).expect("reading").findings;
-    assert!(!findings.is_empty(), "a backup GPT that is not at the end was not noticed");
+    let expected = "the backup GPT at the end of the disk is damaged: Invalid GPT Signature";
+    assert!(findings[0].starts_with(expected), "{findings:?}");
 }
 
 /// Runs `the_part_on_a_full_disk` in a mount namespace of its own, on a disk of 8 MiB.

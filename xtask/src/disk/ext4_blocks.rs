@@ -138,7 +138,8 @@ pub fn used_bytes(file: &File) -> Result<Option<Vec<Range<u64>>>> {
         (u64::from(volume.u32(40)) * u64::from(volume.u16(88)).max(128)).div_ceil(block);
     let table_blocks = (groups * descriptor).div_ceil(block);
     let reserved = u64::from(volume.u16(206));
-    let mut used: Vec<Range<u64>> = vec![0..first + 1];
+    let boot_and_super = 0..first + 1;
+    let mut used: Vec<Range<u64>> = vec![boot_and_super];
     let mut bitmap = vec![0; block as usize];
     for group in 0..groups {
         let mut bytes = vec![0; descriptor as usize];

@@ -178,7 +178,7 @@ fn finish_format(pages: &mut Pages, placed: &Placed, now: DateTime) -> Result<()
     let root =
         if geometry.fat32 { geometry.cluster_at(geometry.root_cluster) } else { geometry.root };
     let (date, time) = (now.date, now.time);
-    let time = time.hour << 11 | time.min << 5 | time.sec / 2;
+    let time = time.hour << 11 | time.min << 5 | (time.sec / 2);
     let date = (date.year - 1980) << 9 | date.month << 5 | date.day;
     pages.write_at(root + ENTRY_CHANGED, &time.to_le_bytes())?;
     pages.write_at(root + ENTRY_CHANGED + 2, &date.to_le_bytes())?;

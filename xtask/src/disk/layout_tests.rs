@@ -2,6 +2,9 @@ use super::*;
 
 const MIB: u64 = 1 << 20;
 
+/// A table, what makes the good disk bad, and the one finding.
+type Case = (TableKind, fn(&mut DiskRequest), &'static str);
+
 fn partition(name: &str, size: u64, filesystem: Filesystem) -> PartitionRequest {
     PartitionRequest {
         name: name.to_owned(),
@@ -99,7 +102,7 @@ fn everything_is_reported_at_once() {
 #[test]
 fn each_rule_has_its_message() {
     use TableKind::{Gpt, Hybrid, Mbr};
-    let cases: Vec<(TableKind, fn(&mut DiskRequest), &str)> = vec![
+    let cases: Vec<Case> = vec![
         (Gpt, |d| d.alignment = 512, "the alignment is 512 B, it must be a multiple of 4 KiB"),
         (Gpt, |d| d.size += 512, "the disk is 1073742336 B, it must be a multiple of 4 KiB"),
         (Gpt, |d| d.partitions.clear(), "the disk has no partition"),

@@ -1,15 +1,17 @@
 //! Reads a card image back, for `inspect` and `verify`: the tables with every check that a foreign
 //! tool would make, the files of a FAT, the boot-state sectors. It trusts nothing that it reads.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use camino::Utf8Path;
 use gpt::disk::LogicalBlockSize;
+use gpt::header::{Header, read_header_from_arbitrary_device};
 use gpt::mbr::ProtectiveMBR;
-use gpt::partition::PartitionAttributes;
+use gpt::partition::{Partition, PartitionAttributes, file_read_partitions};
 use serde::{Deserialize, Serialize};
 
 use super::layout::{Layout, SECTOR, TableKind, exact};
@@ -137,7 +139,7 @@ pub fn tables(image: &Utf8Path) -> Result<DiskTables> {
         findings: Vec::new(),
     };
     if table.has_gpt() {
-        read_gpt(&mut file, &mut found).with_context(doing)?;
+        read_gpt(&file, &mut found).with_context(doing)?;
         check_mbr_against_gpt(&mut found);
     } else {
         found.partitions = found.mbr.iter().map(from_record).collect();
@@ -158,85 +160,89 @@ fn from_record(record: &MbrRecord) -> FoundPartition {
     }
 }
 
-fn read_gpt(file: &mut File, found: &mut DiskTables) -> Result<()> {
-    let config = || gpt::GptConfig::new().logical_block_size(LogicalBlockSize::Lb512);
-    let disk = config()
-        .open_from_device(&mut *file)
-        .map_err(|error| anyhow!("neither copy of the GPT can be read: {error}"))?;
-    found.disk_guid = Some(disk.guid().to_string());
-    found.partitions = disk
-        .partitions()
+/// Reads both copies of the GPT and takes the partitions from the first that is sound.
+fn read_gpt(file: &File, found: &mut DiskTables) -> Result<()> {
+    ensure!(found.size >= 64 * SECTOR, "the image is too small for a GPT");
+    let last = found.size / SECTOR - 1;
+    let places =
+        [("the GPT at the start of the disk", 1), ("the backup GPT at the end of the disk", last)];
+    let mut sound = Vec::new();
+    for (place, sector) in places {
+        match read_copy(file, sector) {
+            Ok(copy) => sound.push(copy),
+            Err(error) => found.findings.push(format!("{place} is damaged: {error}")),
+        }
+    }
+    let Some((header, partitions)) = sound.first() else {
+        bail!("neither copy of the GPT can be read: {}", found.findings.join("; "));
+    };
+    found.disk_guid = Some(header.disk_guid.to_string());
+    found.partitions = partitions
         .iter()
         .filter(|(_, partition)| partition.is_used())
-        .map(|(&number, partition)| {
-            let sectors =
-                (partition.last_lba.saturating_add(1)).saturating_sub(partition.first_lba);
-            FoundPartition {
-                number,
-                name: Some(partition.name.clone()),
-                guid: Some(partition.part_guid.to_string()),
-                kind: partition.part_type_guid.guid.to_string(),
-                offset: partition.first_lba.saturating_mul(SECTOR),
-                size: sectors.saturating_mul(SECTOR),
-                bootable: partition.flags & PartitionAttributes::BOOTABLE.bits() != 0,
-            }
-        })
+        .map(|(&number, partition)| from_entry(number, partition))
         .collect();
-    let findings = &mut found.findings;
-    let headers = (disk.primary_header(), disk.backup_header());
-    if let Err(error) = &headers.0 {
-        findings.push(format!("the GPT at the start of the disk is damaged: {error}"));
-    }
-    if let Err(error) = &headers.1 {
-        findings.push(format!("the backup GPT at the end of the disk is damaged: {error}"));
-    }
-    let (Ok(primary), Ok(backup)) = headers else { return Ok(()) };
-    let last = found.size / SECTOR - 1;
-    if primary.backup_lba != last {
-        findings.push(format!(
-            "the backup GPT lies at sector {}, expected the disk's last sector {last}",
-            primary.backup_lba
-        ));
-    }
-    let same = primary.disk_guid == backup.disk_guid
-        && primary.crc32_parts == backup.crc32_parts
-        && primary.num_parts == backup.num_parts
-        && (primary.first_usable, primary.last_usable) == (backup.first_usable, backup.last_usable);
-    if !same {
-        findings.push("the GPT at the start and its backup at the end differ".to_owned());
-    }
-    let (start, count, size) = (primary.part_start, primary.num_parts, primary.part_size);
-    let backup_start = backup.part_start;
-    // The header's checksum covers the entries only through theirs, which `gpt` does not compare.
-    for (place, start, expected) in [
-        ("the GPT at the start", start, primary.crc32_parts),
-        ("the backup GPT", backup_start, backup.crc32_parts),
-    ] {
-        let crc = entries_crc(file, start, count, size)?;
-        if crc != expected {
+    for partition in &found.partitions {
+        let (first, end) = (
+            partition.offset / SECTOR,
+            partition.offset.saturating_add(partition.size).div_ceil(SECTOR),
+        );
+        if first < header.first_usable || end > header.last_usable.saturating_add(1) {
             found.findings.push(format!(
-                "the entries of {place} are damaged: their checksum is {crc:08x}, the header says {expected:08x}"
+                "partition {} lies outside the sectors that the GPT leaves to partitions ({} to {})",
+                partition.number, header.first_usable, header.last_usable
             ));
         }
     }
-    for partition in &found.partitions {
-        let (first, end) =
-            (partition.offset / SECTOR, (partition.offset + partition.size) / SECTOR);
-        if first < start + 32 || end > backup_start {
-            found.findings.push(format!("partition {} overlaps the GPT", partition.number));
-        }
+    let [(primary, entries), (backup, backup_entries)] = sound.as_slice() else { return Ok(()) };
+    if primary.backup_lba != last || backup.backup_lba != 1 {
+        found.findings.push(format!(
+            "the GPT says that its copies are at the sectors {} and {}, expected 1 and {last}",
+            backup.backup_lba, primary.backup_lba
+        ));
+    }
+    let usable = |header: &Header| (header.first_usable, header.last_usable);
+    if primary.disk_guid != backup.disk_guid
+        || usable(primary) != usable(backup)
+        || entries != backup_entries
+    {
+        found.findings.push("the GPT at the start and its backup at the end differ".to_owned());
     }
     Ok(())
 }
 
-fn entries_crc(file: &File, start: u64, count: u32, size: u32) -> Result<u32> {
-    let bytes = u64::from(count) * u64::from(size);
-    ensure!(bytes <= 1 << 20, "a GPT with {count} entries of {size} bytes is not believable");
-    let mut buffer = vec![0; bytes as usize];
-    file.read_exact_at(&mut buffer, start.saturating_mul(SECTOR))?;
-    let mut crc = flate2::Crc::new();
-    crc.update(&buffer);
-    Ok(crc.sum())
+fn from_entry(number: u32, partition: &Partition) -> FoundPartition {
+    let sectors = partition.last_lba.saturating_add(1).saturating_sub(partition.first_lba);
+    FoundPartition {
+        number,
+        name: Some(partition.name.clone()),
+        guid: Some(partition.part_guid.to_string()),
+        kind: partition.part_type_guid.guid.to_string(),
+        offset: partition.first_lba.saturating_mul(SECTOR),
+        size: sectors.saturating_mul(SECTOR),
+        bootable: partition.flags & PartitionAttributes::BOOTABLE.bits() != 0,
+    }
+}
+
+/// Reads the copy of the GPT whose header lies at this sector, and checks both its checksums.
+fn read_copy(file: &File, sector: u64) -> Result<(Header, BTreeMap<u32, Partition>)> {
+    // `gpt` reads a header from sector 1 only.
+    let offset = (sector - 1) * SECTOR;
+    let mut part = Part { file: file.try_clone()?, offset, size: 2 * SECTOR, position: 0 };
+    let header = read_header_from_arbitrary_device(&mut part, LogicalBlockSize::Lb512)
+        .map_err(|error| anyhow!("{error}"))?;
+    ensure!(
+        header.current_lba == sector,
+        "its header says that it lies at sector {}",
+        header.current_lba
+    );
+    let (count, size) = (header.num_parts, header.part_size);
+    // `gpt` takes other sizes for a bug of ours and stops the program.
+    ensure!(size == 128 && count <= 1024, "{count} entries of {size} bytes are not believable");
+    let mut whole = Part { file: file.try_clone()?, offset: 0, size: u64::MAX, position: 0 };
+    let partitions = file_read_partitions(&mut whole, &header, LogicalBlockSize::Lb512)
+        .map_err(|error| anyhow!("its entries: {error}"))?;
+    Ok((header, partitions))
 }
 
 fn check_mbr_against_gpt(found: &mut DiskTables) {
