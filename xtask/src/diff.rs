@@ -288,7 +288,8 @@ impl Ext4Read for Slice {
     }
 }
 
-fn open(image: &Utf8Path, offset: u64) -> Result<Ext4> {
+/// Opens the ext4 filesystem at a byte offset of an image, read-only.
+pub(crate) fn open(image: &Utf8Path, offset: u64) -> Result<Ext4> {
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
     let slice = Slice { file, offset, window: Vec::new(), window_start: 0 };
     Ext4::load(Box::new(slice))

@@ -11,6 +11,9 @@ fn main() -> ExitCode {
     let outcome = match &cli.command {
         Command::Doctor(options) => cmd::doctor::doctor(options),
         Command::BuildImage(options) => xtask::build::build_image(options),
+        Command::Inspect(options) => cmd::inspect::inspect(options),
+        Command::Verify(options) => cmd::verify::verify(options),
+        Command::Run(options) => cmd::run::run(options),
         Command::Lock(options) => cmd::lock::lock(options),
         Command::Keys(verb) => cmd::keys::keys(verb),
         Command::Check => cmd::check::check(),

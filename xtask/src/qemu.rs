@@ -24,9 +24,6 @@ pub const PROGRAM: &str = "qemu-system-aarch64";
 /// The port of the guest's SSH server.
 const GUEST_SSH: u16 = 22;
 
-/// The port on the host that leads to it, when it is free.
-const HOST_SSH: u16 = 2222;
-
 /// How the boot loader gets into the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -155,16 +152,28 @@ impl Overlay {
     }
 }
 
+/// How a person's run differs from the image's own start.
+#[derive(Debug, Clone)]
+pub struct Start {
+    /// A boot state to write first, and its byte offset: chooses the slot.
+    pub boot_state: Option<(u64, BootState)>,
+    /// The port on the host's loopback address that leads to the guest's SSH, when it is free.
+    pub ssh_port: u16,
+}
+
 /// Boots the image with its serial console on this terminal until the person quits. What the guest
 /// writes lasts until then.
 ///
 /// # Errors
 /// When the overlay cannot be made, or QEMU is missing or fails.
-pub fn run_interactive(machine: &Machine, files: &Files) -> Result<()> {
+pub fn run_interactive(machine: &Machine, files: &Files, start: &Start) -> Result<()> {
     let folder = tempfile::tempdir().context("making a folder for the overlay")?;
     let folder = Utf8Path::from_path(folder.path()).context("the temporary folder's name")?;
     let overlay = Overlay::create(machine, &files.image, &folder.join("card.qcow2"))?;
-    let port = machine.network.as_ref().map(|_| free_port(HOST_SSH)).transpose()?;
+    if let Some((offset, state)) = &start.boot_state {
+        overlay.write_boot_state(*offset, state)?;
+    }
+    let port = machine.network.as_ref().map(|_| free_port(start.ssh_port)).transpose()?;
     progress::say("run", format!("{} in {}", files.image, machine.machine));
     if let Some(port) = port {
         progress::say("ssh", format!("ssh -p {port} robot@127.0.0.1"));

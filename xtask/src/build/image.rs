@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Base, Build, Signing, Wheels};
@@ -23,7 +23,7 @@ use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 /// Raised when compose changes what it makes.
 const COMPOSE_VERSION: u32 = 1;
 /// Raised when assembling changes what it makes.
-const IMAGE_VERSION: u32 = 1;
+const IMAGE_VERSION: u32 = 2;
 /// Raised when packing changes what it makes.
 const BUNDLE_VERSION: u32 = 1;
 
@@ -67,6 +67,8 @@ pub struct Card {
     pub written: u64,
     /// Its block map.
     pub bmap: Artifact,
+    /// What QEMU takes besides.
+    pub qemu: Vec<Utf8PathBuf>,
 }
 
 /// The stage `compose`.
@@ -230,7 +232,7 @@ fn boot_partitions(
     rendered: &Rendered,
     base: &Base,
     system: &System,
-    dir: &camino::Utf8Path,
+    dir: &Utf8Path,
 ) -> Result<BTreeMap<String, Vec<FatFile>>> {
     let mut partitions: BTreeMap<String, Vec<FatFile>> = BTreeMap::new();
     for file in &build.plan.boot_files {
@@ -267,7 +269,7 @@ fn boot_partitions(
 }
 
 /// Wraps a boot script in U-Boot's image format.
-fn wrap_script(build: &Build<'_>, text: &[u8], dir: &camino::Utf8Path) -> Result<Vec<u8>> {
+fn wrap_script(build: &Build<'_>, text: &[u8], dir: &Utf8Path) -> Result<Vec<u8>> {
     let (plain, wrapped) = (dir.join("boot.cmd"), dir.join("boot.scr"));
     std::fs::write(&plain, text).with_context(|| format!("writing {plain}"))?;
     Tool::new("mkimage")
@@ -280,6 +282,40 @@ fn wrap_script(build: &Build<'_>, text: &[u8], dir: &camino::Utf8Path) -> Result
         .run()
         .context("wrapping the boot script")?;
     std::fs::read(&wrapped).with_context(|| format!("reading {wrapped}"))
+}
+
+/// The files that QEMU takes besides the image: the boot loader, and a device tree where the
+/// machine's firmware would hand one over. They lie below `dist/<product>/<board>/qemu`.
+pub fn qemu_files(dist: &Utf8Path, plan: &crate::plan::Plan) -> Option<crate::qemu::Files> {
+    let qemu = plan.board.qemu.as_ref()?;
+    let dir = dist.join("qemu");
+    Some(crate::qemu::Files {
+        image: dist.join(format!("{}.img", plan.stem())),
+        bootloader: dir.join("u-boot.bin"),
+        device_tree: qemu.device_tree.as_ref().map(|path| dir.join(flat(path))),
+    })
+}
+
+fn copy_for_qemu(build: &Build<'_>, base: &Base) -> Result<()> {
+    let Some(files) = qemu_files(&build.dist, build.plan) else { return Ok(()) };
+    let copy = |from: &Artifact, to: &Utf8Path| {
+        let bytes = std::fs::read(&from.path).with_context(|| format!("reading {}", from.path))?;
+        write_atomically(to, |out| Ok(out.write_all(&bytes)?))
+    };
+    let loader = base.system.bootloader.as_ref().context("QEMU needs the board's boot loader")?;
+    copy(loader, &files.bootloader)?;
+    if let (Some(to), Some(qemu)) = (&files.device_tree, &build.plan.board.qemu) {
+        let wanted = qemu.device_tree.as_deref().unwrap_or_default();
+        let named = base.system.dtbs.iter().find(|d| d.path == wanted);
+        let named = named.with_context(|| {
+            format!(
+                "the base has no device tree {wanted}\n\
+                 help: `kernel.device-trees` must match `qemu.device-tree` in board.toml"
+            )
+        })?;
+        copy(&named.file, to)?;
+    }
+    Ok(())
 }
 
 /// The stage `image`.
@@ -307,7 +343,11 @@ pub fn card(
     let card: Card = build.stage(
         "image",
         key,
-        |card: &Card| vec![card.image.clone(), card.bmap.path.clone()],
+        |card: &Card| {
+            let mut files = vec![card.image.clone(), card.bmap.path.clone()];
+            files.extend(card.qemu.iter().cloned());
+            files
+        },
         |card| format!("{}  {}, {} on disk", card.image, bytes(card.size), bytes(card.written)),
         |build, dir| {
             let mut boot = boot_partitions(build, rendered, base, system, dir)?;
@@ -341,12 +381,20 @@ pub fn card(
                 partitions,
             };
             let made = disk::assemble(&spec, &out)?;
+            // The image must be on the disk before the stage counts as finished.
+            std::fs::File::open(&made.path)
+                .and_then(|image| image.sync_all())
+                .with_context(|| format!("flushing {}", made.path))?;
+            copy_for_qemu(build, base)?;
             Ok(Card {
                 image: made.path,
                 size: made.size,
                 mapped: made.mapped,
                 written: made.written,
                 bmap: made.bmap,
+                qemu: qemu_files(&build.dist, plan)
+                    .map(|f| f.device_tree.into_iter().chain([f.bootloader]).collect())
+                    .unwrap_or_default(),
             })
         },
     )?;

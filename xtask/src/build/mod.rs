@@ -25,7 +25,7 @@ use crate::rootfs::debian::DebianSpec;
 use crate::tools::{self, Purpose};
 
 pub use base::{Base, Wheels, package_spec, python_target};
-pub use image::{Card, System};
+pub use image::{Card, System, qemu_files};
 
 /// What a build has at hand besides the plan.
 pub struct Build<'a> {

@@ -3,6 +3,9 @@
 pub mod check;
 pub mod clean;
 pub mod doctor;
+pub mod inspect;
 pub mod keys;
 pub mod lock;
 pub mod plan;
+pub mod run;
+pub mod verify;

@@ -1,0 +1,339 @@
+//! `inspect`: what is in an image, a bundle or a slot image; and what changed between two.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::Manifest;
+use camino::Utf8Path;
+use serde::Serialize;
+
+use crate::bootstate::BootState;
+use crate::cli::{Format, Inspect};
+use crate::diff::{Difference, Inventory};
+use crate::disk::read::{self, DiskTables, FatListing};
+use crate::keys::{Keys, directory};
+use crate::progress::bytes;
+
+/// Byte offset of ext4's magic number: superblock at 1024, field at 56 (ext4 documentation).
+const EXT4_MAGIC_AT: u64 = 1080;
+
+/// The largest manifest that is shown.
+const LARGEST_MANIFEST: u64 = 1 << 20;
+
+/// What a file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Subject {
+    /// A card image.
+    Image,
+    /// An update bundle.
+    Bundle,
+    /// A slot's filesystem.
+    SlotImage,
+}
+
+/// Finds out what a file is by its content, whatever its name.
+///
+/// # Errors
+/// When it is none of the three.
+pub fn subject(path: &Utf8Path) -> Result<Subject> {
+    let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
+    let mut head = [0; 512];
+    let n = file.read(&mut head).with_context(|| format!("reading {path}"))?;
+    // A tar's first header names its first member at byte 0 and says "ustar" at 257 (POSIX ustar).
+    if n == 512 && head.starts_with(b"manifest.json\0") && head[257..262] == *b"ustar" {
+        return Ok(Subject::Bundle);
+    }
+    let mut magic = [0; 2];
+    let seek = file.seek(SeekFrom::Start(EXT4_MAGIC_AT)).and_then(|_| file.read_exact(&mut magic));
+    if seek.is_ok() && magic == [0x53, 0xef] && head[510..] != [0x55, 0xaa] {
+        return Ok(Subject::SlotImage);
+    }
+    if n == 512 && head[510..] == [0x55, 0xaa] {
+        return Ok(Subject::Image);
+    }
+    bail!(
+        "{path} is neither a card image, a bundle nor a slot image\n\
+         help: a compressed image must be unpacked first, for example with zstd -d"
+    )
+}
+
+/// `cargo xtask inspect`.
+///
+/// # Errors
+/// When the file is none of ours, or damaged.
+pub fn inspect(options: &Inspect) -> Result<()> {
+    if let Some(new) = &options.diff {
+        return diff(&options.file, new, options.format);
+    }
+    match subject(&options.file)? {
+        Subject::Image => image(&options.file, options.format),
+        Subject::Bundle => bundle(&options.file, options.format),
+        Subject::SlotImage => slot(&options.file, options.format),
+    }
+}
+
+/// A card image.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct ImageView {
+    tables: DiskTables,
+    boot_states: Vec<StateView>,
+    volumes: Vec<FatListing>,
+    slots: Vec<SlotView>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct StateView {
+    offset: u64,
+    state: Option<String>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct SlotView {
+    partition: u32,
+    system: String,
+    packages: usize,
+    wheels: usize,
+    files: usize,
+    bytes: u64,
+}
+
+fn image(path: &Utf8Path, format: Format) -> Result<()> {
+    let tables = read::tables(path)?;
+    let mut view = ImageView { tables, boot_states: vec![], volumes: vec![], slots: vec![] };
+    for partition in &view.tables.partitions {
+        match content(path, partition.offset)? {
+            Some(Held::Fat) => {
+                view.volumes.push(read::fat(path, partition.offset, partition.size)?);
+            }
+            Some(Held::Ext4) => {
+                let slot = slot_view(path, partition.offset, partition.number)?;
+                // The data partition has no system in it.
+                view.slots.extend(slot);
+            }
+            None => {}
+        }
+    }
+    let offsets = state_offsets(path, &view.tables)?;
+    for (offset, sector) in offsets.iter().zip(read::states(path, &offsets)?) {
+        let state = BootState::decode(&sector).ok().map(|s| format!("{s:?}"));
+        view.boot_states.push(StateView { offset: *offset, state });
+    }
+    if format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&view)?);
+    } else {
+        print_image(path, &view);
+    }
+    ensure!(
+        view.tables.findings.is_empty(),
+        "the partition table of {path} is damaged:\n  - {}",
+        view.tables.findings.join("\n  - ")
+    );
+    Ok(())
+}
+
+fn print_image(path: &Utf8Path, view: &ImageView) {
+    let t = &view.tables;
+    println!("{path}: {}, {} table", bytes(t.size), t.table.name());
+    println!("  no     offset          size  type  name");
+    for p in &t.partitions {
+        let kind = p.kind.get(..8).unwrap_or(&p.kind);
+        let name = p.name.as_deref().unwrap_or("");
+        println!("  {:<2} {:>12} {:>13}  {kind:<8}  {name}", p.number, p.offset, bytes(p.size));
+    }
+    for state in &view.boot_states {
+        let shown = state.state.as_deref().unwrap_or("empty or invalid: slot a is started");
+        println!("  boot state at {}: {shown}", state.offset);
+    }
+    for volume in &view.volumes {
+        println!("  volume {} (FAT{}), {} free", volume.label, volume.width, bytes(volume.free));
+        for entry in volume.entries.iter().filter(|e| !e.folder) {
+            println!("    {:>12}  {}", bytes(entry.size), entry.path);
+        }
+    }
+    for slot in &view.slots {
+        println!(
+            "  partition {}: {}, {} packages, {} wheels, {} files, {}",
+            slot.partition,
+            slot.system,
+            slot.packages,
+            slot.wheels,
+            slot.files,
+            bytes(slot.bytes)
+        );
+    }
+}
+
+enum Held {
+    Fat,
+    Ext4,
+}
+
+/// What lies at an offset of an image, by its magic numbers.
+fn content(path: &Utf8Path, offset: u64) -> Result<Option<Held>> {
+    let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
+    let mut head = vec![0; 2048];
+    file.seek(SeekFrom::Start(offset)).with_context(|| format!("reading {path}"))?;
+    file.read_exact(&mut head).with_context(|| format!("reading {path}"))?;
+    Ok(if head.get(1080..1082) == Some(&[0x53, 0xef]) {
+        Some(Held::Ext4)
+    } else if head.get(510..512) == Some(&[0x55, 0xaa]) {
+        Some(Held::Fat)
+    } else {
+        None
+    })
+}
+
+/// Where the image's own system says that the boot state lies.
+fn state_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<Vec<u64>> {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Device {
+        boot_state: Option<Sectors>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Sectors {
+        sectors: Vec<u64>,
+    }
+    for partition in &tables.partitions {
+        if let Ok(Some(text)) = read_file(path, partition.offset, "/usr/lib/slipway/device.toml") {
+            let device: Device =
+                toml::from_str(&text).context("reading the image's device.toml")?;
+            let sectors = device.boot_state.map_or(Vec::new(), |s| s.sectors);
+            return Ok(sectors.into_iter().map(|s| s * crate::disk::layout::SECTOR).collect());
+        }
+    }
+    Ok(Vec::new())
+}
+
+fn read_file(path: &Utf8Path, offset: u64, name: &str) -> Result<Option<String>> {
+    let filesystem = crate::diff::open(path, offset)?;
+    if !filesystem.exists(name)? {
+        return Ok(None);
+    }
+    Ok(Some(filesystem.read_to_string(name)?))
+}
+
+fn slot_view(path: &Utf8Path, offset: u64, partition: u32) -> Result<Option<SlotView>> {
+    let Some(release) = read_file(path, offset, "/etc/os-release")? else { return Ok(None) };
+    let name = release.lines().find_map(|l| l.strip_prefix("PRETTY_NAME=")).unwrap_or("unknown");
+    let inventory = Inventory::of_ext4(path, offset)?;
+    Ok(Some(SlotView {
+        partition,
+        system: name.trim_matches('"').to_owned(),
+        packages: inventory.packages.len(),
+        wheels: inventory.wheels.len(),
+        files: inventory.files.len(),
+        bytes: inventory.files.values().map(|f| f.size).sum(),
+    }))
+}
+
+fn slot(path: &Utf8Path, format: Format) -> Result<()> {
+    let view = slot_view(path, 0, 0)?;
+    let view = view.with_context(|| format!("{path} has no system in it: no /etc/os-release"))?;
+    let inventory = Inventory::of_ext4(path, 0)?;
+    if format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&inventory)?);
+        return Ok(());
+    }
+    println!("{path}: {}, {} files, {}", view.system, view.files, bytes(view.bytes));
+    for (title, list) in [("packages", &inventory.packages), ("wheels", &inventory.wheels)] {
+        println!("  {title}");
+        for (name, version) in list {
+            println!("    {name} {version}");
+        }
+    }
+    Ok(())
+}
+
+/// A bundle's manifest; `signed_by` is empty when no known key has signed it.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct BundleView {
+    signed_by: Vec<bundle::SignedBy>,
+    refusal: Option<String>,
+    manifest: Manifest,
+}
+
+fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
+    let open = || File::open(path).with_context(|| format!("opening {path}"));
+    let keys = Keys::open(&directory()?)?.set().clone();
+    let view = match bundle::Reader::open(bundle::Stream(open()?), &keys) {
+        Ok(reader) => BundleView {
+            signed_by: reader.signed_by().to_vec(),
+            refusal: None,
+            manifest: reader.manifest().clone(),
+        },
+        Err(error) => BundleView {
+            signed_by: Vec::new(),
+            refusal: Some(error.to_string()),
+            manifest: unverified(open()?).with_context(|| format!("reading {path}"))?,
+        },
+    };
+    if format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&view)?);
+        return Ok(());
+    }
+    let m = &view.manifest;
+    println!("{path}: {} {} ({}) for {}", m.product, m.version, m.kind, m.boards.join(", "));
+    for signer in &view.signed_by {
+        println!("  signed by the {} key {} of epoch {}", signer.kind, signer.id, signer.epoch);
+    }
+    if let Some(refusal) = &view.refusal {
+        println!("  NOT VERIFIED: {refusal}");
+    }
+    println!("  refuses updates below {}", m.minimum_version);
+    for component in &m.components {
+        println!("  component {} {}", component.name, component.version);
+        for payload in &component.payloads {
+            println!(
+                "    {}: {}, stored {}, index {}",
+                payload.role,
+                bytes(payload.size),
+                bytes(payload.data.size),
+                bytes(payload.index.size)
+            );
+        }
+    }
+    println!("  cargo xtask verify {path} checks every byte");
+    Ok(())
+}
+
+/// The manifest without any check of who wrote it; only for showing it, marked as such.
+fn unverified(file: File) -> Result<Manifest> {
+    let mut archive = tar::Archive::new(file);
+    let entry = archive.entries()?.next().context("the bundle is empty")??;
+    let mut json = Vec::new();
+    entry.take(LARGEST_MANIFEST).read_to_end(&mut json)?;
+    serde_json::from_slice(&json).context("the manifest is malformed")
+}
+
+fn diff(old: &Utf8Path, new: &Utf8Path, format: Format) -> Result<()> {
+    let inventory = |path: &Utf8Path| -> Result<Inventory> {
+        match subject(path)? {
+            Subject::SlotImage => Inventory::of_ext4(path, 0),
+            Subject::Image => {
+                let tables = read::tables(path)?;
+                for partition in &tables.partitions {
+                    if let Ok(Some(_)) = read_file(path, partition.offset, "/etc/os-release") {
+                        return Inventory::of_ext4(path, partition.offset);
+                    }
+                }
+                bail!("{path} has no slot with a system in it")
+            }
+            Subject::Bundle => bail!(
+                "{path} is a bundle\nhelp: compare the images; `inspect` alone shows a bundle"
+            ),
+        }
+    };
+    let difference = Difference::between(&inventory(old)?, &inventory(new)?);
+    match format {
+        Format::Json => print!("{}", difference.to_json()?),
+        Format::Text => difference.render_terminal(&mut std::io::stdout().lock())?,
+    }
+    Ok(())
+}

@@ -1,0 +1,100 @@
+//! `verify`: an image against its block map and tables, a bundle against its signatures.
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::keys::key_id;
+use bundle::{KeySet, Kind, Policy, TrustedKey};
+use camino::Utf8Path;
+use serde_json::json;
+
+use crate::cli::{Format, Verify};
+use crate::cmd::inspect::{Subject, subject};
+use crate::disk::{bmap, read};
+use crate::keys::{Keys, directory};
+use crate::progress::bytes;
+use crate::update;
+
+/// `cargo xtask verify`. Exit status 0 means that every byte was checked and is right.
+///
+/// # Errors
+/// Whatever is wrong.
+pub fn verify(options: &Verify) -> Result<()> {
+    let result = match subject(&options.file)? {
+        Subject::Bundle => verify_bundle(options)?,
+        Subject::Image => verify_image(&options.file)?,
+        Subject::SlotImage => bail!(
+            "{} is a slot image: nothing in it says what it should be\n\
+             help: verify the bundle or the card image that holds it",
+            options.file
+        ),
+    };
+    match options.format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&result.0)?),
+        Format::Text => println!("{}", result.1),
+    }
+    Ok(())
+}
+
+fn verify_bundle(options: &Verify) -> Result<(serde_json::Value, String)> {
+    let keys = match &options.keys {
+        Some(path) => read_keys(path)?,
+        None => Keys::open(&directory()?)?.set().clone(),
+    };
+    ensure!(
+        !keys.keys.is_empty(),
+        "there is no key to trust\nhelp: name a key set or a minisign public key with --keys"
+    );
+    let policy = Policy { product: None, board: None, floor: None, key_epoch: 0 };
+    let verified = update::verify(&options.file, &keys, &policy)?;
+    let manifest = &verified.manifest;
+    let signers: Vec<_> =
+        verified.signed_by.iter().map(|s| format!("the {} key {}", s.kind, s.id)).collect();
+    let text = format!(
+        "good: {} {} for {}, signed by {}",
+        manifest.product,
+        manifest.version,
+        manifest.boards.join(", "),
+        signers.join(" and ")
+    );
+    Ok((serde_json::to_value(&verified)?, text))
+}
+
+/// A key set, or the public key file of minisign, which counts as a release key of the highest
+/// epoch: who names it on the command line trusts it.
+fn read_keys(path: &Utf8Path) -> Result<KeySet> {
+    let text = std::fs::read(path).with_context(|| format!("reading {path}"))?;
+    if text.first() == Some(&b'{') {
+        return KeySet::parse(&text).with_context(|| format!("reading {path}"));
+    }
+    let text = String::from_utf8(text).with_context(|| format!("{path} is not a public key"))?;
+    let public = text.lines().find(|l| !l.starts_with("untrusted comment:") && !l.is_empty());
+    let public = public.with_context(|| format!("{path} has no public key"))?;
+    let id = key_id(public.trim()).with_context(|| format!("reading {path}"))?;
+    let public = public.trim().to_owned();
+    let key = TrustedKey { id, epoch: u32::MAX, kind: Kind::Release, public, revoked: false };
+    Ok(KeySet { keys: vec![key] })
+}
+
+fn verify_image(image: &Utf8Path) -> Result<(serde_json::Value, String)> {
+    let map_path = bmap::path_for(image);
+    ensure!(
+        map_path.is_file(),
+        "there is no {map_path} to check against\nhelp: keep the block map beside the image"
+    );
+    let tables = read::tables(image)?;
+    if !tables.findings.is_empty() {
+        bail!("the partition table of {image} is damaged:\n  - {}", tables.findings.join("\n  - "));
+    }
+    let map = bmap::check(image, &map_path)?;
+    let mapped = map.mapped_blocks() * map.block_size;
+    let text = format!(
+        "good: {} in {} ranges, {} partitions",
+        bytes(mapped),
+        map.ranges.len(),
+        tables.partitions.len()
+    );
+    let value = json!({
+        "image": image, "good": true, "mapped-bytes": mapped, "ranges": map.ranges.len(),
+        "partitions": tables.partitions.len(),
+    });
+    Ok((value, text))
+}
