@@ -174,8 +174,8 @@ fn hashed(
     write: impl FnOnce(&mut Hashing<'_>) -> Result<()>,
 ) -> Result<(u64, String)> {
     std::thread::scope(|scope| {
-        // A few MiB in flight: writes are of at most one.
-        let (hasher, received) = sync_channel::<Vec<u8>>(4);
+        // At most 1 MiB in flight: frames are written 64 KiB at a time.
+        let (hasher, received) = sync_channel::<Vec<u8>>(16);
         let thread = scope.spawn(move || {
             let mut hasher = Sha256::new();
             received.iter().for_each(|bytes| hasher.update(bytes));
