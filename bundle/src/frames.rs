@@ -32,14 +32,15 @@ impl Level {
     }
 
     /// Chosen by measuring, see `docs/bundle-format.md`. A window above zstd's own for the level
-    /// returns what the index and the division into frames cost.
-    fn parameters(self) -> [CParameter; 2] {
-        let (level, window) = match self {
-            Self::Fast => (3, 23),
-            Self::Release => (9, 23),
-            Self::Slow => (22, 24),
-        };
-        [CParameter::CompressionLevel(level), CParameter::WindowLog(window)]
+    /// returns what the index and the division into frames cost; a larger hash table
+    /// (fast) and a shorter search (release) return the time that hashing takes.
+    fn parameters(self) -> &'static [CParameter] {
+        use CParameter::{CompressionLevel, HashLog, MinMatch, SearchLog, WindowLog};
+        match self {
+            Self::Fast => &[CompressionLevel(2), WindowLog(23), HashLog(18), MinMatch(6)],
+            Self::Release => &[CompressionLevel(9), WindowLog(23), SearchLog(3)],
+            Self::Slow => &[CompressionLevel(22), WindowLog(24)],
+        }
     }
 }
 
@@ -60,7 +61,7 @@ impl Encoder {
     pub fn new(level: Level) -> Result<Self> {
         let mut context = CCtx::try_create().ok_or_else(no_memory)?;
         for parameter in level.parameters() {
-            context.set_parameter(parameter).map_err(zstd_error)?;
+            context.set_parameter(*parameter).map_err(zstd_error)?;
         }
         Ok(Self { context })
     }

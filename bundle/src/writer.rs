@@ -403,7 +403,8 @@ pub fn write_archive(
 
 /// Copies exactly `size` bytes.
 fn copy(data: &mut dyn Read, out: &mut dyn Write, size: u64, name: &str) -> Result<()> {
-    let mut buffer = vec![0_u8; 1 << 20];
+    // Small enough that a copy of it (for hashing) comes from the heap and not from fresh pages.
+    let mut buffer = vec![0_u8; 1 << 16];
     let mut left = size;
     while left > 0 {
         let want = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -145,17 +146,19 @@ impl Source for Sparse {
     }
 }
 
-/// Hashes what passes through.
+/// Writes to a file, while another thread hashes the same bytes: either alone would wait for the
+/// other.
 struct Hashing<'a> {
     out: &'a mut dyn Write,
-    hasher: Sha256,
+    hasher: SyncSender<Vec<u8>>,
     size: u64,
 }
 
 impl Write for Hashing<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let n = self.out.write(bytes)?;
-        self.hasher.update(bytes.get(..n).unwrap_or_default());
+        let written = bytes.get(..n).unwrap_or_default().to_vec();
+        self.hasher.send(written).map_err(|_| io::Error::other("the hashing thread has ended"))?;
         self.size += n as u64;
         Ok(n)
     }
@@ -163,6 +166,29 @@ impl Write for Hashing<'_> {
     fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }
+}
+
+/// Runs `write` on a [`Hashing`] writer; returns size and SHA-256 of what it wrote.
+fn hashed(
+    out: &mut dyn Write,
+    write: impl FnOnce(&mut Hashing<'_>) -> Result<()>,
+) -> Result<(u64, String)> {
+    std::thread::scope(|scope| {
+        // At most 1 MiB in flight: frames are written 64 KiB at a time.
+        let (hasher, received) = sync_channel::<Vec<u8>>(16);
+        let thread = scope.spawn(move || {
+            let mut hasher = Sha256::new();
+            received.iter().for_each(|bytes| hasher.update(bytes));
+            artifact::hex(&hasher.finalize())
+        });
+        let mut hashing = Hashing { out, hasher, size: 0 };
+        let result = write(&mut hashing);
+        let size = hashing.size;
+        // Dropping the sender is what ends the thread.
+        drop(hashing);
+        let sha256 = thread.join().map_err(|_| anyhow::anyhow!("the hashing thread failed"))?;
+        result.map(|()| (size, sha256))
+    })
 }
 
 /// Puts the hint of a bundle error where messages have their help.
@@ -202,7 +228,6 @@ fn pack_in(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
     let comment = format!("slipway bundle {} {}", request.product, request.version);
     let mut result = None;
     artifact::write_atomically(out, |file| {
-        let mut hashing = Hashing { out: file, hasher: Sha256::new(), size: 0 };
         let mut sign = |bytes: &[u8]| {
             Ok(request.signers.iter().map(|signer| signer.sign(bytes, &comment)).collect())
         };
@@ -210,13 +235,11 @@ fn pack_in(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
             .iter_mut()
             .map(|(index, data)| (index.as_slice(), data as &mut dyn io::Read))
             .collect();
-        bundle::write_archive(&mut hashing, &manifest, &mut sign, &mut parts).map_err(explain)?;
-        hashing.flush().context("writing")?;
-        let artifact = Artifact {
-            path: out.to_owned(),
-            size: hashing.size,
-            sha256: artifact::hex(&hashing.hasher.finalize()),
-        };
+        let (size, sha256) = hashed(file, |file| {
+            bundle::write_archive(file, &manifest, &mut sign, &mut parts).map_err(explain)?;
+            file.flush().context("writing")
+        })?;
+        let artifact = Artifact { path: out.to_owned(), size, sha256 };
         let signed_by = read_back(&artifact::partial(out), request)?;
         result = Some((artifact, signed_by));
         Ok(())
