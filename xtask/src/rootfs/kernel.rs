@@ -49,15 +49,20 @@ impl ModuleIndex {
     /// # Errors
     /// When a pattern of `keep` matches nothing: it is misspelt, or the kernel changed.
     pub fn kept(&self, rules: &ModuleRules) -> Result<BTreeSet<String>> {
+        let mut unmatched = Vec::new();
         for pattern in &rules.keep {
             // A folder of modules or a single one: `fs/ext4` and `fs/fat/vfat.ko` are both fine.
             let one = glob::compile(&either(pattern))?;
             if !self.needs.keys().any(|path| one.is_match(path)) {
-                bail!(
-                    "no module of this kernel matches '{pattern}'\n\
-                     help: correct it in `kernel.modules-keep` of the board's board.toml"
-                );
+                unmatched.push(format!("'{pattern}'"));
             }
+        }
+        if !unmatched.is_empty() {
+            bail!(
+                "no module of this kernel matches {}\n\
+                 help: correct `kernel.modules-keep` in the board's board.toml",
+                unmatched.join(", ")
+            );
         }
         let patterns: Vec<String> = rules.keep.iter().flat_map(|p| either(p)).collect();
         let (keep, drop) = (glob::compile(&patterns)?, glob::compile(&rules.drop)?);
