@@ -1,0 +1,222 @@
+//! The pages are true: links lead somewhere, commands are ones that the tool accepts, and what the
+//! source has (modules, keys, variables) stands in the page that claims to list it.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use clap::Parser;
+use clap::error::ErrorKind;
+use xtask::cli::Cli;
+
+fn root() -> Utf8PathBuf {
+    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+/// Files that git tracks or would track and that have this ending, with their text.
+fn files(extension: &str) -> Vec<(Utf8PathBuf, String)> {
+    let output = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root())
+        .output()
+        .expect("git runs");
+    assert!(output.status.success(), "git ls-files failed");
+    let found: Vec<_> = String::from_utf8(output.stdout)
+        .expect("UTF-8")
+        .lines()
+        .map(Utf8PathBuf::from)
+        .filter(|path| path.extension() == Some(extension))
+        .filter_map(|path| Some((path.clone(), std::fs::read_to_string(root().join(path)).ok()?)))
+        .collect();
+    assert!(!found.is_empty(), "no .{extension} file found");
+    found
+}
+
+fn page(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).expect(path)
+}
+
+fn complain(findings: Vec<String>) {
+    assert!(findings.is_empty(), "\n{}\n", findings.join("\n"));
+}
+
+/// Each line with its number from 1, and whether it stands in a fenced block.
+fn lines(text: &str) -> impl Iterator<Item = (usize, bool, &str)> {
+    text.lines().enumerate().scan(false, |fenced, (index, line)| {
+        let fence = line.trim_start().starts_with("```");
+        *fenced ^= fence;
+        Some((index + 1, *fenced && !fence, line))
+    })
+}
+
+/// What stands between single backticks.
+fn spans(line: &str) -> impl Iterator<Item = &str> {
+    line.split('`').skip(1).step_by(2)
+}
+
+/// A heading's anchor, as code hosts make it.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim().to_lowercase();
+    let kept = kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+    kept.collect::<String>().replace(' ', "-")
+}
+
+fn anchors(text: &str) -> BTreeSet<String> {
+    lines(text)
+        .filter(|(_, fenced, line)| !fenced && line.starts_with('#'))
+        .map(|(_, _, line)| anchor(line.trim_start_matches('#')))
+        .collect()
+}
+
+#[test]
+fn every_relative_link_leads_somewhere() {
+    let mut findings = Vec::new();
+    let mut checked = 0;
+    for (path, text) in files("md") {
+        for (number, _, line) in lines(&text).filter(|(_, fenced, _)| !fenced) {
+            let targets = line.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+            for target in targets.filter(|t| !t.contains("://")) {
+                checked += 1;
+                let (file, fragment) = target.split_once('#').unwrap_or((target, ""));
+                let folder = path.parent().expect("a folder");
+                let full =
+                    root().join(if file.is_empty() { path.clone() } else { folder.join(file) });
+                if !full.exists() {
+                    findings.push(format!("{path}:{number}: {target} does not exist"));
+                } else if !fragment.is_empty()
+                    && !anchors(&std::fs::read_to_string(&full).expect("text")).contains(fragment)
+                {
+                    findings.push(format!("{path}:{number}: {target}: no such heading"));
+                }
+            }
+        }
+    }
+    assert!(checked > 20, "only {checked} links found");
+    complain(findings);
+}
+
+/// The calls of our tool that a line shows.
+fn calls(fenced: bool, line: &str) -> Vec<&str> {
+    let code: Vec<&str> = if fenced { vec![line] } else { spans(line).collect() };
+    code.into_iter()
+        .flat_map(|code| code.split("cargo xtask ").skip(1))
+        .filter_map(|rest| rest.split(['#', '|', ';', '·', '`', '&', '>']).next())
+        .map(str::trim)
+        .collect()
+}
+
+#[test]
+fn every_command_shown_is_one_that_the_tool_accepts() {
+    let mut findings = Vec::new();
+    let mut checked = 0;
+    for (path, text) in files("md") {
+        for (number, fenced, line) in lines(&text) {
+            // Words such as `<verb>` or `…` stand for something.
+            for call in calls(fenced, line).into_iter().filter(|c| !c.contains(['<', '…'])) {
+                checked += 1;
+                let words = std::iter::once("cargo xtask").chain(call.split_whitespace());
+                if let Err(error) = Cli::try_parse_from(words)
+                    && !matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion)
+                {
+                    findings.push(format!("{path}:{number}: cargo xtask {call}\n{error}"));
+                }
+            }
+        }
+    }
+    assert!(checked > 30, "only {checked} commands found");
+    complain(findings);
+}
+
+#[test]
+fn every_module_is_on_the_map() {
+    let map = page("docs/architecture.md");
+    let named: BTreeSet<&str> = lines(&map).flat_map(|(_, _, line)| spans(line)).collect();
+    let findings = files("rs")
+        .into_iter()
+        .filter_map(|(path, _)| {
+            let name = match path.strip_prefix("xtask/src") {
+                Ok(inner) => inner,
+                Err(_) if path.starts_with("bundle/src") => &path,
+                Err(_) => return None,
+            };
+            (!named.contains(name.as_str()))
+                .then(|| format!("docs/architecture.md: {name} is not on the code map"))
+        })
+        .collect();
+    complain(findings);
+    for name in named.iter().filter(|n| n.ends_with(".rs")) {
+        let places = ["", "xtask/src/", "xtask/tests/", "bundle/tests/"];
+        let known = places.iter().any(|dir| root().join(dir).join(name).is_file());
+        assert!(known, "docs/architecture.md: {name} does not exist");
+    }
+}
+
+/// Names in `text` that begin with `prefix` and go on in capitals, digits and `_`.
+fn variables(text: &str, prefix: &str) -> BTreeSet<String> {
+    let name = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
+    text.split(|c| !name(c))
+        .filter(|word| word.starts_with(prefix) && word.len() > prefix.len())
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn every_environment_variable_is_in_the_readme() {
+    // Put together, so that this file does not name a variable that nobody reads.
+    let prefix = ["SLIPWAY", "_"].concat();
+    let source: BTreeSet<String> =
+        files("rs").iter().flat_map(|(_, text)| variables(text, &prefix)).collect();
+    assert!(source.len() >= 8, "few variables found: {source:?}");
+    let told = variables(&page("README.md"), &prefix);
+    assert_eq!(source, told, "left: what the source reads; right: what the README lists");
+}
+
+#[test]
+fn every_key_of_the_configuration_is_in_the_reference() {
+    let reference = page("docs/configuration.md");
+    let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let told: BTreeSet<&str> = lines(&reference)
+        .flat_map(|(_, _, line)| spans(line))
+        .flat_map(|span| span.split(|c| !word(c)))
+        .collect();
+    let takers = ["required", "optional", "or", "list", "table", "tables", "optional_table"];
+    let mut findings = Vec::new();
+    let mut checked = 0;
+    for kind in ["board", "product", "overlay"] {
+        let text = page(&format!("xtask/src/config/{kind}.rs"));
+        for call in text.split("f.").skip(1) {
+            let Some((method, rest)) = call.split_once('(') else { continue };
+            let method = method.split("::").next().unwrap_or_default();
+            let key = rest.trim_start().strip_prefix('"').and_then(|r| r.split('"').next());
+            let Some(key) = key.filter(|_| takers.contains(&method)) else { continue };
+            checked += 1;
+            if !told.contains(key) {
+                findings.push(format!("docs/configuration.md: the {kind}'s `{key}` is missing"));
+            }
+        }
+    }
+    assert!(checked > 80, "only {checked} keys found");
+    complain(findings);
+}
+
+#[test]
+fn every_template_variable_is_in_the_reference() {
+    let reference = page("docs/templates.md");
+    let source = page("xtask/src/render.rs");
+    let (_, body) = source.split_once("fn template_context").expect("the context");
+    let (body, _) = body.split_once("\n}\n").expect("its end");
+    // One level of indentation below `context! {`: the names that every template has.
+    let names: Vec<&str> = body
+        .lines()
+        .filter_map(|line| line.strip_prefix("        "))
+        .filter(|line| !line.starts_with(' '))
+        .filter_map(|line| line.split_once(" =>").map(|(name, _)| name))
+        .collect();
+    assert!(names.len() > 10, "few variables found: {names:?}");
+    let told: BTreeSet<&str> = lines(&reference)
+        .flat_map(|(_, _, line)| spans(line))
+        .filter_map(|span| span.split('.').next())
+        .collect();
+    let missing = names.iter().filter(|name| !told.contains(*name));
+    complain(missing.map(|name| format!("docs/templates.md: `{name}` is missing")).collect());
+}
