@@ -243,12 +243,15 @@ pub struct Test {
 /// Options of `bench`.
 #[derive(Debug, Clone, Args)]
 pub struct Bench {
-    /// A filesystem image to measure with [default: a 1 GiB root filesystem made for it].
+    /// A filesystem image to measure with [default: the root filesystem that was built last].
     #[arg(long)]
     pub payload: Option<Utf8PathBuf>,
     /// Which benchmark.
     #[arg(long, value_parser = ["disk", "bundle"])]
     pub only: Option<String>,
+    /// Also the slow compression level, which takes minutes.
+    #[arg(long)]
+    pub slow: bool,
 }
 
 /// Options of `clean`.

@@ -28,25 +28,23 @@ const ALWAYS_MAPPED: u64 = 1 << 20;
 /// ([`bmap::check`]).
 ///
 /// # Errors
-/// When an input is missing, something does not fit its partition, or the disk is full; nothing is
-/// left under the image's name then.
+/// When an input is missing, something does not fit its partition, or the disk is full; under the
+/// image's name lies what lay there before, or nothing.
 pub fn assemble(spec: &DiskSpec, out: &Utf8Path) -> Result<DiskImage> {
     let map_path = bmap::path_for(out);
     if let Some(parent) = out.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
     }
-    // A map that is older than the image would describe another one.
-    for stale in [&out.to_owned(), &map_path] {
-        match std::fs::remove_file(stale) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("removing the old {stale}"));
-            }
-            _ => {}
-        }
-    }
     let temporary = artifact::partial(out);
     let attempt = || -> Result<DiskImage> {
         let (map, written) = write_image(spec, &temporary)?;
+        // The old image stays until the new one is whole, and goes before its map does.
+        match std::fs::remove_file(out) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("removing the old {out}"));
+            }
+            _ => {}
+        }
         let mapped = map.mapped_blocks() * BLOCK;
         let bmap = map.write(&map_path)?;
         std::fs::rename(&temporary, out).with_context(|| format!("renaming {temporary}"))?;
@@ -54,9 +52,7 @@ pub fn assemble(spec: &DiskSpec, out: &Utf8Path) -> Result<DiskImage> {
     };
     attempt().with_context(|| format!("assembling {out}")).inspect_err(|_| {
         // Best effort: the first error is the one to report.
-        for path in [&temporary, &map_path] {
-            drop(std::fs::remove_file(path));
-        }
+        drop(std::fs::remove_file(&temporary));
     })
 }
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::DebianSpec;
 use super::apt::Mirrors;
+use super::host;
 use super::lock::{self, LockedPackage, PackagesLock};
 use crate::artifact::Artifact;
 use crate::fetch::{Download, Fetcher, Outcome};
@@ -75,18 +76,24 @@ pub fn fetch_lock(
     policy: Policy,
     cache: &Utf8Path,
 ) -> Result<Fetched> {
-    let wanted: Vec<LockedPackage> =
-        lock.package.iter().filter(|p| p.role != Role::Host).cloned().collect();
-    let first = plain(&wanted, fetcher, mirrors)?;
+    let host_arch = host::wanted();
+    let wanted = |lock: &PackagesLock| -> Vec<LockedPackage> {
+        let here = |p: &&LockedPackage| p.role != Role::Host || Some(p.arch.as_str()) == host_arch;
+        lock.package.iter().filter(here).cloned().collect()
+    };
+    let for_image = |mut debs: Vec<LockedDeb>| {
+        debs.retain(|d| d.package.role != Role::Host);
+        debs
+    };
+    let first = plain(&wanted(lock), fetcher, mirrors)?;
     if first.gone.is_empty() {
-        return Ok(Fetched { lock: lock.clone(), debs: first.debs, replaced: Vec::new() });
+        let debs = for_image(first.debs);
+        return Ok(Fetched { lock: lock.clone(), debs, replaced: Vec::new() });
     }
     refuse_if_locked(&first.gone, policy)?;
     let mirrors = mirrors.context("no mirror to resolve vanished packages with")?;
     let lock = replace(lock, &first.gone, &first.debs, mirrors, cache)?;
-    let wanted: Vec<LockedPackage> =
-        lock.lock.package.iter().filter(|p| p.role != Role::Host).cloned().collect();
-    let second = plain(&wanted, fetcher, Some(mirrors))?;
+    let second = plain(&wanted(&lock.lock), fetcher, Some(mirrors))?;
     // The index was fetched a moment ago: what is missing now is the mirror's own fault.
     if let Some(package) = second.gone.first() {
         bail!(
@@ -95,7 +102,7 @@ pub fn fetch_lock(
             package.shown()
         );
     }
-    Ok(Fetched { lock: lock.lock, debs: second.debs, replaced: lock.replaced })
+    Ok(Fetched { lock: lock.lock, debs: for_image(second.debs), replaced: lock.replaced })
 }
 
 /// Fetches packages without ever replacing one.
@@ -172,11 +179,24 @@ fn replace(
         gone.len(),
         gone.iter().map(LockedPackage::shown).collect::<Vec<_>>().join(", ")
     ));
+    let (host_gone, gone): (Vec<&LockedPackage>, Vec<&LockedPackage>) =
+        gone.iter().partition(|p| p.role == Role::Host);
+    if gone.is_empty() {
+        let mut package: Vec<_> =
+            old.package.iter().filter(|p| p.role != Role::Host).cloned().collect();
+        package.extend(host::lock(spec, mirrors, cache).context("replacing vanished host tools")?);
+        let lock = lock::finish(spec, old.epoch, package)?;
+        let replaced = differences(old, &lock);
+        return Ok(Replacement { lock, replaced });
+    }
     // Binaries of one source depend on each other's exact version: they move together, even
     // those whose old file is still in the store.
-    let moving: BTreeSet<&str> = gone.iter().map(LockedPackage::pool).collect();
-    let kept: Vec<LockedDeb> =
-        debs.iter().filter(|d| !moving.contains(d.package.pool())).cloned().collect();
+    let moving: BTreeSet<&str> = gone.iter().map(|p| p.pool()).collect();
+    let kept: Vec<LockedDeb> = debs
+        .iter()
+        .filter(|d| d.package.role != Role::Host && !moving.contains(d.package.pool()))
+        .cloned()
+        .collect();
     let mut solved = lock::solve_with_kept(spec, mirrors, cache, &kept);
     if let Err(error) = &solved {
         progress::warn(format!(
@@ -185,7 +205,11 @@ fn replace(
         solved = lock::solve_with_kept(spec, mirrors, cache, &[]);
     }
     let mut package = solved.context("replacing vanished packages")?;
-    package.extend(old.of_role(Role::Host).cloned());
+    if host_gone.is_empty() {
+        package.extend(old.of_role(Role::Host).cloned());
+    } else {
+        package.extend(host::lock(spec, mirrors, cache).context("replacing vanished host tools")?);
+    }
     let lock = lock::finish(spec, old.epoch, package)?;
     let replaced = differences(old, &lock);
     for Replaced { name, old, new } in &replaced {

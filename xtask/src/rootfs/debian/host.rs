@@ -63,6 +63,19 @@ pub(super) fn lock(
     Ok(locked)
 }
 
+/// The architecture of the host tools that this machine needs; none when its own `mke2fs` will do.
+pub(super) fn wanted() -> Option<&'static str> {
+    let own = exec::find("mke2fs").map(|program| Mke2fs { program, libraries: Vec::new() });
+    if own.is_some_and(|own| own.version().is_ok()) {
+        return None;
+    }
+    Some(match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    })
+}
+
 /// An `mke2fs` that reads tars: the machine's own, else the locked one, unpacked into `cache`.
 ///
 /// # Errors
@@ -74,16 +87,9 @@ pub fn host_e2fs(
     mirrors: Option<&Mirrors>,
     cache: &Utf8Path,
 ) -> Result<Mke2fs> {
-    if let Some(program) = exec::find("mke2fs") {
-        let own = Mke2fs { program, libraries: Vec::new() };
-        if own.version().is_ok() {
-            return Ok(own);
-        }
-    }
-    let arch = match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
+    let Some(arch) = wanted() else {
+        let program = exec::find("mke2fs").context("this machine's mke2fs is gone")?;
+        return Ok(Mke2fs { program, libraries: Vec::new() });
     };
     let packages: Vec<LockedPackage> =
         lock.of_role(Role::Host).filter(|p| p.arch == arch).cloned().collect();

@@ -1,0 +1,57 @@
+//! `bench`: our stages beside the usual tools, in one run, as ratios.
+
+use std::time::SystemTime;
+
+use anyhow::{Context, Result};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::bench::{bundle, disk};
+use crate::cache::Cache;
+use crate::cli::Bench;
+use crate::progress::say;
+use crate::tools::{self, Purpose};
+
+/// Turns of each contender; the table shows medians.
+const TURNS: usize = 3;
+
+/// `cargo xtask bench`.
+///
+/// # Errors
+/// When there is nothing to measure with, or a contender fails.
+pub fn bench(options: &Bench) -> Result<()> {
+    tools::require(&[Purpose::Test, Purpose::Bench], true)?;
+    let cache = Cache::locate()?;
+    let payload = match &options.payload {
+        Some(path) => path.clone(),
+        None => newest_root(&cache)?,
+    };
+    let folder = cache.root.join("bench");
+    let wants = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
+    say("bench", format!("{payload}, medians of {TURNS}; an idle machine gives true ratios"));
+    if wants("disk") {
+        print!("{}", disk::table(&disk::run(&payload, &folder, TURNS)?));
+    }
+    if wants("bundle") {
+        let settings =
+            bundle::Settings { payload, scratch: folder.clone(), runs: TURNS, slow: options.slow };
+        print!("{}", bundle::table(&bundle::run(&settings)?));
+    }
+    std::fs::remove_dir_all(&folder).with_context(|| format!("removing {folder}"))
+}
+
+/// The root filesystem that was composed last.
+fn newest_root(cache: &Cache) -> Result<Utf8PathBuf> {
+    let modified =
+        |path: &Utf8Path| -> Option<SystemTime> { path.metadata().ok()?.modified().ok() };
+    let composed = cache.stages().join("compose");
+    let folders = composed.read_dir_utf8().into_iter().flatten().flatten();
+    folders
+        .map(|folder| folder.path().join("root.ext4"))
+        .filter_map(|path| Some((modified(&path)?, path)))
+        .max()
+        .map(|(_, path)| path)
+        .context(
+            "there is no root filesystem to measure with\n\
+             help: run `cargo xtask build-image` first, or name one with --payload",
+        )
+}
