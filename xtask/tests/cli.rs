@@ -39,7 +39,7 @@ fn refused(arguments: &[&str], status: i32) -> String {
 }
 
 /// Every verb with what it must explain.
-const VERBS: [(&str, &[&str]); 15] = [
+const VERBS: [(&str, &[&str]); 16] = [
     (
         "build-image",
         &[
@@ -66,6 +66,7 @@ const VERBS: [(&str, &[&str]); 15] = [
     ("doctor", &["--install", "--format"]),
     ("test", &["--all", "--quick", "--no-install"]),
     ("check", &["formatting"]),
+    ("bench", &["--payload", "--only"]),
     ("clean", &["--stages", "--downloads", "--dry-run"]),
     ("completions", &["bash", "zsh", "fish"]),
 ];
