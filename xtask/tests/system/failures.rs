@@ -77,7 +77,7 @@ fn the_disk_is_full() -> Result<()> {
             Ok(left.map(name).collect())
         };
     let any = |left: &[String], end: &str| left.iter().any(|name| name.ends_with(end));
-    let words = ["root.tar", "No space left on device"];
+    let words = ["root.tar.partial", "No space left on device"];
     let left = full("the root filesystem", &compose, 64, &words)?;
     ensure!(!any(&left, "root.tar") && !any(&left, ".ext4") && !any(&left, ".json"), "{left:?}");
 
@@ -87,7 +87,8 @@ fn the_disk_is_full() -> Result<()> {
 
     let image = fs::metadata(&built.image)?.blocks() * 512;
     let room = image + fs::metadata(&built.bundle)?.len() / 2;
-    let left = full("the bundle", &dist, room >> 20, &[".bundle", "No space left on device"])?;
+    let words = [".bundle", "No space left on device", "the disk is full; free some space"];
+    let left = full("the bundle", &dist, room >> 20, &words)?;
     ensure!(any(&left, ".img") && !any(&left, ".bundle"), "{left:?}");
 
     say("the next build completes");
