@@ -84,7 +84,7 @@ pub fn write_atomically(
     let attempt = || -> Result<()> {
         let file = File::create(&temporary).with_context(|| format!("creating {temporary}"))?;
         let mut writer = io::BufWriter::new(file);
-        write(&mut writer)?;
+        write(&mut writer).with_context(|| format!("writing {temporary}"))?;
         let file = writer
             .into_inner()
             .map_err(io::IntoInnerError::into_error)

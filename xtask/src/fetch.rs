@@ -112,7 +112,7 @@ impl Fetcher {
                 names.len(),
                 wanted.len(),
                 self.store,
-                names.join(", ")
+                crate::progress::names(&names)
             );
         }
         if !missing.is_empty() {

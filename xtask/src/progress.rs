@@ -160,6 +160,15 @@ pub fn duration(d: Duration) -> String {
     }
 }
 
+/// Names for a sentence: the first ten, and how many more there are.
+pub fn names(names: &[impl AsRef<str>]) -> String {
+    const SHOWN: usize = 10;
+    let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();
+    let more = names.len().saturating_sub(SHOWN);
+    let end = if more == 0 { String::new() } else { format!(" and {more} more") };
+    format!("{}{end}", shown.join(", "))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,5 +177,12 @@ mod tests {
     fn sizes_for_people() {
         let shown = [0, 1023, 1024, 1_048_064, 1 << 20, 10 << 20, 4 << 30].map(bytes);
         assert_eq!(shown, ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "1.0 MiB", "10 MiB", "4.0 GiB"]);
+    }
+
+    #[test]
+    fn long_lists_end_early() {
+        assert_eq!(names(&["a", "b"]), "a, b");
+        let many: Vec<String> = (0..157).map(|n| n.to_string()).collect();
+        assert_eq!(names(&many), "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 147 more");
     }
 }

@@ -193,7 +193,12 @@ fn hashed(
 
 /// Puts the hint of a bundle error where messages have their help.
 fn explain(error: bundle::Error) -> anyhow::Error {
-    let hint = error.hint();
+    let hint = match &error {
+        bundle::Error::Io(cause) if cause.kind() == io::ErrorKind::StorageFull => {
+            "the disk is full; free some space, `cargo xtask clean` shows what it could remove"
+        }
+        _ => error.hint(),
+    };
     let message = format!("{error} ({})\nhelp: {hint}", error.code());
     anyhow::Error::new(error).context(message)
 }

@@ -1,18 +1,21 @@
 //! Foreign tools read what the disk stage writes: tables, FAT volumes, ext4 images and block maps.
-//! `SLIPWAY_E2FSPROGS=<root>` names an unpacked e2fsprogs 1.47.1 or newer where the installed one is
-//! older; `SLIPWAY_BLESS=1` rewrites the golden tables.
+//! `SLIPWAY_BLESS=1` rewrites the golden tables.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use uuid::Uuid;
+use xtask::cache::Cache;
 use xtask::disk::{
     Content, DiskImage, DiskRequest, DiskSpec, FatFile, Filesystem, PartitionRequest,
     PartitionSpec, Source, TableKind, assemble, bmap, compress, place, read,
 };
 use xtask::exec::{self, Tool};
 use xtask::ext4::{self, Ext4Request, Mke2fs};
+use xtask::fetch::Fetcher;
+use xtask::rootfs::debian::{Mirrors, PackagesLock, host_e2fs};
 
 const MIB: u64 = 1 << 20;
 const EPOCH: u64 = 1_700_000_000;
@@ -36,20 +39,20 @@ fn tool(name: &str) -> Tool {
     Tool::new(path).env("LC_ALL", "C").env("TZ", "UTC")
 }
 
+/// The `mke2fs` that builds use: the machine's own when it is new enough, else the one that the
+/// package lock names, fetched once into the machine's cache.
 fn mke2fs() -> Mke2fs {
-    let Ok(root) = std::env::var("SLIPWAY_E2FSPROGS") else {
-        let program = exec::find("mke2fs").expect("this test needs mke2fs");
-        return Mke2fs { program, libraries: Vec::new() };
+    static TOOL: OnceLock<Mke2fs> = OnceLock::new();
+    let find = || -> anyhow::Result<Mke2fs> {
+        let root = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+        let lock = PackagesLock::load(&root.join("configs/robot-dev.packages.lock"))?;
+        let cache = Cache::locate()?.root;
+        let fetcher = Fetcher::new(&cache, false)?;
+        // What lies in the cache needs no mirror.
+        let mirrors = Mirrors::from_host().ok();
+        host_e2fs(&lock, &fetcher, mirrors.as_ref(), &cache)
     };
-    let root = Utf8PathBuf::from(root);
-    let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
-    let libraries = ["lib", "usr/lib"].map(|dir| root.join(dir).join(&triplet)).to_vec();
-    let program = ["sbin/mke2fs", "usr/sbin/mke2fs"]
-        .map(|path| root.join(path))
-        .into_iter()
-        .find(|path| path.is_file())
-        .expect("SLIPWAY_E2FSPROGS has no mke2fs");
-    Mke2fs { program, libraries }
+    TOOL.get_or_init(|| find().expect("an mke2fs that reads tars")).clone()
 }
 
 /// A tar with an owner, a mode, a long file, a hole and a link.
@@ -362,7 +365,7 @@ fn a_compressed_image_is_the_image() {
     assert!(unpacked == fs::read(&image.path).expect("image"));
 }
 
-/// The message of a disk that `change` has made impossible, and that nothing is left of it.
+/// The message of a disk that `change` has made impossible; the older image stays as it was.
 fn failure(folder: &Folder, change: impl FnOnce(&mut DiskSpec)) -> String {
     let mut bad = spec(TableKind::Gpt, Utf8Path::new(""), Utf8Path::new(""));
     bad.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
@@ -370,7 +373,8 @@ fn failure(folder: &Folder, change: impl FnOnce(&mut DiskSpec)) -> String {
     let out = folder.at("bad.img");
     fs::write(&out, "an older image").expect("writing");
     let error = assemble(&bad, &out).expect_err("the bad disk was assembled");
-    assert!(!out.exists() && !bmap::path_for(&out).exists());
+    assert_eq!(fs::read_to_string(&out).expect("the older image"), "an older image");
+    assert!(!bmap::path_for(&out).exists());
     assert!(!xtask::artifact::partial(&out).exists());
     format!("{error:#}").replace(out.as_str(), "OUT").replace(folder.at("").as_str(), "DIR/")
 }

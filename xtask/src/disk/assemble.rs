@@ -20,7 +20,8 @@ use crate::progress::{self, Step, Unit};
 /// whatever was on the card before lie in the first 64 KiB (btrfs), an old journal behind.
 const ALWAYS_MAPPED: u64 = 1 << 20;
 
-/// Writes the image and, beside it, its block map. The map is the last to get its name.
+/// Writes the image and, beside it, its block map. The image is the last to get its name and the first
+/// to lose it: wherever a build is killed, an image has its own map beside it.
 ///
 /// It does not wait until the bytes are on the disk, which would take several times as long as all
 /// the rest: after a power cut on the build machine the block map tells a torn image from a good one
@@ -37,16 +38,16 @@ pub fn assemble(spec: &DiskSpec, out: &Utf8Path) -> Result<DiskImage> {
     let temporary = artifact::partial(out);
     let attempt = || -> Result<DiskImage> {
         let (map, written) = write_image(spec, &temporary)?;
-        // The old map would describe another image; the old image stays until the new one is whole.
-        match std::fs::remove_file(&map_path) {
+        // The old image stays until the new one is whole, and goes before its map does.
+        match std::fs::remove_file(out) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("removing the old {map_path}"));
+                return Err(error).with_context(|| format!("removing the old {out}"));
             }
             _ => {}
         }
-        std::fs::rename(&temporary, out).with_context(|| format!("renaming {temporary}"))?;
         let mapped = map.mapped_blocks() * BLOCK;
         let bmap = map.write(&map_path)?;
+        std::fs::rename(&temporary, out).with_context(|| format!("renaming {temporary}"))?;
         Ok(DiskImage { path: out.to_owned(), size: spec.layout.size, mapped, written, bmap })
     };
     attempt().with_context(|| format!("assembling {out}")).inspect_err(|_| {

@@ -153,7 +153,7 @@ fn refuse_if_locked(gone: &[LockedPackage], policy: Policy) -> Result<()> {
         "the mirror no longer has {} of the locked packages: {}\n\
          help: build without --locked to replace just these, or run cargo xtask lock",
         gone.len(),
-        names.join(", ")
+        progress::names(&names)
     )
 }
 
@@ -177,7 +177,7 @@ fn replace(
     progress::warn(format!(
         "the mirror no longer has {} of the locked packages; they are replaced: {}",
         gone.len(),
-        gone.iter().map(LockedPackage::shown).collect::<Vec<_>>().join(", ")
+        progress::names(&gone.iter().map(LockedPackage::shown).collect::<Vec<_>>())
     ));
     let (host_gone, gone): (Vec<&LockedPackage>, Vec<&LockedPackage>) =
         gone.iter().partition(|p| p.role == Role::Host);

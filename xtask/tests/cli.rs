@@ -1,0 +1,215 @@
+//! The command line as a person meets it: helps, hints, and verbs that need no build.
+
+use std::fs;
+use std::process::{Command, Output};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use serde_json::Value;
+
+fn root() -> Utf8PathBuf {
+    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+fn xtask(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(arguments)
+        .current_dir(root())
+        .envs(environment.iter().copied())
+        .env("COLUMNS", "100")
+        .output()
+        .expect("the tool starts")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("UTF-8")
+}
+
+fn good(arguments: &[&str], environment: &[(&str, &str)]) -> String {
+    let output = xtask(arguments, environment);
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// The error, and the exit status that belongs to its kind.
+fn refused(arguments: &[&str], status: i32) -> String {
+    let output = xtask(arguments, &[]);
+    let errors = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{arguments:?}: {errors}");
+    errors
+}
+
+/// Every verb with what it must explain.
+const VERBS: [(&str, &[&str]); 16] = [
+    (
+        "build-image",
+        &[
+            "--product",
+            "--board",
+            "--until",
+            "--offline",
+            "--locked",
+            "--zst",
+            "--compression",
+            "--no-install",
+            "--format",
+        ],
+    ),
+    ("plan", &["--product", "--board", "--format"]),
+    ("render", &["--product", "--board", "--format"]),
+    ("inspect", &["<FILE>", "--diff <NEW>", "--format"]),
+    ("verify", &["<FILE>", "--keys <FILE>", "--format"]),
+    ("run", &["--product", "--board", "--slot", "--ssh-port"]),
+    ("lock", &["--product", "--only"]),
+    ("keys new", &["release key"]),
+    ("keys list", &["--format"]),
+    ("keys rotate", &["--revoke"]),
+    ("doctor", &["--install", "--format"]),
+    ("test", &["--all", "--quick", "--no-install"]),
+    ("check", &["formatting"]),
+    ("bench", &["--payload", "--only"]),
+    ("clean", &["--stages", "--downloads", "--dry-run"]),
+    ("completions", &["bash", "zsh", "fish"]),
+];
+
+#[test]
+fn every_verb_explains_its_options() {
+    for (verb, options) in VERBS {
+        let mut arguments: Vec<&str> = verb.split(' ').collect();
+        arguments.push("--help");
+        let help = good(&arguments, &[]);
+        assert!(help.contains(&format!("Usage: cargo xtask {verb}")), "{verb}: {help}");
+        for option in options {
+            assert!(help.contains(option), "the help of {verb} does not mention {option}: {help}");
+        }
+    }
+}
+
+#[test]
+fn the_list_of_verbs_is_complete() {
+    let help = good(&["--help"], &[]);
+    for (verb, _) in VERBS {
+        let name = verb.split(' ').next().expect("a verb");
+        let line = help.lines().find(|line| line.trim_start().starts_with(name));
+        let line = line.unwrap_or_else(|| panic!("no {name} in {help}"));
+        let about = line.trim_start().trim_start_matches(name).trim();
+        assert!(about.ends_with('.') || about.len() > 20, "{name} says nothing: {line}");
+    }
+}
+
+#[test]
+fn a_misspelt_name_brings_the_nearest() {
+    let message = refused(&["plan", "--product", "robot-dew"], 1);
+    assert!(message.starts_with("error: "), "{message}");
+    assert!(message.contains("did you mean robot-dev?"), "{message}");
+    let message = refused(&["plan", "--board", "pi33"], 1);
+    assert!(message.contains("did you mean pi3?"), "{message}");
+    let message = refused(&["biuld-image"], 2);
+    assert!(message.contains("build-image"), "{message}");
+    let message = refused(&["build-image", "--ofline"], 2);
+    assert!(message.contains("--offline"), "{message}");
+}
+
+#[test]
+fn a_plan_has_every_offset_and_hash() {
+    let json = good(&["plan", "--board", "qemu-arm64", "--format", "json"], &[]);
+    let plan: Value = serde_json::from_str(&json).expect("JSON");
+    let partitions = plan["disk"]["partitions"].as_array().expect("partitions");
+    let mut end = 0;
+    for partition in partitions {
+        let offset = partition["offset"].as_u64().expect("an offset");
+        assert!(offset >= end && offset.is_multiple_of(1 << 20), "{partition}");
+        end = offset + partition["size"].as_u64().expect("a size");
+    }
+    assert!(end <= plan["disk"]["size"].as_u64().expect("the disk's size"));
+    assert_eq!(partitions.len(), 4);
+    assert!(plan["epoch"].as_u64().is_some_and(|epoch| epoch > 1_700_000_000), "{}", plan["epoch"]);
+    let inputs = plan["inputs"].as_array().expect("inputs");
+    assert!(inputs.len() > 20, "{} inputs", inputs.len());
+    for input in inputs {
+        assert_eq!(input["sha256"].as_str().map(str::len), Some(64), "{input}");
+    }
+    let text = good(&["plan", "--board", "qemu-arm64"], &[]);
+    for partition in partitions {
+        assert!(text.contains(&partition["offset"].to_string()), "{text}");
+    }
+}
+
+#[test]
+fn a_bad_epoch_is_named() {
+    let output = xtask(&["plan"], &[("SOURCE_DATE_EPOCH", "yesterday")]);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(message.contains("SOURCE_DATE_EPOCH") && message.contains("yesterday"), "{message}");
+}
+
+#[test]
+fn bash_takes_the_completions() {
+    let script = good(&["completions", "bash"], &[]);
+    assert!(script.contains("build-image") && script.contains("--until"), "{script}");
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("completions.bash");
+    fs::write(&path, script).expect("written");
+    let bash = Command::new("bash").arg("-n").arg(&path).output().expect("bash");
+    assert!(bash.status.success(), "{}", text(&bash.stderr));
+}
+
+#[test]
+fn keys_are_listed_without_secrets() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let keys = dir.path().join("keys");
+    let environment = [("SLIPWAY_KEYS", keys.to_str().expect("UTF-8"))];
+    assert!(good(&["keys", "list"], &environment).starts_with("no keys in "));
+    let password = [environment[0], ("SLIPWAY_KEY_PASSWORD", "a password of a test")];
+    good(&["keys", "new"], &password);
+    let listed = good(&["keys", "list"], &environment);
+    assert!(listed.contains("release") && listed.contains("epoch 1"), "{listed}");
+    let json = good(&["keys", "list", "--format", "json"], &environment);
+    let json: Value = serde_json::from_str(&json).expect("JSON");
+    let entry = &json.as_array().expect("a list")[0];
+    let public = entry["public"].as_str().expect("the public key");
+    assert!(public.starts_with("RW"), "{entry}");
+    let file = entry["secret"].as_str().expect("the secret's file");
+    let secret = fs::read_to_string(file).expect("the secret key");
+    let secret = secret.lines().nth(1).expect("the secret's second line");
+    assert!(!json.to_string().contains(secret), "the secret was printed");
+}
+
+#[test]
+fn clean_says_what_it_would_remove() {
+    let cache = tempfile::tempdir().expect("a folder");
+    let stages = cache.path().join("stages");
+    fs::create_dir_all(&stages).expect("made");
+    let cache_path = cache.path().to_str().expect("UTF-8");
+    let output = xtask(&["clean", "--stages", "--dry-run"], &[("SLIPWAY_CACHE", cache_path)]);
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains(&format!("would remove {cache_path}/stages (")), "{said}");
+    assert!(stages.is_dir(), "it was removed");
+}
+
+#[test]
+fn what_is_no_image_is_refused() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("text.img");
+    fs::write(&path, "not an image").expect("written");
+    let path = path.to_str().expect("UTF-8");
+    for verb in ["inspect", "verify"] {
+        let message = refused(&[verb, path], 1);
+        assert!(message.contains("neither a card image, a bundle nor a slot image"), "{message}");
+        let message = refused(&[verb, "/there/is/no/such.img"], 1);
+        assert!(message.contains("/there/is/no/such.img"), "{message}");
+    }
+}
+
+#[test]
+fn outside_a_workspace_it_says_where_to_run() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .arg("plan")
+        .current_dir(dir.path())
+        .output()
+        .expect("the tool starts");
+    assert_eq!(output.status.code(), Some(1));
+    let message = text(&output.stderr);
+    assert!(message.contains("help: run this inside a checkout"), "{message}");
+}

@@ -1,0 +1,155 @@
+//! The built images boot, through the real boot loader, to a login in the slot that was chosen; the
+//! serial console says so. What it said lies in `dist/…/log`.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use camino::Utf8PathBuf;
+use xtask::bootstate::{BootState, Slot};
+use xtask::cmd::check::ALL;
+use xtask::qemu::{Machine, OnRestart, Overlay, Session};
+use xtask::wheel::WheelLock;
+
+use crate::support::{Built, Folder, built, root, say};
+
+/// What a guest needs for one command, on a busy machine without hardware virtualisation.
+const COMMAND: Duration = Duration::from_secs(120);
+
+/// A machine on an overlay of the built image.
+struct Guest {
+    built: &'static Built,
+    machine: Machine,
+    overlay: Overlay,
+    log: Utf8PathBuf,
+    folder: Folder,
+}
+
+impl Guest {
+    fn new(board: &str, slot: Slot) -> Result<Self> {
+        let built = built(board)?;
+        let qemu = built.plan.board.qemu.as_ref().context("the board has no machine")?;
+        let folder = Folder::new()?;
+        let files = built.qemu.as_ref().context("the board has no machine")?;
+        let overlay = Overlay::create(&qemu.machine, &files.image, &folder.at("card.qcow2"))?;
+        // Slot a is what the image starts by itself: its boot state was never written.
+        if slot == Slot::B {
+            let sector = built.plan.disk.states.first().context("the board keeps no boot state")?;
+            let state = BootState { active: slot, ..BootState::first() };
+            overlay.write_boot_state(sector.offset, &state)?;
+        }
+        let log = built.dist.join(format!("log/boot-{slot}.log"));
+        Ok(Self { built, machine: qemu.machine.clone(), overlay, log, folder })
+    }
+
+    /// Starts the machine and waits for the shell of the console's login.
+    fn start(&self, log: &str) -> Result<Session> {
+        let log = self.log.with_file_name(log);
+        say(format!("booting; the console goes to {log}"));
+        let files = self.built.qemu.as_ref().context("the board has no machine")?;
+        let mut session =
+            Session::start(&self.machine, files, &self.overlay, &log, OnRestart::Exit)?;
+        let timeout = Duration::from_secs(self.machine.boot_timeout);
+        session.expect("U-Boot 20", timeout).context("no boot loader")?;
+        session.expect("slipway-init: slot ", timeout).context("no initrd")?;
+        let hostname = &self.built.plan.network.hostname;
+        session.expect(&format!("{hostname} login: root (automatic login)"), timeout)?;
+        session.expect(&format!("root@{hostname}:"), timeout)?;
+        // What the kernel says from now on would stand in the midst of a command's output.
+        session.run("dmesg --console-off", COMMAND)?;
+        Ok(session)
+    }
+}
+
+/// The output of a command that must succeed.
+fn output(session: &mut Session, command: &str, timeout: Duration) -> Result<String> {
+    let (code, said) = session.run(command, timeout)?;
+    say(format!("{command}: {said}"));
+    ensure!(code == 0, "`{command}` failed with {code}: {said}");
+    Ok(said)
+}
+
+/// Everything that a started slot must be.
+fn check(guest: &Guest, session: &mut Session, slot: Slot) -> Result<()> {
+    let plan = &guest.built.plan;
+    let long = Duration::from_secs(guest.machine.boot_timeout);
+    let chosen = output(session, "cat /run/slipway/slot", COMMAND)?;
+    ensure!(chosen == slot.name(), "slot {chosen} was started, expected {slot}");
+
+    let role = format!("root-{slot}");
+    let number = plan.disk.partition(&role).with_context(|| format!("no {role}"))?.number;
+    let mounted = output(session, "grep ' / ' /proc/mounts", COMMAND)?;
+    let mut fields = mounted.split(' ');
+    let (device, options) = (fields.next().unwrap_or_default(), fields.nth(2).unwrap_or_default());
+    let found = device.trim_start_matches(|c: char| !c.is_ascii_digit());
+    let found = found.rsplit('p').next().unwrap_or_default();
+    ensure!(found == number.to_string(), "/ is {device}, expected partition {number} ({role})");
+    ensure!(options.split(',').any(|o| o == "ro"), "/ is mounted {options}");
+    let (code, said) = session.run("touch /usr/written", COMMAND)?;
+    ensure!(code != 0 && said.contains("Read-only file system"), "a write gave {code}: {said}");
+
+    let api = plan.api.as_ref().context("the product has an API")?;
+    let name = api.package.split("==").next().unwrap_or_default();
+    let lock = WheelLock::load(&root().join(&api.lock))?;
+    let wheel = lock.wheels.iter().find(|w| w.name == name);
+    let version = &wheel.with_context(|| format!("the lock has no {name}"))?.version;
+    let import = format!("python3 -c 'import {name}; print({name}.__version__)'");
+    let said = output(session, &import, long)?;
+    ensure!(said.lines().any(|line| line == version), "expected {version}, found {said}");
+
+    // Waits until everything has been started; also says when a unit has failed.
+    let (_, state) = session.run("systemctl is-system-running --wait", long)?;
+    let failed = output(session, "systemctl --failed --plain --no-legend --no-pager", COMMAND)?;
+    ensure!(failed.is_empty(), "failed units: {failed}");
+    ensure!(state == "running", "the system is {state}");
+    Ok(())
+}
+
+fn machine_id(session: &mut Session) -> Result<String> {
+    let id = output(session, "cat /etc/machine-id", COMMAND)?;
+    let sound = id.len() == 32 && id.chars().all(|c| c.is_ascii_hexdigit());
+    ensure!(sound, "the machine's identity is `{id}`");
+    Ok(id)
+}
+
+/// Boots and checks a slot; then restarts it when asked to, and looks for the same identity.
+fn boots(board: &str, slot: Slot, restart: bool) -> Result<()> {
+    let guest = Guest::new(board, slot)?;
+    let run = || -> Result<()> {
+        let mut session = guest.start(&format!("boot-{slot}.log"))?;
+        check(&guest, &mut session, slot)?;
+        let first = machine_id(&mut session)?;
+        if restart {
+            session.send_line("systemctl reboot")?;
+            session.wait(Duration::from_secs(guest.machine.boot_timeout)).context("restarting")?;
+            drop(session);
+            let mut session = guest.start(&format!("boot-{slot}-again.log"))?;
+            let second = machine_id(&mut session)?;
+            ensure!(first == second, "after a restart the identity {first} has become {second}");
+            let chosen = output(&mut session, "cat /run/slipway/slot", COMMAND)?;
+            ensure!(chosen == slot.name(), "the restart chose slot {chosen}, expected {slot}");
+        }
+        Ok(())
+    };
+    let done = run().with_context(|| format!("the console's log is {}", guest.log));
+    drop(guest.folder);
+    done
+}
+
+#[test]
+fn slot_a_boots() -> Result<()> {
+    boots("qemu-arm64", Slot::A, false)
+}
+
+#[test]
+fn slot_b_boots_and_keeps_its_identity() -> Result<()> {
+    boots("qemu-arm64", Slot::B, true)
+}
+
+#[test]
+fn the_card_image_of_a_pi_boots() -> Result<()> {
+    if std::env::var_os(ALL).is_none() {
+        say("left out: takes 2 to 5 minutes; `cargo xtask test --all` does it");
+        return Ok(());
+    }
+    boots("pi3", Slot::A, false)
+}

@@ -1,0 +1,154 @@
+//! Building again: nothing changed, one file changed, another machine.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use camino::Utf8Path;
+use serde_json::Value;
+use xtask::cmd::check::ALL;
+
+use crate::support::{
+    Built, Folder, Xtask, built, cache_sharing, copy_workspace, root, same, say, snapshot, stages,
+};
+
+const BOARD: &str = "qemu-arm64";
+const STAGES: [&str; 5] = ["base", "api", "compose", "image", "bundle"];
+
+/// A build in which nothing changed answers within a second on an idle machine; this one may be busy.
+const NOTHING_TO_DO: Duration = Duration::from_secs(3);
+
+fn kept(report: &Value) -> Result<Vec<(String, bool)>> {
+    let stages = stages(report)?;
+    let names: Vec<&str> = stages.iter().map(|(name, _)| name.as_str()).collect();
+    ensure!(names == STAGES, "the stages are {names:?}");
+    Ok(stages)
+}
+
+#[test]
+fn nothing_changed_and_nothing_is_done() -> Result<()> {
+    let built = built(BOARD)?;
+    let look = || -> Result<BTreeMap<_, _>> {
+        let mut files = snapshot(&built.dist)?;
+        // The report says how long this very build took.
+        files.retain(|path, _| path.file_stem() != Some("report"));
+        Ok(files)
+    };
+    let modified = |path: &Utf8Path| fs::metadata(path).and_then(|m| m.modified());
+    let before = (look()?, modified(&built.image)?, modified(&built.bundle)?);
+    let started = Instant::now();
+    let report = Xtask::new(&root()).without_network().build(BOARD, &["--offline"])?;
+    let elapsed = started.elapsed();
+    for (name, kept) in kept(&report)? {
+        ensure!(kept, "the stage {name} did its work again");
+    }
+    let after = (look()?, modified(&built.image)?, modified(&built.bundle)?);
+    for (path, was) in &before.0 {
+        ensure!(after.0.get(path) == Some(was), "{path} has changed or is gone");
+    }
+    ensure!(before.0.len() == after.0.len(), "there are new files in {}", built.dist);
+    ensure!(before == after, "the image or the bundle was written again");
+    say(format!("nothing done in {elapsed:.1?}"));
+    ensure!(elapsed < NOTHING_TO_DO, "it took {elapsed:?}");
+    Ok(())
+}
+
+/// One partition's bytes as a file of their own, as a person would get them.
+fn slot_image(built: &Built, image: &Utf8Path, out: &Utf8Path) -> Result<()> {
+    crate::foreign::extract(image, built.plan.disk.partition("root-a").context("root-a")?, out)
+}
+
+#[test]
+fn a_changed_overlay_file_costs_no_base_and_no_download() -> Result<()> {
+    let built = built(BOARD)?;
+    let folder = Folder::new()?;
+    let (copy, cache) = (folder.at("workspace"), folder.at("cache"));
+    copy_workspace(&copy)?;
+    // No downloads at hand and no network: what is not kept cannot be made.
+    cache_sharing(&cache, &["tools", "stages/base", "stages/root", "stages/api"])?;
+    let motd = copy.join("overlays/base/etc/motd.j2");
+    let text = fs::read_to_string(&motd)? + "Changed.\n";
+    fs::write(&motd, text)?;
+    let tool = Xtask::new(&copy).env("SLIPWAY_CACHE", &cache).without_network();
+    let report = tool.build(BOARD, &["--offline"])?;
+    for (name, kept) in kept(&report)? {
+        let expected = name == "base" || name == "api";
+        ensure!(kept == expected, "the stage {name}: kept is {kept}, expected {expected}");
+    }
+
+    let [image, ..] = built.within(&copy)?;
+    let (old, new) = (folder.at("old.ext4"), folder.at("new.ext4"));
+    slot_image(built, &built.image, &old)?;
+    slot_image(built, &image, &new)?;
+    let compare = |old: &Utf8Path, new: &Utf8Path| -> Result<Value> {
+        let said = tool.run(&["inspect", old.as_str(), "--diff", new.as_str(), "--format=json"])?;
+        Ok(serde_json::from_str(&said.good()?)?)
+    };
+    for (old, new) in [(&old, &new), (&built.image, &image)] {
+        let difference = compare(old, new)?;
+        let changed = difference["files"]["changed"].as_object().context("no changed files")?;
+        let changed: Vec<&String> = changed.keys().collect();
+        ensure!(changed == ["/etc/motd"], "changed: {changed:?}");
+        for kind in ["files", "packages", "wheels"] {
+            for what in ["added", "removed"] {
+                let list = difference[kind][what].as_object().context("a list is missing")?;
+                ensure!(list.is_empty(), "{kind} {what}: {list:?}");
+            }
+        }
+        ensure!(difference["bytes-delta"] == 9, "bytes: {}", difference["bytes-delta"]);
+    }
+    let text = tool.run(&["inspect", old.as_str(), "--diff", new.as_str()])?.good()?;
+    ensure!(text.contains("/etc/motd"), "{text}");
+    Ok(())
+}
+
+/// A build from nothing but the downloads, elsewhere and otherwise.
+fn build_elsewhere(folder: &Folder, name: &str, strange: bool) -> Result<()> {
+    let (copy, cache) = (folder.at(name), folder.at(&format!("cache of {name}")));
+    copy_workspace(&copy)?;
+    cache_sharing(&cache, &["downloads"])?;
+    let mut tool = Xtask::new(&copy).env("SLIPWAY_CACHE", &cache);
+    if strange {
+        tool = tool
+            .umask("077")
+            .env("TZ", "Strange-13:45")
+            .env("LANG", "tr_TR.UTF-8")
+            .env("LC_ALL", "tr_TR.UTF-8")
+            .env("USER", "nobody");
+        tool_permissions(&copy)?;
+    }
+    let report = tool.build(BOARD, &[])?;
+    for (name, kept) in kept(&report)? {
+        ensure!(!kept, "the stage {name} was kept in an empty cache");
+    }
+    fs::remove_dir_all(&cache).with_context(|| format!("removing {cache}"))
+}
+
+/// A checkout as it is under umask 077.
+fn tool_permissions(copy: &Utf8Path) -> Result<()> {
+    crate::support::tool("chmod").args(["-R", "go-rwx", copy.as_str()]).run()
+}
+
+/// The other side is the build that all tests share: another folder, another time, umask 022. On a
+/// fresh machine it is clean as well; where the cache was warm, it was clean at some earlier time, and
+/// a difference means that a stage's code changed without its version. `test --all` makes two.
+#[test]
+fn two_clean_builds_are_equal() -> Result<()> {
+    let built = built(BOARD)?;
+    let folder = Folder::new()?;
+    build_elsewhere(&folder, "a second place", true)?;
+    let second = built.within(&folder.at("a second place"))?;
+    let first = match std::env::var_os(ALL) {
+        Some(_) => {
+            build_elsewhere(&folder, "first", false)?;
+            built.within(&folder.at("first"))?
+        }
+        None => built.within(&root())?,
+    };
+    for (one, other) in first.iter().zip(&second) {
+        say(format!("comparing {one} and {other}"));
+        same(one, other)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,328 @@
+//! The shared builds, copies of the workspace, and the tool itself as a person would start it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde_json::Value;
+use xtask::artifact::hash_file;
+use xtask::build::qemu_files;
+use xtask::cache::Cache;
+use xtask::cli::Target;
+use xtask::cmd::plan::{dist, resolve};
+use xtask::config::DEFAULT_PRODUCT;
+use xtask::exec::{self, Tool};
+use xtask::plan::Plan;
+use xtask::progress::duration;
+use xtask::qemu::Files;
+
+/// An address that refuses every connection: nothing listens on the discard port.
+pub const NOBODY: &str = "http://127.0.0.1:9";
+
+/// This workspace.
+pub fn root() -> Utf8PathBuf {
+    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+/// Says what goes on.
+pub fn say(text: impl AsRef<str>) {
+    eprintln!("  >> {}", text.as_ref());
+}
+
+/// A foreign tool; a missing one is a failure.
+pub fn tool(name: &str) -> Tool {
+    let path = exec::find(name).unwrap_or_else(|| panic!("this test needs {name}"));
+    Tool::new(path).env("LC_ALL", "C").env("TZ", "UTC")
+}
+
+/// A folder on the disk of `target/`, removed with the value.
+pub struct Folder(tempfile::TempDir);
+
+impl Folder {
+    pub fn new() -> Result<Self> {
+        let dir = Utf8Path::new(env!("CARGO_TARGET_TMPDIR"));
+        fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
+        let folder = tempfile::Builder::new().prefix("system-").tempdir_in(dir)?;
+        Ok(Self(folder))
+    }
+
+    pub fn at(&self, name: &str) -> Utf8PathBuf {
+        Utf8Path::from_path(self.0.path()).expect("UTF-8").join(name)
+    }
+}
+
+/// One call of the tool.
+#[derive(Clone)]
+pub struct Xtask {
+    dir: Utf8PathBuf,
+    environment: Vec<(String, String)>,
+    umask: &'static str,
+    small_disk: Option<(Utf8PathBuf, u64)>,
+}
+
+/// How a call ended and what it said.
+pub struct Said {
+    pub status: ExitStatus,
+    pub out: String,
+    pub errors: String,
+}
+
+impl Said {
+    /// The standard output of a call that succeeded.
+    pub fn good(self) -> Result<String> {
+        ensure!(self.status.success(), "the command failed ({}):\n{}", self.status, self.errors);
+        Ok(self.out)
+    }
+
+    /// The error of a call that failed as it should: with a message, not with a panic or a signal.
+    pub fn refused(self) -> Result<String> {
+        ensure!(self.status.code() == Some(1), "expected exit status 1, found {}", self.status);
+        let start = self.errors.find("error: ").context("it printed no `error: `")?;
+        Ok(self.errors[start..].to_owned())
+    }
+}
+
+impl Xtask {
+    /// The tool, started in a workspace.
+    pub fn new(dir: &Utf8Path) -> Self {
+        Self { dir: dir.to_owned(), environment: Vec::new(), umask: "022", small_disk: None }
+    }
+
+    pub fn env(mut self, name: &str, value: impl AsRef<str>) -> Self {
+        self.environment.push((name.to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    pub fn umask(mut self, umask: &'static str) -> Self {
+        self.umask = umask;
+        self
+    }
+
+    /// No registry, mirror or index can be reached.
+    pub fn without_network(self) -> Self {
+        let mut this = self.env("PIP_RETRIES", "0").env("PIP_INDEX_URL", NOBODY);
+        for name in ["SLIPWAY_DEBIAN_MIRROR", "SLIPWAY_DEBIAN_SECURITY_MIRROR"] {
+            this = this.env(name, NOBODY);
+        }
+        this
+    }
+
+    /// Puts an empty disk of this many MiB on a folder, for this call only. What lies there at the
+    /// end is listed on standard error, for it goes away with the call.
+    pub fn small_disk(mut self, dir: &Utf8Path, mebibytes: u64) -> Self {
+        self.small_disk = Some((dir.to_owned(), mebibytes));
+        self
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut script = format!("umask {}; ", self.umask);
+        let mut command = match &self.small_disk {
+            None => {
+                script.push_str("exec \"$0\" \"$@\"");
+                Command::new("sh")
+            }
+            Some((dir, mebibytes)) => {
+                script.push_str(&format!(
+                    "mount -t tmpfs -o size={mebibytes}m none '{dir}' || exit 99; \"$0\" \"$@\"; \
+                     code=$?; find '{dir}' -type f -printf 'left: %p\\n' >&2; exit $code"
+                ));
+                let mut command = Command::new(exec::find("unshare").expect("unshare"));
+                command.args(["--user", "--map-root-user", "--mount", "sh"]);
+                command
+            }
+        };
+        command.args(["-c", &script, env!("CARGO_BIN_EXE_xtask")]).args(arguments);
+        command.current_dir(&self.dir).stdin(Stdio::null());
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// Starts it in a process group of its own, silent, to be killed.
+    pub fn start(&self, arguments: &[&str]) -> Result<Child> {
+        let mut command = self.command(arguments);
+        command.stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+        command.spawn().context("starting the tool")
+    }
+
+    /// Runs it to the end; its standard error appears as it comes.
+    pub fn run(&self, arguments: &[&str]) -> Result<Said> {
+        let started = Instant::now();
+        say(format!("$ xtask {}   (in {})", arguments.join(" "), self.dir));
+        let mut command = self.command(arguments);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let mut out = child.stdout.take().context("standard output")?;
+        let reader = std::thread::spawn(move || {
+            let mut text = String::new();
+            std::io::Read::read_to_string(&mut out, &mut text).map(|_| text)
+        });
+        let mut errors = String::new();
+        for line in BufReader::new(child.stderr.take().context("standard error")?).lines() {
+            let line = line?;
+            eprintln!("     {line}");
+            errors.push_str(&line);
+            errors.push('\n');
+        }
+        let out = reader.join().map_err(|_| anyhow!("reading the output"))??;
+        let status = child.wait()?;
+        say(format!("{status} after {}", duration(started.elapsed())));
+        Ok(Said { status, out, errors })
+    }
+
+    /// Builds for a board and returns the report.
+    pub fn build(&self, board: &str, more: &[&str]) -> Result<Value> {
+        let arguments = ["build-image", "--no-install", "--format", "json", "--board", board];
+        let out = self.run(&[&arguments[..], more].concat())?.good()?;
+        serde_json::from_str(&out).context("reading the report from standard output")
+    }
+}
+
+/// What a build made.
+pub struct Built {
+    pub plan: Plan,
+    pub dist: Utf8PathBuf,
+    pub image: Utf8PathBuf,
+    pub bundle: Utf8PathBuf,
+    pub qemu: Option<Files>,
+}
+
+/// The build of a board in this workspace, made when it is first asked for.
+pub fn built(board: &str) -> Result<&'static Built> {
+    type Builds = BTreeMap<String, Result<&'static Built, String>>;
+    static BUILDS: Mutex<Builds> = Mutex::new(BTreeMap::new());
+    let mut builds = BUILDS.lock().unwrap_or_else(PoisonError::into_inner);
+    let result = builds.entry(board.to_owned()).or_insert_with(|| {
+        say(format!("the build for {board} that the tests share"));
+        let built = Xtask::new(&root()).build(board, &[]).and_then(|_| look(board));
+        built.map(|built| &*Box::leak(Box::new(built))).map_err(|e| format!("{e:#}"))
+    });
+    result.clone().map_err(|error| anyhow!("building for {board}: {error}"))
+}
+
+fn look(board: &str) -> Result<Built> {
+    let target = Target { product: DEFAULT_PRODUCT.to_owned(), board: Some(board.to_owned()) };
+    let (config, _, plan) = resolve(&target)?;
+    let dist = dist(&config.root, &plan);
+    let stem = dist.join(plan.stem());
+    let (image, bundle) = (format!("{stem}.img").into(), format!("{stem}.bundle").into());
+    let qemu = qemu_files(&dist, &plan);
+    Ok(Built { plan, dist, image, bundle, qemu })
+}
+
+impl Built {
+    /// The same results in another workspace.
+    pub fn within(&self, workspace: &Utf8Path) -> Result<[Utf8PathBuf; 4]> {
+        let there = |path: &Utf8Path| -> Result<Utf8PathBuf> {
+            Ok(workspace.join(path.strip_prefix(root())?))
+        };
+        let map = Utf8PathBuf::from(format!("{}.bmap", self.image));
+        let sbom = self.dist.join("sbom.cdx.json");
+        Ok([there(&self.image)?, there(&map)?, there(&self.bundle)?, there(&sbom)?])
+    }
+}
+
+/// Copies this workspace as it is, uncommitted changes included.
+pub fn copy_workspace(to: &Utf8Path) -> Result<()> {
+    let root = root();
+    let git = |dir: &Utf8Path| tool("git").args(["-C", dir.as_str()]);
+    tool("git").args(["clone", "--quiet", root.as_str(), to.as_str()]).run()?;
+    // A checkout of a tag or of CI has no branch that a clone would take.
+    let commit = git(&root).args(["rev-parse", "HEAD"]).read()?;
+    git(to).args(["checkout", "--quiet", "--detach", commit.trim()]).run()?;
+    let list = ["ls-files", "-z", "--modified", "--others", "--deleted", "--exclude-standard"];
+    let changed = git(&root).args(list).read()?;
+    for name in changed.split('\0').filter(|name| !name.is_empty()) {
+        let (from, to) = (root.join(name), to.join(name));
+        match fs::symlink_metadata(&from) {
+            Err(_) if to.symlink_metadata().is_ok() => fs::remove_file(&to)?,
+            Err(_) => {}
+            Ok(_) => {
+                fs::create_dir_all(to.parent().context("a parent")?)?;
+                tool("cp").args(["--no-dereference", "--preserve=mode"]).arg(from).arg(to).run()?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A cache of its own that shares the named parts with the machine's; what those hold stays there.
+pub fn cache_sharing(dir: &Utf8Path, parts: &[&str]) -> Result<()> {
+    let shared = Cache::locate()?.root;
+    for part in parts {
+        let (from, to) = (shared.join(part), dir.join(part));
+        fs::create_dir_all(&from)?;
+        fs::create_dir_all(to.parent().context("a parent")?)?;
+        std::os::unix::fs::symlink(&from, &to).with_context(|| format!("linking {to}"))?;
+    }
+    Ok(())
+}
+
+/// The names of the stages of a report, and whether each was kept.
+pub fn stages(report: &Value) -> Result<Vec<(String, bool)>> {
+    let list = report["stages"].as_array().context("the report has no stages")?;
+    list.iter()
+        .map(|stage| {
+            let name = stage["name"].as_str().context("a stage has no name")?;
+            Ok((name.to_owned(), stage["cached"].as_bool().context("a stage has no `cached`")?))
+        })
+        .collect()
+}
+
+/// Every file below a folder with its length and SHA-256.
+pub fn snapshot(dir: &Utf8Path) -> Result<BTreeMap<Utf8PathBuf, (u64, String)>> {
+    let mut found = BTreeMap::new();
+    for path in files(dir)? {
+        found.insert(path.strip_prefix(dir)?.to_owned(), hash_file(&path)?);
+    }
+    Ok(found)
+}
+
+/// Every file below a folder; none when there is no folder.
+pub fn files(dir: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+    let (mut found, mut folders) = (Vec::new(), vec![dir.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        if !folder.exists() {
+            continue;
+        }
+        for entry in folder.read_dir_utf8()? {
+            let path = entry?.into_path();
+            if path.symlink_metadata()?.is_dir() { folders.push(path) } else { found.push(path) }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Checks that whatever lies under a final name is whole. Returns how many images and bundles do.
+pub fn nothing_partial(workspace: &Utf8Path) -> Result<usize> {
+    let mut whole = 0;
+    for path in files(&workspace.join("dist"))? {
+        match path.extension() {
+            Some("img" | "bundle") => {
+                let said = Xtask::new(workspace).run(&["verify", path.as_str()])?;
+                said.good().with_context(|| format!("{path} is partial"))?;
+                whole += 1;
+            }
+            Some("json") => {
+                let text = fs::read_to_string(&path)?;
+                serde_json::from_str::<Value>(&text)
+                    .with_context(|| format!("{path} is partial"))?;
+            }
+            Some("html" | "txt" | "log" | "partial" | "bmap") | None => {}
+            Some(_) if path.as_str().contains("/rendered/") => {}
+            Some("bin" | "dtb") if path.as_str().contains("/qemu/") => {}
+            Some(_) => bail!("an unexpected file: {path}"),
+        }
+    }
+    Ok(whole)
+}
+
+/// `cmp` of two files; says where they differ.
+pub fn same(one: &Utf8Path, other: &Utf8Path) -> Result<()> {
+    tool("cmp").arg(one).arg(other).run()
+}
