@@ -58,9 +58,9 @@ pub enum Command {
 /// Which build.
 #[derive(Debug, Clone, Args)]
 pub struct Target {
-    /// The product: a file in configs/, without .toml.
-    #[arg(long, short, default_value = crate::config::DEFAULT_PRODUCT)]
-    pub product: String,
+    /// The product: a file in configs/, without .toml [default: the one with `default = true`].
+    #[arg(long, short)]
+    pub product: Option<String>,
     /// The board: a folder in board/ [default: the product's default-board].
     #[arg(long, short)]
     pub board: Option<String>,
@@ -150,9 +150,13 @@ pub struct Show {
 pub struct Inspect {
     /// A card image (.img), a bundle (.bundle) or a slot image (.ext4).
     pub file: Utf8PathBuf,
-    /// Compare with this newer image or slot image: which packages, wheels and files changed.
-    #[arg(long, value_name = "NEW")]
-    pub diff: Option<Utf8PathBuf>,
+    /// Compare two card images or slot images, the older first: which packages, wheels and files
+    /// changed.
+    #[arg(long, requires = "new")]
+    pub diff: bool,
+    /// With --diff: the newer one.
+    #[arg(requires = "diff")]
+    pub new: Option<Utf8PathBuf>,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
     pub format: Format,
@@ -188,9 +192,9 @@ pub struct Run {
 /// Options of `lock`.
 #[derive(Debug, Clone, Args)]
 pub struct Lock {
-    /// The product: a file in configs/, without .toml.
-    #[arg(long, short, default_value = crate::config::DEFAULT_PRODUCT)]
-    pub product: String,
+    /// The product: a file in configs/, without .toml [default: the one with `default = true`].
+    #[arg(long, short)]
+    pub product: Option<String>,
     /// Only the package lock, or only the wheel lock.
     #[arg(long, value_parser = ["packages", "wheels"])]
     pub only: Option<String>,

@@ -1,11 +1,11 @@
-//! What the build takes from outside the configuration: the commit, the epoch, the host.
+//! What the build takes from outside the configuration: the commit and the epoch.
 
 use anyhow::{Context, Result, bail};
 use camino::Utf8Path;
 
 use crate::exec::Tool;
 
-/// Facts about this checkout and this machine. Collected once; `plan::resolve` is pure.
+/// Facts about this checkout. Collected once; `plan::resolve` is pure.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Facts {
@@ -15,8 +15,6 @@ pub struct Facts {
     pub modified: bool,
     /// Seconds since 1970 that every timestamp in the outputs is set to.
     pub epoch: u64,
-    /// The host's architecture in Debian's terms.
-    pub host_arch: String,
 }
 
 impl Facts {
@@ -42,11 +40,6 @@ impl Facts {
                 ),
             },
         };
-        let host_arch = match std::env::consts::ARCH {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            other => other,
-        };
-        Ok(Self { commit, modified, epoch, host_arch: host_arch.to_owned() })
+        Ok(Self { commit, modified, epoch })
     }
 }

@@ -171,7 +171,7 @@ impl Keys {
                 key
             }
             (None, Kind::Release) => bail!(
-                "finding the release key: there is none in {}\nhelp: `cargo xtask keys new --kind release` makes one; a release is never signed by a development key",
+                "finding the release key: there is none in {}\nhelp: `cargo xtask keys new` makes one; a release is never signed by a development key",
                 self.dir
             ),
         };

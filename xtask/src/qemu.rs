@@ -178,7 +178,7 @@ pub fn run_interactive(machine: &Machine, files: &Files, start: &Start) -> Resul
     if let Some(port) = port {
         progress::say("ssh", format!("ssh -p {port} robot@127.0.0.1"));
     }
-    progress::say("quit", "Ctrl-A, then X. Changes are kept until then");
+    progress::say("quit", "Ctrl-A, then X; what the robot writes is lost then");
     let arguments =
         arguments(machine, files, overlay.path(), "mon:stdio", port, OnRestart::Restart);
     let tool = Tool::new(PROGRAM).args(arguments);

@@ -276,7 +276,7 @@ fn check_signers(request: &PackRequest<'_>) -> Result<u32> {
     for key in request.signers.iter().map(Signer::key) {
         ensure!(
             request.kind == Kind::Development || key.kind == Kind::Release,
-            "`{}` is a release, and the key {} is a development key\nhelp: sign it with a release key (`cargo xtask keys new --kind release`)",
+            "`{}` is a release, and the key {} is a development key\nhelp: sign it with a release key (`cargo xtask keys new`)",
             request.product,
             key.id
         );

@@ -56,7 +56,7 @@ const VERBS: [(&str, &[&str]); 16] = [
     ),
     ("plan", &["--product", "--board", "--format"]),
     ("render", &["--product", "--board", "--format"]),
-    ("inspect", &["<FILE>", "--diff <NEW>", "--format"]),
+    ("inspect", &["<FILE>", "--diff", "--format"]),
     ("verify", &["<FILE>", "--keys <FILE>", "--format"]),
     ("run", &["--product", "--board", "--slot", "--ssh-port"]),
     ("lock", &["--product", "--only"]),

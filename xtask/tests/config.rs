@@ -124,9 +124,8 @@ fn here() -> Utf8PathBuf {
 }
 
 fn resolve(root: &Utf8Path) -> anyhow::Result<()> {
-    let config = config::load(root, "shop", None)?;
-    let facts =
-        Facts { commit: None, modified: false, epoch: 1_700_000_000, host_arch: "amd64".into() };
+    let config = config::load(root, Some("shop"), None)?;
+    let facts = Facts { commit: None, modified: false, epoch: 1_700_000_000 };
     let plan = plan::resolve(&config, &facts)?;
     render::render(root, &plan)?;
     Ok(())

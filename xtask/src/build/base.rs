@@ -66,7 +66,7 @@ pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<Tar
         "arm64" => "aarch64",
         other => other,
     };
-    let (python, libc) = match (lock, &config.product.rootfs.python) {
+    let (python, libc) = match (lock, &config.product.rootfs.buildroot) {
         (Some(lock), _) => {
             let version = |name: &str| {
                 let mut packages = lock.of_role(Role::Root).filter(|p| p.name == name);
@@ -80,9 +80,9 @@ pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<Tar
             };
             (version("python3")?, format!("glibc {}", version("libc6")?))
         }
-        (None, Some(python)) => (python.value.clone(), "glibc 2.40".to_owned()),
+        (None, Some(pinned)) => (pinned.python.value.clone(), pinned.libc.value.clone()),
         (None, None) => {
-            anyhow::bail!("`rootfs.python` is missing in {}", config.product.place.file)
+            anyhow::bail!("`rootfs.buildroot` is missing in {}", config.product.place.file)
         }
     };
     let target = Target {

@@ -120,7 +120,7 @@ pub fn compose(
             vec![system.root.clone(), system.data.clone(), system.initrd.path.clone()]
         },
         |system| {
-            let percent = system.used * 100 / system.capacity.max(1);
+            let percent = (system.used * 100).div_ceil(system.capacity.max(1));
             format!("root {} of {} ({percent} %)", bytes(system.used), bytes(system.capacity))
         },
         |build, dir| {
@@ -329,7 +329,7 @@ pub fn card(
     system: &System,
 ) -> Result<Card> {
     let plan = build.plan;
-    let out = build.output("img");
+    let (root, out) = (build.root, build.output("img"));
     let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
     let key = Key::new("image", IMAGE_VERSION)
         .with("out", out.as_str())
@@ -348,7 +348,10 @@ pub fn card(
             files.extend(card.qemu.iter().cloned());
             files
         },
-        |card| format!("{}  {}, {} on disk", card.image, bytes(card.size), bytes(card.written)),
+        |card| {
+            let shown = card.image.strip_prefix(root).unwrap_or(&card.image);
+            format!("{shown}  {}, {} on disk", bytes(card.size), bytes(card.written))
+        },
         |build, dir| {
             let mut boot = boot_partitions(build, rendered, base, system, dir)?;
             let partitions = plan
@@ -411,7 +414,7 @@ pub fn card(
 /// A key that may not sign this product, a full disk.
 pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Result<Artifact> {
     let plan = build.plan;
-    let out = build.output("bundle");
+    let (root, out) = (build.root, build.output("bundle"));
     let signer = signing.signer.key();
     let level = match build.options.compression {
         Compression::Fast => bundle::Level::Fast,
@@ -432,7 +435,8 @@ pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Resu
         |bundle: &Artifact| vec![bundle.path.clone()],
         |bundle| {
             let size = bytes(bundle.size);
-            format!("{}  {size}, signed by the {} key {}", bundle.path, signer.kind, signer.id)
+            let shown = bundle.path.strip_prefix(root).unwrap_or(&bundle.path);
+            format!("{shown}  {size}, signed by the {} key {}", signer.kind, signer.id)
         },
         |_, _| {
             let request = PackRequest {

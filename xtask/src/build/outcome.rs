@@ -1,6 +1,5 @@
 //! What a build says at its end: the report in its three forms, and the bill of materials.
 
-use std::io::IsTerminal;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
@@ -126,8 +125,8 @@ fn wheel(installed: &crate::wheel::InstalledDistribution) -> report::Wheel {
 fn next(build: &Build<'_>) -> Vec<String> {
     let plan = build.plan;
     let mut options = String::new();
-    if plan.product.name != crate::config::DEFAULT_PRODUCT {
-        options.push_str(&format!(" --product {}", plan.product.name));
+    if let Some(product) = &build.options.target.product {
+        options.push_str(&format!(" --product {product}"));
     }
     if let Some(board) = &build.options.target.board {
         options.push_str(&format!(" --board {board}"));
@@ -256,7 +255,6 @@ pub fn write(build: &Build<'_>, report: &Report, format: Format) -> Result<()> {
             });
             let style = report::Style::of(&out);
             report::render_terminal(&shown, &mut out, style).context("printing the report")?;
-            let _terminal = out.is_terminal();
         }
     }
     Ok(())

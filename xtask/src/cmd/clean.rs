@@ -19,7 +19,7 @@ pub fn clean(options: &Clean) -> Result<()> {
     let cache = Cache::locate()?;
     let mut paths = vec![workspace_root()?.join("dist")];
     if options.stages {
-        paths.extend(["stages", "tools", "tmp"].map(|name| cache.root.join(name)));
+        paths.extend(["stages", "tools", "apt", "bench"].map(|name| cache.root.join(name)));
     }
     if options.downloads {
         paths.push(cache.root.join("downloads"));

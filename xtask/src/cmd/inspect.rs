@@ -64,7 +64,7 @@ pub fn subject(path: &Utf8Path) -> Result<Subject> {
 /// # Errors
 /// When the file is none of ours, or damaged.
 pub fn inspect(options: &Inspect) -> Result<()> {
-    if let Some(new) = &options.diff {
+    if let (true, Some(new)) = (options.diff, &options.new) {
         return diff(&options.file, new, options.format);
     }
     match subject(&options.file)? {

@@ -32,8 +32,9 @@ pub fn keys(verb: &Verb) -> Result<()> {
             for listed in list {
                 let key = &listed.key;
                 let secret = if listed.secret.is_some() { "can sign" } else { "public part only" };
+                let kind = key.kind.to_string();
                 let state = if key.revoked { ", revoked" } else { "" };
-                println!("{}  {:<11} epoch {:<3} {secret}{state}", key.id, key.kind, key.epoch);
+                println!("{}  {:<11} epoch {:<3} {secret}{state}", key.id, kind, key.epoch);
             }
         }
     }

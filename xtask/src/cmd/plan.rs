@@ -16,7 +16,7 @@ use crate::render;
 /// # Errors
 /// Everything that is wrong with the files.
 pub fn load(target: &Target) -> Result<Config> {
-    config::load(&config::workspace_root()?, &target.product, target.board.as_deref())
+    config::load(&config::workspace_root()?, target.product.as_deref(), target.board.as_deref())
 }
 
 /// Loads and resolves what was asked for.

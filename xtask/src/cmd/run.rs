@@ -22,7 +22,8 @@ pub fn run(options: &Run) -> Result<()> {
     let files = qemu_files(&dist(&config.root, &plan), &plan).context("the board has [qemu]")?;
     ensure!(
         files.image.is_file(),
-        "there is no image for {name} yet\nhelp: cargo xtask build-image --board {name}"
+        "there is no image for {name} yet\nhelp: cargo xtask build-image --product {} --board {name}",
+        plan.product.name
     );
     tools::require(&[Purpose::Run], true)?;
     let boot_state = match (&options.slot, plan.disk.states.first()) {

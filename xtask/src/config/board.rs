@@ -175,7 +175,7 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
     let device_tree = f.optional("device-tree");
     let drive = f.required("drive");
     let power_of_two_card = f.or("power-of-two-card", false);
-    let serial_port = f.or("serial-port", 0u32);
+    let serial_port = f.or("serial-port", 0u8);
     let network = f.optional("network");
     let arguments = f.list("arguments");
     let boot_timeout = f.or("boot-timeout", 300u32);
@@ -188,7 +188,7 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
             bootloader: bootloader?.value,
             drive: drive?.value,
             power_of_two_card: power_of_two_card?,
-            serial_port: u8::try_from(serial_port?).unwrap_or(u8::MAX),
+            serial_port: serial_port?,
             network: network?.map(|l| l.value),
             arguments: values(arguments?),
             boot_timeout: u64::from(boot_timeout?),

@@ -89,16 +89,41 @@ fn list(
     Ok(found)
 }
 
-/// The product that is built when none is named: the only development product, or the first one.
-pub const DEFAULT_PRODUCT: &str = "robot-dev";
+/// The product that is built when none is named: the one with `default = true`.
+///
+/// # Errors
+/// When there is none, or more than one.
+pub fn default_product(root: &Utf8Path) -> Result<String> {
+    let mut defaults = products(root)?;
+    // A product with mistakes in it is not the default; naming it shows what is wrong.
+    defaults.retain(|name| product::read(root, name).is_ok_and(|product| product.default));
+    match defaults.as_slice() {
+        [only] => Ok(only.clone()),
+        [] => bail!(
+            "no product is named, and none is the default\n\
+             help: name one with --product ({}), or write `default = true` in its file",
+            products(root)?.join(", ")
+        ),
+        several => bail!(
+            "no product is named, and several are the default: {}\n\
+             help: leave `default = true` in one of their files",
+            several.join(", ")
+        ),
+    }
+}
 
-/// Reads a product and the board it is built for (the product's default when `board` is `None`).
+/// Reads a product (the default one when `product` is `None`) and the board it is built for (the
+/// product's default when `board` is `None`).
 ///
 /// # Errors
 /// Unknown names, with the known ones; all findings of the first file that has any.
-pub fn load(root: &Utf8Path, product: &str, board: Option<&str>) -> Result<Config> {
-    known("product", product, &products(root)?)?;
-    let product = product::read(root, product)?;
+pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Result<Config> {
+    let name = match product {
+        Some(name) => name.to_owned(),
+        None => default_product(root)?,
+    };
+    known("product", &name, &products(root)?)?;
+    let product = product::read(root, &name)?;
     let board_name = board.unwrap_or(&product.default_board.value.0);
     let default = &product.default_board;
     if !product.boards.iter().any(|b| b.value == default.value) {

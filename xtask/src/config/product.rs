@@ -52,6 +52,8 @@ pub struct Product {
     pub version: Located<Version>,
     /// Development or release.
     pub kind: Located<Kind>,
+    /// Built when no product is named.
+    pub default: bool,
     /// Boards that it is built for.
     pub boards: Vec<Located<Name>>,
     /// The one that is built when none is named.
@@ -87,10 +89,8 @@ pub struct Rootfs {
     pub unpacked: Vec<Located<String>>,
     /// Package lock (engine `debian`).
     pub lock: Option<Located<Utf8PathBuf>>,
-    /// Buildroot release and the commit of its tag (engine `buildroot`).
-    pub buildroot: Option<(Located<String>, Located<String>)>,
-    /// The release's Python, which wheels are locked for (engine `buildroot`).
-    pub python: Option<Located<String>>,
+    /// The pinned Buildroot (engine `buildroot`).
+    pub buildroot: Option<Buildroot>,
     /// Defconfig template (engine `buildroot`).
     pub defconfig: Option<Located<Utf8PathBuf>>,
     /// More than this share of the slot fails the build.
@@ -101,6 +101,19 @@ pub struct Rootfs {
     pub prune: Vec<String>,
     /// Exceptions from `prune`.
     pub keep: Vec<String>,
+}
+
+/// The pinned Buildroot, and what wheels are locked for with it.
+#[derive(Debug)]
+pub struct Buildroot {
+    /// Release, such as `2025.02.16`.
+    pub release: Located<String>,
+    /// The commit of its tag.
+    pub commit: Located<String>,
+    /// Its Python, such as `3.12`.
+    pub python: Located<String>,
+    /// Its C library, such as `glibc 2.40`.
+    pub libc: Located<String>,
 }
 
 /// The API wheel.
@@ -131,16 +144,35 @@ pub struct User {
     pub authorized_keys: Vec<Located<Utf8PathBuf>>,
 }
 
+/// sshd_config(5)'s `PermitRootLogin`; `yes` is left out, since it would accept a password.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RootLogin {
+    /// Not at all.
+    No,
+    /// With a key.
+    ProhibitPassword,
+}
+
+impl FromToml for RootLogin {
+    const EXPECTED: &'static str = "\"no\" or \"prohibit-password\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some("no") => Ok(Self::No),
+            Some("prohibit-password") => Ok(Self::ProhibitPassword),
+            _ => Err(String::new()),
+        }
+    }
+}
+
 /// SSH policy.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Ssh {
-    /// The server runs.
-    pub enabled: bool,
     /// Passwords are accepted; a release product may not.
     pub password_authentication: bool,
-    /// sshd_config(5)'s `PermitRootLogin`: `no` or `prohibit-password`.
-    pub permit_root_login: String,
+    /// Whether root may log in.
+    pub permit_root_login: RootLogin,
     /// Where `password-authentication` stands, for messages.
     #[serde(skip)]
     pub place: Place,
@@ -188,6 +220,7 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     let title = f.required::<String>("title");
     let version = f.required("version");
     let kind = f.required("kind");
+    let default = f.or("default", false);
     let boards = f.list("boards");
     let default_board = f.required("default-board");
     let overlays = f.list("overlays");
@@ -199,11 +232,9 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     });
     let users = f.tables("users", user);
     let ssh = f.table("ssh", |f| {
-        let enabled = f.or("enabled", true);
         let password_authentication = f.or("password-authentication", false);
-        let permit_root_login = f.or("permit-root-login", "no".to_owned());
+        let permit_root_login = f.or("permit-root-login", RootLogin::No);
         Some(Ssh {
-            enabled: enabled?,
             password_authentication: password_authentication?,
             permit_root_login: permit_root_login?,
             place: f.place(),
@@ -225,6 +256,7 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
         title: title?.value,
         version: version?,
         kind: kind?,
+        default: default?,
         boards: boards?,
         default_board: default_board?,
         overlays: overlays?,
@@ -244,10 +276,13 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
     let packages = f.list("packages");
     let unpacked = f.list("unpacked");
     let lock = f.optional("lock");
-    // Both or none: a release is pinned by the commit of its tag.
-    let release = f.optional::<String>("release");
-    let commit = f.optional::<String>("commit");
-    let python = f.optional("python");
+    let buildroot = f.optional_table("buildroot", |f| {
+        let release = f.required("release");
+        let commit = f.required("commit");
+        let python = f.required("python");
+        let libc = f.required("libc");
+        Some(Buildroot { release: release?, commit: commit?, python: python?, libc: libc? })
+    });
     let defconfig = f.optional("defconfig");
     let fill_limit = f.or("fill-limit", Percent(95));
     let fill_warning = f.or("fill-warning", Percent(85));
@@ -260,8 +295,7 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
         packages: packages?,
         unpacked: unpacked?,
         lock: lock?,
-        buildroot: release?.zip(commit?),
-        python: python?,
+        buildroot: buildroot?,
         defconfig: defconfig?,
         fill_limit: fill_limit?,
         fill_warning: fill_warning?,
@@ -279,7 +313,11 @@ fn user(f: &mut Fields<'_>) -> Option<User> {
     let password = f.required("password");
     let authorized_keys = f.list("authorized-keys");
     let name: Located<Name> = name?;
-    let home = home?.map_or_else(|| format!("/home/{}", name.value.0), |h| h.value);
+    let home = match home? {
+        Some(home) => home.value,
+        None if name.value.0 == "root" => "/root".to_owned(),
+        None => format!("/home/{}", name.value.0),
+    };
     Some(User {
         uid: uid?,
         groups: groups?.into_iter().map(|l| l.value).collect(),

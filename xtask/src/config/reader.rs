@@ -177,6 +177,14 @@ impl FromToml for u32 {
     }
 }
 
+impl FromToml for u8 {
+    const EXPECTED: &'static str = "a whole number from 0 to 255";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let number = u32::from_toml(value)?;
+        Self::try_from(number).map_err(|_| String::new())
+    }
+}
+
 impl FromToml for Utf8PathBuf {
     const EXPECTED: &'static str = "a path relative to the workspace";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {

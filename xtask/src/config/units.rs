@@ -57,7 +57,8 @@ impl FromToml for bundle::Version {
     }
 }
 
-/// A name that is safe in file names, host names and labels: `[a-z0-9][a-z0-9-]*`, at most 40 long.
+/// A name that is safe in file names, host names and labels: `[a-z0-9][a-z0-9-]*`, at most 32 long,
+/// as a bundle's manifest takes it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Name(pub String);
 
@@ -69,8 +70,9 @@ impl FromToml for Name {
         if text.is_empty() || !plain || text.starts_with('-') || text.ends_with('-') {
             return Err(String::new());
         }
-        if text.len() > 40 {
-            return Err(format!("it has {} characters, 40 are allowed", text.len()));
+        if text.len() > bundle::MAX_NAME {
+            let (found, most) = (text.len(), bundle::MAX_NAME);
+            return Err(format!("it has {found} characters, {most} are allowed"));
         }
         Ok(Self(text.to_owned()))
     }

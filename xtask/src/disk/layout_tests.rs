@@ -1,3 +1,5 @@
+//! One bad input for every rule of the layout, with its message; and where partitions are placed.
+
 use super::*;
 
 const MIB: u64 = 1 << 20;

@@ -61,7 +61,10 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
             packages: rootfs.packages.iter().map(|l| l.value.clone()).collect(),
             extra_packages: config.extra_packages.clone(),
             lock: rootfs.lock.as_ref().map(|l| l.value.clone()),
-            buildroot: rootfs.buildroot.as_ref().map(|(r, c)| (r.value.clone(), c.value.clone())),
+            buildroot: rootfs
+                .buildroot
+                .as_ref()
+                .map(|b| (b.release.value.clone(), b.commit.value.clone())),
             defconfig: rootfs.defconfig.as_ref().map(|l| l.value.clone()),
             fill_limit: rootfs.fill_limit.0,
             fill_warning: rootfs.fill_warning.0,
@@ -148,6 +151,13 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
             product.rootfs.fill_warning.0, product.rootfs.fill_limit.0
         );
         out.push(Finding::new(&product.rootfs.engine.place, message, "it would never warn"));
+    }
+    let locks = product.rootfs.lock.iter().map(|lock| (lock, "run `cargo xtask lock`"));
+    let templates = product.rootfs.defconfig.iter().map(|path| (path, "write one, or correct it"));
+    let keys = product.users.iter().flat_map(|user| &user.authorized_keys);
+    let keys = keys.map(|path| (path, "put the public key there, as ssh-keygen wrote it"));
+    for (path, help) in locks.chain(templates).chain(keys) {
+        must_exist(config, &path.place, &path.value, help, out);
     }
     if let Some(api) = &product.api {
         let help = "run `cargo xtask lock`";
@@ -301,7 +311,7 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         }
         Engine::Buildroot => {
             needs(rootfs.defconfig.is_some(), "defconfig");
-            needs(rootfs.buildroot.is_some(), "release");
+            needs(rootfs.buildroot.is_some(), "buildroot");
             if board.buildroot.is_none() {
                 let message =
                     format!("the engine buildroot does not know the board {}", board.name.value.0);

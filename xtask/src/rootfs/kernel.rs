@@ -222,15 +222,15 @@ mod tests {
     fn an_unknown_module_and_a_rule_without_match_are_errors() {
         let error = index().load_order(&["nonesuch".to_owned()]).unwrap_err().to_string();
         assert!(error.starts_with("module nonesuch is neither"), "{error}");
-        let rules = ModuleRules { keep: vec!["kernel/x/**".into()], drop: vec![] };
+        let rules = ModuleRules { keep: vec!["x".into()], drop: vec![] };
         let error = index().kept(&rules).unwrap_err().to_string();
-        assert!(error.starts_with("no module of this kernel matches 'kernel/x/**'"), "{error}");
+        assert!(error.starts_with("no module of this kernel matches 'x'"), "{error}");
     }
 
     #[test]
     fn dependencies_of_kept_modules_stay() {
         let rules = ModuleRules {
-            keep: vec!["kernel/a/ext4.ko".into()],
+            keep: vec!["a/ext4.ko".into()],
             drop: vec!["kernel/a/crc.ko".into()],
         };
         assert_eq!(index().kept(&rules).expect("matches").len(), 3);

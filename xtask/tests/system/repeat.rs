@@ -82,7 +82,7 @@ fn a_changed_overlay_file_costs_no_base_and_no_download() -> Result<()> {
     slot_image(built, &built.image, &old)?;
     slot_image(built, &image, &new)?;
     let compare = |old: &Utf8Path, new: &Utf8Path| -> Result<Value> {
-        let said = tool.run(&["inspect", old.as_str(), "--diff", new.as_str(), "--format=json"])?;
+        let said = tool.run(&["inspect", "--diff", old.as_str(), new.as_str(), "--format=json"])?;
         Ok(serde_json::from_str(&said.good()?)?)
     };
     for (old, new) in [(&old, &new), (&built.image, &image)] {
@@ -98,7 +98,7 @@ fn a_changed_overlay_file_costs_no_base_and_no_download() -> Result<()> {
         }
         ensure!(difference["bytes-delta"] == 9, "bytes: {}", difference["bytes-delta"]);
     }
-    let text = tool.run(&["inspect", old.as_str(), "--diff", new.as_str()])?.good()?;
+    let text = tool.run(&["inspect", "--diff", old.as_str(), new.as_str()])?.good()?;
     ensure!(text.contains("/etc/motd"), "{text}");
     Ok(())
 }

@@ -16,7 +16,6 @@ use xtask::build::qemu_files;
 use xtask::cache::Cache;
 use xtask::cli::Target;
 use xtask::cmd::plan::{dist, resolve};
-use xtask::config::DEFAULT_PRODUCT;
 use xtask::exec::{self, Tool};
 use xtask::plan::Plan;
 use xtask::progress::duration;
@@ -205,7 +204,7 @@ pub fn built(board: &str) -> Result<&'static Built> {
 }
 
 fn look(board: &str) -> Result<Built> {
-    let target = Target { product: DEFAULT_PRODUCT.to_owned(), board: Some(board.to_owned()) };
+    let target = Target { product: None, board: Some(board.to_owned()) };
     let (config, _, plan) = resolve(&target)?;
     let dist = dist(&config.root, &plan);
     let stem = dist.join(plan.stem());
