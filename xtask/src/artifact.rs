@@ -77,6 +77,34 @@ pub fn write_atomically(
     path: &Utf8Path,
     write: impl FnOnce(&mut dyn Write) -> Result<()>,
 ) -> Result<()> {
+    write_and_rename(path, true, write)
+}
+
+/// As [`write_atomically`], for gigabytes: does not wait until the bytes are on the disk. Who calls
+/// it flushes the file before its stage counts as finished, or throws it away.
+///
+/// # Errors
+/// As [`write_atomically`].
+pub fn write_large(
+    path: &Utf8Path,
+    write: impl FnOnce(&mut dyn Write) -> Result<()>,
+) -> Result<()> {
+    write_and_rename(path, false, write)
+}
+
+/// Waits until a finished file is on the disk.
+///
+/// # Errors
+/// When the disk reports one.
+pub fn flush(path: &Utf8Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).with_context(|| format!("flushing {path}"))
+}
+
+fn write_and_rename(
+    path: &Utf8Path,
+    sync: bool,
+    write: impl FnOnce(&mut dyn Write) -> Result<()>,
+) -> Result<()> {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
     }
@@ -89,7 +117,9 @@ pub fn write_atomically(
             .into_inner()
             .map_err(io::IntoInnerError::into_error)
             .with_context(|| format!("writing {temporary}"))?;
-        file.sync_all().with_context(|| format!("writing {temporary}"))?;
+        if sync {
+            file.sync_all().with_context(|| format!("writing {temporary}"))?;
+        }
         std::fs::rename(&temporary, path).with_context(|| format!("renaming {temporary}"))
     };
     attempt().inspect_err(|_| {

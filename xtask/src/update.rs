@@ -204,7 +204,8 @@ fn explain(error: bundle::Error) -> anyhow::Error {
 }
 
 /// Makes the bundle `out`. It appears under its name only when it is complete and has been read
-/// back: archive, signatures and indices are checked, frames are not decompressed again.
+/// back: archive, signatures and indices are checked, frames are not decompressed again. It does not
+/// wait for the disk: [`artifact::flush`] does.
 ///
 /// # Errors
 /// When a payload cannot be read, a release would be signed by a development key alone, or writing
@@ -232,7 +233,7 @@ fn pack_in(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
     }
     let comment = format!("slipway bundle {} {}", request.product, request.version);
     let mut result = None;
-    artifact::write_atomically(out, |file| {
+    artifact::write_large(out, |file| {
         let mut sign = |bytes: &[u8]| {
             Ok(request.signers.iter().map(|signer| signer.sign(bytes, &comment)).collect())
         };

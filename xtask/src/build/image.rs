@@ -7,7 +7,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Base, Build, Signing, Wheels};
-use crate::artifact::{Artifact, hash_bytes, write_atomically};
+use crate::artifact::{Artifact, flush, hash_bytes, write_atomically, write_large};
 use crate::cache::Key;
 use crate::cli::Compression;
 use crate::compose::{self, Parts, lint, sizes};
@@ -153,7 +153,7 @@ pub fn compose(
             lint::check(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
             let sizes = sizes::measure(&tree)?;
             let tar = dir.join("root.tar");
-            write_atomically(&tar, |out| tree.write(out, plan.epoch))?;
+            write_large(&tar, |out| tree.write(out, plan.epoch))?;
             let tool = &base.e2fs;
             let root = dir.join("root.ext4");
             let board = &plan.board.name;
@@ -385,9 +385,7 @@ pub fn card(
             };
             let made = disk::assemble(&spec, &out)?;
             // The image must be on the disk before the stage counts as finished.
-            std::fs::File::open(&made.path)
-                .and_then(|image| image.sync_all())
-                .with_context(|| format!("flushing {}", made.path))?;
+            flush(&made.path)?;
             copy_for_qemu(build, base)?;
             Ok(Card {
                 image: made.path,
@@ -459,7 +457,9 @@ pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Resu
                 workers: None,
                 signers: std::slice::from_ref(&signing.signer),
             };
-            Ok(update::pack(&request, &out)?.artifact)
+            let packed = update::pack(&request, &out)?.artifact;
+            flush(&packed.path)?;
+            Ok(packed)
         },
     )
 }

@@ -229,10 +229,8 @@ mod tests {
 
     #[test]
     fn dependencies_of_kept_modules_stay() {
-        let rules = ModuleRules {
-            keep: vec!["a/ext4.ko".into()],
-            drop: vec!["kernel/a/crc.ko".into()],
-        };
+        let rules =
+            ModuleRules { keep: vec!["a/ext4.ko".into()], drop: vec!["kernel/a/crc.ko".into()] };
         assert_eq!(index().kept(&rules).expect("matches").len(), 3);
     }
 }
