@@ -112,7 +112,7 @@ pub struct Ext4Request<'a> {
     /// How large it may become while it is mounted, in bytes, for a volume that grows on first
     /// boot; `None` for one that stays as it is.
     pub grows_to: Option<u64>,
-    /// Where the size is set, for messages: `partitions.root.size in board/pi4/board.toml`.
+    /// Where the size is set, for messages: `partitions.root.size in the board's file`.
     pub size_key: &'a str,
 }
 

@@ -1,3 +1,5 @@
+//! Tests of the layout: one bad request for each rule, with its finding.
+
 use super::*;
 
 const MIB: u64 = 1 << 20;

@@ -32,7 +32,7 @@ pub struct PartitionSpec {
     pub guid: Uuid,
     /// What lies in it.
     pub content: Content,
-    /// Where its size is set, for messages: `partitions.boot.size in board/pi4/board.toml`.
+    /// Where its size is set, for messages: `partitions.boot.size in the board's file`.
     pub size_key: String,
 }
 
