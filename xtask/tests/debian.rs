@@ -17,7 +17,7 @@ use xtask::fetch::{Download, Fetcher, Outcome};
 use xtask::rootfs::Role;
 use xtask::rootfs::debian::{DebianSpec, Fetched, Mirrors, PackagesLock, Policy, fetch_lock, lock};
 use xtask::rootfs::initrd::{self, Compression, InitrdRequest};
-use xtask::rootfs::tarball::Tree;
+use xtask::rootfs::tree::Tree;
 
 /// What the server does with a path for a number of times, besides serving the file.
 #[derive(Clone, Copy, PartialEq)]
@@ -411,8 +411,7 @@ fn gnu_tar_reads_a_rewritten_tree_with_links_and_long_names() -> Result<()> {
         .args(["z", "y", "s"])
         .arg(&long[2..])
         .run()?;
-    let mut tree = Tree::read(&root.join("in.tar"))?;
-    tree.add_parents(5);
+    let tree = Tree::from_tar(&root.join("in.tar"))?;
     let mut bytes = Vec::new();
     tree.write(5, &mut bytes)?;
     fs::write(root.join("out.tar"), bytes)?;

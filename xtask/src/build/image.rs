@@ -21,7 +21,7 @@ use crate::rootfs::initrd::{self, InitrdRequest};
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
 /// Raised when compose changes what it makes.
-const COMPOSE_VERSION: u32 = 1;
+const COMPOSE_VERSION: u32 = 2;
 /// Raised when assembling changes what it makes.
 const IMAGE_VERSION: u32 = 2;
 /// Raised when packing changes what it makes.
@@ -153,7 +153,7 @@ pub fn compose(
             lint::check(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
             let sizes = sizes::measure(&tree)?;
             let tar = dir.join("root.tar");
-            write_large(&tar, |out| tree.write(out, plan.epoch))?;
+            write_large(&tar, |out| tree.write(plan.epoch, out))?;
             let tool = &base.e2fs;
             let root = dir.join("root.ext4");
             let board = &plan.board.name;

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
-use super::tree::{Node, Tree};
 use crate::config::board::BootFlow;
 use crate::plan::Plan;
+use crate::rootfs::tree::{Kind, Tree};
 
 /// Directories that something is mounted on.
 const MOUNT_POINTS: [&str; 7] = ["dev", "proc", "sys", "run", "tmp", "data", "var"];
@@ -39,13 +39,13 @@ pub fn check(
 fn check_root(tree: &Tree, kernel_release: &str, missing: &mut Vec<String>) {
     match tree.resolve("sbin/init") {
         None => missing.push("/sbin/init is missing, or a link to nothing".to_owned()),
-        Some((path, entry)) if entry.mode & 0o111 == 0 || !matches!(entry.node, Node::File(_)) => {
+        Some((path, entry)) if entry.mode & 0o111 == 0 || !matches!(entry.kind, Kind::File(_)) => {
             missing.push(format!("/sbin/init leads to /{path}, which is not executable"));
         }
         Some(_) => {}
     }
     for dir in MOUNT_POINTS {
-        if !matches!(tree.resolve(dir), Some((_, entry)) if matches!(entry.node, Node::Directory)) {
+        if !matches!(tree.resolve(dir), Some((_, entry)) if matches!(entry.kind, Kind::Folder)) {
             missing.push(format!("the mount point /{dir} is missing"));
         }
     }

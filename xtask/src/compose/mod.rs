@@ -4,7 +4,6 @@
 
 pub mod lint;
 pub mod sizes;
-pub mod tree;
 mod units;
 mod users;
 
@@ -15,7 +14,7 @@ use crate::artifact::Artifact;
 use crate::config::board::BootFlow;
 use crate::plan::Plan;
 use crate::render::{OverlayContent, Rendered};
-use tree::{Data, Entry, Node, Origin, Tree};
+use crate::rootfs::tree::{Data, Entry, Kind, Origin, Take, Tree};
 
 /// Where the keys lie that the robot trusts.
 pub const KEY_SET: &str = "usr/lib/slipway/keyset.json";
@@ -45,22 +44,22 @@ pub struct Parts<'a> {
 /// Parts that contradict each other, each named with its origin.
 pub fn tree(plan: &Plan, parts: &Parts<'_>) -> Result<Tree> {
     let mut tree = Tree::default();
-    tree.add_tar(parts.base, &Origin::Base)?;
+    tree.add_tar(parts.base, &Origin::Base, Take::Contents)?;
     if let Some(wheels) = parts.wheels {
-        tree.add_tar(wheels, &Origin::Api)?;
+        tree.add_tar(wheels, &Origin::Api, Take::Contents)?;
     }
     for (path, attributes) in &plan.directories {
-        let mut entry = Entry::new(attributes.mode, Node::Directory, Origin::Compose);
+        let mut entry = Entry::new(attributes.mode, Kind::Folder, Origin::Compose);
         (entry.uid, entry.gid) = (attributes.uid, attributes.gid);
         tree.insert(path.as_str(), entry)?;
     }
     for file in &parts.rendered.overlay {
-        let node = match &file.content {
-            OverlayContent::File(bytes) => Node::File(Data::Bytes(bytes.clone())),
-            OverlayContent::Symlink(to) => Node::Symlink(to.clone()),
+        let kind = match &file.content {
+            OverlayContent::File(bytes) => Kind::File(Data::Bytes(bytes.clone())),
+            OverlayContent::Symlink(to) => Kind::Symlink(to.clone()),
         };
         let origin = Origin::Overlay(file.source.clone());
-        let mut entry = Entry::new(file.attributes.mode, node, origin);
+        let mut entry = Entry::new(file.attributes.mode, kind, origin);
         (entry.uid, entry.gid) = (file.attributes.uid, file.attributes.gid);
         tree.insert(&file.target, entry)?;
     }

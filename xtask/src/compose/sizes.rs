@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Result, bail};
 
-use super::tree::{Node, Origin, Tree};
 use crate::progress::bytes;
+use crate::rootfs::tree::{Kind, Origin, Tree};
 
 /// A name and its bytes.
 pub type Sized = (String, u64);
@@ -46,10 +46,10 @@ pub fn measure(tree: &Tree) -> Result<Sizes> {
     let mut directories: BTreeMap<String, u64> = BTreeMap::new();
     let mut files = Vec::new();
     for (path, entry) in tree.iter() {
-        if !matches!(entry.node, Node::File(_)) {
+        if !matches!(entry.kind, Kind::File(_)) {
             continue;
         }
-        let size = entry.len();
+        let size = entry.size();
         files.push((format!("/{path}"), size));
         for (depth, (at, _)) in path.match_indices('/').enumerate() {
             if depth < 3 {

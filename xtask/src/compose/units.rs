@@ -4,7 +4,7 @@
 
 use anyhow::{Context, Result, bail};
 
-use super::tree::{Entry, Node, Origin, Tree};
+use crate::rootfs::tree::{Entry, Kind, Origin, Tree};
 
 const UNIT_DIRS: [&str; 2] = ["etc/systemd/system", "usr/lib/systemd/system"];
 const PRESET_DIR: &str = "usr/lib/systemd/system-preset/";
@@ -79,7 +79,7 @@ fn enable(tree: &mut Tree, unit: &str) -> Result<()> {
         bail!("{file} has no [Install] section: it cannot be enabled, something else starts it");
     }
     for link in links {
-        let entry = Entry::new(0o777, Node::Symlink(format!("/{path}")), Origin::Compose);
+        let entry = Entry::new(0o777, Kind::Symlink(format!("/{path}")), Origin::Compose);
         tree.insert(&format!("etc/systemd/system/{link}"), entry)?;
     }
     // `Also=` names units of the same package; one that is not installed is no mistake.
@@ -100,7 +100,7 @@ fn disable(tree: &mut Tree, unit: &str) {
         .filter(|(path, entry)| {
             path.starts_with("etc/systemd/system/")
                 && path.ends_with(&suffix)
-                && matches!(entry.node, Node::Symlink(_))
+                && matches!(entry.kind, Kind::Symlink(_))
         })
         .map(|(path, _)| path.to_owned())
         .collect();
@@ -118,8 +118,8 @@ mod tests {
         let unit = "[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n";
         tree.file("usr/lib/systemd/system/a.service", 0o644, unit).expect("placed");
         tree.file("usr/lib/systemd/system/static.service", 0o644, "[Service]\n").expect("placed");
-        let node = Node::File(super::super::tree::Data::Bytes(preset.into()));
-        let entry = Entry::new(0o644, node, Origin::Overlay("overlays/x".into()));
+        let kind = Kind::File(crate::rootfs::tree::Data::Bytes(preset.into()));
+        let entry = Entry::new(0o644, kind, Origin::Overlay("overlays/x".into()));
         tree.insert("usr/lib/systemd/system-preset/10-x.preset", entry).expect("placed");
         tree
     }

@@ -3,9 +3,9 @@
 
 use anyhow::{Context, Result, bail};
 
-use super::tree::{Entry, Node, Origin, Tree};
 use crate::plan::UserPlan;
 use crate::render::Rendered;
+use crate::rootfs::tree::{Entry, Kind, Origin, Tree};
 
 /// Adds or changes the plan's accounts.
 ///
@@ -47,7 +47,7 @@ pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<(
         // Homes below /data are made on the robot, where data is writable.
         let home = user.home.trim_start_matches('/');
         if user.uid != 0 && !home.starts_with("data/") {
-            let mut entry = Entry::new(0o750, Node::Directory, Origin::Compose);
+            let mut entry = Entry::new(0o750, Kind::Folder, Origin::Compose);
             (entry.uid, entry.gid) = (user.uid, user.uid);
             tree.insert(home, entry)?;
         }

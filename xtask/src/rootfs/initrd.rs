@@ -10,7 +10,7 @@ use camino::Utf8Path;
 use cpio::newc;
 
 use super::kernel::ModuleIndex;
-use super::tarball::{Kind, Tree};
+use super::tree::{Kind, Tree};
 use crate::artifact::{Artifact, write_atomically};
 
 /// Level for either compression: the archive is small and is read by every boot.
@@ -86,13 +86,12 @@ enum Node {
 }
 
 fn collect(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> {
-    let mut tree = Tree::read(request.modules_archive)?;
-    let text = |tree: &mut Tree, name: &str| -> Result<String> {
+    let tree = Tree::from_tar(request.modules_archive)?;
+    let text = |name: &str| -> Result<String> {
         let bytes = tree.bytes(name)?.with_context(|| format!("the modules lack {name}"))?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
-    let index =
-        ModuleIndex::new(&text(&mut tree, "modules.dep")?, &text(&mut tree, "modules.builtin")?);
+    let index = ModuleIndex::new(&text("modules.dep")?, &text("modules.builtin")?);
     let order = index.load_order(request.modules)?;
     let mut nodes = BTreeMap::new();
     let mut list = String::new();
@@ -164,9 +163,9 @@ fn write_archive<W: Write>(mut out: W, nodes: &BTreeMap<String, Node>, time: u32
 /// # Errors
 /// When the tar cannot be read.
 pub fn modules_in(archive: &Utf8Path) -> Result<HashMap<String, u64>> {
-    let tree = Tree::read(archive)?;
-    let files = tree.entries.iter().filter_map(|(name, entry)| match &entry.kind {
-        Kind::File(data) => Some((name.path(), data.size())),
+    let tree = Tree::from_tar(archive)?;
+    let files = tree.iter().filter_map(|(path, entry)| match &entry.kind {
+        Kind::File(data) => Some((path.to_owned(), data.size())),
         _ => None,
     });
     Ok(files.filter(|(path, _)| path.ends_with(".ko")).collect())

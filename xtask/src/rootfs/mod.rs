@@ -5,7 +5,7 @@ pub mod debian;
 pub mod glob;
 pub mod initrd;
 pub mod kernel;
-pub mod tarball;
+pub mod tree;
 
 use serde::{Deserialize, Serialize};
 

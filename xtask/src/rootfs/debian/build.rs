@@ -18,7 +18,7 @@ use crate::artifact::{Artifact, write_atomically};
 use crate::exec::Tool;
 use crate::progress::{Step, Unit};
 use crate::rootfs::kernel::{self, ModuleRules};
-use crate::rootfs::tarball::{Data, Entry, Kind, Name, Tree};
+use crate::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
 use crate::rootfs::{BaseSystem, InitrdParts, NamedFile, Role, glob};
 
 /// What a board boots from, as patterns over the unpacked packages.
@@ -66,15 +66,14 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     kernel::prune_modules(&extras, &kernel.release, &request.board.modules)
         .context("choosing kernel modules")?;
 
-    let mut tree = Tree::read(request.root)?;
+    let mut tree = Tree::from_tar(request.root)?;
     let modules_dir = extras.join("lib/modules").join(&kernel.release);
     let modules = out_dir.join("modules.tar");
-    let module_tree = folder_tree(&mut tree, &extras, &modules_dir, request.epoch)?;
+    let module_tree = folder_tree(&mut tree, &extras, &modules_dir)?;
     write_atomically(&modules, |out| module_tree.write(request.epoch, out))?;
-    add_firmware(&mut tree, &extras, request.epoch)?;
+    add_firmware(&mut tree, &extras)?;
     // The lists that packages know their files by are pruned with the rest only if a rule says so.
     prune::apply(&mut tree, request.prune)?;
-    tree.add_parents(request.epoch);
     prune::normalise(&mut tree, request.epoch)?;
     let rootfs = out_dir.join("rootfs.tar");
     write_atomically(&rootfs, |out| tree.write(request.epoch, out))?;
@@ -106,8 +105,8 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
         },
         firmware,
         bootloader,
-        python: inventory::python(&mut tree, request.debs)?,
-        packages: inventory::packages(&mut tree, request.debs)?,
+        python: inventory::python(&tree, request.debs)?,
+        packages: inventory::packages(&tree, request.debs)?,
         glibc: inventory::glibc(request.debs)?,
     })
 }
@@ -269,24 +268,23 @@ fn plain_deb(deb: &LockedDeb, folder: &Utf8Path) -> Result<String> {
 }
 
 /// Adds the kept modules to the root, and returns them as a tree of their own.
-fn folder_tree(root: &mut Tree, extras: &Utf8Path, modules: &Utf8Path, epoch: u64) -> Result<Tree> {
+fn folder_tree(root: &mut Tree, extras: &Utf8Path, modules: &Utf8Path) -> Result<Tree> {
     let release = modules.file_name().unwrap_or_default().to_owned();
-    let mut alone = Tree::empty()?;
+    let mut alone = Tree::with_root(Origin::Base);
     for path in files_below(modules)? {
         let relative = path.strip_prefix(modules).with_context(|| format!("placing {path}"))?;
         let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
         // `extras` is removed at the end; both trees are written before.
         debug_assert!(path.starts_with(extras));
-        let entry = Entry::roots(Kind::File(Data::Path(path.clone(), size)), 0o644, epoch);
-        alone.entries.insert(Name::new(relative.as_str()), entry.clone());
-        root.entries.insert(Name::new(&format!("usr/lib/modules/{release}/{relative}")), entry);
+        let entry = Entry::new(0o644, Kind::File(Data::Path(path.clone(), size)), Origin::Base);
+        alone.insert(relative.as_str(), entry.clone())?;
+        root.insert(&format!("usr/lib/modules/{release}/{relative}"), entry)?;
     }
-    alone.add_parents(epoch);
     Ok(alone)
 }
 
 /// Device firmware of extra packages (Wi-Fi settings of the Pi) that the root does not have.
-fn add_firmware(root: &mut Tree, extras: &Utf8Path, epoch: u64) -> Result<()> {
+fn add_firmware(root: &mut Tree, extras: &Utf8Path) -> Result<()> {
     for below in ["lib/firmware", "usr/lib/firmware"] {
         let folder = extras.join(below);
         if !folder.is_dir() {
@@ -295,9 +293,11 @@ fn add_firmware(root: &mut Tree, extras: &Utf8Path, epoch: u64) -> Result<()> {
         for path in files_below(&folder)? {
             let relative = path.strip_prefix(&folder).with_context(|| format!("placing {path}"))?;
             let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
-            root.entries
-                .entry(Name::new(&format!("usr/lib/firmware/{relative}")))
-                .or_insert_with(|| Entry::roots(Kind::File(Data::Path(path, size)), 0o644, epoch));
+            let target = format!("usr/lib/firmware/{relative}");
+            if root.get(&target).is_none() {
+                let kind = Kind::File(Data::Path(path, size));
+                root.insert(&target, Entry::new(0o644, kind, Origin::Base))?;
+            }
         }
     }
     Ok(())

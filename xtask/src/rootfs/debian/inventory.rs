@@ -7,14 +7,14 @@ use anyhow::{Context, Result};
 use super::download::LockedDeb;
 use super::lock::stanzas;
 use crate::exec::Tool;
-use crate::rootfs::tarball::{Name, Tree, size_of};
+use crate::rootfs::tree::{Entry, Tree};
 use crate::rootfs::{Distribution, Package, Python, Role};
 
 /// Where Debian's `python3-*` packages put distributions.
 const DISTRIBUTIONS: &str = "usr/lib/python3/dist-packages/";
 
 /// All packages of the build, sorted by name.
-pub(super) fn packages(tree: &mut Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> {
+pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> {
     let owned = owned_bytes(tree)?;
     let mut all = Vec::with_capacity(debs.len());
     for LockedDeb { package, file } in debs {
@@ -54,26 +54,22 @@ pub(super) fn packages(tree: &mut Tree, debs: &[LockedDeb]) -> Result<Vec<Packag
 }
 
 /// Bytes in the pruned root by package, after dpkg's lists of files.
-fn owned_bytes(tree: &mut Tree) -> Result<HashMap<String, u64>> {
-    let lists: Vec<String> = tree
-        .entries
-        .keys()
-        .map(Name::path)
-        .filter(|path| path.starts_with("var/lib/dpkg/info/") && path.ends_with(".list"))
-        .collect();
+fn owned_bytes(tree: &Tree) -> Result<HashMap<String, u64>> {
+    let lists = tree
+        .iter()
+        .map(|(path, _)| path)
+        .filter(|path| path.starts_with("var/lib/dpkg/info/") && path.ends_with(".list"));
     let mut owned = HashMap::new();
     for path in lists {
         let file = path.rsplit('/').next().unwrap_or_default();
         let stem = file.trim_end_matches(".list");
         let name = stem.split(':').next().unwrap_or(stem).to_owned();
-        let text = String::from_utf8_lossy(&tree.bytes(&path)?.unwrap_or_default()).into_owned();
+        let text = String::from_utf8_lossy(&tree.bytes(path)?.unwrap_or_default()).into_owned();
         let mut sum = 0;
         for line in text.lines() {
-            let plain = Name::new(line);
             // dpkg knows `/lib/x`, the merged root has it as `usr/lib/x`.
-            let merged = Name::new(&format!("usr{line}"));
-            let entry = tree.entries.get(&plain).or_else(|| tree.entries.get(&merged));
-            sum += entry.map_or(0, size_of);
+            let entry = tree.get(line).or_else(|| tree.get(&format!("usr{line}")));
+            sum += entry.map_or(0, Entry::size);
         }
         owned.insert(name, sum);
     }
@@ -99,12 +95,11 @@ fn upstream<'a>(debs: &'a [LockedDeb], name: &str) -> Option<&'a str> {
 }
 
 /// The interpreter, by what `python3` in the root points at.
-pub(super) fn python(tree: &mut Tree, debs: &[LockedDeb]) -> Result<Python> {
+pub(super) fn python(tree: &Tree, debs: &[LockedDeb]) -> Result<Python> {
     let help = "help: add python3 to the product's packages";
     let short = tree
-        .entries
-        .keys()
-        .filter_map(|name| name.path().strip_prefix("usr/bin/python3.").map(str::to_owned))
+        .iter()
+        .filter_map(|(path, _)| path.strip_prefix("usr/bin/python3."))
         .find(|minor| minor.bytes().all(|b| b.is_ascii_digit()))
         .map(|minor| format!("3.{minor}"))
         .with_context(|| format!("the root has no Python\n{help}"))?;
@@ -112,21 +107,16 @@ pub(super) fn python(tree: &mut Tree, debs: &[LockedDeb]) -> Result<Python> {
         .or_else(|| upstream(debs, &format!("python{short}-minimal")))
         .with_context(|| format!("no package of the lock is python{short}\n{help}"))?
         .to_owned();
-    let metadata: Vec<String> = tree
-        .entries
-        .keys()
-        .map(Name::path)
-        .filter(|path| {
-            path.strip_prefix(DISTRIBUTIONS).is_some_and(|rest| {
-                rest.ends_with(".dist-info/METADATA")
-                    || rest.ends_with(".egg-info/PKG-INFO")
-                    || (rest.ends_with(".egg-info") && !rest.contains('/'))
-            })
+    let metadata = tree.iter().map(|(path, _)| path).filter(|path| {
+        path.strip_prefix(DISTRIBUTIONS).is_some_and(|rest| {
+            rest.ends_with(".dist-info/METADATA")
+                || rest.ends_with(".egg-info/PKG-INFO")
+                || (rest.ends_with(".egg-info") && !rest.contains('/'))
         })
-        .collect();
+    });
     let mut distributions = Vec::new();
     for path in metadata {
-        let Some(bytes) = tree.bytes(&path)? else { continue };
+        let Some(bytes) = tree.bytes(path)? else { continue };
         let text = String::from_utf8_lossy(&bytes).into_owned();
         let head: BTreeMap<&str, &str> =
             text.lines().take_while(|l| !l.is_empty()).filter_map(|l| l.split_once(": ")).collect();

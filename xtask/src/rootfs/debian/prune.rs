@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::rootfs::glob;
-use crate::rootfs::tarball::{Data, Entry, Kind, Name, Tree};
+use crate::rootfs::tree::{Data, Entry, Kind, Name, Tree};
 
 /// Seconds of a day, in which /etc/shadow counts.
 const DAY: u64 = 86_400;
@@ -34,19 +34,16 @@ pub(super) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()> {
     let (drop, keep) = (glob::compile(&rules.drop)?, glob::compile(&rules.keep)?);
     let drops = |path: &str| drop.is_match(path) && !keep.is_match(path);
     let doomed: Vec<Name> =
-        tree.entries.keys().filter(|name| drops(&name.path())).cloned().collect();
+        tree.entries.keys().filter(|name| drops(name.path())).cloned().collect();
     let parents: std::collections::BTreeSet<String> = tree
         .entries
         .keys()
-        .map(Name::path)
-        .filter(|path| !drops(path))
-        .flat_map(|path| {
-            path.match_indices('/').map(|(i, _)| path[..i].to_owned()).collect::<Vec<_>>()
-        })
+        .filter(|name| !drops(name.path()))
+        .flat_map(|name| name.parents().map(str::to_owned))
         .collect();
     let mut removed = std::collections::BTreeMap::new();
     for name in doomed {
-        if parents.contains(&name.path()) {
+        if parents.contains(name.path()) {
             continue;
         }
         if let Some(entry) = tree.entries.remove(&name) {
@@ -57,13 +54,12 @@ pub(super) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()> {
     let mut heirs: std::collections::BTreeMap<Name, Name> = std::collections::BTreeMap::new();
     for (name, entry) in &mut tree.entries {
         let Kind::Hardlink(target) = &entry.kind else { continue };
-        let target = Name::new(target);
-        let Some(file) = removed.get(&target) else { continue };
-        match heirs.get(&target) {
-            Some(heir) => entry.kind = Kind::Hardlink(heir.path()),
+        let Some(file) = removed.get(target) else { continue };
+        match heirs.get(target) {
+            Some(heir) => entry.kind = Kind::Hardlink(heir.clone()),
             None => {
+                heirs.insert(target.clone(), name.clone());
                 *entry = file.clone();
-                heirs.insert(target, name.clone());
             }
         }
     }
@@ -78,7 +74,7 @@ pub(super) fn normalise(tree: &mut Tree, epoch: u64) -> Result<()> {
     }
     // A timestamp from the future would be clamped in the tar but not in caches that quote it.
     for entry in tree.entries.values_mut() {
-        entry.mtime = entry.mtime.min(epoch);
+        entry.mtime = Some(entry.mtime.map_or(epoch, |time| time.min(epoch)));
     }
     rewrite_bytecode(tree)
 }
@@ -106,11 +102,11 @@ fn rewrite_bytecode(tree: &mut Tree) -> Result<()> {
         .keys()
         .map(Name::path)
         .filter(|path| path.ends_with(".pyc") && path.contains("/__pycache__/"))
+        .map(str::to_owned)
         .collect();
     for path in compiled {
         let Some(source) = source_of(&path) else { continue };
-        let Some(Entry { mtime, kind: Kind::File(data), .. }) =
-            tree.entries.get(&Name::new(&source))
+        let Some(Entry { mtime: Some(mtime), kind: Kind::File(data), .. }) = tree.get(&source)
         else {
             continue;
         };
