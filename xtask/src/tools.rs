@@ -89,8 +89,10 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Test, "zstd", "zstd", "reads our frames"),
     tool(Purpose::Test, "minisign", "minisign", "checks our signatures"),
     tool(Purpose::Test, "cpio", "cpio", "reads our initrd"),
+    tool(Purpose::Test, "gpg", "gnupg", "signs the tests' own archive"),
     tool(Purpose::Test, "shellcheck", "shellcheck", "checks our shell scripts"),
     tool(Purpose::TestAll, "chromium", "chromium", "renders the report"),
+    tool(Purpose::TestAll, "@venv", "python3-venv", "holds the validator of our bill of materials"),
     tool(Purpose::Bench, "genimage", "genimage", "assembles images"),
     tool(Purpose::Bench, "rauc", "rauc", "makes bundles"),
     tool(Purpose::Bench, "mksquashfs", "squashfs-tools", "serves rauc"),
@@ -101,6 +103,7 @@ impl Requirement {
     fn is_met(&self) -> bool {
         match self.program {
             "@pip" => Tool::new("python3").args(["-m", "pip", "--version"]).read().is_ok(),
+            "@venv" => Tool::new("python3").args(["-c", "import ensurepip"]).read().is_ok(),
             // Root needs no range of subordinate ids.
             "@newuidmap" => rustix::process::getuid().is_root() || find("newuidmap").is_some(),
             path if path.starts_with('/') => std::path::Path::new(path).exists(),

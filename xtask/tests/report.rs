@@ -217,6 +217,40 @@ fn the_page_can_be_looked_at() {
     }
 }
 
+/// Slow (a browser starts), so only with `cargo xtask test --all`.
+#[test]
+fn a_real_browser_lays_the_page_out_without_overflow() {
+    if std::env::var_os(xtask::cmd::check::ALL).is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let page = dir.path().join("report.html");
+    // What the browser measures comes back in the title, which --dump-dom prints.
+    let probe = "<script>addEventListener('load',()=>{document.title=\
+        `wide ${document.documentElement.scrollWidth} of ${innerWidth}, \
+        ${document.querySelectorAll('svg rect').length} rectangles`})</script></body>";
+    let html = render_html(&realistic()).unwrap().replacen("</body>", probe, 1);
+    std::fs::write(&page, html).unwrap();
+    for width in [1280, 800] {
+        let output = Command::new("chromium")
+            .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"])
+            .args(["--no-first-run", "--disable-background-networking", "--disable-sync"])
+            .args(["--disable-component-update", "--dump-dom", "--virtual-time-budget=2000"])
+            .arg(format!("--window-size={width},1000"))
+            .arg(format!("--user-data-dir={}", dir.path().join(width.to_string()).display()))
+            .arg(format!("file://{}", page.display()))
+            .output()
+            .expect("chromium is installed: cargo xtask doctor --install");
+        let dom = String::from_utf8(output.stdout).unwrap();
+        let title = dom.split("<title>").nth(1).and_then(|t| t.split('<').next()).unwrap_or("");
+        let numbers: Vec<u32> =
+            title.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect();
+        let [wide, window, rectangles] = numbers[..] else { panic!("the title is {title:?}") };
+        assert!(wide <= window, "{width}: the page is wider than its window: {title}");
+        assert!(rectangles > 100, "{width}: the drawings are missing: {title}");
+    }
+}
+
 #[test]
 fn the_same_report_gives_the_same_page() {
     assert_eq!(render_html(&realistic()).unwrap(), render_html(&realistic()).unwrap());
