@@ -177,7 +177,7 @@ fn a_missing_payload_leaves_nothing_behind() {
 fn a_release_key_needs_its_password() {
     let case = |password: Option<&str>, at: &Utf8Path| {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "--ignored", "--nocapture", "in_a_child_with_a_password"]);
+        command.args(["--exact", "--nocapture", "in_a_child_with_a_password"]);
         command.env("SLIPWAY_TEST_DIR", at).env_remove(PASSWORD_VARIABLE);
         command.stdin(std::process::Stdio::null());
         if let Some(password) = password {
@@ -198,10 +198,11 @@ fn a_release_key_needs_its_password() {
     assert!(!text.contains("correct horse"));
 }
 
+/// The other half of `a_release_key_needs_its_password`, which names the folder.
 #[test]
-#[ignore = "started by a_release_key_needs_its_password"]
 fn in_a_child_with_a_password() {
-    let dir = Utf8PathBuf::from(std::env::var("SLIPWAY_TEST_DIR").unwrap());
+    let Ok(dir) = std::env::var("SLIPWAY_TEST_DIR") else { return };
+    let dir = Utf8PathBuf::from(dir);
     let work = || -> anyhow::Result<()> {
         let mut keys = Keys::open(&dir.join("keys"))?;
         if keys.list().is_empty() {
