@@ -132,7 +132,11 @@ impl Xtask {
                      code=$?; find '{dir}' -type f -printf 'left: %p\\n' >&2; exit $code"
                 ));
                 let mut command = Command::new(exec::find("unshare").expect("unshare"));
-                command.args(["--user", "--map-root-user", "--mount", "sh"]);
+                // Root mounts by itself, and in a chroot it may not make user namespaces.
+                if !rustix::process::geteuid().is_root() {
+                    command.args(["--user", "--map-root-user"]);
+                }
+                command.args(["--mount", "sh"]);
                 command
             }
         };
