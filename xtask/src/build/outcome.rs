@@ -103,7 +103,7 @@ pub fn report(
                 new: r.new.clone().unwrap_or_default(),
             })
             .collect(),
-        next: next(build),
+        next: if made.card.is_some() { next(build) } else { Vec::new() },
     })
 }
 

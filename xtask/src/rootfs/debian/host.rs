@@ -101,6 +101,11 @@ pub fn host_e2fs(
     }
     let hashes: String = packages.iter().map(|p| p.sha256.as_str()).collect();
     let dir = cache.join(format!("tools/e2fsprogs-{}", &hash_bytes(hashes.as_bytes())[..16]));
+    // Two first builds at once: the second waits, then finds the tools unpacked.
+    fs::create_dir_all(cache.join("tools")).with_context(|| format!("creating {cache}/tools"))?;
+    let lock_path = cache.join("tools/.lock");
+    let waiting = fs::File::create(&lock_path).and_then(|file| file.lock().map(|()| file));
+    let _held = waiting.with_context(|| format!("locking {lock_path}"))?;
     if !dir.is_dir() {
         let debs = download::fetch(&packages, fetcher, mirrors, Policy::Locked)?;
         let partial = crate::artifact::partial(&dir);
