@@ -386,6 +386,7 @@ pub fn card(
             let made = disk::assemble(&spec, &out)?;
             // The image must be on the disk before the stage counts as finished.
             flush(&made.path)?;
+            flush(&made.bmap.path)?;
             copy_for_qemu(build, base)?;
             Ok(Card {
                 image: made.path,
