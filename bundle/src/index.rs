@@ -75,8 +75,8 @@ pub struct Frame {
     first_piece: u32,
     /// SHA-256 of the full SHA-256s of its blocks that are not zero, one after the other.
     pub content: Hash,
-    /// How many hashes the index has before this frame's first.
-    first_hash: u32,
+    /// How many hashes the index has before this frame's first: the number of that one.
+    pub first_hash: u32,
 }
 
 /// A checked index.
@@ -251,6 +251,12 @@ impl Index {
     /// Whether a block is all zeros (also true for blocks that the payload does not have).
     pub fn is_zero(&self, block: u32) -> bool {
         self.used.get(block as usize / 8).is_none_or(|byte| byte >> (block % 8) & 1 == 0)
+    }
+
+    /// The hash of this number, in payload order, from 0 to [`Index::used_blocks`].
+    pub fn hash(&self, number: u32) -> Option<&[u8]> {
+        let start = number as usize * BLOCK_HASH;
+        self.hashes.get(start..start + BLOCK_HASH)
     }
 
     /// A frame's blocks with their hashes; `None` for a block of zeros.

@@ -35,8 +35,15 @@ pub struct TrustedKey {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct KeySet {
+    /// Grows with every change of the set: a device takes a set only for one with a lower serial.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub serial: u32,
     /// The keys, by epoch and then id.
     pub keys: Vec<TrustedKey>,
+}
+
+fn is_first(serial: &u32) -> bool {
+    *serial == 0
 }
 
 /// A signature that counted.
@@ -107,6 +114,14 @@ impl KeySet {
             }
         }
         Ok(())
+    }
+
+    /// The signature by a key of this set over something that is not a bundle.
+    ///
+    /// # Errors
+    /// When the file is malformed, the key does not count, or the signature does not verify.
+    pub fn verify(&self, name: &str, file: &[u8], signed: &[u8]) -> Result<SignedBy> {
+        self.check_signature(name, file, signed)?.map_err(|reason| Error::NotTrusted { reason })
     }
 
     /// Checks one signature file over `signed`. `Ok(Err(reason))`: it is by a key that does not

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
@@ -239,7 +240,7 @@ impl<I: Input> Reader<I> {
         if index::hex(&index::sha256(&bytes)) != payload.index.sha256 {
             return Err(Error::WrongHash { what: member });
         }
-        let index = Index::parse(&bytes, &payload)?;
+        let index = Arc::new(Index::parse(&bytes, &payload)?);
         drop(bytes);
         self.expect(&format!("{name}/{}.zst", payload.role), payload.data.size)?;
         self.unread = true;
@@ -307,7 +308,7 @@ pub struct PayloadReader<'a, I> {
     reader: &'a mut Reader<I>,
     component: String,
     payload: Payload,
-    index: Index,
+    index: Arc<Index>,
     next: usize,
 }
 
@@ -330,6 +331,11 @@ impl<I: Input> PayloadReader<'_, I> {
     /// The verified index.
     pub fn index(&self) -> &Index {
         &self.index
+    }
+
+    /// The verified index, to be kept while frames are read.
+    pub fn shared_index(&self) -> Arc<Index> {
+        self.index.clone()
     }
 
     /// The frame that comes next; it must be read or skipped. `None` after the last.

@@ -86,13 +86,13 @@ fn further_signatures_let_a_rotated_key_set_verify() {
     let mut parts = parts(&[&mixed(5000)], 1);
     let bytes = parts.write(&[TestKey::new(1), TestKey::new(3), TestKey::new(2)]);
     for seed in [1, 2, 3] {
-        let set = KeySet { keys: vec![TestKey::new(seed).trusted(Kind::Release, 1)] };
+        let set = KeySet { serial: 0, keys: vec![TestKey::new(seed).trusted(Kind::Release, 1)] };
         verify(&bytes, &set).unwrap();
         let reader = Reader::open(Stream(bytes.as_slice()), &set).unwrap();
         assert_eq!(reader.signed_by().len(), 1);
         assert_eq!(reader.signed_by()[0].comment, "a test bundle");
     }
-    let stranger = KeySet { keys: vec![TestKey::new(9).trusted(Kind::Release, 1)] };
+    let stranger = KeySet { serial: 0, keys: vec![TestKey::new(9).trusted(Kind::Release, 1)] };
     assert_eq!(verify(&bytes, &stranger).unwrap_err().code(), "not-trusted");
 }
 
@@ -103,7 +103,7 @@ fn trust_follows_kind_epoch_and_revocation() {
     release.manifest.kind = Kind::Release;
     release.manifest.key_epoch = 2;
     let key = || [TestKey::new(1)];
-    let set = |kind, epoch| KeySet { keys: vec![TestKey::new(1).trusted(kind, epoch)] };
+    let set = |kind, epoch| KeySet { serial: 0, keys: vec![TestKey::new(1).trusted(kind, epoch)] };
     let (development, release) = (development.write(&key()), release.write(&key()));
     verify(&development, &set(Kind::Release, 1)).unwrap();
     verify(&release, &set(Kind::Release, 2)).unwrap();

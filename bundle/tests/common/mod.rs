@@ -45,7 +45,7 @@ impl TestKey {
 }
 
 pub fn keys() -> KeySet {
-    KeySet { keys: vec![TestKey::new(1).trusted(Kind::Development, 1)] }
+    KeySet { serial: 0, keys: vec![TestKey::new(1).trusted(Kind::Development, 1)] }
 }
 
 /// Bytes that do not compress.
