@@ -1,0 +1,99 @@
+//! `board/common/boot.scr.j2` as a pure function: which slot it starts and what it writes before.
+
+use bundle::bootstate::{BootState, SECTOR, Slot, newest};
+
+/// The two copies of the boot state.
+pub type Copies = [[u8; SECTOR]; 2];
+
+/// What becomes of the script's own writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Card {
+    /// They reach the card.
+    Good,
+    /// They are refused, or are not what is read back.
+    Refuses,
+}
+
+/// A kernel that was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Started {
+    /// From this slot.
+    pub slot: Slot,
+    /// With `slipway.trial=1`.
+    pub trial: bool,
+    /// With `slipway.unloadable=`: the slot before it that did not load.
+    pub unloadable: Option<Slot>,
+}
+
+/// One run of the script.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    /// What was started; nothing when no slot loads (the script then restarts after a while).
+    pub started: Option<Started>,
+    /// The copies when the kernel starts.
+    pub copies: Copies,
+    /// What was written, in order: the copy's index and its new content.
+    pub writes: Vec<(usize, [u8; SECTOR])>,
+}
+
+/// Runs the script. `loads` says whether a slot's file system mounts and its kernel, initrd and device
+/// tree load.
+pub fn run(copies: &Copies, loads: impl Fn(Slot) -> bool, card: Card) -> Run {
+    let mut state = Writer { copies: *copies, writes: Vec::new(), card };
+    let Some((counts, known)) = newest(copies.iter().map(<[u8; SECTOR]>::as_slice)) else {
+        return state.end(start_committed(Slot::A, None, loads));
+    };
+    let armed = known.trial.filter(|trial| *trial != known.active);
+    let Some(trial) = armed.filter(|_| known.tries > 0 && known.sequence < u32::MAX) else {
+        return state.end(start_committed(known.active, None, loads));
+    };
+    let counted = BootState { sequence: known.sequence + 1, tries: known.tries - 1, ..known };
+    if !state.write(1 - counts, &counted) {
+        return state.end(start_committed(known.active, None, loads));
+    }
+    if loads(trial) {
+        let started = Started { slot: trial, trial: true, unloadable: None };
+        return state.end(Some(started));
+    }
+    if counted.tries > 0 && counted.sequence < u32::MAX {
+        let over = BootState { sequence: counted.sequence + 1, tries: 0, ..counted };
+        // Whatever becomes of it, the committed slot is next.
+        state.write(counts, &over);
+    }
+    state.end(start_committed(known.active, Some(trial), loads))
+}
+
+/// The committed slot, else the other one.
+fn start_committed(
+    active: Slot,
+    unloadable: Option<Slot>,
+    loads: impl Fn(Slot) -> bool,
+) -> Option<Started> {
+    if loads(active) {
+        return Some(Started { slot: active, trial: false, unloadable });
+    }
+    let other = if active == Slot::A { Slot::B } else { Slot::A };
+    loads(other).then_some(Started { slot: other, trial: false, unloadable: Some(active) })
+}
+
+struct Writer {
+    copies: Copies,
+    writes: Vec<(usize, [u8; SECTOR])>,
+    card: Card,
+}
+
+impl Writer {
+    fn write(&mut self, copy: usize, state: &BootState) -> bool {
+        if self.card == Card::Refuses {
+            return false;
+        }
+        let sector = state.encode();
+        self.copies[copy] = sector;
+        self.writes.push((copy, sector));
+        true
+    }
+
+    fn end(self, started: Option<Started>) -> Run {
+        Run { started, copies: self.copies, writes: self.writes }
+    }
+}
