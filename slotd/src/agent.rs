@@ -1,0 +1,387 @@
+//! What a robot can be asked to do: the verbs of the command line, for every caller.
+
+use std::path::Path;
+use std::process::Command;
+
+use bundle::bootstate::Slot;
+use bundle::{Input, KeySet, Reader, SignedBy, Version};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::boot::{self, BootFlow, BootStatus};
+use crate::data::State as DataState;
+use crate::device::{Device, slot_role};
+use crate::durable::Lock;
+use crate::events::Events;
+use crate::health::{self, State, Verdict, Watch, watchdog};
+use crate::install::{self, Machine, Options, Outcome, Progress, Slots};
+use crate::record::{Floor, Installed, Journal};
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+use crate::trust;
+
+/// Bytes in which a file system has what identifies it; zero while a slot is written.
+const FIRST: usize = bundle::BLOCK_SIZE;
+
+/// The robot, opened.
+pub struct Agent {
+    device: Device,
+    flow: Box<dyn BootFlow>,
+    events: Events,
+}
+
+/// How a robot stands.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Status {
+    /// The product.
+    pub product: String,
+    /// The board.
+    pub board: String,
+    /// The version that runs.
+    pub version: Version,
+    /// The slot that runs.
+    pub running: Slot,
+    /// The kernel's id of this start: whoever waits for a restart sees it change.
+    pub boot_id: Option<String>,
+    /// What the boot loader will do.
+    pub boot: BootStatus,
+    /// Whether a trial is not decided yet.
+    pub pending: bool,
+    /// Why a trial that runs is not committed yet, and what the checks found.
+    pub health: Option<Health>,
+    /// What was installed into the other slot.
+    pub other: Option<Installed>,
+    /// An install that was interrupted.
+    pub interrupted: Option<Journal>,
+    /// The lowest that is accepted.
+    pub floor: Floor,
+    /// How many keys count.
+    pub keys: usize,
+    /// In which condition `data` is.
+    pub data: Option<DataState>,
+    /// What a person must know, loudly.
+    pub alarm: Option<String>,
+}
+
+/// What the watch over a trial says.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Health {
+    /// In a sentence.
+    pub why: String,
+    /// In full.
+    pub state: State,
+}
+
+/// What a bundle turned out to be.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Verified {
+    /// Its version.
+    pub version: Version,
+    /// SHA-256 of its manifest.
+    pub manifest: String,
+    /// Whose signatures count.
+    pub signed_by: Vec<SignedBy>,
+    /// Bytes of all payloads.
+    pub size: u64,
+}
+
+/// What a change of the slot leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Changed {
+    /// The slot that is committed, rolled back to, or tried next.
+    pub slot: Slot,
+    /// How the robot must restart for it; `None`: not at all.
+    pub restart: Option<Restart>,
+}
+
+/// The two kinds of restart: a firmware may have to be told that a trial begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    /// Into the trial that is armed.
+    Trial,
+    /// Into the committed slot.
+    Committed,
+}
+
+impl Agent {
+    /// Opens this robot.
+    ///
+    /// # Errors
+    /// `bad-device`, `unknown-slot`, `wrong-layout` or `io`.
+    pub fn open(root: &Root) -> Result<Self> {
+        let device = Device::read(root)?;
+        let flow = boot::open(&device)?;
+        Ok(Self { device, flow, events: Events::new(root) })
+    }
+
+    /// Its log.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// What the robot is.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// How its slot is chosen.
+    pub fn flow(&self) -> &dyn BootFlow {
+        self.flow.as_ref()
+    }
+
+    fn machine(&self) -> Machine<'_> {
+        Machine {
+            root: self.device.root(),
+            about: &self.device.about,
+            running: self.device.running,
+            flow: self.flow.as_ref(),
+            slots: &self.device,
+            events: &self.events,
+        }
+    }
+
+    /// How the robot stands. Nothing is changed, and nobody is waited for.
+    ///
+    /// # Errors
+    /// `boot-state`, `io`.
+    pub fn status(&self) -> Result<Status> {
+        let (about, root) = (&self.device.about, self.device.root());
+        let boot = self.flow.status()?;
+        // Without a key the robot still says how it stands.
+        let keys = trust::key_set(root, about.kind).unwrap_or_default();
+        let health = State::read(root).unwrap_or_default();
+        let data = DataState::read(root).ok();
+        let pending = boot.pending(self.device.running);
+        let runs = pending.is_some_and(|trial| trial.slot == self.device.running);
+        Ok(Status {
+            product: about.product.clone(),
+            board: about.board.clone(),
+            version: about.version.clone(),
+            running: self.device.running,
+            boot_id: root.boot_id().ok(),
+            pending: pending.is_some(),
+            boot,
+            health: health.filter(|_| runs).map(|state| Health { why: state.why(), state }),
+            other: Installed::read(root, self.device.idle()),
+            interrupted: Journal::read(root),
+            floor: install::floor(&self.machine())?,
+            keys: keys.keys.iter().filter(|key| !key.revoked).count(),
+            alarm: data.as_ref().and_then(DataState::alarm),
+            data,
+        })
+    }
+
+    /// Verifies a whole bundle as an install would, and writes nothing.
+    ///
+    /// # Errors
+    /// Whatever an install would refuse about the bundle.
+    pub fn verify<I: Input>(&self, input: I, progress: &(dyn Fn(u64) + Sync)) -> Result<Verified> {
+        let machine = self.machine();
+        let keys = trust::key_set(machine.root, machine.about.kind)?;
+        let mut reader = Reader::open(input, &keys).map_err(install::from_source)?;
+        install::check_bundle(&machine, &reader)?;
+        let mut size = 0;
+        reader
+            .verify(|bytes| {
+                size += bytes;
+                progress(size);
+            })
+            .map_err(install::from_source)?;
+        Ok(Verified {
+            version: reader.manifest().version.clone(),
+            manifest: reader.manifest_sha256().to_owned(),
+            signed_by: reader.signed_by().to_vec(),
+            size,
+        })
+    }
+
+    /// Installs a bundle into the idle slot and arms its trial; [`Agent::restart`] then begins it.
+    ///
+    /// # Errors
+    /// As [`install::install`].
+    pub fn install<I: Input>(
+        &self,
+        input: I,
+        options: &Options,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Outcome> {
+        install::install(&self.machine(), input, options, progress)
+    }
+
+    /// Makes the running slot the committed one, and raises the floor to what its bundle asks.
+    ///
+    /// # Errors
+    /// `trial-pending`: another slot is waiting for its trial. `busy`, `boot-state`, `io`; `watchdog`,
+    /// when all but that is done.
+    pub fn commit(&self) -> Result<Changed> {
+        let lock = self.lock("commit")?;
+        let running = self.device.running;
+        let status = self.flow.status()?;
+        if let Some(trial) = status.pending(running).filter(|trial| trial.slot != running) {
+            return Err(self.refused(Refusal::new(
+                "trial-pending",
+                format!("slot {} is to be tried, and has not started yet", trial.slot),
+                "restart to try it, or end its trial with `slotd roll-back`",
+            )));
+        }
+        if status.active != running || status.trial.is_some() {
+            self.flow.commit()?;
+            self.events
+                .add("committed", json!({ "slot": running, "version": self.device.about.version }));
+        }
+        // After the commit: a floor that a rolled-back system has set would keep its predecessor out.
+        // If the power goes in between, the running system's own floor still counts.
+        let root = self.device.root();
+        let floor = install::floor(&self.machine())?;
+        if Floor::read(root).ok().as_ref() != Some(&floor)
+            && let Err(error) = floor.write(root)
+        {
+            self.events.add("not-recorded", json!({ "error": error.to_string() }));
+        }
+        // Slots and boot state are settled: the next install need not wait for systemd.
+        drop(lock);
+        // Last: until then the deadline stands, and ends in the slot that is now committed.
+        watchdog::hand_over(root)?;
+        Ok(Changed { slot: running, restart: None })
+    }
+
+    /// Ends a trial: the committed slot runs from the next restart on.
+    ///
+    /// # Errors
+    /// `nothing-on-trial`, `busy`, `boot-state`, `io`.
+    pub fn roll_back(&self) -> Result<Changed> {
+        let _lock = self.lock("roll-back")?;
+        let status = self.flow.status()?;
+        let Some(trial) = status.trial else {
+            return Err(self.refused(Refusal::new(
+                "nothing-on-trial",
+                format!("slot {} is committed, and no slot is on trial", status.active),
+                "to go to the other slot, use `slotd boot-other`",
+            )));
+        };
+        self.flow.roll_back()?;
+        let restart = (trial.slot == self.device.running).then_some(Restart::Committed);
+        self.events.add("rolled-back", json!({ "slot": status.active, "tried": trial.slot }));
+        Ok(Changed { slot: status.active, restart })
+    }
+
+    /// Tries the other slot, which must be complete; or goes back to the committed one, if the other
+    /// runs in its stead.
+    ///
+    /// # Errors
+    /// `trial-pending`, `incomplete-slot`, `busy`, `boot-state`, `io`.
+    pub fn boot_other(&self) -> Result<Changed> {
+        let _lock = self.lock("boot-other")?;
+        let slot = self.device.idle();
+        match install::undecided(&self.machine()) {
+            Ok(()) => {}
+            Err(refusal) if refusal.code == "not-committed" => {
+                return Ok(Changed { slot, restart: Some(Restart::Committed) });
+            }
+            Err(refusal) => return Err(self.refused(refusal)),
+        }
+        let suffix = slot_role("", slot);
+        for role in self.device.about.partitions.keys() {
+            let Some(role) = role.strip_suffix(&suffix) else { continue };
+            let mut first = crate::buffer::Buffer::new(FIRST);
+            let device = self.device.open(slot, role)?;
+            device.read_back(0, &mut first).map_err(|error| {
+                Refusal::io(format!("reading {}", slot_role(role, slot)), &error)
+            })?;
+            if bundle::index::is_zero(&first) {
+                return Err(self.refused(Refusal::new(
+                    "incomplete-slot",
+                    format!("slot {slot} holds no complete system: an install into it was interrupted, or never made"),
+                    "install a bundle into it",
+                )));
+            }
+        }
+        self.flow.arm_trial(slot)?;
+        self.events.add("trial-armed", json!({ "slot": slot }));
+        Ok(Changed { slot, restart: Some(Restart::Trial) })
+    }
+
+    /// The keys that count.
+    ///
+    /// # Errors
+    /// `key-set`, `no-keys`.
+    pub fn keys(&self) -> Result<KeySet> {
+        trust::key_set(self.device.root(), self.device.about.kind)
+    }
+
+    /// Takes a newer key set that a trusted key has signed.
+    ///
+    /// # Errors
+    /// As [`trust::take`]; `busy`.
+    pub fn take_keys(&self, file: &Path) -> Result<KeySet> {
+        let _lock = self.lock("keys")?;
+        let floor = install::floor(&self.machine())?;
+        let taken = trust::take(self.device.root(), self.device.about.kind, floor.key_epoch, file);
+        let set = taken.map_err(|refusal| self.refused(refusal))?;
+        self.events.add("key-set-taken", json!({ "serial": set.serial, "keys": set.keys }));
+        Ok(set)
+    }
+
+    /// Runs every health check once.
+    pub fn health(&self) -> Vec<health::Outcome> {
+        let root = self.device.root();
+        health::load(root).iter().map(|check| check.run(root)).collect()
+    }
+
+    /// Watches over the trial that runs, if one does: commits it when all is well, and else restarts in
+    /// good order shortly before the watchdog would.
+    ///
+    /// # Errors
+    /// `io`, `restart`.
+    pub fn watch(&self) -> Result<Option<Verdict>> {
+        let root = self.device.root();
+        let Some(trial) = health::Trial::read(root)? else { return Ok(None) };
+        let checks = health::load(root);
+        let verdict = Watch::new(root, &checks, trial).run(
+            || self.commit().map(|_| ()),
+            |state| {
+                self.events.add("health", json!({ "why": state.why(), "checks": state.checks }))
+            },
+        )?;
+        if let Verdict::OutOfTime(state) = &verdict {
+            self.events.add("trial-failed", json!({ "why": state.why() }));
+            self.restart(Restart::Committed)?;
+        }
+        Ok(Some(verdict))
+    }
+
+    /// Restarts the robot in good order. Below a test's root nothing is restarted.
+    ///
+    /// # Errors
+    /// `restart`: the init system cannot be asked.
+    pub fn restart(&self, into: Restart) -> Result<bool> {
+        if !self.device.root().is_system() {
+            return Ok(false);
+        }
+        let mut command = Command::new("systemctl");
+        command.arg("reboot");
+        let argument = self.flow.restart_argument().filter(|_| into == Restart::Trial);
+        if let Some(argument) = argument {
+            command.arg(format!("--reboot-argument={argument}"));
+        }
+        let failed = |why: String| {
+            Refusal::new("restart", format!("restarting: {why}"), "restart the robot by hand")
+        };
+        let status = command.status().map_err(|error| failed(error.to_string()))?;
+        if status.success() { Ok(true) } else { Err(failed(format!("systemctl: {status}"))) }
+    }
+
+    fn lock(&self, verb: &str) -> Result<Lock> {
+        Lock::take(&self.device.root().state().join("lock"), verb)
+    }
+
+    fn refused(&self, refusal: Refusal) -> Refusal {
+        self.events.add("refused", json!(refusal));
+        refusal
+    }
+}

@@ -1,0 +1,114 @@
+//! One contract for both ways in which a robot chooses its slot: what is committed, what is on trial,
+//! and how to change that so that a power cut at any moment leaves either the old or the new choice.
+
+mod fat;
+mod tryboot;
+mod uboot;
+
+use bundle::bootstate::Slot;
+use serde::Serialize;
+
+pub use tryboot::Tryboot;
+pub use uboot::Uboot;
+
+use crate::device::{Device, Flow, slot_role};
+use crate::refusal::{Refusal, Result};
+
+/// A slot that is started before it is committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Trial {
+    /// Which.
+    pub slot: Slot,
+    /// How many starts are left; 0 while the last one runs, and after it failed.
+    pub tries: u32,
+}
+
+/// What the boot loader will do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct BootStatus {
+    /// The committed slot.
+    pub active: Slot,
+    /// The trial that was armed last, if it has neither been committed nor rolled back.
+    pub trial: Option<Trial>,
+    /// What is damaged but does not stop the robot, for people: `copy 1: its checksum does not fit`.
+    pub damage: Vec<String>,
+}
+
+impl BootStatus {
+    /// The trial that is not decided: one that has starts left, or the one that runs. A trial without
+    /// starts left, seen from the committed slot, has failed.
+    pub fn pending(&self, running: Slot) -> Option<Trial> {
+        self.trial.filter(|trial| trial.tries > 0 || trial.slot == running)
+    }
+}
+
+/// How the slot is chosen. Each change is durable when the call returns.
+pub trait BootFlow: Send + Sync {
+    /// Whether this robot can come back from a bad update: asked before anything is written.
+    ///
+    /// # Errors
+    /// What is missing: `old-eeprom`, `no-tryboot`, `boot-state`, `io`.
+    fn ready(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// What the boot loader will do.
+    ///
+    /// # Errors
+    /// `io`; `boot-state`: nothing valid is there.
+    fn status(&self) -> Result<BootStatus>;
+
+    /// Lets the next restart try `slot`, which must be complete.
+    ///
+    /// # Errors
+    /// As [`BootFlow::status`], or when what was written is not read back.
+    fn arm_trial(&self, slot: Slot) -> Result<()>;
+
+    /// Makes the running slot the committed one, and ends its trial.
+    ///
+    /// # Errors
+    /// As [`BootFlow::arm_trial`].
+    fn commit(&self) -> Result<()>;
+
+    /// Ends a trial: from the next restart on the committed slot runs.
+    ///
+    /// # Errors
+    /// As [`BootFlow::arm_trial`].
+    fn roll_back(&self) -> Result<()>;
+
+    /// What the restart that begins a trial passes to the firmware (`reboot(2)`); `None`: nothing.
+    fn restart_argument(&self) -> Option<&'static str> {
+        None
+    }
+}
+
+/// The boot flow of this robot.
+///
+/// # Errors
+/// When its disk cannot be opened, or `device.toml` lists no place for the boot state.
+pub fn open(device: &Device) -> Result<Box<dyn BootFlow>> {
+    match device.about.boot_flow {
+        Flow::Uboot => {
+            let sectors = device.about.boot_state.sectors.as_slice();
+            let [first, second] = sectors else {
+                return Err(Refusal::new(
+                    "bad-device",
+                    format!("device.toml lists {} boot-state sectors, expected 2", sectors.len()),
+                    "build the image again with a current `cargo xtask`",
+                ));
+            };
+            let disk = device.open_disk(true)?;
+            Ok(Box::new(Uboot::new(disk, [*first, *second], device.running)))
+        }
+        Flow::Tryboot => {
+            let number = |slot: Slot| {
+                let role = slot_role("boot", slot);
+                device.about.partitions.get(&role).map_or(0, |partition| partition.number)
+            };
+            let numbers = [number(Slot::A), number(Slot::B)];
+            let since = device.about.eeprom_since.as_deref().unwrap_or_default();
+            let boot = device.open_partition("boot", true)?;
+            Ok(Box::new(Tryboot::new(boot, numbers, since, device.running, device.root())?))
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! What may be typed.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Updates this robot and chooses which of its two systems runs.
+#[derive(Debug, Parser)]
+#[command(name = "slotd", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// How to answer: text for people; json: one object on standard output, progress on standard error
+    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+
+    /// Work below this folder instead of `/`, and restart nothing
+    #[arg(long, global = true, value_name = "DIR", default_value = "/", hide = true)]
+    pub root: PathBuf,
+
+    /// What to do
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 the robot fails, 2 mistyped, 3 the bundle is refused, \
+4 the robot's state does not allow it now, 5 the bundle's source fails.";
+
+/// The forms of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Lines for people.
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Which system runs, what is on trial, what was interrupted
+    Status,
+    /// Check a bundle to its last byte, as `install` would, and write nothing
+    Verify {
+        /// A file, `-` for standard input, or an http(s) address
+        source: String,
+    },
+    /// Write a bundle into the other slot, and restart into it on trial
+    Install {
+        /// A file, `-` for standard input, or an http(s) address
+        source: String,
+        /// Do not restart: the trial begins with the next restart, whenever that is
+        #[arg(long)]
+        no_restart: bool,
+        /// Accept a version below the floor this once; the reason goes into the log
+        #[arg(long, value_name = "REASON", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+        allow_downgrade: Option<String>,
+    },
+    /// Keep the running system
+    Commit,
+    /// End a trial; restarts if it runs
+    RollBack {
+        /// Do not restart
+        #[arg(long)]
+        no_restart: bool,
+    },
+    /// Restart into the other slot, on trial
+    BootOther {
+        /// Do not restart
+        #[arg(long)]
+        no_restart: bool,
+    },
+    /// Show the keys that this robot trusts, or take a newer set
+    Keys {
+        /// A key set; its signature lies beside it, as FILE.minisig
+        file: Option<PathBuf>,
+    },
+    /// Run the health checks
+    Health {
+        /// On a trial: check until all is well, then commit; shortly before the deadline, restart
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Set everything on data back to the first start, with the next restart; what the robot knows of
+    /// bundles (floor, keys, log) stays
+    Reset {
+        /// Make no backup on data first
+        #[arg(long)]
+        no_backup: bool,
+        /// Do not restart
+        #[arg(long)]
+        no_restart: bool,
+    },
+    /// Write everything on data into an archive (tar, zstd), but for logs and what the agent knows
+    Backup {
+        /// A file, or `-` for standard output
+        file: String,
+    },
+    /// Put a backup in the place of everything on data, with the next restart
+    Restore {
+        /// A file, or `-` for standard input
+        file: String,
+        /// Do not restart
+        #[arg(long)]
+        no_restart: bool,
+    },
+    /// For the start of the system: grow data, then prepare it
+    #[command(hide = true)]
+    Data {
+        /// Which of the two
+        #[arg(value_enum)]
+        step: Step,
+    },
+    /// What was decided and refused, oldest first
+    Log {
+        /// Only the last so many events
+        #[arg(long, short = 'n', value_name = "NUMBER")]
+        last: Option<usize>,
+    },
+}
+
+/// What the start of the system does with `data`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Step {
+    /// Before it is mounted: the partition takes the rest of the card.
+    Grow,
+    /// After: what waits is carried out, and data come to the system's version.
+    Prepare,
+}

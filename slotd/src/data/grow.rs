@@ -1,0 +1,225 @@
+//! `data` takes the rest of the card: the image is as small as can be, cards are not.
+//!
+//! Only the table is changed here; the file system follows while it is mounted (`resize2fs`). Whatever a
+//! power cut leaves, one valid table is there: an MBR is one sector, and a GPT's new backup is complete at
+//! the end of the card before its primary is touched, which then changes in one write of one block.
+
+use std::io;
+
+use crate::storage::Storage;
+
+/// Bytes of a sector.
+const SECTOR: u64 = 512;
+
+/// Sectors that a grown partition starts and ends on multiples of: 1 MiB, as the builder's.
+const ALIGNMENT: u64 = 2048;
+
+/// Growing by less is not worth a write: 16 MiB.
+const WORTH: u64 = 32_768;
+
+/// UEFI specification 2.10, table 5.5: length of a GPT header.
+const HEADER: usize = 92;
+
+/// The most bytes of entries that are understood: 128 of 128 bytes, as every tool makes them.
+const MOST_ENTRIES: u64 = 128 * 128;
+
+/// What was done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grown {
+    /// Sectors before.
+    pub from: u64,
+    /// Sectors now; the same where there was nothing to gain.
+    pub to: u64,
+}
+
+/// Extends partition `number`, which must be the last on the disk, to the disk's end. `start` is where it
+/// begins, in sectors. Calling it again does nothing.
+///
+/// # Errors
+/// When the disk fails, or its table is not one that the builder has made; nothing is written then.
+pub fn grow(disk: &dyn Storage, number: u32, start: u64) -> io::Result<Grown> {
+    let mut mbr = [0; SECTOR as usize];
+    disk.read_at(0, &mut mbr)?;
+    if mbr.get(510..) != Some(&[0x55, 0xaa]) {
+        return Err(wrong("there is no MBR"));
+    }
+    let records: Vec<Record> = (0..4).map(|index| Record::read(&mbr, index)).collect();
+    if records.iter().any(|record| record.kind == 0xee) {
+        grow_gpt(disk, &mut mbr, &records, number, start)
+    } else {
+        grow_mbr(disk, &mut mbr, &records, number, start)
+    }
+}
+
+/// A record of the MBR.
+#[derive(Debug, Clone, Copy)]
+struct Record {
+    at: usize,
+    kind: u8,
+    first: u64,
+    sectors: u64,
+}
+
+impl Record {
+    fn read(mbr: &[u8], index: usize) -> Self {
+        let at = 446 + index * 16;
+        let kind = mbr.get(at + 4).copied().unwrap_or(0);
+        Self { at, kind, first: number32(mbr, at + 8), sectors: number32(mbr, at + 12) }
+    }
+}
+
+fn grow_mbr(
+    disk: &dyn Storage,
+    mbr: &mut [u8],
+    records: &[Record],
+    number: u32,
+    start: u64,
+) -> io::Result<Grown> {
+    let index = number.checked_sub(1).map_or(usize::MAX, |index| index as usize);
+    let record = *records.get(index).ok_or_else(|| wrong("it has no such partition"))?;
+    if record.kind == 0 || record.first != start {
+        return Err(wrong("the partition does not start where it should"));
+    }
+    if records.iter().any(|other| other.kind != 0 && other.first > start) {
+        return Err(wrong("another partition lies behind it"));
+    }
+    // A 32-bit number of sectors.
+    let end = (disk.size() / SECTOR).min(start + u64::from(u32::MAX));
+    let Some(to) = worth(start, record.sectors, end) else {
+        return Ok(Grown { from: record.sectors, to: record.sectors });
+    };
+    // Cylinder, head and sector: the largest, which says that they cannot tell.
+    put(mbr, record.at + 5, &[0xfe, 0xff, 0xff]);
+    put(mbr, record.at + 12, &u32::try_from(to).unwrap_or(u32::MAX).to_le_bytes());
+    write(disk, 0, mbr)?;
+    Ok(Grown { from: record.sectors, to })
+}
+
+fn grow_gpt(
+    disk: &dyn Storage,
+    mbr: &mut [u8],
+    records: &[Record],
+    number: u32,
+    start: u64,
+) -> io::Result<Grown> {
+    let sectors = disk.size() / SECTOR;
+    let last = sectors.checked_sub(1).ok_or_else(|| wrong("it is empty"))?;
+    // The primary; after a cut in its own write, the backup that was made before.
+    let (mut header, mut entries) = read_gpt(disk, 1).or_else(|_| read_gpt(disk, last))?;
+    let (count, size) = (number32(&header, 80), number32(&header, 84));
+    let index = u64::from(number.wrapping_sub(1));
+    if index >= count || number64(&entries, (index * size) as usize + 32) != start {
+        return Err(wrong("the partition does not start where it should"));
+    }
+    let behind = (0..count).any(|other| {
+        let at = (other * size) as usize;
+        entries.get(at..at + 16).is_some_and(|kind| kind.iter().any(|byte| *byte != 0))
+            && number64(&entries, at + 32) > start
+    });
+    if behind {
+        return Err(wrong("another partition lies behind it"));
+    }
+    let at = (index * size) as usize + 40;
+    let from = (number64(&entries, at) + 1).saturating_sub(start);
+    let table = (entries.len() as u64).div_ceil(SECTOR);
+    // Room for the backup: its entries, then its header in the last sector.
+    let end = last.saturating_sub(table);
+    let to = worth(start, from, end);
+    let moved = number64(&header, 32) != last || number64(&header, 24) != 1;
+    let (same, valid) = (read_gpt(disk, last), read_gpt(disk, 1).is_ok());
+    if to.is_none() && !moved && valid && same.is_ok_and(|(_, backup)| backup == entries) {
+        return Ok(Grown { from, to: from });
+    }
+    let to = to.unwrap_or(from);
+    put(&mut entries, at, &(start + to - 1).to_le_bytes());
+    put(&mut header, 48, &(end - 1).to_le_bytes());
+    put(&mut header, 88, &crc32fast::hash(&entries).to_le_bytes());
+
+    let backup = sealed(&header, last, 1, end);
+    write(disk, end * SECTOR, &entries)?;
+    write(disk, last * SECTOR, &backup)?;
+    disk.flush()?;
+
+    // One write from the MBR to the last entry: the sectors that differ lie in the first block.
+    let primary = sealed(&header, 1, last, 2);
+    if let Some(record) = records.iter().find(|record| record.kind == 0xee && record.first == 1) {
+        // Only a plain protective record covers the disk; in a hybrid it ends before the first partition.
+        if records.iter().filter(|other| other.kind != 0).count() == 1 {
+            let covered = u32::try_from(last).unwrap_or(u32::MAX);
+            put(mbr, record.at + 12, &covered.to_le_bytes());
+        }
+    }
+    write(disk, 0, &[&*mbr, &primary, &entries].concat())?;
+    Ok(Grown { from, to })
+}
+
+/// The header in a sector and its entries, when both checksums fit.
+fn read_gpt(disk: &dyn Storage, sector: u64) -> io::Result<(Vec<u8>, Vec<u8>)> {
+    let mut header = vec![0; SECTOR as usize];
+    disk.read_at(sector * SECTOR, &mut header)?;
+    let checksum = number32(&header, 16);
+    let mut unsealed = header.clone();
+    put(&mut unsealed, 16, &[0; 4]);
+    let covered = unsealed.get(..HEADER).unwrap_or_default();
+    let fits = u64::from(crc32fast::hash(covered)) == checksum;
+    if !header.starts_with(b"EFI PART") || number32(&header, 12) != HEADER as u64 || !fits {
+        return Err(wrong("the GPT's header is damaged"));
+    }
+    if number64(&header, 24) != sector {
+        return Err(wrong("the GPT's header belongs elsewhere"));
+    }
+    let length = number32(&header, 80) * number32(&header, 84);
+    if number32(&header, 84) != 128 || length > MOST_ENTRIES || !length.is_multiple_of(SECTOR) {
+        return Err(wrong("the GPT has another form"));
+    }
+    let mut entries = vec![0; length as usize];
+    disk.read_at(number64(&header, 72).saturating_mul(SECTOR), &mut entries)?;
+    if u64::from(crc32fast::hash(&entries)) != number32(&header, 88) {
+        return Err(wrong("the GPT's entries are damaged"));
+    }
+    Ok((header, entries))
+}
+
+/// The header for one of its two places, with its checksum.
+fn sealed(header: &[u8], own: u64, other: u64, entries: u64) -> Vec<u8> {
+    let mut header = header.to_vec();
+    put(&mut header, 16, &[0; 4]);
+    put(&mut header, 24, &own.to_le_bytes());
+    put(&mut header, 32, &other.to_le_bytes());
+    put(&mut header, 72, &entries.to_le_bytes());
+    let checksum = crc32fast::hash(header.get(..HEADER).unwrap_or_default());
+    put(&mut header, 16, &checksum.to_le_bytes());
+    header
+}
+
+/// How many sectors it may have, when that is worth a write. `end` is the first sector that it may not.
+fn worth(start: u64, sectors: u64, end: u64) -> Option<u64> {
+    let to = (end / ALIGNMENT * ALIGNMENT).checked_sub(start)?;
+    (to >= sectors.saturating_add(WORTH)).then_some(to)
+}
+
+/// Writes and reads back.
+fn write(disk: &dyn Storage, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    disk.write_at(offset, bytes)?;
+    disk.flush()?;
+    let mut found = vec![0; bytes.len()];
+    disk.read_at(offset, &mut found)?;
+    if found == bytes { Ok(()) } else { Err(wrong("it does not hold what was written to it")) }
+}
+
+fn wrong(why: &str) -> io::Error {
+    io::Error::other(format!("the disk's partition table: {why}"))
+}
+
+fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    bytes.iter_mut().skip(at).zip(value).for_each(|(to, from)| *to = *from);
+}
+
+fn number32(bytes: &[u8], at: usize) -> u64 {
+    let part = bytes.get(at..at + 4).unwrap_or_default();
+    part.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
+
+fn number64(bytes: &[u8], at: usize) -> u64 {
+    number32(bytes, at) | number32(bytes, at + 4) << 32
+}

@@ -1,0 +1,13 @@
+//! What a robot keeps: `data` grows, is repaired or set aside, is backed up, reset and restored, and follows
+//! the system's version forth and back.
+
+pub mod archive;
+pub mod grow;
+mod migrate;
+mod pending;
+mod state;
+pub mod verbs;
+
+pub use migrate::{Migrated, Migration, migrate, migrations};
+pub use pending::{Pending, apply, backup, reset, restore};
+pub use state::{Condition, State, grow_partition};

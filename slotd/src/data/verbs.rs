@@ -1,0 +1,129 @@
+//! What a robot can be asked to do with `data`, logged; and what its start does by itself.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::PathBuf;
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::grow::Grown;
+use super::{Migrated, Pending, migrate, pending, state};
+use crate::device::Device;
+use crate::durable::Lock;
+use crate::events::Events;
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+
+fn logged<T>(root: &Root, event: &str, result: Result<T>, details: serde_json::Value) -> Result<T> {
+    match &result {
+        Ok(_) => Events::new(root).add(event, details),
+        Err(refusal) => Events::new(root).add(&format!("{event}-refused"), json!(refusal)),
+    }
+    result
+}
+
+fn lock(root: &Root, verb: &str) -> Result<Lock> {
+    Lock::take(&root.state().join("lock"), verb)
+}
+
+/// Prepares a factory reset; the next start carries it out. Returns where the backup lies, if one was made.
+///
+/// # Errors
+/// `busy`, `no-space`, `io`.
+pub fn reset(root: &Root, keep: bool) -> Result<Option<PathBuf>> {
+    let _lock = lock(root, "reset")?;
+    logged(root, "reset-prepared", pending::reset(root, keep), json!({ "backup": keep }))
+}
+
+/// Writes a backup.
+///
+/// # Errors
+/// `io`.
+pub fn backup(root: &Root, out: impl Write) -> Result<()> {
+    logged(root, "backed-up", pending::backup(root, out), json!({}))
+}
+
+/// Prepares a restore; the next start carries it out.
+///
+/// # Errors
+/// `busy`, `bad-archive`, `no-space`, `io`.
+pub fn restore(root: &Root, input: impl Read) -> Result<()> {
+    let _lock = lock(root, "restore")?;
+    logged(root, "restore-prepared", pending::restore(root, input), json!({}))
+}
+
+/// Extends the partition `data` over the rest of the card: in every start, before it is mounted.
+///
+/// # Errors
+/// `wrong-layout`, `bad-device`, `io`.
+pub fn grow(root: &Root) -> Result<Grown> {
+    state::grow_partition(root)
+}
+
+/// What a start has done with `data`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Prepared {
+    /// The reset or restore that was carried out.
+    pub carried_out: Option<Pending>,
+    /// The steps between versions.
+    pub migrated: Migrated,
+}
+
+/// Carries out what waits and brings `data` to this system's version: in every start, after it is mounted
+/// and before anything uses it. What fails is left in `/run/slotd/data.json`, where a health check finds it.
+///
+/// # Errors
+/// As [`pending::apply`] and [`migrate`].
+pub fn prepare(root: &Root) -> Result<Prepared> {
+    let result = prepare_all(root);
+    match &result {
+        Ok(done) if done.carried_out.is_some() || !quiet(&done.migrated) => {
+            Events::new(root).add("data-prepared", json!(done));
+        }
+        Ok(_) => {}
+        Err(refusal) => Events::new(root).add("data-not-prepared", json!(refusal)),
+    }
+    let note =
+        result.as_ref().map_or_else(|refusal| json!({ "refused": refusal }), |done| json!(done));
+    let path = report(root);
+    crate::durable::write_json(&path, &note)
+        .map_err(|error| Refusal::io(format!("writing {}", path.display()), &error))?;
+    result
+}
+
+fn quiet(migrated: &Migrated) -> bool {
+    matches!(migrated, Migrated::Unchanged | Migrated::New)
+}
+
+fn prepare_all(root: &Root) -> Result<Prepared> {
+    let carried_out = pending::apply(root)?;
+    let device = Device::read(root)?;
+    Ok(Prepared { carried_out, migrated: migrate(root, &device.about.version)? })
+}
+
+fn report(root: &Root) -> PathBuf {
+    root.path("run/slotd/data.json")
+}
+
+/// Why `data` is not fit for this system, as [`prepare`] has found; for the health check.
+pub(crate) fn unfit(root: &Root) -> Option<String> {
+    let note: Option<serde_json::Value> = crate::durable::read_json(&report(root)).ok().flatten();
+    let message = note?.get("refused")?.get("message")?.as_str()?.to_owned();
+    Some(message)
+}
+
+/// Opens a backup's file, `-` being standard input.
+///
+/// # Errors
+/// `source`.
+pub fn open(file: &str) -> Result<Box<dyn Read>> {
+    if file == "-" {
+        return Ok(Box::new(std::io::stdin()));
+    }
+    let opened = File::open(file).map_err(|error| {
+        Refusal::new("source", format!("opening {file}: {error}"), "name a file that can be read")
+    })?;
+    Ok(Box::new(opened))
+}

@@ -1,0 +1,261 @@
+//! Which product, board and disk this is, and which slot runs: from `device.toml` in the image and from
+//! the kernel's own account of its root file system. No environment variable and no command line decides.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bundle::bootstate::Slot;
+use bundle::{Kind, Version};
+use serde::{Deserialize, Serialize};
+
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+use crate::storage::Disk;
+
+/// Bytes of a sector, the unit of `device.toml` and of sysfs, whatever the disk's own sector is.
+pub const SECTOR: u64 = 512;
+
+/// Who chooses the slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Flow {
+    /// U-Boot's script, from the boot state in raw sectors.
+    Uboot,
+    /// The Raspberry Pi's firmware, from `autoboot.txt`.
+    Tryboot,
+}
+
+/// A partition, as the image's builder laid it out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Partition {
+    /// Its number in the table, from 1.
+    pub number: u32,
+    /// Its first sector.
+    pub start_sector: u64,
+    /// Its length in sectors; `data` has grown since.
+    pub sectors: u64,
+}
+
+/// Where the boot state lies.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct BootStateSectors {
+    /// First sector of each copy; none where the boot flow keeps its state elsewhere.
+    #[serde(default)]
+    pub sectors: Vec<u64>,
+}
+
+/// `device.toml`. Keys that are not known are passed over: a later image may say more.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Description {
+    /// The product.
+    pub product: String,
+    /// The version of the running system.
+    pub version: Version,
+    /// The lowest version that may follow this one.
+    #[serde(default)]
+    pub minimum_version: Option<Version>,
+    /// A development image accepts development keys and bundles; a release image never does.
+    pub kind: Kind,
+    /// The board.
+    pub board: String,
+    /// The boot flow.
+    pub boot_flow: Flow,
+    /// One of these must be among the running machine's device-tree compatibles.
+    pub compatible: Vec<String>,
+    /// The oldest EEPROM release that can try a slot, as a day; only with the flow `tryboot`.
+    #[serde(default)]
+    pub eeprom_since: Option<String>,
+    /// Where the boot state lies.
+    #[serde(default)]
+    pub boot_state: BootStateSectors,
+    /// By role: `boot`, `root-a`, `root-b`, `data`, …
+    pub partitions: BTreeMap<String, Partition>,
+}
+
+/// The robot: what its image says, which slot runs, and from which disk.
+#[derive(Debug, Clone)]
+pub struct Device {
+    /// What the image says.
+    pub about: Description,
+    /// The slot whose root file system the kernel has mounted at `/`.
+    pub running: Slot,
+    root: Root,
+    /// The disk's folder in sysfs; its last part is the kernel's name for the disk.
+    disk: PathBuf,
+}
+
+/// What to do about an image that contradicts itself or its disk.
+const NOT_OUR_DISK: &str =
+    "the card was not made by `cargo xtask build-image` for this system: flash it again";
+
+impl Device {
+    /// Reads `device.toml` and finds the running slot.
+    ///
+    /// # Errors
+    /// `bad-device`: `device.toml` is missing or malformed. `unknown-slot`: the root file system is on
+    /// no partition that it lists as a slot.
+    pub fn read(root: &Root) -> Result<Self> {
+        let path = root.device_file();
+        let bad = |why: String| {
+            let message = format!("reading {}: {why}", path.display());
+            Refusal::new("bad-device", message, "run this on a robot that Slipway made")
+        };
+        let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
+        let about: Description =
+            toml::from_str(&text).map_err(|error| bad(error.message().to_owned()))?;
+        let partition = root_partition(root)?;
+        let (number, start) = (value(&partition, "partition")?, value(&partition, "start")?);
+        let is = |slot: &Slot| {
+            about.partitions.get(&slot_role("root", *slot)).is_some_and(|known| {
+                u64::from(known.number) == number && known.start_sector == start
+            })
+        };
+        let Some(running) = [Slot::A, Slot::B].into_iter().find(is) else {
+            return Err(Refusal::new(
+                "unknown-slot",
+                format!(
+                    "finding the running slot: `/` is on partition {number}, which starts at sector {start}; {} lists no such slot",
+                    path.display()
+                ),
+                NOT_OUR_DISK,
+            ));
+        };
+        let disk = partition.parent().unwrap_or(&partition).to_owned();
+        Ok(Self { about, running, root: root.clone(), disk })
+    }
+
+    /// The slot that does not run: the only one that is ever written.
+    pub fn idle(&self) -> Slot {
+        other(self.running)
+    }
+
+    /// Where paths start.
+    pub fn root(&self) -> &Root {
+        &self.root
+    }
+
+    /// Opens the whole disk, for what lies outside of all partitions.
+    ///
+    /// # Errors
+    /// When the device cannot be opened.
+    pub fn open_disk(&self, writable: bool) -> Result<Disk> {
+        self.open(&self.disk, writable)
+    }
+
+    /// The device file of the whole disk.
+    pub fn disk_path(&self) -> PathBuf {
+        self.node(&self.disk)
+    }
+
+    /// Opens the partition of a role, when the kernel finds it where `device.toml` has it.
+    ///
+    /// # Errors
+    /// `wrong-layout`: the disk has another partition there, or none.
+    pub fn open_partition(&self, role: &str, writable: bool) -> Result<Disk> {
+        let folder = self.partition(role)?;
+        self.open(&folder, writable)
+    }
+
+    /// The device file of a role's partition.
+    ///
+    /// # Errors
+    /// As [`Device::open_partition`].
+    pub fn partition_path(&self, role: &str) -> Result<PathBuf> {
+        Ok(self.node(&self.partition(role)?))
+    }
+
+    fn partition(&self, role: &str) -> Result<PathBuf> {
+        let wrong = |why: String| {
+            let message = format!("finding the partition `{role}`: {why}");
+            Refusal::new("wrong-layout", message, NOT_OUR_DISK)
+        };
+        let Some(known) = self.about.partitions.get(role) else {
+            return Err(wrong("device.toml lists none".to_owned()));
+        };
+        let listing = fs::read_dir(&self.disk)
+            .map_err(|error| Refusal::io(format!("reading {}", self.disk.display()), &error))?;
+        for entry in listing.flatten() {
+            let folder = entry.path();
+            if value(&folder, "partition").ok() != Some(u64::from(known.number)) {
+                continue;
+            }
+            let (start, sectors) = (value(&folder, "start")?, value(&folder, "size")?);
+            // `data` grows when a robot first starts.
+            let fits = start == known.start_sector && (sectors == known.sectors || role == "data");
+            return if fits {
+                Ok(folder)
+            } else {
+                Err(wrong(format!(
+                    "partition {} starts at sector {start} and has {sectors}, expected {} and {}",
+                    known.number, known.start_sector, known.sectors
+                )))
+            };
+        }
+        Err(wrong(format!("{} has no partition {}", self.disk.display(), known.number)))
+    }
+
+    fn node(&self, folder: &Path) -> PathBuf {
+        let name = folder.file_name().unwrap_or_default();
+        self.root.path("dev").join(name)
+    }
+
+    fn open(&self, folder: &Path, writable: bool) -> Result<Disk> {
+        let path = self.node(folder);
+        Disk::open(&path, writable)
+            .map_err(|error| Refusal::io(format!("opening {}", path.display()), &error))
+    }
+}
+
+/// The other one of the two.
+pub fn other(slot: Slot) -> Slot {
+    match slot {
+        Slot::A => Slot::B,
+        Slot::B => Slot::A,
+    }
+}
+
+/// The partition that holds a payload of this role in a slot: `root-a`.
+pub fn slot_role(role: &str, slot: Slot) -> String {
+    format!("{role}-{slot}")
+}
+
+/// The folder in sysfs of the partition that is mounted at `/`.
+fn root_partition(root: &Root) -> Result<PathBuf> {
+    let path = root.path("proc/self/mountinfo");
+    let failed = |error: io::Error| Refusal::io(format!("reading {}", path.display()), &error);
+    let text = fs::read_to_string(&path).map_err(failed)?;
+    let unknown = |why: &str| {
+        Refusal::new("unknown-slot", format!("finding the running slot: {why}"), NOT_OUR_DISK)
+    };
+    // proc_pid_mountinfo(5): id, parent, major:minor, root, mount point. The last mount at `/` is on top.
+    let device = text.lines().rev().find_map(|line| {
+        let mut fields = line.split(' ').skip(2);
+        let (device, _, point) = (fields.next()?, fields.next()?, fields.next()?);
+        (point == "/").then_some(device)
+    });
+    let device = device.ok_or_else(|| unknown("nothing is mounted at `/`"))?;
+    let numbers = |c: char| c.is_ascii_digit() || c == ':';
+    if !device.chars().all(numbers) {
+        return Err(unknown("the kernel's list of mounts is malformed"));
+    }
+    // /sys/dev/block/179:2 -> ../../devices/…/mmcblk0/mmcblk0p2
+    let link = root.path("sys/dev/block").join(device);
+    let folder = fs::canonicalize(&link)
+        .map_err(|_| unknown(&format!("`/` is on no disk (device {device})")))?;
+    if !folder.join("partition").is_file() {
+        return Err(unknown(&format!("`/` is not on a partition (device {device})")));
+    }
+    Ok(folder)
+}
+
+/// A number in sysfs.
+fn value(folder: &Path, name: &str) -> Result<u64> {
+    let path = folder.join(name);
+    let failed = |error: io::Error| Refusal::io(format!("reading {}", path.display()), &error);
+    let text = fs::read_to_string(&path).map_err(failed)?;
+    text.trim().parse().map_err(|_| failed(io::Error::other(format!("`{text}` is not a number"))))
+}

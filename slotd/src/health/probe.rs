@@ -1,0 +1,263 @@
+//! Looking: at systemd, at an address, at a program's end, at a file system.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::fs::MemfdFlags;
+use rustix::process::{Pid, Signal, kill_process_group};
+use ureq::Agent;
+
+use super::check::Kind;
+use crate::root::Root;
+
+/// Most characters of a program's last line that are kept.
+const LAST_LINE: usize = 200;
+
+/// Most bytes that are read of what a program said.
+const OUTPUT: u64 = 16 << 10;
+
+/// How often a running program is looked at.
+const POLL: Duration = Duration::from_millis(20);
+
+/// Looks once. `Ok` is what was found when all is well, `Err` what was found when it is not.
+pub(super) fn run(root: &Root, kind: &Kind, timeout: Duration) -> Result<String, String> {
+    match kind {
+        Kind::Unit(name) => {
+            let words = ["show", "--property=LoadState,ActiveState,SubState,Result", name];
+            let (status, said) = program("systemctl", &words, None, timeout)?;
+            unit(name, status, &said)
+        }
+        Kind::Startup => {
+            if let Some(why) = crate::data::verbs::unfit(root) {
+                return Err(why);
+            }
+            let (_, said) = program("systemctl", &["is-system-running"], None, timeout)?;
+            startup(said.trim())
+        }
+        Kind::Command(words) => {
+            let (name, rest) = words.split_first().ok_or("the check names no program")?;
+            let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
+            let (status, said) = program(name, &rest, None, timeout)?;
+            let last = last_line(&said);
+            if status.success() { Ok(last) } else { Err(format!("{name}: {status}: {last}")) }
+        }
+        Kind::Http { url, status } => http(url, *status, timeout),
+        Kind::Space { path, free } => {
+            let at = root.path(path);
+            let found = rustix::fs::statvfs(&at).map_err(|e| format!("{}: {e}", path.display()))?;
+            let bytes = found.f_bavail.saturating_mul(found.f_frsize);
+            let text = format!("{} has {} MiB free", path.display(), bytes >> 20);
+            if bytes >= *free { Ok(text) } else { Err(format!("{text}, expected {}", free >> 20)) }
+        }
+    }
+}
+
+/// What `systemctl show` says of a unit.
+fn unit(name: &str, status: ExitStatus, said: &str) -> Result<String, String> {
+    let value = |key: &str| {
+        said.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap_or("unknown")
+    };
+    let (load, active, sub) = (value("LoadState"), value("ActiveState"), value("SubState"));
+    if !status.success() {
+        return Err(format!("systemctl: {status}: {}", last_line(said)));
+    }
+    match (load, active) {
+        ("loaded", "active") => Ok(format!("{name} is active ({sub})")),
+        ("loaded", "failed") => Err(format!("{name} has failed ({})", value("Result"))),
+        ("loaded", _) => Err(format!("{name} is {active} ({sub})")),
+        _ => Err(format!("{name} is not there ({load})")),
+    }
+}
+
+/// What `systemctl is-system-running` says. `degraded` is a start with a failed unit: whether that one
+/// matters is what declared checks say.
+fn startup(state: &str) -> Result<String, String> {
+    match state {
+        "running" | "degraded" => Ok(format!("the system is {state}")),
+        "" => Err("systemd does not answer".to_owned()),
+        other => Err(format!("the system is {other}")),
+    }
+}
+
+fn http(url: &str, expected: u16, timeout: Duration) -> Result<String, String> {
+    let config = Agent::config_builder()
+        .timeout_global(Some(timeout))
+        .http_status_as_error(false)
+        // The answer itself is what was asked for, not where it points to.
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .proxy(None)
+        .build();
+    let response = Agent::from(config).get(url).call();
+    let status = response.map_err(|error| format!("{url}: {error}"))?.status().as_u16();
+    let text = format!("{url} answers {status}");
+    if status == expected { Ok(text) } else { Err(format!("{text}, expected {expected}")) }
+}
+
+/// Runs a program, in a folder of its own if need be, to its end or for `timeout`, whatever it starts
+/// included; both its outputs in one.
+pub(crate) fn program(
+    name: &str,
+    arguments: &[&str],
+    folder: Option<&Path>,
+    timeout: Duration,
+) -> Result<(ExitStatus, String), String> {
+    let failed = |error: io::Error| format!("{name}: {error}");
+    // A file, not a pipe: a grandchild that stays could hold a pipe open for ever.
+    let mut output = nameless().map_err(failed)?;
+    let (first, second) =
+        (output.try_clone().map_err(failed)?, output.try_clone().map_err(failed)?);
+    let mut command = Command::new(name);
+    if let Some(folder) = folder {
+        command.current_dir(folder);
+    }
+    let mut child = command
+        .args(arguments)
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .stdout(first)
+        .stderr(second)
+        .process_group(0)
+        .spawn()
+        .map_err(failed)?;
+    let end = Instant::now() + timeout;
+    let status = loop {
+        match child.try_wait().map_err(failed)? {
+            Some(status) => break status,
+            None if Instant::now() < end => std::thread::sleep(POLL),
+            None => {
+                let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+                // One that has just ended is as good as killed.
+                group.map(|group| kill_process_group(group, Signal::KILL).ok());
+                child.wait().map_err(failed)?;
+                return Err(format!("{name} has not ended within {} s", timeout.as_secs()));
+            }
+        }
+    };
+    let mut said = Vec::new();
+    output.rewind().map_err(failed)?;
+    output.take(OUTPUT).read_to_end(&mut said).map_err(failed)?;
+    let said = String::from_utf8_lossy(&said).into_owned();
+    match status.signal() {
+        Some(signal) => Err(format!("{name} was killed by signal {signal}: {}", last_line(&said))),
+        None => Ok((status, said)),
+    }
+}
+
+/// A file in memory, gone with its last user.
+fn nameless() -> io::Result<File> {
+    Ok(rustix::fs::memfd_create("slotd-probe", MemfdFlags::CLOEXEC)?.into())
+}
+
+fn last_line(said: &str) -> String {
+    let line = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    line.trim().chars().take(LAST_LINE).collect()
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may fail by panicking")]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    fn look(kind: Kind) -> Result<String, String> {
+        run(&Root::default(), &kind, SOON)
+    }
+
+    fn command(words: &[&str]) -> Kind {
+        Kind::Command(words.iter().map(|word| (*word).to_owned()).collect())
+    }
+
+    #[test]
+    fn a_programs_end_counts_and_its_last_line_is_told() {
+        assert_eq!(look(command(&["sh", "-c", "echo one; echo two"])), Ok("two".to_owned()));
+        let failed = look(command(&["sh", "-c", "echo why >&2; exit 3"])).unwrap_err();
+        assert!(failed.contains("exit status: 3: why"), "{failed}");
+        let killed = look(command(&["sh", "-c", "kill -9 $$"])).unwrap_err();
+        assert!(killed.contains("signal 9"), "{killed}");
+        assert!(look(command(&["/no/such/program"])).unwrap_err().contains("/no/such/program"));
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_killed_with_its_children() {
+        let started = Instant::now();
+        let kind = command(&["sh", "-c", "sleep 60 & sleep 60"]);
+        let why = run(&Root::default(), &kind, Duration::from_millis(200)).unwrap_err();
+        assert!(why.contains("has not ended within"), "{why}");
+        assert!(started.elapsed() < SOON);
+    }
+
+    #[test]
+    fn space_is_what_the_file_system_says() {
+        let all = Kind::Space { path: "/".into(), free: u64::MAX };
+        assert!(look(all).unwrap_err().contains("MiB free, expected"));
+        look(Kind::Space { path: "/".into(), free: 1 }).unwrap();
+    }
+
+    #[test]
+    fn an_address_must_answer_with_the_status() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/health", listener.local_addr().unwrap());
+        let server = std::thread::spawn(move || {
+            for answer in ["200 OK", "503 Service Unavailable", "302 Found\r\nLocation: /"] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 1024];
+                assert!(stream.read(&mut request).unwrap() > 0);
+                write!(
+                    stream,
+                    "HTTP/1.1 {answer}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                )
+                .unwrap();
+            }
+        });
+        let kind = Kind::Http { url: url.clone(), status: 200 };
+        assert_eq!(look(kind.clone()), Ok(format!("{url} answers 200")));
+        assert!(look(kind.clone()).unwrap_err().contains("answers 503, expected 200"));
+        assert!(look(kind.clone()).unwrap_err().contains("answers 302, expected 200"));
+        server.join().unwrap();
+        // Nobody listens any more.
+        assert!(look(kind).unwrap_err().contains(&url));
+    }
+
+    #[test]
+    fn a_server_that_says_nothing_is_given_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let started = Instant::now();
+        let kind = Kind::Http { url, status: 200 };
+        run(&Root::default(), &kind, Duration::from_millis(300)).unwrap_err();
+        assert!(started.elapsed() < SOON);
+    }
+
+    #[test]
+    fn what_systemctl_says_is_understood() {
+        let good = ExitStatus::from_raw(0);
+        let said = |load: &str, active: &str| {
+            format!("LoadState={load}\nActiveState={active}\nSubState=x\nResult=exit-code\n")
+        };
+        assert!(unit("a", good, &said("loaded", "active")).is_ok());
+        for (load, active, expected) in [
+            ("loaded", "failed", "has failed (exit-code)"),
+            ("loaded", "activating", "is activating (x)"),
+            ("not-found", "inactive", "is not there (not-found)"),
+        ] {
+            assert!(unit("a", good, &said(load, active)).unwrap_err().contains(expected));
+        }
+        assert!(
+            unit("a", ExitStatus::from_raw(256), "bus error").unwrap_err().contains("bus error")
+        );
+        for state in ["running", "degraded"] {
+            assert!(startup(state).is_ok());
+        }
+        for state in ["starting", "maintenance", "stopping", ""] {
+            assert!(startup(state).is_err());
+        }
+    }
+}

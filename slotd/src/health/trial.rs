@@ -1,0 +1,347 @@
+//! The watch over a trial: checks until all is well for a while, then the commit.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::check::{Check, Outcome};
+use crate::durable;
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+
+/// How long everything must be well before a trial is committed: a service that dies right after its
+/// start is seen, a boot is not held up.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// The pause between two rounds of checks.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// This long before the deadline an orderly restart begins, so that `data` is unmounted; whatever hangs
+/// in it, the watchdog ends.
+const ORDERLY: Duration = Duration::from_secs(15);
+
+/// What the initrd has left of a trial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trial {
+    /// Seconds after the kernel's start at which the watchdog resets.
+    pub deadline: u64,
+    /// Whether the hardware watchdog counts; else only this program ends the trial.
+    pub watchdog: bool,
+}
+
+impl Trial {
+    fn file(root: &Root) -> PathBuf {
+        root.path("run/slipway/trial")
+    }
+
+    /// The trial that runs, as the initrd says; `None` for a committed system, or after the commit.
+    ///
+    /// # Errors
+    /// `io`, when the file is there and cannot be read.
+    pub fn read(root: &Root) -> Result<Option<Self>> {
+        let path = Self::file(root);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Refusal::io(format!("reading {}", path.display()), &error)),
+        };
+        let value = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('='));
+        // Damaged or not: that it is there means a trial. A deadline that is over ends it soon.
+        let deadline = value("deadline").and_then(|text| text.parse().ok()).unwrap_or(0);
+        Ok(Some(Self { deadline, watchdog: value("watchdog") == Some("yes") }))
+    }
+
+    /// The trial is over: it was committed.
+    ///
+    /// # Errors
+    /// `io`.
+    pub(super) fn forget(root: &Root) -> Result<()> {
+        let path = Self::file(root);
+        durable::remove(&path)
+            .map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))
+    }
+}
+
+/// How far the watch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Something is not well.
+    Checking,
+    /// All is well, and must stay so for a while.
+    Settling,
+    /// Everything was well, but the commit itself failed.
+    CommitFailed,
+    /// The trial was committed.
+    Committed,
+    /// The deadline is here: the robot restarts into its committed slot.
+    OutOfTime,
+}
+
+/// What the watch knows, for `status`; in `/run`, so it lives as long as this start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct State {
+    /// How far it is.
+    pub phase: Phase,
+    /// Seconds until the deadline.
+    pub seconds_left: u64,
+    /// Whether the hardware watchdog enforces the deadline.
+    pub watchdog: bool,
+    /// The last round of checks.
+    pub checks: Vec<Outcome>,
+    /// Why the commit failed.
+    pub problem: Option<String>,
+}
+
+impl State {
+    fn file(root: &Root) -> PathBuf {
+        root.path("run/slotd/health.json")
+    }
+
+    /// What the watch said last; `None` when none has run since the start.
+    ///
+    /// # Errors
+    /// `io`, when the file cannot be read.
+    pub fn read(root: &Root) -> Result<Option<Self>> {
+        let path = Self::file(root);
+        durable::read_json(&path)
+            .map_err(|error| Refusal::io(format!("reading {}", path.display()), &error))
+    }
+
+    /// Why the trial is not committed yet, in a sentence.
+    pub fn why(&self) -> String {
+        let failing: Vec<String> = self
+            .checks
+            .iter()
+            .filter(|outcome| !outcome.healthy)
+            .map(|outcome| format!("{}: {}", outcome.name, outcome.found))
+            .collect();
+        let left = self.seconds_left;
+        match self.phase {
+            Phase::Checking => format!("not healthy yet, {left} s left: {}", failing.join("; ")),
+            Phase::Settling => format!("healthy, and watched a moment longer; {left} s left"),
+            Phase::CommitFailed => format!(
+                "healthy, but committing failed ({}); {left} s left",
+                self.problem.as_deref().unwrap_or("unknown")
+            ),
+            Phase::Committed => "committed".to_owned(),
+            Phase::OutOfTime => format!("out of time: {}", failing.join("; ")),
+        }
+    }
+}
+
+/// How the watch ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// The trial was committed.
+    Committed,
+    /// It was not, and the deadline is near: restart in an orderly way while there is time.
+    OutOfTime(State),
+}
+
+/// A watch over a trial.
+#[derive(Debug)]
+pub struct Watch<'a> {
+    root: &'a Root,
+    checks: &'a [Check],
+    trial: Trial,
+    settle: Duration,
+    pause: Duration,
+}
+
+impl<'a> Watch<'a> {
+    /// A watch with the usual times.
+    pub fn new(root: &'a Root, checks: &'a [Check], trial: Trial) -> Self {
+        Self { root, checks, trial, settle: SETTLE, pause: PAUSE }
+    }
+
+    /// Checks until the trial is committed or its time is over. `commit` may fail and is tried again.
+    /// `changed` hears of every change, for the log.
+    ///
+    /// # Errors
+    /// `io`, when the kernel does not say how long it has been running.
+    pub fn run(
+        &self,
+        mut commit: impl FnMut() -> Result<()>,
+        mut changed: impl FnMut(&State),
+    ) -> Result<Verdict> {
+        let started = Instant::now();
+        let uptime = uptime(self.root)?;
+        let left = || {
+            let now = uptime + started.elapsed();
+            Duration::from_secs(self.trial.deadline).saturating_sub(now)
+        };
+        let mut well_since: Option<Instant> = None;
+        let mut told: Option<(Phase, Vec<(String, bool)>)> = None;
+        loop {
+            let checks: Vec<Outcome> = self.checks.iter().map(|c| c.run(self.root)).collect();
+            let mut state = State {
+                phase: Phase::Checking,
+                seconds_left: left().as_secs(),
+                watchdog: self.trial.watchdog,
+                checks,
+                problem: None,
+            };
+            if state.checks.iter().all(|outcome| outcome.healthy) {
+                let since = *well_since.get_or_insert_with(Instant::now);
+                state.phase = Phase::Settling;
+                if since.elapsed() >= self.settle {
+                    match commit() {
+                        Ok(()) => state.phase = Phase::Committed,
+                        Err(refusal) => {
+                            state.phase = Phase::CommitFailed;
+                            state.problem = Some(refusal.to_string());
+                        }
+                    }
+                }
+            } else {
+                well_since = None;
+            }
+            if state.phase != Phase::Committed && left() <= ORDERLY {
+                state.phase = Phase::OutOfTime;
+            }
+            self.tell(&state);
+            let summary: Vec<_> =
+                state.checks.iter().map(|o| (o.name.clone(), o.healthy)).collect();
+            if told.as_ref() != Some(&(state.phase, summary.clone())) {
+                changed(&state);
+                told = Some((state.phase, summary));
+            }
+            match state.phase {
+                Phase::Committed => return Ok(Verdict::Committed),
+                Phase::OutOfTime => return Ok(Verdict::OutOfTime(state)),
+                _ => std::thread::sleep(self.pause),
+            }
+        }
+    }
+
+    /// For `status` only: that nothing can be told must not keep a trial from being committed.
+    fn tell(&self, state: &State) {
+        if let Err(error) = durable::write_json(&State::file(self.root), state) {
+            eprintln!("slotd: the state of the health checks cannot be told: {error}");
+        }
+    }
+}
+
+/// How long the kernel has been running.
+fn uptime(root: &Root) -> Result<Duration> {
+    let path = root.path("proc/uptime");
+    let failed = |error: io::Error| Refusal::io(format!("reading {}", path.display()), &error);
+    let text = fs::read_to_string(&path).map_err(failed)?;
+    let seconds = text.split(['.', ' ']).next().and_then(|word| word.parse().ok());
+    seconds
+        .map(Duration::from_secs)
+        .ok_or_else(|| failed(io::Error::other(format!("`{text}` is not a time"))))
+}
+
+#[cfg(test)]
+#[expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may fail by panicking"
+)]
+mod tests {
+    use super::*;
+    use crate::health::check::Kind;
+
+    fn root(trial: &str) -> (tempfile::TempDir, Root) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new(dir.path());
+        for folder in ["proc", "run/slipway"] {
+            fs::create_dir_all(root.path(folder)).unwrap();
+        }
+        fs::write(root.path("proc/uptime"), "100.25 180.00\n").unwrap();
+        fs::write(root.path("run/slipway/trial"), trial).unwrap();
+        (dir, root)
+    }
+
+    fn check(name: &str, words: &[&str]) -> Check {
+        let words = words.iter().map(|word| (*word).to_owned()).collect();
+        Check {
+            name: name.to_owned(),
+            kind: Ok(Kind::Command(words)),
+            timeout: Duration::from_secs(5),
+        }
+    }
+
+    fn watch<'a>(root: &'a Root, checks: &'a [Check]) -> Watch<'a> {
+        let trial = Trial::read(root).unwrap().unwrap();
+        let (settle, pause) = (Duration::from_millis(150), Duration::from_millis(20));
+        Watch { settle, pause, ..Watch::new(root, checks, trial) }
+    }
+
+    #[test]
+    fn a_healthy_trial_is_committed_after_a_while() {
+        let (_dir, root) = root("deadline=400\nwatchdog=yes\n");
+        let checks = [check("good", &["true"])];
+        let (mut commits, mut phases) = (0, Vec::new());
+        let started = Instant::now();
+        let commit = || {
+            commits += 1;
+            Ok(())
+        };
+        let verdict = watch(&root, &checks).run(commit, |state| phases.push(state.phase)).unwrap();
+        assert_eq!((verdict, commits), (Verdict::Committed, 1));
+        assert_eq!(phases, [Phase::Settling, Phase::Committed]);
+        assert!(started.elapsed() >= Duration::from_millis(150));
+        let state = State::read(&root).unwrap().unwrap();
+        assert_eq!((state.phase, state.watchdog), (Phase::Committed, true));
+    }
+
+    #[test]
+    fn one_failure_starts_the_while_again() {
+        let (dir, root) = root("deadline=400\nwatchdog=yes\n");
+        // Healthy only from the tenth look on, which is later than one settling time.
+        let counter = dir.path().join("looks");
+        let script = format!("echo x >>{0}; [ $(wc -l <{0}) -ne 4 ]", counter.display());
+        let checks = [check("flapping", &["sh", "-c", &script])];
+        let mut phases = Vec::new();
+        watch(&root, &checks).run(|| Ok(()), |state| phases.push(state.phase)).unwrap();
+        assert_eq!(phases, [Phase::Settling, Phase::Checking, Phase::Settling, Phase::Committed]);
+    }
+
+    #[test]
+    fn an_unhealthy_trial_runs_out_of_time_and_says_why() {
+        // Two seconds beyond the orderly end.
+        let (_dir, root) = root("deadline=117\nwatchdog=no\n");
+        let checks =
+            [check("good", &["true"]), check("api", &["sh", "-c", "echo no answer; exit 1"])];
+        let never = || panic!("committed an unhealthy trial");
+        let Verdict::OutOfTime(state) = watch(&root, &checks).run(never, |_| {}).unwrap() else {
+            panic!("committed");
+        };
+        assert_eq!(state.phase, Phase::OutOfTime);
+        assert!(state.why().contains("api: sh: exit status: 1: no answer"), "{}", state.why());
+        assert!(!state.why().contains("good"));
+        assert_eq!(State::read(&root).unwrap(), Some(state));
+    }
+
+    #[test]
+    fn a_commit_that_fails_is_tried_again() {
+        let (_dir, root) = root("deadline=400\nwatchdog=yes\n");
+        let checks = [check("good", &["true"])];
+        let mut attempts = 0;
+        let commit = || {
+            attempts += 1;
+            if attempts < 3 { Err(Refusal::new("io", "the card fails", "")) } else { Ok(()) }
+        };
+        let mut problems = Vec::new();
+        let verdict =
+            watch(&root, &checks).run(commit, |state| problems.push(state.problem.clone()));
+        assert_eq!((verdict.unwrap(), attempts), (Verdict::Committed, 3));
+        assert_eq!(problems[1].as_deref(), Some("the card fails"));
+    }
+
+    #[test]
+    fn without_the_initrds_word_there_is_no_trial() {
+        let (_dir, root) = root("nonsense");
+        assert_eq!(Trial::read(&root).unwrap(), Some(Trial { deadline: 0, watchdog: false }));
+        Trial::forget(&root).unwrap();
+        assert_eq!(Trial::read(&root).unwrap(), None);
+    }
+}

@@ -1,0 +1,130 @@
+//! Everything that can be refused before the first write.
+
+use bundle::{Input, Kind, Policy, Reader, Version};
+use serde_json::json;
+
+use super::{Machine, Options};
+use crate::record::{Floor, Installed};
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+
+/// Refuses while it is not decided which slot stays: a trial is pending, or the committed slot did not
+/// start and the other one runs in its stead. The idle slot may then be the only good one.
+///
+/// # Errors
+/// `trial-pending`, `not-committed`; `boot-state` or `io` when the state cannot be read.
+pub fn undecided(machine: &Machine<'_>) -> Result<()> {
+    let status = machine.flow.status()?;
+    let running = machine.running;
+    if let Some(trial) = status.pending(running) {
+        let place = if trial.slot == running { "runs" } else { "has not started yet" };
+        return Err(Refusal::new(
+            "trial-pending",
+            format!("slot {} is on trial and {place}", trial.slot),
+            "wait until it is committed (`slotd status` says what it waits for), or end it with `slotd roll-back`",
+        ));
+    }
+    if status.active != running {
+        return Err(Refusal::new(
+            "not-committed",
+            format!("slot {running} runs, but slot {} is the committed one", status.active),
+            "keep the running slot with `slotd commit`, or go back with `slotd boot-other`",
+        ));
+    }
+    Ok(())
+}
+
+/// The lowest version and key epoch that this robot accepts: of what `data` remembers, what the running
+/// system itself says, and what was installed into it, the highest.
+///
+/// # Errors
+/// `io`: the floor is there and cannot be read.
+pub fn floor(machine: &Machine<'_>) -> Result<Floor> {
+    let kept = Floor::read(machine.root)
+        .map_err(|error| Refusal::io("reading the version floor in /data/slotd", &error))?;
+    let floor = kept.raised(machine.about.minimum_version.as_ref(), 0);
+    Ok(match Installed::read(machine.root, machine.running) {
+        // A trial that is not committed does not raise it.
+        Some(of) if undecided(machine).is_ok() => {
+            floor.raised(Some(&of.minimum_version), of.key_epoch)
+        }
+        _ => floor,
+    })
+}
+
+/// What does not depend on the bundle.
+pub(super) fn robot(machine: &Machine<'_>) -> Result<()> {
+    undecided(machine)?;
+    let known = compatible(machine.root);
+    if !machine.about.compatible.iter().any(|one| known.contains(one)) {
+        return Err(Refusal::new(
+            "wrong-board",
+            format!(
+                "this machine calls itself {}, the running image is for {}",
+                if known.is_empty() { "nothing".to_owned() } else { known.join(", ") },
+                machine.about.compatible.join(", ")
+            ),
+            "flash the image that was made for this board",
+        ));
+    }
+    Ok(())
+}
+
+/// The machine's own names for itself, the most precise first (Devicetree Specification 0.4, 2.3.1).
+fn compatible(root: &Root) -> Vec<String> {
+    let bytes = std::fs::read(root.path("proc/device-tree/compatible")).unwrap_or_default();
+    bytes
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty())
+        .map(|name| String::from_utf8_lossy(name).escape_debug().to_string())
+        .collect()
+}
+
+/// What the manifest says, against what this robot is. Sizes are the target's matter.
+pub(super) fn manifest<I: Input>(
+    machine: &Machine<'_>,
+    reader: &Reader<I>,
+    options: &Options,
+) -> Result<()> {
+    let (about, manifest) = (machine.about, reader.manifest());
+    let floor = floor(machine)?;
+    let mut policy = Policy {
+        product: Some(&about.product),
+        board: Some(&about.board),
+        floor: floor.version.as_ref(),
+        key_epoch: floor.key_epoch,
+    };
+    if about.kind == Kind::Release && manifest.kind == Kind::Development {
+        return Err(Refusal::new(
+            "wrong-kind",
+            "the bundle is a development build, this robot takes only releases",
+            "build the bundle from the release product",
+        ));
+    }
+    let below = floor.version.as_ref().filter(|floor| manifest.version < **floor);
+    if let (Some(reason), Some(floor)) = (&options.allow_downgrade, below) {
+        policy.floor = None;
+        reader.check(&policy)?;
+        allowed(machine, &manifest.version, floor, reason);
+        return Ok(());
+    }
+    reader.check(&policy).map_err(|error| {
+        let help = match &error {
+            bundle::Error::BelowFloor { .. } => {
+                Some("take a newer bundle, or override with `--allow-downgrade REASON`")
+            }
+            _ => None,
+        };
+        let mut refusal = Refusal::from(error);
+        if let Some(help) = help {
+            refusal.help = help.to_owned();
+        }
+        refusal
+    })
+}
+
+fn allowed(machine: &Machine<'_>, version: &Version, floor: &Version, reason: &str) {
+    machine
+        .events
+        .add("downgrade-allowed", json!({ "version": version, "floor": floor, "reason": reason }));
+}

@@ -1,0 +1,227 @@
+//! Installs a bundle into the idle slot. In this order: whose signature, for what, how large; only then
+//! the first write; every frame against its hash before it is decompressed; every block before it is
+//! written; the whole slot read back from the device; and only then the trial.
+//!
+//! While a slot is written its first block is zero on the device, in which every file system has what
+//! identifies it: no boot loader and no kernel takes a half-written slot for a system. That block is
+//! written last.
+
+mod check;
+mod local;
+mod payload;
+mod queue;
+mod scan;
+mod target;
+
+use std::time::{Duration, Instant};
+
+use bundle::bootstate::Slot;
+use bundle::{Input, Reader, Version};
+use serde::Serialize;
+use serde_json::json;
+
+pub use check::{floor, undecided};
+pub use target::Slots;
+
+use crate::boot::BootFlow;
+use crate::device::{Description, other};
+use crate::durable::Lock;
+use crate::events::Events;
+use crate::record::{Installed, Journal};
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+use crate::trust;
+use target::Target;
+
+/// Everything of a robot that an install touches.
+#[derive(Clone, Copy)]
+pub struct Machine<'a> {
+    /// Where the robot's memory lies.
+    pub root: &'a Root,
+    /// What its image says.
+    pub about: &'a Description,
+    /// The running slot.
+    pub running: Slot,
+    /// How its slot is chosen.
+    pub flow: &'a dyn BootFlow,
+    /// How its slots are opened.
+    pub slots: &'a dyn Slots,
+    /// Its log.
+    pub events: &'a Events,
+}
+
+/// What the caller decides.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Why a version below the floor is accepted this once.
+    pub allow_downgrade: Option<String>,
+    /// Look in the running slot for blocks: pays where passing over a frame spares its transfer.
+    pub use_running_slot: bool,
+}
+
+/// How far an install is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Progress {
+    /// What is being done.
+    pub step: Step,
+    /// Bytes done of this step.
+    pub done: u64,
+    /// Bytes of this step.
+    pub total: u64,
+}
+
+/// The long parts of an install.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// Comparing the slot with the bundle.
+    Survey,
+    /// Verifying and writing.
+    Write,
+    /// Reading the slot back from the device.
+    ReadBack,
+}
+
+/// What an install did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Outcome {
+    /// The slot that was written.
+    pub slot: Slot,
+    /// The version in it now.
+    pub version: Version,
+    /// SHA-256 of the bundle's manifest.
+    pub manifest: String,
+    /// Whether it went on where an interrupted one had stopped.
+    pub resumed: bool,
+    /// Bytes of all payloads.
+    pub size: u64,
+    /// Bytes that the slot held already.
+    pub held: u64,
+    /// Bytes taken from the running slot.
+    pub taken: u64,
+    /// Bytes written to the slot.
+    pub written: u64,
+    /// Milliseconds until everything was written and flushed.
+    pub write_ms: u64,
+    /// Milliseconds of reading the slot back.
+    pub read_back_ms: u64,
+}
+
+/// Counts while payloads pass.
+#[derive(Debug, Default)]
+struct Counts {
+    held: u64,
+    taken: u64,
+    written: u64,
+    read_back: Duration,
+}
+
+/// Installs a bundle and arms the trial; the restart is the caller's.
+///
+/// # Errors
+/// A refusal, which is in the log too. Unless it is one of the device (`io`, `read-back`) or of the
+/// medium in the middle (`source`), nothing was written.
+pub fn install<I: Input>(
+    machine: &Machine<'_>,
+    input: I,
+    options: &Options,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Outcome> {
+    let result = run(machine, input, options, progress);
+    match &result {
+        Ok(outcome) => machine.events.add("installed", json!(outcome)),
+        Err(refusal) => machine.events.add("install-refused", json!(refusal)),
+    }
+    result
+}
+
+fn run<I: Input>(
+    machine: &Machine<'_>,
+    input: I,
+    options: &Options,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Outcome> {
+    let _lock = Lock::take(&machine.root.state().join("lock"), "install")?;
+    check::robot(machine)?;
+    machine.flow.ready()?;
+    let keys = trust::key_set(machine.root, machine.about.kind)?;
+    let mut reader = Reader::open(input, &keys).map_err(from_source)?;
+    check::manifest(machine, &reader, options)?;
+    let slot = other(machine.running);
+    let mut target = Target::open(machine, slot, reader.manifest())?;
+
+    let manifest = reader.manifest_sha256().to_owned();
+    let version = reader.manifest().version.clone();
+    let size = reader.manifest().components.iter().flat_map(|c| &c.payloads).map(|p| p.size).sum();
+    let installed = Installed::new(reader.manifest(), &manifest, reader.signed_by());
+    let journal = Journal::read(machine.root)
+        .filter(|journal| journal.manifest == manifest && journal.slot == slot);
+    let resumed = journal.is_some();
+    machine.events.add(
+        "install-started",
+        json!({ "slot": slot, "version": version, "manifest": manifest, "resumed": resumed, "signed-by": installed.signed_by }),
+    );
+
+    let started = Instant::now();
+    let mut counts = Counts::default();
+    let mut number = 0;
+    while let Some(payload) = reader.next_payload().map_err(from_source)? {
+        let work = payload::Work {
+            machine,
+            options,
+            progress,
+            journal: journal.as_ref(),
+            fresh: Journal {
+                manifest: manifest.clone(),
+                slot,
+                version: version.clone(),
+                payload: number,
+                frames: 0,
+            },
+        };
+        work.run(payload, &mut target, &mut counts)?;
+        number += 1;
+    }
+    counts.written += target.complete()?;
+    let write = started.elapsed().saturating_sub(counts.read_back);
+
+    // A robot whose `data` is full must still take the update that cures it.
+    if let Err(error) = installed.write(machine.root, slot) {
+        machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
+    }
+    machine.flow.arm_trial(slot)?;
+    if let Err(error) = Journal::remove(machine.root) {
+        machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
+    }
+    Ok(Outcome {
+        slot,
+        version,
+        manifest,
+        resumed,
+        size,
+        held: counts.held,
+        taken: counts.taken,
+        written: counts.written,
+        write_ms: u64::try_from(write.as_millis()).unwrap_or(u64::MAX),
+        read_back_ms: u64::try_from(counts.read_back.as_millis()).unwrap_or(u64::MAX),
+    })
+}
+
+/// Whether a bundle is one for this robot; its size is not looked at.
+pub(crate) fn check_bundle<I: Input>(machine: &Machine<'_>, reader: &Reader<I>) -> Result<()> {
+    check::manifest(machine, reader, &Options::default())
+}
+
+/// A failure of the medium is told apart from one of the robot's own disk.
+pub(crate) fn from_source(error: bundle::Error) -> Refusal {
+    match error {
+        bundle::Error::Io(error) => Refusal::new(
+            "source",
+            format!("reading the bundle: {error}"),
+            "check the medium or the network, and install again: it goes on where it stopped",
+        ),
+        other => other.into(),
+    }
+}

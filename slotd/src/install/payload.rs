@@ -1,0 +1,433 @@
+//! One payload, from the bundle onto its partition, and its proof.
+
+use std::io;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use bundle::index::{Hash, sha256};
+use bundle::{BLOCK_SIZE, Frame, Index, Input, PayloadReader};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use super::local::Local;
+use super::queue::{self, Blocks, Queue};
+use super::target::{Target, differs};
+use super::{Counts, Machine, Options, Progress, Step, from_source, scan};
+use crate::buffer::{Buffer, TRANSFER};
+use crate::device::slot_role;
+use crate::record::Journal;
+use crate::refusal::{Refusal, Result};
+use crate::storage::Storage;
+
+/// Bytes after which, at the end of a frame, the device is flushed and the journal says so: every second
+/// frame of 16 MiB. A card writes them in some three seconds.
+pub const CHECKPOINT: u64 = 24 << 20;
+
+/// Most blocks that are looked for in the running slot, 1.4 GiB of content: looking takes nine bytes for
+/// each, and the memory of an install stays below 32 MiB in all.
+const MOST_LOCAL: u32 = 350_000;
+
+/// What all payloads of an install have in common.
+pub(super) struct Work<'a> {
+    pub machine: &'a Machine<'a>,
+    pub options: &'a Options,
+    pub progress: &'a (dyn Fn(Progress) + Sync),
+    /// What an interrupted install has left.
+    pub journal: Option<&'a Journal>,
+    /// The journal of this one, before the first frame of this payload.
+    pub fresh: Journal,
+}
+
+/// What is in place.
+struct Survey {
+    held: Blocks,
+    /// By frame: nothing of it needs to be written.
+    done: Vec<bool>,
+}
+
+impl Survey {
+    /// Frames from the first that are in place, but for the first block, which is kept back.
+    fn leading(&self, index: &Index) -> u32 {
+        let Some(first) = index.frames().first() else { return 0 };
+        let rest = (1..first.blocks).all(|block| self.held.has(block));
+        let after = self.done.iter().skip(1).take_while(|done| **done);
+        // At most MAX_FRAMES.
+        if rest { 1 + after.count() as u32 } else { 0 }
+    }
+}
+
+impl Work<'_> {
+    /// Writes what is missing and proves the whole.
+    pub fn run<I: Input>(
+        &self,
+        mut payload: PayloadReader<'_, I>,
+        target: &mut Target<'_>,
+        counts: &mut Counts,
+    ) -> Result<()> {
+        let number = self.fresh.payload;
+        // The target was made from the same manifest.
+        let part = target.parts.get(number).ok_or_else(lost)?;
+        let device = part.device.as_ref();
+        let survey = self.survey(device, payload.index());
+        let index = payload.shared_index();
+        let index = index.as_ref();
+        let running;
+        let fits = index.used_blocks() <= MOST_LOCAL;
+        let local = if self.options.use_running_slot && fits && survey.done.contains(&false) {
+            running = self.machine.slots.open(self.machine.running, &part.role)?;
+            Some((Local::find(index, running.as_ref()), running.as_ref()))
+        } else {
+            None
+        };
+        if survey.done.contains(&false) {
+            // What an interrupted install had written without noting it is in place, but may not be
+            // durable yet.
+            let frames = survey.leading(index);
+            if frames > 0 && device.flush().is_ok() {
+                self.note(&Journal { frames, ..self.fresh.clone() });
+            } else {
+                self.note(&self.fresh);
+            }
+            counts.written += target.invalidate(number, index)?;
+        }
+        let part = target.parts.get_mut(number).ok_or_else(lost)?;
+        let device = part.device.as_ref();
+        let (queue, worker) = queue::queue();
+        let mut writer = Writer {
+            work: self,
+            index,
+            device,
+            local,
+            held: survey.held,
+            queue,
+            zeros: None,
+            first: part.first.take(),
+            counts,
+        };
+        let written = std::thread::scope(|scope| -> Result<u64> {
+            let noting = std::thread::Builder::new().spawn_scoped(scope, move || {
+                worker.run(device, &mut |frames| {
+                    self.note(&Journal { frames, ..self.fresh.clone() });
+                })
+            });
+            let thread = noting.map_err(|error| Refusal::io("starting a thread", &error))?;
+            let read = writer.frames(&mut payload, &survey.done);
+            let first = writer.first.take();
+            let finished = writer.queue.finish();
+            let written = thread.join().map_err(|_| lost())?;
+            // The device's error comes first: the other two may only follow from it.
+            let role = slot_role(&part.role, self.fresh.slot);
+            let written =
+                written.map_err(|error| Refusal::io(format!("writing {role}"), &error))?;
+            read?;
+            finished.map_err(|error| Refusal::io(format!("writing {role}"), &error))?;
+            part.first = first;
+            Ok(written)
+        })?;
+        counts.written += written;
+        let started = Instant::now();
+        let role = part.role.clone();
+        let first = part.first.as_deref();
+        self.prove(device, index, first, &role)?;
+        counts.read_back += started.elapsed();
+        Ok(())
+    }
+
+    /// Finds what is in place already.
+    fn survey(&self, device: &dyn Storage, index: &Index) -> Survey {
+        let mut survey =
+            Survey { held: Blocks::none(index), done: vec![false; index.frames().len()] };
+        // What the journal says was flushed is not looked at before the end; but the first frame
+        // always is, because its first block is kept back.
+        let known =
+            self.journal.map_or(0, |journal| match journal.payload.cmp(&self.fresh.payload) {
+                std::cmp::Ordering::Greater => index.frames().len(),
+                std::cmp::Ordering::Equal => journal.frames as usize,
+                std::cmp::Ordering::Less => 0,
+            });
+        for frame in index.frames().iter().take(known).skip(1) {
+            for block in frame.first_block..frame.first_block + frame.blocks {
+                survey.held.set(block, true);
+            }
+            if let Some(done) = survey.done.get_mut(frame.number as usize) {
+                *done = true;
+            }
+        }
+        if self.journal.is_none() && !scan::seems_similar(device, index) {
+            return survey;
+        }
+        let look: Vec<Frame> = index
+            .frames()
+            .iter()
+            .filter(|frame| survey.done.get(frame.number as usize) == Some(&false))
+            .copied()
+            .collect();
+        let total = look.iter().map(|frame| index.content_size(frame)).sum();
+        let done = AtomicU64::new(0);
+        let shared = Mutex::new(survey);
+        let each = |frame: &Frame, found: io::Result<scan::Found>| -> Result<(), ()> {
+            let size = index.content_size(frame);
+            let done = done.fetch_add(size, Ordering::Relaxed) + size;
+            (self.progress)(Progress { step: Step::Survey, done, total });
+            // What cannot be read is written: that may cure it.
+            let Ok(found) = found else { return Ok(()) };
+            let mut survey = lock(&shared);
+            // A frame whose blocks all fit but whose content hash does not is read from the bundle.
+            if found.proven || !found.wrong.is_empty() {
+                for block in frame.first_block..frame.first_block + frame.blocks {
+                    survey.held.set(block, true);
+                }
+                found.wrong.iter().for_each(|block| survey.held.set(*block, false));
+            }
+            if let Some(done) = survey.done.get_mut(frame.number as usize) {
+                *done = found.proven;
+            }
+            Ok(())
+        };
+        // The closure never fails.
+        if scan::frames(device, index, &look, None, each).is_err() {
+            return Survey { held: Blocks::none(index), done: vec![false; index.frames().len()] };
+        }
+        shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Reads all of it back from the device.
+    fn prove(
+        &self,
+        device: &dyn Storage,
+        index: &Index,
+        first: Option<&[u8]>,
+        role: &str,
+    ) -> Result<()> {
+        let slot = self.fresh.slot;
+        let (done, total) = (AtomicU64::new(0), index.size());
+        let wrong: Mutex<(usize, u32)> = Mutex::new((0, u32::MAX));
+        let each = |frame: &Frame, found: io::Result<scan::Found>| -> Result<()> {
+            let found = found.map_err(|error| {
+                let doing = format!("reading back {}", slot_role(role, slot));
+                Refusal { code: "read-back", ..Refusal::io(doing, &error) }
+            })?;
+            if !found.proven {
+                let mut wrong = lock(&wrong);
+                wrong.0 += found.wrong.len().max(1);
+                wrong.1 = wrong.1.min(found.wrong.first().copied().unwrap_or(frame.first_block));
+            }
+            let size = index.content_size(frame);
+            let done = done.fetch_add(size, Ordering::Relaxed) + size;
+            (self.progress)(Progress { step: Step::ReadBack, done, total });
+            Ok(())
+        };
+        let result = scan::frames(device, index, index.frames(), first, each).and_then(|()| {
+            let (blocks, first) = *lock(&wrong);
+            if blocks == 0 { Ok(()) } else { Err(differs(role, slot, blocks, first)) }
+        });
+        if result.is_err() {
+            // What the journal says is not so: the next install looks at everything.
+            if let Err(error) = Journal::remove(self.machine.root) {
+                self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+            }
+        }
+        result
+    }
+
+    /// Keeps the journal. One that cannot be kept costs time after an interruption, and nothing else.
+    fn note(&self, journal: &Journal) {
+        if let Err(error) = journal.write(self.machine.root) {
+            self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+        }
+    }
+}
+
+/// Decides for each frame where its blocks come from, and hands them to the queue.
+struct Writer<'a> {
+    work: &'a Work<'a>,
+    index: &'a Index,
+    device: &'a dyn Storage,
+    local: Option<(Local<'a>, &'a dyn Storage)>,
+    held: Blocks,
+    queue: Queue,
+    /// A range that must become zero.
+    zeros: Option<(u64, u64)>,
+    first: Option<Buffer>,
+    counts: &'a mut Counts,
+}
+
+impl Writer<'_> {
+    fn frames<I: Input>(
+        &mut self,
+        payload: &mut PayloadReader<'_, I>,
+        done: &[bool],
+    ) -> Result<()> {
+        let total = self.index.size();
+        let mut passed = 0;
+        while let Some(frame) = payload.next_frame() {
+            let size = self.index.content_size(&frame);
+            if done.get(frame.number as usize) == Some(&true) {
+                self.counts.held += size;
+                payload.skip_frame().map_err(from_source)?;
+            } else if self.is_zero(&frame) {
+                // Nothing to verify: the index itself says that it is zeros.
+                self.emit_zeros(&frame).map_err(device)?;
+                payload.skip_frame().map_err(from_source)?;
+            } else if self.is_local(&frame) && self.assemble_or_not(&frame).map_err(device)? {
+                payload.skip_frame().map_err(from_source)?;
+            } else {
+                let mut sink = |offset: u64, bytes: &[u8]| Ok(self.emit(offset, bytes)?);
+                payload.read_frame(&mut sink).map_err(from_source)?;
+            }
+            self.end_zeros().map_err(device)?;
+            self.queue.checkpoint(frame.number + 1, CHECKPOINT).map_err(device)?;
+            passed += size;
+            (self.work.progress)(Progress { step: Step::Write, done: passed, total });
+        }
+        Ok(())
+    }
+
+    fn is_zero(&self, frame: &Frame) -> bool {
+        self.index.hashes(frame).all(|(_, hash)| hash.is_none())
+    }
+
+    fn emit_zeros(&mut self, frame: &Frame) -> io::Result<()> {
+        let zeros = [0; BLOCK_SIZE];
+        let end = Index::offset(frame.first_block) + self.index.content_size(frame);
+        for block in frame.first_block..frame.first_block + frame.blocks {
+            let offset = Index::offset(block);
+            // At most BLOCK_SIZE.
+            let length = (end - offset).min(BLOCK_SIZE as u64) as usize;
+            self.emit(offset, zeros.get(..length).unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
+    /// Takes verified bytes: whole blocks, and the payload's last.
+    fn emit(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let first = (offset / BLOCK_SIZE as u64) as u32;
+        for (number, block) in (first..).zip(bytes.chunks(BLOCK_SIZE)) {
+            let offset = Index::offset(number);
+            if self.held.has(number) {
+                self.counts.held += block.len() as u64;
+            } else if number == 0 {
+                self.first = Some(Buffer::of(block));
+            } else if self.index.is_zero(number) {
+                let end = offset + block.len() as u64;
+                match &mut self.zeros {
+                    Some((_, known)) if *known == offset => *known = end,
+                    _ => {
+                        self.end_zeros()?;
+                        self.zeros = Some((offset, end));
+                    }
+                }
+            } else {
+                self.end_zeros()?;
+                self.queue.write(offset, block)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end_zeros(&mut self) -> io::Result<()> {
+        let Some((start, end)) = self.zeros.take() else { return Ok(()) };
+        self.queue.zero(start, end)
+    }
+
+    /// Whether every block of a frame is on the robot.
+    fn is_local(&self, frame: &Frame) -> bool {
+        let Some((local, _)) = &self.local else { return false };
+        self.index.hashes(frame).all(|(block, hash)| {
+            let here = |hash| self.held.has(block) || local.place(hash).is_some();
+            hash.is_none_or(here)
+        })
+    }
+
+    fn assemble_or_not(&mut self, frame: &Frame) -> io::Result<bool> {
+        let held = self.counts.held;
+        let done = self.assemble(frame)?;
+        if !done {
+            self.counts.held = held;
+            // Nothing of this frame counts as held any more.
+            for block in frame.first_block..frame.first_block + frame.blocks {
+                self.held.set(block, false);
+            }
+        }
+        Ok(done)
+    }
+
+    /// Puts a frame together from blocks that the robot has. The index has 96 bits of each block's
+    /// hash, so each is compared with these, and all together with the frame's content hash, which is
+    /// made from the full ones. Says whether that fits; if not, all of the frame is to be written.
+    fn assemble(&mut self, frame: &Frame) -> io::Result<bool> {
+        let index = self.index;
+        let mut content = Sha256::new();
+        let mut buffer = Buffer::new(TRANSFER);
+        let mut blocks = index.hashes(frame).peekable();
+        let mut taken = 0;
+        while let Some((block, hash)) = blocks.next() {
+            let size = index.size() - Index::offset(block);
+            // At most BLOCK_SIZE.
+            let mut length = size.min(BLOCK_SIZE as u64) as usize;
+            let Some(hash) = hash else {
+                let zeros = [0; BLOCK_SIZE];
+                self.emit(Index::offset(block), zeros.get(..length).unwrap_or_default())?;
+                continue;
+            };
+            let Some((here, start)) = self.source(block, hash) else { return Ok(false) };
+            // As many as follow each other in the same place.
+            let mut run = vec![hash];
+            while length < TRANSFER
+                && let Some((next, Some(hash))) = blocks.peek().copied()
+                && self.source(next, hash) == Some((here, start + run.len() as u32))
+            {
+                length += (index.size() - Index::offset(next)).min(BLOCK_SIZE as u64) as usize;
+                run.push(hash);
+                blocks.next();
+            }
+            let bytes = buffer.first_mut(length);
+            let from = match &self.local {
+                Some((_, running)) if !here => *running,
+                _ => self.device,
+            };
+            if from.read_back(Index::offset(start), bytes).is_err() {
+                return Ok(false);
+            }
+            for (block, expected) in bytes.chunks(BLOCK_SIZE).zip(run) {
+                let hash = sha256(block);
+                content.update(hash);
+                if !hash.starts_with(expected) {
+                    return Ok(false);
+                }
+            }
+            if !here {
+                taken += length as u64;
+            }
+            self.emit(Index::offset(block), buffer.first(length))?;
+        }
+        if Hash::from(content.finalize()) != frame.content {
+            return Ok(false);
+        }
+        self.counts.taken += taken;
+        Ok(true)
+    }
+
+    /// Where a block is: in its place in the idle slot, or somewhere in the running one.
+    fn source(&self, block: u32, hash: &[u8]) -> Option<(bool, u32)> {
+        if self.held.has(block) {
+            return Some((true, block));
+        }
+        let (local, _) = self.local.as_ref()?;
+        Some((false, local.place(hash)?))
+    }
+}
+
+/// Only the queue's thread can have ended; its error is what is reported.
+fn device(error: io::Error) -> Refusal {
+    Refusal::io("writing the slot", &error)
+}
+
+fn lost() -> Refusal {
+    Refusal::new("internal", "a part of the install ended unexpectedly", "report this")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

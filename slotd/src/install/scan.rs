@@ -1,0 +1,132 @@
+//! Reads a slot from the device and compares it with a block index, on all cores: before an install, to
+//! find what is there already; after it, to prove all of it.
+
+use std::io;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bundle::index::{Hash, is_zero, sha256};
+use bundle::{BLOCK_SIZE, Frame, Index};
+use sha2::{Digest, Sha256};
+
+use crate::buffer::{Buffer, LOOK};
+use crate::storage::Storage;
+
+/// Most threads: more would only seek on a card.
+const THREADS: usize = 4;
+
+/// What lies where a frame belongs.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The blocks that are not as the index says, by number in the payload.
+    pub wrong: Vec<u32>,
+    /// Whether the frame is proven: no block is wrong, and the full hashes of all blocks together
+    /// are the index's content hash.
+    pub proven: bool,
+}
+
+/// Compares frames with what lies in their place. `first`: the payload's first block, where it is kept
+/// back and not on the device yet. `each` is called in any order; an error to it is the device's.
+///
+/// # Errors
+/// What `each` returns.
+pub fn frames<E: Send>(
+    device: &dyn Storage,
+    index: &Index,
+    frames: &[Frame],
+    first: Option<&[u8]>,
+    each: impl Fn(&Frame, io::Result<Found>) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    let next = AtomicUsize::new(0);
+    let failure: Mutex<Option<E>> = Mutex::new(None);
+    let failed = || failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let work = || {
+        let mut buffer = Buffer::new(LOOK);
+        while let Some(frame) = frames.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if failed().is_some() {
+                return;
+            }
+            let found = one(device, index, frame, first, &mut buffer);
+            if let Err(error) = each(frame, found) {
+                *failed() = Some(error);
+                return;
+            }
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS);
+    std::thread::scope(|scope| {
+        for _ in 1..threads.min(frames.len()) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+fn one(
+    device: &dyn Storage,
+    index: &Index,
+    frame: &Frame,
+    first: Option<&[u8]>,
+    buffer: &mut Buffer,
+) -> io::Result<Found> {
+    let mut found = Found::default();
+    let mut content = Sha256::new();
+    let mut hashes = index.hashes(frame);
+    let mut offset = Index::offset(frame.first_block);
+    let end = offset + index.content_size(frame);
+    while offset < end {
+        // At most LOOK.
+        let length = (end - offset).min(LOOK as u64) as usize;
+        let bytes = buffer.first_mut(length);
+        device.read_back(offset, bytes)?;
+        if let (0, Some(first)) = (offset, first) {
+            bytes.iter_mut().zip(first).for_each(|(to, from)| *to = *from);
+        }
+        for (block, (number, expected)) in bytes.chunks(BLOCK_SIZE).zip(&mut hashes) {
+            let held = match expected {
+                None => is_zero(block),
+                Some(expected) => {
+                    let hash = sha256(block);
+                    content.update(hash);
+                    hash.starts_with(expected)
+                }
+            };
+            if !held {
+                found.wrong.push(number);
+            }
+        }
+        offset += length as u64;
+    }
+    found.proven = found.wrong.is_empty() && Hash::from(content.finalize()) == frame.content;
+    Ok(found)
+}
+
+/// Whether enough of a payload seems to be in place to be worth reading the whole slot for: looks at
+/// blocks that are not zero, evenly spread.
+pub fn seems_similar(device: &dyn Storage, index: &Index) -> bool {
+    let used = index.used_blocks();
+    let step = (used / SAMPLES).max(1);
+    let mut buffer = Buffer::new(BLOCK_SIZE);
+    let (mut seen, mut held) = (0_u32, 0_u32);
+    let blocks = index.frames().iter().flat_map(|frame| index.hashes(frame));
+    let blocks = blocks.filter_map(|(block, hash)| Some((block, hash?)));
+    for (block, expected) in blocks.step_by(step as usize) {
+        let offset = Index::offset(block);
+        // At most BLOCK_SIZE.
+        let length = (index.size() - offset).min(BLOCK_SIZE as u64) as usize;
+        let bytes = buffer.first_mut(length);
+        seen += 1;
+        if device.read_back(offset, bytes).is_ok() && sha256(bytes).starts_with(expected) {
+            held += 1;
+        }
+    }
+    held * WORTHWHILE >= seen.max(1)
+}
+
+/// Blocks that are looked at: a sixteenth shows with certainty, and even a card reads them in 0.2 s.
+pub const SAMPLES: u32 = 128;
+
+/// A slot is read whole if one block in so many is held: reading a card is some four times as fast as
+/// writing it, and does not wear it.
+pub const WORTHWHILE: u32 = 16;

@@ -1,0 +1,72 @@
+//! The verbs for `data` on the command line.
+
+use std::fs::File;
+use std::io::{self, Write};
+
+use serde_json::json;
+use slotd::agent::{Agent, Restart};
+use slotd::data::verbs;
+use slotd::{Refusal, Result, Root};
+
+use crate::Answer;
+use crate::cli::Step;
+
+pub(crate) fn start(root: &Root, step: Step) -> Result<Answer> {
+    match step {
+        Step::Grow => {
+            let grown = verbs::grow(root)?;
+            let text = format!("data has {} MiB, had {}", grown.to >> 11, grown.from >> 11);
+            Ok(Answer::new(&json!({ "from": grown.from, "to": grown.to }), text))
+        }
+        Step::Prepare => {
+            let done = verbs::prepare(root)?;
+            let text = format!("data is prepared: {}", json!(done));
+            Ok(Answer::new(&done, text))
+        }
+    }
+}
+
+pub(crate) fn reset(agent: &Agent, keep: bool, stay: bool) -> Result<Answer> {
+    let kept = verbs::reset(agent.device().root(), keep)?;
+    let backup =
+        kept.as_ref().map_or(String::new(), |path| format!(" (backup: {})", path.display()));
+    then(agent, stay, json!({ "backup": kept }), &format!("everything on data goes{backup}"))
+}
+
+pub(crate) fn restore(agent: &Agent, file: &str, stay: bool) -> Result<Answer> {
+    verbs::restore(agent.device().root(), verbs::open(file)?)?;
+    then(
+        agent,
+        stay,
+        json!({ "restored": file }),
+        "the backup takes the place of everything on data",
+    )
+}
+
+fn then(agent: &Agent, stay: bool, value: serde_json::Value, what: &str) -> Result<Answer> {
+    let restarts = !stay && agent.restart(Restart::Committed)?;
+    let when = if restarts { "restarting" } else { "with the next restart" };
+    Ok(Answer::new(&value, format!("{what}: {when}")))
+}
+
+pub(crate) fn backup(root: &Root, file: &str) -> Result<Answer> {
+    if file == "-" {
+        verbs::backup(root, io::stdout().lock())?;
+        // The archive is the answer.
+        return Ok(Answer::new(&(), String::new()).silent());
+    }
+    let failed = |error: io::Error| Refusal::io(format!("writing {file}"), &error);
+    // Complete under its name, or not there.
+    let partial = format!("{file}.partial");
+    let mut out = File::create(&partial).map_err(failed)?;
+    let written = verbs::backup(root, &mut out).and_then(|()| {
+        let done = out.flush().and_then(|()| out.sync_all());
+        done.and_then(|()| std::fs::rename(&partial, file)).map_err(failed)
+    });
+    if let Err(refusal) = written {
+        // The first failure is the one to tell.
+        drop(std::fs::remove_file(&partial));
+        return Err(refusal);
+    }
+    Ok(Answer::new(&json!({ "backup": file }), format!("{file} is complete")))
+}

@@ -1,0 +1,22 @@
+//! The robot's agent: verifies a bundle, writes the idle slot, boots it on trial, commits it when the
+//! robot is healthy, and otherwise lets it come back. The command line and every later way in (USB
+//! stick, local network, web page) call this library.
+
+pub mod agent;
+pub mod boot;
+mod buffer;
+pub mod data;
+pub mod device;
+pub mod durable;
+pub mod events;
+pub mod health;
+pub mod install;
+pub mod record;
+pub mod refusal;
+pub mod root;
+pub mod source;
+pub mod storage;
+pub mod trust;
+
+pub use refusal::{Refusal, Result};
+pub use root::Root;

@@ -1,0 +1,61 @@
+//! Where things lie on a robot. Every path starts at one prefix: `/` on a robot, a directory in a test.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The prefix of all paths.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Root(PathBuf);
+
+impl Root {
+    /// All paths below `prefix`.
+    pub fn new(prefix: impl Into<PathBuf>) -> Self {
+        Self(prefix.into())
+    }
+
+    /// Whether this is the running system itself, which may be restarted.
+    pub fn is_system(&self) -> bool {
+        self.0 == Path::new("/")
+    }
+
+    /// A path below the prefix; `path` may begin with a slash.
+    pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+        let path = path.as_ref();
+        self.0.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// The kernel's id of this start: another one after every restart.
+    ///
+    /// # Errors
+    /// When the kernel's file cannot be read.
+    pub fn boot_id(&self) -> io::Result<String> {
+        let text = std::fs::read_to_string(self.path("proc/sys/kernel/random/boot_id"))?;
+        Ok(text.trim().to_owned())
+    }
+
+    /// What this system is: `device.toml`, the same bytes in either slot.
+    pub fn device_file(&self) -> PathBuf {
+        self.path("usr/lib/slipway/device.toml")
+    }
+
+    /// The keys that the image trusts.
+    pub fn key_set(&self) -> PathBuf {
+        self.path("usr/lib/slipway/keyset.json")
+    }
+
+    /// The partition `data`: all that a robot remembers.
+    pub fn data(&self) -> PathBuf {
+        self.path("data")
+    }
+
+    /// What the agent itself remembers.
+    pub fn state(&self) -> PathBuf {
+        self.path("data/slotd")
+    }
+}
+
+impl Default for Root {
+    fn default() -> Self {
+        Self::new("/")
+    }
+}

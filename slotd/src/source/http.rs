@@ -1,0 +1,220 @@
+//! A bundle from a web server, as a stream that survives broken connections: it goes on with a range
+//! request (RFC 9110, 14) where it stopped, if the server still has the same file.
+
+use std::fmt;
+use std::io::{self, Read};
+use std::time::Duration;
+
+use bundle::Input;
+use ureq::Agent;
+use ureq::http::header::{
+    ACCEPT_ENCODING, CONTENT_RANGE, ETAG, HeaderName, IF_RANGE, LAST_MODIFIED, RANGE,
+};
+use ureq::http::{HeaderMap, StatusCode};
+
+use crate::refusal::{Refusal, Result};
+
+/// Longest wait for an answer, or for more of one.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Attempts in a row that may fail before it is given up; with the pauses below, a minute.
+const ATTEMPTS: u32 = 8;
+
+/// The pause after the first failed attempt; it doubles, up to [`LONGEST_PAUSE`].
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(16);
+
+/// A new request costs a round trip or three; shorter gaps than this are read and thrown away.
+const WORTH_A_REQUEST: u64 = 1 << 20;
+
+/// The stream.
+pub struct Http {
+    agent: Agent,
+    address: String,
+    position: u64,
+    /// The file's length, if the server said it.
+    length: Option<u64>,
+    /// What the server calls this version of the file.
+    version: Option<String>,
+    body: Option<Box<dyn Read + Send + Sync>>,
+    /// How often the connection was made again.
+    pub reconnections: u32,
+    pause: Duration,
+}
+
+impl fmt::Debug for Http {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Http")
+            .field("address", &self.address)
+            .field("position", &self.position)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A failed request: again, or not.
+enum Failure {
+    Passing(io::Error),
+    Final(io::Error),
+}
+
+impl Http {
+    /// Sends the first request.
+    ///
+    /// # Errors
+    /// `source`: the server is not reached, or does not have the file.
+    pub fn open(address: &str) -> Result<Self> {
+        let config = Agent::config_builder()
+            .timeout_connect(Some(PATIENCE))
+            .timeout_recv_response(Some(PATIENCE))
+            .timeout_per_read(Some(PATIENCE))
+            .http_status_as_error(false)
+            // A robot in a closed network has no proxy, and no environment variable decides.
+            .proxy(None)
+            .build();
+        let mut http = Self {
+            agent: config.into(),
+            address: address.to_owned(),
+            position: 0,
+            length: None,
+            version: None,
+            body: None,
+            reconnections: 0,
+            pause: PAUSE,
+        };
+        match http.connect() {
+            Ok(()) => Ok(http),
+            Err(Failure::Passing(error) | Failure::Final(error)) => Err(Refusal::new(
+                "source",
+                format!("reading {address}: {error}"),
+                "check the address and the network",
+            )),
+        }
+    }
+
+    fn connect(&mut self) -> std::result::Result<(), Failure> {
+        let mut request = self.agent.get(&self.address).header(ACCEPT_ENCODING, "identity");
+        if self.position > 0 {
+            request = request.header(RANGE, format!("bytes={}-", self.position));
+            if let Some(version) = &self.version {
+                request = request.header(IF_RANGE, version);
+            }
+        }
+        let answer = request.call().map_err(|error| {
+            let passing = matches!(
+                error,
+                ureq::Error::Io(_) | ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed
+            );
+            let error = io::Error::other(error.to_string());
+            if passing { Failure::Passing(error) } else { Failure::Final(error) }
+        })?;
+        let (status, headers) = (answer.status(), answer.headers());
+        let start = match status {
+            StatusCode::OK => 0,
+            StatusCode::PARTIAL_CONTENT => first_byte(headers).ok_or_else(|| {
+                Failure::Final(io::Error::other("the server's Content-Range makes no sense"))
+            })?,
+            // Overloaded, or just starting: it may get better.
+            _ if status.is_server_error() => {
+                return Err(Failure::Passing(io::Error::other(format!(
+                    "the server says {status}"
+                ))));
+            }
+            _ => {
+                return Err(Failure::Final(io::Error::other(format!("the server says {status}"))));
+            }
+        };
+        // A strong ETag, or else the date (RFC 9110, 13.1.5).
+        let word = |name: HeaderName| Some(headers.get(name)?.to_str().ok()?.to_owned());
+        let version =
+            word(ETAG).filter(|tag| !tag.starts_with("W/")).or_else(|| word(LAST_MODIFIED));
+        let length = answer.body().content_length().map(|length| start + length);
+        let same = |known: &Option<String>| known.is_none() || *known == version;
+        if start > self.position
+            || !same(&self.version)
+            || self.length.is_some_and(|known| length != Some(known))
+        {
+            return Err(Failure::Final(io::Error::other(
+                "the server has another file there by now",
+            )));
+        }
+        (self.version, self.length) = (version, length);
+        let mut body = answer.into_body().into_with_config().limit(u64::MAX).reader();
+        // A server that knows no ranges begins at the beginning.
+        let before = self.position - start;
+        match io::copy(&mut (&mut body).take(before), &mut io::sink()) {
+            Ok(n) if n == before => {}
+            Ok(_) => return Err(Failure::Passing(io::ErrorKind::UnexpectedEof.into())),
+            Err(error) => return Err(Failure::Passing(error)),
+        }
+        self.body = Some(Box::new(body));
+        Ok(())
+    }
+
+    fn at_end(&self) -> bool {
+        self.length.is_some_and(|length| self.position >= length)
+    }
+}
+
+/// Where a partial answer starts: `bytes 1000-1999/5000`.
+fn first_byte(headers: &HeaderMap) -> Option<u64> {
+    let range = headers.get(CONTENT_RANGE)?.to_str().ok()?;
+    range.strip_prefix("bytes ")?.split('-').next()?.parse().ok()
+}
+
+impl Read for Http {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut failures = 0;
+        while !buffer.is_empty() && !self.at_end() {
+            let attempt = match &mut self.body {
+                Some(body) => body.read(buffer).map_err(Failure::Passing),
+                None => {
+                    self.reconnections += 1;
+                    match self.connect() {
+                        Ok(()) => continue,
+                        Err(failure) => Err(failure),
+                    }
+                }
+            };
+            let error = match attempt {
+                Ok(0) if self.length.is_none() => return Ok(0),
+                Ok(0) => io::ErrorKind::UnexpectedEof.into(),
+                Ok(n) => {
+                    self.position += n as u64;
+                    self.pause = PAUSE;
+                    return Ok(n);
+                }
+                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Passing(error)) => error,
+            };
+            self.body = None;
+            failures += 1;
+            if failures == ATTEMPTS {
+                return Err(error);
+            }
+            if failures > 1 {
+                std::thread::sleep(self.pause);
+                self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+            }
+        }
+        Ok(0)
+    }
+}
+
+impl Input for Http {
+    fn skip(&mut self, n: u64) -> io::Result<()> {
+        let end = self.position.checked_add(n).ok_or(io::ErrorKind::InvalidInput)?;
+        if self.length.is_some_and(|length| end > length) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // Without a version, nobody can tell whether a later answer is from the same file.
+        if n >= WORTH_A_REQUEST && self.version.is_some() && self.length.is_some() {
+            self.position = end;
+            self.body = None;
+            return Ok(());
+        }
+        let copied = io::copy(&mut self.by_ref().take(n), &mut io::sink())?;
+        if copied == n { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+}

@@ -1,0 +1,77 @@
+//! Where a bundle comes from: a file, standard input, or a web server.
+
+mod http;
+
+use std::fs::File;
+use std::io::{self, BufReader, Read, Stdin};
+
+use bundle::{Input, Seekable, Stream};
+
+use crate::refusal::{Refusal, Result};
+
+pub use http::Http;
+
+/// An opened source.
+#[derive(Debug)]
+pub enum Source {
+    /// A file: frames that nobody needs are not read.
+    File(Seekable<BufReader<File>>),
+    /// Standard input, or a file that cannot be sought.
+    Pipe(Stream<File>),
+    /// Standard input.
+    Input(Stream<Stdin>),
+    /// A web server: frames that nobody needs are not sent.
+    Http(Box<Http>),
+}
+
+impl Source {
+    /// Opens what somebody typed: a path, `-`, or an address that begins with `http://` or `https://`.
+    ///
+    /// # Errors
+    /// `source`: it cannot be opened or reached.
+    pub fn open(name: &str) -> Result<Self> {
+        if name == "-" {
+            return Ok(Self::Input(Stream(io::stdin())));
+        }
+        if name.starts_with("http://") || name.starts_with("https://") {
+            return Ok(Self::Http(Box::new(Http::open(name)?)));
+        }
+        let failed = |error: io::Error| {
+            Refusal::new("source", format!("opening {name}: {error}"), "check the path")
+        };
+        let file = File::open(name).map_err(failed)?;
+        if file.metadata().map_err(failed)?.is_file() {
+            Ok(Self::File(Seekable(BufReader::with_capacity(1 << 16, file))))
+        } else {
+            Ok(Self::Pipe(Stream(file)))
+        }
+    }
+
+    /// Whether passing over a part spares its transfer, so that it pays to read the running slot
+    /// instead. A local file is read faster than the slot would be.
+    pub fn transfers(&self) -> bool {
+        matches!(self, Self::Http(_))
+    }
+}
+
+impl Read for Source {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::File(input) => input.read(buffer),
+            Self::Pipe(input) => input.read(buffer),
+            Self::Input(input) => input.read(buffer),
+            Self::Http(input) => input.read(buffer),
+        }
+    }
+}
+
+impl Input for Source {
+    fn skip(&mut self, n: u64) -> io::Result<()> {
+        match self {
+            Self::File(input) => input.skip(n),
+            Self::Pipe(input) => input.skip(n),
+            Self::Input(input) => input.skip(n),
+            Self::Http(input) => input.skip(n),
+        }
+    }
+}

@@ -1,0 +1,547 @@
+//! What a robot keeps, on a real file system: growth read back by foreign tools and cut at every write,
+//! backups that come back the same, hostile archives, resets and restores cut anywhere, steps forth and back.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+
+use bundle::Version;
+use slotd::Root;
+use slotd::data::grow::grow;
+use slotd::data::{Migrated, Pending, apply, archive, backup, migrate, reset, restore};
+use slotd::storage::Storage;
+
+const MIB: u64 = 1 << 20;
+
+/// A disk in memory that remembers every write and flush.
+struct Disk {
+    bytes: Mutex<Vec<u8>>,
+    writes: Mutex<Vec<(u64, Vec<u8>)>>,
+}
+
+impl Disk {
+    fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes: Mutex::new(bytes), writes: Mutex::default() }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        self.bytes.lock().unwrap().clone()
+    }
+}
+
+impl Storage for Disk {
+    fn size(&self) -> u64 {
+        self.bytes.lock().unwrap().len() as u64
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let bytes = self.bytes.lock().unwrap();
+        let at = offset as usize;
+        let part = bytes.get(at..at + buffer.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        buffer.copy_from_slice(part);
+        Ok(())
+    }
+
+    fn read_back(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.read_at(offset, buffer)
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.bytes.lock().unwrap()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        self.writes.lock().unwrap().push((offset, bytes.to_vec()));
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn sfdisk(image: &Path, script: &str) {
+    let mut child = Command::new("sfdisk")
+        .args(["-q", "--no-reread", "--no-tell-kernel"])
+        .arg(image)
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .expect("this test needs sfdisk");
+    child.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+/// The partitions as a foreign tool reads them: start and size of each.
+fn dump(image: &Path) -> Vec<(u64, u64)> {
+    let said = Command::new("sfdisk").arg("-J").arg(image).output().unwrap();
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    let said: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+    let list = said["partitiontable"]["partitions"].as_array().unwrap().clone();
+    list.iter().map(|p| (p["start"].as_u64().unwrap(), p["size"].as_u64().unwrap())).collect()
+}
+
+/// A card of 64 MiB with three partitions and a small `data`, put on one of 96 MiB.
+fn card(dir: &Path, label: &str) -> (PathBuf, u64) {
+    let image = dir.join("card.img");
+    File::create(&image).unwrap().set_len(64 * MIB).unwrap();
+    let starts = [8192u64, 24_576, 57_344, 90_112];
+    let sizes = [16_384u64, 32_768, 32_768, 32_768];
+    let kind = if label == "dos" { "e" } else { "EBD0A0A2-B9E5-4433-87C0-68B6B72699C7" };
+    let mut script = format!("label: {label}\n");
+    for (start, size) in starts.iter().zip(sizes) {
+        script.push_str(&format!("start={start}, size={size}, type={kind}\n"));
+    }
+    sfdisk(&image, &script);
+    fs::OpenOptions::new().write(true).open(&image).unwrap().set_len(96 * MIB).unwrap();
+    (image, starts[3])
+}
+
+fn check_table(image: &Path, gpt: bool) {
+    let verified = Command::new("sfdisk").arg("--verify").arg(image).output().unwrap();
+    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
+    if gpt {
+        let said = Command::new("sgdisk").arg("-v").arg(image).output().expect("needs sgdisk");
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        assert!(said.contains("No problems found"), "{said}");
+    }
+}
+
+#[test]
+fn the_last_partition_takes_the_rest_of_the_card() {
+    for label in ["dos", "gpt", "hybrid"] {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, start) = card(dir.path(), if label == "hybrid" { "gpt" } else { label });
+        if label == "hybrid" {
+            // The first partition in the MBR as well.
+            let said = Command::new("sgdisk").args(["-h", "1"]).arg(&image).output().unwrap();
+            assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+        }
+        let before = fs::read(&image).unwrap();
+        let disk = Disk::new(before.clone());
+        let grown = grow(&disk, 4, start).unwrap();
+        assert_eq!(grown.from, 32_768);
+        let after = disk.bytes();
+        fs::write(&image, &after).unwrap();
+        check_table(&image, label != "dos");
+        let found = dump(&image);
+        assert_eq!(found[..3], [(8192, 16_384), (24_576, 32_768), (57_344, 32_768)], "{label}");
+        assert_eq!(found[3], (start, grown.to), "{label}");
+        // All but what the backup table and the alignment need.
+        let end = (start + grown.to) * 512;
+        assert!(end <= 96 * MIB && end > 94 * MIB, "{label}: ends at {end}");
+        if label == "hybrid" {
+            assert_eq!(before[446..510], after[446..510], "the hybrid MBR has changed");
+        }
+        // Again: nothing to do, nothing written.
+        let writes = disk.writes.lock().unwrap().len();
+        assert_eq!(grow(&disk, 4, start).unwrap().from, grown.to);
+        assert_eq!(disk.writes.lock().unwrap().len(), writes, "{label}");
+    }
+}
+
+/// Whether one of the two tables is whole, as U-Boot and the kernel (with `gpt`) look for them, and agrees
+/// with the partitions before.
+fn usable(bytes: &[u8], gpt: bool) -> bool {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("card.img");
+    fs::write(&image, bytes).unwrap();
+    let found = dump(&image);
+    let whole =
+        found.len() == 4 && found[..3] == [(8192, 16_384), (24_576, 32_768), (57_344, 32_768)];
+    whole && (!gpt || found[3].1 >= 32_768)
+}
+
+#[test]
+fn growth_cut_at_every_write_leaves_a_usable_table_and_goes_on() {
+    let mut points = 0;
+    for label in ["dos", "gpt"] {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, start) = card(dir.path(), label);
+        let before = fs::read(&image).unwrap();
+        let disk = Disk::new(before.clone());
+        let wanted = grow(&disk, 4, start).unwrap();
+        let writes = disk.writes.lock().unwrap().clone();
+        let mut bytes = before;
+        for (offset, new) in &writes {
+            // After each sector of the write, from the front and from the back; most hold entries of
+            // no partition, so that many cuts leave the same.
+            let at = *offset as usize..*offset as usize + new.len();
+            let old = bytes[at.clone()].to_vec();
+            let mut variants = BTreeSet::new();
+            for cut in (0..=new.len()).step_by(512) {
+                variants.insert([&new[..cut], &old[cut..]].concat());
+                variants.insert([&old[..cut], &new[cut..]].concat());
+                points += 2;
+            }
+            for torn in variants {
+                let mut card = bytes.clone();
+                card[at.clone()].copy_from_slice(&torn);
+                assert!(usable(&card, label == "gpt"), "{label}: cut at {offset}");
+                let disk = Disk::new(card);
+                grow(&disk, 4, start).unwrap();
+                fs::write(&image, disk.bytes()).unwrap();
+                check_table(&image, label == "gpt");
+                assert_eq!(dump(&image)[3], (start, wanted.to));
+            }
+            bytes[*offset as usize..][..new.len()].copy_from_slice(new);
+        }
+    }
+    println!("{points} cut points");
+    assert!(points >= 30, "only {points} cut points");
+}
+
+#[test]
+fn a_strange_table_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, start) = card(dir.path(), "gpt");
+    let good = fs::read(&image).unwrap();
+    let refused = |bytes: Vec<u8>, number, start| {
+        let disk = Disk::new(bytes);
+        let why = grow(&disk, number, start).unwrap_err().to_string();
+        assert!(disk.writes.lock().unwrap().is_empty(), "written: {why}");
+        why
+    };
+    assert!(refused(good.clone(), 3, 57_344).contains("another partition lies behind it"));
+    assert!(refused(good.clone(), 4, start + 8).contains("does not start where it should"));
+    assert!(refused(good.clone(), 0, start).contains("does not start"));
+    assert!(refused(vec![0; 1 << 20], 1, 8192).contains("there is no MBR"));
+    let mut broken = good;
+    broken[512 + 20] ^= 1;
+    assert!(refused(broken, 4, start).contains("damaged"));
+}
+
+/// Everything below a folder: kind, mode, content.
+fn tree(folder: &Path) -> BTreeMap<PathBuf, String> {
+    let (mut found, mut waiting) = (BTreeMap::new(), vec![folder.to_owned()]);
+    while let Some(path) = waiting.pop() {
+        let about = fs::symlink_metadata(&path).unwrap();
+        let mode = about.permissions().mode() & 0o7777;
+        let text = if about.is_symlink() {
+            format!("-> {}", fs::read_link(&path).unwrap().display())
+        } else if about.is_dir() {
+            waiting.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            format!("{mode:o} folder")
+        } else {
+            format!("{mode:o} {}", String::from_utf8_lossy(&fs::read(&path).unwrap()))
+        };
+        found.insert(path.strip_prefix(folder).unwrap().to_owned(), text);
+    }
+    found
+}
+
+fn put(root: &Root, path: &str, text: &str) {
+    let path = root.data().join(path);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, text).unwrap();
+}
+
+fn robot() -> (tempfile::TempDir, Root) {
+    let dir = tempfile::tempdir().unwrap();
+    let root = Root::new(dir.path());
+    for (path, text) in [
+        ("system/identity/hostname", "one"),
+        ("apps/api/settings.json", "{}"),
+        ("home/robot/protocol.py", "run()"),
+        ("slotd/floor.json", "floor"),
+        ("var/log/journal/x", "log"),
+    ] {
+        put(&root, path, text);
+    }
+    let data = root.data();
+    fs::set_permissions(data.join("home/robot"), Permissions::from_mode(0o700)).unwrap();
+    fs::set_permissions(data.join("apps/api/settings.json"), Permissions::from_mode(0o640))
+        .unwrap();
+    symlink("../apps/api", data.join("home/api")).unwrap();
+    symlink("/etc/passwd", data.join("home/outside")).unwrap();
+    (dir, root)
+}
+
+#[test]
+fn a_backup_comes_back_the_same_on_another_robot() {
+    let (_one, from) = robot();
+    let mut bytes = Vec::new();
+    backup(&from, &mut bytes).unwrap();
+    let (_two, to) = robot();
+    put(&to, "home/robot/other.py", "to be replaced");
+    put(&to, "slotd/floor.json", "its own floor");
+    restore(&to, bytes.as_slice()).unwrap();
+    assert!(to.data().join("home/robot/other.py").exists(), "changed before the restart");
+    assert_eq!(apply(&to).unwrap(), Some(Pending::Restore));
+    for name in ["system", "apps", "home"] {
+        assert_eq!(tree(&from.data().join(name)), tree(&to.data().join(name)), "{name}");
+    }
+    assert_eq!(fs::read(to.data().join("slotd/floor.json")).unwrap(), b"its own floor");
+    assert_eq!(apply(&to).unwrap(), None);
+    // Standard tools read it.
+    let file = to.data().join("backup.tar.zst");
+    fs::write(&file, &bytes).unwrap();
+    let said = Command::new("tar").args(["--zstd", "-tf"]).arg(&file).output().unwrap();
+    let said = String::from_utf8(said.stdout).unwrap();
+    assert!(said.contains("home/robot/protocol.py") && !said.contains("slotd"), "{said}");
+}
+
+#[test]
+fn a_reset_keeps_what_the_agent_knows_and_a_backup() {
+    let (_dir, root) = robot();
+    let kept = reset(&root, true).unwrap().unwrap();
+    assert_eq!(Pending::read(&root).unwrap(), Some(Pending::Reset));
+    apply(&root).unwrap();
+    let mut left: Vec<_> =
+        fs::read_dir(root.data()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["slotd"]);
+    assert_eq!(fs::read(root.data().join("slotd/floor.json")).unwrap(), b"floor");
+    restore(&root, File::open(kept).unwrap()).unwrap();
+    apply(&root).unwrap();
+    assert_eq!(fs::read(root.data().join("home/robot/protocol.py")).unwrap(), b"run()");
+}
+
+/// An archive with one entry that a careful tool would not write.
+fn hostile(name: &[u8], kind: tar::EntryType, link: &str, size: u64) -> Vec<u8> {
+    let mut header = tar::Header::new_ustar();
+    header.as_ustar_mut().unwrap().name[..name.len()].copy_from_slice(name);
+    header.set_entry_type(kind);
+    header.set_size(size);
+    header.set_mode(0o4777);
+    header.set_uid(0);
+    header.set_gid(0);
+    if !link.is_empty() {
+        header.set_link_name(link).unwrap();
+    }
+    header.set_cksum();
+    let mut bytes = header.as_bytes().to_vec();
+    bytes.extend([b'x'; 512]);
+    bytes.extend([0; 1024]);
+    zstd::encode_all(bytes.as_slice(), 1).unwrap()
+}
+
+#[test]
+fn nothing_of_a_hostile_archive_is_taken() {
+    use tar::EntryType as Kind;
+    let cases: Vec<(&str, Vec<u8>, &str)> = vec![
+        ("absolute", hostile(b"/etc/shadow", Kind::Regular, "", 1), "bad-archive"),
+        ("upwards", hostile(b"home/../../x", Kind::Regular, "", 1), "bad-archive"),
+        ("the floor", hostile(b"slotd/floor.json", Kind::Regular, "", 1), "bad-archive"),
+        ("the floor, dotted", hostile(b"./slotd/floor.json", Kind::Regular, "", 1), "bad-archive"),
+        ("logs", hostile(b"var/log/x", Kind::Regular, "", 1), "bad-archive"),
+        ("hidden", hostile(b".incoming/x", Kind::Regular, "", 1), "bad-archive"),
+        ("nothing", hostile(b".", Kind::Directory, "", 0), "bad-archive"),
+        ("hard link", hostile(b"home/x", Kind::Link, "/etc/shadow", 0), "bad-archive"),
+        ("device", hostile(b"home/x", Kind::Block, "", 0), "bad-archive"),
+        ("pipe", hostile(b"home/x", Kind::Fifo, "", 0), "bad-archive"),
+        ("too large", hostile(b"home/x", Kind::Regular, "", 1 << 33), "no-space"),
+        ("ends early", hostile(b"home/x", Kind::Regular, "", 4000), "bad-archive"),
+        ("no archive", b"nonsense".to_vec(), "bad-archive"),
+        ("empty", Vec::new(), "bad-archive"),
+    ];
+    for (name, bytes, code) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let into = dir.path().join("data/.incoming");
+        fs::create_dir_all(&into).unwrap();
+        let refused = archive::unpack(bytes.as_slice(), &into, 1 << 30);
+        // An empty stream is an empty archive to the decoder only when it says so.
+        let refused = refused.expect_err(name);
+        assert_eq!(refused.code, code, "{name}: {refused}");
+        let outside: Vec<_> =
+            tree(dir.path()).into_keys().filter(|p| !p.starts_with("data/.incoming")).collect();
+        assert_eq!(outside, [PathBuf::new(), "data".into()], "{name}");
+        assert!(!Path::new("/etc/shadow.x").exists());
+    }
+    // A link, then a file through it.
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut link = tar::Header::new_gnu();
+    link.set_entry_type(Kind::Symlink);
+    link.set_size(0);
+    link.set_uid(0);
+    link.set_gid(0);
+    tar.append_link(&mut link, "home/link", "/tmp").unwrap();
+    let mut file = tar::Header::new_gnu();
+    file.set_size(1);
+    file.set_mode(0o644);
+    file.set_uid(0);
+    file.set_gid(0);
+    tar.append_data(&mut file, "home/link/through", &b"x"[..]).unwrap();
+    let bytes = zstd::encode_all(tar.into_inner().unwrap().as_slice(), 1).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    archive::unpack(bytes.as_slice(), dir.path(), 1 << 20).unwrap_err();
+    assert!(!Path::new("/tmp/through").exists());
+}
+
+#[test]
+fn a_refused_restore_changes_nothing() {
+    let (_dir, root) = robot();
+    let before = tree(&root.data());
+    restore(&root, b"nonsense".as_slice()).unwrap_err();
+    assert_eq!(tree(&root.data()), before);
+    assert_eq!(apply(&root).unwrap(), None);
+    assert_eq!(tree(&root.data()), before);
+}
+
+/// The same robot as it would be found after a cut: some entries moved, some not.
+#[test]
+fn a_restore_cut_between_any_two_moves_goes_on() {
+    let (_one, from) = robot();
+    put(&from, "home/robot/protocol.py", "new");
+    put(&from, "extra/file", "new");
+    let mut bytes = Vec::new();
+    backup(&from, &mut bytes).unwrap();
+    let names = ["apps", "extra", "home", "system"];
+    for phase in ["restore", "arriving"] {
+        for done in 0..=names.len() {
+            let (_two, to) = robot();
+            restore(&to, bytes.as_slice()).unwrap();
+            let data = to.data();
+            fs::create_dir_all(data.join(".outgoing")).unwrap();
+            let leave = |count: usize| {
+                for name in names.iter().take(count).filter(|name| data.join(name).exists()) {
+                    fs::rename(data.join(name), data.join(".outgoing").join(name)).unwrap();
+                }
+            };
+            if phase == "restore" {
+                leave(done);
+            } else {
+                leave(names.len());
+                fs::write(data.join("slotd/pending.json"), "\"arriving\"").unwrap();
+                for name in names.iter().take(done) {
+                    fs::rename(data.join(".incoming").join(name), data.join(name)).unwrap();
+                }
+            }
+            apply(&to).unwrap();
+            for name in names {
+                assert_eq!(tree(&from.data().join(name)), tree(&data.join(name)), "{phase} {done}");
+            }
+            assert!(!data.join(".incoming").exists() && !data.join(".outgoing").exists());
+        }
+    }
+}
+
+fn version(text: &str) -> Version {
+    Version::parse(text).unwrap()
+}
+
+fn step(root: &Root, name: &str, version: &str, paths: &str, script: &str) {
+    let folder = root.path("etc/slotd/migrations.d");
+    fs::create_dir_all(&folder).unwrap();
+    let text = format!(
+        "version = \"{version}\"\npaths = [{paths}]\nrun = [\"sh\", \"-c\", '''{script}''']\n"
+    );
+    fs::write(folder.join(format!("{name}.toml")), text).unwrap();
+}
+
+fn read(root: &Root, path: &str) -> Option<String> {
+    fs::read_to_string(root.data().join(path)).ok()
+}
+
+#[test]
+fn steps_go_forth_with_a_new_version_and_back_with_an_old_one() {
+    let (_dir, root) = robot();
+    assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), Migrated::New);
+    assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), Migrated::Unchanged);
+    step(
+        &root,
+        "settings",
+        "1.1.0",
+        "\"apps/api\"",
+        "echo two >apps/api/settings.json; echo x >apps/api/made",
+    );
+    step(
+        &root,
+        "names",
+        "1.2.0",
+        "\"system/names\"",
+        "mkdir -p system/names; echo n >system/names/one",
+    );
+    step(&root, "later", "2.0.0", "\"apps\"", "exit 1");
+    let forth = migrate(&root, &version("1.2.0")).unwrap();
+    let names = |list: &[&str]| list.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    assert_eq!(
+        forth,
+        Migrated::Forth { from: version("1.0.0"), steps: names(&["settings", "names"]) }
+    );
+    assert_eq!(read(&root, "apps/api/settings.json").as_deref(), Some("two\n"));
+    assert_eq!(migrate(&root, &version("1.2.0")).unwrap(), Migrated::Unchanged);
+    // A trial that failed: the old version starts again. What no step names stays as it is now.
+    put(&root, "home/robot/protocol.py", "written since");
+    let back = migrate(&root, &version("1.0.0")).unwrap();
+    assert_eq!(
+        back,
+        Migrated::Back { from: version("1.2.0"), steps: names(&["names", "settings"]) }
+    );
+    assert_eq!(read(&root, "apps/api/settings.json").as_deref(), Some("{}"));
+    assert_eq!(read(&root, "apps/api/made"), None);
+    assert!(!root.data().join("system/names").exists());
+    assert_eq!(read(&root, "home/robot/protocol.py").as_deref(), Some("written since"));
+    let mode =
+        fs::metadata(root.data().join("apps/api/settings.json")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o640);
+    // And forth again.
+    assert_eq!(migrate(&root, &version("1.2.0")).unwrap(), forth);
+}
+
+#[test]
+fn a_step_that_fails_leaves_what_was_there() {
+    let (_dir, root) = robot();
+    migrate(&root, &version("1.0.0")).unwrap();
+    let before = tree(&root.data().join("apps"));
+    step(&root, "bad", "1.1.0", "\"apps\"", "rm -r apps/api; echo broken; exit 3");
+    for _ in 0..2 {
+        let refused = migrate(&root, &version("1.1.0")).unwrap_err();
+        assert_eq!(refused.code, "migration-failed");
+        assert!(refused.message.contains("exit status: 3: broken"), "{refused}");
+        assert_eq!(tree(&root.data().join("apps")), before);
+    }
+    // The old version, to which the trial comes back, finds everything in order.
+    assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), Migrated::Unchanged);
+}
+
+#[test]
+fn a_step_that_was_cut_is_undone_before_it_is_taken_again() {
+    let (_dir, root) = robot();
+    migrate(&root, &version("1.0.0")).unwrap();
+    // Kills its own agent's work in the middle: the record is left as a power cut would leave it.
+    step(
+        &root,
+        "half",
+        "1.1.0",
+        "\"apps\"",
+        "echo half >>apps/api/settings.json; cp -r . ../cut; exit 0",
+    );
+    migrate(&root, &version("1.1.0")).unwrap();
+    let cut = Root::new(root.data().parent().unwrap().join("robot"));
+    fs::create_dir_all(cut.path("etc/slotd")).unwrap();
+    fs::rename(root.data().parent().unwrap().join("cut"), cut.data()).unwrap();
+    assert_eq!(read(&cut, "apps/api/settings.json").as_deref(), Some("{}half\n"));
+    step(&cut, "half", "1.1.0", "\"apps\"", "echo half >>apps/api/settings.json");
+    migrate(&cut, &version("1.1.0")).unwrap();
+    assert_eq!(read(&cut, "apps/api/settings.json").as_deref(), Some("{}half\n"), "taken twice");
+    // Or the old version comes first.
+    assert!(matches!(migrate(&cut, &version("1.0.0")).unwrap(), Migrated::Back { .. }));
+    assert_eq!(read(&cut, "apps/api/settings.json").as_deref(), Some("{}"));
+}
+
+#[test]
+fn a_backup_of_a_newer_robot_is_told_from_a_rollback() {
+    let (_one, from) = robot();
+    migrate(&from, &version("1.0.0")).unwrap();
+    step(&from, "settings", "1.1.0", "\"apps\"", "true");
+    migrate(&from, &version("1.1.0")).unwrap();
+    let mut bytes = Vec::new();
+    backup(&from, &mut bytes).unwrap();
+    let (_two, to) = robot();
+    restore(&to, bytes.as_slice()).unwrap();
+    apply(&to).unwrap();
+    assert_eq!(migrate(&to, &version("1.0.0")).unwrap_err().code, "newer-data");
+    assert_eq!(migrate(&to, &version("1.1.0")).unwrap(), Migrated::Unchanged);
+}
+
+#[test]
+fn a_step_outside_of_data_is_refused() {
+    let (_dir, root) = robot();
+    migrate(&root, &version("1.0.0")).unwrap();
+    for paths in ["\"/etc\"", "\"../x\"", "\"slotd\"", ""] {
+        step(&root, "bad", "1.1.0", paths, "true");
+        assert_eq!(migrate(&root, &version("1.1.0")).unwrap_err().code, "bad-migration", "{paths}");
+    }
+}
