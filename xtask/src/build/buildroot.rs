@@ -1,0 +1,185 @@
+//! The stage `base` of the engine `buildroot`.
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::Utf8Path;
+
+use super::Build;
+use super::base::{self, Base, prune_rules};
+use crate::artifact::{hash_bytes, hash_file};
+use crate::cache::Key;
+use crate::config::product::{self, Engine};
+use crate::exec::Tool;
+use crate::ext4::Mke2fs;
+use crate::progress::{bytes, say};
+use crate::render::title;
+use crate::rootfs::buildroot::collect::{Wants, collect_base};
+use crate::rootfs::buildroot::engine::{self, Request};
+use crate::rootfs::buildroot::fragment;
+use crate::rootfs::buildroot::make::{Setup, Site};
+use crate::rootfs::buildroot::rebuild::below;
+use crate::rootfs::buildroot::tree::{self, Tree};
+use crate::rootfs::debian::PackagesLock;
+use crate::wheel::target::Libc;
+
+/// Raised when the engine's code changes what it makes.
+const BUILDROOT_VERSION: u32 = 1;
+
+/// The output folder's name: two checkouts of ours share no output, since Buildroot's hold absolute
+/// paths to the external tree.
+pub fn output_name(root: &Utf8Path, product: &str, board: &str) -> String {
+    let id = hash_bytes(root.as_str().as_bytes());
+    format!("{product}-{board}-{}", id.get(..8).unwrap_or(&id))
+}
+
+/// Everything that decides what Buildroot makes. Overlays, wheels and the agent are not part of it.
+fn key(build: &Build<'_>, tree: &Tree, epoch: u64) -> Result<Key> {
+    let plan = build.plan;
+    let pinned = plan.rootfs.buildroot.as_ref().context("the engine has a pinned release")?;
+    let requests: Vec<String> = pinned.defconfig.0.iter().map(fragment::Request::line).collect();
+    let external = build.root.join("external");
+    let mut files = Vec::new();
+    for path in below(&external)? {
+        let inside = path.strip_prefix(&external).unwrap_or(&path).to_owned();
+        files.push((inside, hash_file(&path)?.1));
+    }
+    let board = &plan.board;
+    Key::new("buildroot", BUILDROOT_VERSION)
+        .with("commit", &tree.commit)
+        .with("changes", &tree.changes)
+        .with("epoch", epoch.to_string())
+        .with_json("requests", &requests)?
+        .with_json("external", &files)?
+        .with_json("prune", &prune_rules(build)?)?
+        .with_json("device trees", &board.device_trees)?
+        .with_json("firmware", &board.firmware)?
+        .with_json("boot loader", &board.bootloader)
+}
+
+/// The stage `base`.
+///
+/// # Errors
+/// A tree that is not the pinned one; a failing engine; something that the board needs and that was
+/// not built.
+pub fn base(build: &mut Build<'_>) -> Result<Base> {
+    let plan = build.plan;
+    let pinned = plan.rootfs.buildroot.clone().context("the engine has a pinned release")?;
+    let choice = tree::Choice {
+        own: build.options.tree.buildroot.clone(),
+        allow_changes: build.options.tree.allow_changes,
+        offline: build.options.offline,
+    };
+    let tree = tree::obtain(&pinned, &build.cache.root, &choice)?;
+    let epoch = committed(&tree)?;
+    let key = key(build, &tree, epoch)?;
+    let name = output_name(build.root, &plan.product.name, &plan.board.name);
+    let setup = Setup::new(&build.cache.root, &tree.path, build.root, &name)?;
+    let (title, site) = (title(plan), Site::of_machine(build.options.offline));
+    let log = build.log("base");
+    let request = Request {
+        plan: &pinned,
+        title: &title,
+        tree: &tree,
+        setup: &setup,
+        site: &site,
+        log: &log,
+    };
+    let made = build.stage(
+        "base",
+        key,
+        |base: &Base| {
+            let mut files = base.system.files();
+            files.push(base.e2fs.program.clone());
+            files
+        },
+        |base| {
+            format!(
+                "{} packages, {} unpacked, kernel {}",
+                base.system.packages.len(),
+                bytes(base.system.rootfs_bytes),
+                base.system.kernel_release
+            )
+        },
+        |build, dir| {
+            let e2fs = host_tool(build)?;
+            let info = engine::build(&request)?;
+            let wants = Wants {
+                device_trees: &plan.board.device_trees,
+                firmware: &plan.board.firmware,
+                bootloader: plan.board.bootloader.as_deref(),
+                prune: &prune_rules(build)?,
+                arch: &plan.board.arch,
+                epoch,
+            };
+            let system =
+                collect_base(&setup, &info, &wants, dir).context("taking what Buildroot made")?;
+            require_libc(&pinned.libc, &system.glibc)?;
+            let key = dir.file_name().unwrap_or_default().to_owned();
+            Ok(Base { system, replaced: Vec::new(), epoch, e2fs, key })
+        },
+    )?;
+    if build.options.legal_info {
+        legal_info(build, &request)?;
+    }
+    Ok(made)
+}
+
+/// Licence texts and sources, linked beside the other results: they are as large as the downloads.
+fn legal_info(build: &Build<'_>, request: &Request<'_>) -> Result<()> {
+    let folder = engine::legal_info(request)?;
+    let link = build.dist.join("legal-info");
+    match std::fs::remove_file(&link) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("replacing {link}"));
+        }
+        _ => {}
+    }
+    std::os::unix::fs::symlink(&folder, &link).with_context(|| format!("linking {link}"))?;
+    say("legal", format!("{} -> {folder}", link.strip_prefix(build.root).unwrap_or(&link)));
+    Ok(())
+}
+
+/// The time of the tree's commit: the files of a release carry it, whoever builds it.
+fn committed(tree: &Tree) -> Result<u64> {
+    let git = Tool::new("git").args(["-C", tree.path.as_str(), "log", "-1", "--format=%ct"]);
+    git.read()?.trim().parse().context("reading the time of Buildroot's commit")
+}
+
+/// The wheels were locked for a C library: the one that was built must not be older.
+fn require_libc(locked: &str, built: &str) -> Result<()> {
+    let (wanted, found): (Libc, Libc) = (locked.parse()?, format!("glibc {built}").parse()?);
+    let fits = match (&wanted, &found) {
+        (Libc::Glibc(major, minor), Libc::Glibc(a, b)) => (a, b) >= (major, minor),
+        (wanted, found) => wanted == found,
+    };
+    ensure!(
+        fits,
+        "Buildroot made {found}, and the product's wheels are locked for {wanted}\n\
+         help: correct `rootfs.buildroot.libc` and run cargo xtask lock --only wheels"
+    );
+    Ok(())
+}
+
+/// An `mke2fs` that reads tars: the machine's own where it is new enough, else the one that a
+/// product of the engine `debian` has in its package lock.
+fn host_tool(build: &Build<'_>) -> Result<Mke2fs> {
+    if let Some(program) = crate::exec::find("mke2fs") {
+        let own = Mke2fs { program, libraries: Vec::new() };
+        if own.version().is_ok() {
+            return Ok(own);
+        }
+    }
+    for name in crate::config::products(build.root)? {
+        let Ok(product) = product::read(build.root, &name) else { continue };
+        if product.rootfs.engine.value != Engine::Debian {
+            continue;
+        }
+        if let Some(path) = &product.rootfs.lock {
+            let lock = PackagesLock::load(&build.root.join(&path.value))?;
+            return base::host_tool(build, &lock);
+        }
+    }
+    bail!(
+        "this machine's mke2fs is older than 1.47.1 and cannot make a file system from a tar\n\
+         help: install e2fsprogs 1.47.1 or newer (Debian 13 has it)"
+    )
+}

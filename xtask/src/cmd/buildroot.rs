@@ -1,0 +1,257 @@
+//! `buildroot`: the daily work with the engine of that name.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::build::output_name;
+use crate::cache::Cache;
+use crate::cli::{Buildroot, BuildrootTarget, Format};
+use crate::config::product::{self, Engine};
+use crate::config::{self, workspace_root};
+use crate::facts::Facts;
+use crate::plan::{self, BuildrootPlan, Plan};
+use crate::progress::{duration, say};
+use crate::render::title;
+use crate::rootfs::buildroot::check::{Loss, check};
+use crate::rootfs::buildroot::engine::{self, Request};
+use crate::rootfs::buildroot::expr::Values;
+use crate::rootfs::buildroot::fragment::Value;
+use crate::rootfs::buildroot::info::Info;
+use crate::rootfs::buildroot::make::{Setup, Site};
+use crate::rootfs::buildroot::menus::{self, Change};
+use crate::rootfs::buildroot::tree::{self, Tree};
+use crate::tools::{self, Purpose};
+
+/// `cargo xtask buildroot …`.
+///
+/// # Errors
+/// Whatever the verb returns.
+pub fn buildroot(verb: &Buildroot) -> Result<()> {
+    match verb {
+        Buildroot::Check { target, packages, format } => check_boards(target, *packages, *format),
+        Buildroot::Menuconfig(target) => menuconfig(target),
+        Buildroot::LinuxMenuconfig(target) => package_menuconfig(target, "linux"),
+        Buildroot::UbootMenuconfig(target) => package_menuconfig(target, "uboot"),
+        Buildroot::Diff(target) => diff(target),
+        Buildroot::Make { target, arguments } => make(target, arguments),
+    }
+}
+
+/// A product's plan for one board, with the tree that it is made from.
+struct Case {
+    plan: Plan,
+    buildroot: BuildrootPlan,
+    tree: Tree,
+    cache: Cache,
+}
+
+/// The products' file names whose engine is this one.
+fn product_name(target: &BuildrootTarget) -> Result<String> {
+    if let Some(name) = &target.product {
+        return Ok(name.clone());
+    }
+    let root = workspace_root()?;
+    let mut names = config::products(&root)?;
+    names.retain(|name| {
+        product::read(&root, name).is_ok_and(|p| p.rootfs.engine.value == Engine::Buildroot)
+    });
+    match names.as_slice() {
+        [only] => Ok(only.clone()),
+        [] => bail!("no product in configs/ has `engine = \"buildroot\"`"),
+        several => bail!("name one with --product: {}", several.join(", ")),
+    }
+}
+
+/// Resolves one board, or the product's default.
+fn case(target: &BuildrootTarget, product: &str, board: Option<&str>) -> Result<Case> {
+    let config = config::load(&workspace_root()?, Some(product), board)?;
+    let plan = plan::resolve(&config, &Facts::collect(&config.root)?)?;
+    let buildroot = plan.rootfs.buildroot.clone().with_context(|| {
+        format!("the engine of {product} is not buildroot\nhelp: choose another with --product")
+    })?;
+    let cache = Cache::locate()?;
+    let choice = tree::Choice {
+        own: target.tree.buildroot.clone(),
+        allow_changes: target.tree.allow_changes,
+        offline: target.offline,
+    };
+    let tree = tree::obtain(&buildroot, &cache.root, &choice)?;
+    Ok(Case { plan, buildroot, tree, cache })
+}
+
+impl Case {
+    /// Folders of the build.
+    fn setup(&self) -> Result<Setup> {
+        let root = workspace_root()?;
+        let name = output_name(&root, &self.plan.product.name, &self.plan.board.name);
+        Setup::new(&self.cache.root, &self.tree.path, &root, &name)
+    }
+
+    /// Folders of Buildroot's own menus: a copy, so that a build is made of fragments alone.
+    fn menu(&self) -> Result<Setup> {
+        let root = workspace_root()?;
+        let name = output_name(&root, &self.plan.product.name, &self.plan.board.name);
+        Setup::new(&self.cache.root, &self.tree.path, &root, &format!("{name}-menu"))
+    }
+
+    /// Brings the build's folder to the fragments' configuration.
+    fn configure(&self, setup: &Setup, site: &Site) -> Result<()> {
+        let request = Request {
+            plan: &self.buildroot,
+            title: &title(&self.plan),
+            tree: &self.tree,
+            setup,
+            site,
+            log: &setup.output.join("slipway-make.log"),
+        };
+        engine::configure(&request).map(drop)
+    }
+}
+
+fn one(target: &BuildrootTarget) -> Result<Case> {
+    tools::require(&[Purpose::Buildroot], true)?;
+    case(target, &product_name(target)?, target.board.as_deref())
+}
+
+fn menuconfig(target: &BuildrootTarget) -> Result<()> {
+    let case = one(target)?;
+    let setup = case.menu()?;
+    let _lock = setup.lock()?;
+    let found = menus::edit(&setup, &case.buildroot.defconfig, &title(&case.plan), |setup| {
+        setup.make().arg("menuconfig").run_on_terminal()
+    })?;
+    say("menu", format!("{} symbols differ from the fragments", found.len()));
+    show(&case)
+}
+
+fn package_menuconfig(target: &BuildrootTarget, package: &str) -> Result<()> {
+    let case = one(target)?;
+    let (setup, site) = (case.setup()?, Site::of_machine(target.offline));
+    let _lock = setup.lock()?;
+    case.configure(&setup, &site)?;
+    setup.fetching(&site).arg(format!("{package}-menuconfig")).run_on_terminal()?;
+    let text = setup.make().args(["-s", &format!("{package}-diff-config")]).read()?;
+    let found = menus::from_diffconfig(&text);
+    menus::keep(&menus::store(&setup, package), &found)?;
+    // A build is made of fragments alone: the next one merges them anew.
+    setup.make().args(["-s", &format!("{package}-clean-for-reconfigure")]).run()?;
+    show(&case)
+}
+
+fn diff(target: &BuildrootTarget) -> Result<()> {
+    show(&case(target, &product_name(target)?, target.board.as_deref())?)
+}
+
+/// Prints what waits, each line with its file.
+fn show(case: &Case) -> Result<()> {
+    let defconfig = &case.buildroot.defconfig;
+    let changes: Vec<Change> = menus::waiting(&menus::store(&case.menu()?, "buildroot"))?;
+    let root = workspace_root()?;
+    let values = if changes.is_empty() {
+        Values::default()
+    } else {
+        let (setup, _lock) = Setup::for_check(&case.cache.root, &case.tree.path, &root)?;
+        Values::parse(&check(&setup, defconfig, &title(&case.plan))?.config)
+    };
+    let mut empty = true;
+    for advice in menus::advise(&changes, defconfig, &values) {
+        println!("{:<8} {}\n         {}", advice.action, advice.line, advice.place);
+        empty = false;
+    }
+    let fragments = [
+        ("linux", "BR2_LINUX_KERNEL_CONFIG_FRAGMENT_FILES"),
+        ("uboot", "BR2_TARGET_UBOOT_CONFIG_FRAGMENT_FILES"),
+    ];
+    for (package, symbol) in fragments {
+        let lines: Vec<String> = menus::waiting(&menus::store(&case.setup()?, package))?;
+        let files = match defconfig.get(symbol).map(|r| &r.value) {
+            Some(Value::Text(text)) => text.replace("$(BR2_EXTERNAL_SLIPWAY_PATH)", "external"),
+            _ => String::new(),
+        };
+        let mut known = std::collections::HashSet::new();
+        for file in files.split_whitespace() {
+            let text = std::fs::read_to_string(root.join(file));
+            let text = text.with_context(|| format!("reading {file}"))?;
+            known.extend(text.lines().map(str::to_owned));
+        }
+        let last = files.split_whitespace().next_back().unwrap_or("a fragment of this board");
+        for line in lines.iter().filter(|line| !known.contains(*line)) {
+            println!("{:<8} {line}\n         {last}", "add");
+            empty = false;
+        }
+    }
+    if empty {
+        println!("Nothing that a menu changed is missing from the fragments.");
+    }
+    Ok(())
+}
+
+fn make(target: &BuildrootTarget, arguments: &[String]) -> Result<()> {
+    let case = one(target)?;
+    let (setup, site) = (case.setup()?, Site::of_machine(target.offline));
+    let _lock = setup.lock()?;
+    case.configure(&setup, &site)?;
+    setup.fetching(&site).args(arguments).run_on_terminal()
+}
+
+/// One board's result, for scripts.
+#[derive(serde::Serialize)]
+struct Checked {
+    product: String,
+    board: String,
+    compared: usize,
+    seconds: f64,
+    losses: Vec<Loss>,
+}
+
+fn check_boards(target: &BuildrootTarget, packages: bool, format: Format) -> Result<()> {
+    let root = workspace_root()?;
+    let product = product_name(target)?;
+    let boards = match &target.board {
+        Some(board) => vec![board.clone()],
+        None => product::read(&root, &product)?.boards.into_iter().map(|b| b.value.0).collect(),
+    };
+    let mut results = Vec::new();
+    let mut failure = None;
+    for board in &boards {
+        let started = Instant::now();
+        let case = case(target, &product, Some(board))?;
+        let (setup, _lock) = Setup::for_check(&case.cache.root, &case.tree.path, &root)?;
+        let verdict = check(&setup, &case.buildroot.defconfig, &title(&case.plan))
+            .with_context(|| format!("checking {product} for {board}"))?;
+        let mut note = String::new();
+        if packages && verdict.losses.is_empty() {
+            let info = Info::ask(&setup, &Site::default())?;
+            engine::require_hashes(&info, &setup.tree)?;
+            note = format!(", {} packages", info.packages().count());
+        }
+        let seconds = started.elapsed();
+        let lost = verdict.losses.len();
+        let outcome = if lost == 0 { "all met".to_owned() } else { format!("{lost} of them lost") };
+        let compared = verdict.compared;
+        say(
+            "check",
+            format!("{board}: {compared} symbols, {outcome}{note}  ({})", duration(seconds)),
+        );
+        if let Err(error) = verdict.require() {
+            let error =
+                error.context(format!("{product} for {board}: Kconfig lost {lost} requests"));
+            failure.get_or_insert_with(Vec::new).push(format!("{error:#}"));
+        }
+        results.push(Checked {
+            product: product.clone(),
+            board: board.clone(),
+            compared,
+            seconds: seconds.as_secs_f64(),
+            losses: verdict.losses,
+        });
+    }
+    if format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&results)?);
+    }
+    match failure {
+        Some(messages) => bail!("{}", messages.join("\n")),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,444 @@
+//! Compares every request of a defconfig with what Kconfig made of it, and says of each that was
+//! lost why: Kconfig itself loses most of them in silence, with exit status 0.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, bail};
+use camino::Utf8Path;
+use serde::Serialize;
+
+use super::expr::{Expr, Values};
+use super::fragment::{Defconfig, Request, Value};
+use super::make::Setup;
+use super::symbols::{Condition, Entry, Paths, Symbols};
+use crate::config::reader::{Finding, Findings, Place, nearest};
+
+/// Why a request was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Class {
+    /// No such symbol in this tree.
+    Unknown,
+    /// Something that the symbol depends on does not hold.
+    Unmet,
+    /// Another member of its choice won.
+    Choice,
+    /// A `select` forces it on.
+    Selected,
+    /// The symbol was retired; Buildroot would stop at the next make.
+    Retired,
+    /// The value does not fit the symbol's type or range.
+    Malformed,
+    /// The symbol has no prompt: Kconfig computes it.
+    Computed,
+}
+
+/// A request that was not met.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Loss {
+    /// Why.
+    pub class: Class,
+    /// The symbol.
+    pub symbol: String,
+    /// What was asked.
+    pub asked: String,
+    /// What Kconfig made of it.
+    pub got: String,
+    /// The cause, as a sentence.
+    pub cause: String,
+    /// What to do.
+    pub help: String,
+    /// The fragment's line.
+    pub place: Place,
+}
+
+impl Loss {
+    fn finding(&self) -> Finding {
+        let message = match self.class {
+            Class::Unknown | Class::Retired | Class::Malformed => self.cause.clone(),
+            _ => format!(
+                "{} is asked to be {} and became {}: {}",
+                self.symbol, self.asked, self.got, self.cause
+            ),
+        };
+        Finding::new(&self.place, message, &self.help)
+    }
+}
+
+/// What a check found.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Verdict {
+    /// How many requests were compared.
+    pub compared: usize,
+    /// Those that were lost, in the fragments' order.
+    pub losses: Vec<Loss>,
+    /// The `.config`.
+    #[serde(skip)]
+    pub config: String,
+}
+
+impl Verdict {
+    /// `Ok` when nothing was lost.
+    ///
+    /// # Errors
+    /// Every loss, with its place.
+    pub fn require(&self) -> Result<()> {
+        Findings(self.losses.iter().map(Loss::finding).collect()).check()
+    }
+}
+
+/// Lets Kconfig resolve the defconfig in the output folder, and compares.
+///
+/// # Errors
+/// When Kconfig cannot run, warns of something that no request explains, or is not at rest
+/// afterwards. Lost requests are no error here: they are in the verdict.
+pub fn check(setup: &Setup, defconfig: &Defconfig, title: &str) -> Result<Verdict> {
+    std::fs::create_dir_all(&setup.output).with_context(|| format!("creating {}", setup.output))?;
+    let path = setup.output.join("slipway_defconfig");
+    let text = defconfig.render(title);
+    std::fs::write(&path, &text).with_context(|| format!("writing {path}"))?;
+    let mut printed = Vec::new();
+    setup
+        .make()
+        .arg("-s")
+        .arg(format!("BR2_DEFCONFIG={path}"))
+        .arg("defconfig")
+        .run_lines(|line| printed.push(line.to_owned()))
+        .context("letting Kconfig resolve the defconfig")?;
+    let config = read(&setup.output.join(".config"))?;
+    let symbols = Symbols::read(&Paths {
+        tree: &setup.tree,
+        output: &setup.output,
+        external: &setup.external,
+    })?;
+    let values = Values::parse(&config);
+    let losses = compare(defconfig, &symbols, &values);
+    if losses.is_empty() {
+        if let Some(warning) = warnings(&printed).first() {
+            bail!(
+                "Kconfig warns, and no request explains it: {}",
+                explain_warning(warning, &path, &text)
+            );
+        }
+        if values.is_set("BR2_LEGACY") {
+            bail!(
+                "Kconfig set BR2_LEGACY, and no request explains it: see {}/.config",
+                setup.output
+            );
+        }
+        setup.make().args(["-s", "olddefconfig"]).run().context("asking Kconfig once more")?;
+        let again = read(&setup.output.join(".config"))?;
+        if let Some((before, after)) = config.lines().zip(again.lines()).find(|(a, b)| a != b) {
+            bail!("Kconfig is not at rest: `{before}` became `{after}` when it was asked again");
+        }
+    }
+    Ok(Verdict { compared: defconfig.0.len(), losses, config })
+}
+
+fn read(path: &Utf8Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("reading {path}"))
+}
+
+/// Kconfig's warnings: they name a file and a line, or begin with the word; the lines behind one
+/// that are indented belong to it.
+fn warnings(printed: &[String]) -> Vec<String> {
+    let mut found: Vec<String> = Vec::new();
+    for line in printed {
+        let begins =
+            line.contains(":warning:") || line.to_ascii_lowercase().starts_with("warning:");
+        match found.last_mut() {
+            _ if begins => found.push(line.clone()),
+            Some(warning) if line.starts_with(' ') => warning.push_str(&format!("\n{line}")),
+            _ => {}
+        }
+    }
+    found
+}
+
+/// The warning with the origin of the defconfig's line that it names.
+fn explain_warning(warning: &str, path: &Utf8Path, defconfig: &str) -> String {
+    let number = warning
+        .strip_prefix(path.as_str())
+        .and_then(|rest| rest.trim_start_matches(':').split(':').next()?.parse::<usize>().ok());
+    let origin = number.and_then(|n| defconfig.lines().nth(n.checked_sub(2)?));
+    match origin.and_then(|line| line.strip_prefix("# ")) {
+        Some(origin) => format!("{warning} (from {origin})"),
+        None => warning.to_owned(),
+    }
+}
+
+/// Every request that the values do not meet.
+pub fn compare(defconfig: &Defconfig, symbols: &Symbols, values: &Values) -> Vec<Loss> {
+    let judge = Judge { defconfig, symbols, values };
+    defconfig.0.iter().filter_map(|request| judge.loss(request)).collect()
+}
+
+struct Judge<'a> {
+    defconfig: &'a Defconfig,
+    symbols: &'a Symbols,
+    values: &'a Values,
+}
+
+impl Judge<'_> {
+    fn loss(&self, request: &Request) -> Option<Loss> {
+        let symbol = request.symbol.as_str();
+        let got = self.values.0.get(symbol).map(String::as_str);
+        let met = match &request.value {
+            Value::Yes => got == Some("y"),
+            Value::No => matches!(got, None | Some("n")),
+            Value::Text(text) | Value::Number(text) => got == Some(text.as_str()),
+        };
+        let entries = self.symbols.of(symbol);
+        let wants = !matches!(request.value, Value::No);
+        let build = |class, cause: String, help: String| {
+            Some(Loss {
+                class,
+                symbol: symbol.to_owned(),
+                asked: request.value.to_string(),
+                got: got.map_or("unset".to_owned(), str::to_owned),
+                cause,
+                help,
+                place: request.place(),
+            })
+        };
+        if entries.is_empty() {
+            let near = nearest(symbol, self.symbols.entries.keys().map(String::as_str));
+            let help = near.map_or("make menuconfig's `/` searches for symbols".to_owned(), |n| {
+                format!("did you mean {n}?")
+            });
+            return build(Class::Unknown, format!("this Buildroot knows no {symbol}"), help);
+        }
+        // A retired symbol survives as `y`, and the next make stops at it.
+        let empty = request.value == Value::Text(String::new());
+        if let Some(entry) = self.symbols.retired(symbol).filter(|_| wants && !empty) {
+            let prompt = entry.prompt.clone().unwrap_or_default();
+            let cause = format!("{symbol} is retired: {prompt} ({})", entry.at);
+            return build(Class::Retired, cause, self.replacement(entry));
+        }
+        // A wrong type is a finding even where Kconfig happens to arrive at the value.
+        if let Some((cause, help)) = self.mistyped(request) {
+            return build(Class::Malformed, cause, help);
+        }
+        if met {
+            return None;
+        }
+        let unmet = self.unmet(entries);
+        if wants && let Some((cause, help)) = unmet {
+            return build(Class::Unmet, cause, help);
+        }
+        if let Some((cause, help)) = self.lost_choice(symbol, entries, wants) {
+            return build(Class::Choice, cause, help);
+        }
+        if !wants && let Some((cause, help)) = self.forced(symbol) {
+            return build(Class::Selected, cause, help);
+        }
+        if entries.iter().all(|entry| entry.prompt.is_none()) {
+            let cause = format!("it has no prompt, so only Kconfig sets it ({})", entries[0].at);
+            return build(Class::Computed, cause, self.who_sets(symbol));
+        }
+        let range = entries.iter().find_map(|e| e.range.as_ref().map(|r| (r, &e.at)));
+        let (cause, help) = match range {
+            Some(((low, high), at)) => (
+                format!("{symbol} takes {low} to {high} ({at}), not {}", request.value),
+                "choose a value within the range".to_owned(),
+            ),
+            None => (
+                format!("{symbol} does not take {} ({})", request.value, entries[0].at),
+                format!("what it takes is said at {}", entries[0].at),
+            ),
+        };
+        build(Class::Malformed, cause, help)
+    }
+
+    /// What takes a retired symbol's place: what it selects besides the mark, and its help text.
+    fn replacement(&self, entry: &Entry) -> String {
+        let successors: Vec<&str> = entry
+            .selects
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .filter(|name| *name != "BR2_LEGACY")
+            .collect();
+        match (successors.as_slice(), entry.help.as_str()) {
+            ([], "") => "remove the line".to_owned(),
+            ([], help) => format!("remove the line. Buildroot says: {help}"),
+            (names, help) => {
+                let says = if help.is_empty() {
+                    String::new()
+                } else {
+                    format!(" Buildroot says: {help}")
+                };
+                format!("write {} in its place.{says}", names.join(", "))
+            }
+        }
+    }
+
+    fn mistyped(&self, request: &Request) -> Option<(String, String)> {
+        let symbol = &request.symbol;
+        let kind = self.symbols.kind(symbol)?;
+        let at = &self.symbols.of(symbol).first()?.at;
+        let (fits, form) = match (kind, &request.value) {
+            ("bool" | "tristate", Value::Yes | Value::No) => return None,
+            ("bool" | "tristate", _) => (false, format!("{symbol}=y or `# {symbol} is not set`")),
+            ("string", Value::Text(_)) => return None,
+            // Not set is how a `.config` has no text, and no number.
+            (_, Value::No) => return None,
+            ("string", value) => (false, format!("{symbol}=\"{value}\"")),
+            ("hex", Value::Number(n)) => (n.starts_with("0x"), format!("{symbol}=0x{n}")),
+            ("int", Value::Number(n)) => (!n.contains(['x', 'X']), format!("{symbol}=42")),
+            ("int" | "hex", Value::Text(text)) => (false, format!("{symbol}={text}")),
+            _ => (false, format!("{symbol}=<a number>")),
+        };
+        let cause = format!("{symbol} is of the type {kind} ({at}), not {}", request.value);
+        (!fits).then(|| (cause, format!("write {form}")))
+    }
+
+    /// The conditions that hide a symbol, when every entry with a prompt is hidden.
+    fn unmet(&self, entries: &[Entry]) -> Option<(String, String)> {
+        let mut shown: Option<(String, String)> = None;
+        for entry in entries.iter().filter(|e| e.prompt.is_some()) {
+            let conditions = entry.depends.iter().chain(&entry.visible);
+            let failing: Vec<&Condition> =
+                conditions.filter(|c| !c.expr.eval(self.values)).collect();
+            if failing.is_empty() {
+                return None;
+            }
+            shown.get_or_insert_with(|| self.describe(&failing));
+        }
+        shown
+    }
+
+    fn describe(&self, failing: &[&Condition]) -> (String, String) {
+        let mut parts = Vec::new();
+        let mut blamed = BTreeSet::new();
+        for condition in failing {
+            for part in condition.expr.unmet(self.values) {
+                let symbols = part.symbols();
+                let values: Vec<String> =
+                    symbols.iter().map(|s| format!("{s} = {}", self.values.get(s))).collect();
+                parts.push(format!("`{part}` at {}, and {}", condition.at, values.join(", ")));
+                blamed.extend(symbols.into_iter().map(str::to_owned));
+            }
+        }
+        parts.dedup();
+        let cause = format!("it depends on {}", parts.join("; on "));
+        let helps: BTreeSet<String> = blamed.iter().filter_map(|s| self.hint(s)).collect();
+        let help = if helps.is_empty() {
+            "meet what it depends on, or take the line out".to_owned()
+        } else {
+            helps.into_iter().collect::<Vec<_>>().join("; ")
+        };
+        (cause, help)
+    }
+
+    /// How a symbol gets the other value.
+    fn hint(&self, symbol: &str) -> Option<String> {
+        let entries = self.symbols.of(symbol);
+        if self.values.is_set(symbol) {
+            let place = self.defconfig.get(symbol).map(Request::place);
+            return place.map(|p| format!("{symbol} is asked for in {}:{}", p.file, p.line));
+        }
+        if entries.iter().any(|e| e.prompt.is_some()) {
+            return Some(format!("add {symbol}=y"));
+        }
+        let who = self.who_sets(symbol);
+        (!who.is_empty()).then_some(who)
+    }
+
+    /// Whether menuconfig would show a symbol.
+    fn can_be_set(&self, symbol: &str) -> bool {
+        self.symbols.of(symbol).iter().any(|entry| {
+            let mut conditions = entry.depends.iter().chain(&entry.visible);
+            entry.prompt.is_some() && conditions.all(|c| c.expr.eval(self.values))
+        })
+    }
+
+    /// Who may set a symbol that has no prompt, of those that can be set themselves.
+    fn who_sets(&self, symbol: &str) -> String {
+        let mut by: Vec<&str> = self
+            .symbols
+            .selectors
+            .get(symbol)
+            .into_iter()
+            .flatten()
+            .map(|(name, _, _)| name.as_str())
+            .filter(|name| self.can_be_set(name))
+            .collect();
+        by.dedup();
+        match by.len() {
+            0 => String::new(),
+            n => {
+                let more = if n > 4 { format!(" and {} more", n - 4) } else { String::new() };
+                by.truncate(4);
+                format!("{symbol} is set by {}{more}", by.join(", "))
+            }
+        }
+    }
+
+    fn lost_choice(
+        &self,
+        symbol: &str,
+        entries: &[Entry],
+        wants: bool,
+    ) -> Option<(String, String)> {
+        let index = entries.iter().find_map(|e| e.choice)?;
+        let choice = self.symbols.choices.get(index)?;
+        let title = format!("the choice \"{}\" ({})", choice.prompt, choice.at);
+        if !wants {
+            let cause = format!("{title} needs one winner, and this is its default");
+            return Some((cause, format!("ask for another member: {}", choice.members.join(", "))));
+        }
+        let winner = choice.members.iter().find(|m| self.values.is_set(m))?;
+        let why = match self.defconfig.get(winner) {
+            Some(request) => {
+                let place = request.place();
+                format!("asked for in {}:{}", place.file, place.line)
+            }
+            None => "its default".to_owned(),
+        };
+        let cause = format!("{winner} won {title}, {why}");
+        Some((cause, format!("ask for one of {winner} and {symbol} only")))
+    }
+
+    fn forced(&self, symbol: &str) -> Option<(String, String)> {
+        let selectors = self.symbols.selectors.get(symbol)?;
+        let active: Vec<String> = selectors
+            .iter()
+            .filter(|(by, condition, _)| {
+                let holds = condition.as_ref().is_none_or(|c: &Expr| c.eval(self.values));
+                self.values.is_set(by) && holds
+            })
+            .map(|(by, _, at)| format!("{by} ({at})"))
+            .collect();
+        if active.is_empty() {
+            return None;
+        }
+        let cause = format!("it is selected by {}", active.join(", "));
+        Some((cause, "take the line out, or what selects it".to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_spellings_of_warnings_are_seen() {
+        // Recorded from Buildroot 2025.02.16's conf.
+        let printed = [
+            "  HOSTCC scripts/kconfig/conf.o",
+            "WARNING: unmet direct dependencies detected for BR2_PACKAGE_E2FSPROGS_FSCK",
+            "  Depends on [n]: BR2_PACKAGE_E2FSPROGS [=y] && !BR2_PACKAGE_UTIL_LINUX_FSCK [=y]",
+            "#",
+            "/o/slipway_defconfig:5:warning: symbol value 'm' invalid for BR2_CCACHE",
+            "# configuration written to /o/.config",
+        ];
+        let found = warnings(&printed.map(str::to_owned));
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(found[0].contains("FSCK\n  Depends on"), "{found:?}");
+        let defconfig = "# t\n#\n\n# a.fragment:7\nBR2_CCACHE=m\n";
+        let shown = explain_warning(&found[1], Utf8Path::new("/o/slipway_defconfig"), defconfig);
+        assert!(shown.ends_with("(from a.fragment:7)"), "{shown}");
+    }
+}

@@ -1,0 +1,296 @@
+//! Runs Buildroot: checks the configuration, fetches all sources first, cleans what a change
+//! reaches, builds packages in parallel, and goes on where an interrupted build stopped.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{Read, Seek, SeekFrom};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::check;
+use super::failure::{self, offline_help, plain_uri};
+use super::info::Info;
+use super::make::{Setup, Site};
+use super::rebuild::{self, Rebuild, State};
+use super::tree::Tree;
+use crate::exec::Tool;
+use crate::plan::BuildrootPlan;
+use crate::progress::{Step, Unit, names, say, warn};
+
+/// How often progress is looked at; a package takes seconds to minutes.
+const INTERVAL: Duration = Duration::from_millis(500);
+
+/// Downloads at once: enough to fill a line, few enough for a mirror.
+const DOWNLOADS: usize = 4;
+
+/// One build.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// Configuration.
+    pub plan: &'a BuildrootPlan,
+    /// What stands in the defconfig's first line.
+    pub title: &'a str,
+    /// The tree.
+    pub tree: &'a Tree,
+    /// Folders.
+    pub setup: &'a Setup,
+    /// Mirror and compiler cache.
+    pub site: &'a Site,
+    /// Where everything that make prints goes; errors name it.
+    pub log: &'a Utf8Path,
+}
+
+/// Builds everything. What is finished already is kept.
+///
+/// # Errors
+/// A request that Kconfig lost, a source that cannot be had, a package that fails; each with its
+/// cause and the log's path.
+pub fn build(request: &Request<'_>) -> Result<Info> {
+    let setup = request.setup;
+    let _lock = setup.lock()?;
+    let (info, config) = configure(request)?;
+    let state = State::of(setup, request.tree, &config, &info)?;
+    prepare(request, &state, &info)?;
+    fetch(request, &info)?;
+    let done = info.finished(&setup.output);
+    let total = info.packages().count();
+    if done > 0 && done < total {
+        say("base", format!("{done} of {total} packages are finished already"));
+    }
+    let step = Step::new("base", "building packages", total as u64, Unit::Items);
+    let jobs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) + 1;
+    let make = setup
+        .fetching(request.site)
+        .arg(format!("-j{jobs}"))
+        // Each step of a package in one piece, else several packages' lines are mixed.
+        .arg("--output-sync=recurse");
+    watch(&step, setup, &info, || run(request, make, &info, |_| {}))?;
+    drop(step);
+    Ok(info)
+}
+
+/// Collects sources and licence texts; returns the folder that they are in.
+///
+/// # Errors
+/// A source that cannot be had; a licence text that is not the one of its hash.
+pub fn legal_info(request: &Request<'_>) -> Result<Utf8PathBuf> {
+    let setup = request.setup;
+    let _lock = setup.lock()?;
+    let (info, _) = configure(request)?;
+    fetch(request, &info)?;
+    let make = setup.fetching(request.site).arg("legal-info");
+    let step = Step::new("base", "collecting licences", 0, Unit::Items);
+    run(request, make, &info, |line| step.note(failure::strip_colours(line)))?;
+    Ok(setup.output.join("legal-info"))
+}
+
+/// Lets Kconfig take the defconfig, and asks Buildroot for its packages.
+///
+/// # Errors
+/// A lost request; a dependency that is not selected; a source without a hash; another Python than
+/// the wheels are locked for.
+pub fn configure(request: &Request<'_>) -> Result<(Info, String)> {
+    let setup = request.setup;
+    let verdict = check::check(setup, &request.plan.defconfig, request.title)?;
+    verdict.require().context("Kconfig would lose what fragments ask for")?;
+    // Where sources come from without a network is asked as if there were one: to be shown.
+    let online = Site { offline: false, ..request.site.clone() };
+    let info = Info::ask(setup, &online)?;
+    require_hashes(&info, &setup.tree)?;
+    let python = info.0.get("python3").map(|entry| entry.version.as_str());
+    if let Some(version) = python
+        && version != request.plan.python
+        && !version.starts_with(&format!("{}.", request.plan.python))
+    {
+        bail!(
+            "this Buildroot has Python {version}, and the product's wheels are locked for {}\n\
+             help: correct `rootfs.buildroot.python` and run cargo xtask lock --only wheels",
+            request.plan.python
+        );
+    }
+    Ok((info, verdict.config))
+}
+
+/// Every download must have a line in a hash file: found here in milliseconds, by Buildroot only
+/// after the download.
+///
+/// # Errors
+/// All that have none.
+pub fn require_hashes(info: &Info, tree: &Utf8Path) -> Result<()> {
+    let without = info.without_hash(tree)?;
+    if without.is_empty() {
+        return Ok(());
+    }
+    let list: String = without
+        .iter()
+        .map(|(package, source, files)| {
+            let files: Vec<&str> = files.iter().map(|f| f.as_str()).collect();
+            format!("\n  {package}: {source}, looked in {}", files.join(", "))
+        })
+        .collect();
+    bail!(
+        "no hash file has a line for:{list}\n\
+         help: add `sha256  <hash>  <file>` to external/patches/<package>/<package>.hash"
+    );
+}
+
+/// Brings the output folder to where make can go on.
+fn prepare(request: &Request<'_>, state: &State, info: &Info) -> Result<()> {
+    let setup = request.setup;
+    let old = State::load(&setup.output)?;
+    let rebuild = match &old {
+        Some(old) => rebuild::compare(old, state, info),
+        None if info.finished(&setup.output) == 0 => Rebuild::Nothing,
+        None => Rebuild::Everything("nothing says what the output folder was built for".to_owned()),
+    };
+    match rebuild {
+        Rebuild::Nothing => {}
+        Rebuild::Everything(why) => {
+            warn(format!("a full rebuild is due: {why}"));
+            let step = Step::new("base", "make clean", 0, Unit::Items);
+            run(request, setup.make().arg("clean"), info, |line| step.note(line))?;
+            // `clean` takes everything but `.config`.
+        }
+        Rebuild::Targets(targets) => {
+            for (target, why) in &targets {
+                let why: Vec<&str> = why.iter().map(String::as_str).collect();
+                say("base", format!("{target}: {}", names(&why)));
+            }
+            run(request, setup.make().args(goals(&targets, info)), info, |_| {})?;
+            // Both are put together again from the packages' own folders: what a package no longer
+            // brings must not stay.
+            for folder in ["target", "images"].map(|name| setup.output.join(name)) {
+                if folder.exists() {
+                    fs::remove_dir_all(&folder).with_context(|| format!("clearing {folder}"))?;
+                }
+            }
+        }
+    }
+    state.save(&setup.output)
+}
+
+/// Goals of make that take away what must be made again, and build nothing: sources may be
+/// missing. Everything that puts files into `images`, which is emptied, installs them again.
+fn goals(targets: &BTreeMap<String, BTreeSet<String>>, info: &Info) -> BTreeSet<String> {
+    let mut goals: BTreeSet<String> = targets
+        .keys()
+        .map(|target| target.replace("-reconfigure", "-clean-for-reconfigure"))
+        .collect();
+    for (name, _) in info.packages().filter(|(_, entry)| entry.install_images) {
+        if !targets.contains_key(&format!("{name}-dirclean")) {
+            goals.insert(format!("{name}-clean-for-reinstall"));
+        }
+    }
+    goals
+}
+
+/// All sources before any building: what cannot be had is known within seconds.
+fn fetch(request: &Request<'_>, info: &Info) -> Result<()> {
+    let setup = request.setup;
+    fs::create_dir_all(&setup.downloads)
+        .with_context(|| format!("creating {}", setup.downloads))?;
+    let missing = info.missing(&setup.downloads);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if request.site.offline && request.site.mirror.is_none() {
+        let list: String = missing
+            .iter()
+            .map(|(package, entry, download)| {
+                let from = download.uris.first().map_or("", |uri| plain_uri(uri));
+                format!("\n  {package}: {}/{} from {from}", entry.dl_dir, download.source)
+            })
+            .collect();
+        bail!(
+            "{} sources are not in {}, and --offline allows no network:{list}\n{}",
+            missing.len(),
+            setup.downloads,
+            offline_help("<package>")
+        );
+    }
+    let step = Step::new("base", "downloading sources", missing.len() as u64, Unit::Items);
+    let make = setup
+        .fetching(request.site)
+        .arg(format!("-j{DOWNLOADS}"))
+        .args(["--output-sync=target", "source"]);
+    let all = missing.len();
+    run(request, make, info, |line| {
+        if line.contains(">>> ") {
+            step.note(failure::strip_colours(line).trim_start_matches(">>> ").to_owned());
+            let left = info.missing(&setup.downloads).len();
+            step.set(all.saturating_sub(left) as u64);
+        }
+    })
+    .with_context(|| format!("downloading {all} sources"))
+}
+
+/// Runs make with the log; a failure is read from what this run wrote there.
+fn run(request: &Request<'_>, make: Tool, info: &Info, each: impl FnMut(&str)) -> Result<()> {
+    let log = request.log;
+    let start = fs::metadata(log).map_or(0, |m| m.len());
+    let Err(error) = make.log(log).run_lines(each) else { return Ok(()) };
+    let mut bytes = Vec::new();
+    let mut file =
+        fs::File::open(log).with_context(|| format!("opening {log} after: {error:#}"))?;
+    file.seek(SeekFrom::Start(start)).with_context(|| format!("reading {log}"))?;
+    file.read_to_end(&mut bytes).with_context(|| format!("reading {log}"))?;
+    let failure = failure::find(&String::from_utf8_lossy(&bytes), info);
+    bail!("{failure}\nfull log: {log}")
+}
+
+/// Shows progress while `work` runs: by Buildroot's own marks for finished packages, and by its
+/// log of steps (`build-time.log`) for what is at work.
+fn watch<T>(step: &Step, setup: &Setup, info: &Info, work: impl FnOnce() -> T) -> T {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                step.set(info.finished(&setup.output) as u64);
+                if let Some(now) = at_work(&setup.output) {
+                    step.note(now);
+                }
+                std::thread::sleep(INTERVAL);
+            }
+        });
+        let result = work();
+        stop.store(true, Ordering::Relaxed);
+        result
+    })
+}
+
+/// What is being built, after the end of `build-time.log`.
+fn at_work(output: &Utf8Path) -> Option<String> {
+    let text = fs::read_to_string(output.join("build/build-time.log")).ok()?;
+    let running = running(&text);
+    (!running.is_empty()).then(|| running.join(", "))
+}
+
+/// Steps that began and did not end, from lines `time:start:step : package`. An interrupted build
+/// leaves such steps behind, so only a step that is the last of its package counts, newest first.
+pub fn running(log: &str) -> Vec<String> {
+    let mut last: Vec<(&str, &str, bool)> = Vec::new();
+    for line in log.lines() {
+        let fields: Vec<&str> = line.splitn(4, ':').map(str::trim).collect();
+        let [_, edge, step, package] = fields.as_slice() else { continue };
+        last.retain(|(known, ..)| known != package);
+        last.push((package, step, *edge == "start"));
+    }
+    let running = last.iter().rev().filter(|(.., open)| *open);
+    running.take(3).map(|(package, step, _)| format!("{package} ({step})")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::running;
+
+    #[test]
+    fn what_is_at_work_is_read_from_the_log_of_steps() {
+        let log = "1795.1:start:extract             : zlib\n1795.2:end  :extract             : zlib\n\
+                   1795.3:start:build               : host-gcc\n1795.4:start:configure           : zlib\n";
+        assert_eq!(running(log), ["zlib (configure)", "host-gcc (build)"]);
+        assert!(running("").is_empty() && running("broken\n").is_empty());
+    }
+}

@@ -1,0 +1,182 @@
+//! Reads what a failed make said, and turns it into an error that names the package, what it did,
+//! its own last lines, and what to do. Parses text only.
+
+use super::info::{Download, Info};
+use super::make::MIRROR;
+
+/// How many of the failing package's lines are shown.
+const TAIL: usize = 20;
+
+/// How many lines of a download that failed: the reason stands in the last ones.
+const LAST_OF_DOWNLOAD: usize = 5;
+
+/// What went wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// A source could not be had.
+    Download {
+        /// The package.
+        package: String,
+        /// Its sources: where each may be had, and below which folder it is looked for.
+        sources: Vec<Download>,
+        /// Its folder in the folder of downloads.
+        folder: String,
+        /// Its last lines.
+        lines: Vec<String>,
+    },
+    /// A source came, and is not what its hash says.
+    Hash {
+        /// The package.
+        package: String,
+        /// Buildroot's lines about it.
+        lines: Vec<String>,
+    },
+    /// A step of a package failed.
+    Step {
+        /// The package, with its version.
+        package: String,
+        /// `configured`, `built`, `target_installed`, …
+        step: String,
+        /// Its last lines.
+        lines: Vec<String>,
+    },
+    /// Something else: make's own last lines.
+    Other {
+        /// The lines.
+        lines: Vec<String>,
+    },
+}
+
+/// Finds the failure in a log; `info` says what the package of a folder downloads.
+pub fn find(log: &str, info: &Info) -> Failure {
+    let lines: Vec<&str> = log.lines().collect();
+    let stop = lines.iter().position(|line| stamp(line).is_some());
+    let Some(index) = stop else {
+        let start = lines.len().saturating_sub(TAIL);
+        return Failure::Other { lines: owned(&lines[start..]) };
+    };
+    let (folder, step) = stamp(lines[index]).unwrap_or_default();
+    // With several packages at work, the lines that belong to this one begin at its last headline.
+    let name = |line: &str| headline(line).is_some_and(|(n, v)| belongs(folder, n, v));
+    let start = lines[..index].iter().rposition(|line| name(line)).unwrap_or(0);
+    let own = &lines[start..index];
+    let package = headline(lines[start])
+        .map_or(folder.to_owned(), |(name, version)| format!("{name} {version}").trim().to_owned());
+    if step.ends_with("downloaded") {
+        let wrong: Vec<&str> =
+            own.iter().copied().filter(|line| line.starts_with("ERROR: ")).collect();
+        if !wrong.is_empty() {
+            return Failure::Hash { package, lines: owned(&wrong) };
+        }
+        let entry = info
+            .packages()
+            .map(|(_, entry)| entry)
+            .find(|e| e.stamp_dir.rsplit('/').next() == Some(folder));
+        let start = own.len().saturating_sub(LAST_OF_DOWNLOAD);
+        return Failure::Download {
+            package,
+            sources: entry.map_or(Vec::new(), |e| e.downloads.clone()),
+            folder: entry.map_or(String::new(), |e| e.dl_dir.clone()),
+            lines: owned(&own[start..]),
+        };
+    }
+    let start = own.len().saturating_sub(TAIL);
+    Failure::Step { package, step: step.to_owned(), lines: owned(&own[start..]) }
+}
+
+fn owned(lines: &[&str]) -> Vec<String> {
+    lines.iter().map(|line| strip_colours(line)).collect()
+}
+
+/// `make: *** [package/pkg-generic.mk:273: /o/build/zlib-1.3.1/.stamp_built] Error 2`: the
+/// package's folder and the step.
+fn stamp(line: &str) -> Option<(&str, &str)> {
+    if !line.contains("*** [") {
+        return None;
+    }
+    let (before, after) = line.split_once("/.stamp_")?;
+    let folder = before.rsplit('/').next()?;
+    Some((folder, after.split(']').next()?))
+}
+
+/// `>>> zlib 1.3.1 Building`: name and version.
+fn headline(line: &str) -> Option<(&str, &str)> {
+    let (_, rest) = line.split_once(">>> ")?;
+    let mut words = rest.split_whitespace();
+    let name = words.next()?;
+    let version = words.next().unwrap_or_default();
+    // `>>> host-skeleton  Installing…` has no version.
+    let has_version = rest.strip_prefix(name)?.starts_with(' ') && !rest.contains("  ");
+    Some((name, if has_version { version } else { "" }))
+}
+
+fn belongs(folder: &str, name: &str, version: &str) -> bool {
+    folder == name || folder.strip_prefix(name) == Some(&format!("-{version}"))
+}
+
+/// Buildroot's headlines are in bold.
+pub fn strip_colours(line: &str) -> String {
+    let mut out = String::with_capacity(line.len());
+    let mut rest = line;
+    while let Some((before, after)) = rest.split_once('\x1b') {
+        out.push_str(before);
+        rest = after.split_once(|c: char| c.is_ascii_alphabetic()).map_or("", |(_, rest)| rest);
+    }
+    out.push_str(rest);
+    out
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let list =
+            |lines: &[String]| lines.iter().map(|line| format!("\n  | {line}")).collect::<String>();
+        match self {
+            Self::Download { package, sources, folder, lines } => {
+                write!(f, "{package}: a source is not here and could not be downloaded:")?;
+                for source in sources {
+                    write!(f, "\n  {}, from", source.source)?;
+                    for uri in &source.uris {
+                        write!(f, "\n    {}/{}", plain_uri(uri), source.source)?;
+                    }
+                }
+                write!(f, "\nthe last lines:{}\n{}", list(lines), offline_help(folder))
+            }
+            Self::Hash { package, lines } => write!(
+                f,
+                "{package}: a source is not the one that its hash names:{}\n\
+                 help: if upstream changed the file, find out why; a package of ours has its hashes \
+                 in external/",
+                list(lines)
+            ),
+            Self::Step { package, step, lines } => {
+                write!(f, "{package} could not be {}; its last lines:{}", said(step), list(lines))
+            }
+            Self::Other { lines } => write!(f, "make stopped; its last lines:{}", list(lines)),
+        }
+    }
+}
+
+/// `https|urlencode+https://host/path` without Buildroot's method.
+pub fn plain_uri(uri: &str) -> &str {
+    match uri.split_once('+') {
+        Some((method, rest)) if !method.contains("://") => rest,
+        _ => uri,
+    }
+}
+
+/// What to do without a way to the network.
+pub fn offline_help(folder: &str) -> String {
+    format!(
+        "help: put the file into the folder of downloads, below {folder}/; or set {MIRROR} to a \
+         mirror (an URL, or a folder as file:///…) that has it below {folder}/"
+    )
+}
+
+fn said(step: &str) -> String {
+    match step.split_once('_') {
+        Some((place @ ("target" | "staging" | "host" | "images"), "installed")) => {
+            format!("installed ({place})")
+        }
+        _ => step.replace('_', " "),
+    }
+}

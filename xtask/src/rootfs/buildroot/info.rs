@@ -1,0 +1,251 @@
+//! What Buildroot says of its packages (`make show-info`): versions, sources, hashes, licences,
+//! dependencies. It is the list to mirror, to count progress by, and to make the bill of materials.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+
+use anyhow::{Context, Result};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use super::make::{Setup, Site};
+use crate::rootfs::{Package, Role};
+
+/// One entry: a package for the target or the host, or a file system image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// `target`, `host` or `rootfs`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Name without the prefix `host-`.
+    #[serde(default)]
+    pub name: String,
+    /// A name that another package stands for.
+    #[serde(default, rename = "virtual")]
+    pub is_virtual: bool,
+    /// Version; empty for what has no source.
+    #[serde(default)]
+    pub version: String,
+    /// Licences, separated by commas, in SPDX's words where these fit.
+    #[serde(default)]
+    pub licenses: String,
+    /// Whether its sources may be handed on.
+    #[serde(default)]
+    pub redistributable: bool,
+    /// Folder of its downloads below the download folder.
+    #[serde(default)]
+    pub dl_dir: String,
+    /// What it downloads.
+    #[serde(default)]
+    pub downloads: Vec<Download>,
+    /// Hash files, relative to the tree or absolute.
+    #[serde(default)]
+    pub hashes: Vec<Utf8PathBuf>,
+    /// Where its step marks lie, relative to the output folder.
+    #[serde(default)]
+    pub stamp_dir: String,
+    /// It puts files into the root file system.
+    #[serde(default)]
+    pub install_target: bool,
+    /// It puts files beside the root file system, such as a boot loader.
+    #[serde(default)]
+    pub install_images: bool,
+    /// What it needs, by the names of this list.
+    #[serde(default)]
+    pub dependencies: BTreeSet<String>,
+    /// Name in the CVE dictionary.
+    #[serde(default, rename = "cpe-id")]
+    pub cpe: Option<String>,
+}
+
+/// One download.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Download {
+    /// File name.
+    pub source: String,
+    /// Where it may be had, each with Buildroot's method in front (`https+https://…`).
+    pub uris: Vec<String>,
+}
+
+/// Everything that a configuration builds, by name; host packages begin with `host-`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Info(pub BTreeMap<String, Entry>);
+
+impl Info {
+    /// Asks Buildroot, with its check of dependencies that are used but not selected: five seconds.
+    ///
+    /// # Errors
+    /// When the configuration or a package is broken.
+    pub fn ask(setup: &Setup, site: &Site) -> Result<Self> {
+        let text = setup
+            .fetching(site)
+            .env("BR_FORCE_CHECK_DEPENDENCIES", "YES")
+            .args(["-s", "show-info"])
+            .read()
+            .context("asking Buildroot for its packages")?;
+        Self::parse(&text)
+    }
+
+    /// Reads the answer.
+    ///
+    /// # Errors
+    /// When it is no such list.
+    pub fn parse(text: &str) -> Result<Self> {
+        // Warnings of make may stand before it.
+        let start = text.find('{').unwrap_or(0);
+        let json = text.get(start..).unwrap_or_default();
+        serde_json::from_str(json).context("reading Buildroot's list of packages")
+    }
+
+    /// Packages, without file system images.
+    pub fn packages(&self) -> impl Iterator<Item = (&str, &Entry)> {
+        self.0.iter().filter(|(_, e)| !e.stamp_dir.is_empty()).map(|(n, e)| (n.as_str(), e))
+    }
+
+    /// How many packages are finished in an output folder.
+    pub fn finished(&self, output: &Utf8Path) -> usize {
+        self.packages()
+            .filter(|(_, e)| output.join(&e.stamp_dir).join(".stamp_installed").is_file())
+            .count()
+    }
+
+    /// Downloads for which no hash file has a line: package, file, and its hash files.
+    ///
+    /// # Errors
+    /// When a hash file cannot be read.
+    pub fn without_hash(&self, tree: &Utf8Path) -> Result<Vec<(String, String, Vec<Utf8PathBuf>)>> {
+        let mut found = Vec::new();
+        for (name, entry) in self.packages() {
+            let sums = hashes(tree, entry)?;
+            for download in entry.downloads.iter().filter(|d| !sums.contains_key(&d.source)) {
+                found.push((name.to_owned(), download.source.clone(), entry.hashes.clone()));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Sources that are not in the folder of downloads: package and source.
+    pub fn missing(&self, downloads: &Utf8Path) -> Vec<(&str, &Entry, &Download)> {
+        self.packages()
+            .flat_map(|(name, e)| e.downloads.iter().map(move |d| (name, e, d)))
+            .filter(|(_, e, d)| !downloads.join(&e.dl_dir).join(&d.source).is_file())
+            .collect()
+    }
+
+    /// All that needs one of these packages, directly or not, with themselves.
+    pub fn dependents<'a>(&'a self, of: impl IntoIterator<Item = &'a str>) -> BTreeSet<&'a str> {
+        let mut found: BTreeSet<&str> =
+            of.into_iter().filter_map(|n| Some(self.0.get_key_value(n)?.0.as_str())).collect();
+        loop {
+            let more: Vec<&str> = self
+                .packages()
+                .filter(|(name, _)| !found.contains(name))
+                .filter(|(_, e)| e.dependencies.iter().any(|d| found.contains(d.as_str())))
+                .map(|(name, _)| name)
+                .collect();
+            if more.is_empty() {
+                return found;
+            }
+            found.extend(more);
+        }
+    }
+
+    /// What the image and its boot files are made of, for the bill of materials. What only serves
+    /// the build (host packages), stands for others or has no source is left out.
+    ///
+    /// # Errors
+    /// When a hash file or Buildroot's list of files cannot be read.
+    pub fn contents(&self, setup: &Setup, arch: &str) -> Result<Vec<Package>> {
+        let installed = installed_bytes(&setup.output)?;
+        let counts = |e: &Entry| e.kind == "target" && !e.is_virtual && !e.downloads.is_empty();
+        let mut list = Vec::new();
+        for (name, entry) in self.packages().filter(|(_, e)| counts(e)) {
+            let sums = hashes(&setup.tree, entry)?;
+            let main = entry.downloads.first();
+            let sha256 = main.and_then(|d| sums.get(&d.source)).cloned().unwrap_or_default();
+            let size = |d: &Download| {
+                let path = setup.downloads.join(&entry.dl_dir).join(&d.source);
+                fs::metadata(path).map_or(0, |m| m.len())
+            };
+            list.push(Package {
+                name: name.to_owned(),
+                version: entry.version.clone(),
+                arch: arch.to_owned(),
+                role: if entry.install_target { Role::Root } else { Role::Extra },
+                source: name.to_owned(),
+                source_version: entry.version.clone(),
+                section: String::new(),
+                installed_bytes: installed.get(name).copied().unwrap_or(0),
+                download_bytes: entry.downloads.iter().map(size).sum(),
+                sha256,
+                homepage: None,
+                licences: if entry.licenses.is_empty() || entry.licenses == "unknown" {
+                    Vec::new()
+                } else {
+                    vec![entry.licenses.clone()]
+                },
+                essential: false,
+                cpe: entry.cpe.clone(),
+                needs: Vec::new(),
+            });
+        }
+        let known: BTreeSet<String> = list.iter().map(|p| p.name.clone()).collect();
+        for package in &mut list {
+            package.needs = self.reached(&package.name, &known);
+        }
+        Ok(list)
+    }
+
+    /// The listed packages that a package needs, through those that only stand for others.
+    fn reached(&self, name: &str, known: &BTreeSet<String>) -> Vec<String> {
+        let mut found = BTreeSet::new();
+        let mut seen = BTreeSet::new();
+        let mut open = vec![name];
+        while let Some(next) = open.pop() {
+            for dependency in self.0.get(next).into_iter().flat_map(|e| &e.dependencies) {
+                if !seen.insert(dependency) || dependency == name {
+                    continue;
+                }
+                if known.contains(dependency) {
+                    found.insert(dependency.clone());
+                } else if self.0.get(dependency).is_some_and(|e| e.kind == "target") {
+                    open.push(dependency);
+                }
+            }
+        }
+        found.into_iter().collect()
+    }
+}
+
+/// SHA-256 by file name, from an entry's hash files (`sha256  <hex>  <file>`).
+fn hashes(tree: &Utf8Path, entry: &Entry) -> Result<HashMap<String, String>> {
+    let mut sums = HashMap::new();
+    for file in &entry.hashes {
+        let path = tree.join(file);
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        for line in text.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            if let ["sha256" | "sha512", sum, name] = words.as_slice() {
+                sums.insert((*name).to_owned(), (*sum).to_owned());
+            }
+        }
+    }
+    Ok(sums)
+}
+
+/// Bytes by package in the target folder, after Buildroot's own list of files.
+fn installed_bytes(output: &Utf8Path) -> Result<HashMap<String, u64>> {
+    let path = output.join("build/packages-file-list.txt");
+    if !path.is_file() {
+        return Ok(HashMap::new());
+    }
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let mut bytes = HashMap::new();
+    for (package, file) in text.lines().filter_map(|line| line.split_once(',')) {
+        // What a later package replaced or the end removed counts for nobody.
+        let size = fs::symlink_metadata(output.join("target").join(file)).map_or(0, |m| m.len());
+        *bytes.entry(package.to_owned()).or_insert(0) += size;
+    }
+    Ok(bytes)
+}

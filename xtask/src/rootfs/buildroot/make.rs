@@ -1,0 +1,169 @@
+//! Calls of Buildroot's make: always out of tree, with our external tree, and with an environment
+//! that holds nothing of the shell that started us.
+
+use std::fs::File;
+
+use anyhow::{Context, Result};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::artifact::hash_bytes;
+use crate::exec::Tool;
+use crate::progress::say;
+
+/// Variables of the caller that Buildroot may see: who and where we are, proxies, keys.
+const KEPT: [&str; 18] = [
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "SHELL",
+    "TERM",
+    "TMPDIR",
+    "DISPLAY",
+    "SSH_AUTH_SOCK",
+    "http_proxy",
+    "https_proxy",
+    "ftp_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "ALL_PROXY",
+    "SSL_CERT_FILE",
+];
+
+/// Where things lie for one product and board.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// The Buildroot tree.
+    pub tree: Utf8PathBuf,
+    /// Our BR2_EXTERNAL tree.
+    pub external: Utf8PathBuf,
+    /// The output folder (`O=`).
+    pub output: Utf8PathBuf,
+    /// The folder of downloads that all products share.
+    pub downloads: Utf8PathBuf,
+    /// The compiler cache that all products share.
+    pub ccache: Utf8PathBuf,
+}
+
+/// Where the machine gets downloads and compiled objects; nothing of it changes a result.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Site {
+    /// A mirror that is asked first (`BR2_PRIMARY_SITE`).
+    pub mirror: Option<String>,
+    /// Ask nobody but the mirror.
+    pub offline: bool,
+    /// ccache's `remote_storage`.
+    pub remote_ccache: Option<String>,
+}
+
+/// The machine's mirror of downloads: an URL, or a folder as `file:///…`.
+pub const MIRROR: &str = "SLIPWAY_BUILDROOT_MIRROR";
+/// ccache's remote storage, such as `redis://cache.local` or `http://cache.local:8080`.
+pub const REMOTE_CCACHE: &str = "SLIPWAY_CCACHE_REMOTE";
+
+impl Site {
+    /// What this machine's environment says.
+    pub fn of_machine(offline: bool) -> Self {
+        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        Self { mirror: variable(MIRROR), offline, remote_ccache: variable(REMOTE_CCACHE) }
+    }
+}
+
+impl Setup {
+    /// The layout in the cache; `name` is the output folder's.
+    ///
+    /// # Errors
+    /// When the cache's folder cannot be made.
+    pub fn new(
+        cache: &Utf8Path,
+        tree: &Utf8Path,
+        workspace: &Utf8Path,
+        name: &str,
+    ) -> Result<Self> {
+        let base = cache.join("buildroot");
+        std::fs::create_dir_all(&base).with_context(|| format!("creating {base}"))?;
+        // Buildroot starts itself once more when a path is not canonical.
+        let base = base.canonicalize_utf8().with_context(|| format!("looking up {base}"))?;
+        Ok(Self {
+            tree: tree.to_owned(),
+            external: workspace.join("external"),
+            output: base.join("output").join(name),
+            downloads: base.join("dl"),
+            ccache: base.join("ccache"),
+        })
+    }
+
+    /// A folder for checks only, one for each tree, so that a check never touches what a build made.
+    /// Whoever holds the lock in the value may use it.
+    ///
+    /// # Errors
+    /// When the folder cannot be made.
+    pub fn for_check(
+        cache: &Utf8Path,
+        tree: &Utf8Path,
+        workspace: &Utf8Path,
+    ) -> Result<(Self, File)> {
+        let id = hash_bytes(format!("{tree}\n{workspace}").as_bytes());
+        let name = format!("check-{}", id.get(..12).unwrap_or(&id));
+        let setup = Self::new(cache, tree, workspace, &name)?;
+        let lock = setup.lock()?;
+        Ok((setup, lock))
+    }
+
+    /// Waits until no other process uses the output folder. The lock passes to every program that is
+    /// started: a make that outlives us (when we are killed) still holds it.
+    ///
+    /// # Errors
+    /// When the folder cannot be made.
+    pub fn lock(&self) -> Result<File> {
+        let path = Utf8PathBuf::from(format!("{}.lock", self.output));
+        std::fs::create_dir_all(&self.output)
+            .with_context(|| format!("creating {}", self.output))?;
+        let lock = File::create(&path).with_context(|| format!("creating {path}"))?;
+        if lock.try_lock().is_err() {
+            say("base", format!("waiting for another build in {}", self.output));
+            lock.lock().with_context(|| format!("locking {path}"))?;
+        }
+        rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty())
+            .with_context(|| format!("sharing the lock {path}"))?;
+        Ok(lock)
+    }
+
+    /// `make` in the tree for this output folder.
+    pub fn make(&self) -> Tool {
+        // Buildroot starts itself once more under another umask, which hides what its first
+        // process does from us; under its own it does not.
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+        Tool::new("make")
+            .env_only(&KEPT)
+            .env("LC_ALL", "C")
+            .env("BR2_DL_DIR", &self.downloads)
+            .env("BR2_CCACHE_DIR", &self.ccache)
+            .args(["--no-print-directory", "-C"])
+            .arg(&self.tree)
+            .arg(format!("O={}", self.output))
+            .arg(format!("BR2_EXTERNAL={}", self.external))
+    }
+
+    /// `make` that may download: asks the machine's mirror, and gives up soon.
+    pub fn fetching(&self, site: &Site) -> Tool {
+        let mut tool = self.make();
+        if let Some(remote) = &site.remote_ccache {
+            tool = tool.env("CCACHE_REMOTE_STORAGE", remote);
+        }
+        // A folder that does not exist is a mirror that has nothing: without a network and
+        // without a mirror only what was downloaded before counts.
+        let nothing = || format!("file://{}/none", self.downloads);
+        let mirror = site.mirror.clone().or_else(|| site.offline.then(nothing));
+        if let Some(mirror) = mirror {
+            tool = tool.arg(format!("BR2_PRIMARY_SITE={mirror}"));
+        }
+        if site.offline {
+            tool = tool.args(["BR2_PRIMARY_SITE_ONLY=y", "BR2_BACKUP_SITE="]);
+        }
+        // One attempt for each place; Buildroot's own default waits three times ten seconds.
+        tool.arg("BR2_WGET=wget -nd -t 1 --connect-timeout=5 --dns-timeout=5 --read-timeout=30")
+    }
+}

@@ -1,0 +1,15 @@
+//! The engine `buildroot`: a pinned release, our BR2_EXTERNAL tree, and a defconfig that is merged
+//! from fragments and of which Kconfig can lose nothing in silence.
+
+pub mod check;
+pub mod collect;
+pub mod engine;
+pub mod expr;
+pub mod failure;
+pub mod fragment;
+pub mod info;
+pub mod make;
+pub mod menus;
+pub mod rebuild;
+pub mod symbols;
+pub mod tree;

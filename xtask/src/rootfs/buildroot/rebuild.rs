@@ -1,0 +1,321 @@
+//! What must be built again when a configuration changed. Buildroot itself does not look: it builds
+//! what has no stamp. Exactly the packages that a change reaches are cleaned; where nobody can say
+//! which those are, the whole output is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use anyhow::{Context, Result};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use super::expr::Values;
+use super::info::Info;
+use super::make::Setup;
+use super::tree::Tree;
+use crate::artifact::{hash_bytes, hash_file, write_atomically};
+
+/// The file in the output folder that says what is being built there.
+const STATE: &str = "slipway-state.json";
+
+/// Everything that decides what an output folder holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct State {
+    /// The tree's commit and changes.
+    pub tree: String,
+    /// `.config`: each symbol that is set.
+    pub config: BTreeMap<String, String>,
+    /// What each package needs.
+    pub dependencies: BTreeMap<String, BTreeSet<String>>,
+    /// Files that symbols name: hash by symbol and path.
+    pub files: BTreeMap<String, BTreeMap<Utf8PathBuf, String>>,
+    /// The external tree: hash by path in it, without the files above.
+    pub external: BTreeMap<Utf8PathBuf, String>,
+}
+
+/// What to do before the next make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rebuild {
+    /// Nothing: make goes on where it is.
+    Nothing,
+    /// Targets of make, `<package>-dirclean` or `<package>-reconfigure`, with the reasons.
+    Targets(BTreeMap<String, BTreeSet<String>>),
+    /// `make clean`, for this reason.
+    Everything(String),
+}
+
+/// Packages whose configuration is a Kconfig of their own: a changed fragment is merged again
+/// without building from scratch (Buildroot manual, "Infrastructure for packages using kconfig").
+const KCONFIG: [&str; 3] = ["linux", "uboot", "busybox"];
+
+/// Symbols that reach only the last steps, which every make runs, or no file at all.
+const HARMLESS: [&str; 19] = [
+    "BR2_BACKUP_SITE",
+    "BR2_CCACHE",
+    "BR2_DEFCONFIG",
+    "BR2_DL_DIR",
+    "BR2_DOWNLOAD_FORCE_CHECK_HASHES",
+    "BR2_GLOBAL_PATCH_DIR",
+    "BR2_HOST_DIR",
+    "BR2_JLEVEL",
+    "BR2_KERNEL_MIRROR",
+    "BR2_PRIMARY_SITE",
+    "BR2_ROOTFS_OVERLAY",
+    "BR2_ROOTFS_POST",
+    "BR2_ROOTFS_PRE",
+    "BR2_TARGET_GENERIC_GETTY",
+    "BR2_TARGET_GENERIC_HOSTNAME",
+    "BR2_TARGET_GENERIC_ISSUE",
+    "BR2_TARGET_GENERIC_ROOT",
+    "BR2_TARGET_ROOTFS_",
+    "BR2_WGET",
+];
+
+impl State {
+    /// What the output folder is about to hold.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn of(setup: &Setup, tree: &Tree, config: &str, info: &Info) -> Result<Self> {
+        let config = Values::parse(config).0;
+        let mut files: BTreeMap<String, BTreeMap<Utf8PathBuf, String>> = BTreeMap::new();
+        let mut named = BTreeSet::new();
+        let external = setup.external.as_str();
+        for (symbol, value) in &config {
+            let value = value.replace("$(BR2_EXTERNAL_SLIPWAY_PATH)", external);
+            for word in value.split_whitespace() {
+                let path = setup.tree.join(word);
+                if word.contains('/') && path.is_file() {
+                    let hash = hash_file(&path)?.1;
+                    files.entry(symbol.clone()).or_default().insert(path.clone(), hash);
+                    named.insert(path);
+                }
+            }
+        }
+        let mut list = BTreeMap::new();
+        for path in below(&setup.external)?.into_iter().filter(|path| !named.contains(path)) {
+            let hash = hash_file(&path)?.1;
+            let inside = path.strip_prefix(&setup.external).unwrap_or(&path).to_owned();
+            list.insert(inside, hash);
+        }
+        let dependencies =
+            info.packages().map(|(n, e)| (n.to_owned(), e.dependencies.clone())).collect();
+        Ok(Self {
+            tree: format!("{} {}", tree.commit, tree.changes),
+            config,
+            dependencies,
+            files,
+            external: list,
+        })
+    }
+
+    /// What was being built there before.
+    ///
+    /// # Errors
+    /// When the file is there and cannot be read.
+    pub fn load(output: &Utf8Path) -> Result<Option<Self>> {
+        let path = output.join(STATE);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let text = fs::read(&path).with_context(|| format!("reading {path}"))?;
+        // A file of another version of ours says nothing: everything is built again.
+        Ok(serde_json::from_slice(&text).ok())
+    }
+
+    /// Notes it, before make starts: an interrupted build is compared with what it began.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save(&self, output: &Utf8Path) -> Result<()> {
+        let json = serde_json::to_vec_pretty(self).context("describing the output folder")?;
+        write_atomically(&output.join(STATE), |out| Ok(out.write_all(&json)?))
+    }
+
+    /// A hash of all of it.
+    ///
+    /// # Errors
+    /// When it has no JSON form.
+    pub fn identity(&self) -> Result<String> {
+        Ok(hash_bytes(&serde_json::to_vec(self).context("describing the output folder")?))
+    }
+}
+
+/// All files below a folder, links too, sorted.
+pub fn below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+    let mut found = Vec::new();
+    for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
+        let entry = entry.with_context(|| format!("listing {folder}"))?;
+        if entry.path().is_dir() {
+            found.extend(below(entry.path())?);
+        } else {
+            found.push(entry.into_path());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Why a package must be cleaned, and how.
+#[derive(Default)]
+struct Plan {
+    clean: BTreeMap<String, BTreeSet<String>>,
+    reconfigure: BTreeMap<String, BTreeSet<String>>,
+    everything: Option<String>,
+}
+
+/// Compares what was built with what is asked for.
+pub fn compare(old: &State, new: &State, info: &Info) -> Rebuild {
+    let mut plan = Plan::default();
+    if old.tree != new.tree {
+        return Rebuild::Everything("another Buildroot".to_owned());
+    }
+    for name in old.dependencies.keys().filter(|name| !new.dependencies.contains_key(*name)) {
+        plan.clean(name, "it is no longer wanted".to_owned());
+    }
+    let added = |name: &str| !old.dependencies.contains_key(name);
+    for (name, needs) in &new.dependencies {
+        if let Some(before) = old.dependencies.get(name).filter(|before| *before != needs) {
+            let changes: Vec<&str> =
+                needs.symmetric_difference(before).map(String::as_str).collect();
+            plan.clean(name, format!("it needs {} now, or no longer", changes.join(", ")));
+        }
+    }
+    let symbols: BTreeSet<&String> = old.config.keys().chain(new.config.keys()).collect();
+    for symbol in symbols.into_iter().filter(|s| old.config.get(*s) != new.config.get(*s)) {
+        plan.symbol(symbol, &format!("{symbol} changed"), info, &added);
+    }
+    for (symbol, files) in &new.files {
+        let before = old.files.get(symbol);
+        for (path, hash) in files {
+            // A symbol that names another file now was dealt with above.
+            if before.and_then(|b| b.get(path)).is_some_and(|old| old != hash) {
+                plan.file(symbol, path, info);
+            }
+        }
+    }
+    let paths: BTreeSet<&Utf8PathBuf> = old.external.keys().chain(new.external.keys()).collect();
+    for path in paths.into_iter().filter(|p| old.external.get(*p) != new.external.get(*p)) {
+        plan.external(path, info, &added);
+    }
+    plan.finish(info)
+}
+
+impl Plan {
+    fn clean(&mut self, package: &str, why: String) {
+        self.clean.entry(package.to_owned()).or_default().insert(why);
+    }
+
+    fn symbol(&mut self, symbol: &str, why: &str, info: &Info, added: &dyn Fn(&str) -> bool) {
+        if HARMLESS.iter().any(|h| symbol.starts_with(h)) {
+            return;
+        }
+        match owner(symbol, info) {
+            Some(package) if added(&package) => {}
+            Some(package) => self.clean(&package, why.to_owned()),
+            // A symbol of a package that is not built, or one that sums up others; what it means
+            // for those that are built is in their dependencies.
+            None if symbol.starts_with("BR2_PACKAGE_") => {}
+            None => {
+                self.everything.get_or_insert_with(|| why.to_owned());
+            }
+        }
+    }
+
+    fn file(&mut self, symbol: &str, path: &Utf8Path, info: &Info) {
+        let why = format!("{path} changed");
+        match owner(symbol, info) {
+            Some(package) if KCONFIG.contains(&package.as_str()) => {
+                self.reconfigure.entry(package).or_default().insert(why);
+            }
+            Some(package) => self.clean(&package, why),
+            None if HARMLESS.iter().any(|h| symbol.starts_with(h)) => {}
+            None => {
+                self.everything.get_or_insert(why);
+            }
+        }
+    }
+
+    fn external(&mut self, path: &Utf8Path, info: &Info, added: &dyn Fn(&str) -> bool) {
+        let why = format!("external/{path} changed");
+        let parts: Vec<&str> = path.components().map(|c| c.as_str()).collect();
+        match parts.as_slice() {
+            // A hash says what a source must be; it was that already.
+            [.., file] if file.ends_with(".hash") => {}
+            ["package" | "patches", package, ..] => {
+                for name in [(*package).to_owned(), format!("host-{package}")] {
+                    if info.0.contains_key(&name) && !added(&name) {
+                        self.clean(&name, why.clone());
+                    }
+                }
+            }
+            // The menus; what they change is in `.config`.
+            ["Config.in" | "external.desc"] => {}
+            ["external.mk"] => {
+                self.everything.get_or_insert(why);
+            }
+            // A file that no symbol names is part of nothing.
+            _ => {}
+        }
+    }
+
+    fn finish(self, info: &Info) -> Rebuild {
+        if let Some(why) = self.everything {
+            return Rebuild::Everything(why);
+        }
+        let toolchain = self.clean.iter().find(|(name, _)| is_toolchain(name));
+        if let Some((name, why)) = toolchain {
+            let why: Vec<&str> = why.iter().map(String::as_str).collect();
+            return Rebuild::Everything(format!("{name}: {}", why.join(", ")));
+        }
+        let mut targets: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for (name, why) in &self.clean {
+            targets.entry(format!("{name}-dirclean")).or_default().extend(why.iter().cloned());
+        }
+        // With per-package folders each package has a copy of what it needs; those of the ones
+        // that need a changed package are old.
+        for (name, why) in self.clean.iter().chain(&self.reconfigure) {
+            for dependent in info.dependents([name.as_str()]).into_iter().filter(|d| d != name) {
+                let why = format!("it needs {name}, which is built again ({})", first(why));
+                targets.entry(format!("{dependent}-dirclean")).or_default().insert(why);
+            }
+        }
+        for (name, why) in &self.reconfigure {
+            if !targets.contains_key(&format!("{name}-dirclean")) {
+                targets.insert(format!("{name}-reconfigure"), why.clone());
+            }
+        }
+        if targets.is_empty() { Rebuild::Nothing } else { Rebuild::Targets(targets) }
+    }
+}
+
+fn first(why: &BTreeSet<String>) -> &str {
+    why.first().map_or("", String::as_str)
+}
+
+/// A changed compiler or C library is in everything.
+fn is_toolchain(package: &str) -> bool {
+    let name = package.strip_prefix("host-").unwrap_or(package);
+    ["toolchain", "gcc-", "glibc", "musl", "uclibc", "binutils", "linux-headers", "skeleton"]
+        .iter()
+        .any(|start| name.starts_with(start))
+}
+
+/// The package that a symbol belongs to, by the longest name that it begins with.
+fn owner(symbol: &str, info: &Info) -> Option<String> {
+    let upper = |name: &str| name.to_uppercase().replace(['-', '.'], "_");
+    let matches = |rest: &str, name: &str| {
+        let own = upper(name);
+        rest == own || rest.strip_prefix(&own).is_some_and(|r| r.starts_with('_'))
+    };
+    if symbol.starts_with("BR2_LINUX_KERNEL") {
+        return Some("linux".to_owned());
+    }
+    let rest = ["BR2_PACKAGE_", "BR2_TARGET_"].iter().find_map(|p| symbol.strip_prefix(p))?;
+    info.packages()
+        .map(|(name, _)| name)
+        .filter(|name| matches(rest, name))
+        .max_by_key(|name| name.len())
+        .map(str::to_owned)
+}

@@ -1,0 +1,168 @@
+//! The Buildroot tree: cloned once by tag into the cache, and checked against the pinned commit
+//! before every use; or a checkout of one's own.
+
+use std::fs::{self, File};
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::exec::Tool;
+use crate::plan::BuildrootPlan;
+use crate::progress::{say, warn};
+
+/// A tree that may be built from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tree {
+    /// Where it lies.
+    pub path: Utf8PathBuf,
+    /// The commit that is checked out.
+    pub commit: String,
+    /// A hash of local changes, empty without any; part of every cache key.
+    pub changes: String,
+}
+
+/// Which tree to take.
+#[derive(Debug, Clone, Default)]
+pub struct Choice {
+    /// A checkout of one's own instead of the pinned one.
+    pub own: Option<Utf8PathBuf>,
+    /// Take it with local changes, too.
+    pub allow_changes: bool,
+    /// Never clone.
+    pub offline: bool,
+}
+
+/// Where the pinned tree lies.
+pub fn pinned_path(cache: &Utf8Path, release: &str) -> Utf8PathBuf {
+    cache.join("buildroot").join(release)
+}
+
+/// The tree to build from.
+///
+/// # Errors
+/// No git, no network, a tag that is not the pinned commit, local changes.
+pub fn obtain(plan: &BuildrootPlan, cache: &Utf8Path, choice: &Choice) -> Result<Tree> {
+    if let Some(own) = &choice.own {
+        let path = own
+            .canonicalize_utf8()
+            .with_context(|| format!("looking for the Buildroot tree {own}"))?;
+        return inspect(&path, choice.allow_changes);
+    }
+    let path = pinned_path(cache, &plan.release);
+    if !path.join("Makefile").is_file() {
+        clone(plan, &path, choice.offline)?;
+    }
+    let tree = inspect(&path, false)?;
+    if tree.commit != plan.commit {
+        bail!(
+            "the tree {path} is at commit {}, the product pins {} as {}\n\
+             help: remove the folder to have it cloned again; if upstream moved the tag, find out why \
+             before you change `rootfs.buildroot.commit`",
+            tree.commit,
+            plan.release,
+            plan.commit
+        );
+    }
+    Ok(tree)
+}
+
+/// Clones the tag beside its final place, checks the commit, and renames.
+fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
+    let BuildrootPlan { url, release, commit, .. } = plan;
+    if offline {
+        bail!(
+            "Buildroot {release} is not in the cache, and --offline allows no network\n\
+             help: clone {url} by the tag {release} to {path} on a machine with a network and bring it \
+             here, or name a checkout with --buildroot"
+        );
+    }
+    let parent = path.parent().context("the cache has a folder")?;
+    fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+    // Two builds at once: the second waits, and finds the tree.
+    let lock_path = Utf8PathBuf::from(format!("{path}.lock"));
+    let lock = File::create(&lock_path).with_context(|| format!("creating {lock_path}"))?;
+    lock.lock().with_context(|| format!("locking {lock_path}"))?;
+    if path.join("Makefile").is_file() {
+        return Ok(());
+    }
+    let partial = crate::artifact::partial(path);
+    for leftover in [&partial, path] {
+        if leftover.exists() {
+            fs::remove_dir_all(leftover).with_context(|| format!("clearing {leftover}"))?;
+        }
+    }
+    say("base", format!("cloning Buildroot {release} from {url}"));
+    git(None)
+        .args(["-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1"])
+        .args(["--branch", release, "--", url])
+        .arg(&partial)
+        .run()
+        .with_context(|| {
+            format!(
+                "cloning Buildroot {release}\n\
+                 help: without a way to {url}, set `rootfs.buildroot.url` to a mirror, clone the tag \
+                 to {path} by hand, or name a checkout with --buildroot"
+            )
+        })?;
+    let tag = format!("refs/tags/{release}^{{commit}}");
+    let found = git(Some(&partial)).args(["rev-parse", "--verify", &tag]).read()?;
+    if found.trim() != commit {
+        let found = found.trim().to_owned();
+        fs::remove_dir_all(&partial).with_context(|| format!("removing {partial}"))?;
+        bail!(
+            "{url}: the tag {release} is commit {found}, the product pins {commit}\n\
+             help: if upstream moved the tag, find out why; else correct `rootfs.buildroot.commit`"
+        );
+    }
+    fs::rename(&partial, path).with_context(|| format!("renaming {partial}"))
+}
+
+/// Reads commit and changes of a checkout.
+fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<Tree> {
+    if !path.join("Makefile").is_file() || !path.join("package/Config.in").is_file() {
+        bail!("{path} is not a Buildroot tree: it has no Makefile or no package/Config.in");
+    }
+    let top = git(Some(path)).args(["rev-parse", "--show-toplevel"]).read().unwrap_or_default();
+    if top.trim() != path {
+        bail!(
+            "{path} is not a git checkout of Buildroot, so nobody can say what it holds\n\
+             help: use a clone, or run `git init` and commit in it"
+        );
+    }
+    let commit = git(Some(path)).args(["rev-parse", "HEAD"]).read()?.trim().to_owned();
+    let status = git(Some(path)).args(["status", "--porcelain"]).read()?;
+    if status.trim().is_empty() {
+        return Ok(Tree { path: path.to_owned(), commit, changes: String::new() });
+    }
+    let lines: Vec<&str> = status.lines().collect();
+    if !allow_changes {
+        bail!(
+            "the Buildroot tree {path} has local changes:\n{}\n\
+             help: patches belong into external/patches. Commit or undo the changes; for a trial, \
+             --buildroot with --allow-changes takes a tree as it is",
+            lines.iter().take(10).map(|l| format!("  | {l}")).collect::<Vec<_>>().join("\n")
+        );
+    }
+    warn(format!("the Buildroot tree {path} has {} changed files", lines.len()));
+    let mut text = git(Some(path)).args(["diff", "HEAD", "--binary"]).read_bytes()?;
+    let list = ["ls-files", "--others", "--exclude-standard"];
+    for name in git(Some(path)).args(list).read()?.lines() {
+        let content = fs::read(path.join(name)).with_context(|| format!("reading {name}"))?;
+        text.extend_from_slice(name.as_bytes());
+        text.extend_from_slice(&content);
+    }
+    let changes = crate::artifact::hash_bytes(&text);
+    Ok(Tree { path: path.to_owned(), commit, changes })
+}
+
+fn git(dir: Option<&Utf8Path>) -> Tool {
+    let tool = Tool::new("git")
+        .env("GIT_TERMINAL_PROMPT", "0")
+        .env_remove("GIT_DIR")
+        .env_remove("GIT_WORK_TREE")
+        .env_remove("GIT_INDEX_FILE");
+    match dir {
+        Some(dir) => tool.args(["-C", dir.as_str()]),
+        None => tool,
+    }
+}
