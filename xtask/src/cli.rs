@@ -33,8 +33,16 @@ pub enum Command {
     Verify(Verify),
     /// Boot a built image in QEMU, with its serial console on this terminal.
     Run(Run),
+    /// Install a bundle on robots over SSH, wait for their restart, and say which system came up.
+    ///
+    /// Streams the bundle into the robot's agent; nothing is stored on the way. A connection that breaks
+    /// is made again. Exits with 0 only if every robot has committed this bundle's version.
+    Push(Push),
     /// Resolve packages and wheels again and write the lock files.
     Lock(Lock),
+    /// Work with the engine buildroot: check the defconfig, change it, run Buildroot's own targets.
+    #[command(subcommand)]
+    Buildroot(Buildroot),
     /// Make, list and rotate signing keys.
     #[command(subcommand)]
     Keys(Keys),
@@ -42,6 +50,8 @@ pub enum Command {
     Doctor(Doctor),
     /// Run the tests. Sets this machine up first, as build-image does.
     Test(Test),
+    /// Update a machine in QEMU from end to end: good bundles, bad ones, broken trials. Part of `test`.
+    E2e,
     /// Check formatting, lints and house rules; fast, and the first thing that `test` does.
     Check,
     /// Measure our speed beside the usual tools, in one run.
@@ -99,9 +109,79 @@ pub struct BuildImage {
     /// Never install missing tools; list them and fail.
     #[arg(long)]
     pub no_install: bool,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub tree: BuildrootTree,
+    /// Engine buildroot: also collect sources and licence texts into dist/…/legal-info.
+    #[arg(long)]
+    pub legal_info: bool,
     /// How to print the report.
     #[arg(long, value_enum, default_value = "text")]
     pub format: Format,
+}
+
+/// Which Buildroot tree.
+#[derive(Debug, Clone, Default, Args)]
+pub struct BuildrootTree {
+    /// Engine buildroot: take this checkout instead of the pinned release.
+    #[arg(long, value_name = "DIR")]
+    pub buildroot: Option<Utf8PathBuf>,
+    /// With --buildroot: take it with local changes, too.
+    #[arg(long, requires = "buildroot")]
+    pub allow_changes: bool,
+}
+
+/// The verbs of `buildroot`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Buildroot {
+    /// Prove that Kconfig takes every line of the generated defconfig.
+    Check {
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+        target: BuildrootTarget,
+        /// Also ask Buildroot for its list of packages, which finds a dependency that is used but
+        /// not selected.
+        #[arg(long)]
+        packages: bool,
+        /// How to print it.
+        #[arg(long, value_enum, default_value = "text")]
+        format: Format,
+    },
+    /// Change the configuration in Buildroot's menus; then see `buildroot diff`.
+    Menuconfig(BuildrootTarget),
+    /// Change the kernel's configuration in its menus; then see `buildroot diff`.
+    LinuxMenuconfig(BuildrootTarget),
+    /// Change U-Boot's configuration in its menus; then see `buildroot diff`.
+    UbootMenuconfig(BuildrootTarget),
+    /// Show what the menus changed, as lines of fragments with the file where each belongs.
+    Diff(BuildrootTarget),
+    /// Run any target of Buildroot's make, with the product's configuration.
+    Make {
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+        target: BuildrootTarget,
+        /// Targets and variables, such as `busybox-rebuild`.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+/// Which configuration of Buildroot.
+#[derive(Debug, Clone, Args)]
+pub struct BuildrootTarget {
+    /// The product: a file in configs/, without .toml [default: the one whose engine is buildroot].
+    #[arg(long, short)]
+    pub product: Option<String>,
+    /// The board: a folder in board/ [default: all of the product's for `check`, else its
+    /// default-board].
+    #[arg(long, short)]
+    pub board: Option<String>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub tree: BuildrootTree,
+    /// Use no network: the tree and all downloads must be there.
+    #[arg(long)]
+    pub offline: bool,
 }
 
 /// The stages of a build, in order.
@@ -189,14 +269,40 @@ pub struct Run {
     pub ssh_port: u16,
 }
 
+/// Options of `push`.
+#[derive(Debug, Clone, Args)]
+pub struct Push {
+    /// Robots, as ssh takes them: HOST, USER@HOST or ssh://USER@HOST:PORT. Without a user: root.
+    #[arg(required = true, value_name = "HOST")]
+    pub hosts: Vec<String>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub target: Target,
+    /// The bundle [default: the one that build-image made for this product and board].
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["product", "board"])]
+    pub bundle: Option<Utf8PathBuf>,
+    /// Only install; the robots restart into their trial, and nobody waits for it.
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Seconds from the end of the install until the trial must be decided.
+    #[arg(long, value_name = "SECONDS", default_value_t = 900, conflicts_with = "no_wait")]
+    pub timeout: u64,
+    /// An option of ssh_config(5), such as Port=2222 or IdentityFile=key; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub ssh_option: Vec<String>,
+    /// How to print the result.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
 /// Options of `lock`.
 #[derive(Debug, Clone, Args)]
 pub struct Lock {
     /// The product: a file in configs/, without .toml [default: the one with `default = true`].
     #[arg(long, short)]
     pub product: Option<String>,
-    /// Only the package lock, or only the wheel lock.
-    #[arg(long, value_parser = ["packages", "wheels"])]
+    /// Only the package lock, only the wheel lock, or only that of the agent's compiler.
+    #[arg(long, value_parser = ["packages", "wheels", "compiler"])]
     pub only: Option<String>,
 }
 
@@ -222,6 +328,9 @@ pub enum Keys {
 /// Options of `doctor`.
 #[derive(Debug, Clone, Args)]
 pub struct Doctor {
+    /// Also what the engine buildroot needs.
+    #[arg(long)]
+    pub buildroot: bool,
     /// Install everything that is missing.
     #[arg(long)]
     pub install: bool,
@@ -251,7 +360,7 @@ pub struct Bench {
     #[arg(long)]
     pub payload: Option<Utf8PathBuf>,
     /// Which benchmark.
-    #[arg(long, value_parser = ["disk", "bundle"])]
+    #[arg(long, value_parser = ["disk", "bundle", "install"])]
     pub only: Option<String>,
     /// Also the slow compression level, which takes minutes.
     #[arg(long)]

@@ -4,7 +4,7 @@
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -52,6 +52,18 @@ impl Tool {
     #[must_use]
     pub fn env_remove(mut self, key: &str) -> Self {
         self.command.env_remove(key);
+        self
+    }
+
+    /// Gives the program none of our environment but these variables. Call it before [`Tool::env`].
+    #[must_use]
+    pub fn env_only(mut self, kept: &[&str]) -> Self {
+        self.command.env_clear();
+        for key in kept {
+            if let Some(value) = std::env::var_os(key) {
+                self.command.env(key, value);
+            }
+        }
         self
     }
 
@@ -119,6 +131,16 @@ impl Tool {
         self.check(status, &tail)
     }
 
+    /// Lends the program this very terminal, for programs that a person talks to.
+    ///
+    /// # Errors
+    /// When the program is missing or exits with anything but zero.
+    pub fn run_on_terminal(mut self) -> Result<()> {
+        let shown = self.shown();
+        let status = self.command.status().with_context(|| format!("running {shown}"))?;
+        self.check(status, &[])
+    }
+
     /// Runs to the end and returns what the program wrote to standard output.
     ///
     /// # Errors
@@ -181,6 +203,46 @@ impl Tool {
         Ok(value)
     }
 
+    /// Runs to the end with `input` as its standard input (nothing: an empty one), shows each line of its
+    /// standard error to `each`, and returns how it ended and what it wrote to standard output: for a
+    /// program whose failure is an answer too.
+    ///
+    /// # Errors
+    /// When the program is missing, or cannot be listened to.
+    pub fn converse(
+        mut self,
+        input: Option<File>,
+        mut each: impl FnMut(&str),
+    ) -> Result<(ExitStatus, Vec<u8>)> {
+        let shown = self.shown();
+        let mut child = self
+            .command
+            .stdin(input.map_or_else(Stdio::null, Stdio::from))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("running {shown}"))?;
+        let (Some(mut out), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
+            bail!("{shown} has no standard output")
+        };
+        let heard = std::thread::scope(|scope| -> Result<Vec<u8>> {
+            let output = scope.spawn(move || {
+                let mut bytes = Vec::new();
+                out.read_to_end(&mut bytes).map(|_| bytes)
+            });
+            let mut lines = BufReader::new(errors);
+            let mut line = Vec::new();
+            while lines.read_until(b'\n', &mut line)? > 0 {
+                each(String::from_utf8_lossy(&line).trim_end());
+                line.clear();
+            }
+            let output = output.join().map_err(|_| anyhow::anyhow!("the reading thread failed"))?;
+            Ok(output?)
+        });
+        let status = child.wait().with_context(|| format!("waiting for {shown}"))?;
+        Ok((status, heard.with_context(|| format!("listening to {shown}"))?))
+    }
+
     /// The command itself, for the one program that is talked to while it runs: a virtual machine
     /// with its serial console. Whoever takes it also ends the child and reports its failure.
     pub fn into_command(self) -> Command {
@@ -201,7 +263,7 @@ impl Tool {
         Ok(Some(file))
     }
 
-    fn check(&self, status: std::process::ExitStatus, tail: &[String]) -> Result<()> {
+    fn check(&self, status: ExitStatus, tail: &[String]) -> Result<()> {
         if status.success() {
             return Ok(());
         }

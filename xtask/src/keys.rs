@@ -40,6 +40,45 @@ pub fn directory() -> Result<Utf8PathBuf> {
     bail!("finding the key directory: HOME is not set\nhelp: set SLIPWAY_KEYS to a directory")
 }
 
+/// SSH public keys of whoever builds, beside the signing keys: a development product's root accepts
+/// them. Whoever holds the development key beside them can put any system on such a robot anyway.
+pub const AUTHORIZED_KEYS: &str = "authorized_keys";
+
+/// The lines of [`AUTHORIZED_KEYS`] in a key directory; nothing when there is no such file.
+///
+/// # Errors
+/// When it cannot be read, or has a line that is no public key.
+pub fn authorized_keys(dir: &Utf8Path) -> Result<String> {
+    let path = dir.join(AUTHORIZED_KEYS);
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
+        Err(error) => return Err(error).with_context(|| format!("reading {path}")),
+    };
+    let mut keys = String::new();
+    for (number, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        // sshd(8), "AUTHORIZED_KEYS FILE FORMAT": options may precede the type; the base64 repeats it,
+        // so every key's begins with three zero bytes.
+        let kinds = ["ssh-", "ecdsa-sha2-", "sk-ssh-", "sk-ecdsa-"];
+        let mut words =
+            line.split_whitespace().skip_while(|w| !kinds.iter().any(|k| w.starts_with(k)));
+        let is_key = words.next().is_some() && words.next().is_some_and(|w| w.starts_with("AAAA"));
+        ensure!(
+            is_key,
+            "{path}:{}: expected an SSH public key, found something else\n\
+             help: one line of a .pub file of ssh-keygen for each key",
+            number + 1
+        );
+        keys.push_str(line);
+        keys.push('\n');
+    }
+    Ok(keys)
+}
+
 /// One line of `keys list`.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -101,7 +140,10 @@ impl Keys {
     /// key at all.
     pub fn set_for(&self, kind: Kind) -> KeySet {
         let trusts = |key: &&TrustedKey| kind == Kind::Development || key.kind == Kind::Release;
-        KeySet { keys: self.set.keys.iter().filter(trusts).cloned().collect() }
+        KeySet {
+            serial: self.set.serial,
+            keys: self.set.keys.iter().filter(trusts).cloned().collect(),
+        }
     }
 
     /// All keys with their files.
@@ -214,6 +256,9 @@ impl Keys {
     }
 
     fn save(&mut self, mut set: KeySet) -> Result<()> {
+        // Robots take a set only for one with a lower serial.
+        set.serial =
+            self.set.serial.checked_add(1).context("the key set's serial is at its end")?;
         set.keys.sort_by(|a, b| (a.epoch, &a.id).cmp(&(b.epoch, &b.id)));
         set.check()?;
         let mut json = serde_json::to_vec_pretty(&set).context("encoding the key set")?;

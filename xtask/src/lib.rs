@@ -4,7 +4,6 @@
 
 pub mod artifact;
 pub mod bench;
-pub mod bootstate;
 pub mod build;
 pub mod cache;
 pub mod cli;
@@ -20,6 +19,7 @@ pub mod fetch;
 pub mod keys;
 pub mod plan;
 pub mod progress;
+pub mod push;
 pub mod qemu;
 pub mod render;
 pub mod report;

@@ -10,9 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use crate::bootstate::{BootState, SECTOR};
 use crate::exec::Tool;
 use crate::progress;
+use bundle::bootstate::{BootState, SECTOR};
 
 mod session;
 
@@ -248,7 +248,10 @@ fn arguments(
 }
 
 /// The preferred port of the loopback address, or any free one.
-fn free_port(preferred: u16) -> Result<u16> {
+///
+/// # Errors
+/// When there is none.
+pub fn free_port(preferred: u16) -> Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, preferred))
         .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
         .context("looking for a free port on 127.0.0.1")?;

@@ -121,13 +121,18 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
             boot.insert(name, bytes);
         }
     }
-    let defconfig = plan.rootfs.defconfig.as_deref().map(template).transpose()?;
+    let defconfig = plan.rootfs.buildroot.as_ref().map(|b| b.defconfig.render(&title(plan)));
     let mut authorized_keys = BTreeMap::new();
     for user in &plan.users {
         let keys = user.authorized_keys.iter().map(|p| text(p)).collect::<Result<String>>()?;
         authorized_keys.insert(user.name.clone(), keys);
     }
     Ok(Rendered { overlay, boot, defconfig, authorized_keys })
+}
+
+/// What stands in the defconfig's first line.
+pub fn title(plan: &Plan) -> String {
+    format!("{} for {}", plan.product.name, plan.board.name)
 }
 
 fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
@@ -166,10 +171,10 @@ fn template_context(plan: &Plan) -> Value {
             arch => plan.board.arch.clone(),
             boot_flow => Value::from(Serde(plan.board.boot_flow)),
             compatible => plan.board.compatible.clone(),
+            eeprom_since => plan.board.eeprom_since.clone(),
             console => plan_part(&plan.board.console),
             kernel => context! { cmdline => plan.board.cmdline.clone() },
             u_boot => snake(&plan.board.uboot),
-            buildroot => plan.board.buildroot.as_ref().map(plan_part),
         },
         disk => context! {
             table => plan.disk.table.name(),

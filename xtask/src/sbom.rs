@@ -30,6 +30,8 @@ pub enum Origin {
         /// The wheel's file name.
         file: String,
     },
+    /// A Rust crate that is compiled into the agent.
+    Crate,
     /// Anything else, such as a Buildroot package or our own agent.
     Generic,
 }
@@ -50,6 +52,9 @@ pub struct Component {
     pub license: Option<License>,
     /// One sentence about it.
     pub summary: Option<String>,
+    /// Its name in the CVE dictionary (CPE 2.3), where that is known.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub cpe: Option<String>,
     /// The package URLs of the components that it needs, where that is known.
     pub depends_on: Vec<String>,
 }
@@ -82,6 +87,7 @@ impl Component {
             Origin::Wheel { file } => {
                 format!("{}?file_name={}", wheel_purl(&self.name, &self.version), percent(file))
             }
+            Origin::Crate => format!("pkg:cargo/{}@{version}", percent(&self.name)),
             Origin::Generic => format!("pkg:generic/{}@{version}", percent(&self.name)),
         }
     }
@@ -118,6 +124,7 @@ pub fn wheel_components(installed: &Installed, lock: &WheelLock) -> Vec<Componen
             sha256: Some(d.sha256.clone()),
             license: d.license.clone(),
             summary: d.summary.clone(),
+            cpe: None,
             depends_on: Vec::new(),
         })
         .collect();
@@ -217,7 +224,7 @@ pub fn write(path: &Utf8Path, components: &[Component], meta: &Meta) -> Result<(
 
 fn describe(purl: &str, component: &Component) -> Value {
     let kind = match component.origin {
-        Origin::Wheel { .. } => "library",
+        Origin::Wheel { .. } | Origin::Crate => "library",
         Origin::Debian { .. } | Origin::Generic => "application",
     };
     let mut value = json!({
@@ -229,6 +236,9 @@ fn describe(purl: &str, component: &Component) -> Value {
     });
     if let Some(summary) = &component.summary {
         value["description"] = json!(summary);
+    }
+    if let Some(cpe) = &component.cpe {
+        value["cpe"] = json!(cpe);
     }
     if let Some(sha256) = &component.sha256 {
         value["hashes"] = json!([{ "alg": "SHA-256", "content": sha256 }]);
@@ -283,6 +293,7 @@ mod tests {
             sha256: None,
             license: None,
             summary: None,
+            cpe: None,
             depends_on: vec![],
         };
         assert_eq!(

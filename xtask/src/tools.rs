@@ -13,12 +13,18 @@ use crate::progress::{say, warn};
 pub enum Purpose {
     /// `build-image` and `lock`.
     Build,
+    /// The engine `debian`.
+    Debian,
+    /// The engine `buildroot`.
+    Buildroot,
     /// `run`, and the tests that boot an image.
     Run,
     /// `test`: foreign tools that read what we write.
     Test,
     /// `test --all`.
     TestAll,
+    /// `push`.
+    Push,
     /// `bench`: the tools that we are measured against.
     Bench,
 }
@@ -49,10 +55,10 @@ const fn tool(
 /// Everything, in the order in which it is listed.
 const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Build, "git", "git", "names the commit that is built"),
-    tool(Purpose::Build, "apt-get", "apt", "resolves the package lock"),
-    tool(Purpose::Build, "dpkg-deb", "dpkg", "unpacks packages"),
-    tool(Purpose::Build, "mmdebstrap", "mmdebstrap", "makes the Debian base system"),
-    tool(Purpose::Build, "arch-test", "arch-test", "lets mmdebstrap check foreign binaries"),
+    tool(Purpose::Debian, "apt-get", "apt", "resolves the package lock"),
+    tool(Purpose::Debian, "dpkg-deb", "dpkg", "unpacks packages"),
+    tool(Purpose::Debian, "mmdebstrap", "mmdebstrap", "makes the Debian base system"),
+    tool(Purpose::Debian, "arch-test", "arch-test", "lets mmdebstrap check foreign binaries"),
     tool(
         Purpose::Build,
         "qemu-aarch64-static",
@@ -60,24 +66,51 @@ const REQUIREMENTS: &[Requirement] = &[
         "runs the base system's maintainer scripts and its Python",
     ),
     tool(
-        Purpose::Build,
+        Purpose::Debian,
         "/usr/share/keyrings/debian-archive-keyring.gpg",
         "debian-archive-keyring",
         "checks the archive's signatures",
     ),
-    tool(Purpose::Build, "gpgv", "gpgv", "checks the archive's signatures"),
-    tool(Purpose::Build, "depmod", "kmod", "lists the kernel modules' dependencies"),
+    tool(Purpose::Debian, "gpgv", "gpgv", "checks the archive's signatures"),
+    tool(Purpose::Debian, "depmod", "kmod", "lists the kernel modules' dependencies"),
     tool(Purpose::Build, "mkimage", "u-boot-tools", "wraps the boot script for U-Boot"),
+    // Makes the agent's static binary, and brings that architecture's C library.
+    tool(Purpose::Build, "@cross-gcc", "gcc-aarch64-linux-gnu", "links the robot's agent"),
+    tool(
+        Purpose::Build,
+        "@cross-libc",
+        "libc6-dev-arm64-cross",
+        "is linked into the robot's agent",
+    ),
     tool(Purpose::Build, "python3", "python3", "runs pip"),
     tool(Purpose::Build, "@pip", "python3-pip", "resolves and downloads the API wheels"),
-    tool(Purpose::Build, "unshare", "util-linux", "makes the base system without root"),
-    tool(Purpose::Build, "@newuidmap", "uidmap", "makes the base system without root"),
+    tool(Purpose::Debian, "unshare", "util-linux", "makes the base system without root"),
+    tool(Purpose::Debian, "@newuidmap", "uidmap", "makes the base system without root"),
     tool(
         Purpose::Build,
         "/etc/ssl/certs/ca-certificates.crt",
         "ca-certificates",
         "lets pip check its index",
     ),
+    tool(Purpose::Buildroot, "make", "make", "runs Buildroot"),
+    tool(Purpose::Buildroot, "gcc", "gcc", "builds Buildroot's own tools"),
+    tool(Purpose::Buildroot, "g++", "g++", "builds Buildroot's own tools"),
+    tool(Purpose::Buildroot, "perl", "perl", "runs packages' configure scripts"),
+    tool(Purpose::Buildroot, "patch", "patch", "applies Buildroot's patches"),
+    tool(Purpose::Buildroot, "tar", "tar", "unpacks sources"),
+    tool(Purpose::Buildroot, "bzip2", "bzip2", "unpacks sources"),
+    tool(Purpose::Buildroot, "xz", "xz-utils", "unpacks sources"),
+    tool(Purpose::Buildroot, "unzip", "unzip", "unpacks sources"),
+    tool(Purpose::Buildroot, "cpio", "cpio", "packs archives"),
+    tool(Purpose::Buildroot, "rsync", "rsync", "joins the packages' folders"),
+    tool(Purpose::Buildroot, "bc", "bc", "builds the kernel"),
+    tool(Purpose::Buildroot, "file", "file", "looks at built programs"),
+    tool(Purpose::Buildroot, "wget", "wget", "downloads sources"),
+    tool(Purpose::Buildroot, "flock", "util-linux", "downloads each source once"),
+    tool(Purpose::Buildroot, "which", "debianutils", "lets Buildroot find its tools"),
+    tool(Purpose::Buildroot, "@curses", "libncurses-dev", "shows menuconfig"),
+    tool(Purpose::Buildroot, "@flake8", "python3-flake8", "serves Buildroot's check-package"),
+    tool(Purpose::Buildroot, "@magic", "python3-magic", "serves Buildroot's check-package"),
     tool(Purpose::Run, "qemu-system-aarch64", "qemu-system-arm", "boots the image"),
     tool(Purpose::Run, "qemu-img", "qemu-utils", "keeps the image unchanged while it runs"),
     tool(Purpose::Test, "sfdisk", "fdisk", "reads our partition tables"),
@@ -88,33 +121,65 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Test, "bmaptool", "bmap-tools", "reads our block map"),
     tool(Purpose::Test, "zstd", "zstd", "reads our frames"),
     tool(Purpose::Test, "minisign", "minisign", "checks our signatures"),
+    tool(Purpose::Run, "qemu-io", "qemu-utils", "writes a boot state into a card"),
+    tool(
+        Purpose::Test,
+        "aarch64-linux-gnu-gcc",
+        "gcc-aarch64-linux-gnu",
+        "makes the kernels that try the boot script",
+    ),
     tool(Purpose::Test, "cpio", "cpio", "reads our initrd"),
     tool(Purpose::Test, "gpg", "gnupg", "signs the tests' own archive"),
+    tool(Purpose::Test, "sshd", "openssh-server", "takes the place of a robot's"),
     tool(Purpose::Test, "shellcheck", "shellcheck", "checks our shell scripts"),
+    tool(Purpose::Push, "ssh", "openssh-client", "reaches robots"),
     tool(Purpose::TestAll, "chromium", "chromium", "renders the report"),
     tool(Purpose::TestAll, "@venv", "python3-venv", "holds the validator of our bill of materials"),
     tool(Purpose::Bench, "genimage", "genimage", "assembles images"),
     tool(Purpose::Bench, "rauc", "rauc", "makes bundles"),
     tool(Purpose::Bench, "mksquashfs", "squashfs-tools", "serves rauc"),
     tool(Purpose::Bench, "zip", "zip", "packs"),
+    tool(Purpose::Bench, "swupdate", "swupdate", "installs bundles"),
 ];
+
+/// Whether this machine has the robot's architecture.
+const ARM64: bool = cfg!(target_arch = "aarch64");
+/// The static C library for the robot.
+const CROSS_LIBC: &str = "/usr/aarch64-linux-gnu/lib/libc.a";
 
 impl Requirement {
     fn is_met(&self) -> bool {
         match self.program {
             "@pip" => Tool::new("python3").args(["-m", "pip", "--version"]).read().is_ok(),
+            "@flake8" => python_has("flake8"),
+            "@magic" => python_has("magic"),
+            "@curses" => std::path::Path::new("/usr/include/ncurses.h").exists(),
             "@venv" => Tool::new("python3").args(["-c", "import ensurepip"]).read().is_ok(),
             // Root needs no range of subordinate ids.
             "@newuidmap" => rustix::process::getuid().is_root() || find("newuidmap").is_some(),
+            // An arm64 machine links with its own.
+            "@cross-gcc" => ARM64 || find("aarch64-linux-gnu-gcc").is_some(),
+            "@cross-libc" => ARM64 || std::path::Path::new(CROSS_LIBC).exists(),
             path if path.starts_with('/') => std::path::Path::new(path).exists(),
             program => find(program).is_some(),
         }
     }
 }
 
+/// Whether the distribution's own Python has a module: Buildroot's scripts name no other.
+fn python_has(module: &str) -> bool {
+    let code = format!("import {module}");
+    Tool::new("/usr/bin/python3").args(["-c", &code]).read().is_ok()
+}
+
+/// Everything that is needed for these purposes.
+pub fn requirements(purposes: &[Purpose]) -> impl Iterator<Item = &'static Requirement> {
+    REQUIREMENTS.iter().filter(|r| purposes.contains(&r.purpose))
+}
+
 /// What this machine lacks for these purposes.
 pub fn missing(purposes: &[Purpose]) -> Vec<Requirement> {
-    REQUIREMENTS.iter().filter(|r| purposes.contains(&r.purpose) && !r.is_met()).cloned().collect()
+    requirements(purposes).filter(|r| !r.is_met()).cloned().collect()
 }
 
 /// Makes sure that nothing is missing: installs it, or says how.

@@ -2,7 +2,7 @@
 //! verified again. The format itself is the business of the crate `bundle`.
 
 use std::fs::File;
-use std::io::{self, BufReader, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -21,6 +21,9 @@ use sha2::{Digest, Sha256};
 use crate::artifact::{self, Artifact};
 use crate::keys::Signer;
 use crate::progress::{Step, Unit};
+
+/// Bytes of a manifest that are read without a check: more than any has.
+const LARGEST_MANIFEST: u64 = 1 << 20;
 
 /// One payload to pack.
 #[derive(Debug, Clone)]
@@ -338,7 +341,8 @@ fn compress(
 
 /// Reads what was written, with everything verified but the frames, which are passed over.
 fn read_back(path: &Utf8Path, request: &PackRequest<'_>) -> Result<Vec<SignedBy>> {
-    let keys = KeySet { keys: request.signers.iter().map(|s| s.key().clone()).collect() };
+    let keys =
+        KeySet { serial: 0, keys: request.signers.iter().map(|s| s.key().clone()).collect() };
     let file = File::open(path).with_context(|| format!("reading {path} back"))?;
     let walk = || -> bundle::Result<Vec<SignedBy>> {
         let mut reader = Reader::open(Seekable(file), &keys)?;
@@ -362,6 +366,26 @@ pub struct Verified {
     pub manifest_sha256: String,
     /// The signatures that count.
     pub signed_by: Vec<SignedBy>,
+}
+
+/// The manifest of a bundle and its SHA-256, without any check of who wrote it: for showing it, or for
+/// recognising the bundle again.
+///
+/// # Errors
+/// When the file is no bundle.
+pub fn unverified(path: &Utf8Path) -> Result<(Manifest, String)> {
+    let read = || -> Result<(Manifest, String)> {
+        let mut archive = tar::Archive::new(File::open(path)?);
+        let entry = archive.entries()?.next().context("it is empty")?;
+        // The crate's own message repeats the bytes.
+        let Ok(entry) = entry else { bail!("it is no bundle: no tar archive begins like this") };
+        let mut json = Vec::new();
+        entry.take(LARGEST_MANIFEST).read_to_end(&mut json)?;
+        let manifest =
+            serde_json::from_slice(&json).context("it does not begin with a manifest")?;
+        Ok((manifest, artifact::hash_bytes(&json)))
+    };
+    read().with_context(|| format!("reading the bundle {path}"))
 }
 
 /// Verifies a bundle: signatures, policy, indices, every frame and every block.

@@ -251,13 +251,13 @@ fn measure(contender: &Contender) -> Result<(Duration, u64)> {
 
 /// Watches the peak memory of a process and of its children (`rauc` works through `mksquashfs`):
 /// the kernel keeps `VmHWM` itself, so reading it now and then misses only the last moment.
-struct PeakWatcher {
+pub(super) struct PeakWatcher {
     stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
     thread: std::thread::JoinHandle<u64>,
 }
 
 impl PeakWatcher {
-    fn start(pid: u32) -> Self {
+    pub(super) fn start(pid: u32) -> Self {
         use std::sync::atomic::{AtomicBool, Ordering};
         let stop = std::sync::Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
@@ -272,7 +272,7 @@ impl PeakWatcher {
         Self { stop, thread }
     }
 
-    fn finish(self) -> u64 {
+    pub(super) fn finish(self) -> u64 {
         self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
         self.thread.join().unwrap_or(0)
     }

@@ -95,7 +95,7 @@ pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<Tar
     Ok(target)
 }
 
-fn prune_rules(build: &Build<'_>) -> Result<PruneRules> {
+pub(super) fn prune_rules(build: &Build<'_>) -> Result<PruneRules> {
     let mut rules = PruneRules::standard()?;
     rules.drop.extend(build.plan.rootfs.prune.iter().cloned());
     rules.keep.extend(build.plan.rootfs.keep.iter().cloned());
@@ -217,7 +217,7 @@ fn fetch(build: &Build<'_>, lock: &PackagesLock) -> Result<Fetched> {
     debian::fetch_lock(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)
 }
 
-fn host_tool(build: &Build<'_>, lock: &PackagesLock) -> Result<Mke2fs> {
+pub(super) fn host_tool(build: &Build<'_>, lock: &PackagesLock) -> Result<Mke2fs> {
     let offline = build.options.offline;
     let fetcher = Fetcher::new(&build.cache.root, offline)?;
     let mirrors = if offline { None } else { Some(Mirrors::from_host()?) };

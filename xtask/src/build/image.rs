@@ -3,29 +3,30 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
+use bundle::bootstate::BootState;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::{Base, Build, Signing, Wheels};
+use super::{Agent, Base, Build, Signing, Wheels};
 use crate::artifact::{Artifact, flush, hash_bytes, write_atomically, write_large};
 use crate::cache::Key;
 use crate::cli::Compression;
 use crate::compose::{self, Parts, lint, sizes};
-use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source};
+use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source, Summed};
 use crate::exec::Tool;
 use crate::ext4::{self, Ext4Request};
-use crate::plan::BootSourcePlan;
+use crate::plan::{BootSourcePlan, Plan};
 use crate::progress::{bytes, say, warn};
 use crate::render::{OverlayContent, Rendered};
 use crate::rootfs::initrd::{self, InitrdRequest};
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
 /// Raised when compose changes what it makes.
-const COMPOSE_VERSION: u32 = 2;
+const COMPOSE_VERSION: u32 = 4;
 /// Raised when assembling changes what it makes.
-const IMAGE_VERSION: u32 = 2;
+const IMAGE_VERSION: u32 = 5;
 /// Raised when packing changes what it makes.
-const BUNDLE_VERSION: u32 = 1;
+const BUNDLE_VERSION: u32 = 2;
 
 /// zstd's level for `.img.zst`: downloads are many, builds few, and its speed is still the disk's.
 const ZST_LEVEL: i32 = 9;
@@ -37,9 +38,9 @@ const INIT: &str = "board/common/init";
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct System {
     /// The root filesystem: what each slot holds.
-    pub root: Utf8PathBuf,
+    pub root: Summed,
     /// The empty data filesystem.
-    pub data: Utf8PathBuf,
+    pub data: Summed,
     /// The initrd.
     pub initrd: Artifact,
     /// Bytes that the root filesystem uses.
@@ -71,17 +72,27 @@ pub struct Card {
     pub qemu: Vec<Utf8PathBuf>,
 }
 
+/// What is composed.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    /// Generated texts.
+    pub rendered: &'a Rendered,
+    /// The base system.
+    pub base: &'a Base,
+    /// The API wheels.
+    pub wheels: Option<&'a Wheels>,
+    /// The robot's agent.
+    pub agent: &'a Agent,
+    /// Whose key set goes in.
+    pub signing: &'a Signing,
+}
+
 /// The stage `compose`.
 ///
 /// # Errors
 /// Parts that contradict each other, a slot that is too full, an image that would not boot.
-pub fn compose(
-    build: &mut Build<'_>,
-    rendered: &Rendered,
-    base: &Base,
-    wheels: Option<&Wheels>,
-    signing: &Signing,
-) -> Result<System> {
+pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
+    let &Inputs { rendered, base, wheels, agent, signing } = inputs;
     let plan = build.plan;
     let init = std::fs::read(build.root.join(INIT)).with_context(|| format!("reading {INIT}"))?;
     let key_set = &signing.key_set;
@@ -100,6 +111,7 @@ pub fn compose(
     let key = Key::new("compose", COMPOSE_VERSION)
         .with("base", &base.key)
         .with("wheels", wheels.map_or("", |w| &w.tar.sha256))
+        .with("agent", &agent.binary.sha256)
         .with("init", &init)
         .with("keys", key_set)
         .with("epoch", plan.epoch.to_string())
@@ -117,7 +129,7 @@ pub fn compose(
         "compose",
         key,
         |system: &System| {
-            vec![system.root.clone(), system.data.clone(), system.initrd.path.clone()]
+            vec![system.root.path.clone(), system.data.path.clone(), system.initrd.path.clone()]
         },
         |system| {
             let percent = (system.used * 100).div_ceil(system.capacity.max(1));
@@ -145,6 +157,7 @@ pub fn compose(
                 rendered,
                 kernel: &base.system.kernel,
                 initrd: &initrd,
+                agent: &agent.binary,
                 device_trees: base.system.dtbs.iter().map(|d| (d.path.as_str(), &d.file)).collect(),
                 key_set,
             };
@@ -195,6 +208,7 @@ pub fn compose(
                 &data,
             )?;
             let key = dir.file_name().unwrap_or_default().to_owned();
+            let (root, data) = (disk::sum(&root)?, disk::sum(&data)?);
             Ok(System { root, data, initrd, used, capacity, sizes, warning, key })
         },
     )?;
@@ -244,7 +258,11 @@ fn boot_partitions(
             BootSourcePlan::Template { script, .. } => {
                 let key = (file.partition.clone(), file.path.clone());
                 let text = rendered.boot.get(&key).context("every template was rendered")?;
-                let bytes = if *script { wrap_script(build, text, dir)? } else { text.clone() };
+                let bytes = if *script {
+                    wrap_script(text, build.plan.epoch, dir, &build.log("image"))?
+                } else {
+                    text.clone()
+                };
                 put(file.path.clone(), Source::Bytes(bytes));
             }
             BootSourcePlan::Firmware => {
@@ -268,17 +286,36 @@ fn boot_partitions(
     Ok(partitions)
 }
 
-/// Wraps a boot script in U-Boot's image format.
-fn wrap_script(build: &Build<'_>, text: &[u8], dir: &Utf8Path) -> Result<Vec<u8>> {
+/// The role of the boot partition that belongs to a slot, and the name of its volume: `boot-a` and
+/// `boot-b` hold the same bytes, as all slot images do.
+const BOOT_SLOTS: [&str; 2] = ["boot-a", "boot-b"];
+const BOOT_SLOT: &str = "boot-slot";
+
+fn fat_content(plan: &Plan, role: &str, files: Vec<FatFile>) -> Content {
+    let shared = BOOT_SLOTS.contains(&role);
+    let name = if shared { BOOT_SLOT } else { role };
+    Content::Fat {
+        label: name.to_owned(),
+        volume_id: plan.identifiers.volume_id(name),
+        placed: !shared,
+        files,
+    }
+}
+
+/// Wraps a boot script in U-Boot's image format, with the help of two files in `dir`.
+///
+/// # Errors
+/// When `mkimage` is missing or fails.
+pub fn wrap_script(text: &[u8], epoch: u64, dir: &Utf8Path, log: &Utf8Path) -> Result<Vec<u8>> {
     let (plain, wrapped) = (dir.join("boot.cmd"), dir.join("boot.scr"));
     std::fs::write(&plain, text).with_context(|| format!("writing {plain}"))?;
     Tool::new("mkimage")
         .args(["-T", "script", "-A", "arm64", "-C", "none", "-n", "slipway", "-d"])
         .arg(&plain)
         .arg(&wrapped)
-        .env("SOURCE_DATE_EPOCH", build.plan.epoch.to_string())
+        .env("SOURCE_DATE_EPOCH", epoch.to_string())
         .env("TZ", "UTC")
-        .log(&build.log("image"))
+        .log(log)
         .run()
         .context("wrapping the boot script")?;
     std::fs::read(&wrapped).with_context(|| format!("reading {wrapped}"))
@@ -286,7 +323,7 @@ fn wrap_script(build: &Build<'_>, text: &[u8], dir: &Utf8Path) -> Result<Vec<u8>
 
 /// The files that QEMU takes besides the image: the boot loader, and a device tree where the
 /// machine's firmware would hand one over. They lie below `dist/<product>/<board>/qemu`.
-pub fn qemu_files(dist: &Utf8Path, plan: &crate::plan::Plan) -> Option<crate::qemu::Files> {
+pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::Files> {
     let qemu = plan.board.qemu.as_ref()?;
     let dir = dist.join("qemu");
     Some(crate::qemu::Files {
@@ -367,11 +404,7 @@ pub fn card(
                     content: match placed.name.as_str() {
                         "root-a" | "root-b" => Content::Image(system.root.clone()),
                         "data" => Content::Image(system.data.clone()),
-                        role => Content::Fat {
-                            label: role.to_owned(),
-                            volume_id: plan.identifiers.volume_id(role),
-                            files: boot.remove(role).unwrap_or_default(),
-                        },
+                        role => fat_content(plan, role, boot.remove(role).unwrap_or_default()),
                     },
                 })
                 .collect();
@@ -380,7 +413,8 @@ pub fn card(
                 disk_guid: plan.identifiers.disk,
                 mbr_signature: plan.identifiers.disk_signature,
                 epoch: plan.epoch,
-                states: Vec::new(),
+                // Both copies: a card that is new has nothing that looks damaged.
+                states: vec![BootState::first().encode().to_vec(); plan.disk.states.len()],
                 partitions,
             };
             let made = disk::assemble(&spec, &out)?;
@@ -411,9 +445,16 @@ pub fn card(
 ///
 /// # Errors
 /// A key that may not sign this product, a full disk.
-pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Result<Artifact> {
+pub fn bundle(
+    build: &mut Build<'_>,
+    rendered: &Rendered,
+    base: &Base,
+    system: &System,
+    signing: &Signing,
+) -> Result<Artifact> {
     let plan = build.plan;
     let (root, out) = (build.root, build.output("bundle"));
+    let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
     let signer = signing.signer.key();
     let level = match build.options.compression {
         Compression::Fast => bundle::Level::Fast,
@@ -423,8 +464,12 @@ pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Resu
     let key = Key::new("bundle", BUNDLE_VERSION)
         .with("out", out.as_str())
         .with("system", &system.key)
+        .with("base", &base.key)
         .with("epoch", plan.epoch.to_string())
         .with("signer", &signer.id)
+        .with_json("boot files", &plan.boot_files)?
+        .with_json("boot", &boot)?
+        .with_json("boot slot", &plan.disk.partition(BOOT_SLOTS[0]).map(|p| p.size))?
         .with_json("product", &(&plan.product, &plan.board.name, &plan.update))?
         .with_json("compatible", &plan.board.compatible)?
         .with("level", format!("{level:?}"));
@@ -437,7 +482,21 @@ pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Resu
             let shown = bundle.path.strip_prefix(root).unwrap_or(&bundle.path);
             format!("{shown}  {size}, signed by the {} key {}", signer.kind, signer.id)
         },
-        |_, _| {
+        |build, dir| {
+            let mut payloads = Vec::new();
+            // First what the firmware reads: where the root does not fit its kernel, nothing starts.
+            let boot = dir.join("boot.vfat");
+            let role = BOOT_SLOTS[0];
+            if let Some(placed) = plan.disk.partition(role) {
+                let mut files = boot_partitions(build, rendered, base, system, dir)?;
+                let content = fat_content(plan, role, files.remove(role).unwrap_or_default());
+                let size_key =
+                    format!("the size of {role} in board/{}/board.toml", plan.board.name);
+                disk::write_shared(placed, &content, plan.epoch, &size_key, &boot)?;
+                payloads.push(PayloadRequest { role: "boot".to_owned(), path: boot.clone() });
+            }
+            payloads
+                .push(PayloadRequest { role: "root".to_owned(), path: system.root.path.clone() });
             let request = PackRequest {
                 product: plan.product.name.clone(),
                 version: plan.product.version.clone(),
@@ -449,10 +508,7 @@ pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Resu
                 components: vec![ComponentRequest {
                     name: "system".to_owned(),
                     version: plan.product.version.clone(),
-                    payloads: vec![PayloadRequest {
-                        role: "root".to_owned(),
-                        path: system.root.clone(),
-                    }],
+                    payloads,
                 }],
                 level,
                 workers: None,
@@ -460,6 +516,9 @@ pub fn bundle(build: &mut Build<'_>, system: &System, signing: &Signing) -> Resu
             };
             let packed = update::pack(&request, &out)?.artifact;
             flush(&packed.path)?;
+            if boot.exists() {
+                std::fs::remove_file(&boot).with_context(|| format!("removing {boot}"))?;
+            }
             Ok(packed)
         },
     )

@@ -1,7 +1,9 @@
 //! The pipeline: the only place that sequences stages. Each stage is a function of the values of
 //! the stages before it; slow ones are kept in the cache under the hash of their inputs.
 
+mod agent;
 mod base;
+mod buildroot;
 mod image;
 mod outcome;
 
@@ -15,7 +17,7 @@ use crate::artifact::Artifact;
 use crate::cache::{Cache, Key, Staged};
 use crate::cli::{BuildImage, Stage};
 use crate::cmd::plan::{dist, resolve, save};
-use crate::config::product::Engine;
+use crate::config::product::{Engine, Kind, RootLogin};
 use crate::keys::{self, Keys, Signer};
 use crate::plan::Plan;
 use crate::progress::{duration, say};
@@ -24,8 +26,10 @@ use crate::report;
 use crate::rootfs::debian::DebianSpec;
 use crate::tools::{self, Purpose};
 
+pub use agent::{Agent, LOCK as COMPILER_LOCK};
 pub use base::{Base, Wheels, package_spec, python_target};
-pub use image::{Card, System, qemu_files};
+pub use buildroot::output_name;
+pub use image::{Card, System, qemu_files, wrap_script};
 
 /// What a build has at hand besides the plan.
 pub struct Build<'a> {
@@ -62,22 +66,22 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
         return Ok(());
     }
     // Everything that can go wrong at once, before the slow work: templates, engine, keys.
-    let rendered = render(&config.root, &plan)?;
+    let mut rendered = render(&config.root, &plan)?;
     rendered.write(&dist.join("rendered"))?;
     if until == Stage::Render {
         say("render", dist.join("rendered"));
         return Ok(());
     }
-    if plan.rootfs.engine == Engine::Buildroot {
+    let asked = options.tree.buildroot.is_some() || options.legal_info;
+    if plan.rootfs.engine == Engine::Debian && asked {
         bail!(
-            "building {} for {}: the engine buildroot renders its defconfig but does not build yet\n\
-             help: cargo xtask render --product {} writes it; a product with engine = \"debian\" builds",
-            plan.product.name,
-            plan.board.name,
+            "--buildroot and --legal-info are of no use: the engine of {} is debian\n\
+             help: choose another product with --product",
             plan.product.name
         );
     }
     let signing = signing(&plan).context("choosing the signing key")?;
+    developer_access(&plan, &mut rendered).context("finding who may log in")?;
     let mut build = Build {
         plan: &plan,
         root: &config.root,
@@ -99,6 +103,8 @@ pub struct Made {
     pub base: Base,
     /// The API wheels.
     pub wheels: Option<Wheels>,
+    /// The robot's agent.
+    pub agent: Option<Agent>,
     /// The root filesystem image.
     pub system: Option<System>,
     /// The card image.
@@ -124,25 +130,53 @@ fn signing(plan: &Plan) -> Result<Signing> {
     Ok(Signing { signer, key_set })
 }
 
+/// Whoever builds a development product may log in to it as root: `push` needs that. A release product
+/// takes no key from outside of the repository.
+fn developer_access(plan: &Plan, rendered: &mut Rendered) -> Result<()> {
+    let closed = plan.product.kind == Kind::Release || plan.ssh.permit_root_login == RootLogin::No;
+    let Some(root) = plan.users.iter().find(|user| user.uid == 0).filter(|_| !closed) else {
+        return Ok(());
+    };
+    let dir = keys::directory()?;
+    let own = keys::authorized_keys(&dir)?;
+    if !own.is_empty() {
+        let path = dir.join(keys::AUTHORIZED_KEYS);
+        say("access", format!("{} accepts the SSH keys of {path}", root.name));
+        rendered.authorized_keys.entry(root.name.clone()).or_default().push_str(&own);
+    }
+    Ok(())
+}
+
 fn stages(
     build: &mut Build<'_>,
     rendered: &Rendered,
     signing: &Signing,
     until: Stage,
 ) -> Result<Made> {
-    let base = base::base(build)?;
-    let mut made = Made { base, wheels: None, system: None, card: None, bundle: None };
+    let base = match build.plan.rootfs.engine {
+        Engine::Debian => base::base(build)?,
+        Engine::Buildroot => buildroot::base(build)?,
+    };
+    let mut made = Made { base, wheels: None, agent: None, system: None, card: None, bundle: None };
     if until >= Stage::Api {
         made.wheels = base::wheels(build, &made.base)?;
     }
     if until >= Stage::Compose {
-        let system = image::compose(build, rendered, &made.base, made.wheels.as_ref(), signing)?;
-        made.system = Some(system);
+        let agent = agent::agent(build)?;
+        let parts = image::Inputs {
+            rendered,
+            base: &made.base,
+            wheels: made.wheels.as_ref(),
+            agent: &agent,
+            signing,
+        };
+        made.system = Some(image::compose(build, &parts)?);
+        made.agent = Some(agent);
     }
     if let (true, Some(system)) = (until >= Stage::Image, &made.system) {
         made.card = Some(image::card(build, rendered, &made.base, system)?);
         if until >= Stage::Bundle {
-            made.bundle = Some(image::bundle(build, system, signing)?);
+            made.bundle = Some(image::bundle(build, rendered, &made.base, system, signing)?);
         }
     }
     Ok(made)
@@ -153,7 +187,10 @@ fn summary(plan: &Plan) -> String {
         format!("{} {} for {}", plan.product.name, plan.product.version, plan.board.name);
     match plan.rootfs.engine {
         Engine::Debian => text.push_str(&format!(" · debian {}", plan.rootfs.suite)),
-        Engine::Buildroot => text.push_str(" · buildroot"),
+        Engine::Buildroot => {
+            let release = plan.rootfs.buildroot.as_ref().map_or("", |b| b.release.as_str());
+            text.push_str(&format!(" · buildroot {release}"));
+        }
     }
     if let Some(api) = &plan.api {
         text.push_str(&format!(" · {}", api.package));
@@ -194,7 +231,11 @@ impl Build<'_> {
     /// All tools of the build, checked once, before the first stage that does any work.
     fn require_tools(&self) -> Result<()> {
         if self.tools.get().is_none() {
-            tools::require(&[Purpose::Build], !self.options.no_install)?;
+            let engine = match self.plan.rootfs.engine {
+                Engine::Debian => Purpose::Debian,
+                Engine::Buildroot => Purpose::Buildroot,
+            };
+            tools::require(&[Purpose::Build, engine], !self.options.no_install)?;
             self.tools.get_or_init(|| ());
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! What a build says at its end: the report in its three forms, and the bill of materials.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use camino::Utf8Path;
 use super::{Build, Made, Signing};
 use crate::artifact::write_atomically;
 use crate::cli::Format;
-use crate::config::product::Kind;
+use crate::config::product::{Engine, Kind};
 use crate::disk::layout::{GPT_HEAD_SECTORS, GPT_TAIL_SECTORS, SECTOR, TableKind};
 use crate::report::{self, Disk, Output, PathSize, Region, RegionKind, Report};
 use crate::sbom::{self, Component, Meta, Origin};
@@ -64,7 +65,10 @@ pub fn report(
         },
         board: plan.board.name.clone(),
         engine: made.base.system.engine.clone(),
-        suite: Some(plan.rootfs.suite.clone()),
+        suite: Some(match &plan.rootfs.buildroot {
+            Some(pinned) => pinned.release.clone(),
+            None => plan.rootfs.suite.clone(),
+        }),
         commit: plan.commit.clone(),
         epoch: plan.epoch,
         started_in: report::StartedIn::of(&build.stages),
@@ -207,20 +211,37 @@ fn components(build: &Build<'_>, made: &Made) -> Vec<Component> {
         .map(|package| Component {
             name: package.name.clone(),
             version: package.version.clone(),
-            origin: Origin::Debian {
-                arch: package.arch.clone(),
-                release: build.plan.rootfs.suite.clone(),
+            origin: match build.plan.rootfs.engine {
+                Engine::Debian => Origin::Debian {
+                    arch: package.arch.clone(),
+                    release: build.plan.rootfs.suite.clone(),
+                },
+                Engine::Buildroot => Origin::Generic,
             },
-            sha256: Some(package.sha256.clone()),
+            sha256: Some(package.sha256.clone()).filter(|sum| sum.len() == 64),
             license: license(&package.licences),
             summary: None,
+            cpe: package.cpe.clone(),
             depends_on: Vec::new(),
         })
         .collect();
+    let packages = &made.base.system.packages;
+    let purls: BTreeMap<&str, String> = packages
+        .iter()
+        .map(|p| p.name.as_str())
+        .zip(components.iter().map(Component::purl))
+        .collect();
+    for (component, package) in components.iter_mut().zip(packages) {
+        component.depends_on =
+            package.needs.iter().filter_map(|name| purls.get(name.as_str()).cloned()).collect();
+    }
     if let (Some(wheels), Some(api)) = (&made.wheels, &build.plan.api)
         && let Ok(lock) = crate::wheel::WheelLock::load(&build.root.join(&api.lock))
     {
         components.extend(sbom::wheel_components(wheels, &lock));
+    }
+    if let Some(agent) = &made.agent {
+        components.extend(agent.components.iter().cloned());
     }
     components
 }

@@ -5,14 +5,14 @@ use std::time::SystemTime;
 use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use crate::bench::{bundle, disk};
+use crate::bench::{bundle, disk, install};
 use crate::cache::Cache;
 use crate::cli::Bench;
 use crate::progress::say;
 use crate::tools::{self, Purpose};
 
 /// Turns of each contender; the table shows medians.
-const TURNS: usize = 3;
+const TURNS: usize = 5;
 
 /// `cargo xtask bench`.
 ///
@@ -25,11 +25,15 @@ pub fn bench(options: &Bench) -> Result<()> {
         Some(path) => path.clone(),
         None => newest_root(&cache)?,
     };
-    let folder = cache.root.join("bench");
+    // Two measurements at once would spoil each other, but not remove each other's files.
+    let folder = cache.root.join(format!("bench-{}", std::process::id()));
     let wants = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     say("bench", format!("{payload}, medians of {TURNS}; an idle machine gives true ratios"));
     if wants("disk") {
         print!("{}", disk::table(&disk::run(&payload, &folder, TURNS)?));
+    }
+    if wants("install") {
+        print!("{}", install::table(&install::run(&payload, &folder, TURNS)?));
     }
     if wants("bundle") {
         let settings =

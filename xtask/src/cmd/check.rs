@@ -3,13 +3,18 @@
 use anyhow::{Context, Result, bail};
 use xshell::Shell;
 
+use crate::cache::Cache;
 use crate::cli::Test;
-use crate::config::workspace_root;
-use crate::progress::say;
+use crate::config::{self, product, workspace_root};
+use crate::progress::{say, warn};
+use crate::rootfs::buildroot::tree::pinned_path;
 use crate::tools::{self, Purpose};
 
 /// Asks the system tests for what is too slow for every run.
 pub const ALL: &str = "SLIPWAY_TEST_ALL";
+
+/// The test target that needs the pinned Buildroot tree.
+const TREE_TESTS: &str = "buildroot_tree";
 
 /// `cargo xtask check`.
 ///
@@ -30,17 +35,59 @@ pub fn check() -> Result<()> {
 /// # Errors
 /// When something is missing or a test fails.
 pub fn test(options: &Test) -> Result<()> {
-    let mut purposes = vec![Purpose::Build, Purpose::Run, Purpose::Test];
+    let mut purposes =
+        vec![Purpose::Build, Purpose::Debian, Purpose::Run, Purpose::Push, Purpose::Test];
     if options.all {
         purposes.push(Purpose::TestAll);
     }
     tools::require(&purposes, !options.no_install)?;
     check()?;
     cargo("tests", &["test", "--workspace"], options.all)?;
-    if !options.quick {
-        // One at a time: each builds an image or boots one, and says what it does meanwhile.
-        let system = ["test", "--package", "xtask", "--test", "system", "--", "--nocapture"];
-        cargo("system tests", &[&system[..], &["--test-threads=1"]].concat(), options.all)?;
+    say_skipped()?;
+    if options.quick { Ok(()) } else { system("system tests", &[], options.all) }
+}
+
+/// `cargo xtask e2e`.
+///
+/// # Errors
+/// When something is missing or a test fails.
+pub fn e2e() -> Result<()> {
+    tools::require(&[Purpose::Build, Purpose::Debian, Purpose::Run, Purpose::Test], true)?;
+    system("updates from end to end", &["update::"], false)
+}
+
+/// The system tests with these names. One at a time: each builds an image or boots one, and says what
+/// it does meanwhile.
+fn system(what: &str, names: &[&str], all: bool) -> Result<()> {
+    let words = ["test", "--package", "xtask", "--test", "system", "--", "--nocapture"];
+    cargo(what, &[&words[..], &["--test-threads=1"], names].concat(), all)
+}
+
+/// Tests that need a pinned Buildroot tree end at once where it is not in the cache: they are
+/// counted and named, so that nobody takes them for passed.
+fn say_skipped() -> Result<()> {
+    let root = workspace_root()?;
+    let cache = Cache::locate()?;
+    for name in config::products(&root)? {
+        let Some(pinned) = product::read(&root, &name)?.rootfs.buildroot else { continue };
+        let tree = pinned_path(&cache.root, &pinned.release.value);
+        if tree.join("Makefile").is_file() {
+            continue;
+        }
+        let list = ["test", "--quiet", "--package", "xtask", "--test", TREE_TESTS, "--", "--list"];
+        let shell = Shell::new().context("starting cargo")?;
+        shell.change_dir(&root);
+        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+        let listed = shell.cmd(cargo).args(list).quiet().ignore_stderr().read()?;
+        let tests: Vec<&str> = listed.lines().filter_map(|l| l.strip_suffix(": test")).collect();
+        warn(format!(
+            "skipped {} tests, because {tree} does not exist: {}\n\
+             help: clone {} by the tag {} to that folder, as `build-image --product {name}` does",
+            tests.len(),
+            tests.join(", "),
+            pinned.url.value,
+            pinned.release.value
+        ));
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use crate::tools::{self, Purpose};
 /// # Errors
 /// When something is missing and was not installed.
 pub fn doctor(options: &Doctor) -> Result<()> {
-    let purposes = [Purpose::Build, Purpose::Run, Purpose::Test];
+    let purposes = purposes(options.buildroot);
     if options.install {
         tools::require(&purposes, true)?;
     }
@@ -24,4 +24,12 @@ pub fn doctor(options: &Doctor) -> Result<()> {
         (false, _) => bail!("{}", tools::describe(&lacking)),
     }
     Ok(())
+}
+
+/// What a machine must be able to do; with `buildroot` production systems, too.
+pub fn purposes(buildroot: bool) -> Vec<Purpose> {
+    let mut purposes =
+        vec![Purpose::Build, Purpose::Debian, Purpose::Run, Purpose::Push, Purpose::Test];
+    purposes.extend(buildroot.then_some(Purpose::Buildroot));
+    purposes
 }

@@ -8,18 +8,16 @@ use bundle::Manifest;
 use camino::Utf8Path;
 use serde::Serialize;
 
-use crate::bootstate::BootState;
 use crate::cli::{Format, Inspect};
 use crate::diff::{Difference, Inventory};
 use crate::disk::read::{self, DiskTables, FatListing};
 use crate::keys::{Keys, directory};
 use crate::progress::bytes;
+use crate::update;
+use bundle::bootstate::BootState;
 
 /// Byte offset of ext4's magic number: superblock at 1024, field at 56 (ext4 documentation).
 const EXT4_MAGIC_AT: u64 = 1080;
-
-/// The largest manifest that is shown.
-const LARGEST_MANIFEST: u64 = 1 << 20;
 
 /// What a file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -271,7 +269,7 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
         Err(error) => BundleView {
             signed_by: Vec::new(),
             refusal: Some(error.to_string()),
-            manifest: unverified(open()?).with_context(|| format!("reading {path}"))?,
+            manifest: update::unverified(path)?.0,
         },
     };
     if format == Format::Json {
@@ -301,15 +299,6 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
     }
     println!("  cargo xtask verify {path} checks every byte");
     Ok(())
-}
-
-/// The manifest without any check of who wrote it; only for showing it, marked as such.
-fn unverified(file: File) -> Result<Manifest> {
-    let mut archive = tar::Archive::new(file);
-    let entry = archive.entries()?.next().context("the bundle is empty")??;
-    let mut json = Vec::new();
-    entry.take(LARGEST_MANIFEST).read_to_end(&mut json)?;
-    serde_json::from_slice(&json).context("the manifest is malformed")
 }
 
 fn diff(old: &Utf8Path, new: &Utf8Path, format: Format) -> Result<()> {

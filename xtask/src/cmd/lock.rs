@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 
-use crate::build::{package_spec, python_target};
+use crate::build::{COMPILER_LOCK, package_spec, python_target};
 use crate::cache::Cache;
 use crate::cli::{Lock, Target};
 use crate::cmd::plan::load;
@@ -17,10 +17,15 @@ use crate::wheel::{self, LockRequest};
 /// # Errors
 /// No network; no solution; a package or wheel that does not exist for the target.
 pub fn lock(options: &Lock) -> Result<()> {
-    tools::require(&[Purpose::Build], true)?;
+    tools::require(&[Purpose::Build, Purpose::Debian], true)?;
     let config = load(&Target { product: options.product.clone(), board: None })?;
     let cache = Cache::locate()?;
     let wants = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
+    if wants("compiler") {
+        let new = debian::compiler::lock(&Mirrors::from_host()?, &cache.root)?;
+        new.save(&config.root.join(COMPILER_LOCK))?;
+        say("lock", format!("{COMPILER_LOCK}: {} packages", new.package.len()));
+    }
     let product = &config.product;
     let mut packages = None;
     if product.rootfs.engine.value == Engine::Debian {

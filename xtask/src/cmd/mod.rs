@@ -1,6 +1,7 @@
 //! One file for each verb of the command line.
 
 pub mod bench;
+pub mod buildroot;
 pub mod check;
 pub mod clean;
 pub mod doctor;
@@ -8,5 +9,6 @@ pub mod inspect;
 pub mod keys;
 pub mod lock;
 pub mod plan;
+pub mod push;
 pub mod run;
 pub mod verify;

@@ -2,12 +2,12 @@
 
 use anyhow::{Context, Result, ensure};
 
-use crate::bootstate::{BootState, Slot};
 use crate::build::qemu_files;
 use crate::cli::Run;
 use crate::cmd::plan::{dist, resolve};
 use crate::qemu::{Start, run_interactive};
 use crate::tools::{self, Purpose};
+use bundle::bootstate::{BootState, Slot};
 
 /// `cargo xtask run`.
 ///

@@ -71,7 +71,7 @@ fn read_keys(path: &Utf8Path) -> Result<KeySet> {
     let id = key_id(public.trim()).with_context(|| format!("reading {path}"))?;
     let public = public.trim().to_owned();
     let key = TrustedKey { id, epoch: u32::MAX, kind: Kind::Release, public, revoked: false };
-    Ok(KeySet { keys: vec![key] })
+    Ok(KeySet { keys: vec![key], ..KeySet::default() })
 }
 
 fn verify_image(image: &Utf8Path) -> Result<(serde_json::Value, String)> {

@@ -18,6 +18,8 @@ use crate::rootfs::tree::{Data, Entry, Kind, Origin, Take, Tree};
 
 /// Where the keys lie that the robot trusts.
 pub const KEY_SET: &str = "usr/lib/slipway/keyset.json";
+/// Where the agent lies in the root.
+pub const AGENT: &str = "usr/bin/slotd";
 
 /// What compose puts together besides the plan.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ pub struct Parts<'a> {
     pub kernel: &'a Artifact,
     /// The initrd.
     pub initrd: &'a Artifact,
+    /// The robot's agent.
+    pub agent: &'a Artifact,
     /// Device trees: path below `dtbs`, file.
     pub device_trees: Vec<(&'a str, &'a Artifact)>,
     /// The key set that the robot trusts, as JSON.
@@ -73,6 +77,7 @@ pub fn tree(plan: &Plan, parts: &Parts<'_>) -> Result<Tree> {
             tree.file(&format!("boot/dtbs/{path}"), 0o644, read(&file.path)?)?;
         }
     }
+    tree.file(AGENT, 0o755, read(&parts.agent.path)?)?;
     tree.file(KEY_SET, 0o644, parts.key_set)?;
     Ok(tree)
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::reader::{Fields, FromToml, Located, Place, Source};
-use super::units::{Name, Size};
+use super::units::{Day, Name, Size};
 use crate::disk::layout::{Filesystem, TableKind};
 use crate::qemu::{BootloaderSlot, Drive, Machine};
 use toml::de::DeValue;
@@ -55,6 +55,8 @@ pub struct Board {
     pub boot_flow: Located<BootFlow>,
     /// Device-tree `compatible` strings that this board answers to.
     pub compatible: Vec<String>,
+    /// The oldest release of the firmware in the board's EEPROM that can try a slot.
+    pub eeprom_since: Option<Located<Day>>,
     /// The serial console.
     pub console: Console,
     /// The disk.
@@ -68,7 +70,7 @@ pub struct Board {
     /// What the boot script's template needs to know: names and values are the template's.
     pub uboot: BTreeMap<String, String>,
     /// What the engine `buildroot` takes for this board.
-    pub buildroot: Option<BuildrootFacts>,
+    pub buildroot: Option<BuildrootFiles>,
     /// Files for the boot partitions.
     pub boot_files: Vec<BootFile>,
     /// How to run it in QEMU, as data for `run`.
@@ -139,18 +141,15 @@ pub struct DebianFiles {
     pub bootloader: Option<Located<String>>,
 }
 
-/// What the next engine needs to know of the board.
-#[derive(Debug, Clone, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct BuildrootFacts {
-    /// The kernel's defconfig.
-    pub linux_defconfig: String,
-    /// Device trees that Buildroot's kernel build makes.
-    pub device_trees: Vec<String>,
-    /// U-Boot's board defconfig, where the board boots through U-Boot.
-    pub u_boot_defconfig: Option<String>,
-    /// Further Buildroot symbols, as defconfig lines.
-    pub symbols: Vec<String>,
+/// What the engine `buildroot` takes for this board.
+#[derive(Debug)]
+pub struct BuildrootFiles {
+    /// Fragments of the defconfig, relative to the workspace.
+    pub fragments: Vec<Located<Utf8PathBuf>>,
+    /// Firmware files for the boot partition: globs below Buildroot's `images`.
+    pub firmware: Vec<Located<String>>,
+    /// The U-Boot binary below Buildroot's `images`.
+    pub bootloader: Option<Located<String>>,
 }
 
 /// How to run the board's image in QEMU.
@@ -276,6 +275,7 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
     let arch = f.required::<String>("arch");
     let boot_flow = f.required("boot-flow");
     let compatible = f.list("compatible");
+    let eeprom_since = f.optional("eeprom-since");
     let console = f.table("console", |f| {
         let device = f.required("device");
         let baud = f.or("baud", 115_200);
@@ -303,16 +303,10 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
     });
     let uboot = f.optional_table("u-boot", |f| Some(f.strings()));
     let buildroot = f.optional_table("buildroot", |f| {
-        let linux_defconfig = f.required("linux-defconfig");
-        let device_trees = f.list("device-trees");
-        let u_boot_defconfig = f.optional("u-boot-defconfig");
-        let symbols = f.list("symbols");
-        Some(BuildrootFacts {
-            linux_defconfig: linux_defconfig?.value,
-            device_trees: values(device_trees?),
-            u_boot_defconfig: u_boot_defconfig?.map(|l| l.value),
-            symbols: values(symbols?),
-        })
+        let fragments = f.list("fragments");
+        let firmware = f.list("firmware");
+        let bootloader = f.optional("bootloader");
+        Some(BuildrootFiles { fragments: fragments?, firmware: firmware?, bootloader: bootloader? })
     });
     let boot_files = f.tables("boot-files", boot_file);
     let qemu = f.optional_table("qemu", qemu);
@@ -324,6 +318,7 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
         arch: arch?,
         boot_flow: boot_flow?,
         compatible: values(compatible?),
+        eeprom_since: eeprom_since?,
         console: console?,
         disk: disk?,
         partitions: partitions?,

@@ -25,6 +25,9 @@ pub struct Config {
     pub overlays: Vec<overlay::Overlay>,
     /// Packages that are unpacked, not installed, of all the product's boards, sorted.
     pub extra_packages: Vec<String>,
+    /// Fragments of Buildroot's defconfig, path and text: the board's, then the product's. One that
+    /// is missing is a finding of the plan.
+    pub fragments: Vec<(Utf8PathBuf, String)>,
     /// Every file that was read, with its SHA-256, sorted by path.
     pub inputs: Vec<Input>,
 }
@@ -156,8 +159,18 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         board,
         overlays,
         extra_packages,
+        fragments: Vec::new(),
         inputs: Vec::new(),
     };
+    let mut texts = Vec::new();
+    for path in fragments(&config) {
+        let full = root.join(path);
+        if full.is_file() {
+            let text = std::fs::read_to_string(&full).with_context(|| format!("reading {path}"))?;
+            texts.push((path.clone(), text));
+        }
+    }
+    config.fragments = texts;
     config.inputs = inputs(&config)?;
     Ok(config)
 }
@@ -191,13 +204,23 @@ pub fn template(root: &Utf8Path, board_dir: &Utf8Path, name: &Utf8Path) -> Utf8P
     if root.join(&own).is_file() { own } else { Utf8Path::new("board/common").join(name) }
 }
 
+/// The paths of the defconfig's fragments, in order; none for another engine.
+fn fragments(config: &Config) -> Vec<&Utf8PathBuf> {
+    let product = &config.product.rootfs;
+    if product.engine.value != product::Engine::Buildroot {
+        return Vec::new();
+    }
+    let board = config.board.buildroot.iter().flat_map(|b| &b.fragments);
+    board.chain(product.buildroot.iter().flat_map(|b| &b.fragments)).map(|l| &l.value).collect()
+}
+
 fn inputs(config: &Config) -> Result<Vec<Input>> {
     let board_dir = Utf8Path::new("board").join(&config.board.name.value.0);
     let product = &config.product;
     let root = &config.root;
     let mut paths = vec![product.place.file.clone(), config.board.place.file.clone()];
     paths.extend(product.rootfs.lock.iter().map(|l| l.value.clone()));
-    paths.extend(product.rootfs.defconfig.iter().map(|l| l.value.clone()));
+    paths.extend(fragments(config).into_iter().cloned());
     paths.extend(product.api.iter().map(|api| api.lock.value.clone()));
     paths.extend(product.users.iter().flat_map(|u| &u.authorized_keys).map(|k| k.value.clone()));
     paths.extend(config.board.boot_files.iter().filter_map(|file| match &file.source {

@@ -91,8 +91,6 @@ pub struct Rootfs {
     pub lock: Option<Located<Utf8PathBuf>>,
     /// The pinned Buildroot (engine `buildroot`).
     pub buildroot: Option<Buildroot>,
-    /// Defconfig template (engine `buildroot`).
-    pub defconfig: Option<Located<Utf8PathBuf>>,
     /// More than this share of the slot fails the build.
     pub fill_limit: Percent,
     /// More than this share of the slot warns.
@@ -106,7 +104,9 @@ pub struct Rootfs {
 /// The pinned Buildroot, and what wheels are locked for with it.
 #[derive(Debug)]
 pub struct Buildroot {
-    /// Release, such as `2025.02.16`.
+    /// The git repository that it is cloned from.
+    pub url: Located<String>,
+    /// Release, such as `2025.02.16`: the name of its tag.
     pub release: Located<String>,
     /// The commit of its tag.
     pub commit: Located<String>,
@@ -114,6 +114,8 @@ pub struct Buildroot {
     pub python: Located<String>,
     /// Its C library, such as `glibc 2.40`.
     pub libc: Located<String>,
+    /// Fragments of the defconfig, relative to the workspace.
+    pub fragments: Vec<Located<Utf8PathBuf>>,
 }
 
 /// The API wheel.
@@ -277,13 +279,21 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
     let unpacked = f.list("unpacked");
     let lock = f.optional("lock");
     let buildroot = f.optional_table("buildroot", |f| {
+        let url = f.required("url");
         let release = f.required("release");
         let commit = f.required("commit");
         let python = f.required("python");
         let libc = f.required("libc");
-        Some(Buildroot { release: release?, commit: commit?, python: python?, libc: libc? })
+        let fragments = f.list("fragments");
+        Some(Buildroot {
+            url: url?,
+            release: release?,
+            commit: commit?,
+            python: python?,
+            libc: libc?,
+            fragments: fragments?,
+        })
     });
-    let defconfig = f.optional("defconfig");
     let fill_limit = f.or("fill-limit", Percent(95));
     let fill_warning = f.or("fill-warning", Percent(85));
     let prune = f.list::<String>("prune");
@@ -296,7 +306,6 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
         unpacked: unpacked?,
         lock: lock?,
         buildroot: buildroot?,
-        defconfig: defconfig?,
         fill_limit: fill_limit?,
         fill_warning: fill_warning?,
         prune: prune?.into_iter().map(|l| l.value).collect(),

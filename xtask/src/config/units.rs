@@ -78,6 +78,23 @@ impl FromToml for Name {
     }
 }
 
+/// A day, written `"2024-05-13"`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Day(pub String);
+
+impl FromToml for Day {
+    const EXPECTED: &'static str = "a day such as \"2024-05-13\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text = value.as_str().ok_or(String::new())?;
+        let parts: Vec<u32> = text.split('-').filter_map(|part| part.parse().ok()).collect();
+        let form = text.len() == 10 && text.bytes().all(|b| b.is_ascii_digit() || b == b'-');
+        match parts.as_slice() {
+            [2000..=2999, 1..=12, 1..=31] if form => Ok(Self(text.to_owned())),
+            _ => Err(String::new()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,10 +1,9 @@
-//! Writes a card image: once, in place and sparse, with its block map computed on the way.
+//! Writes a card image: once, in place and sparse, and its block map.
 
 use std::fs::File;
-use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 use uuid::Uuid;
 
 use super::bmap::{self, BlockMap};
@@ -12,13 +11,10 @@ use super::copy::{self, Payload, Region};
 use super::layout::{BLOCK, Placed, SECTOR};
 use super::pages::Pages;
 use super::spec::{Content, DiskImage, DiskSpec};
-use super::{ext4_blocks, fat, table};
+use super::sums::{ALWAYS_MAPPED, Summed};
+use super::{fat, table};
 use crate::artifact;
 use crate::progress::{self, Step, Unit};
-
-/// The first bytes of each partition are mapped even where they are zero: the superblocks of
-/// whatever was on the card before lie in the first 64 KiB (btrfs), an old journal behind.
-const ALWAYS_MAPPED: u64 = 1 << 20;
 
 /// Writes the image and, beside it, its block map. The image is the last to get its name and the first
 /// to lose it: wherever a build is killed, an image has its own map beside it.
@@ -87,11 +83,8 @@ fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)>
         }
     }
     for source in &sources {
-        let needed = source.needed.clone();
-        regions.push(Region {
-            payload: Payload::File { file: &source.file, size: source.size, needed },
-            places: source.places.clone(),
-        });
+        let payload = Payload::Image(&source.file, source.summed);
+        regions.push(Region { payload, places: source.places.clone() });
     }
     let total = total_bytes(&regions);
     let step = Step::new("image", temporary.file_stem().unwrap_or("image"), total, Unit::Bytes);
@@ -130,7 +123,7 @@ fn total_bytes(regions: &[Region<'_>]) -> u64 {
     let each = regions.iter().map(|region| {
         let bytes = match &region.payload {
             Payload::Memory(pages) => pages.written() * BLOCK,
-            Payload::File { file, size, .. } => allocated(file).min(*size),
+            Payload::Image(file, summed) => allocated(file).min(summed.size),
             Payload::Zeros(_) => 0,
         };
         bytes * region.places.len() as u64
@@ -173,64 +166,51 @@ fn state_sectors(spec: &DiskSpec) -> Result<Vec<Pages>> {
 fn fat_volumes(spec: &DiskSpec) -> Result<Vec<(&Placed, Pages)>> {
     let mut volumes = Vec::new();
     for (placed, wanted) in spec.layout.partitions.iter().zip(&spec.partitions) {
-        let Content::Fat { label, volume_id, files } = &wanted.content else { continue };
-        let pages = fat::make(placed, label, *volume_id, files, spec.epoch, &wanted.size_key)?;
+        let Content::Fat { label, volume_id, placed: says_where, files } = &wanted.content else {
+            continue;
+        };
+        let pages =
+            fat::make(placed, label, *volume_id, *says_where, files, spec.epoch, &wanted.size_key)?;
         volumes.push((placed, pages));
     }
     Ok(volumes)
 }
 
 /// A filesystem image and every place where it belongs.
-struct ImageSource {
-    path: Utf8PathBuf,
+struct ImageSource<'a> {
+    summed: &'a Summed,
     file: File,
-    size: u64,
-    /// Blocks that are mapped even where they are zero.
-    needed: Vec<Range<u64>>,
     places: Vec<u64>,
 }
 
-fn sources(spec: &DiskSpec) -> Result<Vec<ImageSource>> {
-    let mut sources: Vec<ImageSource> = Vec::new();
+fn sources(spec: &DiskSpec) -> Result<Vec<ImageSource<'_>>> {
+    let mut sources: Vec<ImageSource<'_>> = Vec::new();
     for (placed, wanted) in spec.layout.partitions.iter().zip(&spec.partitions) {
-        let Content::Image(path) = &wanted.content else { continue };
-        let doing = || format!("placing {path} in `{}`", placed.name);
-        let known = sources.iter().position(|source| source.path == *path);
-        let index = match known {
-            Some(index) => index,
-            None => {
-                sources.push(open_source(path).with_context(doing)?);
-                sources.len() - 1
-            }
-        };
-        let source = &mut sources[index];
-        if source.size > placed.size {
+        let Content::Image(summed) = &wanted.content else { continue };
+        let doing = || format!("placing {} in `{}`", summed.path, placed.name);
+        if summed.size > placed.size {
             bail!(
                 "{}: the image is {}, the partition {}\nhelp: raise {}",
                 doing(),
-                progress::bytes(source.size),
+                progress::bytes(summed.size),
                 progress::bytes(placed.size),
                 wanted.size_key
             );
         }
-        source.places.push(placed.offset);
-    }
-    Ok(sources)
-}
-
-fn open_source(path: &Utf8Path) -> Result<ImageSource> {
-    let file = File::open(path).with_context(|| format!("opening {path}"))?;
-    let size = file.metadata()?.len();
-    let used = ext4_blocks::used_bytes(&file)?.unwrap_or_default();
-    // In the map's blocks: a smaller block of the volume takes the whole one with it.
-    let head = 0..size.min(ALWAYS_MAPPED).div_ceil(BLOCK);
-    let blocks = used.into_iter().map(|r| r.start / BLOCK..r.end.div_ceil(BLOCK));
-    let mut needed: Vec<Range<u64>> = Vec::new();
-    for range in std::iter::once(head).chain(blocks) {
-        match needed.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => needed.push(range),
+        match sources.iter_mut().find(|source| source.summed.path == summed.path) {
+            Some(source) => source.places.push(placed.offset),
+            None => {
+                let file = File::open(&summed.path).with_context(doing)?;
+                let size = file.metadata().with_context(doing)?.len();
+                ensure!(
+                    size == summed.size,
+                    "{}: it has {size} bytes, {} when it was summed",
+                    doing(),
+                    summed.size
+                );
+                sources.push(ImageSource { summed, file, places: vec![placed.offset] });
+            }
         }
     }
-    Ok(ImageSource { path: path.to_owned(), file, size, needed, places: Vec::new() })
+    Ok(sources)
 }

@@ -3,15 +3,17 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, anyhow, bail};
+use camino::Utf8Path;
 use fatfs::{
     Date, DateTime, FileSystem, FormatVolumeOptions, FsOptions, Time, TimeProvider, format_volume,
 };
 
-use super::layout::{Placed, SECTOR};
+use super::layout::{BLOCK, Placed, SECTOR};
 use super::pages::Pages;
-use super::spec::{FatFile, Source};
+use super::spec::{Content, FatFile, Source};
 use super::table::{HEADS, SECTORS_PER_TRACK};
 use crate::progress;
 
@@ -67,7 +69,7 @@ impl TimeProvider for Fixed {
     }
 }
 
-/// Makes the volume for a partition.
+/// Makes the volume for a partition; `says_where` puts the partition's place into it.
 ///
 /// # Errors
 /// When a file cannot be read or does not fit, a name cannot be stored, or two are the same.
@@ -75,6 +77,7 @@ pub fn make(
     placed: &Placed,
     label: &str,
     volume_id: u32,
+    says_where: bool,
     files: &[FatFile],
     epoch: u64,
     size_key: &str,
@@ -94,7 +97,8 @@ pub fn make(
         .volume_id(volume_id)
         .volume_label(label);
     format_volume(&mut pages, options).with_context(doing)?;
-    finish_format(&mut pages, placed, now).with_context(doing)?;
+    let hidden = if says_where { placed.first_sector } else { 0 };
+    finish_format(&mut pages, hidden, now).with_context(doing)?;
     // fatfs wants the clock for ever; it is 16 bytes, once for each volume.
     let clock: &'static Fixed = Box::leak(Box::new(Fixed(now)));
     let volume =
@@ -106,6 +110,32 @@ pub fn make(
     volume.unmount().with_context(doing)?;
     finish_folders(&mut pages).with_context(doing)?;
     Ok(pages)
+}
+
+/// Writes the volume that two slots share to a file: what an update bundle carries.
+///
+/// # Errors
+/// As [`make`], or when the file cannot be written.
+pub fn write_shared(
+    placed: &Placed,
+    content: &Content,
+    epoch: u64,
+    size_key: &str,
+    out: &Utf8Path,
+) -> Result<()> {
+    let Content::Fat { label, volume_id, placed: says_where, files } = content else {
+        bail!("`{}` holds no FAT volume", placed.name);
+    };
+    let pages = make(placed, label, *volume_id, *says_where, files, epoch, size_key)?;
+    let doing = || format!("writing {out}");
+    let file = File::create(out).with_context(doing)?;
+    file.set_len(placed.size).with_context(doing)?;
+    for index in 0..pages.blocks() {
+        if let Some(block) = pages.block(index) {
+            file.write_all_at(block, index * BLOCK).with_context(doing)?;
+        }
+    }
+    Ok(())
 }
 
 /// Where things lie in a volume, read from its boot sector.
@@ -168,9 +198,9 @@ impl Geometry {
 
 /// Sets what `fatfs` leaves out when it formats: where the volume lies on the disk, which firmware
 /// reads in place of the partition table, and the time of the label.
-fn finish_format(pages: &mut Pages, placed: &Placed, now: DateTime) -> Result<()> {
+fn finish_format(pages: &mut Pages, hidden: u64, now: DateTime) -> Result<()> {
     let geometry = Geometry::read(pages)?;
-    let hidden = u32::try_from(placed.first_sector).unwrap_or(0).to_le_bytes();
+    let hidden = u32::try_from(hidden).unwrap_or(0).to_le_bytes();
     pages.write_at(HIDDEN_SECTORS, &hidden)?;
     if geometry.fat32 {
         pages.write_at(geometry.backup + HIDDEN_SECTORS, &hidden)?;

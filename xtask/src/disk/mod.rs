@@ -11,11 +11,15 @@ pub mod layout;
 mod pages;
 pub mod read;
 mod spec;
+mod sums;
 mod table;
+mod windows;
 
 pub use assemble::assemble;
 pub use ext4_blocks::{Usage, usage};
+pub use fat::write_shared;
 pub use layout::{
     DiskRequest, Filesystem, Layout, PartitionRequest, Placed, StateSector, TableKind, place,
 };
 pub use spec::{Content, DiskImage, DiskSpec, FatFile, PartitionSpec, Source};
+pub use sums::{Summed, sum};

@@ -5,6 +5,7 @@ use camino::Utf8PathBuf;
 use uuid::Uuid;
 
 use super::layout::Layout;
+use super::sums::Summed;
 use crate::artifact::Artifact;
 
 /// A disk to write: a layout and what fills it.
@@ -47,12 +48,15 @@ pub enum Content {
         label: String,
         /// The volume's serial number.
         volume_id: u32,
+        /// Whether the volume says where it lies on the disk. One that two slots share does not:
+        /// it has the same bytes in either.
+        placed: bool,
         /// In the order in which they are written; missing folders are made.
         files: Vec<FatFile>,
     },
     /// A finished filesystem image no larger than the partition; holes stay holes. Partitions that
     /// name the same path share one pass over it.
-    Image(Utf8PathBuf),
+    Image(Summed),
 }
 
 /// A file in a FAT.

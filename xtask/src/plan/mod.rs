@@ -10,10 +10,11 @@ use camino::Utf8PathBuf;
 use serde::Serialize;
 
 use crate::config::Input;
-use crate::config::board::{BootFlow, BuildrootFacts, Console, Qemu};
+use crate::config::board::{BootFlow, Console, Qemu};
 use crate::config::overlay::{Attributes, EntryKind};
 use crate::config::product::{Engine, Kind, Network, Ssh, Version};
 use crate::disk::layout::Layout;
+use crate::rootfs::buildroot::fragment::Defconfig;
 pub use identifiers::Identifiers;
 pub use resolve::resolve;
 
@@ -87,6 +88,8 @@ pub struct BoardPlan {
     pub boot_flow: BootFlow,
     /// Device-tree `compatible` strings.
     pub compatible: Vec<String>,
+    /// The oldest EEPROM release that can try a slot, as a day; only with the flow `tryboot`.
+    pub eeprom_since: Option<String>,
     /// Serial console.
     pub console: Console,
     /// Kernel command line.
@@ -97,14 +100,12 @@ pub struct BoardPlan {
     pub initrd_modules: Vec<String>,
     /// Globs of the modules that stay.
     pub modules_keep: Vec<String>,
-    /// Globs of firmware files inside the board's packages.
+    /// Globs of firmware files: inside the board's packages, or below Buildroot's `images`.
     pub firmware: Vec<String>,
-    /// U-Boot inside the board's packages.
+    /// U-Boot, in the same place.
     pub bootloader: Option<String>,
     /// Values for the boot script's template.
     pub uboot: BTreeMap<String, String>,
-    /// What the engine `buildroot` takes.
-    pub buildroot: Option<BuildrootFacts>,
     /// How to run it in QEMU.
     pub qemu: Option<Qemu>,
 }
@@ -125,10 +126,8 @@ pub struct RootfsPlan {
     pub extra_packages: Vec<String>,
     /// Package lock.
     pub lock: Option<Utf8PathBuf>,
-    /// Buildroot's release and the commit of its tag.
-    pub buildroot: Option<(String, String)>,
-    /// Defconfig template.
-    pub defconfig: Option<Utf8PathBuf>,
+    /// The pinned Buildroot and its defconfig.
+    pub buildroot: Option<BuildrootPlan>,
     /// Percent of the slot above which the build fails.
     pub fill_limit: u32,
     /// Percent of the slot above which it warns.
@@ -137,6 +136,24 @@ pub struct RootfsPlan {
     pub prune: Vec<String>,
     /// Exceptions from `prune`.
     pub keep: Vec<String>,
+}
+
+/// The pinned Buildroot.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BuildrootPlan {
+    /// The git repository.
+    pub url: String,
+    /// The release, which is its tag.
+    pub release: String,
+    /// The tag's commit.
+    pub commit: String,
+    /// The Python that wheels are locked for, such as `3.12`.
+    pub python: String,
+    /// The C library that wheels are locked for, such as `glibc 2.40`.
+    pub libc: String,
+    /// The defconfig, merged from the fragments; every symbol with its origins.
+    pub defconfig: Defconfig,
 }
 
 /// An overlay file.

@@ -6,8 +6,8 @@ use anyhow::Context as _;
 use camino::Utf8Path;
 
 use super::{
-    ApiPlan, BoardPlan, BootFilePlan, BootSourcePlan, Identifiers, OverlayPlan, Plan, ProductPlan,
-    RootfsPlan, UpdatePlan, UserPlan,
+    ApiPlan, BoardPlan, BootFilePlan, BootSourcePlan, BuildrootPlan, Identifiers, OverlayPlan,
+    Plan, ProductPlan, RootfsPlan, UpdatePlan, UserPlan,
 };
 use crate::config::board::{Board, BootFlow, BootSource};
 use crate::config::product::{Engine, Kind, Product};
@@ -15,6 +15,7 @@ use crate::config::reader::{Finding, Findings, Place};
 use crate::config::{self, Config};
 use crate::disk::layout::{self, DiskRequest, Filesystem, Layout, PartitionRequest};
 use crate::facts::Facts;
+use crate::rootfs::buildroot::fragment;
 
 /// Alignment of partitions without a `start` of their own: erase blocks of cards are 4 MiB.
 const ALIGNMENT: u64 = 4 << 20;
@@ -30,6 +31,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
     check_users(product, &mut findings);
     check_board(board, &mut findings);
     check_engine(product, board, &mut findings);
+    let buildroot = buildroot(config, &mut findings);
     let disk = place_disk(board, &mut findings);
     let overlay = merge_overlays(config);
     let boot_files = boot_files(config, &mut findings);
@@ -44,7 +46,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
             version: product.version.value.clone(),
             kind: product.kind.value,
         },
-        board: board_plan(board),
+        board: board_plan(board, rootfs.engine.value),
         commit: facts.commit.clone(),
         modified: facts.modified,
         epoch: facts.epoch,
@@ -61,11 +63,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
             packages: rootfs.packages.iter().map(|l| l.value.clone()).collect(),
             extra_packages: config.extra_packages.clone(),
             lock: rootfs.lock.as_ref().map(|l| l.value.clone()),
-            buildroot: rootfs
-                .buildroot
-                .as_ref()
-                .map(|b| (b.release.value.clone(), b.commit.value.clone())),
-            defconfig: rootfs.defconfig.as_ref().map(|l| l.value.clone()),
+            buildroot,
             fill_limit: rootfs.fill_limit.0,
             fill_warning: rootfs.fill_warning.0,
             prune: rootfs.prune.clone(),
@@ -98,24 +96,26 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
     })
 }
 
-fn board_plan(board: &Board) -> BoardPlan {
-    let debian = board.debian.as_ref();
+fn board_plan(board: &Board, engine: Engine) -> BoardPlan {
+    let (firmware, bootloader) = match engine {
+        Engine::Debian => board.debian.as_ref().map(|d| (&d.firmware, &d.bootloader)).unzip(),
+        Engine::Buildroot => board.buildroot.as_ref().map(|b| (&b.firmware, &b.bootloader)).unzip(),
+    };
     BoardPlan {
         name: board.name.value.0.clone(),
         title: board.title.clone(),
         arch: board.arch.value.clone(),
         boot_flow: board.boot_flow.value,
         compatible: board.compatible.clone(),
+        eeprom_since: board.eeprom_since.as_ref().map(|day| day.value.0.clone()),
         console: board.console.clone(),
         cmdline: board.kernel.cmdline.clone(),
         device_trees: board.kernel.device_trees.iter().map(|l| l.value.clone()).collect(),
         initrd_modules: board.kernel.initrd_modules.clone(),
         modules_keep: board.kernel.modules_keep.clone(),
-        firmware: debian
-            .map_or(Vec::new(), |d| d.firmware.iter().map(|l| l.value.clone()).collect()),
-        bootloader: debian.and_then(|d| d.bootloader.as_ref()).map(|l| l.value.clone()),
+        firmware: firmware.into_iter().flatten().map(|l| l.value.clone()).collect(),
+        bootloader: bootloader.into_iter().flatten().next().map(|l| l.value.clone()),
         uboot: board.uboot.clone(),
-        buildroot: board.buildroot.clone(),
         qemu: board.qemu.clone(),
     }
 }
@@ -153,10 +153,9 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
         out.push(Finding::new(&product.rootfs.engine.place, message, "it would never warn"));
     }
     let locks = product.rootfs.lock.iter().map(|lock| (lock, "run `cargo xtask lock`"));
-    let templates = product.rootfs.defconfig.iter().map(|path| (path, "write one, or correct it"));
     let keys = product.users.iter().flat_map(|user| &user.authorized_keys);
     let keys = keys.map(|path| (path, "put the public key there, as ssh-keygen wrote it"));
-    for (path, help) in locks.chain(templates).chain(keys) {
+    for (path, help) in locks.chain(keys) {
         must_exist(config, &path.place, &path.value, help, out);
     }
     if let Some(api) = &product.api {
@@ -261,6 +260,20 @@ fn check_board(board: &Board, out: &mut Vec<Finding>) {
             out.push(Finding::new(&second.size.place, message, "give both the same size"));
         }
     }
+    if (flow == BootFlow::Tryboot) != board.eeprom_since.is_some() {
+        let place = board.eeprom_since.as_ref().map_or(&board.boot_flow.place, |s| &s.place);
+        let (message, help) = match flow {
+            BootFlow::Tryboot => (
+                "the flow \"tryboot\" needs `eeprom-since`",
+                "add the day of the oldest EEPROM release that can try a slot",
+            ),
+            BootFlow::Uboot => (
+                "`eeprom-since` is of no use to the flow \"uboot\"",
+                "remove it: only the flow \"tryboot\" asks the firmware for anything",
+            ),
+        };
+        out.push(Finding::new(place, message, help));
+    }
     let expected = if flow == BootFlow::Uboot { 2 } else { 0 };
     let found = board.disk.boot_state.len();
     if found != expected {
@@ -310,8 +323,15 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
             }
         }
         Engine::Buildroot => {
-            needs(rootfs.defconfig.is_some(), "defconfig");
             needs(rootfs.buildroot.is_some(), "buildroot");
+            if let Some(package) = rootfs.packages.first() {
+                let message = "`packages` names Debian's packages; this engine has fragments";
+                let help = format!(
+                    "write BR2_PACKAGE_{}=y into a fragment",
+                    package.value.to_uppercase().replace(['-', '.'], "_")
+                );
+                out.push(Finding::new(&package.place, message, help));
+            }
             if board.buildroot.is_none() {
                 let message =
                     format!("the engine buildroot does not know the board {}", board.name.value.0);
@@ -320,6 +340,41 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
             }
         }
     }
+}
+
+/// The defconfig of the engine `buildroot`, merged from board and product.
+fn buildroot(config: &Config, out: &mut Vec<Finding>) -> Option<BuildrootPlan> {
+    let rootfs = &config.product.rootfs;
+    let pinned = rootfs.buildroot.as_ref().filter(|_| rootfs.engine.value == Engine::Buildroot)?;
+    let board = config.board.buildroot.iter().flat_map(|b| &b.fragments);
+    for path in board.chain(&pinned.fragments) {
+        must_exist(config, &path.place, &path.value, "write it, or correct the path", out);
+    }
+    let texts = config.fragments.iter().map(|(path, text)| (path.as_path(), text.as_str()));
+    let (defconfig, findings) = fragment::merge(texts);
+    out.extend(findings);
+    let release = pinned.release.value.as_str();
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b".-_".contains(&b);
+    // It becomes a folder's name and an argument of git.
+    if !release.starts_with(|c: char| c.is_ascii_alphanumeric()) || !release.bytes().all(plain) {
+        let message = format!("`release`: \"{release}\" cannot be a tag's name");
+        out.push(Finding::new(&pinned.release.place, message, "write it as in 2025.02.16"));
+    }
+    let commit = &pinned.commit;
+    if commit.value.len() != 40 || !commit.value.bytes().all(|b| b.is_ascii_hexdigit()) {
+        let message =
+            format!("`commit`: expected 40 hexadecimal digits, found \"{}\"", commit.value);
+        let help = "`git rev-parse <tag>^{commit}` says it";
+        out.push(Finding::new(&commit.place, message, help));
+    }
+    Some(BuildrootPlan {
+        url: pinned.url.value.clone(),
+        release: release.to_owned(),
+        commit: commit.value.clone(),
+        python: pinned.python.value.clone(),
+        libc: pinned.libc.value.clone(),
+        defconfig,
+    })
 }
 
 fn place_disk(board: &Board, out: &mut Vec<Finding>) -> Option<Layout> {

@@ -33,7 +33,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// Starts a machine on an overlay; all that its console says also goes to `log`. It has no network.
+    /// Starts a machine on an overlay; all that its console says also goes to `log`. Its SSH server is at
+    /// this port of the loopback address; without one it has no network.
     ///
     /// # Errors
     /// When QEMU is missing or the log cannot be written.
@@ -43,12 +44,13 @@ impl Session {
         overlay: &Overlay,
         log: &Utf8Path,
         on_restart: OnRestart,
+        ssh_port: Option<u16>,
     ) -> Result<Self> {
         if let Some(parent) = log.parent() {
             std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
         }
         let mut log_file = File::create(log).with_context(|| format!("creating the log {log}"))?;
-        let arguments = arguments(machine, files, overlay.path(), "stdio", None, on_restart);
+        let arguments = arguments(machine, files, overlay.path(), "stdio", ssh_port, on_restart);
         let tool = Tool::new(PROGRAM).args(arguments);
         writeln!(log_file, "$ {}", tool.shown()).with_context(|| format!("writing {log}"))?;
         Self::spawn(tool, log_file, log)

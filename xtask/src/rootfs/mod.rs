@@ -1,10 +1,12 @@
 //! Root filesystem engines. Each yields the same value, a [`BaseSystem`]; what comes after an engine
 //! (compose, disk, update, report) never asks which one it was.
 
+pub mod buildroot;
 pub mod debian;
 pub mod glob;
 pub mod initrd;
 pub mod kernel;
+pub mod parts;
 pub mod tree;
 
 use serde::{Deserialize, Serialize};
@@ -147,4 +149,10 @@ pub struct Package {
     pub licences: Vec<String>,
     /// Whether the distribution calls it essential.
     pub essential: bool,
+    /// Name in the CVE dictionary (CPE 2.3), where the engine knows it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub cpe: Option<String>,
+    /// Packages of this list that it needs, where the engine knows them.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub needs: Vec<String>,
 }

@@ -2,12 +2,11 @@
 //! and firmware are unpacked natively, then one pass prunes and normalises everything.
 
 use std::fs;
-use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
@@ -18,8 +17,9 @@ use crate::artifact::{Artifact, write_atomically};
 use crate::exec::Tool;
 use crate::progress::{Step, Unit};
 use crate::rootfs::kernel::{self, ModuleRules};
+use crate::rootfs::parts::{collect, compress_kernel, files_below, take};
 use crate::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
-use crate::rootfs::{BaseSystem, InitrdParts, NamedFile, Role, glob};
+use crate::rootfs::{BaseSystem, InitrdParts, Role};
 
 /// What a board boots from, as patterns over the unpacked packages.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -81,8 +81,10 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     let (image, unpacked) = compress_kernel(&kernel.image, &out_dir.join("kernel.gz"))?;
     let dtb_root = extras.join(format!("usr/lib/linux-image-{}", kernel.release));
     let board = request.board;
-    let dtbs = collect(&dtb_root, &board.dtbs, &out_dir.join("dtbs"), "device tree")?;
-    let firmware = collect(&extras, &board.firmware, &out_dir.join("firmware"), "firmware")?;
+    let help = "add the package that brings them to the extra packages";
+    let dtbs = collect(&dtb_root, &board.dtbs, &out_dir.join("dtbs"), "device tree", help)?;
+    let firmware_dir = out_dir.join("firmware");
+    let firmware = collect(&extras, &board.firmware, &firmware_dir, "firmware", help)?;
     let bootloader = match &board.bootloader {
         Some(path) => Some(
             take(&extras.join(path), &out_dir.join("u-boot.bin"))
@@ -303,88 +305,9 @@ fn add_firmware(root: &mut Tree, extras: &Utf8Path) -> Result<()> {
     Ok(())
 }
 
-/// Regular files below a folder, sorted; links are not followed.
-fn files_below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
-    let mut found = Vec::new();
-    for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
-        let entry = entry.with_context(|| format!("listing {folder}"))?;
-        let kind = entry.file_type().with_context(|| format!("listing {folder}"))?;
-        if kind.is_dir() {
-            found.extend(files_below(entry.path())?);
-        } else if kind.is_file() {
-            found.push(entry.into_path());
-        }
-    }
-    found.sort();
-    Ok(found)
-}
-
-/// Copies the files that the patterns match; each pattern must match one.
-fn collect(
-    from: &Utf8Path,
-    patterns: &[String],
-    to: &Utf8Path,
-    what: &str,
-) -> Result<Vec<NamedFile>> {
-    if patterns.is_empty() {
-        return Ok(Vec::new());
-    }
-    if !from.is_dir() {
-        bail!(
-            "no unpacked package has {what} files\n\
-             help: add the package that brings them to the extra packages"
-        );
-    }
-    let mut names = Vec::new();
-    for path in files_below(from)? {
-        names.push(path.strip_prefix(from).with_context(|| format!("placing {path}"))?.to_string());
-    }
-    for pattern in patterns {
-        let one = glob::compile(&[pattern])?;
-        if !names.iter().any(|name| one.is_match(name)) {
-            bail!("no {what} matches '{pattern}'\nhelp: correct it in the board's board.toml");
-        }
-    }
-    let mut files = Vec::new();
-    let wanted = glob::compile(patterns)?;
-    for name in names.into_iter().filter(|name| wanted.is_match(name)) {
-        let file = take(&from.join(&name), &to.join(&name))?;
-        files.push(NamedFile { path: name, file });
-    }
-    Ok(files)
-}
-
-fn take(from: &Utf8Path, to: &Utf8Path) -> Result<Artifact> {
-    let mut source = fs::File::open(from).with_context(|| format!("opening {from}"))?;
-    write_atomically(to, |out| {
-        std::io::copy(&mut source, out).with_context(|| format!("copying {from}"))?;
-        Ok(())
-    })?;
-    Artifact::of(to)
-}
-
 fn busybox(extras: &Utf8Path) -> Result<Utf8PathBuf> {
     let places = ["bin/busybox", "usr/bin/busybox"].map(|path| extras.join(path));
     places.into_iter().find(|path| path.is_file()).context(
         "no unpacked package has a busybox\nhelp: add busybox-static to the extra packages",
     )
-}
-
-/// The kernel as gzip: a kernel package may have it compressed already.
-fn compress_kernel(image: &Utf8Path, out: &Utf8Path) -> Result<(Artifact, u64)> {
-    let bytes = fs::read(image).with_context(|| format!("reading {image}"))?;
-    if bytes.starts_with(&[0x1f, 0x8b]) {
-        let mut plain = flate2::read::GzDecoder::new(bytes.as_slice());
-        let size = std::io::copy(&mut plain, &mut std::io::sink())
-            .with_context(|| format!("unpacking {image}"))?;
-        return Ok((take(image, out)?, size));
-    }
-    write_atomically(out, |writer| {
-        let level = flate2::Compression::best();
-        let mut gzip = flate2::GzBuilder::new().mtime(0).write(writer, level);
-        gzip.write_all(&bytes)?;
-        gzip.finish()?;
-        Ok(())
-    })?;
-    Ok((Artifact::of(out)?, bytes.len() as u64))
 }

@@ -60,7 +60,8 @@ pub struct Fetched {
 /// What a plain fetch found.
 pub(super) struct Plain {
     pub debs: Vec<LockedDeb>,
-    gone: Vec<LockedPackage>,
+    /// What the mirror no longer has.
+    pub gone: Vec<LockedPackage>,
 }
 
 /// Fetches the packages of a lock. Replaced versions are in [`Fetched::lock`]: save it.
@@ -105,7 +106,7 @@ pub fn fetch_lock(
     Ok(Fetched { lock: lock.lock, debs: for_image(second.debs), replaced: lock.replaced })
 }
 
-/// Fetches packages without ever replacing one.
+/// Fetches packages without ever replacing one: what is gone is refused with [`Policy::Locked`], else listed.
 pub(super) fn fetch(
     packages: &[LockedPackage],
     fetcher: &Fetcher,

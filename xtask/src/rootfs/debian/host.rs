@@ -17,7 +17,7 @@ use crate::fetch::Fetcher;
 use crate::rootfs::Role;
 
 /// Architectures (in Debian's words) that a build can run on.
-const HOSTS: [&str; 2] = ["amd64", "arm64"];
+pub(super) const HOSTS: [&str; 2] = ["amd64", "arm64"];
 
 /// Packages of `<suite>-backports` that hold the tool and its libraries.
 const FROM_BACKPORTS: [&str; 4] = ["e2fsprogs", "libcom-err2", "libext2fs2", "libss2"];
@@ -69,11 +69,16 @@ pub(super) fn wanted() -> Option<&'static str> {
     if own.is_some_and(|own| own.version().is_ok()) {
         return None;
     }
-    Some(match std::env::consts::ARCH {
+    Some(architecture())
+}
+
+/// Debian's name of this machine's architecture.
+pub(super) fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
         other => other,
-    })
+    }
 }
 
 /// An `mke2fs` that reads tars: the machine's own, else the locked one, unpacked into `cache`.
@@ -133,4 +138,22 @@ pub fn host_e2fs(
     let unpacked = Mke2fs { program: mke2fs, libraries };
     unpacked.version().context("trying the unpacked mke2fs")?;
     Ok(unpacked)
+}
+
+/// Unpacks one package of the lock into `dir` without running anything of it: tests take from it
+/// the boot loader that ships.
+///
+/// # Errors
+/// When the lock has no such package, or it cannot be fetched.
+pub fn unpack_locked(
+    lock: &PackagesLock,
+    name: &str,
+    fetcher: &Fetcher,
+    mirrors: Option<&Mirrors>,
+    dir: &Utf8Path,
+) -> Result<()> {
+    let package = lock.of_role(Role::Extra).find(|p| p.name == name).cloned();
+    let package = package.with_context(|| format!("the package lock has no {name}"))?;
+    let fetched = download::fetch(&[package], fetcher, mirrors, Policy::Locked)?;
+    fetched.debs.iter().try_for_each(|deb| unpack::deb(&deb.file.path, dir))
 }

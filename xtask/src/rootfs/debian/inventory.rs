@@ -46,6 +46,8 @@ pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> 
             homepage: fields.remove("Homepage"),
             licences: licences(&String::from_utf8_lossy(&copyright.unwrap_or_default())),
             essential: fields.remove("Essential").as_deref() == Some("yes"),
+            cpe: None,
+            needs: Vec::new(),
             name,
         });
     }

@@ -6,6 +6,7 @@
 mod apt;
 mod binfmt;
 pub mod build;
+pub mod compiler;
 pub mod download;
 mod host;
 mod inventory;
@@ -19,7 +20,7 @@ use serde::{Deserialize, Serialize};
 pub use apt::Mirrors;
 pub use build::{BoardWants, BuildRequest, build, install};
 pub use download::{Fetched, LockedDeb, Policy, Replaced, fetch_lock};
-pub use host::host_e2fs;
+pub use host::{host_e2fs, unpack_locked};
 pub use lock::{Archive, LockedPackage, PackagesLock, lock};
 pub use prune::PruneRules;
 

@@ -30,7 +30,7 @@ impl PruneRules {
 }
 
 /// Applies the rules; hard links to a removed file become the file, folders of kept files stay.
-pub(super) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()> {
+pub(in crate::rootfs) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()> {
     let (drop, keep) = (glob::compile(&rules.drop)?, glob::compile(&rules.keep)?);
     let drops = |path: &str| drop.is_match(path) && !keep.is_match(path);
     let doomed: Vec<Name> =
@@ -67,7 +67,7 @@ pub(super) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()> {
 }
 
 /// Gives files of the build's day the epoch instead.
-pub(super) fn normalise(tree: &mut Tree, epoch: u64) -> Result<()> {
+pub(in crate::rootfs) fn normalise(tree: &mut Tree, epoch: u64) -> Result<()> {
     if let Some(shadow) = tree.bytes("etc/shadow")? {
         let text = String::from_utf8(shadow).context("/etc/shadow is not UTF-8")?;
         set_bytes(tree, "etc/shadow", shadow_of_day(&text, epoch / DAY).into_bytes());

@@ -1,0 +1,469 @@
+//! Installing a bundle into a slot, every block proven, against `zstd -dc | dd`, `swupdate` and `fwup`
+//! on the same target; then our peak memory for payloads of several sizes, and what an update writes
+//! that changes one block in a hundred. Every contender is a process of its own.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use bundle::{BLOCK_SIZE, Kind, Level, Version};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use super::bundle::PeakWatcher;
+use crate::exec::{self, Tool};
+use crate::keys::Keys;
+use crate::progress;
+use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
+
+const MIB: u64 = 1 << 20;
+
+/// Payload sizes for the peak memory, in MiB.
+const SIZES: [u64; 4] = [256, 512, 1024, 2048];
+
+/// What one contender needed for a full install.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Row {
+    /// The command, shortened.
+    pub name: String,
+    /// Median seconds until everything is on the disk.
+    pub seconds: f64,
+    /// Median seconds of reading it back from the disk, where the contender does that.
+    pub read_back: Option<f64>,
+    /// Peak resident memory in bytes, the largest of all turns.
+    pub peak: u64,
+}
+
+/// Our install of a payload of some size.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Sized {
+    /// What was installed over what.
+    pub name: String,
+    /// Bytes of the payload.
+    pub size: u64,
+    /// Bytes written to the slot.
+    pub written: u64,
+    /// Seconds until everything was on the disk.
+    pub seconds: f64,
+    /// Seconds of reading it back.
+    pub read_back: f64,
+    /// Peak resident memory in bytes.
+    pub peak: u64,
+}
+
+/// All results.
+#[derive(Debug, Clone, Serialize)]
+pub struct Results {
+    /// Full installs side by side; the first is the yardstick.
+    pub full: Vec<Row>,
+    /// Ours alone.
+    pub sized: Vec<Sized>,
+}
+
+/// What `slotd install --format json` says; other fields are passed over.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Outcome {
+    written: u64,
+    write_ms: u64,
+    read_back_ms: u64,
+}
+
+/// Measures with `turns` turns for each contender, in a folder on the disk to be measured.
+///
+/// # Errors
+/// When a contender fails. `swupdate` and `fwup` are left out when they are not installed.
+pub fn run(payload: &Utf8Path, folder: &Utf8Path, turns: usize) -> Result<Results> {
+    std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
+    let bench = Bench::new(folder)?;
+    Ok(Results { full: bench.full(payload, turns.max(3))?, sized: bench.sized(payload)? })
+}
+
+/// The results as tables for people.
+pub fn table(results: &Results) -> String {
+    use std::fmt::Write as _;
+    let mut out =
+        format!("{:<20} {:>9} {:>6}  {:>9}  {:>9}\n", "", "time", "ratio", "read back", "memory");
+    let base = results.full.first().map_or(1.0, |row| row.seconds);
+    for row in &results.full {
+        let back = row.read_back.map_or(String::new(), |seconds| format!("{seconds:.2} s"));
+        writeln!(
+            out,
+            "{:<20} {:>7.2} s {:>5.2}x  {back:>9}  {:>5.1} MiB",
+            row.name,
+            row.seconds,
+            row.seconds / base,
+            row.peak as f64 / MIB as f64
+        )
+        .expect("writing to a String cannot fail");
+    }
+    writeln!(
+        out,
+        "\n{:<34} {:>9} {:>9} {:>7}  {:>9}  {:>9}",
+        "slotd", "written", "of slot", "time", "read back", "memory"
+    )
+    .expect("writing to a String cannot fail");
+    for row in &results.sized {
+        writeln!(
+            out,
+            "{:<34} {:>9} {:>7.2} % {:>5.2} s  {:>7.2} s  {:>5.1} MiB",
+            row.name,
+            progress::bytes(row.written),
+            row.written as f64 * 100.0 / row.size as f64,
+            row.seconds,
+            row.read_back,
+            row.peak as f64 / MIB as f64
+        )
+        .expect("writing to a String cannot fail");
+    }
+    out
+}
+
+/// A program that is started with these arguments, and reads this.
+struct Call {
+    program: String,
+    args: Vec<String>,
+}
+
+impl Call {
+    fn new(program: &str, args: &[&str]) -> Self {
+        Self { program: program.to_owned(), args: args.iter().map(|a| (*a).to_owned()).collect() }
+    }
+}
+
+struct Bench {
+    folder: Utf8PathBuf,
+    slotd: Utf8PathBuf,
+}
+
+impl Bench {
+    fn new(folder: &Utf8Path) -> Result<Self> {
+        progress::say("bench", "building the agent as it ships");
+        Tool::new("cargo").args(["build", "--quiet", "--release", "--package", "slotd"]).run()?;
+        let metadata = Tool::new("cargo")
+            .args(["metadata", "--format-version=1", "--no-deps", "--offline"])
+            .read()?;
+        let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
+        let target = metadata["target_directory"].as_str().context("cargo names no folder")?;
+        let slotd = Utf8Path::new(target).join("release/slotd");
+        Ok(Self { folder: folder.to_owned(), slotd })
+    }
+
+    /// A bundle of one payload.
+    fn pack(&self, payload: &Utf8Path, name: &str) -> Result<Utf8PathBuf> {
+        let mut keys = Keys::open(&self.folder.join("keys-of-bundles"))?;
+        let signer = keys.signer(Kind::Development)?;
+        let version = Version::parse("1.0.0")?;
+        let payloads = vec![PayloadRequest { role: "root".to_owned(), path: payload.to_owned() }];
+        let request = PackRequest {
+            product: "bench".to_owned(),
+            version: version.clone(),
+            kind: Kind::Development,
+            boards: vec!["bench".to_owned()],
+            minimum_version: version.clone(),
+            key_epoch: None,
+            epoch: 0,
+            components: vec![ComponentRequest { name: "system".to_owned(), version, payloads }],
+            level: Level::Fast,
+            workers: None,
+            signers: &[signer],
+        };
+        let out = self.folder.join(name);
+        update::pack(&request, &out)?;
+        Ok(out)
+    }
+
+    /// A robot on files: slot a runs, slot b is `target`, of `size` bytes.
+    fn robot(&self, target: &Utf8Path, size: u64) -> Result<Utf8PathBuf> {
+        let root = self.folder.join("fake-root");
+        if root.exists() {
+            std::fs::remove_dir_all(&root).with_context(|| format!("removing {root}"))?;
+        }
+        let write = |path: &str, content: &str| -> Result<()> {
+            let path = root.join(path);
+            let parent = path.parent().context("a path below the robot's root")?;
+            std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+            std::fs::write(&path, content).with_context(|| format!("writing {path}"))
+        };
+        let sectors = size / 512;
+        write(
+            "usr/lib/slipway/device.toml",
+            &format!(
+                "product = \"bench\"\nversion = \"1.0.0\"\nkind = \"development\"\nboard = \"bench\"\n\
+                 boot-flow = \"uboot\"\ncompatible = [\"bench\"]\n[boot-state]\nsectors = [8, 16]\n[partitions]\n\
+                 root-a = {{ number = 1, start-sector = 8192, sectors = {sectors} }}\n\
+                 root-b = {{ number = 2, start-sector = 99999, sectors = {sectors} }}\n"
+            ),
+        )?;
+        write("proc/device-tree/compatible", "bench\0")?;
+        write("proc/self/mountinfo", "1 0 179:1 / / ro - ext4 /dev/disk1 ro\n")?;
+        for (number, start) in [(1, 8192), (2, 99999)] {
+            let folder = format!("sys/devices/disk/disk{number}");
+            write(&format!("{folder}/partition"), &format!("{number}\n"))?;
+            write(&format!("{folder}/start"), &format!("{start}\n"))?;
+            write(&format!("{folder}/size"), &format!("{sectors}\n"))?;
+        }
+        write("sys/dev/block/.keep", "")?;
+        std::os::unix::fs::symlink("../../devices/disk/disk1", root.join("sys/dev/block/179:1"))?;
+        write("dev/disk1", "")?;
+        write("dev/disk", "")?;
+        File::options().write(true).open(root.join("dev/disk"))?.set_len(MIB)?;
+        std::os::unix::fs::symlink(target.canonicalize_utf8()?, root.join("dev/disk2"))?;
+        let keys = Keys::open(&self.folder.join("keys-of-bundles"))?;
+        write("usr/lib/slipway/keyset.json", &serde_json::to_string(keys.set())?)?;
+        Ok(root)
+    }
+
+    fn install(&self, robot: &Utf8Path, bundle: &Utf8Path) -> Call {
+        let args = ["--format", "json", "--root", robot.as_str(), "install", bundle.as_str()];
+        Call::new(self.slotd.as_str(), &args)
+    }
+
+    fn full(&self, payload: &Utf8Path, turns: usize) -> Result<Vec<Row>> {
+        let size = std::fs::metadata(payload).with_context(|| format!("reading {payload}"))?.len();
+        let bundle = self.pack(payload, "full.bundle")?;
+        let (target, old) = (self.folder.join("target.img"), self.folder.join("old.img"));
+        another_system(payload, &old)?;
+        let packed = self.folder.join("payload.zst");
+        Tool::new("zstd")
+            .args(["-q", "-f", "-T0", "-3", payload.as_str(), "-o", packed.as_str()])
+            .run()?;
+        let pipe =
+            format!("zstd -dc {packed} | dd of={target} bs=1M conv=notrunc,fsync status=none");
+        let mut contenders = vec![
+            ("zstd -dc | dd", Call::new("sh", &["-c", &pipe])),
+            ("slotd install", Call::new("", &[])),
+        ];
+        if exec::find("swupdate").is_some() {
+            contenders.push(("swupdate", self.swupdate(&packed, &target)?));
+        }
+        if exec::find("fwup").is_some() {
+            contenders.push(("fwup -a", self.fwup(payload, &target)?));
+        }
+        let mut rows: Vec<(Vec<f64>, Vec<f64>, u64)> = vec![Default::default(); contenders.len()];
+        for turn in 0..turns {
+            for ((name, call), row) in contenders.iter().zip(&mut rows) {
+                progress::say("bench", format!("turn {} of {turns}: {name}", turn + 1));
+                // Every turn finds the same blocks allocated, with another system in them.
+                Tool::new("cp").args(["--sparse=never", old.as_str(), target.as_str()]).run()?;
+                let ours;
+                let call = if call.program.is_empty() {
+                    ours = self.install(&self.robot(&target, size)?, &bundle);
+                    &ours
+                } else {
+                    call
+                };
+                let (seconds, peak, output) = measure(name, call)?;
+                row.2 = row.2.max(peak);
+                match serde_json::from_str::<Outcome>(&output) {
+                    Ok(outcome) => {
+                        let back = outcome.read_back_ms as f64 / 1000.0;
+                        row.0.push(seconds - back);
+                        row.1.push(back);
+                    }
+                    Err(_) => row.0.push(seconds),
+                }
+                same(payload, &target).with_context(|| format!("after {name}"))?;
+            }
+        }
+        let named = contenders.iter().zip(rows);
+        Ok(named
+            .map(|((name, _), (seconds, back, peak))| Row {
+                name: (*name).to_owned(),
+                seconds: median(seconds).unwrap_or_default(),
+                read_back: median(back),
+                peak,
+            })
+            .collect())
+    }
+
+    fn sized(&self, payload: &Utf8Path) -> Result<Vec<Sized>> {
+        let mut rows = Vec::new();
+        let (part, target) = (self.folder.join("part.img"), self.folder.join("target.img"));
+        for mib in SIZES {
+            cut(payload, &part, mib * MIB)?;
+            another_system(&part, &target)?;
+            rows.push(self.one(format!("full, {mib} MiB"), &part, &target)?);
+        }
+        let size = std::fs::metadata(payload)?.len();
+        let changed = self.folder.join("changed.img");
+        Tool::new("cp").args(["--sparse=always", payload.as_str(), changed.as_str()]).run()?;
+        change(&changed, size)?;
+        Tool::new("cp").args(["--sparse=never", payload.as_str(), target.as_str()]).run()?;
+        rows.push(self.one("1 % of the blocks changed".to_owned(), &changed, &target)?);
+        rows.push(self.one("the same again".to_owned(), &changed, &target)?);
+        Ok(rows)
+    }
+
+    fn one(&self, name: String, payload: &Utf8Path, target: &Utf8Path) -> Result<Sized> {
+        progress::say("bench", name.clone());
+        let size = std::fs::metadata(payload)?.len();
+        let bundle = self.pack(payload, "sized.bundle")?;
+        let call = self.install(&self.robot(target, size)?, &bundle);
+        let (seconds, peak, output) = measure(&name, &call)?;
+        same(payload, target)?;
+        let outcome: Outcome =
+            serde_json::from_str(&output).with_context(|| format!("reading `{output}`"))?;
+        let read_back = outcome.read_back_ms as f64 / 1000.0;
+        ensure!(outcome.write_ms > 0, "the agent says that it took no time");
+        Ok(Sized {
+            name,
+            size,
+            written: outcome.written,
+            seconds: seconds - read_back,
+            read_back,
+            peak,
+        })
+    }
+
+    /// A signed update of the raw image, as swupdate's manual makes it.
+    fn swupdate(&self, packed: &Utf8Path, target: &Utf8Path) -> Result<Call> {
+        let folder = self.folder.join("swupdate");
+        std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
+        let (key, certificate) = (folder.join("key.pem"), folder.join("certificate.pem"));
+        Tool::new("openssl")
+            .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=bench"])
+            .args(["-addext", "extendedKeyUsage=emailProtection"])
+            .args(["-keyout", key.as_str(), "-out", certificate.as_str()])
+            .run()?;
+        std::fs::copy(packed, folder.join("root.zst")).context("copying the payload")?;
+        let hash = Tool::new("sha256sum").arg(packed.as_str()).read()?;
+        let hash = hash.split(' ').next().unwrap_or_default();
+        let description = format!(
+            "software = {{ version = \"1.0\"; hardware-compatibility = [\"1.0\"]; images: ( {{ filename = \"root.zst\"; \
+             device = \"{target}\"; type = \"raw\"; compressed = \"zstd\"; installed-directly = true; sha256 = \"{hash}\"; }} ); }}\n"
+        );
+        std::fs::write(folder.join("sw-description"), description)?;
+        Tool::new("openssl")
+            .args(["cms", "-sign", "-binary", "-nosmimecap", "-outform", "DER"])
+            .args(["-signer", certificate.as_str(), "-inkey", key.as_str()])
+            .args(["-in", folder.join("sw-description").as_str()])
+            .args(["-out", folder.join("sw-description.sig").as_str()])
+            .run()?;
+        let script = "printf 'sw-description\\nsw-description.sig\\nroot.zst\\n' | cpio -o -H crc -F update.swu";
+        Tool::new("sh").args(["-c", script]).current_dir(&folder).run()?;
+        std::fs::write(folder.join("hwrevision"), "bench 1.0\n")?;
+        let update = folder.join("update.swu");
+        let args = ["-k", certificate.as_str(), "-H", "bench:1.0", "-i", update.as_str()];
+        Ok(Call::new("swupdate", &args))
+    }
+
+    fn fwup(&self, payload: &Utf8Path, target: &Utf8Path) -> Result<Call> {
+        let (conf, firmware) = (self.folder.join("fwup.conf"), self.folder.join("update.fw"));
+        let text = format!(
+            "file-resource root.img {{ host-path = \"{payload}\" }}\n\
+             task complete {{ on-resource root.img {{ raw_write(0) }} }}\n"
+        );
+        std::fs::write(&conf, text)?;
+        Tool::new("fwup").args(["-c", "-f", conf.as_str(), "-o", firmware.as_str()]).run()?;
+        let args = ["-a", "-q", "-i", firmware.as_str(), "-d", target.as_str(), "-t", "complete"];
+        Ok(Call::new("fwup", &args))
+    }
+}
+
+/// Runs a contender to its end, and until what it wrote is on the disk.
+fn measure(name: &str, call: &Call) -> Result<(f64, u64, String)> {
+    rustix::fs::sync();
+    let started = Instant::now();
+    let child = Command::new(&call.program)
+        .args(&call.args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("running {name}"))?;
+    let watcher = PeakWatcher::start(child.id());
+    let output = child.wait_with_output().with_context(|| format!("running {name}"))?;
+    let seconds = started.elapsed().as_secs_f64();
+    let peak = watcher.finish();
+    ensure!(
+        output.status.success(),
+        "{name} failed: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok((seconds, peak, String::from_utf8_lossy(&output.stdout).into_owned()))
+}
+
+/// A system of the same shape with other contents: what is not zero in the payload is noise.
+fn another_system(payload: &Utf8Path, out: &Utf8Path) -> Result<()> {
+    Tool::new("cp").args(["--sparse=never", payload.as_str(), out.as_str()]).run()?;
+    let (from, to) = (File::open(payload)?, OpenOptions::new().write(true).open(out)?);
+    let mut noise = Noise(1);
+    let mut block = vec![0; BLOCK_SIZE];
+    for at in (0..from.metadata()?.len()).step_by(BLOCK_SIZE) {
+        from.read_exact_at(&mut block, at)?;
+        if block.iter().any(|byte| *byte != 0) {
+            noise.fill(&mut block);
+            to.write_all_at(&block, at)?;
+        }
+    }
+    to.sync_all().with_context(|| format!("writing {out}"))
+}
+
+/// One block in a hundred becomes noise.
+fn change(path: &Utf8Path, size: u64) -> Result<()> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    let (mut noise, mut block) = (Noise(2), vec![0; BLOCK_SIZE]);
+    let blocks = size / BLOCK_SIZE as u64;
+    for hundred in 0..blocks / 100 {
+        noise.fill(&mut block);
+        let at = hundred * 100 + noise.next() % 100;
+        file.write_all_at(&block, at * BLOCK_SIZE as u64)?;
+    }
+    file.sync_all().with_context(|| format!("writing {path}"))
+}
+
+/// The payload, cut to a size or repeated up to it; each repetition has other bytes.
+fn cut(payload: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
+    let from = File::open(payload)?;
+    let length = from.metadata()?.len();
+    let to = File::create(out)?;
+    to.set_len(size)?;
+    let mut buffer = vec![0; MIB as usize];
+    for at in (0..size).step_by(MIB as usize) {
+        from.read_exact_at(&mut buffer, at % length)?;
+        let turn = (at / length) as u8;
+        if buffer.iter().any(|byte| *byte != 0) {
+            for byte in buffer.iter_mut().filter(|byte| **byte != 0) {
+                *byte = byte.wrapping_add(turn).max(1);
+            }
+            to.write_all_at(&buffer, at)?;
+        }
+    }
+    to.sync_all().with_context(|| format!("writing {out}"))
+}
+
+/// Marsaglia's xorshift: bytes that do not compress, the same in every run.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn fill(&mut self, block: &mut [u8]) {
+        for chunk in block.chunks_mut(8) {
+            let word = self.next().to_le_bytes();
+            chunk.copy_from_slice(&word[..chunk.len()]);
+        }
+    }
+}
+
+fn same(expected: &Utf8Path, found: &Utf8Path) -> Result<()> {
+    let size = std::fs::metadata(expected)?.len().to_string();
+    Tool::new("cmp").args(["-n", &size, expected.as_str(), found.as_str()]).run()
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}

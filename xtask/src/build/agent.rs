@@ -1,0 +1,351 @@
+//! The stage `agent`: the robot's own program, compiled for the board's architecture into one static binary.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use super::Build;
+use crate::artifact::{Artifact, hash_bytes, write_atomically};
+use crate::cache::Key;
+use crate::exec::{Tool, find};
+use crate::fetch::Fetcher;
+use crate::progress::{Step, Unit, bytes, warn};
+use crate::rootfs::debian::{Mirrors, PackagesLock, Policy, compiler};
+use crate::sbom::{Component, Origin};
+use crate::wheel::metadata::License;
+
+/// Raised when compiling changes what it makes.
+const AGENT_VERSION: u32 = 2;
+/// The package, which is also the binary's name.
+pub const PACKAGE: &str = "slotd";
+/// Where the compiler's lock lies in the workspace; `cargo xtask lock` makes it.
+pub const LOCK: &str = "slotd/compiler.lock";
+/// Everything that is compiled, besides what `Cargo.lock` names.
+const SOURCES: [&str; 6] = [
+    "Cargo.lock",
+    "Cargo.toml",
+    "bundle/Cargo.toml",
+    "bundle/src",
+    "slotd/Cargo.toml",
+    "slotd/src",
+];
+
+/// The compiled agent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Agent {
+    /// The binary.
+    pub binary: Artifact,
+    /// Which compiler made it.
+    pub compiler: String,
+    /// The agent and the crates in it, for the bill of materials.
+    pub components: Vec<Component>,
+}
+
+/// The names that one architecture has.
+struct Architecture {
+    /// Rust's target.
+    triple: &'static str,
+    /// The program that links for it on another machine.
+    cross: &'static str,
+}
+
+fn architecture(arch: &str) -> Result<Architecture> {
+    match arch {
+        "arm64" => {
+            Ok(Architecture { triple: "aarch64-unknown-linux-gnu", cross: "aarch64-linux-gnu-gcc" })
+        }
+        other => bail!("the agent cannot be compiled for `{other}`; known is arm64"),
+    }
+}
+
+/// The stage `agent`.
+///
+/// # Errors
+/// No compiler for the target; code that does not compile; a program that is not static.
+pub fn agent(build: &mut Build<'_>) -> Result<Agent> {
+    let target = architecture(&build.plan.board.arch)?;
+    let native = target.triple.starts_with(std::env::consts::ARCH);
+    let linker = if native { "gcc" } else { target.cross };
+    if find(linker).is_none() {
+        build.require_tools()?;
+    }
+    let own = own_compiler(target.triple);
+    let path = build.root.join(LOCK);
+    let mut lock = None;
+    let compiler = match own {
+        Some(version) => version,
+        None => {
+            let locked = PackagesLock::load(&path)?;
+            let identity = compiler::identity(&locked);
+            lock = Some(locked);
+            identity
+        }
+    };
+    let mut key = key(build, &target, linker, &compiler)?;
+    if let Some(known) = &lock
+        && !build.cache.has("agent", &self::key(build, &target, linker, &compiler)?.finish())
+        && let Some(new) = fetch(build, known, &path)?
+    {
+        key = self::key(build, &target, linker, &compiler::identity(&new))?;
+        lock = Some(new);
+    }
+    build.stage(
+        "agent",
+        key,
+        |agent: &Agent| vec![agent.binary.path.clone()],
+        |agent| format!("{PACKAGE} {}, {}", bytes(agent.binary.size), agent.compiler),
+        |build, dir| {
+            let mut cargo =
+                Tool::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
+            let compiler = match &lock {
+                None => compiler.clone(),
+                Some(lock) => {
+                    let fetcher = Fetcher::new(&build.cache.root, build.options.offline)?;
+                    let unpacked = compiler::unpacked(lock, &fetcher, &build.cache.root)?;
+                    cargo = cargo.env("RUSTC", unpacked.rustc.as_str());
+                    format!("rustc {}", unpacked.version)
+                }
+            };
+            let into = build.cache.root.join("agent");
+            compile(build, cargo, &target, (!native).then_some(linker), &into)?;
+            let made = into.join(target.triple).join("release").join(PACKAGE);
+            let content = std::fs::read(&made).with_context(|| format!("reading {made}"))?;
+            check_static(&content).with_context(|| format!("looking at {made}"))?;
+            let path = dir.join(PACKAGE);
+            write_atomically(&path, |out| Ok(out.write_all(&content)?))?;
+            let components = components(build, &target)?;
+            Ok(Agent { binary: Artifact::of(path)?, compiler, components })
+        },
+    )
+}
+
+/// The machine's own compiler, in its words, when it has the target.
+fn own_compiler(triple: &str) -> Option<String> {
+    let ask = |arguments: &[&str]| Tool::new("rustc").args(arguments).read().ok();
+    let folder = ask(&["--print", "target-libdir", "--target", triple])?;
+    let there = Utf8Path::new(folder.trim()).is_dir();
+    if there { ask(&["--version"]).map(|text| text.trim().to_owned()) } else { None }
+}
+
+fn key(build: &Build<'_>, target: &Architecture, linker: &str, compiler: &str) -> Result<Key> {
+    let mut sources = BTreeMap::new();
+    for source in SOURCES {
+        collect(build.root, Utf8Path::new(source), &mut sources)?;
+    }
+    let linker = Tool::new(linker).arg("--version").read()?;
+    Key::new("agent", AGENT_VERSION)
+        .with("target", target.triple)
+        .with("compiler", compiler)
+        .with("linker", linker.lines().next().unwrap_or_default())
+        .with_json("sources", &sources)
+}
+
+/// Hashes a file, or all files below a folder.
+fn collect(
+    root: &Utf8Path,
+    path: &Utf8Path,
+    into: &mut BTreeMap<Utf8PathBuf, String>,
+) -> Result<()> {
+    let full = root.join(path);
+    if full.is_dir() {
+        for entry in full.read_dir_utf8().with_context(|| format!("reading {path}"))? {
+            collect(root, &path.join(entry?.file_name()), into)?;
+        }
+    } else {
+        let content = std::fs::read(&full).with_context(|| format!("reading {path}"))?;
+        into.insert(path.to_owned(), hash_bytes(&content));
+    }
+    Ok(())
+}
+
+/// Fetches the locked compiler; the new lock when the mirror no longer had all of it.
+fn fetch(build: &Build<'_>, lock: &PackagesLock, path: &Utf8Path) -> Result<Option<PackagesLock>> {
+    build.require_tools()?;
+    let fetcher = Fetcher::new(&build.cache.root, build.options.offline)?;
+    let mirrors = if build.options.offline { None } else { Some(Mirrors::from_host()?) };
+    let policy = if build.options.locked { Policy::Locked } else { Policy::Replace };
+    let fetched = compiler::fetch(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)?;
+    let Some((new, replaced)) = fetched else { return Ok(None) };
+    let names: Vec<_> = replaced.iter().map(|r| r.name.as_str()).collect();
+    warn(format!(
+        "the mirror no longer has the locked compiler; replaced, and {LOCK} rewritten: {}",
+        names.join(", ")
+    ));
+    new.save(path)?;
+    Ok(Some(new))
+}
+
+fn compile(
+    build: &Build<'_>,
+    mut cargo: Tool,
+    target: &Architecture,
+    linker: Option<&str>,
+    into: &Utf8Path,
+) -> Result<()> {
+    let home = std::env::var("CARGO_HOME")
+        .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.cargo")))
+        .context("neither CARGO_HOME nor HOME is set")?;
+    let variable = target.triple.to_uppercase().replace('-', "_");
+    if let Some(linker) = linker {
+        cargo = cargo
+            .env(&format!("CARGO_TARGET_{variable}_LINKER"), linker)
+            .env(&format!("CC_{}", variable.to_lowercase()), linker);
+    }
+    // Where sources lie must not show in the binary.
+    let flags = [
+        "-Ctarget-feature=+crt-static".to_owned(),
+        format!("--remap-path-prefix={}=/slipway", build.root),
+        format!("--remap-path-prefix={home}=/cargo"),
+    ];
+    let c_flags = format!("-ffile-prefix-map={home}=/cargo -ffile-prefix-map={into}=/build");
+    cargo = cargo
+        .args(["build", "--locked", "--package", PACKAGE, "--release"])
+        .args(["--target", target.triple])
+        .env("CARGO_TARGET_DIR", into.as_str())
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
+        .env(&format!("CFLAGS_{}", variable.to_lowercase()), c_flags)
+        .env_remove("RUSTFLAGS")
+        .current_dir(build.root)
+        .log(&build.log("agent"));
+    if build.options.offline {
+        cargo = cargo.arg("--offline");
+    }
+    let step = Step::new("agent", "compiling", 0, Unit::Items);
+    cargo
+        .run_lines(|line| {
+            if let Some(name) = line.trim_start().strip_prefix("Compiling ") {
+                step.note(name);
+                step.advance(1);
+            }
+        })
+        .with_context(|| format!("compiling {PACKAGE} for {}", target.triple))
+}
+
+/// What cargo says of the crates that are compiled in: all that the agent needs, but not what only
+/// builds them (build scripts, procedural macros).
+fn components(build: &Build<'_>, target: &Architecture) -> Result<Vec<Component>> {
+    let cargo = Tool::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
+    // Everything was fetched to be compiled.
+    let text = cargo
+        .args(["metadata", "--format-version=1", "--locked", "--offline"])
+        .args(["--filter-platform", target.triple])
+        .current_dir(build.root)
+        .read()
+        .context("asking cargo for the agent's crates")?;
+    let graph: Metadata = serde_json::from_str(&text).context("reading what cargo says")?;
+    let packages: BTreeMap<&str, &Package> =
+        graph.packages.iter().map(|package| (package.id.as_str(), package)).collect();
+    let nodes: BTreeMap<&str, &Node> =
+        graph.resolve.nodes.iter().map(|node| (node.id.as_str(), node)).collect();
+    let runs = |id: &str| {
+        packages.get(id).is_some_and(|package| {
+            !package.targets.iter().any(|target| target.kind.iter().any(|k| k == "proc-macro"))
+        })
+    };
+    let needs = |id: &str| -> Vec<&str> {
+        let dependencies = nodes.get(id).map_or(&[][..], |node| &node.deps);
+        let normal = |d: &&Dependency| d.dep_kinds.iter().any(|k| k.kind.is_none());
+        let ids = dependencies.iter().filter(normal).map(|d| d.pkg.as_str());
+        ids.filter(|id| runs(id)).collect()
+    };
+    let component = |id: &str| -> Option<Component> {
+        let package = packages.get(id)?;
+        Some(Component {
+            name: package.name.clone(),
+            version: package.version.clone(),
+            origin: if package.source.is_some() { Origin::Crate } else { Origin::Generic },
+            sha256: None,
+            license: package.license.clone().map(License::Expression),
+            summary: package.description.as_ref().map(|d| d.trim().to_owned()),
+            cpe: None,
+            depends_on: Vec::new(),
+        })
+    };
+    let first = graph.packages.iter().find(|package| package.name == PACKAGE);
+    let mut waiting = vec![first.context("cargo does not know the agent")?.id.as_str()];
+    let mut found = BTreeMap::new();
+    while let Some(id) = waiting.pop() {
+        if found.contains_key(id) {
+            continue;
+        }
+        let mut this = component(id).with_context(|| format!("cargo does not describe {id}"))?;
+        this.depends_on =
+            needs(id).into_iter().filter_map(|id| Some(component(id)?.purl())).collect();
+        found.insert(id, this);
+        waiting.extend(needs(id));
+    }
+    Ok(found.into_values().collect())
+}
+
+/// The part of `cargo metadata` that counts here (The Cargo Book, "cargo-metadata(1)").
+#[derive(Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
+    resolve: Resolve,
+}
+
+#[derive(Deserialize)]
+struct Package {
+    id: String,
+    name: String,
+    version: String,
+    license: Option<String>,
+    description: Option<String>,
+    source: Option<String>,
+    targets: Vec<CrateTarget>,
+}
+
+#[derive(Deserialize)]
+struct CrateTarget {
+    kind: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Resolve {
+    nodes: Vec<Node>,
+}
+
+#[derive(Deserialize)]
+struct Node {
+    id: String,
+    deps: Vec<Dependency>,
+}
+
+#[derive(Deserialize)]
+struct Dependency {
+    pkg: String,
+    dep_kinds: Vec<DependencyKind>,
+}
+
+#[derive(Deserialize)]
+struct DependencyKind {
+    kind: Option<String>,
+}
+
+/// Refuses an ELF that asks for a dynamic loader: the robot's libraries are not this machine's.
+fn check_static(content: &[u8]) -> Result<()> {
+    /// `PT_INTERP` (System V ABI, chapter 5, "Program Header"): names the dynamic loader.
+    const INTERPRETER: u32 = 3;
+    let number = |at: usize, length: usize| -> Option<usize> {
+        let bytes = content.get(at..at + length)?;
+        Some(bytes.iter().rev().fold(0, |all, byte| all << 8 | usize::from(*byte)))
+    };
+    let headers = || -> Option<Vec<u32>> {
+        // ELF64, little-endian: e_phoff at 32, e_phentsize at 54, e_phnum at 56.
+        let (offset, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
+        (0..count).map(|n| u32::try_from(number(offset + n * size, 4)?).ok()).collect()
+    };
+    if !content.starts_with(b"\x7fELF\x02\x01") {
+        bail!("it is no 64-bit ELF");
+    }
+    let headers = headers().context("its program headers are cut off")?;
+    if headers.contains(&INTERPRETER) {
+        bail!(
+            "it is not static\n\
+             help: the C library's static part is missing; on Debian it is in libc6-dev-arm64-cross"
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,61 @@
+//! `push`: a bundle into robots over SSH.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+
+use crate::cli::{Format, Push};
+use crate::cmd::plan::{dist, resolve};
+use crate::progress::duration;
+use crate::push::{self, Outcome, Request, Verdict, sentence};
+use crate::tools::{self, Purpose};
+
+/// `cargo xtask push`.
+///
+/// # Errors
+/// When a robot did not commit the bundle's version (with `--no-wait`: did not install it).
+pub fn push(options: &Push) -> Result<()> {
+    let bundle = match &options.bundle {
+        Some(bundle) => bundle.clone(),
+        None => {
+            let (config, _, plan) = resolve(&options.target)?;
+            let bundle = dist(&config.root, &plan).join(format!("{}.bundle", plan.stem()));
+            ensure!(
+                bundle.is_file(),
+                "there is no bundle yet: {bundle}\nhelp: cargo xtask build-image --product {} --board {}",
+                plan.product.name,
+                plan.board.name
+            );
+            bundle
+        }
+    };
+    tools::require(&[Purpose::Push], true)?;
+    let outcomes = push::push(&Request {
+        hosts: options.hosts.clone(),
+        bundle,
+        ssh_options: options.ssh_option.clone(),
+        wait: (!options.no_wait).then(|| Duration::from_secs(options.timeout)),
+    })?;
+    match options.format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&outcomes)?),
+        Format::Text => print!("{}", table(&outcomes)),
+    }
+    let wanted = if options.no_wait { Verdict::Installed } else { Verdict::Committed };
+    let missing = outcomes.iter().filter(|outcome| outcome.verdict != wanted).count();
+    if missing > 0 {
+        let what = if options.no_wait { "installed" } else { "committed" };
+        bail!("not {what} on {missing} of {} robots", outcomes.len());
+    }
+    Ok(())
+}
+
+/// The outcomes for people.
+fn table(outcomes: &[Outcome]) -> String {
+    let width = outcomes.iter().map(|outcome| outcome.host.chars().count()).max().unwrap_or(0);
+    let line = |outcome: &Outcome| {
+        let took = duration(Duration::from_secs_f64(outcome.seconds));
+        let text = sentence(outcome).replace('\n', &format!("\n {:width$}  {:<12} ", "", ""));
+        format!(" {:width$}  {took:<12} {text}\n", outcome.host)
+    };
+    outcomes.iter().map(line).collect()
+}

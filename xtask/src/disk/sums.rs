@@ -1,0 +1,141 @@
+//! Which blocks of a finished filesystem image must reach a card, and their checksums. Computed once,
+//! by the stage that makes the image, on all cores; assembling only copies.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, Result, anyhow};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::bmap::{LONGEST_RANGE, Range};
+use super::ext4_blocks;
+use super::layout::BLOCK;
+use super::windows::{Windows, runs};
+use crate::artifact;
+
+/// The first bytes of each partition are mapped even where they are zero: the superblocks of
+/// whatever was on the card before lie in the first 64 KiB (btrfs), an old journal behind.
+pub(super) const ALWAYS_MAPPED: u64 = 1 << 20;
+const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
+
+/// A filesystem image with the part of a block map that belongs to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Summed {
+    /// The image; it must not change any more.
+    pub path: Utf8PathBuf,
+    /// Its length in bytes.
+    pub size: u64,
+    /// The mapped blocks, counted from the image's start, in order.
+    pub ranges: Vec<Range>,
+}
+
+/// Reads an image once, on all cores, and sums what must reach a card: every block that is not zero, its
+/// first MiB, and, of an ext4, every block in use.
+///
+/// # Errors
+/// When the image cannot be read or its ext4 contradicts itself.
+pub fn sum(path: &Utf8Path) -> Result<Summed> {
+    let doing = || format!("summing {path}");
+    let file = File::open(path).with_context(doing)?;
+    let size = file.metadata().with_context(doing)?.len();
+    let needed = needed(&file, size).with_context(doing)?;
+    // Ranges end at multiples of the longest one, so the pieces between can be summed on their own.
+    let next = AtomicU64::new(0);
+    let work = || -> Result<Vec<Range>> {
+        let mut ranges = Vec::new();
+        loop {
+            let first = next.fetch_add(LONGEST_RANGE, Ordering::Relaxed);
+            if first * BLOCK >= size {
+                return Ok(ranges);
+            }
+            let piece = first..first + LONGEST_RANGE;
+            let mut sums = Sums::default();
+            Windows::new(&file, size, piece, &needed).each(|window| {
+                sums.add(window.first, window.mapped | window.filled, window.bytes);
+                Ok(())
+            })?;
+            ranges.extend(sums.finish());
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut ranges = std::thread::scope(|scope| -> Result<Vec<Range>> {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        let mut all = Vec::new();
+        for worker in workers {
+            all.extend(worker.join().map_err(|_| anyhow!("a summing thread died"))??);
+        }
+        Ok(all)
+    })
+    .with_context(doing)?;
+    ranges.sort();
+    Ok(Summed { path: path.to_owned(), size, ranges })
+}
+
+/// Blocks that are mapped even where they are zero, in order and without overlap.
+fn needed(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
+    let used = ext4_blocks::used_bytes(file)?.unwrap_or_default();
+    // In the map's blocks: a smaller block of the volume takes the whole one with it.
+    let head = 0..size.min(ALWAYS_MAPPED).div_ceil(BLOCK);
+    let blocks = used.into_iter().map(|r| r.start / BLOCK..r.end.div_ceil(BLOCK));
+    let mut needed: Vec<std::ops::Range<u64>> = Vec::new();
+    for range in std::iter::once(head).chain(blocks) {
+        match needed.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => needed.push(range),
+        }
+    }
+    Ok(needed)
+}
+
+/// Sums blocks as they come, in order; a range ends at a gap and when it is long.
+#[derive(Default)]
+pub(super) struct Sums {
+    done: Vec<Range>,
+    /// First block, the block behind the last, what was hashed of them.
+    open: Option<(u64, u64, Sha256)>,
+}
+
+impl Sums {
+    /// Takes the blocks of a window that starts at block `first` and are set in `mask`; without bytes all are zero.
+    pub(super) fn add(&mut self, first: u64, mask: u64, bytes: Option<&[u8]>) {
+        for (start, end) in runs(mask) {
+            let (mut at, end) = (first + start, first + end);
+            while at < end {
+                let stop = end.min((at / LONGEST_RANGE + 1) * LONGEST_RANGE);
+                let follows = self
+                    .open
+                    .as_ref()
+                    .is_some_and(|(_, after, _)| *after == at && !at.is_multiple_of(LONGEST_RANGE));
+                if !follows {
+                    self.close();
+                }
+                let (_, after, hasher) = self.open.get_or_insert_with(|| (at, at, Sha256::new()));
+                match bytes {
+                    Some(bytes) => {
+                        let from = ((at - first) * BLOCK) as usize;
+                        let to = ((stop - first) * BLOCK) as usize;
+                        hasher.update(&bytes[from..to]);
+                    }
+                    None => (at..stop).for_each(|_| hasher.update(ZEROS)),
+                }
+                *after = stop;
+                at = stop;
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        if let Some((first, after, hasher)) = self.open.take() {
+            let sha256 = artifact::hex(&hasher.finalize());
+            self.done.push(Range { first, last: after - 1, sha256 });
+        }
+    }
+
+    /// The ranges, in order.
+    pub(super) fn finish(mut self) -> Vec<Range> {
+        self.close();
+        self.done
+    }
+}

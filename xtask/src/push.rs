@@ -1,0 +1,426 @@
+//! `push`: a bundle into robots over SSH, and what became of it. Nothing is stored on the way: `ssh` reads
+//! the file, and the robot's agent writes it into the idle slot.
+
+mod answer;
+mod ssh;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::Version;
+use bundle::bootstate::Slot;
+use camino::Utf8PathBuf;
+use serde::Serialize;
+
+use crate::progress::{Step, Unit, bytes, say, warn};
+use crate::update;
+use answer::{Event, Progress, Status};
+pub use answer::{Installed, Refused};
+use ssh::{Connection, Reply};
+
+/// Seconds before a broken connection is made again; as many times in a row without any progress, then
+/// it is given up. Together two minutes: a robot that lost its power is back by then.
+const PAUSES: [u64; 8] = [1, 2, 4, 8, 15, 30, 30, 30];
+
+/// The pause between two questions to a robot that restarts.
+const POLL: Duration = Duration::from_secs(2);
+
+/// How many of the robot's last events are searched for why a trial failed.
+const EVENTS: &str = "30";
+
+/// What is to be pushed where.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Robots, as ssh takes them; without a user: root.
+    pub hosts: Vec<String>,
+    /// The bundle.
+    pub bundle: Utf8PathBuf,
+    /// Options of ssh_config(5), `KEY=VALUE`; they go before our own, and the first one counts.
+    pub ssh_options: Vec<String>,
+    /// How long, from the end of the install, until the trial must be decided; `None`: nobody waits.
+    pub wait: Option<Duration>,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// The bundle's version runs and is committed.
+    Committed,
+    /// It is installed; its trial begins with the restart, for which nobody waited.
+    Installed,
+    /// The trial failed, and the system before it runs again.
+    TakenBack,
+    /// It is installed, but not decided in time.
+    Undecided,
+    /// The robot's agent refused it.
+    Refused,
+    /// The robot cannot be reached, or is none.
+    Failed,
+}
+
+/// How it went with one robot.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Outcome {
+    /// The robot, as it was named.
+    pub host: String,
+    /// What became of it.
+    pub verdict: Verdict,
+    /// The slot that runs; if nobody waited, the one whose trial begins.
+    pub slot: Option<Slot>,
+    /// The version in that slot.
+    pub version: Option<Version>,
+    /// What the install did; `None` when its answer was lost with the connection.
+    pub installed: Option<Installed>,
+    /// How often the connection broke while the bundle was sent.
+    pub breaks: u32,
+    /// Why the agent refused.
+    pub refused: Option<Refused>,
+    /// Why else it is not committed.
+    pub why: Option<String>,
+    /// How long all of it took.
+    pub seconds: f64,
+}
+
+/// Pushes to all robots at once; one outcome for each, in the order in which they were named.
+///
+/// # Errors
+/// When the request makes no sense, or the bundle cannot be read. What a single robot does is an outcome.
+pub fn push(request: &Request) -> Result<Vec<Outcome>> {
+    let (manifest, sha256) = update::unverified(&request.bundle)?;
+    ensure!(!request.hosts.is_empty(), "no robot is named");
+    let mut known = BTreeSet::new();
+    for host in &request.hosts {
+        ensure!(known.insert(host), "the robot {host} is named twice");
+    }
+    let connections = request
+        .hosts
+        .iter()
+        .map(|host| Connection::new(host, &request.ssh_options))
+        .collect::<Result<Vec<_>>>()?;
+    let size = std::fs::metadata(&request.bundle).map_or(0, |meta| meta.len());
+    say("push", format!("{} {}, {}", manifest.product, manifest.version, bytes(size)));
+    Ok(std::thread::scope(|scope| {
+        let threads: Vec<_> = connections
+            .into_iter()
+            .map(|connection| {
+                let host = connection.host.clone();
+                let (version, sha256) = (&manifest.version, &sha256);
+                let thread = scope.spawn(move || {
+                    Robot { request, version, sha256, connection, breaks: 0 }.push()
+                });
+                (host, thread)
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|(host, thread)| {
+                thread.join().unwrap_or_else(|_| Outcome {
+                    why: Some("a thread of this program failed".to_owned()),
+                    ..Outcome::new(host, Verdict::Failed)
+                })
+            })
+            .collect()
+    }))
+}
+
+impl Outcome {
+    fn new(host: String, verdict: Verdict) -> Self {
+        Self {
+            host,
+            verdict,
+            slot: None,
+            version: None,
+            installed: None,
+            breaks: 0,
+            refused: None,
+            why: None,
+            seconds: 0.0,
+        }
+    }
+}
+
+/// One robot while it is pushed to.
+struct Robot<'a> {
+    request: &'a Request,
+    version: &'a Version,
+    /// Of the bundle's manifest.
+    sha256: &'a str,
+    connection: Connection,
+    breaks: u32,
+}
+
+/// An install that the robot has done.
+struct Done {
+    /// How the robot stood before its restart.
+    before: Status,
+    /// `None` when the answer was lost.
+    installed: Option<Installed>,
+}
+
+impl Robot<'_> {
+    fn push(mut self) -> Outcome {
+        let started = Instant::now();
+        let host = self.connection.host.clone();
+        let outcome = self.install().and_then(|done| match self.request.wait {
+            None => Ok(self.not_waited(done)),
+            Some(patience) => self.wait(done, patience),
+        });
+        let outcome = outcome.unwrap_or_else(|error| match error.downcast::<Refused>() {
+            Ok(refused) => {
+                Outcome { refused: Some(refused), ..Outcome::new(host.clone(), Verdict::Refused) }
+            }
+            Err(error) => Outcome {
+                why: Some(format!("{error:#}")),
+                ..Outcome::new(host.clone(), Verdict::Failed)
+            },
+        });
+        let outcome =
+            Outcome { breaks: self.breaks, seconds: started.elapsed().as_secs_f64(), ..outcome };
+        if self.request.hosts.len() > 1 {
+            say("push", format!("{host}: {}", sentence(&outcome)));
+        }
+        outcome
+    }
+
+    /// Sends the bundle until the agent has installed it or refuses it.
+    fn install(&mut self) -> Result<Done> {
+        let mut before = self.connection.first()?;
+        let mut farthest = 0;
+        let mut pauses = PAUSES.iter();
+        loop {
+            let bundle = &self.request.bundle;
+            let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
+            let mut shown = Shown::new(&self.connection.host);
+            let reply = self.connection.ask(&["install", "-"], Some(file), |at| shown.at(at))?;
+            let why = match reply {
+                Reply::Said(installed) => return Ok(Done { before, installed: Some(installed) }),
+                // The agent has not noticed yet that the connection before this one is gone.
+                Reply::Refused(refused) if refused.code == "busy" && self.breaks > 0 => {
+                    refused.message
+                }
+                Reply::Refused(refused) => return Err(refused.into()),
+                Reply::Broken(why) => {
+                    self.breaks += 1;
+                    why
+                }
+            };
+            if shown.written > farthest {
+                (farthest, pauses) = (shown.written, PAUSES.iter());
+            }
+            drop(shown);
+            if let Some(done) = self.pause(&mut before, &mut pauses, why)? {
+                return Ok(done);
+            }
+        }
+    }
+
+    /// After a break: waits until the robot answers again, and says whether it was done already.
+    fn pause(
+        &self,
+        before: &mut Status,
+        pauses: &mut std::slice::Iter<'_, u64>,
+        mut why: String,
+    ) -> Result<Option<Done>> {
+        let host = &self.connection.host;
+        loop {
+            let Some(seconds) = pauses.next() else {
+                bail!(
+                    "the connection broke {} times, the last time: {why}\n\
+                     help: push again; the install goes on where it stopped",
+                    self.breaks
+                );
+            };
+            warn(format!("{host}: {why}; trying again in {seconds} s"));
+            std::thread::sleep(Duration::from_secs(*seconds));
+            let status = match self.connection.status()? {
+                Reply::Said(status) => status,
+                Reply::Refused(refused) => return Err(refused.into()),
+                Reply::Broken(again) => {
+                    why = again;
+                    continue;
+                }
+            };
+            // The connection may have broken because the robot restarts into what it has installed.
+            let ours = status.other.as_ref().is_some_and(|other| other.manifest == self.sha256);
+            let restarted = status.boot_id != before.boot_id;
+            let armed = status.boot.trial.is_some() && (status.pending || restarted);
+            if status.running != before.running || ours && armed {
+                return Ok(Some(Done { before: before.clone(), installed: None }));
+            }
+            *before = status;
+            return Ok(None);
+        }
+    }
+
+    fn not_waited(&self, done: Done) -> Outcome {
+        Outcome {
+            slot: Some(other(done.before.running)),
+            version: Some(self.version.clone()),
+            installed: done.installed,
+            ..Outcome::new(self.connection.host.clone(), Verdict::Installed)
+        }
+    }
+
+    /// Asks until another start of the robot says how the trial has ended.
+    fn wait(&self, done: Done, patience: Duration) -> Result<Outcome> {
+        let started = Instant::now();
+        let host = &self.connection.host;
+        let target = other(done.before.running);
+        let step = Step::new("push", format!("{host}: restarting"), 0, Unit::Items);
+        step.note(format!("{host}: restarting"));
+        let mut last: Option<Status> = None;
+        let mut note = "it has not restarted yet".to_owned();
+        while started.elapsed() < patience {
+            std::thread::sleep(POLL);
+            let status = match self.connection.status()? {
+                Reply::Said(status) => status,
+                Reply::Broken(why) => {
+                    step.note(format!("{host}: {why}"));
+                    note = format!("it cannot be reached: {why}");
+                    continue;
+                }
+                // An agent that cannot say how the robot stands may after the next restart.
+                Reply::Refused(refused) => {
+                    note = refused.to_string();
+                    continue;
+                }
+            };
+            let verdict = if status.boot_id == done.before.boot_id {
+                note = "it has not restarted yet".to_owned();
+                None
+            } else if status.running != target {
+                note = "the trial waits for the next restart".to_owned();
+                (!status.pending).then_some(Verdict::TakenBack)
+            } else if status.boot.active == target && !status.pending {
+                // Somebody else may have installed something else meanwhile.
+                let ours = status.version == *self.version;
+                Some(if ours { Verdict::Committed } else { Verdict::TakenBack })
+            } else {
+                note = status.health.as_ref().map_or("on trial".to_owned(), |h| h.why.clone());
+                None
+            };
+            step.note(format!("{host}: {note}"));
+            if let Some(verdict) = verdict {
+                let why = (verdict == Verdict::TakenBack).then(|| self.reason(target));
+                return Ok(self.ended(verdict, Some(&status), done.installed, why));
+            }
+            last = Some(status);
+        }
+        let why = format!("not decided after {} s: {note}", patience.as_secs());
+        Ok(self.ended(Verdict::Undecided, last.as_ref(), done.installed, Some(why)))
+    }
+
+    fn ended(
+        &self,
+        verdict: Verdict,
+        status: Option<&Status>,
+        installed: Option<Installed>,
+        why: Option<String>,
+    ) -> Outcome {
+        Outcome {
+            slot: status.map(|status| status.running),
+            version: status.map(|status| status.version.clone()),
+            installed,
+            why,
+            ..Outcome::new(self.connection.host.clone(), verdict)
+        }
+    }
+
+    /// Why the robot came back, as far as its log knows.
+    fn reason(&self, target: Slot) -> String {
+        let events = self.connection.ask::<Vec<Event>>(&["log", "--last", EVENTS], None, |_| {});
+        let said = match events {
+            Ok(Reply::Said(events)) => {
+                let since = events.iter().rposition(|event| event.event == "installed");
+                let events = events.get(since.map_or(0, |at| at + 1)..).unwrap_or_default();
+                events.iter().rev().find_map(|event| event.why.clone())
+            }
+            _ => None,
+        };
+        said.unwrap_or_else(|| {
+            format!("slot {target} did not come up far enough to say why; its console may know")
+        })
+    }
+}
+
+/// The slot that does not run is the one that is written.
+fn other(running: Slot) -> Slot {
+    if running == Slot::A { Slot::B } else { Slot::A }
+}
+
+/// Progress of one install, step by step.
+struct Shown {
+    host: String,
+    step: Option<(Progress, Step)>,
+    /// The most bytes that were done of the writing.
+    written: u64,
+}
+
+impl Shown {
+    fn new(host: &str) -> Self {
+        Self { host: host.to_owned(), step: None, written: 0 }
+    }
+
+    fn at(&mut self, at: Progress) {
+        let same = |(last, _): &(Progress, Step)| {
+            last.step == at.step && last.total == at.total && last.done <= at.done
+        };
+        if !self.step.as_ref().is_some_and(same) {
+            let what = match at.step.as_str() {
+                "survey" => "comparing",
+                "write" => "writing",
+                "read-back" => "reading back",
+                other => other,
+            };
+            // The bar before it goes first.
+            self.step = None;
+            let step = Step::new("push", format!("{}: {what}", self.host), at.total, Unit::Bytes);
+            self.step = Some((at.clone(), step));
+        }
+        if at.step == "write" {
+            self.written = self.written.max(at.done);
+        }
+        if let Some((last, step)) = &mut self.step {
+            step.set(at.done);
+            last.done = at.done;
+        }
+    }
+}
+
+/// An outcome in a sentence.
+pub fn sentence(outcome: &Outcome) -> String {
+    let runs = match (&outcome.slot, &outcome.version) {
+        (Some(slot), Some(version)) => format!("slot {slot} with {version}"),
+        _ => "an unknown system".to_owned(),
+    };
+    let mut text = match outcome.verdict {
+        Verdict::Committed => format!("{runs} runs and is committed"),
+        Verdict::Installed => format!("installed; the next restart tries {runs}"),
+        Verdict::TakenBack => format!("the trial failed; {runs} runs"),
+        Verdict::Undecided => format!("installed; {runs} runs"),
+        Verdict::Refused => "refused".to_owned(),
+        Verdict::Failed => "failed".to_owned(),
+    };
+    if let Some(installed) = &outcome.installed {
+        text.push_str(&format!("; {} written", bytes(installed.written)));
+        if installed.held > 0 {
+            text.push_str(&format!(", {} spared: they were in place", bytes(installed.held)));
+        }
+    }
+    match outcome.breaks {
+        0 => {}
+        1 => text.push_str("; the connection broke once"),
+        n => text.push_str(&format!("; the connection broke {n} times")),
+    }
+    if let Some(refused) = &outcome.refused {
+        text.push_str(&format!(": {refused}"));
+    }
+    if let Some(why) = &outcome.why {
+        text.push_str(&format!(": {why}"));
+    }
+    text
+}

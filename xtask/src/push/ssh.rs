@@ -1,0 +1,188 @@
+//! One robot behind the system's `ssh`: each question to its agent is a connection of its own.
+
+use std::fs::File;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::answer::{Progress, Refused, Status};
+use crate::exec::Tool;
+
+/// After the user's own options: ssh takes the first value of each.
+const OPTIONS: [&str; 8] = [
+    // Nobody is there to be asked.
+    "BatchMode=yes",
+    // Robots are new, or were flashed anew under a new address; a key that has changed is refused.
+    "StrictHostKeyChecking=accept-new",
+    "ConnectTimeout=20",
+    // A robot that is gone is noticed after 30 seconds.
+    "ServerAliveInterval=10",
+    "ServerAliveCountMax=3",
+    // A shared connection would not survive the restart, and break for all at once.
+    "ControlMaster=no",
+    "ControlPath=none",
+    "ClearAllForwardings=yes",
+];
+
+/// What ssh exits with when it is the connection that fails (ssh(1), "EXIT STATUS").
+const SSH_FAILED: i32 = 255;
+/// What a shell exits with when there is no such program (POSIX).
+const NOT_FOUND: i32 = 127;
+/// How many of the last lines from the other side an error shows.
+const TAIL: usize = 5;
+
+/// What came back.
+#[derive(Debug)]
+pub enum Reply<T> {
+    /// The answer.
+    Said(T),
+    /// The agent refuses.
+    Refused(Refused),
+    /// There is no connection, or it broke before the answer: ssh's own words.
+    Broken(String),
+}
+
+/// One robot.
+#[derive(Debug)]
+pub struct Connection {
+    /// As it was named.
+    pub host: String,
+    options: Vec<String>,
+    /// The agent, or how to become root for it.
+    agent: Vec<&'static str>,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    refused: Refused,
+}
+
+#[derive(Deserialize)]
+struct ProgressLine {
+    progress: Progress,
+}
+
+impl Connection {
+    /// Nothing is connected yet.
+    ///
+    /// # Errors
+    /// When the host would be taken for an option, or an option is none.
+    pub fn new(host: &str, options: &[String]) -> Result<Self> {
+        ensure!(
+            !host.is_empty() && !host.starts_with('-') && !host.contains(char::is_whitespace),
+            "`{host}` is no robot's address\nhelp: HOST, USER@HOST or ssh://USER@HOST:PORT"
+        );
+        for option in options {
+            let key = option.split_once('=').map(|(key, _)| key).unwrap_or_default();
+            ensure!(
+                !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric()),
+                "`{option}` is no option of ssh\nhelp: KEY=VALUE as in ssh_config(5), such as Port=2222"
+            );
+        }
+        let mut options = options.to_vec();
+        options.extend(OPTIONS.map(str::to_owned));
+        // Nobody's name on the workstation is an account on a robot.
+        if !host.contains('@') {
+            options.push("User=root".to_owned());
+        }
+        Ok(Self { host: host.to_owned(), options, agent: vec!["slotd"] })
+    }
+
+    /// The first contact: finds out how the agent is to be called, and how the robot stands.
+    ///
+    /// # Errors
+    /// When the robot cannot be reached, has no agent, or refuses.
+    pub fn first(&mut self) -> Result<Status> {
+        let (code, out, tail) = self.run(&["id", "-u"], None, |_| false)?;
+        if code != Some(0) {
+            bail!(
+                "cannot log in: {}\n\
+                 help: try `ssh {}`; the robot must know your public key (README, \"Pushing to robots\")",
+                last(&tail),
+                self.host
+            );
+        }
+        if String::from_utf8_lossy(&out).trim() != "0" {
+            self.agent = vec!["sudo", "-n", "slotd"];
+        }
+        match self.status()? {
+            Reply::Said(status) => Ok(status),
+            Reply::Refused(refused) => Err(refused.into()),
+            Reply::Broken(why) => bail!("the connection broke: {why}"),
+        }
+    }
+
+    /// How the robot stands.
+    ///
+    /// # Errors
+    /// As [`Connection::ask`].
+    pub fn status(&self) -> Result<Reply<Status>> {
+        self.ask(&["status"], None, |_| {})
+    }
+
+    /// Asks the agent. The words go through the robot's shell: they are our own, and plain.
+    ///
+    /// # Errors
+    /// When there is no agent, or it says something else than it should.
+    pub fn ask<T: DeserializeOwned>(
+        &self,
+        verb: &[&str],
+        input: Option<File>,
+        mut progress: impl FnMut(Progress),
+    ) -> Result<Reply<T>> {
+        let words = [&self.agent, verb, &["--format", "json"]].concat();
+        let (code, out, tail) = self.run(&words, input, |line| {
+            let at = serde_json::from_str::<ProgressLine>(line);
+            let is_progress = at.is_ok();
+            if let Ok(line) = at {
+                progress(line.progress);
+            }
+            is_progress
+        })?;
+        let shown = words.join(" ");
+        match code {
+            Some(0) => {
+                let answer = serde_json::from_slice(&out).with_context(|| {
+                    format!("`{shown}` answers with something else than this version expects")
+                });
+                Ok(Reply::Said(answer?))
+            }
+            None | Some(SSH_FAILED) => Ok(Reply::Broken(last(&tail))),
+            Some(NOT_FOUND) => bail!(
+                "the robot lacks a program: {}\nhelp: log in as root, to an image that `cargo xtask build-image` made",
+                last(&tail)
+            ),
+            Some(code) => match serde_json::from_slice::<Refusal>(&out) {
+                Ok(refusal) => Ok(Reply::Refused(refusal.refused)),
+                Err(_) => bail!("`{shown}` failed with exit code {code}: {}", tail.join("\n")),
+            },
+        }
+    }
+
+    /// Runs words on the robot: exit code (`None`: ssh was killed), standard output, and the last lines
+    /// of standard error but for those that `taken` takes.
+    fn run(
+        &self,
+        words: &[&str],
+        input: Option<File>,
+        mut taken: impl FnMut(&str) -> bool,
+    ) -> Result<(Option<i32>, Vec<u8>, Vec<String>)> {
+        let mut tail = Vec::new();
+        let options = self.options.iter().flat_map(|option| ["-o", option]);
+        let tool = Tool::new("ssh").arg("-T").args(options).args(["--", &self.host]).args(words);
+        let (status, out) = tool.converse(input, |line| {
+            if !taken(line) && !line.is_empty() {
+                if tail.len() == TAIL {
+                    tail.remove(0);
+                }
+                tail.push(line.to_owned());
+            }
+        })?;
+        Ok((status.code(), out, tail))
+    }
+}
+
+fn last(tail: &[String]) -> String {
+    tail.last().cloned().unwrap_or_else(|| "ssh says nothing".to_owned())
+}

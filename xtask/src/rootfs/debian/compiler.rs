@@ -1,0 +1,178 @@
+//! A Rust compiler for the robot's architecture, for machines whose own has no such target: Debian's
+//! packages, locked like all others, unpacked into the cache and never installed.
+
+use std::fs;
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::apt::{Mirrors, PrivateApt};
+use super::download::{self, Policy, Replaced};
+use super::lock::{LockedPackage, PackagesLock, finish, lock_unpacked, stanzas, target_apt};
+use super::{DebianSpec, host, unpack};
+use crate::artifact::{hash_bytes, partial};
+use crate::fetch::Fetcher;
+use crate::progress::say;
+use crate::rootfs::Role;
+
+/// The release that the compiler is taken from.
+const SUITE: &str = "bookworm";
+/// The compiler that Debian keeps current in a stable release, since its browsers need it.
+const COMPILER: &str = "rustc-web";
+/// The standard library for programs; of the target's architecture as well.
+const LIBRARY: &str = "libstd-rust-web-dev";
+/// What the compiler and its LLVM load, without the C library, which every machine has.
+const LOADED: [&str; 12] = [
+    "libbsd0",
+    "libedit2",
+    "libffi8",
+    "libicu72",
+    "liblzma5",
+    "libmd0",
+    "libstdc++6",
+    "libtinfo6",
+    "libxml2",
+    "libz3-4",
+    "libzstd1",
+    "zlib1g",
+];
+/// Debian's name of the robot's architecture.
+const TARGET: &str = "arm64";
+
+/// An unpacked compiler.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compiler {
+    /// Its `rustc`, a script that lets it find its libraries.
+    pub rustc: Utf8PathBuf,
+    /// Version of the package.
+    pub version: String,
+}
+
+/// What the lock is made for: nothing that depends on a product.
+fn request() -> DebianSpec {
+    DebianSpec {
+        suite: SUITE.to_owned(),
+        components: vec!["main".to_owned()],
+        arch: TARGET.to_owned(),
+        packages: Vec::new(),
+        extra: Vec::new(),
+    }
+}
+
+/// Locks the compiler for every architecture that may build.
+///
+/// # Errors
+/// When a mirror is out of reach or has no such compiler.
+pub fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
+    say("lock", format!("{SUITE}'s Rust compiler for {TARGET}: asking the mirrors"));
+    let spec = request();
+    let mut package = Vec::new();
+    for arch in host::HOSTS {
+        let apt =
+            target_apt(&DebianSpec { arch: arch.to_owned(), ..spec.clone() }, mirrors, cache)?;
+        apt.pin("")?;
+        apt.update()?;
+        let mut names: Vec<String> = LOADED.map(str::to_owned).to_vec();
+        names.extend([COMPILER.to_owned(), LIBRARY.to_owned()]);
+        // These two have versions in their names.
+        let library = dependency(&apt, LIBRARY, "libstd-rust-")?;
+        names.push(dependency(&apt, &library, "libllvm")?);
+        names.push(library);
+        package.extend(
+            lock_unpacked(&apt, &names, mirrors, Role::Host)
+                .with_context(|| format!("choosing a Rust compiler for {arch} machines"))?,
+        );
+    }
+    finish(&spec, 0, package)
+}
+
+/// The dependency of a package whose name starts so.
+fn dependency(apt: &PrivateApt, package: &str, start: &str) -> Result<String> {
+    let text = apt.cache(["show", "--no-all-versions", package])?;
+    let depends = stanzas(&text).into_iter().find_map(|s| s.get("Depends").cloned());
+    let found = depends.as_deref().unwrap_or_default().split(',').find_map(|item| {
+        item.split_whitespace().next().filter(|name| name.starts_with(start)).map(str::to_owned)
+    });
+    found.with_context(|| format!("{package} depends on no {start}…"))
+}
+
+/// What this machine needs of the lock.
+fn wanted(lock: &PackagesLock) -> Vec<LockedPackage> {
+    let own = host::architecture();
+    let here = |p: &&LockedPackage| p.arch == own || (p.arch == TARGET && p.name == LIBRARY);
+    lock.of_role(Role::Host).filter(here).cloned().collect()
+}
+
+/// What a machine's packages of the lock are: the identity of the compiler.
+pub fn identity(lock: &PackagesLock) -> String {
+    let hashes: String = wanted(lock).iter().map(|p| p.sha256.as_str()).collect();
+    hash_bytes(hashes.as_bytes())
+}
+
+/// The locked packages of this machine as they are now: fetched into the store; and, when the mirror dropped
+/// one, a new lock and what changed.
+///
+/// # Errors
+/// When a file cannot be fetched, or has vanished and `policy` refuses another.
+pub fn fetch(
+    lock: &PackagesLock,
+    fetcher: &Fetcher,
+    mirrors: Option<&Mirrors>,
+    policy: Policy,
+    cache: &Utf8Path,
+) -> Result<Option<(PackagesLock, Vec<Replaced>)>> {
+    if download::fetch(&wanted(lock), fetcher, mirrors, Policy::Replace)?.gone.is_empty() {
+        return Ok(None);
+    }
+    let mirrors = mirrors.context("no mirror to resolve vanished packages with")?;
+    if policy == Policy::Locked {
+        download::fetch(&wanted(lock), fetcher, Some(mirrors), policy)?;
+    }
+    let new = self::lock(mirrors, cache)?;
+    download::fetch(&wanted(&new), fetcher, Some(mirrors), Policy::Locked)?;
+    let replaced = download::differences(lock, &new);
+    Ok(Some((new, replaced)))
+}
+
+/// Unpacks the compiler into the cache, once. Its packages must have been fetched.
+///
+/// # Errors
+/// When the lock has none for this machine, or a package is damaged.
+pub fn unpacked(lock: &PackagesLock, fetcher: &Fetcher, cache: &Utf8Path) -> Result<Compiler> {
+    let packages = wanted(lock);
+    let Some(version) = packages.iter().find(|p| p.name == COMPILER).map(|p| p.version.clone())
+    else {
+        bail!(
+            "the lock has no Rust compiler for {} machines\n\
+             help: add the target to your own: rustup target add aarch64-unknown-linux-gnu",
+            host::architecture()
+        );
+    };
+    let dir = cache.join(format!("tools/rustc-{}", &identity(lock)[..16]));
+    fs::create_dir_all(cache.join("tools")).with_context(|| format!("creating {cache}/tools"))?;
+    let lock_path = cache.join("tools/.lock");
+    let waiting = fs::File::create(&lock_path).and_then(|file| file.lock().map(|()| file));
+    let _held = waiting.with_context(|| format!("locking {lock_path}"))?;
+    let rustc = dir.join("rustc");
+    if !dir.is_dir() {
+        let made = partial(&dir);
+        if made.exists() {
+            fs::remove_dir_all(&made).with_context(|| format!("removing {made}"))?;
+        }
+        for package in &packages {
+            unpack::deb(&fetcher.path_of(&package.sha256), &made)?;
+        }
+        let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
+        let script = format!(
+            "#!/bin/sh\n\
+             here=${{0%/*}}\n\
+             LD_LIBRARY_PATH=$here/usr/lib/{triplet}:$here/lib/{triplet} exec \"$here/usr/bin/rustc\" \"$@\"\n"
+        );
+        let path = made.join("rustc");
+        fs::write(&path, script).with_context(|| format!("writing {path}"))?;
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        fs::rename(&made, &dir).with_context(|| format!("renaming {made}"))?;
+    }
+    Ok(Compiler { rustc, version })
+}
