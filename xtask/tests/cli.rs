@@ -39,7 +39,7 @@ fn refused(arguments: &[&str], status: i32) -> String {
 }
 
 /// Every verb with what it must explain.
-const VERBS: [(&str, &[&str]); 16] = [
+const VERBS: [(&str, &[&str]); 17] = [
     (
         "build-image",
         &[
@@ -59,6 +59,19 @@ const VERBS: [(&str, &[&str]); 16] = [
     ("inspect", &["<FILE>", "--diff", "--format"]),
     ("verify", &["<FILE>", "--keys <FILE>", "--format"]),
     ("run", &["--product", "--board", "--slot", "--ssh-port"]),
+    (
+        "push",
+        &[
+            "<HOST>",
+            "--bundle <FILE>",
+            "--product",
+            "--board",
+            "--no-wait",
+            "--timeout <SECONDS>",
+            "--ssh-option <KEY=VALUE>",
+            "--format",
+        ],
+    ),
     ("lock", &["--product", "--only"]),
     ("keys new", &["release key"]),
     ("keys list", &["--format"]),

@@ -36,8 +36,19 @@ const CASES: &[(&str, &str, &str, &str)] = &[
     ("engine-needs-suite", PRODUCT, "suite = \"bookworm\"\n", ""),
     ("engine-needs-lock", PRODUCT, "lock = \"configs/shop.packages.lock\"\n", ""),
     ("engine-does-not-know-board", BOARD, "[debian]\npackages = [\"u-boot-sample\"]\n", ""),
-    ("buildroot-needs-defconfig", PRODUCT, "engine = \"debian\"", "engine = \"buildroot\""),
+    ("buildroot-needs-its-table", PRODUCT, "engine = \"debian\"", "engine = \"buildroot\""),
+    (
+        "buildroot-fragments",
+        PRODUCT,
+        "engine = \"debian\"\nsuite = \"bookworm\"",
+        "engine = \"buildroot\"\nbuildroot = { url = \"u\", release = \"2025/02\", commit = \"135af\", \
+         python = \"3.12\", libc = \"glibc 2.40\", fragments = [\"configs/shop.fragment\", \
+         \"configs/none.fragment\"] }",
+    ),
     ("boot-flow", BOARD, "boot-flow = \"uboot\"", "boot-flow = \"grub\""),
+    ("eeprom-day", BOARD, "arch = ", "eeprom-since = \"2024-13-01\"\narch = "),
+    ("eeprom-without-tryboot", BOARD, "arch = ", "eeprom-since = \"2024-05-13\"\narch = "),
+    ("tryboot-without-eeprom", BOARD, "boot-flow = \"uboot\"", "boot-flow = \"tryboot\""),
     ("table", BOARD, "table = \"mbr\"", "table = \"apm\""),
     ("path-leaves-workspace", PRODUCT, "configs/shop.wheels.lock", "../shop.wheels.lock"),
     ("missing-file", PRODUCT, "configs/shop.wheels.lock", "configs/other.wheels.lock"),

@@ -229,7 +229,9 @@ fn a_lock_has_what_apt_chose_and_no_address() -> Result<()> {
     let root = |name| (Role::Root, name);
     assert_eq!(named, [(Role::Extra, "firmware"), root("app"), root("base"), root("lib")]);
     ensure!(!text.contains("127.0.0.1") && !text.contains("http"), "{text}");
-    assert_eq!(text, world.lock()?.to_text()?);
+    // Only the time that it was made may differ.
+    let again = PackagesLock { epoch: lock.epoch, ..world.lock()? };
+    assert_eq!(text, again.to_text()?);
     assert_eq!(PackagesLock::parse(&text)?, lock);
     lock.check_request(&spec())?;
     let other = DebianSpec { packages: vec!["other".into()], ..spec() };

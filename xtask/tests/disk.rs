@@ -5,12 +5,13 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
+use bundle::bootstate::{BootState, Slot};
 use camino::{Utf8Path, Utf8PathBuf};
 use uuid::Uuid;
 use xtask::cache::Cache;
 use xtask::disk::{
     Content, DiskImage, DiskRequest, DiskSpec, FatFile, Filesystem, PartitionRequest,
-    PartitionSpec, Source, TableKind, assemble, bmap, compress, place, read,
+    PartitionSpec, Source, TableKind, assemble, bmap, compress, place, read, sum,
 };
 use xtask::exec::{self, Tool};
 use xtask::ext4::{self, Ext4Request, Mke2fs};
@@ -140,15 +141,19 @@ fn boot_files() -> Vec<FatFile> {
     files
 }
 
+/// The summed image at this path; nothing at an empty one.
+fn filesystem(path: &Utf8Path) -> Content {
+    if path == "" { Content::Empty } else { Content::Image(sum(path).expect("summing")) }
+}
+
 fn spec(table: TableKind, root: &Utf8Path, data: &Utf8Path) -> DiskSpec {
-    let boot =
-        Content::Fat { label: "boot".to_owned(), volume_id: 0xdead_beef, files: boot_files() };
-    let contents = [
-        boot,
-        Content::Image(root.to_owned()),
-        Content::Image(root.to_owned()),
-        Content::Image(data.to_owned()),
-    ];
+    let boot = Content::Fat {
+        label: "boot".to_owned(),
+        volume_id: 0xdead_beef,
+        placed: true,
+        files: boot_files(),
+    };
+    let contents = [boot, filesystem(root), filesystem(root), filesystem(data)];
     let partitions = contents.into_iter().zip(1u128..).map(|(content, n)| PartitionSpec {
         guid: Uuid::from_u128(n << 64 | 0xabc),
         content,
@@ -416,9 +421,17 @@ fn each_rule_has_its_message() {
         )
     );
     assert_eq!(
-        failure(&folder, |s| s.partitions[1].content = Content::Image(large.clone())),
+        failure(&folder, |s| s.partitions[1].content = filesystem(&large)),
         "assembling OUT: placing DIR/large.img in `root-a`: the image is 25 MiB, the partition 24 MiB\n\
          help: raise partitions.2.size in board/test/board.toml"
+    );
+    let changing = folder.at("changing.img");
+    fs::write(&changing, vec![1; 8192]).expect("writing");
+    let summed = filesystem(&changing);
+    fs::write(&changing, vec![1; 4096]).expect("writing");
+    assert_eq!(
+        failure(&folder, |s| s.partitions[1].content = summed.clone()),
+        "assembling OUT: placing DIR/changing.img in `root-a`: it has 4096 bytes, 8192 when it was summed"
     );
     assert_eq!(
         failure(&folder, |s| s.states = vec![vec![1; 513]]),
@@ -540,4 +553,23 @@ fn the_part_on_a_full_disk() {
     assert!(message.contains("help: free some space there"), "{message}");
     let left: Vec<_> = fs::read_dir(&disk).expect("listing").collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// Made by `mkenvimage -s 512` from the four lines: a foreign writer of the same format.
+#[test]
+fn a_foreign_boot_state_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text");
+    let made = folder.path().join("made");
+    std::fs::write(&text, "active=b\nseq=1f\ntrial=a\ntries=3\n").unwrap();
+    xtask::exec::Tool::new("mkenvimage")
+        .args(["-s", "512", "-p", "0", "-o"])
+        .arg(made.to_str().unwrap())
+        .arg(text.to_str().unwrap())
+        .run()
+        .unwrap();
+    let expected = BootState { sequence: 0x1f, active: Slot::B, trial: Some(Slot::A), tries: 3 };
+    let sector = std::fs::read(&made).unwrap();
+    assert_eq!(BootState::decode(&sector), Ok(expected));
+    assert_eq!(sector, expected.encode());
 }

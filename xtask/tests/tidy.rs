@@ -112,7 +112,12 @@ fn the_crates_depend_in_one_direction() {
 
 #[test]
 fn pure_code_touches_neither_files_nor_programs() {
-    let pure = ["xtask/src/plan/", "xtask/src/disk/layout.rs", "bundle/src/"];
+    let pure = [
+        "xtask/src/plan/",
+        "xtask/src/disk/layout.rs",
+        "xtask/src/rootfs/buildroot/fragment.rs",
+        "bundle/src/",
+    ];
     let impure = ["std::fs", "std::process", "std::net", "exec::Tool", "SystemTime::now"];
     let mut findings = Vec::new();
     for (path, text) in rust() {

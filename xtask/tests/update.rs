@@ -172,6 +172,26 @@ fn a_missing_payload_leaves_nothing_behind() {
     assert_eq!(std::fs::read_dir(dir.join("out")).unwrap().count(), 0);
 }
 
+#[test]
+fn ssh_keys_beside_the_signing_keys_are_public_ones() {
+    let Dir(_keep, dir) = dir();
+    let read = || xtask::keys::authorized_keys(&dir);
+    assert_eq!(read().unwrap(), "");
+    let key = |path: &str| {
+        run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-C", "me", "-f", path], &dir);
+        std::fs::read_to_string(dir.join(format!("{path}.pub"))).unwrap()
+    };
+    let (one, two) = (key("one"), key("two"));
+    let file = dir.join("authorized_keys");
+    std::fs::write(&file, format!("# mine\n\n{one}restrict,pty {}", two.trim_end())).unwrap();
+    assert_eq!(read().unwrap(), format!("{one}restrict,pty {two}"));
+    // The other file of the pair must never reach an image.
+    std::fs::copy(dir.join("one"), &file).unwrap();
+    let error = format!("{:#}", read().unwrap_err());
+    assert!(error.contains("authorized_keys:1: expected an SSH public key"), "{error}");
+    assert!(!error.contains("PRIVATE"), "{error}");
+}
+
 /// The environment belongs to the whole process, so the password's cases run in a child.
 #[test]
 fn a_release_key_needs_its_password() {

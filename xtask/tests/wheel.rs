@@ -704,6 +704,7 @@ fn validate_bill(installed: &Installed, lock: &WheelLock, dir: &Utf8Path) {
         sha256: Some("0".repeat(64)),
         license: None,
         summary: Some("GNU Standard C++ Library v3".into()),
+        cpe: None,
         depends_on: vec![],
     });
     let meta = sbom::Meta {

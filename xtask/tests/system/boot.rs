@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use bundle::bootstate::{BootState, Slot};
 use camino::Utf8PathBuf;
-use xtask::bootstate::{BootState, Slot};
 use xtask::cmd::check::ALL;
 use xtask::qemu::{Machine, OnRestart, Overlay, Session};
 use xtask::wheel::WheelLock;
@@ -47,7 +47,7 @@ impl Guest {
         say(format!("booting; the console goes to {log}"));
         let files = self.built.qemu.as_ref().context("the board has no machine")?;
         let mut session =
-            Session::start(&self.machine, files, &self.overlay, &log, OnRestart::Exit)?;
+            Session::start(&self.machine, files, &self.overlay, &log, OnRestart::Exit, None)?;
         let timeout = Duration::from_secs(self.machine.boot_timeout);
         session.expect("U-Boot 20", timeout).context("no boot loader")?;
         session.expect("slipway-init: slot ", timeout).context("no initrd")?;

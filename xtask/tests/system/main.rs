@@ -6,7 +6,9 @@
 
 mod boot;
 mod failures;
+mod firmware;
 mod foreign;
 mod kill;
 mod repeat;
 mod support;
+mod update;

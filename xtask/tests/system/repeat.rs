@@ -14,7 +14,7 @@ use crate::support::{
 };
 
 const BOARD: &str = "qemu-arm64";
-const STAGES: [&str; 5] = ["base", "api", "compose", "image", "bundle"];
+const STAGES: [&str; 6] = ["base", "api", "agent", "compose", "image", "bundle"];
 
 /// A build in which nothing changed answers within a second on an idle machine; this one may be busy.
 const NOTHING_TO_DO: Duration = Duration::from_secs(3);
@@ -66,14 +66,14 @@ fn a_changed_overlay_file_costs_no_base_and_no_download() -> Result<()> {
     let (copy, cache) = (folder.at("workspace"), folder.at("cache"));
     copy_workspace(&copy)?;
     // No downloads at hand and no network: what is not kept cannot be made.
-    cache_sharing(&cache, &["tools", "stages/base", "stages/root", "stages/api"])?;
+    cache_sharing(&cache, &["tools", "stages/base", "stages/root", "stages/api", "stages/agent"])?;
     let motd = copy.join("overlays/base/etc/motd.j2");
     let text = fs::read_to_string(&motd)? + "Changed.\n";
     fs::write(&motd, text)?;
     let tool = Xtask::new(&copy).env("SLIPWAY_CACHE", &cache).without_network();
     let report = tool.build(BOARD, &["--offline"])?;
     for (name, kept) in kept(&report)? {
-        let expected = name == "base" || name == "api";
+        let expected = ["base", "api", "agent"].contains(&name.as_str());
         ensure!(kept == expected, "the stage {name}: kept is {kept}, expected {expected}");
     }
 

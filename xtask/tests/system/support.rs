@@ -14,10 +14,11 @@ use serde_json::Value;
 use xtask::artifact::hash_file;
 use xtask::build::qemu_files;
 use xtask::cache::Cache;
-use xtask::cli::Target;
-use xtask::cmd::plan::{dist, resolve};
+use xtask::cmd::plan::dist;
+use xtask::config;
 use xtask::exec::{self, Tool};
-use xtask::plan::Plan;
+use xtask::facts::Facts;
+use xtask::plan::{self, Plan};
 use xtask::progress::duration;
 use xtask::qemu::Files;
 
@@ -201,16 +202,17 @@ pub fn built(board: &str) -> Result<&'static Built> {
     let mut builds = BUILDS.lock().unwrap_or_else(PoisonError::into_inner);
     let result = builds.entry(board.to_owned()).or_insert_with(|| {
         say(format!("the build for {board} that the tests share"));
-        let built = Xtask::new(&root()).build(board, &[]).and_then(|_| look(board));
+        let built = Xtask::new(&root()).build(board, &[]).and_then(|_| results(&root(), board));
         built.map(|built| &*Box::leak(Box::new(built))).map_err(|e| format!("{e:#}"))
     });
     result.clone().map_err(|error| anyhow!("building for {board}: {error}"))
 }
 
-fn look(board: &str) -> Result<Built> {
-    let target = Target { product: None, board: Some(board.to_owned()) };
-    let (config, _, plan) = resolve(&target)?;
-    let dist = dist(&config.root, &plan);
+/// What a build of the default product made in a workspace.
+pub fn results(workspace: &Utf8Path, board: &str) -> Result<Built> {
+    let config = config::load(workspace, None, Some(board))?;
+    let plan = plan::resolve(&config, &Facts::collect(workspace)?)?;
+    let dist = dist(workspace, &plan);
     let stem = dist.join(plan.stem());
     let (image, bundle) = (format!("{stem}.img").into(), format!("{stem}.bundle").into());
     let qemu = qemu_files(&dist, &plan);

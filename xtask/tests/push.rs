@@ -1,0 +1,418 @@
+//! Pushes through a real `sshd` on the loopback address into the real agent, whose robot is a folder of
+//! files. Such a robot restarts nothing: the test plays the boot loader; the system tests have the real one.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use bundle::bootstate::{BootState, Slot};
+use bundle::{Kind, Level, Version};
+use camino::{Utf8Path, Utf8PathBuf};
+use xtask::keys::Keys;
+use xtask::push::{Outcome, Request, Verdict, push};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
+
+const MIB: usize = 1 << 20;
+/// A slot with several of the agent's checkpoints, one for each 32 MiB.
+const LARGE: usize = 96 * MIB;
+/// A slot for what size means nothing to.
+const SMALL: usize = 4 * MIB;
+
+fn run(program: &str, args: &[&str]) {
+    let output = Command::new(program).args(args).stdin(Stdio::null()).output();
+    let output = output.unwrap_or_else(|error| panic!("running {program}: {error}"));
+    assert!(output.status.success(), "{program} {args:?}: {output:?}");
+}
+
+/// The agent for this machine, built by cargo as a developer would.
+fn slotd() -> &'static Utf8Path {
+    static SLOTD: OnceLock<Utf8PathBuf> = OnceLock::new();
+    SLOTD.get_or_init(|| {
+        run(env!("CARGO"), &["build", "--quiet", "--package", "slotd"]);
+        // This test is `<target>/debug/deps/push-…`.
+        let own = Utf8PathBuf::try_from(std::env::current_exe().unwrap()).unwrap();
+        let built = own.parent().and_then(Utf8Path::parent).unwrap().join("slotd");
+        assert!(built.is_file(), "{built} was not built");
+        built
+    })
+}
+
+/// Bytes that do not compress.
+fn noise(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    (0..length / 8).flat_map(|_| next().to_le_bytes()).collect()
+}
+
+/// What pushes need: signing keys, a bundle, and the key that logs in.
+struct Bench {
+    dir: Utf8PathBuf,
+    _keep: tempfile::TempDir,
+    content: Vec<u8>,
+}
+
+impl Bench {
+    fn new(size: usize) -> Self {
+        let keep = tempfile::tempdir().unwrap();
+        let dir = Utf8PathBuf::try_from(keep.path().to_owned()).unwrap();
+        for name in ["user", "host"] {
+            let path = dir.join(name);
+            run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-C", "", "-f", path.as_str()]);
+        }
+        let content = noise(size, 5);
+        Self { dir, _keep: keep, content }
+    }
+
+    /// A bundle with the slot's new content.
+    fn bundle(&self, version: &str) -> Utf8PathBuf {
+        let payload = self.dir.join("payload");
+        fs::write(&payload, &self.content).unwrap();
+        let signers =
+            [Keys::open(&self.dir.join("keys")).unwrap().signer(Kind::Development).unwrap()];
+        let version = Version::parse(version).unwrap();
+        let payloads = vec![PayloadRequest { role: "root".to_owned(), path: payload }];
+        let request = PackRequest {
+            product: "robot-test".to_owned(),
+            version: version.clone(),
+            kind: Kind::Development,
+            boards: vec!["board-one".to_owned()],
+            minimum_version: Version::parse("0.1.0").unwrap(),
+            key_epoch: None,
+            epoch: 0,
+            components: vec![ComponentRequest { name: "system".to_owned(), version, payloads }],
+            level: Level::Fast,
+            workers: None,
+            signers: &signers,
+        };
+        let out = self.dir.join("a.bundle");
+        pack(&request, &out).unwrap();
+        out
+    }
+
+    fn push(
+        &self,
+        hosts: Vec<String>,
+        bundle: Utf8PathBuf,
+        wait: Option<Duration>,
+    ) -> Vec<Outcome> {
+        let ssh_options = vec![
+            format!("IdentityFile={}", self.dir.join("user")),
+            "IdentitiesOnly=yes".to_owned(),
+            format!("UserKnownHostsFile={}", self.dir.join("known_hosts")),
+        ];
+        push(&Request { hosts, bundle, ssh_options, wait }).unwrap()
+    }
+}
+
+/// A robot on files, and its `sshd`, which ends with this value.
+struct Robot {
+    root: Utf8PathBuf,
+    port: u16,
+    sshd: Child,
+}
+
+impl Robot {
+    fn new(bench: &Bench, name: &str) -> Self {
+        let root = bench.dir.join(name);
+        let write = |path: &str, content: &[u8]| {
+            let path = root.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        };
+        let size = bench.content.len();
+        let sectors = size / 512;
+        let device = format!(
+            "product = 'robot-test'\nversion = '1.0.0'\nminimum-version = '1.0.0'\nkind = 'development'\n\
+             board = 'board-one'\nboot-flow = 'uboot'\ncompatible = ['maker,board-one']\n\
+             [boot-state]\nsectors = [8, 16]\n[partitions]\n\
+             root-a = {{ number = 2, start-sector = 8192, sectors = {sectors} }}\n\
+             root-b = {{ number = 3, start-sector = 999999, sectors = {sectors} }}\n"
+        );
+        write("usr/lib/slipway/device.toml", device.as_bytes());
+        drop(Keys::open(&bench.dir.join("keys")).unwrap().signer(Kind::Development).unwrap());
+        let keys = fs::read(bench.dir.join("keys/keyset.json")).unwrap();
+        write("usr/lib/slipway/keyset.json", &keys);
+        write("proc/device-tree/compatible", b"maker,board-one\0");
+        write("proc/sys/kernel/random/boot_id", b"01234567-89ab\n");
+        write("proc/self/mountinfo", b"24 20 179:2 / / ro - ext4 /dev/diskp2 ro\n");
+        write("sys/dev/block/README", b"");
+        for (number, start) in [(2, 8192), (3, 999_999)] {
+            let folder = format!("sys/devices/disk/diskp{number}");
+            write(&format!("{folder}/partition"), format!("{number}\n").as_bytes());
+            write(&format!("{folder}/start"), format!("{start}\n").as_bytes());
+            write(&format!("{folder}/size"), format!("{sectors}\n").as_bytes());
+            let link = root.join(format!("sys/dev/block/179:{number}"));
+            symlink(format!("../../devices/disk/diskp{number}"), link).unwrap();
+            write(&format!("dev/diskp{number}"), &noise(size, number));
+        }
+        let mut disk = vec![0; MIB];
+        disk[8 * 512..][..512].copy_from_slice(&BootState::first().encode());
+        write("dev/disk", &disk);
+        // What the robot's shell finds: the agent; and for tests that do not run as root, a way to it.
+        let script = |name: &str, text: &str| {
+            write(&format!("bin/{name}"), format!("#!/bin/sh\n{text}\n").as_bytes());
+            let path = root.join("bin").join(name);
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        script("slotd", &format!("exec '{}' --root '{root}' \"$@\"", slotd()));
+        script("sudo", "[ \"$1\" = -n ] || exit 1; shift; exec \"$@\"");
+        let (port, sshd) = serve(bench, &root);
+        Self { root, port, sshd }
+    }
+
+    fn slot_b(&self) -> Vec<u8> {
+        fs::read(self.root.join("dev/diskp3")).unwrap()
+    }
+
+    fn address(&self) -> String {
+        address(self.port)
+    }
+
+    fn slotd(&self, args: &[&str]) -> serde_json::Value {
+        let output = Command::new(self.root.join("bin/slotd").as_str())
+            .args(["--format", "json"])
+            .args(args)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{args:?}: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Waits for the trial, and plays the restart: the boot loader counts the try, and `slot` runs
+    /// under another boot id.
+    fn restart(&self, slot: Slot, version: &str) {
+        let started = Instant::now();
+        while self.slotd(&["status"])["pending"] != true {
+            assert!(started.elapsed() < Duration::from_secs(120), "no trial was armed");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let state = BootState { sequence: 99, active: Slot::A, trial: Some(Slot::B), tries: 0 };
+        let disk = fs::File::options().write(true).open(self.root.join("dev/disk")).unwrap();
+        disk.write_all_at(&state.encode(), 8 * 512).unwrap();
+        let number = if slot == Slot::A { 2 } else { 3 };
+        let mounts = format!("24 20 179:{number} / / ro - ext4 /dev/diskp{number} ro\n");
+        fs::write(self.root.join("proc/self/mountinfo"), mounts).unwrap();
+        let device = self.root.join("usr/lib/slipway/device.toml");
+        let text = fs::read_to_string(&device).unwrap();
+        fs::write(device, text.replace("version = '1.0.0'", &format!("version = '{version}'")))
+            .unwrap();
+        // Last: the push looks at nothing else before this has changed.
+        fs::write(self.root.join("proc/sys/kernel/random/boot_id"), "89abcdef-0123\n").unwrap();
+    }
+}
+
+impl Drop for Robot {
+    fn drop(&mut self) {
+        self.sshd.kill().expect("sshd runs until now");
+        self.sshd.wait().expect("it ended");
+    }
+}
+
+/// The user of this process: an `sshd` that is not root's serves nobody else.
+fn address(port: u16) -> String {
+    let output = Command::new("id").arg("-un").output().unwrap();
+    let user = String::from_utf8(output.stdout).unwrap();
+    format!("ssh://{}@127.0.0.1:{port}", user.trim())
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn serve(bench: &Bench, root: &Utf8Path) -> (u16, Child) {
+    let port = free_port();
+    let dir = &bench.dir;
+    // Root's sshd wants it; a package's own service makes it otherwise.
+    if rustix::process::getuid().is_root() {
+        fs::create_dir_all("/run/sshd").unwrap();
+    }
+    let config = root.join("sshd_config");
+    let text = format!(
+        "Port {port}\nListenAddress 127.0.0.1\nHostKey {dir}/host\nAuthorizedKeysFile {dir}/user.pub\n\
+         PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n\
+         KbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n\
+         SetEnv PATH={root}/bin:/usr/bin:/bin\n"
+    );
+    fs::write(&config, text).unwrap();
+    let log = fs::File::create(root.join("sshd.log")).unwrap();
+    // It insists on an absolute path of itself.
+    let program = xtask::exec::find("sshd").expect("sshd: cargo xtask doctor --install");
+    let mut sshd = Command::new(program.as_str())
+        .args(["-D", "-e", "-f", config.as_str()])
+        .stdin(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        let log = fs::read_to_string(root.join("sshd.log")).unwrap();
+        assert!(sshd.try_wait().unwrap().is_none(), "sshd ended: {log}");
+        assert!(started.elapsed() < Duration::from_secs(30), "sshd does not listen: {log}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    (port, sshd)
+}
+
+/// Passes connections on to a port, and cuts the first one that has sent `limit` bytes to it.
+fn cutting(to: u16, limit: usize) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let cut = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    std::thread::spawn(move || {
+        for near in listener.incoming().map_while(Result::ok) {
+            let far = TcpStream::connect(("127.0.0.1", to)).unwrap();
+            let (mut back, mut client) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+            // Either side may be gone at any moment: that is what this is for.
+            std::thread::spawn(move || {
+                drop(std::io::copy(&mut back, &mut client));
+                drop(client.shutdown(Shutdown::Both));
+            });
+            let cut = cut.clone();
+            std::thread::spawn(move || {
+                let (mut near, mut far) = (near, far);
+                let (mut sent, mut buffer) = (0, vec![0; 64 << 10]);
+                while let Ok(n @ 1..) = near.read(&mut buffer) {
+                    if far.write_all(&buffer[..n]).is_err() {
+                        break;
+                    }
+                    sent += n;
+                    if sent > limit && !cut.swap(true, std::sync::atomic::Ordering::SeqCst) {
+                        break;
+                    }
+                }
+                drop(near.shutdown(Shutdown::Both));
+                drop(far.shutdown(Shutdown::Both));
+            });
+        }
+    });
+    port
+}
+
+#[test]
+fn two_robots_at_once_and_one_that_is_not_there() {
+    let bench = Bench::new(SMALL);
+    let bundle = bench.bundle("1.1.0");
+    let (one, two) = (Robot::new(&bench, "one"), Robot::new(&bench, "two"));
+    let nobody = address(free_port());
+    let hosts = vec![one.address(), nobody.clone(), two.address()];
+    let outcomes = bench.push(hosts.clone(), bundle, None);
+    let named: Vec<&String> = outcomes.iter().map(|outcome| &outcome.host).collect();
+    assert_eq!(named, hosts.iter().collect::<Vec<_>>());
+    for (robot, outcome) in [(&one, &outcomes[0]), (&two, &outcomes[2])] {
+        assert_eq!(outcome.verdict, Verdict::Installed, "{outcome:?}");
+        assert_eq!(outcome.version, Some(Version::parse("1.1.0").unwrap()));
+        assert_eq!(outcome.slot, Some(Slot::B));
+        assert_eq!(outcome.breaks, 0);
+        let installed = outcome.installed.as_ref().unwrap();
+        assert!(!installed.resumed && installed.written >= SMALL as u64, "{installed:?}");
+        assert!(robot.slot_b() == bench.content, "slot b has other bytes");
+    }
+    assert_eq!(outcomes[1].verdict, Verdict::Failed);
+    let why = outcomes[1].why.as_deref().unwrap();
+    assert!(why.contains("Connection refused") && why.contains("help: try `ssh "), "{why}");
+}
+
+#[test]
+fn a_connection_that_is_cut_is_made_again_and_the_install_goes_on() {
+    let bench = Bench::new(LARGE);
+    let bundle = bench.bundle("1.1.0");
+    let robot = Robot::new(&bench, "robot");
+    let through = cutting(robot.port, 75 * MIB);
+    let outcome = bench.push(vec![address(through)], bundle, None).remove(0);
+    assert_eq!(outcome.verdict, Verdict::Installed, "{outcome:?}");
+    assert_eq!(outcome.breaks, 1);
+    let installed = outcome.installed.as_ref().unwrap();
+    assert!(installed.resumed, "{installed:?}");
+    // What the agent had noted; what it wrote after that may count too.
+    assert!(installed.held >= 32 * MIB as u64, "{installed:?}");
+    assert!(installed.written <= (LARGE - 32 * MIB) as u64, "{installed:?}");
+    assert!(robot.slot_b() == bench.content, "slot b has other bytes");
+    assert!(xtask::push::sentence(&outcome).contains("spared"), "{outcome:?}");
+}
+
+#[test]
+fn a_refusal_is_shown_with_code_sentence_and_help() {
+    let bench = Bench::new(SMALL);
+    let robot = Robot::new(&bench, "robot");
+    let before = robot.slot_b();
+    let outcome = bench.push(vec![robot.address()], bench.bundle("0.9.0"), None).remove(0);
+    assert_eq!(outcome.verdict, Verdict::Refused, "{outcome:?}");
+    let refused = outcome.refused.unwrap();
+    assert_eq!(refused.code, "below-floor");
+    assert!(refused.message.contains("0.9.0") && !refused.help.is_empty(), "{refused:?}");
+    assert!(robot.slot_b() == before, "a refused bundle was written");
+
+    // The same from the command line, and what is no robot or no bundle.
+    let bundle = bench.bundle("0.9.0");
+    let xtask = |args: &[&str]| {
+        let option =
+            |name: &str, file: &str| format!("--ssh-option={name}={}", bench.dir.join(file));
+        let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .args(["push", "--bundle", bundle.as_str()])
+            .args(["--no-wait", &option("IdentityFile", "user")])
+            .args([&option("UserKnownHostsFile", "known_hosts")])
+            .args(args)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {output:?}");
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (text(output.stdout), text(output.stderr))
+    };
+    let (out, errors) = xtask(&[&robot.address()]);
+    assert!(out.contains("[below-floor]") && out.contains("help: "), "{out}");
+    assert!(errors.contains("error: not installed on 1 of 1 robots"), "{errors}");
+    let (out, _) = xtask(&[&robot.address(), "--format", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(json[0]["refused"]["code"], "below-floor");
+    assert_eq!(json[0]["verdict"], "refused");
+    let (_, errors) = xtask(&["--", "-oProxyCommand=false"]);
+    assert!(errors.contains("is no robot's address"), "{errors}");
+    let (_, errors) = xtask(&["robot.local", "robot.local"]);
+    assert!(errors.contains("named twice"), "{errors}");
+    let (_, errors) = xtask(&["robot.local", "--ssh-option=-F/dev/null"]);
+    assert!(errors.contains("is no option of ssh"), "{errors}");
+    fs::write(&bundle, "no bundle").unwrap();
+    let (_, errors) = xtask(&["robot.local"]);
+    assert!(errors.contains("reading the bundle"), "{errors}");
+}
+
+#[test]
+fn a_push_waits_until_the_trial_is_decided() {
+    let bench = Bench::new(SMALL);
+    let bundle = bench.bundle("1.1.0");
+    let names = ["commits", "comes-back", "stays", "never"];
+    let [commits, comes_back, stays, never] = names.map(|name| Robot::new(&bench, name));
+    let hosts = [&commits, &comes_back, &stays, &never].map(Robot::address).to_vec();
+    let outcomes = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            commits.restart(Slot::B, "1.1.0");
+            std::thread::sleep(Duration::from_secs(3));
+            commits.slotd(&["commit"]);
+        });
+        scope.spawn(|| comes_back.restart(Slot::A, "1.0.0"));
+        scope.spawn(|| stays.restart(Slot::B, "1.1.0"));
+        bench.push(hosts, bundle, Some(Duration::from_secs(40)))
+    });
+    let verdicts: Vec<Verdict> = outcomes.iter().map(|outcome| outcome.verdict).collect();
+    let expected = [Verdict::Committed, Verdict::TakenBack, Verdict::Undecided, Verdict::Undecided];
+    assert_eq!(verdicts, expected, "{outcomes:#?}");
+    let runs =
+        |outcome: &Outcome| (outcome.slot.unwrap(), outcome.version.as_ref().unwrap().to_string());
+    assert_eq!(runs(&outcomes[0]), (Slot::B, "1.1.0".to_owned()));
+    assert_eq!(runs(&outcomes[1]), (Slot::A, "1.0.0".to_owned()));
+    assert_eq!(runs(&outcomes[2]), (Slot::B, "1.1.0".to_owned()));
+    assert_eq!(runs(&outcomes[3]), (Slot::A, "1.0.0".to_owned()));
+    let why = |at: usize| outcomes[at].why.as_deref().unwrap();
+    assert!(why(1).contains("slot b did not come up"), "{}", why(1));
+    assert!(why(2).contains("not decided after 40 s: on trial"), "{}", why(2));
+    assert!(why(3).contains("it has not restarted yet"), "{}", why(3));
+}

@@ -1,0 +1,428 @@
+//! Updates from end to end, in QEMU and through the real boot loader: a good one is tried, committed and
+//! followed by one back; each kind of bad one is refused, or comes back by itself. The boot loader's and the
+//! kernel's own words on the serial console are what is waited for. The logs lie in `dist/…/log`.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::bootstate::{BootState, Slot};
+use bundle::{Kind, Level, Version};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde_json::Value;
+use xtask::cmd::check::ALL;
+use xtask::keys::{self, Keys};
+use xtask::push::{self, Request, Verdict, push};
+use xtask::qemu::{self, Machine, OnRestart, Overlay, Session};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
+
+use crate::support::{Built, Folder, Xtask, built, copy_workspace, results, root, say, tool};
+
+const BOARD: &str = "qemu-arm64";
+/// What a guest needs for one command, on a busy machine without hardware virtualisation.
+const COMMAND: Duration = Duration::from_secs(180);
+/// What a whole install may take there.
+const INSTALL: Duration = Duration::from_secs(900);
+/// Seconds until a trial that nobody commits is over, instead of the board's own: three times what a
+/// start takes on a busy machine.
+const DEADLINE: u64 = 180;
+/// The version of the update; the card has the product's own.
+const UPDATE: &str = "0.1.1";
+
+/// A card with a short deadline, and the update for it: both built as a person would.
+struct Bench {
+    folder: Folder,
+    card: Built,
+    update: Built,
+}
+
+impl Bench {
+    fn new() -> Result<Self> {
+        let folder = Folder::new()?;
+        let build = |name: &str, version: Option<&str>| -> Result<Built> {
+            let workspace = folder.at(name);
+            copy_workspace(&workspace)?;
+            let board = workspace.join(format!("board/{BOARD}/board.toml"));
+            edit(&board, "slipway.deadline=600", &format!("slipway.deadline={DEADLINE}"))?;
+            if let Some(version) = version {
+                let product = workspace.join("configs/robot-dev.toml");
+                edit(&product, "\nversion = \"0.1.0\"", &format!("\nversion = \"{version}\""))?;
+            }
+            let report = Xtask::new(&workspace).build(BOARD, &[])?;
+            ensure!(report["stages"].is_array(), "the build's report has no stages");
+            results(&workspace, BOARD)
+        };
+        let card = build("card", None)?;
+        let update = build("update", Some(UPDATE))?;
+        Ok(Self { folder, card, update })
+    }
+
+    fn machine(&self) -> Result<&Machine> {
+        Ok(&self.card.plan.board.qemu.as_ref().context("the board has no machine")?.machine)
+    }
+
+    /// Starts a machine on a card with more disks behind it: `/dev/vdb` and so on.
+    fn start(&self, name: &str, image: &Utf8Path, disks: &[&Utf8Path]) -> Result<Robot> {
+        let mut machine = self.machine()?.clone();
+        for (index, disk) in disks.iter().enumerate() {
+            let file = disk.as_str().replace(',', ",,");
+            machine.arguments.extend([
+                "-drive".to_owned(),
+                format!("file={file},format=raw,if=none,readonly=on,id=disk{index}"),
+                "-device".to_owned(),
+                format!("virtio-blk-pci,drive=disk{index}"),
+            ]);
+        }
+        let overlay = Overlay::create(&machine, image, &self.folder.at(&format!("{name}.qcow2")))?;
+        Robot::start(&self.card, name, &machine, overlay)
+    }
+
+    /// A copy of the card's image whose slot b is on trial after `break_it` worked on its file system.
+    fn broken(&self, name: &str, commands: &[String]) -> Result<Utf8PathBuf> {
+        let image = self.folder.at(&format!("{name}.img"));
+        tool("cp").args(["--sparse=always", self.card.image.as_str(), image.as_str()]).run()?;
+        let disk = &self.card.plan.disk;
+        let root = disk.partition("root-b").context("root-b")?;
+        let script = self.folder.at(&format!("{name}.debugfs"));
+        fs::write(&script, commands.join("\n") + "\n")?;
+        let device = format!("{image}?offset={}", root.offset);
+        let said = tool("debugfs").args(["-w", "-f", script.as_str(), &device]).read()?;
+        ensure!(!said.contains("not found"), "debugfs: {said}");
+        let state = BootState { sequence: 2, active: Slot::A, trial: Some(Slot::B), tries: 1 };
+        let sector = disk.states.first().context("the board keeps no boot state")?;
+        let file = fs::OpenOptions::new().write(true).open(&image)?;
+        std::os::unix::fs::FileExt::write_all_at(&file, &state.encode(), sector.offset)?;
+        Ok(image)
+    }
+}
+
+fn edit(path: &Utf8Path, from: &str, to: &str) -> Result<()> {
+    let text = fs::read_to_string(path)?;
+    ensure!(text.contains(from), "{path} has no `{from}`");
+    Ok(fs::write(path, text.replacen(from, to, 1))?)
+}
+
+/// A running machine.
+struct Robot {
+    session: Session,
+    boot: Duration,
+    hostname: String,
+    /// Where its SSH server is, on the loopback address.
+    port: u16,
+    _overlay: Overlay,
+}
+
+impl Robot {
+    /// Starts a machine. The log lies beside those of the other tests, also when the build lies elsewhere.
+    fn start(card: &Built, name: &str, machine: &Machine, overlay: Overlay) -> Result<Self> {
+        let (product, board) = (&card.plan.product.name, &card.plan.board.name);
+        let log = root().join(format!("dist/{product}/{board}/log/update-{name}.log"));
+        say(format!("{name}: the console goes to {log}"));
+        let files = card.qemu.as_ref().context("the board has no machine")?;
+        let port = qemu::free_port(0)?;
+        let network = machine.network.as_ref().map(|_| port);
+        let session = Session::start(machine, files, &overlay, &log, OnRestart::Restart, network)?;
+        let boot = Duration::from_secs(machine.boot_timeout);
+        let hostname = card.plan.network.hostname.clone();
+        Ok(Self { session, boot, hostname, port, _overlay: overlay })
+    }
+
+    /// Waits for the boot loader's choice of a slot, and for nothing after it.
+    fn chooses(&mut self, slot: Slot) -> Result<()> {
+        // A panic's words come before its restart, and a trial's deadline may have to pass.
+        let time = self.boot + Duration::from_secs(DEADLINE);
+        self.session.expect("slipway: starting slot ", time).context("no boot loader")?;
+        let chosen = self.session.expect("\n", self.boot)?;
+        ensure!(
+            chosen.trim() == slot.name(),
+            "slot {} was started, expected {slot}",
+            chosen.trim()
+        );
+        Ok(())
+    }
+
+    /// Waits for the boot loader to choose this slot, and then for the console's shell.
+    fn comes_up(&mut self, slot: Slot) -> Result<()> {
+        self.chooses(slot)?;
+        self.logs_in(slot)
+    }
+
+    fn logs_in(&mut self, slot: Slot) -> Result<()> {
+        self.session.expect(&format!("slipway-init: slot {slot}"), self.boot)?;
+        let host = self.hostname.clone();
+        self.session.expect(&format!("{host} login: root (automatic login)"), self.boot)?;
+        self.session.expect(&format!("root@{host}:"), self.boot)?;
+        let (code, _) = self.session.run("dmesg --console-off", COMMAND)?;
+        ensure!(code == 0, "dmesg failed");
+        Ok(())
+    }
+
+    /// What the agent answers, and its exit code.
+    fn slotd(&mut self, arguments: &str, time: Duration) -> Result<(i32, Value)> {
+        let (code, said) =
+            self.session.run(&format!("slotd --format json {arguments} 2>/dev/null"), time)?;
+        say(format!("slotd {arguments}: {code} {said}"));
+        // The console breaks no lines, but the shell's prompt may stand before.
+        let json = said.find('{').and_then(|at| serde_json::from_str(&said[at..]).ok());
+        Ok((code, json.with_context(|| format!("slotd {arguments} said `{said}`"))?))
+    }
+
+    fn status(&mut self) -> Result<Value> {
+        let (code, status) = self.slotd("status", COMMAND)?;
+        ensure!(code == 0, "slotd status failed with {code}");
+        Ok(status)
+    }
+
+    /// Waits until nothing is on trial any more.
+    fn settles(&mut self) -> Result<Value> {
+        let end = Instant::now() + self.boot;
+        loop {
+            let status = self.status()?;
+            if status["pending"] == false {
+                return Ok(status);
+            }
+            if Instant::now() > end {
+                bail!("the trial is not decided: {status}");
+            }
+            // Between two questions, not in place of a state.
+            self.session.run("sleep 2", COMMAND)?;
+        }
+    }
+
+    /// Refuses a bundle on a disk with this code and exit code.
+    fn refuses(&mut self, disk: &str, code: &str, expected: i32) -> Result<()> {
+        let (exit, said) = self.slotd(&format!("install - </dev/{disk}"), INSTALL)?;
+        ensure!(exit == expected, "expected exit code {expected}, found {exit}: {said}");
+        ensure!(said["refused"]["code"] == code, "expected `{code}`, found {said}");
+        Ok(())
+    }
+
+    /// Installs a bundle and follows the restart into its trial.
+    fn installs(&mut self, source: &str, slot: Slot) -> Result<()> {
+        say(format!("installing {source} into slot {slot}"));
+        let end = Instant::now() + self.boot;
+        loop {
+            self.session.send_line(&format!("slotd install {source}"))?;
+            let words = ["slipway: starting slot ", "[busy]"];
+            let (said, _) =
+                self.session.expect_any(&words, INSTALL).context("no restart into the trial")?;
+            if said == 0 {
+                break;
+            }
+            // A commit ends with systemd taking over the watchdog, a little after the slot is committed.
+            ensure!(Instant::now() < end, "the agent stays busy");
+            self.session.run("sleep 2", COMMAND)?;
+        }
+        let chosen = self.session.expect("\n", self.boot)?;
+        ensure!(chosen.trim() == slot.name(), "slot {} is tried, not {slot}", chosen.trim());
+        self.logs_in(slot)
+    }
+}
+
+fn expect_running(status: &Value, slot: Slot, version: &str) -> Result<()> {
+    let name = slot.name();
+    ensure!(status["running"] == name, "slot {} runs, expected {name}", status["running"]);
+    ensure!(status["boot"]["active"] == name, "slot {} is committed", status["boot"]["active"]);
+    ensure!(status["version"] == version, "version {} runs", status["version"]);
+    Ok(())
+}
+
+/// Bundles that a robot must refuse, made of the update's own root file system.
+fn bad_bundles(bench: &Bench) -> Result<Vec<(Utf8PathBuf, &'static str, i32)>> {
+    let update = &bench.update;
+    let root = bench.folder.at("root.ext4");
+    let placed = update.plan.disk.partition("root-a").context("root-a")?;
+    // Small payloads do: each must be refused before the first of them is read.
+    tool("dd")
+        .args([&format!("if={}", update.image), &format!("of={root}"), "bs=1M", "count=4"])
+        .args([format!("skip={}", placed.offset >> 20)])
+        .run()?;
+    let signer = Keys::open(&keys::directory()?)?.signer(Kind::Development)?;
+    let make = |name: &str, board: &str, version: &str| -> Result<Utf8PathBuf> {
+        let version = Version::parse(version).context("a version")?;
+        let path = bench.folder.at(name);
+        let request = PackRequest {
+            product: update.plan.product.name.clone(),
+            version: version.clone(),
+            kind: Kind::Development,
+            boards: vec![board.to_owned()],
+            minimum_version: Version::parse("0.0.1").context("a version")?,
+            key_epoch: None,
+            epoch: update.plan.epoch,
+            components: vec![ComponentRequest {
+                name: "system".to_owned(),
+                version,
+                payloads: vec![PayloadRequest { role: "root".to_owned(), path: root.clone() }],
+            }],
+            level: Level::Fast,
+            workers: None,
+            signers: std::slice::from_ref(&signer),
+        };
+        pack(&request, &path)?;
+        Ok(path)
+    };
+    let mut bundles = vec![
+        (make("board.bundle", "another-board", UPDATE)?, "wrong-board", 3),
+        (make("older.bundle", BOARD, "0.0.9")?, "below-floor", 3),
+    ];
+    // One bit of the signature: its base64 stays base64.
+    let mut bytes = fs::read(&update.bundle)?;
+    let words = b"\ntrusted comment:";
+    let at = bytes.windows(words.len()).position(|w| w == words).context("a signature")? - 20;
+    bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
+    let signature = bench.folder.at("signature.bundle");
+    fs::write(&signature, &bytes)?;
+    bundles.push((signature, "bad-signature", 3));
+    let truncated = bench.folder.at("truncated.bundle");
+    bytes = fs::read(&update.bundle)?;
+    bytes.truncate(bytes.len() / 2 / 512 * 512);
+    fs::write(&truncated, &bytes)?;
+    bundles.push((truncated, "truncated", 5));
+    Ok(bundles)
+}
+
+fn good(bench: &Bench) -> Result<()> {
+    let bad = bad_bundles(bench)?;
+    let mut disks = vec![bench.update.bundle.as_path()];
+    disks.extend(bad.iter().map(|(path, ..)| path.as_path()));
+    let mut robot = bench.start("good", &bench.card.image, &disks)?;
+    robot.comes_up(Slot::A)?;
+    let version = bench.card.plan.product.version.to_string();
+    expect_running(&robot.status()?, Slot::A, &version)?;
+    for ((_, code, exit), disk) in bad.iter().zip(["vdc", "vdd", "vde", "vdf"]) {
+        robot.refuses(disk, code, *exit)?;
+        expect_running(&robot.settles()?, Slot::A, &version)?;
+    }
+    robot.installs("- </dev/vdb", Slot::B)?;
+    expect_running(&robot.settles()?, Slot::B, UPDATE)?;
+    // And back into slot a, as a developer would send the next one.
+    pushed(bench, &mut robot)?;
+    robot.comes_up(Slot::A)?;
+    expect_running(&robot.settles()?, Slot::A, UPDATE)
+}
+
+/// Sends the update over SSH, and follows it to its commit in slot a.
+fn pushed(bench: &Bench, robot: &mut Robot) -> Result<()> {
+    let key = bench.folder.at("id_ed25519");
+    tool("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f", key.as_str()]).run()?;
+    let public = fs::read_to_string(format!("{key}.pub"))?;
+    let folder = "/data/system/ssh/authorized_keys.d";
+    let command = format!("mkdir -p {folder} && echo '{}' >{folder}/root", public.trim());
+    let (code, said) = robot.session.run(&command, COMMAND)?;
+    ensure!(code == 0, "the key is not taken: {said}");
+    let port = robot.port;
+    let mut ssh_options: Vec<String> =
+        ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"].map(str::to_owned).to_vec();
+    ssh_options.extend([format!("Port={port}"), format!("IdentityFile={key}")]);
+    let request = Request {
+        hosts: vec!["root@127.0.0.1".to_owned()],
+        bundle: bench.update.bundle.clone(),
+        ssh_options,
+        wait: Some(INSTALL),
+    };
+    let outcomes = push(&request)?;
+    for outcome in &outcomes {
+        say(push::sentence(outcome));
+        let done =
+            (outcome.verdict, outcome.slot, outcome.version.as_ref().map(ToString::to_string));
+        let expected = (Verdict::Committed, Some(Slot::A), Some(UPDATE.to_owned()));
+        ensure!(done == expected, "pushing: {outcome:?}");
+    }
+    ensure!(outcomes.len() == 1, "{} outcomes of one robot", outcomes.len());
+    Ok(())
+}
+
+/// Starts a card with a broken trial; after what the trial says, slot a must run again, undecided no more.
+fn comes_back(
+    bench: &Bench,
+    name: &str,
+    commands: &[String],
+    trial: impl FnOnce(&mut Robot) -> Result<()>,
+) -> Result<()> {
+    let image = bench.broken(name, commands)?;
+    let mut robot = bench.start(name, &image, &[])?;
+    trial(&mut robot).with_context(|| format!("{name}: the trial"))?;
+    robot.comes_up(Slot::A).with_context(|| format!("{name}: coming back"))?;
+    let status = robot.settles()?;
+    let version = bench.card.plan.product.version.to_string();
+    expect_running(&status, Slot::A, &version).with_context(|| format!("{name}: {status}"))?;
+    drop(robot);
+    Ok(fs::remove_file(image)?)
+}
+
+/// Puts a file into the broken slot: a debugfs command for each step.
+fn put(bench: &Bench, path: &str, content: &str, executable: bool) -> Result<Vec<String>> {
+    let source = bench.folder.at(&path.replace('/', "_"));
+    fs::write(&source, content)?;
+    let (folder, name) = path.rsplit_once('/').context("a folder")?;
+    let mode = if executable { "0100755" } else { "0100644" };
+    Ok(vec![
+        format!("cd {folder}"),
+        format!("write {source} {name}"),
+        format!("sif {path} mode {mode}"),
+    ])
+}
+
+const SOON: Duration = Duration::from_secs(600);
+
+#[test]
+fn updates_are_tried_committed_or_taken_back() -> Result<()> {
+    let bench = Bench::new()?;
+    good(&bench)?;
+
+    comes_back(&bench, "no-kernel", &["rm /boot/vmlinuz".to_owned()], |robot| {
+        robot.session.expect("slipway: slot b does not load, its trial has failed", SOON)?;
+        Ok(())
+    })?;
+    let mut empty = vec!["rm /boot/initrd.img".to_owned()];
+    empty.extend(put(&bench, "/boot/initrd.img", "no initrd at all", false)?);
+    comes_back(&bench, "panic", &empty, |robot| {
+        robot.chooses(Slot::B)?;
+        robot.session.expect("Kernel panic - not syncing", SOON)?;
+        Ok(())
+    })?;
+    comes_back(&bench, "no-init", &["rm /usr/sbin/init".to_owned()], |robot| {
+        robot.chooses(Slot::B)?;
+        robot.session.expect("slipway-init: cannot start: slot b has no /sbin/init", SOON)?;
+        Ok(())
+    })?;
+    let mut hangs = vec!["rm /usr/sbin/init".to_owned()];
+    hangs.extend(put(&bench, "/usr/sbin/init", "#!/bin/sh\nexec sleep infinity\n", true)?);
+    comes_back(&bench, "hang", &hangs, |robot| {
+        robot.chooses(Slot::B)?;
+        robot.session.expect("slipway-init: slot b", SOON)?;
+        Ok(())
+    })?;
+    let check = "[command]\nrun = [\"/bin/false\"]\n";
+    let fails = put(&bench, "/etc/slotd/health.d/99-fails.toml", check, false)?;
+    comes_back(&bench, "unhealthy", &fails, |robot| robot.comes_up(Slot::B))?;
+    // Nobody commits and nobody restarts: the watchdog does.
+    let masked =
+        ["rm /etc/systemd/system/multi-user.target.wants/slipway-health.service".to_owned()];
+    comes_back(&bench, "deadline", &masked, |robot| robot.comes_up(Slot::B))
+}
+
+/// The card image of a Raspberry Pi with its own bundle on `data`: into slot b, committed.
+#[test]
+fn a_pi_takes_an_update() -> Result<()> {
+    if std::env::var_os(ALL).is_none() {
+        say("left out: takes 5 to 15 minutes; `cargo xtask test --all` does it");
+        return Ok(());
+    }
+    let card = built("pi3")?;
+    let folder = Folder::new()?;
+    let image = folder.at("card.img");
+    tool("cp").args(["--sparse=always", card.image.as_str(), image.as_str()]).run()?;
+    let data = card.plan.disk.partition("data").context("data")?;
+    let script = folder.at("debugfs");
+    fs::write(&script, format!("write {} update.bundle\n", card.bundle))?;
+    let device = format!("{image}?offset={}", data.offset);
+    tool("debugfs").args(["-w", "-f", script.as_str(), &device]).run()?;
+
+    let machine = &card.plan.board.qemu.as_ref().context("the board has no machine")?.machine;
+    let overlay = Overlay::create(machine, &image, &folder.at("card.qcow2"))?;
+    let mut robot = Robot::start(card, "pi", machine, overlay)?;
+    robot.comes_up(Slot::A)?;
+    robot.installs("/data/update.bundle", Slot::B)?;
+    expect_running(&robot.settles()?, Slot::B, &card.plan.product.version.to_string())
+}
