@@ -199,13 +199,19 @@ fn compile(
         format!("--remap-path-prefix={}=/slipway", build.root),
         format!("--remap-path-prefix={home}=/cargo"),
     ];
-    let c_flags = format!("-ffile-prefix-map={home}=/cargo -ffile-prefix-map={into}=/build");
+    // The crate `cc` splits these as a shell would (its variable below), so folders may have spaces.
+    let quoted = |flag: String| format!("'{}'", flag.replace('\'', r"'\''"));
+    let c_flags = [
+        quoted(format!("-ffile-prefix-map={home}=/cargo")),
+        quoted(format!("-ffile-prefix-map={into}=/build")),
+    ];
     cargo = cargo
         .args(["build", "--locked", "--package", PACKAGE, "--release"])
         .args(["--target", target.triple])
         .env("CARGO_TARGET_DIR", into.as_str())
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
-        .env(&format!("CFLAGS_{}", variable.to_lowercase()), c_flags)
+        .env("CC_SHELL_ESCAPED_FLAGS", "1")
+        .env(&format!("CFLAGS_{}", variable.to_lowercase()), c_flags.join(" "))
         .env_remove("RUSTFLAGS")
         .current_dir(build.root)
         .log(&build.log("agent"));

@@ -130,11 +130,19 @@ fn bundle(built: &Built, folder: &Folder) -> Result<()> {
     let dir = folder.at("bundle");
     fs::create_dir_all(&dir)?;
     let bundle = built.bundle.as_str();
+    // What the firmware reads comes first, where slots have such a partition of their own.
+    let roles = [("boot", "boot-a"), ("root", "root-a")];
+    let roles: Vec<_> = roles
+        .into_iter()
+        .filter_map(|(role, slot)| Some((role, built.plan.disk.partition(slot)?)))
+        .collect();
     let list = tool("tar").args(["-tf", bundle]).read()?;
     let members: Vec<&str> = list.lines().collect();
-    let expected =
-        ["manifest.json", "manifest.json.minisig", "system/root.index", "system/root.zst"];
-    ensure!(members == expected, "the bundle has {members:?}");
+    let mut expected = vec!["manifest.json".to_owned(), "manifest.json.minisig".to_owned()];
+    for (role, _) in &roles {
+        expected.extend([format!("system/{role}.index"), format!("system/{role}.zst")]);
+    }
+    ensure!(members == expected, "the bundle has {members:?}, expected {expected:?}");
     tool("tar").args(["-xf", bundle, "-C", dir.as_str()]).run()?;
 
     let keys = Xtask::new(&root()).run(&["keys", "list", "--format", "json"])?.good()?;
@@ -143,13 +151,17 @@ fn bundle(built: &Built, folder: &Folder) -> Result<()> {
     let manifest = dir.join("manifest.json");
     tool("minisign").args(["-V", "-m", manifest.as_str(), "-p", public]).run()?;
 
-    let frames = dir.join("system/root.zst");
-    tool("zstd").args(["-q", "-t", frames.as_str()]).run()?;
-    let slot = folder.at("partition");
-    extract(&built.image, built.plan.disk.partition("root-a").context("root-a")?, &slot)?;
-    let payload = folder.at("payload");
-    tool("zstd").args(["-q", "-f", "-d", "--sparse", frames.as_str(), "-o"]).arg(&payload).run()?;
-    same(&payload, &slot).context("the payload is not what the slot holds")
+    let (slot, payload) = (folder.at("partition"), folder.at("payload"));
+    for (role, placed) in roles {
+        let frames = dir.join(format!("system/{role}.zst"));
+        tool("zstd").args(["-q", "-t", frames.as_str()]).run()?;
+        extract(&built.image, placed, &slot)?;
+        let unpack = ["-q", "-f", "-d", "--sparse", frames.as_str(), "-o", payload.as_str()];
+        tool("zstd").args(unpack).run()?;
+        same(&payload, &slot)
+            .with_context(|| format!("{role} is not what {} holds", placed.name))?;
+    }
+    Ok(())
 }
 
 /// `verify` takes both, and refuses each with one byte flipped.
