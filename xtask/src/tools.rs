@@ -228,14 +228,13 @@ pub fn install(lacking: &[Requirement]) -> Result<()> {
     let packages = packages(lacking);
     say("setup", format!("installing {}", packages.join(" ")));
     let update = || apt(&["update", "--quiet"]).run();
-    let options = ["--yes", "--quiet", "--no-install-recommends"];
-    let possible = |more: &[&str]| {
-        apt(&["install", "--simulate", "--quiet"]).args(more).args(&packages).read().is_ok()
-    };
+    // Rather no tools than somebody's packages gone.
+    let options = ["--yes", "--quiet", "--no-install-recommends", "--no-remove"];
+    let simulated = apt(&["install", "--simulate"]).args(options).args(&packages).read();
     // A fresh machine has no package lists, an old one lists what is gone.
     update().context("refreshing the package lists")?;
     let step = crate::progress::Step::new("setup", "apt-get", 0, crate::progress::Unit::Items);
-    if possible(&[]) {
+    if simulated.is_ok() {
         return apt(&["install"])
             .args(options)
             .args(&packages)
