@@ -7,7 +7,7 @@ use std::io::Cursor;
 
 use bundle::bootstate::{BootState, Slot, newest};
 use bundle::{Seekable, Stream};
-use common::bundles::{TestKey, mixed, noise};
+use common::bundles::{TestKey, mixed, noise, parts};
 use common::card::{Card, Content, Moment, Op, Place, Sectors, after_cut};
 use common::{Plan, Robot, SECTORS, bundle_of, new_system, old_system, system};
 use slotd::Refusal;
@@ -17,6 +17,9 @@ use slotd::events::Events;
 use slotd::install::{Machine, Options, Outcome, install};
 
 const SIZE: u64 = 2 << 20;
+/// Partitions of slots whose boot files lie beside their root.
+const BOOT: &str = "boot-a = { number = 4, start-sector = 200000, sectors = 512 }\n\
+                    boot-b = { number = 5, start-sector = 300000, sectors = 512 }\n";
 
 /// A robot whose slots and boot state lie on a card in memory, and whose `data` is a folder.
 struct Bench {
@@ -28,7 +31,9 @@ struct Bench {
 impl Bench {
     fn new(content: Content, running: Slot) -> Self {
         // Its own slots are not used.
-        let robot = Plan { size: 8192, running, in_memory: true, ..Plan::default() }.make();
+        let partitions = if content[Place::BootA as usize].is_empty() { "" } else { BOOT };
+        let plan = Plan { size: 8192, running, in_memory: true, partitions, ..Plan::default() };
+        let robot = plan.make();
         let card = Card::new(content, Some(robot.path("data/slotd/journal.json")));
         Self { robot, card, running }
     }
@@ -57,7 +62,9 @@ fn gap(state: BootState) -> Vec<u8> {
 }
 
 fn fresh() -> Content {
-    [gap(BootState::first()), old_system(Slot::A, SIZE), old_system(Slot::B, SIZE)]
+    let slots = [Slot::A, Slot::B].map(|slot| old_system(slot, SIZE));
+    let [a, b] = slots;
+    [gap(BootState::first()), a, b, Vec::new(), Vec::new()]
 }
 
 fn place(slot: Slot) -> usize {
@@ -172,12 +179,84 @@ fn at_every_cut_a_complete_system_is_chosen() {
     assert!(cuts > 5000 && resumed > 50, "{cuts} cut points, {resumed} resumed");
 }
 
+/// Slots of two partitions: the boot files come first and are no system without their root.
+#[test]
+fn at_every_cut_boot_files_and_root_belong_together() {
+    const BOOT_SIZE: u64 = 256 << 10;
+    let old_boot = |seed| {
+        let mut boot = new_system(BOOT_SIZE, seed);
+        // A FAT fills its volume to the end here and there.
+        boot[BOOT_SIZE as usize - 512..].fill(seed as u8);
+        boot
+    };
+    let mut cuts = 0;
+    let (boot, root) = (old_boot(30), new_system(SIZE, 31));
+    let few = scattered(&old_system(Slot::B, SIZE));
+    let same_boot = old_boot(50);
+    for (boot, root) in [(&boot, &root), (&boot, &few), (&same_boot, &root)] {
+        let mut before = fresh();
+        before[Place::BootA as usize] = old_boot(45);
+        before[Place::BootB as usize] = old_boot(50);
+        let mut parts = parts(&[boot, root], 2);
+        for (payload, role) in
+            parts.manifest.components[0].payloads.iter_mut().zip(["boot", "root"])
+        {
+            payload.role = role.to_owned();
+        }
+        let bundle = parts.write(&[TestKey::new(1)]);
+        let bench = Bench::new(before.clone(), Slot::A);
+        bench.install(&bundle, &Options::default()).unwrap();
+        let ops = bench.card.ops();
+        assert!(ops.len() > 15, "{} operations", ops.len());
+        for cut in 0..=ops.len() {
+            for variant in 0..VARIANTS {
+                let content = after_cut(&before, &ops, cut, luck(variant, cut));
+                let what = format!("cut {cut} of {}, variant {variant}", ops.len());
+                check(&content, &before, Slot::A, root, &what);
+                assert!(content[Place::BootA as usize] == before[Place::BootA as usize], "{what}");
+                let [held_root, held_boot] = [Place::B, Place::BootB].map(|p| &content[p as usize]);
+                let [old_root, old_boot] = [Place::B, Place::BootB].map(|p| &before[p as usize]);
+                let looks = |held: &[u8], like: &[u8]| held[head(like)] == like[head(like)];
+                if boot_state(&content).trial.is_some() {
+                    assert!(held_boot == boot && held_root == root, "{what}: half on trial");
+                }
+                if looks(held_root, root) {
+                    assert!(held_boot == boot, "{what}: a new root beside other boot files");
+                }
+                if looks(held_root, old_root) && looks(held_boot, old_boot) {
+                    assert!(held_boot == old_boot, "{what}: the old boot files are not whole");
+                }
+                cuts += 1;
+                if (cut * 7 + variant as usize).is_multiple_of(97)
+                    && boot_state(&content).trial.is_none()
+                {
+                    let again = Bench::new(content, Slot::A);
+                    if let Some(journal) = cut.checked_sub(1).and_then(|at| ops[at].1.as_ref()) {
+                        again.robot.file("data/slotd/journal.json", journal);
+                    }
+                    again.install(&bundle, &Options::default()).unwrap();
+                    let ended = again.card.content();
+                    assert!(ended[Place::B as usize] == *root, "{what}: resumed");
+                    assert!(ended[Place::BootB as usize] == *boot, "{what}: resumed");
+                }
+            }
+        }
+    }
+    println!("{cuts} cut points");
+    assert!(cuts > 5000, "{cuts} cut points");
+}
+
 #[test]
 fn a_journal_never_says_more_than_the_card_holds() {
     let size = 40 << 20;
     let new = new_system(size, 28);
-    let before: Content =
-        [gap(BootState::first()), old_system(Slot::A, 8192), noise(size as usize, 29)];
+    let before: Content = [
+        gap(BootState::first()),
+        old_system(Slot::A, 8192),
+        noise(size as usize, 29),
+        Vec::new(),
+        Vec::new(),
+    ];
     let bundle = bundle_of(&new);
     let bench = Bench::new(before.clone(), Slot::A);
     bench.install(&bundle, &Options::default()).unwrap();
@@ -302,8 +381,8 @@ fn harmless(bundle: &[u8], what: &str) -> u64 {
     let refusal = bench.install(bundle, &options).expect_err(what);
     let known = slotd::refusal::CODES.iter().any(|(code, _, _)| *code == refusal.code);
     assert!(known, "{what}: {refusal:?}");
-    let [gap, a, b] = bench.card.written();
-    assert_eq!((gap, a), (0, 0), "{what}: written outside of the idle slot");
+    let [gap, a, b, boot_a, boot_b] = bench.card.written();
+    assert_eq!([gap, a, boot_a, boot_b], [0; 4], "{what}: written outside of the idle slot");
     let content = bench.card.content();
     let untouched = content[2] == old_system(Slot::B, SIZE);
     assert!(untouched || content[2][..4096].iter().all(|b| *b == 0), "{what}: half a system");

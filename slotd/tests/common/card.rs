@@ -14,7 +14,11 @@ pub enum Place {
     Gap = 0,
     A = 1,
     B = 2,
+    BootA = 3,
+    BootB = 4,
 }
+
+const PLACES: [Place; 5] = [Place::Gap, Place::A, Place::B, Place::BootA, Place::BootB];
 
 /// What happened to it.
 #[derive(Debug, Clone)]
@@ -23,8 +27,8 @@ pub enum Op {
     Flush(Place),
 }
 
-/// The content of the three parts.
-pub type Content = [Vec<u8>; 3];
+/// The content of the parts; those for boot files are empty where slots have none.
+pub type Content = [Vec<u8>; 5];
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -70,8 +74,8 @@ impl Card {
     }
 
     /// Bytes written to each part.
-    pub fn written(&self) -> [u64; 3] {
-        let mut sums = [0; 3];
+    pub fn written(&self) -> [u64; 5] {
+        let mut sums = [0; 5];
         for (op, _) in self.ops() {
             if let Op::Write(place, _, bytes) = op {
                 sums[place as usize] += bytes.len() as u64;
@@ -131,8 +135,14 @@ impl Storage for Part {
 
 impl Slots for Card {
     fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>> {
-        assert_eq!(role, "root");
-        Ok(Box::new(self.part(if slot == Slot::A { Place::A } else { Place::B })))
+        let place = match (role, slot) {
+            ("root", Slot::A) => Place::A,
+            ("root", Slot::B) => Place::B,
+            ("boot", Slot::A) => Place::BootA,
+            ("boot", Slot::B) => Place::BootB,
+            _ => panic!("no partition has the role {role}"),
+        };
+        Ok(Box::new(self.part(place)))
     }
 }
 
@@ -151,7 +161,7 @@ pub fn after_cut(
             .rposition(|(op, _)| matches!(op, Op::Flush(p) if *p == place))
             .map_or(0, |at| at + 1)
     };
-    let durable = [flushed(Place::Gap), flushed(Place::A), flushed(Place::B)];
+    let durable = PLACES.map(flushed);
     for (at, (op, _)) in ops.iter().enumerate() {
         let Op::Write(place, offset, bytes) = op else { continue };
         let moment = Moment { last: at + 1 == cut, sectors: bytes.len().div_ceil(512) };
