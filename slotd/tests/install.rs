@@ -151,8 +151,10 @@ fn killed_at_fifty_moments_it_goes_on_and_rewrites_nothing_that_was_in_place() {
             continue;
         }
         let wrong = wrong_blocks(&slot, &new);
+        // Without the sector of ext4's superblock nothing takes it for one; the others of the first
+        // block go after it, and come before it.
         assert!(
-            slot == old || slot == new || slot[..4096].iter().all(|byte| *byte == 0),
+            slot == old || slot == new || slot[1024..1536].iter().all(|byte| *byte == 0),
             "a half-written slot looks like a system"
         );
         let journal = robot.path("data/slotd/journal.json").exists();
