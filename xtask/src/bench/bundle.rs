@@ -10,6 +10,7 @@ use bundle::{Kind, Level, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
+use super::install::{SIZES, cut};
 use crate::exec;
 use crate::keys::Keys;
 use crate::progress;
@@ -64,7 +65,10 @@ pub fn run(settings: &Settings) -> Result<Vec<Row>> {
     std::fs::create_dir_all(&settings.scratch)
         .with_context(|| format!("creating {}", settings.scratch))?;
     let mut rows = Vec::new();
-    for (contenders, runs) in [(quick(settings)?, settings.runs.max(3)), (slow(settings)?, 1)] {
+    let runs = settings.runs.max(3);
+    for (contenders, runs) in
+        [(quick(settings)?, runs), (sized(settings)?, runs), (slow(settings)?, 1)]
+    {
         let mut times = vec![Vec::new(); contenders.len()];
         let mut peaks = vec![0; contenders.len()];
         let mut sizes = vec![0; contenders.len()];
@@ -102,14 +106,14 @@ pub fn run(settings: &Settings) -> Result<Vec<Row>> {
 pub fn table(rows: &[Row]) -> String {
     use std::fmt::Write as _;
     let mut out = format!(
-        "{:<20} {:>9} {:>6}  {:>10} {:>7}  {:>9}\n",
+        "{:<21} {:>9} {:>6}  {:>10} {:>7}  {:>9}\n",
         "", "time", "ratio", "size", "ratio", "memory"
     );
     for row in rows {
         let base = rows.iter().find(|other| other.name == row.yardstick).unwrap_or(row);
         writeln!(
             out,
-            "{:<20} {:>7.2} s {:>5.2}x  {:>6.1} MiB {:>6.3}x  {:>5} MiB",
+            "{:<21} {:>7.2} s {:>5.2}x  {:>6.1} MiB {:>6.3}x  {:>5} MiB",
             row.name,
             row.seconds,
             row.seconds / base.seconds,
@@ -123,12 +127,34 @@ pub fn table(rows: &[Row]) -> String {
 }
 
 fn ours(settings: &Settings, level: &str, yardstick: &str) -> Result<Contender> {
+    let name = format!("slipway {level}");
+    bundle_of(&settings.payload, settings, level, name, yardstick)
+}
+
+/// Ours for payloads of several sizes: time grows with them, memory does not.
+fn sized(settings: &Settings) -> Result<Vec<Contender>> {
+    let one = |mib: &u64| {
+        let payload = settings.scratch.join(format!("payload-{mib}.img"));
+        cut(&settings.payload, &payload, mib << 20)?;
+        let name = format!("slipway fast {mib} MiB");
+        bundle_of(&payload, settings, "fast", name.clone(), &name)
+    };
+    SIZES.iter().map(one).collect()
+}
+
+fn bundle_of(
+    payload: &Utf8Path,
+    settings: &Settings,
+    level: &str,
+    name: String,
+    yardstick: &str,
+) -> Result<Contender> {
     let program = std::env::current_exe().context("finding the program itself")?;
     let program = Utf8PathBuf::try_from(program).context("finding the program itself")?;
     let result = settings.scratch.join(format!("ours-{level}.bundle"));
-    let args = [CHILD, settings.payload.as_str(), level, result.as_str()].map(str::to_owned);
+    let args = [CHILD, payload.as_str(), level, result.as_str()].map(str::to_owned);
     Ok(Contender {
-        name: format!("slipway {level}"),
+        name,
         yardstick: yardstick.to_owned(),
         program: program.into_string(),
         args: args.to_vec(),

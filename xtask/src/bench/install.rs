@@ -21,7 +21,7 @@ use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 const MIB: u64 = 1 << 20;
 
 /// Payload sizes for the peak memory, in MiB.
-const SIZES: [u64; 4] = [256, 512, 1024, 2048];
+pub(super) const SIZES: [u64; 4] = [256, 512, 1024, 2048];
 
 /// What one contender needed for a full install.
 #[derive(Debug, Clone, Serialize)]
@@ -420,7 +420,7 @@ fn change(path: &Utf8Path, size: u64) -> Result<()> {
 }
 
 /// The payload, cut to a size or repeated up to it; each repetition has other bytes.
-fn cut(payload: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
+pub(super) fn cut(payload: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
     let from = File::open(payload)?;
     let length = from.metadata()?.len();
     let to = File::create(out)?;

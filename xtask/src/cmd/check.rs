@@ -1,6 +1,7 @@
 //! `check` and `test`: the same commands for a developer and for CI.
 
 use anyhow::{Context, Result, bail};
+use camino::Utf8PathBuf;
 use xshell::Shell;
 
 use crate::cache::Cache;
@@ -40,10 +41,14 @@ pub fn test(options: &Test) -> Result<()> {
     if options.all {
         purposes.push(Purpose::TestAll);
     }
+    let trees = pinned_trees()?;
+    if trees.iter().any(|tree| tree.there) {
+        purposes.push(Purpose::Buildroot);
+    }
     tools::require(&purposes, !options.no_install)?;
     check()?;
     cargo("tests", &["test", "--workspace"], options.all)?;
-    say_skipped()?;
+    say_skipped(&trees)?;
     if options.quick { Ok(()) } else { system("system tests", &[], options.all) }
 }
 
@@ -63,26 +68,41 @@ fn system(what: &str, names: &[&str], all: bool) -> Result<()> {
     cargo(what, &[&words[..], &["--test-threads=1"], names].concat(), all)
 }
 
+/// A product's pinned Buildroot.
+struct PinnedTree {
+    product: String,
+    pinned: product::Buildroot,
+    path: Utf8PathBuf,
+    /// Whether it is in the cache.
+    there: bool,
+}
+
+fn pinned_trees() -> Result<Vec<PinnedTree>> {
+    let (root, cache) = (workspace_root()?, Cache::locate()?);
+    let mut trees = Vec::new();
+    for product in config::products(&root)? {
+        if let Some(pinned) = product::read(&root, &product)?.rootfs.buildroot {
+            let path = pinned_path(&cache.root, &pinned.release.value);
+            let there = path.join("Makefile").is_file();
+            trees.push(PinnedTree { product, pinned, path, there });
+        }
+    }
+    Ok(trees)
+}
+
 /// Tests that need a pinned Buildroot tree end at once where it is not in the cache: they are
 /// counted and named, so that nobody takes them for passed.
-fn say_skipped() -> Result<()> {
-    let root = workspace_root()?;
-    let cache = Cache::locate()?;
-    for name in config::products(&root)? {
-        let Some(pinned) = product::read(&root, &name)?.rootfs.buildroot else { continue };
-        let tree = pinned_path(&cache.root, &pinned.release.value);
-        if tree.join("Makefile").is_file() {
-            continue;
-        }
+fn say_skipped(trees: &[PinnedTree]) -> Result<()> {
+    for PinnedTree { product, pinned, path, .. } in trees.iter().filter(|tree| !tree.there) {
         let list = ["test", "--quiet", "--package", "xtask", "--test", TREE_TESTS, "--", "--list"];
         let shell = Shell::new().context("starting cargo")?;
-        shell.change_dir(&root);
+        shell.change_dir(workspace_root()?);
         let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
         let listed = shell.cmd(cargo).args(list).quiet().ignore_stderr().read()?;
         let tests: Vec<&str> = listed.lines().filter_map(|l| l.strip_suffix(": test")).collect();
         warn(format!(
-            "skipped {} tests, because {tree} does not exist: {}\n\
-             help: clone {} by the tag {} to that folder, as `build-image --product {name}` does",
+            "skipped {} tests, because {path} does not exist: {}\n\
+             help: clone {} by the tag {} to that folder, as `build-image --product {product}` does",
             tests.len(),
             tests.join(", "),
             pinned.url.value,
