@@ -128,6 +128,10 @@ pub fn leave_things(session: &mut Session) -> Result<()> {
         "echo bench-2 >/data/identity/hostname; echo 'Bench 2' >/data/identity/display-name",
         "printf '[Match]\\nType=ether\\n[Network]\\nAddress=192.0.2.7/24\\n' >/data/network/10-lab.network",
         "echo nonsense >/data/network/20-broken.network",
+        "umask 077; cd /data/network && for i in 0 1; do m=$((i*2)); \
+         printf \"ctrl_interface=/run/wpa_supplicant\\nnetwork={\\n ssid=\\\"bench\\\"\\n \
+         psk=\\\"not a secret\\\"\\n key_mgmt=WPA-PSK\\n mode=$m\\n frequency=2412\\n}\\n\" \
+         >wpa_supplicant-wlan$i.conf; done",
         "cd /data/boot.d && printf '#!/bin/sh\\necho ran >/run/ran\\n' >10-runs && \
          printf '#!/bin/sh\\nexec sleep 900\\n' >20-hangs && chmod 0755 10-runs 20-hangs",
     ] {
@@ -162,5 +166,22 @@ pub fn find_things(session: &mut Session, long: Duration) -> Result<()> {
     ensure!(said.contains("192.0.2.7/24"), "the user's connection is not used: {said}");
     let said = output(session, "journalctl -b -u slipway-network -o cat --no-pager", COMMAND)?;
     ensure!(said.contains("20-broken.network is not used"), "nothing is reported: {said}");
+    wireless(session)
+}
+
+/// Wi-Fi on radios without hardware: one is an access point and one its station, as their files say; the
+/// third has no file and is left alone.
+fn wireless(session: &mut Session) -> Result<()> {
+    output(session, "modprobe mac80211_hwsim radios=3", COMMAND)?;
+    // "up" comes after the four-way handshake, so the passphrase was the right one.
+    let wait = "for i in $(seq 90); do grep -sqx up /sys/class/net/wlan0/operstate && break; sleep 1; done; \
+                cat /sys/class/net/wlan0/operstate";
+    let state = output(session, wait, ADDRESS_TIME)?;
+    let journal = "journalctl -b -u 'slipway-wifi@*' -o cat --no-pager | tail -n 20";
+    let said = output(session, journal, COMMAND)?;
+    ensure!(state == "up", "the station is {state}: {said}");
+    let (_, units) = session.run("systemctl is-active slipway-wifi@wlan{0,1,2}", COMMAND)?;
+    let units: Vec<&str> = units.split_whitespace().collect();
+    ensure!(units == ["active", "active", "inactive"], "the supplicants are {units:?}: {said}");
     Ok(())
 }
