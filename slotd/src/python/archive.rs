@@ -59,7 +59,8 @@ impl Archive {
     }
 
     /// `zipimporter.find_spec`: bytecode before source, the package before the module, and a folder that the
-    /// archive lists as one portion of a namespace.
+    /// archive lists as one portion of a namespace. Bytecode of another interpreter, which Python would pass
+    /// over, is not told apart: it lies where its source does.
     pub(super) fn find(&self, name: &str) -> Option<Module> {
         let inside = self.inside.join(name);
         let inside = inside.to_str()?;
