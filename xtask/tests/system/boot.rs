@@ -103,6 +103,8 @@ fn check(guest: &Guest, session: &mut Session, slot: Slot) -> Result<()> {
     ensure!(state == "running", "the system is {state}");
 
     // The API's resources have arrived, from where this very Python would take the package.
+    let api = plan.api.as_ref().context("the product has an API")?;
+    let name = api.package.split("==").next().unwrap_or_default();
     let find = format!("import importlib.util as u; print(u.find_spec(\"{name}\").origin)");
     let origin = output(session, &format!("python3 -c '{find}'"), long)?;
     let said = output(session, "slotd --format json provision --check", COMMAND)?;
