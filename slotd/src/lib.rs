@@ -5,12 +5,16 @@
 pub mod agent;
 pub mod boot;
 mod buffer;
+pub mod builtin;
 pub mod data;
 pub mod device;
 pub mod durable;
 pub mod events;
+pub mod files;
 pub mod health;
 pub mod install;
+pub mod provision;
+pub mod python;
 pub mod record;
 pub mod refusal;
 pub mod root;

@@ -275,10 +275,11 @@ fn boot_scripts_run_in_order_and_hold_up_nothing() {
 }
 
 /// What `systemd-analyze security` may say at most, in tenths: 0 is fully confined, 100 not at all.
-const EXPOSURE: [(&str, u32); 7] = [
+const EXPOSURE: [(&str, u32); 8] = [
     ("slipway-api.service", 15),
     ("slipway-proxy.service", 17),
     ("slipway-links.service", 30),
+    ("slipway-provision.service", 30),
     ("slipway-network.service", 35),
     ("slipway-ssh-keys.service", 30),
     ("slipway-identity.service", 45),
