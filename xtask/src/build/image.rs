@@ -441,6 +441,15 @@ pub fn card(
     Ok(card)
 }
 
+/// How hard a bundle is compressed.
+pub(super) fn level(compression: Compression) -> bundle::Level {
+    match compression {
+        Compression::Fast => bundle::Level::Fast,
+        Compression::Release => bundle::Level::Release,
+        Compression::Slow => bundle::Level::Slow,
+    }
+}
+
 /// The stage `bundle`.
 ///
 /// # Errors
@@ -456,11 +465,7 @@ pub fn bundle(
     let (root, out) = (build.root, build.output("bundle"));
     let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
     let signer = signing.signer.key();
-    let level = match build.options.compression {
-        Compression::Fast => bundle::Level::Fast,
-        Compression::Release => bundle::Level::Release,
-        Compression::Slow => bundle::Level::Slow,
-    };
+    let level = level(build.options.compression);
     let key = Key::new("bundle", BUNDLE_VERSION)
         .with("out", out.as_str())
         .with("system", &system.key)
