@@ -206,7 +206,9 @@ impl Error {
             | Self::FrameLength { .. } => {
                 "no Slipway tool writes such a file: do not use it, and find out where it came from"
             }
-            Self::BadManifest { .. } | Self::BadComponent { .. } => "make the bundle again with a current `cargo xtask`",
+            Self::BadManifest { .. } | Self::BadComponent { .. } => {
+                "make the bundle again with a current `cargo xtask`"
+            }
             Self::UnknownFormat { .. } | Self::UnknownFeature { .. } => {
                 "this reader is older than the bundle: install an intermediate release first"
             }

@@ -129,10 +129,10 @@ fn pack(
         .with("signer", &signer.id)
         .with_json("product", &(product, board, &plan.update))?
         .with("level", format!("{level:?}"));
-    let payloads = component.payloads.iter().map(|(role, artifact)| PayloadRequest {
-        role: role.clone(),
-        path: artifact.path.clone(),
-    });
+    let payloads = component
+        .payloads
+        .iter()
+        .map(|(role, artifact)| PayloadRequest { role: role.clone(), path: artifact.path.clone() });
     let request = PackRequest {
         product: product.name.clone(),
         version: product.version.clone(),

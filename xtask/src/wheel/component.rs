@@ -86,10 +86,9 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
         write_atomically(&path, |out| write_tar(files, TREE_TIME, out))
             .with_context(|| format!("writing {path}"))?;
         let tar = Artifact::of(&path)?;
-        let scripts = laid.entry_points[index].iter().map(|point| Script {
-            name: point.name.clone(),
-            module: point.module.clone(),
-        });
+        let scripts = laid.entry_points[index]
+            .iter()
+            .map(|point| Script { name: point.name.clone(), module: point.module.clone() });
         wheels.push(Wheel {
             role: role.clone(),
             name: locked.name.clone(),
@@ -211,8 +210,10 @@ mod tests {
     #[test]
     fn a_role_is_a_name_that_bundles_may_have() {
         assert_eq!(role("numpy"), "numpy");
-        let (one, two) =
-            (role("opentelemetry-instrumentation-fastapi"), role("opentelemetry-instrumentation-f"));
+        let (one, two) = (
+            role("opentelemetry-instrumentation-fastapi"),
+            role("opentelemetry-instrumentation-f"),
+        );
         assert_eq!(one.len(), 32);
         assert_ne!(one, two);
     }

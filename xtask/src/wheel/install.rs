@@ -423,11 +423,7 @@ fn relative(path: &str, from: &str) -> String {
 }
 
 /// Writes files, sorted by path, with all their folders.
-pub(super) fn write_tar(
-    files: &[(&str, &Placed)],
-    epoch: u64,
-    out: &mut dyn Write,
-) -> Result<()> {
+pub(super) fn write_tar(files: &[(&str, &Placed)], epoch: u64, out: &mut dyn Write) -> Result<()> {
     let mut folders = BTreeSet::new();
     for (path, _) in files {
         let mut rest = *path;
