@@ -106,6 +106,15 @@ pub enum Verb {
         #[arg(long)]
         no_restart: bool,
     },
+    /// Make /data/system what the API's package has as resources
+    Provision {
+        /// Only compare: refused as `drift` where they differ
+        #[arg(long, conflicts_with = "boot")]
+        check: bool,
+        /// For the start of the system: only in the first start of a base or of another API
+        #[arg(long)]
+        boot: bool,
+    },
     /// For the start of the system: grow data, then prepare it
     #[command(hide = true)]
     Data {

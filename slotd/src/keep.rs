@@ -7,6 +7,8 @@ use serde_json::json;
 use slotd::agent::{Agent, Restart};
 use slotd::api;
 use slotd::data::verbs;
+use slotd::events::Events;
+use slotd::provision::{self, How, Outcome, Provisioned};
 use slotd::{Refusal, Result, Root};
 
 use crate::Answer;
@@ -25,6 +27,44 @@ pub(crate) fn start(root: &Root, step: Step) -> Result<Answer> {
             Ok(Answer::new(&done, text))
         }
     }
+}
+
+pub(crate) fn provision(root: &Root, check: bool, boot: bool) -> Result<Answer> {
+    let events = Events::new(root);
+    let done = match (check, boot) {
+        (true, _) => provision::check(root),
+        (false, true) => provision::boot(root, &events),
+        (false, false) => provision::run(root, &events),
+    }?;
+    Ok(Answer::new(&done, provision_text(&done)))
+}
+
+fn provision_text(done: &Provisioned) -> String {
+    let package = done.package.clone().unwrap_or_default();
+    let package = package.display();
+    let mut text = match done.outcome {
+        Outcome::Provisioned => {
+            let count = |how: &[How]| done.changes.iter().filter(|c| how.contains(&c.how)).count();
+            format!(
+                "/data/system has the {} files of {package}: {} added, {} removed, {} changed",
+                done.files,
+                count(&[How::Missing]),
+                count(&[How::Superfluous]),
+                count(&[How::Content, How::Mode, How::Kind]),
+            )
+        }
+        Outcome::Unchanged => format!("/data/system has the {} files of {package}", done.files),
+        Outcome::NoResources => format!("{package} has no resources: /data/system stays as it is"),
+        Outcome::NoApi => "this product has no API: nothing to provision".to_owned(),
+        Outcome::Current => format!("{package} was provisioned for this base already"),
+    };
+    for path in &done.left_out {
+        text.push_str(&format!("\n  left out: {}", path.to_string_lossy().escape_debug()));
+    }
+    for note in &done.notes {
+        text.push_str(&format!("\n  not followed: {note}"));
+    }
+    text
 }
 
 pub(crate) fn reset(agent: &Agent, keep: bool, stay: bool) -> Result<Answer> {

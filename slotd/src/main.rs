@@ -77,6 +77,9 @@ fn run(cli: &Cli) -> Result<Answer> {
     if let Verb::Data { step } = &cli.verb {
         return keep::start(&root, *step);
     }
+    if let Verb::Provision { check, boot } = &cli.verb {
+        return keep::provision(&root, *check, *boot);
+    }
     let agent = Agent::open(&root)?;
     let show = Shown::new(cli.format);
     match &cli.verb {
@@ -146,6 +149,7 @@ fn run(cli: &Cli) -> Result<Answer> {
         Verb::Backup { file } => keep::backup(&root, file),
         Verb::Restore { file, no_restart } => keep::restore(&agent, file, *no_restart),
         Verb::Data { step } => keep::start(&root, *step),
+        Verb::Provision { check, boot } => keep::provision(&root, *check, *boot),
         Verb::Log { last } => {
             let events =
                 agent.events().read().map_err(|error| Refusal::io("reading the log", &error))?;

@@ -24,8 +24,10 @@ pub enum Matter {
 /// Every code there is, whose matter it is, and what it means. Codes are part of the interface: they
 /// are never reused for another meaning. Those of the crate `bundle` keep theirs.
 pub const CODES: &[(&str, Matter, &str)] = &[
+    ("bad-api", Matter::Robot, "`api.toml` is malformed, or lacks something"),
     ("bad-device", Matter::Robot, "`device.toml` is missing, malformed, or lacks something"),
     ("bad-migration", Matter::Robot, "a declared step between versions of data makes no sense"),
+    ("bad-resources", Matter::Robot, "the API's resources hold what no package should have"),
     ("boot-state", Matter::Robot, "the boot state cannot be written, or is not what was written"),
     ("internal", Matter::Robot, "a mistake in the agent"),
     ("io", Matter::Robot, "reading or writing the robot's own disk fails"),
@@ -33,6 +35,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("migration-failed", Matter::Robot, "a step between versions of data fails; it is put back"),
     ("misuse", Matter::Robot, "a mistake in the agent"),
     ("no-keys", Matter::Robot, "the robot trusts no key: nothing can be installed"),
+    ("no-package", Matter::Robot, "Python would not find the API's package"),
     ("no-tryboot", Matter::Robot, "the firmware does not do what its boot flow needs"),
     ("old-eeprom", Matter::Robot, "the boot loader in the EEPROM is too old for trials"),
     ("read-back", Matter::Robot, "the slot does not hold what was written to it"),
@@ -77,11 +80,16 @@ pub const CODES: &[(&str, Matter, &str)] = &[
         "the new API does not come up; the one before it serves again",
     ),
     ("busy", Matter::State, "another process changes slots"),
+    ("drift", Matter::State, "`/data/system` is not what the API's package asks for"),
     ("incomplete-slot", Matter::State, "the other slot holds no complete system"),
     ("newer-data", Matter::State, "data are of a later version, and there is no way back"),
     ("no-data", Matter::State, "data refuses writes, or is not the card's"),
     ("no-other-api", Matter::State, "the system's own API serves already"),
-    ("no-space", Matter::State, "data has no room for a backup, for what it holds, or for an API"),
+    (
+        "no-space",
+        Matter::State,
+        "data has no room for a backup, for what it holds, or for an API with its resources",
+    ),
     ("not-committed", Matter::State, "the running slot is not the committed one"),
     ("nothing-on-trial", Matter::State, "there is no trial to end"),
     ("trial-pending", Matter::State, "a trial is not decided yet"),

@@ -43,9 +43,19 @@ impl Root {
         self.path("usr/lib/slipway/keyset.json")
     }
 
+    /// The API that came with the image; not there in a product without one.
+    pub fn api_file(&self) -> PathBuf {
+        self.path("usr/lib/slipway/api.toml")
+    }
+
     /// The partition `data`: all that a robot remembers.
     pub fn data(&self) -> PathBuf {
         self.path("data")
+    }
+
+    /// What the API's package has as `resources`; only provisioning writes it.
+    pub fn system(&self) -> PathBuf {
+        self.path("data/system")
     }
 
     /// What the agent itself remembers.

@@ -131,6 +131,7 @@ impl Draft {
 /// The API's own wheel and one that it needs.
 fn trees(version: &str, text: &str) -> Vec<Tree> {
     let mut top = Tree::new("robotapi", version, text)
+        .with("site/robotapi/resources/version.txt", version)
         .with("site/robotapi/cli/main.py", "def main(): return 0\n")
         .with("bin/robotapi", "#!/usr/bin/python3\n");
     top.requires = vec!["helper".to_owned()];
@@ -152,6 +153,8 @@ fn robot() -> Robot {
 /// The base's own API, and a check that says no to a file of an API.
 fn equip(robot: &Robot) {
     base(robot, "minimum-version = '8.0.0'\npython = '3.11'\n");
+    robot.file("usr/lib/slipway/api.env", "PYTHONPATH=/data/apps/api/current/site\n");
+    robot.file("usr/lib/slipway/base-id", "one\n");
     let site = "usr/lib/python3/dist-packages";
     robot.file(&format!("{site}/robotapi/__init__.py"), "VERSION = '9.0.0'\n");
     robot.file(&format!("{site}/sixseven-1.16.0.dist-info/METADATA"), "Name: sixseven\n");

@@ -241,7 +241,7 @@ fn robot() -> (tempfile::TempDir, Root) {
     let dir = tempfile::tempdir().unwrap();
     let root = Root::new(dir.path());
     for (path, text) in [
-        ("system/identity/hostname", "one"),
+        ("identity/hostname", "one"),
         ("apps/api/settings.json", "{}"),
         ("home/robot/protocol.py", "run()"),
         ("slotd/floor.json", "floor"),
@@ -269,7 +269,7 @@ fn a_backup_comes_back_the_same_on_another_robot() {
     restore(&to, bytes.as_slice()).unwrap();
     assert!(to.data().join("home/robot/other.py").exists(), "changed before the restart");
     assert_eq!(apply(&to).unwrap(), Some(Pending::Restore));
-    for name in ["system", "apps", "home"] {
+    for name in ["identity", "apps", "home"] {
         assert_eq!(tree(&from.data().join(name)), tree(&to.data().join(name)), "{name}");
     }
     assert_eq!(fs::read(to.data().join("slotd/floor.json")).unwrap(), b"its own floor");
@@ -387,7 +387,7 @@ fn a_restore_cut_between_any_two_moves_goes_on() {
     put(&from, "extra/file", "new");
     let mut bytes = Vec::new();
     backup(&from, &mut bytes).unwrap();
-    let names = ["apps", "extra", "home", "system"];
+    let names = ["apps", "extra", "home", "identity"];
     for phase in ["restore", "arriving"] {
         for done in 0..=names.len() {
             let (_two, to) = robot();

@@ -131,6 +131,7 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Test, "cpio", "cpio", "reads our initrd"),
     tool(Purpose::Test, "gpg", "gnupg", "signs the tests' own archive"),
     tool(Purpose::Test, "sshd", "openssh-server", "takes the place of a robot's"),
+    tool(Purpose::Test, "systemd-analyze", "systemd", "reads our units"),
     tool(Purpose::Test, "shellcheck", "shellcheck", "checks our shell scripts"),
     tool(Purpose::Push, "ssh", "openssh-client", "reaches robots"),
     tool(Purpose::TestAll, "chromium", "chromium", "renders the report"),

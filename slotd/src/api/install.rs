@@ -13,11 +13,14 @@ use serde_json::json;
 use super::service::Patience;
 use super::state::Good;
 use super::switch::{change, millis};
-use super::{Base, NEW, Place, clear, failed, flush, flush_all, keep, settle, tree};
+use super::{NEW, Place, clear, failed, flush, flush_all, keep, settle, tree};
+use crate::builtin::BuiltIn;
 use crate::data::{Condition, State as DataState};
 use crate::durable;
 use crate::install::{Machine, Progress, Step, from_source};
+use crate::python::{self, Entry, Interpreter, Module, SearchPath};
 use crate::refusal::{Refusal, Result};
+use crate::root::Root;
 
 /// What an install of the component did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -81,7 +84,7 @@ pub(crate) fn install<I: Input>(
             ));
         }
     };
-    let Some(base) = Base::read(root)? else {
+    let Some(base) = BuiltIn::read(root)? else {
         return Err(Refusal::new(
             "unknown-payload",
             "the bundle has the component api, and this system has no API",
@@ -134,7 +137,7 @@ pub(crate) fn install<I: Input>(
         down_ms: 0,
     };
     bring(reader, &place, &lock, &mut outcome, progress)?;
-    assemble(&place, &lock, &json, &folder)?;
+    assemble(root, &place, &lock, &json, &folder)?;
     outcome.write_ms = millis(started.elapsed());
 
     let good = Good { folder: folder.clone(), version: lock.version, manifest, signed_by };
@@ -148,7 +151,7 @@ pub(crate) fn install<I: Input>(
 }
 
 /// `data` must be the card's, and take writes: what memory holds is gone with the next restart.
-fn writable(root: &crate::Root) -> Result<()> {
+fn writable(root: &Root) -> Result<()> {
     let state = DataState::read(root)?;
     match state.condition {
         Condition::ReadOnly | Condition::Memory => Err(Refusal::new(
@@ -223,7 +226,7 @@ fn bring<I: Input>(
 }
 
 /// Puts a version together of links to its wheels' files: complete under its name, or not there.
-fn assemble(place: &Place, lock: &Lock, json: &[u8], folder: &str) -> Result<()> {
+fn assemble(root: &Root, place: &Place, lock: &Lock, json: &[u8], folder: &str) -> Result<()> {
     let path = place.version(folder);
     let new = place.version(&format!("{folder}{NEW}"));
     clear(&new)?;
@@ -231,7 +234,7 @@ fn assemble(place: &Place, lock: &Lock, json: &[u8], folder: &str) -> Result<()>
     for wheel in &lock.wheels {
         tree::link(place, wheel, &new)?;
     }
-    imports(lock, &new)?;
+    imports(root, lock, &format!("{folder}{NEW}"))?;
     let own = new.join(LOCK_ROLE);
     durable::write(&own, json).map_err(failed("writing", &own))?;
     flush_all(&new)?;
@@ -246,15 +249,31 @@ fn assemble(place: &Place, lock: &Lock, json: &[u8], folder: &str) -> Result<()>
     flush(place.folder())
 }
 
-/// Every module that the package and its programs name is there, and so is every program.
-fn imports(lock: &Lock, folder: &std::path::Path) -> Result<()> {
-    let site = folder.join(SITE);
+/// Every module that the package and its programs name is there, where Python would find it, and so is
+/// every program.
+fn imports(root: &Root, lock: &Lock, folder: &str) -> Result<()> {
+    let place = Place::new(&Root::new("/"));
+    let site = place.version(folder).join(SITE);
+    let python = Interpreter::parse(&lock.python)
+        .ok_or_else(|| bad_component(format!("`{}` is no version of Python", lock.python)))?;
     let scripts = || lock.wheels.iter().flat_map(|wheel| &wheel.scripts);
-    let mut modules = std::iter::once(&lock.module).chain(scripts().map(|script| &script.module));
-    if let Some(module) = modules.find(|module| !tree::has_module(&site, module)) {
-        return Err(bad_component(format!("no wheel has the module {module}")));
+    for module in std::iter::once(&lock.module).chain(scripts().map(|script| &script.module)) {
+        let mut found = Some(Module::Namespace { folders: vec![site.clone()] });
+        for part in module.split('.') {
+            let folders = match found {
+                Some(Module::Package { folder, .. }) => vec![folder],
+                Some(Module::Namespace { folders }) => folders,
+                _ => Vec::new(),
+            };
+            let entries: Vec<Entry> = folders.into_iter().map(Entry::Plain).collect();
+            let path = SearchPath::new(root, &python, &entries);
+            found = python::find(root, &python, &path, part)?;
+        }
+        if found.is_none() {
+            return Err(bad_component(format!("no wheel has the module {module}")));
+        }
     }
-    let bin = folder.join(bundle::component::BIN);
+    let bin = Place::new(root).version(folder).join(bundle::component::BIN);
     match scripts().find(|script| !bin.join(&script.name).is_file()) {
         Some(script) => Err(bad_component(format!("no wheel has the program {}", script.name))),
         None => Ok(()),

@@ -10,7 +10,7 @@
 //! | `.wheels/<sha256>/` | each wheel's tree once; versions have hard links to its files |
 //! | `.state.json` | what was decided, and a change that is not confirmed yet |
 
-mod base;
+mod fit;
 mod install;
 mod keep;
 mod service;
@@ -25,7 +25,6 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use base::Base;
 pub(crate) use install::install;
 pub use install::{Installed, Outcome};
 pub use service::Patience;

@@ -9,10 +9,13 @@ use crate::root::Root;
 const SERVER: &str = "slipway-api.service";
 
 /// The reverse proxy, which may answer from what the API has brought.
-const PROXY: &str = "nginx.service";
+const PROXY: &str = "slipway-proxy.service";
 
-/// How long systemd may take to stop and start a unit.
-const RESTART: Duration = Duration::from_secs(120);
+/// Answers of systemd that wait for nothing.
+const ANSWER: Duration = Duration::from_secs(20);
+
+/// How long systemd may take to stop a unit and start it: what the server's own unit allows, and a half.
+const RESTART: Duration = Duration::from_secs(450);
 
 /// How long an API may take until it is well, and how long it must then stay so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,7 +136,7 @@ fn given_up() -> bool {
 
 fn property(unit: &str, name: &str) -> Option<String> {
     let words = ["show", "--value", &format!("--property={name}"), unit];
-    let (status, said) = program("systemctl", &words, None, RESTART).ok()?;
+    let (status, said) = program("systemctl", &words, None, ANSWER).ok()?;
     status.success().then(|| said.trim().to_owned())
 }
 

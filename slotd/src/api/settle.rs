@@ -7,7 +7,8 @@ use serde_json::json;
 
 use super::state::{self, State};
 use super::switch::point;
-use super::{Base, Place, keep};
+use super::{Place, keep};
+use crate::builtin::BuiltIn;
 use crate::durable;
 use crate::events::Events;
 use crate::refusal::Result;
@@ -33,7 +34,7 @@ pub struct Settled {
 pub(super) fn decide(root: &Root) -> Result<Settled> {
     let place = Place::new(root);
     let Some(chosen) = State::read(root).chosen else { return Ok(Settled::default()) };
-    let misfit = match (Base::read(root)?, state::lock(&place, &chosen)) {
+    let misfit = match (BuiltIn::read(root)?, state::lock(&place, &chosen)) {
         (None, _) => Some("this system has no API".to_owned()),
         (_, Err(why)) => Some(format!("it is damaged: {why}")),
         (Some(base), Ok(lock)) => base.misfit(root, &lock),

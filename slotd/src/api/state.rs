@@ -62,8 +62,7 @@ impl State {
 
     /// Whether what is remembered is on `data` in full.
     pub(super) fn is_kept(&self, root: &Root) -> bool {
-        let kept: Option<Self> =
-            durable::read_json(&Self::path(&Place::new(root))).ok().flatten();
+        let kept: Option<Self> = durable::read_json(&Self::path(&Place::new(root))).ok().flatten();
         kept.as_ref() == Some(self)
     }
 

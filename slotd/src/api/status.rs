@@ -2,9 +2,10 @@
 
 use serde::Serialize;
 
+use super::Place;
 use super::settle::{decide, last};
 use super::state::{self, Good, State};
-use super::{Base, Place};
+use crate::builtin::BuiltIn;
 use crate::root::Root;
 
 /// Which copy of the API serves.
@@ -41,7 +42,7 @@ pub struct Status {
 
 /// How the API stands; `None` on a system that has none.
 pub fn status(root: &Root) -> Option<Status> {
-    let base = Base::read(root).ok().flatten()?;
+    let base = BuiltIn::read(root).ok().flatten()?;
     let (place, state) = (Place::new(root), State::read(root));
     let served = place.serving();
     let lock = served.as_deref().and_then(|folder| state::lock(&place, folder).ok());

@@ -11,9 +11,11 @@ use serde_json::json;
 
 use super::service::{self, Patience, Watch};
 use super::state::{self, State, Trial};
-use super::{Base, NEW, Place, failed, flush, keep, settle};
+use super::{NEW, Place, failed, flush, keep, settle};
+use crate::builtin::BuiltIn;
 use crate::durable::Lock;
 use crate::events::Events;
+use crate::provision;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -139,7 +141,7 @@ pub fn back(root: &Root, events: &Events) -> Result<Back> {
             "install a bundle of the API",
         ));
     };
-    let base = Base::read(root)?;
+    let base = BuiltIn::read(root)?;
     let at = state.good.iter().position(|good| good.folder == *chosen);
     let fits = |folder: &str| {
         let lock = state::lock(&place, folder).ok();
@@ -157,12 +159,6 @@ pub fn back(root: &Root, events: &Events) -> Result<Back> {
     };
     events.add("api-went-back", json!(back));
     Ok(back)
-}
-
-mod provision {
-    pub fn run(_: &crate::Root, _: &crate::events::Events) -> crate::Result<()> {
-        Ok(())
-    }
 }
 
 /// Whole milliseconds.

@@ -267,27 +267,3 @@ pub(super) fn link(place: &Place, wheel: &Wheel, into: &Path) -> Result<()> {
     }
     Ok(())
 }
-
-/// Whether Python would find a module in the folder of an API's modules.
-pub(super) fn has_module(site: &Path, module: &str) -> bool {
-    let mut parts = module.split('.').peekable();
-    let mut folder = site.to_owned();
-    while let Some(part) = parts.next() {
-        if parts.peek().is_some() {
-            folder.push(part);
-            continue;
-        }
-        let native = || {
-            let Ok(entries) = fs::read_dir(&folder) else { return false };
-            entries.flatten().any(|entry| {
-                let name = entry.file_name();
-                let rest = name.to_str().and_then(|name| name.strip_prefix(part));
-                rest.is_some_and(|rest| rest.starts_with('.') && rest.ends_with(".so"))
-            })
-        };
-        return folder.join(part).is_dir()
-            || folder.join(format!("{part}.py")).is_file()
-            || native();
-    }
-    false
-}

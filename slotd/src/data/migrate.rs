@@ -73,7 +73,7 @@ struct Record {
 
 impl Record {
     fn path(root: &Root) -> PathBuf {
-        root.data().join("system/data-version.json")
+        root.data().join("data-version.json")
     }
 
     fn read(root: &Root) -> Result<Option<Self>> {

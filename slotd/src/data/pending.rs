@@ -124,6 +124,8 @@ pub fn apply(root: &Root) -> Result<Option<Pending>> {
     let (incoming, outgoing) = (data.join(INCOMING), data.join(OUTGOING));
     let pending = Pending::read(root)?;
     if let Some(pending) = pending {
+        // The API's resources go, or come back from another time.
+        crate::provision::forget(root)?;
         if pending != Pending::Arriving {
             fs::create_dir_all(&outgoing).map_err(failed("creating", &outgoing))?;
             let mut names = archive::contents(&data)?;

@@ -306,7 +306,7 @@ fn pushed(bench: &Bench, robot: &mut Robot) -> Result<()> {
     let key = bench.folder.at("id_ed25519");
     tool("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f", key.as_str()]).run()?;
     let public = fs::read_to_string(format!("{key}.pub"))?;
-    let folder = "/data/system/ssh/authorized_keys.d";
+    let folder = "/data/identity/ssh/authorized_keys.d";
     let command = format!("mkdir -p {folder} && echo '{}' >{folder}/root", public.trim());
     let (code, said) = robot.session.run(&command, COMMAND)?;
     ensure!(code == 0, "the key is not taken: {said}");

@@ -1,60 +1,16 @@
-//! What the running system offers an API: `api.toml`, which the image's builder wrote from what it
-//! installed.
+//! Whether an API fits the running system, by what `api.toml` says of it.
 
 use std::cmp::Ordering;
 use std::fs;
-use std::io;
+use std::path::PathBuf;
 
 use bundle::component::{BaseNeed, Lock};
-use serde::Deserialize;
 
 use super::version::compare;
-use crate::refusal::{Refusal, Result};
+use crate::builtin::BuiltIn;
 use crate::root::Root;
 
-/// The system's own API. Keys that are not known are passed over: a later image may say more.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Base {
-    /// The distribution.
-    pub package: String,
-    /// Its module.
-    pub module: String,
-    /// The version that is built in.
-    pub version: String,
-    /// Absolute path of the folder with the built-in modules.
-    pub site_packages: String,
-    /// The interpreter's version: `3.11`.
-    pub python: String,
-    /// The C library: `glibc 2.36`. An image that does not say it takes any.
-    #[serde(default)]
-    pub libc: Option<String>,
-    /// The lowest version of an API on `data` that this system works with.
-    #[serde(default)]
-    pub minimum_version: Option<String>,
-}
-
-impl Base {
-    /// What this system says; `None` when it has no API.
-    ///
-    /// # Errors
-    /// `bad-device`: the file is damaged. `io`.
-    pub fn read(root: &Root) -> Result<Option<Self>> {
-        let path = root.path("usr/lib/slipway/api.toml");
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(super::failed("reading", &path)(error)),
-        };
-        toml::from_str(&text).map(Some).map_err(|error| {
-            Refusal::new(
-                "bad-device",
-                format!("reading {}: {}", path.display(), error.message()),
-                "install a system that was built by a current `cargo xtask`",
-            )
-        })
-    }
-
+impl BuiltIn {
     /// Why an API does not fit this system; `None` when it does.
     pub fn misfit(&self, root: &Root, lock: &Lock) -> Option<String> {
         let (version, arch) = (&lock.version, std::env::consts::ARCH);
@@ -95,8 +51,8 @@ impl Base {
         let short = &self.python;
         let folders = [
             self.site_packages.clone(),
-            "/usr/lib/python3/dist-packages".to_owned(),
-            format!("/usr/lib/python{short}/site-packages"),
+            PathBuf::from("/usr/lib/python3/dist-packages"),
+            PathBuf::from(format!("/usr/lib/python{short}/site-packages")),
         ];
         folders.iter().any(|folder| {
             let Ok(entries) = fs::read_dir(root.path(folder)) else { return false };

@@ -1,0 +1,135 @@
+//! The API that came with the image: what `api.toml` says of it, and the environment in which it runs.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::python::{Entry, Interpreter, SearchPath};
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+
+/// Written when the image was composed, from what was installed. Later keys are passed over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BuiltIn {
+    /// The distribution's name.
+    pub package: String,
+    /// The module that it is imported as.
+    pub module: String,
+    /// Its version.
+    pub version: String,
+    /// The folder of the image's modules, absolute.
+    pub site_packages: PathBuf,
+    /// The interpreter's version: `3.11`.
+    pub python: String,
+    /// The C library: `glibc 2.36`; `None`: an image that does not say it, which takes any.
+    #[serde(default)]
+    pub libc: Option<String>,
+    /// The lowest version of an API on `data`; `None`: any.
+    #[serde(default)]
+    pub minimum_version: Option<String>,
+    /// What was installed, sorted by name.
+    #[serde(default)]
+    pub wheels: Vec<Wheel>,
+}
+
+/// One wheel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Wheel {
+    /// The distribution's name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// The wheel file's SHA-256, lower-case hexadecimal.
+    pub sha256: String,
+}
+
+impl BuiltIn {
+    /// Reads `api.toml`; `None`: this product has no API.
+    ///
+    /// # Errors
+    /// `bad-api`: it cannot be understood. `io`.
+    pub fn read(root: &Root) -> Result<Option<Self>> {
+        let path = root.api_file();
+        let Some(text) = read(&path)? else { return Ok(None) };
+        let bad = |why: String| {
+            let help = "build the image again with a current `cargo xtask`";
+            Refusal::new("bad-api", format!("{}: {why}", path.display()), help)
+        };
+        let api: Self = toml::from_str(&text).map_err(|error| bad(error.message().to_owned()))?;
+        if Interpreter::parse(&api.python).is_none() {
+            return Err(bad(format!("`python` is `{}`, expected a version as 3.11", api.python)));
+        }
+        if !api.site_packages.is_absolute()
+            || api.module.is_empty()
+            || api.module.contains(['.', '/'])
+        {
+            return Err(bad("`site-packages` must be absolute, `module` one name".to_owned()));
+        }
+        Ok(Some(api))
+    }
+
+    /// The interpreter.
+    ///
+    /// # Errors
+    /// `bad-api`.
+    pub fn interpreter(&self) -> Result<Interpreter> {
+        Interpreter::parse(&self.python).ok_or_else(|| {
+            let help = "build the image again with a current `cargo xtask`";
+            Refusal::new("bad-api", format!("`{}` is no version of Python", self.python), help)
+        })
+    }
+
+    /// Where the API server's Python looks for modules: what `api.env` puts first, the standard library, the
+    /// image's site folders.
+    ///
+    /// # Errors
+    /// `bad-api`, `io`.
+    pub fn search_path(&self, root: &Root) -> Result<SearchPath> {
+        let python = self.interpreter()?;
+        let Interpreter { major, minor, .. } = python;
+        let first = variable(root, "PYTHONPATH")?.unwrap_or_default();
+        let mut entries: Vec<Entry> = first
+            .split(':')
+            .filter(|entry| !entry.is_empty())
+            .map(|entry| Entry::Plain(PathBuf::from(entry)))
+            .collect();
+        // `prefix` is /usr for every interpreter of a system (`Modules/getpath.py`).
+        for library in [
+            format!("/usr/lib/python{major}{minor}.zip"),
+            format!("/usr/lib/python{major}.{minor}"),
+            format!("/usr/lib/python{major}.{minor}/lib-dynload"),
+        ] {
+            entries.push(Entry::Plain(PathBuf::from(library)));
+        }
+        entries.push(Entry::Site(self.site_packages.clone()));
+        // Debian's own modules come after what was installed beside them (`getsitepackages` in its site.py).
+        if self.site_packages.file_name().is_some_and(|name| name == "dist-packages") {
+            entries.push(Entry::Site(format!("/usr/lib/python{major}/dist-packages").into()));
+        }
+        Ok(SearchPath::new(root, &python, &entries))
+    }
+}
+
+/// A variable of `api.env`, the environment of the API's services.
+///
+/// # Errors
+/// `io`.
+pub fn variable(root: &Root, name: &str) -> Result<Option<String>> {
+    let text = read(&root.path("usr/lib/slipway/api.env"))?.unwrap_or_default();
+    let value = |line: &str| line.strip_prefix(name)?.strip_prefix('=').map(str::to_owned);
+    // As systemd and the shell: the last one counts.
+    Ok(text.lines().rev().find_map(value))
+}
+
+/// A text of the image; `None` when there is none.
+pub(crate) fn read(path: &Path) -> Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Refusal::io(format!("reading {}", path.display()), &error)),
+    }
+}

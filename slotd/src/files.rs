@@ -1,0 +1,118 @@
+//! Changes of files and folders. What must leave a whole tree behind at every moment makes its changes
+//! through this trait, one call for each change, so that a test can record them and cut between any two.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use rustix::fs::{CWD, OFlags, RenameFlags};
+
+/// The changes. None is promised to survive a power cut before [`Files::sync`]: a file's content, before the
+/// file is synced; a name, before its folder is.
+pub trait Files {
+    /// Creates a folder that only its owner may enter.
+    ///
+    /// # Errors
+    /// When the file system fails or is full; when the name is taken.
+    fn create_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Creates an empty file that only its owner may read.
+    ///
+    /// # Errors
+    /// As [`Files::create_dir`].
+    fn create(&self, path: &Path) -> io::Result<()>;
+
+    /// Adds bytes to a file.
+    ///
+    /// # Errors
+    /// When the file system fails or is full.
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
+
+    /// Sets a file's or folder's mode, whatever the process's mask.
+    ///
+    /// # Errors
+    /// When the file system fails.
+    fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()>;
+
+    /// Creates a symbolic link.
+    ///
+    /// # Errors
+    /// As [`Files::create_dir`].
+    fn symlink(&self, to: &Path, path: &Path) -> io::Result<()>;
+
+    /// Returns when a file's content, or a folder's names, would survive a power cut.
+    ///
+    /// # Errors
+    /// When the file system fails.
+    fn sync(&self, path: &Path) -> io::Result<()>;
+
+    /// Gives something another name, which must be free, in the same folder.
+    ///
+    /// # Errors
+    /// When the file system fails, or the name is taken.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Exchanges two names in one step.
+    ///
+    /// # Errors
+    /// When the file system fails, or cannot do that.
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()>;
+
+    /// Removes a file or a folder with all that is in it; that there is none is fine.
+    ///
+    /// # Errors
+    /// When the file system fails.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+}
+
+/// The file system itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Disk;
+
+impl Files for Disk {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        DirBuilder::new().mode(0o700).create(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<()> {
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map(drop)
+    }
+
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let no_link = OFlags::NOFOLLOW.bits().cast_signed();
+        OpenOptions::new().append(true).custom_flags(no_link).open(path)?.write_all(bytes)
+    }
+
+    fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()> {
+        fs::set_permissions(path, Permissions::from_mode(mode))
+    }
+
+    fn symlink(&self, to: &Path, path: &Path) -> io::Result<()> {
+        std::os::unix::fs::symlink(to, path)
+    }
+
+    fn sync(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        Ok(rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)?)
+    }
+
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        Ok(rustix::fs::renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)?)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let removed = match fs::symlink_metadata(path) {
+            Ok(about) if about.is_dir() => fs::remove_dir_all(path),
+            Ok(_) => fs::remove_file(path),
+            Err(error) => Err(error),
+        };
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}

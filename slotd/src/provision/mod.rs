@@ -1,0 +1,330 @@
+//! Provisioning: the `resources` of the API's package become `/data/system`, exactly, in one step.
+//!
+//! The package is found as Python would find it, and is never imported. The new tree is complete and on the
+//! disk beside the old one before the two exchange their names; whatever fails before leaves the old one.
+
+mod tree;
+mod write;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::builtin::{self, BuiltIn};
+use crate::durable::{self, Lock};
+use crate::events::Events;
+use crate::files::{Disk, Files};
+use crate::python::{self, Module, Note};
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+pub use tree::{Difference, How};
+use tree::{Item, Tree};
+
+/// The folder in a package whose content is provisioned.
+const RESOURCES: &str = "resources";
+
+/// Where the new tree is made, below `/data`, and where the old one waits for its removal. A name with a dot
+/// there is no part of backups.
+const STAGING: &str = ".system.new";
+
+/// The most differences that a refusal lists.
+const LISTED: usize = 20;
+
+/// What came of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The package's resources took the place of what was there.
+    Provisioned,
+    /// They were there already; nothing was written.
+    Unchanged,
+    /// The package has none; what is there stays as it is.
+    NoResources,
+    /// This product has no API.
+    NoApi,
+    /// This base and this package were provisioned in an earlier start; nothing was compared.
+    Current,
+}
+
+/// What was done, and from what.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Provisioned {
+    /// In a word.
+    pub outcome: Outcome,
+    /// The package's folder.
+    pub package: Option<PathBuf>,
+    /// What was changed: how each path differed before.
+    pub changes: Vec<Difference>,
+    /// Junk in the package, below its `resources`.
+    pub left_out: Vec<PathBuf>,
+    /// Files of the tree, links included.
+    pub files: usize,
+    /// Their bytes.
+    pub bytes: u64,
+    /// What the search for the package had to leave open.
+    pub notes: Vec<Note>,
+}
+
+impl Provisioned {
+    fn new(outcome: Outcome, found: Option<&Found>, wanted: Option<&Tree>) -> Self {
+        let sizes =
+            wanted.iter().flat_map(|tree| tree.entries.values()).filter_map(|item| match item {
+                Item::File { size, .. } => Some(*size),
+                Item::Link(_) => Some(0),
+                Item::Folder { .. } | Item::Other => None,
+            });
+        let sizes: Vec<u64> = sizes.collect();
+        Self {
+            outcome,
+            package: found.map(|found| found.folder.clone()),
+            changes: Vec::new(),
+            left_out: wanted.map_or_else(Vec::new, |tree| tree.junk.clone()),
+            files: sizes.len(),
+            bytes: sizes.iter().sum(),
+            notes: found.map_or_else(Vec::new, |found| found.notes.clone()),
+        }
+    }
+}
+
+/// What was provisioned last; written after success only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Record {
+    /// The base's id, if the image has one.
+    base_id: Option<String>,
+    /// The package's folder, links resolved: it tells an API on `data` from another, and from the built-in one.
+    package: PathBuf,
+    /// Whether it has resources.
+    resources: bool,
+}
+
+impl Record {
+    fn path(root: &Root) -> PathBuf {
+        root.state().join("provisioned.json")
+    }
+
+    /// A damaged record is as good as none: then it is done again.
+    fn read(root: &Root) -> Option<Self> {
+        durable::read_json(&Self::path(root)).ok().flatten()
+    }
+
+    fn keep(&self, root: &Root) -> Result<()> {
+        if Self::read(root).as_ref() == Some(self) {
+            return Ok(());
+        }
+        let path = Self::path(root);
+        durable::write_json(&path, self)
+            .map_err(|error| Refusal::io(format!("writing {}", path.display()), &error))
+    }
+}
+
+/// Forgets what was provisioned, so that the next start does it again: for whatever replaces `data` as a whole.
+///
+/// # Errors
+/// `io`.
+pub fn forget(root: &Root) -> Result<()> {
+    let path = Record::path(root);
+    durable::remove(&path)
+        .map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))
+}
+
+/// The package, as Python finds it.
+struct Found {
+    /// Its folder, or its only file.
+    folder: PathBuf,
+    /// The same with links resolved, below the root.
+    real: PathBuf,
+    /// Its `resources`, if it has some.
+    resources: Option<PathBuf>,
+    notes: Vec<Note>,
+}
+
+fn locate(root: &Root, api: &BuiltIn) -> Result<Found> {
+    let path = api.search_path(root)?;
+    let module = python::find(root, &api.interpreter()?, &path, &api.module)?;
+    let Some(module) = module else {
+        let entries: Vec<String> = path.entries.iter().map(|e| e.display().to_string()).collect();
+        let mut message =
+            format!("Python would not find `{}` on its path {}", api.module, entries.join(":"));
+        for note in &path.notes {
+            message.push_str(&format!("\n  {note}"));
+        }
+        let help = "install the API again: `slotd log` says what became of it; /data/system stays as it is";
+        return Err(Refusal::new("no-package", message, help));
+    };
+    let folders = match module {
+        Module::Package { folder, .. } => vec![folder],
+        Module::Namespace { folders } => folders,
+        Module::File { path } => vec![path],
+        Module::Archived { path } => {
+            return Err(bad(&path, "the package is in an archive, expected a folder"));
+        }
+    };
+    let mut found = None;
+    for folder in &folders {
+        let resources = folder.join(RESOURCES);
+        match fs::symlink_metadata(root.path(&resources)) {
+            Ok(about) if about.is_dir() => {
+                found = Some((folder, resources));
+                break;
+            }
+            Ok(_) => return Err(bad(&resources, "it is no folder")),
+            // In a module that is one file, too (`NotADirectory`).
+            Err(error)
+                if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory]
+                    .contains(&error.kind()) => {}
+            Err(error) => return Err(tree::reading(&resources, &error)),
+        }
+    }
+    let (folder, resources) = match found {
+        Some((folder, resources)) => (folder.clone(), Some(resources)),
+        None => (folders.first().cloned().unwrap_or_default(), None),
+    };
+    let resolve = |path: &Path| fs::canonicalize(path).map_err(|e| tree::reading(path, &e));
+    let (real, top) = (resolve(&root.path(&folder))?, resolve(&root.path("/"))?);
+    let real = Path::new("/").join(real.strip_prefix(top).unwrap_or(&real));
+    Ok(Found { folder, real, resources, notes: path.notes })
+}
+
+fn bad(path: &Path, why: &str) -> Refusal {
+    let help = "install a package whose resources are plain files; /data/system stays as it is";
+    Refusal::new("bad-resources", format!("{}: {why}", path.display()), help)
+}
+
+/// Makes `/data/system` the `resources` of the API's package.
+///
+/// # Errors
+/// `no-package`, `bad-resources`, `bad-api`: `/data/system` stays as it is. `no-space`, `busy`, `io`: it is the
+/// old tree or the new one, whole.
+pub fn run(root: &Root, events: &Events) -> Result<Provisioned> {
+    run_with(root, events, &Disk)
+}
+
+/// [`run`] with every change of the tree made through `files`.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with(root: &Root, events: &Events, files: &dyn Files) -> Result<Provisioned> {
+    let result = provision(root, files);
+    match &result {
+        Ok(done) if done.outcome == Outcome::Provisioned => {
+            let mut details = json!(done);
+            // The log's lines are bounded; a first provisioning lists everything.
+            if let Some(details) = details.as_object_mut() {
+                details.remove("changes");
+                details.insert("changed".to_owned(), json!(done.changes.len()));
+            }
+            events.add("provisioned", details);
+        }
+        Ok(done) if done.outcome == Outcome::NoResources => {
+            events.add("no-resources", json!({ "package": done.package }));
+        }
+        Ok(_) => {}
+        Err(refusal) => events.add("provision-refused", json!(refusal)),
+    }
+    result
+}
+
+fn provision(root: &Root, files: &dyn Files) -> Result<Provisioned> {
+    let Some(api) = BuiltIn::read(root)? else {
+        return Ok(Provisioned::new(Outcome::NoApi, None, None));
+    };
+    let found = locate(root, &api)?;
+    let record = |resources| -> Result<Record> {
+        Ok(Record { base_id: base_id(root)?, package: found.real.clone(), resources })
+    };
+    let Some(wanted) = wanted(root, &found)? else {
+        record(false)?.keep(root)?;
+        return Ok(Provisioned::new(Outcome::NoResources, Some(&found), None));
+    };
+    let (target, staging) = (root.system(), root.data().join(STAGING));
+    let unchanged = |changes: &[Difference]| changes.is_empty() && target.is_dir();
+    let leftover = fs::symlink_metadata(&staging).is_ok();
+    let changes = tree::differences(&wanted, tree::present(&target)?.as_ref())?;
+    if unchanged(&changes) && !leftover {
+        record(true)?.keep(root)?;
+        return Ok(Provisioned::new(Outcome::Unchanged, Some(&found), Some(&wanted)));
+    }
+    let _lock = Lock::take(&root.state().join("provision.lock"), "provision")?;
+    // Somebody else may have been at work until now.
+    let changes = tree::differences(&wanted, tree::present(&target)?.as_ref())?;
+    write::clear(files, &staging)?;
+    let mut outcome = Outcome::Unchanged;
+    if !unchanged(&changes) {
+        write::check_space(&wanted, &root.data())?;
+        write::replace(files, &wanted, &staging, &target)?;
+        outcome = Outcome::Provisioned;
+    }
+    record(true)?.keep(root)?;
+    Ok(Provisioned { changes, ..Provisioned::new(outcome, Some(&found), Some(&wanted)) })
+}
+
+/// What the package asks for; `None` when it has no resources, or nothing but junk in them.
+fn wanted(root: &Root, found: &Found) -> Result<Option<Tree>> {
+    let Some(resources) = &found.resources else { return Ok(None) };
+    let wanted = tree::wanted(&root.path(resources))?;
+    Ok(Some(wanted).filter(|tree| !tree.entries.is_empty()))
+}
+
+/// Provisions in the first start of a base, and whenever Python has come to find another package: when this
+/// succeeds it is recorded, and the next start has nothing to do.
+///
+/// # Errors
+/// As [`run`]; the next start tries again.
+pub fn boot(root: &Root, events: &Events) -> Result<Provisioned> {
+    let known = Record::read(root);
+    if let (Some(known), Ok(Some(api))) = (known, BuiltIn::read(root))
+        && known.base_id.is_some()
+        && known.base_id == base_id(root)?
+        && let Ok(found) = locate(root, &api)
+        && found.real == known.package
+        && (root.system().is_dir() || !known.resources)
+    {
+        return Ok(Provisioned::new(Outcome::Current, Some(&found), None));
+    }
+    run(root, events)
+}
+
+/// Compares `/data/system` with what the package asks for. Nothing is changed.
+///
+/// # Errors
+/// `drift`: they differ; the message lists where. Else as [`run`].
+pub fn check(root: &Root) -> Result<Provisioned> {
+    let Some(api) = BuiltIn::read(root)? else {
+        return Ok(Provisioned::new(Outcome::NoApi, None, None));
+    };
+    let found = locate(root, &api)?;
+    let Some(wanted) = wanted(root, &found)? else {
+        return Ok(Provisioned::new(Outcome::NoResources, Some(&found), None));
+    };
+    let present = tree::present(&root.system())?;
+    let differences = tree::differences(&wanted, present.as_ref())?;
+    if present.is_some() && differences.is_empty() {
+        return Ok(Provisioned::new(Outcome::Unchanged, Some(&found), Some(&wanted)));
+    }
+    let mut message = format!(
+        "/data/system differs from {}/{RESOURCES} in {} places",
+        found.folder.display(),
+        differences.len()
+    );
+    for difference in differences.iter().take(LISTED) {
+        let path = match tree::shown(&difference.path) {
+            path if path.is_empty() => "/data/system itself".to_owned(),
+            path => path,
+        };
+        message.push_str(&format!("\n  {path}: {}", difference.how.word()));
+    }
+    if differences.len() > LISTED {
+        message.push_str(&format!("\n  and {} more", differences.len() - LISTED));
+    }
+    Err(Refusal::new("drift", message, "`slotd provision` makes it what the package asks for"))
+}
+
+fn base_id(root: &Root) -> Result<Option<String>> {
+    let text = builtin::read(&root.path("usr/lib/slipway/base-id"))?;
+    Ok(text.map(|text| text.trim().to_owned()).filter(|id| !id.is_empty()))
+}

@@ -1,0 +1,143 @@
+//! Makes the new tree beside the old one, flushes it, and exchanges the two.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use super::tree::{self, CHUNK, Item, OPEN, Tree};
+use crate::files::Files;
+use crate::refusal::{Refusal, Result};
+
+/// The unit in which file systems give away space.
+const BLOCK: u64 = 4096;
+
+/// Bytes of `data` that are left to everybody else.
+const RESERVE: u64 = 1 << 20;
+
+/// Removes what an interrupted run has left.
+///
+/// # Errors
+/// `io`.
+pub(super) fn clear(files: &dyn Files, staging: &Path) -> Result<()> {
+    files
+        .remove(staging)
+        .map_err(|error| Refusal::io(format!("removing {}", staging.display()), &error))
+}
+
+/// Whether there is room for a second tree beside the first.
+///
+/// # Errors
+/// `no-space`, `io`.
+pub(super) fn check_space(wanted: &Tree, data: &Path) -> Result<()> {
+    let about = rustix::fs::statvfs(data)
+        .map_err(|error| Refusal::io(format!("looking at {}", data.display()), &error.into()))?;
+    let free = about.f_bavail.saturating_mul(about.f_frsize);
+    let sizes = wanted.entries.values().map(|item| match item {
+        Item::File { size, .. } => size.next_multiple_of(BLOCK),
+        _ => BLOCK,
+    });
+    let needed = sizes.sum::<u64>().saturating_add(RESERVE);
+    if free < needed {
+        return Err(no_space(format!("they need {} KiB, {} are free", needed >> 10, free >> 10)));
+    }
+    Ok(())
+}
+
+fn no_space(why: impl std::fmt::Display) -> Refusal {
+    Refusal::new(
+        "no-space",
+        format!("data has no room for the API's resources: {why}"),
+        "make room on data; /data/system stays as it is",
+    )
+}
+
+/// Makes the tree at `staging`, which is free, and puts it in the place of `target`.
+///
+/// # Errors
+/// `no-space`, `io`: `target` is the old tree or the new one.
+pub(super) fn replace(
+    files: &dyn Files,
+    wanted: &Tree,
+    staging: &Path,
+    target: &Path,
+) -> Result<()> {
+    let data = target.parent().unwrap_or(target);
+    let exchanged = stage(files, wanted, staging).and_then(|()| {
+        let exists = std::fs::symlink_metadata(target).is_ok();
+        if exists { files.exchange(staging, target) } else { files.rename(staging, target) }
+            .map_err(|error| failed("exchanging", target, &error))
+    });
+    if let Err(refusal) = exchanged {
+        // The first failure is the one to tell; what stays is removed by the next run.
+        drop(files.remove(staging));
+        return Err(refusal);
+    }
+    files.sync(data).map_err(|error| failed("flushing", data, &error))?;
+    // The old tree. Nothing needs its removal: the next run goes on with it.
+    drop(files.remove(staging));
+    Ok(())
+}
+
+fn failed(doing: &str, path: &Path, error: &io::Error) -> Refusal {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => no_space(error),
+        _ => Refusal::io(format!("{doing} {}", path.display()), error),
+    }
+}
+
+fn stage(files: &dyn Files, wanted: &Tree, staging: &Path) -> Result<()> {
+    let folder = |path: &Path| files.create_dir(path).map_err(|e| failed("creating", path, &e));
+    folder(staging)?;
+    for (path, item) in &wanted.entries {
+        let to = staging.join(path);
+        match item {
+            Item::Folder { .. } => folder(&to)?,
+            Item::File { mode, .. } => copy(files, &wanted.folder.join(path), &to, *mode)?,
+            Item::Link(target) => {
+                files.symlink(target, &to).map_err(|e| failed("creating", &to, &e))?;
+            }
+            Item::Other => {}
+        }
+    }
+    // The deepest first: a folder is whole on the disk before its own name is.
+    let inner = wanted.entries.iter().filter_map(|(path, item)| match item {
+        Item::Folder { mode } => Some((staging.join(path), *mode)),
+        _ => None,
+    });
+    let mut folders: Vec<_> = inner.collect();
+    folders.insert(0, (staging.to_owned(), OPEN));
+    for (path, mode) in folders.iter().rev() {
+        files
+            .set_mode(path, *mode)
+            .and_then(|()| files.sync(path))
+            .map_err(|error| failed("flushing", path, &error))?;
+    }
+    // The package's files may have changed while they were read.
+    let changes = tree::differences(wanted, tree::present(staging)?.as_ref())?;
+    match changes.first() {
+        None => Ok(()),
+        Some(first) => Err(Refusal::new(
+            "io",
+            format!("what was written of {} is not what was read", tree::shown(&first.path)),
+            "do not change the package meanwhile; else the card fails and must be replaced",
+        )),
+    }
+}
+
+fn copy(files: &dyn Files, from: &Path, to: &Path, mode: u32) -> Result<()> {
+    let mut source = File::open(from).map_err(|error| tree::reading(from, &error))?;
+    files.create(to).map_err(|error| failed("creating", to, &error))?;
+    let mut chunk = Vec::new();
+    loop {
+        chunk.clear();
+        let read = (&mut source).take(CHUNK as u64).read_to_end(&mut chunk);
+        if read.map_err(|error| tree::reading(from, &error))? == 0 {
+            break;
+        }
+        files.append(to, &chunk).map_err(|error| failed("writing", to, &error))?;
+    }
+    files
+        .set_mode(to, mode)
+        .and_then(|()| files.sync(to))
+        .map_err(|error| failed("flushing", to, &error))
+}

@@ -1,0 +1,363 @@
+//! What the overlays bring to a robot, tried on this machine: the boot steps below a folder in the place of `/`,
+//! the units as systemd reads them, the SSH server's settings as sshd reads them.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::{Command, Output};
+
+use bundle::manifest::Kind;
+use camino::{Utf8Path, Utf8PathBuf};
+use xtask::config;
+use xtask::facts::Facts;
+use xtask::plan::{self, Plan};
+use xtask::render::{OverlayContent, render};
+
+fn workspace() -> Utf8PathBuf {
+    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+/// The plans of all products, for their first boards.
+fn plans() -> Vec<Plan> {
+    let root = workspace();
+    let facts = Facts::collect(&root).expect("facts");
+    let names = config::products(&root).expect("products");
+    let load = |name: &String| {
+        let config = config::load(&root, Some(name), None).expect("a configuration");
+        plan::resolve(&config, &facts).expect("a plan")
+    };
+    names.iter().map(load).collect()
+}
+
+/// A folder in the place of `/`, with everything that a product's overlays bring.
+struct Robot {
+    dir: tempfile::TempDir,
+}
+
+impl Robot {
+    fn new(plan: &Plan) -> Self {
+        let robot = Self { dir: tempfile::tempdir().expect("a folder") };
+        for file in render(&workspace(), plan).expect("rendered").overlay {
+            let path = robot.at(&file.target);
+            fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+            match &file.content {
+                OverlayContent::File(bytes) => {
+                    fs::write(&path, bytes).expect("written");
+                    let mode = Permissions::from_mode(file.attributes.mode);
+                    fs::set_permissions(&path, mode).expect("a mode");
+                }
+                OverlayContent::Symlink(to) => symlink(to, &path).expect("linked"),
+            }
+        }
+        fs::write(robot.at("etc/machine-id"), format!("{}\n", "0a".repeat(16))).expect("an id");
+        robot
+    }
+
+    /// The development product's.
+    fn development() -> Self {
+        let plans = plans();
+        Self::new(plans.iter().find(|plan| plan.product.kind == Kind::Development).expect("one"))
+    }
+
+    fn at(&self, path: &str) -> Utf8PathBuf {
+        Utf8Path::from_path(self.dir.path()).expect("UTF-8").join(path)
+    }
+
+    fn put(&self, path: &str, text: &str) {
+        let path = self.at(path);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+        fs::write(path, text).expect("written");
+    }
+
+    fn read(&self, path: &str) -> String {
+        fs::read_to_string(self.at(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    /// Runs a boot step as the robot would; what it reports.
+    fn step(&self, name: &str, more: &[&str]) -> String {
+        let program = self.at(&format!("usr/lib/slipway/{name}"));
+        let output = Command::new(&program).arg(self.at("")).args(more).output().expect("runs");
+        assert!(output.status.success(), "{name} would fail the boot: {}", said(&output));
+        said(&output)
+    }
+}
+
+fn said(output: &Output) -> String {
+    let both = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
+    String::from_utf8(both).expect("UTF-8")
+}
+
+#[test]
+fn an_identity_is_made_once_and_kept() {
+    let robot = Robot::development();
+    let (name, title) = (robot.read("etc/hostname"), "Robot development system\n");
+    assert_eq!(robot.step("identity", &[]), "");
+    assert_eq!(robot.read("data/identity/machine-id"), format!("{}\n", "0a".repeat(16)));
+    assert_eq!(robot.read("data/identity/hostname"), name);
+    assert_eq!(robot.read("data/identity/display-name"), title);
+    assert_eq!(robot.read("run/slipway/hostname"), name);
+    // An update brings another name and starts with another id until it has looked: nothing changes.
+    robot.put("etc/hostname", "other\n");
+    robot.put("etc/machine-id", &format!("{}\n", "0b".repeat(16)));
+    assert_eq!(robot.step("identity", &[]), "");
+    assert_eq!(robot.read("data/identity/machine-id"), format!("{}\n", "0a".repeat(16)));
+    assert_eq!(robot.read("run/slipway/hostname"), name);
+    // The user's, from the next start on.
+    robot.put("data/identity/hostname", "Left-Bench-2\n");
+    robot.put("data/identity/display-name", "Labor 2, 50 % frei\n");
+    assert_eq!(robot.step("identity", &[]), "");
+    assert_eq!(robot.read("run/slipway/hostname"), "Left-Bench-2\n");
+    assert_eq!(robot.read("run/slipway/machine-info"), "PRETTY_HOSTNAME=\"Labor 2, 50 % frei\"\n");
+    let announced = robot.read("run/systemd/dnssd/slipway-http.dnssd");
+    assert!(announced.contains("\nName=Labor 2, 50 %% frei\nType=_http._tcp\nPort=80\n"));
+    let left: Vec<_> = fs::read_dir(robot.at("data/identity")).expect("a folder").collect();
+    assert_eq!(left.len(), 3, "{left:?}");
+}
+
+#[test]
+fn an_identity_that_makes_no_sense_is_reported_and_left_alone() {
+    let robot = Robot::development();
+    let long = "x".repeat(64);
+    for bad in ["", "two words", "-x", "x-", "a.b", "ü", "$(reboot)", long.as_str()] {
+        robot.put("data/identity/hostname", &format!("{bad}\n"));
+        let said = robot.step("identity", &[]);
+        assert!(said.contains("is no host name"), "{bad}: {said}");
+        assert_eq!(robot.read("data/identity/hostname"), format!("{bad}\n"));
+        assert_eq!(robot.read("run/slipway/hostname"), robot.read("etc/hostname"));
+    }
+    for bad in ["", "a \"b\"", "a\\", "a\tb", "`x`", long.as_str()] {
+        robot.put("data/identity/display-name", &format!("{bad}\n"));
+        let said = robot.step("identity", &[]);
+        assert!(said.contains("is no display name"), "{bad}: {said}");
+        let info = robot.read("run/slipway/machine-info");
+        assert_eq!(info, "PRETTY_HOSTNAME=\"Robot development system\"\n");
+    }
+    // What a power cut has left of a first boot; a machine id is replaced, for systemd runs with another one.
+    robot.put("data/identity/machine-id.new", "0a0");
+    robot.put("data/identity/machine-id", "nonsense\n");
+    assert!(robot.step("identity", &[]).contains("is no machine id"));
+    assert_eq!(robot.read("data/identity/machine-id"), format!("{}\n", "0a".repeat(16)));
+    assert!(!robot.at("data/identity/machine-id.new").exists());
+}
+
+#[test]
+fn connections_are_shown_and_broken_ones_reported() {
+    let robot = Robot::development();
+    assert_eq!(robot.step("network", &[]), "", "no connection is no mistake");
+    robot
+        .put("data/network/10-lab.network", "[Match]\nName=eth1\n[Network]\nAddress=10.0.0.2/24\n");
+    robot.put("data/network/20-bridge.netdev", "[NetDev]\nName=br0\nKind=bridge\n");
+    robot.put("data/network/wpa_supplicant-wlan0.conf", "network={\n}\n");
+    robot.put("data/network/30-empty.network", "");
+    robot.put("data/network/notes.txt", "?");
+    robot.put("data/network/80-slipway-wired.network", "[Match]\nName=*\n");
+    symlink("nowhere", robot.at("data/network/40-lost.network")).expect("linked");
+    robot.put("run/systemd/network/70-others.network", "[Match]\n");
+    let before = fs::read_dir(robot.at("data/network")).expect("a folder").count();
+    // Once and again: the same.
+    for _ in 0..2 {
+        let said = robot.step("network", &[]);
+        for (name, why) in [
+            ("30-empty.network", "it has no section [Match]"),
+            ("notes.txt", "is not read: expected"),
+            ("80-slipway-wired.network", "the image has a file of this name"),
+            ("40-lost.network", "a link to nothing"),
+        ] {
+            let line = said.lines().find(|line| line.contains(name)).unwrap_or_default();
+            assert!(line.starts_with("<4>") && line.contains(why), "{name}: {said}");
+        }
+        assert_eq!(said.lines().count(), 4, "{said}");
+        let link = |name: &str| fs::read_link(robot.at("run/systemd/network").join(name)).ok();
+        assert_eq!(link("10-lab.network"), Some("/data/network/10-lab.network".into()));
+        assert_eq!(link("20-bridge.netdev"), Some("/data/network/20-bridge.netdev".into()));
+        let shown = fs::read_dir(robot.at("run/systemd/network")).expect("a folder").count();
+        assert_eq!(shown, 3);
+    }
+    fs::remove_file(robot.at("data/network/10-lab.network")).expect("removed");
+    robot.step("network", &[]);
+    assert!(fs::symlink_metadata(robot.at("run/systemd/network/10-lab.network")).is_err());
+    assert!(robot.at("run/systemd/network/70-others.network").exists());
+    assert_eq!(fs::read_dir(robot.at("data/network")).expect("a folder").count(), before - 1);
+}
+
+#[test]
+fn links_into_the_resources_are_listed_and_missing_targets_reported() {
+    for plan in plans() {
+        let robot = Robot::new(&plan);
+        let mut listed: Vec<String> = Vec::new();
+        if let Ok(lists) = fs::read_dir(robot.at("usr/lib/slipway/links.d")) {
+            for list in lists {
+                let text = fs::read_to_string(list.expect("an entry").path()).expect("a list");
+                listed.extend(text.lines().filter(|l| l.starts_with('/')).map(str::to_owned));
+            }
+        }
+        let mut found: Vec<String> = Vec::new();
+        for file in render(&workspace(), &plan).expect("rendered").overlay {
+            if let OverlayContent::Symlink(to) = &file.content
+                && to.starts_with("/data/system/")
+            {
+                found.push(format!("/{}", file.target));
+            }
+        }
+        listed.sort();
+        found.sort();
+        assert_eq!(listed, found, "left: links.d of {}; right: its links", plan.product.name);
+        let said = robot.step("links", &[]);
+        assert_eq!(said.matches("which is missing").count(), found.len(), "{said}");
+        let missing = robot.read("run/slipway/missing-links");
+        assert_eq!(missing.lines().count(), found.len(), "{missing}");
+        for link in &found {
+            let target = fs::read_link(robot.at(&link[1..])).expect("a link");
+            robot.put(&target.to_str().expect("UTF-8")[1..], "there");
+        }
+        assert_eq!(robot.step("links", &[]), "");
+        assert_eq!(robot.read("run/slipway/missing-links"), "");
+    }
+}
+
+#[test]
+fn boot_scripts_run_in_order_and_hold_up_nothing() {
+    let robot = Robot::development();
+    assert_eq!(robot.step("boot-scripts", &["1"]), "");
+    let script = |name: &str, mode: u32, text: &str| {
+        robot.put(&format!("data/boot.d/{name}"), &format!("#!/bin/sh\n{text}\n"));
+        let path = robot.at("data/boot.d").join(name);
+        fs::set_permissions(path, Permissions::from_mode(mode)).expect("a mode");
+    };
+    script("10-first", 0o755, "echo one");
+    script("20-fails", 0o755, "echo two; exit 7");
+    script("30-hangs", 0o755, "echo three; exec sleep 60");
+    script("40-plain", 0o644, "echo never");
+    script("50-anybodys", 0o777, "echo never");
+    script("60-last", 0o700, "cat; echo four");
+    let said = robot.step("boot-scripts", &["1"]);
+    let expected = [
+        "10-first starts",
+        "one",
+        "10-first has ended well",
+        "20-fails starts",
+        "two",
+        "20-fails has failed with 7",
+        "30-hangs starts",
+        "three",
+        "30-hangs was stopped after 1 s",
+        "40-plain is not executable: left out",
+        "50-anybodys is writable by others than root: left out",
+        "60-last starts",
+        "four",
+        "60-last has ended well",
+    ];
+    let mut lines: Vec<&str> =
+        said.lines().map(|l| l.split_once("boot-scripts: ").map_or(l, |(_, text)| text)).collect();
+    let mut wanted = expected.to_vec();
+    // Standard output and standard error are two streams here.
+    lines.sort_unstable();
+    wanted.sort_unstable();
+    assert_eq!(lines, wanted, "{said}");
+    let starts: Vec<&str> = said.lines().filter(|line| line.ends_with("starts")).collect();
+    assert!(starts.is_sorted(), "{starts:?}");
+}
+
+/// What `systemd-analyze security` may say at most, in tenths: 0 is fully confined, 100 not at all.
+const EXPOSURE: [(&str, u32); 7] = [
+    ("slipway-api.service", 15),
+    ("slipway-proxy.service", 17),
+    ("slipway-links.service", 30),
+    ("slipway-network.service", 35),
+    ("slipway-ssh-keys.service", 30),
+    ("slipway-identity.service", 45),
+    ("slipway-wifi@.service", 50),
+];
+
+#[test]
+fn units_are_valid_and_confined() {
+    for plan in plans() {
+        let robot = Robot::new(&plan);
+        // What the base has: systemd's own targets, and the programs that units start.
+        let ours = robot.at("usr/lib/systemd/system");
+        for entry in fs::read_dir("/usr/lib/systemd/system").expect("systemd is installed") {
+            let path = entry.expect("an entry").path();
+            if path.extension().is_some_and(|extension| extension == "target") && path.is_file() {
+                fs::copy(&path, ours.join(path.file_name().unwrap().to_str().unwrap())).unwrap();
+            }
+        }
+        // And the API server of a product that brings none yet.
+        let started = [
+            "usr/sbin/nginx",
+            "usr/sbin/wpa_supplicant",
+            "usr/bin/slotd",
+            "usr/lib/slipway/api-server",
+        ];
+        for program in started.into_iter().filter(|program| !robot.at(program).exists()) {
+            robot.put(program, "");
+            fs::set_permissions(robot.at(program), Permissions::from_mode(0o755)).unwrap();
+        }
+        let mut units: Vec<Utf8PathBuf> = fs::read_dir(&ours)
+            .expect("units")
+            .map(|entry| Utf8PathBuf::from_path_buf(entry.expect("one").path()).expect("UTF-8"))
+            .filter(|path| path.file_name().is_some_and(|name| name.starts_with("slipway-")))
+            .collect();
+        units.sort();
+        let output = Command::new("systemd-analyze")
+            .args(["verify", "--man=no", "--root"])
+            .arg(robot.at(""))
+            .args(&units)
+            .output()
+            .expect("systemd-analyze runs: cargo xtask doctor --install");
+        assert!(output.status.success() && said(&output).is_empty(), "{}", said(&output));
+        for (unit, most) in EXPOSURE {
+            let output = Command::new("systemd-analyze")
+                .args(["security", "--no-pager", "--offline=true"])
+                .args([format!("--threshold={most}"), ours.join(unit).into_string()])
+                .output()
+                .expect("systemd-analyze runs");
+            let said = said(&output);
+            assert!(output.status.success(), "{}", said.lines().last().unwrap_or_default());
+        }
+    }
+}
+
+const SSHD: &str = "etc/ssh/sshd_config.d/10-slipway.conf";
+
+#[test]
+fn a_release_takes_keys_only() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let key = folder.path().join("key");
+    let made = Command::new("ssh-keygen")
+        .args(["-q", "-t", "ed25519", "-N", "", "-f"])
+        .arg(&key)
+        .status()
+        .expect("ssh-keygen runs");
+    assert!(made.success());
+    // Root's sshd wants it.
+    if rustix::process::geteuid().is_root() {
+        fs::create_dir_all("/run/sshd").expect("made");
+    }
+    let mut releases = 0;
+    for plan in plans() {
+        let robot = Robot::new(&plan);
+        // As the server itself understands it, for somebody on the local link; with a host key of this machine.
+        let kept = "/data/identity/ssh/ssh_host_ed25519_key";
+        let settings = robot.read(SSHD);
+        assert!(settings.contains(&format!("\nHostKey {kept}\n")), "{settings}");
+        robot.put(SSHD, &settings.replace(kept, key.to_str().expect("UTF-8")));
+        let output = Command::new("/usr/sbin/sshd")
+            .args(["-T", "-C", "user=root,host=laptop,addr=169.254.7.7"])
+            .arg("-f")
+            .arg(robot.at(SSHD))
+            .output()
+            .expect("sshd runs: cargo xtask doctor --install");
+        let said = said(&output);
+        assert!(output.status.success(), "{said}");
+        let has = |line: &str| said.lines().any(|l| l == line);
+        assert!(has("kbdinteractiveauthentication no"), "{said}");
+        if plan.product.kind == Kind::Release {
+            releases += 1;
+            assert!(has("passwordauthentication no") && has("pubkeyauthentication yes"), "{said}");
+            assert!(has("authenticationmethods publickey"), "{said}");
+            assert!(has("permitrootlogin no"), "{said}");
+        }
+        let files = "/etc/ssh/authorized_keys.d/%u /data/identity/ssh/authorized_keys.d/%u";
+        assert!(has(&format!("authorizedkeysfile {files}")), "{said}");
+    }
+    assert!(releases > 0, "no product is a release");
+}
