@@ -123,6 +123,25 @@ pub struct BuildImage {
     pub format: Format,
 }
 
+impl BuildImage {
+    /// What builds one component of a product for a push.
+    pub fn of_component(target: &Target, component: Component, offline: bool) -> Self {
+        Self {
+            target: target.clone(),
+            until: None,
+            component: Some(component),
+            offline,
+            locked: false,
+            zst: false,
+            compression: Compression::default(),
+            no_install: false,
+            tree: BuildrootTree::default(),
+            legal_info: false,
+            format: Format::Text,
+        }
+    }
+}
+
 /// Which Buildroot tree.
 #[derive(Debug, Clone, Default, Args)]
 pub struct BuildrootTree {

@@ -19,7 +19,7 @@ use crate::data::{Condition, State as DataState};
 use crate::durable;
 use crate::install::{Machine, Progress, Step, from_source};
 use crate::python::{self, Entry, Interpreter, Module, SearchPath};
-use crate::refusal::{Refusal, Result};
+use crate::refusal::{Matter, Refusal, Result};
 use crate::root::Root;
 
 /// What an install of the component did.
@@ -136,8 +136,17 @@ pub(crate) fn install<I: Input>(
         write_ms: 0,
         down_ms: 0,
     };
-    bring(reader, &place, &lock, &mut outcome, progress)?;
-    assemble(root, &place, &lock, &json, &folder)?;
+    let beside = bring(reader, &place, &lock, &mut outcome, progress)
+        .and_then(|()| assemble(root, &place, &lock, &json, &folder));
+    if let Err(refusal) = beside {
+        // What an interrupted transfer has brought serves the next one; what no robot takes goes.
+        if let Err(error) = keep::sweep(&place) {
+            events.add("api-not-tidied", json!(error));
+        } else if refusal.matter() == Matter::Bundle {
+            keep::tidy(root, events);
+        }
+        return Err(refusal);
+    }
     outcome.write_ms = millis(started.elapsed());
 
     let good = Good { folder: folder.clone(), version: lock.version, manifest, signed_by };

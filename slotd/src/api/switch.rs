@@ -82,6 +82,8 @@ fn try_it(
     watch: &Watch,
     patience: Patience,
 ) -> Result<Duration> {
+    // If the power goes now, the next start must not believe that `/data/system` is still the old API's.
+    provision::forget(root)?;
     point(place, to)?;
     provision::run(root, events)?;
     let started = Instant::now();

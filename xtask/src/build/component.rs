@@ -64,7 +64,7 @@ pub(super) fn show(made: &ComponentBundle, format: Format) -> Result<()> {
         Format::Json => println!("{}", serde_json::to_string_pretty(made)?),
         Format::Text => {
             println!(" bundle   {}  {}", made.bundle.path, bytes(made.bundle.size));
-            println!(" next     cargo xtask push HOST --bundle {}", made.bundle.path);
+            println!(" next     cargo xtask push HOST --component {}", made.component);
         }
     }
     Ok(())
