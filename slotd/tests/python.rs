@@ -126,9 +126,13 @@ impl Layout {
     }
 
     fn editable(&self, mapping: &str, namespaces: &str) -> &Self {
-        let finder = FINDER.replace("@MAPPING@", mapping).replace("@NAMESPACES@", namespaces);
+        let place = |text: &str| text.replace('@', &self.dir.path().display().to_string());
+        let finder = FINDER
+            .replace("@MAPPING@", &place(mapping))
+            .replace("@NAMESPACES@", &place(namespaces));
         let module = "__editable___robotapi_1_0_finder";
-        self.file(&format!("site/{module}.py"), &finder);
+        // Not by `file`: the finder has decorators.
+        fs::write(self.path(&format!("site/{module}.py")), finder).unwrap();
         self.file(
             "site/__editable__.robotapi-1.0.pth",
             &format!("import {module}; {module}.install()"),

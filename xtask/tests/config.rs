@@ -63,6 +63,8 @@ const CASES: &[(&str, &str, &str, &str)] = &[
     ("unknown-board-listed", PRODUCT, "boards = [\"sample\"]", "boards = [\"sample\", \"smaple\"]"),
     ("floor-above-version", PRODUCT, "\"1.0.0\"", "\"2.0.0\""),
     ("warning-above-limit", PRODUCT, "\"80%\"", "\"95%\""),
+    ("api-floor", PRODUCT, "thing==1.0\"", "thing==1.0\"\nminimum-version = \"new\""),
+    ("api-floor-above", PRODUCT, "thing==1.0\"", "thing==1.0\"\nminimum-version = \"1.1\""),
     ("api-without-version", PRODUCT, "thing==1.0", "thing>=1.0"),
     ("release-with-passwords", PRODUCT, "authentication = false", "authentication = true"),
     (

@@ -62,7 +62,10 @@ pub(super) fn replace(
     target: &Path,
 ) -> Result<()> {
     let data = target.parent().unwrap_or(target);
+    let flush = || files.sync(data).map_err(|error| failed("flushing", data, &error));
     let exchanged = stage(files, wanted, staging).and_then(|()| {
+        // The exchange must not reach the disk before the name that it takes.
+        flush()?;
         let exists = std::fs::symlink_metadata(target).is_ok();
         if exists { files.exchange(staging, target) } else { files.rename(staging, target) }
             .map_err(|error| failed("exchanging", target, &error))
@@ -72,7 +75,7 @@ pub(super) fn replace(
         drop(files.remove(staging));
         return Err(refusal);
     }
-    files.sync(data).map_err(|error| failed("flushing", data, &error))?;
+    flush()?;
     // The old tree. Nothing needs its removal: the next run goes on with it.
     drop(files.remove(staging));
     Ok(())

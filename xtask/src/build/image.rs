@@ -22,7 +22,7 @@ use crate::rootfs::initrd::{self, InitrdRequest};
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
 /// Raised when compose changes what it makes.
-const COMPOSE_VERSION: u32 = 4;
+const COMPOSE_VERSION: u32 = 5;
 /// Raised when assembling changes what it makes.
 const IMAGE_VERSION: u32 = 5;
 /// Raised when packing changes what it makes.
@@ -108,22 +108,28 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
     }
     let passwords: Vec<_> = plan.users.iter().map(|u| &u.password).collect();
     let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
-    let key = Key::new("compose", COMPOSE_VERSION)
+    // Everything that the system is made of, but times, and passwords, whose hashes nobody should have a
+    // second way to guess at. A robot that finds another id than at its last start provisions again.
+    let base_id = Key::new("system", COMPOSE_VERSION)
         .with("base", &base.key)
         .with("wheels", wheels.map_or("", |w| &w.tar.sha256))
+        .with_json("api", &plan.api)?
         .with("agent", &agent.binary.sha256)
         .with("init", &init)
         .with("keys", key_set)
-        .with("epoch", plan.epoch.to_string())
         .with_json("overlay", &overlay)?
         .with_json("boot", &boot)?
         .with_json("users", &(&plan.users, &rendered.authorized_keys))?
-        // A crypt hash may be guessed at: only its hash goes into the key, which is hashed again.
-        .with_json("passwords", &passwords)?
         .with_json("directories", &plan.directories)?
         .with_json("identifiers", &plan.identifiers)?
         .with_json("initrd modules", &plan.board.initrd_modules)?
         .with_json("sizes", &(capacity, data_size))?
+        .finish();
+    let key = Key::new("compose", COMPOSE_VERSION)
+        .with("system", &base_id)
+        .with("epoch", plan.epoch.to_string())
+        // A crypt hash may be guessed at: only its hash goes into the key, which is hashed again.
+        .with_json("passwords", &passwords)?
         .with_json("budget", &(plan.rootfs.fill_limit, plan.rootfs.fill_warning))?;
     let system: System = build.stage(
         "compose",
@@ -154,12 +160,14 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
             let parts = Parts {
                 base: &base.system.rootfs.path,
                 wheels: wheels.map(|w| w.tar.path.as_path()),
+                distributions: wheels.map_or(&[], |w| &w.distributions),
                 rendered,
                 kernel: &base.system.kernel,
                 initrd: &initrd,
                 agent: &agent.binary,
                 device_trees: base.system.dtbs.iter().map(|d| (d.path.as_str(), &d.file)).collect(),
                 key_set,
+                base_id: &base_id,
             };
             let tree = compose::tree(plan, &parts)?;
             let names = boot_names(build, base);

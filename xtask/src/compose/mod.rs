@@ -2,6 +2,7 @@
 //!
 //! Invariant: the tree is the same for both slots; nothing in it says which slot it is in.
 
+pub mod api;
 pub mod lint;
 pub mod sizes;
 mod units;
@@ -15,9 +16,12 @@ use crate::config::board::BootFlow;
 use crate::plan::Plan;
 use crate::render::{OverlayContent, Rendered};
 use crate::rootfs::tree::{Data, Entry, Kind, Origin, Take, Tree};
+use crate::wheel::InstalledDistribution;
 
 /// Where the keys lie that the robot trusts.
 pub const KEY_SET: &str = "usr/lib/slipway/keyset.json";
+/// Where the base's id lies: one line, another one whenever the system is made of something else.
+pub const BASE_ID: &str = "usr/lib/slipway/base-id";
 /// Where the agent lies in the root.
 pub const AGENT: &str = "usr/bin/slotd";
 
@@ -28,6 +32,8 @@ pub struct Parts<'a> {
     pub base: &'a Utf8Path,
     /// The installed wheels, a tar.
     pub wheels: Option<&'a Utf8Path>,
+    /// What is in them.
+    pub distributions: &'a [InstalledDistribution],
     /// Generated texts.
     pub rendered: &'a Rendered,
     /// The kernel, as U-Boot loads it.
@@ -40,6 +46,8 @@ pub struct Parts<'a> {
     pub device_trees: Vec<(&'a str, &'a Artifact)>,
     /// The key set that the robot trusts, as JSON.
     pub key_set: &'a [u8],
+    /// Stands for everything that the system is made of.
+    pub base_id: &'a str,
 }
 
 /// Builds the tree.
@@ -79,6 +87,11 @@ pub fn tree(plan: &Plan, parts: &Parts<'_>) -> Result<Tree> {
     }
     tree.file(AGENT, 0o755, read(&parts.agent.path)?)?;
     tree.file(KEY_SET, 0o644, parts.key_set)?;
+    tree.file(BASE_ID, 0o644, format!("{}\n", parts.base_id))?;
+    if let Some(plan) = &plan.api {
+        let floor = plan.minimum_version.as_deref();
+        tree.file(api::API, 0o644, api::describe(&tree, parts.distributions, floor)?)?;
+    }
     Ok(tree)
 }
 

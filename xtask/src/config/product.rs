@@ -125,6 +125,8 @@ pub struct Api {
     pub package: Located<String>,
     /// Wheel lock.
     pub lock: Located<Utf8PathBuf>,
+    /// The lowest version that may serve from `data`.
+    pub minimum_version: Option<Located<String>>,
 }
 
 /// An account.
@@ -230,7 +232,8 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     let api = f.optional_table("api", |f| {
         let package = f.required("package");
         let lock = f.required("lock");
-        Some(Api { package: package?, lock: lock? })
+        let minimum_version = f.optional("minimum-version");
+        Some(Api { package: package?, lock: lock?, minimum_version: minimum_version? })
     });
     let users = f.tables("users", user);
     let ssh = f.table("ssh", |f| {

@@ -178,6 +178,9 @@ pub struct ApiPlan {
     pub package: String,
     /// Wheel lock.
     pub lock: Utf8PathBuf,
+    /// The lowest version that may serve from `data`; `None`: any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub minimum_version: Option<String>,
 }
 
 /// An account.

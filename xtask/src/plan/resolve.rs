@@ -74,6 +74,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
         api: product.api.as_ref().map(|api| ApiPlan {
             package: api.package.value.clone(),
             lock: api.lock.value.clone(),
+            minimum_version: api.minimum_version.as_ref().map(|version| version.value.clone()),
         }),
         users: product
             .users
@@ -165,6 +166,20 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
             let message =
                 format!("`package`: expected `name==version`, found \"{}\"", api.package.value);
             out.push(Finding::new(&api.package.place, message, "name one exact version"));
+        }
+        if let Some(floor) = &api.minimum_version {
+            let own = api.package.value.split("==").nth(1).unwrap_or_default();
+            let parsed = |text: &str| text.trim().parse::<pep508_rs::pep440_rs::Version>().ok();
+            // A floor without a version of its own to compare has its finding above.
+            let above = match (parsed(&floor.value), parsed(own)) {
+                (None, _) => Some(format!("`minimum-version` is no version: \"{}\"", floor.value)),
+                (Some(floor), Some(own)) if floor > own => Some(format!(
+                    "`minimum-version` is {floor}, above the package's own version {own}"
+                )),
+                _ => None,
+            };
+            let help = "lower it: the image's own API must not be below it";
+            out.extend(above.map(|message| Finding::new(&floor.place, message, help)));
         }
     }
     if product.kind.value == Kind::Release {

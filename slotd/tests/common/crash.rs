@@ -1,0 +1,417 @@
+//! A folder that remembers every change of its files, and what a power cut could leave of it.
+//!
+//! The model is harsher than any file system in use: a change that was not flushed is there after the cut or is
+//! not, whatever became of the changes before and after it. A file's bytes and mode are safe once the file is
+//! synced; a name in a folder, once the folder is; a rename or an exchange happens whole or not at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use slotd::files::{Disk, Files};
+
+/// What a path leads to, for people and comparisons: mode and content.
+pub type Snapshot = BTreeMap<PathBuf, String>;
+
+#[derive(Clone, Debug)]
+enum Node {
+    Folder(BTreeMap<String, usize>),
+    File(Vec<u8>),
+    Link(PathBuf),
+}
+
+#[derive(Clone, Debug)]
+struct Inode {
+    node: Node,
+    mode: u32,
+}
+
+/// One change, of one inode.
+#[derive(Clone, Debug)]
+enum Change {
+    Name { folder: usize, name: String, to: usize },
+    Unname { folder: usize, name: String },
+    Swap { folder: usize, one: String, other: String },
+    Append { file: usize, bytes: Vec<u8> },
+    Mode { inode: usize, mode: u32 },
+    Sync { inode: usize },
+}
+
+impl Change {
+    fn inode(&self) -> usize {
+        match self {
+            Self::Name { folder, .. } | Self::Unname { folder, .. } | Self::Swap { folder, .. } => {
+                *folder
+            }
+            Self::Append { file: inode, .. } | Self::Mode { inode, .. } | Self::Sync { inode } => {
+                *inode
+            }
+        }
+    }
+}
+
+/// Inodes by number; the first is the folder itself.
+#[derive(Clone, Debug)]
+struct Store(Vec<Inode>);
+
+impl Store {
+    fn read(folder: &Path) -> Self {
+        let mut store = Self(Vec::new());
+        store.add(folder);
+        store
+    }
+
+    fn add(&mut self, path: &Path) -> usize {
+        let about = fs::symlink_metadata(path).unwrap();
+        let number = self.0.len();
+        let mode = about.permissions().mode() & 0o7777;
+        self.0.push(Inode { node: Node::File(Vec::new()), mode });
+        self.0[number].node = if about.is_dir() {
+            let names =
+                fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+            let mut names: Vec<String> = names.collect();
+            names.sort();
+            Node::Folder(names.into_iter().map(|n| (n.clone(), self.add(&path.join(n)))).collect())
+        } else if about.is_symlink() {
+            Node::Link(fs::read_link(path).unwrap())
+        } else {
+            Node::File(fs::read(path).unwrap())
+        };
+        number
+    }
+
+    fn names(&mut self, folder: usize) -> &mut BTreeMap<String, usize> {
+        match &mut self.0[folder].node {
+            Node::Folder(names) => names,
+            other => panic!("{other:?} is no folder"),
+        }
+    }
+
+    fn find(&mut self, path: &Path) -> usize {
+        path.iter().fold(0, |at, name| self.names(at)[name.to_str().unwrap()])
+    }
+
+    fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Name { folder, name, to } => {
+                self.names(*folder).insert(name.clone(), *to);
+            }
+            Change::Unname { folder, name } => {
+                self.names(*folder).remove(name);
+            }
+            Change::Swap { folder, one, other } => {
+                let names = self.names(*folder);
+                let (a, b) = (names.remove(one), names.remove(other));
+                names.extend(a.map(|a| (other.clone(), a)));
+                names.extend(b.map(|b| (one.clone(), b)));
+            }
+            Change::Append { file, bytes } => match &mut self.0[*file].node {
+                Node::File(content) => content.extend(bytes),
+                other => panic!("{other:?} is no file"),
+            },
+            Change::Mode { inode, mode } => self.0[*inode].mode = *mode,
+            Change::Sync { .. } => {}
+        }
+    }
+
+    fn snapshot(&self, inode: usize, path: &Path, into: &mut Snapshot) {
+        let Inode { node, mode } = &self.0[inode];
+        let text = match node {
+            Node::Folder(names) => {
+                for (name, inode) in names {
+                    self.snapshot(*inode, &path.join(name), into);
+                }
+                format!("{mode:o} folder")
+            }
+            Node::File(bytes) => format!("{mode:o} {}", String::from_utf8_lossy(bytes)),
+            Node::Link(to) => format!("-> {}", to.display()),
+        };
+        into.insert(path.to_owned(), text);
+    }
+
+    fn write(&self, inode: usize, path: &Path) {
+        let Inode { node, mode } = &self.0[inode];
+        match node {
+            Node::Folder(names) => {
+                fs::create_dir_all(path).unwrap();
+                for (name, inode) in names {
+                    self.write(*inode, &path.join(name));
+                }
+            }
+            Node::File(bytes) => fs::write(path, bytes).unwrap(),
+            Node::Link(to) => return symlink(to, path).unwrap(),
+        }
+        fs::set_permissions(path, Permissions::from_mode(*mode)).unwrap();
+    }
+}
+
+/// What could be found after a cut.
+#[derive(Clone, Debug)]
+pub struct State(Store);
+
+impl State {
+    /// Everything below a folder of the state; nothing when it is not there.
+    pub fn below(&self, folder: &str) -> Snapshot {
+        let mut all = Snapshot::new();
+        if let Node::Folder(names) = &self.0.0[0].node
+            && let Some(inode) = names.get(folder)
+        {
+            self.0.snapshot(*inode, Path::new(""), &mut all);
+        }
+        all
+    }
+
+    /// All of it.
+    pub fn all(&self) -> Snapshot {
+        let mut all = Snapshot::new();
+        self.0.snapshot(0, Path::new(""), &mut all);
+        all
+    }
+
+    /// Makes it real.
+    pub fn write(&self, folder: &Path) {
+        self.0.write(0, folder);
+    }
+}
+
+/// The same of a real folder.
+pub fn snapshot(folder: &Path) -> Snapshot {
+    let mut all = Snapshot::new();
+    if folder.symlink_metadata().is_ok() {
+        Store::read(folder).snapshot(0, Path::new(""), &mut all);
+    }
+    all
+}
+
+/// Makes every change for real, and remembers it.
+pub struct Recorder {
+    folder: PathBuf,
+    before: Store,
+    now: Mutex<(Store, Vec<Change>)>,
+    /// The call that fails instead, and how.
+    fails: Option<(usize, i32)>,
+    calls: Mutex<usize>,
+}
+
+impl Recorder {
+    pub fn new(folder: &Path) -> Self {
+        let before = Store::read(folder);
+        let now = Mutex::new((before.clone(), Vec::new()));
+        Self { folder: folder.to_owned(), before, now, fails: None, calls: Mutex::new(0) }
+    }
+
+    /// The call of this number fails with this error of the system.
+    pub fn failing(self, call: usize, errno: i32) -> Self {
+        Self { fails: Some((call, errno)), ..self }
+    }
+
+    pub fn calls(&self) -> usize {
+        *self.calls.lock().unwrap()
+    }
+
+    fn call(&self) -> io::Result<()> {
+        let mut calls = self.calls.lock().unwrap();
+        *calls += 1;
+        match self.fails {
+            Some((call, errno)) if call + 1 == *calls => Err(io::Error::from_raw_os_error(errno)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The folder that a path lies in, and its name there.
+    fn place(&self, store: &mut Store, path: &Path) -> (usize, String) {
+        let inside = path.strip_prefix(&self.folder).expect("outside of the folder");
+        let folder = store.find(inside.parent().unwrap());
+        (folder, inside.file_name().unwrap().to_str().unwrap().to_owned())
+    }
+
+    fn inode(&self, store: &mut Store, path: &Path) -> usize {
+        store.find(path.strip_prefix(&self.folder).expect("outside of the folder"))
+    }
+
+    fn change(&self, make: impl FnOnce(&mut Store) -> Vec<Change>) {
+        let mut now = self.now.lock().unwrap();
+        let changes = make(&mut now.0);
+        for change in &changes {
+            now.0.apply(change);
+        }
+        now.1.extend(changes);
+    }
+
+    fn new_inode(&self, path: &Path, node: Node, mode: u32) {
+        self.change(|store| {
+            let (folder, name) = self.place(store, path);
+            let to = store.0.len();
+            store.0.push(Inode { node, mode });
+            vec![Change::Name { folder, name, to }]
+        });
+    }
+
+    /// How many points there are between two changes.
+    pub fn points(&self) -> usize {
+        self.now.lock().unwrap().1.len() + 1
+    }
+
+    /// Everything that a cut at a point could leave: all changes before it that were not flushed are there, or
+    /// none, or all but one, or only one, or some; a file's bytes also in part.
+    pub fn states(&self, point: usize) -> Vec<State> {
+        let now = self.now.lock().unwrap();
+        let changes = &now.1[..point];
+        let safe = |at: usize| {
+            let later = &changes[at..];
+            later
+                .iter()
+                .any(|c| matches!(c, Change::Sync { inode } if *inode == changes[at].inode()))
+        };
+        let open: Vec<usize> = (0..point)
+            .filter(|at| !matches!(changes[*at], Change::Sync { .. }) && !safe(*at))
+            .collect();
+        let all: BTreeSet<usize> = open.iter().copied().collect();
+        let mut kept = vec![all.clone(), BTreeSet::new()];
+        for at in &open {
+            kept.push(BTreeSet::from([*at]));
+            kept.push(all.iter().copied().filter(|other| other != at).collect());
+        }
+        let mut seed = point as u64 | 1;
+        for _ in 0..16 {
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            kept.push(
+                open.iter()
+                    .enumerate()
+                    .filter(|(n, _)| seed >> (n % 60 + 3) & 1 == 1)
+                    .map(|(_, at)| *at)
+                    .collect(),
+            );
+        }
+        let mut states = Vec::new();
+        for kept in kept {
+            for torn in [false, true] {
+                // The inodes that came to be; their content only as far as it was kept.
+                let mut store = self.before.clone();
+                store.0.extend(now.0.0[self.before.0.len()..].iter().map(|inode| Inode {
+                    node: match &inode.node {
+                        Node::Folder(_) => Node::Folder(BTreeMap::new()),
+                        Node::File(_) => Node::File(Vec::new()),
+                        Node::Link(to) => Node::Link(to.clone()),
+                    },
+                    mode: if matches!(inode.node, Node::Folder(_)) { 0o700 } else { 0o600 },
+                }));
+                for (at, change) in changes.iter().enumerate() {
+                    match change {
+                        change if !all.contains(&at) => store.apply(change),
+                        Change::Append { file, bytes } if torn && kept.contains(&at) => {
+                            let bytes = bytes[..bytes.len() / 2].to_vec();
+                            store.apply(&Change::Append { file: *file, bytes });
+                        }
+                        change if kept.contains(&at) => store.apply(change),
+                        _ => {}
+                    }
+                }
+                states.push(State(store));
+            }
+        }
+        states
+    }
+}
+
+impl Files for Recorder {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.call()?;
+        Disk.create_dir(path)?;
+        self.new_inode(path, Node::Folder(BTreeMap::new()), 0o700);
+        Ok(())
+    }
+
+    fn create(&self, path: &Path) -> io::Result<()> {
+        self.call()?;
+        Disk.create(path)?;
+        self.new_inode(path, Node::File(Vec::new()), 0o600);
+        Ok(())
+    }
+
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.call()?;
+        Disk.append(path, bytes)?;
+        self.change(|store| {
+            vec![Change::Append { file: self.inode(store, path), bytes: bytes.to_vec() }]
+        });
+        Ok(())
+    }
+
+    fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()> {
+        self.call()?;
+        Disk.set_mode(path, mode)?;
+        self.change(|store| vec![Change::Mode { inode: self.inode(store, path), mode }]);
+        Ok(())
+    }
+
+    fn symlink(&self, to: &Path, path: &Path) -> io::Result<()> {
+        self.call()?;
+        Disk.symlink(to, path)?;
+        self.new_inode(path, Node::Link(to.to_owned()), 0o777);
+        Ok(())
+    }
+
+    fn sync(&self, path: &Path) -> io::Result<()> {
+        self.call()?;
+        Disk.sync(path)?;
+        self.change(|store| vec![Change::Sync { inode: self.inode(store, path) }]);
+        Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.call()?;
+        Disk.rename(from, to)?;
+        self.swap(from, to);
+        Ok(())
+    }
+
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        self.call()?;
+        Disk.exchange(one, other)?;
+        self.swap(one, other);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.call()?;
+        let there = path.symlink_metadata().is_ok();
+        Disk.remove(path)?;
+        if there {
+            self.change(|store| {
+                let mut changes = Vec::new();
+                let (folder, name) = self.place(store, path);
+                unname(store, folder, name, &mut changes);
+                changes
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Recorder {
+    fn swap(&self, from: &Path, to: &Path) {
+        self.change(|store| {
+            let ((folder, one), (same, other)) = (self.place(store, from), self.place(store, to));
+            assert_eq!(folder, same, "between two folders a rename is two changes");
+            vec![Change::Swap { folder, one, other }]
+        });
+    }
+}
+
+/// The changes that remove a name and all that is below it.
+fn unname(store: &Store, folder: usize, name: String, into: &mut Vec<Change>) {
+    let Node::Folder(names) = &store.0[folder].node else { panic!("no folder") };
+    let inode = names[&name];
+    if let Node::Folder(inner) = &store.0[inode].node {
+        for name in inner.keys() {
+            unname(store, inode, name.clone(), into);
+        }
+    }
+    into.push(Change::Unname { folder, name });
+}

@@ -1,0 +1,79 @@
+//! What the image says of its own API: `api.toml`, written from what was installed, for the robot's agent.
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+
+use crate::rootfs::tree::{Origin, Tree};
+use crate::wheel::InstalledDistribution;
+
+/// Where it lies in the root.
+pub const API: &str = "usr/lib/slipway/api.toml";
+
+/// The file's form; `slotd` reads it.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Api<'a> {
+    package: &'a str,
+    module: &'a str,
+    version: &'a str,
+    site_packages: &'a str,
+    python: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    minimum_version: Option<&'a str>,
+    wheels: Vec<Wheel<'a>>,
+}
+
+#[derive(Serialize)]
+struct Wheel<'a> {
+    name: &'a str,
+    version: &'a str,
+    sha256: &'a str,
+}
+
+/// The text of `api.toml` for the wheels in a tree.
+///
+/// # Errors
+/// When the tree does not have the package as an installer leaves it, or no module of its name.
+pub fn describe(
+    tree: &Tree,
+    distributions: &[InstalledDistribution],
+    minimum_version: Option<&str>,
+) -> Result<String> {
+    let top = distributions.iter().find(|d| d.top_level).context("no wheel was asked for")?;
+    // The marker of what was asked for (PEP 376) says where its folder of modules is.
+    let mut marked = tree.iter().filter_map(|(path, entry)| {
+        let folder = path.strip_suffix(".dist-info/REQUESTED")?;
+        (entry.origin == Origin::Api).then_some(folder)
+    });
+    let marked = marked.next().with_context(|| format!("{} is not in the tree", top.name))?;
+    let (site, _) = marked.rsplit_once('/').context("modules lie in a folder")?;
+    let python = site
+        .split('/')
+        .find_map(|part| part.strip_prefix("python").filter(|version| version.contains('.')))
+        .with_context(|| format!("/{site} names no version of Python"))?;
+    let module = top.name.replace(['-', '.'], "_").to_lowercase();
+    let there = ["", ".py"].iter().any(|end| tree.get(&format!("{site}/{module}{end}")).is_some());
+    ensure!(
+        there,
+        "{} installs no module {module}: a robot could not find its resources\n\
+         help: the API's package must have the name of its module",
+        top.name
+    );
+    let mut wheels: Vec<Wheel<'_>> = distributions
+        .iter()
+        .map(|d| Wheel { name: &d.name, version: &d.version, sha256: &d.sha256 })
+        .collect();
+    wheels.sort_by_key(|wheel| wheel.name.to_lowercase());
+    let site = format!("/{site}");
+    let text = toml::to_string(&Api {
+        package: &top.name,
+        module: &module,
+        version: &top.version,
+        site_packages: &site,
+        python,
+        minimum_version,
+        wheels,
+    })
+    .context("describing the API")?;
+    Ok(format!("# The API that this image has. Written from what was installed.\n{text}"))
+}
