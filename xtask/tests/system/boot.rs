@@ -8,12 +8,13 @@ use bundle::bootstate::{BootState, Slot};
 use camino::Utf8PathBuf;
 use xtask::cmd::check::ALL;
 use xtask::qemu::{Machine, OnRestart, Overlay, Session};
-use xtask::wheel::WheelLock;
 
-use crate::support::{Built, Folder, built, root, say};
+use crate::laptop::Laptop;
+use crate::services;
+use crate::support::{Built, Folder, built, say};
 
 /// What a guest needs for one command, on a busy machine without hardware virtualisation.
-const COMMAND: Duration = Duration::from_secs(120);
+pub const COMMAND: Duration = Duration::from_secs(120);
 
 /// A machine on an overlay of the built image.
 struct Guest {
@@ -21,6 +22,8 @@ struct Guest {
     machine: Machine,
     overlay: Overlay,
     log: Utf8PathBuf,
+    /// At the other end of its cable, where the machine can have another device.
+    laptop: Option<Laptop>,
     folder: Folder,
 }
 
@@ -38,11 +41,18 @@ impl Guest {
             overlay.write_boot_state(sector.offset, &state)?;
         }
         let log = built.dist.join(format!("log/boot-{slot}.log"));
-        Ok(Self { built, machine: qemu.machine.clone(), overlay, log, folder })
+        let mut machine = qemu.machine.clone();
+        let mut laptop = None;
+        if let Some(device) = machine.network.clone().filter(|device| device.ends_with("-pci")) {
+            let cable = Laptop::new()?;
+            machine.arguments.extend(cable.arguments(&device)?);
+            laptop = Some(cable);
+        }
+        Ok(Self { built, machine, overlay, log, laptop, folder })
     }
 
     /// Starts the machine and waits for the shell of the console's login.
-    fn start(&self, log: &str) -> Result<Session> {
+    fn start(&self, log: &str, hostname: &str) -> Result<Session> {
         let log = self.log.with_file_name(log);
         say(format!("booting; the console goes to {log}"));
         let files = self.built.qemu.as_ref().context("the board has no machine")?;
@@ -51,7 +61,6 @@ impl Guest {
         let timeout = Duration::from_secs(self.machine.boot_timeout);
         session.expect("U-Boot 20", timeout).context("no boot loader")?;
         session.expect("slipway-init: slot ", timeout).context("no initrd")?;
-        let hostname = &self.built.plan.network.hostname;
         session.expect(&format!("{hostname} login: root (automatic login)"), timeout)?;
         session.expect(&format!("root@{hostname}:"), timeout)?;
         // What the kernel says from now on would stand in the midst of a command's output.
@@ -61,7 +70,7 @@ impl Guest {
 }
 
 /// The output of a command that must succeed.
-fn output(session: &mut Session, command: &str, timeout: Duration) -> Result<String> {
+pub fn output(session: &mut Session, command: &str, timeout: Duration) -> Result<String> {
     let (code, said) = session.run(command, timeout)?;
     say(format!("{command}: {said}"));
     ensure!(code == 0, "`{command}` failed with {code}: {said}");
@@ -87,46 +96,39 @@ fn check(guest: &Guest, session: &mut Session, slot: Slot) -> Result<()> {
     let (code, said) = session.run("touch /usr/written", COMMAND)?;
     ensure!(code != 0 && said.contains("Read-only file system"), "a write gave {code}: {said}");
 
-    let api = plan.api.as_ref().context("the product has an API")?;
-    let name = api.package.split("==").next().unwrap_or_default();
-    let lock = WheelLock::load(&root().join(&api.lock))?;
-    let wheel = lock.wheels.iter().find(|w| w.name == name);
-    let version = &wheel.with_context(|| format!("the lock has no {name}"))?.version;
-    let import = format!("python3 -c 'import {name}; print({name}.__version__)'");
-    let said = output(session, &import, long)?;
-    ensure!(said.lines().any(|line| line == version), "expected {version}, found {said}");
-
     // Waits until everything has been started; also says when a unit has failed.
     let (_, state) = session.run("systemctl is-system-running --wait", long)?;
     let failed = output(session, "systemctl --failed --plain --no-legend --no-pager", COMMAND)?;
     ensure!(failed.is_empty(), "failed units: {failed}");
     ensure!(state == "running", "the system is {state}");
-    Ok(())
+    services::api(session, plan)
 }
 
-fn machine_id(session: &mut Session) -> Result<String> {
-    let id = output(session, "cat /etc/machine-id", COMMAND)?;
-    let sound = id.len() == 32 && id.chars().all(|c| c.is_ascii_hexdigit());
-    ensure!(sound, "the machine's identity is `{id}`");
-    Ok(id)
-}
-
-/// Boots and checks a slot; then restarts it when asked to, and looks for the same identity.
+/// Boots and checks a slot; then looks at its services, or restarts it and looks for the same machine.
 fn boots(board: &str, slot: Slot, restart: bool) -> Result<()> {
     let guest = Guest::new(board, slot)?;
+    let plan = &guest.built.plan;
     let run = || -> Result<()> {
-        let mut session = guest.start(&format!("boot-{slot}.log"))?;
+        let mut session = guest.start(&format!("boot-{slot}.log"), &plan.network.hostname)?;
         check(&guest, &mut session, slot)?;
-        let first = machine_id(&mut session)?;
+        let first = services::identity(&mut session)?;
         if restart {
+            let long = Duration::from_secs(guest.machine.boot_timeout);
+            services::leave_things(&mut session)?;
             session.send_line("systemctl reboot")?;
-            session.wait(Duration::from_secs(guest.machine.boot_timeout)).context("restarting")?;
+            session.wait(long).context("restarting")?;
             drop(session);
-            let mut session = guest.start(&format!("boot-{slot}-again.log"))?;
-            let second = machine_id(&mut session)?;
+            let mut session = guest.start(&format!("boot-{slot}-again.log"), services::NAME)?;
+            let second = services::identity(&mut session)?;
             ensure!(first == second, "after a restart the identity {first} has become {second}");
             let chosen = output(&mut session, "cat /run/slipway/slot", COMMAND)?;
             ensure!(chosen == slot.name(), "the restart chose slot {chosen}, expected {slot}");
+            services::find_things(&mut session, long)?;
+        } else {
+            services::proxy(&mut session)?;
+            if let Some(laptop) = &guest.laptop {
+                services::link_local(&mut session, plan, laptop)?;
+            }
         }
         Ok(())
     };
