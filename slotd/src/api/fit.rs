@@ -14,7 +14,7 @@ impl BuiltIn {
     /// Why an API does not fit this system; `None` when it does.
     pub fn misfit(&self, root: &Root, lock: &Lock) -> Option<String> {
         let (version, arch) = (&lock.version, std::env::consts::ARCH);
-        if (&lock.package, &lock.module) != (&self.package, &self.module) {
+        if (&lock.package, &lock.module) != (&normal(&self.package), &self.module) {
             return Some(format!(
                 "it is {} (module {}), this system's API is {} (module {})",
                 lock.package, lock.module, self.package, self.module
@@ -69,8 +69,13 @@ fn is_of(entry: &str, need: &BaseNeed) -> bool {
     let known = entry.strip_suffix(".dist-info").or_else(|| entry.strip_suffix(".egg-info"));
     let Some((name, rest)) = known.and_then(|known| known.split_once('-')) else { return false };
     let version = rest.split("-py").next().unwrap_or(rest);
-    let normal = name.to_ascii_lowercase().replace(['_', '.'], "-");
-    normal == need.name && compare(version, &need.version) == Some(Ordering::Equal)
+    normal(name) == need.name && compare(version, &need.version) == Some(Ordering::Equal)
+}
+
+/// A distribution's name in the form in which names are compared (PEP 503).
+fn normal(name: &str) -> String {
+    let parts: Vec<&str> = name.split(['-', '_', '.']).filter(|part| !part.is_empty()).collect();
+    parts.join("-").to_ascii_lowercase()
 }
 
 /// Whether one C library is of the same family as another, and not older.
