@@ -85,8 +85,9 @@ fn root() -> &'static Utf8Path {
 fn slotd() -> &'static Utf8Path {
     static SLOTD: OnceLock<Utf8PathBuf> = OnceLock::new();
     SLOTD.get_or_init(|| {
-        let built = Command::new(env!("CARGO")).args(["build", "--quiet", "--package", "slotd"]);
-        assert!({ built }.status().unwrap().success());
+        let mut cargo = Command::new(env!("CARGO"));
+        let built = cargo.args(["build", "--quiet", "--package", "slotd"]).status().unwrap();
+        assert!(built.success());
         // This test is `<target>/debug/deps/provision-…`.
         let own = Utf8PathBuf::try_from(std::env::current_exe().unwrap()).unwrap();
         own.parent().and_then(Utf8Path::parent).unwrap().join("slotd")

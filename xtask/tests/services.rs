@@ -140,6 +140,23 @@ fn an_identity_that_makes_no_sense_is_reported_and_left_alone() {
 }
 
 #[test]
+fn without_a_place_to_keep_it_the_image_names_the_machine() {
+    let robot = Robot::development();
+    // As when data is full or fails: nothing can be written there.
+    robot.put("data/identity", "a file where the folder should be");
+    let said = robot.step("identity", &[]);
+    for name in ["machine-id", "hostname", "display-name"] {
+        assert!(said.contains(&format!("data/identity/{name} cannot be kept")), "{said}");
+    }
+    assert_eq!(robot.read("run/slipway/hostname"), robot.read("etc/hostname"));
+    let info = robot.read("run/slipway/machine-info");
+    assert_eq!(info, "PRETTY_HOSTNAME=\"Robot development system\"\n");
+    robot.step("network", &[]);
+    robot.step("links", &[]);
+    robot.step("boot-scripts", &[]);
+}
+
+#[test]
 fn connections_are_shown_and_broken_ones_reported() {
     let robot = Robot::development();
     assert_eq!(robot.step("network", &[]), "", "no connection is no mistake");
@@ -258,10 +275,11 @@ fn boot_scripts_run_in_order_and_hold_up_nothing() {
 }
 
 /// What `systemd-analyze security` may say at most, in tenths: 0 is fully confined, 100 not at all.
-const EXPOSURE: [(&str, u32); 7] = [
+const EXPOSURE: [(&str, u32); 8] = [
     ("slipway-api.service", 15),
     ("slipway-proxy.service", 17),
     ("slipway-links.service", 30),
+    ("slipway-provision.service", 30),
     ("slipway-network.service", 35),
     ("slipway-ssh-keys.service", 30),
     ("slipway-identity.service", 45),

@@ -101,6 +101,13 @@ fn check(guest: &Guest, session: &mut Session, slot: Slot) -> Result<()> {
     let failed = output(session, "systemctl --failed --plain --no-legend --no-pager", COMMAND)?;
     ensure!(failed.is_empty(), "failed units: {failed}");
     ensure!(state == "running", "the system is {state}");
+
+    // The API's resources have arrived, from where this very Python would take the package.
+    let find = format!("import importlib.util as u; print(u.find_spec(\"{name}\").origin)");
+    let origin = output(session, &format!("python3 -c '{find}'"), long)?;
+    let said = output(session, "slotd --format json provision --check", COMMAND)?;
+    let package = origin.trim_end_matches("/__init__.py");
+    ensure!(said.contains(&format!("\"package\":\"{package}\"")), "not from {package}: {said}");
     services::api(session, plan)
 }
 
