@@ -601,6 +601,48 @@ fn killed_at_any_change_the_robot_has_one_whole_api() {
     assert!(kills > 60, "{kills}");
 }
 
+#[test]
+fn what_gets_its_name_is_on_the_disk_before() {
+    let robot = robot();
+    install(&robot, &api("10.0.0"));
+    let file = write(robot.dir.path(), "api.bundle", &api("10.1.0"));
+    let log = robot.path("calls");
+    let calls = "trace=rename,renameat2,fsync,syncfs,linkat,mkdir,symlinkat";
+    let status = Command::new("strace")
+        .args(["-f", "-qq", "-e", calls, "-e", "status=successful", "-o"])
+        .arg(&log)
+        .args([env!("CARGO_BIN_EXE_slotd"), "--format", "json", "--root"])
+        .arg(robot.dir.path())
+        .args(["install", &file])
+        .output()
+        .expect("this test needs strace")
+        .status;
+    assert!(status.success());
+    let text = fs::read_to_string(log).unwrap();
+    // `1234 rename("…", "…") = 0`
+    let lines: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.trim().split_once(' '))
+        .map(|(_, call)| call.trim())
+        .collect();
+    let below = |line: &str| line.contains("/data/apps/api/") && !line.contains(".new\") = ");
+    let mut seen = 0;
+    for (at, line) in
+        lines.iter().enumerate().filter(|(_, line)| line.starts_with("rename") && below(line))
+    {
+        let (before, after) = (lines[at - 1], lines[at + 1]);
+        // A link's own content is part of the name's journal entry; a file's is not.
+        assert!(
+            ["fsync", "syncfs", "symlinkat"].iter().any(|call| before.starts_with(call)),
+            "{before}\n{line}"
+        );
+        assert!(after.starts_with("fsync"), "{line}\n{after}");
+        seen += 1;
+    }
+    // The wheel, the lock in the version, the version, the link, and what is remembered, twice.
+    assert!(seen >= 6, "{seen} of\n{text}");
+}
+
 /// The API that serves, every file of it there: its lock's wheels and nothing else.
 fn whole(robot: &Robot, at: &str) -> String {
     let version = serves(robot);

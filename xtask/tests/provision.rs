@@ -143,7 +143,7 @@ impl Robot {
 
     /// Installs a wheel into a folder of modules, in the place of what was there; `modes`: as the archive says.
     fn install(&self, wheel: &Wheel, site: &str, modes: bool) {
-        let _ = fs::remove_dir_all(self.dir.join(site)).is_ok();
+        drop(fs::remove_dir_all(self.dir.join(site)));
         for (path, file) in &wheel.files {
             let path = format!("{site}/{path}");
             self.file(&path, &file.bytes);

@@ -618,7 +618,6 @@ fn a_component_has_each_wheel_as_a_tree_of_its_own() {
          print(code.co_filename, '../bin/foo-go' in map(str, m.files('foo')))\n",
     );
     assert_eq!(said, "/data/apps/api/current/site/foo/main.py True\n");
-
     // Again, without the kept bytecode: the same bytes. With another wheel beside it: the same tree.
     std::fs::remove_dir_all(cache.join("stages")).unwrap();
     assert_eq!(make(&[rich(), bar()], "two").lock, made.lock);

@@ -62,6 +62,16 @@ pub enum Installed {
     Api(Outcome),
 }
 
+impl Installed {
+    /// What was put into the idle slot, if that is what was installed.
+    pub fn system(self) -> Option<crate::install::Outcome> {
+        match self {
+            Self::System(outcome) => Some(outcome),
+            Self::Api(_) => None,
+        }
+    }
+}
+
 /// Installs a bundle of the component `api`. The caller has the lock, and has compared the manifest with
 /// the robot.
 ///
@@ -74,6 +84,8 @@ pub(crate) fn install<I: Input>(
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Outcome> {
     let (root, events) = (machine.root, machine.events);
+    // The API's server is not root, whatever mask the caller has.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     let component = match reader.manifest().components.as_slice() {
         [one] => one.clone(),
         _ => {
