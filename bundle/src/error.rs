@@ -61,6 +61,11 @@ pub enum Error {
         /// Where and what.
         reason: String,
     },
+    /// The lock of a component is not what the format prescribes, or not that of its payloads.
+    BadComponent {
+        /// What.
+        reason: String,
+    },
     /// The bundle is of a format version that this reader does not know.
     UnknownFormat {
         /// The version found.
@@ -160,6 +165,7 @@ impl Error {
             Self::BadLength { .. } => "bad-length",
             Self::TrailingData { .. } => "trailing-data",
             Self::BadManifest { .. } => "bad-manifest",
+            Self::BadComponent { .. } => "bad-component",
             Self::UnknownFormat { .. } => "unknown-format",
             Self::UnknownFeature { .. } => "unknown-feature",
             Self::BadSignatureFile { .. } => "bad-signature-file",
@@ -200,7 +206,9 @@ impl Error {
             | Self::FrameLength { .. } => {
                 "no Slipway tool writes such a file: do not use it, and find out where it came from"
             }
-            Self::BadManifest { .. } => "make the bundle again with a current `cargo xtask`",
+            Self::BadManifest { .. } | Self::BadComponent { .. } => {
+                "make the bundle again with a current `cargo xtask`"
+            }
             Self::UnknownFormat { .. } | Self::UnknownFeature { .. } => {
                 "this reader is older than the bundle: install an intermediate release first"
             }
@@ -241,6 +249,7 @@ impl fmt::Display for Error {
             }
             Self::TrailingData { place } => write!(f, "there are stray bytes {place}"),
             Self::BadManifest { reason } => write!(f, "manifest.json: {reason}"),
+            Self::BadComponent { reason } => write!(f, "component.json: {reason}"),
             Self::UnknownFormat { found } => {
                 write!(f, "the bundle has format version {found}, known is {}", crate::FORMAT)
             }

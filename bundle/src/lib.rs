@@ -4,6 +4,7 @@
 //! `docs/bundle-format.md` describes the format; the code and that page must agree.
 
 pub mod bootstate;
+pub mod component;
 mod error;
 mod frames;
 pub mod index;

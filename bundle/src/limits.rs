@@ -7,7 +7,7 @@ pub const FORMAT: u32 = 1;
 /// Bytes of one payload block, the unit of the block index: ext4's and the SD card's natural page.
 pub const BLOCK_SIZE: usize = 4096;
 
-/// Most bytes of `manifest.json`. A manifest with 64 payloads needs a third of this.
+/// Most bytes of `manifest.json`. A manifest with [`MAX_PAYLOADS`] payloads needs three quarters of this.
 pub const MAX_MANIFEST: u64 = 64 * 1024;
 
 /// Most bytes of one signature file; minisign itself allows a trusted comment of 8 KiB.
@@ -19,8 +19,17 @@ pub const MAX_SIGNATURES: usize = 8;
 /// Most components in one bundle.
 pub const MAX_COMPONENTS: usize = 16;
 
-/// Most payloads in one component.
-pub const MAX_PAYLOADS: usize = 8;
+/// Most payloads in one component. The component `api` has one for each of its wheels.
+pub const MAX_PAYLOADS: usize = 128;
+
+/// Most bytes of `component.json`: some 300 for each wheel, and room for many console scripts.
+pub const MAX_LOCK: u64 = 256 * 1024;
+
+/// Most bytes of one wheel's installed tree, as a tar; the largest wheels in use stay below 1 GiB.
+pub const MAX_TREE: u64 = 2 * 1024 * 1024 * 1024;
+
+/// Most files of one wheel's installed tree.
+pub const MAX_TREE_FILES: u64 = 64 * 1024;
 
 /// Most entries of each list of names in the manifest (boards, required features).
 pub const MAX_NAMES: usize = 64;

@@ -8,13 +8,14 @@ use bundle::{Input, KeySet, Reader, SignedBy, Version};
 use serde::Serialize;
 use serde_json::json;
 
+use crate::api;
 use crate::boot::{self, BootFlow, BootStatus};
 use crate::data::State as DataState;
 use crate::device::{Device, slot_role};
 use crate::durable::Lock;
 use crate::events::Events;
 use crate::health::{self, State, Verdict, Watch, watchdog};
-use crate::install::{self, Machine, Options, Outcome, Progress, Slots};
+use crate::install::{self, Machine, Options, Progress, Slots};
 use crate::record::{Floor, Installed, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -58,6 +59,8 @@ pub struct Status {
     pub floor: Floor,
     /// How many keys count.
     pub keys: usize,
+    /// Which copy of the API serves, and why; `None`: this product has none.
+    pub api: Option<api::Status>,
     /// In which condition `data` is.
     pub data: Option<DataState>,
     /// What a person must know, loudly.
@@ -171,6 +174,7 @@ impl Agent {
             interrupted: Journal::read(root),
             floor: install::floor(&self.machine())?,
             keys: keys.keys.iter().filter(|key| !key.revoked).count(),
+            api: api::status(root),
             alarm: data.as_ref().and_then(DataState::alarm),
             data,
         })
@@ -200,7 +204,8 @@ impl Agent {
         })
     }
 
-    /// Installs a bundle into the idle slot and arms its trial; [`Agent::restart`] then begins it.
+    /// Installs a bundle: a system into the idle slot, whose trial [`Agent::restart`] then begins, or an API,
+    /// which serves at once.
     ///
     /// # Errors
     /// As [`install::install`].
@@ -209,7 +214,7 @@ impl Agent {
         input: I,
         options: &Options,
         progress: &(dyn Fn(Progress) + Sync),
-    ) -> Result<Outcome> {
+    ) -> Result<api::Installed> {
         install::install(&self.machine(), input, options, progress)
     }
 
@@ -268,6 +273,16 @@ impl Agent {
         let restart = (trial.slot == self.device.running).then_some(Restart::Committed);
         self.events.add("rolled-back", json!({ "slot": status.active, "tried": trial.slot }));
         Ok(Changed { slot: status.active, restart })
+    }
+
+    /// Goes back to the API that was good before, or to the system's own. Nothing restarts but its services.
+    ///
+    /// # Errors
+    /// As [`api::back`]; `trial-pending`, `not-committed`.
+    pub fn api_back(&self) -> Result<api::Back> {
+        install::undecided(&self.machine())
+            .and_then(|()| api::back(self.device.root(), &self.events))
+            .map_err(|refusal| self.refused(refusal))
     }
 
     /// Tries the other slot, which must be complete; or goes back to the committed one, if the other

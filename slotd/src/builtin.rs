@@ -24,6 +24,9 @@ pub struct BuiltIn {
     pub site_packages: PathBuf,
     /// The interpreter's version: `3.11`.
     pub python: String,
+    /// The C library: `glibc 2.36`; `None`: an image that does not say it, which takes any.
+    #[serde(default)]
+    pub libc: Option<String>,
     /// The lowest version of an API on `data`; `None`: any.
     #[serde(default)]
     pub minimum_version: Option<String>,

@@ -43,7 +43,8 @@ pub enum Verb {
         /// A file, `-` for standard input, or an http(s) address
         source: String,
     },
-    /// Write a bundle into the other slot, and restart into it on trial
+    /// Write a bundle into the other slot, and restart into it on trial; one of the API only: install that
+    /// beside the running one, change to it, and come back if it is not healthy
     Install {
         /// A file, `-` for standard input, or an http(s) address
         source: String,
@@ -58,6 +59,9 @@ pub enum Verb {
     Commit,
     /// End a trial; restarts if it runs
     RollBack {
+        /// Go back to the API before this one, or to the system's own, without a restart of the robot
+        #[arg(long, value_enum, conflicts_with = "no_restart")]
+        component: Option<Component>,
         /// Do not restart
         #[arg(long)]
         no_restart: bool,
@@ -124,6 +128,13 @@ pub enum Verb {
         #[arg(long, short = 'n', value_name = "NUMBER")]
         last: Option<usize>,
     },
+}
+
+/// The components that are installed on their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Component {
+    /// The API.
+    Api,
 }
 
 /// What the start of the system does with `data`.

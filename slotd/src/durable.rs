@@ -96,9 +96,18 @@ impl Lock {
     /// Takes the lock, or says who has it.
     ///
     /// # Errors
-    /// `busy`: another process has it.
+    /// `busy`: another process has it. `no-data`: `data` refuses writes.
     pub fn take(path: &Path, verb: &str) -> Result<Self> {
-        let failed = |error: io::Error| Refusal::io(format!("locking {}", path.display()), &error);
+        let failed = |error: io::Error| {
+            if error.kind() == io::ErrorKind::ReadOnlyFilesystem {
+                return Refusal::new(
+                    "no-data",
+                    format!("locking {}: data refuses writes", path.display()),
+                    "restart the robot to have data checked, or replace the card; nothing was changed",
+                );
+            }
+            Refusal::io(format!("locking {}", path.display()), &error)
+        };
         fs::create_dir_all(path.parent().unwrap_or(path)).map_err(failed)?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);

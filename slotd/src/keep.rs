@@ -5,6 +5,7 @@ use std::io::{self, Write};
 
 use serde_json::json;
 use slotd::agent::{Agent, Restart};
+use slotd::api;
 use slotd::data::verbs;
 use slotd::events::Events;
 use slotd::provision::{self, How, Outcome, Provisioned};
@@ -109,4 +110,19 @@ pub(crate) fn backup(root: &Root, file: &str) -> Result<Answer> {
         return Err(refusal);
     }
     Ok(Answer::new(&json!({ "backup": file }), format!("{file} is complete")))
+}
+
+pub(crate) fn api_text(outcome: &api::Outcome) -> String {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let seconds = |millis: u64| millis as f64 / 1000.0;
+    format!(
+        "the API {} serves, before it {}: {:.1} MiB written, {} of {} wheels were there; {:.1} s, and {:.1} s without an answer",
+        outcome.version,
+        outcome.before.as_deref().unwrap_or("the system's own"),
+        mib(outcome.written),
+        outcome.reused,
+        outcome.wheels,
+        seconds(outcome.write_ms),
+        seconds(outcome.down_ms)
+    )
 }

@@ -3,6 +3,7 @@
 //! stick, local network, web page) call this library.
 
 pub mod agent;
+pub mod api;
 pub mod boot;
 mod buffer;
 pub mod builtin;

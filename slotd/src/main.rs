@@ -12,13 +12,14 @@ use clap::Parser;
 use serde::Serialize;
 use serde_json::{Value, json};
 use slotd::agent::{Agent, Changed, Restart, Status};
+use slotd::api::{Installed, Serves};
 use slotd::events::Event;
 use slotd::health::{Outcome, Verdict};
 use slotd::install::{self, Options, Progress, Step};
 use slotd::source::Source;
 use slotd::{Refusal, Result, Root};
 
-use cli::{Cli, Format, Verb};
+use cli::{Cli, Component, Format, Verb};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -95,16 +96,27 @@ fn run(cli: &Cli) -> Result<Answer> {
                 allow_downgrade: allow_downgrade.clone(),
                 use_running_slot: source.transfers(),
             };
-            let outcome = agent.install(source, &options, &|at| show.progress(at))?;
-            let restarts = !no_restart && agent.restart(Restart::Trial)?;
-            let text = install_text(&outcome, restarts);
-            Ok(Answer::new(&outcome, text))
+            match agent.install(source, &options, &|at| show.progress(at))? {
+                Installed::System(outcome) => {
+                    let restarts = !no_restart && agent.restart(Restart::Trial)?;
+                    Ok(Answer::new(&outcome, install_text(&outcome, restarts)))
+                }
+                Installed::Api(outcome) => Ok(Answer::new(&outcome, keep::api_text(&outcome))),
+            }
         }
         Verb::Commit => {
             let changed = agent.commit()?;
             Ok(Answer::new(&changed, format!("slot {} is committed", changed.slot)))
         }
-        Verb::RollBack { no_restart } => {
+        Verb::RollBack { component: Some(Component::Api), .. } => {
+            let back = agent.api_back()?;
+            let text = match &back.version {
+                Some(version) => format!("the API {version} serves again"),
+                None => "the system's own API serves again".to_owned(),
+            };
+            Ok(Answer::new(&back, text))
+        }
+        Verb::RollBack { no_restart, .. } => {
             let changed = agent.roll_back()?;
             restart(&agent, changed, *no_restart, "the trial is over, slot")
         }
@@ -206,6 +218,13 @@ fn status_text(status: &Status) -> String {
         lines.push(format!("floor      {floor}, key epoch {}", status.floor.key_epoch));
     }
     lines.push(format!("keys       {}", status.keys));
+    if let Some(api) = &status.api {
+        let copy = match api.serves {
+            Serves::Installed => "installed",
+            Serves::BuiltIn => "built in",
+        };
+        lines.push(format!("api        {} {}, {copy}: {}", api.package, api.version, api.why));
+    }
     if let Some(data) = &status.data {
         lines.push(format!("data       {} MiB, {} free", data.size >> 20, data.free >> 20));
     }

@@ -94,6 +94,9 @@ pub struct BuildImage {
     /// Stop after this stage.
     #[arg(long, value_enum)]
     pub until: Option<Stage>,
+    /// Build only this component, as a bundle of its own that updates running robots without a restart.
+    #[arg(long, value_enum, conflicts_with_all = ["until", "zst", "legal_info"])]
+    pub component: Option<Component>,
     /// Use no network: everything must have been downloaded before.
     #[arg(long)]
     pub offline: bool,
@@ -118,6 +121,25 @@ pub struct BuildImage {
     /// How to print the report.
     #[arg(long, value_enum, default_value = "text")]
     pub format: Format,
+}
+
+impl BuildImage {
+    /// What builds one component of a product for a push.
+    pub fn of_component(target: &Target, component: Component, offline: bool) -> Self {
+        Self {
+            target: target.clone(),
+            until: None,
+            component: Some(component),
+            offline,
+            locked: false,
+            zst: false,
+            compression: Compression::default(),
+            no_install: false,
+            tree: BuildrootTree::default(),
+            legal_info: false,
+            format: Format::Text,
+        }
+    }
 }
 
 /// Which Buildroot tree.
@@ -203,10 +225,18 @@ pub enum Stage {
     Bundle,
 }
 
-/// Compression levels of the bundle.
+/// The parts of a product that have a bundle of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Component {
+    /// The API's wheels.
+    Api,
+}
+
+/// Compression levels of the bundle.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Compression {
     /// As zstd -3: for daily work.
+    #[default]
     Fast,
     /// As zstd -9: for nightly builds.
     Release,
@@ -279,8 +309,14 @@ pub struct Push {
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
     pub target: Target,
     /// The bundle [default: the one that build-image made for this product and board].
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["product", "board"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["product", "board", "component"])]
     pub bundle: Option<Utf8PathBuf>,
+    /// Build this component now, and push only that: the robot goes on running.
+    #[arg(long, value_enum, conflicts_with = "no_wait")]
+    pub component: Option<Component>,
+    /// With --component: use no network to build it.
+    #[arg(long, requires = "component")]
+    pub offline: bool,
     /// Only install; the robots restart into their trial, and nobody waits for it.
     #[arg(long)]
     pub no_wait: bool,

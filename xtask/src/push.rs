@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use bundle::Version;
 use bundle::bootstate::Slot;
+use bundle::component::API;
 use camino::Utf8PathBuf;
 use serde::Serialize;
 
 use crate::progress::{Step, Unit, bytes, say, warn};
 use crate::update;
 use answer::{Event, Progress, Status};
-pub use answer::{Installed, Refused};
+pub use answer::{Installed, InstalledApi, Refused};
 use ssh::{Connection, Reply};
 
 /// Seconds before a broken connection is made again; as many times in a row without any progress, then
@@ -42,6 +43,9 @@ pub struct Request {
     /// How long, from the end of the install, until the trial must be decided; `None`: nobody waits.
     pub wait: Option<Duration>,
 }
+
+/// What the agent refuses an API with that did not come up: it was tried, and taken back.
+const UNHEALTHY: &str = "api-unhealthy";
 
 /// What became of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -75,6 +79,8 @@ pub struct Outcome {
     pub version: Option<Version>,
     /// What the install did; `None` when its answer was lost with the connection.
     pub installed: Option<Installed>,
+    /// The same for a bundle of the API, with the version that serves now.
+    pub api: Option<InstalledApi>,
     /// How often the connection broke while the bundle was sent.
     pub breaks: u32,
     /// Why the agent refused.
@@ -102,7 +108,13 @@ pub fn push(request: &Request) -> Result<Vec<Outcome>> {
         .map(|host| Connection::new(host, &request.ssh_options))
         .collect::<Result<Vec<_>>>()?;
     let size = std::fs::metadata(&request.bundle).map_or(0, |meta| meta.len());
-    say("push", format!("{} {}, {}", manifest.product, manifest.version, bytes(size)));
+    let api = manifest.components.iter().find(|component| component.name == API);
+    let (what, version) = match api {
+        Some(api) => (format!("the API of {}", manifest.product), &api.version),
+        None => (manifest.product.clone(), &manifest.version),
+    };
+    say("push", format!("{what} {version}, {}", bytes(size)));
+    let api = api.is_some();
     Ok(std::thread::scope(|scope| {
         let threads: Vec<_> = connections
             .into_iter()
@@ -110,7 +122,7 @@ pub fn push(request: &Request) -> Result<Vec<Outcome>> {
                 let host = connection.host.clone();
                 let (version, sha256) = (&manifest.version, &sha256);
                 let thread = scope.spawn(move || {
-                    Robot { request, version, sha256, connection, breaks: 0 }.push()
+                    Robot { request, version, sha256, api, connection, breaks: 0 }.push()
                 });
                 (host, thread)
             })
@@ -135,6 +147,7 @@ impl Outcome {
             slot: None,
             version: None,
             installed: None,
+            api: None,
             breaks: 0,
             refused: None,
             why: None,
@@ -149,6 +162,8 @@ struct Robot<'a> {
     version: &'a Version,
     /// Of the bundle's manifest.
     sha256: &'a str,
+    /// Whether it is a bundle of the API alone.
+    api: bool,
     connection: Connection,
     breaks: u32,
 }
@@ -165,11 +180,20 @@ impl Robot<'_> {
     fn push(mut self) -> Outcome {
         let started = Instant::now();
         let host = self.connection.host.clone();
-        let outcome = self.install().and_then(|done| match self.request.wait {
-            None => Ok(self.not_waited(done)),
-            Some(patience) => self.wait(done, patience),
-        });
+        let outcome = if self.api {
+            self.install_api()
+        } else {
+            self.install().and_then(|done| match self.request.wait {
+                None => Ok(self.not_waited(done)),
+                Some(patience) => self.wait(done, patience),
+            })
+        };
         let outcome = outcome.unwrap_or_else(|error| match error.downcast::<Refused>() {
+            Ok(refused) if refused.code == UNHEALTHY => Outcome {
+                why: Some(refused.message.clone()),
+                refused: Some(refused),
+                ..Outcome::new(host.clone(), Verdict::TakenBack)
+            },
             Ok(refused) => {
                 Outcome { refused: Some(refused), ..Outcome::new(host.clone(), Verdict::Refused) }
             }
@@ -253,6 +277,40 @@ impl Robot<'_> {
             }
             *before = status;
             return Ok(None);
+        }
+    }
+
+    /// Sends an API until the agent has changed to it or refuses it: nothing restarts, and what was brought
+    /// before a break is not written again.
+    fn install_api(&mut self) -> Result<Outcome> {
+        let mut before = self.connection.first()?;
+        let mut pauses = PAUSES.iter();
+        loop {
+            let bundle = &self.request.bundle;
+            let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
+            let mut shown = Shown::new(&self.connection.host);
+            let reply: Reply<InstalledApi> =
+                self.connection.ask(&["install", "-"], Some(file), |at| shown.at(at))?;
+            drop(shown);
+            let why = match reply {
+                Reply::Said(api) => {
+                    let host = self.connection.host.clone();
+                    return Ok(Outcome {
+                        api: Some(api),
+                        ..Outcome::new(host, Verdict::Committed)
+                    });
+                }
+                Reply::Refused(refused) if refused.code == "busy" && self.breaks > 0 => {
+                    refused.message
+                }
+                Reply::Refused(refused) => return Err(refused.into()),
+                Reply::Broken(why) => {
+                    self.breaks += 1;
+                    why
+                }
+            };
+            // Sent again, it does nothing twice.
+            self.pause(&mut before, &mut pauses, why)?;
         }
     }
 
@@ -398,6 +456,8 @@ pub fn sentence(outcome: &Outcome) -> String {
         _ => "an unknown system".to_owned(),
     };
     let mut text = match outcome.verdict {
+        Verdict::Committed if outcome.api.is_some() => String::new(),
+        Verdict::TakenBack if outcome.refused.is_some() => "taken back".to_owned(),
         Verdict::Committed => format!("{runs} runs and is committed"),
         Verdict::Installed => format!("installed; the next restart tries {runs}"),
         Verdict::TakenBack => format!("the trial failed; {runs} runs"),
@@ -411,6 +471,17 @@ pub fn sentence(outcome: &Outcome) -> String {
             text.push_str(&format!(", {} spared: they were in place", bytes(installed.held)));
         }
     }
+    if let Some(api) = &outcome.api {
+        text.push_str(&format!(
+            "the API {} serves, before it {}; {} written, {} of {} wheels were there; {:.1} s without an answer",
+            api.version,
+            api.before.as_deref().unwrap_or("the system's own"),
+            bytes(api.written),
+            api.reused,
+            api.wheels,
+            api.down_ms as f64 / 1000.0
+        ));
+    }
     match outcome.breaks {
         0 => {}
         1 => text.push_str("; the connection broke once"),
@@ -419,7 +490,7 @@ pub fn sentence(outcome: &Outcome) -> String {
     if let Some(refused) = &outcome.refused {
         text.push_str(&format!(": {refused}"));
     }
-    if let Some(why) = &outcome.why {
+    if let Some(why) = outcome.why.as_ref().filter(|_| outcome.refused.is_none()) {
         text.push_str(&format!(": {why}"));
     }
     text

@@ -114,6 +114,7 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Run, "qemu-system-aarch64", "qemu-system-arm", "boots the image"),
     tool(Purpose::Run, "qemu-img", "qemu-utils", "keeps the image unchanged while it runs"),
     tool(Purpose::Test, "sfdisk", "fdisk", "reads our partition tables"),
+    tool(Purpose::Test, "strace", "strace", "kills the agent at any of its changes"),
     tool(Purpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
     tool(Purpose::Test, "fsck.fat", "dosfstools", "reads our FAT"),
     tool(Purpose::Test, "mdir", "mtools", "reads our FAT"),

@@ -160,7 +160,7 @@ impl Robot {
 
     fn describe(&self, version: &str) {
         let tree = tree_of(SITE, &format!("{API}-{version}"), API);
-        let text = describe(&tree, &[distribution(API, version, true)], None).unwrap();
+        let text = describe(&tree, &[distribution(API, version, true)], None, None).unwrap();
         self.file("usr/lib/slipway/api.toml", text.as_bytes());
     }
 
@@ -366,7 +366,7 @@ fn compose_describes_what_was_installed() {
     let site = "usr/lib/python3.12/site-packages";
     let all = [distribution("other", "2.0", false), distribution("My-API", "1.5", true)];
     let tree = tree_of(site, "my_api-1.5", "my_api");
-    let text = describe(&tree, &all, Some("1.2")).unwrap();
+    let text = describe(&tree, &all, Some("1.2"), Some("glibc 2.36")).unwrap();
     let value: toml::Table = text.parse().unwrap();
     for (key, expected) in [
         ("package", "My-API"),
@@ -374,6 +374,7 @@ fn compose_describes_what_was_installed() {
         ("version", "1.5"),
         ("site-packages", "/usr/lib/python3.12/site-packages"),
         ("python", "3.12"),
+        ("libc", "glibc 2.36"),
         ("minimum-version", "1.2"),
     ] {
         assert_eq!(value[key].as_str(), Some(expected), "{key}");
@@ -383,11 +384,12 @@ fn compose_describes_what_was_installed() {
     assert_eq!(wheels[0]["name"].as_str(), Some("My-API"));
     assert_eq!(wheels[1]["sha256"].as_str(), Some(all[0].sha256.as_str()));
 
-    let elsewhere = describe(&tree_of(site, "my_api-1.5", "another"), &all, None).unwrap_err();
+    let elsewhere =
+        describe(&tree_of(site, "my_api-1.5", "another"), &all, None, None).unwrap_err();
     assert!(elsewhere.to_string().starts_with("My-API installs no module my_api"), "{elsewhere}");
-    let none = describe(&Tree::default(), &all, None).unwrap_err();
+    let none = describe(&Tree::default(), &all, None, None).unwrap_err();
     assert_eq!(none.to_string(), "My-API is not in the tree");
-    let version = describe(&tree_of("usr/lib/modules", "my_api-1.5", "my_api"), &all, None);
+    let version = describe(&tree_of("usr/lib/modules", "my_api-1.5", "my_api"), &all, None, None);
     assert_eq!(version.unwrap_err().to_string(), "/usr/lib/modules names no version of Python");
 }
 

@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use bundle::bootstate::{BootState, Slot};
+use bundle::component::{LOCK_ROLE, Lock, Wheel};
 use bundle::{Kind, Level, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::keys::Keys;
@@ -76,19 +77,31 @@ impl Bench {
     fn bundle(&self, version: &str) -> Utf8PathBuf {
         let payload = self.dir.join("payload");
         fs::write(&payload, &self.content).unwrap();
+        let payloads = vec![PayloadRequest { role: "root".to_owned(), path: payload }];
+        self.pack(version, "system", version, payloads)
+    }
+
+    fn pack(
+        &self,
+        version: &str,
+        component: &str,
+        own: &str,
+        payloads: Vec<PayloadRequest>,
+    ) -> Utf8PathBuf {
         let signers =
             [Keys::open(&self.dir.join("keys")).unwrap().signer(Kind::Development).unwrap()];
         let version = Version::parse(version).unwrap();
-        let payloads = vec![PayloadRequest { role: "root".to_owned(), path: payload }];
+        let own = Version::parse(own).unwrap();
+        let component = ComponentRequest { name: component.to_owned(), version: own, payloads };
         let request = PackRequest {
             product: "robot-test".to_owned(),
-            version: version.clone(),
+            version,
             kind: Kind::Development,
             boards: vec!["board-one".to_owned()],
             minimum_version: Version::parse("0.1.0").unwrap(),
             key_epoch: None,
             epoch: 0,
-            components: vec![ComponentRequest { name: "system".to_owned(), version, payloads }],
+            components: vec![component],
             level: Level::Fast,
             workers: None,
             signers: &signers,
@@ -383,6 +396,101 @@ fn a_refusal_is_shown_with_code_sentence_and_help() {
     fs::write(&bundle, "no bundle").unwrap();
     let (_, errors) = xtask(&["robot.local"]);
     assert!(errors.contains("reading the bundle"), "{errors}");
+}
+
+/// A bundle of the API alone: one wheel, with a file that a robot's check may find.
+fn api_bundle(bench: &Bench, version: &str, file: &str) -> Utf8PathBuf {
+    let mut tar = tar::Builder::new(Vec::new());
+    let large = noise(MIB, version.len() as u64);
+    let (init, file) = ("site/robotapi/__init__.py", format!("site/robotapi/{file}"));
+    for (name, content) in [(init, version.as_bytes()), (&file, &large)] {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, name, content).unwrap();
+    }
+    let tar = tar.into_inner().unwrap();
+    let lock = Lock {
+        format: 1,
+        package: "robotapi".to_owned(),
+        module: "robotapi".to_owned(),
+        version: version.to_owned(),
+        python: "3.11".to_owned(),
+        arch: std::env::consts::ARCH.to_owned(),
+        libc: "glibc 2.36".to_owned(),
+        base: Vec::new(),
+        wheels: vec![Wheel {
+            role: "robotapi".to_owned(),
+            name: "robotapi".to_owned(),
+            version: version.to_owned(),
+            sha256: "0".repeat(64),
+            tree: xtask::artifact::hash_bytes(&tar),
+            size: tar.len() as u64,
+            files: 2,
+            bytes: (version.len() + large.len()) as u64,
+            requires: Vec::new(),
+            scripts: Vec::new(),
+        }],
+    };
+    let write = |name: &str, bytes: &[u8]| {
+        let path = bench.dir.join(name);
+        fs::write(&path, bytes).unwrap();
+        PayloadRequest { role: name.to_owned(), path }
+    };
+    let payloads = vec![write(LOCK_ROLE, &lock.to_json().unwrap()), write("robotapi", &tar)];
+    bench.pack("1.0.0", "api", version, payloads)
+}
+
+#[test]
+fn an_api_alone_is_pushed_to_a_robot_that_goes_on_running() {
+    let bench = Bench::new(SMALL);
+    let robot = Robot::new(&bench, "robot");
+    let write = |path: &str, text: &str| {
+        let path = robot.root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    write(
+        "usr/lib/slipway/api.toml",
+        "package = 'robotapi'\nmodule = 'robotapi'\nversion = '1.0.0'\npython = '3.11'\n\
+         site-packages = '/usr/lib/python3/dist-packages'\n",
+    );
+    write("usr/lib/slipway/api.env", "PYTHONPATH=/data/apps/api/current/site\n");
+    write("usr/lib/python3/dist-packages/robotapi/__init__.py", "");
+    write(
+        "etc/slotd/health.d/40-api.toml",
+        &format!(
+            "[command]\nrun = ['sh', '-c', '! ls {}/data/apps/api/current/site/robotapi/sick']\n",
+            robot.root
+        ),
+    );
+    let before = robot.slot_b();
+    let hosts = || vec![robot.address()];
+    let wait = Some(Duration::from_secs(60));
+    let outcome = bench.push(hosts(), api_bundle(&bench, "2.0.0", "well"), wait).remove(0);
+    assert_eq!(outcome.verdict, Verdict::Committed, "{outcome:?}");
+    let api = outcome.api.clone().unwrap();
+    assert_eq!((api.version.as_str(), api.before, api.wheels), ("2.0.0", None, 1));
+    let text = xtask::push::sentence(&outcome);
+    assert!(text.starts_with("the API 2.0.0 serves, before it the system's own;"), "{text}");
+    assert_eq!(robot.slotd(&["status"])["api"]["version"], "2.0.0");
+
+    // One that is not well: taken back by the robot itself, and the version before it serves.
+    let outcome = bench.push(hosts(), api_bundle(&bench, "3.0.0", "sick"), wait).remove(0);
+    assert_eq!(outcome.verdict, Verdict::TakenBack, "{outcome:?}");
+    let text = xtask::push::sentence(&outcome);
+    assert!(text.starts_with("taken back") && text.contains("[api-unhealthy]"), "{text}");
+    assert_eq!(robot.slotd(&["status"])["api"]["version"], "2.0.0");
+
+    // A connection that breaks: sent again, and nothing done twice.
+    let bundle = api_bundle(&bench, "4.0.0", "well");
+    let through = cutting(robot.port, MIB / 2);
+    let outcome = bench.push(vec![address(through)], bundle, wait).remove(0);
+    assert_eq!((outcome.verdict, outcome.breaks), (Verdict::Committed, 1), "{outcome:?}");
+    assert_eq!(robot.slotd(&["status"])["api"]["version"], "4.0.0");
+    assert!(robot.slot_b() == before, "an API was written into a slot");
+    let boot_id = robot.slotd(&["status"])["boot-id"].clone();
+    assert_eq!(boot_id, "01234567-89ab");
 }
 
 #[test]

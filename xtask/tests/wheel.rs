@@ -11,6 +11,7 @@ use xtask::artifact::hash_bytes;
 use xtask::sbom;
 use xtask::wheel::archive::digest_text;
 use xtask::wheel::base::BaseSource;
+use xtask::wheel::component::{ComponentRequest, component};
 use xtask::wheel::resolve::describe_missing;
 use xtask::wheel::target::WheelName;
 use xtask::wheel::{
@@ -408,10 +409,14 @@ fn arm64_root() -> &'static Utf8Path {
 
 /// Runs Python in the unpacked base with the modules of an unpacked installation.
 fn python(installation: &Utf8Path, code: &str) -> String {
+    python_with(&installation.join("usr/local/lib/python3.11/dist-packages"), code)
+}
+
+fn python_with(site: &Utf8Path, code: &str) -> String {
     let root = arm64_root();
     let output = Command::new("qemu-aarch64-static")
         .args(["-L", root.as_str(), root.join("usr/bin/python3.11").as_str(), "-B", "-c", code])
-        .env("PYTHONPATH", installation.join("usr/local/lib/python3.11/dist-packages"))
+        .env("PYTHONPATH", site)
         .output()
         .unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
@@ -568,6 +573,57 @@ fn installation_is_what_a_standard_installer_makes() {
     assert_eq!(install_into(&lock, &cache, &again).unwrap().tar.sha256, installed.tar.sha256);
     std::fs::remove_dir_all(cache.join("stages")).unwrap();
     assert_eq!(install_into(&lock, &cache, &again).unwrap().tar.sha256, installed.tar.sha256);
+}
+
+#[test]
+fn a_component_has_each_wheel_as_a_tree_of_its_own() {
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = Utf8Path::from_path(scratch.path()).unwrap();
+    let cache = dir.join("cache");
+    let base = BasePython::read(BaseSource::Root(arm64_root().to_owned())).unwrap();
+    let make = |drafts: &[Draft], out: &str| {
+        let lock = locked(drafts, &cache);
+        let (wheels, out) = (fetch(&lock, &cache, true).unwrap(), dir.join(out));
+        std::fs::create_dir(&out).unwrap();
+        let (lock, wheels, out) = (&lock, wheels.as_slice(), out.as_path());
+        let request = ComponentRequest { lock, wheels, base: &base, cache: &cache, out, log: None };
+        component(&request).unwrap()
+    };
+    let bar = || Draft::new("bar", "");
+    let made = make(&[rich(), bar()], "one");
+    let roles: Vec<&str> = made.payloads.iter().map(|(role, _)| role.as_str()).collect();
+    assert_eq!(roles, ["component.json", "bar", "foo"]);
+    let json = std::fs::read(&made.payloads[0].1.path).unwrap();
+    assert_eq!(bundle::component::Lock::parse(&json).unwrap(), made.lock);
+    let (lock, foo) = (&made.lock, &made.lock.wheels[1]);
+    let facts = [&lock.module, &lock.version, &made.version, &lock.python, &lock.arch, &lock.libc];
+    assert_eq!(facts, ["foo", "1.0", "1.0.0", "3.11", "aarch64", "glibc 2.36"]);
+    assert_eq!(foo.requires, ["bar"]);
+    let scripts = foo.scripts.iter().map(|script| format!("{} {}", script.name, script.module));
+    assert_eq!(scripts.collect::<Vec<_>>(), ["foo-go foo.main", "foo-gui foo.main"]);
+
+    // Both trees together are an installation for the place on `data`.
+    let tree = dir.join("tree");
+    made.payloads[1..].iter().for_each(|(_, tar)| unpack(&tar.path, &tree));
+    let counted = walk(&tree);
+    assert_eq!(lock.wheels.iter().map(|w| w.files).sum::<u64>(), counted.len() as u64);
+    assert_eq!(lock.wheels.iter().map(|w| w.bytes).sum::<u64>(), counted.values().sum::<u64>());
+    let program = std::fs::read_to_string(tree.join("bin/tool")).unwrap();
+    assert!(program.starts_with("#!/usr/bin/python3 -u\n"), "{program}");
+    let said = python_with(
+        &tree.join("site"),
+        "import marshal, foo.main, importlib.metadata as m\n\
+         code = marshal.loads(open(foo.main.__cached__, 'rb').read()[16:])\n\
+         assert m.distribution('foo').locate_file('../bin/foo-go').is_file()\n\
+         print(code.co_filename, '../bin/foo-go' in map(str, m.files('foo')))\n",
+    );
+    assert_eq!(said, "/data/apps/api/current/site/foo/main.py True\n");
+    // Again, without the kept bytecode: the same bytes. With another wheel beside it: the same tree.
+    std::fs::remove_dir_all(cache.join("stages")).unwrap();
+    assert_eq!(make(&[rich(), bar()], "two").lock, made.lock);
+    let other = make(&[rich().with("foo/new.py", "", 0o644), bar()], "three");
+    assert_eq!(other.lock.wheels[0], lock.wheels[0]);
+    assert_ne!(other.lock.wheels[1].tree, foo.tree);
 }
 
 fn walk(folder: &Utf8Path) -> BTreeMap<Utf8PathBuf, u64> {

@@ -13,6 +13,9 @@ use crate::refusal::{Refusal, Result};
 /// memory (its floor must not fall), logs, and what belongs to the file system.
 pub const OURS: [&str; 3] = ["slotd", "var", "lost+found"];
 
+/// Within a backup's folders: trees that every installed API has links to, which no archive keeps.
+const LEFT_OUT: [&str; 1] = ["apps/api/.wheels"];
+
 /// zstd's level: a robot's processor is slow, its data mostly text.
 const LEVEL: i32 = 3;
 
@@ -40,6 +43,9 @@ pub fn pack(data: &Path, names: &[PathBuf], out: impl Write) -> Result<()> {
     let mut waiting: Vec<PathBuf> = names.to_vec();
     waiting.sort_by(|a, b| b.cmp(a));
     while let Some(name) = waiting.pop() {
+        if LEFT_OUT.iter().any(|out| name == Path::new(out)) {
+            continue;
+        }
         let path = data.join(&name);
         let about = match fs::symlink_metadata(&path) {
             Ok(about) => about,

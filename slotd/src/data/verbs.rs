@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::grow::Grown;
 use super::{Migrated, Pending, migrate, pending, state};
+use crate::api;
 use crate::device::Device;
 use crate::durable::Lock;
 use crate::events::Events;
@@ -99,6 +100,11 @@ fn quiet(migrated: &Migrated) -> bool {
 
 fn prepare_all(root: &Root) -> Result<Prepared> {
     let carried_out = pending::apply(root)?;
+    // Nothing of the start depends on it: the system's own API can always serve.
+    let events = Events::new(root);
+    if let Err(refusal) = api::settle(root, &events) {
+        events.add("api-not-settled", json!(refusal));
+    }
     let device = Device::read(root)?;
     Ok(Prepared { carried_out, migrated: migrate(root, &device.about.version)? })
 }

@@ -16,6 +16,7 @@ mod target;
 use std::time::{Duration, Instant};
 
 use bundle::bootstate::Slot;
+use bundle::component::API;
 use bundle::{Input, Reader, Version};
 use serde::Serialize;
 use serde_json::json;
@@ -23,11 +24,12 @@ use serde_json::json;
 pub use check::{floor, undecided};
 pub use target::Slots;
 
+use crate::api::Installed;
 use crate::boot::BootFlow;
 use crate::device::{Description, other};
 use crate::durable::Lock;
 use crate::events::Events;
-use crate::record::{Installed, Journal};
+use crate::record::{Installed as InstalledSlot, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 use crate::trust;
@@ -118,7 +120,8 @@ struct Counts {
     read_back: Duration,
 }
 
-/// Installs a bundle and arms the trial; the restart is the caller's.
+/// Installs a bundle: a system into the idle slot, whose trial is armed, and the restart is the caller's;
+/// or an API, which serves when this returns.
 ///
 /// # Errors
 /// A refusal, which is in the log too. Unless it is one of the device (`io`, `read-back`) or of the
@@ -128,13 +131,19 @@ pub fn install<I: Input>(
     input: I,
     options: &Options,
     progress: &(dyn Fn(Progress) + Sync),
-) -> Result<Outcome> {
+) -> Result<Installed> {
     let result = run(machine, input, options, progress);
     match &result {
-        Ok(outcome) => machine.events.add("installed", json!(outcome)),
+        Ok(Installed::System(outcome)) => machine.events.add("installed", json!(outcome)),
+        Ok(Installed::Api(outcome)) => machine.events.add("api-installed", json!(outcome)),
         Err(refusal) => machine.events.add("install-refused", json!(refusal)),
     }
     result
+}
+
+/// Which of the two a bundle is: with the component `api` it is one for a running robot.
+fn is_api<I: Input>(reader: &Reader<I>) -> bool {
+    reader.manifest().components.iter().any(|component| component.name == API)
 }
 
 fn run<I: Input>(
@@ -142,20 +151,33 @@ fn run<I: Input>(
     input: I,
     options: &Options,
     progress: &(dyn Fn(Progress) + Sync),
-) -> Result<Outcome> {
+) -> Result<Installed> {
     let _lock = Lock::take(&machine.root.state().join("lock"), "install")?;
     check::robot(machine)?;
-    machine.flow.ready()?;
     let keys = trust::key_set(machine.root, machine.about.kind)?;
     let mut reader = Reader::open(input, &keys).map_err(from_source)?;
     check::manifest(machine, &reader, options)?;
+    if is_api(&reader) {
+        return crate::api::install(machine, &mut reader, progress).map(Installed::Api);
+    }
+    system(machine, reader, options, progress).map(Installed::System)
+}
+
+/// Writes a system into the idle slot.
+fn system<I: Input>(
+    machine: &Machine<'_>,
+    mut reader: Reader<I>,
+    options: &Options,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Outcome> {
+    machine.flow.ready()?;
     let slot = other(machine.running);
     let mut target = Target::open(machine, slot, reader.manifest())?;
 
     let manifest = reader.manifest_sha256().to_owned();
     let version = reader.manifest().version.clone();
     let size = reader.manifest().components.iter().flat_map(|c| &c.payloads).map(|p| p.size).sum();
-    let installed = Installed::new(reader.manifest(), &manifest, reader.signed_by());
+    let installed = InstalledSlot::new(reader.manifest(), &manifest, reader.signed_by());
     let journal = Journal::read(machine.root)
         .filter(|journal| journal.manifest == manifest && journal.slot == slot);
     let resumed = journal.is_some();

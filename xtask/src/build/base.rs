@@ -241,12 +241,12 @@ fn announce(fetched: &Fetched, path: &camino::Utf8Path) {
     ));
 }
 
-/// The stage `api`: the wheels, installed into a tar of their own.
+/// The product's wheel lock, if it has an API; made for what the product asks for.
 ///
 /// # Errors
-/// A wheel that does not fit, is damaged, or whose requirements the base does not meet.
-pub fn wheels(build: &mut Build<'_>, base: &Base) -> Result<Option<Wheels>> {
-    let Some(api) = build.plan.api.clone() else { return Ok(None) };
+/// A lock that cannot be read, or was made for something else.
+pub(super) fn wheel_lock(build: &Build<'_>) -> Result<Option<(WheelLock, String)>> {
+    let Some(api) = &build.plan.api else { return Ok(None) };
     let lock = WheelLock::load(&build.root.join(&api.lock))?;
     ensure!(
         lock.requirement == api.package,
@@ -256,6 +256,15 @@ pub fn wheels(build: &mut Build<'_>, base: &Base) -> Result<Option<Wheels>> {
         lock.requirement,
         api.package
     );
+    Ok(Some((lock, api.package.clone())))
+}
+
+/// The stage `api`: the wheels, installed into a tar of their own.
+///
+/// # Errors
+/// A wheel that does not fit, is damaged, or whose requirements the base does not meet.
+pub fn wheels(build: &mut Build<'_>, base: &Base) -> Result<Option<Wheels>> {
+    let Some((lock, package)) = wheel_lock(build)? else { return Ok(None) };
     let key = Key::new("api", API_VERSION)
         .with("wheels", wheel::identity(&lock))
         .with("base", &base.system.rootfs.sha256)
@@ -268,7 +277,7 @@ pub fn wheels(build: &mut Build<'_>, base: &Base) -> Result<Option<Wheels>> {
         |installed| {
             let size = installed.distributions.iter().map(|d| d.installed_bytes).sum();
             let count = installed.distributions.len();
-            format!("{} and {} wheels in all, {}", api.package, count, bytes(size))
+            format!("{package} and {count} wheels in all, {}", bytes(size))
         },
         |build, dir| {
             let cache: &Utf8PathBuf = &build.cache.root;

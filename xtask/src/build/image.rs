@@ -7,7 +7,7 @@ use bundle::bootstate::BootState;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, Base, Build, Signing, Wheels};
+use super::{Agent, Base, Build, Signing, Wheels, base};
 use crate::artifact::{Artifact, flush, hash_bytes, write_atomically, write_large};
 use crate::cache::Key;
 use crate::cli::Compression;
@@ -98,6 +98,7 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
     let key_set = &signing.key_set;
     let capacity = plan.disk.partition("root-a").context("the board has a root-a")?.size;
     let data_size = plan.disk.partition("data").context("the board has a data partition")?.size;
+    let libc = base::wheel_lock(build)?.map(|(lock, _)| lock.target.libc.to_string());
     let mut overlay = Vec::new();
     for entry in &rendered.overlay {
         let content = match &entry.content {
@@ -113,7 +114,7 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
     let base_id = Key::new("system", COMPOSE_VERSION)
         .with("base", &base.key)
         .with("wheels", wheels.map_or("", |w| &w.tar.sha256))
-        .with_json("api", &plan.api)?
+        .with_json("api", &(&plan.api, &libc))?
         .with("agent", &agent.binary.sha256)
         .with("init", &init)
         .with("keys", key_set)
@@ -161,6 +162,7 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
                 base: &base.system.rootfs.path,
                 wheels: wheels.map(|w| w.tar.path.as_path()),
                 distributions: wheels.map_or(&[], |w| &w.distributions),
+                libc: libc.as_deref(),
                 rendered,
                 kernel: &base.system.kernel,
                 initrd: &initrd,
@@ -449,6 +451,15 @@ pub fn card(
     Ok(card)
 }
 
+/// How hard a bundle is compressed.
+pub(super) fn level(compression: Compression) -> bundle::Level {
+    match compression {
+        Compression::Fast => bundle::Level::Fast,
+        Compression::Release => bundle::Level::Release,
+        Compression::Slow => bundle::Level::Slow,
+    }
+}
+
 /// The stage `bundle`.
 ///
 /// # Errors
@@ -464,11 +475,7 @@ pub fn bundle(
     let (root, out) = (build.root, build.output("bundle"));
     let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
     let signer = signing.signer.key();
-    let level = match build.options.compression {
-        Compression::Fast => bundle::Level::Fast,
-        Compression::Release => bundle::Level::Release,
-        Compression::Slow => bundle::Level::Slow,
-    };
+    let level = level(build.options.compression);
     let key = Key::new("bundle", BUNDLE_VERSION)
         .with("out", out.as_str())
         .with("system", &system.key)

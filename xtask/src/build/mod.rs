@@ -4,6 +4,7 @@
 mod agent;
 mod base;
 mod buildroot;
+mod component;
 mod image;
 mod outcome;
 
@@ -29,6 +30,7 @@ use crate::tools::{self, Purpose};
 pub use agent::{Agent, LOCK as COMPILER_LOCK};
 pub use base::{Base, Wheels, package_spec, python_target};
 pub use buildroot::output_name;
+pub use component::build_component;
 pub use image::{Card, System, qemu_files, wrap_script};
 
 /// What a build has at hand besides the plan.
@@ -55,6 +57,10 @@ pub struct Build<'a> {
 /// # Errors
 /// Whatever a stage returns; nothing partial is left under a final name.
 pub fn build_image(options: &BuildImage) -> Result<()> {
+    if options.component.is_some() {
+        let made = build_component(options)?;
+        return component::show(&made, options.format);
+    }
     let started = Instant::now();
     let (config, _, plan) = resolve(&options.target)?;
     let cache = Cache::locate()?;
@@ -82,16 +88,8 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
     }
     let signing = signing(&plan).context("choosing the signing key")?;
     developer_access(&plan, &mut rendered).context("finding who may log in")?;
-    let mut build = Build {
-        plan: &plan,
-        root: &config.root,
-        dist,
-        cache: &cache,
-        options,
-        packages: package_spec(&config),
-        stages: Vec::new(),
-        tools: OnceCell::new(),
-    };
+    let packages = package_spec(&config);
+    let mut build = Build::new(&plan, &config.root, dist, &cache, options, packages);
     let made = stages(&mut build, &rendered, &signing, until)?;
     let report = outcome::report(&build, &made, &signing, started.elapsed())?;
     outcome::write(&build, &report, options.format)
@@ -198,7 +196,19 @@ fn summary(plan: &Plan) -> String {
     text
 }
 
-impl Build<'_> {
+impl<'a> Build<'a> {
+    fn new(
+        plan: &'a Plan,
+        root: &'a Utf8Path,
+        dist: Utf8PathBuf,
+        cache: &'a Cache,
+        options: &'a BuildImage,
+        packages: DebianSpec,
+    ) -> Self {
+        let (stages, tools) = (Vec::new(), OnceCell::new());
+        Self { plan, root, dist, cache, options, packages, stages, tools }
+    }
+
     /// Runs a stage, or takes its kept result; says how long it took and notes it for the report.
     fn stage<T: serde::Serialize + serde::de::DeserializeOwned>(
         &mut self,

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 
-use crate::cli::{Format, Push};
+use crate::build::build_component;
+use crate::cli::{BuildImage, Format, Push};
 use crate::cmd::plan::{dist, resolve};
 use crate::progress::duration;
 use crate::push::{self, Outcome, Request, Verdict, sentence};
@@ -15,9 +16,14 @@ use crate::tools::{self, Purpose};
 /// # Errors
 /// When a robot did not commit the bundle's version (with `--no-wait`: did not install it).
 pub fn push(options: &Push) -> Result<()> {
-    let bundle = match &options.bundle {
-        Some(bundle) => bundle.clone(),
-        None => {
+    let bundle = match (&options.bundle, options.component) {
+        (Some(bundle), _) => bundle.clone(),
+        (None, Some(component)) => {
+            tools::require(&[Purpose::Push], true)?;
+            let build = BuildImage::of_component(&options.target, component, options.offline);
+            build_component(&build)?.bundle.path
+        }
+        (None, None) => {
             let (config, _, plan) = resolve(&options.target)?;
             let bundle = dist(&config.root, &plan).join(format!("{}.bundle", plan.stem()));
             ensure!(
@@ -41,7 +47,9 @@ pub fn push(options: &Push) -> Result<()> {
         Format::Text => print!("{}", table(&outcomes)),
     }
     let wanted = if options.no_wait { Verdict::Installed } else { Verdict::Committed };
-    let missing = outcomes.iter().filter(|outcome| outcome.verdict != wanted).count();
+    // An API is committed when it is installed: nobody needs to wait for it.
+    let done = |outcome: &&Outcome| [wanted, Verdict::Committed].contains(&outcome.verdict);
+    let missing = outcomes.len() - outcomes.iter().filter(done).count();
     if missing > 0 {
         let what = if options.no_wait { "installed" } else { "committed" };
         bail!("not {what} on {missing} of {} robots", outcomes.len());

@@ -19,6 +19,8 @@ struct Api<'a> {
     site_packages: &'a str,
     python: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
+    libc: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     minimum_version: Option<&'a str>,
     wheels: Vec<Wheel<'a>>,
 }
@@ -30,7 +32,7 @@ struct Wheel<'a> {
     sha256: &'a str,
 }
 
-/// The text of `api.toml` for the wheels in a tree.
+/// The text of `api.toml` for the wheels in a tree, and the C library for which they were locked.
 ///
 /// # Errors
 /// When the tree does not have the package as an installer leaves it, or no module of its name.
@@ -38,6 +40,7 @@ pub fn describe(
     tree: &Tree,
     distributions: &[InstalledDistribution],
     minimum_version: Option<&str>,
+    libc: Option<&str>,
 ) -> Result<String> {
     let top = distributions.iter().find(|d| d.top_level).context("no wheel was asked for")?;
     // The marker of what was asked for (PEP 376) says where its folder of modules is.
@@ -71,6 +74,7 @@ pub fn describe(
         version: &top.version,
         site_packages: &site,
         python,
+        libc,
         minimum_version,
         wheels,
     })

@@ -34,6 +34,8 @@ pub struct Parts<'a> {
     pub wheels: Option<&'a Utf8Path>,
     /// What is in them.
     pub distributions: &'a [InstalledDistribution],
+    /// The C library for which they were locked: `glibc 2.36`.
+    pub libc: Option<&'a str>,
     /// Generated texts.
     pub rendered: &'a Rendered,
     /// The kernel, as U-Boot loads it.
@@ -90,7 +92,8 @@ pub fn tree(plan: &Plan, parts: &Parts<'_>) -> Result<Tree> {
     tree.file(BASE_ID, 0o644, format!("{}\n", parts.base_id))?;
     if let Some(plan) = &plan.api {
         let floor = plan.minimum_version.as_deref();
-        tree.file(api::API, 0o644, api::describe(&tree, parts.distributions, floor)?)?;
+        let text = api::describe(&tree, parts.distributions, floor, parts.libc)?;
+        tree.file(api::API, 0o644, text)?;
     }
     Ok(tree)
 }

@@ -56,6 +56,24 @@ pub struct Installed {
     pub written: u64,
 }
 
+/// What an install of the API did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct InstalledApi {
+    /// The version that serves now.
+    pub version: String,
+    /// The version that served before; `None`: the system's own.
+    pub before: Option<String>,
+    /// How many wheels it has.
+    pub wheels: u64,
+    /// How many of them were there already.
+    pub reused: u64,
+    /// Bytes written.
+    pub written: u64,
+    /// Milliseconds during which nothing answered.
+    pub down_ms: u64,
+}
+
 /// Why the agent refuses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refused {

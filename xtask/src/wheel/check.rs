@@ -38,6 +38,8 @@ pub struct Unmet {
 pub struct Closure {
     /// For each distribution that is needed, who needs it (normalised names).
     pub needed_by: BTreeMap<String, BTreeSet<String>>,
+    /// What the base provides, by normalised name.
+    pub from_base: BTreeMap<String, String>,
     /// What is not met.
     pub unmet: Vec<Unmet>,
 }
@@ -74,7 +76,10 @@ pub fn closure(
                 found: found.map(Version::to_string),
             });
         }
-        let Some(metadata) = wheels.get(&name) else { continue };
+        let Some(metadata) = wheels.get(&name) else {
+            closure.from_base.extend(found.map(|version| (name, version.to_string())));
+            continue;
+        };
         let needed = closure.needed_by.entry(name.clone()).or_default();
         // An extra may make a distribution need itself (`foo[all]` needs `foo[a]`).
         needed.extend(by.filter(|by| *by != name));
@@ -97,7 +102,7 @@ pub fn closure(
     Ok(closure)
 }
 
-/// Checks wheels against the target and each other.
+/// Checks wheels against the target and each other; returns who needs whom.
 ///
 /// # Errors
 /// Names every wheel and rule that is broken: a wrong tag, a Python that does not fit, a
@@ -108,7 +113,7 @@ pub fn check(
     wheels: &[Wheel],
     target: &Target,
     base: &[BaseDistribution],
-) -> Result<()> {
+) -> Result<Closure> {
     let accepted = target.tags();
     let mut wrong = Vec::new();
     let mut by_name = BTreeMap::new();
@@ -146,7 +151,7 @@ pub fn check(
         }
     }
     match wrong.len() {
-        0 => Ok(()),
+        0 => Ok(closure),
         1 => Err(anyhow!("{}\n{HELP}", wrong[0])),
         n => bail!("{n} things are wrong:\n  {}\n{HELP}", wrong.join("\n  ")),
     }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::archive::{Wheel, digest_text};
 use super::base::BasePython;
 use super::bytecode;
-use super::check::check;
+use super::check::{Closure, check};
 use super::fetch::FetchedWheel;
 use super::lock::WheelLock;
 use super::metadata::{EntryPoint, License, RecordLine, format_record};
@@ -19,6 +19,9 @@ use crate::artifact::{Artifact, write_atomically};
 
 /// What INSTALLER says (PEP 376).
 const INSTALLER: &str = "slipway\n";
+
+/// The base's interpreter, whatever made the base.
+const INTERPRETER: &str = "/usr/bin/python3";
 
 /// Where wheels go on the robot; absolute paths.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,7 +46,18 @@ impl InstallTarget {
             site_packages: format!("{prefix}/lib/python{}/{folder}", base.version.short()).into(),
             scripts: format!("{prefix}/bin").into(),
             prefix: prefix.into(),
-            interpreter: "/usr/bin/python3".into(),
+            interpreter: INTERPRETER.into(),
+        }
+    }
+
+    /// Where an API lies that is installed on `data`, whatever its version and the base.
+    pub fn on_data() -> Self {
+        let place = Utf8Path::new(bundle::component::PLACE);
+        Self {
+            site_packages: place.join(bundle::component::SITE),
+            scripts: place.join(bundle::component::BIN),
+            prefix: place.to_owned(),
+            interpreter: INTERPRETER.into(),
         }
     }
 }
@@ -109,17 +123,17 @@ pub struct InstalledDistribution {
 }
 
 /// A file on its way into the tar.
-struct Placed {
-    bytes: Vec<u8>,
+pub(super) struct Placed {
+    pub bytes: Vec<u8>,
     digest: String,
     mode: u32,
-    wheel: usize,
+    pub wheel: usize,
 }
 
 /// The tree that grows; paths without the leading slash.
 #[derive(Default)]
-struct Tree {
-    files: BTreeMap<String, Placed>,
+pub(super) struct Tree {
+    pub files: BTreeMap<String, Placed>,
 }
 
 impl Tree {
@@ -137,12 +151,33 @@ impl Tree {
     }
 }
 
+/// Wheels laid out, before anything is written.
+pub(super) struct Laid {
+    pub tree: Tree,
+    /// In the lock's order, which is that of [`Placed::wheel`].
+    pub distributions: Vec<InstalledDistribution>,
+    /// The programs that each wheel asks for, in the same order.
+    pub entry_points: Vec<Vec<EntryPoint>>,
+    /// Who needs whom.
+    pub closure: Closure,
+}
+
 /// Checks and installs wheels into a tar.
 ///
 /// # Errors
 /// When a wheel breaks a rule, wheels do not fit the base or each other, two of them install one file,
 /// the base's Python cannot be run, or the tar cannot be written.
 pub fn install(request: &InstallRequest<'_>) -> Result<Installed> {
+    let Laid { tree, mut distributions, .. } = lay_out(request)?;
+    let files: Vec<_> = tree.files.iter().map(|(path, placed)| (path.as_str(), placed)).collect();
+    write_atomically(request.out, |out| write_tar(&files, request.epoch, out))
+        .with_context(|| format!("writing {}", request.out))?;
+    distributions.sort_by(|a, b| a.wheel.cmp(&b.wheel));
+    Ok(Installed { tar: Artifact::of(request.out)?, distributions })
+}
+
+/// Checks wheels and lays their files out, compiled, as `request` says.
+pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<Laid> {
     let InstallRequest { lock, wheels: fetched, base, target, .. } = request;
     let mut on = lock.target.clone();
     ensure!(
@@ -154,10 +189,11 @@ pub fn install(request: &InstallRequest<'_>) -> Result<Installed> {
     );
     on.python = base.version;
     let wheels = open_all(fetched)?;
-    check(&lock.requirement, &wheels, &on, &base.distributions)
+    let closure = check(&lock.requirement, &wheels, &on, &base.distributions)
         .context("checking the wheels against the base")?;
     let top = lock.top_level()?;
 
+    let entry_points = wheels.iter().map(|wheel| wheel.entry_points.clone()).collect();
     let mut facts = Vec::new();
     let mut tree = Tree::default();
     for (index, wheel) in wheels.into_iter().enumerate() {
@@ -174,11 +210,8 @@ pub fn install(request: &InstallRequest<'_>) -> Result<Installed> {
         fact.files += 1;
         fact.installed_bytes += placed.bytes.len() as u64;
     }
-    write_atomically(request.out, |out| write_tar(&tree, request.epoch, out))
-        .with_context(|| format!("writing {}", request.out))?;
-    let mut distributions: Vec<_> = facts.into_iter().map(|(fact, _)| fact).collect();
-    distributions.sort_by(|a, b| a.wheel.cmp(&b.wheel));
-    Ok(Installed { tar: Artifact::of(request.out)?, distributions })
+    let distributions = facts.into_iter().map(|(fact, _)| fact).collect();
+    Ok(Laid { tree, distributions, entry_points, closure })
 }
 
 /// Reads and checks all wheels, on all cores.
@@ -215,7 +248,7 @@ fn open_all(fetched: &[FetchedWheel]) -> Result<Vec<Wheel>> {
 type Fact = (InstalledDistribution, String);
 
 /// A robot's path as the tree has it.
-fn inside(path: &Utf8Path) -> &str {
+pub(super) fn inside(path: &Utf8Path) -> &str {
     path.as_str().trim_matches('/')
 }
 
@@ -389,10 +422,11 @@ fn relative(path: &str, from: &str) -> String {
     up.chain(path[common..].iter().copied()).collect::<Vec<_>>().join("/")
 }
 
-fn write_tar(tree: &Tree, epoch: u64, out: &mut dyn Write) -> Result<()> {
+/// Writes files, sorted by path, with all their folders.
+pub(super) fn write_tar(files: &[(&str, &Placed)], epoch: u64, out: &mut dyn Write) -> Result<()> {
     let mut folders = BTreeSet::new();
-    for path in tree.files.keys() {
-        let mut rest = path.as_str();
+    for (path, _) in files {
+        let mut rest = *path;
         while let Some((parent, _)) = rest.rsplit_once('/') {
             if !folders.insert(parent) {
                 break;
@@ -412,8 +446,8 @@ fn write_tar(tree: &Tree, epoch: u64, out: &mut dyn Write) -> Result<()> {
         header
     };
     let mut folders = folders.into_iter().peekable();
-    for (path, placed) in &tree.files {
-        while let Some(folder) = folders.next_if(|folder| *folder < path.as_str()) {
+    for (path, placed) in files {
+        while let Some(folder) = folders.next_if(|folder| folder < path) {
             let mut header = header(tar::EntryType::Directory, 0o755, 0);
             builder.append_data(&mut header, format!("{folder}/"), std::io::empty())?;
         }

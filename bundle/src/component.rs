@@ -1,0 +1,368 @@
+//! `component.json`: what the component `api` of a bundle consists of, and what it needs of the system
+//! below it. The builder writes it, the robot checks it; a [`Lock`] in hand has passed every rule.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::limits::{MAX_LOCK, MAX_NAME, MAX_NAMES, MAX_PAYLOADS, MAX_TREE, MAX_TREE_FILES};
+use crate::manifest::Component;
+
+/// The component's name.
+pub const API: &str = "api";
+
+/// The role of the payload with the lock: the first one. No wheel can have it, since the normalised name
+/// of a distribution has no dot (PEP 503).
+pub const LOCK_ROLE: &str = "component.json";
+
+/// The lock's format.
+pub const LOCK_FORMAT: u32 = 1;
+
+/// Where an installed API lies on a robot, whatever its version: bytecode and programs name this place.
+pub const PLACE: &str = "/data/apps/api/current";
+
+/// Folder of the modules, below [`PLACE`] and in each wheel's tree.
+pub const SITE: &str = "site";
+
+/// Folder of the programs, below [`PLACE`] and in each wheel's tree.
+pub const BIN: &str = "bin";
+
+/// The time of each file in a wheel's tree, seconds since 1970: 1980-01-01, the first that a wheel itself
+/// can hold. One for all, so that a tree depends on its wheel alone, and a file that somebody has changed
+/// on a robot shows.
+pub const TREE_TIME: u64 = 315_532_800;
+
+/// Most characters of texts that are no names of the bundle: modules, programs, versions of wheels.
+const MAX_TEXT: usize = 200;
+
+/// The lock of a component.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Lock {
+    /// [`LOCK_FORMAT`].
+    pub format: u32,
+    /// The distribution that the product asks for: its normalised name.
+    pub package: String,
+    /// The module that it installs under its own name.
+    pub module: String,
+    /// Its version, as its metadata spells it (PEP 440).
+    pub version: String,
+    /// The Python that all of it was made for: `3.11`.
+    pub python: String,
+    /// The processor's architecture as Linux names it: `aarch64`.
+    pub arch: String,
+    /// The C library that it was locked for; a base with this one or a newer one does: `glibc 2.36`.
+    pub libc: String,
+    /// Distributions that the base must bring.
+    #[serde(default)]
+    pub base: Vec<BaseNeed>,
+    /// The wheels, in the order of the payloads after the lock's own.
+    pub wheels: Vec<Wheel>,
+}
+
+/// A distribution that the base brings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BaseNeed {
+    /// Its normalised name.
+    pub name: String,
+    /// The version that met the requirement when this was built.
+    pub version: String,
+}
+
+/// One wheel, installed into a tree of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Wheel {
+    /// The role of its payload.
+    pub role: String,
+    /// The distribution's normalised name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// SHA-256 of the wheel file.
+    pub sha256: String,
+    /// SHA-256 of the payload, which is the tree as a tar.
+    pub tree: String,
+    /// Bytes of the payload.
+    pub size: u64,
+    /// Files in the tree.
+    pub files: u64,
+    /// Bytes of these files.
+    pub bytes: u64,
+    /// Normalised names of the wheels of this component that it requires on this platform.
+    #[serde(default)]
+    pub requires: Vec<String>,
+    /// The programs that its installer makes.
+    #[serde(default)]
+    pub scripts: Vec<Script>,
+}
+
+/// A program of a wheel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Script {
+    /// Its file name in [`BIN`].
+    pub name: String,
+    /// The module that it imports.
+    pub module: String,
+}
+
+impl Lock {
+    /// Reads a lock and checks every rule.
+    ///
+    /// # Errors
+    /// `bad-component`, with the rule that is broken.
+    pub fn parse(json: &[u8]) -> Result<Self> {
+        /// Read first, and alone, so that a later format is refused by its number.
+        #[derive(Deserialize)]
+        struct Head {
+            format: u64,
+        }
+        let shape = |error: serde_json::Error| bad(error.to_string());
+        if json.len() as u64 > MAX_LOCK {
+            return Err(bad(format!("it has {} bytes, at most {MAX_LOCK}", json.len())));
+        }
+        let head: Head = serde_json::from_slice(json).map_err(shape)?;
+        if head.format != u64::from(LOCK_FORMAT) {
+            return Err(bad(format!("it has format {}, known is {LOCK_FORMAT}", head.format)));
+        }
+        let lock: Self = serde_json::from_slice(json).map_err(shape)?;
+        lock.check()?;
+        Ok(lock)
+    }
+
+    /// The lock as its payload has it: indented JSON with a final newline.
+    ///
+    /// # Errors
+    /// `bad-component`: a rule is broken, or it is longer than [`MAX_LOCK`].
+    pub fn to_json(&self) -> Result<Vec<u8>> {
+        self.check()?;
+        let mut json = serde_json::to_vec_pretty(self).map_err(|error| bad(error.to_string()))?;
+        json.push(b'\n');
+        if json.len() as u64 > MAX_LOCK {
+            return Err(bad(format!("it has {} bytes, at most {MAX_LOCK}", json.len())));
+        }
+        Ok(json)
+    }
+
+    /// Whether this is the lock of these payloads: their roles, order and sizes.
+    ///
+    /// # Errors
+    /// `bad-component`.
+    pub fn matches(&self, component: &Component) -> Result<()> {
+        let (first, rest) = component.payloads.split_first().ok_or_else(|| bad("no payload"))?;
+        if first.role != LOCK_ROLE || rest.len() != self.wheels.len() {
+            return Err(bad(format!(
+                "the component has the lock {} and {} payloads, the lock lists {} wheels",
+                first.role,
+                rest.len(),
+                self.wheels.len()
+            )));
+        }
+        for (payload, wheel) in rest.iter().zip(&self.wheels) {
+            if payload.role != wheel.role || payload.size != wheel.size {
+                return Err(bad(format!(
+                    "payload {} has {} bytes, the lock has {} with {} in its place",
+                    payload.role, payload.size, wheel.role, wheel.size
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The wheel of the package itself.
+    pub fn top(&self) -> Option<&Wheel> {
+        self.wheels.iter().find(|wheel| wheel.name == self.package)
+    }
+
+    /// Every rule that JSON's shape does not express.
+    fn check(&self) -> Result<()> {
+        for (what, text) in [("python", &self.python), ("version", &self.version)] {
+            version(what, text)?;
+        }
+        words("arch", &self.arch)?;
+        words("libc", &self.libc)?;
+        dotted("module", &self.module)?;
+        if self.wheels.len() >= MAX_PAYLOADS || self.base.len() > MAX_NAMES {
+            return Err(bad(format!("it lists {} wheels", self.wheels.len())));
+        }
+        for need in &self.base {
+            distribution(&need.name)?;
+            version("version", &need.version)?;
+        }
+        let (mut names, mut roles) = (BTreeSet::new(), BTreeSet::from([LOCK_ROLE]));
+        for wheel in &self.wheels {
+            wheel.check()?;
+            if !names.insert(wheel.name.as_str()) || !roles.insert(wheel.role.as_str()) {
+                return Err(bad(format!("`{}` comes twice", wheel.name.escape_debug())));
+            }
+        }
+        for wheel in &self.wheels {
+            if let Some(name) = wheel.requires.iter().find(|name| !names.contains(name.as_str())) {
+                return Err(bad(format!(
+                    "{} requires {}, which is not there",
+                    wheel.name,
+                    name.escape_debug()
+                )));
+            }
+        }
+        match self.top() {
+            Some(top) if top.version == self.version => Ok(()),
+            _ => Err(bad(format!("{} {} is not among the wheels", self.package, self.version))),
+        }
+    }
+}
+
+impl Wheel {
+    fn check(&self) -> Result<()> {
+        distribution(&self.name)?;
+        version("version", &self.version)?;
+        for (what, hash) in [("sha256", &self.sha256), ("tree", &self.tree)] {
+            let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+            if hash.len() != 64 || !hash.bytes().all(digit) {
+                return Err(bad(format!("`{what}` of {} is no SHA-256", self.name)));
+            }
+        }
+        if self.role.is_empty() || self.role.len() > MAX_NAME {
+            return Err(bad(format!("`role` of {} has no or too many characters", self.name)));
+        }
+        if self.size > MAX_TREE || self.bytes > self.size || self.files > MAX_TREE_FILES {
+            return Err(bad(format!(
+                "{} has {} bytes in {} files, at most {MAX_TREE} in {MAX_TREE_FILES}",
+                self.name, self.size, self.files
+            )));
+        }
+        for script in &self.scripts {
+            let plain = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b'\\';
+            let long = script.name.is_empty() || script.name.len() > MAX_TEXT;
+            if long || script.name.starts_with('.') || !script.name.bytes().all(plain) {
+                return Err(bad(format!(
+                    "`{}` is no name of a program",
+                    script.name.escape_debug()
+                )));
+            }
+            dotted("module", &script.module)?;
+        }
+        Ok(())
+    }
+}
+
+fn bad(reason: impl Into<String>) -> Error {
+    Error::BadComponent { reason: reason.into() }
+}
+
+/// A name as PEP 503 normalises it.
+fn distribution(name: &str) -> Result<()> {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let ends = |b: Option<u8>| b.is_some_and(plain);
+    let ok = name.len() <= MAX_TEXT
+        && ends(name.bytes().next())
+        && ends(name.bytes().last())
+        && name.bytes().all(|b| plain(b) || b == b'-');
+    if ok { Ok(()) } else { Err(bad(format!("`{}` is no distribution", name.escape_debug()))) }
+}
+
+/// Safe in a file name, and begins with a letter or digit.
+fn version(what: &str, text: &str) -> Result<()> {
+    let ok = text.len() <= 64
+        && text.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-+!".contains(&b));
+    if ok { Ok(()) } else { Err(bad(format!("`{what}`: `{}` is none", text.escape_debug()))) }
+}
+
+fn words(what: &str, text: &str) -> Result<()> {
+    let ok = !text.is_empty()
+        && text.len() <= MAX_TEXT
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._- ".contains(&b));
+    if ok { Ok(()) } else { Err(bad(format!("`{what}`: `{}` is none", text.escape_debug()))) }
+}
+
+/// A module's path: identifiers with dots between them.
+fn dotted(what: &str, text: &str) -> Result<()> {
+    let identifier = |part: &str| {
+        part.chars().next().is_some_and(|c| c == '_' || c.is_alphabetic())
+            && part.chars().all(|c| c == '_' || c.is_alphanumeric())
+    };
+    if text.len() <= MAX_TEXT && text.split('.').all(identifier) {
+        return Ok(());
+    }
+    Err(bad(format!("`{what}`: `{}` is none", text.escape_debug())))
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may fail by panicking")]
+mod tests {
+    use super::*;
+
+    fn wheel(name: &str) -> Wheel {
+        Wheel {
+            role: name.to_owned(),
+            name: name.to_owned(),
+            version: "1.0".to_owned(),
+            sha256: "0".repeat(64),
+            tree: "1".repeat(64),
+            size: 2048,
+            files: 1,
+            bytes: 5,
+            requires: Vec::new(),
+            scripts: vec![Script { name: "go".to_owned(), module: "foo.cli".to_owned() }],
+        }
+    }
+
+    fn lock() -> Lock {
+        Lock {
+            format: LOCK_FORMAT,
+            package: "foo".to_owned(),
+            module: "foo".to_owned(),
+            version: "1.0".to_owned(),
+            python: "3.11".to_owned(),
+            arch: "aarch64".to_owned(),
+            libc: "glibc 2.36".to_owned(),
+            base: vec![BaseNeed { name: "base".to_owned(), version: "2".to_owned() }],
+            wheels: vec![wheel("bar"), Wheel { requires: vec!["bar".to_owned()], ..wheel("foo") }],
+        }
+    }
+
+    #[test]
+    fn a_lock_is_read_as_it_was_written() {
+        assert_eq!(Lock::parse(&lock().to_json().unwrap()).unwrap(), lock());
+    }
+
+    #[test]
+    fn each_rule_has_its_refusal() {
+        type Change = fn(&mut Lock);
+        let cases: [(&str, Change); 16] = [
+            ("format 2", |l| l.format = 2),
+            ("`version`: `../x`", |l| l.version = "../x".into()),
+            ("foo 2.0 is not among", |l| l.version = "2.0".into()),
+            ("x 1.0 is not among", |l| l.package = "x".into()),
+            ("`module`: `a..b`", |l| l.module = "a..b".into()),
+            ("`module`: `a/b`", |l| l.module = "a/b".into()),
+            ("`bar` comes twice", |l| l.wheels.push(wheel("bar"))),
+            ("`baz` comes twice", |l| {
+                l.wheels.push(Wheel { role: LOCK_ROLE.into(), ..wheel("baz") });
+            }),
+            ("which is not there", |l| l.wheels.retain(|w| w.name == "foo")),
+            ("`Foo_x` is no distribution", |l| l.wheels.push(wheel("Foo_x"))),
+            ("no SHA-256", |l| l.wheels.push(Wheel { tree: "/".repeat(64), ..wheel("x") })),
+            ("no SHA-256", |l| l.wheels.push(Wheel { sha256: "A".repeat(64), ..wheel("x") })),
+            ("bytes in", |l| l.wheels.push(Wheel { size: MAX_TREE + 1, ..wheel("x") })),
+            ("bytes in", |l| l.wheels.push(Wheel { files: MAX_TREE_FILES + 1, ..wheel("x") })),
+            ("no name of a program", |l| {
+                let script = Script { name: "../go".into(), module: "foo".into() };
+                l.wheels.push(Wheel { scripts: vec![script], ..wheel("x") });
+            }),
+            ("it lists", |l| l.wheels = vec![wheel("foo"); MAX_PAYLOADS]),
+        ];
+        for (expected, change) in cases {
+            let mut lock = lock();
+            change(&mut lock);
+            let json = serde_json::to_vec(&lock).unwrap();
+            let error = Lock::parse(&json).unwrap_err();
+            assert_eq!(error.code(), "bad-component");
+            assert!(error.to_string().contains(expected), "{expected}: {error}");
+        }
+    }
+}

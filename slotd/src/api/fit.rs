@@ -1,0 +1,103 @@
+//! Whether an API fits the running system, by what `api.toml` says of it.
+
+use std::cmp::Ordering;
+use std::fs;
+use std::path::PathBuf;
+
+use bundle::component::{BaseNeed, Lock};
+
+use super::version::compare;
+use crate::builtin::BuiltIn;
+use crate::root::Root;
+
+impl BuiltIn {
+    /// Why an API does not fit this system; `None` when it does.
+    pub fn misfit(&self, root: &Root, lock: &Lock) -> Option<String> {
+        let (version, arch) = (&lock.version, std::env::consts::ARCH);
+        if (&lock.package, &lock.module) != (&normal(&self.package), &self.module) {
+            return Some(format!(
+                "it is {} (module {}), this system's API is {} (module {})",
+                lock.package, lock.module, self.package, self.module
+            ));
+        }
+        if lock.python != self.python {
+            return Some(format!(
+                "it was made for Python {}, this system has {}",
+                lock.python, self.python
+            ));
+        }
+        if lock.arch != arch {
+            return Some(format!("it was made for {}, this machine is {arch}", lock.arch));
+        }
+        if let Some(libc) = self.libc.as_ref().filter(|libc| !at_least(libc, &lock.libc)) {
+            return Some(format!("it was made for {}, this system has {libc}", lock.libc));
+        }
+        // A version that cannot be compared is one that nobody can say yes to.
+        let below = |minimum: &&String| {
+            !matches!(compare(version, minimum), Some(Ordering::Equal | Ordering::Greater))
+        };
+        if let Some(minimum) = self.minimum_version.as_ref().filter(below) {
+            return Some(format!("its version is {version}, this system takes {minimum} or later"));
+        }
+        let missing = lock.base.iter().find(|need| !self.brings(root, need))?;
+        Some(format!(
+            "it needs {} {} of the system, which does not have it",
+            missing.name, missing.version
+        ))
+    }
+
+    /// Whether the system has a distribution, in the folders of Debian's Python or a plain one's.
+    fn brings(&self, root: &Root, need: &BaseNeed) -> bool {
+        let short = &self.python;
+        let folders = [
+            self.site_packages.clone(),
+            PathBuf::from("/usr/lib/python3/dist-packages"),
+            PathBuf::from(format!("/usr/lib/python{short}/site-packages")),
+        ];
+        folders.iter().any(|folder| {
+            let Ok(entries) = fs::read_dir(root.path(folder)) else { return false };
+            entries.flatten().any(|entry| {
+                let name = entry.file_name();
+                name.to_str().is_some_and(|name| is_of(name, need))
+            })
+        })
+    }
+}
+
+/// Whether `numpy-1.26.4.dist-info` (or `.egg-info`) is that of a distribution.
+fn is_of(entry: &str, need: &BaseNeed) -> bool {
+    let known = entry.strip_suffix(".dist-info").or_else(|| entry.strip_suffix(".egg-info"));
+    let Some((name, rest)) = known.and_then(|known| known.split_once('-')) else { return false };
+    let version = rest.split("-py").next().unwrap_or(rest);
+    normal(name) == need.name && compare(version, &need.version) == Some(Ordering::Equal)
+}
+
+/// A distribution's name in the form in which names are compared (PEP 503).
+fn normal(name: &str) -> String {
+    let parts: Vec<&str> = name.split(['-', '_', '.']).filter(|part| !part.is_empty()).collect();
+    parts.join("-").to_ascii_lowercase()
+}
+
+/// Whether one C library is of the same family as another, and not older.
+fn at_least(have: &str, need: &str) -> bool {
+    let (Some((family, have)), Some((other, need))) = (have.split_once(' '), need.split_once(' '))
+    else {
+        return false;
+    };
+    family == other && matches!(compare(have, need), Some(Ordering::Equal | Ordering::Greater))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn c_libraries_and_distributions_are_compared() {
+        assert!(at_least("glibc 2.36", "glibc 2.36") && at_least("glibc 2.41", "glibc 2.36"));
+        assert!(!at_least("glibc 2.31", "glibc 2.36") && !at_least("musl 2.41", "glibc 2.36"));
+        let need = BaseNeed { name: "six-seven".to_owned(), version: "1.16".to_owned() };
+        assert!(is_of("Six_Seven-1.16.0.dist-info", &need));
+        assert!(is_of("six_seven-1.16-py3.11.egg-info", &need));
+        assert!(!is_of("six_seven-1.17.dist-info", &need) && !is_of("six-1.16.dist-info", &need));
+    }
+}

@@ -1,0 +1,302 @@
+//! An install of the component: what can be refused first, then what is missing, beside the API that
+//! serves, and only then the change.
+
+use std::fs;
+use std::time::Instant;
+
+use bundle::component::{API, LOCK_ROLE, Lock, SITE};
+use bundle::{Input, PayloadReader, Reader};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use serde::Serialize;
+use serde_json::json;
+
+use super::service::Patience;
+use super::state::Good;
+use super::switch::{change, millis};
+use super::{NEW, Place, clear, failed, flush, flush_all, keep, settle, tree};
+use crate::builtin::BuiltIn;
+use crate::data::{Condition, State as DataState};
+use crate::durable;
+use crate::install::{Machine, Progress, Step, from_source};
+use crate::python::{self, Entry, Interpreter, Module, SearchPath};
+use crate::refusal::{Matter, Refusal, Result};
+use crate::root::Root;
+
+/// What an install of the component did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Outcome {
+    /// The component.
+    pub component: &'static str,
+    /// The version that serves now.
+    pub version: String,
+    /// Its folder in `/data/apps/api`.
+    pub folder: String,
+    /// SHA-256 of the bundle's manifest.
+    pub manifest: String,
+    /// The version that served before; `None`: the base's own.
+    pub before: Option<String>,
+    /// How many wheels it has.
+    pub wheels: usize,
+    /// How many of them were there already.
+    pub reused: usize,
+    /// Bytes of all payloads.
+    pub size: u64,
+    /// Bytes of those that were there already.
+    pub held: u64,
+    /// Bytes written.
+    pub written: u64,
+    /// Milliseconds until everything was written and flushed.
+    pub write_ms: u64,
+    /// Milliseconds during which nothing answered.
+    pub down_ms: u64,
+}
+
+/// What an install has put where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Installed {
+    /// A system, into the idle slot.
+    System(crate::install::Outcome),
+    /// An API, which serves.
+    Api(Outcome),
+}
+
+impl Installed {
+    /// What was put into the idle slot, if that is what was installed.
+    pub fn system(self) -> Option<crate::install::Outcome> {
+        match self {
+            Self::System(outcome) => Some(outcome),
+            Self::Api(_) => None,
+        }
+    }
+}
+
+/// Installs a bundle of the component `api`. The caller has the lock, and has compared the manifest with
+/// the robot.
+///
+/// # Errors
+/// A refusal. Until the change itself, nothing that serves is touched; after it, what served before serves
+/// again.
+pub(crate) fn install<I: Input>(
+    machine: &Machine<'_>,
+    reader: &mut Reader<I>,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Outcome> {
+    let (root, events) = (machine.root, machine.events);
+    // The API's server is not root, whatever mask the caller has.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    let component = match reader.manifest().components.as_slice() {
+        [one] => one.clone(),
+        _ => {
+            return Err(Refusal::new(
+                "mixed-bundle",
+                "the bundle has the component api and others: one of them needs a restart, the other none",
+                "make a bundle of each; a system brings its own API along",
+            ));
+        }
+    };
+    let Some(base) = BuiltIn::read(root)? else {
+        return Err(Refusal::new(
+            "unknown-payload",
+            "the bundle has the component api, and this system has no API",
+            "take the bundle that was made for this product",
+        ));
+    };
+    writable(root)?;
+    let manifest = reader.manifest_sha256().to_owned();
+    let signed_by: Vec<String> = reader.signed_by().iter().map(|by| by.id.clone()).collect();
+    let lock = match reader.next_payload().map_err(from_source)? {
+        Some(payload) if payload.role() == LOCK_ROLE => read_lock(payload)?,
+        _ => return Err(bad_component(format!("the first payload is not {LOCK_ROLE}"))),
+    };
+    let (lock, json) = lock;
+    lock.matches(&component)?;
+    if let Some(why) = base.misfit(root, &lock) {
+        return Err(Refusal::new(
+            "api-unfit",
+            format!("the API {} does not fit this system: {why}", lock.version),
+            "build it for this system's product, or install a newer system first",
+        ));
+    }
+    // What an interrupted change has left is decided before the next one.
+    settle(root, events)?;
+    keep::make_room(root, &lock)?;
+
+    let id = bundle::index::hex(&bundle::index::sha256(&json));
+    let folder = format!("{}-{}", lock.version, id.get(..8).unwrap_or_default());
+    let place = Place::new(root);
+    let before = super::State::read(root).chosen;
+    events.add(
+        "api-install-started",
+        json!({ "version": lock.version, "manifest": manifest, "signed-by": signed_by }),
+    );
+    let started = Instant::now();
+    let mut outcome = Outcome {
+        component: API,
+        version: lock.version.clone(),
+        folder: folder.clone(),
+        manifest: manifest.clone(),
+        before: before
+            .and_then(|folder| super::state::lock(&place, &folder).ok())
+            .map(|l| l.version),
+        wheels: lock.wheels.len(),
+        reused: 0,
+        size: component.payloads.iter().map(|payload| payload.size).sum(),
+        held: 0,
+        written: 0,
+        write_ms: 0,
+        down_ms: 0,
+    };
+    let beside = bring(reader, &place, &lock, &mut outcome, progress)
+        .and_then(|()| assemble(root, &place, &lock, &json, &folder));
+    if let Err(refusal) = beside {
+        // What an interrupted transfer has brought serves the next one; what no robot takes goes.
+        if let Err(error) = keep::sweep(&place) {
+            events.add("api-not-tidied", json!(error));
+        } else if refusal.matter() == Matter::Bundle {
+            keep::tidy(root, events);
+        }
+        return Err(refusal);
+    }
+    outcome.write_ms = millis(started.elapsed());
+
+    let good = Good { folder: folder.clone(), version: lock.version, manifest, signed_by };
+    let changed = change(root, events, Some(&folder), Patience::of(root), |state| {
+        state.good.retain(|other| other.folder != good.folder);
+        state.good.insert(0, good);
+    });
+    keep::tidy(root, events);
+    outcome.down_ms = millis(changed?);
+    Ok(outcome)
+}
+
+/// `data` must be the card's, and take writes: what memory holds is gone with the next restart.
+fn writable(root: &Root) -> Result<()> {
+    let state = DataState::read(root)?;
+    match state.condition {
+        Condition::ReadOnly | Condition::Memory => Err(Refusal::new(
+            "no-data",
+            state.alarm().unwrap_or_default(),
+            "restart the robot to have data checked, or replace the card; the API that serves is not touched",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn bad_component(reason: String) -> Refusal {
+    bundle::Error::BadComponent { reason }.into()
+}
+
+/// The lock and its bytes.
+fn read_lock<I: Input>(mut payload: PayloadReader<'_, I>) -> Result<(Lock, Vec<u8>)> {
+    if payload.payload().size > bundle::MAX_LOCK {
+        return Err(bad_component(format!(
+            "it has {} bytes, at most {}",
+            payload.payload().size,
+            bundle::MAX_LOCK
+        )));
+    }
+    let mut json = Vec::new();
+    while payload.next_frame().is_some() {
+        payload
+            .read_frame(&mut |_, bytes| {
+                json.extend_from_slice(bytes);
+                Ok(())
+            })
+            .map_err(from_source)?;
+    }
+    Ok((Lock::parse(&json)?, json))
+}
+
+/// Unpacks the wheels that are not here, and passes over the others.
+fn bring<I: Input>(
+    reader: &mut Reader<I>,
+    place: &Place,
+    lock: &Lock,
+    outcome: &mut Outcome,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<()> {
+    let total = outcome.size;
+    let mut done = 0;
+    for wheel in &lock.wheels {
+        let payload = reader.next_payload().map_err(from_source)?;
+        let mut payload =
+            payload.ok_or_else(|| bad_component("a payload is missing".to_owned()))?;
+        if tree::present(place, wheel) {
+            while payload.next_frame().is_some() {
+                payload.skip_frame().map_err(from_source)?;
+            }
+            outcome.reused += 1;
+            outcome.held += wheel.size;
+            done += wheel.size;
+            progress(Progress { step: Step::Write, done, total });
+        } else {
+            tree::receive(place, wheel, &mut payload, &mut |bytes| {
+                done += bytes;
+                progress(Progress { step: Step::Write, done: done.min(total), total });
+            })?;
+            outcome.written += wheel.bytes;
+        }
+    }
+    // The archive's end.
+    match reader.next_payload().map_err(from_source)? {
+        None => Ok(()),
+        Some(_) => Err(bad_component("a payload is one too many".to_owned())),
+    }
+}
+
+/// Puts a version together of links to its wheels' files: complete under its name, or not there.
+fn assemble(root: &Root, place: &Place, lock: &Lock, json: &[u8], folder: &str) -> Result<()> {
+    let path = place.version(folder);
+    let new = place.version(&format!("{folder}{NEW}"));
+    clear(&new)?;
+    fs::create_dir(&new).map_err(failed("creating", &new))?;
+    for wheel in &lock.wheels {
+        tree::link(place, wheel, &new)?;
+    }
+    imports(root, lock, &format!("{folder}{NEW}"))?;
+    let own = new.join(LOCK_ROLE);
+    durable::write(&own, json).map_err(failed("writing", &own))?;
+    flush_all(&new)?;
+    if path.exists() {
+        // The same API again: its folder may serve, so the two change places.
+        renameat_with(CWD, &new, CWD, &path, RenameFlags::EXCHANGE)
+            .map_err(|error| failed("exchanging", &path)(error.into()))?;
+        flush(place.folder())?;
+        return clear(&new);
+    }
+    fs::rename(&new, &path).map_err(failed("renaming", &new))?;
+    flush(place.folder())
+}
+
+/// Every module that the package and its programs name is there, where Python would find it, and so is
+/// every program.
+fn imports(root: &Root, lock: &Lock, folder: &str) -> Result<()> {
+    let place = Place::new(&Root::new("/"));
+    let site = place.version(folder).join(SITE);
+    let python = Interpreter::parse(&lock.python)
+        .ok_or_else(|| bad_component(format!("`{}` is no version of Python", lock.python)))?;
+    let scripts = || lock.wheels.iter().flat_map(|wheel| &wheel.scripts);
+    for module in std::iter::once(&lock.module).chain(scripts().map(|script| &script.module)) {
+        let mut found = Some(Module::Namespace { folders: vec![site.clone()] });
+        for part in module.split('.') {
+            let folders = match found {
+                Some(Module::Package { folder, .. }) => vec![folder],
+                Some(Module::Namespace { folders }) => folders,
+                _ => Vec::new(),
+            };
+            let entries: Vec<Entry> = folders.into_iter().map(Entry::Plain).collect();
+            let path = SearchPath::new(root, &python, &entries);
+            found = python::find(root, &python, &path, part)?;
+        }
+        if found.is_none() {
+            return Err(bad_component(format!("no wheel has the module {module}")));
+        }
+    }
+    let bin = Place::new(root).version(folder).join(bundle::component::BIN);
+    match scripts().find(|script| !bin.join(&script.name).is_file()) {
+        Some(script) => Err(bad_component(format!("no wheel has the program {}", script.name))),
+        None => Ok(()),
+    }
+}

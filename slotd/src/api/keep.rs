@@ -1,0 +1,169 @@
+//! What is kept on `data`: the API that serves, the last good ones within a budget, and the wheels that
+//! these have.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use bundle::component::{Lock, Wheel};
+use serde_json::json;
+
+use super::state::{self, State};
+use super::{NEW, Place, clear, failed, is_version, tree};
+use crate::events::Events;
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+
+/// Good versions that are kept beside the one that serves.
+const KEPT: usize = 2;
+
+/// They are kept only while so much of the file system stays free, in percent.
+const FREE: u64 = 20;
+
+/// Bytes that an install leaves free for everybody else.
+const RESERVE: u64 = 16 << 20;
+
+/// Bytes of the smallest unit that a file takes.
+const BLOCK: u64 = 4096;
+
+/// Removes what an interrupted change has left under an unfinished name.
+///
+/// # Errors
+/// `io`.
+pub(super) fn sweep(place: &Place) -> Result<()> {
+    for folder in [place.folder().to_owned(), place.wheels()] {
+        for name in names(&folder)? {
+            if name.ends_with(NEW) {
+                let path = folder.join(name);
+                if path.is_symlink() {
+                    fs::remove_file(&path).map_err(failed("removing", &path))?;
+                } else {
+                    clear(&path)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes good versions beyond the budget, versions that were never good, and wheels that no version has.
+/// Less room is nobody's failure: what cannot be removed is logged.
+pub(super) fn tidy(root: &Root, events: &Events) {
+    let mut state = State::read(root);
+    let mut kept = KEPT;
+    loop {
+        match trim(root, &mut state, kept).and_then(|()| free(root)) {
+            Ok((free, size)) if free.saturating_mul(100) >= size.saturating_mul(FREE) => break,
+            Ok(_) if kept == 0 => break,
+            Ok(_) => kept -= 1,
+            Err(refusal) => {
+                events.add("api-not-tidied", json!(refusal));
+                break;
+            }
+        }
+    }
+}
+
+/// Keeps the one that serves and so many others.
+fn trim(root: &Root, state: &mut State, others: usize) -> Result<()> {
+    let place = Place::new(root);
+    let chosen = state.chosen.clone();
+    let mut left = others;
+    let before = state.good.len();
+    state.good.retain(|good| {
+        let serves = chosen.as_ref() == Some(&good.folder);
+        let keep = serves || left > 0;
+        left -= usize::from(keep && !serves);
+        keep
+    });
+    // Forgotten before it goes: nothing that is remembered is half removed.
+    if state.good.len() != before {
+        state.write(root)?;
+    }
+    let mut known: BTreeSet<&str> = state.good.iter().map(|good| good.folder.as_str()).collect();
+    known.extend(chosen.as_deref());
+    let serving = place.serving();
+    known.extend(serving.as_deref());
+    for name in names(place.folder())? {
+        if is_version(&name) && !known.contains(name.as_str()) {
+            // Out of the way first, so that no half of it is ever found under its name.
+            let (path, old) = (place.version(&name), place.version(&format!("{name}{NEW}")));
+            clear(&old)?;
+            fs::rename(&path, &old).map_err(failed("renaming", &path))?;
+            clear(&old)?;
+        }
+    }
+    let mut used = BTreeSet::new();
+    for name in known {
+        if let Ok(lock) = state::lock(&place, name) {
+            used.extend(lock.wheels.into_iter().map(|wheel| wheel.tree));
+        }
+    }
+    for name in names(&place.wheels())? {
+        if !used.contains(&name) {
+            clear(&place.wheels().join(name))?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes sure that an API fits on `data`, at the cost of older ones.
+///
+/// # Errors
+/// `no-space`, with nothing written; `io`.
+pub(super) fn make_room(root: &Root, lock: &Lock) -> Result<()> {
+    let place = Place::new(root);
+    let mut state = State::read(root);
+    for others in [usize::MAX, 1, 0] {
+        if others != usize::MAX {
+            trim(root, &mut state, others)?;
+        }
+        let missing = |wheel: &&Wheel| !tree::present(&place, wheel);
+        let sizes = lock.wheels.iter().filter(missing).map(|w| w.bytes + w.files * BLOCK);
+        // A version has folders of its own; a wheel has fewer folders than files.
+        let folders: u64 = lock.wheels.iter().map(|wheel| wheel.files * BLOCK / 4).sum();
+        let need = sizes.sum::<u64>() + folders + RESERVE;
+        let (free, _) = free(root)?;
+        if free >= need {
+            return Ok(());
+        }
+        if others == 0 {
+            return Err(Refusal::new(
+                "no-space",
+                format!(
+                    "the API {} needs {} MiB on data, {} are free",
+                    lock.version,
+                    need.div_ceil(1 << 20),
+                    free >> 20
+                ),
+                "make room on data (`slotd status` shows it); the API that serves is not touched",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Bytes that are free for everybody, and bytes in all.
+fn free(root: &Root) -> Result<(u64, u64)> {
+    let about = rustix::fs::statvfs(root.data())
+        .map_err(|error| Refusal::io("looking at data", &error.into()))?;
+    Ok((
+        about.f_bavail.saturating_mul(about.f_frsize),
+        about.f_blocks.saturating_mul(about.f_frsize),
+    ))
+}
+
+/// Names in a folder; none when it is not there.
+fn names(folder: &std::path::Path) -> Result<Vec<String>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed("reading", folder)(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(failed("reading", folder))?.file_name();
+        names.extend(name.into_string());
+    }
+    names.sort();
+    Ok(names)
+}

@@ -1,0 +1,70 @@
+//! How the API stands, for `slotd status`.
+
+use serde::Serialize;
+
+use super::Place;
+use super::settle::{decide, last};
+use super::state::{self, Good, State};
+use crate::builtin::BuiltIn;
+use crate::root::Root;
+
+/// Which copy of the API serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Serves {
+    /// The one that was installed on `data`.
+    Installed,
+    /// The base's own.
+    BuiltIn,
+}
+
+/// How the API stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Status {
+    /// The distribution.
+    pub package: String,
+    /// Which copy serves.
+    pub serves: Serves,
+    /// The version that serves.
+    pub version: String,
+    /// The version that is built in.
+    pub built_in: String,
+    /// Why, in a sentence.
+    pub why: String,
+    /// SHA-256 of the manifest of the bundle that it came from.
+    pub manifest: Option<String>,
+    /// Those that were healthy and are kept, the last one first.
+    pub good: Vec<Good>,
+    /// Whether a change is not confirmed yet.
+    pub pending: bool,
+}
+
+/// How the API stands; `None` on a system that has none.
+pub fn status(root: &Root) -> Option<Status> {
+    let base = BuiltIn::read(root).ok().flatten()?;
+    let (place, state) = (Place::new(root), State::read(root));
+    let served = place.serving();
+    let lock = served.as_deref().and_then(|folder| state::lock(&place, folder).ok());
+    let good = state.good.iter().find(|good| Some(&good.folder) == served.as_ref());
+    let taken_back = last(root).and_then(|settled| settled.taken_back);
+    let why = match (&lock, &state.trial, decide(root).ok().and_then(|d| d.set_aside)) {
+        (_, Some(_), _) => "a change is under way, and not confirmed yet".to_owned(),
+        (None, None, Some(why)) => format!("the installed API is set aside: {why}"),
+        (_, None, _) if taken_back.is_some() => {
+            "the power went before a change was confirmed: it was taken back".to_owned()
+        }
+        (Some(_), None, _) => "it was installed, and fits this system".to_owned(),
+        (None, None, None) => "none is installed".to_owned(),
+    };
+    Some(Status {
+        package: base.package,
+        serves: if lock.is_some() { Serves::Installed } else { Serves::BuiltIn },
+        version: lock.map_or_else(|| base.version.clone(), |lock| lock.version),
+        built_in: base.version,
+        why,
+        manifest: good.map(|good| good.manifest.clone()),
+        pending: state.trial.is_some(),
+        good: state.good,
+    })
+}

@@ -1,0 +1,169 @@
+//! The change from one API to another: noted, made by one rename, confirmed when it is healthy, and taken
+//! back otherwise. What is noted and not confirmed is taken back in the next start.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::service::{self, Patience, Watch};
+use super::state::{self, State, Trial};
+use super::{NEW, Place, failed, flush, keep, settle};
+use crate::builtin::BuiltIn;
+use crate::durable::Lock;
+use crate::events::Events;
+use crate::provision;
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+
+/// Lets `folder` serve, or without one the base's own API: one rename, or one removal.
+///
+/// # Errors
+/// `io`.
+pub(super) fn point(place: &Place, folder: Option<&str>) -> Result<()> {
+    let current = place.current();
+    if place.serving().as_deref() == folder && current.is_symlink() == folder.is_some() {
+        return Ok(());
+    }
+    match folder {
+        Some(folder) => {
+            let new = place.folder().join(format!("current{NEW}"));
+            crate::durable::remove(&new).map_err(failed("removing", &new))?;
+            symlink(folder, &new).map_err(failed("linking", &new))?;
+            fs::rename(&new, &current).map_err(failed("renaming", &new))?;
+        }
+        None => match fs::remove_file(&current) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed("removing", &current)(error));
+            }
+            _ => {}
+        },
+    }
+    flush(place.folder())
+}
+
+/// Changes from what was chosen to `to`, whose folder is complete. Returns how long nothing answered.
+///
+/// # Errors
+/// `api-unhealthy`, and whatever provisioning is refused for: what served before serves again. `io`.
+pub(super) fn change(
+    root: &Root,
+    events: &Events,
+    to: Option<&str>,
+    patience: Patience,
+    confirm: impl FnOnce(&mut State),
+) -> Result<Duration> {
+    let place = Place::new(root);
+    let watch = Watch::new(root);
+    let mut state = State::read(root);
+    let before = state.clone();
+    state.trial = Some(Trial { to: to.map(str::to_owned) });
+    state.write(root)?;
+    let result = try_it(root, events, &place, to, &watch, patience).and_then(|down| {
+        let mut confirmed = State { chosen: to.map(str::to_owned), trial: None, ..before.clone() };
+        confirm(&mut confirmed);
+        confirmed.write(root)?;
+        Ok(down)
+    });
+    if let Err(refusal) = &result {
+        take_back(root, events, &place, refusal);
+    }
+    result
+}
+
+fn try_it(
+    root: &Root,
+    events: &Events,
+    place: &Place,
+    to: Option<&str>,
+    watch: &Watch,
+    patience: Patience,
+) -> Result<Duration> {
+    // If the power goes now, the next start must not believe that `/data/system` is still the old API's.
+    provision::forget(root)?;
+    point(place, to)?;
+    provision::run(root, events)?;
+    let started = Instant::now();
+    let unhealthy = |why: String| {
+        Refusal::new(
+            "api-unhealthy",
+            format!("the API does not come up: {why}"),
+            "see `journalctl -u slipway-api`; the API that served before serves again",
+        )
+    };
+    service::restart(root).map_err(unhealthy)?;
+    let restarted = started.elapsed();
+    let well = watch.wait(root, patience).map_err(unhealthy)?;
+    Ok(restarted + well)
+}
+
+/// What was chosen serves again. What fails here is logged: the next start does it again.
+fn take_back(root: &Root, events: &Events, place: &Place, why: &Refusal) {
+    events.add("api-taken-back", json!({ "serves": State::read(root).chosen, "why": why }));
+    let done = settle::decide(root).and_then(|decided| {
+        point(place, decided.serves.as_deref())?;
+        provision::run(root, events)?;
+        State { trial: None, ..State::read(root) }.write(root)
+    });
+    if let Err(refusal) = done {
+        events.add("api-not-taken-back", json!(refusal));
+    }
+    if let Err(why) = service::restart(root) {
+        events.add("api-not-restarted", json!({ "why": why }));
+    }
+}
+
+/// What going back has done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Back {
+    /// The component.
+    pub component: &'static str,
+    /// The version that serves now; `None`: the base's own.
+    pub version: Option<String>,
+    /// Milliseconds during which nothing answered.
+    pub down_ms: u64,
+}
+
+/// Goes back to the API that was good before this one, or to the base's own.
+///
+/// # Errors
+/// `no-other-api`, `busy`, `api-unhealthy`, `io`.
+pub fn back(root: &Root, events: &Events) -> Result<Back> {
+    let _lock = Lock::take(&root.state().join("lock"), "roll-back")?;
+    settle(root, events)?;
+    let (place, state) = (Place::new(root), State::read(root));
+    let Some(chosen) = &state.chosen else {
+        return Err(Refusal::new(
+            "no-other-api",
+            "the system's own API serves: there is nothing to go back to",
+            "install a bundle of the API",
+        ));
+    };
+    let base = BuiltIn::read(root)?;
+    let at = state.good.iter().position(|good| good.folder == *chosen);
+    let fits = |folder: &str| {
+        let lock = state::lock(&place, folder).ok();
+        lock.zip(base.as_ref()).is_some_and(|(lock, base)| base.misfit(root, &lock).is_none())
+    };
+    let before = state.good.iter().skip(at.map_or(0, |at| at + 1));
+    let to = before.clone().find(|good| good.folder != *chosen && fits(&good.folder));
+    let folder = to.map(|good| good.folder.as_str());
+    let down = change(root, events, folder, Patience::of(root), |_| {})?;
+    keep::tidy(root, events);
+    let back = Back {
+        component: bundle::component::API,
+        version: to.map(|good| good.version.clone()),
+        down_ms: millis(down),
+    };
+    events.add("api-went-back", json!(back));
+    Ok(back)
+}
+
+/// Whole milliseconds.
+pub(super) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}

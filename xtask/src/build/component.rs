@@ -1,0 +1,169 @@
+//! A bundle of the component `api` alone: the base's root from the cache, the wheels as trees, the bundle.
+//! No agent, no image: what an API developer builds again and again.
+
+use anyhow::{Context, Result};
+use camino::Utf8PathBuf;
+use serde::Serialize;
+
+use super::{Base, Build, base, buildroot, image, signing};
+use crate::artifact::{Artifact, flush};
+use crate::cache::{Cache, Key};
+use crate::cli::{BuildImage, Format};
+use crate::cmd::plan::{dist, resolve};
+use crate::config::product::Engine;
+use crate::progress::{bytes, say};
+use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
+use crate::wheel::base::BaseSource;
+use crate::wheel::{self, BasePython, Component};
+
+/// Raised when laying a component out changes what it makes.
+const COMPONENT_VERSION: u32 = 1;
+/// Raised when packing one changes what it makes.
+const BUNDLE_VERSION: u32 = 1;
+
+/// A bundle of a component.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ComponentBundle {
+    /// The component's name.
+    pub component: String,
+    /// Its version, as its own metadata spells it.
+    pub version: String,
+    /// The bundle.
+    pub bundle: Artifact,
+}
+
+/// Builds the bundle of the product's component `api`.
+///
+/// # Errors
+/// Whatever a stage returns, and a product without an API; nothing partial is left under a final name.
+pub fn build_component(options: &BuildImage) -> Result<ComponentBundle> {
+    let (config, _, plan) = resolve(&options.target)?;
+    let cache = Cache::locate()?;
+    say("plan", super::summary(&plan));
+    let signing = signing(&plan).context("choosing the signing key")?;
+    let dist = dist(&config.root, &plan);
+    let packages = base::package_spec(&config);
+    let mut build = Build::new(&plan, &config.root, dist, &cache, options, packages);
+    let made = match plan.rootfs.engine {
+        Engine::Debian => base::base(&mut build)?,
+        Engine::Buildroot => buildroot::base(&mut build)?,
+    };
+    let component = component(&mut build, &made)?;
+    let (api, version) = (bundle::component::API, component.lock.version.clone());
+    let artifact = pack(&mut build, &component, &signing)?;
+    Ok(ComponentBundle { component: api.to_owned(), version, bundle: artifact })
+}
+
+/// Prints what was made.
+///
+/// # Errors
+/// When it cannot be described.
+pub(super) fn show(made: &ComponentBundle, format: Format) -> Result<()> {
+    match format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(made)?),
+        Format::Text => {
+            println!(" bundle   {}  {}", made.bundle.path, bytes(made.bundle.size));
+            println!(" next     cargo xtask push HOST --component {}", made.component);
+        }
+    }
+    Ok(())
+}
+
+/// The stage `component`: each wheel as a tree of its own.
+fn component(build: &mut Build<'_>, base: &Base) -> Result<Component> {
+    let (lock, package) = base::wheel_lock(build)?.with_context(|| {
+        format!(
+            "the product {} has no API\nhelp: add [api] to configs/{}.toml",
+            build.plan.product.name, build.plan.product.name
+        )
+    })?;
+    let key = Key::new("component", COMPONENT_VERSION)
+        .with("wheels", wheel::identity(&lock))
+        .with("base", &base.system.rootfs.sha256);
+    let root = base.system.rootfs.path.clone();
+    build.stage(
+        "component",
+        key,
+        wheel::component::files,
+        |component| {
+            let wheels = &component.lock.wheels;
+            let size = wheels.iter().map(|wheel| wheel.bytes).sum();
+            format!("{package} and {} wheels in all, {}", wheels.len(), bytes(size))
+        },
+        |build, dir| {
+            let cache: &Utf8PathBuf = &build.cache.root;
+            let wheels = wheel::fetch(&lock, cache, build.options.offline)?;
+            let python = BasePython::read(BaseSource::Tar(root))?;
+            let log = build.log("component");
+            wheel::component::component(&wheel::ComponentRequest {
+                lock: &lock,
+                wheels: &wheels,
+                base: &python,
+                cache,
+                out: dir,
+                log: Some(&log),
+            })
+        },
+    )
+}
+
+/// The stage `bundle` for it.
+fn pack(
+    build: &mut Build<'_>,
+    component: &Component,
+    signing: &super::Signing,
+) -> Result<Artifact> {
+    let plan = build.plan;
+    let api = bundle::component::API;
+    let (product, board) = (&plan.product, &plan.board.name);
+    let name = format!("{}-{}-{board}.{api}.bundle", product.name, component.version);
+    let (root, out) = (build.root, build.dist.join(name));
+    let signer = signing.signer.key();
+    let level = image::level(build.options.compression);
+    let hashes: Vec<&str> = component.payloads.iter().map(|(_, a)| a.sha256.as_str()).collect();
+    let key = Key::new("component bundle", BUNDLE_VERSION)
+        .with("out", out.as_str())
+        .with_json("payloads", &hashes)?
+        .with("epoch", plan.epoch.to_string())
+        .with("signer", &signer.id)
+        .with_json("product", &(product, board, &plan.update))?
+        .with("level", format!("{level:?}"));
+    let payloads = component
+        .payloads
+        .iter()
+        .map(|(role, artifact)| PayloadRequest { role: role.clone(), path: artifact.path.clone() });
+    let request = PackRequest {
+        product: product.name.clone(),
+        version: product.version.clone(),
+        kind: product.kind,
+        boards: vec![board.clone()],
+        minimum_version: plan.update.minimum_version.clone(),
+        key_epoch: None,
+        epoch: plan.epoch,
+        components: vec![ComponentRequest {
+            name: api.to_owned(),
+            version: bundle::Version::parse(&component.version)
+                .context("spelling the API's version")?,
+            payloads: payloads.collect(),
+        }],
+        level,
+        workers: None,
+        signers: std::slice::from_ref(&signing.signer),
+    };
+    build.stage(
+        "bundle",
+        key,
+        |bundle: &Artifact| vec![bundle.path.clone()],
+        |bundle| {
+            let size = bytes(bundle.size);
+            let shown = bundle.path.strip_prefix(root).unwrap_or(&bundle.path);
+            format!("{shown}  {size}, signed by the {} key {}", signer.kind, signer.id)
+        },
+        |_, _| {
+            let packed = update::pack(&request, &out)?.artifact;
+            flush(&packed.path)?;
+            Ok(packed)
+        },
+    )
+}
