@@ -5,7 +5,7 @@ use std::io::{self, Write};
 
 use serde_json::json;
 use slotd::agent::{Agent, Restart};
-use slotd::data::verbs;
+use slotd::data::{seed, verbs};
 use slotd::{Refusal, Result, Root};
 
 use crate::Answer;
@@ -24,6 +24,15 @@ pub(crate) fn start(root: &Root, step: Step) -> Result<Answer> {
             Ok(Answer::new(&done, text))
         }
     }
+}
+
+pub(crate) fn seed(root: &Root) -> Result<Answer> {
+    let seeded = seed::seed(root)?;
+    let text = match seeded.taken.as_slice() {
+        [] => "the flasher left nothing to take over".to_owned(),
+        names => format!("taken over from the flasher: {}", names.join(", ")),
+    };
+    Ok(Answer::new(&seeded, text))
 }
 
 pub(crate) fn reset(agent: &Agent, keep: bool, stay: bool) -> Result<Answer> {

@@ -76,6 +76,9 @@ fn run(cli: &Cli) -> Result<Answer> {
     if let Verb::Data { step } = &cli.verb {
         return keep::start(&root, *step);
     }
+    if let Verb::Seed = &cli.verb {
+        return keep::seed(&root);
+    }
     let agent = Agent::open(&root)?;
     let show = Shown::new(cli.format);
     match &cli.verb {
@@ -134,6 +137,7 @@ fn run(cli: &Cli) -> Result<Answer> {
         Verb::Backup { file } => keep::backup(&root, file),
         Verb::Restore { file, no_restart } => keep::restore(&agent, file, *no_restart),
         Verb::Data { step } => keep::start(&root, *step),
+        Verb::Seed => keep::seed(&root),
         Verb::Log { last } => {
             let events =
                 agent.events().read().map_err(|error| Refusal::io("reading the log", &error))?;
