@@ -1,7 +1,6 @@
 //! What the flasher left for the first boot, on a real FAT: taken over once, then gone to its last byte.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
-#[allow(dead_code)]
 mod common;
 
 use std::fs::{self, OpenOptions};

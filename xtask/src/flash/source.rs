@@ -14,8 +14,8 @@ use crate::progress::{Step, Unit};
 
 /// Bytes of an image without a map that share a checksum: as in our own maps.
 const UNMAPPED_RANGE: u64 = 16 << 20;
-/// Bytes of what is passed over in a compressed image at once.
-const SKIP: usize = 1 << 20;
+/// Bytes of what is passed over in a compressed image at once: what stays in a core's cache.
+const SKIP: usize = 128 << 10;
 /// The most bytes that a compressed image may have: 1 TiB, more than any card.
 const LARGEST: u64 = 1 << 40;
 /// Bytes of a compressed file read at once.
