@@ -122,6 +122,9 @@ pub enum Verb {
         #[arg(value_enum)]
         step: Step,
     },
+    /// For the start of the system: take over what the flasher left on the boot partition
+    #[command(hide = true)]
+    Seed,
     /// What was decided and refused, oldest first
     Log {
         /// Only the last so many events

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use serde_json::json;
 use slotd::agent::{Agent, Restart};
 use slotd::api;
-use slotd::data::verbs;
+use slotd::data::{seed, verbs};
 use slotd::events::Events;
 use slotd::provision::{self, How, Outcome, Provisioned};
 use slotd::{Refusal, Result, Root};
@@ -65,6 +65,15 @@ fn provision_text(done: &Provisioned) -> String {
         text.push_str(&format!("\n  not followed: {note}"));
     }
     text
+}
+
+pub(crate) fn seed(root: &Root) -> Result<Answer> {
+    let seeded = seed::seed(root)?;
+    let text = match seeded.taken.as_slice() {
+        [] => "the flasher left nothing to take over".to_owned(),
+        names => format!("taken over from the flasher: {}", names.join(", ")),
+    };
+    Ok(Answer::new(&seeded, text))
 }
 
 pub(crate) fn reset(agent: &Agent, keep: bool, stay: bool) -> Result<Answer> {

@@ -80,6 +80,9 @@ fn run(cli: &Cli) -> Result<Answer> {
     if let Verb::Provision { check, boot } = &cli.verb {
         return keep::provision(&root, *check, *boot);
     }
+    if let Verb::Seed = &cli.verb {
+        return keep::seed(&root);
+    }
     let agent = Agent::open(&root)?;
     let show = Shown::new(cli.format);
     match &cli.verb {
@@ -150,6 +153,7 @@ fn run(cli: &Cli) -> Result<Answer> {
         Verb::Restore { file, no_restart } => keep::restore(&agent, file, *no_restart),
         Verb::Data { step } => keep::start(&root, *step),
         Verb::Provision { check, boot } => keep::provision(&root, *check, *boot),
+        Verb::Seed => keep::seed(&root),
         Verb::Log { last } => {
             let events =
                 agent.events().read().map_err(|error| Refusal::io("reading the log", &error))?;

@@ -79,6 +79,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
         Matter::State,
         "the new API does not come up; the one before it serves again",
     ),
+    ("bad-seed", Matter::Source, "what the flasher left for the first boot is malformed"),
     ("busy", Matter::State, "another process changes slots"),
     ("drift", Matter::State, "`/data/system` is not what the API's package asks for"),
     ("incomplete-slot", Matter::State, "the other slot holds no complete system"),

@@ -33,6 +33,12 @@ pub enum Command {
     Verify(Verify),
     /// Boot a built image in QEMU, with its serial console on this terminal.
     Run(Run),
+    /// Write an image to a card, and read back what the card then holds.
+    ///
+    /// Refuses the disks of this machine, whatever is mounted, and what is too small, each with its reason.
+    /// Asks once on a terminal. A card whose flashing was interrupted has no partition table and starts
+    /// nothing.
+    Flash(Flash),
     /// Install a bundle on robots over SSH, wait for their restart, and say which system came up.
     ///
     /// Streams the bundle into the robot's agent; nothing is stored on the way. A connection that breaks
@@ -299,6 +305,47 @@ pub struct Run {
     pub ssh_port: u16,
 }
 
+/// Options of `flash`.
+#[derive(Debug, Clone, Args)]
+pub struct Flash {
+    /// A card image (.img, .img.zst, .img.xz), or a product whose image was built [default: the product
+    /// with `default = true`].
+    #[arg(value_name = "IMAGE|PRODUCT")]
+    pub image: Option<String>,
+    /// What is written: a disk such as sdb or /dev/mmcblk0, or a plain file [default: asks].
+    pub device: Option<Utf8PathBuf>,
+    /// The board, with a product [default: the product's default-board].
+    #[arg(long, short)]
+    pub board: Option<String>,
+    /// Only list the disks of this machine, each with what speaks against writing it.
+    #[arg(long, conflicts_with_all = ["device", "yes"])]
+    pub list: bool,
+    /// Ask nothing. Where there is no terminal, nothing is written without it.
+    #[arg(long, requires = "device")]
+    pub yes: bool,
+    /// Write a disk that is not made to be taken out. NAME is its name once more.
+    #[arg(long, value_name = "NAME", requires = "device")]
+    pub non_removable: Option<String>,
+    /// Do not read back what was written.
+    #[arg(long)]
+    pub no_read_back: bool,
+    /// The first boot takes this name over.
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+    /// The first boot lets the public keys in this file log in as root; may be repeated.
+    #[arg(long, value_name = "FILE")]
+    pub ssh_key: Vec<Utf8PathBuf>,
+    /// The first boot joins this Wi-Fi. Its password is asked for, or comes from SLIPWAY_WIFI_PASSWORD.
+    #[arg(long, value_name = "SSID")]
+    pub wifi: Option<String>,
+    /// Take the Wi-Fi's password from this file.
+    #[arg(long, value_name = "FILE", requires = "wifi")]
+    pub wifi_password_file: Option<Utf8PathBuf>,
+    /// How to print the result.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
 /// Options of `push`.
 #[derive(Debug, Clone, Args)]
 pub struct Push {
@@ -396,7 +443,7 @@ pub struct Bench {
     #[arg(long)]
     pub payload: Option<Utf8PathBuf>,
     /// Which benchmark.
-    #[arg(long, value_parser = ["disk", "bundle", "install"])]
+    #[arg(long, value_parser = ["disk", "bundle", "flash", "install"])]
     pub only: Option<String>,
     /// Also the slow compression level, which takes minutes.
     #[arg(long)]

@@ -16,6 +16,7 @@ pub mod exec;
 pub mod ext4;
 pub mod facts;
 pub mod fetch;
+pub mod flash;
 pub mod keys;
 pub mod plan;
 pub mod progress;

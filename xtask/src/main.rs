@@ -30,6 +30,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Inspect(options) => cmd::inspect::inspect(options),
         Command::Verify(options) => cmd::verify::verify(options),
         Command::Run(options) => cmd::run::run(options),
+        Command::Flash(options) => cmd::flash::flash(options),
         Command::Push(options) => cmd::push::push(options),
         Command::Bench(options) => cmd::bench::bench(options),
         Command::Lock(options) => cmd::lock::lock(options),

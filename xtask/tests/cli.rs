@@ -39,7 +39,7 @@ fn refused(arguments: &[&str], status: i32) -> String {
 }
 
 /// Every verb with what it must explain.
-const VERBS: [(&str, &[&str]); 17] = [
+const VERBS: [(&str, &[&str]); 18] = [
     (
         "build-image",
         &[
@@ -59,6 +59,23 @@ const VERBS: [(&str, &[&str]); 17] = [
     ("inspect", &["<FILE>", "--diff", "--format"]),
     ("verify", &["<FILE>", "--keys <FILE>", "--format"]),
     ("run", &["--product", "--board", "--slot", "--ssh-port"]),
+    (
+        "flash",
+        &[
+            "[IMAGE|PRODUCT]",
+            "[DEVICE]",
+            "--board",
+            "--list",
+            "--yes",
+            "--non-removable <NAME>",
+            "--no-read-back",
+            "--hostname <NAME>",
+            "--ssh-key <FILE>",
+            "--wifi <SSID>",
+            "--wifi-password-file <FILE>",
+            "--format",
+        ],
+    ),
     (
         "push",
         &[

@@ -5,6 +5,7 @@ pub mod archive;
 pub mod grow;
 mod migrate;
 mod pending;
+pub mod seed;
 mod state;
 pub mod verbs;
 

@@ -142,7 +142,7 @@ fn timed(out: &Utf8Path, work: impl FnOnce() -> Result<()>) -> Result<f64> {
     Ok(time.as_secs_f64())
 }
 
-fn median(mut times: Vec<f64>) -> Option<f64> {
+pub(super) fn median(mut times: Vec<f64>) -> Option<f64> {
     times.sort_by(f64::total_cmp);
     times.get(times.len() / 2).copied()
 }
@@ -153,7 +153,7 @@ fn allocated(path: &Utf8Path) -> Result<u64> {
 }
 
 /// Makes a rootfs image of this size from a real one: its start, or several of it in a row.
-fn cut(rootfs: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
+pub(super) fn cut(rootfs: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
     let source = File::open(rootfs).with_context(|| format!("opening {rootfs}"))?;
     let whole = source.metadata()?.len();
     let target = File::create(out).with_context(|| format!("creating {out}"))?;
@@ -198,7 +198,7 @@ fn extents(source: &File, target: &File, shift: u64, length: u64) -> Result<()> 
     Ok(())
 }
 
-fn spec(root: Summed, size: u64) -> Result<DiskSpec> {
+pub(super) fn spec(root: Summed, size: u64) -> Result<DiskSpec> {
     let partition = |name: &str, size: u64, filesystem: Filesystem| PartitionRequest {
         name: name.to_owned(),
         size,

@@ -2,4 +2,5 @@
 
 pub mod bundle;
 pub mod disk;
+pub mod flash;
 pub mod install;

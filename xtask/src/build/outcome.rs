@@ -139,6 +139,14 @@ fn next(build: &Build<'_>) -> Vec<String> {
     if plan.board.qemu.is_some() {
         next.push(format!("cargo xtask run{options}"));
     }
+    let mut flash = "cargo xtask flash".to_owned();
+    if let Some(product) = &build.options.target.product {
+        flash.push_str(&format!(" {product}"));
+    }
+    if let Some(board) = &build.options.target.board {
+        flash.push_str(&format!(" --board {board}"));
+    }
+    next.push(flash);
     let image = build.output("img");
     let image = image.strip_prefix(build.root).unwrap_or(&image);
     next.push(format!("cargo xtask inspect {image}"));

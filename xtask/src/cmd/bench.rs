@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use crate::bench::{bundle, disk, install};
+use crate::bench::{bundle, disk, flash, install};
 use crate::cache::Cache;
 use crate::cli::Bench;
 use crate::progress::say;
@@ -31,6 +31,9 @@ pub fn bench(options: &Bench) -> Result<()> {
     say("bench", format!("{payload}, medians of {TURNS}; an idle machine gives true ratios"));
     if wants("disk") {
         print!("{}", disk::table(&disk::run(&payload, &folder, TURNS)?));
+    }
+    if wants("flash") {
+        print!("{}", flash::table(&flash::run(&payload, &folder, TURNS)?));
     }
     if wants("install") {
         print!("{}", install::table(&install::run(&payload, &folder, TURNS)?));

@@ -7,12 +7,16 @@ use xshell::Shell;
 use crate::cache::Cache;
 use crate::cli::Test;
 use crate::config::{self, product, workspace_root};
+use crate::flash::device;
 use crate::progress::{say, warn};
 use crate::rootfs::buildroot::tree::pinned_path;
 use crate::tools::{self, Purpose};
 
 /// Asks the system tests for what is too slow for every run.
 pub const ALL: &str = "SLIPWAY_TEST_ALL";
+
+/// The test target that needs loop devices.
+const LOOP_TESTS: &str = "flash_loop";
 
 /// The test target that needs the pinned Buildroot tree.
 const TREE_TESTS: &str = "buildroot_tree";
@@ -90,16 +94,20 @@ fn pinned_trees() -> Result<Vec<PinnedTree>> {
     Ok(trees)
 }
 
-/// Tests that need a pinned Buildroot tree end at once where it is not in the cache: they are
+/// Tests that need a pinned Buildroot tree or loop devices end at once where there are none: they are
 /// counted and named, so that nobody takes them for passed.
 fn say_skipped(trees: &[PinnedTree]) -> Result<()> {
+    if let Err(why) = device::can_loop() {
+        let tests = tests_of(LOOP_TESTS)?;
+        warn(format!(
+            "skipped {} tests, because there are no loop devices ({why:#}): {}\n\
+             help: run them as root, on a kernel with loop devices",
+            tests.len(),
+            tests.join(", ")
+        ));
+    }
     for PinnedTree { product, pinned, path, .. } in trees.iter().filter(|tree| !tree.there) {
-        let list = ["test", "--quiet", "--package", "xtask", "--test", TREE_TESTS, "--", "--list"];
-        let shell = Shell::new().context("starting cargo")?;
-        shell.change_dir(workspace_root()?);
-        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-        let listed = shell.cmd(cargo).args(list).quiet().ignore_stderr().read()?;
-        let tests: Vec<&str> = listed.lines().filter_map(|l| l.strip_suffix(": test")).collect();
+        let tests = tests_of(TREE_TESTS)?;
         warn(format!(
             "skipped {} tests, because {path} does not exist: {}\n\
              help: clone {} by the tag {} to that folder, as `build-image --product {product}` does",
@@ -110,6 +118,16 @@ fn say_skipped(trees: &[PinnedTree]) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// The names of a target's tests.
+fn tests_of(target: &str) -> Result<Vec<String>> {
+    let list = ["test", "--quiet", "--package", "xtask", "--test", target, "--", "--list"];
+    let shell = Shell::new().context("starting cargo")?;
+    shell.change_dir(workspace_root()?);
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let listed = shell.cmd(cargo).args(list).quiet().ignore_stderr().read()?;
+    Ok(listed.lines().filter_map(|l| l.strip_suffix(": test")).map(str::to_owned).collect())
 }
 
 fn cargo(what: &str, arguments: &[&str], all: bool) -> Result<()> {

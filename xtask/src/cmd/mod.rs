@@ -5,6 +5,7 @@ pub mod buildroot;
 pub mod check;
 pub mod clean;
 pub mod doctor;
+pub mod flash;
 pub mod inspect;
 pub mod keys;
 pub mod lock;

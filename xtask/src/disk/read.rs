@@ -109,7 +109,8 @@ pub struct FatListing {
 pub fn tables(image: &Utf8Path) -> Result<DiskTables> {
     let doing = || format!("reading the partition table of {image}");
     let mut file = File::open(image).with_context(doing)?;
-    let size = file.metadata().with_context(doing)?.len();
+    // Its metadata tell no size of a block device.
+    let size = file.seek(SeekFrom::End(0)).with_context(doing)?;
     let mbr = ProtectiveMBR::from_disk(&mut file, LogicalBlockSize::Lb512)
         .map_err(|error| anyhow!("{}: {error}", doing()))?;
     let records: Vec<MbrRecord> = (1..=4u32)

@@ -1,0 +1,193 @@
+//! What the flasher left for the first boot: a file on the boot partition with the robot's name, SSH
+//! keys and Wi-Fi. It is taken over into `data`, and overwritten, since it may hold a password.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use fatfs::{FileSystem, FsOptions};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::state::{Condition, State};
+use crate::device::Device;
+use crate::durable;
+use crate::events::Events;
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+
+/// The file, in the root folder of the partition `boot`.
+pub const FILE: &str = "slipway-seed.toml";
+
+/// The most bytes that are read of it; the flasher writes no more.
+const LARGEST: u64 = 64 << 10;
+
+/// The wireless device that a board of ours has. It has no other name: there is only one.
+const WIRELESS: &str = "wlan0";
+
+/// Types of SSH keys that OpenSSH writes.
+const KEY_TYPES: [&str; 3] = ["ssh-", "ecdsa-", "sk-"];
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Seed {
+    hostname: Option<String>,
+    #[serde(default)]
+    ssh_keys: Vec<String>,
+    wifi: Option<Wifi>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wifi {
+    ssid: String,
+    password: Option<String>,
+}
+
+/// What was taken over, by name; nothing where there was no file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Seeded {
+    /// `hostname`, `ssh-keys`, `wifi`.
+    pub taken: Vec<&'static str>,
+}
+
+/// Takes the file over. Cut anywhere, it is taken over again by the next start.
+///
+/// # Errors
+/// `bad-seed`: the file is malformed; it stays. `no-data`: data is in memory; it stays. `bad-device`,
+/// `wrong-layout`, `io`.
+pub fn seed(root: &Root) -> Result<Seeded> {
+    let path = Device::read(root)?.partition_path("boot")?;
+    let doing = || format!("reading {FILE} on {}", path.display());
+    let failed = |error: io::Error| Refusal::io(doing(), &error);
+    let open = |write| OpenOptions::new().read(true).write(write).open(&path);
+    let volume = open(true).map_err(failed)?;
+    let fat = FileSystem::new(volume, FsOptions::new()).map_err(failed)?;
+    let text = match fat.root_dir().open_file(FILE) {
+        Ok(file) => {
+            let mut bytes = Vec::new();
+            file.take(LARGEST + 1).read_to_end(&mut bytes).map_err(failed)?;
+            bytes
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Seeded::default()),
+        Err(error) => return Err(failed(error)),
+    };
+    let bad = |why: &str| {
+        let help = "flash the card again, or correct the file on another computer";
+        Refusal::new("bad-seed", format!("{}: {why}", doing()), help)
+    };
+    if text.len() as u64 > LARGEST {
+        return Err(bad("it is larger than 64 KiB"));
+    }
+    // The parser's own message would show the line, and with it perhaps the password.
+    let seed: Option<Seed> = std::str::from_utf8(&text).ok().and_then(|t| toml::from_str(t).ok());
+    let seed = seed.ok_or_else(|| bad("it is not in the form that the flasher writes"))?;
+    check(&seed).map_err(bad)?;
+    if State::read(root)?.condition == Condition::Memory {
+        return Err(Refusal::new(
+            "no-data",
+            format!("{}: data is in memory, and what is taken over would be lost", doing()),
+            "repair or replace the card; the file stays for the next start",
+        ));
+    }
+    let taken = take(root, &seed).map_err(|error| Refusal::io("writing to data", &error))?;
+    Events::new(root).add("seeded", json!({ "taken": taken.taken }));
+    let wiped = || -> io::Result<()> {
+        let folder = fat.root_dir();
+        let mut file = folder.open_file(FILE)?;
+        file.seek(SeekFrom::Start(0))?;
+        file.write_all(&vec![0; text.len()])?;
+        file.flush()?;
+        drop(file);
+        // On the card before the entry goes: the bytes would stay behind it.
+        File::open(&path)?.sync_all()?;
+        folder.remove(FILE)
+    };
+    let wiped = wiped().and_then(|()| fat.unmount()).and_then(|()| open(true)?.sync_all());
+    wiped.map_err(|error| Refusal::io(format!("removing {FILE}"), &error))?;
+    Ok(taken)
+}
+
+/// RFC 1123 (one label), OpenSSH's public keys, IEEE 802.11: as the flasher checks them. Whoever has the
+/// card may have written the file.
+fn check(seed: &Seed) -> std::result::Result<(), &'static str> {
+    let hostname = |name: &str| {
+        let inner = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        (1..=63).contains(&name.len()) && inner && !name.starts_with('-') && !name.ends_with('-')
+    };
+    let key = |key: &String| {
+        KEY_TYPES.iter().any(|kind| key.starts_with(kind)) && !key.chars().any(char::is_control)
+    };
+    if !seed.hostname.as_deref().is_none_or(hostname) {
+        return Err("`hostname` is no host name");
+    }
+    if !seed.ssh_keys.iter().all(key) {
+        return Err("`ssh-keys` has a line that is no public key");
+    }
+    let Some(wifi) = &seed.wifi else { return Ok(()) };
+    if !(1..=32).contains(&wifi.ssid.len()) {
+        return Err("`wifi.ssid` has not 1 to 32 bytes");
+    }
+    let printable = |p: &String| p.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    if !wifi.password.as_ref().is_none_or(|p| (8..=63).contains(&p.len()) && printable(p)) {
+        return Err("`wifi.password` has not 8 to 63 printable ASCII characters");
+    }
+    Ok(())
+}
+
+fn take(root: &Root, seed: &Seed) -> io::Result<Seeded> {
+    let mut taken = Vec::new();
+    if let Some(name) = &seed.hostname {
+        durable::write(&root.path("data/identity/hostname"), format!("{name}\n").as_bytes())?;
+        // This start has had its name already.
+        fs::write(root.path("proc/sys/kernel/hostname"), name)?;
+        taken.push("hostname");
+    }
+    if !seed.ssh_keys.is_empty() {
+        let path = root.path("data/identity/ssh/authorized_keys.d/root");
+        let before = String::from_utf8(durable::read(&path)?.unwrap_or_default());
+        let mut keys = before.map_err(|_| io::Error::other("the SSH keys on data are no text"))?;
+        for key in &seed.ssh_keys {
+            if !keys.lines().any(|line| line == key) {
+                if !keys.is_empty() && !keys.ends_with('\n') {
+                    keys.push('\n');
+                }
+                keys.push_str(key);
+                keys.push('\n');
+            }
+        }
+        durable::write(&path, keys.as_bytes())?;
+        taken.push("ssh-keys");
+    }
+    if let Some(wifi) = &seed.wifi {
+        let path = root.path(format!("data/network/wpa_supplicant-{WIRELESS}.conf"));
+        write_secret(&path, supplicant(wifi).as_bytes())?;
+        taken.push("wifi");
+    }
+    Ok(Seeded { taken })
+}
+
+/// As in wpa_supplicant.conf(5). The name in hexadecimal: it may hold any byte.
+fn supplicant(wifi: &Wifi) -> String {
+    let ssid: String = wifi.ssid.bytes().map(|byte| format!("{byte:02x}")).collect();
+    let key = match &wifi.password {
+        // A quoted one ends at the line's last quote.
+        Some(password) => format!("psk=\"{password}\""),
+        None => "key_mgmt=NONE".to_owned(),
+    };
+    format!("network={{\n\tssid={ssid}\n\tscan_ssid=1\n\t{key}\n}}\n")
+}
+
+/// As [`durable::write`], for root's eyes only from its first moment.
+fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder)?;
+    let partial = path.with_extension("partial");
+    durable::remove(&partial)?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&partial)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&partial, path)?;
+    File::open(folder)?.sync_all()
+}

@@ -1,0 +1,194 @@
+//! Flashing a card image to a file and to a loop device, beside `cp --sparse=always`, `dd` and
+//! `bmaptool copy`. Everybody's time ends when all is on the disk, and they take turns.
+
+use std::fs::File;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::Serialize;
+
+use super::disk::{cut, median, spec};
+use crate::disk::{assemble, compress, sum};
+use crate::exec::{self, Tool};
+use crate::flash::device;
+use crate::progress::say;
+
+/// Bytes of a slot, as on the boards.
+const SLOT: u64 = 1 << 30;
+
+/// What is measured. `cp` is the yardstick; it and `dd` write every byte of a device that is no file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+enum Who {
+    Cp,
+    DdSparse,
+    Dd,
+    Bmaptool,
+    Ours,
+    OursReadBack,
+    Unpack,
+    OursUnpacking,
+}
+
+const ALL: [Who; 8] = [
+    Who::Cp,
+    Who::DdSparse,
+    Who::Dd,
+    Who::Bmaptool,
+    Who::Ours,
+    Who::OursReadBack,
+    Who::Unpack,
+    Who::OursUnpacking,
+];
+
+impl Who {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Cp => "cp --sparse=always",
+            Self::DdSparse => "dd conv=sparse",
+            Self::Dd => "dd",
+            Self::Bmaptool => "bmaptool copy",
+            Self::Ours => "ours, --no-read-back",
+            Self::OursReadBack => "ours",
+            Self::Unpack => "zstd --test",
+            Self::OursUnpacking => "ours, .img.zst, --no-read-back",
+        }
+    }
+}
+
+/// The median of one contender on one target.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    target: &'static str,
+    who: Who,
+    seconds: f64,
+}
+
+/// Measures, with `repeats` turns for each contender, in a folder on the disk to be measured. Where
+/// there are no loop devices only the file is measured.
+///
+/// # Errors
+/// When a contender fails or the folder has no room for about 6 GiB.
+pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<Row>> {
+    ensure!(repeats > 0, "a measurement needs at least one turn");
+    std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
+    let root = folder.join("root.img");
+    cut(rootfs, &root, SLOT)?;
+    let image = folder.join("card.img");
+    let size = assemble(&spec(sum(&root)?, SLOT)?, &image)?.size;
+    compress::compress(&image, 3)?;
+    let mut rows = measure(&Bench { target: "file", image: &image, size, folder }, repeats)?;
+    match device::can_loop() {
+        Ok(()) => rows.extend(measure(
+            &Bench { target: "loop device", image: &image, size, folder },
+            repeats,
+        )?),
+        Err(why) => say("bench", format!("no loop device is measured: {why:#}")),
+    }
+    Ok(rows)
+}
+
+/// The rows as a table for people.
+pub fn table(rows: &[Row]) -> String {
+    let of = |target: &str, who: Who| {
+        rows.iter().find(|r| r.target == target && r.who == who).map_or(f64::NAN, |r| r.seconds)
+    };
+    let mut text = String::new();
+    for row in rows {
+        let ratio = match row.who {
+            Who::OursUnpacking => {
+                let slower = of(row.target, Who::Unpack).max(of(row.target, Who::Ours));
+                format!("{:.2}x the slower of unpacking and writing", row.seconds / slower)
+            }
+            _ => format!("{:.2}x", row.seconds / of(row.target, Who::Cp)),
+        };
+        text.push_str(&format!(
+            "{:<12} {:<31} {:>6.2} s  {ratio}\n",
+            row.target,
+            row.who.name(),
+            row.seconds
+        ));
+    }
+    text
+}
+
+struct Bench<'a> {
+    target: &'static str,
+    image: &'a Utf8Path,
+    size: u64,
+    folder: &'a Utf8Path,
+}
+
+fn measure(bench: &Bench<'_>, repeats: usize) -> Result<Vec<Row>> {
+    let mut times: [Vec<f64>; ALL.len()] = Default::default();
+    // The first turn of all warms the page cache for everybody, and counts for nobody.
+    bench.turn(Who::Cp)?;
+    for turn in 0..repeats {
+        for contender in 0..ALL.len() {
+            let which = (turn + contender) % ALL.len();
+            times[which].push(bench.turn(ALL[which])?);
+        }
+    }
+    ALL.into_iter()
+        .zip(times)
+        .map(|(who, times)| {
+            let seconds = median(times).context("no turn")?;
+            Ok(Row { target: bench.target, who, seconds })
+        })
+        .collect()
+}
+
+impl Bench<'_> {
+    /// One turn on a fresh target: its seconds until all is on the disk.
+    fn turn(&self, who: Who) -> Result<f64> {
+        let file = self.folder.join("target");
+        File::create(&file)?.set_len(self.size)?;
+        let attached = self.target != "file";
+        let target = if attached {
+            let attach = Tool::new("losetup").args(["--find", "--show", file.as_str()]);
+            Utf8PathBuf::from(attach.read()?.trim())
+        } else {
+            file.clone()
+        };
+        Tool::new("sync").run()?;
+        let start = Instant::now();
+        let result = self.work(who, &target);
+        let flushed = Tool::new("sync").arg(target.as_str()).run();
+        let seconds = start.elapsed().as_secs_f64();
+        if attached {
+            Tool::new("losetup").args(["--detach", target.as_str()]).run()?;
+        }
+        std::fs::remove_file(&file).with_context(|| format!("removing {file}"))?;
+        result.and(flushed)?;
+        Ok(seconds)
+    }
+
+    fn work(&self, who: Who, target: &Utf8Path) -> Result<()> {
+        let (image, target) = (self.image.as_str(), target.as_str());
+        let packed = compress::path_for(self.image);
+        let dd = |conv: &str| {
+            Tool::new("dd")
+                .args([&format!("if={image}"), &format!("of={target}"), "bs=4M"])
+                .args([&format!("conv={conv}"), "status=none"])
+                .run()
+        };
+        let ours = |image: &str, more: &[&str]| -> Result<()> {
+            let own = Utf8PathBuf::try_from(std::env::current_exe()?)?;
+            Tool::new(own).args(["flash", image, target, "--yes"]).args(more).run()
+        };
+        match who {
+            Who::Cp => Tool::new("cp").args(["--sparse=always", image, target]).run(),
+            Who::DdSparse => dd("sparse,notrunc"),
+            Who::Dd => dd("notrunc"),
+            Who::Bmaptool => {
+                let program = exec::find("bmaptool").context("bmaptool is not installed")?;
+                Tool::new(program).args(["copy", image, target]).run()
+            }
+            Who::Ours => ours(image, &["--no-read-back"]),
+            Who::OursReadBack => ours(image, &[]),
+            // Unpacks all of it, and writes it nowhere: not even into a pipe.
+            Who::Unpack => Tool::new("zstd").args(["--test", "--quiet", packed.as_str()]).run(),
+            Who::OursUnpacking => ours(packed.as_str(), &["--no-read-back"]),
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! `flash`: an image to a card.
+
+use std::io::{BufRead, IsTerminal, Write};
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::Access;
+use serde_json::json;
+
+use crate::cli::{Flash, Format, Target};
+use crate::cmd::plan::{dist, resolve};
+use crate::flash::card::Disk;
+use crate::flash::device::{self, Device, Objection};
+use crate::flash::seed::{self, PASSWORD_VARIABLE, Seed, Wifi};
+use crate::flash::source::Source;
+use crate::flash::{self, Outcome, Request};
+use crate::progress::{bytes, duration, say};
+
+/// `cargo xtask flash`.
+///
+/// # Errors
+/// When the device may not be written, nobody agreed to it, or the card does not hold the image.
+pub fn flash(options: &Flash) -> Result<()> {
+    if options.list {
+        // Without an image every size is large enough.
+        let size = match &options.image {
+            Some(_) => Source::open(&image(options)?)?.size,
+            None => 0,
+        };
+        return list(options.format, size);
+    }
+    let seed = seed(options)?;
+    let source = Source::open(&image(options)?)?;
+    let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
+    let device = match &options.device {
+        Some(device) => device::find(device)?,
+        None if terminal => choose(source.size)?,
+        None => bail!(
+            "no device is named\n{}help: name one: cargo xtask flash IMAGE DEVICE --yes",
+            table(&device::candidates(device::all()?), source.size)
+        ),
+    };
+    refuse(&device, source.size, options.non_removable.as_deref())?;
+    ensure!(
+        device.path != source.path.canonicalize_utf8()?,
+        "the image cannot be its own card\nhelp: name another file or a device"
+    );
+    if rustix::fs::access(device.path.as_std_path(), Access::WRITE_OK).is_err() {
+        bail!(
+            "you may not write to {}\nhelp: sudo {} flash {} {}",
+            device.path,
+            std::env::current_exe().unwrap_or_default().display(),
+            source.path,
+            device.path
+        );
+    }
+    agree(options, &source, &device, terminal)?;
+    let card = Disk::open(&device)?;
+    let request = Request {
+        source: &source,
+        read_back: !options.no_read_back,
+        seed: (!seed.is_empty()).then_some(&seed),
+    };
+    let outcome = flash::flash(&request, &card)
+        .with_context(|| format!("flashing {} to {}", source.path, device.path))?;
+    match options.format {
+        Format::Text => println!("{}", sentence(&outcome, &source, &device)),
+        Format::Json => {
+            let mut value = serde_json::to_value(&outcome)?;
+            value["image"] = json!(source.path);
+            value["device"] = json!(device.path);
+            println!("{}", serde_json::to_string_pretty(&value)?);
+        }
+    }
+    Ok(())
+}
+
+fn sentence(outcome: &Outcome, source: &Source, device: &Device) -> String {
+    let proof = if outcome.read_back { "written and read back" } else { "written, not read back" };
+    let rate = (outcome.bytes as f64 / outcome.seconds.max(0.001)) as u64;
+    let seeded = match outcome.seeded.as_slice() {
+        [] => String::new(),
+        names => format!("; the first boot takes over {}", names.join(", ")),
+    };
+    format!(
+        "{} to {}: {} {proof} in {}, {}/s{seeded}",
+        source.path,
+        device.path,
+        bytes(outcome.bytes),
+        duration(std::time::Duration::from_secs_f64(outcome.seconds)),
+        bytes(rate),
+    )
+}
+
+/// A path, or the image that was built for a product.
+fn image(options: &Flash) -> Result<Utf8PathBuf> {
+    let is_path = |name: &str| {
+        name.contains('/') || [".img", ".zst", ".xz"].iter().any(|end| name.ends_with(end))
+    };
+    if let Some(name) = options.image.as_deref().filter(|name| is_path(name)) {
+        ensure!(options.board.is_none(), "{name} is an image: --board goes with a product");
+        return Ok(name.into());
+    }
+    let target = Target { product: options.image.clone(), board: options.board.clone() };
+    let (config, _, plan) = resolve(&target)?;
+    let image = dist(&config.root, &plan).join(format!("{}.img", plan.stem()));
+    ensure!(
+        image.is_file(),
+        "there is no image yet: {image}\nhelp: cargo xtask build-image --product {} --board {}",
+        plan.product.name,
+        plan.board.name
+    );
+    Ok(image)
+}
+
+fn seed(options: &Flash) -> Result<Seed> {
+    if let Some(name) = &options.hostname {
+        seed::check_hostname(name)?;
+    }
+    let mut ssh_keys = Vec::new();
+    for path in &options.ssh_key {
+        ssh_keys.extend(seed::read_keys(path)?);
+    }
+    let wifi = match &options.wifi {
+        Some(ssid) => Some(Wifi::new(ssid, password(options, ssid)?)?),
+        None => None,
+    };
+    Ok(Seed { hostname: options.hostname.clone(), ssh_keys, wifi })
+}
+
+/// The Wi-Fi's password; none for an open network. Never from the command line, which every user of
+/// the machine can read.
+fn password(options: &Flash, ssid: &str) -> Result<Option<String>> {
+    let given = if let Some(path) = &options.wifi_password_file {
+        let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+        text.trim_end_matches(['\r', '\n']).to_owned()
+    } else if let Ok(password) = std::env::var(PASSWORD_VARIABLE) {
+        password
+    } else if std::io::stdin().is_terminal() {
+        hidden(ssid)?
+    } else {
+        bail!(
+            "there is no terminal to ask for the password of the Wi-Fi `{ssid}`\n\
+             help: set {PASSWORD_VARIABLE} (empty for an open network), or name --wifi-password-file"
+        );
+    };
+    Ok((!given.is_empty()).then_some(given))
+}
+
+fn list(format: Format, size: u64) -> Result<()> {
+    let devices = device::candidates(device::all()?);
+    match format {
+        Format::Text => print!("{}", table(&devices, size)),
+        Format::Json => {
+            let rows = devices.iter().map(|device| {
+                let mut row = serde_json::to_value(device)?;
+                row["objections"] = serde_json::to_value(device.objections(size, None))?;
+                Ok(row)
+            });
+            let rows: Vec<_> = rows.collect::<Result<_>>()?;
+            println!("{}", serde_json::to_string_pretty(&rows)?);
+        }
+    }
+    Ok(())
+}
+
+/// The devices for people: those that can be written first.
+fn table(devices: &[Device], size: u64) -> String {
+    if devices.is_empty() {
+        return "there is no disk\n".to_owned();
+    }
+    let mut rows: Vec<(bool, String)> = Vec::new();
+    for device in devices {
+        let objections = device.objections(size, None);
+        let or_dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
+        let mut row = format!(
+            "{:<10} {:>9}  {:<6} {:<9}  {:<24} {}\n",
+            device.name,
+            bytes(device.size),
+            device.bus,
+            if device.removable { "removable" } else { "fixed" },
+            or_dash(&device.model),
+            or_dash(&device.content),
+        );
+        for (place, at) in &device.mounted {
+            row.push_str(&format!("           {place} is mounted at {at}\n"));
+        }
+        for Objection { message, .. } in &objections {
+            row.push_str(&format!("           no: {message}\n"));
+        }
+        rows.push((!objections.is_empty(), row));
+    }
+    rows.sort_by_key(|(refused, _)| *refused);
+    rows.into_iter().map(|(_, row)| row).collect()
+}
+
+/// Asks on the terminal which of the devices it is. Its name is the agreement, too.
+fn choose(size: u64) -> Result<Device> {
+    let devices = device::candidates(device::all()?);
+    eprint!("{}", table(&devices, size));
+    let name = ask("Which one is written? Its name, or nothing to stop: ")?;
+    let wanted = Utf8Path::new(&name);
+    ensure!(!name.is_empty(), "nothing was written");
+    let found = devices.into_iter().find(|device| device.name == name || device.path == wanted);
+    found.with_context(|| format!("`{name}` is none of them; nothing was written"))
+}
+
+fn refuse(device: &Device, size: u64, allowed: Option<&str>) -> Result<()> {
+    if let Some(name) = allowed {
+        ensure!(
+            name == device.name || name == device.path.as_str(),
+            "--non-removable names {name}, and the device is {}",
+            device.name
+        );
+    }
+    let objections = device.objections(size, allowed);
+    let Some(first) = objections.first() else { return Ok(()) };
+    let mut message = format!("{} cannot be flashed: {}", device.path, first.message);
+    for Objection { message: more, .. } in &objections[1..] {
+        message.push_str(&format!("; {more}"));
+    }
+    bail!("{message}\nhelp: {}", first.help)
+}
+
+/// One question on a terminal, unless the device was just chosen there; none in a script.
+fn agree(options: &Flash, source: &Source, device: &Device, terminal: bool) -> Result<()> {
+    if options.yes || options.device.is_none() {
+        return Ok(());
+    }
+    ensure!(
+        terminal,
+        "everything on {} would be lost, and there is no terminal to ask\n\
+         help: if it is the right one, add --yes",
+        device.path
+    );
+    let or =
+        |text: &str, other: &str| if text.is_empty() { other.to_owned() } else { text.to_owned() };
+    eprintln!(
+        "{}: {}, {}, {}; on it: {}",
+        device.path,
+        bytes(device.size),
+        device.bus,
+        or(&device.model, "no model"),
+        or(&device.content, "nothing that is known")
+    );
+    say("flash", format!("{} will be written to it, and everything on it is lost", source.path));
+    let answer = ask(&format!("Type its name ({}) to go on: ", device.name))?;
+    ensure!(answer == device.name, "nothing was written");
+    Ok(())
+}
+
+fn ask(question: &str) -> Result<String> {
+    eprint!("{question}");
+    std::io::stderr().flush().context("asking")?;
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer).context("reading the answer")?;
+    Ok(answer.trim().to_owned())
+}
+
+/// Asks without showing what is typed.
+fn hidden(ssid: &str) -> Result<String> {
+    let stdin = std::io::stdin();
+    let before = rustix::termios::tcgetattr(&stdin).context("asking for a password")?;
+    let mut silent = before.clone();
+    silent.local_modes.remove(rustix::termios::LocalModes::ECHO);
+    let now = rustix::termios::OptionalActions::Now;
+    rustix::termios::tcsetattr(&stdin, now, &silent).context("asking for a password")?;
+    let answer = ask_whole(&format!("Password of the Wi-Fi `{ssid}` (nothing: an open network): "));
+    rustix::termios::tcsetattr(&stdin, now, &before).context("after asking for a password")?;
+    eprintln!();
+    answer
+}
+
+/// As [`ask`], with blanks at the ends, which a password may have.
+fn ask_whole(question: &str) -> Result<String> {
+    eprint!("{question}");
+    std::io::stderr().flush().context("asking")?;
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer).context("reading the answer")?;
+    Ok(answer.trim_end_matches(['\r', '\n']).to_owned())
+}

@@ -1,0 +1,260 @@
+//! Writes an image to a card and proves that it is there. A card whose flashing did not come to its
+//! end has no partition table: nothing can start half of an image.
+
+pub mod card;
+pub mod device;
+pub mod seed;
+pub mod source;
+pub mod write;
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+
+use crate::disk::layout::BLOCK;
+use crate::progress::{bytes, say, warn};
+use card::{Buffer, Card};
+use seed::Seed;
+use source::Source;
+use write::{EDGE, PIECE, Piece, Sent, Sum};
+
+/// How often a piece that reads wrong is written again.
+const RETRIES: usize = 3;
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The image.
+    pub source: &'a Source,
+    /// Whether all is read back and compared.
+    pub read_back: bool,
+    /// What the first boot is to take over.
+    pub seed: Option<&'a Seed>,
+}
+
+/// A place where the card did not hold what was written to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Weak {
+    /// Byte offset on the card.
+    pub offset: u64,
+    /// Bytes.
+    pub size: usize,
+    /// How often it read otherwise.
+    pub times: usize,
+}
+
+/// What was done.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Outcome {
+    /// Bytes of the image.
+    pub image_size: u64,
+    /// Bytes written.
+    pub bytes: u64,
+    /// Whether the card was emptied first.
+    pub discarded: bool,
+    /// Whether all was read back.
+    pub read_back: bool,
+    /// What the first boot takes over, by name.
+    pub seeded: Vec<&'static str>,
+    /// Places that had to be written again. A card with any is not to be trusted.
+    pub weak: Vec<Weak>,
+    /// Seconds that it took.
+    pub seconds: f64,
+}
+
+/// Flashes.
+///
+/// # Errors
+/// When the image is damaged, the card fails, or it does not hold what was written to it after all
+/// retries. The card has no partition table then.
+pub fn flash(request: &Request<'_>, card: &dyn Card) -> Result<Outcome> {
+    let Request { source, read_back, seed } = *request;
+    let start = Instant::now();
+    ensure!(
+        card.size() >= source.size,
+        "the card has {} bytes, the image {}",
+        card.size(),
+        source.size
+    );
+    unmake(card).context("removing the old partition table")?;
+    // Not the edges: what is discarded may come back as it was.
+    let inner = card.size().saturating_sub(2 * EDGE) / BLOCK * BLOCK;
+    let discarded = card.discard(EDGE, inner).context("emptying the card")?;
+    if !discarded {
+        say("flash", "it cannot discard: blocks that the image does not use keep their old bytes");
+    }
+    if !source.mapped {
+        say("flash", format!("there is no block map: all {} are written", bytes(source.size)));
+    }
+    let pieces = write::pieces(source);
+    let result = body(request, card, &pieces).and_then(|(sent, mut weak)| {
+        let seeded = match seed {
+            Some(seed) => seed.plant(card, &sent.held, &pieces)?,
+            None => Vec::new(),
+        };
+        finish(card, &pieces, sent, read_back, &mut weak)?;
+        Ok((weak, seeded))
+    });
+    let (weak, seeded) = result.or_else(|error| {
+        // It is only the last step that could have left one.
+        unmake(card).context("removing the partition table after a failure")?;
+        Err(error.context("the card was left without a partition table, and starts nothing"))
+    })?;
+    if !weak.is_empty() {
+        warn(format!(
+            "the card did not hold what was written to it at once: use another one\n{}",
+            describe(&weak)
+        ));
+    }
+    Ok(Outcome {
+        image_size: source.size,
+        bytes: source.bytes(),
+        discarded,
+        read_back,
+        seeded,
+        weak,
+        seconds: start.elapsed().as_secs_f64(),
+    })
+}
+
+fn describe(weak: &[Weak]) -> String {
+    let line = |w: &Weak| format!("  {} bytes at {}: wrong {} times", w.size, w.offset, w.times);
+    weak.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// Makes both ends of the card zero: the partition table, what a boot ROM reads, and the backup of a
+/// GPT. A card that only pretends to write is found here.
+fn unmake(card: &dyn Card) -> Result<()> {
+    let end = card.size().saturating_sub(EDGE) / BLOCK * BLOCK;
+    for (from, to) in [(0, EDGE.min(card.size())), (end, card.size())] {
+        let size = (to - from) as usize;
+        let mut buffer = Buffer::new(size);
+        card.write_at(from, buffer.part(size)).with_context(|| format!("writing at {from}"))?;
+    }
+    card.flush().context("flushing the card")?;
+    let mut buffer = Buffer::new(BLOCK as usize);
+    card.read_at(0, buffer.part(BLOCK as usize)).context("reading back at 0")?;
+    ensure!(
+        buffer.part(BLOCK as usize).iter().all(|byte| *byte == 0),
+        "the card does not take what is written to it\n\
+         help: it is locked or worn out: use another one"
+    );
+    Ok(())
+}
+
+/// All but the held pieces: written, read back, and what reads otherwise written again.
+fn body(request: &Request<'_>, card: &dyn Card, pieces: &[Piece]) -> Result<(Sent, Vec<Weak>)> {
+    let sent = write::send(request.source, pieces, card, request.read_back)?;
+    let mut weak: Vec<Weak> = Vec::new();
+    let mut wrong = sent.wrong.clone();
+    let mut buffer = Buffer::new(PIECE as usize);
+    for _ in 0..RETRIES {
+        count(&mut weak, pieces, &wrong);
+        if wrong.is_empty() {
+            break;
+        }
+        say("flash", format!("writing {} places again that read otherwise", wrong.len()));
+        let mut pass = request.source.pass()?;
+        for index in &wrong {
+            let (piece, sum) = (&pieces[*index], sum(&sent, *index)?);
+            let bytes = buffer.part(piece.size);
+            pass.read_at(piece.offset, bytes)?;
+            ensure!(
+                Sum::of(bytes) == *sum,
+                "{} changed while it was being written",
+                request.source.path
+            );
+            match card.write_at(piece.offset, bytes) {
+                Err(error) if !write::is_local(&error) => {
+                    return Err(error).with_context(|| format!("writing at {}", piece.offset));
+                }
+                // Where it failed again, reading back shows it.
+                _ => {}
+            }
+        }
+        card.flush().context("flushing the card")?;
+        let mut still = Vec::new();
+        for index in wrong {
+            if !write::holds(card, &pieces[index], sum(&sent, index)?, &mut buffer)? {
+                still.push(index);
+            }
+        }
+        wrong = still;
+    }
+    if !wrong.is_empty() {
+        count(&mut weak, pieces, &wrong);
+        weak.retain(|w| wrong.iter().any(|index| pieces[*index].offset == w.offset));
+        bail!(
+            "the card does not hold what is written to it:\n{}\nhelp: use another card",
+            describe(&weak)
+        );
+    }
+    if request.read_back {
+        still_there(card, pieces, &sent)?;
+    }
+    Ok((sent, weak))
+}
+
+fn sum(sent: &Sent, index: usize) -> Result<&Sum> {
+    sent.sums.get(index).and_then(Option::as_ref).context("a piece was not summed")
+}
+
+fn count(weak: &mut Vec<Weak>, pieces: &[Piece], wrong: &[usize]) {
+    for index in wrong {
+        let Piece { offset, size, .. } = pieces[*index];
+        match weak.iter_mut().find(|w| w.offset == offset) {
+            Some(known) => known.times += 1,
+            None => weak.push(Weak { offset, size, times: 1 }),
+        }
+    }
+}
+
+/// Pieces were read back while others were still to be written. A card that is smaller than it says
+/// has since lost some: one block of each is looked at again.
+fn still_there(card: &dyn Card, pieces: &[Piece], sent: &Sent) -> Result<()> {
+    let mut buffer = Buffer::new(BLOCK as usize);
+    for (index, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.held) {
+        ensure!(
+            write::begins(card, piece, sum(sent, index)?, &mut buffer)?,
+            "what was right at {} when it was read back has changed since\n\
+             help: the card is smaller than it says, or worn out: use another one",
+            piece.offset
+        );
+    }
+    Ok(())
+}
+
+/// The held pieces, from the last to the first block of the card, each flushed before the next.
+fn finish(
+    card: &dyn Card,
+    pieces: &[Piece],
+    sent: Sent,
+    read_back: bool,
+    weak: &mut Vec<Weak>,
+) -> Result<()> {
+    let sums = sent.sums;
+    let mut back = Buffer::new(PIECE as usize);
+    for (index, mut buffer) in sent.held.into_iter().rev() {
+        let piece = &pieces[index];
+        let sum = sums.get(index).and_then(Option::as_ref).context("a piece was not summed")?;
+        let mut tries = 0;
+        loop {
+            card.write_at(piece.offset, buffer.part(piece.size))
+                .with_context(|| format!("writing at {}", piece.offset))?;
+            card.flush().context("flushing the card")?;
+            if !read_back || write::holds(card, piece, sum, &mut back)? {
+                break;
+            }
+            count(weak, pieces, &[index]);
+            tries += 1;
+            ensure!(
+                tries <= RETRIES,
+                "the card does not hold what is written to it at {}\nhelp: use another card",
+                piece.offset
+            );
+        }
+    }
+    Ok(())
+}

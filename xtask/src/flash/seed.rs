@@ -1,0 +1,304 @@
+//! What the first boot is to take over (name, SSH keys, Wi-Fi): one file on the card's boot partition.
+//! The image stays as it is; only the card gets the file, before its partition table.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use fatfs::{FileSystem, FsOptions};
+use serde::Serialize;
+
+use super::card::{Buffer, Card};
+use super::write::Piece;
+use crate::disk::layout::BLOCK;
+use crate::disk::read::{self, FoundPartition};
+
+/// The file, in the root folder of the boot partition.
+pub const FILE: &str = "slipway-seed.toml";
+/// The environment variable that the Wi-Fi's password is taken from.
+pub const PASSWORD_VARIABLE: &str = "SLIPWAY_WIFI_PASSWORD";
+/// What the file may have; the robot reads no more.
+const LARGEST: usize = 64 << 10;
+/// Types of an MBR record that hold a FAT.
+const FAT_TYPES: [&str; 6] = ["01", "04", "06", "0b", "0c", "0e"];
+/// The role, and in a GPT the name, of the partition that no update touches.
+const BOOT: &str = "boot";
+/// Types of SSH keys that OpenSSH writes.
+const KEY_TYPES: [&str; 3] = ["ssh-", "ecdsa-", "sk-"];
+
+/// A network.
+#[derive(Clone, PartialEq, Eq, Serialize)]
+pub struct Wifi {
+    ssid: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    password: Option<String>,
+}
+
+impl std::fmt::Debug for Wifi {
+    /// Without the password.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Wifi").field("ssid", &self.ssid).finish_non_exhaustive()
+    }
+}
+
+impl Wifi {
+    /// A network that asks for a password, or an open one.
+    ///
+    /// # Errors
+    /// When no such network can exist (IEEE 802.11: an SSID has 1 to 32 bytes, a passphrase 8 to 63
+    /// printable ASCII characters).
+    pub fn new(ssid: &str, password: Option<String>) -> Result<Self> {
+        ensure!(
+            (1..=32).contains(&ssid.len()) && !ssid.chars().any(char::is_control),
+            "the Wi-Fi's name has {} bytes, expected 1 to 32 without control characters",
+            ssid.len()
+        );
+        if let Some(password) = &password {
+            ensure!(
+                (8..=63).contains(&password.len())
+                    && password.bytes().all(|byte| (b' '..=b'~').contains(&byte)),
+                "the Wi-Fi's password has {} bytes, expected 8 to 63 printable ASCII characters",
+                password.len()
+            );
+        }
+        Ok(Self { ssid: ssid.to_owned(), password })
+    }
+}
+
+/// What the first boot takes over.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Seed {
+    /// The robot's name in the network.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// Public keys that may log in as root, a line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ssh_keys: Vec<String>,
+    /// The network to join.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wifi: Option<Wifi>,
+}
+
+/// Whether it is a name for a machine: RFC 1123, section 2.1, one label.
+///
+/// # Errors
+/// When it is none.
+pub fn check_hostname(name: &str) -> Result<()> {
+    let inner = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+    ensure!(
+        (1..=63).contains(&name.len()) && inner && !name.starts_with('-') && !name.ends_with('-'),
+        "`{name}` is no host name\n\
+         help: 1 to 63 lower-case letters, digits and inner hyphens"
+    );
+    Ok(())
+}
+
+/// The public keys of a file such as `~/.ssh/id_ed25519.pub`.
+///
+/// # Errors
+/// When the file cannot be read, holds a secret key, or holds no public one.
+pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+    ensure!(
+        !text.contains("PRIVATE KEY"),
+        "{path} is a secret key\nhelp: name the public one, {path}.pub"
+    );
+    let lines = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#'));
+    let keys: Vec<String> = lines.map(str::to_owned).collect();
+    ensure!(!keys.is_empty(), "{path} holds no SSH key");
+    for key in &keys {
+        ensure!(
+            KEY_TYPES.iter().any(|kind| key.starts_with(kind)) && key.split(' ').count() >= 2,
+            "{path} holds a line that is no public SSH key\nhelp: name a file such as ~/.ssh/id_ed25519.pub"
+        );
+    }
+    Ok(keys)
+}
+
+impl Seed {
+    /// Whether there is nothing to take over.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn names(&self) -> Vec<&'static str> {
+        let parts = [
+            ("hostname", self.hostname.is_some()),
+            ("ssh-keys", !self.ssh_keys.is_empty()),
+            ("wifi", self.wifi.is_some()),
+        ];
+        parts.into_iter().filter(|(_, is)| *is).map(|(name, _)| name).collect()
+    }
+
+    /// Writes the file to the card's boot partition and reads it back. The partition table is still in
+    /// memory, in the `held` pieces. Says what it wrote.
+    ///
+    /// # Errors
+    /// When the image has no boot partition with a FAT, or the card fails.
+    pub fn plant(
+        &self,
+        card: &dyn Card,
+        held: &[(usize, Buffer)],
+        pieces: &[Piece],
+    ) -> Result<Vec<&'static str>> {
+        let text = toml::to_string(self).context("writing down what the first boot takes over")?;
+        ensure!(text.len() <= LARGEST, "{FILE} would have {} bytes, at most {LARGEST}", text.len());
+        let boot = boot_partition(card, held, pieces)?;
+        let mut volume = Volume { card, place: boot, position: 0, blocks: BTreeMap::new() };
+        let doing = || format!("writing {FILE} to the boot partition");
+        {
+            let fat = FileSystem::new(&mut volume, FsOptions::new()).with_context(doing)?;
+            let mut file = fat.root_dir().create_file(FILE).with_context(doing)?;
+            file.truncate().with_context(doing)?;
+            file.write_all(text.as_bytes()).with_context(doing)?;
+            file.flush().with_context(doing)?;
+            drop(file);
+            fat.unmount().with_context(doing)?;
+        }
+        volume.store().with_context(doing)?;
+        Ok(self.names())
+    }
+}
+
+/// Where the boot partition lies.
+fn boot_partition(
+    card: &dyn Card,
+    held: &[(usize, Buffer)],
+    pieces: &[Piece],
+) -> Result<std::ops::Range<u64>> {
+    let folder = tempfile::tempdir().context("making a folder")?;
+    let path = Utf8PathBuf::try_from(folder.path().join("table.img"))?;
+    let file = File::create(&path).context("writing down the partition table")?;
+    let size = pieces.iter().map(|piece| piece.offset + piece.size as u64).max().unwrap_or(0);
+    file.set_len(size).context("writing down the partition table")?;
+    for (index, buffer) in held {
+        let piece = &pieces[*index];
+        file.write_all_at(buffer.bytes(), piece.offset)
+            .context("writing down the partition table")?;
+    }
+    let tables = read::tables(&path).context("looking for the image's boot partition")?;
+    let named = tables.partitions.iter().find(|p| p.name.as_deref() == Some(BOOT));
+    let fat = |p: &&FoundPartition| p.name.is_none() && FAT_TYPES.contains(&p.kind.as_str());
+    let found = named.or_else(|| tables.partitions.iter().find(fat));
+    let Some(found) = found else {
+        bail!("the image has no boot partition for what the first boot is to take over");
+    };
+    let end = found.offset.saturating_add(found.size);
+    ensure!(
+        end <= card.size()
+            && found.offset.is_multiple_of(BLOCK)
+            && found.size.is_multiple_of(BLOCK),
+        "the boot partition lies at {} to {end} of {} bytes, expected whole blocks within the card",
+        found.offset,
+        card.size()
+    );
+    Ok(found.offset..end)
+}
+
+/// A partition on the card: blocks are read when they are needed, and kept until they are stored.
+struct Volume<'a> {
+    card: &'a dyn Card,
+    place: std::ops::Range<u64>,
+    position: u64,
+    /// By number: the bytes, and whether they were changed.
+    blocks: BTreeMap<u64, (Buffer, bool)>,
+}
+
+impl Volume<'_> {
+    /// The part of a block from the position on.
+    fn with_block<T>(&mut self, work: impl FnOnce(&mut [u8], &mut bool) -> T) -> io::Result<T> {
+        let (number, inside) = (self.position / BLOCK, (self.position % BLOCK) as usize);
+        let (buffer, changed) = match self.blocks.entry(number) {
+            std::collections::btree_map::Entry::Occupied(known) => known.into_mut(),
+            std::collections::btree_map::Entry::Vacant(new) => {
+                let mut buffer = Buffer::new(BLOCK as usize);
+                let place = self.place.start + number * BLOCK;
+                self.card.read_at(place, buffer.part(BLOCK as usize))?;
+                new.insert((buffer, false))
+            }
+        };
+        Ok(work(&mut buffer.part(BLOCK as usize)[inside..], changed))
+    }
+
+    fn left(&self) -> u64 {
+        (self.place.end - self.place.start).saturating_sub(self.position)
+    }
+
+    /// Writes what was changed, flushes, and reads it back.
+    fn store(mut self) -> Result<()> {
+        let (card, start) = (self.card, self.place.start);
+        let mut written = Vec::new();
+        for (number, (buffer, _)) in self.blocks.iter_mut().filter(|(_, (_, changed))| *changed) {
+            let place = start + number * BLOCK;
+            card.write_at(place, buffer.part(BLOCK as usize))
+                .with_context(|| format!("writing at {place}"))?;
+            written.push((place, buffer));
+        }
+        card.flush().context("flushing the card")?;
+        let mut found = Buffer::new(BLOCK as usize);
+        for (place, buffer) in written {
+            card.read_at(place, found.part(BLOCK as usize))
+                .with_context(|| format!("reading back at {place}"))?;
+            ensure!(
+                found.bytes() == buffer.bytes(),
+                "the card does not hold what is written to it at {place}\nhelp: use another card"
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Read for Volume<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let most = out.len().min(usize::try_from(self.left()).unwrap_or(usize::MAX));
+        if most == 0 {
+            return Ok(0);
+        }
+        let count = self.with_block(|bytes, _| {
+            let count = most.min(bytes.len());
+            out[..count].copy_from_slice(&bytes[..count]);
+            count
+        })?;
+        self.position += count as u64;
+        Ok(count)
+    }
+}
+
+impl Write for Volume<'_> {
+    fn write(&mut self, input: &[u8]) -> io::Result<usize> {
+        let most = input.len().min(usize::try_from(self.left()).unwrap_or(usize::MAX));
+        if most == 0 {
+            return Ok(0);
+        }
+        let count = self.with_block(|bytes, changed| {
+            let count = most.min(bytes.len());
+            bytes[..count].copy_from_slice(&input[..count]);
+            *changed = true;
+            count
+        })?;
+        self.position += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Seek for Volume<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let size = self.place.end - self.place.start;
+        let position = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(by) => size.checked_add_signed(by),
+            SeekFrom::Current(by) => self.position.checked_add_signed(by),
+        };
+        let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+        self.position = position.filter(|at| *at <= size).ok_or_else(outside)?;
+        Ok(self.position)
+    }
+}

@@ -1,0 +1,110 @@
+//! Flashing real block devices: loop devices, which need root and a kernel that has them.
+
+mod flash_support;
+
+use std::fs::{self, File};
+use std::os::unix::fs::OpenOptionsExt;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use flash_support::*;
+use xtask::disk::TableKind;
+use xtask::exec::{self, Tool};
+use xtask::flash::device;
+
+/// A loop device, detached with the test.
+struct Loop(Utf8PathBuf);
+
+impl Loop {
+    /// Attached to a file; `None` where this machine cannot.
+    fn new(test: &str, file: &Utf8Path) -> Option<Self> {
+        if let Err(why) = device::can_loop() {
+            println!("skipped: {test} needs loop devices: {why:#}");
+            return None;
+        }
+        let attach = tool("losetup").args(["--find", "--show", file.as_str()]);
+        Some(Self(attach.read().expect("attaching").trim().into()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        tool("losetup").args(["--detach", self.0.as_str()]).run().expect("detaching");
+    }
+}
+
+fn tool(name: &str) -> Tool {
+    Tool::new(exec::find(name).unwrap_or_else(|| panic!("this test needs {name}")))
+}
+
+#[test]
+fn every_mapped_byte_reaches_a_loop_device() {
+    let folder = Folder::new();
+    let made = image(&folder, TableKind::Hybrid, 20).path;
+    let card = folder.at("card");
+    old_card(&card, SIZE + 8 * MIB);
+    let Some(device) = Loop::new("every_mapped_byte_reaches_a_loop_device", &card) else { return };
+    let said = good(&[made.as_str(), device.0.as_str(), "--yes", "--format", "json"]);
+    let said: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    assert_eq!(said["read-back"].as_bool(), Some(true), "{said}");
+    assert_eq!(said["discarded"].as_bool(), Some(true), "{said}");
+    assert_eq!(differences(&made, &device.0), Vec::<u64>::new());
+    assert!(has_table(&device.0));
+    // What the image does not use has no old bytes: it was discarded.
+    assert!(part(&device.0, SIZE + 2 * MIB, MIB as usize).iter().all(|byte| *byte == 0));
+    // A bare name is one in /dev.
+    let name = device.0.file_name().expect("a name");
+    good(&[made.as_str(), name, "--yes", "--no-read-back"]);
+    let listed = good(&["--list", "--format", "json"]);
+    let listed: Vec<serde_json::Value> = serde_json::from_str(&listed).expect("JSON");
+    let own = listed.iter().find(|d| d["path"] == device.0.as_str()).expect("it is listed");
+    assert_eq!(own["size"].as_u64(), Some(SIZE + 8 * MIB));
+    assert!(own["content"].as_str().is_some_and(|c| c.contains("root-a")), "{own}");
+    assert_eq!(own["objections"].as_array().map(Vec::len), Some(0), "{own}");
+}
+
+#[test]
+fn what_is_mounted_or_held_or_only_a_part_is_refused() {
+    let folder = Folder::new();
+    let made = image(&folder, TableKind::Mbr, 21).path;
+    let card = folder.at("card");
+    old_card(&card, SIZE + 8 * MIB);
+    let test = "what_is_mounted_or_held_or_only_a_part_is_refused";
+    let Some(device) = Loop::new(test, &card) else { return };
+    let path = device.0.as_str();
+    let arguments = [made.as_str(), path, "--yes"];
+
+    // Somebody else holds it: the kernel refuses, whatever lsblk says.
+    let exclusive = i32::try_from(rustix::fs::OFlags::EXCL.bits()).expect("a flag");
+    let held = File::options().read(true).custom_flags(exclusive).open(path).expect("holding it");
+    assert!(refused(&arguments).contains("the kernel says that it is in use"));
+    drop(held);
+
+    // The file behind it.
+    let message = refused(&[made.as_str(), card.as_str(), "--yes"]);
+    assert!(message.contains(&format!("it is in use by {path} (loop)")), "{message}");
+
+    // A partition, which the kernel lists whether or not it reads tables itself.
+    tool("addpart").args([path, "1", "2048", "140000"]).run().expect("adding a partition");
+    let partition = format!("{path}p1");
+    let message = refused(&[made.as_str(), &partition, "--yes"]);
+    assert!(message.contains("it is a partition, and an image is of a whole disk"), "{message}");
+    assert!(message.contains(&format!("name its disk: {path}")), "{message}");
+
+    // Mounted, by its partition.
+    tool("mke2fs").args(["-q", "-F", &partition]).run().expect("mke2fs");
+    let place = folder.at("mounted");
+    fs::create_dir(&place).expect("a folder");
+    tool("mount").args([&partition, place.as_str()]).run().expect("mounting");
+    let message = refused(&arguments);
+    tool("umount").arg(place.as_str()).run().expect("unmounting");
+    assert!(message.contains(&format!("it is mounted: {partition} at {place}")), "{message}");
+    assert!(message.contains(&format!("help: umount {partition}")), "{message}");
+    tool("delpart").args([path, "1"]).run().expect("removing the partition");
+
+    // Read-only.
+    tool("blockdev").args(["--setro", path]).run().expect("locking");
+    let message = refused(&arguments);
+    assert!(message.contains("it can only be read"), "{message}");
+    tool("blockdev").args(["--setrw", path]).run().expect("unlocking");
+    good(&arguments);
+}
