@@ -31,6 +31,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Verify(options) => cmd::verify::verify(options),
         Command::Run(options) => cmd::run::run(options),
         Command::Push(options) => cmd::push::push(options),
+        Command::Release(verb) => cmd::release::release(verb),
+        Command::Publish(options) => cmd::publish::publish(options),
         Command::Bench(options) => cmd::bench::bench(options),
         Command::Lock(options) => cmd::lock::lock(options),
         Command::Buildroot(verb) => cmd::buildroot::buildroot(verb),
