@@ -2,6 +2,7 @@
 //!
 //! `docs/architecture.md` is the map of this crate.
 
+pub mod affected;
 pub mod artifact;
 pub mod bench;
 pub mod build;

@@ -26,7 +26,7 @@ use crate::report;
 use crate::rootfs::debian::DebianSpec;
 use crate::tools::{self, Purpose};
 
-pub use agent::{Agent, LOCK as COMPILER_LOCK};
+pub use agent::{Agent, LOCK as COMPILER_LOCK, SOURCES as AGENT_SOURCES};
 pub use base::{Base, Wheels, package_spec, python_target};
 pub use buildroot::output_name;
 pub use image::{Card, System, qemu_files, wrap_script};

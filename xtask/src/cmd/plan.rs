@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use bundle::Version;
 use camino::{Utf8Path, Utf8PathBuf};
 
+use crate::affected;
 use crate::artifact::write_atomically;
 use crate::cli::{Format, PlanOptions, Show, Target};
 use crate::config::{self, Config};
@@ -73,10 +74,29 @@ pub fn dist(root: &Utf8Path, plan: &Plan) -> Utf8PathBuf {
 /// # Errors
 /// Everything that is wrong with the configuration.
 pub fn plan(options: &PlanOptions) -> Result<()> {
+    if options.all || options.changed_since.is_some() {
+        return builds(options);
+    }
     let (_, _, plan) = resolve(&options.target)?;
     match options.format {
         Format::Json => println!("{}", serde_json::to_string_pretty(&plan)?),
         Format::Text => print!("{}", describe(&plan)),
+    }
+    Ok(())
+}
+
+/// The builds for CI: all of them, or those that a commit affects.
+fn builds(options: &PlanOptions) -> Result<()> {
+    let root = config::workspace_root()?;
+    let Target { product, board } = &options.target;
+    let mut builds = match &options.changed_since {
+        Some(revision) => affected::changed_since(&root, revision, product.as_deref())?,
+        None => affected::all(&root, product.as_deref())?,
+    };
+    builds.retain(|build| board.as_ref().is_none_or(|only| build.board == *only));
+    match options.format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&builds)?),
+        Format::Text => print!("{}", affected::describe(&builds)),
     }
     Ok(())
 }

@@ -60,7 +60,7 @@ impl Directory {
             file.sync_all().with_context(|| format!("flushing {temporary}"))?;
             // What the page cache has proves nothing about a USB stick. Best effort: a filesystem in
             // memory knows no such advice.
-            drop(fadvise(&file, 0, None, Advice::DontNeed));
+            fadvise(&file, 0, None, Advice::DontNeed).ok();
             let (_, found) = hash_file(&temporary)?;
             ensure!(
                 found == expected,
@@ -252,7 +252,7 @@ impl Store for Directory {
         // Where locks mean nothing, the loop below does it alone.
         let dir = self.generations(channel);
         let turn = File::open(&dir).with_context(|| format!("opening {dir}"))?;
-        drop(flock(&turn, FlockOperation::LockExclusive));
+        flock(&turn, FlockOperation::LockExclusive).ok();
         loop {
             let (newest, token) = self.index(channel)?;
             let Some(newest) = newest else { return Ok(()) };
