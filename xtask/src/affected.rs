@@ -279,7 +279,8 @@ pub fn describe(builds: &[Build]) -> String {
     for build in builds {
         text.push_str(&format!("{} {}\n", build.product, build.board));
         for component in &build.components {
-            text.push_str(&format!("  {:<7} {}\n", component.name, component.reasons.join(", ")));
+            let reasons = crate::progress::names(&component.reasons);
+            text.push_str(&format!("  {:<7} {reasons}\n", component.name));
         }
     }
     text

@@ -122,6 +122,7 @@ pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
 
 /// Whom we trust, and who signs for us: the key directory, with each key opened once.
 pub struct Authority {
+    dir: Utf8PathBuf,
     set: KeySet,
     signers: BTreeMap<&'static str, Signer>,
 }
@@ -132,8 +133,16 @@ impl Authority {
     /// # Errors
     /// When the key directory cannot be used.
     pub fn open() -> Result<Self> {
-        let set = Keys::open(&keys::directory()?)?.set().clone();
-        Ok(Self { set, signers: BTreeMap::new() })
+        Self::at(&keys::directory()?)
+    }
+
+    /// Reads the key set of this key directory.
+    ///
+    /// # Errors
+    /// When it cannot be used.
+    pub fn at(dir: &Utf8Path) -> Result<Self> {
+        let set = Keys::open(dir)?.set().clone();
+        Ok(Self { dir: dir.to_owned(), set, signers: BTreeMap::new() })
     }
 
     /// The keys that count.
@@ -151,7 +160,7 @@ impl Authority {
             Kind::Release => "release",
         };
         if !self.signers.contains_key(name) {
-            let mut keys = Keys::open(&keys::directory()?)?;
+            let mut keys = Keys::open(&self.dir)?;
             let signer = keys.signer(kind)?;
             // The first development key is made on first use.
             self.set = keys.set().clone();

@@ -9,6 +9,7 @@ mod failures;
 mod firmware;
 mod foreign;
 mod kill;
+mod nightly;
 mod repeat;
 mod support;
 mod update;
