@@ -83,7 +83,7 @@ impl Host {
         let batch = dir.join("batch");
         fs::write(&batch, commands.join("\n") + "\n")
             .with_context(|| format!("writing {batch}"))?;
-        let mut tool = Tool::new("sftp").args(["-q", "-b", batch.as_str()]);
+        let mut tool = Tool::new("sftp").args(["-b", batch.as_str()]);
         for option in &self.options {
             tool = tool.args(["-o", option]);
         }

@@ -14,7 +14,7 @@ use crate::support::{
 };
 
 /// How often publishers are killed here: each connection costs more than in a folder.
-const KILLS: u32 = 6;
+const KILLS: u32 = 4;
 
 /// An `sshd` whose only user is this process's.
 struct Host {
@@ -109,9 +109,9 @@ fn a_host_without_a_shell_will_do_and_one_that_is_gone_is_named() {
     }
 }
 
-/// A reader of a web server.
+/// A reader of a web server. moto's buckets are private, but it takes any word for a signature.
 fn get(url: &str) -> Option<Vec<u8>> {
-    let mut response = ureq::get(url).call().ok()?;
+    let mut response = ureq::get(url).header("Authorization", "anybody").call().ok()?;
     response.body_mut().read_to_vec().ok()
 }
 

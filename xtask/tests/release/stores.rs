@@ -221,5 +221,5 @@ fn an_interrupted_index_is_finished_by_whoever_comes_next() {
     assert!(said.contains("nothing new"), "{said}");
     let reader = Reader::of_folder(bench.keys(), bench.dir.join("target"));
     assert_eq!(reader.read().len(), 2);
-    assert_eq!(local.index(Channel::Nightly).unwrap().0.is_some(), true);
+    assert!(local.index(Channel::Nightly).unwrap().0.is_some());
 }

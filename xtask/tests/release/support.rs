@@ -19,7 +19,7 @@ use xtask::release::index::Retention;
 use xtask::release::{Channel, Index, Manifest};
 
 /// Objects of each release but for its notes.
-pub const OBJECTS: usize = 8;
+pub const OBJECTS: usize = 4;
 
 pub fn root() -> Utf8PathBuf {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
@@ -151,9 +151,12 @@ pub fn ended(child: Child, killed: bool) {
     assert!(output.status.success() || (killed && output.status.code().is_none()), "{errors}");
 }
 
+/// A GET of a path in a store.
+type Get<'a> = dyn Fn(&str) -> Option<Vec<u8>> + 'a;
+
 /// A reader with nothing but GETs. It follows every reference, and remembers what it has hashed.
 pub struct Reader<'a> {
-    get: Box<dyn Fn(&str) -> Option<Vec<u8>> + 'a>,
+    get: Box<Get<'a>>,
     keys: KeySet,
     seen: RefCell<BTreeSet<String>>,
     serials: RefCell<BTreeMap<Channel, u64>>,
