@@ -19,6 +19,7 @@ use crate::disk::read::{self, DiskTables};
 use crate::exec::Tool;
 use crate::facts::Facts;
 use crate::progress::say;
+use crate::report::Report;
 use crate::update;
 
 /// Bytes around the first difference that are shown.
@@ -156,10 +157,6 @@ pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<Comparison> {
     names.extend(outputs(other)?);
     names.sort();
     names.dedup();
-    ensure!(
-        names.iter().any(|name| name.ends_with(".img")),
-        "there is no image in {one}\nhelp: build first, or name a folder dist/<product>/<board>"
-    );
     let mut found = Vec::new();
     for name in names {
         let (a, b) = (one.join(&name), other.join(&name));
@@ -184,17 +181,16 @@ pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<Comparison> {
     Ok(Comparison { equal: found.iter().all(|output| output.equal), outputs: found })
 }
 
-/// The files of a build that a release has.
+/// The files of a build that a release has, by its report: what earlier versions left does not count.
 fn outputs(dir: &Utf8Path) -> Result<Vec<String>> {
-    let entries = dir.read_dir_utf8().with_context(|| format!("reading {dir}"))?;
-    let mut names = Vec::new();
-    for entry in entries {
-        let name = entry.with_context(|| format!("reading {dir}"))?.file_name().to_owned();
-        let ours = [".img", ".img.bmap", ".bundle", "sbom.cdx.json"];
-        if ours.iter().any(|end| name.ends_with(end)) {
-            names.push(name);
-        }
-    }
+    let path = dir.join("report.json");
+    let text = fs::read_to_string(&path).with_context(|| {
+        format!("reading {path}\nhelp: build first, or name a folder dist/<product>/<board>")
+    })?;
+    let report = Report::from_json(&text).with_context(|| format!("reading {path}"))?;
+    let stem = format!("{}-{}-{}", report.product.name, report.product.version, report.board);
+    let mut names = vec!["sbom.cdx.json".to_owned()];
+    names.extend(["img", "img.bmap", "bundle"].map(|extension| format!("{stem}.{extension}")));
     Ok(names)
 }
 

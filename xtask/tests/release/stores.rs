@@ -184,6 +184,12 @@ fn a_yanked_release_is_marked_everywhere_and_versions_only_grow() {
     assert!(shown.starts_with("robot 1.0.0 (development), channel nightly"), "{shown}");
     let message = refused(&["release", "promote", "1.1.0", "--to", "beta"]);
     assert!(message.contains("was yanked: it hums"), "{message}");
+    // What was built goes; what was released stays.
+    let built = bench.dir.join("dist/robot/one");
+    fs::create_dir_all(&built).unwrap();
+    bench.good(&["clean"]);
+    assert!(!built.exists());
+    assert_eq!(Reader::of_folder(bench.keys(), local.root().to_owned()).read().len(), 2);
 }
 
 #[test]
