@@ -51,8 +51,9 @@ pub fn resolve_nightly(target: &Target) -> Result<(Config, Facts, Plan)> {
 fn nightly(version: &Version, epoch: u64) -> Result<Version> {
     let digits: String = timestamp(epoch).chars().filter(char::is_ascii_digit).collect();
     let next = match version.as_str().split_once('-') {
-        // A pre-release: its nightlies come after it and before the next one.
-        Some(_) => format!("{version}.nightly.{digits}"),
+        // A pre-release: its nightlies come after it and before the next one. A word more would be
+        // beyond the length of a version.
+        Some(_) => format!("{version}.{digits}"),
         None => {
             let (major_minor, patch) =
                 version.as_str().rsplit_once('.').context("a version has three numbers")?;

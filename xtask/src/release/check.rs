@@ -14,6 +14,7 @@ use super::collect::{packages, read_report};
 use crate::artifact::hash_bytes;
 use crate::cache::Cache;
 use crate::cmd::inspect::{Held, content};
+use crate::config;
 use crate::diff::{self, Changes, Content, Difference, Inventory, what_changed};
 use crate::disk::read::{self, DiskTables};
 use crate::exec::Tool;
@@ -122,7 +123,9 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
         .env("SOURCE_DATE_EPOCH", report.epoch.to_string())
         .current_dir(&checkout)
         .log(&folder.join("build.log"));
-    if report.product.version.contains("nightly.") {
+    // The only way in which a build has another version than its product.
+    let configured = config::product::read(root, product)?.version.value;
+    if configured.as_str() != report.product.version {
         tool = tool.arg("--nightly");
     }
     tool.run_lines(|line| say("again", line.trim_start())).context("building a second time")?;
