@@ -1,7 +1,11 @@
 //! The command line: what may be typed, and nothing of what it does.
 
+mod release;
+
 use camino::Utf8PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use release::{Access, Create, Publish, Release, ReleaseCheck, StoreAddress, Which};
 
 /// Builds card images and the signed bundles that match them, without root and, once the downloads
 /// are there, without a network.
@@ -24,7 +28,7 @@ pub enum Command {
     /// no work.
     BuildImage(BuildImage),
     /// Show the resolved build: every input with its hash, every partition with its offset.
-    Plan(Show),
+    Plan(PlanOptions),
     /// Write every generated text (defconfig, overlay, boot files) to dist/…/rendered.
     Render(Show),
     /// Show what is in an image, a bundle or a slot image; or compare two.
@@ -44,6 +48,14 @@ pub enum Command {
     /// Streams the bundle into the robot's agent; nothing is stored on the way. A connection that breaks
     /// is made again. Exits with 0 only if every robot has committed this bundle's version.
     Push(Push),
+    /// Make releases of what was built, and look after their channels.
+    #[command(subcommand)]
+    Release(Release),
+    /// Bring releases to a folder, a USB stick, a host by SFTP, or an S3 bucket.
+    ///
+    /// Objects first, the channel's index last: readers never see a release that is not all there. An
+    /// interrupted publish goes on where it stopped when it is started again.
+    Publish(Publish),
     /// Resolve packages and wheels again and write the lock files.
     Lock(Lock),
     /// Work with the engine buildroot: check the defconfig, change it, run Buildroot's own targets.
@@ -112,6 +124,9 @@ pub struct BuildImage {
     /// Also write the image as .img.zst.
     #[arg(long)]
     pub zst: bool,
+    /// Build as a nightly: version 1.2.3 becomes 1.2.4-nightly.<the commit's time>.
+    #[arg(long)]
+    pub nightly: bool,
     /// How hard the bundle is compressed.
     #[arg(long, value_enum, default_value = "fast")]
     pub compression: Compression,
@@ -135,6 +150,7 @@ impl BuildImage {
         Self {
             target: target.clone(),
             until: None,
+            nightly: false,
             component: Some(component),
             offline,
             locked: false,
@@ -223,6 +239,8 @@ pub enum Stage {
     Base,
     /// Install the API wheels.
     Api,
+    /// Compile the robot's agent.
+    Agent,
     /// Make the root filesystem image.
     Compose,
     /// Assemble the card image.
@@ -250,7 +268,24 @@ pub enum Compression {
     Slow,
 }
 
-/// Options of `plan` and `render`.
+/// Options of `plan`.
+#[derive(Debug, Clone, Args)]
+pub struct PlanOptions {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub target: Target,
+    /// List all products and boards, for CI: with JSON, one entry for each build.
+    #[arg(long)]
+    pub all: bool,
+    /// List only the builds that changed since this commit, with the components and the reasons.
+    #[arg(long, value_name = "REV")]
+    pub changed_since: Option<String>,
+    /// How to print it.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
+/// Options of `render`.
 #[derive(Debug, Clone, Args)]
 pub struct Show {
     #[command(flatten)]

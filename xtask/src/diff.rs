@@ -101,7 +101,8 @@ pub struct Difference {
 }
 
 impl<T: Clone + PartialEq> Changes<T> {
-    fn between(old: &BTreeMap<String, T>, new: &BTreeMap<String, T>) -> Self {
+    /// Compares two lists by name.
+    pub fn between(old: &BTreeMap<String, T>, new: &BTreeMap<String, T>) -> Self {
         let only = |these: &BTreeMap<String, T>, those: &BTreeMap<String, T>| {
             these
                 .iter()
@@ -198,7 +199,15 @@ fn heading<T: Clone + PartialEq>(
     )
 }
 
-fn versions(name: &str, changes: &Changes<String>, out: &mut dyn Write) -> io::Result<()> {
+/// Writes a list of versions for people.
+///
+/// # Errors
+/// When `out` cannot be written.
+pub(crate) fn versions(
+    name: &str,
+    changes: &Changes<String>,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     heading(name, changes, "", out)?;
     for key in changes.names() {
         let shown = printable(key);
@@ -218,7 +227,8 @@ fn signed(delta: i128) -> String {
     format!("{}{size}", if delta < 0 { '-' } else { '+' })
 }
 
-fn what_changed(Change { old, new }: &Change<Entry>) -> String {
+/// What is different about a file, for people.
+pub(crate) fn what_changed(Change { old, new }: &Change<Entry>) -> String {
     let mut said = Vec::new();
     if old.mode != new.mode {
         said.push(format!("mode {:04o} -> {:04o}", old.mode, new.mode));

@@ -333,7 +333,7 @@ fn length(file: &File) -> Result<u64> {
 }
 
 /// The machine's certificate authorities (a company's own included), else Mozilla's.
-fn authorities() -> Result<RootCerts> {
+pub(crate) fn authorities() -> Result<RootCerts> {
     let named = std::env::var("SSL_CERT_FILE").ok().filter(|v| !v.is_empty());
     let candidates = named.iter().map(String::as_str).chain(AUTHORITIES);
     let Some(path) = candidates.into_iter().find(|path| Utf8Path::new(path).is_file()) else {

@@ -2,6 +2,7 @@
 //!
 //! `docs/architecture.md` is the map of this crate.
 
+pub mod affected;
 pub mod artifact;
 pub mod bench;
 pub mod build;
@@ -20,8 +21,10 @@ pub mod flash;
 pub mod keys;
 pub mod plan;
 pub mod progress;
+pub mod publish;
 pub mod push;
 pub mod qemu;
+pub mod release;
 pub mod render;
 pub mod report;
 pub mod rootfs;

@@ -32,6 +32,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Run(options) => cmd::run::run(options),
         Command::Flash(options) => cmd::flash::flash(options),
         Command::Push(options) => cmd::push::push(options),
+        Command::Release(verb) => cmd::release::release(verb),
+        Command::Publish(options) => cmd::publish::publish(options),
         Command::Bench(options) => cmd::bench::bench(options),
         Command::Lock(options) => cmd::lock::lock(options),
         Command::Buildroot(verb) => cmd::buildroot::buildroot(verb),

@@ -2,7 +2,7 @@
 //! the file, and the robot's agent writes it into the idle slot.
 
 mod answer;
-mod ssh;
+pub(crate) mod ssh;
 
 use std::collections::BTreeSet;
 use std::fs::File;

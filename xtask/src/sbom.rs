@@ -256,7 +256,7 @@ fn describe(purl: &str, component: &Component) -> Value {
 }
 
 /// Seconds since 1970 as RFC 3339 in UTC. The days come by Howard Hinnant's `civil_from_days`.
-fn timestamp(epoch: u64) -> String {
+pub(crate) fn timestamp(epoch: u64) -> String {
     let (days, second) = (epoch / 86_400, epoch % 86_400);
     let z = days + 719_468;
     let (era, day_of_era) = (z / 146_097, z % 146_097);

@@ -39,7 +39,7 @@ fn refused(arguments: &[&str], status: i32) -> String {
 }
 
 /// Every verb with what it must explain.
-const VERBS: [(&str, &[&str]); 18] = [
+const VERBS: [(&str, &[&str]); 28] = [
     (
         "build-image",
         &[
@@ -49,12 +49,13 @@ const VERBS: [(&str, &[&str]); 18] = [
             "--offline",
             "--locked",
             "--zst",
+            "--nightly",
             "--compression",
             "--no-install",
             "--format",
         ],
     ),
-    ("plan", &["--product", "--board", "--format"]),
+    ("plan", &["--product", "--board", "--all", "--changed-since <REV>", "--format"]),
     ("render", &["--product", "--board", "--format"]),
     ("inspect", &["<FILE>", "--diff", "--format"]),
     ("verify", &["<FILE>", "--keys <FILE>", "--format"]),
@@ -89,6 +90,16 @@ const VERBS: [(&str, &[&str]); 18] = [
             "--format",
         ],
     ),
+    ("release create", &["--channel", "--product", "--board", "--keep", "--allow-changes"]),
+    ("release list", &["--channel", "--store <STORE>", "--format"]),
+    ("release show", &["<VERSION>", "--notes", "--product", "--channel", "--store", "--format"]),
+    ("release diff", &["<OLD>", "<NEW>", "--files", "--product", "--format"]),
+    ("release promote", &["<VERSION>", "--to", "--product", "--store"]),
+    ("release yank", &["<VERSION>", "--reason", "--product", "--store"]),
+    ("release check", &["--against <DIR>", "--keep-stage", "--compression", "--format"]),
+    ("release gc", &["--store <DIR>", "--dry-run", "--format"]),
+    ("release summary", &["Markdown"]),
+    ("publish", &["<TARGET>", "--from <DIR>", "--keep", "--endpoint <URL>", "--ssh-option"]),
     ("lock", &["--product", "--only"]),
     ("keys new", &["release key"]),
     ("keys list", &["--format"]),

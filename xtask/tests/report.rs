@@ -41,6 +41,7 @@ fn empty() -> Report {
         wheels: vec![],
         largest_files: vec![],
         directories: vec![],
+        components: vec![],
         warnings: vec![],
         replaced_packages: vec![],
         next: vec![],

@@ -17,21 +17,22 @@ use camino::{Utf8Path, Utf8PathBuf};
 use crate::artifact::Artifact;
 use crate::cache::{Cache, Key, Staged};
 use crate::cli::{BuildImage, Stage};
-use crate::cmd::plan::{dist, resolve, save};
+use crate::cmd::plan::{dist, resolve, resolve_nightly, save};
 use crate::config::product::{Engine, Kind, RootLogin};
 use crate::keys::{self, Keys, Signer};
 use crate::plan::Plan;
-use crate::progress::{duration, say};
+use crate::progress::{duration, say, warn};
 use crate::render::{Rendered, render};
 use crate::report;
 use crate::rootfs::debian::DebianSpec;
 use crate::tools::{self, Purpose};
 
-pub use agent::{Agent, LOCK as COMPILER_LOCK};
+pub use agent::{Agent, LOCK as COMPILER_LOCK, SOURCES as AGENT_SOURCES};
 pub use base::{Base, Wheels, package_spec, python_target};
 pub use buildroot::output_name;
 pub use component::build_component;
 pub use image::{Card, System, qemu_files, wrap_script};
+pub use outcome::{FAILURE, Failure};
 
 /// What a build has at hand besides the plan.
 pub struct Build<'a> {
@@ -49,6 +50,8 @@ pub struct Build<'a> {
     packages: DebianSpec,
     /// How each stage went, for the report.
     stages: Vec<report::Stage>,
+    /// What is being made, for the note about a failure.
+    running: Stage,
     tools: OnceCell<()>,
 }
 
@@ -62,9 +65,13 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
         return component::show(&made, options.format);
     }
     let started = Instant::now();
-    let (config, _, plan) = resolve(&options.target)?;
+    let (config, _, plan) = match options.nightly {
+        true => resolve_nightly(&options.target)?,
+        false => resolve(&options.target)?,
+    };
     let cache = Cache::locate()?;
     let dist = dist(&config.root, &plan);
+    outcome::forget_failure(&dist)?;
     say("plan", summary(&plan));
     save(&plan, &dist)?;
     let until = options.until.unwrap_or(Stage::Bundle);
@@ -90,8 +97,17 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
     developer_access(&plan, &mut rendered).context("finding who may log in")?;
     let packages = package_spec(&config);
     let mut build = Build::new(&plan, &config.root, dist, &cache, options, packages);
-    let made = stages(&mut build, &rendered, &signing, until)?;
-    let report = outcome::report(&build, &made, &signing, started.elapsed())?;
+    let made = match stages(&mut build, &rendered, &signing, until) {
+        Ok(made) => made,
+        Err(error) => {
+            // The first error is the one to report.
+            if let Err(second) = outcome::write_failure(&build, &error) {
+                warn(format!("{second:#}"));
+            }
+            return Err(error);
+        }
+    };
+    let report = outcome::report(&build, &made, &rendered, &signing, started.elapsed())?;
     outcome::write(&build, &report, options.format)
 }
 
@@ -157,23 +173,29 @@ fn stages(
     };
     let mut made = Made { base, wheels: None, agent: None, system: None, card: None, bundle: None };
     if until >= Stage::Api {
+        build.running = Stage::Api;
         made.wheels = base::wheels(build, &made.base)?;
     }
-    if until >= Stage::Compose {
-        let agent = agent::agent(build)?;
+    if until >= Stage::Agent {
+        build.running = Stage::Agent;
+        made.agent = Some(agent::agent(build)?);
+    }
+    if let (true, Some(agent)) = (until >= Stage::Compose, &made.agent) {
+        build.running = Stage::Compose;
         let parts = image::Inputs {
             rendered,
             base: &made.base,
             wheels: made.wheels.as_ref(),
-            agent: &agent,
+            agent,
             signing,
         };
         made.system = Some(image::compose(build, &parts)?);
-        made.agent = Some(agent);
     }
     if let (true, Some(system)) = (until >= Stage::Image, &made.system) {
+        build.running = Stage::Image;
         made.card = Some(image::card(build, rendered, &made.base, system)?);
         if until >= Stage::Bundle {
+            build.running = Stage::Bundle;
             made.bundle = Some(image::bundle(build, rendered, &made.base, system, signing)?);
         }
     }
@@ -206,7 +228,8 @@ impl<'a> Build<'a> {
         packages: DebianSpec,
     ) -> Self {
         let (stages, tools) = (Vec::new(), OnceCell::new());
-        Self { plan, root, dist, cache, options, packages, stages, tools }
+        let running = Stage::Base;
+        Self { plan, root, dist, cache, options, packages, stages, running, tools }
     }
 
     /// Runs a stage, or takes its kept result; says how long it took and notes it for the report.

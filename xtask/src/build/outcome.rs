@@ -6,15 +6,63 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use camino::Utf8Path;
+use clap::ValueEnum;
 
 use super::{Build, Made, Signing};
-use crate::artifact::write_atomically;
+use crate::artifact::{hash_bytes, write_atomically};
+use crate::cache::Key;
 use crate::cli::Format;
 use crate::config::product::{Engine, Kind};
 use crate::disk::layout::{GPT_HEAD_SECTORS, GPT_TAIL_SECTORS, SECTOR, TableKind};
+use crate::render::Rendered;
 use crate::report::{self, Disk, Output, PathSize, Region, RegionKind, Report};
 use crate::sbom::{self, Component, Meta, Origin};
 use crate::wheel::metadata::License;
+
+/// The note that a failed build leaves beside its results.
+pub const FAILURE: &str = "failure.json";
+
+/// Why a build failed, for the summary of several.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct Failure {
+    /// The stage.
+    pub stage: String,
+    /// Its log, relative to the workspace, when it wrote one.
+    pub log: Option<String>,
+    /// The error, outermost first.
+    pub error: String,
+}
+
+/// Removes the note of an earlier failure.
+///
+/// # Errors
+/// When it is there and cannot be removed.
+pub fn forget_failure(dist: &Utf8Path) -> Result<()> {
+    let path = dist.join(FAILURE);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {path}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Notes which stage failed, and where its log is.
+///
+/// # Errors
+/// When the note cannot be written.
+pub fn write_failure(build: &Build<'_>, error: &anyhow::Error) -> Result<()> {
+    let stage = match build.running.to_possible_value() {
+        Some(value) => value.get_name().to_owned(),
+        None => String::new(),
+    };
+    let log = build.log(&stage);
+    let shown = log.strip_prefix(build.root).unwrap_or(&log).to_string();
+    let failure =
+        Failure { stage, log: log.is_file().then_some(shown), error: format!("{error:#}") };
+    let json = serde_json::to_vec_pretty(&failure).context("describing the failure")?;
+    write_atomically(&build.dist.join(FAILURE), |out| Ok(out.write_all(&json)?))
+}
 
 /// Collects the report.
 ///
@@ -23,6 +71,7 @@ use crate::wheel::metadata::License;
 pub fn report(
     build: &Build<'_>,
     made: &Made,
+    rendered: &Rendered,
     signing: &Signing,
     elapsed: Duration,
 ) -> Result<Report> {
@@ -96,6 +145,7 @@ pub fn report(
         wheels: made.wheels.iter().flat_map(|w| &w.distributions).map(wheel).collect(),
         largest_files: sized(&sizes.files),
         directories: sized(&sizes.directories),
+        components: parts(build, made, rendered)?,
         warnings: system.and_then(|s| s.warning.clone()).into_iter().collect(),
         replaced_packages: made
             .base
@@ -109,6 +159,54 @@ pub fn report(
             .collect(),
         next: if made.card.is_some() { next(build) } else { Vec::new() },
     })
+}
+
+/// The parts of the system, each with the digest of what it contributes: times and places do not count.
+fn parts(build: &Build<'_>, made: &Made, rendered: &Rendered) -> Result<Vec<report::Component>> {
+    let plan = build.plan;
+    let mut parts = Vec::new();
+    let mut add = |name: &str, version: String, digest: String| {
+        parts.push(report::Component { name: name.to_owned(), version, digest });
+    };
+    let short = |digest: &str| digest.get(..12).unwrap_or_default().to_owned();
+    let base = &made.base.system;
+    let named = |files: &[crate::rootfs::NamedFile]| -> Vec<(String, String)> {
+        files.iter().map(|f| (f.path.clone(), f.file.sha256.clone())).collect()
+    };
+    let loader = base.bootloader.as_ref().map(|file| file.sha256.clone());
+    let digest = Key::new("component", 1)
+        .with("root", &base.rootfs.sha256)
+        .with("kernel", &base.kernel.sha256)
+        .with("busybox", &base.initrd_parts.busybox.sha256)
+        .with("modules", &base.initrd_parts.modules.sha256)
+        .finish();
+    let version = match &plan.rootfs.buildroot {
+        Some(pinned) => pinned.release.clone(),
+        None => format!("{} of {}", plan.rootfs.suite, sbom::timestamp(made.base.epoch)),
+    };
+    add("base", version, digest);
+    if let (Some(wheels), Some(api)) = (&made.wheels, &plan.api) {
+        let version = api.package.split_once("==").map_or(api.package.as_str(), |(_, v)| v);
+        add("api", version.to_owned(), wheels.tar.sha256.clone());
+    }
+    if let Some(agent) = &made.agent {
+        let own = agent.components.iter().find(|c| c.name == super::agent::PACKAGE);
+        let version = own.map_or_else(String::new, |c| c.version.clone());
+        add("agent", version, agent.binary.sha256.clone());
+    }
+    let texts: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
+    let digest = Key::new("component", 1)
+        .with_json("texts", &texts)?
+        .with_json("firmware", &named(&base.firmware))?
+        .with_json("device trees", &named(&base.dtbs))?
+        .with_json("boot loader", &loader)?
+        .finish();
+    add("boot", short(&digest), digest);
+    if let Some(system) = &made.system {
+        let digest = Key::new("component", 1).with_json("root", &system.root.ranges)?.finish();
+        add("system", plan.product.version.to_string(), digest);
+    }
+    Ok(parts)
 }
 
 fn kind(kind: Kind) -> report::Kind {

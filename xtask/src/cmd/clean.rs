@@ -9,15 +9,17 @@ use crate::cache::Cache;
 use crate::cli::Clean;
 use crate::config::workspace_root;
 use crate::progress::{bytes, say};
+use crate::release::LOCAL;
 
-/// `cargo xtask clean`. Removes results, on request kept stages and downloads; never keys, locks or
-/// anything outside `dist/` and the cache.
+/// `cargo xtask clean`. Removes results, on request kept stages and downloads; never releases, keys, locks
+/// or anything outside `dist/` and the cache.
 ///
 /// # Errors
 /// When something cannot be removed.
 pub fn clean(options: &Clean) -> Result<()> {
     let cache = Cache::locate()?;
-    let mut paths = vec![workspace_root()?.join("dist")];
+    let root = workspace_root()?;
+    let mut paths = results(&root.join("dist"), &root.join(LOCAL))?;
     if options.stages {
         paths.extend(["stages", "tools", "apt", "bench"].map(|name| cache.root.join(name)));
     }
@@ -34,6 +36,20 @@ pub fn clean(options: &Clean) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What lies in `dist/`, but for the releases: those cannot be made again by a build of another commit.
+fn results(dist: &Utf8Path, releases: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+    if !dist.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for entry in dist.read_dir_utf8().with_context(|| format!("reading {dist}"))? {
+        found.push(entry.with_context(|| format!("reading {dist}"))?.into_path());
+    }
+    found.retain(|path| path != releases && path.is_dir());
+    found.sort();
+    Ok(found)
 }
 
 fn remove(path: &Utf8Path) -> Result<()> {

@@ -166,13 +166,19 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
     }
 }
 
-enum Held {
+/// A filesystem in an image.
+pub(crate) enum Held {
+    /// A FAT.
     Fat,
+    /// An ext4.
     Ext4,
 }
 
 /// What lies at an offset of an image, by its magic numbers.
-fn content(path: &Utf8Path, offset: u64) -> Result<Option<Held>> {
+///
+/// # Errors
+/// When the image cannot be read there.
+pub(crate) fn content(path: &Utf8Path, offset: u64) -> Result<Option<Held>> {
     let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
     let mut head = vec![0; 2048];
     file.seek(SeekFrom::Start(offset)).with_context(|| format!("reading {path}"))?;
@@ -301,24 +307,29 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
     Ok(())
 }
 
-fn diff(old: &Utf8Path, new: &Utf8Path, format: Format) -> Result<()> {
-    let inventory = |path: &Utf8Path| -> Result<Inventory> {
-        match subject(path)? {
-            Subject::SlotImage => Inventory::of_ext4(path, 0),
-            Subject::Image => {
-                let tables = read::tables(path)?;
-                for partition in &tables.partitions {
-                    if let Ok(Some(_)) = read_file(path, partition.offset, "/etc/os-release") {
-                        return Inventory::of_ext4(path, partition.offset);
-                    }
+/// What is in the system of a card image or a slot image.
+///
+/// # Errors
+/// When there is none, or it cannot be read.
+pub(crate) fn inventory(path: &Utf8Path) -> Result<Inventory> {
+    match subject(path)? {
+        Subject::SlotImage => Inventory::of_ext4(path, 0),
+        Subject::Image => {
+            let tables = read::tables(path)?;
+            for partition in &tables.partitions {
+                if let Ok(Some(_)) = read_file(path, partition.offset, "/etc/os-release") {
+                    return Inventory::of_ext4(path, partition.offset);
                 }
-                bail!("{path} has no slot with a system in it")
             }
-            Subject::Bundle => bail!(
-                "{path} is a bundle\nhelp: compare the images; `inspect` alone shows a bundle"
-            ),
+            bail!("{path} has no slot with a system in it")
         }
-    };
+        Subject::Bundle => {
+            bail!("{path} is a bundle\nhelp: compare the images; `inspect` alone shows a bundle")
+        }
+    }
+}
+
+fn diff(old: &Utf8Path, new: &Utf8Path, format: Format) -> Result<()> {
     let difference = Difference::between(&inventory(old)?, &inventory(new)?);
     match format {
         Format::Json => print!("{}", difference.to_json()?),

@@ -10,6 +10,8 @@ pub mod inspect;
 pub mod keys;
 pub mod lock;
 pub mod plan;
+pub mod publish;
 pub mod push;
+pub mod release;
 pub mod run;
 pub mod verify;

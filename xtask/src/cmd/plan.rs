@@ -1,15 +1,18 @@
 //! `plan` and `render`: what a build would do, and every text that it would generate.
 
 use anyhow::{Context, Result};
+use bundle::Version;
 use camino::{Utf8Path, Utf8PathBuf};
 
+use crate::affected;
 use crate::artifact::write_atomically;
-use crate::cli::{Format, Show, Target};
+use crate::cli::{Format, PlanOptions, Show, Target};
 use crate::config::{self, Config};
 use crate::disk::layout::exact;
 use crate::facts::Facts;
 use crate::plan::{self, Plan};
 use crate::render;
+use crate::sbom::timestamp;
 
 /// Loads what was asked for, without resolving it.
 ///
@@ -30,6 +33,38 @@ pub fn resolve(target: &Target) -> Result<(Config, Facts, Plan)> {
     Ok((config, facts, plan))
 }
 
+/// As [`resolve`], as a nightly: under a version of its own, higher than the product's and than that of
+/// every earlier commit.
+///
+/// # Errors
+/// Everything that is wrong with the configuration.
+pub fn resolve_nightly(target: &Target) -> Result<(Config, Facts, Plan)> {
+    let mut config = load(target)?;
+    let facts = Facts::collect(&config.root)?;
+    let version = &mut config.product.version.value;
+    *version = nightly(version, facts.epoch)?;
+    let plan = plan::resolve(&config, &facts)?;
+    Ok((config, facts, plan))
+}
+
+/// The nightly's version: the next patch version's, before it is released, by the commit's time in UTC.
+fn nightly(version: &Version, epoch: u64) -> Result<Version> {
+    let digits: String = timestamp(epoch).chars().filter(char::is_ascii_digit).collect();
+    let next = match version.as_str().split_once('-') {
+        // A pre-release: its nightlies come after it and before the next one. A word more would be
+        // beyond the length of a version.
+        Some(_) => format!("{version}.{digits}"),
+        None => {
+            let (major_minor, patch) =
+                version.as_str().rsplit_once('.').context("a version has three numbers")?;
+            let patch = patch.parse::<u64>().context("a version has three numbers")?;
+            let patch = patch.checked_add(1).context("the version is at its end")?;
+            format!("{major_minor}.{patch}-nightly.{digits}")
+        }
+    };
+    Version::parse(&next).with_context(|| format!("naming the nightly of {version}"))
+}
+
 /// Where the results of a build lie.
 pub fn dist(root: &Utf8Path, plan: &Plan) -> Utf8PathBuf {
     root.join("dist").join(&plan.product.name).join(&plan.board.name)
@@ -39,11 +74,30 @@ pub fn dist(root: &Utf8Path, plan: &Plan) -> Utf8PathBuf {
 ///
 /// # Errors
 /// Everything that is wrong with the configuration.
-pub fn plan(options: &Show) -> Result<()> {
+pub fn plan(options: &PlanOptions) -> Result<()> {
+    if options.all || options.changed_since.is_some() {
+        return builds(options);
+    }
     let (_, _, plan) = resolve(&options.target)?;
     match options.format {
         Format::Json => println!("{}", serde_json::to_string_pretty(&plan)?),
         Format::Text => print!("{}", describe(&plan)),
+    }
+    Ok(())
+}
+
+/// The builds for CI: all of them, or those that a commit affects.
+fn builds(options: &PlanOptions) -> Result<()> {
+    let root = config::workspace_root()?;
+    let Target { product, board } = &options.target;
+    let mut builds = match &options.changed_since {
+        Some(revision) => affected::changed_since(&root, revision, product.as_deref())?,
+        None => affected::all(&root, product.as_deref())?,
+    };
+    builds.retain(|build| board.as_ref().is_none_or(|only| build.board == *only));
+    match options.format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&builds)?),
+        Format::Text => print!("{}", affected::describe(&builds)),
     }
     Ok(())
 }
@@ -101,4 +155,21 @@ pub fn describe(plan: &Plan) -> String {
     line("overlay", format!("{} files", plan.overlay.len()));
     line("inputs", format!("{} files of the workspace", plan.inputs.len()));
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nightlies_grow_with_time_and_lie_between_releases() {
+        let version = |text: &str| Version::parse(text).expect("a version");
+        let night = |text: &str, epoch| nightly(&version(text), epoch).expect("a nightly");
+        let one = night("0.1.0", 1_795_222_196);
+        assert_eq!(one.as_str(), "0.1.1-nightly.20261121004956");
+        assert!(version("0.1.0") < one && one < night("0.1.0", 1_795_222_197));
+        assert!(night("0.1.0", 1_795_222_197) < version("0.1.1"));
+        let pre = night("2.0.0-rc.1", 0);
+        assert!(version("2.0.0-rc.1") < pre && pre < version("2.0.0-rc.2"), "{pre}");
+    }
 }

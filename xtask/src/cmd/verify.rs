@@ -74,7 +74,11 @@ fn read_keys(path: &Utf8Path) -> Result<KeySet> {
     Ok(KeySet { keys: vec![key], ..KeySet::default() })
 }
 
-fn verify_image(image: &Utf8Path) -> Result<(serde_json::Value, String)> {
+/// Checks an image against its tables and the block map beside it: the result as JSON and as a sentence.
+///
+/// # Errors
+/// Whatever is wrong.
+pub(crate) fn verify_image(image: &Utf8Path) -> Result<(serde_json::Value, String)> {
     let map_path = bmap::path_for(image);
     ensure!(
         map_path.is_file(),

@@ -25,13 +25,20 @@ pub fn path_for(image: &Utf8Path) -> Utf8PathBuf {
 /// # Errors
 /// When reading or writing fails; nothing is left under the final name then.
 pub fn compress(image: &Utf8Path, level: i32) -> Result<Artifact> {
-    let out = path_for(image);
+    compress_to(image, &path_for(image), level)
+}
+
+/// Compresses an image into another file.
+///
+/// # Errors
+/// When reading or writing fails; nothing is left under the final name then.
+pub fn compress_to(image: &Utf8Path, out: &Utf8Path, level: i32) -> Result<Artifact> {
     let doing = || format!("compressing {image}");
     let file = File::open(image).with_context(doing)?;
     let size = file.metadata().with_context(doing)?.len();
     let step = Step::new("image", out.file_name().unwrap_or("image.zst"), size, Unit::Bytes);
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
-    artifact::write_atomically(&out, |writer| {
+    artifact::write_atomically(out, |writer| {
         std::thread::scope(|scope| {
             // Worker n makes the frames n, n + threads, …; taking them in turn keeps their order,
             // and a worker is at most one frame ahead.

@@ -73,13 +73,7 @@ impl Connection {
             !host.is_empty() && !host.starts_with('-') && !host.contains(char::is_whitespace),
             "`{host}` is no robot's address\nhelp: HOST, USER@HOST or ssh://USER@HOST:PORT"
         );
-        for option in options {
-            let key = option.split_once('=').map(|(key, _)| key).unwrap_or_default();
-            ensure!(
-                !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric()),
-                "`{option}` is no option of ssh\nhelp: KEY=VALUE as in ssh_config(5), such as Port=2222"
-            );
-        }
+        check_options(options)?;
         let mut options = options.to_vec();
         options.extend(OPTIONS.map(str::to_owned));
         // Nobody's name on the workstation is an account on a robot.
@@ -181,6 +175,21 @@ impl Connection {
         })?;
         Ok((status.code(), out, tail))
     }
+}
+
+/// Refuses what is no option of ssh_config(5).
+///
+/// # Errors
+/// Names the one that is none.
+pub(crate) fn check_options(options: &[String]) -> Result<()> {
+    for option in options {
+        let key = option.split_once('=').map(|(key, _)| key).unwrap_or_default();
+        ensure!(
+            !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric()),
+            "`{option}` is no option of ssh\nhelp: KEY=VALUE as in ssh_config(5), such as Port=2222"
+        );
+    }
+    Ok(())
 }
 
 fn last(tail: &[String]) -> String {

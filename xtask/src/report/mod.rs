@@ -9,6 +9,7 @@ mod treemap;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+pub use crate::release::format::Component;
 pub use html::render_html;
 pub(crate) use terminal::printable;
 pub use terminal::{Style, render_terminal};
@@ -60,6 +61,10 @@ pub struct Report {
     pub largest_files: Vec<PathSize>,
     /// Folders of the root filesystem with all that lies under them; they may nest.
     pub directories: Vec<PathSize>,
+    /// What the system is made of, each part with the digest of its content; empty when the build stopped
+    /// before.
+    #[serde(default)]
+    pub components: Vec<Component>,
     /// What the person who builds should know. Sentences, most important first.
     pub warnings: Vec<String>,
     /// Locked packages that the mirror no longer had, and what took their place.

@@ -11,6 +11,7 @@ mod foreign;
 mod kill;
 mod laptop;
 mod owners;
+mod nightly;
 mod repeat;
 mod services;
 mod support;

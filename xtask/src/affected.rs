@@ -1,0 +1,287 @@
+//! What a commit affects: the inputs of every component of every build, then and now, compared by
+//! content. For CI, which builds only that.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::artifact::{hash_bytes, hash_file};
+use crate::config::product::Engine;
+use crate::config::{self, Config};
+use crate::exec::Tool;
+use crate::facts::Facts;
+use crate::plan::{self, Plan};
+
+/// The tool itself, and what it is compiled from: any of it may change any component.
+const BUILDER: [&str; 5] = [".cargo", "Cargo.lock", "Cargo.toml", "xtask/Cargo.toml", "xtask/src"];
+/// What belongs to Buildroot.
+const EXTERNAL: &str = "external";
+/// The robot's first program, in every system.
+const INIT: &str = "board/common/init";
+
+/// One build: a product for a board.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Build {
+    /// The product.
+    pub product: String,
+    /// The board.
+    pub board: String,
+    /// The engine.
+    pub engine: Engine,
+    /// The product's version.
+    pub version: String,
+    /// With a commit to compare with: what changed, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub components: Vec<Component>,
+}
+
+/// A component that must be made again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Component {
+    /// `base`, `api`, `agent`, `boot`, `system` or `card`; `all` for what no component can be told of.
+    pub name: String,
+    /// The inputs that changed: files, settings, and components that it is made of.
+    pub reasons: Vec<String>,
+}
+
+/// The components, each after those that it is made of.
+const COMPONENTS: [(&str, &[&str]); 6] = [
+    ("base", &[]),
+    ("api", &["base"]),
+    ("agent", &[]),
+    ("boot", &["base"]),
+    ("system", &["base", "api", "agent", "boot"]),
+    ("card", &["boot", "system"]),
+];
+
+/// Inputs by component: name and SHA-256 of each.
+type Inputs = BTreeMap<&'static str, BTreeMap<String, String>>;
+
+/// All builds: every product for every one of its boards.
+///
+/// # Errors
+/// When a product cannot be read.
+pub fn all(root: &Utf8Path, only: Option<&str>) -> Result<Vec<Build>> {
+    let mut builds = Vec::new();
+    for name in config::products(root)? {
+        if only.is_some_and(|only| only != name) {
+            continue;
+        }
+        let product = config::product::read(root, &name)?;
+        for board in &product.boards {
+            builds.push(Build {
+                product: name.clone(),
+                board: board.value.0.clone(),
+                engine: product.rootfs.engine.value,
+                version: product.version.value.to_string(),
+                components: Vec::new(),
+            });
+        }
+    }
+    Ok(builds)
+}
+
+/// The builds of which something changed since a commit; uncommitted changes count.
+///
+/// # Errors
+/// When there is no such commit, or today's configuration is wrong. That the old one cannot be read any
+/// more is a reason, not an error.
+pub fn changed_since(root: &Utf8Path, revision: &str, only: Option<&str>) -> Result<Vec<Build>> {
+    let (_keep, old_root) = unpack(root, revision)?;
+    let old_builds = all(&old_root, only).unwrap_or_default();
+    let builder = differing(&files(&old_root, &BUILDER)?, &files(root, &BUILDER)?);
+    let mut changed = Vec::new();
+    for mut build in all(root, only)? {
+        let now = inputs(root, &build)?;
+        let same = |old: &&Build| old.product == build.product && old.board == build.board;
+        build.components = match old_builds.iter().find(same) {
+            None => everything("is new"),
+            Some(old) => match inputs(&old_root, old) {
+                Ok(then) => compare(&then, &now, &builder),
+                Err(error) => everything(&format!("the old configuration: {error:#}")),
+            },
+        };
+        if !build.components.is_empty() {
+            changed.push(build);
+        }
+    }
+    Ok(changed)
+}
+
+fn everything(reason: &str) -> Vec<Component> {
+    vec![Component { name: "all".to_owned(), reasons: vec![reason.to_owned()] }]
+}
+
+fn compare(then: &Inputs, now: &Inputs, builder: &BTreeSet<String>) -> Vec<Component> {
+    let empty = BTreeMap::new();
+    let mut changed: Vec<Component> = Vec::new();
+    for (name, parts) in COMPONENTS {
+        let of = |inputs: &Inputs| inputs.get(name).unwrap_or(&empty).clone();
+        let mut reasons: Vec<String> = differing(&of(then), &of(now)).into_iter().collect();
+        // The agent is compiled by cargo from its own sources, whatever the tool is.
+        if name != "agent" {
+            reasons.extend(builder.iter().cloned());
+        }
+        let known = |part: &&&str| changed.iter().any(|c| c.name == **part);
+        let made_of: Vec<_> =
+            parts.iter().filter(known).map(|p| format!("component {p}")).collect();
+        reasons.extend(made_of);
+        if !reasons.is_empty() {
+            changed.push(Component { name: name.to_owned(), reasons });
+        }
+    }
+    changed
+}
+
+fn differing(then: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> BTreeSet<String> {
+    let names: BTreeSet<&String> = then.keys().chain(now.keys()).collect();
+    names.into_iter().filter(|name| then.get(*name) != now.get(*name)).cloned().collect()
+}
+
+/// A commit's tree in a temporary folder.
+fn unpack(root: &Utf8Path, revision: &str) -> Result<(tempfile::TempDir, Utf8PathBuf)> {
+    let git = || Tool::new("git").args(["-C", root.as_str()]);
+    // What begins with a dash stays a name.
+    let commit = git()
+        .args(["rev-parse", "--verify", "--quiet", "--end-of-options"])
+        .arg(format!("{revision}^{{commit}}"))
+        .read()
+        .with_context(|| {
+            format!(
+                "finding the commit `{revision}`\n\
+                 help: a shallow clone lacks history; CI needs `fetch-depth: 0`"
+            )
+        })?;
+    let (keep, dir) = crate::publish::scratch()?;
+    git()
+        .args(["archive", "--format=tar", commit.trim()])
+        .stream(|out| Ok(tar::Archive::new(out).unpack(&dir)?))
+        .with_context(|| format!("reading the tree of {revision}"))?;
+    Ok((keep, dir))
+}
+
+/// The hashes of files and of all files below folders; what is not there is left out.
+fn files(root: &Utf8Path, paths: &[&str]) -> Result<BTreeMap<String, String>> {
+    let mut found = BTreeMap::new();
+    let mut waiting: Vec<Utf8PathBuf> = paths.iter().map(|path| Utf8PathBuf::from(*path)).collect();
+    while let Some(path) = waiting.pop() {
+        let full = root.join(&path);
+        if full.is_dir() {
+            for entry in full.read_dir_utf8().with_context(|| format!("reading {path}"))? {
+                let entry = entry.with_context(|| format!("reading {path}"))?;
+                waiting.push(path.join(entry.file_name()));
+            }
+        } else if full.is_file() {
+            found.insert(path.to_string(), hash_file(&full)?.1);
+        }
+    }
+    Ok(found)
+}
+
+fn inputs(root: &Utf8Path, build: &Build) -> Result<Inputs> {
+    let config = config::load(root, Some(&build.product), Some(&build.board))?;
+    // The commit's time is in every output, and changes nothing by itself.
+    let facts = Facts { commit: None, modified: false, epoch: 0 };
+    let plan = plan::resolve(&config, &facts)?;
+    let mut inputs = Inputs::new();
+    let mut add = |component: &'static str, name: String, hash: String| {
+        inputs.entry(component).or_default().insert(name, hash);
+    };
+    let api = plan.api.as_ref().map(|api| &api.lock);
+    for input in &plan.inputs {
+        let path = &input.path;
+        // What these two say takes part by its meaning, below.
+        if *path == config.product.place.file || *path == config.board.place.file {
+            continue;
+        }
+        let component = if Some(path) == plan.rootfs.lock.as_ref() || is_fragment(&config, path) {
+            "base"
+        } else if Some(path) == api {
+            "api"
+        } else if path.starts_with("board") {
+            "boot"
+        } else {
+            "system"
+        };
+        add(component, path.to_string(), input.sha256.clone());
+    }
+    if plan.rootfs.engine == Engine::Buildroot {
+        for (path, hash) in files(root, &[EXTERNAL])? {
+            add("base", path, hash);
+        }
+    }
+    for (path, hash) in
+        files(root, &[&crate::build::AGENT_SOURCES[..], &[crate::build::COMPILER_LOCK]].concat())?
+    {
+        add("agent", path, hash);
+    }
+    for (path, hash) in files(root, &[INIT])? {
+        add("system", path, hash);
+    }
+    settings(&config, &plan, &mut add)?;
+    Ok(inputs)
+}
+
+fn is_fragment(config: &Config, path: &Utf8Path) -> bool {
+    config.fragments.iter().any(|(fragment, _)| fragment == path)
+}
+
+/// The settings of the product's and the board's file, by what they mean.
+fn settings(
+    config: &Config,
+    plan: &Plan,
+    add: &mut impl FnMut(&'static str, String, String),
+) -> Result<()> {
+    let value = serde_json::to_value(plan).context("describing the plan")?;
+    let (product, board) = (&config.product.place.file, &config.board.place.file);
+    let mut put = |component, file: &Utf8Path, name: &str, value: &Value| {
+        add(component, format!("{file}: {name}"), hash_bytes(value.to_string().as_bytes()));
+    };
+    let fields = |of: &str| value[of].as_object().cloned().unwrap_or_default();
+    for (name, value) in fields("board") {
+        let component = match name.as_str() {
+            "device-trees" | "modules-keep" | "firmware" | "bootloader" | "arch" => "base",
+            "uboot" | "boot-flow" => "boot",
+            // How a virtual machine is started is in no output.
+            "qemu" => continue,
+            _ => "system",
+        };
+        put(component, board, &name, &value);
+    }
+    for (name, value) in fields("rootfs") {
+        let component = if name.starts_with("fill-") { "system" } else { "base" };
+        put(component, product, &format!("rootfs.{name}"), &value);
+    }
+    for name in
+        ["product", "identifiers", "overlay", "directories", "users", "ssh", "network", "update"]
+    {
+        put("system", product, name, &value[name]);
+    }
+    put("api", product, "api", &value["api"]);
+    put("boot", board, "boot-files", &value["boot-files"]);
+    put("card", board, "partitions", &value["disk"]);
+    put("system", board, "partitions", &value["disk"]["partitions"]);
+    // Not in the plan's JSON, which people read.
+    let passwords: Vec<String> =
+        plan.users.iter().map(|user| hash_bytes(user.password.as_bytes())).collect();
+    put("system", product, "passwords", &serde_json::json!(passwords));
+    Ok(())
+}
+
+/// The builds for people: one line each, then the components with their reasons.
+pub fn describe(builds: &[Build]) -> String {
+    let mut text = String::new();
+    for build in builds {
+        text.push_str(&format!("{} {}\n", build.product, build.board));
+        for component in &build.components {
+            let reasons = crate::progress::names(&component.reasons);
+            text.push_str(&format!("  {:<7} {reasons}\n", component.name));
+        }
+    }
+    text
+}

@@ -1,0 +1,205 @@
+//! What may be typed after `release` and `publish`.
+
+use camino::Utf8PathBuf;
+use clap::{Args, Subcommand};
+
+use super::{Compression, Format};
+use crate::release::Channel;
+
+/// Which store.
+#[derive(Debug, Clone, Args)]
+pub struct StoreAddress {
+    /// The store: a folder, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]
+    /// [default: dist/releases].
+    #[arg(long, value_name = "STORE")]
+    pub store: Option<String>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub access: Access,
+}
+
+/// How a store is reached.
+#[derive(Debug, Clone, Args)]
+pub struct Access {
+    /// The S3 service [default: $AWS_ENDPOINT_URL, else Amazon's].
+    #[arg(long, value_name = "URL")]
+    pub endpoint: Option<String>,
+    /// The S3 region [default: $AWS_REGION, else us-east-1].
+    #[arg(long)]
+    pub region: Option<String>,
+    /// An option of ssh_config(5), such as IdentityFile=key; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub ssh_option: Vec<String>,
+}
+
+/// The verbs of `release`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Release {
+    /// Make a signed release of what was built, in dist/releases. Verifies every file first.
+    Create(Create),
+    /// List the releases of the channels.
+    List {
+        /// Only this channel.
+        #[arg(long, value_enum)]
+        channel: Option<Channel>,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+        store: StoreAddress,
+        /// How to print it.
+        #[arg(long, value_enum, default_value = "text")]
+        format: Format,
+    },
+    /// Show a release: its files, components and notes.
+    Show {
+        /// The version; or `latest`, the newest of the channel that was not yanked.
+        version: String,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+        which: Which,
+        /// Print only the notes, as Markdown.
+        #[arg(long)]
+        notes: bool,
+        /// How to print it.
+        #[arg(long, value_enum, default_value = "text")]
+        format: Format,
+    },
+    /// Show what changed between two releases, the older first.
+    Diff {
+        /// The older version.
+        old: String,
+        /// The newer version.
+        new: String,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+        which: Which,
+        /// Also every file: unpacks both images.
+        #[arg(long)]
+        files: bool,
+        /// How to print it.
+        #[arg(long, value_enum, default_value = "text")]
+        format: Format,
+    },
+    /// Offer a release of one channel in another one, too.
+    Promote {
+        /// The version.
+        version: String,
+        /// Where to.
+        #[arg(long, value_enum)]
+        to: Channel,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+        which: Which,
+    },
+    /// Mark a release as not to be used, in every channel that has it. It is never removed for that.
+    Yank {
+        /// The version.
+        version: String,
+        /// Why, for people.
+        #[arg(long)]
+        reason: String,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+        which: Which,
+    },
+    /// Build the same commit again elsewhere, and compare every byte with what was built.
+    ///
+    /// What differs is shown down to the file inside the filesystem. Uses an empty stage cache and the
+    /// downloads that are there.
+    Check(ReleaseCheck),
+    /// Remove files of a folder store that no release refers to, a day after the last one did.
+    Gc {
+        /// The folder [default: dist/releases].
+        #[arg(long, value_name = "DIR")]
+        store: Option<Utf8PathBuf>,
+        /// Only say what would be removed.
+        #[arg(long)]
+        dry_run: bool,
+        /// How to print it.
+        #[arg(long, value_enum, default_value = "text")]
+        format: Format,
+    },
+    /// Sum up all builds in dist as Markdown: sizes, times, failures with stage and log, changes.
+    Summary,
+}
+
+/// Which release.
+#[derive(Debug, Clone, Args)]
+pub struct Which {
+    /// The product [default: the one with `default = true`].
+    #[arg(long, short)]
+    pub product: Option<String>,
+    /// The channel [default: any that has the version; for `latest`: nightly].
+    #[arg(long, value_enum)]
+    pub channel: Option<Channel>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub store: StoreAddress,
+}
+
+/// Options of `release create`.
+#[derive(Debug, Clone, Args)]
+pub struct Create {
+    /// The channel.
+    #[arg(long, value_enum)]
+    pub channel: Channel,
+    /// The product [default: the one with `default = true`].
+    #[arg(long, short)]
+    pub product: Option<String>,
+    /// Only this board; may be repeated [default: all of the product's].
+    #[arg(long, short)]
+    pub board: Vec<String>,
+    /// How many releases of each product stay [default: 14 nightlies, 10 betas]; `stable` keeps all.
+    #[arg(long, value_name = "N")]
+    pub keep: Option<usize>,
+    /// A development product: also what was built from files that no commit has.
+    #[arg(long)]
+    pub allow_changes: bool,
+    /// How to print it.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
+/// Options of `release check`.
+#[derive(Debug, Clone, Args)]
+pub struct ReleaseCheck {
+    /// The product [default: the one with `default = true`].
+    #[arg(long, short)]
+    pub product: Option<String>,
+    /// The board [default: the product's default-board].
+    #[arg(long, short)]
+    pub board: Option<String>,
+    /// Build nothing: compare with the results in this folder, another dist/<product>/<board>.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["keep_stage", "compression"])]
+    pub against: Option<Utf8PathBuf>,
+    /// Do not make this stage again; may be repeated. A quicker check, of less.
+    #[arg(long, value_parser = ["root", "base", "api", "agent"])]
+    pub keep_stage: Vec<String>,
+    /// How hard the bundle was compressed.
+    #[arg(long, value_enum, default_value = "fast")]
+    pub compression: Compression,
+    /// How to print it.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
+/// Options of `publish`.
+#[derive(Debug, Clone, Args)]
+pub struct Publish {
+    /// Where to: a folder, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX].
+    pub target: String,
+    /// Only this channel; may be repeated [default: all].
+    #[arg(long, value_enum)]
+    pub channel: Vec<Channel>,
+    /// Where from: a folder store [default: dist/releases].
+    #[arg(long, value_name = "DIR")]
+    pub from: Option<Utf8PathBuf>,
+    /// How many releases of each product stay there [default: 14 nightlies, 10 betas].
+    #[arg(long, value_name = "N")]
+    pub keep: Option<usize>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub access: Access,
+    /// How to print it.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}

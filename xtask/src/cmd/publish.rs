@@ -1,0 +1,78 @@
+//! `publish`: releases into another store.
+
+use anyhow::Result;
+
+use crate::cli::{Format, Publish};
+use crate::config::workspace_root;
+use crate::progress::bytes;
+use crate::publish::directory::Directory;
+use crate::publish::{self, Authority, Options, Store};
+use crate::release::Channel;
+use crate::release::create::local;
+use crate::release::index::Retention;
+use crate::tools::{self, Purpose};
+
+/// `cargo xtask publish`.
+///
+/// # Errors
+/// When the target cannot be written, or has a release of ours with other content.
+pub fn publish(options: &Publish) -> Result<()> {
+    let from = match &options.from {
+        Some(folder) => Directory::new(folder),
+        None => local(&workspace_root()?),
+    };
+    if options.target.starts_with("ssh://") {
+        tools::require(&[Purpose::Push], true)?;
+    }
+    let to = publish::open(&options.target, &store_options(&options.access))?;
+    let mut authority = Authority::open()?;
+    let mut channels = options.channel.clone();
+    channels.sort();
+    channels.dedup();
+    if channels.is_empty() {
+        for channel in Channel::ALL {
+            if from.index(channel)?.0.is_some() {
+                channels.push(channel);
+            }
+        }
+        anyhow::ensure!(
+            !channels.is_empty(),
+            "there is nothing to publish in {}\nhelp: cargo xtask release create --channel nightly",
+            from.root()
+        );
+    }
+    let mut done = Vec::new();
+    for channel in channels {
+        let retention = Retention { keep: options.keep };
+        done.push(publish::publish(&from, to.as_ref(), channel, &mut authority, retention)?);
+    }
+    match options.format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&done)?),
+        Format::Text => {
+            for one in &done {
+                let what = if one.releases.is_empty() {
+                    (if one.changed { "marks only" } else { "nothing new" }).to_owned()
+                } else {
+                    one.releases.join(", ")
+                };
+                println!(
+                    " {:<8} {what}; {} sent in {} objects, {} were there",
+                    one.channel,
+                    bytes(one.bytes),
+                    one.sent,
+                    one.kept
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// How a store is reached, as it was typed.
+pub fn store_options(access: &crate::cli::Access) -> Options {
+    Options {
+        endpoint: access.endpoint.clone(),
+        region: access.region.clone(),
+        ssh: access.ssh_option.clone(),
+    }
+}

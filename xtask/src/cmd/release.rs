@@ -1,0 +1,366 @@
+//! `release …`: what is offered, and to whom.
+
+use std::fs::File;
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::Version;
+use camino::{Utf8Path, Utf8PathBuf};
+use clap::ValueEnum;
+use serde_json::json;
+
+use crate::artifact::hash_file;
+use crate::cli::{Create, Format, Release as Verb, ReleaseCheck, StoreAddress, Which};
+use crate::cmd::inspect::inventory;
+use crate::cmd::publish::store_options;
+use crate::config::{self, workspace_root};
+use crate::diff::{Difference, versions};
+use crate::progress::bytes;
+use crate::publish::directory::Directory;
+use crate::publish::{self, Authority, Store, change, load, manifest, now, scratch};
+use crate::release::create::{self, local, put, version};
+use crate::release::format::{Entry, Index, Manifest, Yanked};
+use crate::release::index::Retention;
+use crate::release::notes::Past;
+use crate::release::{Channel, check, gc, summary};
+
+/// `cargo xtask release …`.
+///
+/// # Errors
+/// What the verb's own functions say.
+pub fn release(verb: &Verb) -> Result<()> {
+    match verb {
+        Verb::Create(options) => create(options),
+        Verb::List { channel, store, format } => list(*channel, store, *format),
+        Verb::Show { version, which, notes, format } => show(version, which, *notes, *format),
+        Verb::Diff { old, new, which, files, format } => diff([old, new], which, *files, *format),
+        Verb::Promote { version, to, which } => promote(version, *to, which),
+        Verb::Yank { version, reason, which } => yank(version, reason, which),
+        Verb::Check(options) => check(options),
+        Verb::Gc { store, dry_run, format } => collect(store.as_deref(), *dry_run, *format),
+        Verb::Summary => {
+            print!("{}", summary::summary(&workspace_root()?)?);
+            Ok(())
+        }
+    }
+}
+
+fn store(address: &StoreAddress) -> Result<Box<dyn Store>> {
+    match &address.store {
+        Some(named) => publish::open(named, &store_options(&address.access)),
+        None => Ok(Box::new(local(&workspace_root()?))),
+    }
+}
+
+fn product(named: Option<&String>) -> Result<String> {
+    match named {
+        Some(name) => Ok(name.clone()),
+        None => config::default_product(&workspace_root()?),
+    }
+}
+
+fn create(options: &Create) -> Result<()> {
+    let root = workspace_root()?;
+    let product = product(options.product.as_ref())?;
+    let mut authority = Authority::open()?;
+    let created = create::create(
+        &create::Request {
+            root: &root,
+            product: &product,
+            boards: &options.board,
+            channel: options.channel,
+            retention: Retention { keep: options.keep },
+            allow_changes: options.allow_changes,
+        },
+        &mut authority,
+    )?;
+    match options.format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&created)?),
+        Format::Text => {
+            let m = &created.manifest;
+            let word = if created.existed { "is there already" } else { "made" };
+            let boards: Vec<&str> = m.boards.iter().map(|b| b.board.as_str()).collect();
+            let size = m.objects().map(|o| o.size).sum();
+            println!(" release  {} {} for {}: {word}", m.product, m.version, boards.join(", "));
+            println!(" files    {} in {} objects", bytes(size), m.objects().count());
+            println!(" manifest {}/{}", create::local(&root).root(), created.entry.manifest.path);
+            println!(" next     cargo xtask publish TARGET --channel {}", created.channel);
+        }
+    }
+    Ok(())
+}
+
+fn list(channel: Option<Channel>, address: &StoreAddress, format: Format) -> Result<()> {
+    let store = store(address)?;
+    let authority = Authority::open()?;
+    let mut indices = Vec::new();
+    for one in Channel::ALL.into_iter().filter(|c| channel.is_none_or(|only| only == *c)) {
+        indices.push(load(store.as_ref(), one, authority.keys())?.0);
+    }
+    match format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&indices)?),
+        Format::Text => {
+            for index in indices.iter().filter(|index| index.serial > 0) {
+                println!("{} (serial {})", index.channel, index.serial);
+                for e in &index.releases {
+                    let commit = e.commit.as_deref().and_then(|c| c.get(..12)).unwrap_or("");
+                    let yanked = e.yanked.as_ref();
+                    let mark = yanked.map_or(String::new(), |y| format!("  YANKED: {}", y.reason));
+                    println!("  {} {}  {commit}{mark}", e.product, e.version);
+                }
+            }
+            if indices.iter().all(|index| index.serial == 0) {
+                println!("no releases in {}", store.name());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Finds a release by what was typed.
+fn find(
+    store: &dyn Store,
+    text: &str,
+    which: &Which,
+    authority: &Authority,
+) -> Result<(Channel, Entry)> {
+    let product = product(which.product.as_ref())?;
+    let latest = text == "latest";
+    let channels = match (which.channel, latest) {
+        (Some(channel), _) => vec![channel],
+        (None, true) => vec![Channel::Nightly],
+        (None, false) => Channel::ALL.to_vec(),
+    };
+    let wanted = if latest { None } else { Some(version(text)?) };
+    let mut known = Vec::new();
+    for channel in channels {
+        let (index, _) = load(store, channel, authority.keys())?;
+        let found = match &wanted {
+            Some(version) => index.find(&product, version),
+            None => index.of(&product).rev().find(|e| e.yanked.is_none()),
+        };
+        if let Some(entry) = found {
+            return Ok((channel, entry.clone()));
+        }
+        known.extend(index.of(&product).map(|e| e.version.to_string()));
+    }
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    bail!("there is no release {text} of {product} in {}\nhelp: known: {known}", store.name())
+}
+
+fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
+    let store = store(&which.store)?;
+    let authority = Authority::open()?;
+    let (channel, entry) = find(store.as_ref(), text, which, &authority)?;
+    let manifest = manifest(store.as_ref(), &entry, authority.keys())?;
+    if format == Format::Json && !notes {
+        let value = json!({ "channel": channel, "entry": entry, "manifest": manifest });
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(());
+    }
+    let (_keep, dir) = scratch()?;
+    let file = dir.join("notes.md");
+    store.get(&manifest.notes.sha256, &file)?;
+    let written = std::fs::read_to_string(&file).context("reading the notes")?;
+    if notes {
+        print!("{written}");
+        return Ok(());
+    }
+    println!("{} {} ({}), channel {channel}", manifest.product, manifest.version, manifest.kind);
+    if let Some(yanked) = &entry.yanked {
+        println!("  YANKED: {}", yanked.reason);
+    }
+    println!("  commit {}", manifest.commit.as_deref().unwrap_or("unknown"));
+    for board in &manifest.boards {
+        println!("  {} ({})", board.board, board.engine);
+        for object in &board.objects {
+            println!("    {:>9}  {}  {}", bytes(object.size), object.name, object.path());
+        }
+        for component in &board.components {
+            let digest = component.digest.get(..12).unwrap_or_default();
+            println!("    {:<9}  {} ({digest})", component.name, component.version);
+        }
+    }
+    println!("\n{written}");
+    Ok(())
+}
+
+fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Result<()> {
+    let store = store(&which.store)?;
+    let authority = Authority::open()?;
+    let read = |text: &str| -> Result<Past> {
+        let (_, entry) = find(store.as_ref(), text, which, &authority)?;
+        Past::read(store.as_ref(), &entry, authority.keys())
+    };
+    let (old, new) = (read(old)?, read(new)?);
+    let changes = old.changes_to(&new);
+    let mut inside = Vec::new();
+    if files {
+        for board in &changes {
+            let difference =
+                file_changes(store.as_ref(), &board.board, &old.manifest, &new.manifest)
+                    .with_context(|| format!("comparing the images for {}", board.board))?;
+            inside.push(difference);
+        }
+    }
+    if format == Format::Json {
+        let value = json!({
+            "old": old.manifest.version, "new": new.manifest.version, "boards": changes,
+            "images": inside,
+        });
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(());
+    }
+    let mut out = std::io::stdout().lock();
+    use std::io::Write as _;
+    writeln!(out, "{} -> {}", old.manifest.version, new.manifest.version)?;
+    for (at, board) in changes.iter().enumerate() {
+        writeln!(out, "{}", board.board)?;
+        let short = |digest: &str| digest.get(..12).unwrap_or_default().to_owned();
+        for (name, change) in &board.components.changed {
+            let (a, b) = (&change.old, &change.new);
+            let (x, y) = (short(&a.digest), short(&b.digest));
+            writeln!(out, "  ~ {name} {} ({x}) -> {} ({y})", a.version, b.version)?;
+        }
+        if board.components.is_empty() {
+            writeln!(out, "components: no difference")?;
+        }
+        match inside.get(at) {
+            Some(difference) => difference.render_terminal(&mut out)?,
+            None => versions("packages", &board.packages, &mut out)?,
+        }
+    }
+    Ok(())
+}
+
+/// Unpacks the images of both releases for a board, and compares what is in them.
+fn file_changes(
+    store: &dyn Store,
+    board: &str,
+    old: &Manifest,
+    new: &Manifest,
+) -> Result<Difference> {
+    let (_keep, dir) = scratch()?;
+    let unpacked = |manifest: &Manifest, name: &str| -> Result<Utf8PathBuf> {
+        let part = manifest.boards.iter().find(|b| b.board == board).context("the board")?;
+        let image = part.objects.iter().find(|o| o.role == "image").context("it has no image")?;
+        let packed = dir.join("packed");
+        store.get(&image.sha256, &packed)?;
+        let path = dir.join(name);
+        unpack(&packed, &path)?;
+        if let Some(expected) = &image.unpacked {
+            let found = hash_file(&path)?.1;
+            ensure!(found == expected.sha256, "{} unpacks to {found}", image.name);
+        }
+        Ok(path)
+    };
+    let (old, new) = (unpacked(old, "old.img")?, unpacked(new, "new.img")?);
+    Ok(Difference::between(&inventory(&old)?, &inventory(&new)?))
+}
+
+/// Decompresses into a sparse file: an image is mostly zeros.
+fn unpack(packed: &Utf8Path, into: &Utf8Path) -> Result<()> {
+    use std::io::Read as _;
+    use std::os::unix::fs::FileExt as _;
+    let file = File::open(packed).with_context(|| format!("opening {packed}"))?;
+    let mut decoder = zstd::Decoder::new(file).context("reading zstd frames")?;
+    let out = File::create(into).with_context(|| format!("creating {into}"))?;
+    let mut piece = vec![0; 64 << 10];
+    let mut at = 0;
+    loop {
+        let n = decoder.read(&mut piece).with_context(|| format!("unpacking {packed}"))?;
+        if n == 0 {
+            return out.set_len(at).with_context(|| format!("writing {into}"));
+        }
+        let bytes = piece.get(..n).unwrap_or_default();
+        if bytes.iter().any(|b| *b != 0) {
+            out.write_all_at(bytes, at).with_context(|| format!("writing {into}"))?;
+        }
+        at += n as u64;
+    }
+}
+
+fn promote(text: &str, to: Channel, which: &Which) -> Result<()> {
+    let store = store(&which.store)?;
+    let mut authority = Authority::open()?;
+    let (from, entry) = find(store.as_ref(), text, which, &authority)?;
+    if let Some(yanked) = &entry.yanked {
+        bail!("{} {} was yanked: {}", entry.product, entry.version, yanked.reason);
+    }
+    // Its objects are there, and stay: it is in a channel.
+    manifest(store.as_ref(), &entry, authority.keys())?;
+    let entry = Entry { added: now()?, ..entry };
+    let new = put(store.as_ref(), to, &entry, Retention::default(), &mut authority)?;
+    let word = if new { "is now also" } else { "was already" };
+    println!("{} {} of {from} {word} in {to}", entry.product, entry.version);
+    Ok(())
+}
+
+fn yank(text: &str, reason: &str, which: &Which) -> Result<()> {
+    ensure!(!reason.trim().is_empty(), "the reason is empty\nhelp: say what is wrong with it");
+    let store = store(&which.store)?;
+    let mut authority = Authority::open()?;
+    let (_, entry) = find(store.as_ref(), text, which, &authority)?;
+    let mark = Yanked { reason: reason.trim().to_owned(), at: now()? };
+    let (product, version): (&str, &Version) = (&entry.product, &entry.version);
+    for channel in Channel::ALL {
+        let mark = |current: &Index, _: &mut Authority| -> Result<Option<Index>> {
+            if current.find(product, version).is_none_or(|e| e.yanked.is_some()) {
+                return Ok(None);
+            }
+            let mut next = current.clone();
+            next.yank(product, version, &mark)?;
+            Ok(Some(next))
+        };
+        if change(store.as_ref(), channel, &mut authority, mark, |_, _| Ok(()))? {
+            println!("{product} {version} is yanked in {channel}");
+        }
+    }
+    Ok(())
+}
+
+fn check(options: &ReleaseCheck) -> Result<()> {
+    let root = workspace_root()?;
+    let config = config::load(&root, options.product.as_deref(), options.board.as_deref())?;
+    let (product, board) = (&config.product.name.value.0, &config.board.name.value.0);
+    let comparison = match &options.against {
+        Some(folder) => check::compare(&root.join("dist").join(product).join(board), folder)?,
+        None => {
+            let compression = options.compression.to_possible_value();
+            check::rebuild(&check::Request {
+                root: &root,
+                product,
+                board,
+                keep_stages: &options.keep_stage,
+                compression: compression.as_ref().map_or("fast", |v| v.get_name()),
+            })?
+        }
+    };
+    match options.format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&comparison)?),
+        Format::Text => print!("{}", comparison.describe()),
+    }
+    let different = comparison.outputs.iter().filter(|output| !output.equal).count();
+    ensure!(
+        comparison.equal,
+        "{different} of {} outputs differ\nhelp: what is listed above comes from something that \
+         is no input: a time, a host file, an order",
+        comparison.outputs.len()
+    );
+    Ok(())
+}
+
+fn collect(folder: Option<&Utf8Path>, dry_run: bool, format: Format) -> Result<()> {
+    let store = match folder {
+        Some(folder) => Directory::new(folder),
+        None => local(&workspace_root()?),
+    };
+    let removed = gc::collect(&store, &Authority::open()?, dry_run)?;
+    match format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&removed)?),
+        Format::Text => {
+            let word = if dry_run { "would remove" } else { "removed" };
+            println!("{word} {} files, {}", removed.files.len(), bytes(removed.bytes));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,267 @@
+//! A store in a folder: the local one, a web server's root, a USB stick.
+//!
+//! Each index is made under a name of its own, `channels/<channel>.d/<serial>`, which only one publisher
+//! can make; then it replaces the file that readers take. A lock would be what a dead owner, or a
+//! filesystem without locks, turns against us.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::{Advice, CWD, FlockOperation, RenameFlags, fadvise, flock, renameat_with};
+use rustix::io::Errno;
+use sha2::{Digest, Sha256};
+
+use super::{Store, Token, unique};
+use crate::artifact::{hash_bytes, hash_file, hex};
+use crate::release::format::{Channel, Index, LARGEST_TEXT, object_path};
+
+/// What unfinished files are called; an interrupted publisher leaves them to `release gc`.
+pub const UNFINISHED: &str = ".partial-";
+
+/// A folder with releases.
+#[derive(Debug, Clone)]
+pub struct Directory {
+    root: Utf8PathBuf,
+}
+
+impl Directory {
+    /// Nothing is made yet.
+    pub fn new(root: &Utf8Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
+    /// The folder.
+    pub fn root(&self) -> &Utf8Path {
+        &self.root
+    }
+
+    /// Where an object lies.
+    pub fn object(&self, sha256: &str) -> Utf8PathBuf {
+        self.root.join(object_path(sha256))
+    }
+
+    /// Writes beside the final name, flushes, reads back what the medium has, and renames.
+    fn place(
+        &self,
+        path: &Utf8Path,
+        replace: bool,
+        fill: impl FnOnce(&mut File) -> Result<String>,
+    ) -> Result<bool> {
+        let dir = path.parent().context("a stored file has a folder")?;
+        fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
+        let temporary = dir.join(format!("{UNFINISHED}{}", unique()));
+        let attempt = || -> Result<bool> {
+            let mut file =
+                File::create_new(&temporary).with_context(|| format!("creating {temporary}"))?;
+            let expected = fill(&mut file)?;
+            file.sync_all().with_context(|| format!("flushing {temporary}"))?;
+            // What the page cache has proves nothing about a USB stick. Best effort: a filesystem in
+            // memory knows no such advice.
+            fadvise(&file, 0, None, Advice::DontNeed).ok();
+            let (_, found) = hash_file(&temporary)?;
+            ensure!(
+                found == expected,
+                "{path} came back with SHA-256 {found}, expected {expected}\n\
+                 help: the medium is bad, or the file changed while it was read"
+            );
+            let placed = if replace {
+                fs::rename(&temporary, path).with_context(|| format!("renaming to {path}"))?;
+                true
+            } else {
+                rename_new(&temporary, path)?
+            };
+            File::open(dir)
+                .and_then(|dir| dir.sync_all())
+                .with_context(|| format!("flushing {dir}"))?;
+            Ok(placed)
+        };
+        let result = attempt();
+        if !matches!(result, Ok(true)) {
+            // Best effort: the first error is the one to report.
+            drop(fs::remove_file(&temporary));
+        }
+        result
+    }
+
+    fn small(&self, path: &Utf8Path, replace: bool, content: &[u8]) -> Result<bool> {
+        self.place(path, replace, |file| {
+            file.write_all(content).with_context(|| format!("writing {path}"))?;
+            Ok(hash_bytes(content))
+        })
+    }
+
+    fn generations(&self, channel: Channel) -> Utf8PathBuf {
+        self.root.join(format!("channels/{channel}.d"))
+    }
+
+    /// The highest serial that somebody has made.
+    fn newest(&self, channel: Channel) -> Result<Option<u64>> {
+        let dir = self.generations(channel);
+        let entries = match dir.read_dir_utf8() {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("reading {dir}")),
+        };
+        let mut newest = None;
+        for entry in entries {
+            let entry = entry.with_context(|| format!("reading {dir}"))?;
+            newest = newest.max(entry.file_name().parse::<u64>().ok());
+        }
+        Ok(newest)
+    }
+}
+
+/// Renames, but never over a file that is there: `false` then.
+fn rename_new(from: &Utf8Path, to: &Utf8Path) -> Result<bool> {
+    let doing = || format!("renaming to {to}");
+    match renameat_with(CWD, from.as_str(), CWD, to.as_str(), RenameFlags::NOREPLACE) {
+        Ok(()) => return Ok(true),
+        Err(Errno::EXIST) => return Ok(false),
+        // Not every filesystem has it (NFS); those have links.
+        Err(Errno::INVAL | Errno::NOSYS) => {}
+        Err(error) => return Err(error).with_context(doing),
+    }
+    match fs::hard_link(from, to) {
+        Ok(()) => {
+            fs::remove_file(from).with_context(doing)?;
+            Ok(true)
+        }
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error).with_context(doing),
+    }
+}
+
+impl Store for Directory {
+    fn name(&self) -> String {
+        self.root.to_string()
+    }
+
+    fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
+        let path = self.root.join(path);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("opening {path}")),
+        };
+        let mut content = Vec::new();
+        file.take(LARGEST_TEXT + 1)
+            .read_to_end(&mut content)
+            .with_context(|| format!("reading {path}"))?;
+        ensure!(content.len() as u64 <= LARGEST_TEXT, "{path} is larger than {LARGEST_TEXT} bytes");
+        Ok(Some(content))
+    }
+
+    fn present(&self, objects: &[(String, u64)]) -> Result<BTreeSet<String>> {
+        let mut present = BTreeSet::new();
+        for (sha256, size) in objects {
+            let path = self.object(sha256);
+            if fs::metadata(&path).is_ok_and(|m| m.len() == *size) && hash_file(&path)?.1 == *sha256
+            {
+                // `release gc` sees that somebody counts on it again.
+                File::options()
+                    .append(true)
+                    .open(&path)
+                    .and_then(|file| file.set_modified(std::time::SystemTime::now()))
+                    .with_context(|| format!("touching {path}"))?;
+                present.insert(sha256.clone());
+            }
+        }
+        Ok(present)
+    }
+
+    fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()> {
+        let mut source = File::open(from).with_context(|| format!("opening {from}"))?;
+        self.place(&self.object(sha256), true, |file| {
+            let mut hasher = Sha256::new();
+            let mut buffer = vec![0; 1 << 20];
+            loop {
+                match source.read(&mut buffer).with_context(|| format!("reading {from}"))? {
+                    0 => break,
+                    n => {
+                        hasher.update(&buffer[..n]);
+                        file.write_all(&buffer[..n]).context("writing")?;
+                    }
+                }
+            }
+            let found = hex(&hasher.finalize());
+            ensure!(
+                found == sha256,
+                "{from} has the SHA-256 {found}, expected {sha256}\n\
+                 help: it is damaged; make the release again"
+            );
+            Ok(found)
+        })?;
+        Ok(())
+    }
+
+    fn get(&self, sha256: &str, into: &Utf8Path) -> Result<()> {
+        let from = self.object(sha256);
+        fs::copy(&from, into).with_context(|| format!("copying {from}"))?;
+        let found = hash_file(into)?.1;
+        ensure!(found == sha256, "{from} is damaged: its SHA-256 is {found}");
+        Ok(())
+    }
+
+    fn write(&self, path: &str, content: &[u8]) -> Result<()> {
+        if self.read(path)?.as_deref() == Some(content) {
+            return Ok(());
+        }
+        self.small(&self.root.join(path), true, content)?;
+        Ok(())
+    }
+
+    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
+        let visible = self.read(&channel.path())?;
+        let seen = visible.as_deref().map(Index::serial_of).transpose();
+        let seen = seen.with_context(|| format!("reading {} of {}", channel.path(), self.root))?;
+        let newest = self.newest(channel)?;
+        let token = |serial: u64| Token::Version(serial.to_string());
+        match (newest, seen) {
+            // A copy of a store may lack the folder of generations.
+            (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
+            (Some(newest), _) => {
+                let path = format!("channels/{channel}.d/{newest}");
+                let content = self.read(&path)?;
+                ensure!(content.is_some(), "{path} of {} has vanished", self.root);
+                Ok((content, token(newest)))
+            }
+            (None, _) => Ok((None, Token::Absent)),
+        }
+    }
+
+    fn swap(&self, channel: Channel, token: &Token, serial: u64, content: &[u8]) -> Result<bool> {
+        let expected = match token {
+            Token::Absent => 1,
+            Token::Version(seen) => seen.parse::<u64>().context("a serial is a number")? + 1,
+        };
+        if serial != expected {
+            bail!("the index has the serial {serial}, expected {expected}");
+        }
+        let path = self.generations(channel).join(serial.to_string());
+        self.small(&path, false, content)
+    }
+
+    fn settle(&self, channel: Channel) -> Result<()> {
+        if self.newest(channel)?.is_none() {
+            return Ok(());
+        }
+        // Publishers on this machine take turns, so that an older file never replaces a newer one.
+        // Where locks mean nothing, the loop below does it alone.
+        let dir = self.generations(channel);
+        let turn = File::open(&dir).with_context(|| format!("opening {dir}"))?;
+        flock(&turn, FlockOperation::LockExclusive).ok();
+        loop {
+            let (newest, token) = self.index(channel)?;
+            let Some(newest) = newest else { return Ok(()) };
+            if self.read(&channel.path())?.as_ref() != Some(&newest) {
+                self.small(&self.root.join(channel.path()), true, &newest)?;
+            }
+            if self.index(channel)?.1 == token {
+                return Ok(());
+            }
+        }
+    }
+}

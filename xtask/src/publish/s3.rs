@@ -1,0 +1,397 @@
+//! A store in a bucket of an S3 service. An upload is whole or not there at all, and the index is replaced
+//! by a conditional write, which the service must know.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::keys::encode_base64;
+use camino::Utf8Path;
+use rusty_s3::actions::{GetObject, HeadObject, PutObject};
+use rusty_s3::{Credentials, S3Action, UrlStyle};
+use sha2::{Digest, Sha256};
+use ureq::tls::TlsConfig;
+
+use super::{Options, Store, Token};
+use crate::artifact::{hash_bytes, hash_file, hex};
+use crate::fetch::authorities;
+use crate::release::format::{Channel, LARGEST_TEXT, object_path};
+
+/// How long a signed request stays valid: as long as its upload may take.
+const VALID: Duration = Duration::from_secs(3600);
+/// A connection must be made within this time.
+const CONNECT: Duration = Duration::from_secs(20);
+/// The service must answer within this time once it has the request.
+const ANSWER: Duration = Duration::from_secs(120);
+/// Attempts when the service is overloaded or the connection breaks.
+const ATTEMPTS: u32 = 4;
+/// The largest object of one request (Amazon S3 User Guide, "Uploading objects").
+const LARGEST: u64 = 5 << 30;
+/// Is written twice to find out whether the service knows conditional writes.
+const PROBE: &str = "channels/.conditional";
+
+/// A bucket, and the prefix of all keys.
+#[derive(Debug)]
+pub struct Bucket {
+    bucket: rusty_s3::Bucket,
+    /// Never printed: it holds the secret key.
+    credentials: Secret,
+    prefix: String,
+    agent: ureq::Agent,
+}
+
+struct Secret(Credentials);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+/// An answer's status, the headers that count, and its body.
+struct Answer {
+    status: u16,
+    etag: Option<String>,
+    length: Option<u64>,
+    checksum: Option<String>,
+    body: Vec<u8>,
+}
+
+impl Bucket {
+    /// Takes `BUCKET[/PREFIX]`. Endpoint, region and credentials come from the options, else from the
+    /// variables that all S3 tools know. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// When the address is none, or there are no credentials.
+    pub fn new(address: &str, options: &Options) -> Result<Self> {
+        let variable = |names: &[&str]| {
+            names.iter().find_map(|name| std::env::var(name).ok().filter(|v| !v.is_empty()))
+        };
+        let (name, prefix) = address.split_once('/').unwrap_or((address, ""));
+        let prefix = prefix.trim_matches('/');
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
+        let dots = prefix.split('/').any(|part| part == "." || part == "..");
+        ensure!(
+            !name.is_empty() && name.chars().all(plain) && prefix.chars().all(plain) && !dots,
+            "s3://{address}: expected letters, digits and ._- only\nhelp: s3://BUCKET[/PREFIX]"
+        );
+        let region = options.region.clone();
+        let region = region
+            .or_else(|| variable(&["AWS_REGION", "AWS_DEFAULT_REGION"]))
+            .unwrap_or_else(|| "us-east-1".to_owned());
+        let named = options.endpoint.clone();
+        let named = named.or_else(|| variable(&["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]));
+        // Services of one's own seldom have a host name for each bucket.
+        let style = if named.is_some() { UrlStyle::Path } else { UrlStyle::VirtualHost };
+        let endpoint = named.unwrap_or_else(|| format!("https://s3.{region}.amazonaws.com"));
+        let url = endpoint.parse().with_context(|| format!("reading the endpoint `{endpoint}`"))?;
+        let bucket = rusty_s3::Bucket::new(url, style, name.to_owned(), region)
+            .with_context(|| format!("the bucket {name} at {endpoint}"))?;
+        let credentials = Credentials::from_env().with_context(|| {
+            format!(
+                "s3://{address}: there are no credentials\n\
+                 help: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        })?;
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
+            .timeout_connect(Some(CONNECT))
+            .timeout_recv_response(Some(ANSWER))
+            .tls_config(TlsConfig::builder().root_certs(authorities()?).build())
+            .build();
+        let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
+        Ok(Self { bucket, credentials: Secret(credentials), prefix, agent: config.into() })
+    }
+
+    fn key(&self, path: &str) -> String {
+        format!("{}{path}", self.prefix)
+    }
+
+    /// Asks again while the service is overloaded or the connection breaks.
+    fn ask(
+        &self,
+        what: &str,
+        mut once: impl FnMut() -> Result<Answer, ureq::Error>,
+    ) -> Result<Answer> {
+        let mut pause = Duration::from_millis(300);
+        let mut attempt = 1;
+        loop {
+            let error = match once() {
+                Ok(answer) if !matches!(answer.status, 408 | 429 | 500..=599) => return Ok(answer),
+                Ok(answer) => anyhow::Error::msg(format!("it answered {}", answer.status)),
+                // The address has the signature in it, so it is not shown.
+                Err(error) => anyhow::Error::msg(error.to_string()),
+            };
+            if attempt == ATTEMPTS {
+                return Err(error).with_context(|| {
+                    format!("{what}: giving up {} after {ATTEMPTS} attempts", self.name())
+                });
+            }
+            attempt += 1;
+            std::thread::sleep(pause);
+            pause *= 2;
+        }
+    }
+
+    fn refused<T>(&self, what: &str, answer: &Answer) -> Result<T> {
+        let text = String::from_utf8_lossy(&answer.body);
+        let part = |name: &str| {
+            let (_, rest) = text.split_once(&format!("<{name}>"))?;
+            rest.split_once('<').map(|(inner, _)| inner)
+        };
+        let code = part("Code").unwrap_or("no code");
+        let message = part("Message").unwrap_or_default();
+        bail!(
+            "{what}: {} answered {} ({code}) {message}\n\
+             help: check the bucket's name, the endpoint, the region and the credentials",
+            self.name(),
+            answer.status
+        )
+    }
+
+    fn get_small(&self, path: &str) -> Result<Option<(Vec<u8>, Option<String>)>> {
+        let key = self.key(path);
+        let answer = self.ask(path, || {
+            let url = GetObject::new(&self.bucket, Some(&self.credentials.0), &key).sign(VALID);
+            let mut response = self.agent.get(url.as_str()).call()?;
+            Answer::read(&mut response)
+        })?;
+        match answer.status {
+            200 => Ok(Some((answer.body, answer.etag))),
+            404 => Ok(None),
+            _ => self.refused(&format!("reading {path}"), &answer),
+        }
+    }
+
+    /// Size and SHA-256 of an object, as far as the service tells.
+    fn head(&self, path: &str) -> Result<Option<(Option<u64>, Option<String>)>> {
+        let key = self.key(path);
+        let answer = self.ask(path, || {
+            let mut action = HeadObject::new(&self.bucket, Some(&self.credentials.0), &key);
+            action.headers_mut().insert("x-amz-checksum-mode", "ENABLED");
+            let url = action.sign(VALID);
+            let request = self.agent.head(url.as_str()).header("x-amz-checksum-mode", "ENABLED");
+            Ok(Answer::head(&request.call()?))
+        })?;
+        match answer.status {
+            200 => Ok(Some((answer.length, answer.checksum))),
+            404 => Ok(None),
+            _ => self.refused(&format!("looking at {path}"), &answer),
+        }
+    }
+
+    /// One PUT. `condition` is a header and its value.
+    fn upload(
+        &self,
+        path: &str,
+        sha256: &str,
+        condition: Option<(&'static str, &str)>,
+        send: impl Fn() -> Result<Body>,
+    ) -> Result<Answer> {
+        let key = self.key(path);
+        let checksum = encode_base64(&unhex(sha256)?);
+        self.ask(path, || {
+            let mut action = PutObject::new(&self.bucket, Some(&self.credentials.0), &key);
+            let mut headers = vec![("x-amz-checksum-sha256", checksum.as_str())];
+            headers.extend(condition);
+            // What readers take again and again must not come from a cache on the way.
+            if path.starts_with("channels/") {
+                headers.push(("cache-control", "no-cache"));
+            }
+            for (name, value) in &headers {
+                action.headers_mut().insert(*name, *value);
+            }
+            let url = action.sign(VALID);
+            let mut request = self.agent.put(url.as_str()).content_type("application/octet-stream");
+            for (name, value) in &headers {
+                request = request.header(*name, *value);
+            }
+            let body = send().map_err(|error| ureq::Error::Io(std::io::Error::other(error)))?;
+            let mut response = match body {
+                Body::Bytes(bytes) => request.send(&bytes[..])?,
+                Body::File(file) => request.send(file)?,
+            };
+            Answer::read(&mut response)
+        })
+    }
+
+    fn put_small(
+        &self,
+        path: &str,
+        content: &[u8],
+        condition: Option<(&'static str, &str)>,
+    ) -> Result<bool> {
+        let send = || Ok(Body::Bytes(content.to_vec()));
+        let answer = self.upload(path, &hash_bytes(content), condition, send)?;
+        match answer.status {
+            200 => Ok(true),
+            // 409: another conditional write was going on (Amazon S3 API, "PutObject").
+            409 | 412 if condition.is_some() => Ok(false),
+            _ => self.refused(&format!("writing {path}"), &answer),
+        }
+    }
+
+    /// A service that ignores conditions would let publishers overwrite each other, and say nothing.
+    fn require_conditions(&self) -> Result<()> {
+        let probe = || self.put_small(PROBE, b"", Some(("if-none-match", "*")));
+        if probe()? {
+            ensure!(
+                !probe()?,
+                "{} ignores `If-None-Match`\n\
+                 help: publish to a service with conditional writes, or to a folder or a host by SFTP",
+                self.name()
+            );
+        }
+        Ok(())
+    }
+}
+
+enum Body {
+    Bytes(Vec<u8>),
+    File(File),
+}
+
+impl Answer {
+    fn head(response: &ureq::http::Response<ureq::Body>) -> Self {
+        let header = |name: &str| {
+            let value = response.headers().get(name)?;
+            value.to_str().ok().map(str::to_owned)
+        };
+        Self {
+            status: response.status().as_u16(),
+            etag: header("etag"),
+            length: header("content-length").and_then(|n| n.parse().ok()),
+            checksum: header("x-amz-checksum-sha256"),
+            body: Vec::new(),
+        }
+    }
+
+    fn read(response: &mut ureq::http::Response<ureq::Body>) -> Result<Self, ureq::Error> {
+        let mut answer = Self::head(response);
+        answer.body = response.body_mut().with_config().limit(LARGEST_TEXT).read_to_vec()?;
+        Ok(answer)
+    }
+}
+
+fn unhex(text: &str) -> Result<Vec<u8>> {
+    let pair = |at: usize| text.get(at..at + 2).and_then(|p| u8::from_str_radix(p, 16).ok());
+    let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(pair).collect();
+    bytes.with_context(|| format!("`{text}` is no SHA-256"))
+}
+
+impl Store for Bucket {
+    fn name(&self) -> String {
+        format!("s3://{}/{}", self.bucket.name(), self.prefix)
+    }
+
+    fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
+        Ok(self.get_small(path)?.map(|(body, _)| body))
+    }
+
+    fn present(&self, objects: &[(String, u64)]) -> Result<BTreeSet<String>> {
+        let mut present = BTreeSet::new();
+        for (sha256, size) in objects {
+            // An upload that was cut leaves no object, so a size that fits is a whole one.
+            let sum = encode_base64(&unhex(sha256)?);
+            let fits = |(length, checksum): (Option<u64>, Option<String>)| {
+                length == Some(*size) && checksum.is_none_or(|found| found == sum)
+            };
+            if self.head(&object_path(sha256))?.is_some_and(fits) {
+                present.insert(sha256.clone());
+            }
+        }
+        Ok(present)
+    }
+
+    fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()> {
+        let path = object_path(sha256);
+        let (size, found) = hash_file(from)?;
+        ensure!(
+            found == sha256,
+            "{from} has the SHA-256 {found}, expected {sha256}\nhelp: it is damaged; make the release again"
+        );
+        ensure!(
+            size <= LARGEST,
+            "{from} has {size} bytes; one upload to S3 takes at most {LARGEST}\nhelp: publish it elsewhere"
+        );
+        let send = || Ok(Body::File(File::open(from).with_context(|| format!("opening {from}"))?));
+        let answer = self.upload(&path, sha256, None, send)?;
+        if answer.status != 200 {
+            return self.refused(&format!("writing {path}"), &answer);
+        }
+        let (length, checksum) = self.head(&path)?.context("it is gone as soon as it was sent")?;
+        ensure!(length == Some(size), "{path} has {length:?} bytes there, expected {size}");
+        match checksum {
+            Some(sum) => ensure!(sum == encode_base64(&unhex(sha256)?), "{path} arrived as {sum}"),
+            None => {
+                let (_keep, dir) = super::scratch()?;
+                self.get(sha256, &dir.join("back"))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn get(&self, sha256: &str, into: &Utf8Path) -> Result<()> {
+        let path = object_path(sha256);
+        let key = self.key(&path);
+        let url = GetObject::new(&self.bucket, Some(&self.credentials.0), &key).sign(VALID);
+        let response = self.agent.get(url.as_str()).call();
+        let mut response =
+            response.map_err(|e| anyhow::Error::msg(e.to_string())).context("fetching")?;
+        if response.status().as_u16() != 200 {
+            let answer = Answer::read(&mut response).context("fetching")?;
+            return self.refused(&format!("fetching {path}"), &answer);
+        }
+        let mut body = response.body_mut().with_config().limit(LARGEST).reader();
+        let mut out = File::create(into).with_context(|| format!("creating {into}"))?;
+        let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+        loop {
+            match body.read(&mut buffer).with_context(|| format!("fetching {path}"))? {
+                0 => break,
+                n => {
+                    hasher.update(&buffer[..n]);
+                    out.write_all(&buffer[..n]).with_context(|| format!("writing {into}"))?;
+                }
+            }
+        }
+        let found = hex(&hasher.finalize());
+        if found != sha256 {
+            drop(fs::remove_file(into));
+            bail!("{path} of {} is damaged: its SHA-256 is {found}", self.name());
+        }
+        Ok(())
+    }
+
+    fn write(&self, path: &str, content: &[u8]) -> Result<()> {
+        if self.read(path)?.as_deref() != Some(content) {
+            self.put_small(path, content, None)?;
+        }
+        Ok(())
+    }
+
+    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
+        let path = channel.path();
+        match self.get_small(&path)? {
+            Some((content, Some(etag))) => Ok((Some(content), Token::Version(etag))),
+            Some((_, None)) => bail!("{} gives {path} no ETag", self.name()),
+            None => Ok((None, Token::Absent)),
+        }
+    }
+
+    fn swap(&self, channel: Channel, token: &Token, _: u64, content: &[u8]) -> Result<bool> {
+        self.require_conditions()?;
+        let condition = match token {
+            Token::Absent => ("if-none-match", "*"),
+            Token::Version(etag) => ("if-match", etag.as_str()),
+        };
+        self.put_small(&channel.path(), content, Some(condition))
+    }
+
+    fn settle(&self, _: Channel) -> Result<()> {
+        // The file that was swapped is the one that readers take.
+        Ok(())
+    }
+}

@@ -1,0 +1,308 @@
+//! A store on a host that speaks SFTP, through the system's `sftp`: no shell is needed there. The index
+//! changes as in a folder: a hard link makes a serial's file only once.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::Utf8Path;
+
+use super::{Store, Token, scratch, unique};
+use crate::artifact::{hash_bytes, hash_file};
+use crate::exec::Tool;
+use crate::push::ssh::check_options;
+use crate::release::format::{Channel, Index, LARGEST_TEXT, object_path};
+
+/// As for pushes: nobody is there to be asked, and a host that is gone is noticed after 30 seconds.
+const OPTIONS: [&str; 6] = [
+    "BatchMode=yes",
+    "StrictHostKeyChecking=accept-new",
+    "ConnectTimeout=20",
+    "ServerAliveInterval=10",
+    "ServerAliveCountMax=3",
+    "ClearAllForwardings=yes",
+];
+
+/// A folder on a host.
+#[derive(Debug)]
+pub struct Host {
+    /// `USER@HOST`, or `HOST`.
+    destination: String,
+    port: Option<u16>,
+    /// The folder: absolute, or relative to the user's home.
+    path: String,
+    options: Vec<String>,
+}
+
+impl Host {
+    /// Takes `[USER@]HOST[:PORT]/PATH` apart; `/~/PATH` lies below the user's home. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// When it is no such address, or its path has characters that `sftp` would interpret.
+    pub fn new(address: &str, options: &[String]) -> Result<Self> {
+        let help = "help: ssh://[USER@]HOST[:PORT]/PATH, or /~/PATH for one below the user's home";
+        let (host, path) = address.split_once('/').unwrap_or((address, ""));
+        let (destination, port) = match host.rsplit_once(':') {
+            Some((name, port)) if !port.ends_with(']') => {
+                let port = port.parse::<u16>();
+                (name, Some(port.with_context(|| format!("ssh://{address}: the port\n{help}"))?))
+            }
+            _ => (host, None),
+        };
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-@:[]%".contains(c);
+        ensure!(
+            !destination.is_empty()
+                && !destination.starts_with('-')
+                && destination.chars().all(plain),
+            "ssh://{address}: `{destination}` is no host\n{help}"
+        );
+        let path = match path.strip_prefix("~/") {
+            Some(below) => below.to_owned(),
+            None => format!("/{path}"),
+        };
+        let path = path.trim_end_matches('/').to_owned();
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-+=,@/".contains(c);
+        ensure!(
+            !path.is_empty() && !path.starts_with('-') && path.chars().all(plain),
+            "ssh://{address}: expected a folder of letters, digits and ._-+=,@ only, found `{path}`\n{help}"
+        );
+        check_options(options)?;
+        let mut options = options.to_vec();
+        options.extend(OPTIONS.map(str::to_owned));
+        Ok(Self { destination: destination.to_owned(), port, path, options })
+    }
+
+    fn at(&self, path: &str) -> String {
+        format!("{}/{path}", self.path)
+    }
+
+    /// Runs commands of sftp(1) in a local folder. A command that begins with `-` may fail.
+    /// Returns whether all went well, what was printed, and what was said of errors.
+    fn run(&self, folder: &Utf8Path, commands: &[String]) -> Result<(bool, String, String)> {
+        let (_keep, dir) = scratch()?;
+        let batch = dir.join("batch");
+        fs::write(&batch, commands.join("\n") + "\n")
+            .with_context(|| format!("writing {batch}"))?;
+        let mut tool = Tool::new("sftp").args(["-b", batch.as_str()]);
+        for option in &self.options {
+            tool = tool.args(["-o", option]);
+        }
+        if let Some(port) = self.port {
+            tool = tool.args(["-P", &port.to_string()]);
+        }
+        let mut said = String::new();
+        let tool = tool.arg("--").arg(&self.destination).current_dir(folder);
+        let (status, out) = tool.converse(None, |line| {
+            said.push_str(line);
+            said.push('\n');
+        })?;
+        // sftp(1) passes on what ssh exits with when there is no connection (ssh(1), "EXIT STATUS").
+        ensure!(
+            status.code() != Some(255),
+            "connecting to {}: {}\nhelp: try `sftp {}`; it must not ask for anything",
+            self.destination,
+            said.trim_end(),
+            self.destination
+        );
+        Ok((status.success(), String::from_utf8_lossy(&out).into_owned(), said))
+    }
+
+    fn must(&self, folder: &Utf8Path, commands: &[String]) -> Result<()> {
+        let (good, _, said) = self.run(folder, commands)?;
+        ensure!(good, "sftp on {}: {}", self.destination, said.trim_end());
+        Ok(())
+    }
+
+    /// Commands that make the folders of a path, which may be there.
+    fn folders(&self, path: &str) -> Vec<String> {
+        let mut made = vec![format!("-mkdir {}", self.path)];
+        let mut folder = String::new();
+        let mut parts: Vec<&str> = path.split('/').collect();
+        parts.pop();
+        for part in parts {
+            folder = if folder.is_empty() { part.to_owned() } else { format!("{folder}/{part}") };
+            made.push(format!("-mkdir {}", self.at(&folder)));
+        }
+        made
+    }
+
+    /// What lies under these paths or in these folders: name and size.
+    fn list(&self, paths: &[String]) -> Result<Vec<(String, u64)>> {
+        let commands: Vec<String> =
+            paths.iter().map(|path| format!("-ls -ln {}", self.at(path))).collect();
+        let (_, out, _) = self.run(Utf8Path::new("."), &commands)?;
+        let lines = out.lines().filter(|line| line.starts_with('-'));
+        Ok(lines
+            .filter_map(|line| {
+                // Mode, links, owner, group, size, three words of time, name: as `ls -ln`.
+                let words: Vec<&str> = line.split_whitespace().collect();
+                let name = words.get(8)?.rsplit('/').next()?;
+                Some((name.to_owned(), words.get(4)?.parse().ok()?))
+            })
+            .collect())
+    }
+
+    /// The SHA-256 of what has arrived: by the host's own `sha256sum`, or read back where there is no shell.
+    fn arrived(&self, path: &str) -> Result<String> {
+        let mut tool = Tool::new("ssh").arg("-T");
+        for option in &self.options {
+            tool = tool.args(["-o", option]);
+        }
+        if let Some(port) = self.port {
+            tool = tool.args(["-p", &port.to_string()]);
+        }
+        // The path goes through the host's shell: it has plain characters only.
+        let tool = tool.arg("--").arg(&self.destination).args(["sha256sum", "--", path]);
+        let (status, out) = tool.converse(None, |_| {})?;
+        if status.success() {
+            let text = String::from_utf8_lossy(&out);
+            let sum = text.split_whitespace().next().unwrap_or_default();
+            if sum.len() == 64 {
+                return Ok(sum.to_owned());
+            }
+        }
+        let (_keep, dir) = scratch()?;
+        self.must(&dir, &[format!("get {path} back")])?;
+        Ok(hash_file(&dir.join("back"))?.1)
+    }
+
+    /// Uploads a file under a name of its own, flushed and verified: the name.
+    fn upload(&self, path: &str, folder: &Utf8Path, name: &str, sha256: &str) -> Result<String> {
+        let (parent, _) = path.rsplit_once('/').context("a stored file has a folder")?;
+        let temporary = self.at(&format!("{parent}/.partial-{}", unique()));
+        let mut commands = self.folders(path);
+        commands.push(format!("put -f {name} {temporary}"));
+        self.must(folder, &commands)?;
+        let found = self.arrived(&temporary)?;
+        if found != sha256 {
+            // Best effort: what matters is the error below.
+            drop(self.run(folder, &[format!("rm {temporary}")]));
+            bail!("{path} arrived with SHA-256 {found}, expected {sha256}");
+        }
+        Ok(temporary)
+    }
+
+    fn write_small(&self, path: &str, content: &[u8]) -> Result<String> {
+        let (_keep, dir) = scratch()?;
+        fs::write(dir.join("content"), content)
+            .with_context(|| format!("writing {dir}/content"))?;
+        self.upload(path, &dir, "content", &hash_bytes(content))
+    }
+
+    fn newest(&self, channel: Channel) -> Result<Option<u64>> {
+        let list = self.list(&[format!("channels/{channel}.d")])?;
+        Ok(list.iter().filter_map(|(name, _)| name.parse().ok()).max())
+    }
+}
+
+impl Store for Host {
+    fn name(&self) -> String {
+        format!("{}:{}", self.destination, self.path)
+    }
+
+    fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
+        let (_keep, dir) = scratch()?;
+        let (good, _, said) = self.run(&dir, &[format!("get {} content", self.at(path))])?;
+        if !good {
+            if said.contains("not found") || said.contains("No such file") {
+                return Ok(None);
+            }
+            bail!("reading {path} of {}: {}", self.name(), said.trim_end());
+        }
+        let file = dir.join("content");
+        let size = fs::metadata(&file).with_context(|| format!("looking at {file}"))?.len();
+        ensure!(size <= LARGEST_TEXT, "{path} has {size} bytes, expected at most {LARGEST_TEXT}");
+        Ok(Some(fs::read(&file).with_context(|| format!("reading {file}"))?))
+    }
+
+    fn present(&self, objects: &[(String, u64)]) -> Result<BTreeSet<String>> {
+        if objects.is_empty() {
+            return Ok(BTreeSet::new());
+        }
+        let paths: Vec<String> = objects.iter().map(|(sha256, _)| object_path(sha256)).collect();
+        // An object has its name only since its content was verified.
+        let there = self.list(&paths)?;
+        let complete = objects.iter().filter(|object| there.contains(object));
+        Ok(complete.map(|(sha256, _)| sha256.clone()).collect())
+    }
+
+    fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()> {
+        let path = object_path(sha256);
+        let (Some(folder), Some(name)) = (from.parent(), from.file_name()) else {
+            bail!("{from} is no file")
+        };
+        let temporary = self.upload(&path, folder, name, sha256)?;
+        self.must(folder, &[format!("rename {temporary} {}", self.at(&path))])
+    }
+
+    fn get(&self, sha256: &str, into: &Utf8Path) -> Result<()> {
+        let (Some(folder), Some(name)) = (into.parent(), into.file_name()) else {
+            bail!("{into} is no file")
+        };
+        self.must(folder, &[format!("get {} {name}", self.at(&object_path(sha256)))])?;
+        let found = hash_file(into)?.1;
+        ensure!(found == sha256, "{sha256} of {} is damaged: {found}", self.name());
+        Ok(())
+    }
+
+    fn write(&self, path: &str, content: &[u8]) -> Result<()> {
+        if self.read(path)?.as_deref() == Some(content) {
+            return Ok(());
+        }
+        let temporary = self.write_small(path, content)?;
+        self.must(Utf8Path::new("."), &[format!("rename {temporary} {}", self.at(path))])
+    }
+
+    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
+        let visible = self.read(&channel.path())?;
+        let seen = visible.as_deref().map(Index::serial_of).transpose()?;
+        let token = |serial: u64| Token::Version(serial.to_string());
+        match (self.newest(channel)?, seen) {
+            (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
+            (Some(newest), _) => {
+                let content = self.read(&format!("channels/{channel}.d/{newest}"))?;
+                ensure!(content.is_some(), "the serial {newest} of {channel} has vanished");
+                Ok((content, token(newest)))
+            }
+            (None, _) => Ok((None, Token::Absent)),
+        }
+    }
+
+    fn swap(&self, channel: Channel, token: &Token, serial: u64, content: &[u8]) -> Result<bool> {
+        let seen = match token {
+            Token::Absent => 0,
+            Token::Version(seen) => seen.parse::<u64>().context("a serial is a number")?,
+        };
+        ensure!(serial == seen + 1, "the index has the serial {serial}, the store {seen}");
+        let path = format!("channels/{channel}.d/{serial}");
+        let temporary = self.write_small(&path, content)?;
+        let link = format!("ln {temporary} {}", self.at(&path));
+        let here = Utf8Path::new(".");
+        let (made, _, said) = self.run(here, &[link])?;
+        self.must(here, &[format!("rm {temporary}")])?;
+        if made {
+            return Ok(true);
+        }
+        let taken = self.newest(channel)?.is_some_and(|newest| newest >= serial);
+        ensure!(taken, "{} makes no hard links: {}", self.name(), said.trim_end());
+        Ok(false)
+    }
+
+    fn settle(&self, channel: Channel) -> Result<()> {
+        loop {
+            let (newest, token) = self.index(channel)?;
+            let Some(newest) = newest else { return Ok(()) };
+            if self.read(&channel.path())?.as_ref() != Some(&newest) {
+                let temporary = self.write_small(&channel.path(), &newest)?;
+                let rename = format!("rename {temporary} {}", self.at(&channel.path()));
+                self.must(Utf8Path::new("."), &[rename])?;
+            }
+            // Another publisher's older file may have come last: whoever sees that puts it right.
+            if self.index(channel)?.1 == token
+                && self.read(&channel.path())?.as_ref() == Some(&newest)
+            {
+                return Ok(());
+            }
+        }
+    }
+}

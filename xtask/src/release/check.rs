@@ -1,0 +1,439 @@
+//! `release check`: the same commit built again elsewhere, compared byte by byte; what differs is
+//! located down to the file inside the filesystem, and the first byte in it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{FileExt, symlink};
+
+use anyhow::{Context, Result, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::Serialize;
+
+use super::collect::{packages, read_report};
+use crate::artifact::hash_bytes;
+use crate::cache::Cache;
+use crate::cmd::inspect::{Held, content};
+use crate::config;
+use crate::diff::{self, Changes, Content, Difference, Inventory, what_changed};
+use crate::disk::read::{self, DiskTables};
+use crate::exec::Tool;
+use crate::facts::Facts;
+use crate::progress::say;
+use crate::report::Report;
+use crate::update;
+
+/// Bytes around the first difference that are shown.
+const SHOWN: usize = 24;
+/// Bytes that are compared at a time.
+const PIECE: usize = 1 << 20;
+
+/// What a comparison found.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Comparison {
+    /// All outputs are equal, byte for byte.
+    pub equal: bool,
+    /// The outputs.
+    pub outputs: Vec<Output>,
+}
+
+/// One output of two builds.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Output {
+    /// The file's name.
+    pub name: String,
+    /// Equal, byte for byte.
+    pub equal: bool,
+    /// What differs.
+    pub differences: Vec<Located>,
+}
+
+/// One difference.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Located {
+    /// Where: a partition, a component, a part of the output.
+    pub place: String,
+    /// The file in it.
+    pub path: Option<String>,
+    /// What differs.
+    pub what: String,
+}
+
+fn located(place: &str, path: Option<&str>, what: String) -> Located {
+    Located { place: place.to_owned(), path: path.map(str::to_owned), what }
+}
+
+/// What to build again.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// The workspace.
+    pub root: &'a Utf8Path,
+    /// The product.
+    pub product: &'a str,
+    /// The board.
+    pub board: &'a str,
+    /// Stages that are not made again.
+    pub keep_stages: &'a [String],
+    /// How hard the bundle was compressed, as `build-image` takes it.
+    pub compression: &'a str,
+}
+
+/// Builds the commit of the present results again, in another folder and with an empty stage cache, and
+/// compares. Equal: nothing is left of it. Different: it stays, and its folder is named.
+///
+/// # Errors
+/// When there are no results of the commit that is checked out, or the second build fails.
+pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
+    let Request { root, product, board, .. } = *request;
+    let dist = root.join("dist").join(product).join(board);
+    let report = read_report(&dist, product, board)?;
+    let facts = Facts::collect(root)?;
+    ensure!(
+        !facts.modified && facts.commit.is_some() && facts.commit == report.commit,
+        "what was built is of commit {}, and the checkout is {}{}\n\
+         help: commit, and run `cargo xtask build-image --product {product} --board {board}`",
+        report.commit.as_deref().unwrap_or("none"),
+        facts.commit.as_deref().unwrap_or("none"),
+        if facts.modified { " with changes" } else { "" }
+    );
+    let target = root.join("target");
+    fs::create_dir_all(&target).with_context(|| format!("creating {target}"))?;
+    let keep = tempfile::Builder::new()
+        .prefix("release-check-")
+        .tempdir_in(&target)
+        .with_context(|| format!("creating a folder in {target}"))?;
+    let folder = Utf8PathBuf::try_from(keep.path().to_owned()).context("the folder's path")?;
+    let (checkout, cache) = (folder.join("checkout"), folder.join("cache"));
+    Tool::new("git").args(["clone", "--quiet", root.as_str(), checkout.as_str()]).run()?;
+    let commit = facts.commit.as_deref().unwrap_or_default();
+    Tool::new("git")
+        .args(["-C", checkout.as_str(), "checkout", "--quiet", "--detach", commit])
+        .run()?;
+    share(&cache, request.keep_stages)?;
+    let program = std::env::current_exe().context("finding this program")?;
+    let program = Utf8PathBuf::try_from(program).context("this program's path")?;
+    let words = ["build-image", "--locked", "--product", product, "--board", board];
+    let mut tool = Tool::new(program.as_str())
+        .args(words)
+        .args(["--compression", request.compression])
+        .env("SLIPWAY_CACHE", cache.as_str())
+        .env("SOURCE_DATE_EPOCH", report.epoch.to_string())
+        .current_dir(&checkout)
+        .log(&folder.join("build.log"));
+    // The only way in which a build has another version than its product.
+    let configured = config::product::read(root, product)?.version.value;
+    if configured.as_str() != report.product.version {
+        tool = tool.arg("--nightly");
+    }
+    tool.run_lines(|line| say("again", line.trim_start())).context("building a second time")?;
+    let second = checkout.join("dist").join(product).join(board);
+    let comparison = compare(&dist, &second)?;
+    if !comparison.equal {
+        say("kept", format!("the second build stays in {}", keep.keep().display()));
+    }
+    Ok(comparison)
+}
+
+/// A cache with nothing in it but the downloads, the host's tools, and the stages that are kept.
+fn share(cache: &Utf8Path, stages: &[String]) -> Result<()> {
+    let shared = Cache::locate()?.root;
+    let stages = stages.iter().map(|stage| format!("stages/{stage}"));
+    for part in ["downloads".to_owned(), "tools".to_owned()].into_iter().chain(stages) {
+        let (from, to) = (shared.join(&part), cache.join(&part));
+        let parent = to.parent().context("a part has a folder")?;
+        fs::create_dir_all(&from).with_context(|| format!("creating {from}"))?;
+        fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+        symlink(&from, &to).with_context(|| format!("linking {to}"))?;
+    }
+    Ok(())
+}
+
+/// Compares the results of two builds: two folders `dist/<product>/<board>`.
+///
+/// # Errors
+/// When one lacks what the other has, or cannot be read.
+pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<Comparison> {
+    let mut names = outputs(one)?;
+    names.extend(outputs(other)?);
+    names.sort();
+    names.dedup();
+    let mut found = Vec::new();
+    for name in names {
+        let (a, b) = (one.join(&name), other.join(&name));
+        let mut differences = Vec::new();
+        let missing: Vec<_> = [&a, &b].into_iter().filter(|path| !path.is_file()).collect();
+        if let Some(path) = missing.first() {
+            differences.push(located("file", None, format!("there is no {path}")));
+        } else if let Some(at) = first_difference(&File::open(&a)?, &File::open(&b)?, 0..u64::MAX)?
+        {
+            differences = match a.extension() {
+                Some("img") => images(&a, &b)?,
+                Some("bundle") => bundles(&a, &b)?,
+                Some("json") => sboms(&a, &b)?,
+                _ => Vec::new(),
+            };
+            if differences.is_empty() {
+                differences.push(located("file", None, shown(&a, &b, at)?));
+            }
+        }
+        found.push(Output { name, equal: differences.is_empty(), differences });
+    }
+    Ok(Comparison { equal: found.iter().all(|output| output.equal), outputs: found })
+}
+
+/// The files of a build that a release has, by its report: what earlier versions left does not count.
+fn outputs(dir: &Utf8Path) -> Result<Vec<String>> {
+    let path = dir.join("report.json");
+    let text = fs::read_to_string(&path).with_context(|| {
+        format!("reading {path}\nhelp: build first, or name a folder dist/<product>/<board>")
+    })?;
+    let report = Report::from_json(&text).with_context(|| format!("reading {path}"))?;
+    let stem = format!("{}-{}-{}", report.product.name, report.product.version, report.board);
+    let mut names = vec!["sbom.cdx.json".to_owned()];
+    names.extend(["img", "img.bmap", "bundle"].map(|extension| format!("{stem}.{extension}")));
+    Ok(names)
+}
+
+/// The first byte that differs in a range, counted from its start; the end counts as one.
+fn first_difference(one: &File, other: &File, range: std::ops::Range<u64>) -> Result<Option<u64>> {
+    let (mut a, mut b) = (vec![0; PIECE], vec![0; PIECE]);
+    let mut at = range.start;
+    let read = |file: &File, buffer: &mut [u8], at: u64| -> Result<usize> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match file.read_at(&mut buffer[filled..], at + filled as u64)? {
+                0 => break,
+                n => filled += n,
+            }
+        }
+        Ok(filled)
+    };
+    while at < range.end {
+        let wanted = usize::try_from(range.end - at).unwrap_or(PIECE).min(PIECE);
+        let (n, m) = (read(one, &mut a[..wanted], at)?, read(other, &mut b[..wanted], at)?);
+        let same = a[..n].iter().zip(&b[..m]).position(|(x, y)| x != y);
+        if let Some(same) = same.or((n != m).then_some(n.min(m))) {
+            return Ok(Some(at + same as u64 - range.start));
+        }
+        if n == 0 {
+            break;
+        }
+        at += n as u64;
+    }
+    Ok(None)
+}
+
+/// The bytes around a difference, printable.
+fn shown(one: &Utf8Path, other: &Utf8Path, at: u64) -> Result<String> {
+    let part = |path: &Utf8Path| -> Result<Vec<u8>> {
+        let mut bytes = vec![0; SHOWN];
+        let n =
+            File::open(path)?.read_at(&mut bytes, at).with_context(|| format!("reading {path}"))?;
+        bytes.truncate(n);
+        Ok(bytes)
+    };
+    Ok(sentence(&part(one)?, &part(other)?, at))
+}
+
+fn sentence(one: &[u8], other: &[u8], at: u64) -> String {
+    let text = |bytes: &[u8]| {
+        let bytes = bytes.get(..SHOWN.min(bytes.len())).unwrap_or_default();
+        format!("\"{}\"", bytes.escape_ascii())
+    };
+    format!("differs from byte {at}: {} and {}", text(one), text(other))
+}
+
+fn images(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
+    let (tables, others) = (read::tables(one)?, read::tables(other)?);
+    let mut found = Vec::new();
+    if let Some(what) = table_difference(&tables, &others) {
+        found.push(located("partition table", None, what));
+        return Ok(found);
+    }
+    let (a, b) = (File::open(one)?, File::open(other)?);
+    let mut seen: BTreeMap<String, String> = BTreeMap::new();
+    let mut end = 0;
+    for p in &tables.partitions {
+        let name = p.name.clone().unwrap_or_else(|| format!("partition {}", p.number));
+        if let Some(at) = first_difference(&a, &b, end..p.offset)? {
+            let what = shown(one, other, end + at)?;
+            found.push(located("outside of partitions", None, what));
+        }
+        end = p.offset + p.size;
+        let Some(at) = first_difference(&a, &b, p.offset..end)? else { continue };
+        let mut inside = match content(one, p.offset)? {
+            Some(Held::Ext4) => ext4((one, other), p.offset, &name)?,
+            Some(Held::Fat) => fats((one, other), p.offset, p.size, &name)?,
+            None => Vec::new(),
+        };
+        if inside.is_empty() {
+            let what = format!("no file differs; {}", shown(one, other, p.offset + at)?);
+            inside.push(located(&name, None, what));
+        }
+        // Both slots hold the same bytes: the second one would say everything again.
+        let said: Vec<_> = inside.iter().map(|l| (&l.path, &l.what)).collect();
+        let key = hash_bytes(format!("{said:?}").as_bytes());
+        match seen.get(&key) {
+            Some(first) => found.push(located(&name, None, format!("differs as {first} does"))),
+            None => {
+                seen.insert(key, name);
+                found.extend(inside);
+            }
+        }
+    }
+    if let Some(at) = first_difference(&a, &b, end..u64::MAX)? {
+        found.push(located("after the last partition", None, shown(one, other, end + at)?));
+    }
+    Ok(found)
+}
+
+fn table_difference(one: &DiskTables, other: &DiskTables) -> Option<String> {
+    let places = |tables: &DiskTables| -> Vec<_> {
+        tables.partitions.iter().map(|p| (p.number, p.name.clone(), p.offset, p.size)).collect()
+    };
+    let (a, b) = (places(one), places(other));
+    if a == b {
+        return None;
+    }
+    let differing = a.iter().zip(&b).find(|(x, y)| x != y);
+    Some(match differing {
+        Some((x, y)) => format!("{x:?} and {y:?}"),
+        None => format!("{} partitions and {}", a.len(), b.len()),
+    })
+}
+
+fn ext4(images: (&Utf8Path, &Utf8Path), offset: u64, name: &str) -> Result<Vec<Located>> {
+    let old = Inventory::of_ext4(images.0, offset)?;
+    let new = Inventory::of_ext4(images.1, offset)?;
+    let difference = Difference::between(&old, &new);
+    let mut found = Vec::new();
+    for path in difference.files.removed.keys() {
+        found.push(located(name, Some(path), "only in the first".to_owned()));
+    }
+    for path in difference.files.added.keys() {
+        found.push(located(name, Some(path), "only in the second".to_owned()));
+    }
+    for (path, change) in &difference.files.changed {
+        let mut what = what_changed(change);
+        let hashes = (&change.old.content, &change.new.content);
+        if let ((Content::Sha256(a), Content::Sha256(b)), true) = (hashes, path.starts_with('/'))
+            && a != b
+        {
+            let text = |image: &Utf8Path| -> Result<Vec<u8>> {
+                let filesystem = diff::open(image, offset)?;
+                Ok(filesystem.read(path.as_str())?)
+            };
+            what.push_str("; ");
+            what.push_str(&bytes_difference(&text(images.0)?, &text(images.1)?));
+        }
+        found.push(located(name, Some(path), what));
+    }
+    Ok(found)
+}
+
+fn bytes_difference(one: &[u8], other: &[u8]) -> String {
+    let at = one.iter().zip(other).position(|(a, b)| a != b);
+    let at = at.unwrap_or(one.len().min(other.len()));
+    let rest = |bytes: &[u8]| bytes.get(at..).unwrap_or_default().to_vec();
+    sentence(&rest(one), &rest(other), at as u64)
+}
+
+fn fats(
+    (one, other): (&Utf8Path, &Utf8Path),
+    offset: u64,
+    size: u64,
+    name: &str,
+) -> Result<Vec<Located>> {
+    let files = |image: &Utf8Path| -> Result<BTreeMap<String, Vec<u8>>> {
+        let listing = read::fat(image, offset, size)?;
+        let files = listing.entries.into_iter().filter(|entry| !entry.folder);
+        files
+            .map(|entry| {
+                let content = read::fat_file(image, offset, size, &entry.path)?;
+                Ok((entry.path, content))
+            })
+            .collect()
+    };
+    let changes = Changes::between(&files(one)?, &files(other)?);
+    let mut found = Vec::new();
+    for path in changes.removed.keys() {
+        found.push(located(name, Some(path), "only in the first".to_owned()));
+    }
+    for path in changes.added.keys() {
+        found.push(located(name, Some(path), "only in the second".to_owned()));
+    }
+    for (path, change) in &changes.changed {
+        found.push(located(name, Some(path), bytes_difference(&change.old, &change.new)));
+    }
+    Ok(found)
+}
+
+fn bundles(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
+    let (old, new) = (update::unverified(one)?.0, update::unverified(other)?.0);
+    let mut found = Vec::new();
+    let head = |m: &bundle::Manifest| {
+        serde_json::json!([m.product, m.version, m.kind, m.boards, m.epoch, m.key_epoch])
+    };
+    if head(&old) != head(&new) {
+        found.push(located("manifest", None, format!("{} and {}", head(&old), head(&new))));
+    }
+    let payloads = |m: &bundle::Manifest| -> BTreeMap<String, bundle::Payload> {
+        let all = m
+            .components
+            .iter()
+            .flat_map(|c| c.payloads.iter().map(|p| (format!("{}/{}", c.name, p.role), p.clone())));
+        all.collect()
+    };
+    let changes = Changes::between(&payloads(&old), &payloads(&new));
+    let only = changes.removed.keys().chain(changes.added.keys());
+    found.extend(only.map(|name| located(name, None, "only in one of them".to_owned())));
+    for (name, change) in &changes.changed {
+        let what = if change.old.index == change.new.index {
+            "equal content, packed differently: was it another --compression?".to_owned()
+        } else {
+            "other content: see the image".to_owned()
+        };
+        found.push(located(name, None, what));
+    }
+    if found.is_empty() {
+        let what = "equal content under another signature: was it another key?".to_owned();
+        found.push(located("signature", None, what));
+    }
+    Ok(found)
+}
+
+fn sboms(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
+    let read = |path: &Utf8Path| -> Result<BTreeMap<String, String>> {
+        let mut text = Vec::new();
+        File::open(path)?.read_to_end(&mut text).with_context(|| format!("reading {path}"))?;
+        packages(&text).with_context(|| format!("reading {path}"))
+    };
+    let changes = Changes::between(&read(one)?, &read(other)?);
+    let mut found = Vec::new();
+    for (name, version) in changes.removed.iter().chain(&changes.added) {
+        found.push(located("packages", Some(name), format!("{version}, in one of them only")));
+    }
+    for (name, change) in &changes.changed {
+        found.push(located("packages", Some(name), format!("{} and {}", change.old, change.new)));
+    }
+    Ok(found)
+}
+
+impl Comparison {
+    /// The comparison for people.
+    pub fn describe(&self) -> String {
+        let mut text = String::new();
+        for output in &self.outputs {
+            let word = if output.equal { "equal" } else { "DIFFERS" };
+            text.push_str(&format!(" {word:<8} {}\n", output.name));
+            for found in &output.differences {
+                let path = found.path.as_deref().unwrap_or_default();
+                text.push_str(&format!("          {} {path}: {}\n", found.place, found.what));
+            }
+        }
+        text
+    }
+}

@@ -1,0 +1,262 @@
+//! From `dist/` to the parts of a release: every file is verified before it counts.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::{KeySet, Kind, Policy, Version};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use super::format::{Board, Object, Unpacked};
+use crate::artifact::{Artifact, hash_file};
+use crate::cache::{Cache, Key};
+use crate::cmd::verify::verify_image;
+use crate::config;
+use crate::disk::{bmap, compress};
+use crate::progress::say;
+use crate::report::{self, Report};
+use crate::update;
+
+/// zstd's level for images: downloads are many, releases few.
+const LEVEL: i32 = 9;
+/// Raised when compressing changes what it makes.
+const COMPRESSED_VERSION: u32 = 1;
+
+/// What was built of a product, verified.
+#[derive(Debug)]
+pub struct Collected {
+    /// The product.
+    pub product: String,
+    /// The product's name for people.
+    pub title: String,
+    /// The version that all boards were built as.
+    pub version: Version,
+    /// Development or release.
+    pub kind: Kind,
+    /// The commit that was built.
+    pub commit: Option<String>,
+    /// The time in all outputs.
+    pub epoch: u64,
+    /// What there is for each board, sorted by name.
+    pub boards: Vec<Board>,
+    /// Where each object lies, by SHA-256.
+    pub sources: BTreeMap<String, Utf8PathBuf>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Compressed {
+    artifact: Artifact,
+    image_size: u64,
+    image_sha256: String,
+}
+
+/// The part of `plan.json` that a release needs.
+#[derive(Deserialize)]
+struct Planned {
+    modified: bool,
+}
+
+/// Collects and verifies the results for these boards (none named: all of the product).
+///
+/// # Errors
+/// When a result is missing or damaged, the boards were built from different commits or as different
+/// versions, or from files that no commit has.
+pub fn collect(
+    root: &Utf8Path,
+    product: &str,
+    boards: &[String],
+    keys: &KeySet,
+    allow_changes: bool,
+) -> Result<Collected> {
+    let configured = config::product::read(root, product)?;
+    let mut names: Vec<String> = match boards {
+        [] => configured.boards.iter().map(|board| board.value.0.clone()).collect(),
+        named => named.to_vec(),
+    };
+    names.sort();
+    names.dedup();
+    let mut collected: Option<Collected> = None;
+    for name in &names {
+        let dir = root.join("dist").join(product).join(name);
+        let part = board(root, &dir, product, name, keys, allow_changes)
+            .with_context(|| format!("verifying what was built of {product} for {name}"))?;
+        match &mut collected {
+            None => collected = Some(part),
+            Some(all) => {
+                ensure!(
+                    (&all.version, &all.commit, all.epoch)
+                        == (&part.version, &part.commit, part.epoch),
+                    "{product} was built for {name} as {} from commit {}, for {} as {} from {}\n\
+                     help: build all boards again from one commit",
+                    part.version,
+                    part.commit.as_deref().unwrap_or("none"),
+                    all.boards.first().map_or("", |b| b.board.as_str()),
+                    all.version,
+                    all.commit.as_deref().unwrap_or("none")
+                );
+                all.boards.extend(part.boards);
+                all.sources.extend(part.sources);
+            }
+        }
+    }
+    collected.with_context(|| format!("the product {product} has no boards"))
+}
+
+/// A build's report.
+///
+/// # Errors
+/// When there is none.
+pub fn read_report(dir: &Utf8Path, product: &str, board: &str) -> Result<Report> {
+    let path = dir.join("report.json");
+    let text = fs::read_to_string(&path).with_context(|| {
+        format!("reading {path}\nhelp: cargo xtask build-image --product {product} --board {board}")
+    })?;
+    Report::from_json(&text).with_context(|| format!("reading {path}"))
+}
+
+fn board(
+    root: &Utf8Path,
+    dir: &Utf8Path,
+    product: &str,
+    board: &str,
+    keys: &KeySet,
+    allow_changes: bool,
+) -> Result<Collected> {
+    let report = read_report(dir, product, board)?;
+    ensure!(
+        report.product.name == product && report.board == board,
+        "{dir}/report.json is of {} for {}",
+        report.product.name,
+        report.board
+    );
+    let kind = match report.product.kind {
+        report::Kind::Development => Kind::Development,
+        report::Kind::Release => Kind::Release,
+    };
+    let plan = dir.join("plan.json");
+    let text = fs::read(&plan).with_context(|| format!("reading {plan}"))?;
+    let planned: Planned =
+        serde_json::from_slice(&text).with_context(|| format!("reading {plan}"))?;
+    ensure!(
+        !planned.modified || (allow_changes && kind == Kind::Development),
+        "it was built from files that no commit has, so nobody could build it again\n\
+         help: commit, and build again (a development product: --allow-changes)"
+    );
+    let version = Version::parse(&report.product.version).context("reading the version")?;
+    let stem = format!("{product}-{version}-{board}");
+    let file = |extension: &str| -> Result<Utf8PathBuf> {
+        let path = dir.join(format!("{stem}.{extension}"));
+        ensure!(
+            path.is_file(),
+            "there is no {path}\n\
+             help: cargo xtask build-image --product {product} --board {board}"
+        );
+        Ok(path)
+    };
+    let (image, bundle) = (file("img")?, file("bundle")?);
+    let map = bmap::path_for(&image);
+    verify_image(&image)?;
+    let policy = Policy { product: Some(product), board: Some(board), floor: None, key_epoch: 0 };
+    let verified = update::verify(&bundle, keys, &policy)?;
+    ensure!(
+        verified.manifest.version == version,
+        "{bundle} has the version {}, expected {version}",
+        verified.manifest.version
+    );
+    let mut sources = BTreeMap::new();
+    let mut objects = Vec::new();
+    let compressed = compressed(&image, &Artifact::of(&map)?)?;
+    let mut add = |role: &str, name: String, artifact: Artifact, unpacked: Option<Unpacked>| {
+        let Artifact { path, size, sha256 } = artifact;
+        sources.insert(sha256.clone(), path);
+        objects.push(Object { role: role.to_owned(), name, size, sha256, unpacked });
+    };
+    let unpacked = Unpacked {
+        name: format!("{stem}.img"),
+        size: compressed.image_size,
+        sha256: compressed.image_sha256,
+    };
+    add("image", format!("{stem}.img.zst"), compressed.artifact, Some(unpacked));
+    add("block-map", format!("{stem}.img.bmap"), Artifact::of(map)?, None);
+    add("bundle", format!("{stem}.bundle"), Artifact::of(bundle)?, None);
+    let sbom = dir.join("sbom.cdx.json");
+    packages(&fs::read(&sbom).with_context(|| format!("reading {sbom}"))?)
+        .with_context(|| format!("reading {sbom}"))?;
+    add("sbom", format!("{stem}.sbom.cdx.json"), Artifact::of(sbom)?, None);
+    for output in &report.outputs {
+        let Some(expected) = &output.sha256 else { continue };
+        let path = root.join(&output.path);
+        let found = sources.iter().find(|(_, source)| **source == path);
+        if let Some((found, _)) = found.filter(|(found, _)| *found != expected) {
+            bail!("{path} has the SHA-256 {found}, the report says {expected}\nhelp: build again");
+        }
+    }
+    let engine = report.engine.clone();
+    let components = report.components.clone();
+    let boards = vec![Board { board: board.to_owned(), engine, objects, components }];
+    Ok(Collected {
+        product: product.to_owned(),
+        title: report.product.title.clone(),
+        version,
+        kind,
+        commit: report.commit.clone(),
+        epoch: report.epoch,
+        boards,
+        sources,
+    })
+}
+
+/// The image as one zstd file, made once for each image: its block map has the hash of every byte that
+/// counts.
+fn compressed(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
+    let key = Key::new("compressed", COMPRESSED_VERSION)
+        .with("block map", &map.sha256)
+        .with("level", LEVEL.to_string())
+        .finish();
+    let staged = Cache::locate()?.stage(
+        "compressed",
+        &key,
+        |compressed: &Compressed| vec![compressed.artifact.path.clone()],
+        |dir| {
+            let artifact = compress::compress_to(image, &dir.join("image.zst"), LEVEL)?;
+            let (image_size, image_sha256) = hash_file(image)?;
+            Ok(Compressed { artifact, image_size, image_sha256 })
+        },
+    )?;
+    let how = if staged.cached { "kept" } else { "compressed" };
+    let size = crate::progress::bytes(staged.value.artifact.size);
+    say("release", format!("{}  {size} ({how})", image.file_name().unwrap_or_default()));
+    Ok(staged.value)
+}
+
+/// The names and versions in a CycloneDX bill of materials.
+///
+/// # Errors
+/// When it is none.
+pub fn packages(sbom: &[u8]) -> Result<BTreeMap<String, String>> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Bom {
+        bom_format: String,
+        components: Vec<Part>,
+    }
+    #[derive(Deserialize)]
+    struct Part {
+        name: String,
+        #[serde(default)]
+        version: String,
+    }
+    let bom: Bom = serde_json::from_slice(sbom).context("it is no bill of materials")?;
+    ensure!(bom.bom_format == "CycloneDX", "it is of the format {}", bom.bom_format);
+    let mut packages: BTreeMap<String, String> = BTreeMap::new();
+    for part in bom.components {
+        // A crate may be there in two versions.
+        let versions = packages.entry(part.name).or_default();
+        if !versions.is_empty() {
+            versions.push_str(", ");
+        }
+        versions.push_str(&part.version);
+    }
+    Ok(packages)
+}

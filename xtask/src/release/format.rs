@@ -1,0 +1,432 @@
+//! The files of a release store, as `docs/releases.md` specifies them: read with every rule checked, so
+//! that a value in hand has safe names and paths.
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::{KeySet, Kind, SignedBy, Version};
+use serde::{Deserialize, Serialize};
+
+use crate::artifact::hash_bytes;
+use crate::keys::Signer;
+
+/// The version of all of the store's files. It rises when an old reader would misread a new file.
+pub const FORMAT: u32 = 1;
+
+/// The largest index, manifest or signature that is read: 16 MiB, thousands of releases.
+pub const LARGEST_TEXT: u64 = 16 << 20;
+
+/// The channels, from the least to the most settled.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Channel {
+    /// Every night's.
+    Nightly,
+    /// To be tried before all get it.
+    Beta,
+    /// For everybody.
+    Stable,
+}
+
+impl Channel {
+    /// All channels.
+    pub const ALL: [Self; 3] = [Self::Nightly, Self::Beta, Self::Stable];
+
+    /// The name, as in file names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nightly => "nightly",
+            Self::Beta => "beta",
+            Self::Stable => "stable",
+        }
+    }
+
+    /// Where its index lies in a store.
+    pub fn path(self) -> String {
+        format!("channels/{}.json", self.name())
+    }
+}
+
+impl std::fmt::Display for Channel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A channel's file: the index and its signature in one, so that one atomic step replaces both.
+#[derive(Debug, Serialize, Deserialize)]
+struct Envelope {
+    /// The index, as the exact text that is signed.
+    index: String,
+    /// Its minisign signature file.
+    signature: String,
+}
+
+/// What a channel offers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Index {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The channel.
+    pub channel: Channel,
+    /// Counts the changes of this channel. A reader takes no lower one than it has seen.
+    pub serial: u64,
+    /// The releases, sorted by product, then by version.
+    pub releases: Vec<Entry>,
+    /// Releases that retention has taken out, for as long as a publisher may still count on their objects.
+    #[serde(default)]
+    pub retired: Vec<Retired>,
+}
+
+/// A release in a channel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Entry {
+    /// The product.
+    pub product: String,
+    /// The release's version.
+    pub version: Version,
+    /// Development or release.
+    pub kind: Kind,
+    /// The commit that was built.
+    pub commit: Option<String>,
+    /// When the channel got it: seconds since 1970.
+    pub added: u64,
+    /// Its manifest.
+    pub manifest: File,
+    /// It must not be used any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub yanked: Option<Yanked>,
+}
+
+/// Why a release must not be used any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Yanked {
+    /// For people.
+    pub reason: String,
+    /// Since when: seconds since 1970.
+    pub at: u64,
+}
+
+/// A release that a channel no longer offers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retired {
+    /// The product.
+    pub product: String,
+    /// The release's version.
+    pub version: Version,
+    /// Its manifest, which still counts as a reference.
+    pub manifest: File,
+    /// Since when: seconds since 1970.
+    pub at: u64,
+}
+
+/// A file of the store.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct File {
+    /// Its path in the store.
+    pub path: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// SHA-256 of its content, lower-case hexadecimal.
+    pub sha256: String,
+}
+
+/// A release: the one signed file that ties its parts together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The product.
+    pub product: String,
+    /// The product's name for people.
+    pub title: String,
+    /// The release's version, which all its parts carry.
+    pub version: Version,
+    /// Development or release.
+    pub kind: Kind,
+    /// The commit that was built; none outside a repository.
+    pub commit: Option<String>,
+    /// The time in all outputs: seconds since 1970.
+    pub epoch: u64,
+    /// The release that the notes compare with.
+    pub previous: Option<Version>,
+    /// What changed, as Markdown.
+    pub notes: Object,
+    /// What there is for each board, sorted by name.
+    pub boards: Vec<Board>,
+}
+
+/// A release's part for one board.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Board {
+    /// The board.
+    pub board: String,
+    /// The engine that made the base.
+    pub engine: String,
+    /// Its files.
+    pub objects: Vec<Object>,
+    /// What the system is made of.
+    pub components: Vec<Component>,
+}
+
+/// A file of a release, stored under its hash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Object {
+    /// What it is for: `image`, `block-map`, `bundle`, `sbom`, `report`, `notes`.
+    pub role: String,
+    /// The name to save it under.
+    pub name: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// SHA-256 of its content, lower-case hexadecimal; its path follows from it.
+    pub sha256: String,
+    /// What it becomes when it is decompressed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unpacked: Option<Unpacked>,
+}
+
+/// A decompressed object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unpacked {
+    /// The name to save it under.
+    pub name: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// SHA-256 of its content, lower-case hexadecimal.
+    pub sha256: String,
+}
+
+/// A part of the system, with the digest of its content: equal digests are equal parts.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Component {
+    /// `base`, `api`, `agent`, `boot` or `system`.
+    pub name: String,
+    /// Its version, for people.
+    pub version: String,
+    /// SHA-256 over its content, lower-case hexadecimal.
+    pub digest: String,
+}
+
+impl Object {
+    /// Where it lies in a store.
+    pub fn path(&self) -> String {
+        object_path(&self.sha256)
+    }
+}
+
+impl File {
+    /// A manifest's place and hash. The hash is part of the name, so that no manifest ever replaces another.
+    pub fn manifest(product: &str, version: &Version, text: &[u8]) -> Self {
+        let sha256 = hash_bytes(text);
+        let short = sha256.get(..12).unwrap_or(&sha256);
+        let path = format!("releases/{product}/{version}-{short}.json");
+        Self { path, size: text.len() as u64, sha256 }
+    }
+
+    /// Where a manifest's signature lies.
+    pub fn signature(&self) -> String {
+        format!("{}.minisig", self.path)
+    }
+}
+
+/// Where an object with this hash lies in a store.
+pub fn object_path(sha256: &str) -> String {
+    format!("objects/{}/{sha256}", sha256.get(..2).unwrap_or_default())
+}
+
+impl Index {
+    /// A channel before its first release.
+    pub fn empty(channel: Channel) -> Self {
+        Self { format: FORMAT, channel, serial: 0, releases: Vec::new(), retired: Vec::new() }
+    }
+
+    /// Opens a channel's file: signature first, then every rule.
+    ///
+    /// # Errors
+    /// When no trusted key has signed it, a development key has signed for a release product, it is
+    /// another channel's, or a name or path in it is not a safe one.
+    pub fn open(channel: Channel, file: &[u8], keys: &KeySet) -> Result<Self> {
+        let read = || -> Result<Self> {
+            let envelope: Envelope =
+                serde_json::from_slice(file).context("it is no channel's file")?;
+            let text = envelope.index.as_bytes();
+            let signer = verify(keys, "its signature", envelope.signature.as_bytes(), text)?;
+            let index: Self = serde_json::from_slice(text).context("reading the index in it")?;
+            index.check(channel)?;
+            ensure!(
+                index.kind() == Kind::Development || signer.kind == Kind::Release,
+                "it lists a release product, and is signed by the development key {}",
+                signer.id
+            );
+            Ok(index)
+        };
+        read().with_context(|| format!("reading {}", channel.path()))
+    }
+
+    /// The serial in a channel's file, unverified: for choosing the newer of two.
+    ///
+    /// # Errors
+    /// When it is no channel's file.
+    pub fn serial_of(file: &[u8]) -> Result<u64> {
+        #[derive(Deserialize)]
+        struct Serial {
+            serial: u64,
+        }
+        let envelope: Envelope = serde_json::from_slice(file).context("it is no channel's file")?;
+        let serial: Serial = serde_json::from_str(&envelope.index).context("it has no serial")?;
+        Ok(serial.serial)
+    }
+
+    fn check(&self, channel: Channel) -> Result<()> {
+        check_format(self.format)?;
+        ensure!(self.channel == channel, "it is the index of the channel {}", self.channel);
+        let entries = self.releases.iter().map(|e| (&e.product, &e.manifest));
+        for (product, manifest) in
+            entries.chain(self.retired.iter().map(|r| (&r.product, &r.manifest)))
+        {
+            check_name(product)?;
+            check_hash(&manifest.sha256)?;
+            let inner = manifest.path.strip_prefix(&format!("releases/{product}/"));
+            let Some(inner) = inner else { bail!("the manifest path `{}`", manifest.path) };
+            check_name(inner)?;
+        }
+        Ok(())
+    }
+
+    /// Signs the index: the bytes of the channel's file.
+    ///
+    /// # Errors
+    /// When a development key would sign for a release product.
+    pub fn sign(&self, signer: &Signer) -> Result<Vec<u8>> {
+        ensure!(
+            self.kind() == Kind::Development || signer.key().kind == Kind::Release,
+            "signing the channel {}: it lists a release product, and {} is a development key",
+            self.channel,
+            signer.key().id
+        );
+        let index = pretty(self)?;
+        let comment = format!("slipway channel {} {}", self.channel, self.serial);
+        let signature = signer.sign(index.as_bytes(), &comment).text;
+        Ok(pretty(&Envelope { index, signature })?.into_bytes())
+    }
+
+    /// The kind of key that must sign: a release key as soon as one product is of that kind.
+    pub fn kind(&self) -> Kind {
+        match self.releases.iter().any(|entry| entry.kind == Kind::Release) {
+            true => Kind::Release,
+            false => Kind::Development,
+        }
+    }
+
+    /// The releases of a product, oldest first.
+    pub fn of<'a>(&'a self, product: &'a str) -> impl DoubleEndedIterator<Item = &'a Entry> {
+        self.releases.iter().filter(move |entry| entry.product == product)
+    }
+
+    /// A release.
+    pub fn find(&self, product: &str, version: &Version) -> Option<&Entry> {
+        self.releases.iter().find(|e| e.product == product && e.version == *version)
+    }
+}
+
+impl Manifest {
+    /// The manifest's text, which is signed.
+    ///
+    /// # Errors
+    /// When it has no JSON form.
+    pub fn to_text(&self) -> Result<Vec<u8>> {
+        Ok(pretty(self)?.into_bytes())
+    }
+
+    /// Opens a manifest: hash, signature, then every rule.
+    ///
+    /// # Errors
+    /// When it is another file than the index says, no trusted key has signed it, or a name in it is not
+    /// a safe one.
+    pub fn open(file: &File, text: &[u8], signature: &[u8], keys: &KeySet) -> Result<Self> {
+        let read = || -> Result<Self> {
+            let (size, sha256) = (text.len() as u64, hash_bytes(text));
+            ensure!(
+                size == file.size && sha256 == file.sha256,
+                "expected {} bytes with SHA-256 {}, found {size} with {sha256}",
+                file.size,
+                file.sha256
+            );
+            let signer = verify(keys, &file.signature(), signature, text)?;
+            let manifest: Self = serde_json::from_slice(text).context("it is no manifest")?;
+            manifest.check()?;
+            ensure!(
+                manifest.kind == Kind::Development || signer.kind == Kind::Release,
+                "it is a release, and signed by the development key {}",
+                signer.id
+            );
+            Ok(manifest)
+        };
+        read().with_context(|| format!("reading {}", file.path))
+    }
+
+    fn check(&self) -> Result<()> {
+        check_format(self.format)?;
+        check_name(&self.product)?;
+        for object in self.objects() {
+            check_hash(&object.sha256)?;
+            check_name(&object.name)?;
+            if let Some(unpacked) = &object.unpacked {
+                check_hash(&unpacked.sha256)?;
+                check_name(&unpacked.name)?;
+            }
+        }
+        self.boards.iter().try_for_each(|board| check_name(&board.board))
+    }
+
+    /// Signs the manifest's text.
+    pub fn sign(&self, text: &[u8], signer: &Signer) -> Vec<u8> {
+        let comment = format!("slipway release {} {}", self.product, self.version);
+        signer.sign(text, &comment).text.into_bytes()
+    }
+
+    /// Every file of the release, the notes first.
+    pub fn objects(&self) -> impl Iterator<Item = &Object> {
+        std::iter::once(&self.notes).chain(self.boards.iter().flat_map(|board| &board.objects))
+    }
+}
+
+fn verify(keys: &KeySet, name: &str, signature: &[u8], text: &[u8]) -> Result<SignedBy> {
+    keys.verify(name, signature, text).map_err(|error| {
+        let message = format!("{error} ({})\nhelp: {}", error.code(), error.hint());
+        anyhow::Error::new(error).context(message)
+    })
+}
+
+fn pretty(value: &impl Serialize) -> Result<String> {
+    Ok(serde_json::to_string_pretty(value).context("writing JSON")? + "\n")
+}
+
+fn check_format(format: u32) -> Result<()> {
+    ensure!(
+        format == FORMAT,
+        "expected format {FORMAT}, found {format}\nhelp: use a newer version of this tool"
+    );
+    Ok(())
+}
+
+fn check_hash(sha256: &str) -> Result<()> {
+    let good = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+    ensure!(sha256.len() == 64 && sha256.bytes().all(good), "`{sha256}` is no SHA-256");
+    Ok(())
+}
+
+/// A name that is one path component everywhere: no separator, no hidden file, nothing to be quoted.
+fn check_name(name: &str) -> Result<()> {
+    let good = |b: u8| b.is_ascii_alphanumeric() || b"._+-".contains(&b);
+    let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+    ensure!(
+        first && name.len() <= 200 && name.bytes().all(good),
+        "`{}` is no safe file name",
+        name.escape_debug()
+    );
+    Ok(())
+}

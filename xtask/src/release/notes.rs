@@ -1,0 +1,230 @@
+//! What changed between two releases: commits, components, packages, sizes; as a value and as Markdown.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result};
+use bundle::KeySet;
+use camino::Utf8Path;
+use serde::Serialize;
+
+use super::collect::{Collected, packages};
+use super::format::{Board, Component, Entry, Manifest};
+use crate::diff::Changes;
+use crate::exec::Tool;
+use crate::progress::bytes;
+use crate::publish::{self, Store, scratch};
+
+/// More commits than these are counted, not listed.
+const MOST_COMMITS: usize = 200;
+/// More packages than these are counted, not listed.
+const MOST_PACKAGES: usize = 100;
+
+/// A release with its bills of materials.
+#[derive(Debug)]
+pub struct Past {
+    /// The release.
+    pub manifest: Manifest,
+    /// Names and versions by board.
+    pub packages: BTreeMap<String, BTreeMap<String, String>>,
+}
+
+/// What changed for one board.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BoardChanges {
+    /// The board.
+    pub board: String,
+    /// Components, by version and digest; equal ones are left out.
+    pub components: Changes<Component>,
+    /// Packages, wheels and crates, by version.
+    pub packages: Changes<String>,
+}
+
+impl Past {
+    /// Reads a release and its bills of materials from a store.
+    ///
+    /// # Errors
+    /// When a part is missing or damaged.
+    pub fn read(store: &dyn Store, entry: &Entry, keys: &KeySet) -> Result<Self> {
+        let manifest = publish::manifest(store, entry, keys)?;
+        let (_keep, dir) = scratch()?;
+        let mut found = BTreeMap::new();
+        for board in &manifest.boards {
+            let Some(sbom) = board.objects.iter().find(|o| o.role == "sbom") else { continue };
+            let path = dir.join(&sbom.sha256);
+            store.get(&sbom.sha256, &path)?;
+            let text = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
+            found.insert(board.board.clone(), packages(&text)?);
+        }
+        Ok(Self { manifest, packages: found })
+    }
+
+    /// What changed from this release to another one, board by board.
+    pub fn changes_to(&self, new: &Self) -> Vec<BoardChanges> {
+        changes(&self.manifest.boards, &self.packages, &new.manifest.boards, &new.packages)
+    }
+}
+
+type Packages = BTreeMap<String, BTreeMap<String, String>>;
+
+fn changes(old: &[Board], old_p: &Packages, new: &[Board], new_p: &Packages) -> Vec<BoardChanges> {
+    let empty = BTreeMap::new();
+    let components = |board: &Board| -> BTreeMap<String, Component> {
+        board.components.iter().map(|c| (c.name.clone(), c.clone())).collect()
+    };
+    let mut found = Vec::new();
+    for board in new {
+        let Some(before) = old.iter().find(|b| b.board == board.board) else { continue };
+        let packages = |of: &Packages| of.get(&board.board).unwrap_or(&empty).clone();
+        found.push(BoardChanges {
+            board: board.board.clone(),
+            components: Changes::between(&components(before), &components(board)),
+            packages: Changes::between(&packages(old_p), &packages(new_p)),
+        });
+    }
+    found
+}
+
+/// The notes of a release. The same inputs give the same text.
+///
+/// # Errors
+/// When a bill of materials cannot be read.
+pub fn notes(root: &Utf8Path, new: &Collected, past: Option<&Past>) -> Result<String> {
+    let mut text = format!("# {} {}\n", new.title, new.version);
+    let commit = new.commit.as_deref();
+    text.push_str(&format!("\nCommit {}.\n", commit.unwrap_or("unknown")));
+    let mut new_packages = BTreeMap::new();
+    for board in &new.boards {
+        let sbom = board.objects.iter().find(|o| o.role == "sbom");
+        let path = sbom.and_then(|o| new.sources.get(&o.sha256));
+        let Some(path) = path else { continue };
+        let sbom = std::fs::read(path).with_context(|| format!("reading {path}"))?;
+        new_packages.insert(board.board.clone(), packages(&sbom)?);
+    }
+    match past {
+        None => text.push_str("\nThe first release of this product in this store.\n"),
+        Some(past) => {
+            let old = &past.manifest;
+            text.push_str(&format!("\nWhat changed since {}:\n", old.version));
+            text.push_str("\n## Commits\n\n");
+            text.push_str(&commits(root, old.commit.as_deref(), commit));
+            let changed = changes(&old.boards, &past.packages, &new.boards, &new_packages);
+            text.push_str(&components_table(&changed));
+            text.push_str(&package_list(&changed));
+        }
+    }
+    text.push_str("\n## Files\n\n| file | size | SHA-256 |\n|---|---|---|\n");
+    for object in new.boards.iter().flat_map(|board| &board.objects) {
+        let short = object.sha256.get(..16).unwrap_or_default();
+        text.push_str(&format!("| {} | {} | {short}… |\n", object.name, bytes(object.size)));
+    }
+    Ok(text)
+}
+
+fn commits(root: &Utf8Path, old: Option<&str>, new: Option<&str>) -> String {
+    let (Some(old), Some(new)) = (old, new) else {
+        return "Not known: one of the two was built outside of a repository.\n".to_owned();
+    };
+    if old == new {
+        return "None: both are of one commit.\n".to_owned();
+    }
+    let git = Tool::new("git").args(["-C", root.as_str(), "log", "--no-merges"]);
+    let range = format!("{old}..{new}");
+    let Ok(log) = git.args(["--format=%h %s", "--abbrev=12", &range]).read() else {
+        return format!("Not known: this checkout lacks the history since {old}.\n");
+    };
+    let lines: Vec<&str> = log.lines().collect();
+    let mut text = String::new();
+    for line in lines.iter().take(MOST_COMMITS) {
+        let (hash, subject) = line.split_once(' ').unwrap_or((line, ""));
+        text.push_str(&format!("- {} ({hash})\n", escape(subject)));
+    }
+    if let Some(more) = lines.len().checked_sub(MOST_COMMITS).filter(|n| *n > 0) {
+        text.push_str(&format!("- and {more} more\n"));
+    }
+    if lines.is_empty() {
+        text.push_str("None.\n");
+    }
+    text
+}
+
+fn components_table(changed: &[BoardChanges]) -> String {
+    let mut text = String::from("\n## Components\n\n");
+    let mut rows = String::new();
+    for board in changed {
+        let name = &board.board;
+        let short = |c: &Component| {
+            let digest = c.digest.get(..12).unwrap_or_default();
+            format!("{} ({digest})", escape(&c.version))
+        };
+        for (component, change) in &board.components.changed {
+            let (old, new) = (short(&change.old), short(&change.new));
+            rows.push_str(&format!("| {name} | {component} | {old} | {new} |\n"));
+        }
+        for (component, new) in &board.components.added {
+            rows.push_str(&format!("| {name} | {component} | | {} |\n", short(new)));
+        }
+        for (component, old) in &board.components.removed {
+            rows.push_str(&format!("| {name} | {component} | {} | |\n", short(old)));
+        }
+    }
+    if rows.is_empty() {
+        text.push_str("None changed.\n");
+    } else {
+        text.push_str("| board | component | before | now |\n|---|---|---|---|\n");
+        text.push_str(&rows);
+    }
+    text
+}
+
+/// Boards mostly change alike, so each change is said once.
+fn package_list(changed: &[BoardChanges]) -> String {
+    let mut lines = BTreeSet::new();
+    for packages in changed.iter().map(|board| &board.packages) {
+        lines.extend(
+            packages.added.iter().map(|(n, v)| format!("- {} {} is new", escape(n), escape(v))),
+        );
+        lines.extend(packages.removed.keys().map(|n| format!("- {} is gone", escape(n))));
+        lines.extend(packages.changed.iter().map(|(name, change)| {
+            format!("- {} {} → {}", escape(name), escape(&change.old), escape(&change.new))
+        }));
+    }
+    let mut text = String::from("\n## Packages\n\n");
+    if lines.is_empty() {
+        text.push_str("None changed.\n");
+    }
+    for line in lines.iter().take(MOST_PACKAGES) {
+        text.push_str(line);
+        text.push('\n');
+    }
+    if let Some(more) = lines.len().checked_sub(MOST_PACKAGES).filter(|n| *n > 0) {
+        text.push_str(&format!("- and {more} more\n"));
+    }
+    text
+}
+
+/// Text from outside, so that it stays text in Markdown: one line, nothing that a renderer acts on.
+pub(super) fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            c if c.is_control() => out.push(' '),
+            '\\' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '|' | '#' | '!' | '&' => {
+                out.push('\\');
+                out.push(c);
+            }
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_subject_cannot_become_markup() {
+        assert_eq!(escape("a|b <img src=x>\n# c"), r"a\|b \<img src=x\> \# c");
+    }
+}

@@ -1,0 +1,118 @@
+//! All builds in `dist/` as one page of Markdown: what CI shows of a night.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use camino::Utf8Path;
+
+use super::create::local;
+use super::format::Channel;
+use super::notes::escape;
+use crate::build::{FAILURE, Failure};
+use crate::config;
+use crate::progress::{bytes, duration};
+use crate::publish::{Authority, Store, load, manifest, scratch};
+use crate::report::Report;
+
+/// Sums up: a table of builds, each failure with its stage and log, and the newest nightlies' notes.
+///
+/// # Errors
+/// When a report or the local store cannot be read.
+pub fn summary(root: &Utf8Path) -> Result<String> {
+    let mut rows = String::new();
+    let mut failures = String::new();
+    let mut products = Vec::new();
+    for product in config::products(root)? {
+        for board in config::boards(root)? {
+            let dir = root.join("dist").join(&product).join(&board);
+            if let Some(failure) = read_failure(&dir)? {
+                rows.push_str(&format!("| {product} | {board} | **failed** | | | | |\n"));
+                failures.push_str(&failed(&product, &board, &failure));
+                continue;
+            }
+            let path = dir.join("report.json");
+            let Ok(text) = fs::read_to_string(&path) else { continue };
+            let report = Report::from_json(&text).with_context(|| format!("reading {path}"))?;
+            rows.push_str(&row(&product, &board, &report));
+            products.push(product.clone());
+        }
+    }
+    products.dedup();
+    let mut text = String::from(
+        "# Builds\n\n| product | board | version | image on disk | bundle | root | time |\n\
+         |---|---|---|---|---|---|---|\n",
+    );
+    text.push_str(if rows.is_empty() { "| none | | | | | | |\n" } else { &rows });
+    if !failures.is_empty() {
+        text.push_str("\n# Failures\n");
+        text.push_str(&failures);
+    }
+    for product in products {
+        text.push_str(&newest_notes(root, &product)?);
+    }
+    Ok(text)
+}
+
+fn row(product: &str, board: &str, report: &Report) -> String {
+    let size = |name: &str| {
+        let output = report.outputs.iter().find(|output| output.name == name);
+        output.map_or(String::new(), |output| bytes(output.on_disk_size))
+    };
+    let bundle = report.outputs.iter().find(|output| output.name == "bundle");
+    let bundle = bundle.map_or(String::new(), |output| bytes(output.size));
+    let root = report.root.as_ref().map_or(String::new(), |root| bytes(root.used));
+    let slowest: Vec<String> = report
+        .stages
+        .iter()
+        .filter(|stage| !stage.cached)
+        .map(|stage| {
+            let took = std::time::Duration::from_secs_f64(stage.seconds.max(0.0));
+            format!("{} {}", stage.name, duration(took))
+        })
+        .collect();
+    let time = duration(std::time::Duration::from_secs_f64(report.seconds.max(0.0)));
+    let made = if slowest.is_empty() { "all kept".to_owned() } else { slowest.join(", ") };
+    format!(
+        "| {product} | {board} | {} | {} | {bundle} | {root} | {time} ({made}) |\n",
+        report.product.version,
+        size("image")
+    )
+}
+
+fn read_failure(dir: &Utf8Path) -> Result<Option<Failure>> {
+    let path = dir.join(FAILURE);
+    match fs::read(&path) {
+        Ok(text) => {
+            Ok(Some(serde_json::from_slice(&text).with_context(|| format!("reading {path}"))?))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("reading {path}")),
+    }
+}
+
+fn failed(product: &str, board: &str, failure: &Failure) -> String {
+    let log =
+        failure.log.as_ref().map_or("it wrote no log".to_owned(), |log| format!("log `{log}`"));
+    // Four backticks: an error may quote three.
+    let error = failure.error.replace("````", "'''");
+    format!(
+        "\n**{product} for {board}**: stage `{}`, {log}\n\n````\n{error}\n````\n",
+        escape(&failure.stage)
+    )
+}
+
+/// The notes of the product's newest nightly, which say what changed since the one before.
+fn newest_notes(root: &Utf8Path, product: &str) -> Result<String> {
+    let store = local(root);
+    if store.read(&Channel::Nightly.path())?.is_none() {
+        return Ok(String::new());
+    }
+    let authority = Authority::open()?;
+    let (index, _) = load(&store, Channel::Nightly, authority.keys())?;
+    let Some(entry) = index.of(product).next_back() else { return Ok(String::new()) };
+    let manifest = manifest(&store, entry, authority.keys())?;
+    let (_keep, dir) = scratch()?;
+    let path = dir.join("notes.md");
+    store.get(&manifest.notes.sha256, &path)?;
+    Ok("\n".to_owned() + &fs::read_to_string(&path).with_context(|| format!("reading {path}"))?)
+}

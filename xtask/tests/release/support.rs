@@ -1,0 +1,281 @@
+//! Stores with small releases, the tool as a person would start it, and a reader that trusts nothing.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::TcpListener;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use bundle::{KeySet, Kind, Version};
+use camino::{Utf8Path, Utf8PathBuf};
+use xtask::artifact::{hash_bytes, hash_file};
+use xtask::exec;
+use xtask::publish::directory::Directory;
+use xtask::publish::{Authority, Store};
+use xtask::release::create::put;
+use xtask::release::format::{Board, Entry, FORMAT, File, Object};
+use xtask::release::index::Retention;
+use xtask::release::{Channel, Index, Manifest};
+
+/// Objects of each release but for its notes.
+pub const OBJECTS: usize = 4;
+
+pub fn root() -> Utf8PathBuf {
+    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+/// Bytes that are never the same for two seeds.
+pub fn noise(length: usize, seed: &str) -> Vec<u8> {
+    let mut state = u64::from_str_radix(&hash_bytes(seed.as_bytes())[..16], 16).unwrap() | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    (0..length / 8).flat_map(|_| next().to_le_bytes()).collect()
+}
+
+/// A folder with keys, and stores in it.
+pub struct Bench {
+    pub dir: Utf8PathBuf,
+    _keep: tempfile::TempDir,
+}
+
+impl Bench {
+    pub fn new() -> Self {
+        // On a disk, not in memory: what is measured and killed has to wait for it.
+        let keep = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let dir = Utf8PathBuf::try_from(keep.path().to_owned()).unwrap();
+        let bench = Self { dir, _keep: keep };
+        bench.authority().signer(Kind::Development).unwrap();
+        bench
+    }
+
+    pub fn authority(&self) -> Authority {
+        Authority::at(&self.dir.join("keys")).unwrap()
+    }
+
+    pub fn keys(&self) -> KeySet {
+        self.authority().keys().clone()
+    }
+
+    pub fn store(&self, name: &str) -> Directory {
+        Directory::new(&self.dir.join(name))
+    }
+
+    /// A release of small files in the channel nightly of a store on this machine.
+    pub fn release(&self, store: &Directory, product: &str, version: &str) {
+        let version = Version::parse(version).unwrap();
+        let object = |role: &str, content: Vec<u8>| {
+            let (sha256, size) = (hash_bytes(&content), content.len() as u64);
+            let path = self.dir.join("object");
+            fs::write(&path, content).unwrap();
+            store.put(&sha256, &path).unwrap();
+            let name = format!("{product}-{version}-{role}");
+            Object { role: role.to_owned(), name, size, sha256, unpacked: None }
+        };
+        let objects = (0..OBJECTS)
+            .map(|n| {
+                object(&format!("part-{n}"), noise(64 << 10, &format!("{product}{version}{n}")))
+            })
+            .collect();
+        let notes = object("notes", format!("# {product} {version}\n").into_bytes());
+        let manifest = Manifest {
+            format: FORMAT,
+            product: product.to_owned(),
+            title: product.to_owned(),
+            version: version.clone(),
+            kind: Kind::Development,
+            commit: None,
+            epoch: 0,
+            previous: None,
+            notes,
+            boards: vec![Board {
+                board: "one".to_owned(),
+                engine: "none".to_owned(),
+                objects,
+                components: Vec::new(),
+            }],
+        };
+        let mut authority = self.authority();
+        let text = manifest.to_text().unwrap();
+        let signature = manifest.sign(&text, authority.signer(Kind::Development).unwrap());
+        let file = File::manifest(product, &version, &text);
+        store.write(&file.signature(), &signature).unwrap();
+        store.write(&file.path, &text).unwrap();
+        let entry = Entry {
+            product: product.to_owned(),
+            version,
+            kind: Kind::Development,
+            commit: None,
+            added: 1,
+            manifest: file,
+            yanked: None,
+        };
+        put(store, Channel::Nightly, &entry, Retention::default(), &mut authority).unwrap();
+    }
+
+    /// The tool, in this folder, with these keys.
+    pub fn xtask(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command.args(arguments).current_dir(&self.dir).env("SLIPWAY_KEYS", self.dir.join("keys"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    pub fn good(&self, arguments: &[&str]) -> String {
+        good(self.xtask(arguments).output().unwrap())
+    }
+
+    /// The error of a call that fails as it should.
+    pub fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.xtask(arguments).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{errors}");
+        errors
+    }
+}
+
+pub fn good(output: Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Waits for a call that may have been killed, or must have succeeded.
+pub fn ended(child: Child, killed: bool) {
+    let output = child.wait_with_output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    // A signal leaves no exit code.
+    assert!(output.status.success() || (killed && output.status.code().is_none()), "{errors}");
+}
+
+/// A GET of a path in a store.
+type Get<'a> = dyn Fn(&str) -> Option<Vec<u8>> + 'a;
+
+/// A reader with nothing but GETs. It follows every reference, and remembers what it has hashed.
+pub struct Reader<'a> {
+    get: Box<Get<'a>>,
+    keys: KeySet,
+    seen: RefCell<BTreeSet<String>>,
+    serials: RefCell<BTreeMap<Channel, u64>>,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(keys: KeySet, get: impl Fn(&str) -> Option<Vec<u8>> + 'a) -> Self {
+        let (seen, serials) = (RefCell::default(), RefCell::default());
+        Self { get: Box::new(get), keys, seen, serials }
+    }
+
+    pub fn of_folder(keys: KeySet, folder: Utf8PathBuf) -> Self {
+        Self::new(keys, move |path| fs::read(folder.join(path)).ok())
+    }
+
+    /// Reads everything that the channels offer: product and version of each release.
+    ///
+    /// # Panics
+    /// When an index, a manifest or an object is missing or damaged.
+    pub fn read(&self) -> BTreeSet<String> {
+        let mut found = BTreeSet::new();
+        for channel in Channel::ALL {
+            let Some(file) = (self.get)(&channel.path()) else { continue };
+            let index = Index::open(channel, &file, &self.keys).unwrap();
+            let mut serials = self.serials.borrow_mut();
+            let last = serials.insert(channel, index.serial);
+            assert!(last <= Some(index.serial), "serial {} after {last:?}", index.serial);
+            for entry in &index.releases {
+                let get = |path: &str| {
+                    let text = (self.get)(path);
+                    text.unwrap_or_else(|| panic!("{} {}: no {path}", entry.product, entry.version))
+                };
+                let (path, signature) = (&entry.manifest.path, entry.manifest.signature());
+                let manifest =
+                    Manifest::open(&entry.manifest, &get(path), &get(&signature), &self.keys);
+                for object in manifest.unwrap().objects() {
+                    if self.seen.borrow().contains(&object.sha256) {
+                        continue;
+                    }
+                    let content = get(&object.path());
+                    assert_eq!(hash_bytes(&content), object.sha256, "{}", object.name);
+                    self.seen.borrow_mut().insert(object.sha256.clone());
+                }
+                found.insert(format!("{} {}", entry.product, entry.version));
+            }
+        }
+        found
+    }
+}
+
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A server that ends with this value.
+pub struct Server {
+    pub port: u16,
+    child: Child,
+}
+
+impl Server {
+    /// Starts it, and waits until its port answers.
+    pub fn start(mut command: Command, port: u16, log: &Utf8Path) -> Self {
+        let file = fs::File::create(log).unwrap();
+        command.stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file);
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let started = Instant::now();
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            let said = fs::read_to_string(log).unwrap();
+            assert!(child.try_wait().unwrap().is_none(), "the server ended: {said}");
+            assert!(started.elapsed() < Duration::from_secs(120), "it does not listen: {said}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Self { port, child }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.child.kill().expect("the server runs until now");
+        self.child.wait().expect("it ended");
+    }
+}
+
+pub fn tool(name: &str) -> Command {
+    let path =
+        exec::find(name).unwrap_or_else(|| panic!("no {name}: cargo xtask doctor --install"));
+    Command::new(path.as_str())
+}
+
+/// Python packages by a file of hashes beside this one, in `target/`, installed once: the command that
+/// runs Python with them.
+pub fn python(requirements: &str) -> Command {
+    let file = root().join("xtask/tests/release").join(requirements);
+    let key = hash_file(&file).unwrap().1;
+    let dir = root().join("target/python").join(&key[..16]);
+    fs::create_dir_all(dir.parent().unwrap()).unwrap();
+    // Tests run at once; one installs.
+    let lock = fs::File::create(format!("{dir}.lock")).unwrap();
+    lock.lock().unwrap();
+    if !dir.is_dir() {
+        let new = Utf8PathBuf::from(format!("{dir}.new"));
+        drop(fs::remove_dir_all(&new));
+        let options = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
+        let more = ["--require-hashes", "--only-binary=:all:", "--target"];
+        let mut pip = tool("python3");
+        pip.args(options).args(more).args([new.as_str(), "-r", file.as_str()]);
+        good(pip.output().unwrap());
+        fs::rename(&new, &dir).unwrap();
+    }
+    let mut command = tool("python3");
+    command.env("PYTHONPATH", dir.as_str()).env("PYTHONDONTWRITEBYTECODE", "1");
+    command
+}
+
+/// Starts something, and kills it after a while.
+pub fn killed_after(mut command: Command, delay: Duration) {
+    let mut child = command.spawn().unwrap();
+    std::thread::sleep(delay);
+    child.kill().unwrap();
+    ended(child, true);
+}
