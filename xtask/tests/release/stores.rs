@@ -90,7 +90,7 @@ fn nothing_is_sent_twice_and_a_damaged_object_is_sent_again() {
     let some = folder.read_dir_utf8().unwrap().next().unwrap().unwrap().into_path();
     let object = some.read_dir_utf8().unwrap().next().unwrap().unwrap().into_path();
     let mut content = fs::read(&object).unwrap();
-    content[100] ^= 1;
+    content[0] ^= 1;
     fs::write(&object, content).unwrap();
     let again = publish();
     assert_eq!((&again["sent"], &again["kept"]), (&1.into(), &OBJECTS.into()), "{again}");
