@@ -4,6 +4,7 @@
 //! All share one build for each board, in this workspace's `dist/` and the machine's own cache. What
 //! needs a changed workspace works on a copy of it below `target/tmp`.
 
+mod api;
 mod boot;
 mod failures;
 mod firmware;

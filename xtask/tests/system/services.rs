@@ -20,7 +20,7 @@ const ADDRESS_TIME: Duration = Duration::from_secs(180);
 const ANSWER: Duration = Duration::from_secs(60);
 
 /// Asks the robot's web server from the robot itself; status and text.
-fn get(session: &mut Session, host: &str, path: &str) -> Result<(u16, String)> {
+pub fn get(session: &mut Session, host: &str, path: &str) -> Result<(u16, String)> {
     let program = "import http.client,sys; c=http.client.HTTPConnection(sys.argv[1],80,timeout=60); \
         c.request(\"GET\",sys.argv[2]); r=c.getresponse(); print(r.status,r.read().decode()[:400])";
     let said = output(session, &format!("python3 -c '{program}' {host} {path}"), COMMAND)?;

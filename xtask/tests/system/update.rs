@@ -16,6 +16,7 @@ use xtask::push::{self, Request, Verdict, push};
 use xtask::qemu::{self, Machine, OnRestart, Overlay, Session};
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
 
+use crate::api::{self, Apis};
 use crate::support::{Built, Folder, Xtask, built, copy_workspace, results, root, say, tool};
 
 const BOARD: &str = "qemu-arm64";
@@ -37,6 +38,7 @@ struct Bench {
     /// As it ships.
     own: &'static Built,
     update: Built,
+    apis: Apis,
 }
 
 impl Bench {
@@ -50,6 +52,8 @@ impl Bench {
             if let Some(version) = version {
                 let product = workspace.join("configs/robot-dev.toml");
                 edit(&product, "\nversion = \"0.1.0\"", &format!("\nversion = \"{version}\""))?;
+                // An older API on data does not fit it.
+                edit(&product, "\n[api]\n", "\n[api]\nminimum-version = \"10.1.0\"\n")?;
             }
             let report = Xtask::new(&workspace).build(BOARD, &[])?;
             ensure!(report["stages"].is_array(), "the build's report has no stages");
@@ -58,7 +62,8 @@ impl Bench {
         let own = built(BOARD)?;
         let card = build("card", None)?;
         let update = build("update", Some(UPDATE))?;
-        Ok(Self { folder, card, own, update })
+        let apis = Apis::make(&folder, BOARD, &own.plan)?;
+        Ok(Self { folder, card, own, update, apis })
     }
 
     fn machine(&self) -> Result<&Machine> {
@@ -289,6 +294,7 @@ fn good(bench: &Bench) -> Result<()> {
     let bad = bad_bundles(bench)?;
     let mut disks = vec![bench.update.bundle.as_path()];
     disks.extend(bad.iter().map(|(path, ..)| path.as_path()));
+    disks.extend(bench.apis.disks());
     let mut robot = bench.start("good", &bench.own.image, &disks)?;
     robot.comes_up(Slot::A)?;
     let version = bench.card.plan.product.version.to_string();
@@ -297,12 +303,18 @@ fn good(bench: &Bench) -> Result<()> {
         robot.refuses(disk, code, *exit)?;
         expect_running(&robot.settles()?, Slot::A, &version)?;
     }
+    api::changed_without_a_restart(&mut robot.session, &bench.apis, ["vdg", "vdh", "vdi"])?;
     robot.installs("- </dev/vdb", Slot::B)?;
     expect_running(&robot.settles()?, Slot::B, UPDATE)?;
+    api::fell_back(&mut robot.session, &bench.apis)?;
     // And back into slot a, as a developer would send the next one.
     pushed(bench, &mut robot)?;
     robot.comes_up(Slot::A)?;
-    expect_running(&robot.settles()?, Slot::A, UPDATE)
+    expect_running(&robot.settles()?, Slot::A, UPDATE)?;
+    // Without anything on data, too.
+    robot.session.send_line("slotd reset --no-backup")?;
+    robot.comes_up(Slot::A)?;
+    api::serves_its_own(&mut robot.session, &bench.apis)
 }
 
 /// Sends the update over SSH, and follows it to its commit in slot a.

@@ -1,0 +1,240 @@
+//! APIs alone, into a robot that runs: another version is served without a restart, one whose server does
+//! not start is taken back, and where `data` cannot take one, the one that serves stays.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bundle::{Kind, Level, Version};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde_json::{Value, json};
+use xtask::artifact::hash_file;
+use xtask::keys::{self, Keys};
+use xtask::plan::Plan;
+use xtask::qemu::Session;
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
+
+use crate::boot::{COMMAND, output};
+use crate::services::get;
+use crate::support::{Folder, Xtask, copy_workspace, say, tool};
+
+/// A real version besides the one that the product has locked.
+const OTHER: &str = "10.0.0";
+/// What an install and the change take, on a busy machine without hardware virtualisation.
+const INSTALL: Duration = Duration::from_secs(900);
+
+/// Bundles of APIs, and the product's own version.
+pub struct Apis {
+    own_version: String,
+    /// The product's own API.
+    own: Utf8PathBuf,
+    /// [`OTHER`].
+    other: Utf8PathBuf,
+    /// [`OTHER`] with a package that cannot be imported.
+    broken: Utf8PathBuf,
+}
+
+/// Builds the bundle of a workspace's API as a developer does.
+fn component(workspace: &Utf8Path, board: &str) -> Result<Utf8PathBuf> {
+    let words = ["build-image", "--component", "api", "--board", board, "--no-install"];
+    let said = Xtask::new(workspace).run(&[&words[..], &["--format", "json"]].concat())?.good()?;
+    let made: Value = serde_json::from_str(&said).with_context(|| format!("reading {said}"))?;
+    Ok(made["bundle"]["path"].as_str().with_context(|| format!("{made}"))?.into())
+}
+
+impl Apis {
+    /// Makes them, `own` and `other` as a developer does.
+    pub fn make(folder: &Folder, board: &str, plan: &Plan) -> Result<Self> {
+        let (ours, theirs) = (folder.at("own-api"), folder.at("other-api"));
+        copy_workspace(&ours)?;
+        copy_workspace(&theirs)?;
+        let api = plan.api.as_ref().context("the product has an API")?;
+        let (name, own_version) = api.package.split_once("==").context("a pinned package")?;
+        let product = theirs.join(format!("configs/{}.toml", plan.product.name));
+        let text = fs::read_to_string(&product)?;
+        let pinned = format!("package = \"{}\"", api.package);
+        ensure!(text.contains(&pinned) && own_version != OTHER, "{product} pins another version");
+        fs::write(&product, text.replacen(&pinned, &format!("package = \"{name}=={OTHER}\""), 1))?;
+        Xtask::new(&theirs).run(&["lock", "--only", "wheels"])?.good()?;
+        let other = component(&theirs, board)?;
+        let broken = folder.at("broken.bundle");
+        break_it(&other, name, plan, &folder.at("broken-api"), &broken)?;
+        let own = component(&ours, board)?;
+        Ok(Self { own_version: own_version.to_owned(), own, other, broken })
+    }
+
+    /// In the order in which [`changed_without_a_restart`] expects them.
+    pub fn disks(&self) -> [&Utf8Path; 3] {
+        [&self.other, &self.broken, &self.own]
+    }
+}
+
+/// The same API with a package that ends Python when it is imported, signed like any other.
+fn break_it(
+    good: &Utf8Path,
+    name: &str,
+    plan: &Plan,
+    folder: &Utf8Path,
+    out: &Utf8Path,
+) -> Result<()> {
+    let tree = folder.join("tree");
+    fs::create_dir_all(&tree)?;
+    tool("tar").args(["-xf", good.as_str(), "-C", folder.as_str()]).run()?;
+    let mut payloads = Vec::new();
+    for entry in folder.join("api").read_dir_utf8()? {
+        let path = entry?.into_path();
+        if path.extension() == Some("zst") {
+            tool("zstd").args(["-q", "-d", "--rm", path.as_str()]).run()?;
+            payloads.push(path.with_extension(""));
+        }
+    }
+    let payload = |role: &str| folder.join("api").join(role);
+    tool("tar").args(["-xf", payload(name).as_str(), "-C", tree.as_str()]).run()?;
+    let package = tree.join("site").join(name);
+    for compiled in package.join("__pycache__").read_dir_utf8()? {
+        let path = compiled?.into_path();
+        if path.file_name().is_some_and(|name| name.starts_with("__init__.")) {
+            fs::remove_file(path)?;
+        }
+    }
+    fs::write(package.join("__init__.py"), "raise SystemExit('this version does not start')\n")?;
+    tool("tar").args(["-cf", payload(name).as_str(), "-C", tree.as_str(), "site"]).run()?;
+
+    // What the lock says of a tree.
+    let listed = tool("find").args([tree.as_str(), "-type", "f", "-printf", "%s\\n"]).read()?;
+    let sizes: Vec<u64> = listed.lines().map(str::parse).collect::<Result<_, _>>()?;
+    let lock_path = payload("component.json");
+    let mut lock: Value = serde_json::from_str(&fs::read_to_string(&lock_path)?)?;
+    let wheels = lock["wheels"].as_array_mut().context("the lock has no wheels")?;
+    let wheel = wheels.iter_mut().find(|w| w["role"] == name).context("the lock has no wheel")?;
+    for (key, value) in [
+        ("tree", json!(hash_file(&payload(name))?)),
+        ("size", json!(fs::metadata(payload(name))?.len())),
+        ("files", json!(sizes.len())),
+        ("bytes", json!(sizes.iter().sum::<u64>())),
+    ] {
+        let known = wheel.get_mut(key).with_context(|| format!("the lock has no {key}"))?;
+        *known = value;
+    }
+    fs::write(&lock_path, serde_json::to_vec(&lock)?)?;
+
+    // The lock comes first.
+    payloads.sort_by_key(|path| path.file_name() != Some("component.json"));
+    let request = |path: &Utf8PathBuf| PayloadRequest {
+        role: path.file_name().unwrap_or_default().to_owned(),
+        path: path.clone(),
+    };
+    let request = PackRequest {
+        product: plan.product.name.clone(),
+        version: plan.product.version.clone(),
+        kind: Kind::Development,
+        boards: vec![plan.board.name.clone()],
+        minimum_version: plan.update.minimum_version.clone(),
+        key_epoch: None,
+        epoch: plan.epoch,
+        components: vec![ComponentRequest {
+            name: "api".to_owned(),
+            version: Version::parse(OTHER).context("a version")?,
+            payloads: payloads.iter().map(request).collect(),
+        }],
+        level: Level::Fast,
+        workers: None,
+        signers: &[Keys::open(&keys::directory()?)?.signer(Kind::Development)?],
+    };
+    pack(&request, out)?;
+    Ok(())
+}
+
+/// What the agent answers, and its exit code.
+fn slotd(session: &mut Session, words: &str, time: Duration) -> Result<(i32, Value)> {
+    let (code, said) = session.run(&format!("slotd --format json {words} 2>/dev/null"), time)?;
+    say(format!("slotd {words}: {code} {said}"));
+    let json = said.find('{').and_then(|at| serde_json::from_str(&said[at..]).ok());
+    Ok((code, json.with_context(|| format!("slotd {words} said `{said}`"))?))
+}
+
+/// Which copy answers through the proxy: its version, and whether it lies on `data`.
+pub fn serves(session: &mut Session, version: &str, on_data: bool) -> Result<()> {
+    let (status, text) = get(session, "127.0.0.1", "/health")?;
+    ensure!(status == 200, "/health answers {status}: {text}");
+    let health: Value = serde_json::from_str(&text).with_context(|| format!("reading {text}"))?;
+    ensure!(health["api_version"] == version, "expected {version}: {text}");
+    let path = health["path"].as_str().unwrap_or_default();
+    ensure!(path.starts_with("/data/apps/api/") == on_data, "another copy serves: {text}");
+    // The agent says the same, and `/data/system` belongs to that copy.
+    let (code, said) = slotd(session, "status", COMMAND)?;
+    let expected = if on_data { "installed" } else { "built-in" };
+    ensure!(code == 0 && said["api"]["serves"] == expected, "{}", said["api"]);
+    ensure!(said["api"]["version"] == version, "{}", said["api"]);
+    let (code, said) = slotd(session, "provision --check", COMMAND)?;
+    ensure!(code == 0, "/data/system is of another copy: {said}");
+    Ok(())
+}
+
+/// Installs from a disk, and expects it to be done; how long nothing answered.
+fn installs(session: &mut Session, disk: &str) -> Result<(Value, Duration)> {
+    let (code, said) = slotd(session, &format!("install - </dev/{disk}"), INSTALL)?;
+    ensure!(code == 0, "the API is refused: {said}");
+    let down = said["down-ms"].as_u64().with_context(|| format!("no time in {said}"))?;
+    Ok((said, Duration::from_millis(down)))
+}
+
+fn refuses(session: &mut Session, disk: &str, code: &str) -> Result<()> {
+    let (exit, said) = slotd(session, &format!("install - </dev/{disk}"), INSTALL)?;
+    ensure!(exit != 0 && said["refused"]["code"] == code, "expected `{code}`: {exit} {said}");
+    Ok(())
+}
+
+/// On a robot that serves its own API, with [`Apis::disks`] at these devices: another version and back, one
+/// that does not start, a full and a read-only `data`. The other version serves at the end. Nothing restarts.
+pub fn changed_without_a_restart(
+    session: &mut Session,
+    apis: &Apis,
+    [other, broken, own]: [&str; 3],
+) -> Result<()> {
+    let boot = "cat /proc/sys/kernel/random/boot_id; sha256sum /usr/lib/slipway/base-id";
+    let before = output(session, boot, COMMAND)?;
+    serves_its_own(session, apis)?;
+
+    let full = "fallocate -l $(($(stat -f -c '%a * %S' /data) - 30000000)) /data/full";
+    output(session, full, COMMAND)?;
+    refuses(session, other, "no-space")?;
+    output(session, "rm /data/full && mount -o remount,bind,ro /data", COMMAND)?;
+    refuses(session, other, "no-data")?;
+    output(session, "mount -o remount,bind,rw /data", COMMAND)?;
+    serves(session, &apis.own_version, false)?;
+
+    let (_, first) = installs(session, other)?;
+    serves(session, OTHER, true)?;
+    let started = Instant::now();
+    refuses(session, broken, "api-unhealthy")?;
+    say(format!("one that does not start was taken back after {:.0?}", started.elapsed()));
+    serves(session, OTHER, true)?;
+    let (said, second) = installs(session, own)?;
+    ensure!(said["reused"].as_u64() > Some(15), "few wheels are taken over: {said}");
+    serves(session, &apis.own_version, true)?;
+    say(format!("an API was away for {first:.1?} and {second:.1?}"));
+    let (code, said) = slotd(session, "roll-back --component api", INSTALL)?;
+    ensure!(code == 0, "no way back: {said}");
+    serves(session, OTHER, true)?;
+    let after = output(session, boot, COMMAND)?;
+    ensure!(before == after, "the robot has restarted, or its base was touched: {before} {after}");
+    Ok(())
+}
+
+/// Serves the product's own API, once the server is there.
+pub fn serves_its_own(session: &mut Session, apis: &Apis) -> Result<()> {
+    // It is still importing its package when the console is there.
+    let wait = "for i in $(seq 300); do systemctl is-active -q slipway-api && break; sleep 1; done; \
+                systemctl is-active slipway-api";
+    output(session, wait, INSTALL)?;
+    serves(session, &apis.own_version, false)
+}
+
+/// After an update to a base for which [`OTHER`] is too old.
+pub fn fell_back(session: &mut Session, apis: &Apis) -> Result<()> {
+    let (_, said) = slotd(session, "status", COMMAND)?;
+    let why = said["api"]["why"].as_str().unwrap_or_default();
+    ensure!(why.contains(OTHER), "the status does not say why: {}", said["api"]);
+    serves(session, &apis.own_version, false)
+}
