@@ -42,6 +42,25 @@ pub struct Base {
     pub key: String,
 }
 
+impl Base {
+    /// The stage's outputs.
+    pub(super) fn files(&self) -> Vec<Utf8PathBuf> {
+        let mut files = self.system.files();
+        files.push(self.e2fs.program.clone());
+        files
+    }
+
+    /// The stage in a line.
+    pub(super) fn describe(&self) -> String {
+        let BaseSystem { packages, rootfs_bytes, kernel_release, .. } = &self.system;
+        format!(
+            "{} packages, {} unpacked, kernel {kernel_release}",
+            packages.len(),
+            bytes(*rootfs_bytes)
+        )
+    }
+}
+
 /// The installed wheels.
 pub type Wheels = Installed;
 
@@ -136,50 +155,33 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
         fetched = Some(found);
     }
     let key = key(build, &lock)?;
-    build.stage(
-        "base",
-        key,
-        |base: &Base| {
-            let mut files = base.system.files();
-            files.push(base.e2fs.program.clone());
-            files
-        },
-        |base| {
-            format!(
-                "{} packages, {} unpacked, kernel {}",
-                base.system.packages.len(),
-                bytes(base.system.rootfs_bytes),
-                base.system.kernel_release
-            )
-        },
-        |build, dir| {
-            let fetched = match fetched {
-                Some(fetched) => fetched,
-                None => fetch(build, &lock)?,
-            };
-            let e2fs = host_tool(build, &lock)?;
-            let board = &build.plan.board;
-            let log = build.log("base");
-            let root = root(build, &lock, &fetched, &log)?;
-            let system = debian::build(
-                &BuildRequest {
-                    debs: &fetched.debs,
-                    epoch: lock.epoch,
-                    prune: &prune_rules(build)?,
-                    board: &BoardWants {
-                        dtbs: board.device_trees.clone(),
-                        firmware: board.firmware.clone(),
-                        modules: ModuleRules { keep: board.modules_keep.clone(), drop: Vec::new() },
-                        bootloader: board.bootloader.clone(),
-                    },
-                    root: &root,
+    build.stage("base", key, Base::files, Base::describe, |build, dir| {
+        let fetched = match fetched {
+            Some(fetched) => fetched,
+            None => fetch(build, &lock)?,
+        };
+        let e2fs = host_tool(build, &lock)?;
+        let board = &build.plan.board;
+        let log = build.log("base");
+        let root = root(build, &lock, &fetched, &log)?;
+        let system = debian::build(
+            &BuildRequest {
+                debs: &fetched.debs,
+                epoch: lock.epoch,
+                prune: &prune_rules(build)?,
+                board: &BoardWants {
+                    dtbs: board.device_trees.clone(),
+                    firmware: board.firmware.clone(),
+                    modules: ModuleRules { keep: board.modules_keep.clone(), drop: Vec::new() },
+                    bootloader: board.bootloader.clone(),
                 },
-                dir,
-            )?;
-            let key = dir.file_name().unwrap_or_default().to_owned();
-            Ok(Base { system, replaced, epoch: lock.epoch, e2fs, key })
-        },
-    )
+                root: &root,
+            },
+            dir,
+        )?;
+        let key = dir.file_name().unwrap_or_default().to_owned();
+        Ok(Base { system, replaced, epoch: lock.epoch, e2fs, key })
+    })
 }
 
 /// The installed packages, before anything of a board: kept on its own, so that all boards of a

@@ -10,7 +10,7 @@ use crate::cache::Key;
 use crate::config::product::{self, Engine};
 use crate::exec::Tool;
 use crate::ext4::Mke2fs;
-use crate::progress::{bytes, say};
+use crate::progress::say;
 use crate::render::title;
 use crate::rootfs::buildroot::collect::{Wants, collect_base};
 use crate::rootfs::buildroot::engine::{self, Request};
@@ -83,40 +83,23 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
         site: &site,
         log: &log,
     };
-    let made = build.stage(
-        "base",
-        key,
-        |base: &Base| {
-            let mut files = base.system.files();
-            files.push(base.e2fs.program.clone());
-            files
-        },
-        |base| {
-            format!(
-                "{} packages, {} unpacked, kernel {}",
-                base.system.packages.len(),
-                bytes(base.system.rootfs_bytes),
-                base.system.kernel_release
-            )
-        },
-        |build, dir| {
-            let e2fs = host_tool(build)?;
-            let info = engine::build(&request)?;
-            let wants = Wants {
-                device_trees: &plan.board.device_trees,
-                firmware: &plan.board.firmware,
-                bootloader: plan.board.bootloader.as_deref(),
-                prune: &prune_rules(build)?,
-                arch: &plan.board.arch,
-                epoch,
-            };
-            let system =
-                collect_base(&setup, &info, &wants, dir).context("taking what Buildroot made")?;
-            require_libc(&pinned.libc, &system.glibc)?;
-            let key = dir.file_name().unwrap_or_default().to_owned();
-            Ok(Base { system, replaced: Vec::new(), epoch, e2fs, key })
-        },
-    )?;
+    let made = build.stage("base", key, Base::files, Base::describe, |build, dir| {
+        let e2fs = host_tool(build)?;
+        let info = engine::build(&request)?;
+        let wants = Wants {
+            device_trees: &plan.board.device_trees,
+            firmware: &plan.board.firmware,
+            bootloader: plan.board.bootloader.as_deref(),
+            prune: &prune_rules(build)?,
+            arch: &plan.board.arch,
+            epoch,
+        };
+        let system =
+            collect_base(&setup, &info, &wants, dir).context("taking what Buildroot made")?;
+        require_libc(&pinned.libc, &system.glibc)?;
+        let key = dir.file_name().unwrap_or_default().to_owned();
+        Ok(Base { system, replaced: Vec::new(), epoch, e2fs, key })
+    })?;
     if build.options.legal_info {
         legal_info(build, &request)?;
     }
