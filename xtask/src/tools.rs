@@ -113,6 +113,7 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Buildroot, "@magic", "python3-magic", "serves Buildroot's check-package"),
     tool(Purpose::Run, "qemu-system-aarch64", "qemu-system-arm", "boots the image"),
     tool(Purpose::Run, "qemu-img", "qemu-utils", "keeps the image unchanged while it runs"),
+    tool(Purpose::Run, "setpriv", "util-linux", "ends a machine with what drives it"),
     tool(Purpose::Test, "sfdisk", "fdisk", "reads our partition tables"),
     tool(Purpose::Test, "strace", "strace", "kills the agent at any of its changes"),
     tool(Purpose::Test, "sgdisk", "gdisk", "reads our partition tables"),

@@ -51,7 +51,8 @@ impl Session {
         }
         let mut log_file = File::create(log).with_context(|| format!("creating the log {log}"))?;
         let arguments = arguments(machine, files, overlay.path(), "stdio", ssh_port, on_restart);
-        let tool = Tool::new(PROGRAM).args(arguments);
+        // A machine ends with whoever drives it, also when that one is killed.
+        let tool = Tool::new("setpriv").args(["--pdeathsig", "KILL", PROGRAM]).args(arguments);
         writeln!(log_file, "$ {}", tool.shown()).with_context(|| format!("writing {log}"))?;
         Self::spawn(tool, log_file, log)
     }
