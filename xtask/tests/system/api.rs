@@ -108,7 +108,7 @@ fn break_it(
     let wheels = lock["wheels"].as_array_mut().context("the lock has no wheels")?;
     let wheel = wheels.iter_mut().find(|w| w["role"] == name).context("the lock has no wheel")?;
     for (key, value) in [
-        ("tree", json!(hash_file(&payload(name))?)),
+        ("tree", json!(hash_file(&payload(name))?.1)),
         ("size", json!(fs::metadata(payload(name))?.len())),
         ("files", json!(sizes.len())),
         ("bytes", json!(sizes.iter().sum::<u64>())),
