@@ -89,7 +89,8 @@ fn a_changed_overlay_file_costs_no_base_and_no_download() -> Result<()> {
         let difference = compare(old, new)?;
         let changed = difference["files"]["changed"].as_object().context("no changed files")?;
         let changed: Vec<&String> = changed.keys().collect();
-        ensure!(changed == ["/etc/motd"], "changed: {changed:?}");
+        let expected = ["/etc/motd", "/usr/lib/slipway/base-id"];
+        ensure!(changed == expected, "changed: {changed:?}");
         for kind in ["files", "packages", "wheels"] {
             for what in ["added", "removed"] {
                 let list = difference[kind][what].as_object().context("a list is missing")?;
