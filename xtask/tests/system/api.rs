@@ -80,12 +80,10 @@ fn break_it(
     let tree = folder.join("tree");
     fs::create_dir_all(&tree)?;
     tool("tar").args(["-xf", good.as_str(), "-C", folder.as_str()]).run()?;
-    let mut payloads = Vec::new();
     for entry in folder.join("api").read_dir_utf8()? {
         let path = entry?.into_path();
         if path.extension() == Some("zst") {
             tool("zstd").args(["-q", "-d", "--rm", path.as_str()]).run()?;
-            payloads.push(path.with_extension(""));
         }
     }
     let payload = |role: &str| folder.join("api").join(role);
@@ -118,12 +116,10 @@ fn break_it(
     }
     fs::write(&lock_path, serde_json::to_vec(&lock)?)?;
 
-    // The lock comes first.
-    payloads.sort_by_key(|path| path.file_name() != Some("component.json"));
-    let request = |path: &Utf8PathBuf| PayloadRequest {
-        role: path.file_name().unwrap_or_default().to_owned(),
-        path: path.clone(),
-    };
+    // The lock comes first, then its wheels in its order.
+    let wheels = lock["wheels"].as_array().into_iter().flatten();
+    let roles = ["component.json"].into_iter().chain(wheels.filter_map(|w| w["role"].as_str()));
+    let request = |role: &str| PayloadRequest { role: role.to_owned(), path: payload(role) };
     let request = PackRequest {
         product: plan.product.name.clone(),
         version: plan.product.version.clone(),
@@ -135,7 +131,7 @@ fn break_it(
         components: vec![ComponentRequest {
             name: "api".to_owned(),
             version: Version::parse(OTHER).context("a version")?,
-            payloads: payloads.iter().map(request).collect(),
+            payloads: roles.map(request).collect(),
         }],
         level: Level::Fast,
         workers: None,
