@@ -96,7 +96,11 @@ fn break_it(
         }
     }
     fs::write(package.join("__init__.py"), "raise SystemExit('this version does not start')\n")?;
-    tool("tar").args(["-cf", payload(name).as_str(), "-C", tree.as_str(), "site"]).run()?;
+    let mut pack_tree = tool("tar").args(["-cf", payload(name).as_str(), "-C", tree.as_str()]);
+    for entry in tree.read_dir_utf8()? {
+        pack_tree = pack_tree.arg(entry?.file_name());
+    }
+    pack_tree.run()?;
 
     // What the lock says of a tree.
     let listed = tool("find").args([tree.as_str(), "-type", "f", "-printf", "%s\\n"]).read()?;
