@@ -332,9 +332,19 @@ pub fn child(args: &[String]) -> Result<()> {
     };
     let dir = tempfile::tempdir().context("creating a temporary directory")?;
     let dir = Utf8Path::from_path(dir.path()).context("the temporary directory is not UTF-8")?;
-    let signer = Keys::open(dir)?.signer(Kind::Development)?;
+    pack(Utf8Path::new(payload), level, dir, Utf8Path::new(out))
+}
+
+/// A bundle of one payload, signed with the development key of a folder.
+pub(super) fn pack(
+    payload: &Utf8Path,
+    level: Level,
+    keys: &Utf8Path,
+    out: &Utf8Path,
+) -> Result<()> {
+    let signer = Keys::open(keys)?.signer(Kind::Development)?;
     let version = Version::parse("1.0.0")?;
-    let payload = PayloadRequest { role: "root".to_owned(), path: payload.into() };
+    let payloads = vec![PayloadRequest { role: "root".to_owned(), path: payload.to_owned() }];
     let request = PackRequest {
         product: "bench".to_owned(),
         version: version.clone(),
@@ -343,14 +353,10 @@ pub fn child(args: &[String]) -> Result<()> {
         minimum_version: version.clone(),
         key_epoch: None,
         epoch: 0,
-        components: vec![ComponentRequest {
-            name: "system".to_owned(),
-            version,
-            payloads: vec![payload],
-        }],
+        components: vec![ComponentRequest { name: "system".to_owned(), version, payloads }],
         level,
         workers: None,
         signers: &[signer],
     };
-    update::pack(&request, Utf8Path::new(out)).map(|_| ())
+    update::pack(&request, out).map(|_| ())
 }

@@ -8,15 +8,14 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use bundle::{BLOCK_SIZE, Kind, Level, Version};
+use bundle::{BLOCK_SIZE, Level};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::bundle::PeakWatcher;
+use super::bundle::{PeakWatcher, pack};
 use crate::exec::{self, Tool};
 use crate::keys::Keys;
 use crate::progress;
-use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
 const MIB: u64 = 1 << 20;
 
@@ -155,25 +154,8 @@ impl Bench {
 
     /// A bundle of one payload.
     fn pack(&self, payload: &Utf8Path, name: &str) -> Result<Utf8PathBuf> {
-        let mut keys = Keys::open(&self.folder.join("keys-of-bundles"))?;
-        let signer = keys.signer(Kind::Development)?;
-        let version = Version::parse("1.0.0")?;
-        let payloads = vec![PayloadRequest { role: "root".to_owned(), path: payload.to_owned() }];
-        let request = PackRequest {
-            product: "bench".to_owned(),
-            version: version.clone(),
-            kind: Kind::Development,
-            boards: vec!["bench".to_owned()],
-            minimum_version: version.clone(),
-            key_epoch: None,
-            epoch: 0,
-            components: vec![ComponentRequest { name: "system".to_owned(), version, payloads }],
-            level: Level::Fast,
-            workers: None,
-            signers: &[signer],
-        };
         let out = self.folder.join(name);
-        update::pack(&request, &out)?;
+        pack(payload, Level::Fast, &self.folder.join("keys-of-bundles"), &out)?;
         Ok(out)
     }
 
