@@ -3,9 +3,10 @@
 //! kernel's own words on the serial console are what is waited for. The logs lie in `dist/…/log`.
 
 use std::fs;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use bundle::bootstate::{BootState, Slot};
 use bundle::{Kind, Level, Version};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -111,6 +112,7 @@ fn edit(path: &Utf8Path, from: &str, to: &str) -> Result<()> {
 
 /// A running machine.
 struct Robot {
+    name: String,
     session: Session,
     boot: Duration,
     hostname: String,
@@ -131,7 +133,7 @@ impl Robot {
         let session = Session::start(machine, files, &overlay, &log, OnRestart::Restart, network)?;
         let boot = Duration::from_secs(machine.boot_timeout);
         let hostname = card.plan.network.hostname.clone();
-        Ok(Self { session, boot, hostname, port, _overlay: overlay })
+        Ok(Self { name: name.to_owned(), session, boot, hostname, port, _overlay: overlay })
     }
 
     /// Waits for the boot loader's choice of a slot, and for nothing after it.
@@ -168,7 +170,7 @@ impl Robot {
     fn slotd(&mut self, arguments: &str, time: Duration) -> Result<(i32, Value)> {
         let (code, said) =
             self.session.run(&format!("slotd --format json {arguments} 2>/dev/null"), time)?;
-        say(format!("slotd {arguments}: {code} {said}"));
+        say(format!("{}: slotd {arguments}: {code} {said}", self.name));
         // The console breaks no lines, but the shell's prompt may stand before.
         let json = said.find('{').and_then(|at| serde_json::from_str(&said[at..]).ok());
         Ok((code, json.with_context(|| format!("slotd {arguments} said `{said}`"))?))
@@ -350,19 +352,16 @@ fn pushed(bench: &Bench, robot: &mut Robot) -> Result<()> {
 }
 
 /// Starts a card with a broken trial; after what the trial says, slot a must run again, undecided no more.
-fn comes_back(
-    bench: &Bench,
-    name: &str,
-    commands: &[String],
-    trial: impl FnOnce(&mut Robot) -> Result<()>,
-) -> Result<()> {
-    let image = bench.broken(name, commands)?;
+fn comes_back(bench: &Bench, case: &Case) -> Result<()> {
+    let name = case.name;
+    let image = bench.broken(name, &case.commands)?;
     let mut robot = bench.start(name, &image, &[])?;
-    trial(&mut robot).with_context(|| format!("{name}: the trial"))?;
+    (case.trial)(&mut robot).with_context(|| format!("{name}: the trial"))?;
     robot.comes_up(Slot::A).with_context(|| format!("{name}: coming back"))?;
     let status = robot.settles()?;
     let version = bench.card.plan.product.version.to_string();
     expect_running(&status, Slot::A, &version).with_context(|| format!("{name}: {status}"))?;
+    say(format!("{name}: came back"));
     drop(robot);
     Ok(fs::remove_file(image)?)
 }
@@ -382,39 +381,82 @@ fn put(bench: &Bench, path: &str, content: &str, executable: bool) -> Result<Vec
 
 const SOON: Duration = Duration::from_secs(600);
 
+/// A broken trial: how it is broken, and what the robot says until it comes back.
+struct Case {
+    name: &'static str,
+    commands: Vec<String>,
+    trial: fn(&mut Robot) -> Result<()>,
+}
+
+fn cases(bench: &Bench) -> Result<Vec<Case>> {
+    let mut no_initrd = vec!["rm /boot/initrd.img".to_owned()];
+    no_initrd.extend(put(bench, "/boot/initrd.img", "no initrd at all", false)?);
+    let mut hangs = vec!["rm /usr/sbin/init".to_owned()];
+    hangs.extend(put(bench, "/usr/sbin/init", "#!/bin/sh\nexec sleep infinity\n", true)?);
+    let check = "[command]\nrun = [\"/bin/false\"]\n";
+    let unhealthy = put(bench, "/etc/slotd/health.d/99-fails.toml", check, false)?;
+    // Nobody commits and nobody restarts: the watchdog does.
+    let masked = "rm /etc/systemd/system/multi-user.target.wants/slipway-health.service".to_owned();
+    Ok(vec![
+        Case {
+            name: "hang",
+            commands: hangs,
+            trial: |robot| {
+                robot.chooses(Slot::B)?;
+                robot.session.expect("slipway-init: slot b", SOON).map(drop)
+            },
+        },
+        Case { name: "unhealthy", commands: unhealthy, trial: |robot| robot.comes_up(Slot::B) },
+        Case { name: "deadline", commands: vec![masked], trial: |robot| robot.comes_up(Slot::B) },
+        Case {
+            name: "no-kernel",
+            commands: vec!["rm /boot/vmlinuz".to_owned()],
+            trial: |robot| {
+                let words = "slipway: slot b does not load, its trial has failed";
+                robot.session.expect(words, SOON).map(drop)
+            },
+        },
+        Case {
+            name: "panic",
+            commands: no_initrd,
+            trial: |robot| {
+                robot.chooses(Slot::B)?;
+                robot.session.expect("Kernel panic - not syncing", SOON).map(drop)
+            },
+        },
+        Case {
+            name: "no-init",
+            commands: vec!["rm /usr/sbin/init".to_owned()],
+            trial: |robot| {
+                robot.chooses(Slot::B)?;
+                let words = "slipway-init: cannot start: slot b has no /sbin/init";
+                robot.session.expect(words, SOON).map(drop)
+            },
+        },
+    ])
+}
+
+/// Three at a time: a start keeps little more than one core busy, and the first three cases mostly wait for
+/// their deadline.
+const AT_ONCE: usize = 3;
+
 #[test]
 fn bad_updates_come_back_by_themselves() -> Result<()> {
-    let bench = Bench::new()?;
-    comes_back(&bench, "no-kernel", &["rm /boot/vmlinuz".to_owned()], |robot| {
-        robot.session.expect("slipway: slot b does not load, its trial has failed", SOON)?;
+    let bench = &Bench::new()?;
+    let left = Mutex::new(cases(bench)?.into_iter());
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let worker = || -> Result<()> {
+        while let Some(case) = next() {
+            comes_back(bench, &case)?;
+        }
         Ok(())
-    })?;
-    let mut empty = vec!["rm /boot/initrd.img".to_owned()];
-    empty.extend(put(&bench, "/boot/initrd.img", "no initrd at all", false)?);
-    comes_back(&bench, "panic", &empty, |robot| {
-        robot.chooses(Slot::B)?;
-        robot.session.expect("Kernel panic - not syncing", SOON)?;
-        Ok(())
-    })?;
-    comes_back(&bench, "no-init", &["rm /usr/sbin/init".to_owned()], |robot| {
-        robot.chooses(Slot::B)?;
-        robot.session.expect("slipway-init: cannot start: slot b has no /sbin/init", SOON)?;
-        Ok(())
-    })?;
-    let mut hangs = vec!["rm /usr/sbin/init".to_owned()];
-    hangs.extend(put(&bench, "/usr/sbin/init", "#!/bin/sh\nexec sleep infinity\n", true)?);
-    comes_back(&bench, "hang", &hangs, |robot| {
-        robot.chooses(Slot::B)?;
-        robot.session.expect("slipway-init: slot b", SOON)?;
-        Ok(())
-    })?;
-    let check = "[command]\nrun = [\"/bin/false\"]\n";
-    let fails = put(&bench, "/etc/slotd/health.d/99-fails.toml", check, false)?;
-    comes_back(&bench, "unhealthy", &fails, |robot| robot.comes_up(Slot::B))?;
-    // Nobody commits and nobody restarts: the watchdog does.
-    let masked =
-        ["rm /etc/systemd/system/multi-user.target.wants/slipway-health.service".to_owned()];
-    comes_back(&bench, "deadline", &masked, |robot| robot.comes_up(Slot::B))
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();
+        let results = workers.into_iter().map(|w| w.join().map_err(|_| anyhow!("a case died"))?);
+        // All cases come to their end, so that one failure does not hide another's log.
+        results.collect::<Vec<_>>().into_iter().collect()
+    })
 }
 
 /// The card image of a Raspberry Pi with its own bundle on `data`: into slot b, committed.
