@@ -14,6 +14,7 @@ use crate::data::State as DataState;
 use crate::device::{Device, slot_role};
 use crate::durable::Lock;
 use crate::events::Events;
+use crate::files::Disk;
 use crate::health::{self, State, Verdict, Watch, watchdog};
 use crate::install::{self, Machine, Options, Progress, Slots};
 use crate::record::{Floor, Installed, Journal};
@@ -144,6 +145,7 @@ impl Agent {
             running: self.device.running,
             flow: self.flow.as_ref(),
             slots: &self.device,
+            files: &Disk,
             events: &self.events,
         }
     }
@@ -281,7 +283,7 @@ impl Agent {
     /// As [`api::back`]; `trial-pending`, `not-committed`.
     pub fn api_back(&self) -> Result<api::Back> {
         install::undecided(&self.machine())
-            .and_then(|()| api::back(self.device.root(), &self.events))
+            .and_then(|()| api::back(self.device.root(), &self.events, &Disk))
             .map_err(|refusal| self.refused(refusal))
     }
 

@@ -31,6 +31,7 @@ use crate::durable::Lock;
 use crate::events::Events;
 use crate::record::{Installed as InstalledSlot, Journal};
 use crate::refusal::{Refusal, Result};
+use crate::files::Files;
 use crate::root::Root;
 use crate::trust;
 use target::Target;
@@ -50,6 +51,8 @@ pub struct Machine<'a> {
     pub slots: &'a dyn Slots,
     /// Its log.
     pub events: &'a Events,
+    /// What changes the files of an API.
+    pub files: &'a dyn Files,
 }
 
 /// What the caller decides.
