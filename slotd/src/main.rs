@@ -88,13 +88,13 @@ fn run(cli: &Cli) -> Result<Answer> {
     match &cli.verb {
         Verb::Status => agent.status().map(|status| Answer::new(&status, status_text(&status))),
         Verb::Verify { source } => {
-            let verified = agent.verify(Source::open(source)?, &|_| {})?;
+            let verified = agent.verify(Source::open(source, &root)?, &|_| {})?;
             let keys: Vec<&str> = verified.signed_by.iter().map(|by| by.id.as_str()).collect();
             let text = format!("{} is whole, signed by {}", verified.version, keys.join(", "));
             Ok(Answer::new(&verified, text))
         }
         Verb::Install { source, no_restart, allow_downgrade } => {
-            let source = Source::open(source)?;
+            let source = Source::open(source, &root)?;
             let options = Options {
                 allow_downgrade: allow_downgrade.clone(),
                 use_running_slot: source.transfers(),

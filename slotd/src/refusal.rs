@@ -95,6 +95,11 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("nothing-on-trial", Matter::State, "there is no trial to end"),
     ("trial-pending", Matter::State, "a trial is not decided yet"),
     ("unhealthy", Matter::State, "a health check fails"),
+    (
+        "bad-certificate",
+        Matter::Source,
+        "over https the server is not believed, or a file of authorities makes no sense",
+    ),
     ("source", Matter::Source, "the file, pipe or server of the bundle fails"),
     ("truncated", Matter::Source, "the bundle ends too early"),
 ];

@@ -29,9 +29,9 @@ use crate::boot::BootFlow;
 use crate::device::{Description, other};
 use crate::durable::Lock;
 use crate::events::Events;
+use crate::files::Files;
 use crate::record::{Installed as InstalledSlot, Journal};
 use crate::refusal::{Refusal, Result};
-use crate::files::Files;
 use crate::root::Root;
 use crate::trust;
 use target::Target;
@@ -49,10 +49,10 @@ pub struct Machine<'a> {
     pub flow: &'a dyn BootFlow,
     /// How its slots are opened.
     pub slots: &'a dyn Slots,
-    /// Its log.
-    pub events: &'a Events,
     /// What changes the files of an API.
     pub files: &'a dyn Files,
+    /// Its log.
+    pub events: &'a Events,
 }
 
 /// What the caller decides.
@@ -242,11 +242,13 @@ pub(crate) fn check_bundle<I: Input>(machine: &Machine<'_>, reader: &Reader<I>) 
 /// A failure of the medium is told apart from one of the robot's own disk.
 pub(crate) fn from_source(error: bundle::Error) -> Refusal {
     match error {
-        bundle::Error::Io(error) => Refusal::new(
-            "source",
-            format!("reading the bundle: {error}"),
-            "check the medium or the network, and install again: it goes on where it stopped",
-        ),
+        bundle::Error::Io(error) => {
+            let doing = "reading the bundle";
+            crate::source::distrusted(doing, &error).unwrap_or_else(|| {
+                let help = "check the medium or the network, and install again: it goes on where it stopped";
+                Refusal::new("source", format!("{doing}: {error}"), help)
+            })
+        }
         other => other.into(),
     }
 }
