@@ -93,6 +93,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ),
     ("not-committed", Matter::State, "the running slot is not the committed one"),
     ("nothing-on-trial", Matter::State, "there is no trial to end"),
+    ("slot-differs", Matter::State, "a slot does not hold what the bundle says"),
     ("trial-pending", Matter::State, "a trial is not decided yet"),
     ("unhealthy", Matter::State, "a health check fails"),
     (

@@ -7,6 +7,7 @@
 //! written last.
 
 mod check;
+mod compare;
 mod local;
 mod payload;
 mod queue;
@@ -22,6 +23,7 @@ use serde::Serialize;
 use serde_json::json;
 
 pub use check::{floor, undecided};
+pub(crate) use compare::{ReadOnly, compare};
 pub use target::Slots;
 
 use crate::api::Installed;
