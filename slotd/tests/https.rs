@@ -129,17 +129,17 @@ impl Drop for Nginx {
     }
 }
 
-/// Hands connections on to a port, and breaks each after so many bytes from there. Returns its own port, and a
-/// count of the connections.
-fn breaking(to: u16, after: u64) -> (u16, Arc<AtomicUsize>) {
+/// Hands connections on to ports, in turn and then to the last one, and breaks each after so many bytes from
+/// there. Returns its own port, and a count of the connections.
+fn breaking(to: Vec<u16>, after: u64) -> (u16, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let count = Arc::new(AtomicUsize::new(0));
     let counted = count.clone();
     std::thread::spawn(move || {
         for client in listener.incoming().map(Result::unwrap) {
-            counted.fetch_add(1, Ordering::Relaxed);
-            let server = TcpStream::connect(("127.0.0.1", to)).unwrap();
+            let number = counted.fetch_add(1, Ordering::Relaxed).min(to.len() - 1);
+            let server = TcpStream::connect(("127.0.0.1", to[number])).unwrap();
             let (mut asking, mut asked) =
                 (client.try_clone().unwrap(), server.try_clone().unwrap());
             std::thread::spawn(move || drop(std::io::copy(&mut asking, &mut asked)));
@@ -230,18 +230,29 @@ fn only_servers_of_a_known_authority_are_believed() {
 #[test]
 fn a_broken_connection_is_made_again() {
     let dir = tempfile::tempdir().unwrap();
-    authority(&dir.path().join("lab"), "lab", &[("good", "here", NOW.0, NOW.1)]);
+    let good = [("good", "here", NOW.0, NOW.1)];
+    authority(&dir.path().join("lab"), "lab", &good);
+    authority(&dir.path().join("stranger"), "stranger", &good);
     let new = new_system(4 * MIB, 2);
-    let nginx = Nginx::start(dir, &bundle_of(&new), &[("lab", "good")]);
+    let certificates = [("lab", "good"), ("stranger", "good")];
+    let nginx = Nginx::start(dir, &bundle_of(&new), &certificates);
     let robot = Plan::default().make();
     let lab = fs::read(nginx.dir.path().join("lab/ca.pem")).unwrap();
     robot.file("data/identity/ca.d/lab.pem", lab);
-    let (port, connections) = breaking(nginx.ports[0], 600_000);
+    // Somebody else answers the second time: the install ends there, and goes on another day.
+    let (port, connections) = breaking(nginx.ports.clone(), 600_000);
+    let (exit, code, ..) = refusal(&robot, &format!("https://127.0.0.1:{port}/update.bundle"));
+    assert_eq!((exit, code.as_str()), (5, "bad-certificate"));
+    assert_eq!((connections.load(Ordering::Relaxed), robot.state().trial), (2, None));
+
+    let (port, connections) = breaking(vec![nginx.ports[0]], 600_000);
     robot.run(&["install", &format!("https://127.0.0.1:{port}/update.bundle")]);
     assert_eq!(robot.slot(Slot::B), new);
     let count = connections.load(Ordering::Relaxed);
     assert!(count > 3, "{count} connections");
+    // The stranger was asked for nothing.
     let log = fs::read_to_string(nginx.dir.path().join("access.log")).unwrap();
+    assert!(log.lines().count() <= count + 1, "{log}");
     let ranges = log.lines().filter(|line| line.starts_with("206 bytes=")).count();
     assert!(ranges > 2, "{log}");
 }
