@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use bundle::bootstate::Slot;
-use bundle::{Input, KeySet, Reader, SignedBy, Version};
+use bundle::{Input, KeySet, Policy, Reader, SignedBy, Version};
 use serde::Serialize;
 use serde_json::json;
 
@@ -14,6 +14,7 @@ use crate::data::State as DataState;
 use crate::device::{Device, slot_role};
 use crate::durable::Lock;
 use crate::events::Events;
+use crate::files::Disk;
 use crate::health::{self, State, Verdict, Watch, watchdog};
 use crate::install::{self, Machine, Options, Progress, Slots};
 use crate::record::{Floor, Installed, Journal};
@@ -77,10 +78,12 @@ pub struct Health {
     pub state: State,
 }
 
-/// What a bundle turned out to be.
+/// What a bundle turned out to be, or a slot.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Verified {
+    /// The slot that was compared with it; `None`: all of the bundle itself was read.
+    pub slot: Option<Slot>,
     /// Its version.
     pub version: Version,
     /// SHA-256 of its manifest.
@@ -89,6 +92,18 @@ pub struct Verified {
     pub signed_by: Vec<SignedBy>,
     /// Bytes of all payloads.
     pub size: u64,
+}
+
+impl Verified {
+    fn new<I: Input>(reader: &Reader<I>, slot: Option<Slot>, size: u64) -> Self {
+        Self {
+            slot,
+            version: reader.manifest().version.clone(),
+            manifest: reader.manifest_sha256().to_owned(),
+            signed_by: reader.signed_by().to_vec(),
+            size,
+        }
+    }
 }
 
 /// What a change of the slot leads to.
@@ -144,6 +159,7 @@ impl Agent {
             running: self.device.running,
             flow: self.flow.as_ref(),
             slots: &self.device,
+            files: &Disk,
             events: &self.events,
         }
     }
@@ -196,12 +212,29 @@ impl Agent {
                 progress(size);
             })
             .map_err(install::from_source)?;
-        Ok(Verified {
-            version: reader.manifest().version.clone(),
-            manifest: reader.manifest_sha256().to_owned(),
-            signed_by: reader.signed_by().to_vec(),
-            size,
-        })
+        Ok(Verified::new(&reader, None, size))
+    }
+
+    /// Compares a slot, which may be the running one, with a bundle, block by block. Of the bundle's payloads only
+    /// the indexes are read, and nothing is written.
+    ///
+    /// # Errors
+    /// `slot-differs`, with the places. Whatever is refused about the bundle, but for its age: an old system
+    /// is what it is. `io`: a partition cannot be read.
+    pub fn verify_slot<I: Input>(
+        &self,
+        input: I,
+        slot: Slot,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Verified> {
+        let machine = Machine { slots: &install::ReadOnly(&self.device), ..self.machine() };
+        let keys = trust::key_set(machine.root, machine.about.kind)?;
+        let mut reader = Reader::open(input, &keys).map_err(install::from_source)?;
+        let about = machine.about;
+        let (product, board) = (Some(about.product.as_str()), Some(about.board.as_str()));
+        reader.check(&Policy { product, board, ..Policy::default() })?;
+        let size = install::compare(&machine, &mut reader, slot, progress)?;
+        Ok(Verified::new(&reader, Some(slot), size))
     }
 
     /// Installs a bundle: a system into the idle slot, whose trial [`Agent::restart`] then begins, or an API,
@@ -281,7 +314,7 @@ impl Agent {
     /// As [`api::back`]; `trial-pending`, `not-committed`.
     pub fn api_back(&self) -> Result<api::Back> {
         install::undecided(&self.machine())
-            .and_then(|()| api::back(self.device.root(), &self.events))
+            .and_then(|()| api::back(self.device.root(), &self.events, &Disk))
             .map_err(|refusal| self.refused(refusal))
     }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use bundle::bootstate::Slot;
 use clap::{Parser, Subcommand, ValueEnum};
 
 /// Updates this robot and chooses which of its two systems runs.
@@ -38,10 +39,13 @@ pub enum Format {
 pub enum Verb {
     /// Which system runs, what is on trial, what was interrupted
     Status,
-    /// Check a bundle to its last byte, as `install` would, and write nothing
+    /// Check a bundle to its last byte, as `install` would, or a slot against it; nothing is written
     Verify {
         /// A file, `-` for standard input, or an http(s) address
         source: String,
+        /// Compare this slot with the bundle, block by block; it may be the running one
+        #[arg(long, value_enum)]
+        slot: Option<SlotName>,
     },
     /// Write a bundle into the other slot, and restart into it on trial; one of the API only: install that
     /// beside the running one, change to it, and come back if it is not healthy
@@ -131,6 +135,24 @@ pub enum Verb {
         #[arg(long, short = 'n', value_name = "NUMBER")]
         last: Option<usize>,
     },
+}
+
+/// The slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SlotName {
+    /// The first.
+    A,
+    /// The second.
+    B,
+}
+
+impl From<SlotName> for Slot {
+    fn from(name: SlotName) -> Self {
+        match name {
+            SlotName::A => Self::A,
+            SlotName::B => Self::B,
+        }
+    }
 }
 
 /// The components that are installed on their own.

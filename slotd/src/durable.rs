@@ -8,24 +8,38 @@ use rustix::fs::FlockOperation;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::files::{Disk, Files, make_dirs};
 use crate::refusal::{Refusal, Result};
 
 /// Most bytes of a file that is read whole; ours have a few kilobytes.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Writes a file beside its name, flushes it, and renames it; its folder is made and flushed too.
+/// Writes a file beside its name, flushes it, and renames it; its folder is made and flushed too. Everybody
+/// may read it.
 ///
 /// # Errors
 /// When the file system fails or is full; the old file is then still there.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_with(&Disk, path, bytes)
+}
+
+/// [`write()`] with every change made through `files`.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_with(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
+    for made in make_dirs(files, folder)? {
+        files.sync(made.parent().unwrap_or(folder))?;
+    }
     let partial = path.with_extension("partial");
-    let mut file = File::create(&partial)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&partial, path)?;
-    File::open(folder)?.sync_all()
+    files.remove(&partial)?;
+    files.create(&partial)?;
+    files.append(&partial, bytes)?;
+    files.set_mode(&partial, 0o644)?;
+    files.sync(&partial)?;
+    files.replace(&partial, path)?;
+    files.sync(folder)
 }
 
 /// Writes a file beside its name and renames it, without waiting for the disk: whole for every other
@@ -45,9 +59,17 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// # Errors
 /// As [`write()`].
 pub fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
+    write_json_with(&Disk, path, value)
+}
+
+/// [`write_json`] with every change made through `files`.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_json_with(files: &dyn Files, path: &Path, value: &impl Serialize) -> io::Result<()> {
     let mut json = serde_json::to_vec_pretty(value)?;
     json.push(b'\n');
-    write(path, &json)
+    write_with(files, path, &json)
 }
 
 /// Reads a file of at most 1 MiB; `None` when there is none.

@@ -4,13 +4,14 @@
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use rustix::fs::{CWD, OFlags, RenameFlags};
 
 /// The changes. None is promised to survive a power cut before [`Files::sync`]: a file's content, before the
 /// file is synced; a name, before its folder is.
-pub trait Files {
+pub trait Files: Sync {
     /// Creates a folder that only its owner may enter.
     ///
     /// # Errors
@@ -35,6 +36,18 @@ pub trait Files {
     /// When the file system fails.
     fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()>;
 
+    /// Sets the time of a file's last change.
+    ///
+    /// # Errors
+    /// When the file system fails.
+    fn set_modified(&self, path: &Path, time: SystemTime) -> io::Result<()>;
+
+    /// Gives a file a second name: a hard link.
+    ///
+    /// # Errors
+    /// As [`Files::create_dir`].
+    fn link(&self, file: &Path, path: &Path) -> io::Result<()>;
+
     /// Creates a symbolic link.
     ///
     /// # Errors
@@ -46,6 +59,19 @@ pub trait Files {
     /// # Errors
     /// When the file system fails.
     fn sync(&self, path: &Path) -> io::Result<()>;
+
+    /// Returns when everything that was changed in a folder's file system would survive a power cut: one
+    /// wait instead of one for each of thousands of files.
+    ///
+    /// # Errors
+    /// When the file system fails.
+    fn sync_all(&self, folder: &Path) -> io::Result<()>;
+
+    /// Gives a file or a link another name in the same folder. What had that name is gone in the same step.
+    ///
+    /// # Errors
+    /// When the file system fails, or a folder has the name.
+    fn replace(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     /// Gives something another name, which must be free, in the same folder.
     ///
@@ -88,12 +114,28 @@ impl Files for Disk {
         fs::set_permissions(path, Permissions::from_mode(mode))
     }
 
+    fn set_modified(&self, path: &Path, time: SystemTime) -> io::Result<()> {
+        File::open(path)?.set_modified(time)
+    }
+
+    fn link(&self, file: &Path, path: &Path) -> io::Result<()> {
+        fs::hard_link(file, path)
+    }
+
     fn symlink(&self, to: &Path, path: &Path) -> io::Result<()> {
         std::os::unix::fs::symlink(to, path)
     }
 
     fn sync(&self, path: &Path) -> io::Result<()> {
         File::open(path)?.sync_all()
+    }
+
+    fn sync_all(&self, folder: &Path) -> io::Result<()> {
+        Ok(rustix::fs::syncfs(File::open(folder)?)?)
+    }
+
+    fn replace(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -115,4 +157,29 @@ impl Files for Disk {
             _ => Ok(()),
         }
     }
+}
+
+/// Makes a folder that everybody may enter, with those above it that are not there. Returns the new ones, the
+/// outermost first; none of their names is synced.
+///
+/// # Errors
+/// As [`Files::create_dir`].
+pub fn make_dirs(files: &dyn Files, folder: &Path) -> io::Result<Vec<PathBuf>> {
+    if folder.as_os_str().is_empty() || folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut made = match folder.parent() {
+        Some(parent) => make_dirs(files, parent)?,
+        None => Vec::new(),
+    };
+    match files.create_dir(folder) {
+        // Somebody else was faster.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && folder.is_dir() => {}
+        created => {
+            created?;
+            files.set_mode(folder, 0o755)?;
+            made.push(folder.to_owned());
+        }
+    }
+    Ok(made)
 }

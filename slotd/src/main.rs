@@ -87,14 +87,20 @@ fn run(cli: &Cli) -> Result<Answer> {
     let show = Shown::new(cli.format);
     match &cli.verb {
         Verb::Status => agent.status().map(|status| Answer::new(&status, status_text(&status))),
-        Verb::Verify { source } => {
-            let verified = agent.verify(Source::open(source)?, &|_| {})?;
+        Verb::Verify { source, slot } => {
+            let source = Source::open(source, &root)?;
+            let verified = match slot {
+                None => agent.verify(source, &|_| {})?,
+                Some(slot) => agent.verify_slot(source, (*slot).into(), &|at| show.progress(at))?,
+            };
             let keys: Vec<&str> = verified.signed_by.iter().map(|by| by.id.as_str()).collect();
-            let text = format!("{} is whole, signed by {}", verified.version, keys.join(", "));
+            let what = verified.slot.map_or(String::new(), |slot| format!("slot {slot} is "));
+            let whole = if verified.slot.is_some() { "to its last block" } else { "is whole" };
+            let text = format!("{what}{} {whole}, signed by {}", verified.version, keys.join(", "));
             Ok(Answer::new(&verified, text))
         }
         Verb::Install { source, no_restart, allow_downgrade } => {
-            let source = Source::open(source)?;
+            let source = Source::open(source, &root)?;
             let options = Options {
                 allow_downgrade: allow_downgrade.clone(),
                 use_running_slot: source.transfers(),

@@ -93,8 +93,14 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ),
     ("not-committed", Matter::State, "the running slot is not the committed one"),
     ("nothing-on-trial", Matter::State, "there is no trial to end"),
+    ("slot-differs", Matter::State, "a slot does not hold what the bundle says"),
     ("trial-pending", Matter::State, "a trial is not decided yet"),
     ("unhealthy", Matter::State, "a health check fails"),
+    (
+        "bad-certificate",
+        Matter::Source,
+        "over https the server is not believed, or a file of authorities makes no sense",
+    ),
     ("source", Matter::Source, "the file, pipe or server of the bundle fails"),
     ("truncated", Matter::Source, "the bundle ends too early"),
 ];

@@ -10,172 +10,11 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use bundle::component::{BaseNeed, LOCK_ROLE, Lock, Script, TREE_TIME, Wheel};
+use bundle::component::{BaseNeed, LOCK_ROLE, Lock, Wheel};
 use bundle::index::{hex, sha256};
-use bundle::{Component, Version};
-use common::bundles::{TestKey, parts};
-use common::{Plan, Robot, new_system, write};
+use common::wheels::{Draft, api, base, robot, trees};
+use common::{Robot, new_system, write};
 use serde_json::Value;
-
-/// A wheel's files: path below `site` or `bin`, and content.
-#[derive(Clone)]
-struct Tree {
-    name: &'static str,
-    version: String,
-    files: Vec<(String, String)>,
-    requires: Vec<String>,
-    scripts: Vec<Script>,
-}
-
-impl Tree {
-    fn new(name: &'static str, version: &str, text: &str) -> Self {
-        let files = vec![
-            (format!("site/{name}-{version}.dist-info/METADATA"), format!("Name: {name}\n")),
-            (format!("site/{name}/__init__.py"), format!("VERSION = '{version}'\n# {text}\n")),
-            (format!("site/{name}/__pycache__/__init__.cpython-311.pyc"), text.repeat(3)),
-        ];
-        let version = version.to_owned();
-        Self { name, version, files, requires: Vec::new(), scripts: Vec::new() }
-    }
-
-    fn with(mut self, path: &str, text: &str) -> Self {
-        self.files.push((path.to_owned(), text.to_owned()));
-        self
-    }
-
-    fn tar(&self) -> Vec<u8> {
-        let mut tar = tar::Builder::new(Vec::new());
-        for (path, text) in &self.files {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(text.len() as u64);
-            header.set_mode(if path.starts_with("bin/") { 0o755 } else { 0o644 });
-            header.set_mtime(TREE_TIME);
-            tar.append_data(&mut header, path, text.as_bytes()).unwrap();
-        }
-        tar.into_inner().unwrap()
-    }
-
-    fn wheel(&self, tar: &[u8]) -> Wheel {
-        Wheel {
-            role: self.name.to_owned(),
-            name: self.name.to_owned(),
-            version: self.version.clone(),
-            sha256: "0".repeat(64),
-            tree: hex(&sha256(tar)),
-            size: tar.len() as u64,
-            files: self.files.len() as u64,
-            bytes: self.files.iter().map(|(_, text)| text.len() as u64).sum(),
-            requires: self.requires.clone(),
-            scripts: self.scripts.clone(),
-        }
-    }
-}
-
-/// A component to be packed: good until a test breaks it.
-struct Draft {
-    lock: Lock,
-    tars: Vec<Vec<u8>>,
-    version: &'static str,
-    json: Option<Vec<u8>>,
-    more: Vec<(&'static str, Vec<u8>)>,
-}
-
-impl Draft {
-    fn new(trees: &[Tree]) -> Self {
-        let tars: Vec<Vec<u8>> = trees.iter().map(Tree::tar).collect();
-        let top = trees.iter().find(|tree| tree.name == "robotapi").unwrap();
-        let lock = Lock {
-            format: 1,
-            package: top.name.to_owned(),
-            module: top.name.to_owned(),
-            version: top.version.clone(),
-            python: "3.11".to_owned(),
-            arch: std::env::consts::ARCH.to_owned(),
-            libc: "glibc 2.36".to_owned(),
-            base: Vec::new(),
-            wheels: trees.iter().zip(&tars).map(|(tree, tar)| tree.wheel(tar)).collect(),
-        };
-        Self { lock, tars, version: "1.2.3", json: None, more: Vec::new() }
-    }
-
-    fn edit(mut self, change: impl FnOnce(&mut Lock)) -> Self {
-        change(&mut self.lock);
-        self
-    }
-
-    fn bundle(&self) -> Vec<u8> {
-        let json = self.json.clone().unwrap_or_else(|| self.lock.to_json().unwrap());
-        let mut contents: Vec<&[u8]> = vec![&json];
-        contents.extend(self.tars.iter().map(Vec::as_slice));
-        contents.extend(self.more.iter().map(|(_, content)| content.as_slice()));
-        let mut parts = parts(&contents, 1);
-        let mut payloads = std::mem::take(&mut parts.manifest.components[0].payloads);
-        let roles = std::iter::once(LOCK_ROLE).chain(self.lock.wheels.iter().map(|w| &*w.role));
-        payloads.iter_mut().zip(roles).for_each(|(p, role)| p.role = role.to_owned());
-        let others = payloads.split_off(1 + self.tars.len());
-        let component = |name: &str, payloads| Component {
-            name: name.to_owned(),
-            version: Version::parse("10.0.0").unwrap(),
-            payloads,
-        };
-        parts.manifest.version = Version::parse(self.version).unwrap();
-        parts.manifest.minimum_version = Version::parse("0.1.0").unwrap();
-        parts.manifest.components = vec![component("api", payloads)];
-        for ((name, _), payload) in self.more.iter().zip(others) {
-            parts.manifest.components.push(component(name, vec![payload]));
-        }
-        parts.write(&[TestKey::new(1)])
-    }
-}
-
-/// The API's own wheel and one that it needs.
-fn trees(version: &str, text: &str) -> Vec<Tree> {
-    let mut top = Tree::new("robotapi", version, text)
-        .with("site/robotapi/resources/version.txt", version)
-        .with("site/robotapi/cli/main.py", "def main(): return 0\n")
-        .with("bin/robotapi", "#!/usr/bin/python3\n");
-    top.requires = vec!["helper".to_owned()];
-    top.scripts =
-        vec![Script { name: "robotapi".to_owned(), module: "robotapi.cli.main".to_owned() }];
-    vec![Tree::new("helper", "2.0", "the same in all"), top]
-}
-
-fn api(version: &str) -> Vec<u8> {
-    Draft::new(&trees(version, "fine")).bundle()
-}
-
-fn robot() -> Robot {
-    let robot = Plan { in_memory: true, size: 1 << 20, ..Plan::default() }.make();
-    equip(&robot);
-    robot
-}
-
-/// The base's own API, and a check that says no to a file of an API.
-fn equip(robot: &Robot) {
-    base(robot, "minimum-version = '8.0.0'\npython = '3.11'\n");
-    robot.file("usr/lib/slipway/api.env", "PYTHONPATH=/data/apps/api/current/site\n");
-    robot.file("usr/lib/slipway/base-id", "one\n");
-    let site = "usr/lib/python3/dist-packages";
-    robot.file(&format!("{site}/robotapi/__init__.py"), "VERSION = '9.0.0'\n");
-    robot.file(&format!("{site}/robotapi/resources/version.txt"), "9.0.0");
-    robot.file(&format!("{site}/sixseven-1.16.0.dist-info/METADATA"), "Name: sixseven\n");
-    let check = format!(
-        "[command]\nrun = ['sh', '-c', '! test -e {}/data/apps/api/current/site/robotapi/sick']\n",
-        robot.dir.path().display()
-    );
-    robot.file("etc/slotd/health.d/30-api.toml", check);
-    fs::create_dir_all(robot.path("data")).unwrap();
-}
-
-fn base(robot: &Robot, rest: &str) {
-    robot.file(
-        "usr/lib/slipway/api.toml",
-        format!(
-            "package = 'robotapi'\nmodule = 'robotapi'\nversion = '9.0.0'\nlibc = 'glibc 2.36'\n\
-             site-packages = '/usr/lib/python3/dist-packages'\n{rest}"
-        ),
-    );
-}
 
 fn install(robot: &Robot, bundle: &[u8]) -> Value {
     let file = write(robot.dir.path(), "api.bundle", bundle);
@@ -511,11 +350,13 @@ fn the_last_good_ones_are_kept_and_no_wheel_without_a_version() {
 }
 
 /// System calls that change files: the program is killed before each of their uses.
-const CHANGES: [&str; 12] = [
+const CHANGES: [&str; 14] = [
     "mkdir",
     "mkdirat",
     "openat",
     "write",
+    "chmod",
+    "utimensat",
     "linkat",
     "rename",
     "renameat2",
@@ -625,7 +466,8 @@ fn what_gets_its_name_is_on_the_disk_before() {
         .filter_map(|line| line.trim().split_once(' '))
         .map(|(_, call)| call.trim())
         .collect();
-    let below = |line: &str| line.contains("/data/apps/api/") && !line.contains(".new\") = ");
+    let removed = |line: &str| line.contains(".new\", RENAME_NOREPLACE");
+    let below = |line: &str| line.contains("/data/apps/api/") && !removed(line);
     let mut seen = 0;
     for (at, line) in
         lines.iter().enumerate().filter(|(_, line)| line.starts_with("rename") && below(line))

@@ -49,6 +49,7 @@ impl Bench {
             running: self.running,
             flow: &flow,
             slots: &self.card,
+            files: &slotd::files::Disk,
             events: &events,
         };
         let installed = install(&machine, Seekable(Cursor::new(bundle)), options, &|_| {})?;
@@ -507,6 +508,7 @@ fn a_pipe_is_read_to_its_end_even_if_nothing_is_needed_of_it() {
         running: Slot::A,
         flow: &flow,
         slots: &bench.card,
+        files: &slotd::files::Disk,
         events: &events,
     };
     let cut = &bundle[..bundle.len() - 600];

@@ -15,6 +15,7 @@ use std::path::Path;
 
 use crash::{Recorder, Snapshot, snapshot};
 use slotd::events::Events;
+use slotd::files::Disk;
 use slotd::provision::{How, Outcome, check, run_with};
 
 use robot::{ON_DATA, Robot, SITE, complete, old_tree};
@@ -259,7 +260,7 @@ fn a_base_is_recorded_after_success_only() {
     // Gone, forgotten, damaged, or without an id: done again.
     fs::remove_dir_all(robot.path("data/system")).unwrap();
     assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
-    slotd::provision::forget(&robot.root()).unwrap();
+    slotd::provision::forget(&robot.root(), &Disk).unwrap();
     assert_eq!(robot.boot().unwrap(), Outcome::Unchanged);
     robot.file("data/slotd/provisioned.json", "{");
     assert_eq!(robot.boot().unwrap(), Outcome::Unchanged);
@@ -277,6 +278,8 @@ fn a_cut_between_any_two_changes_leaves_one_whole_tree() {
         let before = if old { old_tree(&robot) } else { Snapshot::new() };
         // What an earlier cut has left.
         robot.file("data/.system.new/half", "").file("data/.system.new/dir/half", "");
+        // The log's and the locks' folder, which nothing depends on.
+        fs::create_dir(robot.path("data/slotd")).unwrap();
         let files = Recorder::new(&robot.path("data"));
         run_with(&robot.root(), &Events::new(&robot.root()), &files).unwrap();
         let (mut seen, mut states, mut new) = (BTreeSet::new(), 0, 0);
@@ -288,7 +291,7 @@ fn a_cut_between_any_two_changes_leaves_one_whole_tree() {
                     found == before || found == complete(),
                     "old: {old}, point {point}: {found:?}"
                 );
-                if !seen.insert(state.all()) {
+                if !seen.insert(state.key(&|_| false)) {
                     continue;
                 }
                 new += usize::from(found == complete());
@@ -297,7 +300,10 @@ fn a_cut_between_any_two_changes_leaves_one_whole_tree() {
                 after.resources();
                 fs::remove_dir(after.path("data")).unwrap();
                 state.write(&after.path("data"));
-                assert!(matches!(after.boot().unwrap(), Outcome::Provisioned | Outcome::Unchanged));
+                // What is recorded is there: only then a start has nothing to do.
+                let known = state.below("slotd").contains_key(Path::new("provisioned.json"));
+                let outcome = after.boot().unwrap();
+                assert_eq!(outcome == Outcome::Current, known, "point {point}");
                 assert_eq!(
                     (after.system(), after.leftovers()),
                     (complete(), Vec::new()),
@@ -322,11 +328,12 @@ fn a_cut_between_any_two_changes_leaves_one_whole_tree() {
 fn a_disk_that_fails_at_any_change_leaves_one_whole_tree() {
     // EIO and ENOSPC, as every Linux architecture numbers them.
     for (errno, code) in [(5, "io"), (28, "no-space")] {
-        let mut failed = 0;
+        let (mut failed, mut silent) = (0, 0);
         for call in 0.. {
             let robot = Robot::new();
             robot.resources();
             let before = old_tree(&robot);
+            fs::create_dir(robot.path("data/slotd")).unwrap();
             let files = Recorder::new(&robot.path("data")).failing(call, errno);
             let result = run_with(&robot.root(), &Events::new(&robot.root()), &files);
             if files.calls() <= call {
@@ -334,23 +341,24 @@ fn a_disk_that_fails_at_any_change_leaves_one_whole_tree() {
             }
             let found = robot.system();
             match result {
-                // Only the removal of the old tree at the end may fail in silence.
-                Ok(_) => assert_eq!((call + 1, &found), (files.calls(), &complete())),
+                // Only the removal of the old tree may fail in silence.
+                Ok(_) => {
+                    silent += 1;
+                    assert_eq!(found, complete());
+                }
                 Err(refusal) => {
                     failed += 1;
                     assert!(found == before || found == complete());
                     // The first removal is no writing of the new tree.
                     assert!(refusal.code == code || call == 0, "{call}: {refusal:?}");
-                    assert_eq!(
-                        robot.boot().unwrap(),
-                        if found == before { Outcome::Provisioned } else { Outcome::Unchanged }
-                    );
+                    let outcome = robot.boot().unwrap();
+                    assert_eq!(outcome == Outcome::Provisioned, found == before, "{call}");
                 }
             }
             robot.run().unwrap();
             assert_eq!((robot.system(), robot.leftovers()), (complete(), Vec::new()));
         }
-        assert!(failed > 25, "{failed}");
+        assert!(failed > 30 && silent == 2, "{failed}, {silent}");
     }
 }
 

@@ -140,6 +140,7 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Test, "shellcheck", "shellcheck", "checks our shell scripts"),
     tool(Purpose::Test, "sftp", "openssh-client", "takes releases to a store on a host"),
     tool(Purpose::Test, "nginx", "nginx-light", "serves a store to readers"),
+    tool(Purpose::Test, "openssl", "openssl", "makes certificates of web servers"),
     tool(Purpose::Test, "curl", "curl", "reads a store"),
     tool(Purpose::Test, "jq", "jq", "reads a store's files"),
     tool(Purpose::Push, "ssh", "openssh-client", "reaches robots"),

@@ -1,19 +1,17 @@
 //! An install of the component: what can be refused first, then what is missing, beside the API that
 //! serves, and only then the change.
 
-use std::fs;
 use std::time::Instant;
 
 use bundle::component::{API, LOCK_ROLE, Lock, SITE};
 use bundle::{Input, PayloadReader, Reader};
-use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::Serialize;
 use serde_json::json;
 
 use super::service::Patience;
 use super::state::Good;
 use super::switch::{change, millis};
-use super::{NEW, Place, clear, failed, flush, flush_all, keep, settle, tree};
+use super::{NEW, Place, failed, keep, settle, tree};
 use crate::builtin::BuiltIn;
 use crate::data::{Condition, State as DataState};
 use crate::durable;
@@ -84,8 +82,7 @@ pub(crate) fn install<I: Input>(
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Outcome> {
     let (root, events) = (machine.root, machine.events);
-    // The API's server is not root, whatever mask the caller has.
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    let place = &Place::new(root, machine.files);
     let component = match reader.manifest().components.as_slice() {
         [one] => one.clone(),
         _ => {
@@ -120,13 +117,12 @@ pub(crate) fn install<I: Input>(
         ));
     }
     // What an interrupted change has left is decided before the next one.
-    settle(root, events)?;
-    keep::make_room(root, &lock)?;
+    settle(root, events, machine.files)?;
+    keep::make_room(root, place, &lock)?;
 
     let id = bundle::index::hex(&bundle::index::sha256(&json));
     let folder = format!("{}-{}", lock.version, id.get(..8).unwrap_or_default());
-    let place = Place::new(root);
-    let before = super::State::read(root).chosen;
+    let before = super::State::read(place).chosen;
     events.add(
         "api-install-started",
         json!({ "version": lock.version, "manifest": manifest, "signed-by": signed_by }),
@@ -138,7 +134,7 @@ pub(crate) fn install<I: Input>(
         folder: folder.clone(),
         manifest: manifest.clone(),
         before: before
-            .and_then(|folder| super::state::lock(&place, &folder).ok())
+            .and_then(|folder| super::state::lock(place, &folder).ok())
             .map(|l| l.version),
         wheels: lock.wheels.len(),
         reused: 0,
@@ -148,25 +144,25 @@ pub(crate) fn install<I: Input>(
         write_ms: 0,
         down_ms: 0,
     };
-    let beside = bring(reader, &place, &lock, &mut outcome, progress)
-        .and_then(|()| assemble(root, &place, &lock, &json, &folder));
+    let beside = bring(reader, place, &lock, &mut outcome, progress)
+        .and_then(|()| assemble(root, place, &lock, &json, &folder));
     if let Err(refusal) = beside {
         // What an interrupted transfer has brought serves the next one; what no robot takes goes.
-        if let Err(error) = keep::sweep(&place) {
+        if let Err(error) = keep::sweep(place) {
             events.add("api-not-tidied", json!(error));
         } else if refusal.matter() == Matter::Bundle {
-            keep::tidy(root, events);
+            keep::tidy(root, place, events);
         }
         return Err(refusal);
     }
     outcome.write_ms = millis(started.elapsed());
 
     let good = Good { folder: folder.clone(), version: lock.version, manifest, signed_by };
-    let changed = change(root, events, Some(&folder), Patience::of(root), |state| {
+    let changed = change(root, events, place, Some(&folder), Patience::of(root), |state| {
         state.good.retain(|other| other.folder != good.folder);
         state.good.insert(0, good);
     });
-    keep::tidy(root, events);
+    keep::tidy(root, place, events);
     outcome.down_ms = millis(changed?);
     Ok(outcome)
 }
@@ -212,7 +208,7 @@ fn read_lock<I: Input>(mut payload: PayloadReader<'_, I>) -> Result<(Lock, Vec<u
 /// Unpacks the wheels that are not here, and passes over the others.
 fn bring<I: Input>(
     reader: &mut Reader<I>,
-    place: &Place,
+    place: &Place<'_>,
     lock: &Lock,
     outcome: &mut Outcome,
     progress: &(dyn Fn(Progress) + Sync),
@@ -247,33 +243,31 @@ fn bring<I: Input>(
 }
 
 /// Puts a version together of links to its wheels' files: complete under its name, or not there.
-fn assemble(root: &Root, place: &Place, lock: &Lock, json: &[u8], folder: &str) -> Result<()> {
+fn assemble(root: &Root, place: &Place<'_>, lock: &Lock, json: &[u8], folder: &str) -> Result<()> {
     let path = place.version(folder);
     let new = place.version(&format!("{folder}{NEW}"));
-    clear(&new)?;
-    fs::create_dir(&new).map_err(failed("creating", &new))?;
+    place.clear(&new)?;
     for wheel in &lock.wheels {
         tree::link(place, wheel, &new)?;
     }
     imports(root, lock, &format!("{folder}{NEW}"))?;
     let own = new.join(LOCK_ROLE);
-    durable::write(&own, json).map_err(failed("writing", &own))?;
-    flush_all(&new)?;
+    durable::write_with(place.files, &own, json).map_err(failed("writing", &own))?;
+    place.flush_all(&new)?;
     if path.exists() {
         // The same API again: its folder may serve, so the two change places.
-        renameat_with(CWD, &new, CWD, &path, RenameFlags::EXCHANGE)
-            .map_err(|error| failed("exchanging", &path)(error.into()))?;
-        flush(place.folder())?;
-        return clear(&new);
+        place.files.exchange(&new, &path).map_err(failed("exchanging", &path))?;
+        place.flush(place.folder())?;
+        return place.clear(&new);
     }
-    fs::rename(&new, &path).map_err(failed("renaming", &new))?;
-    flush(place.folder())
+    place.rename(&new, &path)?;
+    place.flush(place.folder())
 }
 
 /// Every module that the package and its programs name is there, where Python would find it, and so is
 /// every program.
 fn imports(root: &Root, lock: &Lock, folder: &str) -> Result<()> {
-    let place = Place::new(&Root::new("/"));
+    let place = Place::of(&Root::new("/"));
     let site = place.version(folder).join(SITE);
     let python = Interpreter::parse(&lock.python)
         .ok_or_else(|| bad_component(format!("`{}` is no version of Python", lock.python)))?;
@@ -294,7 +288,7 @@ fn imports(root: &Root, lock: &Lock, folder: &str) -> Result<()> {
             return Err(bad_component(format!("no wheel has the module {module}")));
         }
     }
-    let bin = Place::new(root).version(folder).join(bundle::component::BIN);
+    let bin = Place::of(root).version(folder).join(bundle::component::BIN);
     match scripts().find(|script| !bin.join(&script.name).is_file()) {
         Some(script) => Err(bad_component(format!("no wheel has the program {}", script.name))),
         None => Ok(()),

@@ -8,7 +8,7 @@ use bundle::component::{Lock, Wheel};
 use serde_json::json;
 
 use super::state::{self, State};
-use super::{NEW, Place, clear, failed, is_version, tree};
+use super::{NEW, Place, failed, is_version, tree};
 use crate::events::Events;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -29,17 +29,10 @@ const BLOCK: u64 = 4096;
 ///
 /// # Errors
 /// `io`.
-pub(super) fn sweep(place: &Place) -> Result<()> {
+pub(super) fn sweep(place: &Place<'_>) -> Result<()> {
     for folder in [place.folder().to_owned(), place.wheels()] {
-        for name in names(&folder)? {
-            if name.ends_with(NEW) {
-                let path = folder.join(name);
-                if path.is_symlink() {
-                    fs::remove_file(&path).map_err(failed("removing", &path))?;
-                } else {
-                    clear(&path)?;
-                }
-            }
+        for name in names(&folder)?.into_iter().filter(|name| name.ends_with(NEW)) {
+            place.clear(&folder.join(name))?;
         }
     }
     Ok(())
@@ -47,11 +40,11 @@ pub(super) fn sweep(place: &Place) -> Result<()> {
 
 /// Removes good versions beyond the budget, versions that were never good, and wheels that no version has.
 /// Less room is nobody's failure: what cannot be removed is logged.
-pub(super) fn tidy(root: &Root, events: &Events) {
-    let mut state = State::read(root);
+pub(super) fn tidy(root: &Root, place: &Place<'_>, events: &Events) {
+    let mut state = State::read(place);
     let mut kept = KEPT;
     loop {
-        match trim(root, &mut state, kept).and_then(|()| free(root)) {
+        match trim(place, &mut state, kept).and_then(|()| free(root)) {
             Ok((free, size)) if free.saturating_mul(100) >= size.saturating_mul(FREE) => break,
             Ok(_) if kept == 0 => break,
             Ok(_) => kept -= 1,
@@ -64,8 +57,7 @@ pub(super) fn tidy(root: &Root, events: &Events) {
 }
 
 /// Keeps the one that serves and so many others.
-fn trim(root: &Root, state: &mut State, others: usize) -> Result<()> {
-    let place = Place::new(root);
+fn trim(place: &Place<'_>, state: &mut State, others: usize) -> Result<()> {
     let chosen = state.chosen.clone();
     let mut left = others;
     let before = state.good.len();
@@ -77,7 +69,7 @@ fn trim(root: &Root, state: &mut State, others: usize) -> Result<()> {
     });
     // Forgotten before it goes: nothing that is remembered is half removed.
     if state.good.len() != before {
-        state.write(root)?;
+        state.write(place)?;
     }
     let mut known: BTreeSet<&str> = state.good.iter().map(|good| good.folder.as_str()).collect();
     known.extend(chosen.as_deref());
@@ -87,20 +79,20 @@ fn trim(root: &Root, state: &mut State, others: usize) -> Result<()> {
         if is_version(&name) && !known.contains(name.as_str()) {
             // Out of the way first, so that no half of it is ever found under its name.
             let (path, old) = (place.version(&name), place.version(&format!("{name}{NEW}")));
-            clear(&old)?;
-            fs::rename(&path, &old).map_err(failed("renaming", &path))?;
-            clear(&old)?;
+            place.clear(&old)?;
+            place.rename(&path, &old)?;
+            place.clear(&old)?;
         }
     }
     let mut used = BTreeSet::new();
     for name in known {
-        if let Ok(lock) = state::lock(&place, name) {
+        if let Ok(lock) = state::lock(place, name) {
             used.extend(lock.wheels.into_iter().map(|wheel| wheel.tree));
         }
     }
     for name in names(&place.wheels())? {
         if !used.contains(&name) {
-            clear(&place.wheels().join(name))?;
+            place.clear(&place.wheels().join(name))?;
         }
     }
     Ok(())
@@ -110,14 +102,13 @@ fn trim(root: &Root, state: &mut State, others: usize) -> Result<()> {
 ///
 /// # Errors
 /// `no-space`, with nothing written; `io`.
-pub(super) fn make_room(root: &Root, lock: &Lock) -> Result<()> {
-    let place = Place::new(root);
-    let mut state = State::read(root);
+pub(super) fn make_room(root: &Root, place: &Place<'_>, lock: &Lock) -> Result<()> {
+    let mut state = State::read(place);
     for others in [usize::MAX, 1, 0] {
         if others != usize::MAX {
-            trim(root, &mut state, others)?;
+            trim(place, &mut state, others)?;
         }
-        let missing = |wheel: &&Wheel| !tree::present(&place, wheel);
+        let missing = |wheel: &&Wheel| !tree::present(place, wheel);
         let sizes = lock.wheels.iter().filter(missing).map(|w| w.bytes + w.files * BLOCK);
         // A version has folders of its own; a wheel has fewer folders than files.
         let folders: u64 = lock.wheels.iter().map(|wheel| wheel.files * BLOCK / 4).sum();

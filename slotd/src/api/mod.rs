@@ -21,7 +21,6 @@ mod switch;
 mod tree;
 mod version;
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -33,21 +32,24 @@ pub use state::{Good, State};
 pub use status::{Serves, Status, status};
 pub use switch::{Back, back};
 
+use crate::files::{Disk, Files};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
 /// What follows the name of something that is not complete yet.
 const NEW: &str = ".new";
 
-/// Where the API lies on a robot.
-#[derive(Debug, Clone)]
-pub(crate) struct Place {
+/// Where the API lies on a robot, and what changes it.
+#[derive(Clone)]
+pub(crate) struct Place<'a> {
     folder: PathBuf,
+    files: &'a dyn Files,
 }
 
-impl Place {
-    pub fn new(root: &Root) -> Self {
-        Self { folder: root.data().join("apps/api") }
+impl<'a> Place<'a> {
+    /// Every change is made through `files`.
+    pub fn new(root: &Root, files: &'a dyn Files) -> Self {
+        Self { folder: root.data().join("apps/api"), files }
     }
 
     /// All of it.
@@ -75,6 +77,33 @@ impl Place {
         let to = std::fs::read_link(self.current()).ok()?;
         to.to_str().filter(|name| is_version(name)).map(str::to_owned)
     }
+
+    /// Makes the entries of a folder durable.
+    fn flush(&self, folder: &Path) -> Result<()> {
+        self.files.sync(folder).map_err(failed("flushing", folder))
+    }
+
+    /// Makes everything durable that was written to the folder's file system.
+    fn flush_all(&self, folder: &Path) -> Result<()> {
+        self.files.sync_all(folder).map_err(failed("flushing", folder))
+    }
+
+    /// Removes a tree, a file or a link, if it is there.
+    fn clear(&self, path: &Path) -> Result<()> {
+        self.files.remove(path).map_err(failed("removing", path))
+    }
+
+    /// Gives a complete folder its name, which is free.
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        self.files.rename(from, to).map_err(failed("renaming", from))
+    }
+}
+
+impl Place<'static> {
+    /// For looking only.
+    fn of(root: &Root) -> Self {
+        Self::new(root, &Disk)
+    }
 }
 
 /// Whether a name in the folder is that of an installed API: `<version>-<8 hexadecimal digits>`.
@@ -93,26 +122,4 @@ fn is_version(name: &str) -> bool {
 fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal {
     let doing = format!("{doing} {}", path.display());
     move |error| Refusal::io(&doing, &error)
-}
-
-/// Makes the entries of a folder durable.
-fn flush(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("flushing", folder))
-}
-
-/// Makes everything durable that was written to the folder's file system: one wait instead of one for each
-/// of thousands of files.
-fn flush_all(folder: &Path) -> Result<()> {
-    let synced = File::open(folder).and_then(|folder| Ok(rustix::fs::syncfs(folder)?));
-    synced.map_err(failed("flushing", folder))
-}
-
-/// Removes a tree, if it is there.
-fn clear(folder: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(failed("removing", folder)(error))
-        }
-        _ => Ok(()),
-    }
 }

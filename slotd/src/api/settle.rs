@@ -11,6 +11,7 @@ use super::{Place, keep};
 use crate::builtin::BuiltIn;
 use crate::durable;
 use crate::events::Events;
+use crate::files::Files;
 use crate::refusal::Result;
 use crate::root::Root;
 
@@ -27,14 +28,13 @@ pub struct Settled {
     pub taken_back: Option<String>,
 }
 
-/// What is to serve by all that is known: nothing is changed.
+/// What is to serve by what was decided: nothing is changed.
 ///
 /// # Errors
 /// `bad-device`, `io`.
-pub(super) fn decide(root: &Root) -> Result<Settled> {
-    let place = Place::new(root);
-    let Some(chosen) = State::read(root).chosen else { return Ok(Settled::default()) };
-    let misfit = match (BuiltIn::read(root)?, state::lock(&place, &chosen)) {
+pub(super) fn decide(root: &Root, place: &Place<'_>, state: &State) -> Result<Settled> {
+    let Some(chosen) = state.chosen.clone() else { return Ok(Settled::default()) };
+    let misfit = match (BuiltIn::read(root)?, state::lock(place, &chosen)) {
         (None, _) => Some("this system has no API".to_owned()),
         (_, Err(why)) => Some(format!("it is damaged: {why}")),
         (Some(base), Ok(lock)) => base.misfit(root, &lock),
@@ -43,21 +43,22 @@ pub(super) fn decide(root: &Root) -> Result<Settled> {
     Ok(Settled { serves, set_aside: misfit, taken_back: None })
 }
 
-/// Brings the link to what is to serve. What it did is left in `/run/slotd/api.json`, for `status`.
+/// Brings the link to what is to serve, with every change on `data` made through `files`. What it did is left in
+/// `/run/slotd/api.json`, for `status`.
 ///
 /// # Errors
 /// `io`: `data` refuses writes; whatever the link leads to serves.
-pub fn settle(root: &Root, events: &Events) -> Result<Settled> {
-    let place = Place::new(root);
+pub fn settle(root: &Root, events: &Events, files: &dyn Files) -> Result<Settled> {
+    let place = Place::new(root, files);
     if !place.folder().is_dir() {
         return Ok(Settled::default());
     }
-    let mut state = State::read(root);
-    if !state.is_kept(root) {
+    let mut state = State::read(&place);
+    if !state.is_kept(&place) {
         // Before the link goes, by which alone it is known.
-        state.write(root)?;
+        state.write(&place)?;
     }
-    let mut settled = decide(root)?;
+    let mut settled = decide(root, &place, &state)?;
     let trial = state.trial.take();
     settled.taken_back = trial.as_ref().map(|trial| trial.to.clone().unwrap_or_default());
     let before = place.serving();
@@ -67,7 +68,7 @@ pub fn settle(root: &Root, events: &Events) -> Result<Settled> {
     point(&place, settled.serves.as_deref())?;
     if trial.is_some() {
         // Last: until then the next start takes it back again.
-        state.write(root)?;
+        state.write(&place)?;
     }
     keep::sweep(&place)?;
     let path = file(root);

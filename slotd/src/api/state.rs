@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use super::{Place, failed, is_version};
 use crate::durable;
 use crate::refusal::Result;
-use crate::root::Root;
 
 /// What is remembered, beside the versions themselves.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,14 +42,13 @@ pub struct Trial {
 }
 
 impl State {
-    fn path(place: &Place) -> std::path::PathBuf {
+    fn path(place: &Place<'_>) -> std::path::PathBuf {
         place.folder().join(".state.json")
     }
 
     /// What is remembered. Without it, or when it is damaged, the link is what was decided.
-    pub fn read(root: &Root) -> Self {
-        let place = Place::new(root);
-        let mut state: Self = match durable::read_json(&Self::path(&place)) {
+    pub(super) fn read(place: &Place<'_>) -> Self {
+        let mut state: Self = match durable::read_json(&Self::path(place)) {
             Ok(Some(state)) => state,
             _ => Self { chosen: place.serving(), ..Self::default() },
         };
@@ -61,8 +59,8 @@ impl State {
     }
 
     /// Whether what is remembered is on `data` in full.
-    pub(super) fn is_kept(&self, root: &Root) -> bool {
-        let kept: Option<Self> = durable::read_json(&Self::path(&Place::new(root))).ok().flatten();
+    pub(super) fn is_kept(&self, place: &Place<'_>) -> bool {
+        let kept: Option<Self> = durable::read_json(&Self::path(place)).ok().flatten();
         kept.as_ref() == Some(self)
     }
 
@@ -70,14 +68,14 @@ impl State {
     ///
     /// # Errors
     /// `io`.
-    pub fn write(&self, root: &Root) -> Result<()> {
-        let path = Self::path(&Place::new(root));
-        durable::write_json(&path, self).map_err(failed("writing", &path))
+    pub(super) fn write(&self, place: &Place<'_>) -> Result<()> {
+        let path = Self::path(place);
+        durable::write_json_with(place.files, &path, self).map_err(failed("writing", &path))
     }
 }
 
 /// The lock of an installed API; why there is none.
-pub(super) fn lock(place: &Place, folder: &str) -> Result<Lock, String> {
+pub(super) fn lock(place: &Place<'_>, folder: &str) -> Result<Lock, String> {
     let path = place.version(folder).join(bundle::component::LOCK_ROLE);
     match durable::read(&path) {
         Ok(Some(json)) => Lock::parse(&json).map_err(|error| error.to_string()),

@@ -43,12 +43,14 @@ pub struct Status {
 /// How the API stands; `None` on a system that has none.
 pub fn status(root: &Root) -> Option<Status> {
     let base = BuiltIn::read(root).ok().flatten()?;
-    let (place, state) = (Place::new(root), State::read(root));
+    let place = Place::of(root);
+    let state = State::read(&place);
     let served = place.serving();
     let lock = served.as_deref().and_then(|folder| state::lock(&place, folder).ok());
     let good = state.good.iter().find(|good| Some(&good.folder) == served.as_ref());
     let taken_back = last(root).and_then(|settled| settled.taken_back);
-    let why = match (&lock, &state.trial, decide(root).ok().and_then(|d| d.set_aside)) {
+    let set_aside = decide(root, &place, &state).ok().and_then(|decided| decided.set_aside);
+    let why = match (&lock, &state.trial, set_aside) {
         (_, Some(_), _) => "a change is under way, and not confirmed yet".to_owned(),
         (None, None, Some(why)) => format!("the installed API is set aside: {why}"),
         (_, None, _) if taken_back.is_some() => {

@@ -1,9 +1,7 @@
 //! The change from one API to another: noted, made by one rename, confirmed when it is healthy, and taken
 //! back otherwise. What is noted and not confirmed is taken back in the next start.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::symlink;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -11,10 +9,11 @@ use serde_json::json;
 
 use super::service::{self, Patience, Watch};
 use super::state::{self, State, Trial};
-use super::{NEW, Place, failed, flush, keep, settle};
+use super::{NEW, Place, failed, keep, settle};
 use crate::builtin::BuiltIn;
 use crate::durable::Lock;
 use crate::events::Events;
+use crate::files::Files;
 use crate::provision;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -23,7 +22,7 @@ use crate::root::Root;
 ///
 /// # Errors
 /// `io`.
-pub(super) fn point(place: &Place, folder: Option<&str>) -> Result<()> {
+pub(super) fn point(place: &Place<'_>, folder: Option<&str>) -> Result<()> {
     let current = place.current();
     if place.serving().as_deref() == folder && current.is_symlink() == folder.is_some() {
         return Ok(());
@@ -31,18 +30,18 @@ pub(super) fn point(place: &Place, folder: Option<&str>) -> Result<()> {
     match folder {
         Some(folder) => {
             let new = place.folder().join(format!("current{NEW}"));
-            crate::durable::remove(&new).map_err(failed("removing", &new))?;
-            symlink(folder, &new).map_err(failed("linking", &new))?;
-            fs::rename(&new, &current).map_err(failed("renaming", &new))?;
+            place.clear(&new)?;
+            let to = std::path::Path::new(folder);
+            place.files.symlink(to, &new).map_err(failed("linking", &new))?;
+            place.files.replace(&new, &current).map_err(failed("renaming", &new))?;
         }
-        None => match fs::remove_file(&current) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed("removing", &current)(error));
-            }
-            _ => {}
-        },
+        // No link, so none of ours: nothing of somebody else's is removed.
+        None if current.is_dir() && !current.is_symlink() => {
+            return Err(failed("removing", &current)(io::ErrorKind::IsADirectory.into()));
+        }
+        None => place.clear(&current)?,
     }
-    flush(place.folder())
+    place.flush(place.folder())
 }
 
 /// Changes from what was chosen to `to`, whose folder is complete. Returns how long nothing answered.
@@ -52,24 +51,24 @@ pub(super) fn point(place: &Place, folder: Option<&str>) -> Result<()> {
 pub(super) fn change(
     root: &Root,
     events: &Events,
+    place: &Place<'_>,
     to: Option<&str>,
     patience: Patience,
     confirm: impl FnOnce(&mut State),
 ) -> Result<Duration> {
-    let place = Place::new(root);
     let watch = Watch::new(root);
-    let mut state = State::read(root);
+    let mut state = State::read(place);
     let before = state.clone();
     state.trial = Some(Trial { to: to.map(str::to_owned) });
-    state.write(root)?;
-    let result = try_it(root, events, &place, to, &watch, patience).and_then(|down| {
+    state.write(place)?;
+    let result = try_it(root, events, place, to, &watch, patience).and_then(|down| {
         let mut confirmed = State { chosen: to.map(str::to_owned), trial: None, ..before.clone() };
         confirm(&mut confirmed);
-        confirmed.write(root)?;
+        confirmed.write(place)?;
         Ok(down)
     });
     if let Err(refusal) = &result {
-        take_back(root, events, &place, refusal);
+        take_back(root, events, place, &before, refusal);
     }
     result
 }
@@ -77,15 +76,15 @@ pub(super) fn change(
 fn try_it(
     root: &Root,
     events: &Events,
-    place: &Place,
+    place: &Place<'_>,
     to: Option<&str>,
     watch: &Watch,
     patience: Patience,
 ) -> Result<Duration> {
     // If the power goes now, the next start must not believe that `/data/system` is still the old API's.
-    provision::forget(root)?;
+    provision::forget(root, place.files)?;
     point(place, to)?;
-    provision::run(root, events)?;
+    provision::run_with(root, events, place.files)?;
     let started = Instant::now();
     let unhealthy = |why: String| {
         Refusal::new(
@@ -100,13 +99,14 @@ fn try_it(
     Ok(restarted + well)
 }
 
-/// What was chosen serves again. What fails here is logged: the next start does it again.
-fn take_back(root: &Root, events: &Events, place: &Place, why: &Refusal) {
-    events.add("api-taken-back", json!({ "serves": State::read(root).chosen, "why": why }));
-    let done = settle::decide(root).and_then(|decided| {
+/// What was chosen before serves again, whatever of the change was noted. What fails here is logged: the next
+/// start does it again.
+fn take_back(root: &Root, events: &Events, place: &Place<'_>, before: &State, why: &Refusal) {
+    events.add("api-taken-back", json!({ "serves": before.chosen, "why": why }));
+    let done = settle::decide(root, place, before).and_then(|decided| {
         point(place, decided.serves.as_deref())?;
-        provision::run(root, events)?;
-        State { trial: None, ..State::read(root) }.write(root)
+        provision::run_with(root, events, place.files)?;
+        State { trial: None, ..before.clone() }.write(place)
     });
     if let Err(refusal) = done {
         events.add("api-not-taken-back", json!(refusal));
@@ -128,14 +128,16 @@ pub struct Back {
     pub down_ms: u64,
 }
 
-/// Goes back to the API that was good before this one, or to the base's own.
+/// Goes back to the API that was good before this one, or to the base's own, with every change on `data` made
+/// through `files`.
 ///
 /// # Errors
 /// `no-other-api`, `busy`, `api-unhealthy`, `io`.
-pub fn back(root: &Root, events: &Events) -> Result<Back> {
+pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
     let _lock = Lock::take(&root.state().join("lock"), "roll-back")?;
-    settle(root, events)?;
-    let (place, state) = (Place::new(root), State::read(root));
+    settle(root, events, files)?;
+    let place = Place::new(root, files);
+    let state = State::read(&place);
     let Some(chosen) = &state.chosen else {
         return Err(Refusal::new(
             "no-other-api",
@@ -152,8 +154,8 @@ pub fn back(root: &Root, events: &Events) -> Result<Back> {
     let before = state.good.iter().skip(at.map_or(0, |at| at + 1));
     let to = before.clone().find(|good| good.folder != *chosen && fits(&good.folder));
     let folder = to.map(|good| good.folder.as_str());
-    let down = change(root, events, folder, Patience::of(root), |_| {})?;
-    keep::tidy(root, events);
+    let down = change(root, events, &place, folder, Patience::of(root), |_| {})?;
+    keep::tidy(root, &place, events);
     let back = Back {
         component: bundle::component::API,
         version: to.map(|good| good.version.clone()),

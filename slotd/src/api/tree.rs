@@ -2,9 +2,9 @@
 //! version. Paths in an archive are never trusted, whoever has signed it.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, Permissions};
+use std::fs;
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, SystemTime};
@@ -13,7 +13,8 @@ use bundle::component::{LOCK_ROLE, TREE_TIME, Wheel};
 use bundle::{Input, PayloadReader};
 use sha2::{Digest, Sha256};
 
-use super::{Place, clear, failed, flush, flush_all};
+use super::{Place, failed};
+use crate::files::{Files, make_dirs};
 use crate::install::from_source;
 use crate::refusal::{Refusal, Result};
 
@@ -24,14 +25,17 @@ const LONGEST: usize = 512;
 /// Pieces of at most 128 KiB that wait between the verification and the disk.
 const WAITING: usize = 8;
 
+/// Bytes that are written at a time.
+const CHUNK: u64 = 256 << 10;
+
 /// Where a wheel's tree lies.
-fn place_of(place: &Place, wheel: &Wheel) -> PathBuf {
+fn place_of(place: &Place<'_>, wheel: &Wheel) -> PathBuf {
     place.wheels().join(&wheel.tree)
 }
 
 /// Whether a wheel's tree is here, as it was unpacked: a file that somebody has changed since has another
 /// length or another time.
-pub(super) fn present(place: &Place, wheel: &Wheel) -> bool {
+pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
     let mut found = (0, 0);
     let mut waiting = vec![place_of(place, wheel)];
     while let Some(folder) = waiting.pop() {
@@ -57,7 +61,7 @@ pub(super) fn present(place: &Place, wheel: &Wheel) -> bool {
 /// # Errors
 /// `bad-tree`, `wrong-hash`: it is not what the lock says. `io`, `source`, and what a bundle is refused for.
 pub(super) fn receive<I: Input>(
-    place: &Place,
+    place: &Place<'_>,
     wheel: &Wheel,
     payload: &mut PayloadReader<'_, I>,
     progress: &mut dyn FnMut(u64),
@@ -66,13 +70,13 @@ pub(super) fn receive<I: Input>(
     let mut name = folder.clone().into_os_string();
     name.push(super::NEW);
     let new = PathBuf::from(name);
-    clear(&new)?;
-    make(&new)?;
+    place.clear(&new)?;
+    make(place.files, &new)?;
     let (sender, receiver) = sync_channel(WAITING);
     std::thread::scope(|scope| -> Result<()> {
-        let into = &new;
+        let (into, files) = (&new, place.files);
         let unpacking = std::thread::Builder::new()
-            .spawn_scoped(scope, move || unpack(Pipe::new(receiver), wheel, into))
+            .spawn_scoped(scope, move || unpack(files, Pipe::new(receiver), wheel, into))
             .map_err(|error| Refusal::io("starting a thread", &error))?;
         let read = send(payload, sender, progress);
         let unpacked = unpacking
@@ -84,11 +88,11 @@ pub(super) fn receive<I: Input>(
             Err(refusal) => Err(refusal),
         }
     })?;
-    flush_all(&new)?;
+    place.flush_all(&new)?;
     // One that was changed: its versions keep their own links.
-    clear(&folder)?;
-    fs::rename(&new, &folder).map_err(failed("renaming", &new))?;
-    flush(&place.wheels())
+    place.clear(&folder)?;
+    place.rename(&new, &folder)?;
+    place.flush(&place.wheels())
 }
 
 /// Reads a payload to its end, or until the other side takes no more.
@@ -150,10 +154,10 @@ fn bad(wheel: &Wheel, why: &str) -> Refusal {
 }
 
 /// Unpacks a tar of plain files and folders.
-fn unpack(pipe: Pipe, wheel: &Wheel, into: &Path) -> Result<()> {
+fn unpack(files: &dyn Files, pipe: Pipe, wheel: &Wheel, into: &Path) -> Result<()> {
     let damaged = |error: io::Error| bad(wheel, &format!("the tar is damaged: {error}"));
     let mut archive = tar::Archive::new(pipe);
-    let (mut files, mut bytes) = (0, 0_u64);
+    let (mut count, mut bytes) = (0, 0_u64);
     let mut known = BTreeSet::new();
     for entry in archive.entries().map_err(damaged)? {
         let mut entry = entry.map_err(damaged)?;
@@ -167,15 +171,14 @@ fn unpack(pipe: Pipe, wheel: &Wheel, into: &Path) -> Result<()> {
         }
         let path = into.join(&name);
         match entry.header().entry_type() {
-            tar::EntryType::Directory => make(&path)?,
+            tar::EntryType::Directory => make(files, &path)?,
             tar::EntryType::Regular => {
-                (files, bytes) = (files + 1, bytes.saturating_add(entry.size()));
-                if files > wheel.files || bytes > wheel.bytes {
+                (count, bytes) = (count + 1, bytes.saturating_add(entry.size()));
+                if count > wheel.files || bytes > wheel.bytes {
                     return Err(bad(wheel, "it has more than its lock says"));
                 }
                 let executable = entry.header().mode().map_err(damaged)? & 0o100 != 0;
-                write(&mut entry, &path, executable)
-                    .map_err(|why| why.unwrap_or_else(|error| failed("writing", &path)(error)))?;
+                write(files, &mut entry, &path, if executable { 0o755 } else { 0o644 })?;
             }
             _ => return Err(bad(wheel, &format!("`{shown}` is neither a file nor a folder"))),
         }
@@ -190,26 +193,28 @@ fn unpack(pipe: Pipe, wheel: &Wheel, into: &Path) -> Result<()> {
             "make the bundle again with a current `cargo xtask`",
         ));
     }
-    if (files, bytes) != (wheel.files, wheel.bytes) {
+    if (count, bytes) != (wheel.files, wheel.bytes) {
         return Err(bad(wheel, "it has less than its lock says"));
     }
     Ok(())
 }
 
-/// Writes one file. The inner result tells apart whose failure it is.
-fn write(
-    entry: &mut impl Read,
-    path: &Path,
-    executable: bool,
-) -> Result<(), Result<Refusal, io::Error>> {
+/// Writes one file.
+fn write(files: &dyn Files, entry: &mut impl Read, path: &Path, mode: u32) -> Result<()> {
     if let Some(folder) = path.parent() {
-        make(folder).map_err(Ok)?;
+        make(files, folder)?;
     }
-    let mut file = File::create_new(path).map_err(Err)?;
-    io::copy(entry, &mut file).map_err(Err)?;
-    let mode = if executable { 0o755 } else { 0o644 };
-    file.set_permissions(Permissions::from_mode(mode)).map_err(Err)?;
-    file.set_modified(time()).map_err(Err)
+    let mut written = || -> io::Result<()> {
+        files.create(path)?;
+        let mut chunk = Vec::new();
+        while entry.by_ref().take(CHUNK).read_to_end(&mut chunk)? > 0 {
+            files.append(path, &chunk)?;
+            chunk.clear();
+        }
+        files.set_mode(path, mode)?;
+        files.set_modified(path, time())
+    };
+    written().map_err(failed("writing", path))
 }
 
 fn time() -> SystemTime {
@@ -217,12 +222,8 @@ fn time() -> SystemTime {
 }
 
 /// Makes a folder with those above it; that it is there is fine.
-fn make(folder: &Path) -> Result<()> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(folder)
-        .map_err(failed("creating", folder))
+fn make(files: &dyn Files, folder: &Path) -> Result<()> {
+    make_dirs(files, folder).map(drop).map_err(failed("creating", folder))
 }
 
 /// A path of plain names that neither begins with a dot nor is the lock's.
@@ -243,12 +244,12 @@ fn safe(name: &Path) -> Option<PathBuf> {
 ///
 /// # Errors
 /// `bad-tree`: another wheel has a file of the same name. `io`.
-pub(super) fn link(place: &Place, wheel: &Wheel, into: &Path) -> Result<()> {
+pub(super) fn link(place: &Place<'_>, wheel: &Wheel, into: &Path) -> Result<()> {
     let from = place_of(place, wheel);
     let mut waiting = vec![PathBuf::new()];
     while let Some(below) = waiting.pop() {
         let folder = from.join(&below);
-        make(&into.join(&below))?;
+        make(place.files, &into.join(&below))?;
         for entry in fs::read_dir(&folder).map_err(failed("reading", &folder))? {
             let entry = entry.map_err(failed("reading", &folder))?;
             let (name, path) = (below.join(entry.file_name()), entry.path());
@@ -256,7 +257,7 @@ pub(super) fn link(place: &Place, wheel: &Wheel, into: &Path) -> Result<()> {
                 waiting.push(name);
                 continue;
             }
-            match fs::hard_link(&path, into.join(&name)) {
+            match place.files.link(&path, &into.join(&name)) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     let why = format!("another wheel installs `{}` too", name.display());
                     return Err(bad(wheel, &why));

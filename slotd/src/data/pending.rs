@@ -125,7 +125,7 @@ pub fn apply(root: &Root) -> Result<Option<Pending>> {
     let pending = Pending::read(root)?;
     if let Some(pending) = pending {
         // The API's resources go, or come back from another time.
-        crate::provision::forget(root)?;
+        crate::provision::forget(root, &crate::files::Disk)?;
         if pending != Pending::Arriving {
             fs::create_dir_all(&outgoing).map_err(failed("creating", &outgoing))?;
             let mut names = archive::contents(&data)?;

@@ -13,6 +13,7 @@ use crate::api;
 use crate::device::Device;
 use crate::durable::Lock;
 use crate::events::Events;
+use crate::files::Disk;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -102,7 +103,7 @@ fn prepare_all(root: &Root) -> Result<Prepared> {
     let carried_out = pending::apply(root)?;
     // Nothing of the start depends on it: the system's own API can always serve.
     let events = Events::new(root);
-    if let Err(refusal) = api::settle(root, &events) {
+    if let Err(refusal) = api::settle(root, &events, &Disk) {
         events.add("api-not-settled", json!(refusal));
     }
     let device = Device::read(root)?;

@@ -7,6 +7,7 @@
 //! written last.
 
 mod check;
+mod compare;
 mod local;
 mod payload;
 mod queue;
@@ -22,6 +23,7 @@ use serde::Serialize;
 use serde_json::json;
 
 pub use check::{floor, undecided};
+pub(crate) use compare::{ReadOnly, compare};
 pub use target::Slots;
 
 use crate::api::Installed;
@@ -29,6 +31,7 @@ use crate::boot::BootFlow;
 use crate::device::{Description, other};
 use crate::durable::Lock;
 use crate::events::Events;
+use crate::files::Files;
 use crate::record::{Installed as InstalledSlot, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -48,6 +51,8 @@ pub struct Machine<'a> {
     pub flow: &'a dyn BootFlow,
     /// How its slots are opened.
     pub slots: &'a dyn Slots,
+    /// What changes the files of an API.
+    pub files: &'a dyn Files,
     /// Its log.
     pub events: &'a Events,
 }
@@ -239,11 +244,13 @@ pub(crate) fn check_bundle<I: Input>(machine: &Machine<'_>, reader: &Reader<I>) 
 /// A failure of the medium is told apart from one of the robot's own disk.
 pub(crate) fn from_source(error: bundle::Error) -> Refusal {
     match error {
-        bundle::Error::Io(error) => Refusal::new(
-            "source",
-            format!("reading the bundle: {error}"),
-            "check the medium or the network, and install again: it goes on where it stopped",
-        ),
+        bundle::Error::Io(error) => {
+            let doing = "reading the bundle";
+            crate::source::distrusted(doing, &error).unwrap_or_else(|| {
+                let help = "check the medium or the network, and install again: it goes on where it stopped";
+                Refusal::new("source", format!("{doing}: {error}"), help)
+            })
+        }
         other => other.into(),
     }
 }

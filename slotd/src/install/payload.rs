@@ -424,7 +424,7 @@ fn device(error: io::Error) -> Refusal {
     Refusal::io("writing the slot", &error)
 }
 
-fn lost() -> Refusal {
+pub(super) fn lost() -> Refusal {
     Refusal::new("internal", "a part of the install ended unexpectedly", "report this")
 }
 

@@ -112,24 +112,29 @@ impl Record {
         durable::read_json(&Self::path(root)).ok().flatten()
     }
 
-    fn keep(&self, root: &Root) -> Result<()> {
+    fn keep(&self, root: &Root, files: &dyn Files) -> Result<()> {
         if Self::read(root).as_ref() == Some(self) {
             return Ok(());
         }
         let path = Self::path(root);
-        durable::write_json(&path, self)
-            .map_err(|error| Refusal::io(format!("writing {}", path.display()), &error))
+        durable::write_json_with(files, &path, self)
+            .map_err(|error| write::failed("writing", &path, &error))
     }
 }
 
-/// Forgets what was provisioned, so that the next start does it again: for whatever replaces `data` as a whole.
+/// Forgets what was provisioned, durably, so that the next start does it again: for whatever changes the package
+/// or replaces `data` as a whole.
 ///
 /// # Errors
 /// `io`.
-pub fn forget(root: &Root) -> Result<()> {
+pub fn forget(root: &Root, files: &dyn Files) -> Result<()> {
     let path = Record::path(root);
-    durable::remove(&path)
-        .map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))
+    if fs::symlink_metadata(&path).is_err() {
+        return Ok(());
+    }
+    // A record that comes back after a power cut would speak of a tree that was replaced meanwhile.
+    let removed = files.remove(&path).and_then(|()| files.sync(&root.state()));
+    removed.map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))
 }
 
 /// The package, as Python finds it.
@@ -204,7 +209,7 @@ pub fn run(root: &Root, events: &Events) -> Result<Provisioned> {
     run_with(root, events, &Disk)
 }
 
-/// [`run`] with every change of the tree made through `files`.
+/// [`run`] with every change made through `files`, but for the log and locks.
 ///
 /// # Errors
 /// As [`run`].
@@ -238,7 +243,7 @@ fn provision(root: &Root, files: &dyn Files) -> Result<Provisioned> {
         Ok(Record { base_id: base_id(root)?, package: found.real.clone(), resources })
     };
     let Some(wanted) = wanted(root, &found)? else {
-        record(false)?.keep(root)?;
+        record(false)?.keep(root, files)?;
         return Ok(Provisioned::new(Outcome::NoResources, Some(&found), None));
     };
     let (target, staging) = (root.system(), root.data().join(STAGING));
@@ -246,7 +251,7 @@ fn provision(root: &Root, files: &dyn Files) -> Result<Provisioned> {
     let leftover = fs::symlink_metadata(&staging).is_ok();
     let changes = tree::differences(&wanted, tree::present(&target)?.as_ref())?;
     if unchanged(&changes) && !leftover {
-        record(true)?.keep(root)?;
+        record(true)?.keep(root, files)?;
         return Ok(Provisioned::new(Outcome::Unchanged, Some(&found), Some(&wanted)));
     }
     let _lock = Lock::take(&root.state().join("provision.lock"), "provision")?;
@@ -259,7 +264,7 @@ fn provision(root: &Root, files: &dyn Files) -> Result<Provisioned> {
         write::replace(files, &wanted, &staging, &target)?;
         outcome = Outcome::Provisioned;
     }
-    record(true)?.keep(root)?;
+    record(true)?.keep(root, files)?;
     Ok(Provisioned { changes, ..Provisioned::new(outcome, Some(&found), Some(&wanted)) })
 }
 

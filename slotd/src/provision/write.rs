@@ -76,12 +76,13 @@ pub(super) fn replace(
         return Err(refusal);
     }
     flush()?;
-    // The old tree. Nothing needs its removal: the next run goes on with it.
-    drop(files.remove(staging));
+    // The old tree. Nothing needs its removal: the next run goes on with it. It is gone before anybody notes that
+    // there is nothing left to do.
+    drop(files.remove(staging).and_then(|()| files.sync(data)));
     Ok(())
 }
 
-fn failed(doing: &str, path: &Path, error: &io::Error) -> Refusal {
+pub(super) fn failed(doing: &str, path: &Path, error: &io::Error) -> Refusal {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => no_space(error),
         _ => Refusal::io(format!("{doing} {}", path.display()), error),

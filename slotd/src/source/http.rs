@@ -12,7 +12,9 @@ use ureq::http::header::{
 };
 use ureq::http::{HeaderMap, StatusCode};
 
+use super::tls;
 use crate::refusal::{Refusal, Result};
+use crate::root::Root;
 
 /// Longest wait for an answer, or for more of one.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -63,9 +65,11 @@ impl Http {
     /// Sends the first request.
     ///
     /// # Errors
-    /// `source`: the server is not reached, or does not have the file.
-    pub fn open(address: &str) -> Result<Self> {
+    /// `source`: the server is not reached, or does not have the file. `bad-certificate`: over https it is not
+    /// believed.
+    pub fn open(address: &str, root: &Root) -> Result<Self> {
         let config = Agent::config_builder()
+            .tls_config(tls::config(root)?)
             .timeout_connect(Some(PATIENCE))
             .timeout_recv_response(Some(PATIENCE))
             .timeout_per_read(Some(PATIENCE))
@@ -85,11 +89,13 @@ impl Http {
         };
         match http.connect() {
             Ok(()) => Ok(http),
-            Err(Failure::Passing(error) | Failure::Final(error)) => Err(Refusal::new(
-                "source",
-                format!("reading {address}: {error}"),
-                "check the address and the network",
-            )),
+            Err(Failure::Passing(error) | Failure::Final(error)) => {
+                let doing = format!("reading {address}");
+                Err(tls::refusal(&doing, &error).unwrap_or_else(|| {
+                    let help = "check the address and the network";
+                    Refusal::new("source", format!("{doing}: {error}"), help)
+                }))
+            }
         }
     }
 
@@ -102,6 +108,9 @@ impl Http {
             }
         }
         let answer = request.call().map_err(|error| {
+            if let Some(distrust) = tls::distrust(&error) {
+                return Failure::Final(distrust);
+            }
             let passing = matches!(
                 error,
                 ureq::Error::Io(_) | ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed

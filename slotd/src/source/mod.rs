@@ -1,6 +1,7 @@
 //! Where a bundle comes from: a file, standard input, or a web server.
 
 mod http;
+mod tls;
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Stdin};
@@ -8,8 +9,10 @@ use std::io::{self, BufReader, Read, Stdin};
 use bundle::{Input, Seekable, Stream};
 
 use crate::refusal::{Refusal, Result};
+use crate::root::Root;
 
 pub use http::Http;
+pub(crate) use tls::refusal as distrusted;
 
 /// An opened source.
 #[derive(Debug)]
@@ -28,13 +31,13 @@ impl Source {
     /// Opens what somebody typed: a path, `-`, or an address that begins with `http://` or `https://`.
     ///
     /// # Errors
-    /// `source`: it cannot be opened or reached.
-    pub fn open(name: &str) -> Result<Self> {
+    /// `source`: it cannot be opened or reached. `bad-certificate`: the server is not believed.
+    pub fn open(name: &str, root: &Root) -> Result<Self> {
         if name == "-" {
             return Ok(Self::Input(Stream(io::stdin())));
         }
         if name.starts_with("http://") || name.starts_with("https://") {
-            return Ok(Self::Http(Box::new(Http::open(name)?)));
+            return Ok(Self::Http(Box::new(Http::open(name, root)?)));
         }
         let failed = |error: io::Error| {
             Refusal::new("source", format!("opening {name}: {error}"), "check the path")

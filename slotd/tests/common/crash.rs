@@ -2,14 +2,17 @@
 //!
 //! The model is harsher than any file system in use: a change that was not flushed is there after the cut or is
 //! not, whatever became of the changes before and after it. A file's bytes and mode are safe once the file is
-//! synced; a name in a folder, once the folder is; a rename or an exchange happens whole or not at all.
+//! synced; a name in a folder, once the folder is; everything, once its file system is; a rename or an exchange
+//! happens whole or not at all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Permissions};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use slotd::files::{Disk, Files};
 
@@ -27,6 +30,8 @@ enum Node {
 struct Inode {
     node: Node,
     mode: u32,
+    /// Seconds since 1970; `None`: that of its last change.
+    time: Option<u64>,
 }
 
 /// One change, of one inode.
@@ -35,20 +40,35 @@ enum Change {
     Name { folder: usize, name: String, to: usize },
     Unname { folder: usize, name: String },
     Swap { folder: usize, one: String, other: String },
+    Replace { folder: usize, from: String, name: String, to: usize },
     Append { file: usize, bytes: Vec<u8> },
     Mode { inode: usize, mode: u32 },
+    Time { inode: usize, time: u64 },
     Sync { inode: usize },
+    SyncAll,
 }
 
 impl Change {
-    fn inode(&self) -> usize {
+    /// What it changes; `None`: nothing.
+    fn inode(&self) -> Option<usize> {
         match self {
-            Self::Name { folder, .. } | Self::Unname { folder, .. } | Self::Swap { folder, .. } => {
-                *folder
-            }
-            Self::Append { file: inode, .. } | Self::Mode { inode, .. } | Self::Sync { inode } => {
-                *inode
-            }
+            Self::Name { folder, .. }
+            | Self::Unname { folder, .. }
+            | Self::Swap { folder, .. }
+            | Self::Replace { folder, .. } => Some(*folder),
+            Self::Append { file: inode, .. }
+            | Self::Mode { inode, .. }
+            | Self::Time { inode, .. } => Some(*inode),
+            Self::Sync { .. } | Self::SyncAll => None,
+        }
+    }
+
+    /// Whether it makes changes of an inode safe.
+    fn saves(&self, inode: usize) -> bool {
+        match self {
+            Self::Sync { inode: synced } => *synced == inode,
+            Self::SyncAll => true,
+            _ => false,
         }
     }
 }
@@ -68,7 +88,9 @@ impl Store {
         let about = fs::symlink_metadata(path).unwrap();
         let number = self.0.len();
         let mode = about.permissions().mode() & 0o7777;
-        self.0.push(Inode { node: Node::File(Vec::new()), mode });
+        let time = about.modified().unwrap().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let time = about.is_file().then_some(time);
+        self.0.push(Inode { node: Node::File(Vec::new()), mode, time });
         self.0[number].node = if about.is_dir() {
             let names =
                 fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
@@ -108,17 +130,23 @@ impl Store {
                 names.extend(a.map(|a| (other.clone(), a)));
                 names.extend(b.map(|b| (one.clone(), b)));
             }
+            Change::Replace { folder, from, name, to } => {
+                let names = self.names(*folder);
+                names.remove(from);
+                names.insert(name.clone(), *to);
+            }
             Change::Append { file, bytes } => match &mut self.0[*file].node {
                 Node::File(content) => content.extend(bytes),
                 other => panic!("{other:?} is no file"),
             },
             Change::Mode { inode, mode } => self.0[*inode].mode = *mode,
-            Change::Sync { .. } => {}
+            Change::Time { inode, time } => self.0[*inode].time = Some(*time),
+            Change::Sync { .. } | Change::SyncAll => {}
         }
     }
 
     fn snapshot(&self, inode: usize, path: &Path, into: &mut Snapshot) {
-        let Inode { node, mode } = &self.0[inode];
+        let Inode { node, mode, .. } = &self.0[inode];
         let text = match node {
             Node::Folder(names) => {
                 for (name, inode) in names {
@@ -133,7 +161,7 @@ impl Store {
     }
 
     fn write(&self, inode: usize, path: &Path) {
-        let Inode { node, mode } = &self.0[inode];
+        let Inode { node, mode, time } = &self.0[inode];
         match node {
             Node::Folder(names) => {
                 fs::create_dir_all(path).unwrap();
@@ -141,7 +169,13 @@ impl Store {
                     self.write(*inode, &path.join(name));
                 }
             }
-            Node::File(bytes) => fs::write(path, bytes).unwrap(),
+            Node::File(bytes) => {
+                fs::write(path, bytes).unwrap();
+                if let Some(time) = time {
+                    let file = fs::File::options().write(true).open(path).unwrap();
+                    file.set_modified(UNIX_EPOCH + Duration::from_secs(*time)).unwrap();
+                }
+            }
             Node::Link(to) => return symlink(to, path).unwrap(),
         }
         fs::set_permissions(path, Permissions::from_mode(*mode)).unwrap();
@@ -164,11 +198,25 @@ impl State {
         all
     }
 
-    /// All of it.
-    pub fn all(&self) -> Snapshot {
-        let mut all = Snapshot::new();
-        self.0.snapshot(0, Path::new(""), &mut all);
-        all
+    /// A number that is the same for equal states, times included. `passed` says what is left out, by name.
+    pub fn key(&self, passed: &dyn Fn(&str) -> bool) -> u64 {
+        let mut key = DefaultHasher::new();
+        let mut waiting = vec![("", 0)];
+        while let Some((name, inode)) = waiting.pop() {
+            let Inode { node, mode, time } = &self.0.0[inode];
+            (name, mode, time).hash(&mut key);
+            match node {
+                Node::Folder(names) => {
+                    let from = waiting.len();
+                    let names = names.iter().map(|(name, inode)| (name.as_str(), *inode));
+                    waiting.extend(names.filter(|(name, _)| !passed(name)));
+                    (0, waiting.len() - from).hash(&mut key);
+                }
+                Node::File(bytes) => (1, bytes).hash(&mut key),
+                Node::Link(to) => (2, to).hash(&mut key),
+            }
+        }
+        key.finish()
     }
 
     /// Makes it real.
@@ -245,7 +293,7 @@ impl Recorder {
         self.change(|store| {
             let (folder, name) = self.place(store, path);
             let to = store.0.len();
-            store.0.push(Inode { node, mode });
+            store.0.push(Inode { node, mode, time: None });
             vec![Change::Name { folder, name, to }]
         });
     }
@@ -260,14 +308,9 @@ impl Recorder {
     pub fn states(&self, point: usize) -> Vec<State> {
         let now = self.now.lock().unwrap();
         let changes = &now.1[..point];
-        let safe = |at: usize| {
-            let later = &changes[at..];
-            later
-                .iter()
-                .any(|c| matches!(c, Change::Sync { inode } if *inode == changes[at].inode()))
-        };
+        let safe = |at: usize, inode| changes[at..].iter().any(|change| change.saves(inode));
         let open: Vec<usize> = (0..point)
-            .filter(|at| !matches!(changes[*at], Change::Sync { .. }) && !safe(*at))
+            .filter(|at| changes[*at].inode().is_some_and(|inode| !safe(*at, inode)))
             .collect();
         let all: BTreeSet<usize> = open.iter().copied().collect();
         let mut kept = vec![all.clone(), BTreeSet::new()];
@@ -290,7 +333,9 @@ impl Recorder {
         }
         let mut states = Vec::new();
         for kept in kept {
-            for torn in [false, true] {
+            let written = |at: &usize| matches!(changes[*at], Change::Append { .. });
+            let tears: &[bool] = if kept.iter().any(written) { &[false, true] } else { &[false] };
+            for &torn in tears {
                 // The inodes that came to be; their content only as far as it was kept.
                 let mut store = self.before.clone();
                 store.0.extend(now.0.0[self.before.0.len()..].iter().map(|inode| Inode {
@@ -300,6 +345,7 @@ impl Recorder {
                         Node::Link(to) => Node::Link(to.clone()),
                     },
                     mode: if matches!(inode.node, Node::Folder(_)) { 0o700 } else { 0o600 },
+                    time: None,
                 }));
                 for (at, change) in changes.iter().enumerate() {
                     match change {
@@ -350,6 +396,25 @@ impl Files for Recorder {
         Ok(())
     }
 
+    fn set_modified(&self, path: &Path, time: SystemTime) -> io::Result<()> {
+        self.call()?;
+        Disk.set_modified(path, time)?;
+        let time = time.duration_since(UNIX_EPOCH).unwrap().as_secs();
+        self.change(|store| vec![Change::Time { inode: self.inode(store, path), time }]);
+        Ok(())
+    }
+
+    fn link(&self, file: &Path, path: &Path) -> io::Result<()> {
+        self.call()?;
+        Disk.link(file, path)?;
+        self.change(|store| {
+            let to = self.inode(store, file);
+            let (folder, name) = self.place(store, path);
+            vec![Change::Name { folder, name, to }]
+        });
+        Ok(())
+    }
+
     fn symlink(&self, to: &Path, path: &Path) -> io::Result<()> {
         self.call()?;
         Disk.symlink(to, path)?;
@@ -361,6 +426,25 @@ impl Files for Recorder {
         self.call()?;
         Disk.sync(path)?;
         self.change(|store| vec![Change::Sync { inode: self.inode(store, path) }]);
+        Ok(())
+    }
+
+    fn sync_all(&self, folder: &Path) -> io::Result<()> {
+        self.call()?;
+        Disk.sync_all(folder)?;
+        self.change(|_| vec![Change::SyncAll]);
+        Ok(())
+    }
+
+    fn replace(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.call()?;
+        Disk.replace(from, to)?;
+        self.change(|store| {
+            let inode = self.inode(store, from);
+            let ((folder, from), (same, name)) = (self.place(store, from), self.place(store, to));
+            assert_eq!(folder, same, "between two folders a rename is two changes");
+            vec![Change::Replace { folder, from, name, to: inode }]
+        });
         Ok(())
     }
 

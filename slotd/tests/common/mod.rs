@@ -6,6 +6,7 @@
 pub mod bundles;
 pub mod card;
 pub mod server;
+pub mod wheels;
 
 use std::fs;
 use std::os::unix::fs::symlink;

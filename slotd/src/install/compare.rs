@@ -1,0 +1,136 @@
+//! A slot against the indexes of a signed bundle, block by block: whether it still is what was installed. Both
+//! slots hold the same bytes wherever they lie, so this can be asked of either one at any time.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bundle::bootstate::Slot;
+use bundle::{BLOCK_SIZE, Index, Input, Reader};
+
+use super::Slots;
+use super::payload::lost;
+use super::target::Target;
+use super::{Machine, Progress, Step, from_source, scan};
+use crate::device::{Device, slot_role};
+use crate::record::Installed;
+use crate::refusal::{Refusal, Result};
+use crate::storage::Storage;
+
+/// The most places that a refusal lists.
+const LISTED: usize = 20;
+
+/// The partitions of both slots, for reading only.
+pub(crate) struct ReadOnly<'a>(pub &'a Device);
+
+impl Slots for ReadOnly<'_> {
+    fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>> {
+        Ok(Box::new(self.0.open_partition(&slot_role(role, slot), false)?))
+    }
+}
+
+/// Compares a slot with a bundle, of whose payloads only the indexes are read.
+///
+/// # Errors
+/// `slot-differs`, with the places; `unknown-payload`, `incomplete-bundle`, `too-large`: the bundle is none for
+/// slots of this robot. `io`, `source`, and what a bundle is refused for.
+pub(crate) fn compare<I: Input>(
+    machine: &Machine<'_>,
+    reader: &mut Reader<I>,
+    slot: Slot,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<u64> {
+    let target = Target::open(machine, slot, reader.manifest())?;
+    let payloads = reader.manifest().components.iter().flat_map(|component| &component.payloads);
+    let total = payloads.map(|payload| payload.size).sum();
+    let done = AtomicU64::new(0);
+    let (mut wrong_blocks, mut blocks, mut places) = (0, 0, Vec::new());
+    for part in &target.parts {
+        let role = slot_role(&part.role, slot);
+        let payload = reader.next_payload().map_err(from_source)?;
+        let mut payload = payload.ok_or_else(lost)?;
+        let index = payload.shared_index();
+        while payload.next_frame().is_some() {
+            payload.skip_frame().map_err(from_source)?;
+        }
+        let wrong = Mutex::new(Vec::new());
+        scan::frames(
+            part.device.as_ref(),
+            &index,
+            index.frames(),
+            None,
+            |frame, found| -> Result<()> {
+                let found =
+                    found.map_err(|error| Refusal::io(format!("reading {role}"), &error))?;
+                if !found.proven {
+                    let mut wrong = wrong.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    // All blocks fit by the part of their hashes that the index has, and not by all of it.
+                    if found.wrong.is_empty() {
+                        wrong.extend(frame.first_block..frame.first_block + frame.blocks);
+                    }
+                    wrong.extend(found.wrong);
+                }
+                let size = index.content_size(frame);
+                let done = done.fetch_add(size, Ordering::Relaxed) + size;
+                progress(Progress { step: Step::ReadBack, done, total });
+                Ok(())
+            },
+        )?;
+        let mut wrong = wrong.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        wrong.sort_unstable();
+        wrong_blocks += wrong.len();
+        blocks += index.blocks();
+        places.extend(
+            ranges(&index, &wrong)
+                .map(|(from, length)| format!("\n  {role}: {length} bytes from byte {from}")),
+        );
+    }
+    // The archive's end.
+    while reader.next_payload().map_err(from_source)?.is_some() {}
+    if places.is_empty() {
+        return Ok(total);
+    }
+    let count = format!("{wrong_blocks} of {blocks} blocks of 4 KiB");
+    Err(differs(machine, reader, slot, &count, &places))
+}
+
+/// Neighbouring blocks as one range each: its first byte and its length.
+fn ranges(index: &Index, blocks: &[u32]) -> impl Iterator<Item = (u64, u64)> {
+    let size = index.size();
+    let follows = |one: &u32, other: &u32| one + 1 == *other;
+    blocks.chunk_by(follows).filter_map(move |run| {
+        let from = Index::offset(*run.first()?);
+        let length = (run.len() * BLOCK_SIZE) as u64;
+        Some((from, length.min(size - from)))
+    })
+}
+
+fn differs<I: Input>(
+    machine: &Machine<'_>,
+    reader: &Reader<I>,
+    slot: Slot,
+    count: &str,
+    places: &[String],
+) -> Refusal {
+    let version = &reader.manifest().version;
+    let mut message = format!("slot {slot} differs from {version} in {count}");
+    message.extend(places.iter().take(LISTED).map(String::as_str));
+    if places.len() > LISTED {
+        message.push_str(&format!("\n  and {} more places", places.len() - LISTED));
+    }
+    let installed = Installed::read(machine.root, slot);
+    let help = match installed.filter(|known| known.manifest != reader.manifest_sha256()) {
+        Some(known) => format!(
+            "what was installed into it is {} (manifest {}): compare it with that bundle",
+            known.version, known.manifest
+        ),
+        None if slot == machine.running => {
+            "if it was made from this bundle, the card fails: `slotd boot-other`, then install into this slot; \
+             if that happens twice, replace the card"
+                .to_owned()
+        }
+        None => "if it was made from this bundle, install that again: only what differs is written; if it \
+                 happens twice, replace the card"
+            .to_owned(),
+    };
+    Refusal::new("slot-differs", message, help)
+}
