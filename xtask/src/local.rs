@@ -9,7 +9,7 @@ mod mounts;
 pub mod units;
 mod unpack;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener};
@@ -20,7 +20,7 @@ use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{FlockOperation, StatVfsMountFlags, flock, statvfs};
 use serde::{Deserialize, Serialize};
@@ -60,8 +60,6 @@ pub struct Options {
     pub fresh: bool,
     /// A folder with the API's package that serves in the place of the image's.
     pub site: Option<Utf8PathBuf>,
-    /// The port of 127.0.0.1 that leads to the robot's proxy; 0 takes any that is free.
-    pub port: u16,
     /// Run this in it once it is well, and end.
     pub command: Vec<String>,
 }
@@ -149,20 +147,20 @@ pub struct Ready {
     pub output: Option<String>,
 }
 
-/// Starts a composed system here. Without a command it runs until this process ends; `well` is told when
-/// every declared address answers.
+/// Starts a composed system here, which `listener` then leads to. Without a command it runs until this process
+/// ends; `well` is told when every declared address answers.
 ///
 /// # Errors
-/// When this machine does not allow it, the port or the system is in use, a unit is not understood, or the
-/// system does not come up. A command that fails is none: its code is in the answer.
+/// When the system is in use, a unit is not understood, or the system does not come up. A command that fails
+/// is none: its code is in the answer.
 pub fn run(
     composed: &Composed,
     options: &Options,
+    listener: TcpListener,
     well: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<Ready> {
     let started = Instant::now();
     let plan = &composed.plan;
-    allowed()?;
     let place = composed.dist.join("local");
     // What is in it was another user's program with its rights; nobody else looks into it.
     DirBuilder::new()
@@ -172,7 +170,6 @@ pub fn run(
         .with_context(|| format!("making {place}"))?;
     let _running = only_one(&place)?;
     debian::can_run(&plan.board.arch, &place)?;
-    let listener = listen(options.port)?;
     let port = listener.local_addr().context("asking for the port")?.port();
 
     let (root, data) = (place.join("root"), place.join("data"));
@@ -226,16 +223,20 @@ fn own_site(site: &Utf8Path, data: &Utf8Path) -> Result<Utf8PathBuf> {
 }
 
 /// Whether this machine lets this user make namespaces.
-fn allowed() -> Result<()> {
-    let tried = Tool::new("unshare").args(NAMESPACES).arg("true").run();
-    tried.context(
-        "trying to make namespaces\n\
-         help: a system in which users may not make any says so in one of these:\n\
-         help:   sysctl kernel.unprivileged_userns_clone                 must be 1, where it exists\n\
-         help:   sysctl user.max_user_namespaces                         must not be 0\n\
-         help:   sysctl kernel.apparmor_restrict_unprivileged_userns     must be 0, where it exists\n\
-         help: a container needs --privileged (docker, podman); in a chroot there are none",
-    )
+///
+/// # Errors
+/// When it does not; says what forbids it.
+pub fn allowed() -> Result<()> {
+    Tool::new("unshare").args(NAMESPACES).arg("true").run().map_err(|error| {
+        anyhow!(
+            "trying to make namespaces: {error:#}\n\
+             help: a system in which users may not make any says so in one of these:\n\
+             help:   sysctl kernel.unprivileged_userns_clone               must be 1, where it exists\n\
+             help:   sysctl user.max_user_namespaces                       must not be 0\n\
+             help:   sysctl kernel.apparmor_restrict_unprivileged_userns   must be 0, where it exists\n\
+             help: a container needs --privileged (docker, podman); in a chroot there are none"
+        )
+    })
 }
 
 /// Holds the folder for as long as the value lives.
@@ -252,11 +253,15 @@ fn only_one(place: &Utf8Path) -> Result<File> {
     }
 }
 
-/// Only this machine reaches it.
-fn listen(port: u16) -> Result<TcpListener> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).with_context(|| {
-        format!(
-            "listening on port {port} of 127.0.0.1\n\
+/// The port of 127.0.0.1 that is to lead to the robot's proxy; 0 takes any that is free. Only this machine
+/// reaches it.
+///
+/// # Errors
+/// When it is taken.
+pub fn listen(port: u16) -> Result<TcpListener> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| {
+        anyhow!(
+            "listening on port {port} of 127.0.0.1: {error}\n\
              help: another program has it: end that, or choose another with --port; 0 takes any"
         )
     })
@@ -398,9 +403,12 @@ fn tell(unit: &str, state: State, why: &str, seconds: f64) {
 
 /// What does not run here, and why.
 fn left_out(ready: &Ready) -> String {
-    let skipped = ready.services.iter().filter(|service| service.state == State::Skipped);
+    let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for service in ready.services.iter().filter(|service| service.state == State::Skipped) {
+        reasons.entry(&service.why).or_default().push(short(&service.unit));
+    }
     let mut parts: Vec<String> =
-        skipped.map(|service| format!("{} ({})", short(&service.unit), service.why)).collect();
+        reasons.iter().map(|(why, units)| format!("{} ({why})", units.join(", "))).collect();
     let others: Vec<&str> = ready.left_out.iter().map(|unit| short(unit)).collect();
     if !others.is_empty() {
         parts.push(format!("the base system's own: {}", others.join(", ")));

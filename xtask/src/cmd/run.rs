@@ -23,14 +23,16 @@ pub fn run(options: &Run) -> Result<()> {
 /// On this machine, without one in QEMU.
 fn here(options: &Run) -> Result<()> {
     tools::require(&[Purpose::Local], true)?;
+    // What can go wrong at once, before the build.
+    local::allowed()?;
+    let listener = local::listen(options.port)?;
     let composed = build::compose(&BuildImage::of(&options.target, None, options.offline))?;
     let how = local::Options {
         fresh: options.fresh,
         site: options.site.clone(),
-        port: options.port,
         command: options.command.clone(),
     };
-    let ready = local::run(&composed, &how, |ready| show(ready, options.format))?;
+    let ready = local::run(&composed, &how, listener, |ready| show(ready, options.format))?;
     let Some(code) = ready.exit else { return Ok(()) };
     match options.format {
         Format::Json => println!("{}", serde_json::to_string_pretty(&ready)?),

@@ -125,6 +125,8 @@ impl System {
     /// All that is there before the first service.
     fn prepare(&self) -> Result<()> {
         let Order { root, data, site, system } = &self.order;
+        // As process 1 on a robot, whatever the user's is.
+        umask(Mode::from_raw_mode(0o022));
         mounts::before(root, data, &system.mounts)?;
         if let Some(site) = site {
             mounts::site(root, site)?;

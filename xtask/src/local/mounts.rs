@@ -6,7 +6,7 @@ use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, mkfifoat, openat2, statvfs};
 use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
@@ -51,10 +51,13 @@ pub(super) fn before(root: &Utf8Path, data: &Utf8Path, mounts: &[Mount]) -> Resu
     memory(&at("dev"), "mode=0755,size=16M")?;
     devices(&at("dev"))?;
     let flags = MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID;
-    mount("proc", at("proc").as_str(), "proc", flags, None).context(
-        "mounting /proc\nhelp: a container that hides parts of /proc forbids this: run it with \
-         --security-opt unmask=ALL, or outside of the container",
-    )?;
+    mount("proc", at("proc").as_str(), "proc", flags, None).map_err(|error| {
+        anyhow!(
+            "mounting /proc: {error}\n\
+             help: a container that hides parts of /proc forbids this: run it with \
+             --security-opt unmask=ALL, or outside of the container"
+        )
+    })?;
     mount_bind(data.as_str(), at("data").as_str()).with_context(|| format!("mounting {data}"))?;
     restrict(&at("data"), MountFlags::NODEV | MountFlags::NOSUID)?;
     for entry in mounts.iter().filter(|entry| entry.after.is_none()) {

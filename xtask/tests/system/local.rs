@@ -24,19 +24,21 @@ const END: Duration = Duration::from_secs(10);
 /// How long an answer may take: the API's first request reads definitions, under emulation.
 const ANSWER: Duration = Duration::from_secs(60);
 
-/// The tool, with `run --local` and more. Root does without its rights, so that nothing needs them.
+/// The tool, with `run --local` and more. Root does without its rights, so that nothing needs them; but for
+/// one, without which nobody may be root in a namespace who is root outside (user_namespaces(7)).
 fn command(more: &[&str]) -> Command {
     let mut command = match rustix::process::geteuid().is_root() {
         false => Command::new(env!("CARGO_BIN_EXE_xtask")),
         true => {
             let mut command = Command::new(exec::find("setpriv").expect("setpriv"));
-            command.args(["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]);
+            command.args(["--bounding-set=-all,+setfcap", "--inh-caps=-all", "--no-new-privs"]);
             command.arg(env!("CARGO_BIN_EXE_xtask"));
             command
         }
     };
     command.args(["run", "--local", "--offline", "--board", BOARD]).args(more);
-    command.current_dir(root()).stdin(Stdio::null()).stdout(Stdio::piped());
+    command.current_dir(root()).stdin(Stdio::null());
+    command.stdout(Stdio::piped()).stderr(Stdio::inherit());
     command
 }
 
@@ -114,21 +116,25 @@ fn stat(pid: u32) -> Option<(u32, u32, String)> {
     Some((pid, fields.get(1)?.parse().ok()?, (*fields.get(19)?).to_owned()))
 }
 
-/// Interrupts it as Ctrl-C does, and looks for what is left.
-fn interrupt(mut running: Running) -> Result<()> {
+/// Ends it by a signal, and looks for what is left.
+fn end(mut running: Running, signal: Signal) -> Result<()> {
     let family = family(running.0.id());
     ensure!(family.len() >= 5, "too few processes for a system: {family:?}");
     let pid = i32::try_from(running.0.id()).ok().and_then(Pid::from_raw).context("a number")?;
-    kill_process(pid, Signal::INT)?;
+    kill_process(pid, signal)?;
     running.0.wait()?;
-    let end = Instant::now() + END;
+    let deadline = Instant::now() + END;
     loop {
         let is_left = |(pid, time): &&(u32, String)| stat(*pid).is_some_and(|s| s.2 == *time);
         let left: Vec<_> = family.iter().filter(is_left).collect();
         if left.is_empty() {
             return Ok(());
         }
-        ensure!(Instant::now() < end, "of {} processes these are left: {left:?}", family.len());
+        ensure!(
+            Instant::now() < deadline,
+            "of {} processes these are left: {left:?}",
+            family.len()
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
 }
@@ -185,7 +191,8 @@ fn second_start(built: &Built, data: &Utf8Path, machine: &str) -> Result<()> {
     // One at a time: `data` is one.
     let error = refused(&["--port", "0"])?;
     ensure!(error.contains("is in use: this system runs here already"), "{error}");
-    interrupt(running)
+    // As Ctrl-C does.
+    end(running, Signal::INT)
 }
 
 /// A package of one's own goes before the image's: here it is the image's, at another place.
@@ -197,11 +204,27 @@ fn own_package(place: &Utf8Path, package: &str) -> Result<()> {
         Running(command(&["--port", "0", "--site", site.as_str()]).stderr(Stdio::piped()).spawn()?);
     let errors = BufReader::new(running.0.stderr.take().context("standard error")?);
     let wanted = format!(" files of /data/apps/api/current/site/{package}");
-    let lines = errors.lines().map_while(Result::ok).inspect(|line| say(line));
-    let found = lines.into_iter().find(|line| line.contains(&wanted));
+    let mut lines = errors.lines().map_while(Result::ok).inspect(|line| say(line));
+    let found = lines.find(|line| line.contains(&wanted));
     ensure!(found.is_some_and(|line| line.contains("provision")), "nobody says `{wanted}`");
-    // It ends with its output closed, too.
-    interrupt(running)
+    // Killed, it can clean nothing up. What it says until then is still heard.
+    end(running, Signal::KILL)?;
+    drop(lines);
+    Ok(())
+}
+
+/// Where users may make no namespaces, it is said before any work.
+fn forbidden() -> Result<()> {
+    let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$0\" run --local";
+    let said = Command::new(exec::find("unshare").context("unshare")?)
+        .args(["--user", "--map-root-user", "sh", "-c", script, env!("CARGO_BIN_EXE_xtask")])
+        .current_dir(root())
+        .output()?;
+    let error = String::from_utf8(said.stderr)?;
+    ensure!(said.status.code() == Some(1), "it ended with {}: {error}", said.status);
+    ensure!(error.starts_with("error: trying to make namespaces: "), "{error}");
+    ensure!(error.contains("help:   sysctl user.max_user_namespaces"), "{error}");
+    Ok(())
 }
 
 #[test]
@@ -213,6 +236,8 @@ fn the_robots_own_system_runs_here() -> Result<()> {
     let error = refused(&["--port", &port.to_string()])?;
     ensure!(error.contains(&format!("listening on port {port} of 127.0.0.1")), "{error}");
     ensure!(error.contains("help: another program has it"), "{error}");
+
+    forbidden()?;
 
     let machine = first_start(&place.join("data"))?;
     second_start(built, &place.join("data"), &machine)?;
