@@ -135,8 +135,8 @@ pub struct Ready {
     pub unpacked: bool,
     /// Seconds from the command to an answer at every declared address.
     pub seconds: f64,
-    /// Addresses within the system that have answered, with their status.
-    pub answers: Vec<(String, u16)>,
+    /// Addresses within the system that have answered.
+    pub answers: Vec<units::Address>,
     /// Its services.
     pub services: Vec<Service>,
     /// Enabled units that do not run here: the base system's own.
@@ -211,11 +211,11 @@ pub fn run(
 
 /// Makes the place for a package of one's own. What is edited there keeps its path: each start provisions.
 fn own_site(site: &Utf8Path, data: &Utf8Path) -> Result<Utf8PathBuf> {
-    let site = site.canonicalize_utf8().with_context(|| format!("looking for {site}"))?;
     ensure!(
         site.is_dir(),
         "{site} is no folder\nhelp: name one that has the API's package in it, as `pip install --target` makes it"
     );
+    let site = site.canonicalize_utf8().with_context(|| format!("looking for {site}"))?;
     let place = data.join(SITE);
     fs::create_dir_all(&place).with_context(|| format!("making {place}"))?;
     unpack::remove(&data.join(PROVISIONED))?;

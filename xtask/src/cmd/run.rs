@@ -50,8 +50,8 @@ fn show(ready: &Ready, format: Format) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(ready)?);
         return Ok(());
     }
-    for (url, status) in &ready.answers {
-        say("well", format!("{url} answers {status}"));
+    for answer in &ready.answers {
+        say("well", format!("{} within it answers {}", answer.url, answer.status));
     }
     println!(" ready    {}  ({:.0} s)", ready.address, ready.seconds);
     println!(" data     {}  (--fresh begins with an empty one)", ready.data);

@@ -19,7 +19,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::Mode;
 use rustix::process::{Pid, Signal, kill_process_group, umask};
 
-use super::units::{Again, Condition, Exec, Mount, Start, Test, Unit};
+use super::units::{Address, Again, Condition, Exec, Mount, Start, Test, Unit};
 use super::{Event, Order, PORT, State, mounts};
 use crate::exec::Tool;
 
@@ -62,7 +62,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Runs the local system until the host's side ends it.
 ///
 /// # Errors
-/// What keeps it from starting; the host's side is told, too.
+/// When it cannot hear the host's side. What else keeps it from starting, that side is told.
 pub fn run() -> Result<()> {
     let host =
         std::io::stdout().as_fd().try_clone_to_owned().context("reaching the host's side")?;
@@ -86,7 +86,7 @@ pub fn run() -> Result<()> {
     }));
     if let Err(error) = system.prepare() {
         system.tell(&Event::Broken { why: format!("{error:#}") });
-        return Err(error);
+        return Ok(());
     }
     thread::spawn(|| system.kernel_log());
     thread::spawn(move || hand_on(&listener));
@@ -389,10 +389,9 @@ impl System {
             .proxy(None)
             .build();
         let agent = ureq::Agent::from(config);
-        for (url, expected) in &self.order.system.addresses {
-            while agent.get(url).call().map(|answer| answer.status().as_u16()).ok()
-                != Some(*expected)
-            {
+        for Address { url, status } in &self.order.system.addresses {
+            let found = || Some(agent.get(url).call().ok()?.status().as_u16());
+            while found() != Some(*status) {
                 thread::sleep(ASK);
             }
         }

@@ -9,6 +9,7 @@ use std::os::unix::fs::symlink;
 use anyhow::{Context, Result, anyhow};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, mkfifoat, openat2, statvfs};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 
 use super::units::Mount;
@@ -52,11 +53,14 @@ pub(super) fn before(root: &Utf8Path, data: &Utf8Path, mounts: &[Mount]) -> Resu
     devices(&at("dev"))?;
     let flags = MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID;
     mount("proc", at("proc").as_str(), "proc", flags, None).map_err(|error| {
-        anyhow!(
-            "mounting /proc: {error}\n\
-             help: a container that hides parts of /proc forbids this: run it with \
-             --security-opt unmask=ALL, or outside of the container"
-        )
+        let help = match error {
+            Errno::PERM => {
+                "\nhelp: a container that hides parts of /proc forbids this: run it with \
+                 --security-opt unmask=ALL, or outside of the container"
+            }
+            _ => "",
+        };
+        anyhow!("mounting /proc: {error}{help}")
     })?;
     mount_bind(data.as_str(), at("data").as_str()).with_context(|| format!("mounting {data}"))?;
     restrict(&at("data"), MountFlags::NODEV | MountFlags::NOSUID)?;

@@ -172,8 +172,23 @@ pub struct System {
     pub notes: Vec<String>,
     /// What fstab mounts.
     pub mounts: Vec<Mount>,
-    /// Addresses that must answer for the system to be well (`/etc/slotd/health.d`), with their status.
-    pub addresses: Vec<(String, u16)>,
+    /// Addresses that must answer for the system to be well (`/etc/slotd/health.d`).
+    pub addresses: Vec<Address>,
+}
+
+/// An address of a declared health check; only the system itself reaches it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Address {
+    /// Such as `http://127.0.0.1:80/health`.
+    pub url: String,
+    /// The status that it must answer with.
+    #[serde(default = "good")]
+    pub status: u16,
+}
+
+fn good() -> u16 {
+    200
 }
 
 /// Reads what `root` would start. `overlay` lists the paths that overlays bring, without a leading slash.
@@ -467,19 +482,10 @@ fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
 }
 
 /// The addresses of the agent's declared health checks.
-fn addresses(root: &Utf8Path) -> Result<Vec<(String, u16)>> {
+fn addresses(root: &Utf8Path) -> Result<Vec<Address>> {
     #[derive(Deserialize)]
     struct Check {
-        http: Option<Http>,
-    }
-    #[derive(Deserialize)]
-    struct Http {
-        url: String,
-        #[serde(default = "good")]
-        status: u16,
-    }
-    fn good() -> u16 {
-        200
+        http: Option<Address>,
     }
     let folder = root.join("etc/slotd/health.d");
     let mut found = Vec::new();
@@ -487,7 +493,7 @@ fn addresses(root: &Utf8Path) -> Result<Vec<(String, u16)>> {
         let path = folder.join(name);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         let check: Check = toml::from_str(&text).with_context(|| format!("reading {path}"))?;
-        found.extend(check.http.map(|http| (http.url, http.status)));
+        found.extend(check.http);
     }
     Ok(found)
 }
@@ -603,7 +609,10 @@ mod tests {
         assert_eq!(system.units[0].umask, 0o077);
         assert_eq!(system.units[1].after, ["b.service"]);
         assert_eq!(system.left_out, ["ssh.service"]);
-        assert_eq!(system.addresses, [("http://127.0.0.1:80/x".to_owned(), 200)]);
+        assert_eq!(
+            system.addresses,
+            [Address { url: "http://127.0.0.1:80/x".into(), status: 200 }]
+        );
         let [tmp, log] = system.mounts.as_slice() else { panic!("{:?}", system.mounts) };
         assert_eq!((tmp.at.as_str(), tmp.options.as_str()), ("/tmp", "mode=1777,size=25%"));
         assert_eq!(log.what.as_deref(), Some(Utf8Path::new("/data/var/log")));
