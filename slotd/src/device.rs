@@ -92,6 +92,22 @@ pub struct Device {
 const NOT_OUR_DISK: &str =
     "the card was not made by `cargo xtask build-image` for this system: flash it again";
 
+impl Description {
+    /// Reads `device.toml`. What needs nothing else works whatever `/` lies on.
+    ///
+    /// # Errors
+    /// `bad-device`: it is missing or malformed.
+    pub fn read(root: &Root) -> Result<Self> {
+        let path = root.device_file();
+        let bad = |why: String| {
+            let message = format!("reading {}: {why}", path.display());
+            Refusal::new("bad-device", message, "run this on a robot that Slipway made")
+        };
+        let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
+        toml::from_str(&text).map_err(|error| bad(error.message().to_owned()))
+    }
+}
+
 impl Device {
     /// Reads `device.toml` and finds the running slot.
     ///
@@ -100,13 +116,7 @@ impl Device {
     /// no partition that it lists as a slot.
     pub fn read(root: &Root) -> Result<Self> {
         let path = root.device_file();
-        let bad = |why: String| {
-            let message = format!("reading {}: {why}", path.display());
-            Refusal::new("bad-device", message, "run this on a robot that Slipway made")
-        };
-        let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
-        let about: Description =
-            toml::from_str(&text).map_err(|error| bad(error.message().to_owned()))?;
+        let about = Description::read(root)?;
         let partition = root_partition(root)?;
         let (number, start) = (value(&partition, "partition")?, value(&partition, "start")?);
         let is = |slot: &Slot| {

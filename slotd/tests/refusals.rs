@@ -248,6 +248,9 @@ fn a_robot_that_is_not_as_its_image_says_is_left_alone() {
     fs::write(&device, text).unwrap();
     robot.file("proc/self/mountinfo", "24 20 0:30 / / rw - overlay overlay rw\n");
     refused(&robot, "unknown-slot");
+    // Its data are prepared all the same: that asks for no slot.
+    let prepared = robot.command(&["data", "prepare"]).output().unwrap();
+    assert!(prepared.status.success(), "{prepared:?}");
 }
 
 /// Signs a key set, and lays both files down.

@@ -35,7 +35,11 @@ pub enum Command {
     Inspect(Inspect),
     /// Check an image or a bundle against its hashes and signatures.
     Verify(Verify),
-    /// Boot a built image in QEMU, with its serial console on this terminal.
+    /// Boot a built image in QEMU, with its serial console on this terminal; or run its services here.
+    ///
+    /// With --local: builds the root file system and starts its services on this machine, as an ordinary
+    /// user, without hardware, systemd or D-Bus, from the very files that ship. Its `data` is kept. Only
+    /// 127.0.0.1 reaches it. Ctrl-C ends all of it.
     Run(Run),
     /// Write an image to a card, and read back what the card then holds.
     ///
@@ -145,13 +149,13 @@ pub struct BuildImage {
 }
 
 impl BuildImage {
-    /// What builds one component of a product for a push.
-    pub fn of_component(target: &Target, component: Component, offline: bool) -> Self {
+    /// What another verb builds on its way: a component of a product, or without one the product itself.
+    pub fn of(target: &Target, component: Option<Component>, offline: bool) -> Self {
         Self {
             target: target.clone(),
             until: None,
             nightly: false,
-            component: Some(component),
+            component,
             offline,
             locked: false,
             zst: false,
@@ -338,6 +342,28 @@ pub struct Run {
     /// Forward this port of 127.0.0.1 to the robot's SSH port.
     #[arg(long, default_value_t = 2222)]
     pub ssh_port: u16,
+    /// Run the robot's services on this machine, without a machine in QEMU.
+    #[arg(long, conflicts_with_all = ["slot", "ssh_port"])]
+    pub local: bool,
+    /// With --local: begin with an empty `data`.
+    #[arg(long, requires = "local")]
+    pub fresh: bool,
+    /// With --local: let the API's package in this folder serve, as on a robot with an API of its own on `data`.
+    #[arg(long, value_name = "DIR", requires = "local")]
+    pub site: Option<Utf8PathBuf>,
+    /// With --local: the port of 127.0.0.1 that leads to the robot's port 80; 0 takes any that is free.
+    #[arg(long, requires = "local", default_value_t = 8080)]
+    pub port: u16,
+    /// With --local: use no network to build.
+    #[arg(long, requires = "local")]
+    pub offline: bool,
+    /// With --local: how to print the result.
+    #[arg(long, requires = "local", value_enum, default_value = "text")]
+    pub format: Format,
+    /// With --local: once every health check at an address succeeds, run this in the system, as its root, and
+    /// end. Succeeds if the command does.
+    #[arg(last = true, requires = "local")]
+    pub command: Vec<String>,
 }
 
 /// Options of `flash`.

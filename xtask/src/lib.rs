@@ -19,6 +19,7 @@ pub mod facts;
 pub mod fetch;
 pub mod flash;
 pub mod keys;
+pub mod local;
 pub mod plan;
 pub mod progress;
 pub mod publish;

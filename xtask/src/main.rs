@@ -4,13 +4,15 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use xtask::cli::{Cli, Command};
-use xtask::{bench, cmd};
+use xtask::{bench, cmd, local};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     // The benchmark measures itself as a child, so that its memory is its own.
     let outcome = match arguments.get(1).map(String::as_str) {
         Some(bench::bundle::CHILD) => bench::bundle::child(arguments.get(2..).unwrap_or_default()),
+        // Process 1 of a local system is this program, too.
+        Some(local::CHILD) => local::init::run(),
         _ => run(&Cli::parse()),
     };
     match outcome {

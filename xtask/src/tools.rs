@@ -19,6 +19,8 @@ pub enum Purpose {
     Buildroot,
     /// `run`, and the tests that boot an image.
     Run,
+    /// `run --local`, and its tests.
+    Local,
     /// `test`: foreign tools that read what we write.
     Test,
     /// `test --all`.
@@ -114,6 +116,8 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Run, "qemu-system-aarch64", "qemu-system-arm", "boots the image"),
     tool(Purpose::Run, "qemu-img", "qemu-utils", "keeps the image unchanged while it runs"),
     tool(Purpose::Run, "setpriv", "util-linux", "ends a machine with what drives it"),
+    tool(Purpose::Local, "unshare", "util-linux", "makes namespaces for a local system"),
+    tool(Purpose::Local, "ip", "iproute2", "starts the network in them"),
     tool(Purpose::Test, "sfdisk", "fdisk", "reads our partition tables"),
     tool(Purpose::Test, "strace", "strace", "kills the agent at any of its changes"),
     tool(Purpose::Test, "sgdisk", "gdisk", "reads our partition tables"),

@@ -59,7 +59,22 @@ const VERBS: [(&str, &[&str]); 28] = [
     ("render", &["--product", "--board", "--format"]),
     ("inspect", &["<FILE>", "--diff", "--format"]),
     ("verify", &["<FILE>", "--keys <FILE>", "--format"]),
-    ("run", &["--product", "--board", "--slot", "--ssh-port"]),
+    (
+        "run",
+        &[
+            "--product",
+            "--board",
+            "--slot",
+            "--ssh-port",
+            "--local",
+            "--fresh",
+            "--site <DIR>",
+            "--port",
+            "--offline",
+            "--format",
+            "[-- <COMMAND>...]",
+        ],
+    ),
     (
         "flash",
         &[

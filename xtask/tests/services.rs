@@ -9,6 +9,7 @@ use bundle::manifest::Kind;
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::config;
 use xtask::facts::Facts;
+use xtask::local::units;
 use xtask::plan::{self, Plan};
 use xtask::render::{OverlayContent, render};
 
@@ -331,6 +332,38 @@ fn units_are_valid_and_confined() {
             let said = said(&output);
             assert!(output.status.success(), "{}", said.lines().last().unwrap_or_default());
         }
+    }
+}
+
+#[test]
+fn a_local_system_understands_every_unit() {
+    for plan in plans() {
+        let robot = Robot::new(&plan);
+        // As compose enables them.
+        let preset = robot.read("usr/lib/systemd/system-preset/10-slipway.preset");
+        let enabled: Vec<&str> =
+            preset.lines().filter_map(|line| line.strip_prefix("enable ")).collect();
+        for unit in &enabled {
+            robot.put(&format!("etc/systemd/system/multi-user.target.wants/{unit}"), "");
+        }
+        let overlay = plan.overlay.iter().map(|file| file.target.clone()).collect();
+        let system = units::read(&robot.at(""), &overlay).expect("a system");
+        assert_eq!(system.notes, [""; 0], "{}", plan.product.name);
+        let names: Vec<&str> = system.units.iter().map(|unit| unit.name.as_str()).collect();
+        let missing: Vec<_> = enabled.iter().filter(|unit| !names.contains(*unit)).collect();
+        assert!(missing.is_empty() && enabled.len() > 8, "{missing:?} of {enabled:?}");
+        let at = |name: &str| names.iter().position(|n| *n == format!("slipway-{name}.service"));
+        assert!(at("state") < at("identity") && at("state") < at("provision"), "{names:?}");
+        assert!(at("provision") < at("api") && at("provision") < at("proxy"), "{names:?}");
+        // What serves a card, links or wireless devices has none to serve.
+        let here = |name: &str| {
+            let unit = at(name).and_then(|at| system.units.get(at)).expect("a unit");
+            !unit.conditions.iter().any(|c| c.test == units::Test::Container && c.negated)
+        };
+        assert!(["state", "identity", "provision", "links", "api", "proxy"].into_iter().all(here));
+        assert!(!["seed", "network", "ssh-keys"].into_iter().any(here));
+        let after: Vec<_> = system.mounts.iter().filter_map(|mount| mount.after.as_ref()).collect();
+        assert!(after.iter().all(|unit| names.contains(&unit.as_str())), "fstab: {after:?}");
     }
 }
 

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::grow::Grown;
 use super::{Migrated, Pending, migrate, pending, state};
 use crate::api;
-use crate::device::Device;
+use crate::device::Description;
 use crate::durable::Lock;
 use crate::events::Events;
 use crate::files::Disk;
@@ -106,8 +106,9 @@ fn prepare_all(root: &Root) -> Result<Prepared> {
     if let Err(refusal) = api::settle(root, &events, &Disk) {
         events.add("api-not-settled", json!(refusal));
     }
-    let device = Device::read(root)?;
-    Ok(Prepared { carried_out, migrated: migrate(root, &device.about.version)? })
+    // Which slot runs does not matter here, nor whether `/` is on a slot at all.
+    let about = Description::read(root)?;
+    Ok(Prepared { carried_out, migrated: migrate(root, &about.version)? })
 }
 
 fn report(root: &Root) -> PathBuf {

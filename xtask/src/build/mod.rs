@@ -111,6 +111,36 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
     outcome::write(&build, &report, options.format)
 }
 
+/// A composed system, for who runs it without a card.
+pub struct Composed {
+    /// What was built.
+    pub plan: Plan,
+    /// Where results lie.
+    pub dist: Utf8PathBuf,
+    /// The root filesystem.
+    pub system: System,
+}
+
+/// Builds as far as the root filesystem, without a report.
+///
+/// # Errors
+/// Whatever a stage returns.
+pub fn compose(options: &BuildImage) -> Result<Composed> {
+    let (config, _, plan) = resolve(&options.target)?;
+    let cache = Cache::locate()?;
+    let dist = dist(&config.root, &plan);
+    say("plan", summary(&plan));
+    let mut rendered = render(&config.root, &plan)?;
+    let signing = signing(&plan).context("choosing the signing key")?;
+    developer_access(&plan, &mut rendered).context("finding who may log in")?;
+    let packages = package_spec(&config);
+    let mut build = Build::new(&plan, &config.root, dist.clone(), &cache, options, packages);
+    let made = stages(&mut build, &rendered, &signing, Stage::Compose)?;
+    drop(build);
+    let system = made.system.context("the stage compose makes a system")?;
+    Ok(Composed { plan, dist, system })
+}
+
 /// What a build made, as far as it was asked to go.
 pub struct Made {
     /// The base system.

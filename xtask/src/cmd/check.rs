@@ -42,8 +42,7 @@ pub fn check() -> Result<()> {
 /// # Errors
 /// When something is missing or a test fails.
 pub fn test(options: &Test) -> Result<()> {
-    let mut purposes =
-        vec![Purpose::Build, Purpose::Debian, Purpose::Run, Purpose::Push, Purpose::Test];
+    let mut purposes = super::doctor::purposes(false);
     if options.all {
         purposes.push(Purpose::TestAll);
     }

@@ -28,8 +28,14 @@ pub fn doctor(options: &Doctor) -> Result<()> {
 
 /// What a machine must be able to do; with `buildroot` production systems, too.
 pub fn purposes(buildroot: bool) -> Vec<Purpose> {
-    let mut purposes =
-        vec![Purpose::Build, Purpose::Debian, Purpose::Run, Purpose::Push, Purpose::Test];
+    let mut purposes = vec![
+        Purpose::Build,
+        Purpose::Debian,
+        Purpose::Run,
+        Purpose::Local,
+        Purpose::Push,
+        Purpose::Test,
+    ];
     purposes.extend(buildroot.then_some(Purpose::Buildroot));
     purposes
 }

@@ -20,7 +20,7 @@ pub fn push(options: &Push) -> Result<()> {
         (Some(bundle), _) => bundle.clone(),
         (None, Some(component)) => {
             tools::require(&[Purpose::Push], true)?;
-            let build = BuildImage::of_component(&options.target, component, options.offline);
+            let build = BuildImage::of(&options.target, Some(component), options.offline);
             build_component(&build)?.bundle.path
         }
         (None, None) => {

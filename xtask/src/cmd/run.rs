@@ -1,10 +1,12 @@
-//! `run`: boots a built image in QEMU on this terminal.
+//! `run`: boots a built image in QEMU on this terminal, or runs a product's services on this machine.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::build::qemu_files;
-use crate::cli::Run;
+use crate::build::{self, qemu_files};
+use crate::cli::{BuildImage, Format, Run};
 use crate::cmd::plan::{dist, resolve};
+use crate::local::{self, Ready};
+use crate::progress::say;
 use crate::qemu::{Start, run_interactive};
 use crate::tools::{self, Purpose};
 use bundle::bootstate::{BootState, Slot};
@@ -12,8 +14,53 @@ use bundle::bootstate::{BootState, Slot};
 /// `cargo xtask run`.
 ///
 /// # Errors
-/// When nothing was built, or the board has no machine in QEMU.
+/// When nothing was built, or the board has no machine in QEMU; with `--local` when the build fails, this
+/// machine allows no namespaces, the system does not come up, or the command in it fails.
 pub fn run(options: &Run) -> Result<()> {
+    if options.local { here(options) } else { machine(options) }
+}
+
+/// On this machine, without one in QEMU.
+fn here(options: &Run) -> Result<()> {
+    tools::require(&[Purpose::Local], true)?;
+    // What can go wrong at once, before the build.
+    local::allowed()?;
+    let listener = local::listen(options.port)?;
+    let composed = build::compose(&BuildImage::of(&options.target, None, options.offline))?;
+    let how = local::Options {
+        fresh: options.fresh,
+        site: options.site.clone(),
+        command: options.command.clone(),
+    };
+    let ready = local::run(&composed, &how, listener, |ready| show(ready, options.format))?;
+    let Some(code) = ready.exit else { return Ok(()) };
+    match options.format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&ready)?),
+        Format::Text => print!("{}", ready.output.as_deref().unwrap_or_default()),
+    }
+    if code != 0 {
+        bail!("{} has ended with {code}", options.command.join(" "));
+    }
+    Ok(())
+}
+
+/// A system that is well, and runs on.
+fn show(ready: &Ready, format: Format) -> Result<()> {
+    if format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(ready)?);
+        return Ok(());
+    }
+    for answer in &ready.answers {
+        say("well", format!("{} within it answers {}", answer.url, answer.status));
+    }
+    println!(" ready    {}  ({:.0} s)", ready.address, ready.seconds);
+    println!(" data     {}  (--fresh begins with an empty one)", ready.data);
+    println!(" quit     Ctrl-C");
+    Ok(())
+}
+
+/// In QEMU.
+fn machine(options: &Run) -> Result<()> {
     let (config, _, plan) = resolve(&options.target)?;
     let name = &plan.board.name;
     let qemu = plan.board.qemu.as_ref().with_context(|| {

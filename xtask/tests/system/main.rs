@@ -11,6 +11,7 @@ mod firmware;
 mod foreign;
 mod kill;
 mod laptop;
+mod local;
 mod nightly;
 mod owners;
 mod repeat;

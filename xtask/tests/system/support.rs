@@ -278,10 +278,11 @@ pub fn stages(report: &Value) -> Result<Vec<(String, bool)>> {
         .collect()
 }
 
-/// Every file below a folder with its length and SHA-256.
+/// Every file below a folder with its length and SHA-256, but for what `run --local` keeps.
 pub fn snapshot(dir: &Utf8Path) -> Result<BTreeMap<Utf8PathBuf, (u64, String)>> {
     let mut found = BTreeMap::new();
-    for path in files(dir)? {
+    let local = dir.join("local");
+    for path in files(dir)?.into_iter().filter(|path| !path.starts_with(&local)) {
         found.insert(path.strip_prefix(dir)?.to_owned(), hash_file(&path)?);
     }
     Ok(found)

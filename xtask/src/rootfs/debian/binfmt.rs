@@ -43,11 +43,11 @@ fn probe() -> Vec<u8> {
     elf
 }
 
-/// Makes sure that programs for `arch` (Debian's name) run, also in a root that has no qemu.
+/// Makes sure that programs for `arch` (Debian's name) run, also in a root that has no qemu. Tried in `work`.
 ///
 /// # Errors
 /// When they do not and this process cannot change that; says the one command that does.
-pub(super) fn ensure(arch: &str, work: &Utf8Path) -> Result<()> {
+pub fn ensure(arch: &str, work: &Utf8Path) -> Result<()> {
     let native = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",

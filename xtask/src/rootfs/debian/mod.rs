@@ -18,6 +18,7 @@ mod unpack;
 use serde::{Deserialize, Serialize};
 
 pub use apt::Mirrors;
+pub use binfmt::ensure as can_run;
 pub use build::{BoardWants, BuildRequest, build, install};
 pub use download::{Fetched, LockedDeb, Policy, Replaced, fetch_lock};
 pub use host::{host_e2fs, unpack_locked};

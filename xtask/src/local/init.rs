@@ -1,0 +1,539 @@
+//! Process 1 of a local system, in namespaces of its own: mounts, runs the robot's services in systemd's
+//! place, and hands connections of the host's port on. It talks to the host's side over its standard output,
+//! a socket, and ends with it; with process 1 the kernel ends everything else.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::Mode;
+use rustix::process::{Pid, Signal, kill_process_group, umask};
+
+use super::units::{Address, Again, Condition, Exec, Mount, Start, Test, Unit};
+use super::{Event, Order, PORT, State, mounts};
+use crate::exec::Tool;
+
+/// The first of the numbers from which systemd takes users that exist only while their service runs
+/// (systemd.exec(5), DynamicUser=). Any that is not root's does.
+const OWN_USER: u32 = 61184;
+
+/// Where programs are looked for when a service does not say (systemd.exec(5)).
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin";
+
+/// How often a running service is looked at.
+const POLL: Duration = Duration::from_millis(50);
+
+/// How often an address is asked, and how long it may take to answer.
+const ASK: Duration = Duration::from_millis(500);
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// The kernel's priority of what nobody has ranked (syslog(3): LOG_INFO), and of errors (LOG_ERR).
+const INFO: u8 = 6;
+const ERROR: u8 = 3;
+
+/// The local system, as its threads share it.
+struct System {
+    order: Order,
+    /// The program `unshare` of the host: every service enters the root through it.
+    unshare: Utf8PathBuf,
+    host: Mutex<UnixStream>,
+    /// Which services have started, were skipped or have failed.
+    settled: Mutex<Vec<String>>,
+    changed: Condvar,
+    /// The umask is the process's: one service is started at a time.
+    starting: Mutex<()>,
+    began: Instant,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs the local system until the host's side ends it.
+///
+/// # Errors
+/// When it cannot hear the host's side. What else keeps it from starting, that side is told.
+pub fn run() -> Result<()> {
+    let host =
+        std::io::stdout().as_fd().try_clone_to_owned().context("reaching the host's side")?;
+    let host = UnixStream::from(host);
+    let mut orders = BufReader::new(host.try_clone().context("reaching the host's side")?);
+    let mut line = String::new();
+    orders.read_line(&mut line).context("reading the order")?;
+    let order: Order = serde_json::from_str(&line).context("reading the order")?;
+    let listener = std::io::stdin().as_fd().try_clone_to_owned().context("taking the port over")?;
+    let listener = TcpListener::from(listener);
+    let unshare = crate::exec::find("unshare").context("looking for unshare")?;
+    // It lives as long as the process, and so do its threads.
+    let system: &'static System = Box::leak(Box::new(System {
+        order,
+        unshare,
+        host: Mutex::new(host),
+        settled: Mutex::default(),
+        changed: Condvar::new(),
+        starting: Mutex::default(),
+        began: Instant::now(),
+    }));
+    if let Err(error) = system.prepare() {
+        system.tell(&Event::Broken { why: format!("{error:#}") });
+        return Ok(());
+    }
+    thread::spawn(|| system.kernel_log());
+    thread::spawn(move || hand_on(&listener));
+    for unit in &system.order.system.units {
+        thread::spawn(|| system.look_after(unit));
+    }
+    thread::spawn(|| system.watch());
+    // Commands, one a line. Where they end, the host's side has ended, and so does this.
+    for line in orders.lines() {
+        let Ok(line) = line else { break };
+        let words: Vec<String> = serde_json::from_str(&line).context("reading a command")?;
+        thread::spawn(move || system.command(&words));
+    }
+    Ok(())
+}
+
+impl System {
+    /// Says something to the host's side. When nobody listens any more, this system ends anyway.
+    fn tell(&self, event: &Event) {
+        let Ok(mut line) = serde_json::to_vec(event) else { return };
+        line.push(b'\n');
+        if lock(&self.host).write_all(&line).is_err() {
+            std::process::exit(1);
+        }
+    }
+
+    fn said(&self, unit: &str, level: u8, line: &str) {
+        self.tell(&Event::Said { unit: unit.to_owned(), level, line: line.to_owned() });
+    }
+
+    fn state(&self, unit: &Unit, state: State, why: impl Into<String>) {
+        let seconds = self.began.elapsed().as_secs_f64();
+        self.tell(&Event::Unit { unit: unit.name.clone(), state, why: why.into(), seconds });
+    }
+
+    /// All that is there before the first service.
+    fn prepare(&self) -> Result<()> {
+        let Order { root, data, site, system } = &self.order;
+        // As process 1 on a robot, whatever the user's is.
+        umask(Mode::from_raw_mode(0o022));
+        mounts::before(root, data, &system.mounts)?;
+        if let Some(site) = site {
+            mounts::site(root, site)?;
+        }
+        self.name()?;
+        Tool::new("ip").args(["link", "set", "lo", "up"]).run().context("starting the network")?;
+        // In this network, which nobody else reaches: a service's own user may open the robot's ports.
+        fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")
+            .context("letting services open low ports")
+    }
+
+    /// Gives this system the host name that its services have chosen.
+    fn name(&self) -> Result<()> {
+        let path = self.order.root.join(mounts::HOSTNAME);
+        let name = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        rustix::system::sethostname(name.trim().as_bytes()).context("setting the host name")
+    }
+
+    /// Waits for the services that come first, then starts this one and keeps it running.
+    fn look_after(&'static self, unit: &'static Unit) {
+        let mut settled = lock(&self.settled);
+        while !unit.after.iter().all(|other| settled.contains(other)) {
+            settled = self.changed.wait(settled).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(settled);
+        let fails = |condition: &&Condition| !self.holds(condition);
+        if let Some(condition) = unit.conditions.iter().find(fails) {
+            self.state(unit, State::Skipped, condition.text.clone());
+            return self.settle(unit);
+        }
+        loop {
+            let (healthy, why) = match self.once(unit) {
+                Ok(status) => (status.success(), status.to_string()),
+                Err(error) => (false, format!("{error:#}")),
+            };
+            let again = match unit.again {
+                Again::Always => true,
+                Again::Failed => !healthy,
+                Again::No => false,
+            };
+            match (again, healthy) {
+                (true, _) => self.state(unit, State::Restarts, why),
+                (false, true) => self.state(unit, State::Done, ""),
+                (false, false) => self.state(unit, State::Failed, why),
+            }
+            self.settle(unit);
+            if !again {
+                return;
+            }
+            thread::sleep(unit.pause);
+        }
+    }
+
+    /// Whoever waits for this service may start.
+    fn settle(&self, unit: &Unit) {
+        if lock(&self.settled).contains(&unit.name) {
+            return;
+        }
+        let after = |mount: &&Mount| mount.after.as_ref() == Some(&unit.name);
+        for mount in self.order.system.mounts.iter().filter(after) {
+            // As fstab's `nofail` has it: reported, and nothing else.
+            if let Err(error) = mounts::place(&self.order.root, mount) {
+                self.said(&unit.name, ERROR, &format!("{error:#}"));
+            }
+        }
+        if let Err(error) = self.name() {
+            self.said(&unit.name, ERROR, &format!("{error:#}"));
+        }
+        lock(&self.settled).push(unit.name.clone());
+        self.changed.notify_all();
+    }
+
+    fn holds(&self, condition: &Condition) -> bool {
+        let look = |path: &Utf8Path| {
+            let fd = mounts::within(&self.order.root, path).ok()?;
+            let path = Utf8PathBuf::from(mounts::by_descriptor(&fd));
+            let about = fs::metadata(&path).ok()?;
+            let entries = about.is_dir() && fs::read_dir(&path).ok()?.next().is_some();
+            Some((about, entries))
+        };
+        let runs =
+            |about: &fs::Metadata| about.is_file() && about.permissions().mode() & 0o111 != 0;
+        let holds = match &condition.test {
+            Test::Exists(path) => look(path).is_some(),
+            Test::Executable(path) => look(path).is_some_and(|(about, _)| runs(&about)),
+            Test::NotEmpty(path) => look(path).is_some_and(|(about, _)| about.len() > 0),
+            Test::Populated(path) => look(path).is_some_and(|(_, entries)| entries),
+            Test::Container => true,
+        };
+        holds != condition.negated
+    }
+
+    /// Runs a service once, to its end.
+    fn once(&'static self, unit: &'static Unit) -> Result<ExitStatus> {
+        for name in &unit.runtime {
+            let path = self.order.root.join("run").join(name);
+            fs::create_dir_all(&path).with_context(|| format!("making {path}"))?;
+            let mode = fs::Permissions::from_mode(unit.runtime_mode);
+            fs::set_permissions(&path, mode).with_context(|| format!("making {path}"))?;
+        }
+        let deadline = Instant::now().checked_add(unit.timeout);
+        for exec in &unit.before {
+            let status = self.to_the_end(unit, exec, deadline)?;
+            if !status.success() && !exec.may_fail {
+                bail!("{}: {status}", exec.words.join(" "));
+            }
+        }
+        if unit.start == Start::Ended {
+            let mut last = Err(anyhow::anyhow!("it has no program"));
+            for exec in &unit.programs {
+                let status = self.to_the_end(unit, exec, deadline)?;
+                last = Ok(if exec.may_fail { ExitStatus::default() } else { status });
+                if !status.success() && !exec.may_fail {
+                    break;
+                }
+            }
+            return last;
+        }
+        let exec = unit.programs.first().context("it has no program")?;
+        let notified = match unit.start {
+            Start::Notified => Some(Notified::new(&self.order.root, &unit.name)?),
+            _ => None,
+        };
+        let mut child = self.start(unit, exec, notified.as_ref())?;
+        let mut waits = notified.as_ref();
+        if waits.is_none() {
+            self.state(unit, State::Started, "");
+            self.settle(unit);
+        }
+        loop {
+            if let Some(status) = child.try_wait().context("waiting for it")? {
+                // What it has started ends with it.
+                end(&child);
+                return Ok(status);
+            }
+            if let Some(said) = waits.and_then(Notified::ready) {
+                waits = None;
+                self.state(unit, State::Started, said);
+                self.settle(unit);
+            }
+            if waits.is_some() && deadline.is_some_and(|deadline| Instant::now() > deadline) {
+                end(&child);
+                child.wait().context("waiting for it")?;
+                bail!("it has not started within {} s", unit.timeout.as_secs());
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    fn to_the_end(
+        &'static self,
+        unit: &'static Unit,
+        exec: &Exec,
+        by: Option<Instant>,
+    ) -> Result<ExitStatus> {
+        let mut child = self.start(unit, exec, None)?;
+        loop {
+            if let Some(status) = child.try_wait().context("waiting for it")? {
+                return Ok(status);
+            }
+            if by.is_some_and(|deadline| Instant::now() > deadline) {
+                end(&child);
+                child.wait().context("waiting for it")?;
+                bail!("{} has not ended within {} s", exec.words.join(" "), unit.timeout.as_secs());
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// What enters the root and becomes the program whose words follow.
+    fn enter(&self, more: &[&str], folder: &Utf8Path) -> Tool {
+        let root = &self.order.root;
+        Tool::new(&self.unshare)
+            .args(more)
+            .args([format!("--root={root}"), format!("--wd={folder}"), "--".to_owned()])
+            .env_only(&[])
+            .env("PATH", PATH)
+    }
+
+    /// Starts a program of a service. A user of its own is one in a user namespace of its own: not root
+    /// there, but with the host's user's files.
+    fn start(
+        &'static self,
+        unit: &'static Unit,
+        exec: &Exec,
+        notified: Option<&Notified>,
+    ) -> Result<Child> {
+        let (user, group) = (format!("--map-user={OWN_USER}"), format!("--map-group={OWN_USER}"));
+        let own: &[&str] = if unit.own_user { &["--user", &user, &group] } else { &[] };
+        let mut tool = self.enter(own, &unit.folder).args(&exec.words);
+        for (name, value) in &unit.environment {
+            tool = tool.env(name, value);
+        }
+        // These count before what the unit has by itself (systemd.exec(5)).
+        for (path, may_lack) in &unit.environment_files {
+            for (name, value) in self.variables(path, *may_lack)? {
+                tool = tool.env(&name, value);
+            }
+        }
+        if let Some(notified) = notified {
+            tool = tool.env("NOTIFY_SOCKET", &notified.inside);
+        }
+        let (output, writer) = std::io::pipe().context("making a pipe")?;
+        let second = writer.try_clone().context("making a pipe")?;
+        let mut command = tool.into_command();
+        // A group of its own: Ctrl-C is for the host's side, which then ends all of this at once.
+        command.stdin(Stdio::null()).stdout(writer).stderr(second).process_group(0);
+        let child = {
+            let _one = lock(&self.starting);
+            let before = umask(Mode::from_raw_mode(unit.umask));
+            let child = command.spawn();
+            umask(before);
+            child.with_context(|| format!("starting {}", exec.words.join(" ")))?
+        };
+        // Ends with the last program that writes there.
+        thread::spawn(move || {
+            for line in lines(output) {
+                let (level, text) = ranked(&line);
+                self.said(&unit.name, level, text);
+            }
+        });
+        Ok(child)
+    }
+
+    /// A file of variables (systemd.exec(5), EnvironmentFile=), without anything to expand.
+    fn variables(&self, path: &Utf8Path, may_lack: bool) -> Result<Vec<(String, String)>> {
+        let text = mounts::within(&self.order.root, path)
+            .and_then(|fd| Ok(fs::read_to_string(mounts::by_descriptor(&fd))?));
+        let text = match text {
+            Err(_) if may_lack => return Ok(Vec::new()),
+            text => text.with_context(|| format!("reading {path}"))?,
+        };
+        let plain = |line: &&str| !line.is_empty() && !line.starts_with(['#', ';']);
+        let pairs = text.lines().map(str::trim).filter(plain).filter_map(|l| l.split_once('='));
+        Ok(pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
+    }
+
+    /// Hands on what services write to the kernel's log.
+    fn kernel_log(&self) {
+        let path = self.order.root.join(mounts::KERNEL_LOG);
+        // Open for writing, too: it never ends, whoever closes it.
+        let Ok(log) = File::options().read(true).write(true).open(&path) else { return };
+        for line in lines(log) {
+            let (level, text) = ranked(&line);
+            self.said("kernel", level, text);
+        }
+    }
+
+    /// Says when all services have started and every declared address answers as it should.
+    fn watch(&self) {
+        let units = &self.order.system.units;
+        let mut settled = lock(&self.settled);
+        while settled.len() < units.len() {
+            settled = self.changed.wait(settled).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(settled);
+        let config = ureq::Agent::config_builder()
+            .timeout_global(Some(ANSWER))
+            .http_status_as_error(false)
+            .proxy(None)
+            .build();
+        let agent = ureq::Agent::from(config);
+        for Address { url, status } in &self.order.system.addresses {
+            let found = || Some(agent.get(url).call().ok()?.status().as_u16());
+            while found() != Some(*status) {
+                thread::sleep(ASK);
+            }
+        }
+        self.tell(&Event::Well { seconds: self.began.elapsed().as_secs_f64() });
+    }
+
+    /// Runs a command in the root, as its root.
+    fn command(&self, words: &[String]) {
+        let ran = self
+            .enter(&[], Utf8Path::new("/"))
+            .args(words)
+            .into_command()
+            .stdin(Stdio::null())
+            .process_group(0)
+            .output();
+        self.tell(&match ran {
+            Ok(output) => Event::Ended {
+                code: output.status.code().unwrap_or(-1),
+                output: String::from_utf8_lossy(&output.stdout).into_owned(),
+                errors: String::from_utf8_lossy(&output.stderr).into_owned(),
+            },
+            Err(error) => {
+                Event::Ended { code: -1, output: String::new(), errors: error.to_string() }
+            }
+        });
+    }
+}
+
+/// Where a service says that it has started (sd_notify(3)).
+struct Notified {
+    socket: UnixDatagram,
+    /// Its path within the root.
+    inside: String,
+}
+
+impl Notified {
+    fn new(root: &Utf8Path, unit: &str) -> Result<Self> {
+        let doing = || format!("listening to {unit}");
+        let run = File::open(root.join("run")).with_context(doing)?;
+        let name = format!("{unit}.notify");
+        let inside = format!("/run/{name}");
+        match fs::remove_file(root.join("run").join(&name)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(error).with_context(doing);
+            }
+            _ => {}
+        }
+        // A socket's path has at most 107 bytes; the root's own may have more.
+        let path = format!("{}/{name}", mounts::by_descriptor(&run));
+        let socket = UnixDatagram::bind(path).with_context(doing)?;
+        socket.set_nonblocking(true).with_context(doing)?;
+        Ok(Self { socket, inside })
+    }
+
+    /// What it says of itself, once it has started.
+    fn ready(&self) -> Option<String> {
+        let mut message = [0; 4096];
+        while let Ok(length) = self.socket.recv(&mut message) {
+            let text = String::from_utf8_lossy(message.get(..length)?);
+            if text.lines().any(|line| line == "READY=1") {
+                let status = text.lines().find_map(|line| line.strip_prefix("STATUS="));
+                return Some(status.unwrap_or_default().to_owned());
+            }
+        }
+        None
+    }
+}
+
+/// Kills a program and what it has started.
+fn end(child: &Child) {
+    let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    if let Some(group) = group {
+        // One that has just ended is as good as killed.
+        kill_process_group(group, Signal::KILL).ok();
+    }
+}
+
+/// Lines, whatever bytes they have; the end of the file and every error end them.
+fn lines(source: impl Read) -> impl Iterator<Item = String> {
+    BufReader::new(source)
+        .split(b'\n')
+        .map_while(Result::ok)
+        .map(|line| String::from_utf8_lossy(&line).trim_end().to_owned())
+}
+
+/// A line's priority, if it begins with one (sd-daemon(3)), and its text.
+fn ranked(line: &str) -> (u8, &str) {
+    let parts = line.strip_prefix('<').and_then(|rest| rest.split_once('>'));
+    match parts.and_then(|(level, text)| Some((level.parse().ok()?, text))) {
+        Some((level @ 0..=7, text)) => (level, text),
+        _ => (INFO, line),
+    }
+}
+
+/// Hands connections of the host's port on to the robot's. The host's socket was made outside of this
+/// system's network, the other one is made inside.
+fn hand_on(listener: &TcpListener) {
+    for outer in listener.incoming() {
+        let Ok(outer) = outer else { continue };
+        thread::spawn(move || {
+            // Nobody listens yet: whoever asks sees the connection end.
+            let inner = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT)).ok()?;
+            let (from, to) = (outer.try_clone().ok()?, inner.try_clone().ok()?);
+            let there = thread::spawn(move || pass(from, to));
+            pass(inner, outer);
+            there.join().ok()
+        });
+    }
+}
+
+/// Passes bytes on to their end. A connection that breaks has ended.
+fn pass(mut from: TcpStream, mut to: TcpStream) {
+    drop(std::io::copy(&mut from, &mut to));
+    drop(to.shutdown(Shutdown::Write));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lines_priority_is_taken_off() {
+        assert_eq!(ranked("<3>bad"), (3, "bad"));
+        assert_eq!(ranked("<9>text"), (6, "<9>text"));
+        assert_eq!(ranked("<b>text"), (6, "<b>text"));
+        assert_eq!(ranked("plain"), (6, "plain"));
+    }
+
+    #[test]
+    fn bytes_reach_the_other_side_and_so_does_the_end() {
+        let listen = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let (outer, inner) = (listen(), listen());
+        let mut client = TcpStream::connect(outer.local_addr().unwrap()).unwrap();
+        let from = outer.accept().unwrap().0;
+        let to = TcpStream::connect(inner.local_addr().unwrap()).unwrap();
+        let mut server = inner.accept().unwrap().0;
+        let passing = thread::spawn(move || pass(from, to));
+        client.write_all(b"question").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut said = String::new();
+        server.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "question");
+        passing.join().unwrap();
+    }
+}

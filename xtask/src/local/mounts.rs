@@ -1,0 +1,155 @@
+//! The file systems that a robot's start finds, for process 1 of a local system: the root read-only, `data`
+//! over it, memory, and of devices only those that are none.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::symlink;
+
+use anyhow::{Context, Result, anyhow};
+use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, mkfifoat, openat2, statvfs};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
+
+use super::units::Mount;
+
+/// Devices that stand for nothing of the machine (null(4), random(4), tty(4)).
+const DEVICES: [&str; 6] = ["full", "null", "random", "tty", "urandom", "zero"];
+
+/// Links that programs expect in `/dev` (proc(5)).
+const LINKS: [(&str, &str); 4] = [("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")];
+
+/// Where the kernel's log would be written.
+pub(super) const KERNEL_LOG: &str = "dev/kmsg";
+
+/// A file in the place of the kernel's host name, which a user namespace may not write.
+pub(super) const HOSTNAME: &str = "dev/hostname";
+
+/// A path of the root, whatever links it has on its way: they never lead out of the root.
+pub(super) fn within(root: &Utf8Path, path: &Utf8Path) -> Result<OwnedFd> {
+    let folder = File::open(root).with_context(|| format!("opening {root}"))?;
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    openat2(folder.as_fd(), relative.as_str(), flags, Mode::empty(), ResolveFlags::IN_ROOT)
+        .with_context(|| format!("looking for {path}"))
+}
+
+/// A path by which an open file can be named.
+pub(super) fn by_descriptor(fd: &impl AsRawFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Mounts all that is there before the first service runs.
+///
+/// # Errors
+/// What the kernel does not allow.
+pub(super) fn before(root: &Utf8Path, data: &Utf8Path, mounts: &[Mount]) -> Result<()> {
+    mount_bind(root.as_str(), root.as_str()).with_context(|| format!("mounting {root}"))?;
+    restrict(root, MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID)?;
+    let at = |path: &str| root.join(path);
+    memory(&at("run"), "mode=0755,size=20%")?;
+    memory(&at("dev"), "mode=0755,size=16M")?;
+    devices(&at("dev"))?;
+    let flags = MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID;
+    mount("proc", at("proc").as_str(), "proc", flags, None).map_err(|error| {
+        let help = match error {
+            Errno::PERM => {
+                "\nhelp: a container that hides parts of /proc forbids this: run it with \
+                 --security-opt unmask=ALL, or outside of the container"
+            }
+            _ => "",
+        };
+        anyhow!("mounting /proc: {error}{help}")
+    })?;
+    mount_bind(data.as_str(), at("data").as_str()).with_context(|| format!("mounting {data}"))?;
+    restrict(&at("data"), MountFlags::NODEV | MountFlags::NOSUID)?;
+    for entry in mounts.iter().filter(|entry| entry.after.is_none()) {
+        place(root, entry)?;
+    }
+    let name = fs::read_to_string(at("etc/hostname")).context("reading /etc/hostname")?;
+    fs::write(at(HOSTNAME), name).context("writing the host name")?;
+    let (ours, kernels) = (at(HOSTNAME), at("proc/sys/kernel/hostname"));
+    mount_bind(ours.as_str(), kernels.as_str()).context("mounting the host name")?;
+    machine_id(root)
+}
+
+/// Shows a folder of the host's, read-only, where Python looks for the API first.
+pub(super) fn site(root: &Utf8Path, site: &Utf8Path) -> Result<()> {
+    let at = root.join("data").join(super::SITE);
+    mount_bind(site.as_str(), at.as_str()).with_context(|| format!("mounting {site}"))?;
+    restrict(&at, MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID)
+}
+
+/// Mounts an entry of fstab.
+pub(super) fn place(root: &Utf8Path, entry: &Mount) -> Result<()> {
+    let at = within(root, &entry.at)?;
+    let place = Utf8PathBuf::from(by_descriptor(&at));
+    match &entry.what {
+        None => memory(&place, &entry.options),
+        Some(what) => {
+            let what = within(root, what)?;
+            mount_bind(by_descriptor(&what), place.as_str()).context("binding")
+        }
+    }
+    .with_context(|| format!("mounting {}", entry.at))
+}
+
+fn memory(at: &Utf8Path, options: &str) -> Result<()> {
+    let flags = MountFlags::NODEV | MountFlags::NOSUID;
+    let options = std::ffi::CString::new(options).context("options have no zero byte")?;
+    mount("tmpfs", at.as_str(), "tmpfs", flags, options.as_c_str())
+        .with_context(|| format!("mounting memory at {at}"))
+}
+
+/// Adds to a mount's flags. Those that it has must stay: a user namespace may not take them off.
+fn restrict(at: &Utf8Path, more: MountFlags) -> Result<()> {
+    let now = statvfs(at.as_str()).with_context(|| format!("looking at {at}"))?.f_flag;
+    let kept = [
+        (StatVfsMountFlags::RDONLY, MountFlags::RDONLY),
+        (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
+        (StatVfsMountFlags::NODEV, MountFlags::NODEV),
+        (StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
+        (StatVfsMountFlags::NOATIME, MountFlags::NOATIME),
+        (StatVfsMountFlags::NODIRATIME, MountFlags::NODIRATIME),
+        (StatVfsMountFlags::RELATIME, MountFlags::RELATIME),
+    ];
+    let kept = kept.into_iter().filter(|(is, _)| now.contains(*is)).map(|(_, flag)| flag);
+    let flags = kept.fold(MountFlags::BIND | more, |flags, flag| flags | flag);
+    mount_remount(at.as_str(), flags, c"").with_context(|| format!("restricting {at}"))
+}
+
+fn devices(dev: &Utf8Path) -> Result<()> {
+    for name in DEVICES {
+        let (from, to) = (Utf8Path::new("/dev").join(name), dev.join(name));
+        File::create(&to).with_context(|| format!("making {to}"))?;
+        mount_bind(from.as_str(), to.as_str()).with_context(|| format!("mounting {from}"))?;
+    }
+    for (name, target) in LINKS {
+        symlink(format!("/proc/self/fd{target}"), dev.join(name)).context("linking in /dev")?;
+    }
+    let shared = dev.join("shm");
+    fs::create_dir(&shared).with_context(|| format!("making {shared}"))?;
+    memory(&shared, "mode=1777,size=50%")?;
+    mkfifoat(CWD, dev.join("kmsg").as_str(), Mode::from_raw_mode(0o600)).context("making kmsg")
+}
+
+/// What the initrd and systemd do on a robot: the id that is kept on `data`, else a new one.
+fn machine_id(root: &Utf8Path) -> Result<()> {
+    let kept = fs::read_to_string(root.join("data/identity/machine-id")).unwrap_or_default();
+    let hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
+    let id = match kept.lines().next().filter(|id| id.len() == 32 && id.chars().all(hex)) {
+        Some(id) => id.to_owned(),
+        None => {
+            let mut uuid = String::new();
+            File::open("/proc/sys/kernel/random/uuid")
+                .and_then(|mut file| file.read_to_string(&mut uuid))
+                .context("asking the kernel for an id")?;
+            uuid.trim().replace('-', "")
+        }
+    };
+    let file = root.join("run/machine-id");
+    fs::write(&file, format!("{id}\n")).context("writing the machine id")?;
+    mount_bind(file.as_str(), root.join("etc/machine-id").as_str())
+        .context("mounting the machine id")
+}

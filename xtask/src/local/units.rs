@@ -1,0 +1,636 @@
+//! What a root file system would start on a robot, read from its own unit files: which services, in which
+//! order, with which environment. Pure but for reading; nothing is started here.
+//!
+//! Services that overlays bring are run; the base system's own need systemd, D-Bus or hardware. What such a
+//! service asks of systemd and does not get here is told, unless it only confines the service.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+/// Where unit files lie; what lies in the first replaces what lies in the second (systemd.unit(5)).
+const FOLDERS: [&str; 2] = ["etc/systemd/system", "usr/lib/systemd/system"];
+
+/// How long a service may take to start when it does not say (systemd-system.conf(5)).
+const START_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// How long systemd waits before it starts a service again (systemd.service(5)).
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+
+/// Starts of settings that only keep something from a service, or matter to `systemctl` alone.
+const CONFINEMENT: [&str; 20] = [
+    "AmbientCapabilities",
+    "Capability",
+    "Device",
+    "ExecReload",
+    "Kill",
+    "LockPersonality",
+    "MemoryDenyWriteExecute",
+    "NoNewPrivileges",
+    "Private",
+    "Proc",
+    "Protect",
+    "ReadOnlyPaths",
+    "ReadWritePaths",
+    "RemainAfterExit",
+    "Restrict",
+    "RuntimeDirectoryPreserve",
+    "Standard",
+    "SystemCall",
+    "SyslogIdentifier",
+    "TimeoutStop",
+];
+
+/// When a service counts as started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Start {
+    /// When its programs have ended.
+    Ended,
+    /// When its program runs.
+    Running,
+    /// When its program says so (sd_notify(3)).
+    Notified,
+}
+
+/// When a service that has ended is started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Again {
+    /// Never.
+    No,
+    /// When it has failed.
+    Failed,
+    /// Whatever its end was.
+    Always,
+}
+
+/// One program of a service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Exec {
+    /// The program and its arguments.
+    pub words: Vec<String>,
+    /// Its failure counts for nothing.
+    pub may_fail: bool,
+}
+
+/// A condition without which a service is skipped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Condition {
+    /// As the unit has it, for messages.
+    pub text: String,
+    /// What is looked at.
+    pub test: Test,
+    /// It must not hold.
+    pub negated: bool,
+}
+
+/// What a condition looks at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Test {
+    /// Whether something lies at a path.
+    Exists(Utf8PathBuf),
+    /// Whether a program does.
+    Executable(Utf8PathBuf),
+    /// Whether a file with content does.
+    NotEmpty(Utf8PathBuf),
+    /// Whether a folder with entries does.
+    Populated(Utf8PathBuf),
+    /// Whether this is a container: it is.
+    Container,
+}
+
+/// A service, as far as it is followed here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Unit {
+    /// Its name, such as `proxy.service`.
+    pub name: String,
+    /// Without these it is skipped.
+    pub conditions: Vec<Condition>,
+    /// Services that come before it.
+    pub after: Vec<String>,
+    /// When it counts as started.
+    pub start: Start,
+    /// What runs first, one after the other.
+    pub before: Vec<Exec>,
+    /// What it is.
+    pub programs: Vec<Exec>,
+    /// Variables.
+    pub environment: Vec<(String, String)>,
+    /// Files of variables, and whether each may be missing.
+    pub environment_files: Vec<(Utf8PathBuf, bool)>,
+    /// Where its programs start.
+    pub folder: Utf8PathBuf,
+    /// Folders below `/run` that are made for it, and their mode.
+    pub runtime: Vec<String>,
+    /// Their mode.
+    pub runtime_mode: u32,
+    /// Its umask.
+    pub umask: u32,
+    /// It has a user of its own, who is not root.
+    pub own_user: bool,
+    /// When it is started again.
+    pub again: Again,
+    /// After this time.
+    pub pause: Duration,
+    /// How long it may take to start.
+    pub timeout: Duration,
+}
+
+/// Something that the root's fstab mounts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Mount {
+    /// Where.
+    pub at: Utf8PathBuf,
+    /// What lies there: a path of the same root, or memory.
+    pub what: Option<Utf8PathBuf>,
+    /// For memory: its options (tmpfs(5)).
+    pub options: String,
+    /// The service that must have run before.
+    pub after: Option<String>,
+}
+
+/// What a root would start.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct System {
+    /// Services of overlays.
+    pub units: Vec<Unit>,
+    /// Enabled units that are not run here: the base system's own, and what is no service.
+    pub left_out: Vec<String>,
+    /// What services ask for and do not get here.
+    pub notes: Vec<String>,
+    /// What fstab mounts.
+    pub mounts: Vec<Mount>,
+    /// Addresses that must answer for the system to be well (`/etc/slotd/health.d`).
+    pub addresses: Vec<Address>,
+}
+
+/// An address of a declared health check; only the system itself reaches it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Address {
+    /// Such as `http://127.0.0.1:80/health`.
+    pub url: String,
+    /// The status that it must answer with.
+    #[serde(default = "good")]
+    pub status: u16,
+}
+
+fn good() -> u16 {
+    200
+}
+
+/// Reads what `root` would start. `overlay` lists the paths that overlays bring, without a leading slash.
+///
+/// # Errors
+/// A unit of an overlay that is malformed, asks for what is not known, or waits for itself.
+pub fn read(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<System> {
+    let mut system = System { mounts: mounts(root)?, ..System::default() };
+    for name in enabled(root)? {
+        let there = |dir: &&&str| root.join(dir).join(&name).symlink_metadata().is_ok();
+        let dir = FOLDERS.iter().find(there).copied();
+        let path = Utf8Path::new(dir.unwrap_or_default()).join(&name);
+        // Masked (systemctl(1)): as good as not there.
+        if fs::read_link(root.join(&path)).is_ok_and(|to| to == Path::new("/dev/null")) {
+            continue;
+        }
+        match dir {
+            Some(dir) if name.ends_with(".service") && overlay.contains(&path) => {
+                let text = with_drop_ins(root, dir, &name)?;
+                let parsed = parse(&name, &text, &mut system.notes);
+                system.units.push(parsed.with_context(|| format!("reading /{dir}/{name}"))?);
+            }
+            _ => system.left_out.push(name),
+        }
+    }
+    in_order(&mut system.units)?;
+    system.addresses = addresses(root)?;
+    Ok(system)
+}
+
+/// The names that a target wants or requires.
+fn enabled(root: &Utf8Path) -> Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    let folder = root.join(FOLDERS[0]);
+    for entry in listing(&folder)? {
+        if entry.ends_with(".wants") || entry.ends_with(".requires") {
+            names.extend(listing(&folder.join(entry))?);
+        }
+    }
+    Ok(names)
+}
+
+/// The names in a folder, sorted; none without one.
+fn listing(folder: &Utf8Path) -> Result<Vec<String>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut names = Vec::new();
+    for entry in folder.read_dir_utf8().with_context(|| format!("reading {folder}"))? {
+        let entry = entry.with_context(|| format!("reading {folder}"))?;
+        names.push(entry.file_name().to_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// A unit's file and what its drop-ins add, by name, those of the first folder counting.
+fn with_drop_ins(root: &Utf8Path, dir: &str, name: &str) -> Result<String> {
+    let get = |path: &Utf8Path| {
+        fs::read_to_string(root.join(path)).with_context(|| format!("reading /{path}"))
+    };
+    let mut text = get(&Utf8Path::new(dir).join(name))?;
+    let mut drop_ins = BTreeMap::new();
+    for dir in FOLDERS.iter().rev() {
+        let folder = Utf8Path::new(dir).join(format!("{name}.d"));
+        let found = listing(&root.join(&folder))?.into_iter().filter(|n| n.ends_with(".conf"));
+        drop_ins.extend(found.map(|file| (file.clone(), folder.join(file))));
+    }
+    for path in drop_ins.values() {
+        text.push('\n');
+        text.push_str(&get(path)?);
+    }
+    Ok(text)
+}
+
+/// Settings as `section`, `key`, `value`, in order; an empty value takes back those before it.
+fn settings(text: &str) -> Result<Vec<(String, String, String)>> {
+    let joined = text.replace("\\\n", " ");
+    let mut section = String::new();
+    let mut found: Vec<(String, String, String)> = Vec::new();
+    for line in joined.lines().map(str::trim) {
+        if line.is_empty() || line.starts_with(['#', ';']) {
+            continue;
+        }
+        if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            section = name.to_owned();
+            continue;
+        }
+        let Some((key, value)) = line.split_once('=') else {
+            bail!("expected `[Section]` or `Key=Value`, found `{line}`")
+        };
+        let (key, value) = (key.trim().to_owned(), value.trim().to_owned());
+        if value.is_empty() {
+            found.retain(|(s, k, _)| *s != section || *k != key);
+        } else {
+            found.push((section.clone(), key, value));
+        }
+    }
+    Ok(found)
+}
+
+/// Understands a service.
+fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
+    let mut unit = Unit {
+        name: name.to_owned(),
+        conditions: Vec::new(),
+        after: Vec::new(),
+        start: Start::Running,
+        before: Vec::new(),
+        programs: Vec::new(),
+        environment: Vec::new(),
+        environment_files: Vec::new(),
+        folder: Utf8PathBuf::from("/"),
+        runtime: Vec::new(),
+        runtime_mode: 0o755,
+        umask: 0o022,
+        own_user: false,
+        again: Again::No,
+        pause: RESTART_PAUSE,
+        timeout: START_TIMEOUT,
+    };
+    let mut oneshot = false;
+    for (section, key, value) in settings(text)? {
+        let doing = || format!("`{key}={value}`");
+        match (section.as_str(), key.as_str()) {
+            ("Unit", "After") => unit.after.extend(value.split_whitespace().map(str::to_owned)),
+            ("Unit", key) if key.starts_with("Condition") => {
+                unit.conditions.push(condition(key, &value)?);
+            }
+            ("Service", "Type") => {
+                oneshot = value == "oneshot";
+                unit.start = match value.as_str() {
+                    "oneshot" => Start::Ended,
+                    "simple" | "exec" => Start::Running,
+                    "notify" => Start::Notified,
+                    _ => bail!("{}: expected oneshot, simple, exec or notify", doing()),
+                };
+            }
+            ("Service", "ExecStartPre") => unit.before.push(exec(&value).with_context(doing)?),
+            ("Service", "ExecStart") => unit.programs.push(exec(&value).with_context(doing)?),
+            ("Service", "Environment") => {
+                for word in words(&value).with_context(doing)? {
+                    let (name, value) = word.split_once('=').with_context(doing)?;
+                    unit.environment.push((name.to_owned(), value.to_owned()));
+                }
+            }
+            ("Service", "EnvironmentFile") => {
+                let path = value.strip_prefix('-').unwrap_or(&value);
+                unit.environment_files.push((path.into(), value.starts_with('-')));
+            }
+            ("Service", "WorkingDirectory") => unit.folder = value.into(),
+            ("Service", "RuntimeDirectory") => {
+                unit.runtime = value.split_whitespace().map(str::to_owned).collect();
+            }
+            ("Service", "RuntimeDirectoryMode") => {
+                unit.runtime_mode = u32::from_str_radix(&value, 8).with_context(doing)?;
+            }
+            ("Service", "UMask") => {
+                unit.umask = u32::from_str_radix(&value, 8).with_context(doing)?;
+            }
+            ("Service", "DynamicUser") => unit.own_user = value == "yes" || value == "true",
+            ("Service", "Restart") => {
+                unit.again = match value.as_str() {
+                    "no" => Again::No,
+                    "always" => Again::Always,
+                    "on-failure" | "on-abnormal" | "on-abort" => Again::Failed,
+                    _ => bail!("{}: expected no, always or on-failure", doing()),
+                };
+            }
+            ("Service", "RestartSec") => unit.pause = time(&value).with_context(doing)?,
+            ("Service", "TimeoutStartSec" | "TimeoutSec") => {
+                unit.timeout = time(&value).with_context(doing)?;
+            }
+            ("Service", key) if CONFINEMENT.iter().any(|start| key.starts_with(start)) => {}
+            ("Service", _) => notes.push(format!("{name}: {} is not followed", doing())),
+            _ => {}
+        }
+    }
+    ensure!(
+        !unit.programs.is_empty() && (oneshot || unit.programs.len() == 1),
+        "expected one ExecStart=, found {}; several are for Type=oneshot",
+        unit.programs.len()
+    );
+    Ok(unit)
+}
+
+fn condition(key: &str, value: &str) -> Result<Condition> {
+    let (negated, bare) = match value.strip_prefix('!') {
+        Some(rest) => (true, rest),
+        None => (false, value),
+    };
+    let path = || Utf8PathBuf::from(bare);
+    let test = match (key, bare) {
+        ("ConditionPathExists", _) => Test::Exists(path()),
+        ("ConditionFileIsExecutable", _) => Test::Executable(path()),
+        ("ConditionFileNotEmpty", _) => Test::NotEmpty(path()),
+        ("ConditionDirectoryNotEmpty", _) => Test::Populated(path()),
+        ("ConditionVirtualization", "container") => Test::Container,
+        _ => bail!(
+            "`{key}={value}` is not known here\n\
+             help: known are PathExists, FileIsExecutable, FileNotEmpty, DirectoryNotEmpty, and \
+             ConditionVirtualization=!container for what needs hardware"
+        ),
+    };
+    Ok(Condition { text: format!("{key}={value}"), test, negated })
+}
+
+fn exec(value: &str) -> Result<Exec> {
+    let bare = value.trim_start_matches(['-', '@', ':', '+', '!']);
+    let prefix = &value[..value.len() - bare.len()];
+    ensure!(!prefix.contains('@'), "the prefix @ is not known here");
+    let words = words(bare)?;
+    ensure!(words.first().is_some_and(|w| w.starts_with('/')), "expected an absolute path");
+    Ok(Exec { words, may_fail: prefix.contains('-') })
+}
+
+/// Words without anything that systemd would replace.
+fn words(text: &str) -> Result<Vec<String>> {
+    if let Some(c) = text.chars().find(|c| ['"', '\'', '\\', '$', '%'].contains(c)) {
+        bail!("`{c}` is not known here: only plain words are");
+    }
+    Ok(text.split_whitespace().map(str::to_owned).collect())
+}
+
+/// A span of time (systemd.time(7)), in whole units.
+fn time(text: &str) -> Result<Duration> {
+    if text == "infinity" {
+        return Ok(Duration::MAX);
+    }
+    let mut total = Duration::ZERO;
+    for part in text.split_whitespace() {
+        let digits = part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len());
+        let (number, unit) = part.split_at(digits);
+        let number: u64 = number.parse().context("expected a number and a unit, such as 5min")?;
+        total += match unit {
+            "ms" => Duration::from_millis(number),
+            "" | "s" | "sec" => Duration::from_secs(number),
+            "m" | "min" => Duration::from_secs(number.saturating_mul(60)),
+            "h" => Duration::from_secs(number.saturating_mul(3600)),
+            _ => bail!("expected ms, s, min or h, found `{unit}`"),
+        };
+    }
+    Ok(total)
+}
+
+/// Sorts services so that each comes after those that it waits for, and forgets what is not among them.
+fn in_order(units: &mut Vec<Unit>) -> Result<()> {
+    let names: BTreeSet<String> = units.iter().map(|unit| unit.name.clone()).collect();
+    for unit in units.iter_mut() {
+        unit.after.retain(|other| names.contains(other));
+    }
+    let mut placed: Vec<Unit> = Vec::new();
+    while !units.is_empty() {
+        let ready = |unit: &Unit| unit.after.iter().all(|o| placed.iter().any(|p| p.name == *o));
+        let Some(next) = units.iter().position(ready) else {
+            let names: Vec<&str> = units.iter().map(|unit| unit.name.as_str()).collect();
+            bail!("these services wait for each other: {}", names.join(", "));
+        };
+        placed.push(units.remove(next));
+    }
+    *units = placed;
+    Ok(())
+}
+
+/// What fstab mounts, but for the root: memory, and parts of `data` at other places.
+fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
+    let path = root.join("etc/fstab");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let mut found = Vec::new();
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [what, at, kind, options, ..] = fields[..] else { continue };
+        let has = |name: &str| options.split(',').any(|option| option == name);
+        let what = match kind {
+            "tmpfs" => None,
+            _ if has("bind") => Some(Utf8PathBuf::from(what)),
+            // The slot's own line; anything else would be a partition.
+            _ => continue,
+        };
+        let own = |option: &&str| ["mode=", "size="].iter().any(|key| option.starts_with(key));
+        let own: Vec<&str> = options.split(',').filter(own).collect();
+        let after = options.split(',').find_map(|o| o.strip_prefix("x-systemd.requires="));
+        found.push(Mount {
+            at: at.into(),
+            what,
+            options: own.join(","),
+            after: after.map(str::to_owned),
+        });
+    }
+    Ok(found)
+}
+
+/// The addresses of the agent's declared health checks.
+fn addresses(root: &Utf8Path) -> Result<Vec<Address>> {
+    #[derive(Deserialize)]
+    struct Check {
+        http: Option<Address>,
+    }
+    let folder = root.join("etc/slotd/health.d");
+    let mut found = Vec::new();
+    for name in listing(&folder)?.into_iter().filter(|name| name.ends_with(".toml")) {
+        let path = folder.join(name);
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        let check: Check = toml::from_str(&text).with_context(|| format!("reading {path}"))?;
+        found.extend(check.http);
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    const PROXY: &str = "[Unit]\nDescription=x = y\nAfter=api.service network.target\n\
+        After=state.service\nConditionFileIsExecutable=/usr/bin/x\n# why\n\
+        [Service]\nType=notify\nEnvironmentFile=-/usr/lib/x.env\nEnvironment=A=1 B=a=b\n\
+        ExecStartPre=-/bin/prepare all\nExecStart=/usr/bin/x \\\n  --fast\nRestart=always\nRestartSec=2s\n\
+        TimeoutStartSec=1min 30s\nDynamicUser=yes\nRuntimeDirectory=x\nRuntimeDirectoryMode=0700\n\
+        WorkingDirectory=/run/x\nUMask=0077\nProtectSystem=strict\nLimitNOFILE=5\n\
+        [Install]\nWantedBy=multi-user.target\n";
+
+    fn one(text: &str) -> Result<Unit> {
+        parse("x.service", text, &mut Vec::new())
+    }
+
+    #[test]
+    fn a_service_is_read_as_systemd_would() {
+        let mut notes = Vec::new();
+        let unit = parse("x.service", PROXY, &mut notes).unwrap();
+        assert_eq!(unit.after, ["api.service", "network.target", "state.service"]);
+        assert_eq!(unit.conditions[0].test, Test::Executable("/usr/bin/x".into()));
+        assert_eq!(unit.environment, [("A".into(), "1".into()), ("B".into(), "a=b".into())]);
+        assert_eq!(unit.environment_files, [("/usr/lib/x.env".into(), true)]);
+        assert_eq!(
+            unit.before,
+            [Exec { words: vec!["/bin/prepare".into(), "all".into()], may_fail: true }]
+        );
+        assert_eq!(unit.programs[0].words, ["/usr/bin/x", "--fast"]);
+        assert_eq!((unit.start, unit.again), (Start::Notified, Again::Always));
+        assert_eq!((unit.pause.as_secs(), unit.timeout.as_secs()), (2, 90));
+        assert_eq!((unit.runtime_mode, unit.umask, unit.own_user), (0o700, 0o077, true));
+        assert_eq!(unit.folder, "/run/x");
+        assert_eq!(notes, ["x.service: `LimitNOFILE=5` is not followed"]);
+    }
+
+    #[test]
+    fn a_drop_in_replaces_and_adds() {
+        let text = format!("{PROXY}[Service]\nExecStart=\nExecStart=/usr/bin/other\nUMask=0022\n");
+        let unit = one(&text).unwrap();
+        assert_eq!(unit.programs[0].words, ["/usr/bin/other"]);
+        assert_eq!((unit.programs.len(), unit.umask), (1, 0o022));
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused_by_name() {
+        for (text, why) in [
+            ("[Service]\nType=forking\nExecStart=/x\n", "`Type=forking`: expected oneshot"),
+            ("[Service]\nExecStart=/x \"a b\"\n", "`\"` is not known here"),
+            ("[Service]\nExecStart=/x %i\n", "`%` is not known here"),
+            ("[Service]\nExecStart=x\n", "expected an absolute path"),
+            ("[Service]\nType=exec\n", "expected one ExecStart=, found 0"),
+            ("[Service]\nExecStart=/x\nExecStart=/y\n", "expected one ExecStart=, found 2"),
+            (
+                "[Unit]\nConditionHost=x\n[Service]\nExecStart=/x\n",
+                "`ConditionHost=x` is not known",
+            ),
+            ("[Service]\nExecStart=/x\nRestartSec=2 fortnights\n", "RestartSec=2 fortnights"),
+            ("nonsense\n", "found `nonsense`"),
+        ] {
+            let error = format!("{:#}", one(text).unwrap_err());
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+
+    /// A root with unit files, the given ones enabled.
+    fn root(files: &[(&str, &str)], enabled: &[&str]) -> (tempfile::TempDir, Utf8PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Utf8PathBuf::from_path_buf(dir.path().to_owned()).unwrap();
+        let wants = root.join("etc/systemd/system/multi-user.target.wants");
+        fs::create_dir_all(&wants).unwrap();
+        for (path, text) in files {
+            let path = root.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        for name in enabled {
+            fs::write(wants.join(name), "").unwrap();
+        }
+        (dir, root)
+    }
+
+    const FSTAB: &str = "# /\n/dev/root / auto defaults,ro 0 0\n\
+        tmpfs /tmp tmpfs mode=1777,nosuid,size=25% 0 0\n\
+        /data/var/log /var/log none bind,nofail,x-systemd.requires=b.service 0 0\n";
+
+    #[test]
+    fn a_roots_own_files_say_what_runs_and_in_which_order() {
+        let unit = |rest: &str| format!("{rest}\n[Service]\nExecStart=/bin/true\n");
+        let (a, b) = (unit("[Unit]\nAfter=b.service missing.service"), unit(""));
+        let (_guard, root) = root(
+            &[
+                ("usr/lib/systemd/system/a.service", a.as_str()),
+                ("usr/lib/systemd/system/b.service", b.as_str()),
+                ("etc/systemd/system/b.service.d/10-x.conf", "[Service]\nUMask=0077\n"),
+                ("etc/fstab", FSTAB),
+                ("etc/slotd/health.d/40-x.toml", "[http]\nurl = \"http://127.0.0.1:80/x\"\n"),
+                ("etc/slotd/health.d/30-y.toml", "[unit]\nname = \"a.service\"\n"),
+            ],
+            &["a.service", "b.service", "masked.service", "ssh.service"],
+        );
+        symlink("/dev/null", root.join("etc/systemd/system/masked.service")).unwrap();
+        let overlay = ["a.service", "b.service", "never.service", "masked.service"];
+        let overlay = overlay.map(|n| Utf8PathBuf::from(format!("usr/lib/systemd/system/{n}")));
+        let system = read(&root, &overlay.into_iter().collect()).unwrap();
+        let names: Vec<&str> = system.units.iter().map(|unit| unit.name.as_str()).collect();
+        assert_eq!(names, ["b.service", "a.service"]);
+        assert_eq!(system.units[0].umask, 0o077);
+        assert_eq!(system.units[1].after, ["b.service"]);
+        assert_eq!(system.left_out, ["ssh.service"]);
+        assert_eq!(
+            system.addresses,
+            [Address { url: "http://127.0.0.1:80/x".into(), status: 200 }]
+        );
+        let [tmp, log] = system.mounts.as_slice() else { panic!("{:?}", system.mounts) };
+        assert_eq!((tmp.at.as_str(), tmp.options.as_str()), ("/tmp", "mode=1777,size=25%"));
+        assert_eq!(log.what.as_deref(), Some(Utf8Path::new("/data/var/log")));
+        assert_eq!(log.after.as_deref(), Some("b.service"));
+    }
+
+    #[test]
+    fn services_that_wait_for_each_other_are_named() {
+        let unit = |after: &str| format!("[Unit]\nAfter={after}\n[Service]\nExecStart=/bin/true\n");
+        let (a, b) = (unit("b.service"), unit("a.service"));
+        let files = [
+            ("etc/systemd/system/a.service", a.as_str()),
+            ("etc/systemd/system/b.service", b.as_str()),
+            ("etc/fstab", ""),
+        ];
+        let (_guard, root) = root(&files, &["a.service", "b.service"]);
+        let overlay = files.iter().map(|(path, _)| Utf8PathBuf::from(*path)).collect();
+        let error = read(&root, &overlay).unwrap_err().to_string();
+        assert_eq!(error, "these services wait for each other: a.service, b.service");
+    }
+}

@@ -1,0 +1,169 @@
+//! A slot's file system as a folder, unpacked by an ordinary user: each file's bytes, mode and time, and no
+//! owners, since a user has only one.
+
+use std::ffi::OsStr;
+use std::fs::{self, File, Permissions};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use camino::Utf8Path;
+use ext4_view::{Ext4, FileType};
+
+use crate::artifact::{partial, write_atomically};
+use crate::diff;
+use crate::progress::{Step, Unit};
+
+/// The permissions that are kept. A program that gets another's rights would get those of whoever unpacked it.
+const MODE: u16 = 0o1777;
+
+/// Unpacks `image` to `out`, unless what lies there is the same already. `key` stands for the image's content,
+/// `used` is what it holds, in bytes. Returns whether there was anything to do.
+///
+/// # Errors
+/// An image that cannot be read, a full disk; nothing lies at `out` then.
+pub(super) fn unpack(image: &Utf8Path, key: &str, used: u64, out: &Utf8Path) -> Result<bool> {
+    // Written last: what an interrupted run has left has none, or another one.
+    let stamp = out.with_extension("key");
+    if out.is_dir() && fs::read_to_string(&stamp).is_ok_and(|kept| kept == key) {
+        return Ok(false);
+    }
+    let fresh = partial(out);
+    for old in [&stamp, &fresh, &out.to_owned()] {
+        remove(old)?;
+    }
+    let step = Step::new("unpack", "the root file system", used, Unit::Bytes);
+    let filesystem = diff::open(image, 0)?;
+    tree(&filesystem, fresh.as_std_path(), &step).with_context(|| format!("unpacking {image}"))?;
+    fs::rename(&fresh, out).with_context(|| format!("renaming {fresh}"))?;
+    write_atomically(&stamp, |file| Ok(file.write_all(key.as_bytes())?))?;
+    Ok(true)
+}
+
+/// Removes a file or a folder, if it is there.
+///
+/// # Errors
+/// When it cannot be removed.
+pub(super) fn remove(path: &Utf8Path) -> Result<()> {
+    let removed = match path.symlink_metadata() {
+        Err(_) => return Ok(()),
+        Ok(about) if about.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+    };
+    removed.with_context(|| format!("removing {path}"))
+}
+
+fn tree(filesystem: &Ext4, out: &Path, step: &Step) -> Result<()> {
+    fs::create_dir(out).with_context(|| format!("making {}", out.display()))?;
+    let mut folders: Vec<(PathBuf, u16)> = Vec::new();
+    let mut todo = vec![b"/".to_vec()];
+    let mut buffer = vec![0; 1 << 20];
+    while let Some(folder) = todo.pop() {
+        for entry in filesystem.read_dir(folder.as_slice())? {
+            let entry = entry?;
+            if matches!(entry.file_name().as_ref(), b"." | b"..") {
+                continue;
+            }
+            let from = entry.path();
+            let about = entry.metadata()?;
+            let relative = from.as_ref().strip_prefix(b"/").unwrap_or(from.as_ref());
+            let to = out.join(OsStr::from_bytes(relative));
+            let doing = || format!("writing {}", to.display());
+            match about.file_type() {
+                FileType::Directory => {
+                    fs::create_dir(&to).with_context(doing)?;
+                    todo.push(from.as_ref().to_vec());
+                    folders.push((to, about.mode()));
+                }
+                FileType::Symlink => {
+                    let target = filesystem.read_link(&from)?;
+                    symlink(OsStr::from_bytes(target.as_ref()), &to).with_context(doing)?;
+                }
+                FileType::Regular => {
+                    let mut source = filesystem.open(&from)?;
+                    let mut file = File::create_new(&to).with_context(doing)?;
+                    loop {
+                        let read = source.read_bytes(&mut buffer)?;
+                        let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty())
+                        else {
+                            break;
+                        };
+                        file.write_all(bytes).with_context(doing)?;
+                        step.advance(read as u64);
+                    }
+                    let seconds = u64::try_from(about.modified().seconds()).unwrap_or_default();
+                    let time = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+                    file.set_modified(time).with_context(doing)?;
+                    file.set_permissions(mode(about.mode())).with_context(doing)?;
+                }
+                // Devices and the like: a user may make none, and no image has any.
+                _ => {}
+            }
+        }
+    }
+    // From the deepest on: a folder that may not be written is closed last.
+    for (path, bits) in folders.iter().rev() {
+        fs::set_permissions(path, mode(*bits))
+            .with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn mode(bits: u16) -> Permissions {
+    Permissions::from_mode(u32::from(bits & MODE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exec::{Tool, find};
+    use camino::Utf8PathBuf;
+
+    /// A file system with a folder that may not be written, made by the usual tool.
+    fn image(folder: &Utf8Path) -> Utf8PathBuf {
+        let source = folder.join("source");
+        let inner = source.join("usr/bin");
+        fs::create_dir_all(&inner).unwrap();
+        fs::write(inner.join("su"), "program").unwrap();
+        fs::set_permissions(inner.join("su"), Permissions::from_mode(0o4755)).unwrap();
+        fs::write(source.join("large"), vec![7; 3 << 20]).unwrap();
+        symlink("usr/bin", source.join("bin")).unwrap();
+        fs::set_permissions(&inner, Permissions::from_mode(0o555)).unwrap();
+        let image = folder.join("root.ext4");
+        let mke2fs = find("mke2fs").expect("e2fsprogs is installed");
+        Tool::new(mke2fs)
+            .args(["-q", "-t", "ext4", "-d", source.as_str(), image.as_str(), "16M"])
+            .run()
+            .unwrap();
+        image
+    }
+
+    #[test]
+    fn a_file_system_is_unpacked_once_and_whole() {
+        let guard = tempfile::tempdir().unwrap();
+        let folder = Utf8Path::from_path(guard.path()).unwrap();
+        let image = image(folder);
+        let out = folder.join("root");
+        assert!(unpack(&image, "one", 1 << 20, &out).unwrap());
+        assert_eq!(fs::read_to_string(out.join("bin/su")).unwrap(), "program");
+        assert_eq!(fs::read(out.join("large")).unwrap(), vec![7; 3 << 20]);
+        let bits = |path: &str| fs::metadata(out.join(path)).unwrap().permissions().mode() & 0o7777;
+        assert_eq!((bits("usr/bin/su"), bits("usr/bin")), (0o755, 0o555));
+        assert_eq!(fs::read_link(out.join("bin")).unwrap(), Path::new("usr/bin"));
+
+        fs::write(out.join("mine"), "").unwrap();
+        assert!(!unpack(&image, "one", 1 << 20, &out).unwrap());
+        assert!(out.join("mine").exists());
+        // What an interrupted run has left does not count.
+        fs::set_permissions(out.join("usr/bin"), Permissions::from_mode(0o755)).unwrap();
+        fs::create_dir(partial(&out)).unwrap();
+        assert!(unpack(&image, "two", 1 << 20, &out).unwrap());
+        assert!(!out.join("mine").exists() && !partial(&out).exists());
+        for path in [out.join("usr/bin"), folder.join("source/usr/bin")] {
+            fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
+        }
+    }
+}
