@@ -5,20 +5,26 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::time::SystemTime;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use bundle::KeySet;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::artifact::{hex, write_atomically};
+use crate::keys::Signer;
+use crate::progress::warn;
+use crate::shared::{Made, Remote, Shared};
 
 /// How many results of each stage are kept; older ones go when a new one is made.
 const KEPT_PER_STAGE: usize = 6;
 
-const STAMP: &str = "stage.json";
+/// The file that makes a stage's folder count.
+pub(crate) const STAMP: &str = "stage.json";
 
 /// The inputs of a stage, hashed. Each part has a name, so that two parts cannot run together.
 #[derive(Debug)]
@@ -56,11 +62,25 @@ impl Key {
     }
 }
 
-/// The cache's folder.
+/// The cache's folder, and the cache that a team shares.
 #[derive(Debug, Clone)]
 pub struct Cache {
     /// `$SLIPWAY_CACHE`, else `$XDG_CACHE_HOME/slipway`, else `~/.cache/slipway`.
     pub root: Utf8PathBuf,
+    /// Ids of the keys whose stages count.
+    trusted: Vec<String>,
+    shared: Option<Arc<Shared>>,
+}
+
+/// Where a stage's result comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// It was made just now.
+    Made,
+    /// It was there already.
+    Kept,
+    /// It was fetched from the shared cache.
+    Shared,
 }
 
 /// A stage's result.
@@ -68,14 +88,17 @@ pub struct Cache {
 pub struct Staged<T> {
     /// What the stage made.
     pub value: T,
-    /// It was there already.
-    pub cached: bool,
+    /// Where it comes from.
+    pub origin: Origin,
 }
 
 #[derive(Serialize, Deserialize)]
 struct Stamp<T> {
     value: T,
     seals: Vec<Seal>,
+    /// Id of the key that had signed it in the shared cache; none when it was made here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    signed_by: Option<String>,
 }
 
 /// What an output looked like when it was finished, to notice that somebody changed it.
@@ -114,7 +137,27 @@ impl Cache {
                 "looking for the cache: HOME is not set\n\
                  help: set SLIPWAY_CACHE to a folder with 5 GiB of free space",
             )?;
-        Ok(Self { root: std::path::absolute(&root)?.try_into()? })
+        Ok(Self::at(std::path::absolute(&root)?.try_into()?))
+    }
+
+    /// A cache in this folder.
+    pub fn at(root: Utf8PathBuf) -> Self {
+        Self { root, trusted: Vec::new(), shared: None }
+    }
+
+    /// The same, where stages that one of these keys has signed count, and with a shared cache.
+    #[must_use]
+    pub fn sharing(mut self, remote: Option<Remote>, keys: KeySet, signer: &Signer) -> Self {
+        let counting = keys.keys.iter().filter(|key| !key.revoked);
+        self.trusted = counting.map(|key| key.id.clone()).collect();
+        let shared = |remote| Arc::new(Shared::new(Arc::new(remote), keys, signer.clone()));
+        self.shared = remote.map(shared);
+        self
+    }
+
+    /// The shared cache, for downloads.
+    pub fn remote(&self) -> Option<Arc<Remote>> {
+        self.shared.as_ref().map(|shared| Arc::clone(shared.remote()))
     }
 
     /// Where finished stages lie.
@@ -126,13 +169,24 @@ impl Cache {
         self.stages().join(stage).join(key.get(..32).unwrap_or(key))
     }
 
-    /// Whether a result is kept, without looking at its outputs.
-    pub fn has(&self, stage: &str, key: &str) -> bool {
-        self.dir(stage, key).join(STAMP).is_file()
+    /// Whether a result is kept, or could be fetched from the shared cache just now.
+    ///
+    /// # Errors
+    /// When the cache cannot be written.
+    pub fn has<T: Serialize + DeserializeOwned>(
+        &self,
+        stage: &str,
+        key: &str,
+        outputs: impl Fn(&T) -> Vec<Utf8PathBuf>,
+    ) -> Result<bool> {
+        let dir = self.dir(stage, key);
+        let _held = held(&dir)?;
+        Ok(self.kept::<T>(&dir).is_some() || self.take(stage, key, &dir, &outputs)?.is_some())
     }
 
-    /// Returns the kept result of `stage` under `key`, or lets `build` make it in its folder.
-    /// `outputs` lists the files that must still be there, unchanged, for a kept result to count.
+    /// Returns the kept result of `stage` under `key`, or fetches it from the shared cache, or lets `build`
+    /// make it in its folder. `outputs` lists the files that must still be there, unchanged, for a kept
+    /// result to count.
     ///
     /// # Errors
     /// Whatever `build` returns; nothing is kept then.
@@ -144,32 +198,89 @@ impl Cache {
         build: impl FnOnce(&Utf8Path) -> Result<T>,
     ) -> Result<Staged<T>> {
         let dir = self.dir(stage, key);
-        fs::create_dir_all(dir.parent().context("a stage's folder has a parent")?)
-            .with_context(|| format!("creating {dir}"))?;
-        // Two builds that want the same stage at once: the second waits, then finds it finished.
-        let lock_path = Utf8PathBuf::from(format!("{dir}.lock"));
-        let lock = File::create(&lock_path).with_context(|| format!("creating {lock_path}"))?;
-        lock.lock().with_context(|| format!("locking {lock_path}"))?;
-        if let Some(value) = kept::<T>(&dir) {
+        let lock = held(&dir)?;
+        if let Some(stamp) = self.kept::<T>(&dir) {
             File::open(dir.join(STAMP))
-                .and_then(|stamp| stamp.set_modified(SystemTime::now()))
+                .and_then(|file| file.set_modified(SystemTime::now()))
                 .with_context(|| format!("touching {dir}"))?;
-            return Ok(Staged { value, cached: true });
+            let taken = self.shared.as_ref().is_some_and(|shared| shared.has_taken(&dir));
+            // What somebody else has signed is never signed again.
+            if stamp.signed_by.is_none() {
+                drop(lock);
+                self.give(stage, key, &dir, &stamp.value, &outputs);
+            }
+            let origin = if taken { Origin::Shared } else { Origin::Kept };
+            return Ok(Staged { value: stamp.value, origin });
         }
-        if dir.exists() {
-            fs::remove_dir_all(&dir).with_context(|| format!("clearing {dir}"))?;
+        if let Some(value) = self.take(stage, key, &dir, &outputs)? {
+            return Ok(Staged { value, origin: Origin::Shared });
         }
-        fs::create_dir_all(&dir).with_context(|| format!("creating {dir}"))?;
+        clear(&dir)?;
         let value = build(&dir)?;
-        let seals = outputs(&value)
-            .iter()
-            .map(|path| Seal::of(path).with_context(|| format!("{stage} did not make {path}")))
-            .collect::<Result<Vec<_>>>()?;
-        let stamp = Stamp { value, seals };
-        let json = serde_json::to_vec_pretty(&stamp).context("describing a stage")?;
-        write_atomically(&dir.join(STAMP), |out| Ok(out.write_all(&json)?))?;
+        let stamp = stamp(stage, &dir, value, None, &outputs)?;
         self.forget_old(stage);
-        Ok(Staged { value: stamp.value, cached: false })
+        drop(lock);
+        self.give(stage, key, &dir, &stamp.value, &outputs);
+        Ok(Staged { value: stamp.value, origin: Origin::Made })
+    }
+
+    /// The kept result in a folder, when its outputs are unchanged and whoever has signed it still counts.
+    fn kept<T: DeserializeOwned>(&self, dir: &Utf8Path) -> Option<Stamp<T>> {
+        let text = fs::read(dir.join(STAMP)).ok()?;
+        let stamp: Stamp<T> = serde_json::from_slice(&text).ok()?;
+        let unchanged = stamp.seals.iter().all(|seal| Seal::of(&seal.path).as_ref() == Some(seal));
+        let counts = stamp.signed_by.as_ref().is_none_or(|id| self.trusted.contains(id));
+        (unchanged && counts).then_some(stamp)
+    }
+
+    /// Fetches a result from the shared cache into its folder.
+    fn take<T: Serialize + DeserializeOwned>(
+        &self,
+        stage: &str,
+        key: &str,
+        dir: &Utf8Path,
+        outputs: &impl Fn(&T) -> Vec<Utf8PathBuf>,
+    ) -> Result<Option<T>> {
+        let Some(shared) = &self.shared else { return Ok(None) };
+        clear(dir)?;
+        let Some((value, signer)) = shared.take(stage, key, dir) else { return Ok(None) };
+        let read = || -> Result<Stamp<T>> {
+            let value: T = serde_json::from_value(value).context("reading its value")?;
+            for path in outputs(&value) {
+                ensure!(path.starts_with(dir), "it names {path}, which is not in its folder");
+            }
+            stamp(stage, dir, value, Some(signer), outputs)
+        };
+        match read() {
+            Ok(stamp) => {
+                shared.note_taken(dir);
+                self.forget_old(stage);
+                Ok(Some(stamp.value))
+            }
+            Err(error) => {
+                warn(format!("{stage} is not taken from the shared cache: {error:#}"));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Stores a result in the shared cache.
+    fn give<T: Serialize>(
+        &self,
+        stage: &str,
+        key: &str,
+        dir: &Utf8Path,
+        value: &T,
+        outputs: &impl Fn(&T) -> Vec<Utf8PathBuf>,
+    ) {
+        let Some(shared) = &self.shared else { return };
+        match serde_json::to_value(value) {
+            Ok(json) => {
+                let made = Made { stage, key, dir, value: json, outputs: outputs(value) };
+                shared.give(&self.root, &made);
+            }
+            Err(error) => warn(format!("{stage} has no form for the shared cache: {error}")),
+        }
     }
 
     /// Keeps the newest results of a stage only. Best effort: a failure costs disk space, no more.
@@ -194,14 +305,40 @@ impl Cache {
     }
 }
 
-fn kept<T: DeserializeOwned>(dir: &Utf8Path) -> Option<T> {
-    let text = fs::read(dir.join(STAMP)).ok()?;
-    let stamp: Stamp<T> = serde_json::from_slice(&text).ok()?;
-    stamp
-        .seals
+/// Waits until no other build works on this folder: two that want the same stage at once make it once.
+fn held(dir: &Utf8Path) -> Result<File> {
+    fs::create_dir_all(dir.parent().context("a stage's folder has a parent")?)
+        .with_context(|| format!("creating {dir}"))?;
+    let path = Utf8PathBuf::from(format!("{dir}.lock"));
+    let lock = File::create(&path).with_context(|| format!("creating {path}"))?;
+    lock.lock().with_context(|| format!("locking {path}"))?;
+    Ok(lock)
+}
+
+/// Empties a stage's folder.
+pub(crate) fn clear(dir: &Utf8Path) -> Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir).with_context(|| format!("clearing {dir}"))?;
+    }
+    fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))
+}
+
+/// Makes a stage's folder count.
+fn stamp<T: Serialize>(
+    stage: &str,
+    dir: &Utf8Path,
+    value: T,
+    signed_by: Option<String>,
+    outputs: &impl Fn(&T) -> Vec<Utf8PathBuf>,
+) -> Result<Stamp<T>> {
+    let seals = outputs(&value)
         .iter()
-        .all(|seal| Seal::of(&seal.path).as_ref() == Some(seal))
-        .then_some(stamp.value)
+        .map(|path| Seal::of(path).with_context(|| format!("{stage} did not make {path}")))
+        .collect::<Result<Vec<_>>>()?;
+    let stamp = Stamp { value, seals, signed_by };
+    let json = serde_json::to_vec_pretty(&stamp).context("describing a stage")?;
+    write_atomically(&dir.join(STAMP), |out| Ok(out.write_all(&json)?))?;
+    Ok(stamp)
 }
 
 #[cfg(test)]
@@ -211,7 +348,7 @@ mod tests {
     fn cache() -> (tempfile::TempDir, Cache) {
         let dir = tempfile::tempdir().expect("a folder");
         let root = Utf8PathBuf::try_from(dir.path().to_owned()).expect("UTF-8");
-        (dir, Cache { root })
+        (dir, Cache::at(root))
     }
 
     fn run(cache: &Cache, key: &str, text: &str) -> Result<Staged<Utf8PathBuf>> {
@@ -231,12 +368,12 @@ mod tests {
     fn a_result_is_made_once_and_again_when_somebody_changed_it() {
         let (_guard, cache) = cache();
         let key = Key::new("test", 1).with("a", "b").finish();
-        assert!(!run(&cache, &key, "one").expect("made").cached);
+        assert_eq!(run(&cache, &key, "one").expect("made").origin, Origin::Made);
         let again = run(&cache, &key, "two").expect("kept");
-        assert!(again.cached);
+        assert_eq!(again.origin, Origin::Kept);
         assert_eq!(fs::read_to_string(&again.value).expect("read"), "one");
         fs::write(&again.value, "spoilt by hand").expect("written");
-        assert!(!run(&cache, &key, "three").expect("made again").cached);
+        assert_eq!(run(&cache, &key, "three").expect("made again").origin, Origin::Made);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Downloads by hash into a store that every build shares: resumed, retried, checked before they
-//! get their name. What the store has is never asked for again; offline, what it lacks is named.
+//! get their name. What the store has is never asked for again, and a team's shared cache is asked
+//! before the mirrors; offline, what the store lacks is named.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -13,7 +14,9 @@ use rustix::fs::{FlockOperation, flock};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
 use crate::artifact::{Artifact, hash_file, partial};
+use crate::cache::Cache;
 use crate::progress::{Step, Unit};
+use crate::shared::Remote;
 
 /// Connections at a time; more annoys mirrors and gains nothing on a home line.
 const CONNECTIONS: usize = 4;
@@ -61,6 +64,7 @@ pub struct Fetcher {
     store: Utf8PathBuf,
     offline: bool,
     agent: ureq::Agent,
+    shared: Option<Arc<Remote>>,
 }
 
 impl Fetcher {
@@ -79,7 +83,15 @@ impl Fetcher {
             .timeout_recv_body(Some(BODY))
             .tls_config(TlsConfig::builder().root_certs(authorities()?).build())
             .build();
-        Ok(Self { store, offline, agent: config.into() })
+        Ok(Self { store, offline, agent: config.into(), shared: None })
+    }
+
+    /// The store of a cache, and the cache that a team shares besides.
+    ///
+    /// # Errors
+    /// As [`Fetcher::new`].
+    pub fn of(cache: &Cache, offline: bool) -> Result<Self> {
+        Ok(Self { shared: cache.remote(), ..Self::new(&cache.root, offline)? })
     }
 
     /// Where a file with this hash lies, once it is there.
@@ -118,7 +130,18 @@ impl Fetcher {
         if !missing.is_empty() {
             self.fetch_missing(stage, what, wanted, &missing, &mut outcomes)?;
         }
-        outcomes.into_iter().map(|o| o.context("a download has no outcome")).collect()
+        let outcomes: Vec<Outcome> = outcomes
+            .into_iter()
+            .map(|outcome| outcome.context("a download has no outcome"))
+            .collect::<Result<_>>()?;
+        if let (Some(shared), false) = (&self.shared, self.offline) {
+            let ready = |outcome: &Outcome| match outcome {
+                Outcome::Ready(artifact) => Some(artifact.clone()),
+                Outcome::Gone => None,
+            };
+            shared.offer(what, &outcomes.iter().filter_map(ready).collect::<Vec<_>>());
+        }
+        Ok(outcomes)
     }
 
     fn fetch_missing(
@@ -189,6 +212,11 @@ impl Fetcher {
         if let Some(artifact) = self.stored(download)? {
             return Ok(Outcome::Ready(artifact));
         }
+        if let Some(artifact) = self.take_shared(download, step)? {
+            // Whoever waits for it looks into the store first.
+            drop(fs::remove_file(&temporary));
+            return Ok(Outcome::Ready(artifact));
+        }
         let mut pause = FIRST_PAUSE;
         let mut attempt = 1;
         loop {
@@ -230,6 +258,25 @@ impl Fetcher {
         file.sync_all().with_context(|| format!("writing {temporary}"))?;
         fs::rename(&temporary, &path).with_context(|| format!("renaming {temporary}"))?;
         Ok(Outcome::Ready(Artifact { path, size, sha256 }))
+    }
+
+    /// The file from the shared cache, if that has it.
+    fn take_shared(&self, download: &Download, step: &Step) -> Result<Option<Artifact>> {
+        let Some(shared) = &self.shared else { return Ok(None) };
+        let path = self.path_of(&download.sha256);
+        // Beside what a mirror may have sent already, which goes on if this fails.
+        let temporary = Utf8PathBuf::from(format!("{path}.shared.partial"));
+        let advance = |n| step.advance(n);
+        if !shared.download(&download.sha256, download.size, &temporary, &advance) {
+            drop(fs::remove_file(&temporary));
+            return Ok(None);
+        }
+        File::open(&temporary)
+            .and_then(|file| file.sync_all())
+            .and_then(|()| fs::rename(&temporary, &path))
+            .with_context(|| format!("renaming {temporary}"))?;
+        let size = fs::metadata(&path).with_context(|| format!("looking at {path}"))?.len();
+        Ok(Some(Artifact { path, size, sha256: download.sha256.clone() }))
     }
 
     fn attempt(

@@ -3,6 +3,7 @@
 
 pub mod card;
 pub mod device;
+pub mod frames;
 pub mod seed;
 pub mod source;
 pub mod write;

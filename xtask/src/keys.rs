@@ -79,6 +79,37 @@ pub fn authorized_keys(dir: &Utf8Path) -> Result<String> {
     Ok(keys)
 }
 
+/// Public keys of those whose stages count in a shared cache, and nothing else of theirs: a folder of
+/// minisign's `.pub` files in the key directory.
+pub const CACHE_SIGNERS: &str = "shared-cache";
+
+/// The keys in [`CACHE_SIGNERS`]; none when there is no such folder.
+///
+/// # Errors
+/// When a file there is no public key.
+pub fn cache_signers(dir: &Utf8Path) -> Result<Vec<TrustedKey>> {
+    let dir = dir.join(CACHE_SIGNERS);
+    if !dir.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut keys = Vec::new();
+    for entry in dir.read_dir_utf8().with_context(|| format!("reading {dir}"))? {
+        let path = entry.with_context(|| format!("reading {dir}"))?.into_path();
+        if path.extension() != Some("pub") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        let public = text.lines().nth(1).unwrap_or_default().trim().to_owned();
+        let id = key_id(&public).with_context(|| {
+            format!("reading {path}\nhelp: a public key of minisign, as `cargo xtask keys list` names it")
+        })?;
+        keys.push(TrustedKey { id, epoch: 1, kind: Kind::Development, public, revoked: false });
+    }
+    keys.sort_by(|a, b| a.id.cmp(&b.id));
+    keys.dedup_by(|a, b| a.id == b.id);
+    Ok(keys)
+}
+
 /// One line of `keys list`.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -309,6 +340,7 @@ fn password(what: &str) -> Result<Option<String>> {
 }
 
 /// An opened signing key.
+#[derive(Clone)]
 pub struct Signer {
     key: TrustedKey,
     number: [u8; 8],

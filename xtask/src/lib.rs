@@ -30,6 +30,7 @@ pub mod render;
 pub mod report;
 pub mod rootfs;
 pub mod sbom;
+pub mod shared;
 pub mod tools;
 pub mod update;
 pub mod wheel;

@@ -2,7 +2,9 @@
 //! channel's index last, by compare-and-swap: a reader never meets an index whose objects are not all
 //! there, and of two publishers neither loses the other's release.
 
+pub mod client;
 pub mod directory;
+pub mod http;
 pub mod s3;
 pub mod ssh;
 
@@ -34,42 +36,63 @@ pub enum Token {
     Version(String),
 }
 
-/// A place for releases. Paths are those of `docs/releases.md`. Everything but a channel's file is
-/// written once and never changed; it has its name only when it is complete.
-pub trait Store {
-    /// The store for people.
+/// What is wrong with an object, in a store that works.
+#[derive(Debug)]
+pub enum BadObject {
+    /// It is not there.
+    Missing(String),
+    /// It is not what its name says.
+    Damaged(String),
+}
+
+impl std::fmt::Display for BadObject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Self::Missing(what) | Self::Damaged(what)) = self;
+        f.write_str(what)
+    }
+}
+
+impl std::error::Error for BadObject {}
+
+/// A place for files, each written once and never changed; it has its name only when it is complete.
+pub trait Files {
+    /// The place for people.
     fn name(&self) -> String;
 
     /// A small file; `None` when there is none.
     ///
     /// # Errors
-    /// When the store cannot be asked, or the file is larger than 16 MiB.
+    /// When the place cannot be asked, or the file is larger than 16 MiB.
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>>;
 
     /// Which of these objects (SHA-256 and size) lie there complete.
     ///
     /// # Errors
-    /// When the store cannot be asked.
+    /// When the place cannot be asked.
     fn present(&self, objects: &[(String, u64)]) -> Result<BTreeSet<String>>;
 
-    /// Stores an object, and checks what has arrived before it gets its name.
+    /// Stores an object, and checks what has arrived.
     ///
     /// # Errors
     /// When it cannot be stored, or something else arrived.
     fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()>;
 
-    /// Fetches an object into a local file.
+    /// Fetches an object of at most `limit` bytes into a local file, and checks it. `received` is told
+    /// how many bytes more have come.
     ///
     /// # Errors
-    /// When it is not there or cannot be had.
-    fn get(&self, sha256: &str, into: &Utf8Path) -> Result<()>;
+    /// [`BadObject`] when it is not there or is another one; others when it cannot be had.
+    fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()>;
 
-    /// Writes a small file that never changes again.
+    /// Writes a small file.
     ///
     /// # Errors
     /// When it cannot be written.
     fn write(&self, path: &str, content: &[u8]) -> Result<()>;
+}
 
+/// A place for releases. Paths are those of `docs/releases.md`. Only a channel's file ever changes.
+pub trait Store: Files {
     /// The channel's newest file, and the token to replace it with.
     ///
     /// # Errors
@@ -99,6 +122,52 @@ pub struct Options {
     pub region: Option<String>,
     /// Options of ssh_config(5), `KEY=VALUE`.
     pub ssh: Vec<String>,
+    /// How long a server is waited for.
+    pub patience: client::Patience,
+    /// The value of the header `Authorization`, for servers that are neither.
+    pub authorization: Option<Secret>,
+}
+
+/// A text that is never printed.
+#[derive(Clone)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Takes the text.
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
+    /// The text itself, for the request that needs it.
+    fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+/// Opens a place for files that several machines use at once, by its address: a folder, `http[s]://…` or
+/// `s3://…`. Nothing is written yet.
+///
+/// # Errors
+/// When the address is none.
+pub fn open_files(address: &str, options: &Options) -> Result<Box<dyn Files + Send + Sync>> {
+    if let Some(rest) = address.strip_prefix("s3://") {
+        return Ok(Box::new(s3::Bucket::new(rest, options)?));
+    }
+    if address.starts_with("https://") || address.starts_with("http://") {
+        return Ok(Box::new(http::Server::new(address, options)?));
+    }
+    ensure!(
+        Utf8Path::new(address).is_absolute(),
+        "`{address}` is no address of a shared cache\n\
+         help: https://HOST[/PATH], s3://BUCKET[/PREFIX], or the full path of a folder"
+    );
+    Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
 }
 
 /// Opens a store by its address: a folder, `ssh://…` or `s3://…`. Nothing is written yet.

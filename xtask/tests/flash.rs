@@ -3,7 +3,7 @@
 mod flash_support;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::sync::Mutex;
@@ -41,6 +41,54 @@ fn every_mapped_byte_reaches_a_file_from_every_form() {
         let end = part(&card, SIZE + 39 * MIB, MIB as usize);
         assert!(end.iter().all(|byte| *byte == 0), "{from}");
         assert_eq!(fs::metadata(&card).expect("card").len(), SIZE + 40 * MIB);
+    }
+}
+
+/// Frames of an odd size, with empty and skippable ones between them, as other tools make them.
+fn odd_frames(bytes: &[u8]) -> Vec<u8> {
+    let frame = |part: &[u8]| {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).expect("a frame");
+        encoder.set_pledged_src_size(Some(part.len() as u64)).expect("its size");
+        encoder.write_all(part).and_then(|()| encoder.finish()).expect("packing")
+    };
+    let skipped = [&0x184d_2a53_u32.to_le_bytes()[..], &5_u32.to_le_bytes(), b"hello"].concat();
+    let parts = bytes.chunks(1_000_003).map(|part| [frame(part), skipped.clone(), frame(b"")]);
+    parts.flatten().flatten().collect()
+}
+
+#[test]
+fn zstd_files_of_every_make_become_the_same_card() {
+    let folder = Folder::new();
+    let image = image(&folder, TableKind::Gpt, 4).path;
+    let (bytes, map) = (fs::read(&image).expect("reading"), bmap::path_for(&image));
+    let packed = compress::path_for(&image);
+    compress::compress(&image, 3).expect("compressing");
+    let ours = fs::read(&packed).expect("reading");
+    let one = tool("zstd").args(["-q", "-c", image.as_str()]).read_bytes().expect("zstd");
+    // From a pipe nobody knows how long it will be, so no header says it.
+    let unsized_one = zstd::encode_all(&bytes[..], 1).expect("packing");
+    let card = folder.at("card");
+    for (name, form) in
+        [("ours", ours), ("one", one), ("unsized", unsized_one), ("odd", odd_frames(&bytes))]
+    {
+        fs::write(&packed, form).expect("writing");
+        tool("zstd").args(["-q", "-t", packed.as_str()]).run().expect("zstd -t");
+        old_card(&card, SIZE);
+        good(&[packed.as_str(), card.as_str(), "--yes"]);
+        assert_eq!(differences(&image, &card), Vec::<u64>::new(), "{name}");
+        fs::rename(&map, folder.at("map")).expect("without its map");
+        old_card(&card, SIZE);
+        good(&[packed.as_str(), card.as_str(), "--yes"]);
+        assert!(fs::read(&card).expect("reading") == bytes, "{name}");
+        fs::rename(folder.at("map"), &map).expect("with its map");
+    }
+    let mut cut = odd_frames(&bytes);
+    cut.truncate(cut.len() / 2);
+    for bad in [cut, odd_frames(&bytes[..bytes.len() - 512])] {
+        fs::write(&packed, bad).expect("writing");
+        let message = refused(&[packed.as_str(), card.as_str(), "--yes"]);
+        assert!(message.contains("card.img.zst"), "{message}");
+        assert!(!has_table(&card));
     }
 }
 

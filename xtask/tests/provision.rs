@@ -113,7 +113,7 @@ fn wheel(version: &str) -> Wheel {
         libc: "glibc 2.36".parse().unwrap(),
     };
     let lock = WheelLock::new(&format!("{API}=={version}"), target, vec![locked.clone()]);
-    let fetched = fetch(&lock, &Cache::locate().unwrap().root, false).unwrap();
+    let fetched = fetch(&lock, &Cache::locate().unwrap(), false).unwrap();
     Wheel::open(&fetched[0].path, &locked.file, Some(sha256)).unwrap()
 }
 

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::artifact::hash_bytes;
+use xtask::cache::Cache;
 use xtask::sbom;
 use xtask::wheel::archive::digest_text;
 use xtask::wheel::base::BaseSource;
@@ -15,9 +16,8 @@ use xtask::wheel::component::{ComponentRequest, component};
 use xtask::wheel::resolve::describe_missing;
 use xtask::wheel::target::WheelName;
 use xtask::wheel::{
-    BaseDistribution, BasePython, FetchedWheel, InstallRequest, InstallTarget, Installed,
-    LockRequest, LockedWheel, Target, Wheel, WheelLock, check, fetch, identity, install, lock,
-    update,
+    BaseDistribution, BasePython, InstallRequest, InstallTarget, Installed, LockRequest,
+    LockedWheel, Target, Wheel, WheelLock, check, fetch, identity, install, lock, update,
 };
 
 fn target() -> Target {
@@ -453,7 +453,7 @@ fn locked(drafts: &[Draft], cache: &Utf8Path) -> WheelLock {
 }
 
 fn install_into(lock: &WheelLock, cache: &Utf8Path, out: &Utf8Path) -> anyhow::Result<Installed> {
-    let wheels = fetch(lock, cache, true)?;
+    let wheels = fetch(lock, &Cache::at(cache.to_owned()), true)?;
     let base = BasePython::read(BaseSource::Root(arm64_root().to_owned()))?;
     let target = InstallTarget::for_base(&base, true);
     let request = InstallRequest {
@@ -583,7 +583,7 @@ fn a_component_has_each_wheel_as_a_tree_of_its_own() {
     let base = BasePython::read(BaseSource::Root(arm64_root().to_owned())).unwrap();
     let make = |drafts: &[Draft], out: &str| {
         let lock = locked(drafts, &cache);
-        let (wheels, out) = (fetch(&lock, &cache, true).unwrap(), dir.join(out));
+        let (wheels, out) = (fetch(&lock, &Cache::at(cache.clone()), true).unwrap(), dir.join(out));
         std::fs::create_dir(&out).unwrap();
         let (lock, wheels, out) = (&lock, wheels.as_slice(), out.as_path());
         let request = ComponentRequest { lock, wheels, base: &base, cache: &cache, out, log: None };
@@ -693,10 +693,10 @@ fn offline_names_what_the_cache_lacks_and_a_damaged_file_is_not_used() {
     let scratch = tempfile::tempdir().unwrap();
     let cache = Utf8Path::from_path(scratch.path()).unwrap();
     let lock = locked(&[Draft::new("bar", ""), Draft::new("foo", "")], cache);
-    let all: Vec<FetchedWheel> = fetch(&lock, cache, true).unwrap();
-    assert_eq!(all.len(), 2);
+    let of = Cache::at(cache.to_owned());
+    let all = fetch(&lock, &of, true).unwrap();
     std::fs::write(&all[1].path, "damaged").unwrap();
-    let found = message(fetch(&lock, cache, true));
+    let found = message(fetch(&lock, &of, true));
     assert_eq!(
         found,
         format!(
@@ -706,7 +706,7 @@ fn offline_names_what_the_cache_lacks_and_a_damaged_file_is_not_used() {
     );
     let mut short = locked(&[Draft::new("foo", "")], cache);
     short.wheels[0].size += 1;
-    assert!(message(fetch(&short, cache, true)).contains("bytes, the lock says"));
+    assert!(message(fetch(&short, &of, true)).contains("bytes, the lock says"));
 }
 
 /// Whether the long tests, which download from the machine's indexes, were asked for.
@@ -735,7 +735,7 @@ fn the_real_api_is_locked_installed_and_imported() {
     assert!(fresh.wheels.iter().any(|w| w.name == "opentrons" && w.needed_by.is_empty()));
 
     let product = product_lock();
-    fetch(&product, &cache, false).unwrap();
+    fetch(&product, &Cache::at(cache.clone()), false).unwrap();
     let out = dir.join("api.tar");
     let installed = install_into(&product, &cache, &out).unwrap();
     unpack(&out, &dir.join("tree"));

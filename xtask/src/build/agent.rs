@@ -43,6 +43,13 @@ pub struct Agent {
     pub components: Vec<Component>,
 }
 
+impl Agent {
+    /// The stage's outputs.
+    fn files(&self) -> Vec<Utf8PathBuf> {
+        vec![self.binary.path.clone()]
+    }
+}
+
 /// The names that one architecture has.
 struct Architecture {
     /// Rust's target.
@@ -85,7 +92,11 @@ pub fn agent(build: &mut Build<'_>) -> Result<Agent> {
     };
     let mut key = key(build, &target, linker, &compiler)?;
     if let Some(known) = &lock
-        && !build.cache.has("agent", &self::key(build, &target, linker, &compiler)?.finish())
+        && !build.cache.has(
+            "agent",
+            &self::key(build, &target, linker, &compiler)?.finish(),
+            Agent::files,
+        )?
         && let Some(new) = fetch(build, known, &path)?
     {
         key = self::key(build, &target, linker, &compiler::identity(&new))?;
@@ -94,7 +105,7 @@ pub fn agent(build: &mut Build<'_>) -> Result<Agent> {
     build.stage(
         "agent",
         key,
-        |agent: &Agent| vec![agent.binary.path.clone()],
+        Agent::files,
         |agent| format!("{PACKAGE} {}, {}", bytes(agent.binary.size), agent.compiler),
         |build, dir| {
             let mut cargo =
@@ -102,7 +113,7 @@ pub fn agent(build: &mut Build<'_>) -> Result<Agent> {
             let compiler = match &lock {
                 None => compiler.clone(),
                 Some(lock) => {
-                    let fetcher = Fetcher::new(&build.cache.root, build.options.offline)?;
+                    let fetcher = Fetcher::of(build.cache, build.options.offline)?;
                     let unpacked = compiler::unpacked(lock, &fetcher, &build.cache.root)?;
                     cargo = cargo.env("RUSTC", unpacked.rustc.as_str());
                     format!("rustc {}", unpacked.version)
@@ -163,7 +174,7 @@ fn collect(
 /// Fetches the locked compiler; the new lock when the mirror no longer had all of it.
 fn fetch(build: &Build<'_>, lock: &PackagesLock, path: &Utf8Path) -> Result<Option<PackagesLock>> {
     build.require_tools()?;
-    let fetcher = Fetcher::new(&build.cache.root, build.options.offline)?;
+    let fetcher = Fetcher::of(build.cache, build.options.offline)?;
     let mirrors = if build.options.offline { None } else { Some(Mirrors::from_host()?) };
     let policy = if build.options.locked { Policy::Locked } else { Policy::Replace };
     let fetched = compiler::fetch(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)?;

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::Build;
+use super::{Build, buildroot};
 use crate::cache::Key;
 use crate::config::Config;
 use crate::ext4::Mke2fs;
@@ -27,7 +27,7 @@ const ROOT_VERSION: u32 = 1;
 /// Raised when installing wheels changes what it makes.
 const API_VERSION: u32 = 1;
 
-/// The base system, and how to make filesystems for it.
+/// The base system.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Base {
     /// What the engine made.
@@ -36,8 +36,6 @@ pub struct Base {
     pub replaced: Vec<Replaced>,
     /// The time that the base's files carry: the lock's, so that a commit rebuilds nothing.
     pub epoch: u64,
-    /// The filesystem tool.
-    pub e2fs: Mke2fs,
     /// The stage's key, which stands for its content.
     pub key: String,
 }
@@ -45,9 +43,7 @@ pub struct Base {
 impl Base {
     /// The stage's outputs.
     pub(super) fn files(&self) -> Vec<Utf8PathBuf> {
-        let mut files = self.system.files();
-        files.push(self.e2fs.program.clone());
-        files
+        self.system.files()
     }
 
     /// The stage in a line.
@@ -143,7 +139,7 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
     lock.check_request(&build.packages).with_context(|| format!("obeying {path}"))?;
     let mut replaced = Vec::new();
     let mut fetched = None;
-    if !build.cache.has("base", &key(build, &lock)?.finish()) {
+    if !build.cache.has("base", &key(build, &lock)?.finish(), Base::files)? {
         build.require_tools()?;
         let found = fetch(build, &lock)?;
         if !found.replaced.is_empty() {
@@ -160,7 +156,8 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
             Some(fetched) => fetched,
             None => fetch(build, &lock)?,
         };
-        let e2fs = host_tool(build, &lock)?;
+        // Fetched with the packages, so that what comes later needs no network.
+        host_tool(build, &lock)?;
         let board = &build.plan.board;
         let log = build.log("base");
         let root = root(build, &lock, &fetched, &log)?;
@@ -180,7 +177,7 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
             dir,
         )?;
         let key = dir.file_name().unwrap_or_default().to_owned();
-        Ok(Base { system, replaced, epoch: lock.epoch, e2fs, key })
+        Ok(Base { system, replaced, epoch: lock.epoch, key })
     })
 }
 
@@ -213,15 +210,26 @@ fn root(
 
 fn fetch(build: &Build<'_>, lock: &PackagesLock) -> Result<Fetched> {
     let offline = build.options.offline;
-    let fetcher = Fetcher::new(&build.cache.root, offline)?;
+    let fetcher = Fetcher::of(build.cache, offline)?;
     let mirrors = if offline { None } else { Some(Mirrors::from_host()?) };
     let policy = if build.options.locked { Policy::Locked } else { Policy::Replace };
     debian::fetch_lock(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)
 }
 
+/// The `mke2fs` that makes filesystems here: the machine's own, or one that is unpacked into the cache.
+///
+/// # Errors
+/// When there is none, and it cannot be fetched.
+pub(super) fn mke2fs(build: &Build<'_>) -> Result<Mke2fs> {
+    match &build.plan.rootfs.lock {
+        Some(path) => host_tool(build, &PackagesLock::load(&build.root.join(path))?),
+        None => buildroot::host_tool(build),
+    }
+}
+
 pub(super) fn host_tool(build: &Build<'_>, lock: &PackagesLock) -> Result<Mke2fs> {
     let offline = build.options.offline;
-    let fetcher = Fetcher::new(&build.cache.root, offline)?;
+    let fetcher = Fetcher::of(build.cache, offline)?;
     let mirrors = if offline { None } else { Some(Mirrors::from_host()?) };
     debian::host_e2fs(lock, &fetcher, mirrors.as_ref(), &build.cache.root)
 }
@@ -283,7 +291,7 @@ pub fn wheels(build: &mut Build<'_>, base: &Base) -> Result<Option<Wheels>> {
         },
         |build, dir| {
             let cache: &Utf8PathBuf = &build.cache.root;
-            let wheels = wheel::fetch(&lock, cache, build.options.offline)?;
+            let wheels = wheel::fetch(&lock, build.cache, build.options.offline)?;
             let python = BasePython::read(BaseSource::Tar(base.system.rootfs.path.clone()))?;
             let log = build.log("api");
             wheel::install(&InstallRequest {

@@ -84,7 +84,8 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
         log: &log,
     };
     let made = build.stage("base", key, Base::files, Base::describe, |build, dir| {
-        let e2fs = host_tool(build)?;
+        // Fetched first, so that what comes later needs no network.
+        host_tool(build)?;
         let info = engine::build(&request)?;
         let wants = Wants {
             device_trees: &plan.board.device_trees,
@@ -98,7 +99,7 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
             collect_base(&setup, &info, &wants, dir).context("taking what Buildroot made")?;
         require_libc(&pinned.libc, &system.glibc)?;
         let key = dir.file_name().unwrap_or_default().to_owned();
-        Ok(Base { system, replaced: Vec::new(), epoch, e2fs, key })
+        Ok(Base { system, replaced: Vec::new(), epoch, key })
     })?;
     if build.options.legal_info {
         legal_info(build, &request)?;
@@ -144,7 +145,7 @@ fn require_libc(locked: &str, built: &str) -> Result<()> {
 
 /// An `mke2fs` that reads tars: the machine's own where it is new enough, else the one that a
 /// product of the engine `debian` has in its package lock.
-fn host_tool(build: &Build<'_>) -> Result<Mke2fs> {
+pub(super) fn host_tool(build: &Build<'_>) -> Result<Mke2fs> {
     if let Some(program) = crate::exec::find("mke2fs") {
         let own = Mke2fs { program, libraries: Vec::new() };
         if own.version().is_ok() {

@@ -12,6 +12,7 @@ use crate::cli::{BuildImage, Format};
 use crate::cmd::plan::{dist, resolve};
 use crate::config::product::Engine;
 use crate::progress::{bytes, say};
+use crate::shared;
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 use crate::wheel::base::BaseSource;
 use crate::wheel::{self, BasePython, Component};
@@ -42,6 +43,7 @@ pub fn build_component(options: &BuildImage) -> Result<ComponentBundle> {
     let cache = Cache::locate()?;
     say("plan", super::summary(&plan));
     let signing = signing(&plan).context("choosing the signing key")?;
+    let cache = shared::attach(cache, plan.product.kind, &signing.signer, options.offline)?;
     let dist = dist(&config.root, &plan);
     let packages = base::package_spec(&config);
     let mut build = Build::new(&plan, &config.root, dist, &cache, options, packages);
@@ -93,7 +95,7 @@ fn component(build: &mut Build<'_>, base: &Base) -> Result<Component> {
         },
         |build, dir| {
             let cache: &Utf8PathBuf = &build.cache.root;
-            let wheels = wheel::fetch(&lock, cache, build.options.offline)?;
+            let wheels = wheel::fetch(&lock, build.cache, build.options.offline)?;
             let python = BasePython::read(BaseSource::Tar(root))?;
             let log = build.log("component");
             wheel::component::component(&wheel::ComponentRequest {

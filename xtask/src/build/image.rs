@@ -177,7 +177,7 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
             let sizes = sizes::measure(&tree)?;
             let tar = dir.join("root.tar");
             write_large(&tar, |out| tree.write(plan.epoch, out))?;
-            let tool = &base.e2fs;
+            let tool = &base::mke2fs(build)?;
             let root = dir.join("root.ext4");
             let board = &plan.board.name;
             let usage = ext4::make(

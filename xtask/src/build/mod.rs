@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::Artifact;
-use crate::cache::{Cache, Key, Staged};
+use crate::cache::{Cache, Key, Origin, Staged};
 use crate::cli::{BuildImage, Stage};
 use crate::cmd::plan::{dist, resolve, resolve_nightly, save};
 use crate::config::product::{Engine, Kind, RootLogin};
@@ -25,6 +25,7 @@ use crate::progress::{duration, say, warn};
 use crate::render::{Rendered, render};
 use crate::report;
 use crate::rootfs::debian::DebianSpec;
+use crate::shared;
 use crate::tools::{self, Purpose};
 
 pub use agent::{Agent, LOCK as COMPILER_LOCK, SOURCES as AGENT_SOURCES};
@@ -95,6 +96,7 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
     }
     let signing = signing(&plan).context("choosing the signing key")?;
     developer_access(&plan, &mut rendered).context("finding who may log in")?;
+    let cache = shared::attach(cache, plan.product.kind, &signing.signer, options.offline)?;
     let packages = package_spec(&config);
     let mut build = Build::new(&plan, &config.root, dist, &cache, options, packages);
     let made = match stages(&mut build, &rendered, &signing, until) {
@@ -274,18 +276,22 @@ impl<'a> Build<'a> {
         let started = Instant::now();
         let key = key.finish();
         let this = &*self;
-        let Staged { value, cached } = self.cache.stage(name, &key, outputs, |dir| {
+        let Staged { value, origin } = self.cache.stage(name, &key, outputs, |dir| {
             this.require_tools()?;
             work(this, dir)
         })?;
         let seconds = started.elapsed();
         let note = describe(&value);
-        let time = if cached { "kept".to_owned() } else { duration(seconds) };
+        let time = match origin {
+            Origin::Made => duration(seconds),
+            Origin::Kept => "kept".to_owned(),
+            Origin::Shared => "from the shared cache".to_owned(),
+        };
         say(name, format!("{note}  ({time})"));
         self.stages.push(report::Stage {
             name: name.to_owned(),
             seconds: seconds.as_secs_f64(),
-            cached,
+            cached: origin != Origin::Made,
             note,
         });
         Ok(value)

@@ -74,5 +74,6 @@ pub fn store_options(access: &crate::cli::Access) -> Options {
         endpoint: access.endpoint.clone(),
         region: access.region.clone(),
         ssh: access.ssh_option.clone(),
+        ..Options::default()
     }
 }

@@ -159,7 +159,7 @@ fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
     }
     let (_keep, dir) = scratch()?;
     let file = dir.join("notes.md");
-    store.get(&manifest.notes.sha256, &file)?;
+    store.get(&manifest.notes.sha256, manifest.notes.size, &file, &|_| ())?;
     let written = std::fs::read_to_string(&file).context("reading the notes")?;
     if notes {
         print!("{written}");
@@ -244,7 +244,7 @@ fn file_changes(
         let part = manifest.boards.iter().find(|b| b.board == board).context("the board")?;
         let image = part.objects.iter().find(|o| o.role == "image").context("it has no image")?;
         let packed = dir.join("packed");
-        store.get(&image.sha256, &packed)?;
+        store.get(&image.sha256, image.size, &packed, &|_| ())?;
         let path = dir.join(name);
         unpack(&packed, &path)?;
         if let Some(expected) = &image.unpacked {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use lzma_rust2::XzReader;
 
+use super::frames::{self, Frame, Frames};
 use crate::disk::bmap::{self, BlockMap};
 use crate::progress::{Step, Unit};
 
@@ -18,6 +19,8 @@ const UNMAPPED_RANGE: u64 = 16 << 20;
 const SKIP: usize = 128 << 10;
 /// The most bytes that a compressed image may have: 1 TiB, more than any card.
 const LARGEST: u64 = 1 << 40;
+/// What to do about a damaged image.
+const AGAIN: &str = "help: build or download it again";
 /// Bytes of a compressed file read at once.
 const READ: usize = 1 << 20;
 
@@ -56,10 +59,13 @@ pub struct Source {
     pub mapped: bool,
     /// What must reach the card, in order.
     pub ranges: Vec<Range>,
+    /// The frames that it is packed in, where these are small.
+    frames: Option<Vec<Frame>>,
 }
 
 impl Source {
-    /// Looks at an image. One that is compressed and has no map is read once, for its size.
+    /// Looks at an image. One that is compressed, says nowhere how large it is and has no map is read once,
+    /// for its size.
     ///
     /// # Errors
     /// When it cannot be read, has another form, or its block map is damaged or of another image.
@@ -80,11 +86,19 @@ impl Source {
         ensure!(stored.is_file(), "{}: it is not a plain file", doing());
         let map = [bmap::path_for(plain), bmap::path_for(path)].into_iter().find(|m| m.is_file());
         let map = map.map(|map| BlockMap::read(&map)).transpose()?;
-        let size = match (form, &map) {
-            (Form::Plain, _) => stored.len(),
-            (_, Some(map)) => map.image_size,
-            _ => measure(path, form)?,
+        let frames = match form {
+            Form::Zstd => frames::scan(&file).with_context(doing)?,
+            Form::Plain | Form::Xz => None,
         };
+        let unpacked = frames.as_ref().map(|frames| frames.iter().map(|f| f.size).sum::<u64>());
+        let size = match (form, &map, unpacked) {
+            (Form::Plain, ..) => stored.len(),
+            (_, Some(map), _) => map.image_size,
+            (_, None, Some(size)) => size,
+            (_, None, None) => measure(path, form)?,
+        };
+        // Another size than the map's is an error, which the stream runs into.
+        let frames = frames.filter(|_| unpacked == Some(size));
         ensure!(
             size > 0 && size.is_multiple_of(512),
             "{}: it has {size} bytes, expected whole sectors of 512",
@@ -116,7 +130,7 @@ impl Source {
                 })
                 .collect(),
         };
-        Ok(Self { path: path.to_owned(), form, size, mapped, ranges })
+        Ok(Self { path: path.to_owned(), form, size, mapped, ranges, frames })
     }
 
     /// Bytes that must reach the card.
@@ -131,9 +145,10 @@ impl Source {
     pub fn pass(&self) -> Result<Pass> {
         let doing = || format!("reading the image {}", self.path);
         let file = File::open(&self.path).with_context(doing)?;
-        let input = match self.form {
-            Form::Plain => Input::File(file),
-            form => Input::Stream(decoder(file, form).with_context(doing)?),
+        let input = match (self.form, &self.frames) {
+            (Form::Plain, _) => Input::File(file),
+            (_, Some(frames)) => Input::Frames(Frames::start(file, frames, &self.ranges)),
+            (form, None) => Input::Stream(decoder(file, form).with_context(doing)?),
         };
         Ok(Pass { input, path: self.path.clone(), size: self.size, position: 0 })
     }
@@ -168,6 +183,7 @@ fn measure(path: &Utf8Path, form: Form) -> Result<u64> {
 
 enum Input {
     File(File),
+    Frames(Frames),
     Stream(Box<dyn Read + Send>),
 }
 
@@ -188,22 +204,25 @@ impl Pass {
         let path = &self.path;
         match &mut self.input {
             Input::File(file) => file.read_exact_at(buffer, offset),
+            Input::Frames(frames) => frames.read_at(offset, buffer),
             Input::Stream(stream) => skip(stream, &mut self.position, offset)
                 .and_then(|()| stream.read_exact(buffer))
                 .inspect(|()| self.position += buffer.len() as u64),
         }
-        .with_context(|| format!("reading {} bytes at {offset} of {path}", buffer.len()))
+        .with_context(|| format!("reading {} bytes at {offset} of {path}\n{AGAIN}", buffer.len()))
     }
 
-    /// Reads a compressed image to its end: only then its own checksums have been checked.
+    /// Reads a stream to its end: only then its own checksums have been checked. Of frames each that was
+    /// needed has been.
     ///
     /// # Errors
     /// When it is damaged, or shorter or longer than it should be.
     pub fn finish(mut self) -> Result<()> {
         let Input::Stream(mut stream) = self.input else { return Ok(()) };
         let path = &self.path;
-        skip(&mut stream, &mut self.position, self.size)
-            .with_context(|| format!("reading {path} to its end, at {} bytes", self.position))?;
+        skip(&mut stream, &mut self.position, self.size).with_context(|| {
+            format!("reading {path} to its end, at {} bytes\n{AGAIN}", self.position)
+        })?;
         if stream.read(&mut [0]).with_context(|| format!("reading the end of {path}"))? != 0 {
             bail!(
                 "{path} has more than the {} bytes that its block map says\n\

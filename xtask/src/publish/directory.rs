@@ -14,7 +14,7 @@ use rustix::fs::{Advice, CWD, FlockOperation, RenameFlags, fadvise, flock, renam
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
-use super::{Store, Token, unique};
+use super::{BadObject, Files, Store, Token, unique};
 use crate::artifact::{hash_bytes, hash_file, hex};
 use crate::release::format::{Channel, Index, LARGEST_TEXT, object_path};
 
@@ -134,7 +134,7 @@ fn rename_new(from: &Utf8Path, to: &Utf8Path) -> Result<bool> {
     }
 }
 
-impl Store for Directory {
+impl Files for Directory {
     fn name(&self) -> String {
         self.root.to_string()
     }
@@ -197,11 +197,25 @@ impl Store for Directory {
         Ok(())
     }
 
-    fn get(&self, sha256: &str, into: &Utf8Path) -> Result<()> {
+    fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
         let from = self.object(sha256);
+        let bad = |what: String| Err(BadObject::Damaged(format!("{from} {what}")).into());
+        let size = match fs::metadata(&from) {
+            Ok(metadata) => metadata.len(),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(BadObject::Missing(format!("{from} is missing")).into());
+            }
+            Err(error) => return Err(error).with_context(|| format!("looking at {from}")),
+        };
+        if size > limit {
+            return bad(format!("has {size} bytes, expected at most {limit}"));
+        }
         fs::copy(&from, into).with_context(|| format!("copying {from}"))?;
+        received(size);
         let found = hash_file(into)?.1;
-        ensure!(found == sha256, "{from} is damaged: its SHA-256 is {found}");
+        if found != sha256 {
+            return bad(format!("is damaged: its SHA-256 is {found}"));
+        }
         Ok(())
     }
 
@@ -212,7 +226,9 @@ impl Store for Directory {
         self.small(&self.root.join(path), true, content)?;
         Ok(())
     }
+}
 
+impl Store for Directory {
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
         let visible = self.read(&channel.path())?;
         let seen = visible.as_deref().map(Index::serial_of).transpose();

@@ -2,8 +2,7 @@
 //! by a conditional write, which the service must know.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,22 +10,14 @@ use bundle::keys::encode_base64;
 use camino::Utf8Path;
 use rusty_s3::actions::{GetObject, HeadObject, PutObject};
 use rusty_s3::{Credentials, S3Action, UrlStyle};
-use sha2::{Digest, Sha256};
-use ureq::tls::TlsConfig;
 
-use super::{Options, Store, Token};
-use crate::artifact::{hash_bytes, hash_file, hex};
-use crate::fetch::authorities;
-use crate::release::format::{Channel, LARGEST_TEXT, object_path};
+use super::client::{Answer, Body, Client};
+use super::{BadObject, Files, Options, Store, Token};
+use crate::artifact::{hash_bytes, hash_file};
+use crate::release::format::{Channel, object_path};
 
 /// How long a signed request stays valid: as long as its upload may take.
 const VALID: Duration = Duration::from_secs(3600);
-/// A connection must be made within this time.
-const CONNECT: Duration = Duration::from_secs(20);
-/// The service must answer within this time once it has the request.
-const ANSWER: Duration = Duration::from_secs(120);
-/// Attempts when the service is overloaded or the connection breaks.
-const ATTEMPTS: u32 = 4;
 /// The largest object of one request (Amazon S3 User Guide, "Uploading objects").
 const LARGEST: u64 = 5 << 30;
 /// Is written twice to find out whether the service knows conditional writes.
@@ -39,7 +30,7 @@ pub struct Bucket {
     /// Never printed: it holds the secret key.
     credentials: Secret,
     prefix: String,
-    agent: ureq::Agent,
+    client: Client,
 }
 
 struct Secret(Credentials);
@@ -48,15 +39,6 @@ impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Secret")
     }
-}
-
-/// An answer's status, the headers that count, and its body.
-struct Answer {
-    status: u16,
-    etag: Option<String>,
-    length: Option<u64>,
-    checksum: Option<String>,
-    body: Vec<u8>,
 }
 
 impl Bucket {
@@ -95,45 +77,13 @@ impl Bucket {
                  help: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         })?;
-        let config = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
-            .timeout_connect(Some(CONNECT))
-            .timeout_recv_response(Some(ANSWER))
-            .tls_config(TlsConfig::builder().root_certs(authorities()?).build())
-            .build();
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
-        Ok(Self { bucket, credentials: Secret(credentials), prefix, agent: config.into() })
+        let client = Client::new(format!("s3://{name}/{prefix}"), options.patience)?;
+        Ok(Self { bucket, credentials: Secret(credentials), prefix, client })
     }
 
     fn key(&self, path: &str) -> String {
         format!("{}{path}", self.prefix)
-    }
-
-    /// Asks again while the service is overloaded or the connection breaks.
-    fn ask(
-        &self,
-        what: &str,
-        mut once: impl FnMut() -> Result<Answer, ureq::Error>,
-    ) -> Result<Answer> {
-        let mut pause = Duration::from_millis(300);
-        let mut attempt = 1;
-        loop {
-            let error = match once() {
-                Ok(answer) if !matches!(answer.status, 408 | 429 | 500..=599) => return Ok(answer),
-                Ok(answer) => anyhow::Error::msg(format!("it answered {}", answer.status)),
-                // The address has the signature in it, so it is not shown.
-                Err(error) => anyhow::Error::msg(error.to_string()),
-            };
-            if attempt == ATTEMPTS {
-                return Err(error).with_context(|| {
-                    format!("{what}: giving up {} after {ATTEMPTS} attempts", self.name())
-                });
-            }
-            attempt += 1;
-            std::thread::sleep(pause);
-            pause *= 2;
-        }
     }
 
     fn refused<T>(&self, what: &str, answer: &Answer) -> Result<T> {
@@ -154,9 +104,9 @@ impl Bucket {
 
     fn get_small(&self, path: &str) -> Result<Option<(Vec<u8>, Option<String>)>> {
         let key = self.key(path);
-        let answer = self.ask(path, || {
+        let answer = self.client.ask(path, || {
             let url = GetObject::new(&self.bucket, Some(&self.credentials.0), &key).sign(VALID);
-            let mut response = self.agent.get(url.as_str()).call()?;
+            let mut response = self.client.agent.get(url.as_str()).call()?;
             Answer::read(&mut response)
         })?;
         match answer.status {
@@ -169,11 +119,12 @@ impl Bucket {
     /// Size and SHA-256 of an object, as far as the service tells.
     fn head(&self, path: &str) -> Result<Option<(Option<u64>, Option<String>)>> {
         let key = self.key(path);
-        let answer = self.ask(path, || {
+        let answer = self.client.ask(path, || {
             let mut action = HeadObject::new(&self.bucket, Some(&self.credentials.0), &key);
             action.headers_mut().insert("x-amz-checksum-mode", "ENABLED");
             let url = action.sign(VALID);
-            let request = self.agent.head(url.as_str()).header("x-amz-checksum-mode", "ENABLED");
+            let request =
+                self.client.agent.head(url.as_str()).header("x-amz-checksum-mode", "ENABLED");
             Ok(Answer::head(&request.call()?))
         })?;
         match answer.status {
@@ -187,13 +138,13 @@ impl Bucket {
     fn upload(
         &self,
         path: &str,
-        sha256: &str,
+        (sha256, size): (&str, u64),
         condition: Option<(&'static str, &str)>,
         send: impl Fn() -> Result<Body>,
     ) -> Result<Answer> {
         let key = self.key(path);
         let checksum = encode_base64(&unhex(sha256)?);
-        self.ask(path, || {
+        self.client.ask(path, || {
             let mut action = PutObject::new(&self.bucket, Some(&self.credentials.0), &key);
             let mut headers = vec![("x-amz-checksum-sha256", checksum.as_str())];
             headers.extend(condition);
@@ -205,16 +156,13 @@ impl Bucket {
                 action.headers_mut().insert(*name, *value);
             }
             let url = action.sign(VALID);
-            let mut request = self.agent.put(url.as_str()).content_type("application/octet-stream");
+            let mut request =
+                self.client.agent.put(url.as_str()).content_type("application/octet-stream");
             for (name, value) in &headers {
                 request = request.header(*name, *value);
             }
             let body = send().map_err(|error| ureq::Error::Io(std::io::Error::other(error)))?;
-            let mut response = match body {
-                Body::Bytes(bytes) => request.send(&bytes[..])?,
-                Body::File(file) => request.send(file)?,
-            };
-            Answer::read(&mut response)
+            self.client.send(request, body, size)
         })
     }
 
@@ -225,7 +173,8 @@ impl Bucket {
         condition: Option<(&'static str, &str)>,
     ) -> Result<bool> {
         let send = || Ok(Body::Bytes(content.to_vec()));
-        let answer = self.upload(path, &hash_bytes(content), condition, send)?;
+        let sum = (&*hash_bytes(content), content.len() as u64);
+        let answer = self.upload(path, sum, condition, send)?;
         match answer.status {
             200 => Ok(true),
             // 409: another conditional write was going on (Amazon S3 API, "PutObject").
@@ -249,42 +198,15 @@ impl Bucket {
     }
 }
 
-enum Body {
-    Bytes(Vec<u8>),
-    File(File),
-}
-
-impl Answer {
-    fn head(response: &ureq::http::Response<ureq::Body>) -> Self {
-        let header = |name: &str| {
-            let value = response.headers().get(name)?;
-            value.to_str().ok().map(str::to_owned)
-        };
-        Self {
-            status: response.status().as_u16(),
-            etag: header("etag"),
-            length: header("content-length").and_then(|n| n.parse().ok()),
-            checksum: header("x-amz-checksum-sha256"),
-            body: Vec::new(),
-        }
-    }
-
-    fn read(response: &mut ureq::http::Response<ureq::Body>) -> Result<Self, ureq::Error> {
-        let mut answer = Self::head(response);
-        answer.body = response.body_mut().with_config().limit(LARGEST_TEXT).read_to_vec()?;
-        Ok(answer)
-    }
-}
-
 fn unhex(text: &str) -> Result<Vec<u8>> {
     let pair = |at: usize| text.get(at..at + 2).and_then(|p| u8::from_str_radix(p, 16).ok());
     let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(pair).collect();
     bytes.with_context(|| format!("`{text}` is no SHA-256"))
 }
 
-impl Store for Bucket {
+impl Files for Bucket {
     fn name(&self) -> String {
-        format!("s3://{}/{}", self.bucket.name(), self.prefix)
+        self.client.name.clone()
     }
 
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
@@ -318,7 +240,7 @@ impl Store for Bucket {
             "{from} has {size} bytes; one upload to S3 takes at most {LARGEST}\nhelp: publish it elsewhere"
         );
         let send = || Ok(Body::File(File::open(from).with_context(|| format!("opening {from}"))?));
-        let answer = self.upload(&path, sha256, None, send)?;
+        let answer = self.upload(&path, (sha256, size), None, send)?;
         if answer.status != 200 {
             return self.refused(&format!("writing {path}"), &answer);
         }
@@ -328,41 +250,25 @@ impl Store for Bucket {
             Some(sum) => ensure!(sum == encode_base64(&unhex(sha256)?), "{path} arrived as {sum}"),
             None => {
                 let (_keep, dir) = super::scratch()?;
-                self.get(sha256, &dir.join("back"))?;
+                self.get(sha256, size, &dir.join("back"), &|_| ())?;
             }
         }
         Ok(())
     }
 
-    fn get(&self, sha256: &str, into: &Utf8Path) -> Result<()> {
+    fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
         let path = object_path(sha256);
         let key = self.key(&path);
         let url = GetObject::new(&self.bucket, Some(&self.credentials.0), &key).sign(VALID);
-        let response = self.agent.get(url.as_str()).call();
-        let mut response =
-            response.map_err(|e| anyhow::Error::msg(e.to_string())).context("fetching")?;
-        if response.status().as_u16() != 200 {
-            let answer = Answer::read(&mut response).context("fetching")?;
-            return self.refused(&format!("fetching {path}"), &answer);
-        }
-        let mut body = response.body_mut().with_config().limit(LARGEST).reader();
-        let mut out = File::create(into).with_context(|| format!("creating {into}"))?;
-        let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
-        loop {
-            match body.read(&mut buffer).with_context(|| format!("fetching {path}"))? {
-                0 => break,
-                n => {
-                    hasher.update(&buffer[..n]);
-                    out.write_all(&buffer[..n]).with_context(|| format!("writing {into}"))?;
-                }
+        let mut response = self.client.get(self.client.agent.get(url.as_str()), limit)?;
+        match response.status().as_u16() {
+            200 => self.client.receive(&mut response, (&path, sha256), limit, into, received),
+            404 => Err(BadObject::Missing(format!("{} lacks {path}", self.name())).into()),
+            _ => {
+                let answer = Answer::read(&mut response).context("fetching")?;
+                self.refused(&format!("fetching {path}"), &answer)
             }
         }
-        let found = hex(&hasher.finalize());
-        if found != sha256 {
-            drop(fs::remove_file(into));
-            bail!("{path} of {} is damaged: its SHA-256 is {found}", self.name());
-        }
-        Ok(())
     }
 
     fn write(&self, path: &str, content: &[u8]) -> Result<()> {
@@ -371,7 +277,9 @@ impl Store for Bucket {
         }
         Ok(())
     }
+}
 
+impl Store for Bucket {
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
         let path = channel.path();
         match self.get_small(&path)? {

@@ -7,7 +7,7 @@ use std::fs;
 use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
 
-use super::{Store, Token, scratch, unique};
+use super::{BadObject, Files, Store, Token, scratch, unique};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::exec::Tool;
 use crate::push::ssh::check_options;
@@ -195,7 +195,7 @@ impl Host {
     }
 }
 
-impl Store for Host {
+impl Files for Host {
     fn name(&self) -> String {
         format!("{}:{}", self.destination, self.path)
     }
@@ -235,13 +235,27 @@ impl Store for Host {
         self.must(folder, &[format!("rename {temporary} {}", self.at(&path))])
     }
 
-    fn get(&self, sha256: &str, into: &Utf8Path) -> Result<()> {
+    fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
         let (Some(folder), Some(name)) = (into.parent(), into.file_name()) else {
             bail!("{into} is no file")
         };
-        self.must(folder, &[format!("get {} {name}", self.at(&object_path(sha256)))])?;
-        let found = hash_file(into)?.1;
-        ensure!(found == sha256, "{sha256} of {} is damaged: {found}", self.name());
+        let path = object_path(sha256);
+        let named = |what: String| format!("{sha256} of {} {what}", self.name());
+        match self.list(std::slice::from_ref(&path))?.first() {
+            Some((_, size)) if *size <= limit => {}
+            Some((_, size)) => {
+                let what = named(format!("has {size} bytes, expected at most {limit}"));
+                return Err(BadObject::Damaged(what).into());
+            }
+            None => return Err(BadObject::Missing(named("is missing".to_owned())).into()),
+        }
+        self.must(folder, &[format!("get {} {name}", self.at(&path))])?;
+        let (size, found) = hash_file(into)?;
+        received(size);
+        if found != sha256 {
+            let what = named(format!("is damaged: its SHA-256 is {found}"));
+            return Err(BadObject::Damaged(what).into());
+        }
         Ok(())
     }
 
@@ -252,7 +266,9 @@ impl Store for Host {
         let temporary = self.write_small(path, content)?;
         self.must(Utf8Path::new("."), &[format!("rename {temporary} {}", self.at(path))])
     }
+}
 
+impl Store for Host {
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
         let visible = self.read(&channel.path())?;
         let seen = visible.as_deref().map(Index::serial_of).transpose()?;

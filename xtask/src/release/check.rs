@@ -120,6 +120,8 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
         .args(words)
         .args(["--compression", request.compression])
         .env("SLIPWAY_CACHE", cache.as_str())
+        // What others have built proves nothing.
+        .env_remove("SLIPWAY_SHARED_CACHE")
         .env("SOURCE_DATE_EPOCH", report.epoch.to_string())
         .current_dir(&checkout)
         .log(&folder.join("build.log"));

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::format::{Board, Object, Unpacked};
 use crate::artifact::{Artifact, hash_file};
-use crate::cache::{Cache, Key};
+use crate::cache::{Cache, Key, Origin};
 use crate::cmd::verify::verify_image;
 use crate::config;
 use crate::disk::{bmap, compress};
@@ -224,7 +224,7 @@ fn compressed(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
             Ok(Compressed { artifact, image_size, image_sha256 })
         },
     )?;
-    let how = if staged.cached { "kept" } else { "compressed" };
+    let how = if staged.origin == Origin::Kept { "kept" } else { "compressed" };
     let size = crate::progress::bytes(staged.value.artifact.size);
     say("release", format!("{}  {size} ({how})", image.file_name().unwrap_or_default()));
     Ok(staged.value)

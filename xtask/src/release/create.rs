@@ -14,7 +14,7 @@ use super::index::Retention;
 use super::notes::{self, Past};
 use crate::artifact::Artifact;
 use crate::publish::directory::Directory;
-use crate::publish::{self, Authority, Store, change, load, now, scratch};
+use crate::publish::{self, Authority, Files, Store, change, load, now, scratch};
 
 /// What to release.
 #[derive(Debug)]

@@ -401,7 +401,7 @@ fn verify(keys: &KeySet, name: &str, signature: &[u8], text: &[u8]) -> Result<Si
     })
 }
 
-fn pretty(value: &impl Serialize) -> Result<String> {
+pub(crate) fn pretty(value: &impl Serialize) -> Result<String> {
     Ok(serde_json::to_string_pretty(value).context("writing JSON")? + "\n")
 }
 
@@ -413,7 +413,7 @@ fn check_format(format: u32) -> Result<()> {
     Ok(())
 }
 
-fn check_hash(sha256: &str) -> Result<()> {
+pub(crate) fn check_hash(sha256: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
     ensure!(sha256.len() == 64 && sha256.bytes().all(good), "`{sha256}` is no SHA-256");
     Ok(())

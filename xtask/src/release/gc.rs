@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::format::{Channel, File, Index, Manifest};
 use super::index::GRACE;
 use crate::publish::directory::{Directory, UNFINISHED};
-use crate::publish::{Authority, Store, load};
+use crate::publish::{Authority, Files, load};
 
 /// What was, or would be, removed.
 #[derive(Debug, Default, Serialize)]

@@ -52,7 +52,7 @@ impl Past {
         for board in &manifest.boards {
             let Some(sbom) = board.objects.iter().find(|o| o.role == "sbom") else { continue };
             let path = dir.join(&sbom.sha256);
-            store.get(&sbom.sha256, &path)?;
+            store.get(&sbom.sha256, sbom.size, &path, &|_| ())?;
             let text = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
             found.insert(board.board.clone(), packages(&text)?);
         }

@@ -11,7 +11,7 @@ use super::notes::escape;
 use crate::build::{FAILURE, Failure};
 use crate::config;
 use crate::progress::{bytes, duration};
-use crate::publish::{Authority, Store, load, manifest, scratch};
+use crate::publish::{Authority, Files, load, manifest, scratch};
 use crate::report::Report;
 
 /// Sums up: a table of builds, each failure with its stage and log, and the newest nightlies' notes.
@@ -113,6 +113,6 @@ fn newest_notes(root: &Utf8Path, product: &str) -> Result<String> {
     let manifest = manifest(&store, entry, authority.keys())?;
     let (_keep, dir) = scratch()?;
     let path = dir.join("notes.md");
-    store.get(&manifest.notes.sha256, &path)?;
+    store.get(&manifest.notes.sha256, manifest.notes.size, &path, &|_| ())?;
     Ok("\n".to_owned() + &fs::read_to_string(&path).with_context(|| format!("reading {path}"))?)
 }

@@ -1,6 +1,9 @@
-//! Brings locked wheels into the cache, by hash, each once; offline it only looks there.
+//! Brings locked wheels into the cache, by hash, each once, from a team's shared cache before the index;
+//! offline it only looks there.
 
 use std::collections::BTreeMap;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -8,8 +11,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::lock::{LockedWheel, WheelLock};
 use super::pip::Pip;
 use super::target::Target;
-use crate::artifact::hash_file;
+use crate::artifact::{Artifact, hash_file};
+use crate::cache::Cache;
 use crate::progress::{self, Step, Unit};
+use crate::shared::Remote;
 
 /// A locked wheel that lies in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,8 +36,13 @@ fn place(cache: &Utf8Path, wheel: &LockedWheel) -> Utf8PathBuf {
 /// # Errors
 /// When `offline` and wheels are missing (the error names them); when pip cannot download one, or
 /// the index has it no longer.
-pub fn fetch(lock: &WheelLock, cache: &Utf8Path, offline: bool) -> Result<Vec<FetchedWheel>> {
-    let missing = missing(&lock.wheels, cache)?;
+pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<FetchedWheel>> {
+    let shared = cache.remote().filter(|_| !offline);
+    let cache = cache.root.as_path();
+    let mut missing = missing(&lock.wheels, cache)?;
+    if let Some(shared) = &shared {
+        missing = from_shared(shared, missing, cache)?;
+    }
     if offline && !missing.is_empty() {
         let files: Vec<&str> = missing.iter().map(|wheel| wheel.file.as_str()).collect();
         bail!(
@@ -61,7 +71,45 @@ pub fn fetch(lock: &WheelLock, cache: &Utf8Path, offline: bool) -> Result<Vec<Fe
         );
         fetched.push(FetchedWheel { locked: wheel.clone(), path });
     }
+    if let Some(shared) = &shared {
+        let artifact = |wheel: &FetchedWheel| {
+            let FetchedWheel { locked, path } = wheel;
+            Artifact { path: path.clone(), size: locked.size, sha256: locked.sha256.clone() }
+        };
+        shared.offer("wheels", &fetched.iter().map(artifact).collect::<Vec<_>>());
+    }
     Ok(fetched)
+}
+
+/// Takes what the shared cache has; the wheels that it lacks.
+fn from_shared<'a>(
+    shared: &Remote,
+    wheels: Vec<&'a LockedWheel>,
+    cache: &Utf8Path,
+) -> Result<Vec<&'a LockedWheel>> {
+    let total = wheels.iter().map(|wheel| wheel.size).sum();
+    let step = Step::new("wheels", "from the shared cache", total, Unit::Bytes);
+    let folder = cache.join("downloads/sha256");
+    std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
+    let mut lacking = Vec::new();
+    for wheel in wheels {
+        step.note(&wheel.file);
+        let temporary = tempfile::Builder::new()
+            .prefix("wheel.partial.")
+            .permissions(Permissions::from_mode(0o644))
+            .tempfile_in(cache.join("downloads"))
+            .with_context(|| format!("making a file in {cache}"))?
+            .into_temp_path();
+        let partial = Utf8Path::from_path(&temporary).context("the cache's path is not UTF-8")?;
+        let advance = |n| step.advance(n);
+        if !shared.download(&wheel.sha256, Some(wheel.size), partial, &advance) {
+            lacking.push(wheel);
+            continue;
+        }
+        let to = place(cache, wheel);
+        temporary.persist(&to).with_context(|| format!("renaming to {to}"))?;
+    }
+    Ok(lacking)
 }
 
 /// As `fetch`, for wheels whose size is not known yet; the paths are in the order of the wheels.

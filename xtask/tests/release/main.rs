@@ -1,8 +1,9 @@
 //! Releases and their stores: publishers that are killed or meet, readers in between; folders, a real
-//! `sshd`, a real S3 protocol, a real web server.
+//! `sshd`, a real S3 protocol, a real web server; the cache that a team shares.
 
 mod builds;
 mod lint;
 mod remote;
+mod shared;
 mod stores;
 mod support;

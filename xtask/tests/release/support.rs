@@ -12,7 +12,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use xtask::artifact::{hash_bytes, hash_file};
 use xtask::exec;
 use xtask::publish::directory::Directory;
-use xtask::publish::{Authority, Store};
+use xtask::publish::{Authority, Files};
 use xtask::release::create::put;
 use xtask::release::format::{Board, Entry, FORMAT, File, Object};
 use xtask::release::index::Retention;

@@ -14,6 +14,8 @@ use crate::support::{
 };
 
 const BOARD: &str = "qemu-arm64";
+/// The folder that is a team's shared cache.
+const TEAM: &str = "shared cache";
 const STAGES: [&str; 6] = ["base", "api", "agent", "compose", "image", "bundle"];
 
 /// A build in which nothing changed answers within a second on an idle machine; this one may be busy.
@@ -111,7 +113,10 @@ fn build_elsewhere(folder: &Folder, name: &str, strange: bool) -> Result<()> {
     cache_sharing(&cache, &["downloads"])?;
     let mut tool = Xtask::new(&copy).env("SLIPWAY_CACHE", &cache);
     if strange {
+        // What it makes goes to its team.
         tool = tool
+            .env("SLIPWAY_SHARED_CACHE", folder.at(TEAM))
+            .env("SLIPWAY_SHARED_CACHE_WRITE", "1")
             .umask("077")
             .env("TZ", "Strange-13:45")
             .env("LANG", "tr_TR.UTF-8")
@@ -126,6 +131,21 @@ fn build_elsewhere(folder: &Folder, name: &str, strange: bool) -> Result<()> {
     fs::remove_dir_all(&cache).with_context(|| format!("removing {cache}"))
 }
 
+/// A build on a machine with an empty cache, no mirror and no index: all is in the shared cache, or made.
+fn build_in_a_team(folder: &Folder, name: &str) -> Result<()> {
+    let (copy, cache) = (folder.at(name), folder.at(&format!("cache of {name}")));
+    copy_workspace(&copy)?;
+    let tool = Xtask::new(&copy).env("SLIPWAY_CACHE", &cache).without_network();
+    let report = tool.env("SLIPWAY_SHARED_CACHE", folder.at(TEAM)).build(BOARD, &[])?;
+    for (name, kept) in kept(&report)? {
+        let expected = ["base", "api", "agent"].contains(&name.as_str());
+        ensure!(kept == expected, "the stage {name}: fetched is {kept}, expected {expected}");
+    }
+    let root = cache.join("stages/root");
+    ensure!(!root.exists(), "the stage root was fetched for nothing");
+    Ok(())
+}
+
 /// A checkout as it is under umask 077.
 fn tool_permissions(copy: &Utf8Path) -> Result<()> {
     crate::support::tool("chmod").args(["-R", "go-rwx", copy.as_str()]).run()
@@ -133,7 +153,8 @@ fn tool_permissions(copy: &Utf8Path) -> Result<()> {
 
 /// The other side is the build that all tests share: another folder, another time, umask 022. On a
 /// fresh machine it is clean as well; where the cache was warm, it was clean at some earlier time, and
-/// a difference means that a stage's code changed without its version. `test --all` makes two.
+/// a difference means that a stage's code changed without its version. `test --all` makes two. A third
+/// machine takes from the second one's shared cache what is slow, and must come to the same.
 #[test]
 fn two_clean_builds_are_equal() -> Result<()> {
     let built = built(BOARD)?;
@@ -147,7 +168,9 @@ fn two_clean_builds_are_equal() -> Result<()> {
         }
         None => built.within(&root())?,
     };
-    for (one, other) in first.iter().zip(&second) {
+    build_in_a_team(&folder, "a third place")?;
+    let third = built.within(&folder.at("a third place"))?;
+    for (one, other) in first.iter().zip(&second).chain(first.iter().zip(&third)) {
         say(format!("comparing {one} and {other}"));
         same(one, other)?;
     }

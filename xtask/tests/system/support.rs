@@ -143,6 +143,8 @@ impl Xtask {
         };
         command.args(["-c", &script, env!("CARGO_BIN_EXE_xtask")]).args(arguments);
         command.current_dir(&self.dir).stdin(Stdio::null());
+        // What others have built proves nothing.
+        command.env_remove("SLIPWAY_SHARED_CACHE");
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }

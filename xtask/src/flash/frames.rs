@@ -1,0 +1,220 @@
+//! Images that were packed in many small zstd frames, as ours are: frames of which nothing reaches the card
+//! are passed over, the others are unpacked by several threads, a few ahead. Memory is bounded by the
+//! frames' size; a file in one large frame is read as a stream.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use zstd::bulk::Decompressor;
+
+use super::source::Range;
+
+/// The most bytes that a frame may become: twice what ours do.
+const LARGEST: u64 = 64 << 20;
+/// The most threads: each holds one frame, and unpacking outruns any card long before.
+const THREADS: usize = 3;
+/// What begins a frame (RFC 8878, 3.1.1), and a skippable one but for its last four bits (3.1.2).
+const MAGIC: u32 = 0xfd2f_b528;
+const SKIPPABLE: u32 = 0x184d_2a50;
+/// The longest header of a frame (RFC 8878, 3.1.1.1): magic number, descriptor, window, dictionary, size.
+const HEADER: usize = 4 + 1 + 1 + 4 + 8;
+/// zstd's own bound for what cannot be compressed (`ZSTD_COMPRESSBOUND`), and room for headers.
+const fn bound(size: u64) -> u64 {
+    size + (size >> 8) + (128 << 10)
+}
+
+/// One frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// Where it begins in the file.
+    stored: u64,
+    /// Its bytes in the file.
+    length: u64,
+    /// Where its content begins in the image.
+    pub offset: u64,
+    /// Bytes of its content.
+    pub size: u64,
+}
+
+/// The frames of a file, by their headers alone. None when it is not made of small frames that say how
+/// large they are: whoever reads it as a stream says what is wrong.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn scan(file: &File) -> io::Result<Option<Vec<Frame>>> {
+    let end = file.metadata()?.len();
+    let (mut at, mut offset, mut frames) = (0, 0, Vec::new());
+    while at < end {
+        let Some((length, size)) = frame(file, at, end)? else { return Ok(None) };
+        if size > LARGEST || length > bound(size) {
+            return Ok(None);
+        }
+        frames.push(Frame { stored: at, length, offset, size });
+        (at, offset) = (at + length, offset + size);
+    }
+    Ok(Some(frames))
+}
+
+/// Bytes of the frame at an offset, stored and unpacked.
+fn frame(file: &File, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+    let mut header = [0; HEADER];
+    let there = HEADER.min(usize::try_from(end - at).unwrap_or(HEADER));
+    file.read_exact_at(&mut header[..there], at)?;
+    let number = |from: usize, count: usize| {
+        let bytes = header[from..from + count].iter().rev();
+        bytes.fold(0_u64, |all, byte| all << 8 | u64::from(*byte))
+    };
+    let magic = number(0, 4) as u32;
+    if magic & !0xf == SKIPPABLE {
+        let length = 8 + number(4, 4);
+        return Ok((there >= 8 && length <= end - at).then_some((length, 0)));
+    }
+    let descriptor = header[4];
+    // Bit 3 is reserved; what needs a dictionary is no image of anybody.
+    if magic != MAGIC || descriptor & 0b1000 != 0 || descriptor & 0b11 != 0 {
+        return Ok(None);
+    }
+    let single = descriptor >> 5 & 1 == 1;
+    let field = 5 + usize::from(!single);
+    let (size, width) = match (descriptor >> 6, single) {
+        (0, false) => return Ok(None),
+        (0, true) => (number(field, 1), 1),
+        (1, _) => (number(field, 2) + 256, 2),
+        (2, _) => (number(field, 4), 4),
+        _ => (number(field, 8), 8),
+    };
+    let mut next = at + (field + width) as u64;
+    loop {
+        let mut block = [0; 3];
+        if next + 3 > end {
+            return Ok(None);
+        }
+        file.read_exact_at(&mut block, next)?;
+        let bits = u64::from(block[0]) | u64::from(block[1]) << 8 | u64::from(block[2]) << 16;
+        let content = match bits >> 1 & 3 {
+            // Raw, one repeated byte, compressed.
+            0 | 2 => bits >> 3,
+            1 => 1,
+            _ => return Ok(None),
+        };
+        next += 3 + content;
+        if bits & 1 == 1 {
+            break;
+        }
+    }
+    let checksum = u64::from(descriptor >> 2 & 1) * 4;
+    let length = next + checksum - at;
+    Ok((length <= end - at).then_some((length, size)))
+}
+
+/// The frames that something reaches the card of, unpacked in order.
+pub struct Frames {
+    wanted: Vec<Frame>,
+    /// Of each thread; they take turns.
+    unpacked: Vec<Receiver<io::Result<Vec<u8>>>>,
+    /// How many frames were taken from the threads, and the last of them.
+    taken: usize,
+    content: Vec<u8>,
+    /// Memory to be used again: to get it anew from the system for each frame costs as much as unpacking.
+    spare: Spare,
+}
+
+type Spare = Arc<Mutex<Vec<Vec<u8>>>>;
+
+impl Frames {
+    /// Starts to unpack. The threads end with this value.
+    pub fn start(file: File, frames: &[Frame], ranges: &[Range]) -> Self {
+        let reaches = |frame: &&Frame| {
+            let next = ranges.partition_point(|r| r.offset + r.size <= frame.offset);
+            ranges.get(next).is_some_and(|r| r.offset < frame.offset + frame.size)
+        };
+        let wanted: Vec<Frame> = frames.iter().filter(reaches).cloned().collect();
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let threads = cores.min(THREADS).min(wanted.len().max(1));
+        let (file, spare) = (Arc::new(file), Spare::default());
+        let unpacked = (0..threads)
+            .map(|thread| {
+                // No room: whoever has unpacked a frame waits until it is taken.
+                let (sender, receiver) = sync_channel(0);
+                let own: Vec<Frame> =
+                    wanted.iter().skip(thread).step_by(threads).cloned().collect();
+                let (file, spare) = (Arc::clone(&file), Arc::clone(&spare));
+                std::thread::spawn(move || {
+                    let mut stored = Vec::new();
+                    for frame in own {
+                        let free = spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                        let mut content = free.unwrap_or_default();
+                        let result = unpack(&file, &frame, &mut stored, &mut content);
+                        // Nobody listens any more when the pass has ended early.
+                        if sender.send(result.map(|()| content)).is_err() {
+                            return;
+                        }
+                    }
+                });
+                receiver
+            })
+            .collect();
+        Self { wanted, unpacked, taken: 0, content: Vec::new(), spare }
+    }
+
+    /// Fills a buffer from an offset that no call before has passed, in the ranges.
+    ///
+    /// # Errors
+    /// When a frame cannot be read or unpacked.
+    pub fn read_at(&mut self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+        while !buffer.is_empty() {
+            let current = self.taken.checked_sub(1).and_then(|last| self.wanted.get(last));
+            match current {
+                Some(frame) if offset < frame.offset => {
+                    return Err(io::ErrorKind::InvalidInput.into());
+                }
+                Some(frame) if offset < frame.offset + frame.size => {
+                    let from = (offset - frame.offset) as usize;
+                    let count = buffer.len().min(self.content.len() - from);
+                    let (now, later) = buffer.split_at_mut(count);
+                    now.copy_from_slice(&self.content[from..from + count]);
+                    (buffer, offset) = (later, offset + count as u64);
+                }
+                _ => self.next()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn next(&mut self) -> io::Result<()> {
+        if self.taken == self.wanted.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let threads = self.unpacked.len();
+        let dead = |_| io::Error::other("a thread that unpacks died");
+        // Given back first, so that no thread needs more than one of its own.
+        let used = std::mem::take(&mut self.content);
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(used);
+        self.content = self.unpacked[self.taken % threads].recv().map_err(dead)??;
+        self.taken += 1;
+        Ok(())
+    }
+}
+
+/// Unpacks a frame, whose content is as long as its header says.
+fn unpack(
+    file: &File,
+    frame: &Frame,
+    stored: &mut Vec<u8>,
+    content: &mut Vec<u8>,
+) -> io::Result<()> {
+    let (length, size) = (frame.length as usize, frame.size as usize);
+    stored.resize(length, 0);
+    file.read_exact_at(stored, frame.stored)?;
+    content.clear();
+    content.reserve_exact(size);
+    let unpacked = Decompressor::new()?.decompress_to_buffer(stored, content)?;
+    if unpacked != size {
+        let text = format!("a frame has {unpacked} bytes, its header says {size}");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    Ok(())
+}

@@ -1,0 +1,208 @@
+//! How stores over HTTP are asked: again while the service is overloaded or the connection breaks, with
+//! bounded answers, and for no longer than somebody is willing to wait.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use camino::Utf8Path;
+use sha2::{Digest, Sha256};
+use ureq::http::Response;
+use ureq::tls::TlsConfig;
+use ureq::{Agent, RequestBuilder};
+
+use super::BadObject;
+use crate::artifact::hex;
+use crate::fetch::authorities;
+use crate::release::format::LARGEST_TEXT;
+
+/// How long somebody waits for a server.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// A connection must be made within this time.
+    pub connect: Duration,
+    /// The server must answer within this time once it has the request.
+    pub answer: Duration,
+    /// Attempts when the server is overloaded or the connection breaks.
+    pub attempts: u32,
+    /// The least bytes in a second that an object may come or go with; 0: as slowly as it likes.
+    pub rate: u64,
+}
+
+impl Default for Patience {
+    /// Whoever publishes wants it to be done.
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(20),
+            answer: Duration::from_secs(120),
+            attempts: 4,
+            rate: 0,
+        }
+    }
+}
+
+/// One server, and how it is asked.
+#[derive(Debug)]
+pub(super) struct Client {
+    /// What messages call it.
+    pub name: String,
+    /// Makes the requests.
+    pub agent: Agent,
+    patience: Patience,
+}
+
+/// An answer's status, the headers that count, and its body.
+pub(super) struct Answer {
+    pub status: u16,
+    pub etag: Option<String>,
+    pub length: Option<u64>,
+    pub checksum: Option<String>,
+    pub body: Vec<u8>,
+}
+
+/// What is sent.
+pub(super) enum Body {
+    Bytes(Vec<u8>),
+    File(File),
+}
+
+impl Client {
+    pub fn new(name: String, patience: Patience) -> Result<Self> {
+        // A server that says nothing for so long, in the middle of an object, is gone.
+        let silence = (patience.rate > 0).then_some(patience.answer);
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
+            .timeout_resolve(silence)
+            .timeout_connect(Some(patience.connect))
+            .timeout_recv_response(Some(patience.answer))
+            .timeout_per_read(silence)
+            .timeout_per_write(silence)
+            .tls_config(TlsConfig::builder().root_certs(authorities()?).build())
+            .build();
+        Ok(Self { name, agent: config.into(), patience })
+    }
+
+    /// How long so many bytes may take.
+    fn allowed(&self, bytes: u64) -> Option<Duration> {
+        let seconds = bytes.checked_div(self.patience.rate)?;
+        Some(self.patience.answer + Duration::from_secs(seconds))
+    }
+
+    /// Asks again while the service is overloaded or the connection breaks.
+    pub fn ask(
+        &self,
+        what: &str,
+        mut once: impl FnMut() -> Result<Answer, ureq::Error>,
+    ) -> Result<Answer> {
+        let mut pause = Duration::from_millis(300);
+        let mut attempt = 1;
+        loop {
+            let error = match once() {
+                Ok(answer) if !matches!(answer.status, 408 | 429 | 500..=599) => return Ok(answer),
+                Ok(answer) => anyhow::Error::msg(format!("it answered {}", answer.status)),
+                // The address may have a signature in it, so it is not shown.
+                Err(error) => anyhow::Error::msg(error.to_string()),
+            };
+            if attempt == self.patience.attempts {
+                let attempts = match attempt {
+                    1 => String::new(),
+                    many => format!(" after {many} attempts"),
+                };
+                return Err(error)
+                    .with_context(|| format!("{what}: giving up {}{attempts}", self.name));
+            }
+            attempt += 1;
+            std::thread::sleep(pause);
+            pause *= 2;
+        }
+    }
+
+    /// Sends a request with a body of so many bytes.
+    pub fn send(
+        &self,
+        request: RequestBuilder<ureq::typestate::WithBody>,
+        body: Body,
+        size: u64,
+    ) -> Result<Answer, ureq::Error> {
+        let request = request.config().timeout_send_body(self.allowed(size)).build();
+        let mut response = match body {
+            Body::Bytes(bytes) => request.send(&bytes[..])?,
+            Body::File(file) => request.send(file)?,
+        };
+        Answer::read(&mut response)
+    }
+
+    /// Starts to fetch an object of at most so many bytes.
+    pub fn get(
+        &self,
+        request: RequestBuilder<ureq::typestate::WithoutBody>,
+        limit: u64,
+    ) -> Result<Response<ureq::Body>> {
+        // What is stored is what is wanted, never a form of it that is packed for the way.
+        let request = request.header("Accept-Encoding", "identity");
+        let request = request.config().timeout_recv_body(self.allowed(limit)).build();
+        let response = request.call().map_err(|error| anyhow::Error::msg(error.to_string()));
+        response.with_context(|| format!("fetching from {}", self.name))
+    }
+
+    /// Writes an object into a file while it arrives, and checks its hash.
+    pub fn receive(
+        &self,
+        response: &mut Response<ureq::Body>,
+        (path, sha256): (&str, &str),
+        limit: u64,
+        into: &Utf8Path,
+        received: &dyn Fn(u64),
+    ) -> Result<()> {
+        let doing = || format!("fetching {path} from {}", self.name);
+        let body = response.body_mut().with_config().limit(u64::MAX).reader();
+        // One byte more than expected is enough to know that the object is wrong.
+        let mut body = body.take(limit.saturating_add(1));
+        let mut out = File::create(into).with_context(|| format!("creating {into}"))?;
+        let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 18]);
+        loop {
+            match body.read(&mut buffer).with_context(doing)? {
+                0 => break,
+                n => {
+                    hasher.update(&buffer[..n]);
+                    out.write_all(&buffer[..n]).with_context(|| format!("writing {into}"))?;
+                    received(n as u64);
+                }
+            }
+        }
+        let found = hex(&hasher.finalize());
+        if found != sha256 {
+            drop(fs::remove_file(into));
+            return Err(BadObject::Damaged(format!(
+                "{path} of {} is damaged: its SHA-256 is {found}",
+                self.name
+            ))
+            .into());
+        }
+        Ok(())
+    }
+}
+
+impl Answer {
+    pub fn head(response: &Response<ureq::Body>) -> Self {
+        let header = |name: &str| {
+            let value = response.headers().get(name)?;
+            value.to_str().ok().map(str::to_owned)
+        };
+        Self {
+            status: response.status().as_u16(),
+            etag: header("etag"),
+            length: header("content-length").and_then(|n| n.parse().ok()),
+            checksum: header("x-amz-checksum-sha256"),
+            body: Vec::new(),
+        }
+    }
+
+    pub fn read(response: &mut Response<ureq::Body>) -> Result<Self, ureq::Error> {
+        let mut answer = Self::head(response);
+        answer.body = response.body_mut().with_config().limit(LARGEST_TEXT).read_to_vec()?;
+        Ok(answer)
+    }
+}

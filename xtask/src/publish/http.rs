@@ -1,0 +1,158 @@
+//! Files on any HTTP server that takes PUT: what a team's shared cache needs. It has no conditional
+//! writes, so no releases are published to it.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::Utf8Path;
+use ureq::http::Uri;
+
+use super::client::{Answer, Body, Client};
+use super::{BadObject, Files, Options, Secret};
+use crate::artifact::hash_file;
+use crate::release::format::object_path;
+
+/// A folder of a server.
+#[derive(Debug)]
+pub struct Server {
+    /// Without a `/` at its end.
+    base: String,
+    authorization: Option<Secret>,
+    client: Client,
+}
+
+impl Server {
+    /// Takes `http[s]://HOST[:PORT][/PATH]`. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// When the address is none, holds a password, or credentials would go over the wire in clear.
+    pub fn new(address: &str, options: &Options) -> Result<Self> {
+        let help = "help: https://HOST[:PORT][/PATH]";
+        // A password in the address is not repeated.
+        let shown = address.rsplit_once('@').map_or(address, |(_, rest)| rest);
+        let uri: Uri = address.parse().ok().with_context(|| format!("`{shown}`\n{help}"))?;
+        let host = uri.host().unwrap_or_default();
+        ensure!(
+            !address.contains('@'),
+            "the address of {shown} holds a user or a password\n\
+             help: set SLIPWAY_SHARED_CACHE_AUTHORIZATION instead, which is never shown"
+        );
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-/~".contains(c);
+        let good = uri.path().chars().all(plain) && !uri.path().split('/').any(|part| part == "..");
+        ensure!(
+            !host.is_empty() && good && uri.query().is_none() && !address.contains('#'),
+            "`{shown}`: expected a host, and a path of letters, digits and ._~- only\n{help}"
+        );
+        let near = ["localhost", "127.0.0.1", "[::1]"].contains(&host);
+        ensure!(
+            options.authorization.is_none() || uri.scheme_str() == Some("https") || near,
+            "{shown}: credentials would be sent in clear\nhelp: use https"
+        );
+        let base = address.trim_end_matches('/').to_owned();
+        let client = Client::new(base.clone(), options.patience)?;
+        Ok(Self { base, authorization: options.authorization.clone(), client })
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}/{path}", self.base)
+    }
+
+    /// Adds what the server wants to see.
+    fn signed<T>(&self, request: ureq::RequestBuilder<T>) -> ureq::RequestBuilder<T> {
+        match &self.authorization {
+            Some(secret) => request.header("Authorization", secret.expose()),
+            None => request,
+        }
+    }
+
+    fn refused<T>(&self, what: &str, status: u16) -> Result<T> {
+        let help = match status {
+            401 | 403 => "set SLIPWAY_SHARED_CACHE_AUTHORIZATION to what the server wants",
+            _ => "the server must take PUT, and make the folders of a new file",
+        };
+        bail!("{what}: {} answered {status}\nhelp: {help}", self.base)
+    }
+
+    fn length(&self, path: &str) -> Result<Option<u64>> {
+        let answer = self.client.ask(path, || {
+            let request = self.signed(self.client.agent.head(self.url(path)));
+            Ok(Answer::head(&request.header("Accept-Encoding", "identity").call()?))
+        })?;
+        match answer.status {
+            200 => Ok(answer.length),
+            404 | 410 => Ok(None),
+            status => self.refused(&format!("looking at {path}"), status),
+        }
+    }
+
+    fn upload(&self, path: &str, size: u64, body: impl Fn() -> Result<Body>) -> Result<()> {
+        let answer = self.client.ask(path, || {
+            let request = self.signed(self.client.agent.put(self.url(path)));
+            let body = body().map_err(|error| ureq::Error::Io(std::io::Error::other(error)))?;
+            self.client.send(request.content_type("application/octet-stream"), body, size)
+        })?;
+        match answer.status {
+            200 | 201 | 204 => Ok(()),
+            status => self.refused(&format!("writing {path}"), status),
+        }
+    }
+}
+
+impl Files for Server {
+    fn name(&self) -> String {
+        self.base.clone()
+    }
+
+    fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
+        let answer = self.client.ask(path, || {
+            let request = self.signed(self.client.agent.get(self.url(path)));
+            Answer::read(&mut request.call()?)
+        })?;
+        match answer.status {
+            200 => Ok(Some(answer.body)),
+            404 | 410 => Ok(None),
+            status => self.refused(&format!("reading {path}"), status),
+        }
+    }
+
+    fn present(&self, objects: &[(String, u64)]) -> Result<BTreeSet<String>> {
+        let mut present = BTreeSet::new();
+        for (sha256, size) in objects {
+            // An upload that was cut may have left a shorter one.
+            if self.length(&object_path(sha256))? == Some(*size) {
+                present.insert(sha256.clone());
+            }
+        }
+        Ok(present)
+    }
+
+    fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()> {
+        let path = object_path(sha256);
+        let (size, found) = hash_file(from)?;
+        ensure!(found == sha256, "{from} has the SHA-256 {found}, expected {sha256}");
+        let open = || Ok(Body::File(File::open(from).with_context(|| format!("opening {from}"))?));
+        self.upload(&path, size, open)?;
+        let there = self.length(&path)?;
+        ensure!(there == Some(size), "{path} has {there:?} bytes there, expected {size}");
+        Ok(())
+    }
+
+    fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
+        let path = object_path(sha256);
+        let request = self.signed(self.client.agent.get(self.url(&path)));
+        let mut response = self.client.get(request, limit)?;
+        match response.status().as_u16() {
+            200 => self.client.receive(&mut response, (&path, sha256), limit, into, received),
+            404 | 410 => Err(BadObject::Missing(format!("{} lacks {path}", self.base)).into()),
+            status => self.refused(&format!("fetching {path}"), status),
+        }
+    }
+
+    fn write(&self, path: &str, content: &[u8]) -> Result<()> {
+        if self.read(path)?.as_deref() == Some(content) {
+            return Ok(());
+        }
+        self.upload(path, content.len() as u64, || Ok(Body::Bytes(content.to_vec())))
+    }
+}

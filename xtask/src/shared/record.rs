@@ -1,0 +1,353 @@
+//! What a shared cache says about a stage: these inputs made these files. Signed by whoever built them,
+//! and read with every rule checked. Nothing here touches a store.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, bail, ensure};
+use bundle::{KeySet, SignedBy};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::keys::Signer;
+use crate::release::format::{check_hash, pretty};
+
+/// The version of the records. It rises when an old reader would misread a new one.
+pub const FORMAT: u32 = 1;
+/// The most files of a stage; a base has dozens.
+const MOST_FILES: usize = 4096;
+/// The most bytes of all files of a stage: 16 GiB, ten times Buildroot's largest.
+const MOST_BYTES: u64 = 16 << 30;
+/// The longest path of a file in a stage, in bytes.
+const LONGEST_PATH: usize = 512;
+
+/// A record and its signature in one, so that one step writes both.
+#[derive(Serialize, Deserialize)]
+struct Envelope {
+    /// The record, as the exact text that is signed.
+    record: String,
+    /// Its minisign signature file.
+    signature: String,
+}
+
+/// A stage's result.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Record {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The stage.
+    pub stage: String,
+    /// The key of its inputs.
+    pub key: String,
+    /// What the stage made, with paths relative to its folder.
+    pub value: Value,
+    /// Where in `value` these paths are: JSON pointers (RFC 6901).
+    pub paths: Vec<String>,
+    /// The files.
+    pub files: Vec<StoredFile>,
+}
+
+/// A file of a stage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StoredFile {
+    /// Relative to the stage's folder.
+    pub path: Utf8PathBuf,
+    /// Its length in bytes.
+    pub size: u64,
+    /// SHA-256 of its content.
+    pub sha256: String,
+    /// Whether it is a program.
+    pub executable: bool,
+    /// What it is stored as.
+    pub object: Packed,
+}
+
+/// An object of the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Packed {
+    /// SHA-256 of the stored bytes; the object's name.
+    pub sha256: String,
+    /// Their number.
+    pub size: u64,
+    /// How they were packed.
+    pub compression: Compression,
+}
+
+/// How an object was packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// One zstd frame.
+    Zstd,
+}
+
+/// Where the record of a stage lies. Each key that signs has a file of its own: nobody's record replaces
+/// another's.
+pub fn path(key: &str, signer: &str) -> String {
+    format!("stages/{}/{key}-{signer}.json", key.get(..2).unwrap_or_default())
+}
+
+/// A stage's value, free of the folder in which it was made.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Portable {
+    /// The value.
+    pub value: Value,
+    /// As [`Record::paths`].
+    pub paths: Vec<String>,
+    /// The files that it names.
+    pub files: BTreeSet<Utf8PathBuf>,
+}
+
+impl Portable {
+    /// Makes the paths in `value` relative to `dir`. `cache` is the folder that no other path may be in.
+    ///
+    /// # Errors
+    /// When it names something of this machine that does not lie in `dir`.
+    pub fn of(mut value: Value, dir: &Utf8Path, cache: &Utf8Path) -> Result<Self> {
+        let (mut paths, mut files) = (Vec::new(), BTreeSet::new());
+        relocate(&mut value, &mut String::new(), &mut |pointer, text| {
+            let path = Utf8Path::new(&*text);
+            match path.strip_prefix(dir) {
+                Ok(inside) => {
+                    check_path(inside)?;
+                    files.insert(inside.to_owned());
+                    paths.push(pointer.to_owned());
+                    *text = inside.to_string();
+                }
+                Err(_) => ensure!(
+                    !path.starts_with(cache),
+                    "its result names {path}, which is not in its own folder"
+                ),
+            }
+            Ok(())
+        })?;
+        Ok(Self { value, paths, files })
+    }
+}
+
+/// Calls `on` with each string in a value and its JSON pointer.
+fn relocate(
+    value: &mut Value,
+    pointer: &mut String,
+    on: &mut dyn FnMut(&str, &mut String) -> Result<()>,
+) -> Result<()> {
+    let length = pointer.len();
+    match value {
+        Value::String(text) => on(pointer, text)?,
+        Value::Array(items) => {
+            for (index, item) in items.iter_mut().enumerate() {
+                pointer.push_str(&format!("/{index}"));
+                relocate(item, pointer, on)?;
+                pointer.truncate(length);
+            }
+        }
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                pointer.push_str(&format!("/{}", name.replace('~', "~0").replace('/', "~1")));
+                relocate(field, pointer, on)?;
+                pointer.truncate(length);
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+    Ok(())
+}
+
+impl Record {
+    /// The signed file.
+    ///
+    /// # Errors
+    /// When it has no JSON form.
+    pub fn sign(&self, signer: &Signer) -> Result<Vec<u8>> {
+        let record = pretty(self)?;
+        let comment = format!("slipway stage {} {}", self.stage, self.key);
+        let signature = signer.sign(record.as_bytes(), &comment).text;
+        Ok(pretty(&Envelope { record, signature })?.into_bytes())
+    }
+
+    /// Opens a record of a stage: signature first, then every rule.
+    ///
+    /// # Errors
+    /// When no key that counts has signed it, it is of something else, or a name or a size in it is not
+    /// to be trusted.
+    pub fn open(file: &[u8], keys: &KeySet, stage: &str, key: &str) -> Result<(Self, SignedBy)> {
+        let envelope: Envelope = serde_json::from_slice(file).context("it is no record")?;
+        let text = envelope.record.as_bytes();
+        let signer = keys.verify("its signature", envelope.signature.as_bytes(), text)?;
+        let record: Self = serde_json::from_slice(text).context("it is no record")?;
+        record.check(stage, key)?;
+        Ok((record, signer))
+    }
+
+    fn check(&self, stage: &str, key: &str) -> Result<()> {
+        ensure!(self.format == FORMAT, "expected format {FORMAT}, found {}", self.format);
+        ensure!(
+            self.stage == stage && self.key == key,
+            "it is of the stage {} with the key {}",
+            self.stage.escape_debug(),
+            self.key.escape_debug()
+        );
+        let count = self.files.len();
+        ensure!(count <= MOST_FILES, "it has {count} files, allowed are {MOST_FILES}");
+        let (mut total, mut names) = (0_u64, BTreeSet::new());
+        for file in &self.files {
+            check_path(&file.path)?;
+            check_hash(&file.sha256)?;
+            check_hash(&file.object.sha256)?;
+            ensure!(names.insert(&file.path), "it lists {} twice", file.path);
+            // What is packed is stored only where it is smaller.
+            let fits = match file.object.compression {
+                Compression::None => {
+                    file.object.size == file.size && file.object.sha256 == file.sha256
+                }
+                Compression::Zstd => file.object.size < file.size,
+            };
+            ensure!(fits, "{}: {} bytes are stored as {}", file.path, file.size, file.object.size);
+            total = total.saturating_add(file.size);
+        }
+        ensure!(total <= MOST_BYTES, "its files have {total} bytes, allowed are {MOST_BYTES}");
+        Ok(())
+    }
+
+    /// The value with its paths in `dir`.
+    ///
+    /// # Errors
+    /// When a pointer leads to no file of the record.
+    pub fn value_in(&self, dir: &Utf8Path) -> Result<Value> {
+        let names: BTreeSet<&str> = self.files.iter().map(|file| file.path.as_str()).collect();
+        let mut value = self.value.clone();
+        for pointer in &self.paths {
+            let Some(Value::String(text)) = value.pointer_mut(pointer) else {
+                bail!("`{}` leads to no path", pointer.escape_debug())
+            };
+            // Once replaced it is no name of the record any more, so no pointer counts twice.
+            ensure!(names.contains(text.as_str()), "`{}` is no file of it", text.escape_debug());
+            *text = dir.join(&*text).into_string();
+        }
+        Ok(value)
+    }
+}
+
+/// A relative path that stays where it is, and is no name that the cache uses itself.
+fn check_path(path: &Utf8Path) -> Result<()> {
+    let text = path.as_str();
+    let plain = |part: &str| {
+        !part.is_empty()
+            && part != "."
+            && part != ".."
+            && part.len() <= 255
+            && !part.chars().any(|c| c.is_control() || c == '\\')
+    };
+    let good = text.len() <= LONGEST_PATH && text.split('/').all(plain);
+    let own = text == crate::cache::STAMP || text.ends_with(".partial") || text.starts_with('.');
+    ensure!(good && !own, "`{}` is no safe path", text.escape_debug());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn record(path: &str, size: u64) -> Record {
+        let sha256 = "0".repeat(64);
+        let object = Packed { sha256: sha256.clone(), size, compression: Compression::None };
+        Record {
+            format: FORMAT,
+            stage: "base".to_owned(),
+            key: "k".to_owned(),
+            value: json!({ "file": path, "text": path }),
+            paths: vec!["/file".to_owned()],
+            files: vec![StoredFile { path: path.into(), size, sha256, executable: false, object }],
+        }
+    }
+
+    #[test]
+    fn a_value_moves_from_folder_to_folder_and_only_its_paths_change() {
+        let value = json!({
+            "a/b~c": ["/cache/stages/base/1/x.tar", "x.tar"],
+            "size": 7,
+            "scripts": "/usr/bin",
+        });
+        let cache = Utf8Path::new("/cache");
+        let portable = Portable::of(value, Utf8Path::new("/cache/stages/base/1"), cache).unwrap();
+        assert_eq!(portable.paths, ["/a~1b~0c/0"]);
+        assert_eq!(portable.files, BTreeSet::from(["x.tar".into()]));
+        let mut record = record("x.tar", 1);
+        (record.value, record.paths) = (portable.value, portable.paths);
+        let moved = record.value_in(Utf8Path::new("/elsewhere")).unwrap();
+        let expected = json!({
+            "a/b~c": ["/elsewhere/x.tar", "x.tar"],
+            "size": 7,
+            "scripts": "/usr/bin",
+        });
+        assert_eq!(moved, expected);
+        let outside = json!(["/cache/tools/mke2fs"]);
+        let error = Portable::of(outside, Utf8Path::new("/cache/stages/base/1"), cache);
+        assert!(error.unwrap_err().to_string().contains("/cache/tools/mke2fs"));
+    }
+
+    #[test]
+    fn names_and_sizes_that_nobody_should_trust_are_refused() {
+        record("dtbs/broadcom/one.dtb", 1).check("base", "k").unwrap();
+        let long = "x/".repeat(300);
+        let bad = [
+            "../x",
+            "/etc/passwd",
+            "a/../../x",
+            "a//b",
+            "",
+            ".",
+            "a/",
+            "stage.json",
+            "a.partial",
+            "a\nb",
+            "a\\b",
+            ".hidden",
+            &long,
+        ];
+        for path in bad {
+            let error = record(path, 1).check("base", "k").unwrap_err().to_string();
+            assert!(error.contains("no safe path"), "{path}: {error}");
+        }
+        let error = |record: &Record| record.check("base", "k").unwrap_err().to_string();
+        assert!(error(&record("a", MOST_BYTES + 1)).contains("bytes, allowed are"));
+        let mut one = record("a", 1);
+        one.files[0].object.compression = Compression::Zstd;
+        assert!(error(&one).contains("1 bytes are stored as 1"));
+        one = record("a", 1);
+        one.files[0].object.sha256 = "../".to_owned();
+        assert!(error(&one).contains("no SHA-256"));
+        one = record("a", 1);
+        one.files.push(one.files[0].clone());
+        assert!(error(&one).contains("twice"));
+        one = record("a", 1);
+        one.files = vec![one.files[0].clone(); MOST_FILES + 1];
+        assert!(error(&one).contains("files, allowed are"));
+        assert!(error(&Record { format: 2, ..record("a", 1) }).contains("expected format 1"));
+        assert!(record("a", 1).check("api", "k").is_err());
+        assert!(record("a", 1).check("base", "l").is_err());
+    }
+
+    #[test]
+    fn a_pointer_leads_to_a_file_of_the_record_once() {
+        let dir = Utf8Path::new("/dir");
+        let with = |paths: &[&str]| {
+            let paths = paths.iter().map(|p| (*p).to_owned()).collect();
+            Record { paths, ..record("a", 1) }.value_in(dir)
+        };
+        assert_eq!(with(&["/file"]).unwrap()["file"], "/dir/a");
+        for bad in [&["/nothing"][..], &[""], &["/file", "/file"]] {
+            assert!(with(bad).is_err(), "{bad:?}");
+        }
+        let mut other = record("a", 1);
+        other.value = json!({ "file": "b" });
+        assert!(other.value_in(dir).is_err());
+    }
+}
