@@ -8,7 +8,7 @@ mod component;
 mod image;
 mod outcome;
 
-use std::cell::OnceCell;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -53,7 +53,8 @@ pub struct Build<'a> {
     stages: Vec<report::Stage>,
     /// What is being made, for the note about a failure.
     running: Stage,
-    tools: OnceCell<()>,
+    /// Whether all tools are there; held while they are installed.
+    tools: Arc<Mutex<bool>>,
 }
 
 /// `cargo xtask build-image`.
@@ -199,19 +200,8 @@ fn stages(
     signing: &Signing,
     until: Stage,
 ) -> Result<Made> {
-    let base = match build.plan.rootfs.engine {
-        Engine::Debian => base::base(build)?,
-        Engine::Buildroot => buildroot::base(build)?,
-    };
-    let mut made = Made { base, wheels: None, agent: None, system: None, card: None, bundle: None };
-    if until >= Stage::Api {
-        build.running = Stage::Api;
-        made.wheels = base::wheels(build, &made.base)?;
-    }
-    if until >= Stage::Agent {
-        build.running = Stage::Agent;
-        made.agent = Some(agent::agent(build)?);
-    }
+    let (base, wheels, agent) = foundations(build, until)?;
+    let mut made = Made { base, wheels, agent, system: None, card: None, bundle: None };
     if let (true, Some(agent)) = (until >= Stage::Compose, &made.agent) {
         build.running = Stage::Compose;
         let parts = image::Inputs {
@@ -232,6 +222,52 @@ fn stages(
         }
     }
     Ok(made)
+}
+
+/// What the root filesystem is made of. The agent needs nothing of the base, so it is compiled while packages
+/// are installed, which keeps little more than one core busy.
+fn foundations(
+    build: &mut Build<'_>,
+    until: Stage,
+) -> Result<(Base, Option<Wheels>, Option<Agent>)> {
+    let mut beside = build.beside(Stage::Agent);
+    let (first, agent) = std::thread::scope(|scope| {
+        let compile = || {
+            agent::agent(&mut beside).inspect_err(|_| {
+                warn("the agent cannot be made; what is being made besides is finished, and kept");
+            })
+        };
+        let compiling = (until >= Stage::Agent).then(|| scope.spawn(compile));
+        let first = base_and_wheels(build, until);
+        if let (Err(error), Some(false)) = (&first, compiling.as_ref().map(|c| c.is_finished())) {
+            warn(format!("{error:#}\nthe agent, which is being compiled, is finished, and kept"));
+        }
+        (first, compiling.map(|thread| thread.join()))
+    });
+    let (base, wheels) = first?;
+    let agent = match agent {
+        None => None,
+        Some(Err(_)) => bail!("the thread that compiles the agent died"),
+        Some(Ok(made)) => {
+            build.running = Stage::Agent;
+            build.stages.append(&mut beside.stages);
+            Some(made?)
+        }
+    };
+    Ok((base, wheels, agent))
+}
+
+fn base_and_wheels(build: &mut Build<'_>, until: Stage) -> Result<(Base, Option<Wheels>)> {
+    let base = match build.plan.rootfs.engine {
+        Engine::Debian => base::base(build)?,
+        Engine::Buildroot => buildroot::base(build)?,
+    };
+    if until < Stage::Api {
+        return Ok((base, None));
+    }
+    build.running = Stage::Api;
+    let wheels = base::wheels(build, &base)?;
+    Ok((base, wheels))
 }
 
 fn summary(plan: &Plan) -> String {
@@ -259,9 +295,16 @@ impl<'a> Build<'a> {
         options: &'a BuildImage,
         packages: DebianSpec,
     ) -> Self {
-        let (stages, tools) = (Vec::new(), OnceCell::new());
+        let (stages, tools) = (Vec::new(), Arc::default());
         let running = Stage::Base;
         Self { plan, root, dist, cache, options, packages, stages, running, tools }
+    }
+
+    /// The same build, for a stage that is made while others are.
+    fn beside(&self, running: Stage) -> Self {
+        let (dist, packages) = (self.dist.clone(), self.packages.clone());
+        let (stages, tools) = (Vec::new(), Arc::clone(&self.tools));
+        Self { dist, packages, stages, running, tools, ..*self }
     }
 
     /// Runs a stage, or takes its kept result; says how long it took and notes it for the report.
@@ -299,13 +342,14 @@ impl<'a> Build<'a> {
 
     /// All tools of the build, checked once, before the first stage that does any work.
     fn require_tools(&self) -> Result<()> {
-        if self.tools.get().is_none() {
+        let mut there = self.tools.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*there {
             let engine = match self.plan.rootfs.engine {
                 Engine::Debian => Purpose::Debian,
                 Engine::Buildroot => Purpose::Buildroot,
             };
             tools::require(&[Purpose::Build, engine], !self.options.no_install)?;
-            self.tools.get_or_init(|| ());
+            *there = true;
         }
         Ok(())
     }
