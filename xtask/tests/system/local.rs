@@ -44,8 +44,10 @@ fn is_root() -> bool {
 /// in a chroot, where nobody makes user namespaces.
 fn command(more: &[&str]) -> Command {
     let tool = env!("CARGO_BIN_EXE_xtask");
-    let tried =
-        || without_rights("unshare", true).args(["--user", "--map-root-user", "true"]).status();
+    let tried = || {
+        let mut command = without_rights("unshare", true);
+        command.args(["--user", "--map-root-user", "true"]).stderr(Stdio::null()).status()
+    };
     let mut command = match is_root() && tried().expect("setpriv runs").success() {
         true => without_rights(tool, true),
         false => Command::new(tool),
