@@ -48,10 +48,28 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// The kernel's priority from which on a line is a warning (syslog(3): LOG_WARNING).
 const WARNING: u8 = 4;
 
-/// The namespaces: a user's own, in which that user is root; mounts, processes, network, host name and
-/// shared memory that nobody else sees.
-const NAMESPACES: [&str; 8] =
-    ["--user", "--map-root-user", "--mount", "--pid", "--fork", "--net", "--uts", "--ipc"];
+/// The namespaces: mounts, processes, network, host name and shared memory that nobody else sees.
+const NAMESPACES: [&str; 6] = ["--mount", "--pid", "--fork", "--net", "--uts", "--ipc"];
+
+/// And a user's own, in which that user is root.
+const AS_USER: [&str; 2] = ["--user", "--map-root-user"];
+
+/// With whose rights a local system runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rights {
+    /// Only those of the user who has started it: it is root in a namespace of that user.
+    User,
+    /// Root's, where no user namespace can be made, as in a chroot.
+    Root,
+}
+
+impl Rights {
+    fn namespaces(self) -> Vec<&'static str> {
+        let own: &[&str] = if self == Self::User { &AS_USER } else { &[] };
+        [own, &NAMESPACES].concat()
+    }
+}
 
 /// How a local system is run.
 #[derive(Debug, Clone)]
@@ -68,6 +86,7 @@ pub struct Options {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Order {
+    rights: Rights,
     root: Utf8PathBuf,
     data: Utf8PathBuf,
     /// What lies at [`SITE`] of `data`.
@@ -156,6 +175,7 @@ pub struct Ready {
 pub fn run(
     composed: &Composed,
     options: &Options,
+    rights: Rights,
     listener: TcpListener,
     well: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<Ready> {
@@ -204,7 +224,7 @@ pub fn run(
         output: None,
     };
     say("run", format!("{} for {} on {}", plan.stem(), plan.board.arch, ready.address));
-    let local = Local::start(&Order { root, data, site, system: found }, listener)?;
+    let local = Local::start(&Order { rights, root, data, site, system: found }, listener)?;
     local.follow(&mut ready, options, started, well)?;
     Ok(ready)
 }
@@ -222,21 +242,24 @@ fn own_site(site: &Utf8Path, data: &Utf8Path) -> Result<Utf8PathBuf> {
     Ok(site)
 }
 
-/// Whether this machine lets this user make namespaces.
+/// With which rights this machine lets this user make namespaces.
 ///
 /// # Errors
 /// When it does not; says what forbids it.
-pub fn allowed() -> Result<()> {
-    Tool::new("unshare").args(NAMESPACES).arg("true").run().map_err(|error| {
-        anyhow!(
-            "trying to make namespaces: {error:#}\n\
-             help: a system in which users may not make any says so in one of these:\n\
-             help:   sysctl kernel.unprivileged_userns_clone               must be 1, where it exists\n\
-             help:   sysctl user.max_user_namespaces                       must not be 0\n\
-             help:   sysctl kernel.apparmor_restrict_unprivileged_userns   must be 0, where it exists\n\
-             help: a container needs --privileged (docker, podman); in a chroot there are none"
-        )
-    })
+pub fn allowed() -> Result<Rights> {
+    let tries = |rights: Rights| Tool::new("unshare").args(rights.namespaces()).arg("true").run();
+    let Err(error) = tries(Rights::User) else { return Ok(Rights::User) };
+    if rustix::process::geteuid().is_root() && tries(Rights::Root).is_ok() {
+        return Ok(Rights::Root);
+    }
+    bail!(
+        "trying to make namespaces: {error:#}\n\
+         help: a system in which users may not make any says so in one of these:\n\
+         help:   sysctl kernel.unprivileged_userns_clone               must be 1, where it exists\n\
+         help:   sysctl user.max_user_namespaces                       must not be 0\n\
+         help:   sysctl kernel.apparmor_restrict_unprivileged_userns   must be 0, where it exists\n\
+         help: a container needs --privileged (docker, podman); in a chroot only root may"
+    )
 }
 
 /// Holds the folder for as long as the value lives.
@@ -281,7 +304,7 @@ impl Local {
         let own = std::env::current_exe().context("finding this program")?;
         let own = Utf8PathBuf::try_from(own).context("this program's path")?;
         let mut command = Tool::new(find("unshare").context("looking for unshare")?)
-            .args(NAMESPACES)
+            .args(order.rights.namespaces())
             .args(["--kill-child", "--", own.as_str(), CHILD])
             .into_command();
         command

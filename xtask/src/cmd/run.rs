@@ -24,7 +24,7 @@ pub fn run(options: &Run) -> Result<()> {
 fn here(options: &Run) -> Result<()> {
     tools::require(&[Purpose::Local], true)?;
     // What can go wrong at once, before the build.
-    local::allowed()?;
+    let rights = local::allowed()?;
     let listener = local::listen(options.port)?;
     let composed = build::compose(&BuildImage::of(&options.target, None, options.offline))?;
     let how = local::Options {
@@ -32,7 +32,7 @@ fn here(options: &Run) -> Result<()> {
         site: options.site.clone(),
         command: options.command.clone(),
     };
-    let ready = local::run(&composed, &how, listener, |ready| show(ready, options.format))?;
+    let ready = local::run(&composed, &how, rights, listener, |ready| show(ready, options.format))?;
     let Some(code) = ready.exit else { return Ok(()) };
     match options.format {
         Format::Json => println!("{}", serde_json::to_string_pretty(&ready)?),

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ExitStatus, Stdio};
@@ -20,7 +20,7 @@ use rustix::fs::Mode;
 use rustix::process::{Pid, Signal, kill_process_group, umask};
 
 use super::units::{Address, Again, Condition, Exec, Mount, Start, Test, Unit};
-use super::{Event, Order, PORT, State, mounts};
+use super::{Event, Order, PORT, Rights, State, mounts};
 use crate::exec::Tool;
 
 /// The first of the numbers from which systemd takes users that exist only while their service runs
@@ -124,7 +124,7 @@ impl System {
 
     /// All that is there before the first service.
     fn prepare(&self) -> Result<()> {
-        let Order { root, data, site, system } = &self.order;
+        let Order { root, data, site, system, .. } = &self.order;
         // As process 1 on a robot, whatever the user's is.
         umask(Mode::from_raw_mode(0o022));
         mounts::before(root, data, &system.mounts)?;
@@ -226,6 +226,7 @@ impl System {
             fs::create_dir_all(&path).with_context(|| format!("making {path}"))?;
             let mode = fs::Permissions::from_mode(unit.runtime_mode);
             fs::set_permissions(&path, mode).with_context(|| format!("making {path}"))?;
+            self.give(unit, &path)?;
         }
         let deadline = Instant::now().checked_add(unit.timeout);
         for exec in &unit.before {
@@ -250,6 +251,9 @@ impl System {
             Start::Notified => Some(Notified::new(&self.order.root, &unit.name)?),
             _ => None,
         };
+        if let Some(notified) = &notified {
+            self.give(unit, &self.order.root.join(notified.inside.trim_start_matches('/')))?;
+        }
         let mut child = self.start(unit, exec, notified.as_ref())?;
         let mut waits = notified.as_ref();
         if waits.is_none() {
@@ -274,6 +278,14 @@ impl System {
             }
             thread::sleep(POLL);
         }
+    }
+
+    /// Gives a file to a service's own user, where that is not the one who has made it.
+    fn give(&self, unit: &Unit, path: &Utf8Path) -> Result<()> {
+        if !unit.own_user || self.order.rights == Rights::User {
+            return Ok(());
+        }
+        chown(path, Some(OWN_USER), Some(OWN_USER)).with_context(|| format!("giving {path} away"))
     }
 
     fn to_the_end(
@@ -307,15 +319,23 @@ impl System {
     }
 
     /// Starts a program of a service. A user of its own is one in a user namespace of its own: not root
-    /// there, but with the host's user's files.
+    /// there, but with the host's user's files. For root it is simply another user.
     fn start(
         &'static self,
         unit: &'static Unit,
         exec: &Exec,
         notified: Option<&Notified>,
     ) -> Result<Child> {
-        let (user, group) = (format!("--map-user={OWN_USER}"), format!("--map-group={OWN_USER}"));
-        let own: &[&str] = if unit.own_user { &["--user", &user, &group] } else { &[] };
+        let (user, group) = match self.order.rights {
+            Rights::User => ("--map-user", "--map-group"),
+            Rights::Root => ("--setuid", "--setgid"),
+        };
+        let (user, group) = (format!("{user}={OWN_USER}"), format!("{group}={OWN_USER}"));
+        let own: &[&str] = match (unit.own_user, self.order.rights) {
+            (false, _) => &[],
+            (true, Rights::User) => &["--user", &user, &group],
+            (true, Rights::Root) => &[&user, &group],
+        };
         let mut tool = self.enter(own, &unit.folder).args(&exec.words);
         for (name, value) in &unit.environment {
             tool = tool.env(name, value);

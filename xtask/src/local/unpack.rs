@@ -13,12 +13,15 @@ use anyhow::{Context, Result};
 use camino::Utf8Path;
 use ext4_view::{Ext4, FileType};
 
-use crate::artifact::{partial, write_atomically};
+use crate::artifact::{partial, write_large};
 use crate::diff;
 use crate::progress::{Step, Unit};
 
 /// The permissions that are kept. A program that gets another's rights would get those of whoever unpacked it.
 const MODE: u16 = 0o1777;
+
+/// The kernel's id of this start (random(4)).
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Unpacks `image` to `out`, unless what lies there is the same already. `key` stands for the image's content,
 /// `used` is what it holds, in bytes. Returns whether there was anything to do.
@@ -26,6 +29,10 @@ const MODE: u16 = 0o1777;
 /// # Errors
 /// An image that cannot be read, a full disk; nothing lies at `out` then.
 pub(super) fn unpack(image: &Utf8Path, key: &str, used: u64, out: &Utf8Path) -> Result<bool> {
+    // Nothing is flushed, which would take longer than unpacking again: after a restart, which may have been a
+    // power cut, it does not count.
+    let boot = fs::read_to_string(BOOT_ID).with_context(|| format!("reading {BOOT_ID}"))?;
+    let key = format!("{key}\n{boot}");
     // Written last: what an interrupted run has left has none, or another one.
     let stamp = out.with_extension("key");
     if out.is_dir() && fs::read_to_string(&stamp).is_ok_and(|kept| kept == key) {
@@ -39,7 +46,7 @@ pub(super) fn unpack(image: &Utf8Path, key: &str, used: u64, out: &Utf8Path) -> 
     let filesystem = diff::open(image, 0)?;
     tree(&filesystem, fresh.as_std_path(), &step).with_context(|| format!("unpacking {image}"))?;
     fs::rename(&fresh, out).with_context(|| format!("renaming {fresh}"))?;
-    write_atomically(&stamp, |file| Ok(file.write_all(key.as_bytes())?))?;
+    write_large(&stamp, |file| Ok(file.write_all(key.as_bytes())?))?;
     Ok(true)
 }
 

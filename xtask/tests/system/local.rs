@@ -24,17 +24,33 @@ const END: Duration = Duration::from_secs(10);
 /// How long an answer may take: the API's first request reads definitions, under emulation.
 const ANSWER: Duration = Duration::from_secs(60);
 
-/// The tool, with `run --local` and more. Root does without its rights, so that nothing needs them; but for
-/// one, without which nobody may be root in a namespace who is root outside (user_namespaces(7)).
+/// What takes root's rights from a program.
+const WITHOUT_RIGHTS: [&str; 2] = ["--inh-caps=-all", "--no-new-privs"];
+
+/// Starts a program without root's rights; but for one, if it is kept, without which nobody may be root in a
+/// namespace who is root outside (user_namespaces(7)).
+fn without_rights(program: &str, kept: bool) -> Command {
+    let bounds = if kept { "--bounding-set=-all,+setfcap" } else { "--bounding-set=-all" };
+    let mut command = Command::new(exec::find("setpriv").expect("setpriv"));
+    command.args(WITHOUT_RIGHTS).args([bounds, program]);
+    command
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// The tool, with `run --local` and more. Root does without its rights, so that nothing needs them, unless it is
+/// in a chroot, where nobody makes user namespaces.
 fn command(more: &[&str]) -> Command {
-    let mut command = match rustix::process::geteuid().is_root() {
-        false => Command::new(env!("CARGO_BIN_EXE_xtask")),
-        true => {
-            let mut command = Command::new(exec::find("setpriv").expect("setpriv"));
-            command.args(["--bounding-set=-all,+setfcap", "--inh-caps=-all", "--no-new-privs"]);
-            command.arg(env!("CARGO_BIN_EXE_xtask"));
-            command
-        }
+    let tool = env!("CARGO_BIN_EXE_xtask");
+    let tried = || {
+        let mut command = without_rights("unshare", true);
+        command.args(["--user", "--map-root-user", "true"]).stderr(Stdio::null()).status()
+    };
+    let mut command = match is_root() && tried().expect("setpriv runs").success() {
+        true => without_rights(tool, true),
+        false => Command::new(tool),
     };
     command.args(["run", "--local", "--offline", "--board", BOARD]).args(more);
     command.current_dir(root()).stdin(Stdio::null());
@@ -215,11 +231,17 @@ fn own_package(place: &Utf8Path, package: &str) -> Result<()> {
 
 /// Where users may make no namespaces, it is said before any work.
 fn forbidden() -> Result<()> {
-    let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$0\" run --local";
-    let said = Command::new(exec::find("unshare").context("unshare")?)
-        .args(["--user", "--map-root-user", "sh", "-c", script, env!("CARGO_BIN_EXE_xtask")])
-        .current_dir(root())
-        .output()?;
+    let tool = env!("CARGO_BIN_EXE_xtask");
+    let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$0\" \"$@\"";
+    let mut command = match is_root() {
+        true => without_rights(tool, false),
+        false => {
+            let mut command = Command::new(exec::find("unshare").context("unshare")?);
+            command.args(["--user", "--map-root-user", "sh", "-c", script, tool]);
+            command
+        }
+    };
+    let said = command.args(["run", "--local"]).current_dir(root()).output()?;
     let error = String::from_utf8(said.stderr)?;
     ensure!(said.status.code() == Some(1), "it ended with {}: {error}", said.status);
     ensure!(error.starts_with("error: trying to make namespaces: "), "{error}");
