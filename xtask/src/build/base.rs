@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{Build, buildroot};
 use crate::cache::Key;
 use crate::config::Config;
+use crate::config::product::Engine;
 use crate::ext4::Mke2fs;
 use crate::fetch::Fetcher;
 use crate::progress::{bytes, warn};
@@ -221,9 +222,13 @@ fn fetch(build: &Build<'_>, lock: &PackagesLock) -> Result<Fetched> {
 /// # Errors
 /// When there is none, and it cannot be fetched.
 pub(super) fn mke2fs(build: &Build<'_>) -> Result<Mke2fs> {
-    match &build.plan.rootfs.lock {
-        Some(path) => host_tool(build, &PackagesLock::load(&build.root.join(path))?),
-        None => buildroot::host_tool(build),
+    let rootfs = &build.plan.rootfs;
+    match rootfs.engine {
+        Engine::Debian => {
+            let path = rootfs.lock.as_ref().context("the engine debian has a package lock")?;
+            host_tool(build, &PackagesLock::load(&build.root.join(path))?)
+        }
+        Engine::Buildroot => buildroot::host_tool(build),
     }
 }
 

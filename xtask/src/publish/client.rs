@@ -42,6 +42,14 @@ impl Default for Patience {
     }
 }
 
+impl Patience {
+    /// How long so many bytes may take.
+    fn allowed(&self, bytes: u64) -> Option<Duration> {
+        let seconds = bytes.checked_div(self.rate)?;
+        Some(self.answer + Duration::from_secs(seconds))
+    }
+}
+
 /// One server, and how it is asked.
 #[derive(Debug)]
 pub(super) struct Client {
@@ -71,23 +79,20 @@ impl Client {
     pub fn new(name: String, patience: Patience) -> Result<Self> {
         // A server that says nothing for so long, in the middle of an object, is gone.
         let silence = (patience.rate > 0).then_some(patience.answer);
+        // For what is small; objects have a limit of their own.
+        let body = patience.allowed(LARGEST_TEXT);
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
             .timeout_resolve(silence)
             .timeout_connect(Some(patience.connect))
             .timeout_recv_response(Some(patience.answer))
+            .timeout_recv_body(body)
             .timeout_per_read(silence)
             .timeout_per_write(silence)
             .tls_config(TlsConfig::builder().root_certs(authorities()?).build())
             .build();
         Ok(Self { name, agent: config.into(), patience })
-    }
-
-    /// How long so many bytes may take.
-    fn allowed(&self, bytes: u64) -> Option<Duration> {
-        let seconds = bytes.checked_div(self.patience.rate)?;
-        Some(self.patience.answer + Duration::from_secs(seconds))
     }
 
     /// Asks again while the service is overloaded or the connection breaks.
@@ -126,7 +131,7 @@ impl Client {
         body: Body,
         size: u64,
     ) -> Result<Answer, ureq::Error> {
-        let request = request.config().timeout_send_body(self.allowed(size)).build();
+        let request = request.config().timeout_send_body(self.patience.allowed(size)).build();
         let mut response = match body {
             Body::Bytes(bytes) => request.send(&bytes[..])?,
             Body::File(file) => request.send(file)?,
@@ -142,7 +147,7 @@ impl Client {
     ) -> Result<Response<ureq::Body>> {
         // What is stored is what is wanted, never a form of it that is packed for the way.
         let request = request.header("Accept-Encoding", "identity");
-        let request = request.config().timeout_recv_body(self.allowed(limit)).build();
+        let request = request.config().timeout_recv_body(self.patience.allowed(limit)).build();
         let response = request.call().map_err(|error| anyhow::Error::msg(error.to_string()));
         response.with_context(|| format!("fetching from {}", self.name))
     }

@@ -534,7 +534,7 @@ fn credentials_are_sent_and_never_shown() {
 }
 
 #[test]
-fn writers_may_be_killed_and_may_meet() {
+fn writers_and_readers_may_be_killed_and_may_meet() {
     for team in [Team::web(DAV), Team::new()] {
         let started = Instant::now();
         team.builds("first", true, "whole");
@@ -560,6 +560,16 @@ fn writers_may_be_killed_and_may_meet() {
             assert_eq!(writer.warnings(), 0, "{}", writer.log);
         }
         assert_eq!(team.reads("both").origin, "Shared");
+        // A reader that is killed leaves nothing that it takes for a stage.
+        for kill in 1..=KILLS {
+            let mut child = team.machine("hasty", false, &task(&format!("killed-{kill}"))).spawn();
+            std::thread::sleep(whole.mul_f64(f64::from(kill) / f64::from(2 * KILLS)));
+            child.as_mut().unwrap().kill().unwrap();
+            child.unwrap().wait().unwrap();
+            let again = team.builds("hasty", false, &format!("killed-{kill}"));
+            assert!(["Shared", "Kept"].contains(&again.origin.as_str()), "{}", again.log);
+            assert_eq!(again.warnings(), 0, "{}", again.log);
+        }
     }
 }
 
