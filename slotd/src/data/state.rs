@@ -110,17 +110,18 @@ pub fn grow_partition(root: &Root) -> Result<Grown> {
     let grown = grow::grow(&disk, known.number, known.start_sector)
         .map_err(|error| Refusal::io("growing the partition `data`", &error))?;
     if grown.to != grown.from {
-        // Other partitions of the disk are in use: the kernel takes the change of one, not a new table.
-        let number = known.number.to_string();
-        let status = Command::new("partx")
-            .args(["--update", "--nr", &number])
+        // Other partitions of the disk are in use: the kernel takes the change of one, not a new table. Not
+        // `partx --update`: it removes a partition that is not in use and adds it again, and what is mounted from
+        // it by then goes away when systemd hears of the removal.
+        let status = Command::new("resizepart")
             .arg(device.disk_path())
+            .args([known.number.to_string(), grown.to.to_string()])
             .status();
-        let told = status.map_err(|error| Refusal::io("running partx", &error))?;
+        let told = status.map_err(|error| Refusal::io("running resizepart", &error))?;
         if !told.success() {
             return Err(Refusal::new(
                 "io",
-                format!("telling the kernel of the larger partition: partx: {told}"),
+                format!("telling the kernel of the larger partition: resizepart: {told}"),
                 "the next restart does it",
             ));
         }
