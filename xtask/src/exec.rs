@@ -20,7 +20,32 @@ pub struct Tool {
     log: Option<Utf8PathBuf>,
 }
 
+/// What `cargo run` tells this program about its own package. A cargo that inherits it makes some crates anew,
+/// whose build scripts look at these, and all that depend on them; the next one without it does so again.
+pub fn of_cargo_run() -> Vec<String> {
+    const OTHERS: [&str; 5] = [
+        "CARGO_MANIFEST_DIR",
+        "CARGO_MANIFEST_PATH",
+        "CARGO_BIN_NAME",
+        "CARGO_CRATE_NAME",
+        "OUT_DIR",
+    ];
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    names.filter(|name| name.starts_with("CARGO_PKG_") || OTHERS.contains(&name.as_str())).collect()
+}
+
+/// The cargo that started this program, else the one on the path.
+pub fn cargo_program() -> String {
+    std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
+}
+
 impl Tool {
+    /// Cargo, for a workspace of its own choice.
+    pub fn cargo() -> Self {
+        let tool = Self::new(cargo_program());
+        of_cargo_run().iter().fold(tool, |tool, name| tool.env_remove(name))
+    }
+
     /// The program's name or path.
     pub fn new(program: impl AsRef<str>) -> Self {
         let program = program.as_ref();

@@ -108,8 +108,7 @@ pub fn agent(build: &mut Build<'_>) -> Result<Agent> {
         Agent::files,
         |agent| format!("{PACKAGE} {}, {}", bytes(agent.binary.size), agent.compiler),
         |build, dir| {
-            let mut cargo =
-                Tool::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
+            let mut cargo = Tool::cargo();
             let compiler = match &lock {
                 None => compiler.clone(),
                 Some(lock) => {
@@ -243,9 +242,8 @@ fn compile(
 /// What cargo says of the crates that are compiled in: all that the agent needs, but not what only
 /// builds them (build scripts, procedural macros).
 fn components(build: &Build<'_>, target: &Architecture) -> Result<Vec<Component>> {
-    let cargo = Tool::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
     // Everything was fetched to be compiled.
-    let text = cargo
+    let text = Tool::cargo()
         .args(["metadata", "--format-version=1", "--locked", "--offline"])
         .args(["--filter-platform", target.triple])
         .current_dir(build.root)

@@ -2,11 +2,12 @@
 
 use anyhow::{Context, Result, bail};
 use camino::Utf8PathBuf;
-use xshell::Shell;
+use xshell::{Cmd, Shell};
 
 use crate::cache::Cache;
 use crate::cli::Test;
 use crate::config::{self, product, workspace_root};
+use crate::exec;
 use crate::flash::device;
 use crate::progress::{say, warn};
 use crate::rootfs::buildroot::tree::pinned_path;
@@ -126,18 +127,21 @@ fn tests_of(target: &str) -> Result<Vec<String>> {
     let list = ["test", "--quiet", "--package", "xtask", "--test", target, "--", "--list"];
     let shell = Shell::new().context("starting cargo")?;
     shell.change_dir(workspace_root()?);
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let listed = shell.cmd(cargo).args(list).quiet().ignore_stderr().read()?;
+    let listed = cargo_command(&shell).args(list).quiet().ignore_stderr().read()?;
     Ok(listed.lines().filter_map(|l| l.strip_suffix(": test")).map(str::to_owned).collect())
+}
+
+fn cargo_command(shell: &Shell) -> Cmd<'_> {
+    let cargo = shell.cmd(exec::cargo_program());
+    exec::of_cargo_run().iter().fold(cargo, |cargo, name| cargo.env_remove(name))
 }
 
 fn cargo(what: &str, arguments: &[&str], all: bool) -> Result<()> {
     say("test", what);
     let shell = Shell::new().context("starting cargo")?;
     shell.change_dir(workspace_root()?);
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
     // What it prints is the result, so it goes to this very terminal.
-    let mut command: std::process::Command = shell.cmd(cargo).args(arguments).into();
+    let mut command: std::process::Command = cargo_command(&shell).args(arguments).into();
     if all {
         command.env(ALL, "1");
     }
