@@ -118,6 +118,9 @@ pub struct Unit {
     pub conditions: Vec<Condition>,
     /// Services that come before it.
     pub after: Vec<String>,
+    /// Services that come after it, as it says itself.
+    #[serde(skip)]
+    pub ahead_of: Vec<String>,
     /// When it counts as started.
     pub start: Start,
     /// What runs first, one after the other.
@@ -296,6 +299,7 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
         name: name.to_owned(),
         conditions: Vec::new(),
         after: Vec::new(),
+        ahead_of: Vec::new(),
         start: Start::Running,
         before: Vec::new(),
         programs: Vec::new(),
@@ -315,6 +319,7 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
         let doing = || format!("`{key}={value}`");
         match (section.as_str(), key.as_str()) {
             ("Unit", "After") => unit.after.extend(value.split_whitespace().map(str::to_owned)),
+            ("Unit", "Before") => unit.ahead_of.extend(value.split_whitespace().map(str::to_owned)),
             ("Unit", key) if key.starts_with("Condition") => {
                 unit.conditions.push(condition(key, &value)?);
             }
@@ -437,7 +442,11 @@ fn time(text: &str) -> Result<Duration> {
 /// Sorts services so that each comes after those that it waits for, and forgets what is not among them.
 fn in_order(units: &mut Vec<Unit>) -> Result<()> {
     let names: BTreeSet<String> = units.iter().map(|unit| unit.name.clone()).collect();
+    let said: Vec<(String, Vec<String>)> =
+        units.iter_mut().map(|u| (u.name.clone(), std::mem::take(&mut u.ahead_of))).collect();
     for unit in units.iter_mut() {
+        let others = said.iter().filter(|(_, later)| later.contains(&unit.name));
+        unit.after.extend(others.map(|(name, _)| name.clone()));
         unit.after.retain(|other| names.contains(other));
     }
     let mut placed: Vec<Unit> = Vec::new();
@@ -617,6 +626,18 @@ mod tests {
         assert_eq!((tmp.at.as_str(), tmp.options.as_str()), ("/tmp", "mode=1777,size=25%"));
         assert_eq!(log.what.as_deref(), Some(Utf8Path::new("/data/var/log")));
         assert_eq!(log.after.as_deref(), Some("b.service"));
+    }
+
+    #[test]
+    fn before_is_after_seen_from_the_other_side() {
+        let unit = |more: &str| one(&format!("[Unit]\n{more}\n[Service]\nExecStart=/x\n")).unwrap();
+        let named = |name: &str, unit: Unit| Unit { name: name.to_owned(), ..unit };
+        let mut units =
+            vec![named("b.service", unit("")), named("a.service", unit("Before=b.service never"))];
+        in_order(&mut units).unwrap();
+        let names: Vec<&str> = units.iter().map(|unit| unit.name.as_str()).collect();
+        assert_eq!(names, ["a.service", "b.service"]);
+        assert_eq!(units[1].after, ["a.service"]);
     }
 
     #[test]
