@@ -132,10 +132,11 @@ fn stat(pid: u32) -> Option<(u32, u32, String)> {
     Some((pid, fields.get(1)?.parse().ok()?, (*fields.get(19)?).to_owned()))
 }
 
-/// Ends it by a signal, and looks for what is left.
+/// Ends it by a signal, and looks for what is left. How many services run at a moment is chance, but the tool,
+/// what makes the namespaces, and process 1 in them are always there.
 fn end(mut running: Running, signal: Signal) -> Result<()> {
     let family = family(running.0.id());
-    ensure!(family.len() >= 5, "too few processes for a system: {family:?}");
+    ensure!(family.len() >= 3, "too few processes for a system: {family:?}");
     let pid = i32::try_from(running.0.id()).ok().and_then(Pid::from_raw).context("a number")?;
     kill_process(pid, signal)?;
     running.0.wait()?;
