@@ -468,44 +468,24 @@ pub(crate) struct Made<'a> {
 
 /// Compresses a file: its own size and SHA-256.
 fn pack(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
-    let doing = || format!("packing {from}");
-    let mut source = File::open(from).with_context(doing)?;
-    let mut encoder = zstd::Encoder::new(into, LEVEL).with_context(doing)?;
-    let (mut hasher, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 20], 0);
-    loop {
-        match source.read(&mut buffer).with_context(doing)? {
-            0 => break,
-            n => {
-                hasher.update(&buffer[..n]);
-                encoder.write_all(&buffer[..n]).with_context(doing)?;
-                size += n as u64;
-            }
-        }
-    }
-    encoder.finish().with_context(doing)?;
-    Ok((size, hex(&hasher.finalize())))
+    let work = || {
+        let mut encoder = zstd::Encoder::new(into, LEVEL)?;
+        let plain = copy(&mut File::open(from)?, &mut encoder)?;
+        encoder.finish()?;
+        Ok::<_, std::io::Error>(plain)
+    };
+    work().with_context(|| format!("packing {from}"))
 }
 
 /// Unpacks an object, never more than the record says, and checks what comes out.
 fn unpack(packed: &Utf8Path, into: &Utf8Path, file: &StoredFile) -> Result<()> {
     let doing = || format!("unpacking {}", file.path);
-    let source = File::open(packed).with_context(doing)?;
-    let decoder = zstd::Decoder::new(source).with_context(doing)?;
-    // One byte more is enough to know that it is wrong.
-    let mut decoder = decoder.take(file.size.saturating_add(1));
-    let mut out = File::create(into).with_context(doing)?;
-    let (mut hasher, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 18], 0);
-    loop {
-        match decoder.read(&mut buffer).with_context(doing)? {
-            0 => break,
-            n => {
-                hasher.update(&buffer[..n]);
-                out.write_all(&buffer[..n]).with_context(doing)?;
-                size += n as u64;
-            }
-        }
-    }
-    let found = hex(&hasher.finalize());
+    let work = || {
+        let decoder = zstd::Decoder::new(File::open(packed)?)?;
+        // One byte more is enough to know that it is wrong.
+        copy(&mut decoder.take(file.size.saturating_add(1)), &mut File::create(into)?)
+    };
+    let (size, found) = work().with_context(doing)?;
     ensure!(
         size == file.size && found == file.sha256,
         "{}: expected {} bytes with SHA-256 {}, found at least {size} with {found}",
@@ -514,4 +494,19 @@ fn unpack(packed: &Utf8Path, into: &Utf8Path, file: &StoredFile) -> Result<()> {
         file.sha256
     );
     Ok(())
+}
+
+/// Copies to the end: how many bytes, and their SHA-256.
+fn copy(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<(u64, String)> {
+    let (mut hasher, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 18], 0);
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok((size, hex(&hasher.finalize()))),
+            n => {
+                hasher.update(&buffer[..n]);
+                to.write_all(&buffer[..n])?;
+                size += n as u64;
+            }
+        }
+    }
 }

@@ -30,6 +30,8 @@ const LARGE: usize = 24 << 20;
 const KILLS: u32 = 4;
 /// Tells a copy of this test what to build.
 const TASK: &str = "MACHINE_TASK";
+/// The test that a machine is.
+const MACHINE: &str = "shared::a_machine_that_is_told_of_no_shared_cache_has_its_own_only";
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Task {
@@ -82,11 +84,25 @@ fn build(dir: &Utf8Path, seed: &str) -> Made {
     Made { tar: of("rootfs.tar"), tool, more: more.into() }
 }
 
+/// Also what the machines of all tests start: told of a task, it is one.
 #[test]
-#[ignore = "started by the others: a machine that builds"]
-fn machine() {
-    let Ok(task) = std::env::var(TASK) else { return };
-    let task: Task = serde_json::from_str(&task).unwrap();
+fn a_machine_that_is_told_of_no_shared_cache_has_its_own_only() {
+    if let Ok(task) = std::env::var(TASK) {
+        return machine(&task);
+    }
+    let team = Team::new();
+    let alone = |expected: &str| {
+        let mut machine = team.machine("alone", true, &task("s"));
+        let said = said(machine.env_remove("SLIPWAY_SHARED_CACHE").output().unwrap());
+        assert_eq!((said.origin.as_str(), said.log.contains("shared")), (expected, false));
+    };
+    alone("Made");
+    alone("Kept");
+    assert!(!team.dir.join("store").exists(), "something was stored");
+}
+
+fn machine(task: &str) {
+    let task: Task = serde_json::from_str(task).unwrap();
     let kind = if task.release { Kind::Release } else { Kind::Development };
     let signer = Keys::open(&keys::directory().unwrap()).unwrap().signer(kind).unwrap();
     let cache = match attach(Cache::locate().unwrap(), kind, &signer, task.offline) {
@@ -178,7 +194,7 @@ impl Team {
     fn machine(&self, name: &str, writes: bool, task: &Task) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
-            .args(["--ignored", "--exact", "shared::machine", "--nocapture"])
+            .args(["--exact", MACHINE, "--nocapture"])
             .env("SLIPWAY_SHARED_CACHE", &self.address)
             .env("SLIPWAY_SHARED_CACHE_WRITE", if writes { "1" } else { "0" })
             .env("SLIPWAY_CACHE", self.dir.join(name))
