@@ -26,13 +26,12 @@ fn random(state: &mut u64) -> f64 {
     (*state >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Starts a build and kills its whole process group after `moment`. Whether it was still running.
-fn kill_at(tool: &Xtask, moment: Duration) -> Result<bool> {
-    let arguments = ["build-image", "--no-install", "--offline", "--board", BOARD];
-    let mut child = tool.start(&arguments)?;
+/// Starts a build and kills its whole process group when the moment has come. Whether it was still running.
+pub fn kill_when(tool: &Xtask, more: &[&str], moment: impl Fn() -> bool) -> Result<bool> {
+    let arguments = ["build-image", "--no-install", "--board", BOARD];
+    let mut child = tool.start(&[&arguments, more].concat())?;
     let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("a process id")?;
-    let end = Instant::now() + moment;
-    while Instant::now() < end {
+    while !moment() {
         if child.try_wait()?.is_some() {
             return Ok(false);
         }
@@ -87,7 +86,8 @@ fn killed_at_ten_moments() -> Result<()> {
             fs::remove_dir_all(copy.join("dist")).context("removing dist")?;
         }
         let moment = whole.mul_f64(random(&mut state));
-        let running = kill_at(&tool(n), moment)?;
+        let end = Instant::now() + moment;
+        let running = kill_when(&tool(n), &["--offline"], || Instant::now() >= end)?;
         interrupted += usize::from(running);
         say(format!("{n}: after {:.2} s, still running: {running}", moment.as_secs_f64()));
         whole_files += nothing_partial(&copy).with_context(|| format!("after kill {n}"))?;

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::Value;
 use xtask::cmd::check::ALL;
 
+use crate::kill::kill_when;
 use crate::support::{
     Built, Folder, Xtask, built, cache_sharing, copy_workspace, root, same, say, snapshot, stages,
 };
@@ -124,11 +126,47 @@ fn build_elsewhere(folder: &Folder, name: &str, strange: bool) -> Result<()> {
             .env("USER", "nobody");
         tool_permissions(&copy)?;
     }
+    // Inside a user namespace, a folder below a home folder may be closed.
+    let temporary = tempfile::Builder::new()
+        .prefix("slipway-test-")
+        .permissions(fs::Permissions::from_mode(0o755))
+        .tempdir()?;
+    let temporary = Utf8Path::from_path(temporary.path()).context("a path")?;
+    tool = tool.env("TMPDIR", temporary);
+    if strange {
+        killed_in_the_base(&tool, temporary)?;
+    }
     let report = tool.build(BOARD, &[])?;
     for (name, kept) in kept(&report)? {
         ensure!(!kept, "the stage {name} was kept in an empty cache");
     }
+    let left = intermediate(temporary);
+    ensure!(left.is_empty(), "left over: {left:?}");
     fs::remove_dir_all(&cache).with_context(|| format!("removing {cache}"))
+}
+
+/// The folders of the base's intermediate files.
+fn intermediate(temporary: &Utf8Path) -> Vec<Utf8PathBuf> {
+    let entries = temporary.read_dir_utf8().into_iter().flatten().flatten();
+    let named = entries.filter(|entry| entry.file_name().starts_with("slipway-base-"));
+    named.map(|entry| entry.path().to_owned()).collect()
+}
+
+/// A build that is killed while packages are being installed, their root mounted: what is large the next build
+/// removes, and nothing stays mounted.
+fn killed_in_the_base(tool: &Xtask, temporary: &Utf8Path) -> Result<()> {
+    let installs = || {
+        let roots = intermediate(temporary).into_iter().flat_map(|path| path.read_dir_utf8());
+        let mut entries = roots.flatten().flatten();
+        entries.any(|entry| entry.path().join("var/lib/dpkg/info/libc-bin.list").exists())
+    };
+    let killed = kill_when(tool, &[], installs)?;
+    say(format!("killed while it installed packages: {killed}"));
+    ensure!(killed && intermediate(temporary).len() == 1, "it was killed too late");
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    let left: Vec<&str> = mounts.lines().filter(|l| l.contains(temporary.as_str())).collect();
+    ensure!(left.is_empty(), "still mounted: {left:?}");
+    Ok(())
 }
 
 /// A build on a machine with an empty cache, no mirror and no index: all is in the shared cache, or made.

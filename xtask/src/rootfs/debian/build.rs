@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::download::LockedDeb;
 use super::prune::{self, PruneRules};
+use super::scratch::Scratch;
 use super::{DebianSpec, binfmt, inventory, repo, unpack};
 use crate::artifact::{Artifact, write_atomically};
 use crate::exec::Tool;
@@ -56,7 +57,8 @@ pub struct BuildRequest<'a> {
 /// When a package cannot be unpacked or a board's pattern matches nothing.
 pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSystem> {
     fs::create_dir_all(out_dir).with_context(|| format!("creating {out_dir}"))?;
-    let (_scratch, work) = scratch()?;
+    let scratch = Scratch::new()?;
+    let work = scratch.path();
     let extras = work.join("extras");
     for deb in request.debs.iter().filter(|d| d.package.role == Role::Extra) {
         unpack::deb(&deb.file.path, &extras)
@@ -113,21 +115,6 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     })
 }
 
-/// A folder for intermediate files, removed when the first value is dropped. It lies under the
-/// system's temporary folder: inside a user namespace, a home folder that only its owner may enter
-/// is closed.
-fn scratch() -> Result<(tempfile::TempDir, Utf8PathBuf)> {
-    let folder = tempfile::Builder::new()
-        .prefix("slipway-base-")
-        .permissions(fs::Permissions::from_mode(0o755))
-        .tempdir()
-        .context("creating a temporary folder")?;
-    let path = Utf8Path::from_path(folder.path()).context("the temporary folder is not UTF-8")?;
-    let path = path.to_owned();
-    readable(&path, 0o755)?;
-    Ok((folder, path))
-}
-
 /// Installs the packages of role `root` with `mmdebstrap` from a local archive into a tar. The
 /// result depends on nothing but packages and epoch, so all boards of a product share it.
 ///
@@ -143,15 +130,21 @@ pub fn install(
     log: &Utf8Path,
     out: &Utf8Path,
 ) -> Result<()> {
-    let (_scratch, work) = scratch()?;
-    let work = work.as_path();
+    let scratch = Scratch::new()?;
+    let work = scratch.path();
     binfmt::ensure(&spec.arch, work)?;
     let root: Vec<&LockedDeb> = debs.iter().filter(|d| d.package.role == Role::Root).collect();
     let archive = work.join("archive");
     plain_archive(&root, &archive)?;
     let names: Vec<&str> = root.iter().map(|d| d.package.name.as_str()).collect();
     let is_root = rustix::process::geteuid().is_root();
-    let mut tool = Tool::new("mmdebstrap")
+    let may_mount = can_mount();
+    let mut tool = match is_root && may_mount {
+        // Killed, it leaves nothing mounted: its mounts are nobody else's.
+        true => Tool::new("unshare").args(["--mount", "--", "mmdebstrap"]),
+        false => Tool::new("mmdebstrap"),
+    };
+    tool = tool
         .arg(if is_root { "--mode=root" } else { "--mode=unshare" })
         .arg("--verbose")
         .arg(format!("--architectures={}", spec.arch))
@@ -174,7 +167,7 @@ pub fn install(
         .args(["--dpkgopt=path-exclude=/usr/share/doc/*"])
         .arg("--dpkgopt=path-include=/usr/share/doc/*/copyright")
         .arg(format!("--include={}", names.join(",")));
-    if is_root && !can_mount() {
+    if is_root && !may_mount {
         tool = tool.arg("--skip=check/canmount,chroot/mount");
     }
     tool = tool

@@ -13,6 +13,7 @@ mod inventory;
 pub mod lock;
 pub mod prune;
 mod repo;
+mod scratch;
 mod unpack;
 
 use serde::{Deserialize, Serialize};

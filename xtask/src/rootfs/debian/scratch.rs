@@ -1,0 +1,129 @@
+//! Where the base's intermediate files lie: some hundred megabytes, removed when the work is done, and by the
+//! next build where the work was killed.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use anyhow::{Context, Result};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::exec::Tool;
+use crate::progress::warn;
+
+const PREFIX: &str = "slipway-base-";
+
+/// A folder that is still being made: empty, and nobody's to remove.
+const UNFINISHED: &str = ".slipway-base-";
+
+/// A folder under the system's temporary folder: inside a user namespace, a home folder that only its owner may
+/// enter is closed. It goes with the value.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    path: Utf8PathBuf,
+    /// Whoever holds it uses the folder. It passes to every program that is started: a `mmdebstrap` that outlives
+    /// us (when we are killed) still holds it.
+    _lock: File,
+}
+
+impl Scratch {
+    /// Makes one, and removes those whose makers were killed.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(super) fn new() -> Result<Self> {
+        Self::below(&Utf8PathBuf::try_from(std::env::temp_dir()).context("the temporary folder")?)
+    }
+
+    fn below(temporary: &Utf8Path) -> Result<Self> {
+        sweep(temporary);
+        let doing = || format!("making a folder in {temporary}");
+        let folder = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(temporary);
+        let folder = folder.with_context(doing)?;
+        // Whatever the umask is: whoever is root in a namespace looks into it.
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).with_context(doing)?;
+        let lock = File::open(folder.path()).with_context(doing)?;
+        lock.lock().with_context(doing)?;
+        rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).with_context(doing)?;
+        let name = folder.path().file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let path = temporary.join(name.trim_start_matches('.'));
+        fs::rename(folder.path(), &path).with_context(doing)?;
+        // It has another name now.
+        drop(folder.keep());
+        Ok(Self { path, _lock: lock })
+    }
+
+    pub(super) fn path(&self) -> &Utf8Path {
+        &self.path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        remove(&self.path);
+    }
+}
+
+/// Removes what killed builds of this user have left.
+fn sweep(temporary: &Utf8Path) {
+    let Ok(entries) = temporary.read_dir_utf8() else { return };
+    for entry in entries.flatten().filter(|entry| entry.file_name().starts_with(PREFIX)) {
+        let path = entry.path();
+        // Others may write here, too: never theirs, and never through a link.
+        let ours = path.symlink_metadata().is_ok_and(|about| {
+            about.is_dir() && about.uid() == rustix::process::geteuid().as_raw()
+        });
+        if ours && File::open(path).is_ok_and(|folder| folder.try_lock().is_ok()) {
+            remove(path);
+        }
+    }
+}
+
+/// Removes a folder, and says so where it cannot: it is large. What is mounted below it stays as it is.
+fn remove(path: &Utf8Path) {
+    let words = ["-rf", "--one-file-system", "--", path.as_str()];
+    let whole = Tool::new("rm").args(words).run().or_else(|error| {
+        if rustix::process::geteuid().is_root() {
+            return Err(error);
+        }
+        // Killed, `mmdebstrap` leaves files of a user's subordinate ids: only root of a namespace that has them
+        // may remove those.
+        Tool::new("unshare").args(["--map-root-user", "--map-auto", "rm"]).args(words).run()
+    });
+    if let Err(error) = whole {
+        warn(format!("{path} is left over, and may be removed: {error:#}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn what_a_killed_build_has_left_goes_and_nothing_else() {
+        let guard = tempfile::tempdir().unwrap();
+        let folder = Utf8Path::from_path(guard.path()).unwrap();
+        for name in ["slipway-base-left/a/b", "slipway-other", "target/kept"] {
+            fs::create_dir_all(folder.join(name)).unwrap();
+        }
+        symlink("target", folder.join("slipway-base-link")).unwrap();
+        fs::write(folder.join("slipway-base-file"), "").unwrap();
+        let names = || -> Vec<String> {
+            let entries = folder.read_dir_utf8().unwrap();
+            let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().to_owned()).collect();
+            names.sort();
+            names
+        };
+        let others = ["slipway-base-file", "slipway-base-link", "slipway-other", "target"];
+
+        let used = Scratch::below(folder).unwrap();
+        fs::write(used.path().join("file"), "").unwrap();
+        assert_eq!(fs::metadata(used.path()).unwrap().permissions().mode() & 0o777, 0o755);
+        assert!(!folder.join("slipway-base-left").exists(), "nobody holds it");
+        let second = Scratch::below(folder).unwrap();
+        assert!(used.path().join("file").exists(), "it is in use");
+        drop((used, second));
+        assert_eq!(names(), others);
+        assert!(folder.join("target/kept").exists());
+    }
+}
