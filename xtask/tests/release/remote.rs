@@ -5,16 +5,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use camino::Utf8PathBuf;
 
 use crate::support::{
-    Bench, Reader, Server, ended, free_port, good, killed_after, python, root, tool,
+    Bench, Reader, Server, ended, free_port, good, killed_anywhere, python, remote_kills, root,
+    tool,
 };
-
-/// How often publishers are killed here: each connection costs more than in a folder.
-const KILLS: u32 = 4;
 
 /// An `sshd` whose only user is this process's.
 struct Host {
@@ -74,17 +71,9 @@ fn over_sftp_publishers_may_be_killed_and_may_meet() {
     for name in ["one", "two"] {
         bench.release(&bench.store(name), name, "1.0.0");
     }
-    let started = Instant::now();
-    good(host.publish(&bench, "one", "first").output().unwrap());
-    let whole = started.elapsed();
     let read = |name: &str| Reader::of_folder(bench.keys(), bench.dir.join(name)).read().len();
-    assert_eq!(read("first"), 1);
-    for kill in 1..KILLS {
-        let delay = whole.mul_f64(f64::from(kill) / f64::from(KILLS));
-        killed_after(host.publish(&bench, "one", "target"), delay);
-        // Readers of the whole folder: nothing, or a whole release.
-        assert!(read("target") <= 1);
-    }
+    let publish = |name: &str| host.publish(&bench, "one", name);
+    killed_anywhere(remote_kills(), publish, read, |name| bench.dir.join(name).exists());
     let pair = ["one", "two"].map(|from| host.publish(&bench, from, "target").spawn().unwrap());
     pair.into_iter().for_each(|child| ended(child, false));
     assert_eq!(read("target"), 2);
@@ -127,35 +116,33 @@ fn in_a_bucket_publishers_may_be_killed_and_may_meet_while_readers_read() {
     moto.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()]);
     let _server = Server::start(moto, port, &bench.dir.join("moto.log"));
     let endpoint = format!("http://127.0.0.1:{port}");
-    for bucket in ["first", "robots"] {
-        ureq::put(format!("{endpoint}/{bucket}")).send_empty().unwrap();
-    }
+    ureq::put(format!("{endpoint}/robots")).send_empty().unwrap();
     let publish = |from: &str, to: &str| {
-        let target = format!("s3://{to}/releases");
+        let target = format!("s3://{to}");
         let mut command =
             bench.xtask(&["publish", &target, "--from", from, "--endpoint", &endpoint]);
         command.env("AWS_ACCESS_KEY_ID", "test").env("AWS_SECRET_ACCESS_KEY", "a secret of tests");
         command
     };
-    let reader = |bucket: &str| {
-        let base = format!("{endpoint}/{bucket}/releases");
+    let reader = |place: &str| {
+        let base = format!("{endpoint}/{place}");
         Reader::new(bench.keys(), move |path| get(&format!("{base}/{path}")))
     };
     let stores = [("one", bench.store("one")), ("two", bench.store("two"))];
     for (name, store) in &stores {
         bench.release(store, name, "1.0.1");
     }
-    let started = Instant::now();
-    good(publish("one", "first").output().unwrap());
-    let whole = started.elapsed();
-    assert_eq!(reader("first").read().len(), 1);
-    for kill in 1..KILLS {
-        let delay = whole.mul_f64(f64::from(kill) / f64::from(KILLS));
-        killed_after(publish("one", "robots"), delay);
-        assert!(reader("robots").read().len() <= 1);
-    }
+    // A folder of the bucket for each publisher that is killed (ListObjectsV2 finds out what is there).
+    let folder = |name: &str| format!("robots/{name}");
+    let begun = |name: &str| {
+        let listed = get(&format!("{endpoint}/robots?list-type=2&prefix={name}/")).unwrap();
+        !String::from_utf8(listed).unwrap().contains("<KeyCount>0<")
+    };
+    let read = |name: &str| reader(&folder(name)).read().len();
+    killed_anywhere(remote_kills(), |name| publish("one", &folder(name)), read, begun);
+    let both = folder("releases");
     let done = AtomicBool::new(false);
-    let (keys, base) = (bench.keys(), format!("{endpoint}/robots/releases"));
+    let (keys, base) = (bench.keys(), format!("{endpoint}/{both}"));
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let reader = Reader::new(keys, |path| get(&format!("{base}/{path}")));
@@ -167,15 +154,15 @@ fn in_a_bucket_publishers_may_be_killed_and_may_meet_while_readers_read() {
             for (name, store) in &stores {
                 bench.release(store, name, &format!("1.0.{round}"));
             }
-            let pair = ["one", "two"].map(|from| publish(from, "robots").spawn().unwrap());
+            let pair = ["one", "two"].map(|from| publish(from, &both).spawn().unwrap());
             pair.into_iter().for_each(|child| ended(child, false));
         }
         done.store(true, Ordering::Relaxed);
     });
-    assert_eq!(reader("robots").read().len(), 2 * 3);
-    let again = publish("one", "robots").output().unwrap();
+    assert_eq!(reader(&both).read().len(), 2 * 3);
+    let again = publish("one", &both).output().unwrap();
     assert!(good(again).contains("nothing new"));
-    let mut nobody = publish("one", "no-such-bucket");
+    let mut nobody = publish("one", "no-such-bucket/releases");
     let message = String::from_utf8(nobody.output().unwrap().stderr).unwrap();
     assert!(message.contains("NoSuchBucket") && message.contains("help: "), "{message}");
     assert!(!message.contains("a secret of tests") && !message.contains("X-Amz"), "{message}");

@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use xtask::publish::Store;
 use xtask::release::{Channel, Index};
 
-use crate::support::{Bench, OBJECTS, Reader, ended, killed_after};
+use crate::support::{Bench, OBJECTS, Reader, ended, killed_anywhere};
 
 /// How often publishers are killed.
 const KILLS: u32 = 30;
@@ -18,24 +18,13 @@ fn a_publisher_that_is_killed_anywhere_leaves_no_broken_index_and_is_finished_by
     let local = bench.store("local");
     bench.release(&local, "robot", "1.0.0");
     bench.release(&local, "robot", "1.1.0");
-    let started = Instant::now();
-    bench.good(&["publish", "whole", "--from", "local"]);
-    let whole = started.elapsed();
-    let mut half = 0;
-    for kill in 0..KILLS {
-        let target = format!("target-{kill}");
-        let reader = Reader::of_folder(bench.keys(), bench.dir.join(&target));
-        // Spread over the whole run, never twice at the same place.
-        let delay = whole.mul_f64(f64::from(kill) / f64::from(KILLS));
-        killed_after(bench.xtask(&["publish", &target, "--from", "local"]), delay);
-        let before = reader.read();
-        let begun = bench.dir.join(&target).exists();
-        half += u32::from(begun && before.len() < 2);
-        bench.good(&["publish", &target, "--from", "local"]);
-        assert_eq!(reader.read().len(), 2, "after {delay:?}");
-        fs::remove_dir_all(bench.dir.join(&target)).unwrap();
-    }
-    assert!(half >= 5, "only {half} of {KILLS} kills met a publish that was under way");
+    let place = |name: &str| bench.dir.join(name);
+    killed_anywhere(
+        KILLS,
+        |name| bench.xtask(&["publish", name, "--from", "local"]),
+        |name| Reader::of_folder(bench.keys(), place(name)).read().len(),
+        |name| place(name).exists(),
+    );
 }
 
 #[test]

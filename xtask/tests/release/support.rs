@@ -272,6 +272,39 @@ pub fn python(requirements: &str) -> Command {
     command
 }
 
+/// How often publishers are killed where each connection costs more than in a folder.
+pub fn remote_kills() -> u32 {
+    if std::env::var_os(xtask::cmd::check::ALL).is_some() { 30 } else { 4 }
+}
+
+/// Publishers are killed at moments spread over a whole run, each at a place of its own: whoever reads there sees
+/// whole releases or none, and the next publisher finishes. `read` counts a place's releases, `begun` knows
+/// whether anything is there.
+pub fn killed_anywhere(
+    kills: u32,
+    publish: impl Fn(&str) -> Command,
+    read: impl Fn(&str) -> usize,
+    begun: impl Fn(&str) -> bool,
+) {
+    let started = Instant::now();
+    good(publish("whole").output().unwrap());
+    let whole = started.elapsed();
+    let all = read("whole");
+    assert!(all > 0);
+    let mut half = 0;
+    for kill in 0..kills {
+        let place = format!("killed-{kill}");
+        // Never twice at the same moment.
+        let delay = whole.mul_f64(f64::from(kill) / f64::from(kills));
+        killed_after(publish(&place), delay);
+        half += u32::from(begun(&place) && read(&place) < all);
+        good(publish(&place).output().unwrap());
+        assert_eq!(read(&place), all, "after {delay:?}");
+    }
+    eprintln!("{half} of {kills} kills met a publish that was under way, in {whole:.1?}");
+    assert!(half >= kills / 6, "only {half} of {kills} kills met a publish that was under way");
+}
+
 /// Starts something, and kills it after a while.
 pub fn killed_after(mut command: Command, delay: Duration) {
     let mut child = command.spawn().unwrap();
