@@ -13,6 +13,11 @@ use super::sums::{Summed, Sums};
 use super::windows::{WINDOW, WINDOW_BLOCKS, Windows, bits, non_zero, runs};
 use crate::progress::Step;
 
+/// The most bytes of a write. The page cache holds each in one piece of memory, and up to this size (Linux:
+/// PAGE_ALLOC_COSTLY_ORDER, eight pages) those are the ones that were used last. Larger ones come from memory
+/// that was free for long, which a virtual machine has given back to its host: several times slower.
+const PIECE: usize = 32 << 10;
+
 const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
 /// What fills a region.
@@ -121,13 +126,16 @@ impl Writer<'_> {
     fn write(&mut self, first: u64, mask: u64, bytes: &[u8], places: &[u64]) -> Result<()> {
         for place in places {
             for (start, end) in runs(mask) {
-                let piece = &bytes[(start * BLOCK) as usize..(end * BLOCK) as usize];
-                let offset = place + (first + start) * BLOCK;
-                self.image
-                    .write_all_at(piece, offset)
-                    .with_context(|| format!("writing {} bytes at {offset}", piece.len()))?;
-                self.bytes += piece.len() as u64;
-                self.step.advance(piece.len() as u64);
+                let run = &bytes[(start * BLOCK) as usize..(end * BLOCK) as usize];
+                let mut offset = place + (first + start) * BLOCK;
+                for piece in run.chunks(PIECE) {
+                    self.image
+                        .write_all_at(piece, offset)
+                        .with_context(|| format!("writing {} bytes at {offset}", piece.len()))?;
+                    offset += piece.len() as u64;
+                }
+                self.bytes += run.len() as u64;
+                self.step.advance(run.len() as u64);
             }
         }
         Ok(())
