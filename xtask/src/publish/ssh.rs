@@ -32,6 +32,44 @@ pub struct Host {
     /// The folder: absolute, or relative to the user's home.
     path: String,
     options: Vec<String>,
+    /// Where the one connection is that all commands share.
+    control: Option<Control>,
+}
+
+/// The socket of a shared connection (ssh_config(5): ControlPath), in a folder that only this user enters.
+#[derive(Debug)]
+struct Control {
+    socket: String,
+    _folder: tempfile::TempDir,
+}
+
+/// The most bytes of a socket's path, with the 17 that ssh(1) adds while it makes it (unix(7): 108 with the end).
+const SOCKET: usize = 108 - 1 - 17;
+
+impl Control {
+    /// None where the temporary folder's path is too long: then each command has a connection of its own.
+    fn new() -> Result<Option<Self>> {
+        let (folder, path) = scratch()?;
+        let socket = path.join("ssh").into_string();
+        Ok((socket.len() <= SOCKET).then_some(Self { socket, _folder: folder }))
+    }
+
+    /// The first command opens the connection. Whoever is killed leaves it for so many seconds.
+    fn options(&self) -> [String; 3] {
+        let socket = format!("ControlPath={}", self.socket);
+        ["ControlMaster=auto".to_owned(), "ControlPersist=10".to_owned(), socket]
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(control) = &self.control {
+            let end = Tool::new("ssh").args(["-O", "exit", "-o"]);
+            let end = end.arg(format!("ControlPath={}", control.socket));
+            // Without it, the connection ends by itself a little later.
+            drop(end.arg("--").arg(&self.destination).read());
+        }
+    }
 }
 
 impl Host {
@@ -69,7 +107,9 @@ impl Host {
         check_options(options)?;
         let mut options = options.to_vec();
         options.extend(OPTIONS.map(str::to_owned));
-        Ok(Self { destination: destination.to_owned(), port, path, options })
+        let control = Control::new()?;
+        options.extend(control.iter().flat_map(Control::options));
+        Ok(Self { destination: destination.to_owned(), port, path, options, control })
     }
 
     fn at(&self, path: &str) -> String {
