@@ -1,6 +1,7 @@
 //! From locked packages to a `BaseSystem`: `mmdebstrap` installs the root without network, kernel
 //! and firmware are unpacked natively, then one pass prunes and normalises everything.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Mutex;
@@ -182,11 +183,13 @@ pub fn install(
         .log(log);
     // Each package is unpacked once and set up once.
     let step = Step::new("base", "installing packages", 2 * names.len() as u64, Unit::Items);
+    // `usr-is-merged` comes twice: the hook for merged folders installs an empty one first.
+    let mut done = BTreeSet::new();
     tool.run_lines(|line| {
         let doing = ["Unpacking ", "Setting up "].into_iter().find(|p| line.starts_with(p));
         if let Some(verb) = doing {
             let package = line[verb.len()..].split([' ', ':']).next().unwrap_or_default();
-            step.advance(1);
+            step.advance(u64::from(done.insert((verb, package.to_owned()))));
             step.note(format!("{}{package}", verb.to_lowercase()));
         }
     })
