@@ -189,7 +189,7 @@ fn a_web_server_and_standard_tools_are_enough_to_read() {
         .map(|name| format!("{name}_temp_path '{dir}/tmp-{name}';\n"))
         .collect();
     let text = format!(
-        "daemon off;\npid '{dir}/nginx.pid';\nerror_log stderr;\nevents {{}}\nhttp {{\n\
+        "daemon off;\nmaster_process off;\npid '{dir}/nginx.pid';\nerror_log stderr;\nevents {{}}\nhttp {{\n\
          access_log off;\n{temporary}server {{ listen 127.0.0.1:{port}; root '{dir}/www'; }}\n}}\n"
     );
     // Started as root, its workers are somebody else, who must be let in.
