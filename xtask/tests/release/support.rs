@@ -303,7 +303,10 @@ pub fn killed_anywhere(
         assert_eq!(read(&place), all, "after {delay:?}");
     }
     eprintln!("{half} of {kills} kills met a publish that was under way, in {whole:.1?}");
-    assert!(half >= (kills / 6).max(1), "only {half} of {kills} kills met a publish that was under way");
+    assert!(
+        half >= (kills / 6).max(1),
+        "only {half} of {kills} kills met a publish that was under way"
+    );
 }
 
 /// Starts something, and kills it after a while.
