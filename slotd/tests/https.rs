@@ -88,10 +88,8 @@ impl Nginx {
                  ssl_certificate_key '{shown}/{folder}/{name}.key'; }}\n"
             )
         });
-        // Started as root, its workers are somebody else, who must be let in.
-        let user = if rustix::process::getuid().is_root() { "user root;\n" } else { "" };
         let config = format!(
-            "{user}daemon off;\nmaster_process off;\npid '{shown}/nginx.pid';\nerror_log stderr;\nevents {{}}\nhttp {{\n\
+            "daemon off;\nmaster_process off;\npid '{shown}/nginx.pid';\nerror_log stderr;\nevents {{}}\nhttp {{\n\
              log_format requests '$status $http_range';\naccess_log '{shown}/access.log' requests;\n{}{}}}\n",
             temporary.concat(),
             servers.collect::<String>()

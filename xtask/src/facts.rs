@@ -1,6 +1,6 @@
 //! What the build takes from outside the configuration: the commit and the epoch.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 use camino::Utf8Path;
 
 use crate::exec::Tool;
@@ -21,24 +21,27 @@ impl Facts {
     /// Asks git and the environment. The epoch is `SOURCE_DATE_EPOCH`, else the commit's time.
     ///
     /// # Errors
-    /// `SOURCE_DATE_EPOCH` that is not a number; neither it nor a commit.
+    /// `SOURCE_DATE_EPOCH` that is not a number; neither it nor a commit; a checkout that git cannot compare.
     pub fn collect(root: &Utf8Path) -> Result<Self> {
-        let git =
-            |args: &[&str]| Tool::new("git").args(["-C", root.as_str()]).args(args).read().ok();
-        let commit = git(&["rev-parse", "HEAD"]).map(|s| s.trim().to_owned());
-        let modified = git(&["status", "--porcelain"]).is_some_and(|s| !s.trim().is_empty());
+        let git = |args: &[&str]| Tool::new("git").args(["-C", root.as_str()]).args(args).read();
+        let commit = git(&["rev-parse", "HEAD"]).map(|said| said.trim().to_owned()).ok();
+        let modified = match commit {
+            Some(_) => !git(&["status", "--porcelain"])?.trim().is_empty(),
+            None => false,
+        };
         let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
             Ok(text) => text.trim().parse().with_context(|| {
                 format!("SOURCE_DATE_EPOCH: expected seconds since 1970, found \"{text}\"")
             })?,
-            Err(_) => match git(&["log", "-1", "--format=%ct"]).and_then(|s| s.trim().parse().ok())
-            {
-                Some(time) => time,
-                None => bail!(
-                    "choosing the time for reproducible outputs: {root} is not a git checkout with a commit\n\
-                     help: build in a checkout (git must be installed), or set SOURCE_DATE_EPOCH"
-                ),
-            },
+            Err(_) => {
+                let asked = git(&["log", "-1", "--format=%ct"]);
+                asked.and_then(|said| Ok(said.trim().parse()?)).map_err(|error| {
+                    anyhow!(
+                        "choosing the time for reproducible outputs, the commit's: {error:#}\n\
+                         help: build in a checkout with a commit (git must be installed), or set SOURCE_DATE_EPOCH"
+                    )
+                })?
+            }
         };
         Ok(Self { commit, modified, epoch })
     }

@@ -3,8 +3,10 @@
 //! The image is never written: the machine works on a qcow2 overlay. What a machine is comes from
 //! the board's `[qemu]` table; the network listens on the loopback address only.
 
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::Stdio;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -247,15 +249,25 @@ fn arguments(
     list
 }
 
-/// The preferred port of the loopback address, or any free one.
+/// The preferred port of the loopback address, or any free one (0: no preference). This process gets each port
+/// once: it stays free until somebody listens there, and two machines that start together must not share it.
 ///
 /// # Errors
 /// When there is none.
 pub fn free_port(preferred: u16) -> Result<u16> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, preferred))
-        .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
-        .context("looking for a free port on 127.0.0.1")?;
-    Ok(listener.local_addr().context("looking for a free port on 127.0.0.1")?.port())
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut wanted = preferred;
+    loop {
+        let bound = TcpListener::bind((Ipv4Addr::LOCALHOST, wanted))
+            .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)));
+        let listener = bound.context("looking for a free port on 127.0.0.1")?;
+        let port = listener.local_addr().context("looking for a free port on 127.0.0.1")?.port();
+        if given.insert(port) {
+            return Ok(port);
+        }
+        wanted = 0;
+    }
 }
 
 #[cfg(test)]

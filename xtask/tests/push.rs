@@ -238,7 +238,7 @@ fn address(port: u16) -> String {
 }
 
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    xtask::qemu::free_port(0).unwrap()
 }
 
 fn serve(bench: &Bench, root: &Utf8Path) -> (u16, Child) {

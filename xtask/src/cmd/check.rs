@@ -142,6 +142,8 @@ fn cargo(what: &str, arguments: &[&str], all: bool) -> Result<()> {
     shell.change_dir(workspace_root()?);
     // What it prints is the result, so it goes to this very terminal.
     let mut command: std::process::Command = cargo_command(&shell).args(arguments).into();
+    // The stack of an error that a test returns hides its words; that of a panic is as asked for.
+    command.env("RUST_LIB_BACKTRACE", "0");
     if all {
         command.env(ALL, "1");
     }

@@ -112,11 +112,7 @@ impl Session {
                 let said: Vec<u8> = self.unread.drain(..start + length).collect();
                 return Ok((index, plain(&said)));
             }
-            if let Some(fatal) =
-                FATAL.iter().find(|f| position(&self.unread, f.as_bytes()).is_some())
-            {
-                // The reason follows the words: take the rest of the line along.
-                self.receive_for(Duration::from_millis(500));
+            if let Some(fatal) = fatal(&self.unread) {
                 bail!(self.report(&format!(
                     "waiting for `{wanted}`: the system does not start (`{fatal}`)"
                 )));
@@ -198,15 +194,6 @@ impl Session {
         self.tail.drain(..excess);
     }
 
-    fn receive_for(&mut self, time: Duration) {
-        let end = Instant::now() + time;
-        while let Ok(bytes) =
-            self.output.recv_timeout(end.saturating_duration_since(Instant::now()))
-        {
-            self.take(&bytes);
-        }
-    }
-
     fn report(&self, problem: &str) -> String {
         let text = plain(&self.tail).replace('\r', "");
         let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
@@ -226,6 +213,15 @@ impl Drop for Session {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+/// The fatal words whose line has come to its end: the reason follows them, and may be what is waited for.
+fn fatal(unread: &[u8]) -> Option<&'static str> {
+    let whole = |words: &&str| {
+        let at = position(unread, words.as_bytes());
+        at.is_some_and(|at| unread[at..].contains(&b'\n'))
+    };
+    FATAL.into_iter().find(whole)
 }
 
 fn position(text: &[u8], words: &[u8]) -> Option<usize> {
@@ -301,6 +297,15 @@ mod tests {
         assert!(ended.contains("has ended (exit status: 3)\n  | booting\nfull log: "), "{ended}");
         let fatal = message("echo 'slipway-init: cannot start: no disk'; exec cat", SOON);
         assert!(fatal.contains("does not start") && fatal.contains("no disk"), "{fatal}");
+    }
+
+    #[test]
+    fn a_failure_that_is_waited_for_may_come_in_pieces() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let script = "printf 'slipway-init: cannot start'; sleep 1; echo ': no disk'; exec cat";
+        let said = shell(folder, script).expect("cannot start: no disk", SOON);
+        assert_eq!(said.unwrap(), "slipway-init: cannot start: no disk");
     }
 
     #[test]

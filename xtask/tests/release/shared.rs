@@ -174,9 +174,8 @@ impl Team {
             .iter()
             .map(|name| format!("{name}_temp_path '{dir}/tmp-{name}';\n"))
             .collect();
-        let user = if rustix::process::getuid().is_root() { "user root;\n" } else { "" };
         let text = format!(
-            "{user}daemon off;\nmaster_process off;\npid '{dir}/nginx.pid';\nerror_log stderr;\nevents {{}}\nhttp {{\n\
+            "daemon off;\nmaster_process off;\npid '{dir}/nginx.pid';\nerror_log stderr;\nevents {{}}\nhttp {{\n\
              access_log '{dir}/access.log';\n{temporary}server {{\nlisten 127.0.0.1:{port};\n\
              root '{dir}/store';\nclient_max_body_size 0;\n\
              location / {{\n{more}\n}}\n}}\n}}\n"

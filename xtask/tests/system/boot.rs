@@ -11,7 +11,7 @@ use xtask::qemu::{Machine, OnRestart, Overlay, Session};
 
 use crate::laptop::Laptop;
 use crate::services;
-use crate::support::{Built, Folder, built, say};
+use crate::support::{Built, Folder, built, logs_in, say};
 
 /// What a guest needs for one command, on a busy machine without hardware virtualisation.
 pub const COMMAND: Duration = Duration::from_secs(120);
@@ -61,10 +61,7 @@ impl Guest {
         let timeout = Duration::from_secs(self.machine.boot_timeout);
         session.expect("U-Boot 20", timeout).context("no boot loader")?;
         session.expect("slipway-init: slot ", timeout).context("no initrd")?;
-        session.expect(&format!("{hostname} login: root (automatic login)"), timeout)?;
-        session.expect(&format!("root@{hostname}:"), timeout)?;
-        // What the kernel says from now on would stand in the midst of a command's output.
-        session.run("dmesg --console-off", COMMAND)?;
+        logs_in(&mut session, hostname, timeout)?;
         Ok(session)
     }
 }

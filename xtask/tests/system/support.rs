@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -20,7 +20,7 @@ use xtask::exec::{self, Tool};
 use xtask::facts::Facts;
 use xtask::plan::{self, Plan};
 use xtask::progress::duration;
-use xtask::qemu::Files;
+use xtask::qemu::{Files, Session};
 
 /// An address that refuses every connection: nothing listens on the discard port.
 pub const NOBODY: &str = "http://127.0.0.1:9";
@@ -186,6 +186,17 @@ impl Xtask {
         let out = self.run(&[&arguments[..], more].concat())?.good()?;
         serde_json::from_str(&out).context("reading the report from standard output")
     }
+}
+
+/// Waits for the shell of the console's login, and keeps from then on what the kernel and systemd say out of the
+/// midst of a command's output: the login does not wait for the last unit on a busy machine.
+pub fn logs_in(session: &mut Session, hostname: &str, timeout: Duration) -> Result<()> {
+    session.expect(&format!("{hostname} login: root (automatic login)"), timeout)?;
+    session.expect(&format!("root@{hostname}:"), timeout)?;
+    // systemd(1): with this signal it shows no more status messages on the console.
+    let (code, said) = session.run("dmesg --console-off && kill -s RTMIN+21 1", timeout)?;
+    ensure!(code == 0, "the console stays loud: {said}");
+    Ok(())
 }
 
 /// What a build made.

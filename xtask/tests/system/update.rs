@@ -18,7 +18,9 @@ use xtask::qemu::{self, Machine, OnRestart, Overlay, Session};
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
 
 use crate::api::{self, Apis};
-use crate::support::{Built, Folder, Xtask, built, copy_workspace, results, root, say, tool};
+use crate::support::{
+    Built, Folder, Xtask, built, copy_workspace, logs_in, results, root, say, tool,
+};
 
 const BOARD: &str = "qemu-arm64";
 /// What a guest needs for one command, on a busy machine without hardware virtualisation.
@@ -168,12 +170,7 @@ impl Robot {
 
     fn logs_in(&mut self, slot: Slot) -> Result<()> {
         self.session.expect(&format!("slipway-init: slot {slot}"), self.boot)?;
-        let host = self.hostname.clone();
-        self.session.expect(&format!("{host} login: root (automatic login)"), self.boot)?;
-        self.session.expect(&format!("root@{host}:"), self.boot)?;
-        let (code, _) = self.session.run("dmesg --console-off", COMMAND)?;
-        ensure!(code == 0, "dmesg failed");
-        Ok(())
+        logs_in(&mut self.session, &self.hostname, self.boot)
     }
 
     /// What the agent answers, and its exit code.
