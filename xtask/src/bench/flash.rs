@@ -2,16 +2,20 @@
 //! `bmaptool copy`. Everybody's time ends when all is on the disk, and they take turns.
 
 use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::OFlags;
 use serde::Serialize;
 
 use super::disk::{cut, median, spec};
 use crate::disk::{assemble, compress, sum};
 use crate::exec::{self, Tool};
-use crate::flash::device;
+use crate::flash::card::Buffer;
+use crate::flash::source::Source;
+use crate::flash::{device, write};
 use crate::progress::say;
 
 /// Bytes of a slot, as on the boards.
@@ -25,17 +29,19 @@ enum Who {
     Dd,
     Bmaptool,
     Ours,
+    Read,
     OursReadBack,
     Unpack,
     OursUnpacking,
 }
 
-const ALL: [Who; 8] = [
+const ALL: [Who; 9] = [
     Who::Cp,
     Who::DdSparse,
     Who::Dd,
     Who::Bmaptool,
     Who::Ours,
+    Who::Read,
     Who::OursReadBack,
     Who::Unpack,
     Who::OursUnpacking,
@@ -49,6 +55,7 @@ impl Who {
             Self::Dd => "dd",
             Self::Bmaptool => "bmaptool copy",
             Self::Ours => "ours, --no-read-back",
+            Self::Read => "reading what was written",
             Self::OursReadBack => "ours",
             Self::Unpack => "zstd --test",
             Self::OursUnpacking => "ours, .img.zst, --no-read-back",
@@ -100,6 +107,11 @@ pub fn table(rows: &[Row]) -> String {
                 let slower = of(row.target, Who::Unpack).max(of(row.target, Who::Ours));
                 format!("{:.2}x the slower of unpacking and writing", row.seconds / slower)
             }
+            Who::OursReadBack => {
+                let both = of(row.target, Who::Ours) + of(row.target, Who::Read);
+                let (cp, both) = (row.seconds / of(row.target, Who::Cp), row.seconds / both);
+                format!("{cp:.2}x, {both:.2}x writing and reading one after the other")
+            }
             _ => format!("{:.2}x", row.seconds / of(row.target, Who::Cp)),
         };
         text.push_str(&format!(
@@ -150,6 +162,9 @@ impl Bench<'_> {
         } else {
             file.clone()
         };
+        if who == Who::Read {
+            self.work(Who::Ours, &target)?;
+        }
         Tool::new("sync").run()?;
         let start = Instant::now();
         let result = self.work(who, &target);
@@ -185,10 +200,22 @@ impl Bench<'_> {
                 Tool::new(program).args(["copy", image, target]).run()
             }
             Who::Ours => ours(image, &["--no-read-back"]),
+            Who::Read => self.read(target.into()),
             Who::OursReadBack => ours(image, &[]),
             // Unpacks all of it, and writes it nowhere: not even into a pipe.
             Who::Unpack => Tool::new("zstd").args(["--test", "--quiet", packed.as_str()]).run(),
             Who::OursUnpacking => ours(packed.as_str(), &["--no-read-back"]),
         }
+    }
+
+    /// Reads every mapped byte from the medium itself: what no read-back can do without.
+    fn read(&self, target: &Utf8Path) -> Result<()> {
+        let direct = i32::try_from(OFlags::DIRECT.bits())?;
+        let file = File::options().read(true).custom_flags(direct).open(target)?;
+        let mut buffer = Buffer::new(usize::try_from(write::PIECE)?);
+        for piece in write::pieces(&Source::open(self.image)?) {
+            file.read_exact_at(buffer.part(piece.size), piece.offset)?;
+        }
+        Ok(())
     }
 }
