@@ -1,7 +1,8 @@
 //! The command line as a person meets it: helps, hints, and verbs that need no build.
 
 use std::fs;
-use std::process::{Command, Output};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Output, Stdio};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::Value;
@@ -188,6 +189,39 @@ fn a_plan_has_every_offset_and_hash() {
     for partition in partitions {
         assert!(text.contains(&partition["offset"].to_string()), "{text}");
     }
+}
+
+#[test]
+fn who_writes_results_waits_for_whoever_does() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let workspace = Utf8Path::from_path(folder.path()).expect("UTF-8");
+    let copied = Command::new("cp")
+        .arg("-a")
+        .args(["Cargo.toml", "board", "configs", "overlays", "external"].map(|n| root().join(n)))
+        .arg(workspace)
+        .status();
+    assert!(copied.expect("cp").success());
+    let dist = workspace.join("dist/robot-dev/qemu-arm64");
+    fs::create_dir_all(&dist).expect("a folder for results");
+    let build = fs::File::open(&dist).expect("that folder");
+    build.lock().expect("nobody else has it");
+    let mut waiting = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["render", "--board", "qemu-arm64"])
+        .current_dir(workspace)
+        .env("SOURCE_DATE_EPOCH", "1700000000")
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("the tool starts");
+    let mut said = String::new();
+    let mut errors = BufReader::new(waiting.stderr.take().expect("its words"));
+    while !said.contains("waiting for another build in") {
+        assert_ne!(errors.read_line(&mut said).expect("UTF-8"), 0, "it did not wait: {said}");
+    }
+    assert!(!dist.join("rendered").exists());
+    build.unlock().expect("it was locked");
+    assert!(waiting.wait().expect("it ends").success());
+    assert!(dist.join("rendered/overlay").is_dir());
 }
 
 #[test]

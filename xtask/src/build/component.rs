@@ -9,7 +9,7 @@ use super::{Base, Build, base, buildroot, image, signing};
 use crate::artifact::{Artifact, flush};
 use crate::cache::{Cache, Key};
 use crate::cli::{BuildImage, Format};
-use crate::cmd::plan::{dist, resolve};
+use crate::cmd::plan::{dist, resolve, turn};
 use crate::config::product::Engine;
 use crate::progress::{bytes, say};
 use crate::shared;
@@ -45,6 +45,7 @@ pub fn build_component(options: &BuildImage) -> Result<ComponentBundle> {
     let signing = signing(&plan).context("choosing the signing key")?;
     let cache = shared::attach(cache, plan.product.kind, &signing.signer, options.offline)?;
     let dist = dist(&config.root, &plan);
+    let _turn = turn(&dist)?;
     let packages = base::package_spec(&config);
     let mut build = Build::new(&plan, &config.root, dist, &cache, options, packages);
     let made = match plan.rootfs.engine {

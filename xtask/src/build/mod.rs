@@ -17,7 +17,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use crate::artifact::Artifact;
 use crate::cache::{Cache, Key, Origin, Staged};
 use crate::cli::{BuildImage, Stage};
-use crate::cmd::plan::{dist, resolve, resolve_nightly, save};
+use crate::cmd::plan::{dist, resolve, resolve_nightly, save, turn};
 use crate::config::product::{Engine, Kind, RootLogin};
 use crate::keys::{self, Keys, Signer};
 use crate::plan::Plan;
@@ -73,6 +73,7 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
     };
     let cache = Cache::locate()?;
     let dist = dist(&config.root, &plan);
+    let _turn = turn(&dist)?;
     outcome::forget_failure(&dist)?;
     say("plan", summary(&plan));
     save(&plan, &dist)?;

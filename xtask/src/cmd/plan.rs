@@ -1,5 +1,7 @@
 //! `plan` and `render`: what a build would do, and every text that it would generate.
 
+use std::fs::File;
+
 use anyhow::{Context, Result};
 use bundle::Version;
 use camino::{Utf8Path, Utf8PathBuf};
@@ -11,6 +13,7 @@ use crate::config::{self, Config};
 use crate::disk::layout::exact;
 use crate::facts::Facts;
 use crate::plan::{self, Plan};
+use crate::progress::say;
 use crate::render;
 use crate::sbom::timestamp;
 
@@ -70,6 +73,22 @@ pub fn dist(root: &Utf8Path, plan: &Plan) -> Utf8PathBuf {
     root.join("dist").join(&plan.product.name).join(&plan.board.name)
 }
 
+/// Waits until no other build writes results there; whoever has the value may. What is being written has one name,
+/// whoever writes it.
+///
+/// # Errors
+/// When the folder cannot be made or locked.
+pub fn turn(dist: &Utf8Path) -> Result<File> {
+    let doing = || format!("locking {dist}");
+    std::fs::create_dir_all(dist).with_context(doing)?;
+    let folder = File::open(dist).with_context(doing)?;
+    if folder.try_lock().is_err() {
+        say("plan", format!("waiting for another build in {dist}"));
+        folder.lock().with_context(doing)?;
+    }
+    Ok(folder)
+}
+
 /// `cargo xtask plan`.
 ///
 /// # Errors
@@ -109,7 +128,9 @@ fn builds(options: &PlanOptions) -> Result<()> {
 pub fn render(options: &Show) -> Result<()> {
     let (config, _, plan) = resolve(&options.target)?;
     let rendered = render::render(&config.root, &plan)?;
-    let dir = dist(&config.root, &plan).join("rendered");
+    let dist = dist(&config.root, &plan);
+    let _turn = turn(&dist)?;
+    let dir = dist.join("rendered");
     rendered.write(&dir)?;
     match options.format {
         Format::Json => println!("{}", serde_json::json!({ "rendered": dir })),
