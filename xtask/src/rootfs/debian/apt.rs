@@ -130,7 +130,12 @@ impl PrivateApt {
         components: &[String],
         keyring: &Utf8Path,
     ) -> Result<Self> {
-        for below in ["etc/apt/preferences.d", "state/lists/partial", "cache/archives/partial"] {
+        for below in [
+            "etc/apt/apt.conf.d",
+            "etc/apt/preferences.d",
+            "state/lists/partial",
+            "cache/archives/partial",
+        ] {
             let path = dir.join(below);
             fs::create_dir_all(&path).with_context(|| format!("creating {path}"))?;
         }
@@ -169,12 +174,18 @@ impl PrivateApt {
     /// # Errors
     /// When a mirror is out of reach or a signature is wrong.
     pub fn update(&self) -> Result<()> {
-        self.tool("apt-get")
+        let mut said = Vec::new();
+        let result = self
+            .tool("apt-get")
             // Without this apt answers 0 with old or no indexes when a mirror is out of reach.
             .args(["-q", "-o", "APT::Update::Error-Mode=any", "update"])
             .log(&self.log)
-            .run()
-            .context("fetching the package indexes")
+            .run_lines(|line| said.push(line.to_owned()));
+        result.with_context(|| {
+            let reasons = reasons(&said);
+            let more = if reasons.is_empty() { "" } else { ": " };
+            format!("fetching the package indexes{more}{}", reasons.join("; "))
+        })
     }
 
     /// What `apt-get` prints for these arguments.
@@ -190,6 +201,23 @@ impl PrivateApt {
     fn tool(&self, program: &str) -> Tool {
         Tool::new(program).env("APT_CONFIG", self.config.as_str()).env("LC_ALL", "C")
     }
+}
+
+/// What apt could not fetch, each with the reason in the line after it, which may be far from apt's last lines.
+/// That a local archive has each index in one form only is no failure.
+fn reasons(said: &[String]) -> Vec<String> {
+    let mut found = Vec::new();
+    for (line, next) in said.iter().zip(said.iter().skip(1)) {
+        let Some((_, what)) = line.strip_prefix("Err:").and_then(|rest| rest.split_once(' '))
+        else {
+            continue;
+        };
+        let reason = format!("{what}: {}", next.trim());
+        if !what.starts_with("copy:") && !found.contains(&reason) {
+            found.push(reason);
+        }
+    }
+    found
 }
 
 fn configuration(dir: &Utf8Path, arch: &str, acquire: &str) -> String {
@@ -224,7 +252,7 @@ fn host_acquire_settings() -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::host_mirrors;
+    use super::{host_mirrors, reasons};
 
     const OS: &str = "ID=debian\nVERSION_CODENAME=bookworm\n";
 
@@ -248,5 +276,22 @@ mod tests {
         assert_eq!(archive.as_deref(), Some("http://a.example/debian/"));
         assert_eq!(security.as_deref(), Some("http://s.example/sec/"));
         assert_eq!(host_mirrors(listing, "ID=other\nVERSION_CODENAME=bookworm\n"), (None, None));
+    }
+
+    #[test]
+    fn what_cannot_be_fetched_is_told_with_its_reason() {
+        let said = "Ign:1 http://a.example/debian bookworm InRelease\n\
+            Err:2 http://a.example/debian bookworm Release\n\
+            \u{20} 404  Not Found [IP: 127.0.0.1 80]\n\
+            Err:3 copy:/cache/kept ./ Packages\n\
+            \u{20} Failed to stat - stat (2: No such file or directory)\n\
+            Err:2 http://a.example/debian bookworm Release\n\
+            \u{20} 404  Not Found [IP: 127.0.0.1 80]\n\
+            Reading package lists...";
+        let said: Vec<String> = said.lines().map(str::to_owned).collect();
+        let expected =
+            ["http://a.example/debian bookworm Release: 404  Not Found [IP: 127.0.0.1 80]"];
+        assert_eq!(reasons(&said), expected);
+        assert!(reasons(&["Reading package lists...".to_owned()]).is_empty());
     }
 }
