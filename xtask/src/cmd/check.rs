@@ -56,7 +56,7 @@ pub fn test(options: &Test) -> Result<()> {
     }
     tools::require(&purposes, !options.no_install)?;
     check()?;
-    cargo("tests", &["test", "--workspace"], options.all)?;
+    tests("tests", &["--workspace"], options.all)?;
     say_skipped(&trees)?;
     if options.quick { Ok(()) } else { system("system tests", &[], options.all) }
 }
@@ -70,32 +70,37 @@ pub fn e2e() -> Result<()> {
     system("updates from end to end", &["update::"], false)
 }
 
-/// The most system tests that run a second time: where more fail it is no chance.
+/// The most tests that run a second time: where more fail it is no chance.
 const AGAIN: usize = 2;
 
 /// The system tests with these names. One at a time: each builds an image or boots one, and says what
 /// it does meanwhile.
-///
-/// What an emulated machine does, and when, depends on how busy this one is. A test that fails runs a second time
-/// by itself; where it passes then, it is named, so that nobody takes it for steady.
 fn system(what: &str, names: &[&str], all: bool) -> Result<()> {
-    let words = ["test", "--package", "xtask", "--test", "system", "--", "--nocapture"];
-    let words = [&words[..], &["--test-threads=1"]].concat();
-    let (result, said) = heard(what, &[&words[..], names].concat(), all)?;
+    let words = ["--package", "xtask", "--test", "system", "--", "--nocapture"];
+    tests(what, &[&words[..], &["--test-threads=1"], names].concat(), all)
+}
+
+/// `cargo test`. What an emulated machine, a server or a program that is killed does, and when, depends on how
+/// busy this machine is. A test that fails runs a second time by itself; where it passes then, it is named, so that
+/// nobody takes it for steady.
+fn tests(what: &str, words: &[&str], all: bool) -> Result<()> {
+    let words = [&["test", "--no-fail-fast"], words].concat();
+    let (result, said) = heard(what, &words, all)?;
     let failed = failed(&said);
     if result.is_ok() || failed.is_empty() || failed.len() > AGAIN {
         return result;
     }
     warn(format!("failed, and run a second time: {}", failed.join(", ")));
-    cargo(what, &[&words[..], &["--exact"], &failed].concat(), all)?;
+    let end = if words.contains(&"--") { &["--exact"][..] } else { &["--", "--exact"] };
+    cargo(what, &[&words[..], end, &failed].concat(), all)?;
     warn(format!("passed the second time only: {}", failed.join(", ")));
     Ok(())
 }
 
-/// The tests that failed, by what libtest lists at its end.
+/// The tests that failed, by what libtest lists at the end of each program.
 fn failed(said: &str) -> Vec<&str> {
-    let (_, list) = said.rsplit_once("\nfailures:\n").unwrap_or_default();
-    list.lines().map_while(|line| line.strip_prefix("    ")).collect()
+    let lists = said.split("\nfailures:\n").skip(1);
+    lists.flat_map(|list| list.lines().map_while(|line| line.strip_prefix("    "))).collect()
 }
 
 /// A product's pinned Buildroot.
@@ -212,6 +217,7 @@ mod tests {
         let said = "test a::b ... ok\ntest c ... Error: no\nFAILED\n\nfailures:\n\n---- c stdout ----\nno\n\n\
             \nfailures:\n    c\n    d::e\n\ntest result: FAILED. 1 passed; 2 failed\n";
         assert_eq!(failed(said), ["c", "d::e"]);
+        assert_eq!(failed(&said.repeat(2)).len(), 4);
         assert!(failed("test a ... ok\n\ntest result: ok. 1 passed; 0 failed\n").is_empty());
         assert!(failed("error: could not compile").is_empty());
     }
