@@ -348,5 +348,8 @@ mod tests {
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = taken.local_addr().unwrap().port();
         assert_ne!(free_port(port).unwrap(), port);
+        // Nobody listens there yet, and it is given all the same.
+        let given = free_port(0).unwrap();
+        assert_ne!(free_port(given).unwrap(), given);
     }
 }

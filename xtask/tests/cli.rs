@@ -191,37 +191,67 @@ fn a_plan_has_every_offset_and_hash() {
     }
 }
 
-#[test]
-fn who_writes_results_waits_for_whoever_does() {
+/// The workspace without its checkout.
+fn copied() -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a folder");
-    let workspace = Utf8Path::from_path(folder.path()).expect("UTF-8");
-    let copied = Command::new("cp")
+    let status = Command::new("cp")
         .arg("-a")
         .args(["Cargo.toml", "board", "configs", "overlays", "external"].map(|n| root().join(n)))
-        .arg(workspace)
+        .arg(folder.path())
         .status();
-    assert!(copied.expect("cp").success());
+    assert!(status.expect("cp").success());
+    folder
+}
+
+#[test]
+fn who_writes_results_waits_for_whoever_does() {
+    let folder = copied();
+    let workspace = Utf8Path::from_path(folder.path()).expect("UTF-8");
     let dist = workspace.join("dist/robot-dev/qemu-arm64");
     fs::create_dir_all(&dist).expect("a folder for results");
-    let build = fs::File::open(&dist).expect("that folder");
-    build.lock().expect("nobody else has it");
-    let mut waiting = Command::new(env!("CARGO_BIN_EXE_xtask"))
-        .args(["render", "--board", "qemu-arm64"])
-        .current_dir(workspace)
-        .env("SOURCE_DATE_EPOCH", "1700000000")
-        .stderr(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("the tool starts");
-    let mut said = String::new();
-    let mut errors = BufReader::new(waiting.stderr.take().expect("its words"));
-    while !said.contains("waiting for another build in") {
-        assert_ne!(errors.read_line(&mut said).expect("UTF-8"), 0, "it did not wait: {said}");
+    for verb in [&["render"][..], &["build-image", "--no-install", "--until", "render"]] {
+        let build = fs::File::open(&dist).expect("that folder");
+        build.lock().expect("nobody else has it");
+        let mut waiting = Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .args(verb)
+            .args(["--board", "qemu-arm64"])
+            .current_dir(workspace)
+            .env("SOURCE_DATE_EPOCH", "1700000000")
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("the tool starts");
+        let mut said = String::new();
+        let mut errors = BufReader::new(waiting.stderr.take().expect("its words"));
+        while !said.contains("waiting for another build in") {
+            let length = errors.read_line(&mut said).expect("UTF-8");
+            assert_ne!(length, 0, "{verb:?} did not wait: {said}");
+        }
+        assert!(!dist.join("rendered").exists(), "{verb:?}");
+        build.unlock().expect("it was locked");
+        std::io::copy(&mut errors, &mut std::io::sink()).expect("the rest of its words");
+        assert!(waiting.wait().expect("it ends").success(), "{verb:?}");
+        assert!(dist.join("rendered/overlay").is_dir(), "{verb:?}");
+        fs::remove_dir_all(dist.join("rendered")).expect("to be made again");
     }
-    assert!(!dist.join("rendered").exists());
-    build.unlock().expect("it was locked");
-    assert!(waiting.wait().expect("it ends").success());
-    assert!(dist.join("rendered/overlay").is_dir());
+}
+
+#[test]
+fn without_a_commit_git_says_why() {
+    let folder = copied();
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .arg("plan")
+        .current_dir(folder.path())
+        .env_remove("SOURCE_DATE_EPOCH")
+        .env("LC_ALL", "C")
+        .output()
+        .expect("the tool starts");
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    for words in ["choosing the time", "fatal: not a git repository", "help: ", "SOURCE_DATE_EPOCH"]
+    {
+        assert!(message.contains(words), "no `{words}`: {message}");
+    }
 }
 
 #[test]

@@ -1,8 +1,5 @@
 //! `check` and `test`: the same commands for a developer and for CI.
 
-use std::io::{Read, Write};
-use std::process::{Command, ExitStatus, Stdio};
-
 use anyhow::{Context, Result, bail};
 use camino::Utf8PathBuf;
 use xshell::{Cmd, Shell};
@@ -56,7 +53,7 @@ pub fn test(options: &Test) -> Result<()> {
     }
     tools::require(&purposes, !options.no_install)?;
     check()?;
-    tests("tests", &["--workspace"], options.all)?;
+    cargo("tests", &["test", "--workspace", "--no-fail-fast"], options.all)?;
     say_skipped(&trees)?;
     if options.quick { Ok(()) } else { system("system tests", &[], options.all) }
 }
@@ -70,37 +67,11 @@ pub fn e2e() -> Result<()> {
     system("updates from end to end", &["update::"], false)
 }
 
-/// The most tests that run a second time: where more fail it is no chance.
-const AGAIN: usize = 2;
-
 /// The system tests with these names. One at a time: each builds an image or boots one, and says what
 /// it does meanwhile.
 fn system(what: &str, names: &[&str], all: bool) -> Result<()> {
-    let words = ["--package", "xtask", "--test", "system", "--", "--nocapture"];
-    tests(what, &[&words[..], &["--test-threads=1"], names].concat(), all)
-}
-
-/// `cargo test`. What an emulated machine, a server or a program that is killed does, and when, depends on how
-/// busy this machine is. A test that fails runs a second time by itself; where it passes then, it is named, so that
-/// nobody takes it for steady.
-fn tests(what: &str, words: &[&str], all: bool) -> Result<()> {
-    let words = [&["test", "--no-fail-fast"], words].concat();
-    let (result, said) = heard(what, &words, all)?;
-    let failed = failed(&said);
-    if result.is_ok() || failed.is_empty() || failed.len() > AGAIN {
-        return result;
-    }
-    warn(format!("failed, and run a second time: {}", failed.join(", ")));
-    let end = if words.contains(&"--") { &["--exact"][..] } else { &["--", "--exact"] };
-    cargo(what, &[&words[..], end, &failed].concat(), all)?;
-    warn(format!("passed the second time only: {}", failed.join(", ")));
-    Ok(())
-}
-
-/// The tests that failed, by what libtest lists at the end of each program.
-fn failed(said: &str) -> Vec<&str> {
-    let lists = said.split("\nfailures:\n").skip(1);
-    lists.flat_map(|list| list.lines().map_while(|line| line.strip_prefix("    "))).collect()
+    let words = ["test", "--package", "xtask", "--test", "system", "--", "--nocapture"];
+    cargo(what, &[&words[..], &["--test-threads=1"], names].concat(), all)
 }
 
 /// A product's pinned Buildroot.
@@ -166,59 +137,19 @@ fn cargo_command(shell: &Shell) -> Cmd<'_> {
 }
 
 fn cargo(what: &str, arguments: &[&str], all: bool) -> Result<()> {
-    // What it prints is the result, so it goes to this very terminal.
-    let mut command = prepared(what, arguments, all)?;
-    ended(what, arguments, command.status().context("running cargo")?)
-}
-
-/// As [`cargo`]; also what it has printed on standard output.
-fn heard(what: &str, arguments: &[&str], all: bool) -> Result<(Result<()>, String)> {
-    let mut child =
-        prepared(what, arguments, all)?.stdout(Stdio::piped()).spawn().context("running cargo")?;
-    let mut output = child.stdout.take().context("cargo's output")?;
-    let (mut said, mut buffer) = (Vec::new(), [0; 4096]);
-    loop {
-        let count = output.read(&mut buffer).context("reading cargo's output")?;
-        let Some(bytes) = buffer.get(..count).filter(|bytes| !bytes.is_empty()) else { break };
-        let mut out = std::io::stdout().lock();
-        out.write_all(bytes).and_then(|()| out.flush()).context("passing cargo's output on")?;
-        said.extend_from_slice(bytes);
-    }
-    let status = child.wait().context("running cargo")?;
-    Ok((ended(what, arguments, status), String::from_utf8_lossy(&said).into_owned()))
-}
-
-fn prepared(what: &str, arguments: &[&str], all: bool) -> Result<Command> {
     say("test", what);
     let shell = Shell::new().context("starting cargo")?;
     shell.change_dir(workspace_root()?);
-    let mut command: Command = cargo_command(&shell).args(arguments).into();
+    // What it prints is the result, so it goes to this very terminal.
+    let mut command: std::process::Command = cargo_command(&shell).args(arguments).into();
     // The stack of an error that a test returns hides its words; that of a panic is as asked for.
     command.env("RUST_LIB_BACKTRACE", "0");
     if all {
         command.env(ALL, "1");
     }
-    Ok(command)
-}
-
-fn ended(what: &str, arguments: &[&str], status: ExitStatus) -> Result<()> {
+    let status = command.status().context("running cargo")?;
     if !status.success() {
         bail!("{what}: cargo {} failed: {status}", arguments.join(" "));
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::failed;
-
-    #[test]
-    fn what_failed_is_what_libtest_lists() {
-        let said = "test a::b ... ok\ntest c ... Error: no\nFAILED\n\nfailures:\n\n---- c stdout ----\nno\n\n\
-            \nfailures:\n    c\n    d::e\n\ntest result: FAILED. 1 passed; 2 failed\n";
-        assert_eq!(failed(said), ["c", "d::e"]);
-        assert_eq!(failed(&said.repeat(2)).len(), 4);
-        assert!(failed("test a ... ok\n\ntest result: ok. 1 passed; 0 failed\n").is_empty());
-        assert!(failed("error: could not compile").is_empty());
-    }
 }

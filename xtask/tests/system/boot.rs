@@ -61,7 +61,7 @@ impl Guest {
         let timeout = Duration::from_secs(self.machine.boot_timeout);
         session.expect("U-Boot 20", timeout).context("no boot loader")?;
         session.expect("slipway-init: slot ", timeout).context("no initrd")?;
-        logs_in(&mut session, hostname, timeout)?;
+        logs_in(&mut session, hostname, timeout, COMMAND)?;
         Ok(session)
     }
 }

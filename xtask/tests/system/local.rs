@@ -19,7 +19,7 @@ use crate::support::{Built, built, root, say};
 const BOARD: &str = "qemu-arm64";
 
 /// How soon nothing may be left of a system that was ended.
-const END: Duration = Duration::from_secs(60);
+const END: Duration = Duration::from_secs(10);
 
 /// How long an answer may take: the API's first request reads definitions, under emulation.
 const ANSWER: Duration = Duration::from_secs(60);

@@ -190,11 +190,16 @@ impl Xtask {
 
 /// Waits for the shell of the console's login, and keeps from then on what the kernel and systemd say out of the
 /// midst of a command's output: the login does not wait for the last unit on a busy machine.
-pub fn logs_in(session: &mut Session, hostname: &str, timeout: Duration) -> Result<()> {
+pub fn logs_in(
+    session: &mut Session,
+    hostname: &str,
+    timeout: Duration,
+    command: Duration,
+) -> Result<()> {
     session.expect(&format!("{hostname} login: root (automatic login)"), timeout)?;
     session.expect(&format!("root@{hostname}:"), timeout)?;
     // systemd(1): with this signal it shows no more status messages on the console.
-    let (code, said) = session.run("dmesg --console-off && kill -s RTMIN+21 1", timeout)?;
+    let (code, said) = session.run("dmesg --console-off && kill -s RTMIN+21 1", command)?;
     ensure!(code == 0, "the console stays loud: {said}");
     Ok(())
 }

@@ -170,7 +170,7 @@ impl Robot {
 
     fn logs_in(&mut self, slot: Slot) -> Result<()> {
         self.session.expect(&format!("slipway-init: slot {slot}"), self.boot)?;
-        logs_in(&mut self.session, &self.hostname, self.boot)
+        logs_in(&mut self.session, &self.hostname, self.boot, COMMAND)
     }
 
     /// What the agent answers, and its exit code.
