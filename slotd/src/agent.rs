@@ -12,11 +12,11 @@ use crate::api;
 use crate::boot::{self, BootFlow, BootStatus};
 use crate::data::State as DataState;
 use crate::device::{Device, slot_role};
-use crate::durable::Lock;
 use crate::events::Events;
 use crate::files::Disk;
 use crate::health::{self, State, Verdict, Watch, watchdog};
 use crate::install::{self, Machine, Options, Progress, Slots};
+use crate::lock::{Lock, Turn};
 use crate::record::{Floor, Installed, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -368,6 +368,7 @@ impl Agent {
     /// As [`trust::take`]; `busy`.
     pub fn take_keys(&self, file: &Path) -> Result<KeySet> {
         let _lock = self.lock("keys")?;
+        DataState::writable(self.device.root())?;
         let floor = install::floor(&self.machine())?;
         let taken = trust::take(self.device.root(), self.device.about.kind, floor.key_epoch, file);
         let set = taken.map_err(|refusal| self.refused(refusal))?;
@@ -425,7 +426,7 @@ impl Agent {
     }
 
     fn lock(&self, verb: &str) -> Result<Lock> {
-        Lock::take(&self.device.root().state().join("lock"), verb)
+        Lock::take(self.device.root(), Turn::Slots, verb)
     }
 
     fn refused(&self, refusal: Refusal) -> Refusal {

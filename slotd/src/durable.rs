@@ -1,15 +1,13 @@
 //! Files on `data` that survive a power cut: each is complete, the old one or the new one.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::Path;
 
-use rustix::fs::FlockOperation;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::files::{Disk, Files, make_dirs};
-use crate::refusal::{Refusal, Result};
 
 /// Most bytes of a file that is read whole; ours have a few kilobytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -105,53 +103,5 @@ pub fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
-    }
-}
-
-/// The right to change slots and boot state; given back when it is dropped or the process ends.
-#[derive(Debug)]
-pub struct Lock {
-    _file: File,
-}
-
-impl Lock {
-    /// Takes the lock, or says who has it.
-    ///
-    /// # Errors
-    /// `busy`: another process has it. `no-data`: `data` refuses writes.
-    pub fn take(path: &Path, verb: &str) -> Result<Self> {
-        let failed = |error: io::Error| {
-            if error.kind() == io::ErrorKind::ReadOnlyFilesystem {
-                return Refusal::new(
-                    "no-data",
-                    format!("locking {}: data refuses writes", path.display()),
-                    "restart the robot to have data checked, or replace the card; nothing was changed",
-                );
-            }
-            Refusal::io(format!("locking {}", path.display()), &error)
-        };
-        fs::create_dir_all(path.parent().unwrap_or(path)).map_err(failed)?;
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
-        let mut file = options.open(path).map_err(failed)?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                let mut holder = String::new();
-                let known = file.take(100).read_to_string(&mut holder).is_ok();
-                let holder = if known { holder.trim().escape_debug().to_string() } else { holder };
-                return Err(Refusal::new(
-                    "busy",
-                    format!("`slotd {verb}` cannot start: another one is at work ({holder})"),
-                    "wait until it has ended; `slotd log` shows what it does",
-                ));
-            }
-            Err(error) => return Err(failed(error.into())),
-        }
-        // Only for people who meet the lock: a full disk must not keep anybody from updating.
-        let note = format!("{verb}, process {}\n", std::process::id());
-        let noted = file.set_len(0).and_then(|()| file.write_all(note.as_bytes()));
-        drop(noted);
-        Ok(Self { _file: file })
     }
 }

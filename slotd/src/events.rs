@@ -4,12 +4,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::lock::{Lock, Turn, private_dir};
 use crate::root::Root;
 
 /// Bytes after which a file is set aside.
@@ -18,8 +19,15 @@ const MAX_FILE: u64 = 256 * 1024;
 /// Files kept beside the current one: with it 1 MiB in all, some five thousand events.
 const KEPT: u32 = 3;
 
-/// Longest line that is written or read back.
+/// Longest line that is written or read back, with its end.
 const MAX_LINE: usize = 16 * 1024;
+
+/// What follows the start of a text or a list that is shortened.
+const CUT: &str = "…";
+
+/// How long all events of one caller together wait while somebody else writes the log. A write to a card takes at most
+/// 250 ms, 500 ms on SDXC (SD Physical Layer Simplified Specification 6.00, 4.6.2.2), and an event is a few of them.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// One event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,19 +48,24 @@ pub struct Event {
 /// The log.
 #[derive(Debug, Clone)]
 pub struct Events {
+    root: Root,
     folder: PathBuf,
     boot: String,
+    /// What is left of [`PATIENCE`].
+    patience: Arc<Mutex<Duration>>,
 }
 
 impl Events {
     /// The log of this robot. Nothing is written before the first event.
     pub fn new(root: &Root) -> Self {
         let boot = root.boot_id().unwrap_or_default().chars().take(8).collect();
-        Self { folder: root.state().join("log"), boot }
+        let patience = Arc::new(Mutex::new(PATIENCE));
+        Self { root: root.clone(), folder: root.state().join("log"), boot, patience }
     }
 
     /// Adds an event and makes it durable. The log never stands in the way of an update: what cannot
-    /// be logged is said on standard error, so that the system's journal has it.
+    /// be logged is said on standard error, so that the system's journal has it. Whoever else writes the log is
+    /// waited for two seconds in all. What is longer than a line may be is shortened.
     pub fn add(&self, event: &str, details: Value) {
         if let Err(error) = self.append(event, &details) {
             let place = self.folder.display();
@@ -61,14 +74,12 @@ impl Events {
     }
 
     fn append(&self, event: &str, details: &Value) -> io::Result<()> {
+        let _lock = {
+            let mut patience = self.patience.lock().unwrap_or_else(PoisonError::into_inner);
+            Lock::wait(&self.root, Turn::Log, &mut patience)?
+        };
+        private_dir(&self.root.state())?;
         fs::create_dir_all(&self.folder)?;
-        // Not the current file itself: that one is renamed.
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(self.folder.join("lock"))?;
-        rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
         let path = self.file(0);
         if fs::metadata(&path).is_ok_and(|meta| meta.len() >= MAX_FILE) {
             for number in (0..KEPT).rev() {
@@ -81,13 +92,9 @@ impl Events {
         let number = self.last_number()? + 1;
         let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
         let details = details.as_object().cloned().unwrap_or_default();
-        let line =
+        let event =
             Event { number, time, boot: self.boot.clone(), event: event.to_owned(), details };
-        let mut line = serde_json::to_vec(&line)?;
-        if line.len() >= MAX_LINE {
-            return Err(io::Error::other("it is too long"));
-        }
-        line.push(b'\n');
+        let mut line = line(event)?;
         let mut file = OpenOptions::new().create(true).append(true).read(true).open(&path)?;
         // What a power cut left of the line before stays a line of its own.
         let length = file.metadata()?.len();
@@ -129,6 +136,55 @@ impl Events {
     }
 }
 
+/// The event as a line of at most [`MAX_LINE`] bytes: what is too long ends with `…`, and `shortened` has the bytes
+/// that all of it would have taken.
+fn line(mut event: Event) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(&event)?;
+    let whole = line.len();
+    let details = std::mem::take(&mut event.details);
+    let mut longest = MAX_LINE / 2;
+    while line.len() >= MAX_LINE {
+        event.details = Map::new();
+        if longest > 0 {
+            event.details = shortened_map(&details, longest);
+        }
+        event.details.insert("shortened".to_owned(), whole.into());
+        line = serde_json::to_vec(&event)?;
+        if longest == 0 {
+            break;
+        }
+        longest /= 2;
+    }
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// A value whose texts have at most `longest` bytes, and whose lists have at most `longest / 16` entries.
+fn shortened(value: &Value, longest: usize) -> Value {
+    match value {
+        Value::String(text) if text.len() > longest => {
+            let cut = (0..=longest).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+            Value::String(format!("{}{CUT}", text.get(..cut).unwrap_or_default()))
+        }
+        Value::Array(values) => {
+            let most = longest / 16;
+            let mut kept: Vec<Value> =
+                values.iter().take(most).map(|value| shortened(value, longest)).collect();
+            if values.len() > most {
+                kept.push(CUT.into());
+            }
+            Value::Array(kept)
+        }
+        Value::Object(map) => Value::Object(shortened_map(map, longest)),
+        other => other.clone(),
+    }
+}
+
+fn shortened_map(map: &Map<String, Value>, longest: usize) -> Map<String, Value> {
+    let kept = map.iter().take(longest).filter(|(name, _)| name.len() <= longest);
+    kept.map(|(name, value)| (name.clone(), shortened(value, longest))).collect()
+}
+
 fn read_file(path: &std::path::Path) -> io::Result<Vec<Event>> {
     let file = match File::open(path) {
         Ok(file) => file,
@@ -151,7 +207,12 @@ fn read_file(path: &std::path::Path) -> io::Result<Vec<Event>> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
+#[expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may fail by panicking"
+)]
 mod tests {
     use super::*;
     use serde_json::json;
@@ -203,5 +264,68 @@ mod tests {
         events.add("three", json!({}));
         let names: Vec<String> = events.read().unwrap().into_iter().map(|e| e.event).collect();
         assert_eq!(names, ["one", "three"]);
+    }
+
+    /// Texts whose bytes in JSON differ: plain, escaped to two and to six bytes, of two and four bytes.
+    const LETTERS: [&str; 6] = ["x", "\"", "\u{1}", "\u{7f}", "é", "🦀"];
+
+    #[test]
+    fn a_line_of_any_length_is_kept() {
+        let (dir, events) = log();
+        events.add("empty", json!({ "reason": "" }));
+        let frame = fs::metadata(events.file(0)).unwrap().len() as usize;
+        fs::remove_dir_all(dir.path().join("data")).unwrap();
+        let mut shortened = [0, 0];
+        for letter in LETTERS {
+            let bytes = serde_json::to_vec(letter).unwrap().len() - 2;
+            // From a little below the limit to a little above, in steps of one letter; and far above.
+            let near = (MAX_LINE - frame) / bytes;
+            for letters in (near - 20..near + 20).chain([20 << 10, 200 << 10]) {
+                let text = letter.repeat(letters);
+                fs::remove_dir_all(dir.path().join("data")).ok();
+                events.add("plain", json!({ "reason": text, "slot": "b" }));
+                let length = fs::metadata(events.file(0)).unwrap().len() as usize;
+                assert!(length <= MAX_LINE, "{letter:?} {letters}: {length}");
+                let read = events.read().unwrap();
+                let [event] = read.as_slice() else { panic!("{letter:?} {letters}: {read:?}") };
+                assert_eq!((event.event.as_str(), &event.details["slot"]), ("plain", &json!("b")));
+                let kept = event.details["reason"].as_str().unwrap();
+                let cut = event.details.contains_key("shortened");
+                shortened[usize::from(cut)] += 1;
+                if cut {
+                    let kept = kept.strip_suffix(CUT).unwrap();
+                    assert!(text.starts_with(kept) && kept.len() > 1000, "{}", kept.len());
+                } else {
+                    assert_eq!(kept, text);
+                }
+            }
+        }
+        assert!(shortened.iter().all(|times| *times > 60), "{shortened:?}");
+    }
+
+    #[test]
+    fn long_lists_and_deep_details_are_kept_in_part() {
+        let (_dir, events) = log();
+        let many: Vec<Value> =
+            (0..10_000).map(|n| json!({ "path": n, "how": "content" })).collect();
+        let wide: Map<String, Value> =
+            (0..5_000).map(|n| (format!("name-{n}"), json!("x".repeat(50)))).collect();
+        let mut deep = json!("y".repeat(30_000));
+        for _ in 0..60 {
+            deep = json!([deep, "z"]);
+        }
+        let name = "n".repeat(MAX_LINE);
+        for details in
+            [json!({ "all": many }), json!(wide), json!({ "deep": deep }), json!({ name: 1 })]
+        {
+            events.add("large", details.clone());
+            let last = events.read().unwrap().pop().unwrap();
+            assert_eq!(last.event, "large");
+            assert_eq!(last.details["shortened"].as_u64().unwrap() as usize, {
+                let whole = Event { details: details.as_object().unwrap().clone(), ..last.clone() };
+                serde_json::to_vec(&whole).unwrap().len()
+            });
+        }
+        assert_eq!(events.read().unwrap().len(), 4);
     }
 }

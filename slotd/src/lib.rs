@@ -14,6 +14,7 @@ pub mod events;
 pub mod files;
 pub mod health;
 pub mod install;
+pub mod lock;
 pub mod provision;
 pub mod python;
 pub mod record;

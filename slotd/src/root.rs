@@ -58,7 +58,12 @@ impl Root {
         self.path("data/system")
     }
 
-    /// What the agent itself remembers.
+    /// What the agent knows of this start only; its locks. Only root may enter it.
+    pub fn run(&self) -> PathBuf {
+        self.path("run/slotd")
+    }
+
+    /// What the agent itself remembers; only root may enter it.
     pub fn state(&self) -> PathBuf {
         self.path("data/slotd")
     }

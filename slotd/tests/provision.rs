@@ -367,7 +367,7 @@ fn two_at_once_are_one_after_the_other() {
     let robot = Robot::new();
     robot.resources();
     let _held =
-        slotd::durable::Lock::take(&robot.path("data/slotd/provision.lock"), "provision").unwrap();
+        slotd::lock::Lock::take(&robot.root(), slotd::lock::Turn::Provision, "provision").unwrap();
     assert_eq!(robot.run().unwrap_err().code, "busy");
     assert_eq!(robot.system(), Snapshot::new());
     // Comparing needs no lock.

@@ -79,7 +79,7 @@ pub fn settle(root: &Root, events: &Events, files: &dyn Files) -> Result<Settled
 }
 
 fn file(root: &Root) -> std::path::PathBuf {
-    root.path("run/slotd/api.json")
+    root.run().join("api.json")
 }
 
 /// What the last start has settled; `None` when nobody said.

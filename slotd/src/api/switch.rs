@@ -11,9 +11,10 @@ use super::service::{self, Patience, Watch};
 use super::state::{self, State, Trial};
 use super::{NEW, Place, failed, keep, settle};
 use crate::builtin::BuiltIn;
-use crate::durable::Lock;
+use crate::data::State as DataState;
 use crate::events::Events;
 use crate::files::Files;
+use crate::lock::{Lock, Turn};
 use crate::provision;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -134,7 +135,8 @@ pub struct Back {
 /// # Errors
 /// `no-other-api`, `busy`, `api-unhealthy`, `io`.
 pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
-    let _lock = Lock::take(&root.state().join("lock"), "roll-back")?;
+    let _lock = Lock::take(root, Turn::Slots, "roll-back")?;
+    DataState::writable(root)?;
     settle(root, events, files)?;
     let place = Place::new(root, files);
     let state = State::read(&place);

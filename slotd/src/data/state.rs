@@ -75,6 +75,25 @@ impl State {
         })
     }
 
+    /// Refuses where `data` takes no writes: for what would change it, before anything is begun.
+    ///
+    /// # Errors
+    /// `no-data`; `io`.
+    pub fn writable(root: &Root) -> Result<()> {
+        if !root.data().exists() {
+            return Ok(());
+        }
+        let state = Self::read(root)?;
+        if state.condition != Condition::ReadOnly {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            "no-data",
+            state.alarm().unwrap_or_default(),
+            "restart the robot to have data checked, or replace the card; nothing was changed",
+        ))
+    }
+
     /// What a person must know, loudly; `None` when all is well.
     pub fn alarm(&self) -> Option<String> {
         let why = self.why.as_deref().unwrap_or("see the journal");

@@ -11,9 +11,9 @@ use super::grow::Grown;
 use super::{Migrated, Pending, migrate, pending, state};
 use crate::api;
 use crate::device::Description;
-use crate::durable::Lock;
 use crate::events::Events;
 use crate::files::Disk;
+use crate::lock::{Lock, Turn, private_dir};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -26,7 +26,9 @@ fn logged<T>(root: &Root, event: &str, result: Result<T>, details: serde_json::V
 }
 
 fn lock(root: &Root, verb: &str) -> Result<Lock> {
-    Lock::take(&root.state().join("lock"), verb)
+    let lock = Lock::take(root, Turn::Slots, verb)?;
+    state::State::writable(root)?;
+    Ok(lock)
 }
 
 /// Prepares a factory reset; the next start carries it out. Returns where the backup lies, if one was made.
@@ -79,6 +81,12 @@ pub struct Prepared {
 /// # Errors
 /// As [`pending::apply`] and [`migrate`].
 pub fn prepare(root: &Root) -> Result<Prepared> {
+    // Before any other user has a process: an agent before this one left both open to everybody.
+    for folder in [root.run(), root.state()] {
+        if let Err(error) = private_dir(&folder) {
+            eprintln!("slotd: {} is not for root alone: {error}", folder.display());
+        }
+    }
     let result = prepare_all(root);
     match &result {
         Ok(done) if done.carried_out.is_some() || !quiet(&done.migrated) => {

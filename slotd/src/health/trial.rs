@@ -99,7 +99,7 @@ pub struct State {
 
 impl State {
     fn file(root: &Root) -> PathBuf {
-        root.path("run/slotd/health.json")
+        root.run().join("health.json")
     }
 
     /// What the watch said last; `None` when none has run since the start.

@@ -29,9 +29,9 @@ pub use target::Slots;
 use crate::api::Installed;
 use crate::boot::BootFlow;
 use crate::device::{Description, other};
-use crate::durable::Lock;
 use crate::events::Events;
 use crate::files::Files;
+use crate::lock::{Lock, Turn};
 use crate::record::{Installed as InstalledSlot, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -157,7 +157,7 @@ fn run<I: Input>(
     options: &Options,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Installed> {
-    let _lock = Lock::take(&machine.root.state().join("lock"), "install")?;
+    let _lock = Lock::take(machine.root, Turn::Slots, "install")?;
     check::robot(machine)?;
     let keys = trust::key_set(machine.root, machine.about.kind)?;
     let mut reader = Reader::open(input, &keys).map_err(from_source)?;

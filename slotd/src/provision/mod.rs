@@ -14,9 +14,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::builtin::{self, BuiltIn};
-use crate::durable::{self, Lock};
+use crate::durable;
 use crate::events::Events;
 use crate::files::{Disk, Files};
+use crate::lock::{Lock, Turn};
 use crate::python::{self, Module, Note};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -254,7 +255,7 @@ fn provision(root: &Root, files: &dyn Files) -> Result<Provisioned> {
         record(true)?.keep(root, files)?;
         return Ok(Provisioned::new(Outcome::Unchanged, Some(&found), Some(&wanted)));
     }
-    let _lock = Lock::take(&root.state().join("provision.lock"), "provision")?;
+    let _lock = Lock::take(root, Turn::Provision, "provision")?;
     // Somebody else may have been at work until now.
     let changes = tree::differences(&wanted, tree::present(&target)?.as_ref())?;
     write::clear(files, &staging)?;
