@@ -26,6 +26,18 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// # Errors
 /// As [`write()`].
 pub fn write_with(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_mode_with(files, path, bytes, 0o644)
+}
+
+/// [`write_with`] for what only root may read, from its first byte.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_secret_with(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_mode_with(files, path, bytes, 0o600)
+}
+
+fn write_mode_with(files: &dyn Files, path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     for made in make_dirs(files, folder)? {
         files.sync(made.parent().unwrap_or(folder))?;
@@ -34,7 +46,7 @@ pub fn write_with(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()
     files.remove(&partial)?;
     files.create(&partial)?;
     files.append(&partial, bytes)?;
-    files.set_mode(&partial, 0o644)?;
+    files.set_mode(&partial, mode)?;
     files.sync(&partial)?;
     files.replace(&partial, path)?;
     files.sync(folder)

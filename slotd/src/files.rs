@@ -3,11 +3,17 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rustix::fs::{CWD, OFlags, RenameFlags};
+
+/// Bytes that one write of zeros has.
+const ZEROS: usize = 256 << 10;
+
+/// Bytes that [`Writer`] gathers for one change.
+const GATHERED: usize = 256 << 10;
 
 /// The changes. None is promised to survive a power cut before [`Files::sync`]: a file's content, before the
 /// file is synced; a name, before its folder is.
@@ -35,6 +41,19 @@ pub trait Files: Sync {
     /// # Errors
     /// When the file system fails.
     fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()>;
+
+    /// Sets the owner and the group of a file, a folder, or a link itself.
+    ///
+    /// # Errors
+    /// When the file system fails; when the process has no right to.
+    fn set_owner(&self, path: &Path, user: u32, group: u32) -> io::Result<()>;
+
+    /// Overwrites a file's content with zeros where it lies, and returns when they would survive a power
+    /// cut; its length stays. A link is not followed.
+    ///
+    /// # Errors
+    /// When the file system fails.
+    fn overwrite(&self, path: &Path) -> io::Result<()>;
 
     /// Sets the time of a file's last change.
     ///
@@ -73,7 +92,8 @@ pub trait Files: Sync {
     /// When the file system fails, or a folder has the name.
     fn replace(&self, from: &Path, to: &Path) -> io::Result<()>;
 
-    /// Gives something another name, which must be free, in the same folder.
+    /// Gives something another name, which must be free, in any folder of the file system. Between two
+    /// folders it is safe once both are synced.
     ///
     /// # Errors
     /// When the file system fails, or the name is taken.
@@ -112,6 +132,23 @@ impl Files for Disk {
 
     fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()> {
         fs::set_permissions(path, Permissions::from_mode(mode))
+    }
+
+    fn set_owner(&self, path: &Path, user: u32, group: u32) -> io::Result<()> {
+        lchown(path, Some(user), Some(group))
+    }
+
+    fn overwrite(&self, path: &Path) -> io::Result<()> {
+        let no_link = OFlags::NOFOLLOW.bits().cast_signed();
+        let mut file = OpenOptions::new().write(true).custom_flags(no_link).open(path)?;
+        let zeros = vec![0; ZEROS];
+        let mut left = file.metadata()?.len();
+        while left > 0 {
+            let now = usize::try_from(left).map_or(ZEROS, |left| left.min(ZEROS));
+            file.write_all(zeros.get(..now).unwrap_or(&zeros))?;
+            left = left.saturating_sub(now as u64);
+        }
+        file.sync_all()
     }
 
     fn set_modified(&self, path: &Path, time: SystemTime) -> io::Result<()> {
@@ -156,6 +193,41 @@ impl Files for Disk {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
+    }
+}
+
+/// What is written to it is added to a file, in large pieces, through [`Files`].
+pub struct Writer<'a> {
+    files: &'a dyn Files,
+    path: &'a Path,
+    gathered: Vec<u8>,
+    left: u64,
+}
+
+impl<'a> Writer<'a> {
+    /// A writer to a file that is there; at most `most` bytes.
+    pub fn new(files: &'a dyn Files, path: &'a Path, most: u64) -> Self {
+        Self { files, path, gathered: Vec::new(), left: most }
+    }
+}
+
+impl Write for Writer<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let more = bytes.len() as u64;
+        self.left = self.left.checked_sub(more).ok_or(io::ErrorKind::StorageFull)?;
+        self.gathered.extend_from_slice(bytes);
+        if self.gathered.len() >= GATHERED {
+            self.flush()?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if !self.gathered.is_empty() {
+            self.files.append(self.path, &self.gathered)?;
+            self.gathered.clear();
+        }
+        Ok(())
     }
 }
 

@@ -1,13 +1,14 @@
 //! The verbs for `data` and what lies on it, on the command line.
 
-use std::fs::File;
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use slotd::agent::{Agent, Restart};
 use slotd::api;
 use slotd::data::{seed, verbs};
 use slotd::events::Events;
+use slotd::files::{Disk, Files, Writer};
 use slotd::provision::{self, How, Outcome, Provisioned};
 use slotd::{Refusal, Result, Root};
 
@@ -106,16 +107,20 @@ pub(crate) fn backup(root: &Root, file: &str) -> Result<Answer> {
         return Ok(Answer::new(&(), String::new()).silent());
     }
     let failed = |error: io::Error| Refusal::io(format!("writing {file}"), &error);
-    // Complete under its name, or not there.
-    let partial = format!("{file}.partial");
-    let mut out = File::create(&partial).map_err(failed)?;
+    // Complete under its name, or not there; and for its owner only from its first byte.
+    let partial = PathBuf::from(format!("{file}.partial"));
+    Disk.remove(&partial).and_then(|()| Disk.create(&partial)).map_err(failed)?;
+    let mut out = Writer::new(&Disk, &partial, u64::MAX);
     let written = verbs::backup(root, &mut out).and_then(|()| {
-        let done = out.flush().and_then(|()| out.sync_all());
-        done.and_then(|()| std::fs::rename(&partial, file)).map_err(failed)
+        let folder = Path::new(file).parent().filter(|folder| !folder.as_os_str().is_empty());
+        let done = out.flush().and_then(|()| Disk.sync(&partial));
+        done.and_then(|()| Disk.replace(&partial, Path::new(file)))
+            .and_then(|()| Disk.sync(folder.unwrap_or(Path::new("."))))
+            .map_err(failed)
     });
     if let Err(refusal) = written {
         // The first failure is the one to tell.
-        drop(std::fs::remove_file(&partial));
+        drop(Disk.remove(&partial));
         return Err(refusal);
     }
     Ok(Answer::new(&json!({ "backup": file }), format!("{file} is complete")))

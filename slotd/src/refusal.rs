@@ -82,8 +82,10 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("bad-seed", Matter::Source, "what the flasher left for the first boot is malformed"),
     ("busy", Matter::State, "another process changes slots"),
     ("drift", Matter::State, "`/data/system` is not what the API's package asks for"),
+    ("half-done", Matter::State, "a restore was interrupted, and goes on with the next restart"),
     ("incomplete-slot", Matter::State, "the other slot holds no complete system"),
     ("newer-data", Matter::State, "data are of a later version, and there is no way back"),
+    ("no-archive", Matter::State, "data holds more, or longer names, than could be unpacked again"),
     ("no-data", Matter::State, "data refuses writes, or is not the card's"),
     ("no-other-api", Matter::State, "the system's own API serves already"),
     (

@@ -12,21 +12,24 @@ use std::sync::Mutex;
 
 use bundle::Version;
 use slotd::Root;
+use slotd::data::archive::{self, Room};
 use slotd::data::grow::grow;
-use slotd::data::{Migrated, Pending, apply, archive, backup, migrate, reset, restore};
+use slotd::data::{Applied, Migrated, Pending, apply, backup, migrate, reset, restore};
+use slotd::files::Disk as Real;
 use slotd::storage::Storage;
 
 const MIB: u64 = 1 << 20;
 
-/// A disk in memory that remembers every write and flush.
+/// A disk in memory that remembers every write, and after how many of them it was flushed.
 struct Disk {
     bytes: Mutex<Vec<u8>>,
     writes: Mutex<Vec<(u64, Vec<u8>)>>,
+    flushes: Mutex<Vec<usize>>,
 }
 
 impl Disk {
     fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes: Mutex::new(bytes), writes: Mutex::default() }
+        Self { bytes: Mutex::new(bytes), writes: Mutex::default(), flushes: Mutex::default() }
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -58,6 +61,8 @@ impl Storage for Disk {
     }
 
     fn flush(&self) -> io::Result<()> {
+        let written = self.writes.lock().unwrap().len();
+        self.flushes.lock().unwrap().push(written);
         Ok(())
     }
 }
@@ -163,6 +168,9 @@ fn growth_cut_at_every_write_leaves_a_usable_table_and_goes_on() {
         let disk = Disk::new(before.clone());
         let wanted = grow(&disk, 4, start).unwrap();
         let writes = disk.writes.lock().unwrap().clone();
+        // Each is on the card before the next one begins, and the last before anybody relies on it.
+        let flushes: BTreeSet<usize> = disk.flushes.lock().unwrap().iter().copied().collect();
+        assert_eq!(flushes, (1..=writes.len()).collect(), "{label}");
         let mut bytes = before;
         for (offset, new) in &writes {
             // After each sector of the write, from the front and from the back; most hold entries of
@@ -268,12 +276,12 @@ fn a_backup_comes_back_the_same_on_another_robot() {
     put(&to, "slotd/floor.json", "its own floor");
     restore(&to, bytes.as_slice()).unwrap();
     assert!(to.data().join("home/robot/other.py").exists(), "changed before the restart");
-    assert_eq!(apply(&to).unwrap(), Some(Pending::Restore));
+    assert_eq!(apply(&to).unwrap().carried_out, Some(Pending::Restore));
     for name in ["identity", "apps", "home"] {
         assert_eq!(tree(&from.data().join(name)), tree(&to.data().join(name)), "{name}");
     }
     assert_eq!(fs::read(to.data().join("slotd/floor.json")).unwrap(), b"its own floor");
-    assert_eq!(apply(&to).unwrap(), None);
+    assert_eq!(apply(&to).unwrap(), Applied::default());
     // Standard tools read it.
     let file = to.data().join("backup.tar.zst");
     fs::write(&file, &bytes).unwrap();
@@ -296,6 +304,10 @@ fn a_reset_keeps_what_the_agent_knows_and_a_backup() {
     restore(&root, File::open(kept).unwrap()).unwrap();
     apply(&root).unwrap();
     assert_eq!(fs::read(root.data().join("home/robot/protocol.py")).unwrap(), b"run()");
+}
+
+fn room(bytes: u64) -> Room {
+    Room { bytes, ..Room::BACKUP }
 }
 
 /// An archive with one entry that a careful tool would not write.
@@ -340,14 +352,13 @@ fn nothing_of_a_hostile_archive_is_taken() {
         let dir = tempfile::tempdir().unwrap();
         let into = dir.path().join("data/.incoming");
         fs::create_dir_all(&into).unwrap();
-        let refused = archive::unpack(bytes.as_slice(), &into, 1 << 30);
+        let refused = archive::unpack(&Real, bytes.as_slice(), &into, room(1 << 30));
         // An empty stream is an empty archive to the decoder only when it says so.
         let refused = refused.expect_err(name);
         assert_eq!(refused.code, code, "{name}: {refused}");
         let outside: Vec<_> =
             tree(dir.path()).into_keys().filter(|p| !p.starts_with("data/.incoming")).collect();
         assert_eq!(outside, [PathBuf::new(), "data".into()], "{name}");
-        assert!(!Path::new("/etc/shadow.x").exists());
     }
     // A link, then a file through it.
     let mut tar = tar::Builder::new(Vec::new());
@@ -365,7 +376,7 @@ fn nothing_of_a_hostile_archive_is_taken() {
     tar.append_data(&mut file, "home/link/through", &b"x"[..]).unwrap();
     let bytes = zstd::encode_all(tar.into_inner().unwrap().as_slice(), 1).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    archive::unpack(bytes.as_slice(), dir.path(), 1 << 20).unwrap_err();
+    archive::unpack(&Real, bytes.as_slice(), dir.path(), room(1 << 20)).unwrap_err();
     assert!(!Path::new("/tmp/through").exists());
 }
 
@@ -375,46 +386,8 @@ fn a_refused_restore_changes_nothing() {
     let before = tree(&root.data());
     restore(&root, b"nonsense".as_slice()).unwrap_err();
     assert_eq!(tree(&root.data()), before);
-    assert_eq!(apply(&root).unwrap(), None);
+    assert_eq!(apply(&root).unwrap(), Applied::default());
     assert_eq!(tree(&root.data()), before);
-}
-
-/// The same robot as it would be found after a cut: some entries moved, some not.
-#[test]
-fn a_restore_cut_between_any_two_moves_goes_on() {
-    let (_one, from) = robot();
-    put(&from, "home/robot/protocol.py", "new");
-    put(&from, "extra/file", "new");
-    let mut bytes = Vec::new();
-    backup(&from, &mut bytes).unwrap();
-    let names = ["apps", "extra", "home", "identity"];
-    for phase in ["restore", "arriving"] {
-        for done in 0..=names.len() {
-            let (_two, to) = robot();
-            restore(&to, bytes.as_slice()).unwrap();
-            let data = to.data();
-            fs::create_dir_all(data.join(".outgoing")).unwrap();
-            let leave = |count: usize| {
-                for name in names.iter().take(count).filter(|name| data.join(name).exists()) {
-                    fs::rename(data.join(name), data.join(".outgoing").join(name)).unwrap();
-                }
-            };
-            if phase == "restore" {
-                leave(done);
-            } else {
-                leave(names.len());
-                fs::write(data.join("slotd/pending.json"), "\"arriving\"").unwrap();
-                for name in names.iter().take(done) {
-                    fs::rename(data.join(".incoming").join(name), data.join(name)).unwrap();
-                }
-            }
-            apply(&to).unwrap();
-            for name in names {
-                assert_eq!(tree(&from.data().join(name)), tree(&data.join(name)), "{phase} {done}");
-            }
-            assert!(!data.join(".incoming").exists() && !data.join(".outgoing").exists());
-        }
-    }
 }
 
 fn version(text: &str) -> Version {
@@ -534,6 +507,186 @@ fn a_backup_of_a_newer_robot_is_told_from_a_rollback() {
     apply(&to).unwrap();
     assert_eq!(migrate(&to, &version("1.0.0")).unwrap_err().code, "newer-data");
     assert_eq!(migrate(&to, &version("1.1.0")).unwrap(), Migrated::Unchanged);
+}
+
+/// The ways back that a robot has taken, as an agent before 0.2 wrote them: readable by everybody, the record
+/// without the field `needs`.
+#[test]
+fn the_way_back_of_an_older_agent_is_gone() {
+    let (_dir, root) = robot();
+    let before = tree(&root.data().join("apps"));
+    fs::create_dir_all(root.state().join("snapshots")).unwrap();
+    // As its `pack` did: without the folders above, without a checksum.
+    let mut old = tar::Builder::new(zstd::Encoder::new(Vec::new(), 3).unwrap());
+    old.follow_symlinks(false);
+    for name in ["apps/api", "apps/api/settings.json"] {
+        old.append_path_with_name(root.data().join(name), name).unwrap();
+    }
+    let way = root.state().join("snapshots/settings.tar.zst");
+    fs::write(&way, old.into_inner().unwrap().finish().unwrap()).unwrap();
+    put(&root, "apps/api/settings.json", "{\"form\": 2}");
+    let record = r#"{"version": "1.1.0", "taken": [{"name": "settings", "version": "1.1.0",
+        "paths": ["apps/api"]}], "under-way": null}"#;
+    put(&root, "data-version.json", record);
+    assert_eq!(migrate(&root, &version("1.1.0")).unwrap(), Migrated::Unchanged);
+    let mode = fs::metadata(way.parent().unwrap()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+    let back = migrate(&root, &version("1.0.0")).unwrap();
+    assert!(matches!(back, Migrated::Back { steps, .. } if steps == ["settings"]));
+    assert_eq!(tree(&root.data().join("apps")), before);
+    assert!(!way.exists());
+    // And an older agent reads what this one writes: its form had these three fields.
+    step(&root, "settings", "1.1.0", "\"apps/api\"", "true");
+    migrate(&root, &version("1.1.0")).unwrap();
+    let written: serde_json::Value =
+        serde_json::from_str(&read(&root, "data-version.json").unwrap()).unwrap();
+    assert_eq!(written["version"], "1.1.0");
+    assert_eq!(written["taken"][0]["name"], "settings");
+    assert_eq!(written["taken"][0]["paths"][0], "apps/api");
+    assert!(written["under-way"].is_null());
+}
+
+/// Whatever a backup says of steps: nothing of the agent's own is touched, nothing is put back.
+#[test]
+fn the_record_of_a_backup_steers_nothing() {
+    let planted = |name: &str, path: &str| {
+        let step = format!(r#"{{"name": "{name}", "version": "9.9.9", "paths": ["{path}"]}}"#);
+        [
+            format!(r#"{{"version": "1.0.0", "taken": [], "under-way": {step}}}"#),
+            format!(r#"{{"version": "1.0.0", "taken": [{step}], "under-way": null}}"#),
+        ]
+    };
+    let (_own, own) = robot();
+    put(&own, "slotd/keyset.json", "keys");
+    for record in [
+        planted("../../home/robot/way", "a/../../data/slotd/floor.json"),
+        planted("../../home/robot/way", "slotd/keyset.json"),
+        planted("way", "/etc/passwd"),
+        planted("way", "home/robot"),
+    ]
+    .concat()
+    {
+        let (_one, from) = robot();
+        let mut way = Vec::new();
+        archive::pack(&from.data(), &["identity".into()], &mut way, Room::BACKUP).unwrap();
+        fs::write(from.data().join("home/robot/way.tar.zst"), way).unwrap();
+        put(&from, "data-version.json", &record);
+        let mut bytes = Vec::new();
+        backup(&from, &mut bytes).unwrap();
+        // The record of a backup, and the same on a robot: an older agent has restored it.
+        for restored in [true, false] {
+            let (_two, to) = robot();
+            put(&to, "slotd/keyset.json", "keys");
+            if restored {
+                restore(&to, bytes.as_slice()).unwrap();
+                apply(&to).unwrap();
+                let left = read(&to, "data-version.json").unwrap();
+                assert!(!left.contains("paths"), "{left}");
+            } else {
+                put(&to, "data-version.json", &record);
+            }
+            let expected = tree(&to.data().join("home"));
+            // What it needs may refuse a start, and does nothing else.
+            drop(migrate(&to, &version("1.0.0")));
+            assert_eq!(tree(&to.data().join("slotd")), tree(&own.data().join("slotd")), "{record}");
+            if restored {
+                assert_eq!(tree(&to.data().join("home")), expected, "{record}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_record_that_makes_no_sense_is_one_of_this_version() {
+    for (text, expected) in [
+        ("", Migrated::Damaged),
+        ("{", Migrated::Damaged),
+        ("[1]", Migrated::Damaged),
+        (r#"{"version": "1.0.0", "taken": "of a later form"}"#, Migrated::Unchanged),
+    ] {
+        let (_dir, root) = robot();
+        put(&root, "data-version.json", text);
+        assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), expected, "{text}");
+        assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), Migrated::Unchanged, "{text}");
+    }
+}
+
+#[test]
+fn a_step_whose_way_back_would_not_be_taken_is_not_taken() {
+    let (_dir, root) = robot();
+    migrate(&root, &version("1.0.0")).unwrap();
+    step(&root, "large", "1.1.0", "\"home\"", "echo taken >home/taken");
+    // 4 GiB and one byte, without a block of it on the disk.
+    let large = File::create(root.data().join("home/large")).unwrap();
+    large.set_len((1 << 32) + 1).unwrap();
+    let refused = migrate(&root, &version("1.1.0")).unwrap_err();
+    assert_eq!(refused.code, "no-archive", "{refused}");
+    assert!(!root.data().join("home/taken").exists());
+    assert_eq!(fs::read_dir(root.state().join("snapshots")).unwrap().count(), 0);
+    large.set_len(1 << 20).unwrap();
+    migrate(&root, &version("1.1.0")).unwrap();
+    assert!(root.data().join("home/taken").exists());
+    migrate(&root, &version("1.0.0")).unwrap();
+    assert!(!root.data().join("home/taken").exists());
+}
+
+/// Every name that the agent gives a file of its own is kept by a reset, or goes: none was forgotten.
+#[test]
+fn a_reset_knows_every_file_of_the_agent() {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut waiting, mut names) = (vec![sources], BTreeSet::new());
+    while let Some(path) = waiting.pop() {
+        if path.is_dir() {
+            waiting.extend(fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap().replace("format!(", "");
+        for (at, found) in text.match_indices("state().join(\"") {
+            let rest = &text[at + found.len()..];
+            names.insert(rest[..rest.find('"').unwrap()].replace("{slot}", "a"));
+        }
+    }
+    let goes = ["backup", "provisioned.json", "snapshots"];
+    assert!(names.len() > 8 && names.contains("floor.json"), "{names:?}");
+    let (_dir, root) = robot();
+    for name in &names {
+        let path = root.state().join(name);
+        fs::write(path, "mine").unwrap();
+    }
+    fs::remove_file(root.state().join("pending.json")).unwrap();
+    fs::remove_file(root.state().join("backup")).unwrap();
+    reset(&root, false).unwrap();
+    apply(&root).unwrap();
+    for name in &names {
+        let path = root.state().join(name);
+        let kept = !goes.contains(&name.as_str()) && name != "pending.json";
+        assert_eq!(
+            path.exists(),
+            kept,
+            "{name}: does a reset keep it? say so in `KEPT`, and in docs/robot.md"
+        );
+    }
+}
+
+/// Everything that may hold a secret is for root only, from its first byte.
+#[test]
+fn copies_of_secrets_are_for_root_only() {
+    let (_dir, root) = robot();
+    let mode =
+        |path: &str| fs::metadata(root.data().join(path)).unwrap().permissions().mode() & 0o777;
+    reset(&root, true).unwrap();
+    assert_eq!(mode("slotd/backup"), 0o700);
+    assert_eq!(mode("slotd/backup/before-reset.tar.zst"), 0o600);
+    let mut bytes = Vec::new();
+    backup(&root, &mut bytes).unwrap();
+    restore(&root, bytes.as_slice()).unwrap();
+    assert_eq!(mode(".incoming"), 0o700);
+    apply(&root).unwrap();
+    migrate(&root, &version("1.0.0")).unwrap();
+    step(&root, "any", "1.1.0", "\"identity\"", "true");
+    migrate(&root, &version("1.1.0")).unwrap();
+    assert_eq!(mode("slotd/snapshots"), 0o700);
+    assert_eq!(mode("slotd/snapshots/any.tar.zst"), 0o600);
 }
 
 #[test]

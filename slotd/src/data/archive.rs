@@ -1,12 +1,16 @@
 //! Backups: a tar of zstd frames of what a robot's users have put on `data`. An archive that comes back is
-//! not trusted: every name is looked at before a byte is written, and nothing leaves its folder.
+//! not trusted: every name, count and length meets its bound before anything of that size is held or written,
+//! and nothing leaves its folder.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File, Permissions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{PermissionsExt, lchown, symlink};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 
+use rustix::fs::OFlags;
+
+use crate::files::Files;
 use crate::refusal::{Refusal, Result};
 
 /// Folders at the top of `data` that are no part of a backup and never come from one: the agent's own
@@ -19,52 +23,189 @@ const LEFT_OUT: [&str; 1] = ["apps/api/.wheels"];
 /// zstd's level: a robot's processor is slow, its data mostly text.
 const LEVEL: i32 = 3;
 
-/// The most entries of an archive.
-const MOST_ENTRIES: u64 = 1_000_000;
+/// The largest window that is decoded: 8 MiB, that of zstd's level 19. Ours have 2 MiB.
+const WINDOW_LOG: u32 = 23;
+
+/// The most entries of an archive: as many inodes as `mke2fs` gives a `data` of 4 GiB.
+const MOST_ENTRIES: u64 = 1 << 18;
 
 /// The deepest and the longest path of an entry.
 const DEEPEST: usize = 64;
 const LONGEST: usize = 1024;
 
-/// Writes the folders `names` of `data` as an archive; folders that are not there are left out. Sockets,
-/// pipes and devices are left out, too.
+/// The longest text of a symbolic link that ext4 takes.
+const LONGEST_LINK: usize = 4095;
+
+/// A file takes blocks of this size, and an entry at least one: for itself and its name.
+const BLOCK: u64 = 4096;
+
+/// Bytes that are copied at once.
+const PIECE: usize = 256 << 10;
+
+/// The most zeros after the end of an archive: tools fill their last record, 10 KiB unless told otherwise.
+const MOST_AFTER: usize = 64 << 10;
+
+/// How much an archive may hold or become. Packing and unpacking count the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes in whole blocks, one more for each entry.
+    pub bytes: u64,
+    /// Files, folders and links.
+    pub entries: u64,
+}
+
+impl Room {
+    /// As much as a backup may hold.
+    pub const BACKUP: Self = Self { bytes: u64::MAX, entries: MOST_ENTRIES };
+
+    /// What is free in a file system.
+    ///
+    /// # Errors
+    /// `io`.
+    pub fn free(folder: &Path) -> Result<Self> {
+        let about = rustix::fs::statvfs(folder).map_err(|error| {
+            Refusal::io(format!("looking at {}", folder.display()), &error.into())
+        })?;
+        let bytes = about.f_bavail.saturating_mul(about.f_frsize);
+        // Some file systems make inodes as they need them, and say 0.
+        let entries = if about.f_files == 0 { u64::MAX } else { about.f_favail };
+        Ok(Self { bytes, entries })
+    }
+
+    /// Takes the room of one more entry; `false` when there is none.
+    #[must_use]
+    fn take(&mut self, size: u64) -> bool {
+        let cost = size.checked_next_multiple_of(BLOCK).and_then(|size| size.checked_add(BLOCK));
+        let left = cost.and_then(|cost| self.bytes.checked_sub(cost));
+        match (left, self.entries.checked_sub(1)) {
+            (Some(bytes), Some(entries)) => {
+                *self = Self { bytes, entries };
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// An error of the file system as a refusal.
+fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
+    let doing = format!("{doing} {}", path.display());
+    move |error| match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Refusal::new(
+            "no-space",
+            format!("{doing}: there is no room on data"),
+            "make room on data; a backup can be taken to another machine with `slotd backup`",
+        ),
+        _ => Refusal::io(&doing, &error),
+    }
+}
+
+fn more_than_an_archive(path: &Path, why: &str) -> Refusal {
+    Refusal::new(
+        "no-archive",
+        format!("packing {}: {why}", path.display()),
+        "remove or shorten it: what could not be unpacked again is not packed",
+    )
+}
+
+/// Writes `names` below `data`, with the folders that they lie in, as an archive; what is not there is left
+/// out. Sockets, pipes and devices are left out, too. Returns the room that unpacking it takes.
 ///
 /// # Errors
-/// `io`; what was written is then no archive.
-pub fn pack(data: &Path, names: &[PathBuf], out: impl Write) -> Result<()> {
-    let failed = |path: &Path| {
-        let doing = format!("packing {}", path.display());
-        move |error: io::Error| Refusal::io(doing, &error)
-    };
-    let encoder = zstd::Encoder::new(out, LEVEL).map_err(failed(data))?;
-    let mut tar = tar::Builder::new(encoder);
-    tar.follow_symlinks(false);
-    tar.sparse(false);
+/// `no-archive`: it is more than `room`, or has names that [`unpack`] would refuse. `no-space`, `io`. What was
+/// written is then no archive.
+pub fn pack(data: &Path, names: &[PathBuf], out: impl Write, room: Room) -> Result<Room> {
+    let doing = |path: &Path| failed("packing", path);
+    let mut encoder = zstd::Encoder::new(out, LEVEL).map_err(doing(data))?;
+    encoder.include_checksum(true).map_err(doing(data))?;
+    let mut packer = Packer { tar: tar::Builder::new(encoder), data, left: room };
+    let mut parents: Vec<&Path> = Vec::new();
     let mut waiting: Vec<PathBuf> = names.to_vec();
-    waiting.sort_by(|a, b| b.cmp(a));
+    for name in names {
+        parents.extend(name.ancestors().skip(1).filter(|parent| *parent != Path::new("")));
+    }
+    parents.sort_unstable();
+    parents.dedup();
+    for parent in parents {
+        if packer.add(parent)?.is_some_and(|folder| !folder) {
+            return Err(more_than_an_archive(&data.join(parent), "it is no folder"));
+        }
+    }
+    waiting.sort_unstable_by(|a, b| b.cmp(a));
     while let Some(name) = waiting.pop() {
         if LEFT_OUT.iter().any(|out| name == Path::new(out)) {
             continue;
         }
-        let path = data.join(&name);
-        let about = match fs::symlink_metadata(&path) {
-            Ok(about) => about,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(failed(&path)(error)),
-        };
-        let kind = about.file_type();
-        if kind.is_dir() || kind.is_file() || kind.is_symlink() {
-            tar.append_path_with_name(&path, &name).map_err(failed(&path))?;
-        }
-        if kind.is_dir() {
-            let inside = fs::read_dir(&path).map_err(failed(&path))?;
-            for entry in inside {
-                waiting.push(name.join(entry.map_err(failed(&path))?.file_name()));
+        if packer.add(&name)? == Some(true) {
+            let path = data.join(&name);
+            for entry in fs::read_dir(&path).map_err(doing(&path))? {
+                waiting.push(name.join(entry.map_err(doing(&path))?.file_name()));
             }
         }
     }
-    let encoder = tar.into_inner().map_err(failed(data))?;
-    encoder.finish().and_then(|mut out| out.flush()).map_err(failed(data))
+    let Packer { tar, left, .. } = packer;
+    let encoder = tar.into_inner().map_err(doing(data))?;
+    encoder.finish().and_then(|mut out| out.flush()).map_err(doing(data))?;
+    Ok(Room { bytes: room.bytes - left.bytes, entries: room.entries - left.entries })
+}
+
+struct Packer<'a, W: Write> {
+    tar: tar::Builder<zstd::Encoder<'static, W>>,
+    data: &'a Path,
+    left: Room,
+}
+
+impl<W: Write> Packer<'_, W> {
+    /// Adds what has a name; `None`: nothing that belongs into an archive has it, else whether it is a folder.
+    fn add(&mut self, name: &Path) -> Result<Option<bool>> {
+        let path = self.data.join(name);
+        let doing = failed("packing", &path);
+        let Some(mut about) = there(fs::symlink_metadata(&path)).map_err(&doing)? else {
+            return Ok(None);
+        };
+        let kind = about.file_type();
+        if !kind.is_dir() && !kind.is_file() && !kind.is_symlink() {
+            return Ok(None);
+        }
+        if name.as_os_str().len() > LONGEST || name.components().count() > DEEPEST {
+            return Err(more_than_an_archive(&path, "its path is too long or too deep"));
+        }
+        let file = if kind.is_file() {
+            // The file itself, whatever has its name by now: data are in use.
+            let careful = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+            let opened = OpenOptions::new().read(true).custom_flags(careful).open(&path);
+            let Some(file) = there(opened).map_err(&doing)? else { return Ok(None) };
+            about = file.metadata().map_err(&doing)?;
+            Some(file)
+        } else {
+            None
+        };
+        let size = if file.is_some() { about.len() } else { 0 };
+        if !self.left.take(size) {
+            return Err(more_than_an_archive(&path, "it is one too many, or too large"));
+        }
+        let mut header = tar::Header::new_gnu();
+        header.set_metadata(&about);
+        let added = match file {
+            // As long as it was: one that grows or shrinks meanwhile must not shift what follows.
+            Some(file) => {
+                let content = file.take(size).chain(io::repeat(0)).take(size);
+                self.tar.append_data(&mut header, name, content)
+            }
+            None if kind.is_dir() => self.tar.append_data(&mut header, name, io::empty()),
+            None => fs::read_link(&path).and_then(|to| self.tar.append_link(&mut header, name, to)),
+        };
+        added.map_err(&doing)?;
+        Ok(Some(kind.is_dir()))
+    }
+}
+
+/// `None` for what is not there.
+pub(super) fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        found => found.map(Some),
+    }
 }
 
 /// Everything at the top of `data` that belongs into a backup.
@@ -72,112 +213,251 @@ pub fn pack(data: &Path, names: &[PathBuf], out: impl Write) -> Result<()> {
 /// # Errors
 /// `io`.
 pub fn contents(data: &Path) -> Result<Vec<PathBuf>> {
-    let failed = |error: io::Error| Refusal::io(format!("reading {}", data.display()), &error);
     let mut names = Vec::new();
-    for entry in fs::read_dir(data).map_err(failed)? {
-        let name = entry.map_err(failed)?.file_name();
-        let ours = OURS.iter().any(|own| name == *own);
+    for entry in fs::read_dir(data).map_err(failed("reading", data))? {
+        let name = PathBuf::from(entry.map_err(failed("reading", data))?.file_name());
         // What begins with a dot there is a change of ours under way.
-        if !ours && !name.to_string_lossy().starts_with('.') {
-            names.push(PathBuf::from(name));
+        if safe(&name).is_some() {
+            names.push(name);
         }
     }
     names.sort();
     Ok(names)
 }
 
-/// Unpacks an archive into an empty folder, for nobody to use before all of it is there. At most `space`
-/// bytes are written.
+fn bad(why: &str) -> Refusal {
+    Refusal::new("bad-archive", format!("unpacking: {why}"), "use a file that `slotd backup` made")
+}
+
+fn damaged(error: io::Error) -> Refusal {
+    bad(&format!("the archive is damaged: {error}"))
+}
+
+/// Unpacks an archive into an empty folder, which only root may enter and nobody uses before all of it is
+/// there. At most `room` is taken. Returns when all of it would survive a power cut.
 ///
 /// # Errors
 /// `bad-archive`: it is damaged, or an entry is not one that [`pack`] makes. `no-space`. `io`.
-pub fn unpack(input: impl Read, into: &Path, space: u64) -> Result<()> {
-    let bad = |why: String| {
-        Refusal::new(
-            "bad-archive",
-            format!("unpacking: {why}"),
-            "use a file that `slotd backup` made",
-        )
+pub fn unpack(files: &dyn Files, input: impl Read, into: &Path, room: Room) -> Result<()> {
+    let mut decoder = zstd::Decoder::new(input).map_err(damaged)?;
+    decoder.window_log_max(WINDOW_LOG).map_err(damaged)?;
+    let mut unpacker = Unpacker {
+        files,
+        into,
+        room,
+        count: 0,
+        parent: PathBuf::new(),
+        open: Vec::new(),
+        piece: vec![0; PIECE],
     };
-    let damaged = |error: io::Error| bad(format!("the archive is damaged: {error}"));
-    let failed =
-        |path: &Path, error: &io::Error| Refusal::io(format!("writing {}", path.display()), error);
-    let decoder = zstd::Decoder::new(input).map_err(damaged)?;
-    let mut archive = tar::Archive::new(decoder);
-    let mut left = space;
-    // Folders get their modes at the end, links are made at the end: nothing is written through a link.
-    let (mut folders, mut links) = (BTreeMap::new(), BTreeMap::new());
-    let mut count = 0u64;
-    for entry in archive.entries().map_err(damaged)? {
+    let mut archive = tar::Archive::new(&mut decoder);
+    // Names that do not fit a header come in an entry of their own before it. The library's own reader
+    // would hold such an entry whatever its length, and those of other formats: here none but these two is taken.
+    let (mut long_name, mut long_link) = (None, None);
+    for entry in archive.entries().map_err(damaged)?.raw(true) {
         let mut entry = entry.map_err(damaged)?;
-        count += 1;
-        let name = entry.path().map_err(damaged)?.into_owned();
-        let shown = name.to_string_lossy().escape_debug().to_string();
-        let name =
-            safe(&name).ok_or_else(|| bad(format!("`{shown}` is no path that may be written")))?;
-        let size = entry.size();
-        left = left.checked_sub(size.next_multiple_of(4096)).ok_or_else(|| {
-            Refusal::new(
-                "no-space",
-                format!("unpacking needs more than the {} MiB that are free", space >> 20),
-                "make room on data, or leave something out of the backup",
-            )
-        })?;
-        let (mode, owner, group) = {
-            let header = entry.header();
-            let id = |number: io::Result<u64>| number.ok().and_then(|n| u32::try_from(n).ok());
-            let mode = header.mode().map_err(damaged)? & 0o7777;
-            let (owner, group) = (id(header.uid()), id(header.gid()));
-            let none = || bad(format!("`{shown}` has no owner"));
-            (mode, owner.ok_or_else(none)?, group.ok_or_else(none)?)
-        };
-        let path = into.join(&name);
-        if count > MOST_ENTRIES || links.contains_key(&name) {
-            return Err(bad(format!("`{shown}` is one too many")));
-        }
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).map_err(|error| failed(parent, &error))?;
-        }
         match entry.header().entry_type() {
-            tar::EntryType::Directory => {
-                fs::create_dir_all(&path).map_err(|error| failed(&path, &error))?;
-                folders.insert(name, (mode, owner, group));
+            tar::EntryType::GNULongName if long_name.is_none() => {
+                long_name = Some(text(&mut entry, LONGEST)?);
             }
-            tar::EntryType::Regular => {
-                // New, so that nothing is written twice.
-                let mut file = File::create_new(&path).map_err(|error| failed(&path, &error))?;
-                let copied = io::copy(&mut entry, &mut file).map_err(damaged)?;
-                if copied != size {
-                    return Err(bad(format!("`{shown}` ends too early")));
-                }
-                let done = lchown(&path, Some(owner), Some(group))
-                    .and_then(|()| file.set_permissions(Permissions::from_mode(mode)))
-                    .and_then(|()| file.sync_all());
-                done.map_err(|error| failed(&path, &error))?;
+            tar::EntryType::GNULongLink if long_link.is_none() => {
+                long_link = Some(text(&mut entry, LONGEST_LINK)?);
             }
-            tar::EntryType::Symlink => {
-                let to = entry.link_name().map_err(damaged)?;
-                let to = to.ok_or_else(|| bad(format!("`{shown}` leads nowhere")))?.into_owned();
-                links.insert(name, (to, owner, group));
-            }
-            _ => return Err(bad(format!("`{shown}` is neither a file, a folder nor a link"))),
+            _ => unpacker.add(&mut entry, long_name.take(), long_link.take())?,
         }
     }
-    for (name, (to, owner, group)) in links {
-        let path = into.join(&name);
-        symlink(to, &path)
-            .and_then(|()| lchown(&path, Some(owner), Some(group)))
-            .map_err(|error| failed(&path, &error))?;
+    if long_name.is_some() || long_link.is_some() {
+        return Err(bad("it ends after a name"));
     }
-    // The deepest first: one without the right to write would refuse its own content.
-    for (name, (mode, owner, group)) in folders.into_iter().rev() {
-        let path = into.join(&name);
-        lchown(&path, Some(owner), Some(group))
-            .and_then(|()| fs::set_permissions(&path, Permissions::from_mode(mode)))
-            .and_then(|()| File::open(&path)?.sync_all())
-            .map_err(|error| failed(&path, &error))?;
+    // To the checksum of what was read.
+    let mut rest = Vec::new();
+    decoder.take(MOST_AFTER as u64 + 1).read_to_end(&mut rest).map_err(damaged)?;
+    if rest.len() > MOST_AFTER || rest.iter().any(|byte| *byte != 0) {
+        return Err(bad("something follows its end"));
     }
-    File::open(into).and_then(|folder| folder.sync_all()).map_err(|error| failed(into, &error))
+    unpacker.close(Path::new(""))?;
+    files.sync_all(into).map_err(failed("flushing", into))
+}
+
+/// The text of an entry that is a name for the next one.
+fn text(entry: &mut impl Read, longest: usize) -> Result<PathBuf> {
+    let mut text = Vec::new();
+    // One more for the zero at its end, and one to see that it is too long.
+    entry.take(longest as u64 + 2).read_to_end(&mut text).map_err(damaged)?;
+    if text.last() == Some(&0) {
+        text.pop();
+    }
+    if text.is_empty() || text.len() > longest || text.contains(&0) {
+        return Err(bad(&format!("a name has not 1 to {longest} bytes")));
+    }
+    Ok(PathBuf::from(std::ffi::OsStr::from_bytes(&text)))
+}
+
+/// Who owns an entry, and its mode.
+#[derive(Debug, Clone, Copy)]
+struct Rights {
+    mode: u32,
+    owner: u32,
+    group: u32,
+}
+
+struct Unpacker<'a> {
+    files: &'a dyn Files,
+    into: &'a Path,
+    room: Room,
+    count: u64,
+    /// The folder of the entry before, which is one: nothing that was unpacked is ever replaced.
+    parent: PathBuf,
+    /// Folders whose content is being unpacked, each within the one before. They get their rights when it is
+    /// there: one that refuses writes would refuse its own content.
+    open: Vec<(PathBuf, Rights)>,
+    piece: Vec<u8>,
+}
+
+impl Unpacker<'_> {
+    fn add<R: Read>(
+        &mut self,
+        entry: &mut tar::Entry<'_, R>,
+        long_name: Option<PathBuf>,
+        long_link: Option<PathBuf>,
+    ) -> Result<()> {
+        let given = match long_name {
+            Some(name) => name,
+            None => entry.path().map_err(damaged)?.into_owned(),
+        };
+        let shown = given.to_string_lossy().escape_debug().to_string();
+        let wrong = |why: &str| bad(&format!("`{shown}` {why}"));
+        let name = safe(&given).ok_or_else(|| wrong("is no path that may be written"))?;
+        let size = entry.size();
+        let header = entry.header();
+        let kind = header.entry_type();
+        let regular = kind == tar::EntryType::Regular;
+        if !regular && !kind.is_dir() && !kind.is_symlink() {
+            return Err(wrong("is neither a file, a folder nor a link"));
+        }
+        if !regular && size != 0 {
+            return Err(wrong("has content, though it is no file"));
+        }
+        let id = |number: io::Result<u64>| number.ok().and_then(|n| u32::try_from(n).ok());
+        let rights = Rights {
+            mode: header.mode().map_err(damaged)? & 0o7777,
+            owner: id(header.uid()).ok_or_else(|| wrong("has no owner"))?,
+            group: id(header.gid()).ok_or_else(|| wrong("has no group"))?,
+        };
+        self.take(size)?;
+        let parent = name.parent().unwrap_or(Path::new(""));
+        self.close(parent)?;
+        self.enter(parent)?;
+        let path = self.into.join(&name);
+        let twice = |error: io::Error| match error.kind() {
+            io::ErrorKind::AlreadyExists => wrong("comes twice"),
+            _ => failed("writing", &path)(error),
+        };
+        if kind.is_dir() {
+            let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
+            if !found.is_some_and(|found| found.is_dir()) {
+                self.files.create_dir(&path).map_err(twice)?;
+            }
+            self.open.push((name, rights));
+            return Ok(());
+        }
+        if regular {
+            self.files.create(&path).map_err(twice)?;
+            self.copy(entry, &path, size, &wrong)?;
+            return self.finish(&path, rights);
+        }
+        let to = match long_link {
+            Some(to) => Some(to),
+            None => entry.link_name().map_err(damaged)?.map(std::borrow::Cow::into_owned),
+        };
+        let to = to.filter(|to| !to.as_os_str().is_empty());
+        let to = to.ok_or_else(|| wrong("leads nowhere"))?;
+        self.files.symlink(&to, &path).map_err(twice)?;
+        let Rights { owner, group, .. } = rights;
+        self.files.set_owner(&path, owner, group).map_err(failed("writing", &path))
+    }
+
+    /// Counts one more entry.
+    fn take(&mut self, size: u64) -> Result<()> {
+        self.count += 1;
+        if self.count > MOST_ENTRIES {
+            return Err(bad(&format!("it has more than {MOST_ENTRIES} entries")));
+        }
+        if self.room.take(size) {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            "no-space",
+            "unpacking needs more blocks or inodes than are free on data",
+            "make room on data, or leave something out of the backup",
+        ))
+    }
+
+    /// Makes the folder of an entry, unless it is there. Nothing is ever written through a link.
+    fn enter(&mut self, folder: &Path) -> Result<()> {
+        if folder == self.parent {
+            return Ok(());
+        }
+        let mut path = self.into.to_owned();
+        for part in folder.components() {
+            path.push(part);
+            match there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))? {
+                Some(found) if found.is_dir() => {}
+                Some(_) => {
+                    let shown = folder.to_string_lossy().escape_debug().to_string();
+                    return Err(bad(&format!("`{shown}` is no folder, and has content")));
+                }
+                None => {
+                    self.take(0)?;
+                    let made = self.files.create_dir(&path);
+                    made.and_then(|()| self.files.set_mode(&path, 0o755))
+                        .map_err(failed("creating", &path))?;
+                }
+            }
+        }
+        self.parent = folder.to_owned();
+        Ok(())
+    }
+
+    /// Gives the folders that are complete their rights: all but those that `inside` lies in.
+    fn close(&mut self, inside: &Path) -> Result<()> {
+        while let Some((name, rights)) = self.open.pop_if(|(name, _)| !inside.starts_with(name)) {
+            self.finish(&self.into.join(name), rights)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&self, path: &Path, rights: Rights) -> Result<()> {
+        // The mode comes last: a change of the owner takes bits of it away.
+        self.files
+            .set_owner(path, rights.owner, rights.group)
+            .and_then(|()| self.files.set_mode(path, rights.mode))
+            .map_err(failed("writing", path))
+    }
+
+    fn copy(
+        &mut self,
+        entry: &mut impl Read,
+        path: &Path,
+        size: u64,
+        wrong: &dyn Fn(&str) -> Refusal,
+    ) -> Result<()> {
+        let mut left = size;
+        while left > 0 {
+            let most = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
+            let piece = self.piece.get_mut(..most).unwrap_or_default();
+            let mut filled = 0;
+            while let Some(room) = piece.get_mut(filled..).filter(|room| !room.is_empty()) {
+                match entry.read(room).map_err(damaged)? {
+                    0 => return Err(wrong("ends too early")),
+                    read => filled += read,
+                }
+            }
+            self.files.append(path, piece).map_err(failed("writing", path))?;
+            left = left.saturating_sub(most as u64);
+        }
+        Ok(())
+    }
 }
 
 /// A path of plain names, which does not begin with one of ours.

@@ -3,15 +3,17 @@
 
 use std::cmp::Ordering;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bundle::Version;
 use serde::{Deserialize, Serialize};
 
-use super::archive;
+use super::archive::{self, Room, there};
+use super::pending::private_folder;
 use crate::durable;
+use crate::files::{Disk, Files, Writer, make_dirs};
 use crate::health::program;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -25,8 +27,11 @@ const STAGING: &str = ".snapshot";
 /// Where what is undone goes on its way out.
 const UNDONE: &str = ".undone";
 
-/// The most bytes of a way back.
-const MOST: u64 = 1 << 32;
+/// The most of a way back: packed with the same bound that it is unpacked with.
+const MOST: Room = Room { bytes: 1 << 32, ..Room::BACKUP };
+
+/// The record's name, at the top of `data`.
+const RECORD: &str = "data-version.json";
 
 /// Seconds that a step may take when it does not say.
 fn usual() -> u64 {
@@ -60,7 +65,27 @@ struct Taken {
     paths: Vec<PathBuf>,
 }
 
-/// Which version's data these are. It lies among them, so that a backup knows its own version.
+impl Taken {
+    /// The rule for the image's own steps: what is read here may have been written by anybody.
+    fn is_valid(&self) -> bool {
+        is_name(&self.name) && are_paths(&self.paths)
+    }
+}
+
+/// A name that is one file's, in whatever folder.
+fn is_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    (1..=100).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(plain)
+}
+
+fn are_paths(paths: &[PathBuf]) -> bool {
+    !paths.is_empty() && paths.iter().all(|path| archive::safe(path).is_some())
+}
+
+/// Which version's data these are. It lies among them, so that a backup knows its own version. Of a backup
+/// only that comes back ([`only_the_version`]): the ways back lie on the robot that took the steps.
+///
+/// Every agent reads and writes this form, so that one that comes back finds what another one did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Record {
@@ -69,22 +94,77 @@ struct Record {
     taken: Vec<Taken>,
     /// A step that was begun; what it has changed so far is not to be trusted.
     under_way: Option<Taken>,
+    /// The last version that has changed these data and has no way back any more: no older system knows them.
+    #[serde(default)]
+    needs: Option<Version>,
+}
+
+/// What every form of the record has.
+#[derive(Deserialize)]
+struct OnlyVersion {
+    version: Version,
 }
 
 impl Record {
     fn path(root: &Root) -> PathBuf {
-        root.data().join("data-version.json")
+        root.data().join(RECORD)
     }
 
-    fn read(root: &Root) -> Result<Option<Self>> {
-        let path = Self::path(root);
-        durable::read_json(&path).map_err(failed("reading", &path))
+    fn new(version: &Version) -> Self {
+        Self { version: version.clone(), taken: Vec::new(), under_way: None, needs: None }
     }
 
-    fn write(&self, root: &Root) -> Result<()> {
-        let path = Self::path(root);
-        durable::write_json(&path, self).map_err(failed("writing", &path))
+    /// The record of these bytes; `None`: they are none.
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut record: Self = match serde_json::from_slice(bytes) {
+            Ok(record) => record,
+            Err(_) => {
+                let known: OnlyVersion = serde_json::from_slice(bytes).ok()?;
+                Self::new(&known.version)
+            }
+        };
+        let (taken, strange) = record.taken.into_iter().partition(Taken::is_valid);
+        record.taken = taken;
+        record.forget(strange);
+        if record.under_way.as_ref().is_some_and(|step| !step.is_valid()) {
+            let strange = record.under_way.take();
+            record.forget(strange);
+        }
+        Some(record)
     }
+
+    /// These steps have no way back any more.
+    fn forget(&mut self, steps: impl IntoIterator<Item = Taken>) {
+        let versions = steps.into_iter().map(|step| step.version);
+        self.needs = versions.chain(self.needs.take()).max();
+    }
+
+    fn write(&self, root: &Root, files: &dyn Files) -> Result<()> {
+        let path = Self::path(root);
+        durable::write_json_with(files, &path, self).map_err(failed("writing", &path))
+    }
+}
+
+/// Of the record of a backup that was unpacked into `folder`, leaves the version: its steps were taken by
+/// another robot, or by this one in another time, and nothing of an archive says what is done here.
+pub(super) fn only_the_version(files: &dyn Files, folder: &Path) -> Result<()> {
+    let path = folder.join(RECORD);
+    let bad = || {
+        let help = "use a file that `slotd backup` made";
+        Refusal::new("bad-archive", format!("`{RECORD}` says nothing of a version"), help)
+    };
+    let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
+    match found {
+        None => return Ok(()),
+        Some(found) if !found.is_file() => return Err(bad()),
+        Some(_) => {}
+    }
+    let bytes = durable::read(&path).map_err(failed("reading", &path))?;
+    let mut record = bytes.and_then(|bytes| Record::parse(&bytes)).ok_or_else(bad)?;
+    let steps = std::mem::take(&mut record.taken);
+    let begun = record.under_way.take();
+    record.forget(steps.into_iter().chain(begun));
+    durable::write_json_with(files, &path, &record).map_err(failed("writing", &path))
 }
 
 /// What was done.
@@ -95,6 +175,8 @@ pub enum Migrated {
     Unchanged,
     /// There were none of another version.
     New,
+    /// The record of their version is damaged: they count as this version's.
+    Damaged,
     /// These steps were taken.
     Forth {
         /// The version whose data they were.
@@ -111,7 +193,7 @@ pub enum Migrated {
     },
 }
 
-fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal {
+fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
     let doing = format!("{doing} {}", path.display());
     move |error| Refusal::io(&doing, &error)
 }
@@ -140,9 +222,11 @@ pub fn migrations(root: &Root) -> Result<Vec<Migration>> {
         let text = fs::read_to_string(&path).map_err(failed("reading", &path))?;
         let mut step: Migration = toml::from_str(&text).map_err(|e| bad(e.message().to_owned()))?;
         step.name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let within = |path: &PathBuf| archive::safe(path).is_some();
-        if step.run.is_empty() || step.paths.is_empty() || !step.paths.iter().all(within) {
+        if step.run.is_empty() || !are_paths(&step.paths) {
             return Err(bad("`run` and `paths` are needed, and paths lie below /data".to_owned()));
+        }
+        if !is_name(&step.name) {
+            return Err(bad("its name has not 1 to 100 of `A-Z a-z 0-9 - _ .`".to_owned()));
         }
         all.push(step);
     }
@@ -154,36 +238,63 @@ pub fn migrations(root: &Root) -> Result<Vec<Migration>> {
 ///
 /// # Errors
 /// `migration-failed`: a step; what it has changed is put back, the steps before it stay, and it is tried
-/// again in the next start. `newer-data`: there is no way back. `bad-migration`, `bad-archive`, `io`.
+/// again in the next start. `newer-data`: there is no way back. `no-space`, `no-archive`: there would be no way
+/// back over a step; it is not taken. `bad-migration`, `bad-archive`, `io`.
 pub fn migrate(root: &Root, version: &Version) -> Result<Migrated> {
-    let Some(mut record) = Record::read(root)? else {
-        let new = Record { version: version.clone(), taken: Vec::new(), under_way: None };
-        new.write(root)?;
-        return Ok(Migrated::New);
+    migrate_with(root, version, &Disk, &run)
+}
+
+/// Takes a step. `Err` says why it failed; what it has changed may be on the disk or not.
+pub type Run<'a> = &'a dyn Fn(&Root, &Migration) -> std::result::Result<(), String>;
+
+/// [`migrate`] with every change made through `files`, and every step taken by `run`.
+///
+/// # Errors
+/// As [`migrate`].
+pub fn migrate_with(
+    root: &Root,
+    version: &Version,
+    files: &dyn Files,
+    run: Run<'_>,
+) -> Result<Migrated> {
+    let path = Record::path(root);
+    let bytes = durable::read(&path).map_err(failed("reading", &path))?;
+    let Some(mut record) = bytes.as_deref().and_then(Record::parse) else {
+        let new = Record::new(version);
+        new.write(root, files)?;
+        sweep(root, files, &new)?;
+        return Ok(if bytes.is_some() { Migrated::Damaged } else { Migrated::New });
     };
     if let Some(begun) = record.under_way.take() {
-        put_back(root, &begun)?;
-        record.write(root)?;
+        put_back(root, files, &begun)?;
+        record.write(root, files)?;
     }
+    sweep(root, files, &record)?;
     let from = record.version.clone();
-    let newest = record.taken.iter().map(|step| &step.version).max().cloned();
-    let ahead = newest.filter(|newest| newest > version);
-    match (record.version.cmp(version), ahead) {
-        (Ordering::Equal | Ordering::Less, None) => forth(root, record, version, from),
-        (_, Some(_)) => back(root, record, version, from),
+    let steps = record.taken.iter().map(|step| &step.version);
+    let newest = steps.chain(&record.needs).max();
+    let behind = newest.is_some_and(|newest| newest > version);
+    match record.version.cmp(version) {
+        _ if behind => back(root, files, record, version, from),
+        Ordering::Equal => Ok(Migrated::Unchanged),
+        Ordering::Less => forth(root, files, run, record, version, from),
         // Nothing was changed on the way there.
-        (Ordering::Greater, None) => {
+        Ordering::Greater => {
             record.version = version.clone();
-            record.write(root)?;
+            record.write(root, files)?;
             Ok(Migrated::Back { from, steps: Vec::new() })
         }
     }
 }
 
-fn forth(root: &Root, mut record: Record, version: &Version, from: Version) -> Result<Migrated> {
-    if record.version == *version {
-        return Ok(Migrated::Unchanged);
-    }
+fn forth(
+    root: &Root,
+    files: &dyn Files,
+    run: Run<'_>,
+    mut record: Record,
+    version: &Version,
+    from: Version,
+) -> Result<Migrated> {
     let known: Vec<String> = record.taken.iter().map(|step| step.name.clone()).collect();
     let steps: Vec<Migration> = migrations(root)?
         .into_iter()
@@ -194,19 +305,20 @@ fn forth(root: &Root, mut record: Record, version: &Version, from: Version) -> R
     let (old, kept): (Vec<Taken>, Vec<Taken>) =
         record.taken.into_iter().partition(|step| step.version <= from);
     record.taken = kept;
+    record.forget(old);
     for step in &steps {
         let taken = Taken {
             name: step.name.clone(),
             version: step.version.clone(),
-            paths: step.paths.clone(),
+            paths: outermost(&step.paths),
         };
-        pack_away(root, &taken)?;
+        pack_away(root, files, &taken)?;
         record.under_way = Some(taken.clone());
-        record.write(root)?;
+        record.write(root, files)?;
         if let Err(why) = run(root, step) {
-            put_back(root, &taken)?;
+            put_back(root, files, &taken)?;
             record.under_way = None;
-            record.write(root)?;
+            record.write(root, files)?;
             return Err(Refusal::new(
                 "migration-failed",
                 format!(
@@ -216,44 +328,62 @@ fn forth(root: &Root, mut record: Record, version: &Version, from: Version) -> R
                 "what the step has changed is put back; a system on trial comes back from it",
             ));
         }
+        // A program seldom flushes, and after the record nothing undoes what is lost of its work.
+        flush(root, files)?;
         record.under_way = None;
         record.taken.push(taken);
-        record.write(root)?;
+        record.write(root, files)?;
     }
     record.version = version.clone();
-    record.write(root)?;
-    for step in &old {
-        let path = snapshot(root, &step.name);
-        durable::remove(&path).map_err(failed("removing", &path))?;
-    }
+    record.write(root, files)?;
+    sweep(root, files, &record)?;
     Ok(Migrated::Forth { from, steps: steps.into_iter().map(|step| step.name).collect() })
 }
 
-fn back(root: &Root, mut record: Record, version: &Version, from: Version) -> Result<Migrated> {
+fn back(
+    root: &Root,
+    files: &dyn Files,
+    mut record: Record,
+    version: &Version,
+    from: Version,
+) -> Result<Migrated> {
+    let lost = |over: &dyn std::fmt::Display| {
+        Refusal::new(
+            "newer-data",
+            format!(
+                "data are of version {from}, this system is {version}, and the way back over {over} is lost"
+            ),
+            "install a system of that version, or restore an older backup",
+        )
+    };
+    if let Some(needs) = record.needs.as_ref().filter(|needs| *needs > version) {
+        return Err(lost(needs));
+    }
+    // All of the way, or none of it.
+    for step in record.taken.iter().filter(|step| step.version > *version) {
+        let path = snapshot(root, &step.name);
+        let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
+        found.ok_or_else(|| lost(&step.name))?;
+    }
     let mut steps = Vec::new();
     while let Some(last) = record.taken.last().filter(|step| step.version > *version).cloned() {
-        if !snapshot(root, &last.name).exists() {
-            return Err(Refusal::new(
-                "newer-data",
-                format!(
-                    "data are of version {from}, this system is {version}, and the way back over {} is lost",
-                    last.name
-                ),
-                "install a system of that version, or restore an older backup",
-            ));
-        }
-        put_back(root, &last)?;
+        // Whichever system starts after a cut puts it back first, and takes no step for taken that is not.
         record.taken.pop();
-        record.write(root)?;
-        let path = snapshot(root, &last.name);
-        durable::remove(&path).map_err(failed("removing", &path))?;
+        record.version = version.clone();
+        record.under_way = Some(last.clone());
+        record.write(root, files)?;
+        put_back(root, files, &last)?;
+        record.under_way = None;
+        record.write(root, files)?;
         steps.push(last.name);
     }
     record.version = version.clone();
-    record.write(root)?;
+    record.write(root, files)?;
+    sweep(root, files, &record)?;
     Ok(Migrated::Back { from, steps })
 }
 
+/// Runs a step's program.
 fn run(root: &Root, step: &Migration) -> std::result::Result<(), String> {
     let (name, arguments) = step.run.split_first().ok_or("no program")?;
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -263,60 +393,127 @@ fn run(root: &Root, step: &Migration) -> std::result::Result<(), String> {
     if status.success() { Ok(()) } else { Err(format!("{status}: {last}")) }
 }
 
-fn snapshot(root: &Root, name: &str) -> PathBuf {
-    root.state().join("snapshots").join(format!("{name}.tar.zst"))
+/// The paths that lie in no other one.
+fn outermost(paths: &[PathBuf]) -> Vec<PathBuf> {
+    let mut sorted: Vec<PathBuf> = paths.iter().filter_map(|path| archive::safe(path)).collect();
+    sorted.sort();
+    let mut outer: Vec<PathBuf> = Vec::new();
+    for path in sorted {
+        if !outer.iter().any(|other| path.starts_with(other)) {
+            outer.push(path);
+        }
+    }
+    outer
 }
 
-fn pack_away(root: &Root, step: &Taken) -> Result<()> {
+fn snapshots(root: &Root) -> PathBuf {
+    root.state().join("snapshots")
+}
+
+fn snapshot(root: &Root, name: &str) -> PathBuf {
+    snapshots(root).join(format!("{name}.tar.zst"))
+}
+
+fn flush(root: &Root, files: &dyn Files) -> Result<()> {
+    let data = root.data();
+    files.sync_all(&data).map_err(failed("flushing", &data))
+}
+
+/// Removes what no step needs: ways back that were forgotten or never came to be used, and what was
+/// undone. The record says which steps there are, so that a cut anywhere leaves nothing for ever.
+fn sweep(root: &Root, files: &dyn Files, record: &Record) -> Result<()> {
+    let remove = |path: &Path| files.remove(path).map_err(failed("removing", path));
+    let unfinished = Path::new(RECORD).with_extension("partial");
+    for name in [Path::new(STAGING), Path::new(UNDONE), &unfinished] {
+        let path = root.data().join(name);
+        if there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?.is_some() {
+            remove(&path)?;
+        }
+    }
+    let folder = snapshots(root);
+    let doing = failed("reading", &folder);
+    let Some(listing) = there(fs::read_dir(&folder)).map_err(&doing)? else { return Ok(()) };
+    // Older agents made it for everybody.
+    private_folder(files, &folder)?;
+    let kept: Vec<PathBuf> = record.taken.iter().map(|step| snapshot(root, &step.name)).collect();
+    for entry in listing {
+        let path = entry.map_err(&doing)?.path();
+        if !kept.contains(&path) {
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn pack_away(root: &Root, files: &dyn Files, step: &Taken) -> Result<()> {
     let path = snapshot(root, &step.name);
-    let folder = path.parent().unwrap_or(&path);
-    fs::create_dir_all(folder).map_err(failed("creating", folder))?;
-    let partial = path.with_extension("partial");
-    let file = File::create(&partial).map_err(failed("writing", &partial))?;
-    archive::pack(&root.data(), &step.paths, &file)?;
-    file.sync_all()
-        .and_then(|()| fs::rename(&partial, &path))
-        .and_then(|()| File::open(folder)?.sync_all())
-        .map_err(failed("writing", &path))
+    let (folder, partial) = (snapshots(root), path.with_extension("partial"));
+    let doing = failed("writing", &path);
+    private_folder(files, &folder)?;
+    let written = write_snapshot(root, files, step, &partial);
+    if written.is_err() {
+        files.remove(&partial).map_err(failed("removing", &partial))?;
+    }
+    written?;
+    files.replace(&partial, &path).and_then(|()| files.sync(&folder)).map_err(&doing)
+}
+
+fn write_snapshot(root: &Root, files: &dyn Files, step: &Taken, path: &Path) -> Result<()> {
+    let doing = failed("writing", path);
+    let data = root.data();
+    files.remove(path).and_then(|()| files.create(path)).map_err(&doing)?;
+    let mut out = Writer::new(files, path, Room::free(&data)?.bytes);
+    let used = archive::pack(&data, &step.paths, &mut out, MOST)?;
+    out.flush().and_then(|()| files.sync(path)).map_err(&doing)?;
+    let free = Room::free(&data)?;
+    if free.bytes < used.bytes || free.entries < used.entries {
+        return Err(Refusal::new(
+            "no-space",
+            format!(
+                "the way back over {} needs {} MiB on data, {} MiB are free",
+                step.name,
+                used.bytes >> 20,
+                free.bytes >> 20
+            ),
+            "make room on data; the step is not taken before",
+        ));
+    }
+    Ok(())
 }
 
 /// Puts back what a step has changed. It may be cut and done again: the snapshot stays until the record no
 /// longer names the step.
-fn put_back(root: &Root, step: &Taken) -> Result<()> {
+fn put_back(root: &Root, files: &dyn Files, step: &Taken) -> Result<()> {
     let data = root.data();
     let (staging, undone) = (data.join(STAGING), data.join(UNDONE));
     for folder in [&staging, &undone] {
-        clear(folder)?;
-        fs::create_dir(folder).map_err(failed("creating", folder))?;
+        files
+            .remove(folder)
+            .and_then(|()| files.create_dir(folder))
+            .map_err(failed("creating", folder))?;
     }
     let path = snapshot(root, &step.name);
     let file = File::open(&path).map_err(failed("reading", &path))?;
-    archive::unpack(file, &staging, MOST)?;
-    for (number, name) in step.paths.iter().enumerate() {
+    archive::unpack(files, file, &staging, MOST)?;
+    for (number, name) in outermost(&step.paths).iter().enumerate() {
         let (place, old) = (data.join(name), staging.join(name));
-        if place.symlink_metadata().is_ok() {
-            fs::rename(&place, undone.join(number.to_string()))
-                .map_err(failed("moving", &place))?;
+        let found =
+            |path: &Path| there(fs::symlink_metadata(path)).map_err(failed("reading", path));
+        for parent in name.ancestors().skip(1) {
+            if found(&data.join(parent))?.is_some_and(|parent| !parent.is_dir()) {
+                let error = io::Error::from(io::ErrorKind::NotADirectory);
+                return Err(failed("putting back into", &data.join(parent))(error));
+            }
         }
-        if old.symlink_metadata().is_ok() {
+        if found(&place)?.is_some() {
+            let out = undone.join(number.to_string());
+            files.rename(&place, &out).map_err(failed("moving", &place))?;
+        }
+        if found(&old)?.is_some() {
             let parent = place.parent().unwrap_or(&data);
-            fs::create_dir_all(parent).map_err(failed("creating", parent))?;
-            fs::rename(&old, &place).map_err(failed("moving", &old))?;
-        }
-        let parent = place.parent().unwrap_or(&data);
-        if let Ok(folder) = File::open(parent) {
-            folder.sync_all().map_err(failed("flushing", parent))?;
+            make_dirs(files, parent).map_err(failed("creating", parent))?;
+            files.rename(&old, &place).map_err(failed("moving", &old))?;
         }
     }
-    clear(&staging)?;
-    clear(&undone)
-}
-
-fn clear(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(failed("removing", folder)(error))
-        }
-        _ => Ok(()),
-    }
+    flush(root, files)
 }

@@ -9,6 +9,8 @@ pub mod seed;
 mod state;
 pub mod verbs;
 
-pub use migrate::{Migrated, Migration, migrate, migrations};
-pub use pending::{Pending, apply, backup, reset, restore};
+pub use migrate::{Migrated, Migration, Run, migrate, migrate_with, migrations};
+pub use pending::{
+    Applied, Pending, apply, apply_with, backup, reset, reset_with, restore, restore_with,
+};
 pub use state::{Condition, State, grow_partition};

@@ -1,26 +1,61 @@
 //! Factory reset, backup and restore. A change of everything on `data` cannot happen under running programs:
 //! it is prepared completely, noted, and carried out early in the next start, where it goes on after a power
 //! cut until it is done.
+//!
+//! Each request is complete on the disk before its note is, and what was requested before counts until then.
+//! What goes is moved into `.outgoing`, what comes lies in `.incoming`; nothing is moved out for something
+//! that is not there and marked as complete.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::archive;
+use super::archive::{self, Room, there};
+use super::migrate;
 use crate::durable;
+use crate::files::{Disk, Files, Writer};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// What is to take the place of everything, complete but for its last flush.
+/// What is to take the place of everything.
 const INCOMING: &str = ".incoming";
+
+/// Where that is unpacked: what waits already is not touched before the new one is complete.
+const UNPACKED: &str = ".incoming.new";
+
+/// In [`INCOMING`]: all of it is there.
+const COMPLETE: &str = ".complete";
 
 /// What had that place.
 const OUTGOING: &str = ".outgoing";
 
-/// Left free when an archive is unpacked.
-const RESERVE: u64 = 16 << 20;
+/// In [`OUTGOING`]: what lies there is overwritten before it is removed.
+const OVERWRITE: &str = ".overwrite";
+
+/// Left free when an archive is packed or unpacked: bytes, and files.
+const RESERVE: Room = Room { bytes: 16 << 20, entries: 1024 };
+
+/// What a reset leaves in the agent's own folder: what it knows of slots, keys and floors, and its log. Whatever
+/// else lies there goes, so that nothing is forgotten.
+const KEPT: [&str; 11] = [
+    "floor.json",
+    "journal.json",
+    "keyset.json",
+    "keyset.json.minisig",
+    "lock",
+    "log",
+    "pending.json",
+    "provision.lock",
+    "slot-a.json",
+    "slot-b.json",
+    "tryboot.json",
+];
+
+/// Names at the top of a backup that the agent and the system enter, and which must be folders.
+const FOLDERS: [&str; 7] = ["apps", "apps/api", "boot.d", "home", "identity", "network", "system"];
 
 /// A change that waits for the next start, or was interrupted in this one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,132 +80,412 @@ impl Pending {
     }
 }
 
+/// What a start has carried out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Applied {
+    /// The change that was carried out, if one waited.
+    pub carried_out: Option<Pending>,
+    /// A change whose parts were not all there: it was dropped, and nothing is changed.
+    pub dropped: bool,
+    /// Files of a reset that are removed, but could not be overwritten.
+    pub not_overwritten: u64,
+}
+
 fn note(root: &Root) -> PathBuf {
     root.state().join("pending.json")
 }
 
-/// Where the backup lies that a reset makes.
-fn last_backup(root: &Root) -> PathBuf {
-    root.state().join("before-reset.tar.zst")
+/// The folder of the backup that a reset makes.
+fn kept(root: &Root) -> PathBuf {
+    root.state().join("backup")
 }
 
-fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal {
+/// The backup itself, and beside it the word that the reset which waits made it.
+const BACKUP: &str = "before-reset.tar.zst";
+const OF_THIS_RESET: &str = "keep";
+
+fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
     let doing = format!("{doing} {}", path.display());
     move |error| Refusal::io(&doing, &error)
+}
+
+fn is_there(path: &Path) -> Result<bool> {
+    let found = there(fs::symlink_metadata(path)).map_err(failed("reading", path))?;
+    Ok(found.is_some())
+}
+
+fn names(folder: &Path) -> Result<Vec<PathBuf>> {
+    let doing = || failed("reading", folder);
+    let Some(listing) = there(fs::read_dir(folder)).map_err(doing())? else {
+        return Ok(Vec::new());
+    };
+    let mut names = Vec::new();
+    for entry in listing {
+        names.push(PathBuf::from(entry.map_err(doing())?.file_name()));
+    }
+    names.sort();
+    Ok(names)
 }
 
 /// Writes a backup: everything but the agent's own memory and the logs.
 ///
 /// # Errors
-/// `io`.
+/// `no-archive`: it is more than [`restore`] would take. `no-space`, `io`.
 pub fn backup(root: &Root, out: impl Write) -> Result<()> {
     let data = root.data();
-    archive::pack(&data, &archive::contents(&data)?, out)
+    archive::pack(&data, &archive::contents(&data)?, out, Room::BACKUP).map(drop)
 }
 
 /// Prepares a factory reset for the next start; `keep` makes a backup first, which stays on `data` and
 /// returns where. What a robot has learned of bundles (its floor, its keys, its log) is never reset.
 ///
 /// # Errors
-/// `io`; `no-space` when the backup does not fit. Nothing is changed then.
+/// `no-space` when the backup does not fit. `no-archive`, `io`. What waited before waits still.
 pub fn reset(root: &Root, keep: bool) -> Result<Option<PathBuf>> {
-    let path = last_backup(root);
+    reset_with(root, keep, &Disk)
+}
+
+/// [`reset`] with every change made through `files`.
+///
+/// # Errors
+/// As [`reset`].
+pub fn reset_with(root: &Root, keep: bool, files: &dyn Files) -> Result<Option<PathBuf>> {
+    let before = known(root)?;
+    let folder = kept(root);
+    let (path, mark) = (folder.join(BACKUP), folder.join(OF_THIS_RESET));
+    let written = |done: io::Result<()>| done.map_err(failed("writing", &folder));
     if keep {
-        let partial = path.with_extension("partial");
-        let written =
-            File::create(&partial).map_err(failed("writing", &partial)).and_then(|file| {
-                backup(root, &file)?;
-                file.sync_all().map_err(failed("writing", &partial))
-            });
-        if let Err(refusal) = written {
-            durable::remove(&partial).map_err(failed("removing", &partial))?;
-            if free(&root.data())? < RESERVE {
-                return Err(Refusal::new(
-                    "no-space",
-                    "there is no room on data for a backup of it",
-                    "take a backup to another machine with `slotd backup`, then reset without one",
-                ));
-            }
+        private_folder(files, &folder)?;
+        let partial = folder.join("backup.partial");
+        if let Err(refusal) = write_backup(root, files, &partial) {
+            files.remove(&partial).map_err(failed("removing", &partial))?;
             return Err(refusal);
         }
-        fs::rename(&partial, &path).map_err(failed("renaming", &partial))?;
+        written(files.replace(&partial, &path))?;
+        if !is_there(&mark)? {
+            written(files.create(&mark))?;
+        }
+        written(files.sync(&folder))?;
+    } else if is_there(&mark)? {
+        written(files.remove(&mark).and_then(|()| files.sync(&folder)))?;
     }
-    durable::write_json(&note(root), &Pending::Reset).map_err(failed("writing", &note(root)))?;
+    request(root, files, Pending::Reset, before)?;
     Ok(keep.then_some(path))
+}
+
+fn write_backup(root: &Root, files: &dyn Files, path: &Path) -> Result<()> {
+    let doing = failed("writing", path);
+    files.remove(path).and_then(|()| files.create(path)).map_err(&doing)?;
+    // A reset must not be what fills the disk.
+    let most = Room::free(&root.data())?.bytes.saturating_sub(RESERVE.bytes);
+    let mut out = Writer::new(files, path, most);
+    backup(root, &mut out)?;
+    out.flush().and_then(|()| files.sync(path)).map_err(&doing)
+}
+
+/// Makes a folder that only root may enter, durably; one that is there becomes such a folder.
+pub(super) fn private_folder(files: &dyn Files, folder: &Path) -> Result<()> {
+    let doing = failed("creating", folder);
+    let parent = folder.parent().unwrap_or(folder);
+    let made = crate::files::make_dirs(files, parent).map_err(&doing)?;
+    for made in made {
+        files.sync(made.parent().unwrap_or(parent)).map_err(&doing)?;
+    }
+    let done = match there(fs::symlink_metadata(folder)).map_err(&doing)? {
+        None => files.create_dir(folder).and_then(|()| files.sync(parent)),
+        Some(about) if about.mode() & 0o777 == 0o700 => Ok(()),
+        Some(_) => files.set_mode(folder, 0o700).and_then(|()| files.sync(folder)),
+    };
+    done.map_err(&doing)
+}
+
+/// Notes a request, or leaves the one before: a request that was refused must not be carried out.
+fn request(root: &Root, files: &dyn Files, new: Pending, before: Option<Pending>) -> Result<()> {
+    let path = note(root);
+    let written = durable::write_json_with(files, &path, &new);
+    if written.is_err() {
+        // The failure itself is the one to tell.
+        drop(match before {
+            Some(before) => durable::write_json_with(files, &path, &before),
+            None => files.remove(&path).and_then(|()| files.sync(&root.state())),
+        });
+    }
+    written.map_err(failed("writing", &path))
+}
+
+/// What waits. A note that makes no sense is none: it never was one of ours, or the card has damaged it.
+fn known(root: &Root) -> Result<Option<Pending>> {
+    let path = note(root);
+    let bytes = durable::read(&path).map_err(failed("reading", &path))?;
+    Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
 }
 
 /// Unpacks a backup beside what is there and prepares the exchange for the next start.
 ///
 /// # Errors
-/// `bad-archive`, `no-space`, `io`: nothing is changed then.
+/// `half-done`: one is on its way already. `bad-archive`, `no-space`, `io`. What waited before waits still.
 pub fn restore(root: &Root, input: impl Read) -> Result<()> {
-    let incoming = root.data().join(INCOMING);
-    clear(&incoming)?;
-    fs::create_dir(&incoming).map_err(failed("creating", &incoming))?;
-    let space = free(&root.data())?.saturating_sub(RESERVE);
-    if let Err(refusal) = archive::unpack(input, &incoming, space) {
-        clear(&incoming)?;
-        return Err(refusal);
-    }
-    durable::write_json(&note(root), &Pending::Restore).map_err(failed("writing", &note(root)))
+    restore_with(root, input, &Disk)
 }
 
-/// Carries out what waits, early in a start, before anything uses `data`. Returns what was done.
+/// [`restore`] with every change made through `files`.
+///
+/// # Errors
+/// As [`restore`].
+pub fn restore_with(root: &Root, input: impl Read, files: &dyn Files) -> Result<()> {
+    let data = root.data();
+    let before = known(root)?;
+    if before == Some(Pending::Arriving) {
+        return Err(Refusal::new(
+            "half-done",
+            "preparing a restore: another one has been interrupted and is half done",
+            "restart the robot, which goes on with it, then restore; or reset it",
+        ));
+    }
+    let unpacked = data.join(UNPACKED);
+    files.remove(&unpacked).map_err(failed("removing", &unpacked))?;
+    if let Err(refusal) = unpack(root, files, input, &unpacked) {
+        files.remove(&unpacked).map_err(failed("removing", &unpacked))?;
+        return Err(refusal);
+    }
+    arrange(root, files, before)
+}
+
+/// Everything of a restore but its note; by the end it is complete on the disk.
+fn unpack(root: &Root, files: &dyn Files, input: impl Read, into: &Path) -> Result<()> {
+    let doing = failed("writing", into);
+    let data = root.data();
+    files.create_dir(into).map_err(&doing)?;
+    let free = Room::free(&data)?;
+    let room = Room {
+        bytes: free.bytes.saturating_sub(RESERVE.bytes),
+        entries: free.entries.saturating_sub(RESERVE.entries),
+    };
+    archive::unpack(files, input, into, room)?;
+    for name in FOLDERS {
+        let path = into.join(name);
+        let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
+        if found.is_some_and(|found| !found.is_dir()) {
+            let help = "use a file that `slotd backup` made";
+            return Err(Refusal::new("bad-archive", format!("`{name}` is no folder"), help));
+        }
+    }
+    migrate::only_the_version(files, into)?;
+    files.sync(into).map_err(&doing)?;
+    files.create(&into.join(COMPLETE)).map_err(&doing)?;
+    files.sync(into).and_then(|()| files.sync(&data)).map_err(&doing)
+}
+
+/// What was unpacked takes the place of what waits.
+fn arrange(root: &Root, files: &dyn Files, before: Option<Pending>) -> Result<()> {
+    let data = root.data();
+    let (unpacked, incoming) = (data.join(UNPACKED), data.join(INCOMING));
+    let doing = failed("writing", &incoming);
+    let waits = is_there(&incoming)?;
+    if waits {
+        files.exchange(&unpacked, &incoming).map_err(&doing)?;
+    } else {
+        files.rename(&unpacked, &incoming).map_err(&doing)?;
+    }
+    let noted = files
+        .sync(&data)
+        .map_err(&doing)
+        .and_then(|()| request(root, files, Pending::Restore, before));
+    if noted.is_err() && waits {
+        // The failure itself is the one to tell.
+        drop(files.exchange(&unpacked, &incoming).and_then(|()| files.sync(&data)));
+    }
+    noted?;
+    // What waited before. The request counts by now: what is left of that goes in the next start.
+    drop(files.remove(&unpacked));
+    Ok(())
+}
+
+/// Carries out what waits, early in a start, before anything uses `data`.
 ///
 /// # Errors
 /// `io`: the change goes on in the next start.
-pub fn apply(root: &Root) -> Result<Option<Pending>> {
+pub fn apply(root: &Root) -> Result<Applied> {
+    apply_with(root, &Disk)
+}
+
+/// [`apply`] with every change made through `files`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn apply_with(root: &Root, files: &dyn Files) -> Result<Applied> {
     let data = root.data();
     let (incoming, outgoing) = (data.join(INCOMING), data.join(OUTGOING));
-    let pending = Pending::read(root)?;
+    let mut applied = Applied::default();
+    let noted = is_there(&note(root))?;
+    let pending = match known(root)? {
+        None if noted => by_what_is_there(&data)?,
+        // Nothing goes for something that does not come.
+        Some(Pending::Restore) if !is_there(&incoming.join(COMPLETE))? => None,
+        known => known,
+    };
     if let Some(pending) = pending {
         // The API's resources go, or come back from another time.
-        crate::provision::forget(root, &crate::files::Disk)?;
-        if pending != Pending::Arriving {
-            fs::create_dir_all(&outgoing).map_err(failed("creating", &outgoing))?;
-            let mut names = archive::contents(&data)?;
-            if pending == Pending::Reset {
-                names.push(PathBuf::from("var"));
+        crate::provision::forget(root, files)?;
+        match pending {
+            Pending::Reset => leave(root, files, &everything(root)?, true)?,
+            Pending::Restore => {
+                let names = archive::contents(&data)?;
+                let paths: Vec<PathBuf> = names.iter().map(|name| data.join(name)).collect();
+                leave(root, files, &paths, false)?;
+                // From here on nothing that lies in its place is old.
+                durable::write_json_with(files, &note(root), &Pending::Arriving)
+                    .map_err(failed("writing", &note(root)))?;
+                arrive(root, files)?;
             }
-            for name in names.iter().filter(|name| data.join(name).symlink_metadata().is_ok()) {
-                fs::rename(data.join(name), outgoing.join(name))
-                    .map_err(failed("moving", &data.join(name)))?;
-            }
-            flush(&data)?;
+            Pending::Arriving => arrive(root, files)?,
         }
-        if pending != Pending::Reset {
-            // From here on nothing that lies in its place is old.
-            durable::write_json(&note(root), &Pending::Arriving)
-                .map_err(failed("writing", &note(root)))?;
-            for name in archive::contents(&incoming).unwrap_or_default() {
-                fs::rename(incoming.join(&name), data.join(&name))
-                    .map_err(failed("moving", &incoming.join(&name)))?;
-            }
-            flush(&data)?;
-        }
-        durable::remove(&note(root)).map_err(failed("removing", &note(root)))?;
-        flush(&root.state())?;
     }
-    clear(&incoming)?;
-    clear(&outgoing)?;
-    Ok(pending)
-}
-
-fn flush(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("flushing", folder))
-}
-
-fn clear(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(failed("removing", folder)(error))
-        }
-        _ => Ok(()),
+    if noted {
+        files
+            .remove(&note(root))
+            .and_then(|()| files.sync(&root.state()))
+            .map_err(failed("removing", &note(root)))?;
     }
+    applied.carried_out = pending;
+    applied.dropped = noted && pending.is_none();
+    for folder in [&incoming, &data.join(UNPACKED)] {
+        if is_there(folder)? {
+            files.remove(folder).map_err(failed("removing", folder))?;
+        }
+    }
+    if is_there(&outgoing.join(OVERWRITE))? {
+        applied.not_overwritten = overwrite(files, &outgoing)?;
+        files.sync_all(&data).map_err(failed("flushing", &data))?;
+    }
+    if is_there(&outgoing)? {
+        files.remove(&outgoing).map_err(failed("removing", &outgoing))?;
+    }
+    Ok(applied)
 }
 
-fn free(data: &Path) -> Result<u64> {
-    let about = rustix::fs::statvfs(data)
-        .map_err(|error| Refusal::io(format!("looking at {}", data.display()), &error.into()))?;
-    Ok(about.f_bavail.saturating_mul(about.f_frsize))
+/// What was going on when the note about it is damaged. As long as nothing was moved, nothing was.
+fn by_what_is_there(data: &Path) -> Result<Option<Pending>> {
+    let outgoing = data.join(OUTGOING);
+    Ok(if is_there(&outgoing.join(OVERWRITE))? {
+        Some(Pending::Reset)
+    } else if is_there(&outgoing)? && is_there(&data.join(INCOMING).join(COMPLETE))? {
+        Some(Pending::Arriving)
+    } else {
+        None
+    })
+}
+
+/// Everything that a reset takes: all on `data`, whatever its name, but what is [`KEPT`].
+fn everything(root: &Root) -> Result<Vec<PathBuf>> {
+    let (data, state, backup) = (root.data(), root.state(), kept(root));
+    let mut paths = Vec::new();
+    let mut add = |folder: &Path, but: &dyn Fn(&Path) -> bool| -> Result<()> {
+        let names = names(folder)?.into_iter().filter(|name| !but(name));
+        paths.extend(names.map(|name| folder.join(name)));
+        Ok(())
+    };
+    let found = data.join("lost+found");
+    add(&data, &|name| [OUTGOING, "slotd", "lost+found"].iter().any(|own| name == Path::new(own)))?;
+    // The folder itself belongs to the file system; what a repair has put there was somebody's.
+    add(&found, &|_| false)?;
+    let of_this_reset = is_there(&backup.join(OF_THIS_RESET))?;
+    add(&state, &|name| {
+        let kept = KEPT.iter().any(|kept| name == Path::new(kept));
+        kept || (of_this_reset && name == Path::new("backup"))
+    })?;
+    if of_this_reset {
+        add(&backup, &|name| [BACKUP, OF_THIS_RESET].iter().any(|own| name == Path::new(own)))?;
+    }
+    Ok(paths)
+}
+
+/// Moves things out, and returns when that would survive a power cut.
+fn leave(root: &Root, files: &dyn Files, paths: &[PathBuf], overwrite: bool) -> Result<()> {
+    let outgoing = root.data().join(OUTGOING);
+    let doing = failed("creating", &outgoing);
+    if !is_there(&outgoing)? {
+        files.create_dir(&outgoing).map_err(&doing)?;
+    }
+    let mark = outgoing.join(OVERWRITE);
+    if overwrite && !is_there(&mark)? {
+        files.create(&mark).map_err(&doing)?;
+    }
+    files.sync(&outgoing).and_then(|()| files.sync(&root.data())).map_err(&doing)?;
+    for path in paths {
+        let Some(name) = path.file_name() else { continue };
+        let mut to = outgoing.join(name);
+        // One that failed before, and was made again since, has the name.
+        for number in 1u32.. {
+            if !is_there(&to)? {
+                break;
+            }
+            let mut other = name.to_owned();
+            other.push(format!(".{number}"));
+            to = outgoing.join(other);
+        }
+        files.rename(path, &to).map_err(failed("moving", path))?;
+    }
+    let mut folders: Vec<&Path> = paths.iter().filter_map(|path| path.parent()).collect();
+    folders.dedup();
+    for folder in folders.into_iter().chain([outgoing.as_path()]) {
+        files.sync(folder).map_err(failed("flushing", folder))?;
+    }
+    Ok(())
+}
+
+/// Moves what comes to its place. What is there has been made since everything went: by services of a start
+/// in which this failed.
+fn arrive(root: &Root, files: &dyn Files) -> Result<()> {
+    let data = root.data();
+    let incoming = data.join(INCOMING);
+    if !is_there(&incoming)? {
+        return Ok(());
+    }
+    for name in archive::contents(&incoming)? {
+        let (from, to) = (incoming.join(&name), data.join(&name));
+        if is_there(&to)? {
+            leave(root, files, std::slice::from_ref(&to), false)?;
+        }
+        files.rename(&from, &to).map_err(failed("moving", &from))?;
+    }
+    for folder in [&incoming, &data] {
+        files.sync(folder).map_err(failed("flushing", folder))?;
+    }
+    Ok(())
+}
+
+/// Overwrites every file below a folder whose last name this is, and removes all but the mark. Returns how many
+/// could not be overwritten: they go all the same.
+fn overwrite(files: &dyn Files, folder: &Path) -> Result<u64> {
+    let mut not_overwritten = 0;
+    let (mut folders, mut at) = (vec![folder.to_owned()], 0);
+    while let Some(inside) = folders.get(at).cloned() {
+        at += 1;
+        for name in names(&inside)? {
+            let path = inside.join(name);
+            let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
+            let Some(found) = found else { continue };
+            if found.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            if path == folder.join(OVERWRITE) {
+                continue;
+            }
+            // Installed versions of an API share their files.
+            if found.is_file() && found.nlink() == 1 && files.overwrite(&path).is_err() {
+                not_overwritten += 1;
+            }
+            files.remove(&path).map_err(failed("removing", &path))?;
+        }
+    }
+    for name in names(folder)? {
+        let path = folder.join(name);
+        if path != folder.join(OVERWRITE) {
+            files.remove(&path).map_err(failed("removing", &path))?;
+        }
+    }
+    Ok(not_overwritten)
 }

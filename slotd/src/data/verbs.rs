@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::PathBuf;
+use std::process::Command;
 
 use serde::Serialize;
 use serde_json::json;
 
 use super::grow::Grown;
-use super::{Migrated, Pending, migrate, pending, state};
+use super::{Applied, Migrated, Pending, migrate, pending, state};
 use crate::api;
 use crate::device::Description;
 use crate::events::Events;
@@ -34,7 +35,7 @@ fn lock(root: &Root, verb: &str) -> Result<Lock> {
 /// Prepares a factory reset; the next start carries it out. Returns where the backup lies, if one was made.
 ///
 /// # Errors
-/// `busy`, `no-space`, `io`.
+/// `busy`, `no-space`, `no-archive`, `io`.
 pub fn reset(root: &Root, keep: bool) -> Result<Option<PathBuf>> {
     let _lock = lock(root, "reset")?;
     logged(root, "reset-prepared", pending::reset(root, keep), json!({ "backup": keep }))
@@ -51,7 +52,7 @@ pub fn backup(root: &Root, out: impl Write) -> Result<()> {
 /// Prepares a restore; the next start carries it out.
 ///
 /// # Errors
-/// `busy`, `bad-archive`, `no-space`, `io`.
+/// `busy`, `half-done`, `bad-archive`, `no-space`, `io`.
 pub fn restore(root: &Root, input: impl Read) -> Result<()> {
     let _lock = lock(root, "restore")?;
     logged(root, "restore-prepared", pending::restore(root, input), json!({}))
@@ -69,8 +70,9 @@ pub fn grow(root: &Root) -> Result<Grown> {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Prepared {
-    /// The reset or restore that was carried out.
-    pub carried_out: Option<Pending>,
+    /// The reset or restore that was carried out, or dropped.
+    #[serde(flatten)]
+    pub applied: Applied,
     /// The steps between versions.
     pub migrated: Migrated,
 }
@@ -89,7 +91,7 @@ pub fn prepare(root: &Root) -> Result<Prepared> {
     }
     let result = prepare_all(root);
     match &result {
-        Ok(done) if done.carried_out.is_some() || !quiet(&done.migrated) => {
+        Ok(done) if done.applied != Applied::default() || !quiet(&done.migrated) => {
             Events::new(root).add("data-prepared", json!(done));
         }
         Ok(_) => {}
@@ -108,7 +110,10 @@ fn quiet(migrated: &Migrated) -> bool {
 }
 
 fn prepare_all(root: &Root) -> Result<Prepared> {
-    let carried_out = pending::apply(root)?;
+    let applied = pending::apply(root)?;
+    if applied.carried_out == Some(Pending::Reset) && root.is_system() {
+        trim(root);
+    }
     // Nothing of the start depends on it: the system's own API can always serve.
     let events = Events::new(root);
     if let Err(refusal) = api::settle(root, &events, &Disk) {
@@ -116,7 +121,19 @@ fn prepare_all(root: &Root) -> Result<Prepared> {
     }
     // Which slot runs does not matter here, nor whether `/` is on a slot at all.
     let about = Description::read(root)?;
-    Ok(Prepared { carried_out, migrated: migrate(root, &about.version)? })
+    Ok(Prepared { applied, migrated: migrate(root, &about.version)? })
+}
+
+/// Tells the card which blocks are free, so that it forgets what they held: copies that were replaced or
+/// removed before a reset. Not every card takes that, and none promises it.
+fn trim(root: &Root) {
+    let trimmed = Command::new("fstrim").arg(root.data()).output();
+    let why = match trimmed {
+        Ok(output) if output.status.success() => return,
+        Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Events::new(root).add("data-not-trimmed", json!({ "why": why }));
 }
 
 fn report(root: &Root) -> PathBuf {

@@ -3,7 +3,8 @@
 //! The model is harsher than any file system in use: a change that was not flushed is there after the cut or is
 //! not, whatever became of the changes before and after it. A file's bytes and mode are safe once the file is
 //! synced; a name in a folder, once the folder is; everything, once its file system is; a rename or an exchange
-//! happens whole or not at all.
+//! happens whole or not at all, between two folders too (a journal's one transaction), and is safe once both are
+//! synced.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Permissions};
@@ -37,19 +38,64 @@ struct Inode {
 /// One change, of one inode.
 #[derive(Clone, Debug)]
 enum Change {
-    Name { folder: usize, name: String, to: usize },
-    Unname { folder: usize, name: String },
-    Swap { folder: usize, one: String, other: String },
-    Replace { folder: usize, from: String, name: String, to: usize },
-    Append { file: usize, bytes: Vec<u8> },
-    Mode { inode: usize, mode: u32 },
-    Time { inode: usize, time: u64 },
-    Sync { inode: usize },
+    Name {
+        folder: usize,
+        name: String,
+        to: usize,
+    },
+    Unname {
+        folder: usize,
+        name: String,
+    },
+    Swap {
+        folder: usize,
+        one: String,
+        other: String,
+    },
+    Replace {
+        folder: usize,
+        from: String,
+        name: String,
+        to: usize,
+    },
+    /// From one folder to another: there or not, never half.
+    Move {
+        folder: usize,
+        name: String,
+        into: usize,
+        other: String,
+        to: usize,
+    },
+    Append {
+        file: usize,
+        bytes: Vec<u8>,
+    },
+    Zeros {
+        file: usize,
+    },
+    Mode {
+        inode: usize,
+        mode: u32,
+    },
+    Time {
+        inode: usize,
+        time: u64,
+    },
+    Sync {
+        inode: usize,
+    },
     SyncAll,
 }
 
 impl Change {
     /// What it changes; `None`: nothing.
+    fn inodes(&self) -> Vec<usize> {
+        match self {
+            Self::Move { folder, into, .. } => vec![*folder, *into],
+            other => other.inode().into_iter().collect(),
+        }
+    }
+
     fn inode(&self) -> Option<usize> {
         match self {
             Self::Name { folder, .. }
@@ -57,9 +103,10 @@ impl Change {
             | Self::Swap { folder, .. }
             | Self::Replace { folder, .. } => Some(*folder),
             Self::Append { file: inode, .. }
+            | Self::Zeros { file: inode }
             | Self::Mode { inode, .. }
             | Self::Time { inode, .. } => Some(*inode),
-            Self::Sync { .. } | Self::SyncAll => None,
+            Self::Move { .. } | Self::Sync { .. } | Self::SyncAll => None,
         }
     }
 
@@ -135,6 +182,14 @@ impl Store {
                 names.remove(from);
                 names.insert(name.clone(), *to);
             }
+            Change::Move { folder, name, into, other, to } => {
+                self.names(*folder).remove(name);
+                self.names(*into).insert(other.clone(), *to);
+            }
+            Change::Zeros { file } => match &mut self.0[*file].node {
+                Node::File(content) => content.fill(0),
+                other => panic!("{other:?} is no file"),
+            },
             Change::Append { file, bytes } => match &mut self.0[*file].node {
                 Node::File(content) => content.extend(bytes),
                 other => panic!("{other:?} is no file"),
@@ -310,7 +365,7 @@ impl Recorder {
         let changes = &now.1[..point];
         let safe = |at: usize, inode| changes[at..].iter().any(|change| change.saves(inode));
         let open: Vec<usize> = (0..point)
-            .filter(|at| changes[*at].inode().is_some_and(|inode| !safe(*at, inode)))
+            .filter(|at| changes[*at].inodes().into_iter().any(|inode| !safe(*at, inode)))
             .collect();
         let all: BTreeSet<usize> = open.iter().copied().collect();
         let mut kept = vec![all.clone(), BTreeSet::new()];
@@ -393,6 +448,22 @@ impl Files for Recorder {
         self.call()?;
         Disk.set_mode(path, mode)?;
         self.change(|store| vec![Change::Mode { inode: self.inode(store, path), mode }]);
+        Ok(())
+    }
+
+    fn set_owner(&self, path: &Path, user: u32, group: u32) -> io::Result<()> {
+        self.call()?;
+        // All files of a test are of one owner.
+        Disk.set_owner(path, user, group)
+    }
+
+    fn overwrite(&self, path: &Path) -> io::Result<()> {
+        self.call()?;
+        Disk.overwrite(path)?;
+        self.change(|store| {
+            let file = self.inode(store, path);
+            vec![Change::Zeros { file }, Change::Sync { inode: file }]
+        });
         Ok(())
     }
 
@@ -481,9 +552,14 @@ impl Files for Recorder {
 impl Recorder {
     fn swap(&self, from: &Path, to: &Path) {
         self.change(|store| {
-            let ((folder, one), (same, other)) = (self.place(store, from), self.place(store, to));
-            assert_eq!(folder, same, "between two folders a rename is two changes");
-            vec![Change::Swap { folder, one, other }]
+            let ((folder, one), (into, other)) = (self.place(store, from), self.place(store, to));
+            if folder == into {
+                return vec![Change::Swap { folder, one, other }];
+            }
+            // Nobody exchanges between two folders.
+            assert!(!store.names(into).contains_key(&other), "{from:?} to {to:?}");
+            let inode = store.names(folder)[&one];
+            vec![Change::Move { folder, name: one, into, other, to: inode }]
         });
     }
 }

@@ -1,0 +1,418 @@
+//! Power cuts and failing disks in what changes `data` as a whole: a reset, a restore, a migration forth and
+//! back, and each of them over what another one has left. Between any two changes, with unflushed changes lost or
+//! torn (`common/crash.rs`); then the robot starts, by the code of a real one. What is on `data` is then all of
+//! what was there, or all of what was asked for.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+
+#[allow(dead_code)]
+#[path = "common/crash.rs"]
+mod crash;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bundle::Version;
+use crash::{Recorder, Snapshot, State, snapshot};
+use slotd::data::{Migration, Pending, apply_with, backup, migrate_with, reset_with, restore_with};
+use slotd::files::{Disk, Files};
+use slotd::{Refusal, Root};
+
+/// What a robot has on `data`, told apart by a word in every file.
+fn fill(root: &Root, word: &str) {
+    let put = |path: &str| {
+        let path = root.data().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, word).unwrap();
+    };
+    for path in ["identity/hostname", "apps/settings/api.json", "home/robot/protocol.py"] {
+        put(path);
+    }
+    put(&format!("extra-{word}/file"));
+    fs::write(root.data().join("data-version.json"), record(word)).unwrap();
+}
+
+/// The record of version 1.0.0, told apart as well.
+fn record(word: &str) -> String {
+    let word = if word == "old" { "0.1.0" } else { "0.2.0" };
+    format!(
+        "{{\n  \"version\": \"1.0.0\",\n  \"taken\": [],\n  \"under-way\": null,\n  \"needs\": \"{word}\"\n}}\n"
+    )
+}
+
+fn robot(word: &str) -> (tempfile::TempDir, Root) {
+    let memory = Path::new("/dev/shm");
+    let place = if memory.is_dir() { memory.into() } else { std::env::temp_dir() };
+    let dir = tempfile::tempdir_in(place).unwrap();
+    let root = Root::new(dir.path());
+    fill(&root, word);
+    fs::create_dir_all(root.state()).unwrap();
+    fs::write(root.state().join("floor.json"), "floor").unwrap();
+    (dir, root)
+}
+
+fn archive_of(word: &str) -> Vec<u8> {
+    let (_dir, root) = robot(word);
+    if word == "worse" {
+        // More than a block of zstd's, so that it is damaged in the middle.
+        let noise = (0..300_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8);
+        fs::write(root.data().join("home/noise"), noise.collect::<Vec<u8>>()).unwrap();
+    }
+    let mut bytes = Vec::new();
+    backup(&root, &mut bytes).unwrap();
+    bytes
+}
+
+/// What belongs to the owner: all but the agent's own.
+fn owners(all: &Snapshot) -> Snapshot {
+    let ours = |path: &Path| path == Path::new("") || path.starts_with("slotd");
+    all.iter().filter(|(path, _)| !ours(path)).map(|(p, t)| (p.clone(), t.clone())).collect()
+}
+
+fn of(word: &str) -> Snapshot {
+    owners(&snapshot(&robot(word).1.data()))
+}
+
+/// What a start does.
+fn start(root: &Root, files: &dyn Files) -> Result<Option<Pending>, Refusal> {
+    let applied = apply_with(root, files)?;
+    migrate_with(root, &version("1.0.0"), files, &|_, _| Ok(()))?;
+    Ok(applied.carried_out)
+}
+
+fn version(text: &str) -> Version {
+    Version::parse(text).unwrap()
+}
+
+fn put(state: &State, data: &Path) {
+    fs::remove_dir_all(data).unwrap();
+    state.write(data);
+}
+
+/// Of everything that a cut of this recording could leave, what `check` says.
+fn cut(what: &str, files: &Recorder, root: &Root, check: &dyn Fn(&str) -> String) -> usize {
+    let mut states = 0;
+    let (mut different, mut seen) = (BTreeSet::new(), BTreeSet::new());
+    for point in 0..files.points() {
+        for (number, state) in files.states(point).into_iter().enumerate() {
+            states += 1;
+            if !different.insert(state.key(&|_| false)) {
+                continue;
+            }
+            put(&state, &root.data());
+            seen.insert(check(&format!("{what}, point {point}, state {number}")));
+        }
+    }
+    println!(
+        "{what}: {} changes, {states} states, a start from each of the {} that differ: {seen:?}",
+        files.points() - 1,
+        different.len()
+    );
+    // By its end everything is on the disk, whatever else is lost.
+    let mut end = BTreeSet::new();
+    for state in files.states(files.points() - 1) {
+        put(&state, &root.data());
+        end.insert(check(&format!("{what}, at its end")));
+    }
+    assert_eq!(end.len(), 1, "{what}: {end:?}");
+    different.len()
+}
+
+/// What is on `data`, as one of the names; nothing else may be there.
+fn which<'a>(root: &Root, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str {
+    let found = owners(&snapshot(&root.data()));
+    let name = known.iter().find(|(_, expected)| **expected == found);
+    name.unwrap_or_else(|| panic!("{at}: mixed or lost: {found:#?}")).0
+}
+
+/// What a start makes of it: one of these, and the next start changes nothing.
+fn settles<'a>(root: &Root, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str {
+    start(root, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+    let name = which(root, known, at);
+    let all = snapshot(&root.data());
+    start(root, &Disk).unwrap();
+    assert!(all == snapshot(&root.data()), "{at}: a second start changes something");
+    assert_eq!(all[Path::new("slotd/floor.json")], "644 floor", "{at}");
+    assert!(!all.contains_key(Path::new("slotd/pending.json")), "{at}");
+    name
+}
+
+/// The record of a robot that has just been reset.
+fn empty() -> Snapshot {
+    let (_dir, root) = robot("old");
+    reset_with(&root, false, &Disk).unwrap();
+    start(&root, &Disk).unwrap();
+    let left = owners(&snapshot(&root.data()));
+    assert_eq!(left.keys().collect::<Vec<_>>(), [&PathBuf::from("data-version.json")]);
+    left
+}
+
+/// A request, by its word.
+fn ask(root: &Root, what: &str, files: &dyn Files) -> Result<(), Refusal> {
+    match what {
+        "reset" => reset_with(root, false, files).map(drop),
+        "reset and keep" => reset_with(root, true, files).map(drop),
+        "bad restore" => {
+            let mut bytes = archive_of("worse");
+            bytes.truncate(bytes.len() - 20);
+            restore_with(root, bytes.as_slice(), files)
+        }
+        word => restore_with(root, archive_of(word).as_slice(), files),
+    }
+}
+
+/// What there is after a request and a start.
+fn outcome(what: &str) -> &'static str {
+    match what {
+        "reset" | "reset and keep" => "nothing",
+        "new" => "new",
+        "newer" => "newer",
+        "bad restore" | "none" => "old",
+        other => panic!("{other}"),
+    }
+}
+
+const REQUESTS: [&str; 5] = ["reset", "reset and keep", "new", "newer", "bad restore"];
+
+#[test]
+fn every_request_over_every_other_one_cut_anywhere() {
+    let (old, new, newer, nothing) = (of("old"), of("new"), of("newer"), empty());
+    let known = [("old", &old), ("new", &new), ("newer", &newer), ("nothing", &nothing)];
+    let mut starts = 0;
+    for first in ["none", "reset", "reset and keep", "new", "bad restore"] {
+        for second in REQUESTS {
+            let (_dir, root) = robot("old");
+            if first != "none" {
+                drop(ask(&root, first, &Disk));
+            }
+            let files = Recorder::new(&root.data());
+            let refused = ask(&root, second, &files).is_err();
+            assert_eq!(refused, second == "bad restore");
+            let before = outcome(first);
+            let after = if refused { before } else { outcome(second) };
+            let what = format!("{second} over {first}");
+            starts += cut(&what, &files, &root, &|at| {
+                let found = settles(&root, &known, at);
+                assert!(found == before || found == after, "{at}: {found}");
+                if at.ends_with("at its end") {
+                    assert_eq!(found, after, "{at}");
+                }
+                found.to_owned()
+            });
+        }
+    }
+    println!("{starts} starts from cut requests");
+    assert!(starts > 5000, "{starts}");
+}
+
+#[test]
+fn what_waits_is_carried_out_cut_anywhere() {
+    let (old, new, nothing) = (of("old"), of("new"), empty());
+    let known = [("old", &old), ("new", &new), ("nothing", &nothing)];
+    let mut starts = 0;
+    for what in ["reset", "reset and keep", "new"] {
+        let (_dir, root) = robot("old");
+        ask(&root, what, &Disk).unwrap();
+        let files = Recorder::new(&root.data());
+        start(&root, &files).unwrap();
+        starts += cut(&format!("carrying out {what}"), &files, &root, &|at| {
+            let found = settles(&root, &known, at);
+            assert_eq!(found, outcome(what), "{at}");
+            let kept = root.state().join("backup/before-reset.tar.zst");
+            assert_eq!(kept.exists(), what == "reset and keep", "{at}");
+            found.to_owned()
+        });
+    }
+    println!("{starts} starts from cut changes");
+    assert!(starts > 500, "{starts}");
+}
+
+/// What services of a start make that finds nothing: folders, and a file of their own.
+fn services(root: &Root) {
+    for name in ["apps", "home", "identity", "network"] {
+        fs::create_dir_all(root.data().join(name)).unwrap();
+    }
+    fs::write(root.data().join("identity/made"), "in between").unwrap();
+}
+
+#[test]
+fn a_disk_that_fails_at_any_change_loses_nothing_and_heals() {
+    let (old, new, nothing) = (of("old"), of("new"), empty());
+    let known = [("old", &old), ("new", &new), ("nothing", &nothing)];
+    let mut failed = 0;
+    // The request fails: it is refused, and what waited before waits still.
+    for first in ["none", "reset", "new"] {
+        for second in ["reset", "reset and keep", "newer"] {
+            for call in 0.. {
+                let (_dir, root) = robot("old");
+                if first != "none" {
+                    ask(&root, first, &Disk).unwrap();
+                }
+                let files = Recorder::new(&root.data()).failing(call, [5, 28][call % 2]);
+                let result = ask(&root, second, &files);
+                if files.calls() <= call {
+                    break;
+                }
+                failed += 1;
+                let at = format!("{second} over {first}, call {call}");
+                if result.is_err() {
+                    assert_eq!(settles(&root, &known, &at), outcome(first), "{at}: {result:?}");
+                }
+            }
+        }
+    }
+    // Carrying out fails: a start goes on, services make their files in between, and the next one heals it.
+    for what in ["reset", "new"] {
+        for call in 0.. {
+            let (_dir, root) = robot("old");
+            ask(&root, what, &Disk).unwrap();
+            let files = Recorder::new(&root.data()).failing(call, [5, 28][call % 2]);
+            let result = apply_with(&root, &files);
+            if files.calls() <= call {
+                break;
+            }
+            failed += 1;
+            let at = format!("carrying out {what}, call {call}");
+            if result.is_err() {
+                services(&root);
+            }
+            start(&root, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+            let found = snapshot(&root.data());
+            assert!(!found.values().any(|text| text == "644 old"), "{at}: {found:#?}");
+            for name in [".incoming", ".outgoing", ".incoming.new", "slotd/pending.json"] {
+                assert!(!found.contains_key(Path::new(name)), "{at}: {name}");
+            }
+            let complete = new.iter().all(|(path, text)| found.get(path) == Some(text));
+            assert!(what == "reset" || complete, "{at}: {found:#?}");
+        }
+    }
+    println!("{failed} failures");
+    assert!(failed > 300, "{failed}");
+}
+
+#[test]
+fn a_note_without_its_parts_takes_nothing_away() {
+    let old = of("old");
+    for note in ["\"restore\"", "", "\"later\"", "nonsense", "\0\0\0"] {
+        for incoming in ["none", "half"] {
+            let (_dir, root) = robot("old");
+            fs::write(root.state().join("pending.json"), note).unwrap();
+            if incoming == "half" {
+                fs::create_dir_all(root.data().join(".incoming/home")).unwrap();
+            }
+            assert_eq!(settles(&root, &[("old", &old)], note), "old");
+        }
+    }
+}
+
+/// A step's work, through the recorder: a program's unflushed changes can be lost like any other.
+fn work(root: &Root, step: &Migration, files: &dyn Files) -> Result<(), String> {
+    let data = root.data();
+    let settings = data.join("apps/settings");
+    let work = || -> std::io::Result<()> {
+        let file = settings.join("api.json");
+        files.remove(&file)?;
+        files.create(&file)?;
+        files.append(&file, step.name.as_bytes())?;
+        files.set_mode(&file, 0o644)?;
+        let made = data.join("system").join(&step.name);
+        if !data.join("system").exists() {
+            files.create_dir(&data.join("system"))?;
+        }
+        files.create(&made)?;
+        files.append(&made, b"made")
+    };
+    work().map_err(|error| error.to_string())
+}
+
+fn steps(root: &Root) {
+    let folder = root.path("etc/slotd/migrations.d");
+    fs::create_dir_all(&folder).unwrap();
+    for (name, version) in [("one", "1.1.0"), ("two", "1.2.0")] {
+        let text = format!(
+            "version = '{version}'\npaths = ['apps/settings', 'apps/settings/api.json', 'system']\nrun = ['true']\n"
+        );
+        fs::write(folder.join(format!("{name}.toml")), text).unwrap();
+    }
+}
+
+/// The owner's, without the record, which says how they came to be.
+fn contents(root: &Root) -> Snapshot {
+    let mut all = owners(&snapshot(&root.data()));
+    all.remove(Path::new("data-version.json"));
+    all
+}
+
+fn bring(root: &Root, to: &str, files: &dyn Files) -> Result<(), Refusal> {
+    apply_with(root, files)?;
+    migrate_with(root, &version(to), files, &|root, step| work(root, step, files)).map(drop)
+}
+
+#[test]
+fn migration_forth_and_back_cut_anywhere() {
+    let mut trees = Vec::new();
+    for to in ["1.0.0", "1.1.0", "1.2.0"] {
+        let (_dir, root) = robot("old");
+        steps(&root);
+        bring(&root, to, &Disk).unwrap();
+        trees.push((to, contents(&root)));
+    }
+    let tree = |to: &str| &trees.iter().find(|(version, _)| *version == to).unwrap().1;
+    let mut starts = 0;
+    for path in [&["1.2.0"][..], &["1.1.0", "1.2.0"], &["1.2.0", "1.0.0"], &["1.2.0", "1.1.0"]] {
+        let (_dir, root) = robot("old");
+        steps(&root);
+        let (last, before) = path.split_last().unwrap();
+        for to in before {
+            bring(&root, to, &Disk).unwrap();
+        }
+        let files = Recorder::new(&root.data());
+        bring(&root, last, &files).unwrap();
+        // Whichever system starts then, it has its own data.
+        for next in ["1.0.0", "1.1.0", "1.2.0"] {
+            // Two versions back nobody goes.
+            if path == ["1.1.0", "1.2.0"] && next == "1.0.0" {
+                continue;
+            }
+            starts += cut(&format!("{path:?}, then {next}"), &files, &root, &|at| {
+                bring(&root, next, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+                assert!(contents(&root) == *tree(next), "{at}: {:#?}", contents(&root));
+                let all = snapshot(&root.data());
+                bring(&root, next, &Disk).unwrap();
+                assert!(all == snapshot(&root.data()), "{at}: a second start changes something");
+                let ways = all.keys().filter(|path| path.starts_with("slotd/snapshots")).count();
+                assert!(ways <= 3, "{at}: ways back that nobody needs: {all:#?}");
+                next.to_owned()
+            });
+        }
+    }
+    println!("{starts} starts from cut migrations");
+    assert!(starts > 1500, "{starts}");
+}
+
+#[test]
+fn a_disk_that_fails_at_any_change_of_a_migration_mixes_nothing() {
+    let mut failed = 0;
+    for (before, to) in [("1.0.0", "1.2.0"), ("1.2.0", "1.0.0")] {
+        let (_dir, root) = robot("old");
+        steps(&root);
+        bring(&root, to, &Disk).unwrap();
+        let expected = contents(&root);
+        for call in 0.. {
+            let (_dir, root) = robot("old");
+            steps(&root);
+            bring(&root, before, &Disk).unwrap();
+            let files = Recorder::new(&root.data()).failing(call, [5, 28][call % 2]);
+            let result = bring(&root, to, &files);
+            if files.calls() <= call {
+                break;
+            }
+            failed += 1;
+            let at = format!("{before} to {to}, call {call}: {result:?}");
+            bring(&root, to, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+            assert!(contents(&root) == expected, "{at}: {:#?}", contents(&root));
+        }
+    }
+    println!("{failed} failures");
+    assert!(failed > 80, "{failed}");
+}
