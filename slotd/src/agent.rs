@@ -19,6 +19,7 @@ use crate::install::{self, Machine, Options, Progress, Slots};
 use crate::lock::{Lock, Turn};
 use crate::record::{Floor, Installed, Journal};
 use crate::refusal::{Refusal, Result};
+use crate::reserve;
 use crate::root::Root;
 use crate::trust;
 
@@ -277,7 +278,7 @@ impl Agent {
         let root = self.device.root();
         let floor = install::floor(&self.machine())?;
         if Floor::read(root).ok().as_ref() != Some(&floor)
-            && let Err(error) = floor.write(root)
+            && let Err(error) = reserve::with(root, || floor.write(root))
         {
             self.events.add("not-recorded", json!({ "error": error.to_string() }));
         }
@@ -370,7 +371,9 @@ impl Agent {
         let _lock = self.lock("keys")?;
         DataState::writable(self.device.root())?;
         let floor = install::floor(&self.machine())?;
-        let taken = trust::take(self.device.root(), self.device.about.kind, floor.key_epoch, file);
+        let (root, kind) = (self.device.root(), self.device.about.kind);
+        // Whoever fills `data` must not keep a key from being revoked.
+        let taken = reserve::with(root, || trust::take(root, kind, floor.key_epoch, file));
         let set = taken.map_err(|refusal| self.refused(refusal))?;
         self.events.add("key-set-taken", json!({ "serial": set.serial, "keys": set.keys }));
         Ok(set)

@@ -19,6 +19,7 @@ pub mod provision;
 pub mod python;
 pub mod record;
 pub mod refusal;
+mod reserve;
 pub mod root;
 pub mod source;
 pub mod storage;

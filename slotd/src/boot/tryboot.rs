@@ -190,24 +190,50 @@ impl<S: Storage> Tryboot<S> {
         Some(u32::from_be_bytes(bytes.try_into().ok()?))
     }
 
-    fn record(&self) -> std::path::PathBuf {
-        self.root.state().join("tryboot.json")
+    /// Where a trial's record is: in memory, where it needs no room, if `data` could not take it; or on `data`. One
+    /// in memory ends with the start, as does what it says of a trial that is still to come.
+    fn records(&self) -> [std::path::PathBuf; 2] {
+        [self.root.run(), self.root.state()].map(|folder| folder.join("tryboot.json"))
     }
 
     fn boot_id(&self) -> Result<String> {
         self.root.boot_id().map_err(|error| Refusal::io("reading the kernel's boot id", &error))
     }
 
-    fn armed(&self) -> Result<Option<Armed>> {
-        let path = self.record();
-        durable::read_json(&path)
-            .map_err(|error| Refusal::io(format!("reading {}", path.display()), &error))
+    /// The trial's record. One that is damaged is as good as none, and is told: what the firmware starts does not
+    /// depend on it.
+    fn armed(&self, damage: &mut Vec<String>) -> Option<Armed> {
+        self.records().iter().find_map(|path| match durable::read_json(path) {
+            Ok(armed) => armed,
+            Err(error) => {
+                damage.push(format!("the trial's record {}: {error}", path.display()));
+                None
+            }
+        })
+    }
+
+    fn record(&self, armed: &Armed) -> Result<()> {
+        let [memory, kept] = self.records();
+        let failed = |path: &std::path::Path| {
+            let doing = format!("writing {}", path.display());
+            move |error: io::Error| Refusal::io(&doing, &error)
+        };
+        match durable::write_json(&kept, armed) {
+            Ok(()) => durable::remove(&memory).map_err(failed(&memory)),
+            // Full, failing or in memory itself: `data` decides about no update.
+            Err(error) => {
+                eprintln!("slotd: {} is kept in memory: {error}", kept.display());
+                durable::write_json(&memory, armed).map_err(failed(&memory))
+            }
+        }
     }
 
     fn forget(&self) -> Result<()> {
-        let path = self.record();
-        durable::remove(&path)
-            .map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))
+        for path in self.records().iter().filter(|path| path.symlink_metadata().is_ok()) {
+            durable::remove(path)
+                .map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))?;
+        }
+        Ok(())
     }
 }
 
@@ -264,7 +290,7 @@ impl<S: Storage> BootFlow for Tryboot<S> {
             let running = on_trial && armed.slot == self.running;
             u32::from(!running && armed.boot == boot)
         };
-        let armed = self.armed()?.filter(|armed| armed.slot != active);
+        let armed = self.armed(&mut damage).filter(|armed| armed.slot != active);
         let trial = match armed {
             Some(armed) => {
                 let boot = self.boot_id()?;
@@ -283,9 +309,7 @@ impl<S: Storage> BootFlow for Tryboot<S> {
         self.ready()?;
         // Names the slot under [tryboot], which after a cut write it may not.
         self.choose(other(slot))?;
-        let path = self.record();
-        durable::write_json(&path, &Armed { slot, boot: self.boot_id()? })
-            .map_err(|error| Refusal::io(format!("writing {}", path.display()), &error))
+        self.record(&Armed { slot, boot: self.boot_id()? })
     }
 
     fn commit(&self) -> Result<()> {

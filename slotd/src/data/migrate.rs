@@ -335,8 +335,12 @@ fn forth(
         record.write(root, files)?;
     }
     record.version = version.clone();
-    record.write(root, files)?;
-    sweep(root, files, &record)?;
+    match record.write(root, files) {
+        Ok(()) => sweep(root, files, &record)?,
+        // Nothing was changed: a full `data` must not keep the update out that cures it. The next start writes it.
+        Err(refusal) if steps.is_empty() => eprintln!("slotd: {refusal}"),
+        Err(refusal) => return Err(refusal),
+    }
     Ok(Migrated::Forth { from, steps: steps.into_iter().map(|step| step.name).collect() })
 }
 

@@ -16,6 +16,7 @@ use crate::events::Events;
 use crate::files::Disk;
 use crate::lock::{Lock, Turn, private_dir};
 use crate::refusal::{Refusal, Result};
+use crate::reserve;
 use crate::root::Root;
 
 fn logged<T>(root: &Root, event: &str, result: Result<T>, details: serde_json::Value) -> Result<T> {
@@ -89,7 +90,9 @@ pub fn prepare(root: &Root) -> Result<Prepared> {
             eprintln!("slotd: {} is not for root alone: {error}", folder.display());
         }
     }
-    let result = prepare_all(root);
+    reserve::begin(root);
+    let result = reserve::with(root, || prepare_all(root));
+    reserve::keep(root);
     match &result {
         Ok(done) if done.applied != Applied::default() || !quiet(&done.migrated) => {
             Events::new(root).add("data-prepared", json!(done));

@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use ureq::Agent;
 
 use super::check::Kind;
+use crate::reserve;
 use crate::root::Root;
 
 /// Most characters of a program's last line that are kept.
@@ -46,13 +47,7 @@ pub(super) fn run(root: &Root, kind: &Kind, timeout: Duration) -> Result<String,
             if status.success() { Ok(last) } else { Err(format!("{name}: {status}: {last}")) }
         }
         Kind::Http { url, status } => http(url, *status, timeout),
-        Kind::Space { path, free } => {
-            let at = root.path(path);
-            let found = rustix::fs::statvfs(&at).map_err(|e| format!("{}: {e}", path.display()))?;
-            let bytes = found.f_bavail.saturating_mul(found.f_frsize);
-            let text = format!("{} has {} MiB free", path.display(), bytes >> 20);
-            if bytes >= *free { Ok(text) } else { Err(format!("{text}, expected {}", free >> 20)) }
-        }
+        Kind::Space { path, free } => reserve::fair(root, path, *free),
     }
 }
 

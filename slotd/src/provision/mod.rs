@@ -20,6 +20,7 @@ use crate::files::{Disk, Files};
 use crate::lock::{Lock, Turn};
 use crate::python::{self, Module, Note};
 use crate::refusal::{Refusal, Result};
+use crate::reserve;
 use crate::root::Root;
 pub use tree::{Difference, How};
 use tree::{Item, Tree};
@@ -292,7 +293,7 @@ pub fn boot(root: &Root, events: &Events) -> Result<Provisioned> {
     {
         return Ok(Provisioned::new(Outcome::Current, Some(&found), None));
     }
-    run(root, events)
+    reserve::with(root, || run(root, events))
 }
 
 /// Compares `/data/system` with what the package asks for. Nothing is changed.
