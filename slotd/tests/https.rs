@@ -85,7 +85,9 @@ impl Nginx {
             format!(
                 "server {{ listen 127.0.0.1:{port} ssl; root '{shown}/www';\n\
                  ssl_certificate '{shown}/{folder}/{name}.pem';\n\
-                 ssl_certificate_key '{shown}/{folder}/{name}.key'; }}\n"
+                 ssl_certificate_key '{shown}/{folder}/{name}.key';\n\
+                 location = /plain {{ return 302 http://127.0.0.1:{port}/update.bundle; }}\n\
+                 location = /moved {{ return 302 /update.bundle; }} }}\n"
             )
         });
         let config = format!(
@@ -204,6 +206,12 @@ fn only_servers_of_a_known_authority_are_believed() {
     check(4, "no authority that this robot knows", "/data/identity/ca.d");
     check(5, "no authority that this robot knows", "/data/identity/ca.d");
     robot.run(&["verify", &nginx.address(0)]);
+    // What is asked for over https stays there.
+    robot.run(&["verify", &nginx.address(0).replace("update.bundle", "moved")]);
+    let (exit, code, said, _) =
+        refusal(&robot, &nginx.address(0).replace("update.bundle", "plain"));
+    assert_eq!((exit, code.as_str()), (5, "source"));
+    assert!(said.contains("from https to http://127.0.0.1:"), "{said}");
     robot.run(&["install", "--no-restart", &nginx.address(0)]);
     assert_eq!(robot.slot(Slot::B), new);
     robot.run(&["roll-back"]);

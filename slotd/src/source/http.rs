@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io::{self, Read};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bundle::Input;
 use ureq::Agent;
@@ -22,6 +22,29 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Attempts in a row that may fail before it is given up; with the pauses below, a minute.
 const ATTEMPTS: u32 = 8;
 
+/// Bytes a second that a connection must bring: one time slot of GPRS at its lowest coding scheme has 9.05 kbit/s
+/// (3GPP TS 43.064, 6.5.5.1), a slow but honest modem two to five of them.
+const SLOWEST: u32 = 1024;
+
+/// How long a connection may bring less, broken ones and pauses included: a modem that registers anew, an access point
+/// that restarts.
+const GRACE: Duration = Duration::from_secs(300);
+
+/// How long one answer may take where a later one can go on: within a TLS record nobody sees how fast it comes.
+const ANSWER: Duration = Duration::from_secs(600);
+
+/// How many times the bytes that are there may come again, from a server that knows no ranges.
+const AGAIN: u64 = 8;
+
+/// The most redirects. One leads from a name to a store of files, one from there to a mirror.
+const REDIRECTS: u32 = 5;
+
+/// Bytes of an answer's head.
+const HEAD: usize = 64 << 10;
+
+/// Bytes that are read and passed over at a time.
+const CHUNK: usize = 64 << 10;
+
 /// The pause after the first failed attempt; it doubles, up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -30,6 +53,58 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(16);
 
 /// A new request costs a round trip or three; shorter gaps than this are read and thrown away.
 const WORTH_A_REQUEST: u64 = 1 << 20;
+
+/// What a server may do.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Bytes a second that it must bring on average.
+    pub slowest: u32,
+    /// How long it may bring less.
+    pub grace: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { slowest: SLOWEST, grace: GRACE }
+    }
+}
+
+/// What is left of the time that a server may be slow: each byte earns some, up to all of it. Only waiting for the
+/// server spends it, not the robot's own work.
+#[derive(Debug)]
+struct Pace {
+    limits: Limits,
+    left: Duration,
+}
+
+impl Pace {
+    fn new(limits: Limits) -> Self {
+        Self { limits, left: limits.grace }
+    }
+
+    /// Counts a wait, and what it brought.
+    ///
+    /// # Errors
+    /// `TimedOut`: nothing is left.
+    fn count(&mut self, waited: Duration, bytes: u64) -> io::Result<()> {
+        let earned = Duration::from_secs(1).as_nanos() * u128::from(bytes)
+            / u128::from(self.limits.slowest.max(1));
+        let earned = Duration::from_nanos(u64::try_from(earned).unwrap_or(u64::MAX));
+        let whole = self.left.saturating_add(earned);
+        self.left = whole.saturating_sub(waited).min(self.limits.grace);
+        if whole > waited {
+            return Ok(());
+        }
+        let Limits { slowest, grace } = self.limits;
+        Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!(
+                "for {} s the server has brought less than {slowest} bytes a second",
+                grace.as_secs_f32()
+            ),
+        ))
+    }
+}
 
 /// The stream.
 pub struct Http {
@@ -44,6 +119,11 @@ pub struct Http {
     /// How often the connection was made again.
     pub reconnections: u32,
     pause: Duration,
+    pace: Pace,
+    /// The server begins at the beginning, whatever it is asked for.
+    no_ranges: bool,
+    /// Bytes that came again.
+    again: u64,
 }
 
 impl fmt::Debug for Http {
@@ -68,12 +148,24 @@ impl Http {
     /// `source`: the server is not reached, or does not have the file. `bad-certificate`: over https it is not
     /// believed.
     pub fn open(address: &str, root: &Root) -> Result<Self> {
+        Self::open_with(address, root, Limits::default())
+    }
+
+    /// [`Http::open`] with other limits.
+    ///
+    /// # Errors
+    /// As [`Http::open`].
+    pub fn open_with(address: &str, root: &Root, limits: Limits) -> Result<Self> {
         let config = Agent::config_builder()
             .tls_config(tls::config(root)?)
             .timeout_connect(Some(PATIENCE))
             .timeout_recv_response(Some(PATIENCE))
             .timeout_per_read(Some(PATIENCE))
             .http_status_as_error(false)
+            // What was asked for over https comes over https, whatever the server says.
+            .https_only(address.starts_with("https://"))
+            .max_redirects(REDIRECTS)
+            .max_response_header_size(HEAD)
             // A robot in a closed network has no proxy, and no environment variable decides.
             .proxy(None)
             .build();
@@ -86,6 +178,9 @@ impl Http {
             body: None,
             reconnections: 0,
             pause: PAUSE,
+            pace: Pace::new(limits),
+            no_ranges: false,
+            again: 0,
         };
         match http.connect() {
             Ok(()) => Ok(http),
@@ -99,15 +194,34 @@ impl Http {
         }
     }
 
+    /// The longest that one answer may take.
+    fn answer_time(&self) -> Duration {
+        let left = self.length.unwrap_or(u64::MAX).saturating_sub(self.position);
+        let at_slowest = Duration::from_secs(left / u64::from(self.pace.limits.slowest.max(1)));
+        // One that cannot go on elsewhere must come at once.
+        if self.no_ranges { at_slowest.saturating_add(GRACE).max(ANSWER) } else { ANSWER }
+    }
+
     fn connect(&mut self) -> std::result::Result<(), Failure> {
-        let mut request = self.agent.get(&self.address).header(ACCEPT_ENCODING, "identity");
+        let request = self.agent.get(&self.address).header(ACCEPT_ENCODING, "identity");
+        let mut request = request.config().timeout_recv_body(Some(self.answer_time())).build();
         if self.position > 0 {
             request = request.header(RANGE, format!("bytes={}-", self.position));
             if let Some(version) = &self.version {
                 request = request.header(IF_RANGE, version);
             }
         }
-        let answer = request.call().map_err(|error| {
+        let started = Instant::now();
+        let answer = request.call();
+        self.pace.count(started.elapsed(), 0).map_err(Failure::Final)?;
+        let answer = answer.map_err(|error| {
+            if let ureq::Error::RequireHttpsOnly(to) = &error {
+                return Failure::Final(io::Error::other(format!(
+                    "the server sends this robot from https to {}, where others can read along: \
+                     name an address that stays https",
+                    to.escape_debug()
+                )));
+            }
             if let Some(distrust) = tls::distrust(&error) {
                 return Failure::Final(distrust);
             }
@@ -151,14 +265,38 @@ impl Http {
         (self.version, self.length) = (version, length);
         let mut body = answer.into_body().into_with_config().limit(u64::MAX).reader();
         // A server that knows no ranges begins at the beginning.
-        let before = self.position - start;
-        match io::copy(&mut (&mut body).take(before), &mut io::sink()) {
-            Ok(n) if n == before => {}
-            Ok(_) => return Err(Failure::Passing(io::ErrorKind::UnexpectedEof.into())),
-            Err(error) => return Err(Failure::Passing(error)),
+        let mut before = self.position - start;
+        self.no_ranges |= self.position > 0 && start == 0;
+        let mut chunk = vec![0; CHUNK];
+        while before > 0 {
+            let most = usize::try_from(before).unwrap_or(CHUNK).min(CHUNK);
+            let into = chunk.get_mut(..most).unwrap_or_default();
+            let n = self.paced(|| body.read(into))?;
+            if n == 0 {
+                return Err(Failure::Passing(io::ErrorKind::UnexpectedEof.into()));
+            }
+            before = before.saturating_sub(n as u64);
+            self.again += n as u64;
+            if self.again > AGAIN * self.position.max(WORTH_A_REQUEST) {
+                return Err(Failure::Final(io::Error::other(
+                    "the connection breaks again and again, and the server cannot go on where it stopped",
+                )));
+            }
         }
         self.body = Some(Box::new(body));
         Ok(())
+    }
+
+    /// Reads with the time that it takes counted.
+    fn paced(
+        &mut self,
+        read: impl FnOnce() -> io::Result<usize>,
+    ) -> std::result::Result<usize, Failure> {
+        let started = Instant::now();
+        let read = read();
+        let bytes = read.as_ref().map_or(0, |n| *n as u64);
+        self.pace.count(started.elapsed(), bytes).map_err(Failure::Final)?;
+        read.map_err(Failure::Passing)
     }
 
     fn at_end(&self) -> bool {
@@ -176,8 +314,12 @@ impl Read for Http {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut failures = 0;
         while !buffer.is_empty() && !self.at_end() {
-            let attempt = match &mut self.body {
-                Some(body) => body.read(buffer).map_err(Failure::Passing),
+            let attempt = match self.body.take() {
+                Some(mut body) => {
+                    let read = self.paced(|| body.read(buffer));
+                    self.body = Some(body);
+                    read
+                }
                 None => {
                     self.reconnections += 1;
                     match self.connect() {
@@ -204,6 +346,7 @@ impl Read for Http {
             }
             if failures > 1 {
                 std::thread::sleep(self.pause);
+                self.pace.count(self.pause, 0)?;
                 self.pause = (self.pause * 2).min(LONGEST_PAUSE);
             }
         }
@@ -225,5 +368,42 @@ impl Input for Http {
         }
         let copied = io::copy(&mut self.by_ref().take(n), &mut io::sink())?;
         if copied == n { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may fail by panicking")]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// Seconds until a server is given up that brings `bytes` each time after `every`; `None`: not within a week.
+    fn given_up(bytes: u64, every: Duration) -> Option<u64> {
+        let mut pace = Pace::new(Limits::default());
+        let mut passed = Duration::ZERO;
+        while passed < SECOND * 7 * 86_400 {
+            passed += every;
+            if pace.count(every, bytes).is_err() {
+                return Some(passed.as_secs());
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn a_slow_server_has_an_end_and_an_honest_one_has_none() {
+        // A byte every two seconds, or nothing at all: as long as the grace.
+        assert!((300..=302).contains(&given_up(1, SECOND * 2).unwrap()));
+        assert_eq!(given_up(0, SECOND * 30), Some(300));
+        // Just too slow.
+        assert!(given_up(900, SECOND).is_some_and(|after| after < 3600));
+        // One time slot of GPRS, in packets; a link that is there for a minute and away for four.
+        assert_eq!(given_up(1131, SECOND), None);
+        assert_eq!(given_up(1 << 20, SECOND * 240), None);
+        // What came fast before buys no more than the grace.
+        let mut pace = Pace::new(Limits::default());
+        pace.count(SECOND, 1 << 30).unwrap();
+        assert!(pace.count(GRACE + SECOND, 0).is_err());
     }
 }

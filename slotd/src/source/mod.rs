@@ -11,7 +11,7 @@ use bundle::{Input, Seekable, Stream};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-pub use http::Http;
+pub use http::{Http, Limits};
 pub(crate) use tls::refusal as distrusted;
 
 /// An opened source.
