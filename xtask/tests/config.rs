@@ -50,6 +50,7 @@ const CASES: &[(&str, &str, &str, &str)] = &[
     ("eeprom-without-tryboot", BOARD, "arch = ", "eeprom-since = \"2024-05-13\"\narch = "),
     ("tryboot-without-eeprom", BOARD, "boot-flow = \"uboot\"", "boot-flow = \"tryboot\""),
     ("table", BOARD, "table = \"mbr\"", "table = \"apm\""),
+    ("disk-bus", BOARD, "bus = \"mmc\"", "bus = \"usb\""),
     ("path-leaves-workspace", PRODUCT, "configs/shop.wheels.lock", "../shop.wheels.lock"),
     ("missing-file", PRODUCT, "configs/shop.wheels.lock", "configs/other.wheels.lock"),
     ("missing-template", BOARD, "boot.scr.j2", "boot.cmd.j2"),

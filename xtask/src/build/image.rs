@@ -124,6 +124,7 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
         .with_json("directories", &plan.directories)?
         .with_json("identifiers", &plan.identifiers)?
         .with_json("initrd modules", &plan.board.initrd_modules)?
+        .with("disk bus", plan.board.disk_bus.word())
         .with_json("sizes", &(capacity, data_size))?
         .finish();
     let key = Key::new("compose", COMPOSE_VERSION)
@@ -153,7 +154,11 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
                     modules_archive: &base.system.initrd_parts.modules.path,
                     kernel_release: &base.system.kernel_release,
                     epoch: base.epoch,
-                    extra: &[],
+                    extra: &[(
+                        "etc/disk".to_owned(),
+                        0o644,
+                        format!("{}\n", plan.board.disk_bus.word()).into_bytes(),
+                    )],
                     compression: initrd::Compression::for_kernel(&config),
                 },
                 &dir.join("initrd.img"),

@@ -40,6 +40,28 @@ words!(TableKind, "\"mbr\", \"gpt\" or \"hybrid\"",
     "mbr" => Self::Mbr, "gpt" => Self::Gpt, "hybrid" => Self::Hybrid);
 words!(Filesystem, "\"vfat\" or \"ext4\"", "vfat" => Self::Vfat, "ext4" => Self::Ext4);
 
+/// The bus that a board's disk hangs on; the initrd's script knows the same words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bus {
+    /// A slot for SD cards, or a soldered eMMC.
+    Mmc,
+    /// A virtual machine's.
+    Virtio,
+}
+
+impl Bus {
+    /// The word of `board.toml`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Mmc => "mmc",
+            Self::Virtio => "virtio",
+        }
+    }
+}
+
+words!(Bus, "\"mmc\" or \"virtio\"", "mmc" => Self::Mmc, "virtio" => Self::Virtio);
+
 /// A board, as written.
 #[derive(Debug)]
 pub struct Board {
@@ -90,6 +112,8 @@ pub struct Console {
 /// The disk.
 #[derive(Debug)]
 pub struct Disk {
+    /// What it hangs on. The initrd takes no disk of another bus.
+    pub bus: Located<Bus>,
     /// Kind of partition table.
     pub table: Located<TableKind>,
     /// Size of the image.
@@ -358,11 +382,13 @@ fn boot_file(f: &mut Fields<'_>) -> Option<BootFile> {
 }
 
 fn disk(f: &mut Fields<'_>) -> Option<Disk> {
+    let bus = f.required("bus");
     let table = f.required("table");
     let size = f.required("size");
     let first_partition = f.required("first-partition");
     let boot_state = f.optional_table("boot-state", |f| f.list("offsets"));
     Some(Disk {
+        bus: bus?,
         table: table?,
         size: size?,
         first_partition: first_partition?,

@@ -10,7 +10,7 @@ use camino::Utf8PathBuf;
 use serde::Serialize;
 
 use crate::config::Input;
-use crate::config::board::{BootFlow, Console, Qemu};
+use crate::config::board::{BootFlow, Bus, Console, Qemu};
 use crate::config::overlay::{Attributes, EntryKind};
 use crate::config::product::{Engine, Kind, Network, Ssh, Version};
 use crate::disk::layout::Layout;
@@ -96,6 +96,8 @@ pub struct BoardPlan {
     pub cmdline: Vec<String>,
     /// Globs of device trees.
     pub device_trees: Vec<String>,
+    /// What its disk hangs on.
+    pub disk_bus: Bus,
     /// Modules of the initrd.
     pub initrd_modules: Vec<String>,
     /// Globs of the modules that stay.

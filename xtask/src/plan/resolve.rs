@@ -112,6 +112,7 @@ fn board_plan(board: &Board, engine: Engine) -> BoardPlan {
         console: board.console.clone(),
         cmdline: board.kernel.cmdline.clone(),
         device_trees: board.kernel.device_trees.iter().map(|l| l.value.clone()).collect(),
+        disk_bus: board.disk.bus.value,
         initrd_modules: board.kernel.initrd_modules.clone(),
         modules_keep: board.kernel.modules_keep.clone(),
         firmware: firmware.into_iter().flatten().map(|l| l.value.clone()).collect(),
