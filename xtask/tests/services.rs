@@ -1,91 +1,17 @@
 //! What the overlays bring to a robot, tried on this machine: the boot steps below a folder in the place of `/`,
 //! the units as systemd reads them, the SSH server's settings as sshd reads them.
 
+mod overlay_support;
+
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::process::{Command, Output};
+use std::process::Command;
 
 use bundle::manifest::Kind;
-use camino::{Utf8Path, Utf8PathBuf};
-use xtask::config;
-use xtask::facts::Facts;
+use camino::Utf8PathBuf;
+use overlay_support::{Robot, plans, said, workspace};
 use xtask::local::units;
-use xtask::plan::{self, Plan};
 use xtask::render::{OverlayContent, render};
-
-fn workspace() -> Utf8PathBuf {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
-
-/// The plans of all products, for their first boards.
-fn plans() -> Vec<Plan> {
-    let root = workspace();
-    let facts = Facts::collect(&root).expect("facts");
-    let names = config::products(&root).expect("products");
-    let load = |name: &String| {
-        let config = config::load(&root, Some(name), None).expect("a configuration");
-        plan::resolve(&config, &facts).expect("a plan")
-    };
-    names.iter().map(load).collect()
-}
-
-/// A folder in the place of `/`, with everything that a product's overlays bring.
-struct Robot {
-    dir: tempfile::TempDir,
-}
-
-impl Robot {
-    fn new(plan: &Plan) -> Self {
-        let robot = Self { dir: tempfile::tempdir().expect("a folder") };
-        for file in render(&workspace(), plan).expect("rendered").overlay {
-            let path = robot.at(&file.target);
-            fs::create_dir_all(path.parent().expect("a parent")).expect("made");
-            match &file.content {
-                OverlayContent::File(bytes) => {
-                    fs::write(&path, bytes).expect("written");
-                    let mode = Permissions::from_mode(file.attributes.mode);
-                    fs::set_permissions(&path, mode).expect("a mode");
-                }
-                OverlayContent::Symlink(to) => symlink(to, &path).expect("linked"),
-            }
-        }
-        fs::write(robot.at("etc/machine-id"), format!("{}\n", "0a".repeat(16))).expect("an id");
-        robot
-    }
-
-    /// The development product's.
-    fn development() -> Self {
-        let plans = plans();
-        Self::new(plans.iter().find(|plan| plan.product.kind == Kind::Development).expect("one"))
-    }
-
-    fn at(&self, path: &str) -> Utf8PathBuf {
-        Utf8Path::from_path(self.dir.path()).expect("UTF-8").join(path)
-    }
-
-    fn put(&self, path: &str, text: &str) {
-        let path = self.at(path);
-        fs::create_dir_all(path.parent().expect("a parent")).expect("made");
-        fs::write(path, text).expect("written");
-    }
-
-    fn read(&self, path: &str) -> String {
-        fs::read_to_string(self.at(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
-    }
-
-    /// Runs a boot step as the robot would; what it reports.
-    fn step(&self, name: &str, more: &[&str]) -> String {
-        let program = self.at(&format!("usr/lib/slipway/{name}"));
-        let output = Command::new(&program).arg(self.at("")).args(more).output().expect("runs");
-        assert!(output.status.success(), "{name} would fail the boot: {}", said(&output));
-        said(&output)
-    }
-}
-
-fn said(output: &Output) -> String {
-    let both = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
-    String::from_utf8(both).expect("UTF-8")
-}
 
 #[test]
 fn an_identity_is_made_once_and_kept() {
@@ -411,4 +337,134 @@ fn a_release_takes_keys_only() {
         assert!(has(&format!("authorizedkeysfile {files}")), "{said}");
     }
     assert!(releases > 0, "no product is a release");
+}
+
+/// What nobody who faces the network has any business with; a supplicant and networkd read the connections.
+const HIDDEN: [&str; 3] = ["/data/slotd", "/data/identity", "/data/network"];
+
+/// Who is not kept from it, and why.
+const TRUSTED: [(&str, &str); 4] = [
+    ("slipway-state.service", "makes /data, before there is a network"),
+    ("slipway-seed.service", "the agent, before there is a network"),
+    ("slipway-health.service", "the agent; it asks addresses of this robot"),
+    ("slipway-boot-scripts.service", "the owner's own programs, as root"),
+];
+
+/// The base system's own that talk to the link, and that an overlay confines further.
+const BASE: [&str; 3] = ["systemd-networkd", "systemd-resolved", "systemd-timesyncd"];
+
+#[test]
+fn what_faces_the_network_sees_nothing_of_the_agents() {
+    for plan in plans() {
+        let mut units: std::collections::BTreeMap<String, String> = Default::default();
+        for file in render(&workspace(), &plan).expect("rendered").overlay {
+            let OverlayContent::File(bytes) = &file.content else { continue };
+            let mut parts = file.target.rsplit('/');
+            let (name, folder) =
+                (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+            // Of a drop-in: the unit that it belongs to.
+            let unit = folder.strip_suffix(".d").unwrap_or(name);
+            if file.target.contains("/systemd/system/") && unit.ends_with(".service") {
+                let text = std::str::from_utf8(bytes).expect("UTF-8");
+                units.entry(unit.to_owned()).or_default().push_str(text);
+            }
+        }
+        let own = |name: &str| name.starts_with("slipway-");
+        assert!(units.keys().filter(|name| own(name)).count() >= 12, "{:?}", units.keys());
+        for name in BASE {
+            assert!(units.contains_key(&format!("{name}.service")), "{name} is not confined");
+        }
+        for (name, text) in &units {
+            let of = |key: &str| -> Vec<&str> {
+                let lines = text.lines().filter_map(|l| l.strip_prefix(key)?.strip_prefix('='));
+                lines.flat_map(str::split_whitespace).collect()
+            };
+            // A serial console is no network.
+            let alone = of("PrivateNetwork") == ["yes"] || name.starts_with("serial-getty@");
+            if alone || TRUSTED.iter().any(|(trusted, _)| trusted == name) {
+                continue;
+            }
+            let hidden = of("InaccessiblePaths");
+            let reads =
+                ["slipway-wifi@.service", "systemd-networkd.service"].contains(&name.as_str());
+            for path in HIDDEN.into_iter().filter(|path| !reads || *path != "/data/network") {
+                assert!(hidden.contains(&format!("-{path}").as_str()), "{name} sees {path}");
+            }
+            assert!(!own(name) || of("MemoryMax").len() == 1, "{name} has no MemoryMax");
+        }
+        for (name, _) in TRUSTED {
+            assert!(units.contains_key(name), "{name} is no unit any more");
+        }
+    }
+}
+
+/// Runs the state script with programs in the place of those that touch disks; what was called, a line each.
+fn state(robot: &Robot, check: &str) -> String {
+    let root = robot.at("").as_str().trim_end_matches('/').to_owned();
+    let calls = robot.at("calls");
+    fs::write(&calls, "").expect("written");
+    for (name, more) in [
+        ("mountpoint", "exit 1"),
+        ("e2fsck", check),
+        ("mount", ""),
+        ("resize2fs", ""),
+        ("slotd", ""),
+        // What looks over all disks finds the stick.
+        ("findfs", "echo /dev/sda1"),
+        ("blkid", "echo /dev/sda1"),
+    ] {
+        let text = format!("#!/bin/sh\necho {name} \"$@\" >>'{calls}'\n{more}\n");
+        robot.put(&format!("stubs/{name}"), &text);
+        let path = robot.at("stubs").join(name);
+        fs::set_permissions(path, Permissions::from_mode(0o755)).expect("a mode");
+    }
+    robot.put("dev/kmsg", "");
+    let output = Command::new(robot.at("usr/lib/slipway/state"))
+        .arg(&root)
+        .env("PATH", format!("{}:/usr/bin:/bin", robot.at("stubs")))
+        .output()
+        .expect("it runs");
+    assert!(output.status.success() && said(&output).is_empty(), "{}", said(&output));
+    fs::read_to_string(calls).expect("calls").replace(&root, "")
+}
+
+#[test]
+fn only_the_disk_that_was_started_from_becomes_data() {
+    let robot = Robot::development();
+    let device = robot.read("usr/lib/slipway/device.toml");
+    let number = device.lines().find_map(|l| l.strip_prefix("data = { number = ")).expect("data");
+    let number = number.split(',').next().expect("a number");
+    robot.put("run/slipway/disk", "/dev/mmcblk0\n");
+    // A stick with a partition of that number and of that label.
+    robot.put(&format!("sys/block/sda/sda{number}/partition"), &format!("{number}\n"));
+    robot.put("run/slipway/data", "/dev/sda1\n");
+    robot.put("data/.keep", "");
+    // The card's has gone: memory, and nothing happens to the stick.
+    for lost in [None, Some("mmcblk1")] {
+        if let Some(other) = lost {
+            let path = format!("sys/block/{other}/{other}p{number}/partition");
+            robot.put(&path, &format!("{number}\n"));
+        }
+        let calls = state(&robot, "");
+        assert!(!calls.contains("sda") && !calls.contains("e2fsck"), "{calls}");
+        assert!(calls.contains("mount -t tmpfs "), "{calls}");
+        let state = robot.read("run/slipway/data-state");
+        assert_eq!(state, "condition=memory\nwhy=this disk has no data partition\n");
+    }
+    // It is there, whatever its first blocks say.
+    let part = format!("mmcblk0p{number}");
+    robot.put(&format!("sys/block/mmcblk0/{part}/partition"), &format!("{number}\n"));
+    for (check, condition) in [("", "clean"), ("exit 4", "repaired")] {
+        let calls = state(&robot, check);
+        assert!(!calls.contains("sda") && !calls.contains("tmpfs"), "{calls}");
+        for program in ["e2fsck -p", "resize2fs"] {
+            assert!(calls.contains(&format!("{program} /dev/{part}\n")), "{calls}");
+        }
+        assert_eq!(calls.contains(&format!("e2fsck -fy /dev/{part}\n")), condition == "repaired");
+        assert!(calls.contains(&format!(" /dev/{part} /data\n")), "{calls}");
+        let state = robot.read("run/slipway/data-state");
+        assert!(state.starts_with(&format!("condition={condition}\n")), "{state}");
+    }
+    let mode = fs::metadata(robot.at("data/slotd")).expect("made").permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
 }

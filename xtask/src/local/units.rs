@@ -23,14 +23,16 @@ const START_TIMEOUT: Duration = Duration::from_secs(90);
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
 
 /// Starts of settings that only keep something from a service, or matter to `systemctl` alone.
-const CONFINEMENT: [&str; 20] = [
+const CONFINEMENT: [&str; 24] = [
     "AmbientCapabilities",
     "Capability",
     "Device",
     "ExecReload",
+    "InaccessiblePaths",
     "Kill",
     "LockPersonality",
     "MemoryDenyWriteExecute",
+    "MemoryMax",
     "NoNewPrivileges",
     "Private",
     "Proc",
@@ -43,6 +45,8 @@ const CONFINEMENT: [&str; 20] = [
     "Standard",
     "SystemCall",
     "SyslogIdentifier",
+    "TasksMax",
+    "TemporaryFileSystem",
     "TimeoutStop",
 ];
 

@@ -132,6 +132,7 @@ fn boots(board: &str, slot: Slot, restart: bool) -> Result<()> {
             services::find_things(&mut session, long)?;
         } else {
             services::proxy(&mut session)?;
+            services::hidden(&mut session)?;
             if let Some(laptop) = &guest.laptop {
                 services::link_local(&mut session, plan, laptop)?;
             }

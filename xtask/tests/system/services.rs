@@ -88,6 +88,33 @@ pub fn proxy(session: &mut Session) -> Result<()> {
     Ok(())
 }
 
+/// What faces the network has empty places where the agent's, the identity's and the network's folders are.
+pub fn hidden(session: &mut Session) -> Result<()> {
+    for (unit, folders) in [
+        ("slipway-api", "slotd identity network home"),
+        ("slipway-proxy", "slotd identity network home"),
+        ("systemd-resolved", "slotd identity network"),
+        ("systemd-networkd", "slotd identity"),
+    ] {
+        // Root reads what is there: of an inaccessible folder systemd shows an empty one in its place.
+        let look = format!(
+            "cd /proc/$(systemctl show -P MainPID {unit})/root/data && ls -A system >/dev/null && \
+             for folder in {folders}; do ls -A /data/$folder | head -n 1 | grep -q . || echo $folder is empty; \
+             ls -A $folder | sed \"s|^|$folder/|\"; done"
+        );
+        let said = output(session, &look, COMMAND)?;
+        let seen: Vec<&str> = said.lines().filter(|line| line.contains('/')).collect();
+        ensure!(seen.is_empty(), "{unit} sees {seen:?}");
+        ensure!(!said.contains("identity is empty"), "there is nothing to hide: {said}");
+    }
+    // The proxy's place for bodies is its own.
+    let size = "stat -f -c '%S %b' /proc/$(systemctl show -P MainPID slipway-proxy)/root/run/slipway-proxy/body";
+    let said = output(session, size, COMMAND)?;
+    let numbers: Vec<u64> = said.split(' ').filter_map(|n| n.trim().parse().ok()).collect();
+    ensure!(numbers.iter().product::<u64>() == 32 << 20, "the place for bodies: {said}");
+    Ok(())
+}
+
 /// The robot's address on a cable without any server, and that it is found there by its names.
 pub fn link_local(session: &mut Session, plan: &Plan, laptop: &Laptop) -> Result<()> {
     let wait = "for i in $(seq 120); do ip -4 -o addr show scope link | grep -q 169.254 && break; \

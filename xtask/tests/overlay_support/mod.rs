@@ -1,0 +1,87 @@
+//! What tests of the overlays share: a folder in the place of `/`, with all that a product's overlays bring.
+#![allow(dead_code)]
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::{Command, Output};
+
+use bundle::manifest::Kind;
+use camino::{Utf8Path, Utf8PathBuf};
+use xtask::config;
+use xtask::facts::Facts;
+use xtask::plan::{self, Plan};
+use xtask::render::{OverlayContent, render};
+
+pub fn workspace() -> Utf8PathBuf {
+    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+/// The plans of all products, for their first boards.
+pub fn plans() -> Vec<Plan> {
+    let root = workspace();
+    let facts = Facts::collect(&root).expect("facts");
+    let names = config::products(&root).expect("products");
+    let load = |name: &String| {
+        let config = config::load(&root, Some(name), None).expect("a configuration");
+        plan::resolve(&config, &facts).expect("a plan")
+    };
+    names.iter().map(load).collect()
+}
+
+/// A folder in the place of `/`, with everything that a product's overlays bring.
+pub struct Robot {
+    dir: tempfile::TempDir,
+}
+
+impl Robot {
+    pub fn new(plan: &Plan) -> Self {
+        let robot = Self { dir: tempfile::tempdir().expect("a folder") };
+        for file in render(&workspace(), plan).expect("rendered").overlay {
+            let path = robot.at(&file.target);
+            fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+            match &file.content {
+                OverlayContent::File(bytes) => {
+                    fs::write(&path, bytes).expect("written");
+                    let mode = Permissions::from_mode(file.attributes.mode);
+                    fs::set_permissions(&path, mode).expect("a mode");
+                }
+                OverlayContent::Symlink(to) => symlink(to, &path).expect("linked"),
+            }
+        }
+        fs::write(robot.at("etc/machine-id"), format!("{}\n", "0a".repeat(16))).expect("an id");
+        robot
+    }
+
+    /// The development product's.
+    pub fn development() -> Self {
+        let plans = plans();
+        Self::new(plans.iter().find(|plan| plan.product.kind == Kind::Development).expect("one"))
+    }
+
+    pub fn at(&self, path: &str) -> Utf8PathBuf {
+        Utf8Path::from_path(self.dir.path()).expect("UTF-8").join(path)
+    }
+
+    pub fn put(&self, path: &str, text: &str) {
+        let path = self.at(path);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+        fs::write(path, text).expect("written");
+    }
+
+    pub fn read(&self, path: &str) -> String {
+        fs::read_to_string(self.at(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    /// Runs a boot step as the robot would; what it reports.
+    pub fn step(&self, name: &str, more: &[&str]) -> String {
+        let program = self.at(&format!("usr/lib/slipway/{name}"));
+        let output = Command::new(&program).arg(self.at("")).args(more).output().expect("runs");
+        assert!(output.status.success(), "{name} would fail the boot: {}", said(&output));
+        said(&output)
+    }
+}
+
+pub fn said(output: &Output) -> String {
+    let both = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
+    String::from_utf8(both).expect("UTF-8")
+}
