@@ -1,0 +1,163 @@
+//! Who may log in with a key on `data`: the shipped settings and the shipped step that makes the host key, with the
+//! real sshd on the loopback address. sshd reads keys as the user who logs in, so folders' modes decide.
+
+mod overlay_support;
+
+use std::fs::{self, Permissions};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use overlay_support::Robot;
+
+const SETTINGS: &str = "etc/ssh/sshd_config.d/10-slipway.conf";
+const LONG: Duration = Duration::from_secs(60);
+
+/// sshd, whose `/data` is a robot's: all folders above are root's, as sshd wants them.
+struct Server {
+    child: Child,
+    port: u16,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.child.kill().expect("sshd runs until now");
+        self.child.wait().expect("it ended");
+    }
+}
+
+impl Server {
+    fn new(robot: &Robot) -> Self {
+        let port = xtask::qemu::free_port(0).expect("a port");
+        // The robot's folder as /mnt, in mounts of its own: what lies in /tmp is anybody's, to sshd.
+        let settings =
+            robot.read(SETTINGS).replace(" /data/", " /mnt/data/").replace(" /etc/", " /mnt/etc/");
+        let more = format!("Port {port}\nListenAddress 127.0.0.1\nPidFile none\nUsePAM no\n");
+        robot.put("sshd_config", &(more + &settings));
+        fs::create_dir_all("/run/sshd").expect("made");
+        fs::set_permissions(robot.at(""), Permissions::from_mode(0o755)).expect("a mode");
+        let sshd = xtask::exec::find("sshd").expect("sshd: cargo xtask doctor --install");
+        let log = fs::File::create(robot.at("sshd.log")).expect("a log");
+        let mut child = Command::new("unshare")
+            .args([
+                "--mount",
+                "--",
+                "sh",
+                "-c",
+                "mount --bind \"$1\" /mnt && shift && exec \"$@\"",
+                "sh",
+            ])
+            .args([robot.at("").as_str(), sshd.as_str(), "-D", "-e", "-f", "/mnt/sshd_config"])
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("unshare runs");
+        let began = Instant::now();
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            let log = robot.read("sshd.log");
+            assert!(child.try_wait().expect("a child").is_none(), "sshd ended: {log}");
+            assert!(began.elapsed() < LONG, "sshd does not listen: {log}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Self { child, port }
+    }
+
+    /// Whether a key is taken. What the user's shell does then is another matter: `nobody` has none.
+    fn takes(&self, robot: &Robot, user: &str, key: &str) -> bool {
+        let count =
+            || robot.read("sshd.log").matches(&format!("Accepted publickey for {user} ")).count();
+        let before = count();
+        let output = Command::new("ssh")
+            .args(["-T", "-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"])
+            .args(["-o", "UserKnownHostsFile=/dev/null", "-o", "IdentitiesOnly=yes", "-p"])
+            .args([&self.port.to_string(), "-i", robot.at(key).as_str()])
+            .args([&format!("{user}@127.0.0.1"), "true"])
+            .stdin(Stdio::null())
+            .output()
+            .expect("ssh runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let denied = said.contains("Permission denied");
+        assert!(denied != (count() > before), "{said}{}", robot.read("sshd.log"));
+        !denied
+    }
+}
+
+fn mode(robot: &Robot, path: &str) -> u32 {
+    fs::metadata(robot.at(path)).expect(path).permissions().mode() & 0o7777
+}
+
+fn chmod(robot: &Robot, path: &str, mode: u32) {
+    fs::set_permissions(robot.at(path), Permissions::from_mode(mode)).expect(path);
+}
+
+const FOLDER: &str = "data/identity/ssh";
+
+/// A robot as earlier versions have left it: the folder is root's alone, and there are keys of two users.
+fn robot() -> Robot {
+    let robot = Robot::development();
+    for user in ["root", "nobody"] {
+        let path = robot.at(user);
+        let made = Command::new("ssh-keygen")
+            .args(["-q", "-t", "ed25519", "-N", "", "-C", "", "-f"])
+            .arg(&path)
+            .status()
+            .expect("ssh-keygen runs");
+        assert!(made.success());
+        let public = robot.read(&format!("{user}.pub"));
+        robot.put(&format!("{FOLDER}/authorized_keys.d/{user}"), &public);
+        chmod(&robot, &format!("{FOLDER}/authorized_keys.d/{user}"), 0o600);
+    }
+    chmod(&robot, FOLDER, 0o700);
+    chmod(&robot, "data", 0o755);
+    robot
+}
+
+#[test]
+fn the_modes_that_sshd_needs_are_set_in_each_start() {
+    let robot = robot();
+    for _ in 0..2 {
+        assert_eq!(robot.step("ssh-keys", &[]), "");
+        for folder in ["data/identity", FOLDER, &format!("{FOLDER}/authorized_keys.d")] {
+            assert_eq!(mode(&robot, folder), 0o755, "{folder}");
+        }
+        for (file, expected) in [
+            ("ssh_host_ed25519_key", 0o600),
+            ("ssh_host_ed25519_key.pub", 0o644),
+            ("authorized_keys.d/root", 0o644),
+            ("authorized_keys.d/nobody", 0o644),
+        ] {
+            assert_eq!(mode(&robot, &format!("{FOLDER}/{file}")), expected, "{file}");
+        }
+        let made = robot.read(&format!("{FOLDER}/ssh_host_ed25519_key"));
+        assert!(made.contains("PRIVATE KEY"));
+        // As a restored backup or a user may leave them.
+        chmod(&robot, &format!("{FOLDER}/authorized_keys.d/nobody"), 0o666);
+        chmod(&robot, &format!("{FOLDER}/ssh_host_ed25519_key"), 0o644);
+        chmod(&robot, FOLDER, 0o700);
+    }
+}
+
+#[test]
+fn root_and_another_user_log_in_with_keys_on_data() {
+    // Only root's sshd serves another user than the one who runs it; the rule itself is tried above.
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let robot = robot();
+    robot.step("ssh-keys", &[]);
+    let server = Server::new(&robot);
+    assert!(server.takes(&robot, "root", "root"));
+    assert!(server.takes(&robot, "nobody", "nobody"), "a key of a user who is not root");
+    // Each key is its user's own.
+    assert!(!server.takes(&robot, "root", "nobody"));
+    assert!(!server.takes(&robot, "nobody", "root"));
+    // Whoever can write it is not trusted; and without a way to it there is none.
+    let keys = format!("{FOLDER}/authorized_keys.d/nobody");
+    chmod(&robot, &keys, 0o666);
+    assert!(!server.takes(&robot, "nobody", "nobody"));
+    chmod(&robot, &keys, 0o644);
+    assert!(server.takes(&robot, "nobody", "nobody"));
+    chmod(&robot, FOLDER, 0o700);
+    assert!(!server.takes(&robot, "nobody", "nobody"), "sshd reads keys as the user");
+}
