@@ -1,60 +1,34 @@
-//! The boot state under the agent and the boot script, cut at every byte of every write: whatever is
-//! left, the robot ends in what was committed before or in what the write was to choose, and no trial
-//! goes uncounted. The script is `bootmodel`'s, which is proven equal to the real one.
+//! The boot state under the agent and the boot script, cut at every byte of every write on a card with a
+//! volatile memory: whatever is left, the robot ends in what was committed before or in what the write was
+//! to choose, no trial goes uncounted, and what a call has done is durable when it returns. The script is
+//! `bootmodel`'s, which is proven equal to the real one.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
+#[path = "common/card.rs"]
+mod card;
+
 use std::collections::{BTreeSet, VecDeque};
-use std::io;
-use std::sync::Mutex;
 
 use bootmodel::script::{self, Card, Copies, Started};
 use bundle::bootstate::{BootState, SECTOR, Slot, newest};
+use card::{Content, Op, Place};
 use slotd::boot::{BootFlow, Uboot};
 use slotd::device::other;
-use slotd::storage::Storage;
 
 const SECTORS: [u64; 2] = [8, 16];
 
-/// A disk that remembers every write.
-struct Recorder {
-    bytes: Mutex<Vec<u8>>,
-    writes: Mutex<Vec<(u64, Vec<u8>)>>,
+/// A disk with these copies.
+fn disk(copies: &Copies) -> card::Card {
+    let mut bytes = vec![0; 32 * SECTOR];
+    for (copy, sector) in copies.iter().zip(SECTORS) {
+        bytes[sector as usize * SECTOR..][..SECTOR].copy_from_slice(copy);
+    }
+    let [a, b, boot_a, boot_b] = [const { Vec::new() }; 4];
+    card::Card::new([bytes, a, b, boot_a, boot_b], None)
 }
 
-impl Recorder {
-    fn new(copies: &Copies) -> Self {
-        let mut bytes = vec![0; 32 * SECTOR];
-        for (copy, sector) in copies.iter().zip(SECTORS) {
-            bytes[sector as usize * SECTOR..][..SECTOR].copy_from_slice(copy);
-        }
-        Self { bytes: Mutex::new(bytes), writes: Mutex::new(Vec::new()) }
-    }
-}
-
-impl Storage for Recorder {
-    fn size(&self) -> u64 {
-        32 * SECTOR as u64
-    }
-
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let bytes = self.bytes.lock().unwrap();
-        buffer.copy_from_slice(&bytes[offset as usize..][..buffer.len()]);
-        Ok(())
-    }
-
-    fn read_back(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.read_at(offset, buffer)
-    }
-
-    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.bytes.lock().unwrap()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
-        self.writes.lock().unwrap().push((offset, bytes.to_vec()));
-        Ok(())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
+fn copies(content: &Content) -> Copies {
+    SECTORS.map(|sector| content[0][sector as usize * SECTOR..][..SECTOR].try_into().unwrap())
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,32 +52,38 @@ fn started(run: &script::Run) -> Started {
     run.started.expect("both slots load")
 }
 
-/// What a step writes to which copy, in order, and the robot afterwards.
-fn take(robot: &Robot, step: Step) -> (Vec<(usize, [u8; SECTOR])>, Robot) {
-    let (copies, running) = robot;
-    let disk = Recorder::new(copies);
-    let flow = Uboot::new(&disk, SECTORS, running.slot);
+/// What happens to the copies, in order: a write of one, or a flush.
+enum Event {
+    Write(usize, [u8; SECTOR]),
+    Flush,
+}
+
+/// What a step does to the copies, and the robot afterwards: with what is durable then.
+fn take(robot: &Robot, step: Step) -> (Vec<Event>, Robot) {
+    let (before, running) = robot;
+    let disk = disk(before);
+    let flow = Uboot::new(disk.part(Place::Gap), SECTORS, running.slot);
     match step {
         Step::Arm => flow.arm_trial(other(running.slot)),
         Step::Commit => flow.commit(),
         Step::RollBack => flow.roll_back(),
         Step::Restart => {
-            let run = restart(copies);
+            let run = restart(before);
             let running = started(&run);
-            return (run.writes, (run.copies, running));
+            // U-Boot keeps nothing back: `mmc write` returns when the card has it.
+            let write = |(index, sector)| [Event::Write(index, sector), Event::Flush];
+            return (run.writes.into_iter().flat_map(write).collect(), (run.copies, running));
         }
     }
     .expect("a good disk");
-    let writes = disk.writes.lock().unwrap();
-    let place = |(offset, bytes): &(u64, Vec<u8>)| {
-        let index = SECTORS.iter().position(|s| s * SECTOR as u64 == *offset);
-        let sector = <[u8; SECTOR]>::try_from(bytes.as_slice()).expect("one sector, as a whole");
-        (index.expect("nothing but the boot state is written"), sector)
+    let event = |(op, _): (Op, _)| {
+        let Op::Write(Place::Gap, offset, bytes) = op else { return Event::Flush };
+        let index = SECTORS.iter().position(|s| s * SECTOR as u64 == offset);
+        let sector = <[u8; SECTOR]>::try_from(bytes).expect("one sector, as a whole");
+        Event::Write(index.expect("nothing but the boot state is written"), sector)
     };
-    let writes: Vec<_> = writes.iter().map(place).collect();
-    let mut after = *copies;
-    writes.iter().for_each(|(index, sector)| after[*index] = *sector);
-    (writes, (after, *running))
+    let events = disk.ops().into_iter().map(event).collect();
+    (events, (copies(&disk.content()), *running))
 }
 
 /// Everything that a torn write may leave: any number of bytes from the front or from the back.
@@ -135,6 +115,18 @@ fn settle(copies: &Copies) -> Slot {
     panic!("a trial without end");
 }
 
+/// The slot that a step is to leave committed, its trial, and the trial's starts; a restart leaves what the
+/// model says.
+fn wanted((copies, running): &Robot, step: Step) -> Option<(Slot, Option<Slot>, u32)> {
+    let active = counts(copies).map_or(running.slot, |(_, state)| state.active);
+    match step {
+        Step::Arm => Some((active, Some(other(running.slot)), 1)),
+        Step::Commit => Some((running.slot, None, 0)),
+        Step::RollBack => Some((active, None, 0)),
+        Step::Restart => None,
+    }
+}
+
 #[test]
 fn every_cut_ends_in_a_committed_slot_and_no_trial_goes_uncounted() {
     let first = BootState::first().encode();
@@ -153,17 +145,41 @@ fn every_cut_ends_in_a_committed_slot_and_no_trial_goes_uncounted() {
             continue;
         }
         for step in STEPS {
-            let (writes, after) = take(&robot, step);
+            let (events, after) = take(&robot, step);
             let context = || format!("{step:?} from {:?}", counts(&robot.0));
             steps += 1;
+            let mut written = robot.0;
+            for event in &events {
+                if let Event::Write(index, sector) = event {
+                    written[*index] = *sector;
+                }
+            }
+            assert!(after.0 == written, "{}: not durable when it returned", context());
+            if let Some(wanted) = wanted(&robot, step) {
+                let (_, now) = counts(&after.0).expect("a state");
+                assert_eq!((now.active, now.trial, now.tries), wanted, "{}", context());
+            }
             // Both that a person may find: it never happened, or it was done.
             let allowed = [settle(&robot.0), settle(&after.0)];
-            let mut copies = robot.0;
-            for (index, new) in writes {
-                let counting = counts(&copies).map(|(index, _)| index);
-                assert_ne!(counting, Some(index), "{}: writes the copy that counts", context());
-                for sector in torn(&copies[index], &new) {
-                    let mut cut = copies;
+            let mut durable = robot.0;
+            let mut unflushed: Option<(usize, [u8; SECTOR])> = None;
+            for event in events {
+                match event {
+                    Event::Flush => {
+                        if let Some((index, sector)) = unflushed.take() {
+                            durable[index] = sector;
+                        }
+                    }
+                    Event::Write(index, new) => {
+                        let counting = counts(&durable).map(|(index, _)| index);
+                        assert_ne!(counting, Some(index), "{}: writes what counts", context());
+                        assert!(unflushed.is_none(), "{}: two writes, no flush", context());
+                        unflushed = Some((index, new));
+                    }
+                }
+                let Some((index, new)) = unflushed else { continue };
+                for sector in torn(&durable[index], &new) {
+                    let mut cut = durable;
                     cut[index] = sector;
                     points += 1;
                     let run = restart(&cut);
@@ -175,13 +191,22 @@ fn every_cut_ends_in_a_committed_slot_and_no_trial_goes_uncounted() {
                     }
                     assert!(allowed.contains(&settle(&cut)), "{}", context());
                 }
-                copies[index] = new;
             }
             waiting.push_back((after, depth + 1));
         }
     }
     println!("{} robots, {steps} steps, {points} cut points", seen.len());
     assert!(points > 10_000, "only {points} cut points");
+}
+
+#[test]
+fn a_card_that_keeps_nothing_is_not_believed() {
+    let disk = disk(&[BootState::first().encode(), [0; SECTOR]]);
+    disk.lose(Place::Gap);
+    let flow = Uboot::new(disk.part(Place::Gap), SECTORS, Slot::A);
+    for refused in [flow.arm_trial(Slot::B), flow.commit(), flow.roll_back()] {
+        assert_eq!(refused.unwrap_err().code, "boot-state");
+    }
 }
 
 #[test]

@@ -104,3 +104,24 @@ fn the_real_program_killed_at_any_time_leaves_one_whole_tree() {
     robot.run().unwrap();
     assert_eq!((robot.system(), robot.leftovers()), (new, Vec::new()));
 }
+
+/// On a file system of its own, in a mount namespace: how much is free there does not depend on the machine.
+#[test]
+fn a_full_disk_is_told_before_anything_is_written() {
+    let robot = Robot::new();
+    robot.resources();
+    robot.file(&format!("{SITE}/robotapi/resources/large"), &"1".repeat(3 << 20));
+    old_tree(&robot);
+    let script = "set -e; data=$2/data; mkdir \"$2/old\"; cp -a \"$data/.\" \"$2/old\"
+        mount -t tmpfs -o size=2m none \"$data\"; cp -a \"$2/old/.\" \"$data\"
+        code=0; \"$1\" --format json --root \"$2\" provision || code=$?
+        diff -r --no-dereference \"$2/old/system\" \"$data/system\" >&2
+        ls -A \"$data\" | grep '^\\.' >&2 || exit $code; exit 99";
+    let mut command = Command::new("unshare");
+    command.args(["--map-root-user", "--mount", "sh", "-c", script, "sh"]);
+    command.arg(env!("CARGO_BIN_EXE_slotd")).arg(robot.dir.path());
+    let output = command.output().expect("this test needs unshare");
+    let said: Value = serde_json::from_slice(&output.stdout).expect(&format!("{output:?}"));
+    assert_eq!(said["refused"]["code"], "no-space", "{output:?}");
+    assert!(output.status.code() != Some(99) && output.stderr.is_empty(), "{output:?}");
+}

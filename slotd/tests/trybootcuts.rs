@@ -1,18 +1,21 @@
 //! The flow of the Raspberry Pi's firmware: trials, commits and refusals against a model of that firmware
-//! (`bootmodel::firmware`, each rule with its source), and every write cut at every byte.
+//! (`bootmodel::firmware`, each rule with its source), and every write cut at every byte, on a card with a
+//! volatile memory.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+
+#[path = "common/card.rs"]
+mod card;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Cursor, Write};
+use std::io::{Cursor, Write};
 use std::path::Path;
-use std::sync::Mutex;
 
 use bootmodel::firmware::{Firmware, Restart, Start, Table, select};
 use bundle::bootstate::Slot;
+use card::{Op, Part, Place};
 use slotd::Root;
 use slotd::boot::{BootFlow, Trial, Tryboot};
-use slotd::storage::Storage;
 
 const MIB: usize = 1 << 20;
 /// First byte of `boot`, `boot-a`, `boot-b`, and the size of each.
@@ -22,40 +25,10 @@ const SINCE: &str = "2022-11-25";
 /// 13 May 2024.
 const MADE: u32 = 1_715_613_301;
 
-/// A card, and every write to its first partition.
+/// A card: its partition table, and its parts. `boot` is the place outside of the slots.
 struct Card {
-    bytes: Mutex<Vec<u8>>,
-    writes: Mutex<Vec<(u64, Vec<u8>)>>,
-}
-
-/// Its first partition.
-struct Boot<'a>(&'a Card);
-
-impl Storage for Boot<'_> {
-    fn size(&self) -> u64 {
-        SIZE as u64
-    }
-
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let at = STARTS[0] + offset as usize;
-        buffer.copy_from_slice(&self.0.bytes.lock().unwrap()[at..at + buffer.len()]);
-        Ok(())
-    }
-
-    fn read_back(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.read_at(offset, buffer)
-    }
-
-    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let at = STARTS[0] + offset as usize;
-        self.0.bytes.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
-        self.0.writes.lock().unwrap().push((at as u64, bytes.to_vec()));
-        Ok(())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
+    table: Vec<u8>,
+    parts: card::Card,
 }
 
 fn volume(files: &[(&str, &str)]) -> Vec<u8> {
@@ -85,20 +58,38 @@ impl Card {
             ("initrd.img", "x"),
             ("cmdline.txt", "slipway.tryboot=2:a,3:b\n"),
         ];
-        let mut bytes = vec![0; 16 * MIB];
+        let mut table = vec![0; 512];
         for (index, start) in STARTS.into_iter().enumerate() {
-            let record = &mut bytes[446 + index * 16..][..16];
+            let record = &mut table[446 + index * 16..][..16];
             record[4] = 0x0e;
             record[8..12].copy_from_slice(&(start as u32 / 512).to_le_bytes());
             record[12..16].copy_from_slice(&(SIZE as u32 / 512).to_le_bytes());
         }
-        bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
-        for (start, files) in
-            STARTS.into_iter().zip([&[("autoboot.txt", autoboot.as_str())][..], &slot, &slot])
-        {
-            bytes[start..start + SIZE].copy_from_slice(&volume(files));
+        table[510..512].copy_from_slice(&[0x55, 0xaa]);
+        let boot = volume(&[("autoboot.txt", autoboot.as_str())]);
+        Self::with(table, [boot, volume(&slot), volume(&slot)])
+    }
+
+    fn with(table: Vec<u8>, [boot, boot_a, boot_b]: [Vec<u8>; 3]) -> Self {
+        let content = [boot, Vec::new(), Vec::new(), boot_a, boot_b];
+        Self { table, parts: card::Card::new(content, None) }
+    }
+
+    /// The whole of it as a restart would find it: nothing of what was not flushed.
+    fn bytes(&self) -> Vec<u8> {
+        let [boot, _, _, boot_a, boot_b] = self.parts.content();
+        let mut bytes = vec![0; 16 * MIB];
+        bytes[..512].copy_from_slice(&self.table);
+        for (start, part) in STARTS.into_iter().zip([boot, boot_a, boot_b]) {
+            bytes[start..start + SIZE].copy_from_slice(&part);
         }
-        Self { bytes: Mutex::new(bytes), writes: Mutex::new(Vec::new()) }
+        bytes
+    }
+
+    /// A card with this content.
+    fn of(bytes: &[u8]) -> Self {
+        let part = |start: usize| bytes[start..start + SIZE].to_vec();
+        Self::with(bytes[..512].to_vec(), STARTS.map(part))
     }
 }
 
@@ -161,7 +152,7 @@ impl Robot {
     }
 
     fn restart(&mut self, restart: Restart) -> Slot {
-        let start = starts(&self.card.bytes.lock().unwrap(), restart).unwrap();
+        let start = starts(&self.card.bytes(), restart).unwrap();
         self.boots += 1;
         self.running = slot(&start);
         let told = "proc/device-tree/chosen/bootloader";
@@ -171,8 +162,9 @@ impl Robot {
         self.running
     }
 
-    fn flow(&self) -> Tryboot<Boot<'_>> {
-        Tryboot::new(Boot(&self.card), [2, 3], SINCE, self.running, &self.root()).unwrap()
+    fn flow(&self) -> Tryboot<Part> {
+        Tryboot::new(self.card.parts.part(Place::Gap), [2, 3], SINCE, self.running, &self.root())
+            .unwrap()
     }
 
     fn trial(&self) -> (Slot, Option<Trial>) {
@@ -236,13 +228,18 @@ fn every_write_cut_at_every_byte_starts_a_committed_slot() {
         let tried = if committed == Slot::A { Slot::B } else { Slot::A };
         robot.flow().arm_trial(tried).unwrap();
         assert_eq!(robot.restart(TRY), tried);
-        let before = robot.card.bytes.lock().unwrap().clone();
-        robot.card.writes.lock().unwrap().clear();
+        let before = robot.card.bytes();
+        let earlier = robot.card.parts.ops().len();
         robot.flow().commit().unwrap();
-        let writes = robot.card.writes.lock().unwrap().clone();
-        let [(at, new)] = writes.as_slice() else { panic!("{} writes", writes.len()) };
+        // What a power cut leaves at the moment when it is said to be done.
+        assert_eq!(slot(&starts(&robot.card.bytes(), PLAIN).unwrap()), tried, "not durable");
+        let ops = robot.card.parts.ops().split_off(earlier);
+        let [(Op::Write(Place::Gap, at, new), _), (Op::Flush(Place::Gap), _)] = ops.as_slice()
+        else {
+            panic!("not one write with its flush: {} operations", ops.len())
+        };
         assert_eq!((new.len(), at % 512), (512, 0), "not one sector");
-        let at = *at as usize;
+        let at = STARTS[0] + *at as usize;
         // What the card may hold afterwards: any number of bytes from the front or from the back.
         let old = before[at..at + 512].to_vec();
         let mut variants = BTreeSet::new();
@@ -257,14 +254,13 @@ fn every_write_cut_at_every_byte_starts_a_committed_slot() {
             let first = slot(&starts(&torn, PLAIN).unwrap());
             assert!(first == committed || first == tried);
             // The trial goes on after the cut, finds the damage if any, and commits again.
-            let card = Card { bytes: Mutex::new(torn), writes: Mutex::new(Vec::new()) };
-            let again = Robot { card, dir: tempfile::tempdir().unwrap(), ..robot_like(&robot) };
+            let again = robot_like(&robot, Card::of(&torn));
             copy_told(&robot, &again);
             let flow = again.flow();
             let damage = flow.status().unwrap().damage;
             assert_eq!(damage.len(), usize::from(*sector != old && sector != new), "{damage:?}");
             flow.commit().unwrap();
-            assert_eq!(slot(&starts(&again.card.bytes.lock().unwrap(), PLAIN).unwrap()), tried);
+            assert_eq!(slot(&starts(&again.card.bytes(), PLAIN).unwrap()), tried);
         }
         distinct += variants.len();
     }
@@ -272,8 +268,18 @@ fn every_write_cut_at_every_byte_starts_a_committed_slot() {
     assert!(points > 2000 && distinct >= 8, "{points} cut points, {distinct} different contents");
 }
 
-fn robot_like(robot: &Robot) -> Robot {
-    let card = Card { bytes: Mutex::default(), writes: Mutex::default() };
+/// What a card acknowledges and does not keep is no commit.
+#[test]
+fn a_card_that_keeps_nothing_is_not_believed() {
+    let mut robot = Robot::new();
+    robot.flow().arm_trial(Slot::B).unwrap();
+    robot.restart(TRY);
+    robot.card.parts.lose(Place::Gap);
+    assert_eq!(robot.flow().commit().unwrap_err().code, "boot-state");
+    assert_eq!(robot.restart(PLAIN), Slot::A);
+}
+
+fn robot_like(robot: &Robot, card: Card) -> Robot {
     Robot { dir: tempfile::tempdir().unwrap(), card, boots: robot.boots, running: robot.running }
 }
 
@@ -292,7 +298,7 @@ fn copy_told(from: &Robot, to: &Robot) {
 #[test]
 fn a_lost_autoboot_or_boot_partition_still_starts_a_whole_slot() {
     let robot = Robot::new();
-    let good = robot.card.bytes.lock().unwrap().clone();
+    let good = robot.card.bytes();
     let place = {
         let mut text = good.windows(14);
         text.position(|w| w == b"[all]\ntryboot_").unwrap()
@@ -320,7 +326,7 @@ fn what_could_not_come_back_is_refused_before_anything_is_written() {
     let code = |robot: &Robot| {
         let refused = robot.flow().arm_trial(Slot::B).unwrap_err();
         assert_eq!(robot.flow().ready().unwrap_err().code, refused.code);
-        assert!(robot.card.writes.lock().unwrap().is_empty(), "written before it was refused");
+        assert!(robot.card.parts.ops().is_empty(), "written before it was refused");
         assert!(!robot.root().state().join("tryboot.json").exists());
         refused.code
     };
@@ -340,11 +346,10 @@ fn what_could_not_come_back_is_refused_before_anything_is_written() {
     robot.put(&format!("{told}/partition"), &0u32.to_be_bytes());
     assert_eq!(code(&robot), "boot-state");
 
-    let robot = Robot::new();
-    {
-        let mut bytes = robot.card.bytes.lock().unwrap();
-        let at = bytes.windows(14).position(|w| w == b"[all]\ntryboot_").unwrap();
-        bytes[at..at + 5].copy_from_slice(b"[pi4]");
-    }
+    let mut robot = Robot::new();
+    let mut bytes = robot.card.bytes();
+    let at = bytes.windows(14).position(|w| w == b"[all]\ntryboot_").unwrap();
+    bytes[at..at + 5].copy_from_slice(b"[pi4]");
+    robot.card = Card::of(&bytes);
     assert_eq!(code(&robot), "boot-state");
 }

@@ -138,7 +138,6 @@ fn grow_gpt(
     let backup = sealed(&header, last, 1, end);
     write(disk, end * SECTOR, &entries)?;
     write(disk, last * SECTOR, &backup)?;
-    disk.flush()?;
 
     // One write from the MBR to the last entry: the sectors that differ lie in the first block.
     let primary = sealed(&header, 1, last, 2);
@@ -198,12 +197,12 @@ fn worth(start: u64, sectors: u64, end: u64) -> Option<u64> {
     (to >= sectors.saturating_add(WORTH)).then_some(to)
 }
 
-/// Writes and reads back.
+/// Writes durably, and reads back from the disk itself.
 fn write(disk: &dyn Storage, offset: u64, bytes: &[u8]) -> io::Result<()> {
     disk.write_at(offset, bytes)?;
     disk.flush()?;
     let mut found = vec![0; bytes.len()];
-    disk.read_at(offset, &mut found)?;
+    disk.read_back(offset, &mut found)?;
     if found == bytes { Ok(()) } else { Err(wrong("it does not hold what was written to it")) }
 }
 

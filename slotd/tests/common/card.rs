@@ -1,4 +1,11 @@
 //! A card in memory that remembers every write and flush, and what a power cut may leave of it.
+//!
+//! Its memory is volatile. What was written and not flushed may be lost, torn or reordered in any subset
+//! when the power goes; [`Storage::read_at`] shows it, as the kernel's memory does, and
+//! [`Storage::read_back`] does not: what a restart would find is what a flush has made durable. A flush
+//! covers its own part only, since `fdatasync` on one partition leaves what the kernel holds of another.
+//! A torn write may also destroy the erase block around it ([`Sectors::Around`]).
+#![allow(dead_code, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -8,9 +15,15 @@ use slotd::Result;
 use slotd::install::Slots;
 use slotd::storage::Storage;
 
+/// Bytes that a card erases at once: what a torn write may take with it. 4 MiB is what the plan aligns
+/// partitions to (`xtask/src/plan/resolve.rs`), and the largest erase group of common SD cards and eMMC.
+pub const ERASE: u64 = 4 << 20;
+
 /// The parts of a card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
+    /// What lies before the slots and is written outside of them: the boot state's sectors, the volume with
+    /// `autoboot.txt`, or the whole disk of a test that changes the partition table.
     Gap = 0,
     A = 1,
     B = 2,
@@ -32,10 +45,17 @@ pub type Content = [Vec<u8>; 5];
 
 #[derive(Debug, Default)]
 struct Inner {
-    content: Content,
+    /// With what is not flushed, as the kernel shows it.
+    seen: Content,
+    /// What survives a power cut for certain.
+    durable: Content,
+    /// Indices into `ops` of writes that no flush has made durable.
+    waiting: Vec<usize>,
     ops: Vec<(Op, Option<Vec<u8>>)>,
     /// A bit that every write at this byte of slot b loses.
     bad_byte: Option<u64>,
+    /// A part of which writes and flushes are acknowledged and never kept.
+    lost: Option<Place>,
 }
 
 /// The card; clones are the same card.
@@ -48,7 +68,7 @@ pub struct Card {
 impl Card {
     /// `journal`: a file that is noted with each operation, as it is at that moment.
     pub fn new(content: Content, journal: Option<std::path::PathBuf>) -> Self {
-        let inner = Inner { content, ..Inner::default() };
+        let inner = Inner { seen: content.clone(), durable: content, ..Inner::default() };
         Self { inner: Arc::new(Mutex::new(inner)), journal }
     }
 
@@ -56,12 +76,19 @@ impl Card {
         self.inner.lock().unwrap().bad_byte = Some(at);
     }
 
-    pub fn repair(&self) {
-        self.inner.lock().unwrap().bad_byte = None;
+    /// From now on acknowledges what is written to this part, and keeps nothing of it.
+    pub fn lose(&self, place: Place) {
+        self.inner.lock().unwrap().lost = Some(place);
     }
 
+    pub fn repair(&self) {
+        let mut inner = self.inner.lock().unwrap();
+        (inner.bad_byte, inner.lost) = (None, None);
+    }
+
+    /// What a restart would find: nothing of what was not flushed.
     pub fn content(&self) -> Content {
-        self.inner.lock().unwrap().content.clone()
+        self.inner.lock().unwrap().durable.clone()
     }
 
     /// Everything that happened, each with the journal as it was then.
@@ -93,44 +120,62 @@ pub struct Part {
 
 impl Storage for Part {
     fn size(&self) -> u64 {
-        self.card.inner.lock().unwrap().content[self.place as usize].len() as u64
+        self.card.inner.lock().unwrap().seen[self.place as usize].len() as u64
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let inner = self.card.inner.lock().unwrap();
-        let bytes = inner.content[self.place as usize].get(offset as usize..);
-        let bytes = bytes.and_then(|bytes| bytes.get(..buffer.len()));
-        buffer.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
+        read(&self.card.inner.lock().unwrap().seen[self.place as usize], offset, buffer)
     }
 
     fn read_back(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.read_at(offset, buffer)
+        read(&self.card.inner.lock().unwrap().durable[self.place as usize], offset, buffer)
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let journal = self.card.journal.as_ref().and_then(|path| std::fs::read(path).ok());
         let mut inner = self.card.inner.lock().unwrap();
+        let at = inner.ops.len();
+        inner.waiting.push(at);
         inner.ops.push((Op::Write(self.place, offset, bytes.to_vec()), journal));
-        let bad = inner.bad_byte.filter(|_| self.place == Place::B);
-        let content = &mut inner.content[self.place as usize];
-        let Some(place) = content.get_mut(offset as usize..offset as usize + bytes.len()) else {
+        let seen = &mut inner.seen[self.place as usize];
+        let Some(place) = seen.get_mut(offset as usize..offset as usize + bytes.len()) else {
             panic!("a write beyond the partition's end: {} bytes at {offset}", bytes.len());
         };
         place.copy_from_slice(bytes);
-        if let Some(at) = bad.and_then(|bad| bad.checked_sub(offset))
-            && let Some(byte) = place.get_mut(at as usize)
-        {
-            *byte ^= 0x10;
-        }
         Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {
         let journal = self.card.journal.as_ref().and_then(|path| std::fs::read(path).ok());
-        self.card.inner.lock().unwrap().ops.push((Op::Flush(self.place), journal));
+        let mut guard = self.card.inner.lock().unwrap();
+        let inner = &mut *guard;
+        for at in std::mem::take(&mut inner.waiting) {
+            let Op::Write(place, offset, bytes) = &inner.ops[at].0 else { continue };
+            if *place != self.place {
+                inner.waiting.push(at);
+                continue;
+            }
+            if inner.lost == Some(*place) {
+                continue;
+            }
+            let kept = &mut inner.durable[*place as usize][*offset as usize..][..bytes.len()];
+            kept.copy_from_slice(bytes);
+            let bad = inner.bad_byte.filter(|_| *place == Place::B);
+            if let Some(byte) = bad.and_then(|bad| bad.checked_sub(*offset))
+                && let Some(byte) = kept.get_mut(byte as usize)
+            {
+                *byte ^= 0x10;
+            }
+        }
+        inner.ops.push((Op::Flush(self.place), journal));
         Ok(())
     }
+}
+
+fn read(content: &[u8], offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let bytes = content.get(offset as usize..).and_then(|bytes| bytes.get(..buffer.len()));
+    buffer.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
+    Ok(())
 }
 
 impl Slots for Card {
@@ -146,12 +191,24 @@ impl Slots for Card {
     }
 }
 
+/// Where the parts begin on the disk, when each begins at a multiple of `alignment` bytes.
+pub fn starts(content: &Content, alignment: u64) -> [u64; 5] {
+    let mut next = 0;
+    PLACES.map(|place| {
+        let start = next;
+        next = (start + content[place as usize].len() as u64).next_multiple_of(alignment);
+        start
+    })
+}
+
 /// What a card may hold when the power goes after `cut` operations: everything before a part's last
-/// flush, and of what came after it any choice, torn at sectors, as `luck` has it.
+/// flush, and of what came after it any choice, torn at sectors, as `luck` has it. `starts` says where the
+/// parts lie, for what a torn write takes with it.
 pub fn after_cut(
     before: &Content,
     ops: &[(Op, Option<Vec<u8>>)],
     cut: usize,
+    starts: [u64; 5],
     mut luck: impl FnMut(Moment) -> Sectors,
 ) -> Content {
     let mut content = before.clone();
@@ -164,13 +221,14 @@ pub fn after_cut(
     let durable = PLACES.map(flushed);
     for (at, (op, _)) in ops.iter().enumerate() {
         let Op::Write(place, offset, bytes) = op else { continue };
-        let moment = Moment { last: at + 1 == cut, sectors: bytes.len().div_ceil(512) };
+        let sectors = bytes.len().div_ceil(512);
+        let moment = Moment { last: at + 1 == cut, sectors, place: *place };
         let sectors = if at < durable[*place as usize] { Sectors::All } else { luck(moment) };
         for (number, sector) in bytes.chunks(512).enumerate() {
             let written = match sectors {
                 Sectors::All => true,
                 Sectors::None => false,
-                Sectors::First(n) => number < n,
+                Sectors::First(n) | Sectors::Around(n, _) => number < n,
                 Sectors::From(n) => number >= n,
             };
             if written {
@@ -178,8 +236,28 @@ pub fn after_cut(
                 content[*place as usize][start..start + sector.len()].copy_from_slice(sector);
             }
         }
+        if let Sectors::Around(_, seed) = sectors {
+            let at = starts[*place as usize] + offset;
+            destroy(&mut content, starts, at, at + bytes.len() as u64, seed);
+        }
     }
     content
+}
+
+/// Puts something else in the place of about each second 4 KiB in the erase blocks that hold `from..to` of the disk, in whichever
+/// part they lie.
+fn destroy(content: &mut Content, starts: [u64; 5], from: u64, to: u64, seed: u64) {
+    let (from, to) = (from / ERASE * ERASE, to.next_multiple_of(ERASE));
+    for (part, start) in content.iter_mut().zip(starts) {
+        for (number, block) in part.chunks_mut(4096).enumerate() {
+            let at = start + number as u64 * 4096;
+            let random = (seed ^ at).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            if (from..to).contains(&at) && random >> 63 == 1 {
+                // A byte that no system of these tests consists of.
+                block.fill((random >> 56) as u8);
+            }
+        }
+    }
 }
 
 /// An unflushed write at the moment of the cut.
@@ -188,13 +266,18 @@ pub struct Moment {
     pub last: bool,
     /// How many sectors it has.
     pub sectors: usize,
+    /// Where it went.
+    pub place: Place,
 }
 
 /// What reached the card of one write.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub enum Sectors {
     All,
     None,
     First(usize),
     From(usize),
+    /// The first so many, and the erase block around the write was being rewritten: any part of it may be
+    /// lost, as the seed has it.
+    Around(usize, u64),
 }
