@@ -29,9 +29,10 @@ const WIRELESS: &str = "wlan0";
 /// Types of SSH keys that OpenSSH writes.
 const KEY_TYPES: [&str; 3] = ["ssh-", "ecdsa-", "sk-"];
 
+/// The file's content, in the form that the flasher writes.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct Seed {
+pub struct Seed {
     hostname: Option<String>,
     #[serde(default)]
     ssh_keys: Vec<String>,
@@ -43,6 +44,28 @@ struct Seed {
 struct Wifi {
     ssid: String,
     password: Option<String>,
+}
+
+impl Seed {
+    /// Understands a file of at most 64 KiB.
+    ///
+    /// # Errors
+    /// Says what is wrong, without quoting it: the parser's own message would show the line, and with it
+    /// perhaps the password.
+    pub fn parse(text: &[u8]) -> std::result::Result<Self, &'static str> {
+        if text.len() as u64 > LARGEST {
+            return Err("it is larger than 64 KiB");
+        }
+        let seed = std::str::from_utf8(text).ok().and_then(|text| toml::from_str(text).ok());
+        let seed = seed.ok_or("it is not in the form that the flasher writes")?;
+        check(&seed)?;
+        Ok(seed)
+    }
+
+    /// What the wireless device is configured with, as in wpa_supplicant.conf(5).
+    pub fn wireless(&self) -> Option<String> {
+        self.wifi.as_ref().map(supplicant)
+    }
 }
 
 /// What was taken over, by name; nothing where there was no file.
@@ -77,13 +100,7 @@ pub fn seed(root: &Root) -> Result<Seeded> {
         let help = "flash the card again, or correct the file on another computer";
         Refusal::new("bad-seed", format!("{}: {why}", doing()), help)
     };
-    if text.len() as u64 > LARGEST {
-        return Err(bad("it is larger than 64 KiB"));
-    }
-    // The parser's own message would show the line, and with it perhaps the password.
-    let seed: Option<Seed> = std::str::from_utf8(&text).ok().and_then(|t| toml::from_str(t).ok());
-    let seed = seed.ok_or_else(|| bad("it is not in the form that the flasher writes"))?;
-    check(&seed).map_err(bad)?;
+    let seed = Seed::parse(&text).map_err(bad)?;
     if State::read(root)?.condition == Condition::Memory {
         return Err(Refusal::new(
             "no-data",
@@ -160,15 +177,15 @@ fn take(root: &Root, seed: &Seed) -> io::Result<Seeded> {
         durable::write(&path, keys.as_bytes())?;
         taken.push("ssh-keys");
     }
-    if let Some(wifi) = &seed.wifi {
+    if let Some(configuration) = seed.wireless() {
         let path = root.path(format!("data/network/wpa_supplicant-{WIRELESS}.conf"));
-        write_secret(&path, supplicant(wifi).as_bytes())?;
+        write_secret(&path, configuration.as_bytes())?;
         taken.push("wifi");
     }
     Ok(Seeded { taken })
 }
 
-/// As in wpa_supplicant.conf(5). The name in hexadecimal: it may hold any byte.
+/// The name in hexadecimal: it may hold any byte.
 fn supplicant(wifi: &Wifi) -> String {
     let ssid: String = wifi.ssid.bytes().map(|byte| format!("{byte:02x}")).collect();
     let key = match &wifi.password {
