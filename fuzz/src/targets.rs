@@ -7,19 +7,22 @@
 mod bundles;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use bundle::bootstate::{self, BootState, SECTOR, Slot};
 use bundle::{KeySet, Kind, Manifest, Reader, SignatureFile, Stream};
 use bundles::{TestKey, keys, mixed, parts};
 use slotd::Root;
+use slotd::data::archive::{self, Room};
 use slotd::device::Description;
+use slotd::files::Disk;
 
 /// A target's name, the target, and what its corpus begins with.
 pub type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
 pub const ALL: [Target; 7] = [
-    ("archive", archive, archives),
+    ("archive", backup, archives),
     ("boot-state", boot_state, boot_states),
     ("bundle", bundle, bundle_seeds),
     ("device", device, devices),
@@ -306,7 +309,7 @@ fn seeds() -> Vec<Vec<u8>> {
 }
 
 /// The first byte says whether the rest is compressed already: a fuzzer makes no zstd frames.
-pub fn archive(data: &[u8]) {
+pub fn backup(data: &[u8]) {
     let Some((how, rest)) = data.split_first() else { return };
     let packed = if how % 2 == 0 { rest.to_vec() } else { zstd::encode_all(rest, 1).unwrap() };
     let folder = folder();
@@ -324,6 +327,8 @@ pub fn archive(data: &[u8]) {
 const ROOM: u64 = 1 << 20;
 
 fn sizes(folder: &Path) -> u64 {
+    // An archive's modes count, and not everybody who runs this is root.
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).unwrap();
     let sizes = fs::read_dir(folder).unwrap().map(|entry| {
         let path = entry.unwrap().path();
         let about = fs::symlink_metadata(&path).unwrap();
@@ -333,7 +338,8 @@ fn sizes(folder: &Path) -> u64 {
 }
 
 fn unpack(packed: &[u8], into: &Path) -> bool {
-    slotd::data::archive::unpack(packed, into, ROOM).is_ok()
+    let room = Room { bytes: ROOM, entries: 256 };
+    archive::unpack(&Disk, packed, into, room).is_ok()
 }
 
 fn archives() -> Vec<Vec<u8>> {
