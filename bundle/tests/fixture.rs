@@ -8,7 +8,7 @@ mod common;
 use std::path::PathBuf;
 
 use bundle::{KeySet, Level, Policy, Reader, Stream, Version};
-use common::{TestKey, keys, mixed, parts};
+use common::{TestKey, mixed, parts};
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)

@@ -45,7 +45,7 @@ fn folder() -> PathBuf {
 
 /// A root whose only file is this one.
 fn root_with(path: &str, bytes: &[u8]) -> Root {
-    let root = Root::new(&folder());
+    let root = Root::new(folder());
     let path = root.path(path);
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, bytes).unwrap();

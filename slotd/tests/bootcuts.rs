@@ -52,11 +52,8 @@ fn started(run: &script::Run) -> Started {
     run.started.expect("both slots load")
 }
 
-/// What happens to the copies, in order: a write of one, or a flush.
-enum Event {
-    Write(usize, [u8; SECTOR]),
-    Flush,
-}
+/// What happens to the copies, in order: a write of one, or (`None`) a flush.
+type Event = Option<(usize, [u8; SECTOR])>;
 
 /// What a step does to the copies, and the robot afterwards: with what is durable then.
 fn take(robot: &Robot, step: Step) -> (Vec<Event>, Robot) {
@@ -71,16 +68,16 @@ fn take(robot: &Robot, step: Step) -> (Vec<Event>, Robot) {
             let run = restart(before);
             let running = started(&run);
             // U-Boot keeps nothing back: `mmc write` returns when the card has it.
-            let write = |(index, sector)| [Event::Write(index, sector), Event::Flush];
+            let write = |write| [Some(write), None];
             return (run.writes.into_iter().flat_map(write).collect(), (run.copies, running));
         }
     }
     .expect("a good disk");
-    let event = |(op, _): (Op, _)| {
-        let Op::Write(Place::Gap, offset, bytes) = op else { return Event::Flush };
+    let event = |(op, _): (Op, _)| -> Event {
+        let Op::Write(Place::Gap, offset, bytes) = op else { return None };
         let index = SECTORS.iter().position(|s| s * SECTOR as u64 == offset);
         let sector = <[u8; SECTOR]>::try_from(bytes).expect("one sector, as a whole");
-        Event::Write(index.expect("nothing but the boot state is written"), sector)
+        Some((index.expect("nothing but the boot state is written"), sector))
     };
     let events = disk.ops().into_iter().map(event).collect();
     (events, (copies(&disk.content()), *running))
@@ -149,10 +146,8 @@ fn every_cut_ends_in_a_committed_slot_and_no_trial_goes_uncounted() {
             let context = || format!("{step:?} from {:?}", counts(&robot.0));
             steps += 1;
             let mut written = robot.0;
-            for event in &events {
-                if let Event::Write(index, sector) = event {
-                    written[*index] = *sector;
-                }
+            for (index, sector) in events.iter().flatten() {
+                written[*index] = *sector;
             }
             assert!(after.0 == written, "{}: not durable when it returned", context());
             if let Some(wanted) = wanted(&robot, step) {
@@ -165,12 +160,12 @@ fn every_cut_ends_in_a_committed_slot_and_no_trial_goes_uncounted() {
             let mut unflushed: Option<(usize, [u8; SECTOR])> = None;
             for event in events {
                 match event {
-                    Event::Flush => {
+                    None => {
                         if let Some((index, sector)) = unflushed.take() {
                             durable[index] = sector;
                         }
                     }
-                    Event::Write(index, new) => {
+                    Some((index, new)) => {
                         let counting = counts(&durable).map(|(index, _)| index);
                         assert_ne!(counting, Some(index), "{}: writes what counts", context());
                         assert!(unflushed.is_none(), "{}: two writes, no flush", context());

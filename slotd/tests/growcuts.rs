@@ -156,7 +156,7 @@ fn choice(variant: usize, ops: &[(Op, Option<Vec<u8>>)]) -> Option<Vec<Sectors>>
         n if n < 2 * sectors => Sectors::From(n - sectors),
         _ => return None,
     };
-    let mut choice: Vec<_> = taken(if torn % 2 == 0 { subsets - 1 } else { 0 }).collect();
+    let mut choice: Vec<_> = taken(if torn.is_multiple_of(2) { subsets - 1 } else { 0 }).collect();
     *choice.last_mut()? = how;
     Some(choice)
 }

@@ -121,7 +121,7 @@ fn a_full_disk_is_told_before_anything_is_written() {
     command.args(["--map-root-user", "--mount", "sh", "-c", script, "sh"]);
     command.arg(env!("CARGO_BIN_EXE_slotd")).arg(robot.dir.path());
     let output = command.output().expect("this test needs unshare");
-    let said: Value = serde_json::from_slice(&output.stdout).expect(&format!("{output:?}"));
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     assert_eq!(said["refused"]["code"], "no-space", "{output:?}");
     assert!(output.status.code() != Some(99) && output.stderr.is_empty(), "{output:?}");
 }
