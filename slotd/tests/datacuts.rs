@@ -8,7 +8,7 @@
 #[path = "common/crash.rs"]
 mod crash;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -415,4 +415,108 @@ fn a_disk_that_fails_at_any_change_of_a_migration_mixes_nothing() {
     }
     println!("{failed} failures");
     assert!(failed > 80, "{failed}");
+}
+
+/// Without any one of its flushes an operation loses something: each is there for a reason, and a test fails when
+/// its line goes.
+#[test]
+fn every_flush_is_needed() {
+    let (old, new, nothing) = (of("old"), of("new"), empty());
+    let known = [("old", &old), ("new", &new), ("nothing", &nothing)];
+    let mut not_needed: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut tried = 0;
+    let mut try_all = |what: &str,
+                       run: &dyn Fn(&Root, &Recorder),
+                       before: &dyn Fn(&Root),
+                       check: &dyn Fn(&Root, &str) -> String| {
+        let mut without_effect = BTreeSet::new();
+        for flush in 0.. {
+            let (_dir, root) = robot("old");
+            before(&root);
+            let files = Recorder::new(&root.data()).forgetting(flush);
+            run(&root, &files);
+            let flushes = files.flushes();
+            let Some(path) = flushes.get(flush) else { break };
+            tried += 1;
+            let kept = std::panic::AssertUnwindSafe(|| {
+                cut(what, &files, &root, &|at| check(&root, at));
+            });
+            if std::panic::catch_unwind(kept).is_ok() {
+                without_effect.insert(format!("{flush}, of /{}", path.display()));
+            }
+        }
+        // Whichever system starts then: one that loses something is enough.
+        let known = not_needed.entry(what.to_owned()).or_insert_with(|| without_effect.clone());
+        known.retain(|flush| without_effect.contains(flush));
+    };
+    for what in ["reset", "reset and keep", "new"] {
+        let run = |root: &Root, files: &Recorder| ask(root, what, files).unwrap();
+        try_all(&format!("asking for {what}"), &run, &|_| (), &|root, at| {
+            let found = settles(root, &known, at);
+            assert!(found == "old" || found == outcome(what), "{at}: {found}");
+            if what == "reset and keep" && found == "nothing" {
+                let kept = fs::File::open(root.state().join("backup/before-reset.tar.zst"));
+                restore_with(root, kept.unwrap(), &Disk).unwrap();
+                assert_eq!(settles(root, &known, at), "old", "{at}: the backup");
+            }
+            found.to_owned()
+        });
+        let run = |root: &Root, files: &Recorder| drop(apply_with(root, files).unwrap());
+        let before = |root: &Root| ask(root, what, &Disk).unwrap();
+        try_all(&format!("carrying out {what}"), &run, &before, &|root, at| {
+            let outgoing = snapshot(&root.data().join(".outgoing"));
+            let marked = outgoing.contains_key(Path::new(".overwrite"));
+            assert!(what == "new" || outgoing.len() < 2 || marked, "{at}: {outgoing:#?}");
+            if at.ends_with("at its end") {
+                assert!(!root.state().join("pending.json").exists(), "{at}: again and again");
+            }
+            let found = settles(root, &known, at);
+            assert_eq!(found, outcome(what), "{at}");
+            found.to_owned()
+        });
+    }
+    for (from, to) in [("1.0.0", "1.1.0"), ("1.1.0", "1.0.0")] {
+        let trees: Vec<Snapshot> = ["1.0.0", "1.1.0"]
+            .map(|to| {
+                let (_dir, root) = robot("old");
+                steps(&root);
+                bring(&root, to, &Disk).unwrap();
+                contents(&root)
+            })
+            .into();
+        for (next, tree) in ["1.0.0", "1.1.0"].into_iter().zip(&trees) {
+            let run = |root: &Root, files: &Recorder| bring(root, to, files).unwrap();
+            let before = |root: &Root| {
+                steps(root);
+                bring(root, from, &Disk).unwrap();
+            };
+            try_all(&format!("{from} to {to}"), &run, &before, &|root, at| {
+                bring(root, next, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+                assert!(contents(root) == *tree, "{at}: {:#?}", contents(root));
+                next.to_owned()
+            });
+        }
+    }
+    println!("{tried} flushes were left out one by one; without effect: {not_needed:#?}");
+    assert!(tried > 40, "{tried}");
+    let expected = [
+        // The folder of a record that is written in one step, by the rule of `durable`: the next flush has it, too.
+        ("asking for new", vec!["2, of /.incoming.new"]),
+        // The folder that things move into, whose blocks nothing could overwrite if it were lost, which this does not
+        // see; and the note's, which the flush of everything at the end has, too.
+        ("carrying out reset", vec!["1, of /", "4, of /slotd"]),
+        ("carrying out reset and keep", vec!["1, of /", "4, of /slotd"]),
+        // A note that is damaged: what lies there says what was going on.
+        ("carrying out new", vec!["2, of /slotd/pending.partial"]),
+        // The folder of the record: a step that is taken, or put back, once more does no harm.
+        ("1.0.0 to 1.1.0", vec!["7, of /", "9, of /"]),
+        // And two of which each does for the other.
+        ("1.1.0 to 1.0.0", vec!["1, of /", "2, of /.snapshot", "5, of /", "7, of /"]),
+    ];
+    not_needed.retain(|_, flushes| !flushes.is_empty());
+    let expected: BTreeMap<String, BTreeSet<String>> = expected
+        .into_iter()
+        .map(|(what, list)| (what.to_owned(), list.into_iter().map(str::to_owned).collect()))
+        .collect();
+    assert_eq!(not_needed, expected);
 }

@@ -272,9 +272,7 @@ fn unpack(root: &Root, files: &dyn Files, input: impl Read, into: &Path) -> Resu
         }
     }
     migrate::only_the_version(files, into)?;
-    files.sync(into).map_err(&doing)?;
-    files.create(&into.join(COMPLETE)).map_err(&doing)?;
-    files.sync(into).and_then(|()| files.sync(&data)).map_err(&doing)
+    files.create(&into.join(COMPLETE)).and_then(|()| files.sync(into)).map_err(&doing)
 }
 
 /// What was unpacked takes the place of what waits.
@@ -409,10 +407,13 @@ fn leave(root: &Root, files: &dyn Files, paths: &[PathBuf], overwrite: bool) -> 
         files.create_dir(&outgoing).map_err(&doing)?;
     }
     let mark = outgoing.join(OVERWRITE);
-    if overwrite && !is_there(&mark)? {
-        files.create(&mark).map_err(&doing)?;
+    if overwrite {
+        if !is_there(&mark)? {
+            files.create(&mark).map_err(&doing)?;
+        }
+        // Before anything lies there that would be removed as it is.
+        files.sync(&outgoing).and_then(|()| files.sync(&root.data())).map_err(&doing)?;
     }
-    files.sync(&outgoing).and_then(|()| files.sync(&root.data())).map_err(&doing)?;
     for path in paths {
         let Some(name) = path.file_name() else { continue };
         let mut to = outgoing.join(name);

@@ -297,18 +297,47 @@ pub struct Recorder {
     /// The call that fails instead, and how.
     fails: Option<(usize, i32)>,
     calls: Mutex<usize>,
+    /// The flush that flushes nothing.
+    forgets: Option<usize>,
+    flushes: Mutex<Vec<PathBuf>>,
 }
 
 impl Recorder {
     pub fn new(folder: &Path) -> Self {
         let before = Store::read(folder);
         let now = Mutex::new((before.clone(), Vec::new()));
-        Self { folder: folder.to_owned(), before, now, fails: None, calls: Mutex::new(0) }
+        Self {
+            folder: folder.to_owned(),
+            before,
+            now,
+            fails: None,
+            calls: Mutex::new(0),
+            forgets: None,
+            flushes: Mutex::default(),
+        }
     }
 
     /// The call of this number fails with this error of the system.
     pub fn failing(self, call: usize, errno: i32) -> Self {
         Self { fails: Some((call, errno)), ..self }
+    }
+
+    /// The flush of this number is not made, as if its line were missing.
+    pub fn forgetting(self, flush: usize) -> Self {
+        Self { forgets: Some(flush), ..self }
+    }
+
+    /// What was flushed, in order.
+    pub fn flushes(&self) -> Vec<PathBuf> {
+        self.flushes.lock().unwrap().clone()
+    }
+
+    fn flush(&self, path: &Path, make: impl FnOnce(&mut Store) -> Vec<Change>) {
+        let mut flushes = self.flushes.lock().unwrap();
+        flushes.push(path.strip_prefix(&self.folder).expect("outside of the folder").to_owned());
+        if self.forgets.is_none_or(|forgotten| forgotten + 1 != flushes.len()) {
+            self.change(make);
+        }
     }
 
     pub fn calls(&self) -> usize {
@@ -496,14 +525,14 @@ impl Files for Recorder {
     fn sync(&self, path: &Path) -> io::Result<()> {
         self.call()?;
         Disk.sync(path)?;
-        self.change(|store| vec![Change::Sync { inode: self.inode(store, path) }]);
+        self.flush(path, |store| vec![Change::Sync { inode: self.inode(store, path) }]);
         Ok(())
     }
 
     fn sync_all(&self, folder: &Path) -> io::Result<()> {
         self.call()?;
         Disk.sync_all(folder)?;
-        self.change(|_| vec![Change::SyncAll]);
+        self.flush(folder, |_| vec![Change::SyncAll]);
         Ok(())
     }
 
