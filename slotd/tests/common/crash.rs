@@ -323,11 +323,13 @@ impl Recorder {
     }
 
     /// The flush of this number is not made, as if its line were missing.
+    #[allow(dead_code, reason = "not every test leaves flushes out")]
     pub fn forgetting(self, flush: usize) -> Self {
         Self { forgets: Some(flush), ..self }
     }
 
     /// What was flushed, in order.
+    #[allow(dead_code, reason = "not every test leaves flushes out")]
     pub fn flushes(&self) -> Vec<PathBuf> {
         self.flushes.lock().unwrap().clone()
     }
