@@ -461,7 +461,9 @@ fn every_flush_is_needed() {
             }
             found.to_owned()
         });
-        let run = |root: &Root, files: &Recorder| drop(apply_with(root, files).unwrap());
+        let run = |root: &Root, files: &Recorder| {
+            assert!(apply_with(root, files).unwrap().carried_out.is_some());
+        };
         let before = |root: &Root| ask(root, what, &Disk).unwrap();
         try_all(&format!("carrying out {what}"), &run, &before, &|root, at| {
             let outgoing = snapshot(&root.data().join(".outgoing"));
