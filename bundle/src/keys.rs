@@ -60,6 +60,45 @@ pub struct SignedBy {
     pub comment: String,
 }
 
+/// What a signature is for. The trusted comment says it, `slipway <word> …`, and it is signed: a text of one
+/// kind is never taken for another. A comment that does not begin with `slipway` (that of `minisign -S` by
+/// hand) says nothing; then the text's own form tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A bundle's manifest.
+    Bundle,
+    /// A key set.
+    KeySet,
+    /// A release's manifest.
+    Release,
+    /// The index of a channel of releases.
+    Channel,
+    /// A record of a shared cache.
+    Stage,
+}
+
+impl Purpose {
+    /// The word after `slipway`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Bundle => "bundle",
+            Self::KeySet => "keys",
+            Self::Release => "release",
+            Self::Channel => "channel",
+            Self::Stage => "stage",
+        }
+    }
+
+    /// Why a comment speaks against this purpose.
+    fn contradicts(self, comment: &str) -> Option<String> {
+        let mut words = comment.split(' ');
+        let ours = words.next() == Some("slipway");
+        let word = words.next().unwrap_or_default();
+        (ours && word != self.word())
+            .then(|| format!("signed something else with it (`{word}`, not `{}`)", self.word()))
+    }
+}
+
 /// The id of a public key (base64 form): sixteen upper-case hexadecimal digits.
 ///
 /// # Errors
@@ -120,14 +159,22 @@ impl KeySet {
     ///
     /// # Errors
     /// When the file is malformed, the key does not count, or the signature does not verify.
-    pub fn verify(&self, name: &str, file: &[u8], signed: &[u8]) -> Result<SignedBy> {
-        self.check_signature(name, file, signed)?.map_err(|reason| Error::NotTrusted { reason })
+    pub fn verify(
+        &self,
+        purpose: Purpose,
+        name: &str,
+        file: &[u8],
+        signed: &[u8],
+    ) -> Result<SignedBy> {
+        self.check_signature(purpose, name, file, signed)?
+            .map_err(|reason| Error::NotTrusted { reason })
     }
 
     /// Checks one signature file over `signed`. `Ok(Err(reason))`: it is by a key that does not
-    /// count (unknown or revoked). `Err`: it is malformed, or forged in a trusted key's name.
+    /// count (unknown or revoked), or for another purpose. `Err`: it is malformed, or forged in a trusted key's name.
     pub(crate) fn check_signature(
         &self,
+        purpose: Purpose,
         member: &str,
         file: &[u8],
         signed: &[u8],
@@ -149,6 +196,9 @@ impl KeySet {
             .verify(signed, &signature, false)
             .map_err(|_| Error::BadSignature { key: id.clone() })?;
         let comment = signature.trusted_comment().to_owned();
+        if let Some(why) = purpose.contradicts(&comment) {
+            return Ok(Err(format!("the key {id} has {why}")));
+        }
         Ok(Ok(SignedBy { id, epoch: key.epoch, kind: key.kind, comment }))
     }
 }

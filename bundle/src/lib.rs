@@ -3,6 +3,7 @@
 //! This crate starts no process and opens no file: all I/O goes through `Read`, `Write` and `Seek`.
 //! `docs/bundle-format.md` describes the format; the code and that page must agree.
 
+pub mod area;
 pub mod bootstate;
 pub mod component;
 mod error;

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result};
 use crate::frames::Decoder;
 use crate::index::{self, Frame, Hash, Index};
-use crate::keys::{KeySet, SignedBy};
+use crate::keys::{KeySet, Purpose, SignedBy};
 use crate::limits::{BLOCK_SIZE, MAX_MANIFEST, MAX_SIGNATURE, MAX_SIGNATURES};
 use crate::manifest::{Kind, Manifest, Payload, Version};
 use crate::ustar::{self, Member, RECORD, TRAILER};
@@ -438,7 +438,7 @@ fn signatures(keys: &KeySet, files: &[(String, Vec<u8>)], json: &[u8]) -> Result
     let mut good: Vec<SignedBy> = Vec::new();
     let mut reasons = Vec::new();
     for (member, file) in files {
-        match keys.check_signature(member, file, json)? {
+        match keys.check_signature(Purpose::Bundle, member, file, json)? {
             Ok(by) if good.iter().any(|other| other.id == by.id) => {
                 return Err(Error::BadSignatureFile {
                     reason: format!("{member}: the key {} signs twice", by.id),

@@ -6,6 +6,7 @@ mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::io::{Seek, SeekFrom, Write};
 
 use bundle::{Manifest, Reader, Stream};
 use common::{TestKey, keys, make, member, mixed, noise, parts, verify};
@@ -115,6 +116,24 @@ fn with_index(content: &[u8], change: impl FnOnce(&mut Vec<u8>, &mut Vec<u8>)) -
         bundle::index::sha256(index).iter().map(|b| format!("{b:02x}")).collect();
     payload.data.size = data.len() as u64;
     parts.write(&[TestKey::new(1)])
+}
+
+/// A good bundle whose one payload, index and frames, is that of another bundle. Lengths are the same: only the
+/// index's hash in the manifest tells them apart.
+fn with_the_payload_of_another(content: &[u8], other: &[u8]) -> Vec<u8> {
+    let (mut good, other) = (parts(&[content], 1), parts(&[other], 1));
+    let lengths = |parts: &common::Parts| {
+        let (index, data) = &parts.payloads[0];
+        (index.len(), data.len())
+    };
+    assert_eq!(lengths(&good), lengths(&other), "the lengths alone would tell");
+    let bytes = good.write(&[TestKey::new(1)]);
+    let mut forged = bytes.clone();
+    let (index, data) = &other.payloads[0];
+    forged[member(&bytes, "system/p0.index")].copy_from_slice(index);
+    forged[member(&bytes, "system/p0.zst")].copy_from_slice(data);
+    assert_ne!(forged, bytes);
+    forged
 }
 
 /// Offsets in an index with one frame and one piece.
@@ -282,6 +301,73 @@ fn a_broken_index_is_refused_even_when_signed() {
 }
 
 #[test]
+fn another_payload_under_a_good_manifest_is_refused() {
+    // Whole and consistent in itself: nothing but the manifest speaks against it.
+    assert_eq!(code(&with_the_payload_of_another(&noise(9000, 1), &noise(9000, 2))), "wrong-hash");
+}
+
+#[test]
+fn a_member_above_four_gibibytes_is_passed_over_to_its_end() {
+    // 70 frames of 65 MiB, each for one block of zeros: 4.4 GiB as stored, which nobody has to read. In a file
+    // with a hole, so that it costs nothing.
+    const FRAMES: u32 = 70;
+    let (stored, pieces) = (65_u32 << 20, FRAMES * 130);
+    let size = u64::from(FRAMES) * 4096;
+    let mut index = bundle::index::MAGIC.to_vec();
+    index.extend(size.to_le_bytes());
+    for number in [4096, 12, FRAMES, pieces, 0] {
+        index.extend(number.to_le_bytes());
+    }
+    for _ in 0..FRAMES {
+        index.extend([1_u32.to_le_bytes(), stored.to_le_bytes()].concat());
+        index.extend([0; 32]);
+    }
+    index.resize(index.len() + pieces as usize * 32 + FRAMES.div_ceil(8) as usize, 0);
+    let mut described = parts(&[b"", &mixed(9000)], 1);
+    let payload = &mut described.manifest.components[0].payloads[0];
+    payload.size = size;
+    payload.index.size = index.len() as u64;
+    payload.index.sha256 = bundle::index::hex(&bundle::index::sha256(&index));
+    payload.data.size = u64::from(FRAMES) * u64::from(stored);
+    assert!(payload.data.size > 1 << 32);
+    let json = described.manifest.to_json().unwrap();
+    let signature = TestKey::new(1).sign(&json, "c").text;
+    let (second, data) = &described.payloads[1];
+    let mut file = tempfile::tempfile().unwrap();
+    let add = |mut file: &std::fs::File, name: &str, content: &[u8]| {
+        let archive = tar(&[(name, content)]);
+        file.write_all(&archive[..archive.len() - 1024]).unwrap();
+    };
+    add(&file, "manifest.json", &json);
+    add(&file, "manifest.json.minisig", signature.as_bytes());
+    add(&file, "system/p0.index", &index);
+    file.write_all(&header("system/p0.zst", u64::from(FRAMES) * u64::from(stored))).unwrap();
+    file.seek(SeekFrom::Current(i64::from(FRAMES) * i64::from(stored))).unwrap();
+    add(&file, "system/p1.index", second);
+    add(&file, "system/p1.zst", data);
+    file.write_all(&[0; 1024]).unwrap();
+    file.rewind().unwrap();
+
+    let mut reader = Reader::open(bundle::Seekable(&file), &keys()).unwrap();
+    let mut large = reader.next_payload().unwrap().unwrap();
+    let last = *large.index().frames().last().unwrap();
+    assert_eq!(last.data_offset, u64::from(FRAMES - 1) * u64::from(stored));
+    while large.next_frame().is_some() {
+        large.skip_frame().unwrap();
+    }
+    let mut content = Vec::new();
+    let mut small = reader.next_payload().unwrap().unwrap();
+    small
+        .read_frame(&mut |_, bytes| {
+            content.extend_from_slice(bytes);
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(content, mixed(9000));
+    assert!(reader.next_payload().unwrap().is_none());
+}
+
+#[test]
 fn bombs_and_short_frames_are_refused() {
     let content = mixed(9000);
     assert_eq!(code(&with_frame(&content, &zstd(&vec![0; 100 << 20]))), "frame-length");
@@ -365,6 +451,9 @@ fn signature_files_are_refused_by_rule() {
     assert_eq!(code_of(""), "bad-signature-file");
     let other = TestKey::new(1).sign(b"another manifest", "c").text;
     assert_eq!(code_of(&other), "bad-signature");
+    // Minisign's older form, which signs the text itself and not its hash: a signature is of one form only.
+    let older = TestKey::new(1).sign_legacy(json.as_bytes(), "c");
+    assert_eq!(code_of(&older), "bad-signature");
     // The same key twice, and further signatures out of order.
     let mut parts = parts(&[b""], 1);
     let twice = parts.write(&[TestKey::new(1), TestKey::new(1)]);

@@ -225,11 +225,19 @@ pub fn key_set(data: &[u8]) {
     let again = serde_json::to_vec(&set).unwrap();
     assert_eq!(KeySet::parse(&again).unwrap(), set);
     let (file, content) = split(rest);
-    if let Ok(by) = set.verify("a signature", file, content) {
+    if let Ok(by) = set.verify(bundle::keys::Purpose::KeySet, "a signature", file, content) {
         let key = set.keys.iter().find(|key| key.id == by.id).unwrap();
         assert!(!key.revoked && key.epoch == by.epoch);
         // No other bytes have this signature.
-        assert!(set.verify("a signature", file, &[content, b"x"].concat()).is_err());
+        assert!(
+            set.verify(
+                bundle::keys::Purpose::KeySet,
+                "a signature",
+                file,
+                &[content, b"x"].concat()
+            )
+            .is_err()
+        );
     }
 }
 

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::api;
 use crate::boot::{self, BootFlow, BootStatus};
+use crate::damage;
 use crate::data::State as DataState;
 use crate::device::{Device, slot_role};
 use crate::events::Events;
@@ -21,7 +22,7 @@ use crate::record::{Floor, Installed, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::reserve;
 use crate::root::Root;
-use crate::trust;
+use crate::trust::{self, Trust};
 
 /// Bytes in which a file system has what identifies it; zero while a slot is written.
 const FIRST: usize = bundle::BLOCK_SIZE;
@@ -172,10 +173,15 @@ impl Agent {
     pub fn status(&self) -> Result<Status> {
         let (about, root) = (&self.device.about, self.device.root());
         let boot = self.flow.status()?;
+        let trust = Trust::read(&self.machine());
         // Without a key the robot still says how it stands.
-        let keys = trust::key_set(root, about.kind).unwrap_or_default();
+        let keys = trust.keys().unwrap_or_default();
+        let mut alarms: Vec<String> = Vec::new();
         let health = State::read(root).unwrap_or_default();
         let data = DataState::read(root).ok();
+        alarms.extend(data.as_ref().and_then(DataState::alarm));
+        alarms.extend(trust.alarms);
+        alarms.extend(damage::found(root).into_iter().map(|damage| damage.what));
         let pending = boot.pending(self.device.running);
         let runs = pending.is_some_and(|trial| trial.slot == self.device.running);
         Ok(Status {
@@ -189,10 +195,10 @@ impl Agent {
             health: health.filter(|_| runs).map(|state| Health { why: state.why(), state }),
             other: Installed::read(root, self.device.idle()),
             interrupted: Journal::read(root),
-            floor: install::floor(&self.machine())?,
+            floor: trust.floor,
             keys: keys.keys.iter().filter(|key| !key.revoked).count(),
             api: api::status(root),
-            alarm: data.as_ref().and_then(DataState::alarm),
+            alarm: Some(alarms.join("\n")).filter(|_| !alarms.is_empty()),
             data,
         })
     }
@@ -203,9 +209,9 @@ impl Agent {
     /// Whatever an install would refuse about the bundle.
     pub fn verify<I: Input>(&self, input: I, progress: &(dyn Fn(u64) + Sync)) -> Result<Verified> {
         let machine = self.machine();
-        let keys = trust::key_set(machine.root, machine.about.kind)?;
-        let mut reader = Reader::open(input, &keys).map_err(install::from_source)?;
-        install::check_bundle(&machine, &reader)?;
+        let trust = Trust::read(&machine);
+        let mut reader = Reader::open(input, &trust.keys()?).map_err(install::from_source)?;
+        install::check_bundle(&machine, &trust.floor, &reader)?;
         let mut size = 0;
         reader
             .verify(|bytes| {
@@ -229,7 +235,7 @@ impl Agent {
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Verified> {
         let machine = Machine { slots: &install::ReadOnly(&self.device), ..self.machine() };
-        let keys = trust::key_set(machine.root, machine.about.kind)?;
+        let keys = Trust::read(&machine).keys()?;
         let mut reader = Reader::open(input, &keys).map_err(install::from_source)?;
         let about = machine.about;
         let (product, board) = (Some(about.product.as_str()), Some(about.board.as_str()));
@@ -273,19 +279,18 @@ impl Agent {
             self.events
                 .add("committed", json!({ "slot": running, "version": self.device.about.version }));
         }
-        // After the commit: a floor that a rolled-back system has set would keep its predecessor out.
-        // If the power goes in between, the running system's own floor still counts.
-        let root = self.device.root();
-        let floor = install::floor(&self.machine())?;
-        if Floor::read(root).ok().as_ref() != Some(&floor)
-            && let Err(error) = reserve::with(root, || floor.write(root))
-        {
-            self.events.add("not-recorded", json!({ "error": error.to_string() }));
-        }
+        // After the commit: a floor that a rolled-back system has set would keep its predecessor out. If the power
+        // goes in between, the running system itself still asks for all of it, and before anything else starts in
+        // its stead (`install`, `boot-other`) it is kept.
+        let machine = self.machine();
+        reserve::with(machine.root, || {
+            install::remember(&machine);
+            install::heal(&machine);
+        });
         // Slots and boot state are settled: the next install need not wait for systemd.
         drop(lock);
         // Last: until then the deadline stands, and ends in the slot that is now committed.
-        watchdog::hand_over(root)?;
+        watchdog::hand_over(self.device.root())?;
         Ok(Changed { slot: running, restart: None })
     }
 
@@ -323,8 +328,8 @@ impl Agent {
     /// runs in its stead.
     ///
     /// # Errors
-    /// `trial-pending`, `incomplete-slot`, `busy`, `boot-state`, `io`.
-    pub fn boot_other(&self) -> Result<Changed> {
+    /// `trial-pending`, `below-floor`, `incomplete-slot`, `busy`, `boot-state`, `io`.
+    pub fn boot_other(&self, allow_downgrade: Option<&str>) -> Result<Changed> {
         let _lock = self.lock("boot-other")?;
         let slot = self.device.idle();
         match install::undecided(&self.machine()) {
@@ -333,6 +338,20 @@ impl Agent {
                 return Ok(Changed { slot, restart: Some(Restart::Committed) });
             }
             Err(refusal) => return Err(self.refused(refusal)),
+        }
+        let machine = self.machine();
+        install::remember(&machine);
+        let version = Installed::read(machine.root, slot).map(|installed| installed.version);
+        let floor = Trust::read(&machine).floor.version;
+        // A system that nobody knows may be any.
+        let below = floor.filter(|floor| version.as_ref().is_none_or(|version| version < floor));
+        if let (Some(floor), None) = (&below, allow_downgrade) {
+            let known = version.as_ref().map_or("is not known".to_owned(), |v| format!("is {v}"));
+            return Err(self.refused(Refusal::new(
+                "below-floor",
+                format!("the version in slot {slot} {known}, this robot asks for {floor} or later"),
+                "install a newer bundle, or override with `--allow-downgrade REASON`",
+            )));
         }
         let suffix = slot_role("", slot);
         for role in self.device.about.partitions.keys() {
@@ -350,6 +369,12 @@ impl Agent {
                 )));
             }
         }
+        if let (Some(floor), Some(reason)) = (&below, allow_downgrade) {
+            self.events.add(
+                "downgrade-allowed",
+                json!({ "slot": slot, "version": version, "floor": floor, "reason": reason }),
+            );
+        }
         self.flow.arm_trial(slot)?;
         self.events.add("trial-armed", json!({ "slot": slot }));
         Ok(Changed { slot, restart: Some(Restart::Trial) })
@@ -360,7 +385,7 @@ impl Agent {
     /// # Errors
     /// `key-set`, `no-keys`.
     pub fn keys(&self) -> Result<KeySet> {
-        trust::key_set(self.device.root(), self.device.about.kind)
+        Trust::read(&self.machine()).keys()
     }
 
     /// Takes a newer key set that a trusted key has signed.
@@ -370,10 +395,10 @@ impl Agent {
     pub fn take_keys(&self, file: &Path) -> Result<KeySet> {
         let _lock = self.lock("keys")?;
         DataState::writable(self.device.root())?;
-        let floor = install::floor(&self.machine())?;
-        let (root, kind) = (self.device.root(), self.device.about.kind);
+        install::remember(&self.machine());
         // Whoever fills `data` must not keep a key from being revoked.
-        let taken = reserve::with(root, || trust::take(root, kind, floor.key_epoch, file));
+        let machine = self.machine();
+        let taken = reserve::with(machine.root, || trust::take(&machine, file));
         let set = taken.map_err(|refusal| self.refused(refusal))?;
         self.events.add("key-set-taken", json!({ "serial": set.serial, "keys": set.keys }));
         Ok(set)

@@ -75,6 +75,9 @@ pub enum Verb {
         /// Do not restart
         #[arg(long)]
         no_restart: bool,
+        /// Accept a version below the floor this once; the reason goes into the log
+        #[arg(long, value_name = "REASON", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+        allow_downgrade: Option<String>,
     },
     /// Show the keys that this robot trusts, or take a newer set
     Keys {

@@ -47,6 +47,15 @@ pub struct BootStateSectors {
     pub sectors: Vec<u64>,
 }
 
+/// Where what must not be forgotten lies besides `data`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct TrustSectors {
+    /// First sector of each of the two copies, each of [`bundle::area::COPY`] bytes; none in an image that knows
+    /// of no such place.
+    #[serde(default)]
+    pub sectors: Vec<u64>,
+}
+
 /// `device.toml`. Keys that are not known are passed over: a later image may say more.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -58,6 +67,9 @@ pub struct Description {
     /// The lowest version that may follow this one.
     #[serde(default)]
     pub minimum_version: Option<Version>,
+    /// The lowest key epoch that counts; 0: any.
+    #[serde(default)]
+    pub key_epoch: u32,
     /// A development image accepts development keys and bundles; a release image never does.
     pub kind: Kind,
     /// The board.
@@ -72,6 +84,9 @@ pub struct Description {
     /// Where the boot state lies.
     #[serde(default)]
     pub boot_state: BootStateSectors,
+    /// Where the floor and the keys are kept besides `data`.
+    #[serde(default)]
+    pub trust: TrustSectors,
     /// By role: `boot`, `root-a`, `root-b`, `data`, …
     pub partitions: BTreeMap<String, Partition>,
 }

@@ -48,6 +48,10 @@ fn write_mode_with(files: &dyn Files, path: &Path, bytes: &[u8], mode: u32) -> i
     files.append(&partial, bytes)?;
     files.set_mode(&partial, mode)?;
     files.sync(&partial)?;
+    // A folder in the file's place is damage, and no file takes its name.
+    if is_folder(path) {
+        files.remove(path)?;
+    }
     files.replace(&partial, path)?;
     files.sync(folder)
 }
@@ -60,8 +64,18 @@ fn write_mode_with(files: &dyn Files, path: &Path, bytes: &[u8], mode: u32) -> i
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
     let partial = path.with_extension("partial");
+    for place in [&partial, path] {
+        if is_folder(place) {
+            fs::remove_dir_all(place)?;
+        }
+    }
     fs::write(&partial, bytes)?;
     fs::rename(&partial, path)
+}
+
+/// Whether a folder has this name.
+fn is_folder(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|about| about.is_dir())
 }
 
 /// [`write()`] of a value as indented JSON.
@@ -107,11 +121,14 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     Ok(read(path)?.map(|bytes| serde_json::from_slice(&bytes)).transpose()?)
 }
 
-/// Removes a file; that there is none is fine.
+/// Removes a file, or the folder that damage has put in its place; that there is none is fine.
 ///
 /// # Errors
 /// When the file system fails.
 pub fn remove(path: &Path) -> io::Result<()> {
+    if is_folder(path) {
+        return fs::remove_dir_all(path);
+    }
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -81,6 +81,9 @@ impl Events {
         private_dir(&self.root.state())?;
         fs::create_dir_all(&self.folder)?;
         let path = self.file(0);
+        if path.is_dir() {
+            crate::durable::remove(&path)?;
+        }
         if fs::metadata(&path).is_ok_and(|meta| meta.len() >= MAX_FILE) {
             for number in (0..KEPT).rev() {
                 let (from, to) = (self.file(number), self.file(number + 1));
@@ -187,6 +190,8 @@ fn shortened_map(map: &Map<String, Value>, longest: usize) -> Map<String, Value>
 
 fn read_file(path: &std::path::Path) -> io::Result<Vec<Event>> {
     let file = match File::open(path) {
+        // A folder in its place is damage: it holds no events.
+        Ok(file) if file.metadata()?.is_dir() => return Ok(Vec::new()),
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),

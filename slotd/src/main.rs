@@ -129,8 +129,8 @@ fn run(cli: &Cli) -> Result<Answer> {
             let changed = agent.roll_back()?;
             restart(&agent, changed, *no_restart, "the trial is over, slot")
         }
-        Verb::BootOther { no_restart } => {
-            let changed = agent.boot_other()?;
+        Verb::BootOther { no_restart, allow_downgrade } => {
+            let changed = agent.boot_other(allow_downgrade.as_deref())?;
             restart(&agent, changed, *no_restart, "next is slot")
         }
         Verb::Keys { file } => {
@@ -238,7 +238,8 @@ fn status_text(status: &Status) -> String {
     if let Some(data) = &status.data {
         lines.push(format!("data       {} MiB, {} free", data.size >> 20, data.free >> 20));
     }
-    lines.extend(status.alarm.iter().map(|alarm| format!("ALARM      {alarm}")));
+    let alarms = status.alarm.iter().flat_map(|alarms| alarms.lines());
+    lines.extend(alarms.map(|alarm| format!("ALARM      {alarm}")));
     lines.extend(status.boot.damage.iter().map(|damage| format!("DAMAGED    {damage}")));
     lines.join("\n")
 }

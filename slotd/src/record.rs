@@ -7,6 +7,7 @@ use bundle::bootstate::Slot;
 use bundle::{Manifest, SignedBy, Version};
 use serde::{Deserialize, Serialize};
 
+use crate::device::Description;
 use crate::durable;
 use crate::root::Root;
 
@@ -56,7 +57,7 @@ impl Journal {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Installed {
-    /// SHA-256 of the bundle's manifest.
+    /// SHA-256 of the bundle's manifest; empty for a system that was flashed.
     pub manifest: String,
     /// The bundle's version.
     pub version: Version,
@@ -80,7 +81,18 @@ impl Installed {
         }
     }
 
-    /// What is known of a slot; nothing of one that was flashed, or is being written.
+    /// What is known of a system that was flashed, by what itself says; `None`: it says too little.
+    pub fn flashed(about: &Description) -> Option<Self> {
+        Some(Self {
+            manifest: String::new(),
+            version: about.version.clone(),
+            minimum_version: about.minimum_version.clone()?,
+            key_epoch: about.key_epoch,
+            signed_by: Vec::new(),
+        })
+    }
+
+    /// What is known of a slot; nothing of one that is being written, or was never started.
     pub fn read(root: &Root, slot: Slot) -> Option<Self> {
         durable::read_json(&root.state().join(format!("slot-{slot}.json"))).ok().flatten()
     }
@@ -113,12 +125,12 @@ pub struct Floor {
 }
 
 impl Floor {
-    /// The floor on `data`, if there is one.
+    /// The floor in `floor.json`, which agents before `trust.json` have kept; `None` when there is none.
     ///
     /// # Errors
-    /// When the file is there and cannot be read: without it an old bundle might pass.
-    pub fn read(root: &Root) -> io::Result<Self> {
-        Ok(durable::read_json(&root.state().join("floor.json"))?.unwrap_or_default())
+    /// When the file is there and cannot be read.
+    pub fn read(root: &Root) -> io::Result<Option<Self>> {
+        durable::read_json(&root.state().join("floor.json"))
     }
 
     /// Keeps it.

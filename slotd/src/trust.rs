@@ -1,37 +1,397 @@
-//! Whom this robot trusts: the image's key set, or a later one that a trusted key has signed and that
-//! was carried here as a file. Without a key nothing can be installed.
+//! Whom this robot trusts, and how far down it goes: the image's key set, or a later one that a chain of
+//! signatures leads to from there; and what this robot has learned before, which only ever rises.
+//!
+//! What is kept lies on `data` and in raw sectors of the disk ([`crate::ratchet`]). A key set from there counts
+//! only with its signatures, which are verified at each read. What nobody has signed can only take trust away.
 
-use std::io;
 use std::path::Path;
 
+use bundle::keys::Purpose;
 use bundle::{KeySet, Kind};
+use serde_json::json;
 
 use crate::durable;
+use crate::install::{Machine, undecided};
+use crate::ratchet::{Area, Held, Link, MOST_LINKS, Ratchet, counting};
+use crate::record::{Floor, Installed};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
 /// What follows the name of a key set in that of its signature.
 pub const SIGNATURE: &str = "minisig";
 
-/// The key set that counts: of the image's and of the one on `data` that with the higher serial. A
-/// release image trusts no development key, whatever the set says.
+/// Everything that decides whether a bundle or a key set is accepted.
+#[derive(Debug)]
+pub struct Trust {
+    /// Why the image's own set cannot be read.
+    broken: Option<Refusal>,
+    kind: Kind,
+    /// The set that counts, less what is revoked by anything else.
+    keys: KeySet,
+    /// The same before claims that only `data` makes.
+    solid: KeySet,
+    /// What the signatures alone lead to.
+    signed: KeySet,
+    /// The lowest version and key epoch that are accepted.
+    pub floor: Floor,
+    /// What a person must know; files that are healed at the next commit among it.
+    pub alarms: Vec<String>,
+    image: KeySet,
+    /// What the raw sectors hold, and what they should hold; nothing where there are none.
+    held: Option<Held>,
+    raw: Ratchet,
+    /// What `data` has, if it can be read, and what it should have.
+    found: Option<Ratchet>,
+    data: Ratchet,
+    /// Whether the running system is the committed one, so that what it asks is kept.
+    decided: bool,
+}
+
+impl Trust {
+    /// Reads everything. Whatever is damaged on `data` or in the raw sectors is passed over with an alarm: it
+    /// never ends updates.
+    pub fn read(machine: &Machine<'_>) -> Self {
+        let (root, about) = (machine.root, machine.about);
+        let mut alarms = Vec::new();
+        let (image, broken) = match image(root) {
+            Ok(set) => (of_kind(set, about.kind), None),
+            Err(refusal) => (KeySet::default(), Some(refusal)),
+        };
+        let held = area(machine, false, |area| area.read()).map(|held| {
+            held.unwrap_or_else(|refusal| {
+                Held::unreadable(format!("the trust area: {}", refusal.message))
+            })
+        });
+        alarms.extend(held.iter().flat_map(|held| held.damage.clone()));
+        let raw = held.as_ref().and_then(|held| held.ratchet.clone()).unwrap_or_default();
+        let found = read(&mut alarms, "trust.json", Ratchet::on_data(root));
+        let data = found.clone().unwrap_or_default();
+        let kept = read(&mut alarms, "floor.json", Floor::read(root)).unwrap_or_default();
+
+        // The raw sectors go before `data`: only the agent writes them.
+        let signed = walk(image.clone(), &raw.chain, about.kind, |set| set);
+        let mut chain = raw.chain.clone();
+        let mut solid = raw.limit(signed.clone());
+        let beside = beside(root, &mut alarms);
+        let of_data = data.chain.iter().chain(beside.signed.as_ref());
+        for link in of_data {
+            let next =
+                walk(solid.clone(), std::slice::from_ref(link), about.kind, |set| raw.limit(set));
+            if next != solid {
+                solid = next;
+                if !chain.contains(link) {
+                    chain.push(link.clone());
+                }
+            }
+        }
+        let mut keys = solid.clone();
+        let unsigned = beside.set.filter(|set| set.serial > solid.serial);
+        if let Some(set) = &unsigned {
+            alarms.push(format!(
+                "the key set {} on data has no signature that counts: only what it revokes does; take it again with `slotd keys FILE`",
+                set.serial
+            ));
+        }
+        // What an agent without signatures has kept, or one that ran in the other slot.
+        let mut old = Ratchet::default();
+        unsigned.iter().for_each(|set| old.raise_keys(&of_kind(set.clone(), about.kind)));
+        for claim in [&data, &old] {
+            let limited = claim.limit(keys.clone());
+            if !counting(&limited).is_empty() {
+                keys = limited;
+            } else if !counting(&keys).is_empty() {
+                alarms.push(
+                    "what data says of revoked keys would leave none: it is passed over".to_owned(),
+                );
+            }
+        }
+
+        let decided = undecided(machine).is_ok();
+        let mut floor = Floor { version: raw.version.clone(), key_epoch: raw.key_epoch }
+            .raised(data.version.as_ref(), data.key_epoch)
+            .raised(kept.version.as_ref(), kept.key_epoch)
+            .raised(about.minimum_version.as_ref(), about.key_epoch);
+        // A trial that is not committed does not raise it.
+        if let Some(of) = Installed::read(root, machine.running).filter(|_| decided) {
+            floor = floor.raised(Some(&of.minimum_version), of.key_epoch);
+        }
+        let highest = keys.keys.iter().filter(|key| !key.revoked).map(|key| key.epoch).max();
+        if let Some(highest) = highest.filter(|highest| *highest < floor.key_epoch) {
+            alarms.push(format!(
+                "the key epoch {} is asked for, and no key has it: {highest} is asked for instead",
+                floor.key_epoch
+            ));
+            floor.key_epoch = highest;
+        }
+        let mut trust = Self {
+            broken,
+            kind: about.kind,
+            keys,
+            solid,
+            signed,
+            floor,
+            alarms,
+            image,
+            held,
+            raw,
+            found,
+            data,
+            decided,
+        };
+        let newest = chain.len().saturating_sub(MOST_LINKS);
+        let chain = chain.split_off(newest);
+        trust.raw.chain.clone_from(&chain);
+        trust.data.chain = chain;
+        trust
+    }
+
+    /// The keys that count.
+    ///
+    /// # Errors
+    /// `key-set`: the image's set cannot be read. `no-keys`: no key counts.
+    pub fn keys(&self) -> Result<KeySet> {
+        if let Some(refusal) = &self.broken {
+            return Err(refusal.clone());
+        }
+        if counting(&self.keys).is_empty() {
+            return Err(Refusal::new(
+                "no-keys",
+                format!(
+                    "no key of the key set counts on a {} image: nothing can be installed",
+                    self.kind
+                ),
+                "start the newer system with `slotd boot-other`, take a newer key set with `slotd keys FILE`, or flash an image that was built with keys",
+            ));
+        }
+        Ok(self.keys.clone())
+    }
+
+    /// Keeps what the committed system asks for: first in the raw sectors, then on `data`. Damaged files are
+    /// written anew. Nothing waits for it: what could not be kept is returned, and the next change tries again.
+    #[must_use]
+    pub fn keep(mut self, machine: &Machine<'_>) -> Vec<String> {
+        if !self.decided || self.broken.is_some() {
+            return Vec::new();
+        }
+        for ratchet in [&mut self.raw, &mut self.data] {
+            ratchet.version.clone_from(&self.floor.version);
+            ratchet.key_epoch = self.floor.key_epoch;
+            ratchet.raise_keys(&self.solid);
+        }
+        let mut failed = Vec::new();
+        failed.extend(self.write_raw(machine).err().map(|refusal| refusal.message));
+        failed.extend(self.write_data(machine).err().map(|refusal| refusal.message));
+        failed
+    }
+
+    fn write_raw(&self, machine: &Machine<'_>) -> Result<()> {
+        let Some(held) = &self.held else { return Ok(()) };
+        if held.damage.is_empty() && held.ratchet.as_ref() == Some(&self.raw) {
+            return Ok(());
+        }
+        let failed =
+            |error: std::io::Error| Refusal::io("writing the trust area of the disk", &error);
+        match area(machine, true, |area| area.write(&self.raw)) {
+            Some(written) => written?.map_err(failed),
+            None => Ok(()),
+        }
+    }
+
+    fn write_data(&self, machine: &Machine<'_>) -> Result<()> {
+        let root = machine.root;
+        let failed =
+            |error: std::io::Error| Refusal::io("writing what is trusted in /data/slotd", &error);
+        if self.found.as_ref() != Some(&self.data) {
+            self.data.keep_on_data(root).map_err(failed)?;
+        }
+        // For an agent that knows no more than these, in the other slot.
+        if !matches!(Floor::read(root), Ok(Some(kept)) if kept == self.floor) {
+            self.floor.write(root).map_err(failed)?;
+        }
+        let path = root.state().join("keyset.json");
+        match self.data.chain.last() {
+            Some(link) => {
+                for (path, text) in [(&path, &link.set), (&signature_of(&path), &link.signature)] {
+                    if !matches!(durable::read(path), Ok(Some(kept)) if kept == text.as_bytes()) {
+                        durable::write(path, text.as_bytes()).map_err(failed)?;
+                    }
+                }
+                Ok(())
+            }
+            None if durable::read_json::<KeySet>(&path).is_err() => {
+                durable::remove(&path).map_err(failed)
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Takes a new key set: `file`, and its signature beside it (`<file>.minisig`).
 ///
 /// # Errors
-/// `key-set`: one of the two cannot be read. `no-keys`: the set has no key that counts.
-pub fn key_set(root: &Root, kind: Kind) -> Result<KeySet> {
-    let mut set = image(root)?;
-    if let Some(later) = kept(root)?.filter(|kept| kept.serial > set.serial) {
-        set = later;
+/// `key-set`: it is malformed, would leave no key, or needs more sets in between than are kept. `old-key-set`:
+/// its serial is not higher than that of the set it would replace. `not-trusted`, `bad-signature`, …: the
+/// signature does not count. `io`: it cannot be kept.
+pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
+    let read = |path: &Path| -> Result<Vec<u8>> {
+        let help = "carry the key set and its signature, FILE and FILE.minisig, together";
+        let bytes = durable::read(path).map_err(|error| unreadable(path, error, help))?;
+        bytes.ok_or_else(|| unreadable(path, "there is no such file", help))
+    };
+    let (json, name) = (read(file)?, signature_of(file));
+    let signature = read(&name)?;
+    let mut trust = Trust::read(machine);
+    if let Some(refusal) = trust.broken {
+        return Err(refusal);
     }
-    set.keys.retain(|key| kind == Kind::Development || key.kind == Kind::Release);
-    if set.keys.iter().all(|key| key.revoked) {
+    // What only `data` says against a key is what this may repair. And where nothing is left by what an image
+    // has revoked that runs no more, the owner's newer set is the way back.
+    let none_left = counting(&trust.solid).is_empty();
+    let current = if none_left { &trust.signed } else { &trust.solid };
+    // Verified before a byte of it is parsed.
+    let by = current.verify(Purpose::KeySet, &name.to_string_lossy(), &signature, &json)?;
+    if by.epoch < trust.floor.key_epoch {
         return Err(Refusal::new(
-            "no-keys",
-            format!("the key set has no key that a {kind} image trusts: nothing can be installed"),
-            "flash an image that was built with keys",
+            "not-trusted",
+            format!(
+                "the key set is signed by the key {} of epoch {}, this robot asks for {} or later",
+                by.id, by.epoch, trust.floor.key_epoch
+            ),
+            "sign it with a current key of this robot's key set",
         ));
     }
-    Ok(set)
+    let set = parse(file, &json, "make it again with `cargo xtask keys`")?;
+    // The newest set that has counted here may have come with an image: as a file it is not known yet.
+    if set.serial <= trust.solid.serial || set.serial < trust.raw.serial {
+        return Err(Refusal::new(
+            "old-key-set",
+            format!(
+                "{} has serial {}, this robot has {}",
+                file.display(),
+                set.serial,
+                trust.solid.serial.max(trust.raw.serial)
+            ),
+            "carry the newest key set of the key directory",
+        ));
+    }
+    let counts = of_kind(set.clone(), trust.kind);
+    if counting(&counts).is_empty() {
+        return Err(Refusal::new(
+            "key-set",
+            format!(
+                "{} has no key that a {} image trusts: it would end all updates",
+                file.display(),
+                trust.kind
+            ),
+            "add a key that is not revoked",
+        ));
+    }
+    let text = |bytes: Vec<u8>, path: &Path| {
+        String::from_utf8(bytes).map_err(|_| unreadable(path, "it is not UTF-8", "carry it again"))
+    };
+    let mut chain = trust.raw.chain.clone();
+    chain.push(Link { set: text(json, file)?, signature: text(signature, &name)? });
+    let chain = chain.split_off(chain.len().saturating_sub(MOST_LINKS));
+    if walk(trust.image.clone(), &chain, trust.kind, |set| set).serial != set.serial {
+        return Err(Refusal::new(
+            "key-set",
+            format!("{} is more than {MOST_LINKS} sets away from the image's", file.display()),
+            "install an image with a newer key set first",
+        ));
+    }
+    for ratchet in [&mut trust.raw, &mut trust.data] {
+        ratchet.chain.clone_from(&chain);
+        ratchet.serial = counts.serial;
+        ratchet.counted = counting(&counts);
+    }
+    trust.write_raw(machine)?;
+    if let Err(refusal) = trust.write_data(machine) {
+        if trust.held.is_none() {
+            return Err(refusal);
+        }
+        // It counts from the raw sectors.
+        machine.events.add("not-recorded", json!(refusal));
+    }
+    Ok(counts)
+}
+
+/// Uses the raw sectors; `None`: this image knows of none.
+fn area<T>(
+    machine: &Machine<'_>,
+    writable: bool,
+    use_it: impl FnOnce(&Area<&dyn crate::storage::Storage>) -> T,
+) -> Option<Result<T>> {
+    let (disk, sectors) = match machine.slots.trust_area(writable)? {
+        Ok(opened) => opened,
+        Err(refusal) => return Some(Err(refusal)),
+    };
+    Some(Ok(use_it(&Area::new(&*disk, sectors))))
+}
+
+/// Follows a chain of key sets as far as each is signed by a key that counts in the one before it.
+fn walk(start: KeySet, links: &[Link], kind: Kind, limit: impl Fn(KeySet) -> KeySet) -> KeySet {
+    let mut current = start;
+    for link in links {
+        let by = current.verify(
+            Purpose::KeySet,
+            "keyset.json.minisig",
+            link.signature.as_bytes(),
+            link.set.as_bytes(),
+        );
+        let next = by.ok().and_then(|_| KeySet::parse(link.set.as_bytes()).ok());
+        if let Some(next) = next.filter(|next| next.serial > current.serial) {
+            let next = limit(of_kind(next, kind));
+            if !counting(&next).is_empty() {
+                current = next;
+            }
+        }
+    }
+    current
+}
+
+/// A release image trusts no development key, whatever a set says.
+fn of_kind(mut set: KeySet, kind: Kind) -> KeySet {
+    set.keys.retain(|key| kind == Kind::Development || key.kind == Kind::Release);
+    set
+}
+
+/// What lies on `data` as a file of its own.
+#[derive(Default)]
+struct Beside {
+    set: Option<KeySet>,
+    /// With its signature, whatever that is worth.
+    signed: Option<Link>,
+}
+
+fn beside(root: &Root, alarms: &mut Vec<String>) -> Beside {
+    let path = root.state().join("keyset.json");
+    let parsed = durable::read(&path).and_then(|bytes| {
+        let Some(bytes) = bytes else { return Ok(None) };
+        let set = KeySet::parse(&bytes).map_err(std::io::Error::other)?;
+        Ok(Some((set, String::from_utf8(bytes).map_err(std::io::Error::other)?)))
+    });
+    let Some((set, text)) = read(alarms, "keyset.json", parsed) else { return Beside::default() };
+    // An older agent has kept none.
+    let signature = durable::read(&signature_of(&path)).ok().flatten();
+    let signature = signature.and_then(|bytes| String::from_utf8(bytes).ok());
+    let signed = signature.map(|signature| Link { set: text, signature });
+    Beside { set: Some(set), signed }
+}
+
+fn read<T>(alarms: &mut Vec<String>, name: &str, result: std::io::Result<Option<T>>) -> Option<T> {
+    result.unwrap_or_else(|error| {
+        alarms.push(format!(
+            "{name} on data is damaged ({error}): it is passed over, and made anew at the next commit"
+        ));
+        None
+    })
+}
+
+fn signature_of(path: &Path) -> std::path::PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(SIGNATURE);
+    name.into()
 }
 
 fn image(root: &Root) -> Result<KeySet> {
@@ -41,92 +401,14 @@ fn image(root: &Root) -> Result<KeySet> {
         Ok(Some(json)) => parse(&path, &json, help),
         // No key at all.
         Ok(None) => Ok(KeySet::default()),
-        Err(error) => Err(unreadable(&path, &error, help)),
-    }
-}
-
-/// The set on `data`, which was verified when it was taken.
-fn kept(root: &Root) -> Result<Option<KeySet>> {
-    let path = root.state().join("keyset.json");
-    // A set that revokes a key must not be lost by a damaged file.
-    let help = "take the key set again with `slotd keys FILE`";
-    match durable::read(&path) {
-        Ok(json) => json.map(|json| parse(&path, &json, help)).transpose(),
-        Err(error) => Err(unreadable(&path, &error, help)),
+        Err(error) => Err(unreadable(&path, error, help)),
     }
 }
 
 fn parse(path: &Path, json: &[u8], help: &str) -> Result<KeySet> {
-    KeySet::parse(json).map_err(|error| {
-        Refusal::new("key-set", format!("reading {}: {error}", path.display()), help)
-    })
+    KeySet::parse(json).map_err(|error| unreadable(path, error, help))
 }
 
-fn unreadable(path: &Path, error: &io::Error, help: &str) -> Refusal {
+fn unreadable(path: &Path, error: impl std::fmt::Display, help: &str) -> Refusal {
     Refusal::new("key-set", format!("reading {}: {error}", path.display()), help)
-}
-
-/// Takes a new key set: `file`, and its signature beside it (`<file>.minisig`).
-///
-/// # Errors
-/// `key-set`: it is malformed, or would leave no key. `old-key-set`: its serial is not higher than that
-/// of the set it would replace. `not-trusted`, `bad-signature`, …: the signature does not count.
-pub fn take(root: &Root, kind: Kind, key_epoch: u32, file: &Path) -> Result<KeySet> {
-    let read = |path: &Path| -> Result<Vec<u8>> {
-        let help = "carry the key set and its signature, FILE and FILE.minisig, together";
-        let bytes = durable::read(path).map_err(|error| unreadable(path, &error, help))?;
-        bytes.ok_or_else(|| unreadable(path, &io::Error::other("there is no such file"), help))
-    };
-    let json = read(file)?;
-    let mut name = file.as_os_str().to_owned();
-    name.push(".");
-    name.push(SIGNATURE);
-    let signature = read(Path::new(&name))?;
-    // A damaged set on `data` is what this may repair; the image's keys then decide.
-    let current = match key_set(root, kind) {
-        Err(refusal) if refusal.code == "key-set" => image(root)?,
-        other => other?,
-    };
-    // Verified before a byte of it is parsed.
-    let by = current.verify(&name.to_string_lossy(), &signature, &json)?;
-    if by.epoch < key_epoch || (kind == Kind::Release && by.kind == Kind::Development) {
-        return Err(Refusal::new(
-            "not-trusted",
-            format!(
-                "the key set is signed by the {} key {} of epoch {}, this robot asks for {key_epoch} or later",
-                by.kind, by.id, by.epoch
-            ),
-            "sign it with a current key of this robot's key set",
-        ));
-    }
-    let set = parse(file, &json, "make it again with `cargo xtask keys`")?;
-    if set.serial <= current.serial {
-        return Err(Refusal::new(
-            "old-key-set",
-            format!(
-                "{} has serial {}, this robot has {}",
-                file.display(),
-                set.serial,
-                current.serial
-            ),
-            "carry the newest key set of the key directory",
-        ));
-    }
-    let counts = |key: &&bundle::TrustedKey| {
-        !key.revoked && (kind == Kind::Development || key.kind == Kind::Release)
-    };
-    if set.keys.iter().find(counts).is_none() {
-        return Err(Refusal::new(
-            "key-set",
-            format!(
-                "{} has no key that a {kind} image trusts: it would end all updates",
-                file.display()
-            ),
-            "add a key that is not revoked",
-        ));
-    }
-    let path = root.state().join("keyset.json");
-    durable::write(&path, &json)
-        .map_err(|error| Refusal::io(format!("writing {}", path.display()), &error))?;
-    Ok(set)
 }

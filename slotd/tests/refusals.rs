@@ -221,9 +221,12 @@ fn a_slot_that_is_not_whole_is_not_tried() {
     let mut half = old_system(Slot::B, 4 << 20);
     half[..4096].fill(0);
     robot.fill(Slot::B, &half);
-    assert_eq!(robot.refused(&["boot-other"]), (4, "incomplete-slot".to_owned()));
+    let boot_other = ["boot-other", "--allow-downgrade", "a look"];
+    assert_eq!(robot.refused(&boot_other), (4, "incomplete-slot".to_owned()));
     robot.fill(Slot::B, &old_system(Slot::B, 4 << 20));
-    assert_eq!(robot.run(&["boot-other"])["restart"], "trial");
+    // Nobody knows what it is: it may be below the floor.
+    assert_eq!(robot.refused(&["boot-other"]), (3, "below-floor".to_owned()));
+    assert_eq!(robot.run(&["boot-other", "--allow-downgrade", "a look"])["restart"], "trial");
     assert_eq!(robot.state().trial, Some(Slot::B));
 }
 
@@ -296,9 +299,12 @@ fn a_key_is_replaced_and_revoked_offline() {
     robot.run(&["keys", &file]);
     let update = write(robot.dir.path(), "update.bundle", &by_two);
     robot.run(&["install", &update]);
-    // A damaged set must not bring the revoked key back.
+    // A damaged set does not bring the revoked key back, and does not end updates.
     robot.file("data/slotd/keyset.json", "{");
-    assert_eq!(robot.refused(&["verify", &update]), (1, "key-set".to_owned()));
+    robot.run(&["verify", &update]);
+    let old =
+        write(robot.dir.path(), "old.bundle", &system(&mixed(9000)).write(&[TestKey::new(1)]));
+    assert_eq!(robot.refused(&["verify", &old]), (3, "not-trusted".to_owned()));
 }
 
 #[test]

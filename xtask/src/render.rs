@@ -180,6 +180,7 @@ fn template_context(plan: &Plan) -> Value {
             table => plan.disk.table.name(),
             size => plan.disk.size,
             signature => plan.identifiers.disk_signature,
+            trust => plan.disk.trust.iter().map(|s| s.sector).collect::<Vec<_>>(),
             boot_state => plan.disk.states.iter().map(|s| s.sector).collect::<Vec<_>>(),
         },
         partitions => partitions(&plan.disk),

@@ -115,6 +115,7 @@ fn disk_request(table: TableKind) -> DiskRequest {
         first_partition: 4 * MIB,
         alignment: MIB,
         states: vec![MIB, 2 * MIB],
+        trust: vec![3 * MIB],
         partitions: vec![
             partition("boot", 16, Filesystem::Vfat),
             partition("root-a", 24, Filesystem::Ext4),

@@ -44,6 +44,22 @@ impl TestKey {
     }
 }
 
+impl TestKey {
+    /// A genuine signature in minisign's older form, `Ed`: over the text itself. Not ours to accept.
+    pub fn sign_legacy(&self, bytes: &[u8], comment: &str) -> String {
+        let signature = self.pair.sk.sign(bytes, None);
+        let mut commented = signature.to_vec();
+        commented.extend_from_slice(comment.as_bytes());
+        let global = self.pair.sk.sign(commented, None);
+        let mut blob = b"Ed".to_vec();
+        blob.extend_from_slice(&self.number);
+        blob.extend_from_slice(&*signature);
+        let (first, second) = (encode_base64(&blob), encode_base64(&*global));
+        let untrusted = bundle::keys::UNTRUSTED_COMMENT;
+        format!("{untrusted}\n{first}\ntrusted comment: {comment}\n{second}\n")
+    }
+}
+
 pub fn keys() -> KeySet {
     KeySet { serial: 0, keys: vec![TestKey::new(1).trusted(Kind::Development, 1)] }
 }

@@ -8,6 +8,7 @@ mod uboot;
 use bundle::bootstate::Slot;
 use serde::Serialize;
 
+pub(crate) use tryboot::Armed;
 pub use tryboot::Tryboot;
 pub use uboot::Uboot;
 

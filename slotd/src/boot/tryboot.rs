@@ -31,7 +31,7 @@ const OWN_KERNEL: &str = "dev/vcio";
 
 /// What a robot keeps of a trial, since the firmware forgets its flag as soon as it has started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Armed {
+pub(crate) struct Armed {
     slot: Slot,
     /// The kernel's boot id when it was armed: the trial is still to come while that start lasts.
     boot: String,

@@ -4,7 +4,7 @@ use bundle::{Input, Kind, Policy, Reader, Version};
 use serde_json::json;
 
 use super::{Machine, Options};
-use crate::record::{Floor, Installed};
+use crate::record::Floor;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -32,24 +32,6 @@ pub fn undecided(machine: &Machine<'_>) -> Result<()> {
         ));
     }
     Ok(())
-}
-
-/// The lowest version and key epoch that this robot accepts: of what `data` remembers, what the running
-/// system itself says, and what was installed into it, the highest.
-///
-/// # Errors
-/// `io`: the floor is there and cannot be read.
-pub fn floor(machine: &Machine<'_>) -> Result<Floor> {
-    let kept = Floor::read(machine.root)
-        .map_err(|error| Refusal::io("reading the version floor in /data/slotd", &error))?;
-    let floor = kept.raised(machine.about.minimum_version.as_ref(), 0);
-    Ok(match Installed::read(machine.root, machine.running) {
-        // A trial that is not committed does not raise it.
-        Some(of) if undecided(machine).is_ok() => {
-            floor.raised(Some(&of.minimum_version), of.key_epoch)
-        }
-        _ => floor,
-    })
 }
 
 /// What does not depend on the bundle.
@@ -83,11 +65,11 @@ fn compatible(root: &Root) -> Vec<String> {
 /// What the manifest says, against what this robot is. Sizes are the target's matter.
 pub(super) fn manifest<I: Input>(
     machine: &Machine<'_>,
+    floor: &Floor,
     reader: &Reader<I>,
     options: &Options,
 ) -> Result<()> {
     let (about, manifest) = (machine.about, reader.manifest());
-    let floor = floor(machine)?;
     let mut policy = Policy {
         product: Some(&about.product),
         board: Some(&about.board),

@@ -9,7 +9,7 @@ use bundle::{BLOCK_SIZE, Index, Input, Reader};
 
 use super::Slots;
 use super::payload::lost;
-use super::target::Target;
+use super::target::{Target, TrustArea};
 use super::{Machine, Progress, Step, from_source, scan};
 use crate::device::{Device, slot_role};
 use crate::record::Installed;
@@ -25,6 +25,10 @@ pub(crate) struct ReadOnly<'a>(pub &'a Device);
 impl Slots for ReadOnly<'_> {
     fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>> {
         Ok(Box::new(self.0.open_partition(&slot_role(role, slot), false)?))
+    }
+
+    fn trust_area(&self, _: bool) -> Option<Result<TrustArea>> {
+        self.0.trust_area(false)
     }
 }
 

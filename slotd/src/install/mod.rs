@@ -22,20 +22,22 @@ use bundle::{Input, Reader, Version};
 use serde::Serialize;
 use serde_json::json;
 
-pub use check::{floor, undecided};
+pub use check::undecided;
 pub(crate) use compare::{ReadOnly, compare};
-pub use target::Slots;
+pub use target::{Slots, TrustArea};
 
 use crate::api::Installed;
 use crate::boot::BootFlow;
+use crate::damage;
 use crate::device::{Description, other};
+use crate::durable;
 use crate::events::Events;
 use crate::files::Files;
 use crate::lock::{Lock, Turn};
-use crate::record::{Installed as InstalledSlot, Journal};
+use crate::record::{Floor, Installed as InstalledSlot, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
-use crate::trust;
+use crate::trust::Trust;
 use target::Target;
 
 /// Everything of a robot that an install touches.
@@ -159,9 +161,11 @@ fn run<I: Input>(
 ) -> Result<Installed> {
     let _lock = Lock::take(machine.root, Turn::Slots, "install")?;
     check::robot(machine)?;
-    let keys = trust::key_set(machine.root, machine.about.kind)?;
-    let mut reader = Reader::open(input, &keys).map_err(from_source)?;
-    check::manifest(machine, &reader, options)?;
+    // Before the slot of the system before this one is overwritten: what that one knew is known from here on.
+    remember(machine);
+    let trust = Trust::read(machine);
+    let mut reader = Reader::open(input, &trust.keys()?).map_err(from_source)?;
+    check::manifest(machine, &trust.floor, &reader, options)?;
     if is_api(&reader) {
         return crate::api::install(machine, &mut reader, progress).map(Installed::Api);
     }
@@ -237,8 +241,49 @@ fn system<I: Input>(
 }
 
 /// Whether a bundle is one for this robot; its size is not looked at.
-pub(crate) fn check_bundle<I: Input>(machine: &Machine<'_>, reader: &Reader<I>) -> Result<()> {
-    check::manifest(machine, reader, &Options::default())
+pub(crate) fn check_bundle<I: Input>(
+    machine: &Machine<'_>,
+    floor: &Floor,
+    reader: &Reader<I>,
+) -> Result<()> {
+    check::manifest(machine, floor, reader, &Options::default())
+}
+
+/// Keeps what the committed system asks for, if it is the one that runs, and tells once in a start what is
+/// damaged. It never fails: what cannot be kept is logged, and the next change of a slot tries again.
+pub(crate) fn remember(machine: &Machine<'_>) {
+    let trust = Trust::read(machine);
+    let mut alarms = trust.alarms.clone();
+    alarms.extend(damage::found(machine.root).into_iter().map(|damage| damage.what));
+    let told = machine.root.path("run/slotd/alarms.json");
+    let known: Option<Vec<String>> = durable::read_json(&told).ok().flatten();
+    if known.unwrap_or_default() != alarms {
+        let event = if alarms.is_empty() { "damage-healed" } else { "damage-found" };
+        machine.events.add(event, json!({ "alarms": alarms }));
+        if let Err(error) = durable::write_json(&told, &alarms) {
+            machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+        }
+    }
+    for error in trust.keep(machine) {
+        machine.events.add("not-recorded", json!({ "error": error }));
+    }
+    // What runs was flashed: `boot-other` will want to know its version when it runs no more.
+    let unknown = InstalledSlot::read(machine.root, machine.running).is_none();
+    let flashed = InstalledSlot::flashed(machine.about).filter(|_| unknown);
+    if let Some(flashed) = flashed.filter(|_| undecided(machine).is_ok())
+        && let Err(error) = flashed.write(machine.root, machine.running)
+    {
+        machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+    }
+}
+
+/// Forgets what is damaged and can be made anew.
+pub(crate) fn heal(machine: &Machine<'_>) {
+    for damage in damage::found(machine.root) {
+        if let Err(error) = damage.heal() {
+            machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+        }
+    }
 }
 
 /// A failure of the medium is told apart from one of the robot's own disk.

@@ -24,12 +24,27 @@ pub trait Slots: Sync {
     /// # Errors
     /// `wrong-layout` or `io`.
     fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>>;
+
+    /// The disk, and the sectors of it in which two copies of what must not be forgotten begin; `None`: this image
+    /// knows of none.
+    fn trust_area(&self, _writable: bool) -> Option<Result<TrustArea>> {
+        None
+    }
 }
+
+/// A disk with two places on it.
+pub type TrustArea = (Box<dyn Storage>, [u64; 2]);
 
 impl Slots for Device {
     fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>> {
         let disk = self.open_partition(&slot_role(role, slot), slot != self.running)?;
         Ok(Box::new(disk))
+    }
+
+    fn trust_area(&self, writable: bool) -> Option<Result<TrustArea>> {
+        let [first, second] = self.about.trust.sectors.as_slice() else { return None };
+        let sectors = [*first, *second];
+        Some(self.open_disk(writable).map(|disk| (Box::new(disk) as Box<dyn Storage>, sectors)))
     }
 }
 

@@ -95,7 +95,7 @@ impl Provisioned {
 /// What was provisioned last; written after success only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct Record {
+pub(crate) struct Record {
     /// The base's id, if the image has one.
     base_id: Option<String>,
     /// The package's folder, links resolved: it tells an API on `data` from another, and from the built-in one.

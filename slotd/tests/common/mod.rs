@@ -21,6 +21,9 @@ use serde_json::Value;
 /// Sectors of the boot state's copies.
 pub const SECTORS: [u64; 2] = [8, 16];
 
+/// Where its disk keeps what is trusted.
+pub const TRUST: [u64; 2] = [256, 512];
+
 /// The robot's disk: not a name that any board has.
 const DISK: &str = "disk";
 
@@ -40,6 +43,10 @@ pub struct Plan {
     pub state: BootState,
     /// On a file system in memory: for many robots whose own files matter little.
     pub in_memory: bool,
+    /// Whether the image knows of a place besides `data` for what it trusts.
+    pub trust_area: bool,
+    /// The lowest key epoch that the image asks for.
+    pub key_epoch: u32,
     /// Further lines of `device.toml`'s list of partitions.
     pub partitions: &'static str,
 }
@@ -54,6 +61,8 @@ impl Default for Plan {
             size: 4 << 20,
             state: BootState::first(),
             in_memory: false,
+            trust_area: true,
+            key_epoch: 0,
             partitions: "",
         }
     }
@@ -69,12 +78,18 @@ impl Plan {
         robot.file(
             "usr/lib/slipway/device.toml",
             format!(
-                "product = 'robot-test'\nversion = '{}'\nminimum-version = '1.0.0'\nkind = '{}'\nboard = 'board-one'\n\
+                "product = 'robot-test'\nversion = '{}'\nminimum-version = '1.0.0'\nkind = '{}'\nkey-epoch = {}\nboard = 'board-one'\n\
                  boot-flow = 'uboot'\ncompatible = ['maker,board-one']\nlater = 'passed over'\n\
-                 [boot-state]\nsectors = [{}, {}]\n[partitions]\n\
+                 [boot-state]\nsectors = [{}, {}]\n[trust]\nsectors = {:?}\n[partitions]\n\
                  root-a = {{ number = 2, start-sector = 8192, sectors = {sectors} }}\n\
                  root-b = {{ number = 3, start-sector = 99999, sectors = {sectors} }}\n{}",
-                self.version, self.kind, SECTORS[0], SECTORS[1], self.partitions
+                self.version,
+                self.kind,
+                self.key_epoch,
+                SECTORS[0],
+                SECTORS[1],
+                if self.trust_area { TRUST.to_vec() } else { Vec::new() },
+                self.partitions
             ),
         );
         robot.file("usr/lib/slipway/keyset.json", serde_json::to_vec(&self.keys).unwrap());

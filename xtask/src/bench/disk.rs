@@ -213,6 +213,7 @@ pub(super) fn spec(root: Summed, size: u64) -> Result<DiskSpec> {
         first_partition: 4 * MIB,
         alignment: 4 * MIB,
         states: vec![MIB, 2 * MIB],
+        trust: vec![3 * MIB],
         partitions: vec![
             partition("boot", 64 * MIB, Filesystem::Vfat),
             partition("root-a", size, Filesystem::Ext4),

@@ -294,6 +294,10 @@ fn disk(build: &Build<'_>, made: &Made) -> Result<Disk> {
         let role = format!("boot state {}", i + 1);
         regions.push(region(RegionKind::BootState, &role, state.offset, SECTOR));
     }
+    for (i, copy) in layout.trust.iter().enumerate() {
+        let length = bundle::area::COPY as u64;
+        regions.push(region(RegionKind::Trust, &format!("trust {}", i + 1), copy.offset, length));
+    }
     for placed in &layout.partitions {
         let mut partition = region(RegionKind::Partition, &placed.name, placed.offset, placed.size);
         partition.number = Some(placed.number);

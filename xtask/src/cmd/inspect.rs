@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use bundle::Manifest;
@@ -78,6 +79,8 @@ pub fn inspect(options: &Inspect) -> Result<()> {
 struct ImageView {
     tables: DiskTables,
     boot_states: Vec<StateView>,
+    /// Copies of what the robot trusts besides `data`.
+    trust: Vec<StateView>,
     volumes: Vec<FatListing>,
     slots: Vec<SlotView>,
 }
@@ -102,7 +105,8 @@ struct SlotView {
 
 fn image(path: &Utf8Path, format: Format) -> Result<()> {
     let tables = read::tables(path)?;
-    let mut view = ImageView { tables, boot_states: vec![], volumes: vec![], slots: vec![] };
+    let mut view =
+        ImageView { tables, boot_states: vec![], trust: vec![], volumes: vec![], slots: vec![] };
     for partition in &view.tables.partitions {
         match content(path, partition.offset)? {
             Some(Held::Fat) => {
@@ -116,10 +120,21 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
             None => {}
         }
     }
-    let offsets = state_offsets(path, &view.tables)?;
+    let (offsets, trust) = raw_offsets(path, &view.tables)?;
     for (offset, sector) in offsets.iter().zip(read::states(path, &offsets)?) {
         let state = BootState::decode(&sector).ok().map(|s| format!("{s:?}"));
         view.boot_states.push(StateView { offset: *offset, state });
+    }
+    for offset in trust {
+        let mut copy = vec![0; bundle::area::COPY];
+        let read = File::open(path).and_then(|file| file.read_exact_at(&mut copy, offset));
+        read.with_context(|| format!("reading the trust area at {offset} of {path}"))?;
+        let state = match bundle::area::Copy::decode(&copy) {
+            Ok(copy) => Some(format!("{} bytes, write {}", copy.text.len(), copy.sequence)),
+            Err(bundle::area::Invalid::Empty) => None,
+            Err(invalid) => Some(invalid.to_string()),
+        };
+        view.trust.push(StateView { offset, state });
     }
     if format == Format::Json {
         println!("{}", serde_json::to_string_pretty(&view)?);
@@ -146,6 +161,10 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
     for state in &view.boot_states {
         let shown = state.state.as_deref().unwrap_or("empty or invalid: slot a is started");
         println!("  boot state at {}: {shown}", state.offset);
+    }
+    for copy in &view.trust {
+        let shown = copy.state.as_deref().unwrap_or("nothing was kept yet");
+        println!("  trust at {}: {shown}", copy.offset);
     }
     for volume in &view.volumes {
         println!("  volume {} (FAT{}), {} free", volume.label, volume.width, bytes(volume.free));
@@ -192,12 +211,13 @@ pub(crate) fn content(path: &Utf8Path, offset: u64) -> Result<Option<Held>> {
     })
 }
 
-/// Where the image's own system says that the boot state lies.
-fn state_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<Vec<u64>> {
+/// Where the image's own system says that the boot state lies, and what it trusts.
+fn raw_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<(Vec<u64>, Vec<u64>)> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "kebab-case")]
     struct Device {
         boot_state: Option<Sectors>,
+        trust: Option<Sectors>,
     }
     #[derive(serde::Deserialize)]
     struct Sectors {
@@ -207,11 +227,16 @@ fn state_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<Vec<u64>> {
         if let Ok(Some(text)) = read_file(path, partition.offset, "/usr/lib/slipway/device.toml") {
             let device: Device =
                 toml::from_str(&text).context("reading the image's device.toml")?;
-            let sectors = device.boot_state.map_or(Vec::new(), |s| s.sectors);
-            return Ok(sectors.into_iter().map(|s| s * crate::disk::layout::SECTOR).collect());
+            let offsets = |place: Option<Sectors>| -> Result<Vec<u64>> {
+                let sectors = place.map_or(Vec::new(), |place| place.sectors);
+                let offset = |sector: u64| sector.checked_mul(crate::disk::layout::SECTOR);
+                let offsets: Option<Vec<u64>> = sectors.into_iter().map(offset).collect();
+                offsets.context("the image's device.toml names a sector beyond every disk")
+            };
+            return Ok((offsets(device.boot_state)?, offsets(device.trust)?));
         }
     }
-    Ok(Vec::new())
+    Ok((Vec::new(), Vec::new()))
 }
 
 fn read_file(path: &Utf8Path, offset: u64, name: &str) -> Result<Option<String>> {

@@ -170,6 +170,9 @@ pub fn describe(plan: &Plan) -> String {
     for state in &plan.disk.states {
         line("", format!("{:>12}  {:>9}  boot state", state.offset, "512 B"));
     }
+    for copy in &plan.disk.trust {
+        line("", format!("{:>12}  {:>9}  trust", copy.offset, exact(bundle::area::COPY as u64)));
+    }
     for p in &plan.disk.partitions {
         line("", format!("{:>12}  {:>9}  {} {}", p.offset, exact(p.size), p.number, p.name));
     }

@@ -122,6 +122,8 @@ pub struct Disk {
     pub first_partition: Located<Size>,
     /// Byte offsets of the two raw boot-state sectors (flow `uboot`).
     pub boot_state: Vec<Located<Size>>,
+    /// Byte offsets of the two copies of what a robot trusts, 64 KiB each.
+    pub trust: Vec<Located<Size>>,
 }
 
 /// A partition.
@@ -387,12 +389,14 @@ fn disk(f: &mut Fields<'_>) -> Option<Disk> {
     let size = f.required("size");
     let first_partition = f.required("first-partition");
     let boot_state = f.optional_table("boot-state", |f| f.list("offsets"));
+    let trust = f.optional_table("trust", |f| f.list("offsets"));
     Some(Disk {
         bus: bus?,
         table: table?,
         size: size?,
         first_partition: first_partition?,
         boot_state: boot_state?.unwrap_or_default(),
+        trust: trust?.unwrap_or_default(),
     })
 }
 

@@ -197,6 +197,8 @@ pub struct Network {
 pub struct Update {
     /// Bundles below this version are refused by the robot.
     pub minimum_version: Located<Version>,
+    /// The lowest epoch of keys whose bundles the robot accepts; 0: any.
+    pub key_epoch: u32,
 }
 
 /// Reads `configs/<name>.toml`.
@@ -252,7 +254,8 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     });
     let update = f.table("update", |f| {
         let minimum_version = f.required("minimum-version");
-        Some(Update { minimum_version: minimum_version? })
+        let key_epoch = f.or("key-epoch", 0);
+        Some(Update { minimum_version: minimum_version?, key_epoch: key_epoch? })
     });
     let place = f.place();
     Some(Product {

@@ -73,6 +73,11 @@ fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)>
     for (state, pages) in layout.states.iter().zip(&states) {
         regions.push(Region { payload: Payload::Memory(pages), places: vec![state.offset] });
     }
+    // Whoever flashes a card begins anew: nothing is trusted because of what it held before.
+    for copy in &layout.trust {
+        let blocks = bundle::area::COPY as u64 / BLOCK;
+        regions.push(Region { payload: Payload::Zeros(blocks), places: vec![copy.offset] });
+    }
     for (placed, pages) in &volumes {
         regions.push(Region { payload: Payload::Memory(pages), places: vec![placed.offset] });
     }

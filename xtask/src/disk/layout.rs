@@ -91,6 +91,8 @@ pub struct DiskRequest {
     pub alignment: u64,
     /// Byte offset of each copy of the boot state: one sector, in a 4 KiB block of its own.
     pub states: Vec<u64>,
+    /// Byte offset of each copy of what a robot trusts, [`bundle::area::COPY`] bytes each; none or two.
+    pub trust: Vec<u64>,
     /// In the order in which they lie on the disk, which is also that of their numbers.
     pub partitions: Vec<PartitionRequest>,
 }
@@ -125,7 +127,7 @@ impl Placed {
     }
 }
 
-/// One copy of the boot state in its place.
+/// One copy of the boot state, or of what a robot trusts, in its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateSector {
     /// Byte offset.
@@ -145,6 +147,8 @@ pub struct Layout {
     pub sector_size: u64,
     /// The copies of the boot state.
     pub states: Vec<StateSector>,
+    /// The copies of what a robot trusts.
+    pub trust: Vec<StateSector>,
     /// The partitions, by offset and by number.
     pub partitions: Vec<Placed>,
 }
@@ -191,12 +195,12 @@ pub fn place(request: &DiskRequest) -> Result<Layout, Vec<String>> {
     if !findings.is_empty() {
         return Err(findings);
     }
-    let states = request
-        .states
-        .iter()
-        .map(|&offset| StateSector { offset, sector: offset / SECTOR })
-        .collect();
-    Ok(Layout { table: request.table, size: request.size, sector_size: SECTOR, states, partitions })
+    let sectors = |offsets: &[u64]| {
+        offsets.iter().map(|&offset| StateSector { offset, sector: offset / SECTOR }).collect()
+    };
+    let (states, trust) = (sectors(&request.states), sectors(&request.trust));
+    let (table, size) = (request.table, request.size);
+    Ok(Layout { table, size, sector_size: SECTOR, states, trust, partitions })
 }
 
 /// Bytes at the start of the disk that the table needs.
@@ -406,8 +410,12 @@ fn check_ends(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Strin
 
 fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
     let head = table_head(request.table);
-    for (index, &offset) in request.states.iter().enumerate() {
-        let this = format!("boot-state copy {} (at {})", index + 1, exact(offset));
+    // In whole blocks: a block is what a card erases and a block map records.
+    let states = request.states.iter().map(|&offset| ("boot-state", offset, BLOCK));
+    let trust = request.trust.iter().map(|&offset| ("trust", offset, bundle::area::COPY as u64));
+    let copies: Vec<_> = states.enumerate().chain(trust.enumerate()).collect();
+    for (at, &(index, (kind, offset, length))) in copies.iter().enumerate() {
+        let this = format!("{kind} copy {} (at {})", index + 1, exact(offset));
         if !offset.is_multiple_of(BLOCK) {
             findings.push(format!("{this} is not at a multiple of 4 KiB"));
         }
@@ -418,9 +426,8 @@ fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Str
                 exact(head)
             ));
         }
-        // In whole blocks: a block is what a card erases and a block map records.
-        let inside =
-            placed.iter().find(|p| offset < p.end() && p.offset < offset.saturating_add(BLOCK));
+        let end = offset.saturating_add(length);
+        let inside = placed.iter().find(|p| offset < p.end() && p.offset < end);
         if let Some(partition) = inside {
             findings.push(format!(
                 "{this} lies inside `{}` ({} at {})",
@@ -434,13 +441,17 @@ fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Str
                 exact(request.first_partition)
             ));
         }
-        let first = request.states[..index].iter().position(|&o| o / BLOCK == offset / BLOCK);
-        if let Some(first) = first {
+        // Blocks of both: a boot state takes all of its block.
+        let shared = copies.iter().take(at).find(|(_, (_, other, length))| {
+            offset / BLOCK * BLOCK < other / BLOCK * BLOCK + length && *other / BLOCK * BLOCK < end
+        });
+        if let Some((other, (other_kind, place, _))) = shared {
             findings.push(format!(
-                "boot-state copies {} and {} share the 4 KiB block at {}",
-                first + 1,
+                "{other_kind} copy {} (at {}) and {kind} copy {} (at {}) overlap",
+                other + 1,
+                exact(*place),
                 index + 1,
-                exact(offset / BLOCK * BLOCK)
+                exact(offset)
             ));
         }
     }

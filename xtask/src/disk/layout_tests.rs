@@ -25,6 +25,7 @@ fn disk(table: TableKind) -> DiskRequest {
         first_partition: 4 * MIB,
         alignment: MIB,
         states: vec![MIB, 2 * MIB],
+        trust: vec![3 * MIB, 3 * MIB + 64 * 1024],
         partitions: vec![
             partition("boot", 64 * MIB, Filesystem::Vfat),
             partition("root-a", 256 * MIB, Filesystem::Ext4),
@@ -235,7 +236,26 @@ fn each_rule_has_its_message() {
             |d| d.states[1] = 1000 * MIB,
             "boot-state copy 2 (at 1000 MiB) lies after the first partition's start (4 MiB)",
         ),
-        (Mbr, |d| d.states[1] = MIB, "boot-state copies 1 and 2 share the 4 KiB block at 1 MiB"),
+        (
+            Mbr,
+            |d| d.states[1] = MIB,
+            "boot-state copy 1 (at 1 MiB) and boot-state copy 2 (at 1 MiB) overlap",
+        ),
+        (
+            Mbr,
+            |d| d.trust[0] = MIB - 60 * 1024,
+            "boot-state copy 1 (at 1 MiB) and trust copy 1 (at 964 KiB) overlap",
+        ),
+        (
+            Gpt,
+            |d| d.trust[1] = 3 * MIB + 60 * 1024,
+            "trust copy 1 (at 3 MiB) and trust copy 2 (at 3132 KiB) overlap",
+        ),
+        (
+            Gpt,
+            |d| d.trust[1] = 4 * MIB - 4096,
+            "trust copy 2 (at 4092 KiB) lies inside `boot` (64 MiB at 4 MiB)",
+        ),
     ];
     for (table, change, expected) in cases {
         assert_eq!(findings(table, change), [expected]);

@@ -212,6 +212,8 @@ pub struct UserPlan {
 pub struct UpdatePlan {
     /// Bundles below this version are refused.
     pub minimum_version: Version,
+    /// Bundles that only keys of an earlier epoch have signed are refused; 0: none is.
+    pub key_epoch: u32,
 }
 
 /// A file of a boot partition.

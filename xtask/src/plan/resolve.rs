@@ -91,7 +91,10 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
             .collect(),
         ssh: product.ssh.clone(),
         network: product.network.clone(),
-        update: UpdatePlan { minimum_version: product.update.minimum_version.value.clone() },
+        update: UpdatePlan {
+            minimum_version: product.update.minimum_version.value.clone(),
+            key_epoch: product.update.key_epoch,
+        },
         boot_files,
         inputs: config.inputs.clone(),
     })
@@ -290,6 +293,13 @@ fn check_board(board: &Board, out: &mut Vec<Finding>) {
         };
         out.push(Finding::new(place, message, help));
     }
+    if let (Some(first), false) = (board.disk.trust.first(), board.disk.trust.len() == 2) {
+        out.push(Finding::new(
+            &first.place,
+            format!("`disk.trust.offsets`: expected 2 copies, found {}", board.disk.trust.len()),
+            "two copies are written alternately, so that one of them is always whole",
+        ));
+    }
     let expected = if flow == BootFlow::Uboot { 2 } else { 0 };
     let found = board.disk.boot_state.len();
     if found != expected {
@@ -400,6 +410,7 @@ fn place_disk(board: &Board, out: &mut Vec<Finding>) -> Option<Layout> {
         first_partition: board.disk.first_partition.value.0,
         alignment: ALIGNMENT,
         states: board.disk.boot_state.iter().map(|s| s.value.0).collect(),
+        trust: board.disk.trust.iter().map(|s| s.value.0).collect(),
         partitions: board
             .partitions
             .iter()

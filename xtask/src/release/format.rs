@@ -2,6 +2,7 @@
 //! that a value in hand has safe names and paths.
 
 use anyhow::{Context, Result, bail, ensure};
+use bundle::keys::Purpose;
 use bundle::{KeySet, Kind, SignedBy, Version};
 use serde::{Deserialize, Serialize};
 
@@ -253,7 +254,13 @@ impl Index {
             let envelope: Envelope =
                 serde_json::from_slice(file).context("it is no channel's file")?;
             let text = envelope.index.as_bytes();
-            let signer = verify(keys, "its signature", envelope.signature.as_bytes(), text)?;
+            let signer = verify(
+                keys,
+                Purpose::Channel,
+                "its signature",
+                envelope.signature.as_bytes(),
+                text,
+            )?;
             let index: Self = serde_json::from_slice(text).context("reading the index in it")?;
             index.check(channel)?;
             ensure!(
@@ -355,7 +362,7 @@ impl Manifest {
                 file.size,
                 file.sha256
             );
-            let signer = verify(keys, &file.signature(), signature, text)?;
+            let signer = verify(keys, Purpose::Release, &file.signature(), signature, text)?;
             let manifest: Self = serde_json::from_slice(text).context("it is no manifest")?;
             manifest.check()?;
             ensure!(
@@ -394,8 +401,14 @@ impl Manifest {
     }
 }
 
-fn verify(keys: &KeySet, name: &str, signature: &[u8], text: &[u8]) -> Result<SignedBy> {
-    keys.verify(name, signature, text).map_err(|error| {
+fn verify(
+    keys: &KeySet,
+    purpose: Purpose,
+    name: &str,
+    signature: &[u8],
+    text: &[u8],
+) -> Result<SignedBy> {
+    keys.verify(purpose, name, signature, text).map_err(|error| {
         let message = format!("{error} ({})\nhelp: {}", error.code(), error.hint());
         anyhow::Error::new(error).context(message)
     })

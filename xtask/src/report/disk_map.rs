@@ -78,7 +78,7 @@ pub(super) fn class(region: &Region) -> &'static str {
     match region.kind {
         RegionKind::Gap => "gap",
         RegionKind::Table => "table",
-        RegionKind::BootState => "state",
+        RegionKind::BootState | RegionKind::Trust => "state",
         RegionKind::Partition => match region.role.split('-').next() {
             Some("boot") => "boot",
             Some("root") => "root",

@@ -200,6 +200,8 @@ pub enum RegionKind {
     Table,
     /// One copy of the boot state, in raw sectors outside of every partition.
     BootState,
+    /// One copy of what a robot trusts, in raw sectors too.
+    Trust,
     /// Nothing.
     Gap,
 }

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail, ensure};
+use bundle::keys::Purpose;
 use bundle::{KeySet, SignedBy};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
@@ -178,7 +179,8 @@ impl Record {
     pub fn open(file: &[u8], keys: &KeySet, stage: &str, key: &str) -> Result<(Self, SignedBy)> {
         let envelope: Envelope = serde_json::from_slice(file).context("it is no record")?;
         let text = envelope.record.as_bytes();
-        let signer = keys.verify("its signature", envelope.signature.as_bytes(), text)?;
+        let signer =
+            keys.verify(Purpose::Stage, "its signature", envelope.signature.as_bytes(), text)?;
         let record: Self = serde_json::from_slice(text).context("it is no record")?;
         record.check(stage, key)?;
         Ok((record, signer))

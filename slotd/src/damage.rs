@@ -1,0 +1,60 @@
+//! Files on `data` that the agent can do without: each may be damaged, which is told, and is forgotten at the
+//! next commit. What must not be forgotten is the matter of [`crate::trust`].
+
+use std::io;
+use std::path::PathBuf;
+
+use bundle::bootstate::Slot;
+use serde::de::DeserializeOwned;
+
+use crate::api;
+use crate::boot;
+use crate::durable;
+use crate::provision;
+use crate::record::{Installed, Journal};
+use crate::root::Root;
+
+/// A file that cannot be understood.
+#[derive(Debug)]
+pub struct Damage {
+    path: PathBuf,
+    /// Which, and why, for people.
+    pub what: String,
+}
+
+impl Damage {
+    /// Forgets it: whoever needs the file makes it anew.
+    ///
+    /// # Errors
+    /// When `data` fails.
+    pub fn heal(&self) -> io::Result<()> {
+        durable::remove(&self.path)
+    }
+}
+
+/// Every file that is damaged.
+pub fn found(root: &Root) -> Vec<Damage> {
+    let state = root.state();
+    let mut found = Vec::new();
+    let mut look = |path: PathBuf, read: fn(&std::path::Path) -> io::Result<()>| {
+        if let Err(error) = read(&path) {
+            let what = format!(
+                "{} is damaged ({error}): it is passed over, and forgotten at the next commit",
+                path.display()
+            );
+            found.push(Damage { path, what });
+        }
+    };
+    look(state.join("journal.json"), reads::<Journal>);
+    for slot in [Slot::A, Slot::B] {
+        look(state.join(format!("slot-{slot}.json")), reads::<Installed>);
+    }
+    look(state.join("tryboot.json"), reads::<boot::Armed>);
+    look(state.join("provisioned.json"), reads::<provision::Record>);
+    look(root.data().join("apps/api/.state.json"), reads::<api::State>);
+    found
+}
+
+fn reads<T: DeserializeOwned>(path: &std::path::Path) -> io::Result<()> {
+    durable::read_json::<T>(path).map(drop)
+}
