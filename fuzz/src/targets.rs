@@ -9,6 +9,7 @@ mod bundles;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use bundle::bootstate::{self, BootState, SECTOR, Slot};
 use bundle::{KeySet, Kind, Manifest, Reader, SignatureFile, Stream};
@@ -98,7 +99,7 @@ fn boot_states() -> Vec<Vec<u8>> {
 /// come beyond the signature.
 pub fn bundle(data: &[u8]) {
     let Some((how, rest)) = data.split_first() else { return };
-    match how % 3 {
+    match how % 4 {
         0 => read(rest),
         // A manifest, signed; then whatever follows.
         1 => {
@@ -108,28 +109,51 @@ pub fn bundle(data: &[u8]) {
             read(&bytes);
         }
         // An index that the signed manifest vouches for, and stored frames.
-        _ => {
+        2 => {
             let (index, frames) = split(rest);
-            let mut made = parts(&[b""], 1);
-            let payload = &mut made.manifest.components[0].payloads[0];
-            payload.index.size = index.len() as u64;
-            payload.index.sha256 = hexadecimal(&bundle::index::sha256(index));
-            payload.data.size = frames.len() as u64;
-            // What the index says of it, so that more than their difference is looked at.
-            let size = index.get(8..16).and_then(|size| size.try_into().ok());
-            payload.size = size.map_or(0, u64::from_le_bytes);
-            made.payloads = vec![(index.to_vec(), frames.to_vec())];
-            let Ok(json) = made.manifest.to_json() else { return };
-            let mut bytes = signed(&json);
-            for (name, content) in [("index", index), ("data", frames)] {
-                let names = member_names(&made.manifest);
-                let name = if name == "index" { &names.0 } else { &names.1 };
-                member(&mut bytes, name, content);
-            }
-            bytes.extend_from_slice(&[0; 1024]);
-            read(&bytes);
+            vouched(index, frames);
         }
+        _ => fitting(rest),
     }
+}
+
+/// Stored frames with an index that fits them, in so many blocks as the first byte says. All are said to be
+/// zero, which run-length frames can satisfy.
+fn fitting(data: &[u8]) {
+    let Some((blocks, data)) = data.split_first().filter(|(_, data)| !data.is_empty()) else {
+        return;
+    };
+    let blocks = u32::from(*blocks % 64) + 1;
+    let mut index = b"SLIPIDX1".to_vec();
+    index.extend_from_slice(&(u64::from(blocks) * 4096).to_le_bytes());
+    let pieces: Vec<_> = data.chunks(512 * 1024).map(bundle::index::sha256).collect();
+    for value in [4096, 12, 1, pieces.len() as u32, 0, blocks, data.len() as u32] {
+        index.extend_from_slice(&value.to_le_bytes());
+    }
+    index.extend_from_slice(&bundle::index::sha256(b""));
+    pieces.iter().for_each(|piece| index.extend_from_slice(piece));
+    index.resize(index.len() + blocks.div_ceil(8) as usize, 0);
+    vouched(&index, data);
+}
+
+/// Reads a bundle whose signed manifest has the hash and the lengths of these.
+fn vouched(index: &[u8], frames: &[u8]) {
+    // Made once: the packer's threads are not what is tested here.
+    static BASE: LazyLock<Manifest> = LazyLock::new(|| parts(&[b""], 1).manifest);
+    let mut manifest = BASE.clone();
+    let payload = &mut manifest.components[0].payloads[0];
+    // What the index says of its payload, so that more than their difference is looked at.
+    let size = index.get(8..16).and_then(|size| size.try_into().ok());
+    payload.size = size.map_or(0, u64::from_le_bytes);
+    payload.index.size = index.len() as u64;
+    payload.index.sha256 = hexadecimal(&bundle::index::sha256(index));
+    payload.data.size = frames.len() as u64;
+    let Ok(json) = manifest.to_json() else { return };
+    let mut bytes = signed(&json);
+    member(&mut bytes, "system/p0.index", index);
+    member(&mut bytes, "system/p0.zst", frames);
+    bytes.extend_from_slice(&[0; 1024]);
+    read(&bytes);
 }
 
 fn hexadecimal(bytes: &[u8]) -> String {
@@ -165,21 +189,19 @@ fn read(bytes: &[u8]) {
     }
 }
 
+/// A member in the prescribed form, written without the crate's help.
 fn member(out: &mut Vec<u8>, name: &str, content: &[u8]) {
-    let mut header = tar::Header::new_ustar();
-    if header.set_path(name).is_err() {
-        return;
-    }
-    // As the bundle's writer has them.
-    let sample = bundles::make(&[b""]);
-    let mut block: [u8; 512] = sample[..512].try_into().unwrap();
-    block[..100].fill(0);
-    block[..name.len().min(100)].copy_from_slice(&name.as_bytes()[..name.len().min(100)]);
-    block[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
-    block[148..156].fill(b' ');
-    let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
-    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    out.extend_from_slice(&block);
+    let mut header = vec![0; 512];
+    header[..name.len()].copy_from_slice(name.as_bytes());
+    header[100..124].copy_from_slice(b"0000644\x000000000\x000000000\0");
+    header[124..136].copy_from_slice(format!("{:011o}\0", content.len()).as_bytes());
+    header[136..148].copy_from_slice(b"00000000000\0");
+    header[148..156].fill(b' ');
+    header[156] = b'0';
+    header[257..265].copy_from_slice(b"ustar\x0000");
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    out.extend_from_slice(&header);
     out.extend_from_slice(content);
     out.resize(out.len().next_multiple_of(512), 0);
 }
@@ -191,13 +213,6 @@ fn signed(json: &[u8]) -> Vec<u8> {
     let SignatureFile { text, .. } = TestKey::new(1).sign(json, "fuzzed");
     member(&mut out, bundle::reader::SIGNATURE, text.as_bytes());
     out
-}
-
-/// The names of the first payload's members, as the writer gives them.
-fn member_names(manifest: &Manifest) -> (String, String) {
-    let component = &manifest.components[0];
-    let base = format!("{}/{}", component.name, component.payloads[0].role);
-    (format!("{base}.index"), format!("{base}.zst"))
 }
 
 fn bundle_seeds() -> Vec<Vec<u8>> {
@@ -214,6 +229,7 @@ fn bundle_seeds() -> Vec<Vec<u8>> {
         let (index, frames) = &made.payloads[0];
         seeds.push(part(1, json, &whole[after..]));
         seeds.push(part(2, index, frames));
+        seeds.push([&[3, 1][..], frames].concat());
         seeds.push([&[0][..], &whole].concat());
     }
     seeds

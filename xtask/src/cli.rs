@@ -75,7 +75,10 @@ pub enum Command {
     /// Update a machine in QEMU from end to end: good bundles, bad ones, broken trials. Part of `test`.
     E2e,
     /// Check formatting, lints and house rules; fast, and the first thing that `test` does.
-    Check,
+    ///
+    /// With --mutants or --fuzz only that: whether the tests notice deliberate faults, and what a robot
+    /// makes of inputs that nobody has thought of.
+    Check(Check),
     /// Measure our speed beside the usual tools, in one run.
     Bench(Bench),
     /// Remove results and kept stages.
@@ -105,6 +108,21 @@ pub enum Format {
     Text,
     /// For scripts.
     Json,
+}
+
+/// Options of `check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Make the faults listed in ci/mutants.toml one at a time, in a copy of the source, and see that a test
+    /// fails; with FILTER those whose names contain it. Ends with an error when one is not noticed.
+    #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
+    pub mutants: Option<String>,
+    /// Run each fuzz target for so many seconds. Ends with an error, and the input's path, when one fails.
+    #[arg(long, value_name = "SECONDS", conflicts_with = "mutants")]
+    pub fuzz: Option<u64>,
+    /// With --mutants: what the list of results is printed as.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
 }
 
 /// Options of `build-image`.

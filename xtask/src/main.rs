@@ -40,7 +40,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Lock(options) => cmd::lock::lock(options),
         Command::Buildroot(verb) => cmd::buildroot::buildroot(verb),
         Command::Keys(verb) => cmd::keys::keys(verb),
-        Command::Check => cmd::check::check(),
+        Command::Check(options) => cmd::check::asked(options),
         Command::E2e => cmd::check::e2e(),
         Command::Test(options) => cmd::check::test(options),
         Command::Clean(options) => cmd::clean::clean(options),

@@ -147,6 +147,13 @@ fn programs_are_run_in_one_place() {
     complain(findings);
 }
 
+/// The faults that `cargo xtask check --mutants` makes still have their place in the source.
+#[test]
+fn every_mutant_has_its_place() {
+    let mutants = xtask::mutants::read(&root()).expect("ci/mutants.toml fits the source");
+    assert!(mutants.len() >= 60, "only {} mutants", mutants.len());
+}
+
 #[test]
 fn shell_scripts_are_clean() {
     let scripts: Vec<String> = files()

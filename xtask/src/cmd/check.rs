@@ -1,14 +1,16 @@
 //! `check` and `test`: the same commands for a developer and for CI.
 
-use anyhow::{Context, Result, bail};
-use camino::Utf8PathBuf;
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
 use xshell::{Cmd, Shell};
 
 use crate::cache::Cache;
-use crate::cli::Test;
+use crate::cli::{Check, Format, Test};
 use crate::config::{self, product, workspace_root};
 use crate::exec;
 use crate::flash::device;
+use crate::fuzz;
+use crate::mutants::{self, Fate};
 use crate::progress::{say, warn};
 use crate::rootfs::buildroot::tree::pinned_path;
 use crate::tools::{self, Purpose};
@@ -22,7 +24,48 @@ const LOOP_TESTS: &str = "flash_loop";
 /// The test target that needs the pinned Buildroot tree.
 const TREE_TESTS: &str = "buildroot_tree";
 
-/// `cargo xtask check`.
+/// Seconds of each fuzz target in `test --all`: enough to see that all of them still run.
+const FUZZ_SECONDS: u64 = 20;
+
+/// `cargo xtask check`, or the one thing that was asked for.
+///
+/// # Errors
+/// As [`check`]; when a mutant survives; when a fuzz target finds something.
+pub fn asked(options: &Check) -> Result<()> {
+    let root = workspace_root()?;
+    match (&options.mutants, options.fuzz) {
+        (Some(filter), _) => notice_faults(&root, filter, options.format),
+        (None, Some(seconds)) => fuzz::run(&root, seconds),
+        (None, None) => check(),
+    }
+}
+
+/// Every deliberate fault is noticed by a test.
+fn notice_faults(root: &Utf8Path, filter: &str, format: Format) -> Result<()> {
+    let tried = mutants::run(root, filter)?;
+    if format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&tried).context("making JSON")?);
+    } else {
+        for one in &tried {
+            println!("{:<24} {:>5} s  {}: {}", one.name, one.seconds, one.fate.word(), one.means);
+        }
+    }
+    let caught = |one: &&mutants::Tried| !matches!(one.fate, Fate::Caught | Fate::CaughtElsewhere);
+    let missed: Vec<&str> = tried.iter().filter(caught).map(|one| one.name.as_str()).collect();
+    ensure!(
+        missed.is_empty(),
+        "{} of {} faults are noticed by no test, or do not compile: {}\n\
+         help: write the test that notices; a fault that does not compile is an error of {}",
+        missed.len(),
+        tried.len(),
+        missed.join(", "),
+        mutants::LIST
+    );
+    say("mutants", format!("all {} faults are noticed", tried.len()));
+    Ok(())
+}
+
+/// `check` without options.
 ///
 /// # Errors
 /// When formatting or a lint is wrong.
@@ -55,6 +98,11 @@ pub fn test(options: &Test) -> Result<()> {
     check()?;
     cargo("tests", &["test", "--workspace", "--no-fail-fast"], options.all)?;
     say_skipped(&trees)?;
+    if options.all {
+        let root = workspace_root()?;
+        fuzz::run(&root, FUZZ_SECONDS)?;
+        notice_faults(&root, "", Format::Text)?;
+    }
     if options.quick { Ok(()) } else { system("system tests", &[], options.all) }
 }
 

@@ -1,0 +1,275 @@
+//! Do the tests notice when a line is wrong that security or durability rests on? Deliberate faults, chosen by
+//! hand (`ci/mutants.toml`), are made one at a time in a copy of the source, and a test must fail.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use crate::exec::Tool;
+use crate::progress::{duration, say};
+
+/// Where the faults are listed.
+pub const LIST: &str = "ci/mutants.toml";
+
+/// The crates that have them: their tests are asked when the named one notices nothing.
+const CRATES: [&str; 2] = ["bundle", "slotd"];
+
+/// One deliberate fault.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mutant {
+    /// Its name.
+    pub name: String,
+    /// The file that it is made in, from the workspace's root.
+    pub file: Utf8PathBuf,
+    /// What stands there, exactly once.
+    pub find: String,
+    /// What stands there instead.
+    pub replace: String,
+    /// What would be wrong with a robot.
+    pub means: String,
+    /// What should notice, as `cargo test -p` takes it: `slotd --test cuts`.
+    pub test: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct List {
+    mutant: Vec<Mutant>,
+}
+
+impl Mutant {
+    /// The file's text with the fault in it.
+    ///
+    /// # Errors
+    /// Names the mutant when its text does not stand exactly once in `text`.
+    pub fn applied(&self, text: &str) -> Result<String> {
+        let found = text.matches(&self.find).count();
+        ensure!(
+            found == 1,
+            "{LIST}: mutant `{}`: its text stands {found} times in {}, expected once; correct `find`",
+            self.name,
+            self.file
+        );
+        Ok(text.replacen(&self.find, &self.replace, 1))
+    }
+}
+
+/// Reads the list below `root` and checks each entry against the source: unique names, texts that stand
+/// exactly once.
+///
+/// # Errors
+/// When the list is malformed; else names every mutant that does not fit.
+pub fn read(root: &Utf8Path) -> Result<Vec<Mutant>> {
+    let path = root.join(LIST);
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let List { mutant: mutants } =
+        toml::from_str(&text).with_context(|| format!("reading {path}"))?;
+    let mut wrong = Vec::new();
+    for (at, mutant) in mutants.iter().enumerate() {
+        if mutants.iter().take(at).any(|other| other.name == mutant.name) {
+            wrong.push(format!("{LIST}: two mutants are named `{}`", mutant.name));
+        }
+        let source = root.join(&mutant.file);
+        let text = fs::read_to_string(&source).with_context(|| format!("reading {source}"));
+        if let Err(error) = text.and_then(|text| mutant.applied(&text)) {
+            wrong.push(format!("{error:#}"));
+        }
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(mutants)
+}
+
+/// What became of one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fate {
+    /// The named test failed.
+    Caught,
+    /// Another test of the two crates failed.
+    CaughtElsewhere,
+    /// Every test passed.
+    Survived,
+    /// The fault is no program: the list is wrong.
+    DoesNotCompile,
+}
+
+/// One with its fate.
+#[derive(Debug, Clone, Serialize)]
+pub struct Tried {
+    /// The mutant's name.
+    pub name: String,
+    /// What it means.
+    pub means: String,
+    /// What became of it.
+    pub fate: Fate,
+    /// Seconds that it took.
+    pub seconds: u64,
+}
+
+/// Tries the mutants whose names contain `filter`. The copy and what is built of it stay in
+/// `target/mutants`, so that only what a fault changes is built again. A fault that hangs counts only when
+/// the test's own bound ends it.
+///
+/// # Errors
+/// When the tests fail without any fault, or nothing can be built.
+pub fn run(root: &Utf8Path, filter: &str) -> Result<Vec<Tried>> {
+    let mut mutants = read(root)?;
+    mutants.retain(|mutant| mutant.name.contains(filter));
+    ensure!(!mutants.is_empty(), "no mutant's name contains `{filter}`");
+    let bench =
+        Bench { tree: root.join("target/mutants/tree"), built: root.join("target/mutants") };
+    copy(root, &bench.tree)?;
+    let mut tests: Vec<&str> = mutants.iter().map(|mutant| mutant.test.as_str()).collect();
+    tests.sort_unstable();
+    tests.dedup();
+    for (at, test) in tests.iter().enumerate() {
+        say("mutants", format!("without a fault ({} of {}): {test}", at + 1, tests.len()));
+        if bench.ask(test)? != Answer::Passed {
+            bail!("`cargo test -p {test}` fails without any fault: correct that first");
+        }
+    }
+    let (started, mut tried) = (Instant::now(), Vec::new());
+    for (at, mutant) in mutants.iter().enumerate() {
+        let begun = Instant::now();
+        let fate = bench.try_one(mutant)?;
+        let left = started.elapsed() / (at as u32 + 1) * (mutants.len() - at - 1) as u32;
+        say(
+            "mutants",
+            format!(
+                "{} of {}: {}: {}; about {} left",
+                at + 1,
+                mutants.len(),
+                mutant.name,
+                fate.word(),
+                duration(left)
+            ),
+        );
+        let seconds = begun.elapsed().max(Duration::from_secs(1)).as_secs();
+        let (name, means) = (mutant.name.clone(), mutant.means.clone());
+        tried.push(Tried { name, means, fate, seconds });
+    }
+    Ok(tried)
+}
+
+impl Fate {
+    /// For people.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Caught => "caught",
+            Self::CaughtElsewhere => "caught by another test than the named one",
+            Self::Survived => "SURVIVED",
+            Self::DoesNotCompile => "DOES NOT COMPILE",
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Answer {
+    Passed,
+    Failed,
+    NotBuilt,
+}
+
+struct Bench {
+    tree: Utf8PathBuf,
+    built: Utf8PathBuf,
+}
+
+impl Bench {
+    fn try_one(&self, mutant: &Mutant) -> Result<Fate> {
+        let path = self.tree.join(&mutant.file);
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        let put = |text: &str| fs::write(&path, text).with_context(|| format!("writing {path}"));
+        put(&mutant.applied(&text)?)?;
+        let fate = self.fate(mutant);
+        put(&text)?;
+        fate
+    }
+
+    fn fate(&self, mutant: &Mutant) -> Result<Fate> {
+        match self.ask(&mutant.test)? {
+            Answer::NotBuilt => return Ok(Fate::DoesNotCompile),
+            Answer::Failed => return Ok(Fate::Caught),
+            Answer::Passed => {}
+        }
+        for package in CRATES {
+            if self.ask(package)? == Answer::Failed {
+                return Ok(Fate::CaughtElsewhere);
+            }
+        }
+        Ok(Fate::Survived)
+    }
+
+    /// Builds first, so that a fault that is no program is told from one that a test notices.
+    fn ask(&self, test: &str) -> Result<Answer> {
+        let cargo = |last: &str| {
+            let words = ["test", "--quiet", "--package"].into_iter().chain(test.split(' '));
+            Tool::cargo()
+                .args(words)
+                .arg(last)
+                .env("CARGO_TARGET_DIR", self.built.as_str())
+                .env("RUST_BACKTRACE", "0")
+                .current_dir(&self.tree)
+        };
+        if cargo("--no-run").run().is_err() {
+            return Ok(Answer::NotBuilt);
+        }
+        Ok(if cargo("--no-fail-fast").run().is_ok() { Answer::Passed } else { Answer::Failed })
+    }
+}
+
+/// Makes `tree` the files that git tracks below `root`, as they are now. What is the same is not written,
+/// so that nothing is built again for it.
+fn copy(root: &Utf8Path, tree: &Utf8Path) -> Result<()> {
+    let listed = Tool::new("git").args(["ls-files"]).current_dir(root).read()?;
+    for name in listed.lines() {
+        let (from, to) = (root.join(name), tree.join(name));
+        // A link in the repository is a link there, too; a file that was removed is none there.
+        let Ok(about) = fs::symlink_metadata(&from) else {
+            if to.is_file() {
+                fs::remove_file(&to).with_context(|| format!("removing {to}"))?;
+            }
+            continue;
+        };
+        let folder = to.parent().context("a file lies in a folder")?;
+        fs::create_dir_all(folder).with_context(|| format!("making {folder}"))?;
+        if about.is_symlink() {
+            if fs::symlink_metadata(&to).is_err() {
+                let target = fs::read_link(&from).with_context(|| format!("reading {from}"))?;
+                std::os::unix::fs::symlink(target, &to).with_context(|| format!("linking {to}"))?;
+            }
+            continue;
+        }
+        let bytes = fs::read(&from).with_context(|| format!("reading {from}"))?;
+        if fs::read(&to).ok().as_ref() != Some(&bytes) {
+            fs::copy(&from, &to).with_context(|| format!("copying {from}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_that_does_not_stand_exactly_once_is_named() {
+        let mutant = Mutant {
+            name: "m".to_owned(),
+            file: "a.rs".into(),
+            find: "flush()".to_owned(),
+            replace: String::new(),
+            means: String::new(),
+            test: String::new(),
+        };
+        assert_eq!(mutant.applied("a; flush();").expect("once"), "a; ;");
+        for text in ["", "flush(); flush()"] {
+            let why = mutant.applied(text).expect_err(text).to_string();
+            assert!(why.contains("mutant `m`") && why.contains("a.rs"), "{why}");
+        }
+    }
+}
