@@ -40,7 +40,7 @@ const RESERVE: Room = Room { bytes: 16 << 20, entries: 1024 };
 
 /// What a reset leaves in the agent's own folder: what it knows of slots, keys and floors, and its log. Whatever
 /// else lies there goes, so that nothing is forgotten.
-const KEPT: [&str; 12] = [
+const KEPT: [&str; 13] = [
     "floor.json",
     "journal.json",
     "keyset.json",
@@ -52,6 +52,7 @@ const KEPT: [&str; 12] = [
     "reserve",
     "slot-a.json",
     "slot-b.json",
+    "trust.json",
     "tryboot.json",
 ];
 
