@@ -95,6 +95,42 @@ fn every_relative_link_leads_somewhere() {
     complain(findings);
 }
 
+#[test]
+fn every_line_of_the_threat_model_names_tests_that_are_there() {
+    let text = page("SECURITY.md");
+    let (_, table) = text.split_once("| attacker |").expect("the table of attackers");
+    let mut findings = Vec::new();
+    let mut checked = 0;
+    let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+    for row in rows {
+        let attacker = row.split("**").nth(1).expect("an attacker in bold");
+        // `file.rs`: `test`, `test`; `other.rs`: `test`
+        let tests = row.trim_end_matches(['|', ' ']).rsplit('|').next().expect("a column of tests");
+        let mut source = None;
+        let mut named = 0;
+        for span in spans(tests) {
+            if span.ends_with(".rs") {
+                source = std::fs::read_to_string(root().join(span)).ok();
+                if source.is_none() {
+                    findings.push(format!("SECURITY.md: {attacker}: {span} does not exist"));
+                }
+                continue;
+            }
+            named += 1;
+            let there = source.as_ref().is_some_and(|text| text.contains(&format!("fn {span}()")));
+            if !there {
+                findings.push(format!("SECURITY.md: {attacker}: there is no test `{span}`"));
+            }
+        }
+        if named == 0 {
+            findings.push(format!("SECURITY.md: {attacker}: no test is named"));
+        }
+        checked += named;
+    }
+    assert!(checked > 20, "only {checked} tests named");
+    complain(findings);
+}
+
 /// The calls of our tool that a line shows.
 fn calls(fenced: bool, line: &str) -> Vec<&str> {
     let code: Vec<&str> = if fenced { vec![line] } else { spans(line).collect() };
