@@ -112,6 +112,32 @@ fn an_api_is_installed_beside_the_one_that_serves_and_taken_back() {
 }
 
 #[test]
+fn a_wheel_that_rots_is_found_and_healed_by_the_next_install() {
+    let robot = robot();
+    let bundle = api("10.0.0");
+    install(&robot, &bundle);
+    let before = content(&robot.path("data/apps/api/current/"));
+    assert_eq!(install(&robot, &bundle)["reused"], 2);
+    let code = robot.path("data/apps/api/current/site/robotapi/__init__.py");
+    // One bit, in the file that the tree and the version share; length and time stay.
+    let time = fs::metadata(&code).unwrap().modified().unwrap();
+    let mut bytes = fs::read(&code).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&code, &bytes).unwrap();
+    fs::File::open(&code).unwrap().set_modified(time).unwrap();
+    assert_ne!(content(&robot.path("data/apps/api/current/")), before);
+    assert_eq!(install(&robot, &bundle)["reused"], 1);
+    assert_eq!(content(&robot.path("data/apps/api/current/")), before);
+    assert_eq!(install(&robot, &bundle)["reused"], 2);
+    // So is one without its sum, from an agent that made none.
+    let wheels = fs::read_dir(robot.path("data/apps/api/.wheels")).unwrap();
+    for wheel in wheels.map(|entry| entry.unwrap().path()) {
+        fs::remove_file(wheel.join(".sum")).unwrap();
+    }
+    assert_eq!(install(&robot, &bundle)["reused"], 0);
+}
+
+#[test]
 fn an_api_that_is_not_well_is_switched_back_by_itself() {
     let robot = robot();
     let sick = |version: &str| {

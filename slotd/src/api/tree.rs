@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -14,6 +15,7 @@ use bundle::{Input, PayloadReader};
 use sha2::{Digest, Sha256};
 
 use super::{Place, failed};
+use crate::durable;
 use crate::files::{Files, make_dirs};
 use crate::install::from_source;
 use crate::refusal::{Refusal, Result};
@@ -25,6 +27,9 @@ const LONGEST: usize = 512;
 /// Pieces of at most 128 KiB that wait between the verification and the disk.
 const WAITING: usize = 8;
 
+/// The file at the top of a tree that has the hash of all that was unpacked; no wheel may bring one with a dot.
+const SUM: &str = ".sum";
+
 /// Bytes that are written at a time.
 const CHUNK: u64 = 256 << 10;
 
@@ -33,17 +38,21 @@ fn place_of(place: &Place<'_>, wheel: &Wheel) -> PathBuf {
     place.wheels().join(&wheel.tree)
 }
 
-/// Whether a wheel's tree is here, as it was unpacked: a file that somebody has changed since has another
-/// length or another time.
+/// Whether a wheel's tree is here, as it was unpacked, by the hash of all its files: a card that rots changes neither
+/// lengths nor times. A tree of an agent that kept no hash is unpacked once more.
 pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
+    let top = place_of(place, wheel);
     let mut found = (0, 0);
-    let mut waiting = vec![place_of(place, wheel)];
+    let mut waiting = vec![top.clone()];
     while let Some(folder) = waiting.pop() {
         let Ok(entries) = fs::read_dir(&folder) else { return false };
         for entry in entries {
             let Ok((path, about)) = entry.and_then(|e| Ok((e.path(), e.metadata()?))) else {
                 return false;
             };
+            if path == top.join(SUM) {
+                continue;
+            }
             if about.is_dir() {
                 waiting.push(path);
             } else if about.is_file() && about.mtime() == TREE_TIME as i64 {
@@ -53,7 +62,42 @@ pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
             }
         }
     }
+    let kept = durable::read(&top.join(SUM)).ok().flatten();
     found == (wheel.files, wheel.bytes)
+        && kept.is_some_and(|kept| sum(&top).is_ok_and(|sum| sum.as_bytes() == kept))
+}
+
+/// SHA-256 over each file's path, its right to be run, and the SHA-256 of its content, by path; hexadecimal.
+fn sum(top: &Path) -> io::Result<String> {
+    let (mut names, mut waiting) = (BTreeSet::new(), vec![PathBuf::new()]);
+    while let Some(below) = waiting.pop() {
+        for entry in fs::read_dir(top.join(&below))? {
+            let entry = entry?;
+            let name = below.join(entry.file_name());
+            if entry.file_type()?.is_dir() {
+                waiting.push(name);
+            } else if name != Path::new(SUM) {
+                names.insert(name);
+            }
+        }
+    }
+    let mut all = Sha256::new();
+    for name in names {
+        let mut file = fs::File::open(top.join(&name))?;
+        let mut content = Sha256::new();
+        let mut chunk = vec![0; CHUNK as usize];
+        loop {
+            match file.read(&mut chunk)? {
+                0 => break,
+                n => content.update(chunk.get(..n).unwrap_or_default()),
+            }
+        }
+        all.update(name.as_os_str().as_bytes());
+        // No path has a zero.
+        all.update([0, u8::from(file.metadata()?.mode() & 0o100 != 0)]);
+        all.update(content.finalize());
+    }
+    Ok(bundle::index::hex(&all.finalize()))
 }
 
 /// Unpacks a payload as the tree of a wheel, which is there when it is complete and durable, or not at all.
@@ -88,6 +132,14 @@ pub(super) fn receive<I: Input>(
             Err(refusal) => Err(refusal),
         }
     })?;
+    let own = new.join(SUM);
+    sum(&new)
+        .and_then(|sum| {
+            place.files.create(&own)?;
+            place.files.append(&own, sum.as_bytes())?;
+            place.files.set_mode(&own, 0o644)
+        })
+        .map_err(failed("writing", &own))?;
     place.flush_all(&new)?;
     // One that was changed: its versions keep their own links.
     place.clear(&folder)?;
@@ -253,6 +305,9 @@ pub(super) fn link(place: &Place<'_>, wheel: &Wheel, into: &Path) -> Result<()> 
         for entry in fs::read_dir(&folder).map_err(failed("reading", &folder))? {
             let entry = entry.map_err(failed("reading", &folder))?;
             let (name, path) = (below.join(entry.file_name()), entry.path());
+            if name == Path::new(SUM) {
+                continue;
+            }
             if entry.file_type().map_err(failed("reading", &path))?.is_dir() {
                 waiting.push(name);
                 continue;
