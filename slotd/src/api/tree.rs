@@ -4,8 +4,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Read};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, SystemTime};
@@ -14,8 +12,8 @@ use bundle::component::{LOCK_ROLE, TREE_TIME, Wheel};
 use bundle::{Input, PayloadReader};
 use sha2::{Digest, Sha256};
 
+use super::whole::{SUM, sums};
 use super::{Place, failed};
-use crate::durable;
 use crate::files::{Files, make_dirs};
 use crate::install::from_source;
 use crate::refusal::{Refusal, Result};
@@ -27,77 +25,12 @@ const LONGEST: usize = 512;
 /// Pieces of at most 128 KiB that wait between the verification and the disk.
 const WAITING: usize = 8;
 
-/// The file at the top of a tree that has the hash of all that was unpacked; no wheel may bring one with a dot.
-const SUM: &str = ".sum";
-
 /// Bytes that are written at a time.
 const CHUNK: u64 = 256 << 10;
 
 /// Where a wheel's tree lies.
 fn place_of(place: &Place<'_>, wheel: &Wheel) -> PathBuf {
     place.wheels().join(&wheel.tree)
-}
-
-/// Whether a wheel's tree is here, as it was unpacked, by the hash of all its files: a card that rots changes neither
-/// lengths nor times. A tree of an agent that kept no hash is unpacked once more.
-pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
-    let top = place_of(place, wheel);
-    let mut found = (0, 0);
-    let mut waiting = vec![top.clone()];
-    while let Some(folder) = waiting.pop() {
-        let Ok(entries) = fs::read_dir(&folder) else { return false };
-        for entry in entries {
-            let Ok((path, about)) = entry.and_then(|e| Ok((e.path(), e.metadata()?))) else {
-                return false;
-            };
-            if path == top.join(SUM) {
-                continue;
-            }
-            if about.is_dir() {
-                waiting.push(path);
-            } else if about.is_file() && about.mtime() == TREE_TIME as i64 {
-                found = (found.0 + 1, found.1 + about.len());
-            } else {
-                return false;
-            }
-        }
-    }
-    let kept = durable::read(&top.join(SUM)).ok().flatten();
-    found == (wheel.files, wheel.bytes)
-        && kept.is_some_and(|kept| sum(&top).is_ok_and(|sum| sum.as_bytes() == kept))
-}
-
-/// SHA-256 over each file's path, its right to be run, and the SHA-256 of its content, by path; hexadecimal.
-fn sum(top: &Path) -> io::Result<String> {
-    let (mut names, mut waiting) = (BTreeSet::new(), vec![PathBuf::new()]);
-    while let Some(below) = waiting.pop() {
-        for entry in fs::read_dir(top.join(&below))? {
-            let entry = entry?;
-            let name = below.join(entry.file_name());
-            if entry.file_type()?.is_dir() {
-                waiting.push(name);
-            } else if name != Path::new(SUM) {
-                names.insert(name);
-            }
-        }
-    }
-    let mut all = Sha256::new();
-    for name in names {
-        let mut file = fs::File::open(top.join(&name))?;
-        let mut content = Sha256::new();
-        let mut chunk = vec![0; CHUNK as usize];
-        loop {
-            match file.read(&mut chunk)? {
-                0 => break,
-                n => content.update(chunk.get(..n).unwrap_or_default()),
-            }
-        }
-        all.update(name.as_os_str().as_bytes());
-        // No path has a zero.
-        all.update([0, u8::from(file.metadata()?.mode() & 0o100 != 0)]);
-        all.update(content.finalize());
-    }
-    Ok(bundle::index::hex(&all.finalize()))
 }
 
 /// Unpacks a payload as the tree of a wheel, which is there when it is complete and durable, or not at all.
@@ -133,15 +66,15 @@ pub(super) fn receive<I: Input>(
         }
     })?;
     let own = new.join(SUM);
-    sum(&new)
-        .and_then(|sum| {
+    sums(&new)
+        .and_then(|sums| {
             place.files.create(&own)?;
-            place.files.append(&own, sum.as_bytes())?;
+            place.files.append(&own, &sums)?;
             place.files.set_mode(&own, 0o644)
         })
         .map_err(failed("writing", &own))?;
     place.flush_all(&new)?;
-    // One that was changed: its versions keep their own links.
+    // One that was changed: versions keep their links to what it was until they are linked anew.
     place.clear(&folder)?;
     place.rename(&new, &folder)?;
     place.flush(&place.wheels())
