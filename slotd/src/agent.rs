@@ -244,6 +244,16 @@ impl Agent {
         Ok(Verified::new(&reader, Some(slot), size))
     }
 
+    /// Compares all files of the APIs on `data`, the one that serves and those that are kept, with the hashes that
+    /// were kept of them. Nothing is written, and nothing is installed meanwhile.
+    ///
+    /// # Errors
+    /// `api-differs`, with the files. `busy`, `io`.
+    pub fn verify_api(&self) -> Result<api::Checked> {
+        let _lock = self.lock("verify")?;
+        api::verify(self.device.root())
+    }
+
     /// Installs a bundle: a system into the idle slot, whose trial [`Agent::restart`] then begins, or an API,
     /// which serves at once.
     ///

@@ -39,10 +39,15 @@ pub enum Format {
 pub enum Verb {
     /// Which system runs, what is on trial, what was interrupted
     Status,
-    /// Check a bundle to its last byte, as `install` would, or a slot against it; nothing is written
+    /// Check a bundle to its last byte, as `install` would, or a slot against it, or the installed API; nothing is
+    /// written
     Verify {
         /// A file, `-` for standard input, or an http(s) address
-        source: String,
+        #[arg(required_unless_present = "component")]
+        source: Option<String>,
+        /// Compare the files of the installed API and of those before it with the hashes that were kept of them
+        #[arg(long, value_enum, conflicts_with_all = ["source", "slot"])]
+        component: Option<Component>,
         /// Compare this slot with the bundle, block by block; it may be the running one
         #[arg(long, value_enum)]
         slot: Option<SlotName>,

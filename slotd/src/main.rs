@@ -87,7 +87,17 @@ fn run(cli: &Cli) -> Result<Answer> {
     let show = Shown::new(cli.format);
     match &cli.verb {
         Verb::Status => agent.status().map(|status| Answer::new(&status, status_text(&status))),
-        Verb::Verify { source, slot } => {
+        Verb::Verify { source: None, .. } => {
+            let checked = agent.verify_api()?;
+            let text = format!(
+                "{} versions of the API with {} wheels are as they were unpacked, {} MiB",
+                checked.versions,
+                checked.wheels,
+                checked.size.div_ceil(1 << 20)
+            );
+            Ok(Answer::new(&checked, text))
+        }
+        Verb::Verify { source: Some(source), slot, .. } => {
             let source = Source::open(source, &root)?;
             let verified = match slot {
                 None => agent.verify(source, &|_| {})?,

@@ -74,6 +74,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("wrong-kind", Matter::Bundle, "a development build on a robot that takes only releases"),
     ("wrong-product", Matter::Bundle, "the bundle is for another product"),
     ("bad-archive", Matter::Source, "a backup is damaged, or holds what no backup does"),
+    ("api-differs", Matter::State, "files of an API on data are not what was unpacked"),
     (
         "api-unhealthy",
         Matter::State,

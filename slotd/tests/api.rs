@@ -5,8 +5,8 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -109,6 +109,100 @@ fn an_api_is_installed_beside_the_one_that_serves_and_taken_back() {
     assert_eq!(provisioned(&robot), "9.0.0");
     let none = robot.refused(&["roll-back", "--component", "api"]);
     assert_eq!(none, (4, "no-other-api".to_owned()));
+}
+
+/// Flips a bit of a file, whose length and time stay.
+fn rot(path: &Path) {
+    let time = fs::metadata(path).unwrap().modified().unwrap();
+    let mut bytes = fs::read(path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(path, &bytes).unwrap();
+    fs::File::open(path).unwrap().set_modified(time).unwrap();
+}
+
+/// The files that `verify --component api` names.
+fn differs(robot: &Robot) -> Vec<String> {
+    let output = robot.command(&["verify", "--component", "api"]).output().unwrap();
+    let refused = &common::answer(&output)["refused"];
+    assert_eq!((output.status.code(), &refused["code"]), (Some(4), &Value::from("api-differs")));
+    let message = refused["message"].as_str().unwrap();
+    message.lines().skip(1).map(|line| line.trim().to_owned()).collect()
+}
+
+#[test]
+fn a_wheel_that_rots_is_found_and_healed_in_all_versions() {
+    let robot = robot();
+    assert_eq!(robot.run(&["verify", "--component", "api"])["versions"], 0);
+    let first = install(&robot, &api("10.0.0"))["folder"].as_str().unwrap().to_owned();
+    let second = install(&robot, &api("10.1.0"))["folder"].as_str().unwrap().to_owned();
+    let apis = robot.path("data/apps/api");
+    let before = content(&apis);
+    let whole = |versions: u64, wheels: u64| {
+        let checked = robot.run(&["verify", "--component", "api"]);
+        assert_eq!((&checked["versions"], &checked["wheels"]), (&versions.into(), &wheels.into()));
+    };
+    whole(2, 3);
+    // One bit, in the file that the wheel and both versions share.
+    rot(&apis.join("current/site/helper/__init__.py"));
+    let why = "site/helper/__init__.py: it is not what was unpacked";
+    let all =
+        [format!("wheel helper 2.0: {why}"), format!("{first}: {why}"), format!("{second}: {why}")];
+    assert_eq!(differs(&robot), all);
+    assert_eq!(install(&robot, &api("10.1.0"))["reused"], 1);
+    assert_eq!(content(&apis), before);
+    whole(2, 3);
+    let inode = |path: &str| fs::metadata(apis.join(path)).unwrap().ino();
+    let helper = inode(&format!("{first}/site/helper/__init__.py"));
+    assert_eq!(helper, inode(&format!("{second}/site/helper/__init__.py")));
+    assert_eq!(install(&robot, &api("10.1.0"))["reused"], 2);
+
+    // A file of a version that is kept only: installing that version heals it.
+    rot(&apis.join(&first).join("site/robotapi/__init__.py"));
+    assert_eq!(differs(&robot).len(), 2);
+    install(&robot, &api("10.1.0"));
+    assert_eq!(differs(&robot).len(), 2);
+    install(&robot, &api("10.0.0"));
+    whole(2, 3);
+
+    // Other ways to differ; what Python adds is none.
+    let path = |name: &str| apis.join(&second).join(name);
+    fs::create_dir(path("site/robotapi/resources/__pycache__")).unwrap();
+    fs::write(path("site/robotapi/resources/__pycache__/more.pyc"), "").unwrap();
+    whole(2, 3);
+    fs::write(path("site/more.py"), "").unwrap();
+    fs::remove_file(path("site/robotapi/__init__.py")).unwrap();
+    fs::set_permissions(path("bin/robotapi"), Permissions::from_mode(0o644)).unwrap();
+    let lock = fs::read_to_string(path(LOCK_ROLE)).unwrap();
+    fs::write(path(LOCK_ROLE), lock.replacen('{', "{ ", 1)).unwrap();
+    let found = differs(&robot).join("\n");
+    for expected in ["more.py: no wheel", "__init__.py: No such", "bin/robotapi: it is", LOCK_ROLE]
+    {
+        assert!(found.contains(expected), "{expected}: {found}");
+    }
+    install(&robot, &api("10.1.0"));
+    whole(2, 3);
+}
+
+#[test]
+fn wheels_without_hashes_are_unpacked_again() {
+    let robot = robot();
+    let bundle = api("10.0.0");
+    install(&robot, &bundle);
+    let wheels = || fs::read_dir(robot.path("data/apps/api/.wheels")).unwrap();
+    // Of an agent that kept none.
+    wheels().for_each(|wheel| fs::remove_file(wheel.unwrap().path().join(".sum")).unwrap());
+    let found = differs(&robot).join("\n");
+    assert!(
+        found.contains("wheel helper 2.0: no hashes") && found.contains("wheel robotapi"),
+        "{found}"
+    );
+    assert_eq!(install(&robot, &bundle)["reused"], 0);
+    robot.run(&["verify", "--component", "api"]);
+    // Damaged ones are as good as none.
+    wheels().for_each(|wheel| rot(&wheel.unwrap().path().join(".sum")));
+    assert_eq!(differs(&robot).len(), 2);
+    assert_eq!(install(&robot, &bundle)["reused"], 0);
+    assert_eq!(install(&robot, &bundle)["reused"], 2);
 }
 
 #[test]

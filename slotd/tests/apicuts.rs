@@ -304,6 +304,60 @@ fn the_same_api_again_with_a_wheel_that_somebody_changed() {
 }
 
 #[test]
+fn a_wheel_that_rotted_heals_in_all_versions() {
+    let known = Known::new(&["10.0.0", "10.1.0"]);
+    let robot = robot(&["10.0.0", "10.1.0"]);
+    let (data, file) = (robot.path("data"), Path::new("site/helper/__init__.py"));
+    // One bit, of the file that the wheel and both versions share; length and time stay.
+    let path = data.join("apps/api/current").join(file);
+    let time = fs::metadata(&path).unwrap().modified().unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[0] ^= 1;
+    let rotted = format!("644 {}", String::from_utf8(bytes.clone()).unwrap());
+    fs::write(&path, &bytes).unwrap();
+    fs::File::open(&path).unwrap().set_modified(time).unwrap();
+    // Each version is whole, but perhaps for that file; how many have it.
+    let rotten = |apps: &Snapshot, at: &str| {
+        let mut apps = apps.clone();
+        let mut count = 0;
+        for (name, (_, tree)) in &known.0 {
+            let found = apps.get_mut(&Path::new("api").join(name).join(file)).unwrap();
+            if *found == rotted {
+                count += 1;
+                found.clone_from(&tree[file]);
+            }
+            known.whole(&apps, name, at);
+        }
+        assert_eq!(known.serves(&apps, at), "10.1.0", "{at}");
+        count
+    };
+    assert_eq!(rotten(&snapshot(&data.join("apps")), "before"), 2);
+    let files = Recorder::new(&data);
+    install(&robot, "10.1.0", &files).unwrap();
+    let (mut different, mut seen, mut installs) = (BTreeSet::new(), BTreeSet::new(), 0);
+    for point in 0..files.points() {
+        for state in files.states(point) {
+            if !different.insert(state.key(&|_| false)) {
+                continue;
+            }
+            let at = format!("a wheel that rotted, point {point}");
+            let count = rotten(&state.below("apps"), &at);
+            seen.insert(count);
+            assert!(count == 0 || point + 1 < files.points(), "{at}: the end is not on the disk");
+            if different.len().is_multiple_of(INSTALLS) {
+                installs += 1;
+                put(&state, &data);
+                start(&robot);
+                install(&robot, "10.1.0", &Disk).unwrap();
+                check_started(&robot, &known, "10.1.0", &at);
+            }
+        }
+    }
+    println!("a wheel that rotted: {} states, {installs} installs", different.len());
+    assert!(seen.len() == 3 && installs > 10, "{seen:?}, {installs}: the test sees too little");
+}
+
+#[test]
 fn an_api_that_is_not_well() {
     let scene = Scene {
         what: "an API that is not well",

@@ -1,6 +1,7 @@
 //! An install of the component: what can be refused first, then what is missing, beside the API that
 //! serves, and only then the change.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use bundle::component::{API, LOCK_ROLE, Lock, SITE};
@@ -11,6 +12,7 @@ use serde_json::json;
 use super::service::Patience;
 use super::state::Good;
 use super::switch::{change, millis};
+use super::whole::relink;
 use super::{NEW, Place, failed, keep, settle, tree};
 use crate::builtin::BuiltIn;
 use crate::data::{Condition, State as DataState};
@@ -118,7 +120,7 @@ pub(crate) fn install<I: Input>(
     }
     // What an interrupted change has left is decided before the next one.
     settle(root, events, machine.files)?;
-    keep::make_room(root, place, &lock)?;
+    let whole = keep::make_room(root, place, &lock)?;
 
     let id = bundle::index::hex(&bundle::index::sha256(&json));
     let folder = format!("{}-{}", lock.version, id.get(..8).unwrap_or_default());
@@ -144,7 +146,8 @@ pub(crate) fn install<I: Input>(
         write_ms: 0,
         down_ms: 0,
     };
-    let beside = bring(reader, place, &lock, &mut outcome, progress)
+    let beside = bring(reader, place, &lock, &whole, &mut outcome, progress)
+        .map(|()| relink(place, &lock, &folder, events))
         .and_then(|()| assemble(root, place, &lock, &json, &folder));
     if let Err(refusal) = beside {
         // What an interrupted transfer has brought serves the next one; what no robot takes goes.
@@ -205,11 +208,12 @@ fn read_lock<I: Input>(mut payload: PayloadReader<'_, I>) -> Result<(Lock, Vec<u
     Ok((Lock::parse(&json)?, json))
 }
 
-/// Unpacks the wheels that are not here, and passes over the others.
+/// Unpacks the wheels that are not here, and passes over the others, which are `whole`.
 fn bring<I: Input>(
     reader: &mut Reader<I>,
     place: &Place<'_>,
     lock: &Lock,
+    whole: &BTreeSet<String>,
     outcome: &mut Outcome,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<()> {
@@ -219,7 +223,7 @@ fn bring<I: Input>(
         let payload = reader.next_payload().map_err(from_source)?;
         let mut payload =
             payload.ok_or_else(|| bad_component("a payload is missing".to_owned()))?;
-        if tree::present(place, wheel) {
+        if whole.contains(&wheel.role) {
             while payload.next_frame().is_some() {
                 payload.skip_frame().map_err(from_source)?;
             }
@@ -253,13 +257,11 @@ fn assemble(root: &Root, place: &Place<'_>, lock: &Lock, json: &[u8], folder: &s
     imports(root, lock, &format!("{folder}{NEW}"))?;
     let own = new.join(LOCK_ROLE);
     durable::write_with(place.files, &own, json).map_err(failed("writing", &own))?;
-    place.flush_all(&new)?;
     if path.exists() {
-        // The same API again: its folder may serve, so the two change places.
-        place.files.exchange(&new, &path).map_err(failed("exchanging", &path))?;
-        place.flush(place.folder())?;
-        return place.clear(&new);
+        // The same API again.
+        return place.exchange(&new, &path);
     }
+    place.flush_all(&new)?;
     place.rename(&new, &path)?;
     place.flush(place.folder())
 }

@@ -8,7 +8,7 @@ use bundle::component::{Lock, Wheel};
 use serde_json::json;
 
 use super::state::{self, State};
-use super::{NEW, Place, failed, is_version, tree};
+use super::{NEW, Place, failed, is_version, whole};
 use crate::events::Events;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -75,8 +75,8 @@ fn trim(place: &Place<'_>, state: &mut State, others: usize) -> Result<()> {
     known.extend(chosen.as_deref());
     let serving = place.serving();
     known.extend(serving.as_deref());
-    for name in names(place.folder())? {
-        if is_version(&name) && !known.contains(name.as_str()) {
+    for name in versions(place)? {
+        if !known.contains(name.as_str()) {
             // Out of the way first, so that no half of it is ever found under its name.
             let (path, old) = (place.version(&name), place.version(&format!("{name}{NEW}")));
             place.clear(&old)?;
@@ -98,24 +98,30 @@ fn trim(place: &Place<'_>, state: &mut State, others: usize) -> Result<()> {
     Ok(())
 }
 
-/// Makes sure that an API fits on `data`, at the cost of older ones.
+/// Makes sure that an API fits on `data`, at the cost of older ones. Returns those of its wheels that are here and
+/// whole, by their roles: all of their files are read for that, so it is asked once.
 ///
 /// # Errors
 /// `no-space`, with nothing written; `io`.
-pub(super) fn make_room(root: &Root, place: &Place<'_>, lock: &Lock) -> Result<()> {
+pub(super) fn make_room(root: &Root, place: &Place<'_>, lock: &Lock) -> Result<BTreeSet<String>> {
     let mut state = State::read(place);
+    let whole = lock.wheels.iter().filter(|wheel| whole::present(place, wheel));
+    let mut whole: BTreeSet<String> = whole.map(|wheel| wheel.role.clone()).collect();
     for others in [usize::MAX, 1, 0] {
         if others != usize::MAX {
             trim(place, &mut state, others)?;
+            // With a version may go what only this one would have had in common with it.
+            let gone = |wheel: &&Wheel| !place.wheels().join(&wheel.tree).is_dir();
+            lock.wheels.iter().filter(gone).for_each(|wheel| drop(whole.take(&wheel.role)));
         }
-        let missing = |wheel: &&Wheel| !tree::present(place, wheel);
+        let missing = |wheel: &&Wheel| !whole.contains(&wheel.role);
         let sizes = lock.wheels.iter().filter(missing).map(|w| w.bytes + w.files * BLOCK);
         // A version has folders of its own; a wheel has fewer folders than files.
         let folders: u64 = lock.wheels.iter().map(|wheel| wheel.files * BLOCK / 4).sum();
         let need = sizes.sum::<u64>() + folders + RESERVE;
         let (free, _) = free(root)?;
         if free >= need {
-            return Ok(());
+            return Ok(whole);
         }
         if others == 0 {
             return Err(Refusal::new(
@@ -130,7 +136,15 @@ pub(super) fn make_room(root: &Root, place: &Place<'_>, lock: &Lock) -> Result<(
             ));
         }
     }
-    Ok(())
+    Ok(whole)
+}
+
+/// The folders of versions that are here, by name.
+///
+/// # Errors
+/// `io`.
+pub(super) fn versions(place: &Place<'_>) -> Result<Vec<String>> {
+    Ok(names(place.folder())?.into_iter().filter(|name| is_version(name)).collect())
 }
 
 /// Bytes that are free for everybody, and bytes in all.

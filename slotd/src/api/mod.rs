@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `<version>-<id>/` | an installed API: `site`, `bin`, `component.json`; complete, or not there |
 //! | `current` | a link to the one that serves; without it the base's own does |
-//! | `.wheels/<sha256>/` | each wheel's tree once; versions have hard links to its files |
+//! | `.wheels/<sha256>/` | each wheel's tree once, with hashes in `.sum`; versions have hard links to its files |
 //! | `.state.json` | what was decided, and a change that is not confirmed yet |
 
 mod fit;
@@ -20,6 +20,7 @@ mod status;
 mod switch;
 mod tree;
 mod version;
+mod whole;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,8 @@ pub use settle::{Settled, settle};
 pub use state::{Good, State};
 pub use status::{Serves, Status, status};
 pub use switch::{Back, back};
+pub use whole::Checked;
+pub(crate) use whole::verify;
 
 use crate::files::{Disk, Files};
 use crate::refusal::{Refusal, Result};
@@ -96,6 +99,14 @@ impl<'a> Place<'a> {
     /// Gives a complete folder its name, which is free.
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         self.files.rename(from, to).map_err(failed("renaming", from))
+    }
+
+    /// Exchanges a complete folder with the one that has its name, which may serve, and removes the latter.
+    fn exchange(&self, new: &Path, path: &Path) -> Result<()> {
+        self.flush_all(new)?;
+        self.files.exchange(new, path).map_err(failed("exchanging", path))?;
+        self.flush(&self.folder)?;
+        self.clear(new)
     }
 }
 

@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, SystemTime};
@@ -13,6 +12,7 @@ use bundle::component::{LOCK_ROLE, TREE_TIME, Wheel};
 use bundle::{Input, PayloadReader};
 use sha2::{Digest, Sha256};
 
+use super::whole::{SUM, sums};
 use super::{Place, failed};
 use crate::files::{Files, make_dirs};
 use crate::install::from_source;
@@ -31,29 +31,6 @@ const CHUNK: u64 = 256 << 10;
 /// Where a wheel's tree lies.
 fn place_of(place: &Place<'_>, wheel: &Wheel) -> PathBuf {
     place.wheels().join(&wheel.tree)
-}
-
-/// Whether a wheel's tree is here, as it was unpacked: a file that somebody has changed since has another
-/// length or another time.
-pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
-    let mut found = (0, 0);
-    let mut waiting = vec![place_of(place, wheel)];
-    while let Some(folder) = waiting.pop() {
-        let Ok(entries) = fs::read_dir(&folder) else { return false };
-        for entry in entries {
-            let Ok((path, about)) = entry.and_then(|e| Ok((e.path(), e.metadata()?))) else {
-                return false;
-            };
-            if about.is_dir() {
-                waiting.push(path);
-            } else if about.is_file() && about.mtime() == TREE_TIME as i64 {
-                found = (found.0 + 1, found.1 + about.len());
-            } else {
-                return false;
-            }
-        }
-    }
-    found == (wheel.files, wheel.bytes)
 }
 
 /// Unpacks a payload as the tree of a wheel, which is there when it is complete and durable, or not at all.
@@ -88,8 +65,16 @@ pub(super) fn receive<I: Input>(
             Err(refusal) => Err(refusal),
         }
     })?;
+    let own = new.join(SUM);
+    sums(&new)
+        .and_then(|sums| {
+            place.files.create(&own)?;
+            place.files.append(&own, &sums)?;
+            place.files.set_mode(&own, 0o644)
+        })
+        .map_err(failed("writing", &own))?;
     place.flush_all(&new)?;
-    // One that was changed: its versions keep their own links.
+    // One that was changed: versions keep their links to what it was until they are linked anew.
     place.clear(&folder)?;
     place.rename(&new, &folder)?;
     place.flush(&place.wheels())
@@ -253,6 +238,9 @@ pub(super) fn link(place: &Place<'_>, wheel: &Wheel, into: &Path) -> Result<()> 
         for entry in fs::read_dir(&folder).map_err(failed("reading", &folder))? {
             let entry = entry.map_err(failed("reading", &folder))?;
             let (name, path) = (below.join(entry.file_name()), entry.path());
+            if name == Path::new(SUM) {
+                continue;
+            }
             if entry.file_type().map_err(failed("reading", &path))?.is_dir() {
                 waiting.push(name);
                 continue;

@@ -1,0 +1,285 @@
+//! Whether what was unpacked is still what it was: the hashes that are kept of each wheel's files, for its
+//! reuse, for `slotd verify --component api`, and for versions that have links to files that a card has damaged.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use bundle::component::{API, LOCK_ROLE, Lock, TREE_TIME, Wheel};
+use serde::Serialize;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use super::{NEW, Place, failed, keep, state, tree};
+use crate::events::Events;
+use crate::files::make_dirs;
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+
+/// The file at the top of a wheel's tree that has the hashes of all others; no wheel may bring one with a dot.
+pub(super) const SUM: &str = ".sum";
+
+/// Bytes that are read at a time.
+const CHUNK: usize = 256 << 10;
+
+/// The most bytes of [`SUM`] for each file: hash, mode, two blanks, a path of at most 512 bytes, its end.
+const LINE: u64 = 64 + 4 + 2 + 512 + 1;
+
+/// The most places that a refusal lists.
+const LISTED: usize = 20;
+
+/// What Python adds to a version while it runs, and compares with the sources itself.
+const CACHE: &str = "__pycache__";
+
+/// Each file's SHA-256 and mode, by its path in the tree.
+type Sums = BTreeMap<PathBuf, String>;
+
+/// What `verify --component api` has read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Checked {
+    /// The component.
+    pub component: &'static str,
+    /// Versions that are installed, the one that serves among them.
+    pub versions: usize,
+    /// Wheels that these have, each counted once.
+    pub wheels: usize,
+    /// Bytes of all files; one with several names counts once.
+    pub size: u64,
+}
+
+/// All names below a folder that are no folders, but for [`SUM`] at its top.
+fn names(top: &Path) -> io::Result<BTreeSet<PathBuf>> {
+    let (mut names, mut waiting) = (BTreeSet::new(), vec![PathBuf::new()]);
+    while let Some(below) = waiting.pop() {
+        for entry in fs::read_dir(top.join(&below))? {
+            let entry = entry?;
+            let name = below.join(entry.file_name());
+            if entry.file_type()?.is_dir() {
+                waiting.push(name);
+            } else if name != Path::new(SUM) {
+                names.insert(name);
+            }
+        }
+    }
+    Ok(names)
+}
+
+/// A file's SHA-256 and mode, as in [`SUM`].
+fn sum(path: &Path) -> io::Result<String> {
+    if !fs::symlink_metadata(path)?.is_file() {
+        return Err(io::Error::other("it is no plain file"));
+    }
+    let mut file = fs::File::open(path)?;
+    let (mut hash, mut chunk) = (Sha256::new(), vec![0; CHUNK]);
+    loop {
+        match file.read(&mut chunk)? {
+            0 => break,
+            n => hash.update(chunk.get(..n).unwrap_or_default()),
+        }
+    }
+    let mode = file.metadata()?.mode() & 0o7777;
+    Ok(format!("{} {mode:o}", bundle::index::hex(&hash.finalize())))
+}
+
+/// The content of [`SUM`] for a tree: hash, mode and path of each file, and a zero, which no path has.
+pub(super) fn sums(top: &Path) -> io::Result<Vec<u8>> {
+    let mut all = Vec::new();
+    for name in names(top)? {
+        all.extend(sum(&top.join(&name))?.bytes());
+        all.push(b' ');
+        all.extend(name.as_os_str().as_bytes());
+        all.push(0);
+    }
+    Ok(all)
+}
+
+/// The hashes that were kept of a wheel's tree; `None`: none, or damaged ones.
+fn kept(place: &Place<'_>, wheel: &Wheel) -> Option<Sums> {
+    let most = wheel.files.saturating_mul(LINE);
+    let mut bytes = Vec::new();
+    let file = fs::File::open(place.wheels().join(&wheel.tree).join(SUM)).ok()?;
+    file.take(most.saturating_add(1)).read_to_end(&mut bytes).ok()?;
+    let text = String::from_utf8(bytes).ok()?;
+    let mut sums = Sums::new();
+    for line in text.strip_suffix('\0')?.split('\0') {
+        let mut parts = line.splitn(3, ' ');
+        let (hash, mode, path) = (parts.next()?, parts.next()?, parts.next()?);
+        sums.insert(path.into(), format!("{hash} {mode}"));
+    }
+    (sums.len() as u64 == wheel.files).then_some(sums)
+}
+
+/// Whether a wheel's tree is here, as it was unpacked, by the hash of each file: a card that rots changes neither
+/// lengths nor times. A tree of an agent that kept no hashes is not, and is unpacked once more.
+pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
+    let top = place.wheels().join(&wheel.tree);
+    let Some(kept) = kept(place, wheel) else { return false };
+    let same = |(name, expected): (&PathBuf, &String)| {
+        let path = top.join(name);
+        // Python compares a cache with its source by the source's time.
+        fs::metadata(&path).is_ok_and(|about| about.mtime() == TREE_TIME as i64)
+            && sum(&path).is_ok_and(|found| found == *expected)
+    };
+    names(&top).is_ok_and(|names| names.len() == kept.len()) && kept.iter().all(same)
+}
+
+/// Gives versions other than `folder` links to the wheels of a lock, which are all here and whole, in the place of
+/// what they had: files that rotted, or copies from a backup. A version that cannot be put together keeps what it
+/// has, and keeps no install out; the event `api-not-healed` says why.
+pub(super) fn relink(place: &Place<'_>, lock: &Lock, folder: &str, events: &Events) {
+    let versions = keep::versions(place).unwrap_or_default();
+    for name in versions.into_iter().filter(|name| name != folder) {
+        let Ok(theirs) = state::lock(place, &name) else { continue };
+        let here = |wheel: &&Wheel| lock.wheels.iter().any(|ours| ours.tree == wheel.tree);
+        let shared: Vec<&Wheel> = theirs.wheels.iter().filter(here).collect();
+        let version = place.version(&name);
+        if shared.iter().all(|wheel| linked(&place.wheels().join(&wheel.tree), &version)) {
+            continue;
+        }
+        if let Err(refusal) = rebuild(place, &shared, &name) {
+            events.add("api-not-healed", json!({ "folder": name, "error": refusal }));
+        }
+    }
+}
+
+/// Whether a version's files are those of a tree, not others of the same names.
+fn linked(tree: &Path, version: &Path) -> bool {
+    let inode = |path: PathBuf| fs::symlink_metadata(path).ok().map(|about| about.ino());
+    names(tree).is_ok_and(|names| {
+        names.iter().all(|name| inode(tree.join(name)) == inode(version.join(name)))
+    })
+}
+
+/// Puts a version together again beside itself, of these wheels and of what else it has, and exchanges the two.
+fn rebuild(place: &Place<'_>, wheels: &[&Wheel], name: &str) -> Result<()> {
+    let (path, new) = (place.version(name), place.version(&format!("{name}{NEW}")));
+    place.clear(&new)?;
+    for wheel in wheels {
+        tree::link(place, wheel, &new)?;
+    }
+    for file in names(&path).map_err(failed("reading", &path))? {
+        let (from, to) = (path.join(&file), new.join(&file));
+        if to.exists() {
+            continue;
+        }
+        let folder = to.parent().unwrap_or(&new);
+        make_dirs(place.files, folder)
+            .and_then(|_| place.files.link(&from, &to))
+            .map_err(failed("linking", &from))?;
+    }
+    place.exchange(&new, &path)
+}
+
+/// Compares each file of each wheel and of each version with the hashes that were kept when it was unpacked, and
+/// each version's lock with its name. Nothing is written.
+///
+/// # Errors
+/// `api-differs`, with the files. `io`: the folder of the versions cannot be read.
+pub(crate) fn verify(root: &Root) -> Result<Checked> {
+    let place = &Place::of(root);
+    let mut check = Check { known: BTreeMap::new(), size: 0, places: Vec::new() };
+    let mut wheels: BTreeMap<String, (String, Option<Sums>)> = BTreeMap::new();
+    let versions = keep::versions(place)?;
+    for version in &versions {
+        let lock = match state::lock(place, version) {
+            Ok(lock) => lock,
+            Err(why) => {
+                check.places.push(format!("{version}: {why}"));
+                continue;
+            }
+        };
+        let mut expected = Sums::new();
+        let mut all_known = true;
+        for wheel in &lock.wheels {
+            let top = place.wheels().join(&wheel.tree);
+            let (_, sums) = wheels.entry(wheel.tree.clone()).or_insert_with(|| {
+                let (shown, sums) =
+                    (format!("wheel {} {}", wheel.name, wheel.version), kept(place, wheel));
+                match &sums {
+                    Some(sums) => check.folder(&shown, &top, sums, false),
+                    None => check
+                        .places
+                        .push(format!("{shown}: no hashes of its files are kept, or damaged ones")),
+                }
+                (shown, sums)
+            });
+            all_known &= sums.is_some();
+            expected.extend(sums.iter().flatten().map(|(name, sum)| (name.clone(), sum.clone())));
+        }
+        let own = place.version(version).join(LOCK_ROLE);
+        let id = fs::read(&own).map(|json| bundle::index::hex(&bundle::index::sha256(&json)));
+        if !id.is_ok_and(|id| version.ends_with(&format!("-{}", id.get(..8).unwrap_or("?")))) {
+            check.places.push(format!("{version}: {LOCK_ROLE} is not what the folder's name says"));
+        }
+        if let Ok(sum) = sum(&own) {
+            expected.insert(LOCK_ROLE.into(), sum);
+        }
+        check.folder(version, &place.version(version), &expected, !all_known);
+    }
+    if check.places.is_empty() {
+        let (versions, wheels) = (versions.len(), wheels.len());
+        return Ok(Checked { component: API, versions, wheels, size: check.size });
+    }
+    let mut message = format!("the API on data differs in {} places", check.places.len());
+    for place in check.places.iter().take(LISTED) {
+        message.push_str("\n  ");
+        message.push_str(place);
+    }
+    if check.places.len() > LISTED {
+        message.push_str(&format!("\n  and {} more places", check.places.len() - LISTED));
+    }
+    Err(Refusal::new(
+        "api-differs",
+        message,
+        "install the bundle of each version that is named again: what differs is unpacked anew, for all versions \
+         that have it; if it happens twice, replace the card",
+    ))
+}
+
+/// What was compared so far.
+struct Check {
+    /// What was found in a file, by device and inode: versions share files.
+    known: BTreeMap<(u64, u64), String>,
+    size: u64,
+    places: Vec<String>,
+}
+
+impl Check {
+    /// Compares a folder's files; `open`: it may have others too.
+    fn folder(&mut self, shown: &str, top: &Path, expected: &Sums, open: bool) {
+        for (name, expected) in expected {
+            let why = match self.file(&top.join(name)) {
+                Ok(found) if found == *expected => continue,
+                Ok(_) => "it is not what was unpacked".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            self.places.push(format!("{shown}: {}: {why}", name.display()));
+        }
+        let found = match names(top) {
+            Ok(found) => found,
+            Err(error) => return self.places.push(format!("{shown}: {error}")),
+        };
+        let more = |name: &&PathBuf| {
+            !open && !expected.contains_key(*name) && !name.iter().any(|part| part == CACHE)
+        };
+        for name in found.iter().filter(more) {
+            self.places.push(format!("{shown}: {}: no wheel has it", name.display()));
+        }
+    }
+
+    fn file(&mut self, path: &Path) -> io::Result<String> {
+        let about = fs::symlink_metadata(path)?;
+        let key = (about.dev(), about.ino());
+        if let Some(found) = self.known.get(&key) {
+            return Ok(found.clone());
+        }
+        let found = sum(path)?;
+        self.size += about.len();
+        self.known.insert(key, found.clone());
+        Ok(found)
+    }
+}
