@@ -10,14 +10,22 @@ use serde::Serialize;
 
 use crate::cli::{Format, Inspect};
 use crate::diff::{Difference, Inventory};
+use crate::disk::ext4_read::{needs_replay, read_small};
+use crate::disk::layout::SECTOR;
 use crate::disk::read::{self, DiskTables, FatListing};
 use crate::keys::{Keys, directory};
 use crate::progress::bytes;
 use crate::update;
+use crate::{out, outln, text};
 use bundle::bootstate::BootState;
 
 /// Byte offset of ext4's magic number: superblock at 1024, field at 56 (ext4 documentation).
 const EXT4_MAGIC_AT: u64 = 1080;
+
+/// The largest os-release or device.toml that is read: 64 KiB, a hundred times what ours have.
+const MOST_TEXT: u64 = 64 << 10;
+/// The most sectors of a boot state; there are two.
+const MOST_STATES: usize = 8;
 
 /// What a file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -108,6 +116,8 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
             Some(Held::Fat) => {
                 view.volumes.push(read::fat(path, partition.offset, partition.size)?);
             }
+            // A system is never written to, so what was in use has none.
+            Some(Held::Ext4) if needs_replay(path, partition.offset)? => {}
             Some(Held::Ext4) => {
                 let slot = slot_view(path, partition.offset, partition.number)?;
                 // The data partition has no system in it.
@@ -122,7 +132,7 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
         view.boot_states.push(StateView { offset: *offset, state });
     }
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&view)?);
+        outln!("{}", text::json(&view)?);
     } else {
         print_image(path, &view);
     }
@@ -136,25 +146,25 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
 
 fn print_image(path: &Utf8Path, view: &ImageView) {
     let t = &view.tables;
-    println!("{path}: {}, {} table", bytes(t.size), t.table.name());
-    println!("  no     offset          size  type  name");
+    outln!("{path}: {}, {} table", bytes(t.size), t.table.name());
+    outln!("  no     offset          size  type  name");
     for p in &t.partitions {
         let kind = p.kind.get(..8).unwrap_or(&p.kind);
         let name = p.name.as_deref().unwrap_or("");
-        println!("  {:<2} {:>12} {:>13}  {kind:<8}  {name}", p.number, p.offset, bytes(p.size));
+        outln!("  {:<2} {:>12} {:>13}  {kind:<8}  {name}", p.number, p.offset, bytes(p.size));
     }
     for state in &view.boot_states {
         let shown = state.state.as_deref().unwrap_or("empty or invalid: slot a is started");
-        println!("  boot state at {}: {shown}", state.offset);
+        outln!("  boot state at {}: {shown}", state.offset);
     }
     for volume in &view.volumes {
-        println!("  volume {} (FAT{}), {} free", volume.label, volume.width, bytes(volume.free));
+        outln!("  volume {} (FAT{}), {} free", volume.label, volume.width, bytes(volume.free));
         for entry in volume.entries.iter().filter(|e| !e.folder) {
-            println!("    {:>12}  {}", bytes(entry.size), entry.path);
+            outln!("    {:>12}  {}", bytes(entry.size), entry.path);
         }
     }
     for slot in &view.slots {
-        println!(
+        outln!(
             "  partition {}: {}, {} packages, {} wheels, {} files, {}",
             slot.partition,
             slot.system,
@@ -205,10 +215,21 @@ fn state_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<Vec<u64>> {
     }
     for partition in &tables.partitions {
         if let Ok(Some(text)) = read_file(path, partition.offset, "/usr/lib/slipway/device.toml") {
-            let device: Device =
-                toml::from_str(&text).context("reading the image's device.toml")?;
+            let device: Device = toml::from_str(&text)
+                .with_context(|| format!("reading the device.toml in {path}"))?;
             let sectors = device.boot_state.map_or(Vec::new(), |s| s.sectors);
-            return Ok(sectors.into_iter().map(|s| s * crate::disk::layout::SECTOR).collect());
+            ensure!(
+                sectors.len() <= MOST_STATES,
+                "the device.toml in {path} names {} sectors for the boot state",
+                sectors.len()
+            );
+            let offset = |sector: u64| sector.checked_mul(SECTOR);
+            let offsets: Option<Vec<u64>> = sectors.into_iter().map(offset).collect();
+            return offsets.with_context(|| {
+                format!(
+                    "the device.toml in {path} names a sector for the boot state beyond 64 bits"
+                )
+            });
         }
     }
     Ok(Vec::new())
@@ -219,7 +240,9 @@ fn read_file(path: &Utf8Path, offset: u64, name: &str) -> Result<Option<String>>
     if !filesystem.exists(name)? {
         return Ok(None);
     }
-    Ok(Some(filesystem.read_to_string(name)?))
+    let doing = || format!("in the filesystem at byte {offset} of {path}");
+    let content = read_small(&filesystem, name, MOST_TEXT).with_context(doing)?;
+    Ok(Some(String::from_utf8(content).with_context(|| format!("{name} {}", doing()))?))
 }
 
 fn slot_view(path: &Utf8Path, offset: u64, partition: u32) -> Result<Option<SlotView>> {
@@ -241,14 +264,14 @@ fn slot(path: &Utf8Path, format: Format) -> Result<()> {
     let view = view.with_context(|| format!("{path} has no system in it: no /etc/os-release"))?;
     let inventory = Inventory::of_ext4(path, 0)?;
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&inventory)?);
+        outln!("{}", text::json(&inventory)?);
         return Ok(());
     }
-    println!("{path}: {}, {} files, {}", view.system, view.files, bytes(view.bytes));
+    outln!("{path}: {}, {} files, {}", view.system, view.files, bytes(view.bytes));
     for (title, list) in [("packages", &inventory.packages), ("wheels", &inventory.wheels)] {
-        println!("  {title}");
+        outln!("  {title}");
         for (name, version) in list {
-            println!("    {name} {version}");
+            outln!("    {name} {version}");
         }
     }
     Ok(())
@@ -279,22 +302,22 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
         },
     };
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&view)?);
+        outln!("{}", text::json(&view)?);
         return Ok(());
     }
     let m = &view.manifest;
-    println!("{path}: {} {} ({}) for {}", m.product, m.version, m.kind, m.boards.join(", "));
+    outln!("{path}: {} {} ({}) for {}", m.product, m.version, m.kind, m.boards.join(", "));
     for signer in &view.signed_by {
-        println!("  signed by the {} key {} of epoch {}", signer.kind, signer.id, signer.epoch);
+        outln!("  signed by the {} key {} of epoch {}", signer.kind, signer.id, signer.epoch);
     }
     if let Some(refusal) = &view.refusal {
-        println!("  NOT VERIFIED: {refusal}");
+        outln!("  NOT VERIFIED: {refusal}");
     }
-    println!("  refuses updates below {}", m.minimum_version);
+    outln!("  refuses updates below {}", m.minimum_version);
     for component in &m.components {
-        println!("  component {} {}", component.name, component.version);
+        outln!("  component {} {}", component.name, component.version);
         for payload in &component.payloads {
-            println!(
+            outln!(
                 "    {}: {}, stored {}, index {}",
                 payload.role,
                 bytes(payload.size),
@@ -303,7 +326,7 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
             );
         }
     }
-    println!("  cargo xtask verify {path} checks every byte");
+    outln!("  cargo xtask verify {path} checks every byte");
     Ok(())
 }
 
@@ -332,7 +355,7 @@ pub(crate) fn inventory(path: &Utf8Path) -> Result<Inventory> {
 fn diff(old: &Utf8Path, new: &Utf8Path, format: Format) -> Result<()> {
     let difference = Difference::between(&inventory(old)?, &inventory(new)?);
     match format {
-        Format::Json => print!("{}", difference.to_json()?),
+        Format::Json => out!("{}", text::printable_json(&difference.to_json()?)),
         Format::Text => difference.render_terminal(&mut std::io::stdout().lock())?,
     }
     Ok(())
