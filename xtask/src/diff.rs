@@ -2,27 +2,38 @@
 //! Reads ext4 inside an image without mounting anything.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io::{self, Write};
 use std::num::NonZero;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
-use ext4_view::{Ext4, Ext4Read, FileType};
+use ext4_view::{Ext4, FileType};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::artifact::hex;
+pub(crate) use crate::disk::ext4_read::open;
+use crate::disk::ext4_read::{length, read_small};
 use crate::progress::bytes;
-use crate::report::printable;
+use crate::text::printable;
 
-/// The read-ahead window: the reader is asked for one block at a time, mostly in order.
-const WINDOW: usize = 256 * 1024;
-
-/// Metadata files (dpkg's status, a wheel's METADATA) larger than this are refused.
-const MOST_METADATA: u64 = 64 << 20;
+/// Metadata files (dpkg's status, a wheel's METADATA) larger than this are refused. A Debian system of 2,000
+/// packages has a status of 3 MiB.
+const MOST_METADATA: u64 = 16 << 20;
+/// The longest name or version of a package, in bytes.
+const LONGEST_FIELD: usize = 4096;
+/// The most files and folders of a filesystem. With the bounds below, all that is kept of the worst image is
+/// less than 512 MiB.
+const MOST_FILES: usize = 500_000;
+/// The longest path, in bytes, and the longest target of a link: Linux' `PATH_MAX`. Folders that contain
+/// themselves end here.
+const LONGEST_PATH: usize = 4096;
+/// The most bytes of all paths and targets together.
+const MOST_NAMES: usize = 64 << 20;
+/// How many times the filesystem's own length all its files may claim to have together. Files of few blocks
+/// (holes, blocks that several files claim) would keep the reader busy for days.
+const MOST_CLAIMED: u64 = 4;
 
 /// What a root filesystem holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -255,57 +266,6 @@ fn kind(content: &Content) -> String {
     }
 }
 
-/// A filesystem at an offset of a file, read through a window.
-struct Slice {
-    file: File,
-    offset: u64,
-    window: Vec<u8>,
-    window_start: u64,
-}
-
-impl Ext4Read for Slice {
-    fn read(
-        &mut self,
-        start: u64,
-        into: &mut [u8],
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let at = self.offset.checked_add(start).ok_or("an offset beyond 64 bits")?;
-        if into.len() > WINDOW {
-            return Ok(self.file.read_exact_at(into, at)?);
-        }
-        let in_window = |slice: &Self| {
-            let from = usize::try_from(at.checked_sub(slice.window_start)?).ok()?;
-            slice.window.get(from..from.checked_add(into.len())?).map(|_| from)
-        };
-        let from = match in_window(self) {
-            Some(from) => from,
-            None => {
-                self.window.resize(WINDOW, 0);
-                self.window_start = at;
-                let mut filled = 0;
-                while filled < into.len() {
-                    match self.file.read_at(&mut self.window[filled..], at + filled as u64)? {
-                        0 => return Err("the image ends within the filesystem".into()),
-                        n => filled += n,
-                    }
-                }
-                self.window.truncate(filled);
-                0
-            }
-        };
-        into.copy_from_slice(&self.window[from..from + into.len()]);
-        Ok(())
-    }
-}
-
-/// Opens the ext4 filesystem at a byte offset of an image, read-only.
-pub(crate) fn open(image: &Utf8Path, offset: u64) -> Result<Ext4> {
-    let file = File::open(image).with_context(|| format!("opening {image}"))?;
-    let slice = Slice { file, offset, window: Vec::new(), window_start: 0 };
-    Ext4::load(Box::new(slice))
-        .with_context(|| format!("reading the ext4 filesystem at byte {offset} of {image}"))
-}
-
 impl Inventory {
     /// Lists the ext4 filesystem that begins `offset` bytes into a file. Every file is hashed, on
     /// all cores.
@@ -314,7 +274,7 @@ impl Inventory {
     /// When there is no readable ext4 filesystem, or its package database is malformed.
     pub fn of_ext4(image: &Utf8Path, offset: u64) -> Result<Self> {
         let filesystem = open(image, offset)?;
-        let mut found = Walk::default();
+        let mut found = Walk { length: length(image, offset)?, ..Walk::default() };
         found
             .folder(&filesystem, b"/".to_vec())
             .with_context(|| format!("listing the filesystem at byte {offset} of {image}"))?;
@@ -324,8 +284,9 @@ impl Inventory {
                 entry.content = Content::Sha256(hash);
             }
         }
-        inventory.read_packages(&filesystem)?;
-        inventory.read_wheels(&filesystem)?;
+        let doing = || format!("in the filesystem at byte {offset} of {image}");
+        inventory.read_packages(&filesystem).with_context(doing)?;
+        inventory.read_wheels(&filesystem).with_context(doing)?;
         Ok(inventory)
     }
 
@@ -373,17 +334,14 @@ impl Inventory {
 }
 
 fn metadata(filesystem: &Ext4, path: &str) -> Result<String> {
-    let size = filesystem.metadata(path).with_context(|| format!("reading {path}"))?.len();
-    if size > MOST_METADATA {
-        bail!("reading {path}: it has {size} bytes, expected at most {MOST_METADATA}");
-    }
-    let content = filesystem.read(path).with_context(|| format!("reading {path}"))?;
+    let content = read_small(filesystem, path, MOST_METADATA)?;
     Ok(String::from_utf8_lossy(&content).replace("\r\n", "\n"))
 }
 
-/// A field of a header such as Debian's and Python's metadata use.
+/// A field of a header such as Debian's and Python's metadata use; none that is longer than any real one.
 fn field<'a>(header: &'a str, name: &str) -> Option<&'a str> {
-    header.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim()))
+    let value = |line: &'a str| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim());
+    header.lines().find_map(value).filter(|value| value.len() <= LONGEST_FIELD)
 }
 
 #[derive(Default)]
@@ -391,9 +349,50 @@ struct Walk {
     files: BTreeMap<String, Entry>,
     /// The regular files: as shown, as stored.
     regular: Vec<(String, Vec<u8>)>,
+    /// Bytes of the filesystem.
+    length: u64,
+    /// Bytes that the files and folders claim to have.
+    claimed: u64,
+    /// Bytes of all paths and targets.
+    names: usize,
+    /// Files and folders.
+    count: usize,
 }
 
 impl Walk {
+    /// Counts a file or folder before anything is done with it.
+    fn claim(&mut self, path: &[u8], size: u64) -> Result<()> {
+        let shown = || String::from_utf8_lossy(path.get(..200).unwrap_or(path)).into_owned();
+        ensure!(
+            path.len() <= LONGEST_PATH,
+            "the path {}… has {} bytes, expected at most {LONGEST_PATH}",
+            shown(),
+            path.len()
+        );
+        ensure!(
+            size <= self.length,
+            "{} claims {size} bytes, and the filesystem has {}",
+            shown(),
+            self.length
+        );
+        self.claimed = self.claimed.saturating_add(size);
+        self.names += path.len();
+        self.count += 1;
+        ensure!(
+            self.claimed <= self.length.saturating_mul(MOST_CLAIMED),
+            "the files up to {} claim {} bytes together, and the filesystem has {}",
+            shown(),
+            self.claimed,
+            self.length
+        );
+        ensure!(
+            self.count <= MOST_FILES && self.names <= MOST_NAMES,
+            "it lists more than {MOST_FILES} files, or more than {MOST_NAMES} bytes of names, at {}",
+            shown()
+        );
+        Ok(())
+    }
+
     /// Lists this folder and all below; a list of what is still to do, so that no depth of folders
     /// exhausts the stack.
     fn folder(&mut self, filesystem: &Ext4, path: Vec<u8>) -> Result<()> {
@@ -407,6 +406,7 @@ impl Walk {
                 let path = entry.path();
                 let stored = path.as_ref().to_vec();
                 let metadata = entry.metadata()?;
+                self.claim(&stored, metadata.len())?;
                 let shown = String::from_utf8_lossy(&stored).into_owned();
                 let content = match metadata.file_type() {
                     FileType::Directory => {
@@ -414,6 +414,12 @@ impl Walk {
                         continue;
                     }
                     FileType::Symlink => {
+                        ensure!(
+                            metadata.len() <= LONGEST_PATH as u64,
+                            "the link {shown} claims a target of {} bytes",
+                            metadata.len()
+                        );
+                        self.names += usize::try_from(metadata.len()).unwrap_or(LONGEST_PATH);
                         let target = filesystem.read_link(&path)?;
                         Content::Link(String::from_utf8_lossy(target.as_ref()).into_owned())
                     }

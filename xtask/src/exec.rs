@@ -1,16 +1,23 @@
-//! The one way to run another program: an argument list (never a shell string), a log that keeps
-//! everything the program said, and an error that shows the command, its exit code and last lines.
+//! The one way to run another program: an argument list (never a shell string), an environment of what it needs
+//! (never our secrets), a log that keeps everything the program said, and an error that shows the command, its
+//! exit code and last lines.
+
+mod environment;
+mod lines;
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufReader, Read, Write};
 use std::process::{Command, ExitStatus, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
 /// How many of a failed program's last lines its error shows.
 const TAIL_LINES: usize = 15;
+
+/// The longest answer of a program that speaks for a stranger: 16 MiB, as `release::format::LARGEST_TEXT`.
+const MOST_ANSWER: u64 = 16 << 20;
 
 /// One call of another program.
 #[derive(Debug)]
@@ -46,10 +53,26 @@ impl Tool {
         of_cargo_run().iter().fold(tool, |tool, name| tool.env_remove(name))
     }
 
-    /// The program's name or path.
+    /// The program's name or path. Of our environment it gets what a program of this name needs.
     pub fn new(program: impl AsRef<str>) -> Self {
         let program = program.as_ref();
-        Self { command: Command::new(program), shown: vec![program.to_owned()], log: None }
+        let mut command = Command::new(program);
+        command.env_clear().envs(environment::of(program));
+        Self { command, shown: vec![program.to_owned()], log: None }
+    }
+
+    /// Gives the program proxies and certificates, for what it starts.
+    #[must_use]
+    pub fn with_network(mut self) -> Self {
+        self.command.envs(environment::of_network());
+        self
+    }
+
+    /// Gives cargo what the workspace's tests may need.
+    #[must_use]
+    pub fn with_tests(mut self) -> Self {
+        self.command.envs(environment::of_tests());
+        of_cargo_run().iter().fold(self, |tool, name| tool.env_remove(name))
     }
 
     /// Adds one argument.
@@ -137,17 +160,14 @@ impl Tool {
         // `Command` keeps its ends of the pipe open; without this the reader would never end.
         self.command.stdout(Stdio::null()).stderr(Stdio::null());
         let mut tail = Vec::new();
-        let mut lines = BufReader::new(reader);
+        let mut reader = BufReader::new(reader);
         let mut line = Vec::new();
-        loop {
-            line.clear();
-            if lines.read_until(b'\n', &mut line).with_context(|| format!("running {shown}"))? == 0
-            {
-                break;
-            }
-            if let Some(log) = &mut log {
-                log.write_all(&line).context("writing the log")?;
-            }
+        // The log gets all of a line that is too long to be shown.
+        let mut keep = |piece: &[u8]| log.as_mut().map_or(Ok(()), |log| log.write_all(piece));
+        while lines::next(&mut reader, &mut line, &mut keep)
+            .with_context(|| format!("running {shown}, and keeping what it says"))?
+            .is_some()
+        {
             let text = String::from_utf8_lossy(&line);
             each(text.trim_end());
             keep_tail(&mut tail, text.trim_end());
@@ -230,10 +250,11 @@ impl Tool {
 
     /// Runs to the end with `input` as its standard input (nothing: an empty one), shows each line of its
     /// standard error to `each`, and returns how it ended and what it wrote to standard output: for a
-    /// program whose failure is an answer too.
+    /// program whose failure is an answer too, and whose words may be a stranger's: a line of more than 64 KiB or
+    /// an answer of more than 16 MiB ends it.
     ///
     /// # Errors
-    /// When the program is missing, or cannot be listened to.
+    /// When the program is missing, cannot be listened to, or says too much.
     pub fn converse(
         mut self,
         input: Option<File>,
@@ -247,22 +268,46 @@ impl Tool {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("running {shown}"))?;
-        let (Some(mut out), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
+        let (Some(out), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
             bail!("{shown} has no standard output")
         };
+        // It is waited for only below, so the number is its own all the time.
+        let process = rustix::process::Pid::from_child(&child);
+        let stop = move || rustix::process::kill_process(process, rustix::process::Signal::KILL);
         let heard = std::thread::scope(|scope| -> Result<Vec<u8>> {
-            let output = scope.spawn(move || {
+            let output = scope.spawn(move || -> Result<Vec<u8>> {
                 let mut bytes = Vec::new();
-                out.read_to_end(&mut bytes).map(|_| bytes)
+                let read = out.take(MOST_ANSWER + 1).read_to_end(&mut bytes);
+                if read.is_err() || bytes.len() as u64 > MOST_ANSWER {
+                    stop().context("ending it")?;
+                }
+                read?;
+                ensure!(
+                    bytes.len() as u64 <= MOST_ANSWER,
+                    "it answers with more than {MOST_ANSWER} bytes"
+                );
+                Ok(bytes)
             });
-            let mut lines = BufReader::new(errors);
+            let mut errors = BufReader::new(errors);
             let mut line = Vec::new();
-            while lines.read_until(b'\n', &mut line)? > 0 {
-                each(String::from_utf8_lossy(&line).trim_end());
-                line.clear();
+            let listened = loop {
+                match lines::next(&mut errors, &mut line, |_| Ok(())) {
+                    Ok(None) => break Ok(()),
+                    Ok(Some(false)) => each(String::from_utf8_lossy(&line).trim_end()),
+                    Ok(Some(true)) => {
+                        break Err(anyhow::anyhow!(
+                            "it says a line of more than {} bytes",
+                            lines::LONGEST
+                        ));
+                    }
+                    Err(error) => break Err(error.into()),
+                }
+            };
+            if listened.is_err() {
+                stop().context("ending it")?;
             }
             let output = output.join().map_err(|_| anyhow::anyhow!("the reading thread failed"))?;
-            Ok(output?)
+            listened.and(output)
         });
         let status = child.wait().with_context(|| format!("waiting for {shown}"))?;
         Ok((status, heard.with_context(|| format!("listening to {shown}"))?))

@@ -4,6 +4,7 @@
 pub mod card;
 pub mod device;
 pub mod frames;
+pub mod identity;
 pub mod seed;
 pub mod source;
 pub mod write;

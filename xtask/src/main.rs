@@ -19,7 +19,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // One sentence: what was being done, then why it failed.
-            eprintln!("error: {error:#}");
+            xtask::errln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }

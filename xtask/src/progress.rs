@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::errln;
+use crate::text::printable;
+
 /// In a log, a long step says how far it is at most this often.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -27,14 +30,15 @@ fn bars() -> &'static MultiProgress {
 
 /// Prints one line: the stage's name, then what happened.
 pub fn say(stage: &str, message: impl AsRef<str>) {
+    // Much of it was said by others: `errln` prints no control characters.
     let line = format!(" {stage:<COLUMN$} {}", message.as_ref());
-    bars().suspend(|| eprintln!("{line}"));
+    bars().suspend(|| errln!("{line}"));
 }
 
 /// Prints a warning that nobody should overlook.
 pub fn warn(message: impl AsRef<str>) {
     let line = format!("warning: {}", message.as_ref());
-    bars().suspend(|| eprintln!("{line}"));
+    bars().suspend(|| errln!("{line}"));
 }
 
 /// What a step counts.
@@ -59,7 +63,7 @@ pub struct Step {
 impl Step {
     /// Starts a step of `total` bytes or items; 0 when the total is not known.
     pub fn new(stage: &str, what: impl Into<String>, total: u64, unit: Unit) -> Self {
-        let what = what.into();
+        let what = printable(&what.into());
         let bar = bars().add(ProgressBar::new(total));
         let template = match (total, unit) {
             (0, _) => " {prefix} {spinner} {msg}  {elapsed}",
@@ -99,7 +103,7 @@ impl Step {
 
     /// Says what is being worked on right now.
     pub fn note(&self, message: impl Into<String>) {
-        self.bar.set_message(message.into());
+        self.bar.set_message(printable(&message.into()));
         self.log_line();
     }
 

@@ -5,6 +5,7 @@
 pub mod client;
 pub mod directory;
 pub mod http;
+pub mod memory;
 pub mod s3;
 pub mod ssh;
 
@@ -15,11 +16,14 @@ use anyhow::{Context, Result, bail, ensure};
 use bundle::{KeySet, Kind};
 use camino::{Utf8Path, Utf8PathBuf};
 
+use self::memory::{Memory, Seen};
 use crate::artifact::hash_bytes;
+use crate::config::workspace_root;
 use crate::keys::{self, Keys, Signer};
 use crate::progress::{Step, Unit, bytes};
 use crate::release::format::{Channel, Entry, File, Index, Manifest, Retired};
 use crate::release::index::Retention;
+use crate::release::pins::Pins;
 
 /// How often a channel is changed anew when somebody else was quicker. Each time one publisher gets on,
 /// so this bounds how many may publish at once.
@@ -93,6 +97,19 @@ pub trait Files {
 
 /// A place for releases. Paths are those of `docs/releases.md`. Only a channel's file ever changes.
 pub trait Store: Files {
+    /// The store's address in its one spelling: what it is remembered by.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn identity(&self) -> Result<String> {
+        Ok(self.name())
+    }
+
+    /// Whether there is a place at all. A folder that is not there is a store that begins.
+    fn exists(&self) -> bool {
+        true
+    }
+
     /// The channel's newest file, and the token to replace it with.
     ///
     /// # Errors
@@ -189,29 +206,54 @@ pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
     Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
 }
 
-/// Whom we trust, and who signs for us: the key directory, with each key opened once.
+/// Whom we trust, with what, and who signs for us: the key directory, with each key opened once; the pinned
+/// kinds; and what was seen before. Nothing of it comes from a store.
 pub struct Authority {
     dir: Utf8PathBuf,
     set: KeySet,
     signers: BTreeMap<&'static str, Signer>,
+    pins: Pins,
+    memory: Memory,
 }
 
 impl Authority {
-    /// Reads the key set.
+    /// Reads the key set, and the pins of the workspace that this is called in, if any. `restored`: what
+    /// stores have now counts, whatever was seen before.
     ///
     /// # Errors
-    /// When the key directory cannot be used.
-    pub fn open() -> Result<Self> {
-        Self::at(&keys::directory()?)
+    /// When the key directory or the workspace's files cannot be used.
+    pub fn open(restored: bool) -> Result<Self> {
+        let root = workspace_root().ok();
+        let pins = Pins::read(root.as_deref())?;
+        Self::at(&keys::directory()?, pins, Memory::locate(restored)?)
     }
 
     /// Reads the key set of this key directory.
     ///
     /// # Errors
     /// When it cannot be used.
-    pub fn at(dir: &Utf8Path) -> Result<Self> {
+    pub fn at(dir: &Utf8Path, pins: Pins, memory: Memory) -> Result<Self> {
         let set = Keys::open(dir)?.set().clone();
-        Ok(Self { dir: dir.to_owned(), set, signers: BTreeMap::new() })
+        Ok(Self { dir: dir.to_owned(), set, signers: BTreeMap::new(), pins, memory })
+    }
+
+    /// The pinned kinds.
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
+    /// What was seen before.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// To be called before anything is written to a store. One that is not there begins anew: what was
+    /// remembered of an earlier one in its place is forgotten.
+    ///
+    /// # Errors
+    /// When the memory cannot be written.
+    pub fn begin(&self, store: &dyn Store) -> Result<()> {
+        if store.exists() { Ok(()) } else { self.memory.forget(store) }
     }
 
     /// The keys that count.
@@ -248,27 +290,49 @@ pub fn now() -> Result<u64> {
     Ok(since.context("this machine's clock stands before 1970")?.as_secs())
 }
 
-/// A channel as the store has it, verified.
+/// A channel as the store has it: verified, of the pinned kind, and not older than what was seen before.
 ///
 /// # Errors
-/// When it cannot be read, or no trusted key has signed it.
-pub fn load(store: &dyn Store, channel: Channel, keys: &KeySet) -> Result<(Index, Token)> {
+/// When it cannot be read, no trusted key has signed it, or it is older.
+pub fn load(store: &dyn Store, channel: Channel, authority: &Authority) -> Result<(Index, Token)> {
+    // Before the store is asked: of two processes here, the quicker one must not make the other's index old.
+    let seen = authority.memory.of(store, channel)?;
+    let there = store.exists();
     let (file, token) = store.index(channel)?;
-    let index = match file {
-        Some(file) => Index::open(channel, &file, keys)
+    let index = match &file {
+        Some(file) => Index::open(channel, file, &authority.set, &authority.pins)
             .with_context(|| format!("trusting {}", store.name()))?,
         None => Index::empty(channel),
     };
+    if there {
+        let sha256 = hash_bytes(file.as_deref().unwrap_or_default());
+        let now = Seen { serial: index.serial, sha256 };
+        authority.memory.judge(store, channel, seen.as_ref(), &now)?;
+    }
     Ok((index, token))
 }
 
 /// A release's manifest, verified.
 ///
 /// # Errors
-/// When it is missing, is another one, or no trusted key has signed it.
+/// When it is missing, is another one, is of another kind than its channel says, or no trusted key has
+/// signed it.
 pub fn manifest(store: &dyn Store, entry: &Entry, keys: &KeySet) -> Result<Manifest> {
     let [text, signature] = manifest_files(store, &entry.manifest)?;
-    Manifest::open(&entry.manifest, &text, &signature, keys)
+    let manifest = Manifest::open(&entry.manifest, &text, &signature, keys)?;
+    let found = (&manifest.product, &manifest.version, manifest.kind);
+    ensure!(
+        found == (&entry.product, &entry.version, entry.kind),
+        "{}: it is {} {} ({}), and the channel lists it as {} {} ({})",
+        entry.manifest.path,
+        manifest.product,
+        manifest.version,
+        manifest.kind,
+        entry.product,
+        entry.version,
+        entry.kind
+    );
+    Ok(manifest)
 }
 
 /// A manifest and its signature, as they are.
@@ -294,16 +358,21 @@ pub fn change(
     mut prepare: impl FnMut(&Index, &Index) -> Result<()>,
 ) -> Result<bool> {
     let mut pause = Duration::from_millis(50);
+    authority.begin(store)?;
     for _ in 0..ATTEMPTS {
-        let (current, token) = load(store, channel, authority.keys())?;
+        let (current, token) = load(store, channel, authority)?;
         let Some(mut next) = change(&current, authority)? else {
             store.settle(channel)?;
             return Ok(false);
         };
+        authority.pins.check(&next)?;
         prepare(&current, &next)?;
         next.serial = current.serial.checked_add(1).context("the serial is at its end")?;
-        let content = next.sign(authority.signer(next.kind())?)?;
+        let kind = authority.pins.channel(channel);
+        let content = next.sign(authority.signer(kind)?)?;
         if store.swap(channel, &token, next.serial, &content)? {
+            let now = Seen { serial: next.serial, sha256: hash_bytes(&content) };
+            authority.memory.wrote(store, channel, &now)?;
             store.settle(channel)?;
             return Ok(true);
         }
@@ -348,7 +417,7 @@ pub fn publish(
     authority: &mut Authority,
     retention: Retention,
 ) -> Result<Published> {
-    let (ours, _) = load(from, channel, authority.keys())?;
+    let (ours, _) = load(from, channel, authority)?;
     let keys = authority.keys().clone();
     let now = now()?;
     let mut done =

@@ -8,6 +8,7 @@ pub mod format;
 pub mod gc;
 pub mod index;
 pub mod notes;
+pub mod pins;
 pub mod summary;
 
 pub use format::{Channel, Index, Manifest};

@@ -14,7 +14,7 @@ use camino::Utf8Path;
 use flash_support::*;
 use xtask::disk::{TableKind, bmap, compress, read};
 use xtask::exec::{self, Tool};
-use xtask::flash::card::Card;
+use xtask::flash::card::{Card, Disk};
 use xtask::flash::device::{self, Reason};
 use xtask::flash::source::Source;
 use xtask::flash::{self as flasher, Request};
@@ -454,4 +454,19 @@ fn the_first_boot_is_seeded_and_the_image_stays() {
         assert!(!output.status.success() && message.contains(expected), "{more:?}: {message}");
     }
     assert!(Utf8Path::new(&card).is_file());
+}
+
+#[test]
+fn another_file_of_the_same_size_under_the_same_name_is_refused() {
+    let folder = Folder::new();
+    let [card, other] = ["card", "other"].map(|name| folder.at(name));
+    old_card(&card, SIZE);
+    old_card(&other, SIZE);
+    let shown = device::find(&card).expect("it is shown");
+    fs::rename(&other, &card).expect("replacing it");
+    let message = format!("{:#}", Disk::open(&shown).expect_err("another file"));
+    assert!(
+        message.contains("another medium is there than a moment ago: it has inode"),
+        "{message}"
+    );
 }

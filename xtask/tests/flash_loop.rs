@@ -9,6 +9,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use flash_support::*;
 use xtask::disk::TableKind;
 use xtask::exec::{self, Tool};
+use xtask::flash::card::Disk;
 use xtask::flash::device;
 
 /// A loop device, detached with the test.
@@ -107,4 +108,29 @@ fn what_is_mounted_or_held_or_only_a_part_is_refused() {
     assert!(message.contains("it can only be read"), "{message}");
     tool("blockdev").args(["--setrw", path]).run().expect("unlocking");
     good(&arguments);
+}
+
+#[test]
+fn another_card_of_the_same_size_in_the_same_place_is_refused() {
+    let folder = Folder::new();
+    let test = "another_card_of_the_same_size_in_the_same_place_is_refused";
+    let [first, second] = ["first", "second"].map(|name| folder.at(name));
+    old_card(&first, SIZE + 8 * MIB);
+    old_card(&second, SIZE + 8 * MIB);
+    let Some(reader) = Loop::new(test, &first) else { return };
+    let shown = device::find(&reader.0).expect("it is shown");
+    drop(Disk::open(&shown).expect("nothing has happened since"));
+    if shown.identity.sequence.is_none() {
+        println!("skipped: {test} needs Linux 5.15 or later");
+        return;
+    }
+    // Somebody takes the card out, and puts in another one: the same path, numbers and size.
+    tool("losetup").args(["--detach", reader.0.as_str()]).run().expect("taking it out");
+    tool("losetup").args([reader.0.as_str(), second.as_str()]).run().expect("putting it in");
+    let now = device::find(&reader.0).expect("it is there");
+    assert_eq!((&now.path, &now.numbers, now.size), (&shown.path, &shown.numbers, shown.size));
+    let message = format!("{:#}", Disk::open(&shown).expect_err("another card"));
+    assert!(message.contains("another medium is there than a moment ago"), "{message}");
+    assert!(message.contains("diskseq"), "{message}");
+    drop(Disk::open(&now).expect("what was looked at again"));
 }

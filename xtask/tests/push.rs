@@ -524,3 +524,44 @@ fn a_push_waits_until_the_trial_is_decided() {
     assert!(why(2).contains("not decided after 40 s: on trial"), "{}", why(2));
     assert!(why(3).contains("it has not restarted yet"), "{}", why(3));
 }
+
+#[test]
+fn a_robot_that_says_too_much_or_harm_is_refused_and_drives_no_terminal() {
+    let bench = Bench::new(SMALL);
+    let bundle = bench.bundle("1.1.0");
+    let robot = Robot::new(&bench, "robot");
+    let push = |script: &str| {
+        fs::write(robot.root.join("bin/slotd"), format!("#!/bin/sh\n{script}\n")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command.args(["push", &robot.address(), "--bundle", bundle.as_str()]);
+        for option in [
+            format!("IdentityFile={}", bench.dir.join("user")),
+            "IdentitiesOnly=yes".to_owned(),
+            format!("UserKnownHostsFile={}", bench.dir.join("known_hosts")),
+        ] {
+            command.args(["--ssh-option", &option]);
+        }
+        let output = command.env("SLIPWAY_KEYS", bench.dir.join("keys")).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+    };
+    // Both never end by themselves.
+    let said = push("exec yes '{\"version\": '");
+    assert!(said.contains("it answers with more than 16777216 bytes"), "{said}");
+    let said = push("exec tr '\\0' x < /dev/zero >&2");
+    assert!(said.contains("it says a line of more than 65536 bytes"), "{said}");
+    // A refusal in the agent's own form, a message that is none, and one of ssh's.
+    let harm = "\\\\u001b]0;owned\\\\u0007";
+    let refusal = format!(
+        "{{\"refused\": {{\"code\": \"{harm}\", \"message\": \"{harm}\", \"help\": \"{harm}\"}}}}"
+    );
+    for script in [
+        format!("printf '{refusal}'; exit 5"),
+        "printf '\\033]0;owned\\007\\n' >&2; exit 3".to_owned(),
+        "printf '\\033]0;owned\\007\\n' >&2; exit 255".to_owned(),
+    ] {
+        let said = push(&script);
+        assert!(said.contains("\\u{1b}]0;owned\\u{7}"), "{script}: {said:?}");
+        assert!(!said.contains(|c: char| c.is_control() && c != '\n'), "{script}: {said:?}");
+    }
+}

@@ -133,14 +133,13 @@ fn pure_code_touches_neither_files_nor_programs() {
 
 #[test]
 fn programs_are_run_in_one_place() {
-    // `cmd/check.rs` lends its own terminal to cargo; `bench` measures children itself.
-    let allowed =
-        ["xtask/src/exec.rs", "xtask/src/cmd/check.rs", "xtask/src/bench/", "xtask/src/qemu"];
+    // Only there a program gets an environment of what it needs, without our secrets.
+    let allowed = ["xtask/src/exec.rs"];
+    let words = ["Command::new(", "xshell", "execv", "rustix::runtime"];
     let mut findings = Vec::new();
     for (path, text) in rust() {
-        let own = path.as_str().starts_with("xtask/src/")
-            && !allowed.iter().any(|a| path.as_str().starts_with(a));
-        if own && text.contains("Command::new(") {
+        let own = path.as_str().starts_with("xtask/src/") && !allowed.contains(&path.as_str());
+        if own && words.iter().any(|word| text.contains(word)) {
             findings.push(format!("{path}: runs a program without exec::Tool"));
         }
     }
@@ -152,6 +151,26 @@ fn programs_are_run_in_one_place() {
 fn every_mutant_has_its_place() {
     let mutants = xtask::mutants::read(&root()).expect("ci/mutants.toml fits the source");
     assert!(mutants.len() >= 60, "only {} mutants", mutants.len());
+}
+
+#[test]
+fn printing_is_done_in_one_place() {
+    // Only there control characters of others are escaped. Tests below the code may print.
+    let words = ["println!(", "print!(", "dbg!("];
+    let mut findings = Vec::new();
+    for (path, text) in rust() {
+        if !path.as_str().starts_with("xtask/src/") || path == "xtask/src/text.rs" {
+            continue;
+        }
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for (number, line) in code.lines().enumerate() {
+            let line = line.trim_start();
+            if !line.starts_with("//") && words.iter().any(|word| line.contains(word)) {
+                findings.push(format!("{path}:{}: prints without text.rs", number + 1));
+            }
+        }
+    }
+    complain(findings);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! is a process of its own, so that its peak memory is the kernel's number and not ours.
 
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -253,8 +253,9 @@ fn rauc(settings: &Settings) -> Result<Contender> {
 fn measure(contender: &Contender) -> Result<(Duration, u64)> {
     rustix::fs::sync();
     let started = Instant::now();
-    let child = Command::new(&contender.program)
+    let child = exec::Tool::new(&contender.program)
         .args(&contender.args)
+        .into_command()
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

@@ -4,7 +4,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -351,8 +351,9 @@ impl Bench {
 fn measure(name: &str, call: &Call) -> Result<(f64, u64, String)> {
     rustix::fs::sync();
     let started = Instant::now();
-    let child = Command::new(&call.program)
+    let child = Tool::new(&call.program)
         .args(&call.args)
+        .into_command()
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

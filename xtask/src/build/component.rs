@@ -16,6 +16,7 @@ use crate::shared;
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 use crate::wheel::base::BaseSource;
 use crate::wheel::{self, BasePython, Component};
+use crate::{outln, text};
 
 /// Raised when laying a component out changes what it makes.
 const COMPONENT_VERSION: u32 = 1;
@@ -64,10 +65,10 @@ pub fn build_component(options: &BuildImage) -> Result<ComponentBundle> {
 /// When it cannot be described.
 pub(super) fn show(made: &ComponentBundle, format: Format) -> Result<()> {
     match format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(made)?),
+        Format::Json => outln!("{}", text::json(made)?),
         Format::Text => {
-            println!(" bundle   {}  {}", made.bundle.path, bytes(made.bundle.size));
-            println!(" next     cargo xtask push HOST --component {}", made.component);
+            outln!(" bundle   {}  {}", made.bundle.path, bytes(made.bundle.size));
+            outln!(" next     cargo xtask push HOST --component {}", made.component);
         }
     }
     Ok(())

@@ -18,6 +18,7 @@ use crate::render::Rendered;
 use crate::report::{self, Disk, Output, PathSize, Region, RegionKind, Report};
 use crate::sbom::{self, Component, Meta, Origin};
 use crate::wheel::metadata::License;
+use crate::{outln, text};
 
 /// The note that a failed build leaves beside its results.
 pub const FAILURE: &str = "failure.json";
@@ -373,7 +374,7 @@ pub fn write(build: &Build<'_>, report: &Report, format: Format) -> Result<()> {
     write_atomically(&html_path, |out| Ok(out.write_all(html.as_bytes())?))?;
     let mut out = std::io::stdout().lock();
     match format {
-        Format::Json => println!("{json}"),
+        Format::Json => outln!("{}", text::printable_json(&json)),
         Format::Text => {
             let mut shown = report.clone();
             let shown_path = html_path.strip_prefix(build.root).unwrap_or(&html_path);

@@ -30,6 +30,10 @@ pub struct Access {
     /// An option of ssh_config(5), such as IdentityFile=key; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub ssh_option: Vec<String>,
+    /// Take an index that is older than what this machine has seen, and remember it as the newest: only
+    /// after somebody has restored the store from a backup on purpose.
+    #[arg(long)]
+    pub store_was_restored: bool,
 }
 
 /// The verbs of `release`.
@@ -114,6 +118,10 @@ pub enum Release {
         /// Only say what would be removed.
         #[arg(long)]
         dry_run: bool,
+        /// Go by an index that is older than what this machine has seen, or that it has never seen: only
+        /// after somebody has restored the store from a backup on purpose.
+        #[arg(long)]
+        store_was_restored: bool,
         /// How to print it.
         #[arg(long, value_enum, default_value = "text")]
         format: Format,
@@ -154,6 +162,10 @@ pub struct Create {
     /// A development product: also what was built from files that no commit has.
     #[arg(long)]
     pub allow_changes: bool,
+    /// Take an index in dist/releases that is older than what this machine has seen: only after somebody
+    /// has restored the folder from a backup on purpose.
+    #[arg(long)]
+    pub store_was_restored: bool,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
     pub format: Format,

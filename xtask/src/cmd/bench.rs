@@ -8,6 +8,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use crate::bench::{bundle, disk, flash, install};
 use crate::cache::Cache;
 use crate::cli::Bench;
+use crate::out;
 use crate::progress::say;
 use crate::tools::{self, Purpose};
 
@@ -30,18 +31,18 @@ pub fn bench(options: &Bench) -> Result<()> {
     let wants = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     say("bench", format!("{payload}, medians of {TURNS}; an idle machine gives true ratios"));
     if wants("disk") {
-        print!("{}", disk::table(&disk::run(&payload, &folder, TURNS)?));
+        out!("{}", disk::table(&disk::run(&payload, &folder, TURNS)?));
     }
     if wants("flash") {
-        print!("{}", flash::table(&flash::run(&payload, &folder, TURNS)?));
+        out!("{}", flash::table(&flash::run(&payload, &folder, TURNS)?));
     }
     if wants("install") {
-        print!("{}", install::table(&install::run(&payload, &folder, TURNS)?));
+        out!("{}", install::table(&install::run(&payload, &folder, TURNS)?));
     }
     if wants("bundle") {
         let settings =
             bundle::Settings { payload, scratch: folder.clone(), runs: TURNS, slow: options.slow };
-        print!("{}", bundle::table(&bundle::run(&settings)?));
+        out!("{}", bundle::table(&bundle::run(&settings)?));
     }
     std::fs::remove_dir_all(&folder).with_context(|| format!("removing {folder}"))
 }

@@ -22,6 +22,7 @@ use crate::rootfs::buildroot::make::{Setup, Site};
 use crate::rootfs::buildroot::menus::{self, Change};
 use crate::rootfs::buildroot::tree::{self, Tree};
 use crate::tools::{self, Purpose};
+use crate::{outln, text};
 
 /// `cargo xtask buildroot …`.
 ///
@@ -156,7 +157,7 @@ fn show(case: &Case) -> Result<()> {
     };
     let mut empty = true;
     for advice in menus::advise(&changes, defconfig, &values) {
-        println!("{:<8} {}\n         {}", advice.action, advice.line, advice.place);
+        outln!("{:<8} {}\n         {}", advice.action, advice.line, advice.place);
         empty = false;
     }
     let fragments = [
@@ -177,12 +178,12 @@ fn show(case: &Case) -> Result<()> {
         }
         let last = files.split_whitespace().next_back().unwrap_or("a fragment of this board");
         for line in lines.iter().filter(|line| !known.contains(*line)) {
-            println!("{:<8} {line}\n         {last}", "add");
+            outln!("{:<8} {line}\n         {last}", "add");
             empty = false;
         }
     }
     if empty {
-        println!("Nothing that a menu changed is missing from the fragments.");
+        outln!("Nothing that a menu changed is missing from the fragments.");
     }
     Ok(())
 }
@@ -248,7 +249,7 @@ fn check_boards(target: &BuildrootTarget, packages: bool, format: Format) -> Res
         });
     }
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&results)?);
+        outln!("{}", text::json(&results)?);
     }
     match failure {
         Some(messages) => bail!("{}", messages.join("\n")),

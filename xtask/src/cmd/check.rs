@@ -2,12 +2,11 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
-use xshell::{Cmd, Shell};
 
 use crate::cache::Cache;
 use crate::cli::{Check, Format, Test};
 use crate::config::{self, product, workspace_root};
-use crate::exec;
+use crate::exec::Tool;
 use crate::flash::device;
 use crate::fuzz;
 use crate::mutants::{self, Fate};
@@ -44,10 +43,10 @@ pub fn asked(options: &Check) -> Result<()> {
 fn notice_faults(root: &Utf8Path, filter: &str, format: Format) -> Result<()> {
     let tried = mutants::run(root, filter)?;
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&tried).context("making JSON")?);
+        outln!("{}", text::json(&tried)?);
     } else {
         for one in &tried {
-            println!("{:<24} {:>5} s  {}: {}", one.name, one.seconds, one.fate.word(), one.means);
+            outln!("{:<24} {:>5} s  {}: {}", one.name, one.seconds, one.fate.word(), one.means);
         }
     }
     let caught = |one: &&mutants::Tried| !matches!(one.fate, Fate::Caught | Fate::CaughtElsewhere);
@@ -173,31 +172,17 @@ fn say_skipped(trees: &[PinnedTree]) -> Result<()> {
 /// The names of a target's tests.
 fn tests_of(target: &str) -> Result<Vec<String>> {
     let list = ["test", "--quiet", "--package", "xtask", "--test", target, "--", "--list"];
-    let shell = Shell::new().context("starting cargo")?;
-    shell.change_dir(workspace_root()?);
-    let listed = cargo_command(&shell).args(list).quiet().ignore_stderr().read()?;
+    let listed = Tool::cargo().with_tests().args(list).current_dir(&workspace_root()?).read()?;
     Ok(listed.lines().filter_map(|l| l.strip_suffix(": test")).map(str::to_owned).collect())
-}
-
-fn cargo_command(shell: &Shell) -> Cmd<'_> {
-    let cargo = shell.cmd(exec::cargo_program());
-    exec::of_cargo_run().iter().fold(cargo, |cargo, name| cargo.env_remove(name))
 }
 
 fn cargo(what: &str, arguments: &[&str], all: bool) -> Result<()> {
     say("test", what);
-    let shell = Shell::new().context("starting cargo")?;
-    shell.change_dir(workspace_root()?);
-    // What it prints is the result, so it goes to this very terminal.
-    let mut command: std::process::Command = cargo_command(&shell).args(arguments).into();
     // The stack of an error that a test returns hides its words; that of a panic is as asked for.
-    command.env("RUST_LIB_BACKTRACE", "0");
+    let mut tool = Tool::cargo().with_tests().args(arguments).env("RUST_LIB_BACKTRACE", "0");
     if all {
-        command.env(ALL, "1");
+        tool = tool.env(ALL, "1");
     }
-    let status = command.status().context("running cargo")?;
-    if !status.success() {
-        bail!("{what}: cargo {} failed: {status}", arguments.join(" "));
-    }
-    Ok(())
+    // What it prints is the result, so it goes to this very terminal.
+    tool.current_dir(&workspace_root()?).run_on_terminal().context(what.to_owned())
 }

@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 
 use crate::cli::{Doctor, Format};
 use crate::tools::{self, Purpose};
+use crate::{outln, text};
 
 /// `cargo xtask doctor`.
 ///
@@ -16,10 +17,10 @@ pub fn doctor(options: &Doctor) -> Result<()> {
     }
     let lacking = tools::missing(&purposes);
     if options.format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&lacking)?);
+        outln!("{}", text::json(&lacking)?);
     }
     match (lacking.is_empty(), options.format) {
-        (true, Format::Text) => println!("This machine has all that building and testing need."),
+        (true, Format::Text) => outln!("This machine has all that building and testing need."),
         (true, Format::Json) => {}
         (false, _) => bail!("{}", tools::describe(&lacking)),
     }

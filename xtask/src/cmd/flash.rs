@@ -15,6 +15,7 @@ use crate::flash::seed::{self, PASSWORD_VARIABLE, Seed, Wifi};
 use crate::flash::source::Source;
 use crate::flash::{self, Outcome, Request};
 use crate::progress::{bytes, duration, say};
+use crate::{err, errln, out, outln, text};
 
 /// `cargo xtask flash`.
 ///
@@ -64,12 +65,12 @@ pub fn flash(options: &Flash) -> Result<()> {
     let outcome = flash::flash(&request, &card)
         .with_context(|| format!("flashing {} to {}", source.path, device.path))?;
     match options.format {
-        Format::Text => println!("{}", sentence(&outcome, &source, &device)),
+        Format::Text => outln!("{}", sentence(&outcome, &source, &device)),
         Format::Json => {
             let mut value = serde_json::to_value(&outcome)?;
             value["image"] = json!(source.path);
             value["device"] = json!(device.path);
-            println!("{}", serde_json::to_string_pretty(&value)?);
+            outln!("{}", text::json(&value)?);
         }
     }
     Ok(())
@@ -150,7 +151,7 @@ fn password(options: &Flash, ssid: &str) -> Result<Option<String>> {
 fn list(format: Format, size: u64) -> Result<()> {
     let devices = device::candidates(device::all()?);
     match format {
-        Format::Text => print!("{}", table(&devices, size)),
+        Format::Text => out!("{}", table(&devices, size)),
         Format::Json => {
             let rows = devices.iter().map(|device| {
                 let mut row = serde_json::to_value(device)?;
@@ -158,7 +159,7 @@ fn list(format: Format, size: u64) -> Result<()> {
                 Ok(row)
             });
             let rows: Vec<_> = rows.collect::<Result<_>>()?;
-            println!("{}", serde_json::to_string_pretty(&rows)?);
+            outln!("{}", text::json(&rows)?);
         }
     }
     Ok(())
@@ -197,7 +198,7 @@ fn table(devices: &[Device], size: u64) -> String {
 /// Asks on the terminal which of the devices it is. Its name is the agreement, too.
 fn choose(size: u64) -> Result<Device> {
     let devices = device::candidates(device::all()?);
-    eprint!("{}", table(&devices, size));
+    err!("{}", table(&devices, size));
     let name = ask("Which one is written? Its name, or nothing to stop: ")?;
     let wanted = Utf8Path::new(&name);
     ensure!(!name.is_empty(), "nothing was written");
@@ -235,7 +236,7 @@ fn agree(options: &Flash, source: &Source, device: &Device, terminal: bool) -> R
     );
     let or =
         |text: &str, other: &str| if text.is_empty() { other.to_owned() } else { text.to_owned() };
-    eprintln!(
+    errln!(
         "{}: {}, {}, {}; on it: {}",
         device.path,
         bytes(device.size),
@@ -250,7 +251,7 @@ fn agree(options: &Flash, source: &Source, device: &Device, terminal: bool) -> R
 }
 
 fn ask(question: &str) -> Result<String> {
-    eprint!("{question}");
+    err!("{question}");
     std::io::stderr().flush().context("asking")?;
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer).context("reading the answer")?;
@@ -267,13 +268,13 @@ fn hidden(ssid: &str) -> Result<String> {
     rustix::termios::tcsetattr(&stdin, now, &silent).context("asking for a password")?;
     let answer = ask_whole(&format!("Password of the Wi-Fi `{ssid}` (nothing: an open network): "));
     rustix::termios::tcsetattr(&stdin, now, &before).context("after asking for a password")?;
-    eprintln!();
+    errln!("");
     answer
 }
 
 /// As [`ask`], with blanks at the ends, which a password may have.
 fn ask_whole(question: &str) -> Result<String> {
-    eprint!("{question}");
+    err!("{question}");
     std::io::stderr().flush().context("asking")?;
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer).context("reading the answer")?;

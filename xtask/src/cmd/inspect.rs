@@ -11,14 +11,22 @@ use serde::Serialize;
 
 use crate::cli::{Format, Inspect};
 use crate::diff::{Difference, Inventory};
+use crate::disk::ext4_read::{needs_replay, read_small};
+use crate::disk::layout::SECTOR;
 use crate::disk::read::{self, DiskTables, FatListing};
 use crate::keys::{Keys, directory};
 use crate::progress::bytes;
 use crate::update;
+use crate::{out, outln, text};
 use bundle::bootstate::BootState;
 
 /// Byte offset of ext4's magic number: superblock at 1024, field at 56 (ext4 documentation).
 const EXT4_MAGIC_AT: u64 = 1080;
+
+/// The largest os-release or device.toml that is read: 64 KiB, a hundred times what ours have.
+const MOST_TEXT: u64 = 64 << 10;
+/// The most sectors of a boot state; there are two.
+const MOST_STATES: usize = 8;
 
 /// What a file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -112,6 +120,8 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
             Some(Held::Fat) => {
                 view.volumes.push(read::fat(path, partition.offset, partition.size)?);
             }
+            // A system is never written to, so what was in use has none.
+            Some(Held::Ext4) if needs_replay(path, partition.offset)? => {}
             Some(Held::Ext4) => {
                 let slot = slot_view(path, partition.offset, partition.number)?;
                 // The data partition has no system in it.
@@ -137,7 +147,7 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
         view.trust.push(StateView { offset, state });
     }
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&view)?);
+        outln!("{}", text::json(&view)?);
     } else {
         print_image(path, &view);
     }
@@ -151,29 +161,29 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
 
 fn print_image(path: &Utf8Path, view: &ImageView) {
     let t = &view.tables;
-    println!("{path}: {}, {} table", bytes(t.size), t.table.name());
-    println!("  no     offset          size  type  name");
+    outln!("{path}: {}, {} table", bytes(t.size), t.table.name());
+    outln!("  no     offset          size  type  name");
     for p in &t.partitions {
         let kind = p.kind.get(..8).unwrap_or(&p.kind);
         let name = p.name.as_deref().unwrap_or("");
-        println!("  {:<2} {:>12} {:>13}  {kind:<8}  {name}", p.number, p.offset, bytes(p.size));
+        outln!("  {:<2} {:>12} {:>13}  {kind:<8}  {name}", p.number, p.offset, bytes(p.size));
     }
     for state in &view.boot_states {
         let shown = state.state.as_deref().unwrap_or("empty or invalid: slot a is started");
-        println!("  boot state at {}: {shown}", state.offset);
+        outln!("  boot state at {}: {shown}", state.offset);
     }
     for copy in &view.trust {
         let shown = copy.state.as_deref().unwrap_or("nothing was kept yet");
-        println!("  trust at {}: {shown}", copy.offset);
+        outln!("  trust at {}: {shown}", copy.offset);
     }
     for volume in &view.volumes {
-        println!("  volume {} (FAT{}), {} free", volume.label, volume.width, bytes(volume.free));
+        outln!("  volume {} (FAT{}), {} free", volume.label, volume.width, bytes(volume.free));
         for entry in volume.entries.iter().filter(|e| !e.folder) {
-            println!("    {:>12}  {}", bytes(entry.size), entry.path);
+            outln!("    {:>12}  {}", bytes(entry.size), entry.path);
         }
     }
     for slot in &view.slots {
-        println!(
+        outln!(
             "  partition {}: {}, {} packages, {} wheels, {} files, {}",
             slot.partition,
             slot.system,
@@ -225,15 +235,25 @@ fn raw_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<(Vec<u64>, Vec<u6
     }
     for partition in &tables.partitions {
         if let Ok(Some(text)) = read_file(path, partition.offset, "/usr/lib/slipway/device.toml") {
-            let device: Device =
-                toml::from_str(&text).context("reading the image's device.toml")?;
-            let offsets = |place: Option<Sectors>| -> Result<Vec<u64>> {
+            let device: Device = toml::from_str(&text)
+                .with_context(|| format!("reading the device.toml in {path}"))?;
+            let offsets = |place: Option<Sectors>, what: &str| -> Result<Vec<u64>> {
                 let sectors = place.map_or(Vec::new(), |place| place.sectors);
-                let offset = |sector: u64| sector.checked_mul(crate::disk::layout::SECTOR);
+                ensure!(
+                    sectors.len() <= MOST_STATES,
+                    "the device.toml in {path} names {} sectors for {what}",
+                    sectors.len()
+                );
+                let offset = |sector: u64| sector.checked_mul(SECTOR);
                 let offsets: Option<Vec<u64>> = sectors.into_iter().map(offset).collect();
-                offsets.context("the image's device.toml names a sector beyond every disk")
+                offsets.with_context(|| {
+                    format!("the device.toml in {path} names a sector for {what} beyond 64 bits")
+                })
             };
-            return Ok((offsets(device.boot_state)?, offsets(device.trust)?));
+            return Ok((
+                offsets(device.boot_state, "the boot state")?,
+                offsets(device.trust, "the trust area")?,
+            ));
         }
     }
     Ok((Vec::new(), Vec::new()))
@@ -244,7 +264,9 @@ fn read_file(path: &Utf8Path, offset: u64, name: &str) -> Result<Option<String>>
     if !filesystem.exists(name)? {
         return Ok(None);
     }
-    Ok(Some(filesystem.read_to_string(name)?))
+    let doing = || format!("in the filesystem at byte {offset} of {path}");
+    let content = read_small(&filesystem, name, MOST_TEXT).with_context(doing)?;
+    Ok(Some(String::from_utf8(content).with_context(|| format!("{name} {}", doing()))?))
 }
 
 fn slot_view(path: &Utf8Path, offset: u64, partition: u32) -> Result<Option<SlotView>> {
@@ -266,14 +288,14 @@ fn slot(path: &Utf8Path, format: Format) -> Result<()> {
     let view = view.with_context(|| format!("{path} has no system in it: no /etc/os-release"))?;
     let inventory = Inventory::of_ext4(path, 0)?;
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&inventory)?);
+        outln!("{}", text::json(&inventory)?);
         return Ok(());
     }
-    println!("{path}: {}, {} files, {}", view.system, view.files, bytes(view.bytes));
+    outln!("{path}: {}, {} files, {}", view.system, view.files, bytes(view.bytes));
     for (title, list) in [("packages", &inventory.packages), ("wheels", &inventory.wheels)] {
-        println!("  {title}");
+        outln!("  {title}");
         for (name, version) in list {
-            println!("    {name} {version}");
+            outln!("    {name} {version}");
         }
     }
     Ok(())
@@ -304,22 +326,22 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
         },
     };
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&view)?);
+        outln!("{}", text::json(&view)?);
         return Ok(());
     }
     let m = &view.manifest;
-    println!("{path}: {} {} ({}) for {}", m.product, m.version, m.kind, m.boards.join(", "));
+    outln!("{path}: {} {} ({}) for {}", m.product, m.version, m.kind, m.boards.join(", "));
     for signer in &view.signed_by {
-        println!("  signed by the {} key {} of epoch {}", signer.kind, signer.id, signer.epoch);
+        outln!("  signed by the {} key {} of epoch {}", signer.kind, signer.id, signer.epoch);
     }
     if let Some(refusal) = &view.refusal {
-        println!("  NOT VERIFIED: {refusal}");
+        outln!("  NOT VERIFIED: {refusal}");
     }
-    println!("  refuses updates below {}", m.minimum_version);
+    outln!("  refuses updates below {}", m.minimum_version);
     for component in &m.components {
-        println!("  component {} {}", component.name, component.version);
+        outln!("  component {} {}", component.name, component.version);
         for payload in &component.payloads {
-            println!(
+            outln!(
                 "    {}: {}, stored {}, index {}",
                 payload.role,
                 bytes(payload.size),
@@ -328,7 +350,7 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
             );
         }
     }
-    println!("  cargo xtask verify {path} checks every byte");
+    outln!("  cargo xtask verify {path} checks every byte");
     Ok(())
 }
 
@@ -357,7 +379,7 @@ pub(crate) fn inventory(path: &Utf8Path) -> Result<Inventory> {
 fn diff(old: &Utf8Path, new: &Utf8Path, format: Format) -> Result<()> {
     let difference = Difference::between(&inventory(old)?, &inventory(new)?);
     match format {
-        Format::Json => print!("{}", difference.to_json()?),
+        Format::Json => out!("{}", text::printable_json(&difference.to_json()?)),
         Format::Text => difference.render_terminal(&mut std::io::stdout().lock())?,
     }
     Ok(())

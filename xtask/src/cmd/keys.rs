@@ -5,6 +5,7 @@ use bundle::Kind;
 
 use crate::cli::{Format, Keys as Verb};
 use crate::keys::{Keys, directory};
+use crate::{outln, text};
 
 /// `cargo xtask keys …`.
 ///
@@ -15,26 +16,26 @@ pub fn keys(verb: &Verb) -> Result<()> {
     match verb {
         Verb::New => {
             let key = keys.new_key(Kind::Release)?;
-            println!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
+            outln!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
         }
         Verb::Rotate { revoke } => {
             let key = keys.rotate(Kind::Release, *revoke)?;
-            println!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
+            outln!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
         }
         Verb::List { format: Format::Json } => {
-            println!("{}", serde_json::to_string_pretty(&keys.list())?);
+            outln!("{}", text::json(&keys.list())?);
         }
         Verb::List { format: Format::Text } => {
             let list = keys.list();
             if list.is_empty() {
-                println!("no keys in {}; the first build makes the development key", directory()?);
+                outln!("no keys in {}; the first build makes the development key", directory()?);
             }
             for listed in list {
                 let key = &listed.key;
                 let secret = if listed.secret.is_some() { "can sign" } else { "public part only" };
                 let kind = key.kind.to_string();
                 let state = if key.revoked { ", revoked" } else { "" };
-                println!("{}  {:<11} epoch {:<3} {secret}{state}", key.id, kind, key.epoch);
+                outln!("{}  {:<11} epoch {:<3} {secret}{state}", key.id, kind, key.epoch);
             }
         }
     }

@@ -16,6 +16,7 @@ use crate::plan::{self, Plan};
 use crate::progress::say;
 use crate::render;
 use crate::sbom::timestamp;
+use crate::{out, outln, text};
 
 /// Loads what was asked for, without resolving it.
 ///
@@ -99,8 +100,8 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
     }
     let (_, _, plan) = resolve(&options.target)?;
     match options.format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&plan)?),
-        Format::Text => print!("{}", describe(&plan)),
+        Format::Json => outln!("{}", text::json(&plan)?),
+        Format::Text => out!("{}", describe(&plan)),
     }
     Ok(())
 }
@@ -115,8 +116,8 @@ fn builds(options: &PlanOptions) -> Result<()> {
     };
     builds.retain(|build| board.as_ref().is_none_or(|only| build.board == *only));
     match options.format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&builds)?),
-        Format::Text => print!("{}", affected::describe(&builds)),
+        Format::Json => outln!("{}", text::json(&builds)?),
+        Format::Text => out!("{}", affected::describe(&builds)),
     }
     Ok(())
 }
@@ -133,8 +134,8 @@ pub fn render(options: &Show) -> Result<()> {
     let dir = dist.join("rendered");
     rendered.write(&dir)?;
     match options.format {
-        Format::Json => println!("{}", serde_json::json!({ "rendered": dir })),
-        Format::Text => println!("{dir}"),
+        Format::Json => outln!("{}", serde_json::json!({ "rendered": dir })),
+        Format::Text => outln!("{dir}"),
     }
     Ok(())
 }

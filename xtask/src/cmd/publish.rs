@@ -11,6 +11,7 @@ use crate::release::Channel;
 use crate::release::create::local;
 use crate::release::index::Retention;
 use crate::tools::{self, Purpose};
+use crate::{outln, text};
 
 /// `cargo xtask publish`.
 ///
@@ -25,7 +26,7 @@ pub fn publish(options: &Publish) -> Result<()> {
         tools::require(&[Purpose::Push], true)?;
     }
     let to = publish::open(&options.target, &store_options(&options.access))?;
-    let mut authority = Authority::open()?;
+    let mut authority = Authority::open(options.access.store_was_restored)?;
     let mut channels = options.channel.clone();
     channels.sort();
     channels.dedup();
@@ -47,7 +48,7 @@ pub fn publish(options: &Publish) -> Result<()> {
         done.push(publish::publish(&from, to.as_ref(), channel, &mut authority, retention)?);
     }
     match options.format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&done)?),
+        Format::Json => outln!("{}", text::json(&done)?),
         Format::Text => {
             for one in &done {
                 let what = if one.releases.is_empty() {
@@ -55,7 +56,7 @@ pub fn publish(options: &Publish) -> Result<()> {
                 } else {
                     one.releases.join(", ")
                 };
-                println!(
+                outln!(
                     " {:<8} {what}; {} sent in {} objects, {} were there",
                     one.channel,
                     bytes(one.bytes),

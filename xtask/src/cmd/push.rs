@@ -10,6 +10,7 @@ use crate::cmd::plan::{dist, resolve};
 use crate::progress::duration;
 use crate::push::{self, Outcome, Request, Verdict, sentence};
 use crate::tools::{self, Purpose};
+use crate::{out, outln, text};
 
 /// `cargo xtask push`.
 ///
@@ -43,8 +44,8 @@ pub fn push(options: &Push) -> Result<()> {
         wait: (!options.no_wait).then(|| Duration::from_secs(options.timeout)),
     })?;
     match options.format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&outcomes)?),
-        Format::Text => print!("{}", table(&outcomes)),
+        Format::Json => outln!("{}", text::json(&outcomes)?),
+        Format::Text => out!("{}", table(&outcomes)),
     }
     let wanted = if options.no_wait { Verdict::Installed } else { Verdict::Committed };
     // An API is committed when it is installed: nobody needs to wait for it.

@@ -22,6 +22,7 @@ use crate::release::format::{Entry, Index, Manifest, Yanked};
 use crate::release::index::Retention;
 use crate::release::notes::Past;
 use crate::release::{Channel, check, gc, summary};
+use crate::{out, outln, text};
 
 /// `cargo xtask release …`.
 ///
@@ -36,9 +37,12 @@ pub fn release(verb: &Verb) -> Result<()> {
         Verb::Promote { version, to, which } => promote(version, *to, which),
         Verb::Yank { version, reason, which } => yank(version, reason, which),
         Verb::Check(options) => check(options),
-        Verb::Gc { store, dry_run, format } => collect(store.as_deref(), *dry_run, *format),
+        Verb::Gc { store, dry_run, store_was_restored, format } => {
+            let authority = Authority::open(*store_was_restored)?;
+            collect(store.as_deref(), &authority, *dry_run, *format)
+        }
         Verb::Summary => {
-            print!("{}", summary::summary(&workspace_root()?)?);
+            out!("{}", summary::summary(&workspace_root()?)?);
             Ok(())
         }
     }
@@ -61,7 +65,7 @@ fn product(named: Option<&String>) -> Result<String> {
 fn create(options: &Create) -> Result<()> {
     let root = workspace_root()?;
     let product = product(options.product.as_ref())?;
-    let mut authority = Authority::open()?;
+    let mut authority = Authority::open(options.store_was_restored)?;
     let created = create::create(
         &create::Request {
             root: &root,
@@ -74,16 +78,16 @@ fn create(options: &Create) -> Result<()> {
         &mut authority,
     )?;
     match options.format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&created)?),
+        Format::Json => outln!("{}", text::json(&created)?),
         Format::Text => {
             let m = &created.manifest;
             let word = if created.existed { "is there already" } else { "made" };
             let boards: Vec<&str> = m.boards.iter().map(|b| b.board.as_str()).collect();
             let size = m.objects().map(|o| o.size).sum();
-            println!(" release  {} {} for {}: {word}", m.product, m.version, boards.join(", "));
-            println!(" files    {} in {} objects", bytes(size), m.objects().count());
-            println!(" manifest {}/{}", create::local(&root).root(), created.entry.manifest.path);
-            println!(" next     cargo xtask publish TARGET --channel {}", created.channel);
+            outln!(" release  {} {} for {}: {word}", m.product, m.version, boards.join(", "));
+            outln!(" files    {} in {} objects", bytes(size), m.objects().count());
+            outln!(" manifest {}/{}", create::local(&root).root(), created.entry.manifest.path);
+            outln!(" next     cargo xtask publish TARGET --channel {}", created.channel);
         }
     }
     Ok(())
@@ -91,25 +95,25 @@ fn create(options: &Create) -> Result<()> {
 
 fn list(channel: Option<Channel>, address: &StoreAddress, format: Format) -> Result<()> {
     let store = store(address)?;
-    let authority = Authority::open()?;
+    let authority = Authority::open(address.access.store_was_restored)?;
     let mut indices = Vec::new();
     for one in Channel::ALL.into_iter().filter(|c| channel.is_none_or(|only| only == *c)) {
-        indices.push(load(store.as_ref(), one, authority.keys())?.0);
+        indices.push(load(store.as_ref(), one, &authority)?.0);
     }
     match format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&indices)?),
+        Format::Json => outln!("{}", text::json(&indices)?),
         Format::Text => {
             for index in indices.iter().filter(|index| index.serial > 0) {
-                println!("{} (serial {})", index.channel, index.serial);
+                outln!("{} (serial {})", index.channel, index.serial);
                 for e in &index.releases {
                     let commit = e.commit.as_deref().and_then(|c| c.get(..12)).unwrap_or("");
                     let yanked = e.yanked.as_ref();
                     let mark = yanked.map_or(String::new(), |y| format!("  YANKED: {}", y.reason));
-                    println!("  {} {}  {commit}{mark}", e.product, e.version);
+                    outln!("  {} {}  {commit}{mark}", e.product, e.version);
                 }
             }
             if indices.iter().all(|index| index.serial == 0) {
-                println!("no releases in {}", store.name());
+                outln!("no releases in {}", store.name());
             }
         }
     }
@@ -133,7 +137,14 @@ fn find(
     let wanted = if latest { None } else { Some(version(text)?) };
     let mut known = Vec::new();
     for channel in channels {
-        let (index, _) = load(store, channel, authority.keys())?;
+        // What development keys sign says nothing about a release product, not even that there is none.
+        if let Err(error) = authority.pins().may_speak_of(channel, &product) {
+            if which.channel.is_some() || latest {
+                return Err(error);
+            }
+            continue;
+        }
+        let (index, _) = load(store, channel, authority)?;
         let found = match &wanted {
             Some(version) => index.find(&product, version),
             None => index.of(&product).rev().find(|e| e.yanked.is_none()),
@@ -149,12 +160,12 @@ fn find(
 
 fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
     let store = store(&which.store)?;
-    let authority = Authority::open()?;
+    let authority = Authority::open(which.store.access.store_was_restored)?;
     let (channel, entry) = find(store.as_ref(), text, which, &authority)?;
     let manifest = manifest(store.as_ref(), &entry, authority.keys())?;
     if format == Format::Json && !notes {
         let value = json!({ "channel": channel, "entry": entry, "manifest": manifest });
-        println!("{}", serde_json::to_string_pretty(&value)?);
+        outln!("{}", text::json(&value)?);
         return Ok(());
     }
     let (_keep, dir) = scratch()?;
@@ -162,31 +173,31 @@ fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
     store.get(&manifest.notes.sha256, manifest.notes.size, &file, &|_| ())?;
     let written = std::fs::read_to_string(&file).context("reading the notes")?;
     if notes {
-        print!("{written}");
+        out!("{written}");
         return Ok(());
     }
-    println!("{} {} ({}), channel {channel}", manifest.product, manifest.version, manifest.kind);
+    outln!("{} {} ({}), channel {channel}", manifest.product, manifest.version, manifest.kind);
     if let Some(yanked) = &entry.yanked {
-        println!("  YANKED: {}", yanked.reason);
+        outln!("  YANKED: {}", yanked.reason);
     }
-    println!("  commit {}", manifest.commit.as_deref().unwrap_or("unknown"));
+    outln!("  commit {}", manifest.commit.as_deref().unwrap_or("unknown"));
     for board in &manifest.boards {
-        println!("  {} ({})", board.board, board.engine);
+        outln!("  {} ({})", board.board, board.engine);
         for object in &board.objects {
-            println!("    {:>9}  {}  {}", bytes(object.size), object.name, object.path());
+            outln!("    {:>9}  {}  {}", bytes(object.size), object.name, object.path());
         }
         for component in &board.components {
             let digest = component.digest.get(..12).unwrap_or_default();
-            println!("    {:<9}  {} ({digest})", component.name, component.version);
+            outln!("    {:<9}  {} ({digest})", component.name, component.version);
         }
     }
-    println!("\n{written}");
+    outln!("\n{written}");
     Ok(())
 }
 
 fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Result<()> {
     let store = store(&which.store)?;
-    let authority = Authority::open()?;
+    let authority = Authority::open(which.store.access.store_was_restored)?;
     let read = |text: &str| -> Result<Past> {
         let (_, entry) = find(store.as_ref(), text, which, &authority)?;
         Past::read(store.as_ref(), &entry, authority.keys())
@@ -207,11 +218,11 @@ fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Re
             "old": old.manifest.version, "new": new.manifest.version, "boards": changes,
             "images": inside,
         });
-        println!("{}", serde_json::to_string_pretty(&value)?);
+        outln!("{}", text::json(&value)?);
         return Ok(());
     }
-    let mut out = std::io::stdout().lock();
     use std::io::Write as _;
+    let mut out = Vec::new();
     writeln!(out, "{} -> {}", old.manifest.version, new.manifest.version)?;
     for (at, board) in changes.iter().enumerate() {
         writeln!(out, "{}", board.board)?;
@@ -229,6 +240,7 @@ fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Re
             None => versions("packages", &board.packages, &mut out)?,
         }
     }
+    out!("{}", String::from_utf8_lossy(&out));
     Ok(())
 }
 
@@ -281,7 +293,7 @@ fn unpack(packed: &Utf8Path, into: &Utf8Path) -> Result<()> {
 
 fn promote(text: &str, to: Channel, which: &Which) -> Result<()> {
     let store = store(&which.store)?;
-    let mut authority = Authority::open()?;
+    let mut authority = Authority::open(which.store.access.store_was_restored)?;
     let (from, entry) = find(store.as_ref(), text, which, &authority)?;
     if let Some(yanked) = &entry.yanked {
         bail!("{} {} was yanked: {}", entry.product, entry.version, yanked.reason);
@@ -291,14 +303,14 @@ fn promote(text: &str, to: Channel, which: &Which) -> Result<()> {
     let entry = Entry { added: now()?, ..entry };
     let new = put(store.as_ref(), to, &entry, Retention::default(), &mut authority)?;
     let word = if new { "is now also" } else { "was already" };
-    println!("{} {} of {from} {word} in {to}", entry.product, entry.version);
+    outln!("{} {} of {from} {word} in {to}", entry.product, entry.version);
     Ok(())
 }
 
 fn yank(text: &str, reason: &str, which: &Which) -> Result<()> {
     ensure!(!reason.trim().is_empty(), "the reason is empty\nhelp: say what is wrong with it");
     let store = store(&which.store)?;
-    let mut authority = Authority::open()?;
+    let mut authority = Authority::open(which.store.access.store_was_restored)?;
     let (_, entry) = find(store.as_ref(), text, which, &authority)?;
     let mark = Yanked { reason: reason.trim().to_owned(), at: now()? };
     let (product, version): (&str, &Version) = (&entry.product, &entry.version);
@@ -312,7 +324,7 @@ fn yank(text: &str, reason: &str, which: &Which) -> Result<()> {
             Ok(Some(next))
         };
         if change(store.as_ref(), channel, &mut authority, mark, |_, _| Ok(()))? {
-            println!("{product} {version} is yanked in {channel}");
+            outln!("{product} {version} is yanked in {channel}");
         }
     }
     Ok(())
@@ -336,8 +348,8 @@ fn check(options: &ReleaseCheck) -> Result<()> {
         }
     };
     match options.format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&comparison)?),
-        Format::Text => print!("{}", comparison.describe()),
+        Format::Json => outln!("{}", text::json(&comparison)?),
+        Format::Text => out!("{}", comparison.describe()),
     }
     let different = comparison.outputs.iter().filter(|output| !output.equal).count();
     ensure!(
@@ -349,17 +361,22 @@ fn check(options: &ReleaseCheck) -> Result<()> {
     Ok(())
 }
 
-fn collect(folder: Option<&Utf8Path>, dry_run: bool, format: Format) -> Result<()> {
+fn collect(
+    folder: Option<&Utf8Path>,
+    authority: &Authority,
+    dry_run: bool,
+    format: Format,
+) -> Result<()> {
     let store = match folder {
         Some(folder) => Directory::new(folder),
         None => local(&workspace_root()?),
     };
-    let removed = gc::collect(&store, &Authority::open()?, dry_run)?;
+    let removed = gc::collect(&store, authority, dry_run)?;
     match format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&removed)?),
+        Format::Json => outln!("{}", text::json(&removed)?),
         Format::Text => {
             let word = if dry_run { "would remove" } else { "removed" };
-            println!("{word} {} files, {}", removed.files.len(), bytes(removed.bytes));
+            outln!("{word} {} files, {}", removed.files.len(), bytes(removed.bytes));
         }
     }
     Ok(())

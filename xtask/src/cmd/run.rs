@@ -9,6 +9,7 @@ use crate::local::{self, Ready};
 use crate::progress::say;
 use crate::qemu::{Start, run_interactive};
 use crate::tools::{self, Purpose};
+use crate::{out, outln, text};
 use bundle::bootstate::{BootState, Slot};
 
 /// `cargo xtask run`.
@@ -35,8 +36,8 @@ fn here(options: &Run) -> Result<()> {
     let ready = local::run(&composed, &how, rights, listener, |ready| show(ready, options.format))?;
     let Some(code) = ready.exit else { return Ok(()) };
     match options.format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&ready)?),
-        Format::Text => print!("{}", ready.output.as_deref().unwrap_or_default()),
+        Format::Json => outln!("{}", text::json(&ready)?),
+        Format::Text => out!("{}", ready.output.as_deref().unwrap_or_default()),
     }
     if code != 0 {
         bail!("{} has ended with {code}", options.command.join(" "));
@@ -47,15 +48,15 @@ fn here(options: &Run) -> Result<()> {
 /// A system that is well, and runs on.
 fn show(ready: &Ready, format: Format) -> Result<()> {
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(ready)?);
+        outln!("{}", text::json(ready)?);
         return Ok(());
     }
     for answer in &ready.answers {
         say("well", format!("{} within it answers {}", answer.url, answer.status));
     }
-    println!(" ready    {}  ({:.0} s)", ready.address, ready.seconds);
-    println!(" data     {}  (--fresh begins with an empty one)", ready.data);
-    println!(" quit     Ctrl-C");
+    outln!(" ready    {}  ({:.0} s)", ready.address, ready.seconds);
+    outln!(" data     {}  (--fresh begins with an empty one)", ready.data);
+    outln!(" quit     Ctrl-C");
     Ok(())
 }
 

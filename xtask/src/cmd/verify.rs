@@ -12,6 +12,7 @@ use crate::disk::{bmap, read};
 use crate::keys::{Keys, directory};
 use crate::progress::bytes;
 use crate::update;
+use crate::{outln, text};
 
 /// `cargo xtask verify`. Exit status 0 means that every byte was checked and is right.
 ///
@@ -28,8 +29,8 @@ pub fn verify(options: &Verify) -> Result<()> {
         ),
     };
     match options.format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&result.0)?),
-        Format::Text => println!("{}", result.1),
+        Format::Json => outln!("{}", text::json(&result.0)?),
+        Format::Text => outln!("{}", result.1),
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ pub mod bmap;
 pub mod compress;
 mod copy;
 mod ext4_blocks;
+pub(crate) mod ext4_read;
 mod fat;
 pub mod layout;
 mod pages;

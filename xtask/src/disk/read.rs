@@ -21,6 +21,10 @@ use super::table::{PROTECTIVE, mbr_type};
 const LARGEST_FILE: u64 = 256 << 20;
 /// The deepest nesting of folders that is followed.
 const DEEPEST: usize = 16;
+/// The most files and folders of a FAT.
+const MOST_FILES: usize = 1 << 18;
+/// The most bytes of their paths together.
+const MOST_NAMES: usize = 64 << 20;
 
 /// The tables of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -229,7 +233,8 @@ fn from_entry(number: u32, partition: &Partition) -> FoundPartition {
 fn read_copy(file: &File, sector: u64) -> Result<(Header, BTreeMap<u32, Partition>)> {
     // `gpt` reads a header from sector 1 only.
     let offset = (sector - 1) * SECTOR;
-    let mut part = Part { file: file.try_clone()?, offset, size: 2 * SECTOR, position: 0 };
+    let (size, left) = (2 * SECTOR, 64 * SECTOR);
+    let mut part = Part { file: file.try_clone()?, offset, size, position: 0, left };
     let header = read_header_from_arbitrary_device(&mut part, LogicalBlockSize::Lb512)
         .map_err(|error| anyhow!("{error}"))?;
     ensure!(
@@ -240,7 +245,9 @@ fn read_copy(file: &File, sector: u64) -> Result<(Header, BTreeMap<u32, Partitio
     let (count, size) = (header.num_parts, header.part_size);
     // `gpt` takes other sizes for a bug of ours and stops the program.
     ensure!(size == 128 && count <= 1024, "{count} entries of {size} bytes are not believable");
-    let mut whole = Part { file: file.try_clone()?, offset: 0, size: u64::MAX, position: 0 };
+    // The entries have 128 KiB at most.
+    let (size, left) = (u64::MAX, 1 << 20);
+    let mut whole = Part { file: file.try_clone()?, offset: 0, size, position: 0, left };
     let partitions = file_read_partitions(&mut whole, &header, LogicalBlockSize::Lb512)
         .map_err(|error| anyhow!("its entries: {error}"))?;
     Ok((header, partitions))
@@ -356,14 +363,21 @@ struct Part {
     offset: u64,
     size: u64,
     position: u64,
+    /// How many bytes may still be read: a chain of clusters that runs in a circle has no other end.
+    left: u64,
 }
 
 impl Read for Part {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         let left = usize::try_from(self.size.saturating_sub(self.position)).unwrap_or(usize::MAX);
         let count = out.len().min(left);
-        let count = self.file.read_at(&mut out[..count], self.offset + self.position)?;
+        let at = self.offset.checked_add(self.position).ok_or(io::ErrorKind::InvalidInput)?;
+        let count = self.file.read_at(&mut out[..count], at)?;
         self.position += count as u64;
+        let Some(left) = self.left.checked_sub(count as u64) else {
+            return Err(io::Error::other("it is read in circles: a chain of clusters has no end"));
+        };
+        self.left = left;
         Ok(count)
     }
 }
@@ -393,7 +407,11 @@ impl Write for Part {
 
 fn open_fat(image: &Utf8Path, offset: u64, size: u64) -> Result<fatfs::FileSystem<Part>> {
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
-    let part = Part { file, offset, size, position: 0 };
+    // What the table claims may be more than there is.
+    let size = size.min(super::ext4_read::length(image, offset)?);
+    // The tables, each folder, and one file: each byte a few times at most.
+    let left = size.saturating_mul(4).saturating_add(LARGEST_FILE);
+    let part = Part { file, offset, size, position: 0, left };
     fatfs::FileSystem::new(part, fatfs::FsOptions::new())
         .with_context(|| format!("reading the FAT volume at {offset} of {image}"))
 }
@@ -405,7 +423,7 @@ fn open_fat(image: &Utf8Path, offset: u64, size: u64) -> Result<fatfs::FileSyste
 pub fn fat(image: &Utf8Path, offset: u64, size: u64) -> Result<FatListing> {
     let volume = open_fat(image, offset, size)?;
     let mut entries = Vec::new();
-    list(&volume.root_dir(), "", &mut entries, 0)
+    list(&volume.root_dir(), "", &mut entries, &mut 0, 0)
         .with_context(|| format!("listing the FAT volume at {offset} of {image}"))?;
     entries.sort_by(|a, b| a.path.cmp(&b.path));
     let stats = volume.stats().with_context(|| format!("reading {image}"))?;
@@ -426,6 +444,7 @@ fn list(
     folder: &fatfs::Dir<'_, Part>,
     path: &str,
     entries: &mut Vec<FatEntry>,
+    names: &mut usize,
     depth: usize,
 ) -> Result<()> {
     ensure!(depth <= DEEPEST, "folders are nested deeper than {DEEPEST}: {path}");
@@ -436,10 +455,14 @@ fn list(
             continue;
         }
         let path = if path.is_empty() { name } else { format!("{path}/{name}") };
-        ensure!(entries.len() < 1 << 20, "it lists more than a million files");
+        *names += path.len();
+        ensure!(
+            entries.len() < MOST_FILES && *names <= MOST_NAMES,
+            "it lists more than {MOST_FILES} files, or more than {MOST_NAMES} bytes of names"
+        );
         entries.push(FatEntry { path: path.clone(), size: entry.len(), folder: entry.is_dir() });
         if entry.is_dir() {
-            list(&entry.to_dir(), &path, entries, depth + 1)?;
+            list(&entry.to_dir(), &path, entries, names, depth + 1)?;
         }
     }
     Ok(())

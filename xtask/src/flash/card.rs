@@ -11,6 +11,7 @@ use rustix::fs::{Advice, FallocateFlags, FlockOperation, OFlags, fadvise, falloc
 use rustix::io::Errno;
 
 use super::device::{self, Device};
+use super::identity::{Identity, KERNEL};
 use crate::exec::Tool;
 
 /// Alignment in memory that direct access to any device is content with.
@@ -131,6 +132,17 @@ impl Disk {
             "{}: it is another device than a moment ago\nhelp: look again with --list",
             doing()
         );
+        // Only now: what was opened is held, so that it is compared with what was shown.
+        let identity = match &numbers {
+            Some(numbers) => Identity::of_device(Utf8Path::new(KERNEL), numbers),
+            None => Identity::of_file(&metadata),
+        };
+        if let Some(difference) = device.identity.difference(&identity) {
+            bail!(
+                "{}: another medium is there than a moment ago: {difference}\nhelp: look again with --list",
+                doing()
+            );
+        }
         if !block && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             bail!("{}: another program writes to it\nhelp: wait for that program", doing());
         }

@@ -1,11 +1,13 @@
 //! Which devices there are, and why one may not be written: from `lsblk`, never from a guess.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
 
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
+use super::identity::{Identity, KERNEL};
 use crate::disk::layout::BLOCK;
 use crate::disk::{TableKind, read};
 use crate::exec::Tool;
@@ -87,6 +89,9 @@ pub struct Device {
     /// Major and minor number; none for a file.
     #[serde(skip)]
     pub numbers: Option<String>,
+    /// Which medium it is.
+    #[serde(skip)]
+    pub identity: Identity,
     /// Bytes.
     pub size: u64,
     /// Maker and model, as far as the device tells.
@@ -302,6 +307,7 @@ fn device(listed: &Listed, soldered: &impl Fn(&str) -> bool) -> Device {
         path: listed.path.clone(),
         kind: listed.kind.clone(),
         numbers: Some(listed.numbers.trim().to_owned()),
+        identity: Identity::default(),
         size: whole(listed.size.unwrap_or(0)),
         model: model.trim().to_owned(),
         bus,
@@ -346,6 +352,35 @@ fn content(listed: &Listed) -> String {
 /// # Errors
 /// When `lsblk` is missing, fails, or is too old.
 pub fn all() -> Result<Vec<Device>> {
+    // Which media there are is looked up before anything else about them, so that what is shown of a later one
+    // never goes with its identity. A card that was just put in is noticed when it is first opened: once more.
+    const LOOKS: u32 = 3;
+    let mut before = identities();
+    let mut devices = listed()?;
+    for _ in 1..LOOKS {
+        let after = identities();
+        if before == after {
+            break;
+        }
+        before = after;
+        devices = listed()?;
+    }
+    for device in &mut devices {
+        let numbers = device.numbers.as_deref().unwrap_or_default();
+        device.identity = before.get(numbers).cloned().unwrap_or_default();
+    }
+    Ok(devices)
+}
+
+/// The media that the kernel knows, by their devices' numbers.
+fn identities() -> BTreeMap<String, Identity> {
+    let kernel = Utf8Path::new(KERNEL);
+    let entries = kernel.read_dir_utf8().into_iter().flatten().flatten();
+    let of = |numbers: &str| (numbers.to_owned(), Identity::of_device(kernel, numbers));
+    entries.map(|entry| of(entry.file_name())).collect()
+}
+
+fn listed() -> Result<Vec<Device>> {
     let json = Tool::new("lsblk")
         .env("LC_ALL", "C")
         .args(["--json", "--bytes", "--all", "--output", COLUMNS])
@@ -422,6 +457,7 @@ pub fn find(typed: &Utf8Path) -> Result<Device> {
         name: path.file_name().unwrap_or_default().to_owned(),
         kind: "file".to_owned(),
         numbers: None,
+        identity: Identity::of_file(&metadata),
         size: whole(metadata.len()),
         model: "plain file".to_owned(),
         bus: "file".to_owned(),

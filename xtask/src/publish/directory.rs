@@ -229,6 +229,22 @@ impl Files for Directory {
 }
 
 impl Store for Directory {
+    fn identity(&self) -> Result<String> {
+        let doing = || format!("looking up the full path of {}", self.root);
+        if self.root.exists() {
+            return Ok(self.root.canonicalize_utf8().with_context(doing)?.into_string());
+        }
+        // The path that it will have: the folder above is there, or some folder above that one.
+        let full = camino::absolute_utf8(&self.root).with_context(doing)?;
+        let there = full.ancestors().find(|path| path.exists()).context("the root is there")?;
+        let rest = full.strip_prefix(there).with_context(doing)?;
+        Ok(there.canonicalize_utf8().with_context(doing)?.join(rest).into_string())
+    }
+
+    fn exists(&self) -> bool {
+        self.root.exists()
+    }
+
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
         let visible = self.read(&channel.path())?;
         let seen = visible.as_deref().map(Index::serial_of).transpose();

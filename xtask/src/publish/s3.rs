@@ -280,6 +280,11 @@ impl Files for Bucket {
 }
 
 impl Store for Bucket {
+    fn identity(&self) -> Result<String> {
+        // Services may have buckets of the same name.
+        Ok(format!("{} at {}", self.client.name, self.bucket.base_url()))
+    }
+
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
         let path = channel.path();
         match self.get_small(&path)? {

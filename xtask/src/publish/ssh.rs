@@ -309,6 +309,11 @@ impl Files for Host {
 }
 
 impl Store for Host {
+    fn identity(&self) -> Result<String> {
+        let port = self.port.map_or(String::new(), |port| format!(" port {port}"));
+        Ok(format!("ssh {}:{}{port}", self.destination, self.path))
+    }
+
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
         let visible = self.read(&channel.path())?;
         let seen = visible.as_deref().map(Index::serial_of).transpose()?;

@@ -65,9 +65,12 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
         authority.keys(),
         request.allow_changes,
     )?;
+    // Before all the work: what the channel does not take is refused in the end anyway.
+    authority.pins().fits(request.channel, &collected.product, collected.kind)?;
+    authority.begin(&store)?;
     let mut channels = BTreeMap::new();
     for channel in Channel::ALL {
-        channels.insert(channel, load(&store, channel, authority.keys())?.0);
+        channels.insert(channel, load(&store, channel, authority)?.0);
     }
     if let Some(created) = existing(&store, &channels, &collected, request.channel, authority)? {
         return Ok(created);

@@ -6,6 +6,7 @@ use bundle::keys::Purpose;
 use bundle::{KeySet, Kind, SignedBy, Version};
 use serde::{Deserialize, Serialize};
 
+use super::pins::Pins;
 use crate::artifact::hash_bytes;
 use crate::keys::Signer;
 
@@ -244,12 +245,13 @@ impl Index {
         Self { format: FORMAT, channel, serial: 0, releases: Vec::new(), retired: Vec::new() }
     }
 
-    /// Opens a channel's file: signature first, then every rule.
+    /// Opens a channel's file: signature first, then every rule. Which kind of key must have signed it is
+    /// pinned, so that an index that lists nothing, or lies about what it lists, needs the same key.
     ///
     /// # Errors
-    /// When no trusted key has signed it, a development key has signed for a release product, it is
-    /// another channel's, or a name or path in it is not a safe one.
-    pub fn open(channel: Channel, file: &[u8], keys: &KeySet) -> Result<Self> {
+    /// When no trusted key of the channel's kind has signed it, a product is not of the kind that is pinned
+    /// for it, it is another channel's, or a name or path in it is not a safe one.
+    pub fn open(channel: Channel, file: &[u8], keys: &KeySet, pins: &Pins) -> Result<Self> {
         let read = || -> Result<Self> {
             let envelope: Envelope =
                 serde_json::from_slice(file).context("it is no channel's file")?;
@@ -261,13 +263,14 @@ impl Index {
                 envelope.signature.as_bytes(),
                 text,
             )?;
-            let index: Self = serde_json::from_slice(text).context("reading the index in it")?;
-            index.check(channel)?;
             ensure!(
-                index.kind() == Kind::Development || signer.kind == Kind::Release,
-                "it lists a release product, and is signed by the development key {}",
+                pins.channel(channel) == Kind::Development || signer.kind == Kind::Release,
+                "release keys sign the channel {channel}, and it is signed by the development key {}",
                 signer.id
             );
+            let index: Self = serde_json::from_slice(text).context("reading the index in it")?;
+            index.check(channel)?;
+            pins.check(&index)?;
             Ok(index)
         };
         read().with_context(|| format!("reading {}", channel.path()))
@@ -306,26 +309,12 @@ impl Index {
     /// Signs the index: the bytes of the channel's file.
     ///
     /// # Errors
-    /// When a development key would sign for a release product.
+    /// When it has no JSON form.
     pub fn sign(&self, signer: &Signer) -> Result<Vec<u8>> {
-        ensure!(
-            self.kind() == Kind::Development || signer.key().kind == Kind::Release,
-            "signing the channel {}: it lists a release product, and {} is a development key",
-            self.channel,
-            signer.key().id
-        );
         let index = pretty(self)?;
         let comment = format!("slipway channel {} {}", self.channel, self.serial);
         let signature = signer.sign(index.as_bytes(), &comment).text;
         Ok(pretty(&Envelope { index, signature })?.into_bytes())
-    }
-
-    /// The kind of key that must sign: a release key as soon as one product is of that kind.
-    pub fn kind(&self) -> Kind {
-        match self.releases.iter().any(|entry| entry.kind == Kind::Release) {
-            true => Kind::Release,
-            false => Kind::Development,
-        }
     }
 
     /// The releases of a product, oldest first.

@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8PathBuf;
 use serde::Serialize;
 
-use super::format::{Channel, File, Index, Manifest};
+use super::format::{Channel, File, Index, Manifest, Retired};
 use super::index::GRACE;
 use crate::publish::directory::{Directory, UNFINISHED};
-use crate::publish::{Authority, Files, load};
+use crate::publish::{Authority, Files, Store, load, manifest};
 
 /// What was, or would be, removed.
 #[derive(Debug, Default, Serialize)]
@@ -26,16 +26,59 @@ pub struct Removed {
 /// Removes unreferenced objects and manifests and what interrupted publishers left, if they are older
 /// than a day: a younger one may belong to a release that is just being published.
 ///
+/// What is kept is known from the indexes alone. So each must be verified, of the pinned kind, and one that
+/// this machine has seen before, or a later one: else the word of an older index would delete newer releases.
+///
 /// # Errors
-/// When an index or a manifest cannot be read: nothing is removed then.
+/// When an index or a manifest cannot be read, an index is older, or this machine has never seen it: nothing
+/// is removed then.
 pub fn collect(store: &Directory, authority: &Authority, dry_run: bool) -> Result<Removed> {
     let mut kept = BTreeSet::new();
+    let (mut known, mut new) = (0, Vec::new());
     for channel in Channel::ALL {
-        let (Index { releases, retired, .. }, _) = load(store, channel, authority.keys())?;
-        let files = releases.into_iter().map(|e| e.manifest);
-        for file in files.chain(retired.into_iter().map(|r| r.manifest)) {
-            references(store, &file, authority, &mut kept)?;
+        let seen = authority.memory().of(store, channel)?;
+        let (Index { serial, releases, retired, .. }, _) = load(store, channel, authority)?;
+        match seen {
+            Some(_) => known += 1,
+            None if serial > 0 => new.push(format!("{channel} (serial {serial})")),
+            None => {}
         }
+        for entry in &releases {
+            references(&entry.manifest, &manifest(store, entry, authority.keys())?, &mut kept);
+        }
+        for Retired { product, version, manifest: file, .. } in &retired {
+            let read = |path: &str| -> Result<Vec<u8>> {
+                store.read(path)?.with_context(|| format!("{} lacks {path}", store.root()))
+            };
+            let (text, signature) = (read(&file.path)?, read(&file.signature())?);
+            let manifest = Manifest::open(file, &text, &signature, authority.keys())?;
+            ensure!(
+                (&manifest.product, &manifest.version) == (product, version),
+                "{}: it is {} {}, and {channel} lists it as {product} {version}",
+                file.path,
+                manifest.product,
+                manifest.version
+            );
+            references(file, &manifest, &mut kept);
+        }
+    }
+    if !dry_run && store.exists() && !authority.memory().restored() {
+        let help = "help: look at `release list` and `release gc --dry-run`";
+        if !new.is_empty() {
+            bail!(
+                "nothing is removed from {}: this machine had not seen {} before, and an older index \
+                 would delete newer releases. It is remembered now\n\
+                 {help}; if all is there, call this again",
+                store.root(),
+                new.join(", ")
+            );
+        }
+        ensure!(
+            known > 0,
+            "nothing is removed from {}: it has no index, and this machine has never seen one of it\n\
+             {help}; remove the folder by hand if it is not wanted",
+            store.root()
+        );
     }
     let mut removed = Removed::default();
     for top in ["objects", "releases", "channels"] {
@@ -72,19 +115,8 @@ pub fn collect(store: &Directory, authority: &Authority, dry_run: bool) -> Resul
     Ok(removed)
 }
 
-fn references(
-    store: &Directory,
-    file: &File,
-    authority: &Authority,
-    kept: &mut BTreeSet<String>,
-) -> Result<()> {
-    let read = |path: &str| -> Result<Vec<u8>> {
-        store.read(path)?.with_context(|| format!("{} lacks {path}", store.root()))
-    };
-    let (text, signature) = (read(&file.path)?, read(&file.signature())?);
-    let manifest = Manifest::open(file, &text, &signature, authority.keys())?;
+fn references(file: &File, manifest: &Manifest, kept: &mut BTreeSet<String>) {
     kept.insert(file.path.clone());
     kept.insert(file.signature());
     kept.extend(manifest.objects().map(super::format::Object::path));
-    Ok(())
 }

@@ -107,8 +107,8 @@ fn newest_notes(root: &Utf8Path, product: &str) -> Result<String> {
     if store.read(&Channel::Nightly.path())?.is_none() {
         return Ok(String::new());
     }
-    let authority = Authority::open()?;
-    let (index, _) = load(&store, Channel::Nightly, authority.keys())?;
+    let authority = Authority::open(false)?;
+    let (index, _) = load(&store, Channel::Nightly, &authority)?;
     let Some(entry) = index.of(product).next_back() else { return Ok(String::new()) };
     let manifest = manifest(&store, entry, authority.keys())?;
     let (_keep, dir) = scratch()?;

@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::release::format::Component;
 pub use html::render_html;
-pub(crate) use terminal::printable;
 pub use terminal::{Style, render_terminal};
 
 /// The version of the JSON form. It rises when a field changes its meaning or goes away; a new

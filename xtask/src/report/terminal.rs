@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal, Write};
 
 use super::{Output, Report, StartedIn, count, time};
 use crate::progress::bytes;
+use crate::text::printable;
 
 /// The width of the first column; the same as that of the lines shown during a build.
 const NAME_COLUMN: usize = 8;
@@ -220,9 +221,4 @@ fn detail(report: &Report, output: &Output) -> String {
 /// no more than an alignment that is off by one.
 fn width(text: &str) -> usize {
     text.chars().count()
-}
-
-/// The text without control characters, which could change the terminal's state.
-pub(crate) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }

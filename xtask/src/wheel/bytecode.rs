@@ -162,15 +162,7 @@ fn run(
         .args(["-S", "-s", "-W", "ignore", "-X", "utf8", "-c", DRIVER])
         .args([dir.as_str(), "/", &cores.to_string()])
         .current_dir(dir);
-    for (key, _) in std::env::vars_os() {
-        // What a developer set for another Python, linker or emulator must not reach this one.
-        if let Some(key) = key
-            .to_str()
-            .filter(|key| ["PYTHON", "LD_", "QEMU_"].iter().any(|prefix| key.starts_with(prefix)))
-        {
-            tool = tool.env_remove(key);
-        }
-    }
+    // What a developer set for another Python, linker or emulator does not reach this one (`exec`).
     tool = tool.env("PYTHONHASHSEED", "0").env("PYTHONDONTWRITEBYTECODE", "1").env("LC_ALL", "C");
     if let Some(log) = log {
         tool = tool.log(log);

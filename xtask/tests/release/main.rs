@@ -7,3 +7,4 @@ mod remote;
 mod shared;
 mod stores;
 mod support;
+mod trust;

@@ -66,10 +66,13 @@ fn nothing_is_sent_twice_and_a_damaged_object_is_sent_again() {
     let bench = Bench::new();
     let local = bench.store("local");
     bench.release(&local, "robot", "1.0.0");
-    let publish = || -> serde_json::Value {
-        let text = bench.good(&["publish", "target", "--from", "local", "--format", "json"]);
+    let call = |more: &[&str]| -> serde_json::Value {
+        let words = ["publish", "target", "--from", "local", "--format", "json"];
+        let text = bench.good(&[&words[..], more].concat());
         serde_json::from_str::<serde_json::Value>(&text).unwrap()[0].clone()
     };
+    let publish = || call(&[]);
+    let restored = || call(&["--store-was-restored"]);
     let first = publish();
     assert_eq!(first["sent"], OBJECTS + 1, "{first}");
     assert_eq!(publish()["changed"], false);
@@ -81,7 +84,13 @@ fn nothing_is_sent_twice_and_a_damaged_object_is_sent_again() {
     let mut content = fs::read(&object).unwrap();
     content[0] ^= 1;
     fs::write(&object, content).unwrap();
-    let again = publish();
+    // A channel that has vanished is an older one; this time we did it.
+    let message = bench.refused(&["publish", "target", "--from", "local"]);
+    assert!(
+        message.contains("the serial 0 (there is none), and this machine has seen 1"),
+        "{message}"
+    );
+    let again = restored();
     assert_eq!((&again["sent"], &again["kept"]), (&1.into(), &OBJECTS.into()), "{again}");
     assert_eq!(Reader::of_folder(bench.keys(), bench.dir.join("target")).read().len(), 1);
     // Damage on our side must not get out.
@@ -145,9 +154,6 @@ fn retention_keeps_the_newest_and_what_nothing_refers_to_goes_a_day_later() {
 fn a_yanked_release_is_marked_everywhere_and_versions_only_grow() {
     let bench = Bench::new();
     let local = bench.store("dist/releases");
-    for folder in ["configs", "board"] {
-        fs::create_dir_all(bench.dir.join(folder)).unwrap();
-    }
     bench.release(&local, "robot", "1.0.0");
     bench.release(&local, "robot", "1.1.0");
     let robot = ["--product", "robot"];
@@ -171,6 +177,10 @@ fn a_yanked_release_is_marked_everywhere_and_versions_only_grow() {
     assert_eq!(list.matches("YANKED: it hums").count(), 2, "{list}");
     let shown = run(&["release", "show", "latest", "--store", "target"]);
     assert!(shown.starts_with("robot 1.0.0 (development), channel nightly"), "{shown}");
+    let notes = run(&["release", "show", "latest", "--store", "target", "--notes"]);
+    for said in [shown, notes] {
+        assert!(said.contains("\\u{1b}]0;owned\\u{7}") && !said.contains('\u{1b}'), "{said:?}");
+    }
     let message = refused(&["release", "promote", "1.1.0", "--to", "beta"]);
     assert!(message.contains("was yanked: it hums"), "{message}");
     // What was built goes; what was released stays.
@@ -194,9 +204,11 @@ fn an_index_that_nobody_trusted_has_signed_is_refused() {
     let path = bench.dir.join("local/channels/nightly.json");
     let text = fs::read_to_string(&path).unwrap();
     let forged = text.replace("1.0.0", "1.0.9");
-    let error = Index::open(Channel::Nightly, forged.as_bytes(), &bench.keys()).unwrap_err();
+    let error =
+        Index::open(Channel::Nightly, forged.as_bytes(), &bench.keys(), &bench.pins()).unwrap_err();
     assert!(format!("{error:#}").contains("signature"), "{error:#}");
-    let other = Index::open(Channel::Beta, text.as_bytes(), &bench.keys()).unwrap_err();
+    let other =
+        Index::open(Channel::Beta, text.as_bytes(), &bench.keys(), &bench.pins()).unwrap_err();
     assert!(format!("{other:#}").contains("the index of the channel nightly"), "{other:#}");
 }
 

@@ -142,7 +142,7 @@ pub fn install(
     let may_mount = can_mount();
     let mut tool = match is_root && may_mount {
         // Killed, it leaves nothing mounted: its mounts are nobody else's.
-        true => Tool::new("unshare").args(["--mount", "--", "mmdebstrap"]),
+        true => Tool::new("unshare").with_network().args(["--mount", "--", "mmdebstrap"]),
         false => Tool::new("mmdebstrap"),
     };
     tool = tool

@@ -1,0 +1,154 @@
+//! What another program gets of our environment: what it is known to need, by name. Passwords of signing keys,
+//! keys of object stores and tokens of registries are among the rest, whatever they are called.
+
+use std::ffi::OsString;
+
+/// Every program: where things are, and in which language and time zone it speaks.
+const EVERYBODY: &[&str] = &[
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM",
+    "COLUMNS", "NO_COLOR", "TMPDIR",
+];
+/// Programs that fetch: proxies and certificates.
+const NETWORK: &[&str] = &[
+    "http_proxy",
+    "https_proxy",
+    "ftp_proxy",
+    "all_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "FTP_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "CURL_CA_BUNDLE",
+    "REQUESTS_CA_BUNDLE",
+];
+/// ssh(1): the agent, and how it asks for a password.
+const SSH: &[&str] = &[
+    "SSH_AUTH_SOCK",
+    "SSH_ASKPASS",
+    "SSH_ASKPASS_REQUIRE",
+    "DISPLAY",
+    "WAYLAND_DISPLAY",
+    "XAUTHORITY",
+];
+/// git(1), but for what names another repository than the one it is called for.
+const GIT: &[&str] = &[
+    "XDG_CONFIG_HOME",
+    "GIT_SSH",
+    "GIT_SSH_COMMAND",
+    "GIT_SSL_CAINFO",
+    "GIT_SSL_CAPATH",
+    "GIT_CONFIG_*",
+];
+/// Python and its pip, which is set up by its user: where wheels come from is not ours to say.
+const PYTHON: &[&str] = &[
+    "XDG_CONFIG_HOME",
+    "XDG_CACHE_HOME",
+    "PIP_*",
+    "NETRC",
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "PYTHONUSERBASE",
+    "PYTHONNOUSERSITE",
+];
+/// Cargo, rustc, and the C compiler that build scripts call (the crates `cc` and `pkg-config`).
+const CARGO: &[&str] = &[
+    "CARGO",
+    "CARGO_*",
+    "RUSTUP_*",
+    "RUSTC",
+    "RUSTC_*",
+    "RUSTFLAGS",
+    "RUSTDOCFLAGS",
+    "RUST_*",
+    "CC",
+    "CC_*",
+    "CXX",
+    "CXX_*",
+    "AR",
+    "AR_*",
+    "CFLAGS",
+    "CFLAGS_*",
+    "CXXFLAGS",
+    "CXXFLAGS_*",
+    "LDFLAGS",
+    "PKG_CONFIG*",
+    "CCACHE_DIR",
+    "SCCACHE_DIR",
+];
+/// apt(8).
+const APT: &[&str] = &["APT_CONFIG", "DEBIAN_FRONTEND"];
+/// This program itself, which starts all of the above.
+const OWN: &[&str] = &["SLIPWAY_*", "XDG_*", "CCACHE_*", "SOURCE_DATE_EPOCH", "BR2_*"];
+
+/// What a name must not have in it where only the beginning is known: a private registry's token is cargo's
+/// business, but every build script would read it.
+const SECRETS: [&str; 5] = ["TOKEN", "SECRET", "PASSWORD", "PASSPHRASE", "AUTHORIZATION"];
+
+/// The groups of variables for a program, by its file's name.
+fn groups(program: &str) -> &'static [&'static [&'static str]] {
+    match program.rsplit('/').next().unwrap_or(program) {
+        "ssh" | "sftp" => &[SSH],
+        "git" => &[NETWORK, SSH, GIT],
+        "python3" => &[NETWORK, PYTHON],
+        "cargo" | "rustc" => &[NETWORK, CARGO],
+        "apt-get" | "apt-config" | "apt-cache" | "mmdebstrap" | "sudo" => &[NETWORK, APT],
+        "xtask" => &[NETWORK, SSH, GIT, PYTHON, CARGO, APT, OWN],
+        _ => &[],
+    }
+}
+
+/// A pattern is a name, or the beginning of names and a `*`.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(start) => name.starts_with(start) && !SECRETS.iter().any(|word| name.contains(word)),
+        None => name == pattern,
+    }
+}
+
+/// Our variables that this program gets. This program itself also gets the signing keys' password, which it
+/// would otherwise have to ask for once more.
+pub(super) fn of(program: &str) -> Vec<(String, OsString)> {
+    let own = program.rsplit('/').next() == Some("xtask");
+    let groups = groups(program);
+    let given = |name: &str| {
+        EVERYBODY.iter().chain(groups.iter().copied().flatten()).any(|p| matches(p, name))
+            || (own && name == crate::keys::PASSWORD_VARIABLE)
+    };
+    variables(given)
+}
+
+/// Our variables whose names a test of the workspace may need: all that this program gets, but no password.
+pub(super) fn of_tests() -> Vec<(String, OsString)> {
+    let groups = groups("xtask");
+    variables(|name| groups.iter().copied().flatten().any(|pattern| matches(pattern, name)))
+}
+
+/// Our variables that fetching needs, for programs that start one that fetches.
+pub(super) fn of_network() -> Vec<(String, OsString)> {
+    variables(|name| NETWORK.contains(&name))
+}
+
+fn variables(given: impl Fn(&str) -> bool) -> Vec<(String, OsString)> {
+    let all =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+    all.filter(|(name, _)| given(name)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn beginnings_do_not_let_secrets_through() {
+        assert!(matches("LC_*", "LC_ALL") && !matches("LC_*", "LCX"));
+        assert!(matches("CARGO_*", "CARGO_HOME") && !matches("PATH", "PATHS"));
+        for name in ["CARGO_REGISTRY_TOKEN", "CARGO_REGISTRIES_OURS_TOKEN", "CARGO_X_SECRET_KEY"] {
+            assert!(!matches("CARGO_*", name), "{name}");
+        }
+        assert!(!matches("SLIPWAY_*", crate::keys::PASSWORD_VARIABLE));
+    }
+}

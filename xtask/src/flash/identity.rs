@@ -1,0 +1,103 @@
+//! Which medium it is. A path, numbers and a size are also those of the next card in the same reader: the kernel
+//! counts media, and cards have numbers of their own.
+
+use std::os::unix::fs::MetadataExt;
+
+use camino::Utf8Path;
+
+/// Where the kernel describes block devices by their numbers.
+pub const KERNEL: &str = "/sys/dev/block";
+
+/// Below a device's folder there: what its maker wrote into it. An SD card's register (Linux:
+/// Documentation/driver-api/mmc/mmc-dev-attrs.rst), serial numbers of virtio and NVMe disks, and the identifiers
+/// of NVMe namespaces and of SCSI and USB disks.
+const SERIALS: [&str; 5] = ["device/cid", "serial", "device/serial", "wwid", "device/wwid"];
+
+/// The most bytes of such a number that are compared; an SD card's has 32.
+const MOST: usize = 4096;
+
+/// What one medium has and the next one has not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The kernel's count of media: another one with each that is attached or put in (`diskseq`, Linux 5.15).
+    pub sequence: Option<u64>,
+    /// Numbers by the places where they were found.
+    pub serials: Vec<(String, String)>,
+}
+
+impl Identity {
+    /// The medium in the block device of these numbers, in a folder like [`KERNEL`].
+    pub fn of_device(kernel: &Utf8Path, numbers: &str) -> Self {
+        let folder = kernel.join(numbers);
+        let read = |name: &str| {
+            let bytes = std::fs::read(folder.join(name)).ok()?;
+            let text =
+                String::from_utf8_lossy(bytes.get(..MOST).unwrap_or(&bytes)).trim().to_owned();
+            (!text.is_empty()).then_some(text)
+        };
+        let sequence = read("diskseq").and_then(|text| text.parse().ok());
+        let found = |name: &&str| Some(((*name).to_owned(), read(name)?));
+        Self { sequence, serials: SERIALS.iter().filter_map(found).collect() }
+    }
+
+    /// A plain file.
+    pub fn of_file(metadata: &std::fs::Metadata) -> Self {
+        let number = format!("{}:{}", metadata.dev(), metadata.ino());
+        Self { sequence: None, serials: vec![("inode".to_owned(), number)] }
+    }
+
+    /// What is different about another one, for people; `None`: it is the same.
+    pub fn difference(&self, now: &Self) -> Option<String> {
+        let sequence =
+            |of: &Self| of.sequence.map_or("none".to_owned(), |number| number.to_string());
+        if self.sequence != now.sequence {
+            return Some(format!(
+                "the kernel counts it as medium {} (diskseq), and what was shown was {}",
+                sequence(now),
+                sequence(self)
+            ));
+        }
+        if self.serials != now.serials {
+            let show = |of: &Self| {
+                let numbers: Vec<String> =
+                    of.serials.iter().map(|(name, number)| format!("{name} {number}")).collect();
+                if numbers.is_empty() { "no number".to_owned() } else { numbers.join(", ") }
+            };
+            return Some(format!("it has {}, and what was shown had {}", show(now), show(self)));
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_card_of_the_same_size_in_the_same_reader_is_another_one() {
+        let keep = tempfile::tempdir().expect("a folder");
+        let kernel = Utf8Path::from_path(keep.path()).expect("UTF-8");
+        let write = |name: &str, text: &str| {
+            let path = kernel.join("179:0").join(name);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+            std::fs::write(path, text).expect("written");
+        };
+        let look = || Identity::of_device(kernel, "179:0");
+        // An old kernel and a reader that tells nothing: nothing to compare.
+        assert_eq!(look(), Identity::default());
+        write("diskseq", "9\n");
+        write("device/cid", "035344534c3136478012345678015a00\n");
+        let shown = look();
+        assert_eq!((shown.sequence, shown.serials.len()), (Some(9), 1));
+        assert_eq!(shown.difference(&look()), None);
+        write("diskseq", "10\n");
+        let said = shown.difference(&look()).expect("it was put in anew");
+        assert!(said.contains("medium 10 (diskseq), and what was shown was 9"), "{said}");
+        write("diskseq", "9\n");
+        write("device/cid", "035344534c3136478099999999015a00\n");
+        let said = shown.difference(&look()).expect("another card");
+        assert!(said.contains("cid 035344534c3136478099999999015a00, and"), "{said}");
+        std::fs::remove_file(kernel.join("179:0/device/cid")).expect("removed");
+        assert!(shown.difference(&look()).is_some_and(|said| said.contains("it has no number")));
+    }
+}
