@@ -9,6 +9,7 @@ mod buffer;
 pub mod builtin;
 pub mod data;
 pub mod device;
+pub mod door;
 pub mod durable;
 pub mod events;
 pub mod files;
