@@ -12,12 +12,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
+use crate::source::{Limits, Pace};
 
 /// The account whose sessions may do nothing else. It is the product's (`[[users]]`), its keys are on `data`.
 pub const USER: &str = "update";
@@ -28,7 +29,7 @@ pub const SOCKET: &str = "run/slipway/update.sock";
 /// The most bytes of a request. The longest there is has not 60.
 const LONGEST: usize = 256;
 
-/// How long a request may take; the bundle behind it has no such bound, sshd ends connections that are gone.
+/// How long a request may take, to its last byte; the bundle behind it and the answer must keep their [`Pace`].
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The most bytes of a frame; a pipe gives no more at once.
@@ -142,7 +143,7 @@ fn not_offered(what: &str) -> Refusal {
 /// The client: asks for what was typed, passes standard input on, and answers as the agent did. Returns the exit code.
 ///
 /// # Errors
-/// `not-offered`; `io`: nobody answers, or something else.
+/// `not-offered`; `busy`: the door closes without an answer; `io`: there is none, or something else.
 pub fn ask(root: &Root, line: &str) -> Result<u8> {
     let request = Request::typed(line)?;
     let path = root.path(SOCKET);
@@ -150,7 +151,8 @@ pub fn ask(root: &Root, line: &str) -> Result<u8> {
     let mut stream = UnixStream::connect(&path).map_err(failed)?;
     let mut text = serde_json::to_vec(&request).map_err(|error| failed(error.into()))?;
     text.push(b'\n');
-    stream.write_all(&text).map_err(failed)?;
+    // It may have refused already, and is gone: its answer says why.
+    drop(stream.write_all(&text));
     let upload = stream.try_clone().map_err(failed)?;
     let streams = request.streams();
     // It ends with this process: a server that has answered reads no more.
@@ -162,7 +164,14 @@ pub fn ask(root: &Root, line: &str) -> Result<u8> {
         }
         drop(upload.shutdown(std::net::Shutdown::Write));
     });
-    answer(&mut stream).map_err(failed)
+    answer(&mut stream).map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Refusal::new(
+            "busy",
+            format!("the agent has ended the session: {USER} has too many, or the robot restarts"),
+            "end the others, or wait; as root, `journalctl -u slipway-update.socket` shows why",
+        ),
+        _ => failed(error),
+    })
 }
 
 /// Passes frames on until the last one, which is the exit code.
@@ -201,33 +210,71 @@ impl Kind {
     }
 }
 
-fn frame(stream: &Mutex<UnixStream>, kind: Kind, bytes: &[u8]) -> io::Result<()> {
-    let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-    let mut whole = vec![kind as u8];
-    whole.extend_from_slice(&length.to_be_bytes());
-    whole.extend_from_slice(bytes);
-    stream.lock().unwrap_or_else(PoisonError::into_inner).write_all(&whole)
+/// The way back to the client. One who does not read what the agent says must not hold it up, and with it the agent's
+/// lock: he keeps the pace of a bundle's sender, or is told nothing more.
+struct Answers {
+    stream: UnixStream,
+    pace: Pace,
+    gone: bool,
 }
 
-/// The server: serves the one connection that is standard input, as systemd passes it (`Accept=yes`).
+impl Answers {
+    fn new(stream: UnixStream, limits: Limits) -> Self {
+        Self { stream, pace: Pace::new(limits), gone: false }
+    }
+
+    fn frame(&mut self, kind: Kind, bytes: &[u8]) {
+        let Ok(length) = u32::try_from(bytes.len()) else { return };
+        let mut whole = vec![kind as u8];
+        whole.extend_from_slice(&length.to_be_bytes());
+        whole.extend_from_slice(bytes);
+        self.gone = self.gone || self.send(&whole).is_err();
+    }
+
+    fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            // None at all would mean for ever.
+            let wait = self.pace.left().max(Duration::from_millis(1));
+            self.stream.set_write_timeout(Some(wait))?;
+            let started = Instant::now();
+            let sent = match self.stream.write(bytes) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                sent => sent?,
+            };
+            self.pace.count(started.elapsed(), sent as u64)?;
+            bytes = bytes.get(sent..).unwrap_or_default();
+        }
+        Ok(())
+    }
+}
+
+/// To whoever of the threads speaks.
+fn frame(answers: &Mutex<Answers>, kind: Kind, bytes: &[u8]) {
+    answers.lock().unwrap_or_else(PoisonError::into_inner).frame(kind, bytes);
+}
+
+/// The server: serves the one connection that is standard input, as systemd passes it (`Accept=yes`). A client who is
+/// gone is no failure.
 ///
 /// # Errors
-/// `io`: it is no connection, or breaks.
+/// `io`: standard input is no connection.
 pub fn serve(root: &Root, prefix: &Path) -> Result<()> {
     let failed = |error: io::Error| Refusal::io("serving the update user", &error);
     let fd = io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
     let stream = UnixStream::from(fd);
-    let writer = Mutex::new(stream.try_clone().map_err(failed)?);
-    let request = accepted(root, &stream).and_then(|()| request(&stream));
-    let code = match request {
-        Ok(request) => run(&request, prefix, &stream, &writer).map_err(failed)?,
-        Err(refusal) => {
-            let text = serde_json::json!({ "refused": refusal }).to_string() + "\n";
-            frame(&writer, Kind::Out, text.as_bytes()).map_err(failed)?;
-            refusal.matter() as u8
-        }
-    };
-    frame(&writer, Kind::End, &[code]).map_err(failed)
+    let answers = stream.try_clone().map_err(failed)?;
+    let answers = Mutex::new(Answers::new(answers, Limits::default()));
+    let done = accepted(root, &stream)
+        .and_then(|()| request(&stream))
+        .and_then(|request| run(&request, prefix, &stream, &answers).map_err(failed));
+    let code = done.unwrap_or_else(|refusal| {
+        let text = serde_json::json!({ "refused": refusal }).to_string() + "\n";
+        frame(&answers, Kind::Out, text.as_bytes());
+        refusal.matter() as u8
+    });
+    frame(&answers, Kind::End, &[code]);
+    Ok(())
 }
 
 /// Whether the other side is root or [`USER`]: the socket's mode says so, too, but it lies in a folder of many.
@@ -247,15 +294,30 @@ fn accepted(root: &Root, stream: &UnixStream) -> Result<()> {
 }
 
 /// Reads one line, byte by byte: what follows is the agent's.
-fn request(stream: &UnixStream) -> Result<Request> {
+fn request(mut stream: &UnixStream) -> Result<Request> {
     let failed = |error: io::Error| Refusal::io("reading a request", &error);
-    stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+    let end = Instant::now() + PATIENCE;
     let mut text = Vec::new();
-    for byte in stream.bytes() {
-        match byte.map_err(failed)? {
-            b'\n' => break,
-            _ if text.len() == LONGEST => return Err(not_offered("a request without an end")),
-            byte => text.push(byte),
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(not_offered("a request without an end"));
+        }
+        stream.set_read_timeout(Some(left)).map_err(failed)?;
+        let mut byte = [0];
+        match (stream.read(&mut byte), byte) {
+            (Ok(0), _) | (Ok(_), [b'\n']) => break,
+            (Ok(_), _) if text.len() == LONGEST => {
+                return Err(not_offered("a request without an end"));
+            }
+            (Ok(_), [byte]) => text.push(byte),
+            // The time is looked at above.
+            (Err(error), _)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
+            (Err(error), _) => return Err(failed(error)),
         }
     }
     stream.set_read_timeout(None).map_err(failed)?;
@@ -267,7 +329,7 @@ fn run(
     request: &Request,
     prefix: &Path,
     stream: &UnixStream,
-    writer: &Mutex<UnixStream>,
+    answers: &Mutex<Answers>,
 ) -> io::Result<u8> {
     let program: PathBuf = std::env::current_exe()?;
     let input = OwnedFd::from(stream.try_clone()?);
@@ -281,8 +343,8 @@ fn run(
         .spawn()?;
     let (out, err) = (child.stdout.take(), child.stderr.take());
     std::thread::scope(|scope| {
-        scope.spawn(|| out.map(|pipe| pass_on(pipe, Kind::Out, writer)));
-        scope.spawn(|| err.map(|pipe| pass_on(pipe, Kind::Err, writer)));
+        scope.spawn(|| out.map(|pipe| pass_on(pipe, Kind::Out, answers)));
+        scope.spawn(|| err.map(|pipe| pass_on(pipe, Kind::Err, answers)));
     });
     let status = child.wait()?;
     // As a shell says it for one that a signal ended.
@@ -291,11 +353,10 @@ fn run(
 
 /// Everything that a pipe gives. The other side may be gone: the agent is read to its end all the same, so that it
 /// never waits for a reader; it finds out by itself when its bundle ends early.
-fn pass_on(mut pipe: impl Read, kind: Kind, writer: &Mutex<UnixStream>) {
+fn pass_on(mut pipe: impl Read, kind: Kind, answers: &Mutex<Answers>) {
     let mut buffer = vec![0; FRAME];
     while let Ok(count @ 1..) = pipe.read(&mut buffer) {
-        let sent = frame(writer, kind, buffer.get(..count).unwrap_or_default());
-        drop(sent);
+        frame(answers, kind, buffer.get(..count).unwrap_or_default());
     }
 }
 
@@ -356,5 +417,37 @@ mod tests {
         }
         let shown = Request::typed("a\u{1b}]0;x\u{7}").unwrap_err().message;
         assert!(!shown.chars().any(char::is_control), "{shown:?}");
+    }
+
+    #[test]
+    fn who_reads_no_answers_holds_nobody_up() {
+        let (client, stream) = UnixStream::pair().unwrap();
+        let limits = Limits { slowest: 1024, grace: Duration::from_millis(200) };
+        let mut answers = Answers::new(stream, limits);
+        // More than the socket holds, and then much more.
+        let started = Instant::now();
+        for _ in 0..1000 {
+            answers.frame(Kind::Err, &[b'.'; FRAME]);
+        }
+        assert!(answers.gone);
+        // Generous: a busy machine may be slow, but a thousand waits would take 200 seconds.
+        assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+        drop(client);
+    }
+
+    #[test]
+    fn a_request_that_does_not_end_is_given_up() {
+        let (mut client, stream) = UnixStream::pair().unwrap();
+        let started = Instant::now();
+        let writes = std::thread::spawn(move || {
+            // A byte a second, and for longer than it may take in all.
+            while client.write_all(b" ").is_ok() {
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        });
+        assert_eq!(request(&stream).unwrap_err().code, "not-offered");
+        assert!(started.elapsed() < PATIENCE * 10, "{:?}", started.elapsed());
+        drop(stream);
+        writes.join().unwrap();
     }
 }
