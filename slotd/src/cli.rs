@@ -137,6 +137,13 @@ pub enum Verb {
     /// For the start of the system: take over what the flasher left on the boot partition
     #[command(hide = true)]
     Seed,
+    /// For SSH sessions of the user `update`: hand on what was typed (SSH_ORIGINAL_COMMAND)
+    #[command(hide = true)]
+    Door {
+        /// For systemd: answer the connection that is standard input
+        #[arg(long)]
+        serve: bool,
+    },
     /// What was decided and refused, oldest first
     Log {
         /// Only the last so many events

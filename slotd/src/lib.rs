@@ -10,6 +10,7 @@ pub mod builtin;
 mod damage;
 pub mod data;
 pub mod device;
+pub mod door;
 pub mod durable;
 pub mod events;
 pub mod files;

@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use slotd::agent::{Agent, Changed, Restart, Status};
 use slotd::api::{Installed, Serves};
+use slotd::door;
 use slotd::events::Event;
 use slotd::health::{Outcome, Verdict};
 use slotd::install::{self, Options, Progress, Step};
@@ -23,6 +24,9 @@ use cli::{Cli, Component, Format, Verb};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Verb::Door { serve } = &cli.verb {
+        return door(&cli, *serve);
+    }
     match run(&cli) {
         Ok(answer) => match answer.show(cli.format) {
             Ok(()) => ExitCode::SUCCESS,
@@ -42,6 +46,30 @@ fn main() -> ExitCode {
             ExitCode::from(refusal.matter() as u8)
         }
     }
+}
+
+/// The update user's door, whose answers are the agent's own bytes.
+fn door(cli: &Cli, serve: bool) -> ExitCode {
+    let root = Root::new(&cli.root);
+    let line = std::env::var("SSH_ORIGINAL_COMMAND").unwrap_or_default();
+    let done = match serve {
+        true => door::serve(&root, &cli.root).map(|()| 0),
+        false => door::ask(&root, &line),
+    };
+    done.map_or_else(
+        |refusal| {
+            // Both forms: nobody knows yet for whom the answer is.
+            let said =
+                writeln!(std::io::stdout(), "{}", json!({ "refused": refusal })).and_then(|()| {
+                    let Refusal { code, message, help } = &refusal;
+                    writeln!(std::io::stderr(), "slotd: {message} [{code}]\nhelp: {help}")
+                });
+            // The exit code says it too.
+            drop(said);
+            ExitCode::from(refusal.matter() as u8)
+        },
+        ExitCode::from,
+    )
 }
 
 /// An answer in both forms.
@@ -170,6 +198,9 @@ fn run(cli: &Cli) -> Result<Answer> {
         Verb::Data { step } => keep::start(&root, *step),
         Verb::Provision { check, boot } => keep::provision(&root, *check, *boot),
         Verb::Seed => keep::seed(&root),
+        Verb::Door { .. } => {
+            Err(Refusal::new("internal", "the door has its own answers", "report this"))
+        }
         Verb::Log { last } => {
             let events =
                 agent.events().read().map_err(|error| Refusal::io("reading the log", &error))?;

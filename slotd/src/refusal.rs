@@ -87,6 +87,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("incomplete-slot", Matter::State, "the other slot holds no complete system"),
     ("newer-data", Matter::State, "data are of a later version, and there is no way back"),
     ("no-archive", Matter::State, "data holds more, or longer names, than could be unpacked again"),
+    ("not-offered", Matter::State, "the update user asks for something that is not for it"),
     ("no-data", Matter::State, "data refuses writes, or is not the card's"),
     ("no-other-api", Matter::State, "the system's own API serves already"),
     (

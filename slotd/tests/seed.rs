@@ -69,6 +69,7 @@ fn all_is_taken_over_and_nothing_stays_on_the_card() {
     assert_eq!(robot.run(&["seed"])["taken"].as_array().unwrap().len(), 0);
     let keys = "data/identity/ssh/authorized_keys.d/root";
     robot.file(keys, "ssh-ed25519 BBBB you");
+    robot.file("etc/passwd", "root:x:0:0:::\nupdate:x:1001:1001:::\n");
     plant(&robot, all().as_bytes());
     assert!(has(&robot, "with"));
     let taken = robot.run(&["seed"]);
@@ -77,6 +78,10 @@ fn all_is_taken_over_and_nothing_stays_on_the_card() {
     assert_eq!(text("data/identity/hostname"), "bench-7\n");
     assert_eq!(text("proc/sys/kernel/hostname"), "bench-7");
     assert_eq!(text(keys), "ssh-ed25519 BBBB you\nssh-ed25519 AAAA me\n");
+    assert_eq!(
+        text(&keys.replace("root", "update")),
+        "ssh-ed25519 AAAA me\nssh-ed25519 BBBB you\n"
+    );
     let wifi = "data/network/wpa_supplicant-wlan0.conf";
     let expected =
         format!("network={{\n\tssid=4c61622032\n\tscan_ssid=1\n\tpsk=\"{PASSWORD}\"\n}}\n");

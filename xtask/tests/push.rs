@@ -565,3 +565,107 @@ fn a_robot_that_says_too_much_or_harm_is_refused_and_drives_no_terminal() {
         assert!(!said.contains(|c: char| c.is_control() && c != '\n'), "{script}: {said:?}");
     }
 }
+
+/// The shipped settings of sshd for the user who may update and do nothing else.
+fn door_settings() -> String {
+    let path = Utf8Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../overlays/base/etc/ssh/sshd_config.d/10-slipway.conf.j2");
+    let text = fs::read_to_string(path).unwrap();
+    let at = text.find("Match User update").expect("the block of the user");
+    text[at..].to_owned()
+}
+
+#[test]
+fn the_user_update_installs_and_does_nothing_else() {
+    // Another user than one's own needs an account of that name, which root gives sshd in mounts of its own.
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let bench = Bench::new(SMALL);
+    let bundle = bench.bundle("1.1.0");
+    let robot = Robot::new(&bench, "robot");
+    let port = free_port();
+    let root = &robot.root;
+    let account = "update:x:60000:60000::/:/bin/sh\n";
+    fs::create_dir_all(root.join("etc")).unwrap();
+    fs::write(root.join("etc/passwd"), fs::read_to_string("/etc/passwd").unwrap() + account)
+        .unwrap();
+    let config = root.join("door_config");
+    let settings = door_settings().replace("/usr/bin/slotd", root.join("bin/slotd").as_str());
+    assert!(settings.contains(&format!("ForceCommand {root}/bin/slotd door\n")), "{settings}");
+    let own = fs::read_to_string(root.join("sshd_config")).unwrap();
+    let own = own.replace(&format!("Port {}", robot.port), &format!("Port {port}"));
+    fs::write(&config, own + &settings).unwrap();
+    // The client is the user's process: it passes through these folders, and reads the key.
+    for path in
+        [bench.dir.as_path(), root, &root.join("bin"), &root.join("run"), &root.join("run/slipway")]
+    {
+        fs::create_dir_all(path).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let socket = root.join("run/slipway/update.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
+    let agent = root.join("bin/slotd");
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let input = Stdio::from(std::os::fd::OwnedFd::from(stream));
+            let mut server = Command::new(&agent);
+            let mut server = server.args(["door", "--serve"]).stdin(input).spawn().unwrap();
+            std::thread::spawn(move || server.wait());
+        }
+    });
+    let mut sshd = Command::new("unshare")
+        .args([
+            "--mount",
+            "--",
+            "sh",
+            "-c",
+            "mount --bind \"$1\" /etc/passwd && shift && exec \"$@\"",
+            "sh",
+        ])
+        .arg(root.join("etc/passwd"))
+        .arg(xtask::exec::find("sshd").unwrap())
+        .args(["-D", "-e", "-f", config.as_str()])
+        .stdin(Stdio::null())
+        .stderr(fs::File::create(root.join("door.log")).unwrap())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        let log = fs::read_to_string(root.join("door.log")).unwrap();
+        assert!(sshd.try_wait().unwrap().is_none(), "sshd ended: {log}");
+        assert!(started.elapsed() < Duration::from_secs(30), "sshd does not listen: {log}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let said = |words: &[&str]| {
+        let output = Command::new("ssh")
+            .args(["-T", "-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"])
+            .args(["-o", "UserKnownHostsFile=/dev/null", "-o", "IdentitiesOnly=yes"])
+            .args([
+                "-i",
+                bench.dir.join("user").as_str(),
+                "-p",
+                &port.to_string(),
+                "update@127.0.0.1",
+            ])
+            .args(words)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    for words in
+        [&[][..], &["id"], &["sh", "-c", "id"], &["slotd", "boot-other"], &["slotd", "keys"]]
+    {
+        let said = said(words);
+        assert!(said.contains("not-offered") && !said.contains("uid="), "{words:?}: {said}");
+    }
+    let host = format!("ssh://update@127.0.0.1:{port}");
+    let outcome = bench.push(vec![host], bundle, None).remove(0);
+    let log = fs::read_to_string(root.join("door.log")).unwrap();
+    sshd.kill().unwrap();
+    sshd.wait().unwrap();
+    assert_eq!(outcome.verdict, Verdict::Installed, "{outcome:?}\n{log}");
+    assert!(robot.slot_b() == bench.content, "slot b has other bytes");
+}

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::state::{Condition, State};
 use crate::device::Device;
+use crate::door;
 use crate::durable;
 use crate::events::Events;
 use crate::refusal::{Refusal, Result};
@@ -162,19 +163,10 @@ fn take(root: &Root, seed: &Seed) -> io::Result<Seeded> {
         taken.push("hostname");
     }
     if !seed.ssh_keys.is_empty() {
-        let path = root.path("data/identity/ssh/authorized_keys.d/root");
-        let before = String::from_utf8(durable::read(&path)?.unwrap_or_default());
-        let mut keys = before.map_err(|_| io::Error::other("the SSH keys on data are no text"))?;
-        for key in &seed.ssh_keys {
-            if !keys.lines().any(|line| line == key) {
-                if !keys.is_empty() && !keys.ends_with('\n') {
-                    keys.push('\n');
-                }
-                keys.push_str(key);
-                keys.push('\n');
-            }
+        // The owner's: as root where the product lets root log in, and for updates where it has a user for them.
+        for user in ["root", door::USER].into_iter().filter(|user| has_account(root, user)) {
+            add_keys(&root.path(format!("data/identity/ssh/authorized_keys.d/{user}")), seed)?;
         }
-        durable::write(&path, keys.as_bytes())?;
         taken.push("ssh-keys");
     }
     if let Some(configuration) = seed.wireless() {
@@ -183,6 +175,28 @@ fn take(root: &Root, seed: &Seed) -> io::Result<Seeded> {
         taken.push("wifi");
     }
     Ok(Seeded { taken })
+}
+
+/// Root is everywhere.
+fn has_account(root: &Root, user: &str) -> bool {
+    let accounts = fs::read_to_string(root.path("etc/passwd")).unwrap_or_default();
+    user == "root" || accounts.lines().any(|line| line.split(':').next() == Some(user))
+}
+
+/// Adds the seed's keys to those that may log in already.
+fn add_keys(path: &Path, seed: &Seed) -> io::Result<()> {
+    let before = String::from_utf8(durable::read(path)?.unwrap_or_default());
+    let mut keys = before.map_err(|_| io::Error::other("the SSH keys on data are no text"))?;
+    for key in &seed.ssh_keys {
+        if !keys.lines().any(|line| line == key) {
+            if !keys.is_empty() && !keys.ends_with('\n') {
+                keys.push('\n');
+            }
+            keys.push_str(key);
+            keys.push('\n');
+        }
+    }
+    durable::write(path, keys.as_bytes())
 }
 
 /// The name in hexadecimal: it may hold any byte.

@@ -12,6 +12,7 @@ use ureq::http::header::{
 };
 use ureq::http::{HeaderMap, StatusCode};
 
+use super::pace::{GRACE, Limits, Pace};
 use super::tls;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -21,14 +22,6 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Attempts in a row that may fail before it is given up; with the pauses below, a minute.
 const ATTEMPTS: u32 = 8;
-
-/// Bytes a second that a connection must bring: one time slot of GPRS at its lowest coding scheme has 9.05 kbit/s
-/// (3GPP TS 43.064, 6.5.5.1), a slow but honest modem two to five of them.
-const SLOWEST: u32 = 1024;
-
-/// How long a connection may bring less, broken ones and pauses included: a modem that registers anew, an access point
-/// that restarts.
-const GRACE: Duration = Duration::from_secs(300);
 
 /// How long one answer may take where a later one can go on: within a TLS record nobody sees how fast it comes.
 const ANSWER: Duration = Duration::from_secs(600);
@@ -53,58 +46,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(16);
 
 /// A new request costs a round trip or three; shorter gaps than this are read and thrown away.
 const WORTH_A_REQUEST: u64 = 1 << 20;
-
-/// What a server may do.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Bytes a second that it must bring on average.
-    pub slowest: u32,
-    /// How long it may bring less.
-    pub grace: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self { slowest: SLOWEST, grace: GRACE }
-    }
-}
-
-/// What is left of the time that a server may be slow: each byte earns some, up to all of it. Only waiting for the
-/// server spends it, not the robot's own work.
-#[derive(Debug)]
-struct Pace {
-    limits: Limits,
-    left: Duration,
-}
-
-impl Pace {
-    fn new(limits: Limits) -> Self {
-        Self { limits, left: limits.grace }
-    }
-
-    /// Counts a wait, and what it brought.
-    ///
-    /// # Errors
-    /// `TimedOut`: nothing is left.
-    fn count(&mut self, waited: Duration, bytes: u64) -> io::Result<()> {
-        let earned = Duration::from_secs(1).as_nanos() * u128::from(bytes)
-            / u128::from(self.limits.slowest.max(1));
-        let earned = Duration::from_nanos(u64::try_from(earned).unwrap_or(u64::MAX));
-        let whole = self.left.saturating_add(earned);
-        self.left = whole.saturating_sub(waited).min(self.limits.grace);
-        if whole > waited {
-            return Ok(());
-        }
-        let Limits { slowest, grace } = self.limits;
-        Err(io::Error::new(
-            io::ErrorKind::TimedOut,
-            format!(
-                "for {} s the server has brought less than {slowest} bytes a second",
-                grace.as_secs_f32()
-            ),
-        ))
-    }
-}
 
 /// The stream.
 pub struct Http {
@@ -197,7 +138,7 @@ impl Http {
     /// The longest that one answer may take.
     fn answer_time(&self) -> Duration {
         let left = self.length.unwrap_or(u64::MAX).saturating_sub(self.position);
-        let at_slowest = Duration::from_secs(left / u64::from(self.pace.limits.slowest.max(1)));
+        let at_slowest = Duration::from_secs(left / u64::from(self.pace.slowest().max(1)));
         // One that cannot go on elsewhere must come at once.
         if self.no_ranges { at_slowest.saturating_add(GRACE).max(ANSWER) } else { ANSWER }
     }
@@ -368,42 +309,5 @@ impl Input for Http {
         }
         let copied = io::copy(&mut self.by_ref().take(n), &mut io::sink())?;
         if copied == n { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
-    }
-}
-
-#[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may fail by panicking")]
-mod tests {
-    use super::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    /// Seconds until a server is given up that brings `bytes` each time after `every`; `None`: not within a week.
-    fn given_up(bytes: u64, every: Duration) -> Option<u64> {
-        let mut pace = Pace::new(Limits::default());
-        let mut passed = Duration::ZERO;
-        while passed < SECOND * 7 * 86_400 {
-            passed += every;
-            if pace.count(every, bytes).is_err() {
-                return Some(passed.as_secs());
-            }
-        }
-        None
-    }
-
-    #[test]
-    fn a_slow_server_has_an_end_and_an_honest_one_has_none() {
-        // A byte every two seconds, or nothing at all: as long as the grace.
-        assert!((300..=302).contains(&given_up(1, SECOND * 2).unwrap()));
-        assert_eq!(given_up(0, SECOND * 30), Some(300));
-        // Just too slow.
-        assert!(given_up(900, SECOND).is_some_and(|after| after < 3600));
-        // One time slot of GPRS, in packets; a link that is there for a minute and away for four.
-        assert_eq!(given_up(1131, SECOND), None);
-        assert_eq!(given_up(1 << 20, SECOND * 240), None);
-        // What came fast before buys no more than the grace.
-        let mut pace = Pace::new(Limits::default());
-        pace.count(SECOND, 1 << 30).unwrap();
-        assert!(pace.count(GRACE + SECOND, 0).is_err());
     }
 }

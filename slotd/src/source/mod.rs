@@ -1,17 +1,20 @@
 //! Where a bundle comes from: a file, standard input, or a web server.
 
 mod http;
+mod pace;
 mod tls;
 
 use std::fs::File;
-use std::io::{self, BufReader, Read, Stdin};
+use std::io::{self, BufReader, Read};
+use std::os::fd::AsFd;
 
 use bundle::{Input, Seekable, Stream};
 
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-pub use http::{Http, Limits};
+pub use http::Http;
+pub use pace::{Limits, Pace, Paced};
 pub(crate) use tls::refusal as distrusted;
 
 /// An opened source.
@@ -19,10 +22,8 @@ pub(crate) use tls::refusal as distrusted;
 pub enum Source {
     /// A file: frames that nobody needs are not read.
     File(Seekable<BufReader<File>>),
-    /// Standard input, or a file that cannot be sought.
-    Pipe(Stream<File>),
-    /// Standard input.
-    Input(Stream<Stdin>),
+    /// Standard input, or a file that cannot be sought: who writes to it must keep the pace.
+    Pipe(Stream<BufReader<Paced<File>>>),
     /// A web server: frames that nobody needs are not sent.
     Http(Box<Http>),
 }
@@ -34,7 +35,11 @@ impl Source {
     /// `source`: it cannot be opened or reached. `bad-certificate`: the server is not believed.
     pub fn open(name: &str, root: &Root) -> Result<Self> {
         if name == "-" {
-            return Ok(Self::Input(Stream(io::stdin())));
+            // A handle of its own: Rust's standard input has a buffer, of which a poll knows nothing.
+            let input = io::stdin().as_fd().try_clone_to_owned().map_err(|error| {
+                Refusal::new("source", format!("opening standard input: {error}"), "give it one")
+            })?;
+            return Ok(Self::pipe(input.into()));
         }
         if name.starts_with("http://") || name.starts_with("https://") {
             return Ok(Self::Http(Box::new(Http::open(name, root)?)));
@@ -46,8 +51,13 @@ impl Source {
         if file.metadata().map_err(failed)?.is_file() {
             Ok(Self::File(Seekable(BufReader::with_capacity(1 << 16, file))))
         } else {
-            Ok(Self::Pipe(Stream(file)))
+            Ok(Self::pipe(file))
         }
+    }
+
+    fn pipe(file: File) -> Self {
+        let paced = Paced::new(file, Limits::default());
+        Self::Pipe(Stream(BufReader::with_capacity(1 << 16, paced)))
     }
 
     /// Whether passing over a part spares its transfer, so that it pays to read the running slot
@@ -62,7 +72,6 @@ impl Read for Source {
         match self {
             Self::File(input) => input.read(buffer),
             Self::Pipe(input) => input.read(buffer),
-            Self::Input(input) => input.read(buffer),
             Self::Http(input) => input.read(buffer),
         }
     }
@@ -73,7 +82,6 @@ impl Input for Source {
         match self {
             Self::File(input) => input.skip(n),
             Self::Pipe(input) => input.skip(n),
-            Self::Input(input) => input.skip(n),
             Self::Http(input) => input.skip(n),
         }
     }

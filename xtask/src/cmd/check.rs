@@ -1,6 +1,6 @@
 //! `check` and `test`: the same commands for a developer and for CI.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::cache::Cache;
@@ -13,6 +13,7 @@ use crate::mutants::{self, Fate};
 use crate::progress::{say, warn};
 use crate::rootfs::buildroot::tree::pinned_path;
 use crate::tools::{self, Purpose};
+use crate::{outln, text};
 
 /// Asks the system tests for what is too slow for every run.
 pub const ALL: &str = "SLIPWAY_TEST_ALL";

@@ -25,6 +25,9 @@ const OPTIONS: [&str; 8] = [
     "ClearAllForwardings=yes",
 ];
 
+/// The robot's user whose sessions reach its agent and nothing else.
+const UPDATER: &str = "update";
+
 /// What ssh exits with when it is the connection that fails (ssh(1), "EXIT STATUS").
 const SSH_FAILED: i32 = 255;
 /// What a shell exits with when there is no such program (POSIX).
@@ -51,6 +54,8 @@ pub struct Connection {
     options: Vec<String>,
     /// The agent, or how to become root for it.
     agent: Vec<&'static str>,
+    /// Whether it is the user who may update the robot and do nothing else (docs/robot.md).
+    updater: bool,
 }
 
 #[derive(Deserialize)]
@@ -80,7 +85,9 @@ impl Connection {
         if !host.contains('@') {
             options.push("User=root".to_owned());
         }
-        Ok(Self { host: host.to_owned(), options, agent: vec!["slotd"] })
+        let user = host.trim_start_matches("ssh://").split_once('@').map(|(user, _)| user);
+        let updater = user == Some(UPDATER);
+        Ok(Self { host: host.to_owned(), options, agent: vec!["slotd"], updater })
     }
 
     /// The first contact: finds out how the agent is to be called, and how the robot stands.
@@ -88,23 +95,38 @@ impl Connection {
     /// # Errors
     /// When the robot cannot be reached, has no agent, or refuses.
     pub fn first(&mut self) -> Result<Status> {
-        let (code, out, tail) = self.run(&["id", "-u"], None, |_| false)?;
-        if code != Some(0) {
-            bail!(
-                "cannot log in: {}\n\
-                 help: try `ssh {}`; the robot must know your public key (README, \"Pushing to robots\")",
-                last(&tail),
-                self.host
-            );
-        }
-        if String::from_utf8_lossy(&out).trim() != "0" {
-            self.agent = vec!["sudo", "-n", "slotd"];
+        // The updater's sessions reach the agent and nothing else.
+        if !self.updater {
+            let (code, out, tail) = self.run(&["id", "-u"], None, |_| false)?;
+            if code != Some(0) {
+                return self.no_login(&last(&tail));
+            }
+            if String::from_utf8_lossy(&out).trim() != "0" {
+                self.agent = vec!["sudo", "-n", "slotd"];
+            }
         }
         match self.status()? {
             Reply::Said(status) => Ok(status),
             Reply::Refused(refused) => Err(refused.into()),
+            Reply::Broken(why) if self.updater => self.no_login(&why),
             Reply::Broken(why) => bail!("the connection broke: {why}"),
         }
+    }
+
+    fn no_login<T>(&self, why: &str) -> Result<T> {
+        // A product may forbid root to log in, as those that are released do.
+        let other = match self.host.rsplit_once('@') {
+            None => format!(
+                "; a robot whose product lets root not log in is reached as {UPDATER}@{}",
+                self.host
+            ),
+            Some(_) => String::new(),
+        };
+        bail!(
+            "cannot log in: {why}\n\
+             help: try `ssh {}`; the robot must know your public key (README, \"Pushing to robots\"){other}",
+            self.host
+        )
     }
 
     /// How the robot stands.

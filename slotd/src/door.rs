@@ -1,0 +1,453 @@
+//! The update user's door. Who may update this robot, and nothing else, logs in over SSH as the user `update`, whose
+//! only command is the client here. It hands a typed request to a socket, behind which systemd starts the server here
+//! as root, once for each connection; that runs this program with words that it has chosen itself.
+//!
+//! On the socket: one line of JSON, the [`Request`]; then the bundle, to the end of the stream. Back: frames of a
+//! kind (a byte), a length (four bytes, big-endian) and so many bytes.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+use crate::source::{Limits, Pace};
+
+/// The account whose sessions may do nothing else. It is the product's (`[[users]]`), its keys are on `data`.
+pub const USER: &str = "update";
+
+/// Where the server is asked; only root and [`USER`] may.
+pub const SOCKET: &str = "run/slipway/update.sock";
+
+/// The most bytes of a request. The longest there is has not 60.
+const LONGEST: usize = 256;
+
+/// How long a request may take, to its last byte; the bundle behind it and the answer must keep their [`Pace`].
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The most bytes of a frame; a pipe gives no more at once.
+const FRAME: usize = 64 << 10;
+
+/// The most events of the log.
+const EVENTS: u32 = 10_000;
+
+/// What may be asked for. No verb starts older software, replaces data or keys, or names a file of the robot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Request {
+    /// The verb.
+    pub verb: Verb,
+    /// Whether the answer is for a program.
+    #[serde(default)]
+    pub json: bool,
+}
+
+/// The verbs of the door.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Verb {
+    /// How the robot stands.
+    Status,
+    /// The health checks, once.
+    Health,
+    /// The log's last events; all without a number.
+    Log {
+        /// How many.
+        last: Option<u32>,
+    },
+    /// Checks the bundle that follows.
+    Verify,
+    /// Installs the bundle that follows, never below the floor.
+    Install {
+        /// The trial begins with a later restart.
+        no_restart: bool,
+    },
+}
+
+impl Request {
+    /// What the user has typed, or `push`: `slotd install - --format json`.
+    ///
+    /// # Errors
+    /// `not-offered`: anything else than the door's own verbs and options.
+    pub fn typed(line: &str) -> Result<Self> {
+        let mut words: Vec<&str> = line.split_ascii_whitespace().collect();
+        if words.first() == Some(&"slotd") {
+            words.remove(0);
+        }
+        let mut json = false;
+        if let Some(at) = words.windows(2).position(|pair| matches!(pair, ["--format", _])) {
+            match words.get(at + 1) {
+                Some(&"json") => json = true,
+                Some(&"text") => {}
+                _ => return Err(not_offered(line)),
+            }
+            words.drain(at..at + 2);
+        }
+        let verb = match words.as_slice() {
+            ["status"] => Verb::Status,
+            ["health"] => Verb::Health,
+            ["log"] => Verb::Log { last: None },
+            ["log", "-n" | "--last", number] => {
+                let last = number.parse().ok().filter(|last| *last <= EVENTS);
+                Verb::Log { last: Some(last.ok_or_else(|| not_offered(line))?) }
+            }
+            ["verify", "-"] => Verb::Verify,
+            ["install", "-"] => Verb::Install { no_restart: false },
+            ["install", "-", "--no-restart"] => Verb::Install { no_restart: true },
+            _ => return Err(not_offered(line)),
+        };
+        Ok(Self { verb, json })
+    }
+
+    /// Whether a bundle follows.
+    fn streams(&self) -> bool {
+        matches!(self.verb, Verb::Verify | Verb::Install { .. })
+    }
+
+    /// The agent's own words for it.
+    fn words(&self) -> Vec<String> {
+        let mut words: Vec<String> = match &self.verb {
+            Verb::Status => vec!["status".into()],
+            Verb::Health => vec!["health".into()],
+            Verb::Log { last: None } => vec!["log".into()],
+            Verb::Log { last: Some(last) } => vec!["log".into(), "-n".into(), last.to_string()],
+            Verb::Verify => vec!["verify".into(), "-".into()],
+            Verb::Install { no_restart } => {
+                let mut words = vec!["install".into(), "-".into()];
+                words.extend(no_restart.then(|| "--no-restart".to_owned()));
+                words
+            }
+        };
+        words.extend(["--format".to_owned(), if self.json { "json" } else { "text" }.to_owned()]);
+        words
+    }
+}
+
+fn not_offered(what: &str) -> Refusal {
+    let shown: String =
+        what.chars().take(80).map(|c| if c.is_control() { '?' } else { c }).collect();
+    Refusal::new(
+        "not-offered",
+        format!("the user {USER} may not ask for `{shown}`"),
+        "status, health, log [-n NUMBER], verify -, install - [--no-restart]; a bundle comes on standard input",
+    )
+}
+
+/// The client: asks for what was typed, passes standard input on, and answers as the agent did. Returns the exit code.
+///
+/// # Errors
+/// `not-offered`; `busy`: the door closes without an answer; `io`: there is none, or something else.
+pub fn ask(root: &Root, line: &str) -> Result<u8> {
+    let request = Request::typed(line)?;
+    let path = root.path(SOCKET);
+    let failed = |error: io::Error| Refusal::io(format!("asking {}", path.display()), &error);
+    let mut stream = UnixStream::connect(&path).map_err(failed)?;
+    let mut text = serde_json::to_vec(&request).map_err(|error| failed(error.into()))?;
+    text.push(b'\n');
+    // It may have refused already, and is gone: its answer says why.
+    drop(stream.write_all(&text));
+    let upload = stream.try_clone().map_err(failed)?;
+    let streams = request.streams();
+    // It ends with this process: a server that has answered reads no more.
+    std::thread::spawn(move || {
+        let mut upload = upload;
+        if streams {
+            // The server's answer says what is missing.
+            drop(io::copy(&mut io::stdin().lock(), &mut upload));
+        }
+        drop(upload.shutdown(std::net::Shutdown::Write));
+    });
+    answer(&mut stream).map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Refusal::new(
+            "busy",
+            format!("the agent has ended the session: {USER} has too many, or the robot restarts"),
+            "end the others, or wait; as root, `journalctl -u slipway-update.socket` shows why",
+        ),
+        _ => failed(error),
+    })
+}
+
+/// Passes frames on until the last one, which is the exit code.
+fn answer(stream: &mut impl Read) -> io::Result<u8> {
+    let strange = || io::Error::other("an answer that is none");
+    loop {
+        let mut head = [0; 5];
+        stream.read_exact(&mut head)?;
+        let [kind, length @ ..] = head;
+        let length = usize::try_from(u32::from_be_bytes(length)).map_err(|_| strange())?;
+        if length > FRAME {
+            return Err(strange());
+        }
+        let mut bytes = vec![0; length];
+        stream.read_exact(&mut bytes)?;
+        match (Kind::of(kind), bytes.as_slice()) {
+            (Some(Kind::Out), bytes) => io::stdout().write_all(bytes)?,
+            (Some(Kind::Err), bytes) => io::stderr().write_all(bytes)?,
+            (Some(Kind::End), [code]) => return Ok(*code),
+            _ => return Err(strange()),
+        }
+    }
+}
+
+/// What a frame is.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Out = 1,
+    Err = 2,
+    End = 3,
+}
+
+impl Kind {
+    fn of(byte: u8) -> Option<Self> {
+        [Self::Out, Self::Err, Self::End].into_iter().find(|kind| *kind as u8 == byte)
+    }
+}
+
+/// The way back to the client. One who does not read what the agent says must not hold it up, and with it the agent's
+/// lock: he keeps the pace of a bundle's sender, or is told nothing more.
+struct Answers {
+    stream: UnixStream,
+    pace: Pace,
+    gone: bool,
+}
+
+impl Answers {
+    fn new(stream: UnixStream, limits: Limits) -> Self {
+        Self { stream, pace: Pace::new(limits), gone: false }
+    }
+
+    fn frame(&mut self, kind: Kind, bytes: &[u8]) {
+        let Ok(length) = u32::try_from(bytes.len()) else { return };
+        let mut whole = vec![kind as u8];
+        whole.extend_from_slice(&length.to_be_bytes());
+        whole.extend_from_slice(bytes);
+        self.gone = self.gone || self.send(&whole).is_err();
+    }
+
+    fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            // None at all would mean for ever.
+            let wait = self.pace.left().max(Duration::from_millis(1));
+            self.stream.set_write_timeout(Some(wait))?;
+            let started = Instant::now();
+            let sent = match self.stream.write(bytes) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                sent => sent?,
+            };
+            self.pace.count(started.elapsed(), sent as u64)?;
+            bytes = bytes.get(sent..).unwrap_or_default();
+        }
+        Ok(())
+    }
+}
+
+/// To whoever of the threads speaks.
+fn frame(answers: &Mutex<Answers>, kind: Kind, bytes: &[u8]) {
+    answers.lock().unwrap_or_else(PoisonError::into_inner).frame(kind, bytes);
+}
+
+/// The server: serves the one connection that is standard input, as systemd passes it (`Accept=yes`). A client who is
+/// gone is no failure.
+///
+/// # Errors
+/// `io`: standard input is no connection.
+pub fn serve(root: &Root, prefix: &Path) -> Result<()> {
+    let failed = |error: io::Error| Refusal::io("serving the update user", &error);
+    let fd = io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
+    let stream = UnixStream::from(fd);
+    let answers = stream.try_clone().map_err(failed)?;
+    let answers = Mutex::new(Answers::new(answers, Limits::default()));
+    let done = accepted(root, &stream)
+        .and_then(|()| request(&stream))
+        .and_then(|request| run(&request, prefix, &stream, &answers).map_err(failed));
+    let code = done.unwrap_or_else(|refusal| {
+        let text = serde_json::json!({ "refused": refusal }).to_string() + "\n";
+        frame(&answers, Kind::Out, text.as_bytes());
+        refusal.matter() as u8
+    });
+    frame(&answers, Kind::End, &[code]);
+    Ok(())
+}
+
+/// Whether the other side is root or [`USER`]: the socket's mode says so, too, but it lies in a folder of many.
+fn accepted(root: &Root, stream: &UnixStream) -> Result<()> {
+    let peer = rustix::net::sockopt::socket_peercred(stream.as_fd())
+        .map_err(|error| Refusal::io("looking who asks", &error.into()))?;
+    let own = rustix::process::geteuid();
+    let accounts = fs::read_to_string(root.path("etc/passwd")).unwrap_or_default();
+    let user = accounts.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(USER)).then(|| fields.nth(1)?.parse::<u32>().ok()).flatten()
+    });
+    if peer.uid == own || Some(peer.uid.as_raw()) == user {
+        return Ok(());
+    }
+    Err(not_offered(&format!("anything, as user id {}", peer.uid.as_raw())))
+}
+
+/// Reads one line, byte by byte: what follows is the agent's.
+fn request(mut stream: &UnixStream) -> Result<Request> {
+    let failed = |error: io::Error| Refusal::io("reading a request", &error);
+    let end = Instant::now() + PATIENCE;
+    let mut text = Vec::new();
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(not_offered("a request without an end"));
+        }
+        stream.set_read_timeout(Some(left)).map_err(failed)?;
+        let mut byte = [0];
+        match (stream.read(&mut byte), byte) {
+            (Ok(0), _) | (Ok(_), [b'\n']) => break,
+            (Ok(_), _) if text.len() == LONGEST => {
+                return Err(not_offered("a request without an end"));
+            }
+            (Ok(_), [byte]) => text.push(byte),
+            // The time is looked at above.
+            (Err(error), _)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
+            (Err(error), _) => return Err(failed(error)),
+        }
+    }
+    stream.set_read_timeout(None).map_err(failed)?;
+    serde_json::from_slice(&text).map_err(|_| not_offered(&String::from_utf8_lossy(&text)))
+}
+
+/// Runs the agent with the connection as its standard input.
+fn run(
+    request: &Request,
+    prefix: &Path,
+    stream: &UnixStream,
+    answers: &Mutex<Answers>,
+) -> io::Result<u8> {
+    let program: PathBuf = std::env::current_exe()?;
+    let input = OwnedFd::from(stream.try_clone()?);
+    let mut child = Command::new(program)
+        .arg("--root")
+        .arg(prefix)
+        .args(request.words())
+        .stdin(Stdio::from(input))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    std::thread::scope(|scope| {
+        scope.spawn(|| out.map(|pipe| pass_on(pipe, Kind::Out, answers)));
+        scope.spawn(|| err.map(|pipe| pass_on(pipe, Kind::Err, answers)));
+    });
+    let status = child.wait()?;
+    // As a shell says it for one that a signal ended.
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(128))
+}
+
+/// Everything that a pipe gives. The other side may be gone: the agent is read to its end all the same, so that it
+/// never waits for a reader; it finds out by itself when its bundle ends early.
+fn pass_on(mut pipe: impl Read, kind: Kind, answers: &Mutex<Answers>) {
+    let mut buffer = vec![0; FRAME];
+    while let Ok(count @ 1..) = pipe.read(&mut buffer) {
+        frame(answers, kind, buffer.get(..count).unwrap_or_default());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test")]
+
+    use super::*;
+
+    #[test]
+    fn only_the_doors_own_words_are_understood() {
+        for (line, expected) in [
+            ("slotd status --format json", "status --format json"),
+            ("slotd --format json status", "status --format json"),
+            ("status", "status --format text"),
+            ("slotd log -n 30 --format json", "log -n 30 --format json"),
+            ("slotd install - --format json", "install - --format json"),
+            ("slotd install - --no-restart", "install - --no-restart --format text"),
+            ("slotd verify -", "verify - --format text"),
+            ("slotd health", "health --format text"),
+        ] {
+            let request = Request::typed(line).unwrap();
+            assert_eq!(request.words().join(" "), expected);
+            let text = serde_json::to_vec(&request).unwrap();
+            assert!(text.len() < LONGEST, "{}", text.len());
+            assert_eq!(serde_json::from_slice::<Request>(&text).unwrap(), request);
+        }
+        for line in [
+            "",
+            "slotd",
+            "id -u",
+            "sh -c id",
+            "slotd boot-other",
+            "slotd roll-back",
+            "slotd commit",
+            "slotd keys",
+            "slotd reset",
+            "slotd backup -",
+            "slotd restore -",
+            "slotd provision",
+            "slotd seed",
+            "slotd data prepare",
+            "slotd health --watch",
+            "slotd install - --allow-downgrade why",
+            "slotd install /data/x.bundle",
+            "slotd install http://robot/x.bundle",
+            "slotd verify - --slot a",
+            "slotd --root /tmp status",
+            "slotd status; id",
+            "slotd status && id",
+            "slotd log -n -1",
+            "slotd log -n 99999999",
+            "slotd status --format yaml",
+            "slotd slotd status",
+        ] {
+            let refusal = Request::typed(line).unwrap_err();
+            assert_eq!(refusal.code, "not-offered", "{line}");
+        }
+        let shown = Request::typed("a\u{1b}]0;x\u{7}").unwrap_err().message;
+        assert!(!shown.chars().any(char::is_control), "{shown:?}");
+    }
+
+    #[test]
+    fn who_reads_no_answers_holds_nobody_up() {
+        let (client, stream) = UnixStream::pair().unwrap();
+        let limits = Limits { slowest: 1024, grace: Duration::from_millis(200) };
+        let mut answers = Answers::new(stream, limits);
+        // More than the socket holds, and then much more.
+        let started = Instant::now();
+        for _ in 0..1000 {
+            answers.frame(Kind::Err, &[b'.'; FRAME]);
+        }
+        assert!(answers.gone);
+        // Generous: a busy machine may be slow, but a thousand waits would take 200 seconds.
+        assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+        drop(client);
+    }
+
+    #[test]
+    fn a_request_that_does_not_end_is_given_up() {
+        let (mut client, stream) = UnixStream::pair().unwrap();
+        let started = Instant::now();
+        let writes = std::thread::spawn(move || {
+            // A byte a second, and for longer than it may take in all.
+            while client.write_all(b" ").is_ok() {
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        });
+        assert_eq!(request(&stream).unwrap_err().code, "not-offered");
+        assert!(started.elapsed() < PATIENCE * 10, "{:?}", started.elapsed());
+        drop(stream);
+        writes.join().unwrap();
+    }
+}
