@@ -65,6 +65,7 @@ pub fn image(folder: &Folder, table: TableKind, seed: u64) -> DiskImage {
         first_partition: BOOT.0,
         alignment: MIB,
         states: vec![MIB, 2 * MIB],
+        trust: Vec::new(),
         partitions: vec![
             partition("boot", BOOT.1, Filesystem::Vfat),
             partition("root-a", 18 * MIB, Filesystem::Ext4),
