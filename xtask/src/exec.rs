@@ -7,7 +7,7 @@ mod lines;
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
-use std::io::{BufReader, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -291,15 +291,19 @@ impl Tool {
             let mut errors = BufReader::new(errors);
             let mut line = Vec::new();
             let listened = loop {
-                match lines::next(&mut errors, &mut line, |_| Ok(())) {
-                    Ok(None) => break Ok(()),
-                    Ok(Some(false)) => each(String::from_utf8_lossy(&line).trim_end()),
-                    Ok(Some(true)) => {
-                        break Err(anyhow::anyhow!(
-                            "it says a line of more than {} bytes",
-                            lines::LONGEST
-                        ));
+                // One that never ends is not waited for.
+                let mut length = 0;
+                let bounded = |piece: &[u8]| {
+                    length += piece.len();
+                    let most = lines::LONGEST;
+                    if length <= most + 1 {
+                        return Ok(());
                     }
+                    Err(io::Error::other(format!("it says a line of more than {most} bytes")))
+                };
+                match lines::next(&mut errors, &mut line, bounded) {
+                    Ok(None) => break Ok(()),
+                    Ok(Some(_)) => each(String::from_utf8_lossy(&line).trim_end()),
                     Err(error) => break Err(error.into()),
                 }
             };

@@ -150,6 +150,8 @@ impl Robot {
              root-a = {{ number = 2, start-sector = 8192, sectors = {sectors} }}\n\
              root-b = {{ number = 3, start-sector = 999999, sectors = {sectors} }}\n"
         );
+        // On a robot the mount point is there whatever became of the partition.
+        fs::create_dir_all(root.join("data")).unwrap();
         write("usr/lib/slipway/device.toml", device.as_bytes());
         drop(Keys::open(&bench.dir.join("keys")).unwrap().signer(Kind::Development).unwrap());
         let keys = fs::read(bench.dir.join("keys/keyset.json")).unwrap();
