@@ -1,9 +1,12 @@
 //! Files on `data` that survive a power cut: each is complete, the old one or the new one.
 
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -99,18 +102,43 @@ pub fn write_json_with(files: &dyn Files, path: &Path, value: &impl Serialize) -
 /// Reads a file of at most 1 MiB; `None` when there is none.
 ///
 /// # Errors
-/// When it cannot be read, or is longer.
+/// When it cannot be read. `InvalidData`: it is longer, or no file.
 pub fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
+    let damaged = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+    // A pipe in its place must not make anybody wait.
+    let no_wait = OFlags::NONBLOCK.bits().cast_signed();
+    let file = match OpenOptions::new().read(true).custom_flags(no_wait).open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if is_missing(&error) => return Ok(None),
+        Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
+            return Err(damaged("it is a link to itself".to_owned()));
+        }
         Err(error) => return Err(error),
     };
+    if !file.metadata()?.is_file() {
+        return Err(damaged("it is no file".to_owned()));
+    }
     let mut bytes = Vec::new();
     if file.take(MAX_FILE + 1).read_to_end(&mut bytes)? as u64 > MAX_FILE {
-        return Err(io::Error::other(format!("it is longer than {MAX_FILE} bytes")));
+        return Err(damaged(format!("it is longer than {MAX_FILE} bytes")));
     }
     Ok(Some(bytes))
+}
+
+/// [`read`] for a file whose damage must not end the start: what is longer, or no file, is as good as an empty one.
+///
+/// # Errors
+/// When the file system fails.
+pub fn read_or_damaged(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    match read(path) {
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(Some(Vec::new())),
+        read => read,
+    }
+}
+
+/// Whether nothing has the name: nothing can, below what is no folder.
+pub fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 /// A JSON file as a value; `None` when there is none.

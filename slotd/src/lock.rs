@@ -112,7 +112,7 @@ fn held(file: &File) -> io::Result<bool> {
 /// else's reach, whatever modes it has. The folders above are made for everybody.
 ///
 /// # Errors
-/// When the file system fails, or something else has the name.
+/// When the file system fails.
 pub fn private_dir(folder: &Path) -> io::Result<()> {
     if let Some(above) = folder.parent() {
         std::fs::create_dir_all(above)?;
@@ -123,7 +123,9 @@ pub fn private_dir(folder: &Path) -> io::Result<()> {
     }
     let about = std::fs::symlink_metadata(folder)?;
     if !about.is_dir() {
-        return Err(io::ErrorKind::NotADirectory.into());
+        // Damage, or a link that would lead out of what is private.
+        std::fs::remove_file(folder)?;
+        return DirBuilder::new().mode(0o700).create(folder);
     }
     if about.mode() & 0o7777 != 0o700 {
         std::fs::set_permissions(folder, Permissions::from_mode(0o700))?;

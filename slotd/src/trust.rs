@@ -34,6 +34,8 @@ pub struct Trust {
     signed: KeySet,
     /// The lowest version and key epoch that are accepted.
     pub floor: Floor,
+    /// The same before claims that only `data` makes.
+    confirmed: Floor,
     /// What a person must know; files that are healed at the next commit among it.
     pub alarms: Vec<String>,
     image: KeySet,
@@ -107,14 +109,17 @@ impl Trust {
         }
 
         let decided = undecided(machine).is_ok();
-        let mut floor = Floor { version: raw.version.clone(), key_epoch: raw.key_epoch }
-            .raised(data.version.as_ref(), data.key_epoch)
-            .raised(kept.version.as_ref(), kept.key_epoch)
+        // What the raw sectors are to say: a damaged or planted file on `data` must not reach them.
+        let mut confirmed = Floor { version: raw.version.clone(), key_epoch: raw.key_epoch }
             .raised(about.minimum_version.as_ref(), about.key_epoch);
         // A trial that is not committed does not raise it.
         if let Some(of) = Installed::read(root, machine.running).filter(|_| decided) {
-            floor = floor.raised(Some(&of.minimum_version), of.key_epoch);
+            confirmed = confirmed.raised(Some(&of.minimum_version), of.key_epoch);
         }
+        let mut floor = confirmed
+            .clone()
+            .raised(data.version.as_ref(), data.key_epoch)
+            .raised(kept.version.as_ref(), kept.key_epoch);
         let highest = keys.keys.iter().filter(|key| !key.revoked).map(|key| key.epoch).max();
         if let Some(highest) = highest.filter(|highest| *highest < floor.key_epoch) {
             alarms.push(format!(
@@ -130,6 +135,7 @@ impl Trust {
             solid,
             signed,
             floor,
+            confirmed,
             alarms,
             image,
             held,
@@ -173,9 +179,9 @@ impl Trust {
         if !self.decided || self.broken.is_some() {
             return Vec::new();
         }
-        for ratchet in [&mut self.raw, &mut self.data] {
-            ratchet.version.clone_from(&self.floor.version);
-            ratchet.key_epoch = self.floor.key_epoch;
+        for (ratchet, floor) in [(&mut self.raw, &self.confirmed), (&mut self.data, &self.floor)] {
+            ratchet.version.clone_from(&floor.version);
+            ratchet.key_epoch = floor.key_epoch;
             ratchet.raise_keys(&self.solid);
         }
         let mut failed = Vec::new();

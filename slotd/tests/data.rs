@@ -698,3 +698,61 @@ fn a_step_outside_of_data_is_refused() {
         assert_eq!(migrate(&root, &version("1.1.0")).unwrap_err().code, "bad-migration", "{paths}");
     }
 }
+
+/// Whatever has the name of a file or folder of the agent: a start goes on, and a reset is carried out.
+#[test]
+fn a_start_and_a_reset_go_on_whatever_has_a_name_of_ours() {
+    let names = [
+        "slotd",
+        "slotd/pending.json",
+        "slotd/backup",
+        "slotd/snapshots",
+        "data-version.json",
+        ".incoming",
+        ".incoming.new",
+        ".outgoing",
+        ".snapshot",
+        ".undone",
+        "lost+found",
+    ];
+    for name in names {
+        for what in ["file", "too long", "folder", "link", "pipe"] {
+            let (_dir, root) = robot();
+            let path = root.data().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            if path.is_dir() {
+                fs::remove_dir_all(&path).unwrap();
+            } else {
+                drop(fs::remove_file(&path));
+            }
+            match what {
+                "file" => fs::write(&path, "junk").unwrap(),
+                "too long" => fs::write(&path, vec![b' '; (1 << 20) + 1]).unwrap(),
+                "folder" => fs::create_dir_all(path.join("sub")).unwrap(),
+                "link" => symlink("/nowhere/at/all", &path).unwrap(),
+                _ => assert!(Command::new("mkfifo").arg(&path).status().unwrap().success()),
+            }
+            let place = format!("{name}, {what}");
+            // As a start begins.
+            slotd::lock::private_dir(&root.state()).unwrap();
+            apply(&root).unwrap_or_else(|refusal| panic!("{place}: {refusal:?}"));
+            migrate(&root, &version("1.0.0")).unwrap_or_else(|e| panic!("{place}: {e:?}"));
+            reset(&root, true).unwrap_or_else(|refusal| panic!("{place}: {refusal:?}"));
+            let applied = apply(&root).unwrap_or_else(|refusal| panic!("{place}: {refusal:?}"));
+            assert_eq!(applied.carried_out, Some(Pending::Reset), "{place}");
+        }
+    }
+}
+
+/// A user's file that is nearly all holes keeps nobody from the agent for hours: it is named and refused at once.
+#[test]
+fn what_is_longer_than_data_itself_is_not_packed() {
+    let (_dir, root) = robot();
+    let path = root.data().join("home/holes");
+    File::create(&path).unwrap().set_len(8 << 40).unwrap();
+    for refusal in [backup(&root, io::sink()).unwrap_err(), reset(&root, true).unwrap_err()] {
+        assert_eq!(refusal.code, "no-archive", "{refusal:?}");
+        assert!(refusal.message.contains("home/holes"), "{refusal:?}");
+    }
+    reset(&root, false).unwrap();
+}

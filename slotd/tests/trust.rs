@@ -251,6 +251,13 @@ fn floors_survive_the_loss_of_data_and_a_hostile_one_has_a_way_out() {
     assert_eq!(alarm(&robot), "");
     lose_data(&robot);
     assert_eq!(robot.run(&["status"])["floor"]["key-epoch"], 2);
+
+    // What only `data` claims (a flipped bit is enough) is asked for as long as it does, and goes no further.
+    robot.file("data/slotd/floor.json", r#"{"version": "9.0.0", "key-epoch": 2}"#);
+    robot.run(&["commit"]);
+    assert_eq!(robot.run(&["status"])["floor"]["version"], "9.0.0");
+    lose_data(&robot);
+    assert_eq!(robot.run(&["status"])["floor"]["version"], "2.0.0");
 }
 
 #[test]

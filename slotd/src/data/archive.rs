@@ -2,14 +2,16 @@
 //! not trusted: every name, count and length meets its bound before anything of that size is held or written,
 //! and nothing leaves its folder.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 
+use crate::durable::is_missing;
 use crate::files::Files;
 use crate::refusal::{Refusal, Result};
 
@@ -40,6 +42,9 @@ const LONGEST_LINK: usize = 4095;
 /// A file takes blocks of this size, and an entry at least one: for itself and its name.
 const BLOCK: u64 = 4096;
 
+/// How often what changes while it is packed is looked at again.
+const LOOKS: u32 = 16;
+
 /// Bytes that are copied at once.
 const PIECE: usize = 256 << 10;
 
@@ -58,6 +63,20 @@ pub struct Room {
 impl Room {
     /// As much as a backup may hold.
     pub const BACKUP: Self = Self { bytes: u64::MAX, entries: MOST_ENTRIES };
+
+    /// As much as a backup of a file system may become: what is longer than the file system itself has holes, which an
+    /// archive has not, and would fill any other one.
+    ///
+    /// # Errors
+    /// `io`.
+    pub fn backup(folder: &Path) -> Result<Self> {
+        let about = rustix::fs::statvfs(folder).map_err(|error| {
+            Refusal::io(format!("looking at {}", folder.display()), &error.into())
+        })?;
+        let whole = about.f_blocks.saturating_mul(about.f_frsize);
+        // Each entry is rounded up to a block, and takes one of its own.
+        Ok(Self { bytes: whole.saturating_add(MOST_ENTRIES * 2 * BLOCK), ..Self::BACKUP })
+    }
 
     /// What is free in a file system.
     ///
@@ -139,7 +158,9 @@ pub fn pack(data: &Path, names: &[PathBuf], out: impl Write, room: Room) -> Resu
         }
         if packer.add(&name)? == Some(true) {
             let path = data.join(&name);
-            for entry in fs::read_dir(&path).map_err(doing(&path))? {
+            // Data are in use: it may be gone by now.
+            let Some(listing) = there(fs::read_dir(&path)).map_err(doing(&path))? else { continue };
+            for entry in listing {
                 waiting.push(name.join(entry.map_err(doing(&path))?.file_name()));
             }
         }
@@ -161,50 +182,87 @@ impl<W: Write> Packer<'_, W> {
     fn add(&mut self, name: &Path) -> Result<Option<bool>> {
         let path = self.data.join(name);
         let doing = failed("packing", &path);
-        let Some(mut about) = there(fs::symlink_metadata(&path)).map_err(&doing)? else {
-            return Ok(None);
-        };
-        let kind = about.file_type();
-        if !kind.is_dir() && !kind.is_file() && !kind.is_symlink() {
-            return Ok(None);
-        }
+        let Some((about, found)) = look(&path)? else { return Ok(None) };
         if name.as_os_str().len() > LONGEST || name.components().count() > DEEPEST {
             return Err(more_than_an_archive(&path, "its path is too long or too deep"));
         }
-        let file = if kind.is_file() {
-            // The file itself, whatever has its name by now: data are in use.
-            let careful = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-            let opened = OpenOptions::new().read(true).custom_flags(careful).open(&path);
-            let Some(file) = there(opened).map_err(&doing)? else { return Ok(None) };
-            about = file.metadata().map_err(&doing)?;
-            Some(file)
-        } else {
-            None
-        };
-        let size = if file.is_some() { about.len() } else { 0 };
+        let size = if matches!(found, Found::File(_)) { about.len() } else { 0 };
         if !self.left.take(size) {
             return Err(more_than_an_archive(&path, "it is one too many, or too large"));
         }
         let mut header = tar::Header::new_gnu();
         header.set_metadata(&about);
-        let added = match file {
+        let is_folder = matches!(found, Found::Folder);
+        let added = match found {
             // As long as it was: one that grows or shrinks meanwhile must not shift what follows.
-            Some(file) => {
+            Found::File(file) => {
                 let content = file.take(size).chain(io::repeat(0)).take(size);
                 self.tar.append_data(&mut header, name, content)
             }
-            None if kind.is_dir() => self.tar.append_data(&mut header, name, io::empty()),
-            None => fs::read_link(&path).and_then(|to| self.tar.append_link(&mut header, name, to)),
+            Found::Folder => self.tar.append_data(&mut header, name, io::empty()),
+            Found::Link(to) => self.tar.append_link(&mut header, name, to),
         };
         added.map_err(&doing)?;
-        Ok(Some(kind.is_dir()))
+        Ok(Some(is_folder))
     }
+}
+
+/// What belongs into an archive.
+enum Found {
+    File(File),
+    Folder,
+    Link(PathBuf),
+}
+
+/// Looks at what has a name, and opens the file itself, whatever has its name later: data are in use, and a user may
+/// exchange one kind for another at any time, to keep everybody from a backup. What is exchanged all the time is left out.
+fn look(path: &Path) -> Result<Option<(Metadata, Found)>> {
+    let doing = failed("packing", path);
+    for _ in 0..LOOKS {
+        let Some(about) = there(fs::symlink_metadata(path)).map_err(&doing)? else {
+            return Ok(None);
+        };
+        let kind = about.file_type();
+        if kind.is_dir() {
+            return Ok(Some((about, Found::Folder)));
+        }
+        if kind.is_symlink() {
+            match fs::read_link(path) {
+                Ok(to) => return Ok(Some((about, Found::Link(to)))),
+                // No link any more.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput || is_missing(&error) => {
+                }
+                Err(error) => return Err(doing(error)),
+            }
+            continue;
+        }
+        if !kind.is_file() {
+            return Ok(None);
+        }
+        let careful = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+        match OpenOptions::new().read(true).custom_flags(careful).open(path) {
+            Ok(file) => {
+                let about = file.metadata().map_err(&doing)?;
+                if about.is_file() {
+                    return Ok(Some((about, Found::File(file))));
+                }
+            }
+            // A link or a socket by now.
+            Err(error)
+                if [Errno::LOOP, Errno::NXIO]
+                    .iter()
+                    .any(|errno| error.raw_os_error() == Some(errno.raw_os_error())) => {}
+            Err(error) if is_missing(&error) => {}
+            Err(error) => return Err(doing(error)),
+        }
+    }
+    Ok(None)
 }
 
 /// `None` for what is not there.
 pub(super) fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
     match found {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if is_missing(&error) => Ok(None),
         found => found.map(Some),
     }
 }

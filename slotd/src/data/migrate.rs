@@ -258,7 +258,7 @@ pub fn migrate_with(
     run: Run<'_>,
 ) -> Result<Migrated> {
     let path = Record::path(root);
-    let bytes = durable::read(&path).map_err(failed("reading", &path))?;
+    let bytes = durable::read_or_damaged(&path).map_err(failed("reading", &path))?;
     let Some(mut record) = bytes.as_deref().and_then(Record::parse) else {
         let new = Record::new(version);
         new.write(root, files)?;

@@ -136,7 +136,7 @@ fn names(folder: &Path) -> Result<Vec<PathBuf>> {
 /// `no-archive`: it is more than [`restore`] would take. `no-space`, `io`.
 pub fn backup(root: &Root, out: impl Write) -> Result<()> {
     let data = root.data();
-    archive::pack(&data, &archive::contents(&data)?, out, Room::BACKUP).map(drop)
+    archive::pack(&data, &archive::contents(&data)?, out, Room::backup(&data)?).map(drop)
 }
 
 /// Prepares a factory reset for the next start; `keep` makes a backup first, which stays on `data` and
@@ -196,6 +196,11 @@ pub(super) fn private_folder(files: &dyn Files, folder: &Path) -> Result<()> {
     }
     let done = match there(fs::symlink_metadata(folder)).map_err(&doing)? {
         None => files.create_dir(folder).and_then(|()| files.sync(parent)),
+        // Damage: it holds nothing of what belongs here.
+        Some(about) if !about.is_dir() => files
+            .remove(folder)
+            .and_then(|()| files.create_dir(folder))
+            .and_then(|()| files.sync(parent)),
         Some(about) if about.mode() & 0o777 == 0o700 => Ok(()),
         Some(_) => files.set_mode(folder, 0o700).and_then(|()| files.sync(folder)),
     };
@@ -219,7 +224,7 @@ fn request(root: &Root, files: &dyn Files, new: Pending, before: Option<Pending>
 /// What waits. A note that makes no sense is none: it never was one of ours, or the card has damaged it.
 fn known(root: &Root) -> Result<Option<Pending>> {
     let path = note(root);
-    let bytes = durable::read(&path).map_err(failed("reading", &path))?;
+    let bytes = durable::read_or_damaged(&path).map_err(failed("reading", &path))?;
     Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
 }
 
@@ -405,8 +410,9 @@ fn everything(root: &Root) -> Result<Vec<PathBuf>> {
 fn leave(root: &Root, files: &dyn Files, paths: &[PathBuf], overwrite: bool) -> Result<()> {
     let outgoing = root.data().join(OUTGOING);
     let doing = failed("creating", &outgoing);
-    if !is_there(&outgoing)? {
-        files.create_dir(&outgoing).map_err(&doing)?;
+    let found = there(fs::symlink_metadata(&outgoing)).map_err(failed("reading", &outgoing))?;
+    if !found.is_some_and(|found| found.is_dir()) {
+        files.remove(&outgoing).and_then(|()| files.create_dir(&outgoing)).map_err(&doing)?;
     }
     let mark = outgoing.join(OVERWRITE);
     if overwrite {

@@ -193,7 +193,12 @@ impl Http {
         let word = |name: HeaderName| Some(headers.get(name)?.to_str().ok()?.to_owned());
         let version =
             word(ETAG).filter(|tag| !tag.starts_with("W/")).or_else(|| word(LAST_MODIFIED));
-        let length = answer.body().content_length().map(|length| start + length);
+        let length = match answer.body().content_length() {
+            Some(length) => Some(start.checked_add(length).ok_or_else(|| {
+                Failure::Final(io::Error::other("the server's Content-Range makes no sense"))
+            })?),
+            None => None,
+        };
         let same = |known: &Option<String>| known.is_none() || *known == version;
         if start > self.position
             || !same(&self.version)
@@ -309,5 +314,37 @@ impl Input for Http {
         }
         let copied = io::copy(&mut self.by_ref().take(n), &mut io::sink())?;
         if copied == n { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may fail by panicking")]
+mod tests {
+    use super::*;
+
+    /// Answers one request with this text; the address.
+    fn answering(text: &'static str) -> String {
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}/", server.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let mut client = server.accept().unwrap().0;
+            let (mut asked, mut byte) = (Vec::new(), [0]);
+            while !asked.ends_with(b"\r\n\r\n") {
+                client.read_exact(&mut byte).unwrap();
+                asked.extend(byte);
+            }
+            std::io::Write::write_all(&mut client, text.as_bytes()).unwrap();
+        });
+        address
+    }
+
+    #[test]
+    fn a_range_beyond_all_numbers_is_refused() {
+        let address = answering(
+            "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 18446744073709551615-5/9\r\nContent-Length: 9\r\n\r\n123456789",
+        );
+        let refusal = Http::open(&address, &Root::new("/nowhere")).unwrap_err();
+        assert_eq!(refusal.code, "source");
+        assert!(refusal.message.contains("makes no sense"), "{}", refusal.message);
     }
 }

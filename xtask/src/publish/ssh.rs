@@ -136,9 +136,10 @@ impl Host {
             said.push_str(line);
             said.push('\n');
         })?;
-        // sftp(1) passes on what ssh exits with when there is no connection (ssh(1), "EXIT STATUS").
+        // sftp(1) passes on what ssh exits with when there is no connection (ssh(1), "EXIT STATUS"); where ssh ended
+        // before sftp spoke to it, SIGPIPE ends sftp.
         ensure!(
-            status.code() != Some(255),
+            status.code().is_some_and(|code| code != 255),
             "connecting to {}: {}\nhelp: try `sftp {}`; it must not ask for anything",
             self.destination,
             said.trim_end(),

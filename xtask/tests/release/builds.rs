@@ -164,6 +164,11 @@ fn workspace(bench: &Bench) -> String {
     let fixture = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixture/.");
     let copy = tool("cp").args(["-r", fixture.as_str(), bench.dir.as_str()]).output();
     good(copy.unwrap());
+    // As the results here say of themselves: what a release is made of must be of the product's kind.
+    let product = bench.dir.join("configs/shop.toml");
+    let text = fs::read_to_string(&product).unwrap();
+    assert!(text.contains("kind = \"release\""));
+    fs::write(&product, text.replace("kind = \"release\"", "kind = \"development\"")).unwrap();
     fs::write(bench.dir.join(".gitignore"), "*\n!/board/**\n!/configs/**\n!/overlays/**\n")
         .unwrap();
     git(bench, &["init", "--quiet"]);
