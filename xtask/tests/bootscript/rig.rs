@@ -278,6 +278,7 @@ fn disk(states: Vec<u64>) -> DiskRequest {
         first_partition: 4 * MIB,
         alignment: MIB,
         states,
+        trust: Vec::new(),
         partitions: vec![
             partition("boot", 5, Filesystem::Vfat),
             partition("root-a", 8, Filesystem::Ext4),
