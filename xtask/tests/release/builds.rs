@@ -81,6 +81,7 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
         first_partition: 4 * MIB,
         alignment: MIB,
         states: vec![MIB, 2 * MIB],
+        trust: Vec::new(),
         partitions: vec![
             partition("boot", 8, Filesystem::Vfat),
             partition("root-a", 16, Filesystem::Ext4),
