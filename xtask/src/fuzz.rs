@@ -37,7 +37,10 @@ pub fn run(root: &Utf8Path, seconds: u64) -> Result<()> {
         .run()?;
     let built = fuzz.join("target").join(&machine).join("release");
     let corpus = fuzz.join("target/corpus");
-    Tool::new(built.join("seeds")).arg(&corpus).run()?;
+    Tool::cargo()
+        .args(["run", "--quiet", "--example", "seeds", "--", corpus.as_str()])
+        .current_dir(&fuzz)
+        .run()?;
     let mut targets = Vec::new();
     for entry in corpus.read_dir_utf8().with_context(|| format!("reading {corpus}"))? {
         targets.push(entry.context("reading a folder")?.file_name().to_owned());
