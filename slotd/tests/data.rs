@@ -441,7 +441,7 @@ fn a_reset_knows_every_file_of_the_agent() {
             names.insert(rest[..rest.find('"').unwrap()].replace("{slot}", "a"));
         }
     }
-    let goes = ["backup", "provisioned.json", "snapshots"];
+    let goes = ["backup", "provisioned.json", "reserve", "snapshots"];
     assert!(names.len() > 8 && names.contains("floor.json"), "{names:?}");
     let (_dir, root) = robot();
     for name in &names {

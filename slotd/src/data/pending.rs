@@ -40,7 +40,7 @@ const RESERVE: Room = Room { bytes: 16 << 20, entries: 1024 };
 
 /// What a reset leaves in the agent's own folder: what it knows of slots, keys and floors, and its log. Whatever
 /// else lies there goes, so that nothing is forgotten.
-const KEPT: [&str; 13] = [
+const KEPT: [&str; 12] = [
     "floor.json",
     "journal.json",
     "keyset.json",
@@ -49,7 +49,6 @@ const KEPT: [&str; 13] = [
     "log",
     "pending.json",
     "provision.lock",
-    "reserve",
     "slot-a.json",
     "slot-b.json",
     "trust.json",
