@@ -216,6 +216,7 @@ fn each_rule_has_its_message() {
                 d.first_partition = 4096;
                 d.alignment = 4096;
                 d.states.clear();
+                d.trust.clear();
             },
             "the first partition may start at 4 KiB, but the gpt table takes the first 17 KiB",
         ),
