@@ -153,7 +153,9 @@ fn two_publishers_with_memories_of_their_own_do_not_take_each_other_for_attacker
             elsewhere(&bench, &["publish", "target", "--from", "two"]),
         ];
         let children = pair.each_mut().map(|command| command.spawn().unwrap());
-        children.map(|child| good(child.wait_with_output().unwrap()));
+        for child in children {
+            good(child.wait_with_output().unwrap());
+        }
     }
     let first = bench.dir.join("first");
     copy(&bench.dir.join("target"), &first);
