@@ -31,6 +31,7 @@ pub mod report;
 pub mod rootfs;
 pub mod sbom;
 pub mod shared;
+pub mod start;
 pub mod tools;
 pub mod update;
 pub mod wheel;

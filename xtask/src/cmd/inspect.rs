@@ -13,6 +13,7 @@ use crate::diff::{Difference, Inventory};
 use crate::disk::read::{self, DiskTables, FatListing};
 use crate::keys::{Keys, directory};
 use crate::progress::bytes;
+use crate::start::{self, Starts};
 use crate::update;
 use bundle::bootstate::BootState;
 
@@ -80,6 +81,8 @@ struct ImageView {
     boot_states: Vec<StateView>,
     volumes: Vec<FatListing>,
     slots: Vec<SlotView>,
+    /// How each model starts; none where the image's system does not say for which models it is.
+    starts: Option<Starts>,
 }
 
 #[derive(Serialize)]
@@ -102,7 +105,12 @@ struct SlotView {
 
 fn image(path: &Utf8Path, format: Format) -> Result<()> {
     let tables = read::tables(path)?;
-    let mut view = ImageView { tables, boot_states: vec![], volumes: vec![], slots: vec![] };
+    let (starts, unread) = match start::look(path, None) {
+        Ok(starts) => (Some(starts), None),
+        Err(reason) => (None, Some(reason)),
+    };
+    let mut view =
+        ImageView { tables, boot_states: vec![], volumes: vec![], slots: vec![], starts };
     for partition in &view.tables.partitions {
         match content(path, partition.offset)? {
             Some(Held::Fat) => {
@@ -125,6 +133,9 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&view)?);
     } else {
         print_image(path, &view);
+        if let Some(reason) = unread {
+            println!("  how boards start from it cannot be told: {reason:#}");
+        }
     }
     ensure!(
         view.tables.findings.is_empty(),
@@ -163,6 +174,13 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
             slot.files,
             bytes(slot.bytes)
         );
+    }
+    let Some(starts) = &view.starts else { return };
+    for line in start::lines(starts) {
+        println!("  {line}");
+    }
+    for finding in starts.stops.iter().chain(&starts.degrades) {
+        println!("  - {}", finding.replace('\n', "\n    "));
     }
 }
 
