@@ -88,7 +88,7 @@ enum Change {
 }
 
 impl Change {
-    /// What it changes; `None`: nothing.
+    /// All that it changes: two folders, where something is moved.
     fn inodes(&self) -> Vec<usize> {
         match self {
             Self::Move { folder, into, .. } => vec![*folder, *into],
@@ -96,6 +96,7 @@ impl Change {
         }
     }
 
+    /// The one thing that it changes; `None`: nothing, or two.
     fn inode(&self) -> Option<usize> {
         match self {
             Self::Name { folder, .. }
