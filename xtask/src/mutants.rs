@@ -123,15 +123,16 @@ pub fn run(root: &Utf8Path, filter: &str) -> Result<Vec<Tried>> {
     let bench =
         Bench { tree: root.join("target/mutants/tree"), built: root.join("target/mutants") };
     copy(root, &bench.tree)?;
+    // A run that was ended in the midst of a compilation leaves state from which the compiler was seen to make the
+    // program of another text than the file's.
+    let state = bench.built.join("debug/incremental");
+    if state.exists() {
+        fs::remove_dir_all(&state).with_context(|| format!("removing {state}"))?;
+    }
     let mut tests: Vec<&str> = mutants.iter().map(|mutant| mutant.test.as_str()).collect();
     tests.sort_unstable();
     tests.dedup();
-    for (at, test) in tests.iter().enumerate() {
-        say("mutants", format!("without a fault ({} of {}): {test}", at + 1, tests.len()));
-        if bench.ask(test)? != Answer::Passed {
-            bail!("`cargo test -p {test}` fails without any fault: correct that first");
-        }
-    }
+    bench.without_fault(&tests)?;
     let (started, mut tried) = (Instant::now(), Vec::new());
     for (at, mutant) in mutants.iter().enumerate() {
         let begun = Instant::now();
@@ -152,6 +153,8 @@ pub fn run(root: &Utf8Path, filter: &str) -> Result<Vec<Tried>> {
         let (name, means) = (mutant.name.clone(), mutant.means.clone());
         tried.push(Tried { name, means, fate, seconds });
     }
+    // Else one of the faults may have stayed, and what came after it was caught by that.
+    bench.without_fault(&tests)?;
     Ok(tried)
 }
 
@@ -180,6 +183,16 @@ struct Bench {
 }
 
 impl Bench {
+    fn without_fault(&self, tests: &[&str]) -> Result<()> {
+        for (at, test) in tests.iter().enumerate() {
+            say("mutants", format!("without a fault ({} of {}): {test}", at + 1, tests.len()));
+            if self.ask(test)? != Answer::Passed {
+                bail!("`cargo test -p {test}` fails without any fault: correct that first");
+            }
+        }
+        Ok(())
+    }
+
     fn try_one(&self, mutant: &Mutant) -> Result<Fate> {
         let path = self.tree.join(&mutant.file);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
