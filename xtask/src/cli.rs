@@ -5,6 +5,8 @@ mod release;
 use camino::Utf8PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::release::Channel;
+
 pub use release::{Access, Create, Publish, Release, ReleaseCheck, StoreAddress, Which};
 
 /// Builds card images and the signed bundles that match them, without root and, once the downloads
@@ -302,6 +304,9 @@ pub struct PlanOptions {
     /// List only the builds that changed since this commit, with the components and the reasons.
     #[arg(long, value_name = "REV")]
     pub changed_since: Option<String>,
+    /// Of these, list only the products that this channel takes (releases.toml).
+    #[arg(long, value_enum)]
+    pub channel: Option<Channel>,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
     pub format: Format,

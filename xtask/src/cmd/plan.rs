@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bundle::Version;
 use camino::{Utf8Path, Utf8PathBuf};
 
@@ -14,6 +14,7 @@ use crate::disk::layout::exact;
 use crate::facts::Facts;
 use crate::plan::{self, Plan};
 use crate::progress::say;
+use crate::release::pins::Pins;
 use crate::render;
 use crate::sbom::timestamp;
 use crate::{out, outln, text};
@@ -98,6 +99,10 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
     if options.all || options.changed_since.is_some() {
         return builds(options);
     }
+    ensure!(
+        options.channel.is_none(),
+        "--channel chooses among several builds: --all or --changed-since says which"
+    );
     let (_, _, plan) = resolve(&options.target)?;
     match options.format {
         Format::Json => outln!("{}", text::json(&plan)?),
@@ -115,6 +120,16 @@ fn builds(options: &PlanOptions) -> Result<()> {
         None => affected::all(&root, product.as_deref())?,
     };
     builds.retain(|build| board.as_ref().is_none_or(|only| build.board == *only));
+    if let Some(channel) = options.channel {
+        let pins = Pins::read(Some(&root))?;
+        builds.retain(|build| match pins.may_speak_of(channel, &build.product) {
+            Ok(()) => true,
+            Err(why) => {
+                say("plan", format!("without {} for {}: {why:#}", build.product, build.board));
+                false
+            }
+        });
+    }
     match options.format {
         Format::Json => outln!("{}", text::json(&builds)?),
         Format::Text => out!("{}", affected::describe(&builds)),

@@ -1,8 +1,9 @@
 //! CI files against the published schemas of their systems (check-jsonschema has them inside), and that
 //! they do nothing that a person could not do with the same commands.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::process::Output;
+use std::process::{Command, Output};
 
 use crate::support::{Bench, good, python, root};
 
@@ -51,4 +52,33 @@ fn ci_only_calls_what_everybody_can_call() {
     }
     let gitlab = fs::read_to_string(root().join(GITLAB)).unwrap();
     assert!(gitlab.contains("ci/nightly") && gitlab.lines().count() < 40);
+}
+
+#[test]
+fn every_night_offers_what_its_channel_takes_and_nothing_else() {
+    let plan = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command.args(["plan", "--all"]).args(words).current_dir(root()).output().unwrap()
+    };
+    let products = |words: &[&str]| -> BTreeSet<String> {
+        let listed = good(plan(words));
+        listed.lines().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+    };
+    let nightly = products(&["--channel", "nightly"]);
+    assert!(nightly.contains("robot-dev"), "{nightly:?}");
+    // As committed no release key is needed for a night, and a release product is none of its.
+    assert!(products(&[]).contains("robot") && !nightly.contains("robot"), "{nightly:?}");
+    let said = String::from_utf8(plan(&["--channel", "nightly"]).stderr).unwrap();
+    assert!(said.contains("without robot for") && said.contains("releases.toml"), "{said}");
+    let gitlab = fs::read_to_string(root().join(GITLAB)).unwrap();
+    let line = gitlab.lines().find(|line| line.contains("PRODUCT: [")).unwrap();
+    let named = line.split(['[', ']']).nth(1).unwrap().split(',');
+    let named: BTreeSet<String> = named.map(|name| name.trim().to_owned()).collect();
+    assert_eq!(named, nightly, "{GITLAB}");
+    let workflow = fs::read_to_string(root().join(WORKFLOW)).unwrap();
+    assert!(workflow.contains("plan --all --channel nightly"), "{WORKFLOW}");
+    // Before anything is built.
+    let script = fs::read_to_string(root().join("ci/nightly")).unwrap();
+    let at = |what: &str| script.find(what).unwrap_or_else(|| panic!("no `{what}` in ci/nightly"));
+    assert!(at("--channel nightly)") < at("cargo xtask build-image"));
 }
