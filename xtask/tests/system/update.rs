@@ -37,6 +37,9 @@ const DEADLINE: u64 = 240;
 /// The version of the update; the card has the product's own.
 const UPDATE: &str = "0.1.1";
 
+/// The user who may update the robot, and nothing else.
+const USER: &str = "update";
+
 /// Cards, and the update for them: all built as a person would.
 struct Bench {
     folder: Folder,
@@ -317,7 +320,7 @@ fn good_updates_are_tried_and_committed() -> Result<()> {
     robot.installs("- </dev/vdb", Slot::B, INSTALL)?;
     expect_running(&robot.settles()?, Slot::B, UPDATE)?;
     api::fell_back(&mut robot.session, &apis)?;
-    // And back into slot a, as a developer would send the next one.
+    // And back into slot a, as the robot's owner would send the next one.
     pushed(bench, &mut robot)?;
     robot.comes_up(Slot::A)?;
     expect_running(&robot.settles()?, Slot::A, UPDATE)?;
@@ -327,21 +330,36 @@ fn good_updates_are_tried_and_committed() -> Result<()> {
     api::serves_its_own(&mut robot.session, &apis)
 }
 
-/// Sends the update over SSH, and follows it to its commit in slot a.
+/// Sends the update over SSH as the user who may do nothing else, and follows it to its commit in slot a.
 fn pushed(bench: &Bench, robot: &mut Robot) -> Result<()> {
     let key = bench.folder.at("id_ed25519");
     tool("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f", key.as_str()]).run()?;
     let public = fs::read_to_string(format!("{key}.pub"))?;
     let folder = "/data/identity/ssh/authorized_keys.d";
-    let command = format!("mkdir -p {folder} && echo '{}' >{folder}/root", public.trim());
+    let command = format!(
+        "mkdir -p {folder} && echo '{}' | tee {folder}/root >{folder}/{USER}",
+        public.trim()
+    );
     let (code, said) = robot.session.run(&command, COMMAND)?;
     ensure!(code == 0, "the key is not taken: {said}");
-    let port = robot.port;
     let mut ssh_options: Vec<String> =
         ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"].map(str::to_owned).to_vec();
-    ssh_options.extend([format!("Port={port}"), format!("IdentityFile={key}")]);
+    ssh_options.extend([format!("Port={}", robot.port), format!("IdentityFile={key}")]);
+    let over_ssh = |user: &str, command: &str| -> Result<String> {
+        let options = ssh_options.iter().flat_map(|option| ["-o", option]);
+        tool("ssh").args(options).args([&format!("{user}@127.0.0.1"), command]).read()
+    };
+    for user in ["root", USER] {
+        let status: Value = serde_json::from_str(&over_ssh(user, "slotd status --format json")?)?;
+        ensure!(status["running"] == "b", "{user}: {status}");
+    }
+    ensure!(over_ssh("root", "id -un")?.trim() == "root", "root has no shell");
+    for command in ["id -un", "slotd roll-back", "slotd status; id -un", "", "slotd keys /data/x"] {
+        let said = over_ssh(USER, command);
+        ensure!(said.is_err(), "{USER} may ask for `{command}`: {said:?}");
+    }
     let request = Request {
-        hosts: vec!["root@127.0.0.1".to_owned()],
+        hosts: vec![format!("{USER}@127.0.0.1")],
         bundle: bench.update.bundle.clone(),
         ssh_options,
         wait: Some(INSTALL),
