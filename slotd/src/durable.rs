@@ -1,6 +1,6 @@
 //! Files on `data` that survive a power cut: each is complete, the old one or the new one.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -99,28 +99,36 @@ pub fn write_json_with(files: &dyn Files, path: &Path, value: &impl Serialize) -
     write_with(files, path, &json)
 }
 
+/// Opens a file for reading; a pipe or a device in its place makes nobody wait.
+///
+/// # Errors
+/// When it cannot be opened. `InvalidData`: it is no file.
+pub fn open(path: &Path) -> io::Result<File> {
+    let damaged = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why);
+    let no_wait = OFlags::NONBLOCK.bits().cast_signed();
+    let is = |error: &io::Error, errno: Errno| error.raw_os_error() == Some(errno.raw_os_error());
+    match OpenOptions::new().read(true).custom_flags(no_wait).open(path) {
+        Ok(file) if file.metadata()?.is_file() => Ok(file),
+        Ok(_) => Err(damaged("it is no file")),
+        Err(error) if is(&error, Errno::LOOP) => Err(damaged("it is a link to itself")),
+        Err(error) if is(&error, Errno::NXIO) => Err(damaged("it is no file")),
+        Err(error) => Err(error),
+    }
+}
+
 /// Reads a file of at most 1 MiB; `None` when there is none.
 ///
 /// # Errors
 /// When it cannot be read. `InvalidData`: it is longer, or no file.
 pub fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    let damaged = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
-    // A pipe in its place must not make anybody wait.
-    let no_wait = OFlags::NONBLOCK.bits().cast_signed();
-    let file = match OpenOptions::new().read(true).custom_flags(no_wait).open(path) {
-        Ok(file) => file,
+    let file = match open(path) {
         Err(error) if is_missing(&error) => return Ok(None),
-        Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
-            return Err(damaged("it is a link to itself".to_owned()));
-        }
-        Err(error) => return Err(error),
+        opened => opened?,
     };
-    if !file.metadata()?.is_file() {
-        return Err(damaged("it is no file".to_owned()));
-    }
     let mut bytes = Vec::new();
     if file.take(MAX_FILE + 1).read_to_end(&mut bytes)? as u64 > MAX_FILE {
-        return Err(damaged(format!("it is longer than {MAX_FILE} bytes")));
+        let why = format!("it is longer than {MAX_FILE} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, why));
     }
     Ok(Some(bytes))
 }

@@ -1,6 +1,6 @@
 //! What was decided and refused, as one JSON object a line on `data`, bounded in size.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::durable::{self, is_missing};
 use crate::lock::{Lock, Turn, private_dir};
 use crate::root::Root;
 
@@ -81,8 +82,9 @@ impl Events {
         private_dir(&self.root.state())?;
         fs::create_dir_all(&self.folder)?;
         let path = self.file(0);
-        if path.is_dir() {
-            crate::durable::remove(&path)?;
+        // Anything else in its place is damage: a folder takes no lines, and a pipe would make everybody wait.
+        if fs::symlink_metadata(&path).is_ok_and(|about| !about.is_file()) {
+            durable::remove(&path)?;
         }
         if fs::metadata(&path).is_ok_and(|meta| meta.len() >= MAX_FILE) {
             for number in (0..KEPT).rev() {
@@ -189,11 +191,12 @@ fn shortened_map(map: &Map<String, Value>, longest: usize) -> Map<String, Value>
 }
 
 fn read_file(path: &std::path::Path) -> io::Result<Vec<Event>> {
-    let file = match File::open(path) {
-        // A folder in its place is damage: it holds no events.
-        Ok(file) if file.metadata()?.is_dir() => return Ok(Vec::new()),
+    let file = match durable::open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        // What is no file in its place is damage: it holds no events.
+        Err(error) if is_missing(&error) || error.kind() == io::ErrorKind::InvalidData => {
+            return Ok(Vec::new());
+        }
         Err(error) => return Err(error),
     };
     // A file is closed by the first line that reaches MAX_FILE.
@@ -238,6 +241,32 @@ mod tests {
         assert_eq!(read.iter().map(|e| e.number).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(read[0].details["slot"], "b");
         assert_eq!(read[1].event, "refused");
+    }
+
+    #[test]
+    fn damage_in_the_place_of_a_file_makes_nobody_wait() {
+        for place in ["events.jsonl", "events.1.jsonl"] {
+            for damage in ["pipe", "folder", "link to itself", "link to a pipe"] {
+                let (dir, events) = log();
+                events.add("first", json!({}));
+                let path = dir.path().join("data/slotd/log").join(place);
+                crate::durable::remove(&path).unwrap();
+                let pipe = dir.path().join("pipe");
+                let at = if damage == "pipe" { &path } else { &pipe };
+                let mode = rustix::fs::Mode::from_raw_mode(0o600);
+                let kind = rustix::fs::FileType::Fifo;
+                rustix::fs::mknodat(rustix::fs::CWD, at, kind, mode, 0).unwrap();
+                match damage {
+                    "folder" => fs::create_dir(&path).unwrap(),
+                    "link to itself" => std::os::unix::fs::symlink(&path, &path).unwrap(),
+                    "link to a pipe" => std::os::unix::fs::symlink(&pipe, &path).unwrap(),
+                    _ => {}
+                }
+                events.add("second", json!({}));
+                let read = events.read().unwrap();
+                assert_eq!(read.last().unwrap().event, "second", "{place}, {damage}");
+            }
+        }
     }
 
     #[test]

@@ -511,7 +511,7 @@ fn a_start_and_a_reset_go_on_whatever_has_a_name_of_ours() {
         "lost+found",
     ];
     for name in names {
-        for what in ["file", "too long", "folder", "link", "pipe"] {
+        for what in ["file", "too long", "folder", "link", "link to itself", "pipe"] {
             let (_dir, root) = robot();
             let path = root.data().join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -525,6 +525,7 @@ fn a_start_and_a_reset_go_on_whatever_has_a_name_of_ours() {
                 "too long" => fs::write(&path, vec![b' '; (1 << 20) + 1]).unwrap(),
                 "folder" => fs::create_dir_all(path.join("sub")).unwrap(),
                 "link" => symlink("/nowhere/at/all", &path).unwrap(),
+                "link to itself" => symlink(&path, &path).unwrap(),
                 _ => assert!(Command::new("mkfifo").arg(&path).status().unwrap().success()),
             }
             let place = format!("{name}, {what}");

@@ -2,12 +2,22 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
+#[allow(dead_code)]
+#[path = "common/crash.rs"]
+mod crash;
 
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{Cursor, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use common::{Plan, Robot};
+use slotd::Root;
+use slotd::data::seed::{Seeded, seed_with};
+use slotd::files::{Disk, Files};
 
 const SECTORS: u64 = 16 << 11;
 const PASSWORD: &str = "pass \"with\" # marks";
@@ -146,4 +156,211 @@ fn data_in_memory_takes_nothing() {
     assert!(planted(&robot));
     robot.file("run/slipway/data-state", "condition=clean\nwhy=\n");
     assert_eq!(robot.run(&["seed"])["taken"].as_array().unwrap().len(), 3);
+}
+
+/// A boot partition in memory, which remembers what is written to it and when it is flushed.
+#[derive(Clone, Default)]
+struct Volume(Rc<RefCell<Writes>>);
+
+#[derive(Default)]
+struct Writes {
+    at: u64,
+    bytes: Vec<u8>,
+    first: Vec<u8>,
+    /// Where, and what; `None`: a flush.
+    log: Vec<Option<(usize, Vec<u8>)>>,
+}
+
+impl Volume {
+    fn new(bytes: Vec<u8>) -> Self {
+        Self(Rc::new(RefCell::new(Writes { first: bytes.clone(), bytes, ..Writes::default() })))
+    }
+
+    fn flushed(&self) -> std::io::Result<()> {
+        self.0.borrow_mut().log.push(None);
+        Ok(())
+    }
+
+    /// What a power cut may leave after so many writes and flushes: of the sectors written since the last flush, all,
+    /// none, all but one, or one alone.
+    fn states(&self, point: usize) -> BTreeSet<Vec<u8>> {
+        let writes = self.0.borrow();
+        let log = &writes.log[..point];
+        let flushed = log.iter().rposition(Option::is_none).map_or(0, |at| at + 1);
+        let mut safe = writes.first.clone();
+        for (at, bytes) in log[..flushed].iter().flatten() {
+            safe[*at..at + bytes.len()].copy_from_slice(bytes);
+        }
+        let mut sectors: Vec<(usize, Vec<u8>)> = Vec::new();
+        for (at, bytes) in log[flushed..].iter().flatten() {
+            let (mut at, mut rest) = (*at, bytes.as_slice());
+            while !rest.is_empty() {
+                let (now, later) = rest.split_at(rest.len().min(512 - at % 512));
+                sectors.push((at, now.to_vec()));
+                (at, rest) = (at + now.len(), later);
+            }
+        }
+        let with = |keep: &dyn Fn(usize) -> bool| {
+            let mut bytes = safe.clone();
+            for (_, (at, part)) in sectors.iter().enumerate().filter(|(n, _)| keep(*n)) {
+                bytes[*at..at + part.len()].copy_from_slice(part);
+            }
+            bytes
+        };
+        let mut states = BTreeSet::from([with(&|_| true), with(&|_| false)]);
+        for one in 0..sectors.len() {
+            states.insert(with(&|n| n != one));
+            states.insert(with(&|n| n == one));
+            states.insert(with(&|n| n < one));
+        }
+        states
+    }
+}
+
+impl Read for Volume {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let mut writes = self.0.borrow_mut();
+        let at = writes.at as usize;
+        let count = (&writes.bytes[at..]).read(buffer)?;
+        writes.at += count as u64;
+        Ok(count)
+    }
+}
+
+impl Write for Volume {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        let mut writes = self.0.borrow_mut();
+        let at = writes.at as usize;
+        writes.bytes[at..at + buffer.len()].copy_from_slice(buffer);
+        writes.log.push(Some((at, buffer.to_vec())));
+        writes.at += buffer.len() as u64;
+        Ok(buffer.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Seek for Volume {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        let mut writes = self.0.borrow_mut();
+        writes.at = match to {
+            SeekFrom::Start(at) => at,
+            SeekFrom::Current(by) => writes.at.checked_add_signed(by).unwrap(),
+            SeekFrom::End(by) => (writes.bytes.len() as u64).checked_add_signed(by).unwrap(),
+        };
+        Ok(writes.at)
+    }
+}
+
+/// A start with this boot partition.
+fn take_over(robot: &Robot, files: &dyn Files, volume: &Volume) -> slotd::Result<Seeded> {
+    let root = Root::new(robot.dir.path());
+    let flush = || volume.flushed();
+    seed_with(&root, files, Path::new("boot"), volume.clone(), &flush)
+}
+
+/// A seed of several sectors: an RSA key alone is longer than one.
+fn long_seed() -> String {
+    let key = |name: &str| format!("ssh-rsa {} {name}", "A".repeat(700));
+    all().replace("ssh-ed25519 AAAA me", &key("me")).replace("ssh-ed25519 BBBB you", &key("you"))
+}
+
+/// A robot with the folders that every start makes, and a small boot partition with a seed.
+fn card_with(text: &str) -> (Robot, Vec<u8>) {
+    let robot = robot();
+    robot.file("data/identity/ssh/authorized_keys.d/root", "ssh-ed25519 CCCC old");
+    robot.file("data/network/.keep", "");
+    let mut volume = Cursor::new(vec![0; 128 << 10]);
+    fatfs::format_volume(&mut volume, fatfs::FormatVolumeOptions::new()).unwrap();
+    let fat = fatfs::FileSystem::new(&mut volume, fatfs::FsOptions::new()).unwrap();
+    fat.root_dir().create_file("slipway-seed.toml").unwrap().write_all(text.as_bytes()).unwrap();
+    fat.unmount().unwrap();
+    (robot, volume.into_inner())
+}
+
+fn has_file(bytes: &[u8]) -> bool {
+    let volume = Cursor::new(bytes.to_vec());
+    let fat = fatfs::FileSystem::new(volume, fatfs::FsOptions::new()).unwrap();
+    fat.root_dir().open_file("slipway-seed.toml").is_ok()
+}
+
+fn taken_from(robot: &Robot) -> BTreeMap<PathBuf, String> {
+    let agents = |path: &Path| path.starts_with("slotd");
+    let all = crash::snapshot(&robot.path("data"));
+    all.into_iter().filter(|(path, _)| !agents(path)).collect()
+}
+
+#[test]
+fn a_power_cut_anywhere_in_the_boot_partition_leaves_no_password_behind() {
+    for text in [all(), long_seed()] {
+        let (robot, card) = card_with(&text);
+        let volume = Volume::new(card);
+        assert_eq!(take_over(&robot, &Disk, &volume).unwrap().taken.len(), 3);
+        let expected = taken_from(&robot);
+        let (mut states, mut again) = (0, 0);
+        let points = volume.0.borrow().log.len();
+        for point in 0..=points {
+            for state in volume.states(point) {
+                states += 1;
+                let holds = |bytes: &[u8]| {
+                    ["with", "Lab 2", "bench-7"].iter().any(|word| {
+                        bytes.windows(word.len()).any(|window| window == word.as_bytes())
+                    })
+                };
+                let left = has_file(&state);
+                assert!(left || !holds(&state), "point {point}: the password outlives its file");
+                assert!(left || point > 0);
+                let next = Volume::new(state);
+                let seeded = take_over(&robot, &Disk, &next)
+                    .unwrap_or_else(|refusal| panic!("point {point} of {points}: {refusal}"));
+                again += usize::from(!seeded.taken.is_empty());
+                assert_eq!(taken_from(&robot), expected, "point {point}");
+                let end = next.0.borrow().bytes.clone();
+                assert!(!has_file(&end) && !holds(&end), "point {point}");
+            }
+        }
+        println!("{points} writes and flushes, {states} states, {again} taken over again");
+        assert!(again > 2 && states > 20, "{again} {states}");
+    }
+}
+
+#[test]
+fn a_power_cut_anywhere_on_data_is_taken_over_again() {
+    let (robot, card) = card_with(&long_seed());
+    let data = robot.path("data");
+    let recorder = crash::Recorder::new(&data);
+    take_over(&robot, &recorder, &Volume::new(card.clone())).unwrap();
+    let expected = taken_from(&robot);
+    let mut states = 0;
+    for point in 0..recorder.points() {
+        for state in recorder.states(point) {
+            states += 1;
+            fs::remove_dir_all(&data).unwrap();
+            state.write(&data);
+            // The boot partition is touched only once all of this is safe.
+            take_over(&robot, &Disk, &Volume::new(card.clone())).unwrap();
+            let mut found = taken_from(&robot);
+            found.retain(|path, _| path.extension().is_none_or(|ending| ending != "partial"));
+            assert_eq!(found, expected, "point {point}");
+        }
+    }
+    // At its end everything is on the disk, whatever else is lost.
+    for state in recorder.states(recorder.points() - 1) {
+        fs::remove_dir_all(&data).unwrap();
+        state.write(&data);
+        assert_eq!(taken_from(&robot), expected);
+    }
+    println!("{states} states");
+    assert!(states > 40, "{states}");
+}
+
+#[test]
+fn a_seed_in_another_encoding_is_not_taken_for_a_half_wiped_one() {
+    let wide: Vec<u8> = all().encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let robot = robot();
+    plant(&robot, &wide);
+    assert_eq!(robot.refused(&["seed"]), (5, "bad-seed".to_owned()));
+    assert!(planted(&robot));
 }

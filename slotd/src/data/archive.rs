@@ -259,10 +259,11 @@ fn look(path: &Path) -> Result<Option<(Metadata, Found)>> {
     Ok(None)
 }
 
-/// `None` for what is not there.
+/// `None` for what is not there. Below a link that leads to itself nothing is.
 pub(super) fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    let loops = |error: &io::Error| error.raw_os_error() == Some(Errno::LOOP.raw_os_error());
     match found {
-        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) if is_missing(&error) || loops(&error) => Ok(None),
         found => found.map(Some),
     }
 }

@@ -2,7 +2,7 @@
 //! back when an older one starts again. Before each step what it changes is packed away; that is the way back.
 
 use std::cmp::Ordering;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -497,7 +497,7 @@ fn put_back(root: &Root, files: &dyn Files, step: &Taken) -> Result<()> {
             .map_err(failed("creating", folder))?;
     }
     let path = snapshot(root, &step.name);
-    let file = File::open(&path).map_err(failed("reading", &path))?;
+    let file = durable::open(&path).map_err(failed("reading", &path))?;
     archive::unpack(files, file, &staging, MOST)?;
     for (number, name) in outermost(&step.paths).iter().enumerate() {
         let (place, old) = (data.join(name), staging.join(name));

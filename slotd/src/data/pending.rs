@@ -40,15 +40,13 @@ const RESERVE: Room = Room { bytes: 16 << 20, entries: 1024 };
 
 /// What a reset leaves in the agent's own folder: what it knows of slots, keys and floors, and its log. Whatever
 /// else lies there goes, so that nothing is forgotten.
-const KEPT: [&str; 12] = [
+const KEPT: [&str; 10] = [
     "floor.json",
     "journal.json",
     "keyset.json",
     "keyset.json.minisig",
-    "lock",
     "log",
     "pending.json",
-    "provision.lock",
     "slot-a.json",
     "slot-b.json",
     "trust.json",

@@ -3,7 +3,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use fatfs::{FileSystem, FsOptions};
@@ -15,6 +14,7 @@ use crate::device::Device;
 use crate::door;
 use crate::durable;
 use crate::events::Events;
+use crate::files::{Disk, Files};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -23,6 +23,9 @@ pub const FILE: &str = "slipway-seed.toml";
 
 /// The most bytes that are read of it; the flasher writes no more.
 const LARGEST: u64 = 64 << 10;
+
+/// Bytes that a card writes whole or not at all.
+const SECTOR: usize = 512;
 
 /// The wireless device that a board of ours has. It has no other name: there is only one.
 const WIRELESS: &str = "wlan0";
@@ -76,17 +79,35 @@ pub struct Seeded {
     pub taken: Vec<&'static str>,
 }
 
-/// Takes the file over. Cut anywhere, it is taken over again by the next start.
+/// Takes the file over. Cut anywhere, the next start goes on.
 ///
 /// # Errors
 /// `bad-seed`: the file is malformed; it stays. `no-data`: data is in memory; it stays. `bad-device`,
 /// `wrong-layout`, `io`.
 pub fn seed(root: &Root) -> Result<Seeded> {
     let path = Device::read(root)?.partition_path("boot")?;
-    let doing = || format!("reading {FILE} on {}", path.display());
-    let failed = |error: io::Error| Refusal::io(doing(), &error);
-    let open = |write| OpenOptions::new().read(true).write(write).open(&path);
-    let volume = open(true).map_err(failed)?;
+    let open = OpenOptions::new().read(true).write(true).open(&path);
+    let volume = open.map_err(|error| Refusal::io(reading(&path), &error))?;
+    seed_with(root, &Disk, &path, volume, &|| File::open(&path)?.sync_all())
+}
+
+fn reading(path: &Path) -> String {
+    format!("reading {FILE} on {}", path.display())
+}
+
+/// [`seed`] with every change of `data` made through `files`, and of the boot partition through `volume`, whose name
+/// is `path`; `flush` returns when what was written to it would survive a power cut.
+///
+/// # Errors
+/// As [`seed`].
+pub fn seed_with<V: Read + Write + Seek>(
+    root: &Root,
+    files: &dyn Files,
+    path: &Path,
+    volume: V,
+    flush: &dyn Fn() -> io::Result<()>,
+) -> Result<Seeded> {
+    let failed = |error: io::Error| Refusal::io(reading(path), &error);
     let fat = FileSystem::new(volume, FsOptions::new()).map_err(failed)?;
     let text = match fat.root_dir().open_file(FILE) {
         Ok(file) => {
@@ -97,20 +118,26 @@ pub fn seed(root: &Root) -> Result<Seeded> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Seeded::default()),
         Err(error) => return Err(failed(error)),
     };
-    let bad = |why: &str| {
-        let help = "flash the card again, or correct the file on another computer";
-        Refusal::new("bad-seed", format!("{}: {why}", doing()), help)
-    };
-    let seed = Seed::parse(&text).map_err(bad)?;
-    if State::read(root)?.condition == Condition::Memory {
-        return Err(Refusal::new(
-            "no-data",
-            format!("{}: data is in memory, and what is taken over would be lost", doing()),
-            "repair or replace the card; the file stays for the next start",
-        ));
+    let mut taken = Seeded::default();
+    if !is_half_wiped(&text) {
+        let bad = |why: &str| {
+            let help = "flash the card again, or correct the file on another computer";
+            Refusal::new("bad-seed", format!("{}: {why}", reading(path)), help)
+        };
+        let seed = Seed::parse(&text).map_err(bad)?;
+        if State::read(root)?.condition == Condition::Memory {
+            return Err(Refusal::new(
+                "no-data",
+                format!(
+                    "{}: data is in memory, and what is taken over would be lost",
+                    reading(path)
+                ),
+                "repair or replace the card; the file stays for the next start",
+            ));
+        }
+        taken = take(root, files, &seed).map_err(|error| Refusal::io("writing to data", &error))?;
+        Events::new(root).add("seeded", json!({ "taken": taken.taken }));
     }
-    let taken = take(root, &seed).map_err(|error| Refusal::io("writing to data", &error))?;
-    Events::new(root).add("seeded", json!({ "taken": taken.taken }));
     let wiped = || -> io::Result<()> {
         let folder = fat.root_dir();
         let mut file = folder.open_file(FILE)?;
@@ -119,12 +146,18 @@ pub fn seed(root: &Root) -> Result<Seeded> {
         file.flush()?;
         drop(file);
         // On the card before the entry goes: the bytes would stay behind it.
-        File::open(&path)?.sync_all()?;
+        flush()?;
         folder.remove(FILE)
     };
-    let wiped = wiped().and_then(|()| fat.unmount()).and_then(|()| open(true)?.sync_all());
+    let wiped = wiped().and_then(|()| fat.unmount()).and_then(|()| flush());
     wiped.map_err(|error| Refusal::io(format!("removing {FILE}"), &error))?;
     Ok(taken)
+}
+
+/// Whether the file was taken over already, and the robot lost its power while it was overwritten: some of its sectors
+/// are zero. No text has 512 zeros in a row, in whatever encoding.
+fn is_half_wiped(text: &[u8]) -> bool {
+    text.chunks(SECTOR).any(|sector| sector.iter().all(|byte| *byte == 0))
 }
 
 /// RFC 1123 (one label), OpenSSH's public keys, IEEE 802.11: as the flasher checks them. Whoever has the
@@ -154,10 +187,11 @@ fn check(seed: &Seed) -> std::result::Result<(), &'static str> {
     Ok(())
 }
 
-fn take(root: &Root, seed: &Seed) -> io::Result<Seeded> {
+fn take(root: &Root, files: &dyn Files, seed: &Seed) -> io::Result<Seeded> {
     let mut taken = Vec::new();
     if let Some(name) = &seed.hostname {
-        durable::write(&root.path("data/identity/hostname"), format!("{name}\n").as_bytes())?;
+        let path = root.path("data/identity/hostname");
+        durable::write_with(files, &path, format!("{name}\n").as_bytes())?;
         // This start has had its name already.
         fs::write(root.path("proc/sys/kernel/hostname"), name)?;
         taken.push("hostname");
@@ -165,13 +199,14 @@ fn take(root: &Root, seed: &Seed) -> io::Result<Seeded> {
     if !seed.ssh_keys.is_empty() {
         // The owner's: as root where the product lets root log in, and for updates where it has a user for them.
         for user in ["root", door::USER].into_iter().filter(|user| has_account(root, user)) {
-            add_keys(&root.path(format!("data/identity/ssh/authorized_keys.d/{user}")), seed)?;
+            let path = root.path(format!("data/identity/ssh/authorized_keys.d/{user}"));
+            add_keys(files, &path, seed)?;
         }
         taken.push("ssh-keys");
     }
     if let Some(configuration) = seed.wireless() {
         let path = root.path(format!("data/network/wpa_supplicant-{WIRELESS}.conf"));
-        write_secret(&path, configuration.as_bytes())?;
+        durable::write_secret_with(files, &path, configuration.as_bytes())?;
         taken.push("wifi");
     }
     Ok(Seeded { taken })
@@ -184,7 +219,7 @@ fn has_account(root: &Root, user: &str) -> bool {
 }
 
 /// Adds the seed's keys to those that may log in already.
-fn add_keys(path: &Path, seed: &Seed) -> io::Result<()> {
+fn add_keys(files: &dyn Files, path: &Path, seed: &Seed) -> io::Result<()> {
     let before = String::from_utf8(durable::read(path)?.unwrap_or_default());
     let mut keys = before.map_err(|_| io::Error::other("the SSH keys on data are no text"))?;
     for key in &seed.ssh_keys {
@@ -196,7 +231,7 @@ fn add_keys(path: &Path, seed: &Seed) -> io::Result<()> {
             keys.push('\n');
         }
     }
-    durable::write(path, keys.as_bytes())
+    durable::write_with(files, path, keys.as_bytes())
 }
 
 /// The name in hexadecimal: it may hold any byte.
@@ -208,17 +243,4 @@ fn supplicant(wifi: &Wifi) -> String {
         None => "key_mgmt=NONE".to_owned(),
     };
     format!("network={{\n\tssid={ssid}\n\tscan_ssid=1\n\t{key}\n}}\n")
-}
-
-/// As [`durable::write`], for root's eyes only from its first moment.
-fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    let partial = path.with_extension("partial");
-    durable::remove(&partial)?;
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&partial)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&partial, path)?;
-    File::open(folder)?.sync_all()
 }
