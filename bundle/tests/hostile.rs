@@ -388,6 +388,23 @@ fn bombs_and_short_frames_are_refused() {
     }
     // The same length with other bytes.
     assert_eq!(code(&with_frame(&content, &zstd(&noise(9000, 1)))), "wrong-hash");
+    assert_eq!(code(&with_frame(&zeros, &zstd(&noise(9000, 1)))), "wrong-hash");
+}
+
+/// Whoever has the key can make everything fit but the blocks' own hashes: robots that have a block already, and take it
+/// by its hash, would end up with another payload than those that read it from the bundle.
+#[test]
+fn a_frame_whose_blocks_are_not_those_of_the_index_is_refused() {
+    let (content, other) = (noise(9000, 1), noise(9000, 2));
+    let blocks: Vec<u8> = other.chunks(4096).flat_map(bundle::index::sha256).collect();
+    let forged = with_index(&content, |index, data| {
+        *data = zstd(&other);
+        let stored = (data.len() as u32).to_le_bytes();
+        index[FRAME_STORED..FRAME_STORED + 4].copy_from_slice(&stored);
+        index[CONTENT..CONTENT + 32].copy_from_slice(&bundle::index::sha256(&blocks));
+        index[PIECE..PIECE + 32].copy_from_slice(&bundle::index::sha256(data));
+    });
+    assert_eq!(code(&forged), "wrong-hash");
 }
 
 #[test]
