@@ -115,7 +115,7 @@ pub enum Format {
 /// Options of `check`.
 #[derive(Debug, Args)]
 pub struct Check {
-    /// Make the faults listed in ci/mutants.toml one at a time, in a copy of the source, and see that a test
+    /// Make the faults listed in ci/mutants one at a time, in a copy of the source, and see that a test
     /// fails; with FILTER those whose names contain it. Ends with an error when one is not noticed.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     pub mutants: Option<String>,

@@ -1,5 +1,5 @@
 //! Do the tests notice when a line is wrong that security or durability rests on? Deliberate faults, chosen by
-//! hand (`ci/mutants.toml`), are made one at a time in a copy of the source, and a test must fail.
+//! hand (`ci/mutants/`), are made one at a time in a copy of the source, and a test must fail.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use crate::exec::Tool;
 use crate::progress::{duration, say};
 
-/// Where the faults are listed.
-pub const LIST: &str = "ci/mutants.toml";
+/// The folder of the files that list the faults.
+pub const LIST: &str = "ci/mutants";
 
 /// The crates that have them: their tests are asked when the named one notices nothing.
 const CRATES: [&str; 2] = ["bundle", "slotd"];
@@ -58,16 +58,25 @@ impl Mutant {
     }
 }
 
-/// Reads the list below `root` and checks each entry against the source: unique names, texts that stand
+/// Reads the lists below `root` and checks each entry against the source: unique names, texts that stand
 /// exactly once.
 ///
 /// # Errors
-/// When the list is malformed; else names every mutant that does not fit.
+/// When a list is malformed; else names every mutant that does not fit.
 pub fn read(root: &Utf8Path) -> Result<Vec<Mutant>> {
-    let path = root.join(LIST);
-    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    let List { mutant: mutants } =
-        toml::from_str(&text).with_context(|| format!("reading {path}"))?;
+    let folder = root.join(LIST);
+    let listing = folder.read_dir_utf8().with_context(|| format!("reading {folder}"))?;
+    let mut files = Vec::new();
+    for entry in listing {
+        files.push(entry.with_context(|| format!("reading {folder}"))?.into_path());
+    }
+    files.sort();
+    let mut mutants: Vec<Mutant> = Vec::new();
+    for path in &files {
+        let text = fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+        let list: List = toml::from_str(&text).with_context(|| format!("reading {path}"))?;
+        mutants.extend(list.mutant);
+    }
     let mut wrong = Vec::new();
     for (at, mutant) in mutants.iter().enumerate() {
         if mutants.iter().take(at).any(|other| other.name == mutant.name) {
