@@ -110,8 +110,9 @@ pub fn key_id(public: &str) -> Result<String> {
 }
 
 fn parse_key(public: &str) -> Result<PublicKey> {
+    // What stands there is not shown: it may be a secret key.
     PublicKey::from_base64(public)
-        .map_err(|error| Error::BadKey { reason: format!("`{public}`: {error}") })
+        .map_err(|error| Error::BadKey { reason: format!("it is no public key: {error}") })
 }
 
 /// Bytes 2 to 10 of a key or signature blob are the key number, little-endian.
@@ -142,7 +143,9 @@ impl KeySet {
             });
         }
         for (at, key) in self.keys.iter().enumerate() {
-            let id = key_id(&key.public)?;
+            let id = key_id(&key.public).map_err(|_| Error::BadKey {
+                reason: format!("what is listed as {} is no public key", key.id),
+            })?;
             if id != key.id {
                 return Err(Error::BadKey {
                     reason: format!("the key listed as {} has the id {id}", key.id),

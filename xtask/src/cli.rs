@@ -490,6 +490,11 @@ pub enum Keys {
         #[arg(long)]
         revoke: bool,
     },
+    /// Revoke a release key: what only it has signed counts no more on robots that know of it.
+    Revoke {
+        /// The key's id, as `list` shows it.
+        id: String,
+    },
 }
 
 /// Options of `doctor`.

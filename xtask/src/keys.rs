@@ -8,7 +8,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use anyhow::{Context, Result, bail, ensure};
 use blake2::{Blake2b512, Digest};
 use bundle::keys::{key_id, signature_file};
-use bundle::{KeySet, Kind, SignatureFile, TrustedKey};
+
+use bundle::{KeySet, Kind, MAX_SIGNATURES, SignatureFile, TrustedKey};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
@@ -253,6 +254,56 @@ impl Keys {
             format!("reading the secret key {path}\nhelp: copy it here, or set SLIPWAY_KEYS")
         })?;
         Signer::open(&text, key).with_context(|| format!("opening the secret key {path}"))
+    }
+
+    /// Revokes a key.
+    ///
+    /// # Errors
+    /// When there is no such key, it is revoked already, or no other one of its kind would be left.
+    pub fn revoke(&mut self, id: &str) -> Result<TrustedKey> {
+        let mut set = self.set.clone();
+        let dir = &self.dir;
+        let found = set.keys.iter_mut().find(|key| key.id == id).with_context(|| {
+            format!("revoking a key: {dir} has none with the id `{id}`\nhelp: `cargo xtask keys list` shows them")
+        })?;
+        ensure!(!found.revoked, "revoking the key {id}: it is revoked already");
+        found.revoked = true;
+        let key = found.clone();
+        ensure!(
+            set.keys.iter().any(|other| other.kind == key.kind && !other.revoked),
+            "revoking the key {id}: no other {} key would be left, and nothing could be signed\n\
+             help: `cargo xtask keys rotate` makes its successor first",
+            key.kind
+        );
+        self.save(set)?;
+        Ok(key)
+    }
+
+    /// The keys that sign a bundle of this kind, the newest first: with it all before it that are not revoked and whose
+    /// secret part is here. A robot that was built before a rotation knows only those.
+    ///
+    /// # Errors
+    /// As [`Self::signer`]. An older key that cannot be opened is passed over with a warning.
+    pub fn signers(&mut self, kind: Kind) -> Result<Vec<Signer>> {
+        let mut signers = vec![self.signer(kind)?];
+        let newest = signers.iter().map(|signer| signer.key().id.clone()).collect::<Vec<_>>();
+        let fits =
+            |key: &&TrustedKey| key.kind == kind && !key.revoked && !newest.contains(&key.id);
+        let mut older: Vec<TrustedKey> = self.set.keys.iter().filter(fits).cloned().collect();
+        older.sort_by_key(|key| std::cmp::Reverse(key.epoch));
+        for key in older.into_iter().take(MAX_SIGNATURES - 1) {
+            let (id, path) = (key.id.clone(), self.file(&key, "key"));
+            let opened = std::fs::read_to_string(&path)
+                .with_context(|| format!("reading {path}"))
+                .and_then(|text| Signer::open(&text, key));
+            match opened {
+                Ok(signer) => signers.push(signer),
+                Err(error) => progress::warn(format!(
+                    "the older {kind} key {id} does not sign: robots that know no newer one refuse the bundle ({error:#})"
+                )),
+            }
+        }
+        Ok(signers)
     }
 
     /// The newest key of a kind that is not revoked.

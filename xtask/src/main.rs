@@ -18,8 +18,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // One sentence: what was being done, then why it failed.
-            xtask::errln!("error: {error:#}");
+            xtask::errln!("error: {}", xtask::text::sentence(&error));
             ExitCode::FAILURE
         }
     }

@@ -203,6 +203,13 @@ pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
         "`{address}` is no address of a store\n\
          help: a folder, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]"
     );
+    // As scp spells it: a folder of that name would be made here, and nobody would look for it.
+    if let Some((host, path)) = address.split_once(':').filter(|(host, _)| !host.contains('/')) {
+        bail!(
+            "`{address}` is no folder\nhelp: ssh://{host}/{}, or ./{address} for a folder of that name",
+            path.trim_start_matches('/')
+        );
+    }
     Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
 }
 

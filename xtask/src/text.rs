@@ -91,6 +91,20 @@ macro_rules! err {
     ($($words:tt)*) => { $crate::text::eprint(&format!($($words)*)) };
 }
 
+/// An error for people: what was being done and why it failed in one sentence, then what to do, wherever in the chain
+/// of causes that was said.
+pub fn sentence(error: &anyhow::Error) -> String {
+    let (mut causes, mut help) = (Vec::new(), String::new());
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        let at = cause.find("\nhelp: ").unwrap_or(cause.len());
+        let (said, rest) = cause.split_at(at);
+        causes.push(said.to_owned());
+        help.push_str(rest);
+    }
+    causes.join(": ") + &help
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,5 +120,14 @@ mod tests {
         let json = json(&bad).expect("JSON");
         assert!(!json.chars().any(is_harmful), "{json}");
         assert_eq!(serde_json::from_str::<String>(&json).expect("the same"), bad);
+    }
+
+    #[test]
+    fn help_comes_last() {
+        let error = anyhow::anyhow!("no such file").context("reading a\nhelp: build it");
+        assert_eq!(
+            sentence(&error.context("doing b")),
+            "doing b: reading a: no such file\nhelp: build it"
+        );
     }
 }

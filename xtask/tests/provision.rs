@@ -86,7 +86,8 @@ fn slotd() -> &'static Utf8Path {
     static SLOTD: OnceLock<Utf8PathBuf> = OnceLock::new();
     SLOTD.get_or_init(|| {
         let mut cargo = Command::new(env!("CARGO"));
-        let built = cargo.args(["build", "--quiet", "--package", "slotd"]).status().unwrap();
+        let built =
+            cargo.args(["build", "--quiet", "--workspace", "--bin", "slotd"]).status().unwrap();
         assert!(built.success());
         // This test is `<target>/debug/deps/provision-…`.
         let own = Utf8PathBuf::try_from(std::env::current_exe().unwrap()).unwrap();

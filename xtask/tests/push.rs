@@ -33,7 +33,7 @@ fn run(program: &str, args: &[&str]) {
 fn slotd() -> &'static Utf8Path {
     static SLOTD: OnceLock<Utf8PathBuf> = OnceLock::new();
     SLOTD.get_or_init(|| {
-        run(env!("CARGO"), &["build", "--quiet", "--package", "slotd"]);
+        run(env!("CARGO"), &["build", "--quiet", "--workspace", "--bin", "slotd"]);
         // This test is `<target>/debug/deps/push-…`.
         let own = Utf8PathBuf::try_from(std::env::current_exe().unwrap()).unwrap();
         let built = own.parent().and_then(Utf8Path::parent).unwrap().join("slotd");
@@ -44,14 +44,13 @@ fn slotd() -> &'static Utf8Path {
 
 /// Bytes that do not compress.
 fn noise(length: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    };
-    (0..length / 8).flat_map(|_| next().to_le_bytes()).collect()
+    // By a library that is compiled with optimisation; this test is not.
+    let mut bytes = Vec::with_capacity(length + 32);
+    for number in 0..length.div_ceil(32) {
+        bytes.extend_from_slice(&bundle::index::sha256(format!("{seed} {number}").as_bytes()));
+    }
+    bytes.truncate(length);
+    bytes
 }
 
 /// What pushes need: signing keys, a bundle, and the key that logs in.

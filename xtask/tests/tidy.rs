@@ -110,6 +110,21 @@ fn the_crates_depend_in_one_direction() {
     complain(findings);
 }
 
+/// `cargo xtask` selects one crate, `cargo test --workspace` all: what only the others ask for is compiled once more,
+/// with all that depends on it, this tool among them.
+#[test]
+fn the_tool_is_compiled_once_for_itself_and_for_the_tests() {
+    let robots = ["bundle/Cargo.toml", "slotd/Cargo.toml", "bootmodel/Cargo.toml"];
+    let mut findings = Vec::new();
+    for (path, text) in files().into_iter().filter(|(path, _)| robots.contains(&path.as_str())) {
+        for line in text.lines().filter(|line| line.contains("features = [")) {
+            findings
+                .push(format!("{path}: `{line}`: name the features in the workspace's Cargo.toml"));
+        }
+    }
+    complain(findings);
+}
+
 #[test]
 fn pure_code_touches_neither_files_nor_programs() {
     let pure = [

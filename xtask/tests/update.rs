@@ -4,7 +4,7 @@ use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use bundle::{Kind, Level, Policy, Version};
+use bundle::{KeySet, Kind, Level, Policy, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::keys::{KEY_SET, Keys, PASSWORD_VARIABLE, Signer};
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack, verify};
@@ -134,8 +134,29 @@ fn keys_are_made_once_kept_private_and_rotated() {
     assert_eq!(mode(&at), 0o700);
     assert_eq!(mode(keys.list()[0].secret.as_ref().unwrap()), 0o600);
 
-    let second = keys.rotate(Kind::Development, true).unwrap();
+    // Until a key is revoked it signs beside its successor: robots of before know no other.
+    let alone = format!("{:#}", keys.revoke(&first.id).unwrap_err());
+    assert!(alone.contains("no other development key would be left"), "{alone}");
+    let second = keys.rotate(Kind::Development, false).unwrap();
     assert_eq!(second.epoch, 2);
+    let ids = |keys: &mut Keys| -> Vec<String> {
+        let signers = keys.signers(Kind::Development).unwrap();
+        signers.iter().map(|signer| signer.key().id.clone()).collect()
+    };
+    assert_eq!(ids(&mut keys), [second.id.clone(), first.id.clone()]);
+    let out = dir.join("both.bundle");
+    let signers = keys.signers(Kind::Development).unwrap();
+    pack(&request(&payload(&dir), Kind::Development, &signers), &out).unwrap();
+    for known in [&first, &second] {
+        let set = KeySet { keys: vec![known.clone()], ..KeySet::default() };
+        let policy = Policy { product: None, board: None, floor: None, key_epoch: 0 };
+        let verified = xtask::update::verify(&out, &set, &policy).unwrap();
+        assert_eq!(verified.signed_by[0].id, known.id);
+        assert_eq!(verified.manifest.key_epoch, 1, "the older key still counts");
+    }
+    assert_eq!(keys.revoke(&first.id).unwrap().id, first.id);
+    assert_eq!(ids(&mut keys), [second.id.clone()]);
+    assert!(keys.revoke(&first.id).is_err() && keys.revoke("0").is_err());
     assert_eq!(keys.signer(Kind::Development).unwrap().key(), &second);
     drop(keys);
     let keys = Keys::open(&at).unwrap();

@@ -11,6 +11,7 @@ use crate::cache::{Cache, Key};
 use crate::cli::{BuildImage, Format};
 use crate::cmd::plan::{dist, resolve, turn};
 use crate::config::product::Engine;
+use crate::keys::Signer;
 use crate::progress::{bytes, say};
 use crate::shared;
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
@@ -123,14 +124,15 @@ fn pack(
     let (product, board) = (&plan.product, &plan.board.name);
     let name = format!("{}-{}-{board}.{api}.bundle", product.name, component.version);
     let (root, out) = (build.root, build.dist.join(name));
-    let signer = signing.signer.key();
+    let signers = signing.signers.iter().map(Signer::key);
+    let ids: Vec<&str> = signers.map(|key| key.id.as_str()).collect();
     let level = image::level(build.options.compression);
     let hashes: Vec<&str> = component.payloads.iter().map(|(_, a)| a.sha256.as_str()).collect();
     let key = Key::new("component bundle", BUNDLE_VERSION)
         .with("out", out.as_str())
         .with_json("payloads", &hashes)?
         .with("epoch", plan.epoch.to_string())
-        .with("signer", &signer.id)
+        .with("signer", ids.join(" "))
         .with_json("product", &(product, board, &plan.update))?
         .with("level", format!("{level:?}"));
     let payloads = component
@@ -153,7 +155,7 @@ fn pack(
         }],
         level,
         workers: None,
-        signers: std::slice::from_ref(&signing.signer),
+        signers: &signing.signers,
     };
     build.stage(
         "bundle",
@@ -162,7 +164,7 @@ fn pack(
         |bundle| {
             let size = bytes(bundle.size);
             let shown = bundle.path.strip_prefix(root).unwrap_or(&bundle.path);
-            format!("{shown}  {size}, signed by the {} key {}", signer.kind, signer.id)
+            format!("{shown}  {size}, signed by the {} key {}", product.kind, ids.join(" and "))
         },
         |_, _| {
             let packed = update::pack(&request, &out)?.artifact;

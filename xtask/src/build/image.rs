@@ -15,6 +15,7 @@ use crate::compose::{self, Parts, lint, sizes};
 use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source, Summed};
 use crate::exec::Tool;
 use crate::ext4::{self, Ext4Request};
+use crate::keys::Signer;
 use crate::plan::{BootSourcePlan, Plan};
 use crate::progress::{bytes, say, warn};
 use crate::render::{OverlayContent, Rendered};
@@ -479,14 +480,15 @@ pub fn bundle(
     let plan = build.plan;
     let (root, out) = (build.root, build.output("bundle"));
     let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
-    let signer = signing.signer.key();
+    let signers = signing.signers.iter().map(Signer::key);
+    let ids: Vec<&str> = signers.map(|key| key.id.as_str()).collect();
     let level = level(build.options.compression);
     let key = Key::new("bundle", BUNDLE_VERSION)
         .with("out", out.as_str())
         .with("system", &system.key)
         .with("base", &base.key)
         .with("epoch", plan.epoch.to_string())
-        .with("signer", &signer.id)
+        .with("signer", ids.join(" "))
         .with_json("boot files", &plan.boot_files)?
         .with_json("boot", &boot)?
         .with_json("boot slot", &plan.disk.partition(BOOT_SLOTS[0]).map(|p| p.size))?
@@ -500,7 +502,11 @@ pub fn bundle(
         |bundle| {
             let size = bytes(bundle.size);
             let shown = bundle.path.strip_prefix(root).unwrap_or(&bundle.path);
-            format!("{shown}  {size}, signed by the {} key {}", signer.kind, signer.id)
+            format!(
+                "{shown}  {size}, signed by the {} key {}",
+                plan.product.kind,
+                ids.join(" and ")
+            )
         },
         |build, dir| {
             let mut payloads = Vec::new();
@@ -532,7 +538,7 @@ pub fn bundle(
                 }],
                 level,
                 workers: None,
-                signers: std::slice::from_ref(&signing.signer),
+                signers: &signing.signers,
             };
             let packed = update::pack(&request, &out)?.artifact;
             flush(&packed.path)?;

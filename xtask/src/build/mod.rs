@@ -163,8 +163,10 @@ pub struct Made {
 
 /// Who signs, and whom the robot trusts.
 pub struct Signing {
-    /// Opened for this build only; its secret is never printed.
+    /// The newest key; opened for this build only, as the others: no secret is ever printed.
     pub signer: Signer,
+    /// With those before it that still count: what bundles are signed by.
+    pub signers: Vec<Signer>,
     /// The key set that goes into the image, as JSON.
     pub key_set: Vec<u8>,
 }
@@ -172,10 +174,11 @@ pub struct Signing {
 fn signing(plan: &Plan) -> Result<Signing> {
     let kind = plan.product.kind;
     let mut keys = Keys::open(&keys::directory()?)?;
-    let signer = keys.signer(kind)?;
+    let signers = keys.signers(kind)?;
+    let signer = signers.first().context("no key signs")?.clone();
     let key_set =
         serde_json::to_vec_pretty(&keys.set_for(kind)).context("describing the key set")?;
-    Ok(Signing { signer, key_set })
+    Ok(Signing { signer, signers, key_set })
 }
 
 /// Whoever builds a development product may log in to it as root: `push` needs that. A release product

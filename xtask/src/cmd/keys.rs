@@ -5,6 +5,7 @@ use bundle::Kind;
 
 use crate::cli::{Format, Keys as Verb};
 use crate::keys::{Keys, directory};
+use crate::progress::say;
 use crate::{outln, text};
 
 /// `cargo xtask keys …`.
@@ -21,6 +22,25 @@ pub fn keys(verb: &Verb) -> Result<()> {
         Verb::Rotate { revoke } => {
             let key = keys.rotate(Kind::Release, *revoke)?;
             outln!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
+            say(
+                "keys",
+                match revoke {
+                    false => {
+                        "bundles are signed by the older keys as well: robots learn of the new one with their next update"
+                    }
+                    true => {
+                        "robots that know only the revoked keys take no bundle any more: carry the key set to them, signed by a key that they know (docs/slotd.md, Keys)"
+                    }
+                },
+            );
+        }
+        Verb::Revoke { id } => {
+            let key = keys.revoke(id)?;
+            outln!("revoked the {} key {} in {}", key.kind, key.id, directory()?);
+            say(
+                "keys",
+                "robots learn of it with their next update, or by the key set itself (docs/slotd.md, Keys)",
+            );
         }
         Verb::List { format: Format::Json } => {
             outln!("{}", text::json(&keys.list())?);
@@ -32,10 +52,14 @@ pub fn keys(verb: &Verb) -> Result<()> {
             }
             for listed in list {
                 let key = &listed.key;
-                let secret = if listed.secret.is_some() { "can sign" } else { "public part only" };
                 let kind = key.kind.to_string();
-                let state = if key.revoked { ", revoked" } else { "" };
-                outln!("{}  {:<11} epoch {:<3} {secret}{state}", key.id, kind, key.epoch);
+                let state = match (key.revoked, listed.secret.is_some()) {
+                    (true, true) => "revoked (its secret part is here)",
+                    (true, false) => "revoked",
+                    (false, true) => "can sign",
+                    (false, false) => "public part only",
+                };
+                outln!("{}  {:<11} epoch {:<3} {state}", key.id, kind, key.epoch);
             }
         }
     }

@@ -1,5 +1,6 @@
 //! `plan` and `render`: what a build would do, and every text that it would generate.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
@@ -122,10 +123,13 @@ fn builds(options: &PlanOptions) -> Result<()> {
     builds.retain(|build| board.as_ref().is_none_or(|only| build.board == *only));
     if let Some(channel) = options.channel {
         let pins = Pins::read(Some(&root))?;
-        builds.retain(|build| match pins.may_speak_of(channel, &build.product) {
+        let mut told = BTreeSet::new();
+        builds.retain(|build| match pins.takes(channel, &build.product) {
             Ok(()) => true,
             Err(why) => {
-                say("plan", format!("without {} for {}: {why:#}", build.product, build.board));
+                if told.insert(build.product.clone()) {
+                    say("plan", format!("without {}: {why:#}", build.product));
+                }
                 false
             }
         });

@@ -303,7 +303,7 @@ fn promote(text: &str, to: Channel, which: &Which) -> Result<()> {
     let entry = Entry { added: now()?, ..entry };
     let new = put(store.as_ref(), to, &entry, Retention::default(), &mut authority)?;
     let word = if new { "is now also" } else { "was already" };
-    outln!("{} {} of {from} {word} in {to}", entry.product, entry.version);
+    outln!("{} {} of {from} {word} in {to} of {}", entry.product, entry.version, store.name());
     Ok(())
 }
 
@@ -324,7 +324,7 @@ fn yank(text: &str, reason: &str, which: &Which) -> Result<()> {
             Ok(Some(next))
         };
         if change(store.as_ref(), channel, &mut authority, mark, |_, _| Ok(()))? {
-            outln!("{product} {version} is yanked in {channel}");
+            outln!("{product} {version} is yanked in {channel} of {}", store.name());
         }
     }
     Ok(())

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Store;
 use crate::artifact::{hash_bytes, write_atomically};
+use crate::progress::warn;
 use crate::release::format::{Channel, pretty};
 
 /// The version of the memory's files.
@@ -152,6 +153,13 @@ impl Memory {
         }
         if (now.serial == 0 && seen.is_none()) || seen == Some(now) {
             return Ok(());
+        }
+        if let Some(seen) = seen.filter(|seen| self.restored && seen.serial >= now.serial) {
+            let (name, now) = (store.name(), Shown(now.serial));
+            warn(format!(
+                "{name}: the serial of {channel} is {now} from now on, was {}",
+                seen.serial
+            ));
         }
         self.change(store, |channels| {
             let known = channels.get(channel.name()).map_or(0, |seen| seen.serial);

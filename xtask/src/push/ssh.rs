@@ -68,6 +68,35 @@ struct ProgressLine {
     progress: Progress,
 }
 
+/// What ssh says, in the C library's words, when nobody answers at all.
+const UNREACHED: [&str; 5] = [
+    "Could not resolve hostname",
+    "Connection refused",
+    "Connection timed out",
+    "No route to host",
+    "Network is unreachable",
+];
+
+/// Whether ssh would take this for a host, and for the one that is meant: HOST, USER@HOST, or either behind `ssh://`
+/// with or without a port.
+fn is_address(host: &str) -> bool {
+    let (rest, with_port) = match host.strip_prefix("ssh://") {
+        Some(rest) => (rest, true),
+        None => (host, false),
+    };
+    let (user, name) = match rest.rsplit_once('@') {
+        Some((user, name)) => (Some(user), name),
+        None => (None, rest),
+    };
+    let is_word = |word: &str| {
+        let strange = |c: char| c.is_whitespace() || c == '/';
+        !word.is_empty() && !word.starts_with('-') && !word.contains(strange)
+    };
+    // More than one colon is an IPv6 address.
+    let has_port = name.matches(':').count() == 1;
+    user.is_none_or(is_word) && is_word(name) && (with_port || !has_port)
+}
+
 impl Connection {
     /// Nothing is connected yet.
     ///
@@ -75,7 +104,7 @@ impl Connection {
     /// When the host would be taken for an option, or an option is none.
     pub fn new(host: &str, options: &[String]) -> Result<Self> {
         ensure!(
-            !host.is_empty() && !host.starts_with('-') && !host.contains(char::is_whitespace),
+            is_address(host),
             "`{host}` is no robot's address\nhelp: HOST, USER@HOST or ssh://USER@HOST:PORT"
         );
         check_options(options)?;
@@ -117,11 +146,21 @@ impl Connection {
         // A product may forbid root to log in, as those that are released do.
         let other = match self.host.rsplit_once('@') {
             None => format!(
-                "; a robot whose product lets root not log in is reached as {UPDATER}@{}",
-                self.host
+                "; a robot whose product lets root not log in is reached as {}",
+                match self.host.strip_prefix("ssh://") {
+                    Some(name) => format!("ssh://{UPDATER}@{name}"),
+                    None => format!("{UPDATER}@{}", self.host),
+                }
             ),
             Some(_) => String::new(),
         };
+        if UNREACHED.iter().any(|sign| why.contains(sign)) {
+            bail!(
+                "cannot reach it: {why}\n\
+                 help: is the robot on, in this network, and is that its name? `ping` and `ssh {}` tell more",
+                self.host
+            );
+        }
         bail!(
             "cannot log in: {why}\n\
              help: try `ssh {}`; the robot must know your public key (README, \"Pushing to robots\"){other}",
@@ -216,4 +255,32 @@ pub(crate) fn check_options(options: &[String]) -> Result<()> {
 
 fn last(tail: &[String]) -> String {
     tail.last().cloned().unwrap_or_else(|| "ssh says nothing".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ssh_would_take_for_something_else_is_no_address() {
+        for good in
+            ["robot", "update@robot", "ssh://robot", "ssh://a@robot:22", "fe80::1%eth0", "root@::1"]
+        {
+            assert!(is_address(good), "{good}");
+        }
+        for bad in [
+            "",
+            "-oProxyCommand=x",
+            "a b",
+            "http://x",
+            "robot:22",
+            "update@",
+            "@robot",
+            "ssh://",
+            "ssh://u@h/path",
+            "a@-x",
+        ] {
+            assert!(!is_address(bad), "{bad}");
+        }
+    }
 }

@@ -265,8 +265,11 @@ impl Index {
             )?;
             ensure!(
                 pins.channel(channel) == Kind::Development || signer.kind == Kind::Release,
-                "release keys sign the channel {channel}, and it is signed by the development key {}",
-                signer.id
+                "release keys sign the channel {channel}, and it is signed by the development key {}\n\
+                 help: releases.toml says which keys sign a channel; one that has changed sides begins anew: move \
+                 {} away from this store, and from every copy of it",
+                signer.id,
+                channel.path()
             );
             let index: Self = serde_json::from_slice(text).context("reading the index in it")?;
             index.check(channel)?;

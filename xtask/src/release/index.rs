@@ -30,19 +30,26 @@ impl Retention {
     }
 }
 
+/// Whether a channel takes products of this kind at all.
+///
+/// # Errors
+/// When a development product would become stable.
+pub fn takes(channel: Channel, product: &str, kind: Kind) -> Result<()> {
+    ensure!(
+        channel != Channel::Stable || kind == Kind::Release,
+        "{product} is a development product, and the channel stable is for everybody\n\
+         help: use beta, or `kind = \"release\"` in configs/{product}.toml"
+    );
+    Ok(())
+}
+
 impl Index {
     /// Adds a release, newer than all of its product in this channel.
     ///
     /// # Errors
     /// When the version does not grow, or a development product would become stable.
     pub fn add(&mut self, entry: Entry) -> Result<()> {
-        ensure!(
-            self.channel != Channel::Stable || entry.kind == Kind::Release,
-            "{} is a development product, and the channel stable is for everybody\n\
-             help: use beta, or `kind = \"release\"` in configs/{}.toml",
-            entry.product,
-            entry.product
-        );
+        takes(self.channel, &entry.product, entry.kind)?;
         let newest = self.of(&entry.product).next_back();
         if let Some(newest) = newest {
             ensure!(

@@ -9,6 +9,7 @@ use camino::Utf8Path;
 use serde::Deserialize;
 
 use super::format::{Channel, Entry, Index};
+use super::index;
 use crate::config;
 
 /// The file with the channels' kinds, in the workspace's root.
@@ -91,8 +92,8 @@ impl Pins {
         ensure!(
             kind == Kind::Development || self.channel(channel) == Kind::Release,
             "{product} is a release product, and development keys sign the channel {channel}\n\
-             help: `{channel} = \"release\"` below [channels] in {FILE}, and then a release key signs it; \
-             or use stable"
+             help: use stable; or, for a channel of which no store has anything yet, `{channel} = \"release\"` below \
+             [channels] in {FILE}: a release key signs it then"
         );
         Ok(())
     }
@@ -104,6 +105,16 @@ impl Pins {
     pub fn check(&self, index: &Index) -> Result<()> {
         let fits = |e: &Entry| self.fits(index.channel, &e.product, e.kind);
         index.releases.iter().try_for_each(fits)
+    }
+
+    /// Whether a release of this product may be made in this channel.
+    ///
+    /// # Errors
+    /// As [`Pins::may_speak_of`]; when it is a development product, and the channel is `stable`.
+    pub fn takes(&self, channel: Channel, product: &str) -> Result<()> {
+        self.may_speak_of(channel, product)?;
+        let kind = self.products.get(product);
+        kind.map_or(Ok(()), |kind| index::takes(channel, product, *kind))
     }
 
     /// Whether a channel may say anything about this product at all, even that there is nothing.

@@ -69,7 +69,9 @@ fn every_night_offers_what_its_channel_takes_and_nothing_else() {
     // As committed no release key is needed for a night, and a release product is none of its.
     assert!(products(&[]).contains("robot") && !nightly.contains("robot"), "{nightly:?}");
     let said = String::from_utf8(plan(&["--channel", "nightly"]).stderr).unwrap();
-    assert!(said.contains("without robot for") && said.contains("releases.toml"), "{said}");
+    assert!(said.contains("without robot: ") && said.contains("releases.toml"), "{said}");
+    let stable = products(&["--channel", "stable"]);
+    assert!(stable.contains("robot") && !stable.contains("robot-dev"), "{stable:?}");
     let gitlab = fs::read_to_string(root().join(GITLAB)).unwrap();
     let line = gitlab.lines().find(|line| line.contains("PRODUCT: [")).unwrap();
     let named = line.split(['[', ']']).nth(1).unwrap().split(',');

@@ -63,7 +63,14 @@ fn key(seed: &str) -> String {
 /// The stage's files: packed well, not at all, empty, twice the same.
 fn content(seed: &str) -> BTreeMap<&'static str, Vec<u8>> {
     BTreeMap::from([
-        ("rootfs.tar", noise(LARGE / 2, seed).into_iter().flat_map(|b| [b & 15, 7]).collect()),
+        (
+            "rootfs.tar",
+            noise(LARGE / 2, seed)
+                .chunks(64)
+                .flat_map(|c| [c, &[7; 64]])
+                .collect::<Vec<_>>()
+                .concat(),
+        ),
         ("bin/tool", noise(64 << 10, seed)),
         ("dtbs/broadcom/one.dtb", b"a device tree ".repeat(1000)),
         ("dtbs/two.dtb", b"a device tree ".repeat(1000)),

@@ -159,7 +159,7 @@ fn a_yanked_release_is_marked_everywhere_and_versions_only_grow() {
     let robot = ["--product", "robot"];
     let run = |words: &[&str]| bench.good(&[words, &robot[..]].concat());
     let said = run(&["release", "promote", "1.1.0", "--to", "beta"]);
-    assert_eq!(said, "robot 1.1.0 of nightly is now also in beta\n");
+    assert!(said.starts_with("robot 1.1.0 of nightly is now also in beta of "), "{said}");
     let said = run(&["release", "promote", "1.1.0", "--to", "beta"]);
     assert!(said.contains("was already in beta"), "{said}");
     let refused = |words: &[&str]| bench.refused(&[words, &robot[..]].concat());

@@ -31,14 +31,13 @@ pub fn root() -> Utf8PathBuf {
 
 /// Bytes that are never the same for two seeds.
 pub fn noise(length: usize, seed: &str) -> Vec<u8> {
-    let mut state = u64::from_str_radix(&hash_bytes(seed.as_bytes())[..16], 16).unwrap() | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    };
-    (0..length / 8).flat_map(|_| next().to_le_bytes()).collect()
+    // By a library that is compiled with optimisation; this test is not.
+    let mut bytes = Vec::with_capacity(length + 32);
+    for number in 0..length.div_ceil(32) {
+        bytes.extend_from_slice(&bundle::index::sha256(format!("{seed} {number}").as_bytes()));
+    }
+    bytes.truncate(length);
+    bytes
 }
 
 /// A folder with keys, and stores in it.
