@@ -489,4 +489,17 @@ fn signature_files_are_refused_by_rule() {
     };
     assert_eq!(code(&archive((name_b, &b), (name_a, &a))), "unexpected-member");
     assert_eq!(code(&archive((name_a, &a), (name_a, &a))), "duplicate-member");
+    // One more than a bundle may have.
+    let further: Vec<(String, String)> = (2..10)
+        .map(|seed| {
+            (format!("manifest.json.{}.minisig", format!("{seed:02X}").repeat(8)), sign(seed))
+        })
+        .collect();
+    let with = |count: usize| {
+        let mut members =
+            vec![("manifest.json", json.as_bytes()), ("manifest.json.minisig", good.as_bytes())];
+        members.extend(further.iter().take(count).map(|(n, s)| (n.as_str(), s.as_bytes())));
+        code(&tar(&members))
+    };
+    assert_eq!((with(7).as_str(), with(8).as_str()), ("unexpected-member", "bad-length"));
 }
