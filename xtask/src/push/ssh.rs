@@ -157,7 +157,7 @@ impl Connection {
         if UNREACHED.iter().any(|sign| why.contains(sign)) {
             bail!(
                 "cannot reach it: {why}\n\
-                 help: is the robot on, in this network, and is that its name? `ping` and `ssh {}` tell more",
+                 help: is the robot on, in this network, and is that its name? `ssh {}` tells more",
                 self.host
             );
         }
