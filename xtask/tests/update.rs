@@ -155,7 +155,7 @@ fn keys_are_made_once_kept_private_and_rotated() {
         assert_eq!(verified.manifest.key_epoch, 1, "the older key still counts");
     }
     assert_eq!(keys.revoke(&first.id).unwrap().id, first.id);
-    assert_eq!(ids(&mut keys), [second.id.clone()]);
+    assert_eq!(ids(&mut keys), std::slice::from_ref(&second.id));
     assert!(keys.revoke(&first.id).is_err() && keys.revoke("0").is_err());
     assert_eq!(keys.signer(Kind::Development).unwrap().key(), &second);
     drop(keys);
