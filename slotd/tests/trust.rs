@@ -111,6 +111,16 @@ fn a_planted_key_set_counts_for_nothing_and_is_told() {
 }
 
 #[test]
+fn a_set_that_a_key_has_signed_before_does_not_come_back() {
+    let robot = with_keys(set(5, &[1, 3]));
+    let older = set(3, &[1, 2]);
+    robot.file("data/slotd/keyset.json", json(&older));
+    let signature = TestKey::new(1).sign(&json(&older), "slipway keys 3").text;
+    robot.file("data/slotd/keyset.json.minisig", signature);
+    only(&robot, &[1, 3], &[2]);
+}
+
+#[test]
 fn what_an_older_agent_has_taken_still_revokes_and_gives_nothing() {
     let robot = with_keys(set(1, &[1, 2]));
     robot.file("data/slotd/keyset.json", json(&set(2, &[-1, 2, 3])));
