@@ -118,6 +118,11 @@ fn a_set_that_a_key_has_signed_before_does_not_come_back() {
     let signature = TestKey::new(1).sign(&json(&older), "slipway keys 3").text;
     robot.file("data/slotd/keyset.json.minisig", signature);
     only(&robot, &[1, 3], &[2]);
+    // Nor does one that leaves no key, and it is told why.
+    let none = carried(&robot, &set(6, &[-1, -3]), 1, "slipway keys 6");
+    let output = robot.command(&["keys", &none]).output().unwrap();
+    let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+    assert!(said.contains("would end all updates"), "{said}");
 }
 
 #[test]
