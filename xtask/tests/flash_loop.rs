@@ -4,6 +4,7 @@ mod flash_support;
 
 use std::fs::{self, File};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use flash_support::*;
@@ -12,8 +13,14 @@ use xtask::exec::{self, Tool};
 use xtask::flash::card::Disk;
 use xtask::flash::device;
 
-/// A loop device, detached with the test.
-struct Loop(Utf8PathBuf);
+/// One test at a time: a device that a test puts something else into is free for a moment, and another would find it.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// A loop device, detached with the test. A test has one.
+struct Loop(
+    Utf8PathBuf,
+    #[expect(dead_code, reason = "held until the test ends")] MutexGuard<'static, ()>,
+);
 
 impl Loop {
     /// Attached to a file; `None` where this machine cannot.
@@ -22,8 +29,9 @@ impl Loop {
             println!("skipped: {test} needs loop devices: {why:#}");
             return None;
         }
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let attach = tool("losetup").args(["--find", "--show", file.as_str()]);
-        Some(Self(attach.read().expect("attaching").trim().into()))
+        Some(Self(attach.read().expect("attaching").trim().into(), turn))
     }
 }
 

@@ -1,6 +1,9 @@
 //! Pushes through a real `sshd` on the loopback address into the real agent, whose robot is a folder of
 //! files. Such a robot restarts nothing: the test plays the boot loader; the system tests have the real one.
 
+#[path = "common/noise.rs"]
+mod noise;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -44,18 +47,7 @@ fn slotd() -> &'static Utf8Path {
 
 /// Bytes that do not compress.
 fn noise(length: usize, seed: u64) -> Vec<u8> {
-    let hash = bundle::index::sha256(&seed.to_le_bytes());
-    let mut state = u64::from_le_bytes(hash[..8].try_into().unwrap()) | 1;
-    // A plain loop: this is compiled without optimisation, and iterators over bytes are slow there.
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
+    noise::noise(length, &seed.to_string())
 }
 
 /// What pushes need: signing keys, a bundle, and the key that logs in.

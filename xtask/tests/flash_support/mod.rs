@@ -1,5 +1,8 @@
 //! A small card image with everything that a real one has, and the tool that flashes it.
 
+#[path = "../common/noise.rs"]
+mod noise;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Output};
@@ -33,18 +36,7 @@ impl Folder {
 
 /// Bytes that look like nothing else, from a number.
 pub fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let hash = bundle::index::sha256(&seed.to_le_bytes());
-    let mut state = u64::from_le_bytes(hash[..8].try_into().unwrap()) | 1;
-    // A plain loop: this is compiled without optimisation, and iterators over bytes are slow there.
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
+    noise::noise(length, &seed.to_string())
 }
 
 /// Makes `card.img` and its block map: two slots of 18 MiB, half of them holes, and a FAT.

@@ -1,5 +1,8 @@
 //! Stores with small releases, the tool as a person would start it, and a reader that trusts nothing.
 
+#[path = "../common/noise.rs"]
+mod noise;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,6 +22,8 @@ use xtask::release::index::Retention;
 use xtask::release::pins::Pins;
 use xtask::release::{Channel, Index, Manifest};
 
+pub use noise::noise;
+
 /// What would set a terminal's title, in the notes of each release.
 pub const HARM: &str = "\u{1b}]0;owned\u{7}";
 
@@ -27,22 +32,6 @@ pub const OBJECTS: usize = 4;
 
 pub fn root() -> Utf8PathBuf {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
-
-/// Bytes that are never the same for two seeds.
-pub fn noise(length: usize, seed: &str) -> Vec<u8> {
-    let hash = bundle::index::sha256(seed.as_bytes());
-    let mut state = u64::from_le_bytes(hash[..8].try_into().unwrap()) | 1;
-    // A plain loop: this is compiled without optimisation, and iterators over bytes are slow there.
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
 }
 
 /// A folder with keys, and stores in it.
