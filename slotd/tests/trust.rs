@@ -220,6 +220,22 @@ fn a_revocation_that_came_with_an_image_holds_in_the_other_slot() {
 }
 
 #[test]
+fn a_revocation_that_came_with_an_image_on_trial_ends_with_it() {
+    let robot = with_keys(set(1, &[1, 2]));
+    robot.run(&["install", &by(&robot, 1)]);
+    robot.start(Slot::B);
+    image_keys(&robot, &set(5, &[-1, 2]));
+    only(&robot, &[2], &[1]);
+    // What changes the trust of a robot keeps what its system asks for, once that is committed.
+    let old = carried(&robot, &set(4, &[1, 3]), 2, "slipway keys 4");
+    assert_eq!(robot.refused(&["keys", &old]), (3, "old-key-set".to_owned()));
+    robot.start(Slot::A);
+    robot.set_state(BootState { sequence: 9, ..BootState::first() });
+    image_keys(&robot, &set(1, &[1, 2]));
+    only(&robot, &[1, 2], &[]);
+}
+
+#[test]
 fn when_no_key_is_left_the_owner_s_newer_set_is_the_way_back() {
     let robot = with_keys(set(1, &[1]));
     robot.run(&["install", &by(&robot, 1)]);

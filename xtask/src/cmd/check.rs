@@ -1,5 +1,7 @@
 //! `check` and `test`: the same commands for a developer and for CI.
 
+use std::num::NonZero;
+
 use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
@@ -115,11 +117,17 @@ pub fn e2e() -> Result<()> {
     system("updates from end to end", &["update::"], false)
 }
 
-/// The system tests with these names. One at a time: each builds an image or boots one, and says what
-/// it does meanwhile.
+/// How many system tests run beside each other at most: each may be a machine with a gigabyte of memory, and wants
+/// its time.
+const SYSTEM_TESTS: usize = 4;
+
+/// The system tests with these names, one for each core: each builds an image or boots one, says what it does
+/// meanwhile, and waits for much of its time.
 fn system(what: &str, names: &[&str], all: bool) -> Result<()> {
-    let words = ["test", "--package", "xtask", "--test", "system", "--", "--nocapture"];
-    cargo(what, &[&words[..], &["--test-threads=1"], names].concat(), all)
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = format!("--test-threads={}", cores.min(SYSTEM_TESTS));
+    let words = ["test", "--package", "xtask", "--test", "system", "--", "--nocapture", &threads];
+    cargo(what, &[&words[..], names].concat(), all)
 }
 
 /// A product's pinned Buildroot.

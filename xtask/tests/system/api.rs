@@ -15,7 +15,7 @@ use xtask::qemu::Session;
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
 
 use crate::boot::{COMMAND, output};
-use crate::services::get;
+use crate::services::{api_is_up, get};
 use crate::support::{Folder, Xtask, copy_workspace, say, tool};
 
 /// A real version besides the one that the product has locked.
@@ -225,9 +225,7 @@ pub fn changed_without_a_restart(
 /// Serves the product's own API, once the server is there.
 pub fn serves_its_own(session: &mut Session, apis: &Apis) -> Result<()> {
     // It is still importing its package when the console is there.
-    let wait = "for i in $(seq 300); do systemctl is-active -q slipway-api && break; sleep 1; done; \
-                systemctl is-active slipway-api";
-    output(session, wait, INSTALL)?;
+    api_is_up(session)?;
     serves(session, &apis.own_version, false)
 }
 

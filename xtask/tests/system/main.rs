@@ -1,5 +1,5 @@
 //! Whole builds and what becomes of them: booted, repeated, read by foreign tools, interrupted.
-//! `cargo xtask test` runs these one at a time, with everything that they say.
+//! `cargo xtask test` runs some of them beside each other, with everything that they say.
 //!
 //! All share one build for each board, in this workspace's `dist/` and the machine's own cache. What
 //! needs a changed workspace works on a copy of it below `target/tmp`.

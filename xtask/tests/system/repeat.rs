@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -19,9 +19,6 @@ const BOARD: &str = "qemu-arm64";
 /// The folder that is a team's shared cache.
 const TEAM: &str = "shared cache";
 const STAGES: [&str; 6] = ["base", "api", "agent", "compose", "image", "bundle"];
-
-/// A build in which nothing changed answers within a second on an idle machine; this one may be busy.
-const NOTHING_TO_DO: Duration = Duration::from_secs(3);
 
 fn kept(report: &Value) -> Result<Vec<(String, bool)>> {
     let stages = stages(report)?;
@@ -43,7 +40,7 @@ fn nothing_changed_and_nothing_is_done() -> Result<()> {
     let before = (look()?, modified(&built.image)?, modified(&built.bundle)?);
     let started = Instant::now();
     let report = Xtask::new(&root()).without_network().build(BOARD, &["--offline"])?;
-    let elapsed = started.elapsed();
+    say(format!("nothing done in {:.1?}", started.elapsed()));
     for (name, kept) in kept(&report)? {
         ensure!(kept, "the stage {name} did its work again");
     }
@@ -53,8 +50,6 @@ fn nothing_changed_and_nothing_is_done() -> Result<()> {
     }
     ensure!(before.0.len() == after.0.len(), "there are new files in {}", built.dist);
     ensure!(before == after, "the image or the bundle was written again");
-    say(format!("nothing done in {elapsed:.1?}"));
-    ensure!(elapsed < NOTHING_TO_DO, "it took {elapsed:?}");
     Ok(())
 }
 

@@ -16,6 +16,9 @@ use crate::support::root;
 /// What a robot without a DHCP server needs for an address: networkd gives up on one after three attempts.
 const ADDRESS_TIME: Duration = Duration::from_secs(180);
 
+/// What a busy machine may need until the API server has imported its package.
+const API_TIME: Duration = Duration::from_secs(900);
+
 /// How soon a question over mDNS must be answered.
 const ANSWER: Duration = Duration::from_secs(60);
 
@@ -26,6 +29,13 @@ pub fn get(session: &mut Session, host: &str, path: &str) -> Result<(u16, String
     let said = output(session, &format!("python3 -c '{program}' {host} {path}"), COMMAND)?;
     let (status, text) = said.split_once(' ').unwrap_or((&said, ""));
     Ok((status.parse().with_context(|| format!("reading {said}"))?, text.trim().to_owned()))
+}
+
+/// Waits for the API server, which imports its package for a while.
+pub fn api_is_up(session: &mut Session) -> Result<()> {
+    let wait = "for i in $(seq 300); do systemctl is-active -q slipway-api && break; sleep 1; done; \
+                systemctl is-active slipway-api";
+    output(session, wait, API_TIME).map(drop)
 }
 
 /// The API that the product has locked is the one that answers, from the image's own copy.
@@ -85,7 +95,8 @@ pub fn proxy(session: &mut Session) -> Result<()> {
                 sleep 1; done; systemctl show -P NRestarts slipway-api";
     let restarts = output(session, wait, COMMAND)?;
     ensure!(restarts == "1", "the API server was started again {restarts} times");
-    Ok(())
+    // Until then its main process may be one of systemd's, which still sees everything.
+    api_is_up(session)
 }
 
 /// What faces the network has empty places where the agent's, the identity's and the network's folders are.

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -30,9 +30,10 @@ pub fn root() -> Utf8PathBuf {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
 }
 
-/// Says what goes on.
+/// Says what goes on in this test: others run beside it.
 pub fn say(text: impl AsRef<str>) {
-    eprintln!("  >> {}", text.as_ref());
+    let thread = std::thread::current();
+    eprintln!("{}: {}", thread.name().unwrap_or("system"), text.as_ref());
 }
 
 /// A foreign tool; a missing one is a failure.
@@ -170,7 +171,7 @@ impl Xtask {
         let mut errors = String::new();
         for line in BufReader::new(child.stderr.take().context("standard error")?).lines() {
             let line = line?;
-            eprintln!("     {line}");
+            say(&line);
             errors.push_str(&line);
             errors.push('\n');
         }
@@ -213,12 +214,15 @@ pub struct Built {
     pub qemu: Option<Files>,
 }
 
-/// The build of a board in this workspace, made when it is first asked for.
+/// The build of a board in this workspace, made when it is first asked for. Who asks meanwhile waits for it, and
+/// nobody waits for another board's.
 pub fn built(board: &str) -> Result<&'static Built> {
-    type Builds = BTreeMap<String, Result<&'static Built, String>>;
-    static BUILDS: Mutex<Builds> = Mutex::new(BTreeMap::new());
+    type Build = Arc<OnceLock<Result<&'static Built, String>>>;
+    static BUILDS: Mutex<BTreeMap<String, Build>> = Mutex::new(BTreeMap::new());
     let mut builds = BUILDS.lock().unwrap_or_else(PoisonError::into_inner);
-    let result = builds.entry(board.to_owned()).or_insert_with(|| {
+    let build = Arc::clone(builds.entry(board.to_owned()).or_default());
+    drop(builds);
+    let result = build.get_or_init(|| {
         say(format!("the build for {board} that the tests share"));
         let built = Xtask::new(&root()).build(board, &[]).and_then(|_| results(&root(), board));
         built.map(|built| &*Box::leak(Box::new(built))).map_err(|e| format!("{e:#}"))
@@ -296,11 +300,13 @@ pub fn stages(report: &Value) -> Result<Vec<(String, bool)>> {
         .collect()
 }
 
-/// Every file below a folder with its length and SHA-256, but for what `run --local` keeps.
+/// Every file below a folder with its length and SHA-256, but for what `run --local` keeps and the consoles' logs:
+/// other tests write them meanwhile.
 pub fn snapshot(dir: &Utf8Path) -> Result<BTreeMap<Utf8PathBuf, (u64, String)>> {
     let mut found = BTreeMap::new();
-    let local = dir.join("local");
-    for path in files(dir)?.into_iter().filter(|path| !path.starts_with(&local)) {
+    let others = ["local", "log"].map(|name| dir.join(name));
+    let ours = |path: &Utf8PathBuf| !others.iter().any(|other| path.starts_with(other));
+    for path in files(dir)?.into_iter().filter(ours) {
         found.insert(path.strip_prefix(dir)?.to_owned(), hash_file(&path)?);
     }
     Ok(found)
