@@ -48,10 +48,15 @@ fn command(more: &[&str]) -> Command {
         let mut command = without_rights("unshare", true);
         command.args(["--user", "--map-root-user", "true"]).stderr(Stdio::null()).status()
     };
-    let mut command = match is_root() && tried().expect("setpriv runs").success() {
-        true => without_rights(tool, true),
-        false => Command::new(tool),
-    };
+    // Where this test was started in the background of a script, Ctrl-C is ignored, and who starts that way ignores it.
+    let mut command = Command::new(exec::find("env").expect("env"));
+    command.arg("--default-signal=INT");
+    if is_root() && tried().expect("setpriv runs").success() {
+        let dropped = without_rights(tool, true);
+        command.arg(dropped.get_program()).args(dropped.get_args());
+    } else {
+        command.arg(tool);
+    }
     command.args(["run", "--local", "--offline", "--board", BOARD]).args(more);
     command.current_dir(root()).stdin(Stdio::null());
     command.stdout(Stdio::piped()).stderr(Stdio::inherit());
@@ -139,8 +144,11 @@ fn end(mut running: Running, signal: Signal) -> Result<()> {
     ensure!(family.len() >= 3, "too few processes for a system: {family:?}");
     let pid = i32::try_from(running.0.id()).ok().and_then(Pid::from_raw).context("a number")?;
     kill_process(pid, signal)?;
-    running.0.wait()?;
     let deadline = Instant::now() + END;
+    while running.0.try_wait()?.is_none() {
+        ensure!(Instant::now() < deadline, "{signal:?} does not end it");
+        std::thread::sleep(Duration::from_millis(50));
+    }
     loop {
         let is_left = |(pid, time): &&(u32, String)| stat(*pid).is_some_and(|s| s.2 == *time);
         let left: Vec<_> = family.iter().filter(is_left).collect();
