@@ -48,8 +48,8 @@ pub trait Files: Sync {
     /// When the file system fails; when the process has no right to.
     fn set_owner(&self, path: &Path, user: u32, group: u32) -> io::Result<()>;
 
-    /// Overwrites a file's content with zeros where it lies, and returns when they would survive a power
-    /// cut; its length stays. A link is not followed.
+    /// Overwrites a file's content with zeros where it lies; its length stays. They are safe once it is synced, and
+    /// lost if it is removed before. A link is not followed.
     ///
     /// # Errors
     /// When the file system fails.
@@ -148,7 +148,7 @@ impl Files for Disk {
             file.write_all(zeros.get(..now).unwrap_or(&zeros))?;
             left = left.saturating_sub(now as u64);
         }
-        file.sync_all()
+        Ok(())
     }
 
     fn set_modified(&self, path: &Path, time: SystemTime) -> io::Result<()> {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bundle::Version;
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
 use slotd::Root;
 use slotd::data::archive::{self, Room};
 use slotd::data::{Applied, Migrated, Pending, apply, backup, migrate, reset, restore};
@@ -551,4 +552,25 @@ fn what_is_longer_than_data_itself_is_not_packed() {
         assert!(refusal.message.contains("home/holes"), "{refusal:?}");
     }
     reset(&root, false).unwrap();
+}
+
+/// Folders below each other, deeper than any path may be long and than a process may hold folders open.
+#[test]
+fn a_reset_takes_folders_of_any_depth() {
+    let (_dir, root) = robot();
+    let home = root.data().join("home/robot");
+    fs::create_dir_all(&home).unwrap();
+    let (new, open) = (Mode::RWXU, OFlags::DIRECTORY | OFlags::RDONLY);
+    let mut folder = openat(CWD, &home, open, Mode::empty()).unwrap();
+    for depth in 0..3000 {
+        let name = if depth % 100 == 0 { "x".repeat(255) } else { "folder".to_owned() };
+        mkdirat(&folder, &*name, new).unwrap();
+        folder = openat(&folder, &*name, open, Mode::empty()).unwrap();
+        drop(openat(&folder, "file", OFlags::CREATE | OFlags::WRONLY, new).unwrap());
+    }
+    drop(folder);
+    reset(&root, false).unwrap();
+    let applied = apply(&root).unwrap();
+    assert_eq!((applied.carried_out, applied.not_overwritten), (Some(Pending::Reset), 0));
+    assert!(!home.exists() && !root.data().join(".outgoing").exists());
 }

@@ -504,10 +504,11 @@ fn every_flush_is_needed() {
     let expected = [
         // The folder of a record that is written in one step, by the rule of `durable`: the next flush has it, too.
         ("asking for new", vec!["2, of /.incoming.new"]),
-        // The folder that things move into, whose blocks nothing could overwrite if it were lost, which this does not
-        // see; and the note's, which the flush of everything at the end has, too.
-        ("carrying out reset", vec!["1, of /", "4, of /slotd"]),
-        ("carrying out reset and keep", vec!["1, of /", "4, of /slotd"]),
+        // The folder that things move into, whose blocks nothing could overwrite if it were lost, and the zeros, which
+        // are dropped with their files else: this does not see blocks (`secrets` does). And the note's, which the flush
+        // of everything at the end has, too.
+        ("carrying out reset", vec!["1, of /", "4, of /slotd", "5, of /"]),
+        ("carrying out reset and keep", vec!["1, of /", "4, of /slotd", "5, of /"]),
         // A note that is damaged: what lies there says what was going on.
         ("carrying out new", vec!["2, of /slotd/pending.partial"]),
         // The folder of the record: a step that is taken, or put back, once more does no harm.

@@ -6,6 +6,7 @@
 //! What goes is moved into `.outgoing`, what comes lies in `.incoming`; nothing is moved out for something
 //! that is not there and marked as complete.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -34,6 +35,13 @@ const OUTGOING: &str = ".outgoing";
 
 /// In [`OUTGOING`]: what lies there is overwritten before it is removed.
 const OVERWRITE: &str = ".overwrite";
+
+/// In [`OUTGOING`]: how a folder is named that lay deeper than [`DEEPEST`].
+const DEEP: &str = ".deep.";
+
+/// Folders below each other while they are overwritten and removed: with names of 255 bytes their path still fits into
+/// PATH_MAX (4096, Linux' limits.h).
+const DEEPEST: usize = 12;
 
 /// Left free when an archive is packed or unpacked: bytes, and files.
 const RESERVE: Room = Room { bytes: 16 << 20, entries: 1024 };
@@ -358,8 +366,12 @@ pub fn apply_with(root: &Root, files: &dyn Files) -> Result<Applied> {
         }
     }
     if is_there(&outgoing.join(OVERWRITE))? {
+        let flush = || files.sync_all(&data).map_err(failed("flushing", &data));
         applied.not_overwritten = overwrite(files, &outgoing)?;
-        files.sync_all(&data).map_err(failed("flushing", &data))?;
+        // A file system does not write what belongs to a file that is gone.
+        flush()?;
+        empty(files, &outgoing)?;
+        flush()?;
     }
     if is_there(&outgoing)? {
         files.remove(&outgoing).map_err(failed("removing", &outgoing))?;
@@ -462,36 +474,55 @@ fn arrive(root: &Root, files: &dyn Files) -> Result<()> {
     Ok(())
 }
 
-/// Overwrites every file below a folder whose last name this is, and removes all but the mark. Returns how many
-/// could not be overwritten: they go all the same.
+/// Overwrites every file below a folder whose last names are there; what they lie in goes all the same. Nothing is
+/// safe yet. Returns how many could not be overwritten.
 fn overwrite(files: &dyn Files, folder: &Path) -> Result<u64> {
-    let mut not_overwritten = 0;
-    let (mut folders, mut at) = (vec![folder.to_owned()], 0);
-    while let Some(inside) = folders.get(at).cloned() {
+    let (mut not_overwritten, mut moved) = (0, 0);
+    // How many names of a file were met. One with a name elsewhere stays: installed versions of an API share theirs.
+    let mut shared: BTreeMap<u64, u64> = BTreeMap::new();
+    let (mut folders, mut at) = (vec![(folder.to_owned(), 0)], 0);
+    while let Some((inside, depth)) = folders.get(at).cloned() {
         at += 1;
         for name in names(&inside)? {
-            let path = inside.join(name);
+            let mut path = inside.join(name);
             let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
             let Some(found) = found else { continue };
             if found.is_dir() {
-                folders.push(path);
+                let mut below = depth + 1;
+                if below > DEEPEST {
+                    // A path may be as long as somebody likes, but not the name of a file that is opened.
+                    let free = loop {
+                        let free = folder.join(format!("{DEEP}{moved}"));
+                        moved += 1;
+                        if !is_there(&free)? {
+                            break free;
+                        }
+                    };
+                    files.rename(&path, &free).map_err(failed("moving", &path))?;
+                    (path, below) = (free, 1);
+                }
+                folders.push((path, below));
                 continue;
             }
-            if path == folder.join(OVERWRITE) {
+            if !found.is_file() {
                 continue;
             }
-            // Installed versions of an API share their files.
-            if found.is_file() && found.nlink() == 1 && files.overwrite(&path).is_err() {
-                not_overwritten += 1;
+            let met = shared.entry(found.ino()).or_default();
+            *met += 1;
+            if *met == found.nlink() {
+                shared.remove(&found.ino());
+                not_overwritten += u64::from(files.overwrite(&path).is_err());
             }
-            files.remove(&path).map_err(failed("removing", &path))?;
-        }
-    }
-    for name in names(folder)? {
-        let path = folder.join(name);
-        if path != folder.join(OVERWRITE) {
-            files.remove(&path).map_err(failed("removing", &path))?;
         }
     }
     Ok(not_overwritten)
+}
+
+/// Removes all that lies in a folder, but what tells that it was to be overwritten.
+fn empty(files: &dyn Files, folder: &Path) -> Result<()> {
+    for name in names(folder)?.into_iter().filter(|name| name != Path::new(OVERWRITE)) {
+        let path = folder.join(name);
+        files.remove(&path).map_err(failed("removing", &path))?;
+    }
+    Ok(())
 }

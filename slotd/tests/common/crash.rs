@@ -496,10 +496,7 @@ impl Files for Recorder {
     fn overwrite(&self, path: &Path) -> io::Result<()> {
         self.call()?;
         Disk.overwrite(path)?;
-        self.change(|store| {
-            let file = self.inode(store, path);
-            vec![Change::Zeros { file }, Change::Sync { inode: file }]
-        });
+        self.change(|store| vec![Change::Zeros { file: self.inode(store, path) }]);
         Ok(())
     }
 
