@@ -291,3 +291,18 @@ fn base64(text: &str) -> Option<Vec<u8>> {
     }
     (bits == 0).then_some(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_has_one_spelling() {
+        assert_eq!(base64("QQ==").as_deref(), Some(&b"A"[..]));
+        assert_eq!(base64("QUE=").as_deref(), Some(&b"AA"[..]));
+        // Bits that no byte has, too little and too much at the end, something within.
+        for other in ["QR==", "QUF=", "QQ=", "QQ", "Q===", "QQ==QQ==", "Q Q="] {
+            assert_eq!(base64(other), None, "{other}");
+        }
+    }
+}

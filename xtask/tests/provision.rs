@@ -1,12 +1,15 @@
 //! Provisioning from real wheels of the API, fetched by hash, by the real agent; what compose tells it; and
 //! the environment of the API's services, in real shells.
 
+#[path = "common/agent.rs"]
+mod agent;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
-use std::sync::OnceLock;
 
+use agent::slotd;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 use xtask::artifact::hash_bytes;
@@ -79,20 +82,6 @@ const NEW: &[&str] = &["755 scripts/lpc21isp", "644 smoothie-edge-8414642.hex"];
 
 fn root() -> &'static Utf8Path {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace")
-}
-
-/// The agent for this machine, built by cargo as a developer would.
-fn slotd() -> &'static Utf8Path {
-    static SLOTD: OnceLock<Utf8PathBuf> = OnceLock::new();
-    SLOTD.get_or_init(|| {
-        let mut cargo = Command::new(env!("CARGO"));
-        let built =
-            cargo.args(["build", "--quiet", "--workspace", "--bin", "slotd"]).status().unwrap();
-        assert!(built.success());
-        // This test is `<target>/debug/deps/provision-…`.
-        let own = Utf8PathBuf::try_from(std::env::current_exe().unwrap()).unwrap();
-        own.parent().and_then(Utf8Path::parent).unwrap().join("slotd")
-    })
 }
 
 /// A wheel as the shared cache has it, every file checked against its RECORD.

@@ -1,6 +1,8 @@
 //! Pushes through a real `sshd` on the loopback address into the real agent, whose robot is a folder of
 //! files. Such a robot restarts nothing: the test plays the boot loader; the system tests have the real one.
 
+#[path = "common/agent.rs"]
+mod agent;
 #[path = "common/noise.rs"]
 mod noise;
 
@@ -9,9 +11,9 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use agent::slotd;
 use bundle::bootstate::{BootState, Slot};
 use bundle::component::{LOCK_ROLE, Lock, Wheel};
 use bundle::{Kind, Level, Version};
@@ -30,19 +32,6 @@ fn run(program: &str, args: &[&str]) {
     let output = Command::new(program).args(args).stdin(Stdio::null()).output();
     let output = output.unwrap_or_else(|error| panic!("running {program}: {error}"));
     assert!(output.status.success(), "{program} {args:?}: {output:?}");
-}
-
-/// The agent for this machine, built by cargo as a developer would.
-fn slotd() -> &'static Utf8Path {
-    static SLOTD: OnceLock<Utf8PathBuf> = OnceLock::new();
-    SLOTD.get_or_init(|| {
-        run(env!("CARGO"), &["build", "--quiet", "--workspace", "--bin", "slotd"]);
-        // This test is `<target>/debug/deps/push-…`.
-        let own = Utf8PathBuf::try_from(std::env::current_exe().unwrap()).unwrap();
-        let built = own.parent().and_then(Utf8Path::parent).unwrap().join("slotd");
-        assert!(built.is_file(), "{built} was not built");
-        built
-    })
 }
 
 /// Bytes that do not compress.
