@@ -72,9 +72,6 @@ pub fn parse(bytes: &[u8; RECORD]) -> Result<Option<Member>> {
     if flag != b'0' {
         return Err(Error::IrregularMember { name: shown, flag });
     }
-    if !is_safe(&name) {
-        return Err(Error::UnsafeName { name: shown });
-    }
     let Ok(name) = String::from_utf8(name) else { return Err(Error::UnsafeName { name: shown }) };
     let mut size = 0_u64;
     for digit in bytes.iter().skip(124).take(11) {

@@ -298,6 +298,18 @@ fn a_broken_index_is_refused_even_when_signed() {
     for at in [CONTENT, PIECE, PIECE + 33] {
         assert_eq!(code(&change(at, &[0, 0, 0, 0])), "wrong-hash", "{at}");
     }
+    // Each rule by itself: another one would refuse most of these a little later.
+    let longer = with_index(&mixed(9000), |index, _| index.push(0));
+    for (bundle, reason) in [
+        (longer, "its parts"),
+        (change(FRAME_BLOCKS, &u32::MAX.to_le_bytes()), "frame 0 has 4294967295 blocks"),
+        (change(FRAME_BLOCKS, &4_u32.to_le_bytes()), "frame 0 ends after the payload"),
+        (change(FRAME_STORED, &u32::MAX.to_le_bytes()), "frame 0 is stored in 4294967295 bytes"),
+        (change(FRAME_STORED, &1_u32.to_le_bytes()), "its frames are 1 bytes"),
+    ] {
+        let why = verify(&bundle, &keys()).unwrap_err().to_string();
+        assert!(why.contains(reason), "{why}");
+    }
 }
 
 #[test]

@@ -250,6 +250,12 @@ fn a_strange_table_is_left_alone() {
     assert!(refused(good.clone(), 4, DATA.0 + 8).contains("does not start where it should"));
     assert!(refused(good.clone(), 0, DATA.0).contains("does not start"));
     assert!(refused(vec![0; 1 << 20], 1, 2048).contains("there is no MBR"));
+    for number in [3, 4] {
+        let start = if number == 3 { BEFORE[2].0 } else { DATA.0 + 8 };
+        let expected = ["another partition lies behind it", "does not start where it should"];
+        let why = refused(fresh("dos"), number, start);
+        assert!(why.contains(expected[number as usize - 3]), "{why}");
+    }
     let mut broken = good;
     broken[512 + 20] ^= 1;
     assert!(refused(broken, 4, DATA.0).contains("damaged"));
