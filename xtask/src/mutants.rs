@@ -14,9 +14,6 @@ use crate::progress::{duration, say};
 /// The folder of the files that list the faults.
 pub const LIST: &str = "ci/mutants";
 
-/// The crates that have them: their tests are asked when the named one notices nothing.
-const CRATES: [&str; 2] = ["bundle", "slotd"];
-
 /// One deliberate fault.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -98,9 +95,7 @@ pub fn read(root: &Utf8Path) -> Result<Vec<Mutant>> {
 pub enum Fate {
     /// The named test failed.
     Caught,
-    /// Another test of the two crates failed.
-    CaughtElsewhere,
-    /// Every test passed.
+    /// It passed.
     Survived,
     /// The fault is no program: the list is wrong.
     DoesNotCompile,
@@ -172,7 +167,6 @@ impl Fate {
     pub fn word(self) -> &'static str {
         match self {
             Self::Caught => "caught",
-            Self::CaughtElsewhere => "caught by another test than the named one",
             Self::Survived => "SURVIVED",
             Self::DoesNotCompile => "DOES NOT COMPILE",
         }
@@ -213,17 +207,11 @@ impl Bench {
     }
 
     fn fate(&self, mutant: &Mutant) -> Result<Fate> {
-        match self.ask(&mutant.test)? {
-            Answer::NotBuilt => return Ok(Fate::DoesNotCompile),
-            Answer::Failed => return Ok(Fate::Caught),
-            Answer::Passed => {}
-        }
-        for package in CRATES {
-            if self.ask(package)? == Answer::Failed {
-                return Ok(Fate::CaughtElsewhere);
-            }
-        }
-        Ok(Fate::Survived)
+        Ok(match self.ask(&mutant.test)? {
+            Answer::NotBuilt => Fate::DoesNotCompile,
+            Answer::Failed => Fate::Caught,
+            Answer::Passed => Fate::Survived,
+        })
     }
 
     /// Builds first, so that a fault that is no program is told from one that a test notices.

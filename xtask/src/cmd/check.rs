@@ -52,12 +52,12 @@ fn notice_faults(root: &Utf8Path, filter: &str, format: Format) -> Result<()> {
             outln!("{:<24} {:>5} s  {}: {}", one.name, one.seconds, one.fate.word(), one.means);
         }
     }
-    let caught = |one: &&mutants::Tried| !matches!(one.fate, Fate::Caught | Fate::CaughtElsewhere);
-    let missed: Vec<&str> = tried.iter().filter(caught).map(|one| one.name.as_str()).collect();
+    let missed = tried.iter().filter(|one| one.fate != Fate::Caught);
+    let missed: Vec<&str> = missed.map(|one| one.name.as_str()).collect();
     ensure!(
         missed.is_empty(),
-        "{} of {} faults are noticed by no test, or do not compile: {}\n\
-         help: write the test that notices; a fault that does not compile is an error of {}",
+        "{} of {} faults are not noticed by the test that is named for them, or do not compile: {}\n\
+         help: write a test that notices, or name the one that does; a fault that does not compile is an error of {}",
         missed.len(),
         tried.len(),
         missed.join(", "),
