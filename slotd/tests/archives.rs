@@ -176,6 +176,10 @@ fn refused(output: &Output, what: &str) -> String {
     answer(output)["refused"]["code"].as_str().unwrap().to_owned()
 }
 
+fn why(output: &Output) -> String {
+    answer(output)["refused"]["message"].as_str().unwrap().to_owned()
+}
+
 #[test]
 fn a_hostile_archive_is_refused_within_bounds() {
     let robot = Plan { in_memory: true, ..Plan::default() }.make();
@@ -188,6 +192,10 @@ fn a_hostile_archive_is_refused_within_bounds() {
         let output = bounded(&robot, &["restore", "--no-restart", file.to_str().unwrap()]);
         println!("{}: {:.1} s", case.0, begun.elapsed().as_secs_f32());
         assert_eq!(refused(&output, case.0), case.1, "{}: {output:?}", case.0);
+        // For its length, and not because there was no memory left for it.
+        if case.0.starts_with("a long ") {
+            assert!(why(&output).contains("a name has not 1 to "), "{}: {output:?}", case.0);
+        }
         let left = names(&robot.path("data"));
         assert_eq!(left, [robot.path("data/home"), robot.path("data/slotd")], "{}", case.0);
         assert!(!robot.path("data/slotd/pending.json").exists(), "{}", case.0);
@@ -199,6 +207,7 @@ fn a_hostile_archive_is_refused_within_bounds() {
     frame.finish().unwrap();
     let output = bounded(&robot, &["restore", "--no-restart", file.to_str().unwrap()]);
     assert_eq!(refused(&output, "a window"), "bad-archive", "{output:?}");
+    assert!(why(&output).contains("requires too much memory"), "{output:?}");
 }
 
 #[test]
