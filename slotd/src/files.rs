@@ -255,3 +255,34 @@ pub fn make_dirs(files: &dyn Files, folder: &Path) -> io::Result<Vec<PathBuf>> {
     }
     Ok(made)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn what_is_made_is_its_owner_s_from_the_beginning() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, folder) = (dir.path().join("file"), dir.path().join("folder"));
+        Disk.create(&file).unwrap();
+        Disk.create_dir(&folder).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&file), mode(&folder)), (0o600, 0o700));
+    }
+
+    #[test]
+    fn zeros_take_the_place_of_a_file_and_follow_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        let content = vec![7; ZEROS + 3];
+        fs::write(&file, &content).unwrap();
+        Disk.symlink(&file, &link).unwrap();
+        assert!(Disk.overwrite(&link).is_err());
+        assert!(Disk.append(&link, b"x").is_err());
+        assert_eq!(fs::read(&file).unwrap(), content);
+        Disk.overwrite(&file).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), vec![0; ZEROS + 3]);
+    }
+}

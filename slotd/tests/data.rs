@@ -250,6 +250,21 @@ fn steps_go_forth_with_a_new_version_and_back_with_an_old_one() {
 }
 
 #[test]
+fn half_of_a_way_back_is_not_gone() {
+    let (_dir, root) = robot();
+    migrate(&root, &version("1.0.0")).unwrap();
+    step(&root, "settings", "1.1.0", "\"apps/api\"", "echo two >apps/api/settings.json");
+    step(&root, "names", "1.2.0", "\"system/names\"", "mkdir -p system/names");
+    migrate(&root, &version("1.2.0")).unwrap();
+    fs::remove_file(root.state().join("snapshots/settings.tar.zst")).unwrap();
+    let before = tree(&root.data());
+    let refused = migrate(&root, &version("1.0.0")).unwrap_err();
+    assert_eq!(refused.code, "newer-data");
+    assert!(refused.message.contains("the way back over settings is lost"), "{refused}");
+    assert_eq!(tree(&root.data()), before);
+}
+
+#[test]
 fn a_step_that_fails_leaves_what_was_there() {
     let (_dir, root) = robot();
     migrate(&root, &version("1.0.0")).unwrap();
