@@ -8,10 +8,10 @@ use std::io::Cursor;
 use bundle::bootstate::{BootState, Slot, newest};
 use bundle::{Seekable, Stream};
 use common::bundles::{TestKey, mixed, noise, parts};
-use common::card::{Card, Content, ERASE, Moment, Op, Place, Sectors, after_cut, starts};
+use common::card::{Card, Content, ERASE, Moment, Op, Part, Place, Sectors, after_cut, starts};
 use common::{Plan, Robot, SECTORS, bundle_of, new_system, old_system, system};
 use slotd::Refusal;
-use slotd::boot::Uboot;
+use slotd::boot::{BootFlow, BootStatus, Uboot};
 use slotd::device::{Device, other};
 use slotd::events::Events;
 use slotd::install::{Machine, Options, Outcome, install};
@@ -39,15 +39,24 @@ impl Bench {
     }
 
     fn install(&self, bundle: &[u8], options: &Options) -> Result<Outcome, Refusal> {
+        let flow = Uboot::new(self.card.part(Place::Gap), SECTORS, self.running);
+        self.install_with(&flow, bundle, options)
+    }
+
+    fn install_with(
+        &self,
+        flow: &dyn BootFlow,
+        bundle: &[u8],
+        options: &Options,
+    ) -> Result<Outcome, Refusal> {
         let root = self.robot.root();
         let device = Device::read(&root).unwrap();
-        let flow = Uboot::new(self.card.part(Place::Gap), SECTORS, self.running);
         let events = Events::new(&root);
         let machine = Machine {
             root: &root,
             about: &device.about,
             running: self.running,
-            flow: &flow,
+            flow,
             slots: &self.card,
             files: &slotd::files::Disk,
             events: &events,
@@ -564,4 +573,39 @@ fn a_pipe_is_read_to_its_end_even_if_nothing_is_needed_of_it() {
     let outcome = install(&machine, Stream(&bundle[..]), &Options::default(), &|_| {}).unwrap();
     let outcome = outcome.system().unwrap();
     assert_eq!(outcome.written, 0);
+}
+
+/// A robot that could not come back from a bad update.
+struct NotReady(Uboot<Part>);
+
+impl BootFlow for NotReady {
+    fn ready(&self) -> Result<(), Refusal> {
+        Err(Refusal::new("old-eeprom", "it could not come back", "update the EEPROM"))
+    }
+
+    fn status(&self) -> Result<BootStatus, Refusal> {
+        self.0.status()
+    }
+
+    fn arm_trial(&self, slot: Slot) -> Result<(), Refusal> {
+        self.0.arm_trial(slot)
+    }
+
+    fn commit(&self) -> Result<(), Refusal> {
+        self.0.commit()
+    }
+
+    fn roll_back(&self) -> Result<(), Refusal> {
+        self.0.roll_back()
+    }
+}
+
+#[test]
+fn nothing_is_written_on_a_robot_that_could_not_come_back() {
+    let bench = Bench::new(fresh(), Slot::A);
+    let flow = NotReady(Uboot::new(bench.card.part(Place::Gap), SECTORS, Slot::A));
+    let bundle = bundle_of(&new_system(SIZE, 27));
+    let refusal = bench.install_with(&flow, &bundle, &Options::default()).unwrap_err();
+    assert_eq!(refusal.code, "old-eeprom");
+    assert!(bench.card.ops().is_empty(), "{} writes", bench.card.ops().len());
 }
