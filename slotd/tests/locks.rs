@@ -20,6 +20,7 @@ use bundle::bootstate::Slot;
 use common::{Plan, Robot, answer, bundle_of, bundle_of_version, new_system, write};
 use rustix::fs::FlockOperation;
 use rustix::process::geteuid;
+use slotd::lock::{Lock, Turn};
 
 /// The user `nobody` of Debian, who has no rights.
 const NOBODY: u32 = 65534;
@@ -177,4 +178,21 @@ fn a_reason_of_any_length_stays_in_the_log() {
         assert!(allowed["reason"].as_str().unwrap().starts_with(&reason[..1000]));
         assert!(allowed["shortened"].as_u64().unwrap() > 20 << 10);
     }
+}
+
+#[test]
+fn two_agents_never_have_one_lock() {
+    let robot = Plan::default().make();
+    let root = robot.root();
+    let first = Lock::take(&root, Turn::Slots, "install").unwrap();
+    let refused = Lock::take(&root, Turn::Slots, "commit").unwrap_err();
+    assert_eq!(refused.code, "busy");
+    assert!(refused.message.contains("`slotd commit` cannot start"), "{refused}");
+    assert!(refused.message.contains("(install, process "), "{refused}");
+    let mut patience = Duration::from_millis(50);
+    assert!(Lock::wait(&root, Turn::Slots, &mut patience).is_err());
+    // Another one is nobody's.
+    Lock::take(&root, Turn::Provision, "provision").unwrap();
+    drop(first);
+    Lock::take(&root, Turn::Slots, "commit").unwrap();
 }

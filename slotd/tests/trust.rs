@@ -541,3 +541,35 @@ fn a_torn_write_of_the_trust_area_leaves_the_old_or_the_new() {
     }
     assert!(cuts >= 90, "{cuts}");
 }
+
+/// A disk that says it has written, and has not.
+struct Deaf<'a>(&'a Cached);
+
+impl Storage for Deaf<'_> {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        self.0.read_at(offset, buffer)
+    }
+
+    fn read_back(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        self.0.read_back(offset, buffer)
+    }
+
+    fn write_at(&self, _: u64, _: &[u8]) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_disk_that_keeps_nothing_is_not_believed() {
+    let disk = Cached { durable: Mutex::new(vec![0; 1 << 20]), volatile: Mutex::new(Vec::new()) };
+    let why = Area::new(&Deaf(&disk), TRUST).write(&Ratchet::default()).unwrap_err().to_string();
+    assert!(why.contains("does not hold what was just written"), "{why}");
+}
