@@ -122,7 +122,7 @@ fn the_tool_is_compiled_once_for_itself_and_for_the_tests() {
                 .push(format!("{path}: `{line}`: name the features in the workspace's Cargo.toml"));
         }
     }
-    // Started by a test with what cargo has told that, it makes crates anew that look at it (exec.rs, `of_cargo_run`).
+    // Cargo that inherits a test's CARGO_MANIFEST_DIR compiles some crates again (exec.rs, `of_cargo_run`).
     let bare = concat!("env!(\"CAR", "GO\")");
     for (path, _) in rust().into_iter().filter(|(_, text)| text.contains(bare)) {
         findings.push(format!("{path}: starts cargo without exec::Tool::cargo"));

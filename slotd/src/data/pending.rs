@@ -474,11 +474,12 @@ fn arrive(root: &Root, files: &dyn Files) -> Result<()> {
     Ok(())
 }
 
-/// Overwrites every file below a folder whose last names are there; what they lie in goes all the same. Nothing is
-/// safe yet. Returns how many could not be overwritten.
+/// Overwrites every file below a folder that has no name outside of it. The zeros are not flushed yet. Returns how many
+/// files could not be overwritten.
 fn overwrite(files: &dyn Files, folder: &Path) -> Result<u64> {
     let (mut not_overwritten, mut moved) = (0, 0);
-    // How many names of a file were met. One with a name elsewhere stays: installed versions of an API share theirs.
+    // How many names of each file were met, by inode: a file with several is overwritten at the last. One that has a name
+    // elsewhere is left as it is.
     let mut shared: BTreeMap<u64, u64> = BTreeMap::new();
     let (mut folders, mut at) = (vec![(folder.to_owned(), 0)], 0);
     while let Some((inside, depth)) = folders.get(at).cloned() {
@@ -490,7 +491,7 @@ fn overwrite(files: &dyn Files, folder: &Path) -> Result<u64> {
             if found.is_dir() {
                 let mut below = depth + 1;
                 if below > DEEPEST {
-                    // A path may be as long as somebody likes, but not the name of a file that is opened.
+                    // Folders may be nested deeper than the longest path that the kernel opens.
                     let free = loop {
                         let free = folder.join(format!("{DEEP}{moved}"));
                         moved += 1;

@@ -117,8 +117,7 @@ pub fn e2e() -> Result<()> {
     system("updates from end to end", &["update::"], false)
 }
 
-/// How many system tests run beside each other at most: each may be a machine with a gigabyte of memory, and wants
-/// its time.
+/// How many system tests run beside each other at most: each may boot a machine with a gigabyte of memory.
 const SYSTEM_TESTS: usize = 4;
 
 /// The system tests with these names, one for each core: each builds an image or boots one, says what it does

@@ -21,6 +21,9 @@ const BOARD: &str = "qemu-arm64";
 /// How soon nothing may be left of a system that was ended.
 const END: Duration = Duration::from_secs(10);
 
+/// How long the tool may take to stop its services, on a busy machine.
+const STOP: Duration = Duration::from_secs(120);
+
 /// How long an answer may take: the API's first request reads definitions, under emulation.
 const ANSWER: Duration = Duration::from_secs(60);
 
@@ -48,7 +51,7 @@ fn command(more: &[&str]) -> Command {
         let mut command = without_rights("unshare", true);
         command.args(["--user", "--map-root-user", "true"]).stderr(Stdio::null()).status()
     };
-    // Where this test was started in the background of a script, Ctrl-C is ignored, and who starts that way ignores it.
+    // A shell without job control starts background jobs with SIGINT ignored, and their children inherit that.
     let mut command = Command::new(exec::find("env").expect("env"));
     command.arg("--default-signal=INT");
     if is_root() && tried().expect("setpriv runs").success() {
@@ -144,11 +147,12 @@ fn end(mut running: Running, signal: Signal) -> Result<()> {
     ensure!(family.len() >= 3, "too few processes for a system: {family:?}");
     let pid = i32::try_from(running.0.id()).ok().and_then(Pid::from_raw).context("a number")?;
     kill_process(pid, signal)?;
-    let deadline = Instant::now() + END;
+    let deadline = Instant::now() + STOP;
     while running.0.try_wait()?.is_none() {
         ensure!(Instant::now() < deadline, "{signal:?} does not end it");
         std::thread::sleep(Duration::from_millis(50));
     }
+    let deadline = Instant::now() + END;
     loop {
         let is_left = |(pid, time): &&(u32, String)| stat(*pid).is_some_and(|s| s.2 == *time);
         let left: Vec<_> = family.iter().filter(is_left).collect();
