@@ -56,6 +56,20 @@ pub struct TrustSectors {
     pub sectors: Vec<u64>,
 }
 
+/// Where things lie on cards that were flashed with an earlier image: a card keeps its table for life.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct EarlierCard {
+    /// Where the boot state lies.
+    #[serde(default)]
+    pub boot_state: BootStateSectors,
+    /// Where the floor and the keys are kept besides `data`.
+    #[serde(default)]
+    pub trust: TrustSectors,
+    /// By role, as in [`Description`].
+    pub partitions: BTreeMap<String, Partition>,
+}
+
 /// `device.toml`. Keys that are not known are passed over: a later image may say more.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -89,6 +103,10 @@ pub struct Description {
     pub trust: TrustSectors,
     /// By role: `boot`, `root-a`, `root-b`, `data`, …
     pub partitions: BTreeMap<String, Partition>,
+    /// The other cards that this image runs on. Of a [`Device`], `boot_state`, `trust` and `partitions` are its own
+    /// card's, whichever that is.
+    #[serde(default)]
+    pub earlier_cards: Vec<EarlierCard>,
 }
 
 /// The robot: what its image says, which slot runs, and from which disk.
@@ -131,15 +149,29 @@ impl Device {
     /// no partition that it lists as a slot.
     pub fn read(root: &Root) -> Result<Self> {
         let path = root.device_file();
-        let about = Description::read(root)?;
+        let mut about = Description::read(root)?;
         let partition = root_partition(root)?;
         let (number, start) = (value(&partition, "partition")?, value(&partition, "start")?);
-        let is = |slot: &Slot| {
-            about.partitions.get(&slot_role("root", *slot)).is_some_and(|known| {
-                u64::from(known.number) == number && known.start_sector == start
-            })
+        let running_on = |partitions: &BTreeMap<String, Partition>| {
+            let is = |slot: &Slot| {
+                partitions.get(&slot_role("root", *slot)).is_some_and(|known| {
+                    u64::from(known.number) == number && known.start_sector == start
+                })
+            };
+            [Slot::A, Slot::B].into_iter().find(is)
         };
-        let Some(running) = [Slot::A, Slot::B].into_iter().find(is) else {
+        let mut running = running_on(&about.partitions);
+        if running.is_none() {
+            // No two layouts have a slot at the same place with the same number: the build sees to it.
+            let fits = |card: &EarlierCard| Some((running_on(&card.partitions)?, card.clone()));
+            if let Some((slot, card)) = about.earlier_cards.iter().find_map(fits) {
+                running = Some(slot);
+                about.boot_state = card.boot_state;
+                about.trust = card.trust;
+                about.partitions = card.partitions;
+            }
+        }
+        let Some(running) = running else {
             return Err(Refusal::new(
                 "unknown-slot",
                 format!(

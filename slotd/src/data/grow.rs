@@ -1,8 +1,9 @@
 //! `data` takes the rest of the card: the image is as small as can be, cards are not.
 //!
 //! Only the table is changed here; the file system follows while it is mounted (`resize2fs`). Whatever a
-//! power cut leaves, one valid table is there: an MBR is one sector, and a GPT's new backup is complete at
-//! the end of the card before its primary is touched, which then changes in one write of one block.
+//! power cut leaves, one valid table is there: an MBR is one sector; a logical partition has its record in a
+//! sector of its own, which changes when the extended partition around it has; and a GPT's new backup is complete
+//! at the end of the card before its primary is touched, which then changes in one write of one block.
 
 use std::io;
 
@@ -16,6 +17,12 @@ const ALIGNMENT: u64 = 2048;
 
 /// Growing by less is not worth a write: 16 MiB.
 const WORTH: u64 = 32_768;
+
+/// The number of the first logical partition, whatever records of the MBR are in use.
+const FIRST_LOGICAL: u32 = 5;
+
+/// MBR types of extended partitions: by geometry, by sector number, Linux's.
+const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
 
 /// UEFI specification 2.10, table 5.5: length of a GPT header.
 const HEADER: usize = 92;
@@ -46,6 +53,8 @@ pub fn grow(disk: &dyn Storage, number: u32, start: u64) -> io::Result<Grown> {
     let records: Vec<Record> = (0..4).map(|index| Record::read(&mbr, index)).collect();
     if records.iter().any(|record| record.kind == 0xee) {
         grow_gpt(disk, &mut mbr, &records, number, start)
+    } else if number >= FIRST_LOGICAL {
+        grow_logical(disk, &mut mbr, &records, number, start)
     } else {
         grow_mbr(disk, &mut mbr, &records, number, start)
     }
@@ -93,6 +102,76 @@ fn grow_mbr(
     put(mbr, record.at + 12, &u32::try_from(to).unwrap_or(u32::MAX).to_le_bytes());
     write(disk, 0, mbr)?;
     Ok(Grown { from: record.sectors, to })
+}
+
+/// A logical partition: each has a sector in front of it with its own record, counted from that sector, and a link to
+/// the next such sector, counted from the extended partition's start.
+fn grow_logical(
+    disk: &dyn Storage,
+    mbr: &mut [u8],
+    records: &[Record],
+    number: u32,
+    start: u64,
+) -> io::Result<Grown> {
+    let extended = records.iter().find(|record| EXTENDED.contains(&record.kind));
+    let extended = *extended.ok_or_else(|| wrong("it has no extended partition"))?;
+    if records.iter().any(|other| other.kind != 0 && other.first > extended.first) {
+        return Err(wrong("another partition lies behind the extended one"));
+    }
+    let mut sector = [0; SECTOR as usize];
+    let mut at = extended.first;
+    for _ in FIRST_LOGICAL..=number {
+        disk.read_at(at.saturating_mul(SECTOR), &mut sector)?;
+        if sector.get(510..) != Some(&[0x55, 0xaa]) {
+            return Err(wrong("the chain of logical partitions is damaged"));
+        }
+        let link = Record::read(&sector, 1);
+        let own = Record::read(&sector, 0);
+        let last = !EXTENDED.contains(&link.kind);
+        if at.saturating_add(own.first) == start && own.kind != 0 && last {
+            return grow_last_logical(disk, mbr, extended, &mut sector, at, own);
+        }
+        if last {
+            break;
+        }
+        // Forwards only: a chain that bites its tail ends here.
+        let next = extended.first.saturating_add(link.first);
+        if next <= at {
+            return Err(wrong("the chain of logical partitions is damaged"));
+        }
+        at = next;
+    }
+    Err(wrong("the partition does not start where it should, or another lies behind it"))
+}
+
+/// `sector` is the one at `at` in front of the last logical partition, `own` its record of it.
+fn grow_last_logical(
+    disk: &dyn Storage,
+    mbr: &mut [u8],
+    extended: Record,
+    sector: &mut [u8],
+    at: u64,
+    own: Record,
+) -> io::Result<Grown> {
+    let start = at.saturating_add(own.first);
+    // Both counts are 32 bits long.
+    let most = extended.first.min(start).saturating_add(u64::from(u32::MAX));
+    let end = (disk.size() / SECTOR).min(most);
+    let Some(to) = worth(start, own.sectors, end) else {
+        return Ok(Grown { from: own.sectors, to: own.sectors });
+    };
+    let number = |sectors: u64| u32::try_from(sectors).unwrap_or(u32::MAX).to_le_bytes();
+    // First what lies around it: a larger extended partition changes nothing for those in it.
+    let around = start.saturating_add(to).saturating_sub(extended.first);
+    if around > extended.sectors {
+        put(mbr, extended.at + 5, &[0xfe, 0xff, 0xff]);
+        put(mbr, extended.at + 12, &number(around));
+        write(disk, 0, mbr)?;
+    }
+    put(sector, own.at + 5, &[0xfe, 0xff, 0xff]);
+    put(sector, own.at + 12, &number(to));
+    write(disk, at.saturating_mul(SECTOR), sector)?;
+    Ok(Grown { from: own.sectors, to })
 }
 
 fn grow_gpt(
