@@ -10,8 +10,8 @@ use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value, context};
 
 use crate::config::overlay::{Attributes, EntryKind};
-use crate::disk::layout::Layout;
-use crate::plan::{BootSourcePlan, Plan};
+use crate::disk::layout::{Layout, StateSector};
+use crate::plan::{BootSourcePlan, EarlierCard, Plan};
 
 /// A file of the overlay, ready to be placed.
 #[derive(Debug, Clone)]
@@ -172,7 +172,7 @@ fn template_context(plan: &Plan) -> Value {
             boot_flow => Value::from(Serde(plan.board.boot_flow)),
             compatible => plan.board.compatible.clone(),
             eeprom_since => plan.board.eeprom_since.clone(),
-            console => plan_part(&plan.board.console),
+            console => plan.board.console.as_ref().map(plan_part),
             kernel => context! { cmdline => plan.board.cmdline.clone() },
             u_boot => snake(&plan.board.uboot),
         },
@@ -180,9 +180,10 @@ fn template_context(plan: &Plan) -> Value {
             table => plan.disk.table.name(),
             size => plan.disk.size,
             signature => plan.identifiers.disk_signature,
-            trust => plan.disk.trust.iter().map(|s| s.sector).collect::<Vec<_>>(),
-            boot_state => plan.disk.states.iter().map(|s| s.sector).collect::<Vec<_>>(),
+            boot_state => sectors(&plan.disk.states),
+            trust => sectors(&plan.disk.trust),
         },
+        earlier_cards => plan.board.earlier_cards.iter().map(earlier_card).collect::<Vec<_>>(),
         partitions => partitions(&plan.disk),
         rootfs => plan_part(&plan.rootfs),
         users => plan.users.iter().map(plan_part).collect::<Vec<_>>(),
@@ -204,6 +205,19 @@ fn plan_part(part: &impl serde::Serialize) -> Value {
 
 fn snake(map: &BTreeMap<String, String>) -> Value {
     Value::from_pairs(map.iter().map(|(k, v)| (k.replace('-', "_"), v.as_str())))
+}
+
+fn sectors(copies: &[StateSector]) -> Vec<u64> {
+    copies.iter().map(|copy| copy.sector).collect()
+}
+
+fn earlier_card(card: &EarlierCard) -> Value {
+    context! {
+        until => card.until.clone(),
+        boot_state => sectors(&card.disk.states),
+        trust => sectors(&card.disk.trust),
+        partitions => partitions(&card.disk),
+    }
 }
 
 fn partitions(layout: &Layout) -> Value {

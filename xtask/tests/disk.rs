@@ -285,19 +285,88 @@ fn check_fat(folder: &Folder, image: &DiskImage, spec: &DiskSpec, kind: &str) {
     assert_eq!(bytes.expect("our reading"), vec![119; 700]);
 }
 
+/// As boot ROMs want it: one or four sectors in a cluster, the kind that the count of clusters says and the type in the
+/// table, and no count near the 65,525 at which readers differ.
 #[test]
-fn a_large_boot_partition_is_fat32() {
+fn a_boot_partition_is_of_a_kind_that_every_reader_agrees_on() {
+    let folder = Folder::new();
+    // MiB, kind, type in the MBR, bytes of a cluster.
+    let cases = [
+        (16, "FAT16", "0e", 512),
+        (30, "FAT16", "0e", 512),
+        (36, "FAT16", "0e", 1024),
+        (40, "FAT32", "0c", 512),
+        (64, "FAT32", "0c", 512),
+        (96, "FAT32", "0c", 512),
+        (512, "FAT32", "0c", 512),
+        (768, "FAT32", "0c", 2048),
+    ];
+    for (size, kind, byte, cluster) in cases {
+        let mut request = disk_request(TableKind::Mbr);
+        request.size = 1024 * MIB;
+        request.partitions[0].size = size * MIB;
+        let mut spec = spec(TableKind::Mbr, Utf8Path::new(""), Utf8Path::new(""));
+        spec.layout = place(&request).expect("a good layout");
+        spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+        let image = assemble(&spec, &folder.at("card.img")).expect("assembling");
+        check_fat(&folder, &image, &spec, kind);
+        let found = read::tables(&image.path).expect("reading back");
+        assert_eq!(found.partitions[0].kind, byte, "{size} MiB");
+        let out = folder.at("boot.fat");
+        let said = tool("fsck.fat").args(["-nv", out.as_str()]).read().expect("fsck.fat");
+        assert!(said.contains(&format!("{cluster} bytes per cluster")), "{size} MiB: {said}");
+        let count = said.split(" data clusters").next().and_then(|s| s.rsplit(' ').next());
+        let count: u64 = count.and_then(|n| n.parse().ok()).unwrap_or_default();
+        let apart = if kind == "FAT32" { 70_000..u64::MAX } else { 4_200..62_000 };
+        assert!(apart.contains(&count), "{size} MiB: {count} clusters");
+    }
+}
+
+/// Six partitions in an MBR: three primary, three logical, as sfdisk and the kernel's numbers have them.
+#[test]
+fn foreign_tools_accept_logical_partitions() {
     let folder = Folder::new();
     let mut request = disk_request(TableKind::Mbr);
-    request.size = 1024 * MIB;
-    request.partitions[0].size = 512 * MIB;
+    for (at, name) in [(1, "boot-a"), (2, "boot-b")] {
+        let copy = PartitionRequest { name: name.to_owned(), ..request.partitions[0].clone() };
+        request.partitions.insert(at, PartitionRequest { bootable: false, ..copy });
+    }
+    request.size = 256 * MIB;
     let mut spec = spec(TableKind::Mbr, Utf8Path::new(""), Utf8Path::new(""));
     spec.layout = place(&request).expect("a good layout");
-    spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+    for n in 0..6 - spec.partitions.len() {
+        let more =
+            PartitionSpec { guid: Uuid::from_u128(n as u128 + 99), ..spec.partitions[1].clone() };
+        spec.partitions.insert(1, more);
+    }
     let image = assemble(&spec, &folder.at("card.img")).expect("assembling");
-    check_fat(&folder, &image, &spec, "FAT32");
+    let path = image.path.as_str();
+    tool("sfdisk").args(["--verify", path]).run().expect("sfdisk --verify");
+    let text = tool("sfdisk").args(["-d", path]).read().expect("sfdisk -d");
+    golden("logical.sfdisk", &text.replace(path, "card.img"));
+    let json = tool("sfdisk").args(["-J", path]).read().expect("sfdisk -J");
+    let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    let listed = json["partitiontable"]["partitions"].as_array().expect("a list");
+    assert_eq!(listed.len(), 7, "with the extended one");
+    for placed in &spec.layout.partitions {
+        let node = format!("{path}{}", placed.number);
+        let found = listed.iter().find(|p| p["node"] == node.as_str()).expect(&node);
+        assert_eq!(found["start"], placed.first_sector, "{}", placed.name);
+        assert_eq!(found["size"], placed.sectors, "{}", placed.name);
+    }
     let found = read::tables(&image.path).expect("reading back");
-    assert_eq!(found.partitions[0].kind, "0c");
+    assert_eq!(found.findings, [""; 0]);
+    assert_eq!(read::differences(&found, &spec.layout), [""; 0]);
+    // A record that is lost, and one that leads back.
+    let (first, _) = spec.layout.extended().expect("an extended partition");
+    let file = File::options().read(true).write(true).open(&image.path).expect("opening");
+    file.write_all_at(&[0], first + 510).expect("damaging");
+    let findings = read::tables(&image.path).expect("reading").findings;
+    assert!(findings[0].contains("should hold the record of partition 5"), "{findings:?}");
+    file.write_all_at(&[0x55], first + 510).expect("healing");
+    file.write_all_at(&[0; 4], first + 446 + 16 + 8).expect("damaging");
+    let findings = read::tables(&image.path).expect("reading").findings;
+    assert!(findings.iter().any(|f| f.contains("has no end")), "{findings:?}");
 }
 
 #[test]

@@ -7,11 +7,12 @@ use bundle::bootstate::BootState;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, Base, Build, Signing, Wheels, base};
+use super::{Agent, Base, Build, Signing, Wheels, alias, base, environment};
 use crate::artifact::{Artifact, flush, hash_bytes, write_atomically, write_large};
 use crate::cache::Key;
 use crate::cli::Compression;
 use crate::compose::{self, Parts, lint, sizes};
+use crate::config::board::Compile;
 use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source, Summed};
 use crate::exec::Tool;
 use crate::ext4::{self, Ext4Request};
@@ -271,13 +272,16 @@ fn boot_partitions(
         };
         let from = |artifact: &Artifact| Source::File(artifact.path.clone());
         match &file.source {
-            BootSourcePlan::Template { script, .. } => {
+            BootSourcePlan::Template { compile, .. } => {
                 let key = (file.partition.clone(), file.path.clone());
                 let text = rendered.boot.get(&key).context("every template was rendered")?;
-                let bytes = if *script {
-                    wrap_script(text, build.plan.epoch, dir, &build.log("image"))?
-                } else {
-                    text.clone()
+                let bytes = match compile {
+                    Some(Compile::BootScript) => {
+                        wrap_script(text, build.plan.epoch, dir, &build.log("image"))?
+                    }
+                    Some(Compile::UbootEnvironment) => environment::pack(text)
+                        .with_context(|| format!("making {} of {}", file.path, file.partition))?,
+                    None => text.clone(),
                 };
                 put(file.path.clone(), Source::Bytes(bytes));
             }
@@ -288,8 +292,11 @@ fn boot_partitions(
             }
             BootSourcePlan::DeviceTrees => {
                 for f in &base.system.dtbs {
-                    put(flat(&f.path), from(&f.file));
+                    put(flat(&f.path), device_tree(&f.file, &file.aliases)?);
                 }
+            }
+            BootSourcePlan::DeviceTree(path) => {
+                put(file.path.clone(), device_tree(named_tree(base, path)?, &file.aliases)?);
             }
             BootSourcePlan::Bootloader => {
                 let loader = base.system.bootloader.as_ref();
@@ -300,6 +307,28 @@ fn boot_partitions(
         }
     }
     Ok(partitions)
+}
+
+/// The device tree with that path in the base system.
+fn named_tree<'a>(base: &'a Base, wanted: &str) -> Result<&'a Artifact> {
+    let named = base.system.dtbs.iter().find(|d| d.path == wanted);
+    let named = named.with_context(|| {
+        format!(
+            "the base has no device tree {wanted}\n\
+             help: `kernel.device-trees` in board.toml must match every tree that is named there"
+        )
+    })?;
+    Ok(&named.file)
+}
+
+/// A device tree, with names for some of its nodes where the board has any.
+fn device_tree(file: &Artifact, aliases: &[String]) -> Result<Source> {
+    if aliases.is_empty() {
+        return Ok(Source::File(file.path.clone()));
+    }
+    let doing = || format!("giving names to nodes of {}", file.path);
+    let bytes = std::fs::read(&file.path).with_context(doing)?;
+    Ok(Source::Bytes(alias::add(&bytes, aliases).with_context(doing)?))
 }
 
 /// The role of the boot partition that belongs to a slot, and the name of its volume: `boot-a` and
@@ -358,15 +387,7 @@ fn copy_for_qemu(build: &Build<'_>, base: &Base) -> Result<()> {
     let loader = base.system.bootloader.as_ref().context("QEMU needs the board's boot loader")?;
     copy(loader, &files.bootloader)?;
     if let (Some(to), Some(qemu)) = (&files.device_tree, &build.plan.board.qemu) {
-        let wanted = qemu.device_tree.as_deref().unwrap_or_default();
-        let named = base.system.dtbs.iter().find(|d| d.path == wanted);
-        let named = named.with_context(|| {
-            format!(
-                "the base has no device tree {wanted}\n\
-                 help: `kernel.device-trees` must match `qemu.device-tree` in board.toml"
-            )
-        })?;
-        copy(&named.file, to)?;
+        copy(named_tree(base, qemu.device_tree.as_deref().unwrap_or_default())?, to)?;
     }
     Ok(())
 }

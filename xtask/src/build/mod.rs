@@ -2,9 +2,11 @@
 //! the stages before it; slow ones are kept in the cache under the hash of their inputs.
 
 mod agent;
+pub mod alias;
 mod base;
 mod buildroot;
 mod component;
+pub mod environment;
 mod image;
 mod outcome;
 

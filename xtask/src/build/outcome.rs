@@ -291,6 +291,9 @@ fn disk(build: &Build<'_>, made: &Made) -> Result<Disk> {
         let tail = GPT_TAIL_SECTORS * SECTOR;
         regions.push(region(RegionKind::Table, "backup table", layout.size - tail, tail));
     }
+    for record in layout.partitions.iter().filter_map(|placed| placed.record) {
+        regions.push(region(RegionKind::Table, "record of a logical partition", record, SECTOR));
+    }
     for (i, state) in layout.states.iter().enumerate() {
         let role = format!("boot state {}", i + 1);
         regions.push(region(RegionKind::BootState, &role, state.offset, SECTOR));

@@ -196,6 +196,20 @@ pub fn describe(plan: &Plan) -> String {
     for p in &plan.disk.partitions {
         line("", format!("{:>12}  {:>9}  {} {}", p.offset, exact(p.size), p.number, p.name));
     }
+    for (n, card) in plan.board.earlier_cards.iter().enumerate() {
+        let name = if n == 0 { "also" } else { "" };
+        let table = card.disk.table.name();
+        line(name, format!("cards of images until {}: {table}, as they were flashed", card.until));
+    }
+    let mut list = "";
+    for origin in &plan.board.origins {
+        let shown = if origin.list == list { "" } else { origin.list };
+        line(
+            if list.is_empty() { "lists" } else { "" },
+            format!("{shown:<22} {:>3} from {}", origin.count, origin.file),
+        );
+        list = origin.list;
+    }
     line("overlay", format!("{} files", plan.overlay.len()));
     line("inputs", format!("{} files of the workspace", plan.inputs.len()));
     out

@@ -89,9 +89,11 @@ fn check_uboot(
             missing.push(format!("boot.scr loads {what} /{fixed}, which the slot does not have"));
         }
     }
-    let device = &plan.board.console.device;
-    for needed in ["root=", "slipway.slot=", &format!("console={device}")] {
-        if !script.contains(needed) {
+    let words = ["root=", "slipway.slot="].map(str::to_owned).into_iter();
+    let cmdline = &plan.board.cmdline;
+    let consoles = cmdline.iter().filter(|word| word.starts_with("console=")).cloned();
+    for needed in words.chain(consoles) {
+        if !script.contains(&needed) {
             missing.push(format!("boot.scr puts no `{needed}` on the kernel's command line"));
         }
     }

@@ -3,8 +3,10 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::Context as _;
 use camino::{Utf8Path, Utf8PathBuf};
 
+use super::product::Engine;
 use super::reader::{Fields, FromToml, Located, Place, Source};
 use super::units::{Day, Name, Size};
 use crate::disk::layout::{Filesystem, TableKind};
@@ -67,6 +69,8 @@ words!(Bus, "\"mmc\" or \"virtio\"", "mmc" => Self::Mmc, "virtio" => Self::Virti
 pub struct Board {
     /// The file it was read from.
     pub place: Place,
+    /// The files that it lies over: what it shares with other boards, relative to the workspace.
+    pub include: Vec<Located<Utf8PathBuf>>,
     /// Its name; equals the folder's.
     pub name: Located<Name>,
     /// For people: "Raspberry Pi 3".
@@ -81,8 +85,14 @@ pub struct Board {
     pub eeprom_since: Option<Located<Day>>,
     /// The serial console.
     pub console: Console,
+    /// The memory of the smallest machine that it covers, where a boot script needs to know.
+    pub memory: Option<Memory>,
+    /// What the disk hangs on. The initrd takes no disk of another bus.
+    pub disk_bus: Located<Bus>,
     /// The disk.
     pub disk: Disk,
+    /// The disks of cards that were flashed with earlier images of this board.
+    pub earlier: Vec<Earlier>,
     /// Its partitions, in order.
     pub partitions: Vec<Partition>,
     /// Kernel, command line, device trees, modules.
@@ -109,11 +119,46 @@ pub struct Console {
     pub baud: u32,
 }
 
+/// The memory of the smallest machine that a board covers.
+#[derive(Debug)]
+pub struct Memory {
+    /// Address of the first byte.
+    pub start: Located<Address>,
+    /// How much the smallest machine has.
+    pub smallest: Located<Size>,
+    /// What of its end the firmware and U-Boot itself take.
+    pub reserved: Located<Size>,
+}
+
+/// An address in memory, written in hexadecimal: `"0x0c000000"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address(pub u64);
+
+impl FromToml for Address {
+    const EXPECTED: &'static str = "an address such as \"0x0c000000\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let digits = value.as_str().and_then(|text| text.strip_prefix("0x"));
+        let number = digits.and_then(|digits| u64::from_str_radix(digits, 16).ok());
+        number.map(Self).ok_or_else(String::new)
+    }
+}
+
+/// Where things lie on the cards that were flashed with earlier images. Updates leave a card as it was flashed.
+#[derive(Debug)]
+pub struct Earlier {
+    /// Until when images had it: what a person can look for.
+    pub until: String,
+    /// The disk.
+    pub disk: Disk,
+    /// Its partitions, in order.
+    pub partitions: Vec<Partition>,
+    /// Where the table stands.
+    pub place: Place,
+}
+
 /// The disk.
 #[derive(Debug)]
 pub struct Disk {
-    /// What it hangs on. The initrd takes no disk of another bus.
-    pub bus: Located<Bus>,
     /// Kind of partition table.
     pub table: Located<TableKind>,
     /// Size of the image.
@@ -146,14 +191,14 @@ pub struct Partition {
 /// Kernel, command line, device trees, modules.
 #[derive(Debug)]
 pub struct Kernel {
-    /// Command line, one argument an element.
-    pub cmdline: Vec<String>,
+    /// Command line, one argument an element, without the serial console.
+    pub cmdline: Vec<Located<String>>,
     /// Globs of the device trees that the slot carries.
     pub device_trees: Vec<Located<String>>,
     /// Modules in the initrd, without their dependencies.
-    pub initrd_modules: Vec<String>,
+    pub initrd_modules: Vec<Located<String>>,
     /// Globs of the modules that stay in the root filesystem.
-    pub modules_keep: Vec<String>,
+    pub modules_keep: Vec<Located<String>>,
 }
 
 /// What the debian engine takes for this board from packages that are unpacked, not installed.
@@ -165,6 +210,10 @@ pub struct DebianFiles {
     pub firmware: Vec<Located<String>>,
     /// The U-Boot binary inside the packages.
     pub bootloader: Option<Located<String>>,
+    /// The kernel packages that know this board, where not all do: a product names one of them.
+    pub kernels: Vec<Located<String>>,
+    /// The machines that these packages can start, where those are not all of the board's.
+    pub compatible: Vec<String>,
 }
 
 /// What the engine `buildroot` takes for this board.
@@ -176,6 +225,8 @@ pub struct BuildrootFiles {
     pub firmware: Vec<Located<String>>,
     /// The U-Boot binary below Buildroot's `images`.
     pub bootloader: Option<Located<String>>,
+    /// The machines that its kernel and firmware can start, where those are not all of the board's.
+    pub compatible: Vec<String>,
 }
 
 /// How to run the board's image in QEMU.
@@ -231,23 +282,43 @@ pub struct BootFile {
     pub path: String,
     /// The partition's role; `boot-slot` stands for `boot-a` and `boot-b` alike.
     pub partition: Located<Name>,
+    /// The only engine whose images need it.
+    pub engine: Option<Engine>,
+    /// Names that a device tree gives to nodes, `name=/path`, besides its own.
+    pub aliases: Vec<String>,
 }
+
+/// What becomes of a rendered template.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compile {
+    /// Wrapped as a script of U-Boot.
+    BootScript,
+    /// Lines `name=value` become U-Boot's environment in a file.
+    UbootEnvironment,
+}
+
+words!(Compile, "\"boot-script\" or \"u-boot-environment\"",
+    "boot-script" => Self::BootScript, "u-boot-environment" => Self::UbootEnvironment);
 
 /// Where a boot file comes from.
 #[derive(Debug)]
 pub enum BootSource {
-    /// A template, looked up in the board's folder, then in `board/common`; wrapped as a U-Boot
-    /// script when `script` is set.
+    /// A template, looked up in the board's folder, then in `board/common`.
     Template {
         /// File name.
         name: Located<Utf8PathBuf>,
-        /// Wrap for U-Boot.
-        script: bool,
+        /// What becomes of it; nothing: a text.
+        compile: Option<Compile>,
     },
     /// The firmware files of the base system.
     Firmware,
     /// The device trees of the base system, without their folder.
     DeviceTrees,
+    /// One of them, by its path in the base system, under another name.
+    DeviceTree(String),
     /// The boot loader of the base system.
     Bootloader,
     /// The kernel of the base system.
@@ -281,8 +352,19 @@ fn values<T>(list: Vec<Located<T>>) -> Vec<T> {
 /// All findings of the file at once.
 pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Board> {
     let shown = Utf8Path::new("board").join(name).join("board.toml");
-    Source::read(root, &shown)?.parse(|fields| {
+    let own = Source::read(root, &shown)?;
+    let included = own
+        .paths("include")
+        .into_iter()
+        .map(|path| Source::read(root, &path).with_context(|| format!("{shown} includes {path}")));
+    let included = included.collect::<anyhow::Result<Vec<_>>>()?;
+    own.parse_over(included, |fields| {
         let board = build(fields)?;
+        if let Some(nested) = board.include.iter().find(|path| path.place.file != shown) {
+            let message = format!("`include`: {} is included itself", nested.place.file);
+            fields.reject(&nested.place, message, format!("write this line into {shown}"));
+            return None;
+        }
         if board.name.value.0 != name {
             let message = format!(
                 "`name`: expected \"{name}\" as the folder, found \"{}\"",
@@ -296,6 +378,7 @@ pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Board> {
 }
 
 fn build(f: &mut Fields<'_>) -> Option<Board> {
+    let include = f.list("include");
     let name = f.required("name");
     let title = f.required::<String>("title");
     let arch = f.required::<String>("arch");
@@ -307,7 +390,23 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
         let baud = f.or("baud", 115_200);
         Some(Console { device: device?.value, baud: baud? })
     });
-    let disk = f.table("disk", disk);
+    let memory = f.optional_table("memory", |f| {
+        let (start, smallest, reserved) =
+            (f.required("start"), f.required("smallest"), f.required("reserved"));
+        Some(Memory { start: start?, smallest: smallest?, reserved: reserved? })
+    });
+    let disk = f.table("disk", |f| {
+        let bus = f.required("bus");
+        let disk = disk_of(f);
+        Some((bus?, disk?))
+    });
+    let earlier = f.tables("earlier-cards", |f| {
+        let until = f.required::<String>("until");
+        let disk = f.table("disk", disk_of);
+        let partitions = f.tables("partitions", partition);
+        let place = f.place();
+        Some(Earlier { until: until?.value, disk: disk?, partitions: partitions?, place })
+    });
     let partitions = f.tables("partitions", partition);
     let kernel = f.table("kernel", |f| {
         let cmdline = f.list("cmdline");
@@ -315,30 +414,46 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
         let initrd_modules = f.list("initrd-modules");
         let modules_keep = f.list("modules-keep");
         Some(Kernel {
-            cmdline: values(cmdline?),
+            cmdline: cmdline?,
             device_trees: device_trees?,
-            initrd_modules: values(initrd_modules?),
-            modules_keep: values(modules_keep?),
+            initrd_modules: initrd_modules?,
+            modules_keep: modules_keep?,
         })
     });
     let debian = f.optional_table("debian", |f| {
         let packages = f.list("packages");
         let firmware = f.list("firmware");
         let bootloader = f.optional("bootloader");
-        Some(DebianFiles { packages: packages?, firmware: firmware?, bootloader: bootloader? })
+        let kernels = f.list("kernels");
+        let compatible = f.list("compatible");
+        Some(DebianFiles {
+            packages: packages?,
+            firmware: firmware?,
+            bootloader: bootloader?,
+            kernels: kernels?,
+            compatible: values(compatible?),
+        })
     });
     let uboot = f.optional_table("u-boot", |f| Some(f.strings()));
     let buildroot = f.optional_table("buildroot", |f| {
         let fragments = f.list("fragments");
         let firmware = f.list("firmware");
         let bootloader = f.optional("bootloader");
-        Some(BuildrootFiles { fragments: fragments?, firmware: firmware?, bootloader: bootloader? })
+        let compatible = f.list("compatible");
+        Some(BuildrootFiles {
+            fragments: fragments?,
+            firmware: firmware?,
+            bootloader: bootloader?,
+            compatible: values(compatible?),
+        })
     });
     let boot_files = f.tables("boot-files", boot_file);
     let qemu = f.optional_table("qemu", qemu);
     let place = f.place();
+    let (disk_bus, disk) = disk?;
     Some(Board {
         place,
+        include: include?,
         name: name?,
         title: title?.value,
         arch: arch?,
@@ -346,7 +461,10 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
         compatible: values(compatible?),
         eeprom_since: eeprom_since?,
         console: console?,
-        disk: disk?,
+        memory: memory?,
+        disk_bus,
+        disk,
+        earlier: earlier?,
         partitions: partitions?,
         kernel: kernel?,
         debian: debian?,
@@ -360,38 +478,37 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
 fn boot_file(f: &mut Fields<'_>) -> Option<BootFile> {
     let template = f.optional::<Utf8PathBuf>("template");
     let source = f.optional::<BootSource>("source");
+    let device_tree = f.optional::<String>("device-tree");
+    let aliases = f.list::<String>("aliases");
     let path = f.required::<String>("path");
     let partition = f.optional("partition");
-    let compile = f.optional::<String>("compile");
+    let compile = f.optional::<Compile>("compile");
+    let engine = f.optional::<Engine>("engine");
     let place = f.place();
     let partition = partition?.unwrap_or(Located { value: Name("boot".to_owned()), place });
-    let compile = compile?;
-    if let Some(compile) = compile.as_ref().filter(|c| c.value != "boot-script") {
-        let message = format!("`compile`: expected \"boot-script\", found \"{}\"", compile.value);
-        f.reject(&compile.place, message, "");
-        return None;
-    }
-    let source = match (template?, source?) {
-        (Some(name), None) => BootSource::Template { name, script: compile.is_some() },
-        (None, Some(source)) => source.value,
+    let compile = compile?.map(|located| located.value);
+    let source = match (template?, source?, device_tree?) {
+        (Some(name), None, None) => BootSource::Template { name, compile },
+        (None, Some(source), None) => source.value,
+        (None, None, Some(path)) => BootSource::DeviceTree(path.value),
         _ => {
-            let message = "a boot file has either `template` or `source`";
-            f.reject(&f.place(), message, "write one of the two");
+            let message = "a boot file has one of `template`, `source` and `device-tree`";
+            f.reject(&f.place(), message, "write one of the three");
             return None;
         }
     };
-    Some(BootFile { source, path: path?.value, partition })
+    let engine = engine?.map(|located| located.value);
+    let aliases = values(aliases?);
+    Some(BootFile { source, path: path?.value, partition, engine, aliases })
 }
 
-fn disk(f: &mut Fields<'_>) -> Option<Disk> {
-    let bus = f.required("bus");
+fn disk_of(f: &mut Fields<'_>) -> Option<Disk> {
     let table = f.required("table");
     let size = f.required("size");
     let first_partition = f.required("first-partition");
     let boot_state = f.optional_table("boot-state", |f| f.list("offsets"));
     let trust = f.optional_table("trust", |f| f.list("offsets"));
     Some(Disk {
-        bus: bus?,
         table: table?,
         size: size?,
         first_partition: first_partition?,

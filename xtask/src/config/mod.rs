@@ -219,6 +219,7 @@ fn inputs(config: &Config) -> Result<Vec<Input>> {
     let product = &config.product;
     let root = &config.root;
     let mut paths = vec![product.place.file.clone(), config.board.place.file.clone()];
+    paths.extend(config.board.include.iter().map(|path| path.value.clone()));
     paths.extend(product.rootfs.lock.iter().map(|l| l.value.clone()));
     paths.extend(fragments(config).into_iter().cloned());
     paths.extend(product.api.iter().map(|api| api.lock.value.clone()));

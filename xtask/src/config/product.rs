@@ -60,6 +60,8 @@ pub struct Product {
     pub default_board: Located<Name>,
     /// Overlays, later ones over earlier ones.
     pub overlays: Vec<Located<Name>>,
+    /// The serial console in the board's stead: a device, or `none`.
+    pub console: Option<Located<Terminal>>,
     /// The base system.
     pub rootfs: Rootfs,
     /// The API wheel; none for a bare system.
@@ -182,6 +184,38 @@ pub struct Ssh {
     pub place: Place,
 }
 
+/// The serial console of a product: Linux's name of a device, or none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Terminal(pub Option<String>);
+
+impl FromToml for Terminal {
+    const EXPECTED: &'static str = "\"none\" or a device such as \"ttyUSB0\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let name = value.as_str().ok_or(String::new())?;
+        let plain = |c: char| c.is_ascii_alphanumeric();
+        match name {
+            "none" => Ok(Self(None)),
+            _ if name.starts_with("tty") && name.len() > 3 && name.chars().all(plain) => {
+                Ok(Self(Some(name.to_owned())))
+            }
+            _ => Err(String::new()),
+        }
+    }
+}
+
+/// A country for the rules of its radio, as ISO 3166-1 has it: two capitals.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Country(pub String);
+
+impl FromToml for Country {
+    const EXPECTED: &'static str = "a country's two capitals, such as \"DE\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let code = value.as_str().unwrap_or_default();
+        let fits = code.len() == 2 && code.chars().all(|c| c.is_ascii_uppercase());
+        if fits { Ok(Self(code.to_owned())) } else { Err(String::new()) }
+    }
+}
+
 /// Network defaults.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -190,6 +224,8 @@ pub struct Network {
     pub hostname: String,
     /// A link-local address when no DHCP server answers.
     pub link_local: bool,
+    /// The country whose rules the Wi-Fi radio keeps; without one it keeps those that hold everywhere.
+    pub country: Option<String>,
 }
 
 /// Update policy.
@@ -230,6 +266,7 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     let boards = f.list("boards");
     let default_board = f.required("default-board");
     let overlays = f.list("overlays");
+    let console = f.optional("console");
     let rootfs = f.table("rootfs", rootfs);
     let api = f.optional_table("api", |f| {
         let package = f.required("package");
@@ -250,7 +287,12 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     let network = f.table("network", |f| {
         let hostname = f.required::<Name>("hostname");
         let link_local = f.or("link-local", true);
-        Some(Network { hostname: hostname?.value.0, link_local: link_local? })
+        let country = f.optional::<Country>("country");
+        Some(Network {
+            hostname: hostname?.value.0,
+            link_local: link_local?,
+            country: country?.map(|located| located.value.0),
+        })
     });
     let update = f.table("update", |f| {
         let minimum_version = f.required("minimum-version");
@@ -268,6 +310,7 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
         boards: boards?,
         default_board: default_board?,
         overlays: overlays?,
+        console: console?,
         rootfs: rootfs?,
         api: api?,
         users: users?,

@@ -111,23 +111,56 @@ impl Source {
     /// # Errors
     /// All findings of the file, when there are any.
     pub fn parse<T>(self, build: impl FnOnce(&mut Fields<'_>) -> Option<T>) -> Result<T> {
-        let (table, errors) = DeTable::parse_recoverable(&self.text);
-        for error in errors {
-            let at = error.span().unwrap_or(0..0);
-            self.finding(&at, format!("this is not TOML: {}", error.message()), "");
+        self.parse_over(Vec::new(), build)
+    }
+
+    /// As [`Source::parse`], of a file that lies over others: a value that it does not have itself is the first
+    /// of theirs; lists and arrays of tables are theirs, in order, and then its own. Every value keeps its place.
+    ///
+    /// # Errors
+    /// All findings of the files, when there are any.
+    pub fn parse_over<T>(
+        self,
+        included: Vec<Self>,
+        build: impl FnOnce(&mut Fields<'_>) -> Option<T>,
+    ) -> Result<T> {
+        let sources: Vec<Self> = std::iter::once(self).chain(included).collect();
+        let mut tables = Vec::new();
+        for source in &sources {
+            let (table, errors) = DeTable::parse_recoverable(&source.text);
+            for error in errors {
+                let at = error.span().unwrap_or(0..0);
+                source.finding(&at, format!("this is not TOML: {}", error.message()), "");
+            }
+            tables.push(table);
         }
-        let built = if self.findings.borrow().is_empty() {
-            let mut fields = Fields::new(&self, table.get_ref(), table.span(), String::new());
+        let built = if sources.iter().all(|source| source.findings.borrow().is_empty()) {
+            let layers = sources.iter().zip(&tables);
+            let layers = layers.map(|(source, table)| Layer {
+                source,
+                table: table.get_ref(),
+                at: table.span(),
+            });
+            let mut fields = Fields::new(layers.collect(), String::new());
             let built = build(&mut fields);
             fields.finish();
             built
         } else {
             None
         };
-        drop(table);
-        let findings = Findings(self.findings.into_inner());
-        findings.check()?;
+        drop(tables);
+        let findings = sources.into_iter().flat_map(|source| source.findings.into_inner());
+        Findings(findings.collect()).check()?;
         built.context("a configuration file was rejected without a finding")
+    }
+
+    /// The paths in the list `key` at the top of the file, to read what it includes before it is parsed; what is
+    /// wrong with them is found then.
+    pub fn paths(&self, key: &str) -> Vec<Utf8PathBuf> {
+        let (table, _) = DeTable::parse_recoverable(&self.text);
+        let list = table.get_ref().get(key).and_then(|value| value.get_ref().as_array());
+        let paths = list.into_iter().flat_map(|list| list.iter());
+        paths.filter_map(|item| Utf8PathBuf::from_toml(item.get_ref()).ok()).collect()
     }
 
     fn place(&self, at: &Range<usize>) -> Place {
@@ -207,41 +240,77 @@ impl<T> OkOrDefault<T> for Option<T> {
     }
 }
 
-/// The fields of one table; each may be taken once, and what nobody took is an unknown key.
-pub struct Fields<'a> {
+/// A table in one of the files that lie over one another.
+#[derive(Debug, Clone)]
+struct Layer<'a> {
     source: &'a Source,
     table: &'a DeTable<'a>,
     at: Range<usize>,
+}
+
+/// The fields of one table; each may be taken once, and what nobody took is an unknown key.
+pub struct Fields<'a> {
+    /// The file's own table, where it has one, before those of the files that it includes.
+    layers: Vec<Layer<'a>>,
     prefix: String,
     known: BTreeSet<&'static str>,
     open: bool,
 }
 
+/// A value, and the file that it stands in.
+type Found<'a> = (&'a Source, &'a Spanned<DeValue<'a>>);
+
 impl<'a> Fields<'a> {
-    fn new(source: &'a Source, table: &'a DeTable<'a>, at: Range<usize>, prefix: String) -> Self {
-        Self { source, table, at, prefix, known: BTreeSet::new(), open: false }
+    fn new(layers: Vec<Layer<'a>>, prefix: String) -> Self {
+        Self { layers, prefix, known: BTreeSet::new(), open: false }
     }
 
-    fn value(&mut self, key: &'static str) -> Option<&'a Spanned<DeValue<'a>>> {
+    /// The value of every layer that has one, the file's own first.
+    fn values(&mut self, key: &'static str) -> Vec<Found<'a>> {
         self.known.insert(key);
-        self.table.get(key)
+        let has = |layer: &Layer<'a>| Some((layer.source, layer.table.get(key)?));
+        self.layers.iter().filter_map(has).collect()
+    }
+
+    fn value(&mut self, key: &'static str) -> Option<Found<'a>> {
+        self.values(key).into_iter().next()
+    }
+
+    /// As [`Fields::values`], in the order in which lists are joined.
+    fn parts(&mut self, key: &'static str) -> Vec<Found<'a>> {
+        let own = self.layers.first().is_some_and(|layer| layer.table.contains_key(key));
+        let mut values = self.values(key);
+        if own {
+            values.rotate_left(1);
+        }
+        values
+    }
+
+    /// The file's own table; of one that only an included file has, that.
+    fn own(&self) -> &Layer<'a> {
+        &self.layers[0]
     }
 
     fn missing(&self, key: &str, expected: &str) {
         let name = format!("{}{key}", self.prefix);
+        let Layer { source, at, .. } = self.own();
         let place = if self.prefix.is_empty() {
-            Place { file: self.source.path.clone(), line: 0, text: String::new() }
+            Place { file: source.path.clone(), line: 0, text: String::new() }
         } else {
-            self.source.place(&self.at)
+            source.place(at)
         };
-        self.source.findings.borrow_mut().push(Finding::new(
+        source.findings.borrow_mut().push(Finding::new(
             &place,
             format!("`{name}` is missing"),
             format!("add `{key} = …`: {expected}"),
         ));
     }
 
-    fn convert<T: FromToml>(&self, key: &str, value: &Spanned<DeValue<'_>>) -> Option<T> {
+    fn convert<T: FromToml>(
+        &self,
+        key: &str,
+        (source, value): (&Source, &Spanned<DeValue<'_>>),
+    ) -> Option<T> {
         match T::from_toml(value.get_ref()) {
             Ok(converted) => Some(converted),
             Err(why) => {
@@ -253,7 +322,7 @@ impl<'a> Fields<'a> {
                     }
                 };
                 let reason = if why.is_empty() { String::new() } else { format!(": {why}") };
-                self.source.finding(
+                source.finding(
                     &value.span(),
                     format!(
                         "`{}{key}`: expected {}, found {found}{reason}",
@@ -270,9 +339,9 @@ impl<'a> Fields<'a> {
     /// A required field.
     pub fn required<T: FromToml>(&mut self, key: &'static str) -> Option<Located<T>> {
         match self.value(key) {
-            Some(value) => {
-                let converted = self.convert(key, value)?;
-                Some(Located { value: converted, place: self.source.place(&value.span()) })
+            Some(found) => {
+                let value = self.convert(key, found)?;
+                Some(Located { value, place: found.0.place(&found.1.span()) })
             }
             None => {
                 self.missing(key, T::EXPECTED);
@@ -284,10 +353,9 @@ impl<'a> Fields<'a> {
     /// An optional field: outer `None` when it is there and wrong, inner `None` when it is absent.
     pub fn optional<T: FromToml>(&mut self, key: &'static str) -> Option<Option<Located<T>>> {
         match self.value(key) {
-            Some(value) => {
-                let converted = self.convert(key, value)?;
-                let place = self.source.place(&value.span());
-                Some(Some(Located { value: converted, place }))
+            Some(found) => {
+                let value = self.convert(key, found)?;
+                Some(Some(Located { value, place: found.0.place(&found.1.span()) }))
             }
             None => Some(None),
         }
@@ -300,22 +368,22 @@ impl<'a> Fields<'a> {
 
     /// A list; absent means empty.
     pub fn list<T: FromToml>(&mut self, key: &'static str) -> Option<Vec<Located<T>>> {
-        let Some(value) = self.value(key) else { return Some(Vec::new()) };
-        let Some(array) = value.get_ref().as_array() else {
-            self.source.finding(
-                &value.span(),
-                format!("`{}{key}`: expected a list, each {}", self.prefix, T::EXPECTED),
-                "",
-            );
-            return None;
-        };
-        let converted: Vec<_> = array
-            .iter()
-            .map(|item| {
-                let value = self.convert(key, item)?;
-                Some(Located { value, place: self.source.place(&item.span()) })
-            })
-            .collect();
+        let mut converted = Vec::new();
+        for (source, value) in self.parts(key) {
+            let Some(array) = value.get_ref().as_array() else {
+                source.finding(
+                    &value.span(),
+                    format!("`{}{key}`: expected a list, each {}", self.prefix, T::EXPECTED),
+                    "",
+                );
+                return None;
+            };
+            for item in array {
+                let place = source.place(&item.span());
+                converted
+                    .push(self.convert(key, (source, item)).map(|v| Located { value: v, place }));
+            }
+        }
         converted.into_iter().collect()
     }
 
@@ -340,8 +408,11 @@ impl<'a> Fields<'a> {
         key: &'static str,
         build: impl FnOnce(&mut Fields<'_>) -> Option<T>,
     ) -> Option<Option<T>> {
-        let Some(value) = self.value(key) else { return Some(None) };
-        self.inner_table(key, value, build).map(Some)
+        let values = self.values(key);
+        if values.is_empty() {
+            return Some(None);
+        }
+        self.inner_table(key, &values, build).map(Some)
     }
 
     /// An array of tables; absent means empty.
@@ -350,30 +421,37 @@ impl<'a> Fields<'a> {
         key: &'static str,
         mut build: impl FnMut(&mut Fields<'_>) -> Option<T>,
     ) -> Option<Vec<T>> {
-        let Some(value) = self.value(key) else { return Some(Vec::new()) };
-        let Some(array) = value.get_ref().as_array() else {
-            let message = format!("`{}{key}`: expected tables, written [[{key}]]", self.prefix);
-            self.source.finding(&value.span(), message, "");
-            return None;
-        };
-        let built: Vec<_> =
-            array.iter().map(|item| self.inner_table(key, item, &mut build)).collect();
+        let mut built = Vec::new();
+        for (source, value) in self.parts(key) {
+            let Some(array) = value.get_ref().as_array() else {
+                let message = format!("`{}{key}`: expected tables, written [[{key}]]", self.prefix);
+                source.finding(&value.span(), message, "");
+                return None;
+            };
+            built.extend(
+                array.iter().map(|item| self.inner_table(key, &[(source, item)], &mut build)),
+            );
+        }
         built.into_iter().collect()
     }
 
     fn inner_table<T>(
         &self,
         key: &str,
-        value: &Spanned<DeValue<'_>>,
+        values: &[Found<'a>],
         build: impl FnOnce(&mut Fields<'_>) -> Option<T>,
     ) -> Option<T> {
-        let Some(table) = value.get_ref().as_table() else {
-            let message = format!("`{}{key}`: expected a table", self.prefix);
-            self.source.finding(&value.span(), message, "");
-            return None;
-        };
+        let mut layers = Vec::new();
+        for &(source, value) in values {
+            let Some(table) = value.get_ref().as_table() else {
+                let message = format!("`{}{key}`: expected a table", self.prefix);
+                source.finding(&value.span(), message, "");
+                return None;
+            };
+            layers.push(Layer { source, table, at: value.span() });
+        }
         let prefix = format!("{}{key}.", self.prefix);
-        let mut fields = Fields::new(self.source, table, value.span(), prefix);
+        let mut fields = Fields::new(layers, prefix);
         let built = build(&mut fields);
         fields.finish();
         built
@@ -382,9 +460,12 @@ impl<'a> Fields<'a> {
     /// All remaining keys, whose values must be strings; such a table has no unknown key.
     pub fn strings(&mut self) -> std::collections::BTreeMap<String, String> {
         let mut found = std::collections::BTreeMap::new();
-        for (key, value) in self.table {
-            if let Some(text) = self.convert::<String>(key.get_ref(), value) {
-                found.insert(key.get_ref().to_string(), text);
+        // The file's own value last, over those that it includes.
+        for layer in self.layers.iter().rev() {
+            for (key, value) in layer.table {
+                if let Some(text) = self.convert::<String>(key.get_ref(), (layer.source, value)) {
+                    found.insert(key.get_ref().to_string(), text);
+                }
             }
         }
         self.open = true;
@@ -393,29 +474,35 @@ impl<'a> Fields<'a> {
 
     /// Where this table stands.
     pub fn place(&self) -> Place {
-        self.source.place(&self.at)
+        let Layer { source, at, .. } = self.own();
+        source.place(at)
     }
 
     /// Adds a finding of the caller's.
     pub fn reject(&self, place: &Place, message: impl Into<String>, help: impl Into<String>) {
-        self.source.findings.borrow_mut().push(Finding::new(place, message, help));
+        self.own().source.findings.borrow_mut().push(Finding::new(place, message, help));
     }
 
     fn finish(self) {
-        for key in self.table.keys() {
-            let name: &str = key.get_ref();
-            if self.open || self.known.contains(name) {
-                continue;
-            }
-            let help = match nearest(name, self.known.iter().copied()) {
-                Some(near) => format!("did you mean `{near}`?"),
-                None => {
-                    let known: Vec<_> = self.known.iter().copied().collect();
-                    format!("known keys: {}", known.join(", "))
+        if self.open {
+            return;
+        }
+        for Layer { source, table, .. } in &self.layers {
+            for key in table.keys() {
+                let name: &str = key.get_ref();
+                if self.known.contains(name) {
+                    continue;
                 }
-            };
-            let message = format!("unknown key `{}{name}`", self.prefix);
-            self.source.finding(&key.span(), message, help);
+                let help = match nearest(name, self.known.iter().copied()) {
+                    Some(near) => format!("did you mean `{near}`?"),
+                    None => {
+                        let known: Vec<_> = self.known.iter().copied().collect();
+                        format!("known keys: {}", known.join(", "))
+                    }
+                };
+                let message = format!("unknown key `{}{name}`", self.prefix);
+                source.finding(&key.span(), message, help);
+            }
         }
     }
 }

@@ -62,6 +62,7 @@ fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)>
     );
     let guids: Vec<Uuid> = spec.partitions.iter().map(|p| p.guid).collect();
     let tables = table::make(layout, spec.disk_guid, spec.mbr_signature, &guids)?;
+    let logical = table::logical(layout)?;
     let states = state_sectors(spec)?;
     let volumes = fat_volumes(spec)?;
     let sources = sources(spec)?;
@@ -77,6 +78,9 @@ fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)>
     for copy in &layout.trust {
         let blocks = bundle::area::COPY as u64 / BLOCK;
         regions.push(Region { payload: Payload::Zeros(blocks), places: vec![copy.offset] });
+    }
+    for (offset, pages) in &logical {
+        regions.push(Region { payload: Payload::Memory(pages), places: vec![*offset] });
     }
     for (placed, pages) in &volumes {
         regions.push(Region { payload: Payload::Memory(pages), places: vec![placed.offset] });

@@ -17,8 +17,9 @@ use super::spec::{Content, FatFile, Source};
 use super::table::{HEADS, SECTORS_PER_TRACK};
 use crate::progress;
 
-/// From this size on a volume is FAT32, as `mkfs.fat` decides too.
-const FAT32_FROM: u64 = 512 << 20;
+/// From this size on a volume with clusters of one sector has more than the 65,524 clusters of a FAT16 (Microsoft's FAT
+/// specification 1.03), and is a FAT32, whose tables leave some 80,000.
+const FAT32_FROM: u64 = 40 << 20;
 /// A drive number that says "fixed disk" (BIOS interrupt 13h).
 const FIXED_DISK: u8 = 0x80;
 /// Offset of "hidden sectors" in the boot sector: how many lie before the volume on the disk.
@@ -40,19 +41,17 @@ pub fn is_fat32(size: u64) -> bool {
     size >= FAT32_FROM
 }
 
-/// Bytes in a cluster: keeps a FAT16 between 8,192 and 65,524 clusters (4,085 to 65,524 are
-/// allowed), and a FAT32 at the sizes that `mkfs.fat` uses.
+/// Bytes in a cluster. One sector where the kind of FAT allows it, else four: what every boot ROM of the Raspberry Pi reads
+/// (raspberrypi/firmware, issue 1738; rpi-eeprom, issue 818). What kind a volume is follows from its number of clusters
+/// alone, and those that a reader takes for the other kind lie near 65,525: none is made there.
 fn cluster_size(size: u64) -> u32 {
-    const KIB: u64 = 1 << 10;
-    const GIB: u64 = 1 << 30;
-    let cluster = match size {
-        s if !is_fat32(s) => (s.next_power_of_two() / 32_768).clamp(SECTOR, 16 * KIB),
-        s if s <= 8 * GIB => 4 * KIB,
-        s if s <= 16 * GIB => 8 * KIB,
-        s if s <= 32 * GIB => 16 * KIB,
-        _ => 32 * KIB,
+    const MIB: u64 = 1 << 20;
+    let sectors = match size {
+        s if is_fat32(s) => 1 + 3 * u64::from(s > 512 * MIB),
+        // 2 from 30 MiB on: at most 40,960 clusters.
+        s => 1 + u64::from(s > 30 * MIB),
     };
-    cluster as u32
+    (sectors * SECTOR) as u32
 }
 
 /// Answers every question for the time with the same moment.

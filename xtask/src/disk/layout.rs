@@ -20,12 +20,18 @@ const MBR_LIMIT: u64 = (1 << 32) * SECTOR;
 const GPT_NAME_UNITS: usize = 36;
 /// Slots in an MBR.
 const MBR_SLOTS: usize = 4;
+/// The most partitions of an MBR: SD cards have 16 minor numbers on many kernels, two of which the disk and the
+/// extended partition take (`CONFIG_MMC_BLOCK_MINORS`).
+const MOST_MBR: usize = 14;
+/// The number of the first logical partition, whatever slots of the MBR are in use (Linux, `block/partitions/msdos.c`).
+pub const FIRST_LOGICAL: u32 = 5;
 
 /// Which partition table a board's firmware reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TableKind {
-    /// The classic table: four primary partitions, 32-bit sector numbers.
+    /// The classic table: four records, 32-bit sector numbers. Of more than four partitions those from the fourth
+    /// on lie in an extended one, each behind a sector with its own record.
     Mbr,
     /// GUID partition table with a protective MBR and a backup at the end of the disk.
     Gpt,
@@ -53,7 +59,7 @@ impl TableKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Filesystem {
-    /// FAT16 below 512 MiB, FAT32 from there on.
+    /// FAT16 below 40 MiB, FAT32 from there on.
     Vfat,
     /// ext4.
     Ext4,
@@ -118,12 +124,20 @@ pub struct Placed {
     pub bootable: bool,
     /// Listed in the MBR: always with an MBR table, by choice with a hybrid one, never with a GPT.
     pub in_mbr: bool,
+    /// Byte offset of the sector with its record, of a logical partition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<u64>,
 }
 
 impl Placed {
     /// The first byte after the partition.
     pub fn end(&self) -> u64 {
         self.offset + self.size
+    }
+
+    /// The first byte that it needs: its record, or its own first byte.
+    pub fn begin(&self) -> u64 {
+        self.record.unwrap_or(self.offset)
     }
 }
 
@@ -157,6 +171,12 @@ impl Layout {
     /// The partition with this name.
     pub fn partition(&self, name: &str) -> Option<&Placed> {
         self.partitions.iter().find(|p| p.name == name)
+    }
+
+    /// The extended partition of an MBR with more than four partitions: from the first record to the last byte.
+    pub fn extended(&self) -> Option<(u64, u64)> {
+        let first = self.partitions.iter().find_map(|p| p.record)?;
+        Some((first, self.partitions.last()?.end() - first))
     }
 }
 
@@ -237,7 +257,13 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
         }
         let before = placed.last();
         let free = before.map_or(request.first_partition, Placed::end);
+        let logical = request.table == TableKind::Mbr
+            && request.partitions.len() > MBR_SLOTS
+            && index >= MBR_SLOTS - 1;
+        // The record has a unit of its own: writing it must not endanger what lies beside it.
+        let room = if logical { request.alignment } else { 0 };
         let next = free.checked_next_multiple_of(request.alignment);
+        let next = next.and_then(|next| next.checked_add(room));
         let Some(offset) = wanted.start.or(next).filter(|o| o.checked_add(wanted.size).is_some())
         else {
             findings.push(format!("`{name}` ends beyond what 64 bits can count"));
@@ -260,12 +286,12 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
             ));
         }
         if let Some(before) = before
-            && offset < before.end()
+            && offset < before.end().saturating_add(room)
         {
             findings.push(overlap(before, name, offset, wanted.size));
         }
         placed.push(Placed {
-            number: index as u32 + 1,
+            number: index as u32 + if logical { FIRST_LOGICAL - 3 } else { 1 },
             name: name.clone(),
             offset,
             size: wanted.size,
@@ -278,6 +304,7 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
                 TableKind::Gpt => false,
                 TableKind::Hybrid => wanted.in_mbr,
             },
+            record: logical.then(|| offset.saturating_sub(room)),
         });
     }
     let head = table_head(request.table);
@@ -337,9 +364,9 @@ fn check_names(request: &DiskRequest, findings: &mut Vec<String>) {
 fn check_table(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
     match request.table {
         TableKind::Mbr => {
-            if placed.len() > MBR_SLOTS {
+            if placed.len() > MOST_MBR {
                 findings.push(format!(
-                    "an mbr table holds 4 partitions, the disk has {}: use table = \"gpt\"",
+                    "an mbr table holds {MOST_MBR} partitions here, the disk has {}: use table = \"gpt\"",
                     placed.len()
                 ));
             }

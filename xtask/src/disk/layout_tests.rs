@@ -151,8 +151,11 @@ fn each_rule_has_its_message() {
         ),
         (
             Mbr,
-            |d| d.partitions.push(partition("more", 4 * MIB, Filesystem::Raw)),
-            "an mbr table holds 4 partitions, the disk has 5: use table = \"gpt\"",
+            |d| {
+                let more = (0..11).map(|n| partition(&format!("p{n}"), MIB, Filesystem::Raw));
+                d.partitions.extend(more);
+            },
+            "an mbr table holds 14 partitions here, the disk has 15: use table = \"gpt\"",
         ),
         (
             Mbr,
@@ -264,4 +267,20 @@ fn each_rule_has_its_message() {
     for (table, change, expected) in cases {
         assert_eq!(findings(table, change), [expected]);
     }
+}
+
+#[test]
+fn the_fourth_of_five_partitions_of_an_mbr_is_logical() {
+    let mut request = disk(TableKind::Mbr);
+    request.partitions.push(partition("more", 4 * MIB, Filesystem::Raw));
+    let layout = place(&request).expect("a good disk");
+    let numbers: Vec<u32> = layout.partitions.iter().map(|p| p.number).collect();
+    assert_eq!(numbers, [1, 2, 3, 5, 6]);
+    // Each record lies one unit of alignment before its partition, and nothing else in that unit.
+    let records: Vec<_> = layout.partitions.iter().map(|p| p.record).collect();
+    let before = |n: usize| Some(layout.partitions[n].offset - request.alignment);
+    assert_eq!(records, [None, None, None, before(3), before(4)]);
+    assert_eq!(records[3], Some(layout.partitions[2].end()));
+    let (first, size) = layout.extended().expect("an extended partition");
+    assert_eq!((Some(first), first + size), (records[3], layout.partitions[4].end()));
 }

@@ -14,8 +14,9 @@ use gpt::mbr::ProtectiveMBR;
 use gpt::partition::{Partition, PartitionAttributes, file_read_partitions};
 use serde::{Deserialize, Serialize};
 
+use super::layout::FIRST_LOGICAL;
 use super::layout::{Layout, SECTOR, TableKind, exact};
-use super::table::{PROTECTIVE, mbr_type};
+use super::table::{EXTENDED_KINDS, PROTECTIVE, mbr_type};
 
 /// The largest file that is read whole from a FAT.
 const LARGEST_FILE: u64 = 256 << 20;
@@ -147,7 +148,12 @@ pub fn tables(image: &Utf8Path) -> Result<DiskTables> {
         read_gpt(&file, &mut found).with_context(doing)?;
         check_mbr_against_gpt(&mut found);
     } else {
-        found.partitions = found.mbr.iter().map(from_record).collect();
+        let extended = |record: &&MbrRecord| EXTENDED_KINDS.contains(&record.kind);
+        found.partitions =
+            found.mbr.iter().filter(|record| !extended(record)).map(from_record).collect();
+        if let Some(record) = found.mbr.iter().find(extended).cloned() {
+            read_logical(&file, &record, &mut found).with_context(doing)?;
+        }
     }
     check_partitions(&mut found);
     Ok(found)
@@ -163,6 +169,54 @@ fn from_record(record: &MbrRecord) -> FoundPartition {
         size: record.sectors * SECTOR,
         bootable: record.active,
     }
+}
+
+/// Follows the chain of records in an extended partition.
+fn read_logical(file: &File, extended: &MbrRecord, found: &mut DiskTables) -> Result<()> {
+    /// More than any disk has; a chain that bites its tail is longer.
+    const MOST: u32 = 64;
+    let end = extended.first_sector + extended.sectors;
+    let mut at = extended.first_sector;
+    for number in FIRST_LOGICAL..FIRST_LOGICAL + MOST {
+        let mut sector = [0u8; SECTOR as usize];
+        file.read_exact_at(&mut sector, at.saturating_mul(SECTOR))?;
+        let record = |index: usize| {
+            let bytes = &sector[446 + index * 16..][..16];
+            let word = |at: usize| {
+                u64::from(u32::from_le_bytes([
+                    bytes[at],
+                    bytes[at + 1],
+                    bytes[at + 2],
+                    bytes[at + 3],
+                ]))
+            };
+            (bytes[0], bytes[4], word(8), word(12))
+        };
+        if sector[510..] != [0x55, 0xaa] {
+            found.findings.push(format!(
+                "sector {at}, which should hold the record of partition {number}, holds none"
+            ));
+            return Ok(());
+        }
+        let ((active, kind, first, sectors), (_, link, next, _)) = (record(0), record(1));
+        if kind != 0 {
+            let first_sector = at + first;
+            if first_sector + sectors > end {
+                found.findings.push(format!(
+                    "partition {number} ends behind the extended partition that it lies in"
+                ));
+            }
+            let active = active == 0x80;
+            let record = MbrRecord { slot: number, kind, first_sector, sectors, active };
+            found.partitions.push(from_record(&record));
+        }
+        if !EXTENDED_KINDS.contains(&link) {
+            return Ok(());
+        }
+        at = extended.first_sector + next;
+    }
+    found.findings.push("the chain of logical partitions has no end".to_owned());
+    Ok(())
 }
 
 /// Reads both copies of the GPT and takes the partitions from the first that is sound.
@@ -335,7 +389,10 @@ pub fn differences(found: &DiskTables, layout: &Layout) -> Vec<String> {
     }
     for wanted in layout.partitions.iter().filter(|p| p.in_mbr) {
         let kind = found.mbr.iter().find(|r| r.slot == wanted.number).map(|r| r.kind);
-        let shown = kind.map_or("missing".to_owned(), |kind| format!("{kind:02x}"));
+        let logical =
+            found.partitions.iter().find(|p| p.number == wanted.number && p.name.is_none());
+        let shown = kind.map(|kind| format!("{kind:02x}")).or(logical.map(|p| p.kind.clone()));
+        let shown = shown.unwrap_or_else(|| "missing".to_owned());
         let expected = format!("{:02x}", mbr_type(wanted.filesystem, wanted.size));
         compare(&format!("the MBR type of `{}`", wanted.name), expected, shown);
     }

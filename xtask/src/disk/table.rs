@@ -17,6 +17,12 @@ use super::pages::Pages;
 
 /// Type of the MBR record that says "a GPT is here" (UEFI specification 2.10, table 5.4).
 pub const PROTECTIVE: u8 = 0xee;
+/// MBR type of an extended partition that is addressed by sector number.
+pub const EXTENDED: u8 = 0x0f;
+/// The types of extended partitions: by geometry, by sector number, Linux's.
+pub const EXTENDED_KINDS: [u8; 3] = [0x05, EXTENDED, 0x85];
+/// Offset of the first of the four records in an MBR, and of both in front of a logical partition.
+const RECORDS: usize = 446;
 /// MBR type of a Linux filesystem.
 const MBR_LINUX: u8 = 0x83;
 /// MBR type of bytes without a filesystem.
@@ -172,6 +178,9 @@ pub fn mbr_type(filesystem: Filesystem, size: u64) -> u8 {
 fn records(layout: &Layout) -> [PartRecord; 4] {
     let mut records = [PartRecord::zero(); 4];
     let listed = || layout.partitions.iter().filter(|p| p.in_mbr);
+    if let Some((first, size)) = layout.extended() {
+        records[3] = record_for(EXTENDED, first / SECTOR, size / SECTOR, false);
+    }
     for placed in listed() {
         if let Some(record) = records.get_mut(placed.number as usize - 1) {
             let kind = mbr_type(placed.filesystem, placed.size);
@@ -191,6 +200,51 @@ fn records(layout: &Layout) -> [PartRecord; 4] {
         records.swap(0, 3);
     }
     records
+}
+
+/// The sectors in front of logical partitions, by byte offset: the partition's own record, counted from this sector,
+/// and that of the next such sector, counted from the first. Each with zeros to the end of its block.
+///
+/// # Errors
+/// None in practice: they are made in memory.
+pub fn logical(layout: &Layout) -> Result<Vec<(u64, Pages)>> {
+    let Some((first, _)) = layout.extended() else { return Ok(Vec::new()) };
+    let all: Vec<&Placed> = layout.partitions.iter().filter(|p| p.record.is_some()).collect();
+    let mut made = Vec::new();
+    for (index, placed) in all.iter().enumerate() {
+        let at = placed.begin();
+        let kind = mbr_type(placed.filesystem, placed.size);
+        let own = record_for(kind, placed.first_sector, placed.sectors, placed.bootable);
+        let mut records = vec![bytes_of(&own, (placed.offset - at) / SECTOR)];
+        if let Some(next) = all.get(index + 1) {
+            let (begin, end) = (next.begin() / SECTOR, next.end() / SECTOR);
+            let link = record_for(EXTENDED_KINDS[0], begin, end - begin, false);
+            records.push(bytes_of(&link, begin - first / SECTOR));
+        }
+        let mut pages = Pages::new(BLOCK);
+        pages.write_at(0, &[0; BLOCK as usize])?;
+        pages.write_at(RECORDS as u64, &records.concat())?;
+        pages.write_at(SECTOR - 2, &[0x55, 0xaa])?;
+        made.push((at, pages));
+    }
+    Ok(made)
+}
+
+/// A record as it is stored, with another first sector.
+fn bytes_of(record: &PartRecord, first: u64) -> Vec<u8> {
+    let mut bytes = vec![
+        record.boot_indicator,
+        record.start_head,
+        record.start_sector,
+        record.start_track,
+        record.os_type,
+        record.end_head,
+        record.end_sector,
+        record.end_track,
+    ];
+    bytes.extend(u32::try_from(first).unwrap_or(u32::MAX).to_le_bytes());
+    bytes.extend(record.lb_size.to_le_bytes());
+    bytes
 }
 
 fn record_for(kind: u8, first: u64, sectors: u64, active: bool) -> PartRecord {

@@ -1,6 +1,7 @@
 //! The plan: one build, fully resolved and validated. `resolve` is pure: it reads no file and runs
 //! no program, so every rule that can be checked is checked before any slow work.
 
+mod boards;
 pub mod identifiers;
 mod resolve;
 
@@ -10,7 +11,7 @@ use camino::Utf8PathBuf;
 use serde::Serialize;
 
 use crate::config::Input;
-use crate::config::board::{BootFlow, Bus, Console, Qemu};
+use crate::config::board::{BootFlow, Bus, Compile, Console, Qemu};
 use crate::config::overlay::{Attributes, EntryKind};
 use crate::config::product::{Engine, Kind, Network, Ssh, Version};
 use crate::disk::layout::Layout;
@@ -90,9 +91,9 @@ pub struct BoardPlan {
     pub compatible: Vec<String>,
     /// The oldest EEPROM release that can try a slot, as a day; only with the flow `tryboot`.
     pub eeprom_since: Option<String>,
-    /// Serial console.
-    pub console: Console,
-    /// Kernel command line.
+    /// Serial console; none where the product wants none.
+    pub console: Option<Console>,
+    /// Kernel command line, with the consoles and the radio's country.
     pub cmdline: Vec<String>,
     /// Globs of device trees.
     pub device_trees: Vec<String>,
@@ -110,6 +111,32 @@ pub struct BoardPlan {
     pub uboot: BTreeMap<String, String>,
     /// How to run it in QEMU.
     pub qemu: Option<Qemu>,
+    /// Where things lie on cards that were flashed with earlier images: such a card keeps its table for life.
+    pub earlier_cards: Vec<EarlierCard>,
+    /// How much of each list stands in which file.
+    pub origins: Vec<Origin>,
+}
+
+/// The disk of cards that were flashed with an earlier image.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct EarlierCard {
+    /// Until when images had it.
+    pub until: String,
+    /// Every partition with its offset.
+    pub disk: Layout,
+}
+
+/// A file that a list of the board comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Origin {
+    /// The list's key.
+    pub list: &'static str,
+    /// The file.
+    pub file: Utf8PathBuf,
+    /// How many of its elements stand there.
+    pub count: usize,
 }
 
 /// The base system.
@@ -226,6 +253,9 @@ pub struct BootFilePlan {
     pub path: String,
     /// The partition's role.
     pub partition: String,
+    /// Names that its device trees give to nodes besides their own, `name=/path`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
 }
 
 /// Where a boot file comes from.
@@ -236,13 +266,15 @@ pub enum BootSourcePlan {
     Template {
         /// Path in the workspace.
         source: Utf8PathBuf,
-        /// Wrapped as a U-Boot script.
-        script: bool,
+        /// What becomes of it; nothing: a text.
+        compile: Option<Compile>,
     },
     /// Firmware files.
     Firmware,
     /// Device trees.
     DeviceTrees,
+    /// One device tree, by its path in the base system.
+    DeviceTree(String),
     /// The boot loader.
     Bootloader,
     /// The kernel.

@@ -5,20 +5,17 @@ use std::collections::BTreeMap;
 use anyhow::Context as _;
 use camino::Utf8Path;
 
+use super::boards;
 use super::{
-    ApiPlan, BoardPlan, BootFilePlan, BootSourcePlan, BuildrootPlan, Identifiers, OverlayPlan,
-    Plan, ProductPlan, RootfsPlan, UpdatePlan, UserPlan,
+    ApiPlan, BootFilePlan, BootSourcePlan, BuildrootPlan, Identifiers, OverlayPlan, Plan,
+    ProductPlan, RootfsPlan, UpdatePlan, UserPlan,
 };
-use crate::config::board::{Board, BootFlow, BootSource};
+use crate::config::board::{Board, BootSource};
 use crate::config::product::{Engine, Kind, Product};
 use crate::config::reader::{Finding, Findings, Place};
 use crate::config::{self, Config};
-use crate::disk::layout::{self, DiskRequest, Filesystem, Layout, PartitionRequest};
 use crate::facts::Facts;
 use crate::rootfs::buildroot::fragment;
-
-/// Alignment of partitions without a `start` of their own: erase blocks of cards are 4 MiB.
-const ALIGNMENT: u64 = 4 << 20;
 
 /// Resolves one build. Pure.
 ///
@@ -29,10 +26,11 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
     let (product, board) = (&config.product, &config.board);
     check_product(config, &mut findings);
     check_users(product, &mut findings);
-    check_board(board, &mut findings);
+    boards::check(product, board, &mut findings);
     check_engine(product, board, &mut findings);
     let buildroot = buildroot(config, &mut findings);
-    let disk = place_disk(board, &mut findings);
+    let disk = boards::place(&board.disk, &board.partitions, &mut findings);
+    let earlier = boards::earlier(board, &mut findings);
     let overlay = merge_overlays(config);
     let boot_files = boot_files(config, &mut findings);
     Findings(findings).check()?;
@@ -46,7 +44,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
             version: product.version.value.clone(),
             kind: product.kind.value,
         },
-        board: board_plan(board, rootfs.engine.value),
+        board: boards::plan(product, board, earlier),
         commit: facts.commit.clone(),
         modified: facts.modified,
         epoch: facts.epoch,
@@ -98,31 +96,6 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
         boot_files,
         inputs: config.inputs.clone(),
     })
-}
-
-fn board_plan(board: &Board, engine: Engine) -> BoardPlan {
-    let (firmware, bootloader) = match engine {
-        Engine::Debian => board.debian.as_ref().map(|d| (&d.firmware, &d.bootloader)).unzip(),
-        Engine::Buildroot => board.buildroot.as_ref().map(|b| (&b.firmware, &b.bootloader)).unzip(),
-    };
-    BoardPlan {
-        name: board.name.value.0.clone(),
-        title: board.title.clone(),
-        arch: board.arch.value.clone(),
-        boot_flow: board.boot_flow.value,
-        compatible: board.compatible.clone(),
-        eeprom_since: board.eeprom_since.as_ref().map(|day| day.value.0.clone()),
-        console: board.console.clone(),
-        cmdline: board.kernel.cmdline.clone(),
-        device_trees: board.kernel.device_trees.iter().map(|l| l.value.clone()).collect(),
-        disk_bus: board.disk.bus.value,
-        initrd_modules: board.kernel.initrd_modules.clone(),
-        modules_keep: board.kernel.modules_keep.clone(),
-        firmware: firmware.into_iter().flatten().map(|l| l.value.clone()).collect(),
-        bootloader: bootloader.into_iter().flatten().next().map(|l| l.value.clone()),
-        uboot: board.uboot.clone(),
-        qemu: board.qemu.clone(),
-    }
 }
 
 fn must_exist(config: &Config, place: &Place, path: &Utf8Path, help: &str, out: &mut Vec<Finding>) {
@@ -228,101 +201,6 @@ fn check_users(product: &Product, out: &mut Vec<Finding>) {
     }
 }
 
-fn check_board(board: &Board, out: &mut Vec<Finding>) {
-    if board.arch.value != "arm64" {
-        let message = format!("`arch`: expected \"arm64\", found \"{}\"", board.arch.value);
-        out.push(Finding::new(&board.arch.place, message, "no engine builds another one yet"));
-    }
-    let flow = board.boot_flow.value;
-    let needed: &[&str] = match flow {
-        BootFlow::Uboot => &["boot", "root-a", "root-b", "data"],
-        BootFlow::Tryboot => &["boot", "boot-a", "boot-b", "root-a", "root-b", "data"],
-    };
-    let find = |role: &str| board.partitions.iter().find(|p| p.role.value.0 == role);
-    for role in needed.iter().filter(|role| find(role).is_none()) {
-        let message = format!("the partition `{role}` is missing");
-        out.push(Finding::new(
-            &board.boot_flow.place,
-            message,
-            "add a [[partitions]] table for it",
-        ));
-    }
-    for partition in &board.partitions {
-        let role = partition.role.value.0.as_str();
-        if !needed.contains(&role) {
-            let message = format!("`{role}` is no role of this boot flow");
-            out.push(Finding::new(
-                &partition.role.place,
-                message,
-                format!("roles: {}", needed.join(", ")),
-            ));
-            continue;
-        }
-        let expected = if role.starts_with("boot") { Filesystem::Vfat } else { Filesystem::Ext4 };
-        if partition.filesystem.value != expected {
-            let message = format!(
-                "`{role}` must be {}",
-                if expected == Filesystem::Vfat { "vfat" } else { "ext4" }
-            );
-            out.push(Finding::new(&partition.filesystem.place, message, ""));
-        }
-    }
-    for (a, b) in [("root-a", "root-b"), ("boot-a", "boot-b")] {
-        if let (Some(first), Some(second)) = (find(a), find(b))
-            && first.size.value != second.size.value
-        {
-            let message = format!(
-                "`{a}` has {} and `{b}` {}: both slots must hold the same image",
-                layout::exact(first.size.value.0),
-                layout::exact(second.size.value.0)
-            );
-            out.push(Finding::new(&second.size.place, message, "give both the same size"));
-        }
-    }
-    if (flow == BootFlow::Tryboot) != board.eeprom_since.is_some() {
-        let place = board.eeprom_since.as_ref().map_or(&board.boot_flow.place, |s| &s.place);
-        let (message, help) = match flow {
-            BootFlow::Tryboot => (
-                "the flow \"tryboot\" needs `eeprom-since`",
-                "add the day of the oldest EEPROM release that can try a slot",
-            ),
-            BootFlow::Uboot => (
-                "`eeprom-since` is of no use to the flow \"uboot\"",
-                "remove it: only the flow \"tryboot\" asks the firmware for anything",
-            ),
-        };
-        out.push(Finding::new(place, message, help));
-    }
-    if let (Some(first), false) = (board.disk.trust.first(), board.disk.trust.len() == 2) {
-        out.push(Finding::new(
-            &first.place,
-            format!("`disk.trust.offsets`: expected 2 copies, found {}", board.disk.trust.len()),
-            "two copies are written alternately, so that one of them is always whole",
-        ));
-    }
-    let expected = if flow == BootFlow::Uboot { 2 } else { 0 };
-    let found = board.disk.boot_state.len();
-    if found != expected {
-        let place = board.disk.boot_state.first().map_or(&board.boot_flow.place, |s| &s.place);
-        let message = format!(
-            "`disk.boot-state.offsets`: expected {expected} sectors for this boot flow, found {found}"
-        );
-        out.push(Finding::new(
-            place,
-            message,
-            "the boot state is kept in two copies by the flow \"uboot\" only",
-        ));
-    }
-    if flow == BootFlow::Uboot {
-        let script = |s: &BootSource| matches!(s, BootSource::Template { script: true, .. });
-        if !board.boot_files.iter().any(|file| script(&file.source)) {
-            let message = "the flow \"uboot\" needs a boot script";
-            let help = "add a [[boot-files]] table with `compile = \"boot-script\"`";
-            out.push(Finding::new(&board.boot_flow.place, message, help));
-        }
-    }
-}
-
 fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
     let rootfs = &product.rootfs;
     let place = &rootfs.engine.place;
@@ -403,47 +281,6 @@ fn buildroot(config: &Config, out: &mut Vec<Finding>) -> Option<BuildrootPlan> {
     })
 }
 
-fn place_disk(board: &Board, out: &mut Vec<Finding>) -> Option<Layout> {
-    let request = DiskRequest {
-        table: board.disk.table.value,
-        size: board.disk.size.value.0,
-        first_partition: board.disk.first_partition.value.0,
-        alignment: ALIGNMENT,
-        states: board.disk.boot_state.iter().map(|s| s.value.0).collect(),
-        trust: board.disk.trust.iter().map(|s| s.value.0).collect(),
-        partitions: board
-            .partitions
-            .iter()
-            .map(|p| PartitionRequest {
-                name: p.role.value.0.clone(),
-                size: p.size.value.0,
-                start: p.start.as_ref().map(|s| s.value.0),
-                filesystem: p.filesystem.value,
-                bootable: p.bootable,
-                in_mbr: p.hybrid_mbr,
-            })
-            .collect(),
-    };
-    match layout::place(&request) {
-        Ok(layout) => Some(layout),
-        Err(messages) => {
-            for message in messages {
-                // The finding stands where the first partition that it names is written.
-                let named = |p: &&crate::config::board::Partition| {
-                    message.contains(&format!("`{}`", p.role.value.0))
-                };
-                let place = board
-                    .partitions
-                    .iter()
-                    .find(named)
-                    .map_or(&board.disk.size.place, |p| &p.size.place);
-                out.push(Finding::new(place, message, ""));
-            }
-            None
-        }
-    }
-}
-
 fn merge_overlays(config: &Config) -> Vec<OverlayPlan> {
     let mut merged = BTreeMap::new();
     for file in config.overlays.iter().flat_map(|o| &o.files) {
@@ -462,16 +299,18 @@ fn boot_files(config: &Config, out: &mut Vec<Finding>) -> Vec<BootFilePlan> {
     let board = &config.board;
     let dir = Utf8Path::new("board").join(&board.name.value.0);
     let mut files = Vec::new();
-    for file in &board.boot_files {
+    let engine = config.product.rootfs.engine.value;
+    for file in board.boot_files.iter().filter(|f| f.engine.is_none_or(|only| only == engine)) {
         let source = match &file.source {
-            BootSource::Template { name, script } => {
+            BootSource::Template { name, compile } => {
                 let source = config::template(&config.root, &dir, &name.value);
                 let help = format!("looked in {dir} and board/common");
                 must_exist(config, &name.place, &source, &help, out);
-                BootSourcePlan::Template { source, script: *script }
+                BootSourcePlan::Template { source, compile: *compile }
             }
             BootSource::Firmware => BootSourcePlan::Firmware,
             BootSource::DeviceTrees => BootSourcePlan::DeviceTrees,
+            BootSource::DeviceTree(path) => BootSourcePlan::DeviceTree(path.clone()),
             BootSource::Bootloader => BootSourcePlan::Bootloader,
             BootSource::Kernel => BootSourcePlan::Kernel,
             BootSource::Initrd => BootSourcePlan::Initrd,
@@ -502,6 +341,7 @@ fn boot_files(config: &Config, out: &mut Vec<Finding>) -> Vec<BootFilePlan> {
                 source: source.clone(),
                 path: file.path.clone(),
                 partition: (*role).to_owned(),
+                aliases: file.aliases.clone(),
             });
         }
     }

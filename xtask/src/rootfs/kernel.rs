@@ -27,6 +27,7 @@ pub struct ModuleRules {
 pub struct ModuleIndex {
     /// Module path to the paths that it needs, as `modules.dep` lists them.
     needs: BTreeMap<String, Vec<String>>,
+    /// What the kernel has built in, as `modules.builtin` lists it.
     builtin: BTreeSet<String>,
 }
 
@@ -41,19 +42,21 @@ impl ModuleIndex {
         let needs = dep.lines().filter_map(|line| line.split_once(':')).map(|(path, needs)| {
             (path.to_owned(), needs.split_whitespace().map(str::to_owned).collect())
         });
-        Self { needs: needs.collect(), builtin: builtin.lines().map(module_name).collect() }
+        let builtin = builtin.lines().map(|line| line.trim().to_owned());
+        Self { needs: needs.collect(), builtin: builtin.collect() }
     }
 
     /// The kept modules with everything that they need.
     ///
     /// # Errors
-    /// When a pattern of `keep` matches nothing: it is misspelt, or the kernel changed.
+    /// When a pattern of `keep` matches nothing, neither a module nor what is built in: it is misspelt, or the kernel
+    /// changed.
     pub fn kept(&self, rules: &ModuleRules) -> Result<BTreeSet<String>> {
         let mut unmatched = Vec::new();
         for pattern in &rules.keep {
             // A folder of modules or a single one: `fs/ext4` and `fs/fat/vfat.ko` are both fine.
             let one = glob::compile(&either(pattern))?;
-            if !self.needs.keys().any(|path| one.is_match(path)) {
+            if !self.needs.keys().chain(&self.builtin).any(|path| one.is_match(path)) {
                 unmatched.push(format!("'{pattern}'"));
             }
         }
@@ -89,7 +92,7 @@ impl ModuleIndex {
         for name in names {
             let plain = module_name(name);
             let Some(path) = by_name.get(&plain) else {
-                if self.builtin.contains(&plain) {
+                if self.builtin.iter().any(|path| module_name(path) == plain) {
                     continue;
                 }
                 bail!(
@@ -225,6 +228,12 @@ mod tests {
         let rules = ModuleRules { keep: vec!["x".into()], drop: vec![] };
         let error = index().kept(&rules).unwrap_err().to_string();
         assert!(error.starts_with("no module of this kernel matches 'x'"), "{error}");
+    }
+
+    #[test]
+    fn a_rule_for_what_is_built_in_is_fine_and_keeps_nothing() {
+        let rules = ModuleRules { keep: vec!["c/loop.ko".into(), "c".into()], drop: vec![] };
+        assert_eq!(index().kept(&rules).expect("built in").len(), 0);
     }
 
     #[test]

@@ -33,6 +33,10 @@ const EPOCH: u64 = 1_700_000_000;
 /// What one start needs on a busy machine; an idle one takes three seconds.
 const START: Duration = Duration::from_secs(90);
 
+/// What the script says in the place of starting a watchdog, and of stopping it.
+const GUARD_ON: &str = "guard is on";
+const GUARD_OFF: &str = "guard is off";
+
 /// What is wrong with a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
@@ -84,6 +88,10 @@ impl Rig {
         let (config, _, mut plan) = resolve(&target)?;
         let offsets: Vec<u64> = plan.disk.states.iter().map(|s| s.offset).collect();
         plan.disk = place(&disk(offsets)).map_err(|f| anyhow::anyhow!(f.join("\n")))?;
+        // This machine has no watchdog that U-Boot could start: the script says what it would do.
+        for (key, command) in [("watchdog-start", GUARD_ON), ("watchdog-stop", GUARD_OFF)] {
+            plan.board.uboot.insert(key.to_owned(), format!("echo {command}"));
+        }
         let rendered = render(&config.root, &plan)?;
         let script = rendered.boot.iter().find(|((_, path), _)| path == "boot.scr");
         let (_, script) = script.context("the board has a boot script")?;
@@ -227,7 +235,7 @@ impl Rig {
         session.send_line("")?;
         session.expect("=> ", START)?;
         session.send_line("boot")?;
-        let (which, _) = session
+        let (which, before) = session
             .expect_any(&["stub ", "slipway: neither slot loads"], START)
             .context("no start")?;
         if which == 1 {
@@ -245,7 +253,11 @@ impl Rig {
         let unloadable = said.split("slipway.unloadable=").nth(1).map(|rest| rest.as_bytes()[0]);
         let unloadable = unloadable.map(|name| if name == b'a' { Slot::A } else { Slot::B });
         session.wait(START)?;
-        Ok(Some(Started { slot, trial: said.contains(" slipway.trial=1 "), unloadable }))
+        let trial = said.contains(" slipway.trial=1 ");
+        // The last word before the kernel: a trial runs with the watchdog, and nothing else does.
+        let guarded = before.rfind(GUARD_ON) > before.rfind(GUARD_OFF);
+        ensure!(guarded == trial, "trial: {trial}, watchdog: {guarded}: {before}");
+        Ok(Some(Started { slot, trial, unloadable }))
     }
 
     fn copies(&self, overlay: &Overlay) -> Result<Copies> {
@@ -263,7 +275,9 @@ impl Rig {
     }
 }
 
+/// The board's places for the boot state, and a first partition behind them.
 fn disk(states: Vec<u64>) -> DiskRequest {
+    let first_partition = states.iter().max().map_or(MIB, |last| last + 4 * MIB);
     let partition = |name: &str, size: u64, filesystem| PartitionRequest {
         name: name.to_owned(),
         size: size * MIB,
@@ -274,8 +288,8 @@ fn disk(states: Vec<u64>) -> DiskRequest {
     };
     DiskRequest {
         table: TableKind::Gpt,
-        size: 32 * MIB,
-        first_partition: 4 * MIB,
+        size: first_partition + 28 * MIB,
+        first_partition,
         alignment: MIB,
         states,
         trust: Vec::new(),

@@ -6,11 +6,11 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result, ensure};
 use bootmodel::firmware::{Firmware, Restart, Table, select};
 
-use crate::support::{Folder, built, tool};
+use crate::support::{Folder, built_for_the_firmware, tool};
 
 #[test]
 fn the_firmware_starts_either_slot_of_the_built_image() -> Result<()> {
-    let built = built("pi4")?;
+    let built = built_for_the_firmware()?;
     let disk = File::open(&built.image)?;
     for table in [Table::Mbr, Table::Gpt] {
         for (walks, knows_a_b) in [(false, false), (false, true), (true, true)] {
@@ -28,7 +28,7 @@ fn the_firmware_starts_either_slot_of_the_built_image() -> Result<()> {
 
 #[test]
 fn both_boot_slots_and_the_bundle_hold_the_same_bytes() -> Result<()> {
-    let built = built("pi4")?;
+    let built = built_for_the_firmware()?;
     let disk = File::open(&built.image)?;
     let volume = |role: &str| -> Result<Vec<u8>> {
         let placed = built.plan.disk.partition(role).context("a boot slot")?;

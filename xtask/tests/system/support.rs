@@ -230,6 +230,30 @@ pub fn built(board: &str) -> Result<&'static Built> {
     result.clone().map_err(|error| anyhow!("building for {board}: {error}"))
 }
 
+/// A build of the firmware's boot flow, in a copy of the workspace: the board pi4 with Debian's kernel, which the board
+/// refuses since no robot with it could try a slot. Card and bundle are what they are with any kernel.
+pub fn built_for_the_firmware() -> Result<&'static Built> {
+    static BUILT: Mutex<Option<Result<&'static Built, String>>> = Mutex::new(None);
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    let make = || -> Result<&'static Built> {
+        let folder = Box::leak(Box::new(Folder::new()?));
+        let copy = folder.at("workspace");
+        copy_workspace(&copy)?;
+        let edit = |path: &str, find: &str, put: &str| -> Result<()> {
+            let text = fs::read_to_string(copy.join(path))?;
+            anyhow::ensure!(text.contains(find), "{path} has no {find}");
+            Ok(fs::write(copy.join(path), text.replace(find, put))?)
+        };
+        let kernels = "kernels = [\"linux-image-rpi-v8\", \"linux-image-rpi-2711\"]\n";
+        edit("board/pi4/board.toml", kernels, "")?;
+        edit("configs/robot-dev.toml", "\"pi4-uboot\"", "\"pi4-uboot\", \"pi4\"")?;
+        Xtask::new(&copy).build("pi4", &[])?;
+        Ok(&*Box::leak(Box::new(results(&copy, "pi4")?)))
+    };
+    let result = built.get_or_insert_with(|| make().map_err(|error| format!("{error:#}")));
+    result.clone().map_err(|error| anyhow!("building for the firmware's flow: {error}"))
+}
+
 /// What a build of the default product made in a workspace.
 pub fn results(workspace: &Utf8Path, board: &str) -> Result<Built> {
     let config = config::load(workspace, None, Some(board))?;

@@ -1,0 +1,387 @@
+//! The rules of a board, and its part of the plan: partitions and roles, addresses in the smallest machine's memory,
+//! the boot state's place on the card, what one engine or one kernel only can start.
+
+use super::{BoardPlan, EarlierCard, Origin};
+use crate::config::board::{
+    Board, BootFlow, BootSource, Compile, Console, Disk, Earlier, Partition,
+};
+use crate::config::product::{Engine, Product};
+use crate::config::reader::{Finding, Located};
+use crate::disk::layout::{self, DiskRequest, Filesystem, Layout, PartitionRequest};
+
+/// Alignment of partitions without a `start` of their own: erase blocks of cards are 4 MiB.
+const ALIGNMENT: u64 = 4 << 20;
+
+/// The rules of a board by itself, and of a product for it.
+pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
+    if board.arch.value != "arm64" {
+        let message = format!("`arch`: expected \"arm64\", found \"{}\"", board.arch.value);
+        out.push(Finding::new(&board.arch.place, message, "no engine builds another one yet"));
+    }
+    let flow = board.boot_flow.value;
+    let needed: &[&str] = match flow {
+        BootFlow::Uboot => &["boot", "root-a", "root-b", "data"],
+        BootFlow::Tryboot => &["boot", "boot-a", "boot-b", "root-a", "root-b", "data"],
+    };
+    let find = |role: &str| board.partitions.iter().find(|p| p.role.value.0 == role);
+    for role in needed.iter().filter(|role| find(role).is_none()) {
+        let message = format!("the partition `{role}` is missing");
+        out.push(Finding::new(
+            &board.boot_flow.place,
+            message,
+            "add a [[partitions]] table for it",
+        ));
+    }
+    for partition in &board.partitions {
+        let role = partition.role.value.0.as_str();
+        if !needed.contains(&role) {
+            let message = format!("`{role}` is no role of this boot flow");
+            out.push(Finding::new(
+                &partition.role.place,
+                message,
+                format!("roles: {}", needed.join(", ")),
+            ));
+            continue;
+        }
+        let expected = if role.starts_with("boot") { Filesystem::Vfat } else { Filesystem::Ext4 };
+        if partition.filesystem.value != expected {
+            let message = format!(
+                "`{role}` must be {}",
+                if expected == Filesystem::Vfat { "vfat" } else { "ext4" }
+            );
+            out.push(Finding::new(&partition.filesystem.place, message, ""));
+        }
+    }
+    for (a, b) in [("root-a", "root-b"), ("boot-a", "boot-b")] {
+        if let (Some(first), Some(second)) = (find(a), find(b))
+            && first.size.value != second.size.value
+        {
+            let message = format!(
+                "`{a}` has {} and `{b}` {}: both slots must hold the same image",
+                layout::exact(first.size.value.0),
+                layout::exact(second.size.value.0)
+            );
+            out.push(Finding::new(&second.size.place, message, "give both the same size"));
+        }
+    }
+    if (flow == BootFlow::Tryboot) != board.eeprom_since.is_some() {
+        let place = board.eeprom_since.as_ref().map_or(&board.boot_flow.place, |s| &s.place);
+        let (message, help) = match flow {
+            BootFlow::Tryboot => (
+                "the flow \"tryboot\" needs `eeprom-since`",
+                "add the day of the oldest EEPROM release that can try a slot",
+            ),
+            BootFlow::Uboot => (
+                "`eeprom-since` is of no use to the flow \"uboot\"",
+                "remove it: only the flow \"tryboot\" asks the firmware for anything",
+            ),
+        };
+        out.push(Finding::new(place, message, help));
+    }
+    if let (Some(first), false) = (board.disk.trust.first(), board.disk.trust.len() == 2) {
+        out.push(Finding::new(
+            &first.place,
+            format!("`disk.trust.offsets`: expected 2 copies, found {}", board.disk.trust.len()),
+            "two copies are written alternately, so that one of them is always whole",
+        ));
+    }
+    let expected = if flow == BootFlow::Uboot { 2 } else { 0 };
+    let found = board.disk.boot_state.len();
+    if found != expected {
+        let place = board.disk.boot_state.first().map_or(&board.boot_flow.place, |s| &s.place);
+        let message = format!(
+            "`disk.boot-state.offsets`: expected {expected} sectors for this boot flow, found {found}"
+        );
+        out.push(Finding::new(
+            place,
+            message,
+            "the boot state is kept in two copies by the flow \"uboot\" only",
+        ));
+    }
+    if flow == BootFlow::Uboot {
+        let script = |s: &BootSource| {
+            matches!(s, BootSource::Template { compile: Some(Compile::BootScript), .. })
+        };
+        if !board.boot_files.iter().any(|file| script(&file.source)) {
+            let message = "the flow \"uboot\" needs a boot script";
+            let help = "add a [[boot-files]] table with `compile = \"boot-script\"`";
+            out.push(Finding::new(&board.boot_flow.place, message, help));
+        }
+    }
+    check_kernel(product, board, out);
+    check_states(board, out);
+    check_memory(board, out);
+}
+
+/// Gives every partition its place.
+pub(super) fn place(
+    disk: &Disk,
+    partitions: &[Partition],
+    out: &mut Vec<Finding>,
+) -> Option<Layout> {
+    let request = DiskRequest {
+        table: disk.table.value,
+        size: disk.size.value.0,
+        first_partition: disk.first_partition.value.0,
+        alignment: ALIGNMENT,
+        states: disk.boot_state.iter().map(|s| s.value.0).collect(),
+        trust: disk.trust.iter().map(|s| s.value.0).collect(),
+        partitions: partitions
+            .iter()
+            .map(|p| PartitionRequest {
+                name: p.role.value.0.clone(),
+                size: p.size.value.0,
+                start: p.start.as_ref().map(|s| s.value.0),
+                filesystem: p.filesystem.value,
+                bootable: p.bootable,
+                in_mbr: p.hybrid_mbr,
+            })
+            .collect(),
+    };
+    match layout::place(&request) {
+        Ok(layout) => Some(layout),
+        Err(messages) => {
+            for message in messages {
+                // The finding stands where the first partition that it names is written.
+                let named = |p: &&Partition| message.contains(&format!("`{}`", p.role.value.0));
+                let place =
+                    partitions.iter().find(named).map_or(&disk.size.place, |p| &p.size.place);
+                out.push(Finding::new(place, message, ""));
+            }
+            None
+        }
+    }
+}
+
+/// The board's part of the plan.
+pub(super) fn plan(product: &Product, board: &Board, earlier: Vec<EarlierCard>) -> BoardPlan {
+    let debian = board.debian.as_ref();
+    let buildroot = board.buildroot.as_ref();
+    let (firmware, bootloader, compatible) = match product.rootfs.engine.value {
+        Engine::Debian => (
+            debian.map(|d| &d.firmware),
+            debian.and_then(|d| d.bootloader.as_ref()),
+            debian.map(|d| &d.compatible),
+        ),
+        Engine::Buildroot => (
+            buildroot.map(|b| &b.firmware),
+            buildroot.and_then(|b| b.bootloader.as_ref()),
+            buildroot.map(|b| &b.compatible),
+        ),
+    };
+    let console = console(product, board);
+    let kernel = &board.kernel;
+    let mut cmdline = plain(&kernel.cmdline);
+    // The last one is /dev/console.
+    cmdline.extend(console.iter().map(|c| format!("console={},{}", c.device, c.baud)));
+    // A module's parameter: modprobe takes it from here (kernel-parameters.txt).
+    let country = product.network.country.iter();
+    cmdline.extend(country.map(|code| format!("cfg80211.ieee80211_regdom={code}")));
+    let lists = [
+        ("kernel.cmdline", &kernel.cmdline),
+        ("kernel.device-trees", &kernel.device_trees),
+        ("kernel.initrd-modules", &kernel.initrd_modules),
+        ("kernel.modules-keep", &kernel.modules_keep),
+    ];
+    BoardPlan {
+        name: board.name.value.0.clone(),
+        title: board.title.clone(),
+        arch: board.arch.value.clone(),
+        boot_flow: board.boot_flow.value,
+        disk_bus: board.disk_bus.value,
+        compatible: compatible.filter(|own| !own.is_empty()).unwrap_or(&board.compatible).clone(),
+        eeprom_since: board.eeprom_since.as_ref().map(|day| day.value.0.clone()),
+        console,
+        cmdline,
+        device_trees: plain(&kernel.device_trees),
+        initrd_modules: plain(&kernel.initrd_modules),
+        modules_keep: plain(&kernel.modules_keep),
+        firmware: firmware.map(|list| plain(list)).unwrap_or_default(),
+        bootloader: bootloader.map(|located| located.value.clone()),
+        uboot: board.uboot.clone(),
+        qemu: board.qemu.clone(),
+        earlier_cards: earlier,
+        origins: lists.into_iter().flat_map(|(list, values)| origins(list, values)).collect(),
+    }
+}
+
+fn plain(list: &[Located<String>]) -> Vec<String> {
+    list.iter().map(|located| located.value.clone()).collect()
+}
+
+/// The product's word counts, the board's speed.
+fn console(product: &Product, board: &Board) -> Option<Console> {
+    let baud = board.console.baud;
+    match &product.console {
+        None => Some(board.console.clone()),
+        Some(own) => own.value.0.clone().map(|device| Console { device, baud }),
+    }
+}
+
+/// How many of a list's elements stand in which file, in order.
+fn origins(list: &'static str, values: &[Located<String>]) -> Vec<Origin> {
+    let mut origins: Vec<Origin> = Vec::new();
+    for value in values {
+        match origins.iter_mut().find(|origin| origin.file == value.place.file) {
+            Some(origin) => origin.count += 1,
+            None => origins.push(Origin { list, file: value.place.file.clone(), count: 1 }),
+        }
+    }
+    origins
+}
+
+/// Where things lie on cards that were flashed earlier. They had the same partitions.
+pub(super) fn earlier(board: &Board, out: &mut Vec<Finding>) -> Vec<EarlierCard> {
+    let mut cards = Vec::new();
+    for card in &board.earlier {
+        for partition in &board.partitions {
+            let role = &partition.role.value.0;
+            if !card.partitions.iter().any(|p| p.role.value.0 == *role) {
+                let message = format!("`earlier-cards` until {} have no `{role}`", card.until);
+                let help = "every card has all roles; what a card cannot hold, no update can use";
+                out.push(Finding::new(&card.place, message, help));
+            }
+        }
+        if card.disk.boot_state.len() != board.disk.boot_state.len() {
+            let message = format!("`earlier-cards` until {} have no boot state", card.until);
+            out.push(Finding::new(&card.place, message, "add [earlier-cards.disk.boot-state]"));
+        }
+        if card.disk.trust.len() != board.disk.trust.len() {
+            let message = format!("`earlier-cards` until {} have no trust area", card.until);
+            out.push(Finding::new(&card.place, message, "add [earlier-cards.disk.trust]"));
+        }
+        if let Some(disk) = place(&card.disk, &card.partitions, out) {
+            if let Some(now) = place(&board.disk, &board.partitions, &mut Vec::new()) {
+                check_told_apart(card, &disk, &now, out);
+            }
+            cards.push(EarlierCard { until: card.until.clone(), disk });
+        }
+    }
+    cards
+}
+
+/// A robot knows its card by the number and the place of the slot that it runs from.
+fn check_told_apart(card: &Earlier, earlier: &Layout, now: &Layout, out: &mut Vec<Finding>) {
+    let slots = |layout: &'_ Layout| -> Vec<(u32, u64)> {
+        let slots = layout.partitions.iter().filter(|p| p.name.starts_with("root-"));
+        slots.map(|p| (p.number, p.offset)).collect()
+    };
+    let (before, after) = (slots(earlier), slots(now));
+    if before.iter().any(|slot| after.contains(slot)) {
+        let message =
+            format!("`earlier-cards` until {} have a slot where the board has one", card.until);
+        let help = "the robot could not tell the cards apart: move the slots, or remove this table";
+        out.push(Finding::new(&card.place, message, help));
+    }
+}
+
+/// Some boards need a kernel of their own.
+fn check_kernel(product: &Product, board: &Board, out: &mut Vec<Finding>) {
+    let Some(debian) = board.debian.as_ref().filter(|d| !d.kernels.is_empty()) else { return };
+    let rootfs = &product.rootfs;
+    let has = |kernel: &Located<String>| {
+        rootfs.unpacked.iter().any(|package| package.value == kernel.value)
+    };
+    if rootfs.engine.value == Engine::Debian && !debian.kernels.iter().any(has) {
+        let names = plain(&debian.kernels).join(" or ");
+        let message = format!("the board {} needs the kernel {names}", board.name.value.0);
+        let help =
+            "name it in `rootfs.unpacked`, from the archive that has it; the board's file says why";
+        let place = rootfs.unpacked.first().map_or(&rootfs.engine.place, |p| &p.place);
+        out.push(Finding::new(place, message, help));
+    }
+}
+
+/// A cut in the midst of a write may lose what lies beside it in the same unit of the card's flash: 4 MiB is common, 8 MiB
+/// is what others who keep raw state on cards leave (Mender, rpi-image-gen).
+const APART: u64 = 8 << 20;
+
+/// Each copy of the boot state, and of what is trusted, is alone in its unit of flash: neither another copy, nor the
+/// table, nor a partition.
+fn check_states(board: &Board, out: &mut Vec<Finding>) {
+    let mut taken = vec![(0, "the partition table".to_owned())];
+    let first = (board.disk.first_partition.value.0, "the first partition".to_owned());
+    let states = board.disk.boot_state.iter().enumerate().map(|(n, s)| (s, "boot-state", n + 1));
+    let trust = board.disk.trust.iter().enumerate().map(|(n, s)| (s, "trust", n + 1));
+    for (state, what, number) in states.chain(trust) {
+        let here = state.value.0;
+        let this = format!("{what} copy {number}");
+        let near = taken.iter().chain([&first]);
+        for (other, name) in near.filter(|(other, _)| here.abs_diff(*other) < APART) {
+            let message = format!(
+                "{this} (at {}) lies {} from {name}, expected {} or more",
+                layout::exact(here),
+                layout::exact(here.abs_diff(*other)),
+                layout::exact(APART)
+            );
+            let help =
+                "a cut while one of them is written may lose the other: they share a unit of flash";
+            out.push(Finding::new(&state.place, message, help));
+        }
+        taken.push((here, this));
+    }
+}
+
+/// What a boot script loads: its key, and the most that it may take.
+const LOADED: [(&str, u64); 4] = [
+    // With a copy to compare with, at 0x1000.
+    ("state-address", 0x2000),
+    // An initrd of ours has some 2 MiB.
+    ("initrd-address", 32 << 20),
+    ("fdt-address", 1 << 20),
+    // Packed; Debian's has 14 MiB, Buildroot's is not packed and has 24.
+    ("kernel-address", 48 << 20),
+];
+
+/// Everything that the boot script loads fits into the smallest machine and does not overlap.
+fn check_memory(board: &Board, out: &mut Vec<Finding>) {
+    let Some(memory) = &board.memory else { return };
+    let place = &memory.smallest.place;
+    let number = |key: &str| {
+        let digits = board.uboot.get(key).and_then(|text| text.strip_prefix("0x"));
+        digits.and_then(|digits| u64::from_str_radix(digits, 16).ok())
+    };
+    let mut regions = Vec::new();
+    for (key, size) in LOADED {
+        match number(key) {
+            Some(address) => regions.push((key, address, size)),
+            // The machine's own tree lies where it lies.
+            None if key == "fdt-address" => {}
+            None => {
+                let message = format!("`u-boot.{key}` is no address");
+                out.push(Finding::new(place, message, "write it as \"0x0c000000\""));
+            }
+        }
+    }
+    let unpacked = "decompression-address";
+    if let (Some(address), Some(size)) = (number(unpacked), number("decompression-size")) {
+        regions.push((unpacked, address, size));
+    }
+    regions.sort_by_key(|region| region.1);
+    let (start, smallest) = (memory.start.value.0, memory.smallest.value.0);
+    let end = start + smallest.saturating_sub(memory.reserved.value.0);
+    for (key, address, size) in &regions {
+        if *address < start || address + size > end {
+            let message = format!(
+                "`u-boot.{key}`: {address:#010x} to {:#010x} is outside of {start:#010x} to {end:#010x}, \
+                 which the smallest machine has free",
+                address + size
+            );
+            let help = format!(
+                "the smallest machine of `compatible` has {}; U-Boot loads nothing beyond it",
+                layout::exact(smallest)
+            );
+            out.push(Finding::new(place, message, help));
+        }
+    }
+    for pair in regions.windows(2) {
+        let [(first, address, size), (second, next, _)] = pair else { continue };
+        if address + size > *next {
+            let message = format!(
+                "`u-boot.{first}` needs {address:#010x} to {:#010x}, but `u-boot.{second}` is {next:#010x}",
+                address + size
+            );
+            out.push(Finding::new(place, message, "move them apart"));
+        }
+    }
+}
