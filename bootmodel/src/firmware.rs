@@ -10,8 +10,8 @@
 
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
-/// Bytes of a sector.
-const SECTOR: u64 = 512;
+use crate::chain;
+use crate::chain::config::{Filters, last, settings};
 
 /// A disk that is only looked at.
 pub trait Disk {
@@ -25,6 +25,12 @@ pub trait Disk {
 impl Disk for std::fs::File {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         std::os::unix::fs::FileExt::read_exact_at(self, buffer, offset)
+    }
+}
+
+impl<D: Disk + ?Sized> Disk for &D {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        (**self).read_at(offset, buffer)
     }
 }
 
@@ -98,6 +104,7 @@ pub fn select<D: Disk + ?Sized>(
     firmware: Firmware,
     restart: Restart,
 ) -> Result<Start, String> {
+    let disk: &dyn Disk = &disk;
     let partitions = partitions(disk, firmware.table)?;
     let mut wanted = restart.partition;
     let mut a_b = false;
@@ -107,10 +114,12 @@ pub fn select<D: Disk + ?Sized>(
         && let Some(text) = volume.read("autoboot.txt")
     {
         let text = text.get(..512).unwrap_or(&text);
-        let settings = settings(text, &[Filter::Tryboot(restart.tryboot)]);
-        a_b = last(&settings, "tryboot_a_b") == Some("1") && firmware.knows_a_b;
+        let filters = Filters { models: None, tryboot: Some(restart.tryboot), sections: true };
+        let settings = settings(text, filters);
+        let value = |key: &str| last(&settings, key).map(|setting| setting.value.clone());
+        a_b = value("tryboot_a_b").as_deref() == Some("1") && firmware.knows_a_b;
         // A: unless the restart has named a partition already.
-        if let (0, Some(number)) = (wanted, last(&settings, "boot_partition")) {
+        if let (0, Some(number)) = (wanted, value("boot_partition")) {
             wanted = number.parse().unwrap_or(0);
         }
     }
@@ -136,81 +145,62 @@ pub fn select<D: Disk + ?Sized>(
     let config = if restart.tryboot && !a_b { "tryboot.txt" } else { "config.txt" };
     let text =
         volume.read(config).ok_or_else(|| format!("partition {partition} has no {config}"))?;
-    let filters = [Filter::Tryboot(restart.tryboot), Filter::Generation(firmware.generation)];
-    let mut settings = settings(&text, &filters);
-    let kernel = last(&settings, "kernel").unwrap_or("kernel8.img").to_owned();
-    let initramfs = last(&settings, "initramfs").map(str::to_owned);
+    let models = [format!("pi{}", firmware.generation)];
+    let filters = Filters { models: Some(&models), tryboot: Some(restart.tryboot), sections: true };
+    let settings = settings(&text, filters);
+    let value = |key: &str| last(&settings, key).map(|setting| setting.value.clone());
+    let kernel = value("kernel").unwrap_or_else(|| "kernel8.img".to_owned());
+    let initramfs = value("initramfs");
     for file in [Some(&kernel), initramfs.as_ref()].into_iter().flatten() {
         if volume.read(file).is_none_or(|bytes| bytes.is_empty()) {
             return Err(format!("partition {partition} has no {file}, which its {config} names"));
         }
     }
-    let cmdline = last(&settings, "cmdline").unwrap_or("cmdline.txt").to_owned();
+    let cmdline = value("cmdline").unwrap_or_else(|| "cmdline.txt".to_owned());
     let cmdline = volume.read(&cmdline).unwrap_or_default();
     let cmdline = String::from_utf8_lossy(&cmdline).lines().next().unwrap_or_default().to_owned();
-    settings.retain(|(key, _)| !["kernel", "initramfs", "cmdline"].contains(&key.as_str()));
+    let others = settings.into_iter().map(|setting| (setting.key, setting.value));
+    let taken = ["kernel", "initramfs", "cmdline"];
+    let settings = others.filter(|(key, _)| !taken.contains(&key.as_str())).collect();
     let tryboot = restart.tryboot;
     Ok(Start { partition, tryboot, config, kernel, initramfs, cmdline, settings })
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Partition {
-    number: u32,
-    offset: u64,
-    size: u64,
+/// A partition, as a table has it.
+#[derive(Debug, Clone)]
+pub(crate) struct Partition {
+    pub(crate) number: u32,
+    /// Its name, in a GPT.
+    pub(crate) name: String,
+    pub(crate) offset: u64,
+    pub(crate) size: u64,
 }
 
-/// UEFI specification 2.10, 5.2 and 5.3.
-fn partitions<D: Disk + ?Sized>(disk: &D, table: Table) -> Result<Vec<Partition>, String> {
-    let mut mbr = [0; 512];
-    disk.read_at(0, &mut mbr).map_err(|error| format!("the MBR cannot be read: {error}"))?;
-    if mbr[510..] != [0x55, 0xaa] {
-        return Err("the disk has no MBR".to_owned());
+/// What this release sees of the table.
+fn partitions(disk: &dyn Disk, table: Table) -> Result<Vec<Partition>, String> {
+    let (records, gpt, partitions) = chain::table::partitions(disk)?;
+    if gpt.is_some() && table == Table::Gpt {
+        return Ok(partitions);
     }
-    let u32_at = |bytes: &[u8], at: usize| {
-        u64::from(u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]))
-    };
-    let records: Vec<&[u8]> = mbr[446..510].chunks(16).collect();
-    let has_gpt = records.iter().any(|record| record[4] == 0xee);
-    let mut found = Vec::new();
-    if table == Table::Mbr || !has_gpt {
-        for (number, record) in (1..).zip(records) {
-            // FAT12, FAT16 and FAT32 in all their spellings.
-            if [0x01, 0x04, 0x06, 0x0b, 0x0c, 0x0e].contains(&record[4]) {
-                let (first, count) = (u32_at(record, 8), u32_at(record, 12));
-                found.push(Partition { number, offset: first * SECTOR, size: count * SECTOR });
-            }
-        }
-        return Ok(found);
-    }
-    let mut header = [0; 512];
-    disk.read_at(SECTOR, &mut header).map_err(|error| format!("reading the GPT: {error}"))?;
-    if !header.starts_with(b"EFI PART") {
-        return Err("the MBR announces a GPT that is not there".to_owned());
-    }
-    let u64_at = |bytes: &[u8], at: usize| u32_at(bytes, at) | u32_at(bytes, at + 4) << 32;
-    let (start, count, size) = (u64_at(&header, 72), u32_at(&header, 80), u32_at(&header, 84));
-    for index in 0..count.min(128) {
-        let mut entry = [0; 128];
-        disk.read_at(start * SECTOR + index * size, &mut entry)
-            .map_err(|error| format!("reading the GPT: {error}"))?;
-        let (first, end) = (u64_at(&entry, 32), u64_at(&entry, 40));
-        if entry[..16] != [0; 16] && end >= first {
-            let (offset, size) = (first * SECTOR, (end + 1 - first) * SECTOR);
-            found.push(Partition { number: index as u32 + 1, offset, size });
-        }
-    }
-    Ok(found)
+    let fat = records.into_iter().filter(|record| chain::table::is_fat(record.kind));
+    Ok(fat
+        .map(|r| Partition {
+            number: r.number,
+            name: String::new(),
+            offset: r.offset,
+            size: r.size,
+        })
+        .collect())
 }
 
 /// A FAT volume.
-struct Volume<'a, D: Disk + ?Sized> {
-    files: fatfs::FileSystem<Window<'a, D>>,
+struct Volume<'a> {
+    files: fatfs::FileSystem<Window<'a>>,
 }
 
-impl<'a, D: Disk + ?Sized> Volume<'a, D> {
-    fn open(disk: &'a D, partition: &Partition) -> Option<Self> {
-        let window = Window { disk, offset: partition.offset, size: partition.size, position: 0 };
+impl<'a> Volume<'a> {
+    fn open(disk: &'a dyn Disk, partition: &Partition) -> Option<Self> {
+        let window = Window::new(disk, partition);
         let files = fatfs::FileSystem::new(window, fatfs::FsOptions::new()).ok()?;
         Some(Self { files })
     }
@@ -234,14 +224,20 @@ impl<'a, D: Disk + ?Sized> Volume<'a, D> {
 }
 
 /// A partition as something to read; writing fails.
-struct Window<'a, D: ?Sized> {
-    disk: &'a D,
+pub(crate) struct Window<'a> {
+    disk: &'a dyn Disk,
     offset: u64,
     size: u64,
     position: u64,
 }
 
-impl<D: Disk + ?Sized> Read for Window<'_, D> {
+impl<'a> Window<'a> {
+    pub(crate) fn new(disk: &'a dyn Disk, partition: &Partition) -> Self {
+        Self { disk, offset: partition.offset, size: partition.size, position: 0 }
+    }
+}
+
+impl Read for Window<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = usize::try_from(self.size - self.position).unwrap_or(usize::MAX);
         let count = buffer.len().min(left);
@@ -251,7 +247,7 @@ impl<D: Disk + ?Sized> Read for Window<'_, D> {
     }
 }
 
-impl<D: ?Sized> Write for Window<'_, D> {
+impl Write for Window<'_> {
     fn write(&mut self, _: &[u8]) -> io::Result<usize> {
         Err(io::ErrorKind::PermissionDenied.into())
     }
@@ -261,7 +257,7 @@ impl<D: ?Sized> Write for Window<'_, D> {
     }
 }
 
-impl<D: ?Sized> Seek for Window<'_, D> {
+impl Seek for Window<'_> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let position = match to {
             SeekFrom::Start(offset) => Some(offset),
@@ -271,83 +267,5 @@ impl<D: ?Sized> Seek for Window<'_, D> {
         let position = position.filter(|position| *position <= self.size);
         self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
         Ok(self.position)
-    }
-}
-
-/// What a filter of this kind would pass.
-#[derive(Clone, Copy)]
-enum Filter {
-    Tryboot(bool),
-    Generation(u32),
-}
-
-/// The settings that pass: `key=value`, or `key value` for `initramfs`. F: `[all]` resets all filters,
-/// those of one kind replace each other, those of different kinds must all pass; one that is not known
-/// here (a serial number, a GPIO, a screen) does not pass.
-fn settings(text: &[u8], filters: &[Filter]) -> Vec<(String, String)> {
-    let text = String::from_utf8_lossy(text);
-    let (mut model, mut tryboot, mut other) = (true, true, true);
-    let mut found = Vec::new();
-    for line in text.lines().map(str::trim) {
-        let passes = |wanted: fn(&Filter) -> Option<bool>| filters.iter().find_map(wanted);
-        match line {
-            "" => {}
-            _ if line.starts_with('#') => {}
-            "[all]" => (model, tryboot, other) = (true, true, true),
-            "[none]" => other = false,
-            "[tryboot]" => {
-                tryboot = passes(|f| match f {
-                    Filter::Tryboot(set) => Some(*set),
-                    Filter::Generation(_) => None,
-                })
-                .unwrap_or(false);
-            }
-            _ if line.starts_with('[') => {
-                let generation = filters.iter().find_map(|f| match f {
-                    Filter::Generation(number) => Some(*number),
-                    Filter::Tryboot(_) => None,
-                });
-                let name = line.trim_matches(['[', ']']);
-                match name.strip_prefix("pi").and_then(|number| number.parse::<u32>().ok()) {
-                    Some(number) => model = generation == Some(number),
-                    None => other = false,
-                }
-            }
-            _ if model && tryboot && other => {
-                let pair = line.split_once('=').or_else(|| line.split_once(' '));
-                if let Some((key, value)) = pair {
-                    // `initramfs FILE followkernel`
-                    let value =
-                        if key == "initramfs" { value.split(' ').next() } else { Some(value) };
-                    found.push((key.to_owned(), value.unwrap_or_default().trim().to_owned()));
-                }
-            }
-            _ => {}
-        }
-    }
-    found
-}
-
-fn last<'a>(settings: &'a [(String, String)], key: &str) -> Option<&'a str> {
-    settings.iter().rev().find(|(known, _)| known == key).map(|(_, value)| value.as_str())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn taken(text: &str, tryboot: bool, generation: u32) -> Vec<String> {
-        let filters = [Filter::Tryboot(tryboot), Filter::Generation(generation)];
-        settings(text.as_bytes(), &filters).into_iter().map(|(k, v)| format!("{k}={v}")).collect()
-    }
-
-    #[test]
-    fn filters_replace_combine_and_reset_as_documented() {
-        let text = "a=1\n[pi4]\nb=1\n[pi5]\nc=1\n[tryboot]\nd=1\n[all]\ne=1\n[none]\nf=1\n[all]\n# g=1\nh=1";
-        assert_eq!(taken(text, false, 4), ["a=1", "b=1", "e=1", "h=1"]);
-        assert_eq!(taken(text, false, 5), ["a=1", "c=1", "e=1", "h=1"]);
-        assert_eq!(taken(text, true, 5), ["a=1", "c=1", "d=1", "e=1", "h=1"]);
-        assert_eq!(taken("[gpio4=1]\na=1\n[all]\nb=1", true, 4), ["b=1"]);
-        assert_eq!(taken("initramfs initrd.img followkernel", false, 4), ["initramfs=initrd.img"]);
     }
 }

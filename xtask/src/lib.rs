@@ -33,6 +33,7 @@ pub mod report;
 pub mod rootfs;
 pub mod sbom;
 pub mod shared;
+pub mod start;
 pub mod text;
 pub mod tools;
 pub mod update;

@@ -172,6 +172,7 @@ fn template_context(plan: &Plan) -> Value {
             boot_flow => Value::from(Serde(plan.board.boot_flow)),
             compatible => plan.board.compatible.clone(),
             eeprom_since => plan.board.eeprom_since.clone(),
+            left_out_revisions => plan.board.left_out_revisions.clone(),
             console => plan.board.console.as_ref().map(plan_part),
             kernel => context! { cmdline => plan.board.cmdline.clone() },
             u_boot => snake(&plan.board.uboot),

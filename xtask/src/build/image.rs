@@ -21,12 +21,13 @@ use crate::plan::{BootSourcePlan, Plan};
 use crate::progress::{bytes, say, warn};
 use crate::render::{OverlayContent, Rendered};
 use crate::rootfs::initrd::{self, InitrdRequest};
+use crate::start::{self, Starts};
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
 /// Raised when compose changes what it makes.
 const COMPOSE_VERSION: u32 = 5;
 /// Raised when assembling changes what it makes.
-const IMAGE_VERSION: u32 = 5;
+const IMAGE_VERSION: u32 = 6;
 /// Raised when packing changes what it makes.
 const BUNDLE_VERSION: u32 = 2;
 
@@ -72,6 +73,8 @@ pub struct Card {
     pub bmap: Artifact,
     /// What QEMU takes besides.
     pub qemu: Vec<Utf8PathBuf>,
+    /// How each model starts from it.
+    pub starts: Starts,
 }
 
 /// What is composed.
@@ -395,7 +398,7 @@ fn copy_for_qemu(build: &Build<'_>, base: &Base) -> Result<()> {
 /// The stage `image`.
 ///
 /// # Errors
-/// Boot files that do not fit their partition, a full disk.
+/// Boot files that do not fit their partition, a full disk, a card from which a model would not start.
 pub fn card(
     build: &mut Build<'_>,
     rendered: &Rendered,
@@ -413,7 +416,8 @@ pub fn card(
         .with_json("boot files", &plan.boot_files)?
         .with_json("boot", &boot)?
         .with_json("layout", &plan.disk)?
-        .with_json("identifiers", &plan.identifiers)?;
+        .with_json("identifiers", &plan.identifiers)?
+        .with_json("boards", &(start::version(), &plan.board.compatible))?;
     let card: Card = build.stage(
         "image",
         key,
@@ -455,6 +459,7 @@ pub fn card(
                 partitions,
             };
             let made = disk::assemble(&spec, &out)?;
+            let starts = judge(&made, plan)?;
             // The image must be on the disk before the stage counts as finished.
             flush(&made.path)?;
             flush(&made.bmap.path)?;
@@ -468,6 +473,7 @@ pub fn card(
                 qemu: qemu_files(&build.dist, plan)
                     .map(|f| f.device_tree.into_iter().chain([f.bootloader]).collect())
                     .unwrap_or_default(),
+                starts,
             })
         },
     )?;
@@ -476,6 +482,23 @@ pub fn card(
         say("image", format!("{}  {}", packed.path, bytes(packed.size)));
     }
     Ok(card)
+}
+
+/// How each model starts from a finished card; one from which a model does not start is no result.
+fn judge(made: &disk::DiskImage, plan: &Plan) -> Result<Starts> {
+    let judged = start::look(&made.path, Some(plan)).and_then(|starts| {
+        start::require(&starts, &plan.board.name)?;
+        Ok(starts)
+    });
+    if judged.is_err() {
+        for path in [&made.path, &made.bmap.path] {
+            // Why there is no image is the error to report.
+            if let Err(error) = std::fs::remove_file(path) {
+                warn(format!("removing {path}: {error}"));
+            }
+        }
+    }
+    judged
 }
 
 /// How hard a bundle is compressed.

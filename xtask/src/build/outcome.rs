@@ -147,7 +147,11 @@ pub fn report(
         largest_files: sized(&sizes.files),
         directories: sized(&sizes.directories),
         components: parts(build, made, rendered)?,
-        warnings: system.and_then(|s| s.warning.clone()).into_iter().collect(),
+        starts: made.card.as_ref().map_or(Vec::new(), |card| card.starts.models.clone()),
+        warnings: {
+            let degrades = made.card.iter().flat_map(|card| card.starts.degrades.clone());
+            system.and_then(|s| s.warning.clone()).into_iter().chain(degrades).collect()
+        },
         replaced_packages: made
             .base
             .replaced

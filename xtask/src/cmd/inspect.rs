@@ -16,6 +16,7 @@ use crate::disk::layout::SECTOR;
 use crate::disk::read::{self, DiskTables, FatListing};
 use crate::keys::{Keys, directory};
 use crate::progress::bytes;
+use crate::start::{self, Starts};
 use crate::update;
 use crate::{out, outln, text};
 use bundle::bootstate::BootState;
@@ -91,6 +92,8 @@ struct ImageView {
     trust: Vec<StateView>,
     volumes: Vec<FatListing>,
     slots: Vec<SlotView>,
+    /// How each model starts; none where the image's system does not say for which models it is.
+    starts: Option<Starts>,
 }
 
 #[derive(Serialize)]
@@ -113,8 +116,18 @@ struct SlotView {
 
 fn image(path: &Utf8Path, format: Format) -> Result<()> {
     let tables = read::tables(path)?;
-    let mut view =
-        ImageView { tables, boot_states: vec![], trust: vec![], volumes: vec![], slots: vec![] };
+    let (starts, unread) = match start::look(path, None) {
+        Ok(starts) => (Some(starts), None),
+        Err(reason) => (None, Some(reason)),
+    };
+    let mut view = ImageView {
+        tables,
+        boot_states: vec![],
+        trust: vec![],
+        volumes: vec![],
+        slots: vec![],
+        starts,
+    };
     for partition in &view.tables.partitions {
         match content(path, partition.offset)? {
             Some(Held::Fat) => {
@@ -150,6 +163,9 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
         outln!("{}", text::json(&view)?);
     } else {
         print_image(path, &view);
+        if let Some(reason) = unread {
+            outln!("  how boards start from it cannot be told: {reason:#}");
+        }
     }
     ensure!(
         view.tables.findings.is_empty(),
@@ -192,6 +208,13 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
             slot.files,
             bytes(slot.bytes)
         );
+    }
+    let Some(starts) = &view.starts else { return };
+    for line in start::lines(starts) {
+        println!("  {line}");
+    }
+    for finding in starts.stops.iter().chain(&starts.degrades) {
+        println!("  - {}", finding.replace('\n', "\n    "));
     }
 }
 

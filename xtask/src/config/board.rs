@@ -83,6 +83,8 @@ pub struct Board {
     pub compatible: Vec<String>,
     /// The oldest release of the firmware in the board's EEPROM that can try a slot.
     pub eeprom_since: Option<Located<Day>>,
+    /// Revisions of the board that are known not to start, and are left out on purpose.
+    pub left_out_revisions: Vec<String>,
     /// The serial console.
     pub console: Console,
     /// The memory of the smallest machine that it covers, where a boot script needs to know.
@@ -385,6 +387,7 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
     let boot_flow = f.required("boot-flow");
     let compatible = f.list("compatible");
     let eeprom_since = f.optional("eeprom-since");
+    let left_out_revisions = f.list("left-out-revisions");
     let console = f.table("console", |f| {
         let device = f.required("device");
         let baud = f.or("baud", 115_200);
@@ -460,6 +463,7 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
         boot_flow: boot_flow?,
         compatible: values(compatible?),
         eeprom_since: eeprom_since?,
+        left_out_revisions: values(left_out_revisions?),
         console: console?,
         memory: memory?,
         disk_bus,

@@ -191,6 +191,7 @@ pub(super) fn plan(product: &Product, board: &Board, earlier: Vec<EarlierCard>) 
         disk_bus: board.disk_bus.value,
         compatible: compatible.filter(|own| !own.is_empty()).unwrap_or(&board.compatible).clone(),
         eeprom_since: board.eeprom_since.as_ref().map(|day| day.value.0.clone()),
+        left_out_revisions: board.left_out_revisions.clone(),
         console,
         cmdline,
         device_trees: plain(&kernel.device_trees),

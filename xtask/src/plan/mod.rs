@@ -91,6 +91,8 @@ pub struct BoardPlan {
     pub compatible: Vec<String>,
     /// The oldest EEPROM release that can try a slot, as a day; only with the flow `tryboot`.
     pub eeprom_since: Option<String>,
+    /// Revisions of the board that are known not to start, and are left out on purpose.
+    pub left_out_revisions: Vec<String>,
     /// Serial console; none where the product wants none.
     pub console: Option<Console>,
     /// Kernel command line, with the consoles and the radio's country.

@@ -64,6 +64,9 @@ pub struct Report {
     /// before.
     #[serde(default)]
     pub components: Vec<Component>,
+    /// How each model of the board starts, from its boot ROM to `/init`; empty when the build stopped before the card.
+    #[serde(default)]
+    pub starts: Vec<crate::start::Start>,
     /// What the person who builds should know. Sentences, most important first.
     pub warnings: Vec<String>,
     /// Locked packages that the mirror no longer had, and what took their place.

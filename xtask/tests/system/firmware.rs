@@ -2,9 +2,12 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
-use bootmodel::firmware::{Firmware, Restart, Table, select};
+use bootmodel::chain::{Card, Facts, check};
+use bootmodel::firmware::{Disk, Firmware, Restart, Table, select};
+use xtask::start::look;
 
 use crate::support::{Folder, built_for_the_firmware, tool};
 
@@ -51,4 +54,64 @@ fn both_boot_slots_and_the_bundle_hold_the_same_bytes() -> Result<()> {
     tool("zstd").args(["-q", "-d", packed.as_str(), "-o", payload.as_str()]).run()?;
     ensure!(first == fs::read(&payload)?, "the bundle's boot payload differs from the slots");
     tool("fsck.fat").args(["-n", payload.as_str()]).run()
+}
+
+#[test]
+fn every_model_starts_from_the_built_cards() -> Result<()> {
+    for board in ["pi3", "pi4"] {
+        let built = built(board)?;
+        let starts = look(&built.image, Some(&built.plan))?;
+        ensure!(starts.stops.is_empty(), "{board}:\n{}", starts.stops.join("\n"));
+        ensure!(starts.models.len() == built.plan.board.compatible.len(), "{starts:?}");
+        for model in &starts.models {
+            let last = model.steps.last().map(|(_, what)| what.as_str());
+            ensure!(last.is_some_and(|what| what.ends_with("runs /init")), "{model:?}");
+        }
+    }
+    Ok(())
+}
+
+/// A disk of which some bytes are others.
+struct Changed {
+    disk: File,
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Disk for Changed {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        self.disk.read_exact_at(buffer, offset)?;
+        for (place, byte) in (offset..).zip(buffer) {
+            if let Some(new) = place.checked_sub(self.at).and_then(|n| self.bytes.get(n as usize)) {
+                *byte = *new;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_real_card_that_is_changed_is_caught() -> Result<()> {
+    let built = built("pi3")?;
+    let facts = Facts::known().map_err(anyhow::Error::msg)?;
+    let placed = built.plan.disk.partition("boot").context("a boot partition")?;
+    let mut volume = vec![0; placed.size as usize];
+    File::open(&built.image)?.read_exact_at(&mut volume, placed.offset)?;
+    for (from, to, rule) in [
+        ("\nenable_uart=1", "\ngpu_mem=16\n##", "firmware-file"),
+        ("\nenable_uart=1", "\nenabel_uart=1", "config-key"),
+        ("\nkernel=u-boot.bin", "\nkernel=u_boot.bin", "kernel-missing"),
+        ("VC_BUILD_ID_TIME: Aug 26 2022", "VC_BUILD_ID_TIME: Aug 26 2025", "uboot-pair"),
+        ("broadcom/bcm2837-rpi-3-a-plus.dtb", "broadcom/bcm2837-rpi-3-x-plus.dtb", "uboot-model"),
+    ] {
+        let found = volume.windows(from.len()).position(|part| part == from.as_bytes());
+        let at = placed.offset + found.with_context(|| format!("the card has no {from:?}"))? as u64;
+        let changed =
+            Changed { disk: File::open(&built.image)?, at, bytes: to.as_bytes().to_vec() };
+        let card = Card::read(Rc::new(changed)).map_err(anyhow::Error::msg)?;
+        let verdict = check(&card, &facts);
+        let rules: Vec<_> = verdict.stops().map(|finding| finding.rule).collect();
+        ensure!(rules.contains(&rule), "{from:?} to {to:?}: {rules:?}, not {rule}");
+    }
+    Ok(())
 }

@@ -1,0 +1,157 @@
+//! Stage 3, the EEPROM of the Raspberry Pi 4 and 5: `autoboot.txt`, the partition, and what `start4.elf` makes of it.
+//!
+//! Sources: autoboot.adoc and bootflow-eeprom.adoc; sections since 18 October 2022 (firmware-2711/release-notes.md), an
+//! older EEPROM takes the last `boot_partition` of the file (usr-ein/TriMixxx, pi-qemu, T0); `start4.elf` opens the
+//! table again, and with a GPT takes another partition before March 2025 (raspberrypi/rpi-eeprom#668); a partition
+//! with `start4.elf` beside autoboot.txt may end the search (T6); os_check (firmware-2712/release-notes.md, 2025-03-27).
+
+use super::card::Volume;
+use super::config::{self, Filters};
+use super::rom::second_stage;
+use super::{Boot, Place, Run};
+
+const AUTOBOOT: &str = "autoboot.txt";
+
+/// The partition that autoboot.txt names, for this kind of start and this age of EEPROM.
+fn named(text: &[u8], tryboot: bool, sections: bool) -> Option<u32> {
+    let filters = Filters { models: None, tryboot: Some(tryboot), sections };
+    let settings = config::settings(text, filters);
+    config::last(&settings, "boot_partition")?.value.parse().ok()
+}
+
+/// Each partition that the EEPROM starts: the usual one, and that of a trial.
+pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
+    let Some(first) = run.card.volumes.iter().min_by_key(|volume| volume.offset) else {
+        run.stop(
+            "no-fat",
+            Place::card(),
+            "the EEPROM finds no FAT volume".to_owned(),
+            "a partition of the role `boot` in board.toml".to_owned(),
+        );
+        return Vec::new();
+    };
+    let Some(text) = first.file(AUTOBOOT) else {
+        // One partition for all starts, such as U-Boot's flow has.
+        run.step("EEPROM", format!("partition {}: it has no {AUTOBOOT}", first.number));
+        return boot(run, first, false).into_iter().collect();
+    };
+    autoboot(run, first, text);
+    let mut boots = Vec::new();
+    for tryboot in [false, true] {
+        let kind = if tryboot { "a trial" } else { "a start" };
+        let Some(number) = named(text, tryboot, true) else {
+            run.stop(
+                "autoboot-partition",
+                Place::file(first.number, AUTOBOOT),
+                format!("{kind} has no boot_partition"),
+                "name it, for a trial below [tryboot]".to_owned(),
+            );
+            continue;
+        };
+        let Some(volume) = run.card.volume(number) else {
+            run.stop(
+                "autoboot-partition",
+                Place::file(first.number, AUTOBOOT),
+                format!("{kind} is from partition {number}, which is no FAT volume"),
+                "name a partition of the role boot-a or boot-b".to_owned(),
+            );
+            continue;
+        };
+        run.step(
+            "EEPROM",
+            format!("{AUTOBOOT} of partition {}: {kind} is from partition {number}", first.number),
+        );
+        boots.extend(boot(run, volume, tryboot));
+    }
+    boots
+}
+
+fn autoboot(run: &mut Run<'_>, first: &Volume, text: &[u8]) {
+    let releases = &run.facts.releases;
+    let place = || Place::file(first.number, AUTOBOOT);
+    if text.len() > releases.autoboot_limit {
+        run.stop(
+            "autoboot-length",
+            place(),
+            format!("it has {} bytes, the firmware reads {}", text.len(), releases.autoboot_limit),
+            "shorten it".to_owned(),
+        );
+    }
+    let since = run.card.device.eeprom_since.clone().unwrap_or_default();
+    let eeprom = &releases.eeprom;
+    if since.as_str() < eeprom.sections_since.as_str()
+        && named(text, false, false) != named(text, false, true)
+    {
+        let shown = if since.is_empty() { "any EEPROM" } else { &since };
+        run.stop(
+            "eeprom-sections",
+            place(),
+            format!(
+                "`eeprom-since` allows {shown}, but an EEPROM before {} reads no sections and starts partition {} always",
+                eeprom.sections_since,
+                named(text, false, false).unwrap_or(0)
+            ),
+            format!("`eeprom-since` in board.toml: {} or later", eeprom.sections_since),
+        );
+    }
+    if run.card.gpt.is_some()
+        && since.as_str() < eeprom.gpt_fat16_since.as_str()
+        && first.width() == 16
+    {
+        run.degrade(
+            "eeprom-gpt",
+            place(),
+            format!("an EEPROM before {} does not find a FAT16 in a GPT", eeprom.gpt_fat16_since),
+            format!("`eeprom-since` in board.toml: {} or later, or an MBR", eeprom.gpt_fat16_since),
+        );
+    }
+    if first.files.keys().any(|name| name.starts_with("start") && name.ends_with(".elf")) {
+        run.stop(
+            "autoboot-firmware",
+            place(),
+            "firmware lies beside it: the search for a partition can end here".to_owned(),
+            "put the firmware only into boot-a and boot-b".to_owned(),
+        );
+    }
+}
+
+fn boot<'a>(run: &mut Run<'a>, volume: &'a Volume, tryboot: bool) -> Option<Boot<'a>> {
+    let number = volume.number;
+    let Some(text) = volume.file("config.txt") else {
+        run.stop(
+            "config-missing",
+            Place::partition(number),
+            "it has no config.txt".to_owned(),
+            "a boot file with the path config.txt".to_owned(),
+        );
+        return None;
+    };
+    let filters =
+        Filters { models: Some(&run.model.filters), tryboot: Some(tryboot), sections: true };
+    let settings = config::settings(text, filters);
+    let (mut program, mut date) = (None, None);
+    if !run.soc.second_stage.is_empty() {
+        // What else is wrong is said, too.
+        if let Some((bytes, day)) = second_stage(run, volume, "config.txt", &settings) {
+            (program, date) = (Some(bytes), day);
+        }
+        let rule = &run.facts.releases.second_stage;
+        let first = run.card.volumes.iter().map(|volume| volume.offset).min();
+        let other = first != Some(volume.offset);
+        let old = date.as_deref().is_some_and(|day| day < rule.gpt_partition_since.as_str());
+        if run.card.gpt.is_some() && other && old {
+            run.stop(
+                "second-stage-gpt",
+                Place::file(number, &run.soc.second_stage[0]),
+                format!(
+                    "it is of {}: before {} it does not find the partition that the EEPROM has chosen in a GPT, and starts another",
+                    date.clone().unwrap_or_default(),
+                    rule.gpt_partition_since
+                ),
+                "an MBR with logical partitions, or newer firmware".to_owned(),
+            );
+        }
+    }
+    let steps = std::mem::take(&mut run.steps);
+    Some(Boot { volume, tryboot, config: "config.txt", settings, date, program, steps })
+}

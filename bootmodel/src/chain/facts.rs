@@ -1,0 +1,343 @@
+//! What is known of the hardware, as data: `bootmodel/facts/*.toml`, each entry with its source. Nothing of a
+//! board or a release of the firmware stands in code.
+
+use serde::Deserialize;
+
+/// A size as it is written in the facts: `64MiB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Bytes(pub u64);
+
+impl TryFrom<String> for Bytes {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(0));
+        let shift = match unit {
+            "KiB" => 10,
+            "MiB" => 20,
+            "GiB" => 30,
+            _ => return Err(format!("{text:?} is not a size such as 64MiB")),
+        };
+        let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a size"))?;
+        Ok(Self(number << shift))
+    }
+}
+
+/// An address as it is written in the facts: `0x00080000`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Address(pub u64);
+
+impl TryFrom<String> for Address {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        number(&text)
+            .map(Self)
+            .ok_or_else(|| format!("{text:?} is not an address such as 0x00080000"))
+    }
+}
+
+/// A hexadecimal number, with or without `0x`, as U-Boot reads it.
+pub(super) fn number(text: &str) -> Option<u64> {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16).ok()
+}
+
+/// A model: one string that a board lists in `compatible`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Model {
+    /// The root `compatible` of its device tree.
+    pub compatible: String,
+    /// For people.
+    pub title: String,
+    /// The name of its [`Soc`].
+    pub soc: String,
+    /// Sections of `config.txt` that pass on it.
+    pub filters: Vec<String>,
+    /// Every size of memory that was sold.
+    pub ram: Vec<Bytes>,
+    /// Device trees that the firmware asks for.
+    pub firmware_dtbs: Vec<String>,
+    /// The same with `upstream_kernel=1`; empty when the names do not differ.
+    #[serde(default)]
+    pub upstream_dtbs: Vec<String>,
+    /// The first kernel of Raspberry Pi's branch that knows it.
+    pub kernel_since: Option<String>,
+    /// A line of `config.txt` without which its USB sockets are dead.
+    pub usb_setting: Option<String>,
+    /// The middle part of the name of its Wi-Fi settings.
+    pub wifi: String,
+    /// Revisions of the board with facts of their own.
+    #[serde(default, rename = "revision")]
+    pub revisions: Vec<Revision>,
+    /// Who says so.
+    pub source: String,
+}
+
+/// A revision of a board.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Revision {
+    /// As `/proc/cpuinfo` has it.
+    pub code: String,
+    /// For people.
+    pub title: String,
+    /// The day of the first `start*.elf` that starts it.
+    pub firmware_since: String,
+    /// Whether the sources leave no doubt.
+    #[serde(default = "yes")]
+    pub certain: bool,
+    /// Who says so.
+    pub source: String,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A chip, and what it does before a kernel runs.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Soc {
+    /// Its name.
+    pub name: String,
+    /// Which way it starts: 3, 4 or 5.
+    pub generation: u32,
+    /// Kinds of partition table that it reads.
+    pub table: Vec<String>,
+    /// The program that the boot ROM loads from the card, where it does.
+    pub first_stage: Option<String>,
+    /// The firmware's program and the settings of its memory, where they are on the card.
+    pub second_stage: Vec<String>,
+    /// The default of `kernel=`.
+    pub kernel: String,
+    /// The default of `gpu_mem=`.
+    pub gpu_memory: Bytes,
+    /// Where the memory ends that firmware and U-Boot use.
+    pub memory_top: Bytes,
+    /// Widths of FAT that every release of the first stage reads.
+    pub fat_widths: Vec<u32>,
+    /// Sectors in a cluster that the first stage reads.
+    pub cluster_sectors: Vec<u32>,
+    /// `compatible` strings of the controller that has the card.
+    pub storage: Vec<String>,
+    /// Those of all controllers that U-Boot numbers.
+    pub u_boot_mmc: Vec<String>,
+    /// Where the firmware loads U-Boot.
+    pub u_boot_address: Address,
+    /// The watchdog's driver, which also restarts the board.
+    pub watchdog: String,
+    /// Its registers for the time and for the start.
+    pub watchdog_start: [Address; 2],
+    /// Who says so.
+    pub source: String,
+}
+
+/// What releases of the firmware do.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Releases {
+    /// Bytes in a line of `config.txt`.
+    pub line_limit: usize,
+    /// Who says so.
+    pub line_source: String,
+    /// Bytes in `autoboot.txt`.
+    pub autoboot_limit: usize,
+    /// Who says so.
+    pub autoboot_source: String,
+    /// Keys that no file of the card has.
+    pub known_key: Vec<KnownKeys>,
+    /// What `bootcode.bin` reads.
+    pub first_stage: FirstStage,
+    /// What the EEPROM does by date.
+    pub eeprom: Eeprom,
+    /// What `start4.elf` does by date.
+    pub second_stage: SecondStage,
+    /// When the firmware runs the clocks at their highest.
+    pub turbo: Turbo,
+    /// What does not go together.
+    #[serde(rename = "pair")]
+    pub pairs: Vec<Pair>,
+}
+
+/// Keys of `config.txt` or `autoboot.txt`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KnownKeys {
+    /// The keys.
+    pub keys: Vec<String>,
+    /// Who says so.
+    pub source: String,
+}
+
+/// What `bootcode.bin` reads of `config.txt`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct FirstStage {
+    /// MiB of GPU memory below which the cut-down firmware is loaded.
+    pub below_cut_down: u64,
+    /// The keys that set it.
+    pub memory_keys: Vec<String>,
+    /// Who says so.
+    pub source: String,
+}
+
+/// What the EEPROM does by date.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Eeprom {
+    /// The first release that knows sections in `autoboot.txt`.
+    pub sections_since: String,
+    /// Who says so.
+    pub sections_source: String,
+    /// The first release that reads a FAT16 in a GPT.
+    pub gpt_fat16_since: String,
+    /// Who says so.
+    pub gpt_fat16_source: String,
+}
+
+/// What `start4.elf` does by date.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct SecondStage {
+    /// The first release that finds the EEPROM's partition in a GPT.
+    pub gpt_partition_since: String,
+    /// Who says so.
+    pub source: String,
+}
+
+/// When the firmware runs the clocks at their highest.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Turbo {
+    /// The first such release.
+    pub since: String,
+    /// The line of `config.txt` against it.
+    pub setting: String,
+    /// Who says so.
+    pub source: String,
+}
+
+/// A U-Boot that does not go with a firmware, or with so much memory.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Pair {
+    /// On which chip.
+    pub soc: String,
+    /// U-Boot before this version.
+    pub u_boot_below: String,
+    /// With firmware after this day.
+    pub firmware_after: Option<String>,
+    /// On boards with more memory.
+    pub memory_above: Option<Bytes>,
+    /// Why.
+    pub reason: String,
+    /// Who says so.
+    pub source: String,
+}
+
+/// What a watchdog's driver makes of a number of seconds.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Driver {
+    /// The module's name.
+    pub name: String,
+    /// The hardware gets the seconds modulo this; 0 when it gets them all.
+    pub modulo: u64,
+    /// Milliseconds that the driver says its hardware can count.
+    pub limit_ms: u64,
+    /// The smallest rest, in seconds, that outlives the kernel's feeds.
+    pub smallest_rest: u64,
+    /// Who says so.
+    pub source: String,
+}
+
+/// Everything that is known.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// Of models.
+    pub models: Vec<Model>,
+    /// Of chips.
+    pub socs: Vec<Soc>,
+    /// Of releases of the firmware.
+    pub releases: Releases,
+    /// Of watchdogs.
+    pub watchdogs: Vec<Driver>,
+}
+
+/// The texts of `bootmodel/facts` that come with this program: what a check depends on besides the card.
+pub const TEXTS: [&str; 4] = [
+    include_str!("../../facts/models.toml"),
+    include_str!("../../facts/socs.toml"),
+    include_str!("../../facts/firmware.toml"),
+    include_str!("../../facts/watchdog.toml"),
+];
+
+impl Facts {
+    /// Those that come with this program.
+    ///
+    /// # Errors
+    /// A file that does not have its form; a test reads them all.
+    pub fn known() -> Result<Self, String> {
+        let [models, socs, firmware, watchdog] = TEXTS;
+        Self::read(models, socs, firmware, watchdog)
+    }
+
+    /// From texts in the form of `bootmodel/facts`.
+    ///
+    /// # Errors
+    /// A text that does not have its form.
+    pub fn read(models: &str, socs: &str, firmware: &str, watchdog: &str) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Models {
+            model: Vec<Model>,
+        }
+        #[derive(Deserialize)]
+        struct Socs {
+            soc: Vec<Soc>,
+        }
+        #[derive(Deserialize)]
+        struct Watchdogs {
+            driver: Vec<Driver>,
+        }
+        let doing = |name: &'static str| move |error| format!("{name}: {error}");
+        let models: Models = toml::from_str(models).map_err(doing("models.toml"))?;
+        let socs: Socs = toml::from_str(socs).map_err(doing("socs.toml"))?;
+        let releases = toml::from_str(firmware).map_err(doing("firmware.toml"))?;
+        let watchdogs: Watchdogs = toml::from_str(watchdog).map_err(doing("watchdog.toml"))?;
+        Ok(Self { models: models.model, socs: socs.soc, releases, watchdogs: watchdogs.driver })
+    }
+
+    /// The model that a device tree calls by this name, with its chip.
+    pub fn model(&self, compatible: &str) -> Option<(&Model, &Soc)> {
+        let model = self.models.iter().find(|model| model.compatible == compatible)?;
+        Some((model, self.socs.iter().find(|soc| soc.name == model.soc)?))
+    }
+
+    /// The watchdog's driver of that name.
+    pub fn watchdog(&self, name: &str) -> Option<&Driver> {
+        self.watchdogs.iter().find(|driver| driver.name == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fact_has_its_form_and_says_who_says_so() {
+        let facts = Facts::known().expect("the facts");
+        for model in &facts.models {
+            assert!(facts.model(&model.compatible).is_some(), "{}: no such chip", model.compatible);
+            assert!(!model.ram.is_empty() && !model.firmware_dtbs.is_empty(), "{model:?}");
+            let sources = model.revisions.iter().map(|r| &r.source).chain([&model.source]);
+            assert!(sources.into_iter().all(|source| source.len() > 5), "{model:?}");
+        }
+        for soc in &facts.socs {
+            assert!(facts.watchdog(&soc.watchdog).is_some(), "{}: no such watchdog", soc.name);
+            assert!(soc.source.len() > 5, "{soc:?}");
+        }
+    }
+}

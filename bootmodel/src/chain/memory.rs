@@ -1,0 +1,108 @@
+//! Stage 8, the script's addresses against the memory of the smallest board of a model.
+//!
+//! Sources: cmd/booti.c of U-Boot ("kernel_comp_addr_r is outside of DRAM range!"; a packed kernel is unpacked there
+//! and moved back to where it was loaded); the GPU's share comes off the top of the first GiB (memory.adoc); the
+//! kernel's own needs: Documentation/arch/arm64/booting.rst.
+
+use super::system::System;
+use super::{Boot, Place, Run};
+
+/// What U-Boot has at the top of its memory: itself, its heap, its stack and its copies of trees. 32 MiB of heap are the
+/// most that a Raspberry Pi's configuration asks for (CONFIG_SYS_MALLOC_LEN), and the rest is below 8 MiB.
+const UBOOT_AT_TOP: u64 = 40 << 20;
+/// How far a tree grows when U-Boot completes it (CONFIG_SYS_FDT_PAD and the command line).
+const TREE_GROWS: u64 = 16 << 10;
+
+struct Area {
+    what: String,
+    start: u64,
+    size: u64,
+}
+
+impl Area {
+    fn end(&self) -> u64 {
+        self.start.saturating_add(self.size)
+    }
+}
+
+pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: &System<'_>) {
+    let (Some(script), Ok(parts)) = (system.script, system.parts) else { return };
+    let ram = run.model.ram.iter().min().map_or(0, |ram| ram.0).min(run.soc.memory_top.0);
+    let gpu = boot.value("gpu_mem").and_then(|mib| mib.parse::<u64>().ok()).map(|mib| mib << 20);
+    let top = ram.saturating_sub(gpu.unwrap_or(run.soc.gpu_memory.0));
+    let usable = top.saturating_sub(UBOOT_AT_TOP);
+    let place = Place::file(script.partition, "boot.scr");
+    let mut areas = vec![Area {
+        what: "U-Boot".to_owned(),
+        start: run.soc.u_boot_address.0,
+        size: program.len() as u64,
+    }];
+    for load in &script.loads {
+        let size = match load.path.as_str() {
+            path if path.contains("vmlinuz") => {
+                parts.packed.max(parts.in_memory + parts.text_offset)
+            }
+            path if path.contains("initrd") => parts.initrd_size,
+            _ => parts.tree_size + TREE_GROWS,
+        };
+        areas.push(Area { what: load.path.clone(), start: load.address, size });
+    }
+    if parts.is_packed {
+        let (Some(start), Some(room)) = (script.unpacked_at, script.unpacked_size) else {
+            run.stop(
+                "memory-unpack",
+                place,
+                "the kernel is packed, and the script sets no kernel_comp_addr_r and kernel_comp_size: booti does not start it".to_owned(),
+                "`decompression-address` and `decompression-size` in board.toml".to_owned(),
+            );
+            return;
+        };
+        if room < parts.packed {
+            run.stop(
+                "memory-unpack",
+                place.clone(),
+                format!(
+                    "kernel_comp_size is {room:#x}, the packed kernel has {:#x} bytes",
+                    parts.packed
+                ),
+                "`decompression-size` in board.toml".to_owned(),
+            );
+        }
+        areas.push(Area { what: "the unpacked kernel".to_owned(), start, size: parts.unpacked });
+    }
+    for area in &areas {
+        if area.end() > usable {
+            run.stop(
+                "memory-outside",
+                place.clone(),
+                format!(
+                    "{} lies at {:#x} to {:#x}; the smallest board of this model has {:#x} bytes, of which U-Boot's own part begins at {usable:#x}",
+                    area.what, area.start, area.end(), ram
+                ),
+                "lower addresses in [u-boot] of board.toml".to_owned(),
+            );
+        }
+    }
+    areas.sort_by_key(|area| area.start);
+    for pair in areas.windows(2) {
+        if pair[0].end() > pair[1].start {
+            run.stop(
+                "memory-overlap",
+                place.clone(),
+                format!(
+                    "{} ({:#x} to {:#x}) reaches into {} (at {:#x})",
+                    pair[0].what,
+                    pair[0].start,
+                    pair[0].end(),
+                    pair[1].what,
+                    pair[1].start
+                ),
+                "move the addresses in [u-boot] of board.toml apart".to_owned(),
+            );
+        }
+    }
+    run.step(
+        "U-Boot",
+        format!("all that it loads lies below {usable:#x}, the least that this model has"),
+    );
+}

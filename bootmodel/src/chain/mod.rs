@@ -1,0 +1,435 @@
+//! A card from power on to `/init`, for each model that it is for: what boot ROM, `bootcode.bin`, EEPROM,
+//! `start*.elf`, U-Boot and kernel do with these bytes, and what would keep that board from starting, trying an
+//! update or coming back. A pure function over the card's bytes and [`Facts`]; each stage is a module that names
+//! its sources, and everything of a particular model or release is data ([`facts`]).
+//!
+//! | stage | module | |
+//! |---|---|---|
+//! | 1 | [`table`] | the partition table and the FAT volumes |
+//! | 2 | [`rom`] | the boot ROM and `bootcode.bin` |
+//! | 3 | [`eeprom`] | the EEPROM and `autoboot.txt` |
+//! | 4 | [`settings`] | `config.txt` against the shipped `start*.elf` |
+//! | 5 | [`names`] | device trees by model |
+//! | 6 | [`versions`] | firmware, boards and U-Boot that go together |
+//! | 7 | [`uboot`] | U-Boot's environment |
+//! | 8 | [`memory`] | the script's addresses |
+//! | 9 | [`supply`] | the storage's suppliers |
+//! | 10 | [`restart`] | a restart after a panic |
+//! | 11 | [`watchdog`] | seconds that the watchdog can count |
+//! | 12 | [`console`] | the console |
+//! | 13 | [`layout`] | what shares an erase block |
+
+pub mod card;
+pub mod config;
+mod console;
+mod eeprom;
+pub mod facts;
+pub mod fdt;
+mod layout;
+mod memory;
+mod names;
+mod restart;
+mod rom;
+mod settings;
+mod supply;
+pub mod system;
+pub(crate) mod table;
+mod uboot;
+mod versions;
+pub mod watchdog;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+pub use card::Card;
+pub use facts::Facts;
+
+use card::Volume;
+use config::Setting;
+use facts::{Model, Soc};
+use system::System;
+
+/// What a finding means for the board.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// It does not start, or an update never succeeds, or a failed one does not come back.
+    Stops,
+    /// It starts, but something is lost.
+    Degrades,
+}
+
+/// Where on the card something is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Place {
+    /// The partition's number; none for the table.
+    pub partition: Option<u32>,
+    /// The file in it.
+    pub file: Option<String>,
+    /// The line in the file, from 1.
+    pub line: Option<usize>,
+}
+
+impl Place {
+    fn card() -> Self {
+        Self::default()
+    }
+
+    fn partition(number: u32) -> Self {
+        Self { partition: Some(number), file: None, line: None }
+    }
+
+    fn file(number: u32, file: &str) -> Self {
+        Self { file: Some(file.to_owned()), ..Self::partition(number) }
+    }
+
+    fn line(number: u32, file: &str, line: usize) -> Self {
+        Self { line: Some(line), ..Self::file(number, file) }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.partition {
+            None => write!(f, "the card")?,
+            Some(number) => write!(f, "partition {number}")?,
+        }
+        if let Some(file) = &self.file {
+            write!(f, ", {file}")?;
+        }
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Something that is wrong for one or several models.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// A stable name of the rule.
+    pub rule: &'static str,
+    /// What it means.
+    pub level: Level,
+    /// Where.
+    pub place: Place,
+    /// What was found, and what follows.
+    pub message: String,
+    /// What to do.
+    pub help: String,
+    /// The models that it concerns.
+    pub models: Vec<String>,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rule, place, message, help, models, .. } = self;
+        write!(f, "{place}: {message} [{rule}; {}]\nhelp: {help}", models.join(", "))
+    }
+}
+
+/// One thing that happens in a start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// Who does it.
+    pub who: &'static str,
+    /// What it does, with the file that it takes.
+    pub what: String,
+}
+
+/// How one model starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    /// The model, as boards list it.
+    pub model: String,
+    /// For people.
+    pub title: String,
+    /// What happens, in order.
+    pub steps: Vec<Step>,
+    /// Whether a finding says that it does not start.
+    pub starts: bool,
+}
+
+/// What became of a check.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Verdict {
+    /// One for each model of the card.
+    pub chains: Vec<Chain>,
+    /// What is wrong, worst first.
+    pub findings: Vec<Finding>,
+}
+
+impl Verdict {
+    /// The findings that say that a board does not start, try or come back.
+    pub fn stops(&self) -> impl Iterator<Item = &Finding> {
+        self.findings.iter().filter(|finding| finding.level == Level::Stops)
+    }
+}
+
+/// One model on one card.
+struct Run<'a> {
+    card: &'a Card,
+    facts: &'a Facts,
+    model: &'a Model,
+    soc: &'a Soc,
+    findings: Vec<Finding>,
+    steps: Vec<Step>,
+}
+
+impl Run<'_> {
+    fn stop(&mut self, rule: &'static str, place: Place, message: String, help: String) {
+        self.find(Level::Stops, rule, place, message, help);
+    }
+
+    fn degrade(&mut self, rule: &'static str, place: Place, message: String, help: String) {
+        self.find(Level::Degrades, rule, place, message, help);
+    }
+
+    fn find(
+        &mut self,
+        level: Level,
+        rule: &'static str,
+        place: Place,
+        message: String,
+        help: String,
+    ) {
+        let models = vec![self.model.compatible.clone()];
+        let finding = Finding { rule, level, place, message, help, models };
+        if !self.findings.contains(&finding) {
+            self.findings.push(finding);
+        }
+    }
+
+    fn step(&mut self, who: &'static str, what: String) {
+        let step = Step { who, what };
+        if !self.steps.contains(&step) {
+            self.steps.push(step);
+        }
+    }
+}
+
+/// A partition that the firmware starts from, with what its `config.txt` says on this model.
+struct Boot<'a> {
+    volume: &'a Volume,
+    tryboot: bool,
+    config: &'static str,
+    settings: Vec<Setting>,
+    /// The day of the firmware's program, where it is on the card.
+    date: Option<String>,
+    /// The program itself.
+    program: Option<&'a [u8]>,
+    /// What led here.
+    steps: Vec<Step>,
+}
+
+impl Boot<'_> {
+    fn value(&self, key: &str) -> Option<&str> {
+        config::last(&self.settings, key).map(|setting| setting.value.as_str())
+    }
+
+    /// A file of the operating system: `os_prefix` stands before the names of all of them (documentation of config.txt).
+    fn os_file(&self, name: &str) -> String {
+        format!("{}{name}", self.value("os_prefix").unwrap_or_default())
+    }
+
+    fn place(&self, key: &str) -> Place {
+        match config::last(&self.settings, key) {
+            Some(setting) => Place::line(self.volume.number, self.config, setting.line),
+            None => Place::file(self.volume.number, self.config),
+        }
+    }
+}
+
+/// What happens on each model that the card is for.
+pub fn check(card: &Card, facts: &Facts) -> Verdict {
+    let mut verdict = Verdict::default();
+    let mut systems = Systems::default();
+    for compatible in &card.device.compatible {
+        let Some((model, soc)) = facts.model(compatible) else {
+            let (chain, finding) = unknown(compatible);
+            verdict.chains.push(chain);
+            verdict.findings.extend(finding);
+            continue;
+        };
+        let mut run = Run { card, facts, model, soc, findings: Vec::new(), steps: Vec::new() };
+        start(&mut run, &mut systems);
+        let starts = run.findings.iter().all(|finding| finding.level != Level::Stops);
+        let (steps, title) = (run.steps, model.title.clone());
+        verdict.chains.push(Chain { model: compatible.clone(), title, steps, starts });
+        for mut finding in run.findings {
+            let same = verdict.findings.iter_mut().find(|known| {
+                (known.rule, &known.place, &known.message)
+                    == (finding.rule, &finding.place, &finding.message)
+            });
+            match same {
+                Some(known) => known.models.append(&mut finding.models),
+                None => verdict.findings.push(finding),
+            }
+        }
+    }
+    verdict.findings.sort_by_key(|finding| finding.level);
+    verdict
+}
+
+/// A model without facts: another maker's board is not modelled; a new one of this maker must get its facts.
+fn unknown(compatible: &str) -> (Chain, Option<Finding>) {
+    let ours = compatible.starts_with("raspberrypi,");
+    let what = "its firmware is not modelled, nothing is checked".to_owned();
+    let chain = Chain {
+        model: compatible.to_owned(),
+        title: compatible.to_owned(),
+        steps: vec![Step { who: "model", what }],
+        starts: !ours,
+    };
+    let finding = ours.then(|| Finding {
+        rule: "model-unknown",
+        level: Level::Stops,
+        place: Place::card(),
+        message: format!("nothing is known of the model {compatible}"),
+        help: "add it to bootmodel/facts/models.toml, with the source of each fact, or take it off `compatible` in board.toml".to_owned(),
+        models: vec![compatible.to_owned()],
+    });
+    (chain, finding)
+}
+
+/// Systems that were taken apart, by the checksum of what they consist of: slots hold the same bytes, and a kernel is
+/// unpacked and looked through once, not once for each model.
+#[derive(Default)]
+struct Systems(BTreeMap<Vec<u32>, Result<system::Parts, String>>);
+
+impl Systems {
+    fn take(
+        &mut self,
+        tree: Option<&[u8]>,
+        kernel: Option<&[u8]>,
+        initrd: Option<&[u8]>,
+        slot: &card::Slot,
+    ) -> &Result<system::Parts, String> {
+        let modules = slot.files.iter().filter(|(path, _)| path.contains("/modules."));
+        let parts = [tree, kernel, initrd].map(Option::unwrap_or_default);
+        let parts = parts.into_iter().chain(modules.map(|(_, bytes)| bytes.as_slice()));
+        let key = parts.map(crc32fast::hash).collect();
+        let read = || system::Parts::read(tree, kernel, initrd, slot);
+        self.0.entry(key).or_insert_with(read)
+    }
+}
+
+fn start(run: &mut Run<'_>, systems: &mut Systems) {
+    layout::check(run);
+    let boots = match run.soc.generation {
+        3 => rom::boots(run),
+        _ => eeprom::boots(run),
+    };
+    let volumes: Vec<&Volume> = boots.iter().map(|boot| boot.volume).collect();
+    let first = run.card.volumes.iter().min_by_key(|volume| volume.offset);
+    let first = first.filter(|volume| volumes.iter().all(|v| v.number != volume.number));
+    let read: Vec<&Volume> = first.into_iter().chain(volumes).collect();
+    table::check(run, &read);
+    for (index, boot) in boots.iter().enumerate() {
+        boot.steps.iter().for_each(|step| run.step(step.who, step.what.clone()));
+        settings::check(run, boot);
+        versions::check_boards(run, boot);
+        let kernel = boot.os_file(boot.value("kernel").unwrap_or(&run.soc.kernel));
+        let Some(program) = boot.volume.file(&kernel).filter(|bytes| !bytes.is_empty()) else {
+            run.stop(
+                "kernel-missing",
+                boot.place("kernel"),
+                format!("the firmware loads {kernel}, which is not there"),
+                format!("a boot file with the path {kernel}, or another `kernel=`"),
+            );
+            continue;
+        };
+        let Some(tree) = names::firmware_tree(run, boot) else { continue };
+        if uboot::is_uboot(program) {
+            run.step(
+                "firmware",
+                format!("starts U-Boot, {kernel} of partition {}", boot.volume.number),
+            );
+            uboot(run, boot, program, tree, systems);
+        } else {
+            let Some(slot) = run.card.slots.get(index.min(run.card.slots.len().saturating_sub(1)))
+            else {
+                continue;
+            };
+            let initrd = boot.os_file(boot.value("initramfs").unwrap_or_default());
+            let number = boot.volume.number;
+            run.step(
+                "firmware",
+                format!("starts the kernel {kernel} of partition {number} with {initrd}"),
+            );
+            let file = |name: &str| boot.volume.file(name);
+            let parts = systems.take(file(&tree), Some(program), file(&initrd), slot);
+            let cmdline = boot.os_file(boot.value("cmdline").unwrap_or("cmdline.txt"));
+            let words = boot.volume.file(&cmdline).unwrap_or_default();
+            let words =
+                String::from_utf8_lossy(words).lines().next().unwrap_or_default().to_owned();
+            let file = |name: &str| Place::file(number, name);
+            let places = [file(&kernel), file(&initrd), file(&tree), file(&cmdline)];
+            let system = System { parts, words, places, slot, script: None };
+            kernel_stages(run, Some(boot), &system);
+        }
+    }
+}
+
+/// U-Boot's stages, and those of each slot behind it.
+fn uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: String, systems: &mut Systems) {
+    versions::check_uboot(run, boot, program);
+    uboot::check(run, boot, program, &tree);
+    let Some(script) = uboot::script(run, boot) else { return };
+    let slots: Vec<_> = run.card.slots.iter().collect();
+    for slot in slots {
+        let Some(files) = names::slot_files(run, slot, &script, program) else { continue };
+        let file = |name: &str| slot.files.get(name.trim_start_matches('/')).map(Vec::as_slice);
+        let parts = systems.take(file(&files.tree), file(&files.kernel), file(&files.initrd), slot);
+        run.step(
+            "U-Boot",
+            format!(
+                "slot in partition {}: {}, {}, {}",
+                slot.number, files.kernel, files.initrd, files.tree
+            ),
+        );
+        let number = slot.number;
+        let file = |name: &str| Place::file(number, name);
+        let script_place = Place::file(boot.volume.number, "boot.scr");
+        let places = [file(&files.kernel), file(&files.initrd), file(&files.tree), script_place];
+        let system =
+            System { parts, words: script.words.clone(), places, slot, script: Some(&script) };
+        memory::check(run, boot, program, &system);
+        kernel_stages(run, None, &system);
+    }
+}
+
+/// Stages 9 to 12, which are the same however the kernel came into memory.
+fn kernel_stages(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<'_>) {
+    let parts = match system.parts {
+        Ok(parts) => parts,
+        Err(message) => {
+            run.stop(
+                "system-unreadable",
+                system.places[0].clone(),
+                message.clone(),
+                "build the image anew".to_owned(),
+            );
+            return;
+        }
+    };
+    versions::check_kernel(run, system, parts);
+    supply::check(run, system, parts);
+    restart::check(run, boot, system, parts);
+    watchdog::check(run, boot, system, parts);
+    console::check(run, system, parts);
+    names::wifi(run, system.slot);
+    run.step("kernel", format!("Linux {} runs /init", parts.version));
+}
+
+/// Whether `needle` stands in `haystack`.
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    let (first, rest) = needle.split_first()?;
+    let mut from = 0;
+    loop {
+        let at = from + haystack.get(from..)?.iter().position(|byte| byte == first)?;
+        if haystack.get(at + 1..)?.starts_with(rest) {
+            return Some(at);
+        }
+        from = at + 1;
+    }
+}

@@ -1,0 +1,142 @@
+//! Stage 5, device trees by model: the firmware's names and U-Boot's.
+//!
+//! Sources: strings of start.elf and start4.elf (`bcm%d-rpi-%s.dtb`); `upstream_kernel` in the documentation of
+//! config.txt; U-Boot: the table `rpi_models` in board/raspberrypi/rpi/rpi.c, whose names stand in the binary.
+
+use super::card::Slot;
+use super::uboot::Script;
+use super::{Boot, Place, Run};
+
+/// The tree that the firmware takes, of all that this model may ask for; all must be there.
+pub(super) fn firmware_tree(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<String> {
+    let number = boot.volume.number;
+    let upstream =
+        boot.value("upstream_kernel") == Some("1") && !run.model.upstream_dtbs.is_empty();
+    let names = if upstream { &run.model.upstream_dtbs } else { &run.model.firmware_dtbs };
+    let names = match boot.value("device_tree") {
+        Some(name) => vec![name.to_owned()],
+        None => names.clone(),
+    };
+    let mut found = None;
+    for name in names {
+        let path = boot.os_file(&name);
+        if boot.volume.file(&path).is_some_and(|bytes| !bytes.is_empty()) {
+            found = found.or(Some(path));
+            continue;
+        }
+        let near: Vec<&String> =
+            boot.volume.files.keys().filter(|file| file.ends_with(".dtb")).collect();
+        run.stop(
+            "tree-missing",
+            Place::partition(number),
+            format!(
+                "the firmware asks for {path} on this model, which is not there; there are {}",
+                if near.is_empty() { "none".to_owned() } else { format!("{near:?}") }
+            ),
+            format!("`kernel.device-trees` in board.toml must match {name}, or a boot file must have that path"),
+        );
+    }
+    if let Some(path) = &found {
+        run.step("firmware", format!("device tree {path} of partition {number}"));
+    }
+    found
+}
+
+/// Which files of a slot a start takes.
+pub(super) struct SlotFiles {
+    pub(super) kernel: String,
+    pub(super) initrd: String,
+    pub(super) tree: String,
+}
+
+/// The names that U-Boot gives `${fdtfile}`, as they stand in its table.
+fn table(program: &[u8]) -> Vec<String> {
+    let texts = program.split(|byte| *byte == 0);
+    let texts = texts.filter(|text| text.ends_with(b".dtb") && text.len() < 64 && text.is_ascii());
+    texts.map(|text| String::from_utf8_lossy(text).into_owned()).collect()
+}
+
+/// What U-Boot's table may call this model: the kernel's names without their end, which it lacks for some
+/// (`bcm2837-rpi-zero-2.dtb` for `…-zero-2-w.dtb`, `bcm2711-rpi-cm4.dtb` for `…-cm4-io.dtb`).
+fn of_model(run: &Run<'_>, table: &[String]) -> Option<String> {
+    let names = run.model.upstream_dtbs.iter().chain(&run.model.firmware_dtbs);
+    let stems: Vec<&str> = names.map(|name| name.trim_end_matches(".dtb")).collect();
+    let file = |entry: &String| {
+        entry.rsplit('/').next().unwrap_or_default().trim_end_matches(".dtb").to_owned()
+    };
+    let exact = table.iter().find(|entry| stems.contains(&file(entry).as_str()));
+    let longest = || {
+        let shorter = table.iter().filter(|entry| {
+            let file = file(entry);
+            stems
+                .iter()
+                .any(|stem| stem.strip_prefix(&file).is_some_and(|rest| rest.starts_with('-')))
+        });
+        shorter.max_by_key(|entry| entry.len())
+    };
+    exact.or_else(longest).cloned()
+}
+
+/// The files that the script loads from a slot on this model; all must be there.
+pub(super) fn slot_files(
+    run: &mut Run<'_>,
+    slot: &Slot,
+    script: &Script,
+    program: &[u8],
+) -> Option<SlotFiles> {
+    let table = table(program);
+    let Some(fdtfile) = of_model(run, &table) else {
+        run.stop(
+            "uboot-model",
+            Place::card(),
+            format!(
+                "this U-Boot has no name for the {}: it starts as an unknown board",
+                run.model.title
+            ),
+            "a newer U-Boot, or take the model off `compatible` in board.toml".to_owned(),
+        );
+        return None;
+    };
+    let path = |wanted: &str| {
+        let load = script.loads.iter().find(|load| load.path.contains(wanted));
+        load.map(|load| load.path.replace("${fdtfile}", &fdtfile))
+    };
+    let mut missing = false;
+    let mut take = |what: &str, path: Option<String>| {
+        let path = path.unwrap_or_default();
+        let name = path.trim_start_matches('/');
+        if slot.files.get(name).is_none_or(Vec::is_empty) {
+            missing = true;
+            run.stop(
+                "slot-file",
+                Place::partition(slot.number),
+                match path.as_str() {
+                    "" => format!("boot.scr loads no {what}"),
+                    _ => format!("U-Boot loads {path} as the {what} of this model, which is not there"),
+                },
+                match what {
+                    "device tree" => "`kernel.device-trees` in board.toml must match it; U-Boot's name may differ from the kernel's".to_owned(),
+                    _ => "build the image anew".to_owned(),
+                },
+            );
+        }
+        path
+    };
+    let kernel = take("kernel", path("vmlinuz"));
+    let initrd = take("initrd", path("initrd"));
+    let tree = take("device tree", path("dtbs/"));
+    (!missing).then_some(SlotFiles { kernel, initrd, tree })
+}
+
+/// The settings of Wi-Fi that the kernel asks for on this model (brcmfmac's firmware.c: `<chip>-sdio.<compatible>.txt`).
+pub(super) fn wifi(run: &mut Run<'_>, slot: &Slot) {
+    let wanted = format!("-sdio.{}.txt", run.model.wifi);
+    if !slot.files.keys().any(|name| name.contains("/firmware/brcm/") && name.contains(&wanted)) {
+        run.degrade(
+            "wifi-settings",
+            Place::partition(slot.number),
+            format!("usr/lib/firmware/brcm has no brcmfmac…{wanted}: this model has no Wi-Fi"),
+            "the package firmware-brcm80211, and a prune rule that keeps the file".to_owned(),
+        );
+    }
+}

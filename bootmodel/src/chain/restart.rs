@@ -1,0 +1,71 @@
+//! Stage 10, a restart after a panic: who resets the board when the kernel stops before any module is loaded.
+//!
+//! Sources: the Raspberry Pi has no PSCI; its restart handler is in drivers/watchdog/bcm2835_wdt.c. Where that is a
+//! module, "Rebooting in 10 seconds.." is followed by "Reboot failed -- System halted" (seen with Debian's 6.1.192 in
+//! QEMU's raspi3b and raspi4b). A watchdog that already runs ends that.
+
+use super::settings::knows;
+use super::system::{Parts, System};
+use super::{Boot, Run};
+
+/// Starts the watchdog with a password in the upper byte of both registers (bcm2835_wdt.c: PM_PASSWORD, and
+/// PM_RSTC_WRCFG_FULL_RESET).
+const PASSWORD: u64 = 0x5a00_0000;
+const FULL_RESET: u64 = 0x20;
+
+pub(super) fn check(
+    run: &mut Run<'_>,
+    boot: Option<&Boot<'_>>,
+    system: &System<'_>,
+    parts: &Parts,
+) {
+    let psci = parts.tree.nodes.iter().any(|node| {
+        parts.tree.enabled(node)
+            && node.compatible().iter().any(|name| name.starts_with("arm,psci"))
+    });
+    let watchdog = run.soc.watchdog.clone();
+    let built_in = parts.built_in_modules.contains(&watchdog);
+    if psci || built_in {
+        let who = if psci { "PSCI".to_owned() } else { format!("{watchdog}, built in") };
+        run.step("kernel", format!("a panic restarts at any time: {who}"));
+        return;
+    }
+    let [time, start] = run.soc.watchdog_start;
+    let started = match (system.script, boot) {
+        (Some(script), _) => {
+            let writes = |at: u64, mark: u64| {
+                script.writes.iter().any(|(to, value)| {
+                    *to == at && value & 0xff00_0000 == PASSWORD && value & mark == mark
+                })
+            };
+            writes(time.0, 0) && writes(start.0, FULL_RESET)
+        }
+        (None, Some(boot)) if boot.tryboot => {
+            // On a Raspberry Pi 5 the EEPROM reads it, on older ones the program of the card.
+            let key = "kernel_watchdog_timeout";
+            boot.value(key).is_some() && boot.program.is_none_or(|program| knows(program, key))
+        }
+        (None, Some(_)) => true,
+        (None, None) => false,
+    };
+    if started {
+        run.step(
+            "kernel",
+            format!("a panic before {watchdog} is loaded: the watchdog, started before the kernel"),
+        );
+        return;
+    }
+    let (place, help) = match system.script {
+        Some(_) => (
+            system.places[3].clone(),
+            format!("start the watchdog in boot.scr on a trial: mw.l {:#x} 0x5a0fffff; mw.l {:#x} 0x5a000020", time.0, start.0),
+        ),
+        None => (system.places[0].clone(), "kernel_watchdog_timeout below [tryboot] in config.txt, or a kernel that has the driver built in".to_owned()),
+    };
+    run.stop(
+        "panic-halts",
+        place,
+        format!("a panic before {watchdog} is loaded halts the board: the kernel has no other way to restart, and nothing has started the watchdog; a trial that fails so never comes back"),
+        help,
+    );
+}

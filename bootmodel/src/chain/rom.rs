@@ -1,0 +1,191 @@
+//! Stage 2, the boot ROM and `bootcode.bin` of the Raspberry Pi 3.
+//!
+//! Sources: strings of `bootcode.bin` of 26 August 2022 (`gpu_mem`, `gpu_mem_256/512/1024`, `start_x`,
+//! `start_debug`, `start_file`, `fixup_file`, `start_cd.elf`, `fixup_cd.dat`): it chooses the firmware itself, before
+//! any section of config.txt counts. raspberrypi/firmware#984, raspberrypi/linux#503, raspberrypi/documentation, pull
+//! requests 3233 and 4194; boot ROM: raspberrypi/firmware#1738.
+
+use super::config::{self, Filters, Setting};
+use super::{Boot, Place, Run, find};
+
+/// The day in `VC_BUILD_ID_TIME: Aug 26 2022`, as 2022-08-26.
+pub(super) fn build_day(program: &[u8]) -> Option<String> {
+    const MONTHS: &str = "JanFebMarAprMayJunJulAugSepOctNovDec";
+    let mark = b"VC_BUILD_ID_TIME: ";
+    let mut from = 0;
+    while let Some(at) = find(program.get(from..)?, mark) {
+        from += at + mark.len();
+        let text = program.get(from..from + 11)?;
+        let text = std::str::from_utf8(text).unwrap_or_default();
+        // The same key has the time of day, too.
+        let mut words = text.split_whitespace();
+        let month = words.next().and_then(|month| MONTHS.find(month)).map(|at| at / 3 + 1);
+        let day = words.next().and_then(|day| day.parse::<u32>().ok());
+        let year = words.next().and_then(|year| year.parse::<u32>().ok());
+        if let (Some(month), Some(day), Some(year)) = (month, day, year) {
+            return Some(format!("{year:04}-{month:02}-{day:02}"));
+        }
+    }
+    None
+}
+
+/// What the firmware is called with these settings: the program and the memory's settings, and the line that asks.
+fn firmware_files(run: &Run<'_>, settings: &[Setting]) -> ([String; 2], Option<usize>) {
+    let [program, fixup] = run.soc.second_stage.as_slice() else { return Default::default() };
+    let rules = &run.facts.releases.first_stage;
+    let with = |mark: &str| {
+        let name = |file: &str| {
+            let (stem, end) = file.rsplit_once('.').unwrap_or((file, ""));
+            // start.elf and start_cd.elf, but start4.elf and start4cd.elf.
+            let gap = if stem.ends_with(|c: char| c.is_ascii_digit()) { "" } else { "_" };
+            format!("{stem}{gap}{mark}.{end}")
+        };
+        [name(program), name(fixup)]
+    };
+    let named = |key: &str| config::last(settings, key);
+    if let (Some(start), Some(fix)) = (named("start_file"), named("fixup_file")) {
+        return ([start.value.clone(), fix.value.clone()], Some(start.line));
+    }
+    let on = |key: &str| named(key).filter(|setting| setting.value == "1");
+    if let Some(setting) = on("start_debug") {
+        return (with("db"), Some(setting.line));
+    }
+    if let Some(setting) = on("start_x") {
+        return (with("x"), Some(setting.line));
+    }
+    // The key for this very size of memory counts before the one for all.
+    let largest = run.model.ram.iter().map(|ram| ram.0 >> 20).max().unwrap_or(0).min(1024);
+    let exact = rules.memory_keys.iter().filter(|key| key.ends_with(&format!("_{largest}")));
+    let setting = exact.chain(&rules.memory_keys[..1]).find_map(|key| named(key));
+    let low =
+        |setting: &&Setting| setting.value.parse().is_ok_and(|mib: u64| mib < rules.below_cut_down);
+    match setting.filter(low) {
+        Some(setting) => (with("cd"), Some(setting.line)),
+        None => ([program.clone(), fixup.clone()], None),
+    }
+}
+
+/// The firmware's two files of a partition, their day, and what is wrong with them. `sections` is whether whoever
+/// chooses them reads sections of config.txt.
+pub(super) fn second_stage<'a>(
+    run: &mut Run<'a>,
+    volume: &'a super::card::Volume,
+    config: &'static str,
+    settings: &[Setting],
+) -> Option<(&'a [u8], Option<String>)> {
+    let ([program, fixup], line) = firmware_files(run, settings);
+    let place = match line {
+        Some(line) => Place::line(volume.number, config, line),
+        None => Place::partition(volume.number),
+    };
+    let missing: Vec<&str> = [&program, &fixup]
+        .into_iter()
+        .filter(|name| volume.file(name).is_none_or(<[u8]>::is_empty))
+        .map(String::as_str)
+        .collect();
+    if !missing.is_empty() {
+        let why = match line {
+            Some(_) => "this line makes it load",
+            None => "the firmware loads",
+        };
+        let message =
+            format!("{why} {program} and {fixup}; {} is not there", missing.join(" and "));
+        let help = match line {
+            Some(_) => "delete the line, or add the files to `firmware` in board.toml",
+            None => "add the files to `firmware` in board.toml",
+        };
+        run.stop("firmware-file", place, message, help.to_owned());
+        return None;
+    }
+    let bytes = volume.file(&program).unwrap_or_default();
+    let day = build_day(bytes);
+    let shown = day.clone().unwrap_or_else(|| "of unknown date".to_owned());
+    run.step("firmware", format!("{program} ({shown}) and {fixup} of partition {}", volume.number));
+    if day.is_none() {
+        run.stop(
+            "firmware-date",
+            Place::file(volume.number, &program),
+            "it has no build date, so it is no firmware of the Raspberry Pi".to_owned(),
+            "take the file of the package raspi-firmware".to_owned(),
+        );
+    }
+    let wrong = volume.file(&fixup).is_some_and(|bytes| !is_fixup(bytes));
+    if wrong {
+        run.stop(
+            "firmware-fixup",
+            Place::file(volume.number, &fixup),
+            format!("it does not begin as {fixup} does; {program} gets no memory without its own"),
+            "take both files of one package".to_owned(),
+        );
+    }
+    Some((bytes, day))
+}
+
+/// All of them begin alike (checked in raspi-firmware 1.20220830). They name no date, and their form is not published:
+/// whether one belongs to its program cannot be seen.
+fn is_fixup(bytes: &[u8]) -> bool {
+    bytes.starts_with(&[0x0f, 0x13])
+}
+
+/// What the ROM starts: the first partition, if it is a FAT with `bootcode.bin` in its root.
+pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
+    let first = run.soc.first_stage.clone().unwrap_or_default();
+    let Some(volume) = run.card.volumes.iter().min_by_key(|volume| volume.offset) else {
+        run.stop(
+            "no-fat",
+            Place::card(),
+            "the boot ROM finds no FAT volume".to_owned(),
+            "a partition of the role `boot` in board.toml".to_owned(),
+        );
+        return Vec::new();
+    };
+    let number = volume.number;
+    if volume.file(&first).is_none_or(<[u8]>::is_empty) {
+        run.stop(
+            "rom-file",
+            Place::partition(number),
+            format!("the boot ROM loads {first} from its root, which is not there"),
+            format!("add {first} to `firmware` in board.toml"),
+        );
+        return Vec::new();
+    }
+    run.step("boot ROM", format!("{first} of partition {number} (FAT{})", volume.width()));
+    let text = volume.file("config.txt").unwrap_or_default();
+    // No section counts here.
+    let all = config::settings(text, Filters { models: None, tryboot: None, sections: false });
+    // What else is wrong is said, too.
+    let second = second_stage(run, volume, "config.txt", &all);
+    let (program, date) = second.map_or((None, None), |(program, date)| (Some(program), date));
+    let loader = build_day(volume.file(&first).unwrap_or_default());
+    if let (Some(loader), Some(date)) = (&loader, &date)
+        && loader != date
+    {
+        run.stop(
+            "firmware-date",
+            Place::file(number, &first),
+            format!("it is of {loader}, start.elf of {date}: they are not of one release"),
+            "take all firmware files of one package".to_owned(),
+        );
+    }
+    let filters =
+        Filters { models: Some(&run.model.filters), tryboot: Some(false), sections: true };
+    let settings = config::settings(text, filters);
+    let steps = std::mem::take(&mut run.steps);
+    vec![Boot { volume, tryboot: false, config: "config.txt", settings, date, program, steps }]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_day_is_read_past_the_time() {
+        let program = b"xx\0VC_BUILD_ID_TIME: 14:04:36\0VC_BUILD_ID_TIME: Aug 26 2022\0";
+        assert_eq!(build_day(program).as_deref(), Some("2022-08-26"));
+        assert_eq!(
+            build_day(b"VC_BUILD_ID_TIME: 14:04:36\0VC_BUILD_ID_TIME: May  4 2024\0").as_deref(),
+            Some("2024-05-04")
+        );
+        assert_eq!(build_day(b"none"), None);
+    }
+}

@@ -1,0 +1,182 @@
+//! Stage 9, the storage's suppliers: every driver that the card's controller waits for must be built in or in the
+//! initrd, else it waits for ever (`-EPROBE_DEFER`).
+//!
+//! Sources: drivers/of/property.c (`of_supplier_bindings`: which properties name suppliers); the same failure:
+//! nerves-project/nerves_system_rpi4, pull request 31.
+
+use std::collections::BTreeSet;
+
+use super::Run;
+use super::fdt::{Node, Tree};
+use super::system::{Parts, System};
+
+/// Properties whose every number may be a supplier's, with the property of the supplier that says how many numbers
+/// follow its own; none where nothing follows.
+const SUPPLIERS: [(&str, Option<&str>); 12] = [
+    ("clocks", Some("#clock-cells")),
+    ("gpios", Some("#gpio-cells")),
+    ("gpio", Some("#gpio-cells")),
+    ("resets", Some("#reset-cells")),
+    ("power-domains", Some("#power-domain-cells")),
+    ("interrupts-extended", Some("#interrupt-cells")),
+    ("dmas", Some("#dma-cells")),
+    ("mboxes", Some("#mbox-cells")),
+    ("phys", Some("#phy-cells")),
+    ("iommus", Some("#iommu-cells")),
+    ("mmc-pwrseq", None),
+    ("interrupt-parent", None),
+];
+
+/// Nodes that a node names, with the property.
+fn named<'t>(tree: &'t Tree, node: &Node) -> Vec<(String, &'t Node)> {
+    let mut found = Vec::new();
+    for (name, _) in &node.properties {
+        let bare = name.rsplit('-').next().unwrap_or_default();
+        let cells = match SUPPLIERS.iter().find(|(known, _)| known == name) {
+            Some((_, cells)) => *cells,
+            None if name.ends_with("-supply") => None,
+            None if name.starts_with("pinctrl-") && bare.bytes().all(|b| b.is_ascii_digit()) => {
+                None
+            }
+            // cd-gpios, enable-gpio and all of that kind.
+            None if bare == "gpios" || bare == "gpio" => Some("#gpio-cells"),
+            None => continue,
+        };
+        let numbers = node.numbers(name);
+        let mut at = 0;
+        while let Some(supplier) = numbers.get(at).and_then(|number| tree.phandle(*number)) {
+            found.push((name.clone(), supplier));
+            let more = cells.and_then(|cells| supplier.number(cells)).unwrap_or(0);
+            at += 1 + more as usize;
+        }
+    }
+    found
+}
+
+/// The node that a driver binds to: itself, or the first above that has a `compatible` (a pin group, a regulator below
+/// its chip).
+fn device<'t>(tree: &'t Tree, node: &'t Node) -> Option<&'t Node> {
+    let mut node = Some(node);
+    while let Some(current) = node {
+        if current.property("compatible").is_some() && current.path != "/" {
+            return Some(current);
+        }
+        node = tree.parent(current);
+    }
+    None
+}
+
+/// Whether a node waits for a device, itself or through others.
+fn waits_for(tree: &Tree, from: &Node, device_path: &str) -> bool {
+    let mut seen = BTreeSet::new();
+    let mut left = vec![from];
+    while let Some(node) = left.pop() {
+        let bound = device(tree, node);
+        if bound.is_some_and(|bound| bound.path == device_path) {
+            return true;
+        }
+        for node in [Some(node), bound].into_iter().flatten() {
+            if seen.insert(node.path.clone()) {
+                left.extend(named(tree, node).into_iter().map(|(_, supplier)| supplier));
+            }
+        }
+    }
+    false
+}
+
+/// The suppliers that a device waits for: not those that are switched off, and none that waits for the device in turn,
+/// which the kernel tells and lets go (`of_get_compat_node`, and cycles in drivers/base/core.c): a Raspberry Pi's clocks
+/// name the screens' ports, which name the clocks.
+fn suppliers<'t>(tree: &'t Tree, node: &'t Node) -> Vec<(String, &'t Node)> {
+    let own = device(tree, node).map_or_else(String::new, |bound| bound.path.clone());
+    let all = named(tree, node).into_iter();
+    all.filter(|(_, supplier)| {
+        let on = device(tree, supplier).is_some_and(|bound| tree.enabled(bound));
+        on && !waits_for(tree, supplier, &own)
+    })
+    .collect()
+}
+
+enum Driver {
+    BuiltIn,
+    Initrd,
+    Module(String),
+    None,
+}
+
+fn driver(parts: &Parts, node: &Node) -> Driver {
+    let names = node.compatible();
+    if names.iter().any(|name| parts.built_in.contains(name)) {
+        return Driver::BuiltIn;
+    }
+    if names.iter().any(|name| parts.loaded.values().any(|of| of.contains(name))) {
+        return Driver::Initrd;
+    }
+    match names.iter().find_map(|name| parts.modules.get(name)) {
+        Some(module) => Driver::Module(module.clone()),
+        None => Driver::None,
+    }
+}
+
+pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
+    let tree = &parts.tree;
+    let storage =
+        |node: &&Node| node.compatible().iter().any(|name| run.soc.storage.contains(name));
+    let Some(card) = tree.nodes.iter().find(|node| storage(node) && tree.enabled(node)) else {
+        run.stop(
+            "storage-node",
+            system.places[2].clone(),
+            format!(
+                "the device tree has no enabled controller for the card ({})",
+                run.soc.storage.join(", ")
+            ),
+            "the device tree of this very model".to_owned(),
+        );
+        return;
+    };
+    let mut seen = BTreeSet::new();
+    // Node, and why it is needed.
+    let mut left = vec![(card, "has the card".to_owned())];
+    let mut missing = Vec::new();
+    let mut supplied = 0;
+    while let Some((node, why)) = left.pop() {
+        let Some(bound) = device(tree, node) else { continue };
+        if seen.insert(node.path.clone()) {
+            for (property, supplier) in suppliers(tree, node) {
+                left.push((supplier, format!("is {property} of {}", node.path)));
+            }
+        }
+        if !seen.insert(format!("driver of {}", bound.path)) {
+            continue;
+        }
+        supplied += 1;
+        for (property, supplier) in suppliers(tree, bound) {
+            left.push((supplier, format!("is {property} of {}", bound.path)));
+        }
+        // A bus is above its devices.
+        if let Some(parent) = tree.parent(bound).and_then(|parent| device(tree, parent)) {
+            left.push((parent, format!("is the bus of {}", bound.path)));
+        }
+        match driver(parts, bound) {
+            Driver::BuiltIn | Driver::Initrd => {}
+            Driver::Module(module) => missing.push((bound, why, Some(module))),
+            Driver::None => missing.push((bound, why, None)),
+        }
+    }
+    let storage_path = card.path.clone();
+    for (node, why, module) in missing {
+        let names = node.compatible().join(", ");
+        let (message, help) = match module {
+            Some(module) => (
+                format!("{} ({names}) {why}; its driver {module} is a module and not in the initrd", node.path),
+                format!("add \"{module}\" to `kernel.initrd-modules` in board.toml"),
+            ),
+            None => (
+                format!("{} ({names}) {why}; no driver for it is in this kernel, the initrd or the kept modules", node.path),
+                "keep its module (`kernel.modules-keep` and `kernel.initrd-modules` in board.toml), or take a kernel that has one".to_owned(),
+            ),
+        };
+        run.stop("initrd-supplier", system.places[1].clone(), message, help);
+    }
+    run.step("kernel", format!("card at {storage_path}, {supplied} drivers in all"));
+}

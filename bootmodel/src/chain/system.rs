@@ -1,0 +1,221 @@
+//! What a boot loader hands over to Linux, taken apart: the device tree, the kernel, the initrd, and what of the
+//! kernel is built in.
+//!
+//! Sources: the header of an arm64 `Image` (Linux, Documentation/arch/arm64/booting.rst); `struct of_device_id`
+//! (include/linux/mod_devicetable.h: 32 bytes of name, 32 of type, 128 of compatible); initrds (cpio newc).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+
+use super::card::Slot;
+use super::fdt::Tree;
+use super::uboot::Script;
+use super::{Place, find};
+
+/// The largest kernel or initrd that is unpacked.
+const LARGEST: u64 = 512 << 20;
+/// Zeros before the `compatible` of a match that has neither name nor type.
+const BEFORE: usize = 64;
+/// Bytes of `compatible` in a match.
+const COMPATIBLE: usize = 128;
+
+/// A kernel with all that belongs to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parts {
+    /// The device tree that it is given.
+    pub tree: Tree,
+    /// Its version, as it says itself.
+    pub version: String,
+    /// Bytes of its file.
+    pub packed: u64,
+    /// Whether the file is packed.
+    pub is_packed: bool,
+    /// Bytes of the unpacked image.
+    pub unpacked: u64,
+    /// Bytes that it takes in memory, with what is not in the file.
+    pub in_memory: u64,
+    /// How far behind a 2 MiB boundary it wants to lie.
+    pub text_offset: u64,
+    /// Bytes of the initrd's file.
+    pub initrd_size: u64,
+    /// Bytes of the tree's file.
+    pub tree_size: u64,
+    /// `compatible` strings that a built-in driver matches.
+    pub built_in: BTreeSet<String>,
+    /// Modules that are built in.
+    pub built_in_modules: BTreeSet<String>,
+    /// Files of the initrd.
+    pub initrd: BTreeMap<String, Vec<u8>>,
+    /// Modules that the initrd loads, with the `compatible` strings of each.
+    pub loaded: BTreeMap<String, BTreeSet<String>>,
+    /// Which modules of the slot match a `compatible` string.
+    pub modules: BTreeMap<String, String>,
+}
+
+/// A kernel on its way to `/init`.
+pub struct System<'a> {
+    /// What it consists of, or why it cannot be read.
+    pub parts: &'a Result<Parts, String>,
+    /// Its command line.
+    pub words: String,
+    /// Where kernel, initrd, tree and command line come from.
+    pub places: [Place; 4],
+    /// The slot.
+    pub slot: &'a Slot,
+    /// The script that starts it, with U-Boot.
+    pub script: Option<&'a Script>,
+}
+
+/// The name of a module in a path: `kernel/drivers/mmc/host/sdhci-iproc.ko.xz` is `sdhci_iproc`.
+pub fn module_name(path: &str) -> String {
+    let file = path.trim().rsplit('/').next().unwrap_or_default();
+    file.split(".ko").next().unwrap_or_default().replace('-', "_")
+}
+
+/// Unpacks gzip and zstd, which kernels and initrds come in; anything else is as it is.
+///
+/// # Errors
+/// When it is damaged.
+pub fn unpack(bytes: &[u8]) -> Result<Vec<u8>, String> {
+    let mut out = Vec::new();
+    let read = match bytes {
+        [0x1f, 0x8b, ..] => {
+            flate2::read::MultiGzDecoder::new(bytes).take(LARGEST).read_to_end(&mut out)
+        }
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => zstd::Decoder::new(bytes)
+            .and_then(|decoder| decoder.take(LARGEST).read_to_end(&mut out)),
+        _ => return Ok(bytes.to_vec()),
+    };
+    read.map(|_| out).map_err(|error| format!("it does not unpack: {error}"))
+}
+
+impl Parts {
+    /// Takes a system apart.
+    ///
+    /// # Errors
+    /// Which file is missing or damaged.
+    pub fn read(
+        tree: Option<&[u8]>,
+        kernel: Option<&[u8]>,
+        initrd: Option<&[u8]>,
+        slot: &Slot,
+    ) -> Result<Self, String> {
+        let tree = tree.ok_or("the device tree is not there")?;
+        let kernel = kernel.ok_or("the kernel is not there")?;
+        let initrd = initrd.ok_or("the initrd is not there")?;
+        let image = unpack(kernel).map_err(|error| format!("the kernel: {error}"))?;
+        let u64_at = |at: usize| {
+            let eight = image.get(at..at + 8).and_then(|eight| eight.try_into().ok());
+            u64::from_le_bytes(eight.unwrap_or_default())
+        };
+        // "ARM\x64" at 56.
+        if image.get(56..60) != Some(b"ARM\x64") {
+            return Err("the kernel is no arm64 Image".to_owned());
+        }
+        let files = archive(&unpack(initrd).map_err(|error| format!("the initrd: {error}"))?)?;
+        let text = |name: &str| {
+            let found = slot.files.iter().filter(|(path, _)| path.ends_with(&format!("/{name}")));
+            found.map(|(_, bytes)| String::from_utf8_lossy(bytes).into_owned()).collect::<String>()
+        };
+        let aliases: Vec<(String, String)> =
+            text("modules.alias").lines().filter_map(alias).collect();
+        let mut built_in = matches(&image);
+        for part in text("modules.builtin.modinfo").split('\0') {
+            let alias = part.split_once(".alias=").map(|(_, alias)| alias);
+            built_in.extend(alias.and_then(of_alias));
+        }
+        let mut loaded = BTreeMap::new();
+        let list = files.get("etc/modules").map(|list| String::from_utf8_lossy(list).into_owned());
+        for path in list.unwrap_or_default().lines() {
+            let name = module_name(path);
+            let mut of: BTreeSet<String> = aliases
+                .iter()
+                .filter(|(_, module)| *module == name)
+                .map(|(c, _)| c.clone())
+                .collect();
+            // What the module says itself, unless it is packed.
+            let bytes = files.get(path.trim_start_matches('/')).map_or(&[][..], Vec::as_slice);
+            for part in bytes.split(|byte| *byte == 0).filter(|part| part.starts_with(b"alias=of:"))
+            {
+                of.extend(of_alias(&String::from_utf8_lossy(&part[6..])));
+            }
+            if !bytes.is_empty() {
+                loaded.insert(name, of);
+            }
+        }
+        let declared = u64_at(16);
+        Ok(Self {
+            tree: Tree::read(tree).map_err(|error| format!("the device tree: {error}"))?,
+            version: version(&image),
+            packed: kernel.len() as u64,
+            is_packed: image.len() != kernel.len(),
+            unpacked: image.len() as u64,
+            in_memory: declared.max(image.len() as u64),
+            text_offset: u64_at(8),
+            initrd_size: initrd.len() as u64,
+            tree_size: tree.len() as u64,
+            built_in,
+            built_in_modules: text("modules.builtin").lines().map(module_name).collect(),
+            initrd: files,
+            loaded,
+            modules: aliases.into_iter().collect(),
+        })
+    }
+}
+
+/// `alias of:N*T*Cbrcm,bcm2711-emmc2 sdhci_iproc`.
+fn alias(line: &str) -> Option<(String, String)> {
+    let mut words = line.strip_prefix("alias ")?.split(' ');
+    Some((of_alias(words.next()?)?, words.next()?.to_owned()))
+}
+
+/// The `compatible` of `of:N*T*Cbrcm,bcm2711-emmc2`, with or without `C*` behind it.
+fn of_alias(alias: &str) -> Option<String> {
+    let rest = alias.strip_prefix("of:N*T*C")?;
+    Some(rest.strip_suffix("C*").unwrap_or(rest).to_owned()).filter(|name| !name.is_empty())
+}
+
+/// Every `compatible` of a table of matches: behind zeros, and filled up with zeros.
+fn matches(image: &[u8]) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let (mut at, mut zeros) = (0, 0);
+    while let Some(byte) = image.get(at) {
+        if *byte == 0 {
+            (at, zeros) = (at + 1, zeros + 1);
+            continue;
+        }
+        let field = image.get(at..at + COMPATIBLE).filter(|_| zeros >= BEFORE).unwrap_or_default();
+        let end = field.iter().position(|byte| *byte == 0).unwrap_or(0);
+        let (text, rest) = field.split_at(end);
+        let good = text.iter().all(|byte| byte.is_ascii_alphanumeric() || b",.-_+".contains(byte));
+        if end > 2 && good && rest.iter().all(|byte| *byte == 0) {
+            found.insert(String::from_utf8_lossy(text).into_owned());
+        }
+        (at, zeros) = (at + 1, 0);
+    }
+    found
+}
+
+fn version(image: &[u8]) -> String {
+    let from = find(image, b"Linux version ").map_or(image.len(), |at| at + 14);
+    let rest = image.get(from..).unwrap_or_default();
+    let end = rest.iter().position(|byte| *byte <= b' ').unwrap_or(0);
+    String::from_utf8_lossy(&rest[..end]).into_owned()
+}
+
+fn archive(bytes: &[u8]) -> Result<BTreeMap<String, Vec<u8>>, String> {
+    let doing = |error: std::io::Error| format!("the initrd's archive: {error}");
+    let mut files = BTreeMap::new();
+    let mut rest = bytes;
+    loop {
+        let mut reader = cpio::newc::Reader::new(rest).map_err(doing)?;
+        if reader.entry().is_trailer() {
+            return Ok(files);
+        }
+        let name = reader.entry().name().trim_start_matches('/').to_owned();
+        let mut content = Vec::new();
+        reader.read_to_end(&mut content).map_err(doing)?;
+        files.insert(name, content);
+        rest = reader.finish().map_err(doing)?;
+    }
+}

@@ -1,0 +1,292 @@
+//! Stage 7, U-Boot: its environment, as compiled in or from `uboot.env`, and its script.
+//!
+//! Sources: env/common.c and env/fat.c of U-Boot (a file with a wrong checksum is passed over; a good one replaces
+//! the compiled-in environment); include/env_default.h; common/autoboot.c (a `bootdelay` of -2 asks for no key); the
+//! legacy image of a script (include/image.h); Opentrons/buildroot, pull requests 177 and 179, and
+//! home-assistant/operating-system for what characters on the UART do.
+
+use std::collections::BTreeMap;
+
+use super::fdt::Tree;
+use super::{Boot, Place, Run, facts, find};
+
+/// The environment's file, and its bytes: CONFIG_ENV_FAT_FILE and CONFIG_ENV_SIZE of every Raspberry Pi's U-Boot.
+const ENV_FILE: &str = "uboot.env";
+const ENV_SIZE: usize = 0x4000;
+const SCRIPT: &str = "boot.scr";
+
+/// Whether a program is U-Boot.
+pub(super) fn is_uboot(program: &[u8]) -> bool {
+    super::versions::uboot_version(program).is_some()
+}
+
+type Environment = BTreeMap<String, String>;
+
+fn variable(text: &[u8]) -> Option<(String, String)> {
+    let text = std::str::from_utf8(text).ok()?;
+    let (name, value) = text.split_once('=')?;
+    let good =
+        !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
+    good.then(|| (name.to_owned(), value.to_owned()))
+}
+
+/// The compiled-in environment: variables behind each other around `bootdelay=`.
+fn compiled_in(program: &[u8]) -> Option<Environment> {
+    let at = find(program, b"\0bootdelay=")? + 1;
+    let mut start = at;
+    while let Some(before) = start.checked_sub(1) {
+        let from = program[..before].iter().rposition(|byte| *byte == 0).map_or(0, |nul| nul + 1);
+        if variable(&program[from..before]).is_none() {
+            break;
+        }
+        start = from;
+    }
+    let texts = program[start..].split(|byte| *byte == 0);
+    Some(texts.map_while(variable).collect())
+}
+
+/// The variables of `uboot.env`.
+fn from_file(bytes: &[u8]) -> Result<Environment, String> {
+    if bytes.len() != ENV_SIZE {
+        return Err(format!("it has {} bytes, U-Boot reads {ENV_SIZE}", bytes.len()));
+    }
+    let (sum, data) = bytes.split_at(4);
+    if sum != crc32fast::hash(data).to_le_bytes() {
+        return Err("its checksum is wrong".to_owned());
+    }
+    Ok(data.split(|byte| *byte == 0).map_while(variable).collect())
+}
+
+/// Everything that a command may run: itself, what it runs and what its variables hold.
+fn reach(environment: &Environment, command: &str) -> String {
+    let mut all = command.to_owned();
+    let mut seen = vec![command.to_owned()];
+    let mut left = vec![command.to_owned()];
+    while let Some(text) = left.pop() {
+        let words: Vec<&str> = text.split(|c: char| c.is_whitespace() || c == ';').collect();
+        let runs = words.windows(2).filter(|pair| pair[0] == "run").map(|pair| pair[1]);
+        let uses = text.split("${").skip(1).filter_map(|rest| rest.split('}').next());
+        for name in runs.chain(uses) {
+            let Some(value) = environment.get(name).filter(|value| !seen.contains(*value)) else {
+                continue;
+            };
+            seen.push(value.clone());
+            left.push(value.clone());
+            all.push_str(" ; ");
+            all.push_str(value);
+        }
+    }
+    all
+}
+
+/// A file that the script loads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Load {
+    /// Where to.
+    pub address: u64,
+    /// Which.
+    pub path: String,
+}
+
+/// What of the script takes part in a start.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Script {
+    /// Where it lies: the partition's number.
+    pub partition: u32,
+    /// Files.
+    pub loads: Vec<Load>,
+    /// Where a packed kernel is unpacked to.
+    pub unpacked_at: Option<u64>,
+    /// How many packed bytes that may be.
+    pub unpacked_size: Option<u64>,
+    /// The kernel's command line.
+    pub words: String,
+    /// What is written to which address.
+    pub writes: Vec<(u64, u64)>,
+}
+
+/// The script of a boot partition.
+pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<Script> {
+    let number = boot.volume.number;
+    let Some(bytes) = boot.volume.file(SCRIPT) else {
+        run.stop(
+            "script-missing",
+            Place::partition(number),
+            format!("U-Boot runs {SCRIPT}, which is not there"),
+            format!("a boot file with the path {SCRIPT} and `compile = \"boot-script\"`"),
+        );
+        return None;
+    };
+    let size =
+        bytes.get(12..16).and_then(|four| four.try_into().ok()).map_or(0, u32::from_be_bytes);
+    let body = bytes
+        .get(64..)
+        .filter(|body| bytes.starts_with(&[0x27, 0x05, 0x19, 0x56]) && body.len() == size as usize);
+    let sum = bytes.get(24..28).and_then(|four| four.try_into().ok()).map_or(0, u32::from_be_bytes);
+    // Before the text: its length, and the zero that ends the list of parts.
+    let Some(text) =
+        body.filter(|body| crc32fast::hash(body) == sum).and_then(|body| body.get(8..))
+    else {
+        run.stop(
+            "script-damaged",
+            Place::file(number, SCRIPT),
+            "it is no script image, or its checksum is wrong: U-Boot does not run it".to_owned(),
+            "`compile = \"boot-script\"` at the boot file".to_owned(),
+        );
+        return None;
+    };
+    run.step("U-Boot", format!("runs {SCRIPT} of partition {number}"));
+    Some(parse(number, &String::from_utf8_lossy(text)))
+}
+
+fn parse(partition: u32, text: &str) -> Script {
+    let mut script = Script { partition, ..Script::default() };
+    for line in text.lines().map(str::trim).filter(|line| !line.starts_with('#')) {
+        let plain = line.replace(['\'', ';'], " ");
+        let words: Vec<&str> = plain.split_whitespace().collect();
+        for (at, word) in words.iter().enumerate() {
+            let rest = &words[at + 1..];
+            let number = |place: usize| rest.get(place).and_then(|word| facts::number(word));
+            match *word {
+                "load" => {
+                    // `load ${from} ADDRESS PATH` or `load DEVICE PART ADDRESS PATH`.
+                    let from = rest.iter().position(|word| word.starts_with("0x"));
+                    if let Some(from) = from.filter(|from| *from < 3)
+                        && let (Some(address), Some(path)) = (number(from), rest.get(from + 1))
+                    {
+                        script.loads.push(Load { address, path: (*path).to_owned() });
+                    }
+                }
+                "kernel_comp_addr_r" => script.unpacked_at = number(0),
+                "kernel_comp_size" => script.unpacked_size = number(0),
+                "mw.l" => script.writes.extend(number(0).zip(number(1))),
+                _ => {}
+            }
+        }
+        if let Some((_, rest)) = line.split_once("setenv bootargs \"") {
+            script.words = rest.split('"').next().unwrap_or_default().to_owned();
+        }
+    }
+    script
+}
+
+/// The number that U-Boot gives the card's controller: by alias, else in the order of the tree.
+fn card_number(run: &Run<'_>, tree: &Tree) -> Option<usize> {
+    let is = |list: &[String], node: &super::fdt::Node| {
+        node.compatible().iter().any(|c| list.contains(c))
+    };
+    let numbered =
+        tree.nodes.iter().filter(|node| is(&run.soc.u_boot_mmc, node) && tree.enabled(node));
+    let numbered: Vec<_> = numbered.collect();
+    let aliased = (0..8)
+        .find(|n| tree.alias(&format!("mmc{n}")).is_some_and(|node| is(&run.soc.storage, node)));
+    aliased.or_else(|| numbered.iter().position(|node| is(&run.soc.storage, node)))
+}
+
+pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &str) {
+    let number = boot.volume.number;
+    let reads_file = find(program, ENV_FILE.as_bytes()).is_some();
+    let mut place = boot.place("kernel");
+    let mut environment = compiled_in(program).unwrap_or_default();
+    match boot.volume.file(ENV_FILE).filter(|_| reads_file).map(from_file) {
+        Some(Ok(own)) => {
+            place = Place::file(number, ENV_FILE);
+            environment = own;
+            run.step(
+                "U-Boot",
+                format!("takes its environment from {ENV_FILE} of partition {number}"),
+            );
+        }
+        Some(Err(reason)) => {
+            run.stop(
+                "uboot-env",
+                Place::file(number, ENV_FILE),
+                format!("{reason}: U-Boot passes it over and takes its own environment"),
+                "build the image anew".to_owned(),
+            );
+        }
+        None => run.step("U-Boot", "takes its compiled-in environment".to_owned()),
+    }
+    let help = || format!("a {ENV_FILE} on the boot partition, or a U-Boot built for Slipway");
+    let value = |name: &str| environment.get(name).cloned().unwrap_or_default();
+    if value("bootdelay") != "-2" {
+        run.stop(
+            "uboot-stops",
+            place.clone(),
+            format!(
+                "bootdelay is {:?}: any character on the serial line or key of a keyboard stops U-Boot, for ever",
+                value("bootdelay")
+            ),
+            help(),
+        );
+    }
+    let preboot = reach(&environment, &value("preboot"));
+    let mut command = reach(&environment, &value("bootcmd"));
+    // `bootflow scan` takes its devices from there, without naming it (boot/bootmeth-uclass.c, bootdev order).
+    if command.contains("bootflow") {
+        command = format!("{command} ; {}", value("boot_targets"));
+    }
+    let words = |text: &str| -> Vec<String> {
+        text.split(|c: char| c.is_whitespace() || c == ';').map(str::to_owned).collect()
+    };
+    if words(&preboot).iter().chain(&words(&command)).any(|word| word.starts_with("usb")) {
+        run.degrade(
+            "uboot-usb",
+            place.clone(),
+            "it searches USB: that takes seconds, hangs on some devices, and a stick can start another system".to_owned(),
+            help(),
+        );
+    }
+    if words(&command).iter().any(|word| word.starts_with("pxe") || word.starts_with("dhcp")) {
+        run.degrade(
+            "uboot-network",
+            place.clone(),
+            "it asks the network for a system when the card has none".to_owned(),
+            help(),
+        );
+    }
+    let own = value("bootcmd");
+    let end =
+        own.trim().trim_end_matches(';').rsplit(';').next().unwrap_or_default().trim().to_owned();
+    if end != "reset" {
+        run.stop(
+            "uboot-prompt",
+            place.clone(),
+            format!("bootcmd ends in {end:?}: when the script comes back or is missing, U-Boot waits at a prompt for ever"),
+            help(),
+        );
+    }
+    let names_card = place.file.as_deref() == Some(ENV_FILE) || own.contains("mmc 0");
+    let tree = boot.volume.file(tree).map(Tree::read);
+    if let (true, Some(Ok(tree))) = (names_card, tree)
+        && let Some(card) = card_number(run, &tree)
+        && card != 0
+    {
+        run.stop(
+            "uboot-device",
+            place,
+            format!("on this model the card is mmc {card} for U-Boot, which looks for {ENV_FILE} and bootcmd's files on mmc 0"),
+            "give U-Boot a device tree with the alias mmc0 for the card's controller".to_owned(),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_is_cut_out_of_the_program() {
+        let program = b"some text\0bootcmd=run a\0bootdelay=2\0preboot=usb start\0\0more=no";
+        let found = compiled_in(program).expect("an environment");
+        assert_eq!(found.len(), 3, "{found:?}");
+        assert_eq!(found["bootcmd"], "run a");
+    }
+
+    #[test]
+    fn what_a_command_reaches_is_followed() {
+        let text = "bootcmd=run d\0d=for t in ${targets}; do run b_${t}; done\0targets=mmc0 dhcp\0";
+        let all: Environment = text.as_bytes().split(|b| *b == 0).map_while(variable).collect();
+        assert!(reach(&all, "run d").contains("dhcp"));
+    }
+}

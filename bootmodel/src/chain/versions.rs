@@ -1,0 +1,103 @@
+//! Stage 6, what goes together: revisions of the board and the day of the firmware, firmware and U-Boot, model and
+//! kernel. All of it is data, in `models.toml` and `firmware.toml`.
+
+use super::system::{Parts, System};
+use super::{Boot, Level, Place, Run, find};
+
+/// The version in `U-Boot 2023.01+dfsg-2`, as year and month.
+pub(super) fn uboot_version(program: &[u8]) -> Option<String> {
+    let mut from = 0;
+    while let Some(at) = find(program.get(from..)?, b"U-Boot 20") {
+        from += at + 7;
+        let text = program.get(from..from + 7).unwrap_or_default();
+        let text = std::str::from_utf8(text).unwrap_or_default();
+        if text.len() == 7 && text.as_bytes()[4] == b'.' {
+            return Some(text.to_owned());
+        }
+    }
+    None
+}
+
+/// Revisions of this model that this firmware does not start.
+pub(super) fn check_boards(run: &mut Run<'_>, boot: &Boot<'_>) {
+    let (Some(date), Some(file)) = (&boot.date, run.soc.second_stage.first().cloned()) else {
+        return;
+    };
+    for revision in run.model.revisions.clone() {
+        let left_out = run.card.device.left_out_revisions.contains(&revision.code);
+        if *date >= revision.firmware_since || left_out {
+            continue;
+        }
+        let level = if revision.certain { Level::Stops } else { Level::Degrades };
+        run.find(
+            level,
+            "firmware-old",
+            Place::file(boot.volume.number, &file),
+            format!(
+                "it is of {date} and does not start {} ({}), which wants one of {} or later",
+                revision.title, revision.code, revision.firmware_since
+            ),
+            format!(
+                "newer firmware; or `left-out-revisions = [\"{}\"]` in board.toml, where robots are not to have such boards",
+                revision.code
+            ),
+        );
+    }
+}
+
+/// U-Boot with this firmware, and on boards with so much memory.
+pub(super) fn check_uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8]) {
+    let Some(version) = uboot_version(program) else { return };
+    let place = || boot.place("kernel");
+    let date = boot.date.clone().unwrap_or_default();
+    let largest = run.model.ram.iter().max().copied();
+    for pair in run.facts.releases.pairs.iter().filter(|pair| pair.soc == run.soc.name).cloned() {
+        let firmware = pair.firmware_after.as_ref().is_some_and(|after| date > *after);
+        let memory = pair.memory_above.is_some_and(|above| largest.is_some_and(|ram| ram > above));
+        if version >= pair.u_boot_below || !(firmware || memory) {
+            continue;
+        }
+        let with = if firmware {
+            format!("firmware of {date}")
+        } else {
+            format!("{} GiB of memory", largest.map_or(0, |ram| ram.0 >> 30))
+        };
+        run.stop(
+            "uboot-pair",
+            place(),
+            format!("U-Boot {version} does not go with {with}: {}", pair.reason),
+            format!("U-Boot {} or later", pair.u_boot_below),
+        );
+    }
+    let turbo = &run.facts.releases.turbo;
+    let set = boot.settings.iter().any(|s| format!("{}={}", s.key, s.value) == turbo.setting);
+    if date >= turbo.since && !set {
+        let message = format!(
+            "firmware of {date} runs all clocks at their highest for 60 s, with which U-Boot loses some cards"
+        );
+        let help = format!("{} in config.txt", turbo.setting);
+        run.degrade("turbo", Place::file(boot.volume.number, boot.config), message, help);
+    }
+}
+
+/// Numbers of a version such as 6.6.28-v8.
+fn numbers(version: &str) -> Vec<u32> {
+    let parts = version.split(|c: char| !c.is_ascii_digit());
+    parts.take(3).map(|part| part.parse().unwrap_or(0)).collect()
+}
+
+/// Whether the kernel is as new as the model.
+pub(super) fn check_kernel(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
+    let Some(since) = run.model.kernel_since.clone() else { return };
+    if numbers(&parts.version) < numbers(&since) {
+        run.stop(
+            "kernel-old",
+            system.places[0].clone(),
+            format!(
+                "Linux {} is older than the {}, which wants {since}",
+                parts.version, run.model.title
+            ),
+            "a newer kernel, or take the model off `compatible` in board.toml".to_owned(),
+        );
+    }
+}
