@@ -372,25 +372,35 @@ fn start(run: &mut Run<'_>, systems: &mut Systems) {
 
 /// U-Boot's stages, and those of each slot behind it.
 fn uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: String, systems: &mut Systems) {
-    versions::check_uboot(run, boot, program);
     uboot::check(run, boot, program, &tree);
     let Some(script) = uboot::script(run, boot) else { return };
+    // Without a tree of the slot the kernel is given the one that the firmware has completed.
+    let own_tree = script.loads.iter().any(|load| load.path.contains("dtbs/"));
+    versions::check_uboot(run, boot, program, own_tree);
     let slots: Vec<_> = run.card.slots.iter().collect();
     for slot in slots {
-        let Some(files) = names::slot_files(run, slot, &script, program) else { continue };
+        let Some(files) = names::slot_files(run, slot, &script, program, own_tree) else {
+            continue;
+        };
         let file = |name: &str| slot.files.get(name.trim_start_matches('/')).map(Vec::as_slice);
-        let parts = systems.take(file(&files.tree), file(&files.kernel), file(&files.initrd), slot);
+        let taken = if own_tree { file(&files.tree) } else { boot.volume.file(&tree) };
+        let parts = systems.take(taken, file(&files.kernel), file(&files.initrd), slot);
+        let shown = if own_tree { &files.tree } else { "the firmware's tree" };
         run.step(
             "U-Boot",
             format!(
                 "slot in partition {}: {}, {}, {}",
-                slot.number, files.kernel, files.initrd, files.tree
+                slot.number, files.kernel, files.initrd, shown
             ),
         );
         let number = slot.number;
         let file = |name: &str| Place::file(number, name);
         let script_place = Place::file(boot.volume.number, "boot.scr");
-        let places = [file(&files.kernel), file(&files.initrd), file(&files.tree), script_place];
+        let tree_place = match own_tree {
+            true => file(&files.tree),
+            false => Place::file(boot.volume.number, &tree),
+        };
+        let places = [file(&files.kernel), file(&files.initrd), tree_place, script_place];
         let system =
             System { parts, words: script.words.clone(), places, slot, script: Some(&script) };
         memory::check(run, boot, program, &system);

@@ -83,9 +83,11 @@ pub(super) fn slot_files(
     slot: &Slot,
     script: &Script,
     program: &[u8],
+    own_tree: bool,
 ) -> Option<SlotFiles> {
     let table = table(program);
-    let Some(fdtfile) = of_model(run, &table) else {
+    let fdtfile = of_model(run, &table);
+    if own_tree && fdtfile.is_none() {
         run.stop(
             "uboot-model",
             Place::card(),
@@ -96,7 +98,8 @@ pub(super) fn slot_files(
             "a newer U-Boot, or take the model off `compatible` in board.toml".to_owned(),
         );
         return None;
-    };
+    }
+    let fdtfile = fdtfile.unwrap_or_default();
     let path = |wanted: &str| {
         let load = script.loads.iter().find(|load| load.path.contains(wanted));
         load.map(|load| load.path.replace("${fdtfile}", &fdtfile))
@@ -124,7 +127,10 @@ pub(super) fn slot_files(
     };
     let kernel = take("kernel", path("vmlinuz"));
     let initrd = take("initrd", path("initrd"));
-    let tree = take("device tree", path("dtbs/"));
+    let tree = match own_tree {
+        true => take("device tree", path("dtbs/")),
+        false => String::new(),
+    };
     (!missing).then_some(SlotFiles { kernel, initrd, tree })
 }
 

@@ -45,15 +45,16 @@ pub(super) fn check_boards(run: &mut Run<'_>, boot: &Boot<'_>) {
     }
 }
 
-/// U-Boot with this firmware, and on boards with so much memory.
-pub(super) fn check_uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8]) {
+/// U-Boot with this firmware, and with a tree of the slot on boards with so much memory.
+pub(super) fn check_uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], own_tree: bool) {
     let Some(version) = uboot_version(program) else { return };
     let place = || boot.place("kernel");
     let date = boot.date.clone().unwrap_or_default();
     let largest = run.model.ram.iter().max().copied();
     for pair in run.facts.releases.pairs.iter().filter(|pair| pair.soc == run.soc.name).cloned() {
         let firmware = pair.firmware_after.as_ref().is_some_and(|after| date > *after);
-        let memory = pair.memory_above.is_some_and(|above| largest.is_some_and(|ram| ram > above));
+        let memory = own_tree
+            && pair.memory_above.is_some_and(|above| largest.is_some_and(|ram| ram > above));
         if version >= pair.u_boot_below || !(firmware || memory) {
             continue;
         }

@@ -398,7 +398,7 @@ fn copy_for_qemu(build: &Build<'_>, base: &Base) -> Result<()> {
 /// The stage `image`.
 ///
 /// # Errors
-/// Boot files that do not fit their partition, a full disk, a card from which a model would not start.
+/// Boot files that do not fit their partition, a full disk.
 pub fn card(
     build: &mut Build<'_>,
     rendered: &Rendered,
@@ -459,7 +459,11 @@ pub fn card(
                 partitions,
             };
             let made = disk::assemble(&spec, &out)?;
-            let starts = judge(&made, plan)?;
+            // A card that the model cannot read is said, not refused.
+            let starts = start::look(&made.path, Some(plan)).unwrap_or_else(|error| Starts {
+                degrades: vec![format!("how boards start cannot be told: {error:#}")],
+                ..Starts::default()
+            });
             // The image must be on the disk before the stage counts as finished.
             flush(&made.path)?;
             flush(&made.bmap.path)?;
@@ -482,23 +486,6 @@ pub fn card(
         say("image", format!("{}  {}", packed.path, bytes(packed.size)));
     }
     Ok(card)
-}
-
-/// How each model starts from a finished card; one from which a model does not start is no result.
-fn judge(made: &disk::DiskImage, plan: &Plan) -> Result<Starts> {
-    let judged = start::look(&made.path, Some(plan)).and_then(|starts| {
-        start::require(&starts, &plan.board.name)?;
-        Ok(starts)
-    });
-    if judged.is_err() {
-        for path in [&made.path, &made.bmap.path] {
-            // Why there is no image is the error to report.
-            if let Err(error) = std::fs::remove_file(path) {
-                warn(format!("removing {path}: {error}"));
-            }
-        }
-    }
-    judged
 }
 
 /// How hard a bundle is compressed.

@@ -149,8 +149,9 @@ pub fn report(
         components: parts(build, made, rendered)?,
         starts: made.card.as_ref().map_or(Vec::new(), |card| card.starts.models.clone()),
         warnings: {
-            let degrades = made.card.iter().flat_map(|card| card.starts.degrades.clone());
-            system.and_then(|s| s.warning.clone()).into_iter().chain(degrades).collect()
+            let starts = made.card.iter().map(|card| &card.starts);
+            let told = starts.flat_map(|starts| starts.stops.iter().chain(&starts.degrades));
+            system.and_then(|s| s.warning.clone()).into_iter().chain(told.cloned()).collect()
         },
         replaced_packages: made
             .base
