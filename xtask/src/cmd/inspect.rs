@@ -211,10 +211,10 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
     }
     let Some(starts) = &view.starts else { return };
     for line in start::lines(starts) {
-        println!("  {line}");
+        outln!("  {line}");
     }
     for finding in starts.stops.iter().chain(&starts.degrades) {
-        println!("  - {}", finding.replace('\n', "\n    "));
+        outln!("  - {}", finding.replace('\n', "\n    "));
     }
 }
 
