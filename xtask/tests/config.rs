@@ -109,6 +109,12 @@ const CASES: &[(&str, &str, &str, &str)] = &[
     ("boot-state-copies-together", BOARD, "\"16MiB\"", "\"8196KiB\""),
     ("boot-state-beside-the-table", BOARD, "\"8MiB\"", "\"1MiB\""),
     ("boot-state-beside-a-partition", BOARD, "\"16MiB\"", "\"28MiB\""),
+    (
+        "trust-beside-the-boot-state",
+        BOARD,
+        "[disk.boot-state]",
+        "[disk.trust]\noffsets = [\"12MiB\", \"24MiB\"]\n\n[disk.boot-state]",
+    ),
     ("address-beyond-the-smallest", BOARD, "\"0x0c000000\"", "\"0x18000000\""),
     ("addresses-overlap", BOARD, "\"0x0c000000\"", "\"0x09100000\""),
     ("address", BOARD, "\"0x0c000000\"", "\"12M\""),
