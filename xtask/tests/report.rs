@@ -206,7 +206,7 @@ fn pages_are_well_formed() {
     assert_eq!(check_page(&render_html(&realistic()).unwrap()), "8 1");
     assert_eq!(check_page(&render_html(&empty()).unwrap()), "0 1");
     let html = render_html(&hostile()).unwrap();
-    assert_eq!(check_page(&html), "8 1");
+    assert_eq!(check_page(&html), "9 1");
     assert!(!html.contains("<script>alert"), "a name became a script");
     assert!(html.contains("&lt;script&gt;alert"), "the hostile name is not shown at all");
 }
