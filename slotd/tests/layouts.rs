@@ -29,9 +29,11 @@ fn a_card_that_was_flashed_earlier_takes_updates_and_keeps_its_places() {
     let (head, places) = text.split_at(text.find("[boot-state]").unwrap());
     let earlier = places
         .replace("[boot-state]", "[earlier-cards.boot-state]")
+        .replace("[trust]", "[earlier-cards.trust]")
         .replace("[partitions]", "[earlier-cards.partitions]");
     let current = places
         .replace("sectors = [8, 16]", "sectors = [640, 1280]")
+        .replace(&format!("sectors = {:?}", common::TRUST), "sectors = [1920, 2560]")
         .replace("number = 2, start-sector = 8192", "number = 5, start-sector = 65536")
         .replace("number = 3", "number = 6");
     let image = format!("{head}{current}[[earlier-cards]]\n{earlier}");
@@ -50,10 +52,13 @@ fn a_card_that_was_flashed_earlier_takes_updates_and_keeps_its_places() {
     robot.start(Slot::B);
     assert_eq!(robot.run(&["commit"])["slot"], "b");
     assert_eq!((robot.state().active, robot.state().trial), (Slot::B, None));
-    // Nothing but the two sectors of this card's boot state has changed.
+    // Nothing but this card's boot state and what it trusts has changed.
+    let copies = common::TRUST.map(|first| first..first + bundle::area::COPY as u64 / 512);
     let after = fs::read(robot.path("dev/disk")).unwrap();
     for (at, (old, new)) in before.chunks(512).zip(after.chunks(512)).enumerate() {
-        assert!(old == new || common::SECTORS.contains(&(at as u64)), "sector {at} has changed");
+        let at = at as u64;
+        let ours = common::SECTORS.contains(&at) || copies.iter().any(|copy| copy.contains(&at));
+        assert!(old == new || ours, "sector {at} has changed");
     }
 }
 
@@ -325,9 +330,9 @@ fn a_write_that_takes_the_flash_around_it_along_costs_no_choice() {
     let (points, wrong) = cuts([8 * MIB, 16 * MIB]);
     assert!(points > 500, "only {points} cut points");
     assert_eq!(wrong, 0, "of {points}");
-    // Neither copy shares a unit with the table or with the first partition.
+    // Nor do the copies of what is trusted, at 24 MiB and 32 MiB, share a unit with anything.
     for unit in UNITS {
-        let units = [0, 8 * MIB, 16 * MIB, 32 * MIB].map(|place| place / unit);
+        let units = [0, 8, 16, 24, 32, 40].map(|place| place * MIB / unit);
         assert!(units.windows(2).all(|pair| pair[0] != pair[1]), "{units:?}");
     }
     // As cards had them until November 2026: both copies in one unit, with the table.
