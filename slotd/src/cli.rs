@@ -144,6 +144,9 @@ pub enum Verb {
         #[arg(long)]
         serve: bool,
     },
+    /// What the board says of itself: model, firmware, card, watchdog, times of this start. Nothing secret is in it, and
+    /// no number of its own, so that it can be sent to whoever knows such boards
+    Report,
     /// What was decided and refused, oldest first
     Log {
         /// Only the last so many events

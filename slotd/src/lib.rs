@@ -22,6 +22,7 @@ pub mod python;
 pub mod ratchet;
 pub mod record;
 pub mod refusal;
+pub mod report;
 mod reserve;
 pub mod root;
 pub mod source;

@@ -18,7 +18,7 @@ use slotd::events::Event;
 use slotd::health::{Outcome, Verdict};
 use slotd::install::{self, Options, Progress, Step};
 use slotd::source::Source;
-use slotd::{Refusal, Result, Root};
+use slotd::{Refusal, Result, Root, report};
 
 use cli::{Cli, Component, Format, Verb};
 
@@ -111,6 +111,17 @@ fn run(cli: &Cli) -> Result<Answer> {
     if let Verb::Seed = &cli.verb {
         return keep::seed(&root);
     }
+    // Also where the agent itself finds nothing as it should be.
+    if let Verb::Report = &cli.verb {
+        let report = report::collect(&root);
+        let agent = Agent::open(&root).and_then(|agent| agent.status());
+        let (status, text) = match &agent {
+            Ok(status) => (json!(status), status_text(status)),
+            Err(refusal) => (json!({ "refused": refusal }), refusal.message.clone()),
+        };
+        let both = json!({ "board": report, "status": status });
+        return Ok(Answer::new(&both, format!("{}\n{text}", report.lines())));
+    }
     let agent = Agent::open(&root)?;
     let show = Shown::new(cli.format);
     match &cli.verb {
@@ -198,8 +209,8 @@ fn run(cli: &Cli) -> Result<Answer> {
         Verb::Data { step } => keep::start(&root, *step),
         Verb::Provision { check, boot } => keep::provision(&root, *check, *boot),
         Verb::Seed => keep::seed(&root),
-        Verb::Door { .. } => {
-            Err(Refusal::new("internal", "the door has its own answers", "report this"))
+        Verb::Door { .. } | Verb::Report => {
+            Err(Refusal::new("internal", "this is answered elsewhere", "tell the developers"))
         }
         Verb::Log { last } => {
             let events =
