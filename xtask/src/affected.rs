@@ -199,7 +199,10 @@ fn inputs(root: &Utf8Path, build: &Build) -> Result<Inputs> {
         if *path == config.product.place.file || *path == config.board.place.file {
             continue;
         }
-        let component = if Some(path) == plan.rootfs.lock.as_ref() || is_fragment(&config, path) {
+        let of_base = Some(path) == plan.rootfs.lock.as_ref()
+            || is_fragment(&config, path)
+            || config.source_keys.iter().any(|(key, _)| key == path);
+        let component = if of_base {
             "base"
         } else if Some(path) == api {
             "api"

@@ -9,6 +9,13 @@ use xtask::{plan, render};
 const PRODUCT: &str = "configs/shop.toml";
 const BOARD: &str = "board/sample/board.toml";
 
+/// A further archive of the product, as text before and after what a case says of it.
+macro_rules! source {
+    ($text:literal) => {
+        concat!("[[rootfs.sources]]\n", $text, "\n\n[api]\n")
+    };
+}
+
 /// Rule, file, what stands there, what is put in its stead.
 const CASES: &[(&str, &str, &str, &str)] = &[
     ("not-toml", PRODUCT, "version = \"1.2.0\"", "version = = \"1.2.0\""),
@@ -119,6 +126,79 @@ const CASES: &[(&str, &str, &str, &str)] = &[
     ("addresses-overlap", BOARD, "\"0x0c000000\"", "\"0x09100000\""),
     ("address", BOARD, "\"0x0c000000\"", "\"12M\""),
     ("memory-start", BOARD, "start = \"0x00000000\"", "start = 0"),
+    (
+        "source-key-of-the-file",
+        PRODUCT,
+        "[api]\n",
+        source!(
+            "name = \"acme\"\nadress = \"https://a.example/debian\"\nsuite = \"stable\"\n\
+             components = [\"main\"]\nkey = \"configs/acme.asc\"\npackages = [\"acme-kernel\"]"
+        ),
+    ),
+    (
+        "source-rules",
+        PRODUCT,
+        "[api]\n",
+        source!(
+            "name = \"security\"\naddress = \"https://a.example/debian\"\nsuite = \"stable\"\n\
+             key = \"configs/none.asc\""
+        ),
+    ),
+    (
+        "source-twice",
+        PRODUCT,
+        "[api]\n",
+        source!(
+            "name = \"acme\"\naddress = \"https://a.example/debian/\"\nsuite = \"stable\"\n\
+             components = [\"main\"]\nkey = \"configs/acme.asc\"\npackages = [\"acme-*\"]\n\n\
+             [[rootfs.sources]]\n\
+             name = \"acme\"\naddress = \"http://b.example/x\"\nsuite = \"stable\"\n\
+             components = [\"main\"]\nkey = \"configs/acme.asc\"\npackages = [\"acme-*\"]"
+        ),
+    ),
+    (
+        "source-with-a-secret-key",
+        PRODUCT,
+        "[api]\n",
+        source!(
+            "name = \"acme\"\naddress = \"https://a.example/debian\"\nsuite = \"stable\"\n\
+             components = [\"main\"]\nkey = \"configs/secret.asc\"\npackages = [\"acme-kernel\"]"
+        ),
+    ),
+    (
+        "source-without-a-key",
+        PRODUCT,
+        "[api]\n",
+        source!(
+            "name = \"acme\"\naddress = \"https://a.example/debian\"\nsuite = \"stable\"\n\
+             components = [\"main\"]\nkey = \"configs/shop.toml\"\npackages = [\"acme-kernel\"]"
+        ),
+    ),
+    (
+        "source-with-a-password",
+        PRODUCT,
+        "[api]\n",
+        source!(
+            "name = \"acme\"\naddress = \"https://me:hunter2@a.example/debian\"\nsuite = \"stable\"\n\
+             components = [\"main\"]\nkey = \"configs/acme.asc\"\npackages = [\"acme-kernel\"]"
+        ),
+    ),
+    (
+        "source-words",
+        PRODUCT,
+        "[api]\n",
+        source!(
+            "name = \"acme\"\naddress = \"ftp://a.example/debian\"\nsuite = \"[trusted=yes] x\"\n\
+             components = [\"main contrib\"]\nkey = \"../acme.asc\"\npackages = [\"*\", \"Acme\"]"
+        ),
+    ),
+    (
+        "source-for-buildroot",
+        PRODUCT,
+        "engine = \"debian\"\nsuite = \"bookworm\"",
+        "engine = \"buildroot\"\nsources = [{ name = \"acme\", address = \"http://a.example\", \
+         suite = \"stable\", components = [\"main\"], key = \"configs/acme.asc\", packages = [\"a\"] }]",
+    ),
     (
         "kernel-of-the-vendor",
         BOARD,

@@ -1,5 +1,5 @@
 //! The Debian engine against a small archive of real packages on a server of our own: solving,
-//! signatures, downloads that break off, vanished versions. And trees
+//! signatures, downloads that break off, vanished versions, further archives. And trees
 //! and initrds as other tools read them. Needs apt, dpkg-deb, gpg, cpio, tar, zstd.
 
 use std::collections::HashMap;
@@ -15,7 +15,10 @@ use xtask::artifact::{hash_bytes, hash_file};
 use xtask::exec::Tool;
 use xtask::fetch::{Download, Fetcher, Outcome};
 use xtask::rootfs::Role;
-use xtask::rootfs::debian::{DebianSpec, Fetched, Mirrors, PackagesLock, Policy, fetch_lock, lock};
+use xtask::rootfs::debian::{
+    Archive, DebianSpec, Fetched, LockedPackage, Mirrors, PackagesLock, Policy, SourceMirror,
+    SourceSpec, fetch_lock, lock,
+};
 use xtask::rootfs::initrd::{self, Compression, InitrdRequest};
 use xtask::rootfs::tree::Tree;
 
@@ -102,6 +105,17 @@ fn serve(mut stream: TcpStream, root: &Utf8Path, state: &Mutex<State>) -> Result
     Ok(())
 }
 
+/// A key that signs the archive in the folder of that name, and the file of its public half; armoured as `.asc`.
+fn new_key(root: &Utf8Path, folder: &str, file: &str) -> Result<()> {
+    let home = root.join(format!("gpg-{folder}"));
+    fs::create_dir_all(&home)?;
+    fs::set_permissions(&home, fs::Permissions::from_mode(0o700))?;
+    let gpg = || Tool::new("gpg").env("GNUPGHOME", home.as_str()).arg("--batch");
+    gpg().args(["--passphrase", "", "--quick-gen-key", folder, "ed25519", "sign"]).run()?;
+    let armour = if file.ends_with(".asc") { "--armor" } else { "--no-armor" };
+    gpg().args([armour, "--export", "-o"]).arg(root.join(file)).run()
+}
+
 /// A signed archive of tiny packages, and the machine's side of it.
 struct World {
     dir: tempfile::TempDir,
@@ -113,18 +127,14 @@ impl World {
     fn new() -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let root = Utf8Path::from_path(dir.path()).context("path")?.to_owned();
-        let home = root.join("gpg");
-        fs::create_dir_all(&home)?;
-        fs::set_permissions(&home, fs::Permissions::from_mode(0o700))?;
-        let gpg = || Tool::new("gpg").env("GNUPGHOME", home.as_str()).arg("--batch");
-        gpg().args(["--passphrase", "", "--quick-gen-key", "test", "ed25519", "sign"]).run()?;
+        new_key(&root, "debian", "keys.gpg")?;
         let keyring = root.join("keys.gpg");
-        gpg().args(["--export", "-o"]).arg(&keyring).run()?;
         let server = Server::start(&root)?;
         let mirrors = Mirrors {
             archive: format!("{}/debian", server.address),
             security: format!("{}/security", server.address),
             keyring,
+            sources: Vec::new(),
         };
         let world = Self { dir, server, mirrors };
         for (name, version, more) in [
@@ -144,18 +154,24 @@ impl World {
     }
 
     fn package(&self, name: &str, version: &str, more: &str) -> Result<()> {
-        let tree = self.root().join(format!("tree/{name}-{version}"));
+        self.package_in("debian", name, version, more)
+    }
+
+    /// What other archives have of the same name and version has other bytes, and as many.
+    fn package_in(&self, folder: &str, name: &str, version: &str, more: &str) -> Result<()> {
+        let tree = self.root().join(format!("tree/{folder}/{name}-{version}"));
         fs::create_dir_all(tree.join("DEBIAN"))?;
         fs::create_dir_all(tree.join("usr/share"))?;
         // Not compressible, so that the file has a length worth cutting.
-        let noise: String = (0..500).map(|i| hash_bytes(format!("{name}{i}").as_bytes())).collect();
+        let noise: String =
+            (0..500).map(|i| hash_bytes(format!("{folder}{name}{i}").as_bytes())).collect();
         fs::write(tree.join("usr/share").join(name), noise)?;
         let control = format!(
             "Package: {name}\nVersion: {version}\nArchitecture: arm64\nMaintainer: T <t@t>\n\
              {more}\nDescription: test\n"
         );
         fs::write(tree.join("DEBIAN/control"), control)?;
-        let pool = self.root().join("debian/pool/main").join(name);
+        let pool = self.root().join(folder).join("pool/main").join(name);
         fs::create_dir_all(&pool)?;
         let deb = pool.join(format!("{name}_{version}_arm64.deb"));
         Tool::new("dpkg-deb").args(["--root-owner-group", "-b"]).arg(&tree).arg(&deb).run()
@@ -163,45 +179,79 @@ impl World {
 
     /// Writes indexes and signatures for what lies in the pool.
     fn publish(&self) -> Result<()> {
-        let debian = self.root().join("debian");
+        self.sign("debian", "test", "debian", &self.index("debian")?)?;
+        self.sign("debian", "test-updates", "debian", "")?;
+        self.sign("security", "test-security", "debian", "")
+    }
+
+    /// The index of what lies in an archive's pool.
+    fn index(&self, folder: &str) -> Result<String> {
+        let archive = self.root().join(folder);
         let mut index = String::new();
-        for folder in debian.join("pool/main").read_dir_utf8()? {
+        for folder in archive.join("pool/main").read_dir_utf8()? {
             for deb in folder?.path().read_dir_utf8()? {
                 let deb = deb?.into_path();
                 let control = Tool::new("dpkg-deb").arg("-f").arg(&deb).read()?;
                 let (size, hash) = hash_file(&deb)?;
-                let name = deb.strip_prefix(&debian)?;
+                let name = deb.strip_prefix(&archive)?;
                 let control = control.trim_end();
                 index += &format!("{control}\nFilename: {name}\nSize: {size}\nSHA256: {hash}\n\n");
             }
         }
-        for (folder, suite, text) in [
-            ("debian", "test", index.as_str()),
-            ("debian", "test-updates", ""),
-            ("security", "test-security", ""),
+        Ok(index)
+    }
+
+    fn sign(&self, folder: &str, suite: &str, key: &str, text: &str) -> Result<()> {
+        let dist = self.root().join(folder).join("dists").join(suite);
+        fs::create_dir_all(dist.join("main/binary-arm64"))?;
+        fs::write(dist.join("main/binary-arm64/Packages"), text)?;
+        let release = format!(
+            "Suite: {suite}\nCodename: {suite}\nArchitectures: arm64\nComponents: main\n\
+             Date: Sat, 01 Jan 2022 00:00:00 UTC\nSHA256:\n {} {} main/binary-arm64/Packages\n",
+            hash_bytes(text.as_bytes()),
+            text.len()
+        );
+        fs::write(dist.join("Release"), release)?;
+        Tool::new("gpg")
+            .env("GNUPGHOME", self.root().join(format!("gpg-{key}")).as_str())
+            .args(["--batch", "--yes", "--clearsign", "-o"])
+            .arg(dist.join("InRelease"))
+            .arg(dist.join("Release"))
+            .run()
+    }
+
+    /// An archive of somebody else in the folder of that name: some packages of Debian's names, and a kernel.
+    fn vendor(&mut self, folder: &str, firmware: &str) -> Result<()> {
+        let file = format!("{folder}.asc");
+        new_key(&self.root(), folder, &file)?;
+        for (name, version, more) in [
+            // The same in all that apt compares, with other bytes.
+            ("app", "1", "Depends: lib"),
+            ("lib", "9", "Depends: base"),
+            ("base", "9", "Essential: yes"),
+            ("extra-essential", "1", "Essential: yes"),
+            ("firmware", firmware, "Depends: nothing-that-exists"),
+            (
+                "linux-image-acme",
+                "6.1",
+                "Depends: linux-image-6.1-acme (= 6.1), nothing-that-exists",
+            ),
+            ("linux-image-6.1-acme", "6.1", "Depends: nothing-that-exists"),
         ] {
-            let dist = self.root().join(folder).join("dists").join(suite);
-            fs::create_dir_all(dist.join("main/binary-arm64"))?;
-            fs::write(dist.join("main/binary-arm64/Packages"), text)?;
-            let release = format!(
-                "Suite: {suite}\nCodename: {suite}\nArchitectures: arm64\nComponents: main\n\
-                 Date: Sat, 01 Jan 2022 00:00:00 UTC\nSHA256:\n {} {} main/binary-arm64/Packages\n",
-                hash_bytes(text.as_bytes()),
-                text.len()
-            );
-            fs::write(dist.join("Release"), release)?;
-            Tool::new("gpg")
-                .env("GNUPGHOME", self.root().join("gpg").as_str())
-                .args(["--batch", "--yes", "--clearsign", "-o"])
-                .arg(dist.join("InRelease"))
-                .arg(dist.join("Release"))
-                .run()?;
+            self.package_in(folder, name, version, more)?;
         }
+        self.sign(folder, "stable", folder, &self.index(folder)?)?;
+        let address = format!("{}/{folder}/", self.server.address);
+        self.mirrors.sources.push(SourceMirror::new(folder, &address, self.root().join(file)));
         Ok(())
     }
 
     fn lock(&self) -> Result<PackagesLock> {
-        lock(&spec(), &self.mirrors, &self.root().join("cache"))
+        self.lock_of(&spec())
+    }
+
+    fn lock_of(&self, spec: &DebianSpec) -> Result<PackagesLock> {
+        lock(spec, &self.mirrors, &self.root().join("cache"))
     }
 
     fn fetch(&self, lock: &PackagesLock, policy: Policy) -> Result<Fetched> {
@@ -217,7 +267,25 @@ fn spec() -> DebianSpec {
         arch: "arm64".into(),
         packages: vec!["app".into()],
         extra: vec!["firmware".into()],
+        sources: Vec::new(),
     }
+}
+
+/// A request with further archives, each with what may come from it.
+fn spec_with(sources: &[(&str, &[&str])]) -> DebianSpec {
+    let source = |(name, packages): &(&str, &[&str])| SourceSpec {
+        name: (*name).to_owned(),
+        suite: "stable".into(),
+        components: vec!["main".into()],
+        packages: packages.iter().map(|p| (*p).to_owned()).collect(),
+    };
+    DebianSpec { sources: sources.iter().map(source).collect(), ..spec() }
+}
+
+/// Name, version and archive of what a lock has.
+fn chosen(lock: &PackagesLock) -> Vec<(&str, &str, String)> {
+    let shown = |p: &Archive| String::from(p.clone());
+    lock.package.iter().map(|p| (p.name.as_str(), p.version.as_str(), shown(&p.archive))).collect()
 }
 
 #[test]
@@ -249,6 +317,7 @@ fn malformed_locks_are_refused_by_name() -> Result<()> {
         ("\"pool/main/app/", "\"pool/../app/", "is not a path below pool/"),
         (hash.as_str(), "ABC", "'ABC' is not a SHA-256 in lower-case hexadecimal"),
         ("name = \"lib\"", "name = \"app\"", "package app (arm64) is listed twice"),
+        ("archive = \"debian\"", "archive = \"acme\"", "comes from 'acme', which is no source of"),
         ("size = ", "sise = ", "unknown field `sise`"),
     ] {
         let error = format!("{:#}", PackagesLock::parse(&text.replace(from, to)).unwrap_err());
@@ -319,6 +388,129 @@ fn broken_downloads_are_resumed_and_wrong_ones_refused() -> Result<()> {
     for entry in other.join("downloads/sha256").read_dir_utf8()? {
         assert!(!entry?.file_name().starts_with(hash.as_str()), "a wrong file was kept");
     }
+    Ok(())
+}
+
+#[test]
+fn only_listed_packages_come_from_a_further_archive() -> Result<()> {
+    let mut world = World::new()?;
+    // Debian's firmware is newer, and loses all the same.
+    world.vendor("vendor", "0.5")?;
+    let mut spec = spec_with(&[("vendor", &["app", "firmware", "linux-image-*"])]);
+    spec.extra.push("linux-image-acme".into());
+    let lock = world.lock_of(&spec)?;
+    let (debian, vendor) = (|| "debian".to_owned(), || "vendor".to_owned());
+    let expected = [
+        ("firmware", "0.5", vendor()),
+        ("linux-image-6.1-acme", "6.1", vendor()),
+        ("app", "1", vendor()),
+        ("base", "1", debian()),
+        ("lib", "1.0+x~1", debian()),
+    ];
+    assert_eq!(chosen(&lock), expected);
+    let text = lock.to_text()?;
+    ensure!(!text.contains("127.0.0.1") && !text.contains("http"), "{text}");
+    assert_eq!(PackagesLock::parse(&text)?, lock);
+    lock.check_request(&spec)?;
+    let error = lock.check_request(&spec_with(&[("vendor", &["app"])])).unwrap_err().to_string();
+    assert!(error.contains("only in it: extra package linux-image-acme, source vendor: package"));
+
+    // Each file is its own archive's, although apt takes both `app` for the same.
+    let fetched = world.fetch(&lock, Policy::Locked)?;
+    for deb in &fetched.debs {
+        let LockedPackage { archive, filename, sha256, .. } = &deb.package;
+        let folder = world.root().join(String::from(archive.clone()));
+        assert_eq!(hash_file(&folder.join(filename))?.1, *sha256, "{filename}");
+    }
+    let cache = world.root().join("cache");
+    let offline = fetch_lock(&lock, &Fetcher::new(&cache, true)?, None, Policy::Locked, &cache)?;
+    assert_eq!(offline.debs, fetched.debs);
+
+    // The same archive without its list: nothing of it.
+    let plain = world.lock()?;
+    ensure!(plain.package.iter().all(|p| p.archive == Archive::Debian), "{:?}", chosen(&plain));
+    Ok(())
+}
+
+#[test]
+fn the_newest_of_two_further_archives_counts_and_of_equals_the_first_named() -> Result<()> {
+    let mut world = World::new()?;
+    world.vendor("vendor", "0.5")?;
+    world.vendor("other", "0.6")?;
+    let listed: &[&str] = &["app", "firmware"];
+    for (first, second) in [("vendor", "other"), ("other", "vendor")] {
+        let lock = world.lock_of(&spec_with(&[(first, listed), (second, listed)]))?;
+        let of = |name: &str| lock.package.iter().find(|p| p.name == name).context("locked");
+        assert_eq!(of("firmware")?.archive, Archive::Source("other".into()));
+        assert_eq!(of("app")?.archive, Archive::Source(first.into()));
+        let file = world.root().join(first).join(&of("app")?.filename);
+        assert_eq!(of("app")?.sha256, hash_file(&file)?.1);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_further_archive_counts_only_with_its_own_key() -> Result<()> {
+    let mut world = World::new()?;
+    world.vendor("vendor", "0.5")?;
+    let spec = spec_with(&[("vendor", &["app"])]);
+    let (debian, vendor) = (world.mirrors.keyring.clone(), world.mirrors.sources[0].key.clone());
+    let mut refused = |change: &dyn Fn(&mut Mirrors), words: &[&str]| {
+        let mirrors = world.mirrors.clone();
+        change(&mut world.mirrors);
+        let error = format!("{:#}", world.lock_of(&spec).unwrap_err());
+        // The server of these tests does not know how to go on with an index that apt has refused.
+        fs::create_dir_all(world.root().join("cache/apt")).expect("there");
+        fs::remove_dir_all(world.root().join("cache/apt")).expect("removed");
+        for word in words {
+            assert!(error.contains(word), "{word} is not in: {error}");
+        }
+        world.mirrors = mirrors;
+    };
+    // Debian's key is nobody else's, and somebody else's is not Debian's.
+    let asking = "asking the source vendor";
+    refused(&|m| m.sources[0].key.clone_from(&debian), &[asking, "NO_PUBKEY", "key"]);
+    refused(&|m| m.keyring.clone_from(&vendor), &["fetching the package indexes", "NO_PUBKEY"]);
+    refused(&|m| m.sources[0].key = "no/such.asc".into(), &["no/such.asc", "public key there"]);
+    refused(&|m| m.sources[0].address = "http://127.0.0.1:9/x".into(), &[asking, "127.0.0.1:9"]);
+    refused(&|m| m.sources.clear(), &["names the source vendor"]);
+    Ok(())
+}
+
+#[test]
+fn a_package_that_a_further_archive_lacks_or_drops() -> Result<()> {
+    let mut world = World::new()?;
+    world.vendor("vendor", "0.5")?;
+    let error = world.lock_of(&spec_with(&[("vendor", &["app", "ap", "kernel-*"])]));
+    let error = format!("{:#}", error.unwrap_err());
+    assert!(error.contains("vendor (stable main) has no package ap, kernel-*"), "{error}");
+
+    let spec = spec_with(&[("vendor", &["app", "firmware"])]);
+    let old = world.lock_of(&spec)?;
+    // Superseded, as in an archive that keeps nothing; `app` has a newer version, but its file is still there.
+    fs::remove_file(world.root().join("vendor/pool/main/firmware/firmware_0.5_arm64.deb"))?;
+    world.package_in("vendor", "firmware", "0.7", "Depends: nothing-that-exists")?;
+    world.package_in("vendor", "app", "2", "Depends: lib")?;
+    world.sign("vendor", "stable", "vendor", &world.index("vendor")?)?;
+    let error = format!("{:#}", world.fetch(&old, Policy::Locked).unwrap_err());
+    assert!(error.contains("no longer has 1 of the locked packages: firmware 0.5"), "{error}");
+    let fetched = world.fetch(&old, Policy::Replace)?;
+    let replaced: Vec<_> =
+        fetched.replaced.iter().map(|r| (r.name.as_str(), r.new.as_deref())).collect();
+    assert_eq!(replaced, [("firmware", Some("0.7"))]);
+    let same = |p: &&LockedPackage| p.name != "firmware";
+    let (before, after) = (old.package.iter().filter(same), fetched.lock.package.iter());
+    ensure!(before.eq(after.filter(same)), "{:?}", chosen(&fetched.lock));
+    assert_eq!(chosen(&fetched.lock)[0], ("firmware", "0.7", "vendor".to_owned()));
+    Ok(())
+}
+
+/// Locks of before there were further archives.
+#[test]
+fn a_lock_without_further_archives_is_written_as_ever() -> Result<()> {
+    let root = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
+    let text = fs::read_to_string(root.join("configs/robot-dev.packages.lock"))?;
+    assert_eq!(PackagesLock::parse(&text)?.to_text()?, text);
     Ok(())
 }
 

@@ -10,10 +10,11 @@ use crate::config::Config;
 use crate::config::product::Engine;
 use crate::ext4::Mke2fs;
 use crate::fetch::Fetcher;
+use crate::plan::{self, SourcePlan};
 use crate::progress::{bytes, warn};
 use crate::rootfs::debian::{
     self, BoardWants, BuildRequest, DebianSpec, Fetched, Mirrors, PackagesLock, Policy, PruneRules,
-    Replaced,
+    Replaced, SourceMirror, SourceSpec,
 };
 use crate::rootfs::kernel::ModuleRules;
 use crate::rootfs::{BaseSystem, Role};
@@ -70,7 +71,22 @@ pub fn package_spec(config: &Config) -> DebianSpec {
         arch: config.board.arch.value.clone(),
         packages: rootfs.packages.iter().map(|l| l.value.clone()).collect(),
         extra: config.extra_packages.clone(),
+        sources: plan::sources(config).0.into_iter().map(source_spec).collect(),
     }
+}
+
+fn source_spec(source: SourcePlan) -> SourceSpec {
+    let SourcePlan { name, suite, components, packages, .. } = source;
+    SourceSpec { name, suite, components, packages }
+}
+
+/// Where packages come from on this machine, with the product's further archives.
+///
+/// # Errors
+/// As [`Mirrors::from_host`].
+pub fn mirrors(root: &Utf8Path, sources: &[SourcePlan]) -> Result<Mirrors> {
+    let mirror = |s: &SourcePlan| SourceMirror::new(&s.name, &s.address, root.join(&s.key));
+    Ok(Mirrors::from_host()?.with_sources(sources.iter().map(mirror).collect()))
 }
 
 /// The Python that wheels are locked for: the package lock's, or the pinned Buildroot's.
@@ -212,7 +228,8 @@ fn root(
 fn fetch(build: &Build<'_>, lock: &PackagesLock) -> Result<Fetched> {
     let offline = build.options.offline;
     let fetcher = Fetcher::of(build.cache, offline)?;
-    let mirrors = if offline { None } else { Some(Mirrors::from_host()?) };
+    let sources = &build.plan.rootfs.sources;
+    let mirrors = if offline { None } else { Some(mirrors(build.root, sources)?) };
     let policy = if build.options.locked { Policy::Locked } else { Policy::Replace };
     debian::fetch_lock(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)
 }

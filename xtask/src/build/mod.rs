@@ -31,7 +31,7 @@ use crate::shared;
 use crate::tools::{self, Purpose};
 
 pub use agent::{Agent, LOCK as COMPILER_LOCK, SOURCES as AGENT_SOURCES};
-pub use base::{Base, Wheels, package_spec, python_target};
+pub use base::{Base, Wheels, mirrors, package_spec, python_target};
 pub use buildroot::output_name;
 pub use component::build_component;
 pub use image::{Card, System, qemu_files, wrap_script};

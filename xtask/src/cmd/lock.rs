@@ -2,11 +2,13 @@
 
 use anyhow::{Context, Result, bail};
 
-use crate::build::{COMPILER_LOCK, package_spec, python_target};
+use crate::build::{COMPILER_LOCK, mirrors, package_spec, python_target};
 use crate::cache::Cache;
 use crate::cli::{Lock, Target};
 use crate::cmd::plan::load;
 use crate::config::product::Engine;
+use crate::config::reader::Findings;
+use crate::plan;
 use crate::progress::say;
 use crate::rootfs::debian::{self, Mirrors, PackagesLock};
 use crate::tools::{self, Purpose};
@@ -32,8 +34,11 @@ pub fn lock(options: &Lock) -> Result<()> {
         let path = product.rootfs.lock.as_ref().context("`rootfs.lock` is missing")?.value.clone();
         let full = config.root.join(&path);
         if wants("packages") {
+            let (sources, wrong) = plan::sources(&config);
+            Findings(wrong).check()?;
             let spec = package_spec(&config);
-            let new = debian::lock::lock(&spec, &Mirrors::from_host()?, &cache.root)?;
+            let mirrors = mirrors(&config.root, &sources)?;
+            let new = debian::lock::lock(&spec, &mirrors, &cache.root)?;
             let old = PackagesLock::load(&full).ok();
             let changes = old
                 .map_or(new.package.len(), |old| debian::download::differences(&old, &new).len());

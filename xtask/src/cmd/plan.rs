@@ -13,8 +13,8 @@ use crate::cli::{Format, PlanOptions, Show, Target};
 use crate::config::{self, Config};
 use crate::disk::layout::exact;
 use crate::facts::Facts;
-use crate::plan::{self, Plan};
-use crate::progress::say;
+use crate::plan::{self, Plan, SourcePlan};
+use crate::progress::{names, say};
 use crate::release::pins::Pins;
 use crate::render;
 use crate::sbom::timestamp;
@@ -183,6 +183,10 @@ pub fn describe(plan: &Plan) -> String {
     line("commit", format!("{commit}{modified}; epoch {}", plan.epoch));
     let engine = serde_json::to_value(plan.rootfs.engine).unwrap_or_default();
     line("engine", format!("{} {}", engine.as_str().unwrap_or(""), plan.rootfs.suite));
+    for source in &plan.rootfs.sources {
+        let SourcePlan { name, address, suite, packages, .. } = source;
+        line("source", format!("{name}, {address} {suite}: {}", names(packages)));
+    }
     if let Some(api) = &plan.api {
         line("api", api.package.clone());
     }

@@ -28,6 +28,8 @@ pub struct Config {
     /// Fragments of Buildroot's defconfig, path and text: the board's, then the product's. One that
     /// is missing is a finding of the plan.
     pub fragments: Vec<(Utf8PathBuf, String)>,
+    /// The key files of further apt archives, path and content. One that is missing is a finding of the plan.
+    pub source_keys: Vec<(Utf8PathBuf, Vec<u8>)>,
     /// Every file that was read, with its SHA-256, sorted by path.
     pub inputs: Vec<Input>,
 }
@@ -67,6 +69,27 @@ pub fn products(root: &Utf8Path) -> Result<Vec<String>> {
     let names =
         |entry: &camino::Utf8DirEntry| entry.file_name().strip_suffix(".toml").map(str::to_owned);
     list(&root.join("configs"), names)
+}
+
+/// Where products lie that are built only by name: they need something that the repository cannot have.
+const EXAMPLES: &str = "configs/examples";
+
+/// The names of the products that are no more than examples, sorted.
+///
+/// # Errors
+/// When their folder cannot be read.
+pub fn examples(root: &Utf8Path) -> Result<Vec<String>> {
+    let dir = root.join(EXAMPLES);
+    let names =
+        |entry: &camino::Utf8DirEntry| entry.file_name().strip_suffix(".toml").map(str::to_owned);
+    if dir.is_dir() { list(&dir, names) } else { Ok(Vec::new()) }
+}
+
+/// Where the file of a product lies, relative to the workspace.
+pub fn product_file(root: &Utf8Path, name: &str) -> Utf8PathBuf {
+    let own = Utf8Path::new("configs").join(format!("{name}.toml"));
+    let example = Utf8Path::new(EXAMPLES).join(format!("{name}.toml"));
+    if !root.join(&own).is_file() && root.join(&example).is_file() { example } else { own }
 }
 
 /// The names of all boards, sorted.
@@ -125,7 +148,7 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         Some(name) => name.to_owned(),
         None => default_product(root)?,
     };
-    known("product", &name, &products(root)?)?;
+    known("product", &name, &[products(root)?, examples(root)?].concat())?;
     let product = product::read(root, &name)?;
     let board_name = board.unwrap_or(&product.default_board.value.0);
     let default = &product.default_board;
@@ -160,6 +183,7 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         overlays,
         extra_packages,
         fragments: Vec::new(),
+        source_keys: Vec::new(),
         inputs: Vec::new(),
     };
     let mut texts = Vec::new();
@@ -171,6 +195,7 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         }
     }
     config.fragments = texts;
+    config.source_keys = source_keys(&config)?;
     config.inputs = inputs(&config)?;
     Ok(config)
 }
@@ -214,6 +239,20 @@ fn fragments(config: &Config) -> Vec<&Utf8PathBuf> {
     board.chain(product.buildroot.iter().flat_map(|b| &b.fragments)).map(|l| &l.value).collect()
 }
 
+fn source_keys(config: &Config) -> Result<Vec<(Utf8PathBuf, Vec<u8>)>> {
+    let mut keys = Vec::new();
+    for path in config.product.rootfs.sources.iter().map(|source| &source.key.value) {
+        let full = config.root.join(path);
+        if full.is_file() {
+            keys.push((
+                path.clone(),
+                std::fs::read(&full).with_context(|| format!("reading {path}"))?,
+            ));
+        }
+    }
+    Ok(keys)
+}
+
 fn inputs(config: &Config) -> Result<Vec<Input>> {
     let board_dir = Utf8Path::new("board").join(&config.board.name.value.0);
     let product = &config.product;
@@ -221,6 +260,7 @@ fn inputs(config: &Config) -> Result<Vec<Input>> {
     let mut paths = vec![product.place.file.clone(), config.board.place.file.clone()];
     paths.extend(config.board.include.iter().map(|path| path.value.clone()));
     paths.extend(product.rootfs.lock.iter().map(|l| l.value.clone()));
+    paths.extend(product.rootfs.sources.iter().map(|source| source.key.value.clone()));
     paths.extend(fragments(config).into_iter().cloned());
     paths.extend(product.api.iter().map(|api| api.lock.value.clone()));
     paths.extend(product.users.iter().flat_map(|u| &u.authorized_keys).map(|k| k.value.clone()));

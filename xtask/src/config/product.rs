@@ -91,6 +91,8 @@ pub struct Rootfs {
     pub unpacked: Vec<Located<String>>,
     /// Package lock (engine `debian`).
     pub lock: Option<Located<Utf8PathBuf>>,
+    /// Further apt archives (engine `debian`).
+    pub sources: Vec<AptSource>,
     /// The pinned Buildroot (engine `buildroot`).
     pub buildroot: Option<Buildroot>,
     /// More than this share of the slot fails the build.
@@ -101,6 +103,61 @@ pub struct Rootfs {
     pub prune: Vec<String>,
     /// Exceptions from `prune`.
     pub keep: Vec<String>,
+}
+
+/// An apt archive besides Debian's own, and what may come from it.
+#[derive(Debug)]
+pub struct AptSource {
+    /// What messages and the lock call it.
+    pub name: Located<Name>,
+    /// Its address, without a slash at the end.
+    pub address: Located<String>,
+    /// Its suite.
+    pub suite: Located<AptWord>,
+    /// Its components.
+    pub components: Vec<Located<AptWord>>,
+    /// The OpenPGP public key that it must be signed with: a file, relative to the workspace.
+    pub key: Located<Utf8PathBuf>,
+    /// The packages that may come from it: names, and patterns with `*`.
+    pub packages: Vec<Located<PackagePattern>>,
+}
+
+/// A word of apt's `sources.list`: nothing that apt would read as an option or as another word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AptWord(pub String);
+
+impl FromToml for AptWord {
+    const EXPECTED: &'static str = "a word of letters, digits, `-`, `_`, `.` and `/`";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let word = value.as_str().ok_or(String::new())?;
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+        // A suite with a slash at its end is an archive without components, which has no pool.
+        let fits = word.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && word.chars().all(plain)
+            && !word.ends_with('/');
+        if fits { Ok(Self(word.to_owned())) } else { Err(String::new()) }
+    }
+}
+
+/// A package's name, in which `*` stands for any characters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackagePattern(pub String);
+
+impl FromToml for PackagePattern {
+    const EXPECTED: &'static str =
+        "a package's name such as \"raspi-firmware\" or \"linux-image-*\"";
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text = value.as_str().ok_or(String::new())?;
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.*".contains(c);
+        if text.is_empty() || !text.chars().all(plain) {
+            return Err(String::new());
+        }
+        // It would let the archive replace all of Debian.
+        if text.chars().all(|c| c == '*') {
+            return Err("it would let every package come from there".to_owned());
+        }
+        Ok(Self(text.to_owned()))
+    }
 }
 
 /// The pinned Buildroot, and what wheels are locked for with it.
@@ -237,12 +294,12 @@ pub struct Update {
     pub key_epoch: u32,
 }
 
-/// Reads `configs/<name>.toml`.
+/// Reads `configs/<name>.toml`, or the example of that name.
 ///
 /// # Errors
 /// All findings of the file at once.
 pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Product> {
-    let shown = Utf8Path::new("configs").join(format!("{name}.toml"));
+    let shown = super::product_file(root, name);
     Source::read(root, &shown)?.parse(|fields| {
         let product = build(fields)?;
         if product.name.value.0 != name {
@@ -327,6 +384,7 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
     let packages = f.list("packages");
     let unpacked = f.list("unpacked");
     let lock = f.optional("lock");
+    let sources = f.tables("sources", source);
     let buildroot = f.optional_table("buildroot", |f| {
         let url = f.required("url");
         let release = f.required("release");
@@ -354,12 +412,58 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
         packages: packages?,
         unpacked: unpacked?,
         lock: lock?,
+        sources: sources?,
         buildroot: buildroot?,
         fill_limit: fill_limit?,
         fill_warning: fill_warning?,
         prune: prune?.into_iter().map(|l| l.value).collect(),
         keep: keep?.into_iter().map(|l| l.value).collect(),
     })
+}
+
+fn source(f: &mut Fields<'_>) -> Option<AptSource> {
+    let name = f.required("name");
+    let address = f.required("address").and_then(|address| plain_address(f, address));
+    let suite = f.required("suite");
+    let components = f.list("components");
+    let key = f.required("key");
+    let packages = f.list("packages");
+    Some(AptSource {
+        name: name?,
+        address: address?,
+        suite: suite?,
+        components: components?,
+        key: key?,
+        packages: packages?,
+    })
+}
+
+/// The address of an archive as apt takes it, without slashes at its end.
+fn plain_address(f: &Fields<'_>, mut address: Located<String>) -> Option<Located<String>> {
+    let text = address.value.trim_end_matches('/').to_owned();
+    let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    let host = rest.and_then(|rest| rest.split('/').next()).unwrap_or_default();
+    if host.contains('@') {
+        // What stands there may be a password: it is not repeated.
+        address.place.text = "address = …".to_owned();
+        let message = "`rootfs.sources.address` has a user's name or a password in it";
+        let help = "a product's file is public: give the archive's address alone";
+        f.reject(&address.place, message, help);
+        return None;
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-._~+/:%".contains(c);
+    let bare_host = host.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if !bare_host || !text.chars().all(plain) {
+        let message = format!(
+            "`rootfs.sources.address`: expected an address of http or https, found \"{}\"",
+            address.value
+        );
+        let help = "write it as in \"https://archive.example.com/debian\"";
+        f.reject(&address.place, message, help);
+        return None;
+    }
+    address.value = text;
+    Some(address)
 }
 
 fn user(f: &mut Fields<'_>) -> Option<User> {

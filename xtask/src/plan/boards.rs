@@ -286,8 +286,7 @@ fn check_kernel(product: &Product, board: &Board, out: &mut Vec<Finding>) {
     if rootfs.engine.value == Engine::Debian && !debian.kernels.iter().any(has) {
         let names = plain(&debian.kernels).join(" or ");
         let message = format!("the board {} needs the kernel {names}", board.name.value.0);
-        let help =
-            "name it in `rootfs.unpacked`, from the archive that has it; the board's file says why";
+        let help = "name it in `rootfs.unpacked`, and its archive in [[rootfs.sources]]; the board's file says why";
         let place = rootfs.unpacked.first().map_or(&rootfs.engine.place, |p| &p.place);
         out.push(Finding::new(place, message, help));
     }

@@ -4,6 +4,7 @@
 mod boards;
 pub mod identifiers;
 mod resolve;
+mod sources;
 
 use std::collections::BTreeMap;
 
@@ -18,6 +19,7 @@ use crate::disk::layout::Layout;
 use crate::rootfs::buildroot::fragment::Defconfig;
 pub use identifiers::Identifiers;
 pub use resolve::resolve;
+pub use sources::{SourcePlan, sources};
 
 /// One build. The only thing that stages read.
 #[derive(Debug, Clone, Serialize)]
@@ -157,6 +159,9 @@ pub struct RootfsPlan {
     pub extra_packages: Vec<String>,
     /// Package lock.
     pub lock: Option<Utf8PathBuf>,
+    /// Further apt archives.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<SourcePlan>,
     /// The pinned Buildroot and its defconfig.
     pub buildroot: Option<BuildrootPlan>,
     /// Percent of the slot above which the build fails.

@@ -29,6 +29,8 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
     boards::check(product, board, &mut findings);
     check_engine(product, board, &mut findings);
     let buildroot = buildroot(config, &mut findings);
+    let (sources, wrong) = super::sources(config);
+    findings.extend(wrong);
     let disk = boards::place(&board.disk, &board.partitions, &mut findings);
     let earlier = boards::earlier(board, &mut findings);
     let overlay = merge_overlays(config);
@@ -61,6 +63,7 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
             packages: rootfs.packages.iter().map(|l| l.value.clone()).collect(),
             extra_packages: config.extra_packages.clone(),
             lock: rootfs.lock.as_ref().map(|l| l.value.clone()),
+            sources,
             buildroot,
             fill_limit: rootfs.fill_limit.0,
             fill_warning: rootfs.fill_warning.0,
@@ -98,7 +101,13 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
     })
 }
 
-fn must_exist(config: &Config, place: &Place, path: &Utf8Path, help: &str, out: &mut Vec<Finding>) {
+pub(super) fn must_exist(
+    config: &Config,
+    place: &Place,
+    path: &Utf8Path,
+    help: &str,
+    out: &mut Vec<Finding>,
+) {
     if !config.inputs.iter().any(|input| input.path == path) {
         out.push(Finding::new(place, format!("the file {path} does not exist"), help));
     }

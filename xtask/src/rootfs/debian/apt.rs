@@ -6,6 +6,7 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
+use super::sources::SourceMirror;
 use crate::exec::Tool;
 
 /// Overrides the archive's address (`…/debian`).
@@ -27,6 +28,8 @@ pub struct Mirrors {
     pub security: String,
     /// Keys that must have signed both.
     pub keyring: Utf8PathBuf,
+    /// Further archives, each with a key of its own.
+    pub sources: Vec<SourceMirror>,
 }
 
 impl Mirrors {
@@ -67,7 +70,23 @@ impl Mirrors {
             );
         }
         let trim = |uri: String| uri.trim_end_matches('/').to_owned();
-        Ok(Self { archive: trim(archive), security: trim(security), keyring })
+        let (archive, security) = (trim(archive), trim(security));
+        Ok(Self { archive, security, keyring, sources: Vec::new() })
+    }
+
+    /// The same with a product's further archives.
+    pub fn with_sources(self, sources: Vec<SourceMirror>) -> Self {
+        Self { sources, ..self }
+    }
+
+    /// A further archive by its name.
+    pub(super) fn source(&self, name: &str) -> Result<&SourceMirror> {
+        self.sources.iter().find(|source| source.name == name).with_context(|| {
+            format!(
+                "the package lock names the source {name}, which the product does not have\n\
+                 help: cargo xtask lock"
+            )
+        })
     }
 }
 

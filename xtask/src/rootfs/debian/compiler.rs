@@ -9,6 +9,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::apt::{Mirrors, PrivateApt};
 use super::download::{self, Policy, Replaced};
 use super::lock::{LockedPackage, PackagesLock, finish, lock_unpacked, stanzas, target_apt};
+use super::sources::Offers;
 use super::{DebianSpec, host, unpack};
 use crate::artifact::{hash_bytes, partial};
 use crate::fetch::Fetcher;
@@ -56,6 +57,7 @@ fn request() -> DebianSpec {
         arch: TARGET.to_owned(),
         packages: Vec::new(),
         extra: Vec::new(),
+        sources: Vec::new(),
     }
 }
 
@@ -79,7 +81,7 @@ pub fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
         names.push(dependency(&apt, &library, "libllvm")?);
         names.push(library);
         package.extend(
-            lock_unpacked(&apt, &names, mirrors, Role::Host)
+            lock_unpacked(&apt, &names, mirrors, &Offers::default(), Role::Host)
                 .with_context(|| format!("choosing a Rust compiler for {arch} machines"))?,
         );
     }

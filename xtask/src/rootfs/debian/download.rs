@@ -127,13 +127,15 @@ fn plain(
 ) -> Result<Plain> {
     let downloads: Vec<Download> = packages
         .iter()
-        .map(|p| Download {
-            name: p.shown(),
-            url: mirrors.map(|m| p.url(m)).unwrap_or_default(),
-            size: Some(p.size),
-            sha256: p.sha256.clone(),
+        .map(|p| {
+            Ok(Download {
+                name: p.shown(),
+                url: mirrors.map(|m| p.url(m)).transpose()?.unwrap_or_default(),
+                size: Some(p.size),
+                sha256: p.sha256.clone(),
+            })
         })
-        .collect();
+        .collect::<Result<_>>()?;
     let (mut debs, mut gone) = (Vec::new(), Vec::new());
     let outcomes = fetcher.fetch("fetch", "Debian packages", &downloads)?;
     for (package, outcome) in packages.iter().zip(outcomes) {
@@ -192,10 +194,10 @@ fn replace(
     }
     // Binaries of one source depend on each other's exact version: they move together, even
     // those whose old file is still in the store.
-    let moving: BTreeSet<&str> = gone.iter().map(|p| p.pool()).collect();
+    let moving: BTreeSet<_> = gone.iter().map(|p| p.pool()).collect();
     let kept: Vec<LockedDeb> = debs
         .iter()
-        .filter(|d| d.package.role != Role::Host && !moving.contains(d.package.pool()))
+        .filter(|d| d.package.role != Role::Host && !moving.contains(&d.package.pool()))
         .cloned()
         .collect();
     let mut solved = lock::solve_with_kept(spec, mirrors, cache, &kept);

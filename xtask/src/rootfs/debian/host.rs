@@ -9,6 +9,7 @@ use camino::Utf8Path;
 use super::apt::{Mirrors, PrivateApt, Source};
 use super::download::{self, Policy};
 use super::lock::{LockedPackage, PackagesLock, lock_unpacked};
+use super::sources::Offers;
 use super::{DebianSpec, unpack};
 use crate::artifact::hash_bytes;
 use crate::exec;
@@ -56,7 +57,7 @@ pub(super) fn lock(
             .chain(FROM_SUITE.map(str::to_owned))
             .collect();
         locked.extend(
-            lock_unpacked(&apt, &names, mirrors, Role::Host)
+            lock_unpacked(&apt, &names, mirrors, &Offers::default(), Role::Host)
                 .with_context(|| format!("choosing e2fsprogs for {arch} machines"))?,
         );
     }

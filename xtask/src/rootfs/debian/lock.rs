@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::apt::{Mirrors, PrivateApt, Source};
 use super::download::LockedDeb;
+use super::sources::Offers;
 use super::{DebianSpec, host, repo};
 use crate::artifact::write_atomically;
 use crate::progress;
@@ -64,10 +65,37 @@ pub struct LockedPackage {
 
 impl LockedPackage {
     /// Where this package lies on these mirrors.
-    pub fn url(&self, mirrors: &Mirrors) -> String {
+    ///
+    /// # Errors
+    /// When they do not have its source.
+    pub fn url(&self, mirrors: &Mirrors) -> Result<String> {
         // apt itself escapes these two in pool paths; some mirrors need it.
         let path = self.filename.replace('+', "%2b").replace('~', "%7e");
-        format!("{}/{path}", self.archive.address(mirrors))
+        Ok(format!("{}/{path}", self.archive.address(mirrors)?))
+    }
+
+    /// Refuses what cannot be a package of an archive.
+    pub(super) fn check(&self) -> Result<()> {
+        let Self { name, filename, sha256, archive, .. } = self;
+        if sha256.len() != 64 || !sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+            bail!("package {name}: '{sha256}' is not a SHA-256 in lower-case hexadecimal");
+        }
+        match archive {
+            Archive::Debian | Archive::Security => {
+                if !filename.starts_with("pool/") || filename.split('/').any(|part| part == "..") {
+                    bail!("package {name}: '{filename}' is not a path below pool/");
+                }
+            }
+            // Not everybody calls it pool.
+            Archive::Source(_) => {
+                let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~+/%:".contains(&b);
+                let whole = |part: &str| !matches!(part, "" | "." | "..") && !part.ends_with(':');
+                if !filename.bytes().all(plain) || !filename.split('/').all(whole) {
+                    bail!("package {name}: '{filename}' is not a path in an archive");
+                }
+            }
+        }
+        Ok(())
     }
 
     /// `name version` as messages show it.
@@ -76,26 +104,49 @@ impl LockedPackage {
     }
 
     /// The pool folder: all binaries of one source share it.
-    pub(super) fn pool(&self) -> &str {
-        self.filename.rsplit_once('/').map_or("", |(folder, _)| folder)
+    pub(super) fn pool(&self) -> (&Archive, &str) {
+        (&self.archive, self.filename.rsplit_once('/').map_or("", |(folder, _)| folder))
     }
 }
 
-/// One of Debian's archives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+/// One of Debian's archives, or a further one. In a lock it is its name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
 pub enum Archive {
     /// `bookworm`, `bookworm-updates` and `bookworm-backports`: one pool.
     Debian,
     /// `bookworm-security`.
     Security,
+    /// A source of the product.
+    Source(String),
 }
 
 impl Archive {
-    fn address(self, mirrors: &Mirrors) -> &str {
-        match self {
+    fn address<'m>(&self, mirrors: &'m Mirrors) -> Result<&'m str> {
+        Ok(match self {
             Self::Debian => &mirrors.archive,
             Self::Security => &mirrors.security,
+            Self::Source(name) => &mirrors.source(name)?.address,
+        })
+    }
+}
+
+impl From<String> for Archive {
+    fn from(name: String) -> Self {
+        match name.as_str() {
+            "debian" => Self::Debian,
+            "security" => Self::Security,
+            _ => Self::Source(name),
+        }
+    }
+}
+
+impl From<Archive> for String {
+    fn from(archive: Archive) -> Self {
+        match archive {
+            Archive::Debian => "debian".to_owned(),
+            Archive::Security => "security".to_owned(),
+            Archive::Source(name) => name,
         }
     }
 }
@@ -122,13 +173,12 @@ impl PackagesLock {
         }
         let mut seen = BTreeSet::new();
         for package in &lock.package {
-            let LockedPackage { name, filename, sha256, .. } = package;
-            if sha256.len() != 64 || !sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+            let name = &package.name;
+            package.check()?;
+            if let Archive::Source(source) = &package.archive
+                && !lock.request.sources.iter().any(|known| known.name == *source)
             {
-                bail!("package {name}: '{sha256}' is not a SHA-256 in lower-case hexadecimal");
-            }
-            if !filename.starts_with("pool/") || filename.split('/').any(|part| part == "..") {
-                bail!("package {name}: '{filename}' is not a path below pool/");
+                bail!("package {name} comes from '{source}', which is no source of the request");
             }
             if !seen.insert((package.role, name, &package.arch)) {
                 bail!("package {name} ({}) is listed twice", package.arch);
@@ -172,6 +222,12 @@ impl PackagesLock {
             let mut all = list("component", &spec.components);
             all.extend(list("package", &spec.packages));
             all.extend(list("extra package", &spec.extra));
+            for source in &spec.sources {
+                let about = |what: &str| format!("source {}: {what}", source.name);
+                all.push(about(&format!("suite {}", source.suite)));
+                all.extend(list(&about("component"), &source.components));
+                all.extend(list(&about("package"), &source.packages));
+            }
             all.extend([format!("suite {}", spec.suite), format!("architecture {}", spec.arch)]);
             all.into_iter().collect()
         };
@@ -201,10 +257,14 @@ impl PackagesLock {
 /// When a mirror is out of reach, a signature is wrong, or apt finds no solution (its own words).
 pub fn lock(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
     progress::say("lock", format!("{} {}: asking the mirrors", spec.suite, spec.arch));
+    let offers = Offers::ask(spec, mirrors, cache)?;
     let apt = target_apt(spec, mirrors, cache)?;
+    offers.bring_in(&apt)?;
+    apt.pin(offers.pins())?;
+    let solved = apt.update().and_then(|()| solve(&apt, spec, mirrors, &[], &offers));
+    // What another product locks next may have no sources.
     apt.pin("")?;
-    apt.update()?;
-    let mut package = solve(&apt, spec, mirrors, &[])?;
+    let mut package = solved?;
     package.extend(host::lock(spec, mirrors, cache)?);
     let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
@@ -221,7 +281,9 @@ pub(super) fn finish(
     mut package: Vec<LockedPackage>,
 ) -> Result<PackagesLock> {
     let mut request = spec.clone();
-    for list in [&mut request.components, &mut request.packages, &mut request.extra] {
+    let sources = request.sources.iter_mut().flat_map(|s| [&mut s.components, &mut s.packages]);
+    let lists = [&mut request.components, &mut request.packages, &mut request.extra];
+    for list in lists.into_iter().chain(sources) {
         list.sort();
         list.dedup();
     }
@@ -246,26 +308,27 @@ pub(super) fn target_apt(
     PrivateApt::new(&dir, &spec.arch, &sources, &spec.components, &mirrors.keyring)
 }
 
-/// What apt would install and unpack, with roles. `kept` is what the local archive offers.
+/// What apt would install and unpack, with roles. `kept` is what the local archive of an old lock offers.
 fn solve(
     apt: &PrivateApt,
     spec: &DebianSpec,
     mirrors: &Mirrors,
     kept: &[LockedDeb],
+    offers: &Offers,
 ) -> Result<Vec<LockedPackage>> {
     let mut install = vec!["-qq", "--print-uris", "install", ESSENTIAL];
     install.extend(spec.packages.iter().map(String::as_str));
     let root = apt
         .get(install)
         .with_context(|| format!("choosing the packages of {} for {}", spec.suite, spec.arch))?;
-    let (local, remote): (Vec<&str>, Vec<&str>) =
-        root.lines().partition(|line| line.starts_with(repo::URI_PREFIX));
-    let mut locked = locked_from_uris(apt, &remote.join("\n"), mirrors, Role::Root)?;
-    for line in local {
-        let hash = repo::hash_in(line).with_context(|| format!("understanding {line}"))?;
-        let deb = kept.iter().find(|d| d.file.sha256 == hash);
-        let package = &deb.with_context(|| format!("apt chose an unknown file {hash}"))?.package;
-        locked.push(package.clone());
+    let is_kept = |line: &&str| {
+        let hash = repo::hash_in(line);
+        line.starts_with(repo::URI_PREFIX) && kept.iter().any(|d| hash == Some(&d.file.sha256))
+    };
+    let (local, remote): (Vec<&str>, Vec<&str>) = root.lines().partition(is_kept);
+    let mut locked = locked_from_uris(apt, &remote.join("\n"), mirrors, offers, Role::Root)?;
+    for hash in local.into_iter().filter_map(repo::hash_in) {
+        locked.extend(kept.iter().find(|d| d.file.sha256 == hash).map(|d| d.package.clone()));
     }
     // A kernel's package name has its version in it, so the metapackage is compared by its prefix.
     let same = |locked: &str, asked: &str| {
@@ -279,7 +342,7 @@ fn solve(
             None => wanted.push(name.clone()),
         }
     }
-    locked.extend(lock_unpacked(apt, &wanted, mirrors, Role::Extra)?);
+    locked.extend(lock_unpacked(apt, &wanted, mirrors, offers, Role::Extra)?);
     Ok(locked)
 }
 
@@ -288,6 +351,7 @@ pub(super) fn lock_unpacked(
     apt: &PrivateApt,
     names: &[String],
     mirrors: &Mirrors,
+    offers: &Offers,
     role: Role,
 ) -> Result<Vec<LockedPackage>> {
     if names.is_empty() {
@@ -299,7 +363,7 @@ pub(super) fn lock_unpacked(
     }
     let args = ["-qq", "--print-uris", "download"].map(str::to_owned).into_iter().chain(wanted);
     let uris = apt.get(args).context("choosing the packages that are only unpacked")?;
-    locked_from_uris(apt, &uris, mirrors, role)
+    locked_from_uris(apt, &uris, mirrors, offers, role)
 }
 
 /// The real kernel package behind a metapackage such as `linux-image-arm64`.
@@ -322,17 +386,28 @@ fn locked_from_uris(
     apt: &PrivateApt,
     text: &str,
     mirrors: &Mirrors,
+    offers: &Offers,
     role: Role,
 ) -> Result<Vec<LockedPackage>> {
-    let mut found = Vec::new();
+    let (mut found, mut offered) = (Vec::new(), Vec::new());
     for line in text.lines().filter(|line| line.starts_with('\'')) {
-        found.push(
-            parse_uri_line(line, mirrors, role)
-                .with_context(|| format!("understanding apt's answer: {line}"))?,
-        );
+        let doing = || format!("understanding apt's answer: {line}");
+        if line.starts_with(repo::URI_PREFIX) {
+            let hash = repo::hash_in(line).with_context(doing)?;
+            let package = offers.with_hash(hash);
+            offered.push(package.with_context(|| format!("apt chose an unknown file {hash}"))?);
+            continue;
+        }
+        let package = parse_uri_line(line, mirrors, role).with_context(doing)?;
+        match offers.instead_of(&package) {
+            Some(package) => offered.push(package),
+            None => found.push(package),
+        }
     }
+    let offered: Vec<LockedPackage> =
+        offered.into_iter().map(|package| LockedPackage { role, ..package.clone() }).collect();
     if found.is_empty() {
-        return Ok(found);
+        return Ok(offered);
     }
     let queries: Vec<String> = found.iter().map(|p| format!("{}={}", p.name, p.version)).collect();
     let shown = apt.cache(["show"].map(str::to_owned).into_iter().chain(queries))?;
@@ -347,6 +422,7 @@ fn locked_from_uris(
             .remove(&package.filename)
             .ok_or_else(|| anyhow!("the index has no SHA-256 for {}", package.filename))?;
     }
+    found.extend(offered);
     Ok(found)
 }
 
@@ -431,18 +507,20 @@ pub(super) fn solve_with_kept(
     cache: &Utf8Path,
     kept: &[LockedDeb],
 ) -> Result<Vec<LockedPackage>> {
+    let offers = Offers::ask(spec, mirrors, cache)?;
     let apt = target_apt(spec, mirrors, cache)?;
+    offers.bring_in(&apt)?;
     let local = cache.join("apt/kept");
     repo::write(&local, &kept.iter().collect::<Vec<_>>())?;
     let local = local.canonicalize_utf8().context("resolving the local archive")?;
     apt.add_local(&local)?;
     // Above 1000: taken even where the archive has a newer one.
-    let pins = kept.iter().fold(String::new(), |text, LockedDeb { package, .. }| {
+    let pins = kept.iter().fold(offers.pins().to_owned(), |text, LockedDeb { package, .. }| {
         let LockedPackage { name, version, .. } = package;
         text + &format!("Package: {name}\nPin: version {version}\nPin-Priority: 1001\n\n")
     });
     apt.pin(&pins)?;
-    let solved = apt.update().and_then(|()| solve(&apt, spec, mirrors, kept));
+    let solved = apt.update().and_then(|()| solve(&apt, spec, mirrors, kept, &offers));
     apt.pin("")?;
     solved
 }

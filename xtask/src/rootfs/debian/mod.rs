@@ -10,10 +10,12 @@ pub mod compiler;
 pub mod download;
 mod host;
 mod inventory;
+pub mod key;
 pub mod lock;
 pub mod prune;
 mod repo;
 mod scratch;
+mod sources;
 mod unpack;
 
 use serde::{Deserialize, Serialize};
@@ -25,6 +27,7 @@ pub use download::{Fetched, LockedDeb, Policy, Replaced, fetch_lock};
 pub use host::{host_e2fs, unpack_locked};
 pub use lock::{Archive, LockedPackage, PackagesLock, lock};
 pub use prune::PruneRules;
+pub use sources::{SourceMirror, SourceSpec};
 
 /// What to install, as the product and the board say it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,4 +45,7 @@ pub struct DebianSpec {
     /// Packages that are unpacked and never installed: kernel image (its metapackage is followed),
     /// static busybox, firmware, bootloaders. Nothing that they depend on is taken.
     pub extra: Vec<String>,
+    /// Further archives, and what may come from them. A lock without any is what it was before there were sources.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<SourceSpec>,
 }

@@ -1,0 +1,103 @@
+//! The further apt archives of a product: every rule over several values, and their part of the plan.
+
+use serde::Serialize;
+
+use camino::Utf8PathBuf;
+
+use super::resolve::must_exist;
+use crate::config::Config;
+use crate::config::product::{AptSource, Engine};
+use crate::config::reader::Finding;
+use crate::rootfs::debian::key::{self, BadKey};
+
+/// A further apt archive.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SourcePlan {
+    /// What messages and the lock call it.
+    pub name: String,
+    /// Its address, without a slash at the end.
+    pub address: String,
+    /// Its suite.
+    pub suite: String,
+    /// Its components.
+    pub components: Vec<String>,
+    /// The file of its public key, relative to the workspace.
+    pub key: Utf8PathBuf,
+    /// Packages that may come from it.
+    pub packages: Vec<String>,
+}
+
+/// The names of Debian's own archives in a lock.
+const OWN: [&str; 2] = ["debian", "security"];
+
+/// The archives, and all that is wrong with them.
+pub fn sources(config: &Config) -> (Vec<SourcePlan>, Vec<Finding>) {
+    let mut out = Vec::new();
+    let rootfs = &config.product.rootfs;
+    for (n, source) in rootfs.sources.iter().enumerate() {
+        let (name, place) = (&source.name.value.0, &source.name.place);
+        let mut find = |message: String, help: &str| out.push(Finding::new(place, message, help));
+        if rootfs.engine.value != Engine::Debian {
+            find(
+                format!("the source {name} is of no use to this engine"),
+                "remove it: only the engine debian takes packages from an archive",
+            );
+        }
+        if OWN.contains(&name.as_str()) {
+            find(
+                format!("the source {name} has the name of one of Debian's own archives"),
+                "choose another `name`",
+            );
+        }
+        if rootfs.sources[..n].iter().any(|other| other.name.value == source.name.value) {
+            find(format!("the source {name} is listed twice"), "give each a name of its own");
+        }
+        if source.components.is_empty() {
+            find(
+                format!("the source {name} has no component"),
+                "add `components = [\"main\"]`, or what the archive has",
+            );
+        }
+        if source.packages.is_empty() {
+            find(
+                format!("nothing may come from the source {name}"),
+                "list names or patterns in `packages`",
+            );
+        }
+        check_key(config, source, &mut out);
+    }
+    let plain = |source: &AptSource| SourcePlan {
+        name: source.name.value.0.clone(),
+        address: source.address.value.clone(),
+        suite: source.suite.value.0.clone(),
+        components: source.components.iter().map(|c| c.value.0.clone()).collect(),
+        key: source.key.value.clone(),
+        packages: source.packages.iter().map(|p| p.value.0.clone()).collect(),
+    };
+    (rootfs.sources.iter().map(plain).collect(), out)
+}
+
+fn check_key(config: &Config, source: &AptSource, out: &mut Vec<Finding>) {
+    let (name, key) = (&source.name.value.0, &source.key);
+    let help = format!(
+        "put the OpenPGP public key of {} there, armoured or binary, from somebody whom you trust to know it",
+        source.address.value
+    );
+    must_exist(config, &key.place, &key.value, &help, out);
+    let Some((_, bytes)) = config.source_keys.iter().find(|(path, _)| *path == key.value) else {
+        return;
+    };
+    let (message, help) = match key::keyring(bytes) {
+        Ok(_) => return,
+        Err(BadKey::Secret) => (
+            format!("{}, the key of the source {name}, is a secret key", key.value),
+            "put the public key there (`gpg --export`); whoever has the secret one can sign the archive",
+        ),
+        Err(BadKey::NoKey(why)) => (
+            format!("{}, the key of the source {name}, is no public key: {why}", key.value),
+            "put an OpenPGP public key there, armoured or binary",
+        ),
+    };
+    out.push(Finding::new(&key.place, message, help));
+}

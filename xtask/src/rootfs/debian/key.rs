@@ -1,0 +1,184 @@
+//! The public keys of further archives: armoured or binary OpenPGP, made one binary keyring for apt. A secret key is
+//! never taken, wherever in the file it is. Which signatures count is apt's business.
+
+/// Why a file is no keyring for apt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BadKey {
+    /// It holds a secret key.
+    Secret,
+    /// It is something else, or damaged.
+    NoKey(&'static str),
+}
+
+/// Packets of RFC 4880, section 4.3.
+const PUBLIC_KEY: u8 = 6;
+const SECRET_KEYS: [u8; 2] = [5, 7];
+/// Signature, marker, trust, user id, public subkey, user attribute, padding.
+const BESIDES: [u8; 7] = [2, 10, 12, 13, 14, 17, 21];
+
+const BEGIN: &str = "-----BEGIN PGP ";
+const END: &str = "-----END PGP ";
+
+/// The keyring in binary form.
+///
+/// # Errors
+/// When the file holds a secret key, or no public one.
+pub fn keyring(file: &[u8]) -> Result<Vec<u8>, BadKey> {
+    let binary = match std::str::from_utf8(file) {
+        Ok(text) if text.contains(BEGIN) => unarmoured(text)?,
+        Ok(_) => return Err(BadKey::NoKey("it is a text without \"BEGIN PGP PUBLIC KEY BLOCK\"")),
+        Err(_) => file.to_vec(),
+    };
+    let mut rest = binary.as_slice();
+    let mut first = true;
+    while !rest.is_empty() {
+        let (tag, length) = packet(rest).ok_or(BadKey::NoKey("it is damaged or cut off"))?;
+        if SECRET_KEYS.contains(&tag) {
+            return Err(BadKey::Secret);
+        }
+        if tag != PUBLIC_KEY && (first || !BESIDES.contains(&tag)) {
+            return Err(BadKey::NoKey("it is OpenPGP, but no public key"));
+        }
+        (first, rest) = (false, &rest[length..]);
+    }
+    if first { Err(BadKey::NoKey("it is empty")) } else { Ok(binary) }
+}
+
+/// Tag and whole length of the packet that `bytes` begin with.
+fn packet(bytes: &[u8]) -> Option<(u8, usize)> {
+    let head = *bytes.first()?;
+    let number = |at: std::ops::Range<usize>| {
+        bytes
+            .get(at)?
+            .iter()
+            .try_fold(0usize, |n, b| n.checked_mul(256)?.checked_add(usize::from(*b)))
+    };
+    let (tag, body, start) = if head & 0xc0 == 0xc0 {
+        let (body, start) = match bytes.get(1)? {
+            short @ 0..=191 => (usize::from(*short), 2),
+            long @ 192..=223 => ((usize::from(*long) - 192) * 256 + number(2..3)? + 192, 3),
+            255 => (number(2..6)?, 6),
+            // Only data comes in parts.
+            224..=254 => return None,
+        };
+        (head & 0x3f, body, start)
+    } else if head & 0x80 != 0 {
+        let octets = match head & 3 {
+            0 => 1,
+            1 => 2,
+            2 => 4,
+            _ => return None,
+        };
+        ((head >> 2) & 0x0f, number(1..1 + octets)?, 1 + octets)
+    } else {
+        return None;
+    };
+    let length = body.checked_add(start)?;
+    (length <= bytes.len()).then_some((tag, length))
+}
+
+/// The content of all armoured blocks, without their checksums: apt checks the signatures.
+fn unarmoured(text: &str) -> Result<Vec<u8>, BadKey> {
+    let mut binary = Vec::new();
+    let mut lines = text.lines().map(str::trim);
+    while let Some(line) = lines.next() {
+        let Some(kind) = line.strip_prefix(BEGIN) else { continue };
+        if kind.starts_with("PRIVATE KEY") {
+            return Err(BadKey::Secret);
+        }
+        if !kind.starts_with("PUBLIC KEY BLOCK") {
+            return Err(BadKey::NoKey("it is OpenPGP, but no public key"));
+        }
+        let mut body = String::new();
+        let mut ended = false;
+        // Headers end with an empty line.
+        for line in lines.by_ref().skip_while(|line| !line.is_empty()) {
+            if line.starts_with(END) {
+                ended = true;
+                break;
+            }
+            if !line.starts_with('=') {
+                body.push_str(line);
+            }
+        }
+        let decoded = if ended { base64(&body) } else { None };
+        binary.extend(decoded.ok_or(BadKey::NoKey("it is damaged or cut off"))?);
+    }
+    Ok(binary)
+}
+
+/// Base64 of RFC 4648, section 4.
+fn base64(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
+    let (mut bits, mut count) = (0u32, 0);
+    for c in text.trim_end_matches('=').bytes() {
+        let value = match c {
+            b'A'..=b'Z' => c - b'A',
+            b'a'..=b'z' => c - b'a' + 26,
+            b'0'..=b'9' => c - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = (bits << 6) | u32::from(value);
+        count += 6;
+        if count >= 8 {
+            count -= 8;
+            bytes.push((bits >> count) as u8);
+            bits &= (1 << count) - 1;
+        }
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A packet of the new form with this tag and body.
+    fn made(tag: u8, body: &[u8]) -> Vec<u8> {
+        [&[0xc0 | tag, body.len() as u8], body].concat()
+    }
+
+    #[test]
+    fn a_secret_key_is_found_wherever_it_is() {
+        let public = made(6, &[4, 1, 2, 0xff]);
+        assert_eq!(keyring(&public), Ok(public.clone()));
+        let both = [public.clone(), made(13, b"me"), made(5, &[4, 0xff])].concat();
+        assert_eq!(keyring(&both), Err(BadKey::Secret));
+        let subkey = [public.clone(), made(7, &[4, 0xff])].concat();
+        assert_eq!(keyring(&subkey), Err(BadKey::Secret));
+        let text =
+            "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nxgME\n-----END PGP PRIVATE KEY BLOCK-----\n";
+        assert_eq!(keyring(text.as_bytes()), Err(BadKey::Secret));
+        // A secret key (tag 5) that calls itself public.
+        let text = "-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nxQME//8=\n-----END PGP PUBLIC KEY BLOCK-----\n";
+        assert_eq!(keyring(text.as_bytes()), Err(BadKey::Secret));
+    }
+
+    #[test]
+    fn damage_is_no_key() {
+        let public = made(6, &[4, 1, 2, 0xff]);
+        for cut in 1..public.len() {
+            assert!(matches!(keyring(&public[..cut]), Err(BadKey::NoKey(_))), "{cut}");
+        }
+        for file in [&b""[..], b"hello", &made(2, &[0xff]), &[0xc6, 255, 255, 255, 255, 255]] {
+            assert!(matches!(keyring(file), Err(BadKey::NoKey(_))), "{file:?}");
+        }
+        let text = "-----BEGIN PGP PUBLIC KEY BLOCK-----\nComment: x\n\nxgQE\nAQL/\n=abcd\n";
+        assert!(matches!(keyring(text.as_bytes()), Err(BadKey::NoKey(_))));
+        let whole = format!("{text}-----END PGP PUBLIC KEY BLOCK-----\n");
+        assert_eq!(keyring(whole.as_bytes()), Ok(public));
+    }
+
+    #[test]
+    fn lengths_are_read_in_every_form() {
+        let body = vec![0xff; 300];
+        let old = [&[0x80 | 6 << 2 | 1, 1, 44][..], &body].concat();
+        assert_eq!(keyring(&old), Ok(old.clone()));
+        let two = [&[0xc6, 192, 108][..], &body].concat();
+        assert_eq!(keyring(&two), Ok(two.clone()));
+        let five = [&[0xc6, 255, 0, 0, 1, 44][..], &body].concat();
+        assert_eq!(keyring(&five), Ok(five.clone()));
+    }
+}

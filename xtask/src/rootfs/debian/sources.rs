@@ -1,0 +1,304 @@
+//! Further archives besides Debian's own. Each is asked by an apt of its own, with its own key; what a product lists is
+//! handed to the apt that solves as a local archive. So a package that is not listed does not exist for that apt,
+//! and which archive a chosen file comes from is known by its hash, not guessed from an address.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use super::DebianSpec;
+use super::apt::{Mirrors, PrivateApt, Source};
+use super::key;
+use super::lock::{Archive, LockedPackage, stanzas};
+use crate::rootfs::{Role, glob};
+
+/// Overrides a source's address: this, and the source's name in capitals with `_` for `-`.
+const MIRROR_VARIABLES: &str = "SLIPWAY_MIRROR_";
+
+/// The fields that apt solves with. Others are left out, so that one of them in another spelling (`package:`)
+/// cannot mean more to apt than it does here.
+const FIELDS: [&str; 17] = [
+    "Package",
+    "Version",
+    "Architecture",
+    "Source",
+    "Multi-Arch",
+    "Essential",
+    "Priority",
+    "Section",
+    "Maintainer",
+    "Installed-Size",
+    "Pre-Depends",
+    "Depends",
+    "Conflicts",
+    "Breaks",
+    "Replaces",
+    "Provides",
+    "Description",
+];
+
+/// A further archive, as a product and a lock name it: no address, which is this machine's business.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct SourceSpec {
+    /// What the lock calls it.
+    pub name: String,
+    /// Its suite.
+    pub suite: String,
+    /// Its components.
+    pub components: Vec<String>,
+    /// Packages that may come from it: names, and patterns with `*`.
+    pub packages: Vec<String>,
+}
+
+/// Where a further archive is, seen from this machine, and whose signature counts for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceMirror {
+    /// Its name, as in the lock.
+    pub name: String,
+    /// Its address. No slash at the end.
+    pub address: String,
+    /// The file of its public key.
+    pub key: Utf8PathBuf,
+}
+
+impl SourceMirror {
+    /// A source with the address that the product says, or that the environment says instead.
+    pub fn new(name: &str, address: &str, key: Utf8PathBuf) -> Self {
+        let set = std::env::var(variable(name)).ok().filter(|value| !value.is_empty());
+        let address = set.as_deref().unwrap_or(address).trim_end_matches('/').to_owned();
+        Self { name: name.to_owned(), address, key }
+    }
+}
+
+/// The variable that overrides a source's address.
+fn variable(name: &str) -> String {
+    MIRROR_VARIABLES.to_owned() + &name.to_uppercase().replace('-', "_")
+}
+
+/// What further archives offer of what may come from them.
+#[derive(Debug, Default)]
+pub(super) struct Offers {
+    /// The local archive that lists them; none where a product has no sources.
+    local: Option<Utf8PathBuf>,
+    packages: Vec<LockedPackage>,
+}
+
+impl Offers {
+    /// Asks all sources of a request. Nothing but indexes is downloaded.
+    ///
+    /// # Errors
+    /// When one is out of reach, is signed by another key, or lacks a package that is listed.
+    pub fn ask(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<Self> {
+        let mut offers = Self::default();
+        if spec.sources.is_empty() {
+            return Ok(offers);
+        }
+        let mut index = String::new();
+        let mut seen = BTreeSet::new();
+        for source in &spec.sources {
+            let mirror = mirrors.source(&source.name)?;
+            let text = read_index(spec, source, mirror, cache)?;
+            for (package, stanza) in listed(source, &text)? {
+                // The same version of two sources: the one that the product names first.
+                let id = (package.name.clone(), package.version.clone(), package.arch.clone());
+                if seen.insert(id) {
+                    offers.packages.push(package);
+                    index.push_str(&stanza);
+                }
+            }
+        }
+        let local = cache.join(format!("apt/{}-{}-sources", spec.suite, spec.arch));
+        fs::create_dir_all(&local).with_context(|| format!("creating {local}"))?;
+        let local = local.canonicalize_utf8().with_context(|| format!("resolving {local}"))?;
+        let path = local.join("Packages");
+        fs::write(&path, index).with_context(|| format!("writing {path}"))?;
+        offers.local = Some(local);
+        Ok(offers)
+    }
+
+    /// Lets an apt choose from them.
+    pub fn bring_in(&self, apt: &PrivateApt) -> Result<()> {
+        self.local.iter().try_for_each(|local| apt.add_local(local))
+    }
+
+    /// The pin that makes a listed package win over Debian's, whatever the version; empty without sources.
+    pub fn pins(&self) -> &'static str {
+        match self.local {
+            // An empty origin: local archives. Debian's have 500; what is kept of an old lock has more.
+            Some(_) => "Package: *\nPin: origin \"\"\nPin-Priority: 990\n\n",
+            None => "",
+        }
+    }
+
+    /// The offered file with this hash.
+    pub fn with_hash(&self, sha256: &str) -> Option<&LockedPackage> {
+        self.packages.iter().find(|p| p.sha256 == sha256)
+    }
+
+    /// The offered package that apt takes for the same as this one of Debian: it compares versions, not files.
+    pub fn instead_of(&self, other: &LockedPackage) -> Option<&LockedPackage> {
+        let id = |p: &LockedPackage| (p.name.clone(), p.version.clone(), p.arch.clone());
+        self.packages.iter().find(|p| id(p) == id(other))
+    }
+}
+
+/// The verified index of a source.
+fn read_index(
+    spec: &DebianSpec,
+    source: &SourceSpec,
+    mirror: &SourceMirror,
+    cache: &Utf8Path,
+) -> Result<String> {
+    let SourceMirror { name, address, key } = mirror;
+    let file = fs::read(key).with_context(|| {
+        format!(
+            "reading {key}, the key of the source {name}\n\
+             help: put the archive's OpenPGP public key there"
+        )
+    })?;
+    let keyring = match key::keyring(&file) {
+        Ok(keyring) => keyring,
+        Err(key::BadKey::Secret) => bail!("{key}, the key of the source {name}, is a secret key"),
+        Err(key::BadKey::NoKey(why)) => {
+            bail!("{key}, the key of the source {name}, is no public key: {why}")
+        }
+    };
+    let suite = source.suite.replace('/', "_");
+    let dir = cache.join(format!("apt/source-{name}-{suite}-{}", spec.arch));
+    fs::create_dir_all(&dir).with_context(|| format!("creating {dir}"))?;
+    let dir = dir.canonicalize_utf8().with_context(|| format!("resolving {dir}"))?;
+    // Always in binary form: apt tells the forms apart by the file's name.
+    let path = dir.join("key.gpg");
+    fs::write(&path, keyring).with_context(|| format!("writing {path}"))?;
+    let archive = [Source { uri: address.clone(), suite: source.suite.clone() }];
+    let apt = PrivateApt::new(&dir, &spec.arch, &archive, &source.components, &path)?;
+    apt.update().with_context(|| {
+        format!(
+            "asking the source {name}\n\
+             help: {} names a mirror of it; its signature must be of the key {key}",
+            variable(name)
+        )
+    })?;
+    let mut text = String::new();
+    let files = apt.get(["indextargets", "--format", "$(FILENAME)", "Created-By: Packages"])?;
+    for path in files.lines() {
+        text += &fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+        text.push_str("\n\n");
+    }
+    Ok(text)
+}
+
+/// The packages of an index that may come from the source, each with its stanza for the local archive.
+fn listed(source: &SourceSpec, index: &str) -> Result<Vec<(LockedPackage, String)>> {
+    let SourceSpec { name, packages: patterns, .. } = source;
+    let wanted = glob::compile(patterns)?;
+    let mut found = Vec::new();
+    for mut stanza in stanzas(index) {
+        let Some(package) = stanza.get("Package").filter(|p| wanted.is_match(p)).cloned() else {
+            continue;
+        };
+        let mut take = |field: &str| {
+            stanza.remove(field).with_context(|| {
+                format!("the index of the source {name} has no {field} for {package}")
+            })
+        };
+        let (filename, size, sha256) = (take("Filename")?, take("Size")?, take("SHA256")?);
+        let filename = filename.strip_prefix("./").unwrap_or(&filename).to_owned();
+        let get = |field: &str| stanza.get(field).cloned().unwrap_or_default();
+        let package = LockedPackage {
+            role: Role::Extra,
+            name: package,
+            arch: get("Architecture"),
+            version: get("Version"),
+            archive: Archive::Source(name.clone()),
+            filename,
+            size: size.parse().with_context(|| format!("'{size}' is not a size"))?,
+            sha256,
+        };
+        package.check().with_context(|| format!("reading the index of the source {name}"))?;
+        let mut text = String::new();
+        for field in FIELDS {
+            if let Some(value) = stanza.get(field) {
+                text += &format!("{field}: {}\n", value.replace('\n', "\n "));
+            }
+        }
+        let LockedPackage { sha256, size, .. } = &package;
+        text += &format!("Filename: ./{sha256}.deb\nSize: {size}\nSHA256: {sha256}\n\n");
+        found.push((package, text));
+    }
+    let mut missing = Vec::new();
+    for pattern in patterns {
+        let one = glob::compile(std::slice::from_ref(pattern))?;
+        if !found.iter().any(|(package, _)| one.is_match(&package.name)) {
+            missing.push(pattern.as_str());
+        }
+    }
+    ensure!(
+        missing.is_empty(),
+        "the source {name} ({} {}) has no package {}\n\
+         help: correct `packages` of that source in the product's [[rootfs.sources]]",
+        source.suite,
+        source.components.join(" "),
+        missing.join(", ")
+    );
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(packages: &[&str]) -> SourceSpec {
+        SourceSpec {
+            name: "acme-one".into(),
+            suite: "stable".into(),
+            components: vec!["main".into()],
+            packages: packages.iter().map(|p| (*p).to_owned()).collect(),
+        }
+    }
+
+    fn stanza(name: &str, more: &str) -> String {
+        let hash = "a".repeat(64);
+        format!(
+            "Package: {name}\nVersion: 1\nArchitecture: all\n{more}Filename: pool/{name}.deb\n\
+             Size: 5\nSHA256: {hash}\n\n"
+        )
+    }
+
+    #[test]
+    fn only_what_is_listed_is_offered_and_only_with_known_fields() {
+        let index = stanza("kernel-1", "Depends: a,\n b\npackage: libc6\nTag: x\n")
+            + &stanza("libc6", "")
+            + &stanza("kernel", "");
+        let found = listed(&source(&["kernel-*"]), &index).expect("found");
+        let [(package, text)] = found.as_slice() else { panic!("{found:?}") };
+        assert_eq!((package.name.as_str(), package.size), ("kernel-1", 5));
+        assert!(text.contains("Depends: a,\n b\n") && !text.contains("libc6"), "{text}");
+    }
+
+    #[test]
+    fn what_the_source_lacks_is_named_at_once() {
+        let error = listed(&source(&["kernel", "none", "not-*"]), &stanza("kernel", ""));
+        let error = error.expect_err("two are missing").to_string();
+        assert!(error.contains("acme-one (stable main) has no package none, not-*"), "{error}");
+    }
+
+    #[test]
+    fn a_file_outside_the_archive_is_refused() {
+        for path in ["../x.deb", "/etc/x.deb", "http://other/x.deb", "pool//x.deb", "pool/a b.deb"]
+        {
+            let index = stanza("kernel", "").replace("pool/kernel.deb", path);
+            let error = format!("{:#}", listed(&source(&["kernel"]), &index).expect_err(path));
+            assert!(error.contains("is not a path in an archive"), "{error}");
+        }
+    }
+
+    #[test]
+    fn each_source_has_a_variable_of_its_own() {
+        assert_eq!(variable("acme-one"), [MIRROR_VARIABLES, "ACME_ONE"].concat());
+    }
+}
