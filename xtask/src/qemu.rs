@@ -52,6 +52,8 @@ pub enum Drive {
 pub struct Machine {
     /// The value of `-M`.
     pub machine: String,
+    /// The first version of QEMU that has it, such as `9.0`; none: every one in use.
+    pub since: Option<String>,
     /// The value of `-cpu`; without one the machine's own.
     pub cpu: Option<String>,
     /// Memory in bytes, whole MiB.
@@ -83,6 +85,58 @@ pub struct Files {
     pub bootloader: Utf8PathBuf,
     /// The device tree, for a machine that has firmware hand one over.
     pub device_tree: Option<Utf8PathBuf>,
+    /// What is changed in that tree, in its source form: what the machine lacks or has elsewhere than the board.
+    pub device_tree_changes: Option<Utf8PathBuf>,
+}
+
+impl Files {
+    /// The device tree for the machine; one with changes is made anew in the folder `dir`.
+    fn tree(&self, dir: &Utf8Path) -> Result<Option<Utf8PathBuf>> {
+        let (Some(tree), Some(changes)) = (&self.device_tree, &self.device_tree_changes) else {
+            return Ok(self.device_tree.clone());
+        };
+        let [base, all, out] = ["base.dts", "machine.dts", "machine.dtb"].map(|n| dir.join(n));
+        let dtc = |from: &str, to: &str, input: &Utf8Path, output: &Utf8Path| {
+            let tool = Tool::new("dtc").args(["-q", "-I", from, "-O", to, "-o"]);
+            tool.args([output.as_str(), input.as_str()]).run()
+        };
+        let make = || -> Result<()> {
+            dtc("dtb", "dts", tree, &base)?;
+            let changes = changes.canonicalize_utf8()?;
+            let text = format!("/include/ \"{base}\"\n/include/ \"{changes}\"\n");
+            std::fs::write(&all, text).with_context(|| format!("writing {all}"))?;
+            dtc("dts", "dtb", &all, &out)
+        };
+        make().with_context(|| format!("changing {tree} as {changes} says"))?;
+        Ok(Some(out))
+    }
+}
+
+/// Whether this machine's QEMU has the board's machine.
+///
+/// # Errors
+/// When it does not, with the version that does; when QEMU is missing.
+pub fn require(machine: &Machine) -> Result<()> {
+    let Some(since) = &machine.since else { return Ok(()) };
+    let said = Tool::new(PROGRAM).arg("--version").read()?;
+    let found = version(&said).with_context(|| format!("reading QEMU's version in {said:?}"))?;
+    let wanted = version(&format!("version {since}")).context("`since` is no version")?;
+    ensure!(
+        found >= wanted,
+        "QEMU {}.{} has no machine {}; QEMU {since} is the first that has\n\
+         help: Debian 12 has a newer one in bookworm-backports: apt-get install -t bookworm-backports qemu-system-arm",
+        found.0,
+        found.1,
+        machine.machine
+    );
+    Ok(())
+}
+
+/// The numbers behind the word `version`.
+fn version(said: &str) -> Option<(u32, u32)> {
+    let (_, rest) = said.split_once("version ")?;
+    let mut parts = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((parts.next()?.ok()?, parts.next()?.ok()?))
 }
 
 /// What becomes of the guest's restart.
@@ -167,8 +221,9 @@ pub struct Start {
 /// writes lasts until then.
 ///
 /// # Errors
-/// When the overlay cannot be made, or QEMU is missing or fails.
+/// When the overlay cannot be made, or QEMU is missing, older than the machine, or fails.
 pub fn run_interactive(machine: &Machine, files: &Files, start: &Start) -> Result<()> {
+    require(machine)?;
     let folder = tempfile::tempdir().context("making a folder for the overlay")?;
     let folder = Utf8Path::from_path(folder.path()).context("the temporary folder's name")?;
     let overlay = Overlay::create(machine, &files.image, &folder.join("card.qcow2"))?;
@@ -181,8 +236,10 @@ pub fn run_interactive(machine: &Machine, files: &Files, start: &Start) -> Resul
         progress::say("ssh", format!("ssh -p {port} robot@127.0.0.1"));
     }
     progress::say("quit", "Ctrl-A, then X; what the robot writes is lost then");
+    let tree = files.tree(folder)?;
+    let (card, console) = (overlay.path(), "mon:stdio");
     let arguments =
-        arguments(machine, files, overlay.path(), "mon:stdio", port, OnRestart::Restart);
+        arguments(machine, files, tree.as_deref(), card, console, port, OnRestart::Restart);
     let tool = Tool::new(PROGRAM).args(arguments);
     let shown = tool.shown();
     let mut command = tool.into_command();
@@ -198,6 +255,7 @@ pub fn run_interactive(machine: &Machine, files: &Files, start: &Start) -> Resul
 fn arguments(
     machine: &Machine,
     files: &Files,
+    tree: Option<&Utf8Path>,
     overlay: &Utf8Path,
     console: &str,
     ssh_port: Option<u16>,
@@ -214,7 +272,7 @@ fn arguments(
         BootloaderSlot::Bios => add(&["-bios", files.bootloader.as_str()]),
         BootloaderSlot::Kernel => add(&["-kernel", files.bootloader.as_str()]),
     }
-    if let Some(tree) = &files.device_tree {
+    if let Some(tree) = tree {
         add(&["-dtb", tree.as_str()]);
     }
     // A comma in a file name would end the name; QEMU wants it doubled.
@@ -277,6 +335,7 @@ mod tests {
     fn machine() -> Machine {
         Machine {
             machine: "virt".into(),
+            since: None,
             cpu: Some("cortex-a53".into()),
             memory: 1 << 30,
             cpus: 2,
@@ -295,11 +354,13 @@ mod tests {
         let files = Files {
             image: "card.img".into(),
             bootloader: "u-boot.bin".into(),
-            device_tree: Some("board.dtb".into()),
+            device_tree: None,
+            device_tree_changes: None,
         };
+        let tree = Some(Utf8Path::new("board.dtb"));
         let line = |machine: &Machine, port| {
             let card = Utf8Path::new("a,b.qcow2");
-            arguments(machine, &files, card, "stdio", port, OnRestart::Exit).join(" ")
+            arguments(machine, &files, tree, card, "stdio", port, OnRestart::Exit).join(" ")
         };
         assert_eq!(
             line(&machine(), Some(2222)),
@@ -318,6 +379,46 @@ mod tests {
         let line = line(&pi, None);
         assert!(line.contains("-kernel u-boot.bin"), "{line}");
         assert!(line.contains("-drive file=a,,b.qcow2,format=qcow2,if=sd -nic none"), "{line}");
+    }
+
+    #[test]
+    fn an_older_qemu_is_named() {
+        assert_eq!(version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)"), Some((7, 2)));
+        assert_eq!(version("version 9.0"), Some((9, 0)));
+        let newer = Machine { since: Some("9000.0".into()), ..machine() };
+        let error = require(&newer).unwrap_err().to_string();
+        assert!(error.contains("has no machine virt; QEMU 9000.0 is the first"), "{error}");
+        assert!(require(&Machine { since: Some("1.0".into()), ..machine() }).is_ok());
+    }
+
+    #[test]
+    fn a_device_tree_is_changed_for_the_machine() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let at = |name: &str| folder.join(name);
+        let dtc = |from: &str, to: &str, input: &str, output: &str| {
+            let tool = Tool::new("dtc").args(["-q", "-I", from, "-O", to, "-o"]);
+            tool.args([at(output), at(input)]).run().unwrap();
+        };
+        let text = "/dts-v1/; / { card@1 { supply = <&{/vcc}>; broken; }; vcc { gpio = <1>; }; };";
+        std::fs::write(at("board.dts"), text).unwrap();
+        dtc("dts", "dtb", "board.dts", "board.dtb");
+        std::fs::write(at("changes.dtsi"), "&{/card@1} { /delete-property/ broken; };\n").unwrap();
+        let mut files = Files {
+            image: "card.img".into(),
+            bootloader: "u-boot.bin".into(),
+            device_tree: Some(at("board.dtb")),
+            device_tree_changes: None,
+        };
+        assert_eq!(files.tree(folder).unwrap(), Some(at("board.dtb")));
+        files.device_tree_changes = Some(at("changes.dtsi"));
+        assert_eq!(files.tree(folder).unwrap(), Some(at("machine.dtb")));
+        dtc("dtb", "dts", "machine.dtb", "found.dts");
+        let found = std::fs::read_to_string(at("found.dts")).unwrap();
+        assert!(found.contains("supply = <") && !found.contains("broken"), "{found}");
+        std::fs::write(at("changes.dtsi"), "&{/card@2} { };\n").unwrap();
+        let error = format!("{:#}", files.tree(folder).unwrap_err());
+        assert!(error.contains("changes.dtsi says") && error.contains("card@2"), "{error}");
     }
 
     #[test]

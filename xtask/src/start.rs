@@ -74,7 +74,7 @@ pub fn look(image: &Utf8Path, plan: Option<&Plan>) -> Result<Starts> {
     })
 }
 
-/// Refuses a card from which a model would not start. A build does not ask yet: decision 19.
+/// Refuses a card from which a model would not start.
 ///
 /// # Errors
 /// All that stops any of them.

@@ -115,6 +115,7 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Buildroot, "@magic", "python3-magic", "serves Buildroot's check-package"),
     tool(Purpose::Run, "qemu-system-aarch64", "qemu-system-arm", "boots the image"),
     tool(Purpose::Run, "qemu-img", "qemu-utils", "keeps the image unchanged while it runs"),
+    tool(Purpose::Run, "dtc", "device-tree-compiler", "changes a device tree for QEMU"),
     tool(Purpose::Run, "setpriv", "util-linux", "ends a machine with what drives it"),
     tool(Purpose::Local, "unshare", "util-linux", "makes namespaces for a local system"),
     tool(Purpose::Local, "ip", "iproute2", "starts the network in them"),

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use xtask::cache::Cache;
 use xtask::disk::{
     Content, DiskImage, DiskRequest, DiskSpec, FatFile, Filesystem, PartitionRequest,
-    PartitionSpec, Source, TableKind, assemble, bmap, compress, place, read, sum,
+    PartitionSpec, Source, TableKind, assemble, assemble_checked, bmap, compress, place, read, sum,
 };
 use xtask::exec::{self, Tool};
 use xtask::ext4::{self, Ext4Request, Mke2fs};
@@ -452,6 +452,26 @@ fn failure(folder: &Folder, change: impl FnOnce(&mut DiskSpec)) -> String {
     assert!(!bmap::path_for(&out).exists());
     assert!(!xtask::artifact::partial(&out).exists());
     format!("{error:#}").replace(out.as_str(), "OUT").replace(folder.at("").as_str(), "DIR/")
+}
+
+#[test]
+fn what_is_refused_when_it_is_finished_gets_no_name() {
+    let folder = Folder::new();
+    let mut spec = spec(TableKind::Gpt, Utf8Path::new(""), Utf8Path::new(""));
+    spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+    let out = folder.at("card.img");
+    let (made, ()) = assemble_checked(&spec, &out, |_| Ok(())).expect("assembling");
+    let (image, map) = (fs::read(&made.path).unwrap(), fs::read(&made.bmap.path).unwrap());
+    let mut seen = 0;
+    let refused = assemble_checked(&spec, &out, |image| -> anyhow::Result<()> {
+        seen = fs::metadata(image)?.len();
+        anyhow::bail!("no such board starts from it")
+    });
+    let error = format!("{:#}", refused.expect_err("it was refused"));
+    assert_eq!(error, format!("assembling {out}: no such board starts from it"));
+    assert_eq!(seen, spec.layout.size, "it was asked about the finished image");
+    assert!(image == fs::read(&out).unwrap() && map == fs::read(&made.bmap.path).unwrap());
+    assert!(!xtask::artifact::partial(&out).exists());
 }
 
 #[test]

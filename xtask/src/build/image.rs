@@ -378,15 +378,29 @@ pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::Files> {
         image: dist.join(format!("{}.img", plan.stem())),
         bootloader: dir.join("u-boot.bin"),
         device_tree: qemu.device_tree.as_ref().map(|path| dir.join(flat(path))),
+        device_tree_changes: qemu.device_tree_changes.as_ref().map(|_| dir.join("changes.dtsi")),
     })
 }
 
-fn copy_for_qemu(build: &Build<'_>, base: &Base) -> Result<()> {
+/// What the board changes in the device tree for its machine in QEMU.
+fn tree_changes(build: &Build<'_>) -> Result<Option<Vec<u8>>> {
+    let path = build.plan.board.qemu.as_ref().and_then(|qemu| qemu.device_tree_changes.as_ref());
+    let read = |path: &Utf8PathBuf| {
+        std::fs::read(build.root.join(path))
+            .with_context(|| format!("reading {path}, the board's `qemu.device-tree-changes`"))
+    };
+    path.map(read).transpose()
+}
+
+fn copy_for_qemu(build: &Build<'_>, base: &Base, changes: Option<&[u8]>) -> Result<()> {
     let Some(files) = qemu_files(&build.dist, build.plan) else { return Ok(()) };
     let copy = |from: &Artifact, to: &Utf8Path| {
         let bytes = std::fs::read(&from.path).with_context(|| format!("reading {}", from.path))?;
         write_atomically(to, |out| Ok(out.write_all(&bytes)?))
     };
+    if let (Some(to), Some(text)) = (&files.device_tree_changes, changes) {
+        write_atomically(to, |out| Ok(out.write_all(text)?))?;
+    }
     let loader = base.system.bootloader.as_ref().context("QEMU needs the board's boot loader")?;
     copy(loader, &files.bootloader)?;
     if let (Some(to), Some(qemu)) = (&files.device_tree, &build.plan.board.qemu) {
@@ -398,7 +412,7 @@ fn copy_for_qemu(build: &Build<'_>, base: &Base) -> Result<()> {
 /// The stage `image`.
 ///
 /// # Errors
-/// Boot files that do not fit their partition, a full disk.
+/// Boot files that do not fit their partition, a full disk, a model of the board that would not start from the card.
 pub fn card(
     build: &mut Build<'_>,
     rendered: &Rendered,
@@ -408,7 +422,10 @@ pub fn card(
     let plan = build.plan;
     let (root, out) = (build.root, build.output("img"));
     let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
+    let changes = tree_changes(build)?;
+    let qemu = plan.board.qemu.as_ref().and_then(|qemu| qemu.device_tree.as_ref());
     let key = Key::new("image", IMAGE_VERSION)
+        .with_json("qemu", &(qemu, &changes.as_ref().map(|text| hash_bytes(text))))?
         .with("out", out.as_str())
         .with("system", &system.key)
         .with("base", &base.key)
@@ -458,16 +475,15 @@ pub fn card(
                 states: vec![BootState::first().encode().to_vec(); plan.disk.states.len()],
                 partitions,
             };
-            let made = disk::assemble(&spec, &out)?;
-            // A card that the model cannot read is said, not refused.
-            let starts = start::look(&made.path, Some(plan)).unwrap_or_else(|error| Starts {
-                degrades: vec![format!("how boards start cannot be told: {error:#}")],
-                ..Starts::default()
-            });
+            let (made, starts) = disk::assemble_checked(&spec, &out, |image| {
+                let starts = start::look(image, Some(plan))?;
+                start::require(&starts, &plan.board.name)?;
+                Ok(starts)
+            })?;
             // The image must be on the disk before the stage counts as finished.
             flush(&made.path)?;
             flush(&made.bmap.path)?;
-            copy_for_qemu(build, base)?;
+            copy_for_qemu(build, base, changes.as_deref())?;
             Ok(Card {
                 image: made.path,
                 size: made.size,
@@ -475,7 +491,10 @@ pub fn card(
                 written: made.written,
                 bmap: made.bmap,
                 qemu: qemu_files(&build.dist, plan)
-                    .map(|f| f.device_tree.into_iter().chain([f.bootloader]).collect())
+                    .map(|f| {
+                        let trees = f.device_tree.into_iter().chain(f.device_tree_changes);
+                        trees.chain([f.bootloader]).collect()
+                    })
                     .unwrap_or_default(),
                 starts,
             })

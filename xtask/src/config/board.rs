@@ -214,8 +214,8 @@ pub struct DebianFiles {
     pub bootloader: Option<Located<String>>,
     /// The kernel packages that know this board, where not all do: a product names one of them.
     pub kernels: Vec<Located<String>>,
-    /// The machines that these packages can start, where those are not all of the board's.
-    pub compatible: Vec<String>,
+    /// The machines that these packages can start.
+    pub machines: Machines,
 }
 
 /// What the engine `buildroot` takes for this board.
@@ -227,8 +227,17 @@ pub struct BuildrootFiles {
     pub firmware: Vec<Located<String>>,
     /// The U-Boot binary below Buildroot's `images`.
     pub bootloader: Option<Located<String>>,
-    /// The machines that its kernel and firmware can start, where those are not all of the board's.
+    /// The machines that its kernel and firmware can start.
+    pub machines: Machines,
+}
+
+/// What an engine's kernel and firmware can start, where that is not all of the board's.
+#[derive(Debug)]
+pub struct Machines {
+    /// Instead of the board's own; empty: those.
     pub compatible: Vec<String>,
+    /// Besides the board's own.
+    pub left_out_revisions: Vec<String>,
 }
 
 /// How to run the board's image in QEMU.
@@ -239,6 +248,8 @@ pub struct Qemu {
     pub machine: Machine,
     /// Device tree that U-Boot is given in the firmware's stead, by its path in the base system.
     pub device_tree: Option<String>,
+    /// What is changed in it for the machine: a file of the workspace, in the tree's source form.
+    pub device_tree_changes: Option<Utf8PathBuf>,
 }
 
 words!(BootloaderSlot, "\"bios\" or \"kernel\"", "bios" => Self::Bios, "kernel" => Self::Kernel);
@@ -250,7 +261,9 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
     let memory = f.required::<Size>("memory");
     let cpus = f.required("cpus");
     let bootloader = f.required("bootloader");
+    let since = f.optional("since");
     let device_tree = f.optional("device-tree");
+    let device_tree_changes = f.optional("device-tree-changes");
     let drive = f.required("drive");
     let power_of_two_card = f.or("power-of-two-card", false);
     let serial_port = f.or("serial-port", 0u8);
@@ -260,6 +273,7 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
     Some(Qemu {
         machine: Machine {
             machine: machine?.value,
+            since: since?.map(|l| l.value),
             cpu: cpu?.map(|l| l.value),
             memory: memory?.value.0,
             cpus: cpus?.value,
@@ -272,6 +286,7 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
             boot_timeout: u64::from(boot_timeout?),
         },
         device_tree: device_tree?.map(|l| l.value),
+        device_tree_changes: device_tree_changes?.map(|l| l.value),
     })
 }
 
@@ -379,6 +394,11 @@ pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Board> {
     })
 }
 
+fn machines(f: &mut Fields<'_>) -> Option<Machines> {
+    let (compatible, left_out) = (f.list("compatible"), f.list("left-out-revisions"));
+    Some(Machines { compatible: values(compatible?), left_out_revisions: values(left_out?) })
+}
+
 fn build(f: &mut Fields<'_>) -> Option<Board> {
     let include = f.list("include");
     let name = f.required("name");
@@ -428,13 +448,13 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
         let firmware = f.list("firmware");
         let bootloader = f.optional("bootloader");
         let kernels = f.list("kernels");
-        let compatible = f.list("compatible");
+        let machines = machines(f);
         Some(DebianFiles {
             packages: packages?,
             firmware: firmware?,
             bootloader: bootloader?,
             kernels: kernels?,
-            compatible: values(compatible?),
+            machines: machines?,
         })
     });
     let uboot = f.optional_table("u-boot", |f| Some(f.strings()));
@@ -442,12 +462,12 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
         let fragments = f.list("fragments");
         let firmware = f.list("firmware");
         let bootloader = f.optional("bootloader");
-        let compatible = f.list("compatible");
+        let machines = machines(f);
         Some(BuildrootFiles {
             fragments: fragments?,
             firmware: firmware?,
             bootloader: bootloader?,
-            compatible: values(compatible?),
+            machines: machines?,
         })
     });
     let boot_files = f.tables("boot-files", boot_file);

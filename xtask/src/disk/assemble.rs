@@ -27,13 +27,26 @@ use crate::progress::{self, Step, Unit};
 /// When an input is missing, something does not fit its partition, or the disk is full; under the
 /// image's name lies what lay there before, or nothing.
 pub fn assemble(spec: &DiskSpec, out: &Utf8Path) -> Result<DiskImage> {
+    assemble_checked(spec, out, |_| Ok(())).map(|(made, ())| made)
+}
+
+/// The same, where `check` looks at the finished image before it gets its name; what it returns comes back.
+///
+/// # Errors
+/// Those of [`assemble`], and what `check` refuses: under the image's name lies what lay there before.
+pub fn assemble_checked<T>(
+    spec: &DiskSpec,
+    out: &Utf8Path,
+    check: impl FnOnce(&Utf8Path) -> Result<T>,
+) -> Result<(DiskImage, T)> {
     let map_path = bmap::path_for(out);
     if let Some(parent) = out.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
     }
     let temporary = artifact::partial(out);
-    let attempt = || -> Result<DiskImage> {
+    let attempt = || -> Result<(DiskImage, T)> {
         let (map, written) = write_image(spec, &temporary)?;
+        let found = check(&temporary)?;
         // The old image stays until the new one is whole, and goes before its map does.
         match std::fs::remove_file(out) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -44,7 +57,8 @@ pub fn assemble(spec: &DiskSpec, out: &Utf8Path) -> Result<DiskImage> {
         let mapped = map.mapped_blocks() * BLOCK;
         let bmap = map.write(&map_path)?;
         std::fs::rename(&temporary, out).with_context(|| format!("renaming {temporary}"))?;
-        Ok(DiskImage { path: out.to_owned(), size: spec.layout.size, mapped, written, bmap })
+        let path = out.to_owned();
+        Ok((DiskImage { path, size: spec.layout.size, mapped, written, bmap }, found))
     };
     attempt().with_context(|| format!("assembling {out}")).inspect_err(|_| {
         // Best effort: the first error is the one to report.

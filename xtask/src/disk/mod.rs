@@ -16,7 +16,7 @@ mod sums;
 mod table;
 mod windows;
 
-pub use assemble::assemble;
+pub use assemble::{assemble, assemble_checked};
 pub use ext4_blocks::{Usage, usage};
 pub use fat::write_shared;
 pub use layout::{

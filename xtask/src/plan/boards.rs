@@ -157,18 +157,22 @@ pub(super) fn place(
 pub(super) fn plan(product: &Product, board: &Board, earlier: Vec<EarlierCard>) -> BoardPlan {
     let debian = board.debian.as_ref();
     let buildroot = board.buildroot.as_ref();
-    let (firmware, bootloader, compatible) = match product.rootfs.engine.value {
+    let (firmware, bootloader, machines) = match product.rootfs.engine.value {
         Engine::Debian => (
             debian.map(|d| &d.firmware),
             debian.and_then(|d| d.bootloader.as_ref()),
-            debian.map(|d| &d.compatible),
+            debian.map(|d| &d.machines),
         ),
         Engine::Buildroot => (
             buildroot.map(|b| &b.firmware),
             buildroot.and_then(|b| b.bootloader.as_ref()),
-            buildroot.map(|b| &b.compatible),
+            buildroot.map(|b| &b.machines),
         ),
     };
+    let own = machines.map(|m| m.compatible.clone()).filter(|own| !own.is_empty());
+    let compatible = own.unwrap_or_else(|| board.compatible.clone());
+    let mut left_out_revisions = board.left_out_revisions.clone();
+    left_out_revisions.extend(machines.iter().flat_map(|m| m.left_out_revisions.clone()));
     let console = console(product, board);
     let kernel = &board.kernel;
     let mut cmdline = plain(&kernel.cmdline);
@@ -189,9 +193,9 @@ pub(super) fn plan(product: &Product, board: &Board, earlier: Vec<EarlierCard>) 
         arch: board.arch.value.clone(),
         boot_flow: board.boot_flow.value,
         disk_bus: board.disk_bus.value,
-        compatible: compatible.filter(|own| !own.is_empty()).unwrap_or(&board.compatible).clone(),
+        compatible,
         eeprom_since: board.eeprom_since.as_ref().map(|day| day.value.0.clone()),
-        left_out_revisions: board.left_out_revisions.clone(),
+        left_out_revisions,
         console,
         cmdline,
         device_trees: plain(&kernel.device_trees),

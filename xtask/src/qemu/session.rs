@@ -37,7 +37,7 @@ impl Session {
     /// this port of the loopback address; without one it has no network.
     ///
     /// # Errors
-    /// When QEMU is missing or the log cannot be written.
+    /// When QEMU is missing or older than the machine, or the log cannot be written.
     pub fn start(
         machine: &Machine,
         files: &Files,
@@ -50,7 +50,11 @@ impl Session {
             std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
         }
         let mut log_file = File::create(log).with_context(|| format!("creating the log {log}"))?;
-        let arguments = arguments(machine, files, overlay.path(), "stdio", ssh_port, on_restart);
+        super::require(machine)?;
+        let card = overlay.path();
+        let tree = files.tree(card.parent().context("the overlay lies in a folder")?)?;
+        let arguments =
+            arguments(machine, files, tree.as_deref(), card, "stdio", ssh_port, on_restart);
         // A machine ends with whoever drives it, also when that one is killed.
         let tool = Tool::new("setpriv").args(["--pdeathsig", "KILL", PROGRAM]).args(arguments);
         writeln!(log_file, "$ {}", tool.shown()).with_context(|| format!("writing {log}"))?;

@@ -170,7 +170,7 @@ impl Rig {
         let loader = plan.board.bootloader.as_ref().context("the board has a boot loader")?;
         let bootloader = unpacked.join(loader);
         ensure!(bootloader.is_file(), "{bootloader} is missing");
-        let files = Files { image, bootloader, device_tree: None };
+        let files = Files { image, bootloader, device_tree: None, device_tree_changes: None };
         let mut machine = qemu.machine.clone();
         // Two processors and a gigabyte only cost time here.
         (machine.cpus, machine.memory) = (1, 512 * MIB);

@@ -7,11 +7,11 @@ use anyhow::{Context, Result, ensure};
 use bundle::bootstate::{BootState, Slot};
 use camino::Utf8PathBuf;
 use xtask::cmd::check::ALL;
-use xtask::qemu::{Machine, OnRestart, Overlay, Session};
+use xtask::qemu::{self, Machine, OnRestart, Overlay, Session};
 
 use crate::laptop::Laptop;
 use crate::services;
-use crate::support::{Built, Folder, built, logs_in, say};
+use crate::support::{Built, Folder, built, logs_in, say, tool};
 
 /// What a guest needs for one command, on a busy machine without hardware virtualisation.
 pub const COMMAND: Duration = Duration::from_secs(120);
@@ -24,6 +24,8 @@ struct Guest {
     log: Utf8PathBuf,
     /// At the other end of its cable, where the machine can have another device.
     laptop: Option<Laptop>,
+    /// Another device tree than the board's own.
+    tree: Option<Utf8PathBuf>,
     folder: Folder,
 }
 
@@ -48,16 +50,19 @@ impl Guest {
             machine.arguments.extend(cable.arguments(&device)?);
             laptop = Some(cable);
         }
-        Ok(Self { built, machine, overlay, log, laptop, folder })
+        Ok(Self { built, machine, overlay, log, laptop, tree: None, folder })
     }
 
     /// Starts the machine and waits for the shell of the console's login.
     fn start(&self, log: &str, hostname: &str) -> Result<Session> {
         let log = self.log.with_file_name(log);
         say(format!("booting; the console goes to {log}"));
-        let files = self.built.qemu.as_ref().context("the board has no machine")?;
+        let mut files = self.built.qemu.clone().context("the board has no machine")?;
+        if self.tree.is_some() {
+            files.device_tree.clone_from(&self.tree);
+        }
         let mut session =
-            Session::start(&self.machine, files, &self.overlay, &log, OnRestart::Exit, None)?;
+            Session::start(&self.machine, &files, &self.overlay, &log, OnRestart::Exit, None)?;
         let timeout = Duration::from_secs(self.machine.boot_timeout);
         session.expect("U-Boot 20", timeout).context("no boot loader")?;
         session.expect("slipway-init: slot ", timeout).context("no initrd")?;
@@ -154,11 +159,58 @@ fn slot_b_boots_and_keeps_its_identity() -> Result<()> {
     boots("qemu-arm64", Slot::B, true)
 }
 
+/// Says that a test is left out, unless all are asked for.
+fn left_out(why: &str) -> bool {
+    let left_out = std::env::var_os(ALL).is_none();
+    if left_out {
+        say(format!("left out: {why}; `cargo xtask test --all` does it"));
+    }
+    left_out
+}
+
 #[test]
 fn the_card_image_of_a_pi_boots() -> Result<()> {
-    if std::env::var_os(ALL).is_none() {
-        say("left out: takes 2 to 5 minutes; `cargo xtask test --all` does it");
+    if left_out("takes 5 to 15 minutes") {
         return Ok(());
     }
     boots("pi3", Slot::A, false)
+}
+
+/// The smallest machine of the board: half a gigabyte, and a device tree of its own.
+#[test]
+fn the_card_image_of_the_smallest_pi_boots() -> Result<()> {
+    if left_out("takes 5 to 15 minutes") {
+        return Ok(());
+    }
+    let mut guest = Guest::new("pi3", Slot::A)?;
+    guest.machine.machine = "raspi3ap".to_owned();
+    guest.machine.memory = 512 << 20;
+    let boot = guest.built.plan.disk.partition("boot").context("a boot partition")?;
+    let (tree, at) = (guest.folder.at("3-a-plus.dtb"), boot.offset);
+    let volume = format!("{}@@{at}", guest.built.image);
+    let args = ["-n", "-i", &volume, "::bcm2837-rpi-3-a-plus.dtb", tree.as_str()];
+    tool("mcopy").args(args).run()?;
+    guest.tree = Some(tree);
+    let mut session = guest.start("boot-3ap.log", &guest.built.plan.network.hostname)?;
+    let model = output(&mut session, "tr -d '\\0' </proc/device-tree/model", COMMAND)?;
+    ensure!(model == "Raspberry Pi 3 Model A+", "it is a {model}");
+    let memory = output(&mut session, "grep MemTotal /proc/meminfo", COMMAND)?;
+    let kibibytes: u64 = memory.split_whitespace().nth(1).context("a size")?.parse()?;
+    ensure!(kibibytes < 512 << 10, "it has {memory}");
+    Ok(())
+}
+
+#[test]
+fn the_card_image_of_a_pi_4_boots() -> Result<()> {
+    if left_out("takes 10 to 20 minutes") {
+        return Ok(());
+    }
+    let built = built("pi4-uboot")?;
+    let machine = &built.plan.board.qemu.as_ref().context("the board has a machine")?.machine;
+    if let Err(older) = qemu::require(machine) {
+        say(format!("left out: {older}"));
+        return Ok(());
+    }
+    boots("pi4-uboot", Slot::A, false)?;
+    boots("pi4-uboot", Slot::B, false)
 }

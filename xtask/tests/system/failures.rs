@@ -171,3 +171,24 @@ fn the_mirror_has_nothing() -> Result<()> {
     ensure!(place.lock()? == lock, "the package lock was rewritten");
     Ok(())
 }
+
+/// The chain from the boot ROM on is walked on the finished image, before that gets its name.
+#[test]
+fn a_model_would_not_start() -> Result<()> {
+    built("pi3")?;
+    let folder = Folder::new()?;
+    let workspace = folder.at("workspace");
+    copy_workspace(&workspace)?;
+    let config = workspace.join("board/pi3/config.txt.j2");
+    let text = fs::read_to_string(&config)?;
+    let changed = format!("{text}# A smaller share for the GPU\ngpu_mem=16\n");
+    let line = changed.lines().count();
+    fs::write(&config, changed)?;
+    let build = ["build-image", "--no-install", "--offline", "--board", "pi3"];
+    let message = Xtask::new(&workspace).run(&build)?.refused()?;
+    let place = format!("board/pi3/config.txt.j2:{line}");
+    let models = ["raspberrypi,3-model-b", "raspberrypi,3-model-a-plus"];
+    contains(&message, &[&place, "gpu_mem", "start_cd.elf", "help: ", models[0], models[1]])?;
+    ensure!(nothing_partial(&workspace)? == 0, "an image or a bundle was made");
+    Ok(())
+}

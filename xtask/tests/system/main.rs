@@ -17,4 +17,5 @@ mod owners;
 mod repeat;
 mod services;
 mod support;
+mod typed;
 mod update;
