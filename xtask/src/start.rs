@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use bootmodel::chain::{self, Card, Facts, Finding, Level, Place};
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::plan::{BootSourcePlan, Plan};
@@ -45,18 +45,21 @@ pub fn version() -> (u32, [&'static str; 4]) {
     (MODEL_VERSION, chain::facts::TEXTS)
 }
 
-/// Looks at a card image. With a plan the findings name the workspace's files.
+/// What a card was made of: the workspace's root, and the plan.
+pub type Origin<'a> = (&'a Utf8Path, &'a Plan);
+
+/// Looks at a card image. With its origin the findings name the workspace's files.
 ///
 /// # Errors
 /// An image that is not one of ours, or is damaged.
-pub fn look(image: &Utf8Path, plan: Option<&Plan>) -> Result<Starts> {
+pub fn look(image: &Utf8Path, origin: Option<Origin<'_>>) -> Result<Starts> {
     let facts = Facts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
     let card = Card::read(Rc::new(file)).map_err(|reason| anyhow!("reading {image}: {reason}"))?;
     let verdict = chain::check(&card, &facts);
     let told = |level: Level| {
         let some = verdict.findings.iter().filter(move |finding| finding.level == level);
-        some.map(|finding| tell(finding, plan)).collect()
+        some.map(|finding| tell(finding, &card, origin)).collect()
     };
     Ok(Starts {
         stops: told(Level::Stops),
@@ -91,25 +94,42 @@ pub fn require(starts: &Starts, board: &str) -> Result<()> {
     )
 }
 
-/// A finding, with the file of the workspace that its place was made of.
-fn tell(finding: &Finding, plan: Option<&Plan>) -> String {
-    let source = plan.and_then(|plan| source(&finding.place, plan));
-    let Some(source) = source else { return finding.to_string() };
-    let line = finding.place.line.map(|line| format!(":{line}")).unwrap_or_default();
+/// A finding, with the file of the workspace that its place was made of, and the line in it.
+fn tell(finding: &Finding, card: &Card, origin: Option<Origin<'_>>) -> String {
+    let source = origin.and_then(|(root, plan)| Some((root, source(&finding.place, plan)?)));
+    let Some((root, source)) = source else { return finding.to_string() };
+    let line = line(&finding.place, card, &root.join(&source));
+    let line = line.map(|line| format!(":{line}")).unwrap_or_default();
     format!("{source}{line}: on the card {finding}")
 }
 
-/// The workspace's file behind a file of the card. Line numbers are those of the card: a template's lines keep theirs
-/// as far as it has no loops.
-fn source(place: &Place, plan: &Plan) -> Option<String> {
+/// The workspace's file behind a file of the card.
+fn source(place: &Place, plan: &Plan) -> Option<Utf8PathBuf> {
     let (number, file) = (place.partition?, place.file.as_deref()?);
     let role = &plan.disk.partitions.iter().find(|placed| placed.number == number)?.name;
     let boot = plan.boot_files.iter().find(|boot| boot.partition == *role && boot.path == file);
     if let Some(BootSourcePlan::Template { source, .. }) = boot.map(|boot| &boot.source) {
-        return Some(source.to_string());
+        return Some(source.clone());
     }
     let overlay = plan.overlay.iter().find(|overlay| overlay.target == file)?;
-    Some(overlay.source.to_string())
+    Some(overlay.source.clone())
+}
+
+/// The line of the workspace's file that has the words of the card's line, where just one has: a template's lines are
+/// others than those of what it makes.
+fn line(place: &Place, card: &Card, source: &Utf8Path) -> Option<usize> {
+    let (number, file, at) = (place.partition?, place.file.as_deref()?, place.line?);
+    let volume = card.volumes.iter().find(|volume| volume.number == number);
+    let slot = card.slots.iter().find(|slot| slot.number == number);
+    let bytes = volume
+        .and_then(|volume| volume.file(file))
+        .or_else(|| slot.and_then(|slot| slot.files.get(file).map(Vec::as_slice)))?;
+    let text = String::from_utf8_lossy(bytes);
+    let words = text.lines().nth(at.checked_sub(1)?)?;
+    let source = std::fs::read_to_string(source).ok()?;
+    let mut same = source.lines().zip(1..).filter(|(line, _)| line.trim_end() == words.trim_end());
+    let (_, line) = same.next()?;
+    same.next().is_none().then_some(line)
 }
 
 /// The chains as text, one step a line.

@@ -84,12 +84,14 @@ pub(super) fn second_stage<'a>(
         .map(String::as_str)
         .collect();
     if !missing.is_empty() {
-        let why = match line {
-            Some(_) => "this line makes it load",
-            None => "the firmware loads",
+        let setting = settings.iter().find(|setting| Some(setting.line) == line);
+        let why = match setting {
+            Some(Setting { key, value, .. }) => format!("with `{key}={value}` the firmware loads"),
+            None => "the firmware loads".to_owned(),
         };
+        let are = if missing.len() == 1 { "is" } else { "are" };
         let message =
-            format!("{why} {program} and {fixup}; {} is not there", missing.join(" and "));
+            format!("{why} {program} and {fixup}; {} {are} not there", missing.join(" and "));
         let help = match line {
             Some(_) => "delete the line, or add the files to `firmware` in board.toml",
             None => "add the files to `firmware` in board.toml",

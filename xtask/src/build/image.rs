@@ -476,7 +476,7 @@ pub fn card(
                 partitions,
             };
             let (made, starts) = disk::assemble_checked(&spec, &out, |image| {
-                let starts = start::look(image, Some(plan))?;
+                let starts = start::look(image, Some((root, plan)))?;
                 start::require(&starts, &plan.board.name)?;
                 Ok(starts)
             })?;

@@ -188,7 +188,7 @@ fn a_model_would_not_start() -> Result<()> {
     let message = Xtask::new(&workspace).run(&build)?.refused()?;
     let place = format!("board/pi3/config.txt.j2:{line}");
     let models = ["raspberrypi,3-model-b", "raspberrypi,3-model-a-plus"];
-    contains(&message, &[&place, "gpu_mem", "start_cd.elf", "help: ", models[0], models[1]])?;
+    contains(&message, &[&place, "gpu_mem=16", "start_cd.elf", "help: ", models[0], models[1]])?;
     ensure!(nothing_partial(&workspace)? == 0, "an image or a bundle was made");
     Ok(())
 }

@@ -9,7 +9,7 @@ use bootmodel::chain::{Card, Facts, check};
 use bootmodel::firmware::{Disk, Firmware, Restart, Table, select};
 use xtask::start::look;
 
-use crate::support::{Folder, built, built_for_the_firmware, tool};
+use crate::support::{Folder, built, built_for_the_firmware, root, tool};
 
 #[test]
 fn the_firmware_starts_either_slot_of_the_built_image() -> Result<()> {
@@ -60,7 +60,7 @@ fn both_boot_slots_and_the_bundle_hold_the_same_bytes() -> Result<()> {
 fn every_model_starts_from_the_built_cards() -> Result<()> {
     for board in ["pi3", "pi4-uboot"] {
         let built = built(board)?;
-        let starts = look(&built.image, Some(&built.plan))?;
+        let starts = look(&built.image, Some((&root(), &built.plan)))?;
         ensure!(starts.stops.is_empty(), "{board}:\n{}", starts.stops.join("\n"));
         ensure!(starts.models.len() == built.plan.board.compatible.len(), "{starts:?}");
         for model in &starts.models {
