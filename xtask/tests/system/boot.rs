@@ -212,5 +212,9 @@ fn the_card_image_of_a_pi_4_boots() -> Result<()> {
         return Ok(());
     }
     boots("pi4-uboot", Slot::A, false)?;
-    boots("pi4-uboot", Slot::B, false)
+    let guest = Guest::new("pi4-uboot", Slot::B)?;
+    let mut session = guest.start("boot-b.log", &built.plan.network.hostname)?;
+    let chosen = output(&mut session, "cat /run/slipway/slot", COMMAND)?;
+    ensure!(chosen == "b", "slot {chosen} was started, expected b");
+    Ok(())
 }
