@@ -116,6 +116,10 @@ fn new_key(root: &Utf8Path, folder: &str, file: &str) -> Result<()> {
     gpg().args([armour, "--export", "-o"]).arg(root.join(file)).run()
 }
 
+/// What a machine with an old e2fsprogs unpacks to make file systems, and where it comes from.
+const HOST_TOOLS: [&str; 4] = ["e2fsprogs", "libcom-err2", "libext2fs2", "libss2"];
+const HOST_LIBRARIES: [&str; 4] = ["libarchive13", "libicu72", "libnettle8", "libxml2"];
+
 /// A signed archive of tiny packages, and the machine's side of it.
 struct World {
     dir: tempfile::TempDir,
@@ -177,11 +181,26 @@ impl World {
         Tool::new("dpkg-deb").args(["--root-owner-group", "-b"]).arg(&tree).arg(&deb).run()
     }
 
-    /// Writes indexes and signatures for what lies in the pool.
+    /// Writes indexes and signatures for what lies in the pool; and of the release that host tools come from, which is
+    /// another than the image's.
     fn publish(&self) -> Result<()> {
         self.sign("debian", "test", "debian", &self.index("debian")?)?;
         self.sign("debian", "test-updates", "debian", "")?;
-        self.sign("security", "test-security", "debian", "")
+        self.sign("security", "test-security", "debian", "")?;
+        let listed = |names: &[&str]| -> String {
+            let stanza = |name: &&str| {
+                let hash = hash_bytes(name.as_bytes());
+                format!(
+                    "Package: {name}\nVersion: 1\nArchitecture: all\n\
+                     Filename: pool/main/host/{name}_1_all.deb\nSize: 1\nSHA256: {hash}\n\n"
+                )
+            };
+            names.iter().map(stanza).collect()
+        };
+        self.sign("debian", "bookworm", "debian", &listed(&HOST_LIBRARIES))?;
+        self.sign("debian", "bookworm-updates", "debian", "")?;
+        self.sign("debian", "bookworm-backports", "debian", &listed(&HOST_TOOLS))?;
+        self.sign("security", "bookworm-security", "debian", "")
     }
 
     /// The index of what lies in an archive's pool.
@@ -203,14 +222,16 @@ impl World {
 
     fn sign(&self, folder: &str, suite: &str, key: &str, text: &str) -> Result<()> {
         let dist = self.root().join(folder).join("dists").join(suite);
-        fs::create_dir_all(dist.join("main/binary-arm64"))?;
-        fs::write(dist.join("main/binary-arm64/Packages"), text)?;
-        let release = format!(
-            "Suite: {suite}\nCodename: {suite}\nArchitectures: arm64\nComponents: main\n\
-             Date: Sat, 01 Jan 2022 00:00:00 UTC\nSHA256:\n {} {} main/binary-arm64/Packages\n",
-            hash_bytes(text.as_bytes()),
-            text.len()
+        let mut release = format!(
+            "Suite: {suite}\nCodename: {suite}\nArchitectures: amd64 arm64\nComponents: main\n\
+             Date: Sat, 01 Jan 2022 00:00:00 UTC\nSHA256:\n"
         );
+        for arch in ["amd64", "arm64"] {
+            let index = format!("main/binary-{arch}/Packages");
+            fs::create_dir_all(dist.join(&index).parent().context("a folder")?)?;
+            fs::write(dist.join(&index), text)?;
+            release += &format!(" {} {} {index}\n", hash_bytes(text.as_bytes()), text.len());
+        }
         fs::write(dist.join("Release"), release)?;
         Tool::new("gpg")
             .env("GNUPGHOME", self.root().join(format!("gpg-{key}")).as_str())
@@ -282,10 +303,11 @@ fn spec_with(sources: &[(&str, &[&str])]) -> DebianSpec {
     DebianSpec { sources: sources.iter().map(source).collect(), ..spec() }
 }
 
-/// Name, version and archive of what a lock has.
+/// Name, version and archive of what a lock has for the image.
 fn chosen(lock: &PackagesLock) -> Vec<(&str, &str, String)> {
     let shown = |p: &Archive| String::from(p.clone());
-    lock.package.iter().map(|p| (p.name.as_str(), p.version.as_str(), shown(&p.archive))).collect()
+    let image = lock.package.iter().filter(|p| p.role != Role::Host);
+    image.map(|p| (p.name.as_str(), p.version.as_str(), shown(&p.archive))).collect()
 }
 
 #[test]
@@ -295,7 +317,13 @@ fn a_lock_has_what_apt_chose_and_no_address() -> Result<()> {
     let text = lock.to_text()?;
     let named: Vec<_> = lock.package.iter().map(|p| (p.role, p.name.as_str())).collect();
     let root = |name| (Role::Root, name);
-    assert_eq!(named, [(Role::Extra, "firmware"), root("app"), root("base"), root("lib")]);
+    // The host's tools are the same whatever the image is made of.
+    let mut host = [HOST_TOOLS, HOST_LIBRARIES].concat();
+    host.sort_unstable();
+    let mut expected = vec![(Role::Extra, "firmware")];
+    expected.extend(host.into_iter().map(|name| (Role::Host, name)));
+    expected.extend([root("app"), root("base"), root("lib")]);
+    assert_eq!(named, expected);
     ensure!(!text.contains("127.0.0.1") && !text.contains("http"), "{text}");
     // Only the time that it was made may differ.
     let again = PackagesLock { epoch: lock.epoch, ..world.lock()? };
@@ -533,11 +561,14 @@ fn cpio_reads_an_initrd_with_its_modules_in_load_order() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let root = Utf8Path::from_path(dir.path()).context("path")?;
     fs::create_dir_all(root.join("m/kernel"))?;
-    fs::write(root.join("m/modules.dep"), "kernel/a.ko: kernel/b-c.ko\nkernel/b-c.ko:\n")?;
+    fs::write(root.join("m/modules.dep"), "kernel/a.ko: kernel/b-c.ko.xz\nkernel/b-c.ko.xz:\n")?;
     fs::write(root.join("m/modules.builtin"), "kernel/loop.ko\n")?;
     for name in ["m/kernel/a.ko", "m/kernel/b-c.ko", "busybox"] {
         fs::write(root.join(name), name)?;
     }
+    // As Linux packs them (scripts/Makefile.modinst).
+    let packs = ["--check=crc32", "--lzma2=dict=1MiB", "-f"];
+    Tool::new("xz").args(packs).arg(root.join("m/kernel/b-c.ko")).run()?;
     Tool::new("tar")
         .arg("-C")
         .arg(root.join("m"))
@@ -584,6 +615,12 @@ fn cpio_reads_an_initrd_with_its_modules_in_load_order() -> Result<()> {
             .arg("etc/modules")
             .read()?;
         assert_eq!(order, "/lib/modules/6.1/kernel/b-c.ko\n/lib/modules/6.1/kernel/a.ko\n");
+        let module = Tool::new("cpio")
+            .args(["-i", "--quiet", "--to-stdout", "-F"])
+            .arg(root.join("plain"))
+            .arg("lib/modules/6.1/kernel/b-c.ko")
+            .read()?;
+        assert_eq!(module, "m/kernel/b-c.ko");
     }
     Ok(())
 }

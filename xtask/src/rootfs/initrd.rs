@@ -1,7 +1,7 @@
 //! The initrd: busybox, one script, and the modules that the root's storage needs, in an order in
 //! which they load one by one. Made without the target's tools, and equal for equal inputs.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
 
@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 use camino::Utf8Path;
 use cpio::newc;
 
-use super::kernel::ModuleIndex;
-use super::tree::{Kind, Tree};
+use super::kernel::{self, ModuleIndex};
+use super::tree::Tree;
 use crate::artifact::{Artifact, write_atomically};
 
 /// Level for either compression: the archive is small and is read by every boot.
@@ -96,8 +96,10 @@ fn collect(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> {
     let mut nodes = BTreeMap::new();
     let mut list = String::new();
     for module in order {
-        let path = format!("lib/modules/{}/{module}", request.kernel_release);
         let bytes = tree.bytes(&module)?.with_context(|| format!("the modules lack {module}"))?;
+        // Plain: the archive is compressed as a whole, and neither busybox nor the kernel has to be able to unpack one.
+        let (module, bytes) = kernel::unpacked(&module, bytes)?;
+        let path = format!("lib/modules/{}/{module}", request.kernel_release);
         list.push_str(&format!("/{path}\n"));
         nodes.insert(path, Node::File(0o644, bytes));
     }
@@ -156,17 +158,4 @@ fn write_archive<W: Write>(mut out: W, nodes: &BTreeMap<String, Node>, time: u32
         out = writer.finish().with_context(|| format!("writing {path}"))?;
     }
     newc::trailer(out).context("finishing the archive")
-}
-
-/// Module paths of a tar, for callers that show what is there.
-///
-/// # Errors
-/// When the tar cannot be read.
-pub fn modules_in(archive: &Utf8Path) -> Result<HashMap<String, u64>> {
-    let tree = Tree::from_tar(archive)?;
-    let files = tree.iter().filter_map(|(path, entry)| match &entry.kind {
-        Kind::File(data) => Some((path.to_owned(), data.size())),
-        _ => None,
-    });
-    Ok(files.filter(|(path, _)| path.ends_with(".ko")).collect())
 }

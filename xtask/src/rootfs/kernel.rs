@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::Read;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +17,7 @@ use crate::exec::{self, Tool};
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ModuleRules {
     /// Patterns of modules or of folders below `lib/modules/<release>/kernel` (`fs/ext4`,
-    /// `drivers/net/{phy,usb}`). Empty keeps all.
+    /// `drivers/net/{phy,usb}`), without the suffix of a compression. Empty keeps all.
     pub keep: Vec<String>,
     /// Exceptions from `keep`; a module that a kept one needs stays all the same.
     pub drop: Vec<String>,
@@ -56,7 +57,7 @@ impl ModuleIndex {
         for pattern in &rules.keep {
             // A folder of modules or a single one: `fs/ext4` and `fs/fat/vfat.ko` are both fine.
             let one = glob::compile(&either(pattern))?;
-            if !self.needs.keys().chain(&self.builtin).any(|path| one.is_match(path)) {
+            if !self.needs.keys().chain(&self.builtin).any(|path| one.is_match(plain(path))) {
                 unmatched.push(format!("'{pattern}'"));
             }
         }
@@ -69,10 +70,10 @@ impl ModuleIndex {
         }
         let patterns: Vec<String> = rules.keep.iter().flat_map(|p| either(p)).collect();
         let (keep, drop) = (glob::compile(&patterns)?, glob::compile(&rules.drop)?);
-        let asked = self
-            .needs
-            .keys()
-            .filter(|path| (rules.keep.is_empty() || keep.is_match(path)) && !drop.is_match(path));
+        let asked = self.needs.keys().filter(|path| {
+            let path = plain(path);
+            (rules.keep.is_empty() || keep.is_match(path)) && !drop.is_match(path)
+        });
         let mut kept = BTreeSet::new();
         for path in asked {
             kept.extend(self.needs[path].iter().cloned());
@@ -116,6 +117,40 @@ fn module_name(path: &str) -> String {
     let file = path.trim().rsplit('/').next().unwrap_or_default();
     let stem = file.split(".ko").next().unwrap_or_default();
     stem.replace('-', "_")
+}
+
+/// How a module's name ends that was compressed when the kernel was built (Linux, `kernel/module/Kconfig`).
+const COMPRESSED: [&str; 3] = [".gz", ".xz", ".zst"];
+
+/// No module is larger than this when unpacked: 64 MiB; the largest of Debian's 6.12 have 7 MiB.
+const LARGEST_MODULE: u64 = 64 << 20;
+
+/// A module's path without the suffix of its compression: rules are the same for all kernels.
+fn plain(path: &str) -> &str {
+    let stem = COMPRESSED.into_iter().find_map(|suffix| path.strip_suffix(suffix));
+    stem.filter(|stem| stem.ends_with(".ko")).unwrap_or(path)
+}
+
+/// A module as the kernel loads it without unpacking anything: its path without the suffix, and its bytes.
+///
+/// # Errors
+/// When it is damaged, or larger than any module.
+pub fn unpacked(path: &str, bytes: Vec<u8>) -> Result<(&str, Vec<u8>)> {
+    let name = plain(path);
+    let packed = bytes.as_slice();
+    let source: Box<dyn Read + '_> = match path.strip_prefix(name) {
+        Some(".gz") => Box::new(flate2::read::MultiGzDecoder::new(packed)),
+        Some(".xz") => Box::new(lzma_rust2::XzReader::new(packed, true)),
+        Some(".zst") => {
+            Box::new(zstd::Decoder::new(packed).with_context(|| format!("unpacking {path}"))?)
+        }
+        _ => return Ok((path, bytes)),
+    };
+    let mut module = Vec::new();
+    let read = source.take(LARGEST_MODULE + 1).read_to_end(&mut module);
+    read.with_context(|| format!("unpacking {path}"))?;
+    ensure!(module.len() as u64 <= LARGEST_MODULE, "{path} unpacks to more than 64 MiB");
+    Ok((name, module))
 }
 
 /// Removes the modules that the rules do not keep from `base/lib/modules/<release>`, and indexes
@@ -203,14 +238,16 @@ pub fn find(unpacked: &Utf8Path) -> Result<KernelFiles> {
 
 #[cfg(test)]
 mod tests {
-    use super::{ModuleIndex, ModuleRules};
+    use std::io::Write as _;
+
+    use super::{ModuleIndex, ModuleRules, unpacked};
+
+    const DEP: &str = "kernel/a/ext4.ko: kernel/a/jbd2.ko kernel/a/crc.ko\nkernel/a/jbd2.ko: kernel/a/crc.ko\n\
+         kernel/a/crc.ko:\nkernel/b/sdhci-iproc.ko: kernel/b/sdhci.ko\nkernel/b/sdhci.ko:\n";
 
     fn index() -> ModuleIndex {
-        ModuleIndex::new(
-            "kernel/a/ext4.ko: kernel/a/jbd2.ko kernel/a/crc.ko\nkernel/a/jbd2.ko: kernel/a/crc.ko\n\
-             kernel/a/crc.ko:\nkernel/b/sdhci-iproc.ko: kernel/b/sdhci.ko\nkernel/b/sdhci.ko:\n",
-            "kernel/c/loop.ko\n",
-        )
+        // What is built in has no suffix in a kernel of compressed modules either.
+        ModuleIndex::new(DEP, "kernel/c/loop.ko\n")
     }
 
     #[test]
@@ -241,5 +278,55 @@ mod tests {
         let rules =
             ModuleRules { keep: vec!["a/ext4.ko".into()], drop: vec!["kernel/a/crc.ko".into()] };
         assert_eq!(index().kept(&rules).expect("matches").len(), 3);
+    }
+
+    #[test]
+    fn rules_and_names_are_the_same_for_compressed_modules() {
+        for suffix in ["", ".gz", ".xz", ".zst"] {
+            let compressed = |path: &str| path.replace(".ko", &format!(".ko{suffix}"));
+            let index = ModuleIndex::new(&compressed(DEP), "kernel/c/loop.ko\n");
+            let rules = |keep: &str, drop: &str| {
+                let one = |text: &str| if text.is_empty() { vec![] } else { vec![text.to_owned()] };
+                ModuleRules { keep: one(keep), drop: one(drop) }
+            };
+            let paths = |list: &[&str]| list.iter().map(|path| compressed(path)).collect();
+            let all = ["kernel/a/crc.ko", "kernel/a/ext4.ko", "kernel/a/jbd2.ko"];
+            assert_eq!(index.kept(&rules("a/ext4.ko", "")).expect("one"), paths(&all));
+            let rest = ["kernel/a/crc.ko", "kernel/a/jbd2.ko"];
+            assert_eq!(index.kept(&rules("a", "kernel/a/ext4.ko")).expect("two"), paths(&rest));
+            assert_eq!(index.kept(&rules("c/loop.ko", "")).expect("built in"), paths(&[]));
+            let order = index.load_order(&["sdhci_iproc".to_owned()]).expect("there");
+            let expected = ["kernel/b/sdhci.ko", "kernel/b/sdhci-iproc.ko"];
+            assert_eq!(order, expected.map(compressed));
+        }
+    }
+
+    #[test]
+    fn a_compressed_module_becomes_a_plain_one() {
+        let module = b"\x7fELF and what follows".repeat(1000);
+        let gzip = |bytes: &[u8]| {
+            let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+            out.write_all(bytes).expect("a vector takes all");
+            out.finish().expect("a vector takes all")
+        };
+        let zstd = |bytes: &[u8]| zstd::encode_all(bytes, 3).expect("a vector takes all");
+        // xtask/tests/debian.rs has one of `xz`.
+        let forms = [("", module.clone()), (".gz", gzip(&module)), (".zst", zstd(&module))];
+        for (suffix, bytes) in forms {
+            let path = format!("kernel/a/ext4.ko{suffix}");
+            let (name, plain) = unpacked(&path, bytes.clone()).expect("whole");
+            assert_eq!(name, "kernel/a/ext4.ko");
+            assert!(plain == module, "{path}");
+            if !suffix.is_empty() {
+                let cut = bytes[..bytes.len() - 9].to_vec();
+                let error = unpacked(&path, cut).expect_err("cut short").to_string();
+                assert_eq!(error, format!("unpacking {path}"));
+            }
+        }
+        // Nothing else is unpacked, whatever it is called.
+        assert_eq!(unpacked("modules.gz", vec![1]).expect("as it is"), ("modules.gz", vec![1]));
+        for (suffix, bytes) in [(".gz", gzip(&vec![0; (64 << 20) + 1])), (".zst", vec![7; 20])] {
+            unpacked(&format!("kernel/x.ko{suffix}"), bytes).expect_err("too large, damaged");
+        }
     }
 }

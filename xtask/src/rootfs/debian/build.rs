@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +29,7 @@ use crate::rootfs::{BaseSystem, InitrdParts, Role};
 pub struct BoardWants {
     /// Patterns of device trees (`broadcom/bcm2837-*.dtb`); each must match.
     pub dtbs: Vec<String>,
-    /// Patterns of firmware files in the unpacked packages; each must match.
+    /// Patterns of firmware files in the unpacked packages; each must match. `lib` is `usr/lib`.
     pub firmware: Vec<String>,
     /// Which kernel modules to keep.
     pub modules: ModuleRules,
@@ -65,12 +65,13 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
         unpack::deb(&deb.file.path, &extras)
             .with_context(|| format!("unpacking {}", deb.package.shown()))?;
     }
+    unpack::merge_usr(&extras)?;
     let kernel = kernel::find(&extras)?;
     kernel::prune_modules(&extras, &kernel.release, &request.board.modules)
         .context("choosing kernel modules")?;
 
     let mut tree = Tree::from_tar(request.root)?;
-    let modules_dir = extras.join("lib/modules").join(&kernel.release);
+    let modules_dir = extras.join("usr/lib/modules").join(&kernel.release);
     let modules = out_dir.join("modules.tar");
     let module_tree = folder_tree(&mut tree, &extras, &modules_dir)?;
     write_atomically(&modules, |out| module_tree.write(request.epoch, out))?;
@@ -283,27 +284,27 @@ fn folder_tree(root: &mut Tree, extras: &Utf8Path, modules: &Utf8Path) -> Result
 
 /// Device firmware of extra packages (Wi-Fi settings of the Pi) that the root does not have.
 fn add_firmware(root: &mut Tree, extras: &Utf8Path) -> Result<()> {
-    for below in ["lib/firmware", "usr/lib/firmware"] {
-        let folder = extras.join(below);
-        if !folder.is_dir() {
-            continue;
-        }
-        for path in files_below(&folder)? {
-            let relative = path.strip_prefix(&folder).with_context(|| format!("placing {path}"))?;
-            let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
-            let target = format!("usr/lib/firmware/{relative}");
-            if root.get(&target).is_none() {
-                let kind = Kind::File(Data::Path(path, size));
-                root.insert(&target, Entry::new(0o644, kind, Origin::Base))?;
-            }
+    let folder = extras.join("usr/lib/firmware");
+    if !folder.is_dir() {
+        return Ok(());
+    }
+    for path in files_below(&folder)? {
+        let relative = path.strip_prefix(&folder).with_context(|| format!("placing {path}"))?;
+        let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
+        let target = format!("usr/lib/firmware/{relative}");
+        if root.get(&target).is_none() {
+            let kind = Kind::File(Data::Path(path, size));
+            root.insert(&target, Entry::new(0o644, kind, Origin::Base))?;
         }
     }
     Ok(())
 }
 
 fn busybox(extras: &Utf8Path) -> Result<Utf8PathBuf> {
-    let places = ["bin/busybox", "usr/bin/busybox"].map(|path| extras.join(path));
-    places.into_iter().find(|path| path.is_file()).context(
-        "no unpacked package has a busybox\nhelp: add busybox-static to the extra packages",
-    )
+    let path = extras.join("usr/bin/busybox");
+    ensure!(
+        path.is_file(),
+        "no unpacked package has a busybox\nhelp: add busybox-static to the extra packages"
+    );
+    Ok(path)
 }

@@ -16,8 +16,6 @@ use crate::fetch::Fetcher;
 use crate::progress::say;
 use crate::rootfs::Role;
 
-/// The release that the compiler is taken from.
-const SUITE: &str = "bookworm";
 /// The compiler that Debian keeps current in a stable release, since its browsers need it.
 const COMPILER: &str = "rustc-web";
 /// The standard library for programs; of the target's architecture as well.
@@ -52,7 +50,7 @@ pub struct Compiler {
 /// What the lock is made for: nothing that depends on a product.
 fn request() -> DebianSpec {
     DebianSpec {
-        suite: SUITE.to_owned(),
+        suite: host::SUITE.to_owned(),
         components: vec!["main".to_owned()],
         arch: TARGET.to_owned(),
         packages: Vec::new(),
@@ -66,7 +64,7 @@ fn request() -> DebianSpec {
 /// # Errors
 /// When a mirror is out of reach or has no such compiler.
 pub fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
-    say("lock", format!("{SUITE}'s Rust compiler for {TARGET}: asking the mirrors"));
+    say("lock", format!("{}'s Rust compiler for {TARGET}: asking the mirrors", host::SUITE));
     let spec = request();
     let mut package = Vec::new();
     for arch in host::HOSTS {

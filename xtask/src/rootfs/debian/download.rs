@@ -187,7 +187,7 @@ fn replace(
     if gone.is_empty() {
         let mut package: Vec<_> =
             old.package.iter().filter(|p| p.role != Role::Host).cloned().collect();
-        package.extend(host::lock(spec, mirrors, cache).context("replacing vanished host tools")?);
+        package.extend(host::lock(mirrors, cache).context("replacing vanished host tools")?);
         let lock = lock::finish(spec, old.epoch, package)?;
         let replaced = differences(old, &lock);
         return Ok(Replacement { lock, replaced });
@@ -211,7 +211,7 @@ fn replace(
     if host_gone.is_empty() {
         package.extend(old.of_role(Role::Host).cloned());
     } else {
-        package.extend(host::lock(spec, mirrors, cache).context("replacing vanished host tools")?);
+        package.extend(host::lock(mirrors, cache).context("replacing vanished host tools")?);
     }
     let lock = lock::finish(spec, old.epoch, package)?;
     let replaced = differences(old, &lock);

@@ -10,7 +10,7 @@ use super::apt::{Mirrors, PrivateApt, Source};
 use super::download::{self, Policy};
 use super::lock::{LockedPackage, PackagesLock, lock_unpacked};
 use super::sources::Offers;
-use super::{DebianSpec, unpack};
+use super::unpack;
 use crate::artifact::hash_bytes;
 use crate::exec;
 use crate::ext4::Mke2fs;
@@ -20,40 +20,33 @@ use crate::rootfs::Role;
 /// Architectures (in Debian's words) that a build can run on.
 pub(super) const HOSTS: [&str; 2] = ["amd64", "arm64"];
 
-/// Packages of `<suite>-backports` that hold the tool and its libraries.
+/// The release that programs for the building machine are taken from, whatever the image's is: the oldest that a machine
+/// may have, since a C library runs what was made for older ones.
+pub(super) const SUITE: &str = "bookworm";
+
+/// Packages of its `-backports` that hold the tool and its libraries.
 const FROM_BACKPORTS: [&str; 4] = ["e2fsprogs", "libcom-err2", "libext2fs2", "libss2"];
 
 /// What the tool loads at run time to read a tar, with what a minimal machine lacks of it.
 const FROM_SUITE: [&str; 4] = ["libarchive13", "libicu72", "libnettle8", "libxml2"];
 
-/// Releases whose own e2fsprogs is too old; newer ones need no host tools.
-const OLD_SUITES: [&str; 1] = ["bookworm"];
-
-/// Locks the host tools for every architecture that may build this suite.
-pub(super) fn lock(
-    spec: &DebianSpec,
-    mirrors: &Mirrors,
-    cache: &Utf8Path,
-) -> Result<Vec<LockedPackage>> {
-    let suite = &spec.suite;
+/// Locks the host tools for every architecture that may build.
+pub(super) fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<Vec<LockedPackage>> {
     let mut locked = Vec::new();
-    if !OLD_SUITES.contains(&suite.as_str()) {
-        return Ok(locked);
-    }
     for arch in HOSTS {
         let source = |uri: &str, suite: String| Source { uri: uri.to_owned(), suite };
         let sources = [
-            source(&mirrors.archive, suite.clone()),
-            source(&mirrors.archive, format!("{suite}-updates")),
-            source(&mirrors.security, format!("{suite}-security")),
-            source(&mirrors.archive, format!("{suite}-backports")),
+            source(&mirrors.archive, SUITE.to_owned()),
+            source(&mirrors.archive, format!("{SUITE}-updates")),
+            source(&mirrors.security, format!("{SUITE}-security")),
+            source(&mirrors.archive, format!("{SUITE}-backports")),
         ];
-        let dir = cache.join(format!("apt/{suite}-host-{arch}"));
+        let dir = cache.join(format!("apt/{SUITE}-host-{arch}"));
         let apt = PrivateApt::new(&dir, arch, &sources, &["main".to_owned()], &mirrors.keyring)?;
         apt.update()?;
         let names: Vec<String> = FROM_BACKPORTS
             .iter()
-            .map(|name| format!("{name}/{suite}-backports"))
+            .map(|name| format!("{name}/{SUITE}-backports"))
             .chain(FROM_SUITE.map(str::to_owned))
             .collect();
         locked.extend(

@@ -113,9 +113,9 @@ impl LockedPackage {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum Archive {
-    /// `bookworm`, `bookworm-updates` and `bookworm-backports`: one pool.
+    /// A release, its `-updates` and its `-backports`: one pool.
     Debian,
-    /// `bookworm-security`.
+    /// A release's `-security`.
     Security,
     /// A source of the product.
     Source(String),
@@ -265,7 +265,7 @@ pub fn lock(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<Pa
     // What another product locks next may have no sources.
     apt.pin("")?;
     let mut package = solved?;
-    package.extend(host::lock(spec, mirrors, cache)?);
+    package.extend(host::lock(mirrors, cache)?);
     let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(text) => text.parse().context("SOURCE_DATE_EPOCH is not a number of seconds")?,
