@@ -71,7 +71,8 @@ pub fn products(root: &Utf8Path) -> Result<Vec<String>> {
     list(&root.join("configs"), names)
 }
 
-/// Where products lie that are built only by name: they need something that the repository cannot have.
+/// Where products lie that are built only by name: they show what else can be built, and some of them need something that
+/// the repository cannot have.
 const EXAMPLES: &str = "configs/examples";
 
 /// The names of the products that are no more than examples, sorted.
