@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::artifact::write_atomically;
+use crate::plan::SourcePlan;
+use crate::rootfs::Package;
 use crate::wheel::lock::WheelLock;
 use crate::wheel::metadata::License;
 use crate::wheel::{Installed, target::normalise};
@@ -24,6 +26,18 @@ pub enum Origin {
         arch: String,
         /// `bookworm`
         release: String,
+    },
+    /// A package of a product's further archive. It is its vendor's, even where Debian has one of the same name: who
+    /// looks for its weaknesses in Debian's lists finds those of another.
+    Vendor {
+        /// `arm64` or `all`
+        arch: String,
+        /// What the product calls the archive.
+        vendor: String,
+        /// The archive's suite.
+        suite: String,
+        /// The archive's address, as the product says it.
+        address: String,
     },
     /// A Python wheel.
     Wheel {
@@ -84,6 +98,16 @@ impl Component {
                 percent(arch),
                 percent(release)
             ),
+            // The type `deb` of the package URL specification: the namespace is the vendor, and `repository_url` the base
+            // address of an archive that no vendor's name implies. Qualifiers are sorted, slashes in them encoded.
+            Origin::Vendor { arch, vendor, suite, address } => format!(
+                "pkg:deb/{}/{}@{version}?arch={}&distro={}&repository_url={}",
+                percent(&vendor.to_ascii_lowercase()),
+                percent(&self.name.to_ascii_lowercase()),
+                percent(arch),
+                percent(suite),
+                percent(address)
+            ),
             Origin::Wheel { file } => {
                 format!("{}?file_name={}", wheel_purl(&self.name, &self.version), percent(file))
             }
@@ -91,6 +115,25 @@ impl Component {
             Origin::Generic => format!("pkg:generic/{}@{version}", percent(&self.name)),
         }
     }
+}
+
+/// Where a package of the engine `debian` is from: Debian's release, or a further archive of the product.
+///
+/// # Errors
+/// When it is from an archive that the product does not have.
+pub fn debian_origin(package: &Package, release: &str, sources: &[SourcePlan]) -> Result<Origin> {
+    let arch = package.arch.clone();
+    let Some(name) = &package.archive else {
+        return Ok(Origin::Debian { arch, release: release.to_owned() });
+    };
+    let source = sources.iter().find(|source| source.name == *name).with_context(|| {
+        format!(
+            "{} {} is from the archive {name}, which the product does not have",
+            package.name, package.version
+        )
+    })?;
+    let SourcePlan { suite, address, .. } = source.clone();
+    Ok(Origin::Vendor { arch, vendor: name.clone(), suite, address })
 }
 
 /// The package URL type `pypi` wants lower case and `-` for `_`; dots stay.
@@ -225,7 +268,7 @@ pub fn write(path: &Utf8Path, components: &[Component], meta: &Meta) -> Result<(
 fn describe(purl: &str, component: &Component) -> Value {
     let kind = match component.origin {
         Origin::Wheel { .. } | Origin::Crate => "library",
-        Origin::Debian { .. } | Origin::Generic => "application",
+        Origin::Debian { .. } | Origin::Vendor { .. } | Origin::Generic => "application",
     };
     let mut value = json!({
         "type": kind,
@@ -282,6 +325,61 @@ mod tests {
         assert_eq!(timestamp(951_782_399), "2000-02-28T23:59:59Z");
         assert_eq!(timestamp(951_782_400), "2000-02-29T00:00:00Z");
         assert_eq!(timestamp(1_795_222_196), "2026-11-21T00:49:56Z");
+    }
+
+    /// By the examples and the rules of the type `deb`, package-url/purl-spec, types/deb-definition.json.
+    #[test]
+    fn a_package_of_a_further_archive_is_not_debians() {
+        let mut package = Package {
+            name: "linux-image-rpi-v8".into(),
+            version: "1:6.12-1+rpt1~bookworm".into(),
+            arch: "arm64".into(),
+            role: crate::rootfs::Role::Extra,
+            source: "linux".into(),
+            source_version: "1".into(),
+            archive: None,
+            section: String::new(),
+            installed_bytes: 0,
+            download_bytes: 0,
+            sha256: String::new(),
+            homepage: None,
+            licences: vec![],
+            essential: false,
+            cpe: None,
+            needs: vec![],
+        };
+        let source = SourcePlan {
+            name: "acme-one".into(),
+            address: "https://archive.acme.example/debian".into(),
+            suite: "stable".into(),
+            components: vec!["main".into()],
+            key: "acme.asc".into(),
+            packages: vec!["linux-*".into()],
+        };
+        let purl = |package: &Package| {
+            let origin = debian_origin(package, "bookworm", std::slice::from_ref(&source))?;
+            let component = Component {
+                name: package.name.clone(),
+                version: package.version.clone(),
+                origin,
+                sha256: None,
+                license: None,
+                summary: None,
+                cpe: None,
+                depends_on: vec![],
+            };
+            anyhow::Ok(component.purl())
+        };
+        let same = "linux-image-rpi-v8@1:6.12-1%2Brpt1~bookworm?arch=arm64&distro=";
+        let own = format!("pkg:deb/debian/{same}bookworm");
+        assert_eq!(purl(&package).expect("Debian's"), own);
+        package.archive = Some("acme-one".into());
+        let address = "https:%2F%2Farchive.acme.example%2Fdebian";
+        let vendors = format!("pkg:deb/acme-one/{same}stable&repository_url={address}");
+        assert_eq!(purl(&package).expect("the vendor's"), vendors);
+        package.archive = Some("other".into());
+        let error = purl(&package).expect_err("unknown").to_string();
+        assert!(error.contains("is from the archive other, which the product does not"), "{error}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::config::product::{Engine, Kind};
 use crate::disk::layout::{GPT_HEAD_SECTORS, GPT_TAIL_SECTORS, SECTOR, TableKind};
 use crate::render::Rendered;
 use crate::report::{self, Disk, Output, PathSize, Region, RegionKind, Report};
+use crate::rootfs::Package;
 use crate::sbom::{self, Component, Meta, Origin};
 use crate::wheel::metadata::License;
 use crate::{outln, text};
@@ -77,7 +78,7 @@ pub fn report(
     elapsed: Duration,
 ) -> Result<Report> {
     let plan = build.plan;
-    let components = components(build, made);
+    let components = components(build, made)?;
     let sbom = build.dist.join("sbom.cdx.json");
     let meta = Meta {
         product: plan.product.name.clone(),
@@ -321,20 +322,14 @@ fn disk(build: &Build<'_>, made: &Made) -> Result<Disk> {
     Disk::new(table_kind, layout.size, regions)
 }
 
-fn components(build: &Build<'_>, made: &Made) -> Vec<Component> {
-    let mut components: Vec<Component> = made
-        .base
-        .system
-        .packages
-        .iter()
-        .map(|package| Component {
+fn components(build: &Build<'_>, made: &Made) -> Result<Vec<Component>> {
+    let rootfs = &build.plan.rootfs;
+    let component = |package: &Package| -> Result<Component> {
+        Ok(Component {
             name: package.name.clone(),
             version: package.version.clone(),
-            origin: match build.plan.rootfs.engine {
-                Engine::Debian => Origin::Debian {
-                    arch: package.arch.clone(),
-                    release: build.plan.rootfs.suite.clone(),
-                },
+            origin: match rootfs.engine {
+                Engine::Debian => sbom::debian_origin(package, &rootfs.suite, &rootfs.sources)?,
                 Engine::Buildroot => Origin::Generic,
             },
             sha256: Some(package.sha256.clone()).filter(|sum| sum.len() == 64),
@@ -343,7 +338,9 @@ fn components(build: &Build<'_>, made: &Made) -> Vec<Component> {
             cpe: package.cpe.clone(),
             depends_on: Vec::new(),
         })
-        .collect();
+    };
+    let packages = made.base.system.packages.iter();
+    let mut components = packages.map(component).collect::<Result<Vec<Component>>>()?;
     let packages = &made.base.system.packages;
     let purls: BTreeMap<&str, String> = packages
         .iter()
@@ -362,7 +359,7 @@ fn components(build: &Build<'_>, made: &Made) -> Vec<Component> {
     if let Some(agent) = &made.agent {
         components.extend(agent.components.iter().cloned());
     }
-    components
+    Ok(components)
 }
 
 /// Debian names licences in words of its own, so they stay text.

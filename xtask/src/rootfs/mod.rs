@@ -134,6 +134,9 @@ pub struct Package {
     pub source: String,
     /// Version of the source package.
     pub source_version: String,
+    /// The product's further archive that it is from; none for Debian's own.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub archive: Option<String>,
     /// Section, as in `libs`.
     pub section: String,
     /// Bytes that its files take in the pruned root (0 for what was only unpacked).

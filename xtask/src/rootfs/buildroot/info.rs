@@ -175,6 +175,7 @@ impl Info {
                 role: if entry.install_target { Role::Root } else { Role::Extra },
                 source: name.to_owned(),
                 source_version: entry.version.clone(),
+                archive: None,
                 section: String::new(),
                 installed_bytes: installed.get(name).copied().unwrap_or(0),
                 download_bytes: entry.downloads.iter().map(size).sum(),

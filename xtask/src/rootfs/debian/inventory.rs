@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use anyhow::{Context, Result};
 
 use super::download::LockedDeb;
-use super::lock::stanzas;
+use super::lock::{Archive, stanzas};
 use crate::exec::Tool;
 use crate::rootfs::tree::{Entry, Tree};
 use crate::rootfs::{Distribution, Package, Python, Role};
@@ -39,6 +39,10 @@ pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> 
             role: package.role,
             source,
             source_version,
+            archive: match &package.archive {
+                Archive::Source(name) => Some(name.clone()),
+                Archive::Debian | Archive::Security => None,
+            },
             section: fields.remove("Section").unwrap_or_default(),
             installed_bytes: owned.get(&name).copied().unwrap_or(0),
             download_bytes: file.size,
