@@ -14,13 +14,12 @@ use crate::config::{self, Config};
 use crate::exec::Tool;
 use crate::facts::Facts;
 use crate::plan::{self, Plan};
+use crate::render::INIT;
 
 /// The tool itself, and what it is compiled from: any of it may change any component.
 const BUILDER: [&str; 5] = [".cargo", "Cargo.lock", "Cargo.toml", "xtask/Cargo.toml", "xtask/src"];
 /// What belongs to Buildroot.
 const EXTERNAL: &str = "external";
-/// The robot's first program, in every system.
-const INIT: &str = "board/common/init";
 
 /// One build: a product for a board.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

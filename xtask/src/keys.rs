@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::artifact;
 use crate::progress;
+use crate::ssh_keys;
 
 /// Where the password of release keys is taken from when nobody can be asked.
 pub const PASSWORD_VARIABLE: &str = "SLIPWAY_KEY_PASSWORD";
@@ -51,33 +52,13 @@ pub const AUTHORIZED_KEYS: &str = "authorized_keys";
 /// When it cannot be read, or has a line that is no public key.
 pub fn authorized_keys(dir: &Utf8Path) -> Result<String> {
     let path = dir.join(AUTHORIZED_KEYS);
-    let text = match std::fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
-        Err(error) => return Err(error).with_context(|| format!("reading {path}")),
-    };
-    let mut keys = String::new();
-    for (number, line) in text.lines().enumerate() {
-        let line = line.trim();
-        if line.is_empty() || line.starts_with('#') {
-            continue;
-        }
-        // sshd(8), "AUTHORIZED_KEYS FILE FORMAT": options may precede the type; the base64 repeats it,
-        // so every key's begins with three zero bytes.
-        let kinds = ["ssh-", "ecdsa-sha2-", "sk-ssh-", "sk-ecdsa-"];
-        let mut words =
-            line.split_whitespace().skip_while(|w| !kinds.iter().any(|k| w.starts_with(k)));
-        let is_key = words.next().is_some() && words.next().is_some_and(|w| w.starts_with("AAAA"));
-        ensure!(
-            is_key,
-            "{path}:{}: expected an SSH public key, found something else\n\
-             help: one line of a .pub file of ssh-keygen for each key",
-            number + 1
-        );
-        keys.push_str(line);
-        keys.push('\n');
+    match std::fs::read(&path) {
+        // A file that waits for its first key.
+        Ok(file) if file.trim_ascii().is_empty() => Ok(String::new()),
+        Ok(file) => ssh_keys::lines(&file).map_err(|bad| bad.about(&path)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(error).with_context(|| format!("reading {path}")),
     }
-    Ok(keys)
 }
 
 /// Public keys of those whose stages count in a shared cache, and nothing else of theirs: a folder of

@@ -9,9 +9,14 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value, context};
 
+use crate::config::content::{self, Place};
 use crate::config::overlay::{Attributes, EntryKind};
 use crate::disk::layout::{Layout, StateSector};
 use crate::plan::{BootSourcePlan, EarlierCard, Plan};
+use crate::ssh_keys;
+
+/// The robot's first program, in the initrd of every system.
+pub const INIT: &str = "board/common/init";
 
 /// A file of the overlay, ready to be placed.
 #[derive(Debug, Clone)]
@@ -94,7 +99,12 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
                 std::fs::read(root.join(&file.source))
                     .with_context(|| format!("reading {}", file.source))?,
             ),
-            EntryKind::Template => OverlayContent::File(template(&file.source)?.into_bytes()),
+            EntryKind::Template => {
+                let text = template(&file.source)?.into_bytes();
+                // Other files were looked at when they were found.
+                sound(&file.source, Place::Root(&file.target), &text)?;
+                OverlayContent::File(text)
+            }
             EntryKind::Symlink => OverlayContent::Symlink(
                 root.join(&file.source)
                     .read_link_utf8()
@@ -118,13 +128,23 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
             } else {
                 text(source)?.into_bytes()
             };
+            sound(source, Place::Boot, &bytes)?;
             boot.insert(name, bytes);
         }
+    }
+    let init = root.join(INIT);
+    if init.is_file() {
+        let bytes = std::fs::read(&init).with_context(|| format!("reading {INIT}"))?;
+        sound(Utf8Path::new(INIT), Place::Boot, &bytes)?;
     }
     let defconfig = plan.rootfs.buildroot.as_ref().map(|b| b.defconfig.render(&title(plan)));
     let mut authorized_keys = BTreeMap::new();
     for user in &plan.users {
-        let keys = user.authorized_keys.iter().map(|p| text(p)).collect::<Result<String>>()?;
+        let mut keys = String::new();
+        for path in &user.authorized_keys {
+            let file = std::fs::read(root.join(path)).with_context(|| format!("reading {path}"))?;
+            keys.push_str(&ssh_keys::lines(&file).map_err(|bad| bad.about(path))?);
+        }
         authorized_keys.insert(user.name.clone(), keys);
     }
     Ok(Rendered { overlay, boot, defconfig, authorized_keys })
@@ -133,6 +153,23 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
 /// What stands in the defconfig's first line.
 pub fn title(plan: &Plan) -> String {
     format!("{} for {}", plan.product.name, plan.board.name)
+}
+
+/// A value between double quotes, as a shell and os-release(5) read it.
+fn shell(value: String) -> String {
+    let mut quoted = String::from("\"");
+    for c in value.chars() {
+        if matches!(c, '"' | '$' | '`' | '\\') {
+            quoted.push('\\');
+        }
+        quoted.push(c);
+    }
+    quoted.push('"');
+    quoted
+}
+
+fn sound(source: &Utf8Path, place: Place<'_>, bytes: &[u8]) -> Result<()> {
+    content::problem(place, bytes).map_or(Ok(()), |problem| Err(problem.about(source)))
 }
 
 fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
@@ -146,6 +183,8 @@ fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
         .build()
         .context("configuring the template syntax")?;
     environment.set_syntax(syntax);
+    environment.add_filter("shell", shell);
+    environment.add_filter("toml", |value: String| toml::Value::String(value).to_string());
     let explain = |error: minijinja::Error| {
         let line = error.line().unwrap_or(0);
         let excerpt = source.lines().nth(line.saturating_sub(1)).unwrap_or_default().trim();

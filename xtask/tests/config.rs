@@ -1,7 +1,10 @@
 //! One bad input for every rule of the configuration, with its message. The messages lie in
 //! `golden/bad-input`; `SLIPWAY_BLESS=1 cargo test` rewrites them, and the diff is the review.
 
+mod fixture_support;
+
 use camino::{Utf8Path, Utf8PathBuf};
+use fixture_support::copy;
 use xtask::config;
 use xtask::facts::Facts;
 use xtask::{plan, render};
@@ -221,19 +224,6 @@ const CASES: &[(&str, &str, &str, &str)] = &[
         "knd = \"release\"\nkind = \"beta\"\nboards",
     ),
 ];
-
-fn copy(from: &Utf8Path, to: &Utf8Path) {
-    std::fs::create_dir_all(to).expect("a folder");
-    for entry in from.read_dir_utf8().expect("readable") {
-        let entry = entry.expect("readable");
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy(entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), &target).expect("copied");
-        }
-    }
-}
 
 fn here() -> Utf8PathBuf {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")

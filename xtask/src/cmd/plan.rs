@@ -25,7 +25,13 @@ use crate::{out, outln, text};
 /// # Errors
 /// Everything that is wrong with the files.
 pub fn load(target: &Target) -> Result<Config> {
-    config::load(&config::workspace_root()?, target.product.as_deref(), target.board.as_deref())
+    let (product, board) = (target.product.as_deref(), target.board.as_deref());
+    let config = config::load(&config::workspace_root()?, product, board)?;
+    let junk: Vec<&Utf8PathBuf> = config.overlays.iter().flat_map(|o| &o.junk).collect();
+    if !junk.is_empty() {
+        say("overlay", format!("left out as junk: {}", names(&junk)));
+    }
+    Ok(config)
 }
 
 /// Loads and resolves what was asked for.

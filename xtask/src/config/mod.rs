@@ -2,6 +2,7 @@
 //! value. What it means together is decided in `plan`.
 
 pub mod board;
+pub mod content;
 pub mod overlay;
 pub mod product;
 pub mod reader;
@@ -30,6 +31,8 @@ pub struct Config {
     pub fragments: Vec<(Utf8PathBuf, String)>,
     /// The key files of further apt archives, path and content. One that is missing is a finding of the plan.
     pub source_keys: Vec<(Utf8PathBuf, Vec<u8>)>,
+    /// The files of SSH public keys, path and content. One that is missing is a finding of the plan.
+    pub authorized_keys: Vec<(Utf8PathBuf, Vec<u8>)>,
     /// Every file that was read, with its SHA-256, sorted by path.
     pub inputs: Vec<Input>,
 }
@@ -66,9 +69,15 @@ pub fn workspace_root() -> Result<Utf8PathBuf> {
 /// # Errors
 /// When `configs` cannot be read.
 pub fn products(root: &Utf8Path) -> Result<Vec<String>> {
-    let names =
-        |entry: &camino::Utf8DirEntry| entry.file_name().strip_suffix(".toml").map(str::to_owned);
-    list(&root.join("configs"), names)
+    list(&root.join("configs"), product_name)
+}
+
+/// The name of the product that a file in a folder of products is of. A link may lead to one; a lock or a copy of an
+/// editor is none.
+fn product_name(entry: &camino::Utf8DirEntry) -> Option<String> {
+    let name = entry.file_name().strip_suffix(".toml")?;
+    let is_file = std::fs::metadata(entry.path()).map_or(true, |about| about.is_file());
+    (is_file && !content::is_junk(entry.file_name())).then(|| name.to_owned())
 }
 
 /// Where products lie that are built only by name: they show what else can be built, and some of them need something that
@@ -81,9 +90,7 @@ const EXAMPLES: &str = "configs/examples";
 /// When their folder cannot be read.
 pub fn examples(root: &Utf8Path) -> Result<Vec<String>> {
     let dir = root.join(EXAMPLES);
-    let names =
-        |entry: &camino::Utf8DirEntry| entry.file_name().strip_suffix(".toml").map(str::to_owned);
-    if dir.is_dir() { list(&dir, names) } else { Ok(Vec::new()) }
+    if dir.is_dir() { list(&dir, product_name) } else { Ok(Vec::new()) }
 }
 
 /// Where the file of a product lies, relative to the workspace.
@@ -121,11 +128,20 @@ fn list(
 /// # Errors
 /// When there is none, or more than one.
 pub fn default_product(root: &Utf8Path) -> Result<String> {
-    let mut defaults = products(root)?;
-    // A product with mistakes in it is not the default; naming it shows what is wrong.
-    defaults.retain(|name| product::read(root, name).is_ok_and(|product| product.default));
+    let (mut defaults, mut broken) = (Vec::new(), Vec::new());
+    for name in products(root)? {
+        match product::read(root, &name) {
+            Ok(product) => defaults.extend(product.default.then_some(name)),
+            Err(error) => broken.push(error),
+        }
+    }
     match defaults.as_slice() {
         [only] => Ok(only.clone()),
+        // One with mistakes in it may be the default: they are what is wrong, and not that there is none.
+        [] if !broken.is_empty() => {
+            let said: Vec<String> = broken.iter().map(|error| format!("{error:#}")).collect();
+            bail!("looking for the product that is the default\n{}", said.join("\n"))
+        }
         [] => bail!(
             "no product is named, and none is the default\n\
              help: name one with --product ({}), or write `default = true` in its file",
@@ -185,6 +201,7 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         extra_packages,
         fragments: Vec::new(),
         source_keys: Vec::new(),
+        authorized_keys: Vec::new(),
         inputs: Vec::new(),
     };
     let mut texts = Vec::new();
@@ -196,7 +213,10 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         }
     }
     config.fragments = texts;
-    config.source_keys = source_keys(&config)?;
+    let sources = &config.product.rootfs.sources;
+    config.source_keys = contents(root, sources.iter().map(|source| &source.key.value))?;
+    let users = config.product.users.iter().flat_map(|user| &user.authorized_keys);
+    config.authorized_keys = contents(root, users.map(|path| &path.value))?;
     config.inputs = inputs(&config)?;
     Ok(config)
 }
@@ -240,18 +260,17 @@ fn fragments(config: &Config) -> Vec<&Utf8PathBuf> {
     board.chain(product.buildroot.iter().flat_map(|b| &b.fragments)).map(|l| &l.value).collect()
 }
 
-fn source_keys(config: &Config) -> Result<Vec<(Utf8PathBuf, Vec<u8>)>> {
-    let mut keys = Vec::new();
-    for path in config.product.rootfs.sources.iter().map(|source| &source.key.value) {
-        let full = config.root.join(path);
-        if full.is_file() {
-            keys.push((
-                path.clone(),
-                std::fs::read(&full).with_context(|| format!("reading {path}"))?,
-            ));
-        }
+/// The contents of those files that are there.
+fn contents<'a>(
+    root: &Utf8Path,
+    paths: impl Iterator<Item = &'a Utf8PathBuf>,
+) -> Result<Vec<(Utf8PathBuf, Vec<u8>)>> {
+    let mut found = Vec::new();
+    for path in paths.filter(|path| root.join(path).is_file()) {
+        let bytes = std::fs::read(root.join(path)).with_context(|| format!("reading {path}"))?;
+        found.push((path.clone(), bytes));
     }
-    Ok(keys)
+    Ok(found)
 }
 
 fn inputs(config: &Config) -> Result<Vec<Input>> {

@@ -102,7 +102,12 @@ impl Source {
     /// When the file cannot be read.
     pub fn read(root: &Utf8Path, shown: &Utf8Path) -> Result<Self> {
         let full = root.join(shown);
-        let text = std::fs::read_to_string(&full).with_context(|| format!("reading {shown}"))?;
+        let bytes = std::fs::read(&full).with_context(|| format!("reading {shown}"))?;
+        // UTF-16 has zeros, and may be UTF-8 nonetheless.
+        let text = String::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
+        let text = text.with_context(|| {
+            format!("reading {shown}: it is no text in UTF-8\nhelp: save it as UTF-8; some editors and shells of Windows write UTF-16")
+        })?;
         Ok(Self { path: shown.to_owned(), text, findings: RefCell::default() })
     }
 

@@ -15,6 +15,7 @@ use super::card::{Buffer, Card};
 use super::write::Piece;
 use crate::disk::layout::BLOCK;
 use crate::disk::read::{self, FoundPartition};
+use crate::ssh_keys;
 
 /// The file, in the root folder of the boot partition.
 pub const FILE: &str = "slipway-seed.toml";
@@ -26,8 +27,6 @@ const LARGEST: usize = 64 << 10;
 const FAT_TYPES: [&str; 6] = ["01", "04", "06", "0b", "0c", "0e"];
 /// The role, and in a GPT the name, of the partition that no update touches.
 const BOOT: &str = "boot";
-/// Types of SSH keys that OpenSSH writes.
-const KEY_TYPES: [&str; 3] = ["ssh-", "ecdsa-", "sk-"];
 
 /// A network.
 #[derive(Clone, PartialEq, Eq, Serialize)]
@@ -102,21 +101,14 @@ pub fn check_hostname(name: &str) -> Result<()> {
 /// # Errors
 /// When the file cannot be read, holds a secret key, or holds no public one.
 pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+    let file = std::fs::read(path).with_context(|| format!("reading {path}"))?;
+    let keys = ssh_keys::parse(&file).map_err(|bad| bad.about(path))?;
     ensure!(
-        !text.contains("PRIVATE KEY"),
-        "{path} is a secret key\nhelp: name the public one, {path}.pub"
+        keys.iter().all(|key| !key.has_options),
+        "{path}: a key has options before it, which the first boot does not take over\n\
+         help: leave the key itself, or put the line on the robot's `data` (docs/robot.md)"
     );
-    let lines = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#'));
-    let keys: Vec<String> = lines.map(str::to_owned).collect();
-    ensure!(!keys.is_empty(), "{path} holds no SSH key");
-    for key in &keys {
-        ensure!(
-            KEY_TYPES.iter().any(|kind| key.starts_with(kind)) && key.split(' ').count() >= 2,
-            "{path} holds a line that is no public SSH key\nhelp: name a file such as ~/.ssh/id_ed25519.pub"
-        );
-    }
-    Ok(keys)
+    Ok(keys.into_iter().map(|key| key.text).collect())
 }
 
 impl Seed {

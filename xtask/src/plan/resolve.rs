@@ -16,6 +16,7 @@ use crate::config::reader::{Finding, Findings, Place};
 use crate::config::{self, Config};
 use crate::facts::Facts;
 use crate::rootfs::buildroot::fragment;
+use crate::ssh_keys;
 
 /// Resolves one build. Pure.
 ///
@@ -141,9 +142,17 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
     }
     let locks = product.rootfs.lock.iter().map(|lock| (lock, "run `cargo xtask lock`"));
     let keys = product.users.iter().flat_map(|user| &user.authorized_keys);
-    let keys = keys.map(|path| (path, "put the public key there, as ssh-keygen wrote it"));
-    for (path, help) in locks.chain(keys) {
+    let with_help = |path| (path, "put the public key there, as ssh-keygen wrote it");
+    for (path, help) in locks.chain(keys.clone().map(with_help)) {
         must_exist(config, &path.place, &path.value, help, out);
+    }
+    for path in keys {
+        let file = config.authorized_keys.iter().find(|(file, _)| *file == path.value);
+        if let Some(Err(bad)) = file.map(|(_, bytes)| ssh_keys::parse(bytes)) {
+            let line = bad.line.map_or(String::new(), |line| format!(":{line}"));
+            let message = format!("{}{line}: {}", path.value, bad.message);
+            out.push(Finding::new(&path.place, message, bad.help));
+        }
     }
     if let Some(api) = &product.api {
         let help = "run `cargo xtask lock`";

@@ -108,7 +108,7 @@ fn unarmoured(text: &str) -> Result<Vec<u8>, BadKey> {
 }
 
 /// Base64 of RFC 4648, section 4.
-fn base64(text: &str) -> Option<Vec<u8>> {
+pub(crate) fn base64(text: &str) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
     let (mut bits, mut count) = (0u32, 0);
     for c in text.trim_end_matches('=').bytes() {

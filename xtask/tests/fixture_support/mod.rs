@@ -1,0 +1,67 @@
+//! What tests of the configuration share: the fixture's workspace, in a folder of the test's own.
+#![allow(dead_code)]
+
+use std::fs;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use xtask::config;
+use xtask::facts::Facts;
+use xtask::plan;
+use xtask::render::{self, Rendered};
+
+/// Where the fixture lies.
+pub fn fixture() -> Utf8PathBuf {
+    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixture")
+}
+
+/// Copies a folder.
+pub fn copy(from: &Utf8Path, to: &Utf8Path) {
+    fs::create_dir_all(to).expect("a folder");
+    for entry in from.read_dir_utf8().expect("readable") {
+        let entry = entry.expect("readable");
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), &target).expect("copied");
+        }
+    }
+}
+
+/// The fixture's workspace, copied.
+pub struct Workspace {
+    _keep: tempfile::TempDir,
+    pub dir: Utf8PathBuf,
+}
+
+impl Workspace {
+    pub fn new() -> Self {
+        let keep = tempfile::tempdir().expect("a folder");
+        let dir =
+            Utf8PathBuf::try_from(keep.path().canonicalize().expect("a path")).expect("UTF-8");
+        copy(&fixture(), &dir);
+        Self { _keep: keep, dir }
+    }
+
+    pub fn at(&self, path: &str) -> Utf8PathBuf {
+        self.dir.join(path)
+    }
+
+    pub fn put(&self, path: &str, content: impl AsRef<[u8]>) {
+        let path = self.at(path);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        fs::write(path, content).expect("written");
+    }
+
+    /// Plans and renders the product.
+    pub fn render(&self) -> anyhow::Result<Rendered> {
+        let config = config::load(&self.dir, Some("shop"), None)?;
+        let facts = Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+        render::render(&self.dir, &plan::resolve(&config, &facts)?)
+    }
+
+    /// What is wrong with it.
+    pub fn refused(&self) -> String {
+        format!("{:#}", self.render().expect_err("it is accepted"))
+    }
+}
