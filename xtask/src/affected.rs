@@ -11,8 +11,8 @@ use serde_json::Value;
 use crate::artifact::{hash_bytes, hash_file};
 use crate::config::product::Engine;
 use crate::config::{self, Config};
-use crate::exec::Tool;
 use crate::facts::Facts;
+use crate::git;
 use crate::plan::{self, Plan};
 use crate::render::INIT;
 
@@ -144,7 +144,7 @@ fn differing(then: &BTreeMap<String, String>, now: &BTreeMap<String, String>) ->
 
 /// A commit's tree in a temporary folder.
 fn unpack(root: &Utf8Path, revision: &str) -> Result<(tempfile::TempDir, Utf8PathBuf)> {
-    let git = || Tool::new("git").args(["-C", root.as_str()]);
+    let git = || git::at(root);
     // What begins with a dash stays a name.
     let commit = git()
         .args(["rev-parse", "--verify", "--quiet", "--end-of-options"])

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, anyhow};
 use camino::Utf8Path;
 
-use crate::exec::Tool;
+use crate::git;
 
 /// Facts about this checkout. Collected once; `plan::resolve` is pure.
 #[derive(Debug, Clone, serde::Serialize)]
@@ -11,7 +11,7 @@ use crate::exec::Tool;
 pub struct Facts {
     /// The commit that is checked out; `None` outside a git checkout.
     pub commit: Option<String>,
-    /// Files differ from that commit.
+    /// Files differ from that commit ([`git::changes`]).
     pub modified: bool,
     /// Seconds since 1970 that every timestamp in the outputs is set to.
     pub epoch: u64,
@@ -23,10 +23,10 @@ impl Facts {
     /// # Errors
     /// `SOURCE_DATE_EPOCH` that is not a number; neither it nor a commit; a checkout that git cannot compare.
     pub fn collect(root: &Utf8Path) -> Result<Self> {
-        let git = |args: &[&str]| Tool::new("git").args(["-C", root.as_str()]).args(args).read();
-        let commit = git(&["rev-parse", "HEAD"]).map(|said| said.trim().to_owned()).ok();
-        let modified = match commit {
-            Some(_) => !git(&["status", "--porcelain"])?.trim().is_empty(),
+        let commit = git::at(root).args(["rev-parse", "HEAD"]).read();
+        let commit = commit.map(|said| said.trim().to_owned()).ok();
+        let modified = match &commit {
+            Some(commit) => !git::changes(root, commit)?.is_empty(),
             None => false,
         };
         let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
@@ -34,8 +34,7 @@ impl Facts {
                 format!("SOURCE_DATE_EPOCH: expected seconds since 1970, found \"{text}\"")
             })?,
             Err(_) => {
-                let asked = git(&["log", "-1", "--format=%ct"]);
-                asked.and_then(|said| Ok(said.trim().parse()?)).map_err(|error| {
+                git::time(root).map_err(|error| {
                     anyhow!(
                         "choosing the time for reproducible outputs, the commit's: {error:#}\n\
                          help: build in a checkout with a commit (git must be installed), or set SOURCE_DATE_EPOCH"

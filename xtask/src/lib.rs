@@ -19,6 +19,7 @@ pub mod facts;
 pub mod fetch;
 pub mod flash;
 pub mod fuzz;
+pub mod git;
 pub mod keys;
 pub mod local;
 pub mod mutants;

@@ -9,6 +9,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::exec::Tool;
+use crate::git;
 use crate::progress::{duration, say};
 
 /// The folder of the files that list the faults.
@@ -235,8 +236,8 @@ impl Bench {
 /// Makes `tree` the files that git tracks below `root`, as they are now. What is the same is not written,
 /// so that nothing is built again for it.
 fn copy(root: &Utf8Path, tree: &Utf8Path) -> Result<()> {
-    let listed = Tool::new("git").args(["ls-files"]).current_dir(root).read()?;
-    for name in listed.lines() {
+    let listed = git::at(root).args(["ls-files", "-z"]).read()?;
+    for name in listed.split('\0').filter(|name| !name.is_empty()) {
         let (from, to) = (root.join(name), tree.join(name));
         // A link in the repository is a link there, too; a file that was removed is none there.
         let Ok(about) = fs::symlink_metadata(&from) else {

@@ -29,7 +29,7 @@ const SECRETS: [&str; 12] = [
 ];
 
 /// What only some may have, and who.
-const SOME: [(&str, &[&str]); 9] = [
+const SOME: [(&str, &[&str]); 12] = [
     ("SSH_AUTH_SOCK", &["ssh", "sftp", "git"]),
     (
         "https_proxy",
@@ -41,7 +41,11 @@ const SOME: [(&str, &[&str]); 9] = [
     ("CC_aarch64_unknown_linux_gnu", &["cargo", "rustc"]),
     ("APT_CONFIG", &["apt-get", "mmdebstrap", "sudo"]),
     ("GIT_CONFIG_GLOBAL", &["git"]),
+    // As hooks have them.
     ("GIT_DIR", &[]),
+    ("GIT_WORK_TREE", &[]),
+    ("GIT_INDEX_FILE", &[]),
+    ("GIT_OBJECT_DIRECTORY", &[]),
 ];
 
 /// All the names under which we call programs that run code of others, and some more.

@@ -167,6 +167,16 @@ fn programs_are_run_in_one_place() {
     complain(findings);
 }
 
+#[test]
+fn git_is_called_in_one_place() {
+    // Only there its user's settings change nothing.
+    let findings = rust().into_iter().filter(|(path, text)| {
+        let own = path.as_str().starts_with("xtask/src/") && path != "xtask/src/git.rs";
+        own && text.contains("Tool::new(\"git\")")
+    });
+    complain(findings.map(|(path, _)| format!("{path}: calls git without git.rs")).collect());
+}
+
 /// The faults that `cargo xtask check --mutants` makes still have their place in the source.
 #[test]
 fn every_mutant_has_its_place() {

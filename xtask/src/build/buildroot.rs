@@ -8,8 +8,8 @@ use super::base::{self, Base, prune_rules};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::cache::Key;
 use crate::config::product::{self, Engine};
-use crate::exec::Tool;
 use crate::ext4::Mke2fs;
+use crate::git;
 use crate::progress::say;
 use crate::render::title;
 use crate::rootfs::buildroot::collect::{Wants, collect_base};
@@ -124,8 +124,7 @@ fn legal_info(build: &Build<'_>, request: &Request<'_>) -> Result<()> {
 
 /// The time of the tree's commit: the files of a release carry it, whoever builds it.
 fn committed(tree: &Tree) -> Result<u64> {
-    let git = Tool::new("git").args(["-C", tree.path.as_str(), "log", "-1", "--format=%ct"]);
-    git.read()?.trim().parse().context("reading the time of Buildroot's commit")
+    git::time(&tree.path).context("reading the time of Buildroot's commit")
 }
 
 /// The wheels were locked for a C library: the one that was built must not be older.

@@ -19,6 +19,7 @@ use crate::diff::{self, Changes, Content, Difference, Inventory, what_changed};
 use crate::disk::read::{self, DiskTables};
 use crate::exec::Tool;
 use crate::facts::Facts;
+use crate::git;
 use crate::progress::say;
 use crate::report::Report;
 use crate::update;
@@ -107,11 +108,7 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
         .with_context(|| format!("creating a folder in {target}"))?;
     let folder = Utf8PathBuf::try_from(keep.path().to_owned()).context("the folder's path")?;
     let (checkout, cache) = (folder.join("checkout"), folder.join("cache"));
-    Tool::new("git").args(["clone", "--quiet", root.as_str(), checkout.as_str()]).run()?;
-    let commit = facts.commit.as_deref().unwrap_or_default();
-    Tool::new("git")
-        .args(["-C", checkout.as_str(), "checkout", "--quiet", "--detach", commit])
-        .run()?;
+    git::checkout(root, facts.commit.as_deref().unwrap_or_default(), &checkout)?;
     share(&cache, request.keep_stages)?;
     let program = std::env::current_exe().context("finding this program")?;
     let program = Utf8PathBuf::try_from(program).context("this program's path")?;

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::collect::{Collected, packages};
 use super::format::{Board, Component, Entry, Manifest};
 use crate::diff::Changes;
-use crate::exec::Tool;
+use crate::git;
 use crate::progress::bytes;
 use crate::publish::{self, Store, scratch};
 
@@ -128,7 +128,7 @@ fn commits(root: &Utf8Path, old: Option<&str>, new: Option<&str>) -> String {
     if old == new {
         return "None: both are of one commit.\n".to_owned();
     }
-    let git = Tool::new("git").args(["-C", root.as_str(), "log", "--no-merges"]);
+    let git = git::at(root).args(["log", "--no-merges"]);
     let range = format!("{old}..{new}");
     let Ok(log) = git.args(["--format=%h %s", "--abbrev=12", &range]).read() else {
         return format!("Not known: this checkout lacks the history since {old}.\n");

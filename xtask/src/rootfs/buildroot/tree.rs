@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use crate::exec::Tool;
+use crate::git;
 use crate::plan::BuildrootPlan;
 use crate::progress::{say, warn};
 
@@ -92,7 +92,7 @@ fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
         }
     }
     say("base", format!("cloning Buildroot {release} from {url}"));
-    git(None)
+    git::anywhere()
         .args(["-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1"])
         .args(["--branch", release, "--", url])
         .arg(&partial)
@@ -105,7 +105,7 @@ fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
             )
         })?;
     let tag = format!("refs/tags/{release}^{{commit}}");
-    let found = git(Some(&partial)).args(["rev-parse", "--verify", &tag]).read()?;
+    let found = git::at(&partial).args(["rev-parse", "--verify", &tag]).read()?;
     if found.trim() != commit {
         let found = found.trim().to_owned();
         fs::remove_dir_all(&partial).with_context(|| format!("removing {partial}"))?;
@@ -122,15 +122,15 @@ fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<Tree> {
     if !path.join("Makefile").is_file() || !path.join("package/Config.in").is_file() {
         bail!("{path} is not a Buildroot tree: it has no Makefile or no package/Config.in");
     }
-    let top = git(Some(path)).args(["rev-parse", "--show-toplevel"]).read().unwrap_or_default();
+    let top = git::at(path).args(["rev-parse", "--show-toplevel"]).read().unwrap_or_default();
     if top.trim() != path {
         bail!(
             "{path} is not a git checkout of Buildroot, so nobody can say what it holds\n\
              help: use a clone, or run `git init` and commit in it"
         );
     }
-    let commit = git(Some(path)).args(["rev-parse", "HEAD"]).read()?.trim().to_owned();
-    let status = git(Some(path)).args(["status", "--porcelain"]).read()?;
+    let commit = git::at(path).args(["rev-parse", "HEAD"]).read()?.trim().to_owned();
+    let status = git::at(path).args(["status", "--porcelain"]).read()?;
     if status.trim().is_empty() {
         return Ok(Tree { path: path.to_owned(), commit, changes: String::new() });
     }
@@ -144,25 +144,16 @@ fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<Tree> {
         );
     }
     warn(format!("the Buildroot tree {path} has {} changed files", lines.len()));
-    let mut text = git(Some(path)).args(["diff", "HEAD", "--binary"]).read_bytes()?;
-    let list = ["ls-files", "--others", "--exclude-standard"];
-    for name in git(Some(path)).args(list).read()?.lines() {
+    let mut text = git::at(path)
+        .args(["diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD"])
+        .read_bytes()?;
+    let list = ["ls-files", "-z", "--others", "--exclude-standard"];
+    let others = git::at(path).args(list).read()?;
+    for name in others.split('\0').filter(|name| !name.is_empty()) {
         let content = fs::read(path.join(name)).with_context(|| format!("reading {name}"))?;
         text.extend_from_slice(name.as_bytes());
         text.extend_from_slice(&content);
     }
     let changes = crate::artifact::hash_bytes(&text);
     Ok(Tree { path: path.to_owned(), commit, changes })
-}
-
-fn git(dir: Option<&Utf8Path>) -> Tool {
-    let tool = Tool::new("git")
-        .env("GIT_TERMINAL_PROMPT", "0")
-        .env_remove("GIT_DIR")
-        .env_remove("GIT_WORK_TREE")
-        .env_remove("GIT_INDEX_FILE");
-    match dir {
-        Some(dir) => tool.args(["-C", dir.as_str()]),
-        None => tool,
-    }
 }

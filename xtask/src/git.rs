@@ -1,0 +1,248 @@
+//! git, as every part of this program calls it: what its user has set up for himself changes nothing of what is read,
+//! and what differs from a commit is found by reading the files, not by asking what git was told to hide.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::PermissionsExt;
+
+use anyhow::{Context, Result, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::artifact::hash_file;
+use crate::config::content::is_junk;
+use crate::exec::Tool;
+
+/// Settings that change what git says or writes. The environment is a matter of `exec`: GIT_DIR and all that names
+/// another repository, as hooks have it, reaches no program that we start.
+const SETTINGS: [&str; 12] = [
+    // Text of gpg before what was asked for (git-log(1)).
+    "log.showSignature=false",
+    "color.ui=false",
+    "core.quotePath=false",
+    // Whether files have changed is not a daemon's business.
+    "core.fsmonitor=false",
+    "core.untrackedCache=false",
+    // Names that the user wants to hear nothing of.
+    "core.excludesFile=/dev/null",
+    "status.showUntrackedFiles=all",
+    // What is written is what was committed.
+    "core.autocrlf=false",
+    "core.eol=lf",
+    "core.attributesFile=/dev/null",
+    "core.fileMode=true",
+    "core.hooksPath=/dev/null",
+];
+
+/// git for the repository that a folder is in.
+pub fn at(dir: &Utf8Path) -> Tool {
+    anywhere().args(["-C", dir.as_str()])
+}
+
+/// git for no repository yet.
+pub fn anywhere() -> Tool {
+    let tool = Tool::new("git")
+        .env("GIT_TERMINAL_PROMPT", "0")
+        // Reading writes nothing.
+        .env("GIT_OPTIONAL_LOCKS", "0")
+        .env("GIT_NO_REPLACE_OBJECTS", "1")
+        .env("GIT_ATTR_NOSYSTEM", "1")
+        .env("GIT_LITERAL_PATHSPECS", "1");
+    SETTINGS.iter().fold(tool, |tool, setting| tool.args(["-c", *setting]))
+}
+
+/// When a commit was made, in seconds since 1970.
+///
+/// # Errors
+/// When there is no commit.
+pub fn time(dir: &Utf8Path) -> Result<u64> {
+    let said = at(dir).args(["log", "-1", "--format=%ct"]).read()?;
+    said.trim()
+        .parse()
+        .with_context(|| format!("git says \"{}\" for the commit's time", said.trim()))
+}
+
+/// Another checkout of a repository, with nothing in it but that commit.
+///
+/// # Errors
+/// When git cannot make it.
+pub fn checkout(root: &Utf8Path, commit: &str, to: &Utf8Path) -> Result<()> {
+    let clone = ["clone", "--quiet", "--no-checkout", "--template="];
+    anywhere().args(clone).args([root.as_str(), to.as_str()]).run()?;
+    at(to).args(["checkout", "--quiet", "--detach", commit]).run()
+}
+
+/// Folders and files of a workspace that builds read, whether git knows them or not.
+const INPUTS: [&str; 15] = [
+    ".cargo",
+    "Cargo.lock",
+    "Cargo.toml",
+    "board",
+    "bootmodel",
+    "bundle",
+    "configs",
+    "external",
+    "overlays",
+    "rust-toolchain",
+    "rust-toolchain.toml",
+    "slotd",
+    "xtask/Cargo.toml",
+    "xtask/build.rs",
+    "xtask/src",
+];
+
+/// How many names git is given at once.
+const AT_ONCE: usize = 400;
+
+/// The files of a workspace that are not as the commit has them, sorted: each tracked file is compared byte by byte,
+/// whatever index, filters and ignore rules say; and none may lie beside them where builds read. Names that builds
+/// pass over count as nothing.
+///
+/// # Errors
+/// When git or a file cannot be read.
+pub fn changes(root: &Utf8Path, commit: &str) -> Result<Vec<String>> {
+    Ok(differing(root, commit, &INPUTS)?.into_iter().collect())
+}
+
+/// As [`changes`]; below `inputs` lies nothing but what the commit has.
+fn differing(root: &Utf8Path, commit: &str, inputs: &[&str]) -> Result<BTreeSet<String>> {
+    let mut changed = BTreeSet::new();
+    let tracked = tracked(root, commit)?;
+    compare(root, &tracked, &mut changed)?;
+    let canonical = root.canonicalize_utf8().with_context(|| format!("resolving {root}"))?;
+    let mut waiting: Vec<Utf8PathBuf> = inputs.iter().map(Utf8PathBuf::from).collect();
+    while let Some(path) = waiting.pop() {
+        let full = root.join(&path);
+        let Ok(about) = full.symlink_metadata() else { continue };
+        let name = path.file_name().unwrap_or_default();
+        let entry = tracked.get(path.as_str());
+        if name == ".git" || (is_junk(name) && entry.is_none()) {
+            continue;
+        }
+        if about.is_dir() {
+            // A submodule's files are its own commit's.
+            if entry.is_none() {
+                let children = full.read_dir_utf8().with_context(|| format!("reading {path}"))?;
+                for child in children {
+                    let child = child.with_context(|| format!("reading {path}"))?;
+                    waiting.push(path.join(child.file_name()));
+                }
+            }
+        } else if entry.is_none() {
+            changed.insert(path.to_string());
+        } else if about.is_symlink() && !path.starts_with("overlays") {
+            // git has the link, and a build reads what lies behind it. An overlay's links stay links.
+            let inside = |target: &Utf8Path| {
+                let target = target.strip_prefix(&canonical).ok()?;
+                let below = |name: &String| Utf8Path::new(name).starts_with(target);
+                tracked.keys().any(below).then_some(())
+            };
+            if full.canonicalize_utf8().is_ok_and(|target| inside(&target).is_none()) {
+                changed.insert(path.to_string());
+            }
+        }
+    }
+    Ok(changed)
+}
+
+/// A file as a commit has it.
+struct Entry {
+    /// git's own: `100644`, `100755`, `120000` (a link), `160000` (a submodule).
+    mode: String,
+    /// The hash of its content.
+    id: String,
+}
+
+/// The files of a commit by their paths below a folder.
+fn tracked(root: &Utf8Path, commit: &str) -> Result<BTreeMap<String, Entry>> {
+    let listed = at(root).args(["ls-tree", "-r", "-z", commit]).read_bytes()?;
+    let mut files = BTreeMap::new();
+    for line in listed.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
+        let line = String::from_utf8_lossy(line);
+        let parts = line.split_once('\t').and_then(|(about, path)| {
+            let mut words = about.split(' ');
+            Some((words.next()?.to_owned(), words.nth(1)?.to_owned(), path.to_owned()))
+        });
+        let (mode, id, path) = parts.with_context(|| format!("git lists \"{line}\""))?;
+        files.insert(path, Entry { mode, id });
+    }
+    Ok(files)
+}
+
+fn compare(
+    root: &Utf8Path,
+    tracked: &BTreeMap<String, Entry>,
+    changed: &mut BTreeSet<String>,
+) -> Result<()> {
+    let links = tempfile::tempdir().context("making a folder")?;
+    let links = Utf8Path::from_path(links.path()).context("the folder's path")?;
+    // What is hashed, with the entry that it must be.
+    let mut hashed: Vec<(Utf8PathBuf, &String, &Entry)> = Vec::new();
+    for (path, entry) in tracked {
+        let full = root.join(path);
+        let about = full.symlink_metadata().ok();
+        let about = about.as_ref();
+        let fits = match entry.mode.as_str() {
+            "160000" => {
+                // One that was not fetched has no content; whether a build needs it, git cannot tell.
+                let there = full.join(".git").exists();
+                let wanted = INPUTS.iter().any(|input| Utf8Path::new(path).starts_with(input));
+                if there { differing(&full, &entry.id, &[""])?.is_empty() } else { !wanted }
+            }
+            "120000" => match full.read_link_utf8() {
+                Ok(target) => {
+                    let file = links.join(hashed.len().to_string());
+                    std::fs::write(&file, target.as_str())
+                        .with_context(|| format!("writing {file}"))?;
+                    hashed.push((file, path, entry));
+                    true
+                }
+                Err(_) => false,
+            },
+            mode => {
+                let executable = |about: &&std::fs::Metadata| {
+                    (about.permissions().mode() & 0o100 != 0) == (mode == "100755")
+                };
+                let fits =
+                    about.filter(|about| about.is_file()).is_some_and(|about| executable(&about));
+                if fits {
+                    hashed.push((full, path, entry));
+                }
+                fits
+            }
+        };
+        if !fits {
+            changed.insert(path.clone());
+        }
+    }
+    for some in hashed.chunks(AT_ONCE) {
+        let names = some.iter().map(|(file, _, _)| file.as_str());
+        let said = at(root).args(["hash-object", "--no-filters", "--"]).args(names).read()?;
+        let ids: Vec<&str> = said.lines().collect();
+        ensure!(ids.len() == some.len(), "git hashed {} of {} files", ids.len(), some.len());
+        for ((file, path, entry), id) in some.iter().zip(ids) {
+            if id != entry.id && !is_fetched(root, entry, file)? {
+                changed.insert((*path).clone());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file is the one that git-lfs has put in the place of its pointer: the pointer is in the commit, and says
+/// the file's SHA-256 ("Git LFS Specification", docs/spec.md of git-lfs).
+fn is_fetched(root: &Utf8Path, entry: &Entry, file: &Utf8Path) -> Result<bool> {
+    // A pointer has less than 1024 bytes.
+    let size = at(root).args(["cat-file", "-s", &entry.id]).read()?;
+    if size.trim().parse::<u64>().is_ok_and(|size| size >= 1024) {
+        return Ok(false);
+    }
+    let pointer = at(root).args(["cat-file", "blob", &entry.id]).read_bytes()?;
+    let pointer = String::from_utf8_lossy(&pointer);
+    let mut lines = pointer.lines();
+    let is_pointer = lines
+        .next()
+        .is_some_and(|line| line.starts_with("version https://git-lfs.github.com/spec/"));
+    let Some(sum) = lines.find_map(|line| line.strip_prefix("oid sha256:")) else {
+        return Ok(false);
+    };
+    Ok(is_pointer && hash_file(file)?.1 == sum)
+}

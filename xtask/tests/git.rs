@@ -1,0 +1,349 @@
+//! What a build says of its commit, under everything that a user, a hook or an ignore rule can tell git: settings change
+//! nothing, and nothing that goes into an image is hidden.
+
+mod fixture_support;
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::{Command, Stdio};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use fixture_support::{copy, fixture};
+use serde_json::Value;
+use xtask::git;
+
+/// Set for the process that makes a second checkout: from where, which commit, to where.
+const CHECKOUT: &str = "TEST_GIT_CHECKOUT";
+
+/// A repository with the fixture's workspace, and a home of its own.
+struct Rig {
+    _keep: tempfile::TempDir,
+    dir: Utf8PathBuf,
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+impl Rig {
+    fn new() -> Self {
+        let keep = tempfile::tempdir().expect("a folder");
+        let dir =
+            Utf8PathBuf::try_from(keep.path().canonicalize().expect("a path")).expect("UTF-8");
+        let rig = Self { _keep: keep, dir };
+        fs::create_dir(rig.dir.join("home")).expect("made");
+        copy(&fixture(), &rig.work());
+        rig.put("overlays/plain/etc/tool", "#!/bin/sh\n");
+        symlink("hostname", rig.work().join("overlays/plain/etc/link")).expect("linked");
+        rig.git(&["init", "--quiet", "--initial-branch=main"]);
+        rig.commit();
+        rig
+    }
+
+    fn work(&self) -> Utf8PathBuf {
+        self.dir.join("work")
+    }
+
+    fn put(&self, path: &str, content: &str) {
+        let path = self.work().join(path);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        fs::write(path, content).expect("written");
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        // Variables of whoever runs the tests are not the matter.
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("GIT_")) {
+            command.env_remove(name);
+        }
+        command.current_dir(self.work()).env("HOME", self.dir.join("home")).stdin(Stdio::null());
+        command.env_remove("XDG_CONFIG_HOME").env_remove("SOURCE_DATE_EPOCH");
+        command
+    }
+
+    fn git(&self, words: &[&str]) -> String {
+        let who = ["-c", "user.name=A", "-c", "user.email=a@example.org"];
+        let output = self.command("git").args(who).args(words).output().expect("git runs");
+        assert!(output.status.success(), "{words:?}: {}", text(&output.stderr));
+        text(&output.stdout).trim().to_owned()
+    }
+
+    fn commit(&self) -> String {
+        self.git(&["add", "--all"]);
+        self.git(&["commit", "--quiet", "-m", "One"]);
+        self.git(&["rev-parse", "HEAD"])
+    }
+
+    /// What `plan` says of the commit: its name, whether there are changes, the time.
+    fn plan(&self, environment: &[(&str, &str)]) -> (String, bool, u64) {
+        let mut command = self.command(env!("CARGO_BIN_EXE_xtask"));
+        command.args(["plan", "--product", "shop", "--format", "json"]);
+        let output = command.envs(environment.iter().copied()).output().expect("the tool");
+        assert!(output.status.success(), "{environment:?}: {}", text(&output.stderr));
+        let plan: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let commit = plan["commit"].as_str().expect("a commit").to_owned();
+        (
+            commit,
+            plan["modified"].as_bool().expect("a word"),
+            plan["epoch"].as_u64().expect("a time"),
+        )
+    }
+
+    fn is_modified(&self) -> bool {
+        self.plan(&[]).1
+    }
+
+    fn configure(&self, text: &str) {
+        fs::write(self.dir.join("home/.gitconfig"), text).expect("written");
+    }
+}
+
+#[test]
+fn settings_of_the_user_change_nothing() {
+    let rig = Rig::new();
+    let key = rig.dir.join("key");
+    let made = rig
+        .command("ssh-keygen")
+        .args(["-q", "-t", "ed25519", "-N", "", "-f", key.as_str()])
+        .status();
+    assert!(made.expect("ssh-keygen runs").success());
+    let signing = format!("user.signingKey={key}");
+    rig.git(&[
+        "-c",
+        "gpg.format=ssh",
+        "-c",
+        &signing,
+        "commit",
+        "--quiet",
+        "--allow-empty",
+        "-S",
+        "-m",
+        "Signed",
+    ]);
+    let plain = rig.plan(&[]);
+    assert!(!plain.1 && plain.0 == rig.git(&["rev-parse", "HEAD"]), "{plain:?}");
+    let everything = rig.dir.join("everything");
+    fs::write(&everything, "*\n").expect("written");
+    for settings in [
+        "[log]\n showSignature = true\n[gpg]\n format = ssh\n".to_owned(),
+        "[log]\n showSignature = true\n[gpg \"ssh\"]\n allowedSignersFile = /no/such/file\n"
+            .to_owned(),
+        "[status]\n showUntrackedFiles = no\n short = true\n branch = true\n".to_owned(),
+        "[color]\n ui = always\n[core]\n quotePath = true\n pager = false\n".to_owned(),
+        "[format]\n pretty = fuller\n[log]\n date = relative\n decorate = full\n follow = true\n"
+            .to_owned(),
+        format!(
+            "[core]\n excludesFile = {everything}\n fsmonitor = true\n untrackedCache = true\n"
+        ),
+        "[core]\n autocrlf = true\n eol = crlf\n fileMode = false\n".to_owned(),
+        "[diff]\n external = /bin/false\n noprefix = true\n[status]\n renames = false\n".to_owned(),
+    ] {
+        rig.configure(&settings);
+        assert_eq!(rig.plan(&[]), plain, "{settings}");
+    }
+}
+
+#[test]
+fn what_hooks_have_in_their_environment_changes_nothing() {
+    let rig = Rig::new();
+    let plain = rig.plan(&[]);
+    let other = Rig::new();
+    other.put("configs/more.fragment", "");
+    other.commit();
+    let (dir, work) = (other.work().join(".git"), other.work());
+    let index = dir.join("index");
+    let hook = [
+        ("GIT_DIR", dir.as_str()),
+        ("GIT_WORK_TREE", work.as_str()),
+        ("GIT_INDEX_FILE", index.as_str()),
+        ("GIT_COMMON_DIR", dir.as_str()),
+        ("GIT_OBJECT_DIRECTORY", "/no/such/objects"),
+        ("GIT_PREFIX", "configs/"),
+        ("GIT_NAMESPACE", "x"),
+        ("GIT_QUARANTINE_PATH", "/no/such/folder"),
+    ];
+    assert_eq!(rig.plan(&hook), plain);
+    // A second checkout is made of this repository, and the hook's own stays on its branch.
+    let to = rig.dir.join("second");
+    let mut command =
+        rig.command(std::env::current_exe().expect("this program").to_str().expect("UTF-8"));
+    command.args(["--exact", "makes_a_second_checkout", "--nocapture"]).envs(hook);
+    let output = command
+        .env(CHECKOUT, format!("{} {} {to}", rig.work(), plain.0))
+        .output()
+        .expect("this program");
+    assert!(output.status.success(), "{}", text(&output.stdout) + &text(&output.stderr));
+    assert_eq!(other.git(&["symbolic-ref", "HEAD"]), "refs/heads/main");
+    assert!(to.join("configs/shop.toml").is_file());
+    assert!(!to.join("configs/more.fragment").exists());
+    assert_eq!(git::changes(&to, &plain.0).expect("compared"), Vec::<String>::new());
+}
+
+/// Run by the test above, in a process with a hook's variables.
+#[test]
+fn makes_a_second_checkout() {
+    let Ok(words) = std::env::var(CHECKOUT) else { return };
+    let words: Vec<&str> = words.split(' ').collect();
+    git::checkout(words[0].into(), words[1], words[2].into()).expect("a checkout");
+}
+
+#[test]
+fn nothing_that_a_build_reads_is_hidden() {
+    let new = "overlays/plain/etc/new.conf";
+    let old = "overlays/plain/etc/tool";
+    let append = |rig: &Rig, path: &str, line: &str| {
+        let path = rig.work().join(path);
+        let text = fs::read_to_string(&path).expect("read");
+        fs::write(&path, text + line).expect("written");
+    };
+    type Change<'a> = (&'static str, &'a dyn Fn(&Rig));
+    let changes: [Change<'_>; 17] = [
+        ("a new file", &|rig| rig.put(new, "a\n")),
+        ("one that is not to be shown", &|rig| {
+            rig.put(new, "a\n");
+            rig.configure("[status]\n showUntrackedFiles = no\n");
+        }),
+        ("one that the user ignores", &|rig| {
+            rig.put(new, "a\n");
+            fs::write(rig.dir.join("ignore"), "*.conf\n").expect("written");
+            rig.configure(&format!("[core]\n excludesFile = {}\n", rig.dir.join("ignore")));
+        }),
+        ("one that this clone ignores", &|rig| {
+            rig.put(new, "a\n");
+            fs::write(rig.work().join(".git/info/exclude"), "*.conf\n").expect("written");
+        }),
+        ("one that the repository ignores", &|rig| {
+            rig.put(".gitignore", "*.conf\n");
+            rig.commit();
+            rig.put(new, "a\n");
+        }),
+        ("one that was added", &|rig| {
+            rig.put(new, "a\n");
+            rig.git(&["add", new]);
+        }),
+        ("an edited file", &|rig| append(rig, old, "true\n")),
+        ("one that is assumed to be unchanged", &|rig| {
+            rig.git(&["update-index", "--assume-unchanged", old]);
+            append(rig, old, "true\n");
+        }),
+        ("one that is skipped", &|rig| {
+            rig.git(&["update-index", "--skip-worktree", old]);
+            append(rig, old, "true\n");
+        }),
+        ("a removed file", &|rig| fs::remove_file(rig.work().join(old)).expect("removed")),
+        ("a mode that git does not look at", &|rig| {
+            rig.git(&["config", "core.fileMode", "false"]);
+            let mode = fs::Permissions::from_mode(0o755);
+            fs::set_permissions(rig.work().join(old), mode).expect("a mode");
+        }),
+        ("line ends that git takes for its own", &|rig| {
+            fs::write(rig.work().join(".git/info/attributes"), "* text eol=crlf\n")
+                .expect("written");
+            fs::remove_file(rig.work().join("configs/shop.fragment")).expect("removed");
+            rig.git(&["checkout", "--", "configs/shop.fragment"]);
+            let text = fs::read_to_string(rig.work().join("configs/shop.fragment")).expect("read");
+            assert!(text.contains('\r'), "git has made no line ends: {text:?}");
+        }),
+        ("a filter of git's", &|rig| {
+            append(rig, old, "true\n");
+            rig.git(&["config", "filter.hide.clean", "sed /true/d"]);
+            fs::write(rig.work().join(".git/info/attributes"), "tool filter=hide\n")
+                .expect("written");
+        }),
+        ("a link with another target", &|rig| {
+            let link = rig.work().join("overlays/plain/etc/link");
+            fs::remove_file(&link).expect("removed");
+            symlink("tool", &link).expect("linked");
+        }),
+        ("a link in the place of a file", &|rig| {
+            let path = rig.work().join("configs/shop.fragment");
+            fs::rename(&path, rig.dir.join("elsewhere")).expect("moved");
+            symlink(rig.dir.join("elsewhere"), &path).expect("linked");
+        }),
+        ("a link that the commit has, to what it does not have", &|rig| {
+            fs::write(rig.dir.join("elsewhere"), "").expect("written");
+            symlink(rig.dir.join("elsewhere"), rig.work().join("configs/outside")).expect("linked");
+            rig.commit();
+        }),
+        ("another commit in this one's place", &|rig| {
+            let head = rig.git(&["rev-parse", "HEAD"]);
+            append(rig, old, "true\n");
+            let second = rig.commit();
+            rig.git(&["reset", "--quiet", "--soft", &head]);
+            rig.git(&["replace", &head, &second]);
+        }),
+    ];
+    for (name, change) in changes {
+        let rig = Rig::new();
+        assert!(!rig.is_modified(), "{name}: before");
+        change(&rig);
+        assert!(rig.is_modified(), "{name}: it is called the commit's");
+    }
+}
+
+#[test]
+fn what_no_build_reads_is_no_change() {
+    let rig = Rig::new();
+    for path in [
+        "notes.txt",
+        "dist/shop/x",
+        "target/y",
+        "overlays/plain/etc/.DS_Store",
+        "configs/.shop.toml.swp",
+    ] {
+        rig.put(path, "x\n");
+    }
+    symlink("me@host.1234", rig.work().join("configs/.#shop.toml")).expect("linked");
+    assert!(!rig.is_modified());
+    // A file that git-lfs has fetched: the commit has a pointer with the file's SHA-256.
+    rig.put("overlays/plain/srv/model", "weights\n");
+    let sum = xtask::artifact::hash_bytes(b"weights\n");
+    let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sum}\nsize 8\n");
+    rig.git(&["config", "filter.lfs.clean", &format!("printf '%s' '{pointer}'")]);
+    rig.git(&["config", "filter.lfs.smudge", "printf 'weights\\n'"]);
+    rig.put(".gitattributes", "srv/model filter=lfs\noverlays/plain/srv/model filter=lfs\n");
+    rig.commit();
+    assert!(rig.git(&["show", "HEAD:overlays/plain/srv/model"]).starts_with("version https"));
+    assert!(!rig.is_modified());
+    rig.put("overlays/plain/srv/model", "other\n");
+    assert!(rig.is_modified());
+}
+
+#[test]
+fn a_workspace_below_a_repositorys_top_is_compared_there() {
+    let rig = Rig::new();
+    let top = rig.dir.join("top");
+    fs::create_dir(&top).expect("made");
+    copy(&fixture(), &top.join("robot"));
+    let git = |words: &[&str]| {
+        let mut command = rig.command("git");
+        command.args(["-c", "user.name=A", "-c", "user.email=a@example.org"]).args(words);
+        let output = command.current_dir(&top).output().expect("git runs");
+        assert!(output.status.success(), "{words:?}: {}", text(&output.stderr));
+        text(&output.stdout).trim().to_owned()
+    };
+    git(&["init", "--quiet"]);
+    git(&["add", "--all"]);
+    git(&["commit", "--quiet", "-m", "One"]);
+    let commit = git(&["rev-parse", "HEAD"]);
+    let root = top.join("robot");
+    assert_eq!(git::changes(&root, &commit).expect("compared"), Vec::<String>::new());
+    fs::write(root.join("overlays/plain/etc/new"), "x").expect("written");
+    assert_eq!(git::changes(&root, &commit).expect("compared"), ["overlays/plain/etc/new"]);
+}
+
+/// A clone on a machine that is set up for Windows has the same bytes.
+#[test]
+fn no_checkout_has_other_line_ends() {
+    let workspace = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let rig = Rig::new();
+    fs::copy(workspace.join(".gitattributes"), rig.work().join(".gitattributes")).expect("copied");
+    rig.commit();
+    let clone = rig.dir.join("clone");
+    let settings = ["-c", "core.autocrlf=true", "-c", "core.eol=crlf", "clone", "--quiet"];
+    rig.git(&[&settings[..], &[rig.work().as_str(), clone.as_str()]].concat());
+    for path in ["overlays/plain/etc/tool", "configs/shop.toml", "board/common/boot.scr.j2"] {
+        let (ours, theirs) = (fs::read(rig.work().join(path)), fs::read(clone.join(path)));
+        assert_eq!(theirs.expect("cloned"), ours.expect("there"), "{path}");
+    }
+}
