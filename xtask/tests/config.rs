@@ -93,6 +93,22 @@ const CASES: &[(&str, &str, &str, &str)] = &[
     ("user-twice", PRODUCT, "name = \"robot\"\nuid = 1000", "name = \"root\"\nuid = 1000"),
     ("uid-twice", PRODUCT, "uid = 1000", "uid = 0"),
     ("uid-of-the-system", PRODUCT, "uid = 1000", "uid = 33"),
+    (
+        "keys-that-are-none",
+        PRODUCT,
+        "uid = 1000\n",
+        "uid = 1000\nauthorized-keys = [\"configs/shop.toml\", \"configs/shop.wheels.lock\"]\n",
+    ),
+    ("home-of-the-system", PRODUCT, "uid = 1000\n", "uid = 1000\nhome = \"/var/lib\"\n"),
+    ("home-is-the-root", PRODUCT, "uid = 1000\n", "uid = 1000\nhome = \"/\"\n"),
+    ("home-is-no-path", PRODUCT, "uid = 1000\n", "uid = 1000\nhome = \"/data/../etc\"\n"),
+    (
+        "account-with-a-colon",
+        PRODUCT,
+        "uid = 1000\npassword = \"locked\"\n",
+        "uid = 1000\nshell = \"/bin/sh:x\"\ngroups = [\"a,b\"]\npassword = \"$6$hunter2:0\"\n",
+    ),
+    ("title-of-two-lines", PRODUCT, "\"Shop robot\"", "\"Shop\\nrobot\""),
     ("arch", BOARD, "arch = \"arm64\"", "arch = \"riscv64\""),
     (
         "partition-missing",

@@ -47,6 +47,17 @@ pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<(
         // Homes below /data are made on the robot, where data is writable.
         let home = user.home.trim_start_matches('/');
         if user.uid != 0 && !home.starts_with("data/") {
+            let others = |entry: &&Entry| {
+                matches!(entry.origin, Origin::Base | Origin::Api) && entry.uid != user.uid
+            };
+            if let Some(there) = tree.get(home).filter(others) {
+                bail!(
+                    "adding the account {name}: its home /{home} is there already, from {} and of the user {}\n\
+                     help: give the account a `home` of its own, as in \"/data/home/{name}\"",
+                    there.origin,
+                    there.uid
+                );
+            }
             let mut entry = Entry::new(0o750, Kind::Folder, Origin::Compose);
             (entry.uid, entry.gid) = (user.uid, user.uid);
             tree.insert(home, entry)?;
@@ -113,6 +124,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rootfs::tree::Data;
 
     fn tree() -> Tree {
         let mut tree = Tree::default();
@@ -157,6 +169,25 @@ mod tests {
         assert!(text("etc/group").contains("video:x:44:robot\n"));
         assert!(text("etc/shadow").contains("robot:*::0:99999:7:::\n"));
         assert_eq!(text("etc/ssh/authorized_keys.d/robot"), "ssh-ed25519 AAAA x\n");
+        assert_eq!(tree.get("home/robot").map(|e| (e.uid, e.mode)), Some((1000, 0o750)));
+    }
+
+    #[test]
+    fn a_home_is_nobody_elses_folder() {
+        let mut tree = tree();
+        let of_base = Entry::new(0o755, Kind::Folder, Origin::Base);
+        tree.insert("home/robot", of_base).expect("placed");
+        let error = add(&mut tree, &[user(1000, "video")], &rendered()).expect_err("the base's");
+        assert!(
+            format!("{error:#}").contains("its home /home/robot is there already"),
+            "{error:#}"
+        );
+        // A product's overlay may have put something into it.
+        let mut tree = self::tree();
+        let origin = Origin::Overlay("overlays/x/home/robot/.profile".into());
+        let profile = Entry::new(0o644, Kind::File(Data::Bytes(vec![])), origin);
+        tree.insert("home/robot/.profile", profile).expect("placed");
+        add(&mut tree, &[user(1000, "video")], &rendered()).expect("added");
         assert_eq!(tree.get("home/robot").map(|e| (e.uid, e.mode)), Some((1000, 0o750)));
     }
 

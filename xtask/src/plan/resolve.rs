@@ -11,7 +11,7 @@ use super::{
     ProductPlan, RootfsPlan, UpdatePlan, UserPlan,
 };
 use crate::config::board::{Board, BootSource};
-use crate::config::product::{Engine, Kind, Product};
+use crate::config::product::{Engine, Kind, Product, User};
 use crate::config::reader::{Finding, Findings, Place};
 use crate::config::{self, Config};
 use crate::facts::Facts;
@@ -116,6 +116,13 @@ pub(super) fn must_exist(
 
 fn check_product(config: &Config, out: &mut Vec<Finding>) {
     let product = &config.product;
+    let (board, file) = (&config.board, &config.product.place);
+    for (title, place) in [(&product.title, file), (&board.title, &board.place)] {
+        if title.chars().any(char::is_control) {
+            let message = "`title` holds a control character, such as the end of a line";
+            out.push(Finding::new(place, message, "write it as one line of text"));
+        }
+    }
     let known = config::boards(&config.root).unwrap_or_default();
     for board in product.boards.iter().filter(|b| !known.contains(&b.value.0)) {
         let message = format!("there is no board {}", board.value.0);
@@ -207,6 +214,7 @@ fn check_users(product: &Product, out: &mut Vec<Finding>) {
             let message = format!("uid {uid} is not free for the account {name}");
             out.push(Finding::new(&user.uid.place, message, "choose one from 1000 to 59999"));
         }
+        check_account(user, out);
         let password = &user.password.value;
         if !(password == "locked" || password == "empty" || password.starts_with('$')) {
             let message =
@@ -218,6 +226,81 @@ fn check_users(product: &Product, out: &mut Vec<Finding>) {
         }
     }
 }
+
+/// What stands in passwd(5) and group(5), which have no way to quote.
+fn check_account(user: &User, out: &mut Vec<Finding>) {
+    let (name, place) = (&user.name.value.0, &user.name.place);
+    let mut find = |message: String, help: &str| out.push(Finding::new(place, message, help));
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._+-@".contains(c);
+    let is_path = |path: &str| {
+        let parts = path.split('/').skip(1).collect::<Vec<_>>();
+        path.starts_with('/')
+            && path.chars().all(plain)
+            && (path == "/" || parts.iter().all(|part| !matches!(*part, "" | "." | "..")))
+    };
+    for (key, path) in [("home", &user.home), ("shell", &user.shell)] {
+        if !is_path(path) {
+            find(
+                format!("`{key}` of {name} is no path: \"{path}\""),
+                "write an absolute path of letters, digits and /._+-@, without `.` and `..`",
+            );
+        }
+    }
+    if user.uid.value != 0 && SYSTEM_FOLDERS.contains(&user.home.as_str()) {
+        find(
+            format!("the home {} of {name} is a folder of the system", user.home),
+            "the account would own it, and lock all others out: name a folder of its own, as in \"/data/home/NAME\"",
+        );
+    }
+    let group = |group: &&String| {
+        group.is_empty() || !group.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c))
+    };
+    for wrong in user.groups.iter().filter(group) {
+        find(format!("\"{wrong}\" in `groups` of {name} is no group's name"), "");
+    }
+    // A hash is not repeated.
+    if user.password.value.contains(|c: char| c == ':' || c.is_control()) {
+        find(format!("`password` of {name} holds a colon or a control character"), "");
+    }
+}
+
+/// Folders of the Filesystem Hierarchy Standard 3.0 (chapters 3 to 5), and those that robots have besides.
+const SYSTEM_FOLDERS: [&str; 34] = [
+    "/",
+    "/bin",
+    "/boot",
+    "/data",
+    "/data/home",
+    "/dev",
+    "/etc",
+    "/home",
+    "/lib",
+    "/media",
+    "/mnt",
+    "/opt",
+    "/proc",
+    "/root",
+    "/run",
+    "/sbin",
+    "/srv",
+    "/sys",
+    "/tmp",
+    "/usr",
+    "/usr/bin",
+    "/usr/lib",
+    "/usr/local",
+    "/usr/sbin",
+    "/usr/share",
+    "/var",
+    "/var/cache",
+    "/var/lib",
+    "/var/log",
+    "/var/mail",
+    "/var/opt",
+    "/var/run",
+    "/var/spool",
+    "/var/tmp",
+];
 
 fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
     let rootfs = &product.rootfs;
