@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
+use super::config_txt::{self, Partitions};
 use crate::config::board::BootFlow;
 use crate::plan::Plan;
 use crate::rootfs::tree::{Kind, Tree};
@@ -29,7 +30,8 @@ pub fn check(
         BootFlow::Uboot => check_uboot(plan, tree, boot, &mut missing),
         BootFlow::Tryboot => check_tryboot(boot, boot_names, &mut missing),
     }
-    check_firmware_config(boot, boot_names, &mut missing);
+    let partitions = Partitions { texts: boot, names: boot_names };
+    config_txt::check(&plan.board.compatible, &partitions, &mut missing)?;
     if missing.is_empty() {
         return Ok(());
     }
@@ -129,31 +131,6 @@ fn check_tryboot(
         }
         if !boot_names.iter().any(|(r, n)| r == role && n.ends_with(".dtb")) {
             missing.push(format!("no device tree is in the partition {role}"));
-        }
-    }
-}
-
-/// What config.txt tells the firmware to load must lie beside it.
-fn check_firmware_config(
-    boot: &BTreeMap<(String, String), Vec<u8>>,
-    boot_names: &[(String, String)],
-    missing: &mut Vec<String>,
-) {
-    for ((role, name), text) in boot {
-        if name != "config.txt" {
-            continue;
-        }
-        for line in String::from_utf8_lossy(text).lines().map(str::trim) {
-            let file = match line.split_once(['=', ' ']) {
-                Some(("kernel", file)) => file,
-                Some(("initramfs", rest)) => rest.split_whitespace().next().unwrap_or_default(),
-                _ => continue,
-            };
-            if !boot_names.iter().any(|(r, n)| r == role && n == file) {
-                missing.push(format!(
-                    "config.txt in the partition {role} names {file}, which is not there"
-                ));
-            }
         }
     }
 }

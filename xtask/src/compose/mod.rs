@@ -3,6 +3,7 @@
 //! Invariant: the tree is the same for both slots; nothing in it says which slot it is in.
 
 pub mod api;
+mod config_txt;
 pub mod lint;
 pub mod sizes;
 mod units;

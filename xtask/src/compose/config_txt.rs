@@ -1,0 +1,233 @@
+//! What `config.txt` tells the firmware to load must lie beside it, for each model of the board: only the lines that
+//! count on that model, as `bootmodel` reads them.
+//!
+//! F: documentation of `config.txt`: boot.adoc (`kernel`, `initramfs`, `ramfsfile`, `cmdline`, `armstub`, `start_file`,
+//! `fixup_file`, `os_prefix`, `overlay_prefix`), device-tree.adoc (`device_tree`, `dtoverlay`), what_is_config_txt.adoc
+//! (`include`).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Result, anyhow};
+use bootmodel::chain::Facts;
+use bootmodel::chain::config::{self, Filters, Setting};
+
+/// The file.
+const NAME: &str = "config.txt";
+/// How deep files may include each other here.
+const DEEPEST: usize = 8;
+/// With this file among the overlays the firmware gives old names of overlays new ones, and leaves some out.
+const OVERLAY_MAP: &str = "overlay_map.dtb";
+
+/// Texts of the boot partitions and the names of all their files, by role.
+pub struct Partitions<'a> {
+    /// Role and name, content.
+    pub texts: &'a BTreeMap<(String, String), Vec<u8>>,
+    /// Role and name.
+    pub names: &'a [(String, String)],
+}
+
+impl Partitions<'_> {
+    /// FAT knows no case.
+    fn has(&self, role: &str, name: &str) -> bool {
+        let name = name.trim_start_matches('/');
+        self.names.iter().any(|(r, n)| r == role && n.eq_ignore_ascii_case(name))
+    }
+
+    fn text(&self, role: &str, name: &str) -> Option<&[u8]> {
+        let fits = |(r, n): &(String, String)| r == role && n.eq_ignore_ascii_case(name);
+        let found = self.texts.iter().find(|(key, _)| fits(key));
+        found.map(|(_, text)| text.as_slice())
+    }
+
+    /// The text with what it includes in the place of the lines that include it: sections go on in it. A line that
+    /// includes what is not there stays.
+    fn expanded(&self, role: &str, text: &[u8], depth: usize) -> Vec<u8> {
+        let mut whole = Vec::new();
+        for line in text.split(|byte| *byte == b'\n') {
+            let name = line.trim_ascii().strip_prefix(b"include ").map(<[u8]>::trim_ascii);
+            let name = name.and_then(|name| std::str::from_utf8(name).ok());
+            match name.and_then(|name| self.text(role, name)) {
+                Some(text) if depth < DEEPEST => {
+                    whole.extend(self.expanded(role, text, depth + 1));
+                }
+                _ => whole.extend_from_slice(line),
+            }
+            whole.push(b'\n');
+        }
+        whole
+    }
+}
+
+/// Adds what is named and not there.
+///
+/// # Errors
+/// When what is known of models cannot be read.
+pub fn check(
+    compatible: &[String],
+    partitions: &Partitions<'_>,
+    missing: &mut Vec<String>,
+) -> Result<()> {
+    let facts = Facts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
+    let models: Vec<_> = compatible.iter().filter_map(|name| facts.model(name)).collect();
+    let mut found = BTreeSet::new();
+    for ((role, name), text) in partitions.texts {
+        if name != NAME {
+            continue;
+        }
+        let text = partitions.expanded(role, text, 0);
+        let mut look = |settings: &[Setting], first: &[Setting]| {
+            for (key, file) in named(settings, first) {
+                let mapped = key == "dtoverlay" && {
+                    let folder = file.rsplit_once('/').map_or("", |(folder, _)| folder);
+                    partitions.has(role, &format!("{folder}/{OVERLAY_MAP}"))
+                };
+                if !partitions.has(role, &file) && !mapped {
+                    found.insert(format!(
+                        "{NAME} in the partition {role} names {file} (`{key}`), which is not there"
+                    ));
+                }
+            }
+        };
+        for tryboot in [false, true] {
+            let filters = |models| Filters { models, tryboot: Some(tryboot), sections: true };
+            for (model, soc) in &models {
+                let settings = config::settings(&text, filters(Some(&model.filters)));
+                // bootcode.bin of the Pi 3 chooses the firmware before any section counts.
+                let all = Filters { models: None, tryboot: None, sections: false };
+                let first = match soc.generation {
+                    3 => config::settings(&text, all),
+                    _ => settings.clone(),
+                };
+                look(&settings, &first);
+            }
+            if models.is_empty() {
+                let settings = config::settings(&text, filters(None));
+                look(&settings, &settings);
+            }
+        }
+    }
+    missing.extend(found);
+    Ok(())
+}
+
+/// Keys and the files that they name. Of most keys the last line counts; `first` are the lines that count when the
+/// firmware itself is chosen.
+fn named(settings: &[Setting], first: &[Setting]) -> Vec<(&'static str, String)> {
+    let last = |key: &str| {
+        let value = config::last(settings, key).map(|setting| setting.value.as_str());
+        value.filter(|value| !value.is_empty())
+    };
+    let mut files = Vec::new();
+    let prefix = last("os_prefix").unwrap_or_default();
+    for key in ["kernel", "initramfs", "ramfsfile", "cmdline", "device_tree"] {
+        // Several may be one initrd.
+        let names = last(key).into_iter().flat_map(|value| value.split(','));
+        files.extend(names.map(|name| (key, format!("{prefix}{}", name.trim()))));
+    }
+    files.extend(last("armstub").map(|name| ("armstub", name.to_owned())));
+    for key in ["start_file", "fixup_file"] {
+        let value = config::last(first, key).map(|setting| setting.value.clone());
+        files.extend(value.filter(|value| !value.is_empty()).map(|value| (key, value)));
+    }
+    for setting in settings {
+        match setting.key.as_str() {
+            "include" => files.push(("include", setting.value.clone())),
+            "dtoverlay" => {
+                let name = setting.value.split([',', ':']).next().unwrap_or_default().trim();
+                let folder = last("overlay_prefix").unwrap_or("overlays/");
+                // An empty one ends the parameters of the one before.
+                if !name.is_empty() {
+                    files.push(("dtoverlay", format!("{prefix}{folder}{name}.dtbo")));
+                }
+            }
+            _ => {}
+        }
+    }
+    files
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PI3: &str = "raspberrypi,3-model-b";
+    const PI4: &str = "raspberrypi,4-model-b";
+
+    /// What is missing on a board for these models, with these files besides.
+    fn missing(compatible: &[&str], text: &str, files: &[&str]) -> Vec<String> {
+        let key = |name: &str| ("boot".to_owned(), name.to_owned());
+        let texts = BTreeMap::from([
+            (key("config.txt"), text.as_bytes().to_vec()),
+            (key("more.txt"), b"[all]\ninitramfs more.img followkernel\n".to_vec()),
+        ]);
+        let mut names: Vec<_> = texts.keys().cloned().collect();
+        names.extend(files.iter().map(|name| key(name)));
+        let compatible: Vec<String> = compatible.iter().map(|name| (*name).to_owned()).collect();
+        let mut missing = Vec::new();
+        check(&compatible, &Partitions { texts: &texts, names: &names }, &mut missing)
+            .expect("facts");
+        let file = |said: &String| {
+            let rest = said.split_once(" names ").expect("a file").1;
+            rest.split_once(" (").expect("a key").0.to_owned()
+        };
+        missing.iter().map(file).collect()
+    }
+
+    #[test]
+    fn only_lines_of_the_boards_models_count() {
+        let text = "kernel=u-boot.bin\n[pi02]\nkernel=zero.bin\n[pi4]\nkernel=four.bin\n[all]\narm_64bit=1\n";
+        let there = ["u-boot.bin"];
+        assert_eq!(missing(&[PI3], text, &there), [""; 0]);
+        assert_eq!(missing(&[PI3, PI4], text, &there), ["four.bin"]);
+        assert_eq!(missing(&[PI4], text, &there), ["four.bin"]);
+        // Nobody's model: what counts for all.
+        assert_eq!(missing(&["acme,board"], text, &[]), ["u-boot.bin"]);
+        assert_eq!(missing(&[PI4], "[tryboot]\nkernel=trial.bin\n", &[]), ["trial.bin"]);
+        // FAT knows no case, and the last line counts.
+        assert_eq!(missing(&[PI3], "kernel=none\nkernel=U-BOOT.BIN\n", &there), [""; 0]);
+    }
+
+    #[test]
+    fn every_key_that_names_a_file_is_looked_at() {
+        for (line, file) in [
+            ("kernel=a.bin", "a.bin"),
+            ("initramfs a.img followkernel", "a.img"),
+            ("initramfs more.txt,a.img followkernel", "a.img"),
+            ("ramfsfile=a.img", "a.img"),
+            ("cmdline=a.txt", "a.txt"),
+            ("device_tree=a.dtb", "a.dtb"),
+            ("os_prefix=slot/\nkernel=a.bin", "slot/a.bin"),
+            ("armstub=a.bin", "a.bin"),
+            ("start_file=a.elf", "a.elf"),
+            ("fixup_file=a.dat", "a.dat"),
+            ("include a.txt", "a.txt"),
+            ("dtoverlay=disable-bt", "overlays/disable-bt.dtbo"),
+            ("dtoverlay=w1-gpio,gpiopin=4", "overlays/w1-gpio.dtbo"),
+            ("overlay_prefix=mine/\ndtoverlay=a", "mine/a.dtbo"),
+        ] {
+            assert_eq!(missing(&[PI4], line, &[]), [file], "{line}");
+            assert_eq!(missing(&[PI4], line, &[file]), [""; 0], "{line}");
+            assert_eq!(missing(&[PI4], &format!("[none]\n{line}"), &[]), [""; 0], "{line}");
+        }
+        // Names that the firmware may know under another name, and no names at all.
+        assert_eq!(missing(&[PI4], "dtoverlay=old", &["overlays/overlay_map.dtb"]), [""; 0]);
+        assert_eq!(missing(&[PI4], "dtoverlay=\ndevice_tree=\n", &[]), [""; 0]);
+        // bootcode.bin reads no sections; start4.elf is chosen by the EEPROM, which does.
+        let section = "[pi4]\nstart_file=a.elf\nfixup_file=a.dat\n";
+        assert_eq!(missing(&[PI3], section, &[]), ["a.dat", "a.elf"]);
+    }
+
+    #[test]
+    fn what_is_included_counts_where_it_is_included() {
+        assert_eq!(missing(&[PI4], "include more.txt\n", &[]), ["more.img"]);
+        // The included file resets the section that it stands in.
+        assert_eq!(
+            missing(&[PI4], "[none]\ninclude more.txt\nkernel=a.bin\n", &[]),
+            ["a.bin", "more.img"]
+        );
+        assert_eq!(
+            missing(&[PI4], "include config.txt\nkernel=a.bin\n", &["a.bin"]),
+            ["config.txt"; 0]
+        );
+    }
+}
