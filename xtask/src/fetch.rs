@@ -251,7 +251,7 @@ impl Fetcher {
                 "{} sent other bytes than were locked: expected {expected} bytes with SHA-256 {}, \
                  found {size} bytes with SHA-256 {sha256}\n\
                  help: the file was thrown away; try again, or another mirror",
-                download.url,
+                shown(&download.url),
                 download.sha256
             );
         }
@@ -293,7 +293,8 @@ impl Fetcher {
             }
             request = request.header("Range", format!("bytes={have}-"));
         }
-        let mut response = request.call().map_err(|error| classify(error, &download.url))?;
+        let mut response =
+            request.call().map_err(|error| classify(error, &shown(&download.url)))?;
         let status = response.status().as_u16();
         let start = match status {
             200 => 0,
@@ -302,13 +303,13 @@ impl Fetcher {
             // The partial file is longer than the real one: begin again.
             416 => {
                 file.set_len(0).map_err(Failure::write)?;
-                return Err(Failure::again(format!("{}: nothing to resume", download.url)));
+                return Err(Failure::again(format!("{}: nothing to resume", shown(&download.url))));
             }
             408 | 429 | 500..=599 => {
-                return Err(Failure::again(format!("{} answered {status}", download.url)));
+                return Err(Failure::again(format!("{} answered {status}", shown(&download.url))));
             }
             _ => {
-                let message = format!("{} answered {status}", download.url);
+                let message = format!("{} answered {status}", shown(&download.url));
                 return Err(Failure::Final(anyhow::Error::msg(message)));
             }
         };
@@ -324,7 +325,9 @@ impl Fetcher {
             let n = match body.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(n) => n,
-                Err(e) => return Err(Failure::again(format!("{} broke off: {e}", download.url))),
+                Err(e) => {
+                    return Err(Failure::again(format!("{} broke off: {e}", shown(&download.url))));
+                }
             };
             file.write_all(&buffer[..n]).map_err(Failure::write)?;
             position += n as u64;
@@ -333,7 +336,7 @@ impl Fetcher {
         match download.size {
             Some(size) if position < size => Err(Failure::again(format!(
                 "{} ended after {position} of {size} bytes",
-                download.url
+                shown(&download.url)
             ))),
             _ => Ok(Attempt::Complete),
         }
@@ -358,6 +361,14 @@ impl Failure {
     fn write(error: std::io::Error) -> Self {
         Self::Final(anyhow::Error::new(error).context("writing the download"))
     }
+}
+
+/// An address for messages: without a login that is in it.
+pub(crate) fn shown(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
+    format!("{scheme}://{host}{path}")
 }
 
 fn classify(error: ureq::Error, url: &str) -> Failure {
@@ -397,4 +408,16 @@ pub(crate) fn authorities() -> Result<RootCerts> {
         bail!("{path} holds no certificate\nhelp: correct SSL_CERT_FILE");
     }
     Ok(RootCerts::Specific(Arc::new(certificates)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shown;
+
+    #[test]
+    fn no_message_has_a_password() {
+        assert_eq!(shown("https://me:a%40b@h.example:1/x@y"), "https://h.example:1/x@y");
+        assert_eq!(shown("http://h.example"), "http://h.example");
+        assert_eq!(shown(""), "");
+    }
 }

@@ -167,7 +167,7 @@ const CROSS_LIBC: &str = "/usr/aarch64-linux-gnu/lib/libc.a";
 impl Requirement {
     fn is_met(&self) -> bool {
         match self.program {
-            "@pip" => Tool::new("python3").args(["-m", "pip", "--version"]).read().is_ok(),
+            "@pip" => python_with_pip().is_some(),
             "@flake8" => python_has("flake8"),
             "@magic" => python_has("magic"),
             "@curses" => std::path::Path::new("/usr/include/ncurses.h").exists(),
@@ -183,10 +183,20 @@ impl Requirement {
     }
 }
 
+/// The distribution's own Python, whatever environment is active.
+const DISTRIBUTIONS_PYTHON: &str = "/usr/bin/python3";
+
+/// A Python with pip: the one on the path, else the distribution's. In the path's place may be an environment of
+/// `uv venv` or `python3 -m venv --without-pip`, which has none.
+pub fn python_with_pip() -> Option<&'static str> {
+    let has = |python: &&str| Tool::new(python).args(["-m", "pip", "--version"]).read().is_ok();
+    ["python3", DISTRIBUTIONS_PYTHON].into_iter().find(has)
+}
+
 /// Whether the distribution's own Python has a module: Buildroot's scripts name no other.
 fn python_has(module: &str) -> bool {
     let code = format!("import {module}");
-    Tool::new("/usr/bin/python3").args(["-c", &code]).read().is_ok()
+    Tool::new(DISTRIBUTIONS_PYTHON).args(["-c", &code]).read().is_ok()
 }
 
 /// Everything that is needed for these purposes.

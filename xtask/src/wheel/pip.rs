@@ -15,17 +15,21 @@ const OLDEST: (u32, u32) = (22, 2);
 pub struct Pip {
     /// What pip says of itself: `23.0.1`.
     pub version: String,
+    /// The Python that has it.
+    python: &'static str,
     log: Option<Utf8PathBuf>,
 }
 
 impl Pip {
-    /// Looks for the pip of the machine's `python3`. What it prints goes to `log` too.
+    /// Looks for the pip of the machine's `python3`, else of the distribution's. What it prints goes to `log` too.
     ///
     /// # Errors
     /// When there is none, or it is older than 22.2.
     pub fn find(log: Option<&Utf8Path>) -> Result<Self> {
         const HELP: &str = "help: install python3-pip (apt-get install python3-pip)";
-        let said = Tool::new("python3")
+        // Without one, what the path's own says of it.
+        let python = crate::tools::python_with_pip().unwrap_or("python3");
+        let said = Tool::new(python)
             .args(["-m", "pip", "--version"])
             .read()
             .with_context(|| format!("looking for pip, which resolves wheels\n{HELP}"))?;
@@ -38,13 +42,13 @@ impl Pip {
             OLDEST.0,
             OLDEST.1
         );
-        Ok(Self { version, log: log.map(Utf8Path::to_owned) })
+        Ok(Self { version, python, log: log.map(Utf8Path::to_owned) })
     }
 
     /// A pip command for wheels of the target; settings of the user that would change what is
     /// installed are switched off, those that say where from are kept.
     pub fn tool(&self, command: &str, target: &Target) -> Tool {
-        let mut tool = Tool::new("python3")
+        let mut tool = Tool::new(self.python)
             .args(["-m", "pip", command, "--no-input", "--no-color", "--progress-bar", "off"])
             .args(["--disable-pip-version-check", "--only-binary=:all:"])
             .args(["--implementation", &target.implementation])

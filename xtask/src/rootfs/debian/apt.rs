@@ -6,6 +6,7 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
+use super::access::{self, Logins};
 use super::sources::SourceMirror;
 use crate::exec::Tool;
 
@@ -22,7 +23,7 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Where packages come from on this machine. Never written into a lock or an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mirrors {
-    /// The archive; also serves `-updates` and `-backports`. No slash at the end.
+    /// The archive; also serves `-updates` and `-backports`. No slash at the end; perhaps with a login.
     pub archive: String,
     /// The security archive. No slash at the end.
     pub security: String,
@@ -69,13 +70,20 @@ impl Mirrors {
                  help: sudo apt-get install debian-archive-keyring"
             );
         }
-        let trim = |uri: String| uri.trim_end_matches('/').to_owned();
-        let (archive, security) = (trim(archive), trim(security));
+        let logins = Logins::of_the_machine();
+        let way = |uri: String| logins.with_login(uri.trim_end_matches('/'));
+        let (archive, security) = (way(archive), way(security));
         Ok(Self { archive, security, keyring, sources: Vec::new() })
     }
 
     /// The same with a product's further archives.
-    pub fn with_sources(self, sources: Vec<SourceMirror>) -> Self {
+    pub fn with_sources(self, mut sources: Vec<SourceMirror>) -> Self {
+        if !sources.is_empty() {
+            let logins = Logins::of_the_machine();
+            for source in &mut sources {
+                source.address = logins.with_login(&source.address);
+            }
+        }
         Self { sources, ..self }
     }
 
@@ -109,16 +117,17 @@ fn host_mirrors(listing: &str, os_release: &str) -> (Option<String>, Option<Stri
         let &[created_by, uri, release, origin, label] = fields.as_slice() else { continue };
         // Where a Release file says nothing, apt leaves the placeholder itself standing.
         let unknown = origin.is_empty() || origin.starts_with("$(");
-        if created_by != "Packages" || !(uri.starts_with("http:") || uri.starts_with("https:")) {
+        if created_by != "Packages" {
             continue;
         }
+        let Some(uri) = access::resolve(uri) else { continue };
         let named = |suite: String| unknown && !codename.is_empty() && release == suite;
         if (origin, label) == ("Debian", "Debian") || named(codename.clone()) {
-            archive.get_or_insert_with(|| uri.to_owned());
+            archive.get_or_insert(uri);
         } else if (origin, label) == ("Debian", "Debian-Security")
             || named(format!("{codename}-security"))
         {
-            security.get_or_insert_with(|| uri.to_owned());
+            security.get_or_insert(uri);
         }
     }
     (archive, security)
@@ -161,7 +170,7 @@ impl PrivateApt {
         let dir = dir.canonicalize_utf8().with_context(|| format!("resolving {dir}"))?;
         let write = |name: &str, text: String| {
             let path = dir.join(name);
-            fs::write(&path, text).with_context(|| format!("writing {path}"))
+            access::write_private(&path, &text).with_context(|| format!("writing {path}"))
         };
         let mut lines = String::new();
         for Source { uri, suite } in sources {
@@ -184,8 +193,8 @@ impl PrivateApt {
     pub fn add_local(&self, repository: &Utf8Path) -> Result<()> {
         let path = self.config.with_file_name("etc/apt/sources.list");
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-        fs::write(&path, format!("{}{text}", super::repo::source_line(repository)))
-            .with_context(|| format!("writing {path}"))
+        let text = format!("{}{text}", super::repo::source_line(repository));
+        access::write_private(&path, &text).with_context(|| format!("writing {path}"))
     }
 
     /// Fetches and verifies the indexes.

@@ -3,6 +3,7 @@
 //!
 //! `apt` solves, `dpkg` installs; this module decides what they see and keeps what they did.
 
+mod access;
 mod apt;
 mod binfmt;
 pub mod build;
