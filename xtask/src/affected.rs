@@ -151,10 +151,12 @@ fn unpack(root: &Utf8Path, revision: &str) -> Result<(tempfile::TempDir, Utf8Pat
         .arg(format!("{revision}^{{commit}}"))
         .read()
         .with_context(|| {
-            format!(
-                "finding the commit `{revision}`\n\
-                 help: a shallow clone lacks history; CI needs `fetch-depth: 0`"
-            )
+            // Where git refuses to read the repository at all, its own words say why.
+            let help = match git().args(["rev-parse", "--git-dir"]).read() {
+                Ok(_) => "\nhelp: a shallow clone lacks history; CI needs `fetch-depth: 0`",
+                Err(_) => "",
+            };
+            format!("finding the commit `{revision}`{help}")
         })?;
     let (keep, dir) = crate::publish::scratch()?;
     git()

@@ -111,8 +111,8 @@ pub struct Listed {
 pub struct Keys {
     dir: Utf8PathBuf,
     set: KeySet,
-    /// Unlocks when it is closed.
-    _lock: File,
+    /// Unlocks when it is closed. None where nobody here can write: there is nothing to wait for.
+    _lock: Option<File>,
 }
 
 impl Keys {
@@ -126,15 +126,26 @@ impl Keys {
             .mode(0o700)
             .create(dir)
             .with_context(|| format!("creating the key directory {dir}"))?;
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(dir.join(".lock"))
-            .with_context(|| format!("opening {dir}/.lock"))?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
-            .with_context(|| format!("locking {dir}/.lock"))?;
+        let mut options = OpenOptions::new();
+        options.create(true).truncate(false).write(true).mode(0o600);
+        let lock = match options.open(dir.join(".lock")) {
+            Ok(lock) => {
+                rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
+                    .with_context(|| format!("locking {dir}/.lock"))?;
+                Some(lock)
+            }
+            // A secret of CI is a mount that nobody writes to; another user's folder is read as it is: the key set
+            // changes by a rename. Whoever wants to make a key fails at its file.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    std::io::ErrorKind::ReadOnlyFilesystem | std::io::ErrorKind::PermissionDenied
+                ) =>
+            {
+                None
+            }
+            Err(error) => return Err(error).with_context(|| format!("opening {dir}/.lock")),
+        };
         let path = dir.join(KEY_SET);
         let set = match std::fs::read(&path) {
             Ok(json) => KeySet::parse(&json).with_context(|| format!("reading {path}"))?,

@@ -656,3 +656,34 @@ fn the_user_update_installs_and_does_nothing_else() {
     assert_eq!(outcome.verdict, Verdict::Installed, "{outcome:?}\n{log}");
     assert!(robot.slot_b() == bench.content, "slot b has other bytes");
 }
+
+/// What people write into their ssh_config(5) for logins of their own, for every robot.
+const FOR_PEOPLE: &str = "Host *\n RemoteCommand tmux new -A -s main\n RequestTTY force\n SessionType none\n \
+    StdinNull yes\n ForkAfterAuthentication yes\n PermitLocalCommand yes\n LocalCommand echo connected\n \
+    LocalForward 127.0.0.1:1 127.0.0.1:1\n";
+
+#[test]
+fn settings_for_people_do_not_stop_a_push() {
+    let bench = Bench::new(SMALL);
+    let robot = Robot::new(&bench, "robot");
+    // ssh reads its user's own file wherever HOME is; this one names another.
+    let bin = bench.dir.join("bin");
+    fs::create_dir(&bin).unwrap();
+    let config = bench.dir.join("ssh_config");
+    fs::write(&config, FOR_PEOPLE).unwrap();
+    let real = xtask::exec::find("ssh").expect("ssh");
+    fs::write(bin.join("ssh"), format!("#!/bin/sh\nexec {real} -F '{config}' \"$@\"\n")).unwrap();
+    fs::set_permissions(bin.join("ssh"), fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{bin}:{}", std::env::var("PATH").unwrap());
+    let bundle = bench.bundle("2.0.0");
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["push", &robot.address(), "--no-wait", "--bundle", bundle.as_str()])
+        .args(["--ssh-option", &format!("IdentityFile={}", bench.dir.join("user"))])
+        .args(["--ssh-option", "IdentitiesOnly=yes"])
+        .args(["--ssh-option", &format!("UserKnownHostsFile={}", bench.dir.join("known_hosts"))])
+        .env("PATH", path)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(robot.slot_b(), bench.content);
+}

@@ -95,9 +95,8 @@ fn sentence(outcome: &Outcome, source: &Source, device: &Device) -> String {
 
 /// A path, or the image that was built for a product.
 fn image(options: &Flash) -> Result<Utf8PathBuf> {
-    let is_path = |name: &str| {
-        name.contains('/') || [".img", ".zst", ".xz"].iter().any(|end| name.ends_with(end))
-    };
+    // No product has either in its name.
+    let is_path = |name: &str| name.contains(['/', '.']);
     if let Some(name) = options.image.as_deref().filter(|name| is_path(name)) {
         ensure!(options.board.is_none(), "{name} is an image: --board goes with a product");
         return Ok(name.into());

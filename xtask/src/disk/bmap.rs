@@ -121,6 +121,11 @@ impl BlockMap {
         ensure!(own.len() == 64, "its own checksum has {} characters, expected 64", own.len());
         let found = artifact::hash_bytes(text.replacen(own, &"0".repeat(64), 1).as_bytes());
         ensure!(found == own, "it is damaged: its SHA-256 is {found}, it says {own}");
+        ensure!(
+            !text.contains("<Range>"),
+            "its ranges have no checksums, so nothing would prove what is written\n\
+             help: make it again without `--no-checksum`, or remove it: without one all of the image is written"
+        );
         let mut ranges = Vec::new();
         for piece in text.split("<Range chksum=\"").skip(1) {
             let bad = || anyhow!("range {} cannot be read", ranges.len() + 1);
@@ -288,6 +293,7 @@ mod tests {
                 "its ImageSize is `x`, expected a number",
             ),
             (changed("Count> 5 <", "Count> 6 <"), "it says 6 mapped blocks and lists 5"),
+            (changed("<Range chksum=", "<Range><!-- "), "its ranges have no checksums"),
             (changed("> 5 </Range", "> 2 </Range"), "range 2 (2) is out of order"),
             (changed("> 5 </Range", "> z </Range"), "range 2 cannot be read"),
             (changed("BmapFileChecksum", "Other"), "it has no BmapFileChecksum"),

@@ -158,9 +158,27 @@ fn decoder(file: File, form: Form) -> io::Result<Box<dyn Read + Send>> {
     let file = BufReader::with_capacity(READ, file);
     Ok(match form {
         Form::Plain => Box::new(file),
-        Form::Zstd => Box::new(zstd::Decoder::with_buffer(file)?),
+        Form::Zstd => Box::new(Unpacked(zstd::Decoder::with_buffer(file)?)),
         Form::Xz => Box::new(XzReader::new(file, true)),
     })
+}
+
+/// A stream of zstd that says what to do about a window that the library refuses.
+struct Unpacked<T>(T);
+
+impl<T: Read> Read for Unpacked<T> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer).map_err(|error| {
+            // zstd's own words for ZSTD_error_frameParameter_windowTooLarge (zstd 1.5, error_private.c).
+            if error.to_string().contains("too much memory") {
+                return io::Error::other(
+                    "it was packed with a window of more than 128 MiB (`zstd --long=28` or more)\n\
+                     help: unpack it with `zstd -d --long=31`, or pack it again without `--long`",
+                );
+            }
+            error
+        })
+    }
 }
 
 /// Bytes of a compressed image.

@@ -14,13 +14,19 @@ use crate::push::ssh::check_options;
 use crate::release::format::{Channel, Index, LARGEST_TEXT, object_path};
 
 /// As for pushes: nobody is there to be asked, and a host that is gone is noticed after 30 seconds.
-const OPTIONS: [&str; 6] = [
+const OPTIONS: [&str; 11] = [
     "BatchMode=yes",
     "StrictHostKeyChecking=accept-new",
     "ConnectTimeout=20",
     "ServerAliveInterval=10",
     "ServerAliveCountMax=3",
     "ClearAllForwardings=yes",
+    // As for pushes: what a person may want of a login there. sftp asks for its subsystem itself.
+    "RemoteCommand=none",
+    "RequestTTY=no",
+    "StdinNull=no",
+    "ForkAfterAuthentication=no",
+    "PermitLocalCommand=no",
 ];
 
 /// A folder on a host.

@@ -10,7 +10,7 @@ use super::answer::{Progress, Refused, Status};
 use crate::exec::Tool;
 
 /// After the user's own options: ssh takes the first value of each.
-const OPTIONS: [&str; 8] = [
+const OPTIONS: [&str; 14] = [
     // Nobody is there to be asked.
     "BatchMode=yes",
     // Robots are new, or were flashed anew under a new address; a key that has changed is refused.
@@ -23,6 +23,14 @@ const OPTIONS: [&str; 8] = [
     "ControlMaster=no",
     "ControlPath=none",
     "ClearAllForwardings=yes",
+    // What a person may want of a login there: another command, a terminal (which would change the bytes), no input,
+    // a program on this side that writes into the answer.
+    "RemoteCommand=none",
+    "RequestTTY=no",
+    "SessionType=default",
+    "StdinNull=no",
+    "ForkAfterAuthentication=no",
+    "PermitLocalCommand=no",
 ];
 
 /// The robot's user whose sessions reach its agent and nothing else.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -62,6 +63,28 @@ impl Host {
         }
         command
     }
+}
+
+#[test]
+fn settings_for_people_do_not_stop_publishing() {
+    let bench = Bench::new();
+    let host = Host::new(&bench, "");
+    bench.release(&bench.store("one"), "one", "1.0.0");
+    let config = bench.dir.join("ssh_config");
+    let text = "Host *\n RemoteCommand tmux\n RequestTTY force\n StdinNull yes\n ForkAfterAuthentication yes\n \
+                PermitLocalCommand yes\n LocalCommand echo connected\n";
+    fs::write(&config, text).unwrap();
+    let bin = bench.dir.join("bin");
+    fs::create_dir(&bin).unwrap();
+    for name in ["ssh", "sftp"] {
+        let real = xtask::exec::find(name).unwrap();
+        let script = format!("#!/bin/sh\nexec {real} -F '{config}' \"$@\"\n");
+        fs::write(bin.join(name), script).unwrap();
+        fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let path = format!("{bin}:{}", std::env::var("PATH").unwrap());
+    good(host.publish(&bench, "one", "public").env("PATH", path).output().unwrap());
+    assert_eq!(Reader::of_folder(bench.keys(), bench.dir.join("public")).read().len(), 1);
 }
 
 #[test]
