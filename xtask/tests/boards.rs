@@ -1,10 +1,14 @@
 //! What the boards say about their hardware, held against what the hardware does: the watchdog's arithmetic, the firmware's
 //! choice of files, the places of the boot state, the environment of U-Boot. The sources are in the boards' files.
 
+#[path = "common/workspace.rs"]
+mod workspace;
+
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
+use workspace::{copy_to, workspace};
 use xtask::build::environment;
 use xtask::cli::Target;
 use xtask::cmd::plan::resolve;
@@ -15,8 +19,6 @@ use xtask::plan::{BootSourcePlan, Plan};
 use xtask::render::{OverlayContent, Rendered, render};
 use xtask::rootfs::Role;
 use xtask::rootfs::debian::PackagesLock;
-use xtask::rootfs::parts::collect;
-use xtask::rootfs::tree::{Entry, Kind, Origin, Tree};
 
 /// Seconds that the hardware of a Raspberry Pi counts when it is given `seconds`: 20 bits of 1/65,536 s
 /// (`bcm2835_wdt_start` in Linux, drivers/watchdog/bcm2835_wdt.c).
@@ -30,10 +32,6 @@ const FED_EVERY: u64 = 8;
 /// A driver that is given so many seconds resets no system that runs well.
 fn holds(seconds: u64) -> bool {
     counted(seconds) > FED_EVERY + 3 || seconds < 16
-}
-
-fn workspace() -> Utf8PathBuf {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
 }
 
 /// Every product for every board of its list.
@@ -375,45 +373,13 @@ fn no_module_is_listed_twice_and_every_list_says_where_it_comes_from() -> Result
     Ok(())
 }
 
-fn copy(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
-    std::fs::create_dir_all(to)?;
-    for entry in from.read_dir_utf8()? {
-        let entry = entry?;
-        let target = to.join(entry.file_name());
-        let kind = entry.file_type()?;
-        if kind.is_dir() {
-            copy(entry.path(), &target)?;
-        } else if kind.is_symlink() {
-            std::os::unix::fs::symlink(std::fs::read_link(entry.path())?, target)?;
-        } else {
-            std::fs::copy(entry.path(), target)?;
-        }
-    }
-    Ok(())
-}
-
-/// What the vendor's kernel package of Debian 12's time has, as its hooks and Raspberry Pi's documentation name it; without
-/// modules, which nobody could list here.
-const VENDOR_KERNEL: [&str; 9] = [
-    "boot/vmlinuz-6.12.25+rpt-rpi-v8",
-    "boot/config-6.12.25+rpt-rpi-v8",
-    "boot/System.map-6.12.25+rpt-rpi-v8",
-    "lib/modules/6.12.25+rpt-rpi-v8/modules.builtin",
-    "usr/lib/linux-image-6.12.25+rpt-rpi-v8/broadcom/bcm2711-rpi-4-b.dtb",
-    "usr/lib/linux-image-6.12.25+rpt-rpi-v8/broadcom/bcm2712-rpi-5-b.dtb",
-    "usr/lib/linux-image-6.12.25+rpt-rpi-v8/broadcom/bcm2712-rpi-500.dtb",
-    "usr/lib/linux-image-6.12.25+rpt-rpi-v8/broadcom/bcm2712-rpi-cm5-cm5io.dtb",
-    "usr/lib/linux-image-6.12.25+rpt-rpi-v8/overlays/vc4-kms-v3d-pi5.dtbo",
-];
-
-/// The examples lack nothing but what their files say that the owner adds; with that, they are products like all others.
+/// The examples lack nothing but what their files say that the owner adds; with that, they are products like all others. What
+/// becomes of them on recorded names: `raspberrypi/`.
 #[test]
 fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let root = Utf8Path::from_path(folder.path()).context("UTF-8")?;
-    for part in ["board", "configs", "overlays"] {
-        copy(&workspace().join(part), &root.join(part))?;
-    }
+    copy_to(root)?;
     let examples = config::examples(root)?;
     ensure!(!examples.is_empty(), "no examples");
     let facts = xtask::facts::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
@@ -440,7 +406,7 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
         std::fs::write(root.join(&lock), "")?;
         let config = config::load(root, Some(name), None)?;
         let plan = xtask::plan::resolve(&config, &facts)?;
-        let rendered = render(root, &plan)?;
+        render(root, &plan)?;
         let is_input = |key: &Utf8PathBuf| plan.inputs.iter().any(|input| input.path == *key);
         ensure!(keys.iter().all(is_input), "a key is no input");
         // The rest is about a vendor's kernel.
@@ -458,11 +424,6 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
             ensure!(listed.is_match("linux-image-6.12.25+rpt-rpi-v8"), "{:?}", source.packages);
             ensure!(!listed.is_match("linux-image-6.12.25+rpt-rpi-2712"), "{:?}", source.packages);
         }
-        lint(root, &plan, &rendered, &VENDOR_KERNEL)?;
-        let without: Vec<&str> =
-            VENDOR_KERNEL.into_iter().filter(|path| !path.contains("bcm2712")).collect();
-        let error = lint(root, &plan, &rendered, &without).expect_err("no device tree").to_string();
-        ensure!(error.contains("no device tree matches 'broadcom/bcm2712*.dtb'"), "{error}");
     }
     Ok(())
 }
@@ -494,36 +455,4 @@ fn an_example_without_further_archives_can_be_built_as_it_is() -> Result<()> {
     }
     ensure!(complete > 0, "no example is complete");
     Ok(())
-}
-
-/// The engine's choice among a kernel package's files, and the boot lint over what a boot partition would hold.
-fn lint(root: &Utf8Path, plan: &Plan, rendered: &Rendered, package: &[&str]) -> Result<()> {
-    let folder = tempfile::tempdir_in(root)?;
-    let unpacked = Utf8Path::from_path(folder.path()).context("UTF-8")?;
-    for path in package {
-        let path = unpacked.join(path);
-        std::fs::create_dir_all(path.parent().context("a folder")?)?;
-        std::fs::write(path, "stand-in")?;
-    }
-    let kernel = xtask::rootfs::kernel::find(unpacked)?;
-    let trees = unpacked.join(format!("usr/lib/linux-image-{}", kernel.release));
-    let found = unpacked.join("found");
-    let trees = collect(&trees, &plan.board.device_trees, &found, "device tree", "")?;
-    let mut names = Vec::new();
-    for file in &plan.boot_files {
-        let role = || file.partition.clone();
-        match &file.source {
-            BootSourcePlan::DeviceTrees => names.extend(
-                trees.iter().filter_map(|t| Some((role(), t.path.rsplit('/').next()?.to_owned()))),
-            ),
-            _ => names.push((role(), file.path.clone())),
-        }
-    }
-    let mut tree = Tree::with_root(Origin::Base);
-    tree.file("sbin/init", 0o755, "init")?;
-    tree.file(&format!("usr/lib/modules/{}/modules.dep", kernel.release), 0o644, "")?;
-    for mount in ["dev", "proc", "sys", "run", "tmp", "data", "var"] {
-        tree.insert(mount, Entry::new(0o755, Kind::Folder, Origin::Base))?;
-    }
-    xtask::compose::lint::check(plan, &tree, &kernel.release, &rendered.boot, &names)
 }

@@ -2,14 +2,13 @@
 //! signatures, downloads that break off, vanished versions, further archives. And trees
 //! and initrds as other tools read them. Needs apt, dpkg-deb, gpg, cpio, tar, zstd.
 
-use std::collections::HashMap;
+#[path = "common/archive.rs"]
+mod archive;
+
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt;
-use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
+use archive::{Fault, Server, index, new_key, sign};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::artifact::{hash_bytes, hash_file};
 use xtask::exec::Tool;
@@ -21,100 +20,6 @@ use xtask::rootfs::debian::{
 };
 use xtask::rootfs::initrd::{self, Compression, InitrdRequest};
 use xtask::rootfs::tree::Tree;
-
-/// What the server does with a path for a number of times, besides serving the file.
-#[derive(Clone, Copy, PartialEq)]
-enum Fault {
-    Truncate,
-    Busy,
-}
-
-#[derive(Default)]
-struct State {
-    faults: HashMap<String, (Fault, usize)>,
-    log: Vec<String>,
-}
-
-struct Server {
-    address: String,
-    state: Arc<Mutex<State>>,
-}
-
-impl Server {
-    fn start(root: &Utf8Path) -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let address = format!("http://{}", listener.local_addr()?);
-        let state = Arc::new(Mutex::new(State::default()));
-        let (shared, root) = (state.clone(), root.to_owned());
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let (shared, root) = (shared.clone(), root.clone());
-                std::thread::spawn(move || drop(serve(stream, &root, &shared)));
-            }
-        });
-        Ok(Self { address, state })
-    }
-
-    fn fault(&self, path: &str, fault: Fault, times: usize) {
-        self.state.lock().unwrap().faults.insert(path.to_owned(), (fault, times));
-    }
-
-    fn log(&self) -> Vec<String> {
-        self.state.lock().unwrap().log.clone()
-    }
-}
-
-fn serve(mut stream: TcpStream, root: &Utf8Path, state: &Mutex<State>) -> Result<()> {
-    let mut lines = BufReader::new(stream.try_clone()?);
-    let mut first = String::new();
-    lines.read_line(&mut first)?;
-    let (mut start, mut line) = (0, String::new());
-    while lines.read_line(&mut line)? > 2 {
-        let lower = line.to_lowercase();
-        if let Some(range) = lower.trim().strip_prefix("range: bytes=") {
-            start = range.trim_end_matches('-').parse().unwrap_or(0);
-        }
-        line.clear();
-    }
-    let path = first.split(' ').nth(1).unwrap_or("/").replace("%2b", "+").replace("%7e", "~");
-    let fault = {
-        let mut state = state.lock().unwrap();
-        state.log.push(format!("{path} from {start}"));
-        match state.faults.get_mut(&path) {
-            Some((fault, times)) if *times > 0 => {
-                *times -= 1;
-                Some(*fault)
-            }
-            _ => None,
-        }
-    };
-    let head = |status: &str, length: usize| {
-        format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n")
-    };
-    match fs::read(root.join(path.trim_start_matches('/'))) {
-        _ if fault == Some(Fault::Busy) => stream.write_all(head("503 Busy", 0).as_bytes())?,
-        Err(_) => stream.write_all(head("404 Not Found", 0).as_bytes())?,
-        Ok(body) => {
-            let rest = &body[start.min(body.len())..];
-            let status = if start > 0 { "206 Partial Content" } else { "200 OK" };
-            stream.write_all(head(status, rest.len()).as_bytes())?;
-            let end = if fault == Some(Fault::Truncate) { rest.len() / 2 } else { rest.len() };
-            stream.write_all(&rest[..end])?;
-        }
-    }
-    Ok(())
-}
-
-/// A key that signs the archive in the folder of that name, and the file of its public half; armoured as `.asc`.
-fn new_key(root: &Utf8Path, folder: &str, file: &str) -> Result<()> {
-    let home = root.join(format!("gpg-{folder}"));
-    fs::create_dir_all(&home)?;
-    fs::set_permissions(&home, fs::Permissions::from_mode(0o700))?;
-    let gpg = || Tool::new("gpg").env("GNUPGHOME", home.as_str()).arg("--batch");
-    gpg().args(["--passphrase", "", "--quick-gen-key", folder, "ed25519", "sign"]).run()?;
-    let armour = if file.ends_with(".asc") { "--armor" } else { "--no-armor" };
-    gpg().args([armour, "--export", "-o"]).arg(root.join(file)).run()
-}
 
 /// What a machine with an old e2fsprogs unpacks to make file systems, and where it comes from.
 const HOST_TOOLS: [&str; 4] = ["e2fsprogs", "libcom-err2", "libext2fs2", "libss2"];
@@ -203,42 +108,13 @@ impl World {
         self.sign("security", "bookworm-security", "debian", "")
     }
 
-    /// The index of what lies in an archive's pool.
     fn index(&self, folder: &str) -> Result<String> {
-        let archive = self.root().join(folder);
-        let mut index = String::new();
-        for folder in archive.join("pool/main").read_dir_utf8()? {
-            for deb in folder?.path().read_dir_utf8()? {
-                let deb = deb?.into_path();
-                let control = Tool::new("dpkg-deb").arg("-f").arg(&deb).read()?;
-                let (size, hash) = hash_file(&deb)?;
-                let name = deb.strip_prefix(&archive)?;
-                let control = control.trim_end();
-                index += &format!("{control}\nFilename: {name}\nSize: {size}\nSHA256: {hash}\n\n");
-            }
-        }
-        Ok(index)
+        index(&self.root().join(folder), "main")
     }
 
     fn sign(&self, folder: &str, suite: &str, key: &str, text: &str) -> Result<()> {
-        let dist = self.root().join(folder).join("dists").join(suite);
-        let mut release = format!(
-            "Suite: {suite}\nCodename: {suite}\nArchitectures: amd64 arm64\nComponents: main\n\
-             Date: Sat, 01 Jan 2022 00:00:00 UTC\nSHA256:\n"
-        );
-        for arch in ["amd64", "arm64"] {
-            let index = format!("main/binary-{arch}/Packages");
-            fs::create_dir_all(dist.join(&index).parent().context("a folder")?)?;
-            fs::write(dist.join(&index), text)?;
-            release += &format!(" {} {} {index}\n", hash_bytes(text.as_bytes()), text.len());
-        }
-        fs::write(dist.join("Release"), release)?;
-        Tool::new("gpg")
-            .env("GNUPGHOME", self.root().join(format!("gpg-{key}")).as_str())
-            .args(["--batch", "--yes", "--clearsign", "-o"])
-            .arg(dist.join("InRelease"))
-            .arg(dist.join("Release"))
-            .run()
+        let both = ["arm64", "amd64"].map(|arch| ("main", arch, text));
+        sign(&self.root(), folder, suite, key, &both)
     }
 
     /// An archive of somebody else in the folder of that name: some packages of Debian's names, and a kernel.
