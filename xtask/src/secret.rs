@@ -49,8 +49,8 @@ pub fn found(file: &[u8]) -> Option<&'static str> {
                 return Some(name);
             }
         }
-        let minisign = |mark: &&str| line.starts_with(mark.as_bytes());
-        if MINISIGN.iter().any(|mark| minisign(&mark)) && base64_length(line) == MINISIGN_LENGTH {
+        let begins = MINISIGN.iter().any(|mark| line.starts_with(mark.as_bytes()));
+        if begins && base64_length(line) == MINISIGN_LENGTH {
             return Some("minisign");
         }
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -332,4 +333,21 @@ fn outside_a_workspace_it_says_where_to_run() {
     assert_eq!(output.status.code(), Some(1));
     let message = text(&output.stderr);
     assert!(message.contains("help: run this inside a checkout"), "{message}");
+}
+
+/// As an environment of `uv venv`: a Python without pip comes first on the path.
+#[test]
+fn pip_is_found_beside_an_environment_without_it() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let python = dir.path().join("python3");
+    fs::write(&python, "#!/bin/sh\necho No module named pip >&2\nexit 1\n").expect("written");
+    fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).expect("a mode");
+    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").expect("a path"));
+    let output = xtask(&["doctor", "--format", "json"], &[("PATH", &path)]);
+    let lacking: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let lacks = |program: &str| {
+        lacking.as_array().expect("a list").iter().any(|need| need["program"] == program)
+    };
+    let has = Command::new("/usr/bin/python3").args(["-m", "pip", "--version"]).output();
+    assert_eq!(lacks("@pip"), !has.is_ok_and(|output| output.status.success()), "{lacking}");
 }

@@ -410,7 +410,11 @@ fn each_kind_of_disk_is_refused_with_its_reason() {
 fn the_first_boot_is_seeded_and_the_image_stays() {
     let folder = Folder::new();
     let key = folder.at("key.pub");
-    fs::write(&key, "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ me\n").expect("writing");
+    fs::write(
+        &key,
+        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f me\r\n",
+    )
+    .expect("writing");
     let password = "a password of the test";
     for table in [TableKind::Mbr, TableKind::Hybrid] {
         let made = image(&folder, table, 10).path;
@@ -445,7 +449,7 @@ fn the_first_boot_is_seeded_and_the_image_stays() {
         (&["--hostname", "Bench_7"], "is no host name"),
         (&["--wifi", "Lab"], "SLIPWAY_WIFI_PASSWORD"),
         (&["--ssh-key", key.as_str(), "--wifi", ""], "SLIPWAY_WIFI_PASSWORD"),
-        (&["--ssh-key", "/etc/hostname"], "no public SSH key"),
+        (&["--ssh-key", "/etc/hostname"], "expected an SSH public key"),
         (&["--board", "pi3"], "--board goes with a product"),
     ];
     for (more, expected) in refusals {
@@ -468,5 +472,31 @@ fn another_file_of_the_same_size_under_the_same_name_is_refused() {
     assert!(
         message.contains("another medium is there than a moment ago: it has inode"),
         "{message}"
+    );
+}
+
+#[test]
+fn what_is_no_image_of_ours_is_told_as_such() {
+    let folder = Folder::new();
+    let card = folder.at("card");
+    old_card(&card, SIZE);
+    // By a bare name, outside of any workspace.
+    fs::write(folder.at("x.img.gz"), "x").expect("writing");
+    let mut call = command(&["x.img.gz", card.as_str(), "--yes"]);
+    let output = call.current_dir(folder.at("")).output().expect("the tool");
+    let said = text(&output.stderr);
+    assert!(!output.status.success() && said.contains("x.img.gz is no card image"), "{said}");
+    // A window of 256 MiB, of a stream that says nowhere how long it is.
+    let packed = folder.at("x.img.zst");
+    let bytes = noise(1, MIB as usize);
+    let mut encoder =
+        zstd::Encoder::new(File::create(&packed).expect("a file"), 1).expect("packing");
+    encoder.window_log(28).expect("a window");
+    encoder.write_all(&bytes).and_then(|()| encoder.finish()).expect("packing");
+    let output = flash(&[packed.as_str(), card.as_str(), "--yes"]);
+    let said = text(&output.stderr);
+    assert!(
+        !output.status.success() && said.contains("help: unpack it with `zstd -d --long=31`"),
+        "{said}"
     );
 }

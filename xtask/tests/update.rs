@@ -209,8 +209,52 @@ fn ssh_keys_beside_the_signing_keys_are_public_ones() {
     // The other file of the pair must never reach an image.
     std::fs::copy(dir.join("one"), &file).unwrap();
     let error = format!("{:#}", read().unwrap_err());
-    assert!(error.contains("authorized_keys:1: expected an SSH public key"), "{error}");
-    assert!(!error.contains("PRIVATE"), "{error}");
+    assert!(error.contains("authorized_keys: it is a secret key"), "{error}");
+    assert!(!error.contains("PRIVATE") && error.contains("ssh-keygen -y"), "{error}");
+}
+
+/// As CI mounts its secrets.
+#[test]
+fn a_read_only_key_directory_is_read_and_signs() {
+    let Dir(_keep, dir) = dir();
+    let folder = dir.join("keys");
+    let signers = [Keys::open(&folder).unwrap().signer(Kind::Development).unwrap()];
+    let out = dir.join("a.bundle");
+    pack(&request(&payload(&dir), Kind::Development, &signers), &out).unwrap();
+    std::fs::remove_file(folder.join(".lock")).unwrap();
+    let mount = "mount --bind \"$1\" \"$1\" && mount -o remount,ro,bind \"$1\" && ! touch \"$1/x\" 2>/dev/null && shift && exec \"$@\"";
+    let in_mount = |program: &str, words: &[&str]| {
+        let mut command = Command::new("unshare");
+        if !rustix::process::geteuid().is_root() {
+            command.arg("--map-root-user");
+        }
+        command.args(["--mount", "--", "sh", "-c", mount, "sh", folder.as_str(), program]);
+        command.args(words).env("SLIPWAY_KEYS", &folder).env(PASSWORD_VARIABLE, "for the test");
+        let output = command.output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&said).into_owned())
+    };
+    let xtask = env!("CARGO_BIN_EXE_xtask");
+    let id = signers[0].key().id.clone();
+    let (good, said) = in_mount(xtask, &["keys", "list"]);
+    assert!(good && said.contains(&id), "{said}");
+    let (good, said) = in_mount(xtask, &["verify", out.as_str()]);
+    assert!(good, "{said}");
+    let own = std::env::current_exe().unwrap();
+    let words = ["--exact", "--nocapture", "in_a_child_that_signs"];
+    let (good, said) = in_mount(own.to_str().unwrap(), &words);
+    assert!(good && said.contains(&format!("signed by {id}")), "{said}");
+    // What would have to be written fails, and says where.
+    let (good, said) = in_mount(xtask, &["keys", "new"]);
+    assert!(!good && said.contains("Read-only file system"), "{said}");
+}
+
+/// Run by the test above.
+#[test]
+fn in_a_child_that_signs() {
+    let Ok(dir) = std::env::var("SLIPWAY_KEYS") else { return };
+    let signer = Keys::open(Utf8Path::new(&dir)).unwrap().signer(Kind::Development).unwrap();
+    println!("signed by {}", signer.sign(b"x", "a comment").key);
 }
 
 /// The environment belongs to the whole process, so the password's cases run in a child.

@@ -65,7 +65,7 @@ pub fn attempt(world: &World, product: &str, change: Option<Change<'_>>) -> Resu
     let release = &system.kernel_release;
     xtask::compose::lint::check(&plan, &slot, release, &rendered.boot, &names)?;
     let image = card(&plan, &slot, files, &out)?;
-    let starts = start::look(&image, Some(&plan))?;
+    let starts = start::look(&image, Some((root, &plan)))?;
     Ok(Attempt { _folder: folder, plan, lock: fetched.lock, system, starts })
 }
 
