@@ -196,15 +196,75 @@ fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// The kernel's arguments with serial numbers and addresses left out, which the firmware adds (`smsc95xx.macaddr`,
-/// `vc_mem`, …), and whatever is called a password or a key.
+/// Arguments of the kernel whose values are told: those that start a board. Whatever else somebody has written there
+/// may be a password (`systemd.set_credential`), an address (`ip`) or a serial number (`smsc95xx.macaddr`), under any name.
+const ARGUMENTS: [&str; 21] = [
+    "8250.nr_uarts",
+    "cfg80211.ieee80211_regdom",
+    "cgroup_disable",
+    "cgroup_enable",
+    "coherent_pool",
+    "console",
+    "earlycon",
+    "init",
+    "loglevel",
+    "maxcpus",
+    "mem",
+    "panic",
+    "pcie_aspm",
+    "rdinit",
+    "root",
+    "rootfstype",
+    "rootwait",
+    "slipway.deadline",
+    "slipway.slot",
+    "slipway.trial",
+    "slipway.tryboot",
+];
+
+/// Beginnings of further such names.
+const BEGINNINGS: [&str; 3] = ["systemd.watchdog", "vc_mem.", "watchdog."];
+
+/// The kernel's arguments with all values left out but those that are known to start a board. What stands in quotes
+/// belongs to the word that it stands in (Linux, lib/cmdline.c, next_arg).
 fn without_secrets(line: &str) -> String {
-    let hidden = ["serial", "macaddr", "password", "passphrase", "psk", "key", "token", "secret"];
-    let words = line.split_whitespace().map(|word| match word.split_once('=') {
-        Some((name, _)) if hidden.iter().any(|part| name.to_ascii_lowercase().contains(part)) => {
-            format!("{name}=(left out)")
+    let mut quoted = false;
+    let words = line.split(|c: char| {
+        quoted ^= c == '"';
+        c.is_whitespace() && !quoted
+    });
+    let words = words.filter(|word| !word.is_empty()).map(|word| match word.split_once('=') {
+        Some((name, value)) => {
+            let known = ARGUMENTS.contains(&name)
+                || BEGINNINGS.iter().any(|beginning| name.starts_with(beginning));
+            // A root on the network has an address.
+            let plain =
+                !value.contains('"') && !value.contains("//") && value.matches('.').count() < 3;
+            if known && plain { word.to_owned() } else { format!("{name}=(left out)") }
         }
-        _ => word.to_owned(),
+        None => word.to_owned(),
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// A line of the kernel's log without the arguments that the kernel repeats there, and without hardware addresses.
+fn told(said: &str) -> String {
+    let said = match said.split_once("command line: ") {
+        Some((before, line)) => format!("{before}command line: {}", without_secrets(line)),
+        None => said.to_owned(),
+    };
+    let is_address = |word: &str| {
+        let bare = word.trim_matches(|c: char| !c.is_ascii_hexdigit());
+        let parts: Vec<&str> = bare.split([':', '-']).collect();
+        let pair = |part: &&str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+        parts.len() == 6 && parts.iter().all(pair)
+    };
+    let serial = |word: &str| word.to_ascii_lowercase().contains("serialnumber");
+    let mut hidden = false;
+    let words = said.split(' ').map(|word| {
+        let hide = hidden || is_address(word);
+        hidden = serial(word) && word.ends_with([':', '=']);
+        if hide { "(left out)" } else { word }
     });
     words.collect::<Vec<_>>().join(" ")
 }
@@ -237,7 +297,7 @@ fn log(path: &Path) -> Vec<String> {
                 continue;
             };
             let (seconds, rest) = (micros / 1_000_000, micros % 1_000_000);
-            lines.push(format!("{seconds}.{rest:06} {}", printable(&without_secrets(said))));
+            lines.push(format!("{seconds}.{rest:06} {}", printable(&told(said))));
         }
     }
     lines
@@ -307,6 +367,40 @@ mod tests {
                 "4.200000 Run /init as init process",
             ]
         );
+    }
+
+    #[test]
+    fn no_argument_of_an_unknown_name_is_told() {
+        for (line, expected) in [
+            (
+                "systemd.set_credential=passwd.hashed-password.root:$6$x ip=10.0.0.5::10.0.0.1",
+                "systemd.set_credential=(left out) ip=(left out)",
+            ),
+            ("a.pass=\"two words\" quiet", "a.pass=(left out) quiet"),
+            ("\"a.pass=two words\" quiet", "\"a.pass=(left out) quiet"),
+            ("root=PARTUUID=1-02 rootwait panic=10", "root=PARTUUID=1-02 rootwait panic=10"),
+            ("rootpw=x", "rootpw=(left out)"),
+            ("root=nbd:10.0.0.1:/x nfsroot=10.0.0.1:/x", "root=(left out) nfsroot=(left out)"),
+            ("watchdog.open_timeout=120 console=tty0", "watchdog.open_timeout=120 console=tty0"),
+        ] {
+            assert_eq!(without_secrets(line), expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_log_repeats_no_argument_and_no_address() {
+        for (said, expected) in [
+            (
+                "Kernel command line: watchdog.open_timeout=120 wifi.psk=abc",
+                "Kernel command line: watchdog.open_timeout=120 wifi.psk=(left out)",
+            ),
+            ("brcmfmac: address b8:27:eb:00:00:01, ok", "brcmfmac: address (left out) ok"),
+            ("mmc: usb SerialNumber: 0123456789", "mmc: usb SerialNumber: (left out)"),
+            ("mmc0: new card at address aaaa", "mmc0: new card at address aaaa"),
+            ("brcmfmac: mmc1:0001:1: firmware a=b", "brcmfmac: mmc1:0001:1: firmware a=b"),
+        ] {
+            assert_eq!(told(said), expected, "{said}");
+        }
     }
 
     #[test]
