@@ -382,6 +382,16 @@ pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Board> {
             fields.reject(&nested.place, message, format!("write this line into {shown}"));
             return None;
         }
+        // Its lists would be there twice.
+        let again = board.include.iter().enumerate().find(|(at, path)| {
+            let before = board.include.iter().take(*at);
+            path.value == shown || before.map(|before| &before.value).any(|b| *b == path.value)
+        });
+        if let Some((_, again)) = again {
+            let message = format!("`include`: {} is included twice", again.value);
+            fields.reject(&again.place, message, "name each file once, and not this one");
+            return None;
+        }
         if board.name.value.0 != name {
             let message = format!(
                 "`name`: expected \"{name}\" as the folder, found \"{}\"",
