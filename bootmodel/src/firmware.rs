@@ -8,6 +8,7 @@
 //!   request 4037), and its release notes (raspberrypi/rpi-eeprom, pull requests 659, 663, 736, 737);
 //! - N: release notes of the EEPROM (raspberrypi/rpi-eeprom, firmware-2711/release-notes.md).
 
+use std::cell::Cell;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use crate::chain;
@@ -229,11 +230,23 @@ pub(crate) struct Window<'a> {
     offset: u64,
     size: u64,
     position: u64,
+    /// How many bytes may still be read: a chain of clusters that runs in a circle has no other end.
+    budget: Option<&'a Cell<u64>>,
 }
 
 impl<'a> Window<'a> {
     pub(crate) fn new(disk: &'a dyn Disk, partition: &Partition) -> Self {
-        Self { disk, offset: partition.offset, size: partition.size, position: 0 }
+        let Partition { offset, size, .. } = *partition;
+        Self { disk, offset, size, position: 0, budget: None }
+    }
+
+    /// One that may be read only so far.
+    pub(crate) fn bounded(
+        disk: &'a dyn Disk,
+        partition: &Partition,
+        budget: &'a Cell<u64>,
+    ) -> Self {
+        Self { budget: Some(budget), ..Self::new(disk, partition) }
     }
 }
 
@@ -241,7 +254,14 @@ impl Read for Window<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = usize::try_from(self.size - self.position).unwrap_or(usize::MAX);
         let count = buffer.len().min(left);
-        self.disk.read_at(self.offset + self.position, &mut buffer[..count])?;
+        if let Some(budget) = self.budget {
+            let left = budget.get().checked_sub(count as u64);
+            budget.set(left.ok_or_else(|| {
+                io::Error::other("it is read in circles: a chain of clusters has no end")
+            })?);
+        }
+        let at = self.offset.saturating_add(self.position);
+        self.disk.read_at(at, &mut buffer[..count])?;
         self.position += count as u64;
         Ok(count)
     }

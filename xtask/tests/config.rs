@@ -225,12 +225,7 @@ const CASES: &[(&str, &str, &str, &str)] = &[
         "packages = [\"u-boot-sample\"]\nkernels = [\"linux-image-acme\"]",
     ),
     ("included-file-missing", BOARD, "arch = ", "include = [\"board/common/none.toml\"]\narch = "),
-    (
-        "included-twice",
-        BOARD,
-        "arch = ",
-        "include = [\"board/sample/board.toml\"]\narch = ",
-    ),
+    ("included-twice", BOARD, "arch = ", "include = [\"board/sample/board.toml\"]\narch = "),
     ("console-device", PRODUCT, "kind = ", "console = \"com1\"\nkind = "),
     ("country", PRODUCT, "[network]", "[network]\ncountry = \"Germany\""),
     ("boot-script-missing", BOARD, "compile = \"boot-script\"\n", ""),

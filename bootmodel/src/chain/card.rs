@@ -2,18 +2,31 @@
 //! a start. What cannot be read is a finding, never a panic.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::rc::Rc;
 
 use serde::Deserialize;
 
-use crate::firmware::{Disk, Partition, Window};
+use super::fat;
+use crate::firmware::{Disk, Partition};
 
 /// A FAT's kinds by its number of clusters (Microsoft's specification of FAT, 1.03, "FAT type determination").
 const FAT12_BELOW: u64 = 4085;
 const FAT16_BELOW: u64 = 65_525;
 /// The largest file that is read: kernels and initrds are below.
-const LARGEST: u64 = 256 << 20;
+const LARGEST: u64 = 96 << 20;
+/// Bytes of files that are kept of a whole card. Two boot partitions with a kernel, an initrd and firmware each have less
+/// than half of it, and so do two slots.
+const ROOM: u64 = 256 << 20;
+/// The largest `device.toml`: a hundred times what ours have.
+const LARGEST_DEVICE: u64 = 64 << 10;
+/// The largest folder of a slot that is listed, in bytes; one with 500 modules has 20 KiB.
+const LARGEST_FOLDER: u64 = 4 << 20;
+/// The most files that are looked at in a slot; a link to a folder above makes them endless.
+const MOST_ENTRIES: usize = 16_384;
+/// The most models that a board is for; there are some thirty of Raspberry Pi.
+const MOST_MODELS: usize = 64;
+/// The most groups of blocks that a slot's filesystem has: of 128 MiB each, those of 8 TiB.
+const MOST_GROUPS: u64 = 65_536;
 
 /// A record of the MBR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +67,14 @@ pub struct Volume {
     pub clusters: u64,
     /// Sectors in a cluster.
     pub cluster_sectors: u32,
+    /// Bytes of a sector, as the volume counts them.
+    pub sector: u64,
     /// The files, with their paths.
     pub files: BTreeMap<String, Vec<u8>>,
+    /// Files that were too large to be looked at; they are listed as empty.
+    pub left_out: Vec<String>,
+    /// Why its files cannot be read, where they cannot.
+    pub unread: Option<String>,
 }
 
 impl Volume {
@@ -135,7 +154,7 @@ impl Card {
     /// Takes a card apart.
     ///
     /// # Errors
-    /// A table that cannot be read, a volume that ends in the midst, no slot with a system.
+    /// A table or a slot that cannot be read, no slot with a system.
     pub fn read(disk: Rc<dyn Disk>) -> Result<Self, String> {
         let (records, gpt, partitions) = super::table::partitions(disk.as_ref())?;
         let mut card = Self {
@@ -146,6 +165,8 @@ impl Card {
             slots: Vec::new(),
             device: Device::default(),
         };
+        let mut room = ROOM;
+        let mut reasons = String::new();
         for partition in partitions {
             let mut head = vec![0; 2048];
             if disk.read_at(partition.offset, &mut head).is_err() {
@@ -153,17 +174,34 @@ impl Card {
             }
             // ext4's magic number: superblock at 1024, field at 56; a FAT's boot sector ends in 55 aa.
             if head.get(1080..1082) == Some(&[0x53, 0xef]) {
-                card.slots.extend(slot(&disk, &partition)?);
+                let number = partition.number;
+                let doing = |reason| format!("the ext4 of partition {number}: {reason}");
+                // A system is never written to. What is, says nothing of a start, until it is replayed.
+                if superblock(&head, partition.size).map_err(doing)? {
+                    reasons
+                        .push_str(&format!("; partition {number} was in use when it was copied"));
+                    continue;
+                }
+                card.slots.extend(slot(&disk, &partition, &mut room).map_err(doing)?);
             } else if head.get(510..512) == Some(&[0x55, 0xaa]) {
                 let kind = card.records.iter().find(|r| r.offset == partition.offset);
                 let kind = kind.map(|record| record.kind);
-                card.volumes.extend(volume(disk.as_ref(), &partition, kind, &head)?);
+                card.volumes.extend(volume(disk.as_ref(), &partition, kind, &head, &mut room));
             }
         }
         let text = card.slots.first().and_then(|slot| slot.files.get(DEVICE));
-        let text = text.ok_or("no slot has a system with usr/lib/slipway/device.toml")?;
+        let text = text.ok_or_else(|| format!("no slot has a system with {DEVICE}{reasons}"))?;
         card.device = toml::from_str(&String::from_utf8_lossy(text))
             .map_err(|error| format!("{DEVICE}: {error}"))?;
+        let all = std::mem::take(&mut card.device.compatible);
+        for model in all {
+            if !card.device.compatible.contains(&model) {
+                card.device.compatible.push(model);
+            }
+        }
+        if card.device.compatible.len() > MOST_MODELS {
+            return Err(format!("{DEVICE} names more than {MOST_MODELS} models"));
+        }
         Ok(card)
     }
 
@@ -204,52 +242,60 @@ fn volume(
     partition: &Partition,
     kind: Option<u8>,
     head: &[u8],
-) -> Result<Option<Volume>, String> {
-    let doing = |error: std::io::Error| {
-        format!("the FAT volume of partition {} cannot be read: {error}", partition.number)
+    room: &mut u64,
+) -> Option<Volume> {
+    // Boot sectors of other filesystems end alike: an NTFS or exFAT is no FAT for the firmware either.
+    let shape = fat::shape(head);
+    if shape.is_none() && !kind.is_some_and(super::table::is_fat) {
+        return None;
+    }
+    let empty = fat::Shape { says: String::new(), clusters: 0, cluster_sectors: 0, sector: 512 };
+    let (fat::Shape { says, clusters, cluster_sectors, sector }, read) = match shape {
+        Some(shape) => (shape, fat::files(disk, partition, LARGEST, room)),
+        None => (empty, Err(std::io::Error::other("its boot sector is none of a FAT"))),
     };
-    let window = Window::new(disk, partition);
-    let files = fatfs::FileSystem::new(window, fatfs::FsOptions::new()).map_err(doing)?;
-    let mut found = BTreeMap::new();
-    collect(&files.root_dir(), "", &mut found, 0).map_err(doing)?;
-    let stats = files.stats().map_err(doing)?;
-    // Offsets of the text: in the boot sector of a FAT12 and FAT16, and of a FAT32.
-    let fat32 = head.get(22..24) == Some(&[0, 0]);
-    let says = head.get(if fat32 { 82..90 } else { 54..62 }).unwrap_or_default();
-    Ok(Some(Volume {
+    let (files, left_out, unread) = match read {
+        Ok(files) => (files.found, files.left_out, None),
+        Err(error) => (BTreeMap::new(), Vec::new(), Some(error.to_string())),
+    };
+    Some(Volume {
         number: partition.number,
         name: partition.name.clone(),
         offset: partition.offset,
         kind,
-        says: String::from_utf8_lossy(says).trim().to_owned(),
-        clusters: u64::from(stats.total_clusters()),
-        cluster_sectors: stats.cluster_size() / 512,
-        files: found,
-    }))
+        says,
+        clusters,
+        cluster_sectors,
+        sector,
+        files,
+        left_out,
+        unread,
+    })
 }
 
-fn collect(
-    folder: &fatfs::Dir<'_, Window<'_>>,
-    path: &str,
-    found: &mut BTreeMap<String, Vec<u8>>,
-    depth: u32,
-) -> std::io::Result<()> {
-    for entry in folder.iter() {
-        let entry = entry?;
-        let name = entry.file_name();
-        if name == "." || name == ".." {
-            continue;
-        }
-        let path = if path.is_empty() { name } else { format!("{path}/{name}") };
-        if entry.is_dir() && depth < 8 {
-            collect(&entry.to_dir(), &path, found, depth + 1)?;
-        } else if entry.is_file() && entry.len() <= LARGEST {
-            let mut bytes = Vec::new();
-            entry.to_file().read_to_end(&mut bytes)?;
-            found.insert(path, bytes);
-        }
+/// Whether a filesystem's journal has changes that are not in it yet. What its superblock claims is compared with the
+/// partition before the reader believes it: the reader allocates by it (Linux, Documentation/filesystems/ext4/super.rst).
+fn superblock(head: &[u8], size: u64) -> Result<bool, String> {
+    let number = |at: usize| {
+        let four = head.get(1024 + at..1028 + at).and_then(|four| four.try_into().ok());
+        u64::from(u32::from_le_bytes(four.unwrap_or_default()))
+    };
+    // `s_log_block_size` counts from 1 KiB; 64 KiB is the largest. `INCOMPAT_64BIT`: there are upper halves.
+    let (log, features) = (number(0x18), number(0x60));
+    let upper = if features & 0x80 != 0 { number(0x150) } else { 0 };
+    let (blocks, in_group) = (upper << 32 | number(0x4), number(0x20));
+    let bytes = blocks.checked_mul(1024 << log.min(6));
+    if log > 6 || bytes.is_none_or(|bytes| bytes > size) {
+        return Err(format!(
+            "it claims {blocks} blocks of 2^{} bytes in a partition of {size}",
+            log + 10
+        ));
     }
-    Ok(())
+    if in_group == 0 || blocks / in_group > MOST_GROUPS {
+        return Err(format!("it claims {blocks} blocks in groups of {in_group}"));
+    }
+    // `INCOMPAT_RECOVER`.
+    Ok(features & 0x4 != 0)
 }
 
 /// A partition as ext4's reader wants it.
@@ -268,61 +314,139 @@ impl ext4_view::Ext4Read for Part {
     }
 }
 
-fn slot(disk: &Rc<dyn Disk>, partition: &Partition) -> Result<Option<Slot>, String> {
+/// What of a slot takes part in a start.
+struct Reader<'a> {
+    files: ext4_view::Ext4,
+    slot: Slot,
+    entries: usize,
+    room: &'a mut u64,
+}
+
+fn told(error: &ext4_view::Ext4Error) -> String {
+    error.to_string()
+}
+
+impl Reader<'_> {
+    fn take(&mut self, path: &str, largest: u64) -> Result<(), String> {
+        let doing = |error| format!("{path}: {}", told(&error));
+        if !self.files.exists(path).map_err(doing)? {
+            return Ok(());
+        }
+        let metadata = self.files.metadata(path).map_err(doing)?;
+        if metadata.is_dir() {
+            return Ok(());
+        }
+        let length = metadata.len();
+        if length > largest.min(*self.room) {
+            return Err(format!("{path} has {length} bytes, which is more than is read of it"));
+        }
+        *self.room -= length;
+        let bytes = self.files.read(path).map_err(doing)?;
+        self.slot.files.insert(path.trim_start_matches('/').to_owned(), bytes);
+        Ok(())
+    }
+
+    /// The names in a folder, with whether each is a folder and a file; none where there is no folder.
+    fn list(&mut self, folder: &str) -> Result<Vec<(String, bool, bool)>, String> {
+        let doing = |error| format!("{folder}: {}", told(&error));
+        if !self.files.exists(folder).map_err(doing)? {
+            return Ok(Vec::new());
+        }
+        let metadata = self.files.metadata(folder).map_err(doing)?;
+        if !metadata.is_dir() {
+            return Ok(Vec::new());
+        }
+        if metadata.len() > LARGEST_FOLDER {
+            return Err(format!("the folder {folder} has {} bytes", metadata.len()));
+        }
+        let mut found = Vec::new();
+        for entry in self.files.read_dir(folder).map_err(doing)? {
+            let entry = entry.map_err(doing)?;
+            self.entries += 1;
+            if self.entries > MOST_ENTRIES {
+                return Err(format!("{folder} and others list more than {MOST_ENTRIES} files"));
+            }
+            let name = entry.file_name();
+            let Ok(name) = name.as_str() else { continue };
+            let kind = entry.file_type().map_err(doing)?;
+            found.push((name.to_owned(), kind.is_dir(), kind.is_regular_file()));
+        }
+        Ok(found)
+    }
+}
+
+/// Indexes of modules.
+const INDEXES: [&str; 3] = ["modules.alias", "modules.builtin", "modules.builtin.modinfo"];
+
+/// Where systemd's manager has its settings, the first over the others (systemd-system.conf(5)).
+pub(super) const MANAGER: [&str; 3] =
+    ["etc/systemd/system.conf", "usr/lib/systemd/system.conf", "lib/systemd/system.conf"];
+
+fn slot(
+    disk: &Rc<dyn Disk>,
+    partition: &Partition,
+    room: &mut u64,
+) -> Result<Option<Slot>, String> {
     let number = partition.number;
-    let doing = |error: ext4_view::Ext4Error| format!("the ext4 of partition {number}: {error}");
     let part = Part { disk: Rc::clone(disk), offset: partition.offset };
-    let files = ext4_view::Ext4::load(Box::new(part)).map_err(doing)?;
+    let files = ext4_view::Ext4::load(Box::new(part)).map_err(|error| told(&error))?;
     let device = format!("/{DEVICE}");
-    if !files.exists(device.as_str()).map_err(doing)? {
+    if !files.exists(device.as_str()).map_err(|error| told(&error))? {
         return Ok(None);
     }
-    let mut slot = Slot { number, files: BTreeMap::new() };
-    let mut take = |path: &str| -> Result<(), ext4_view::Ext4Error> {
-        if files.exists(path)? && !files.metadata(path)?.is_dir() {
-            slot.files.insert(path.trim_start_matches('/').to_owned(), files.read(path)?);
-        }
-        Ok(())
-    };
-    take(&device).map_err(doing)?;
-    take("/etc/systemd/system.conf").map_err(doing)?;
+    let slot = Slot { number, files: BTreeMap::new() };
+    let mut reader = Reader { files, slot, entries: 0, room };
+    reader.take(&device, LARGEST_DEVICE)?;
     // What a boot script loads, systemd's settings, indexes of modules.
-    const INDEXES: [&str; 3] = ["modules.alias", "modules.builtin", "modules.builtin.modinfo"];
-    for start in ["/boot", "/etc/systemd/system.conf.d", "/usr/lib/modules"] {
-        let filter = |name: &str| match start {
-            "/usr/lib/modules" => INDEXES.contains(&name),
-            "/boot" => true,
+    let mut left = vec!["/boot".to_owned(), "/usr/lib/modules".to_owned()];
+    for file in &MANAGER[..2] {
+        reader.take(&format!("/{file}"), LARGEST_DEVICE)?;
+        left.push(format!("/{file}.d"));
+    }
+    while let Some(folder) = left.pop() {
+        let depth = folder.split('/').count();
+        let is_wanted = |name: &str| match folder.as_str() {
+            folder if folder.starts_with("/usr/lib/modules") => INDEXES.contains(&name),
+            folder if folder.starts_with("/boot") => true,
             _ => name.ends_with(".conf"),
         };
-        let mut left = vec![start.to_owned()];
-        while let Some(folder) = left.pop() {
-            if !files.exists(folder.as_str()).map_err(doing)? {
-                continue;
-            }
-            let depth = folder.split('/').count();
-            for entry in files.read_dir(folder.as_str()).map_err(doing)? {
-                let entry = entry.map_err(doing)?;
-                let name = entry.file_name();
-                let Ok(name) = name.as_str() else { continue };
-                let path = format!("{folder}/{name}");
-                let kind = entry.file_type().map_err(doing)?;
-                if kind.is_dir() && name != "." && name != ".." && depth < 6 && name != "kernel" {
-                    left.push(path);
-                } else if kind.is_regular_file() && filter(name) {
-                    take(&path).map_err(doing)?;
-                }
+        for (name, is_folder, is_file) in reader.list(&folder)? {
+            let path = format!("{folder}/{name}");
+            if is_folder && name != "." && name != ".." && depth < 6 && name != "kernel" {
+                left.push(path);
+            } else if is_file && is_wanted(&name) {
+                reader.take(&path, LARGEST)?;
             }
         }
     }
     // Of Wi-Fi's settings the names alone: many of them are links.
-    if files.exists(WIFI).map_err(doing)? {
-        for entry in files.read_dir(WIFI).map_err(doing)? {
-            let entry = entry.map_err(doing)?;
-            if let Ok(name) = entry.file_name().as_str() {
-                let path = format!("{}/{name}", WIFI.trim_start_matches('/'));
-                slot.files.insert(path, Vec::new());
-            }
-        }
+    for (name, _, _) in reader.list(WIFI)? {
+        let path = format!("{}/{name}", WIFI.trim_start_matches('/'));
+        reader.slot.files.insert(path, Vec::new());
     }
-    Ok(Some(slot))
+    Ok(Some(reader.slot))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::superblock;
+
+    #[test]
+    fn a_superblock_is_compared_with_its_partition() {
+        let mut head = vec![0; 2048];
+        let mut set = |at: usize, value: u32| {
+            head[1024 + at..1028 + at].copy_from_slice(&value.to_le_bytes());
+            head.clone()
+        };
+        set(0x4, 262_144);
+        set(0x18, 2);
+        let good = set(0x20, 32_768);
+        assert_eq!(superblock(&good, 1 << 30), Ok(false));
+        assert_eq!(superblock(&set(0x60, 4), 1 << 30), Ok(true));
+        assert!(superblock(&good, (1 << 30) - 1).is_err(), "larger than its partition");
+        assert!(superblock(&set(0x18, 31), u64::MAX).is_err(), "blocks of 2 TiB");
+        set(0x18, 0);
+        assert!(superblock(&set(0x20, 1), 1 << 30).is_err(), "a group for each block");
+        assert!(superblock(&set(0x20, 0), 1 << 30).is_err(), "no blocks in a group");
+    }
 }

@@ -2,11 +2,20 @@
 //!
 //! F: "Conditional Filters", documentation of `config.txt` (conditional.adoc): `[all]` resets all filters, those
 //! of one kind replace each other, those of different kinds must all pass; one that is not known here (a serial
-//! number, a GPIO, a screen) does not pass.
+//! number, a GPIO, a screen) does not pass. `include FILE` puts the content of a file there (what_is_config_txt.adoc);
+//! bootcode.bin and the EEPROM pass it over.
+
+/// Bytes of a file that are looked at: a hundred times what anybody writes.
+pub(super) const MOST_BYTES: usize = 64 << 10;
+/// The deepest file that is included, and the most of them: a circle ends here.
+const DEEPEST: u32 = 8;
+const MOST_FILES: u32 = 32;
 
 /// A line that is taken, or would be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setting {
+    /// The file that it stands in, where that is not the one that was asked for but an included one.
+    pub file: Option<String>,
     /// Its number, from 1.
     pub line: usize,
     /// What stands before `=`; before the first blank where there is no `=`.
@@ -36,28 +45,82 @@ fn is_model(name: &str) -> bool {
 
 /// The settings that pass.
 pub fn settings(text: &[u8], filters: Filters<'_>) -> Vec<Setting> {
-    let text = String::from_utf8_lossy(text);
-    let (mut model, mut tryboot, mut other) = (true, true, true);
-    let mut found = Vec::new();
-    for (line, text) in (1..).zip(text.lines().map(str::trim)) {
-        if text.is_empty() || text.starts_with('#') {
-            continue;
-        }
-        if let Some(name) = section(text) {
-            match name {
-                _ if !filters.sections => {}
-                "all" => (model, tryboot, other) = (true, true, true),
-                "tryboot" => tryboot = filters.tryboot.unwrap_or(false),
-                _ if is_model(name) => {
-                    model = filters.models.is_some_and(|m| m.iter().any(|known| known == name));
-                }
-                _ => other = false,
+    included(text, filters, &|_| None).0
+}
+
+/// The settings that pass, with those of included files, which `read` gives; and what of the includes is not followed.
+pub(super) fn included<'a>(
+    text: &'a [u8],
+    filters: Filters<'_>,
+    read: &dyn Fn(&str) -> Option<&'a [u8]>,
+) -> (Vec<Setting>, Vec<(Setting, &'static str)>) {
+    let pass = (true, true, true);
+    let mut reader =
+        Reader { filters, read, pass, found: Vec::new(), refused: Vec::new(), files: 0 };
+    reader.text(text, None, 0);
+    (reader.found, reader.refused)
+}
+
+struct Reader<'a, 'r> {
+    filters: Filters<'r>,
+    read: &'r dyn Fn(&str) -> Option<&'a [u8]>,
+    /// Whether the filters of models, of trials and of other kinds pass.
+    pass: (bool, bool, bool),
+    found: Vec<Setting>,
+    refused: Vec<(Setting, &'static str)>,
+    files: u32,
+}
+
+impl<'a> Reader<'a, '_> {
+    fn text(&mut self, text: &'a [u8], file: Option<&str>, depth: u32) {
+        let text = String::from_utf8_lossy(text.get(..MOST_BYTES).unwrap_or(text));
+        for (line, text) in (1..).zip(text.lines().map(str::trim)) {
+            if text.is_empty() || text.starts_with('#') {
+                continue;
             }
-        } else if model && tryboot && other {
-            found.extend(setting(line, text));
+            if let Some(name) = section(text) {
+                // The programs have the names in small letters, of `[EDID=…]` and `[HDMI:0]` too.
+                self.section(&name.to_ascii_lowercase());
+                continue;
+            }
+            let setting = setting(line, text).filter(|_| self.pass == (true, true, true));
+            let Some(mut setting) = setting else { continue };
+            setting.file = file.map(str::to_owned);
+            if setting.key == "include" && !setting.assigned {
+                self.include(setting, depth);
+            } else {
+                self.found.push(setting);
+            }
         }
     }
-    found
+
+    fn section(&mut self, name: &str) {
+        let Filters { models, tryboot, sections } = self.filters;
+        let (model, trial, other) = &mut self.pass;
+        match name {
+            _ if !sections => {}
+            "all" => self.pass = (true, true, true),
+            "tryboot" => *trial = tryboot.unwrap_or(false),
+            _ if is_model(name) => {
+                *model = models.is_some_and(|m| m.iter().any(|known| known == name));
+            }
+            _ => *other = false,
+        }
+    }
+
+    fn include(&mut self, setting: Setting, depth: u32) {
+        self.files += 1;
+        let reason = if depth >= DEEPEST || self.files > MOST_FILES {
+            "files include each other in a circle, or too many"
+        } else if let Some(text) = (self.read)(&setting.value) {
+            return self.text(text, Some(&setting.value), depth + 1);
+        } else {
+            "it is not there"
+        };
+        if self.refused.is_empty() {
+            self.refused.push((setting, reason));
+        }
+    }
 }
 
 /// The name in `[name]`.
@@ -70,7 +133,8 @@ pub fn setting(line: usize, text: &str) -> Option<Setting> {
     let assigned = text.contains('=');
     let (key, value) = text.split_once('=').or_else(|| text.split_once(' '))?;
     let value = if key == "initramfs" { value.split(' ').next().unwrap_or("") } else { value };
-    Some(Setting { line, key: key.trim().to_owned(), value: value.trim().to_owned(), assigned })
+    let (key, value) = (key.trim().to_owned(), value.trim().to_owned());
+    Some(Setting { file: None, line, key, value, assigned })
 }
 
 /// The last setting of that key, which counts.
@@ -95,11 +159,33 @@ mod tests {
         assert_eq!(taken(text, false, "pi4"), ["a=1", "b=1", "e=1", "h=1"]);
         assert_eq!(taken(text, false, "pi5"), ["a=1", "c=1", "e=1", "h=1"]);
         assert_eq!(taken(text, true, "pi5"), ["a=1", "c=1", "d=1", "e=1", "h=1"]);
+        assert_eq!(taken("[PI5]\na=1\n[ALL]\nb=1", false, "pi4"), ["b=1"]);
         assert_eq!(taken("[gpio4=1]\na=1\n[all]\nb=1", true, "pi4"), ["b=1"]);
         assert_eq!(
             taken("initramfs initrd.img followkernel", false, "pi4"),
             ["initramfs=initrd.img"]
         );
+    }
+
+    #[test]
+    fn included_files_are_read_in_their_place_and_a_circle_has_an_end() {
+        let filters = Filters { models: None, tryboot: Some(false), sections: true };
+        let read = |name: &str| match name {
+            "a.txt" => Some(&b"kernel=a\n[none]\n"[..]),
+            "circle.txt" => Some(&b"x=1\ninclude circle.txt\ninclude circle.txt\n"[..]),
+            _ => None,
+        };
+        let (found, refused) = included(b"kernel=b\ninclude a.txt\nkernel=c", filters, &read);
+        assert_eq!(last(&found, "kernel").map(|s| s.value.as_str()), Some("a"));
+        assert_eq!(last(&found, "kernel").and_then(|s| s.file.as_deref()), Some("a.txt"));
+        assert!(refused.is_empty(), "{refused:?}");
+        let (found, refused) = included(b"include circle.txt", filters, &read);
+        assert!(found.len() < 100, "{} settings", found.len());
+        assert_eq!(refused.len(), 1, "{refused:?}");
+        let (_, refused) = included(b"include none.txt", filters, &read);
+        assert_eq!(refused[0].1, "it is not there");
+        let long = [&b"a=1\n"[..]; 100_000].concat();
+        assert!(settings(&long, filters).len() <= MOST_BYTES / 4);
     }
 
     #[test]

@@ -22,7 +22,9 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
         let Some((prefix, drivers)) = PORTS.iter().find(|(prefix, _)| {
             name.strip_prefix(prefix).is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
         }) else {
-            if !name.starts_with("tty") && name != "serial0" && name != "null" {
+            // No console at all, and ports by their address, are among the kernel's words.
+            let known = ["", "null", "serial0", "uart", "uart8250"].contains(&name);
+            if !name.starts_with("tty") && !known {
                 run.stop(
                     "console-unknown",
                     system.places[3].clone(),

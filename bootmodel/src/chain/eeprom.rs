@@ -11,6 +11,8 @@ use super::rom::second_stage;
 use super::{Boot, Place, Run};
 
 const AUTOBOOT: &str = "autoboot.txt";
+/// What the boot ROM looks for on the card before it reads the EEPROM (bootflow-eeprom.adoc, "First stage bootloader").
+const RECOVERY: &str = "recovery.bin";
 
 /// The partition that autoboot.txt names, for this kind of start and this age of EEPROM.
 fn named(text: &[u8], tryboot: bool, sections: bool) -> Option<u32> {
@@ -30,13 +32,21 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
         );
         return Vec::new();
     };
+    if first.file(RECOVERY).is_some() {
+        run.stop(
+            "rom-recovery",
+            Place::file(first.number, RECOVERY),
+            "the boot ROM runs it in the stead of the EEPROM's program: it writes the EEPROM, and starts nothing".to_owned(),
+            "keep it off the card".to_owned(),
+        );
+    }
     let Some(text) = first.file(AUTOBOOT) else {
         // One partition for all starts, such as U-Boot's flow has.
         run.step("EEPROM", format!("partition {}: it has no {AUTOBOOT}", first.number));
         return boot(run, first, false).into_iter().collect();
     };
     autoboot(run, first, text);
-    let mut boots = Vec::new();
+    let mut boots: Vec<Boot<'a>> = Vec::new();
     for tryboot in [false, true] {
         let kind = if tryboot { "a trial" } else { "a start" };
         let Some(number) = named(text, tryboot, true) else {
@@ -57,6 +67,14 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
             );
             continue;
         };
+        if tryboot && named(text, false, true) == Some(number) {
+            run.stop(
+                "autoboot-partition",
+                Place::file(first.number, AUTOBOOT),
+                format!("{kind} is from partition {number}, as every other start: nothing else is ever tried"),
+                "name the partition of the other slot below [tryboot]".to_owned(),
+            );
+        }
         run.step(
             "EEPROM",
             format!("{AUTOBOOT} of partition {}: {kind} is from partition {number}", first.number),
@@ -76,6 +94,19 @@ fn autoboot(run: &mut Run<'_>, first: &Volume, text: &[u8]) {
             format!("it has {} bytes, the firmware reads {}", text.len(), releases.autoboot_limit),
             "shorten it".to_owned(),
         );
+    }
+    for tryboot in [false, true] {
+        let filters = Filters { models: None, tryboot: Some(tryboot), sections: true };
+        let settings = config::settings(text, filters);
+        if config::last(&settings, "tryboot_a_b").is_none_or(|set| set.value != "1") {
+            run.stop(
+                "autoboot-a-b",
+                place(),
+                "it has no tryboot_a_b=1: a trial reads tryboot.txt of its partition, and no config.txt".to_owned(),
+                "tryboot_a_b=1 below [all]".to_owned(),
+            );
+            break;
+        }
     }
     let since = run.card.device.eeprom_since.clone().unwrap_or_default();
     let eeprom = &releases.eeprom;
@@ -128,11 +159,27 @@ fn boot<'a>(run: &mut Run<'a>, volume: &'a Volume, tryboot: bool) -> Option<Boot
     };
     let filters =
         Filters { models: Some(&run.model.filters), tryboot: Some(tryboot), sections: true };
-    let settings = config::settings(text, filters);
+    // The EEPROM reads no included files (what_is_config_txt.adoc); what it starts on a Raspberry Pi 4 does.
+    let (own, unread) = config::included(text, filters, &|_| None);
+    let (settings, refused) = if run.soc.second_stage.is_empty() {
+        let unread = unread.into_iter().next();
+        (own.clone(), unread.map(|(include, _)| (include, "the EEPROM reads no included files")))
+    } else {
+        let (settings, refused) = config::included(text, filters, &|name| volume.file(name));
+        (settings, refused.into_iter().next())
+    };
+    if let Some(ramdisk) = config::last(&own, "boot_ramdisk").filter(|set| set.value != "0") {
+        run.stop(
+            "boot-ramdisk",
+            Place::line(number, "config.txt", ramdisk.line),
+            "with it everything comes out of boot.img: nothing of that is looked at here, and an update writes none".to_owned(),
+            "delete the line".to_owned(),
+        );
+    }
     let (mut program, mut date) = (None, None);
     if !run.soc.second_stage.is_empty() {
         // What else is wrong is said, too.
-        if let Some((bytes, day)) = second_stage(run, volume, "config.txt", &settings) {
+        if let Some((bytes, day)) = second_stage(run, volume, "config.txt", &own) {
             (program, date) = (Some(bytes), day);
         }
         let rule = &run.facts.releases.second_stage;
@@ -152,6 +199,6 @@ fn boot<'a>(run: &mut Run<'a>, volume: &'a Volume, tryboot: bool) -> Option<Boot
             );
         }
     }
-    let steps = std::mem::take(&mut run.steps);
-    Some(Boot { volume, tryboot, config: "config.txt", settings, date, program, steps })
+    let (steps, prefix, config) = (std::mem::take(&mut run.steps), String::new(), "config.txt");
+    Some(Boot { volume, tryboot, config, settings, prefix, refused, date, program, steps })
 }

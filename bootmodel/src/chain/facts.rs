@@ -111,8 +111,10 @@ pub struct Soc {
     pub first_stage: Option<String>,
     /// The firmware's program and the settings of its memory, where they are on the card.
     pub second_stage: Vec<String>,
-    /// The default of `kernel=`.
-    pub kernel: String,
+    /// The defaults of `kernel=`, of which the first that is there is taken.
+    pub kernel: Vec<String>,
+    /// Whether it starts a kernel in 64-bit mode when `arm_64bit` is not set.
+    pub starts_64bit: bool,
     /// The default of `gpu_mem=`.
     pub gpu_memory: Bytes,
     /// Where the memory ends that firmware and U-Boot use.

@@ -1,5 +1,7 @@
 //! Device trees as the firmware and the kernel read them (Devicetree specification 0.4, chapter 5), without trust:
-//! a damaged one is an error, never a panic.
+//! a damaged one is an error, never a panic, and one that means harm costs no more than a large one.
+
+use std::collections::BTreeMap;
 
 /// A node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +19,9 @@ pub struct Node {
 pub struct Tree {
     /// All nodes, each behind its parent.
     pub nodes: Vec<Node>,
+    /// The first node of each path, and of each number that other nodes refer to it by.
+    paths: BTreeMap<String, usize>,
+    phandles: BTreeMap<u32, usize>,
 }
 
 const MAGIC: u32 = 0xd00d_feed;
@@ -25,6 +30,15 @@ const END: u32 = 2;
 const PROPERTY: u32 = 3;
 const NOP: u32 = 4;
 const LAST: u32 = 9;
+
+/// The largest tree that the kernel takes (Linux, Documentation/arch/arm64/booting.rst, "must not exceed 2 megabytes").
+const LARGEST: usize = 2 << 20;
+/// The deepest node (Linux, drivers/of/fdt.c: FDT_MAX_DEPTH).
+const DEEPEST: usize = 64;
+/// The longest name of a node or property. The specification has 31, which some trees pass.
+const LONGEST: usize = 127;
+/// The most nodes. A Raspberry Pi 5's tree has some 800.
+const MOST_NODES: usize = 8192;
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let four = bytes.get(at..at.checked_add(4)?)?;
@@ -37,6 +51,13 @@ fn text(bytes: &[u8], at: usize) -> Option<String> {
     Some(String::from_utf8_lossy(&rest[..end]).into_owned())
 }
 
+/// A name with the bytes that it takes.
+fn name(bytes: &[u8], at: usize) -> Option<(String, usize)> {
+    let rest = bytes.get(at..)?;
+    let end = rest.iter().take(LONGEST + 1).position(|byte| *byte == 0)?;
+    Some((String::from_utf8_lossy(&rest[..end]).into_owned(), end))
+}
+
 impl Tree {
     /// Reads one.
     ///
@@ -46,11 +67,22 @@ impl Tree {
         if word(bytes, 0) != Some(MAGIC) {
             return Err("it does not begin as a device tree".to_owned());
         }
-        Self::nodes_of(bytes)
-            .ok_or_else(|| "it ends in the midst, or its parts do not fit".to_owned())
+        if bytes.len() > LARGEST {
+            return Err(format!("it has {} bytes, the kernel takes {LARGEST}", bytes.len()));
+        }
+        let nodes = Self::nodes_of(bytes)
+            .ok_or_else(|| "it ends in the midst, or its parts do not fit".to_owned())?;
+        let mut tree = Self { nodes, paths: BTreeMap::new(), phandles: BTreeMap::new() };
+        for (index, node) in tree.nodes.iter().enumerate() {
+            tree.paths.entry(node.path.clone()).or_insert(index);
+            if let Some(number) = node.number("phandle") {
+                tree.phandles.entry(number).or_insert(index);
+            }
+        }
+        Ok(tree)
     }
 
-    fn nodes_of(bytes: &[u8]) -> Option<Self> {
+    fn nodes_of(bytes: &[u8]) -> Option<Vec<Node>> {
         let (structure, strings) = (word(bytes, 8)? as usize, word(bytes, 12)? as usize);
         let mut nodes: Vec<Node> = Vec::new();
         let mut open: Vec<usize> = Vec::new();
@@ -60,8 +92,11 @@ impl Tree {
             at += 4;
             match token {
                 BEGIN => {
-                    let name = text(bytes, at)?;
-                    at = (at + name.len() + 4) & !3;
+                    let (name, length) = name(bytes, at)?;
+                    if open.len() >= DEEPEST || nodes.len() >= MOST_NODES {
+                        return None;
+                    }
+                    at = (at + length + 4) & !3;
                     let parent = open.last().copied().unwrap_or(0);
                     let path = match open.last().and_then(|parent| nodes.get(*parent)) {
                         None => "/".to_owned(),
@@ -75,13 +110,14 @@ impl Tree {
                 }
                 PROPERTY => {
                     let length = word(bytes, at)? as usize;
-                    let name = text(bytes, strings.checked_add(word(bytes, at + 4)? as usize)?)?;
+                    let place = strings.checked_add(word(bytes, at + 4)? as usize)?;
+                    let (name, _) = name(bytes, place)?;
                     let value = bytes.get(at + 8..(at + 8).checked_add(length)?)?;
                     nodes.get_mut(*open.last()?)?.properties.push((name, value.to_vec()));
                     at = (at + 8 + length + 3) & !3;
                 }
                 NOP => {}
-                LAST => return (open.is_empty() && !nodes.is_empty()).then_some(Self { nodes }),
+                LAST => return (open.is_empty() && !nodes.is_empty()).then_some(nodes),
                 _ => return None,
             }
         }
@@ -89,7 +125,7 @@ impl Tree {
 
     /// The node at a path, or under an alias.
     pub fn node(&self, path: &str) -> Option<&Node> {
-        self.nodes.iter().find(|node| node.path == path)
+        self.nodes.get(*self.paths.get(path)?)
     }
 
     /// What an alias stands for.
@@ -100,7 +136,7 @@ impl Tree {
 
     /// The node that other nodes refer to by this number.
     pub fn phandle(&self, number: u32) -> Option<&Node> {
-        self.nodes.iter().find(|node| node.number("phandle") == Some(number))
+        self.nodes.get(*self.phandles.get(&number)?)
     }
 
     /// The node above.
@@ -142,5 +178,46 @@ impl Node {
         let bytes = self.property("compatible").unwrap_or_default();
         let parts = bytes.split(|byte| *byte == 0).filter(|part| !part.is_empty());
         parts.map(|part| String::from_utf8_lossy(part).into_owned()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tree of these tokens, with this text as its names of properties.
+    fn tree(tokens: &[u32], strings: &[u8]) -> Vec<u8> {
+        let length = tokens.len() as u32 * 4;
+        let head = [MAGIC, 0, 16, 16 + length];
+        let words = head.iter().chain(tokens).flat_map(|word| word.to_be_bytes());
+        words.chain(strings.iter().copied()).collect()
+    }
+
+    #[test]
+    fn nodes_without_end_and_names_without_end_are_refused() {
+        assert!(Tree::read(&tree(&[BEGIN, 0, END, LAST], b"")).is_ok());
+        let deep = |count: usize| {
+            let begins = [BEGIN, 0].repeat(count);
+            tree(&[begins, vec![END; count], vec![LAST]].concat(), b"")
+        };
+        assert!(Tree::read(&deep(DEEPEST)).is_ok());
+        assert!(Tree::read(&deep(DEEPEST + 1)).is_err());
+        assert!(Tree::read(&deep(40_000)).is_err());
+        let wide = [vec![BEGIN, 0], [BEGIN, 0, END].repeat(100_000), vec![END, LAST]].concat();
+        assert!(Tree::read(&tree(&wide, b"")).is_err());
+        // Each property names all of a long text.
+        let property = [PROPERTY, 0, 0].repeat(10_000);
+        let named = [vec![BEGIN, 0], property, vec![END, LAST]].concat();
+        assert!(Tree::read(&tree(&named, &[&[b'x'; 1 << 20][..], &[0]].concat())).is_err());
+        assert!(Tree::read(&tree(&named, b"x\0")).is_ok());
+        let large = tree(&[vec![BEGIN, 0], vec![NOP; 1 << 19], vec![END, LAST]].concat(), b"");
+        assert!(Tree::read(&large).is_err_and(|reason| reason.contains("the kernel takes")));
+    }
+
+    #[test]
+    fn a_name_that_is_no_text_takes_its_own_bytes() {
+        // Three bytes that are no UTF-8 become as many times three.
+        let words = tree(&[BEGIN, 0xfffe_fd00, END, LAST], b"");
+        assert_eq!(Tree::read(&words).map(|tree| tree.nodes.len()), Ok(1));
     }
 }

@@ -11,6 +11,14 @@ const UNIT: u64 = 8 << 20;
 
 pub(super) fn check(run: &mut Run<'_>) {
     let card = run.card;
+    if card.slots.len() < 2 {
+        run.stop(
+            "slot-alone",
+            Place::card(),
+            "only one partition has a system in it: there is none to come back to".to_owned(),
+            "partitions of the roles root-a and root-b in board.toml".to_owned(),
+        );
+    }
     let mut alone = vec![("the partition table".to_owned(), 0)];
     for (number, sector) in (1..).zip(&card.device.boot_state.sectors) {
         alone.push((format!("copy {number} of the boot state"), sector.saturating_mul(512)));

@@ -1,7 +1,8 @@
 //! Stage 8, the script's addresses against the memory of the smallest board of a model.
 //!
 //! Sources: cmd/booti.c of U-Boot ("kernel_comp_addr_r is outside of DRAM range!"; a packed kernel is unpacked there
-//! and moved back to where it was loaded); the GPU's share comes off the top of the first GiB (memory.adoc); the
+//! and moved back to where it was loaded); the GPU's share comes off the top of the first GiB, `gpu_mem_512` and its like
+//! before `gpu_mem`, and `total_mem` makes less of it, from 128 MiB on (memory.adoc); the
 //! kernel's own needs: Documentation/arch/arm64/booting.rst.
 
 use super::system::System;
@@ -27,8 +28,14 @@ impl Area {
 
 pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: &System<'_>) {
     let (Some(script), Ok(parts)) = (system.script, system.parts) else { return };
+    let mib = |key: &str| boot.value(key).and_then(|mib| mib.parse::<u64>().ok());
     let ram = run.model.ram.iter().min().map_or(0, |ram| ram.0).min(run.soc.memory_top.0);
-    let gpu = boot.value("gpu_mem").and_then(|mib| mib.parse::<u64>().ok()).map(|mib| mib << 20);
+    // A smaller memory than 128 MiB is not to be had.
+    let told = mib("total_mem").map_or(ram, |mib| mib.clamp(128, 1 << 20) << 20);
+    let ram = ram.min(told);
+    // The key for this very size of memory counts before the one for all.
+    let gpu = mib(&format!("gpu_mem_{}", ram >> 20)).or_else(|| mib("gpu_mem"));
+    let gpu = gpu.map(|mib| mib.min(1 << 20) << 20);
     let top = ram.saturating_sub(gpu.unwrap_or(run.soc.gpu_memory.0));
     let usable = top.saturating_sub(UBOOT_AT_TOP);
     let place = Place::file(script.partition, "boot.scr");
@@ -40,7 +47,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: 
     for load in &script.loads {
         let size = match load.path.as_str() {
             path if path.contains("vmlinuz") => {
-                parts.packed.max(parts.in_memory + parts.text_offset)
+                parts.packed.max(parts.in_memory.saturating_add(parts.text_offset))
             }
             path if path.contains("initrd") => parts.initrd_size,
             _ => parts.tree_size + TREE_GROWS,

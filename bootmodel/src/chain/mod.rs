@@ -18,12 +18,14 @@
 //! | 11 | [`watchdog`] | seconds that the watchdog can count |
 //! | 12 | [`console`] | the console |
 //! | 13 | [`layout`] | what shares an erase block |
+//! | 14 | [`words`] | the kernel's command line |
 
 pub mod card;
 pub mod config;
 mod console;
 mod eeprom;
 pub mod facts;
+mod fat;
 pub mod fdt;
 mod layout;
 mod memory;
@@ -37,6 +39,7 @@ pub(crate) mod table;
 mod uboot;
 mod versions;
 pub mod watchdog;
+mod words;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -165,6 +168,9 @@ impl Verdict {
     }
 }
 
+/// The most findings of one rule for one model: who reads more of them?
+const MOST_OF_A_RULE: usize = 40;
+
 /// One model on one card.
 struct Run<'a> {
     card: &'a Card,
@@ -194,7 +200,8 @@ impl Run<'_> {
     ) {
         let models = vec![self.model.compatible.clone()];
         let finding = Finding { rule, level, place, message, help, models };
-        if !self.findings.contains(&finding) {
+        let same = self.findings.iter().filter(|known| known.rule == rule).count();
+        if same < MOST_OF_A_RULE && !self.findings.contains(&finding) {
             self.findings.push(finding);
         }
     }
@@ -213,6 +220,10 @@ struct Boot<'a> {
     tryboot: bool,
     config: &'static str,
     settings: Vec<Setting>,
+    /// What stands before the names of the operating system's files ([`names::prefix`]).
+    prefix: String,
+    /// The first `include` that is not followed, and why.
+    refused: Option<(Setting, &'static str)>,
     /// The day of the firmware's program, where it is on the card.
     date: Option<String>,
     /// The program itself.
@@ -226,16 +237,29 @@ impl Boot<'_> {
         config::last(&self.settings, key).map(|setting| setting.value.as_str())
     }
 
-    /// A file of the operating system: `os_prefix` stands before the names of all of them (documentation of config.txt).
+    /// A file of the operating system: the prefix stands before the names of all of them but absolute ones.
     fn os_file(&self, name: &str) -> String {
-        format!("{}{name}", self.value("os_prefix").unwrap_or_default())
+        match name.strip_prefix('/') {
+            Some(absolute) => absolute.to_owned(),
+            None => format!("{}{name}", self.prefix),
+        }
     }
 
     fn place(&self, key: &str) -> Place {
         match config::last(&self.settings, key) {
-            Some(setting) => Place::line(self.volume.number, self.config, setting.line),
+            Some(setting) => self.at(setting),
             None => Place::file(self.volume.number, self.config),
         }
+    }
+
+    fn at(&self, setting: &Setting) -> Place {
+        let file = setting.file.as_deref().unwrap_or(self.config);
+        Place::line(self.volume.number, file, setting.line)
+    }
+
+    /// Whether a setting is on.
+    fn is_on(&self, key: &str) -> bool {
+        self.value(key).is_some_and(|value| value != "0")
     }
 }
 
@@ -324,11 +348,13 @@ fn start(run: &mut Run<'_>, systems: &mut Systems) {
     let first = first.filter(|volume| volumes.iter().all(|v| v.number != volume.number));
     let read: Vec<&Volume> = first.into_iter().chain(volumes).collect();
     table::check(run, &read);
-    for (index, boot) in boots.iter().enumerate() {
+    for (index, mut boot) in boots.into_iter().enumerate() {
+        boot.prefix = names::prefix(run, &boot);
+        let boot = &boot;
         boot.steps.iter().for_each(|step| run.step(step.who, step.what.clone()));
         settings::check(run, boot);
         versions::check_boards(run, boot);
-        let kernel = boot.os_file(boot.value("kernel").unwrap_or(&run.soc.kernel));
+        let kernel = names::kernel(run, boot);
         let Some(program) = boot.volume.file(&kernel).filter(|bytes| !bytes.is_empty()) else {
             run.stop(
                 "kernel-missing",
@@ -344,8 +370,11 @@ fn start(run: &mut Run<'_>, systems: &mut Systems) {
                 "firmware",
                 format!("starts U-Boot, {kernel} of partition {}", boot.volume.number),
             );
+            settings::check_mode(run, boot, &kernel, Some(program));
             uboot(run, boot, program, tree, systems);
         } else {
+            settings::check_mode(run, boot, &kernel, None);
+            packed(run, boot, &kernel, program);
             let Some(slot) = run.card.slots.get(index.min(run.card.slots.len().saturating_sub(1)))
             else {
                 continue;
@@ -367,6 +396,20 @@ fn start(run: &mut Run<'_>, systems: &mut Systems) {
             let system = System { parts, words, places, slot, script: None };
             kernel_stages(run, Some(boot), &system);
         }
+    }
+}
+
+/// The firmware unpacks gzip, and nothing else (documentation of config.txt, `arm_64bit`: "uncompressed image files or a
+/// gzip archive of an image").
+fn packed(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, program: &[u8]) {
+    if program.starts_with(&system::ZSTD) {
+        run.stop(
+            "kernel-packed",
+            Place::file(boot.volume.number, kernel),
+            "it is packed with zstd; the firmware unpacks gzip alone, and starts this as it is"
+                .to_owned(),
+            "an Image, plain or packed with gzip".to_owned(),
+        );
     }
 }
 
@@ -423,6 +466,7 @@ fn kernel_stages(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<'_>
         }
     };
     versions::check_kernel(run, system, parts);
+    words::check(run, boot, system);
     supply::check(run, system, parts);
     restart::check(run, boot, system, parts);
     watchdog::check(run, boot, system, parts);

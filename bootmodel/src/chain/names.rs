@@ -1,31 +1,63 @@
 //! Stage 5, device trees by model: the firmware's names and U-Boot's.
 //!
 //! Sources: strings of start.elf and start4.elf (`bcm%d-rpi-%s.dtb`); `upstream_kernel` in the documentation of
-//! config.txt; U-Boot: the table `rpi_models` in board/raspberrypi/rpi/rpi.c, whose names stand in the binary.
+//! config.txt (the firmware's own names where the kernel's are not there); U-Boot: the table `rpi_models` in board/raspberrypi/rpi/rpi.c, whose names stand in the binary.
 
 use super::card::Slot;
 use super::uboot::Script;
 use super::{Boot, Place, Run};
 
+/// The file that the firmware starts: `kernel=`, else the first of its own names that is there.
+pub(super) fn kernel(run: &Run<'_>, boot: &Boot<'_>) -> String {
+    if let Some(name) = boot.value("kernel") {
+        return boot.os_file(name);
+    }
+    let names = || run.soc.kernel.iter().map(|name| boot.os_file(name));
+    let there = names().find(|name| boot.volume.file(name).is_some());
+    there.or_else(|| names().last()).unwrap_or_default()
+}
+
+/// Names of trees that the firmware asks for on this model, each with the one that it takes instead.
+fn trees(run: &Run<'_>, boot: &Boot<'_>) -> Vec<(String, Option<String>)> {
+    if let Some(name) = boot.value("device_tree") {
+        return vec![(name.to_owned(), None)];
+    }
+    let own = || run.model.firmware_dtbs.iter().cloned();
+    if !boot.is_on("upstream_kernel") || run.model.upstream_dtbs.is_empty() {
+        return own().map(|name| (name, None)).collect();
+    }
+    run.model.upstream_dtbs.iter().cloned().zip(own().map(Some)).collect()
+}
+
+/// What stands before the names of the operating system's files: `os_prefix`, which is passed over unless kernel and
+/// tree are there under it (documentation of config.txt, `os_prefix`, `upstream_kernel`).
+pub(super) fn prefix(run: &Run<'_>, boot: &Boot<'_>) -> String {
+    let upstream = boot.is_on("upstream_kernel").then_some("upstream/");
+    let prefix = boot.value("os_prefix").or(upstream).unwrap_or_default();
+    let there = |name: &str| boot.volume.file(&format!("{prefix}{name}")).is_some();
+    let kernel = match boot.value("kernel") {
+        Some(name) => name.starts_with('/') || there(name),
+        None => run.soc.kernel.iter().any(|name| there(name)),
+    };
+    let trees = trees(run, boot);
+    let tree = trees.iter().any(|(name, other)| there(name) || other.as_deref().is_some_and(there));
+    if kernel && tree { prefix.to_owned() } else { String::new() }
+}
+
 /// The tree that the firmware takes, of all that this model may ask for; all must be there.
 pub(super) fn firmware_tree(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<String> {
     let number = boot.volume.number;
-    let upstream =
-        boot.value("upstream_kernel") == Some("1") && !run.model.upstream_dtbs.is_empty();
-    let names = if upstream { &run.model.upstream_dtbs } else { &run.model.firmware_dtbs };
-    let names = match boot.value("device_tree") {
-        Some(name) => vec![name.to_owned()],
-        None => names.clone(),
-    };
     let mut found = None;
-    for name in names {
+    for (name, other) in trees(run, boot) {
         let path = boot.os_file(&name);
-        if boot.volume.file(&path).is_some_and(|bytes| !bytes.is_empty()) {
-            found = found.or(Some(path));
+        let there = |path: &String| boot.volume.file(path).is_some_and(|bytes| !bytes.is_empty());
+        let taken = [Some(path.clone()), other.map(|other| boot.os_file(&other))];
+        if let Some(taken) = taken.into_iter().flatten().find(there) {
+            found = found.or(Some(taken));
             continue;
         }
         let near: Vec<&String> =
-            boot.volume.files.keys().filter(|file| file.ends_with(".dtb")).collect();
+            boot.volume.files.keys().filter(|file| file.ends_with(".dtb")).take(20).collect();
         run.stop(
             "tree-missing",
             Place::partition(number),

@@ -43,7 +43,7 @@ pub(super) fn check(
         (None, Some(boot)) if boot.tryboot => {
             // On a Raspberry Pi 5 the EEPROM reads it, on older ones the program of the card.
             let key = "kernel_watchdog_timeout";
-            boot.value(key).is_some() && boot.program.is_none_or(|program| knows(program, key))
+            boot.is_on(key) && boot.program.is_none_or(|program| knows(program, key))
         }
         (None, Some(_)) => true,
         (None, None) => false,

@@ -3,7 +3,8 @@
 //! Sources: strings of `bootcode.bin` of 26 August 2022 (`gpu_mem`, `gpu_mem_256/512/1024`, `start_x`,
 //! `start_debug`, `start_file`, `fixup_file`, `start_cd.elf`, `fixup_cd.dat`): it chooses the firmware itself, before
 //! any section of config.txt counts. raspberrypi/firmware#984, raspberrypi/linux#503, raspberrypi/documentation, pull
-//! requests 3233 and 4194; boot ROM: raspberrypi/firmware#1738.
+//! requests 3233 and 4194; boot ROM: raspberrypi/firmware#1738. It has `autoboot.txt` and `boot_partition` among its
+//! strings, too, and reads no included files (what_is_config_txt.adoc).
 
 use super::config::{self, Filters, Setting};
 use super::{Boot, Place, Run, find};
@@ -152,6 +153,14 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
         return Vec::new();
     }
     run.step("boot ROM", format!("{first} of partition {number} (FAT{})", volume.width()));
+    if volume.file("autoboot.txt").is_some() {
+        run.stop(
+            "rom-autoboot",
+            Place::file(number, "autoboot.txt"),
+            format!("{first} reads it, too, and starts the partition that it names"),
+            "delete it: only Raspberry Pi 4 and later can try a partition so".to_owned(),
+        );
+    }
     let text = volume.file("config.txt").unwrap_or_default();
     // No section counts here.
     let all = config::settings(text, Filters { models: None, tryboot: None, sections: false });
@@ -171,9 +180,10 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     }
     let filters =
         Filters { models: Some(&run.model.filters), tryboot: Some(false), sections: true };
-    let settings = config::settings(text, filters);
-    let steps = std::mem::take(&mut run.steps);
-    vec![Boot { volume, tryboot: false, config: "config.txt", settings, date, program, steps }]
+    let (settings, refused) = config::included(text, filters, &|name| volume.file(name));
+    let (steps, prefix) = (std::mem::take(&mut run.steps), String::new());
+    let (refused, config) = (refused.into_iter().next(), "config.txt");
+    vec![Boot { volume, tryboot: false, config, settings, prefix, refused, date, program, steps }]
 }
 
 #[cfg(test)]

@@ -4,33 +4,65 @@
 //! keys: a program holds each key that it reads as a string of its own, checked in start.elf, start4.elf and
 //! bootcode.bin of 26 August 2022.
 
-use super::config::{section, setting};
-use super::{Boot, Place, Run};
+use std::collections::BTreeSet;
+
+use super::config::{MOST_BYTES, section, setting};
+use super::{Boot, Place, Run, facts};
 
 /// A comment that says why a key may be unknown: `# may be unknown: KEY: reason`.
 const EXCUSE: &str = "# may be unknown:";
 
 /// Whether a program reads this key: it is in there as a string, alone or with blanks behind it.
 pub(super) fn knows(program: &[u8], key: &str) -> bool {
-    let word = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
-    let mut from = 0;
-    while let Some(at) = super::find(program.get(from..).unwrap_or_default(), key.as_bytes()) {
-        let start = from + at;
-        let before = start.checked_sub(1).and_then(|before| program.get(before));
-        let after = program.get(start + key.len());
-        if !before.is_some_and(word) && matches!(after, Some(0 | b' ')) {
-            return true;
-        }
-        from = start + 1;
-    }
-    false
+    words(program).contains(key.as_bytes())
 }
+
+/// All that a program may know as a key: words of small letters, digits and the like, alone or with blanks behind them.
+fn words(program: &[u8]) -> BTreeSet<&[u8]> {
+    let part = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
+    let mut found = BTreeSet::new();
+    let mut start = 0;
+    for (at, byte) in program.iter().enumerate() {
+        // Names of sections have others: pi3+, board-type.
+        if part(byte) || b"+-".contains(byte) {
+            continue;
+        }
+        if matches!(byte, 0 | b' ') {
+            let word = &program[start..at];
+            let bare = word.iter().rposition(|byte| !part(byte)).map_or(0, |other| other + 1);
+            found.extend([word, &word[bare..]].into_iter().filter(|word| word.len() <= LONGEST));
+        }
+        start = at + 1;
+    }
+    found.remove(&b""[..]);
+    found
+}
+
+/// The longest key: `%64s` in start.elf.
+const LONGEST: usize = 64;
 
 pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
     let number = boot.volume.number;
     let text = boot.volume.file(boot.config).unwrap_or_default();
     let at = |line: usize| Place::line(number, boot.config, line);
     let limit = run.facts.releases.line_limit;
+    if text.len() > MOST_BYTES {
+        run.stop(
+            "config-size",
+            Place::file(number, boot.config),
+            format!("it has {} bytes; no more than {MOST_BYTES} are looked at", text.len()),
+            "shorten it".to_owned(),
+        );
+    }
+    let text = text.get(..MOST_BYTES).unwrap_or(text);
+    if let Some((include, reason)) = boot.refused.clone() {
+        run.stop(
+            "config-include",
+            boot.at(&include),
+            format!("`include {}` is not followed: {reason}", include.value),
+            "write its lines into this file".to_owned(),
+        );
+    }
     let mut last_section = None;
     for (line, bytes) in (1..).zip(text.split(|byte| *byte == b'\n')) {
         let shown = String::from_utf8_lossy(bytes);
@@ -44,12 +76,13 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
                 "end lines in LF alone".to_owned(),
             );
         }
-        if !bytes.is_ascii() && !comment {
+        let control = |byte: &u8| byte.is_ascii_control() && !b"\t\r".contains(byte);
+        if bytes.contains(&0) || !comment && (!bytes.is_ascii() || bytes.iter().any(control)) {
             let help = "spell it in ASCII".to_owned();
             run.stop(
                 "config-bytes",
                 at(line),
-                "it has other characters than ASCII".to_owned(),
+                "it has other characters than those of a text in ASCII".to_owned(),
                 help,
             );
         }
@@ -93,7 +126,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
         if boot.volume.file(&file).is_none_or(<[u8]>::is_empty) {
             run.stop(
                 "initrd-missing",
-                at(setting.line),
+                boot.at(setting),
                 format!("the firmware loads {file}, which is not there"),
                 "a boot file with `source = \"initrd\"` and that path".to_owned(),
             );
@@ -111,11 +144,51 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
     }
 }
 
+/// How the firmware starts what it starts: in which mode, and where. `uboot` is U-Boot, which runs nowhere but where it
+/// was linked for (CONFIG_TEXT_BASE).
+pub(super) fn check_mode(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, uboot: Option<&[u8]>) {
+    let plain = kernel.rsplit('/').next().unwrap_or_default();
+    // A known name decides over the mode.
+    let known = run.soc.kernel.iter().any(|name| name == plain);
+    let wanted = boot.value("arm_64bit").map_or(run.soc.starts_64bit, |value| value != "0");
+    if !(wanted || known) {
+        run.stop(
+            "config-mode",
+            boot.place("arm_64bit"),
+            format!("without arm_64bit=1 the {} starts {kernel} in 32-bit mode", run.soc.name),
+            "arm_64bit=1".to_owned(),
+        );
+    }
+    let number = |text: &str| match text.strip_prefix("0x") {
+        Some(digits) => facts::number(digits),
+        None => text.parse().ok(),
+    };
+    let address = boot.value("kernel_address").map(number);
+    let own = run.soc.u_boot_address.0;
+    if boot.is_on("kernel_old") {
+        run.stop(
+            "config-address",
+            boot.place("kernel_old"),
+            format!("{kernel} is loaded to address 0, where no 64-bit kernel and no U-Boot runs"),
+            "delete the line".to_owned(),
+        );
+    } else if uboot.is_some() && address.is_some_and(|address| address != Some(own)) {
+        run.stop(
+            "config-address",
+            boot.place("kernel_address"),
+            format!("U-Boot is loaded there, and was linked for {own:#x}"),
+            "delete the line".to_owned(),
+        );
+    }
+}
+
 /// Keys and sections that the shipped program does not know.
 fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
     // What has no date is no firmware, which is said already.
     let (Some(program), Some(day)) = (boot.program, &boot.date) else { return };
     let loader = run.soc.first_stage.as_deref().and_then(|name| boot.volume.file(name));
+    let mut in_programs = words(program);
+    in_programs.extend(loader.map(words).into_iter().flatten());
     let text = String::from_utf8_lossy(text);
     let excused: Vec<&str> = text
         .lines()
@@ -125,28 +198,38 @@ fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
     let known = run.facts.releases.known_key.iter().flat_map(|known| &known.keys);
     let known: Vec<&String> = known.collect();
     let mut unknown = Vec::new();
+    let mut seen = BTreeSet::new();
     for setting in &boot.settings {
-        let key = &setting.key;
-        let here = knows(program, key) || loader.is_some_and(|loader| knows(loader, key));
-        if !(here || known.contains(&key) || excused.contains(&key.as_str())) {
-            unknown.push((setting.line, "config-key", key.clone(), "the line does nothing"));
+        // `hdmi_mode:1` is that key of the second port (conditional.adoc, "The [HDMI:*] filter").
+        let key = setting.key.split(':').next().unwrap_or_default().to_owned();
+        let here = in_programs.contains(key.as_bytes());
+        if !(here || known.contains(&&key) || excused.contains(&key.as_str())) {
+            unknown.push((boot.at(setting), "config-key", key, "the line does nothing"));
         }
     }
+    let at = |line: usize| Place::line(boot.volume.number, boot.config, line);
     for (line, text) in (1..).zip(text.lines()) {
         // [gpio4=1], [EDID=…] and serial numbers are of other kinds.
         let name =
             section(text.trim()).filter(|name| !name.contains('=') && !name.starts_with("0x"));
-        let Some(name) = name.filter(|name| !excused.contains(name)) else { continue };
-        if !knows(program, name) && super::find(program, format!("[{name}]").as_bytes()).is_none() {
+        let Some(name) = name.filter(|name| !excused.contains(name) && !name.contains(':')) else {
+            continue;
+        };
+        let small = name.to_ascii_lowercase();
+        let marked = format!("[{small}]");
+        if in_programs.contains(small.as_bytes()) || !seen.insert(small) {
+            continue;
+        }
+        if super::find(program, marked.as_bytes()).is_none() {
             let so = "what stands below counts always or never";
-            unknown.push((line, "config-section", format!("[{name}]"), so));
+            unknown.push((at(line), "config-section", format!("[{name}]"), so));
         }
     }
-    for (line, rule, name, so) in unknown {
+    for (place, rule, name, so) in unknown {
         let bare = name.trim_matches(['[', ']']).to_owned();
         run.stop(
             rule,
-            Place::line(boot.volume.number, boot.config, line),
+            place,
             format!("the shipped firmware of {day} does not know `{name}`: {so}"),
             format!("correct or delete it; if nothing depends on it, `{EXCUSE} {bare}: why` in a line of its own"),
         );
@@ -156,12 +239,15 @@ fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
 /// Overlays that are asked for must be there, and must reach the kernel.
 fn overlays(run: &mut Run<'_>, boot: &Boot<'_>) {
     let prefix = boot.value("overlay_prefix").unwrap_or("overlays/").to_owned();
-    let kernel = boot.os_file(boot.value("kernel").unwrap_or(&run.soc.kernel));
+    let kernel = super::names::kernel(run, boot);
     let uboot = boot.volume.file(&kernel).is_some_and(super::uboot::is_uboot);
+    // Those of all systems, unless the prefix has a folder of its own, with a README (documentation, `overlay_prefix`).
+    let own = boot.volume.file(&boot.os_file(&format!("{prefix}README"))).is_some();
+    let slots_tree = uboot && super::uboot::takes_a_tree(boot);
     for setting in &boot.settings {
-        let place = Place::line(boot.volume.number, boot.config, setting.line);
+        let place = boot.at(setting);
         match setting.key.as_str() {
-            "dtoverlay" | "dtparam" if uboot && !setting.value.is_empty() => run.stop(
+            "dtoverlay" | "dtparam" if slots_tree && !setting.value.is_empty() => run.stop(
                 "overlay-lost",
                 place,
                 format!(
@@ -172,7 +258,8 @@ fn overlays(run: &mut Run<'_>, boot: &Boot<'_>) {
             ),
             "dtoverlay" if !setting.value.is_empty() => {
                 let name = setting.value.split(',').next().unwrap_or_default();
-                let file = boot.os_file(&format!("{prefix}{name}.dtbo"));
+                let file = format!("{prefix}{name}.dtbo");
+                let file = if own { boot.os_file(&file) } else { file };
                 if boot.volume.file(&file).is_none() {
                     run.stop(
                         "overlay-missing",

@@ -4,6 +4,7 @@
 //! Sources: drivers/of/property.c (`of_supplier_bindings`: which properties name suppliers); the same failure:
 //! nerves-project/nerves_system_rpi4, pull request 31.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 
 use super::Run;
@@ -27,9 +28,13 @@ const SUPPLIERS: [(&str, Option<&str>); 12] = [
     ("interrupt-parent", None),
 ];
 
+/// The most that a property of a device names as suppliers. A Raspberry Pi's clocks have ten.
+const MOST_NAMED: usize = 64;
+
 /// Nodes that a node names, with the property.
 fn named<'t>(tree: &'t Tree, node: &Node) -> Vec<(String, &'t Node)> {
     let mut found = Vec::new();
+    let mut seen = BTreeSet::new();
     for (name, _) in &node.properties {
         let bare = name.rsplit('-').next().unwrap_or_default();
         let cells = match SUPPLIERS.iter().find(|(known, _)| known == name) {
@@ -44,10 +49,16 @@ fn named<'t>(tree: &'t Tree, node: &Node) -> Vec<(String, &'t Node)> {
         };
         let numbers = node.numbers(name);
         let mut at = 0;
-        while let Some(supplier) = numbers.get(at).and_then(|number| tree.phandle(*number)) {
-            found.push((name.clone(), supplier));
+        let mut count = 0;
+        while let Some(supplier) = numbers.get(at).and_then(|number| tree.phandle(*number))
+            && count < MOST_NAMED
+        {
+            count += 1;
+            if seen.insert((name.as_str(), supplier.path.as_str())) {
+                found.push((name.clone(), supplier));
+            }
             let more = cells.and_then(|cells| supplier.number(cells)).unwrap_or(0);
-            at += 1 + more as usize;
+            at = at.saturating_add(1 + more as usize);
         }
     }
     found
@@ -66,18 +77,30 @@ fn device<'t>(tree: &'t Tree, node: &'t Node) -> Option<&'t Node> {
     None
 }
 
+/// How many nodes may be looked at for one card. Those of a Raspberry Pi 4 and 5 need some thousands.
+const FUEL: u32 = 50_000;
+
+/// A device tree, as one who looks for suppliers in it walks it.
+struct Walk<'t> {
+    tree: &'t Tree,
+    /// What is left of [`FUEL`].
+    fuel: Cell<u32>,
+}
+
 /// Whether a node waits for a device, itself or through others.
-fn waits_for(tree: &Tree, from: &Node, device_path: &str) -> bool {
+fn waits_for(walk: &Walk<'_>, from: &Node, device_path: &str) -> bool {
     let mut seen = BTreeSet::new();
     let mut left = vec![from];
     while let Some(node) = left.pop() {
-        let bound = device(tree, node);
+        let Some(fuel) = walk.fuel.get().checked_sub(1) else { return false };
+        walk.fuel.set(fuel);
+        let bound = device(walk.tree, node);
         if bound.is_some_and(|bound| bound.path == device_path) {
             return true;
         }
         for node in [Some(node), bound].into_iter().flatten() {
-            if seen.insert(node.path.clone()) {
-                left.extend(named(tree, node).into_iter().map(|(_, supplier)| supplier));
+            if seen.insert(node.path.as_str()) {
+                left.extend(named(walk.tree, node).into_iter().map(|(_, supplier)| supplier));
             }
         }
     }
@@ -87,12 +110,13 @@ fn waits_for(tree: &Tree, from: &Node, device_path: &str) -> bool {
 /// The suppliers that a device waits for: not those that are switched off, and none that waits for the device in turn,
 /// which the kernel tells and lets go (`of_get_compat_node`, and cycles in drivers/base/core.c): a Raspberry Pi's clocks
 /// name the screens' ports, which name the clocks.
-fn suppliers<'t>(tree: &'t Tree, node: &'t Node) -> Vec<(String, &'t Node)> {
+fn suppliers<'t>(walk: &Walk<'t>, node: &'t Node) -> Vec<(String, &'t Node)> {
+    let tree = walk.tree;
     let own = device(tree, node).map_or_else(String::new, |bound| bound.path.clone());
     let all = named(tree, node).into_iter();
     all.filter(|(_, supplier)| {
         let on = device(tree, supplier).is_some_and(|bound| tree.enabled(bound));
-        on && !waits_for(tree, supplier, &own)
+        on && !waits_for(walk, supplier, &own)
     })
     .collect()
 }
@@ -134,6 +158,7 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
         );
         return;
     };
+    let walk = Walk { tree, fuel: Cell::new(FUEL) };
     let mut seen = BTreeSet::new();
     // Node, and why it is needed.
     let mut left = vec![(card, "has the card".to_owned())];
@@ -142,7 +167,7 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
     while let Some((node, why)) = left.pop() {
         let Some(bound) = device(tree, node) else { continue };
         if seen.insert(node.path.clone()) {
-            for (property, supplier) in suppliers(tree, node) {
+            for (property, supplier) in suppliers(&walk, node) {
                 left.push((supplier, format!("is {property} of {}", node.path)));
             }
         }
@@ -150,7 +175,7 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
             continue;
         }
         supplied += 1;
-        for (property, supplier) in suppliers(tree, bound) {
+        for (property, supplier) in suppliers(&walk, bound) {
             left.push((supplier, format!("is {property} of {}", bound.path)));
         }
         // A bus is above its devices.
@@ -162,6 +187,14 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
             Driver::Module(module) => missing.push((bound, why, Some(module))),
             Driver::None => missing.push((bound, why, None)),
         }
+    }
+    if walk.fuel.get() == 0 {
+        run.stop(
+            "tree-knotted",
+            system.places[2].clone(),
+            "its devices wait for each other in more ways than can be followed".to_owned(),
+            "the device tree of this very model".to_owned(),
+        );
     }
     let storage_path = card.path.clone();
     for (node, why, module) in missing {

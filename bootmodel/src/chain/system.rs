@@ -12,8 +12,13 @@ use super::fdt::Tree;
 use super::uboot::Script;
 use super::{Place, find};
 
-/// The largest kernel or initrd that is unpacked.
-const LARGEST: u64 = 512 << 20;
+/// The largest kernel or initrd that is unpacked: three times Debian's kernel.
+const LARGEST: u64 = 128 << 20;
+/// The most files of an initrd, and the largest that is kept of it, such as `/init`.
+const MOST_FILES: usize = 65_536;
+const LARGEST_KEPT: usize = 256 << 10;
+/// How a file begins that is packed with zstd (RFC 8878, 3.1.1).
+pub(super) const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Zeros before the `compatible` of a match that has neither name nor type.
 const BEFORE: usize = 64;
 /// Bytes of `compatible` in a match.
@@ -44,7 +49,7 @@ pub struct Parts {
     pub built_in: BTreeSet<String>,
     /// Modules that are built in.
     pub built_in_modules: BTreeSet<String>,
-    /// Files of the initrd.
+    /// Small files of the initrd, such as its `/init`.
     pub initrd: BTreeMap<String, Vec<u8>>,
     /// Modules that the initrd loads, with the `compatible` strings of each.
     pub loaded: BTreeMap<String, BTreeSet<String>>,
@@ -80,13 +85,17 @@ pub fn unpack(bytes: &[u8]) -> Result<Vec<u8>, String> {
     let mut out = Vec::new();
     let read = match bytes {
         [0x1f, 0x8b, ..] => {
-            flate2::read::MultiGzDecoder::new(bytes).take(LARGEST).read_to_end(&mut out)
+            flate2::read::MultiGzDecoder::new(bytes).take(LARGEST + 1).read_to_end(&mut out)
         }
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => zstd::Decoder::new(bytes)
-            .and_then(|decoder| decoder.take(LARGEST).read_to_end(&mut out)),
+        bytes if bytes.starts_with(&ZSTD) => zstd::Decoder::new(bytes)
+            .and_then(|decoder| decoder.take(LARGEST + 1).read_to_end(&mut out)),
         _ => return Ok(bytes.to_vec()),
     };
-    read.map(|_| out).map_err(|error| format!("it does not unpack: {error}"))
+    read.map_err(|error| format!("it does not unpack: {error}"))?;
+    if out.len() as u64 > LARGEST {
+        return Err(format!("it unpacks to more than {} MiB", LARGEST >> 20));
+    }
+    Ok(out)
 }
 
 impl Parts {
@@ -124,15 +133,18 @@ impl Parts {
             let alias = part.split_once(".alias=").map(|(_, alias)| alias);
             built_in.extend(alias.and_then(of_alias));
         }
+        let mut of_module: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+        for (compatible, module) in &aliases {
+            of_module.entry(module).or_default().insert(compatible.clone());
+        }
         let mut loaded = BTreeMap::new();
         let list = files.get("etc/modules").map(|list| String::from_utf8_lossy(list).into_owned());
         for path in list.unwrap_or_default().lines() {
             let name = module_name(path);
-            let mut of: BTreeSet<String> = aliases
-                .iter()
-                .filter(|(_, module)| *module == name)
-                .map(|(c, _)| c.clone())
-                .collect();
+            if loaded.contains_key(&name) {
+                continue;
+            }
+            let mut of = of_module.get(name.as_str()).cloned().unwrap_or_default();
             // What the module says itself, unless it is packed.
             let bytes = files.get(path.trim_start_matches('/')).map_or(&[][..], Vec::as_slice);
             for part in bytes.split(|byte| *byte == 0).filter(|part| part.starts_with(b"alias=of:"))
@@ -143,7 +155,11 @@ impl Parts {
                 loaded.insert(name, of);
             }
         }
+        // What a header claims is not more than what can be added up.
+        let u64_at = |at: usize| u64_at(at).min(1 << 48);
         let declared = u64_at(16);
+        let mut files = files;
+        files.retain(|_, bytes| bytes.len() <= LARGEST_KEPT);
         Ok(Self {
             tree: Tree::read(tree).map_err(|error| format!("the device tree: {error}"))?,
             version: version(&image),
@@ -211,6 +227,9 @@ fn archive(bytes: &[u8]) -> Result<BTreeMap<String, Vec<u8>>, String> {
         let mut reader = cpio::newc::Reader::new(rest).map_err(doing)?;
         if reader.entry().is_trailer() {
             return Ok(files);
+        }
+        if files.len() >= MOST_FILES {
+            return Err(format!("the initrd's archive has more than {MOST_FILES} files"));
         }
         let name = reader.entry().name().trim_start_matches('/').to_owned();
         let mut content = Vec::new();

@@ -153,6 +153,35 @@ pub(super) fn check(run: &mut Run<'_>, read: &[&Volume]) {
 fn check_volume(run: &mut Run<'_>, volume: &Volume, first: bool) {
     let width = volume.width();
     let place = || Place::partition(volume.number);
+    if let Some(reason) = &volume.unread {
+        run.stop(
+            "fat-unreadable",
+            place(),
+            format!("its files cannot be read: {reason}"),
+            "build the image anew".to_owned(),
+        );
+        return;
+    }
+    if !volume.left_out.is_empty() {
+        let some: Vec<&String> = volume.left_out.iter().take(5).collect();
+        run.degrade(
+            "fat-large",
+            place(),
+            format!(
+                "{} files of it are too large to be looked at, such as {some:?}",
+                volume.left_out.len()
+            ),
+            "keep large files off the partition that a board starts from".to_owned(),
+        );
+    }
+    if volume.sector != SECTOR {
+        run.stop(
+            "fat-sector",
+            place(),
+            format!("its sectors have {} bytes, those of the card {SECTOR}", volume.sector),
+            "a FAT with sectors of 512 bytes".to_owned(),
+        );
+    }
     let said: u32 = volume.says.trim_start_matches("FAT").parse().unwrap_or(0);
     if said != 0 && said != width {
         run.stop(

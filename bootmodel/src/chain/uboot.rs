@@ -14,11 +14,18 @@ use super::{Boot, Place, Run, facts, find};
 const ENV_FILE: &str = "uboot.env";
 const ENV_SIZE: usize = 0x4000;
 const SCRIPT: &str = "boot.scr";
+/// IH_TYPE_SCRIPT.
+const TYPE_SCRIPT: u8 = 6;
 
 /// Whether a program is U-Boot.
 pub(super) fn is_uboot(program: &[u8]) -> bool {
     super::versions::uboot_version(program).is_some()
 }
+
+/// Bytes of a compiled-in environment that are looked at, before and behind one variable: four times what fits.
+const COMPILED_IN: usize = 4 * ENV_SIZE;
+/// The largest script that is looked at; ours has 8 KiB.
+const LARGEST_SCRIPT: usize = 256 << 10;
 
 type Environment = BTreeMap<String, String>;
 
@@ -33,7 +40,9 @@ fn variable(text: &[u8]) -> Option<(String, String)> {
 /// The compiled-in environment: variables behind each other around `bootdelay=`.
 fn compiled_in(program: &[u8]) -> Option<Environment> {
     let at = find(program, b"\0bootdelay=")? + 1;
-    let mut start = at;
+    let from = at.saturating_sub(COMPILED_IN);
+    let program = program.get(from..program.len().min(at + COMPILED_IN))?;
+    let mut start = at - from;
     while let Some(before) = start.checked_sub(1) {
         let from = program[..before].iter().rposition(|byte| *byte == 0).map_or(0, |nul| nul + 1);
         if variable(&program[from..before]).is_none() {
@@ -123,20 +132,34 @@ pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<Script> {
         .get(64..)
         .filter(|body| bytes.starts_with(&[0x27, 0x05, 0x19, 0x56]) && body.len() == size as usize);
     let sum = bytes.get(24..28).and_then(|four| four.try_into().ok()).map_or(0, u32::from_be_bytes);
+    // The header has a checksum of its own, counted without it, and says at 30 what this is (include/image.h).
+    let head = bytes.get(..64).is_some_and(|head| {
+        let without = [&head[..4], &[0; 4], &head[8..]].concat();
+        head[4..8] == crc32fast::hash(&without).to_be_bytes() && head[30] == TYPE_SCRIPT
+    });
     // Before the text: its length, and the zero that ends the list of parts.
-    let Some(text) =
-        body.filter(|body| crc32fast::hash(body) == sum).and_then(|body| body.get(8..))
+    let Some(text) = body
+        .filter(|body| head && crc32fast::hash(body) == sum && body.len() <= LARGEST_SCRIPT)
+        .and_then(|body| body.get(8..))
     else {
         run.stop(
             "script-damaged",
             Place::file(number, SCRIPT),
-            "it is no script image, or its checksum is wrong: U-Boot does not run it".to_owned(),
+            "it is no script image, or one of its checksums is wrong: U-Boot does not run it"
+                .to_owned(),
             "`compile = \"boot-script\"` at the boot file".to_owned(),
         );
         return None;
     };
     run.step("U-Boot", format!("runs {SCRIPT} of partition {number}"));
     Some(parse(number, &String::from_utf8_lossy(text)))
+}
+
+/// Whether the script gives the kernel a tree of its slot, and not the one that the firmware has completed.
+pub(super) fn takes_a_tree(boot: &Boot<'_>) -> bool {
+    let text = boot.volume.file(SCRIPT).unwrap_or_default();
+    // Without a script nothing starts anyway.
+    text.is_empty() || find(text, b"dtbs/").is_some()
 }
 
 fn parse(partition: u32, text: &str) -> Script {
@@ -246,6 +269,35 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
         );
     }
     let own = value("bootcmd");
+    let all = words(&command);
+    // Those of U-Boot's own find it by themselves.
+    let scans = all.iter().any(|word| word == "bootflow" || word == "distro_bootcmd");
+    let sources = all.iter().any(|word| word == "source") && command.contains(SCRIPT);
+    // `load mmc 0:1 ADDRESS boot.scr`: the partition in hexadecimal, the disk's number before it.
+    let elsewhere = all.windows(5).find(|part| {
+        let from = part[2].split_once(':').and_then(|(_, number)| facts::number(number));
+        part[0].ends_with("load")
+            && part[4].ends_with(SCRIPT)
+            && from.is_some_and(|from| from != u64::from(number))
+    });
+    if !(scans || sources) {
+        run.stop(
+            "uboot-command",
+            place.clone(),
+            format!("bootcmd runs no {SCRIPT}: nothing starts, and U-Boot begins again for ever"),
+            help(),
+        );
+    } else if let Some(part) = elsewhere {
+        run.stop(
+            "uboot-command",
+            place.clone(),
+            format!(
+                "bootcmd loads {} from {}, and it lies on partition {number}",
+                part[4], part[2]
+            ),
+            help(),
+        );
+    }
     let end =
         own.trim().trim_end_matches(';').rsplit(';').next().unwrap_or_default().trim().to_owned();
     if end != "reset" {

@@ -5,16 +5,34 @@
 //! the hardware can count, for the last time that much before the deadline). The release's own rule, which seconds
 //! `/init` asks for, is read out of the initrd's script.
 
+use std::collections::BTreeMap;
+
+use super::card::{MANAGER, Slot};
 use super::facts::Driver;
 use super::system::{Parts, System};
 use super::{Boot, Place, Run};
 
+/// The watchdog's name in every tree of a Raspberry Pi (bcm283x.dtsi, bcm2711.dtsi, bcm2712.dtsi).
+const WATCHDOG: &str = "brcm,bcm2835-pm-wdt";
+
 /// Until which second after the kernel's start a trial may reach `/init`.
 pub const LATEST_START: i64 = 120;
+
+/// The longest time that is asked about, in seconds: what is longer is counted as this long.
+const LONGEST: u64 = 1 << 20;
+/// The largest `/init` whose rule is read; ours has 16 KiB.
+const LARGEST_INIT: usize = 256 << 10;
+/// The deepest parentheses of its arithmetic.
+const DEEPEST: u32 = 16;
 
 /// Milliseconds from the start of a watchdog with this timeout until it resets a board whose user space never feeds it
 /// and whose kernel runs. A kernel feeds no earlier than it plans to, so `late` milliseconds are added to each feed.
 pub fn reset_after(driver: &Driver, seconds: u64, late: u64) -> u64 {
+    // The same rest, so the hardware is told the same.
+    let seconds = match seconds.checked_sub(LONGEST) {
+        Some(more) if driver.modulo > 0 => LONGEST + more % driver.modulo,
+        _ => seconds.min(LONGEST),
+    };
     let timeout = seconds * 1000;
     let counted = if driver.modulo == 0 { timeout } else { seconds % driver.modulo * 1000 };
     // watchdog_need_worker: only a timeout that the hardware cannot count is fed.
@@ -49,6 +67,8 @@ pub fn counts(driver: &Driver, seconds: u64) -> bool {
 pub struct Rule {
     /// The deadline without `slipway.deadline=`.
     pub deadline: i64,
+    /// The longest one that counts; a longer one counts as this.
+    pub longest: i64,
     steps: Vec<Assignment>,
     /// The first line of the rule in the script.
     pub line: usize,
@@ -68,11 +88,21 @@ impl Rule {
     /// # Errors
     /// A line that changes `left` in a way that is not understood here.
     pub fn read(init: &str) -> Result<Self, String> {
-        let mut deadline = None;
+        if init.len() > LARGEST_INIT {
+            return Err(format!("/init has {} bytes", init.len()));
+        }
+        let (mut deadline, mut longest) = (None, i64::MAX);
         let (mut inside, mut steps, mut first) = (false, Vec::new(), 0);
         for (line, text) in (1..).zip(init.lines().map(str::trim)) {
             if let Some(value) = text.strip_prefix("deadline=").and_then(|v| v.parse().ok()) {
                 deadline = deadline.or(Some(value));
+            }
+            let bound =
+                text.strip_prefix("[ \"$deadline\" -le ").and_then(|rest| rest.split_once(' '));
+            if let Some((bound, "] || deadline=")) = bound
+                .map(|(bound, rest)| (bound, rest.trim_end_matches(|c: char| c.is_ascii_digit())))
+            {
+                longest = bound.parse().unwrap_or(longest);
             }
             if text.starts_with("begin_trial()") {
                 (inside, first) = (true, line + 1);
@@ -89,7 +119,16 @@ impl Rule {
         if steps.is_empty() {
             return Err("/init has no begin_trial() that computes `left`".to_owned());
         }
-        Ok(Self { deadline: deadline.ok_or("/init has no deadline")?, steps, line: first })
+        let deadline = deadline.ok_or("/init has no deadline")?;
+        Ok(Self { deadline, longest, steps, line: first })
+    }
+
+    /// The deadline that `slipway.deadline=` makes: what is no number, or may be an octal one, is passed over.
+    pub fn told(&self, value: &str) -> i64 {
+        let plain = !value.starts_with('0') && value.bytes().all(|byte| byte.is_ascii_digit());
+        let number = Some(value).filter(|value| plain && !value.is_empty());
+        let number = number.map(|value| value.parse().unwrap_or(i64::MAX));
+        number.map_or(self.deadline, |number| number.min(self.longest))
     }
 
     /// What `/init` asks the watchdog for, when it runs this many seconds after the kernel's start.
@@ -114,7 +153,7 @@ impl Rule {
                 }
             };
             if holds {
-                left = Arithmetic { rest: expression.as_bytes(), deadline, start, left }
+                left = Arithmetic { rest: expression.as_bytes(), deadline, start, left, depth: 0 }
                     .whole()
                     .ok_or_else(|| format!("`{expression}` is not understood"))?;
             }
@@ -157,6 +196,7 @@ struct Arithmetic<'a> {
     deadline: i64,
     start: i64,
     left: i64,
+    depth: u32,
 }
 
 impl Arithmetic<'_> {
@@ -204,8 +244,10 @@ impl Arithmetic<'_> {
 
     fn atom(&mut self) -> Option<i64> {
         if self.take(b"(").is_some() {
-            let value = self.sum()?;
+            self.depth += 1;
+            let value = (self.depth <= DEEPEST).then(|| self.sum())??;
             self.take(b")")?;
+            self.depth -= 1;
             return Some(value);
         }
         self.blank();
@@ -222,24 +264,63 @@ impl Arithmetic<'_> {
 }
 
 /// Seconds of systemd's `63s`, `2min` or `1min 3s` (systemd.time(7)); none for `off`, `0`, `infinity` or `default`.
+/// Parts of a second are rounded up, as the manager does for a watchdog (usec_to_watchdog, DIV_ROUND_UP).
 fn timespan(text: &str) -> Option<u64> {
-    let mut total = 0;
+    let mut micros = 0u64;
     let mut rest = text.trim();
     while !rest.is_empty() {
         let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
         let number: u64 = rest[..end].parse().ok()?;
         rest = rest[end..].trim_start();
-        let end = rest.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(rest.len());
-        total += number
-            * match &rest[..end] {
-                "" | "s" | "sec" | "second" | "seconds" => 1,
-                "m" | "min" | "minute" | "minutes" => 60,
-                "h" | "hr" | "hour" | "hours" => 3600,
-                _ => return None,
-            };
+        let end = rest.find(|c: char| !c.is_alphabetic()).unwrap_or(rest.len());
+        let unit: u64 = match &rest[..end] {
+            "us" | "usec" | "\u{b5}s" | "\u{3bc}s" => 1,
+            "ms" | "msec" => 1000,
+            "" | "s" | "sec" | "second" | "seconds" => 1_000_000,
+            "m" | "min" | "minute" | "minutes" => 60_000_000,
+            "h" | "hr" | "hour" | "hours" => 3_600_000_000,
+            "d" | "day" | "days" => 86_400_000_000,
+            "w" | "week" | "weeks" => 604_800_000_000,
+            _ => return None,
+        };
+        micros = micros.saturating_add(number.saturating_mul(unit));
         rest = rest[end..].trim_start();
     }
-    Some(total).filter(|total| *total > 0)
+    Some(micros.div_ceil(1_000_000)).filter(|total| *total > 0)
+}
+
+/// The manager's settings that count, each with the file and line that has it: files of a folder over the one that they
+/// are for, by their own names whatever folder they are in, one in `/etc` in the stead of its namesake
+/// (systemd-system.conf(5)).
+fn manager(slot: &Slot) -> BTreeMap<String, (String, String, usize)> {
+    let file = |path: &str| slot.files.contains_key(path).then(|| path.to_owned());
+    let mut files: Vec<String> = MANAGER.iter().find_map(|path| file(path)).into_iter().collect();
+    let mut extra: BTreeMap<&str, &str> = BTreeMap::new();
+    for folder in MANAGER.iter().rev() {
+        let inside = slot.files.keys().filter_map(|path| {
+            let name = path.strip_prefix(folder)?.strip_prefix(".d/")?;
+            (name.ends_with(".conf") && !name.contains('/')).then_some((name, path.as_str()))
+        });
+        extra.extend(inside);
+    }
+    files.extend(extra.into_values().map(str::to_owned));
+    let mut found = BTreeMap::new();
+    for path in files {
+        let text = slot.files.get(&path).map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+        let mut is_manager = false;
+        for (line, text) in (1..).zip(text.unwrap_or_default().lines().map(str::trim)) {
+            if text.starts_with('[') {
+                is_manager = text == "[Manager]";
+            }
+            let comment = text.starts_with(['#', ';']);
+            let setting = text.split_once('=').filter(|_| is_manager && !comment);
+            if let Some((key, value)) = setting {
+                let value = value.trim().to_owned();
+                found.insert(key.trim().to_owned(), (value, path.clone(), line));
+            }
+        }
+    }
+    found
 }
 
 pub(super) fn check(
@@ -277,32 +358,29 @@ pub(super) fn check(
             driver.name, driver.modulo
         )
     };
-    for (path, bytes) in &system.slot.files {
-        if !path.starts_with("etc/systemd/system.conf") {
-            continue;
-        }
-        let text = String::from_utf8_lossy(bytes).into_owned();
-        for (line, text) in (1..).zip(text.lines()) {
-            let Some((key, value)) = text.split_once('=') else { continue };
-            let watches = ["RuntimeWatchdogSec", "RebootWatchdogSec", "KExecWatchdogSec"];
-            let seconds = timespan(value).filter(|_| watches.contains(&key.trim()));
-            if let Some(seconds) = seconds.filter(|seconds| !counts(&driver, *seconds)) {
-                let place = Place::line(system.slot.number, path, line);
-                run.stop(
-                    "watchdog-seconds",
-                    place,
-                    format!("{key}={value}: {}", explain(seconds)),
-                    help(),
-                );
-            }
+    if !parts.tree.nodes.iter().any(|node| {
+        node.compatible().iter().any(|name| name == WATCHDOG) && parts.tree.enabled(node)
+    }) {
+        run.stop(
+            "watchdog-node",
+            system.places[2].clone(),
+            format!(
+                "the device tree has no enabled {WATCHDOG}: no watchdog, and no way to restart"
+            ),
+            "the device tree of this very model".to_owned(),
+        );
+    }
+    for (key, (value, path, line)) in manager(system.slot) {
+        let watches = ["RuntimeWatchdogSec", "RebootWatchdogSec", "KExecWatchdogSec"];
+        let seconds = timespan(&value).filter(|_| watches.contains(&key.as_str()));
+        if let Some(seconds) = seconds.filter(|seconds| !counts(&driver, *seconds)) {
+            let place = Place::line(system.slot.number, &path, line);
+            let message = format!("{key}={value}: {}", explain(seconds));
+            run.stop("watchdog-seconds", place, message, help());
         }
     }
-    if let Some(boot) = boot
-        && let Some(seconds) = boot.value("kernel_watchdog_timeout").and_then(|v| v.parse().ok())
-        && !counts(&driver, seconds)
-    {
-        let place = boot.place("kernel_watchdog_timeout");
-        run.stop("watchdog-seconds", place, explain(seconds), help());
+    if let Some(boot) = boot {
+        firmware(run, boot, &driver, &explain, &help);
     }
     if !system.words.split(' ').any(|word| word.starts_with("watchdog.open_timeout=")) {
         run.stop(
@@ -313,14 +391,12 @@ pub(super) fn check(
         );
     }
     let init = parts.initrd.get("init").map(|init| String::from_utf8_lossy(init).into_owned());
-    let told = system
-        .words
-        .split(' ')
-        .find_map(|word| word.strip_prefix("slipway.deadline=")?.parse().ok());
+    let mut words = system.words.split_ascii_whitespace().rev();
+    let told = words.find_map(|word| word.strip_prefix("slipway.deadline="));
     let place = || system.places[1].clone();
     let rule = Rule::read(&init.unwrap_or_default());
     let wrong = rule.and_then(|rule| {
-        let deadline = told.unwrap_or(rule.deadline);
+        let deadline = told.map_or(rule.deadline, |value| rule.told(value));
         let mut worst = None;
         for start in 0..=LATEST_START {
             let seconds = rule.seconds(deadline, start)?;
@@ -347,5 +423,115 @@ pub(super) fn check(
             format!("which seconds a trial asks for cannot be told: {reason}"),
             "keep the rule as lines of `left=…` in begin_trial, or teach bootmodel::chain::watchdog the new form".to_owned(),
         ),
+    }
+}
+
+/// What the firmware is told of the watchdog that it starts before the kernel.
+fn firmware(
+    run: &mut Run<'_>,
+    boot: &Boot<'_>,
+    driver: &Driver,
+    explain: &dyn Fn(u64) -> String,
+    help: &dyn Fn() -> String,
+) {
+    if let Some(value) = boot.value("kernel_watchdog_timeout") {
+        let place = boot.place("kernel_watchdog_timeout");
+        match value.parse() {
+            Ok(seconds) if counts(driver, seconds) => {}
+            Ok(0) => {
+                run.stop("watchdog-seconds", place, "0 s: it is not started".to_owned(), help())
+            }
+            Ok(seconds) => run.stop("watchdog-seconds", place, explain(seconds), help()),
+            Err(_) => {
+                let message = format!("{value:?} is no number of seconds");
+                run.stop("watchdog-seconds", place, message, help());
+            }
+        }
+    }
+    if let Some(value) = boot.value("kernel_watchdog_partition").filter(|value| *value != "0") {
+        run.stop(
+            "watchdog-partition",
+            boot.place("kernel_watchdog_partition"),
+            format!("a reset by the watchdog starts partition {value} and asks no autoboot.txt: what was committed does not count"),
+            "delete the line".to_owned(),
+        );
+    }
+    let off = |value: &str| value.split(',').any(|part| part.trim() == "watchdog=off");
+    let setting = boot.settings.iter().rfind(|set| set.key == "dtparam" && off(&set.value));
+    if let Some(setting) = setting {
+        run.stop(
+            "watchdog-node",
+            boot.at(setting),
+            "it switches the watchdog off: no trial that hangs has an end, and nothing restarts"
+                .to_owned(),
+            "delete the line".to_owned(),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_as_systemd_reads_them() {
+        for (text, expected) in [
+            ("63s", Some(63)),
+            ("2min", Some(120)),
+            ("1min 3s", Some(63)),
+            ("120000ms", Some(120)),
+            ("62500ms", Some(63)),
+            ("1d", Some(86_400)),
+            ("off", None),
+            ("0", None),
+            ("infinity", None),
+            ("99999999999999999999s", None),
+        ] {
+            assert_eq!(timespan(text), expected, "{text}");
+        }
+        assert!(timespan("99999999999999999w").is_some(), "more than can be counted");
+    }
+
+    #[test]
+    fn the_file_that_counts_is_the_last_by_its_own_name() {
+        let mut slot = Slot { number: 1, files: BTreeMap::new() };
+        let mut put = |path: &str, text: &str| {
+            slot.files.insert(path.to_owned(), text.as_bytes().to_vec());
+        };
+        put("etc/systemd/system.conf", "[Manager]\n#RebootWatchdogSec=60s\nRebootWatchdogSec=1s\n");
+        put("usr/lib/systemd/system.conf.d/50-a.conf", "[Manager]\nRuntimeWatchdogSec=60s\n");
+        put("etc/systemd/system.conf.d/10-b.conf", "[Manager]\nRuntimeWatchdogSec=2s\n");
+        put("usr/lib/systemd/system.conf.d/90-c.conf", "[Manager]\nKExecWatchdogSec=9s\n");
+        put("etc/systemd/system.conf.d/90-c.conf", "[Other]\nRebootWatchdogSec=8s\n");
+        let found = manager(&slot);
+        let shown: Vec<_> =
+            found.iter().map(|(key, (value, ..))| format!("{key}={value}")).collect();
+        assert_eq!(shown, ["RebootWatchdogSec=1s", "RuntimeWatchdogSec=60s"]);
+    }
+
+    #[test]
+    fn numbers_that_nobody_waits_for_are_answered_at_once() {
+        let driver = Driver {
+            name: "a".to_owned(),
+            modulo: 16,
+            limit_ms: 15_999,
+            smallest_rest: 12,
+            source: String::new(),
+        };
+        for seconds in [u64::MAX, 1 << 40, (1 << 40) + 9] {
+            assert!(reset_after(&driver, seconds, 1000) <= 2 * LONGEST * 1000, "{seconds}");
+        }
+        let deep = format!(
+            "begin_trial() {{\nleft=$(({}1{}))\n}}\ndeadline=300\n",
+            "(".repeat(100_000),
+            ")".repeat(100_000)
+        );
+        assert!(Rule::read(&deep).is_ok_and(|rule| rule.seconds(300, 0).is_err()));
+        let init = "begin_trial() {\nleft=$((deadline - $(seconds)))\n}\ndeadline=300\n[ \"$deadline\" -le 1800 ] || deadline=1800\n";
+        let rule = Rule::read(init).expect("a rule");
+        let told: Vec<i64> = ["600", "9999999999999999999999", "010", "x", ""]
+            .map(|value| rule.told(value))
+            .to_vec();
+        assert_eq!(told, [600, 1800, 300, 300, 300]);
     }
 }

@@ -1,6 +1,7 @@
 //! `bootmodel::chain`: good cards have no findings; the cards as they were before, and one mutant for each rule, are
 //! caught with the message that stands in `tests/golden`.
 
+mod attack;
 mod mutants;
 mod stand_in;
 mod tables;

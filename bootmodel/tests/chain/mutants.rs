@@ -9,19 +9,19 @@ use super::stand_in::{
     card_3, card_4, card_5, environment, firmware, gzip, initrd, kernel, modules_4, script, tree,
     uboot,
 };
-use super::{facts, golden, shown};
+use super::{attack, facts, golden, shown};
 
 type Change = Box<dyn Fn(&mut Card, &mut Facts)>;
 
 /// What is changed, on which card, and the rules that must say so.
-struct Mutant {
+pub struct Mutant {
     name: &'static str,
     card: fn() -> Card,
     change: Change,
     rules: &'static [&'static str],
 }
 
-fn mutant(
+pub fn mutant(
     name: &'static str,
     card: fn() -> Card,
     rules: &'static [&'static str],
@@ -30,24 +30,24 @@ fn mutant(
     Mutant { name, card, change: Box::new(change), rules }
 }
 
-fn put(volume: &mut Volume, name: &str, bytes: impl AsRef<[u8]>) {
+pub fn put(volume: &mut Volume, name: &str, bytes: impl AsRef<[u8]>) {
     volume.files.insert(name.to_owned(), bytes.as_ref().to_vec());
 }
 
 /// A file of every boot partition that has it.
-fn boots(card: &mut Card, name: &str, bytes: impl AsRef<[u8]>) {
+pub fn boots(card: &mut Card, name: &str, bytes: impl AsRef<[u8]>) {
     for volume in card.volumes.iter_mut().filter(|volume| volume.files.contains_key(name)) {
         put(volume, name, &bytes);
     }
 }
 
-fn slots(card: &mut Card, name: &str, bytes: impl AsRef<[u8]>) {
+pub fn slots(card: &mut Card, name: &str, bytes: impl AsRef<[u8]>) {
     for slot in &mut card.slots {
         slot.files.insert(name.to_owned(), bytes.as_ref().to_vec());
     }
 }
 
-fn change_text(card: &mut Card, name: &str, from: &str, to: &str) {
+pub fn change_text(card: &mut Card, name: &str, from: &str, to: &str) {
     for volume in &mut card.volumes {
         if let Some(bytes) = volume.files.get_mut(name) {
             let text = String::from_utf8_lossy(bytes).into_owned();
@@ -58,7 +58,7 @@ fn change_text(card: &mut Card, name: &str, from: &str, to: &str) {
 }
 
 /// The script with another text, and the words of a good command line.
-fn rewrite(card: &mut Card, from: &str, to: &str) {
+pub fn rewrite(card: &mut Card, from: &str, to: &str) {
     let words = "console=tty0 console=ttyS1,115200 ro panic=10 watchdog.open_timeout=120 cfg80211.ieee80211_regdom=DE";
     let text = SCRIPT.replace("WORDS", words);
     assert!(text.contains(from), "the script has no {from}");
@@ -278,7 +278,7 @@ fn of_the_card() -> Vec<Mutant> {
     ]
 }
 
-const KEYS_4: [&str; 8] = [
+pub const KEYS_4: [&str; 8] = [
     "arm_64bit",
     "kernel",
     "upstream_kernel",
@@ -370,14 +370,28 @@ fn of_config() -> Vec<Mutant> {
         mutant("Raspberry Pi's names without its trees", card_3, &["tree-missing"], |card, _| {
             change_text(card, "config.txt", "upstream_kernel=1\n", "")
         }),
-        mutant("os_prefix", card_4, &["kernel-missing"], |card, _| {
-            boots(card, "config.txt", format!("{CONFIG_4}os_prefix=a/\n"));
-            boots(
-                card,
-                "start4.elf",
-                firmware("May  7 2025", &[&KEYS_4[..], &["os_prefix"]].concat()),
-            )
-        }),
+        mutant(
+            "os_prefix with a kernel and trees alone",
+            card_4,
+            &["initrd-missing"],
+            |card, _| {
+                boots(card, "config.txt", format!("{CONFIG_4}os_prefix=a/\n"));
+                boots(
+                    card,
+                    "start4.elf",
+                    firmware("May  7 2025", &[&KEYS_4[..], &["os_prefix"]].concat()),
+                );
+                for volume in &mut card.volumes {
+                    let files = volume.files.clone();
+                    for (name, bytes) in files.iter().filter(|(name, _)| name.ends_with(".dtb")) {
+                        put(volume, &format!("a/{name}"), bytes);
+                    }
+                    if let Some(kernel) = files.get("kernel8.img") {
+                        put(volume, "a/kernel8.img", kernel);
+                    }
+                }
+            },
+        ),
         mutant("newer firmware without initial_turbo=0", card_3, &["turbo"], |card, facts| {
             facts.releases.pairs.clear();
             boots(card, "start.elf", firmware("Mar  5 2025", &FEW_KEYS));
@@ -670,7 +684,7 @@ fn of_the_system() -> Vec<Mutant> {
     ]
 }
 
-fn for_trees(card: &mut Card, text: &str) {
+pub fn for_trees(card: &mut Card, text: &str) {
     for slot in &mut card.slots {
         slot.files
             .iter_mut()
@@ -681,7 +695,15 @@ fn for_trees(card: &mut Card, text: &str) {
 
 #[test]
 fn every_mutant_is_caught_with_its_message() {
-    let all = [as_they_were(), of_the_card(), of_config(), of_dates(), of_uboot(), of_the_system()];
+    let all = [
+        as_they_were(),
+        of_the_card(),
+        of_config(),
+        of_dates(),
+        of_uboot(),
+        of_the_system(),
+        attack::mutants(),
+    ];
     let mut text = String::new();
     let mut missed = Vec::new();
     let mut count = 0;

@@ -175,6 +175,9 @@ pub fn script(text: &str) -> Vec<u8> {
     out[..4].copy_from_slice(&[0x27, 0x05, 0x19, 0x56]);
     out[12..16].copy_from_slice(&(body.len() as u32).to_be_bytes());
     out[24..28].copy_from_slice(&crc32fast::hash(&body).to_be_bytes());
+    out[30] = 6;
+    let head = crc32fast::hash(&out);
+    out[4..8].copy_from_slice(&head.to_be_bytes());
     out.extend(body);
     out
 }
@@ -191,7 +194,10 @@ fn volume(number: u32, at: u64, kind: u8, clusters: u64) -> Volume {
         says: format!("FAT{width}"),
         clusters,
         cluster_sectors: 1,
+        sector: 512,
         files: BTreeMap::new(),
+        left_out: Vec::new(),
+        unread: None,
     }
 }
 
@@ -281,6 +287,8 @@ pinctrl-0 = <12>
 compatible = "brcm,bcm2835-sdhci"
 /soc/serial@7e215040
 compatible = "brcm,bcm2835-aux-uart"
+/soc/watchdog@7e100000
+compatible = "brcm,bcm2835-pm", "brcm,bcm2835-pm-wdt"
 "#;
 
 pub const SCRIPT: &str = r#"
@@ -401,6 +409,8 @@ compatible = "brcm,bcm2835-gpio"
 phandle = <11>
 /soc/serial@7e215040
 compatible = "brcm,bcm2835-aux-uart"
+/soc/watchdog@7e100000
+compatible = "brcm,bcm2711-pm", "brcm,bcm2835-pm-wdt"
 /emmc2bus
 compatible = "simple-bus"
 /emmc2bus/mmc@7e340000

@@ -176,22 +176,36 @@ fn the_card_image_of_a_pi_boots() -> Result<()> {
     boots("pi3", Slot::A, false)
 }
 
-/// The smallest machine of the board: half a gigabyte, and a device tree of its own.
+/// The smallest machine of the board: half a gigabyte, and a device tree of its own. QEMU's raspi3ap stops the kernel at a read of
+/// a register that it lacks (`asb` of brcm,bcm2835-pm), which its raspi3b answers with nothing: that node is off here.
 #[test]
 fn the_card_image_of_the_smallest_pi_boots() -> Result<()> {
+    const TREE: &str = "bcm2837-rpi-3-a-plus.dtb";
     if left_out("takes 5 to 15 minutes") {
         return Ok(());
     }
     let mut guest = Guest::new("pi3", Slot::A)?;
+    let built = guest.built;
+    let card = guest.folder.at("card.img");
+    tool("cp").args(["--sparse=always", built.image.as_str(), card.as_str()]).run()?;
+    let boot = built.plan.disk.partition("boot").context("a boot partition")?;
+    let root = built.plan.disk.partition("root-a").context("a slot")?;
+    let (tree, changed) = (guest.folder.at(TREE), guest.folder.at("changed.dtb"));
+    let volume = format!("{card}@@{}", boot.offset);
+    tool("mcopy").args(["-n", "-i", &volume, &format!("::{TREE}"), tree.as_str()]).run()?;
+    tool("cp").args([tree.as_str(), changed.as_str()]).run()?;
+    let words = ["-t", "s", changed.as_str(), "/soc/watchdog@7e100000", "status", "disabled"];
+    tool("fdtput").args(words).run()?;
+    let (commands, inside) = (guest.folder.at("debugfs"), format!("/boot/dtbs/broadcom/{TREE}"));
+    std::fs::write(&commands, format!("rm {inside}\nwrite {changed} {inside}\n"))?;
+    let device = format!("{card}?offset={}", root.offset);
+    tool("debugfs").args(["-w", "-f", commands.as_str(), &device]).run()?;
+
     guest.machine.machine = "raspi3ap".to_owned();
     guest.machine.memory = 512 << 20;
-    let boot = guest.built.plan.disk.partition("boot").context("a boot partition")?;
-    let (tree, at) = (guest.folder.at("3-a-plus.dtb"), boot.offset);
-    let volume = format!("{}@@{at}", guest.built.image);
-    let args = ["-n", "-i", &volume, "::bcm2837-rpi-3-a-plus.dtb", tree.as_str()];
-    tool("mcopy").args(args).run()?;
+    guest.overlay = Overlay::create(&guest.machine, &card, &guest.folder.at("3ap.qcow2"))?;
     guest.tree = Some(tree);
-    let mut session = guest.start("boot-3ap.log", &guest.built.plan.network.hostname)?;
+    let mut session = guest.start("boot-3ap.log", &built.plan.network.hostname)?;
     let model = output(&mut session, "tr -d '\\0' </proc/device-tree/model", COMMAND)?;
     ensure!(model == "Raspberry Pi 3 Model A+", "it is a {model}");
     let memory = output(&mut session, "grep MemTotal /proc/meminfo", COMMAND)?;
