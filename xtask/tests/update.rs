@@ -213,6 +213,9 @@ fn ssh_keys_beside_the_signing_keys_are_public_ones() {
     assert!(!error.contains("PRIVATE") && error.contains("ssh-keygen -y"), "{error}");
 }
 
+/// Set for the process that signs: the key directory.
+const SIGNS: &str = "TEST_UPDATE_SIGNS";
+
 /// As CI mounts its secrets.
 #[test]
 fn a_read_only_key_directory_is_read_and_signs() {
@@ -229,7 +232,8 @@ fn a_read_only_key_directory_is_read_and_signs() {
             command.arg("--map-root-user");
         }
         command.args(["--mount", "--", "sh", "-c", mount, "sh", folder.as_str(), program]);
-        command.args(words).env("SLIPWAY_KEYS", &folder).env(PASSWORD_VARIABLE, "for the test");
+        command.args(words).env("SLIPWAY_KEYS", &folder).env(SIGNS, &folder);
+        command.env(PASSWORD_VARIABLE, "for the test");
         let output = command.output().unwrap();
         let said = [output.stdout, output.stderr].concat();
         (output.status.success(), String::from_utf8_lossy(&said).into_owned())
@@ -252,7 +256,7 @@ fn a_read_only_key_directory_is_read_and_signs() {
 /// Run by the test above.
 #[test]
 fn in_a_child_that_signs() {
-    let Ok(dir) = std::env::var("SLIPWAY_KEYS") else { return };
+    let Ok(dir) = std::env::var(SIGNS) else { return };
     let signer = Keys::open(Utf8Path::new(&dir)).unwrap().signer(Kind::Development).unwrap();
     println!("signed by {}", signer.sign(b"x", "a comment").key);
 }
