@@ -325,7 +325,7 @@ mod tests {
         }
         // Nothing else is unpacked, whatever it is called.
         assert_eq!(unpacked("modules.gz", vec![1]).expect("as it is"), ("modules.gz", vec![1]));
-        for (suffix, bytes) in [(".gz", gzip(&vec![0; (64 << 20) + 1])), (".zst", vec![7; 20])] {
+        for (suffix, bytes) in [(".zst", zstd(&vec![0; (64 << 20) + 1])), (".gz", vec![7; 20])] {
             unpacked(&format!("kernel/x.ko{suffix}"), bytes).expect_err("too large, damaged");
         }
     }

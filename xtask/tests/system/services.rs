@@ -50,7 +50,8 @@ pub fn api(session: &mut Session, plan: &Plan) -> Result<()> {
     let health: Value = serde_json::from_str(&text).with_context(|| format!("reading {text}"))?;
     ensure!(health["api_version"] == **version, "expected {version}: {text}");
     let path = health["path"].as_str().unwrap_or_default();
-    ensure!(path.starts_with("/usr/") && path.ends_with(name), "the image's own copy: {text}");
+    let module = name.replace('-', "_");
+    ensure!(path.starts_with("/usr/") && path.ends_with(&module), "the image's own copy: {text}");
     ensure!(health["name"] == *plan.network.hostname, "the host's name: {text}");
     ensure!(health["labware"]["wells"] == 96, "the package's data: {text}");
     Ok(())

@@ -217,17 +217,25 @@ pub struct Built {
 /// The build of a board in this workspace, made when it is first asked for. Who asks meanwhile waits for it, and
 /// nobody waits for another board's.
 pub fn built(board: &str) -> Result<&'static Built> {
+    built_of(None, board)
+}
+
+/// The same of a product that is not the default one.
+pub fn built_of(product: Option<&str>, board: &str) -> Result<&'static Built> {
     type Build = Arc<OnceLock<Result<&'static Built, String>>>;
     static BUILDS: Mutex<BTreeMap<String, Build>> = Mutex::new(BTreeMap::new());
+    let what = format!("{} for {board}", product.unwrap_or("the default product"));
     let mut builds = BUILDS.lock().unwrap_or_else(PoisonError::into_inner);
-    let build = Arc::clone(builds.entry(board.to_owned()).or_default());
+    let build = Arc::clone(builds.entry(what.clone()).or_default());
     drop(builds);
     let result = build.get_or_init(|| {
-        say(format!("the build for {board} that the tests share"));
-        let built = Xtask::new(&root()).build(board, &[]).and_then(|_| results(&root(), board));
+        say(format!("the build of {what} that the tests share"));
+        let more: Vec<&str> = product.into_iter().flat_map(|name| ["--product", name]).collect();
+        let built = Xtask::new(&root()).build(board, &more);
+        let built = built.and_then(|_| results_of(&root(), product, board));
         built.map(|built| &*Box::leak(Box::new(built))).map_err(|e| format!("{e:#}"))
     });
-    result.clone().map_err(|error| anyhow!("building for {board}: {error}"))
+    result.clone().map_err(|error| anyhow!("building {what}: {error}"))
 }
 
 /// A build of the firmware's boot flow, in a copy of the workspace: the board pi4 with Debian's kernel, which the board
@@ -260,7 +268,12 @@ pub fn built_for_the_firmware() -> Result<&'static Built> {
 
 /// What a build of the default product made in a workspace.
 pub fn results(workspace: &Utf8Path, board: &str) -> Result<Built> {
-    let config = config::load(workspace, None, Some(board))?;
+    results_of(workspace, None, board)
+}
+
+/// The same of a product that is not the default one.
+pub fn results_of(workspace: &Utf8Path, product: Option<&str>, board: &str) -> Result<Built> {
+    let config = config::load(workspace, product, Some(board))?;
     let plan = plan::resolve(&config, &Facts::collect(workspace)?)?;
     let dist = dist(workspace, &plan);
     let stem = dist.join(plan.stem());

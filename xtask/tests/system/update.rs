@@ -19,7 +19,8 @@ use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
 
 use crate::api::{self, Apis};
 use crate::support::{
-    Built, Folder, Xtask, built, copy_workspace, logs_in, results, root, say, tool,
+    Built, Folder, Xtask, built, built_of, copy_workspace, logs_in, results, results_of, root, say,
+    tool,
 };
 
 const BOARD: &str = "qemu-arm64";
@@ -666,4 +667,29 @@ fn a_release_takes_releases_only() -> Result<()> {
     robot.refuses("vdd", "not-trusted", 3)?;
     robot.installs("- </dev/vdc", Slot::A, INSTALL)?;
     expect_running(&robot.settles()?, Slot::A, "0.1.2")
+}
+
+/// From one version to the next on the next Debian: its systemd, its kernel's watchdog, its boot loader.
+#[test]
+fn the_next_debian_takes_an_update() -> Result<()> {
+    if std::env::var_os(ALL).is_none() {
+        say("left out: another base, some 10 minutes; `cargo xtask test --all` does it");
+        return Ok(());
+    }
+    const PRODUCT: &str = "robot-trixie";
+    let card = built_of(Some(PRODUCT), BOARD)?;
+    let folder = Folder::new()?;
+    let workspace = folder.at("update");
+    copy_workspace(&workspace)?;
+    let product = workspace.join(format!("configs/examples/{PRODUCT}.toml"));
+    edit(&product, "\nversion = \"0.1.0\"", &format!("\nversion = \"{UPDATE}\""))?;
+    Xtask::new(&workspace).build(BOARD, &["--product", PRODUCT])?;
+    let update = results_of(&workspace, Some(PRODUCT), BOARD)?;
+    let machine = &card.plan.board.qemu.as_ref().context("the board has no machine")?.machine;
+    let machine = with_disks(machine, [update.bundle.as_path()]);
+    let overlay = Overlay::create(&machine, &card.image, &folder.at("card.qcow2"))?;
+    let mut robot = Robot::start(card, "next-debian", &machine, overlay)?;
+    robot.comes_up(Slot::A)?;
+    robot.installs("- </dev/vdb", Slot::B, INSTALL)?;
+    expect_running(&robot.settles()?, Slot::B, UPDATE)
 }
