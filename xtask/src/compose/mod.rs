@@ -6,7 +6,7 @@ pub mod api;
 mod config_txt;
 pub mod lint;
 pub mod sizes;
-mod units;
+pub mod units;
 mod users;
 
 use anyhow::{Context, Result};

@@ -1,146 +1,502 @@
-//! Enables systemd units as `systemctl preset` would: the `*.preset` files of the overlays say
-//! which, the units' `[Install]` sections say where. Done here because the root filesystem is
-//! read-only on the robot and the host need not have systemd.
+//! Enables systemd units as `systemctl preset` would: the presets of the overlays say which, the
+//! units' `[Install]` sections say where. Done here because the root filesystem is read-only on the
+//! robot and the building machine need not have systemd; `xtask/tests/presets.rs` compares with the real one.
 
-use anyhow::{Context, Result, bail};
+mod install;
+mod name;
+mod preset;
 
-use crate::rootfs::tree::{Entry, Kind, Origin, Tree};
+use std::collections::BTreeSet;
 
-const UNIT_DIRS: [&str; 2] = ["etc/systemd/system", "usr/lib/systemd/system"];
-const PRESET_DIR: &str = "usr/lib/systemd/system-preset/";
+use anyhow::{Context, Result, bail, ensure};
 
-/// Makes the links of every `enable` line and removes those of every `disable` line of the presets
-/// that came from overlays.
+use self::install::Install;
+use self::name::{Form, UnitName, why_no_alias};
+use self::preset::{Action, Rule};
+use crate::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
+
+/// Where links are made.
+const CONFIG: &str = "etc/systemd/system";
+
+/// Where units lie, the first found counts (systemd.unit(5), what an image can have of it).
+const FOLDERS: [&str; 4] =
+    [CONFIG, "run/systemd/system", "usr/local/lib/systemd/system", "usr/lib/systemd/system"];
+
+/// Makes and removes links as `systemctl preset` would for each unit that a line of an overlay's
+/// preset is about.
 ///
 /// # Errors
-/// A preset that names a unit that does not exist, or one that cannot be enabled.
+/// An `enable` line of an overlay that names a unit (not by a pattern) that cannot be enabled; a line
+/// that says nothing.
 pub fn apply_presets(tree: &mut Tree) -> Result<()> {
-    let presets: Vec<(String, String)> = tree
-        .iter()
-        .filter(|(path, entry)| {
-            path.starts_with(PRESET_DIR)
-                && path.ends_with(".preset")
-                && matches!(entry.origin, Origin::Overlay(_))
-        })
-        .map(|(path, _)| Ok((path.to_owned(), String::from_utf8(tree.read(path)?)?)))
-        .collect::<Result<_>>()?;
-    for (path, text) in presets {
-        for line in text.lines().map(str::trim) {
-            if line.is_empty() || line.starts_with(['#', ';']) {
-                continue;
-            }
-            let applied = match line.split_once(char::is_whitespace) {
-                Some(("enable", unit)) => enable(tree, unit.trim()),
-                Some(("disable", unit)) => {
-                    disable(tree, unit.trim());
-                    Ok(())
+    let rules = preset::rules(tree)?;
+    let (mut wanted, mut unwanted) = (Vec::new(), Vec::new());
+    let units = Units::of(tree);
+    for unit in units.asked(&rules) {
+        let Some(rule) = rules.iter().find(|rule| rule.matches(&unit)) else { continue };
+        // One that is named must be there; one that a pattern finds may be anything.
+        let named = rule.ours && rule.unit().is_some();
+        let found = units.find(&unit).map(|found| found.map(|found| found.name));
+        match (&rule.action, found) {
+            (Action::Ignore, _) => {}
+            (Action::Disable, Ok(Some(name))) if name == unit => unwanted.push(unit),
+            (Action::Disable, _) => {}
+            (Action::Enable(instances), Ok(Some(name))) if name == unit => {
+                if unit.form() == Form::Template && !instances.is_empty() {
+                    let filled = instances.iter().map(|i| {
+                        unit.with_instance(i).with_context(|| format!("{i} can be no instance"))
+                    });
+                    for one in filled {
+                        wanted.push((one.with_context(|| rule.line.clone())?, named, &rule.line));
+                    }
+                } else {
+                    wanted.push((unit, named, &rule.line));
                 }
-                _ => bail!("/{path}: expected `enable UNIT` or `disable UNIT`, found `{line}`"),
-            };
-            applied.with_context(|| format!("applying `{line}` of /{path}"))?;
+            }
+            (Action::Enable(_), _) if !named => {}
+            (Action::Enable(_), found) => {
+                let problem = match found {
+                    Ok(Some(name)) => anyhow::anyhow!(
+                        "{unit} is another name of {name}\nhelp: name {name} in the preset"
+                    ),
+                    Ok(None) => anyhow::anyhow!(
+                        "there is no unit {}\nhelp: name a unit of the base system or of an overlay",
+                        unit.template().as_ref().unwrap_or(&unit)
+                    ),
+                    Err(error) => error,
+                };
+                return Err(problem.context(format!("applying {}", rule.line)));
+            }
         }
     }
-    Ok(())
-}
-
-fn enable(tree: &mut Tree, unit: &str) -> Result<()> {
-    // An instance such as serial-getty@ttyS1.service is enabled through its template.
-    let file = match unit.split_once('@') {
-        Some((name, rest)) => {
-            let suffix = rest.rsplit_once('.').map_or("service", |(_, s)| s);
-            format!("{name}@.{suffix}")
-        }
-        None => unit.to_owned(),
-    };
-    let found =
-        UNIT_DIRS.iter().map(|dir| format!("{dir}/{file}")).find(|p| tree.resolve(p).is_some());
-    let Some(path) = found else {
-        bail!("there is no unit {file}\nhelp: name a unit of the base system or of an overlay")
-    };
-    let text = String::from_utf8(tree.read(&path)?).context("the unit is not UTF-8")?;
+    let gone = units.links_to(&unwanted);
+    let mut done = BTreeSet::new();
     let mut links = Vec::new();
-    let mut also = Vec::new();
-    let mut section = "";
-    for line in text.lines().map(str::trim) {
-        if line.starts_with('[') {
-            section = line;
+    for (unit, named, line) in wanted {
+        match units.enable(&unit, &mut done) {
+            Ok(made) => links.extend(made.into_iter().map(|link| (link, named, line.clone()))),
+            Err(error) if named => return Err(error.context(format!("applying {line}"))),
+            Err(_) => {}
         }
-        let ("[Install]", Some((key, value))) = (section, line.split_once('=')) else { continue };
-        let words = value.split_whitespace().map(str::to_owned);
-        match key.trim() {
-            "WantedBy" => links.extend(words.map(|w| format!("{w}.wants/{unit}"))),
-            "RequiredBy" => links.extend(words.map(|w| format!("{w}.requires/{unit}"))),
-            "Alias" => links.extend(words),
-            "Also" => also.extend(words),
+    }
+    for path in gone {
+        tree.remove(&path);
+        remove_empty_parents(tree, &path);
+    }
+    for (link, named, line) in links {
+        match link.make(tree) {
+            Err(error) if named => return Err(error.context(format!("applying {line}"))),
             _ => {}
         }
     }
-    if links.is_empty() && also.is_empty() {
-        bail!("{file} has no [Install] section: it cannot be enabled, something else starts it");
-    }
-    for link in links {
-        let entry = Entry::new(0o777, Kind::Symlink(format!("/{path}")), Origin::Compose);
-        tree.insert(&format!("etc/systemd/system/{link}"), entry)?;
-    }
-    // `Also=` names units of the same package; one that is not installed is no mistake.
-    for other in also {
-        if other != unit
-            && UNIT_DIRS.iter().any(|dir| tree.resolve(&format!("{dir}/{other}")).is_some())
-        {
-            enable(tree, &other)?;
-        }
-    }
     Ok(())
 }
 
-fn disable(tree: &mut Tree, unit: &str) {
-    let suffix = format!("/{unit}");
-    let links: Vec<String> = tree
-        .iter()
-        .filter(|(path, entry)| {
-            path.starts_with("etc/systemd/system/")
-                && path.ends_with(&suffix)
-                && matches!(entry.kind, Kind::Symlink(_))
-        })
-        .map(|(path, _)| path.to_owned())
-        .collect();
-    for link in links {
-        tree.remove(&link);
+/// A link to be made.
+#[derive(Debug)]
+struct Link {
+    path: String,
+    /// The unit's file, absolute.
+    to: String,
+    /// Another name, which must not be taken; the links of dependencies replace what is there.
+    alias: bool,
+}
+
+impl Link {
+    fn make(&self, tree: &mut Tree) -> Result<()> {
+        if let Some(there) = tree.get(&self.path) {
+            let Kind::Symlink(target) = &there.kind else {
+                bail!("/{} is to be a link to {}, and is no link", self.path, self.to);
+            };
+            if self.is_already(tree, target) {
+                return Ok(());
+            }
+            ensure!(
+                !self.alias,
+                "/{} is to be a link to {}, and is one to {target}\n\
+                 help: two units ask for one name (Alias=): disable the other one in a preset that sorts earlier",
+                self.path,
+                self.to
+            );
+        }
+        let entry = Entry::new(0o777, Kind::Symlink(self.to.clone()), Origin::Compose);
+        tree.insert(&self.path, entry)
+    }
+
+    /// Whether a link to `target` serves as well: the same file, or a unit of that name.
+    fn is_already(&self, tree: &Tree, target: &str) -> bool {
+        let there = absolute(&self.path, target);
+        let known = |path: &str| FOLDERS.iter().any(|folder| folder_of(path) == *folder);
+        let to = self.to.trim_start_matches('/');
+        let named = file_name(&there) == file_name(to) && known(&there) && known(to);
+        let same =
+            tree.resolve(&there).map(|(path, _)| path) == tree.resolve(to).map(|(path, _)| path);
+        there == to || named || (same && tree.resolve(to).is_some())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A unit as it was found.
+#[derive(Debug)]
+struct Unit {
+    name: UnitName,
+    /// Its file, without the leading slash.
+    path: String,
+    masked: bool,
+    install: Install,
+}
 
-    fn tree(preset: &str) -> Tree {
-        let mut tree = Tree::default();
-        let unit = "[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n";
-        tree.file("usr/lib/systemd/system/a.service", 0o644, unit).expect("placed");
-        tree.file("usr/lib/systemd/system/static.service", 0o644, "[Service]\n").expect("placed");
-        let kind = Kind::File(crate::rootfs::tree::Data::Bytes(preset.into()));
-        let entry = Entry::new(0o644, kind, Origin::Overlay("overlays/x".into()));
-        tree.insert("usr/lib/systemd/system-preset/10-x.preset", entry).expect("placed");
-        tree
+/// What a path is to systemd.
+enum Found {
+    Masked,
+    File,
+    /// Another unit's name: the path that the link names.
+    Alias(String),
+    /// A unit that lies elsewhere.
+    Linked(String),
+}
+
+/// The units of a tree.
+struct Units<'t> {
+    tree: &'t Tree,
+    /// What lies below [`FOLDERS`].
+    paths: BTreeSet<&'t str>,
+}
+
+impl<'t> Units<'t> {
+    fn of(tree: &'t Tree) -> Self {
+        let below = |path: &str| {
+            FOLDERS.iter().any(|f| path.strip_prefix(f).is_some_and(|p| p.starts_with('/')))
+        };
+        Self { tree, paths: tree.iter().map(|(path, _)| path).filter(|path| below(path)).collect() }
     }
 
-    const LINK: &str = "etc/systemd/system/multi-user.target.wants/a.service";
-
-    #[test]
-    fn presets_make_and_remove_links() {
-        let mut enabled = tree("# why\nenable a.service\n");
-        apply_presets(&mut enabled).expect("applied");
-        assert!(enabled.get(LINK).is_some());
-        let mut disabled = tree("enable a.service\ndisable a.service\n");
-        apply_presets(&mut disabled).expect("applied");
-        assert!(disabled.get(LINK).is_none());
+    /// The units that lines of overlays are about: those that are named, and all that a pattern
+    /// matches; sorted.
+    fn asked(&self, rules: &[Rule]) -> BTreeSet<UnitName> {
+        let ours = || rules.iter().filter(|rule| rule.ours);
+        let there = self.paths.iter().filter(|path| FOLDERS.contains(&folder_of(path)));
+        let there = there.filter_map(|path| UnitName::new(file_name(path)));
+        let matched = there.filter(|unit| ours().any(|rule| rule.matches(unit)));
+        matched.chain(ours().filter_map(Rule::unit)).collect()
     }
 
-    #[test]
-    fn a_preset_for_nothing_is_an_error() {
-        let error = apply_presets(&mut tree("enable b.service\n")).expect_err("unknown");
-        assert!(format!("{error:#}").contains("there is no unit b.service"), "{error:#}");
-        let error = apply_presets(&mut tree("enable static.service\n")).expect_err("static");
-        assert!(format!("{error:#}").contains("no [Install] section"), "{error:#}");
+    /// Looks for a unit and follows links to it, as systemd does. The name of what is found differs
+    /// from the one asked for where that is an alias.
+    fn find(&self, name: &UnitName) -> Result<Option<Unit>> {
+        self.find_through(name, true)
     }
+
+    /// As [`Units::find`]; `Also=` does not follow an alias that somebody set in `/etc`.
+    fn find_through(&self, name: &UnitName, through_config: bool) -> Result<Option<Unit>> {
+        let Some((mut unit, mut found)) = self.look_up(name)? else { return Ok(None) };
+        // systemd's own limit of links.
+        for _ in 0..64 {
+            let target = match found {
+                Found::Masked => {
+                    unit.masked = true;
+                    return Ok(Some(unit));
+                }
+                Found::File => return Ok(Some(unit)),
+                _ if !through_config && folder_of(&unit.path) == CONFIG => {
+                    bail!("/{} is a link", unit.path);
+                }
+                Found::Linked(target) => {
+                    unit.path = target;
+                    found = self.open(&mut unit)?;
+                    continue;
+                }
+                Found::Alias(target) => target,
+            };
+            let Some(mut next) = UnitName::new(file_name(&target)) else {
+                bail!("/{} is a link to /{target}, which is no unit", unit.path);
+            };
+            if unit.name.form() == Form::Instance && next.form() == Form::Template {
+                next = next.with_instance(unit.name.instance()).context("a name is too long")?;
+            }
+            if next == unit.name {
+                unit.path = target;
+                found = self.open(&mut unit)?;
+            } else {
+                let looked = self.look_up(&next)?;
+                (unit, found) = looked.with_context(|| {
+                    format!("{name} is another name of {next}, which there is not")
+                })?;
+            }
+        }
+        bail!("{name} is a link to a link to a link without end")
+    }
+
+    /// The file of a unit, its template's where it has none, with what it and its drop-ins say.
+    fn look_up(&self, name: &UnitName) -> Result<Option<(Unit, Found)>> {
+        let template = if name.form() == Form::Instance { name.template() } else { None };
+        let names: Vec<&UnitName> = std::iter::once(name).chain(&template).collect();
+        let mut candidates = names
+            .iter()
+            .flat_map(|name| FOLDERS.iter().map(move |folder| format!("{folder}/{name}")));
+        let Some(path) = candidates.find(|path| self.paths.contains(path.as_str())) else {
+            return Ok(None);
+        };
+        let install = Install::default();
+        let mut unit = Unit { name: name.clone(), path, masked: false, install };
+        let found = self.open(&mut unit)?;
+        if matches!(found, Found::Masked) {
+            return Ok(Some((unit, found)));
+        }
+        ensure!(
+            name.form() == Form::Plain || name.may_template(),
+            "{name}: there are no templates of a {}",
+            name.kind()
+        );
+        for path in self.drop_ins(&names) {
+            // A link to nothing hides a drop-in of that name.
+            if self.tree.resolve(path).is_some() {
+                let text = self.tree.read(path)?;
+                unit.install.read(name, &text).with_context(|| format!("reading /{path}"))?;
+            }
+        }
+        Ok(Some((unit, found)))
+    }
+
+    /// Drop-ins sorted by file name; of two with one name that of the first folder.
+    fn drop_ins(&self, names: &[&UnitName]) -> Vec<&'t str> {
+        let mut files: Vec<&str> = Vec::new();
+        for folder in names.iter().flat_map(|n| FOLDERS.iter().map(move |f| format!("{f}/{n}.d"))) {
+            for &path in &self.paths {
+                let is_new =
+                    |files: &[&str]| !files.iter().any(|f| file_name(f) == file_name(path));
+                if folder_of(path) == folder && path.ends_with(".conf") && is_new(&files) {
+                    files.push(path);
+                }
+            }
+        }
+        files.sort_by(|a, b| file_name(a).cmp(file_name(b)));
+        files
+    }
+
+    /// What lies at the unit's path; a file is read.
+    fn open(&self, unit: &mut Unit) -> Result<Found> {
+        let path = unit.path.clone();
+        let entry = self.tree.get(&path).with_context(|| format!("there is no /{path}"))?;
+        let target = match &entry.kind {
+            Kind::File(data) if is_empty(data) => return Ok(Found::Masked),
+            Kind::File(_) | Kind::Hardlink(_) => {
+                let text = self.tree.read(&path)?;
+                unit.install.read(&unit.name, &text).with_context(|| format!("reading /{path}"))?;
+                return Ok(Found::File);
+            }
+            Kind::Symlink(target) => absolute(&path, target),
+            Kind::Folder | Kind::Special(..) => bail!("/{path} is no file"),
+        };
+        let end = self.tree.resolve(&target).map(|(_, entry)| &entry.kind);
+        if target == "dev/null" || matches!(end, Some(Kind::File(data)) if is_empty(data)) {
+            return Ok(Found::Masked);
+        }
+        if !FOLDERS.iter().any(|f| target.strip_prefix(f).is_some_and(|p| p.starts_with('/'))) {
+            return Ok(Found::Linked(target));
+        }
+        let other = UnitName::new(file_name(&target));
+        let own = UnitName::new(file_name(&path));
+        if let (Some(own), Some(other)) = (own, &other)
+            && let Some(why) = why_no_alias(&own, other)
+        {
+            bail!("/{path} cannot be a link to /{target}: {why}");
+        }
+        Ok(Found::Alias(target))
+    }
+
+    /// The links that lead to these units, by their name or by their target.
+    fn links_to(&self, units: &[UnitName]) -> Vec<String> {
+        let mut gone: BTreeSet<&str> = units
+            .iter()
+            .filter(|unit| matches!(self.find(unit), Ok(Some(found)) if !found.masked))
+            .map(UnitName::as_str)
+            .collect();
+        let mut links = BTreeSet::new();
+        // A link to a link that goes is one more.
+        loop {
+            let before = links.len();
+            for &path in &self.paths {
+                let Some(Kind::Symlink(target)) = self.tree.get(path).map(|e| &e.kind) else {
+                    continue;
+                };
+                let Some(name) = UnitName::new(file_name(path)) else { continue };
+                let end = absolute(path, target);
+                let end = self.tree.resolve(&end).map_or(end.as_str(), |(path, _)| path);
+                let leads = gone.contains(name.as_str())
+                    || name.template().is_some_and(|t| gone.contains(t.as_str()))
+                    || gone.contains(file_name(end))
+                    || gone.contains(end);
+                if path.starts_with(CONFIG) && leads && links.insert(path.to_owned()) {
+                    gone.insert(path);
+                }
+            }
+            if links.len() == before {
+                return links.into_iter().collect();
+            }
+        }
+    }
+
+    /// The links of a unit and of those that it names in `Also=`; `done` has those that were asked
+    /// before, so that units may name each other.
+    fn enable(&self, first: &UnitName, done: &mut BTreeSet<UnitName>) -> Result<Vec<Link>> {
+        let mut links = Vec::new();
+        let mut rest = vec![first.clone()];
+        while let Some(name) = rest.pop() {
+            if !done.insert(name.clone()) {
+                continue;
+            }
+            let found = self.find_through(&name, name == *first);
+            // `Also=` names units of the same package; one that is not installed is no mistake.
+            if name != *first && !matches!(&found, Ok(Some(unit)) if !unit.masked) {
+                continue;
+            }
+            let Some(unit) = found? else { continue };
+            ensure!(
+                !unit.masked,
+                "{name} is masked: /{} is empty or a link to /dev/null",
+                unit.path
+            );
+            if unit.name != name {
+                rest.push(unit.name);
+                continue;
+            }
+            let asks = !unit.install.is_empty();
+            ensure!(
+                asks || name != *first,
+                "/{} has no [Install] section: it cannot be enabled, something else starts it",
+                unit.path
+            );
+            links.extend(
+                self.links_of(&unit)
+                    .or_else(|error| if name == *first { Err(error) } else { Ok(Vec::new()) })?,
+            );
+            rest.extend(unit.install.also);
+        }
+        Ok(links)
+    }
+
+    fn links_of(&self, unit: &Unit) -> Result<Vec<Link>> {
+        let to = format!("/{}", unit.path);
+        let mut links = Vec::new();
+        for alias in &unit.install.aliases {
+            let alias = unit.install.print(&unit.name, alias)?;
+            if let Some(path) = alias_path(&unit.name, &alias)? {
+                links.push(Link { path: format!("{CONFIG}/{path}"), to: to.clone(), alias: true });
+            }
+        }
+        let template = unit.name.form() == Form::Template;
+        let mut linked = unit.name.clone();
+        if let (true, Some(instance)) = (template, &unit.install.default_instance) {
+            linked = linked.with_instance(instance).context("its name is too long")?;
+        }
+        let whole = linked.form() != Form::Template;
+        let lists = [
+            (&unit.install.wanted_by, "wants"),
+            (&unit.install.required_by, "requires"),
+            (&unit.install.upheld_by, "upholds"),
+        ];
+        let mut left = Vec::new();
+        for (by, word) in
+            lists.iter().flat_map(|(list, word)| list.iter().map(move |by| (by, word)))
+        {
+            let by = unit.install.print(&unit.name, by)?;
+            match UnitName::new(&by) {
+                Some(by) if whole || by.form() != Form::Plain => {
+                    let path = format!("{CONFIG}/{by}.{word}/{linked}");
+                    links.push(Link { path, to: to.clone(), alias: false });
+                }
+                _ => left.push(by),
+            }
+        }
+        // As systemctl, which leaves them out; nothing at all would be a preset without effect.
+        let nothing = links.is_empty() && !left.is_empty();
+        ensure!(
+            !nothing || !whole,
+            "{} is to be started by {}, which is no unit",
+            unit.name,
+            left.join(", ")
+        );
+        ensure!(
+            !nothing,
+            "{} has no instance, so {} cannot start it\n\
+             help: enable an instance, such as {}; or write DefaultInstance= into the unit",
+            unit.name,
+            left.join(", "),
+            unit.name.with_instance("NAME").unwrap_or_else(|| unit.name.clone())
+        );
+        Ok(links)
+    }
+}
+
+/// The path below [`CONFIG`] of a unit's further name; none for the unit's own.
+fn alias_path(unit: &UnitName, alias: &str) -> Result<Option<String>> {
+    // An old way to write WantedBy=: `Alias=multi-user.target.wants/a.service`.
+    if let Some((folder, file)) = alias.rsplit_once('/') {
+        let by = [".wants", ".requires"].iter().find_map(|end| folder.strip_suffix(end));
+        let by = by.and_then(UnitName::new);
+        let name = UnitName::new(file);
+        let fits = |by: &UnitName, name: &UnitName| match name.form() {
+            Form::Plain => name == unit,
+            Form::Instance => name == unit || name.template().as_ref() == Some(unit),
+            Form::Template => by.form() == Form::Template && name == unit,
+        };
+        ensure!(
+            by.zip(name).is_some_and(|(by, name)| fits(&by, &name)),
+            "Alias={alias}: that is no link to {unit} below a unit's .wants or .requires"
+        );
+        return Ok(Some(alias.to_owned()));
+    }
+    let Some(mut name) = UnitName::new(alias) else {
+        bail!("Alias={alias}: that is no name of a unit");
+    };
+    if name.form() == Form::Template && unit.form() == Form::Instance {
+        name = name.with_instance(unit.instance()).context("a name is too long")?;
+    }
+    if name == *unit {
+        return Ok(None);
+    }
+    match why_no_alias(&name, unit) {
+        Some(why) => bail!("{name} cannot be another name of {unit}: {why}"),
+        None => Ok(Some(name.as_str().to_owned())),
+    }
+}
+
+fn remove_empty_parents(tree: &mut Tree, path: &str) {
+    let mut folder = folder_of(path);
+    while folder.len() > CONFIG.len() {
+        let inside = format!("{folder}/");
+        if tree.iter().any(|(path, _)| path.starts_with(&inside)) {
+            return;
+        }
+        tree.remove(folder);
+        folder = folder_of(folder);
+    }
+}
+
+fn is_empty(data: &Data) -> bool {
+    data.size() == 0
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit_once('/').map_or(path, |(_, name)| name)
+}
+
+fn folder_of(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(folder, _)| folder)
+}
+
+/// A link's target as a path of the tree, `.` and `..` resolved by their letters.
+fn absolute(link: &str, target: &str) -> String {
+    let base = if target.starts_with('/') { "" } else { folder_of(link) };
+    let mut parts: Vec<&str> = Vec::new();
+    for part in base.split('/').chain(target.split('/')) {
+        match part {
+            "" | "." => {}
+            ".." => {
+                parts.pop();
+            }
+            part => parts.push(part),
+        }
+    }
+    parts.join("/")
 }

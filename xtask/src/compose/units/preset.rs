@@ -1,0 +1,131 @@
+//! Preset files, by the rules of systemd.preset(5): sorted by file name over all folders, and the first
+//! line that matches a unit counts.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+use globset::{GlobBuilder, GlobMatcher};
+
+use super::name::{Form, UnitName};
+use crate::rootfs::tree::{Kind, Origin, Tree};
+
+/// Where presets lie; a file of an earlier folder replaces one of that name in a later one.
+const FOLDERS: [&str; 4] = [
+    "etc/systemd/system-preset/",
+    "run/systemd/system-preset/",
+    "usr/local/lib/systemd/system-preset/",
+    "usr/lib/systemd/system-preset/",
+];
+
+/// What a line says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Make its links; of a template, those of these instances.
+    Enable(Vec<String>),
+    /// Remove its links.
+    Disable,
+    /// Leave them as they are (systemd 255 and later).
+    Ignore,
+}
+
+/// One line.
+#[derive(Debug)]
+pub struct Rule {
+    /// A name or a pattern, as it stands.
+    pub pattern: String,
+    matcher: GlobMatcher,
+    /// What it says.
+    pub action: Action,
+    /// The line and its file, for messages.
+    pub line: String,
+    /// Whether an overlay brings it, not the base system.
+    pub ours: bool,
+}
+
+impl Rule {
+    /// The unit that it names, where it is no pattern.
+    pub fn unit(&self) -> Option<UnitName> {
+        UnitName::new(&self.pattern)
+    }
+
+    /// Whether it is about this unit.
+    pub fn matches(&self, unit: &UnitName) -> bool {
+        let listed = matches!(&self.action, Action::Enable(instances)
+            if unit.template().is_some_and(|t| t.as_str() == self.pattern)
+                && instances.iter().any(|i| i == unit.instance()));
+        listed || self.matcher.is_match(unit.as_str())
+    }
+}
+
+/// All rules of a tree, in their order.
+///
+/// # Errors
+/// A line of an overlay's preset that says nothing; one of the base system's is passed over, as
+/// systemd does.
+pub fn rules(tree: &Tree) -> Result<Vec<Rule>> {
+    let mut files: BTreeMap<&str, (&str, bool)> = BTreeMap::new();
+    for folder in FOLDERS {
+        for (path, entry) in tree.iter() {
+            let Some(name) = path.strip_prefix(folder) else { continue };
+            let readable = !matches!(entry.kind, Kind::Folder | Kind::Special(..));
+            if readable && name.ends_with(".preset") && !name.contains('/') {
+                let ours = matches!(entry.origin, Origin::Overlay(_));
+                files.entry(name).or_insert((path, ours));
+            }
+        }
+    }
+    let mut rules = Vec::new();
+    for (path, ours) in files.into_values() {
+        // A link to /dev/null, or to nothing, hides the files of that name in the other folders.
+        if tree.resolve(path).is_none() {
+            continue;
+        }
+        let text =
+            String::from_utf8(tree.read(path)?).with_context(|| format!("reading /{path}"))?;
+        for line in text.split(['\n', '\r']).map(|line| line.trim_matches([' ', '\t'])) {
+            if line.is_empty() || line.starts_with(['#', ';']) {
+                continue;
+            }
+            match rule(line, ours) {
+                Ok(mut rule) => {
+                    rule.line = format!("`{line}` of /{path}");
+                    rules.push(rule);
+                }
+                Err(error) if ours => return Err(error.context(format!("/{path}: `{line}`"))),
+                Err(_) => {}
+            }
+        }
+    }
+    Ok(rules)
+}
+
+fn rule(line: &str, ours: bool) -> Result<Rule> {
+    let (word, rest) = line.split_once([' ', '\t']).unwrap_or((line, ""));
+    let mut words = rest.split_ascii_whitespace();
+    let pattern = words.next().context("it names no unit")?.to_owned();
+    let others: Vec<String> = words.map(str::to_owned).collect();
+    let template = UnitName::new(&pattern).is_some_and(|unit| unit.form() == Form::Template);
+    let action = match word {
+        "enable" => Action::Enable(others.clone()),
+        "disable" => Action::Disable,
+        "ignore" => Action::Ignore,
+        _ => bail!("expected `enable UNIT` or `disable UNIT`"),
+    };
+    ensure!(
+        others.is_empty() || (template && word == "enable"),
+        "more than one word after `{word}`\n\
+         help: a line names one unit or pattern; only `enable` of a template lists instances behind it"
+    );
+    Ok(Rule { matcher: matcher(&pattern)?, pattern, action, line: String::new(), ours })
+}
+
+/// As fnmatch(3) without escapes: braces are no alternatives.
+fn matcher(pattern: &str) -> Result<GlobMatcher> {
+    ensure!(!pattern.contains("[["), "classes such as [[:digit:]] are not known here");
+    let plain: String = pattern
+        .chars()
+        .map(|c| if "{}".contains(c) { format!("[{c}]") } else { c.to_string() })
+        .collect();
+    let glob = GlobBuilder::new(&plain).backslash_escape(false).literal_separator(false).build();
+    Ok(glob.with_context(|| format!("reading the pattern `{pattern}`"))?.compile_matcher())
+}
