@@ -59,6 +59,12 @@ const CASES: &[(&str, &str, &str, &str)] = &[
     ("eeprom-day", BOARD, "arch = ", "eeprom-since = \"2024-13-01\"\narch = "),
     ("eeprom-without-tryboot", BOARD, "arch = ", "eeprom-since = \"2024-05-13\"\narch = "),
     ("tryboot-without-eeprom", BOARD, "boot-flow = \"uboot\"", "boot-flow = \"tryboot\""),
+    (
+        "kernel-arguments",
+        BOARD,
+        "cmdline = [\"ro\"]",
+        "cmdline = [\"ro\", 'dyndbg=\"module a +p; module b +p\"', \"root=/dev/sda\"]",
+    ),
     ("table", BOARD, "table = \"mbr\"", "table = \"apm\""),
     ("disk-bus", BOARD, "bus = \"mmc\"", "bus = \"usb\""),
     ("path-leaves-workspace", PRODUCT, "configs/shop.wheels.lock", "../shop.wheels.lock"),

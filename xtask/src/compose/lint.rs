@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 
 use super::config_txt::{self, Partitions};
 use crate::config::board::BootFlow;
-use crate::plan::Plan;
+use crate::plan::{Plan, cmdline};
 use crate::rootfs::tree::{Kind, Tree};
 
 /// Directories that something is mounted on.
@@ -28,7 +28,7 @@ pub fn check(
     check_root(tree, kernel_release, &mut missing);
     match plan.board.boot_flow {
         BootFlow::Uboot => check_uboot(plan, tree, boot, &mut missing),
-        BootFlow::Tryboot => check_tryboot(boot, boot_names, &mut missing),
+        BootFlow::Tryboot => check_tryboot(plan, boot, boot_names, &mut missing),
     }
     let partitions = Partitions { texts: boot, names: boot_names };
     config_txt::check(&plan.board.compatible, &partitions, &mut missing)?;
@@ -91,12 +91,44 @@ fn check_uboot(
             missing.push(format!("boot.scr loads {what} /{fixed}, which the slot does not have"));
         }
     }
-    let words = ["root=", "slipway.slot="].map(str::to_owned).into_iter();
-    let cmdline = &plan.board.cmdline;
-    let consoles = cmdline.iter().filter(|word| word.starts_with("console=")).cloned();
-    for needed in words.chain(consoles) {
-        if !script.contains(&needed) {
-            missing.push(format!("boot.scr puts no `{needed}` on the kernel's command line"));
+    let lines = script_lines(&script);
+    if lines.is_empty() {
+        missing.push("boot.scr sets no `bootargs`, the kernel's command line".to_owned());
+    }
+    for line in &lines {
+        check_line(plan, "boot.scr", line, &["root", "slipway.slot"], missing);
+    }
+}
+
+/// The command lines that a boot script sets, as its shell would put them together: up to the quote that ends them, with
+/// something for each variable.
+fn script_lines(script: &str) -> Vec<String> {
+    let starts = script.match_indices("setenv bootargs \"").map(|(at, word)| at + word.len());
+    let lines = starts.filter_map(|at| script.get(at..)).map(|rest| {
+        let line = rest.split(['"', '\'', '\n']).next().unwrap_or_default();
+        let mut pieces = line.split("${");
+        let mut text = pieces.next().unwrap_or_default().to_owned();
+        for piece in pieces {
+            let (name, rest) = piece.split_once('}').unwrap_or((piece, ""));
+            text.push_str(name);
+            text.push_str(rest);
+        }
+        text
+    });
+    lines.collect()
+}
+
+/// Every argument of the board is on the line, as an argument of its own, and so are `ours`.
+fn check_line(plan: &Plan, file: &str, line: &str, ours: &[&str], missing: &mut Vec<String>) {
+    let found = cmdline::arguments(line);
+    for name in ours.iter().filter(|name| !found.iter().any(|(found, _)| found == *name)) {
+        missing.push(format!("{file} puts no `{name}=` on the kernel's command line"));
+    }
+    for word in &plan.board.cmdline {
+        if cmdline::arguments(word).iter().any(|argument| !found.contains(argument)) {
+            missing.push(format!(
+                "{file} does not bring the argument `{word}` to the kernel, which would see: {line}"
+            ));
         }
     }
 }
@@ -116,6 +148,7 @@ fn loaded_paths(script: &str) -> Vec<&str> {
 }
 
 fn check_tryboot(
+    plan: &Plan,
     boot: &BTreeMap<(String, String), Vec<u8>>,
     boot_names: &[(String, String)],
     missing: &mut Vec<String>,
@@ -128,6 +161,12 @@ fn check_tryboot(
             if !boot.contains_key(&(role.to_owned(), name.to_owned())) {
                 missing.push(format!("{name} is missing from the partition {role}"));
             }
+        }
+        if let Some(text) = boot.get(&(role.to_owned(), "cmdline.txt".to_owned())) {
+            // The firmware takes the first line only.
+            let text = String::from_utf8_lossy(text);
+            let line = text.lines().next().unwrap_or_default();
+            check_line(plan, "cmdline.txt", line, &["slipway.tryboot"], missing);
         }
         if !boot_names.iter().any(|(r, n)| r == role && n.ends_with(".dtb")) {
             missing.push(format!("no device tree is in the partition {role}"));
@@ -143,6 +182,14 @@ mod tests {
     fn finds_what_a_script_loads() {
         let script = "# load x /boot/no\nsetenv y 'load ${d} 0x1 /boot/vmlinuz && load a b /boot/dtbs/${f}'\n";
         assert_eq!(loaded_paths(script), ["/boot/vmlinuz", "/boot/dtbs/${f}"]);
+    }
+
+    #[test]
+    fn a_command_line_ends_where_the_shell_would_end_it() {
+        let script =
+            "setenv start 'setenv bootargs \"root=PARTUUID=${u} ro ${x} a=\"b c\" gpt\"; booti'\n";
+        assert_eq!(script_lines(script), ["root=PARTUUID=u ro x a="]);
+        assert_eq!(script_lines("setenv s 'setenv bootargs \"ro a='b' gpt\"'"), ["ro a="]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The rules of a board, and its part of the plan: partitions and roles, addresses in the smallest machine's memory,
 //! the boot state's place on the card, what one engine or one kernel only can start.
 
-use super::{BoardPlan, EarlierCard, Origin};
+use super::{BoardPlan, EarlierCard, Origin, cmdline};
 use crate::config::board::{
     Board, BootFlow, BootSource, Compile, Console, Disk, Earlier, Partition,
 };
@@ -109,6 +109,7 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         }
     }
     check_kernel(product, board, out);
+    cmdline::check(board, out);
     check_states(board, out);
     check_memory(board, out);
 }

@@ -2,6 +2,7 @@
 //! no program, so every rule that can be checked is checked before any slow work.
 
 mod boards;
+pub mod cmdline;
 pub mod identifiers;
 mod resolve;
 mod sources;

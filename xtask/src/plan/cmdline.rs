@@ -1,0 +1,149 @@
+//! The kernel's command line: what a boot flow carries to the kernel as it was written, and what the kernel makes of it.
+
+use crate::config::board::{Board, BootFlow};
+use crate::config::reader::Finding;
+
+/// What arm64 takes with the final zero (`COMMAND_LINE_SIZE`, arch/arm64/include/uapi/asm/setup.h).
+const KERNEL_TAKES: usize = 2048;
+
+/// Left for what the boot files, U-Boot and the Raspberry Pi's firmware put on the line themselves: some 200 bytes and
+/// some 600 bytes.
+const RESERVED: usize = 1024;
+
+/// Arguments that the boot files set, each slot its own.
+const OURS: [&str; 5] =
+    ["root", "slipway.slot", "slipway.trial", "slipway.unloadable", "slipway.tryboot"];
+
+/// Characters that mean something to U-Boot's shell, in which the script sets the line.
+const SHELL: &str = "\"'`$\\;&|";
+
+/// The rules of `kernel.cmdline`.
+pub(super) fn check(board: &Board, out: &mut Vec<Finding>) {
+    for word in &board.kernel.cmdline {
+        if let Some((why, help)) = wrong(&word.value, board.boot_flow.value) {
+            let message = format!("`kernel.cmdline`: `{}` {why}", word.value.escape_debug());
+            out.push(Finding::new(&word.place, message, help));
+        }
+    }
+    let length: usize = board.kernel.cmdline.iter().map(|word| word.value.len() + 1).sum();
+    if let (Some(last), true) = (board.kernel.cmdline.last(), length > KERNEL_TAKES - RESERVED) {
+        let message = format!(
+            "`kernel.cmdline` has {length} bytes, at most {}: the kernel takes {} in all and drops the rest",
+            KERNEL_TAKES - RESERVED,
+            KERNEL_TAKES - 1
+        );
+        let help = "settings of modules belong into /etc/modprobe.d of an overlay";
+        out.push(Finding::new(&last.place, message, help));
+    }
+}
+
+/// Why an argument would not reach the kernel as it is written, and what to do.
+fn wrong(word: &str, flow: BootFlow) -> Option<(String, &'static str)> {
+    const ONE: &str = "write one argument: `name` or `name=value`";
+    let name = word.trim_start_matches('"').split(['=', ' ']).next().unwrap_or_default();
+    // The kernel takes a dash for an underscore; `--` ends its arguments.
+    if word.trim().is_empty() || name == "--" {
+        return Some(("is no argument of the kernel".to_owned(), ONE));
+    }
+    if OURS.contains(&name) {
+        let why = format!("sets {name}, which the boot files set for each slot");
+        return Some((why, "leave it out"));
+    }
+    if let Some(c) = word.chars().find(|c| !c.is_ascii_graphic() && *c != ' ') {
+        return Some((
+            format!("has the character {c:?}"),
+            "only printable ASCII reaches the kernel",
+        ));
+    }
+    match flow {
+        BootFlow::Uboot => {
+            let c = word.chars().find(|c| SHELL.contains(*c))?;
+            let why =
+                format!("has the character {c:?}, at which U-Boot's shell would break the line");
+            let help = "write it without: `module.dyndbg=+p` needs no quotes, and options of modules can be \
+                        in /etc/modprobe.d of an overlay";
+            Some((why, help))
+        }
+        BootFlow::Tryboot if word.matches('"').count() % 2 == 1 => {
+            let why = "has a quote that is not closed: the kernel would take all that follows for its value";
+            Some((why.to_owned(), "close it"))
+        }
+        BootFlow::Tryboot => None,
+    }
+}
+
+/// The arguments of a line as the kernel takes them apart (`next_arg`, lib/cmdline.c): name, and value without the
+/// quotes around it; a quote that is not closed takes the rest. What stands behind `--` is for init.
+pub fn arguments(line: &str) -> Vec<(String, Option<String>)> {
+    let (mut words, mut word, mut quoted) = (Vec::new(), String::new(), false);
+    for c in line.chars() {
+        quoted ^= c == '"';
+        if !c.is_ascii_whitespace() || quoted {
+            word.push(c);
+        } else if !word.is_empty() {
+            words.push(std::mem::take(&mut word));
+        }
+    }
+    words.extend((!word.is_empty()).then_some(word));
+    let unquoted = |text: &str| match text.strip_prefix('"') {
+        Some(rest) => rest.strip_suffix('"').unwrap_or(rest).to_owned(),
+        None => text.to_owned(),
+    };
+    let arguments = words.iter().take_while(|word| *word != "--").map(|word| {
+        let whole = unquoted(word);
+        match whole.split_once('=') {
+            Some((name, value)) => (name.to_owned(), Some(unquoted(value))),
+            None => (whole, None),
+        }
+    });
+    arguments.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_taken_apart_as_the_kernel_does() {
+        let value = |text: &str| Some(text.to_owned());
+        let line = "ro  root=/dev/x a=\"b c; d\" \"e=f g\" h=i\"j k\"l -- init";
+        let expected = [
+            ("ro", None),
+            ("root", value("/dev/x")),
+            ("a", value("b c; d")),
+            ("e", value("f g")),
+            ("h", value("i\"j k\"l")),
+        ];
+        assert_eq!(arguments(line), expected.map(|(name, value)| (name.to_owned(), value)));
+        assert_eq!(arguments("a=\"b ro"), [("a".to_owned(), value("b ro"))]);
+    }
+
+    #[test]
+    fn what_would_not_arrive_is_refused() {
+        let uboot = |word: &str| wrong(word, BootFlow::Uboot).map(|(why, _)| why);
+        let tryboot = |word: &str| wrong(word, BootFlow::Tryboot).map(|(why, _)| why);
+        for word in ["ro", "console=tty0", "rootwait", "rootfstype=ext4", "a=b,c:d/e@f#g", "x=1 y"]
+        {
+            assert_eq!((uboot(word), tryboot(word)), (None, None), "{word}");
+        }
+        for word in
+            ["", " ", "--", "root=/dev/sda", "slipway.slot=b", "\"root=x\"", "a=ü", "a\nb", "a\tb"]
+        {
+            assert!(uboot(word).is_some() && tryboot(word).is_some(), "{word}");
+        }
+        for word in [
+            "dyndbg=\"module a +p; module b +p\"",
+            "a='b'",
+            "a=$b",
+            "a=b;c",
+            "a\\b",
+            "a=`b`",
+            "a|b",
+            "a&b",
+        ] {
+            assert!(uboot(word).is_some(), "{word}");
+            assert_eq!(tryboot(word), None, "{word}");
+        }
+        assert!(tryboot("a=\"b").is_some_and(|why| why.contains("not closed")));
+    }
+}
