@@ -287,6 +287,38 @@ fn blocks_of_the_running_slot_are_neither_sent_nor_read() {
 }
 
 #[test]
+fn a_server_without_ranges_sends_what_is_there_once_more_and_no_more() {
+    let size = 128 * MIB;
+    let new = new_system(size, 18);
+    // The running slot has every other frame of 16 MiB.
+    let mut running = new.clone();
+    for frame in running.chunks_mut(16 * MIB as usize).step_by(2) {
+        frame.fill(0);
+    }
+    let bundle = bundle_of(&new);
+    let install = |manners: Manners| {
+        let robot = Plan { size, ..Plan::default() }.make();
+        robot.fill(Slot::A, &running);
+        let server = Server::start(bundle.clone(), manners);
+        robot.run(&["install", &server.address]);
+        assert_eq!(robot.slot(Slot::B), new);
+        let sent = server.sent.load(std::sync::atomic::Ordering::Relaxed);
+        (server.requests.lock().unwrap().len() as u64, sent)
+    };
+    let with = install(Manners::default());
+    let without = install(Manners { no_ranges: true, ..Manners::default() });
+    let told = install(Manners { no_ranges: true, says_so: true, ..Manners::default() });
+    let size = bundle.len() as u64;
+    println!(
+        "a bundle of {size} bytes, (requests, bytes): ranges {with:?}, none {without:?}, none and told {told:?}"
+    );
+    assert!(with.0 > 2 && with.1 < size, "{with:?}");
+    // The first part that is passed over shows that the server begins anew; what it sent until then is lost.
+    assert!(without.0 == 2 && without.1 < size * 2, "{without:?}");
+    assert!(told.0 == 1 && told.1 <= size, "{told:?}");
+}
+
+#[test]
 fn blocks_that_only_seem_right_are_read_from_the_bundle() {
     // The running slot changes between the survey and the copy: a block that had the right hash has
     // it no more. A file cannot do that on cue, so the copy finds a slot that was cut short.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bundle::Input;
 use ureq::Agent;
 use ureq::http::header::{
-    ACCEPT_ENCODING, CONTENT_RANGE, ETAG, HeaderName, IF_RANGE, LAST_MODIFIED, RANGE,
+    ACCEPT_ENCODING, ACCEPT_RANGES, CONTENT_RANGE, ETAG, HeaderName, IF_RANGE, LAST_MODIFIED, RANGE,
 };
 use ureq::http::{HeaderMap, StatusCode};
 
@@ -199,6 +199,7 @@ impl Http {
             })?),
             None => None,
         };
+        let refuses_ranges = word(ACCEPT_RANGES).is_some_and(|unit| unit == "none");
         let same = |known: &Option<String>| known.is_none() || *known == version;
         if start > self.position
             || !same(&self.version)
@@ -212,7 +213,7 @@ impl Http {
         let mut body = answer.into_body().into_with_config().limit(u64::MAX).reader();
         // A server that knows no ranges begins at the beginning.
         let mut before = self.position - start;
-        self.no_ranges |= self.position > 0 && start == 0;
+        self.no_ranges |= (self.position > 0 && start == 0) || refuses_ranges;
         let mut chunk = vec![0; CHUNK];
         while before > 0 {
             let most = usize::try_from(before).unwrap_or(CHUNK).min(CHUNK);
@@ -306,8 +307,10 @@ impl Input for Http {
         if self.length.is_some_and(|length| end > length) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // Without a version, nobody can tell whether a later answer is from the same file.
-        if n >= WORTH_A_REQUEST && self.version.is_some() && self.length.is_some() {
+        // Without a version, nobody can tell whether a later answer is from the same file. A server that begins at the
+        // beginning would send all that was before, too.
+        let resumes = self.version.is_some() && self.length.is_some() && !self.no_ranges;
+        if n >= WORTH_A_REQUEST && resumes {
             self.position = end;
             self.body = None;
             return Ok(());

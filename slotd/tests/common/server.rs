@@ -12,6 +12,8 @@ pub struct Manners {
     pub break_after: Option<usize>,
     /// Whether range requests are understood.
     pub no_ranges: bool,
+    /// Whether the answers say that ranges are not understood.
+    pub says_so: bool,
     /// After so many connections the file has another version.
     pub changes_after: Option<usize>,
     /// No length and no version is said; the connection's end is the file's.
@@ -87,6 +89,9 @@ fn answer(
     };
     if !manners.says_nothing {
         head.push_str(&format!("Content-Length: {}\r\nETag: {tag}\r\n", body.len()));
+    }
+    if manners.says_so {
+        head.push_str("Accept-Ranges: none\r\n");
     }
     head.push_str("Connection: close\r\n\r\n");
     stream.write_all(head.as_bytes())?;
