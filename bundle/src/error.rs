@@ -66,6 +66,13 @@ pub enum Error {
         /// What.
         reason: String,
     },
+    /// A wheel's tree holds what no robot takes, or not what its lock says.
+    BadTree {
+        /// The wheel and its version.
+        wheel: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// The bundle is of a format version that this reader does not know.
     UnknownFormat {
         /// The version found.
@@ -166,6 +173,7 @@ impl Error {
             Self::TrailingData { .. } => "trailing-data",
             Self::BadManifest { .. } => "bad-manifest",
             Self::BadComponent { .. } => "bad-component",
+            Self::BadTree { .. } => "bad-tree",
             Self::UnknownFormat { .. } => "unknown-format",
             Self::UnknownFeature { .. } => "unknown-feature",
             Self::BadSignatureFile { .. } => "bad-signature-file",
@@ -206,7 +214,7 @@ impl Error {
             | Self::FrameLength { .. } => {
                 "no Slipway tool writes such a file: do not use it, and find out where it came from"
             }
-            Self::BadManifest { .. } | Self::BadComponent { .. } => {
+            Self::BadManifest { .. } | Self::BadComponent { .. } | Self::BadTree { .. } => {
                 "make the bundle again with a current `cargo xtask`"
             }
             Self::UnknownFormat { .. } | Self::UnknownFeature { .. } => {
@@ -250,6 +258,7 @@ impl fmt::Display for Error {
             Self::TrailingData { place } => write!(f, "there are stray bytes {place}"),
             Self::BadManifest { reason } => write!(f, "manifest.json: {reason}"),
             Self::BadComponent { reason } => write!(f, "component.json: {reason}"),
+            Self::BadTree { wheel, reason } => write!(f, "the tree of {wheel}: {reason}"),
             Self::UnknownFormat { found } => {
                 write!(f, "the bundle has format version {found}, known is {}", crate::FORMAT)
             }

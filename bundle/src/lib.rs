@@ -13,6 +13,7 @@ pub mod keys;
 mod limits;
 pub mod manifest;
 pub mod reader;
+pub mod tree;
 mod ustar;
 pub mod writer;
 

@@ -31,6 +31,12 @@ pub const MAX_TREE: u64 = 2 * 1024 * 1024 * 1024;
 /// Most files of one wheel's installed tree.
 pub const MAX_TREE_FILES: u64 = 64 * 1024;
 
+/// Most parts of a path in a wheel's tree: `site/foo/a.py` has three. Deeper ones are no package's.
+pub const MAX_TREE_DEPTH: usize = 32;
+
+/// Most bytes of a path in a wheel's tree: with the place on a robot it stays far below Linux's 4096.
+pub const MAX_TREE_PATH: usize = 512;
+
 /// Most entries of each list of names in the manifest (boards, required features).
 pub const MAX_NAMES: usize = 64;
 

@@ -9,10 +9,11 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use bundle::component::{API, Lock};
 use bundle::manifest::Component;
 use bundle::{
-    KeySet, Kind, Level, Manifest, Payload, Policy, Reader, Seekable, SignedBy, Source, Stream,
-    Version,
+    KeySet, Kind, Level, Manifest, Payload, PayloadReader, Policy, Reader, Seekable, SignedBy,
+    Source, Stream, Version,
 };
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
@@ -21,6 +22,7 @@ use sha2::{Digest, Sha256};
 use crate::artifact::{self, Artifact};
 use crate::keys::Signer;
 use crate::progress::{Step, Unit};
+use crate::wheel::component::Trees;
 
 /// Bytes of a manifest that are read without a check: more than any has.
 const LARGEST_MANIFEST: u64 = 1 << 20;
@@ -388,7 +390,8 @@ pub fn unverified(path: &Utf8Path) -> Result<(Manifest, String)> {
     read().with_context(|| format!("reading the bundle {path}"))
 }
 
-/// Verifies a bundle: signatures, policy, indices, every frame and every block.
+/// Verifies a bundle: signatures, policy, indices, every frame and every block; and of a component `api` that its
+/// trees are such as robots take.
 ///
 /// # Errors
 /// The first thing that is wrong. The chain holds a [`bundle::Error`] with its stable code.
@@ -399,7 +402,23 @@ pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<Ver
         reader.check(policy)?;
         let sizes = reader.manifest().components.iter().flat_map(|c| &c.payloads).map(|p| p.size);
         let step = Step::new("verify", "checking every block", sizes.sum(), Unit::Bytes);
-        reader.verify(|n| step.advance(n))?;
+        let components = reader.manifest().components.clone();
+        let mut api = Api::default();
+        while let Some(payload) = reader.next_payload()? {
+            let component = components.iter().find(|c| c.name == payload.component());
+            let mut content =
+                Content { payload, ready: Vec::new(), at: 0, error: None, step: &step };
+            let mut read = Ok(());
+            if let Some(component) = component.filter(|component| component.name == API) {
+                read = api.payload(component, &mut content);
+            }
+            // What was not read yet has hashes, too.
+            let rest = io::copy(&mut content, &mut io::sink());
+            match content.error {
+                Some(error) => return Err(error),
+                None => read.and(rest.map(drop).map_err(bundle::Error::from))?,
+            }
+        }
         Ok(Verified {
             manifest: reader.manifest().clone(),
             manifest_sha256: reader.manifest_sha256().to_owned(),
@@ -407,4 +426,60 @@ pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<Ver
         })
     };
     walk().map_err(explain).with_context(|| format!("verifying {path}"))
+}
+
+/// A component `api` on its way through [`verify`].
+#[derive(Default)]
+struct Api {
+    lock: Option<Lock>,
+    trees: Trees,
+}
+
+impl Api {
+    fn payload(&mut self, component: &Component, content: &mut dyn Read) -> bundle::Result<()> {
+        let Some(lock) = &self.lock else {
+            let mut json = Vec::new();
+            content.take(bundle::MAX_LOCK + 1).read_to_end(&mut json)?;
+            let lock = Lock::parse(&json)?;
+            lock.matches(component)?;
+            self.lock = Some(lock);
+            return Ok(());
+        };
+        let Some(wheel) = lock.wheels.get(self.trees.count()) else { return Ok(()) };
+        self.trees.read(wheel, content)
+    }
+}
+
+/// A payload's verified bytes as a stream.
+struct Content<'r, 's, I> {
+    payload: PayloadReader<'r, I>,
+    ready: Vec<u8>,
+    at: usize,
+    error: Option<bundle::Error>,
+    step: &'s Step,
+}
+
+impl<I: bundle::Input> Read for Content<'_, '_, I> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.ready.len() && self.error.is_none() {
+            if self.payload.next_frame().is_none() {
+                return Ok(0);
+            }
+            self.ready.clear();
+            self.at = 0;
+            let ready = &mut self.ready;
+            let read = self.payload.read_frame(&mut |_, bytes| {
+                self.step.advance(bytes.len() as u64);
+                ready.extend_from_slice(bytes);
+                Ok(())
+            });
+            self.error = read.err();
+        }
+        if self.error.is_some() {
+            return Err(io::Error::other("the bundle is damaged"));
+        }
+        let n = (&self.ready[self.at..]).read(buffer)?;
+        self.at += n;
+        Ok(n)
+    }
 }

@@ -308,3 +308,77 @@ fn in_a_child_with_a_password() {
         panic!("refused");
     }
 }
+
+/// The payloads of a component `api` with one wheel, whose tree has these files.
+fn component_of(files: &[(&str, &str)], dir: &Utf8Path) -> ComponentRequest {
+    let mut tar = tar::Builder::new(Vec::new());
+    for (path, text) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, path, text.as_bytes()).unwrap();
+    }
+    let tar = tar.into_inner().unwrap();
+    let hash = xtask::artifact::hash_bytes(&tar);
+    let lock = bundle::component::Lock {
+        format: bundle::component::LOCK_FORMAT,
+        package: "foo".into(),
+        module: "foo".into(),
+        version: "1.0".into(),
+        python: "3.11".into(),
+        arch: "aarch64".into(),
+        libc: "glibc 2.36".into(),
+        base: vec![],
+        wheels: vec![bundle::component::Wheel {
+            role: "foo".into(),
+            name: "foo".into(),
+            version: "1.0".into(),
+            sha256: "0".repeat(64),
+            tree: hash,
+            size: tar.len() as u64,
+            files: files.len() as u64,
+            bytes: files.iter().map(|(_, text)| text.len() as u64).sum(),
+            requires: vec![],
+            scripts: vec![],
+        }],
+    };
+    let payloads = [("component.json", lock.to_json().unwrap()), ("foo", tar)];
+    let payloads = payloads.map(|(role, bytes)| {
+        let path = dir.join(role);
+        std::fs::write(&path, bytes).unwrap();
+        PayloadRequest { role: role.to_owned(), path }
+    });
+    let version = Version::parse("1.0.0").unwrap();
+    ComponentRequest { name: "api".to_owned(), version, payloads: payloads.to_vec() }
+}
+
+/// What every robot refuses is not called good, however well it is signed.
+#[test]
+fn an_api_that_no_robot_takes_is_not_good() {
+    let Dir(_keep, dir) = dir();
+    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let signers = [keys.signer(Kind::Development).unwrap()];
+    let out = dir.join("api.bundle");
+    let verdict = |files: &[(&str, &str)], lock: Option<&str>| {
+        let component = component_of(files, &dir);
+        if let Some(text) = lock {
+            std::fs::write(&component.payloads[0].path, text).unwrap();
+        }
+        let mut request = request(&dir, Kind::Development, &signers);
+        request.components = vec![component];
+        pack(&request, &out).unwrap();
+        verify(&out, keys.set(), &Policy::default())
+    };
+    let deep = format!("site/{}x", "d/".repeat(40));
+    verdict(&[("site/foo/__init__.py", "x = 1\n"), ("site/foo/a/b.py", "")], None).unwrap();
+    let cases: [(&[(&str, &str)], Option<&str>, &str); 4] = [
+        (&[("site/foo/Case.txt", "1"), ("site/foo/case.txt", "2")], None, "(bad-tree)\nhelp: "),
+        (&[(deep.as_str(), "x")], None, "at most 32 (bad-tree)"),
+        (&[("component.json", "x")], None, "begins with `component.json` (bad-tree)"),
+        (&[("site/foo/a.py", "x")], Some("{}"), "(bad-component)"),
+    ];
+    for (files, lock, expected) in cases {
+        let error = format!("{:#}", verdict(files, lock).unwrap_err());
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+}

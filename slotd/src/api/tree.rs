@@ -1,26 +1,22 @@
 //! A wheel's tree: from verified bytes of a bundle into a folder, and from there, by hard links, into a
 //! version. Paths in an archive are never trusted, whoever has signed it.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Read};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, SystemTime};
 
-use bundle::component::{LOCK_ROLE, TREE_TIME, Wheel};
+use bundle::component::{TREE_TIME, Wheel};
+use bundle::tree::{Kind, Rules};
 use bundle::{Input, PayloadReader};
 use sha2::{Digest, Sha256};
 
-use super::whole::{SUM, sums};
+use super::whole::{SUM, sum, sums};
 use super::{Place, failed};
 use crate::files::{Files, make_dirs};
 use crate::install::from_source;
 use crate::refusal::{Refusal, Result};
-
-/// The deepest and the longest path of a file.
-const DEEPEST: usize = 32;
-const LONGEST: usize = 512;
 
 /// Pieces of at most 128 KiB that wait between the verification and the disk.
 const WAITING: usize = 8;
@@ -142,45 +138,32 @@ fn bad(wheel: &Wheel, why: &str) -> Refusal {
 fn unpack(files: &dyn Files, pipe: Pipe, wheel: &Wheel, into: &Path) -> Result<()> {
     let damaged = |error: io::Error| bad(wheel, &format!("the tar is damaged: {error}"));
     let mut archive = tar::Archive::new(pipe);
-    let (mut count, mut bytes) = (0, 0_u64);
-    let mut known = BTreeSet::new();
+    let mut rules = Rules::new(wheel);
     for entry in archive.entries().map_err(damaged)? {
         let mut entry = entry.map_err(damaged)?;
         let name = entry.path().map_err(damaged)?.into_owned();
-        let shown = name.to_string_lossy().escape_debug().to_string();
-        let name = safe(&name)
-            .ok_or_else(|| bad(wheel, &format!("`{shown}` is no path that may be written")))?;
-        // Two names that differ in case only are one on some file systems, and no wheel's.
-        if !known.insert(name.to_string_lossy().to_lowercase()) {
-            return Err(bad(wheel, &format!("`{shown}` comes twice")));
-        }
+        let Some(shown) = name.to_str() else {
+            let shown = name.to_string_lossy().escape_debug().to_string();
+            return Err(bad(wheel, &format!("`{shown}` is not UTF-8")));
+        };
+        let kind = match entry.header().entry_type() {
+            tar::EntryType::Directory => Kind::Folder,
+            tar::EntryType::Regular => Kind::File(entry.size()),
+            _ => Kind::Other,
+        };
+        rules.entry(shown, kind)?;
         let path = into.join(&name);
-        match entry.header().entry_type() {
-            tar::EntryType::Directory => make(files, &path)?,
-            tar::EntryType::Regular => {
-                (count, bytes) = (count + 1, bytes.saturating_add(entry.size()));
-                if count > wheel.files || bytes > wheel.bytes {
-                    return Err(bad(wheel, "it has more than its lock says"));
-                }
-                let executable = entry.header().mode().map_err(damaged)? & 0o100 != 0;
-                write(files, &mut entry, &path, if executable { 0o755 } else { 0o644 })?;
-            }
-            _ => return Err(bad(wheel, &format!("`{shown}` is neither a file nor a folder"))),
+        if kind == Kind::Folder {
+            make(files, &path)?;
+        } else {
+            let executable = entry.header().mode().map_err(damaged)? & 0o100 != 0;
+            write(files, &mut entry, &path, if executable { 0o755 } else { 0o644 })?;
         }
     }
     // What follows the last entry counts for the hash.
     let mut pipe = archive.into_inner();
     io::copy(&mut pipe, &mut io::sink()).map_err(damaged)?;
-    if bundle::index::hex(&pipe.hash.finalize()) != wheel.tree {
-        return Err(Refusal::new(
-            "wrong-hash",
-            format!("the tree of {} does not have the hash that its lock says", wheel.name),
-            "make the bundle again with a current `cargo xtask`",
-        ));
-    }
-    if (count, bytes) != (wheel.files, wheel.bytes) {
-        return Err(bad(wheel, "it has less than its lock says"));
-    }
+    rules.end(&bundle::index::hex(&pipe.hash.finalize()))?;
     Ok(())
 }
 
@@ -211,24 +194,11 @@ fn make(files: &dyn Files, folder: &Path) -> Result<()> {
     make_dirs(files, folder).map(drop).map_err(failed("creating", folder))
 }
 
-/// A path of plain names that neither begins with a dot nor is the lock's.
-fn safe(name: &Path) -> Option<PathBuf> {
-    let text = name.to_str()?;
-    let mut parts = Vec::new();
-    for part in name.components() {
-        let Component::Normal(part) = part else { return None };
-        parts.push(part);
-    }
-    let first = parts.first()?.to_str()?;
-    let long = text.len() > LONGEST || parts.len() > DEEPEST;
-    let ours = first.starts_with('.') || first == LOCK_ROLE;
-    (!long && !ours && !text.contains('\0')).then(|| parts.iter().collect())
-}
-
-/// Links all files of a wheel's tree into a version's folder.
+/// Links all files of a wheel's tree into a version's folder. A file that another wheel has brought, with the
+/// same content and mode, is both's: namespace packages ship one `__init__.py` in each of their parts.
 ///
 /// # Errors
-/// `bad-tree`: another wheel has a file of the same name. `io`.
+/// `bad-tree`: another wheel has another file of the same name. `io`.
 pub(super) fn link(place: &Place<'_>, wheel: &Wheel, into: &Path) -> Result<()> {
     let from = place_of(place, wheel);
     let mut waiting = vec![PathBuf::new()];
@@ -245,10 +215,16 @@ pub(super) fn link(place: &Place<'_>, wheel: &Wheel, into: &Path) -> Result<()> 
                 waiting.push(name);
                 continue;
             }
-            match place.files.link(&path, &into.join(&name)) {
+            let to = into.join(&name);
+            match place.files.link(&path, &to) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    let why = format!("another wheel installs `{}` too", name.display());
-                    return Err(bad(wheel, &why));
+                    let (theirs, own) = (sum(&to), sum(&path));
+                    if theirs.map_err(failed("reading", &to))?
+                        != own.map_err(failed("reading", &path))?
+                    {
+                        let why = format!("another wheel installs another `{}`", name.display());
+                        return Err(bad(wheel, &why));
+                    }
                 }
                 other => other.map_err(failed("linking", &path))?,
             }

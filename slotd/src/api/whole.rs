@@ -25,8 +25,8 @@ pub(super) const SUM: &str = ".sum";
 /// Bytes that are read at a time.
 const CHUNK: usize = 256 << 10;
 
-/// The most bytes of [`SUM`] for each file: hash, mode, two blanks, a path of at most 512 bytes, its end.
-const LINE: u64 = 64 + 4 + 2 + 512 + 1;
+/// The most bytes of [`SUM`] for each file: hash, mode, two blanks, a path, its end.
+const LINE: u64 = 64 + 4 + 2 + bundle::MAX_TREE_PATH as u64 + 1;
 
 /// The most places that a refusal lists.
 const LISTED: usize = 20;
@@ -69,7 +69,7 @@ fn names(top: &Path) -> io::Result<BTreeSet<PathBuf>> {
 }
 
 /// A file's SHA-256 and mode, as in [`SUM`].
-fn sum(path: &Path) -> io::Result<String> {
+pub(super) fn sum(path: &Path) -> io::Result<String> {
     if !fs::symlink_metadata(path)?.is_file() {
         return Err(io::Error::other("it is no plain file"));
     }
@@ -136,8 +136,8 @@ pub(super) fn relink(place: &Place<'_>, lock: &Lock, folder: &str, events: &Even
         let Ok(theirs) = state::lock(place, &name) else { continue };
         let here = |wheel: &&Wheel| lock.wheels.iter().any(|ours| ours.tree == wheel.tree);
         let shared: Vec<&Wheel> = theirs.wheels.iter().filter(here).collect();
-        let version = place.version(&name);
-        if shared.iter().all(|wheel| linked(&place.wheels().join(&wheel.tree), &version)) {
+        let trees: Vec<PathBuf> = shared.iter().map(|w| place.wheels().join(&w.tree)).collect();
+        if linked(&trees, &place.version(&name)) {
             continue;
         }
         if let Err(refusal) = rebuild(place, &shared, &name) {
@@ -146,12 +146,15 @@ pub(super) fn relink(place: &Place<'_>, lock: &Lock, folder: &str, events: &Even
     }
 }
 
-/// Whether a version's files are those of a tree, not others of the same names.
-fn linked(tree: &Path, version: &Path) -> bool {
+/// Whether a version's files are those of these trees, not others of the same names. A file that several wheels
+/// have is one of theirs.
+fn linked(trees: &[PathBuf], version: &Path) -> bool {
     let inode = |path: PathBuf| fs::symlink_metadata(path).ok().map(|about| about.ino());
-    names(tree).is_ok_and(|names| {
-        names.iter().all(|name| inode(tree.join(name)) == inode(version.join(name)))
-    })
+    let theirs = |name: &PathBuf| {
+        let own = inode(version.join(name));
+        own.is_some() && trees.iter().any(|tree| inode(tree.join(name)) == own)
+    };
+    trees.iter().all(|tree| names(tree).is_ok_and(|names| names.iter().all(theirs)))
 }
 
 /// Puts a version together again beside itself, of these wheels and of what else it has, and exchanges the two.

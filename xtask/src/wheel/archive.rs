@@ -1,5 +1,6 @@
 //! Reads one wheel whole into memory and trusts nothing in it: its paths, its sizes, its WHEEL,
-//! METADATA and RECORD are checked before anybody else sees a file of it.
+//! METADATA and RECORD are checked before anybody else sees a file of it. Where its own texts contradict it and
+//! a lock vouches for its bytes, that is told, and no obstacle: pip installs such wheels, and nobody can mend them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Cursor, Read};
@@ -45,8 +46,8 @@ pub struct Wheel {
     pub entry_points: Vec<EntryPoint>,
     /// `opentrons-10.1.0.dist-info`
     pub dist_info: String,
-    /// `opentrons-10.1.0.data`
-    pub data: String,
+    /// What it says of itself and is not so; each part of a sentence.
+    pub doubts: Vec<String>,
     /// Every file by its path in the wheel.
     pub files: BTreeMap<String, WheelFile>,
 }
@@ -65,7 +66,8 @@ impl Wheel {
     /// Reads a wheel's bytes.
     ///
     /// # Errors
-    /// When it breaks a rule; the error names the wheel and the file in it.
+    /// When it breaks a rule; the error names the wheel and the file in it. Without `sha256` nobody but the wheel
+    /// itself says that its bytes are right: then what it says must be so.
     pub fn read(bytes: &[u8], file: &str, sha256: Option<&str>) -> Result<Self> {
         Self::read_inner(bytes, file, sha256).with_context(|| format!("reading the wheel {file}"))
     }
@@ -83,21 +85,33 @@ impl Wheel {
             let entry = files.get(&path).with_context(|| format!("{path} is missing"))?;
             std::str::from_utf8(&entry.bytes).with_context(|| format!("{path} is not UTF-8"))
         };
+        let mut doubts = Vec::new();
         let record = format!("{dist_info}/RECORD");
-        let lines = parse_record(text("RECORD")?).with_context(|| format!("reading {record}"))?;
-        check_record(&files, &lines, &record)?;
-        let purelib = check_wheel_text(text("WHEEL")?, &name.tags)
+        let lines = parse_record(text("RECORD")?);
+        let wrong = lines.map(|lines| check_record(&files, &lines, &record));
+        doubts.extend(
+            wrong
+                .with_context(|| format!("reading {record}"))
+                .map_or_else(|error| Some(format!("{error:#}")), |places| summary(&places)),
+        );
+        let mut about = Vec::new();
+        let purelib = check_wheel_text(text("WHEEL")?, &name.tags, &mut about)
             .with_context(|| format!("checking {dist_info}/WHEEL"))?;
+        doubts.extend(about.iter().map(|doubt| format!("checking {dist_info}/WHEEL: {doubt}")));
         let metadata = Metadata::parse(text("METADATA")?)
             .and_then(|metadata| check_name(metadata, &name))
             .with_context(|| format!("checking {dist_info}/METADATA"))?;
+        let about = metadata.doubts.iter();
+        doubts.extend(about.map(|doubt| format!("checking {dist_info}/METADATA: {doubt}")));
+        if sha256.is_none() {
+            ensure!(doubts.is_empty(), "{}", doubts.join("; "));
+        }
         let points = format!("{dist_info}/entry_points.txt");
         let entry_points = match files.contains_key(&points) {
             true => parse_entry_points(text("entry_points.txt")?)
                 .with_context(|| format!("reading {points}"))?,
             false => Vec::new(),
         };
-        let data = format!("{}.data", dist_info.trim_end_matches(".dist-info"));
         Ok(Self {
             file: file.to_owned(),
             sha256: found,
@@ -106,7 +120,7 @@ impl Wheel {
             purelib,
             entry_points,
             dist_info,
-            data,
+            doubts,
             files,
         })
     }
@@ -129,7 +143,9 @@ fn unpack(bytes: &[u8]) -> Result<BTreeMap<String, WheelFile>> {
         if entry.is_dir() {
             continue;
         }
-        let executable = entry.unix_mode().is_some_and(|mode| mode & 0o111 != 0);
+        // As pip: the bits of a regular file only.
+        let regular = |mode: u32| mode & 0o170_000 == 0o100_000 && mode & 0o111 != 0;
+        let executable = entry.unix_mode().is_some_and(regular);
         let mut content = Vec::new();
         // One byte more than is allowed tells a file that ends there from one that goes on.
         let n = entry
@@ -188,10 +204,9 @@ fn find_dist_info(files: &BTreeMap<String, WheelFile>, name: &WheelName) -> Resu
     let [dist_info] = found[..] else {
         bail!("it has {} .dist-info folders, expected one", found.len());
     };
+    // Its version may be spelt in another way than the file name's: METADATA's counts.
     let stem = dist_info.trim_end_matches(".dist-info");
-    let agrees = stem.split_once('-').is_some_and(|(distribution, version)| {
-        normalise(distribution) == name.name && version == name.version
-    });
+    let agrees = stem.split('-').next().is_some_and(|found| normalise(found) == name.name);
     ensure!(
         agrees,
         "its folder is {dist_info}, its name says {}-{}.dist-info",
@@ -201,39 +216,51 @@ fn find_dist_info(files: &BTreeMap<String, WheelFile>, name: &WheelName) -> Resu
     Ok(dist_info.to_owned())
 }
 
+/// Every place where RECORD and the wheel disagree.
 fn check_record(
     files: &BTreeMap<String, WheelFile>,
     lines: &[RecordLine],
     record: &str,
-) -> Result<()> {
+) -> Vec<String> {
+    let mut wrong = Vec::new();
     let mut listed = BTreeSet::new();
-    for line in lines {
-        let path = &line.path;
-        check_path(path).with_context(|| format!("checking {record}"))?;
-        ensure!(listed.insert(path.as_str()), "{record} lists {path} twice");
-        let file = files
-            .get(path)
-            .with_context(|| format!("{record} lists {path}, which the wheel does not have"))?;
+    for RecordLine { path, hash, size } in lines {
+        if !listed.insert(path.as_str()) {
+            wrong.push(format!("{record} lists {path} twice"));
+        }
+        let Some(file) = files.get(path) else {
+            wrong.push(format!("{record} lists {path}, which the wheel does not have"));
+            continue;
+        };
         if path == record {
             continue;
         }
-        ensure!(!line.hash.is_empty(), "{record} has no hash for {path}");
-        check_hash(&line.hash, file).with_context(|| format!("checking {path} with {record}"))?;
-        let size = file.bytes.len();
-        ensure!(
-            line.size == size.to_string(),
-            "{record} says that {path} has {} bytes, it has {size}",
-            line.size
-        );
+        if hash.is_empty() {
+            wrong.push(format!("{record} has no hash for {path}"));
+        } else if let Err(error) = check_hash(hash, file) {
+            wrong.push(format!("checking {path} with {record}: {error:#}"));
+        }
+        let found = file.bytes.len();
+        if *size != found.to_string() {
+            wrong.push(format!("{record} says that {path} has {size} bytes, it has {found}"));
+        }
     }
     // Signatures of RECORD cannot be in it (PEP 427).
     let exempt = |path: &str| {
         path == record || path == format!("{record}.jws") || path == format!("{record}.p7s")
     };
-    if let Some(path) = files.keys().find(|path| !exempt(path) && !listed.contains(path.as_str())) {
-        bail!("{path} is in the wheel and not in {record}");
-    }
-    Ok(())
+    let unlisted = files.keys().filter(|path| !exempt(path) && !listed.contains(path.as_str()));
+    wrong.extend(unlisted.map(|path| format!("{path} is in the wheel and not in {record}")));
+    wrong
+}
+
+/// The first places, and how many more there are.
+fn summary(places: &[String]) -> Option<String> {
+    const SHOWN: usize = 2;
+    let (shown, rest) = places.split_at(places.len().min(SHOWN));
+    let more =
+        if rest.is_empty() { String::new() } else { format!("; {} more places", rest.len()) };
+    (!places.is_empty()).then(|| format!("{}{more}", shown.join("; ")))
 }
 
 fn check_hash(given: &str, file: &WheelFile) -> Result<()> {
@@ -248,31 +275,33 @@ fn check_hash(given: &str, file: &WheelFile) -> Result<()> {
     Ok(())
 }
 
-/// Checks WHEEL against the file name; true when the root is `purelib`.
-fn check_wheel_text(text: &str, tags: &[Tag]) -> Result<bool> {
+/// Checks WHEEL; true when the root is `purelib`. What counts for choosing a wheel are the tags of its file name.
+fn check_wheel_text(text: &str, tags: &[Tag], doubts: &mut Vec<String>) -> Result<bool> {
     let headers = Headers::parse(text);
     let version = headers.get("wheel-version").context("Wheel-Version is missing")?;
     ensure!(
-        version.split('.').next() == Some("1"),
+        matches!(version.split('.').next(), Some("0" | "1")),
         "Wheel-Version is {version}, this tool knows 1.x"
     );
-    let purelib = match headers.get("root-is-purelib").map(str::to_ascii_lowercase).as_deref() {
-        Some("true") => true,
-        Some("false") => false,
-        other => bail!("Root-Is-Purelib is {other:?}, expected true or false"),
-    };
+    let root = headers.get("root-is-purelib").map(str::to_ascii_lowercase);
+    if !matches!(root.as_deref(), Some("true" | "false")) {
+        doubts.push(format!("Root-Is-Purelib is {root:?}, expected true or false"));
+    }
     let mut inside = Vec::new();
     for tag in headers.all("tag") {
-        let [python, abi, platform] = tag.split('-').collect::<Vec<_>>()[..] else {
-            bail!("'{tag}' is not a tag");
-        };
-        inside.extend(expand(python, abi, platform));
+        match tag.split('-').collect::<Vec<_>>()[..] {
+            [python, abi, platform] => inside.extend(expand(python, abi, platform)),
+            _ => doubts.push(format!("'{tag}' is not a tag")),
+        }
     }
     inside.sort();
     inside.dedup();
     let show = |tags: &[Tag]| tags.iter().map(Tag::to_string).collect::<Vec<_>>().join(", ");
-    ensure!(inside == tags, "its tags are {}, the file name says {}", show(&inside), show(tags));
-    Ok(purelib)
+    if inside != tags {
+        let (inside, named) = (show(&inside), show(tags));
+        doubts.push(format!("its tags are {inside}, the file name says {named}"));
+    }
+    Ok(root.as_deref() == Some("true"))
 }
 
 fn check_name(metadata: Metadata, name: &WheelName) -> Result<Metadata> {

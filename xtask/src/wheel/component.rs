@@ -3,16 +3,22 @@
 //! and nothing else, so that a robot recognises by its hash what it has already.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use bundle::component::{BaseNeed, LOCK_FORMAT, LOCK_ROLE, Lock, PLACE, Script, TREE_TIME, Wheel};
+use bundle::index::hex;
+use bundle::tree::{Kind, Rules};
 use camino::{Utf8Path, Utf8PathBuf};
 use pep508_rs::pep440_rs::{PrereleaseKind, Version};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::base::BasePython;
 use super::fetch::FetchedWheel;
-use super::install::{InstallRequest, InstallTarget, Placed, inside, lay_out, write_tar};
+use super::install::{
+    InstallRequest, InstallTarget, InstalledFile, Placed, inside, lay_out, write_tar,
+};
 use super::lock::WheelLock;
 use super::target::normalise;
 use crate::artifact::{Artifact, hash_bytes, write_atomically};
@@ -46,6 +52,10 @@ pub struct Component {
     pub payloads: Vec<(String, Artifact)>,
 }
 
+/// What to do with a wheel that only an image takes.
+const NOT_FOR_ROBOTS: &str = "help: build an image, which takes this wheel; \
+     for a bundle of the API alone its author must rename the file";
+
 /// Makes the payloads of a component.
 ///
 /// # Errors
@@ -67,7 +77,7 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     for (path, placed) in &laid.tree.files {
         // Every folder of the target lies there.
         let path = path.strip_prefix(&place).with_context(|| format!("/{path} lies elsewhere"))?;
-        trees[placed.wheel].push((path, placed));
+        placed.wheels.iter().for_each(|wheel| trees[*wheel].push((path, placed)));
     }
     let package = request.lock.top_level()?;
     let module = module(&package, request.lock, &trees)?;
@@ -78,6 +88,7 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     let mut payloads = Vec::new();
     let mut wheels = Vec::new();
     let mut roles = BTreeSet::new();
+    let mut made = Trees::default();
     for (index, files) in trees.iter().enumerate() {
         let (distribution, locked) = (&laid.distributions[index], &request.lock.wheels[index]);
         let role = role(&locked.name);
@@ -89,7 +100,7 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
         let scripts = laid.entry_points[index]
             .iter()
             .map(|point| Script { name: point.name.clone(), module: point.module.clone() });
-        wheels.push(Wheel {
+        let wheel = Wheel {
             role: role.clone(),
             name: locked.name.clone(),
             version: distribution.version.clone(),
@@ -100,7 +111,12 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
             bytes: distribution.installed_bytes,
             requires: requires.remove(locked.name.as_str()).unwrap_or_default(),
             scripts: scripts.collect(),
-        });
+        };
+        let file = std::fs::File::open(&path).with_context(|| format!("opening {path}"))?;
+        made.read(&wheel, std::io::BufReader::new(file)).map_err(|error| {
+            anyhow!("{}: no robot takes it: {error}\n{NOT_FOR_ROBOTS}", locked.file)
+        })?;
+        wheels.push(wheel);
         payloads.push((role, tar));
     }
     let version = wheels.iter().find(|wheel| wheel.name == package).map(|w| w.version.clone());
@@ -123,8 +139,98 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     let path = request.out.join(LOCK_ROLE);
     write_atomically(&path, |out| Ok(out.write_all(&json)?))?;
     payloads.insert(0, (LOCK_ROLE.to_owned(), Artifact::of(&path)?));
-    let parsed: Version = version.parse().map_err(|_| anyhow::anyhow!("{version}: no version"))?;
+    let parsed: Version = version.parse().map_err(|_| anyhow!("{version}: no version"))?;
     Ok(Component { version: semantic(&parsed), lock, payloads })
+}
+
+/// Reads wheels' trees as robots do, and refuses what they refuse.
+#[derive(Debug, Default)]
+pub struct Trees {
+    /// SHA-256 and mode of each file, and the wheel that has brought it.
+    files: BTreeMap<String, (String, String)>,
+    count: usize,
+}
+
+impl Trees {
+    /// How many were read.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Reads the tree of one more wheel to its end.
+    ///
+    /// # Errors
+    /// As a robot says it: `bad-tree`, `wrong-hash`. `io`.
+    pub fn read(&mut self, wheel: &Wheel, tar: impl Read) -> bundle::Result<()> {
+        let bad = |reason: String| bundle::Error::BadTree {
+            wheel: format!("{} {}", wheel.name, wheel.version),
+            reason,
+        };
+        let mut rules = Rules::new(wheel);
+        let mut archive = tar::Archive::new(Hashing { inner: tar, hash: Sha256::new() });
+        for entry in archive.entries()? {
+            let mut entry = entry.map_err(|error| bad(format!("the tar is damaged: {error}")))?;
+            let path = String::from_utf8(entry.path_bytes().into_owned())
+                .map_err(|error| bad(format!("a path is not UTF-8: {error}")))?;
+            let kind = match entry.header().entry_type() {
+                tar::EntryType::Directory => Kind::Folder,
+                tar::EntryType::Regular => Kind::File(entry.size()),
+                _ => Kind::Other,
+            };
+            rules.entry(&path, kind)?;
+            if kind == Kind::Folder {
+                continue;
+            }
+            let executable = entry.header().mode()? & 0o100 != 0;
+            let mut content = Hashing { inner: &mut entry, hash: Sha256::new() };
+            std::io::copy(&mut content, &mut std::io::sink())?;
+            let sum = format!("{} {executable}", hex(&content.hash.finalize()));
+            let (there, by) =
+                self.files.entry(path.clone()).or_insert_with(|| (sum.clone(), wheel.name.clone()));
+            if *there != sum {
+                return Err(bad(format!("{by} installs another `{}`", path.escape_debug())));
+            }
+        }
+        // What follows the last entry counts for the hash.
+        let mut rest = archive.into_inner();
+        std::io::copy(&mut rest, &mut std::io::sink())?;
+        self.count += 1;
+        rules.end(&hex(&rest.hash.finalize()))
+    }
+}
+
+/// What of these files no robot takes as a component, though an image does: one sentence for each wheel.
+pub fn unfit(files: &BTreeMap<String, InstalledFile>) -> Vec<String> {
+    let place = format!("{}/", inside(Utf8Path::new(PLACE)));
+    let mut known: BTreeMap<&str, BTreeMap<String, &str>> = BTreeMap::new();
+    let mut wrong: BTreeMap<&str, String> = BTreeMap::new();
+    for (path, file) in files {
+        let path = path.strip_prefix(&place).unwrap_or(path);
+        for wheel in &file.wheels {
+            let twin = known.entry(wheel).or_default().insert(path.to_lowercase(), path);
+            let why = bundle::tree::wrong_path(path).or_else(|| {
+                twin.map(|twin| format!("it differs from {twin} in capital letters only"))
+            });
+            if let Some(why) = why {
+                wrong.entry(wheel).or_insert_with(|| format!("{wheel}: {path}: {why}"));
+            }
+        }
+    }
+    wrong.into_values().collect()
+}
+
+/// Hashes what is read through it.
+struct Hashing<R> {
+    inner: R,
+    hash: Sha256,
+}
+
+impl<R: Read> Read for Hashing<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.hash.update(&buffer[..n]);
+        Ok(n)
+    }
 }
 
 /// The module that the package installs under its own name.

@@ -16,6 +16,7 @@ use super::fetch::FetchedWheel;
 use super::lock::WheelLock;
 use super::metadata::{EntryPoint, License, RecordLine, format_record};
 use crate::artifact::{Artifact, write_atomically};
+use crate::progress::warn;
 
 /// What INSTALLER says (PEP 376).
 const INSTALLER: &str = "slipway\n";
@@ -127,7 +128,19 @@ pub(super) struct Placed {
     pub bytes: Vec<u8>,
     digest: String,
     mode: u32,
-    pub wheel: usize,
+    /// The wheels that install it, in the lock's order. Namespace packages ship one `__init__.py` in each part.
+    pub wheels: Vec<usize>,
+}
+
+impl Placed {
+    /// Whether one may stand for both: the same file, or bytecode of the same source. CPython's marshalled bytes
+    /// depend on what was compiled before; a `.pyc` begins with its magic number, its flags and its source's hash
+    /// (PEP 552), 16 bytes.
+    fn is_like(&self, other: &Self, path: &str) -> bool {
+        let bytecode = path.ends_with(".pyc") && path.contains("/__pycache__/");
+        let same_source = || self.bytes.len() > 16 && self.bytes.get(..16) == other.bytes.get(..16);
+        self.mode == other.mode && (self.digest == other.digest || (bytecode && same_source()))
+    }
 }
 
 /// The tree that grows; paths without the leading slash.
@@ -137,16 +150,27 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    fn add(&mut self, path: String, placed: Placed, wheels: &[FetchedWheel]) -> Result<()> {
-        let wheel = placed.wheel;
-        if let Some(first) = self.files.get(&path) {
-            bail!(
-                "{} installs /{path}, which {} installs too",
-                wheels[wheel].locked.file,
-                wheels[first.wheel].locked.file
-            );
+    /// Adds a file of one wheel. One that is there already, with the same content and mode, is both's.
+    fn add(&mut self, path: String, placed: Placed, names: &[String]) -> Result<()> {
+        let name = |placed: &Placed| placed.wheels.first().and_then(|w| names.get(*w)).cloned();
+        let Some(there) = self.files.get_mut(&path) else {
+            self.files.insert(path, placed);
+            return Ok(());
+        };
+        ensure!(
+            there.is_like(&placed, &path),
+            "{} installs /{path}, which {} installs too, with another content or mode\n\
+             help: one of them would spoil the other; leave one out of what the API requires, or ask the authors of \
+             {} to keep it in a package of its own",
+            name(&placed).unwrap_or_default(),
+            name(there).unwrap_or_default(),
+            path.rsplit('/').next().unwrap_or_default()
+        );
+        for wheel in placed.wheels {
+            if !there.wheels.contains(&wheel) {
+                there.wheels.push(wheel);
+            }
         }
-        self.files.insert(path, placed);
         Ok(())
     }
 }
@@ -154,7 +178,7 @@ impl Tree {
 /// Wheels laid out, before anything is written.
 pub(super) struct Laid {
     pub tree: Tree,
-    /// In the lock's order, which is that of [`Placed::wheel`].
+    /// In the lock's order, which is that of [`Placed::wheels`].
     pub distributions: Vec<InstalledDistribution>,
     /// The programs that each wheel asks for, in the same order.
     pub entry_points: Vec<Vec<EntryPoint>>,
@@ -189,29 +213,84 @@ pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<Laid> {
     );
     on.python = base.version;
     let wheels = open_all(fetched)?;
+    tell_doubts(&wheels);
     let closure = check(&lock.requirement, &wheels, &on, &base.distributions)
         .context("checking the wheels against the base")?;
-    let top = lock.top_level()?;
 
     let entry_points = wheels.iter().map(|wheel| wheel.entry_points.clone()).collect();
-    let mut facts = Vec::new();
-    let mut tree = Tree::default();
-    for (index, wheel) in wheels.into_iter().enumerate() {
-        let file = wheel.file.clone();
-        facts.push(
-            place(&mut tree, index, wheel, target, fetched, &top)
-                .with_context(|| format!("installing {file}"))?,
-        );
-    }
-    compile(request, &mut tree, &mut facts)?;
+    let Arranged { mut tree, mut facts, names } = arrange(wheels, target, &lock.top_level()?)?;
+    compile(request, &mut tree, &mut facts, &names)?;
     write_records(&mut tree, &mut facts, target);
     for placed in tree.files.values() {
-        let fact = &mut facts[placed.wheel].0;
-        fact.files += 1;
-        fact.installed_bytes += placed.bytes.len() as u64;
+        for wheel in &placed.wheels {
+            let fact = &mut facts[*wheel].0;
+            fact.files += 1;
+            fact.installed_bytes += placed.bytes.len() as u64;
+        }
     }
     let distributions = facts.into_iter().map(|(fact, _)| fact).collect();
     Ok(Laid { tree, distributions, entry_points, closure })
+}
+
+/// Says what wheels say of themselves and is not so. Their bytes are those of the lock all the same.
+pub(super) fn tell_doubts(wheels: &[Wheel]) {
+    for wheel in wheels.iter().filter(|wheel| !wheel.doubts.is_empty()) {
+        warn(format!(
+            "{} is the file that the index has, but contradicts itself: {}",
+            wheel.file,
+            wheel.doubts.join("; ")
+        ));
+    }
+}
+
+/// Wheels with a place for each file, not compiled and without RECORDs.
+struct Arranged {
+    tree: Tree,
+    facts: Vec<Fact>,
+    /// The wheels' file names.
+    names: Vec<String>,
+}
+
+fn arrange(wheels: Vec<Wheel>, target: &InstallTarget, top: &str) -> Result<Arranged> {
+    let names: Vec<String> = wheels.iter().map(|wheel| wheel.file.clone()).collect();
+    let (mut tree, mut facts) = (Tree::default(), Vec::new());
+    for (index, wheel) in wheels.into_iter().enumerate() {
+        facts.push(
+            place(&mut tree, index, wheel, target, &names, top)
+                .with_context(|| format!("installing {}", names[index]))?,
+        );
+    }
+    Ok(Arranged { tree, facts, names })
+}
+
+/// A file that an installation of wheels has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InstalledFile {
+    /// SHA-256 as RECORD writes it.
+    pub digest: String,
+    /// Whether everybody may execute it.
+    pub executable: bool,
+    /// The wheels that install it.
+    pub wheels: Vec<String>,
+}
+
+/// Where wheels would be installed, by path without the leading slash; bytecode and RECORDs, which are made
+/// when they are, are not among it.
+///
+/// # Errors
+/// Two wheels that install different files under one name; a wheel that asks for something unknown.
+pub fn preview(
+    wheels: Vec<Wheel>,
+    target: &InstallTarget,
+    top: &str,
+) -> Result<BTreeMap<String, InstalledFile>> {
+    let Arranged { tree, names, .. } = arrange(wheels, target, top)?;
+    let files = tree.files.into_iter().map(|(path, placed)| {
+        let wheels = placed.wheels.iter().map(|wheel| names[*wheel].clone()).collect();
+        let executable = placed.mode & 0o111 != 0;
+        (path, InstalledFile { digest: placed.digest, executable, wheels })
+    });
+    Ok(files.collect())
 }
 
 /// Reads and checks all wheels, on all cores.
@@ -257,7 +336,7 @@ fn place(
     index: usize,
     wheel: Wheel,
     target: &InstallTarget,
-    fetched: &[FetchedWheel],
+    names: &[String],
     top: &str,
 ) -> Result<Fact> {
     let site = inside(&target.site_packages);
@@ -275,20 +354,21 @@ fn place(
         .then(|| target.site_packages.join(resources.trim_end_matches('/')));
 
     let source_record = format!("{}/RECORD", wheel.dist_info);
-    let data = format!("{}/", wheel.data);
     let put = |tree: &mut Tree, path: String, bytes: Vec<u8>, executable: bool| {
         let digest = digest_text(&bytes);
         let mode = if executable { 0o755 } else { 0o644 };
-        tree.add(path, Placed { bytes, digest, mode, wheel: index }, fetched)
+        tree.add(path, Placed { bytes, digest, mode, wheels: vec![index] }, names)
     };
     for (path, file) in wheel.files {
         if path == source_record {
             continue;
         }
         let mode = if file.executable { 0o755 } else { 0o644 };
-        let placed = Placed { bytes: file.bytes, digest: file.digest, mode, wheel: index };
-        let Some(rest) = path.strip_prefix(&data) else {
-            tree.add(format!("{site}/{path}"), placed, fetched)?;
+        let placed = Placed { bytes: file.bytes, digest: file.digest, mode, wheels: vec![index] };
+        // As pip: whatever the folder is called before its `.data`.
+        let data = path.split_once('/').filter(|(folder, _)| folder.ends_with(".data"));
+        let Some((_, rest)) = data else {
+            tree.add(format!("{site}/{path}"), placed, names)?;
             continue;
         };
         let (kind, rest) =
@@ -298,6 +378,10 @@ fn place(
             "data" => format!("{prefix}/{rest}"),
             // As sysconfig and every installer spell it: the interpreter's, then the project's.
             "headers" => format!("{prefix}/include/{}/{package}/{rest}", python_folder(site)),
+            // Old tools ship the program of an entry point as well; the one that is made counts.
+            "scripts" if wheel.entry_points.iter().any(|point| point.name == wrapped(rest)) => {
+                continue;
+            }
             "scripts" => {
                 let bytes = rewrite_shebang(placed.bytes, target);
                 put(tree, format!("{scripts}/{rest}"), bytes, true)?;
@@ -305,7 +389,7 @@ fn place(
             }
             other => bail!("{path} lies in the unknown scheme '{other}'"),
         };
-        tree.add(to, placed, fetched)?;
+        tree.add(to, placed, names)?;
     }
     for point in &wheel.entry_points {
         let text = program(point, target);
@@ -330,6 +414,12 @@ fn place(
         resources,
     };
     Ok((fact, record))
+}
+
+/// The entry point that a program of old tools stands for, by the endings that it has on some systems.
+fn wrapped(file: &str) -> &str {
+    let ends = [".exe", "-script.py", ".pya"];
+    ends.iter().find_map(|end| file.strip_suffix(end)).unwrap_or(file)
 }
 
 /// `python3.11` of `usr/local/lib/python3.11/dist-packages`.
@@ -360,13 +450,20 @@ fn program(point: &EntryPoint, target: &InstallTarget) -> String {
     )
 }
 
-fn compile(request: &InstallRequest<'_>, tree: &mut Tree, facts: &mut [Fact]) -> Result<()> {
+fn compile(
+    request: &InstallRequest<'_>,
+    tree: &mut Tree,
+    facts: &mut [Fact],
+    names: &[String],
+) -> Result<()> {
     let site = format!("{}/", inside(&request.target.site_packages));
     let mut wheels: Vec<(String, bytecode::Sources<'_>)> =
         facts.iter().map(|(fact, _)| (fact.sha256.clone(), BTreeMap::new())).collect();
     for (path, placed) in &tree.files {
         if path.starts_with(&site) && path.ends_with(".py") {
-            wheels[placed.wheel].1.insert(path, &placed.bytes);
+            for wheel in &placed.wheels {
+                wheels[*wheel].1.insert(path, &placed.bytes);
+            }
         }
     }
     let arch = &request.lock.target.arch;
@@ -374,14 +471,14 @@ fn compile(request: &InstallRequest<'_>, tree: &mut Tree, facts: &mut [Fact]) ->
     for (index, compiled) in made.iter().enumerate() {
         facts[index].0.uncompiled = (wheels[index].1.len() - compiled.len()) as u64;
     }
+    // Some wheels carry bytecode by mistake; as with every installer, fresh bytecode wins.
+    for path in made.iter().flat_map(BTreeMap::keys) {
+        tree.files.remove(path);
+    }
     for (index, compiled) in made.into_iter().enumerate() {
         for (path, bytes) in compiled {
-            // Some wheels carry bytecode by mistake; as with every installer, fresh bytecode wins.
-            if tree.files.get(&path).is_some_and(|shipped| shipped.wheel == index) {
-                tree.files.remove(&path);
-            }
             let digest = digest_text(&bytes);
-            tree.add(path, Placed { bytes, digest, mode: 0o644, wheel: index }, request.wheels)?;
+            tree.add(path, Placed { bytes, digest, mode: 0o644, wheels: vec![index] }, names)?;
         }
     }
     Ok(())
@@ -393,11 +490,13 @@ fn write_records(tree: &mut Tree, facts: &mut [Fact], target: &InstallTarget) {
     let site = inside(&target.site_packages);
     let mut records: Vec<Vec<RecordLine>> = facts.iter().map(|_| Vec::new()).collect();
     for (path, placed) in &tree.files {
-        records[placed.wheel].push(RecordLine {
-            path: relative(path, site),
-            hash: placed.digest.clone(),
-            size: placed.bytes.len().to_string(),
-        });
+        for wheel in &placed.wheels {
+            records[*wheel].push(RecordLine {
+                path: relative(path, site),
+                hash: placed.digest.clone(),
+                size: placed.bytes.len().to_string(),
+            });
+        }
     }
     for (index, mut lines) in records.into_iter().enumerate() {
         let path = facts[index].1.clone();
@@ -409,7 +508,7 @@ fn write_records(tree: &mut Tree, facts: &mut [Fact], target: &InstallTarget) {
         lines.sort_by(|a, b| a.path.cmp(&b.path));
         let bytes = format_record(&lines).into_bytes();
         let digest = digest_text(&bytes);
-        tree.files.insert(path, Placed { bytes, digest, mode: 0o644, wheel: index });
+        tree.files.insert(path, Placed { bytes, digest, mode: 0o644, wheels: vec![index] });
     }
 }
 

@@ -12,6 +12,43 @@ use super::target::Target;
 /// A dependency as wheels write it (PEP 508).
 pub type Dependency = Requirement<VerbatimUrl>;
 
+/// Reads one requirement of a wheel or of pip's report. Indexes have wheels from before PEP 440, whose metadata nobody
+/// can correct any more: what pip puts up with is put up with here, and told.
+///
+/// # Errors
+/// When not even a name can be found in it.
+pub fn parse_lenient(text: &str, doubts: &mut Vec<String>) -> Result<Dependency> {
+    let error = match parse_requirement(text) {
+        Ok(found) => return Ok(found),
+        Err(error) => error,
+    };
+    let (head, marker) = text.split_once(';').map_or((text, None), |(h, m)| (h, Some(m)));
+    let at = head.find(|c: char| "(<>=!~".contains(c)).unwrap_or(head.len());
+    let (name, rest) = head.split_at(at);
+    let versions = rest.trim().trim_start_matches('(').trim_end_matches(')');
+    let marker = marker.map(|marker| format!(" ;{marker}")).unwrap_or_default();
+    let mended = format!("{} {}{marker}", name.trim(), mend_specifiers(versions));
+    // Without its versions it still says what is needed.
+    let named = format!("{}{marker}", name.trim());
+    for candidate in [&mended, &named] {
+        if let Ok(found) = parse_requirement(candidate) {
+            doubts.push(format!("{error:#}; taken as '{}'", candidate.trim()));
+            return Ok(found);
+        }
+    }
+    Err(error)
+}
+
+/// Version specifiers as PEP 440 has them: no stray commas, and `.*` only where it says something.
+fn mend_specifiers(text: &str) -> String {
+    let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+    let mended = parts.map(|part| match part.strip_suffix(".*") {
+        Some(plain) if !part.starts_with("==") && !part.starts_with("!=") => plain,
+        _ => part,
+    });
+    mended.collect::<Vec<_>>().join(",")
+}
+
 /// Reads one requirement.
 ///
 /// # Errors
@@ -90,6 +127,8 @@ pub struct Metadata {
     pub requires: Vec<Dependency>,
     /// The extras that it offers.
     pub extras: Vec<String>,
+    /// What in it is wrong, and how it was taken.
+    pub doubts: Vec<String>,
 }
 
 /// A distribution's licence, as far as its metadata says it.
@@ -117,7 +156,7 @@ impl Metadata {
     /// Reads a METADATA file.
     ///
     /// # Errors
-    /// When name or version is missing, or a requirement cannot be read.
+    /// When name or version is missing, or a requirement has no name.
     pub fn parse(text: &str) -> Result<Self> {
         let headers = Headers::parse(text);
         let field = |key: &str, shown: &str| {
@@ -127,28 +166,44 @@ impl Metadata {
         let version_text = field("version", "Version")?;
         let version = Version::from_str(&version_text)
             .map_err(|_| anyhow!("'{version_text}' is not a version (PEP 440)"))?;
-        let requires =
-            headers.all("requires-dist").map(parse_requirement).collect::<Result<Vec<_>>>()?;
+        let mut doubts = Vec::new();
+        let requires = headers
+            .all("requires-dist")
+            .map(|text| parse_lenient(text, &mut doubts))
+            .collect::<Result<Vec<_>>>()?;
+        let requires_python = headers.get("requires-python").map(str::to_owned);
+        if let Some(text) = &requires_python
+            && VersionSpecifiers::from_str(text).is_err()
+        {
+            let mended = mend_specifiers(text);
+            let taken = match VersionSpecifiers::from_str(&mended) {
+                Ok(_) => format!("taken as '{mended}'"),
+                Err(_) => "passed over".to_owned(),
+            };
+            doubts.push(format!("Requires-Python '{text}' is no version specifier; {taken}"));
+        }
         Ok(Self {
             name,
             version,
             version_text,
             summary: headers.get("summary").filter(|s| !s.is_empty()).map(str::to_owned),
             license: license(&headers),
-            requires_python: headers.get("requires-python").map(str::to_owned),
+            requires_python,
             requires,
+            doubts,
             extras: headers.all("provides-extra").map(str::to_owned).collect(),
         })
     }
 
-    /// Checks `Requires-Python` against the target.
+    /// Checks `Requires-Python` against the target. One that cannot be read says nothing, as for pip.
     ///
     /// # Errors
-    /// When the target's Python is not among the versions, or they cannot be read.
+    /// When the target's Python is not among the versions.
     pub fn check_python(&self, target: &Target) -> Result<()> {
         let Some(text) = &self.requires_python else { return Ok(()) };
         let specifiers = VersionSpecifiers::from_str(text)
-            .map_err(|_| anyhow!("Requires-Python '{text}' is not a version specifier"))?;
+            .or_else(|_| VersionSpecifiers::from_str(&mend_specifiers(text)));
+        let Ok(specifiers) = specifiers else { return Ok(()) };
         let version = Version::from_str(&target.python.full())
             .map_err(|error| anyhow!("{}: {error}", target.python))?;
         ensure!(

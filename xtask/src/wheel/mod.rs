@@ -20,7 +20,10 @@ pub use base::BasePython;
 pub use check::{BaseDistribution, check};
 pub use component::{Component, ComponentRequest};
 pub use fetch::{FetchedWheel, fetch};
-pub use install::{InstallRequest, InstallTarget, Installed, InstalledDistribution, install};
+pub use install::{
+    InstallRequest, InstallTarget, Installed, InstalledDistribution, InstalledFile, install,
+    preview,
+};
 pub use lock::{LockedWheel, WheelLock, identity};
 pub use resolve::{LockRequest, lock, update};
 pub use target::{Libc, PythonVersion, Target};

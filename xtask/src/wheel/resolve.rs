@@ -11,13 +11,15 @@ use serde::Deserialize;
 
 use super::archive::Wheel;
 use super::check::{BaseDistribution, Closure, check, closure};
+use super::component::unfit;
 use super::fetch::obtain;
+use super::install::{InstallTarget, preview, tell_doubts};
 use super::lock::{LockedWheel, WheelLock, difference};
-use super::metadata::{Metadata, parse_requirement, satisfies};
+use super::metadata::{Metadata, parse_lenient, parse_requirement, satisfies};
 use super::pip::{Pip, wheel_file};
 use super::target::{Target, WheelName, normalise};
 use crate::artifact::hash_file;
-use crate::progress;
+use crate::progress::{self, warn};
 
 /// pip evaluates markers for the machine that it runs on; what only the target needs is added, and
 /// pip asked again. Each round adds at least one requirement; more rounds than this never occur.
@@ -175,6 +177,14 @@ fn finish(
         wheels.push(Wheel::open(path, &locked.file, Some(&locked.sha256))?);
     }
     check(&request.requirement, &wheels, target, &request.base)?;
+    tell_doubts(&wheels);
+    let top = normalise(parse_requirement(&request.requirement)?.name.as_ref());
+    let files = preview(wheels, &InstallTarget::on_data(), &top)?;
+    for why in unfit(&files) {
+        warn(format!(
+            "an image takes this wheel, a robot would refuse it as part of the component api: {why}"
+        ));
+    }
     Ok(WheelLock::new(&request.requirement, target.clone(), chosen))
 }
 
@@ -190,9 +200,11 @@ fn reported(item: &ReportMetadata) -> Result<Metadata> {
             requires: item
                 .requires_dist
                 .iter()
-                .map(|requirement| parse_requirement(requirement))
+                // What is wrong in it is told when the wheel itself is read.
+                .map(|requirement| parse_lenient(requirement, &mut Vec::new()))
                 .collect::<Result<_>>()?,
             extras: Vec::new(),
+            doubts: Vec::new(),
         })
     };
     parse().with_context(|| format!("reading the metadata of {} {}", item.name, item.version))

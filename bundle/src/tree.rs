@@ -1,0 +1,169 @@
+//! The rules of a wheel's tree, as the component `api` of a bundle carries it: what paths there may be, and
+//! that the tar is what its lock says. The builder keeps to them, `verify` checks them, robots refuse the rest.
+
+use std::collections::BTreeSet;
+
+use crate::component::{LOCK_ROLE, Wheel};
+use crate::error::{Error, Result};
+use crate::limits::{MAX_TREE_DEPTH, MAX_TREE_PATH};
+
+/// What an entry of the tar is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A folder.
+    Folder,
+    /// A plain file with so many bytes.
+    File(u64),
+    /// Anything else: a link, a device, an extension header.
+    Other,
+}
+
+/// Walks over one wheel's tree, entry by entry.
+#[derive(Debug)]
+pub struct Rules<'w> {
+    wheel: &'w Wheel,
+    /// Paths in lower case: two names that differ in case only are one on some file systems.
+    known: BTreeSet<String>,
+    files: u64,
+    bytes: u64,
+}
+
+impl<'w> Rules<'w> {
+    /// For the tree of a wheel, before its first entry.
+    pub fn new(wheel: &'w Wheel) -> Self {
+        Self { wheel, known: BTreeSet::new(), files: 0, bytes: 0 }
+    }
+
+    /// The next entry, with its path as the tar has it.
+    ///
+    /// # Errors
+    /// `bad-tree`: no robot takes it.
+    pub fn entry(&mut self, path: &str, kind: Kind) -> Result<()> {
+        let path = path.strip_suffix('/').filter(|_| kind == Kind::Folder).unwrap_or(path);
+        let shown = path.escape_debug();
+        if let Some(why) = wrong_path(path) {
+            return Err(self.bad(format!("`{shown}` is no path that may be written: {why}")));
+        }
+        if !self.known.insert(path.to_lowercase()) {
+            return Err(
+                self.bad(format!("`{shown}` comes twice, once perhaps with other capital letters"))
+            );
+        }
+        match kind {
+            Kind::Folder => Ok(()),
+            Kind::Other => Err(self.bad(format!("`{shown}` is neither a file nor a folder"))),
+            Kind::File(size) => {
+                (self.files, self.bytes) = (self.files + 1, self.bytes.saturating_add(size));
+                match self.files > self.wheel.files || self.bytes > self.wheel.bytes {
+                    true => Err(self.bad("it has more than its lock says".to_owned())),
+                    false => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// After the last entry, with the SHA-256 of the whole tar in lower-case hexadecimal.
+    ///
+    /// # Errors
+    /// `wrong-hash`: it is another tree. `bad-tree`: an entry is missing.
+    pub fn end(self, sha256: &str) -> Result<()> {
+        if sha256 != self.wheel.tree {
+            return Err(Error::WrongHash { what: format!("the tree of {}", self.wheel.name) });
+        }
+        match (self.files, self.bytes) == (self.wheel.files, self.wheel.bytes) {
+            true => Ok(()),
+            false => Err(self.bad("it has less than its lock says".to_owned())),
+        }
+    }
+
+    fn bad(&self, reason: String) -> Error {
+        let Wheel { name, version, .. } = self.wheel;
+        Error::BadTree { wheel: format!("{name} {version}"), reason }
+    }
+}
+
+/// Why no file or folder of a tree may have this path (relative, with `/`); `None` where it may.
+pub fn wrong_path(path: &str) -> Option<String> {
+    let parts: Vec<&str> = path.split('/').collect();
+    if path.len() > MAX_TREE_PATH {
+        return Some(format!("it has {} bytes, at most {MAX_TREE_PATH}", path.len()));
+    }
+    if parts.len() > MAX_TREE_DEPTH {
+        return Some(format!("it has {} parts, at most {MAX_TREE_DEPTH}", parts.len()));
+    }
+    if path.contains('\0') || parts.iter().any(|part| matches!(*part, "" | "." | "..")) {
+        return Some("it is not made of plain names".to_owned());
+    }
+    match parts.first() {
+        // The robot's own files lie there.
+        Some(first) if first.starts_with('.') || *first == LOCK_ROLE => {
+            Some(format!("it begins with `{}`", first.escape_debug()))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may fail by panicking")]
+mod tests {
+    use super::*;
+
+    fn wheel() -> Wheel {
+        Wheel {
+            role: "foo".to_owned(),
+            name: "foo".to_owned(),
+            version: "1.0".to_owned(),
+            sha256: "0".repeat(64),
+            tree: "1".repeat(64),
+            size: 4096,
+            files: 2,
+            bytes: 7,
+            requires: Vec::new(),
+            scripts: Vec::new(),
+        }
+    }
+
+    fn walk(entries: &[(&str, Kind)], sha256: &str) -> Result<()> {
+        let wheel = wheel();
+        let mut rules = Rules::new(&wheel);
+        for (path, kind) in entries {
+            rules.entry(path, *kind)?;
+        }
+        rules.end(sha256)
+    }
+
+    #[test]
+    fn a_tree_that_is_what_its_lock_says_is_taken() {
+        let deep = "d/".repeat(MAX_TREE_DEPTH - 1) + "f";
+        let entries =
+            [("site/", Kind::Folder), ("site/a.py", Kind::File(3)), (deep.as_str(), Kind::File(4))];
+        walk(&entries, &"1".repeat(64)).unwrap();
+    }
+
+    #[test]
+    fn each_rule_has_its_refusal() {
+        let (deep, long) = ("d/".repeat(MAX_TREE_DEPTH) + "f", "f".repeat(MAX_TREE_PATH + 1));
+        let cases: [(&[(&str, Kind)], &str); 14] = [
+            (&[(deep.as_str(), Kind::File(1))], "33 parts, at most 32"),
+            (&[(long.as_str(), Kind::File(1))], "513 bytes, at most 512"),
+            (&[("site/A.txt", Kind::File(1)), ("site/a.txt", Kind::File(1))], "comes twice"),
+            (&[("site", Kind::Folder), ("Site/", Kind::Folder)], "comes twice"),
+            (&[("../x", Kind::File(1))], "plain names"),
+            (&[("/x", Kind::File(1))], "plain names"),
+            (&[("site//x", Kind::File(1))], "plain names"),
+            (&[("site/./x", Kind::File(1))], "plain names"),
+            (&[("site/x/", Kind::File(1))], "plain names"),
+            (&[(".sum", Kind::File(1))], "begins with `.sum`"),
+            (&[("component.json", Kind::File(1))], "begins with `component.json`"),
+            (&[("site/x", Kind::Other)], "neither a file nor a folder"),
+            (&[("site/x", Kind::File(8))], "more than its lock says"),
+            (&[("site/x", Kind::File(7))], "less than its lock says"),
+        ];
+        for (entries, expected) in cases {
+            let error = walk(entries, &"1".repeat(64)).unwrap_err();
+            assert_eq!(error.code(), "bad-tree", "{entries:?}");
+            assert!(error.to_string().contains(expected), "{expected}: {error}");
+        }
+        assert_eq!(walk(&[], &"2".repeat(64)).unwrap_err().code(), "wrong-hash");
+    }
+}

@@ -1,0 +1,409 @@
+//! What pip installs, we install: wheels whose own texts contradict them, files that two wheels have, and (with
+//! `SLIPWAY_TEST_ALL=1`) the most used wheels of the index, each compared file by file with pip's own result.
+
+mod wheel_support;
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use wheel_support::{Draft, all, arm64_root, install_into, locked, message, target, unpack};
+use xtask::artifact::hash_bytes;
+use xtask::cache::Cache;
+use xtask::wheel::archive::digest_text;
+use xtask::wheel::base::BaseSource;
+use xtask::wheel::component::{ComponentRequest, component, unfit};
+use xtask::wheel::{
+    BasePython, InstallTarget, LockRequest, Wheel, WheelLock, fetch, lock, preview,
+};
+
+/// Wheels of the index, `name==version` a line.
+const MOST_USED: &str = "tests/wheels/most-used.txt";
+
+/// Where the test for them is told that it runs with an index of its own beside the machine's.
+const INDEX: &str = "SLIPWAY_TEST_INDEX";
+
+/// As `pip install --target` lays out: everything below one folder.
+fn beside_pip() -> InstallTarget {
+    InstallTarget {
+        site_packages: "/t".into(),
+        scripts: "/t/bin".into(),
+        prefix: "/t".into(),
+        interpreter: "/usr/bin/python3".into(),
+    }
+}
+
+/// A file of an installation: its hash, where that must be pip's, and whether it may be executed.
+type Files = BTreeMap<String, (Option<String>, bool)>;
+
+/// What every installer writes on its own account.
+fn is_installers(path: &str) -> bool {
+    path.rsplit_once(".dist-info/").is_some_and(|(_, file)| {
+        ["RECORD", "INSTALLER", "REQUESTED", "direct_url.json"].contains(&file)
+    })
+}
+
+fn ours(wheels: Vec<Wheel>) -> anyhow::Result<Files> {
+    let programs: Vec<String> = wheels
+        .iter()
+        .flat_map(|wheel| &wheel.entry_points)
+        .map(|point| format!("bin/{}", point.name))
+        .collect();
+    let files = preview(wheels, &beside_pip(), "none")?.into_iter().map(|(path, file)| {
+        let path = path.strip_prefix("t/").expect("below the target").to_owned();
+        // The name of the interpreter's folder is the interpreter's.
+        let path = path.replacen("include/python3/", "include/python/", 1);
+        // A program names its interpreter in the first line.
+        let digest = (!path.starts_with("bin/")).then_some(file.digest);
+        (path, (digest, file.executable))
+    });
+    let files: Files = files.filter(|(path, _)| !is_installers(path)).collect();
+    assert!(programs.iter().all(|program| files.contains_key(program)));
+    Ok(files)
+}
+
+/// What pip makes of the same wheel files.
+fn pips(wheels: &[Utf8PathBuf], dir: &Utf8Path) -> Files {
+    let to = dir.join("pip");
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--no-index"]);
+    pip.args(["--disable-pip-version-check", "--target", to.as_str(), "--only-binary=:all:"]);
+    pip.args(["--implementation", "cp", "--python-version", "3.11"]);
+    for platform in target().platforms() {
+        pip.args(["--platform", &platform]);
+    }
+    let output = pip.args(wheels).output().expect("pip runs");
+    assert!(output.status.success(), "pip: {}", String::from_utf8_lossy(&output.stderr));
+    let mut files = Files::new();
+    let mut waiting = vec![to.clone()];
+    while let Some(folder) = waiting.pop() {
+        for entry in folder.read_dir_utf8().expect("listed") {
+            let entry = entry.expect("listed");
+            if entry.file_type().expect("there").is_dir() {
+                waiting.push(entry.path().to_owned());
+                continue;
+            }
+            let path = entry.path().strip_prefix(&to).expect("below").to_string();
+            let digest = digest_text(&std::fs::read(entry.path()).expect("read"));
+            let mode = entry.metadata().expect("there").permissions().mode();
+            let digest = (!path.starts_with("bin/")).then_some(digest);
+            files.insert(path, (digest, mode & 0o111 != 0));
+        }
+    }
+    files.retain(|path, _| !is_installers(path));
+    files
+}
+
+/// Where two installations differ.
+fn differences(ours: &Files, pips: &Files) -> Vec<String> {
+    let mut found = Vec::new();
+    for (path, file) in ours {
+        match pips.get(path) {
+            None => found.push(format!("only ours has {path}")),
+            Some(other) if other != file => found.push(format!("{path}: {file:?}, pip {other:?}")),
+            Some(_) => {}
+        }
+    }
+    found.extend(
+        pips.keys().filter(|p| !ours.contains_key(*p)).map(|p| format!("only pip has {p}")),
+    );
+    found
+}
+
+/// Drafts as files under their names.
+fn written(drafts: &[Draft], dir: &Utf8Path) -> Vec<Utf8PathBuf> {
+    let paths = drafts.iter().map(|draft| {
+        let path = dir.join(&draft.file);
+        std::fs::write(&path, draft.build()).expect("written");
+        path
+    });
+    paths.collect()
+}
+
+/// Read as a build does: the lock vouches for the bytes.
+fn vouched(path: &Utf8Path) -> anyhow::Result<Wheel> {
+    let sha256 = hash_bytes(&std::fs::read(path)?);
+    Wheel::open(path, path.file_name().expect("a name"), Some(&sha256))
+}
+
+#[test]
+fn a_wheel_that_contradicts_itself_is_installed_as_pip_does_and_told() {
+    let good = || Draft::new("foo", "");
+    let info = "foo-1.0.dist-info";
+    let mut more_tags = good();
+    more_tags.file = "foo-1.0-py2.py3-none-any.whl".into();
+    let mut other_tag = good().edit("/WHEEL", "py3-none-any", "cp311-cp311-linux_aarch64");
+    other_tag.file = "foo-1.0-cp311-cp311-manylinux_2_17_aarch64.manylinux2014_aarch64.whl".into();
+    let mut other_folder = good();
+    for (path, ..) in &mut other_folder.members {
+        *path = path.replace("foo-1.0.dist-info", "Foo-1.0.0.dist-info");
+    }
+    other_folder.info = "Foo-1.0.0.dist-info".into();
+    let cases: Vec<(Draft, &str)> = vec![
+        (more_tags, "its tags are py3-none-any, the file name says py2-none-any, py3-none-any"),
+        (other_tag, "its tags are cp311-cp311-linux_aarch64, the file name says"),
+        (good().edit("/WHEEL", "Tag: py3-none-any", "Tag: py3"), "'py3' is not a tag"),
+        (good().edit("/WHEEL", "true", "maybe"), "Root-Is-Purelib is Some(\"maybe\")"),
+        (other_folder, ""),
+        (good().record(|t| t.replace(",20\n", ",21\n")), "has 21 bytes, it has 20"),
+        (good().record(|t| t.replace("sha256=", "sha256=x")), "its hash is"),
+        (good().record(|t| t.replace("sha256=", "md5=")), "the hash 'md5' is too weak"),
+        (good().record(|t| format!("{t}/usr/lib/x.py,sha256=x,1\n")), "lists /usr/lib/x.py, which"),
+        (good().record(|t| format!("{t}../x,sha256=x,1\n")), "lists ../x, which"),
+        (good().record(|t| format!("foo/,,\n{t}")), "lists foo/, which the wheel does not have"),
+        (good().record(|t| format!("{t}{t}")), "lists foo/__init__.py twice"),
+        (good().record(|_| String::new()), "is in the wheel and not in foo-1.0.dist-info/RECORD"),
+        (
+            Draft::new("foo", "Requires-Python: >=3.6,\n"),
+            "Requires-Python '>=3.6,' is no version specifier; taken as '>=3.6'",
+        ),
+        (Draft::new("foo", "Requires-Python: >=3.6.*\n"), "taken as '>=3.6'"),
+        (Draft::new("foo", "Requires-Python: new\n"), "passed over"),
+        (Draft::new("foo", "Requires-Dist: bar (>=1.0.*)\n"), "taken as 'bar >=1.0'"),
+        (
+            Draft::new("foo", "Requires-Dist: bar[x] >=1.0, ; extra == 'y'\n"),
+            "taken as 'bar[x] >=1.0 ; extra == 'y''",
+        ),
+        (Draft::new("foo", "Requires-Dist: bar (>dev)\n"), "taken as 'bar'"),
+        (
+            good()
+                .with(&format!("{info}/entry_points.txt"), "[console_scripts]\nx = a:b\n", 0o644)
+                .with("foo-1.0.data/scripts/x", "#!python\n", 0o755),
+            "",
+        ),
+        (good().with("Foo.data/data/share/x", "x", 0o644), ""),
+        (good().with("foo-1.0.data/headers/x.h", "x", 0o644), ""),
+        (good().with("foo-1.0.data/scripts/run", "#!/bin/sh\n", 0o644), ""),
+        (good().with("foo/tool", "#!/bin/sh\n", 0o755).with("foo/other", "x", 0o744), ""),
+        (
+            good().with("foo/resources/Case.txt", "1", 0o644).with(
+                "foo/resources/case.txt",
+                "2",
+                0o644,
+            ),
+            "",
+        ),
+        (good().with(&format!("{}x", "foo/".repeat(40)), "deep", 0o644), ""),
+    ];
+    for (draft, expected) in &cases {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(scratch.path()).unwrap();
+        let paths = written(std::slice::from_ref(draft), dir);
+        let wheel = vouched(&paths[0]).unwrap();
+        let doubts = wheel.doubts.join("; ");
+        assert_eq!(expected.is_empty(), doubts.is_empty(), "{expected}: {doubts}");
+        assert!(doubts.contains(expected), "expected: {expected}\nfound: {doubts}");
+        let found = differences(&ours(vec![wheel]).unwrap(), &pips(&paths, dir));
+        assert!(found.is_empty(), "{expected}: {found:#?}");
+        // Nobody but the wheel itself says that these bytes are right: then it must not contradict itself.
+        assert_eq!(draft.read().is_ok(), expected.is_empty(), "{expected}");
+    }
+    println!("{} wheels as pip installs them", cases.len());
+}
+
+/// Requires-Python still counts where it can be read.
+#[test]
+fn a_python_that_does_not_fit_is_refused_however_it_is_written() {
+    let wheel = |headers: &str| {
+        let bytes = Draft::new("foo", headers).build();
+        Wheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some(&hash_bytes(&bytes))).unwrap()
+    };
+    let verdict = |headers: &str| wheel(headers).metadata.check_python(&target());
+    verdict("Requires-Python: >=3.6.*\n").unwrap();
+    verdict("Requires-Python: new\n").unwrap();
+    assert!(message(verdict("Requires-Python: >=3.12.*,\n")).contains("it requires Python"));
+}
+
+fn foo() -> Draft {
+    Draft::new("foo", "Requires-Dist: bar\n")
+}
+
+/// What each part of a namespace package ships, as packaging.python.org has it.
+const NAMESPACE: &str = "__path__ = __import__('pkgutil').extend_path(__path__, __name__)\n";
+
+#[test]
+fn a_file_that_two_wheels_have_alike_is_both_s() {
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = Utf8Path::from_path(scratch.path()).unwrap();
+    let drafts = [foo(), Draft::new("bar", "")].map(|draft| {
+        let part = format!("acme/{}.py", draft.info);
+        draft.with("tests/__init__.py", "", 0o644).with("acme/__init__.py", NAMESPACE, 0o644).with(
+            &part.replace(".dist-info", "").replace("-1.0", ""),
+            "P = 1\n",
+            0o644,
+        )
+    });
+    let paths = written(&drafts, dir);
+    let wheels = paths.iter().map(|path| vouched(path).unwrap()).collect();
+    assert_eq!(differences(&ours(wheels).unwrap(), &pips(&paths, dir)), [""; 0]);
+
+    // In an image: once, in both RECORDs, with its bytecode.
+    let (cache, out) = (dir.join("cache"), dir.join("out.tar"));
+    let lock = locked(&drafts, &cache);
+    let installed = install_into(&lock, &cache, &out).unwrap();
+    assert_eq!(installed.distributions.iter().map(|d| d.uncompiled).sum::<u64>(), 0);
+    let tree = dir.join("tree");
+    unpack(&out, &tree);
+    let site = tree.join("usr/local/lib/python3.11/dist-packages");
+    for name in ["foo", "bar"] {
+        let record =
+            std::fs::read_to_string(site.join(format!("{name}-1.0.dist-info/RECORD"))).unwrap();
+        for file in [
+            "acme/__init__.py,",
+            "acme/__pycache__/__init__.cpython-311.pyc,",
+            "tests/__init__.py,",
+        ] {
+            assert_eq!(record.matches(file).count(), 1, "{name}: {file}");
+        }
+    }
+
+    // As a component: in both trees, which depend on nothing but their wheels.
+    let made = make_component(&lock, dir, "both").unwrap();
+    let alone = make_component(
+        &locked(&[drafts[0].clone().edit("/METADATA", "Requires-Dist: bar\n", "")], &cache),
+        dir,
+        "alone",
+    )
+    .unwrap();
+    assert_eq!(made.lock.wheels.len(), 2);
+    assert_eq!(made.lock.wheels[1].files, alone.lock.wheels[0].files);
+    for (role, tar) in &made.payloads[1..] {
+        let listed = Command::new("tar").args(["-tf", tar.path.as_str()]).output().unwrap();
+        assert!(
+            String::from_utf8_lossy(&listed.stdout).contains("site/acme/__init__.py"),
+            "{role}"
+        );
+    }
+}
+
+fn make_component(
+    lock: &WheelLock,
+    dir: &Utf8Path,
+    out: &str,
+) -> anyhow::Result<xtask::wheel::Component> {
+    let cache = dir.join("cache");
+    let wheels = fetch(lock, &Cache::at(cache.clone()), true)?;
+    let base = BasePython::read(BaseSource::Root(arm64_root().to_owned()))?;
+    let out = dir.join(out);
+    std::fs::create_dir_all(&out)?;
+    component(&ComponentRequest {
+        lock,
+        wheels: &wheels,
+        base: &base,
+        cache: &cache,
+        out: &out,
+        log: None,
+    })
+}
+
+#[test]
+fn files_that_differ_are_told_with_both_wheels() {
+    let drafts =
+        [foo().with("LICENSE", "MIT", 0o644), Draft::new("bar", "").with("LICENSE", "BSD", 0o644)];
+    let scratch = tempfile::tempdir().unwrap();
+    let paths = written(&drafts, Utf8Path::from_path(scratch.path()).unwrap());
+    let found = message(ours(paths.iter().map(|path| vouched(path).unwrap()).collect()));
+    let expected = "bar-1.0-py3-none-any.whl installs /t/LICENSE, which foo-1.0-py3-none-any.whl installs too, \
+                    with another content or mode\nhelp: ";
+    assert!(found.contains(expected), "{found}");
+}
+
+#[test]
+fn what_no_robot_takes_is_no_component_and_told_when_it_is_locked() {
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = Utf8Path::from_path(scratch.path()).unwrap();
+    let deep = format!("foo/{}x", "d/".repeat(40));
+    let long = format!("foo/{}/{}/{}", "a".repeat(200), "b".repeat(200), "c".repeat(200));
+    let plain = || Draft::new("foo", "");
+    let cases = [
+        (
+            plain().with("foo/Case.txt", "1", 0o644).with("foo/case.txt", "2", 0o644),
+            "comes twice",
+            "capital letters",
+        ),
+        (plain().with(&deep, "x", 0o644), "33 parts, at most 32", "43 parts"),
+        (plain().with(&long, "x", 0o644), "at most 512", "at most 512"),
+        (
+            plain().with("foo-1.0.data/data/.hidden", "x", 0o644),
+            "it begins with `.hidden`",
+            "begins",
+        ),
+        (
+            plain().with("foo-1.0.data/data/component.json", "x", 0o644),
+            "it begins with `component.json`",
+            "begins",
+        ),
+    ];
+    for (draft, refused, told) in cases {
+        let lock = locked(std::slice::from_ref(&draft), &dir.join("cache"));
+        let found = message(make_component(&lock, dir, "out"));
+        assert!(found.starts_with("foo-1.0-py3-none-any.whl: no robot takes it: "), "{found}");
+        assert!(found.contains(refused) && found.contains("\nhelp: build an image"), "{found}");
+        // An image does.
+        install_into(&lock, &dir.join("cache"), &dir.join("out.tar")).unwrap();
+        let wheel = vouched(&written(&[draft], dir)[0]).unwrap();
+        let told_of = unfit(&preview(vec![wheel], &InstallTarget::on_data(), "foo").unwrap());
+        assert!(told_of.len() == 1 && told_of[0].contains(told), "{told_of:?}");
+    }
+}
+
+/// Locks what the index has, and compares what we install with what pip does.
+#[test]
+fn the_most_used_wheels_are_installed_as_pip_does() {
+    if !all() {
+        return;
+    }
+    let list = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join(MOST_USED);
+    let text = std::fs::read_to_string(&list).unwrap();
+    let pins: Vec<&str> = text.lines().filter(|l| !l.is_empty() && !l.starts_with('#')).collect();
+    assert!(pins.len() >= 150, "{} wheels", pins.len());
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = Utf8Path::from_path(scratch.path()).unwrap();
+    if std::env::var_os(INDEX).is_none() {
+        // One wheel that needs all of them, in an index of its own: the environment is that of a new process.
+        let headers: String = pins.iter().map(|pin| format!("Requires-Dist: {pin}\n")).collect();
+        written(&[Draft::new("most_used", &headers)], dir);
+        let links = std::env::var("PIP_FIND_LINKS").unwrap_or_default();
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_most_used_wheels_are_installed_as_pip_does", "--nocapture"])
+            .env("PIP_FIND_LINKS", format!("{links} {dir}").trim())
+            .env(INDEX, dir)
+            .status()
+            .unwrap();
+        assert!(status.success());
+        return;
+    }
+    let cache = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join("wheel-cache");
+    let request = LockRequest {
+        requirement: "most-used==1.0".into(),
+        target: target(),
+        base: vec![],
+        cache: cache.clone(),
+        log: None,
+    };
+    let lock = lock(&request).unwrap();
+    let fetched = fetch(&lock, &Cache::at(cache), true).unwrap();
+    let (mut wheels, mut paths) = (Vec::new(), Vec::new());
+    let (mut doubts, mut compiled) = (0, 0);
+    for one in &fetched {
+        let path = dir.join(&one.locked.file);
+        std::os::unix::fs::symlink(&one.path, &path).unwrap();
+        let wheel = vouched(&path).unwrap();
+        doubts += usize::from(!wheel.doubts.is_empty());
+        compiled += usize::from(one.locked.file.contains("aarch64"));
+        wheels.push(wheel);
+        paths.push(path);
+    }
+    let robots = unfit(&preview(wheels.clone(), &InstallTarget::on_data(), "most-used").unwrap());
+    let ours = ours(wheels).unwrap();
+    let found = differences(&ours, &pips(&paths, dir));
+    println!(
+        "{} wheels, {compiled} of them for aarch64, {} files; {doubts} contradict themselves, {} fit no robot; {} files differ from pip's",
+        paths.len(),
+        ours.len(),
+        robots.len(),
+        found.len()
+    );
+    assert!(found.is_empty(), "{found:#?}");
+}
