@@ -71,7 +71,7 @@ fn holds(line: &[u8], word: &[u8]) -> bool {
 
 /// Whether what follows the opening line is a key's: a header ("Proc-Type:", "Encryption:") or base64. The forms whose
 /// opening line is enough have no more to ask.
-fn followed<'a>(lines: &mut dyn Iterator<Item = &'a [u8]>, name: &str) -> bool {
+fn followed(lines: &mut dyn Iterator<Item = &[u8]>, name: &str) -> bool {
     if matches!(name, "SSH 1" | "age") {
         return true;
     }

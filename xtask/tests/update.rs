@@ -371,7 +371,8 @@ fn an_api_that_no_robot_takes_is_not_good() {
     };
     let deep = format!("site/{}x", "d/".repeat(40));
     verdict(&[("site/foo/__init__.py", "x = 1\n"), ("site/foo/a/b.py", "")], None).unwrap();
-    let cases: [(&[(&str, &str)], Option<&str>, &str); 4] = [
+    type Case<'a> = (&'a [(&'a str, &'a str)], Option<&'a str>, &'a str);
+    let cases: [Case<'_>; 4] = [
         (&[("site/foo/Case.txt", "1"), ("site/foo/case.txt", "2")], None, "(bad-tree)\nhelp: "),
         (&[(deep.as_str(), "x")], None, "at most 32 (bad-tree)"),
         (&[("component.json", "x")], None, "begins with `component.json` (bad-tree)"),

@@ -20,8 +20,8 @@ use xtask::wheel::component::{ComponentRequest, component};
 use xtask::wheel::resolve::describe_missing;
 use xtask::wheel::target::WheelName;
 use xtask::wheel::{
-    BaseDistribution, BasePython, InstallRequest, InstallTarget, Installed, LockRequest,
-    LockedWheel, Target, Wheel, WheelLock, check, fetch, identity, install, lock, update,
+    BaseDistribution, BasePython, Installed, LockRequest, Wheel, WheelLock, check, fetch, identity,
+    lock, update,
 };
 
 #[test]

@@ -14,7 +14,7 @@ pub(super) fn kernel(run: &Run<'_>, boot: &Boot<'_>) -> String {
     }
     let names = || run.soc.kernel.iter().map(|name| boot.os_file(name));
     let there = names().find(|name| boot.volume.file(name).is_some());
-    there.or_else(|| names().last()).unwrap_or_default()
+    there.or_else(|| names().next_back()).unwrap_or_default()
 }
 
 /// Names of trees that the firmware asks for on this model, each with the one that it takes instead.
