@@ -304,6 +304,7 @@ fn log(path: &Path) -> Vec<String> {
 }
 
 #[cfg(test)]
+#[expect(clippy::indexing_slicing, reason = "a test may fail by panicking")]
 mod tests {
     #![allow(clippy::unwrap_used)]
 
