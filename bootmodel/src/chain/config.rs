@@ -49,7 +49,7 @@ pub fn settings(text: &[u8], filters: Filters<'_>) -> Vec<Setting> {
 }
 
 /// The settings that pass, with those of included files, which `read` gives; and what of the includes is not followed.
-pub(super) fn included<'a>(
+pub fn included<'a>(
     text: &'a [u8],
     filters: Filters<'_>,
     read: &dyn Fn(&str) -> Option<&'a [u8]>,

@@ -13,8 +13,6 @@ use bootmodel::chain::config::{self, Filters, Setting};
 
 /// The file.
 const NAME: &str = "config.txt";
-/// How deep files may include each other here.
-const DEEPEST: usize = 8;
 /// With this file among the overlays the firmware gives old names of overlays new ones, and leaves some out.
 const OVERLAY_MAP: &str = "overlay_map.dtb";
 
@@ -38,24 +36,6 @@ impl Partitions<'_> {
         let found = self.texts.iter().find(|(key, _)| fits(key));
         found.map(|(_, text)| text.as_slice())
     }
-
-    /// The text with what it includes in the place of the lines that include it: sections go on in it. A line that
-    /// includes what is not there stays.
-    fn expanded(&self, role: &str, text: &[u8], depth: usize) -> Vec<u8> {
-        let mut whole = Vec::new();
-        for line in text.split(|byte| *byte == b'\n') {
-            let name = line.trim_ascii().strip_prefix(b"include ").map(<[u8]>::trim_ascii);
-            let name = name.and_then(|name| std::str::from_utf8(name).ok());
-            match name.and_then(|name| self.text(role, name)) {
-                Some(text) if depth < DEEPEST => {
-                    whole.extend(self.expanded(role, text, depth + 1));
-                }
-                _ => whole.extend_from_slice(line),
-            }
-            whole.push(b'\n');
-        }
-        whole
-    }
 }
 
 /// Adds what is named and not there.
@@ -74,7 +54,13 @@ pub fn check(
         if name != NAME {
             continue;
         }
-        let text = partitions.expanded(role, text, 0);
+        let read = |name: &str| partitions.text(role, name);
+        let settings = |filters: Filters<'_>| {
+            let (mut found, refused) = config::included(text, filters, &read);
+            // What is included and not there is named as well.
+            found.extend(refused.into_iter().map(|(setting, _)| setting));
+            found
+        };
         let mut look = |settings: &[Setting], first: &[Setting]| {
             for (key, file) in named(settings, first) {
                 let mapped = key == "dtoverlay" && {
@@ -91,17 +77,17 @@ pub fn check(
         for tryboot in [false, true] {
             let filters = |models| Filters { models, tryboot: Some(tryboot), sections: true };
             for (model, soc) in &models {
-                let settings = config::settings(&text, filters(Some(&model.filters)));
+                let settings = settings(filters(Some(&model.filters)));
                 // bootcode.bin of the Pi 3 chooses the firmware before any section counts.
                 let all = Filters { models: None, tryboot: None, sections: false };
                 let first = match soc.generation {
-                    3 => config::settings(&text, all),
+                    3 => config::settings(text, all),
                     _ => settings.clone(),
                 };
                 look(&settings, &first);
             }
             if models.is_empty() {
-                let settings = config::settings(&text, filters(None));
+                let settings = settings(filters(None));
                 look(&settings, &settings);
             }
         }

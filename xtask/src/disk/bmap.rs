@@ -293,7 +293,11 @@ mod tests {
                 "its ImageSize is `x`, expected a number",
             ),
             (changed("Count> 5 <", "Count> 6 <"), "it says 6 mapped blocks and lists 5"),
-            (changed("<Range chksum=", "<Range><!-- "), "its ranges have no checksums"),
+            (
+                changed("<Range chksum=", "<Range><!-- "),
+                "its ranges have no checksums, so nothing would prove what is written\n\
+                 help: make it again without `--no-checksum`, or remove it: without one all of the image is written",
+            ),
             (changed("> 5 </Range", "> 2 </Range"), "range 2 (2) is out of order"),
             (changed("> 5 </Range", "> z </Range"), "range 2 cannot be read"),
             (changed("BmapFileChecksum", "Other"), "it has no BmapFileChecksum"),
