@@ -12,8 +12,10 @@ use super::facts::Driver;
 use super::system::{Parts, System};
 use super::{Boot, Place, Run};
 
-/// The watchdog's name in every tree of a Raspberry Pi (bcm283x.dtsi, bcm2711.dtsi, bcm2712.dtsi).
-const WATCHDOG: &str = "brcm,bcm2835-pm-wdt";
+/// The names by which the watchdog is found in the tree (`bcm2835_pm_of_match` in Linux, drivers/mfd/bcm2835-pm.c). Trees of a
+/// Pi 5 have the last one, some without the first.
+const WATCHDOG: [&str; 4] =
+    ["brcm,bcm2835-pm-wdt", "brcm,bcm2835-pm", "brcm,bcm2711-pm", "brcm,bcm2712-pm"];
 
 /// Until which second after the kernel's start a trial may reach `/init`.
 pub const LATEST_START: i64 = 120;
@@ -359,13 +361,14 @@ pub(super) fn check(
         )
     };
     if !parts.tree.nodes.iter().any(|node| {
-        node.compatible().iter().any(|name| name == WATCHDOG) && parts.tree.enabled(node)
+        node.compatible().iter().any(|name| WATCHDOG.contains(&&**name)) && parts.tree.enabled(node)
     }) {
         run.stop(
             "watchdog-node",
             system.places[2].clone(),
             format!(
-                "the device tree has no enabled {WATCHDOG}: no watchdog, and no way to restart"
+                "the device tree has no enabled {}: no watchdog, and no way to restart",
+                WATCHDOG[0]
             ),
             "the device tree of this very model".to_owned(),
         );
