@@ -435,18 +435,22 @@ fn state(robot: &Robot, check: &str) -> String {
 fn only_the_disk_that_was_started_from_becomes_data() {
     let robot = Robot::development();
     let device = robot.read("usr/lib/slipway/device.toml");
-    let number = device.lines().find_map(|l| l.strip_prefix("data = { number = ")).expect("data");
-    let number = number.split(',').next().expect("a number");
+    let line = device.lines().find_map(|l| l.strip_prefix("data = { number = ")).expect("data");
+    let (number, rest) = line.split_once(", start-sector = ").expect("a number and a place");
+    let start = rest.split(',').next().expect("a place");
     robot.put("run/slipway/disk", "/dev/mmcblk0\n");
     // A stick with a partition of that number and of that label.
-    robot.put(&format!("sys/block/sda/sda{number}/partition"), &format!("{number}\n"));
+    let partition = |disk: &str, part: &str, start: &str| {
+        robot.put(&format!("sys/block/{disk}/{part}/partition"), &format!("{number}\n"));
+        robot.put(&format!("sys/block/{disk}/{part}/start"), &format!("{start}\n"));
+    };
+    partition("sda", &format!("sda{number}"), start);
     robot.put("run/slipway/data", "/dev/sda1\n");
     robot.put("data/.keep", "");
     // The card's has gone: memory, and nothing happens to the stick.
-    for lost in [None, Some("mmcblk1")] {
-        if let Some(other) = lost {
-            let path = format!("sys/block/{other}/{other}p{number}/partition");
-            robot.put(&path, &format!("{number}\n"));
+    for lost in [None, Some(("mmcblk1", start)), Some(("mmcblk0", "64"))] {
+        if let Some((other, start)) = lost {
+            partition(other, &format!("{other}p{number}"), start);
         }
         let calls = state(&robot, "");
         assert!(!calls.contains("sda") && !calls.contains("e2fsck"), "{calls}");
@@ -456,7 +460,7 @@ fn only_the_disk_that_was_started_from_becomes_data() {
     }
     // It is there, whatever its first blocks say.
     let part = format!("mmcblk0p{number}");
-    robot.put(&format!("sys/block/mmcblk0/{part}/partition"), &format!("{number}\n"));
+    partition("mmcblk0", &part, start);
     for (check, condition) in [("", "clean"), ("exit 4", "repaired")] {
         let calls = state(&robot, check);
         assert!(!calls.contains("sda") && !calls.contains("tmpfs"), "{calls}");
