@@ -206,11 +206,12 @@ mod tests {
     #[test]
     fn what_is_included_counts_where_it_is_included() {
         assert_eq!(missing(&[PI4], "include more.txt\n", &[]), ["more.img"]);
-        // The included file resets the section that it stands in.
+        // The section of the included file goes on behind it; in one that does not pass, nothing is included.
         assert_eq!(
-            missing(&[PI4], "[none]\ninclude more.txt\nkernel=a.bin\n", &[]),
+            missing(&[PI4], "[pi4]\ninclude more.txt\nkernel=a.bin\n", &[]),
             ["a.bin", "more.img"]
         );
+        assert_eq!(missing(&[PI4], "[none]\ninclude more.txt\nkernel=a.bin\n", &[]), [""; 0]);
         assert_eq!(
             missing(&[PI4], "include config.txt\nkernel=a.bin\n", &["a.bin"]),
             ["config.txt"; 0]
