@@ -17,7 +17,18 @@ use crate::plan::{self, Plan};
 use crate::render::INIT;
 
 /// The tool itself, and what it is compiled from: any of it may change any component.
-const BUILDER: [&str; 5] = [".cargo", "Cargo.lock", "Cargo.toml", "xtask/Cargo.toml", "xtask/src"];
+const BUILDER: [&str; 10] = [
+    ".cargo",
+    "Cargo.lock",
+    "Cargo.toml",
+    "bootmodel/Cargo.toml",
+    "bootmodel/facts",
+    "bootmodel/src",
+    "bundle/Cargo.toml",
+    "bundle/src",
+    "xtask/Cargo.toml",
+    "xtask/src",
+];
 /// What belongs to Buildroot.
 const EXTERNAL: &str = "external";
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::plan::{BootSourcePlan, Plan};
 
 /// Raised when the model itself says something else of the same card; its facts count by their text.
-const MODEL_VERSION: u32 = 2;
+const MODEL_VERSION: u32 = 3;
 
 /// How one model starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

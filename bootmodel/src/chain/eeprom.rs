@@ -168,6 +168,7 @@ fn boot<'a>(run: &mut Run<'a>, volume: &'a Volume, tryboot: bool) -> Option<Boot
         let (settings, refused) = config::included(text, filters, &|name| volume.file(name));
         (settings, refused.into_iter().next())
     };
+    // boot.adoc, `boot_ramdisk`.
     if let Some(ramdisk) = config::last(&own, "boot_ramdisk").filter(|set| set.value != "0") {
         run.stop(
             "boot-ramdisk",

@@ -159,6 +159,8 @@ pub struct Releases {
     pub second_stage: SecondStage,
     /// When the firmware runs the clocks at their highest.
     pub turbo: Turbo,
+    /// When the firmware starts the watchdog before the kernel only if it is told twice.
+    pub early_watchdog: EarlyWatchdog,
     /// What does not go together.
     #[serde(rename = "pair")]
     pub pairs: Vec<Pair>,
@@ -218,6 +220,18 @@ pub struct Turbo {
     pub since: String,
     /// The line of `config.txt` against it.
     pub setting: String,
+    /// Who says so.
+    pub source: String,
+}
+
+/// When the firmware starts the watchdog before the kernel only if the device tree says so, too.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct EarlyWatchdog {
+    /// The first such release.
+    pub since: String,
+    /// The `dtparam` that says so.
+    pub parameter: String,
     /// Who says so.
     pub source: String,
 }

@@ -8,12 +8,13 @@
 use std::collections::BTreeMap;
 
 use super::card::{MANAGER, Slot};
+use super::config::Setting;
 use super::facts::Driver;
 use super::system::{Parts, System};
 use super::{Boot, Place, Run};
 
-/// The names by which the watchdog is found in the tree (`bcm2835_pm_of_match` in Linux, drivers/mfd/bcm2835-pm.c). Trees of a
-/// Pi 5 have the last one, some without the first.
+/// The names by which the watchdog is found in the tree (`bcm2835_pm_of_match` in Linux, drivers/mfd/bcm2835-pm.c). Of a Pi 5 there
+/// are trees with the last and the first, and trees with the last alone.
 const WATCHDOG: [&str; 4] =
     ["brcm,bcm2835-pm-wdt", "brcm,bcm2835-pm", "brcm,bcm2711-pm", "brcm,bcm2712-pm"];
 
@@ -451,6 +452,23 @@ fn firmware(
             }
         }
     }
+    let rule = run.facts.releases.early_watchdog.clone();
+    let told = |set: &Setting| {
+        set.key == "dtparam" && set.value.split(',').any(|part| part.trim() == rule.parameter)
+    };
+    if boot.is_on("kernel_watchdog_timeout") && !boot.settings.iter().any(told) {
+        run.stop(
+            "watchdog-early",
+            boot.place("kernel_watchdog_timeout"),
+            format!(
+                "firmware of {} or later starts no watchdog before the kernel for this line alone: a trial whose kernel hangs has no end",
+                rule.since
+            ),
+            format!("dtparam={} below it", rule.parameter),
+        );
+    }
+    // The documentation says so (boot.adoc); one board was measured to ask autoboot.txt all the same after a hang in Linux
+    // (usr-ein/TriMixxx, pi-qemu, T9). What other releases do nobody knows.
     if let Some(value) = boot.value("kernel_watchdog_partition").filter(|value| *value != "0") {
         run.stop(
             "watchdog-partition",

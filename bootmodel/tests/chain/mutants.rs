@@ -278,7 +278,7 @@ fn of_the_card() -> Vec<Mutant> {
     ]
 }
 
-pub const KEYS_4: [&str; 8] = [
+pub const KEYS_4: [&str; 9] = [
     "arm_64bit",
     "kernel",
     "upstream_kernel",
@@ -286,6 +286,7 @@ pub const KEYS_4: [&str; 8] = [
     "disable_splash",
     "initial_turbo",
     "otg_mode",
+    "dtparam",
     "kernel_watchdog_timeout",
 ];
 
@@ -677,6 +678,9 @@ fn of_the_system() -> Vec<Mutant> {
                 "etc/systemd/system.conf.d/20-other.conf",
                 "[Manager]\nRebootWatchdogSec=2min\n",
             )
+        }),
+        mutant("no dtparam=watchdog=on", card_4, &["watchdog-early"], |card, _| {
+            change_text(card, "config.txt", "dtparam=watchdog=on\n", "")
         }),
         mutant("kernel_watchdog_timeout=120", card_4, &["watchdog-seconds"], |card, _| {
             change_text(card, "config.txt", "timeout=63", "timeout=120")

@@ -429,7 +429,7 @@ phandle = <33>
 gpio = <11 6 0>
 "#;
 
-pub const CONFIG_4: &str = "arm_64bit=1\nkernel=kernel8.img\ninitramfs initrd.img followkernel\nupstream_kernel=1\nenable_uart=1\n[cm4]\notg_mode=1\n[all]\n[tryboot]\nkernel_watchdog_timeout=63\n[all]\n";
+pub const CONFIG_4: &str = "arm_64bit=1\nkernel=kernel8.img\ninitramfs initrd.img followkernel\nupstream_kernel=1\nenable_uart=1\n[cm4]\notg_mode=1\n[all]\n[tryboot]\nkernel_watchdog_timeout=63\ndtparam=watchdog=on\n[all]\n";
 pub const AUTOBOOT: &str = "[all]\ntryboot_a_b=1\nboot_partition=2\n[tryboot]\nboot_partition=3\n";
 const CLOCKS: [(&str, &[&str]); 4] = [
     ("bcm2835_wdt", &[]),

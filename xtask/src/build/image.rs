@@ -19,7 +19,7 @@ use crate::ext4::{self, Ext4Request};
 use crate::keys::Signer;
 use crate::plan::{BootSourcePlan, Plan};
 use crate::progress::{bytes, say, warn};
-use crate::render::{OverlayContent, Rendered};
+use crate::render::{INIT, OverlayContent, Rendered};
 use crate::rootfs::initrd::{self, InitrdRequest};
 use crate::start::{self, Starts};
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
@@ -33,9 +33,6 @@ const BUNDLE_VERSION: u32 = 2;
 
 /// zstd's level for `.img.zst`: downloads are many, builds few, and its speed is still the disk's.
 const ZST_LEVEL: i32 = 9;
-
-/// Where the initrd's script lies in the workspace.
-const INIT: &str = "board/common/init";
 
 /// The composed system.
 #[derive(Debug, Clone, Serialize, Deserialize)]

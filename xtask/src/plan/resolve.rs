@@ -246,7 +246,7 @@ fn check_account(user: &User, out: &mut Vec<Finding>) {
             );
         }
     }
-    if user.uid.value != 0 && SYSTEM_FOLDERS.contains(&user.home.as_str()) {
+    if name != "root" && SYSTEM_FOLDERS.contains(&user.home.as_str()) {
         find(
             format!("the home {} of {name} is a folder of the system", user.home),
             "the account would own it, and lock all others out: name a folder of its own, as in \"/data/home/NAME\"",
