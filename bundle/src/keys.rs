@@ -105,7 +105,7 @@ impl Purpose {
 /// When it is not a minisign public key.
 pub fn key_id(public: &str) -> Result<String> {
     parse_key(public)?;
-    let bytes = base64(public).unwrap_or_default();
+    let bytes = decode_base64(public).unwrap_or_default();
     Ok(id_of(&bytes))
 }
 
@@ -187,7 +187,7 @@ impl KeySet {
             reason: format!("{member}: {error}"),
         };
         let signature = Signature::decode(text).map_err(bad)?;
-        let blob = text.lines().nth(1).and_then(base64).unwrap_or_default();
+        let blob = text.lines().nth(1).and_then(decode_base64).unwrap_or_default();
         let id = id_of(&blob);
         let Some(key) = self.keys.iter().find(|key| key.id == id) else {
             return Ok(Err(format!("the key {id} is not in the key set")));
@@ -222,7 +222,8 @@ fn canonical<'a>(member: &str, file: &'a [u8]) -> Result<&'a str> {
         return Err(bad("its third line is not a trusted comment"));
     }
     // 74 bytes: algorithm, key number, signature; 64: the signature over signature and comment.
-    let ok = |line: &str, length: usize| base64(line).is_some_and(|bytes| bytes.len() == length);
+    let ok =
+        |line: &str, length: usize| decode_base64(line).is_some_and(|bytes| bytes.len() == length);
     if !ok(first, 74) || !ok(second, 64) {
         return Err(bad("a signature is not canonical base64 of the right length"));
     }
@@ -262,8 +263,8 @@ pub fn signature_file(
     format!("{UNTRUSTED_COMMENT}\n{first}\ntrusted comment: {comment}\n{second}\n")
 }
 
-/// Strict base64: standard alphabet, padded, unused bits zero.
-fn base64(text: &str) -> Option<Vec<u8>> {
+/// The bytes of a strict base64: standard alphabet, padded, unused bits zero; `None` where it is none.
+pub fn decode_base64(text: &str) -> Option<Vec<u8>> {
     let bytes = text.as_bytes();
     let body = text.trim_end_matches('=').len();
     let padding = bytes.len().checked_sub(body)?;
@@ -298,11 +299,11 @@ mod tests {
 
     #[test]
     fn base64_has_one_spelling() {
-        assert_eq!(base64("QQ==").as_deref(), Some(&b"A"[..]));
-        assert_eq!(base64("QUE=").as_deref(), Some(&b"AA"[..]));
+        assert_eq!(decode_base64("QQ==").as_deref(), Some(&b"A"[..]));
+        assert_eq!(decode_base64("QUE=").as_deref(), Some(&b"AA"[..]));
         // Bits that no byte has, too little and too much at the end, something within.
         for other in ["QR==", "QUF=", "QQ=", "QQ", "Q===", "QQ==QQ==", "Q Q="] {
-            assert_eq!(base64(other), None, "{other}");
+            assert_eq!(decode_base64(other), None, "{other}");
         }
     }
 }

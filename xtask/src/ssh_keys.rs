@@ -5,9 +5,9 @@
 //! F: sshd(8), "AUTHORIZED_KEYS FILE FORMAT"; RFC 4253, section 6.6; RFC 5656, section 3.1; RFC 8709, section 4;
 //! PROTOCOL.u2f of OpenSSH.
 
+use bundle::keys::decode_base64;
 use camino::Utf8Path;
 
-use crate::rootfs::debian::key::base64;
 use crate::secret;
 
 /// Why a file is no list of public keys. Nothing of its content is repeated: it may be a secret.
@@ -189,7 +189,7 @@ fn check(line: &str) -> Result<bool, (String, &'static str)> {
         _ => {}
     }
     let again = "copy the whole line of the .pub file once more";
-    let Some(blob) = words.next().and_then(base64) else {
+    let Some(blob) = words.next().and_then(decode_base64) else {
         return wrong("the key is no base64: it is damaged or cut off", again);
     };
     match kind.fits(name, &blob) {

@@ -1,6 +1,8 @@
 //! The public keys of further archives: armoured or binary OpenPGP, made one binary keyring for apt. A secret key is
 //! never taken, wherever in the file it is. Which signatures count is apt's business.
 
+use bundle::keys::decode_base64;
+
 /// Why a file is no keyring for apt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BadKey {
@@ -101,34 +103,10 @@ fn unarmoured(text: &str) -> Result<Vec<u8>, BadKey> {
                 body.push_str(line);
             }
         }
-        let decoded = if ended { base64(&body) } else { None };
+        let decoded = if ended { decode_base64(&body) } else { None };
         binary.extend(decoded.ok_or(BadKey::NoKey("it is damaged or cut off"))?);
     }
     Ok(binary)
-}
-
-/// Base64 of RFC 4648, section 4.
-pub(crate) fn base64(text: &str) -> Option<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
-    let (mut bits, mut count) = (0u32, 0);
-    for c in text.trim_end_matches('=').bytes() {
-        let value = match c {
-            b'A'..=b'Z' => c - b'A',
-            b'a'..=b'z' => c - b'a' + 26,
-            b'0'..=b'9' => c - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            _ => return None,
-        };
-        bits = (bits << 6) | u32::from(value);
-        count += 6;
-        if count >= 8 {
-            count -= 8;
-            bytes.push((bits >> count) as u8);
-            bits &= (1 << count) - 1;
-        }
-    }
-    Some(bytes)
 }
 
 #[cfg(test)]
