@@ -1,8 +1,7 @@
 //! What the boards say about their hardware, held against what the hardware does: the watchdog's arithmetic, the firmware's
 //! choice of files, the places of the boot state, the environment of U-Boot. The sources are in the boards' files.
 
-#[path = "common/workspace.rs"]
-mod workspace;
+use crate::common::workspace;
 
 use std::process::Command;
 

@@ -1,7 +1,7 @@
 //! One bad input for every rule of the configuration, with its message. The messages lie in
 //! `golden/bad-input`; `SLIPWAY_BLESS=1 cargo test` rewrites them, and the diff is the review.
 
-mod fixture_support;
+use crate::fixture_support;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use fixture_support::copy;

@@ -2,8 +2,7 @@
 //! signatures, downloads that break off, vanished versions, further archives. And trees
 //! and initrds as other tools read them. Needs apt, dpkg-deb, gpg, cpio, tar, zstd.
 
-#[path = "common/archive.rs"]
-mod archive;
+use crate::common::archive;
 
 use std::fs;
 

@@ -1,6 +1,6 @@
 //! Flashing to plain files and to faulty cards of our own; disks that are refused; kills.
 
-mod flash_support;
+use crate::flash_support;
 
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -1,6 +1,6 @@
 //! Flashing real block devices: loop devices, which need root and a kernel that has them.
 
-mod flash_support;
+use crate::flash_support;
 
 use std::fs::{self, File};
 use std::os::unix::fs::OpenOptionsExt;

@@ -1,7 +1,7 @@
 //! What a build says of its commit, under everything that a user, a hook or an ignore rule can tell git: settings change
 //! nothing, and nothing that goes into an image is hidden.
 
-mod fixture_support;
+use crate::fixture_support;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};

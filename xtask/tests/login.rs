@@ -1,7 +1,7 @@
 //! Who may log in with a key on `data`: the shipped settings and the shipped step that makes the host key, with the
 //! real sshd on the loopback address. sshd reads keys as the user who logs in, so folders' modes decide.
 
-mod overlay_support;
+use crate::overlay_support;
 
 use std::fs::{self, Permissions};
 use std::net::TcpStream;

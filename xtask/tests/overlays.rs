@@ -1,7 +1,7 @@
 //! What may lie in overlays and configuration folders besides what was meant: pipes, links out of them, junk of editors,
 //! pointers of git-lfs, line ends of Windows. Each is refused with the file's name, or passed over; nothing hangs.
 
-mod fixture_support;
+use crate::fixture_support;
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -1,8 +1,7 @@
 //! Provisioning from real wheels of the API, fetched by hash, by the real agent; what compose tells it; and
 //! the environment of the API's services, in real shells.
 
-#[path = "common/agent.rs"]
-mod agent;
+use crate::common::agent;
 
 use std::collections::BTreeMap;
 use std::fs;

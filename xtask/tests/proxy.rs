@@ -2,7 +2,7 @@
 //! test's. Strangers send as little as they can, as slowly as they may, from one address and from many; what asks
 //! for the robot's health is answered, and what all of them take stays bounded.
 
-mod overlay_support;
+use crate::overlay_support;
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};

@@ -1,10 +1,8 @@
 //! Pushes through a real `sshd` on the loopback address into the real agent, whose robot is a folder of
 //! files. Such a robot restarts nothing: the test plays the boot loader; the system tests have the real one.
 
-#[path = "common/agent.rs"]
-mod agent;
-#[path = "common/noise.rs"]
-mod noise;
+use crate::common::agent;
+use crate::common::noise;
 
 use std::fs;
 use std::io::{Read, Write};

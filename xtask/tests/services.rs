@@ -1,7 +1,7 @@
 //! What the overlays bring to a robot, tried on this machine: the boot steps below a folder in the place of `/`,
 //! the units as systemd reads them, the SSH server's settings as sshd reads them.
 
-mod overlay_support;
+use crate::overlay_support;
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};

@@ -1,7 +1,7 @@
 //! SSH public keys in every form that people keep them in, at every place where they come in, compared with what
 //! OpenSSH itself makes of the same files. A secret key gets nowhere.
 
-mod fixture_support;
+use crate::fixture_support;
 
 use std::fs;
 use std::process::{Command, Output};

@@ -1,7 +1,7 @@
 //! Wheels: one bad input for each rule with its message, installation compared with what other
 //! tools read, and (with `SLIPWAY_TEST_ALL=1`) the real lock on the real index.
 
-mod wheel_support;
+use crate::wheel_support;
 
 use std::collections::BTreeMap;
 use std::io::Read as _;

@@ -1,7 +1,7 @@
 //! What pip installs, we install: wheels whose own texts contradict them, files that two wheels have, and (with
 //! `SLIPWAY_TEST_ALL=1`) the most used wheels of the index, each compared file by file with pip's own result.
 
-mod wheel_support;
+use crate::wheel_support;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;

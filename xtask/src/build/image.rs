@@ -11,7 +11,7 @@ use super::{Agent, Base, Build, Signing, Wheels, alias, base, environment};
 use crate::artifact::{Artifact, flush, hash_bytes, write_atomically, write_large};
 use crate::cache::Key;
 use crate::cli::Compression;
-use crate::compose::{self, Parts, lint, sizes};
+use crate::compose::{self, Parts, lint, programs, sizes};
 use crate::config::board::Compile;
 use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source, Summed};
 use crate::exec::Tool;
@@ -181,6 +181,7 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
             let tree = compose::tree(plan, &parts)?;
             let names = boot_names(build, base);
             lint::check(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
+            programs::check(&tree)?;
             let sizes = sizes::measure(&tree)?;
             let tar = dir.join("root.tar");
             write_large(&tar, |out| tree.write(plan.epoch, out))?;

@@ -20,11 +20,11 @@ use crate::{outln, text};
 /// Asks the system tests for what is too slow for every run.
 pub const ALL: &str = "SLIPWAY_TEST_ALL";
 
-/// The test target that needs loop devices.
-const LOOP_TESTS: &str = "flash_loop";
+/// The tests that need loop devices: their target and how their names begin.
+const LOOP_TESTS: [&str; 2] = ["tests", "flash_loop::"];
 
-/// The test target that needs the pinned Buildroot tree.
-const TREE_TESTS: &str = "buildroot_tree";
+/// The tests that need the pinned Buildroot tree.
+const TREE_TESTS: [&str; 2] = ["buildroot_tree", ""];
 
 /// Seconds of each fuzz target in `test --all`: enough to see that all of them still run.
 const FUZZ_SECONDS: u64 = 20;
@@ -177,9 +177,9 @@ fn say_skipped(trees: &[PinnedTree]) -> Result<()> {
     Ok(())
 }
 
-/// The names of a target's tests.
-fn tests_of(target: &str) -> Result<Vec<String>> {
-    let list = ["test", "--quiet", "--package", "xtask", "--test", target, "--", "--list"];
+/// The names of a target's tests that begin so.
+fn tests_of([target, start]: [&str; 2]) -> Result<Vec<String>> {
+    let list = ["test", "--quiet", "--package", "xtask", "--test", target, "--", "--list", start];
     let listed = Tool::cargo().with_tests().args(list).current_dir(&workspace_root()?).read()?;
     Ok(listed.lines().filter_map(|l| l.strip_suffix(": test")).map(str::to_owned).collect())
 }

@@ -5,6 +5,7 @@
 pub mod api;
 mod config_txt;
 pub mod lint;
+pub mod programs;
 pub mod sizes;
 pub mod units;
 mod users;

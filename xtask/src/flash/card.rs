@@ -4,6 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -143,7 +144,7 @@ impl Disk {
                 doing()
             );
         }
-        if !block && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if !block && !is_locked_soon(&file) {
             bail!("{}: another program writes to it\nhelp: wait for that program", doing());
         }
         let end = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).with_context(doing)?;
@@ -162,6 +163,17 @@ impl Disk {
     pub fn path(&self) -> &Utf8Path {
         &self.path
     }
+}
+
+/// Takes the lock, for two seconds: a program that this process starts meanwhile shares a lock that was just given back
+/// until it runs.
+fn is_locked_soon(file: &File) -> bool {
+    (0..20).any(|tries| {
+        if tries > 0 {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        flock(file, FlockOperation::NonBlockingLockExclusive).is_ok()
+    })
 }
 
 impl Card for Disk {

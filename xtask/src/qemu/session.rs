@@ -106,17 +106,29 @@ impl Session {
     pub fn expect_any(&mut self, words: &[&str], timeout: Duration) -> Result<(usize, String)> {
         let end = Instant::now() + timeout;
         let wanted = words.join("` or `");
+        // A console says a few bytes at a time: what was looked through is not looked through again.
+        let longest = words.iter().copied().chain(FATAL).map(str::len).max().unwrap_or_default();
+        let mut looked = 0_usize;
+        let mut last_words = None;
         loop {
+            let from = looked.saturating_sub(longest);
+            looked = self.unread.len();
             let first = words
                 .iter()
                 .enumerate()
-                .filter_map(|(i, w)| Some((position(&self.unread, w.as_bytes())?, i, w.len())))
+                .filter_map(|(i, w)| Some((position(&self.unread, w, from)?, i, w.len())))
                 .min();
             if let Some((start, index, length)) = first {
                 let said: Vec<u8> = self.unread.drain(..start + length).collect();
                 return Ok((index, plain(&said)));
             }
-            if let Some(fatal) = fatal(&self.unread) {
+            // Their line comes to its end first: the reason follows them, and may be what is waited for.
+            last_words = last_words.or_else(|| {
+                FATAL.into_iter().find_map(|w| Some((position(&self.unread, w, from)?, w)))
+            });
+            if let Some((at, fatal)) = last_words
+                && self.unread[at..].contains(&b'\n')
+            {
                 bail!(self.report(&format!(
                     "waiting for `{wanted}`: the system does not start (`{fatal}`)"
                 )));
@@ -219,17 +231,10 @@ impl Drop for Session {
     }
 }
 
-/// The fatal words whose line has come to its end: the reason follows them, and may be what is waited for.
-fn fatal(unread: &[u8]) -> Option<&'static str> {
-    let whole = |words: &&str| {
-        let at = position(unread, words.as_bytes());
-        at.is_some_and(|at| unread[at..].contains(&b'\n'))
-    };
-    FATAL.into_iter().find(whole)
-}
-
-fn position(text: &[u8], words: &[u8]) -> Option<usize> {
-    text.windows(words.len()).position(|window| window == words)
+/// Where these words begin, looked for from here on.
+fn position(text: &[u8], words: &str, from: usize) -> Option<usize> {
+    let found = text[from..].windows(words.len()).position(|window| window == words.as_bytes());
+    found.map(|at| from + at)
 }
 
 /// Text without terminal codes (`ESC [ … letter`, `ESC ] … BEL`).
@@ -310,6 +315,14 @@ mod tests {
         let script = "printf 'slipway-init: cannot start'; sleep 1; echo ': no disk'; exec cat";
         let said = shell(folder, script).expect("cannot start: no disk", SOON);
         assert_eq!(said.unwrap(), "slipway-init: cannot start: no disk");
+    }
+
+    #[test]
+    fn words_may_come_in_pieces() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let script = "for i in a b l o g i n :; do printf $i; sleep 0.1; done; exec cat";
+        assert_eq!(shell(folder, script).expect("login:", SOON).unwrap(), "ablogin:");
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! A small card image with everything that a real one has, and the tool that flashes it.
 
-#[path = "../common/noise.rs"]
-mod noise;
+use crate::common::noise;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -18,8 +18,8 @@ use xtask::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
 use xtask::rootfs::{BaseSystem, Role};
 use xtask::start::{self, Starts};
 
-use crate::packages::{VENDOR, World};
-use crate::workspace::{copy_to, workspace};
+use super::packages::{VENDOR, World};
+use crate::common::workspace::{copy_to, workspace};
 
 /// What became of an example.
 pub struct Attempt {

@@ -16,9 +16,9 @@ use xtask::rootfs::debian::{
     DebianSpec, Fetched, Mirrors, PackagesLock, Policy, SourceMirror, fetch_lock, lock,
 };
 
-use crate::archive::{Server, index, new_key, sign};
-use crate::stand_in;
-use crate::workspace::workspace;
+use super::stand_in;
+use crate::common::archive::{Server, index, new_key, sign};
+use crate::common::workspace::workspace;
 
 /// What the examples call the archive.
 pub const VENDOR: &str = "raspberrypi";

@@ -20,7 +20,7 @@ use xtask::release::check::compare;
 use xtask::rootfs::debian::{Mirrors, PackagesLock, host_e2fs};
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
 
-use crate::support::{Bench, good, root, tool};
+use super::support::{Bench, good, root, tool};
 
 const MIB: u64 = 1 << 20;
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::process::{Command, Output};
 
-use crate::support::{Bench, good, python, root};
+use super::support::{Bench, good, python, root};
 
 const WORKFLOW: &str = ".github/workflows/nightly.yml";
 const GITLAB: &str = ".gitlab-ci.yml";

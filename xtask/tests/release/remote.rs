@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use camino::Utf8PathBuf;
 
-use crate::support::{
+use super::support::{
     Bench, Reader, Server, ended, free_port, good, killed_anywhere, python, remote_kills, root,
     tool,
 };
@@ -244,7 +244,7 @@ fn a_web_server_and_standard_tools_are_enough_to_read() {
     let (work, output) = run("good");
     good(output);
     let name = "robot-1.1.0-part-3";
-    assert_eq!(fs::read(work.join(name)).unwrap(), crate::support::noise(64 << 10, "robot1.1.03"));
+    assert_eq!(fs::read(work.join(name)).unwrap(), super::support::noise(64 << 10, "robot1.1.03"));
     // One letter of the index, one byte of the object: each is noticed.
     let index = dir.join("www/channels/nightly.json");
     let text = fs::read_to_string(&index).unwrap();
@@ -252,7 +252,7 @@ fn a_web_server_and_standard_tools_are_enough_to_read() {
     let (work, output) = run("forged");
     assert!(!output.status.success() && !work.join(name).exists());
     fs::write(&index, text).unwrap();
-    let sha256 = xtask::artifact::hash_bytes(&crate::support::noise(64 << 10, "robot1.1.03"));
+    let sha256 = xtask::artifact::hash_bytes(&super::support::noise(64 << 10, "robot1.1.03"));
     let object = dir.join("www").join(xtask::release::format::object_path(&sha256));
     fs::write(&object, "something else").unwrap();
     let (work, output) = run("damaged");

@@ -22,7 +22,7 @@ use xtask::release::format::object_path;
 use xtask::shared::record::{Compression, FORMAT, Packed, Record, StoredFile, path};
 use xtask::shared::{attach, trusted};
 
-use crate::support::{Server, free_port, noise, python, tool};
+use super::support::{Server, free_port, noise, python, tool};
 
 /// Bytes of the large file of the stage: some packets, and time to be killed in.
 const LARGE: usize = 24 << 20;
@@ -382,7 +382,7 @@ fn a_record_counts_only_with_the_signature_of_a_key_that_counts() {
     release.env("SLIPWAY_KEYS", &own).env("SLIPWAY_KEY_PASSWORD", "a password of tests");
     let mut first = Command::new(env!("CARGO_BIN_EXE_xtask"));
     first.args(["keys", "new"]).env("SLIPWAY_KEYS", &own);
-    crate::support::good(
+    super::support::good(
         first.env("SLIPWAY_KEY_PASSWORD", "a password of tests").output().unwrap(),
     );
     let release = said(release.output().unwrap());

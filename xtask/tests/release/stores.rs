@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use xtask::publish::Store;
 use xtask::release::{Channel, Index};
 
-use crate::support::{Bench, OBJECTS, Reader, ended, killed_anywhere};
+use super::support::{Bench, OBJECTS, Reader, ended, killed_anywhere};
 
 /// How often publishers are killed.
 const KILLS: u32 = 30;

@@ -1,7 +1,6 @@
 //! Stores with small releases, the tool as a person would start it, and a reader that trusts nothing.
 
-#[path = "../common/noise.rs"]
-mod noise;
+use crate::common::noise;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};

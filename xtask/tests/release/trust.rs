@@ -11,7 +11,7 @@ use xtask::publish::directory::Directory;
 use xtask::release::Channel;
 use xtask::release::format::{Entry, Index};
 
-use crate::support::{Bench, good, tool};
+use super::support::{Bench, good, tool};
 
 /// All files below a folder, with their content.
 fn tree(dir: &Utf8Path) -> Vec<(Utf8PathBuf, Vec<u8>)> {

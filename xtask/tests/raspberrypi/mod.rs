@@ -4,16 +4,12 @@
 //!
 //! Not shown here: what is in the real packages. Needs apt, dpkg-deb, gpg, depmod, xz, mke2fs, tar.
 
-#[path = "../common/archive.rs"]
-mod archive;
 mod attempt;
 mod packages;
 // The forms of what boot loaders read are written once.
 #[allow(dead_code)]
 #[path = "../../../bootmodel/tests/chain/stand_in.rs"]
 mod stand_in;
-#[path = "../common/workspace.rs"]
-mod workspace;
 
 use std::sync::OnceLock;
 

@@ -1,0 +1,149 @@
+//! The programs that units start are in the image: a service that cannot start, or a console at which nobody can log in,
+//! is found on the robot otherwise.
+
+use anyhow::{Result, bail};
+
+use crate::rootfs::tree::{Kind, Origin, Tree};
+
+/// Where units lie, and what may overrule them.
+const FOLDERS: [&str; 3] =
+    ["etc/systemd/system/", "usr/lib/systemd/system/", "usr/local/lib/systemd/system/"];
+/// systemd looks here for a name without a folder (systemd.service(5), `systemd-path search-binaries-default`).
+const SEARCHED: [&str; 4] = ["usr/local/sbin", "usr/local/bin", "usr/sbin", "usr/bin"];
+/// The keys of a service whose value begins with a program.
+const KEYS: [&str; 7] = [
+    "ExecStart",
+    "ExecStartPre",
+    "ExecStartPost",
+    "ExecCondition",
+    "ExecReload",
+    "ExecStop",
+    "ExecStopPost",
+];
+/// What agetty(8) starts where its line names nothing else: its own package does not bring it.
+const LOGIN: &str = "bin/login";
+
+/// Checks every unit that an overlay brings or changes.
+///
+/// # Errors
+/// Names all that is missing, with the overlay's file and line.
+pub fn check(tree: &Tree) -> Result<()> {
+    let mut missing = Vec::new();
+    for (path, entry) in tree.iter() {
+        let (Origin::Overlay(source), Kind::File(_)) = (&entry.origin, &entry.kind) else {
+            continue;
+        };
+        if FOLDERS.iter().any(|folder| path.starts_with(folder)) {
+            let text = tree.read(path)?;
+            for (line, command) in commands(&String::from_utf8_lossy(&text)) {
+                missing.extend(fault(tree, &command).map(|f| format!("{source}:{line}: {f}")));
+            }
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    bail!("units start programs that this image does not have:\n  - {}", missing.join("\n  - "))
+}
+
+/// The command lines of a unit, each with the number of its first line.
+fn commands(text: &str) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    let mut lines = text.lines().enumerate();
+    while let Some((number, line)) = lines.next() {
+        let line = line.trim();
+        if line.starts_with(['#', ';']) {
+            continue;
+        }
+        let Some((key, value)) = line.split_once('=') else { continue };
+        let mut value = value.trim().to_owned();
+        while value.ends_with('\\') {
+            value.pop();
+            value.push_str(lines.next().map_or("", |(_, next)| next.trim()));
+        }
+        // An empty value takes back what stood before.
+        if KEYS.contains(&key.trim()) && !value.is_empty() {
+            found.push((number + 1, value));
+        }
+    }
+    found
+}
+
+/// What is wrong with a command line, if something is.
+fn fault(tree: &Tree, command: &str) -> Option<String> {
+    // Marks in front of the program: systemd.service(5). With `-` it may fail, so it may be missing.
+    let line = command.trim_start_matches(['-', '@', ':', '+', '!', '|']);
+    let may_fail = command[..command.len() - line.len()].contains('-');
+    let mut words = line.split_whitespace();
+    let program = words.next()?.trim_matches(['"', '\'']);
+    // Filled in by systemd, on the robot.
+    if program.contains(['%', '$']) {
+        return None;
+    }
+    let there = match program.strip_prefix('/') {
+        Some(path) => tree.resolve(path).is_some(),
+        None => SEARCHED.iter().any(|dir| tree.resolve(&format!("{dir}/{program}")).is_some()),
+    };
+    if !there {
+        return (!may_fail).then(|| {
+            format!(
+                "`{program}` is missing\nhelp: add the package or the overlay file that brings it"
+            )
+        });
+    }
+    let own = |word: &str| {
+        ["-l", "--login-program", "-n", "--skip-login"].iter().any(|o| word.starts_with(o))
+    };
+    let logs_in = program.ends_with("/agetty") && !words.any(own);
+    (logs_in && tree.resolve(LOGIN).is_none()).then(|| {
+        format!("`{program}` starts /{LOGIN}, which is missing: nobody could log in\nhelp: add the package `login`")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rootfs::tree::{Data, Entry};
+
+    fn tree(unit: &str, programs: &[&str]) -> Tree {
+        let mut tree = Tree::with_root(Origin::Base);
+        for program in programs {
+            tree.file(program, 0o755, "").unwrap();
+        }
+        let kind = Kind::File(Data::Bytes(unit.as_bytes().to_vec()));
+        let entry = Entry::new(0o644, kind, Origin::Overlay("overlays/x/a.service".into()));
+        tree.insert("etc/systemd/system/a.service", entry).unwrap();
+        tree
+    }
+
+    fn findings(unit: &str, programs: &[&str]) -> String {
+        check(&tree(unit, programs)).map_or_else(|e| e.to_string(), |()| String::new())
+    }
+
+    #[test]
+    fn a_missing_program_is_named_with_its_line() {
+        let unit = "[Service]\nExecStartPre=+/usr/bin/here \\\n  --long\n# ExecStart=/no\nExecStart=!/usr/bin/gone x\n";
+        let said = findings(unit, &["usr/bin/here"]);
+        assert!(said.contains("overlays/x/a.service:5: `/usr/bin/gone` is missing"), "{said}");
+        assert_eq!(said.matches("a.service").count(), 1, "{said}");
+    }
+
+    #[test]
+    fn what_may_be_missing_is_no_finding() {
+        let unit = "ExecStart=\nExecStart=-/usr/bin/gone\nExecStop=/usr/bin/%i\nExecReload=kill -HUP $MAINPID\n";
+        assert_eq!(findings(unit, &["usr/bin/kill"]), "");
+        assert!(findings(unit, &[]).contains("`kill` is missing"));
+    }
+
+    #[test]
+    fn a_getty_needs_the_program_that_logs_in() {
+        let getty = "ExecStart=-/usr/sbin/agetty --autologin root - $TERM\n";
+        let said = findings(getty, &["usr/sbin/agetty"]);
+        assert!(said.contains("nobody could log in\nhelp: add the package `login`"), "{said}");
+        assert_eq!(findings(getty, &["usr/sbin/agetty", "bin/login"]), "");
+        assert_eq!(
+            findings("ExecStart=-/usr/sbin/agetty -n -l /bin/sh -\n", &["usr/sbin/agetty"]),
+            ""
+        );
+    }
+}
