@@ -127,3 +127,13 @@ fn write_and_rename(
         drop(std::fs::remove_file(&temporary));
     })
 }
+
+/// How many bytes this user may still write in a folder.
+///
+/// # Errors
+/// When the folder cannot be looked at.
+pub fn free_space(folder: &Utf8Path) -> Result<u64> {
+    let system = rustix::fs::statvfs(folder.as_std_path())
+        .with_context(|| format!("looking at the filesystem of {folder}"))?;
+    Ok(system.f_bavail.saturating_mul(system.f_frsize))
+}

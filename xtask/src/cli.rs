@@ -531,8 +531,8 @@ pub struct Bench {
     /// A filesystem image to measure with [default: the root filesystem that was built last].
     #[arg(long)]
     pub payload: Option<Utf8PathBuf>,
-    /// Which benchmark.
-    #[arg(long, value_parser = ["disk", "bundle", "flash", "install"])]
+    /// Which benchmark; `cold`, which takes an hour, root and a clone of what is committed, only when it is named.
+    #[arg(long, value_parser = ["disk", "bundle", "flash", "install", "cold"])]
     pub only: Option<String>,
     /// Also the slow compression level, which takes minutes.
     #[arg(long)]

@@ -614,18 +614,19 @@ fn a_full_disk_leaves_nothing() {
     let folder = Folder::new();
     let this = std::env::current_exe().expect("this program");
     let script = "mount -t tmpfs -o size=8m none \"$SLIPWAY_FULL_DISK\" && exec \"$0\" --exact \
-                  the_part_on_a_full_disk --nocapture";
+                  disk::the_part_on_a_full_disk --nocapture";
     // Root mounts by itself, and in a chroot it may not make user namespaces.
     let root = rustix::process::geteuid().is_root();
     let options: &[&str] =
         if root { &["--mount"] } else { &["--user", "--map-root-user", "--mount"] };
-    tool("unshare")
+    let said = tool("unshare")
         .args(options)
         .args(["sh", "-c", script])
         .arg(this.to_str().expect("UTF-8"))
         .env("SLIPWAY_FULL_DISK", folder.at("").as_str())
-        .run()
+        .read()
         .expect("the part on a full disk");
+    assert!(said.contains("1 passed"), "{said}");
 }
 
 /// The other half of `a_full_disk_leaves_nothing`, which names the disk.

@@ -108,7 +108,11 @@ fn programs_see_what_they_need_and_no_secrets() {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "programs_see_what_they_need_and_no_secrets", "--nocapture"]);
+    command.args([
+        "--exact",
+        "environment::programs_see_what_they_need_and_no_secrets",
+        "--nocapture",
+    ]);
     command.env(FOLDER, &folder).env("LC_ALL", "C").env("HOME", "/home/of-somebody");
     for name in SECRETS.iter().chain(SOME.iter().map(|(name, _)| name)) {
         command.env(name, format!("the value of {name}"));

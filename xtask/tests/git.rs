@@ -167,7 +167,7 @@ fn what_hooks_have_in_their_environment_changes_nothing() {
     let to = rig.dir.join("second");
     let mut command =
         rig.command(std::env::current_exe().expect("this program").to_str().expect("UTF-8"));
-    command.args(["--exact", "makes_a_second_checkout", "--nocapture"]).envs(hook);
+    command.args(["--exact", "git::makes_a_second_checkout", "--nocapture"]).envs(hook);
     let output = command
         .env(CHECKOUT, format!("{} {} {to}", rig.work(), plain.0))
         .output()

@@ -245,7 +245,7 @@ fn a_read_only_key_directory_is_read_and_signs() {
     let (good, said) = in_mount(xtask, &["verify", out.as_str()]);
     assert!(good, "{said}");
     let own = std::env::current_exe().unwrap();
-    let words = ["--exact", "--nocapture", "in_a_child_that_signs"];
+    let words = ["--exact", "--nocapture", "update::in_a_child_that_signs"];
     let (good, said) = in_mount(own.to_str().unwrap(), &words);
     assert!(good && said.contains(&format!("signed by {id}")), "{said}");
     // What would have to be written fails, and says where.
@@ -266,7 +266,7 @@ fn in_a_child_that_signs() {
 fn a_release_key_needs_its_password() {
     let case = |password: Option<&str>, at: &Utf8Path| {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "--nocapture", "in_a_child_with_a_password"]);
+        command.args(["--exact", "--nocapture", "update::in_a_child_with_a_password"]);
         command.env("SLIPWAY_TEST_DIR", at).env_remove(PASSWORD_VARIABLE);
         command.stdin(std::process::Stdio::null());
         if let Some(password) = password {

@@ -370,7 +370,11 @@ fn the_most_used_wheels_are_installed_as_pip_does() {
         written(&[Draft::new("most_used", &headers)], dir);
         let links = std::env::var("PIP_FIND_LINKS").unwrap_or_default();
         let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "the_most_used_wheels_are_installed_as_pip_does", "--nocapture"])
+            .args([
+                "--exact",
+                "wheel_pip::the_most_used_wheels_are_installed_as_pip_does",
+                "--nocapture",
+            ])
             .env("PIP_FIND_LINKS", format!("{links} {dir}").trim())
             .env(INDEX, dir)
             .status()

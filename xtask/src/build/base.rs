@@ -25,7 +25,7 @@ use crate::wheel::{self, BasePython, InstallRequest, InstallTarget, Installed, W
 /// Raised when the engine's code changes what it makes.
 const BASE_VERSION: u32 = 1;
 /// Raised when installing packages changes what it makes.
-const ROOT_VERSION: u32 = 1;
+const ROOT_VERSION: u32 = 2;
 /// Raised when installing wheels changes what it makes.
 const API_VERSION: u32 = 1;
 

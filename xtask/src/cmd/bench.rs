@@ -5,9 +5,10 @@ use std::time::SystemTime;
 use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use crate::bench::{bundle, disk, flash, install};
+use crate::bench::{bundle, cold, disk, flash, install};
 use crate::cache::Cache;
 use crate::cli::Bench;
+use crate::config::workspace_root;
 use crate::out;
 use crate::progress::say;
 use crate::tools::{self, Purpose};
@@ -20,6 +21,14 @@ const TURNS: usize = 5;
 /// # Errors
 /// When there is nothing to measure with, or a contender fails.
 pub fn bench(options: &Bench) -> Result<()> {
+    if options.only.as_deref() == Some("cold") {
+        tools::require(&[Purpose::Debian], true)?;
+        // Not in the cache: another disk may be faster, and a root of its own must not lie below a closed home.
+        let folder = tempfile::Builder::new().prefix("slipway-bench-").tempdir()?;
+        let folder = Utf8Path::from_path(folder.path()).context("a path that is not UTF-8")?;
+        out!("{}", cold::table(&cold::run(&workspace_root()?, folder)?));
+        return Ok(());
+    }
     tools::require(&[Purpose::Test, Purpose::Bench], true)?;
     let cache = Cache::locate()?;
     let payload = match &options.payload {

@@ -5,6 +5,7 @@ use std::num::NonZero;
 use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
+use crate::artifact::free_space;
 use crate::cache::Cache;
 use crate::cli::{Check, Format, Test};
 use crate::config::{self, product, workspace_root};
@@ -12,7 +13,7 @@ use crate::exec::Tool;
 use crate::flash::device;
 use crate::fuzz;
 use crate::mutants::{self, Fate};
-use crate::progress::{say, warn};
+use crate::progress::{bytes, say, warn};
 use crate::rootfs::buildroot::tree::pinned_path;
 use crate::tools::{self, Purpose};
 use crate::{outln, text};
@@ -97,6 +98,7 @@ pub fn test(options: &Test) -> Result<()> {
         purposes.push(Purpose::Buildroot);
     }
     tools::require(&purposes, !options.no_install)?;
+    warn_of_space(if options.quick { QUICK_SPACE } else { SPACE })?;
     check()?;
     cargo("tests", &["test", "--workspace", "--no-fail-fast"], options.all)?;
     say_skipped(&trees)?;
@@ -106,6 +108,28 @@ pub fn test(options: &Test) -> Result<()> {
         notice_faults(&root, "", Format::Text)?;
     }
     if options.quick { Ok(()) } else { system("system tests", &[], options.all) }
+}
+
+/// What `cargo xtask test` writes at most on a machine that has nothing yet: half of it compiled code, the rest what is built
+/// and the cache.
+const SPACE: u64 = 14 << 30;
+/// The same with `--quick`, which builds no image.
+const QUICK_SPACE: u64 = 5 << 30;
+
+/// A disk that gets full after half an hour is said at once.
+fn warn_of_space(needed: u64) -> Result<()> {
+    let (root, cache) = (workspace_root()?, Cache::locate()?.root);
+    let free = |folder| Ok::<_, anyhow::Error>((free_space(folder)?, folder));
+    let (least, folder) = free(&root)?.min(free(&cache)?);
+    if least < needed {
+        warn(format!(
+            "{} are free in {folder}; from nothing the tests need some {}\n\
+             help: `cargo xtask clean` shows what it could remove; SLIPWAY_CACHE and CARGO_TARGET_DIR name other disks",
+            bytes(least),
+            bytes(needed)
+        ));
+    }
+    Ok(())
 }
 
 /// `cargo xtask e2e`.

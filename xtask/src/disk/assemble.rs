@@ -132,8 +132,7 @@ fn explain(error: anyhow::Error, path: &Utf8Path, total: u64) -> anyhow::Error {
         return error.context(format!("writing {path}"));
     }
     let folder = path.parent().filter(|p| !p.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
-    let free = rustix::fs::statvfs(folder.as_std_path())
-        .map_or(0, |s| s.f_bavail.saturating_mul(s.f_frsize));
+    let free = artifact::free_space(folder).unwrap_or_default();
     error.context(format!(
         "writing {path}: the disk is full; the image needs up to {}, {} are free in {folder}\n\
          help: free some space there, `cargo xtask clean` shows what it could remove",

@@ -31,7 +31,7 @@ const KILLS: u32 = 4;
 /// Tells a copy of this test what to build.
 const TASK: &str = "MACHINE_TASK";
 /// The test that a machine is.
-const MACHINE: &str = "shared::a_machine_that_is_told_of_no_shared_cache_has_its_own_only";
+const MACHINE: &str = "release::shared::a_machine_that_is_told_of_no_shared_cache_has_its_own_only";
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Task {

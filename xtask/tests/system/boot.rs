@@ -63,7 +63,7 @@ impl Guest {
         let mut session =
             Session::start(&self.machine, &files, &self.overlay, &log, OnRestart::Exit, None)?;
         let timeout = Duration::from_secs(self.machine.boot_timeout);
-        session.expect("U-Boot 20", timeout).context("no boot loader")?;
+        session.expect("slipway: starting slot ", timeout).context("no boot loader")?;
         session.expect("slipway-init: slot ", timeout).context("no initrd")?;
         logs_in(&mut session, hostname, timeout, COMMAND)?;
         Ok(session)

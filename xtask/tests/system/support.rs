@@ -47,15 +47,35 @@ pub struct Folder(tempfile::TempDir);
 
 impl Folder {
     pub fn new() -> Result<Self> {
+        static SWEPT: OnceLock<Result<(), String>> = OnceLock::new();
         let dir = Utf8Path::new(env!("CARGO_TARGET_TMPDIR"));
         fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
-        let folder = tempfile::Builder::new().prefix("system-").tempdir_in(dir)?;
+        let swept = SWEPT.get_or_init(|| sweep(dir).map_err(|error| format!("{error:#}")));
+        swept.clone().map_err(|error| anyhow!("removing what earlier tests left: {error}"))?;
+        let prefix = format!("{PREFIX}{}-", std::process::id());
+        let folder = tempfile::Builder::new().prefix(&prefix).tempdir_in(dir)?;
         Ok(Self(folder))
     }
 
     pub fn at(&self, name: &str) -> Utf8PathBuf {
         Utf8Path::from_path(self.0.path()).expect("UTF-8").join(name)
     }
+}
+
+/// How the folders' names begin; the process follows.
+const PREFIX: &str = "system-";
+
+/// Removes the folders of processes that are gone: those that were killed left gigabytes, and what all tests of a run share
+/// stays to its end.
+fn sweep(dir: &Utf8Path) -> Result<()> {
+    for entry in dir.read_dir_utf8()? {
+        let entry = entry?;
+        let owner = entry.file_name().strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        if owner.is_some_and(|id| !Utf8Path::new("/proc").join(id).exists()) {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// One call of the tool.

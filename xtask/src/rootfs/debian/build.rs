@@ -23,6 +23,34 @@ use crate::rootfs::parts::{collect, compress_kernel, files_below, take};
 use crate::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
 use crate::rootfs::{BaseSystem, InitrdParts, Role};
 
+/// How dpkg unpacks: what the rules remove anyway and many small files are never written at all.
+const DPKG_OPTIONS: [&str; 7] = [
+    "force-unsafe-io",
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/locale/*",
+    "path-exclude=/usr/share/lintian/*",
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+];
+
+/// A hook behind the extraction: this machine's dpkg unpacks all packages, which its emulated counterpart takes ten times as
+/// long for; only their scripts are emulated, and what sets them up, in the order in which mmdebstrap names them. What this
+/// machine's own configuration of dpkg leaves out is taken back first. mmdebstrap's call that would install, and so unpack,
+/// everything once more finds our program first, which goes away.
+const UNPACK: &str = r#"set -euf
+root=$1
+debs= names=
+for deb in $MMDEBSTRAP_ESSENTIAL; do
+    debs="$debs $root$deb"
+    names="$names $(dpkg-deb --field "$root$deb" Package)"
+done
+dpkg --root="$root" --force-depends --path-include='/*' $BASE_DPKG_OPTIONS --unpack $debs
+mkdir -p "$root/usr/local/sbin"
+printf '#!/bin/sh\nrm "$0"\nexec dpkg --force-depends --configure%s\n' "$names" >"$root/usr/local/sbin/dpkg"
+chmod 755 "$root/usr/local/sbin/dpkg"
+"#;
+
 /// What a board boots from, as patterns over the unpacked packages.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -160,14 +188,8 @@ pub fn install(
             "touch \"$1/etc/ssh/ssh_host_rsa_key\" \"$1/etc/ssh/ssh_host_ecdsa_key\" ",
             "\"$1/etc/ssh/ssh_host_ed25519_key\""
         ))
-        .arg("--dpkgopt=force-unsafe-io")
-        // What the rules remove anyway and many small files: never written at all.
-        .args(
-            ["man", "info", "locale", "lintian"]
-                .map(|name| format!("--dpkgopt=path-exclude=/usr/share/{name}/*")),
-        )
-        .args(["--dpkgopt=path-exclude=/usr/share/doc/*"])
-        .arg("--dpkgopt=path-include=/usr/share/doc/*/copyright")
+        .arg(format!("--extract-hook={UNPACK}"))
+        .args(DPKG_OPTIONS.map(|option| format!("--dpkgopt={option}")))
         .arg(format!("--include={}", names.join(",")));
     if is_root && !may_mount {
         tool = tool.arg("--skip=check/canmount,chroot/mount");
@@ -180,6 +202,9 @@ pub fn install(
         .env("LC_ALL", "C.UTF-8")
         .env("TMPDIR", work.as_str())
         .env("DEBIAN_FRONTEND", "noninteractive")
+        // The packages' scripts inherit it.
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("BASE_DPKG_OPTIONS", DPKG_OPTIONS.map(|option| format!("--{option}")).join(" "))
         .current_dir(work)
         .log(log);
     // Each package is unpacked once and set up once.

@@ -1,0 +1,153 @@
+//! From nothing, in a fresh Debian of its own: the first card image and all tests, beside what making that Debian takes, in
+//! one run. What is measured is what the README promises: its two commands, with everything that they download and install.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::artifact::free_space;
+use crate::exec::Tool;
+use crate::git;
+use crate::progress::{self, say};
+use crate::rootfs::debian::Mirrors;
+
+/// What the README asks for before its first command, and what verifies Debian's packages.
+const PACKAGES: &str = "build-essential,ca-certificates,git";
+/// How this machine reaches mirrors, registries and indexes.
+const SETTINGS: [&str; 6] = [
+    "etc/apt",
+    "etc/hosts",
+    "etc/pip.conf",
+    "etc/resolv.conf",
+    "etc/ssl/certs",
+    "usr/local/share/ca-certificates",
+];
+/// Makes a folder the root of a mount namespace, and runs a command there with an environment of its own: with chroot(2)
+/// nothing in it could make user namespaces.
+const ENTER: &str = r#"set -eu
+root=$1 home=$2
+shift 2
+mount --make-rprivate /
+mount --bind "$root" "$root"
+cd "$root"
+mount -t proc proc proc
+mount --rbind /sys sys
+mount --rbind /dev dev
+mount -t tmpfs tmpfs run
+mkdir -p old
+pivot_root . old
+umount -l /old
+cd "$home/slipway"
+exec env -i HOME="$home" PATH="/opt/rust/bin:/usr/sbin:/usr/bin:/sbin:/bin" TERM=dumb LANG=C.UTF-8 CARGO_TERM_COLOR=never "$@"
+"#;
+
+/// One line of the table.
+#[derive(Debug)]
+pub struct Row {
+    /// What was done.
+    pub what: String,
+    /// How long it took.
+    pub took: Duration,
+    /// The most bytes that it added to the disk, at any time.
+    pub disk: u64,
+}
+
+/// Measures once, in a folder that must not exist. The tests take most of the time.
+///
+/// # Errors
+/// For another user than root; when Debian cannot be made; when one of the commands fails.
+pub fn run(workspace: &Utf8Path, folder: &Utf8Path) -> Result<Vec<Row>> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "the benchmark `cold` mounts a Debian of its own, so it needs root\nhelp: run it as root"
+    );
+    fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
+    let root = folder.join("root");
+    let mirrors = Mirrors::from_host()?;
+    let debian = measure("a Debian with a C compiler (mmdebstrap)", folder, || {
+        let tool = Tool::new("mmdebstrap").args(["--variant=minbase", "--mode=root"]);
+        let tool = tool.arg(format!("--include={PACKAGES}")).args(["bookworm", root.as_str()]);
+        tool.arg(&mirrors.archive).log(&folder.join("mmdebstrap.log")).run()
+    })?;
+    prepare(workspace, &root)?;
+    let mut rows = vec![debian];
+    for command in ["build-image", "test"] {
+        say("bench", format!("cargo xtask {command}, from nothing"));
+        let words = ["--mount", "--pid", "--fork", "--kill-child", "--", "sh", "-c", ENTER, "sh"];
+        rows.push(measure(&format!("cargo xtask {command}"), folder, || {
+            let tool = Tool::new("unshare").with_network().args(words);
+            tool.args([root.as_str(), "/root", "cargo", "xtask", command]).run_on_terminal()
+        })?);
+    }
+    Ok(rows)
+}
+
+/// Brings a clone of what is committed, this machine's Rust and its settings of mirrors and registries.
+fn prepare(workspace: &Utf8Path, root: &Utf8Path) -> Result<()> {
+    let sysroot = Tool::new("rustc").args(["--print", "sysroot"]).read()?;
+    copy(Utf8Path::new(sysroot.trim()), &root.join("opt/rust"))?;
+    for path in SETTINGS {
+        let (from, to) = (Utf8Path::new("/").join(path), root.join(path));
+        if from.exists() {
+            if to.is_dir() {
+                fs::remove_dir_all(&to).with_context(|| format!("removing {to}"))?;
+            }
+            copy(&from, &to)?;
+        }
+    }
+    let home = std::env::var("CARGO_HOME")
+        .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.cargo")))
+        .context("neither CARGO_HOME nor HOME is set")?;
+    let settings = Utf8PathBuf::from(home).join("config.toml");
+    if settings.is_file() {
+        copy(&settings, &root.join("root/.cargo/config.toml"))?;
+    }
+    let clone = root.join("root/slipway");
+    git::anywhere()
+        .args(["clone", "--quiet", "--no-local", workspace.as_str(), clone.as_str()])
+        .run()
+}
+
+fn copy(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
+    let parent = to.parent().context("a path below the root")?;
+    fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+    Tool::new("cp").args(["-a", "--no-target-directory"]).arg(from).arg(to).run()
+}
+
+/// Times something, and watches how much of the disk it takes.
+fn measure(what: &str, folder: &Utf8Path, run: impl FnOnce() -> Result<()>) -> Result<Row> {
+    let before = free_space(folder)?;
+    let done = AtomicBool::new(false);
+    let started = Instant::now();
+    let (result, least) = std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let mut least = before;
+            while !done.load(Ordering::Relaxed) {
+                least = free_space(folder).map_or(least, |free| least.min(free));
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            least
+        });
+        let result = run();
+        done.store(true, Ordering::Relaxed);
+        (result, watcher.join().unwrap_or(before))
+    });
+    result.with_context(|| what.to_owned())?;
+    Ok(Row { what: what.to_owned(), took: started.elapsed(), disk: before - least })
+}
+
+/// The rows as a table for people; the first is the yardstick.
+pub fn table(rows: &[Row]) -> String {
+    let floor = rows.first().map_or(1.0, |row| row.took.as_secs_f64());
+    let mut text =
+        String::from("                                              seconds   ratio  disk\n");
+    for row in rows {
+        let seconds = row.took.as_secs_f64();
+        let (ratio, disk) = (seconds / floor, progress::bytes(row.disk));
+        text.push_str(&format!("{:<44} {seconds:>8.0} {ratio:>6.1}x  {disk}\n", row.what));
+    }
+    text
+}
