@@ -20,8 +20,8 @@ use xtask::wheel::component::{ComponentRequest, component};
 use xtask::wheel::resolve::describe_missing;
 use xtask::wheel::target::WheelName;
 use xtask::wheel::{
-    BaseDistribution, BasePython, Installed, LockRequest, Wheel, WheelLock, check, fetch, identity,
-    lock, update,
+    BaseDistribution, BasePython, Installed, LockRequest, Wheel, WheelLock, bytecode, check, fetch,
+    identity, lock, update,
 };
 
 #[test]
@@ -609,4 +609,46 @@ fn validate_bill(installed: &Installed, lock: &WheelLock, dir: &Utf8Path) {
     std::fs::write(&bill, text).unwrap();
     let refused = Command::new(&python).args(["-c", script, bill.as_str()]).output().unwrap();
     assert!(!refused.status.success(), "the validator accepts anything");
+}
+
+/// The library of the base's Python, compiled by the base's interpreter and by this machine's: the same bytes.
+#[test]
+fn bytecode_is_the_same_on_every_processor() {
+    let emulated = BasePython::read(BaseSource::Root(arm64_root().to_owned())).unwrap();
+    let query = ["--show", "--showformat=${Version}", "python3.11-minimal"];
+    let Ok(package) = xtask::exec::Tool::new("dpkg-query").args(query).read() else {
+        println!(
+            "skipped: this machine has no Python 3.11 of Debian's, and so compiles under emulation"
+        );
+        return;
+    };
+    let own = BasePython { package: Some(package.trim().to_owned()), ..emulated.clone() };
+    assert_eq!((emulated.own(), own.own()), (None, Some("/usr/bin/python3.11".into())));
+    let other = BasePython { package: Some("3.11.9-1".to_owned()), ..emulated.clone() };
+    assert_eq!(other.own(), None);
+
+    let library = arm64_root().join("usr/lib/python3.11");
+    let mut files = Vec::new();
+    for folder in ["", "asyncio", "email", "json", "multiprocessing", "unittest"] {
+        for entry in library.join(folder).read_dir_utf8().unwrap() {
+            let path = entry.unwrap().into_path();
+            if path.extension() == Some("py") && path.is_file() {
+                files.push((path.as_str().to_owned(), std::fs::read(&path).unwrap()));
+            }
+        }
+    }
+    assert!(files.len() > 250, "{} modules", files.len());
+    let sources: bytecode::Sources<'_> = files
+        .iter()
+        .map(|(path, bytes)| (path.trim_start_matches('/'), bytes.as_slice()))
+        .collect();
+    let wheels = [("a wheel".to_owned(), sources)];
+    let compile = |base: &BasePython| {
+        let cache = tempfile::tempdir().unwrap();
+        let cache = Utf8Path::from_path(cache.path()).unwrap();
+        bytecode::compile(&wheels, base, "aarch64", cache, None).unwrap()
+    };
+    let (here, there) = (compile(&own), compile(&emulated));
+    assert_eq!(here[0].len(), files.len());
+    assert!(here == there, "the bytes differ");
 }

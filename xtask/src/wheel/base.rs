@@ -13,6 +13,7 @@ use super::check::BaseDistribution;
 use super::metadata::Headers;
 use super::target::PythonVersion;
 use crate::artifact::{hash_bytes, hex};
+use crate::exec::Tool;
 
 /// Where a base lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +29,8 @@ pub enum BaseSource {
 pub struct BasePython {
     /// Its version; the patch level as far as the package database says it.
     pub version: PythonVersion,
+    /// The version of Debian's package, when it is one: `3.11.2-6+deb12u9`.
+    pub package: Option<String>,
     /// The interpreter's path in the base without the leading slash: `usr/bin/python3.11`.
     pub interpreter: Utf8PathBuf,
     /// A hash of the interpreter and its library: what bytecode depends on.
@@ -63,6 +66,20 @@ impl BasePython {
             }
         }
         findings.finish(source)
+    }
+
+    /// This machine's own interpreter, where it is made of the same source: Debian's package, but for fixes of its security
+    /// team. Bytecode depends on the compiler's source, not on the processor that it runs on; a test compares both.
+    pub fn own(&self) -> Option<Utf8PathBuf> {
+        let PythonVersion { major, minor, .. } = self.version;
+        let program = Utf8Path::new("/").join(&self.interpreter);
+        let package = format!("python{major}.{minor}-minimal");
+        let query = ["--show", "--showformat=${db:Status-Status} ${Version}", &package];
+        let found = Tool::new("dpkg-query").args(query).read().ok()?;
+        let source = |version: &str| version.split('+').next().map(str::to_owned);
+        let same =
+            source(found.trim().strip_prefix("installed ")?) == source(self.package.as_ref()?);
+        (same && program.is_file()).then_some(program)
     }
 
     /// A folder in which the interpreter and its libraries lie as in the base: the root itself, or
@@ -228,7 +245,8 @@ impl Findings {
         let short = interpreter.trim_start_matches("usr/bin/python");
         let mut version: PythonVersion =
             short.parse().with_context(|| format!("reading the version of {interpreter}"))?;
-        version.patch = self.dpkg.as_deref().and_then(|status| patch_level(status, short));
+        let package = self.dpkg.as_deref().and_then(|status| package_version(status, short));
+        version.patch = package.and_then(|package| patch_level(package, short));
         let mut hasher = Sha256::new();
         let library = format!("/libpython{short}");
         for (path, hash) in &self.binaries {
@@ -238,6 +256,7 @@ impl Findings {
         }
         Ok(BasePython {
             version,
+            package: package.map(str::to_owned),
             interpreter: Utf8PathBuf::from(interpreter.as_str()),
             identity: hex(&hasher.finalize()),
             distributions: self.distributions.into_iter().collect(),
@@ -246,12 +265,16 @@ impl Findings {
     }
 }
 
-/// Python's patch level from dpkg's database: `3.11.2-6+deb12u8` gives 2.
-fn patch_level(status: &str, short: &str) -> Option<u32> {
+/// The version of Python's package in dpkg's database.
+fn package_version<'a>(status: &'a str, short: &str) -> Option<&'a str> {
     let package = format!("Package: python{short}-minimal");
     let paragraph = status.split("\n\n").find(|text| text.lines().any(|line| line == package))?;
-    let version = paragraph.lines().find_map(|line| line.strip_prefix("Version: "))?;
-    let rest = version.strip_prefix(short)?.strip_prefix('.')?;
+    paragraph.lines().find_map(|line| line.strip_prefix("Version: "))
+}
+
+/// Python's patch level from its package's version: `3.11.2-6+deb12u8` gives 2.
+fn patch_level(package: &str, short: &str) -> Option<u32> {
+    let rest = package.strip_prefix(short)?.strip_prefix('.')?;
     rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
@@ -264,8 +287,10 @@ mod tests {
         let status = "Package: python3\nVersion: 3.11.2-1+b1\n\n\
                       Package: python3.11-minimal\nStatus: install ok installed\n\
                       Version: 3.11.14-6+deb12u8\n\nPackage: x\nVersion: 1\n";
-        assert_eq!(patch_level(status, "3.11"), Some(14));
-        assert_eq!(patch_level(status, "3.12"), None);
+        let package = package_version(status, "3.11").unwrap();
+        assert_eq!(package, "3.11.14-6+deb12u8");
+        assert_eq!(patch_level(package, "3.11"), Some(14));
+        assert_eq!(package_version(status, "3.12"), None);
     }
 
     #[test]

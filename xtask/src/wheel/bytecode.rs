@@ -1,5 +1,5 @@
 //! Compiles installed modules with the base's own interpreter, under QEMU's user emulation and
-//! without entering the base, so that the robot, whose root is read-only, need never compile.
+//! without entering the base, or with this machine's where it is the same, so that the robot, whose root is read-only, need never compile.
 //!
 //! The bytes must depend on the source alone: the files have no times (`unchecked-hash`), paths are
 //! the robot's, the hash seed is fixed, and every group of files is compiled in its own process
@@ -114,6 +114,18 @@ fn place(cache: &Utf8Path, sha256: &str, sources: &Sources<'_>, base: &BasePytho
     cache.join("stages/wheels").join(format!("{key}.tar"))
 }
 
+/// The base's interpreter as a program of this machine.
+fn emulated(base: &BasePython, arch: &str, scratch: &Utf8Path) -> Result<Tool> {
+    let emulator = format!("qemu-{arch}-static");
+    ensure!(
+        find(&emulator).is_some(),
+        "{emulator} is not there\nhelp: install qemu-user-static (apt-get install qemu-user-static)"
+    );
+    let root = base.runnable(scratch)?;
+    let interpreter = root.join(&base.interpreter);
+    Ok(Tool::new(&emulator).args(["-L", root.as_str()]).arg(interpreter))
+}
+
 fn run(
     wheels: &[(String, Sources<'_>)],
     missing: &[usize],
@@ -121,14 +133,12 @@ fn run(
     arch: &str,
     log: Option<&Utf8Path>,
 ) -> Result<BTreeMap<usize, Compiled>> {
-    let emulator = format!("qemu-{arch}-static");
-    ensure!(
-        find(&emulator).is_some(),
-        "{emulator} is not there\nhelp: install qemu-user-static (apt-get install qemu-user-static)"
-    );
     let scratch = tempfile::tempdir().context("making a temporary folder")?;
     let dir = Utf8Path::from_path(scratch.path()).context("the temporary folder is not UTF-8")?;
-    let root = base.runnable(&dir.join("base"))?;
+    let python = match base.own() {
+        Some(python) => Tool::new(python),
+        None => emulated(base, arch, &dir.join("base"))?,
+    };
 
     let mut groups = String::new();
     let mut group = 0;
@@ -156,9 +166,7 @@ fn run(
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let step = Step::new("wheels", "compiling modules", total, Unit::Items);
     let mut failed = 0;
-    let mut tool = Tool::new(&emulator)
-        .args(["-L", root.as_str()])
-        .arg(root.join(&base.interpreter))
+    let mut tool = python
         .args(["-S", "-s", "-W", "ignore", "-X", "utf8", "-c", DRIVER])
         .args([dir.as_str(), "/", &cores.to_string()])
         .current_dir(dir);

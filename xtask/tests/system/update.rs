@@ -517,12 +517,30 @@ fn bad_updates_come_back_by_themselves() -> Result<()> {
     })
 }
 
+/// A product without an API: its server is minutes of work for an emulated Pi, and has nothing to do with a slot.
+fn without_api(workspace: &Utf8Path) -> Result<()> {
+    let product = workspace.join("configs/robot-dev.toml");
+    let text = fs::read_to_string(&product)?;
+    let start = text.find("[api]\n").context("no [api]")?;
+    let end = text[start..].find("\n\n").context("the end of [api]")? + start;
+    fs::write(&product, [&text[..start], &text[end..]].concat())?;
+    for file in [
+        "etc/slotd/health.d/40-api.toml",
+        "usr/lib/slipway/api-server",
+        "usr/lib/slipway/proxy/locations.d/api.conf",
+    ] {
+        fs::remove_file(workspace.join("overlays/dev").join(file))?;
+    }
+    Ok(())
+}
+
 /// The card image of a Raspberry Pi with its own bundle on `data`: into slot b, committed. Then slot a on trial, whose power
 /// goes before it is committed: slot b again.
 fn a_pi_takes_an_update(board: &str) -> Result<()> {
     let folder = Folder::new()?;
     let workspace = folder.at("card");
     copy_workspace(&workspace)?;
+    without_api(&workspace)?;
     let options = "\"watchdog.open_timeout=120\"";
     let more = format!("{options}, \"slipway.deadline={PI_DEADLINE}\"");
     edit(&workspace.join("board/common/linux.toml"), options, &more)?;
