@@ -161,7 +161,12 @@ impl Robot {
             let path = root.join("bin").join(name);
             fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
         };
-        script("slotd", &format!("exec '{}' --root '{root}' \"$@\"", slotd()));
+        // A copy: this workspace may lie in a home that another user cannot enter. Made by a program of its own, so that no
+        // child of another test holds it open for writing.
+        let agent = root.join("bin/agent");
+        fs::create_dir_all(root.join("bin")).unwrap();
+        xtask::exec::Tool::new("cp").args([slotd(), agent.as_path()]).run().unwrap();
+        script("slotd", &format!("exec '{agent}' --root '{root}' \"$@\""));
         script("sudo", "[ \"$1\" = -n ] || exit 1; shift; exec \"$@\"");
         let (port, sshd) = serve(bench, &root);
         Self { root, port, sshd }

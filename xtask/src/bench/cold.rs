@@ -136,6 +136,7 @@ fn measure(what: &str, folder: &Utf8Path, run: impl FnOnce() -> Result<()>) -> R
         (result, watcher.join().unwrap_or(before))
     });
     result.with_context(|| what.to_owned())?;
+    say("bench", format!("{what}: {}", progress::duration(started.elapsed())));
     Ok(Row { what: what.to_owned(), took: started.elapsed(), disk: before - least })
 }
 
