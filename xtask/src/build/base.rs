@@ -137,6 +137,8 @@ pub(super) fn prune_rules(build: &Build<'_>) -> Result<PruneRules> {
 fn key(build: &Build<'_>, lock: &PackagesLock) -> Result<Key> {
     let board = &build.plan.board;
     Key::new("base", BASE_VERSION)
+        // What is installed is in it.
+        .with("root", ROOT_VERSION.to_string())
         .with_json("lock", lock)?
         .with_json("prune", &prune_rules(build)?)?
         .with_json("device trees", &board.device_trees)?
