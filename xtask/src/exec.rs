@@ -46,6 +46,16 @@ pub fn cargo_program() -> String {
     std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
 }
 
+/// Where cargo keeps its settings and what it downloads.
+///
+/// # Errors
+/// When neither variable is set.
+pub fn cargo_home() -> Result<String> {
+    std::env::var("CARGO_HOME")
+        .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.cargo")))
+        .context("neither CARGO_HOME nor HOME is set")
+}
+
 impl Tool {
     /// Cargo, for a workspace of its own choice.
     pub fn cargo() -> Self {

@@ -369,7 +369,7 @@ fn the_most_used_wheels_are_installed_as_pip_does() {
         let headers: String = pins.iter().map(|pin| format!("Requires-Dist: {pin}\n")).collect();
         written(&[Draft::new("most_used", &headers)], dir);
         let links = std::env::var("PIP_FIND_LINKS").unwrap_or_default();
-        let status = Command::new(std::env::current_exe().unwrap())
+        let output = Command::new(std::env::current_exe().unwrap())
             .args([
                 "--exact",
                 "wheel_pip::the_most_used_wheels_are_installed_as_pip_does",
@@ -377,9 +377,11 @@ fn the_most_used_wheels_are_installed_as_pip_does() {
             ])
             .env("PIP_FIND_LINKS", format!("{links} {dir}").trim())
             .env(INDEX, dir)
-            .status()
+            .stderr(std::process::Stdio::inherit())
+            .output()
             .unwrap();
-        assert!(status.success());
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && said.contains("1 passed"), "{said}");
         return;
     }
     let cache = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join("wheel-cache");

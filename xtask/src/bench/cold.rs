@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::free_space;
-use crate::exec::Tool;
+use crate::exec::{Tool, cargo_home};
 use crate::git;
 use crate::progress::{self, say};
 use crate::rootfs::debian::Mirrors;
@@ -98,9 +98,7 @@ fn prepare(workspace: &Utf8Path, root: &Utf8Path) -> Result<()> {
             copy(&from, &to)?;
         }
     }
-    let home = std::env::var("CARGO_HOME")
-        .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.cargo")))
-        .context("neither CARGO_HOME nor HOME is set")?;
+    let home = cargo_home()?;
     let settings = Utf8PathBuf::from(home).join("config.toml");
     if settings.is_file() {
         copy(&settings, &root.join("root/.cargo/config.toml"))?;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Build;
 use crate::artifact::{Artifact, hash_bytes, write_atomically};
 use crate::cache::Key;
-use crate::exec::{Tool, find};
+use crate::exec::{Tool, cargo_home, find};
 use crate::fetch::Fetcher;
 use crate::progress::{Step, Unit, bytes, warn};
 use crate::rootfs::debian::{Mirrors, PackagesLock, Policy, compiler};
@@ -194,9 +194,7 @@ fn compile(
     linker: Option<&str>,
     into: &Utf8Path,
 ) -> Result<()> {
-    let home = std::env::var("CARGO_HOME")
-        .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.cargo")))
-        .context("neither CARGO_HOME nor HOME is set")?;
+    let home = cargo_home()?;
     let variable = target.triple.to_uppercase().replace('-', "_");
     if let Some(linker) = linker {
         cargo = cargo

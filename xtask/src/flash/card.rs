@@ -144,7 +144,7 @@ impl Disk {
                 doing()
             );
         }
-        if !block && !is_locked_soon(&file) {
+        if !block && !lock_soon(&file) {
             bail!("{}: another program writes to it\nhelp: wait for that program", doing());
         }
         let end = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).with_context(doing)?;
@@ -167,7 +167,7 @@ impl Disk {
 
 /// Takes the lock, for two seconds: a program that this process starts meanwhile shares a lock that was just given back
 /// until it runs.
-fn is_locked_soon(file: &File) -> bool {
+fn lock_soon(file: &File) -> bool {
     (0..20).any(|tries| {
         if tries > 0 {
             std::thread::sleep(Duration::from_millis(100));

@@ -34,6 +34,9 @@ const DPKG_OPTIONS: [&str; 7] = [
     "path-include=/usr/share/doc/*/copyright",
 ];
 
+/// What [`UNPACK`] leaves for mmdebstrap's next call of dpkg, which removes it.
+const STAND_IN: &str = "usr/local/sbin/dpkg";
+
 /// A hook behind the extraction: this machine's dpkg unpacks all packages, which its emulated counterpart takes ten times as
 /// long for; only their scripts are emulated, and what sets them up, in the order in which mmdebstrap names them. What this
 /// machine's own configuration of dpkg leaves out is taken back first. mmdebstrap's call that would install, and so unpack,
@@ -99,6 +102,11 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
         .context("choosing kernel modules")?;
 
     let mut tree = Tree::from_tar(request.root)?;
+    ensure!(
+        tree.get(STAND_IN).is_none(),
+        "mmdebstrap did not call dpkg through its PATH: /{STAND_IN} is still in the base\n\
+         help: this version of mmdebstrap works in another way; report it with its version"
+    );
     let modules_dir = extras.join("usr/lib/modules").join(&kernel.release);
     let modules = out_dir.join("modules.tar");
     let module_tree = folder_tree(&mut tree, &extras, &modules_dir)?;
