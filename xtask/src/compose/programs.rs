@@ -20,6 +20,10 @@ const KEYS: [&str; 7] = [
     "ExecStop",
     "ExecStopPost",
 ];
+/// What systemd looks at before it starts a unit (systemd.unit(5)). A unit with its own program behind one of them is one
+/// that a product may leave out.
+const CONDITIONS: [&str; 3] =
+    ["ConditionPathExists", "ConditionFileNotEmpty", "ConditionFileIsExecutable"];
 /// What agetty(8) starts where its line names nothing else: its own package does not bring it.
 const LOGIN: &str = "bin/login";
 
@@ -35,8 +39,14 @@ pub fn check(tree: &Tree) -> Result<()> {
         };
         if FOLDERS.iter().any(|folder| path.starts_with(folder)) {
             let text = tree.read(path)?;
-            for (line, command) in commands(&String::from_utf8_lossy(&text)) {
-                missing.extend(fault(tree, &command).map(|f| format!("{source}:{line}: {f}")));
+            let settings = settings(&String::from_utf8_lossy(&text));
+            let of = |keys: &'static [&str]| {
+                settings.iter().filter(move |setting| keys.contains(&setting.key.as_str()))
+            };
+            let conditions: Vec<&str> = of(&CONDITIONS).map(|c| c.value.as_str()).collect();
+            for Setting { line, value, .. } in of(&KEYS) {
+                let fault = fault(tree, value, &conditions);
+                missing.extend(fault.map(|fault| format!("{source}:{line}: {fault}")));
             }
         }
     }
@@ -46,8 +56,16 @@ pub fn check(tree: &Tree) -> Result<()> {
     bail!("units start programs that this image does not have:\n  - {}", missing.join("\n  - "))
 }
 
-/// The command lines of a unit, each with the number of its first line.
-fn commands(text: &str) -> Vec<(usize, String)> {
+/// A line of a unit, joined with those that continue it.
+struct Setting {
+    /// The number of its first line.
+    line: usize,
+    key: String,
+    value: String,
+}
+
+/// The settings of a unit that say something: an empty value takes back what stood before.
+fn settings(text: &str) -> Vec<Setting> {
     let mut found = Vec::new();
     let mut lines = text.lines().enumerate();
     while let Some((number, line)) = lines.next() {
@@ -61,23 +79,22 @@ fn commands(text: &str) -> Vec<(usize, String)> {
             value.pop();
             value.push_str(lines.next().map_or("", |(_, next)| next.trim()));
         }
-        // An empty value takes back what stood before.
-        if KEYS.contains(&key.trim()) && !value.is_empty() {
-            found.push((number + 1, value));
+        if !value.is_empty() {
+            found.push(Setting { line: number + 1, key: key.trim().to_owned(), value });
         }
     }
     found
 }
 
-/// What is wrong with a command line, if something is.
-fn fault(tree: &Tree, command: &str) -> Option<String> {
+/// What is wrong with a command line of a unit that is started under these conditions, if something is.
+fn fault(tree: &Tree, command: &str, conditions: &[&str]) -> Option<String> {
     // Marks in front of the program: systemd.service(5). With `-` it may fail, so it may be missing.
     let line = command.trim_start_matches(['-', '@', ':', '+', '!', '|']);
     let may_fail = command[..command.len() - line.len()].contains('-');
     let mut words = line.split_whitespace();
     let program = words.next()?.trim_matches(['"', '\'']);
     // Filled in by systemd, on the robot.
-    if program.contains(['%', '$']) {
+    if program.contains(['%', '$']) || conditions.contains(&program) {
         return None;
     }
     let there = match program.strip_prefix('/') {
@@ -133,6 +150,24 @@ mod tests {
         let unit = "ExecStart=\nExecStart=-/usr/bin/gone\nExecStop=/usr/bin/%i\nExecReload=kill -HUP $MAINPID\n";
         assert_eq!(findings(unit, &["usr/bin/kill"]), "");
         assert!(findings(unit, &[]).contains("`kill` is missing"));
+    }
+
+    #[test]
+    fn a_unit_that_asks_for_its_program_may_be_without_it() {
+        let unit =
+            |condition: &str| format!("[Unit]\n{condition}\n[Service]\nExecStart=/usr/bin/gone\n");
+        for condition in CONDITIONS {
+            assert_eq!(findings(&unit(&format!("{condition}=/usr/bin/gone")), &[]), "");
+        }
+        // These start the unit without it, or name another.
+        for condition in [
+            "ConditionPathExists=!/usr/bin/gone",
+            "ConditionPathExists=|/usr/bin/gone",
+            "ConditionPathExists=/usr/bin/other",
+            "AssertPathExists=/usr/bin/gone",
+        ] {
+            assert!(findings(&unit(condition), &[]).contains("is missing"), "{condition}");
+        }
     }
 
     #[test]
