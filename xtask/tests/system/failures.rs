@@ -192,3 +192,23 @@ fn a_model_would_not_start() -> Result<()> {
     ensure!(nothing_partial(&workspace)? == 0, "an image or a bundle was made");
     Ok(())
 }
+
+/// Units are held against the composed system: one that an overlay brings, whose program nothing brings.
+#[test]
+fn a_unit_starts_a_program_that_is_missing() -> Result<()> {
+    built(BOARD)?;
+    let folder = Folder::new()?;
+    let workspace = folder.at("workspace");
+    copy_workspace(&workspace)?;
+    let units = "overlays/dev/usr/lib/systemd/system";
+    fs::create_dir_all(workspace.join(units))?;
+    let unit = format!("{units}/pipette.service");
+    let text =
+        "[Service]\nExecStart=/usr/bin/pipette --home\n\n[Install]\nWantedBy=multi-user.target\n";
+    fs::write(workspace.join(&unit), text)?;
+    let message = Xtask::new(&workspace).run(&[&BUILD[..], &["--offline"]].concat())?.refused()?;
+    let place = format!("{unit}:2: `/usr/bin/pipette` is missing");
+    contains(&message, &["this image does not have", &place, "help: add the package"])?;
+    ensure!(nothing_partial(&workspace)? == 0, "an image or a bundle was made");
+    Ok(())
+}

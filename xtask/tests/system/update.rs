@@ -30,6 +30,8 @@ const COMMAND: Duration = Duration::from_secs(180);
 const INSTALL: Duration = Duration::from_secs(900);
 /// And on the Pi, whose emulated card reader brings about 1 MiB a second: a slot is read once to compare.
 const PI_INSTALL: Duration = Duration::from_secs(2700);
+/// The size of the slots of a Pi's card, which the test of its update makes smaller.
+const SLOT_SIZE: &str = "size = \"1GiB\"";
 /// Seconds that a trial has there, instead of 300: for the same reason it needs 285 of them on an idle machine.
 const PI_DEADLINE: u64 = 900;
 /// Seconds until a trial that nobody commits is over, instead of the board's own: three times what a
@@ -41,49 +43,64 @@ const UPDATE: &str = "0.1.1";
 /// The user who may update the robot, and nothing else.
 const USER: &str = "update";
 
-/// Cards, and the update for them: all built as a person would.
+/// The product of a copy of this workspace, after changes to the copy.
+fn build(
+    folder: &Folder,
+    name: &str,
+    change: impl FnOnce(&Utf8Path) -> Result<()>,
+) -> Result<Built> {
+    let workspace = folder.at(name);
+    copy_workspace(&workspace)?;
+    change(&workspace)?;
+    let report = Xtask::new(&workspace).build(BOARD, &[])?;
+    ensure!(report["stages"].is_array(), "the build's report has no stages");
+    results(&workspace, BOARD)
+}
+
+/// The product with another version.
+fn renumber(workspace: &Utf8Path, version: &str) -> Result<()> {
+    let product = workspace.join("configs/robot-dev.toml");
+    edit(&product, "\nversion = \"0.1.0\"", &format!("\nversion = \"{version}\""))
+}
+
+/// A product without an API: its server is minutes of work for an emulated robot, and has nothing to do with a slot.
+fn without_api(workspace: &Utf8Path) -> Result<()> {
+    let product = workspace.join("configs/robot-dev.toml");
+    let text = fs::read_to_string(&product)?;
+    let start = text.find("[api]\n").context("no [api]")?;
+    let end = text[start..].find("\n\n").context("the end of [api]")? + start;
+    fs::write(&product, [&text[..start], &text[end..]].concat())?;
+    for file in [
+        "etc/slotd/health.d/40-api.toml",
+        "usr/lib/slipway/api-server",
+        "usr/lib/slipway/proxy/locations.d/api.conf",
+    ] {
+        fs::remove_file(workspace.join("overlays/dev").join(file))?;
+    }
+    Ok(())
+}
+
+/// A card, and where what belongs to it is put.
 struct Bench {
     folder: Folder,
-    /// With the short deadline.
     card: Built,
-    /// As it ships.
-    own: &'static Built,
-    update: Built,
 }
 
 impl Bench {
+    /// A card whose trials are over soon.
     fn new() -> Result<Self> {
         let folder = Folder::new()?;
-        let build = |name: &str, version: Option<&str>| -> Result<Built> {
-            let workspace = folder.at(name);
-            copy_workspace(&workspace)?;
+        let card = build(&folder, "card", |workspace| {
+            without_api(workspace)?;
             let board = workspace.join(format!("board/{BOARD}/board.toml"));
-            edit(&board, "slipway.deadline=600", &format!("slipway.deadline={DEADLINE}"))?;
-            if let Some(version) = version {
-                let product = workspace.join("configs/robot-dev.toml");
-                edit(&product, "\nversion = \"0.1.0\"", &format!("\nversion = \"{version}\""))?;
-                // An older API on data does not fit it.
-                edit(&product, "\n[api]\n", "\n[api]\nminimum-version = \"10.1.0\"\n")?;
-            }
-            let report = Xtask::new(&workspace).build(BOARD, &[])?;
-            ensure!(report["stages"].is_array(), "the build's report has no stages");
-            results(&workspace, BOARD)
-        };
-        let own = built(BOARD)?;
-        let card = build("card", None)?;
-        let update = build("update", Some(UPDATE))?;
-        Ok(Self { folder, card, own, update })
+            edit(&board, "slipway.deadline=600", &format!("slipway.deadline={DEADLINE}"))
+        })?;
+        Ok(Self { folder, card })
     }
 
-    fn machine(&self) -> Result<&Machine> {
-        Ok(&self.card.plan.board.qemu.as_ref().context("the board has no machine")?.machine)
-    }
-
-    /// Starts a machine on a card with more disks behind it: `/dev/vdb` and so on.
-    fn start(&self, name: &str, image: &Utf8Path, disks: &[&Utf8Path]) -> Result<Robot> {
-        let machine = with_disks(self.machine()?, disks.iter().copied());
-        let overlay = Overlay::create(&machine, image, &self.folder.at(&format!("{name}.qcow2")))?;
-        Robot::start(&self.card, name, &machine, overlay)
+    /// Starts a machine on an image of this card.
+    fn start(&self, name: &str, image: &Utf8Path) -> Result<Robot> {
+        Robot::with_disks(&self.card, name, image, &self.folder, &[])
     }
 
     /// A copy of the card's image whose slot b is on trial after `break_it` worked on its file system.
@@ -103,6 +120,11 @@ impl Bench {
         std::os::unix::fs::FileExt::write_all_at(&file, &state.encode(), sector.offset)?;
         Ok(image)
     }
+}
+
+/// The machine of a card's board.
+fn machine(card: &Built) -> Result<Machine> {
+    Ok(card.plan.board.qemu.as_ref().context("the board has no machine")?.machine.clone())
 }
 
 /// A machine with more disks behind its card.
@@ -150,6 +172,19 @@ impl Robot {
         let boot = Duration::from_secs(machine.boot_timeout);
         let hostname = card.plan.network.hostname.clone();
         Ok(Self { name: name.to_owned(), session, boot, hostname, port, overlay })
+    }
+
+    /// Starts a card's board on an image, with more disks behind it: `/dev/vdb` and so on.
+    fn with_disks(
+        card: &Built,
+        name: &str,
+        image: &Utf8Path,
+        folder: &Folder,
+        disks: &[&Utf8Path],
+    ) -> Result<Self> {
+        let machine = with_disks(&machine(card)?, disks.iter().copied());
+        let overlay = Overlay::create(&machine, image, &folder.at(&format!("{name}.qcow2")))?;
+        Self::start(card, name, &machine, overlay)
     }
 
     /// The machine ends at once and starts again from the same card.
@@ -211,8 +246,8 @@ impl Robot {
             if Instant::now() > end {
                 bail!("the trial is not decided: {status}");
             }
-            // Between two questions, not in place of a state.
-            self.session.run("sleep 2", COMMAND)?;
+            // Between two questions, each of which is seconds of an emulated processor.
+            self.session.run("sleep 5", COMMAND)?;
         }
     }
 
@@ -255,9 +290,8 @@ fn expect_running(status: &Value, slot: Slot, version: &str) -> Result<()> {
 }
 
 /// Bundles that a robot must refuse, made of the update's own root file system.
-fn bad_bundles(bench: &Bench) -> Result<Vec<(Utf8PathBuf, &'static str, i32)>> {
-    let update = &bench.update;
-    let root = bench.folder.at("root.ext4");
+fn bad_bundles(folder: &Folder, update: &Built) -> Result<Vec<(Utf8PathBuf, &'static str, i32)>> {
+    let root = folder.at("root.ext4");
     let placed = update.plan.disk.partition("root-a").context("root-a")?;
     // Small payloads do: each must be refused before the first of them is read.
     tool("dd")
@@ -267,7 +301,7 @@ fn bad_bundles(bench: &Bench) -> Result<Vec<(Utf8PathBuf, &'static str, i32)>> {
     let signer = Keys::open(&keys::directory()?)?.signer(Kind::Development)?;
     let make = |name: &str, board: &str, version: &str| -> Result<Utf8PathBuf> {
         let version = Version::parse(version).context("a version")?;
-        let path = bench.folder.at(name);
+        let path = folder.at(name);
         let request = PackRequest {
             product: update.plan.product.name.clone(),
             version: version.clone(),
@@ -297,10 +331,10 @@ fn bad_bundles(bench: &Bench) -> Result<Vec<(Utf8PathBuf, &'static str, i32)>> {
     let words = b"\ntrusted comment:";
     let at = bytes.windows(words.len()).position(|w| w == words).context("a signature")? - 20;
     bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
-    let signature = bench.folder.at("signature.bundle");
+    let signature = folder.at("signature.bundle");
     fs::write(&signature, &bytes)?;
     bundles.push((signature, "bad-signature", 3));
-    let truncated = bench.folder.at("truncated.bundle");
+    let truncated = folder.at("truncated.bundle");
     bytes = fs::read(&update.bundle)?;
     bytes.truncate(bytes.len() / 2 / 512 * 512);
     fs::write(&truncated, &bytes)?;
@@ -310,44 +344,65 @@ fn bad_bundles(bench: &Bench) -> Result<Vec<(Utf8PathBuf, &'static str, i32)>> {
 
 #[test]
 fn good_updates_are_tried_and_committed() -> Result<()> {
-    let bench = &Bench::new()?;
-    let bad = bad_bundles(bench)?;
-    let apis = Apis::make(&bench.folder, BOARD, &bench.own.plan)?;
-    let mut disks = vec![bench.update.bundle.as_path()];
+    let folder = &Folder::new()?;
+    let card = &build(folder, "card", without_api)?;
+    let update = &build(folder, "update", |workspace| {
+        without_api(workspace)?;
+        renumber(workspace, UPDATE)
+    })?;
+    let bad = bad_bundles(folder, update)?;
+    let mut disks = vec![update.bundle.as_path()];
     disks.extend(bad.iter().map(|(path, ..)| path.as_path()));
-    disks.extend(apis.disks());
-    let mut robot = bench.start("good", &bench.own.image, &disks)?;
+    let mut robot = Robot::with_disks(card, "good", &card.image, folder, &disks)?;
     robot.comes_up(Slot::A)?;
-    let version = bench.card.plan.product.version.to_string();
+    let version = card.plan.product.version.to_string();
     expect_running(&robot.status()?, Slot::A, &version)?;
     for ((_, code, exit), disk) in bad.iter().zip(["vdc", "vdd", "vde", "vdf"]) {
         robot.refuses(disk, code, *exit)?;
         expect_running(&robot.settles()?, Slot::A, &version)?;
     }
-    api::changed_without_a_restart(&mut robot.session, &apis, ["vdg", "vdh", "vdi"])?;
+    robot.installs("- </dev/vdb", Slot::B, INSTALL)?;
+    expect_running(&robot.settles()?, Slot::B, UPDATE)?;
+    // And back into slot a, as the robot's owner would send the next one.
+    pushed(folder, update, &mut robot)?;
+    robot.comes_up(Slot::A)?;
+    expect_running(&robot.settles()?, Slot::A, UPDATE)
+}
+
+/// APIs alone, and what becomes of one under an update of the system and a reset.
+#[test]
+fn an_api_is_changed_and_the_system_below_it() -> Result<()> {
+    let folder = &Folder::new()?;
+    let card = built(BOARD)?;
+    let update = build(folder, "update", |workspace| {
+        renumber(workspace, UPDATE)?;
+        // An older API on data does not fit it.
+        let product = workspace.join("configs/robot-dev.toml");
+        edit(&product, "\n[api]\n", "\n[api]\nminimum-version = \"10.1.0\"\n")
+    })?;
+    let apis = Apis::make(folder, BOARD, &card.plan)?;
+    let mut disks = vec![update.bundle.as_path()];
+    disks.extend(apis.disks());
+    let mut robot = Robot::with_disks(card, "api", &card.image, folder, &disks)?;
+    robot.comes_up(Slot::A)?;
+    api::changed_without_a_restart(&mut robot.session, &apis, ["vdc", "vdd", "vde"])?;
     robot.installs("- </dev/vdb", Slot::B, INSTALL)?;
     expect_running(&robot.settles()?, Slot::B, UPDATE)?;
     api::fell_back(&mut robot.session, &apis)?;
-    // And back into slot a, as the robot's owner would send the next one.
-    pushed(bench, &mut robot)?;
-    robot.comes_up(Slot::A)?;
-    expect_running(&robot.settles()?, Slot::A, UPDATE)?;
     // Without anything on data, too.
     robot.session.send_line("slotd reset --no-backup")?;
-    robot.comes_up(Slot::A)?;
+    robot.comes_up(Slot::B)?;
     api::serves_its_own(&mut robot.session, &apis)
 }
 
 /// Sends the update over SSH as the user who may do nothing else, and follows it to its commit in slot a.
-fn pushed(bench: &Bench, robot: &mut Robot) -> Result<()> {
-    let key = bench.folder.at("id_ed25519");
+fn pushed(folder: &Folder, update: &Built, robot: &mut Robot) -> Result<()> {
+    let key = folder.at("id_ed25519");
     tool("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f", key.as_str()]).run()?;
     let public = fs::read_to_string(format!("{key}.pub"))?;
-    let folder = "/data/identity/ssh/authorized_keys.d";
-    let command = format!(
-        "mkdir -p {folder} && echo '{}' | tee {folder}/root >{folder}/{USER}",
-        public.trim()
-    );
+    let keys = "/data/identity/ssh/authorized_keys.d";
+    let command =
+        format!("mkdir -p {keys} && echo '{}' | tee {keys}/root >{keys}/{USER}", public.trim());
     let (code, said) = robot.session.run(&command, COMMAND)?;
     ensure!(code == 0, "the key is not taken: {said}");
     let mut ssh_options: Vec<String> =
@@ -368,7 +423,7 @@ fn pushed(bench: &Bench, robot: &mut Robot) -> Result<()> {
     }
     let request = Request {
         hosts: vec![format!("{USER}@127.0.0.1")],
-        bundle: bench.update.bundle.clone(),
+        bundle: update.bundle.clone(),
         ssh_options,
         wait: Some(INSTALL),
     };
@@ -389,7 +444,7 @@ fn pushed(bench: &Bench, robot: &mut Robot) -> Result<()> {
 fn comes_back(bench: &Bench, case: &Case) -> Result<()> {
     let name = case.name;
     let image = bench.broken(name, &case.commands)?;
-    let mut robot = bench.start(name, &image, &[])?;
+    let mut robot = bench.start(name, &image)?;
     (case.trial)(&mut robot).with_context(|| format!("{name}: the trial"))?;
     if case.to_a_login || std::env::var_os(ALL).is_some() {
         robot.comes_up(Slot::A).with_context(|| format!("{name}: coming back"))?;
@@ -517,23 +572,6 @@ fn bad_updates_come_back_by_themselves() -> Result<()> {
     })
 }
 
-/// A product without an API: its server is minutes of work for an emulated Pi, and has nothing to do with a slot.
-fn without_api(workspace: &Utf8Path) -> Result<()> {
-    let product = workspace.join("configs/robot-dev.toml");
-    let text = fs::read_to_string(&product)?;
-    let start = text.find("[api]\n").context("no [api]")?;
-    let end = text[start..].find("\n\n").context("the end of [api]")? + start;
-    fs::write(&product, [&text[..start], &text[end..]].concat())?;
-    for file in [
-        "etc/slotd/health.d/40-api.toml",
-        "usr/lib/slipway/api-server",
-        "usr/lib/slipway/proxy/locations.d/api.conf",
-    ] {
-        fs::remove_file(workspace.join("overlays/dev").join(file))?;
-    }
-    Ok(())
-}
-
 /// The card image of a Raspberry Pi with its own bundle on `data`: into slot b, committed. Then slot a on trial, whose power
 /// goes before it is committed: slot b again.
 fn a_pi_takes_an_update(board: &str) -> Result<()> {
@@ -544,13 +582,19 @@ fn a_pi_takes_an_update(board: &str) -> Result<()> {
     let options = "\"watchdog.open_timeout=120\"";
     let more = format!("{options}, \"slipway.deadline={PI_DEADLINE}\"");
     edit(&workspace.join("board/common/linux.toml"), options, &more)?;
+    // A slot is read as a whole, a mebibyte a second.
+    let flow = workspace.join("board/common/flow-uboot.toml");
+    let text = fs::read_to_string(&flow)?;
+    // Those of earlier cards come behind, and stay.
+    ensure!(text.matches(SLOT_SIZE).count() == 4, "{flow} has other slots than `{SLOT_SIZE}`");
+    fs::write(&flow, text.replacen(SLOT_SIZE, "size = \"384MiB\"", 2))?;
     Xtask::new(&workspace).build(board, &[])?;
     let card = &results(&workspace, board)?;
     let image = folder.at("card.img");
     tool("cp").args(["--sparse=always", card.image.as_str(), image.as_str()]).run()?;
     write_to_data(card, &image, &[(&card.bundle, "update.bundle")], &folder)?;
 
-    let machine = &card.plan.board.qemu.as_ref().context("the board has no machine")?.machine;
+    let machine = &machine(card)?;
     let overlay = Overlay::create(machine, &image, &folder.at("card.qcow2"))?;
     let mut robot = Robot::start(card, board, machine, overlay)?;
     robot.comes_up(Slot::A)?;
@@ -580,8 +624,7 @@ fn a_pi_4_takes_an_update() -> Result<()> {
         say("left out: takes an hour; `cargo xtask test --all` does it");
         return Ok(());
     }
-    let machine = &built("pi4-uboot")?.plan.board.qemu.as_ref().context("a machine")?.machine;
-    if let Err(older) = qemu::require(machine) {
+    if let Err(older) = qemu::require(&machine(built("pi4-uboot")?)?) {
         say(format!("left out: {older}"));
         return Ok(());
     }
@@ -612,7 +655,7 @@ impl Team {
         copy_workspace(&workspace)?;
         let product = workspace.join("configs/robot-dev.toml");
         edit(&product, "\nkind = \"development\"", "\nkind = \"release\"")?;
-        edit(&product, "\nversion = \"0.1.0\"", &format!("\nversion = \"{version}\""))?;
+        renumber(&workspace, version)?;
         self.tool(&workspace).build(BOARD, &[])?;
         results(&workspace, BOARD)
     }
@@ -670,11 +713,8 @@ fn a_release_takes_releases_only() -> Result<()> {
     let signature = format!("{set}.minisig").into();
     let files = [(&set, "keyset.json"), (&signature, "keyset.json.minisig")];
     write_to_data(&card, &card.image, &files, &team.folder)?;
-    let machine = &card.plan.board.qemu.as_ref().context("the board has no machine")?.machine;
-    let disks = [&developers.bundle, &next.bundle, &update.bundle];
-    let machine = with_disks(machine, disks.map(|path| path.as_path()));
-    let overlay = Overlay::create(&machine, &card.image, &team.folder.at("card.qcow2"))?;
-    let mut robot = Robot::start(&card, "release", &machine, overlay)?;
+    let disks = [&developers.bundle, &next.bundle, &update.bundle].map(|path| path.as_path());
+    let mut robot = Robot::with_disks(&card, "release", &card.image, &team.folder, &disks)?;
     robot.comes_up(Slot::A)?;
     robot.refuses("vdb", "not-trusted", 3)?;
     robot.refuses("vdc", "not-trusted", 3)?;
@@ -703,10 +743,8 @@ fn the_next_debian_takes_an_update() -> Result<()> {
     edit(&product, "\nversion = \"0.1.0\"", &format!("\nversion = \"{UPDATE}\""))?;
     Xtask::new(&workspace).build(BOARD, &["--product", PRODUCT])?;
     let update = results_of(&workspace, Some(PRODUCT), BOARD)?;
-    let machine = &card.plan.board.qemu.as_ref().context("the board has no machine")?.machine;
-    let machine = with_disks(machine, [update.bundle.as_path()]);
-    let overlay = Overlay::create(&machine, &card.image, &folder.at("card.qcow2"))?;
-    let mut robot = Robot::start(card, "next-debian", &machine, overlay)?;
+    let disks = [update.bundle.as_path()];
+    let mut robot = Robot::with_disks(card, "next-debian", &card.image, &folder, &disks)?;
     robot.comes_up(Slot::A)?;
     robot.installs("- </dev/vdb", Slot::B, INSTALL)?;
     expect_running(&robot.settles()?, Slot::B, UPDATE)
