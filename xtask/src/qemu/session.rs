@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::{Files, Machine, OnRestart, Overlay, PROGRAM, arguments};
 use crate::exec::Tool;
@@ -220,6 +221,20 @@ impl Session {
         }
         message.push_str(&format!("\nfull log: {}", self.log));
         message
+    }
+
+    /// Takes the power from the machine: the guest ends where it is, and what its disk has said to be written stays. (A
+    /// kill would lose more than a card does: where in the overlay the blocks are, which QEMU writes at its end or when the
+    /// guest flushes, and an SD card's driver never does.)
+    ///
+    /// # Errors
+    /// When the machine cannot be ended.
+    pub fn lose_power(mut self) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        let pid = pid.context("the machine's process id")?;
+        kill_process(pid, Signal::TERM).context("ending the machine")?;
+        self.child.wait().context("waiting for the machine's end")?;
+        Ok(())
     }
 }
 

@@ -190,7 +190,7 @@ impl Robot {
     /// The machine ends at once and starts again from the same card.
     fn loses_its_power(self, card: &Built, machine: &Machine) -> Result<Self> {
         let Self { name, session, overlay, .. } = self;
-        drop(session);
+        session.lose_power()?;
         Self::start(card, &format!("{name}-again"), machine, overlay)
     }
 
