@@ -119,6 +119,18 @@ fn an_open_network_has_no_key() {
     assert!(fs::read_to_string(path).unwrap().contains("key_mgmt=NONE"));
 }
 
+/// What `wpa_passphrase` and imagers write in the place of a password: the supplicant takes it without quotes only.
+#[test]
+fn a_key_in_hexadecimal_is_one_and_no_password() {
+    let robot = robot();
+    let key = "0123456789abcdefABCDEF0123456789abcdefABCDEF0123456789abcdefABCD";
+    plant(&robot, format!("[wifi]\nssid = \"Lab\"\npassword = \"{key}\"\n").as_bytes());
+    robot.run(&["seed"]);
+    let path = robot.path("data/network/wpa_supplicant-wlan0.conf");
+    let text = fs::read_to_string(path).unwrap();
+    assert!(text.contains(&format!("\tpsk={key}\n")), "{text}");
+}
+
 #[test]
 fn a_bad_seed_changes_nothing_and_shows_no_password() {
     let robot = robot();

@@ -139,6 +139,15 @@ impl Tool {
         self
     }
 
+    /// Adds arguments that messages leave out: our own settings, which would hide what was asked for.
+    #[must_use]
+    pub fn args_unshown(mut self, args: impl IntoIterator<Item = impl AsRef<str>>) -> Self {
+        for arg in args {
+            self.command.arg(arg.as_ref());
+        }
+        self
+    }
+
     /// The command as a person would type it (for messages only; it is never given to a shell).
     pub fn shown(&self) -> String {
         let quote = |s: &String| {

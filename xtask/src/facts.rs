@@ -29,19 +29,35 @@ impl Facts {
             Some(commit) => !git::changes(root, commit)?.is_empty(),
             None => false,
         };
+        // CI systems export what is not set as an empty text.
         let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
-            Ok(text) => text.trim().parse().with_context(|| {
+            Ok(text) if !text.trim().is_empty() => text.trim().parse().with_context(|| {
                 format!("SOURCE_DATE_EPOCH: expected seconds since 1970, found \"{text}\"")
             })?,
-            Err(_) => {
-                git::time(root).map_err(|error| {
-                    anyhow!(
-                        "choosing the time for reproducible outputs, the commit's: {error:#}\n\
-                         help: build in a checkout with a commit (git must be installed), or set SOURCE_DATE_EPOCH"
-                    )
-                })?
-            }
+            _ => git::time(root).map_err(|error| {
+                let said = format!("{error:#}");
+                let help = help(&said);
+                anyhow!(
+                    "choosing the time for reproducible outputs, the commit's: {said}\nhelp: {help}"
+                )
+            })?,
         };
         Ok(Self { commit, modified, epoch })
     }
+}
+
+/// What to do about what git says.
+fn help(said: &str) -> &'static str {
+    const KNOWN: [(&str, &str); 3] = [
+        (
+            "dubious ownership",
+            "the checkout is another user's: build as that user, or name it in git's setting `safe.directory`",
+        ),
+        ("bad config", "correct git's settings: `git config --list --show-origin` names the file"),
+        ("bogus format in GIT_CONFIG", "correct or unset GIT_CONFIG_PARAMETERS"),
+    ];
+    let known = KNOWN.iter().find(|(sign, _)| said.contains(sign)).map(|(_, help)| *help);
+    known.unwrap_or(
+        "build in a checkout with a commit (git must be installed), or set SOURCE_DATE_EPOCH",
+    )
 }

@@ -2,7 +2,10 @@
 //! and what differs from a commit is found by reading the files, not by asking what git was told to hide.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -13,9 +16,10 @@ use crate::exec::Tool;
 
 /// Settings that change what git says or writes. The environment is a matter of `exec`: GIT_DIR and all that names
 /// another repository, as hooks have it, reaches no program that we start.
-const SETTINGS: [&str; 12] = [
+const SETTINGS: [&str; 13] = [
     // Text of gpg before what was asked for (git-log(1)).
     "log.showSignature=false",
+    "i18n.logOutputEncoding=UTF-8",
     "color.ui=false",
     "core.quotePath=false",
     // Whether files have changed is not a daemon's business.
@@ -46,7 +50,7 @@ pub fn anywhere() -> Tool {
         .env("GIT_NO_REPLACE_OBJECTS", "1")
         .env("GIT_ATTR_NOSYSTEM", "1")
         .env("GIT_LITERAL_PATHSPECS", "1");
-    SETTINGS.iter().fold(tool, |tool, setting| tool.args(["-c", *setting]))
+    tool.args_unshown(SETTINGS.iter().flat_map(|setting| ["-c", *setting]))
 }
 
 /// When a commit was made, in seconds since 1970.
@@ -149,6 +153,8 @@ struct Entry {
     mode: String,
     /// The hash of its content.
     id: String,
+    /// Where it is, below the same folder; its name may be no UTF-8.
+    path: PathBuf,
 }
 
 /// The files of a commit by their paths below a folder.
@@ -156,13 +162,15 @@ fn tracked(root: &Utf8Path, commit: &str) -> Result<BTreeMap<String, Entry>> {
     let listed = at(root).args(["ls-tree", "-r", "-z", commit]).read_bytes()?;
     let mut files = BTreeMap::new();
     for line in listed.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
-        let line = String::from_utf8_lossy(line);
-        let parts = line.split_once('\t').and_then(|(about, path)| {
-            let mut words = about.split(' ');
-            Some((words.next()?.to_owned(), words.nth(1)?.to_owned(), path.to_owned()))
+        let tab = line.iter().position(|byte| *byte == b'\t');
+        let parts = tab.and_then(|tab| {
+            let mut words = std::str::from_utf8(&line[..tab]).ok()?.split(' ');
+            let (mode, id) = (words.next()?.to_owned(), words.nth(1)?.to_owned());
+            Some((mode, id, OsStr::from_bytes(&line[tab + 1..])))
         });
-        let (mode, id, path) = parts.with_context(|| format!("git lists \"{line}\""))?;
-        files.insert(path, Entry { mode, id });
+        let shown = || format!("git lists \"{}\"", String::from_utf8_lossy(line));
+        let (mode, id, path) = parts.with_context(shown)?;
+        files.insert(path.to_string_lossy().into_owned(), Entry { mode, id, path: path.into() });
     }
     Ok(files)
 }
@@ -177,9 +185,20 @@ fn compare(
     // What is hashed, with the entry that it must be.
     let mut hashed: Vec<(Utf8PathBuf, &String, &Entry)> = Vec::new();
     for (path, entry) in tracked {
-        let full = root.join(path);
-        let about = full.symlink_metadata().ok();
+        let about = root.as_std_path().join(&entry.path).symlink_metadata().ok();
         let about = about.as_ref();
+        let full = match Utf8Path::from_path(&entry.path) {
+            Some(path) => root.join(path),
+            // git is given a copy of what has another name.
+            None => {
+                let copy = links.join(hashed.len().to_string());
+                let from = root.as_std_path().join(&entry.path);
+                if about.is_some_and(std::fs::Metadata::is_file) {
+                    std::fs::copy(&from, &copy).with_context(|| format!("reading {path}"))?;
+                }
+                copy
+            }
+        };
         let fits = match entry.mode.as_str() {
             "160000" => {
                 // One that was not fetched has no content; whether a build needs it, git cannot tell.

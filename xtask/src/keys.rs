@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{IsTerminal, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 
 use anyhow::{Context, Result, bail, ensure};
 use blake2::{Blake2b512, Digest};
@@ -125,7 +125,12 @@ impl Keys {
             .recursive(true)
             .mode(0o700)
             .create(dir)
-            .with_context(|| format!("creating the key directory {dir}"))?;
+            .with_context(|| {
+                format!(
+                    "creating the key directory {dir}\n\
+                     help: set SLIPWAY_KEYS to a folder that can be written; signing keys are made there"
+                )
+            })?;
         let mut options = OpenOptions::new();
         options.create(true).truncate(false).write(true).mode(0o600);
         let lock = match options.open(dir.join(".lock")) {
@@ -209,6 +214,16 @@ impl Keys {
             "rotating the {kind} key: there is none in {}\nhelp: `cargo xtask keys new` makes the first",
             self.dir
         );
+        // One password opens all release keys of a machine: with another one, builds could sign with the new key only,
+        // and robots that know the old one alone would refuse what they make.
+        let current = self.current(kind).map(|key| self.file(&key, "key"));
+        if kind == Kind::Release && current.is_some_and(|path| path.is_file()) {
+            self.signer(kind).context(
+                "opening the current release key: the new one must have the same password\n\
+                 help: give the current key's; whoever has lost it moves the file away, and robots that know no other \
+                 key refuse what is signed from then on",
+            )?;
+        }
         let mut set = self.set.clone();
         let new = self.make(kind)?;
         if revoke_old {
@@ -245,6 +260,13 @@ impl Keys {
         let text = std::fs::read_to_string(&path).with_context(|| {
             format!("reading the secret key {path}\nhelp: copy it here, or set SLIPWAY_KEYS")
         })?;
+        let mode = std::fs::metadata(&path).map_or(0, |about| about.permissions().mode());
+        if mode & 0o077 != 0 {
+            progress::warn(format!(
+                "the secret key {path} may be read by others (mode {:03o}): chmod 600 it",
+                mode & 0o777
+            ));
+        }
         Signer::open(&text, key).with_context(|| format!("opening the secret key {path}"))
     }
 

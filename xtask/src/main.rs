@@ -13,7 +13,10 @@ fn main() -> ExitCode {
         Some(bench::bundle::CHILD) => bench::bundle::child(arguments.get(2..).unwrap_or_default()),
         // Process 1 of a local system is this program, too.
         Some(local::CHILD) => local::init::run(),
-        _ => run(&Cli::parse()),
+        _ => {
+            let cli = Cli::parse();
+            check_temporary_folder().and_then(|()| run(&cli))
+        }
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -22,6 +25,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Every program that we start gets it, too, and each would say in words of its own that it is not there.
+fn check_temporary_folder() -> anyhow::Result<()> {
+    let folder = std::env::temp_dir();
+    if folder.is_dir() && folder.is_absolute() {
+        return Ok(());
+    }
+    anyhow::bail!(
+        "the folder for temporary files, {}, is not there, or is not named from / on\n\
+         help: set TMPDIR to a folder that is, or unset it",
+        folder.display()
+    )
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {

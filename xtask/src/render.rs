@@ -89,7 +89,10 @@ impl Rendered {
 pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
     let context = template_context(plan);
     let text = |path: &Utf8Path| {
-        std::fs::read_to_string(root.join(path)).with_context(|| format!("reading {path}"))
+        let bytes = std::fs::read(root.join(path)).with_context(|| format!("reading {path}"))?;
+        String::from_utf8(bytes).map_err(|_| {
+            anyhow!("{path} is not UTF-8\nhelp: a template (.j2) is a text; other files have another name")
+        })
     };
     let template = |path: &Utf8Path| expand(path, &text(path)?, &context);
     let mut overlay = Vec::new();
@@ -189,11 +192,15 @@ fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
         let line = error.line().unwrap_or(0);
         let excerpt = source.lines().nth(line.saturating_sub(1)).unwrap_or_default().trim();
         let detail = error.detail().map_or(String::new(), |d| format!(": {d}"));
-        anyhow!(
-            "rendering {path}:{line}: {}{detail}\n  | {excerpt}\n\
-             help: docs/templates.md lists the variables that a template may use",
-            error.kind()
-        )
+        let help = match error.kind() {
+            // A shell's `${#list[@]}` opens a comment of templates.
+            minijinja::ErrorKind::SyntaxError => {
+                "`{{`, `{%` and `{#`, here or above, begin what a template says; \
+                 put text that has them between {% raw %} and {% endraw %}"
+            }
+            _ => "docs/templates.md lists the variables that a template may use",
+        };
+        anyhow!("rendering {path}:{line}: {}{detail}\n  | {excerpt}\nhelp: {help}", error.kind())
     };
     environment.add_template(path.as_str(), source).map_err(explain)?;
     let template = environment.get_template(path.as_str()).map_err(explain)?;
@@ -213,6 +220,7 @@ fn template_context(plan: &Plan) -> Value {
             eeprom_since => plan.board.eeprom_since.clone(),
             left_out_revisions => plan.board.left_out_revisions.clone(),
             console => plan.board.console.as_ref().map(plan_part),
+            console_on_board => plan.board.console_on_board,
             kernel => context! { cmdline => plan.board.cmdline.clone() },
             u_boot => snake(&plan.board.uboot),
         },

@@ -2,6 +2,7 @@
 //! server says. Control characters in it could drive the terminal, so none is printed, whoever wrote it.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -57,14 +58,24 @@ pub fn printable_json(text: &str) -> String {
     shown
 }
 
-/// Prints results; used by [`outln!`](crate::outln).
+/// Prints results; used by [`outln!`](crate::outln). Where they cannot be written, the program ends: whoever has closed
+/// the pipe (`| head`) wants no more, and a full disk must not look like a whole result.
 pub fn print(text: &str) {
-    print!("{}", printable_lines(text));
+    let mut out = std::io::stdout().lock();
+    let written = out.write_all(printable_lines(text).as_bytes()).and_then(|()| out.flush());
+    if let Err(error) = written {
+        drop(out);
+        if error.kind() != std::io::ErrorKind::BrokenPipe {
+            eprint(&format!("error: writing the result to standard output: {error}\n"));
+        }
+        std::process::exit(1);
+    }
 }
 
-/// Prints what is no result; used by [`errln!`](crate::errln).
+/// Prints what is no result; used by [`errln!`](crate::errln). Nothing can be said about a standard error that is closed
+/// or full, and the work goes on.
 pub fn eprint(text: &str) {
-    eprint!("{}", printable_lines(text));
+    drop(std::io::stderr().lock().write_all(printable_lines(text).as_bytes()));
 }
 
 /// `println!` without control characters.

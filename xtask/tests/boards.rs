@@ -296,31 +296,33 @@ fn a_trial_starts_the_watchdog_before_the_kernel() -> Result<()> {
 #[test]
 fn a_product_without_a_console_is_silent_on_the_serial_line() -> Result<()> {
     let root = workspace();
-    for (product, board) in
-        [("robot-dev", "pi3"), ("robot-dev", "pi4-uboot"), ("robot", "pi4"), ("robot", "pi5")]
-    {
-        let mut config = config::load(&root, Some(product), Some(board))?;
-        let place = config.product.place.clone();
-        let none = config::product::Terminal(None);
-        config.product.console = Some(config::reader::Located { value: none, place });
-        let facts = xtask::facts::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
-        let plan = xtask::plan::resolve(&config, &facts)?;
-        let rendered = render(&root, &plan)?;
-        for (file, bytes) in &rendered.boot {
-            let text = String::from_utf8_lossy(bytes);
-            let words = text.split([' ', '"', '\n', ',']);
-            let serial = words
-                .clone()
-                .find(|word| word.strip_prefix("console=").is_some_and(|device| device != "tty0"));
-            ensure!(serial.is_none(), "{board}: {file:?} has {serial:?}");
-            ensure!(!words.clone().any(|word| word == "enable_uart=1"), "{board}: {file:?}");
-            ensure!(!text.contains("stdout=serial"), "{board}: {file:?}");
+    let boards =
+        [("robot-dev", "pi3"), ("robot-dev", "pi4-uboot"), ("robot", "pi4"), ("robot", "pi5")];
+    // None, or one on another port.
+    for device in [None, Some("ttyUSB0")] {
+        for (product, board) in boards {
+            let mut config = config::load(&root, Some(product), Some(board))?;
+            let place = config.product.place.clone();
+            let value = config::product::Terminal(device.map(str::to_owned));
+            config.product.console = Some(config::reader::Located { value, place });
+            let facts = xtask::facts::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+            let plan = xtask::plan::resolve(&config, &facts)?;
+            let rendered = render(&root, &plan)?;
+            for (file, bytes) in &rendered.boot {
+                let text = String::from_utf8_lossy(bytes);
+                let words = text.split([' ', '"', '\n', ',']);
+                let mut serial = words.clone().filter_map(|word| word.strip_prefix("console="));
+                let serial = serial.find(|port| *port != "tty0" && Some(*port) != device);
+                ensure!(serial.is_none(), "{board}: {file:?} has {serial:?}");
+                ensure!(!words.clone().any(|word| word == "enable_uart=1"), "{board}: {file:?}");
+                ensure!(!text.contains("stdout=serial"), "{board}: {file:?}");
+            }
+            ensure!(
+                plan.board.cmdline.contains(&"console=tty0".to_owned()),
+                "{:?}",
+                plan.board.cmdline
+            );
         }
-        ensure!(
-            plan.board.cmdline.contains(&"console=tty0".to_owned()),
-            "{:?}",
-            plan.board.cmdline
-        );
     }
     Ok(())
 }

@@ -351,3 +351,57 @@ fn pip_is_found_beside_an_environment_without_it() {
     let has = Command::new("/usr/bin/python3").args(["-m", "pip", "--version"]).output();
     assert_eq!(lacks("@pip"), !has.is_ok_and(|output| output.status.success()), "{lacking}");
 }
+
+/// What a shell does with `| head`, and what a full disk does.
+#[test]
+fn an_output_that_is_closed_or_full_ends_the_tool_in_one_line_at_most() {
+    for verb in [&["plan"][..], &["plan", "--format", "json"], &["keys", "list"], &["--help"]] {
+        for full in [false, true] {
+            let out = if full {
+                Stdio::from(
+                    fs::OpenOptions::new().write(true).open("/dev/full").expect("it is there"),
+                )
+            } else {
+                let (reader, writer) = std::io::pipe().expect("a pipe");
+                drop(reader);
+                Stdio::from(writer)
+            };
+            let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+                .args(verb)
+                .current_dir(root())
+                .stdout(out)
+                .output()
+                .expect("the tool starts");
+            let said = text(&output.stderr);
+            assert!(!said.contains("panicked"), "{verb:?}: {said}");
+            if *verb == ["--help"] {
+                continue;
+            }
+            // A verb without a result has nothing that could be lost.
+            assert!(output.status.code().is_some_and(|code| code <= 1), "{verb:?}: {output:?}");
+            if full && verb[0] == "plan" {
+                assert_eq!(output.status.code(), Some(1), "{verb:?}: {said}");
+                assert!(said.contains("error: writing the result to standard output: "), "{said}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_folder_for_temporary_files_that_is_not_there_is_named() {
+    for folder in ["/no/such/folder", "target"] {
+        let output = xtask(&["plan"], &[("TMPDIR", folder)]);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(folder) && said.contains("help: set TMPDIR"), "{said}");
+    }
+}
+
+/// As a shell completes it.
+#[test]
+fn a_product_may_be_named_by_its_file() {
+    let by_name = good(&["plan", "--product", "robot-dev"], &[]);
+    for file in ["configs/robot-dev.toml", "./configs/robot-dev.toml", "robot-dev.toml"] {
+        assert_eq!(good(&["plan", "--product", file], &[]), by_name, "{file}");
+    }
+}

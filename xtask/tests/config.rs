@@ -83,6 +83,19 @@ const CASES: &[(&str, &str, &str, &str)] = &[
     ("api-floor", PRODUCT, "thing==1.0\"", "thing==1.0\"\nminimum-version = \"new\""),
     ("api-floor-above", PRODUCT, "thing==1.0\"", "thing==1.0\"\nminimum-version = \"1.1\""),
     ("api-without-version", PRODUCT, "thing==1.0", "thing>=1.0"),
+    ("api-with-a-range", PRODUCT, "thing==1.0", "thing==1.*"),
+    (
+        "package-pattern",
+        PRODUCT,
+        "packages = [\"systemd\"]",
+        "packages = [\"systemd\", \"python3-*\"]",
+    ),
+    (
+        "package-option",
+        PRODUCT,
+        "packages = [\"systemd\"]",
+        "packages = [\"-less\", \"Less\", \"less \"]",
+    ),
     ("release-with-passwords", PRODUCT, "authentication = false", "authentication = true"),
     (
         "release-without-password",

@@ -13,7 +13,7 @@ use xtask::exec::Tool;
 const FOLDER: &str = "TEST_ENVIRONMENT_FOLDER";
 
 /// What nobody else may have.
-const SECRETS: [&str; 12] = [
+const SECRETS: [&str; 11] = [
     "SLIPWAY_KEY_PASSWORD",
     "SLIPWAY_WIFI_PASSWORD",
     "SLIPWAY_SHARED_CACHE_AUTHORIZATION",
@@ -25,21 +25,34 @@ const SECRETS: [&str; 12] = [
     "GITHUB_TOKEN",
     "ACTIONS_RUNTIME_TOKEN",
     "LD_PRELOAD_OF_SOMEBODY",
-    "A_NAME_THAT_NOBODY_KNOWS",
 ];
 
 /// What only some may have, and who.
-const SOME: [(&str, &[&str]); 12] = [
+const SOME: [(&str, &[&str]); 14] = [
     ("SSH_AUTH_SOCK", &["ssh", "sftp", "git"]),
+    // Settings of ssh may name any.
+    ("A_NAME_THAT_NOBODY_KNOWS", &["ssh", "sftp"]),
+    ("XDG_RUNTIME_DIR", &["ssh", "sftp"]),
     (
         "https_proxy",
-        &["git", "python3", "cargo", "rustc", "apt-get", "mmdebstrap", "sudo", "unshare"],
+        &[
+            "ssh",
+            "sftp",
+            "git",
+            "python3",
+            "cargo",
+            "rustc",
+            "apt-get",
+            "mmdebstrap",
+            "sudo",
+            "unshare",
+        ],
     ),
     ("PIP_INDEX_URL", &["python3"]),
     ("CARGO_HOME", &["cargo", "rustc"]),
-    ("RUSTUP_HOME", &["cargo", "rustc"]),
-    ("CC_aarch64_unknown_linux_gnu", &["cargo", "rustc"]),
-    ("APT_CONFIG", &["apt-get", "mmdebstrap", "sudo"]),
+    ("RUSTUP_HOME", &["ssh", "sftp", "cargo", "rustc"]),
+    ("CC_aarch64_unknown_linux_gnu", &["ssh", "sftp", "cargo", "rustc"]),
+    ("APT_CONFIG", &["ssh", "sftp", "apt-get", "mmdebstrap", "sudo"]),
     ("GIT_CONFIG_GLOBAL", &["git"]),
     // As hooks have them.
     ("GIT_DIR", &[]),

@@ -4,6 +4,7 @@
 use crate::fixture_support;
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Command, Stdio};
 
@@ -137,6 +138,7 @@ fn settings_of_the_user_change_nothing() {
         ),
         "[core]\n autocrlf = true\n eol = crlf\n fileMode = false\n".to_owned(),
         "[diff]\n external = /bin/false\n noprefix = true\n[status]\n renames = false\n".to_owned(),
+        "[i18n]\n logOutputEncoding = UTF-16\n".to_owned(),
     ] {
         rig.configure(&settings);
         assert_eq!(rig.plan(&[]), plain, "{settings}");
@@ -294,6 +296,15 @@ fn what_no_build_reads_is_no_change() {
         rig.put(path, "x\n");
     }
     symlink("me@host.1234", rig.work().join("configs/.#shop.toml")).expect("linked");
+    assert!(!rig.is_modified());
+    // Latin-1, as old machines name files; git and the disk have the same bytes.
+    let name = std::ffi::OsStr::from_bytes(b"notes-\xfc.txt");
+    fs::write(rig.work().as_std_path().join(name), "x\n").expect("written");
+    rig.commit();
+    assert!(!rig.is_modified());
+    fs::write(rig.work().as_std_path().join(name), "y\n").expect("written");
+    assert!(rig.is_modified());
+    rig.git(&["checkout", "--quiet", "."]);
     assert!(!rig.is_modified());
     // A file that git-lfs has fetched: the commit has a pointer with the file's SHA-256.
     rig.put("overlays/plain/srv/model", "weights\n");

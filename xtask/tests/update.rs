@@ -285,6 +285,25 @@ fn a_release_key_needs_its_password() {
     let (ok, text) = case(Some("wrong"), &dir);
     assert!(!ok && text.contains("opening the secret key"), "{text}");
     assert!(!text.contains("correct horse"));
+    // One variable opens all of them, so a new one does not get another.
+    let rotate = |password: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command.args(["keys", "rotate"]).env("SLIPWAY_KEYS", dir.join("keys"));
+        let output = command.env(PASSWORD_VARIABLE, password).output().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (ok, text) = rotate("wrong");
+    assert!(!ok && text.contains("the new one must have the same password"), "{text}");
+    assert_eq!(Keys::open(&dir.join("keys")).unwrap().list().len(), 1);
+    let (ok, text) = rotate("correct horse");
+    assert!(ok, "{text}");
+    // A key that others may read is told.
+    for key in Keys::open(&dir.join("keys")).unwrap().list() {
+        let secret = key.secret.unwrap();
+        std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o644)).unwrap();
+    }
+    let (ok, text) = rotate("correct horse");
+    assert!(ok && text.contains("may be read by others (mode 644)"), "{text}");
 }
 
 /// The other half of `a_release_key_needs_its_password`, which names the folder.

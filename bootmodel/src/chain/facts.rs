@@ -69,6 +69,8 @@ pub struct Model {
     pub usb_setting: Option<String>,
     /// The middle part of the name of its Wi-Fi settings.
     pub wifi: String,
+    /// The chips that it is sold with, as Linux's driver names them: `43455`.
+    pub wifi_chips: Vec<String>,
     /// Revisions of the board with facts of their own.
     #[serde(default, rename = "revision")]
     pub revisions: Vec<Revision>,

@@ -166,15 +166,24 @@ pub(super) fn slot_files(
     (!missing).then_some(SlotFiles { kernel, initrd, tree })
 }
 
-/// The settings of Wi-Fi that the kernel asks for on this model (brcmfmac's firmware.c: `<chip>-sdio.<compatible>.txt`).
+/// The settings of Wi-Fi that the kernel asks for on this model (brcmfmac's firmware.c: `<chip>-sdio.<compatible>.txt`, else
+/// `<chip>-sdio.txt`).
 pub(super) fn wifi(run: &mut Run<'_>, slot: &Slot) {
     let wanted = format!("-sdio.{}.txt", run.model.wifi);
-    if !slot.files.keys().any(|name| name.contains("/firmware/brcm/") && name.contains(&wanted)) {
+    let of_chips: Vec<String> =
+        run.model.wifi_chips.iter().map(|chip| format!("/brcmfmac{chip}-sdio.txt")).collect();
+    let fits = |name: &String| {
+        name.contains(&wanted) || of_chips.iter().any(|of_chip| name.contains(of_chip))
+    };
+    if !slot.files.keys().any(|name| name.contains("/firmware/brcm/") && fits(name)) {
         run.degrade(
             "wifi-settings",
             Place::partition(slot.number),
             format!("usr/lib/firmware/brcm has no brcmfmac…{wanted}: this model has no Wi-Fi"),
-            "the package firmware-brcm80211, and a prune rule that keeps the file".to_owned(),
+            format!(
+                "the package firmware-brcm80211, and a prune rule that keeps that file or the chip's, brcmfmac{}-sdio.txt",
+                run.model.wifi_chips.join("-sdio.txt or brcmfmac")
+            ),
         );
     }
 }

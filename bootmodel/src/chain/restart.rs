@@ -58,7 +58,7 @@ pub(super) fn check(
     let (place, help) = match system.script {
         Some(_) => (
             system.places[3].clone(),
-            format!("start the watchdog in boot.scr on a trial: mw.l {:#x} 0x5a0fffff; mw.l {:#x} 0x5a000020", time.0, start.0),
+            format!("set `watchdog-start` of [u-boot] in board.toml, which boot.scr runs on a trial: mw.l {:#x} 0x5a0fffff; mw.l {:#x} 0x5a000122", time.0, start.0),
         ),
         None => (system.places[0].clone(), "kernel_watchdog_timeout below [tryboot] in config.txt, or a kernel that has the driver built in".to_owned()),
     };

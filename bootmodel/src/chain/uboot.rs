@@ -211,10 +211,11 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
     let reads_file = find(program, ENV_FILE.as_bytes()).is_some();
     let mut place = boot.place("kernel");
     let mut environment = compiled_in(program).unwrap_or_default();
+    let mut is_file = false;
     match boot.volume.file(ENV_FILE).filter(|_| reads_file).map(from_file) {
         Some(Ok(own)) => {
             place = Place::file(number, ENV_FILE);
-            environment = own;
+            (environment, is_file) = (own, true);
             run.step(
                 "U-Boot",
                 format!("takes its environment from {ENV_FILE} of partition {number}"),
@@ -230,7 +231,14 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
         }
         None => run.step("U-Boot", "takes its compiled-in environment".to_owned()),
     }
-    let help = || format!("a {ENV_FILE} on the boot partition, or a U-Boot built for Slipway");
+    let help = || match is_file {
+        true => format!(
+            "correct the boot file that {ENV_FILE} is made of: bootdelay=-2, no preboot, a bootcmd that runs boot.scr of the card"
+        ),
+        false => format!(
+            "a {ENV_FILE} on the boot partition ([[boot-files]] with `compile = \"u-boot-environment\"`), or a U-Boot built for Slipway"
+        ),
+    };
     let value = |name: &str| environment.get(name).cloned().unwrap_or_default();
     if value("bootdelay") != "-2" {
         run.stop(

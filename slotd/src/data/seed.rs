@@ -181,8 +181,11 @@ fn check(seed: &Seed) -> std::result::Result<(), &'static str> {
         return Err("`wifi.ssid` has not 1 to 32 bytes");
     }
     let printable = |p: &String| p.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-    if !wifi.password.as_ref().is_none_or(|p| (8..=63).contains(&p.len()) && printable(p)) {
-        return Err("`wifi.password` has not 8 to 63 printable ASCII characters");
+    let fits = |p: &String| is_key(p) || ((8..=63).contains(&p.len()) && printable(p));
+    if !wifi.password.as_ref().is_none_or(fits) {
+        return Err(
+            "`wifi.password` has not 8 to 63 printable ASCII characters or 64 hexadecimal digits",
+        );
     }
     Ok(())
 }
@@ -234,10 +237,17 @@ fn add_keys(files: &dyn Files, path: &Path, seed: &Seed) -> io::Result<()> {
     durable::write_with(files, path, keys.as_bytes())
 }
 
+/// Whether a password is the key that was made of one, as `wpa_passphrase` prints it: 256 bits in hexadecimal.
+fn is_key(password: &str) -> bool {
+    password.len() == 64 && password.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 /// The name in hexadecimal: it may hold any byte.
 fn supplicant(wifi: &Wifi) -> String {
     let ssid: String = wifi.ssid.bytes().map(|byte| format!("{byte:02x}")).collect();
     let key = match &wifi.password {
+        // The key itself, in hexadecimal, stands without quotes (wpa_supplicant.conf(5)).
+        Some(key) if is_key(key) => format!("psk={key}"),
         // A quoted one ends at the line's last quote.
         Some(password) => format!("psk=\"{password}\""),
         None => "key_mgmt=NONE".to_owned(),

@@ -133,7 +133,8 @@ fn seed(options: &Flash) -> Result<Seed> {
 fn password(options: &Flash, ssid: &str) -> Result<Option<String>> {
     let given = if let Some(path) = &options.wifi_password_file {
         let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
-        text.trim_end_matches(['\r', '\n']).to_owned()
+        // An editor of Windows puts a mark before the text.
+        text.trim_start_matches('\u{feff}').trim_end_matches(['\r', '\n']).to_owned()
     } else if let Ok(password) = std::env::var(PASSWORD_VARIABLE) {
         password
     } else if std::io::stdin().is_terminal() {

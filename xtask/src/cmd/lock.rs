@@ -36,14 +36,18 @@ pub fn lock(options: &Lock) -> Result<()> {
         if wants("packages") {
             let (sources, wrong) = plan::sources(&config);
             Findings(wrong).check()?;
+            Findings(plan::packages(product, &config.board)).check()?;
             let spec = package_spec(&config);
             let mirrors = mirrors(&config.root, &sources)?;
             let new = debian::lock::lock(&spec, &mirrors, &cache.root)?;
             let old = PackagesLock::load(&full).ok();
-            let changes = old
-                .map_or(new.package.len(), |old| debian::download::differences(&old, &new).len());
+            let changes = old.as_ref().map(|old| old.changes(&new));
+            let count = changes.as_ref().map_or(new.package.len(), Vec::len);
             new.save(&full)?;
-            say("lock", format!("{path}: {} packages, {changes} changed", new.package.len()));
+            say("lock", format!("{path}: {} packages, {count} changed", new.package.len()));
+            for change in changes.into_iter().flatten() {
+                say("", change);
+            }
             packages = Some(new);
         } else {
             packages = Some(PackagesLock::load(&full)?);
@@ -63,6 +67,7 @@ pub fn lock(options: &Lock) -> Result<()> {
     if std::fs::metadata(&path).is_ok_and(|m| m.len() == 0) {
         std::fs::remove_file(&path).with_context(|| format!("removing the empty {path}"))?;
     }
+    say("lock", format!("{}: asking the index", request.requirement));
     let (lock, changes) = wheel::update(&request, &path)?;
     say("lock", format!("{}: {} wheels", api.lock.value, lock.wheels.len()));
     for change in changes {

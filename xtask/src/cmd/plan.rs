@@ -13,6 +13,7 @@ use crate::cli::{Format, PlanOptions, Show, Target};
 use crate::config::{self, Config};
 use crate::disk::layout::exact;
 use crate::facts::Facts;
+use crate::git;
 use crate::plan::{self, Plan, SourcePlan};
 use crate::progress::{names, say};
 use crate::release::pins::Pins;
@@ -110,10 +111,16 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
         options.channel.is_none(),
         "--channel chooses among several builds: --all or --changed-since says which"
     );
-    let (_, _, plan) = resolve(&options.target)?;
+    let (config, _, plan) = resolve(&options.target)?;
     match options.format {
         Format::Json => outln!("{}", text::json(&plan)?),
-        Format::Text => out!("{}", describe(&plan)),
+        Format::Text => {
+            out!("{}", describe(&plan));
+            if let (true, Some(commit)) = (plan.modified, &plan.commit) {
+                let changes = git::changes(&config.root, commit)?;
+                outln!(" {:<10} {}", "changes", names(&changes));
+            }
+        }
     }
     Ok(())
 }

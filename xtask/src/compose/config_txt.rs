@@ -63,13 +63,25 @@ pub fn check(
         };
         let mut look = |settings: &[Setting], first: &[Setting]| {
             for (key, file) in named(settings, first) {
+                // The line that says so, or that begins with it: a prefix may come from another.
+                let says = |setting: &&Setting| {
+                    setting.key == key
+                        && file.contains(
+                            setting.value.split([',', ':']).next().unwrap_or_default().trim(),
+                        )
+                };
+                let line = settings.iter().chain(first).find(says);
+                let place = line.map_or(NAME.to_owned(), |setting| {
+                    format!("{}:{}", setting.file.as_deref().unwrap_or(NAME), setting.line)
+                });
                 let mapped = key == "dtoverlay" && {
                     let folder = file.rsplit_once('/').map_or("", |(folder, _)| folder);
                     partitions.has(role, &format!("{folder}/{OVERLAY_MAP}"))
                 };
                 if !partitions.has(role, &file) && !mapped {
                     found.insert(format!(
-                        "{NAME} in the partition {role} names {file} (`{key}`), which is not there"
+                        "{place} in the partition {role} names {file} (`{key}`), which is not there\n    \
+                         help: add the file to `firmware` or `boot-files` of the board, or take the line out of {NAME}'s template"
                     ));
                 }
             }

@@ -370,8 +370,14 @@ fn values<T>(list: Vec<Located<T>>) -> Vec<T> {
 pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Board> {
     let shown = Utf8Path::new("board").join(name).join("board.toml");
     let own = Source::read(root, &shown)?;
-    let included = own
-        .paths("include")
+    let shared = own.paths("include");
+    if let Some(path) = shared.iter().find(|path| path.file_name() == Some("board.toml")) {
+        bail!(
+            "{shown}: `include` names {path}, which is another board\n\
+             help: a board includes files of board/common only; move what both share into one, or copy the board"
+        );
+    }
+    let included = shared
         .into_iter()
         .map(|path| Source::read(root, &path).with_context(|| format!("{shown} includes {path}")));
     let included = included.collect::<anyhow::Result<Vec<_>>>()?;

@@ -162,7 +162,13 @@ pub fn default_product(root: &Utf8Path) -> Result<String> {
 /// Unknown names, with the known ones; all findings of the first file that has any.
 pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Result<Config> {
     let name = match product {
-        Some(name) => name.to_owned(),
+        // A shell completes names of files.
+        Some(name) => {
+            let name = name.strip_prefix("./").unwrap_or(name);
+            let name = name.strip_prefix("configs/").unwrap_or(name);
+            let name = name.strip_prefix("examples/").unwrap_or(name);
+            name.strip_suffix(".toml").unwrap_or(name).to_owned()
+        }
         None => default_product(root)?,
     };
     known("product", &name, &[products(root)?, examples(root)?].concat())?;

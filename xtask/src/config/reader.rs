@@ -211,7 +211,8 @@ impl FromToml for u32 {
     const EXPECTED: &'static str = "a whole number from 0 to 4294967295";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let integer = value.as_integer().ok_or(String::new())?;
-        u32::from_str_radix(integer.as_str(), integer.radix()).map_err(|_| String::new())
+        u32::from_str_radix(integer.as_str(), integer.radix())
+            .map_err(|_| format!("{} is out of that range", integer.as_str()))
     }
 }
 
@@ -219,7 +220,7 @@ impl FromToml for u8 {
     const EXPECTED: &'static str = "a whole number from 0 to 255";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let number = u32::from_toml(value)?;
-        Self::try_from(number).map_err(|_| String::new())
+        Self::try_from(number).map_err(|_| format!("{number} is out of that range"))
     }
 }
 

@@ -25,7 +25,7 @@ const NETWORK: &[&str] = &[
     "CURL_CA_BUNDLE",
     "REQUESTS_CA_BUNDLE",
 ];
-/// ssh(1): the agent, and how it asks for a password.
+/// What git needs to call ssh(1): the agent, and how it asks for a password.
 const SSH: &[&str] = &[
     "SSH_AUTH_SOCK",
     "SSH_ASKPASS",
@@ -91,7 +91,6 @@ const SECRETS: [&str; 5] = ["TOKEN", "SECRET", "PASSWORD", "PASSPHRASE", "AUTHOR
 /// The groups of variables for a program, by its file's name.
 fn groups(program: &str) -> &'static [&'static [&'static str]] {
     match program.rsplit('/').next().unwrap_or(program) {
-        "ssh" | "sftp" => &[SSH],
         "git" => &[NETWORK, SSH, GIT],
         "python3" => &[NETWORK, PYTHON],
         "cargo" | "rustc" => &[NETWORK, CARGO],
@@ -99,6 +98,19 @@ fn groups(program: &str) -> &'static [&'static [&'static str]] {
         "xtask" => &[NETWORK, SSH, GIT, PYTHON, CARGO, APT, OWN],
         _ => &[],
     }
+}
+
+/// Whether a program reads its user's own settings, which may name any variable: `${NAME}` in ssh_config(5), and what a
+/// `ProxyCommand` or `Match exec` of it calls.
+fn is_its_users(program: &str) -> bool {
+    matches!(program.rsplit('/').next(), Some("ssh" | "sftp"))
+}
+
+/// Whether a variable is a secret, or a setting of ours, of cargo's or of an object store's, which no login needs.
+fn is_ours(name: &str) -> bool {
+    const OTHERS: [&str; 6] = ["SLIPWAY_", "CARGO_", "AWS_", "LD_", "GIT_", "PIP_"];
+    OTHERS.iter().any(|start| name.starts_with(start))
+        || SECRETS.iter().any(|word| name.to_ascii_uppercase().contains(word))
 }
 
 /// A pattern is a name, or the beginning of names and a `*`.
@@ -114,6 +126,9 @@ fn matches(pattern: &str, name: &str) -> bool {
 pub(super) fn of(program: &str) -> Vec<(String, OsString)> {
     let own = program.rsplit('/').next() == Some("xtask");
     let groups = groups(program);
+    if is_its_users(program) {
+        return variables(|name| !is_ours(name));
+    }
     let given = |name: &str| {
         EVERYBODY.iter().chain(groups.iter().copied().flatten()).any(|p| matches(p, name))
             || (own && name == crate::keys::PASSWORD_VARIABLE)
@@ -150,5 +165,11 @@ mod tests {
             assert!(!matches("CARGO_*", name), "{name}");
         }
         assert!(!matches("SLIPWAY_*", crate::keys::PASSWORD_VARIABLE));
+        for name in [crate::keys::PASSWORD_VARIABLE, "AWS_ACCESS_KEY_ID", "npm_token", "GIT_DIR"] {
+            assert!(is_ours(name), "{name}");
+        }
+        for name in ["XDG_RUNTIME_DIR", "KRB5CCNAME", "SSH_AUTH_SOCK", "https_proxy", "MY_JUMP"] {
+            assert!(!is_ours(name), "{name}");
+        }
     }
 }

@@ -48,7 +48,7 @@ impl Wifi {
     ///
     /// # Errors
     /// When no such network can exist (IEEE 802.11: an SSID has 1 to 32 bytes, a passphrase 8 to 63
-    /// printable ASCII characters).
+    /// printable ASCII characters; a key that was made of one, as `wpa_passphrase` prints it, 64 hexadecimal digits).
     pub fn new(ssid: &str, password: Option<String>) -> Result<Self> {
         ensure!(
             (1..=32).contains(&ssid.len()) && !ssid.chars().any(char::is_control),
@@ -56,10 +56,20 @@ impl Wifi {
             ssid.len()
         );
         if let Some(password) = &password {
+            let other = password.chars().position(|c| !(' '..='~').contains(&c));
             ensure!(
-                (8..=63).contains(&password.len())
-                    && password.bytes().all(|byte| (b' '..=b'~').contains(&byte)),
-                "the Wi-Fi's password has {} bytes, expected 8 to 63 printable ASCII characters",
+                other.is_none(),
+                "character {} of the Wi-Fi's password is not a printable ASCII character\n\
+                 help: expected 8 to 63 of them, or the 64 hexadecimal digits of wpa_passphrase; \
+                 is the file in UTF-8, without a byte order mark?",
+                other.map_or(0, |at| at + 1)
+            );
+            let is_key =
+                password.len() == 64 && password.bytes().all(|byte| byte.is_ascii_hexdigit());
+            ensure!(
+                is_key || (8..=63).contains(&password.len()),
+                "the Wi-Fi's password has {} characters, expected 8 to 63, or the 64 hexadecimal \
+                 digits of wpa_passphrase",
                 password.len()
             );
         }
@@ -101,7 +111,12 @@ pub fn check_hostname(name: &str) -> Result<()> {
 /// # Errors
 /// When the file cannot be read, holds a secret key, or holds no public one.
 pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
-    let file = std::fs::read(path).with_context(|| format!("reading {path}"))?;
+    let file = std::fs::read(path).with_context(|| match path.starts_with("~") {
+        true => {
+            format!("reading {path}\nhelp: the shell does not replace a `~` in quotes; write $HOME")
+        }
+        false => format!("reading {path}"),
+    })?;
     let keys = ssh_keys::parse(&file).map_err(|bad| bad.about(path))?;
     ensure!(
         keys.iter().all(|key| !key.has_options),

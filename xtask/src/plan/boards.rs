@@ -197,6 +197,7 @@ pub(super) fn plan(product: &Product, board: &Board, earlier: Vec<EarlierCard>) 
         compatible,
         eeprom_since: board.eeprom_since.as_ref().map(|day| day.value.0.clone()),
         left_out_revisions,
+        console_on_board: console.as_ref().is_some_and(|c| c.device == board.console.device),
         console,
         cmdline,
         device_trees: plain(&kernel.device_trees),

@@ -49,6 +49,12 @@ fn wrong(word: &str, flow: BootFlow) -> Option<(String, &'static str)> {
         let why = format!("sets {name}, which the boot files set for each slot");
         return Some((why, "leave it out"));
     }
+    // The last `console=` is /dev/console: one of a port here would speak where the product wants none.
+    let ports = word.split(' ').filter_map(|part| part.strip_prefix("console="));
+    if let Some(port) = ports.into_iter().find(|port| !port.starts_with("tty0")) {
+        let why = format!("sets the console {port}");
+        return Some((why, "set `console.device` of the board, or `console` of the product"));
+    }
     if let Some(c) = word.chars().find(|c| !c.is_ascii_graphic() && *c != ' ') {
         return Some((
             format!("has the character {c:?}"),

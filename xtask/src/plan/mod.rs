@@ -19,7 +19,7 @@ use crate::config::product::{Engine, Kind, Network, Ssh, Version};
 use crate::disk::layout::Layout;
 use crate::rootfs::buildroot::fragment::Defconfig;
 pub use identifiers::Identifiers;
-pub use resolve::resolve;
+pub use resolve::{packages, resolve};
 pub use sources::{SourcePlan, sources};
 
 /// One build. The only thing that stages read.
@@ -98,6 +98,8 @@ pub struct BoardPlan {
     pub left_out_revisions: Vec<String>,
     /// Serial console; none where the product wants none.
     pub console: Option<Console>,
+    /// Whether the console is on the board's own port: then firmware and U-Boot talk there, too.
+    pub console_on_board: bool,
     /// Kernel command line, with the consoles and the radio's country.
     pub cmdline: Vec<String>,
     /// Globs of device trees.

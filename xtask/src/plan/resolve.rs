@@ -12,7 +12,7 @@ use super::{
 };
 use crate::config::board::{Board, BootSource};
 use crate::config::product::{Engine, Kind, Product, User};
-use crate::config::reader::{Finding, Findings, Place};
+use crate::config::reader::{Finding, Findings, Located, Place};
 use crate::config::{self, Config};
 use crate::facts::Facts;
 use crate::rootfs::buildroot::fragment;
@@ -147,10 +147,13 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
         );
         out.push(Finding::new(&product.rootfs.engine.place, message, "it would never warn"));
     }
-    let locks = product.rootfs.lock.iter().map(|lock| (lock, "run `cargo xtask lock`"));
+    let lock_help = format!("run `cargo xtask lock --product {}`", product.name.value.0);
+    for path in &product.rootfs.lock {
+        must_exist(config, &path.place, &path.value, &lock_help, out);
+    }
     let keys = product.users.iter().flat_map(|user| &user.authorized_keys);
-    let with_help = |path| (path, "put the public key there, as ssh-keygen wrote it");
-    for (path, help) in locks.chain(keys.clone().map(with_help)) {
+    for path in keys.clone() {
+        let help = "put the public key there, as ssh-keygen wrote it";
         must_exist(config, &path.place, &path.value, help, out);
     }
     for path in keys {
@@ -162,9 +165,11 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
         }
     }
     if let Some(api) = &product.api {
-        let help = "run `cargo xtask lock`";
-        must_exist(config, &api.lock.place, &api.lock.value, help, out);
-        if !api.package.value.contains("==") {
+        must_exist(config, &api.lock.place, &api.lock.value, &lock_help, out);
+        let exact = api.package.value.split_once("==").is_some_and(|(name, version)| {
+            !name.is_empty() && !version.is_empty() && !version.contains(['*', '=', ';', ',', ' '])
+        });
+        if !exact {
             let message =
                 format!("`package`: expected `name==version`, found \"{}\"", api.package.value);
             out.push(Finding::new(&api.package.place, message, "name one exact version"));
@@ -302,6 +307,46 @@ const SYSTEM_FOLDERS: [&str; 34] = [
     "/var/tmp",
 ];
 
+const PACKAGE_HELP: &str = "write it as apt does: `nginx`, `nginx=1.22.1-9`, `nginx/bookworm-backports` or \
+                            `libc6:arm64`; a name has lower-case letters, digits, `+`, `-` and `.`";
+
+/// Whether a text names one package, in the forms that apt-get(8) takes for one: a name (Debian Policy, 5.6.1), perhaps
+/// with its architecture, and a version or a suite. What apt would take for a pattern, an option or a removal (a `-` at
+/// the end) is none.
+fn is_package(text: &str) -> bool {
+    let (text, suite) = text.split_once('/').map_or((text, None), |(t, s)| (t, Some(s)));
+    let (text, version) = text.split_once('=').map_or((text, None), |(t, v)| (t, Some(v)));
+    let (name, arch) = text.split_once(':').map_or((text, None), |(t, a)| (t, Some(a)));
+    let made_of = |part: &str, more: &str| {
+        part.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || more.contains(c))
+    };
+    let is_word = |part: Option<&str>, more: &str| {
+        part.is_none_or(|part| {
+            part.starts_with(|c: char| c.is_ascii_alphanumeric())
+                && made_of(&part.to_ascii_lowercase(), more)
+        })
+    };
+    name.len() > 1
+        && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+        && made_of(name, "+-.")
+        && !name.ends_with('-')
+        && is_word(arch, "-")
+        && is_word(version, "+-.:~")
+        && is_word(suite, "-.")
+        && !(version.is_some() && suite.is_some())
+}
+
+/// What is wrong with the names of packages, of a product and a board.
+pub fn packages(product: &Product, board: &Board) -> Vec<Finding> {
+    let boards = board.debian.iter().flat_map(|debian| &debian.packages);
+    let all = product.rootfs.packages.iter().chain(&product.rootfs.unpacked).chain(boards);
+    let finding = |package: &Located<String>| {
+        let message = format!("\"{}\" does not name a package of Debian", package.value);
+        Finding::new(&package.place, message, PACKAGE_HELP)
+    };
+    all.filter(|package| !is_package(&package.value)).map(finding).collect()
+}
+
 fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
     let rootfs = &product.rootfs;
     let place = &rootfs.engine.place;
@@ -317,6 +362,7 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
             needs(rootfs.lock.is_some(), "lock");
             needs(!rootfs.components.is_empty(), "components");
             needs(!rootfs.packages.is_empty(), "packages");
+            out.extend(packages(product, board));
             if board.debian.is_none() {
                 let message =
                     format!("the engine debian does not know the board {}", board.name.value.0);

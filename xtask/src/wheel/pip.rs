@@ -1,6 +1,8 @@
 //! The machine's own pip, the resolver and downloader. It brings its own configuration (index,
 //! proxy, certificates); nothing here names a host.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
@@ -10,6 +12,25 @@ use crate::exec::Tool;
 /// `install --report` began with pip 22.2; Debian 12 has 23.0.
 const OLDEST: (u32, u32) = (22, 2);
 
+/// The settings of its user that pip keeps: where from, and over which connection. Any other, from a file or from a
+/// variable, could change which wheels are chosen, and so make two locks of one commit.
+const KEPT: [&str; 14] = [
+    "cache-dir",
+    "cert",
+    "client-cert",
+    "default-timeout",
+    "extra-index-url",
+    "find-links",
+    "index-url",
+    "keyring-provider",
+    "no-cache-dir",
+    "no-index",
+    "proxy",
+    "retries",
+    "timeout",
+    "trusted-host",
+];
+
 /// A pip that works.
 #[derive(Debug, Clone)]
 pub struct Pip {
@@ -17,6 +38,8 @@ pub struct Pip {
     pub version: String,
     /// The Python that has it.
     python: &'static str,
+    /// What is kept of its user's settings: the variable and its value.
+    settings: Vec<(String, String)>,
     log: Option<Utf8PathBuf>,
 }
 
@@ -42,7 +65,13 @@ impl Pip {
             OLDEST.0,
             OLDEST.1
         );
-        Ok(Self { version, python, log: log.map(Utf8Path::to_owned) })
+        let listed = Tool::new(python)
+            .args(["-m", "pip", "config", "list", "--disable-pip-version-check"])
+            .env("LC_ALL", "C.UTF-8")
+            .read()
+            .context("asking pip for its settings")?;
+        let settings = kept(&listed);
+        Ok(Self { version, python, settings, log: log.map(Utf8Path::to_owned) })
     }
 
     /// A pip command for wheels of the target; settings of the user that would change what is
@@ -58,13 +87,16 @@ impl Pip {
         for platform in target.platforms() {
             tool = tool.args(["--platform", &platform]);
         }
-        for setting in ["PIP_USER", "PIP_REQUIRE_VIRTUALENV", "PIP_PRE"] {
-            tool = tool.env(setting, "0");
+        for (name, _) in std::env::vars_os() {
+            if let Some(name) = name.to_str().filter(|name| name.starts_with("PIP_")) {
+                tool = tool.env_remove(name);
+            }
         }
-        for setting in ["PIP_CONSTRAINT", "PIP_TARGET", "PIP_PREFIX", "PIP_QUIET", "PIP_LOG"] {
-            tool = tool.env_remove(setting);
+        // pip reads no file then (User Guide, "Configuration").
+        tool = tool.env("PIP_CONFIG_FILE", "/dev/null").env("LC_ALL", "C.UTF-8");
+        for (name, value) in &self.settings {
+            tool = tool.env(name, value);
         }
-        tool = tool.env("LC_ALL", "C.UTF-8");
         match &self.log {
             Some(log) => tool.log(log),
             None => tool,
@@ -103,6 +135,66 @@ impl Pip {
     }
 }
 
+/// What `pip config list` says of the settings that are kept, as variables: `global.index-url='…'`, of a command such as
+/// `download.no-index='1'`, of the environment `:env:.proxy='…'`. The later in this order outweighs the earlier.
+fn kept(listed: &str) -> Vec<(String, String)> {
+    let mut found: BTreeMap<&str, (u8, String)> = BTreeMap::new();
+    for line in listed.lines() {
+        let setting = line.split_once('=').and_then(|(name, value)| {
+            let (section, key) = name.rsplit_once('.')?;
+            Some((section, key, value))
+        });
+        let Some((section, key, value)) = setting else { continue };
+        let rank = match section {
+            "global" => 0,
+            "install" => 1,
+            "download" => 2,
+            ":env:" => 3,
+            _ => continue,
+        };
+        let known = found.get(key).is_some_and(|(known, _)| *known > rank);
+        if let (true, false, Some(text)) = (KEPT.contains(&key), known, unquoted(value)) {
+            found.insert(key, (rank, text));
+        }
+    }
+    let variable = |key: &str| format!("PIP_{}", key.to_uppercase().replace('-', "_"));
+    found.into_iter().map(|(key, (_, value))| (variable(key), value)).collect()
+}
+
+/// A string as Python's `repr` writes it.
+fn unquoted(text: &str) -> Option<String> {
+    let quote = text.chars().next().filter(|c| matches!(c, '\'' | '"'))?;
+    let inner = text.strip_prefix(quote)?.strip_suffix(quote)?;
+    let mut plain = String::with_capacity(inner.len());
+    let mut rest = inner.chars();
+    while let Some(c) = rest.next() {
+        let escaped = match c {
+            '\\' => rest.next()?,
+            other => {
+                plain.push(other);
+                continue;
+            }
+        };
+        let digits = match escaped {
+            'n' => Err('\n'),
+            't' => Err('\t'),
+            'r' => Err('\r'),
+            'x' => Ok(2),
+            'u' => Ok(4),
+            'U' => Ok(8),
+            other => Err(other),
+        };
+        match digits {
+            Err(c) => plain.push(c),
+            Ok(count) => {
+                let code: String = rest.by_ref().take(count).collect();
+                plain.push(char::from_u32(u32::from_str_radix(&code, 16).ok()?)?);
+            }
+        }
+    }
+    Some(plain)
+}
+
 /// The wheel's file name at the end of a link, with percent signs decoded.
 pub fn wheel_file(link: &str) -> Option<String> {
     let path = link.split(['#', '?']).next()?;
@@ -119,4 +211,30 @@ pub fn wheel_file(link: &str) -> Option<String> {
         }
     }
     String::from_utf8(bytes).ok().filter(|file| file.ends_with(".whl"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_pips_settings_only_those_of_its_sources_are_kept() {
+        // As pip 23.0 prints them.
+        let listed = "global.index-url='https://us\\'er@h.example/simple'\n\
+                      global.extra-index-url='\\nhttps://a\\nhttps://b'\n\
+                      global.require-hashes='true'\nglobal.constraint='/etc/c.txt'\n\
+                      install.no-deps='yes'\ndownload.timeout='60'\nglobal.timeout='5'\n\
+                      :env:.abi='cp39'\n:env:.proxy=\"http://o'h:1\"\nlist.format='json'\n";
+        let kept: Vec<String> = kept(listed).iter().map(|(n, v)| format!("{n}={v}")).collect();
+        assert_eq!(
+            kept,
+            [
+                "PIP_EXTRA_INDEX_URL=\nhttps://a\nhttps://b",
+                "PIP_INDEX_URL=https://us'er@h.example/simple",
+                "PIP_PROXY=http://o'h:1",
+                "PIP_TIMEOUT=60",
+            ]
+        );
+        assert_eq!(unquoted(r"'\x41\u00e4\\'"), Some("Aä\\".to_owned()));
+    }
 }

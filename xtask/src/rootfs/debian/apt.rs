@@ -221,6 +221,18 @@ impl PrivateApt {
         self.tool("apt-get").args(args).log(&self.log).read()
     }
 
+    /// Why `apt-get install` cannot have these packages: what apt says on its standard output, where it is not asked to be
+    /// quiet: which packages conflict or lack something, and what provides a virtual one.
+    pub fn reasons_against(&self, packages: &[&str]) -> Vec<String> {
+        let mut said = Vec::new();
+        let tool = self.tool("apt-get").args(["-q", "--simulate", "install", "--"]).args(packages);
+        // That it fails is why it is asked.
+        match tool.run_lines(|line| said.push(line.to_owned())) {
+            Ok(()) => Vec::new(),
+            Err(_) => against(&said),
+        }
+    }
+
     /// What `apt-cache` prints for these arguments.
     pub fn cache(&self, args: impl IntoIterator<Item = impl AsRef<str>>) -> Result<String> {
         self.tool("apt-cache").args(args).log(&self.log).read()
@@ -245,6 +257,30 @@ fn reasons(said: &[String]) -> Vec<String> {
             found.push(reason);
         }
     }
+    found
+}
+
+/// The paragraphs of apt's answer that say what is in the way.
+fn against(said: &[String]) -> Vec<String> {
+    const BEGIN: [&str; 2] =
+        ["The following packages have unmet dependencies", "is a virtual package"];
+    /// More is no help.
+    const MOST: usize = 12;
+    let mut found = Vec::new();
+    let mut inside = false;
+    for line in said {
+        if BEGIN.iter().any(|begin| line.contains(begin)) {
+            inside = true;
+            if line.contains(BEGIN[1]) {
+                found.push(line.trim().to_owned());
+            }
+        } else if inside && line.starts_with(' ') {
+            found.push(line.split_whitespace().collect::<Vec<_>>().join(" "));
+        } else {
+            inside = false;
+        }
+    }
+    found.truncate(MOST);
     found
 }
 
@@ -283,6 +319,29 @@ mod tests {
     use super::{host_mirrors, reasons};
 
     const OS: &str = "ID=debian\nVERSION_CODENAME=bookworm\n";
+
+    /// As apt 2.6 says it.
+    #[test]
+    fn what_is_in_the_way_is_found_in_what_apt_says() {
+        let said = "Reading package lists...\nThe following information may help to resolve the situation:\n\
+                    \n\
+                    The following packages have unmet dependencies:\n\
+                    \x20chrony : Conflicts: time-daemon\n\
+                    \x20systemd-timesyncd : Conflicts: time-daemon\n\
+                    E: Unable to correct problems\n\
+                    Package awk is a virtual package provided by:\n  mawk 1.3.4\n  gawk 1:5.2\nYou should pick one.\n";
+        let said: Vec<String> = said.lines().map(str::to_owned).collect();
+        assert_eq!(
+            super::against(&said),
+            [
+                "chrony : Conflicts: time-daemon",
+                "systemd-timesyncd : Conflicts: time-daemon",
+                "Package awk is a virtual package provided by:",
+                "mawk 1.3.4",
+                "gawk 1:5.2",
+            ]
+        );
+    }
 
     #[test]
     fn the_hosts_mirrors_are_found_by_origin_and_label() {

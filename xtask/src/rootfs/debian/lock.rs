@@ -121,7 +121,45 @@ pub enum Archive {
     Source(String),
 }
 
+impl PackagesLock {
+    /// What differs in a newer lock, a line for each package: versions, and the archive where that is another.
+    pub fn changes(&self, newer: &Self) -> Vec<String> {
+        let by_name = |lock: &Self| -> BTreeMap<(Role, String, String), LockedPackage> {
+            let key = |p: &LockedPackage| (p.role, p.name.clone(), p.arch.clone());
+            lock.package.iter().map(|p| (key(p), p.clone())).collect()
+        };
+        let (old, new) = (by_name(self), by_name(newer));
+        let keys: BTreeSet<_> = old.keys().chain(new.keys()).collect();
+        let line = |key: &(Role, String, String)| match (old.get(key), new.get(key)) {
+            (Some(old), Some(new)) if old.sha256 == new.sha256 && old.archive == new.archive => {
+                None
+            }
+            (Some(old), Some(new)) => {
+                let moved = (old.archive != new.archive)
+                    .then(|| format!(", now from {}", new.archive.shown()))
+                    .unwrap_or_default();
+                Some(format!("{} {} -> {}{moved}", key.1, old.version, new.version))
+            }
+            (None, Some(new)) => {
+                Some(format!("{} {} added, from {}", key.1, new.version, new.archive.shown()))
+            }
+            (Some(old), None) => Some(format!("{} {} removed", key.1, old.version)),
+            (None, None) => None,
+        };
+        keys.into_iter().filter_map(line).collect()
+    }
+}
+
 impl Archive {
+    /// Its name in messages.
+    fn shown(&self) -> &str {
+        match self {
+            Self::Debian => "Debian",
+            Self::Security => "Debian's security archive",
+            Self::Source(name) => name,
+        }
+    }
+
     fn address<'m>(&self, mirrors: &'m Mirrors) -> Result<&'m str> {
         Ok(match self {
             Self::Debian => &mirrors.archive,
@@ -268,8 +306,10 @@ pub fn lock(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<Pa
     package.extend(host::lock(mirrors, cache)?);
     let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
-        Ok(text) => text.parse().context("SOURCE_DATE_EPOCH is not a number of seconds")?,
-        Err(_) => now().context("this machine's clock stands before 1970")?.as_secs(),
+        Ok(text) if !text.trim().is_empty() => {
+            text.trim().parse().context("SOURCE_DATE_EPOCH is not a number of seconds")?
+        }
+        _ => now().context("this machine's clock stands before 1970")?.as_secs(),
     };
     finish(spec, epoch, package)
 }
@@ -316,11 +356,23 @@ fn solve(
     kept: &[LockedDeb],
     offers: &Offers,
 ) -> Result<Vec<LockedPackage>> {
-    let mut install = vec!["-qq", "--print-uris", "install", ESSENTIAL];
-    install.extend(spec.packages.iter().map(String::as_str));
-    let root = apt
-        .get(install)
-        .with_context(|| format!("choosing the packages of {} for {}", spec.suite, spec.arch))?;
+    let mut wanted = vec![ESSENTIAL];
+    wanted.extend(spec.packages.iter().map(String::as_str));
+    let install =
+        ["-qq", "--print-uris", "install", "--"].into_iter().chain(wanted.iter().copied());
+    let root = apt.get(install).map_err(|error| {
+        let reasons = apt.reasons_against(&wanted);
+        let doing = format!("choosing the packages of {} for {}", spec.suite, spec.arch);
+        if reasons.is_empty() {
+            return error.context(doing);
+        }
+        anyhow!(
+            "{doing}: apt cannot install them together\n  - {}\n\
+             help: change `packages` in the product's file or the board's: name one of those that conflict, \
+             and instead of a virtual package one that provides it",
+            reasons.join("\n  - ")
+        )
+    })?;
     let is_kept = |line: &&str| {
         let hash = repo::hash_in(line);
         line.starts_with(repo::URI_PREFIX) && kept.iter().any(|d| hash == Some(&d.file.sha256))
@@ -361,7 +413,8 @@ pub(super) fn lock_unpacked(
     for name in names {
         wanted.push(kernel_behind(apt, name)?.unwrap_or_else(|| name.clone()));
     }
-    let args = ["-qq", "--print-uris", "download"].map(str::to_owned).into_iter().chain(wanted);
+    let args =
+        ["-qq", "--print-uris", "download", "--"].map(str::to_owned).into_iter().chain(wanted);
     let uris = apt.get(args).context("choosing the packages that are only unpacked")?;
     locked_from_uris(apt, &uris, mirrors, offers, role)
 }
