@@ -371,8 +371,9 @@ pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Board> {
     let shown = Utf8Path::new("board").join(name).join("board.toml");
     let own = Source::read(root, &shown)?;
     let shared = own.paths("include");
-    if let Some(path) = shared.iter().find(|path| path.file_name() == Some("board.toml")) {
-        bail!(
+    let is_board = |path: &&Utf8PathBuf| path.file_name() == Some("board.toml") && **path != shown;
+    if let Some(path) = shared.iter().find(is_board) {
+        anyhow::bail!(
             "{shown}: `include` names {path}, which is another board\n\
              help: a board includes files of board/common only; move what both share into one, or copy the board"
         );

@@ -148,7 +148,7 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
         out.push(Finding::new(&product.rootfs.engine.place, message, "it would never warn"));
     }
     let lock_help = format!("run `cargo xtask lock --product {}`", product.name.value.0);
-    for path in &product.rootfs.lock {
+    if let Some(path) = &product.rootfs.lock {
         must_exist(config, &path.place, &path.value, &lock_help, out);
     }
     let keys = product.users.iter().flat_map(|user| &user.authorized_keys);
