@@ -135,9 +135,10 @@ impl PackagesLock {
                 None
             }
             (Some(old), Some(new)) => {
-                let moved = (old.archive != new.archive)
-                    .then(|| format!(", now from {}", new.archive.shown()))
-                    .unwrap_or_default();
+                let moved = match old.archive == new.archive {
+                    true => String::new(),
+                    false => format!(", now from {}", new.archive.shown()),
+                };
                 Some(format!("{} {} -> {}{moved}", key.1, old.version, new.version))
             }
             (None, Some(new)) => {
