@@ -486,9 +486,12 @@ pub enum Keys {
     },
     /// Make the next release key. The one before stays trusted unless it is revoked.
     Rotate {
-        /// Revoke all release keys before the new one.
+        /// Revoke all keys of that kind before the new one.
         #[arg(long)]
         revoke: bool,
+        /// The development key instead, which has no password: after a theft, for example.
+        #[arg(long)]
+        development: bool,
     },
     /// Revoke a release key: what only it has signed counts no more on robots that know of it.
     Revoke {

@@ -154,9 +154,26 @@ impl Keys {
         let path = dir.join(KEY_SET);
         let set = match std::fs::read(&path) {
             Ok(json) => KeySet::parse(&json).with_context(|| format!("reading {path}"))?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => KeySet::default(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                // A new set would begin at serial 1, and robots that know a later one would take it for an old one.
+                if let Some(key) = left_key(dir)? {
+                    bail!(
+                        "{dir} has {key}, and no {KEY_SET}, which says of each key what it may sign\n\
+                         help: bring {KEY_SET} back from a copy of the folder, or begin anew with SLIPWAY_KEYS in an empty one: \
+                         robots that trust these keys take nothing that the new ones sign"
+                    );
+                }
+                KeySet::default()
+            }
             Err(error) => return Err(error).with_context(|| format!("reading {path}")),
         };
+        let mode = std::fs::metadata(dir).map_or(0, |about| about.permissions().mode());
+        if mode & 0o022 != 0 {
+            progress::warn(format!(
+                "the key directory {dir} may be written by others (mode {:03o}), who so choose whom robots trust: chmod 700 it",
+                mode & 0o777
+            ));
+        }
         Ok(Self { dir: dir.to_owned(), set, _lock: lock })
     }
 
@@ -286,8 +303,9 @@ impl Keys {
         ensure!(
             set.keys.iter().any(|other| other.kind == key.kind && !other.revoked),
             "revoking the key {id}: no other {} key would be left, and nothing could be signed\n\
-             help: `cargo xtask keys rotate` makes its successor first",
-            key.kind
+             help: `cargo xtask keys rotate{}` makes its successor first",
+            key.kind,
+            if key.kind == Kind::Development { " --development" } else { "" }
         );
         self.save(set)?;
         Ok(key)
@@ -402,6 +420,18 @@ fn password(what: &str) -> Result<Option<String>> {
             bail!("{what}: {PASSWORD_VARIABLE} is not UTF-8")
         }
     }
+}
+
+/// A signing key's file in a directory, if there is one.
+fn left_key(dir: &Utf8Path) -> Result<Option<String>> {
+    for entry in dir.read_dir_utf8().with_context(|| format!("reading {dir}"))? {
+        let name = entry.with_context(|| format!("reading {dir}"))?.file_name().to_owned();
+        let is_ours = ["release-", "development-"].iter().any(|start| name.starts_with(start));
+        if is_ours && (name.ends_with(".key") || name.ends_with(".pub")) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
 }
 
 /// An opened signing key.

@@ -120,7 +120,7 @@ const VERBS: [(&str, &[&str]); 28] = [
     ("lock", &["--product", "--only"]),
     ("keys new", &["release key"]),
     ("keys list", &["--format"]),
-    ("keys rotate", &["--revoke"]),
+    ("keys rotate", &["--revoke", "--development"]),
     ("doctor", &["--install", "--format"]),
     ("test", &["--all", "--quick", "--no-install"]),
     ("check", &["formatting"]),

@@ -117,7 +117,7 @@ fn every_line_of_the_threat_model_names_tests_that_are_there() {
                 continue;
             }
             named += 1;
-            let there = source.as_ref().is_some_and(|text| text.contains(&format!("fn {span}()")));
+            let there = source.as_ref().is_some_and(|text| is_run(text, span));
             if !there {
                 findings.push(format!("SECURITY.md: {attacker}: there is no test `{span}`"));
             }
@@ -129,6 +129,28 @@ fn every_line_of_the_threat_model_names_tests_that_are_there() {
     }
     assert!(checked > 20, "only {checked} tests named");
     complain(findings);
+}
+
+/// Whether a source has a test of this name that runs.
+fn is_run(text: &str, name: &str) -> bool {
+    let head = format!("fn {name}()");
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    let Some(at) = lines.iter().position(|line| line.starts_with(&head)) else { return false };
+    // Attributes and comments stand right before it.
+    let before = lines[..at].iter().rev().take_while(|line| line.starts_with(['#', '/']));
+    let attributes: Vec<&&str> = before.filter(|line| line.starts_with('#')).collect();
+    attributes.iter().any(|line| **line == "#[test]")
+        && !attributes.iter().any(|line| line.starts_with("#[ignore"))
+}
+
+#[test]
+fn a_test_that_does_not_run_is_none() {
+    assert!(is_run("#[test]\nfn a() {\n", "a"));
+    assert!(is_run("/// Why.\n#[test]\n#[cfg(unix)]\nfn a() -> Result<()> {\n", "a"));
+    assert!(!is_run("fn a() {\n", "a"));
+    assert!(!is_run("#[test]\n#[ignore = \"slow\"]\nfn a() {\n", "a"));
+    assert!(!is_run("#[test]\n// fn a() {\n", "a"));
+    assert!(!is_run("#[test]\nfn ab() {}\n\nfn a() {}\n", "a"));
 }
 
 /// The calls of our tool that a line shows.

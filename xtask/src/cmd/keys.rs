@@ -4,7 +4,7 @@ use anyhow::Result;
 use bundle::Kind;
 
 use crate::cli::{Format, Keys as Verb};
-use crate::keys::{Keys, directory};
+use crate::keys::{Keys, Listed, directory};
 use crate::progress::say;
 use crate::{outln, text};
 
@@ -19,16 +19,25 @@ pub fn keys(verb: &Verb) -> Result<()> {
             let key = keys.new_key(Kind::Release)?;
             outln!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
         }
-        Verb::Rotate { revoke } => {
-            let key = keys.rotate(Kind::Release, *revoke)?;
-            outln!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
+        Verb::Rotate { revoke, development } => {
+            let kind = if *development { Kind::Development } else { Kind::Release };
+            let key = keys.rotate(kind, *revoke)?;
+            outln!("made the {kind} key {} of epoch {} in {}", key.id, key.epoch, directory()?);
+            let is_older = |listed: &Listed| {
+                let (older, known) = (listed.key.epoch < key.epoch, listed.key.kind == kind);
+                older && known && !listed.key.revoked && listed.secret.is_some()
+            };
+            let signs_on = keys.list().iter().any(is_older);
             say(
                 "keys",
-                match revoke {
-                    false => {
+                match (revoke, signs_on) {
+                    (false, true) => {
                         "bundles are signed by the older keys as well: robots learn of the new one with their next update"
                     }
-                    true => {
+                    (false, false) => {
+                        "no older key can sign here, its secret part is missing: robots that know only that one refuse what is signed from now on"
+                    }
+                    (true, _) => {
                         "robots that know only the revoked keys take no bundle any more: carry the key set to them, signed by a key that they know (docs/slotd.md, Keys)"
                     }
                 },

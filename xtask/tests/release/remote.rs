@@ -225,13 +225,13 @@ fn a_web_server_and_standard_tools_are_enough_to_read() {
 
     let key = &bench.keys().keys[0];
     let public: Utf8PathBuf = dir.join("keys").join(format!("development-1-{}.pub", key.id));
-    let run = |name: &str| {
+    let run_in = |name: &str, channel: &str| {
         let work = dir.join(name);
         fs::create_dir_all(&work).unwrap();
         let environment: BTreeMap<_, _> = [
             ("BASE", base.as_str()),
             ("KEY", public.as_str()),
-            ("CHANNEL", "nightly"),
+            ("CHANNEL", channel),
             ("PRODUCT", "robot"),
             ("BOARD", "one"),
             ("ROLE", "part-3"),
@@ -241,6 +241,11 @@ fn a_web_server_and_standard_tools_are_enough_to_read() {
         shell.args(["-c", &documented()]).current_dir(&work).envs(environment);
         (work, shell.output().unwrap())
     };
+    let run = |name: &str| run_in(name, "nightly");
+    // Another channel's index under this one's name, well signed.
+    fs::copy(dir.join("www/channels/nightly.json"), dir.join("www/channels/stable.json")).unwrap();
+    let (work, output) = run_in("mixed", "stable");
+    assert!(!output.status.success() && !work.join("release.json").exists(), "{output:?}");
     let (work, output) = run("good");
     good(output);
     let name = "robot-1.1.0-part-3";
