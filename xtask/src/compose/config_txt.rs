@@ -168,7 +168,9 @@ mod tests {
             let rest = said.split_once(" names ").expect("a file").1;
             rest.split_once(" (").expect("a key").0.to_owned()
         };
-        missing.iter().map(file).collect()
+        let mut files: Vec<String> = missing.iter().map(file).collect();
+        files.sort();
+        files
     }
 
     #[test]
