@@ -494,3 +494,37 @@ fn boot_files(config: &Config, out: &mut Vec<Finding>) -> Vec<BootFilePlan> {
     }
     files
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_package_is_named_as_apt_names_one() {
+        for good in [
+            "nginx",
+            "libstdc++6",
+            "g++",
+            "libc6:arm64",
+            "vim=2:9.0.1378-2+deb12u2",
+            "linux-image-arm64/bookworm-backports",
+        ] {
+            assert!(is_package(good), "{good}");
+        }
+        for bad in [
+            "",
+            "a",
+            "-less",
+            "less-",
+            "Less",
+            "less ",
+            "python3-*",
+            "vim=2:9*",
+            "a b",
+            "vim=1/x",
+            "?essential",
+        ] {
+            assert!(!is_package(bad), "{bad}");
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! Fetches what the lock names. Mirrors drop superseded versions: then just the vanished ones are
 //! resolved again with all others pinned, loudly, unless the build insists on its lock.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail};
 use camino::Utf8Path;
@@ -224,18 +224,17 @@ fn replace(
 
 /// What changed between two locks, by role, name and architecture.
 pub fn differences(old: &PackagesLock, new: &PackagesLock) -> Vec<Replaced> {
-    let versions = |lock: &PackagesLock| -> BTreeMap<(Role, String, String), (String, String)> {
-        let key = |p: &LockedPackage| (p.role, p.name.clone(), p.arch.clone());
-        lock.package.iter().map(|p| (key(p), (p.version.clone(), p.sha256.clone()))).collect()
-    };
-    let (old, new) = (versions(old), versions(new));
+    let (old, new) = (old.by_key(), new.by_key());
     let keys: BTreeSet<_> = old.keys().chain(new.keys()).collect();
     keys.into_iter()
-        .filter(|key| old.get(key) != new.get(key))
+        .filter(|key| {
+            let (old, new) = (old.get(*key), new.get(*key));
+            old.map(|p| (&p.version, &p.sha256)) != new.map(|p| (&p.version, &p.sha256))
+        })
         .map(|key| Replaced {
-            name: key.1.clone(),
-            old: old.get(key).map(|(version, _)| version.clone()),
-            new: new.get(key).map(|(version, _)| version.clone()),
+            name: key.1.to_owned(),
+            old: old.get(key).map(|package| package.version.clone()),
+            new: new.get(key).map(|package| package.version.clone()),
         })
         .collect()
 }

@@ -121,16 +121,20 @@ pub enum Archive {
     Source(String),
 }
 
+/// What a package is known by in two locks: its role, name and architecture.
+pub(super) type PackageKey<'a> = (Role, &'a str, &'a str);
+
 impl PackagesLock {
+    /// The packages, each under what it is known by.
+    pub(super) fn by_key(&self) -> BTreeMap<PackageKey<'_>, &LockedPackage> {
+        self.package.iter().map(|p| ((p.role, p.name.as_str(), p.arch.as_str()), p)).collect()
+    }
+
     /// What differs in a newer lock, a line for each package: versions, and the archive where that is another.
     pub fn changes(&self, newer: &Self) -> Vec<String> {
-        let by_name = |lock: &Self| -> BTreeMap<(Role, String, String), LockedPackage> {
-            let key = |p: &LockedPackage| (p.role, p.name.clone(), p.arch.clone());
-            lock.package.iter().map(|p| (key(p), p.clone())).collect()
-        };
-        let (old, new) = (by_name(self), by_name(newer));
+        let (old, new) = (self.by_key(), newer.by_key());
         let keys: BTreeSet<_> = old.keys().chain(new.keys()).collect();
-        let line = |key: &(Role, String, String)| match (old.get(key), new.get(key)) {
+        let line = |key: &PackageKey<'_>| match (old.get(key), new.get(key)) {
             (Some(old), Some(new)) if old.sha256 == new.sha256 && old.archive == new.archive => {
                 None
             }
@@ -577,4 +581,63 @@ pub(super) fn solve_with_kept(
     let solved = apt.update().and_then(|()| solve(&apt, spec, mirrors, kept, &offers));
     apt.pin("")?;
     solved
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lock(packages: &[(&str, &str, Archive)]) -> PackagesLock {
+        let package = |(name, version, archive): &(&str, &str, Archive)| LockedPackage {
+            role: Role::Root,
+            name: (*name).to_owned(),
+            arch: "arm64".to_owned(),
+            version: (*version).to_owned(),
+            archive: archive.clone(),
+            filename: format!("pool/{name}.deb"),
+            size: 1,
+            sha256: format!("{name} {version}"),
+        };
+        let request = DebianSpec {
+            suite: "bookworm".to_owned(),
+            components: Vec::new(),
+            arch: "arm64".to_owned(),
+            packages: Vec::new(),
+            extra: Vec::new(),
+            sources: Vec::new(),
+        };
+        PackagesLock {
+            version: 1,
+            epoch: 0,
+            request,
+            package: packages.iter().map(package).collect(),
+        }
+    }
+
+    #[test]
+    fn each_package_that_changes_moves_comes_or_goes_is_told() {
+        let acme = || Archive::Source("acme".to_owned());
+        let old = lock(&[
+            ("bash", "5", Archive::Debian),
+            ("curl", "7", Archive::Debian),
+            ("less", "590", Archive::Debian),
+            ("vim", "9", Archive::Debian),
+        ]);
+        let new = lock(&[
+            ("bash", "5", Archive::Debian),
+            ("curl", "8", Archive::Debian),
+            ("less", "590", acme()),
+            ("motor", "1", acme()),
+        ]);
+        assert_eq!(
+            old.changes(&new),
+            [
+                "curl 7 -> 8",
+                "less 590 -> 590, now from acme",
+                "motor 1 added, from acme",
+                "vim 9 removed",
+            ]
+        );
+        assert_eq!(old.changes(&old), [""; 0]);
+    }
 }
