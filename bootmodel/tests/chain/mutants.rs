@@ -755,3 +755,17 @@ fn a_key_may_be_unknown_when_a_line_says_why() {
     );
     assert!(check(&card, &facts()).stops().next().is_none());
 }
+
+/// The driver takes the chip's settings where there are none of the model; those of another chip are none.
+#[test]
+fn settings_of_a_chip_are_wi_fi_for_its_models() {
+    for (chip, finding) in [("43455", false), ("43430", true)] {
+        let mut card = card_3();
+        for slot in &mut card.slots {
+            slot.files.retain(|name, _| !name.contains("3-model-a-plus"));
+        }
+        slots(&mut card, &format!("usr/lib/firmware/brcm/brcmfmac{chip}-sdio.txt"), "");
+        let verdict = check(&card, &facts());
+        assert_eq!(shown(&verdict).contains("wifi-settings"), finding, "{chip}");
+    }
+}
