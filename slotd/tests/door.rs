@@ -12,6 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 
 use bundle::bootstate::Slot;
+use common::rights::is_root;
 use common::{Plan, Robot, bundle_of, bundle_of_version, new_system};
 use serde_json::Value;
 
@@ -153,8 +154,7 @@ fn a_client_of_somebodys_own_gets_no_further() {
 #[test]
 fn another_user_is_refused_also_where_the_socket_lets_him() {
     // Only root can be somebody else.
-    let id = Command::new("id").arg("-u").output().unwrap();
-    if id.stdout != b"0\n" {
+    if !is_root("another_user_is_refused_also_where_the_socket_lets_him") {
         return;
     }
     let robot = robot();

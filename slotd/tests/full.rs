@@ -1,6 +1,6 @@
 //! A full `data`, of blocks or of inodes, filled by a user without rights, keeps no system update out: it is installed,
 //! started and committed on both boot flows, on a card with the agent's reserve and on one from before it. On a real
-//! ext4 behind a loop device, where there is one; else on a file system in memory.
+//! ext4 behind a loop device, where root has one; else on a file system in memory.
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
@@ -19,8 +19,8 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
 use bundle::bootstate::Slot;
+use common::rights::is_root;
 use common::{Plan, Robot, bundle_of_version, new_system, write};
-use rustix::process::geteuid;
 use slotd::boot::{BootFlow, Trial, Tryboot};
 use slotd::device::Device;
 use slotd::events::Events;
@@ -43,12 +43,8 @@ enum Out {
 struct Data(PathBuf);
 
 impl Data {
-    /// 80 MiB and 512 inodes, without a reserve for root, as cards in the field are; `None` without the right to mount.
-    fn mount(robot: &Robot) -> Option<Self> {
-        if !geteuid().is_root() {
-            println!("skipped: mounting a file system needs root");
-            return None;
-        }
+    /// 80 MiB and 512 inodes, without a reserve for root, as cards in the field are.
+    fn mount(robot: &Robot) -> Self {
         let (image, data) = (robot.path("data.img"), robot.path("data"));
         fs::create_dir_all(&data).unwrap();
         fs::set_permissions(robot.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -61,12 +57,13 @@ impl Data {
         let ext4 = run("mke2fs", &["-q", "-F", "-t", "ext4", "-m", "0", "-N", "512"], &[&image])
             && run("mount", &["-t", "ext4", "-o", "loop,nodev,nosuid"], &[&image, &data]);
         let options = ["-t", "tmpfs", "-o", "size=80m,nr_inodes=512,mode=0755,nodev", "tmpfs"];
-        if !ext4 && !run("mount", &options, &[&data]) {
-            println!("skipped: neither a loop device nor a file system in memory can be mounted");
-            return None;
-        }
+        assert!(
+            ext4 || run("mount", &options, &[&data]),
+            "root can mount neither a loop device nor a file system in memory\n\
+             help: in a container the test needs the right to mount (--privileged)"
+        );
         println!("on {}", if ext4 { "ext4" } else { "tmpfs" });
-        Some(Self(data))
+        Self(data)
     }
 
     /// A user's home takes all there is.
@@ -158,9 +155,12 @@ const CASES: [(Out, bool); 4] =
 
 #[test]
 fn a_full_data_keeps_no_update_out_with_uboot() {
+    if !is_root("a_full_data_keeps_no_update_out_with_uboot") {
+        return;
+    }
     for (out, reserve) in CASES {
         let robot = robot();
-        let Some(data) = Data::mount(&robot) else { return };
+        let data = Data::mount(&robot);
         filled(&robot, &data, out, reserve);
         let file = write(robot.dir.path(), "update.bundle", &update(&robot));
         robot.run(&["install", "--no-restart", &file]);
@@ -229,6 +229,9 @@ fn boot_partition() -> Vec<u8> {
 
 #[test]
 fn a_full_data_keeps_no_update_out_with_tryboot() {
+    if !is_root("a_full_data_keeps_no_update_out_with_tryboot") {
+        return;
+    }
     let told = |robot: &Robot, partition: u32, trial: u32| {
         let folder = "proc/device-tree/chosen/bootloader";
         robot.file(&format!("{folder}/build-timestamp"), 1_715_613_301_u32.to_be_bytes());
@@ -239,7 +242,7 @@ fn a_full_data_keeps_no_update_out_with_tryboot() {
     };
     for (out, reserve) in CASES {
         let robot = robot();
-        let Some(data) = Data::mount(&robot) else { return };
+        let data = Data::mount(&robot);
         filled(&robot, &data, out, reserve);
         told(&robot, 2, 0);
         let (root, boot) = (robot.root(), Mutex::new(boot_partition()));
@@ -280,8 +283,11 @@ fn a_full_data_keeps_no_update_out_with_tryboot() {
 
 #[test]
 fn an_update_that_fills_data_itself_is_not_one_to_keep() {
+    if !is_root("an_update_that_fills_data_itself_is_not_one_to_keep") {
+        return;
+    }
     let robot = robot();
-    let Some(data) = Data::mount(&robot) else { return };
+    let data = Data::mount(&robot);
     prepare(&robot);
     assert!(room(&robot).healthy);
     // What only root can: the reserve goes, too.

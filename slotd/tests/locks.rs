@@ -17,9 +17,9 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use bundle::bootstate::Slot;
+use common::rights::is_root;
 use common::{Plan, Robot, answer, bundle_of, bundle_of_version, new_system, write};
 use rustix::fs::FlockOperation;
-use rustix::process::geteuid;
 use slotd::lock::{Lock, Turn};
 
 /// The user `nobody` of Debian, who has no rights.
@@ -85,8 +85,8 @@ fn no_lock_is_within_the_reach_of_another_user() {
         assert!(all.contains(&path), "{lock} is not there: {all:?}");
         assert_eq!(fs::metadata(path).unwrap().mode() & 0o7777, 0o600, "{lock}");
     }
-    if !geteuid().is_root() {
-        println!("the modes only: another user's process needs root");
+    // Another user's process needs root.
+    if !is_root("no_lock_is_within_the_reach_of_another_user") {
         return;
     }
     // One that everybody may open can be locked, in the same place by the same means.

@@ -5,6 +5,7 @@
 #[path = "../../../bundle/tests/common/mod.rs"]
 pub mod bundles;
 pub mod card;
+pub mod rights;
 pub mod server;
 pub mod wheels;
 

@@ -1,0 +1,54 @@
+//! Tests that mount file systems or are several users. Nobody needs rights for them: without, they run in a copy of
+//! their program that is root of a user namespace. Where there can be none they fail, for a test that did not run has not
+//! passed.
+#![allow(dead_code, clippy::unwrap_used)]
+
+use std::process::Command;
+
+/// A root folder of the namespace's own: what is the machine's root's belongs to nobody there, and `sshd` for one
+/// trusts no `/` of nobody's.
+const SCRIPT: &str = r#"
+set -e
+new=$1
+shift
+mount -t tmpfs -o mode=755 none "$new"
+for path in /*; do
+  if [ -L "$path" ]; then
+    cp -P "$path" "$new$path"
+  elif [ "$path" = /run ]; then
+    mkdir "$new/run"
+  elif [ -d "$path" ]; then
+    mkdir "$new$path"
+    mount --rbind "$path" "$new$path"
+  fi
+done
+exec chroot "$new" "$@"
+"#;
+
+/// Whether the caller is root and goes on. Else a copy of this program has run the test `test` (as `--exact` takes it), and
+/// it has passed.
+///
+/// # Panics
+/// When the test has failed there, or nobody may make such a namespace.
+pub fn is_root(test: &str) -> bool {
+    if rustix::process::geteuid().is_root() {
+        return true;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--map-auto", "--mount", "sh", "-c", SCRIPT, "sh"])
+        .arg(folder.path())
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{test}, as root of a user namespace:\n{said}\n\
+         help: run it as root; or let users make namespaces with several users: util-linux 2.38, the package uidmap, \
+         and lines for this user in /etc/subuid and /etc/subgid (usermod --add-subuids 100000-165535 --add-subgids \
+         100000-165535)"
+    );
+    false
+}
