@@ -126,8 +126,20 @@ impl KeySet {
     /// # Errors
     /// When it is not a key set, has too many keys, or a key's id is not the key's.
     pub fn parse(json: &[u8]) -> Result<Self> {
-        let set: Self = serde_json::from_slice(json)
-            .map_err(|error| Error::BadKey { reason: format!("the key set: {error}") })?;
+        let set: Self = serde_json::from_slice(json).map_err(|error| Error::BadKey {
+            reason: match error.classify() {
+                serde_json::error::Category::Eof if json.trim_ascii().is_empty() => {
+                    "the key set is empty".to_owned()
+                }
+                serde_json::error::Category::Eof => {
+                    format!("the key set ends in the middle, in line {}", error.line())
+                }
+                serde_json::error::Category::Syntax => {
+                    format!("the key set is no JSON from line {} on: {error}", error.line())
+                }
+                _ => format!("the key set: {error}"),
+            },
+        })?;
         set.check()?;
         Ok(set)
     }

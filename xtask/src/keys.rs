@@ -1,7 +1,7 @@
 //! Signing keys: made, listed, rotated, and used. Secret keys stay in the key directory, in
 //! minisign's own file format, readable by their owner alone; nothing ever prints one.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{IsTerminal, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 
@@ -121,20 +121,27 @@ impl Keys {
     /// # Errors
     /// When it cannot be made, locked or read, or its key set is damaged.
     pub fn open(dir: &Utf8Path) -> Result<Self> {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .with_context(|| {
+        if !dir.is_dir() {
+            let create = || {
+                std::fs::DirBuilder::new().recursive(true).mode(SECRET_FOLDER).create(dir)?;
+                std::fs::set_permissions(dir, Permissions::from_mode(SECRET_FOLDER))
+            };
+            create().with_context(|| {
                 format!(
                     "creating the key directory {dir}\n\
                      help: set SLIPWAY_KEYS to a folder that can be written; signing keys are made there"
                 )
             })?;
-        let mut options = OpenOptions::new();
-        options.create(true).truncate(false).write(true).mode(0o600);
-        let lock = match options.open(dir.join(".lock")) {
+        }
+        let (mut options, place) = (OpenOptions::new(), dir.join(".lock"));
+        let new = !place.exists();
+        options.create(true).truncate(false).write(true).mode(SECRET);
+        let lock = match options.open(&place) {
             Ok(lock) => {
+                if new {
+                    lock.set_permissions(Permissions::from_mode(SECRET))
+                        .with_context(|| format!("making {place}"))?;
+                }
                 rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
                     .with_context(|| format!("locking {dir}/.lock"))?;
                 Some(lock)
@@ -153,7 +160,14 @@ impl Keys {
         };
         let path = dir.join(KEY_SET);
         let set = match std::fs::read(&path) {
-            Ok(json) => KeySet::parse(&json).with_context(|| format!("reading {path}"))?,
+            Ok(json) => KeySet::parse(&json).with_context(|| {
+                format!(
+                    "reading the key set {path}\n\
+                     help: it was cut or changed, and the keys beside it are as they were. Bring it back from a copy of the folder; \
+                     there is no secret in it. Each system has the key set of its build in /usr/lib/slipway/keyset.json, a release \
+                     without the development keys. Robots take none with a lower serial than they have seen"
+                )
+            })?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 // A new set would begin at serial 1, and robots that know a later one would take it for an old one.
                 if let Some(key) = left_key(dir)? {
@@ -294,9 +308,11 @@ impl Keys {
     pub fn revoke(&mut self, id: &str) -> Result<TrustedKey> {
         let mut set = self.set.clone();
         let dir = &self.dir;
-        let found = set.keys.iter_mut().find(|key| key.id == id).with_context(|| {
+        // People type what they read, and some tools show ids in lower case.
+        let found = set.keys.iter_mut().find(|key| key.id.eq_ignore_ascii_case(id)).with_context(|| {
             format!("revoking a key: {dir} has none with the id `{id}`\nhelp: `cargo xtask keys list` shows them")
         })?;
+        let id = found.id.clone();
         ensure!(!found.revoked, "revoking the key {id}: it is revoked already");
         found.revoked = true;
         let key = found.clone();
@@ -357,11 +373,9 @@ impl Keys {
         let key = TrustedKey { id: key_id(&public)?, epoch, kind, public, revoked: false };
         let comment = format!("slipway {kind} secret key {}", key.id);
         let secret = pair.sk.to_box(Some(&comment)).context("encoding the secret key")?;
-        write_secret(&self.file(&key, "key"), secret.into_string().as_bytes())?;
+        write_with_mode(&self.file(&key, "key"), secret.into_string().as_bytes(), SECRET)?;
         let public = format!("untrusted comment: slipway {kind} key {}\n{}\n", key.id, key.public);
-        artifact::write_atomically(&self.file(&key, "pub"), |out| {
-            Ok(out.write_all(public.as_bytes())?)
-        })?;
+        write_with_mode(&self.file(&key, "pub"), public.as_bytes(), PUBLIC)?;
         // The key set comes last: only a key that is listed exists.
         let mut set = self.set.clone();
         set.keys.push(key.clone());
@@ -377,7 +391,7 @@ impl Keys {
         set.check()?;
         let mut json = serde_json::to_vec_pretty(&set).context("encoding the key set")?;
         json.push(b'\n');
-        artifact::write_atomically(&self.dir.join(KEY_SET), |out| Ok(out.write_all(&json)?))?;
+        write_with_mode(&self.dir.join(KEY_SET), &json, PUBLIC)?;
         self.set = set;
         Ok(())
     }
@@ -387,8 +401,16 @@ impl Keys {
     }
 }
 
-/// Writes a file that only its owner can ever have read: the mode is there from the first byte.
-fn write_secret(path: &Utf8Path, content: &[u8]) -> Result<()> {
+/// Of a secret: its owner's alone.
+const SECRET: u32 = 0o600;
+/// Of a folder with secrets.
+const SECRET_FOLDER: u32 = 0o700;
+/// Of what others must read (a web server, whoever verifies), and only its owner may change.
+const PUBLIC: u32 = 0o644;
+
+/// Writes a file with this mode, whatever the umask is: nobody else can ever have read a secret, since the mode is there
+/// from the first byte.
+fn write_with_mode(path: &Utf8Path, content: &[u8], mode: u32) -> Result<()> {
     let temporary = artifact::partial(path);
     if temporary.exists() {
         std::fs::remove_file(&temporary).with_context(|| format!("removing {temporary}"))?;
@@ -396,10 +418,12 @@ fn write_secret(path: &Utf8Path, content: &[u8]) -> Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
-        .mode(0o600)
+        .mode(mode)
         .open(&temporary)
         .with_context(|| format!("creating {temporary}"))?;
-    file.write_all(content)
+    // The umask has taken bits away, at most; of a mode without any the owner could not read his own key.
+    file.set_permissions(Permissions::from_mode(mode))
+        .and_then(|()| file.write_all(content))
         .and_then(|()| file.sync_all())
         .with_context(|| format!("writing {temporary}"))?;
     std::fs::rename(&temporary, path).with_context(|| format!("renaming {temporary}"))

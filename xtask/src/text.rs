@@ -103,14 +103,17 @@ macro_rules! err {
 }
 
 /// An error for people: what was being done and why it failed in one sentence, then what to do, wherever in the chain
-/// of causes that was said.
+/// of causes that was said. A cause whose words the one before it has begun with is not said again: libraries' errors
+/// often have their cause's text, and the cause.
 pub fn sentence(error: &anyhow::Error) -> String {
-    let (mut causes, mut help) = (Vec::new(), String::new());
+    let (mut causes, mut help) = (Vec::<String>::new(), String::new());
     for cause in error.chain() {
         let cause = cause.to_string();
         let at = cause.find("\nhelp: ").unwrap_or(cause.len());
         let (said, rest) = cause.split_at(at);
-        causes.push(said.to_owned());
+        if !causes.last().is_some_and(|last| last.starts_with(said)) {
+            causes.push(said.to_owned());
+        }
         help.push_str(rest);
     }
     causes.join(": ") + &help
@@ -139,6 +142,15 @@ mod tests {
         assert_eq!(
             sentence(&error.context("doing b")),
             "doing b: reading a: no such file\nhelp: build it"
+        );
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let error = anyhow::anyhow!("no such file").context("no such file (io)\nhelp: build it");
+        assert_eq!(
+            sentence(&error.context("reading a")),
+            "reading a: no such file (io)\nhelp: build it"
         );
     }
 }

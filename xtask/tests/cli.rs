@@ -286,7 +286,7 @@ fn keys_are_listed_without_secrets() {
     assert!(listed.contains("release") && listed.contains("epoch 1"), "{listed}");
     let json = good(&["keys", "list", "--format", "json"], &environment);
     let json: Value = serde_json::from_str(&json).expect("JSON");
-    let entry = &json.as_array().expect("a list")[0];
+    let entry = &json["keys"].as_array().expect("a list")[0];
     let public = entry["public"].as_str().expect("the public key");
     assert!(public.starts_with("RW"), "{entry}");
     let file = entry["secret"].as_str().expect("the secret's file");

@@ -20,6 +20,7 @@ mod flash_support;
 mod git;
 mod hostile_images;
 mod init;
+mod keys;
 mod login;
 mod overlay_support;
 mod overlays;

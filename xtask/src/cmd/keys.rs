@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 use bundle::Kind;
+use serde_json::json;
 
 use crate::cli::{Format, Keys as Verb};
-use crate::keys::{Keys, Listed, directory};
+use crate::keys::{KEY_SET, Keys, Listed, directory};
 use crate::progress::say;
 use crate::{outln, text};
 
@@ -52,12 +53,15 @@ pub fn keys(verb: &Verb) -> Result<()> {
             );
         }
         Verb::List { format: Format::Json } => {
-            outln!("{}", text::json(&keys.list())?);
+            let value = json!({ "serial": keys.set().serial, "keys": keys.list() });
+            outln!("{}", text::json(&value)?);
         }
         Verb::List { format: Format::Text } => {
             let list = keys.list();
             if list.is_empty() {
                 outln!("no keys in {}; the first build makes the development key", directory()?);
+            } else {
+                outln!("key set {}, serial {}", directory()?.join(KEY_SET), keys.set().serial);
             }
             for listed in list {
                 let key = &listed.key;

@@ -75,7 +75,12 @@ fn verify_bundle(options: &Verify) -> Result<(serde_json::Value, String)> {
 fn read_keys(path: &Utf8Path) -> Result<(KeySet, bool)> {
     let text = std::fs::read(path).with_context(|| format!("reading {path}"))?;
     if text.first() == Some(&b'{') {
-        let set = KeySet::parse(&text).with_context(|| format!("reading {path}"))?;
+        let set = KeySet::parse(&text).with_context(|| {
+            format!(
+                "reading the key set {path}\n\
+                 help: it was cut or changed: copy it again from where it was made, or name a public key (.pub) with --keys"
+            )
+        })?;
         return Ok((set, false));
     }
     let text = String::from_utf8(text).with_context(|| format!("{path} is not a public key"))?;

@@ -5,8 +5,9 @@
 //! filesystem without locks, turns against us.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -51,11 +52,18 @@ impl Directory {
         fill: impl FnOnce(&mut File) -> Result<String>,
     ) -> Result<bool> {
         let dir = path.parent().context("a stored file has a folder")?;
-        fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
+        self.make_folders(dir)?;
         let temporary = dir.join(format!("{UNFINISHED}{}", unique()));
         let attempt = || -> Result<bool> {
             let mut file =
                 File::create_new(&temporary).with_context(|| format!("creating {temporary}"))?;
+            let mode = file
+                .metadata()
+                .with_context(|| format!("looking at {temporary}"))?
+                .permissions()
+                .mode();
+            // Best effort: a USB stick's FAT has no modes, and refuses.
+            drop(file.set_permissions(Permissions::from_mode(mode & 0o7777 | READ | 0o200)));
             let expected = fill(&mut file)?;
             file.sync_all().with_context(|| format!("flushing {temporary}"))?;
             // What the page cache has proves nothing about a USB stick. Best effort: a filesystem in
@@ -86,6 +94,32 @@ impl Directory {
         result
     }
 
+    /// Makes a folder and those above it, as far as the store's own; readers may pass through each.
+    fn make_folders(&self, dir: &Utf8Path) -> Result<()> {
+        if dir.is_dir() {
+            return Ok(());
+        }
+        match dir.parent() {
+            Some(above) if dir != self.root => self.make_folders(above)?,
+            Some(above) => {
+                fs::create_dir_all(above).with_context(|| format!("creating {above}"))?
+            }
+            None => {}
+        }
+        match fs::create_dir(dir) {
+            Ok(()) => {
+                let mode = |mode: u32| Permissions::from_mode(mode | READ | PASS | 0o200);
+                let about = fs::metadata(dir).with_context(|| format!("looking at {dir}"))?;
+                // As below: not every medium has modes.
+                drop(fs::set_permissions(dir, mode(about.permissions().mode() & 0o7777)));
+                Ok(())
+            }
+            // Another publisher's.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            Err(error) => Err(error).with_context(|| format!("creating {dir}")),
+        }
+    }
+
     fn small(&self, path: &Utf8Path, replace: bool, content: &[u8]) -> Result<bool> {
         self.place(path, replace, |file| {
             file.write_all(content).with_context(|| format!("writing {path}"))?;
@@ -113,6 +147,11 @@ impl Directory {
         Ok(newest)
     }
 }
+
+/// What readers of a store need, whatever the publisher's umask: a web server runs as another user.
+const READ: u32 = 0o444;
+/// The same of folders. Whether others may write is up to the umask: a team may share a store.
+const PASS: u32 = 0o111;
 
 /// Renames, but never over a file that is there: `false` then.
 fn rename_new(from: &Utf8Path, to: &Utf8Path) -> Result<bool> {

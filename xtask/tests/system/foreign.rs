@@ -149,7 +149,8 @@ fn bundle(built: &Built, folder: &Folder) -> Result<()> {
 
     let keys = Xtask::new(&root()).run(&["keys", "list", "--format", "json"])?.good()?;
     let keys: serde_json::Value = serde_json::from_str(&keys)?;
-    let public = keys[0]["public-file"].as_str().context("the key list names no public key")?;
+    let public =
+        keys["keys"][0]["public-file"].as_str().context("the key list names no public key")?;
     let manifest = dir.join("manifest.json");
     tool("minisign").args(["-V", "-m", manifest.as_str(), "-p", public]).run()?;
 
