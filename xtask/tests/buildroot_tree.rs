@@ -1,6 +1,9 @@
 //! The engine `buildroot` against the real, pinned Buildroot tree. Where the tree is not in the
 //! cache, each test says so and ends; `cargo xtask test` counts and names them.
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use std::time::Instant;
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -23,12 +26,20 @@ fn root() -> Utf8PathBuf {
 fn tree(test: &str) -> Option<Utf8PathBuf> {
     let cache = Cache::locate().expect("a cache");
     let product = xtask::config::product::read(&root(), "robot").expect("the product");
-    let release = product.rootfs.buildroot.expect("a pin").release.value;
-    let path = pinned_path(&cache.root, &release);
+    let pinned = product.rootfs.buildroot.expect("a pin");
+    let release = &pinned.release.value;
+    let path = pinned_path(&cache.root, release);
     if path.join("Makefile").is_file() {
         return Some(path);
     }
-    println!("skipped: {test} needs Buildroot {release} in {path}");
+    skip::skip(
+        &format!("buildroot_tree::{test}"),
+        &format!("{path} does not exist"),
+        &format!(
+            "clone {} by the tag {release} to that folder, as `cargo xtask build-image --product robot` does",
+            pinned.url.value
+        ),
+    );
     None
 }
 

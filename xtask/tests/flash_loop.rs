@@ -1,5 +1,6 @@
 //! Flashing real block devices: loop devices, which need root and a kernel that has them.
 
+use crate::common::skip::skip;
 use crate::flash_support;
 
 use std::fs::{self, File};
@@ -26,7 +27,8 @@ impl Loop {
     /// Attached to a file; `None` where this machine cannot.
     fn new(test: &str, file: &Utf8Path) -> Option<Self> {
         if let Err(why) = device::can_loop() {
-            println!("skipped: {test} needs loop devices: {why:#}");
+            let why = format!("there are no loop devices ({why:#})");
+            skip(&format!("flash_loop::{test}"), &why, "root, on a kernel that has loop devices");
             return None;
         }
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -129,7 +131,7 @@ fn another_card_of_the_same_size_in_the_same_place_is_refused() {
     let shown = device::find(&reader.0).expect("it is shown");
     drop(Disk::open(&shown).expect("nothing has happened since"));
     if shown.identity.sequence.is_none() {
-        println!("skipped: {test} needs Linux 5.15 or later");
+        skip(&format!("flash_loop::{test}"), "the kernel numbers no media", "Linux 5.15 or later");
         return;
     }
     // Somebody takes the card out, and puts in another one: the same path, numbers and size.

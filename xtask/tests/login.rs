@@ -1,6 +1,7 @@
 //! Who may log in with a key on `data`: the shipped settings and the shipped step that makes the host key, with the
 //! real sshd on the loopback address. sshd reads keys as the user who logs in, so folders' modes decide.
 
+use crate::common::rights::is_root;
 use crate::overlay_support;
 
 use std::fs::{self, Permissions};
@@ -9,7 +10,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use overlay_support::Robot;
+use overlay_support::{Robot, plans, workspace};
+use xtask::plan::{Plan, UserPlan};
 
 const SETTINGS: &str = "etc/ssh/sshd_config.d/10-slipway.conf";
 const LONG: Duration = Duration::from_secs(60);
@@ -35,7 +37,6 @@ impl Server {
             robot.read(SETTINGS).replace(" /data/", " /mnt/data/").replace(" /etc/", " /mnt/etc/");
         let more = format!("Port {port}\nListenAddress 127.0.0.1\nPidFile none\nUsePAM no\n");
         robot.put("sshd_config", &(more + &settings));
-        fs::create_dir_all("/run/sshd").expect("made");
         fs::set_permissions(robot.at(""), Permissions::from_mode(0o755)).expect("a mode");
         let sshd = xtask::exec::find("sshd").expect("sshd: cargo xtask doctor --install");
         let log = fs::File::create(robot.at("sshd.log")).expect("a log");
@@ -45,7 +46,12 @@ impl Server {
                 "--",
                 "sh",
                 "-c",
-                "mount --bind \"$1\" /mnt && shift && exec \"$@\"",
+                // sshd wants a folder below /run, which may be another user's. Where shadow cannot be read, nss-systemd
+                // says that these accounts are locked.
+                "mount --bind \"$1\" /mnt && mount -t tmpfs -o mode=755 none /run && \
+                 mkdir -m 755 /run/sshd && \
+                 printf '%s:*:1::::::\\n' root nobody sshd >/run/shadow && \
+                 mount --bind /run/shadow /etc/shadow && shift && exec \"$@\"",
                 "sh",
             ])
             .args([robot.at("").as_str(), sshd.as_str(), "-D", "-e", "-f", "/mnt/sshd_config"])
@@ -77,7 +83,8 @@ impl Server {
             .output()
             .expect("ssh runs");
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        let denied = said.contains("Permission denied");
+        // The home folder may be closed, too: that is said in other words.
+        let denied = said.contains("Permission denied (");
         assert!(denied != (count() > before), "{said}{}", robot.read("sshd.log"));
         !denied
     }
@@ -89,6 +96,75 @@ fn mode(robot: &Robot, path: &str) -> u32 {
 
 fn chmod(robot: &Robot, path: &str, mode: u32) {
     fs::set_permissions(robot.at(path), Permissions::from_mode(mode)).expect(path);
+}
+
+/// What the page says about who may log in.
+const PAGE: &str = "docs/robot.md";
+
+/// One line of the page's table, from what the product is and what its sshd answers.
+fn row(robot: &Robot, plan: &Plan, user: &UserPlan) -> String {
+    let name = &user.name;
+    let console = "etc/systemd/system/serial-getty@.service.d/10-autologin.conf";
+    let by_itself = robot.at(console).exists()
+        && robot.read(console).contains(&format!(" --autologin {name} "));
+    let console = match (by_itself, user.password.as_str()) {
+        (true, _) => "logs in by itself, on the serial console",
+        (false, "locked") => "no",
+        (false, _) => "with a password",
+    };
+    let output =
+        Command::new(xtask::exec::find("sshd").expect("sshd: cargo xtask doctor --install"))
+            .args(["-T", "-C", &format!("user={name},host=laptop,addr=169.254.7.7"), "-f"])
+            .arg(robot.at("sshd_config"))
+            .output()
+            .expect("sshd runs");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{output:?}");
+    let setting = |key: &str| {
+        let line = said.lines().find_map(|line| line.strip_prefix(&format!("{key} ")));
+        line.unwrap_or_else(|| panic!("no {key}: {said}"))
+    };
+    let may = name != "root" || setting("permitrootlogin") != "no";
+    let with_key = setting("pubkeyauthentication") == "yes";
+    let with_word = setting("passwordauthentication") != "no" && user.password != "locked";
+    let mut ssh = match (may, with_key, with_word) {
+        (true, true, false) => "with a key".to_owned(),
+        (true, _, true) => "with a password".to_owned(),
+        _ => "no".to_owned(),
+    };
+    if setting("forcecommand") == "/usr/bin/slotd door" {
+        ssh += ", for `slotd door` only";
+    }
+    let (product, kind) = (&plan.product.name, plan.product.kind);
+    format!("| `{name}` | `{product}` ({kind}) | {console} | {ssh} |")
+}
+
+#[test]
+fn the_table_of_who_may_log_in_is_true() {
+    // Root's sshd wants it.
+    if rustix::process::geteuid().is_root() {
+        fs::create_dir_all("/run/sshd").expect("made");
+    }
+    let (folder, mut rows) = (tempfile::tempdir().expect("a folder"), Vec::new());
+    let key = folder.path().join("key");
+    let mut keygen = Command::new("ssh-keygen");
+    keygen.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key);
+    assert!(keygen.status().expect("ssh-keygen runs").success());
+    for plan in plans() {
+        let robot = Robot::new(&plan);
+        // Only asked what it would do: with a host key of this machine.
+        let kept = "/data/identity/ssh/ssh_host_ed25519_key";
+        let key = key.to_str().expect("UTF-8");
+        robot.put("sshd_config", &robot.read(SETTINGS).replace(kept, key));
+        rows.extend(plan.users.iter().map(|user| row(&robot, &plan, user)));
+    }
+    let page = fs::read_to_string(workspace().join(PAGE)).expect(PAGE);
+    let (_, table) = page.split_once("| user | product | console | SSH |\n").expect("the table");
+    let mut told: Vec<&str> =
+        table.lines().skip(1).take_while(|line| line.starts_with('|')).collect();
+    rows.sort();
+    told.sort_unstable();
+    assert_eq!(rows, told, "left: the products; right: {PAGE}");
 }
 
 const FOLDER: &str = "data/identity/ssh";
@@ -140,8 +216,8 @@ fn the_modes_that_sshd_needs_are_set_in_each_start() {
 
 #[test]
 fn root_and_another_user_log_in_with_keys_on_data() {
-    // Only root's sshd serves another user than the one who runs it; the rule itself is tried above.
-    if !rustix::process::geteuid().is_root() {
+    // Only root's sshd serves another user than the one who runs it.
+    if !is_root("login::root_and_another_user_log_in_with_keys_on_data") {
         return;
     }
     let robot = robot();

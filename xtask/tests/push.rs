@@ -3,6 +3,7 @@
 
 use crate::common::agent;
 use crate::common::noise;
+use crate::common::rights::is_root;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -568,7 +569,7 @@ fn door_settings() -> String {
 #[test]
 fn the_user_update_installs_and_does_nothing_else() {
     // Another user than one's own needs an account of that name, which root gives sshd in mounts of its own.
-    if !rustix::process::geteuid().is_root() {
+    if !is_root("push::the_user_update_installs_and_does_nothing_else") {
         return;
     }
     let bench = Bench::new(SMALL);

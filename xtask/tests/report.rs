@@ -1,6 +1,8 @@
 //! The report as a whole: goldens of the terminal text, and a page that holds up against real,
 //! empty and hostile data.
 
+use crate::common::skip::all;
+
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
@@ -228,7 +230,7 @@ fn the_page_can_be_looked_at() {
 /// Slow (a browser starts), so only with `cargo xtask test --all`.
 #[test]
 fn a_real_browser_lays_the_page_out_without_overflow() {
-    if std::env::var_os(xtask::cmd::check::ALL).is_none() {
+    if !all("report::a_real_browser_lays_the_page_out_without_overflow") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -184,6 +184,64 @@ fn every_mutant_has_its_place() {
     assert!(mutants.len() >= 60, "only {} mutants", mutants.len());
 }
 
+/// What a test calls before it ends early: each says so, or has had the test run elsewhere.
+const SAYS_SO: [&str; 8] = [
+    " skip(",
+    "!is_root(",
+    "!all(",
+    "= tree(",
+    "Loop::new(",
+    "left_out(",
+    "say(",
+    // A copy of the program has run it.
+    "1 passed",
+];
+
+/// Tests that are the other half of one that starts them.
+const HALVES: [&str; 5] = [
+    "the_part_on_a_full_disk",
+    "in_a_child_that_signs",
+    "in_a_child_with_a_password",
+    "in_a_copy_that_stores",
+    "makes_a_second_checkout",
+];
+
+#[test]
+fn no_test_ends_early_without_a_word() {
+    let early = |line: &str| {
+        let line = line.trim();
+        ["return;", "return Ok(());"].contains(&line) || line.ends_with("else { return };")
+    };
+    let mut findings = Vec::new();
+    let mut checked = 0;
+    let tests = rust().into_iter().filter(|(path, _)| path.as_str().contains("/tests/"));
+    for (path, text) in tests {
+        let lines: Vec<&str> = text.lines().collect();
+        for at in (0..lines.len()).filter(|at| early(lines[*at])) {
+            let head = lines[..at].iter().rposition(|line| {
+                line.trim_start().starts_with("fn ") || line.trim_start().starts_with("pub fn ")
+            });
+            let Some(head) = head else { continue };
+            let mut is_test = lines[..head].iter().rev().take_while(|l| l.starts_with(['#', '/']));
+            if !is_test.any(|line| *line == "#[test]")
+                || HALVES.iter().any(|half| lines[head].starts_with(&format!("fn {half}()")))
+            {
+                continue;
+            }
+            checked += 1;
+            let before = &lines[at.saturating_sub(6).max(head)..=at];
+            if !before.iter().any(|line| SAYS_SO.iter().any(|word| line.contains(word))) {
+                findings.push(format!(
+                    "{path}:{}: a test ends early, and passes without a word",
+                    at + 1
+                ));
+            }
+        }
+    }
+    assert!(checked > 10, "only {checked} places found");
+    complain(findings);
+}
+
 #[test]
 fn printing_is_done_in_one_place() {
     // Only there control characters of others are escaped. Tests below the code may print.

@@ -1,6 +1,7 @@
 //! Wheels: one bad input for each rule with its message, installation compared with what other
 //! tools read, and (with `SLIPWAY_TEST_ALL=1`) the real lock on the real index.
 
+use crate::common::skip::{all, skip};
 use crate::wheel_support;
 
 use std::collections::BTreeMap;
@@ -8,9 +9,7 @@ use std::io::Read as _;
 use std::process::Command;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use wheel_support::{
-    Draft, all, arm64_root, install_into, locked, message, rename, target, unpack,
-};
+use wheel_support::{Draft, arm64_root, install_into, locked, message, rename, target, unpack};
 use xtask::artifact::hash_bytes;
 use xtask::cache::Cache;
 use xtask::sbom;
@@ -529,7 +528,7 @@ fn offline_names_what_the_cache_lacks_and_a_damaged_file_is_not_used() {
 
 #[test]
 fn the_real_api_is_locked_installed_and_imported() {
-    if !all() {
+    if !all("wheel::the_real_api_is_locked_installed_and_imported") {
         return;
     }
     let cache = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join("wheel-cache");
@@ -617,8 +616,10 @@ fn bytecode_is_the_same_on_every_processor() {
     let emulated = BasePython::read(BaseSource::Root(arm64_root().to_owned())).unwrap();
     let query = ["--show", "--showformat=${Version}", "python3.11-minimal"];
     let Ok(package) = xtask::exec::Tool::new("dpkg-query").args(query).read() else {
-        println!(
-            "skipped: this machine has no Python 3.11 of Debian's, and so compiles under emulation"
+        skip(
+            "wheel::bytecode_is_the_same_on_every_processor",
+            "this machine has no Python 3.11 of Debian's, and so compiles under emulation",
+            "run it on Debian 12, with python3.11-minimal",
         );
         return;
     };

@@ -1,6 +1,7 @@
 //! What pip installs, we install: wheels whose own texts contradict them, files that two wheels have, and (with
 //! `SLIPWAY_TEST_ALL=1`) the most used wheels of the index, each compared file by file with pip's own result.
 
+use crate::common::skip::all;
 use crate::wheel_support;
 
 use std::collections::BTreeMap;
@@ -8,7 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use wheel_support::{Draft, all, arm64_root, install_into, locked, message, target, unpack};
+use wheel_support::{Draft, arm64_root, install_into, locked, message, target, unpack};
 use xtask::artifact::hash_bytes;
 use xtask::cache::Cache;
 use xtask::wheel::archive::digest_text;
@@ -355,7 +356,7 @@ fn what_no_robot_takes_is_no_component_and_told_when_it_is_locked() {
 /// Locks what the index has, and compares what we install with what pip does.
 #[test]
 fn the_most_used_wheels_are_installed_as_pip_does() {
-    if !all() {
+    if !all("wheel_pip::the_most_used_wheels_are_installed_as_pip_does") {
         return;
     }
     let list = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join(MOST_USED);

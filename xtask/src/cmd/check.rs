@@ -1,16 +1,17 @@
 //! `check` and `test`: the same commands for a developer and for CI.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
 
 use anyhow::{Context, Result, ensure};
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
+use serde::Deserialize;
 
 use crate::artifact::free_space;
 use crate::cache::Cache;
 use crate::cli::{Check, Format, Test};
 use crate::config::{self, product, workspace_root};
 use crate::exec::Tool;
-use crate::flash::device;
 use crate::fuzz;
 use crate::mutants::{self, Fate};
 use crate::progress::{bytes, say, warn};
@@ -21,11 +22,8 @@ use crate::{outln, text};
 /// Asks the system tests for what is too slow for every run.
 pub const ALL: &str = "SLIPWAY_TEST_ALL";
 
-/// The tests that need loop devices: their target and how their names begin.
-const LOOP_TESTS: [&str; 2] = ["tests", "flash_loop::"];
-
-/// The tests that need the pinned Buildroot tree.
-const TREE_TESTS: [&str; 2] = ["buildroot_tree", ""];
+/// Names the file in which a test that this machine cannot run says so, a line of JSON each.
+pub const SKIPPED: &str = "SLIPWAY_SKIPPED";
 
 /// Seconds of each fuzz target in `test --all`: enough to see that all of them still run.
 const FUZZ_SECONDS: u64 = 20;
@@ -93,15 +91,19 @@ pub fn test(options: &Test) -> Result<()> {
     if options.all {
         purposes.push(Purpose::TestAll);
     }
-    let trees = pinned_trees()?;
-    if trees.iter().any(|tree| tree.there) {
+    if has_pinned_tree()? {
         purposes.push(Purpose::Buildroot);
     }
     tools::require(&purposes, !options.no_install)?;
     warn_of_space(if options.quick { QUICK_SPACE } else { SPACE })?;
     check()?;
-    cargo("tests", &["test", "--workspace", "--no-fail-fast"], options.all)?;
-    say_skipped(&trees)?;
+    let skipped = tempfile::NamedTempFile::new().context("making the list of skipped tests")?;
+    let list = Utf8Path::from_path(skipped.path()).context("TMPDIR is not UTF-8")?;
+    let tests = cargo_tool("tests", &["test", "--workspace", "--no-fail-fast"], options.all)?;
+    let outcome = tests.env(SKIPPED, list).run_on_terminal().context("tests");
+    // What was not tried is as good to know when another test has failed.
+    say_skipped(list)?;
+    outcome?;
     if options.all {
         let root = workspace_root()?;
         fuzz::run(&root, FUZZ_SECONDS)?;
@@ -153,68 +155,87 @@ fn system(what: &str, names: &[&str], all: bool) -> Result<()> {
     cargo(what, &[&words[..], names].concat(), all)
 }
 
-/// A product's pinned Buildroot.
-struct PinnedTree {
-    product: String,
-    pinned: product::Buildroot,
-    path: Utf8PathBuf,
-    /// Whether it is in the cache.
-    there: bool,
-}
-
-fn pinned_trees() -> Result<Vec<PinnedTree>> {
+/// Whether a product's pinned Buildroot is in the cache.
+fn has_pinned_tree() -> Result<bool> {
     let (root, cache) = (workspace_root()?, Cache::locate()?);
-    let mut trees = Vec::new();
     for product in config::products(&root)? {
         if let Some(pinned) = product::read(&root, &product)?.rootfs.buildroot {
             let path = pinned_path(&cache.root, &pinned.release.value);
-            let there = path.join("Makefile").is_file();
-            trees.push(PinnedTree { product, pinned, path, there });
+            if path.join("Makefile").is_file() {
+                return Ok(true);
+            }
         }
     }
-    Ok(trees)
+    Ok(false)
 }
 
-/// Tests that need a pinned Buildroot tree or loop devices end at once where there are none: they are
-/// counted and named, so that nobody takes them for passed.
-fn say_skipped(trees: &[PinnedTree]) -> Result<()> {
-    if let Err(why) = device::can_loop() {
-        let tests = tests_of(LOOP_TESTS)?;
-        warn(format!(
-            "skipped {} tests, because there are no loop devices ({why:#}): {}\n\
-             help: run them as root, on a kernel with loop devices",
-            tests.len(),
-            tests.join(", ")
-        ));
-    }
-    for PinnedTree { product, pinned, path, .. } in trees.iter().filter(|tree| !tree.there) {
-        let tests = tests_of(TREE_TESTS)?;
-        warn(format!(
-            "skipped {} tests, because {path} does not exist: {}\n\
-             help: clone {} by the tag {} to that folder, as `build-image --product {product}` does",
-            tests.len(),
-            tests.join(", "),
-            pinned.url.value,
-            pinned.release.value
-        ));
+/// A test that was not run.
+#[derive(Debug, Deserialize)]
+struct Skipped {
+    test: String,
+    why: String,
+    help: String,
+}
+
+/// Tests that this machine cannot run end at once and say so: they are counted and named, so that nobody takes them
+/// for passed.
+fn say_skipped(list: &Utf8Path) -> Result<()> {
+    let text = std::fs::read_to_string(list).with_context(|| format!("reading {list}"))?;
+    for line in skipped(&text)? {
+        warn(line);
     }
     Ok(())
 }
 
-/// The names of a target's tests that begin so.
-fn tests_of([target, start]: [&str; 2]) -> Result<Vec<String>> {
-    let list = ["test", "--quiet", "--package", "xtask", "--test", target, "--", "--list", start];
-    let listed = Tool::cargo().with_tests().args(list).current_dir(&workspace_root()?).read()?;
-    Ok(listed.lines().filter_map(|l| l.strip_suffix(": test")).map(str::to_owned).collect())
+/// A sentence for each reason.
+fn skipped(list: &str) -> Result<Vec<String>> {
+    let mut reasons: BTreeMap<(String, String), BTreeSet<String>> = BTreeMap::new();
+    for line in list.lines() {
+        let Skipped { test, why, help } =
+            serde_json::from_str(line).with_context(|| format!("reading `{line}`"))?;
+        reasons.entry((why, help)).or_default().insert(test);
+    }
+    let told = reasons.into_iter().map(|((why, help), tests)| {
+        let names: Vec<String> = tests.into_iter().collect();
+        format!("skipped {} tests, because {why}: {}\nhelp: {help}", names.len(), names.join(", "))
+    });
+    Ok(told.collect())
 }
 
 fn cargo(what: &str, arguments: &[&str], all: bool) -> Result<()> {
+    // What it prints is the result, so it goes to this very terminal.
+    cargo_tool(what, arguments, all)?.run_on_terminal().context(what.to_owned())
+}
+
+fn cargo_tool(what: &str, arguments: &[&str], all: bool) -> Result<Tool> {
     say("test", what);
     // The stack of an error that a test returns hides its words; that of a panic is as asked for.
     let mut tool = Tool::cargo().with_tests().args(arguments).env("RUST_LIB_BACKTRACE", "0");
     if all {
         tool = tool.env(ALL, "1");
     }
-    // What it prints is the result, so it goes to this very terminal.
-    tool.current_dir(&workspace_root()?).run_on_terminal().context(what.to_owned())
+    Ok(tool.current_dir(&workspace_root()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skipped_tests_are_counted_and_named_by_reason() {
+        let line = |test: &str, why: &str| {
+            serde_json::json!({ "test": test, "why": why, "help": "do it" }).to_string()
+        };
+        let list =
+            [line("b", "no disk"), line("a", "no disk"), line("b", "no disk"), line("c", "x")];
+        assert_eq!(
+            skipped(&list.join("\n")).expect("a list"),
+            [
+                "skipped 2 tests, because no disk: a, b\nhelp: do it",
+                "skipped 1 tests, because x: c\nhelp: do it"
+            ]
+        );
+        assert_eq!(skipped("").expect("empty"), [""; 0]);
+        skipped("half").expect_err("no line of ours");
+    }
 }

@@ -201,8 +201,3 @@ pub fn install_into(
     };
     install(&request)
 }
-
-/// Whether the long tests, which download from the machine's indexes, were asked for.
-pub fn all() -> bool {
-    std::env::var("SLIPWAY_TEST_ALL").is_ok_and(|value| value == "1")
-}
