@@ -341,8 +341,92 @@ fn a_release_takes_keys_only() {
     assert!(releases > 0, "no product is a release");
 }
 
-/// What nobody who faces the network has any business with; a supplicant and networkd read the connections.
-const HIDDEN: [&str; 3] = ["/data/slotd", "/data/identity", "/data/network"];
+/// What nobody who faces the network has any business with, as docs/robot.md says it of each.
+fn hidden_from(unit: &str) -> &'static [&'static str] {
+    match unit {
+        "slipway-api.service" | "slipway-proxy.service" => &[
+            "/data/slotd",
+            "/data/identity",
+            "/data/network",
+            "/data/home",
+            "/data/boot.d",
+            "/data/var",
+        ],
+        "systemd-resolved.service" | "systemd-timesyncd.service" => {
+            &["/data/slotd", "/data/identity", "/data/network", "/data/home"]
+        }
+        // They read the connections.
+        "slipway-wifi@.service" | "systemd-networkd.service" => &["/data/slotd", "/data/identity"],
+        _ => &["/data/slotd", "/data/identity", "/data/network"],
+    }
+}
+
+/// The values of a setting in section [Service] of a unit and its drop-ins, as systemd.syntax(7) adds them up: an
+/// empty one forgets those before it.
+fn values<'a>(texts: &'a str, key: &str) -> Vec<&'a str> {
+    let (mut section, mut found) = ("", Vec::new());
+    for line in texts.lines().map(str::trim) {
+        if line.starts_with('[') {
+            section = line;
+        } else if let Some((name, value)) = line.split_once('=')
+            && name.trim_end() == key
+            && section == "[Service]"
+        {
+            match value.trim() {
+                "" => found.clear(),
+                value => found.push(value),
+            }
+        }
+    }
+    found
+}
+
+/// What is wrong with the confinement of a unit that faces the network.
+fn exposed(name: &str, text: &str) -> Vec<String> {
+    let words = |key: &str| -> Vec<&str> {
+        values(text, key).into_iter().flat_map(str::split_whitespace).collect()
+    };
+    let hidden = words("InaccessiblePaths");
+    let sees = hidden_from(name)
+        .iter()
+        .filter(|path| !hidden.contains(&format!("-{path}").as_str()))
+        .map(|path| format!("{name} sees {path}"));
+    let mut findings: Vec<String> = sees.collect();
+    // What would show it all the same (systemd.exec(5)).
+    for key in ["BindPaths", "BindReadOnlyPaths", "RootDirectory", "RootImage"] {
+        findings.extend(words(key).iter().map(|word| format!("{name} has {key}={word}")));
+    }
+    for key in
+        ["ExecStart", "ExecStartPre", "ExecStartPost", "ExecReload", "ExecStop", "ExecStopPost"]
+    {
+        // With `+` a program sees and may everything (systemd.service(5)).
+        let mut bare = values(text, key)
+            .into_iter()
+            .filter(|line| line.chars().take_while(|c| "@-:+!|".contains(*c)).any(|c| c == '+'));
+        findings.extend(bare.next().map(|line| format!("{name} is not confined in {key}={line}")));
+    }
+    findings
+}
+
+#[test]
+fn what_shows_a_hidden_folder_is_found() {
+    let unit = |more: &str| {
+        format!("[Service]\nInaccessiblePaths=-/data/slotd -/data/identity -/data/network\n{more}")
+    };
+    assert_eq!(exposed("a.service", &unit("")), [""; 0]);
+    for (more, expected) in [
+        // A drop-in's.
+        ("[Service]\nInaccessiblePaths=\n", "a.service sees /data/slotd"),
+        ("InaccessiblePaths=\nInaccessiblePaths=-/data/slotd\n", "a.service sees /data/identity"),
+        ("BindReadOnlyPaths=/data/identity\n", "a.service has BindReadOnlyPaths=/data/identity"),
+        ("ExecStartPre=-+/bin/sh\n", "a.service is not confined in ExecStartPre=-+/bin/sh"),
+    ] {
+        assert_eq!(exposed("a.service", &unit(more))[0], expected);
+    }
+    let elsewhere = "[Unit]\nInaccessiblePaths=-/data/slotd -/data/identity -/data/network\n";
+    assert_eq!(exposed("a.service", elsewhere).len(), 3);
+    assert_eq!(exposed("slipway-api.service", &unit(""))[0], "slipway-api.service sees /data/home");
+}
 
 /// Who is not kept from it, and why.
 const TRUSTED: [(&str, &str); 5] = [
@@ -369,7 +453,12 @@ fn what_faces_the_network_sees_nothing_of_the_agents() {
             let unit = folder.strip_suffix(".d").unwrap_or(name);
             if file.target.contains("/systemd/system/") && unit.ends_with(".service") {
                 let text = std::str::from_utf8(bytes).expect("UTF-8");
-                units.entry(unit.to_owned()).or_default().push_str(text);
+                let all = units.entry(unit.to_owned()).or_default();
+                // The unit's own file counts first, whatever their order here.
+                match unit == name {
+                    true => all.insert_str(0, &format!("{text}\n")),
+                    false => all.push_str(&format!("{text}\n")),
+                }
             }
         }
         let own = |name: &str| name.starts_with("slipway-");
@@ -378,22 +467,15 @@ fn what_faces_the_network_sees_nothing_of_the_agents() {
             assert!(units.contains_key(&format!("{name}.service")), "{name} is not confined");
         }
         for (name, text) in &units {
-            let of = |key: &str| -> Vec<&str> {
-                let lines = text.lines().filter_map(|l| l.strip_prefix(key)?.strip_prefix('='));
-                lines.flat_map(str::split_whitespace).collect()
-            };
             // A serial console is no network.
-            let alone = of("PrivateNetwork") == ["yes"] || name.starts_with("serial-getty@");
+            let alone = values(text, "PrivateNetwork").last() == Some(&"yes")
+                || name.starts_with("serial-getty@");
             if alone || TRUSTED.iter().any(|(trusted, _)| trusted == name) {
                 continue;
             }
-            let hidden = of("InaccessiblePaths");
-            let reads =
-                ["slipway-wifi@.service", "systemd-networkd.service"].contains(&name.as_str());
-            for path in HIDDEN.into_iter().filter(|path| !reads || *path != "/data/network") {
-                assert!(hidden.contains(&format!("-{path}").as_str()), "{name} sees {path}");
-            }
-            assert!(!own(name) || of("MemoryMax").len() == 1, "{name} has no MemoryMax");
+            assert_eq!(exposed(name, text), [""; 0]);
+            let most = values(text, "MemoryMax");
+            assert!(!own(name) || most.len() == 1, "{name} has no MemoryMax");
         }
         for (name, _) in TRUSTED {
             assert!(units.contains_key(name), "{name} is no unit any more");
