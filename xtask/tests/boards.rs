@@ -442,7 +442,7 @@ fn an_example_without_further_archives_can_be_built_as_it_is() -> Result<()> {
         complete += 1;
         let lock = config.product.rootfs.lock.as_ref().context("a lock")?;
         let lock = PackagesLock::load(&root.join(&lock.value))?;
-        lock.check_request(&xtask::build::package_spec(&config)).context(name.clone())?;
+        lock.check_request(&xtask::build::package_spec(&config), &name).context(name.clone())?;
         // Whatever release the robot has: the machine that builds may have an older one.
         for arch in ["amd64", "arm64"] {
             let tool = lock.of_role(Role::Host).any(|p| p.name == "e2fsprogs" && p.arch == arch);

@@ -203,11 +203,12 @@ fn a_lock_has_what_apt_chose_and_no_address() -> Result<()> {
     // Only the time that it was made may differ.
     let again = PackagesLock { epoch: lock.epoch, ..world.lock()? };
     assert_eq!(text, again.to_text()?);
-    assert_eq!(PackagesLock::parse(&text)?, lock);
-    lock.check_request(&spec())?;
+    assert_eq!(PackagesLock::parse(&text, "a.lock".into())?, lock);
+    lock.check_request(&spec(), "shop")?;
     let other = DebianSpec { packages: vec!["other".into()], ..spec() };
-    let error = lock.check_request(&other).unwrap_err().to_string();
+    let error = lock.check_request(&other, "shop").unwrap_err().to_string();
     assert!(error.contains("not in it: package other; only in it: package app"), "{error}");
+    assert!(error.ends_with("\nhelp: cargo xtask lock --product shop --only packages"), "{error}");
     Ok(())
 }
 
@@ -215,17 +216,36 @@ fn a_lock_has_what_apt_chose_and_no_address() -> Result<()> {
 fn malformed_locks_are_refused_by_name() -> Result<()> {
     let text = World::new()?.lock()?.to_text()?;
     let hash = text.split("sha256 = \"").nth(1).context("hash")?[..64].to_owned();
-    for (from, to, message) in [
-        ("version = 1\n", "version = 2\n", "the lock has format 2, this tool reads format 1"),
-        ("\"pool/main/app/", "\"pool/../app/", "is not a path below pool/"),
-        (hash.as_str(), "ABC", "'ABC' is not a SHA-256 in lower-case hexadecimal"),
-        ("name = \"lib\"", "name = \"app\"", "package app (arm64) is listed twice"),
-        ("archive = \"debian\"", "archive = \"acme\"", "comes from 'acme', which is no source of"),
-        ("size = ", "sise = ", "unknown field `sise`"),
+    // What the file has then, and the line that must be named with the message.
+    for (from, to, line, message) in [
+        ("\"pool/main/app/", "\"pool/../app/", "filename = \"pool/../app", "is not a path below"),
+        (hash.as_str(), "ABC", "sha256 = \"ABC\"", "'ABC' is not a SHA-256 in lower-case hex"),
+        ("name = \"lib\"", "name = \"app\"", "name = \"app\"", "app (arm64) is listed twice"),
+        ("archive = \"debian\"", "archive = \"acme\"", "archive = \"acme\"", "'acme', which is no"),
+        ("size = ", "sise = ", "sise = ", "unknown field `sise`"),
+        ("epoch = ", "epoch = x", "epoch = x", ""),
     ] {
-        let error = format!("{:#}", PackagesLock::parse(&text.replace(from, to)).unwrap_err());
+        let text = text.replace(from, to);
+        let error = format!("{:#}", PackagesLock::parse(&text, "a.lock".into()).unwrap_err());
         assert!(error.contains(message), "{error}");
+        let lines = text.lines().enumerate().filter(|(_, text)| text.starts_with(line));
+        let places = lines.map(|(n, text)| format!("a.lock:{}: {{}}\n  | {text}", n + 1));
+        let named = |place: &String| {
+            let (at, text) = place.split_once("{}").unwrap();
+            error.split("a.lock:").any(|one| {
+                let one = format!("a.lock:{one}");
+                one.starts_with(at) && one.contains(text)
+            })
+        };
+        assert!(places.clone().count() > 0 && places.clone().any(|p| named(&p)), "{line}: {error}");
     }
+    let error = |text: &str| PackagesLock::parse(text, "a.lock".into()).unwrap_err().to_string();
+    let other = error(&text.replace("version = 1\n", "version = 2\n"));
+    assert!(other.contains("a.lock: the lock has format 2, this tool reads format 1"), "{other}");
+    assert!(error("\n").starts_with("a.lock is empty"), "{}", error("\n"));
+    // All at once: each package's archive.
+    let all = error(&text.replace("archive = \"debian\"", "archive = \"acme\""));
+    assert_eq!(all.matches("which is no source").count(), text.matches("[[package]]").count());
     Ok(())
 }
 
@@ -313,9 +333,10 @@ fn only_listed_packages_come_from_a_further_archive() -> Result<()> {
     assert_eq!(chosen(&lock), expected);
     let text = lock.to_text()?;
     ensure!(!text.contains("127.0.0.1") && !text.contains("http"), "{text}");
-    assert_eq!(PackagesLock::parse(&text)?, lock);
-    lock.check_request(&spec)?;
-    let error = lock.check_request(&spec_with(&[("vendor", &["app"])])).unwrap_err().to_string();
+    assert_eq!(PackagesLock::parse(&text, "a.lock".into())?, lock);
+    lock.check_request(&spec, "shop")?;
+    let error =
+        lock.check_request(&spec_with(&[("vendor", &["app"])]), "shop").unwrap_err().to_string();
     assert!(error.contains("only in it: extra package linux-image-acme, source vendor: package"));
 
     // Each file is its own archive's, although apt takes both `app` for the same.
@@ -413,7 +434,7 @@ fn a_package_that_a_further_archive_lacks_or_drops() -> Result<()> {
 fn a_lock_without_further_archives_is_written_as_ever() -> Result<()> {
     let root = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
     let text = fs::read_to_string(root.join("configs/robot-dev.packages.lock"))?;
-    assert_eq!(PackagesLock::parse(&text)?.to_text()?, text);
+    assert_eq!(PackagesLock::parse(&text, "a.lock".into())?.to_text()?, text);
     Ok(())
 }
 

@@ -215,11 +215,11 @@ fn product_lock() -> WheelLock {
 fn the_products_lock_is_whole_and_each_contradiction_in_a_lock_is_refused() {
     let lock = product_lock();
     let text = lock.to_toml();
-    assert_eq!(WheelLock::parse(&text).unwrap(), lock);
+    assert_eq!(WheelLock::parse(&text, "a.lock".into()).unwrap(), lock);
     assert_eq!(lock.wheels.len(), 23);
     let first = lock.wheels[0].sha256.clone();
     let changed = text.replace(&first, &"0".repeat(64));
-    assert_ne!(identity(&lock), identity(&WheelLock::parse(&changed).unwrap()));
+    assert_ne!(identity(&lock), identity(&WheelLock::parse(&changed, "a.lock".into()).unwrap()));
     let mut newer = lock.clone();
     newer.wheels[0].version = "9".into();
     let gone = newer.wheels.remove(1);
@@ -264,8 +264,16 @@ fn the_products_lock_is_whole_and_each_contradiction_in_a_lock_is_refused() {
         ),
     ];
     for (bad, expected) in cases {
-        let found = message(WheelLock::parse(&bad));
+        let found = message(WheelLock::parse(&bad, "a.lock".into()));
         assert!(found.contains(expected), "expected: {expected}\nfound: {found}");
+        if !found.contains("has format") {
+            // A line of the file, and what stands there.
+            let (place, shown) = found.split_once("\n  | ").expect("a place");
+            let line = place.trim_start_matches("a.lock:").split(':').next().expect("a line");
+            let line: usize = line.parse().expect("a line's number");
+            let shown = shown.lines().next().expect("the line");
+            assert_eq!(bad.lines().nth(line - 1).map(str::trim), Some(shown), "{found}");
+        }
     }
 }
 

@@ -155,7 +155,8 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
     let path = build.plan.rootfs.lock.clone().context("the engine debian has a package lock")?;
     let full = build.root.join(&path);
     let mut lock = PackagesLock::load(&full)?;
-    lock.check_request(&build.packages).with_context(|| format!("obeying {path}"))?;
+    let product = &build.plan.product.name;
+    lock.check_request(&build.packages, product).with_context(|| format!("obeying {path}"))?;
     let mut replaced = Vec::new();
     let mut fetched = None;
     if !build.cache.has("base", &key(build, &lock)?.finish(), Base::files)? {

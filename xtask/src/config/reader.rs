@@ -6,9 +6,10 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -21,6 +22,16 @@ pub struct Place {
     pub line: usize,
     /// The offending text: that line of the file, trimmed.
     pub text: String,
+}
+
+impl Place {
+    /// The place of a range of bytes in a file's text.
+    pub fn of(file: &Utf8Path, text: &str, at: &Range<usize>) -> Self {
+        let before = text.get(..at.start.min(text.len())).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        let shown = text.lines().nth(line - 1).unwrap_or_default().trim().to_owned();
+        Self { file: file.to_owned(), line, text: shown }
+    }
 }
 
 /// A value together with the place where it was written.
@@ -85,6 +96,48 @@ impl Findings {
         self.0.sort_by(|a, b| (&a.place.file, a.place.line).cmp(&(&b.place.file, b.place.line)));
         if self.0.is_empty() { Ok(()) } else { Err(self.into()) }
     }
+}
+
+/// What to do about a lock that is damaged.
+const DAMAGED: &str = "a lock is not edited by hand: take the committed file again, or make it anew with `cargo xtask lock`";
+
+/// The values of a lock's text; messages call the file `path`.
+///
+/// # Errors
+/// An empty file, for which there is `help`, and what is not TOML or no lock, with its line.
+pub fn written_lock<T: DeserializeOwned>(text: &str, path: &Utf8Path, help: &str) -> Result<T> {
+    ensure!(!text.trim().is_empty(), "{path} is empty: nothing was locked yet\nhelp: {help}");
+    toml::from_str(text).map_err(|error| {
+        let place = match error.span() {
+            Some(at) => Place::of(path, text, &at),
+            None => Place { file: path.to_owned(), line: 0, text: String::new() },
+        };
+        Findings(vec![Finding::new(&place, error.message(), DAMAGED)]).into()
+    })
+}
+
+/// What is wrong with a key of an entry of a lock, the entry's table at a range of its text.
+pub fn in_entry(
+    text: &str,
+    path: &Utf8Path,
+    entry: &Range<usize>,
+    key: &str,
+    message: impl Into<String>,
+) -> Finding {
+    let rest = text.get(entry.start..).unwrap_or_default();
+    // Its first line may be the header, which is no end.
+    let mut at = entry.start;
+    for (n, line) in rest.split_inclusive('\n').enumerate() {
+        let names = line.trim_start().strip_prefix(key);
+        if names.is_some_and(|rest| rest.trim_start().starts_with('=')) {
+            return Finding::new(&Place::of(path, text, &(at..at)), message, DAMAGED);
+        }
+        if n > 0 && line.starts_with('[') {
+            break;
+        }
+        at += line.len();
+    }
+    Finding::new(&Place::of(path, text, entry), message, DAMAGED)
 }
 
 /// One configuration file being read.
@@ -169,11 +222,7 @@ impl Source {
     }
 
     fn place(&self, at: &Range<usize>) -> Place {
-        let start = at.start.min(self.text.len());
-        let before = self.text.get(..start).unwrap_or_default();
-        let line = before.matches('\n').count() + 1;
-        let text = self.text.lines().nth(line - 1).unwrap_or_default().trim().to_owned();
-        Place { file: self.path.clone(), line, text }
+        Place::of(&self.path, &self.text, at)
     }
 
     fn finding(&self, at: &Range<usize>, message: impl Into<String>, help: impl Into<String>) {

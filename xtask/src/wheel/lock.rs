@@ -3,12 +3,14 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
+use toml::Spanned;
 
 use super::target::{Target, WheelName, normalise};
 use crate::artifact::{hash_bytes, write_atomically};
+use crate::config::reader::{Findings, in_entry, written_lock};
 
 /// The lock file's format; a reader refuses any other.
 const FORMAT: u32 = 1;
@@ -32,6 +34,17 @@ pub struct WheelLock {
     /// The wheels, sorted by normalised name.
     #[serde(rename = "wheel")]
     pub wheels: Vec<LockedWheel>,
+}
+
+/// A lock as it is written, with the places of what may contradict itself.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Written {
+    format: u32,
+    requirement: String,
+    target: Spanned<Target>,
+    #[serde(rename = "wheel")]
+    wheels: Vec<Spanned<LockedWheel>>,
 }
 
 /// One wheel of a lock.
@@ -69,39 +82,55 @@ impl WheelLock {
     /// When it cannot be read or `parse` refuses it.
     pub fn load(path: &Utf8Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
-        Self::parse(&text).with_context(|| format!("reading the wheel lock {path}"))
+        Self::parse(&text, path)
     }
 
-    /// Reads a lock's text and checks that it is whole and in order.
+    /// Reads a lock's text and checks that it is whole and in order; messages call the file `path`.
     ///
     /// # Errors
-    /// When it is not TOML, has an unknown key or format, or contradicts itself.
-    pub fn parse(text: &str) -> Result<Self> {
-        let lock: Self = toml::from_str(text)?;
+    /// When it is not TOML, has an unknown key or format, or contradicts itself: with its line.
+    pub fn parse(text: &str, path: &Utf8Path) -> Result<Self> {
+        let Written { format, requirement, target, wheels: entries } =
+            written_lock(text, path, "cargo xtask lock --only wheels")?;
         ensure!(
-            lock.format == FORMAT,
-            "the lock has format {}, this tool reads format {FORMAT}\n\
-             help: write it again with `cargo xtask lock`",
-            lock.format
+            format == FORMAT,
+            "reading {path}: the lock has format {format}, this tool reads format {FORMAT}\n\
+             help: write it again with `cargo xtask lock`"
         );
-        lock.target.validate()?;
-        let mut seen = BTreeSet::new();
-        for wheel in &lock.wheels {
-            wheel.validate()?;
-            if !seen.insert(&wheel.name) {
-                bail!("{} is locked twice\nhelp: keep one [[wheel]] of that name", wheel.name);
+        let (mut seen, mut wrong) = (BTreeSet::new(), Vec::new());
+        let at_top = |key: &str, message: String| in_entry(text, path, &(0..0), key, message);
+        if let Err(error) = target.get_ref().validate() {
+            wrong.push(in_entry(text, path, &target.span(), "", format!("{error:#}")));
+        }
+        let mut before: Option<&str> = None;
+        for entry in &entries {
+            let wheel = entry.get_ref();
+            let name = wheel.name.as_str();
+            let mut find = |key: &str, message: String| {
+                wrong.push(in_entry(text, path, &entry.span(), key, message));
+            };
+            if let Err((key, error)) = wheel.validate() {
+                find(key, format!("{error:#}"));
             }
+            if !seen.insert(name) {
+                find("name", format!("{name} is locked twice"));
+            }
+            if let Some(before) = before.filter(|before| *before > name) {
+                find("name", format!("the wheels are not sorted: {before} stands before {name}"));
+            }
+            before = Some(name);
         }
-        if let Some(pair) = lock.wheels.windows(2).find(|pair| pair[0].name > pair[1].name) {
-            bail!("the wheels are not sorted: {} stands before {}", pair[0].name, pair[1].name);
+        match super::metadata::parse_requirement(&requirement) {
+            Ok(top) if seen.contains(top.name.to_string().as_str()) => {}
+            Ok(_) => wrong.push(at_top(
+                "requirement",
+                format!("the requirement {requirement} has no [[wheel]]"),
+            )),
+            Err(error) => wrong.push(at_top("requirement", format!("{error:#}"))),
         }
-        let top = lock.top_level()?;
-        ensure!(
-            lock.wheels.iter().any(|wheel| wheel.name == top),
-            "the requirement {} has no [[wheel]]\nhelp: write it again with `cargo xtask lock`",
-            lock.requirement
-        );
-        Ok(lock)
+        Findings(wrong).check()?;
+        let wheels = entries.into_iter().map(Spanned::into_inner).collect();
+        Ok(Self { format, requirement, target: target.into_inner(), wheels })
     }
 
     /// The lock as a person reviews it; the same lock is always the same text.
@@ -161,22 +190,27 @@ impl WheelLock {
 }
 
 impl LockedWheel {
-    fn validate(&self) -> Result<()> {
-        let file = WheelName::parse(&self.file)?;
-        ensure!(
-            self.name == normalise(&self.name) && file.name == self.name,
-            "the lock says '{}' and the file is {}: expected the normalised name '{}'",
-            self.name,
-            self.file,
-            file.name
-        );
-        ensure!(
-            self.sha256.len() == 64
-                && self.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')),
-            "the sha256 of {} is '{}': expected 64 lower-case hexadecimal digits",
-            self.file,
-            self.sha256
-        );
+    /// Refuses what contradicts itself: with the key.
+    fn validate(&self) -> Result<(), (&'static str, anyhow::Error)> {
+        let file = WheelName::parse(&self.file).map_err(|error| ("file", error))?;
+        if self.name != normalise(&self.name) || file.name != self.name {
+            let error = anyhow!(
+                "the lock says '{}' and the file is {}: expected the normalised name '{}'",
+                self.name,
+                self.file,
+                file.name
+            );
+            return Err(("name", error));
+        }
+        let plain = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+        if self.sha256.len() != 64 || !self.sha256.bytes().all(plain) {
+            let error = anyhow!(
+                "the sha256 of {} is '{}': expected 64 lower-case hexadecimal digits",
+                self.file,
+                self.sha256
+            );
+            return Err(("sha256", error));
+        }
         Ok(())
     }
 }

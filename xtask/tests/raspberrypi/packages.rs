@@ -369,7 +369,7 @@ impl World {
         let cache = self.root().join("cache");
         let path = config.product.rootfs.lock.as_ref().context("a lock")?.value.clone();
         let lock = match PackagesLock::load(&self.root().join(&path)) {
-            Ok(lock) if lock.check_request(&spec).is_ok() => lock,
+            Ok(lock) if lock.check_request(&spec, "an example").is_ok() => lock,
             _ => lock(&spec, &mirrors, &cache)?,
         };
         fs::create_dir_all(self.root().join(path.parent().context("a folder")?))?;

@@ -7,12 +7,14 @@ use std::fs;
 use anyhow::{Context, Result, anyhow, bail};
 use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
+use toml::Spanned;
 
 use super::apt::{Mirrors, PrivateApt, Source};
 use super::download::LockedDeb;
 use super::sources::Offers;
 use super::{DebianSpec, host, repo};
 use crate::artifact::write_atomically;
+use crate::config::reader::{Findings, in_entry, written_lock};
 use crate::progress;
 use crate::rootfs::Role;
 
@@ -39,6 +41,16 @@ pub struct PackagesLock {
     pub request: DebianSpec,
     /// What apt decided, sorted by role, name and architecture.
     pub package: Vec<LockedPackage>,
+}
+
+/// A lock as it is written, with the places of its packages.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Written {
+    version: u32,
+    epoch: u64,
+    request: DebianSpec,
+    package: Vec<Spanned<LockedPackage>>,
 }
 
 /// One package file.
@@ -76,26 +88,31 @@ impl LockedPackage {
 
     /// Refuses what cannot be a package of an archive.
     pub(super) fn check(&self) -> Result<()> {
+        self.wrong().map_or(Ok(()), |(_, why)| Err(anyhow!(why)))
+    }
+
+    /// What cannot be true of a package of an archive: the key, and a sentence.
+    fn wrong(&self) -> Option<(&'static str, String)> {
         let Self { name, filename, sha256, archive, .. } = self;
         if sha256.len() != 64 || !sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-            bail!("package {name}: '{sha256}' is not a SHA-256 in lower-case hexadecimal");
+            let why = format!("'{sha256}' is not a SHA-256 in lower-case hexadecimal");
+            return Some(("sha256", format!("package {name}: {why}")));
         }
-        match archive {
+        let (fits, what) = match archive {
             Archive::Debian | Archive::Security => {
-                if !filename.starts_with("pool/") || filename.split('/').any(|part| part == "..") {
-                    bail!("package {name}: '{filename}' is not a path below pool/");
-                }
+                let whole = |part: &str| part != "..";
+                let fits = filename.starts_with("pool/") && filename.split('/').all(whole);
+                (fits, "is not a path below pool/")
             }
             // Not everybody calls it pool.
             Archive::Source(_) => {
                 let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~+/%:".contains(&b);
                 let whole = |part: &str| !matches!(part, "" | "." | "..") && !part.ends_with(':');
-                if !filename.bytes().all(plain) || !filename.split('/').all(whole) {
-                    bail!("package {name}: '{filename}' is not a path in an archive");
-                }
+                let fits = filename.bytes().all(plain) && filename.split('/').all(whole);
+                (fits, "is not a path in an archive")
             }
-        }
-        Ok(())
+        };
+        (!fits).then(|| ("filename", format!("package {name}: '{filename}' {what}")))
     }
 
     /// `name version` as messages show it.
@@ -202,32 +219,46 @@ impl PackagesLock {
     pub fn load(path: &Utf8Path) -> Result<Self> {
         let text = fs::read_to_string(path)
             .with_context(|| format!("reading {path}\nhelp: cargo xtask lock makes it"))?;
-        Self::parse(&text).with_context(|| format!("reading {path}"))
+        Self::parse(&text, path)
     }
 
-    /// Parses the text of a lock file.
+    /// Parses the text of a lock file; messages call the file `path`.
     ///
     /// # Errors
     /// As [`PackagesLock::load`].
-    pub fn parse(text: &str) -> Result<Self> {
-        let lock: Self = toml::from_str(text)?;
-        if lock.version != VERSION {
-            bail!("the lock has format {}, this tool reads format {VERSION}", lock.version);
+    pub fn parse(text: &str, path: &Utf8Path) -> Result<Self> {
+        let Written { version, epoch, request, package: entries } =
+            written_lock(text, path, "cargo xtask lock makes it")?;
+        if version != VERSION {
+            bail!(
+                "reading {path}: the lock has format {version}, this tool reads format {VERSION}"
+            );
         }
-        let mut seen = BTreeSet::new();
-        for package in &lock.package {
-            let name = &package.name;
-            package.check()?;
-            if let Archive::Source(source) = &package.archive
-                && !lock.request.sources.iter().any(|known| known.name == *source)
+        let (mut seen, mut wrong) = (BTreeSet::new(), Vec::new());
+        for entry in &entries {
+            let package = entry.get_ref();
+            let LockedPackage { role, name, arch, archive, .. } = package;
+            let mut find = |key: &str, message: String| {
+                wrong.push(in_entry(text, path, &entry.span(), key, message));
+            };
+            if let Some((key, message)) = package.wrong() {
+                find(key, message);
+            }
+            if let Archive::Source(source) = archive
+                && !request.sources.iter().any(|known| known.name == *source)
             {
-                bail!("package {name} comes from '{source}', which is no source of the request");
+                let message = format!(
+                    "package {name} comes from '{source}', which is no source of the request"
+                );
+                find("archive", message);
             }
-            if !seen.insert((package.role, name, &package.arch)) {
-                bail!("package {name} ({}) is listed twice", package.arch);
+            if !seen.insert((*role, name, arch)) {
+                find("name", format!("package {name} ({arch}) is listed twice"));
             }
         }
-        Ok(lock)
+        Findings(wrong).check()?;
+        let package = entries.into_iter().map(Spanned::into_inner).collect();
+        Ok(Self { version, epoch, request, package })
     }
 
     /// The text of the lock file: sorted, and equal for equal content.
@@ -253,11 +284,11 @@ impl PackagesLock {
         self.package.iter().filter(move |p| p.role == role)
     }
 
-    /// Refuses a lock that was made for another request.
+    /// Refuses a lock that was made for another request than this one of `product`.
     ///
     /// # Errors
     /// When the request differs; says what was added and removed.
-    pub fn check_request(&self, spec: &DebianSpec) -> Result<()> {
+    pub fn check_request(&self, spec: &DebianSpec, product: &str) -> Result<()> {
         let set = |spec: &DebianSpec| -> BTreeSet<String> {
             let list = |what: &str, names: &[String]| -> Vec<String> {
                 names.iter().map(|name| format!("{what} {name}")).collect()
@@ -285,7 +316,8 @@ impl PackagesLock {
             names => format!("; {what} {}", names.join(", ")),
         };
         bail!(
-            "the package lock was made for another request{}{}\nhelp: cargo xtask lock",
+            "the package lock was made for another request{}{}\n\
+             help: cargo xtask lock --product {product} --only packages",
             part("not in it:", &more),
             part("only in it:", &less)
         )
