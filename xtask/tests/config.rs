@@ -4,7 +4,9 @@
 use crate::fixture_support;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use fixture_support::copy;
+use std::process::Command;
+
+use fixture_support::{Workspace, copy, locks};
 use xtask::config;
 use xtask::facts::Facts;
 use xtask::{plan, render};
@@ -311,4 +313,73 @@ fn every_rule_has_its_message() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// `plan` compares the locks with the product as a build does, after it has shown the plan.
+#[test]
+fn a_plan_tells_that_a_lock_was_made_for_something_else() {
+    let workspace = Workspace::new();
+    let plan = |format: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command.args(["plan", "--product", "shop", "--format", format]);
+        command.env("SOURCE_DATE_EPOCH", "1700000000").current_dir(&workspace.dir);
+        let output = command.output().expect("the tool");
+        let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let reset = || locks().into_iter().for_each(|(path, text)| workspace.put(path, text));
+    let change = |path: &str, from: &str, to: &str| {
+        let text = std::fs::read_to_string(workspace.at(path)).expect("read");
+        assert!(text.contains(from), "{path} has no {from}");
+        workspace.put(path, text.replace(from, to));
+    };
+    let (code, empty, said) = plan("text");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("shop.packages.lock is empty"), "{said}");
+    assert!(said.ends_with("help: cargo xtask lock --product shop\n"), "{said}");
+    reset();
+    let (code, good, said) = plan("text");
+    assert_eq!(code, Some(0), "{said}");
+    assert!(good.contains("inputs") && empty.contains("inputs"), "{empty}");
+    const PACKAGES: &str = "configs/shop.packages.lock";
+    const WHEELS: &str = "configs/shop.wheels.lock";
+    const ONLY_PACKAGES: &str = "help: cargo xtask lock --product shop --only packages\n";
+    const ONLY_WHEELS: &str =
+        "help: run `cargo xtask lock --product shop --only wheels` and commit the result\n";
+    for (path, from, to, expected, help) in [
+        (
+            PRODUCT,
+            "[\"systemd\"]",
+            "[\"systemd\", \"less\"]",
+            "not in it: package less",
+            ONLY_PACKAGES,
+        ),
+        (
+            BOARD,
+            "[\"u-boot-sample\"]",
+            "[]",
+            "only in it: extra package u-boot-sample",
+            ONLY_PACKAGES,
+        ),
+        (PACKAGES, "\"bookworm\"", "\"trixie\"", "not in it: suite bookworm", ONLY_PACKAGES),
+        (PRODUCT, "thing==1.0", "thing==1.1", "was made for thing==1.0, the product", ONLY_WHEELS),
+        (WHEELS, "3.11.2", "3.12", "the base is ", ONLY_WHEELS),
+    ] {
+        let before = std::fs::read_to_string(workspace.at(path)).expect("read");
+        change(path, from, to);
+        for format in ["text", "json"] {
+            let (code, shown, said) = plan(format);
+            assert_eq!(code, Some(1), "{to}: {said}");
+            assert!(said.contains(expected) && said.ends_with(help), "{to}: {said}");
+            // The plan is whole all the same.
+            assert!(shown.contains("inputs"), "{shown}");
+        }
+        workspace.put(path, before);
+    }
+    // Both at once, with one command.
+    change(PRODUCT, "[\"systemd\"]", "[\"less\"]");
+    change(PRODUCT, "thing==1.0", "thing==2");
+    let (_, _, said) = plan("text");
+    assert!(said.contains("not in it: package less") && said.contains("thing==2"), "{said}");
+    assert!(said.ends_with("help: cargo xtask lock --product shop\n"), "{said}");
 }

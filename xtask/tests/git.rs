@@ -9,7 +9,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Command, Stdio};
 
 use camino::{Utf8Path, Utf8PathBuf};
-use fixture_support::{copy, fixture};
+use fixture_support::{copy, fixture, locks};
 use serde_json::Value;
 use xtask::git;
 
@@ -35,6 +35,9 @@ impl Rig {
         fs::create_dir(rig.dir.join("home")).expect("made");
         copy(&fixture(), &rig.work());
         rig.put("overlays/plain/etc/tool", "#!/bin/sh\n");
+        for (path, text) in locks() {
+            rig.put(path, &text);
+        }
         symlink("hostname", rig.work().join("overlays/plain/etc/link")).expect("linked");
         rig.git(&["init", "--quiet", "--initial-branch=main"]);
         rig.commit();

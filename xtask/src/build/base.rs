@@ -1,13 +1,13 @@
 //! The stages `base` and `api`: what the engine makes, and the wheels installed for it.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Build, buildroot};
 use crate::cache::Key;
 use crate::config::Config;
-use crate::config::product::Engine;
+use crate::config::product::{Engine, Product};
 use crate::ext4::Mke2fs;
 use crate::fetch::Fetcher;
 use crate::plan::{self, SourcePlan};
@@ -18,6 +18,7 @@ use crate::rootfs::debian::{
 };
 use crate::rootfs::kernel::ModuleRules;
 use crate::rootfs::{BaseSystem, Role};
+use crate::text::sentence;
 use crate::wheel::base::BaseSource;
 use crate::wheel::target::Target;
 use crate::wheel::{self, BasePython, InstallRequest, InstallTarget, Installed, WheelLock};
@@ -89,6 +90,75 @@ pub fn mirrors(root: &Utf8Path, sources: &[SourcePlan]) -> Result<Mirrors> {
     Ok(Mirrors::from_host()?.with_sources(sources.iter().map(mirror).collect()))
 }
 
+/// Refuses a package lock that was made for another request than the product's.
+fn check_packages(
+    lock: &PackagesLock,
+    path: &Utf8Path,
+    spec: &DebianSpec,
+    product: &str,
+) -> Result<()> {
+    let obey = || format!("obeying {path}");
+    lock.check_request(spec, product).with_context(obey)
+}
+
+/// Refuses a wheel lock that was made for another API than the product's.
+fn check_wheels(lock: &WheelLock, path: &Utf8Path, package: &str, product: &str) -> Result<()> {
+    ensure!(
+        lock.requirement == package,
+        "the lock {path} was made for {}, the product asks for {package}\n\
+         help: run `cargo xtask lock --product {product} --only wheels` and commit the result",
+        lock.requirement
+    );
+    Ok(())
+}
+
+/// Compares a product's locks with what it and its boards ask for, as a build does; reads these files only.
+///
+/// # Errors
+/// A lock that cannot be read or was made for something else, and the command that makes it again; of both locks, where
+/// both are wrong.
+pub fn check_locks(config: &Config) -> Result<()> {
+    let Product { name, rootfs, api, .. } = &config.product;
+    let product = name.value.0.as_str();
+    let load = |path: &Utf8Path| PackagesLock::load(&config.root.join(path));
+    let debian = rootfs.lock.as_ref().filter(|_| rootfs.engine.value == Engine::Debian);
+    let packages = debian.map(|path| {
+        let lock = load(&path.value)?;
+        check_packages(&lock, &path.value, &package_spec(config), product)?;
+        Ok::<_, anyhow::Error>(lock)
+    });
+    let wheels = api.as_ref().map_or(Ok(()), |api| {
+        let path = &api.lock.value;
+        let lock = WheelLock::load(&config.root.join(path))?;
+        check_wheels(&lock, path, &api.package.value, product)?;
+        // The Python of packages that are locked again is not known yet.
+        let packages = match &packages {
+            Some(Err(_)) => return Ok(()),
+            Some(Ok(packages)) => Some(packages),
+            None => None,
+        };
+        let (locked, base) = (&lock.target, python_target(config, packages)?);
+        ensure!(
+            (locked.python.short(), &locked.arch) == (base.python.short(), &base.arch),
+            "the lock {path} was made for {locked}, the base is {base}\n\
+             help: run `cargo xtask lock --product {product} --only wheels` and commit the result"
+        );
+        Ok(())
+    });
+    match (packages.transpose(), wheels) {
+        (Ok(_), wheels) => wheels,
+        (Err(packages), Ok(())) => Err(packages),
+        (Err(packages), Err(wheels)) => {
+            let said = |error| {
+                let sentence = sentence(&error);
+                sentence.split("\nhelp: ").next().unwrap_or_default().to_owned()
+            };
+            let (packages, wheels) = (said(packages), said(wheels));
+            bail!("{packages}\n{wheels}\nhelp: cargo xtask lock --product {product}")
+        }
+    }
+}
+
 /// The Python that wheels are locked for: the package lock's, or the pinned Buildroot's.
 ///
 /// # Errors
@@ -114,7 +184,7 @@ pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<Tar
         }
         (None, Some(pinned)) => (pinned.python.value.clone(), pinned.libc.value.clone()),
         (None, None) => {
-            anyhow::bail!("`rootfs.buildroot` is missing in {}", config.product.place.file)
+            bail!("`rootfs.buildroot` is missing in {}", config.product.place.file)
         }
     };
     let target = Target {
@@ -155,8 +225,7 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
     let path = build.plan.rootfs.lock.clone().context("the engine debian has a package lock")?;
     let full = build.root.join(&path);
     let mut lock = PackagesLock::load(&full)?;
-    let product = &build.plan.product.name;
-    lock.check_request(&build.packages, product).with_context(|| format!("obeying {path}"))?;
+    check_packages(&lock, &path, &build.packages, &build.plan.product.name)?;
     let mut replaced = Vec::new();
     let mut fetched = None;
     if !build.cache.has("base", &key(build, &lock)?.finish(), Base::files)? {
@@ -283,14 +352,7 @@ fn announce(fetched: &Fetched, path: &camino::Utf8Path) {
 pub(super) fn wheel_lock(build: &Build<'_>) -> Result<Option<(WheelLock, String)>> {
     let Some(api) = &build.plan.api else { return Ok(None) };
     let lock = WheelLock::load(&build.root.join(&api.lock))?;
-    ensure!(
-        lock.requirement == api.package,
-        "the lock {} was made for {}, the product asks for {}\n\
-         help: run `cargo xtask lock --only wheels` and commit the result",
-        api.lock,
-        lock.requirement,
-        api.package
-    );
+    check_wheels(&lock, &api.lock, &api.package, &build.plan.product.name)?;
     Ok(Some((lock, api.package.clone())))
 }
 

@@ -44,6 +44,7 @@ pub fn build_component(options: &BuildImage) -> Result<ComponentBundle> {
     let (config, _, plan) = resolve(&options.target)?;
     let cache = Cache::locate()?;
     say("plan", super::summary(&plan));
+    base::check_locks(&config)?;
     let signing = signing(&plan).context("choosing the signing key")?;
     let cache = shared::attach(cache, plan.product.kind, &signing.signer, options.offline)?;
     let dist = dist(&config.root, &plan);

@@ -31,7 +31,7 @@ use crate::shared;
 use crate::tools::{self, Purpose};
 
 pub use agent::{Agent, LOCK as COMPILER_LOCK, SOURCES as AGENT_SOURCES};
-pub use base::{Base, Wheels, mirrors, package_spec, python_target};
+pub use base::{Base, Wheels, check_locks, mirrors, package_spec, python_target};
 pub use buildroot::output_name;
 pub use component::build_component;
 pub use image::{Card, System, qemu_files, wrap_script};
@@ -83,7 +83,7 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
     if until == Stage::Plan {
         return Ok(());
     }
-    // Everything that can go wrong at once, before the slow work: templates, engine, keys.
+    // Everything that can go wrong at once, before the slow work: templates, engine, locks, keys.
     let mut rendered = render(&config.root, &plan)?;
     rendered.write(&dist.join("rendered"))?;
     if until == Stage::Render {
@@ -97,6 +97,10 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
              help: choose another product with --product",
             plan.product.name
         );
+    }
+    // The wheels' lock would be read when the base is made, minutes from now.
+    if until >= Stage::Api {
+        check_locks(&config)?;
     }
     let signing = signing(&plan).context("choosing the signing key")?;
     developer_access(&plan, &mut rendered).context("finding who may log in")?;
@@ -137,6 +141,7 @@ pub fn compose(options: &BuildImage) -> Result<Composed> {
     let dist = dist(&config.root, &plan);
     say("plan", summary(&plan));
     let mut rendered = render(&config.root, &plan)?;
+    check_locks(&config)?;
     let signing = signing(&plan).context("choosing the signing key")?;
     developer_access(&plan, &mut rendered).context("finding who may log in")?;
     let packages = package_spec(&config);

@@ -9,6 +9,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::affected;
 use crate::artifact::write_atomically;
+use crate::build::check_locks;
 use crate::cli::{Format, PlanOptions, Show, Target};
 use crate::config::{self, Config};
 use crate::disk::layout::exact;
@@ -102,7 +103,7 @@ pub fn turn(dist: &Utf8Path) -> Result<File> {
 /// `cargo xtask plan`.
 ///
 /// # Errors
-/// Everything that is wrong with the configuration.
+/// Everything that is wrong with the configuration; after the plan was printed, a lock that no build would obey.
 pub fn plan(options: &PlanOptions) -> Result<()> {
     if options.all || options.changed_since.is_some() {
         return builds(options);
@@ -122,7 +123,8 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
             }
         }
     }
-    Ok(())
+    // Told after the plan, which is whole without the locks.
+    check_locks(&config).context("comparing the locks with the product")
 }
 
 /// The builds for CI: all of them, or those that a commit affects.

@@ -14,6 +14,30 @@ pub fn fixture() -> Utf8PathBuf {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixture")
 }
 
+/// Locks that are made for the fixture's product, for whoever asks the tool itself for its plan: of packages, of wheels.
+pub fn locks() -> [(&'static str, String); 2] {
+    let sha256 = "0".repeat(64);
+    let package = |name: &str, version: &str| {
+        format!(
+            "\n[[package]]\nrole = \"root\"\nname = \"{name}\"\narch = \"arm64\"\nversion = \"{version}\"\n\
+             archive = \"debian\"\nfilename = \"pool/main/{name}.deb\"\nsize = 1\nsha256 = \"{sha256}\"\n"
+        )
+    };
+    let packages = format!(
+        "version = 1\nepoch = 1700000000\n\n[request]\nsuite = \"bookworm\"\ncomponents = [\"main\"]\n\
+         arch = \"arm64\"\npackages = [\"systemd\"]\nextra = [\"u-boot-sample\"]\n{}{}",
+        package("libc6", "2.36-9+deb12u9"),
+        package("python3", "3.11.2-1+b1")
+    );
+    let wheels = format!(
+        "format = 1\nrequirement = \"thing==1.0\"\n\n[target]\npython = \"3.11.2\"\n\
+         implementation = \"cp\"\narch = \"aarch64\"\nlibc = \"glibc 2.36\"\n\n[[wheel]]\n\
+         name = \"thing\"\nversion = \"1.0\"\nfile = \"thing-1.0-py3-none-any.whl\"\nsize = 1\n\
+         sha256 = \"{sha256}\"\nneeded-by = []\n"
+    );
+    [("configs/shop.packages.lock", packages), ("configs/shop.wheels.lock", wheels)]
+}
+
 /// Copies a folder.
 pub fn copy(from: &Utf8Path, to: &Utf8Path) {
     fs::create_dir_all(to).expect("a folder");
