@@ -114,6 +114,25 @@ const CASES: &[(&str, &str, &str, &str)] = &[
     ("user-twice", PRODUCT, "name = \"robot\"\nuid = 1000", "name = \"root\"\nuid = 1000"),
     ("uid-twice", PRODUCT, "uid = 1000", "uid = 0"),
     ("uid-of-the-system", PRODUCT, "uid = 1000", "uid = 33"),
+    ("uid-out-of-range", PRODUCT, "uid = 1000", "uid = 60000"),
+    ("key-epoch-out-of-range", PRODUCT, "\"1.0.0\"", "\"1.0.0\"\nkey-epoch = -1"),
+    ("baud-out-of-range", BOARD, "\"ttyS0\"", "\"ttyS0\"\nbaud = 0"),
+    ("size-out-of-range", BOARD, "size = \"1GiB\"", "size = \"16777216TiB\""),
+    ("address-out-of-range", BOARD, "\"0x0c000000\"", "\"0x10000000000000000\""),
+    (
+        "qemu-out-of-range",
+        BOARD,
+        "[memory]",
+        "[qemu]\nmachine = \"virt\"\nmemory = \"1GiB\"\ncpus = 0\nbootloader = \"bios\"\n\
+         drive = \"virtio\"\nserial-port = 8\nboot-timeout = 1e3\n\n[memory]",
+    ),
+    (
+        "mode-out-of-range",
+        "overlays/plain/overlay.toml",
+        "\"0755\"",
+        "\"10000\"\nuid = 4294967295\ngid = -1",
+    ),
+    ("percent-out-of-range", PRODUCT, "\"80%\"", "\"101%\""),
     (
         "keys-that-are-none",
         PRODUCT,

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::product::Engine;
-use super::reader::{Fields, FromToml, Located, Place, Source};
+use super::reader::{Fields, FromToml, Located, Place, Source, Whole};
 use super::units::{Day, Name, Size};
 use crate::disk::layout::{Filesystem, TableKind};
 use crate::qemu::{BootloaderSlot, Drive, Machine};
@@ -137,7 +137,7 @@ pub struct Memory {
 pub struct Address(pub u64);
 
 impl FromToml for Address {
-    const EXPECTED: &'static str = "an address such as \"0x0c000000\"";
+    const EXPECTED: &'static str = "an address such as \"0x0c000000\", of 16 digits at most";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let digits = value.as_str().and_then(|text| text.strip_prefix("0x"));
         let number = digits.and_then(|digits| u64::from_str_radix(digits, 16).ok());
@@ -255,21 +255,30 @@ pub struct Qemu {
 words!(BootloaderSlot, "\"bios\" or \"kernel\"", "bios" => Self::Bios, "kernel" => Self::Kernel);
 words!(Drive, "\"sd\" or \"virtio\"", "sd" => Self::Sd, "virtio" => Self::Virtio);
 
+/// What Linux can set a serial line to: B50 to B4000000 (termios(3)).
+const BAUD: Whole = Whole { of: "bits per second", from: 50, to: 4_000_000 };
+/// The most that a machine of QEMU has, `virt` (`-machine virt -cpu help`, `MachineClass::max_cpus`).
+const CPUS: Whole = Whole { of: "processors", from: 1, to: 512 };
+/// Each port below it is one more argument for QEMU; the machines that start here have seven at most.
+const SERIAL_PORT: Whole = Whole { of: "", from: 0, to: 7 };
+/// A day; a machine that needs longer hangs.
+const BOOT_TIMEOUT: Whole = Whole { of: "seconds", from: 1, to: 86_400 };
+
 fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
     let machine = f.required("machine");
     let cpu = f.optional("cpu");
     let memory = f.required::<Size>("memory");
-    let cpus = f.required("cpus");
+    let cpus = f.number("cpus", CPUS);
     let bootloader = f.required("bootloader");
     let since = f.optional("since");
     let device_tree = f.optional("device-tree");
     let device_tree_changes = f.optional("device-tree-changes");
     let drive = f.required("drive");
     let power_of_two_card = f.or("power-of-two-card", false);
-    let serial_port = f.or("serial-port", 0u8);
+    let serial_port = f.number_or("serial-port", SERIAL_PORT, 0);
     let network = f.optional("network");
     let arguments = f.list("arguments");
-    let boot_timeout = f.or("boot-timeout", 300u32);
+    let boot_timeout = f.number_or("boot-timeout", BOOT_TIMEOUT, 300);
     Some(Qemu {
         machine: Machine {
             machine: machine?.value,
@@ -280,7 +289,7 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
             bootloader: bootloader?.value,
             drive: drive?.value,
             power_of_two_card: power_of_two_card?,
-            serial_port: serial_port?,
+            serial_port: u8::try_from(serial_port?).ok()?,
             network: network?.map(|l| l.value),
             arguments: values(arguments?),
             boot_timeout: u64::from(boot_timeout?),
@@ -427,7 +436,7 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
     let left_out_revisions = f.list("left-out-revisions");
     let console = f.table("console", |f| {
         let device = f.required("device");
-        let baud = f.or("baud", 115_200);
+        let baud = f.number_or("baud", BAUD, 115_200);
         Some(Console { device: device?.value, baud: baud? })
     });
     let memory = f.optional_table("memory", |f| {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use camino::{Utf8Component, Utf8Path, Utf8PathBuf};
 
 use super::content;
-use super::reader::{Fields, Finding, Findings, Located, Place, Source};
+use super::reader::{Fields, Finding, Findings, Located, Place, Source, Whole};
 use super::units::Name;
 use crate::artifact::hash_bytes;
 
@@ -227,15 +227,20 @@ fn read_exceptions(root: &Utf8Path, base: &Utf8Path) -> Result<Exceptions> {
     })
 }
 
+/// Ids of ext4 have 32 bits, and the highest one means "none" (chown(2)).
+const OWNER: Whole = Whole { of: "", from: 0, to: u32::MAX - 1 };
+
 fn exception(f: &mut Fields<'_>) -> Option<(Utf8PathBuf, Attributes, Place)> {
     let path = f.required::<Utf8PathBuf>("path");
     let mode = f.required::<String>("mode");
-    let uid = f.or("uid", 0u32);
-    let gid = f.or("gid", 0u32);
+    let uid = f.number_or("uid", OWNER, 0);
+    let gid = f.number_or("gid", OWNER, 0);
     let mode = mode?;
     let Ok(bits @ 0..=0o7777) = u32::from_str_radix(&mode.value, 8) else {
-        let message =
-            format!("`mode`: expected an octal mode such as \"0600\", found \"{}\"", mode.value);
+        let message = format!(
+            "`mode`: expected an octal mode from \"0000\" to \"7777\", found \"{}\"",
+            mode.value
+        );
         f.reject(&mode.place, message, "");
         return None;
     };

@@ -4,7 +4,7 @@ pub use bundle::{Kind, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use toml::de::DeValue;
 
-use super::reader::{Fields, FromToml, Located, Place, Source};
+use super::reader::{Fields, FromToml, Located, Place, Source, Whole};
 use super::units::{Name, Percent};
 
 impl FromToml for Kind {
@@ -332,6 +332,11 @@ pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Product> {
     })
 }
 
+/// What a bundle's manifest has room for.
+const KEY_EPOCH: Whole = Whole { of: "", from: 0, to: u32::MAX };
+/// Root's 0, and those of people: Debian Policy 9.2.2 gives 60000 and above to others.
+const UID: Whole = Whole { of: "", from: 0, to: 59_999 };
+
 fn build(f: &mut Fields<'_>) -> Option<Product> {
     let name = f.required("name");
     let title = f.required::<String>("title");
@@ -371,7 +376,7 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     });
     let update = f.table("update", |f| {
         let minimum_version = f.required("minimum-version");
-        let key_epoch = f.or("key-epoch", 0);
+        let key_epoch = f.number_or("key-epoch", KEY_EPOCH, 0);
         Some(Update { minimum_version: minimum_version?, key_epoch: key_epoch? })
     });
     let place = f.place();
@@ -486,7 +491,7 @@ fn plain_address(f: &Fields<'_>, mut address: Located<String>) -> Option<Located
 
 fn user(f: &mut Fields<'_>) -> Option<User> {
     let name = f.required("name");
-    let uid = f.required("uid");
+    let uid = f.number("uid", UID);
     let groups = f.list::<String>("groups");
     let shell = f.or("shell", "/bin/sh".to_owned());
     let home = f.optional::<String>("home");

@@ -256,20 +256,28 @@ impl FromToml for bool {
     }
 }
 
-impl FromToml for u32 {
-    const EXPECTED: &'static str = "a whole number from 0 to 4294967295";
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let integer = value.as_integer().ok_or(String::new())?;
-        u32::from_str_radix(integer.as_str(), integer.radix())
-            .map_err(|_| format!("{} is out of that range", integer.as_str()))
-    }
+/// A whole number with the range of its key.
+#[derive(Debug, Clone, Copy)]
+pub struct Whole {
+    /// What is counted, such as "seconds"; empty: nothing.
+    pub of: &'static str,
+    /// The lowest one.
+    pub from: u32,
+    /// The highest one.
+    pub to: u32,
 }
 
-impl FromToml for u8 {
-    const EXPECTED: &'static str = "a whole number from 0 to 255";
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let number = u32::from_toml(value)?;
-        Self::try_from(number).map_err(|_| format!("{number} is out of that range"))
+impl Whole {
+    /// What a person should have written.
+    pub fn expected(&self) -> String {
+        let of = if self.of.is_empty() { String::new() } else { format!(" of {}", self.of) };
+        format!("a whole number{of} from {} to {}", self.from, self.to)
+    }
+
+    fn of_toml(&self, value: &DeValue<'_>) -> Result<u32, String> {
+        let integer = value.as_integer().ok_or(String::new())?;
+        let number = u32::from_str_radix(integer.as_str(), integer.radix()).ok();
+        number.filter(|number| (self.from..=self.to).contains(number)).ok_or_default()
     }
 }
 
@@ -361,34 +369,52 @@ impl<'a> Fields<'a> {
         ));
     }
 
-    fn convert<T: FromToml>(
+    fn convert<T: FromToml>(&self, key: &str, found: Found<'_>) -> Option<T> {
+        self.convert_with(key, found, T::EXPECTED, T::from_toml)
+    }
+
+    fn convert_with<T>(
         &self,
         key: &str,
-        (source, value): (&Source, &Spanned<DeValue<'_>>),
+        (source, value): Found<'_>,
+        expected: &str,
+        from_toml: impl FnOnce(&DeValue<'_>) -> Result<T, String>,
     ) -> Option<T> {
-        match T::from_toml(value.get_ref()) {
-            Ok(converted) => Some(converted),
-            Err(why) => {
-                let kind = value.get_ref().type_str();
-                let found = match value.get_ref().as_str() {
-                    Some(text) => format!("\"{text}\""),
-                    None => {
-                        format!("{} {kind}", if kind.starts_with(['a', 'i']) { "an" } else { "a" })
-                    }
-                };
-                let reason = if why.is_empty() { String::new() } else { format!(": {why}") };
-                source.finding(
-                    &value.span(),
-                    format!(
-                        "`{}{key}`: expected {}, found {found}{reason}",
-                        self.prefix,
-                        T::EXPECTED
-                    ),
-                    "",
-                );
-                None
+        let why = match from_toml(value.get_ref()) {
+            Ok(converted) => return Some(converted),
+            Err(why) => why,
+        };
+        let kind = value.get_ref().type_str();
+        let found = match value.get_ref() {
+            DeValue::String(text) => format!("\"{text}\""),
+            DeValue::Array(_) | DeValue::Table(_) => {
+                format!("{} {kind}", if kind.starts_with('a') { "an" } else { "a" })
             }
+            // As it stands there.
+            _ => source.text.get(value.span()).unwrap_or(kind).to_owned(),
+        };
+        let reason = if why.is_empty() { String::new() } else { format!(": {why}") };
+        let message = format!("`{}{key}`: expected {expected}, found {found}{reason}", self.prefix);
+        source.finding(&value.span(), message, "");
+        None
+    }
+
+    /// A required whole number.
+    pub fn number(&mut self, key: &'static str, whole: Whole) -> Option<Located<u32>> {
+        let Some(found) = self.value(key) else {
+            self.missing(key, &whole.expected());
+            return None;
+        };
+        let value = self.convert_with(key, found, &whole.expected(), |v| whole.of_toml(v))?;
+        Some(Located { value, place: found.0.place(&found.1.span()) })
+    }
+
+    /// A whole number with a default.
+    pub fn number_or(&mut self, key: &'static str, whole: Whole, default: u32) -> Option<u32> {
+        if self.value(key).is_none() {
+            return Some(default);
         }
+        self.number(key, whole).map(|located| located.value)
     }
 
     /// A required field.

@@ -16,10 +16,17 @@ impl FromToml for Size {
     }
 }
 
+/// Bytes are counted in 64 bits.
+const TOO_LARGE: &str = "it must be below 16777216TiB";
+
 fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_| String::new())?;
+    let number: u64 = match number {
+        "" => return Err(String::new()),
+        // Digits only: it is too long.
+        _ => number.parse().map_err(|_| TOO_LARGE.to_owned())?,
+    };
     let factor: u64 = match unit.trim_start() {
         "B" => 1,
         "KiB" => 1 << 10,
@@ -29,7 +36,7 @@ fn parse_size(text: &str) -> Result<u64, String> {
         "" => return Err("the unit is missing (B, KiB, MiB, GiB or TiB)".to_owned()),
         other => return Err(format!("unknown unit `{other}` (use B, KiB, MiB, GiB or TiB)")),
     };
-    number.checked_mul(factor).ok_or_else(|| "the size does not fit 64 bits".to_owned())
+    number.checked_mul(factor).ok_or_else(|| TOO_LARGE.to_owned())
 }
 
 /// A share in whole percent, written `"95%"`.
@@ -37,14 +44,13 @@ fn parse_size(text: &str) -> Result<u64, String> {
 pub struct Percent(pub u32);
 
 impl FromToml for Percent {
-    const EXPECTED: &'static str = "a percentage such as \"95%\"";
+    const EXPECTED: &'static str = "a percentage from \"0%\" to \"100%\"";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or(String::new())?;
         let number = text.strip_suffix('%').ok_or(String::new())?;
         match number.trim().parse() {
             Ok(n @ 0..=100) => Ok(Self(n)),
-            Ok(_) => Err("it must lie between 0% and 100%".to_owned()),
-            Err(_) => Err(String::new()),
+            _ => Err(String::new()),
         }
     }
 }
@@ -83,7 +89,7 @@ impl FromToml for Name {
 pub struct Day(pub String);
 
 impl FromToml for Day {
-    const EXPECTED: &'static str = "a day such as \"2024-05-13\"";
+    const EXPECTED: &'static str = "a day from \"2000-01-01\" to \"2999-12-31\"";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or(String::new())?;
         let parts: Vec<u32> = text.split('-').filter_map(|part| part.parse().ok()).collect();
@@ -105,6 +111,8 @@ mod tests {
         assert_eq!(parse_size("4 GiB"), Ok(4 << 30));
         assert!(parse_size("64").is_err_and(|e| e.contains("unit is missing")));
         assert!(parse_size("64MB").is_err_and(|e| e.contains("unknown unit `MB`")));
-        assert!(parse_size("99999999999TiB").is_err_and(|e| e.contains("64 bits")));
+        assert!(parse_size("99999999999TiB").is_err_and(|e| e == TOO_LARGE));
+        assert!(parse_size("99999999999999999999B").is_err_and(|e| e == TOO_LARGE));
+        assert_eq!(parse_size("16777215TiB"), Ok(16_777_215 << 40));
     }
 }

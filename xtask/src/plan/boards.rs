@@ -3,10 +3,10 @@
 
 use super::{BoardPlan, EarlierCard, Origin, cmdline};
 use crate::config::board::{
-    Board, BootFlow, BootSource, Compile, Console, Disk, Earlier, Partition,
+    Address, Board, BootFlow, BootSource, Compile, Console, Disk, Earlier, Partition,
 };
 use crate::config::product::{Engine, Product};
-use crate::config::reader::{Finding, Located};
+use crate::config::reader::{Finding, FromToml, Located};
 use crate::disk::layout::{self, DiskRequest, Filesystem, Layout, PartitionRequest};
 
 /// Alignment of partitions without a `start` of their own: erase blocks of cards are 4 MiB.
@@ -349,13 +349,15 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
     };
     let mut regions = Vec::new();
     for (key, size) in LOADED {
-        match number(key) {
-            Some(address) => regions.push((key, address, size)),
+        match (number(key), board.uboot.get(key)) {
+            (Some(address), _) => regions.push((key, address, size)),
             // The machine's own tree lies where it lies.
-            None if key == "fdt-address" => {}
-            None => {
-                let message = format!("`u-boot.{key}` is no address");
-                out.push(Finding::new(place, message, "write it as \"0x0c000000\""));
+            (None, None) if key == "fdt-address" => {}
+            (None, found) => {
+                let found = found.map_or("none".to_owned(), |text| format!("\"{text}\""));
+                let message =
+                    format!("`u-boot.{key}`: expected {}, found {found}", Address::EXPECTED);
+                out.push(Finding::new(place, message, ""));
             }
         }
     }
@@ -365,13 +367,13 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
     }
     regions.sort_by_key(|region| region.1);
     let (start, smallest) = (memory.start.value.0, memory.smallest.value.0);
-    let end = start + smallest.saturating_sub(memory.reserved.value.0);
+    let end = start.saturating_add(smallest.saturating_sub(memory.reserved.value.0));
     for (key, address, size) in &regions {
-        if *address < start || address + size > end {
+        let after = address.saturating_add(*size);
+        if *address < start || after > end {
             let message = format!(
-                "`u-boot.{key}`: {address:#010x} to {:#010x} is outside of {start:#010x} to {end:#010x}, \
-                 which the smallest machine has free",
-                address + size
+                "`u-boot.{key}`: {address:#010x} to {after:#010x} is outside of {start:#010x} to {end:#010x}, \
+                 which the smallest machine has free"
             );
             let help = format!(
                 "the smallest machine of `compatible` has {}; U-Boot loads nothing beyond it",
@@ -382,10 +384,10 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
     }
     for pair in regions.windows(2) {
         let [(first, address, size), (second, next, _)] = pair else { continue };
-        if address + size > *next {
+        let after = address.saturating_add(*size);
+        if after > *next {
             let message = format!(
-                "`u-boot.{first}` needs {address:#010x} to {:#010x}, but `u-boot.{second}` is {next:#010x}",
-                address + size
+                "`u-boot.{first}` needs {address:#010x} to {after:#010x}, but `u-boot.{second}` is {next:#010x}"
             );
             out.push(Finding::new(place, message, "move them apart"));
         }

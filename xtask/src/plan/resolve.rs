@@ -216,8 +216,11 @@ fn check_users(product: &Product, out: &mut Vec<Finding>) {
         }
         // 0 is root; below 1000 the distribution hands out ids; 60000 is login.defs' UID_MAX.
         if !(uid == 0 && name == "root" || (1000..60000).contains(&uid)) {
-            let message = format!("uid {uid} is not free for the account {name}");
-            out.push(Finding::new(&user.uid.place, message, "choose one from 1000 to 59999"));
+            let message = format!(
+                "`users.uid` of {name}: expected a whole number from 1000 to 59999, found {uid}"
+            );
+            let help = "0 is root's, those up to 999 are the system's own accounts'";
+            out.push(Finding::new(&user.uid.place, message, help));
         }
         check_account(user, out);
         let password = &user.password.value;
