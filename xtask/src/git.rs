@@ -93,12 +93,17 @@ const INPUTS: [&str; 15] = [
     "xtask/src",
 ];
 
+/// Folders whose children a build reads whole or not at all: it names the one that it needs, and ends where that one is
+/// not there.
+const NAMED: [&str; 2] = ["board", "overlays"];
+
 /// How many names git is given at once.
 const AT_ONCE: usize = 400;
 
 /// The files of a workspace that are not as the commit has them, sorted: each tracked file is compared byte by byte,
 /// whatever index, filters and ignore rules say; and none may lie beside them where builds read. Names that builds
-/// pass over count as nothing.
+/// pass over count as nothing. Nor do files that a sparse checkout leaves out (git-sparse-checkout(1)), where no build
+/// would read them: outside of what builds read, and the whole folder of a board or an overlay.
 ///
 /// # Errors
 /// When git or a file cannot be read.
@@ -110,7 +115,7 @@ pub fn changes(root: &Utf8Path, commit: &str) -> Result<Vec<String>> {
 fn differing(root: &Utf8Path, commit: &str, inputs: &[&str]) -> Result<BTreeSet<String>> {
     let mut changed = BTreeSet::new();
     let tracked = tracked(root, commit)?;
-    compare(root, &tracked, &mut changed)?;
+    compare(root, &tracked, inputs, &mut changed)?;
     let canonical = root.canonicalize_utf8().with_context(|| format!("resolving {root}"))?;
     let mut waiting: Vec<Utf8PathBuf> = inputs.iter().map(Utf8PathBuf::from).collect();
     while let Some(path) = waiting.pop() {
@@ -147,6 +152,9 @@ fn differing(root: &Utf8Path, commit: &str, inputs: &[&str]) -> Result<BTreeSet<
     Ok(changed)
 }
 
+/// git's mode of a submodule.
+const SUBMODULE: &str = "160000";
+
 /// A file as a commit has it.
 struct Entry {
     /// git's own: `100644`, `100755`, `120000` (a link), `160000` (a submodule).
@@ -175,11 +183,31 @@ fn tracked(root: &Utf8Path, commit: &str) -> Result<BTreeMap<String, Entry>> {
     Ok(files)
 }
 
+/// The files that are marked as left out of this checkout (`skip-worktree`), below a folder.
+fn left_out(root: &Utf8Path) -> Result<BTreeSet<PathBuf>> {
+    let listed = at(root).args(["ls-files", "-t", "-z"]).read_bytes()?;
+    // git-ls-files(1): `S` and a blank before the name.
+    let names = listed.split(|byte| *byte == 0).filter_map(|line| line.strip_prefix(b"S "));
+    Ok(names.map(|name| PathBuf::from(OsStr::from_bytes(name))).collect())
+}
+
+/// Whether a build would read a file that is not there, or notice that it is not.
+fn is_wanted(root: &Utf8Path, path: &str, inputs: &[&str]) -> bool {
+    let path = Utf8Path::new(path);
+    let mut parts = path.components().map(|part| part.as_str());
+    let whole = parts.next().filter(|top| NAMED.contains(top) && inputs.contains(top));
+    let whole = whole.zip(parts.next()).map(|(top, name)| root.join(top).join(name));
+    let is_left_whole = whole.is_some_and(|whole| whole.symlink_metadata().is_err());
+    inputs.iter().any(|input| path.starts_with(input)) && !is_left_whole
+}
+
 fn compare(
     root: &Utf8Path,
     tracked: &BTreeMap<String, Entry>,
+    inputs: &[&str],
     changed: &mut BTreeSet<String>,
 ) -> Result<()> {
+    let mut absent: Vec<(&String, &Entry)> = Vec::new();
     let links = tempfile::tempdir().context("making a folder")?;
     let links = Utf8Path::from_path(links.path()).context("the folder's path")?;
     // What is hashed, with the entry that it must be.
@@ -187,6 +215,10 @@ fn compare(
     for (path, entry) in tracked {
         let about = root.as_std_path().join(&entry.path).symlink_metadata().ok();
         let about = about.as_ref();
+        if about.is_none() && entry.mode != SUBMODULE {
+            absent.push((path, entry));
+            continue;
+        }
         let full = match Utf8Path::from_path(&entry.path) {
             Some(path) => root.join(path),
             // git is given a copy of what has another name.
@@ -200,11 +232,12 @@ fn compare(
             }
         };
         let fits = match entry.mode.as_str() {
-            "160000" => {
+            SUBMODULE => {
                 // One that was not fetched has no content; whether a build needs it, git cannot tell.
                 let there = full.join(".git").exists();
-                let wanted = INPUTS.iter().any(|input| Utf8Path::new(path).starts_with(input));
-                if there { differing(&full, &entry.id, &[""])?.is_empty() } else { !wanted }
+                let wanted = is_wanted(root, path, inputs);
+                let inside: &[&str] = if wanted { &[""] } else { &[] };
+                if there { differing(&full, &entry.id, inside)?.is_empty() } else { !wanted }
             }
             "120000" => match full.read_link_utf8() {
                 Ok(target) => {
@@ -231,6 +264,14 @@ fn compare(
         if !fits {
             changed.insert(path.clone());
         }
+    }
+    if !absent.is_empty() {
+        let left_out = left_out(root)?;
+        let is_read = |path: &str, entry: &Entry| {
+            !left_out.contains(&entry.path) || is_wanted(root, path, inputs)
+        };
+        let read = absent.into_iter().filter(|(path, entry)| is_read(path, entry));
+        changed.extend(read.map(|(path, _)| path.clone()));
     }
     for some in hashed.chunks(AT_ONCE) {
         let names = some.iter().map(|(file, _, _)| file.as_str());

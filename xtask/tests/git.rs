@@ -80,8 +80,13 @@ impl Rig {
 
     /// What `plan` says of the commit: its name, whether there are changes, the time.
     fn plan(&self, environment: &[(&str, &str)]) -> (String, bool, u64) {
+        self.plan_in(&self.work(), environment)
+    }
+
+    /// As [`Rig::plan`], of another checkout of the repository.
+    fn plan_in(&self, dir: &Utf8Path, environment: &[(&str, &str)]) -> (String, bool, u64) {
         let mut command = self.command(env!("CARGO_BIN_EXE_xtask"));
-        command.args(["plan", "--product", "shop", "--format", "json"]);
+        command.args(["plan", "--product", "shop", "--format", "json"]).current_dir(dir);
         let output = command.envs(environment.iter().copied()).output().expect("the tool");
         assert!(output.status.success(), "{environment:?}: {}", text(&output.stderr));
         let plan: Value = serde_json::from_slice(&output.stdout).expect("JSON");
@@ -91,6 +96,19 @@ impl Rig {
             plan["modified"].as_bool().expect("a word"),
             plan["epoch"].as_u64().expect("a time"),
         )
+    }
+
+    /// Adds a submodule of the name `sub`; its one file.
+    fn submodule(&self, path: &str) -> Utf8PathBuf {
+        let from = self.dir.join("sub");
+        fs::create_dir(&from).expect("made");
+        fs::write(from.join("file"), "x\n").expect("written");
+        self.git(&["-C", from.as_str(), "init", "--quiet", "--initial-branch=main"]);
+        self.git(&["-C", from.as_str(), "add", "--all"]);
+        self.git(&["-C", from.as_str(), "commit", "--quiet", "-m", "One"]);
+        let add = ["-c", "protocol.file.allow=always", "submodule", "--quiet", "add"];
+        self.git(&[&add[..], &["--name", "sub", from.as_str(), path]].concat());
+        self.work().join(path).join("file")
     }
 
     fn is_modified(&self) -> bool {
@@ -168,6 +186,17 @@ fn what_hooks_have_in_their_environment_changes_nothing() {
         ("GIT_QUARANTINE_PATH", "/no/such/folder"),
     ];
     assert_eq!(rig.plan(&hook), plain);
+    let settings = [
+        ("GIT_CONFIG_COUNT", "2"),
+        ("GIT_CONFIG_KEY_0", "status.showUntrackedFiles"),
+        ("GIT_CONFIG_VALUE_0", "no"),
+        ("GIT_CONFIG_KEY_1", "log.showSignature"),
+        ("GIT_CONFIG_VALUE_1", "true"),
+    ];
+    assert_eq!(rig.plan(&settings), plain);
+    rig.put("overlays/plain/etc/new.conf", "");
+    assert!(rig.plan(&settings).1 && rig.plan(&hook).1, "a new file is hidden");
+    fs::remove_file(rig.work().join("overlays/plain/etc/new.conf")).expect("removed");
     // A second checkout is made of this repository, and the hook's own stays on its branch.
     let to = rig.dir.join("second");
     let mut command =
@@ -202,7 +231,7 @@ fn nothing_that_a_build_reads_is_hidden() {
         fs::write(&path, text + line).expect("written");
     };
     type Change<'a> = (&'static str, &'a dyn Fn(&Rig));
-    let changes: [Change<'_>; 17] = [
+    let changes: [Change<'_>; 20] = [
         ("a new file", &|rig| rig.put(new, "a\n")),
         ("one that is not to be shown", &|rig| {
             rig.put(new, "a\n");
@@ -270,6 +299,30 @@ fn nothing_that_a_build_reads_is_hidden() {
             symlink(rig.dir.join("elsewhere"), rig.work().join("configs/outside")).expect("linked");
             rig.commit();
         }),
+        ("one that a file monitor keeps to itself", &|rig| {
+            let monitor = rig.dir.join("monitor");
+            fs::write(&monitor, "#!/bin/sh\nprintf 'token\\0'\n").expect("written");
+            fs::set_permissions(&monitor, fs::Permissions::from_mode(0o755)).expect("a mode");
+            rig.git(&["config", "core.fsmonitor", monitor.as_str()]);
+            rig.git(&["status"]);
+            append(rig, old, "true\n");
+            assert_eq!(rig.git(&["status", "--porcelain"]), "", "git has seen it");
+        }),
+        ("a file of a submodule that is not to be looked at", &|rig| {
+            let file = rig.submodule("overlays/plain/srv/sub");
+            rig.git(&["config", "-f", ".gitmodules", "submodule.sub.ignore", "all"]);
+            rig.commit();
+            assert!(!rig.is_modified(), "a submodule is a change");
+            fs::write(file, "other\n").expect("written");
+            assert_eq!(rig.git(&["status", "--porcelain"]), "", "git has seen it");
+        }),
+        ("a file that a submodule's own clone ignores", &|rig| {
+            let file = rig.submodule("overlays/plain/srv/sub");
+            rig.commit();
+            let exclude = rig.work().join(".git/modules/sub/info/exclude");
+            fs::write(exclude, "*.conf\n").expect("written");
+            fs::write(file.with_file_name("new.conf"), "x\n").expect("written");
+        }),
         ("another commit in this one's place", &|rig| {
             let head = rig.git(&["rev-parse", "HEAD"]);
             append(rig, old, "true\n");
@@ -321,6 +374,62 @@ fn what_no_build_reads_is_no_change() {
     assert!(!rig.is_modified());
     rig.put("overlays/plain/srv/model", "other\n");
     assert!(rig.is_modified());
+}
+
+/// A sparse checkout has less than the commit, and all that a build of its products reads.
+#[test]
+fn what_a_sparse_checkout_leaves_out_is_no_change_where_no_build_reads_it() {
+    let rig = Rig::new();
+    for path in ["docs/page.md", "overlays/fancy/etc/x", "board/other/board.toml", "top.txt"] {
+        rig.put(path, "x\n");
+    }
+    rig.commit();
+    let there = |path: &str| rig.work().join(path).exists();
+    let folders = ["board/common", "board/sample", "configs", "overlays/plain"];
+    for index in ["--no-sparse-index", "--sparse-index"] {
+        rig.git(&[&["sparse-checkout", "set", "--cone", index][..], &folders].concat());
+        assert!(!there("docs") && !there("overlays/fancy") && !there("board/other"), "{index}");
+        assert!(there("overlays/plain/etc/tool") && there("top.txt"), "{index}");
+        assert!(!rig.is_modified(), "{index}");
+        // What comes back with another content is a change again, and so is a file that was removed.
+        rig.put("docs/page.md", "y\n");
+        assert!(rig.is_modified(), "{index}: a file that was left out and is there");
+        fs::remove_dir_all(rig.work().join("docs")).expect("removed");
+        fs::remove_file(rig.work().join("top.txt")).expect("removed");
+        assert!(rig.is_modified(), "{index}: a removed file");
+        rig.git(&["checkout", "--quiet", "--", "top.txt"]);
+        assert!(!rig.is_modified(), "{index}");
+    }
+    // A part of what a build takes whole.
+    for pattern in ["!/overlays/plain/etc/tool", "!/configs/shop.fragment", "!*.j2"] {
+        rig.git(&["sparse-checkout", "set", "--no-cone", "/*", "!/docs/", pattern]);
+        assert!(!there("docs") && there("overlays/fancy"), "{pattern}");
+        let changed = git::changes(&rig.work(), "HEAD").expect("compared");
+        assert!(!changed.is_empty(), "{pattern}: it is called the commit's");
+        assert!(!changed.iter().any(|path| path.starts_with("docs")), "{changed:?}");
+    }
+    rig.git(&["sparse-checkout", "disable"]);
+    assert!(there("docs") && !rig.is_modified());
+}
+
+#[test]
+fn a_linked_worktree_is_compared_with_its_own_commit() {
+    let rig = Rig::new();
+    let first = rig.plan(&[]);
+    let tree = rig.dir.join("tree");
+    rig.git(&["worktree", "add", "--quiet", "-b", "other", tree.as_str()]);
+    assert_eq!(rig.plan_in(&tree, &[]), first);
+    fs::write(tree.join("overlays/plain/etc/tool"), "#!/bin/sh\ntrue\n").expect("written");
+    assert!(rig.plan_in(&tree, &[]).1 && !rig.plan(&[]).1);
+    rig.git(&["-C", tree.as_str(), "commit", "--quiet", "--all", "-m", "Two"]);
+    let second = rig.plan_in(&tree, &[]);
+    assert!(second.0 != first.0 && !second.1, "{second:?}");
+    assert_eq!(rig.plan(&[]), first);
+    // What a worktree's hook has in its environment, git started in the other one.
+    let dir = rig.work().join(".git/worktrees/tree");
+    let hook = [("GIT_DIR", dir.as_str()), ("GIT_WORK_TREE", tree.as_str())];
+    assert_eq!(rig.plan(&hook), first);
+    assert_eq!(rig.git(&["-C", tree.as_str(), "symbolic-ref", "HEAD"]), "refs/heads/other");
 }
 
 #[test]
