@@ -1,10 +1,11 @@
 //! Images that mean harm, given to `inspect`, in 1 GiB of address space: sizes that are claimed and not there, folders
-//! in circles, blocks that many files claim, and names that would drive the terminal.
+//! in circles, blocks that many files claim, and names that would drive the terminal; and a boot state in words.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 
+use bundle::bootstate::{BootState, Slot};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::exec;
 
@@ -159,6 +160,40 @@ fn a_boot_state_beyond_all_offsets_is_refused() {
     let many = vec!["8"; 100].join(", ");
     folder.refused(&device(&many), "names 100 sectors");
     folder.refused(&device("99999999"), "reading the boot state at 51199999488");
+}
+
+#[test]
+fn a_boot_state_is_told_in_words() {
+    let folder = system();
+    folder.write("usr/lib/slipway/device.toml", b"[boot-state]\nsectors = [8, 16, 24, 32]\n");
+    let image = card(&folder, &folder.slot("slot", &[]));
+    let file = File::options().write(true).open(&image).unwrap();
+    let state = |sequence, active, trial, tries| BootState { sequence, active, trial, tries };
+    for (sector, state) in [
+        (8, state(7, Slot::A, None, 0)),
+        (16, state(8, Slot::A, Some(Slot::B), 1)),
+        (24, state(9, Slot::B, Some(Slot::A), 0)),
+    ] {
+        file.write_all_at(&state.encode(), sector * 512).unwrap();
+    }
+    let (code, said) = folder.inspect(&[image.as_str()]);
+    assert_eq!(code, Some(0), "{said}");
+    for line in [
+        "  boot state at 4096: slot a is committed, no trial; write 7\n",
+        "  boot state at 8192: slot a is committed, trial of slot b, 1 start left; write 8\n",
+        "  boot state at 12288: slot b is committed, trial of slot a used up; write 9\n",
+        "  boot state at 16384: empty or invalid: slot a is started\n",
+    ] {
+        assert!(said.contains(line), "{line}: {said}");
+    }
+    // For programs it is what it was.
+    let (_, json) = folder.inspect(&[image.as_str(), "--format", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    let first = serde_json::json!({
+        "offset": 4096,
+        "state": "BootState { sequence: 7, active: A, trial: None, tries: 0 }",
+    });
+    assert_eq!(json["boot-states"][0], first);
 }
 
 #[test]

@@ -101,6 +101,21 @@ struct ImageView {
 struct StateView {
     offset: u64,
     state: Option<String>,
+    /// The same for people, where that is another text.
+    #[serde(skip)]
+    words: Option<String>,
+}
+
+/// A boot state in words.
+fn words(state: &BootState) -> String {
+    let BootState { sequence, active, trial, tries } = state;
+    let trial = match (trial, tries) {
+        (None, _) => "no trial".to_owned(),
+        (Some(slot), 0) => format!("trial of slot {slot} used up"),
+        (Some(slot), 1) => format!("trial of slot {slot}, 1 start left"),
+        (Some(slot), tries) => format!("trial of slot {slot}, {tries} starts left"),
+    };
+    format!("slot {active} is committed, {trial}; write {sequence}")
 }
 
 #[derive(Serialize)]
@@ -145,8 +160,10 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
     }
     let (offsets, trust) = raw_offsets(path, &view.tables)?;
     for (offset, sector) in offsets.iter().zip(read::states(path, &offsets)?) {
-        let state = BootState::decode(&sector).ok().map(|s| format!("{s:?}"));
-        view.boot_states.push(StateView { offset: *offset, state });
+        let decoded = BootState::decode(&sector).ok();
+        let words = decoded.as_ref().map(words);
+        let state = decoded.map(|state| format!("{state:?}"));
+        view.boot_states.push(StateView { offset: *offset, state, words });
     }
     for offset in trust {
         let mut copy = vec![0; bundle::area::COPY];
@@ -157,7 +174,7 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
             Err(bundle::area::Invalid::Empty) => None,
             Err(invalid) => Some(invalid.to_string()),
         };
-        view.trust.push(StateView { offset, state });
+        view.trust.push(StateView { offset, state, words: None });
     }
     if format == Format::Json {
         outln!("{}", text::json(&view)?);
@@ -185,7 +202,7 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
         outln!("  {:<2} {:>12} {:>13}  {kind:<8}  {name}", p.number, p.offset, bytes(p.size));
     }
     for state in &view.boot_states {
-        let shown = state.state.as_deref().unwrap_or("empty or invalid: slot a is started");
+        let shown = state.words.as_deref().unwrap_or("empty or invalid: slot a is started");
         outln!("  boot state at {}: {shown}", state.offset);
     }
     for copy in &view.trust {
