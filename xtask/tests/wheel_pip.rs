@@ -353,6 +353,157 @@ fn what_no_robot_takes_is_no_component_and_told_when_it_is_locked() {
     }
 }
 
+/// Set for the process that locks under settings of a machine: its folder.
+const SETTINGS: &str = "TEST_PIP_SETTINGS";
+
+/// Settings of a user whose pip does other things; `{dir}` is a folder. Of sources they name only wheels in it.
+const HOSTILE: &str = "[global]
+index-url = http://127.0.0.1:9/simple
+no-index = true
+find-links = {dir}/wheels
+user = true
+require-hashes = true
+require-virtualenv = true
+quiet = 3
+constraint = {dir}/constraints.txt
+no-deps = true
+no-binary = :all:
+platform = win_amd64
+abi = cp27
+python-version = 2.7
+pre = true
+
+[install]
+target = {dir}/target
+root = {dir}/root
+user = true
+
+[download]
+dest = {dir}/dest
+";
+
+/// Run by the test below in a process of its own: what is locked, or why nothing is.
+#[test]
+fn locks_under_the_settings_of_a_machine() {
+    let Ok(dir) = std::env::var(SETTINGS) else { return };
+    let dir = Utf8Path::new(&dir);
+    let request = LockRequest {
+        requirement: "foo==1.0".into(),
+        target: target(),
+        base: vec![],
+        cache: dir.join("cache"),
+        log: None,
+    };
+    let told = lock(&request).map_or_else(|error| format!("{error:#}"), |lock| lock.to_toml());
+    std::fs::write(dir.join("told"), told).unwrap();
+}
+
+/// One lock, whatever the machine's pip is set to do and wherever that is written; but a source is the user's to name.
+#[test]
+fn pips_settings_say_where_from_and_nothing_else() {
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = Utf8Path::from_path(scratch.path()).unwrap().canonicalize_utf8().unwrap();
+    let dir = dir.as_path();
+    std::fs::create_dir(dir.join("wheels")).unwrap();
+    let newer = || {
+        let mut draft = Draft::new("bar", "").edit("/METADATA", "Version: 1.0", "Version: 2.0a1");
+        draft.file = draft.file.replace("1.0", "2.0a1");
+        draft.info = draft.info.replace("1.0", "2.0a1");
+        for (path, _, _) in &mut draft.members {
+            *path = path.replace("-1.0.dist-info", "-2.0a1.dist-info");
+        }
+        draft
+    };
+    let drafts = [Draft::new("foo", "Requires-Dist: bar"), Draft::new("bar", ""), newer()];
+    written(&drafts, &dir.join("wheels"));
+    std::fs::write(dir.join("constraints.txt"), "bar==0.9\n").unwrap();
+    let settings = HOSTILE.replace("{dir}", dir.as_str());
+    let file = dir.join("settings");
+    std::fs::write(&file, &settings).unwrap();
+    let put = |path: &str, text: &str| {
+        let path = dir.join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    // Without them, and without those of whoever runs the test.
+    let told = |home: &str, environment: &[(&str, &str)], before: &[&str]| {
+        let this = std::env::current_exe().unwrap();
+        let words = [before, &[this.to_str().unwrap()]].concat();
+        let mut command = Command::new(words[0]);
+        command
+            .args(&words[1..])
+            .args(["--exact", "wheel_pip::locks_under_the_settings_of_a_machine"]);
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("PIP_")) {
+            command.env_remove(name);
+        }
+        command.env_remove("XDG_CONFIG_HOME").env_remove("VIRTUAL_ENV");
+        command.env("HOME", dir.join(home)).env(SETTINGS, dir);
+        let output = command.envs(environment.iter().copied()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let told = std::fs::read_to_string(dir.join("told")).unwrap();
+        std::fs::remove_file(dir.join("told")).unwrap();
+        // What was downloaded before is no reason to find it again.
+        std::fs::remove_dir_all(dir.join("cache")).ok();
+        told
+    };
+    let links = dir.join("wheels");
+    let sources = [("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", links.as_str())];
+    let plain = told("none", &sources, &[]);
+    assert!(plain.contains("\"bar\"\nversion = \"1.0\"") && plain.contains("\"foo\""), "{plain}");
+
+    put("home/.config/pip/pip.conf", &settings);
+    put("old/.pip/pip.conf", &settings);
+    put("xdg/pip/pip.conf", &settings);
+    // An environment that is active: its Python has the distribution's pip.
+    let venv = dir.join("venv");
+    let made = Command::new("/usr/bin/python3")
+        .args(["-m", "venv", "--without-pip", "--system-site-packages", venv.as_str()])
+        .status()
+        .unwrap();
+    assert!(made.success());
+    put("venv/pip.conf", &settings);
+    let path = format!("{venv}/bin:{}", std::env::var("PATH").unwrap());
+    let xdg = dir.join("xdg");
+    // The machine's own: this file in the place of /etc/pip.conf, seen by that process only.
+    let etc = dir.join("etc");
+    std::fs::create_dir(&etc).unwrap();
+    let machine = format!(
+        "cp -r /etc/. {etc} 2>{dir}/unreadable; cp {file} {etc}/pip.conf && mount --bind {etc} /etc && exec \"$@\""
+    );
+    let variables: Vec<(String, String)> = settings
+        .lines()
+        .filter_map(|line| line.split_once(" = "))
+        .map(|(key, value)| {
+            (format!("PIP_{}", key.to_uppercase().replace('-', "_")), value.to_owned())
+        })
+        .collect();
+    let variables: Vec<(&str, &str)> =
+        variables.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    type Case<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)], &'a [&'a str]);
+    let cases: [Case<'_>; 7] = [
+        ("home", "home", &[], &[]),
+        ("home of old", "old", &[], &[]),
+        ("XDG_CONFIG_HOME", "none", &[("XDG_CONFIG_HOME", xdg.as_str())], &[]),
+        ("a virtual environment", "none", &[("PATH", &path)], &[]),
+        ("PIP_CONFIG_FILE", "none", &[("PIP_CONFIG_FILE", file.as_str())], &[]),
+        ("variables", "none", &variables, &[]),
+        ("/etc", "none", &[], &["unshare", "-rm", "sh", "-c", &machine, "sh"]),
+    ];
+    for (name, home, environment, before) in cases {
+        assert_eq!(told(home, environment, before), plain, "{name}");
+        for made in ["target", "root", "dest"] {
+            assert!(!dir.join(made).exists(), "{name}: pip has made {made}");
+        }
+    }
+    // Nobody answers at the index that a file names, and no other one is asked.
+    let dead = settings.replace("no-index = true\n", "retries = 0\n").replace("find-links", "#");
+    put("dead/.config/pip/pip.conf", &dead);
+    let refused = told("dead", &[], &[]);
+    assert!(refused.contains("127.0.0.1") && refused.contains("foo"), "{refused}");
+    // A variable outweighs the file.
+    assert_eq!(told("dead", &sources, &[]), plain);
+}
+
 /// Locks what the index has, and compares what we install with what pip does.
 #[test]
 fn the_most_used_wheels_are_installed_as_pip_does() {

@@ -67,6 +67,11 @@ impl Pip {
         );
         let listed = Tool::new(python)
             .args(["-m", "pip", "config", "list", "--disable-pip-version-check"])
+            // These settings count for this command, too: to say nothing, or to list one file only.
+            .env("PIP_QUIET", "0")
+            .env("PIP_USER", "0")
+            .env("PIP_GLOBAL", "0")
+            .env("PIP_SITE", "0")
             .env("LC_ALL", "C.UTF-8")
             .read()
             .context("asking pip for its settings")?;
