@@ -61,3 +61,18 @@ fn help(said: &str) -> &'static str {
         "build in a checkout with a commit (git must be installed), or set SOURCE_DATE_EPOCH",
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_git_says_brings_its_remedy() {
+        // As git 2.47 says it.
+        let owner = "fatal: detected dubious ownership in repository at '/srv/robot'";
+        assert!(help(owner).contains("`safe.directory`"));
+        let config = "fatal: bad config line 1 in file /home/me/.gitconfig";
+        assert!(help(config).contains("git config --list --show-origin"));
+        assert!(help("fatal: not a git repository").contains("SOURCE_DATE_EPOCH"));
+    }
+}

@@ -276,6 +276,8 @@ const CASES: &[(&str, &str, &str, &str)] = &[
     ("boot-file-without-source", BOARD, "template = \"boot.scr.j2\"\n", ""),
     ("boot-file-partition", BOARD, "compile =", "partition = \"data\"\ncompile ="),
     ("template-undefined", "overlays/plain/etc/hostname.j2", "hostname", "hostnmae"),
+    // Jinja2 takes methods of Python's; these templates have filters.
+    ("template-method", "overlays/plain/etc/hostname.j2", " }}", ".upper() }}"),
     ("template-syntax", "overlays/plain/etc/hostname.j2", " }}", ""),
     (
         "many-at-once",
@@ -332,6 +334,21 @@ fn every_rule_has_its_message() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// As editors of Windows save files.
+#[test]
+fn a_mark_of_utf_8_and_line_ends_of_windows_change_nothing() {
+    let workspace = Workspace::new();
+    for path in [PRODUCT, BOARD, "overlays/plain/overlay.toml"] {
+        let text = std::fs::read_to_string(workspace.at(path)).expect("read");
+        workspace.put(path, format!("\u{feff}{}", text.replace('\n', "\r\n")));
+    }
+    resolve(&workspace.dir).expect("the same configuration");
+    // Places are those that the editor shows.
+    let text = std::fs::read_to_string(workspace.at(PRODUCT)).expect("read");
+    workspace.put(PRODUCT, text.replace("\"90%\"", "\"190%\""));
+    assert!(workspace.refused().starts_with("configs/shop.toml:16: "), "{}", workspace.refused());
 }
 
 /// `plan` compares the locks with the product as a build does, after it has shown the plan.

@@ -433,6 +433,50 @@ fn a_linked_worktree_is_compared_with_its_own_commit() {
 }
 
 #[test]
+fn the_time_of_outputs_is_any_number_of_seconds() {
+    let rig = Rig::new();
+    for (text, time) in [
+        ("0", 0),
+        (" 1 ", 1),
+        ("4294967296", 1 << 32),
+        ("253402300800", 253_402_300_800),
+        ("18446744073709551615", u64::MAX),
+    ] {
+        assert_eq!(rig.plan(&[("SOURCE_DATE_EPOCH", text)]).2, time, "{text}");
+    }
+    let commits = rig.plan(&[]).2;
+    assert_eq!(rig.plan(&[("SOURCE_DATE_EPOCH", " ")]).2, commits);
+    for text in ["-1", "1.5", "18446744073709551616", "1e9"] {
+        let mut command = rig.command(env!("CARGO_BIN_EXE_xtask"));
+        command.args(["plan", "--product", "shop"]).env("SOURCE_DATE_EPOCH", text);
+        let output = command.output().expect("the tool");
+        let said = self::text(&output.stderr);
+        let expected = format!("expected seconds since 1970, found \"{text}\"");
+        assert!(!output.status.success() && said.contains(&expected), "{said}");
+    }
+}
+
+#[test]
+fn a_checkout_may_lie_in_a_folder_of_any_name() {
+    let rig = Rig::new();
+    let plain = rig.plan(&[]);
+    let odd = rig.dir.join("it's a \"bot\", 100%25 [x] $HOME; ü:b");
+    fs::rename(rig.work(), &odd).expect("moved");
+    // What a command starts in.
+    fs::create_dir(rig.work()).expect("made");
+    assert_eq!(rig.plan_in(&odd, &[]), plain);
+    let mut command = rig.command(env!("CARGO_BIN_EXE_xtask"));
+    command.args(["plan", "--product", "shop"]).env_remove("HOME").current_dir(&odd);
+    let output = command.output().expect("the tool");
+    assert!(output.status.success(), "without HOME: {}", text(&output.stderr));
+    fs::write(odd.join("overlays/plain/etc/tool"), "").expect("written");
+    assert!(rig.plan_in(&odd, &[]).1, "an edited file");
+    let to = rig.dir.join("second, it's");
+    git::checkout(&odd, &plain.0, &to).expect("a checkout");
+    assert_eq!(git::changes(&to, &plain.0).expect("compared"), Vec::<String>::new());
+}
+
+#[test]
 fn a_workspace_below_a_repositorys_top_is_compared_there() {
     let rig = Rig::new();
     let top = rig.dir.join("top");
