@@ -6,7 +6,7 @@ use crate::fixture_support;
 use camino::{Utf8Path, Utf8PathBuf};
 use fixture_support::copy;
 use xtask::config;
-use xtask::facts::Facts;
+use xtask::plan::Facts;
 use xtask::{plan, render};
 
 const PRODUCT: &str = "configs/shop.toml";

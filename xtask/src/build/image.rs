@@ -7,10 +7,9 @@ use bundle::bootstate::BootState;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, Base, Build, Signing, Wheels, alias, base, environment};
+use super::{Agent, Base, Build, Compression, Signing, Wheels, alias, base, environment};
 use crate::artifact::{Artifact, flush, hash_bytes, write_atomically, write_large};
 use crate::cache::Key;
-use crate::cli::Compression;
 use crate::compose::{self, Parts, lint, programs, sizes};
 use crate::config::board::Compile;
 use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source, Summed};

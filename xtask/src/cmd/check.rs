@@ -166,7 +166,7 @@ fn pinned_trees() -> Result<Vec<PinnedTree>> {
     let (root, cache) = (workspace_root()?, Cache::locate()?);
     let mut trees = Vec::new();
     for product in config::products(&root)? {
-        if let Some(pinned) = product::read(&root, &product)?.rootfs.buildroot {
+        if let Some(pinned) = config::read_product(&root, &product)?.rootfs.buildroot {
             let path = pinned_path(&cache.root, &pinned.release.value);
             let there = path.join("Makefile").is_file();
             trees.push(PinnedTree { product, pinned, path, there });
