@@ -8,6 +8,7 @@ mod buildroot;
 mod component;
 pub mod environment;
 mod image;
+mod key;
 mod options;
 mod outcome;
 
@@ -208,7 +209,7 @@ fn stages(
     let mut made = Made { base, wheels, agent, system: None, card: None, bundle: None };
     if let (true, Some(agent)) = (until >= Stage::Compose, &made.agent) {
         build.running = Stage::Compose;
-        let parts = image::Inputs {
+        let parts = key::Inputs {
             rendered,
             base: &made.base,
             wheels: made.wheels.as_ref(),
