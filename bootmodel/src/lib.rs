@@ -7,5 +7,6 @@
 //! - [`chain`] is a whole start, from the boot ROM to `/init`, for each model that a card is for.
 
 pub mod chain;
+mod file;
 pub mod firmware;
 pub mod script;

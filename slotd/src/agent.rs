@@ -10,19 +10,21 @@ use serde_json::json;
 
 use crate::api;
 use crate::boot::{self, BootFlow, BootStatus};
+use crate::condition::State as DataState;
 use crate::damage;
-use crate::data::State as DataState;
 use crate::device::{Device, slot_role};
 use crate::events::Events;
 use crate::files::Disk;
 use crate::health::{self, State, Verdict, Watch, watchdog};
-use crate::install::{self, Machine, Options, Progress, Slots};
+use crate::install::{self, Options, Progress};
 use crate::lock::{Lock, Turn};
+use crate::machine::{Machine, Slots, undecided};
 use crate::record::{Floor, Installed, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::reserve;
 use crate::root::Root;
 use crate::trust::{self, Trust};
+use crate::update;
 
 /// Bytes in which a file system has what identifies it; zero while a slot is written.
 const FIRST: usize = bundle::BLOCK_SIZE;
@@ -211,7 +213,7 @@ impl Agent {
         let machine = self.machine();
         let trust = Trust::read(&machine);
         let mut reader = Reader::open(input, &trust.keys()?).map_err(install::from_source)?;
-        install::check_bundle(&machine, &trust.floor, &reader)?;
+        install::check_manifest(&machine, &trust.floor, &reader, &Options::default())?;
         let mut size = 0;
         reader
             .verify(|bytes| {
@@ -258,14 +260,14 @@ impl Agent {
     /// which serves at once.
     ///
     /// # Errors
-    /// As [`install::install`].
+    /// As [`update::install`].
     pub fn install<I: Input>(
         &self,
         input: I,
         options: &Options,
         progress: &(dyn Fn(Progress) + Sync),
-    ) -> Result<api::Installed> {
-        install::install(&self.machine(), input, options, progress)
+    ) -> Result<update::Installed> {
+        update::install(&self.machine(), input, options, progress)
     }
 
     /// Makes the running slot the committed one, and raises the floor to what its bundle asks.
@@ -294,8 +296,8 @@ impl Agent {
         // its stead (`install`, `boot-other`) it is kept.
         let machine = self.machine();
         reserve::with(machine.root, || {
-            install::remember(&machine);
-            install::heal(&machine);
+            update::remember(&machine);
+            update::heal(&machine);
         });
         // Slots and boot state are settled: the next install need not wait for systemd.
         drop(lock);
@@ -329,7 +331,7 @@ impl Agent {
     /// # Errors
     /// As [`api::back`]; `trial-pending`, `not-committed`.
     pub fn api_back(&self) -> Result<api::Back> {
-        install::undecided(&self.machine())
+        undecided(&self.machine())
             .and_then(|()| api::back(self.device.root(), &self.events, &Disk))
             .map_err(|refusal| self.refused(refusal))
     }
@@ -342,7 +344,7 @@ impl Agent {
     pub fn boot_other(&self, allow_downgrade: Option<&str>) -> Result<Changed> {
         let _lock = self.lock("boot-other")?;
         let slot = self.device.idle();
-        match install::undecided(&self.machine()) {
+        match undecided(&self.machine()) {
             Ok(()) => {}
             Err(refusal) if refusal.code == "not-committed" => {
                 return Ok(Changed { slot, restart: Some(Restart::Committed) });
@@ -350,7 +352,7 @@ impl Agent {
             Err(refusal) => return Err(self.refused(refusal)),
         }
         let machine = self.machine();
-        install::remember(&machine);
+        update::remember(&machine);
         let version = Installed::read(machine.root, slot).map(|installed| installed.version);
         let floor = Trust::read(&machine).floor.version;
         // A system that nobody knows may be any.
@@ -405,7 +407,7 @@ impl Agent {
     pub fn take_keys(&self, file: &Path) -> Result<KeySet> {
         let _lock = self.lock("keys")?;
         DataState::writable(self.device.root())?;
-        install::remember(&self.machine());
+        update::remember(&self.machine());
         // Whoever fills `data` must not keep a key from being revoked.
         let machine = self.machine();
         let taken = reserve::with(machine.root, || trust::take(&machine, file));

@@ -10,7 +10,7 @@ use slotd::data::{seed, verbs};
 use slotd::events::Events;
 use slotd::files::{Disk, Files, Writer};
 use slotd::provision::{self, How, Outcome, Provisioned};
-use slotd::{Refusal, Result, Root};
+use slotd::{Refusal, Result, Root, startup};
 
 use crate::Answer;
 use crate::cli::Step;
@@ -23,7 +23,7 @@ pub(crate) fn start(root: &Root, step: Step) -> Result<Answer> {
             Ok(Answer::new(&json!({ "from": grown.from, "to": grown.to }), text))
         }
         Step::Prepare => {
-            let done = verbs::prepare(root)?;
+            let done = startup::prepare(root)?;
             let text = format!("data is prepared: {}", json!(done));
             Ok(Answer::new(&done, text))
         }

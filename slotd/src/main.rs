@@ -12,12 +12,13 @@ use clap::Parser;
 use serde::Serialize;
 use serde_json::{Value, json};
 use slotd::agent::{Agent, Changed, Restart, Status};
-use slotd::api::{Installed, Serves};
+use slotd::api::Serves;
 use slotd::door;
 use slotd::events::Event;
 use slotd::health::{Outcome, Verdict};
 use slotd::install::{self, Options, Progress, Step};
 use slotd::source::Source;
+use slotd::update::Installed;
 use slotd::{Refusal, Result, Root, report};
 
 use cli::{Cli, Component, Format, Verb};

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, StatVfs, fallocate, statvfs};
 use serde::{Deserialize, Serialize};
 
-use crate::data::{Condition, State as DataState};
+use crate::condition::{Condition, State as DataState};
 use crate::durable;
 use crate::lock::private_dir;
 use crate::root::Root;

@@ -11,7 +11,7 @@ use bundle::{KeySet, Kind};
 use serde_json::json;
 
 use crate::durable;
-use crate::install::{Machine, undecided};
+use crate::machine::{Machine, undecided};
 use crate::ratchet::{Area, Held, Link, MOST_LINKS, Ratchet, counting};
 use crate::record::{Floor, Installed};
 use crate::refusal::{Refusal, Result};

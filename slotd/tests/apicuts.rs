@@ -20,12 +20,14 @@ use common::wheels::{Draft, base, trees};
 use crash::{Recorder, Snapshot, State, snapshot};
 use serde_json::Value;
 use slotd::Refusal;
-use slotd::api::{Installed, back, settle};
+use slotd::api::{back, settle};
 use slotd::device::Device;
 use slotd::events::Events;
 use slotd::files::{Disk, Files};
-use slotd::install::{Machine, Options};
+use slotd::install::Options;
+use slotd::machine::Machine;
 use slotd::provision;
+use slotd::update::Installed;
 
 /// The base's own version.
 const OWN: &str = "9.0.0";
@@ -95,12 +97,12 @@ fn install(robot: &Robot, version: &str, files: &dyn Files) -> Result<Installed,
         events: &Events::new(&root),
     };
     let bundle = Seekable(Cursor::new(draft(version).bundle()));
-    slotd::install::install(&machine, bundle, &Options::default(), &|_| {})
+    slotd::update::install(&machine, bundle, &Options::default(), &|_| {})
 }
 
 /// What a start does with `data`, in its order.
 fn start(robot: &Robot) {
-    slotd::data::verbs::prepare(&robot.root()).unwrap();
+    slotd::startup::prepare(&robot.root()).unwrap();
     provision::boot(&robot.root(), &Events::new(&robot.root())).unwrap();
 }
 

@@ -14,7 +14,9 @@ use slotd::Refusal;
 use slotd::boot::{BootFlow, BootStatus, Uboot};
 use slotd::device::{Device, other};
 use slotd::events::Events;
-use slotd::install::{Machine, Options, Outcome, install};
+use slotd::install::{Options, Outcome};
+use slotd::machine::Machine;
+use slotd::update::install;
 
 const SIZE: u64 = 2 << 20;
 /// Partitions of slots whose boot files lie beside their root.

@@ -26,7 +26,8 @@ use slotd::device::Device;
 use slotd::events::Events;
 use slotd::files::Disk;
 use slotd::health;
-use slotd::install::{Machine, Options};
+use slotd::install::Options;
+use slotd::machine::Machine;
 use slotd::storage::Storage;
 
 /// The user `nobody` of Debian, who has no rights.
@@ -259,7 +260,7 @@ fn a_full_data_keeps_no_update_out_with_tryboot() {
             events: &Events::new(&root),
         };
         let bundle = bundle::Stream(Cursor::new(update(&robot)));
-        slotd::install::install(&machine, bundle, &Options::default(), &|_| {})
+        slotd::update::install(&machine, bundle, &Options::default(), &|_| {})
             .unwrap_or_else(|refusal| panic!("{out:?} {reserve}: {refusal}"));
         let armed = Some(Trial { slot: Slot::B, tries: 1 });
         assert_eq!(first.status().unwrap().trial, armed, "{out:?} {reserve}");

@@ -11,10 +11,10 @@ use serde_json::Value;
 use crate::artifact::{hash_bytes, hash_file};
 use crate::config::product::Engine;
 use crate::config::{self, Config};
-use crate::facts::Facts;
 use crate::git;
-use crate::plan::{self, Plan};
+use crate::plan::{self, Facts, Plan};
 use crate::render::INIT;
+use crate::scratch::scratch;
 
 /// The tool itself, and what it is compiled from: any of it may change any component.
 const BUILDER: [&str; 10] = [
@@ -82,7 +82,7 @@ pub fn all(root: &Utf8Path, only: Option<&str>) -> Result<Vec<Build>> {
         if only.is_some_and(|only| only != name) {
             continue;
         }
-        let product = config::product::read(root, &name)?;
+        let product = config::read_product(root, &name)?;
         for board in &product.boards {
             builds.push(Build {
                 product: name.clone(),
@@ -169,7 +169,7 @@ fn unpack(root: &Utf8Path, revision: &str) -> Result<(tempfile::TempDir, Utf8Pat
             };
             format!("finding the commit `{revision}`{help}")
         })?;
-    let (keep, dir) = crate::publish::scratch()?;
+    let (keep, dir) = scratch()?;
     git()
         .args(["archive", "--format=tar", commit.trim()])
         .stream(|out| Ok(tar::Archive::new(out).unpack(&dir)?))

@@ -3,9 +3,11 @@
 //! A stage builds inside a folder of its own; the stamp `stage.json` is written last, so a folder
 //! without a stamp is the remains of an interrupted build and is cleared before the next attempt.
 
+use std::collections::BTreeSet;
+use std::fmt::Debug;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
@@ -13,12 +15,11 @@ use bundle::KeySet;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::artifact::{hex, write_atomically};
-use crate::keys::Signer;
+use crate::artifact::{Artifact, hex, write_atomically};
 use crate::progress::warn;
-use crate::shared::{Made, Remote, Shared};
 
 /// How many results of each stage are kept; older ones go when a new one is made.
 const KEPT_PER_STAGE: usize = 6;
@@ -62,6 +63,48 @@ impl Key {
     }
 }
 
+/// Downloads that other machines have: asked before the network is, and told what came from there.
+pub trait RemoteDownloads: Debug + Send + Sync {
+    /// Fetches a download by its hash; `false` when it cannot be had here. `received` is told how many bytes more
+    /// have come.
+    fn download(
+        &self,
+        sha256: &str,
+        size: Option<u64>,
+        into: &Utf8Path,
+        received: &dyn Fn(u64),
+    ) -> bool;
+
+    /// Stores downloads that it lacks, if this machine writes.
+    fn offer(&self, what: &str, downloads: &[Artifact]);
+}
+
+/// Finished stages of other machines, and their downloads. What is wrong there is a warning, never an error.
+pub trait RemoteStages: Debug + Send + Sync {
+    /// Fetches a stage's result into its folder, which is empty: its value, and the id of the key that has signed it.
+    fn take(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)>;
+
+    /// Stores a stage's result of the cache in this folder, if this machine writes and has not stored it before.
+    fn give(&self, cache: &Utf8Path, made: &Made<'_>);
+
+    /// The downloads.
+    fn downloads(&self) -> Arc<dyn RemoteDownloads>;
+}
+
+/// A finished stage.
+pub struct Made<'a> {
+    /// The stage.
+    pub stage: &'a str,
+    /// The key of its inputs.
+    pub key: &'a str,
+    /// Its folder.
+    pub dir: &'a Utf8Path,
+    /// Its value.
+    pub value: Value,
+    /// The files that it must have.
+    pub outputs: Vec<Utf8PathBuf>,
+}
+
 /// The cache's folder, and the cache that a team shares.
 #[derive(Debug, Clone)]
 pub struct Cache {
@@ -69,7 +112,9 @@ pub struct Cache {
     pub root: Utf8PathBuf,
     /// Ids of the keys whose stages count.
     trusted: Vec<String>,
-    shared: Option<Arc<Shared>>,
+    shared: Option<Arc<dyn RemoteStages>>,
+    /// Folders of stages that were fetched in this build.
+    taken: Arc<Mutex<BTreeSet<Utf8PathBuf>>>,
 }
 
 /// Where a stage's result comes from.
@@ -142,22 +187,25 @@ impl Cache {
 
     /// A cache in this folder.
     pub fn at(root: Utf8PathBuf) -> Self {
-        Self { root, trusted: Vec::new(), shared: None }
+        Self { root, trusted: Vec::new(), shared: None, taken: Arc::default() }
     }
 
     /// The same, where stages that one of these keys has signed count, and with a shared cache.
     #[must_use]
-    pub fn sharing(mut self, remote: Option<Remote>, keys: KeySet, signer: &Signer) -> Self {
+    pub fn sharing(mut self, shared: Option<Arc<dyn RemoteStages>>, keys: &KeySet) -> Self {
         let counting = keys.keys.iter().filter(|key| !key.revoked);
         self.trusted = counting.map(|key| key.id.clone()).collect();
-        let shared = |remote| Arc::new(Shared::new(Arc::new(remote), keys, signer.clone()));
-        self.shared = remote.map(shared);
+        self.shared = shared;
         self
     }
 
     /// The shared cache, for downloads.
-    pub fn remote(&self) -> Option<Arc<Remote>> {
-        self.shared.as_ref().map(|shared| Arc::clone(shared.remote()))
+    pub fn remote(&self) -> Option<Arc<dyn RemoteDownloads>> {
+        self.shared.as_ref().map(|shared| shared.downloads())
+    }
+
+    fn taken(&self) -> MutexGuard<'_, BTreeSet<Utf8PathBuf>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where finished stages lie.
@@ -203,7 +251,7 @@ impl Cache {
             File::open(dir.join(STAMP))
                 .and_then(|file| file.set_modified(SystemTime::now()))
                 .with_context(|| format!("touching {dir}"))?;
-            let taken = self.shared.as_ref().is_some_and(|shared| shared.has_taken(&dir));
+            let taken = self.taken().contains(&dir);
             // What somebody else has signed is never signed again.
             if stamp.signed_by.is_none() {
                 drop(lock);
@@ -253,7 +301,7 @@ impl Cache {
         };
         match read() {
             Ok(stamp) => {
-                shared.note_taken(dir);
+                self.taken().insert(dir.to_owned());
                 self.forget_old(stage);
                 Ok(Some(stamp.value))
             }

@@ -5,7 +5,9 @@ mod release;
 use camino::Utf8PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::release::Channel;
+use crate::build::{Compression, Stage};
+use crate::store::format::Channel;
+use crate::workspace::Selection;
 
 pub use release::{Access, Create, Publish, Release, ReleaseCheck, StoreAddress, Which};
 
@@ -103,6 +105,13 @@ pub struct Target {
     pub board: Option<String>,
 }
 
+impl Target {
+    /// The same, for the library.
+    pub fn selection(&self) -> Selection {
+        Selection { product: self.product.clone(), board: self.board.clone() }
+    }
+}
+
 /// How results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
@@ -166,26 +175,6 @@ pub struct BuildImage {
     /// How to print the report.
     #[arg(long, value_enum, default_value = "text")]
     pub format: Format,
-}
-
-impl BuildImage {
-    /// What another verb builds on its way: a component of a product, or without one the product itself.
-    pub fn of(target: &Target, component: Option<Component>, offline: bool) -> Self {
-        Self {
-            target: target.clone(),
-            until: None,
-            nightly: false,
-            component,
-            offline,
-            locked: false,
-            zst: false,
-            compression: Compression::default(),
-            no_install: false,
-            tree: BuildrootTree::default(),
-            legal_info: false,
-            format: Format::Text,
-        }
-    }
 }
 
 /// Which Buildroot tree.
@@ -252,44 +241,11 @@ pub struct BuildrootTarget {
     pub offline: bool,
 }
 
-/// The stages of a build, in order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub enum Stage {
-    /// Resolve everything; start no work.
-    Plan,
-    /// Generate texts.
-    Render,
-    /// Make the base system.
-    Base,
-    /// Install the API wheels.
-    Api,
-    /// Compile the robot's agent.
-    Agent,
-    /// Make the root filesystem image.
-    Compose,
-    /// Assemble the card image.
-    Image,
-    /// Pack and sign the bundle.
-    Bundle,
-}
-
 /// The parts of a product that have a bundle of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Component {
     /// The API's wheels.
     Api,
-}
-
-/// Compression levels of the bundle.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum Compression {
-    /// As zstd -3: for daily work.
-    #[default]
-    Fast,
-    /// As zstd -9: for nightly builds.
-    Release,
-    /// As zstd -19: smallest, takes minutes.
-    Slow,
 }
 
 /// Options of `plan`.

@@ -16,7 +16,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 /// How many of a failed program's last lines its error shows.
 const TAIL_LINES: usize = 15;
 
-/// The longest answer of a program that speaks for a stranger: 16 MiB, as `release::format::LARGEST_TEXT`.
+/// The longest answer of a program that speaks for a stranger: 16 MiB, as `store::format::LARGEST_TEXT`.
 const MOST_ANSWER: u64 = 16 << 20;
 
 /// One call of another program.

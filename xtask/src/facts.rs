@@ -4,46 +4,33 @@ use anyhow::{Context, Result, anyhow};
 use camino::Utf8Path;
 
 use crate::git;
+use crate::plan::Facts;
 
-/// Facts about this checkout. Collected once; `plan::resolve` is pure.
-#[derive(Debug, Clone, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Facts {
-    /// The commit that is checked out; `None` outside a git checkout.
-    pub commit: Option<String>,
-    /// Files differ from that commit ([`git::changes`]).
-    pub modified: bool,
-    /// Seconds since 1970 that every timestamp in the outputs is set to.
-    pub epoch: u64,
-}
-
-impl Facts {
-    /// Asks git and the environment. The epoch is `SOURCE_DATE_EPOCH`, else the commit's time.
-    ///
-    /// # Errors
-    /// `SOURCE_DATE_EPOCH` that is not a number; neither it nor a commit; a checkout that git cannot compare.
-    pub fn collect(root: &Utf8Path) -> Result<Self> {
-        let commit = git::at(root).args(["rev-parse", "HEAD"]).read();
-        let commit = commit.map(|said| said.trim().to_owned()).ok();
-        let modified = match &commit {
-            Some(commit) => !git::changes(root, commit)?.is_empty(),
-            None => false,
-        };
-        // CI systems export what is not set as an empty text.
-        let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
-            Ok(text) if !text.trim().is_empty() => text.trim().parse().with_context(|| {
-                format!("SOURCE_DATE_EPOCH: expected seconds since 1970, found \"{text}\"")
-            })?,
-            _ => git::time(root).map_err(|error| {
-                let said = format!("{error:#}");
-                let help = help(&said);
-                anyhow!(
-                    "choosing the time for reproducible outputs, the commit's: {said}\nhelp: {help}"
-                )
-            })?,
-        };
-        Ok(Self { commit, modified, epoch })
-    }
+/// Asks git and the environment. The epoch is `SOURCE_DATE_EPOCH`, else the commit's time.
+///
+/// # Errors
+/// `SOURCE_DATE_EPOCH` that is not a number; neither it nor a commit; a checkout that git cannot compare.
+pub fn collect(root: &Utf8Path) -> Result<Facts> {
+    let commit = git::at(root).args(["rev-parse", "HEAD"]).read();
+    let commit = commit.map(|said| said.trim().to_owned()).ok();
+    let modified = match &commit {
+        Some(commit) => !git::changes(root, commit)?.is_empty(),
+        None => false,
+    };
+    // CI systems export what is not set as an empty text.
+    let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
+        Ok(text) if !text.trim().is_empty() => text.trim().parse().with_context(|| {
+            format!("SOURCE_DATE_EPOCH: expected seconds since 1970, found \"{text}\"")
+        })?,
+        _ => git::time(root).map_err(|error| {
+            let said = format!("{error:#}");
+            let help = help(&said);
+            anyhow!(
+                "choosing the time for reproducible outputs, the commit's: {said}\nhelp: {help}"
+            )
+        })?,
+    };
+    Ok(Facts { commit, modified, epoch })
 }
 
 /// What to do about what git says.

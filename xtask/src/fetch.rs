@@ -11,12 +11,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{FlockOperation, flock};
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::tls::TlsConfig;
 
 use crate::artifact::{Artifact, hash_file, partial};
-use crate::cache::Cache;
+use crate::cache::{Cache, RemoteDownloads};
 use crate::progress::{Step, Unit};
-use crate::shared::Remote;
+use crate::tls::authorities;
 
 /// Connections at a time; more annoys mirrors and gains nothing on a home line.
 const CONNECTIONS: usize = 4;
@@ -32,10 +32,6 @@ const ANSWER: Duration = Duration::from_secs(60);
 const BODY: Duration = Duration::from_secs(300);
 /// The largest file that is fetched without a known size.
 const UNKNOWN_LIMIT: u64 = 4 << 30;
-/// Where systems keep their certificate authorities.
-const AUTHORITIES: [&str; 3] =
-    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
-
 /// One file to have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Download {
@@ -64,7 +60,7 @@ pub struct Fetcher {
     store: Utf8PathBuf,
     offline: bool,
     agent: ureq::Agent,
-    shared: Option<Arc<Remote>>,
+    shared: Option<Arc<dyn RemoteDownloads>>,
 }
 
 impl Fetcher {
@@ -388,26 +384,6 @@ fn classify(error: ureq::Error, url: &str) -> Failure {
 
 fn length(file: &File) -> Result<u64> {
     Ok(file.metadata().context("looking at a partial download")?.len())
-}
-
-/// The machine's certificate authorities (a company's own included), else Mozilla's.
-pub(crate) fn authorities() -> Result<RootCerts> {
-    let named = std::env::var("SSL_CERT_FILE").ok().filter(|v| !v.is_empty());
-    let candidates = named.iter().map(String::as_str).chain(AUTHORITIES);
-    let Some(path) = candidates.into_iter().find(|path| Utf8Path::new(path).is_file()) else {
-        return Ok(RootCerts::WebPki);
-    };
-    let pem = fs::read(path).with_context(|| format!("reading {path}"))?;
-    let certificates: Vec<Certificate<'static>> = parse_pem(&pem)
-        .filter_map(|item| match item {
-            Ok(PemItem::Certificate(certificate)) => Some(certificate),
-            _ => None,
-        })
-        .collect();
-    if certificates.is_empty() {
-        bail!("{path} holds no certificate\nhelp: correct SSL_CERT_FILE");
-    }
-    Ok(RootCerts::Specific(Arc::new(certificates)))
 }
 
 #[cfg(test)]

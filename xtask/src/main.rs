@@ -43,7 +43,7 @@ fn check_temporary_folder() -> anyhow::Result<()> {
 fn run(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::Doctor(options) => cmd::doctor::doctor(options),
-        Command::BuildImage(options) => xtask::build::build_image(options),
+        Command::BuildImage(options) => cmd::build_image::build_image(options),
         Command::Inspect(options) => cmd::inspect::inspect(options),
         Command::Verify(options) => cmd::verify::verify(options),
         Command::Run(options) => cmd::run::run(options),

@@ -2,216 +2,33 @@
 //! channel's index last, by compare-and-swap: a reader never meets an index whose objects are not all
 //! there, and of two publishers neither loses the other's release.
 
-pub mod client;
-pub mod directory;
-pub mod http;
 pub mod memory;
-pub mod s3;
-pub mod ssh;
+pub mod pins;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use bundle::{KeySet, Kind};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use self::memory::{Memory, Seen};
 use crate::artifact::hash_bytes;
 use crate::config::workspace_root;
 use crate::keys::{self, Keys, Signer};
 use crate::progress::{Step, Unit, bytes};
-use crate::release::format::{Channel, Entry, File, Index, Manifest, Retired};
-use crate::release::index::Retention;
-use crate::release::pins::Pins;
+use crate::store::directory::Directory;
+use crate::store::format::{Channel, Entry, File, Index, Manifest, Retired};
+use crate::store::index::Retention;
+use crate::store::{Store, Token};
+use crate::time::now;
+use memory::{Memory, Seen};
+use pins::Pins;
 
 /// How often a channel is changed anew when somebody else was quicker. Each time one publisher gets on,
 /// so this bounds how many may publish at once.
 const ATTEMPTS: u32 = 50;
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-
-/// What a channel's file was when it was read; [`Store::swap`] replaces no other.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Token {
-    /// There was none.
-    Absent,
-    /// The store's own word for the version that was read.
-    Version(String),
-}
-
-/// What is wrong with an object, in a store that works.
-#[derive(Debug)]
-pub enum BadObject {
-    /// It is not there.
-    Missing(String),
-    /// It is not what its name says.
-    Damaged(String),
-}
-
-impl std::fmt::Display for BadObject {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (Self::Missing(what) | Self::Damaged(what)) = self;
-        f.write_str(what)
-    }
-}
-
-impl std::error::Error for BadObject {}
-
-/// A place for files, each written once and never changed; it has its name only when it is complete.
-pub trait Files {
-    /// The place for people.
-    fn name(&self) -> String;
-
-    /// A small file; `None` when there is none.
-    ///
-    /// # Errors
-    /// When the place cannot be asked, or the file is larger than 16 MiB.
-    fn read(&self, path: &str) -> Result<Option<Vec<u8>>>;
-
-    /// Which of these objects (SHA-256 and size) lie there complete.
-    ///
-    /// # Errors
-    /// When the place cannot be asked.
-    fn present(&self, objects: &[(String, u64)]) -> Result<BTreeSet<String>>;
-
-    /// Stores an object, and checks what has arrived.
-    ///
-    /// # Errors
-    /// When it cannot be stored, or something else arrived.
-    fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()>;
-
-    /// Fetches an object of at most `limit` bytes into a local file, and checks it. `received` is told
-    /// how many bytes more have come.
-    ///
-    /// # Errors
-    /// [`BadObject`] when it is not there or is another one; others when it cannot be had.
-    fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()>;
-
-    /// Writes a small file.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    fn write(&self, path: &str, content: &[u8]) -> Result<()>;
-}
-
-/// A place for releases. Paths are those of `docs/releases.md`. Only a channel's file ever changes.
-pub trait Store: Files {
-    /// The store's address in its one spelling: what it is remembered by.
-    ///
-    /// # Errors
-    /// When it cannot be found out.
-    fn identity(&self) -> Result<String> {
-        Ok(self.name())
-    }
-
-    /// Whether there is a place at all. A folder that is not there is a store that begins.
-    fn exists(&self) -> bool {
-        true
-    }
-
-    /// The channel's newest file, and the token to replace it with.
-    ///
-    /// # Errors
-    /// When the store cannot be asked.
-    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)>;
-
-    /// Replaces the channel's file if it still is what the token stands for. `false`: somebody else was
-    /// quicker, and nothing has changed.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    fn swap(&self, channel: Channel, token: &Token, serial: u64, content: &[u8]) -> Result<bool>;
-
-    /// Makes readers see the newest file, should an interrupted publisher not have got to it.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    fn settle(&self, channel: Channel) -> Result<()>;
-}
-
-/// Options of a store's address.
-#[derive(Debug, Clone, Default)]
-pub struct Options {
-    /// The S3 service, such as `https://s3.example.org`.
-    pub endpoint: Option<String>,
-    /// The S3 region.
-    pub region: Option<String>,
-    /// Options of ssh_config(5), `KEY=VALUE`.
-    pub ssh: Vec<String>,
-    /// How long a server is waited for.
-    pub patience: client::Patience,
-    /// The value of the header `Authorization`, for servers that are neither.
-    pub authorization: Option<Secret>,
-}
-
-/// A text that is never printed.
-#[derive(Clone)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Takes the text.
-    pub fn new(text: String) -> Self {
-        Self(text)
-    }
-
-    /// The text itself, for the request that needs it.
-    fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Secret")
-    }
-}
-
-/// Opens a place for files that several machines use at once, by its address: a folder, `http[s]://…` or
-/// `s3://…`. Nothing is written yet.
-///
-/// # Errors
-/// When the address is none.
-pub fn open_files(address: &str, options: &Options) -> Result<Box<dyn Files + Send + Sync>> {
-    if let Some(rest) = address.strip_prefix("s3://") {
-        return Ok(Box::new(s3::Bucket::new(rest, options)?));
-    }
-    if address.starts_with("https://") || address.starts_with("http://") {
-        return Ok(Box::new(http::Server::new(address, options)?));
-    }
-    ensure!(
-        Utf8Path::new(address).is_absolute(),
-        "`{address}` is no address of a shared cache\n\
-         help: https://HOST[/PATH], s3://BUCKET[/PREFIX], or the full path of a folder"
-    );
-    Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
-}
-
-/// Opens a store by its address: a folder, `ssh://…` or `s3://…`. Nothing is written yet.
-///
-/// # Errors
-/// When the address is none.
-pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
-    if let Some(rest) = address.strip_prefix("s3://") {
-        return Ok(Box::new(s3::Bucket::new(rest, options)?));
-    }
-    if let Some(rest) = address.strip_prefix("ssh://") {
-        return Ok(Box::new(ssh::Host::new(rest, &options.ssh)?));
-    }
-    ensure!(
-        !address.contains("://"),
-        "`{address}` is no address of a store\n\
-         help: a folder, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]"
-    );
-    // As scp spells it: a folder of that name would be made here, and nobody would look for it.
-    if let Some((host, path)) = address.split_once(':').filter(|(host, _)| !host.contains('/')) {
-        bail!(
-            "`{address}` is no folder\nhelp: ssh://{host}/{}, or ./{address} for a folder of that name",
-            path.trim_start_matches('/')
-        );
-    }
-    Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
-}
 
 /// Whom we trust, with what, and who signs for us: the key directory, with each key opened once; the pinned
 /// kinds; and what was seen before. Nothing of it comes from a store.
@@ -288,15 +105,6 @@ impl Authority {
     }
 }
 
-/// Seconds since 1970, for what has no commit's time.
-///
-/// # Errors
-/// When the clock stands before 1970.
-pub fn now() -> Result<u64> {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    Ok(since.context("this machine's clock stands before 1970")?.as_secs())
-}
-
 /// A channel as the store has it: verified, of the pinned kind, and not older than what was seen before.
 ///
 /// # Errors
@@ -307,7 +115,9 @@ pub fn load(store: &dyn Store, channel: Channel, authority: &Authority) -> Resul
     let there = store.exists();
     let (file, token) = store.index(channel)?;
     let index = match &file {
-        Some(file) => Index::open(channel, file, &authority.set, &authority.pins)
+        Some(file) => authority
+            .pins
+            .open(channel, file, &authority.set)
             .with_context(|| format!("trusting {}", store.name()))?,
         None => Index::empty(channel),
     };
@@ -418,7 +228,7 @@ pub struct Published {
 /// # Errors
 /// When the two contradict each other, an object of ours is damaged, or the target cannot be written.
 pub fn publish(
-    from: &directory::Directory,
+    from: &Directory,
     to: &dyn Store,
     channel: Channel,
     authority: &mut Authority,
@@ -483,28 +293,4 @@ pub fn publish(
         .with_context(|| format!("publishing the channel {channel} to {}", to.name()))?;
     done.changed = changed;
     Ok(done)
-}
-
-/// A name that no other process uses at the same time.
-pub(crate) fn unique() -> String {
-    use std::sync::atomic::{AtomicU64, Ordering};
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
-    let text = format!(
-        "{}-{}-{nanoseconds}-{}",
-        rustix::system::uname().nodename().to_string_lossy(),
-        std::process::id(),
-        COUNT.fetch_add(1, Ordering::Relaxed)
-    );
-    hash_bytes(text.as_bytes()).chars().take(16).collect()
-}
-
-/// Where the fetched parts of a store lie while they are looked at.
-///
-/// # Errors
-/// When no temporary folder can be made.
-pub(crate) fn scratch() -> Result<(tempfile::TempDir, Utf8PathBuf)> {
-    let dir = tempfile::tempdir().context("making a temporary folder")?;
-    let path = Utf8PathBuf::try_from(dir.path().to_owned()).context("the temporary folder")?;
-    Ok((dir, path))
 }

@@ -10,8 +10,8 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
-use serde::{Deserialize, Serialize};
 
+use crate::config::machine::{BootloaderSlot, Drive, Machine};
 use crate::exec::Tool;
 use crate::progress;
 use bundle::bootstate::{BootState, SECTOR};
@@ -25,56 +25,6 @@ pub const PROGRAM: &str = "qemu-system-aarch64";
 
 /// The port of the guest's SSH server.
 const GUEST_SSH: u16 = 22;
-
-/// How the boot loader gets into the machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum BootloaderSlot {
-    /// As flash content (`-bios`).
-    Bios,
-    /// As what the machine would start as a kernel (`-kernel`).
-    Kernel,
-}
-
-/// How the card is attached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Drive {
-    /// The machine's own SD slot.
-    Sd,
-    /// A virtio block device.
-    Virtio,
-}
-
-/// A board as QEMU knows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Machine {
-    /// The value of `-M`.
-    pub machine: String,
-    /// The first version of QEMU that has it, such as `9.0`; none: every one in use.
-    pub since: Option<String>,
-    /// The value of `-cpu`; without one the machine's own.
-    pub cpu: Option<String>,
-    /// Memory in bytes, whole MiB.
-    pub memory: u64,
-    /// Number of processors.
-    pub cpus: u32,
-    /// How the boot loader gets in.
-    pub bootloader: BootloaderSlot,
-    /// How the card is attached.
-    pub drive: Drive,
-    /// Whether the card's size must be a power of two (QEMU's SD card refuses others).
-    pub power_of_two_card: bool,
-    /// Which of the machine's serial ports is the console, from 0.
-    pub serial_port: u8,
-    /// The network device (`-device`); none without one.
-    pub network: Option<String>,
-    /// Further arguments, as they are.
-    pub arguments: Vec<String>,
-    /// Seconds until a login on a busy host; what tests wait at most.
-    pub boot_timeout: u64,
-}
 
 /// The files that a machine starts from; all are only read.
 #[derive(Debug, Clone, PartialEq, Eq)]

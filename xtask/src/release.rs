@@ -4,14 +4,9 @@
 pub mod check;
 pub mod collect;
 pub mod create;
-pub mod format;
 pub mod gc;
-pub mod index;
 pub mod notes;
-pub mod pins;
 pub mod summary;
-
-pub use format::{Channel, Index, Manifest};
 
 /// Where releases are made, below the workspace: a store like any other.
 pub const LOCAL: &str = "dist/releases";

@@ -18,11 +18,11 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::artifact::{Artifact, hash_file, hex};
-use crate::cache::Cache;
+use crate::cache::{self, Cache, Made, RemoteDownloads, RemoteStages};
 use crate::keys::{self, Keys, Signer};
 use crate::progress::{Step, Unit, bytes, say, warn};
-use crate::publish::client::Patience;
-use crate::publish::{BadObject, Files, Options, Secret, open_files};
+use crate::store::client::Patience;
+use crate::store::{BadObject, Files, Options, Secret, open_files};
 use record::{Compression, Packed, Portable, Record, StoredFile};
 
 /// The address of the shared cache.
@@ -157,9 +157,10 @@ impl Remote {
         }
         got
     }
+}
 
-    /// Fetches a download by its hash; `false` when it cannot be had here.
-    pub fn download(
+impl RemoteDownloads for Remote {
+    fn download(
         &self,
         sha256: &str,
         size: Option<u64>,
@@ -169,8 +170,7 @@ impl Remote {
         self.get(sha256, size.unwrap_or(UNKNOWN_LIMIT), into, received)
     }
 
-    /// Stores downloads that it lacks, if this machine writes.
-    pub fn offer(&self, what: &str, downloads: &[Artifact]) {
+    fn offer(&self, what: &str, downloads: &[Artifact]) {
         let named: Vec<(String, u64)> =
             downloads.iter().map(|artifact| (artifact.sha256.clone(), artifact.size)).collect();
         let Some(present) = self.tell(|files| files.present(&named)) else { return };
@@ -201,8 +201,6 @@ pub struct Shared {
     remote: Arc<Remote>,
     keys: KeySet,
     signer: Signer,
-    /// Folders of stages that were fetched in this build.
-    taken: Mutex<BTreeSet<Utf8PathBuf>>,
 }
 
 /// Lets a build use the shared cache that the environment names, with the keys that count for a product
@@ -225,7 +223,11 @@ pub fn attach(cache: Cache, kind: Kind, signer: &Signer, offline: bool) -> Resul
         }
         None => None,
     };
-    Ok(cache.sharing(remote, keys, signer))
+    let shared = remote.map(|remote| {
+        let shared = Shared::new(Arc::new(remote), keys.clone(), signer.clone());
+        Arc::new(shared) as Arc<dyn RemoteStages>
+    });
+    Ok(cache.sharing(shared, &keys))
 }
 
 /// Whose records count: for a release only release keys of the key set, else the whole set, and the keys
@@ -249,26 +251,16 @@ pub fn trusted(dir: &Utf8Path, kind: Kind) -> Result<KeySet> {
 impl Shared {
     /// Takes a store, and who counts.
     pub fn new(remote: Arc<Remote>, keys: KeySet, signer: Signer) -> Self {
-        Self { remote, keys, signer, taken: Mutex::default() }
+        Self { remote, keys, signer }
+    }
+}
+
+impl RemoteStages for Shared {
+    fn downloads(&self) -> Arc<dyn RemoteDownloads> {
+        Arc::clone(&self.remote) as Arc<dyn RemoteDownloads>
     }
 
-    /// Remembers that a stage was fetched.
-    pub(crate) fn note_taken(&self, dir: &Utf8Path) {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(dir.to_owned());
-    }
-
-    /// Whether it was fetched in this build.
-    pub(crate) fn has_taken(&self, dir: &Utf8Path) -> bool {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).contains(dir)
-    }
-
-    /// The store, for downloads.
-    pub fn remote(&self) -> &Arc<Remote> {
-        &self.remote
-    }
-
-    /// Fetches a stage's result into its folder, which is empty: its value, and who has signed it.
-    pub(crate) fn take(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)> {
+    fn take(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)> {
         if !STAGES.contains(&stage) {
             return None;
         }
@@ -288,13 +280,24 @@ impl Shared {
                     warn(format!(
                         "{stage} is not taken from the shared cache: reading {path}: {error:#}"
                     ));
-                    crate::cache::clear(dir).ok()?;
+                    cache::clear(dir).ok()?;
                 }
             }
         }
         None
     }
 
+    fn give(&self, cache: &Utf8Path, made: &Made<'_>) {
+        if !STAGES.contains(&made.stage) || !self.remote.writes() {
+            return;
+        }
+        if let Err(error) = self.store(cache, made) {
+            warn(format!("{} is not stored in the shared cache: {error:#}", made.stage));
+        }
+    }
+}
+
+impl Shared {
     fn fetch(&self, record: &Record, dir: &Utf8Path) -> Result<()> {
         let total = record.files.iter().map(|file| file.object.size).sum();
         let step = Step::new(&record.stage, "from the shared cache", total, Unit::Bytes);
@@ -352,16 +355,6 @@ impl Shared {
             .and_then(|()| File::open(&plain)?.sync_all())
             .and_then(|()| fs::rename(&plain, &target))
             .with_context(|| format!("writing {target}"))
-    }
-
-    /// Stores a stage's result, if this machine writes and has not stored it before.
-    pub(crate) fn give(&self, cache: &Utf8Path, made: &Made<'_>) {
-        if !STAGES.contains(&made.stage) || !self.remote.writes() {
-            return;
-        }
-        if let Err(error) = self.store(cache, made) {
-            warn(format!("{} is not stored in the shared cache: {error:#}", made.stage));
-        }
     }
 
     fn store(&self, cache: &Utf8Path, made: &Made<'_>) -> Result<()> {
@@ -450,20 +443,6 @@ impl Shared {
         self.remote.bad().remove(&object.sha256);
         Ok(Some((StoredFile { path, size, sha256, executable, object }, new)))
     }
-}
-
-/// A finished stage.
-pub(crate) struct Made<'a> {
-    /// The stage.
-    pub stage: &'a str,
-    /// The key of its inputs.
-    pub key: &'a str,
-    /// Its folder.
-    pub dir: &'a Utf8Path,
-    /// Its value.
-    pub value: Value,
-    /// The files that it must have.
-    pub outputs: Vec<Utf8PathBuf>,
 }
 
 /// Compresses a file: its own size and SHA-256.

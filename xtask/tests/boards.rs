@@ -9,8 +9,6 @@ use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use workspace::{copy_to, workspace};
 use xtask::build::environment;
-use xtask::cli::Target;
-use xtask::cmd::plan::resolve;
 use xtask::config;
 use xtask::config::board::BootFlow;
 use xtask::disk::{TableKind, layout::Filesystem};
@@ -18,6 +16,7 @@ use xtask::plan::{BootSourcePlan, Plan};
 use xtask::render::{OverlayContent, Rendered, render};
 use xtask::rootfs::Role;
 use xtask::rootfs::debian::PackagesLock;
+use xtask::workspace::{Selection, resolve};
 
 /// Seconds that the hardware of a Raspberry Pi counts when it is given `seconds`: 20 bits of 1/65,536 s
 /// (`bcm2835_wdt_start` in Linux, drivers/watchdog/bcm2835_wdt.c).
@@ -38,7 +37,7 @@ fn builds() -> Result<Vec<(Plan, Rendered)>> {
     let root = workspace();
     let mut builds = Vec::new();
     for product in config::products(&root)? {
-        for board in &config::product::read(&root, &product)?.boards {
+        for board in &config::read_product(&root, &product)?.boards {
             builds.push(build(&product, &board.value.0)?);
         }
     }
@@ -46,7 +45,7 @@ fn builds() -> Result<Vec<(Plan, Rendered)>> {
 }
 
 fn build(product: &str, board: &str) -> Result<(Plan, Rendered)> {
-    let target = Target { product: Some(product.to_owned()), board: Some(board.to_owned()) };
+    let target = Selection { product: Some(product.to_owned()), board: Some(board.to_owned()) };
     let (config, _, plan) = resolve(&target)?;
     let rendered = render(&config.root, &plan)?;
     Ok((plan, rendered))
@@ -305,7 +304,7 @@ fn a_product_without_a_console_is_silent_on_the_serial_line() -> Result<()> {
             let place = config.product.place.clone();
             let value = config::product::Terminal(device.map(str::to_owned));
             config.product.console = Some(config::reader::Located { value, place });
-            let facts = xtask::facts::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+            let facts = xtask::plan::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
             let plan = xtask::plan::resolve(&config, &facts)?;
             let rendered = render(&root, &plan)?;
             for (file, bytes) in &rendered.boot {
@@ -335,7 +334,7 @@ fn the_radios_country_and_another_console_reach_the_kernel() -> Result<()> {
     let other = config::product::Terminal(Some("ttyUSB0".to_owned()));
     config.product.console = Some(config::reader::Located { value: other, place });
     config.product.network.country = Some("DE".to_owned());
-    let facts = xtask::facts::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+    let facts = xtask::plan::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
     let plan = xtask::plan::resolve(&config, &facts)?;
     let script = text(&render(&root, &plan)?, "boot", "boot.scr").context("a script")?;
     let words = " console=tty0 console=ttyUSB0,115200 cfg80211.ieee80211_regdom=DE ";
@@ -383,7 +382,7 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
     copy_to(root)?;
     let examples = config::examples(root)?;
     ensure!(!examples.is_empty(), "no examples");
-    let facts = xtask::facts::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+    let facts = xtask::plan::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
     for name in &examples {
         ensure!(!config::products(root)?.contains(name), "{name} would be built with all others");
         let config = config::load(root, Some(name), None)?;
@@ -450,7 +449,7 @@ fn an_example_without_further_archives_can_be_built_as_it_is() -> Result<()> {
         }
         for board in &config.product.boards {
             let config = config::load(&root, Some(&name), Some(&board.value.0))?;
-            let facts = xtask::facts::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+            let facts = xtask::plan::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
             render(&root, &xtask::plan::resolve(&config, &facts)?)?;
         }
     }

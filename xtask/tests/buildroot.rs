@@ -6,9 +6,9 @@ use std::collections::BTreeSet;
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::cmd::doctor;
 use xtask::exec::Tool;
+use xtask::plan::fragment::Defconfig;
 use xtask::plan::{BuildrootPlan, Plan};
 use xtask::rootfs::buildroot::failure::{self, Failure};
-use xtask::rootfs::buildroot::fragment::Defconfig;
 use xtask::rootfs::buildroot::info::Info;
 use xtask::rootfs::buildroot::rebuild::{Rebuild, State, compare};
 use xtask::rootfs::buildroot::tree::{self, Choice};
@@ -29,7 +29,7 @@ fn info() -> Info {
 
 fn resolved(board: &str) -> Plan {
     let config = config::load(&root(), Some("robot"), Some(board)).expect("the product");
-    let facts = xtask::facts::Facts { commit: None, modified: false, epoch: 0 };
+    let facts = xtask::plan::Facts { commit: None, modified: false, epoch: 0 };
     plan::resolve(&config, &facts).expect("a plan")
 }
 

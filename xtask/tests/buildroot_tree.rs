@@ -9,13 +9,14 @@ use std::time::Instant;
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::cache::Cache;
 use xtask::exec::Tool;
-use xtask::facts::Facts;
+use xtask::plan::Facts;
+use xtask::plan::fragment;
 use xtask::rootfs::buildroot::check::{self, Class, Loss};
 use xtask::rootfs::buildroot::expr::Values;
 use xtask::rootfs::buildroot::info::Info;
 use xtask::rootfs::buildroot::make::{Setup, Site};
 use xtask::rootfs::buildroot::tree::pinned_path;
-use xtask::rootfs::buildroot::{engine, fragment, menus};
+use xtask::rootfs::buildroot::{engine, menus};
 use xtask::{config, plan};
 
 fn root() -> Utf8PathBuf {
@@ -25,7 +26,7 @@ fn root() -> Utf8PathBuf {
 /// The pinned tree; `None` when it is not in the cache.
 fn tree(test: &str) -> Option<Utf8PathBuf> {
     let cache = Cache::locate().expect("a cache");
-    let product = xtask::config::product::read(&root(), "robot").expect("the product");
+    let product = xtask::config::read_product(&root(), "robot").expect("the product");
     let pinned = product.rootfs.buildroot.expect("a pin");
     let release = &pinned.release.value;
     let path = pinned_path(&cache.root, release);

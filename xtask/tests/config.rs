@@ -8,7 +8,7 @@ use std::process::Command;
 
 use fixture_support::{Workspace, copy, locks};
 use xtask::config;
-use xtask::facts::Facts;
+use xtask::plan::Facts;
 use xtask::{plan, render};
 
 const PRODUCT: &str = "configs/shop.toml";

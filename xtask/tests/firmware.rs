@@ -7,11 +7,10 @@ use anyhow::{Context, Result, ensure};
 use bootmodel::firmware::{Firmware, Restart, Table, select};
 use camino::Utf8Path;
 use uuid::Uuid;
-use xtask::cli::Target;
-use xtask::cmd::plan::resolve;
 use xtask::disk::{Content, DiskSpec, FatFile, Filesystem, PartitionSpec, Source, assemble};
 use xtask::plan::{BootSourcePlan, Plan};
 use xtask::render::render;
+use xtask::workspace::{Selection, resolve};
 
 /// The files of a boot partition, with a few bytes for what a build would bring.
 fn files(root: &Utf8Path, plan: &Plan, role: &str) -> Result<Vec<FatFile>> {
@@ -34,7 +33,7 @@ fn files(root: &Utf8Path, plan: &Plan, role: &str) -> Result<Vec<FatFile>> {
 }
 
 fn check(product: &str, board: &str, generation: u32) -> Result<()> {
-    let target = Target { product: Some(product.to_owned()), board: Some(board.to_owned()) };
+    let target = Selection { product: Some(product.to_owned()), board: Some(board.to_owned()) };
     let (config, _, plan) = resolve(&target)?;
     let folder = tempfile::tempdir()?;
     let image = Utf8Path::from_path(folder.path()).context("UTF-8")?.join("card.img");

@@ -6,8 +6,8 @@ use std::process::{Command, Output};
 
 use bundle::KeySet;
 use camino::{Utf8Path, Utf8PathBuf};
-use xtask::publish::Files;
-use xtask::publish::directory::Directory;
+use xtask::store::Files;
+use xtask::store::directory::Directory;
 
 const PASSWORD: &str = "a password of a test";
 

@@ -12,7 +12,7 @@ use crate::root::Root;
 
 impl BuiltIn {
     /// Why an API does not fit this system; `None` when it does.
-    pub fn misfit(&self, root: &Root, lock: &Lock) -> Option<String> {
+    pub(super) fn misfit(&self, root: &Root, lock: &Lock) -> Option<String> {
         let (version, arch) = (&lock.version, std::env::consts::ARCH);
         if (&lock.package, &lock.module) != (&normal(&self.package), &self.module) {
             return Some(format!(

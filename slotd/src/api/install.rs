@@ -15,9 +15,10 @@ use super::switch::{change, millis};
 use super::whole::relink;
 use super::{NEW, Place, failed, keep, settle, tree};
 use crate::builtin::BuiltIn;
-use crate::data::{Condition, State as DataState};
+use crate::condition::{Condition, State as DataState};
 use crate::durable;
-use crate::install::{Machine, Progress, Step, from_source};
+use crate::install::{Progress, Step, from_source};
+use crate::machine::Machine;
 use crate::python::{self, Entry, Interpreter, Module, SearchPath};
 use crate::refusal::{Matter, Refusal, Result};
 use crate::root::Root;
@@ -50,26 +51,6 @@ pub struct Outcome {
     pub write_ms: u64,
     /// Milliseconds during which nothing answered.
     pub down_ms: u64,
-}
-
-/// What an install has put where.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(untagged)]
-pub enum Installed {
-    /// A system, into the idle slot.
-    System(crate::install::Outcome),
-    /// An API, which serves.
-    Api(Outcome),
-}
-
-impl Installed {
-    /// What was put into the idle slot, if that is what was installed.
-    pub fn system(self) -> Option<crate::install::Outcome> {
-        match self {
-            Self::System(outcome) => Some(outcome),
-            Self::Api(_) => None,
-        }
-    }
 }
 
 /// Installs a bundle of the component `api`. The caller has the lock, and has compared the manifest with

@@ -25,8 +25,8 @@ mod whole;
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use install::Outcome;
 pub(crate) use install::install;
-pub use install::{Installed, Outcome};
 pub use service::Patience;
 pub use settle::{Settled, settle};
 pub use state::{Good, State};

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::health::{self, Check, Kind, program};
+use crate::health::{self, Check, Kind};
+use crate::process::program;
 use crate::root::Root;
 
 /// The API's server.

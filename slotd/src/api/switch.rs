@@ -11,7 +11,7 @@ use super::service::{self, Patience, Watch};
 use super::state::{self, State, Trial};
 use super::{NEW, Place, failed, keep, settle};
 use crate::builtin::BuiltIn;
-use crate::data::State as DataState;
+use crate::condition::State as DataState;
 use crate::events::Events;
 use crate::files::Files;
 use crate::lock::{Lock, Turn};

@@ -14,7 +14,7 @@ use super::archive::{self, Room, there};
 use super::pending::private_folder;
 use crate::durable;
 use crate::files::{Disk, Files, Writer, make_dirs};
-use crate::health::program;
+use crate::process::program;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 

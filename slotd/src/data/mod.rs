@@ -6,11 +6,9 @@ pub mod grow;
 mod migrate;
 mod pending;
 pub mod seed;
-mod state;
 pub mod verbs;
 
 pub use migrate::{Migrated, Migration, Run, migrate, migrate_with, migrations};
 pub use pending::{
     Applied, Pending, apply, apply_with, backup, reset, reset_with, restore, restore_with,
 };
-pub use state::{Condition, State, grow_partition};

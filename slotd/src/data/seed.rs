@@ -9,7 +9,7 @@ use fatfs::{FileSystem, FsOptions};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::state::{Condition, State};
+use crate::condition::{Condition, State};
 use crate::device::Device;
 use crate::door;
 use crate::durable;

@@ -1,22 +1,19 @@
-//! What a robot can be asked to do with `data`, logged; and what its start does by itself.
+//! What a robot can be asked to do with `data`, logged.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::Command;
 
-use serde::Serialize;
 use serde_json::json;
 
 use super::grow::Grown;
-use super::{Applied, Migrated, Pending, migrate, pending, state};
-use crate::api;
-use crate::device::Description;
+use super::{grow, pending};
+use crate::condition::State;
+use crate::device::Device;
 use crate::events::Events;
-use crate::files::Disk;
-use crate::lock::{Lock, Turn, private_dir};
+use crate::lock::{Lock, Turn};
 use crate::refusal::{Refusal, Result};
-use crate::reserve;
 use crate::root::Root;
 
 fn logged<T>(root: &Root, event: &str, result: Result<T>, details: serde_json::Value) -> Result<T> {
@@ -29,7 +26,7 @@ fn logged<T>(root: &Root, event: &str, result: Result<T>, details: serde_json::V
 
 fn lock(root: &Root, verb: &str) -> Result<Lock> {
     let lock = Lock::take(root, Turn::Slots, verb)?;
-    state::State::writable(root)?;
+    State::writable(root)?;
     Ok(lock)
 }
 
@@ -64,90 +61,33 @@ pub fn restore(root: &Root, input: impl Read) -> Result<()> {
 /// # Errors
 /// `wrong-layout`, `bad-device`, `io`.
 pub fn grow(root: &Root) -> Result<Grown> {
-    state::grow_partition(root)
-}
-
-/// What a start has done with `data`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Prepared {
-    /// The reset or restore that was carried out, or dropped.
-    #[serde(flatten)]
-    pub applied: Applied,
-    /// The steps between versions.
-    pub migrated: Migrated,
-}
-
-/// Carries out what waits and brings `data` to this system's version: in every start, after it is mounted
-/// and before anything uses it. What fails is left in `/run/slotd/data.json`, where a health check finds it.
-///
-/// # Errors
-/// As [`pending::apply`] and [`migrate`].
-pub fn prepare(root: &Root) -> Result<Prepared> {
-    // Before any other user has a process: an agent before this one left both open to everybody.
-    for folder in [root.run(), root.state()] {
-        if let Err(error) = private_dir(&folder) {
-            eprintln!("slotd: {} is not for root alone: {error}", folder.display());
+    let device = Device::read(root)?;
+    let known = device.about.partitions.get("data").copied();
+    let known = known.ok_or_else(|| {
+        let help = "build the image again with a current `cargo xtask`";
+        Refusal::new("bad-device", "device.toml lists no partition `data`", help)
+    })?;
+    let disk = device.open_disk(true)?;
+    let grown = grow::grow(&disk, known.number, known.start_sector)
+        .map_err(|error| Refusal::io("growing the partition `data`", &error))?;
+    if grown.to != grown.from {
+        // Other partitions of the disk are in use: the kernel takes the change of one, not a new table. Not
+        // `partx --update`: it removes a partition that is not in use and adds it again, and what is mounted from
+        // it by then goes away when systemd hears of the removal.
+        let status = Command::new("resizepart")
+            .arg(device.disk_path())
+            .args([known.number.to_string(), grown.to.to_string()])
+            .status();
+        let told = status.map_err(|error| Refusal::io("running resizepart", &error))?;
+        if !told.success() {
+            return Err(Refusal::new(
+                "io",
+                format!("telling the kernel of the larger partition: resizepart: {told}"),
+                "the next restart does it",
+            ));
         }
     }
-    reserve::begin(root);
-    let result = reserve::with(root, || prepare_all(root));
-    reserve::keep(root);
-    match &result {
-        Ok(done) if done.applied != Applied::default() || !quiet(&done.migrated) => {
-            Events::new(root).add("data-prepared", json!(done));
-        }
-        Ok(_) => {}
-        Err(refusal) => Events::new(root).add("data-not-prepared", json!(refusal)),
-    }
-    let note =
-        result.as_ref().map_or_else(|refusal| json!({ "refused": refusal }), |done| json!(done));
-    let path = report(root);
-    crate::durable::write_json(&path, &note)
-        .map_err(|error| Refusal::io(format!("writing {}", path.display()), &error))?;
-    result
-}
-
-fn quiet(migrated: &Migrated) -> bool {
-    matches!(migrated, Migrated::Unchanged | Migrated::New)
-}
-
-fn prepare_all(root: &Root) -> Result<Prepared> {
-    let applied = pending::apply(root)?;
-    if applied.carried_out == Some(Pending::Reset) && root.is_system() {
-        trim(root);
-    }
-    // Nothing of the start depends on it: the system's own API can always serve.
-    let events = Events::new(root);
-    if let Err(refusal) = api::settle(root, &events, &Disk) {
-        events.add("api-not-settled", json!(refusal));
-    }
-    // Which slot runs does not matter here, nor whether `/` is on a slot at all.
-    let about = Description::read(root)?;
-    Ok(Prepared { applied, migrated: migrate(root, &about.version)? })
-}
-
-/// Tells the card which blocks are free, so that it forgets what they held: copies that were replaced or
-/// removed before a reset. Not every card takes that, and none promises it.
-fn trim(root: &Root) {
-    let trimmed = Command::new("fstrim").arg(root.data()).output();
-    let why = match trimmed {
-        Ok(output) if output.status.success() => return,
-        Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-        Err(error) => error.to_string(),
-    };
-    Events::new(root).add("data-not-trimmed", json!({ "why": why }));
-}
-
-fn report(root: &Root) -> PathBuf {
-    root.path("run/slotd/data.json")
-}
-
-/// Why `data` is not fit for this system, as [`prepare`] has found; for the health check.
-pub(crate) fn unfit(root: &Root) -> Option<String> {
-    let note: Option<serde_json::Value> = crate::durable::read_json(&report(root)).ok().flatten();
-    let message = note?.get("refused")?.get("message")?.as_str()?.to_owned();
-    Some(message)
+    Ok(grown)
 }
 
 /// Opens a backup's file, `-` being standard input.

@@ -7,7 +7,5 @@ mod probe;
 mod trial;
 pub mod watchdog;
 
-pub(crate) use probe::program;
-
 pub use check::{Check, Kind, Outcome, load};
 pub use trial::{Phase, State, Trial, Verdict, Watch};

@@ -3,39 +3,14 @@
 use bundle::{Input, Kind, Policy, Reader, Version};
 use serde_json::json;
 
-use super::{Machine, Options};
+use super::Options;
+use crate::machine::{Machine, undecided};
 use crate::record::Floor;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Refuses while it is not decided which slot stays: a trial is pending, or the committed slot did not
-/// start and the other one runs in its stead. The idle slot may then be the only good one.
-///
-/// # Errors
-/// `trial-pending`, `not-committed`; `boot-state` or `io` when the state cannot be read.
-pub fn undecided(machine: &Machine<'_>) -> Result<()> {
-    let status = machine.flow.status()?;
-    let running = machine.running;
-    if let Some(trial) = status.pending(running) {
-        let place = if trial.slot == running { "runs" } else { "has not started yet" };
-        return Err(Refusal::new(
-            "trial-pending",
-            format!("slot {} is on trial and {place}", trial.slot),
-            "wait until it is committed (`slotd status` says what it waits for), or end it with `slotd roll-back`",
-        ));
-    }
-    if status.active != running {
-        return Err(Refusal::new(
-            "not-committed",
-            format!("slot {running} runs, but slot {} is the committed one", status.active),
-            "keep the running slot with `slotd commit`, or go back with `slotd boot-other`",
-        ));
-    }
-    Ok(())
-}
-
 /// What does not depend on the bundle.
-pub(super) fn robot(machine: &Machine<'_>) -> Result<()> {
+pub(crate) fn robot(machine: &Machine<'_>) -> Result<()> {
     undecided(machine)?;
     let known = compatible(machine.root);
     if !machine.about.compatible.iter().any(|one| known.contains(one)) {
@@ -63,7 +38,7 @@ fn compatible(root: &Root) -> Vec<String> {
 }
 
 /// What the manifest says, against what this robot is. Sizes are the target's matter.
-pub(super) fn manifest<I: Input>(
+pub(crate) fn manifest<I: Input>(
     machine: &Machine<'_>,
     floor: &Floor,
     reader: &Reader<I>,

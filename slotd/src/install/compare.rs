@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bundle::bootstate::Slot;
 use bundle::{BLOCK_SIZE, Index, Input, Reader};
 
-use super::Slots;
 use super::payload::lost;
-use super::target::{Target, TrustArea};
-use super::{Machine, Progress, Step, from_source, scan};
+use super::target::Target;
+use super::{Progress, Step, from_source, scan};
 use crate::device::{Device, slot_role};
+use crate::machine::{Machine, Slots, TrustArea};
 use crate::record::Installed;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;

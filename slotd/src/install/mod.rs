@@ -1,4 +1,4 @@
-//! Installs a bundle into the idle slot. In this order: whose signature, for what, how large; only then
+//! Installs a system into the idle slot. In this order: whose signature, for what, how large; only then
 //! the first write; every frame against its hash before it is decompressed; every block before it is
 //! written; the whole slot read back from the device; and only then the trial.
 //!
@@ -17,47 +17,18 @@ mod target;
 use std::time::{Duration, Instant};
 
 use bundle::bootstate::Slot;
-use bundle::component::API;
 use bundle::{Input, Reader, Version};
 use serde::Serialize;
 use serde_json::json;
 
-pub use check::undecided;
+pub(crate) use check::{manifest as check_manifest, robot as check_robot};
 pub(crate) use compare::{ReadOnly, compare};
-pub use target::{Slots, TrustArea};
 
-use crate::api::Installed;
-use crate::boot::BootFlow;
-use crate::damage;
-use crate::device::{Description, other};
-use crate::durable;
-use crate::events::Events;
-use crate::files::Files;
-use crate::lock::{Lock, Turn};
-use crate::record::{Floor, Installed as InstalledSlot, Journal};
+use crate::device::other;
+use crate::machine::Machine;
+use crate::record::{Installed as InstalledSlot, Journal};
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
-use crate::trust::Trust;
 use target::Target;
-
-/// Everything of a robot that an install touches.
-#[derive(Clone, Copy)]
-pub struct Machine<'a> {
-    /// Where the robot's memory lies.
-    pub root: &'a Root,
-    /// What its image says.
-    pub about: &'a Description,
-    /// The running slot.
-    pub running: Slot,
-    /// How its slot is chosen.
-    pub flow: &'a dyn BootFlow,
-    /// How its slots are opened.
-    pub slots: &'a dyn Slots,
-    /// What changes the files of an API.
-    pub files: &'a dyn Files,
-    /// Its log.
-    pub events: &'a Events,
-}
 
 /// What the caller decides.
 #[derive(Debug, Clone, Default)]
@@ -127,53 +98,8 @@ struct Counts {
     read_back: Duration,
 }
 
-/// Installs a bundle: a system into the idle slot, whose trial is armed, and the restart is the caller's;
-/// or an API, which serves when this returns.
-///
-/// # Errors
-/// A refusal, which is in the log too. Unless it is one of the device (`io`, `read-back`) or of the
-/// medium in the middle (`source`), nothing was written.
-pub fn install<I: Input>(
-    machine: &Machine<'_>,
-    input: I,
-    options: &Options,
-    progress: &(dyn Fn(Progress) + Sync),
-) -> Result<Installed> {
-    let result = run(machine, input, options, progress);
-    match &result {
-        Ok(Installed::System(outcome)) => machine.events.add("installed", json!(outcome)),
-        Ok(Installed::Api(outcome)) => machine.events.add("api-installed", json!(outcome)),
-        Err(refusal) => machine.events.add("install-refused", json!(refusal)),
-    }
-    result
-}
-
-/// Which of the two a bundle is: with the component `api` it is one for a running robot.
-fn is_api<I: Input>(reader: &Reader<I>) -> bool {
-    reader.manifest().components.iter().any(|component| component.name == API)
-}
-
-fn run<I: Input>(
-    machine: &Machine<'_>,
-    input: I,
-    options: &Options,
-    progress: &(dyn Fn(Progress) + Sync),
-) -> Result<Installed> {
-    let _lock = Lock::take(machine.root, Turn::Slots, "install")?;
-    check::robot(machine)?;
-    // Before the slot of the system before this one is overwritten: what that one knew is known from here on.
-    remember(machine);
-    let trust = Trust::read(machine);
-    let mut reader = Reader::open(input, &trust.keys()?).map_err(from_source)?;
-    check::manifest(machine, &trust.floor, &reader, options)?;
-    if is_api(&reader) {
-        return crate::api::install(machine, &mut reader, progress).map(Installed::Api);
-    }
-    system(machine, reader, options, progress).map(Installed::System)
-}
-
 /// Writes a system into the idle slot.
-fn system<I: Input>(
+pub(crate) fn system<I: Input>(
     machine: &Machine<'_>,
     mut reader: Reader<I>,
     options: &Options,
@@ -238,52 +164,6 @@ fn system<I: Input>(
         write_ms: u64::try_from(write.as_millis()).unwrap_or(u64::MAX),
         read_back_ms: u64::try_from(counts.read_back.as_millis()).unwrap_or(u64::MAX),
     })
-}
-
-/// Whether a bundle is one for this robot; its size is not looked at.
-pub(crate) fn check_bundle<I: Input>(
-    machine: &Machine<'_>,
-    floor: &Floor,
-    reader: &Reader<I>,
-) -> Result<()> {
-    check::manifest(machine, floor, reader, &Options::default())
-}
-
-/// Keeps what the committed system asks for, if it is the one that runs, and tells once in a start what is
-/// damaged. It never fails: what cannot be kept is logged, and the next change of a slot tries again.
-pub(crate) fn remember(machine: &Machine<'_>) {
-    let trust = Trust::read(machine);
-    let mut alarms = trust.alarms.clone();
-    alarms.extend(damage::found(machine.root).into_iter().map(|damage| damage.what));
-    let told = machine.root.path("run/slotd/alarms.json");
-    let known: Option<Vec<String>> = durable::read_json(&told).ok().flatten();
-    if known.unwrap_or_default() != alarms {
-        let event = if alarms.is_empty() { "damage-healed" } else { "damage-found" };
-        machine.events.add(event, json!({ "alarms": alarms }));
-        if let Err(error) = durable::write_json(&told, &alarms) {
-            machine.events.add("not-recorded", json!({ "error": error.to_string() }));
-        }
-    }
-    for error in trust.keep(machine) {
-        machine.events.add("not-recorded", json!({ "error": error }));
-    }
-    // What runs was flashed: `boot-other` will want to know its version when it runs no more.
-    let unknown = InstalledSlot::read(machine.root, machine.running).is_none();
-    let flashed = InstalledSlot::flashed(machine.about).filter(|_| unknown);
-    if let Some(flashed) = flashed.filter(|_| undecided(machine).is_ok())
-        && let Err(error) = flashed.write(machine.root, machine.running)
-    {
-        machine.events.add("not-recorded", json!({ "error": error.to_string() }));
-    }
-}
-
-/// Forgets what is damaged and can be made anew.
-pub(crate) fn heal(machine: &Machine<'_>) {
-    for damage in damage::found(machine.root) {
-        if let Err(error) = damage.heal() {
-            machine.events.add("not-recorded", json!({ "error": error.to_string() }));
-        }
-    }
 }
 
 /// A failure of the medium is told apart from one of the robot's own disk.

@@ -7,46 +7,15 @@ use bundle::index::sha256;
 use bundle::{BLOCK_SIZE, Index, Manifest};
 use serde_json::json;
 
-use super::Machine;
 use crate::buffer::Buffer;
-use crate::device::{Device, slot_role};
+use crate::device::slot_role;
+use crate::machine::Machine;
 use crate::record::Installed;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
 /// The component that goes into slots.
 const SYSTEM: &str = "system";
-
-/// How the partitions of slots are opened.
-pub trait Slots: Sync {
-    /// The partition for payloads of `role` in `slot`. Only the idle slot is opened for writing.
-    ///
-    /// # Errors
-    /// `wrong-layout` or `io`.
-    fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>>;
-
-    /// The disk, and the sectors of it in which two copies of what must not be forgotten begin; `None`: this image
-    /// knows of none.
-    fn trust_area(&self, _writable: bool) -> Option<Result<TrustArea>> {
-        None
-    }
-}
-
-/// A disk with two places on it.
-pub type TrustArea = (Box<dyn Storage>, [u64; 2]);
-
-impl Slots for Device {
-    fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>> {
-        let disk = self.open_partition(&slot_role(role, slot), slot != self.running)?;
-        Ok(Box::new(disk))
-    }
-
-    fn trust_area(&self, writable: bool) -> Option<Result<TrustArea>> {
-        let [first, second] = self.about.trust.sectors.as_slice() else { return None };
-        let sectors = [*first, *second];
-        Some(self.open_disk(writable).map(|disk| (Box::new(disk) as Box<dyn Storage>, sectors)))
-    }
-}
 
 /// The idle slot, ready to be written.
 pub(super) struct Target<'a> {

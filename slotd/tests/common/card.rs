@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use bundle::bootstate::Slot;
 use slotd::Result;
-use slotd::install::Slots;
+use slotd::machine::Slots;
 use slotd::storage::Storage;
 
 /// Bytes that a card erases at once: what a torn write may take with it. 4 MiB is what the plan aligns

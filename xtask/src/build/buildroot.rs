@@ -7,14 +7,15 @@ use super::Build;
 use super::base::{self, Base, prune_rules};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::cache::Key;
-use crate::config::product::{self, Engine};
+use crate::config;
+use crate::config::product::Engine;
 use crate::ext4::Mke2fs;
 use crate::git;
+use crate::plan::fragment;
 use crate::progress::say;
 use crate::render::title;
 use crate::rootfs::buildroot::collect::{Wants, collect_base};
 use crate::rootfs::buildroot::engine::{self, Request};
-use crate::rootfs::buildroot::fragment;
 use crate::rootfs::buildroot::make::{Setup, Site};
 use crate::rootfs::buildroot::rebuild::below;
 use crate::rootfs::buildroot::tree::{self, Tree};
@@ -64,8 +65,8 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
     let plan = build.plan;
     let pinned = plan.rootfs.buildroot.clone().context("the engine has a pinned release")?;
     let choice = tree::Choice {
-        own: build.options.tree.buildroot.clone(),
-        allow_changes: build.options.tree.allow_changes,
+        own: build.options.buildroot.clone(),
+        allow_changes: build.options.allow_changes,
         offline: build.options.offline,
     };
     let tree = tree::obtain(&pinned, &build.cache.root, &choice)?;
@@ -152,7 +153,7 @@ pub(super) fn host_tool(build: &Build<'_>) -> Result<Mke2fs> {
         }
     }
     for name in crate::config::products(build.root)? {
-        let Ok(product) = product::read(build.root, &name) else { continue };
+        let Ok(product) = config::read_product(build.root, &name) else { continue };
         if product.rootfs.engine.value != Engine::Debian {
             continue;
         }

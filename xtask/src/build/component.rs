@@ -5,11 +5,9 @@ use anyhow::{Context, Result};
 use camino::Utf8PathBuf;
 use serde::Serialize;
 
-use super::{Base, Build, base, buildroot, image, signing};
+use super::{Base, Build, BuildOptions, base, buildroot, image, signing};
 use crate::artifact::{Artifact, flush};
 use crate::cache::{Cache, Key};
-use crate::cli::{BuildImage, Format};
-use crate::cmd::plan::{dist, resolve, turn};
 use crate::config::product::Engine;
 use crate::keys::Signer;
 use crate::progress::{bytes, say};
@@ -17,7 +15,7 @@ use crate::shared;
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 use crate::wheel::base::BaseSource;
 use crate::wheel::{self, BasePython, Component};
-use crate::{outln, text};
+use crate::workspace::{dist, resolve, turn};
 
 /// Raised when laying a component out changes what it makes.
 const COMPONENT_VERSION: u32 = 1;
@@ -40,8 +38,8 @@ pub struct ComponentBundle {
 ///
 /// # Errors
 /// Whatever a stage returns, and a product without an API; nothing partial is left under a final name.
-pub fn build_component(options: &BuildImage) -> Result<ComponentBundle> {
-    let (config, _, plan) = resolve(&options.target)?;
+pub fn build_component(options: &BuildOptions) -> Result<ComponentBundle> {
+    let (config, _, plan) = resolve(&options.selection)?;
     let cache = Cache::locate()?;
     say("plan", super::summary(&plan));
     base::check_locks(&config)?;
@@ -59,21 +57,6 @@ pub fn build_component(options: &BuildImage) -> Result<ComponentBundle> {
     let (api, version) = (bundle::component::API, component.lock.version.clone());
     let artifact = pack(&mut build, &component, &signing)?;
     Ok(ComponentBundle { component: api.to_owned(), version, bundle: artifact })
-}
-
-/// Prints what was made.
-///
-/// # Errors
-/// When it cannot be described.
-pub(super) fn show(made: &ComponentBundle, format: Format) -> Result<()> {
-    match format {
-        Format::Json => outln!("{}", text::json(made)?),
-        Format::Text => {
-            outln!(" bundle   {}  {}", made.bundle.path, bytes(made.bundle.size));
-            outln!(" next     cargo xtask push HOST --component {}", made.component);
-        }
-    }
-    Ok(())
 }
 
 /// The stage `component`: each wheel as a tree of its own.

@@ -7,10 +7,9 @@ use bundle::bootstate::BootState;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, Base, Build, Signing, Wheels, alias, base, environment};
-use crate::artifact::{Artifact, flush, hash_bytes, write_atomically, write_large};
-use crate::cache::Key;
-use crate::cli::Compression;
+use super::key::{BOOT_SLOTS, Inputs, size};
+use super::{Base, Build, Compression, Signing, alias, base, environment, key};
+use crate::artifact::{Artifact, flush, write_atomically, write_large};
 use crate::compose::{self, Parts, lint, programs, sizes};
 use crate::config::board::Compile;
 use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source, Summed};
@@ -19,17 +18,10 @@ use crate::ext4::{self, Ext4Request};
 use crate::keys::Signer;
 use crate::plan::{BootSourcePlan, Plan};
 use crate::progress::{bytes, say, warn};
-use crate::render::{INIT, OverlayContent, Rendered};
+use crate::render::{INIT, Rendered};
 use crate::rootfs::initrd::{self, InitrdRequest};
 use crate::start::{self, Starts};
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
-
-/// Raised when compose changes what it makes.
-const COMPOSE_VERSION: u32 = 5;
-/// Raised when assembling changes what it makes.
-const IMAGE_VERSION: u32 = 6;
-/// Raised when packing changes what it makes.
-const BUNDLE_VERSION: u32 = 2;
 
 /// zstd's level for `.img.zst`: downloads are many, builds few, and its speed is still the disk's.
 const ZST_LEVEL: i32 = 9;
@@ -74,67 +66,14 @@ pub struct Card {
     pub starts: Starts,
 }
 
-/// What is composed.
-#[derive(Clone, Copy)]
-pub struct Inputs<'a> {
-    /// Generated texts.
-    pub rendered: &'a Rendered,
-    /// The base system.
-    pub base: &'a Base,
-    /// The API wheels.
-    pub wheels: Option<&'a Wheels>,
-    /// The robot's agent.
-    pub agent: &'a Agent,
-    /// Whose key set goes in.
-    pub signing: &'a Signing,
-}
-
 /// The stage `compose`.
 ///
 /// # Errors
 /// Parts that contradict each other, a slot that is too full, an image that would not boot.
 pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
-    let &Inputs { rendered, base, wheels, agent, signing } = inputs;
-    let plan = build.plan;
     let init = std::fs::read(build.root.join(INIT)).with_context(|| format!("reading {INIT}"))?;
-    let key_set = &signing.key_set;
-    let capacity = plan.disk.partition("root-a").context("the board has a root-a")?.size;
-    let data_size = plan.disk.partition("data").context("the board has a data partition")?.size;
     let libc = base::wheel_lock(build)?.map(|(lock, _)| lock.target.libc.to_string());
-    let mut overlay = Vec::new();
-    for entry in &rendered.overlay {
-        let content = match &entry.content {
-            OverlayContent::File(bytes) => hash_bytes(bytes),
-            OverlayContent::Symlink(to) => format!("-> {to}"),
-        };
-        overlay.push((&entry.target, entry.attributes, content));
-    }
-    let passwords: Vec<_> = plan.users.iter().map(|u| &u.password).collect();
-    let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
-    // Everything that the system is made of, but times, and passwords, whose hashes nobody should have a
-    // second way to guess at. A robot that finds another id than at its last start provisions again.
-    let base_id = Key::new("system", COMPOSE_VERSION)
-        .with("base", &base.key)
-        .with("wheels", wheels.map_or("", |w| &w.tar.sha256))
-        .with_json("api", &(&plan.api, &libc))?
-        .with("agent", &agent.binary.sha256)
-        .with("init", &init)
-        .with("keys", key_set)
-        .with_json("overlay", &overlay)?
-        .with_json("boot", &boot)?
-        .with_json("users", &(&plan.users, &rendered.authorized_keys))?
-        .with_json("directories", &plan.directories)?
-        .with_json("identifiers", &plan.identifiers)?
-        .with_json("initrd modules", &plan.board.initrd_modules)?
-        .with("disk bus", plan.board.disk_bus.word())
-        .with_json("sizes", &(capacity, data_size))?
-        .finish();
-    let key = Key::new("compose", COMPOSE_VERSION)
-        .with("system", &base_id)
-        .with("epoch", plan.epoch.to_string())
-        // A crypt hash may be guessed at: only its hash goes into the key, which is hashed again.
-        .with_json("passwords", &passwords)?
-        .with_json("budget", &(plan.rootfs.fill_limit, plan.rootfs.fill_warning))?;
+    let (base_id, key) = key::compose(build.plan, inputs, &init, libc.as_deref())?;
     let system: System = build.stage(
         "compose",
         key,
@@ -145,95 +84,108 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
             let percent = (system.used * 100).div_ceil(system.capacity.max(1));
             format!("root {} of {} ({percent} %)", bytes(system.used), bytes(system.capacity))
         },
-        |build, dir| {
-            let config = std::fs::read_to_string(&base.system.kernel_config.path)
-                .context("reading the kernel's configuration")?;
-            let initrd = initrd::build(
-                &InitrdRequest {
-                    busybox: &base.system.initrd_parts.busybox.path,
-                    init: &init,
-                    modules: &plan.board.initrd_modules,
-                    modules_archive: &base.system.initrd_parts.modules.path,
-                    kernel_release: &base.system.kernel_release,
-                    epoch: base.epoch,
-                    extra: &[(
-                        "etc/disk".to_owned(),
-                        0o644,
-                        format!("{}\n", plan.board.disk_bus.word()).into_bytes(),
-                    )],
-                    compression: initrd::Compression::for_kernel(&config),
-                },
-                &dir.join("initrd.img"),
-            )?;
-            let parts = Parts {
-                base: &base.system.rootfs.path,
-                wheels: wheels.map(|w| w.tar.path.as_path()),
-                distributions: wheels.map_or(&[], |w| &w.distributions),
-                libc: libc.as_deref(),
-                rendered,
-                kernel: &base.system.kernel,
-                initrd: &initrd,
-                agent: &agent.binary,
-                device_trees: base.system.dtbs.iter().map(|d| (d.path.as_str(), &d.file)).collect(),
-                key_set,
-                base_id: &base_id,
-            };
-            let tree = compose::tree(plan, &parts)?;
-            let names = boot_names(build, base);
-            lint::check(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
-            programs::check(&tree)?;
-            let sizes = sizes::measure(&tree)?;
-            let tar = dir.join("root.tar");
-            write_large(&tar, |out| tree.write(plan.epoch, out))?;
-            let tool = &base::mke2fs(build)?;
-            let root = dir.join("root.ext4");
-            let board = &plan.board.name;
-            let usage = ext4::make(
-                tool,
-                &Ext4Request {
-                    tar: Some(&tar),
-                    size: capacity,
-                    label: "root",
-                    uuid: plan.identifiers.root,
-                    hash_seed: plan.identifiers.root_hash_seed,
-                    epoch: plan.epoch,
-                    journal: false,
-                    grows_to: None,
-                    size_key: &format!("the size of root-a and root-b in board/{board}/board.toml"),
-                },
-                &root,
-            )?;
-            std::fs::remove_file(&tar).with_context(|| format!("removing {tar}"))?;
-            let product = format!("configs/{}.toml", plan.product.name);
-            let (limit, warning) = (plan.rootfs.fill_limit, plan.rootfs.fill_warning);
-            let used = usage.used;
-            let warning = sizes::budget(used, capacity, limit, warning, &sizes, &product)?;
-            let data = dir.join("data.ext4");
-            ext4::make(
-                tool,
-                &Ext4Request {
-                    tar: None,
-                    size: data_size,
-                    label: "data",
-                    uuid: plan.identifiers.data,
-                    hash_seed: plan.identifiers.data_hash_seed,
-                    epoch: plan.epoch,
-                    journal: true,
-                    // The largest cards in use; room for the block group table to grow to it.
-                    grows_to: Some(1 << 40),
-                    size_key: &format!("the size of data in board/{board}/board.toml"),
-                },
-                &data,
-            )?;
-            let key = dir.file_name().unwrap_or_default().to_owned();
-            let (root, data) = (disk::sum(&root)?, disk::sum(&data)?);
-            Ok(System { root, data, initrd, used, capacity, sizes, warning, key })
-        },
+        |build, dir| compose_into(build, inputs, &init, libc.as_deref(), &base_id, dir),
     )?;
     if let Some(warning) = &system.warning {
         warn(warning);
     }
     Ok(system)
+}
+
+/// Makes the composed system in the stage's folder.
+fn compose_into(
+    build: &Build<'_>,
+    inputs: &Inputs<'_>,
+    init: &[u8],
+    libc: Option<&str>,
+    base_id: &str,
+    dir: &Utf8Path,
+) -> Result<System> {
+    let &Inputs { rendered, base, wheels, agent, signing } = inputs;
+    let plan = build.plan;
+    let (capacity, data_size) = (size(plan, "root-a")?, size(plan, "data")?);
+    let config = std::fs::read_to_string(&base.system.kernel_config.path)
+        .context("reading the kernel's configuration")?;
+    let initrd = initrd::build(
+        &InitrdRequest {
+            busybox: &base.system.initrd_parts.busybox.path,
+            init,
+            modules: &plan.board.initrd_modules,
+            modules_archive: &base.system.initrd_parts.modules.path,
+            kernel_release: &base.system.kernel_release,
+            epoch: base.epoch,
+            extra: &[(
+                "etc/disk".to_owned(),
+                0o644,
+                format!("{}\n", plan.board.disk_bus.word()).into_bytes(),
+            )],
+            compression: initrd::Compression::for_kernel(&config),
+        },
+        &dir.join("initrd.img"),
+    )?;
+    let parts = Parts {
+        base: &base.system.rootfs.path,
+        wheels: wheels.map(|w| w.tar.path.as_path()),
+        distributions: wheels.map_or(&[], |w| &w.distributions),
+        libc,
+        rendered,
+        kernel: &base.system.kernel,
+        initrd: &initrd,
+        agent: &agent.binary,
+        device_trees: base.system.dtbs.iter().map(|d| (d.path.as_str(), &d.file)).collect(),
+        key_set: &signing.key_set,
+        base_id,
+    };
+    let tree = compose::tree(plan, &parts)?;
+    let names = boot_names(build, base);
+    lint::check(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
+    programs::check(&tree)?;
+    let sizes = sizes::measure(&tree)?;
+    let tar = dir.join("root.tar");
+    write_large(&tar, |out| tree.write(plan.epoch, out))?;
+    let tool = &base::mke2fs(build)?;
+    let root = dir.join("root.ext4");
+    let board = &plan.board.name;
+    let usage = ext4::make(
+        tool,
+        &Ext4Request {
+            tar: Some(&tar),
+            size: capacity,
+            label: "root",
+            uuid: plan.identifiers.root,
+            hash_seed: plan.identifiers.root_hash_seed,
+            epoch: plan.epoch,
+            journal: false,
+            grows_to: None,
+            size_key: &format!("the size of root-a and root-b in board/{board}/board.toml"),
+        },
+        &root,
+    )?;
+    std::fs::remove_file(&tar).with_context(|| format!("removing {tar}"))?;
+    let product = format!("configs/{}.toml", plan.product.name);
+    let (limit, warning) = (plan.rootfs.fill_limit, plan.rootfs.fill_warning);
+    let used = usage.used;
+    let warning = sizes::budget(used, capacity, limit, warning, &sizes, &product)?;
+    let data = dir.join("data.ext4");
+    ext4::make(
+        tool,
+        &Ext4Request {
+            tar: None,
+            size: data_size,
+            label: "data",
+            uuid: plan.identifiers.data,
+            hash_seed: plan.identifiers.data_hash_seed,
+            epoch: plan.epoch,
+            journal: true,
+            // The largest cards in use; room for the block group table to grow to it.
+            grows_to: Some(1 << 40),
+            size_key: &format!("the size of data in board/{board}/board.toml"),
+        },
+        &data,
+    )?;
+    let key = dir.file_name().unwrap_or_default().to_owned();
+    let (root, data) = (disk::sum(&root)?, disk::sum(&data)?);
+    Ok(System { root, data, initrd, used, capacity, sizes, warning, key })
 }
 
 /// Every file of the boot partitions: partition role and name.
@@ -332,9 +284,7 @@ fn device_tree(file: &Artifact, aliases: &[String]) -> Result<Source> {
     Ok(Source::Bytes(alias::add(&bytes, aliases).with_context(doing)?))
 }
 
-/// The role of the boot partition that belongs to a slot, and the name of its volume: `boot-a` and
-/// `boot-b` hold the same bytes, as all slot images do.
-const BOOT_SLOTS: [&str; 2] = ["boot-a", "boot-b"];
+/// The name of the volume of both: `boot-a` and `boot-b` hold the same bytes, as all slot images do.
 const BOOT_SLOT: &str = "boot-slot";
 
 fn fat_content(plan: &Plan, role: &str, files: Vec<FatFile>) -> Content {
@@ -419,20 +369,8 @@ pub fn card(
 ) -> Result<Card> {
     let plan = build.plan;
     let (root, out) = (build.root, build.output("img"));
-    let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
     let changes = tree_changes(build)?;
-    let qemu = plan.board.qemu.as_ref().and_then(|qemu| qemu.device_tree.as_ref());
-    let key = Key::new("image", IMAGE_VERSION)
-        .with_json("qemu", &(qemu, &changes.as_ref().map(|text| hash_bytes(text))))?
-        .with("out", out.as_str())
-        .with("system", &system.key)
-        .with("base", &base.key)
-        .with("epoch", plan.epoch.to_string())
-        .with_json("boot files", &plan.boot_files)?
-        .with_json("boot", &boot)?
-        .with_json("layout", &plan.disk)?
-        .with_json("identifiers", &plan.identifiers)?
-        .with_json("boards", &(start::version(), &plan.board.compatible))?;
+    let key = key::image(plan, rendered, base, &system.key, changes.as_deref(), &out)?;
     let card: Card = build.stage(
         "image",
         key,
@@ -527,22 +465,10 @@ pub fn bundle(
 ) -> Result<Artifact> {
     let plan = build.plan;
     let (root, out) = (build.root, build.output("bundle"));
-    let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
     let signers = signing.signers.iter().map(Signer::key);
     let ids: Vec<&str> = signers.map(|key| key.id.as_str()).collect();
     let level = level(build.options.compression);
-    let key = Key::new("bundle", BUNDLE_VERSION)
-        .with("out", out.as_str())
-        .with("system", &system.key)
-        .with("base", &base.key)
-        .with("epoch", plan.epoch.to_string())
-        .with("signer", ids.join(" "))
-        .with_json("boot files", &plan.boot_files)?
-        .with_json("boot", &boot)?
-        .with_json("boot slot", &plan.disk.partition(BOOT_SLOTS[0]).map(|p| p.size))?
-        .with_json("product", &(&plan.product, &plan.board.name, &plan.update))?
-        .with_json("compatible", &plan.board.compatible)?
-        .with("level", format!("{level:?}"));
+    let key = key::bundle(plan, rendered, base, &system.key, &ids, level, &out)?;
     build.stage(
         "bundle",
         key,

@@ -8,6 +8,8 @@ mod buildroot;
 mod component;
 pub mod environment;
 mod image;
+mod key;
+mod options;
 mod outcome;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,9 +20,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::Artifact;
 use crate::cache::{Cache, Key, Origin, Staged};
-use crate::cli::{BuildImage, Stage};
-use crate::cmd::plan::{dist, resolve, resolve_nightly, save, turn};
 use crate::config::product::{Engine, Kind, RootLogin};
+use crate::failure::Failure;
 use crate::keys::{self, Keys, Signer};
 use crate::plan::Plan;
 use crate::progress::{duration, say, warn};
@@ -29,13 +30,15 @@ use crate::report;
 use crate::rootfs::debian::DebianSpec;
 use crate::shared;
 use crate::tools::{self, Purpose};
+use crate::workspace::{dist, resolve, resolve_nightly, save, turn};
 
 pub use agent::{Agent, LOCK as COMPILER_LOCK, SOURCES as AGENT_SOURCES};
 pub use base::{Base, Wheels, check_locks, mirrors, package_spec, python_target};
 pub use buildroot::output_name;
-pub use component::build_component;
+pub use component::{ComponentBundle, build_component};
 pub use image::{Card, System, qemu_files, wrap_script};
-pub use outcome::{FAILURE, Failure};
+pub use options::{BuildOptions, Compression, Stage};
+pub use outcome::Finished;
 
 /// What a build has at hand besides the plan.
 pub struct Build<'a> {
@@ -47,8 +50,8 @@ pub struct Build<'a> {
     pub dist: Utf8PathBuf,
     /// Kept stages and downloads.
     pub cache: &'a Cache,
-    /// What was typed.
-    pub options: &'a BuildImage,
+    /// What was asked for.
+    pub options: &'a BuildOptions,
     /// What the package lock must have been made for.
     packages: DebianSpec,
     /// How each stage went, for the report.
@@ -59,38 +62,34 @@ pub struct Build<'a> {
     tools: Arc<Mutex<bool>>,
 }
 
-/// `cargo xtask build-image`.
+/// Builds as far as it is asked for; the report, unless the build ends before its first stage that makes something.
 ///
 /// # Errors
 /// Whatever a stage returns; nothing partial is left under a final name.
-pub fn build_image(options: &BuildImage) -> Result<()> {
-    if options.component.is_some() {
-        let made = build_component(options)?;
-        return component::show(&made, options.format);
-    }
+pub fn build_image(options: &BuildOptions) -> Result<Option<Finished>> {
     let started = Instant::now();
     let (config, _, plan) = match options.nightly {
-        true => resolve_nightly(&options.target)?,
-        false => resolve(&options.target)?,
+        true => resolve_nightly(&options.selection)?,
+        false => resolve(&options.selection)?,
     };
     let cache = Cache::locate()?;
     let dist = dist(&config.root, &plan);
     let _turn = turn(&dist)?;
-    outcome::forget_failure(&dist)?;
+    Failure::forget(&dist)?;
     say("plan", summary(&plan));
     save(&plan, &dist)?;
     let until = options.until.unwrap_or(Stage::Bundle);
     if until == Stage::Plan {
-        return Ok(());
+        return Ok(None);
     }
     // Everything that can go wrong at once, before the slow work: templates, engine, locks, keys.
     let mut rendered = render(&config.root, &plan)?;
     rendered.write(&dist.join("rendered"))?;
     if until == Stage::Render {
         say("render", dist.join("rendered"));
-        return Ok(());
+        return Ok(None);
     }
-    let asked = options.tree.buildroot.is_some() || options.legal_info;
+    let asked = options.buildroot.is_some() || options.legal_info;
     if plan.rootfs.engine == Engine::Debian && asked {
         bail!(
             "--buildroot and --legal-info are of no use: the engine of {} is debian\n\
@@ -118,7 +117,7 @@ pub fn build_image(options: &BuildImage) -> Result<()> {
         }
     };
     let report = outcome::report(&build, &made, &rendered, &signing, started.elapsed())?;
-    outcome::write(&build, &report, options.format)
+    outcome::write(&build, report).map(Some)
 }
 
 /// A composed system, for who runs it without a card.
@@ -135,8 +134,8 @@ pub struct Composed {
 ///
 /// # Errors
 /// Whatever a stage returns.
-pub fn compose(options: &BuildImage) -> Result<Composed> {
-    let (config, _, plan) = resolve(&options.target)?;
+pub fn compose(options: &BuildOptions) -> Result<Composed> {
+    let (config, _, plan) = resolve(&options.selection)?;
     let cache = Cache::locate()?;
     let dist = dist(&config.root, &plan);
     say("plan", summary(&plan));
@@ -215,7 +214,7 @@ fn stages(
     let mut made = Made { base, wheels, agent, system: None, card: None, bundle: None };
     if let (true, Some(agent)) = (until >= Stage::Compose, &made.agent) {
         build.running = Stage::Compose;
-        let parts = image::Inputs {
+        let parts = key::Inputs {
             rendered,
             base: &made.base,
             wheels: made.wheels.as_ref(),
@@ -303,7 +302,7 @@ impl<'a> Build<'a> {
         root: &'a Utf8Path,
         dist: Utf8PathBuf,
         cache: &'a Cache,
-        options: &'a BuildImage,
+        options: &'a BuildOptions,
         packages: DebianSpec,
     ) -> Self {
         let (stages, tools) = (Vec::new(), Arc::default());

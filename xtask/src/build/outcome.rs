@@ -6,64 +6,31 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use camino::Utf8Path;
-use clap::ValueEnum;
 
 use super::{Build, Made, Signing};
 use crate::artifact::{hash_bytes, write_atomically};
 use crate::cache::Key;
-use crate::cli::Format;
 use crate::config::product::{Engine, Kind};
 use crate::disk::layout::{GPT_HEAD_SECTORS, GPT_TAIL_SECTORS, SECTOR, TableKind};
+use crate::failure::Failure;
 use crate::render::Rendered;
 use crate::report::{self, Disk, Output, PathSize, Region, RegionKind, Report};
 use crate::rootfs::Package;
 use crate::sbom::{self, Component, Meta, Origin};
+use crate::time::timestamp;
 use crate::wheel::metadata::License;
-use crate::{outln, text};
-
-/// The note that a failed build leaves beside its results.
-pub const FAILURE: &str = "failure.json";
-
-/// Why a build failed, for the summary of several.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
-pub struct Failure {
-    /// The stage.
-    pub stage: String,
-    /// Its log, relative to the workspace, when it wrote one.
-    pub log: Option<String>,
-    /// The error, outermost first.
-    pub error: String,
-}
-
-/// Removes the note of an earlier failure.
-///
-/// # Errors
-/// When it is there and cannot be removed.
-pub fn forget_failure(dist: &Utf8Path) -> Result<()> {
-    let path = dist.join(FAILURE);
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("removing {path}"))
-        }
-        _ => Ok(()),
-    }
-}
 
 /// Notes which stage failed, and where its log is.
 ///
 /// # Errors
 /// When the note cannot be written.
 pub fn write_failure(build: &Build<'_>, error: &anyhow::Error) -> Result<()> {
-    let stage = match build.running.to_possible_value() {
-        Some(value) => value.get_name().to_owned(),
-        None => String::new(),
-    };
+    let stage = build.running.name();
     let log = build.log(&stage);
     let shown = log.strip_prefix(build.root).unwrap_or(&log).to_string();
     let failure =
         Failure { stage, log: log.is_file().then_some(shown), error: format!("{error:#}") };
-    let json = serde_json::to_vec_pretty(&failure).context("describing the failure")?;
-    write_atomically(&build.dist.join(FAILURE), |out| Ok(out.write_all(&json)?))
+    failure.write(&build.dist)
 }
 
 /// Collects the report.
@@ -189,7 +156,7 @@ fn parts(build: &Build<'_>, made: &Made, rendered: &Rendered) -> Result<Vec<repo
         .finish();
     let version = match &plan.rootfs.buildroot {
         Some(pinned) => pinned.release.clone(),
-        None => format!("{} of {}", plan.rootfs.suite, sbom::timestamp(made.base.epoch)),
+        None => format!("{} of {}", plan.rootfs.suite, timestamp(made.base.epoch)),
     };
     add("base", version, digest);
     if let (Some(wheels), Some(api)) = (&made.wheels, &plan.api) {
@@ -234,10 +201,10 @@ fn wheel(installed: &crate::wheel::InstalledDistribution) -> report::Wheel {
 fn next(build: &Build<'_>) -> Vec<String> {
     let plan = build.plan;
     let mut options = String::new();
-    if let Some(product) = &build.options.target.product {
+    if let Some(product) = &build.options.selection.product {
         options.push_str(&format!(" --product {product}"));
     }
-    if let Some(board) = &build.options.target.board {
+    if let Some(board) = &build.options.selection.board {
         options.push_str(&format!(" --board {board}"));
     }
     let mut next = Vec::new();
@@ -245,10 +212,10 @@ fn next(build: &Build<'_>) -> Vec<String> {
         next.push(format!("cargo xtask run{options}"));
     }
     let mut flash = "cargo xtask flash".to_owned();
-    if let Some(product) = &build.options.target.product {
+    if let Some(product) = &build.options.selection.product {
         flash.push_str(&format!(" {product}"));
     }
-    if let Some(board) = &build.options.target.board {
+    if let Some(board) = &build.options.selection.board {
         flash.push_str(&format!(" --board {board}"));
     }
     next.push(flash);
@@ -367,32 +334,32 @@ fn license(names: &[String]) -> Option<License> {
     (!names.is_empty()).then(|| License::Text(names.join(", ")))
 }
 
-/// Writes `report.json` and `report.html`, and prints the summary.
+/// What a finished build has to say.
+#[derive(Debug)]
+pub struct Finished {
+    /// The report, as it is written to `report.json`.
+    pub report: Report,
+    /// The page `report.html`.
+    pub page: Output,
+}
+
+/// Writes `report.json` and `report.html`.
 ///
 /// # Errors
 /// When one cannot be written.
-pub fn write(build: &Build<'_>, report: &Report, format: Format) -> Result<()> {
+pub fn write(build: &Build<'_>, report: Report) -> Result<Finished> {
     let json = report.to_json()?;
     let html_path = build.dist.join("report.html");
-    let html = report::render_html(report)?;
+    let html = report::render_html(&report)?;
     write_atomically(&build.dist.join("report.json"), |out| Ok(out.write_all(json.as_bytes())?))?;
     write_atomically(&html_path, |out| Ok(out.write_all(html.as_bytes())?))?;
-    let mut out = std::io::stdout().lock();
-    match format {
-        Format::Json => outln!("{}", text::printable_json(&json)),
-        Format::Text => {
-            let mut shown = report.clone();
-            let shown_path = html_path.strip_prefix(build.root).unwrap_or(&html_path);
-            shown.outputs.push(Output {
-                name: "report".to_owned(),
-                path: shown_path.to_string(),
-                size: html.len() as u64,
-                on_disk_size: html.len() as u64,
-                sha256: None,
-            });
-            let style = report::Style::of(&out);
-            report::render_terminal(&shown, &mut out, style).context("printing the report")?;
-        }
-    }
-    Ok(())
+    let shown_path = html_path.strip_prefix(build.root).unwrap_or(&html_path);
+    let page = Output {
+        name: "report".to_owned(),
+        path: shown_path.to_string(),
+        size: html.len() as u64,
+        on_disk_size: html.len() as u64,
+        sha256: None,
+    };
+    Ok(Finished { report, page })
 }

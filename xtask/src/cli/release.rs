@@ -3,8 +3,9 @@
 use camino::Utf8PathBuf;
 use clap::{Args, Subcommand};
 
-use super::{Compression, Format};
-use crate::release::Channel;
+use super::Format;
+use crate::build::Compression;
+use crate::store::format::Channel;
 
 /// Which store.
 #[derive(Debug, Clone, Args)]

@@ -7,16 +7,16 @@ use anyhow::{Context, Result, bail};
 use crate::build::output_name;
 use crate::cache::Cache;
 use crate::cli::{Buildroot, BuildrootTarget, Format};
-use crate::config::product::{self, Engine};
+use crate::config::product::Engine;
 use crate::config::{self, workspace_root};
-use crate::facts::Facts;
+use crate::facts;
+use crate::plan::fragment::Value;
 use crate::plan::{self, BuildrootPlan, Plan};
 use crate::progress::{duration, say};
 use crate::render::title;
 use crate::rootfs::buildroot::check::{Loss, check};
 use crate::rootfs::buildroot::engine::{self, Request};
 use crate::rootfs::buildroot::expr::Values;
-use crate::rootfs::buildroot::fragment::Value;
 use crate::rootfs::buildroot::info::Info;
 use crate::rootfs::buildroot::make::{Setup, Site};
 use crate::rootfs::buildroot::menus::{self, Change};
@@ -55,7 +55,7 @@ fn product_name(target: &BuildrootTarget) -> Result<String> {
     let root = workspace_root()?;
     let mut names = config::products(&root)?;
     names.retain(|name| {
-        product::read(&root, name).is_ok_and(|p| p.rootfs.engine.value == Engine::Buildroot)
+        config::read_product(&root, name).is_ok_and(|p| p.rootfs.engine.value == Engine::Buildroot)
     });
     match names.as_slice() {
         [only] => Ok(only.clone()),
@@ -67,7 +67,7 @@ fn product_name(target: &BuildrootTarget) -> Result<String> {
 /// Resolves one board, or the product's default.
 fn case(target: &BuildrootTarget, product: &str, board: Option<&str>) -> Result<Case> {
     let config = config::load(&workspace_root()?, Some(product), board)?;
-    let plan = plan::resolve(&config, &Facts::collect(&config.root)?)?;
+    let plan = plan::resolve(&config, &facts::collect(&config.root)?)?;
     let buildroot = plan.rootfs.buildroot.clone().with_context(|| {
         format!("the engine of {product} is not buildroot\nhelp: choose another with --product")
     })?;
@@ -211,7 +211,9 @@ fn check_boards(target: &BuildrootTarget, packages: bool, format: Format) -> Res
     let product = product_name(target)?;
     let boards = match &target.board {
         Some(board) => vec![board.clone()],
-        None => product::read(&root, &product)?.boards.into_iter().map(|b| b.value.0).collect(),
+        None => {
+            config::read_product(&root, &product)?.boards.into_iter().map(|b| b.value.0).collect()
+        }
     };
     let mut results = Vec::new();
     let mut failure = None;

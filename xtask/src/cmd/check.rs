@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::artifact::free_space;
 use crate::cache::Cache;
 use crate::cli::{Check, Format, Test};
-use crate::config::{self, product, workspace_root};
+use crate::config::{self, workspace_root};
 use crate::exec::Tool;
 use crate::fuzz;
 use crate::mutants::{self, Fate};
@@ -159,7 +159,7 @@ fn system(what: &str, names: &[&str], all: bool) -> Result<()> {
 fn has_pinned_tree() -> Result<bool> {
     let (root, cache) = (workspace_root()?, Cache::locate()?);
     for product in config::products(&root)? {
-        if let Some(pinned) = product::read(&root, &product)?.rootfs.buildroot {
+        if let Some(pinned) = config::read_product(&root, &product)?.rootfs.buildroot {
             let path = pinned_path(&cache.root, &pinned.release.value);
             if path.join("Makefile").is_file() {
                 return Ok(true);

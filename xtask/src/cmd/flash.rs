@@ -7,14 +7,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::Access;
 use serde_json::json;
 
-use crate::cli::{Flash, Format, Target};
-use crate::cmd::plan::{dist, resolve};
+use crate::cli::{Flash, Format};
 use crate::flash::card::Disk;
 use crate::flash::device::{self, Device, Objection};
 use crate::flash::seed::{self, PASSWORD_VARIABLE, Seed, Wifi};
 use crate::flash::source::Source;
 use crate::flash::{self, Outcome, Request};
 use crate::progress::{bytes, duration, say};
+use crate::workspace::{Selection, dist, resolve};
 use crate::{err, errln, out, outln, text};
 
 /// `cargo xtask flash`.
@@ -101,8 +101,8 @@ fn image(options: &Flash) -> Result<Utf8PathBuf> {
         ensure!(options.board.is_none(), "{name} is an image: --board goes with a product");
         return Ok(name.into());
     }
-    let target = Target { product: options.image.clone(), board: options.board.clone() };
-    let (config, _, plan) = resolve(&target)?;
+    let selection = Selection { product: options.image.clone(), board: options.board.clone() };
+    let (config, _, plan) = resolve(&selection)?;
     let image = dist(&config.root, &plan).join(format!("{}.img", plan.stem()));
     ensure!(
         image.is_file(),

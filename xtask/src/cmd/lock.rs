@@ -4,8 +4,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::build::{COMPILER_LOCK, mirrors, package_spec, python_target};
 use crate::cache::Cache;
-use crate::cli::{Lock, Target};
-use crate::cmd::plan::load;
+use crate::cli::Lock;
 use crate::config::product::Engine;
 use crate::config::reader::Findings;
 use crate::plan;
@@ -13,6 +12,7 @@ use crate::progress::say;
 use crate::rootfs::debian::{self, Mirrors, PackagesLock};
 use crate::tools::{self, Purpose};
 use crate::wheel::{self, LockRequest};
+use crate::workspace::{Selection, load};
 
 /// `cargo xtask lock`.
 ///
@@ -20,7 +20,7 @@ use crate::wheel::{self, LockRequest};
 /// No network; no solution; a package or wheel that does not exist for the target.
 pub fn lock(options: &Lock) -> Result<()> {
     tools::require(&[Purpose::Build, Purpose::Debian], true)?;
-    let config = load(&Target { product: options.product.clone(), board: None })?;
+    let config = load(&Selection { product: options.product.clone(), board: None })?;
     let cache = Cache::locate()?;
     let wants = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     if wants("compiler") {

@@ -1,6 +1,7 @@
 //! One file for each verb of the command line.
 
 pub mod bench;
+pub mod build_image;
 pub mod buildroot;
 pub mod check;
 pub mod clean;

@@ -1,104 +1,21 @@
 //! `plan` and `render`: what a build would do, and every text that it would generate.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
-use bundle::Version;
-use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::affected;
-use crate::artifact::write_atomically;
 use crate::build::check_locks;
 use crate::cli::{Format, PlanOptions, Show, Target};
-use crate::config::{self, Config};
+use crate::config;
 use crate::disk::layout::exact;
-use crate::facts::Facts;
 use crate::git;
-use crate::plan::{self, Plan, SourcePlan};
+use crate::plan::{Plan, SourcePlan};
 use crate::progress::{names, say};
-use crate::release::pins::Pins;
+use crate::publish::pins::Pins;
 use crate::render;
-use crate::sbom::timestamp;
+use crate::workspace::{dist, resolve, turn};
 use crate::{out, outln, text};
-
-/// Loads what was asked for, without resolving it.
-///
-/// # Errors
-/// Everything that is wrong with the files.
-pub fn load(target: &Target) -> Result<Config> {
-    let (product, board) = (target.product.as_deref(), target.board.as_deref());
-    let config = config::load(&config::workspace_root()?, product, board)?;
-    let junk: Vec<&Utf8PathBuf> = config.overlays.iter().flat_map(|o| &o.junk).collect();
-    if !junk.is_empty() {
-        say("overlay", format!("left out as junk: {}", names(&junk)));
-    }
-    Ok(config)
-}
-
-/// Loads and resolves what was asked for.
-///
-/// # Errors
-/// Everything that is wrong with the configuration.
-pub fn resolve(target: &Target) -> Result<(Config, Facts, Plan)> {
-    let config = load(target)?;
-    let facts = Facts::collect(&config.root)?;
-    let plan = plan::resolve(&config, &facts)?;
-    Ok((config, facts, plan))
-}
-
-/// As [`resolve`], as a nightly: under a version of its own, higher than the product's and than that of
-/// every earlier commit.
-///
-/// # Errors
-/// Everything that is wrong with the configuration.
-pub fn resolve_nightly(target: &Target) -> Result<(Config, Facts, Plan)> {
-    let mut config = load(target)?;
-    let facts = Facts::collect(&config.root)?;
-    let version = &mut config.product.version.value;
-    *version = nightly(version, facts.epoch)?;
-    let plan = plan::resolve(&config, &facts)?;
-    Ok((config, facts, plan))
-}
-
-/// The nightly's version: the next patch version's, before it is released, by the commit's time in UTC.
-fn nightly(version: &Version, epoch: u64) -> Result<Version> {
-    let digits: String = timestamp(epoch).chars().filter(char::is_ascii_digit).collect();
-    let next = match version.as_str().split_once('-') {
-        // A pre-release: its nightlies come after it and before the next one. A word more would be
-        // beyond the length of a version.
-        Some(_) => format!("{version}.{digits}"),
-        None => {
-            let (major_minor, patch) =
-                version.as_str().rsplit_once('.').context("a version has three numbers")?;
-            let patch = patch.parse::<u64>().context("a version has three numbers")?;
-            let patch = patch.checked_add(1).context("the version is at its end")?;
-            format!("{major_minor}.{patch}-nightly.{digits}")
-        }
-    };
-    Version::parse(&next).with_context(|| format!("naming the nightly of {version}"))
-}
-
-/// Where the results of a build lie.
-pub fn dist(root: &Utf8Path, plan: &Plan) -> Utf8PathBuf {
-    root.join("dist").join(&plan.product.name).join(&plan.board.name)
-}
-
-/// Waits until no other build writes results there; whoever has the value may. What is being written has one name,
-/// whoever writes it.
-///
-/// # Errors
-/// When the folder cannot be made or locked.
-pub fn turn(dist: &Utf8Path) -> Result<File> {
-    let doing = || format!("locking {dist}");
-    std::fs::create_dir_all(dist).with_context(doing)?;
-    let folder = File::open(dist).with_context(doing)?;
-    if folder.try_lock().is_err() {
-        say("plan", format!("waiting for another build in {dist}"));
-        folder.lock().with_context(doing)?;
-    }
-    Ok(folder)
-}
 
 /// `cargo xtask plan`.
 ///
@@ -112,7 +29,7 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
         options.channel.is_none(),
         "--channel chooses among several builds: --all or --changed-since says which"
     );
-    let (config, _, plan) = resolve(&options.target)?;
+    let (config, _, plan) = resolve(&options.target.selection())?;
     match options.format {
         Format::Json => outln!("{}", text::json(&plan)?),
         Format::Text => {
@@ -161,7 +78,7 @@ fn builds(options: &PlanOptions) -> Result<()> {
 /// # Errors
 /// A mistake in the configuration or in a template.
 pub fn render(options: &Show) -> Result<()> {
-    let (config, _, plan) = resolve(&options.target)?;
+    let (config, _, plan) = resolve(&options.target.selection())?;
     let rendered = render::render(&config.root, &plan)?;
     let dist = dist(&config.root, &plan);
     let _turn = turn(&dist)?;
@@ -172,15 +89,6 @@ pub fn render(options: &Show) -> Result<()> {
         Format::Text => outln!("{dir}"),
     }
     Ok(())
-}
-
-/// Writes `plan.json` beside the results.
-///
-/// # Errors
-/// When it cannot be written.
-pub fn save(plan: &Plan, dist: &Utf8Path) -> Result<()> {
-    let json = serde_json::to_vec_pretty(plan).context("describing the plan")?;
-    write_atomically(&dist.join("plan.json"), |out| Ok(out.write_all(&json)?))
 }
 
 /// The plan for people.
@@ -232,21 +140,4 @@ pub fn describe(plan: &Plan) -> String {
     line("overlay", format!("{} files", plan.overlay.len()));
     line("inputs", format!("{} files of the workspace", plan.inputs.len()));
     out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn nightlies_grow_with_time_and_lie_between_releases() {
-        let version = |text: &str| Version::parse(text).expect("a version");
-        let night = |text: &str, epoch| nightly(&version(text), epoch).expect("a nightly");
-        let one = night("0.1.0", 1_795_222_196);
-        assert_eq!(one.as_str(), "0.1.1-nightly.20261121004956");
-        assert!(version("0.1.0") < one && one < night("0.1.0", 1_795_222_197));
-        assert!(night("0.1.0", 1_795_222_197) < version("0.1.1"));
-        let pre = night("2.0.0-rc.1", 0);
-        assert!(version("2.0.0-rc.1") < pre && pre < version("2.0.0-rc.2"), "{pre}");
-    }
 }

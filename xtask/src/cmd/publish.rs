@@ -5,11 +5,12 @@ use anyhow::Result;
 use crate::cli::{Format, Publish};
 use crate::config::workspace_root;
 use crate::progress::bytes;
-use crate::publish::directory::Directory;
-use crate::publish::{self, Authority, Options, Store};
-use crate::release::Channel;
+use crate::publish::{self, Authority};
 use crate::release::create::local;
-use crate::release::index::Retention;
+use crate::store::directory::Directory;
+use crate::store::format::Channel;
+use crate::store::index::Retention;
+use crate::store::{self, Options, Store};
 use crate::tools::{self, Purpose};
 use crate::{outln, text};
 
@@ -25,7 +26,7 @@ pub fn publish(options: &Publish) -> Result<()> {
     if options.target.starts_with("ssh://") {
         tools::require(&[Purpose::Push], true)?;
     }
-    let to = publish::open(&options.target, &store_options(&options.access))?;
+    let to = store::open(&options.target, &store_options(&options.access))?;
     let mut authority = Authority::open(options.access.store_was_restored)?;
     let mut channels = options.channel.clone();
     channels.sort();

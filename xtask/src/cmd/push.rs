@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 
-use crate::build::build_component;
-use crate::cli::{BuildImage, Format, Push};
-use crate::cmd::plan::{dist, resolve};
+use crate::build::{BuildOptions, build_component};
+use crate::cli::{Component, Format, Push};
 use crate::progress::duration;
 use crate::push::{self, Outcome, Request, Verdict, sentence};
 use crate::tools::{self, Purpose};
+use crate::workspace::{dist, resolve};
 use crate::{out, outln, text};
 
 /// `cargo xtask push`.
@@ -19,13 +19,17 @@ use crate::{out, outln, text};
 pub fn push(options: &Push) -> Result<()> {
     let bundle = match (&options.bundle, options.component) {
         (Some(bundle), _) => bundle.clone(),
-        (None, Some(component)) => {
+        (None, Some(Component::Api)) => {
             tools::require(&[Purpose::Push], true)?;
-            let build = BuildImage::of(&options.target, Some(component), options.offline);
+            let build = BuildOptions {
+                selection: options.target.selection(),
+                offline: options.offline,
+                ..BuildOptions::default()
+            };
             build_component(&build)?.bundle.path
         }
         (None, None) => {
-            let (config, _, plan) = resolve(&options.target)?;
+            let (config, _, plan) = resolve(&options.target.selection())?;
             let bundle = dist(&config.root, &plan).join(format!("{}.bundle", plan.stem()));
             ensure!(
                 bundle.is_file(),

@@ -10,18 +10,21 @@ use serde_json::json;
 
 use crate::artifact::hash_file;
 use crate::cli::{Create, Format, Release as Verb, ReleaseCheck, StoreAddress, Which};
-use crate::cmd::inspect::inventory;
 use crate::cmd::publish::store_options;
 use crate::config::{self, workspace_root};
 use crate::diff::{Difference, versions};
+use crate::inspect::inventory;
 use crate::progress::bytes;
-use crate::publish::directory::Directory;
-use crate::publish::{self, Authority, Store, change, load, manifest, now, scratch};
+use crate::publish::{Authority, change, load, manifest};
 use crate::release::create::{self, local, put, version};
-use crate::release::format::{Entry, Index, Manifest, Yanked};
-use crate::release::index::Retention;
 use crate::release::notes::Past;
-use crate::release::{Channel, check, gc, summary};
+use crate::release::{check, gc, summary};
+use crate::scratch::scratch;
+use crate::store::directory::Directory;
+use crate::store::format::{Channel, Entry, Index, Manifest, Yanked};
+use crate::store::index::Retention;
+use crate::store::{self, Store};
+use crate::time::now;
 use crate::{out, outln, text};
 
 /// `cargo xtask release …`.
@@ -50,7 +53,7 @@ pub fn release(verb: &Verb) -> Result<()> {
 
 fn store(address: &StoreAddress) -> Result<Box<dyn Store>> {
     match &address.store {
-        Some(named) => publish::open(named, &store_options(&address.access)),
+        Some(named) => store::open(named, &store_options(&address.access)),
         None => Ok(Box::new(local(&workspace_root()?))),
     }
 }

@@ -2,13 +2,13 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::build::{self, qemu_files};
-use crate::cli::{BuildImage, Format, Run};
-use crate::cmd::plan::{dist, resolve};
+use crate::build::{self, BuildOptions, qemu_files};
+use crate::cli::{Format, Run};
 use crate::local::{self, Ready};
 use crate::progress::say;
 use crate::qemu::{Start, run_interactive};
 use crate::tools::{self, Purpose};
+use crate::workspace::{dist, resolve};
 use crate::{out, outln, text};
 use bundle::bootstate::{BootState, Slot};
 
@@ -27,7 +27,11 @@ fn here(options: &Run) -> Result<()> {
     // What can go wrong at once, before the build.
     let rights = local::allowed()?;
     let listener = local::listen(options.port)?;
-    let composed = build::compose(&BuildImage::of(&options.target, None, options.offline))?;
+    let composed = build::compose(&BuildOptions {
+        selection: options.target.selection(),
+        offline: options.offline,
+        ..BuildOptions::default()
+    })?;
     let how = local::Options {
         fresh: options.fresh,
         site: options.site.clone(),
@@ -62,7 +66,7 @@ fn show(ready: &Ready, format: Format) -> Result<()> {
 
 /// In QEMU.
 fn machine(options: &Run) -> Result<()> {
-    let (config, _, plan) = resolve(&options.target)?;
+    let (config, _, plan) = resolve(&options.target.selection())?;
     let name = &plan.board.name;
     let qemu = plan.board.qemu.as_ref().with_context(|| {
         format!("QEMU has no machine for {name}\nhelp: use a board whose board.toml has [qemu]")

@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 use anyhow::Context as _;
 use camino::{Utf8Path, Utf8PathBuf};
 
+use super::machine::{BootloaderSlot, Drive, Machine};
 use super::product::Engine;
 use super::reader::{Fields, FromToml, Located, Place, Source, Whole};
 use super::units::{Day, Name, Size};
 use crate::disk::layout::{Filesystem, TableKind};
-use crate::qemu::{BootloaderSlot, Drive, Machine};
 use toml::de::DeValue;
 
 /// How the slot that boots is chosen.
@@ -372,13 +372,16 @@ fn values<T>(list: Vec<Located<T>>) -> Vec<T> {
     list.into_iter().map(|l| l.value).collect()
 }
 
-/// Reads `board/<name>/board.toml`.
+/// The board of `board/<name>/board.toml`; `read` reads that file and those that it includes.
 ///
 /// # Errors
 /// All findings of the file at once.
-pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Board> {
+pub fn parse(
+    name: &str,
+    read: &dyn Fn(&Utf8Path) -> anyhow::Result<Source>,
+) -> anyhow::Result<Board> {
     let shown = Utf8Path::new("board").join(name).join("board.toml");
-    let own = Source::read(root, &shown)?;
+    let own = read(&shown)?;
     let shared = own.paths("include");
     let is_board = |path: &&Utf8PathBuf| path.file_name() == Some("board.toml") && **path != shown;
     if let Some(path) = shared.iter().find(is_board) {
@@ -389,7 +392,7 @@ pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Board> {
     }
     let included = shared
         .into_iter()
-        .map(|path| Source::read(root, &path).with_context(|| format!("{shown} includes {path}")));
+        .map(|path| read(&path).with_context(|| format!("{shown} includes {path}")));
     let included = included.collect::<anyhow::Result<Vec<_>>>()?;
     own.parse_over(included, |fields| {
         let board = build(fields)?;

@@ -1,7 +1,7 @@
 //! `configs/<product>.toml`: what ships. Only its form is checked here.
 
 pub use bundle::{Kind, Version};
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8PathBuf;
 use toml::de::DeValue;
 
 use super::reader::{Fields, FromToml, Located, Place, Source, Whole};
@@ -312,13 +312,12 @@ pub struct Update {
     pub key_epoch: u32,
 }
 
-/// Reads `configs/<name>.toml`, or the example of that name.
+/// The product of that name's file.
 ///
 /// # Errors
 /// All findings of the file at once.
-pub fn read(root: &Utf8Path, name: &str) -> anyhow::Result<Product> {
-    let shown = super::product_file(root, name);
-    Source::read(root, &shown)?.parse(|fields| {
+pub fn parse(source: Source, name: &str) -> anyhow::Result<Product> {
+    source.parse(|fields| {
         let product = build(fields)?;
         if product.name.value.0 != name {
             let message = format!(

@@ -149,13 +149,11 @@ pub struct Source {
 }
 
 impl Source {
-    /// Reads the file; `shown` is the path that messages use.
+    /// Takes a file's content; `shown` is the path that messages use.
     ///
     /// # Errors
-    /// When the file cannot be read.
-    pub fn read(root: &Utf8Path, shown: &Utf8Path) -> Result<Self> {
-        let full = root.join(shown);
-        let bytes = std::fs::read(&full).with_context(|| format!("reading {shown}"))?;
+    /// When it is no text.
+    pub fn new(shown: &Utf8Path, bytes: Vec<u8>) -> Result<Self> {
         // UTF-16 has zeros, and may be UTF-8 nonetheless.
         let text = String::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
         let text = text.with_context(|| {

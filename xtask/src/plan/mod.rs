@@ -3,24 +3,39 @@
 
 mod boards;
 pub mod cmdline;
+pub mod fragment;
 pub mod identifiers;
+pub mod keyring;
 mod resolve;
 mod sources;
 
 use std::collections::BTreeMap;
 
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
-use crate::config::Input;
 use crate::config::board::{BootFlow, Bus, Compile, Console, Qemu};
 use crate::config::overlay::{Attributes, EntryKind};
 use crate::config::product::{Engine, Kind, Network, Ssh, Version};
+use crate::config::reader::{Finding, Place};
+use crate::config::{Config, Input};
 use crate::disk::layout::Layout;
-use crate::rootfs::buildroot::fragment::Defconfig;
+use fragment::Defconfig;
 pub use identifiers::Identifiers;
 pub use resolve::{packages, resolve};
 pub use sources::{SourcePlan, sources};
+
+/// Facts about this checkout. Collected once, by `facts::collect`.
+#[derive(Debug, Clone, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Facts {
+    /// The commit that is checked out; `None` outside a git checkout.
+    pub commit: Option<String>,
+    /// Files differ from that commit (`git::changes`).
+    pub modified: bool,
+    /// Seconds since 1970 that every timestamp in the outputs is set to.
+    pub epoch: u64,
+}
 
 /// One build. The only thing that stages read.
 #[derive(Debug, Clone, Serialize)]
@@ -291,6 +306,13 @@ pub enum BootSourcePlan {
     Kernel,
     /// The initrd.
     Initrd,
+}
+
+/// Finds fault with a file that a configuration names and that is not there.
+fn must_exist(config: &Config, place: &Place, path: &Utf8Path, help: &str, out: &mut Vec<Finding>) {
+    if !config.inputs.iter().any(|input| input.path == path) {
+        out.push(Finding::new(place, format!("the file {path} does not exist"), help));
+    }
 }
 
 impl Plan {

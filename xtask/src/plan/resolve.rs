@@ -6,16 +6,15 @@ use anyhow::Context as _;
 use camino::Utf8Path;
 
 use super::boards;
+use super::fragment;
 use super::{
-    ApiPlan, BootFilePlan, BootSourcePlan, BuildrootPlan, Identifiers, OverlayPlan, Plan,
-    ProductPlan, RootfsPlan, UpdatePlan, UserPlan,
+    ApiPlan, BootFilePlan, BootSourcePlan, BuildrootPlan, Facts, Identifiers, OverlayPlan, Plan,
+    ProductPlan, RootfsPlan, UpdatePlan, UserPlan, must_exist,
 };
+use crate::config::Config;
 use crate::config::board::{Board, BootSource};
 use crate::config::product::{Engine, Kind, Product, User};
-use crate::config::reader::{Finding, Findings, Located, Place};
-use crate::config::{self, Config};
-use crate::facts::Facts;
-use crate::rootfs::buildroot::fragment;
+use crate::config::reader::{Finding, Findings, Located};
 use crate::ssh_keys;
 
 /// Resolves one build. Pure.
@@ -102,18 +101,6 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
     })
 }
 
-pub(super) fn must_exist(
-    config: &Config,
-    place: &Place,
-    path: &Utf8Path,
-    help: &str,
-    out: &mut Vec<Finding>,
-) {
-    if !config.inputs.iter().any(|input| input.path == path) {
-        out.push(Finding::new(place, format!("the file {path} does not exist"), help));
-    }
-}
-
 fn check_product(config: &Config, out: &mut Vec<Finding>) {
     let product = &config.product;
     let (board, file) = (&config.board, &config.product.place);
@@ -123,13 +110,12 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
             out.push(Finding::new(place, message, "write it as one line of text"));
         }
     }
-    let known = config::boards(&config.root).unwrap_or_default();
-    for board in product.boards.iter().filter(|b| !known.contains(&b.value.0)) {
+    for board in product.boards.iter().filter(|b| !config.boards.contains(&b.value.0)) {
         let message = format!("there is no board {}", board.value.0);
         out.push(Finding::new(
             &board.place,
             message,
-            format!("known boards: {}", known.join(", ")),
+            format!("known boards: {}", config.boards.join(", ")),
         ));
     }
     let floor = &product.update.minimum_version;
@@ -453,7 +439,7 @@ fn boot_files(config: &Config, out: &mut Vec<Finding>) -> Vec<BootFilePlan> {
     for file in board.boot_files.iter().filter(|f| f.engine.is_none_or(|only| only == engine)) {
         let source = match &file.source {
             BootSource::Template { name, compile } => {
-                let source = config::template(&config.root, &dir, &name.value);
+                let source = config.templates.get(&name.value).unwrap_or(&name.value).clone();
                 let help = format!("looked in {dir} and board/common");
                 must_exist(config, &name.place, &source, &help, out);
                 BootSourcePlan::Template { source, compile: *compile }

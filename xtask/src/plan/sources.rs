@@ -4,11 +4,11 @@ use serde::Serialize;
 
 use camino::Utf8PathBuf;
 
-use super::resolve::must_exist;
+use super::keyring::{BadKey, keyring};
+use super::must_exist;
 use crate::config::Config;
 use crate::config::product::{AptSource, Engine};
 use crate::config::reader::Finding;
-use crate::rootfs::debian::key::{self, BadKey};
 
 /// A further apt archive.
 #[derive(Debug, Clone, Serialize)]
@@ -88,7 +88,7 @@ fn check_key(config: &Config, source: &AptSource, out: &mut Vec<Finding>) {
     let Some((_, bytes)) = config.source_keys.iter().find(|(path, _)| *path == key.value) else {
         return;
     };
-    let (message, help) = match key::keyring(bytes) {
+    let (message, help) = match keyring(bytes) {
         Ok(_) => return,
         Err(BadKey::Secret) => (
             format!("{}, the key of the source {name}, is a secret key", key.value),

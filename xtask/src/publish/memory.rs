@@ -9,10 +9,10 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8PathBuf;
 use serde::{Deserialize, Serialize};
 
-use super::Store;
 use crate::artifact::{hash_bytes, write_atomically};
 use crate::progress::warn;
-use crate::release::format::{Channel, pretty};
+use crate::store::Store;
+use crate::store::format::{Channel, pretty};
 
 /// The version of the memory's files.
 const FORMAT: u32 = 1;

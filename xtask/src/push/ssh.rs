@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::answer::{Progress, Refused, Status};
 use crate::exec::Tool;
+use crate::ssh::check_options;
 
 /// After the user's own options: ssh takes the first value of each.
 const OPTIONS: [&str; 14] = [
@@ -244,21 +245,6 @@ impl Connection {
         })?;
         Ok((status.code(), out, tail))
     }
-}
-
-/// Refuses what is no option of ssh_config(5).
-///
-/// # Errors
-/// Names the one that is none.
-pub(crate) fn check_options(options: &[String]) -> Result<()> {
-    for option in options {
-        let key = option.split_once('=').map(|(key, _)| key).unwrap_or_default();
-        ensure!(
-            !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric()),
-            "`{option}` is no option of ssh\nhelp: KEY=VALUE as in ssh_config(5), such as Port=2222"
-        );
-    }
-    Ok(())
 }
 
 fn last(tail: &[String]) -> String {

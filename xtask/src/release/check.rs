@@ -13,13 +13,13 @@ use serde::Serialize;
 use super::collect::{packages, read_report};
 use crate::artifact::hash_bytes;
 use crate::cache::Cache;
-use crate::cmd::inspect::{Held, content};
 use crate::config;
 use crate::diff::{self, Changes, Content, Difference, Inventory, what_changed};
 use crate::disk::read::{self, DiskTables};
 use crate::exec::Tool;
-use crate::facts::Facts;
+use crate::facts;
 use crate::git;
+use crate::inspect::{Held, content};
 use crate::progress::say;
 use crate::report::Report;
 use crate::update;
@@ -91,7 +91,7 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
     let Request { root, product, board, .. } = *request;
     let dist = root.join("dist").join(product).join(board);
     let report = read_report(&dist, product, board)?;
-    let facts = Facts::collect(root)?;
+    let facts = facts::collect(root)?;
     ensure!(
         !facts.modified && facts.commit.is_some() && facts.commit == report.commit,
         "what was built is of commit {}, and the checkout is {}{}\n\
@@ -123,7 +123,7 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
         .current_dir(&checkout)
         .log(&folder.join("build.log"));
     // The only way in which a build has another version than its product.
-    let configured = config::product::read(root, product)?.version.value;
+    let configured = config::read_product(root, product)?.version.value;
     if configured.as_str() != report.product.version {
         tool = tool.arg("--nightly");
     }

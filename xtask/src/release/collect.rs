@@ -8,15 +8,15 @@ use bundle::{KeySet, Kind, Policy, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::format::{Board, Object, Unpacked};
 use crate::artifact::{Artifact, hash_file};
 use crate::cache::{Cache, Key, Origin};
-use crate::cmd::verify::verify_image;
 use crate::config;
 use crate::disk::{bmap, compress};
 use crate::progress::say;
 use crate::report::{self, Report};
+use crate::store::format::{Board, Object, Unpacked};
 use crate::update;
+use crate::verify::verify_image;
 
 /// zstd's level for images: downloads are many, releases few.
 const LEVEL: i32 = 9;
@@ -69,7 +69,7 @@ pub fn collect(
     keys: &KeySet,
     allow_changes: bool,
 ) -> Result<Collected> {
-    let configured = config::product::read(root, product)?;
+    let configured = config::read_product(root, product)?;
     let mut names: Vec<String> = match boards {
         [] => configured.boards.iter().map(|board| board.value.0.clone()).collect(),
         named => named.to_vec(),

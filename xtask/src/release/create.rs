@@ -9,12 +9,15 @@ use serde::Serialize;
 
 use super::LOCAL;
 use super::collect::{self, Collected};
-use super::format::{Channel, Entry, FORMAT, File, Index, Manifest, Object};
-use super::index::Retention;
 use super::notes::{self, Past};
 use crate::artifact::Artifact;
-use crate::publish::directory::Directory;
-use crate::publish::{self, Authority, Files, Store, change, load, now, scratch};
+use crate::publish::{self, Authority, change, load};
+use crate::scratch::scratch;
+use crate::store::directory::Directory;
+use crate::store::format::{Channel, Entry, FORMAT, File, Index, Manifest, Object};
+use crate::store::index::Retention;
+use crate::store::{Files, Store};
+use crate::time::now;
 
 /// What to release.
 #[derive(Debug)]

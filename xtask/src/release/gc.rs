@@ -8,10 +8,11 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8PathBuf;
 use serde::Serialize;
 
-use super::format::{Channel, File, Index, Manifest, Retired};
-use super::index::GRACE;
-use crate::publish::directory::{Directory, UNFINISHED};
-use crate::publish::{Authority, Files, Store, load, manifest};
+use crate::publish::{Authority, load, manifest};
+use crate::store::directory::{Directory, UNFINISHED};
+use crate::store::format::{Channel, File, Index, Manifest, Object, Retired};
+use crate::store::index::GRACE;
+use crate::store::{Files, Store};
 
 /// What was, or would be, removed.
 #[derive(Debug, Default, Serialize)]
@@ -118,5 +119,5 @@ pub fn collect(store: &Directory, authority: &Authority, dry_run: bool) -> Resul
 fn references(file: &File, manifest: &Manifest, kept: &mut BTreeSet<String>) {
     kept.insert(file.path.clone());
     kept.insert(file.signature());
-    kept.extend(manifest.objects().map(super::format::Object::path));
+    kept.extend(manifest.objects().map(Object::path));
 }

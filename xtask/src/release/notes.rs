@@ -8,11 +8,13 @@ use camino::Utf8Path;
 use serde::Serialize;
 
 use super::collect::{Collected, packages};
-use super::format::{Board, Component, Entry, Manifest};
 use crate::diff::Changes;
 use crate::git;
 use crate::progress::bytes;
-use crate::publish::{self, Store, scratch};
+use crate::publish;
+use crate::scratch::scratch;
+use crate::store::Store;
+use crate::store::format::{Board, Component, Entry, Manifest};
 
 /// More commits than these are counted, not listed.
 const MOST_COMMITS: usize = 200;

@@ -6,13 +6,15 @@ use anyhow::{Context, Result};
 use camino::Utf8Path;
 
 use super::create::local;
-use super::format::Channel;
 use super::notes::escape;
-use crate::build::{FAILURE, Failure};
 use crate::config;
+use crate::failure::Failure;
 use crate::progress::{bytes, duration};
-use crate::publish::{Authority, Files, load, manifest, scratch};
+use crate::publish::{Authority, load, manifest};
 use crate::report::Report;
+use crate::scratch::scratch;
+use crate::store::Files;
+use crate::store::format::Channel;
 
 /// Sums up: a table of builds, each failure with its stage and log, and the newest nightlies' notes.
 ///
@@ -25,7 +27,7 @@ pub fn summary(root: &Utf8Path) -> Result<String> {
     for product in config::products(root)? {
         for board in config::boards(root)? {
             let dir = root.join("dist").join(&product).join(&board);
-            if let Some(failure) = read_failure(&dir)? {
+            if let Some(failure) = Failure::read(&dir)? {
                 rows.push_str(&format!("| {product} | {board} | **failed** | | | | |\n"));
                 failures.push_str(&failed(&product, &board, &failure));
                 continue;
@@ -77,17 +79,6 @@ fn row(product: &str, board: &str, report: &Report) -> String {
         report.product.version,
         size("image")
     )
-}
-
-fn read_failure(dir: &Utf8Path) -> Result<Option<Failure>> {
-    let path = dir.join(FAILURE);
-    match fs::read(&path) {
-        Ok(text) => {
-            Ok(Some(serde_json::from_slice(&text).with_context(|| format!("reading {path}"))?))
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("reading {path}")),
-    }
 }
 
 fn failed(product: &str, board: &str, failure: &Failure) -> String {

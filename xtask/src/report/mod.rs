@@ -9,7 +9,7 @@ mod treemap;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-pub use crate::release::format::Component;
+pub use crate::store::format::Component;
 pub use html::render_html;
 pub use terminal::{Style, render_terminal};
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::keys::Signer;
-use crate::release::format::{check_hash, pretty};
+use crate::store::format::{check_hash, pretty};
 
 /// The version of the records. It rises when an old reader would misread a new one.
 pub const FORMAT: u32 = 1;

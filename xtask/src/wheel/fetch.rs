@@ -12,9 +12,8 @@ use super::lock::{LockedWheel, WheelLock};
 use super::pip::Pip;
 use super::target::Target;
 use crate::artifact::{Artifact, hash_file};
-use crate::cache::Cache;
+use crate::cache::{Cache, RemoteDownloads};
 use crate::progress::{self, Step, Unit};
-use crate::shared::Remote;
 
 /// A locked wheel that lies in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +40,7 @@ pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<Fetch
     let cache = cache.root.as_path();
     let mut missing = missing(&lock.wheels, cache)?;
     if let Some(shared) = &shared {
-        missing = from_shared(shared, missing, cache)?;
+        missing = from_shared(shared.as_ref(), missing, cache)?;
     }
     if offline && !missing.is_empty() {
         let files: Vec<&str> = missing.iter().map(|wheel| wheel.file.as_str()).collect();
@@ -83,7 +82,7 @@ pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<Fetch
 
 /// Takes what the shared cache has; the wheels that it lacks.
 fn from_shared<'a>(
-    shared: &Remote,
+    shared: &dyn RemoteDownloads,
     wheels: Vec<&'a LockedWheel>,
     cache: &Utf8Path,
 ) -> Result<Vec<&'a LockedWheel>> {

@@ -15,8 +15,7 @@ use std::io::Write;
 use uuid::Uuid;
 use xtask::build::wrap_script;
 use xtask::cache::Cache;
-use xtask::cli::Target;
-use xtask::cmd::plan::resolve;
+use xtask::config::machine::Machine;
 use xtask::disk::{
     Content, DiskRequest, DiskSpec, FatFile, Filesystem, Layout, PartitionRequest, PartitionSpec,
     Source, TableKind, assemble, place, sum,
@@ -24,9 +23,10 @@ use xtask::disk::{
 use xtask::exec::{self, Tool};
 use xtask::ext4::{self, Ext4Request};
 use xtask::fetch::Fetcher;
-use xtask::qemu::{Files, Machine, OnRestart, Overlay, Session};
+use xtask::qemu::{Files, OnRestart, Overlay, Session};
 use xtask::render::render;
 use xtask::rootfs::debian::{Mirrors, PackagesLock, host_e2fs, unpack_locked};
+use xtask::workspace::{Selection, resolve};
 
 const MIB: u64 = 1 << 20;
 const EPOCH: u64 = 1_700_000_000;
@@ -84,7 +84,7 @@ impl Rig {
         let dir = Utf8Path::new(env!("CARGO_TARGET_TMPDIR"));
         let folder = tempfile::Builder::new().prefix("bootscript-").tempdir_in(dir)?;
         let at = |name: &str| Utf8Path::from_path(folder.path()).expect("UTF-8").join(name);
-        let target = Target { product: None, board: Some("qemu-arm64".to_owned()) };
+        let target = Selection { product: None, board: Some("qemu-arm64".to_owned()) };
         let (config, _, mut plan) = resolve(&target)?;
         let offsets: Vec<u64> = plan.disk.states.iter().map(|s| s.offset).collect();
         plan.disk = place(&disk(offsets)).map_err(|f| anyhow::anyhow!(f.join("\n")))?;

@@ -5,8 +5,8 @@ use std::fs;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::config;
-use xtask::facts::Facts;
 use xtask::plan;
+use xtask::plan::Facts;
 use xtask::render::{self, Rendered};
 
 /// Where the fixture lies.

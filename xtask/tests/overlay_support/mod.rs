@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use bundle::manifest::Kind;
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::config;
-use xtask::facts::Facts;
+use xtask::facts;
 use xtask::plan::{self, Plan};
 use xtask::render::{OverlayContent, render};
 
@@ -19,7 +19,7 @@ pub fn workspace() -> Utf8PathBuf {
 /// The plans of all products, for their first boards.
 pub fn plans() -> Vec<Plan> {
     let root = workspace();
-    let facts = Facts::collect(&root).expect("facts");
+    let facts = facts::collect(&root).expect("facts");
     let names = config::products(&root).expect("products");
     let load = |name: &String| {
         let config = config::load(&root, Some(name), None).expect("a configuration");

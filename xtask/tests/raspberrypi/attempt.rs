@@ -8,7 +8,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use xtask::config;
 use xtask::disk::{self, Content, DiskSpec, FatFile, Filesystem, PartitionSpec, Source, assemble};
 use xtask::exec::{self, Tool};
-use xtask::facts::Facts;
+use xtask::plan::Facts;
 use xtask::plan::{self, BootSourcePlan, Plan};
 use xtask::render::{OverlayContent, Rendered, render};
 use xtask::rootfs::debian::{self, BoardWants, BuildRequest, Fetched, PackagesLock, PruneRules};

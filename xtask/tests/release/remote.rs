@@ -258,7 +258,7 @@ fn a_web_server_and_standard_tools_are_enough_to_read() {
     assert!(!output.status.success() && !work.join(name).exists());
     fs::write(&index, text).unwrap();
     let sha256 = xtask::artifact::hash_bytes(&super::support::noise(64 << 10, "robot1.1.03"));
-    let object = dir.join("www").join(xtask::release::format::object_path(&sha256));
+    let object = dir.join("www").join(xtask::store::format::object_path(&sha256));
     fs::write(&object, "something else").unwrap();
     let (work, output) = run("damaged");
     assert!(!output.status.success() && !work.join(name).exists());

@@ -18,9 +18,9 @@ use xtask::artifact::{Artifact, hash_bytes};
 use xtask::cache::{Cache, Key};
 use xtask::fetch::{Download, Fetcher, Outcome};
 use xtask::keys::{self, Keys};
-use xtask::release::format::object_path;
 use xtask::shared::record::{Compression, FORMAT, Packed, Record, StoredFile, path};
 use xtask::shared::{attach, trusted};
+use xtask::store::format::object_path;
 
 use super::support::{Server, free_port, noise, python, tool};
 

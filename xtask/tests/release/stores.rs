@@ -4,8 +4,8 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use xtask::publish::Store;
-use xtask::release::{Channel, Index};
+use xtask::store::Store;
+use xtask::store::format::Channel;
 
 use super::support::{Bench, OBJECTS, Reader, ended, killed_anywhere};
 
@@ -204,11 +204,9 @@ fn an_index_that_nobody_trusted_has_signed_is_refused() {
     let path = bench.dir.join("local/channels/nightly.json");
     let text = fs::read_to_string(&path).unwrap();
     let forged = text.replace("1.0.0", "1.0.9");
-    let error =
-        Index::open(Channel::Nightly, forged.as_bytes(), &bench.keys(), &bench.pins()).unwrap_err();
+    let error = bench.pins().open(Channel::Nightly, forged.as_bytes(), &bench.keys()).unwrap_err();
     assert!(format!("{error:#}").contains("signature"), "{error:#}");
-    let other =
-        Index::open(Channel::Beta, text.as_bytes(), &bench.keys(), &bench.pins()).unwrap_err();
+    let other = bench.pins().open(Channel::Beta, text.as_bytes(), &bench.keys()).unwrap_err();
     assert!(format!("{other:#}").contains("the index of the channel nightly"), "{other:#}");
 }
 

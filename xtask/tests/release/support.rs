@@ -12,14 +12,14 @@ use bundle::{KeySet, Kind, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::artifact::{hash_bytes, hash_file};
 use xtask::exec;
-use xtask::publish::directory::Directory;
+use xtask::publish::Authority;
 use xtask::publish::memory::Memory;
-use xtask::publish::{Authority, Files};
+use xtask::publish::pins::Pins;
 use xtask::release::create::put;
-use xtask::release::format::{Board, Entry, FORMAT, File, Object};
-use xtask::release::index::Retention;
-use xtask::release::pins::Pins;
-use xtask::release::{Channel, Index, Manifest};
+use xtask::store::Files;
+use xtask::store::directory::Directory;
+use xtask::store::format::{Board, Channel, Entry, FORMAT, File, Manifest, Object};
+use xtask::store::index::Retention;
 
 pub use noise::noise;
 
@@ -186,7 +186,7 @@ impl<'a> Reader<'a> {
         let mut found = BTreeSet::new();
         for channel in Channel::ALL {
             let Some(file) = (self.get)(&channel.path()) else { continue };
-            let index = Index::open(channel, &file, &self.keys, &Pins::default()).unwrap();
+            let index = Pins::default().open(channel, &file, &self.keys).unwrap();
             let mut serials = self.serials.borrow_mut();
             let last = serials.insert(channel, index.serial);
             assert!(last <= Some(index.serial), "serial {} after {last:?}", index.serial);

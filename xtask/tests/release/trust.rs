@@ -6,10 +6,9 @@ use std::time::{Duration, SystemTime};
 
 use bundle::{Kind, Version};
 use camino::{Utf8Path, Utf8PathBuf};
-use xtask::publish::Store;
-use xtask::publish::directory::Directory;
-use xtask::release::Channel;
-use xtask::release::format::{Entry, Index};
+use xtask::store::Store;
+use xtask::store::directory::Directory;
+use xtask::store::format::{Channel, Entry, Index};
 
 use super::support::{Bench, good, tool};
 
@@ -60,7 +59,7 @@ fn plant(bench: &Bench, store: &Directory, index: &Index) {
 
 fn read(bench: &Bench, store: &Directory) -> Index {
     let file = store.index(Channel::Nightly).unwrap().0.unwrap();
-    Index::open(Channel::Nightly, &file, &bench.keys(), &bench.pins()).unwrap()
+    bench.pins().open(Channel::Nightly, &file, &bench.keys()).unwrap()
 }
 
 #[test]

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use bundle::bootstate::{BootState, Slot};
 use camino::Utf8PathBuf;
 use xtask::cmd::check::ALL;
-use xtask::qemu::{self, Machine, OnRestart, Overlay, Session};
+use xtask::config::machine::Machine;
+use xtask::qemu::{self, OnRestart, Overlay, Session};
 
 use crate::laptop::Laptop;
 use crate::services;

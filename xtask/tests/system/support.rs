@@ -14,13 +14,13 @@ use serde_json::Value;
 use xtask::artifact::hash_file;
 use xtask::build::qemu_files;
 use xtask::cache::Cache;
-use xtask::cmd::plan::dist;
 use xtask::config;
 use xtask::exec::{self, Tool};
-use xtask::facts::Facts;
+use xtask::facts;
 use xtask::plan::{self, Plan};
 use xtask::progress::duration;
 use xtask::qemu::{Files, Session};
+use xtask::workspace::dist;
 
 /// An address that refuses every connection: nothing listens on the discard port.
 pub const NOBODY: &str = "http://127.0.0.1:9";
@@ -294,7 +294,7 @@ pub fn results(workspace: &Utf8Path, board: &str) -> Result<Built> {
 /// The same of a product that is not the default one.
 pub fn results_of(workspace: &Utf8Path, product: Option<&str>, board: &str) -> Result<Built> {
     let config = config::load(workspace, product, Some(board))?;
-    let plan = plan::resolve(&config, &Facts::collect(workspace)?)?;
+    let plan = plan::resolve(&config, &facts::collect(workspace)?)?;
     let dist = dist(workspace, &plan);
     let stem = dist.join(plan.stem());
     let (image, bundle) = (format!("{stem}.img").into(), format!("{stem}.bundle").into());

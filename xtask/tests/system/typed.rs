@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8PathBuf;
 use xtask::cmd::check::ALL;
-use xtask::qemu::{Files, Machine, OnRestart, Overlay, Session};
+use xtask::config::machine::Machine;
+use xtask::qemu::{Files, OnRestart, Overlay, Session};
 
 use crate::support::{Folder, built, say, tool};
 

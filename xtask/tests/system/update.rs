@@ -12,9 +12,10 @@ use bundle::{Kind, Level, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::Value;
 use xtask::cmd::check::ALL;
+use xtask::config::machine::Machine;
 use xtask::keys::{self, Keys};
 use xtask::push::{self, Request, Verdict, push};
-use xtask::qemu::{self, Machine, OnRestart, Overlay, Session};
+use xtask::qemu::{self, OnRestart, Overlay, Session};
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
 
 use crate::api::{self, Apis};

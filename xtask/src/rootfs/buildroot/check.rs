@@ -8,10 +8,10 @@ use camino::Utf8Path;
 use serde::Serialize;
 
 use super::expr::{Expr, Values};
-use super::fragment::{Defconfig, Request, Value};
 use super::make::Setup;
 use super::symbols::{Condition, Entry, Paths, Symbols};
 use crate::config::reader::{Finding, Findings, Place, nearest};
+use crate::plan::fragment::{Defconfig, Request, Value};
 
 /// Why a request was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]

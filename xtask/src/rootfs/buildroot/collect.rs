@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::expr::Values;
-use super::fragment;
 use super::info::Info;
 use super::make::Setup;
 use crate::artifact::{Artifact, write_atomically};
+use crate::plan::fragment;
 use crate::rootfs::debian::prune::{self, PruneRules};
 use crate::rootfs::parts::{collect, compress_kernel, take};
 use crate::rootfs::tree::{Kind, Origin, Tree};

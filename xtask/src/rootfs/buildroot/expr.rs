@@ -13,7 +13,7 @@ impl Values {
         let mut values = BTreeMap::new();
         for line in config.lines().filter(|line| !line.starts_with('#')) {
             if let Some((name, value)) = line.split_once('=') {
-                let text = value.strip_prefix('"').and_then(super::fragment::unquote);
+                let text = value.strip_prefix('"').and_then(crate::plan::fragment::unquote);
                 let value = text.map_or_else(|| value.to_owned(), |(inner, _)| inner);
                 values.insert(name.to_owned(), value);
             }

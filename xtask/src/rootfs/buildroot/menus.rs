@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use super::check;
 use super::expr::Values;
-use super::fragment::{self, Defconfig, Value};
 use super::make::Setup;
 use crate::artifact::write_atomically;
+use crate::plan::fragment::{self, Defconfig, Value};
 
 /// One change that is not in the fragments yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

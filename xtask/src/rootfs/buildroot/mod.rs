@@ -6,7 +6,6 @@ pub mod collect;
 pub mod engine;
 pub mod expr;
 pub mod failure;
-pub mod fragment;
 pub mod info;
 pub mod make;
 pub mod menus;

@@ -11,7 +11,6 @@ pub mod compiler;
 pub mod download;
 mod host;
 mod inventory;
-pub mod key;
 pub mod lock;
 pub mod prune;
 mod repo;

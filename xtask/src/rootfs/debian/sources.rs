@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::DebianSpec;
 use super::apt::{Mirrors, PrivateApt, Source};
-use super::key;
 use super::lock::{Archive, LockedPackage, stanzas};
+use crate::plan::keyring::{BadKey, keyring};
 use crate::rootfs::{Role, glob};
 
 /// Overrides a source's address: this, and the source's name in capitals with `_` for `-`.
@@ -160,10 +160,10 @@ fn read_index(
              help: put the archive's OpenPGP public key there"
         )
     })?;
-    let keyring = match key::keyring(&file) {
+    let keyring = match keyring(&file) {
         Ok(keyring) => keyring,
-        Err(key::BadKey::Secret) => bail!("{key}, the key of the source {name}, is a secret key"),
-        Err(key::BadKey::NoKey(why)) => {
+        Err(BadKey::Secret) => bail!("{key}, the key of the source {name}, is a secret key"),
+        Err(BadKey::NoKey(why)) => {
             bail!("{key}, the key of the source {name}, is no public key: {why}")
         }
     };

@@ -12,9 +12,10 @@ use rusty_s3::actions::{GetObject, HeadObject, PutObject};
 use rusty_s3::{Credentials, S3Action, UrlStyle};
 
 use super::client::{Answer, Body, Client};
+use super::format::{Channel, object_path};
 use super::{BadObject, Files, Options, Store, Token};
 use crate::artifact::{hash_bytes, hash_file};
-use crate::release::format::{Channel, object_path};
+use crate::scratch::scratch;
 
 /// How long a signed request stays valid: as long as its upload may take.
 const VALID: Duration = Duration::from_secs(3600);
@@ -249,7 +250,7 @@ impl Files for Bucket {
         match checksum {
             Some(sum) => ensure!(sum == encode_base64(&unhex(sha256)?), "{path} arrived as {sum}"),
             None => {
-                let (_keep, dir) = super::scratch()?;
+                let (_keep, dir) = scratch()?;
                 self.get(sha256, size, &dir.join("back"), &|_| ())?;
             }
         }

@@ -13,9 +13,9 @@ use ureq::tls::TlsConfig;
 use ureq::{Agent, RequestBuilder};
 
 use super::BadObject;
+use super::format::LARGEST_TEXT;
 use crate::artifact::hex;
-use crate::fetch::authorities;
-use crate::release::format::LARGEST_TEXT;
+use crate::tls::authorities;
 
 /// How long somebody waits for a server.
 #[derive(Debug, Clone, Copy)]

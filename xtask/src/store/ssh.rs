@@ -7,11 +7,12 @@ use std::fs;
 use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
 
-use super::{BadObject, Files, Store, Token, scratch, unique};
+use super::format::{Channel, Index, LARGEST_TEXT, object_path};
+use super::{BadObject, Files, Store, Token};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::exec::Tool;
-use crate::push::ssh::check_options;
-use crate::release::format::{Channel, Index, LARGEST_TEXT, object_path};
+use crate::scratch::{scratch, unique};
+use crate::ssh::check_options;
 
 /// As for pushes: nobody is there to be asked, and a host that is gone is noticed after 30 seconds.
 const OPTIONS: [&str; 11] = [

@@ -4,13 +4,13 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use bundle::Kind;
+use bundle::{KeySet, Kind};
 use camino::Utf8Path;
 use serde::Deserialize;
 
-use super::format::{Channel, Entry, Index};
-use super::index;
 use crate::config;
+use crate::store::format::{Channel, Entry, Index};
+use crate::store::index;
 
 /// The file with the channels' kinds, in the workspace's root.
 pub const FILE: &str = "releases.toml";
@@ -66,6 +66,17 @@ impl Pins {
             products.insert(name, product.kind);
         }
         Ok(Self { channels, products })
+    }
+
+    /// Opens a channel's file as this workspace pins it: [`Index::open`] with the channel's kind, and each product
+    /// in it of the kind that is pinned for it.
+    ///
+    /// # Errors
+    /// As [`Index::open`]; or a product is of another kind.
+    pub fn open(&self, channel: Channel, file: &[u8], keys: &KeySet) -> Result<Index> {
+        let index = Index::open(channel, file, keys, self.channel(channel))?;
+        self.check(&index).with_context(|| format!("reading {}", channel.path()))?;
+        Ok(index)
     }
 
     /// The kind of key that signs a channel. Without a word in [`FILE`]: `stable` by release keys, the

@@ -15,9 +15,10 @@ use rustix::fs::{Advice, CWD, FlockOperation, RenameFlags, fadvise, flock, renam
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
-use super::{BadObject, Files, Store, Token, unique};
+use super::format::{Channel, Index, LARGEST_TEXT, object_path};
+use super::{BadObject, Files, Store, Token};
 use crate::artifact::{hash_bytes, hash_file, hex};
-use crate::release::format::{Channel, Index, LARGEST_TEXT, object_path};
+use crate::scratch::unique;
 
 /// What unfinished files are called; an interrupted publisher leaves them to `release gc`.
 pub const UNFINISHED: &str = ".partial-";

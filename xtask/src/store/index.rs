@@ -144,7 +144,7 @@ impl Index {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::release::format::File;
+    use crate::store::format::File;
 
     fn entry(product: &str, version: &str) -> Entry {
         let version = Version::parse(version).expect("a version");

@@ -1,14 +1,13 @@
-//! In which condition `data` is, and its growth in a robot's first start.
+//! In which condition `data` is: as its start has found it, and as its file system is now.
 
 use std::fs;
 use std::io;
-use std::process::Command;
+use std::path::PathBuf;
 
 use rustix::fs::StatVfsMountFlags;
 use serde::{Deserialize, Serialize};
 
-use super::grow::{self, Grown};
-use crate::device::Device;
+use crate::durable;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -112,40 +111,16 @@ impl State {
     }
 }
 
-/// Extends the partition `data` to the end of the card and tells the kernel; the file system is the
-/// caller's, once it is mounted.
-///
-/// # Errors
-/// `wrong-layout`, `bad-device`, `io`; the partition is then as it was, or is seen at its new size from the
-/// next start on.
-pub fn grow_partition(root: &Root) -> Result<Grown> {
-    let device = Device::read(root)?;
-    let known = device.about.partitions.get("data").copied();
-    let known = known.ok_or_else(|| {
-        let help = "build the image again with a current `cargo xtask`";
-        Refusal::new("bad-device", "device.toml lists no partition `data`", help)
-    })?;
-    let disk = device.open_disk(true)?;
-    let grown = grow::grow(&disk, known.number, known.start_sector)
-        .map_err(|error| Refusal::io("growing the partition `data`", &error))?;
-    if grown.to != grown.from {
-        // Other partitions of the disk are in use: the kernel takes the change of one, not a new table. Not
-        // `partx --update`: it removes a partition that is not in use and adds it again, and what is mounted from
-        // it by then goes away when systemd hears of the removal.
-        let status = Command::new("resizepart")
-            .arg(device.disk_path())
-            .args([known.number.to_string(), grown.to.to_string()])
-            .status();
-        let told = status.map_err(|error| Refusal::io("running resizepart", &error))?;
-        if !told.success() {
-            return Err(Refusal::new(
-                "io",
-                format!("telling the kernel of the larger partition: resizepart: {told}"),
-                "the next restart does it",
-            ));
-        }
-    }
-    Ok(grown)
+/// Where a start says what it has done with `data`.
+pub(crate) fn report(root: &Root) -> PathBuf {
+    root.path("run/slotd/data.json")
+}
+
+/// Why `data` is not fit for this system, as [`crate::startup::prepare`] has found; for the health check.
+pub(crate) fn unfit(root: &Root) -> Option<String> {
+    let note: Option<serde_json::Value> = durable::read_json(&report(root)).ok().flatten();
+    let message = note?.get("refused")?.get("message")?.as_str()?.to_owned();
+    Some(message)
 }
 
 #[cfg(test)]

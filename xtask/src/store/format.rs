@@ -6,7 +6,6 @@ use bundle::keys::Purpose;
 use bundle::{KeySet, Kind, SignedBy, Version};
 use serde::{Deserialize, Serialize};
 
-use super::pins::Pins;
 use crate::artifact::hash_bytes;
 use crate::keys::Signer;
 
@@ -249,9 +248,9 @@ impl Index {
     /// pinned, so that an index that lists nothing, or lies about what it lists, needs the same key.
     ///
     /// # Errors
-    /// When no trusted key of the channel's kind has signed it, a product is not of the kind that is pinned
-    /// for it, it is another channel's, or a name or path in it is not a safe one.
-    pub fn open(channel: Channel, file: &[u8], keys: &KeySet, pins: &Pins) -> Result<Self> {
+    /// When no trusted key of that kind has signed it, it is another channel's, or a name or path in it is not a
+    /// safe one.
+    pub fn open(channel: Channel, file: &[u8], keys: &KeySet, kind: Kind) -> Result<Self> {
         let read = || -> Result<Self> {
             let envelope: Envelope =
                 serde_json::from_slice(file).context("it is no channel's file")?;
@@ -264,7 +263,7 @@ impl Index {
                 text,
             )?;
             ensure!(
-                pins.channel(channel) == Kind::Development || signer.kind == Kind::Release,
+                kind == Kind::Development || signer.kind == Kind::Release,
                 "release keys sign the channel {channel}, and it is signed by the development key {}\n\
                  help: releases.toml says which keys sign a channel; one that has changed sides begins anew: move \
                  {} away from this store, and from every copy of it",
@@ -273,7 +272,6 @@ impl Index {
             );
             let index: Self = serde_json::from_slice(text).context("reading the index in it")?;
             index.check(channel)?;
-            pins.check(&index)?;
             Ok(index)
         };
         read().with_context(|| format!("reading {}", channel.path()))

@@ -9,9 +9,9 @@ use camino::Utf8Path;
 use ureq::http::Uri;
 
 use super::client::{Answer, Body, Client};
+use super::format::object_path;
 use super::{BadObject, Files, Options, Secret};
 use crate::artifact::hash_file;
-use crate::release::format::object_path;
 
 /// A folder of a server.
 #[derive(Debug)]

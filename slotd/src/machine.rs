@@ -1,0 +1,87 @@
+//! The robot as its verbs see it: where its memory is, what its image says, how slots are chosen and opened.
+
+use bundle::bootstate::Slot;
+
+use crate::boot::BootFlow;
+use crate::device::{Description, Device, slot_role};
+use crate::events::Events;
+use crate::files::Files;
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+use crate::storage::Storage;
+
+/// Everything of a robot that a change touches.
+#[derive(Clone, Copy)]
+pub struct Machine<'a> {
+    /// Where the robot's memory lies.
+    pub root: &'a Root,
+    /// What its image says.
+    pub about: &'a Description,
+    /// The running slot.
+    pub running: Slot,
+    /// How its slot is chosen.
+    pub flow: &'a dyn BootFlow,
+    /// How its slots are opened.
+    pub slots: &'a dyn Slots,
+    /// What changes the files of an API.
+    pub files: &'a dyn Files,
+    /// Its log.
+    pub events: &'a Events,
+}
+
+/// How the partitions of slots are opened.
+pub trait Slots: Sync {
+    /// The partition for payloads of `role` in `slot`. Only the idle slot is opened for writing.
+    ///
+    /// # Errors
+    /// `wrong-layout` or `io`.
+    fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>>;
+
+    /// The disk, and the sectors of it in which two copies of what must not be forgotten begin; `None`: this image
+    /// knows of none.
+    fn trust_area(&self, _writable: bool) -> Option<Result<TrustArea>> {
+        None
+    }
+}
+
+/// A disk with two places on it.
+pub type TrustArea = (Box<dyn Storage>, [u64; 2]);
+
+impl Slots for Device {
+    fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>> {
+        let disk = self.open_partition(&slot_role(role, slot), slot != self.running)?;
+        Ok(Box::new(disk))
+    }
+
+    fn trust_area(&self, writable: bool) -> Option<Result<TrustArea>> {
+        let [first, second] = self.about.trust.sectors.as_slice() else { return None };
+        let sectors = [*first, *second];
+        Some(self.open_disk(writable).map(|disk| (Box::new(disk) as Box<dyn Storage>, sectors)))
+    }
+}
+
+/// Refuses while it is not decided which slot stays: a trial is pending, or the committed slot did not
+/// start and the other one runs in its stead. The idle slot may then be the only good one.
+///
+/// # Errors
+/// `trial-pending`, `not-committed`; `boot-state` or `io` when the state cannot be read.
+pub fn undecided(machine: &Machine<'_>) -> Result<()> {
+    let status = machine.flow.status()?;
+    let running = machine.running;
+    if let Some(trial) = status.pending(running) {
+        let place = if trial.slot == running { "runs" } else { "has not started yet" };
+        return Err(Refusal::new(
+            "trial-pending",
+            format!("slot {} is on trial and {place}", trial.slot),
+            "wait until it is committed (`slotd status` says what it waits for), or end it with `slotd roll-back`",
+        ));
+    }
+    if status.active != running {
+        return Err(Refusal::new(
+            "not-committed",
+            format!("slot {running} runs, but slot {} is the committed one", status.active),
+            "keep the running slot with `slotd commit`, or go back with `slotd boot-other`",
+        ));
+    }
+    Ok(())
+}

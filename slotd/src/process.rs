@@ -1,0 +1,81 @@
+//! Runs a program of the robot to its end, or for as long as it may take, with all that it starts.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::fs::MemfdFlags;
+use rustix::process::{Pid, Signal, kill_process_group};
+
+/// Most characters of a program's last line that are kept.
+const LAST_LINE: usize = 200;
+
+/// Most bytes that are read of what a program said.
+const OUTPUT: u64 = 16 << 10;
+
+/// How often a running program is looked at.
+const POLL: Duration = Duration::from_millis(20);
+
+/// Runs a program, in a folder of its own if need be, to its end or for `timeout`, whatever it starts
+/// included; both its outputs in one.
+pub(crate) fn program(
+    name: &str,
+    arguments: &[&str],
+    folder: Option<&Path>,
+    timeout: Duration,
+) -> Result<(ExitStatus, String), String> {
+    let failed = |error: io::Error| format!("{name}: {error}");
+    // A file, not a pipe: a grandchild that stays could hold a pipe open for ever.
+    let mut output = nameless().map_err(failed)?;
+    let (first, second) =
+        (output.try_clone().map_err(failed)?, output.try_clone().map_err(failed)?);
+    let mut command = Command::new(name);
+    if let Some(folder) = folder {
+        command.current_dir(folder);
+    }
+    let mut child = command
+        .args(arguments)
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .stdout(first)
+        .stderr(second)
+        .process_group(0)
+        .spawn()
+        .map_err(failed)?;
+    let end = Instant::now() + timeout;
+    let status = loop {
+        match child.try_wait().map_err(failed)? {
+            Some(status) => break status,
+            None if Instant::now() < end => std::thread::sleep(POLL),
+            None => {
+                let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+                // One that has just ended is as good as killed.
+                group.map(|group| kill_process_group(group, Signal::KILL).ok());
+                child.wait().map_err(failed)?;
+                return Err(format!("{name} has not ended within {} s", timeout.as_secs()));
+            }
+        }
+    };
+    let mut said = Vec::new();
+    output.rewind().map_err(failed)?;
+    output.take(OUTPUT).read_to_end(&mut said).map_err(failed)?;
+    let said = String::from_utf8_lossy(&said).into_owned();
+    match status.signal() {
+        Some(signal) => Err(format!("{name} was killed by signal {signal}: {}", last_line(&said))),
+        None => Ok((status, said)),
+    }
+}
+
+/// A file in memory, gone with its last user.
+fn nameless() -> io::Result<File> {
+    Ok(rustix::fs::memfd_create("slotd-probe", MemfdFlags::CLOEXEC)?.into())
+}
+
+/// The last line that says something, cut to [`LAST_LINE`] characters.
+pub(crate) fn last_line(said: &str) -> String {
+    let line = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    line.trim().chars().take(LAST_LINE).collect()
+}

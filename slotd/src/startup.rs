@@ -1,0 +1,91 @@
+//! What a start does with `data`, in its order: what waits is carried out, what serves as the API is settled, and the
+//! steps between versions are taken.
+
+use std::process::Command;
+
+use serde::Serialize;
+use serde_json::json;
+
+use crate::api;
+use crate::condition::report;
+use crate::data::{Applied, Migrated, Pending, apply, migrate};
+use crate::device::Description;
+use crate::durable;
+use crate::events::Events;
+use crate::files::Disk;
+use crate::lock::private_dir;
+use crate::refusal::{Refusal, Result};
+use crate::reserve;
+use crate::root::Root;
+
+/// What a start has done with `data`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Prepared {
+    /// The reset or restore that was carried out, or dropped.
+    #[serde(flatten)]
+    pub applied: Applied,
+    /// The steps between versions.
+    pub migrated: Migrated,
+}
+
+/// Carries out what waits and brings `data` to this system's version: in every start, after it is mounted
+/// and before anything uses it. What fails is left in `/run/slotd/data.json`, where a health check finds it.
+///
+/// # Errors
+/// As [`apply`] and [`migrate`].
+pub fn prepare(root: &Root) -> Result<Prepared> {
+    // Before any other user has a process: an agent before this one left both open to everybody.
+    for folder in [root.run(), root.state()] {
+        if let Err(error) = private_dir(&folder) {
+            eprintln!("slotd: {} is not for root alone: {error}", folder.display());
+        }
+    }
+    reserve::begin(root);
+    let result = reserve::with(root, || prepare_all(root));
+    reserve::keep(root);
+    match &result {
+        Ok(done) if done.applied != Applied::default() || !quiet(&done.migrated) => {
+            Events::new(root).add("data-prepared", json!(done));
+        }
+        Ok(_) => {}
+        Err(refusal) => Events::new(root).add("data-not-prepared", json!(refusal)),
+    }
+    let note =
+        result.as_ref().map_or_else(|refusal| json!({ "refused": refusal }), |done| json!(done));
+    let path = report(root);
+    durable::write_json(&path, &note)
+        .map_err(|error| Refusal::io(format!("writing {}", path.display()), &error))?;
+    result
+}
+
+fn quiet(migrated: &Migrated) -> bool {
+    matches!(migrated, Migrated::Unchanged | Migrated::New)
+}
+
+fn prepare_all(root: &Root) -> Result<Prepared> {
+    let applied = apply(root)?;
+    if applied.carried_out == Some(Pending::Reset) && root.is_system() {
+        trim(root);
+    }
+    // Nothing of the start depends on it: the system's own API can always serve.
+    let events = Events::new(root);
+    if let Err(refusal) = api::settle(root, &events, &Disk) {
+        events.add("api-not-settled", json!(refusal));
+    }
+    // Which slot runs does not matter here, nor whether `/` is on a slot at all.
+    let about = Description::read(root)?;
+    Ok(Prepared { applied, migrated: migrate(root, &about.version)? })
+}
+
+/// Tells the card which blocks are free, so that it forgets what they held: copies that were replaced or
+/// removed before a reset. Not every card takes that, and none promises it.
+fn trim(root: &Root) {
+    let trimmed = Command::new("fstrim").arg(root.data()).output();
+    let why = match trimmed {
+        Ok(output) if output.status.success() => return,
+        Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Events::new(root).add("data-not-trimmed", json!({ "why": why }));
+}

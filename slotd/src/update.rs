@@ -1,0 +1,118 @@
+//! Installs whatever a bundle is, a system or an API alone; and keeps what the system that is committed asks for.
+
+use bundle::component::API;
+use bundle::{Input, Reader};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::api;
+use crate::damage;
+use crate::durable;
+use crate::install::{self, Options, Progress};
+use crate::lock::{Lock, Turn};
+use crate::machine::{Machine, undecided};
+use crate::record::Installed as InstalledSlot;
+use crate::refusal::Result;
+use crate::trust::Trust;
+
+/// What an install has put where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Installed {
+    /// A system, into the idle slot.
+    System(install::Outcome),
+    /// An API, which serves.
+    Api(api::Outcome),
+}
+
+impl Installed {
+    /// What was put into the idle slot, if that is what was installed.
+    pub fn system(self) -> Option<install::Outcome> {
+        match self {
+            Self::System(outcome) => Some(outcome),
+            Self::Api(_) => None,
+        }
+    }
+}
+
+/// Installs a bundle: a system into the idle slot, whose trial is armed, and the restart is the caller's;
+/// or an API, which serves when this returns.
+///
+/// # Errors
+/// A refusal, which is in the log too. Unless it is one of the device (`io`, `read-back`) or of the
+/// medium in the middle (`source`), nothing was written.
+pub fn install<I: Input>(
+    machine: &Machine<'_>,
+    input: I,
+    options: &Options,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Installed> {
+    let result = run(machine, input, options, progress);
+    match &result {
+        Ok(Installed::System(outcome)) => machine.events.add("installed", json!(outcome)),
+        Ok(Installed::Api(outcome)) => machine.events.add("api-installed", json!(outcome)),
+        Err(refusal) => machine.events.add("install-refused", json!(refusal)),
+    }
+    result
+}
+
+/// Which of the two a bundle is: with the component `api` it is one for a running robot.
+fn is_api<I: Input>(reader: &Reader<I>) -> bool {
+    reader.manifest().components.iter().any(|component| component.name == API)
+}
+
+fn run<I: Input>(
+    machine: &Machine<'_>,
+    input: I,
+    options: &Options,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Installed> {
+    let _lock = Lock::take(machine.root, Turn::Slots, "install")?;
+    install::check_robot(machine)?;
+    // Before the slot of the system before this one is overwritten: what that one knew is known from here on.
+    remember(machine);
+    let trust = Trust::read(machine);
+    let mut reader = Reader::open(input, &trust.keys()?).map_err(install::from_source)?;
+    install::check_manifest(machine, &trust.floor, &reader, options)?;
+    if is_api(&reader) {
+        return api::install(machine, &mut reader, progress).map(Installed::Api);
+    }
+    install::system(machine, reader, options, progress).map(Installed::System)
+}
+
+/// Keeps what the committed system asks for, if it is the one that runs, and tells once in a start what is
+/// damaged. It never fails: what cannot be kept is logged, and the next change of a slot tries again.
+pub(crate) fn remember(machine: &Machine<'_>) {
+    let trust = Trust::read(machine);
+    let mut alarms = trust.alarms.clone();
+    alarms.extend(damage::found(machine.root).into_iter().map(|damage| damage.what));
+    let told = machine.root.path("run/slotd/alarms.json");
+    let known: Option<Vec<String>> = durable::read_json(&told).ok().flatten();
+    if known.unwrap_or_default() != alarms {
+        let event = if alarms.is_empty() { "damage-healed" } else { "damage-found" };
+        machine.events.add(event, json!({ "alarms": alarms }));
+        if let Err(error) = durable::write_json(&told, &alarms) {
+            machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+        }
+    }
+    for error in trust.keep(machine) {
+        machine.events.add("not-recorded", json!({ "error": error }));
+    }
+    // What runs was flashed: `boot-other` will want to know its version when it runs no more.
+    let unknown = InstalledSlot::read(machine.root, machine.running).is_none();
+    let flashed = InstalledSlot::flashed(machine.about).filter(|_| unknown);
+    if let Some(flashed) = flashed.filter(|_| undecided(machine).is_ok())
+        && let Err(error) = flashed.write(machine.root, machine.running)
+    {
+        machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+    }
+}
+
+/// Forgets what is damaged and can be made anew.
+pub(crate) fn heal(machine: &Machine<'_>) {
+    for damage in damage::found(machine.root) {
+        if let Err(error) = damage.heal() {
+            machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! The keys of the stages `compose`, `image` and `bundle`: everything that decides what they make.
+//!
+//! The plan is taken apart by name. A field that is new is an error of the compiler until somebody has decided for each
+//! stage whether it changes what the stage makes; `_` says that it does not, or by which other input it does.
+
+use anyhow::{Context, Result};
+use camino::Utf8Path;
+
+use super::{Agent, Base, Signing, Wheels};
+use crate::artifact::hash_bytes;
+use crate::cache::Key;
+use crate::plan::{BoardPlan, Plan, RootfsPlan};
+use crate::render::{OverlayContent, Rendered};
+
+/// Raised when compose changes what it makes.
+const COMPOSE_VERSION: u32 = 5;
+/// Raised when assembling changes what it makes.
+const IMAGE_VERSION: u32 = 6;
+/// Raised when packing changes what it makes.
+const BUNDLE_VERSION: u32 = 2;
+
+/// The roles of the boot partitions that belong to slots.
+pub(super) const BOOT_SLOTS: [&str; 2] = ["boot-a", "boot-b"];
+
+/// What is composed.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    /// Generated texts.
+    pub rendered: &'a Rendered,
+    /// The base system.
+    pub base: &'a Base,
+    /// The API wheels.
+    pub wheels: Option<&'a Wheels>,
+    /// The robot's agent.
+    pub agent: &'a Agent,
+    /// Whose key set goes in.
+    pub signing: &'a Signing,
+}
+
+/// The size of a partition in bytes.
+pub(super) fn size(plan: &Plan, role: &str) -> Result<u64> {
+    Ok(plan.disk.partition(role).with_context(|| format!("the board has no {role}"))?.size)
+}
+
+/// Names and hashes of the boot files' texts.
+fn boot_texts(rendered: &Rendered) -> Vec<(&(String, String), String)> {
+    rendered.boot.iter().map(|(name, text)| (name, hash_bytes(text))).collect()
+}
+
+/// The id of the system that is composed, and the key of the stage `compose`.
+///
+/// # Errors
+/// When the board lacks a partition.
+pub(super) fn compose(
+    plan: &Plan,
+    inputs: &Inputs<'_>,
+    init: &[u8],
+    libc: Option<&str>,
+) -> Result<(String, Key)> {
+    let &Inputs { rendered, base, wheels, agent, signing } = inputs;
+    let sizes = (size(plan, "root-a")?, size(plan, "data")?);
+    let Plan {
+        schema: _,  // of plan.json
+        product: _, // in the rendered texts
+        board,
+        commit: _,   // in the rendered texts
+        modified: _, // in the rendered texts
+        epoch,
+        identifiers,
+        disk: _, // the two sizes; offsets are in the rendered device.toml
+        rootfs,
+        overlay: _, // as it is rendered
+        directories,
+        api,
+        users,
+        ssh: _,        // in the rendered texts
+        network: _,    // in the rendered texts
+        update: _,     // in the rendered texts
+        boot_files: _, // their texts; others are only looked for
+        inputs: _,     // as what was made of them
+    } = plan;
+    let BoardPlan {
+        name: _,               // in the rendered texts, and in messages
+        title: _,              // in the rendered texts
+        arch: _,               // base, agent
+        boot_flow: _,          // in the rendered device.toml
+        compatible: _,         // in the rendered device.toml
+        eeprom_since: _,       // in the rendered texts
+        left_out_revisions: _, // in the rendered texts
+        console: _,            // in the rendered texts
+        console_on_board: _,   // in the rendered texts
+        cmdline: _,            // in the boot files' texts
+        device_trees: _,       // base
+        disk_bus,
+        initrd_modules,
+        modules_keep: _,  // base
+        firmware: _,      // base
+        bootloader: _,    // base
+        uboot: _,         // in the boot files' texts
+        qemu: _,          // the stage `image`
+        earlier_cards: _, // in the rendered texts
+        origins: _,       // for people
+    } = board;
+    let RootfsPlan {
+        engine: _,         // base
+        suite: _,          // base
+        components: _,     // base
+        packages: _,       // base
+        extra_packages: _, // base
+        lock: _,           // base
+        sources: _,        // base
+        buildroot: _,      // base
+        fill_limit,
+        fill_warning,
+        prune: _, // base
+        keep: _,  // base
+    } = rootfs;
+    let mut overlay = Vec::new();
+    for entry in &rendered.overlay {
+        let content = match &entry.content {
+            OverlayContent::File(bytes) => hash_bytes(bytes),
+            OverlayContent::Symlink(to) => format!("-> {to}"),
+        };
+        overlay.push((&entry.target, entry.attributes, content));
+    }
+    let passwords: Vec<_> = users.iter().map(|u| &u.password).collect();
+    // Everything that the system is made of, but times, and passwords, whose hashes nobody should have a
+    // second way to guess at. A robot that finds another id than at its last start provisions again.
+    let id = Key::new("system", COMPOSE_VERSION)
+        .with("base", &base.key)
+        .with("wheels", wheels.map_or("", |w| &w.tar.sha256))
+        .with_json("api", &(api, libc))?
+        .with("agent", &agent.binary.sha256)
+        .with("init", init)
+        .with("keys", &signing.key_set)
+        .with_json("overlay", &overlay)?
+        .with_json("boot", &boot_texts(rendered))?
+        .with_json("users", &(users, &rendered.authorized_keys))?
+        .with_json("directories", directories)?
+        .with_json("identifiers", identifiers)?
+        .with_json("initrd modules", initrd_modules)?
+        .with("disk bus", disk_bus.word())
+        .with_json("sizes", &sizes)?
+        .finish();
+    let key = Key::new("compose", COMPOSE_VERSION)
+        .with("system", &id)
+        .with("epoch", epoch.to_string())
+        // A crypt hash may be guessed at: only its hash goes into the key, which is hashed again.
+        .with_json("passwords", &passwords)?
+        .with_json("budget", &(fill_limit, fill_warning))?;
+    Ok((id, key))
+}
+
+/// The key of the stage `image` of the system with this key, which writes to `out`; `changes`: what the board changes in the device tree of its
+/// machine in QEMU.
+///
+/// # Errors
+/// When an input has no JSON form.
+pub(super) fn image(
+    plan: &Plan,
+    rendered: &Rendered,
+    base: &Base,
+    system: &str,
+    changes: Option<&[u8]>,
+    out: &Utf8Path,
+) -> Result<Key> {
+    let Plan {
+        schema: _,  // of plan.json
+        product: _, // in the system, and in the name of the output
+        board,
+        commit: _,   // in the system
+        modified: _, // in the system
+        epoch,
+        identifiers,
+        disk,
+        rootfs: _,      // base, system
+        overlay: _,     // system
+        directories: _, // system
+        api: _,         // system
+        users: _,       // system
+        ssh: _,         // system
+        network: _,     // system
+        update: _,      // system
+        boot_files,
+        inputs: _, // as what was made of them
+    } = plan;
+    let BoardPlan {
+        name: _,      // in the name of the output, and in messages
+        title: _,     // system
+        arch: _,      // base
+        boot_flow: _, // system, and the boot files' texts
+        compatible,
+        eeprom_since: _,       // system
+        left_out_revisions: _, // system
+        console: _,            // in the boot files' texts
+        console_on_board: _,   // in the boot files' texts
+        cmdline: _,            // in the boot files' texts
+        device_trees: _,       // base
+        disk_bus: _,           // system
+        initrd_modules: _,     // system
+        modules_keep: _,       // base
+        firmware: _,           // base
+        bootloader: _,         // base
+        uboot: _,              // in the boot files' texts
+        qemu,
+        earlier_cards: _, // system
+        origins: _,       // for people
+    } = board;
+    let tree = qemu.as_ref().and_then(|qemu| qemu.device_tree.as_ref());
+    Key::new("image", IMAGE_VERSION)
+        .with_json("qemu", &(tree, &changes.map(hash_bytes)))?
+        .with("out", out.as_str())
+        .with("system", system)
+        .with("base", &base.key)
+        .with("epoch", epoch.to_string())
+        .with_json("boot files", boot_files)?
+        .with_json("boot", &boot_texts(rendered))?
+        .with_json("layout", disk)?
+        .with_json("identifiers", identifiers)?
+        .with_json("boards", &(crate::start::version(), compatible))
+}
+
+/// The key of the stage `bundle` of the system with this key, which writes to `out`; `signers`: the ids of the keys that sign.
+///
+/// # Errors
+/// When an input has no JSON form.
+pub(super) fn bundle(
+    plan: &Plan,
+    rendered: &Rendered,
+    base: &Base,
+    system: &str,
+    signers: &[&str],
+    level: bundle::Level,
+    out: &Utf8Path,
+) -> Result<Key> {
+    let Plan {
+        schema: _, // of plan.json
+        product,
+        board,
+        commit: _,   // system
+        modified: _, // system
+        epoch,
+        identifiers: _, // system; the volume's comes of product and board
+        disk,
+        rootfs: _,      // base, system
+        overlay: _,     // system
+        directories: _, // system
+        api: _,         // system
+        users: _,       // system
+        ssh: _,         // system
+        network: _,     // system
+        update,
+        boot_files,
+        inputs: _, // as what was made of them
+    } = plan;
+    let BoardPlan {
+        name,
+        title: _,     // system
+        arch: _,      // base
+        boot_flow: _, // system, and the boot files' texts
+        compatible,
+        eeprom_since: _,       // system
+        left_out_revisions: _, // system
+        console: _,            // in the boot files' texts
+        console_on_board: _,   // in the boot files' texts
+        cmdline: _,            // in the boot files' texts
+        device_trees: _,       // base
+        disk_bus: _,           // system
+        initrd_modules: _,     // system
+        modules_keep: _,       // base
+        firmware: _,           // base
+        bootloader: _,         // base
+        uboot: _,              // in the boot files' texts
+        qemu: _,               // not in bundles
+        earlier_cards: _,      // system
+        origins: _,            // for people
+    } = board;
+    Ok(Key::new("bundle", BUNDLE_VERSION)
+        .with("out", out.as_str())
+        .with("system", system)
+        .with("base", &base.key)
+        .with("epoch", epoch.to_string())
+        .with("signer", signers.join(" "))
+        .with_json("boot files", boot_files)?
+        .with_json("boot", &boot_texts(rendered))?
+        .with_json("boot slot", &disk.partition(BOOT_SLOTS[0]).map(|p| p.size))?
+        .with_json("product", &(product, name, update))?
+        .with_json("compatible", compatible)?
+        .with("level", format!("{level:?}")))
+}

@@ -1,0 +1,82 @@
+//! `build-image`: the card image, its bundle and the report; or a component alone.
+
+use anyhow::{Context, Result};
+
+use crate::build::{self, BuildOptions, ComponentBundle, Finished};
+use crate::cli::{BuildImage, Format};
+use crate::progress::bytes;
+use crate::{outln, report, text};
+
+/// `cargo xtask build-image`.
+///
+/// # Errors
+/// Whatever a stage returns; nothing partial is left under a final name.
+pub fn build_image(options: &BuildImage) -> Result<()> {
+    let asked = asked(options);
+    if options.component.is_some() {
+        return show_component(&build::build_component(&asked)?, options.format);
+    }
+    match build::build_image(&asked)? {
+        Some(finished) => show(finished, options.format),
+        None => Ok(()),
+    }
+}
+
+/// What was typed, for the pipeline.
+fn asked(options: &BuildImage) -> BuildOptions {
+    // Taken apart, so that an option that goes nowhere is an error of the compiler.
+    let BuildImage {
+        target,
+        until,
+        component: _,
+        offline,
+        locked,
+        zst,
+        nightly,
+        compression,
+        no_install,
+        tree,
+        legal_info,
+        format: _,
+    } = options;
+    BuildOptions {
+        selection: target.selection(),
+        until: *until,
+        offline: *offline,
+        locked: *locked,
+        zst: *zst,
+        nightly: *nightly,
+        compression: *compression,
+        no_install: *no_install,
+        buildroot: tree.buildroot.clone(),
+        allow_changes: tree.allow_changes,
+        legal_info: *legal_info,
+    }
+}
+
+/// Prints the report.
+fn show(finished: Finished, format: Format) -> Result<()> {
+    let Finished { mut report, page } = finished;
+    let mut out = std::io::stdout().lock();
+    match format {
+        Format::Json => outln!("{}", text::printable_json(&report.to_json()?)),
+        Format::Text => {
+            report.outputs.push(page);
+            let style = report::Style::of(&out);
+            report::render_terminal(&report, &mut out, style).context("printing the report")?;
+        }
+    }
+    Ok(())
+}
+
+/// Prints what was made.
+fn show_component(made: &ComponentBundle, format: Format) -> Result<()> {
+    match format {
+        Format::Json => outln!("{}", text::json(made)?),
+        Format::Text => {
+            outln!(" bundle   {}  {}", made.bundle.path, bytes(made.bundle.size));
+            outln!(" next     cargo xtask push HOST --component {}", made.component);
+        }
+    }
+    Ok(())
+}

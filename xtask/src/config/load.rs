@@ -1,0 +1,295 @@
+//! Reads a workspace: which products and boards it has, and every file that one build depends on.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail};
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::file::source;
+use super::{Config, Input, board, content, product, reader, tree};
+use crate::artifact::hash_file;
+
+/// The workspace's root: the nearest folder upwards that has both `configs` and `board`.
+///
+/// # Errors
+/// When there is none.
+pub fn workspace_root() -> Result<Utf8PathBuf> {
+    let here = std::env::current_dir().context("looking up the current folder")?;
+    let here = Utf8PathBuf::try_from(here).context("the current folder's path is not UTF-8")?;
+    here.ancestors()
+        .find(|dir| dir.join("configs").is_dir() && dir.join("board").is_dir())
+        .map(Utf8Path::to_owned)
+        .with_context(|| {
+            format!(
+                "finding the workspace: neither {here} nor a folder above it has `configs` and `board`\n\
+                 help: run this inside a checkout of Slipway"
+            )
+        })
+}
+
+/// The names of all products, sorted.
+///
+/// # Errors
+/// When `configs` cannot be read.
+pub fn products(root: &Utf8Path) -> Result<Vec<String>> {
+    list(&root.join("configs"), product_name)
+}
+
+/// The name of the product that a file in a folder of products is of. A link may lead to one; a lock or a copy of an
+/// editor is none.
+fn product_name(entry: &camino::Utf8DirEntry) -> Option<String> {
+    let name = entry.file_name().strip_suffix(".toml")?;
+    let is_file = std::fs::metadata(entry.path()).map_or(true, |about| about.is_file());
+    (is_file && !content::is_junk(entry.file_name())).then(|| name.to_owned())
+}
+
+/// Where products lie that are built only by name: they show what else can be built, and some of them need something that
+/// the repository cannot have.
+const EXAMPLES: &str = "configs/examples";
+
+/// The names of the products that are no more than examples, sorted.
+///
+/// # Errors
+/// When their folder cannot be read.
+pub fn examples(root: &Utf8Path) -> Result<Vec<String>> {
+    let dir = root.join(EXAMPLES);
+    if dir.is_dir() { list(&dir, product_name) } else { Ok(Vec::new()) }
+}
+
+/// Where the file of a product lies, relative to the workspace.
+pub fn product_file(root: &Utf8Path, name: &str) -> Utf8PathBuf {
+    let own = Utf8Path::new("configs").join(format!("{name}.toml"));
+    let example = Utf8Path::new(EXAMPLES).join(format!("{name}.toml"));
+    if !root.join(&own).is_file() && root.join(&example).is_file() { example } else { own }
+}
+
+/// The names of all boards, sorted.
+///
+/// # Errors
+/// When `board` cannot be read.
+pub fn boards(root: &Utf8Path) -> Result<Vec<String>> {
+    let names = |entry: &camino::Utf8DirEntry| {
+        entry.path().join("board.toml").is_file().then(|| entry.file_name().to_owned())
+    };
+    list(&root.join("board"), names)
+}
+
+fn list(
+    dir: &Utf8Path,
+    name: impl Fn(&camino::Utf8DirEntry) -> Option<String>,
+) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in dir.read_dir_utf8().with_context(|| format!("reading {dir}"))? {
+        found.extend(name(&entry.with_context(|| format!("reading {dir}"))?));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The product that is built when none is named: the one with `default = true`.
+///
+/// # Errors
+/// When there is none, or more than one.
+pub fn default_product(root: &Utf8Path) -> Result<String> {
+    let (mut defaults, mut broken) = (Vec::new(), Vec::new());
+    for name in products(root)? {
+        match read_product(root, &name) {
+            Ok(product) => defaults.extend(product.default.then_some(name)),
+            Err(error) => broken.push(error),
+        }
+    }
+    match defaults.as_slice() {
+        [only] => Ok(only.clone()),
+        // One with mistakes in it may be the default: they are what is wrong, and not that there is none.
+        [] if !broken.is_empty() => {
+            let said: Vec<String> = broken.iter().map(|error| format!("{error:#}")).collect();
+            bail!("looking for the product that is the default\n{}", said.join("\n"))
+        }
+        [] => bail!(
+            "no product is named, and none is the default\n\
+             help: name one with --product ({}), or write `default = true` in its file",
+            products(root)?.join(", ")
+        ),
+        several => bail!(
+            "no product is named, and several are the default: {}\n\
+             help: leave `default = true` in one of their files",
+            several.join(", ")
+        ),
+    }
+}
+
+/// Reads a product (the default one when `product` is `None`) and the board it is built for (the
+/// product's default when `board` is `None`).
+///
+/// # Errors
+/// Unknown names, with the known ones; all findings of the first file that has any.
+pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Result<Config> {
+    let name = match product {
+        // A shell completes names of files.
+        Some(name) => {
+            let name = name.strip_prefix("./").unwrap_or(name);
+            let name = name.strip_prefix("configs/").unwrap_or(name);
+            let name = name.strip_prefix("examples/").unwrap_or(name);
+            name.strip_suffix(".toml").unwrap_or(name).to_owned()
+        }
+        None => default_product(root)?,
+    };
+    known("product", &name, &[products(root)?, examples(root)?].concat())?;
+    let product = read_product(root, &name)?;
+    let board_name = board.unwrap_or(&product.default_board.value.0);
+    let default = &product.default_board;
+    if !product.boards.iter().any(|b| b.value == default.value) {
+        let message =
+            format!("`default-board` is {}, which is not among `boards`", default.value.0);
+        let help = "add it to `boards`, or choose one of them";
+        reader::Findings(vec![reader::Finding::new(&default.place, message, help)]).check()?;
+    }
+    let all = boards(root)?;
+    known("board", board_name, &all)?;
+    if !product.boards.iter().any(|b| b.value.0 == board_name) {
+        let names: Vec<_> = product.boards.iter().map(|b| b.value.0.as_str()).collect();
+        bail!(
+            "the product {} is not made for the board {board_name}, only for {}\n\
+             help: choose another with --board, or add it to `boards` in {}",
+            product.name.value.0,
+            names.join(", "),
+            product.place.file
+        );
+    }
+    let board = read_board(root, board_name)?;
+    let overlays =
+        product.overlays.iter().map(|name| tree::read(root, name)).collect::<Result<Vec<_>>>()?;
+    let extra_packages = extra_packages(root, &product)?;
+    let mut config = Config {
+        root: root.to_owned(),
+        templates: templates(root, &board),
+        product,
+        board,
+        boards: all,
+        overlays,
+        extra_packages,
+        fragments: Vec::new(),
+        source_keys: Vec::new(),
+        authorized_keys: Vec::new(),
+        inputs: Vec::new(),
+    };
+    let mut texts = Vec::new();
+    for path in fragments(&config) {
+        let full = root.join(path);
+        if full.is_file() {
+            let text = std::fs::read_to_string(&full).with_context(|| format!("reading {path}"))?;
+            texts.push((path.clone(), text));
+        }
+    }
+    config.fragments = texts;
+    let sources = &config.product.rootfs.sources;
+    config.source_keys = contents(root, sources.iter().map(|source| &source.key.value))?;
+    let users = config.product.users.iter().flat_map(|user| &user.authorized_keys);
+    config.authorized_keys = contents(root, users.map(|path| &path.value))?;
+    config.inputs = inputs(&config)?;
+    Ok(config)
+}
+
+/// Reads a product's file.
+///
+/// # Errors
+/// When it cannot be read; all findings in it.
+pub fn read_product(root: &Utf8Path, name: &str) -> Result<product::Product> {
+    product::parse(source(root, &product_file(root, name))?, name)
+}
+
+/// Reads a board's file, and those that it includes.
+///
+/// # Errors
+/// When one cannot be read; all findings in them.
+pub fn read_board(root: &Utf8Path, name: &str) -> Result<board::Board> {
+    board::parse(name, &|path| source(root, path))
+}
+
+/// One package lock serves all boards of a product, so every board's packages are in it.
+fn extra_packages(root: &Utf8Path, product: &product::Product) -> Result<Vec<String>> {
+    let unpacked = product.rootfs.unpacked.iter().map(|p| p.value.clone());
+    let mut packages: std::collections::BTreeSet<String> = unpacked.collect();
+    let known = boards(root)?;
+    for name in product.boards.iter().filter(|b| known.contains(&b.value.0)) {
+        if let Some(debian) = read_board(root, &name.value.0)?.debian {
+            packages.extend(debian.packages.into_iter().map(|p| p.value));
+        }
+    }
+    Ok(packages.into_iter().collect())
+}
+
+fn known(noun: &str, name: &str, names: &[String]) -> Result<()> {
+    if names.iter().any(|n| n == name) {
+        return Ok(());
+    }
+    let near = reader::nearest(name, names.iter().map(String::as_str));
+    let hint = near.map_or(String::new(), |n| format!("; did you mean {n}?"));
+    bail!("there is no {noun} {name}{hint}\nhelp: known: {}", names.join(", "))
+}
+
+/// Where the templates lie that a board's boot files name.
+fn templates(root: &Utf8Path, board: &board::Board) -> BTreeMap<Utf8PathBuf, Utf8PathBuf> {
+    let dir = Utf8Path::new("board").join(&board.name.value.0);
+    let names = board.boot_files.iter().filter_map(|file| match &file.source {
+        board::BootSource::Template { name, .. } => Some(&name.value),
+        _ => None,
+    });
+    names.map(|name| (name.clone(), template(root, &dir, name))).collect()
+}
+
+/// Where a board's template lies: in its own folder, else in `board/common`, relative to the
+/// workspace.
+fn template(root: &Utf8Path, board_dir: &Utf8Path, name: &Utf8Path) -> Utf8PathBuf {
+    let own = board_dir.join(name);
+    if root.join(&own).is_file() { own } else { Utf8Path::new("board/common").join(name) }
+}
+
+/// The paths of the defconfig's fragments, in order; none for another engine.
+fn fragments(config: &Config) -> Vec<&Utf8PathBuf> {
+    let product = &config.product.rootfs;
+    if product.engine.value != product::Engine::Buildroot {
+        return Vec::new();
+    }
+    let board = config.board.buildroot.iter().flat_map(|b| &b.fragments);
+    board.chain(product.buildroot.iter().flat_map(|b| &b.fragments)).map(|l| &l.value).collect()
+}
+
+/// The contents of those files that are there.
+fn contents<'a>(
+    root: &Utf8Path,
+    paths: impl Iterator<Item = &'a Utf8PathBuf>,
+) -> Result<Vec<(Utf8PathBuf, Vec<u8>)>> {
+    let mut found = Vec::new();
+    for path in paths.filter(|path| root.join(path).is_file()) {
+        let bytes = std::fs::read(root.join(path)).with_context(|| format!("reading {path}"))?;
+        found.push((path.clone(), bytes));
+    }
+    Ok(found)
+}
+
+fn inputs(config: &Config) -> Result<Vec<Input>> {
+    let product = &config.product;
+    let mut paths = vec![product.place.file.clone(), config.board.place.file.clone()];
+    paths.extend(config.board.include.iter().map(|path| path.value.clone()));
+    paths.extend(product.rootfs.lock.iter().map(|l| l.value.clone()));
+    paths.extend(product.rootfs.sources.iter().map(|source| source.key.value.clone()));
+    paths.extend(fragments(config).into_iter().cloned());
+    paths.extend(product.api.iter().map(|api| api.lock.value.clone()));
+    paths.extend(product.users.iter().flat_map(|u| &u.authorized_keys).map(|k| k.value.clone()));
+    paths.extend(config.templates.values().cloned());
+    let mut inputs = Vec::new();
+    for path in paths {
+        let full = config.root.join(&path);
+        // A missing file is a finding of the plan, which knows the line that names it.
+        if full.is_file() {
+            inputs.push(Input { sha256: hash_file(&full)?.1, path });
+        }
+    }
+    for file in config.overlays.iter().flat_map(|o| &o.files) {
+        inputs.push(Input { path: file.source.clone(), sha256: file.sha256.clone() });
+    }
+    inputs.sort();
+    inputs.dedup();
+    Ok(inputs)
+}

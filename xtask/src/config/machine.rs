@@ -1,0 +1,53 @@
+//! A board as QEMU knows it.
+
+use serde::{Deserialize, Serialize};
+
+/// How the boot loader gets into the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootloaderSlot {
+    /// As flash content (`-bios`).
+    Bios,
+    /// As what the machine would start as a kernel (`-kernel`).
+    Kernel,
+}
+
+/// How the card is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Drive {
+    /// The machine's own SD slot.
+    Sd,
+    /// A virtio block device.
+    Virtio,
+}
+
+/// A board as QEMU knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Machine {
+    /// The value of `-M`.
+    pub machine: String,
+    /// The first version of QEMU that has it, such as `9.0`; none: every one in use.
+    pub since: Option<String>,
+    /// The value of `-cpu`; without one the machine's own.
+    pub cpu: Option<String>,
+    /// Memory in bytes, whole MiB.
+    pub memory: u64,
+    /// Number of processors.
+    pub cpus: u32,
+    /// How the boot loader gets in.
+    pub bootloader: BootloaderSlot,
+    /// How the card is attached.
+    pub drive: Drive,
+    /// Whether the card's size must be a power of two (QEMU's SD card refuses others).
+    pub power_of_two_card: bool,
+    /// Which of the machine's serial ports is the console, from 0.
+    pub serial_port: u8,
+    /// The network device (`-device`); none without one.
+    pub network: Option<String>,
+    /// Further arguments, as they are.
+    pub arguments: Vec<String>,
+    /// Seconds until a login on a busy host; what tests wait at most.
+    pub boot_timeout: u64,
+}

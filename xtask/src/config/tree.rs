@@ -1,0 +1,199 @@
+//! `overlays/<name>/`: a root filesystem overlay, read as a list of files. Literal files, symbolic
+//! links, and `*.j2` templates; `overlay.toml` beside them lists the exceptions from the usual
+//! modes and owners.
+
+use std::os::unix::fs::PermissionsExt;
+
+use anyhow::{Context, Result};
+use camino::{Utf8Component, Utf8Path, Utf8PathBuf};
+
+use super::content;
+use super::file::source;
+use super::overlay::{Attributes, EntryKind, Overlay, OverlayFile};
+use super::reader::{Fields, Finding, Findings, Located, Place, Whole};
+use super::units::Name;
+use crate::artifact::hash_bytes;
+
+/// The file of exceptions; it is not copied to the robot.
+const EXCEPTIONS: &str = "overlay.toml";
+
+/// Reads one overlay. Modes come from the git-visible executable bit only, never from the umask.
+///
+/// # Errors
+/// A missing folder, or all findings of its `overlay.toml`.
+pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
+    let base = Utf8Path::new("overlays").join(&name.value.0);
+    let about = root.join(&base).symlink_metadata();
+    if !about.as_ref().is_ok_and(|about| about.is_dir()) {
+        let (message, help) = match about.is_ok_and(|about| about.is_symlink()) {
+            true => (
+                format!(
+                    "the overlay `{}` is a link, of which git keeps nothing else",
+                    name.value.0
+                ),
+                "copy the folder, or make it a submodule",
+            ),
+            false => (
+                format!("the overlay `{}` has no folder {base}", name.value.0),
+                "make the folder, or take the name out of `overlays`",
+            ),
+        };
+        return Err(Findings(vec![Finding::new(&name.place, message, help)]).into());
+    }
+    let exceptions = read_exceptions(root, &base)?;
+    let mut found = Found::default();
+    walk(root, &base, Utf8Path::new(""), &mut found)?;
+    let Found { mut files, mut junk, mut findings } = found;
+    files.sort_by(|a, b| a.target.cmp(&b.target));
+    junk.sort();
+    for (path, attributes, place) in exceptions.files {
+        match files.iter_mut().find(|file| file.target == path) {
+            Some(file) => file.attributes = attributes,
+            None => findings.push(Finding::new(
+                &place,
+                format!("the overlay has no file {path}"),
+                "name the file as on the robot, without `.j2`",
+            )),
+        }
+    }
+    for pair in files.windows(2) {
+        if let [first, second] = pair
+            && first.target == second.target
+        {
+            let message =
+                format!("{} and {} are both /{}", first.source, second.source, first.target);
+            findings.push(Finding::new(&name.place, message, "remove one of the two"));
+        }
+    }
+    Findings(findings).check()?;
+    let directories = exceptions.directories.into_iter().map(|(p, a, _)| (p, a)).collect();
+    Ok(Overlay { name: name.value.0.clone(), files, directories, junk })
+}
+
+/// What lies in an overlay.
+#[derive(Default)]
+struct Found {
+    files: Vec<OverlayFile>,
+    junk: Vec<Utf8PathBuf>,
+    findings: Vec<Finding>,
+}
+
+impl Found {
+    fn wrong(&mut self, source: &Utf8Path, message: impl Into<String>, help: impl Into<String>) {
+        let place = Place { file: source.to_owned(), line: 0, text: String::new() };
+        self.findings.push(Finding::new(&place, message, help));
+    }
+}
+
+fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -> Result<()> {
+    let dir = root.join(base).join(inner);
+    for entry in dir.read_dir_utf8().with_context(|| format!("reading {dir}"))? {
+        let entry = entry.with_context(|| format!("reading {dir}"))?;
+        let target = inner.join(entry.file_name());
+        let source = base.join(&target);
+        let full = entry.path();
+        // What a submodule has in it of git's own is no file of the overlay.
+        if entry.file_name() == ".git" || (inner == "" && entry.file_name() == EXCEPTIONS) {
+            continue;
+        }
+        if content::is_junk(entry.file_name()) {
+            found.junk.push(source);
+            continue;
+        }
+        let metadata = full.symlink_metadata().with_context(|| format!("reading {source}"))?;
+        if metadata.is_dir() {
+            walk(root, base, &target, found)?;
+        } else if metadata.is_symlink() {
+            let link = full.read_link_utf8().with_context(|| format!("reading {source}"))?;
+            if leaves(root, &target, &link) {
+                let message = format!("the link leads to {link}, out of the overlay");
+                let help = "a link is copied as it stands: let it name a path of the robot, or copy the file";
+                found.wrong(&source, message, help);
+            }
+            let attributes = Attributes { mode: 0o777, uid: 0, gid: 0 };
+            let sha256 = hash_bytes(link.as_str().as_bytes());
+            let kind = EntryKind::Symlink;
+            found.files.push(OverlayFile { source, target, kind, attributes, sha256 });
+        } else if metadata.is_file() {
+            let executable = metadata.permissions().mode() & 0o100 != 0;
+            let mode = if executable { 0o755 } else { 0o644 };
+            let (kind, target) = match target.as_str().strip_suffix(".j2") {
+                Some(rendered) => (EntryKind::Template, Utf8PathBuf::from(rendered)),
+                None => (EntryKind::Literal, target),
+            };
+            let bytes = std::fs::read(full).with_context(|| format!("reading {source}"))?;
+            // A template is looked at when it is rendered.
+            if kind == EntryKind::Literal
+                && let Some(problem) = content::problem(content::Place::Root(&target), &bytes)
+            {
+                found.wrong(&source, problem.message, problem.help);
+            }
+            let sha256 = hash_bytes(&bytes);
+            let attributes = Attributes { mode, uid: 0, gid: 0 };
+            found.files.push(OverlayFile { source, target, kind, attributes, sha256 });
+        } else {
+            let help =
+                "remove it; what a robot needs of that kind is made on the robot (tmpfiles.d(5))";
+            let message =
+                "it is neither a file nor a folder nor a link, but a pipe, a socket or a device";
+            found.wrong(&source, message, help);
+        }
+    }
+    Ok(())
+}
+
+/// Whether a link at that path of an overlay names something of this machine: it climbs above the root, or begins
+/// with the workspace's path.
+fn leaves(root: &Utf8Path, target: &Utf8Path, link: &Utf8Path) -> bool {
+    if link.is_absolute() {
+        return root != "/" && link.starts_with(root);
+    }
+    let mut depth = target.components().count() as i64 - 1;
+    link.components().any(|part| {
+        depth += match part {
+            Utf8Component::ParentDir => -1,
+            Utf8Component::Normal(_) => 1,
+            _ => 0,
+        };
+        depth < 0
+    })
+}
+
+/// Modes and owners of files, and directories that the overlay asks for.
+#[derive(Default)]
+struct Exceptions {
+    files: Vec<(Utf8PathBuf, Attributes, Place)>,
+    directories: Vec<(Utf8PathBuf, Attributes, Place)>,
+}
+
+fn read_exceptions(root: &Utf8Path, base: &Utf8Path) -> Result<Exceptions> {
+    let shown = base.join(EXCEPTIONS);
+    if !root.join(&shown).is_file() {
+        return Ok(Exceptions::default());
+    }
+    source(root, &shown)?.parse(|f| {
+        let files = f.tables("files", exception);
+        let directories = f.tables("directories", exception);
+        Some(Exceptions { files: files?, directories: directories? })
+    })
+}
+
+/// Ids of ext4 have 32 bits, and the highest one means "none" (chown(2)).
+const OWNER: Whole = Whole { of: "", from: 0, to: u32::MAX - 1 };
+
+fn exception(f: &mut Fields<'_>) -> Option<(Utf8PathBuf, Attributes, Place)> {
+    let path = f.required::<Utf8PathBuf>("path");
+    let mode = f.required::<String>("mode");
+    let uid = f.number_or("uid", OWNER, 0);
+    let gid = f.number_or("gid", OWNER, 0);
+    let mode = mode?;
+    let Ok(bits @ 0..=0o7777) = u32::from_str_radix(&mode.value, 8) else {
+        let message = format!(
+            "`mode`: expected an octal mode from \"0000\" to \"7777\", found \"{}\"",
+            mode.value
+        );
+        f.reject(&mode.place, message, "");
+        return None;
+    };
+    Some((path?.value, Attributes { mode: bits, uid: uid?, gid: gid? }, f.place()))
+}

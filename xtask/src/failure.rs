@@ -1,0 +1,60 @@
+//! The note that a failed build leaves in place of a report.
+
+use anyhow::{Context, Result};
+use camino::Utf8Path;
+
+use crate::artifact::write_atomically;
+
+/// The note that a failed build leaves beside its results.
+pub const FAILURE: &str = "failure.json";
+
+/// Why a build failed, for the summary of several.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct Failure {
+    /// The stage.
+    pub stage: String,
+    /// Its log, relative to the workspace, when it wrote one.
+    pub log: Option<String>,
+    /// The error, outermost first.
+    pub error: String,
+}
+
+impl Failure {
+    /// Removes the note of an earlier failure.
+    ///
+    /// # Errors
+    /// When it is there and cannot be removed.
+    pub fn forget(dist: &Utf8Path) -> Result<()> {
+        let path = dist.join(FAILURE);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("removing {path}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The note in a folder of results, if its build has failed.
+    ///
+    /// # Errors
+    /// When it is there and cannot be read.
+    pub fn read(dist: &Utf8Path) -> Result<Option<Self>> {
+        let path = dist.join(FAILURE);
+        match std::fs::read(&path) {
+            Ok(text) => {
+                Ok(Some(serde_json::from_slice(&text).with_context(|| format!("reading {path}"))?))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("reading {path}")),
+        }
+    }
+
+    /// Writes the note into a folder of results.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self, dist: &Utf8Path) -> Result<()> {
+        let json = serde_json::to_vec_pretty(self).context("describing the failure")?;
+        write_atomically(&dist.join(FAILURE), |out| Ok(out.write_all(&json)?))
+    }
+}

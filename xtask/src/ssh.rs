@@ -1,0 +1,18 @@
+//! What is common to everything that goes through the system's `ssh`.
+
+use anyhow::{Result, ensure};
+
+/// Refuses what is no option of ssh_config(5).
+///
+/// # Errors
+/// Names the one that is none.
+pub(crate) fn check_options(options: &[String]) -> Result<()> {
+    for option in options {
+        let key = option.split_once('=').map(|(key, _)| key).unwrap_or_default();
+        ensure!(
+            !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric()),
+            "`{option}` is no option of ssh\nhelp: KEY=VALUE as in ssh_config(5), such as Port=2222"
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,128 @@
+//! A checkout as a build uses it: what is chosen in it, the plan that this makes, and the folder of the results, which
+//! one build at a time may write.
+
+use std::fs::File;
+
+use anyhow::{Context, Result};
+use bundle::Version;
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::artifact::write_atomically;
+use crate::config::{self, Config};
+use crate::facts;
+use crate::plan::{self, Facts, Plan};
+use crate::progress::{names, say};
+use crate::time::timestamp;
+
+/// What is chosen among the products and boards of a workspace.
+#[derive(Debug, Clone, Default)]
+pub struct Selection {
+    /// The product; `None`: the one with `default = true`.
+    pub product: Option<String>,
+    /// The board; `None`: the product's default-board.
+    pub board: Option<String>,
+}
+
+/// Loads what was asked for, without resolving it.
+///
+/// # Errors
+/// Everything that is wrong with the files.
+pub fn load(target: &Selection) -> Result<Config> {
+    let (product, board) = (target.product.as_deref(), target.board.as_deref());
+    let config = config::load(&config::workspace_root()?, product, board)?;
+    let junk: Vec<&Utf8PathBuf> = config.overlays.iter().flat_map(|o| &o.junk).collect();
+    if !junk.is_empty() {
+        say("overlay", format!("left out as junk: {}", names(&junk)));
+    }
+    Ok(config)
+}
+
+/// Loads and resolves what was asked for.
+///
+/// # Errors
+/// Everything that is wrong with the configuration.
+pub fn resolve(target: &Selection) -> Result<(Config, Facts, Plan)> {
+    let config = load(target)?;
+    let facts = facts::collect(&config.root)?;
+    let plan = plan::resolve(&config, &facts)?;
+    Ok((config, facts, plan))
+}
+
+/// As [`resolve`], as a nightly: under a version of its own, higher than the product's and than that of
+/// every earlier commit.
+///
+/// # Errors
+/// Everything that is wrong with the configuration.
+pub fn resolve_nightly(target: &Selection) -> Result<(Config, Facts, Plan)> {
+    let mut config = load(target)?;
+    let facts = facts::collect(&config.root)?;
+    let version = &mut config.product.version.value;
+    *version = nightly(version, facts.epoch)?;
+    let plan = plan::resolve(&config, &facts)?;
+    Ok((config, facts, plan))
+}
+
+/// The nightly's version: the next patch version's, before it is released, by the commit's time in UTC.
+fn nightly(version: &Version, epoch: u64) -> Result<Version> {
+    let digits: String = timestamp(epoch).chars().filter(char::is_ascii_digit).collect();
+    let next = match version.as_str().split_once('-') {
+        // A pre-release: its nightlies come after it and before the next one. A word more would be
+        // beyond the length of a version.
+        Some(_) => format!("{version}.{digits}"),
+        None => {
+            let (major_minor, patch) =
+                version.as_str().rsplit_once('.').context("a version has three numbers")?;
+            let patch = patch.parse::<u64>().context("a version has three numbers")?;
+            let patch = patch.checked_add(1).context("the version is at its end")?;
+            format!("{major_minor}.{patch}-nightly.{digits}")
+        }
+    };
+    Version::parse(&next).with_context(|| format!("naming the nightly of {version}"))
+}
+
+/// Where the results of a build lie.
+pub fn dist(root: &Utf8Path, plan: &Plan) -> Utf8PathBuf {
+    root.join("dist").join(&plan.product.name).join(&plan.board.name)
+}
+
+/// Waits until no other build writes results there; whoever has the value may. What is being written has one name,
+/// whoever writes it.
+///
+/// # Errors
+/// When the folder cannot be made or locked.
+pub fn turn(dist: &Utf8Path) -> Result<File> {
+    let doing = || format!("locking {dist}");
+    std::fs::create_dir_all(dist).with_context(doing)?;
+    let folder = File::open(dist).with_context(doing)?;
+    if folder.try_lock().is_err() {
+        say("plan", format!("waiting for another build in {dist}"));
+        folder.lock().with_context(doing)?;
+    }
+    Ok(folder)
+}
+
+/// Writes `plan.json` beside the results.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn save(plan: &Plan, dist: &Utf8Path) -> Result<()> {
+    let json = serde_json::to_vec_pretty(plan).context("describing the plan")?;
+    write_atomically(&dist.join("plan.json"), |out| Ok(out.write_all(&json)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nightlies_grow_with_time_and_lie_between_releases() {
+        let version = |text: &str| Version::parse(text).expect("a version");
+        let night = |text: &str, epoch| nightly(&version(text), epoch).expect("a nightly");
+        let one = night("0.1.0", 1_795_222_196);
+        assert_eq!(one.as_str(), "0.1.1-nightly.20261121004956");
+        assert!(version("0.1.0") < one && one < night("0.1.0", 1_795_222_197));
+        assert!(night("0.1.0", 1_795_222_197) < version("0.1.1"));
+        let pre = night("2.0.0-rc.1", 0);
+        assert!(version("2.0.0-rc.1") < pre && pre < version("2.0.0-rc.2"), "{pre}");
+    }
+}
