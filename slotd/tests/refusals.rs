@@ -388,13 +388,13 @@ fn every_code_is_listed_documented_and_in_use() {
     used.extend(quoted_after(of_bundle, "=>"));
     assert_eq!(used, listed);
 
-    let page = fs::read_to_string(format!("{here}/../docs/slotd.md")).unwrap();
+    let page = fs::read_to_string(format!("{here}/../docs/reference/slotd.md")).unwrap();
     let rows: BTreeSet<String> =
         page.lines().filter(|line| line.starts_with("| `")).map(str::to_owned).collect();
     for (code, matter, meaning) in CODES {
         let row = format!("| `{code}` | {} | {meaning} |", *matter as i32);
-        assert!(rows.contains(&row), "docs/slotd.md lacks the line\n{row}");
+        assert!(rows.contains(&row), "docs/reference/slotd.md lacks the line\n{row}");
     }
     let codes = rows.iter().filter(|row| row.matches('|').count() == 4).count();
-    assert_eq!(codes, CODES.len(), "docs/slotd.md has a code too many");
+    assert_eq!(codes, CODES.len(), "docs/reference/slotd.md has a code too many");
 }

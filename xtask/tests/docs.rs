@@ -187,7 +187,7 @@ fn every_command_shown_is_one_that_the_tool_accepts() {
 
 #[test]
 fn every_module_is_on_the_map() {
-    let map = page("docs/architecture.md");
+    let map = page("docs/contributing/architecture.md");
     let named: BTreeSet<&str> = lines(&map).flat_map(|(_, _, line)| spans(line)).collect();
     let findings = files("rs")
         .into_iter()
@@ -198,14 +198,14 @@ fn every_module_is_on_the_map() {
                 Err(_) => return None,
             };
             (!named.contains(name.as_str()))
-                .then(|| format!("docs/architecture.md: {name} is not on the code map"))
+                .then(|| format!("docs/contributing/architecture.md: {name} is not on the code map"))
         })
         .collect();
     complain(findings);
     for name in named.iter().filter(|n| n.ends_with(".rs")) {
         let places = ["", "xtask/src/", "xtask/tests/", "bundle/tests/"];
         let known = places.iter().any(|dir| root().join(dir).join(name).is_file());
-        assert!(known, "docs/architecture.md: {name} does not exist");
+        assert!(known, "docs/contributing/architecture.md: {name} does not exist");
     }
 }
 
@@ -231,7 +231,7 @@ fn every_environment_variable_is_in_the_readme() {
 
 #[test]
 fn every_key_of_the_configuration_is_in_the_reference() {
-    let reference = page("docs/configuration.md");
+    let reference = page("docs/reference/configuration.md");
     let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     let told: BTreeSet<&str> = lines(&reference)
         .flat_map(|(_, _, line)| spans(line))
@@ -249,7 +249,7 @@ fn every_key_of_the_configuration_is_in_the_reference() {
             let Some(key) = key.filter(|_| takers.contains(&method)) else { continue };
             checked += 1;
             if !told.contains(key) {
-                findings.push(format!("docs/configuration.md: the {kind}'s `{key}` is missing"));
+                findings.push(format!("docs/reference/configuration.md: the {kind}'s `{key}` is missing"));
             }
         }
     }
@@ -259,7 +259,7 @@ fn every_key_of_the_configuration_is_in_the_reference() {
 
 #[test]
 fn every_template_variable_is_in_the_reference() {
-    let reference = page("docs/templates.md");
+    let reference = page("docs/reference/templates.md");
     let source = page("xtask/src/render.rs");
     let (_, body) = source.split_once("fn template_context").expect("the context");
     let (body, _) = body.split_once("\n}\n").expect("its end");
@@ -276,5 +276,5 @@ fn every_template_variable_is_in_the_reference() {
         .filter_map(|span| span.split('.').next())
         .collect();
     let missing = names.iter().filter(|name| !told.contains(*name));
-    complain(missing.map(|name| format!("docs/templates.md: `{name}` is missing")).collect());
+    complain(missing.map(|name| format!("docs/reference/templates.md: `{name}` is missing")).collect());
 }

@@ -62,7 +62,7 @@ pub struct Connection {
     options: Vec<String>,
     /// The agent, or how to become root for it.
     agent: Vec<&'static str>,
-    /// Whether it is the user who may update the robot and do nothing else (docs/robot.md).
+    /// Whether it is the user who may update the robot and do nothing else (docs/reference/robot.md).
     updater: bool,
 }
 
