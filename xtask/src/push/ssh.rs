@@ -171,7 +171,7 @@ impl Connection {
         }
         bail!(
             "cannot log in: {why}\n\
-             help: try `ssh {}`; the robot must know your public key (README, \"Pushing to robots\"){other}",
+             help: try `ssh {}`; the robot must know your public key (docs/guides/push.md){other}",
             self.host
         )
     }
