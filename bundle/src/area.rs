@@ -1,6 +1,6 @@
 //! A small text in raw sectors of a disk, kept twice and written alternately, so that a torn write leaves the
 //! other copy: what a robot must not forget even when its file systems are lost. Pure functions over bytes;
-//! `docs/boot-flows.md` describes the format.
+//! `docs/concepts/boot-flows.md` describes the format.
 
 use std::fmt;
 

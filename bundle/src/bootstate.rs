@@ -1,7 +1,7 @@
 //! The boot state: which slot starts, kept in two raw sectors that are written alternately.
 //!
 //! A sector is a U-Boot environment block, so that U-Boot itself reads and writes it (`env import -c`,
-//! `env export -c`). Pure functions over bytes; `docs/boot-flows.md` describes the format.
+//! `env export -c`). Pure functions over bytes; `docs/concepts/boot-flows.md` describes the format.
 
 use std::fmt;
 

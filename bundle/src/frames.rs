@@ -31,7 +31,7 @@ impl Level {
         }
     }
 
-    /// Chosen by measuring, see `docs/bundle-format.md`. A window above zstd's own for the level
+    /// Chosen by measuring, see `docs/reference/bundle-format.md`. A window above zstd's own for the level
     /// returns what the index and the division into frames cost; a larger hash table
     /// (fast) and a shorter search (release) return the time that hashing takes.
     fn parameters(self) -> &'static [CParameter] {

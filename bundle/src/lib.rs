@@ -1,7 +1,7 @@
 //! The update bundle, version 1: what the builder writes and the device reads.
 //!
 //! This crate starts no process and opens no file: all I/O goes through `Read`, `Write` and `Seek`.
-//! `docs/bundle-format.md` describes the format; the code and that page must agree.
+//! `docs/reference/bundle-format.md` describes the format; the code and that page must agree.
 
 pub mod area;
 pub mod bootstate;

@@ -1,5 +1,5 @@
 //! Every bound of the format, in one place. The reader checks each before it allocates; the
-//! writer keeps to them. `docs/bundle-format.md` repeats them for other implementers.
+//! writer keeps to them. `docs/reference/bundle-format.md` repeats them for other implementers.
 
 /// Format version that this crate writes and reads.
 pub const FORMAT: u32 = 1;

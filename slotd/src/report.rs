@@ -1,4 +1,4 @@
-//! What a board says of itself, for whoever checks it against docs/hardware.md: read from the kernel's own files, nothing
+//! What a board says of itself, for whoever checks it against docs/reference/hardware.md: read from the kernel's own files, nothing
 //! is changed. No serial number, address, key or password is among it, so that it can be sent to strangers.
 
 use std::collections::BTreeMap;

@@ -474,7 +474,7 @@ fn a_reset_knows_every_file_of_the_agent() {
         assert_eq!(
             path.exists(),
             kept,
-            "{name}: does a reset keep it? say so in `KEPT`, and in docs/robot.md"
+            "{name}: does a reset keep it? say so in `KEPT`, and in docs/reference/robot.md"
         );
     }
 }

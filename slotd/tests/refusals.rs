@@ -14,7 +14,7 @@ use common::bundles::{TestKey, mixed, parts};
 use common::{
     Plan, Robot, bundle_of, bundle_of_version, keys_of, new_system, old_system, system, write,
 };
-use slotd::refusal::CODES;
+use slotd::refusal::{CODES, Matter};
 
 /// The bundle is refused with this code, and no slot and no boot state has changed.
 fn refuses(robot: &Robot, bundle: &[u8], exit: i32, code: &str) {
@@ -388,13 +388,52 @@ fn every_code_is_listed_documented_and_in_use() {
     used.extend(quoted_after(of_bundle, "=>"));
     assert_eq!(used, listed);
 
-    let page = fs::read_to_string(format!("{here}/../docs/slotd.md")).unwrap();
-    let rows: BTreeSet<String> =
-        page.lines().filter(|line| line.starts_with("| `")).map(str::to_owned).collect();
-    for (code, matter, meaning) in CODES {
-        let row = format!("| `{code}` | {} | {meaning} |", *matter as i32);
-        assert!(rows.contains(&row), "docs/slotd.md lacks the line\n{row}");
+    let path = format!("{here}/../docs/reference/refusals.md");
+    let generated = page_of_codes();
+    if std::env::var_os("SLIPWAY_BLESS").is_some() {
+        fs::write(&path, &generated).unwrap();
     }
-    let codes = rows.iter().filter(|row| row.matches('|').count() == 4).count();
-    assert_eq!(codes, CODES.len(), "docs/slotd.md has a code too many");
+    assert!(
+        fs::read_to_string(&path).unwrap_or_default() == generated,
+        "docs/reference/refusals.md differs from the codes in src/refusal.rs\n\
+         help: SLIPWAY_BLESS=1 cargo test --package slotd --test refusals writes it; review the difference"
+    );
+}
+
+/// The reference of all codes, from the list in the source.
+fn page_of_codes() -> String {
+    let mut page = "# Refusal codes
+
+When the agent does not do what it was asked for, it says a code, a sentence and what to do. Codes are for programs and never change their
+meaning; `slotd --format json` answers with `{\"refused\": {\"code\": …, \"message\": …, \"help\": …}}`. This page is generated from the agent's own
+list (`SLIPWAY_BLESS=1 cargo test --package slotd --test refusals`).
+
+The exit code of `slotd` says whose matter it is; 0 means done, 2 a mistyped command. [Find out why a robot refused an
+update](../guides/why-was-it-refused.md) has the frequent codes with their causes.
+"
+    .to_owned();
+    let chapters = [
+        (Matter::Robot, "The robot itself fails", "Its disk, its image or its agent is at fault."),
+        (
+            Matter::Bundle,
+            "The bundle is refused",
+            "This robot does not accept the bundle or the key set, now or later.",
+        ),
+        (Matter::State, "Not now", "The robot's state does not allow it at this moment."),
+        (Matter::Source, "The source fails", "What the bundle, backup or seed is read from fails."),
+    ];
+    for (matter, title, meaning) in chapters {
+        page +=
+            &format!("\n## Exit code {}: {}\n\n{meaning}\n\n", matter as i32, title.to_lowercase());
+        page += "| code | meaning |\n|---|---|\n";
+        let codes: BTreeSet<(&str, &str)> = CODES
+            .iter()
+            .filter(|(_, of, _)| *of == matter)
+            .map(|(code, _, meaning)| (*code, *meaning))
+            .collect();
+        for (code, meaning) in codes {
+            page += &format!("| `{code}` | {meaning} |\n");
+        }
+    }
+    page
 }

@@ -1,6 +1,6 @@
 //! The host tool: one product description in, a card image and its signed bundle out.
 //!
-//! `docs/architecture.md` is the map of this crate.
+//! `docs/contributing/architecture.md` is the map of this crate.
 
 pub mod affected;
 pub mod artifact;

@@ -1,5 +1,5 @@
 //! Releases: what was built, as a static tree of signed files that any web server, object store or USB
-//! stick can hold. The format is in `docs/releases.md`.
+//! stick can hold. The format is in `docs/reference/release-store.md`.
 
 pub mod check;
 pub mod collect;

@@ -198,7 +198,7 @@ fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
                 "`{{`, `{%` and `{#`, here or above, begin what a template says; \
                  put text that has them between {% raw %} and {% endraw %}"
             }
-            _ => "docs/templates.md lists the variables that a template may use",
+            _ => "docs/reference/templates.md lists the variables that a template may use",
         };
         anyhow!("rendering {path}:{line}: {}{detail}\n  | {excerpt}\nhelp: {help}", error.kind())
     };
@@ -207,7 +207,7 @@ fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
     template.render(context).map_err(explain)
 }
 
-/// What templates may use; `docs/templates.md` describes it.
+/// What templates may use; `docs/reference/templates.md` describes it.
 fn template_context(plan: &Plan) -> Value {
     context! {
         product => plan_part(&plan.product),

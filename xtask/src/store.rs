@@ -80,7 +80,7 @@ pub trait Files {
     fn write(&self, path: &str, content: &[u8]) -> Result<()>;
 }
 
-/// A place for releases. Paths are those of `docs/releases.md`. Only a channel's file ever changes.
+/// A place for releases. Paths are those of `docs/reference/release-store.md`. Only a channel's file ever changes.
 pub trait Store: Files {
     /// The store's address in its one spelling: what it is remembered by.
     ///

@@ -1,5 +1,7 @@
-//! The pages are true: links lead somewhere, commands are ones that the tool accepts, and what the
-//! source has (modules, keys, variables) stands in the page that claims to list it.
+//! The documentation is checked: links lead somewhere, commands are ones that the tool accepts, every page is in the book, and
+//! what the source has (verbs, modules, keys, variables) is in the page that claims to list it.
+
+mod cli_reference;
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -8,6 +10,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 use clap::Parser;
 use clap::error::ErrorKind;
 use xtask::cli::Cli;
+
+/// A reader who decides whether to use this reads no further.
+const README_LINES: usize = 150;
 
 fn root() -> Utf8PathBuf {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
@@ -91,7 +96,7 @@ fn every_relative_link_leads_somewhere() {
             }
         }
     }
-    assert!(checked > 20, "only {checked} links found");
+    assert!(checked > 300, "only {checked} links found");
     complain(findings);
 }
 
@@ -167,7 +172,8 @@ fn calls(fenced: bool, line: &str) -> Vec<&str> {
 fn every_command_shown_is_one_that_the_tool_accepts() {
     let mut findings = Vec::new();
     let mut checked = 0;
-    for (path, text) in files("md") {
+    // The generated page shows how commands are spelt, with `[OPTIONS]` and the like.
+    for (path, text) in files("md").into_iter().filter(|(path, _)| path != cli_reference::PAGE) {
         for (number, fenced, line) in lines(&text) {
             // Words such as `<verb>` or `…` stand for something.
             for call in calls(fenced, line).into_iter().filter(|c| !c.contains(['<', '…'])) {
@@ -181,13 +187,13 @@ fn every_command_shown_is_one_that_the_tool_accepts() {
             }
         }
     }
-    assert!(checked > 30, "only {checked} commands found");
+    assert!(checked > 100, "only {checked} commands found");
     complain(findings);
 }
 
 #[test]
 fn every_module_is_on_the_map() {
-    let map = page("docs/architecture.md");
+    let map = page("docs/contributing/architecture.md");
     let named: BTreeSet<&str> = lines(&map).flat_map(|(_, _, line)| spans(line)).collect();
     let findings = files("rs")
         .into_iter()
@@ -197,15 +203,16 @@ fn every_module_is_on_the_map() {
                 Err(_) if path.starts_with("bundle/src") => &path,
                 Err(_) => return None,
             };
-            (!named.contains(name.as_str()))
-                .then(|| format!("docs/architecture.md: {name} is not on the code map"))
+            (!named.contains(name.as_str())).then(|| {
+                format!("docs/contributing/architecture.md: {name} is not on the code map")
+            })
         })
         .collect();
     complain(findings);
     for name in named.iter().filter(|n| n.ends_with(".rs")) {
         let places = ["", "xtask/src/", "xtask/tests/", "bundle/tests/"];
         let known = places.iter().any(|dir| root().join(dir).join(name).is_file());
-        assert!(known, "docs/architecture.md: {name} does not exist");
+        assert!(known, "docs/contributing/architecture.md: {name} does not exist");
     }
 }
 
@@ -219,19 +226,76 @@ fn variables(text: &str, prefix: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_environment_variable_is_in_the_readme() {
+fn every_environment_variable_is_in_the_reference() {
     // Put together, so that this file does not name a variable that nobody reads.
     let prefix = ["SLIPWAY", "_"].concat();
     let source: BTreeSet<String> =
         files("rs").iter().flat_map(|(_, text)| variables(text, &prefix)).collect();
     assert!(source.len() >= 8, "few variables found: {source:?}");
-    let told = variables(&page("README.md"), &prefix);
-    assert_eq!(source, told, "left: what the source reads; right: what the README lists");
+    // Those for tests only are where tests are described.
+    let pages = ["docs/reference/environment.md", "docs/contributing/testing.md"];
+    let told: BTreeSet<String> =
+        pages.iter().flat_map(|path| variables(&page(path), &prefix)).collect();
+    assert_eq!(source, told, "left: what the source reads; right: what {pages:?} list");
+}
+
+#[test]
+fn the_readme_fits_on_a_few_screens() {
+    let lines = page("README.md").lines().count();
+    assert!(
+        lines <= README_LINES,
+        "README.md has {lines} lines, at most {README_LINES}: a page of docs/ is the place"
+    );
+}
+
+/// The pages below docs/ that the summary lists, in its order.
+fn listed() -> Vec<Utf8PathBuf> {
+    let summary = page("docs/SUMMARY.md");
+    let targets = summary.lines().filter_map(|line| line.split_once("](")?.1.strip_suffix(')'));
+    targets.map(|target| Utf8Path::new("docs").join(target)).collect()
+}
+
+#[test]
+fn every_page_is_in_the_book_once() {
+    let listed = listed();
+    let once: BTreeSet<&Utf8PathBuf> = listed.iter().collect();
+    assert_eq!(once.len(), listed.len(), "docs/SUMMARY.md lists a page twice");
+    let pages: BTreeSet<Utf8PathBuf> = files("md")
+        .into_iter()
+        .map(|(path, _)| path)
+        .filter(|path| path.starts_with("docs") && path != "docs/SUMMARY.md")
+        .collect();
+    assert!(pages.len() > 50, "only {} pages found", pages.len());
+    let missing = pages.iter().filter(|path| !once.contains(path));
+    complain(missing.map(|path| format!("{path} is not in docs/SUMMARY.md")).collect());
+}
+
+#[test]
+fn every_guide_is_reached_from_the_readme() {
+    let readme = page("README.md");
+    let guides: Vec<Utf8PathBuf> =
+        listed().into_iter().filter(|path| path.starts_with("docs/guides")).collect();
+    assert!(guides.len() > 15, "only {} guides found", guides.len());
+    let missing = guides.iter().filter(|path| !readme.contains(&format!("]({path})")));
+    complain(missing.map(|path| format!("README.md has no link to {path}")).collect());
+}
+
+#[test]
+fn every_page_opens_with_its_title() {
+    let mut findings = Vec::new();
+    for path in listed() {
+        let text = page(path.as_str());
+        let titles = lines(&text).filter(|(_, fenced, line)| !fenced && line.starts_with("# "));
+        if !text.starts_with("# ") || titles.count() != 1 {
+            findings.push(format!("{path}: expected one title, `# …`, on its first line"));
+        }
+    }
+    complain(findings);
 }
 
 #[test]
 fn every_key_of_the_configuration_is_in_the_reference() {
-    let reference = page("docs/configuration.md");
+    let reference = page("docs/reference/configuration.md");
     let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     let told: BTreeSet<&str> = lines(&reference)
         .flat_map(|(_, _, line)| spans(line))
@@ -249,7 +313,9 @@ fn every_key_of_the_configuration_is_in_the_reference() {
             let Some(key) = key.filter(|_| takers.contains(&method)) else { continue };
             checked += 1;
             if !told.contains(key) {
-                findings.push(format!("docs/configuration.md: the {kind}'s `{key}` is missing"));
+                findings.push(format!(
+                    "docs/reference/configuration.md: the {kind}'s `{key}` is missing"
+                ));
             }
         }
     }
@@ -259,7 +325,7 @@ fn every_key_of_the_configuration_is_in_the_reference() {
 
 #[test]
 fn every_template_variable_is_in_the_reference() {
-    let reference = page("docs/templates.md");
+    let reference = page("docs/reference/templates.md");
     let source = page("xtask/src/render.rs");
     let (_, body) = source.split_once("fn template_context").expect("the context");
     let (body, _) = body.split_once("\n}\n").expect("its end");
@@ -276,5 +342,7 @@ fn every_template_variable_is_in_the_reference() {
         .filter_map(|span| span.split('.').next())
         .collect();
     let missing = names.iter().filter(|name| !told.contains(*name));
-    complain(missing.map(|name| format!("docs/templates.md: `{name}` is missing")).collect());
+    complain(
+        missing.map(|name| format!("docs/reference/templates.md: `{name}` is missing")).collect(),
+    );
 }

@@ -1,5 +1,5 @@
 //! Which modules may use which: each stands on a floor, and uses only what is on floors below. The floors are the tables
-//! in `docs/architecture.md`, the modules are read from the sources.
+//! in `docs/contributing/architecture.md`, the modules are read from the sources.
 
 mod graph;
 
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use graph::{Graph, top};
 
 /// The page with the tables.
-const PAGE: &str = "docs/architecture.md";
+const PAGE: &str = "docs/contributing/architecture.md";
 
 /// The crates whose modules have floors.
 const CRATES: [&str; 2] = ["xtask", "slotd"];

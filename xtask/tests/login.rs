@@ -99,7 +99,7 @@ fn chmod(robot: &Robot, path: &str, mode: u32) {
 }
 
 /// What the page says about who may log in.
-const PAGE: &str = "docs/robot.md";
+const PAGE: &str = "docs/reference/robot.md";
 
 /// One line of the page's table, from what the product is and what its sshd answers.
 fn row(robot: &Robot, plan: &Plan, user: &UserPlan) -> String {

@@ -16,7 +16,7 @@ use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
 /// Where a stranger's patience and a slow machine's ends: nothing here waits for it when all is well.
 const LONG: Duration = Duration::from_secs(120);
-/// What the configuration promises, docs/robot.md "Bounds".
+/// What the configuration promises, docs/reference/robot.md "Bounds".
 const OF_ONE: usize = 16;
 const OF_ALL: usize = 96;
 const BODIES: u64 = 32 << 20;

@@ -341,7 +341,7 @@ fn a_release_takes_keys_only() {
     assert!(releases > 0, "no product is a release");
 }
 
-/// What nobody who faces the network has any business with, as docs/robot.md says it of each.
+/// What nobody who faces the network has any business with, as docs/reference/robot.md says it of each.
 fn hidden_from(unit: &str) -> &'static [&'static str] {
     match unit {
         "slipway-api.service" | "slipway-proxy.service" => &[

@@ -1,6 +1,6 @@
 //! Boot flow `tryboot`: the Raspberry Pi's own firmware chooses. `autoboot.txt` names the boot partition
 //! of the committed slot, and under `[tryboot]` that of the other; a restart with the argument
-//! `0 tryboot` asks for the latter once. `docs/boot-flows.md` has the rules and their sources.
+//! `0 tryboot` asks for the latter once. `docs/concepts/boot-flows.md` has the rules and their sources.
 //!
 //! A commit swaps two digits of `autoboot.txt` in place: one sector, and whatever part of it reaches the
 //! card, each of the two lines holds the old digit or the new one.

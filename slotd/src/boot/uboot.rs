@@ -1,5 +1,5 @@
 //! Boot flow `uboot`: two raw sectors, written alternately, which `boot.scr` reads (and counts down)
-//! before it starts a kernel. `docs/boot-flows.md` has the format.
+//! before it starts a kernel. `docs/concepts/boot-flows.md` has the format.
 
 use bundle::bootstate::{self, BootState, SECTOR, Slot};
 

@@ -11,7 +11,7 @@ use crate::artifact::free_space;
 use crate::cache::Cache;
 use crate::cli::{Check, Format, Test};
 use crate::config::{self, workspace_root};
-use crate::exec::Tool;
+use crate::exec::{Tool, find};
 use crate::fuzz;
 use crate::mutants::{self, Fate};
 use crate::progress::{bytes, say, warn};
@@ -69,7 +69,7 @@ fn notice_faults(root: &Utf8Path, filter: &str, format: Format) -> Result<()> {
 /// `check` without options.
 ///
 /// # Errors
-/// When formatting or a lint is wrong.
+/// When formatting, a lint or a dependency is wrong.
 pub fn check() -> Result<()> {
     cargo("formatting", &["fmt", "--all", "--check"], false)?;
     // The system tests are no default target, so that `cargo test` does without images.
@@ -79,7 +79,23 @@ pub fn check() -> Result<()> {
         let words = [&["clippy", "--quiet"], targets, &["--", "-D", "warnings"]].concat();
         cargo("lints", &words, false)?;
     }
-    cargo("house rules", &["test", "--quiet", "--package", "xtask", "--test", "tidy"], false)
+    cargo("house rules", &["test", "--quiet", "--package", "xtask", "--test", "tidy"], false)?;
+    dependencies()
+}
+
+/// What `deny.toml` says of licences, sources and versions of dependencies, with cargo-deny where it is installed. Compiling it
+/// takes minutes, so a machine that does not have it is told, and not made to wait. Advisories are left to CI: they need
+/// the network, and change without a change here.
+fn dependencies() -> Result<()> {
+    if find("cargo-deny").is_none() {
+        warn(
+            "skipped the licences and sources of dependencies (deny.toml): cargo-deny is not installed\n\
+             help: cargo install --locked cargo-deny",
+        );
+        return Ok(());
+    }
+    let words = ["deny", "--log-level", "error", "check", "bans", "licenses", "sources"];
+    cargo("dependencies", &words, false)
 }
 
 /// `cargo xtask test`.

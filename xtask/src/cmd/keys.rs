@@ -39,7 +39,7 @@ pub fn keys(verb: &Verb) -> Result<()> {
                         "no older key can sign here, its secret part is missing: robots that know only that one refuse what is signed from now on"
                     }
                     (true, _) => {
-                        "robots that know only the revoked keys take no bundle any more: carry the key set to them, signed by a key that they know (docs/slotd.md, Keys)"
+                        "robots that know only the revoked keys take no bundle any more: carry the key set to them, signed by a key that they know (docs/reference/slotd.md, Keys)"
                     }
                 },
             );
@@ -49,7 +49,7 @@ pub fn keys(verb: &Verb) -> Result<()> {
             outln!("revoked the {} key {} in {}", key.kind, key.id, directory()?);
             say(
                 "keys",
-                "robots learn of it with their next update, or by the key set itself (docs/slotd.md, Keys)",
+                "robots learn of it with their next update, or by the key set itself (docs/reference/slotd.md, Keys)",
             );
         }
         Verb::List { format: Format::Json } => {

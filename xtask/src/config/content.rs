@@ -43,7 +43,7 @@ pub fn problem(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
             format!(
                 "it holds a secret key ({kind}), and whoever gets the image or its update would have it"
             ),
-            "leave it out; a robot's own secrets are made on the robot, or put on its `data` (docs/robot.md)",
+            "leave it out; a robot's own secrets are made on the robot, or put on its `data` (docs/reference/robot.md)",
         ));
     }
     pointer(bytes).or_else(|| line_ends(place, bytes)).or_else(|| match place {
@@ -150,7 +150,7 @@ fn line_ends(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
 }
 
 /// Names that editors, desktops and Python leave behind; the robot passes over the same in an API's resources
-/// (docs/slotd.md).
+/// (docs/reference/slotd.md).
 pub fn is_junk(name: &str) -> bool {
     const NAMES: [&str; 6] =
         [".DS_Store", "__MACOSX", "__pycache__", "Thumbs.db", "ehthumbs.db", "desktop.ini"];

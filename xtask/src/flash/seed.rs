@@ -121,7 +121,7 @@ pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
     ensure!(
         keys.iter().all(|key| !key.has_options),
         "{path}: a key has options before it, which the first boot does not take over\n\
-         help: leave the key itself, or put the line on the robot's `data` (docs/robot.md)"
+         help: leave the key itself, or put the line on the robot's `data` (docs/reference/robot.md)"
     );
     Ok(keys.into_iter().map(|key| key.text).collect())
 }

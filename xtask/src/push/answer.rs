@@ -77,7 +77,7 @@ pub struct InstalledApi {
 /// Why the agent refuses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refused {
-    /// Stable, for programs; docs/slotd.md lists all.
+    /// Stable, for programs; docs/reference/slotd.md lists all.
     pub code: String,
     /// For people.
     pub message: String,

@@ -63,7 +63,7 @@ pub struct Connection {
     options: Vec<String>,
     /// The agent, or how to become root for it.
     agent: Vec<&'static str>,
-    /// Whether it is the user who may update the robot and do nothing else (docs/robot.md).
+    /// Whether it is the user who may update the robot and do nothing else (docs/reference/robot.md).
     updater: bool,
 }
 
@@ -172,7 +172,7 @@ impl Connection {
         }
         bail!(
             "cannot log in: {why}\n\
-             help: try `ssh {}`; the robot must know your public key (README, \"Pushing to robots\"){other}",
+             help: try `ssh {}`; the robot must know your public key (docs/guides/push.md){other}",
             self.host
         )
     }

@@ -1,4 +1,4 @@
-//! The files of a release store, as `docs/releases.md` specifies them: read with every rule checked, so
+//! The files of a release store, as `docs/reference/release-store.md` specifies them: read with every rule checked, so
 //! that a value in hand has safe names and paths.
 
 use anyhow::{Context, Result, bail, ensure};

@@ -8,6 +8,8 @@ use std::process::{Command, Output};
 use super::support::{Bench, good, python, root};
 
 const WORKFLOW: &str = ".github/workflows/nightly.yml";
+const CHECK: &str = ".github/workflows/check.yml";
+const DEPENDABOT: &str = ".github/dependabot.yml";
 const GITLAB: &str = ".gitlab-ci.yml";
 
 fn check(schema: &str, file: &str) -> Output {
@@ -26,6 +28,8 @@ fn ci_files_are_what_their_systems_take() {
     let bench = Bench::new();
     for (schema, file, mistake) in [
         ("github-workflows", WORKFLOW, ("    runs-on:", "    run-on:")),
+        ("github-workflows", CHECK, ("    runs-on:", "    run-on:")),
+        ("dependabot", DEPENDABOT, ("      interval:", "      intervals:")),
         ("gitlab-ci", GITLAB, ("  script:", "  scrypt:")),
     ] {
         good(check(schema, file));
@@ -51,7 +55,13 @@ fn ci_only_calls_what_everybody_can_call() {
         assert!(line.contains("cargo xtask "), "ci/nightly: {line}");
     }
     let gitlab = fs::read_to_string(root().join(GITLAB)).unwrap();
-    assert!(gitlab.contains("ci/nightly") && gitlab.lines().count() < 40);
+    assert!(gitlab.contains("ci/nightly") && gitlab.lines().count() < 60);
+    // Pull requests and merge requests are checked with the command that CONTRIBUTING.md gives to everyone.
+    let check = fs::read_to_string(root().join(CHECK)).unwrap();
+    let contributing = fs::read_to_string(root().join("CONTRIBUTING.md")).unwrap();
+    for (file, text) in [(CHECK, &check), (GITLAB, &gitlab), ("CONTRIBUTING.md", &contributing)] {
+        assert!(text.contains("cargo xtask test --quick"), "no quick tests in {file}");
+    }
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! Stores elsewhere: a real `sshd` with and without a shell, a real S3 protocol (moto's server, from the
-//! package index), and readers of a real web server with the commands of `docs/releases.md`.
+//! package index), and readers of a real web server with the commands of `docs/reference/release-store.md`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -193,7 +193,7 @@ fn in_a_bucket_publishers_may_be_killed_and_may_meet_while_readers_read() {
 
 /// The commands of the documentation, as they stand there.
 fn documented() -> String {
-    let page = fs::read_to_string(root().join("docs/releases.md")).unwrap();
+    let page = fs::read_to_string(root().join("docs/reference/release-store.md")).unwrap();
     let (_, rest) = page.split_once("```sh\n").expect("a shell block");
     rest.split_once("\n```").expect("its end").0.to_owned()
 }

@@ -1,0 +1,151 @@
+//! The page of commands is what clap would tell: generated, and compared in every run.
+
+use std::fmt::Write;
+
+use clap::{Arg, Command, CommandFactory};
+use xtask::cli::Cli;
+
+use super::{page, root};
+
+/// The page that is generated.
+pub(super) const PAGE: &str = "docs/reference/cli.md";
+
+const HEAD: &str = "# Commands
+
+Everything that `cargo xtask` accepts, as `cargo xtask help` shows it. This page is generated from the command line's definition
+(`SLIPWAY_BLESS=1 cargo test --package xtask --test tests docs::`); the agent's own commands are in [The agent](slotd.md).
+
+Results go to standard output, progress to standard error. A command ends with 0 if it did what was asked for, with 1 if not, and with 2 if
+it was mistyped. `cargo xtask completions bash` prints a completion script.
+";
+
+#[test]
+fn the_page_of_commands_is_what_clap_says() {
+    let generated = generated();
+    if std::env::var_os("SLIPWAY_BLESS").is_some() {
+        std::fs::write(root().join(PAGE), &generated).expect("written");
+    }
+    assert!(
+        page(PAGE) == generated,
+        "{PAGE} differs from the command line's definition\n\
+         help: SLIPWAY_BLESS=1 cargo test --package xtask --test tests docs:: writes it; review the difference"
+    );
+}
+
+#[test]
+fn every_verb_is_on_the_page() {
+    let text = page(PAGE);
+    let mut checked = 0;
+    for verb in Cli::command().get_subcommands() {
+        let heading = format!("\n## cargo xtask {}\n", verb.get_name());
+        assert!(text.contains(&heading), "{PAGE} has no{heading}");
+        checked += 1;
+    }
+    assert!(checked > 15, "only {checked} verbs found");
+}
+
+fn generated() -> String {
+    let mut cli = Cli::command();
+    cli.build();
+    let mut text = HEAD.to_owned();
+    write!(text, "\n| command | |\n|---|---|\n").expect("a string takes it");
+    for verb in verbs(&cli) {
+        let name = verb.get_name();
+        let about = verb.get_about().map(|about| plain(&about.to_string())).unwrap_or_default();
+        writeln!(text, "| [`{name}`](#cargo-xtask-{name}) | {about} |").expect("a string takes it");
+    }
+    for verb in verbs(&cli) {
+        section(&mut text, verb, "cargo xtask", 2);
+    }
+    text
+}
+
+fn verbs(command: &Command) -> impl Iterator<Item = &Command> {
+    command.get_subcommands().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help")
+}
+
+fn section(text: &mut String, command: &Command, path: &str, level: usize) {
+    let path = format!("{path} {}", command.get_name());
+    let about = command.get_long_about().or_else(|| command.get_about());
+    let about = about.map(|about| plain(&about.to_string())).unwrap_or_default();
+    let usage = command.clone().render_usage().to_string();
+    let usage = usage.trim_start_matches("Usage:").trim();
+    let level_mark = "#".repeat(level);
+    write!(text, "\n{level_mark} {}\n\n{about}\n\n```\n{usage}\n```\n", path.trim())
+        .expect("a string takes it");
+    let shown =
+        |arg: &&Arg| !arg.is_hide_set() && !["help", "version"].contains(&arg.get_id().as_str());
+    let arguments: Vec<&Arg> = command.get_arguments().filter(shown).collect();
+    if !arguments.is_empty() {
+        text.push('\n');
+    }
+    for arg in arguments {
+        writeln!(text, "- {}", argument(arg)).expect("a string takes it");
+    }
+    for verb in verbs(command) {
+        section(text, verb, &path, level + 1);
+    }
+}
+
+/// One option or operand: its spelling, what it means, what may be given.
+fn argument(arg: &Arg) -> String {
+    let takes = arg.get_num_args().is_some_and(|number| number.takes_values());
+    let named = arg.get_value_names().unwrap_or_default();
+    let value: String = match named {
+        _ if !takes => String::new(),
+        [] => format!(" <{}>", arg.get_id().as_str().to_uppercase()),
+        names => names.iter().map(|name| format!(" <{name}>")).collect(),
+    };
+    let spelling = match (arg.get_long(), arg.get_short()) {
+        (Some(long), Some(short)) => format!("`--{long}{value}`, `-{short}`"),
+        (Some(long), None) => format!("`--{long}{value}`"),
+        (None, Some(short)) => format!("`-{short}{value}`"),
+        (None, None) => format!("`{}`", value.trim()),
+    };
+    let help = arg.get_long_help().or_else(|| arg.get_help());
+    let mut text =
+        format!("{spelling}: {}", help.map(|h| plain(&h.to_string())).unwrap_or_default());
+    let choices: Vec<String> = arg
+        .get_possible_values()
+        .iter()
+        .filter(|choice| takes && !choice.is_hide_set())
+        .map(|choice| match choice.get_help() {
+            Some(help) => {
+                let help = plain(&help.to_string());
+                format!("`{}` ({})", choice.get_name(), help.trim_end_matches('.'))
+            }
+            None => format!("`{}`", choice.get_name()),
+        })
+        .collect();
+    if !choices.is_empty() {
+        write!(text, " Values: {}.", choices.join(", ")).expect("a string takes it");
+    }
+    let defaults: Vec<_> = arg.get_default_values().iter().map(|v| v.to_string_lossy()).collect();
+    if takes && !defaults.is_empty() && !arg.is_hide_default_value_set() {
+        write!(text, " Default: `{}`.", defaults.join(" ")).expect("a string takes it");
+    }
+    text
+}
+
+/// A help text as Markdown: on one line, paragraphs apart, with nothing that would be taken for a tag or a table.
+fn plain(help: &str) -> String {
+    let paragraphs: Vec<String> = help
+        .split("\n\n")
+        .map(|text| text.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect();
+    // Within backticks nothing is a tag.
+    let escape = |text: &str| {
+        let parts = text.split('`').enumerate();
+        let parts = parts.map(|(at, part)| match at % 2 {
+            0 => part.replace('<', "\\<").replace('|', "\\|").replace('*', "\\*"),
+            _ => part.to_owned(),
+        });
+        parts.collect::<Vec<_>>().join("`")
+    };
+    // clap takes the last full stop of a short text away.
+    let sentence = |text: &String| {
+        let stop = if text.is_empty() || text.ends_with(['.', ':', ']']) { "" } else { "." };
+        escape(text) + stop
+    };
+    paragraphs.iter().map(sentence).collect::<Vec<_>>().join("\n\n")
+}
