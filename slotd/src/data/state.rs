@@ -1,4 +1,4 @@
-//! In which condition `data` is, and its growth in a robot's first start.
+//! The condition of `data`, and its growth in a robot's first start.
 
 use std::fs;
 use std::io;
@@ -12,19 +12,19 @@ use crate::device::Device;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// What the start has made of `data`.
+/// The condition of `data` after the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Condition {
-    /// As it was left.
+    /// Undamaged.
     Clean,
-    /// It was damaged and is repaired; files may be in its `lost+found`.
+    /// It was damaged and has been repaired; files may be in its `lost+found`.
     Repaired,
-    /// It was set aside as it is, beyond repair or missing; memory is in its place.
+    /// It cannot be repaired or is missing, and was set aside unchanged; memory is used instead.
     Memory,
-    /// Its file system has failed since and refuses writes.
+    /// Its file system has failed since the start and is read-only.
     ReadOnly,
-    /// Nobody has said.
+    /// The start has not recorded it.
     Unknown,
 }
 
@@ -32,25 +32,25 @@ pub enum Condition {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct State {
-    /// In a word.
+    /// The condition.
     pub condition: Condition,
-    /// Why, for people.
+    /// Why, human-readable.
     pub why: Option<String>,
     /// Bytes of the file system.
     pub size: u64,
-    /// Bytes free for everybody.
+    /// Bytes that are free for ordinary users.
     pub free: u64,
 }
 
 impl State {
-    /// Looks.
+    /// Reads the condition of `data`.
     ///
     /// # Errors
     /// `io`.
     pub fn read(root: &Root) -> Result<Self> {
         let data = root.data();
         let about = rustix::fs::statvfs(&data).map_err(|error| {
-            Refusal::io(format!("looking at {}", data.display()), &error.into())
+            Refusal::io(format!("reading the size of {}", data.display()), &error.into())
         })?;
         let text = match fs::read_to_string(root.path("run/slipway/data-state")) {
             Ok(text) => text,
@@ -75,7 +75,7 @@ impl State {
         })
     }
 
-    /// Refuses where `data` takes no writes: for what would change it, before anything is begun.
+    /// Refuses if `data` is not writable: called before any change of `data` begins.
     ///
     /// # Errors
     /// `no-data`; `io`.
@@ -90,34 +90,34 @@ impl State {
         Err(Refusal::new(
             "no-data",
             state.alarm().unwrap_or_default(),
-            "restart the robot to have data checked, or replace the card; nothing was changed",
+            "restart the robot to check data, or replace the card; nothing was changed",
         ))
     }
 
-    /// What a person must know, loudly; `None` when all is well.
+    /// The warning to show to the user; `None` when there is no problem.
     pub fn alarm(&self) -> Option<String> {
         let why = self.why.as_deref().unwrap_or("see the journal");
         match self.condition {
             Condition::Clean | Condition::Unknown => None,
             Condition::Repaired => Some(format!(
-                "data was damaged and has been repaired ({why}): compare it with a backup; the card may be failing"
+                "data was damaged and has been repaired ({why}): compare data with a backup; the card may be failing"
             )),
             Condition::Memory => Some(format!(
-                "DATA IS SET ASIDE ({why}): the robot runs from memory and forgets everything at the next restart; nothing on the card was changed"
+                "DATA IS SET ASIDE ({why}): the robot keeps data in memory and loses it at the next restart; nothing on the card was changed"
             )),
             Condition::ReadOnly => Some(format!(
-                "DATA REFUSES WRITES ({why}): its file system has failed; restart to have it checked, and replace the card"
+                "DATA IS READ-ONLY ({why}): the file system has failed; restart the robot to check it, and replace the card"
             )),
         }
     }
 }
 
-/// Extends the partition `data` to the end of the card and tells the kernel; the file system is the
-/// caller's, once it is mounted.
+/// Extends the partition `data` to the end of the card and tells the kernel. The caller grows the file system once it
+/// is mounted.
 ///
 /// # Errors
-/// `wrong-layout`, `bad-device`, `io`; the partition is then as it was, or is seen at its new size from the
-/// next start on.
+/// `wrong-layout`, `bad-device`, `io`. The partition is then unchanged, or the kernel sees its new size from the next
+/// start on.
 pub fn grow_partition(root: &Root) -> Result<Grown> {
     let device = Device::read(root)?;
     let known = device.about.partitions.get("data").copied();
@@ -129,9 +129,9 @@ pub fn grow_partition(root: &Root) -> Result<Grown> {
     let grown = grow::grow(&disk, known.number, known.start_sector)
         .map_err(|error| Refusal::io("growing the partition `data`", &error))?;
     if grown.to != grown.from {
-        // Other partitions of the disk are in use: the kernel takes the change of one, not a new table. Not
-        // `partx --update`: it removes a partition that is not in use and adds it again, and what is mounted from
-        // it by then goes away when systemd hears of the removal.
+        // Other partitions of the disk are in use: the kernel accepts a change of one partition, not a new table. Not
+        // `partx --update`: it removes an unused partition and adds it again, and systemd then unmounts what was mounted
+        // from it meanwhile.
         let status = Command::new("resizepart")
             .arg(device.disk_path())
             .args([known.number.to_string(), grown.to.to_string()])
@@ -140,8 +140,8 @@ pub fn grow_partition(root: &Root) -> Result<Grown> {
         if !told.success() {
             return Err(Refusal::new(
                 "io",
-                format!("telling the kernel of the larger partition: resizepart: {told}"),
-                "the next restart does it",
+                format!("telling the kernel the new size of the partition: resizepart: {told}"),
+                "restart the robot: the kernel then reads the new size",
             ));
         }
     }

@@ -1,4 +1,4 @@
-//! What a robot can be asked to do with `data`, logged; and what its start does by itself.
+//! The commands that change `data`, with logging; and what every start does with it.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -33,7 +33,7 @@ fn lock(root: &Root, verb: &str) -> Result<Lock> {
     Ok(lock)
 }
 
-/// Prepares a factory reset; the next start carries it out. Returns where the backup lies, if one was made.
+/// Prepares a factory reset; the next start carries it out. Returns the path of the backup, if one was made.
 ///
 /// # Errors
 /// `busy`, `no-space`, `no-archive`, `io`.
@@ -67,27 +67,27 @@ pub fn grow(root: &Root) -> Result<Grown> {
     state::grow_partition(root)
 }
 
-/// What a start has done with `data`.
+/// The result of a start for `data`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Prepared {
     /// The reset or restore that was carried out, or dropped.
     #[serde(flatten)]
     pub applied: Applied,
-    /// The steps between versions.
+    /// The result of the migration between versions.
     pub migrated: Migrated,
 }
 
-/// Carries out what waits and brings `data` to this system's version: in every start, after it is mounted
-/// and before anything uses it. What fails is left in `/run/slotd/data.json`, where a health check finds it.
+/// Carries out a pending change and migrates `data` to this system's version: in every start, after `data` is mounted
+/// and before anything uses it. A failure is recorded in `/run/slotd/data.json` for the health check.
 ///
 /// # Errors
 /// As [`pending::apply`] and [`migrate`].
 pub fn prepare(root: &Root) -> Result<Prepared> {
-    // Before any other user has a process: an agent before this one left both open to everybody.
+    // Before any other user has a process: older agents left both directories open to all users.
     for folder in [root.run(), root.state()] {
         if let Err(error) = private_dir(&folder) {
-            eprintln!("slotd: {} is not for root alone: {error}", folder.display());
+            eprintln!("slotd: restricting {} to root: {error}", folder.display());
         }
     }
     reserve::begin(root);
@@ -117,18 +117,18 @@ fn prepare_all(root: &Root) -> Result<Prepared> {
     if applied.carried_out == Some(Pending::Reset) && root.is_system() {
         trim(root);
     }
-    // Nothing of the start depends on it: the system's own API can always serve.
+    // The start does not depend on it: the built-in API can always serve.
     let events = Events::new(root);
     if let Err(refusal) = api::settle(root, &events, &Disk) {
         events.add("api-not-settled", json!(refusal));
     }
-    // Which slot runs does not matter here, nor whether `/` is on a slot at all.
+    // Independent of the running slot, and of whether `/` is on a slot at all.
     let about = Description::read(root)?;
     Ok(Prepared { applied, migrated: migrate(root, &about.version)? })
 }
 
-/// Tells the card which blocks are free, so that it forgets what they held: copies that were replaced or
-/// removed before a reset. Not every card takes that, and none promises it.
+/// Tells the card which blocks are free, so that it drops their content: copies that were replaced or removed before
+/// a reset. Not every card supports this, and none guarantees it.
 fn trim(root: &Root) {
     let trimmed = Command::new("fstrim").arg(root.data()).output();
     let why = match trimmed {
@@ -143,14 +143,14 @@ fn report(root: &Root) -> PathBuf {
     root.path("run/slotd/data.json")
 }
 
-/// Why `data` is not fit for this system, as [`prepare`] has found; for the health check.
+/// Why `data` cannot be used by this system, as found by [`prepare`]; for the health check.
 pub(crate) fn unfit(root: &Root) -> Option<String> {
     let note: Option<serde_json::Value> = crate::durable::read_json(&report(root)).ok().flatten();
     let message = note?.get("refused")?.get("message")?.as_str()?.to_owned();
     Some(message)
 }
 
-/// Opens a backup's file, `-` being standard input.
+/// Opens a backup file; `-` is standard input.
 ///
 /// # Errors
 /// `source`.
@@ -159,7 +159,7 @@ pub fn open(file: &str) -> Result<Box<dyn Read>> {
         return Ok(Box::new(std::io::stdin()));
     }
     let opened = File::open(file).map_err(|error| {
-        Refusal::new("source", format!("opening {file}: {error}"), "name a file that can be read")
+        Refusal::new("source", format!("opening {file}: {error}"), "name a readable file")
     })?;
     Ok(Box::new(opened))
 }

@@ -1,4 +1,4 @@
-//! Looking: at systemd, at an address, at a program's end, at a file system.
+//! Runs checks: of a systemd unit, an address, a program's exit status, a file system.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -15,16 +15,16 @@ use super::check::Kind;
 use crate::reserve;
 use crate::root::Root;
 
-/// Most characters of a program's last line that are kept.
+/// Maximum number of characters of a program's last line that are kept.
 const LAST_LINE: usize = 200;
 
-/// Most bytes that are read of what a program said.
+/// Maximum number of bytes of a program's output that are read.
 const OUTPUT: u64 = 16 << 10;
 
-/// How often a running program is looked at.
+/// How often a running program is polled.
 const POLL: Duration = Duration::from_millis(20);
 
-/// Looks once. `Ok` is what was found when all is well, `Err` what was found when it is not.
+/// Runs a check once. `Ok` has what was found when it passes, `Err` what was found when it fails.
 pub(super) fn run(root: &Root, kind: &Kind, timeout: Duration) -> Result<String, String> {
     match kind {
         Kind::Unit(name) => {
@@ -51,7 +51,7 @@ pub(super) fn run(root: &Root, kind: &Kind, timeout: Duration) -> Result<String,
     }
 }
 
-/// What `systemctl show` says of a unit.
+/// Evaluates the output of `systemctl show` for a unit.
 fn unit(name: &str, status: ExitStatus, said: &str) -> Result<String, String> {
     let value = |key: &str| {
         said.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap_or("unknown")
@@ -64,12 +64,12 @@ fn unit(name: &str, status: ExitStatus, said: &str) -> Result<String, String> {
         ("loaded", "active") => Ok(format!("{name} is active ({sub})")),
         ("loaded", "failed") => Err(format!("{name} has failed ({})", value("Result"))),
         ("loaded", _) => Err(format!("{name} is {active} ({sub})")),
-        _ => Err(format!("{name} is not there ({load})")),
+        _ => Err(format!("{name} does not exist ({load})")),
     }
 }
 
-/// What `systemctl is-system-running` says. `degraded` is a start with a failed unit: whether that one
-/// matters is what declared checks say.
+/// Evaluates the output of `systemctl is-system-running`. `degraded` is a start with a failed unit: whether
+/// that unit matters is decided by the declared checks.
 fn startup(state: &str) -> Result<String, String> {
     match state {
         "running" | "degraded" => Ok(format!("the system is {state}")),
@@ -82,7 +82,7 @@ fn http(url: &str, expected: u16, timeout: Duration) -> Result<String, String> {
     let config = Agent::config_builder()
         .timeout_global(Some(timeout))
         .http_status_as_error(false)
-        // The answer itself is what was asked for, not where it points to.
+        // The status of this answer is checked; redirects are not followed.
         .max_redirects(0)
         .max_redirects_will_error(false)
         .proxy(None)
@@ -93,8 +93,8 @@ fn http(url: &str, expected: u16, timeout: Duration) -> Result<String, String> {
     if status == expected { Ok(text) } else { Err(format!("{text}, expected {expected}")) }
 }
 
-/// Runs a program, in a folder of its own if need be, to its end or for `timeout`, whatever it starts
-/// included; both its outputs in one.
+/// Runs a program, in its own directory if given, until it ends or `timeout` expires. All processes that it
+/// starts are ended too. Returns standard output and standard error combined.
 pub(crate) fn program(
     name: &str,
     arguments: &[&str],
@@ -102,7 +102,7 @@ pub(crate) fn program(
     timeout: Duration,
 ) -> Result<(ExitStatus, String), String> {
     let failed = |error: io::Error| format!("{name}: {error}");
-    // A file, not a pipe: a grandchild that stays could hold a pipe open for ever.
+    // A file, not a pipe: a surviving grandchild could hold a pipe open for ever.
     let mut output = nameless().map_err(failed)?;
     let (first, second) =
         (output.try_clone().map_err(failed)?, output.try_clone().map_err(failed)?);
@@ -126,7 +126,7 @@ pub(crate) fn program(
             None if Instant::now() < end => std::thread::sleep(POLL),
             None => {
                 let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-                // One that has just ended is as good as killed.
+                // Killing fails if the program has just ended.
                 group.map(|group| kill_process_group(group, Signal::KILL).ok());
                 child.wait().map_err(failed)?;
                 return Err(format!("{name} has not ended within {} s", timeout.as_secs()));
@@ -143,7 +143,7 @@ pub(crate) fn program(
     }
 }
 
-/// A file in memory, gone with its last user.
+/// A file in memory, which disappears with its last user.
 fn nameless() -> io::Result<File> {
     Ok(rustix::fs::memfd_create("slotd-probe", MemfdFlags::CLOEXEC)?.into())
 }
@@ -217,7 +217,7 @@ mod tests {
         assert!(look(kind.clone()).unwrap_err().contains("answers 503, expected 200"));
         assert!(look(kind.clone()).unwrap_err().contains("answers 302, expected 200"));
         server.join().unwrap();
-        // Nobody listens any more.
+        // Nothing listens any more.
         assert!(look(kind).unwrap_err().contains(&url));
     }
 
@@ -241,7 +241,7 @@ mod tests {
         for (load, active, expected) in [
             ("loaded", "failed", "has failed (exit-code)"),
             ("loaded", "activating", "is activating (x)"),
-            ("not-found", "inactive", "is not there (not-found)"),
+            ("not-found", "inactive", "does not exist (not-found)"),
         ] {
             assert!(unit("a", good, &said(load, active)).unwrap_err().contains(expected));
         }

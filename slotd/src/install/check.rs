@@ -8,8 +8,8 @@ use crate::record::Floor;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Refuses while it is not decided which slot stays: a trial is pending, or the committed slot did not
-/// start and the other one runs in its stead. The idle slot may then be the only good one.
+/// Refuses while it is undecided which slot is kept: a trial is pending, or the committed slot did not
+/// start and the other one runs instead. The idle slot may then be the only good one.
 ///
 /// # Errors
 /// `trial-pending`, `not-committed`; `boot-state` or `io` when the state cannot be read.
@@ -17,24 +17,24 @@ pub fn undecided(machine: &Machine<'_>) -> Result<()> {
     let status = machine.flow.status()?;
     let running = machine.running;
     if let Some(trial) = status.pending(running) {
-        let place = if trial.slot == running { "runs" } else { "has not started yet" };
+        let place = if trial.slot == running { "running" } else { "not started yet" };
         return Err(Refusal::new(
             "trial-pending",
-            format!("slot {} is on trial and {place}", trial.slot),
-            "wait until it is committed (`slotd status` says what it waits for), or end it with `slotd roll-back`",
+            format!("slot {} is on trial ({place})", trial.slot),
+            "wait until the trial is committed (`slotd status` shows what it waits for), or end it with `slotd roll-back`",
         ));
     }
     if status.active != running {
         return Err(Refusal::new(
             "not-committed",
-            format!("slot {running} runs, but slot {} is the committed one", status.active),
+            format!("slot {running} is running, but slot {} is committed", status.active),
             "keep the running slot with `slotd commit`, or go back with `slotd boot-other`",
         ));
     }
     Ok(())
 }
 
-/// What does not depend on the bundle.
+/// Checks that do not depend on the bundle.
 pub(super) fn robot(machine: &Machine<'_>) -> Result<()> {
     undecided(machine)?;
     let known = compatible(machine.root);
@@ -42,11 +42,11 @@ pub(super) fn robot(machine: &Machine<'_>) -> Result<()> {
         return Err(Refusal::new(
             "wrong-board",
             format!(
-                "this machine calls itself {}, the running image is for {}",
-                if known.is_empty() { "nothing".to_owned() } else { known.join(", ") },
+                "this machine is {}, but the running image is for {}",
+                if known.is_empty() { "of an unknown model".to_owned() } else { known.join(", ") },
                 machine.about.compatible.join(", ")
             ),
-            "flash the image that was made for this board",
+            "flash the image that was built for this board",
         ));
     }
     Ok(())
@@ -62,7 +62,7 @@ fn compatible(root: &Root) -> Vec<String> {
         .collect()
 }
 
-/// What the manifest says, against what this robot is. Sizes are the target's matter.
+/// Compares the manifest with this robot. The target checks the sizes.
 pub(super) fn manifest<I: Input>(
     machine: &Machine<'_>,
     floor: &Floor,
@@ -79,7 +79,7 @@ pub(super) fn manifest<I: Input>(
     if about.kind == Kind::Release && manifest.kind == Kind::Development {
         return Err(Refusal::new(
             "wrong-kind",
-            "the bundle is a development build, this robot takes only releases",
+            "the bundle is a development build, but this robot accepts only releases",
             "build the bundle from the release product",
         ));
     }
@@ -93,7 +93,7 @@ pub(super) fn manifest<I: Input>(
     reader.check(&policy).map_err(|error| {
         let help = match &error {
             bundle::Error::BelowFloor { .. } => {
-                Some("take a newer bundle, or override with `--allow-downgrade REASON`")
+                Some("use a newer bundle, or override with `--allow-downgrade REASON`")
             }
             _ => None,
         };

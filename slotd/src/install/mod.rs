@@ -1,10 +1,10 @@
-//! Installs a bundle into the idle slot. In this order: whose signature, for what, how large; only then
-//! the first write; every frame against its hash before it is decompressed; every block before it is
-//! written; the whole slot read back from the device; and only then the trial.
+//! Installs a bundle into the idle slot, in this order: checks of signature, compatibility and size; only then
+//! the first write; every frame is compared with its hash before it is decompressed, and every block before it
+//! is written; the whole slot is read back from the device; and only then the trial is armed.
 //!
-//! While a slot is written its first block is zero on the device, in which every file system has what
-//! identifies it: no boot loader and no kernel takes a half-written slot for a system. That block is
-//! written last.
+//! While a slot is written, its first block on the device is zero. Every file system has its magic number
+//! there, so no boot loader and no kernel mistakes a half-written slot for a system. That block is written
+//! last.
 
 mod check;
 mod compare;
@@ -40,39 +40,39 @@ use crate::root::Root;
 use crate::trust::Trust;
 use target::Target;
 
-/// Everything of a robot that an install touches.
+/// Everything of a robot that an install uses.
 #[derive(Clone, Copy)]
 pub struct Machine<'a> {
-    /// Where the robot's memory lies.
+    /// The root of the robot's paths.
     pub root: &'a Root,
-    /// What its image says.
+    /// The image's description.
     pub about: &'a Description,
     /// The running slot.
     pub running: Slot,
-    /// How its slot is chosen.
+    /// The boot flow.
     pub flow: &'a dyn BootFlow,
-    /// How its slots are opened.
+    /// Access to the slots.
     pub slots: &'a dyn Slots,
-    /// What changes the files of an API.
+    /// The interface that changes the files of an API.
     pub files: &'a dyn Files,
     /// Its log.
     pub events: &'a Events,
 }
 
-/// What the caller decides.
+/// Options of the caller.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// Why a version below the floor is accepted this once.
+    /// Why a version below the floor is accepted, for this install only.
     pub allow_downgrade: Option<String>,
-    /// Look in the running slot for blocks: pays where passing over a frame spares its transfer.
+    /// Look for blocks in the running slot: worthwhile if skipping a frame saves its transfer.
     pub use_running_slot: bool,
 }
 
-/// How far an install is.
+/// An install's progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Progress {
-    /// What is being done.
+    /// The current step.
     pub step: Step,
     /// Bytes done of this step.
     pub done: u64,
@@ -102,13 +102,13 @@ pub struct Outcome {
     pub version: Version,
     /// SHA-256 of the bundle's manifest.
     pub manifest: String,
-    /// Whether it went on where an interrupted one had stopped.
+    /// Whether it resumed an interrupted install.
     pub resumed: bool,
     /// Bytes of all payloads.
     pub size: u64,
-    /// Bytes that the slot held already.
+    /// Bytes that were already in the slot.
     pub held: u64,
-    /// Bytes taken from the running slot.
+    /// Bytes copied from the running slot.
     pub taken: u64,
     /// Bytes written to the slot.
     pub written: u64,
@@ -118,7 +118,7 @@ pub struct Outcome {
     pub read_back_ms: u64,
 }
 
-/// Counts while payloads pass.
+/// Counters of an install.
 #[derive(Debug, Default)]
 struct Counts {
     held: u64,
@@ -127,12 +127,12 @@ struct Counts {
     read_back: Duration,
 }
 
-/// Installs a bundle: a system into the idle slot, whose trial is armed, and the restart is the caller's;
-/// or an API, which serves when this returns.
+/// Installs a bundle: a system into the idle slot, whose trial is then armed, and which the caller starts; or
+/// an API, which serves when this returns.
 ///
 /// # Errors
-/// A refusal, which is in the log too. Unless it is one of the device (`io`, `read-back`) or of the
-/// medium in the middle (`source`), nothing was written.
+/// A refusal, which is also logged. Nothing was written, unless the device fails (`io`, `read-back`) or the
+/// source fails during the transfer (`source`).
 pub fn install<I: Input>(
     machine: &Machine<'_>,
     input: I,
@@ -148,7 +148,7 @@ pub fn install<I: Input>(
     result
 }
 
-/// Which of the two a bundle is: with the component `api` it is one for a running robot.
+/// Whether a bundle is an API: it then has the component `api` and is installed without a restart.
 fn is_api<I: Input>(reader: &Reader<I>) -> bool {
     reader.manifest().components.iter().any(|component| component.name == API)
 }
@@ -161,7 +161,7 @@ fn run<I: Input>(
 ) -> Result<Installed> {
     let _lock = Lock::take(machine.root, Turn::Slots, "install")?;
     check::robot(machine)?;
-    // Before the slot of the system before this one is overwritten: what that one knew is known from here on.
+    // Before the previous system's slot is overwritten: its floor and keys are recorded now.
     remember(machine);
     let trust = Trust::read(machine);
     let mut reader = Reader::open(input, &trust.keys()?).map_err(from_source)?;
@@ -218,7 +218,7 @@ fn system<I: Input>(
     counts.written += target.complete()?;
     let write = started.elapsed().saturating_sub(counts.read_back);
 
-    // A robot whose `data` is full must still take the update that cures it.
+    // A robot whose `data` is full must still accept the update that fixes it.
     if let Err(error) = installed.write(machine.root, slot) {
         machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
     }
@@ -240,7 +240,7 @@ fn system<I: Input>(
     })
 }
 
-/// Whether a bundle is one for this robot; its size is not looked at.
+/// Checks that a bundle is for this robot, except its size.
 pub(crate) fn check_bundle<I: Input>(
     machine: &Machine<'_>,
     floor: &Floor,
@@ -249,8 +249,8 @@ pub(crate) fn check_bundle<I: Input>(
     check::manifest(machine, floor, reader, &Options::default())
 }
 
-/// Keeps what the committed system asks for, if it is the one that runs, and tells once in a start what is
-/// damaged. It never fails: what cannot be kept is logged, and the next change of a slot tries again.
+/// Stores the floor and keys of the committed system, if it is running, and reports damage once per start. It
+/// never fails: errors are logged, and the next change of a slot tries again.
 pub(crate) fn remember(machine: &Machine<'_>) {
     let trust = Trust::read(machine);
     let mut alarms = trust.alarms.clone();
@@ -267,7 +267,7 @@ pub(crate) fn remember(machine: &Machine<'_>) {
     for error in trust.keep(machine) {
         machine.events.add("not-recorded", json!({ "error": error }));
     }
-    // What runs was flashed: `boot-other` will want to know its version when it runs no more.
+    // The running system was flashed: `boot-other` needs its version later, when it is not running.
     let unknown = InstalledSlot::read(machine.root, machine.running).is_none();
     let flashed = InstalledSlot::flashed(machine.about).filter(|_| unknown);
     if let Some(flashed) = flashed.filter(|_| undecided(machine).is_ok())
@@ -277,7 +277,7 @@ pub(crate) fn remember(machine: &Machine<'_>) {
     }
 }
 
-/// Forgets what is damaged and can be made anew.
+/// Removes damaged files that can be created again.
 pub(crate) fn heal(machine: &Machine<'_>) {
     for damage in damage::found(machine.root) {
         if let Err(error) = damage.heal() {
@@ -286,13 +286,14 @@ pub(crate) fn heal(machine: &Machine<'_>) {
     }
 }
 
-/// A failure of the medium is told apart from one of the robot's own disk.
+/// Distinguishes failures of the source from those of the robot's own disk.
 pub(crate) fn from_source(error: bundle::Error) -> Refusal {
     match error {
         bundle::Error::Io(error) => {
             let doing = "reading the bundle";
             crate::source::distrusted(doing, &error).unwrap_or_else(|| {
-                let help = "check the medium or the network, and install again: it goes on where it stopped";
+                let help =
+                    "check the medium or the network, then install again: the install will resume";
                 Refusal::new("source", format!("{doing}: {error}"), help)
             })
         }
