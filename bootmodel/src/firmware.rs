@@ -14,12 +14,12 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use crate::chain;
 use crate::chain::config::{Filters, last, settings};
 
-/// A disk that is only looked at.
+/// A disk that is only read.
 pub trait Disk {
     /// Fills `buffer` from `offset`.
     ///
     /// # Errors
-    /// When the disk ends before.
+    /// When the disk ends too early.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 }
 
@@ -39,7 +39,7 @@ impl Disk for [u8] {
     }
 }
 
-/// Which table a release reads where a disk has both.
+/// Which table a release of the firmware reads when a disk has both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Table {
     /// The records of the MBR.
@@ -53,16 +53,16 @@ pub enum Table {
 pub struct Firmware {
     /// 4 or 5: what makes a partition bootable (A, W), and which filter passes (F).
     pub generation: u32,
-    /// What it reads of a disk with a hybrid MBR.
+    /// The table that the firmware reads on a disk with a hybrid MBR.
     pub table: Table,
     /// `PARTITION_WALK`: on by default since 13 August 2025, absent before 2025 (W).
     pub walks: bool,
-    /// `tryboot_a_b` is known to the EEPROM since 18 October 2022 (N); a `start4.elf` that is older
-    /// reads `tryboot.txt` in a trial all the same.
+    /// The EEPROM knows `tryboot_a_b` since 18 October 2022 (N); an older `start4.elf` still reads
+    /// `tryboot.txt` in a trial.
     pub knows_a_b: bool,
 }
 
-/// What a restart leaves for the firmware: nothing after a power cut or a reset by the watchdog.
+/// What a restart passes to the firmware: nothing after a power cut or a reset by the watchdog.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Restart {
     /// The partition of `reboot N`; 0 is the default (A).
@@ -86,14 +86,14 @@ pub struct Start {
     pub initramfs: Option<String>,
     /// The kernel's command line, without what the firmware adds.
     pub cmdline: String,
-    /// Other settings that the firmware has taken.
+    /// Other settings that the firmware applies.
     pub settings: Vec<(String, String)>,
 }
 
-/// What the firmware would start; or why it would start nothing.
+/// What the firmware would start.
 ///
 /// # Errors
-/// The reason, for people.
+/// Why it would start nothing, human-readable.
 pub fn select<D: Disk + ?Sized>(
     disk: &D,
     firmware: Firmware,
@@ -103,7 +103,7 @@ pub fn select<D: Disk + ?Sized>(
     let partitions = partitions(disk, firmware.table)?;
     let mut wanted = restart.partition;
     let mut a_b = false;
-    // A: the file lies in the first FAT partition, and has at most 512 bytes.
+    // A: the file is in the first FAT partition, and has at most 512 bytes.
     let first = partitions.iter().find_map(|p| Some((p, Volume::open(disk, p)?)));
     if let Some((_, volume)) = &first
         && let Some(text) = volume.read("autoboot.txt")
@@ -113,7 +113,7 @@ pub fn select<D: Disk + ?Sized>(
         let settings = settings(text, filters);
         let value = |key: &str| last(&settings, key).map(|setting| setting.value.clone());
         a_b = value("tryboot_a_b").as_deref() == Some("1") && firmware.knows_a_b;
-        // A: unless the restart has named a partition already.
+        // A: unless the restart has already named a partition.
         if let (0, Some(number)) = (wanted, value("boot_partition")) {
             wanted = number.parse().unwrap_or(0);
         }
@@ -128,14 +128,14 @@ pub fn select<D: Disk + ?Sized>(
         0 => partitions.iter().find_map(|p| bootable(p.number)),
         number => bootable(number),
     };
-    // W: each in turn from the wanted one on, up to 8 and round; autoboot.txt is not read again.
+    // W: tries the partitions in order from the wanted one to 8, then from 1; does not read autoboot.txt again.
     let walk = || {
         let order = (wanted..=8).chain(1..wanted);
         order.filter(|_| firmware.walks).find_map(bootable)
     };
-    let (partition, volume) = named
-        .or_else(walk)
-        .ok_or_else(|| format!("partition {wanted} is not bootable, and nothing else is tried"))?;
+    let (partition, volume) = named.or_else(walk).ok_or_else(|| {
+        format!("partition {wanted} is not bootable, and the firmware tries no other")
+    })?;
     // B: the flag chooses tryboot.txt, unless tryboot_a_b leaves the choice to the partition.
     let config = if restart.tryboot && !a_b { "tryboot.txt" } else { "config.txt" };
     let text =
@@ -148,7 +148,7 @@ pub fn select<D: Disk + ?Sized>(
     let initramfs = value("initramfs");
     for file in [Some(&kernel), initramfs.as_ref()].into_iter().flatten() {
         if volume.read(file).is_none_or(|bytes| bytes.is_empty()) {
-            return Err(format!("partition {partition} has no {file}, which its {config} names"));
+            return Err(format!("partition {partition} has no {file}, but its {config} names it"));
         }
     }
     let cmdline = value("cmdline").unwrap_or_else(|| "cmdline.txt".to_owned());
@@ -171,7 +171,7 @@ pub(crate) struct Partition {
     pub(crate) size: u64,
 }
 
-/// What this release sees of the table.
+/// The partitions that this release sees.
 fn partitions(disk: &dyn Disk, table: Table) -> Result<Vec<Partition>, String> {
     let (records, gpt, partitions) = chain::table::partitions(disk)?;
     if gpt.is_some() && table == Table::Gpt {
@@ -218,13 +218,13 @@ impl<'a> Volume<'a> {
     }
 }
 
-/// A partition as something to read; writing fails.
+/// A partition as a read-only stream.
 pub(crate) struct Window<'a> {
     disk: &'a dyn Disk,
     offset: u64,
     size: u64,
     position: u64,
-    /// How many bytes may still be read: a chain of clusters that runs in a circle has no other end.
+    /// How many bytes may still be read: this ends a circular chain of clusters.
     budget: Option<&'a Cell<u64>>,
 }
 
@@ -234,7 +234,7 @@ impl<'a> Window<'a> {
         Self { disk, offset, size, position: 0, budget: None }
     }
 
-    /// One that may be read only so far.
+    /// A stream with a limit on the bytes read from it.
     pub(crate) fn bounded(
         disk: &'a dyn Disk,
         partition: &Partition,
@@ -250,9 +250,7 @@ impl Read for Window<'_> {
         let count = buffer.len().min(left);
         if let Some(budget) = self.budget {
             let left = budget.get().checked_sub(count as u64);
-            budget.set(left.ok_or_else(|| {
-                io::Error::other("it is read in circles: a chain of clusters has no end")
-            })?);
+            budget.set(left.ok_or_else(|| io::Error::other("a chain of clusters is circular"))?);
         }
         let at = self.offset.saturating_add(self.position);
         self.disk.read_at(at, &mut buffer[..count])?;

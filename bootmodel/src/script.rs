@@ -1,16 +1,16 @@
-//! `board/common/boot.scr.j2` as a pure function: which slot it starts and what it writes before.
+//! `board/common/boot.scr.j2` as a pure function: which slot it starts and what it writes before the start.
 
 use bundle::bootstate::{BootState, SECTOR, Slot, newest};
 
 /// The two copies of the boot state.
 pub type Copies = [[u8; SECTOR]; 2];
 
-/// What becomes of the script's own writes.
+/// What happens to the script's own writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Card {
     /// They reach the card.
     Good,
-    /// They are refused, or are not what is read back.
+    /// They fail, or reading back gives other bytes.
     Refuses,
 }
 
@@ -21,14 +21,14 @@ pub struct Started {
     pub slot: Slot,
     /// With `slipway.trial=1`.
     pub trial: bool,
-    /// With `slipway.unloadable=`: the slot before it that did not load.
+    /// With `slipway.unloadable=`: the slot that was tried before and did not load.
     pub unloadable: Option<Slot>,
 }
 
 /// One run of the script.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Run {
-    /// What was started; nothing when no slot loads (the script then restarts after a while).
+    /// What was started; `None` when no slot loads (the script then restarts after a while).
     pub started: Option<Started>,
     /// The copies when the kernel starts.
     pub copies: Copies,
@@ -57,13 +57,13 @@ pub fn run(copies: &Copies, loads: impl Fn(Slot) -> bool, card: Card) -> Run {
     }
     if counted.tries > 0 && counted.sequence < u32::MAX {
         let over = BootState { sequence: counted.sequence + 1, tries: 0, ..counted };
-        // Whatever becomes of it, the committed slot is next.
+        // Whatever the trial's result, the committed slot starts next.
         state.write(counts, &over);
     }
     state.end(start_committed(known.active, Some(trial), loads))
 }
 
-/// The committed slot, else the other one.
+/// Starts the committed slot, or the other one if that does not load.
 fn start_committed(
     active: Slot,
     unloadable: Option<Slot>,

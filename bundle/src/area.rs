@@ -1,6 +1,6 @@
-//! A small text in raw sectors of a disk, kept twice and written alternately, so that a torn write leaves the
-//! other copy: what a robot must not forget even when its file systems are lost. Pure functions over bytes;
-//! `docs/concepts/boot-flows.md` describes the format.
+//! A small text in raw sectors of a disk. Two copies are written alternately, so that a torn write leaves the other
+//! copy intact. It holds what a robot must not forget even when its file systems are lost. Pure functions over
+//! bytes; `docs/concepts/boot-flows.md` describes the format.
 
 use std::fmt;
 
@@ -10,16 +10,16 @@ pub const COPY: usize = 64 * 1024;
 /// The first eight bytes of a copy.
 pub const MAGIC: [u8; 8] = *b"SLIPKEPT";
 
-/// The only format there is.
+/// The only format that exists.
 const FORMAT: u32 = 1;
 
 /// Bytes before the text: magic, format, checksum, sequence (8), length.
 const HEAD: usize = 28;
 
-/// Bytes at which the part begins that the checksum covers: all after itself.
+/// Offset of the first byte that the checksum covers: it covers everything after itself.
 const COVERED: usize = 16;
 
-/// Most bytes of a text.
+/// Maximum length of a text in bytes.
 pub const MAX_TEXT: usize = COPY - HEAD;
 
 /// Unit of what is written: a sector.
@@ -28,22 +28,22 @@ const SECTOR: usize = 512;
 /// One copy's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Copy {
-    /// Grows by one with every write; of two valid copies the higher one counts.
+    /// Grows by one with every write; of two valid copies the higher one is used.
     pub sequence: u64,
     /// The text.
     pub text: Vec<u8>,
 }
 
-/// Why a copy does not count.
+/// Why a copy is not valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Invalid {
-    /// All of its first sector is zero: nothing was ever written.
+    /// The whole first sector is zero: nothing was ever written.
     Empty,
-    /// It does not begin with [`MAGIC`], or is too short.
+    /// The copy does not begin with [`MAGIC`], or is too short.
     Foreign,
-    /// It is of another format.
+    /// The copy has another format version.
     Format(u32),
-    /// The checksum or the length does not fit: torn, or damaged.
+    /// The checksum or the length is wrong: the copy is torn or damaged.
     Checksum,
 }
 
@@ -51,9 +51,9 @@ impl fmt::Display for Invalid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Empty => f.write_str("nothing was written yet"),
-            Self::Foreign => f.write_str("it holds something else"),
-            Self::Format(format) => write!(f, "it has the format {format}, known is {FORMAT}"),
-            Self::Checksum => f.write_str("its checksum does not fit"),
+            Self::Foreign => f.write_str("the sectors hold other data"),
+            Self::Format(format) => write!(f, "unknown format {format} (supported: {FORMAT})"),
+            Self::Checksum => f.write_str("checksum mismatch"),
         }
     }
 }
@@ -77,10 +77,10 @@ impl Copy {
         Some(bytes)
     }
 
-    /// Reads a copy from the bytes that are set aside for it.
+    /// Reads a copy from the sectors reserved for it.
     ///
     /// # Errors
-    /// When it does not count.
+    /// When the copy is not valid.
     pub fn decode(bytes: &[u8]) -> Result<Self, Invalid> {
         if bytes.iter().take(SECTOR).all(|byte| *byte == 0) {
             return Err(Invalid::Empty);

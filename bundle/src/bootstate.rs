@@ -1,4 +1,4 @@
-//! The boot state: which slot starts, kept in two raw sectors that are written alternately.
+//! The boot state: which slot starts. It is kept in two raw sectors that are written alternately.
 //!
 //! A sector is a U-Boot environment block, so that U-Boot itself reads and writes it (`env import -c`,
 //! `env export -c`). Pure functions over bytes; `docs/concepts/boot-flows.md` describes the format.
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// Length of one copy in bytes: one sector, which a card writes whole or not at all.
 pub const SECTOR: usize = 512;
 
-/// The checksum's length: CRC-32 (the zip polynomial), little-endian, over all that follows it.
+/// The checksum's length: CRC-32 (the zip polynomial), little-endian, over everything that follows it.
 const CHECKSUM: usize = 4;
 
 /// One of the two sets of partitions that hold a system.
@@ -50,7 +50,7 @@ impl fmt::Display for Slot {
 /// What one copy says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BootState {
-    /// Grows by one with every write; of two valid copies the higher one counts.
+    /// Grows by one with every write; of two valid copies the higher one is used.
     pub sequence: u32,
     /// The committed slot.
     pub active: Slot,
@@ -63,20 +63,20 @@ pub struct BootState {
 /// Why a sector holds no boot state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Invalid {
-    /// It is not 512 bytes long.
+    /// The sector is not 512 bytes long.
     Length(usize),
-    /// The checksum does not fit: never written, or torn.
+    /// The checksum is wrong: never written, or torn.
     Checksum,
-    /// The checksum fits, but this variable is missing or makes no sense.
+    /// The checksum is right, but this variable is missing or invalid.
     Variable(&'static str),
 }
 
 impl fmt::Display for Invalid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Length(length) => write!(f, "it has {length} bytes, not {SECTOR}"),
-            Self::Checksum => f.write_str("its checksum does not fit"),
-            Self::Variable(name) => write!(f, "its variable `{name}` is missing or not valid"),
+            Self::Length(length) => write!(f, "the sector has {length} bytes, expected {SECTOR}"),
+            Self::Checksum => f.write_str("checksum mismatch"),
+            Self::Variable(name) => write!(f, "the variable `{name}` is missing or invalid"),
         }
     }
 }
@@ -89,8 +89,8 @@ impl BootState {
         Self { sequence: 1, active: Slot::A, trial: None, tries: 0 }
     }
 
-    /// This state as a sector. Numbers are hexadecimal without a prefix: U-Boot's `setexpr`
-    /// makes no others.
+    /// This state as a sector. Numbers are hexadecimal without a prefix, because U-Boot's `setexpr`
+    /// writes only those.
     pub fn encode(&self) -> [u8; SECTOR] {
         let mut text = format!("active={}\0seq={:x}\0", self.active, self.sequence);
         if let Some(trial) = self.trial {
@@ -105,7 +105,7 @@ impl BootState {
         sector
     }
 
-    /// Reads a sector. Variables that are not known are passed over.
+    /// Reads a sector. Unknown variables are skipped.
     ///
     /// # Errors
     /// When the sector is not a valid copy.
@@ -140,8 +140,8 @@ impl BootState {
     }
 }
 
-/// The copy that counts, and its index: the valid one with the highest sequence number, the earlier
-/// one of two equals; nothing when no copy is valid.
+/// The copy that is used, and its index: the valid one with the highest sequence number, or the first
+/// of two equal ones. `None` when no copy is valid.
 pub fn newest<'a>(copies: impl IntoIterator<Item = &'a [u8]>) -> Option<(usize, BootState)> {
     let mut best: Option<(usize, BootState)> = None;
     for (index, copy) in copies.into_iter().enumerate() {
@@ -154,7 +154,7 @@ pub fn newest<'a>(copies: impl IntoIterator<Item = &'a [u8]>) -> Option<(usize, 
 }
 
 fn number(text: &str) -> Option<u32> {
-    // `from_str_radix` also takes a sign.
+    // `from_str_radix` also accepts a sign.
     if text.starts_with('+') { None } else { u32::from_str_radix(text, 16).ok() }
 }
 

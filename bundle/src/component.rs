@@ -1,5 +1,5 @@
-//! `component.json`: what the component `api` of a bundle consists of, and what it needs of the system
-//! below it. The builder writes it, the robot checks it; a [`Lock`] in hand has passed every rule.
+//! `component.json`: what the component `api` of a bundle consists of, and what it needs from the system
+//! below it. The builder writes it and the robot checks it; a [`Lock`] value has passed every rule.
 
 use std::collections::BTreeSet;
 
@@ -12,28 +12,28 @@ use crate::manifest::Component;
 /// The component's name.
 pub const API: &str = "api";
 
-/// The role of the payload with the lock: the first one. No wheel can have it, since the normalised name
-/// of a distribution has no dot (PEP 503).
+/// The role of the first payload, which is the lock. No wheel can have this role, because the normalised
+/// name of a distribution has no dot (PEP 503).
 pub const LOCK_ROLE: &str = "component.json";
 
 /// The lock's format.
 pub const LOCK_FORMAT: u32 = 1;
 
-/// Where an installed API lies on a robot, whatever its version: bytecode and programs name this place.
+/// The path of an installed API on a robot, the same for every version: bytecode and programs contain it.
 pub const PLACE: &str = "/data/apps/api/current";
 
-/// Folder of the modules, below [`PLACE`] and in each wheel's tree.
+/// Directory of the modules, below [`PLACE`] and in each wheel's tree.
 pub const SITE: &str = "site";
 
-/// Folder of the programs, below [`PLACE`] and in each wheel's tree.
+/// Directory of the programs, below [`PLACE`] and in each wheel's tree.
 pub const BIN: &str = "bin";
 
-/// The time of each file in a wheel's tree, seconds since 1970: 1980-01-01, the first that a wheel itself
-/// can hold. One for all, so that a tree depends on its wheel alone, and a file that somebody has changed
-/// on a robot shows.
+/// The modification time of every file in a wheel's tree, in seconds since 1970: 1980-01-01, the earliest
+/// that a wheel can hold. All files have the same time, so that a tree depends on its wheel alone and a file
+/// that was changed on a robot can be recognised.
 pub const TREE_TIME: u64 = 315_532_800;
 
-/// Most characters of texts that are no names of the bundle: modules, programs, versions of wheels.
+/// Maximum length, in characters, of texts that are not names of the bundle: modules, programs, versions of wheels.
 const MAX_TEXT: usize = 200;
 
 /// The lock of a component.
@@ -42,26 +42,26 @@ const MAX_TEXT: usize = 200;
 pub struct Lock {
     /// [`LOCK_FORMAT`].
     pub format: u32,
-    /// The distribution that the product asks for: its normalised name.
+    /// The normalised name of the distribution that the product asks for.
     pub package: String,
-    /// The module that it installs under its own name.
+    /// The module that this distribution installs under its own name.
     pub module: String,
     /// Its version, as its metadata spells it (PEP 440).
     pub version: String,
-    /// The Python that all of it was made for: `3.11`.
+    /// The Python version that all wheels were built for: `3.11`.
     pub python: String,
-    /// The processor's architecture as Linux names it: `aarch64`.
+    /// The processor architecture as Linux names it: `aarch64`.
     pub arch: String,
-    /// The C library that it was locked for; a base with this one or a newer one does: `glibc 2.36`.
+    /// The oldest C library that the base may have: `glibc 2.36`.
     pub libc: String,
-    /// Distributions that the base must bring.
+    /// Distributions that the base must provide.
     #[serde(default)]
     pub base: Vec<BaseNeed>,
     /// The wheels, in the order of the payloads after the lock's own.
     pub wheels: Vec<Wheel>,
 }
 
-/// A distribution that the base brings.
+/// A distribution that the base provides.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BaseNeed {
@@ -83,7 +83,7 @@ pub struct Wheel {
     pub version: String,
     /// SHA-256 of the wheel file.
     pub sha256: String,
-    /// SHA-256 of the payload, which is the tree as a tar.
+    /// SHA-256 of the payload: the tree as a tar archive.
     pub tree: String,
     /// Bytes of the payload.
     pub size: u64,
@@ -94,7 +94,7 @@ pub struct Wheel {
     /// Normalised names of the wheels of this component that it requires on this platform.
     #[serde(default)]
     pub requires: Vec<String>,
-    /// The programs that its installer makes.
+    /// The programs that its installer creates.
     #[serde(default)]
     pub scripts: Vec<Script>,
 }
@@ -113,20 +113,23 @@ impl Lock {
     /// Reads a lock and checks every rule.
     ///
     /// # Errors
-    /// `bad-component`, with the rule that is broken.
+    /// `bad-component`, naming the broken rule.
     pub fn parse(json: &[u8]) -> Result<Self> {
-        /// Read first, and alone, so that a later format is refused by its number.
+        /// Read first and separately, so that a later format is refused by its number.
         #[derive(Deserialize)]
         struct Head {
             format: u64,
         }
         let shape = |error: serde_json::Error| bad(error.to_string());
         if json.len() as u64 > MAX_LOCK {
-            return Err(bad(format!("it has {} bytes, at most {MAX_LOCK}", json.len())));
+            return Err(bad(format!(
+                "the lock has {} bytes, the maximum is {MAX_LOCK}",
+                json.len()
+            )));
         }
         let head: Head = serde_json::from_slice(json).map_err(shape)?;
         if head.format != u64::from(LOCK_FORMAT) {
-            return Err(bad(format!("it has format {}, known is {LOCK_FORMAT}", head.format)));
+            return Err(bad(format!("unknown format {} (supported: {LOCK_FORMAT})", head.format)));
         }
         let lock: Self = serde_json::from_slice(json).map_err(shape)?;
         lock.check()?;
@@ -136,18 +139,21 @@ impl Lock {
     /// The lock as its payload has it: indented JSON with a final newline.
     ///
     /// # Errors
-    /// `bad-component`: a rule is broken, or it is longer than [`MAX_LOCK`].
+    /// `bad-component`: a rule is broken, or the lock is longer than [`MAX_LOCK`].
     pub fn to_json(&self) -> Result<Vec<u8>> {
         self.check()?;
         let mut json = serde_json::to_vec_pretty(self).map_err(|error| bad(error.to_string()))?;
         json.push(b'\n');
         if json.len() as u64 > MAX_LOCK {
-            return Err(bad(format!("it has {} bytes, at most {MAX_LOCK}", json.len())));
+            return Err(bad(format!(
+                "the lock has {} bytes, the maximum is {MAX_LOCK}",
+                json.len()
+            )));
         }
         Ok(json)
     }
 
-    /// Whether this is the lock of these payloads: their roles, order and sizes.
+    /// Checks that this lock describes these payloads: their roles, order and sizes.
     ///
     /// # Errors
     /// `bad-component`.
@@ -155,7 +161,7 @@ impl Lock {
         let (first, rest) = component.payloads.split_first().ok_or_else(|| bad("no payload"))?;
         if first.role != LOCK_ROLE || rest.len() != self.wheels.len() {
             return Err(bad(format!(
-                "the component has the lock {} and {} payloads, the lock lists {} wheels",
+                "the component has the lock {} and {} more payloads, but the lock lists {} wheels",
                 first.role,
                 rest.len(),
                 self.wheels.len()
@@ -164,7 +170,7 @@ impl Lock {
         for (payload, wheel) in rest.iter().zip(&self.wheels) {
             if payload.role != wheel.role || payload.size != wheel.size {
                 return Err(bad(format!(
-                    "payload {} has {} bytes, the lock has {} with {} in its place",
+                    "payload {} has {} bytes, but the lock lists {} with {} bytes in this position",
                     payload.role, payload.size, wheel.role, wheel.size
                 )));
             }
@@ -186,7 +192,7 @@ impl Lock {
         words("libc", &self.libc)?;
         dotted("module", &self.module)?;
         if self.wheels.len() >= MAX_PAYLOADS || self.base.len() > MAX_NAMES {
-            return Err(bad(format!("it lists {} wheels", self.wheels.len())));
+            return Err(bad(format!("the lock lists {} wheels", self.wheels.len())));
         }
         for need in &self.base {
             distribution(&need.name)?;
@@ -196,13 +202,13 @@ impl Lock {
         for wheel in &self.wheels {
             wheel.check()?;
             if !names.insert(wheel.name.as_str()) || !roles.insert(wheel.role.as_str()) {
-                return Err(bad(format!("`{}` comes twice", wheel.name.escape_debug())));
+                return Err(bad(format!("`{}` is listed twice", wheel.name.escape_debug())));
             }
         }
         for wheel in &self.wheels {
             if let Some(name) = wheel.requires.iter().find(|name| !names.contains(name.as_str())) {
                 return Err(bad(format!(
-                    "{} requires {}, which is not there",
+                    "{} requires {}, which is not listed",
                     wheel.name,
                     name.escape_debug()
                 )));
@@ -222,15 +228,15 @@ impl Wheel {
         for (what, hash) in [("sha256", &self.sha256), ("tree", &self.tree)] {
             let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
             if hash.len() != 64 || !hash.bytes().all(digit) {
-                return Err(bad(format!("`{what}` of {} is no SHA-256", self.name)));
+                return Err(bad(format!("`{what}` of {} is not a SHA-256", self.name)));
             }
         }
         if self.role.is_empty() || self.role.len() > MAX_NAME {
-            return Err(bad(format!("`role` of {} has no or too many characters", self.name)));
+            return Err(bad(format!("`role` of {} is empty or too long", self.name)));
         }
         if self.size > MAX_TREE || self.bytes > self.size || self.files > MAX_TREE_FILES {
             return Err(bad(format!(
-                "{} has {} bytes in {} files, at most {MAX_TREE} in {MAX_TREE_FILES}",
+                "{} has {} bytes in {} files, the maximum is {MAX_TREE} bytes in {MAX_TREE_FILES} files",
                 self.name, self.size, self.files
             )));
         }
@@ -238,10 +244,7 @@ impl Wheel {
             let plain = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b'\\';
             let long = script.name.is_empty() || script.name.len() > MAX_TEXT;
             if long || script.name.starts_with('.') || !script.name.bytes().all(plain) {
-                return Err(bad(format!(
-                    "`{}` is no name of a program",
-                    script.name.escape_debug()
-                )));
+                return Err(bad(format!("invalid program name `{}`", script.name.escape_debug())));
             }
             dotted("module", &script.module)?;
         }
@@ -253,7 +256,7 @@ fn bad(reason: impl Into<String>) -> Error {
     Error::BadComponent { reason: reason.into() }
 }
 
-/// A name as PEP 503 normalises it.
+/// Checks that a name is normalised as in PEP 503.
 fn distribution(name: &str) -> Result<()> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let ends = |b: Option<u8>| b.is_some_and(plain);
@@ -261,22 +264,26 @@ fn distribution(name: &str) -> Result<()> {
         && ends(name.bytes().next())
         && ends(name.bytes().last())
         && name.bytes().all(|b| plain(b) || b == b'-');
-    if ok { Ok(()) } else { Err(bad(format!("`{}` is no distribution", name.escape_debug()))) }
+    if ok {
+        Ok(())
+    } else {
+        Err(bad(format!("invalid distribution name `{}`", name.escape_debug())))
+    }
 }
 
-/// Safe in a file name, and begins with a letter or digit.
+/// Checks that a version is safe in a file name and begins with a letter or digit.
 fn version(what: &str, text: &str) -> Result<()> {
     let ok = text.len() <= 64
         && text.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-+!".contains(&b));
-    if ok { Ok(()) } else { Err(bad(format!("`{what}`: `{}` is none", text.escape_debug()))) }
+    if ok { Ok(()) } else { Err(bad(format!("`{what}`: invalid value `{}`", text.escape_debug()))) }
 }
 
 fn words(what: &str, text: &str) -> Result<()> {
     let ok = !text.is_empty()
         && text.len() <= MAX_TEXT
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._- ".contains(&b));
-    if ok { Ok(()) } else { Err(bad(format!("`{what}`: `{}` is none", text.escape_debug()))) }
+    if ok { Ok(()) } else { Err(bad(format!("`{what}`: invalid value `{}`", text.escape_debug()))) }
 }
 
 /// A module's path: identifiers with dots between them.
@@ -288,7 +295,7 @@ fn dotted(what: &str, text: &str) -> Result<()> {
     if text.len() <= MAX_TEXT && text.split('.').all(identifier) {
         return Ok(());
     }
-    Err(bad(format!("`{what}`: `{}` is none", text.escape_debug())))
+    Err(bad(format!("`{what}`: invalid value `{}`", text.escape_debug())))
 }
 
 #[cfg(test)]
@@ -335,26 +342,26 @@ mod tests {
         type Change = fn(&mut Lock);
         let cases: [(&str, Change); 16] = [
             ("format 2", |l| l.format = 2),
-            ("`version`: `../x`", |l| l.version = "../x".into()),
+            ("`version`: invalid value `../x`", |l| l.version = "../x".into()),
             ("foo 2.0 is not among", |l| l.version = "2.0".into()),
             ("x 1.0 is not among", |l| l.package = "x".into()),
-            ("`module`: `a..b`", |l| l.module = "a..b".into()),
-            ("`module`: `a/b`", |l| l.module = "a/b".into()),
-            ("`bar` comes twice", |l| l.wheels.push(wheel("bar"))),
-            ("`baz` comes twice", |l| {
+            ("`module`: invalid value `a..b`", |l| l.module = "a..b".into()),
+            ("`module`: invalid value `a/b`", |l| l.module = "a/b".into()),
+            ("`bar` is listed twice", |l| l.wheels.push(wheel("bar"))),
+            ("`baz` is listed twice", |l| {
                 l.wheels.push(Wheel { role: LOCK_ROLE.into(), ..wheel("baz") });
             }),
-            ("which is not there", |l| l.wheels.retain(|w| w.name == "foo")),
-            ("`Foo_x` is no distribution", |l| l.wheels.push(wheel("Foo_x"))),
-            ("no SHA-256", |l| l.wheels.push(Wheel { tree: "/".repeat(64), ..wheel("x") })),
-            ("no SHA-256", |l| l.wheels.push(Wheel { sha256: "A".repeat(64), ..wheel("x") })),
+            ("which is not listed", |l| l.wheels.retain(|w| w.name == "foo")),
+            ("invalid distribution name `Foo_x`", |l| l.wheels.push(wheel("Foo_x"))),
+            ("not a SHA-256", |l| l.wheels.push(Wheel { tree: "/".repeat(64), ..wheel("x") })),
+            ("not a SHA-256", |l| l.wheels.push(Wheel { sha256: "A".repeat(64), ..wheel("x") })),
             ("bytes in", |l| l.wheels.push(Wheel { size: MAX_TREE + 1, ..wheel("x") })),
             ("bytes in", |l| l.wheels.push(Wheel { files: MAX_TREE_FILES + 1, ..wheel("x") })),
-            ("no name of a program", |l| {
+            ("invalid program name", |l| {
                 let script = Script { name: "../go".into(), module: "foo".into() };
                 l.wheels.push(Wheel { scripts: vec![script], ..wheel("x") });
             }),
-            ("it lists", |l| l.wheels = vec![wheel("foo"); MAX_PAYLOADS]),
+            ("the lock lists", |l| l.wheels = vec![wheel("foo"); MAX_PAYLOADS]),
         ];
         for (expected, change) in cases {
             let mut lock = lock();

@@ -1,4 +1,4 @@
-//! The one error of this crate: a stable code for programs, a sentence and a hint for people.
+//! The error type of this crate: a stable machine-readable code, a sentence and a hint.
 
 use std::fmt;
 use std::io;
@@ -13,12 +13,12 @@ pub enum Error {
         /// What was being read.
         what: String,
     },
-    /// A tar header is not the one that the format prescribes for its member.
+    /// A tar header differs from the one that the format prescribes for its member.
     BadHeader {
         /// What differs.
         reason: String,
     },
-    /// A member's name is absolute, climbs with `..`, or has characters that no member has.
+    /// A member's name is absolute, contains `..`, or has characters that the format does not allow.
     UnsafeName {
         /// The name, escaped.
         name: String,
@@ -30,21 +30,21 @@ pub enum Error {
         /// The tar type flag.
         flag: u8,
     },
-    /// A member came a second time.
+    /// A member occurs twice.
     DuplicateMember {
         /// The name.
         name: String,
     },
-    /// A member is missing, superfluous, or in the wrong place.
+    /// A member is missing, superfluous, or in the wrong position.
     UnexpectedMember {
-        /// What the format has here.
+        /// What the format prescribes here.
         expected: String,
-        /// What is there.
+        /// What the archive has here.
         found: String,
     },
     /// A length is above the format's bound or differs from the manifest.
     BadLength {
-        /// Of what.
+        /// What has this length.
         what: String,
         /// The length that was found, in bytes or items.
         found: u64,
@@ -61,19 +61,19 @@ pub enum Error {
         /// Where and what.
         reason: String,
     },
-    /// The lock of a component is not what the format prescribes, or not that of its payloads.
+    /// The lock of a component breaks a rule of the format, or does not describe its payloads.
     BadComponent {
         /// What.
         reason: String,
     },
-    /// A wheel's tree holds what no robot takes, or not what its lock says.
+    /// A wheel's tree has entries that robots do not accept, or differs from its lock.
     BadTree {
         /// The wheel and its version.
         wheel: String,
         /// What is wrong.
         reason: String,
     },
-    /// The bundle is of a format version that this reader does not know.
+    /// The bundle has a format version that this reader does not know.
     UnknownFormat {
         /// The version found.
         found: u64,
@@ -88,14 +88,14 @@ pub enum Error {
         /// The member and what is wrong.
         reason: String,
     },
-    /// A signature claims a trusted key and does not verify.
+    /// A signature names a trusted key but does not verify.
     BadSignature {
         /// The key's id.
         key: String,
     },
-    /// No signature is by a key that may sign this bundle.
+    /// No signature was made by a key that may sign this bundle.
     NotTrusted {
-        /// Why each signature does not count.
+        /// Why each signature is not accepted.
         reason: String,
     },
     /// A key set or a public key cannot be used.
@@ -129,9 +129,9 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
-    /// Bytes do not have the hash that the manifest or the index gives.
+    /// Bytes do not match the hash in the manifest or the index.
     WrongHash {
-        /// Of what.
+        /// What has this length.
         what: String,
     },
     /// A frame is not a zstd frame, or not one that the format allows.
@@ -148,7 +148,7 @@ pub enum Error {
         /// Whether it yields more.
         more: bool,
     },
-    /// The reader was asked for things in an order that cannot work.
+    /// The caller used the library in an invalid order.
     Misuse {
         /// What.
         reason: String,
@@ -159,7 +159,7 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// A stable word for programs; it never changes once it has been released.
+    /// A stable machine-readable word; it never changes once it has been released.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Io(_) => "io",
@@ -191,7 +191,7 @@ impl Error {
         }
     }
 
-    /// What a person can do about it.
+    /// What the user can do about the error.
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Io(_) => "check the medium and its cable, and try again",
@@ -205,17 +205,17 @@ impl Error {
             | Self::BadSignatureFile { .. }
             | Self::BadIndex { .. }
             | Self::WrongHash { .. } => {
-                "the file is damaged or was repacked: copy it again from where it was made"
+                "the file is damaged or was repacked: copy it again from the original"
             }
             Self::UnsafeName { .. }
             | Self::IrregularMember { .. }
             | Self::DuplicateMember { .. }
             | Self::BadFrame { .. }
             | Self::FrameLength { .. } => {
-                "no Slipway tool writes such a file: do not use it, and find out where it came from"
+                "no Slipway tool writes such a file: do not use it, and find out where it comes from"
             }
             Self::BadManifest { .. } | Self::BadComponent { .. } | Self::BadTree { .. } => {
-                "make the bundle again with a current `cargo xtask`"
+                "rebuild the bundle with a current `cargo xtask`"
             }
             Self::UnknownFormat { .. } | Self::UnknownFeature { .. } => {
                 "this reader is older than the bundle: install an intermediate release first"
@@ -224,14 +224,14 @@ impl Error {
                 "the manifest was changed after it was signed: do not use this file"
             }
             Self::NotTrusted { .. } => {
-                "sign the bundle with a key of this device's key set, or check that it is meant for this device"
+                "sign the bundle with a key of this device's key set, or check that the bundle is meant for this device"
             }
             Self::BadKey { .. } => "check the key set file; `cargo xtask keys list` shows it",
             Self::WrongProduct { .. } | Self::WrongBoard { .. } => {
-                "take the bundle that was made for this product and board"
+                "use the bundle that was built for this product and board"
             }
-            Self::BelowFloor { .. } => "take a newer bundle",
-            Self::Misuse { .. } => "this is a mistake in the program that calls the library",
+            Self::BelowFloor { .. } => "use a newer bundle",
+            Self::Misuse { .. } => "this is a bug in the program that calls the library",
         }
     }
 }
@@ -241,49 +241,62 @@ impl fmt::Display for Error {
         match self {
             Self::Io(error) => write!(f, "{error}"),
             Self::Truncated { what } => write!(f, "the bundle ends in the middle of {what}"),
-            Self::BadHeader { reason } => write!(f, "a tar header is not of the format: {reason}"),
-            Self::UnsafeName { name } => write!(f, "the member name `{name}` is not allowed"),
+            Self::BadHeader { reason } => write!(f, "invalid tar header: {reason}"),
+            Self::UnsafeName { name } => write!(f, "invalid member name `{name}`"),
             Self::IrregularMember { name, flag } => write!(
                 f,
-                "the member `{name}` is not a plain file (tar type `{}`)",
+                "the member `{name}` is not a regular file (tar type `{}`)",
                 flag.escape_ascii()
             ),
-            Self::DuplicateMember { name } => write!(f, "the member `{name}` comes twice"),
+            Self::DuplicateMember { name } => write!(f, "the member `{name}` occurs twice"),
             Self::UnexpectedMember { expected, found } => {
                 write!(f, "expected the member {expected}, found {found}")
             }
             Self::BadLength { what, found, allowed } => {
-                write!(f, "the length of {what} is {found}, allowed is {allowed}")
+                write!(f, "the length of {what} is {found}, but {allowed} is allowed")
             }
-            Self::TrailingData { place } => write!(f, "there are stray bytes {place}"),
+            Self::TrailingData { place } => write!(f, "unexpected bytes {place}"),
             Self::BadManifest { reason } => write!(f, "manifest.json: {reason}"),
             Self::BadComponent { reason } => write!(f, "component.json: {reason}"),
             Self::BadTree { wheel, reason } => write!(f, "the tree of {wheel}: {reason}"),
             Self::UnknownFormat { found } => {
-                write!(f, "the bundle has format version {found}, known is {}", crate::FORMAT)
+                write!(
+                    f,
+                    "the bundle has format version {found}, but this reader supports {}",
+                    crate::FORMAT
+                )
             }
             Self::UnknownFeature { name } => {
-                write!(f, "the bundle requires the feature `{name}`, which is not known here")
+                write!(
+                    f,
+                    "the bundle requires the feature `{name}`, which this reader does not support"
+                )
             }
             Self::BadSignatureFile { reason } => {
-                write!(f, "a signature file is malformed: {reason}")
+                write!(f, "malformed signature file: {reason}")
             }
             Self::BadSignature { key } => {
                 write!(f, "the signature by the trusted key {key} does not match the manifest")
             }
-            Self::NotTrusted { reason } => write!(f, "no trusted key has signed: {reason}"),
-            Self::BadKey { reason } => write!(f, "a key cannot be used: {reason}"),
+            Self::NotTrusted { reason } => write!(f, "not signed by a trusted key: {reason}"),
+            Self::BadKey { reason } => write!(f, "unusable key: {reason}"),
             Self::WrongProduct { found, expected } => {
-                write!(f, "the bundle is for the product `{found}`, this is `{expected}`")
+                write!(
+                    f,
+                    "the bundle is for the product `{found}`, but this device is `{expected}`"
+                )
             }
             Self::WrongBoard { found, expected } => {
-                write!(f, "the bundle is for the boards {found}, this is `{expected}`")
+                write!(f, "the bundle is for the boards {found}, but this device is `{expected}`")
             }
             Self::BelowFloor { found, floor } => {
-                write!(f, "the bundle has version {found}, the lowest allowed is {floor}")
+                write!(
+                    f,
+                    "the bundle has version {found}, but the lowest allowed version is {floor}"
+                )
             }
-            Self::BadIndex { reason } => write!(f, "a block index is malformed: {reason}"),
-            Self::WrongHash { what } => write!(f, "{what} does not have the hash it should have"),
+            Self::BadIndex { reason } => write!(f, "malformed block index: {reason}"),
+            Self::WrongHash { what } => write!(f, "hash mismatch in {what}"),
             Self::BadFrame { frame, reason } => write!(f, "frame {frame}: {reason}"),
             Self::FrameLength { frame, more: true } => {
                 write!(f, "frame {frame} decompresses to more than the index says")

@@ -6,7 +6,7 @@ use zstd::zstd_safe::{compress_bound, get_error_name};
 use crate::error::{Error, Result};
 use crate::limits::{BLOCK_SIZE, MAX_WINDOW_LOG};
 
-/// Most bytes that the decoder hands on at once: zstd's own largest block.
+/// Maximum number of bytes that the decoder passes on at once: zstd's largest block.
 const CHUNK: usize = 128 * 1024;
 
 /// How hard to compress.
@@ -15,15 +15,15 @@ pub enum Level {
     /// For development: as fast as `zstd -3`.
     #[default]
     Fast,
-    /// For release: as small and as fast as `zstd -9`.
+    /// For releases: as small and as fast as `zstd -9`.
     Release,
     /// For releases that many devices download: as small as `zstd -19`, in minutes.
     Slow,
 }
 
 impl Level {
-    /// Payload bytes that become one frame. Larger frames compress better, because frames share
-    /// nothing; smaller ones spare memory here, and let a device skip more of what it has.
+    /// Payload bytes in one frame. Larger frames compress better, because frames share nothing. Smaller
+    /// frames need less memory here, and let a device skip more of the data that it has.
     pub(crate) fn unit(self) -> usize {
         match self {
             Self::Fast | Self::Release => 16 << 20,
@@ -31,9 +31,9 @@ impl Level {
         }
     }
 
-    /// Chosen by measuring, see `docs/reference/bundle-format.md`. A window above zstd's own for the level
-    /// returns what the index and the division into frames cost; a larger hash table
-    /// (fast) and a shorter search (release) return the time that hashing takes.
+    /// Chosen by measurement, see `docs/reference/bundle-format.md`. A window larger than zstd's default for the
+    /// level makes up for the size of the index and of the division into frames. A larger hash table
+    /// (fast) and a shorter search (release) make up for the time that hashing takes.
     fn parameters(self) -> &'static [CParameter] {
         use CParameter::{CompressionLevel, HashLog, MinMatch, SearchLog, WindowLog};
         match self {
@@ -74,8 +74,8 @@ impl Encoder {
     }
 }
 
-/// The frame of `size` zeros, written down without compressing anything: run-length blocks of at
-/// most 128 KiB each (RFC 8878, 3.1.1).
+/// A frame of `size` zeros, written without compressing anything: run-length blocks of at most
+/// 128 KiB each (RFC 8878, 3.1.1).
 pub(crate) fn zeros(size: u32, out: &mut Vec<u8>) {
     out.clear();
     out.extend_from_slice(&[0x28, 0xb5, 0x2f, 0xfd]);
@@ -94,7 +94,7 @@ pub(crate) fn zeros(size: u32, out: &mut Vec<u8>) {
     }
 }
 
-/// A decompressor of bounded memory: its window, and one chunk of output.
+/// A decompressor with bounded memory: its window and one chunk of output.
 pub(crate) struct Decoder {
     context: DCtx<'static>,
     chunk: Vec<u8>,
@@ -123,9 +123,9 @@ impl Decoder {
         Ok(())
     }
 
-    /// Takes the next piece of the stored frame. `each` gets whole blocks (and the payload's last,
-    /// short one), never more than the frame's size in all. The frame must end with the `last`
-    /// piece, and not before.
+    /// Decompresses the next piece of the stored frame. `each` gets whole blocks (and the payload's last,
+    /// short one), never more than the frame's size in total. The frame must end with the `last` piece,
+    /// not before it.
     pub fn push(
         &mut self,
         stored: &[u8],
@@ -150,15 +150,19 @@ impl Decoder {
             }
             if ended {
                 let all = last && input.pos() == stored.len();
-                return if all { Ok(()) } else { Err(bad("there are bytes after its end")) };
+                return if all {
+                    Ok(())
+                } else {
+                    Err(bad("unexpected bytes after the frame's end"))
+                };
             }
-            // A full chunk may have more behind it; anything else that stands still wants input.
+            // After a full chunk there may be more output; without progress the decoder needs input.
             if !full && (input.pos() == stored.len() || (input.pos(), self.filled) == before) {
                 break;
             }
         }
         if last || input.pos() != stored.len() {
-            return Err(bad("it ends too early"));
+            return Err(bad("the frame ends too early"));
         }
         Ok(())
     }
@@ -178,5 +182,5 @@ impl Decoder {
     }
 }
 
-/// Keeps the compiler honest about the relation that `decode` relies on.
+/// Checks at compile time the relation that `decode` relies on.
 const _: () = assert!(CHUNK.is_multiple_of(BLOCK_SIZE));

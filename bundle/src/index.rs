@@ -1,11 +1,11 @@
 //! The block index of one payload: the hashes of the stored frames, and of each block that is not
-//! zero. It is read whole, checked against the manifest first, and never trusted for a length.
+//! zero. It is checked against the manifest, then read as a whole; lengths in it are never trusted.
 //!
 //! Blocks keep the first 12 bytes of their SHA-256, because full hashes would cost 2 % of a typical
-//! bundle. These 96 bits find the blocks that a device has already: a false match among 2^20
-//! blocks has a chance of 2^-56. What proves them is a frame's `content` hash, which runs over the
-//! blocks' *full* hashes: whoever assembles a frame from blocks that it has already compares that,
-//! all 256 bits. A frame that is decompressed instead was authenticated by its pieces' full hashes.
+//! bundle. These 96 bits find the blocks that a device already has: a false match among 2^20
+//! blocks has a probability of 2^-56. The proof is a frame's `content` hash over the blocks' *full*
+//! hashes: a device that assembles a frame from blocks that it already has compares all 256 bits of
+//! it. A frame that is decompressed instead is authenticated by the full hashes of its pieces.
 
 use sha2::{Digest, Sha256};
 
@@ -75,7 +75,7 @@ pub struct Frame {
     first_piece: u32,
     /// SHA-256 of the full SHA-256s of its blocks that are not zero, one after the other.
     pub content: Hash,
-    /// How many hashes the index has before this frame's first: the number of that one.
+    /// The number of this frame's first hash: how many hashes the index has before it.
     pub first_hash: u32,
 }
 
@@ -99,7 +99,7 @@ impl<'a> Fields<'a> {
         let (head, rest) = self
             .0
             .split_at_checked(n)
-            .ok_or_else(|| Error::BadIndex { reason: "it is too short".to_owned() })?;
+            .ok_or_else(|| Error::BadIndex { reason: "the index is too short".to_owned() })?;
         self.0 = rest;
         Ok(head)
     }
@@ -120,7 +120,7 @@ impl<'a> Fields<'a> {
 }
 
 impl Index {
-    /// Reads the index of `payload`, whose hash must have been compared with the manifest already.
+    /// Reads the index of `payload`. The caller has already compared its hash with the manifest.
     ///
     /// # Errors
     /// When a length, a sum or a bit is not what the format prescribes.
@@ -128,16 +128,21 @@ impl Index {
         let bad = |reason: String| Error::BadIndex { reason };
         let mut fields = Fields(bytes);
         if fields.array::<8>()? != MAGIC {
-            return Err(bad("it does not begin with SLIPIDX1".to_owned()));
+            return Err(bad("the index does not begin with SLIPIDX1".to_owned()));
         }
         let size = fields.u64()?;
         if size != payload.size {
-            return Err(bad(format!("it is for {size} bytes, the payload has {}", payload.size)));
+            return Err(bad(format!(
+                "the index is for {size} bytes, but the payload has {}",
+                payload.size
+            )));
         }
         let (block, width) = (fields.u32()?, fields.u32()?);
         let (count, pieces, hashes) = (fields.u32()?, fields.u32()?, fields.u32()?);
         if (block as usize, width as usize) != (BLOCK_SIZE, BLOCK_HASH) {
-            return Err(bad(format!("it has blocks of {block} and hashes of {width} bytes")));
+            return Err(bad(format!(
+                "the index has blocks of {block} bytes and hashes of {width} bytes"
+            )));
         }
         if count > MAX_FRAMES {
             return Err(Error::BadLength {
@@ -147,14 +152,17 @@ impl Index {
             });
         }
         let blocks = payload.blocks();
-        // The parts must add up before any of them is copied; u64 cannot overflow here.
+        // The sizes of the parts must add up before any part is copied; u64 cannot overflow here.
         let expected = HEAD as u64
             + u64::from(count) * ENTRY as u64
             + u64::from(pieces) * HASH as u64
             + blocks.div_ceil(8)
             + u64::from(hashes) * BLOCK_HASH as u64;
         if expected != bytes.len() as u64 {
-            return Err(bad(format!("it has {} bytes, its parts {expected}", bytes.len())));
+            return Err(bad(format!(
+                "the index has {} bytes, but its parts need {expected}",
+                bytes.len()
+            )));
         }
         let table = fields.take(count as usize * ENTRY)?;
         let pieces = fields.take(pieces as usize * HASH)?.to_vec();
@@ -181,7 +189,7 @@ impl Index {
                 return Err(bad(format!("frame {number} is stored in {stored} bytes")));
             }
             if first_block + u64::from(count) > blocks {
-                return Err(bad(format!("frame {number} ends after the payload")));
+                return Err(bad(format!("frame {number} ends after the payload's end")));
             }
             let frame = Frame {
                 number,
@@ -203,21 +211,21 @@ impl Index {
             self.frames.push(frame);
         }
         if first_block != blocks || (blocks == 0 && self.frames.len() != 1) {
-            return Err(bad(format!("its frames hold {first_block} of {blocks} blocks")));
+            return Err(bad(format!("the frames hold {first_block} of {blocks} blocks")));
         }
         if data_offset != data {
             return Err(bad(format!(
-                "its frames are {data_offset} bytes, the manifest has {data}"
+                "the frames have {data_offset} bytes, but the manifest says {data}"
             )));
         }
         if u64::from(first_piece) * HASH as u64 != self.pieces.len() as u64 {
             return Err(bad(format!(
-                "its frames have {first_piece} pieces, it has another number of hashes"
+                "the frames have {first_piece} pieces, but the number of piece hashes differs"
             )));
         }
         if u64::from(first_hash) * BLOCK_HASH as u64 != self.hashes.len() as u64 {
             return Err(bad(format!(
-                "{first_hash} blocks are not zero, but it has another number of hashes"
+                "{first_hash} blocks are not zero, but the number of block hashes differs"
             )));
         }
         let beyond = (blocks..blocks.div_ceil(8) * 8).any(|b| !self.is_zero(b as u32));
@@ -280,7 +288,7 @@ impl Index {
         u64::from(block) * BLOCK_SIZE as u64
     }
 
-    /// How many bytes a frame yields; less than its blocks' sum if it ends with a short block.
+    /// How many bytes a frame decompresses to; less than the sum of its blocks if the last one is short.
     pub fn content_size(&self, frame: &Frame) -> u64 {
         let start = Self::offset(frame.first_block);
         Self::offset(frame.first_block + frame.blocks).min(self.size).saturating_sub(start)
@@ -337,7 +345,7 @@ impl Builder {
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&size.to_le_bytes());
         for value in [BLOCK_SIZE, BLOCK_HASH, self.frames.len(), pieces, hashes] {
-            // MAX_INDEX bounds each of them.
+            // MAX_INDEX bounds each of these numbers.
             out.extend_from_slice(&(value as u32).to_le_bytes());
         }
         for frame in &self.frames {

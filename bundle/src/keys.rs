@@ -1,5 +1,5 @@
-//! The key set: which minisign keys a device trusts, since which epoch, and for what. Without a
-//! key nothing verifies; no key ever expires, because the device's clock cannot be trusted.
+//! The key set: which minisign keys a device trusts, since which epoch, and for what. With an empty
+//! set nothing verifies. No key ever expires, because the device's clock cannot be trusted.
 
 use minisign_verify::{PublicKey, Signature};
 use serde::{Deserialize, Serialize};
@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::manifest::Kind;
 
-/// The untrusted comment that each signature carries: the one that the `minisign` tool writes. It
-/// is the only part of a signature file that is not signed, so the format fixes it.
+/// The untrusted comment of every signature, as the `minisign` tool writes it. It is the only part of
+/// a signature file that is not signed, so the format fixes its text.
 pub const UNTRUSTED_COMMENT: &str = "untrusted comment: signature from minisign secret key";
 
-/// Most keys in a set; far more than anybody rotates through.
+/// Maximum number of keys in a set; far more than key rotations need.
 const MAX_KEYS: usize = 64;
 
 /// One trusted key, as the key set file has it.
@@ -20,13 +20,13 @@ const MAX_KEYS: usize = 64;
 pub struct TrustedKey {
     /// Sixteen upper-case hexadecimal digits, as `minisign` shows them.
     pub id: String,
-    /// Counts up with each rotation, from 1.
+    /// Starts at 1 and grows with each rotation.
     pub epoch: u32,
     /// What the key may sign: `release` both kinds of bundle, `development` only that kind.
     pub kind: Kind,
     /// The public key in minisign's base64 form (the second line of a `.pub` file).
     pub public: String,
-    /// A revoked key stays listed, so that a refusal can say why; it verifies nothing.
+    /// A revoked key verifies nothing. It stays listed so that a refusal can say why.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub revoked: bool,
 }
@@ -35,7 +35,7 @@ pub struct TrustedKey {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct KeySet {
-    /// Grows with every change of the set: a device takes a set only for one with a lower serial.
+    /// Grows with every change of the set: a device replaces its set only by one with a higher serial.
     #[serde(default, skip_serializing_if = "is_first")]
     pub serial: u32,
     /// The keys, by epoch and then id.
@@ -46,7 +46,7 @@ fn is_first(serial: &u32) -> bool {
     *serial == 0
 }
 
-/// A signature that counted.
+/// A signature that was accepted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct SignedBy {
@@ -56,13 +56,13 @@ pub struct SignedBy {
     pub epoch: u32,
     /// The key's kind.
     pub kind: Kind,
-    /// The signature's trusted comment; it is covered by the signature.
+    /// The signature's trusted comment, which the signature covers.
     pub comment: String,
 }
 
-/// What a signature is for. The trusted comment says it, `slipway <word> …`, and it is signed: a text of one
-/// kind is never taken for another. A comment that does not begin with `slipway` (that of `minisign -S` by
-/// hand) says nothing; then the text's own form tells.
+/// What a signature is for. The trusted comment, which is signed, begins with `slipway <word>`, so that a text of
+/// one kind is never accepted as another. A comment that does not begin with `slipway` (a signature made by hand
+/// with `minisign -S`) states no purpose; then only the form of the signed text tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     /// A bundle's manifest.
@@ -89,13 +89,14 @@ impl Purpose {
         }
     }
 
-    /// Why a comment speaks against this purpose.
+    /// Why a comment contradicts this purpose.
     fn contradicts(self, comment: &str) -> Option<String> {
         let mut words = comment.split(' ');
         let ours = words.next() == Some("slipway");
         let word = words.next().unwrap_or_default();
-        (ours && word != self.word())
-            .then(|| format!("signed something else with it (`{word}`, not `{}`)", self.word()))
+        (ours && word != self.word()).then(|| {
+            format!("made this signature for another purpose (`{word}`, not `{}`)", self.word())
+        })
     }
 }
 
@@ -110,9 +111,9 @@ pub fn key_id(public: &str) -> Result<String> {
 }
 
 fn parse_key(public: &str) -> Result<PublicKey> {
-    // What stands there is not shown: it may be a secret key.
+    // The text is not shown: it may be a secret key.
     PublicKey::from_base64(public)
-        .map_err(|error| Error::BadKey { reason: format!("it is no public key: {error}") })
+        .map_err(|error| Error::BadKey { reason: format!("not a public key: {error}") })
 }
 
 /// Bytes 2 to 10 of a key or signature blob are the key number, little-endian.
@@ -124,7 +125,7 @@ impl KeySet {
     /// Reads a key set file and checks each key.
     ///
     /// # Errors
-    /// When it is not a key set, has too many keys, or a key's id is not the key's.
+    /// When the file is not a key set, has too many keys, or lists a key under a wrong id.
     pub fn parse(json: &[u8]) -> Result<Self> {
         let set: Self = serde_json::from_slice(json).map_err(|error| Error::BadKey {
             reason: match error.classify() {
@@ -144,19 +145,22 @@ impl KeySet {
         Ok(set)
     }
 
-    /// Checks each key: well-formed, its id its own, no id twice.
+    /// Checks that each key is well-formed and has the id that it is listed under, and that no id occurs twice.
     ///
     /// # Errors
     /// Names the key that fails.
     pub fn check(&self) -> Result<()> {
         if self.keys.len() > MAX_KEYS {
             return Err(Error::BadKey {
-                reason: format!("the key set has {} keys, allowed are {MAX_KEYS}", self.keys.len()),
+                reason: format!(
+                    "the key set has {} keys, the maximum is {MAX_KEYS}",
+                    self.keys.len()
+                ),
             });
         }
         for (at, key) in self.keys.iter().enumerate() {
             let id = key_id(&key.public).map_err(|_| Error::BadKey {
-                reason: format!("what is listed as {} is no public key", key.id),
+                reason: format!("the entry {} is not a public key", key.id),
             })?;
             if id != key.id {
                 return Err(Error::BadKey {
@@ -170,10 +174,10 @@ impl KeySet {
         Ok(())
     }
 
-    /// The signature by a key of this set over something that is not a bundle.
+    /// Verifies a signature by a key of this set over something that is not a bundle.
     ///
     /// # Errors
-    /// When the file is malformed, the key does not count, or the signature does not verify.
+    /// When the file is malformed, the key is not valid for it, or the signature does not verify.
     pub fn verify(
         &self,
         purpose: Purpose,
@@ -185,8 +189,8 @@ impl KeySet {
             .map_err(|reason| Error::NotTrusted { reason })
     }
 
-    /// Checks one signature file over `signed`. `Ok(Err(reason))`: it is by a key that does not
-    /// count (unknown or revoked), or for another purpose. `Err`: it is malformed, or forged in a trusted key's name.
+    /// Checks one signature file over `signed`. `Ok(Err(reason))`: the key is unknown or revoked, or the signature is
+    /// for another purpose. `Err`: the file is malformed, or forged in a trusted key's name.
     pub(crate) fn check_signature(
         &self,
         purpose: Purpose,
@@ -218,26 +222,26 @@ impl KeySet {
     }
 }
 
-/// Exactly four lines, the prescribed untrusted comment, canonical base64: so that no bit of the
-/// file can change without the file being refused.
+/// Accepts exactly four lines, the prescribed untrusted comment and canonical base64, so that the file
+/// is refused when any bit of it has changed.
 fn canonical<'a>(member: &str, file: &'a [u8]) -> Result<&'a str> {
     let bad = |reason: &str| Error::BadSignatureFile { reason: format!("{member}: {reason}") };
-    let text = std::str::from_utf8(file).map_err(|_| bad("it is not UTF-8"))?;
+    let text = std::str::from_utf8(file).map_err(|_| bad("not UTF-8"))?;
     let lines: Vec<&str> = text.split('\n').collect();
     let [comment, first, trusted, second, ""] = lines.as_slice() else {
-        return Err(bad("it does not have exactly four lines"));
+        return Err(bad("expected exactly four lines"));
     };
     if *comment != UNTRUSTED_COMMENT {
-        return Err(bad(&format!("its first line is not `{UNTRUSTED_COMMENT}`")));
+        return Err(bad(&format!("the first line is not `{UNTRUSTED_COMMENT}`")));
     }
     if trusted.contains('\r') || !trusted.starts_with("trusted comment: ") {
-        return Err(bad("its third line is not a trusted comment"));
+        return Err(bad("the third line is not a trusted comment"));
     }
     // 74 bytes: algorithm, key number, signature; 64: the signature over signature and comment.
     let ok =
         |line: &str, length: usize| decode_base64(line).is_some_and(|bytes| bytes.len() == length);
     if !ok(first, 74) || !ok(second, 64) {
-        return Err(bad("a signature is not canonical base64 of the right length"));
+        return Err(bad("the signature is not canonical base64 of the right length"));
     }
     Ok(text)
 }
@@ -275,7 +279,7 @@ pub fn signature_file(
     format!("{UNTRUSTED_COMMENT}\n{first}\ntrusted comment: {comment}\n{second}\n")
 }
 
-/// The bytes of a strict base64: standard alphabet, padded, unused bits zero; `None` where it is none.
+/// Decodes strict base64: standard alphabet, padded, unused bits zero. `None` for any other text.
 pub fn decode_base64(text: &str) -> Option<Vec<u8>> {
     let bytes = text.as_bytes();
     let body = text.trim_end_matches('=').len();
@@ -313,7 +317,7 @@ mod tests {
     fn base64_has_one_spelling() {
         assert_eq!(decode_base64("QQ==").as_deref(), Some(&b"A"[..]));
         assert_eq!(decode_base64("QUE=").as_deref(), Some(&b"AA"[..]));
-        // Bits that no byte has, too little and too much at the end, something within.
+        // Unused bits that are set, too little or too much padding, a character outside of the alphabet.
         for other in ["QR==", "QUF=", "QQ=", "QQ", "Q===", "QQ==QQ==", "Q Q="] {
             assert_eq!(decode_base64(other), None, "{other}");
         }

@@ -1,5 +1,5 @@
-//! Every bound of the format, in one place. The reader checks each before it allocates; the
-//! writer keeps to them. `docs/reference/bundle-format.md` repeats them for other implementers.
+//! Every bound of the format, in one place. The reader checks each bound before it allocates, and the
+//! writer obeys them. `docs/reference/bundle-format.md` repeats them for other implementers.
 
 /// Format version that this crate writes and reads.
 pub const FORMAT: u32 = 1;
@@ -25,16 +25,16 @@ pub const MAX_PAYLOADS: usize = 128;
 /// Most bytes of `component.json`: some 300 for each wheel, and room for many console scripts.
 pub const MAX_LOCK: u64 = 256 * 1024;
 
-/// Most bytes of one wheel's installed tree, as a tar; the largest wheels in use stay below 1 GiB.
+/// Most bytes of one wheel's installed tree, as a tar archive; the largest wheels in use are below 1 GiB.
 pub const MAX_TREE: u64 = 2 * 1024 * 1024 * 1024;
 
 /// Most files of one wheel's installed tree.
 pub const MAX_TREE_FILES: u64 = 64 * 1024;
 
-/// Most parts of a path in a wheel's tree: `site/foo/a.py` has three. Deeper ones are no package's.
+/// Most parts of a path in a wheel's tree: `site/foo/a.py` has three. No package has deeper ones.
 pub const MAX_TREE_DEPTH: usize = 32;
 
-/// Most bytes of a path in a wheel's tree: with the place on a robot it stays far below Linux's 4096.
+/// Most bytes of a path in a wheel's tree. With its prefix on a robot, a path stays far below Linux's 4096.
 pub const MAX_TREE_PATH: usize = 512;
 
 /// Most entries of each list of names in the manifest (boards, required features).
@@ -43,14 +43,14 @@ pub const MAX_NAMES: usize = 64;
 /// Most characters of a name (product, board, component, role, feature) and of a version.
 pub const MAX_NAME: usize = 32;
 
-/// Most bytes of one block index: it is held in memory while its payload is read, and a device
-/// has 32 MiB in all. 8 MiB index some 2.6 GiB of blocks that are not zero.
+/// Most bytes of one block index. The index is held in memory while its payload is read, and a device
+/// may use 32 MiB in total. 8 MiB are enough for about 2.6 GiB of blocks that are not zero.
 pub const MAX_INDEX: u64 = 8 * 1024 * 1024;
 
 /// Most bytes of a payload, zero blocks included.
 pub const MAX_PAYLOAD: u64 = 64 * 1024 * 1024 * 1024;
 
-/// Most bytes of a payload's stored frames: what a tar header's eleven octal digits can say.
+/// Most bytes of a payload's stored frames: the largest number of eleven octal digits in a tar header.
 pub const MAX_DATA: u64 = 0o77_777_777_777;
 
 /// Stored frames are hashed in pieces of this many bytes (the last is shorter): a device holds one
@@ -69,5 +69,5 @@ pub const MAX_WINDOW_LOG: u32 = 24;
 /// Most frames of one payload.
 pub const MAX_FRAMES: u32 = 16 * 1024;
 
-/// Bytes of each block's SHA-256 that the index keeps. The reasons are in `index`.
+/// Bytes of each block's SHA-256 that the index keeps. The module `index` says why.
 pub const BLOCK_HASH: usize = 12;

@@ -1,5 +1,5 @@
 //! `manifest.json`: what is signed. Reading checks every rule of the format, so that a `Manifest`
-//! in hand has bounded lengths, safe names and a consistent list of payloads.
+//! value has bounded lengths, safe names and a consistent list of payloads.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -19,7 +19,7 @@ pub const FEATURES: &[&str] = &[];
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// Made with a key that anybody on the team has; no robot in the field accepts it.
+    /// Signed with a key that everyone on the team has; no robot in the field accepts it.
     Development,
     /// Made to ship.
     Release,
@@ -34,7 +34,7 @@ impl fmt::Display for Kind {
     }
 }
 
-/// A semantic version: three numbers, perhaps a pre-release part (`1.2.0-rc.1`). No build part.
+/// A semantic version: three numbers and optionally a pre-release part (`1.2.0-rc.1`). No build part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Version {
     text: String,
@@ -141,8 +141,8 @@ impl<'de> Deserialize<'de> for Version {
     }
 }
 
-/// The signed manifest. Fields that this reader does not know are skipped: whoever adds one that
-/// must not be skipped names it in `required`.
+/// The signed manifest. Unknown fields are skipped: a new field that must not be skipped is named in
+/// `required`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Manifest {
@@ -159,12 +159,12 @@ pub struct Manifest {
     pub kind: Kind,
     /// The boards that this bundle runs on.
     pub boards: Vec<String>,
-    /// Once a device has committed this bundle, it refuses any of a lower version.
+    /// Once a device has committed this bundle, it refuses every bundle with a version below this one.
     pub minimum_version: Version,
-    /// Only signatures by keys of this epoch or a later one count. Once a device has committed
-    /// this bundle, it asks the same of every later one.
+    /// Only signatures by keys of this epoch or a later one are accepted. Once a device has committed
+    /// this bundle, the same applies to every later bundle.
     pub key_epoch: u32,
-    /// The sources' time in seconds since 1970; nothing is ever decided by it.
+    /// The sources' time in seconds since 1970. No decision ever depends on it.
     pub epoch: u64,
     /// What is in the bundle, in the order of the archive.
     pub components: Vec<Component>,
@@ -204,7 +204,7 @@ pub struct Payload {
 pub struct IndexRecord {
     /// Its length in bytes.
     pub size: u64,
-    /// Its SHA-256, lower-case hexadecimal. It covers everything: the index has the frames' hashes.
+    /// Its SHA-256, lower-case hexadecimal. This covers the frames too, because the index has their hashes.
     pub sha256: String,
 }
 
@@ -220,9 +220,9 @@ impl Manifest {
     /// Reads a manifest and checks every rule.
     ///
     /// # Errors
-    /// Says which rule is broken, and names a format version or a feature that is not known.
+    /// Names the broken rule, or the unknown format version or feature.
     pub fn parse(json: &[u8]) -> Result<Self> {
-        /// Read first, and alone, so that a later format is refused by its number.
+        /// Read first and separately, so that a later format is refused by its number.
         #[derive(Deserialize)]
         struct Head {
             format: u64,
@@ -249,10 +249,10 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The manifest as it stands in the archive: indented JSON with a final newline.
+    /// The manifest as the archive has it: indented JSON with a final newline.
     ///
     /// # Errors
-    /// When a rule is broken, or it is longer than [`MAX_MANIFEST`].
+    /// When a rule is broken, or the manifest is longer than [`MAX_MANIFEST`].
     pub fn to_json(&self) -> Result<Vec<u8>> {
         self.check()?;
         let mut json = serde_json::to_vec_pretty(self)
@@ -311,7 +311,7 @@ impl Payload {
         if self.block_size != BLOCK_SIZE as u64 {
             return Err(Error::BadManifest {
                 reason: format!(
-                    "{} has `block-size` {}, not {BLOCK_SIZE}",
+                    "{} has `block-size` {}, expected {BLOCK_SIZE}",
                     what(""),
                     self.block_size
                 ),
@@ -353,7 +353,7 @@ fn name(what: &str, value: &str) -> Result<()> {
     }
     Err(Error::BadManifest {
         reason: format!(
-            "`{}` is not a name for `{what}`: lower-case letters, digits, `.`, `_`, `-`, at most {MAX_NAME}",
+            "invalid name `{}` in `{what}`: expected at most {MAX_NAME} lower-case letters, digits, `.`, `_` or `-`",
             value.escape_debug()
         ),
     })

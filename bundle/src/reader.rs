@@ -1,5 +1,5 @@
-//! Reads a bundle from any stream, in constant memory, and hands on nothing that is not verified:
-//! signature, compatibility, index, stored frame, block, in this order.
+//! Reads a bundle from any stream, in constant memory. It passes on only verified data, and verifies
+//! in this order: signature, compatibility, index, stored frame, block.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -23,10 +23,10 @@ pub const SIGNATURE: &str = "manifest.json.minisig";
 
 /// A stream that a bundle is read from.
 pub trait Input: Read {
-    /// Passes over `n` bytes. A seekable input need not notice that they are missing.
+    /// Skips `n` bytes. A seekable input may not notice that they are missing.
     ///
     /// # Errors
-    /// When the stream ends before, or reading fails.
+    /// When the stream ends too early, or reading fails.
     fn skip(&mut self, n: u64) -> io::Result<()>;
 }
 
@@ -47,7 +47,7 @@ impl<R: Read> Input for Stream<R> {
     }
 }
 
-/// An input that can seek: frames that nobody wants are not even read.
+/// An input that can seek: skipped frames are not read.
 #[derive(Debug)]
 pub struct Seekable<R>(pub R);
 
@@ -64,7 +64,7 @@ impl<R: Read + Seek> Input for Seekable<R> {
     }
 }
 
-/// What a device asks of a bundle beyond its signature. `None` asks nothing.
+/// What a device requires of a bundle beyond its signature. `None` requires nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Policy<'a> {
     /// The device's product.
@@ -84,7 +84,7 @@ pub struct Reader<I> {
     manifest: Manifest,
     manifest_sha256: String,
     signed_by: Vec<SignedBy>,
-    /// The header that follows the last signature: only reading it shows that they end.
+    /// The header after the last signature. It must be read to know that no further signature follows.
     pending: Option<Option<Member>>,
     /// Components and payloads that are still to come, as indices into the manifest.
     coming: VecDeque<(usize, usize)>,
@@ -169,15 +169,15 @@ impl<I: Input> Reader<I> {
         &self.manifest_sha256
     }
 
-    /// The signatures that count.
+    /// The accepted signatures.
     pub fn signed_by(&self) -> &[SignedBy] {
         &self.signed_by
     }
 
-    /// Compares the manifest with what the device is and has seen.
+    /// Compares the manifest with the device and with the bundles that it has committed.
     ///
     /// # Errors
-    /// Names the first thing that does not fit.
+    /// Names the first mismatch.
     pub fn check(&self, policy: &Policy<'_>) -> Result<()> {
         let manifest = &self.manifest;
         if let Some(product) = policy.product.filter(|p| *p != manifest.product) {
@@ -201,7 +201,7 @@ impl<I: Input> Reader<I> {
         if !self.signed_by.iter().any(|by| by.epoch >= policy.key_epoch) {
             return Err(Error::NotTrusted {
                 reason: format!(
-                    "this device asks for a key of epoch {} or later",
+                    "this device requires a key of epoch {} or later",
                     policy.key_epoch
                 ),
             });
@@ -209,16 +209,16 @@ impl<I: Input> Reader<I> {
         Ok(())
     }
 
-    /// Reads the index of the next payload; `None` after the last, when the archive's end has been
+    /// Reads the index of the next payload. `None` after the last payload; the archive's end has then been
     /// checked too.
     ///
     /// # Errors
-    /// When frames of the payload before were neither read nor skipped, the archive is malformed,
-    /// or the index is not the one that the manifest names.
+    /// When frames of the previous payload were neither read nor skipped, the archive is malformed,
+    /// or the index does not match its hash in the manifest.
     pub fn next_payload(&mut self) -> Result<Option<PayloadReader<'_, I>>> {
         if self.unread {
             return Err(Error::Misuse {
-                reason: "the payload before has frames that were neither read nor skipped"
+                reason: "the previous payload has frames that were neither read nor skipped"
                     .to_owned(),
             });
         }
@@ -247,7 +247,7 @@ impl<I: Input> Reader<I> {
         Ok(Some(PayloadReader { reader: self, component: name, payload, index, next: 0 }))
     }
 
-    /// Reads and verifies everything that is left, and shows `progress` the payload bytes verified.
+    /// Reads and verifies everything that is left. `progress` gets the number of payload bytes verified.
     ///
     /// # Errors
     /// The first thing that is wrong.
@@ -296,7 +296,7 @@ impl<I: Input> Reader<I> {
         if more != 0 || !index::is_zero(&rest) {
             return Err(Error::TrailingData { place: "at the archive's end".to_owned() });
         }
-        // A second call finds the end again, not a truncated header.
+        // So that a second call finds the end again, not a truncated header.
         self.pending = None;
         Ok(())
     }
@@ -333,7 +333,7 @@ impl<I: Input> PayloadReader<'_, I> {
         &self.index
     }
 
-    /// The verified index, to be kept while frames are read.
+    /// The verified index, for use while frames are read.
     pub fn shared_index(&self) -> Arc<Index> {
         self.index.clone()
     }
@@ -351,7 +351,7 @@ impl<I: Input> PayloadReader<'_, I> {
     /// When a hash or a length is wrong, or `sink` fails. What `sink` got before that was verified.
     pub fn read_frame(&mut self, sink: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
         let Some(frame) = self.next_frame() else {
-            return Err(Error::Misuse { reason: "there is no further frame".to_owned() });
+            return Err(Error::Misuse { reason: "there are no more frames".to_owned() });
         };
         let what = || format!("frame {} of {}/{}", frame.number, self.component, self.payload.role);
         let reader = &mut *self.reader;
@@ -398,13 +398,13 @@ impl<I: Input> PayloadReader<'_, I> {
         self.advance()
     }
 
-    /// Passes over the next frame, because every block of it is there already.
+    /// Skips the next frame, because the device already has every block of it.
     ///
     /// # Errors
     /// When the stream ends.
     pub fn skip_frame(&mut self) -> Result<()> {
         let Some(frame) = self.next_frame() else {
-            return Err(Error::Misuse { reason: "there is no further frame".to_owned() });
+            return Err(Error::Misuse { reason: "there are no more frames".to_owned() });
         };
         self.reader
             .input
@@ -413,7 +413,7 @@ impl<I: Input> PayloadReader<'_, I> {
         self.advance()
     }
 
-    /// Counts a frame; after the last, the padding is checked and the reader is free to go on.
+    /// Counts a frame. After the last one, checks the padding and lets the reader continue.
     fn advance(&mut self) -> Result<()> {
         self.next += 1;
         if self.next == self.index.frames().len() {
@@ -424,8 +424,8 @@ impl<I: Input> PayloadReader<'_, I> {
     }
 }
 
-/// Reads the manifest of a bundle **without verifying anything**, for showing it to a person who
-/// has no key for it. Never install by what it says.
+/// Reads the manifest of a bundle **without verifying anything**, to show it to a user who has no key
+/// for it. Never install on the strength of its content.
 ///
 /// # Errors
 /// When the archive's beginning or the manifest is malformed.
@@ -433,7 +433,7 @@ pub fn unverified_manifest(input: &mut impl Read) -> Result<Manifest> {
     Manifest::parse(&read_member(input, MANIFEST, MAX_MANIFEST)?)
 }
 
-/// Every signature that is good and by a key of the set, or why none is.
+/// Every valid signature by a key of the set, or why there is none.
 fn signatures(keys: &KeySet, files: &[(String, Vec<u8>)], json: &[u8]) -> Result<Vec<SignedBy>> {
     let mut good: Vec<SignedBy> = Vec::new();
     let mut reasons = Vec::new();
@@ -454,14 +454,14 @@ fn signatures(keys: &KeySet, files: &[(String, Vec<u8>)], json: &[u8]) -> Result
     Ok(good)
 }
 
-/// Those signatures that count for this manifest's kind and key epoch.
+/// The signatures that are accepted for this manifest's kind and key epoch.
 fn trusted(signatures: Vec<SignedBy>, manifest: &Manifest) -> Result<Vec<SignedBy>> {
     let mut reasons = Vec::new();
     let mut good = Vec::new();
     for by in signatures {
         if by.epoch < manifest.key_epoch {
             reasons.push(format!(
-                "the key {} is of epoch {}, the bundle asks for {} or later",
+                "the key {} has epoch {}, but the bundle requires {} or later",
                 by.id, by.epoch, manifest.key_epoch
             ));
         } else if manifest.kind == Kind::Release && by.kind == Kind::Development {

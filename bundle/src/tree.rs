@@ -1,5 +1,5 @@
-//! The rules of a wheel's tree, as the component `api` of a bundle carries it: what paths there may be, and
-//! that the tar is what its lock says. The builder keeps to them, `verify` checks them, robots refuse the rest.
+//! The rules for a wheel's tree in the component `api` of a bundle: which paths are allowed, and that the tar
+//! archive matches its lock. The builder obeys them, `verify` checks them, and robots refuse everything else.
 
 use std::collections::BTreeSet;
 
@@ -10,9 +10,9 @@ use crate::limits::{MAX_TREE_DEPTH, MAX_TREE_PATH};
 /// What an entry of the tar is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// A folder.
+    /// A directory.
     Folder,
-    /// A plain file with so many bytes.
+    /// A regular file with this many bytes.
     File(u64),
     /// Anything else: a link, a device, an extension header.
     Other,
@@ -22,7 +22,7 @@ pub enum Kind {
 #[derive(Debug)]
 pub struct Rules<'w> {
     wheel: &'w Wheel,
-    /// Paths in lower case: two names that differ in case only are one on some file systems.
+    /// Paths in lower case: on some file systems, two names that differ only in case are the same.
     known: BTreeSet<String>,
     files: u64,
     bytes: u64,
@@ -37,25 +37,25 @@ impl<'w> Rules<'w> {
     /// The next entry, with its path as the tar has it.
     ///
     /// # Errors
-    /// `bad-tree`: no robot takes it.
+    /// `bad-tree`: no robot accepts this entry.
     pub fn entry(&mut self, path: &str, kind: Kind) -> Result<()> {
         let path = path.strip_suffix('/').filter(|_| kind == Kind::Folder).unwrap_or(path);
         let shown = path.escape_debug();
         if let Some(why) = wrong_path(path) {
-            return Err(self.bad(format!("`{shown}` is no path that may be written: {why}")));
+            return Err(self.bad(format!("invalid path `{shown}`: {why}")));
         }
         if !self.known.insert(path.to_lowercase()) {
-            return Err(
-                self.bad(format!("`{shown}` comes twice, once perhaps with other capital letters"))
-            );
+            return Err(self.bad(format!(
+                "`{shown}` occurs twice (upper and lower case are not distinguished)"
+            )));
         }
         match kind {
             Kind::Folder => Ok(()),
-            Kind::Other => Err(self.bad(format!("`{shown}` is neither a file nor a folder"))),
+            Kind::Other => Err(self.bad(format!("`{shown}` is neither a file nor a directory"))),
             Kind::File(size) => {
                 (self.files, self.bytes) = (self.files + 1, self.bytes.saturating_add(size));
                 match self.files > self.wheel.files || self.bytes > self.wheel.bytes {
-                    true => Err(self.bad("it has more than its lock says".to_owned())),
+                    true => Err(self.bad("more files or bytes than the lock lists".to_owned())),
                     false => Ok(()),
                 }
             }
@@ -65,14 +65,14 @@ impl<'w> Rules<'w> {
     /// After the last entry, with the SHA-256 of the whole tar in lower-case hexadecimal.
     ///
     /// # Errors
-    /// `wrong-hash`: it is another tree. `bad-tree`: an entry is missing.
+    /// `wrong-hash`: the tree differs from the locked one. `bad-tree`: an entry is missing.
     pub fn end(self, sha256: &str) -> Result<()> {
         if sha256 != self.wheel.tree {
             return Err(Error::WrongHash { what: format!("the tree of {}", self.wheel.name) });
         }
         match (self.files, self.bytes) == (self.wheel.files, self.wheel.bytes) {
             true => Ok(()),
-            false => Err(self.bad("it has less than its lock says".to_owned())),
+            false => Err(self.bad("fewer files or bytes than the lock lists".to_owned())),
         }
     }
 
@@ -82,22 +82,28 @@ impl<'w> Rules<'w> {
     }
 }
 
-/// Why no file or folder of a tree may have this path (relative, with `/`); `None` where it may.
+/// Why a file or directory of a tree may not have this path (relative, with `/`); `None` where it may.
 pub fn wrong_path(path: &str) -> Option<String> {
     let parts: Vec<&str> = path.split('/').collect();
     if path.len() > MAX_TREE_PATH {
-        return Some(format!("it has {} bytes, at most {MAX_TREE_PATH}", path.len()));
+        return Some(format!(
+            "the path has {} bytes, at most {MAX_TREE_PATH} are allowed",
+            path.len()
+        ));
     }
     if parts.len() > MAX_TREE_DEPTH {
-        return Some(format!("it has {} parts, at most {MAX_TREE_DEPTH}", parts.len()));
+        return Some(format!(
+            "the path has {} parts, at most {MAX_TREE_DEPTH} are allowed",
+            parts.len()
+        ));
     }
     if path.contains('\0') || parts.iter().any(|part| matches!(*part, "" | "." | "..")) {
-        return Some("it is not made of plain names".to_owned());
+        return Some("a part is empty, `.` or `..`, or has a NUL character".to_owned());
     }
     match parts.first() {
-        // The robot's own files lie there.
+        // The robot keeps its own files there.
         Some(first) if first.starts_with('.') || *first == LOCK_ROLE => {
-            Some(format!("it begins with `{}`", first.escape_debug()))
+            Some(format!("the path begins with `{}`", first.escape_debug()))
         }
         _ => None,
     }
@@ -144,20 +150,20 @@ mod tests {
     fn each_rule_has_its_refusal() {
         let (deep, long) = ("d/".repeat(MAX_TREE_DEPTH) + "f", "f".repeat(MAX_TREE_PATH + 1));
         let cases: [(&[(&str, Kind)], &str); 14] = [
-            (&[(deep.as_str(), Kind::File(1))], "33 parts, at most 32"),
-            (&[(long.as_str(), Kind::File(1))], "513 bytes, at most 512"),
-            (&[("site/A.txt", Kind::File(1)), ("site/a.txt", Kind::File(1))], "comes twice"),
-            (&[("site", Kind::Folder), ("Site/", Kind::Folder)], "comes twice"),
-            (&[("../x", Kind::File(1))], "plain names"),
-            (&[("/x", Kind::File(1))], "plain names"),
-            (&[("site//x", Kind::File(1))], "plain names"),
-            (&[("site/./x", Kind::File(1))], "plain names"),
-            (&[("site/x/", Kind::File(1))], "plain names"),
+            (&[(deep.as_str(), Kind::File(1))], "33 parts, at most 32 are allowed"),
+            (&[(long.as_str(), Kind::File(1))], "513 bytes, at most 512 are allowed"),
+            (&[("site/A.txt", Kind::File(1)), ("site/a.txt", Kind::File(1))], "occurs twice"),
+            (&[("site", Kind::Folder), ("Site/", Kind::Folder)], "occurs twice"),
+            (&[("../x", Kind::File(1))], "a part is empty"),
+            (&[("/x", Kind::File(1))], "a part is empty"),
+            (&[("site//x", Kind::File(1))], "a part is empty"),
+            (&[("site/./x", Kind::File(1))], "a part is empty"),
+            (&[("site/x/", Kind::File(1))], "a part is empty"),
             (&[(".sum", Kind::File(1))], "begins with `.sum`"),
             (&[("component.json", Kind::File(1))], "begins with `component.json`"),
-            (&[("site/x", Kind::Other)], "neither a file nor a folder"),
-            (&[("site/x", Kind::File(8))], "more than its lock says"),
-            (&[("site/x", Kind::File(7))], "less than its lock says"),
+            (&[("site/x", Kind::Other)], "neither a file nor a directory"),
+            (&[("site/x", Kind::File(8))], "more files or bytes than the lock lists"),
+            (&[("site/x", Kind::File(7))], "fewer files or bytes than the lock lists"),
         ];
         for (entries, expected) in cases {
             let error = walk(entries, &"1".repeat(64)).unwrap_err();

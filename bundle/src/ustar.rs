@@ -1,12 +1,12 @@
-//! The 512-byte tar headers. The format fixes every byte of a header but name and size, so reading
-//! one means making it again and comparing: no octal variants, no extensions, no second meaning.
+//! The 512-byte tar headers. The format fixes every byte of a header except name and size. So a header
+//! is read by writing the expected one and comparing: no octal variants, no extensions, no ambiguity.
 
 use crate::error::{Error, Result};
 
 /// Bytes of a header, and the unit that members are padded to.
 pub const RECORD: usize = 512;
 
-/// Bytes of zeros that end the archive: two records, as POSIX asks.
+/// Bytes of zeros that end the archive: two records, as POSIX requires.
 pub const TRAILER: usize = 2 * RECORD;
 
 /// The header of a plain file of `size` bytes, exactly as the writer writes it.
@@ -14,7 +14,7 @@ pub const TRAILER: usize = 2 * RECORD;
 /// Mode 0644, owner and group 0 without names, modification time 0.
 ///
 /// # Errors
-/// When the name or the size does not fit.
+/// When the name or the size does not fit into the header.
 pub fn header(name: &str, size: u64) -> Result<[u8; RECORD]> {
     if size > crate::MAX_DATA {
         return Err(Error::BadLength {
@@ -61,7 +61,7 @@ pub struct Member {
 /// Reads a header; `None` for a record of zeros, which ends the archive.
 ///
 /// # Errors
-/// When the header is not, byte for byte, one that [`header`] makes.
+/// When the header differs in any byte from the one that [`header`] makes.
 pub fn parse(bytes: &[u8; RECORD]) -> Result<Option<Member>> {
     if bytes.iter().all(|b| *b == 0) {
         return Ok(None);
@@ -88,7 +88,7 @@ pub fn parse(bytes: &[u8; RECORD]) -> Result<Option<Member>> {
     match canonical.iter().zip(bytes).position(|(a, b)| a != b) {
         None => Ok(Some(Member { name, size })),
         Some(at) => Err(Error::BadHeader {
-            reason: format!("byte {at} of the header of `{shown}` is not the prescribed one"),
+            reason: format!("byte {at} of the header of `{shown}` differs from the prescribed one"),
         }),
     }
 }

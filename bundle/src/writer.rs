@@ -1,5 +1,5 @@
-//! Makes bundles: frames and index on all cores, then the archive. The bytes depend on the payload
-//! and the level alone, never on the number of cores or on their timing.
+//! Writes bundles: frames and index on all cores, then the archive. The bytes depend only on the
+//! payload and the level, never on the number of cores or on timing.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -24,14 +24,14 @@ pub trait Source: Sync {
     /// Fills `buffer` from `offset`.
     ///
     /// # Errors
-    /// When there is less, or reading fails.
+    /// When the payload ends before, or reading fails.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
 
-    /// The next range at or after `offset` that may hold anything but zeros; `None` when there is
-    /// none. A source that knows no holes has one range.
+    /// The next range at or after `offset` that may hold anything except zeros; `None` when there is
+    /// none. A source that cannot find holes returns one range.
     ///
     /// # Errors
-    /// When asking fails.
+    /// When the holes cannot be determined.
     fn data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
         Ok((offset < self.size()).then(|| offset..self.size()))
     }
@@ -50,7 +50,7 @@ impl Source for [u8] {
     }
 }
 
-/// What compressing a payload yields beside its frames.
+/// The result of compressing a payload, besides its frames.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Compressed {
     /// The payload's size in bytes.
@@ -90,7 +90,7 @@ struct Unit {
 struct Ring {
     /// The unit that the next idle worker takes.
     next: u64,
-    /// The unit that is written next; no worker runs further ahead of it than the ring is long.
+    /// The unit that is written next; no worker runs ahead of it by more than the ring's length.
     written: u64,
     done: BTreeMap<u64, Result<Unit>>,
     /// Buffers to use again.
@@ -122,7 +122,7 @@ pub fn compress(
     }
     let unit = level.unit() as u64;
     let count = size.div_ceil(unit).max(1);
-    // More threads than units would only hold memory.
+    // More threads than units would only use memory.
     let workers = u64::try_from(workers).unwrap_or(1).clamp(1, count);
     let ring = Mutex::new(Ring {
         next: 0,
@@ -137,14 +137,14 @@ pub fn compress(
             scope.spawn(|| work(source, level, count, workers, &ring, &changed));
         }
         let result = collect(size, unit, count, &ring, &changed, out, progress);
-        // Whether it went well or not: nobody waits for anything after this.
+        // On success and on failure: no worker may wait after this.
         lock(&ring).stop = true;
         changed.notify_all();
         result
     })
 }
 
-/// A thread that panicked while it held the lock has left nothing half-done in it.
+/// A poisoned lock is safe to use: no thread leaves the ring half-changed while it holds the lock.
 fn lock(ring: &Mutex<Ring>) -> MutexGuard<'_, Ring> {
     ring.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
@@ -327,7 +327,7 @@ impl Worker {
 
 fn split(bytes: &mut [u8], at: usize) -> Result<(&mut [u8], &mut [u8])> {
     bytes.split_at_mut_checked(at).ok_or_else(|| Error::Misuse {
-        reason: "a source's data range reaches beyond the payload".to_owned(),
+        reason: "a source's data range ends after the payload".to_owned(),
     })
 }
 
@@ -386,7 +386,10 @@ pub fn write_archive(
         };
         if index::hex(&index::sha256(index)) != payload.index.sha256 {
             return Err(Error::Misuse {
-                reason: format!("{component}/{} has another index", payload.role),
+                reason: format!(
+                    "the index of {component}/{} does not match its hash in the manifest",
+                    payload.role
+                ),
             });
         }
         write_member(out, &format!("{component}/{}.index", payload.role), index)?;
@@ -396,14 +399,16 @@ pub fn write_archive(
         write_zeros(out, ustar::padding(payload.data.size))?;
     }
     if given.next().is_some() {
-        return Err(Error::Misuse { reason: "there is data that no payload describes".to_owned() });
+        return Err(Error::Misuse {
+            reason: "there is more data than the payloads describe".to_owned(),
+        });
     }
     write_zeros(out, ustar::TRAILER)
 }
 
 /// Copies exactly `size` bytes.
 fn copy(data: &mut dyn Read, out: &mut dyn Write, size: u64, name: &str) -> Result<()> {
-    // Small enough that a copy of it (for hashing) comes from the heap and not from fresh pages.
+    // Small enough that a copy (for hashing) is allocated from the heap, not from new pages.
     let mut buffer = vec![0_u8; 1 << 16];
     let mut left = size;
     while left > 0 {

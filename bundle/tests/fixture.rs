@@ -1,5 +1,5 @@
-//! The first bundle of format 1 is readable for ever. Its files are never made again: a change that
-//! breaks this test breaks every bundle in the field. They came from `parts(&[&mixed(20_000)], 1)`, signed with
+//! The first bundle of format 1 must stay readable for ever. Its files are never generated again: a change that
+//! breaks this test breaks every bundle in the field. They were generated from `parts(&[&mixed(20_000)], 1)`, signed with
 //! `TestKey::new(1)`, and from `keys()`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 

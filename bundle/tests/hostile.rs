@@ -1,5 +1,5 @@
-//! Hostile input: each rule has a bundle that breaks it, and is refused by its code, in bounded
-//! memory. The archives are built by hand, so that our own writer cannot refuse to make them.
+//! Hostile input: for each rule there is a bundle that breaks it and is refused with its code, in bounded
+//! memory. The archives are built by hand, because the crate's writer would refuse to build them.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -256,7 +256,7 @@ fn absurd_lengths_are_refused_before_anything_is_allocated() {
         });
         assert_eq!(code(&bytes), "bad-length", "{name}");
     }
-    // A manifest that itself claims a gigantic index, then an index, payload or data.
+    // A manifest that claims a gigantic index, payload or data.
     let bytes = with_manifest(&manifest("\"size\": 9000", "\"size\": 99999999999999"));
     assert_eq!(code(&bytes), "bad-length");
     let mut json: serde_json::Value = serde_json::from_str(&manifest("{", "{")).unwrap();
@@ -289,7 +289,7 @@ fn a_broken_index_is_refused_even_when_signed() {
         (FRAME_STORED, &0_u32.to_le_bytes()),
         (FRAME_STORED, &1_u32.to_le_bytes()),
         (FRAME_STORED, &u32::MAX.to_le_bytes()),
-        // The bitmap follows the one piece's hash: a bit less, and a bit beyond the payload.
+        // The bitmap follows the single piece's hash: one bit less, and one bit after the payload's end.
         (PIECE + 32, &[0b001]),
         (PIECE + 32, &[0b1101]),
     ] {
@@ -298,14 +298,14 @@ fn a_broken_index_is_refused_even_when_signed() {
     for at in [CONTENT, PIECE, PIECE + 33] {
         assert_eq!(code(&change(at, &[0, 0, 0, 0])), "wrong-hash", "{at}");
     }
-    // Each rule by itself: another one would refuse most of these a little later.
+    // Each rule separately: another rule would refuse most of these a little later.
     let longer = with_index(&mixed(9000), |index, _| index.push(0));
     for (bundle, reason) in [
         (longer, "its parts"),
         (change(FRAME_BLOCKS, &u32::MAX.to_le_bytes()), "frame 0 has 4294967295 blocks"),
         (change(FRAME_BLOCKS, &4_u32.to_le_bytes()), "frame 0 ends after the payload"),
         (change(FRAME_STORED, &u32::MAX.to_le_bytes()), "frame 0 is stored in 4294967295 bytes"),
-        (change(FRAME_STORED, &1_u32.to_le_bytes()), "its frames are 1 bytes"),
+        (change(FRAME_STORED, &1_u32.to_le_bytes()), "the frames have 1 bytes"),
     ] {
         let why = verify(&bundle, &keys()).unwrap_err().to_string();
         assert!(why.contains(reason), "{why}");
@@ -314,14 +314,14 @@ fn a_broken_index_is_refused_even_when_signed() {
 
 #[test]
 fn another_payload_under_a_good_manifest_is_refused() {
-    // Whole and consistent in itself: nothing but the manifest speaks against it.
+    // Complete and consistent: it contradicts only the manifest.
     assert_eq!(code(&with_the_payload_of_another(&noise(9000, 1), &noise(9000, 2))), "wrong-hash");
 }
 
 #[test]
 fn a_member_above_four_gibibytes_is_passed_over_to_its_end() {
-    // 70 frames of 65 MiB, each for one block of zeros: 4.4 GiB as stored, which nobody has to read. In a file
-    // with a hole, so that it costs nothing.
+    // 70 frames of 65 MiB, each for one block of zeros: 4.4 GiB as stored, which need not be read. In a sparse
+    // file, so that it occupies no space.
     const FRAMES: u32 = 70;
     let (stored, pieces) = (65_u32 << 20, FRAMES * 130);
     let size = u64::from(FRAMES) * 4096;
@@ -403,8 +403,8 @@ fn bombs_and_short_frames_are_refused() {
     assert_eq!(code(&with_frame(&zeros, &zstd(&noise(9000, 1)))), "wrong-hash");
 }
 
-/// Whoever has the key can make everything fit but the blocks' own hashes: robots that have a block already, and take it
-/// by its hash, would end up with another payload than those that read it from the bundle.
+/// An attacker with the key can make everything match except the blocks' own hashes: robots that already have a block,
+/// and find it by its hash, would get a different payload than robots that read it from the bundle.
 #[test]
 fn a_frame_whose_blocks_are_not_those_of_the_index_is_refused() {
     let (content, other) = (noise(9000, 1), noise(9000, 2));
@@ -440,15 +440,15 @@ fn manifests_are_refused_by_rule() {
     for (from, to, code, part) in [
         ("\"format\": 1", "\"format\": 2", "unknown-format", "format version 2"),
         ("\"required\": []", "\"required\": [\"delta\"]", "unknown-feature", "`delta`"),
-        ("\"robot-test\"", "\"Robot\"", "bad-manifest", "`Robot` is not a name for `product`"),
-        ("\"board-one\"", "\"../x\"", "bad-manifest", "`../x` is not a name for `boards`"),
+        ("\"robot-test\"", "\"Robot\"", "bad-manifest", "invalid name `Robot` in `product`"),
+        ("\"board-one\"", "\"../x\"", "bad-manifest", "invalid name `../x` in `boards`"),
         ("\"board-one\"", "\"board-two\"", "bad-manifest", "`boards` has `board-two` twice"),
         ("\"1.0.0\"", "\"1.2.4\"", "bad-manifest", "`minimum-version` 1.2.4 is above"),
         ("\"1.0.0\"", "\"1.0\"", "bad-manifest", "`1.0` is not a version"),
         ("\"1.0.0\"", "\"01.0.0\"", "bad-manifest", "`01.0.0` is not a version"),
         ("\"development\"", "\"test\"", "bad-manifest", "unknown variant `test`"),
-        ("\"p0\"", "\"a/b\"", "bad-manifest", "`a/b` is not a name for `role`"),
-        ("4096", "512", "bad-manifest", "`block-size` 512, not 4096"),
+        ("\"p0\"", "\"a/b\"", "bad-manifest", "invalid name `a/b` in `role`"),
+        ("4096", "512", "bad-manifest", "`block-size` 512, expected 4096"),
         ("\"sha256\": \"", "\"sha256\": \"0", "bad-manifest", "not 64 hexadecimal digits"),
         ("\"product\"", "\"produce\"", "bad-manifest", "missing field `product`"),
         ("\"epoch\": 1700000000", "\"epoch\": 1, \"epoch\": 2", "bad-manifest", "duplicate field"),
@@ -476,9 +476,9 @@ fn key_sets_are_refused_by_rule() {
     assert!(why(vec![key(1), key(1)]).unwrap_err().contains("listed twice"));
     let mut none = key(1);
     none.public = "a secret key".to_owned();
-    assert!(why(vec![none]).unwrap_err().contains("is no public key"));
+    assert!(why(vec![none]).unwrap_err().contains("is not a public key"));
     assert!(why((1..=64).map(key).collect()).is_ok());
-    assert!(why((1..=65).map(key).collect()).unwrap_err().contains("allowed are 64"));
+    assert!(why((1..=65).map(key).collect()).unwrap_err().contains("the maximum is 64"));
 }
 
 #[test]
@@ -499,7 +499,7 @@ fn signature_files_are_refused_by_rule() {
     assert_eq!(code_of(""), "bad-signature-file");
     let other = TestKey::new(1).sign(b"another manifest", "c").text;
     assert_eq!(code_of(&other), "bad-signature");
-    // Minisign's older form, which signs the text itself and not its hash: a signature is of one form only.
+    // Minisign's older format, which signs the text itself instead of its hash: only one format is accepted.
     let older = TestKey::new(1).sign_legacy(json.as_bytes(), "c");
     assert_eq!(code_of(&older), "bad-signature");
     // The same key twice, and further signatures out of order.
@@ -518,12 +518,12 @@ fn signature_files_are_refused_by_rule() {
             (second.0, second.1.as_bytes()),
         ])
     };
-    // Without a payload either is refused, but not for its order.
+    // Without a payload both are refused, but not for their order.
     let why = |archive: &[u8]| verify(archive, &keys()).expect_err("no payload").to_string();
     assert!(why(&archive((name_b, &b), (name_a, &a))).contains("a signature after"));
     assert!(!why(&archive((name_a, &a), (name_b, &b))).contains("a signature after"));
     assert_eq!(code(&archive((name_a, &a), (name_a, &a))), "duplicate-member");
-    // One more than a bundle may have.
+    // One signature more than a bundle may have.
     let further: Vec<(String, String)> = (2..10)
         .map(|seed| {
             (format!("manifest.json.{}.minisig", format!("{seed:02X}").repeat(8)), sign(seed))

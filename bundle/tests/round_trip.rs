@@ -1,4 +1,4 @@
-//! What is written is read back, by us and by foreign tools, and is the same every time.
+//! What is written can be read back, by this crate and by standard tools, and is the same every time.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -113,7 +113,7 @@ fn trust_follows_kind_epoch_and_revocation() {
         assert!(error.to_string().contains(part), "{error}");
     };
     refused(&release, &set(Kind::Development, 2), "may not sign a release");
-    refused(&release, &set(Kind::Release, 1), "is of epoch 1, the bundle asks for 2");
+    refused(&release, &set(Kind::Release, 1), "has epoch 1, but the bundle requires 2");
     refused(&development, &KeySet::default(), "is not in the key set");
     let mut revoked = set(Kind::Release, 3);
     revoked.keys[0].revoked = true;
@@ -141,7 +141,7 @@ fn the_policy_refuses_what_does_not_fit_the_device() {
     assert_eq!(check(&Policy { key_epoch: 2, ..good }), Err("not-trusted"));
 }
 
-/// Runs a foreign tool; that it is missing is a failure.
+/// Runs a standard tool; a missing tool is a failure.
 fn tool(program: &str, args: &[&str], dir: &Path) -> Vec<u8> {
     let output = Command::new(program).args(args).current_dir(dir).output();
     let output = output.unwrap_or_else(|error| panic!("running {program}: {error}"));

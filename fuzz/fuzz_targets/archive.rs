@@ -1,4 +1,4 @@
-//! A backup that comes back: zstd, tar, and what may be unpacked.
+//! A backup to restore: zstd, tar, and the rules for unpacking.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| slipway_fuzz::targets::backup(data));

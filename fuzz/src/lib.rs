@@ -1,3 +1,3 @@
-//! What the fuzz targets share with the test that replays their corpus.
+//! Code shared by the fuzz targets and the test that replays their corpus.
 
 pub mod targets;

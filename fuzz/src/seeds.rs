@@ -1,4 +1,4 @@
-//! Writes the corpus that each target begins with: `seeds FOLDER` makes a folder for each target in it.
+//! Writes the initial corpus of each target: `seeds FOLDER` creates a directory for each target in FOLDER.
 
 use std::path::PathBuf;
 

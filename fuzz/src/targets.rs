@@ -1,6 +1,6 @@
-//! What is fuzzed: everything that a robot reads without trusting who wrote it. Each target takes any
-//! bytes and fails by panicking, also where what was taken contradicts what the reader promises; each has
-//! seeds from real values. `slotd/tests/fuzzed.rs` replays seeds and corpus in every run of the tests.
+//! The fuzz targets: all untrusted input of a robot. Each target accepts any bytes and fails by panicking, also when
+//! the result contradicts the reader's guarantees. Each has seeds from real values. `slotd/tests/fuzzed.rs` replays
+//! seeds and corpus in every test run.
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, missing_docs)]
 
 #[path = "../../bundle/tests/common/mod.rs"]
@@ -19,7 +19,7 @@ use slotd::data::archive::{self, Room};
 use slotd::device::Description;
 use slotd::files::Disk;
 
-/// A target's name, the target, and what its corpus begins with.
+/// A target's name, the target, and its initial corpus.
 pub type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
 pub const ALL: [Target; 7] = [
@@ -32,7 +32,7 @@ pub const ALL: [Target; 7] = [
     ("seed", seed, seeds),
 ];
 
-/// A folder in memory where that is possible, kept for the whole process, and empty of files of before.
+/// A directory, in memory if possible, kept for the whole process, without files of earlier runs.
 fn folder() -> PathBuf {
     thread_local! {
         static FOLDER: tempfile::TempDir = {
@@ -64,7 +64,7 @@ pub fn boot_state(data: &[u8]) {
     let valid = copies.iter().filter_map(|copy| BootState::decode(copy).ok());
     let highest = valid.map(|state| state.sequence).max();
     assert_eq!(newest.map(|(_, state)| state.sequence), highest);
-    // Any text with the right checksum: what a fuzzer would not find.
+    // Any text with a correct checksum, which a fuzzer would not find.
     let mut sealed = [0; SECTOR];
     let text = &data[..data.len().min(SECTOR - 4)];
     sealed[4..4 + text.len()].copy_from_slice(text);
@@ -75,7 +75,7 @@ pub fn boot_state(data: &[u8]) {
     }
 }
 
-/// CRC-32 as zip has it, so that this crate needs no other for it.
+/// CRC-32 as in zip, to avoid another dependency of this crate.
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |sum: u32, byte| {
         (0..8).fold(sum ^ u32::from(*byte), |sum, _| {
@@ -95,20 +95,20 @@ fn boot_states() -> Vec<Vec<u8>> {
     ]
 }
 
-/// The first byte says how much of it is signed by a key that counts; without that a fuzzer would never
-/// come beyond the signature.
+/// The first byte says how much of the input is signed by a trusted key; without this a fuzzer would never
+/// get past the signature.
 pub fn bundle(data: &[u8]) {
     let Some((how, rest)) = data.split_first() else { return };
     match how % 4 {
         0 => read(rest),
-        // A manifest, signed; then whatever follows.
+        // A signed manifest; then any bytes.
         1 => {
             let (json, rest) = split(rest);
             let mut bytes = signed(json);
             bytes.extend_from_slice(rest);
             read(&bytes);
         }
-        // An index that the signed manifest vouches for, and stored frames.
+        // An index with its hash in the signed manifest, and stored frames.
         2 => {
             let (index, frames) = split(rest);
             vouched(index, frames);
@@ -117,7 +117,7 @@ pub fn bundle(data: &[u8]) {
     }
 }
 
-/// Stored frames with an index that fits them, in so many blocks as the first byte says. All are said to be
+/// Stored frames with a matching index; the first byte is the number of blocks. The index lists all blocks as
 /// zero, which run-length frames can satisfy.
 fn fitting(data: &[u8]) {
     let Some((blocks, data)) = data.split_first().filter(|(_, data)| !data.is_empty()) else {
@@ -136,13 +136,13 @@ fn fitting(data: &[u8]) {
     vouched(&index, data);
 }
 
-/// Reads a bundle whose signed manifest has the hash and the lengths of these.
+/// Reads a bundle whose signed manifest has the hash and the lengths of these parts.
 fn vouched(index: &[u8], frames: &[u8]) {
-    // Made once: the packer's threads are not what is tested here.
+    // Created once: the packer's threads are not tested here.
     static BASE: LazyLock<Manifest> = LazyLock::new(|| parts(&[b""], 1).manifest);
     let mut manifest = BASE.clone();
     let payload = &mut manifest.components[0].payloads[0];
-    // What the index says of its payload, so that more than their difference is looked at.
+    // Take the payload's size from the index, so that more than the comparison of the two is fuzzed.
     let size = index.get(8..16).and_then(|size| size.try_into().ok());
     payload.size = size.map_or(0, u64::from_le_bytes);
     payload.index.size = index.len() as u64;
@@ -166,7 +166,7 @@ fn split(data: &[u8]) -> (&[u8], &[u8]) {
     rest.split_at(usize::from(u16::from_le_bytes(*length)).min(rest.len()))
 }
 
-/// Reads all of a bundle as an install does, and holds the reader to what it promises.
+/// Reads a whole bundle as an install does, and checks the reader's guarantees.
 fn read(bytes: &[u8]) {
     let Ok(mut reader) = Reader::open(Stream(bytes), &keys()) else { return };
     let manifest = reader.manifest().clone();
@@ -189,7 +189,7 @@ fn read(bytes: &[u8]) {
     }
 }
 
-/// A member in the prescribed form, written without the crate's help.
+/// A member in the prescribed format, written without the crate.
 fn member(out: &mut Vec<u8>, name: &str, content: &[u8]) {
     let mut header = vec![0; 512];
     header[..name.len()].copy_from_slice(name.as_bytes());
@@ -206,7 +206,7 @@ fn member(out: &mut Vec<u8>, name: &str, content: &[u8]) {
     out.resize(out.len().next_multiple_of(512), 0);
 }
 
-/// The two members in front of all others.
+/// The two members before all others.
 fn signed(json: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     member(&mut out, bundle::reader::MANIFEST, json);
@@ -292,7 +292,7 @@ fn devices() -> Vec<Vec<u8>> {
 pub fn health(data: &[u8]) {
     let root = root_with("etc/slotd/health.d/10-it.toml", data);
     let checks = slotd::health::load(&root);
-    // The system's own start is always asked, and a file that is not understood is a check that fails.
+    // The check of the system's start always exists, and an invalid file is a check that fails.
     assert_eq!(checks.len(), 2);
     let timeout = checks[1].timeout.as_secs();
     assert!((1..=120).contains(&timeout), "{timeout} s");
@@ -314,7 +314,7 @@ fn checks() -> Vec<Vec<u8>> {
 
 pub fn seed(data: &[u8]) {
     let Ok(seed) = slotd::data::seed::Seed::parse(data) else { return };
-    // Nothing that it holds begins another line of what the robot is given.
+    // No value adds another line to the robot's configuration.
     let Some(file) = seed.wireless() else { return };
     assert_eq!(file.lines().count(), 5, "{file:?}");
     assert!(
@@ -332,7 +332,7 @@ fn seeds() -> Vec<Vec<u8>> {
     ]
 }
 
-/// The first byte says whether the rest is compressed already: a fuzzer makes no zstd frames.
+/// The first byte says whether the rest is already compressed: a fuzzer does not produce zstd frames.
 pub fn backup(data: &[u8]) {
     let Some((how, rest)) = data.split_first() else { return };
     let packed = if how % 2 == 0 { rest.to_vec() } else { zstd::encode_all(rest, 1).unwrap() };
@@ -347,11 +347,11 @@ pub fn backup(data: &[u8]) {
     fs::remove_dir_all(&into).unwrap();
 }
 
-/// Bytes that an archive may take.
+/// Maximum bytes of an unpacked archive.
 const ROOM: u64 = 1 << 20;
 
 fn sizes(folder: &Path) -> u64 {
-    // An archive's modes count, and not everybody who runs this is root.
+    // An archive's modes apply, and the user who runs this may not be root.
     fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).unwrap();
     let sizes = fs::read_dir(folder).unwrap().map(|entry| {
         let path = entry.unwrap().path();

@@ -392,7 +392,7 @@ impl Agent {
         Ok(Changed { slot, restart: Some(Restart::Trial) })
     }
 
-    /// The keys that count.
+    /// The accepted keys.
     ///
     /// # Errors
     /// `key-set`, `no-keys`.

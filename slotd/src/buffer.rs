@@ -1,14 +1,14 @@
-//! A buffer that direct access to a disk is content with: its first byte lies on a page boundary.
+//! A buffer for direct access to a disk: its first byte is on a page boundary.
 
 use std::ops::{Deref, DerefMut};
 
 use crate::storage::ALIGNMENT;
 
-/// Bytes of one large transfer: an SD card's allocation unit is a multiple of it, and a few of them
-/// do not hurt a small machine.
+/// Bytes of one large transfer: an SD card's allocation unit is a multiple of it, and a few such buffers
+/// fit into a small machine's memory.
 pub const TRANSFER: usize = 1 << 20;
 
-/// Bytes of one large read; several threads have one each.
+/// Bytes of one large read; each reading thread has one such buffer.
 pub const LOOK: usize = 1 << 19;
 
 /// Aligned bytes of a fixed length.
@@ -22,7 +22,7 @@ pub struct Buffer {
 impl Buffer {
     /// Zeros.
     pub fn new(length: usize) -> Self {
-        // Never grown, so what is aligned once stays so.
+        // The buffer never grows, so the alignment stays.
         let store = vec![0; length + ALIGNMENT];
         let start = store.as_ptr().align_offset(ALIGNMENT);
         Self { store, start, length }
@@ -40,7 +40,7 @@ impl Buffer {
         self.get(..n).unwrap_or(self)
     }
 
-    /// The first `n` bytes, or all when there are fewer, to be changed.
+    /// The first `n` bytes, or all when there are fewer, mutable.
     pub fn first_mut(&mut self, n: usize) -> &mut [u8] {
         let n = n.min(self.length);
         self.get_mut(..n).unwrap_or_default()

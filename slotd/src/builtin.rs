@@ -1,4 +1,4 @@
-//! The API that came with the image: what `api.toml` says of it, and the environment in which it runs.
+//! The API that is built into the image: its description in `api.toml`, and the environment in which it runs.
 
 use std::fs;
 use std::io;
@@ -10,7 +10,7 @@ use crate::python::{Entry, Interpreter, SearchPath};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Written when the image was composed, from what was installed. Later keys are passed over.
+/// Written when the image was composed, from what was installed. Unknown keys are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BuiltIn {
@@ -20,11 +20,11 @@ pub struct BuiltIn {
     pub module: String,
     /// Its version.
     pub version: String,
-    /// The folder of the image's modules, absolute.
+    /// The directory of the image's modules, absolute.
     pub site_packages: PathBuf,
     /// The interpreter's version: `3.11`.
     pub python: String,
-    /// The C library: `glibc 2.36`; `None`: an image that does not say it, which takes any.
+    /// The C library: `glibc 2.36`; `None`: the image does not name it and accepts any.
     #[serde(default)]
     pub libc: Option<String>,
     /// The lowest version of an API on `data`; `None`: any.
@@ -48,10 +48,10 @@ pub struct Wheel {
 }
 
 impl BuiltIn {
-    /// Reads `api.toml`; `None`: this product has no API.
+    /// Reads `api.toml`. `None`: this product has no API.
     ///
     /// # Errors
-    /// `bad-api`: it cannot be understood. `io`.
+    /// `bad-api`: the file is invalid. `io`.
     pub fn read(root: &Root) -> Result<Option<Self>> {
         let path = root.api_file();
         let Some(text) = read(&path)? else { return Ok(None) };
@@ -61,13 +61,18 @@ impl BuiltIn {
         };
         let api: Self = toml::from_str(&text).map_err(|error| bad(error.message().to_owned()))?;
         if Interpreter::parse(&api.python).is_none() {
-            return Err(bad(format!("`python` is `{}`, expected a version as 3.11", api.python)));
+            return Err(bad(format!(
+                "invalid `python` version `{}`, expected a version such as 3.11",
+                api.python
+            )));
         }
         if !api.site_packages.is_absolute()
             || api.module.is_empty()
             || api.module.contains(['.', '/'])
         {
-            return Err(bad("`site-packages` must be absolute, `module` one name".to_owned()));
+            return Err(bad(
+                "`site-packages` must be an absolute path, and `module` a single name".to_owned(),
+            ));
         }
         Ok(Some(api))
     }
@@ -79,12 +84,12 @@ impl BuiltIn {
     pub fn interpreter(&self) -> Result<Interpreter> {
         Interpreter::parse(&self.python).ok_or_else(|| {
             let help = "build the image again with a current `cargo xtask`";
-            Refusal::new("bad-api", format!("`{}` is no version of Python", self.python), help)
+            Refusal::new("bad-api", format!("invalid Python version `{}`", self.python), help)
         })
     }
 
-    /// Where the API server's Python looks for modules: what `api.env` puts first, the standard library, the
-    /// image's site folders.
+    /// Where the API server's Python looks for modules: the paths in `api.env`, the standard library, the image's
+    /// site directories.
     ///
     /// # Errors
     /// `bad-api`, `io`.
@@ -106,7 +111,7 @@ impl BuiltIn {
             entries.push(Entry::Plain(PathBuf::from(library)));
         }
         entries.push(Entry::Site(self.site_packages.clone()));
-        // Debian's own modules come after what was installed beside them (`getsitepackages` in its site.py).
+        // Debian's own modules come after the separately installed ones (`getsitepackages` in its site.py).
         if self.site_packages.file_name().is_some_and(|name| name == "dist-packages") {
             entries.push(Entry::Site(format!("/usr/lib/python{major}/dist-packages").into()));
         }
@@ -121,7 +126,7 @@ impl BuiltIn {
 pub fn variable(root: &Root, name: &str) -> Result<Option<String>> {
     let text = read(&root.path("usr/lib/slipway/api.env"))?.unwrap_or_default();
     let value = |line: &str| line.strip_prefix(name)?.strip_prefix('=').map(str::to_owned);
-    // As systemd and the shell: the last one counts.
+    // As in systemd and the shell, the last one applies.
     Ok(text.lines().rev().find_map(value))
 }
 

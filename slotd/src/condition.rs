@@ -1,4 +1,4 @@
-//! In which condition `data` is: as its start has found it, and as its file system is now.
+//! The condition of `data`, and its growth in a robot's first start.
 
 use std::fs;
 use std::io;
@@ -11,19 +11,19 @@ use crate::durable;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// What the start has made of `data`.
+/// The condition of `data` after the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Condition {
-    /// As it was left.
+    /// Undamaged.
     Clean,
-    /// It was damaged and is repaired; files may be in its `lost+found`.
+    /// It was damaged and has been repaired; files may be in its `lost+found`.
     Repaired,
-    /// It was set aside as it is, beyond repair or missing; memory is in its place.
+    /// It cannot be repaired or is missing, and was set aside unchanged; memory is used instead.
     Memory,
-    /// Its file system has failed since and refuses writes.
+    /// Its file system has failed since the start and is read-only.
     ReadOnly,
-    /// Nobody has said.
+    /// The start has not recorded it.
     Unknown,
 }
 
@@ -31,25 +31,25 @@ pub enum Condition {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct State {
-    /// In a word.
+    /// The condition.
     pub condition: Condition,
-    /// Why, for people.
+    /// Why, human-readable.
     pub why: Option<String>,
     /// Bytes of the file system.
     pub size: u64,
-    /// Bytes free for everybody.
+    /// Bytes that are free for ordinary users.
     pub free: u64,
 }
 
 impl State {
-    /// Looks.
+    /// Reads the condition of `data`.
     ///
     /// # Errors
     /// `io`.
     pub fn read(root: &Root) -> Result<Self> {
         let data = root.data();
         let about = rustix::fs::statvfs(&data).map_err(|error| {
-            Refusal::io(format!("looking at {}", data.display()), &error.into())
+            Refusal::io(format!("reading the size of {}", data.display()), &error.into())
         })?;
         let text = match fs::read_to_string(root.path("run/slipway/data-state")) {
             Ok(text) => text,
@@ -74,7 +74,7 @@ impl State {
         })
     }
 
-    /// Refuses where `data` takes no writes: for what would change it, before anything is begun.
+    /// Refuses if `data` is not writable: called before any change of `data` begins.
     ///
     /// # Errors
     /// `no-data`; `io`.
@@ -89,23 +89,23 @@ impl State {
         Err(Refusal::new(
             "no-data",
             state.alarm().unwrap_or_default(),
-            "restart the robot to have data checked, or replace the card; nothing was changed",
+            "restart the robot to check data, or replace the card; nothing was changed",
         ))
     }
 
-    /// What a person must know, loudly; `None` when all is well.
+    /// The warning to show to the user; `None` when there is no problem.
     pub fn alarm(&self) -> Option<String> {
         let why = self.why.as_deref().unwrap_or("see the journal");
         match self.condition {
             Condition::Clean | Condition::Unknown => None,
             Condition::Repaired => Some(format!(
-                "data was damaged and has been repaired ({why}): compare it with a backup; the card may be failing"
+                "data was damaged and has been repaired ({why}): compare data with a backup; the card may be failing"
             )),
             Condition::Memory => Some(format!(
-                "DATA IS SET ASIDE ({why}): the robot runs from memory and forgets everything at the next restart; nothing on the card was changed"
+                "DATA IS SET ASIDE ({why}): the robot keeps data in memory and loses it at the next restart; nothing on the card was changed"
             )),
             Condition::ReadOnly => Some(format!(
-                "DATA REFUSES WRITES ({why}): its file system has failed; restart to have it checked, and replace the card"
+                "DATA IS READ-ONLY ({why}): the file system has failed; restart the robot to check it, and replace the card"
             )),
         }
     }

@@ -1,5 +1,5 @@
-//! Files on `data` that the agent can do without: each may be damaged, which is told, and is forgotten at the
-//! next commit. What must not be forgotten is the matter of [`crate::trust`].
+//! Files on `data` that the agent does not depend on. A damaged one is reported, and removed at the next
+//! commit. [`crate::trust`] handles what must not be forgotten.
 
 use std::io;
 use std::path::PathBuf;
@@ -14,16 +14,16 @@ use crate::provision;
 use crate::record::{Installed, Journal};
 use crate::root::Root;
 
-/// A file that cannot be understood.
+/// A damaged file.
 #[derive(Debug)]
 pub struct Damage {
     path: PathBuf,
-    /// Which, and why, for people.
+    /// Which file and why, human-readable.
     pub what: String,
 }
 
 impl Damage {
-    /// Forgets it: whoever needs the file makes it anew.
+    /// Removes the file: the code that needs it creates it again.
     ///
     /// # Errors
     /// When `data` fails.
@@ -39,7 +39,7 @@ pub fn found(root: &Root) -> Vec<Damage> {
     let mut look = |path: PathBuf, read: fn(&std::path::Path) -> io::Result<()>| {
         if let Err(error) = read(&path) {
             let what = format!(
-                "{} is damaged ({error}): it is passed over, and forgotten at the next commit",
+                "{} is damaged ({error}): the file is ignored, and removed at the next commit",
                 path.display()
             );
             found.push(Damage { path, what });

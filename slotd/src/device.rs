@@ -1,5 +1,5 @@
-//! Which product, board and disk this is, and which slot runs: from `device.toml` in the image and from
-//! the kernel's own account of its root file system. No environment variable and no command line decides.
+//! Which product, board and disk this is, and which slot runs: from `device.toml` in the image and from the
+//! kernel's information about its root file system, never from environment variables or the command line.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,10 +14,10 @@ use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 use crate::storage::Disk;
 
-/// Bytes of a sector, the unit of `device.toml` and of sysfs, whatever the disk's own sector is.
+/// Bytes of a sector, the unit in `device.toml` and sysfs, independent of the disk's own sector size.
 pub const SECTOR: u64 = 512;
 
-/// Who chooses the slot.
+/// Which program chooses the slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Flow {
@@ -39,38 +39,38 @@ pub struct Partition {
     pub sectors: u64,
 }
 
-/// Where the boot state lies.
+/// The position of the boot state.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct BootStateSectors {
-    /// First sector of each copy; none where the boot flow keeps its state elsewhere.
+    /// First sector of each copy; empty if the boot flow keeps its state elsewhere.
     #[serde(default)]
     pub sectors: Vec<u64>,
 }
 
-/// Where what must not be forgotten lies besides `data`.
+/// The position of the state that must survive the loss of `data`.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct TrustSectors {
-    /// First sector of each of the two copies, each of [`bundle::area::COPY`] bytes; none in an image that knows
-    /// of no such place.
+    /// First sector of each of the two copies, each of [`bundle::area::COPY`] bytes; empty in an image without such an
+    /// area.
     #[serde(default)]
     pub sectors: Vec<u64>,
 }
 
-/// Where things lie on cards that were flashed with an earlier image: a card keeps its table for life.
+/// The layout of cards that were flashed with an earlier image: a card keeps its table for ever.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct EarlierCard {
-    /// Where the boot state lies.
+    /// The position of the boot state.
     #[serde(default)]
     pub boot_state: BootStateSectors,
-    /// Where the floor and the keys are kept besides `data`.
+    /// Where the floor and the keys are stored besides `data`.
     #[serde(default)]
     pub trust: TrustSectors,
     /// By role, as in [`Description`].
     pub partitions: BTreeMap<String, Partition>,
 }
 
-/// `device.toml`. Keys that are not known are passed over: a later image may say more.
+/// `device.toml`. Unknown keys are ignored: a later image may have more.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Description {
@@ -81,7 +81,7 @@ pub struct Description {
     /// The lowest version that may follow this one.
     #[serde(default)]
     pub minimum_version: Option<Version>,
-    /// The lowest key epoch that counts; 0: any.
+    /// The lowest key epoch that is accepted; 0: any.
     #[serde(default)]
     pub key_epoch: u32,
     /// A development image accepts development keys and bundles; a release image never does.
@@ -95,46 +95,46 @@ pub struct Description {
     /// The oldest EEPROM release that can try a slot, as a day; only with the flow `tryboot`.
     #[serde(default)]
     pub eeprom_since: Option<String>,
-    /// Where the boot state lies.
+    /// The position of the boot state.
     #[serde(default)]
     pub boot_state: BootStateSectors,
-    /// Where the floor and the keys are kept besides `data`.
+    /// Where the floor and the keys are stored besides `data`.
     #[serde(default)]
     pub trust: TrustSectors,
     /// By role: `boot`, `root-a`, `root-b`, `data`, …
     pub partitions: BTreeMap<String, Partition>,
-    /// The other cards that this image runs on. Of a [`Device`], `boot_state`, `trust` and `partitions` are its own
-    /// card's, whichever that is.
+    /// Other card layouts that this image runs on. In a [`Device`], `boot_state`, `trust` and `partitions` are those of
+    /// its actual card.
     #[serde(default)]
     pub earlier_cards: Vec<EarlierCard>,
 }
 
-/// The robot: what its image says, which slot runs, and from which disk.
+/// The robot: its image's description, the running slot, and the disk.
 #[derive(Debug, Clone)]
 pub struct Device {
-    /// What the image says.
+    /// The image's description.
     pub about: Description,
     /// The slot whose root file system the kernel has mounted at `/`.
     pub running: Slot,
     root: Root,
-    /// The disk's folder in sysfs; its last part is the kernel's name for the disk.
+    /// The disk's directory in sysfs; its last part is the kernel's name for the disk.
     disk: PathBuf,
 }
 
-/// What to do about an image that contradicts itself or its disk.
+/// The help for an image that contradicts itself or its disk.
 const NOT_OUR_DISK: &str =
-    "the card was not made by `cargo xtask build-image` for this system: flash it again";
+    "the card was not made by `cargo xtask build-image` for this system: flash the card again";
 
 impl Description {
-    /// Reads `device.toml`. What needs nothing else works whatever `/` lies on.
+    /// Reads `device.toml`. Functions that need only this work on any root file system.
     ///
     /// # Errors
-    /// `bad-device`: it is missing or malformed.
+    /// `bad-device`: the file is missing or malformed.
     pub fn read(root: &Root) -> Result<Self> {
         let path = root.device_file();
         let bad = |why: String| {
             let message = format!("reading {}: {why}", path.display());
-            Refusal::new("bad-device", message, "run this on a robot that Slipway made")
+            Refusal::new("bad-device", message, "run this command on a robot built with Slipway")
         };
         let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
         toml::from_str(&text).map_err(|error| bad(error.message().to_owned()))
@@ -145,8 +145,8 @@ impl Device {
     /// Reads `device.toml` and finds the running slot.
     ///
     /// # Errors
-    /// `bad-device`: `device.toml` is missing or malformed. `unknown-slot`: the root file system is on
-    /// no partition that it lists as a slot.
+    /// `bad-device`: `device.toml` is missing or malformed. `unknown-slot`: the root file system is not on a
+    /// partition that `device.toml` lists as a slot.
     pub fn read(root: &Root) -> Result<Self> {
         let path = root.device_file();
         let mut about = Description::read(root)?;
@@ -162,7 +162,7 @@ impl Device {
         };
         let mut running = running_on(&about.partitions);
         if running.is_none() {
-            // No two layouts have a slot at the same place with the same number: the build sees to it.
+            // No two layouts have a slot with the same number at the same position: the build checks this.
             let fits = |card: &EarlierCard| Some((running_on(&card.partitions)?, card.clone()));
             if let Some((slot, card)) = about.earlier_cards.iter().find_map(fits) {
                 running = Some(slot);
@@ -175,7 +175,7 @@ impl Device {
             return Err(Refusal::new(
                 "unknown-slot",
                 format!(
-                    "finding the running slot: `/` is on partition {number}, which starts at sector {start}; {} lists no such slot",
+                    "finding the running slot: `/` is on partition {number}, which starts at sector {start}, but {} lists no such slot",
                     path.display()
                 ),
                 NOT_OUR_DISK,
@@ -185,17 +185,17 @@ impl Device {
         Ok(Self { about, running, root: root.clone(), disk })
     }
 
-    /// The slot that does not run: the only one that is ever written.
+    /// The slot that is not running: the only one that is ever written.
     pub fn idle(&self) -> Slot {
         other(self.running)
     }
 
-    /// Where paths start.
+    /// The root of all paths.
     pub fn root(&self) -> &Root {
         &self.root
     }
 
-    /// Opens the whole disk, for what lies outside of all partitions.
+    /// Opens the whole disk, for data outside of all partitions.
     ///
     /// # Errors
     /// When the device cannot be opened.
@@ -208,7 +208,7 @@ impl Device {
         self.node(&self.disk)
     }
 
-    /// Opens the partition of a role, when the kernel finds it where `device.toml` has it.
+    /// Opens the partition of a role, if the kernel has it at the position in `device.toml`.
     ///
     /// # Errors
     /// `wrong-layout`: the disk has another partition there, or none.
@@ -231,7 +231,7 @@ impl Device {
             Refusal::new("wrong-layout", message, NOT_OUR_DISK)
         };
         let Some(known) = self.about.partitions.get(role) else {
-            return Err(wrong("device.toml lists none".to_owned()));
+            return Err(wrong("device.toml does not list it".to_owned()));
         };
         let listing = fs::read_dir(&self.disk)
             .map_err(|error| Refusal::io(format!("reading {}", self.disk.display()), &error))?;
@@ -247,7 +247,7 @@ impl Device {
                 Ok(folder)
             } else {
                 Err(wrong(format!(
-                    "partition {} starts at sector {start} and has {sectors}, expected {} and {}",
+                    "partition {} starts at sector {start} and has {sectors} sectors, expected {} and {}",
                     known.number, known.start_sector, known.sectors
                 )))
             };
@@ -267,7 +267,7 @@ impl Device {
     }
 }
 
-/// The other one of the two.
+/// The other slot.
 pub fn other(slot: Slot) -> Slot {
     match slot {
         Slot::A => Slot::B,
@@ -280,7 +280,7 @@ pub fn slot_role(role: &str, slot: Slot) -> String {
     format!("{role}-{slot}")
 }
 
-/// The folder in sysfs of the partition that is mounted at `/`.
+/// The sysfs directory of the partition that is mounted at `/`.
 fn root_partition(root: &Root) -> Result<PathBuf> {
     let path = root.path("proc/self/mountinfo");
     let failed = |error: io::Error| Refusal::io(format!("reading {}", path.display()), &error);
@@ -302,7 +302,7 @@ fn root_partition(root: &Root) -> Result<PathBuf> {
     // /sys/dev/block/179:2 -> ../../devices/…/mmcblk0/mmcblk0p2
     let link = root.path("sys/dev/block").join(device);
     let folder = fs::canonicalize(&link)
-        .map_err(|_| unknown(&format!("`/` is on no disk (device {device})")))?;
+        .map_err(|_| unknown(&format!("`/` is not on a disk (device {device})")))?;
     if !folder.join("partition").is_file() {
         return Err(unknown(&format!("`/` is not on a partition (device {device})")));
     }

@@ -1,9 +1,9 @@
-//! The update user's door. Who may update this robot, and nothing else, logs in over SSH as the user `update`, whose
-//! only command is the client here. It hands a typed request to a socket, behind which systemd starts the server here
-//! as root, once for each connection; that runs this program with words that it has chosen itself.
+//! The update user's interface. A person or program that may only update this robot logs in over SSH as the user
+//! `update`, whose only command is the client in this module. The client sends a typed request to a socket. For each
+//! connection, systemd starts the server in this module as root, which runs slotd with arguments that it chooses itself.
 //!
-//! On the socket: one line of JSON, the [`Request`]; then the bundle, to the end of the stream. Back: frames of a
-//! kind (a byte), a length (four bytes, big-endian) and so many bytes.
+//! From client to server: one line of JSON, the [`Request`], then the bundle to the end of the stream. From server to
+//! client: frames with a kind (a byte), a length (four bytes, big-endian) and that many bytes.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -20,62 +20,62 @@ use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 use crate::source::{Limits, Pace};
 
-/// The account whose sessions may do nothing else. It is the product's (`[[users]]`), its keys are on `data`.
+/// The account whose sessions may do nothing else. The product defines it (`[[users]]`); its keys are on `data`.
 pub const USER: &str = "update";
 
-/// Where the server is asked; only root and [`USER`] may.
+/// The server's socket; only root and [`USER`] may use it.
 pub const SOCKET: &str = "run/slipway/update.sock";
 
-/// The most bytes of a request. The longest there is has not 60.
+/// Maximum length of a request in bytes. The longest valid one has fewer than 60.
 const LONGEST: usize = 256;
 
-/// How long a request may take, to its last byte; the bundle behind it and the answer must keep their [`Pace`].
+/// How long a request may take, to its last byte; the bundle after it and the answer must keep their [`Pace`].
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The most bytes of a frame; a pipe gives no more at once.
+/// Maximum bytes in a frame; a pipe returns no more at once.
 const FRAME: usize = 64 << 10;
 
-/// The most events of the log.
+/// Maximum number of log events in a request.
 const EVENTS: u32 = 10_000;
 
-/// What may be asked for. No verb starts older software, replaces data or keys, or names a file of the robot.
+/// A request. No verb starts older software, replaces data or keys, or names a file on the robot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Request {
     /// The verb.
     pub verb: Verb,
-    /// Whether the answer is for a program.
+    /// Whether the answer is machine-readable.
     #[serde(default)]
     pub json: bool,
 }
 
-/// The verbs of the door.
+/// The verbs of the update user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Verb {
-    /// How the robot stands.
+    /// The robot's status.
     Status,
     /// The health checks, once.
     Health,
-    /// The log's last events; all without a number.
+    /// The log's last events; all of them without a number.
     Log {
-        /// How many.
+        /// Number of events.
         last: Option<u32>,
     },
     /// Checks the bundle that follows.
     Verify,
     /// Installs the bundle that follows, never below the floor.
     Install {
-        /// The trial begins with a later restart.
+        /// Do not restart: the trial begins with a later restart.
         no_restart: bool,
     },
 }
 
 impl Request {
-    /// What the user has typed, or `push`: `slotd install - --format json`.
+    /// Parses a command line that the user or `push` has sent: `slotd install - --format json`.
     ///
     /// # Errors
-    /// `not-offered`: anything else than the door's own verbs and options.
+    /// `not-offered`: anything other than these verbs and options.
     pub fn typed(line: &str) -> Result<Self> {
         let mut words: Vec<&str> = line.split_ascii_whitespace().collect();
         if words.first() == Some(&"slotd") {
@@ -111,7 +111,7 @@ impl Request {
         matches!(self.verb, Verb::Verify | Verb::Install { .. })
     }
 
-    /// The agent's own words for it.
+    /// The arguments for the agent.
     fn words(&self) -> Vec<String> {
         let mut words: Vec<String> = match &self.verb {
             Verb::Status => vec!["status".into()],
@@ -135,15 +135,15 @@ fn not_offered(what: &str) -> Refusal {
         what.chars().take(80).map(|c| if c.is_control() { '?' } else { c }).collect();
     Refusal::new(
         "not-offered",
-        format!("the user {USER} may not ask for `{shown}`"),
-        "status, health, log [-n NUMBER], verify -, install - [--no-restart]; a bundle comes on standard input",
+        format!("the user {USER} may not run `{shown}`"),
+        "allowed: status, health, log [-n NUMBER], verify -, install - [--no-restart]; a bundle is read from standard input",
     )
 }
 
-/// The client: asks for what was typed, passes standard input on, and answers as the agent did. Returns the exit code.
+/// The client: sends the request, passes standard input on, and prints the agent's answer. Returns the exit code.
 ///
 /// # Errors
-/// `not-offered`; `busy`: the door closes without an answer; `io`: there is none, or something else.
+/// `not-offered`; `busy`: the server closed the connection without an answer; `io`: no server, or an invalid answer.
 pub fn ask(root: &Root, line: &str) -> Result<u8> {
     let request = Request::typed(line)?;
     let path = root.path(SOCKET);
@@ -151,11 +151,11 @@ pub fn ask(root: &Root, line: &str) -> Result<u8> {
     let mut stream = UnixStream::connect(&path).map_err(failed)?;
     let mut text = serde_json::to_vec(&request).map_err(|error| failed(error.into()))?;
     text.push(b'\n');
-    // It may have refused already, and is gone: its answer says why.
+    // The server may have refused and closed already: its answer says why.
     drop(stream.write_all(&text));
     let upload = stream.try_clone().map_err(failed)?;
     let streams = request.streams();
-    // It ends with this process: a server that has answered reads no more.
+    // This thread ends with the process: a server that has answered reads no more.
     std::thread::spawn(move || {
         let mut upload = upload;
         if streams {
@@ -167,16 +167,16 @@ pub fn ask(root: &Root, line: &str) -> Result<u8> {
     answer(&mut stream).map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Refusal::new(
             "busy",
-            format!("the agent has ended the session: {USER} has too many, or the robot restarts"),
-            "end the others, or wait; as root, `journalctl -u slipway-update.socket` shows why",
+            format!("the agent has closed the session: {USER} has too many sessions, or the robot is restarting"),
+            "end the other sessions, or wait; as root, `journalctl -u slipway-update.socket` shows why",
         ),
         _ => failed(error),
     })
 }
 
-/// Passes frames on until the last one, which is the exit code.
+/// Prints frames until the last one, which has the exit code.
 fn answer(stream: &mut impl Read) -> io::Result<u8> {
-    let strange = || io::Error::other("an answer that is none");
+    let strange = || io::Error::other("invalid answer from the agent");
     loop {
         let mut head = [0; 5];
         stream.read_exact(&mut head)?;
@@ -196,7 +196,7 @@ fn answer(stream: &mut impl Read) -> io::Result<u8> {
     }
 }
 
-/// What a frame is.
+/// The kinds of frames.
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Out = 1,
@@ -210,8 +210,8 @@ impl Kind {
     }
 }
 
-/// The way back to the client. One who does not read what the agent says must not hold it up, and with it the agent's
-/// lock: he keeps the pace of a bundle's sender, or is told nothing more.
+/// The connection to the client. A client that does not read must not block the agent, which holds its lock: it must
+/// keep the same pace as the sender of a bundle, or it gets no more output.
 struct Answers {
     stream: UnixStream,
     pace: Pace,
@@ -233,7 +233,7 @@ impl Answers {
 
     fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            // None at all would mean for ever.
+            // A timeout of zero would mean to wait for ever.
             let wait = self.pace.left().max(Duration::from_millis(1));
             self.stream.set_write_timeout(Some(wait))?;
             let started = Instant::now();
@@ -249,16 +249,16 @@ impl Answers {
     }
 }
 
-/// To whoever of the threads speaks.
+/// Sends a frame from any of the threads.
 fn frame(answers: &Mutex<Answers>, kind: Kind, bytes: &[u8]) {
     answers.lock().unwrap_or_else(PoisonError::into_inner).frame(kind, bytes);
 }
 
-/// The server: serves the one connection that is standard input, as systemd passes it (`Accept=yes`). A client who is
-/// gone is no failure.
+/// The server: serves the one connection on standard input, as systemd passes it (`Accept=yes`). A client that has
+/// disconnected is not an error.
 ///
 /// # Errors
-/// `io`: standard input is no connection.
+/// `io`: standard input is not a connection.
 pub fn serve(root: &Root, prefix: &Path) -> Result<()> {
     let failed = |error: io::Error| Refusal::io("serving the update user", &error);
     let fd = io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
@@ -277,10 +277,10 @@ pub fn serve(root: &Root, prefix: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether the other side is root or [`USER`]: the socket's mode says so, too, but it lies in a folder of many.
+/// Checks that the peer is root or [`USER`]. The socket's mode checks this too, but its directory is shared.
 fn accepted(root: &Root, stream: &UnixStream) -> Result<()> {
     let peer = rustix::net::sockopt::socket_peercred(stream.as_fd())
-        .map_err(|error| Refusal::io("looking who asks", &error.into()))?;
+        .map_err(|error| Refusal::io("reading the user of a connection", &error.into()))?;
     let own = rustix::process::geteuid();
     let accounts = fs::read_to_string(root.path("etc/passwd")).unwrap_or_default();
     let user = accounts.lines().find_map(|line| {
@@ -290,10 +290,10 @@ fn accepted(root: &Root, stream: &UnixStream) -> Result<()> {
     if peer.uid == own || Some(peer.uid.as_raw()) == user {
         return Ok(());
     }
-    Err(not_offered(&format!("anything, as user id {}", peer.uid.as_raw())))
+    Err(not_offered(&format!("any command, as user id {}", peer.uid.as_raw())))
 }
 
-/// Reads one line, byte by byte: what follows is the agent's.
+/// Reads one line, byte by byte: the bytes after it belong to the agent.
 fn request(mut stream: &UnixStream) -> Result<Request> {
     let failed = |error: io::Error| Refusal::io("reading a request", &error);
     let end = Instant::now() + PATIENCE;
@@ -301,17 +301,17 @@ fn request(mut stream: &UnixStream) -> Result<Request> {
     loop {
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(not_offered("a request without an end"));
+            return Err(not_offered("an unterminated request"));
         }
         stream.set_read_timeout(Some(left)).map_err(failed)?;
         let mut byte = [0];
         match (stream.read(&mut byte), byte) {
             (Ok(0), _) | (Ok(_), [b'\n']) => break,
             (Ok(_), _) if text.len() == LONGEST => {
-                return Err(not_offered("a request without an end"));
+                return Err(not_offered("an unterminated request"));
             }
             (Ok(_), [byte]) => text.push(byte),
-            // The time is looked at above.
+            // The time limit is checked above.
             (Err(error), _)
                 if matches!(
                     error.kind(),
@@ -347,12 +347,12 @@ fn run(
         scope.spawn(|| err.map(|pipe| pass_on(pipe, Kind::Err, answers)));
     });
     let status = child.wait()?;
-    // As a shell says it for one that a signal ended.
+    // As a shell reports a program that was ended by a signal.
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(128))
 }
 
-/// Everything that a pipe gives. The other side may be gone: the agent is read to its end all the same, so that it
-/// never waits for a reader; it finds out by itself when its bundle ends early.
+/// Passes everything from a pipe to the client. If the client has disconnected, the agent's output is still read to its
+/// end, so that the agent never waits for a reader; the agent notices by itself when its bundle ends early.
 fn pass_on(mut pipe: impl Read, kind: Kind, answers: &Mutex<Answers>) {
     let mut buffer = vec![0; FRAME];
     while let Ok(count @ 1..) = pipe.read(&mut buffer) {
@@ -424,13 +424,13 @@ mod tests {
         let (client, stream) = UnixStream::pair().unwrap();
         let limits = Limits { slowest: 1024, grace: Duration::from_millis(200) };
         let mut answers = Answers::new(stream, limits);
-        // More than the socket holds, and then much more.
+        // More than the socket buffers, and then much more.
         let started = Instant::now();
         for _ in 0..1000 {
             answers.frame(Kind::Err, &[b'.'; FRAME]);
         }
         assert!(answers.gone);
-        // Generous: a busy machine may be slow, but a thousand waits would take 200 seconds.
+        // Generous for a busy machine, but a thousand waits would take 200 seconds.
         assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
         drop(client);
     }
@@ -440,7 +440,7 @@ mod tests {
         let (mut client, stream) = UnixStream::pair().unwrap();
         let started = Instant::now();
         let writes = std::thread::spawn(move || {
-            // A byte a second, and for longer than it may take in all.
+            // A byte a second, for longer than the total limit.
             while client.write_all(b" ").is_ok() {
                 std::thread::sleep(Duration::from_secs(1));
             }

@@ -1,4 +1,4 @@
-//! Files on `data` that survive a power cut: each is complete, the old one or the new one.
+//! Files on `data` that survive a power cut: each is complete, either the old one or the new one.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -12,14 +12,14 @@ use serde::de::DeserializeOwned;
 
 use crate::files::{Disk, Files, make_dirs};
 
-/// Most bytes of a file that is read whole; ours have a few kilobytes.
+/// Maximum bytes of a file that is read as a whole; slotd's files have a few kilobytes.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Writes a file beside its name, flushes it, and renames it; its folder is made and flushed too. Everybody
-/// may read it.
+/// Writes a file under a temporary name, flushes it, and renames it; its directory is created and flushed too. All
+/// users may read it.
 ///
 /// # Errors
-/// When the file system fails or is full; the old file is then still there.
+/// When the file system fails or is full; the old file then still exists.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write_with(&Disk, path, bytes)
 }
@@ -32,7 +32,7 @@ pub fn write_with(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()
     write_mode_with(files, path, bytes, 0o644)
 }
 
-/// [`write_with`] for what only root may read, from its first byte.
+/// [`write_with`] for a file that only root may read, from its first byte on.
 ///
 /// # Errors
 /// As [`write()`].
@@ -51,7 +51,7 @@ fn write_mode_with(files: &dyn Files, path: &Path, bytes: &[u8], mode: u32) -> i
     files.append(&partial, bytes)?;
     files.set_mode(&partial, mode)?;
     files.sync(&partial)?;
-    // A folder in the file's place is damage, and no file takes its name.
+    // A directory with the file's name is damage, and would prevent the rename.
     if is_folder(path) {
         files.remove(path)?;
     }
@@ -59,8 +59,8 @@ fn write_mode_with(files: &dyn Files, path: &Path, bytes: &[u8], mode: u32) -> i
     files.sync(folder)
 }
 
-/// Writes a file beside its name and renames it, without waiting for the disk: whole for every other
-/// process at once, but after a power cut perhaps the old one, or damaged.
+/// Writes a file under a temporary name and renames it, without waiting for the disk. Other processes see a
+/// complete file at once, but after a power cut it may be the old one, or damaged.
 ///
 /// # Errors
 /// When the file system fails or is full.
@@ -76,7 +76,7 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     fs::rename(&partial, path)
 }
 
-/// Whether a folder has this name.
+/// Whether a directory has this name.
 fn is_folder(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|about| about.is_dir())
 }
@@ -99,19 +99,19 @@ pub fn write_json_with(files: &dyn Files, path: &Path, value: &impl Serialize) -
     write_with(files, path, &json)
 }
 
-/// Opens a file for reading; a pipe or a device in its place makes nobody wait.
+/// Opens a file for reading, without blocking if there is a pipe or a device instead.
 ///
 /// # Errors
-/// When it cannot be opened. `InvalidData`: it is no file.
+/// When it cannot be opened. `InvalidData`: it is not a regular file.
 pub fn open(path: &Path) -> io::Result<File> {
     let damaged = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why);
     let no_wait = OFlags::NONBLOCK.bits().cast_signed();
     let is = |error: &io::Error, errno: Errno| error.raw_os_error() == Some(errno.raw_os_error());
     match OpenOptions::new().read(true).custom_flags(no_wait).open(path) {
         Ok(file) if file.metadata()?.is_file() => Ok(file),
-        Ok(_) => Err(damaged("it is no file")),
-        Err(error) if is(&error, Errno::LOOP) => Err(damaged("it is a link to itself")),
-        Err(error) if is(&error, Errno::NXIO) => Err(damaged("it is no file")),
+        Ok(_) => Err(damaged("not a regular file")),
+        Err(error) if is(&error, Errno::LOOP) => Err(damaged("a link to itself")),
+        Err(error) if is(&error, Errno::NXIO) => Err(damaged("not a regular file")),
         Err(error) => Err(error),
     }
 }
@@ -119,7 +119,7 @@ pub fn open(path: &Path) -> io::Result<File> {
 /// Reads a file of at most 1 MiB; `None` when there is none.
 ///
 /// # Errors
-/// When it cannot be read. `InvalidData`: it is longer, or no file.
+/// When it cannot be read. `InvalidData`: it is longer, or not a regular file.
 pub fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
     let file = match open(path) {
         Err(error) if is_missing(&error) => return Ok(None),
@@ -127,13 +127,13 @@ pub fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
     };
     let mut bytes = Vec::new();
     if file.take(MAX_FILE + 1).read_to_end(&mut bytes)? as u64 > MAX_FILE {
-        let why = format!("it is longer than {MAX_FILE} bytes");
+        let why = format!("longer than {MAX_FILE} bytes");
         return Err(io::Error::new(io::ErrorKind::InvalidData, why));
     }
     Ok(Some(bytes))
 }
 
-/// [`read`] for a file whose damage must not end the start: what is longer, or no file, is as good as an empty one.
+/// [`read`] for a file whose damage must not stop the start: a longer file, or not a regular file, is read as empty.
 ///
 /// # Errors
 /// When the file system fails.
@@ -144,7 +144,7 @@ pub fn read_or_damaged(path: &Path) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-/// Whether nothing has the name: nothing can, below what is no folder.
+/// Whether the error means that the file does not exist; this includes a path below something that is not a directory.
 pub fn is_missing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
@@ -152,12 +152,12 @@ pub fn is_missing(error: &io::Error) -> bool {
 /// A JSON file as a value; `None` when there is none.
 ///
 /// # Errors
-/// When it cannot be read, or is something else.
+/// When it cannot be read or parsed.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     Ok(read(path)?.map(|bytes| serde_json::from_slice(&bytes)).transpose()?)
 }
 
-/// Removes a file, or the folder that damage has put in its place; that there is none is fine.
+/// Removes a file, or a directory that damage has put in its place, if it exists.
 ///
 /// # Errors
 /// When the file system fails.

@@ -1,4 +1,4 @@
-//! What was decided and refused, as one JSON object a line on `data`, bounded in size.
+//! The log of decisions and refusals: one JSON object per line on `data`, bounded in size.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -14,34 +14,34 @@ use crate::durable::{self, is_missing};
 use crate::lock::{Lock, Turn, private_dir};
 use crate::root::Root;
 
-/// Bytes after which a file is set aside.
+/// Size in bytes after which a file is rotated.
 const MAX_FILE: u64 = 256 * 1024;
 
-/// Files kept beside the current one: with it 1 MiB in all, some five thousand events.
+/// Files kept besides the current one: 1 MiB in total, about five thousand events.
 const KEPT: u32 = 3;
 
-/// Longest line that is written or read back, with its end.
+/// Longest line that is written or read, including the newline.
 const MAX_LINE: usize = 16 * 1024;
 
-/// What follows the start of a text or a list that is shortened.
+/// The end of a shortened text or list.
 const CUT: &str = "…";
 
-/// How long all events of one caller together wait while somebody else writes the log. A write to a card takes at most
-/// 250 ms, 500 ms on SDXC (SD Physical Layer Simplified Specification 6.00, 4.6.2.2), and an event is a few of them.
+/// How long all events of one caller together may wait while another process writes the log. A write to a card takes at
+/// most 250 ms, 500 ms on SDXC (SD Physical Layer Simplified Specification 6.00, 4.6.2.2); an event needs a few writes.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// One event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Event {
-    /// Grows by one; shows where lines are missing.
+    /// Grows by one, so that missing lines can be noticed.
     pub number: u64,
-    /// Seconds since 1970 by the robot's clock, which may be wrong: a robot may have none.
+    /// Seconds since 1970 by the robot's clock. It may be wrong: a robot may have no battery-backed clock.
     pub time: u64,
-    /// First characters of the kernel's boot id: events with the same one are of one start.
+    /// First characters of the kernel's boot id: events with the same id belong to one start.
     pub boot: String,
-    /// Which kind, in kebab-case.
+    /// The event's name, in kebab-case.
     pub event: String,
-    /// What else there is to say.
+    /// The event's details.
     #[serde(flatten)]
     pub details: Map<String, Value>,
 }
@@ -64,13 +64,13 @@ impl Events {
         Self { root: root.clone(), folder: root.state().join("log"), boot, patience }
     }
 
-    /// Adds an event and makes it durable. The log never stands in the way of an update: what cannot
-    /// be logged is said on standard error, so that the system's journal has it. Whoever else writes the log is
-    /// waited for two seconds in all. What is longer than a line may be is shortened.
+    /// Adds an event and makes it durable. The log never prevents an update: an event that cannot be logged is
+    /// printed on standard error, so that the system's journal has it. Waits at most two seconds in total for
+    /// other processes that write the log. An event that is too long for a line is shortened.
     pub fn add(&self, event: &str, details: Value) {
         if let Err(error) = self.append(event, &details) {
             let place = self.folder.display();
-            eprintln!("slotd: the event `{event}` {details} is not in {place}: {error}");
+            eprintln!("slotd: cannot write the event `{event}` {details} to {place}: {error}");
         }
     }
 
@@ -82,7 +82,7 @@ impl Events {
         private_dir(&self.root.state())?;
         fs::create_dir_all(&self.folder)?;
         let path = self.file(0);
-        // Anything else in its place is damage: a folder takes no lines, and a pipe would make everybody wait.
+        // Anything other than a file is damage: a directory takes no lines, and a pipe would block.
         if fs::symlink_metadata(&path).is_ok_and(|about| !about.is_file()) {
             durable::remove(&path)?;
         }
@@ -101,7 +101,7 @@ impl Events {
             Event { number, time, boot: self.boot.clone(), event: event.to_owned(), details };
         let mut line = line(event)?;
         let mut file = OpenOptions::new().create(true).append(true).read(true).open(&path)?;
-        // What a power cut left of the line before stays a line of its own.
+        // After a power cut, the rest of an incomplete line stays a separate line.
         let length = file.metadata()?.len();
         let mut last = [b'\n'];
         if let Some(at) = length.checked_sub(1) {
@@ -125,7 +125,7 @@ impl Events {
     /// All events that are kept, oldest first. Lines that a power cut has damaged are left out.
     ///
     /// # Errors
-    /// When a file is there and cannot be read.
+    /// When a file exists and cannot be read.
     pub fn read(&self) -> io::Result<Vec<Event>> {
         let mut all = Vec::new();
         for number in (0..=KEPT).rev() {
@@ -141,8 +141,8 @@ impl Events {
     }
 }
 
-/// The event as a line of at most [`MAX_LINE`] bytes: what is too long ends with `…`, and `shortened` has the bytes
-/// that all of it would have taken.
+/// The event as a line of at most [`MAX_LINE`] bytes. Texts that are too long end with `…`, and `shortened` has the
+/// length of the whole line in bytes.
 fn line(mut event: Event) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(&event)?;
     let whole = line.len();
@@ -193,13 +193,13 @@ fn shortened_map(map: &Map<String, Value>, longest: usize) -> Map<String, Value>
 fn read_file(path: &std::path::Path) -> io::Result<Vec<Event>> {
     let file = match durable::open(path) {
         Ok(file) => file,
-        // What is no file in its place is damage: it holds no events.
+        // Anything other than a file is damage: it holds no events.
         Err(error) if is_missing(&error) || error.kind() == io::ErrorKind::InvalidData => {
             return Ok(Vec::new());
         }
         Err(error) => return Err(error),
     };
-    // A file is closed by the first line that reaches MAX_FILE.
+    // The first line that reaches MAX_FILE ends a file.
     let mut input = BufReader::new(file.take(MAX_FILE + 2 * MAX_LINE as u64));
     let mut events = Vec::new();
     let mut line = Vec::new();

@@ -1,5 +1,6 @@
-//! Changes of files and folders. What must leave a whole tree behind at every moment makes its changes
-//! through this trait, one call for each change, so that a test can record them and cut between any two.
+//! Changes of files and directories. Code that must leave a consistent tree at every moment makes its changes
+//! through this trait, one call for each change, so that a test can record them and simulate a power cut
+//! between any two.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -9,19 +10,19 @@ use std::time::SystemTime;
 
 use rustix::fs::{CWD, OFlags, RenameFlags};
 
-/// Bytes that one write of zeros has.
+/// Bytes per write of zeros.
 const ZEROS: usize = 256 << 10;
 
-/// Bytes that [`Writer`] gathers for one change.
+/// Bytes that [`Writer`] collects for one change.
 const GATHERED: usize = 256 << 10;
 
-/// The changes. None is promised to survive a power cut before [`Files::sync`]: a file's content, before the
-/// file is synced; a name, before its folder is.
+/// The changes. A change is only guaranteed to survive a power cut after [`Files::sync`]: a file's content after the
+/// file is synced, a name after its directory is synced.
 pub trait Files: Sync {
-    /// Creates a folder that only its owner may enter.
+    /// Creates a directory that only its owner may enter.
     ///
     /// # Errors
-    /// When the file system fails or is full; when the name is taken.
+    /// When the file system fails or is full; when the name exists.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
 
     /// Creates an empty file that only its owner may read.
@@ -36,20 +37,20 @@ pub trait Files: Sync {
     /// When the file system fails or is full.
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
 
-    /// Sets a file's or folder's mode, whatever the process's mask.
+    /// Sets a file's or directory's mode, independent of the process's umask.
     ///
     /// # Errors
     /// When the file system fails.
     fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()>;
 
-    /// Sets the owner and the group of a file, a folder, or a link itself.
+    /// Sets the owner and the group of a file, a directory, or a link itself.
     ///
     /// # Errors
-    /// When the file system fails; when the process has no right to.
+    /// When the file system fails; when the process lacks the permission.
     fn set_owner(&self, path: &Path, user: u32, group: u32) -> io::Result<()>;
 
-    /// Overwrites a file's content with zeros where it lies; its length stays. They are safe once it is synced, and
-    /// lost if it is removed before. A link is not followed.
+    /// Overwrites a file's content with zeros in place; its length stays. The zeros are durable once the file is synced,
+    /// and lost if it is removed before. A link is not followed.
     ///
     /// # Errors
     /// When the file system fails.
@@ -73,39 +74,39 @@ pub trait Files: Sync {
     /// As [`Files::create_dir`].
     fn symlink(&self, to: &Path, path: &Path) -> io::Result<()>;
 
-    /// Returns when a file's content, or a folder's names, would survive a power cut.
+    /// Returns when a file's content, or a directory's names, would survive a power cut.
     ///
     /// # Errors
     /// When the file system fails.
     fn sync(&self, path: &Path) -> io::Result<()>;
 
-    /// Returns when everything that was changed in a folder's file system would survive a power cut: one
-    /// wait instead of one for each of thousands of files.
+    /// Returns when all changes in a directory's file system would survive a power cut: one wait instead of
+    /// one for each of thousands of files.
     ///
     /// # Errors
     /// When the file system fails.
     fn sync_all(&self, folder: &Path) -> io::Result<()>;
 
-    /// Gives a file or a link another name in the same folder. What had that name is gone in the same step.
+    /// Renames a file or a link within a directory, and replaces what had that name, in one step.
     ///
     /// # Errors
-    /// When the file system fails, or a folder has the name.
+    /// When the file system fails, or a directory has the name.
     fn replace(&self, from: &Path, to: &Path) -> io::Result<()>;
 
-    /// Gives something another name, which must be free, in any folder of the file system. Between two
-    /// folders it is safe once both are synced.
+    /// Renames to a name that must not exist, in any directory of the file system. A move between two
+    /// directories is durable once both are synced.
     ///
     /// # Errors
-    /// When the file system fails, or the name is taken.
+    /// When the file system fails, or the name exists.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     /// Exchanges two names in one step.
     ///
     /// # Errors
-    /// When the file system fails, or cannot do that.
+    /// When the file system fails, or does not support this.
     fn exchange(&self, one: &Path, other: &Path) -> io::Result<()>;
 
-    /// Removes a file or a folder with all that is in it; that there is none is fine.
+    /// Removes a file, or a directory with everything in it, if it exists.
     ///
     /// # Errors
     /// When the file system fails.
@@ -196,7 +197,7 @@ impl Files for Disk {
     }
 }
 
-/// What is written to it is added to a file, in large pieces, through [`Files`].
+/// A writer that appends to a file, in large pieces, through [`Files`].
 pub struct Writer<'a> {
     files: &'a dyn Files,
     path: &'a Path,
@@ -205,7 +206,7 @@ pub struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    /// A writer to a file that is there; at most `most` bytes.
+    /// A writer to an existing file; at most `most` bytes.
     pub fn new(files: &'a dyn Files, path: &'a Path, most: u64) -> Self {
         Self { files, path, gathered: Vec::new(), left: most }
     }
@@ -231,8 +232,8 @@ impl Write for Writer<'_> {
     }
 }
 
-/// Makes a folder that everybody may enter, with those above it that are not there. Returns the new ones, the
-/// outermost first; none of their names is synced.
+/// Creates a directory that all users may enter, with its missing parents. Returns the new directories, the outermost
+/// first; their names are not synced.
 ///
 /// # Errors
 /// As [`Files::create_dir`].
@@ -245,7 +246,7 @@ pub fn make_dirs(files: &dyn Files, folder: &Path) -> io::Result<Vec<PathBuf>> {
         None => Vec::new(),
     };
     match files.create_dir(folder) {
-        // Somebody else was faster.
+        // Another process was faster.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && folder.is_dir() => {}
         created => {
             created?;

@@ -1,5 +1,5 @@
 //! The robot's agent: verifies a bundle, writes the idle slot, boots it on trial, commits it when the
-//! robot is healthy, and otherwise lets it come back. The command line and every later way in (USB
+//! robot is healthy, and otherwise lets it roll back. The command line and every other interface (USB
 //! stick, local network, web page) call this library.
 
 pub mod agent;

@@ -1,6 +1,6 @@
-//! The one way to take a lock: a file in `/run/slotd`, a folder that only root may enter. `flock` asks for no right to
-//! write, so a lock that others could open is one that they could hold. `/run` needs nothing of `data`, which may be
-//! full, in memory or read-only; and it ends with the start, as every holder does.
+//! Locks: files in `/run/slotd`, a directory that only root may enter. `flock` needs no write permission, so any user
+//! who could open a lock could hold it. `/run` does not depend on `data`, which may be full, in memory or read-only,
+//! and it is empty after a restart, when no process can hold a lock.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
@@ -13,10 +13,10 @@ use rustix::fs::FlockOperation;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// The pause between two tries for a lock that somebody has.
+/// The pause between two attempts to take a lock that is held.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// What only one process may change at a time.
+/// Things that only one process may change at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Turn {
     /// Slots, boot state, keys, the API, everything on `data`.
@@ -38,17 +38,17 @@ impl Turn {
     }
 }
 
-/// A lock; given back when it is dropped or the process ends.
+/// A lock; released when it is dropped or the process ends.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
 }
 
 impl Lock {
-    /// Takes the lock, or says who has it. Nobody is waited for.
+    /// Takes the lock without waiting, or says which process holds it.
     ///
     /// # Errors
-    /// `busy`: another process has it. `io`: `/run` fails.
+    /// `busy`: another process holds it. `io`: `/run` fails.
     pub fn take(root: &Root, turn: Turn, verb: &str) -> Result<Self> {
         let path = root.run().join(turn.name());
         let failed = |error: io::Error| Refusal::io(format!("locking {}", path.display()), &error);
@@ -59,21 +59,21 @@ impl Lock {
             let holder = if known { holder.trim().escape_debug().to_string() } else { holder };
             return Err(Refusal::new(
                 "busy",
-                format!("`slotd {verb}` cannot start: another one is at work ({holder})"),
-                "wait until it has ended; `slotd log` shows what it does",
+                format!("`slotd {verb}` cannot start: another slotd is running ({holder})"),
+                "wait until the other process has ended; `slotd log` shows what it does",
             ));
         }
-        // Only for people who meet the lock: a full /run must not keep anybody from updating.
+        // Only for the message above: a full /run must not prevent an update.
         let note = format!("{verb}, process {}\n", std::process::id());
         let noted = file.set_len(0).and_then(|()| file.write_all(note.as_bytes()));
         drop(noted);
         Ok(Self { _file: file })
     }
 
-    /// Takes the lock within `patience`, which is left at what remains of it.
+    /// Takes the lock within `patience`, and reduces `patience` by the time waited.
     ///
     /// # Errors
-    /// `WouldBlock`: somebody had it all that time. When `/run` fails.
+    /// `WouldBlock`: another process held it all that time. When `/run` fails.
     pub fn wait(root: &Root, turn: Turn, patience: &mut Duration) -> io::Result<Self> {
         let file = open(root, turn)?;
         let started = Instant::now();
@@ -83,7 +83,7 @@ impl Lock {
             if had || waited >= *patience {
                 *patience = patience.saturating_sub(waited);
                 let busy =
-                    || io::Error::new(io::ErrorKind::WouldBlock, "another process has its lock");
+                    || io::Error::new(io::ErrorKind::WouldBlock, "another process holds the lock");
                 return if had { Ok(Self { _file: file }) } else { Err(busy()) };
             }
             std::thread::sleep(PAUSE);
@@ -99,7 +99,7 @@ fn open(root: &Root, turn: Turn) -> io::Result<File> {
     options.open(folder.join(turn.name()))
 }
 
-/// Whether the lock is ours now.
+/// Tries to take the lock; returns whether this process holds it now.
 fn held(file: &File) -> io::Result<bool> {
     match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(true),
@@ -108,8 +108,8 @@ fn held(file: &File) -> io::Result<bool> {
     }
 }
 
-/// Makes a folder, or an older one, private: only its owner may enter it. What is below is then out of everybody
-/// else's reach, whatever modes it has. The folders above are made for everybody.
+/// Creates a directory that only its owner may enter, or changes an existing one. Other users then cannot reach
+/// anything below it, whatever its modes. Parent directories are created for all users.
 ///
 /// # Errors
 /// When the file system fails.
@@ -123,7 +123,7 @@ pub fn private_dir(folder: &Path) -> io::Result<()> {
     }
     let about = std::fs::symlink_metadata(folder)?;
     if !about.is_dir() {
-        // Damage, or a link that would lead out of what is private.
+        // Damage, or a link to a directory that is not private.
         std::fs::remove_file(folder)?;
         return DirBuilder::new().mode(0o700).create(folder);
     }

@@ -13,17 +13,17 @@ use crate::storage::Storage;
 /// Everything of a robot that a change touches.
 #[derive(Clone, Copy)]
 pub struct Machine<'a> {
-    /// Where the robot's memory lies.
+    /// The root of the robot's paths.
     pub root: &'a Root,
-    /// What its image says.
+    /// The image's description.
     pub about: &'a Description,
     /// The running slot.
     pub running: Slot,
     /// How its slot is chosen.
     pub flow: &'a dyn BootFlow,
-    /// How its slots are opened.
+    /// Access to the slots.
     pub slots: &'a dyn Slots,
-    /// What changes the files of an API.
+    /// The interface that changes the files of an API.
     pub files: &'a dyn Files,
     /// Its log.
     pub events: &'a Events,
@@ -37,14 +37,13 @@ pub trait Slots: Sync {
     /// `wrong-layout` or `io`.
     fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>>;
 
-    /// The disk, and the sectors of it in which two copies of what must not be forgotten begin; `None`: this image
-    /// knows of none.
+    /// The disk, and the first sectors of the two copies of the trust area; `None`: this image has no trust area.
     fn trust_area(&self, _writable: bool) -> Option<Result<TrustArea>> {
         None
     }
 }
 
-/// A disk with two places on it.
+/// A disk and the first sectors of the two copies.
 pub type TrustArea = (Box<dyn Storage>, [u64; 2]);
 
 impl Slots for Device {
@@ -60,8 +59,8 @@ impl Slots for Device {
     }
 }
 
-/// Refuses while it is not decided which slot stays: a trial is pending, or the committed slot did not
-/// start and the other one runs in its stead. The idle slot may then be the only good one.
+/// Refuses while it is undecided which slot is kept: a trial is pending, or the committed slot did not
+/// start and the other one runs instead. The idle slot may then be the only good one.
 ///
 /// # Errors
 /// `trial-pending`, `not-committed`; `boot-state` or `io` when the state cannot be read.
@@ -69,17 +68,17 @@ pub fn undecided(machine: &Machine<'_>) -> Result<()> {
     let status = machine.flow.status()?;
     let running = machine.running;
     if let Some(trial) = status.pending(running) {
-        let place = if trial.slot == running { "runs" } else { "has not started yet" };
+        let place = if trial.slot == running { "running" } else { "not started yet" };
         return Err(Refusal::new(
             "trial-pending",
-            format!("slot {} is on trial and {place}", trial.slot),
-            "wait until it is committed (`slotd status` says what it waits for), or end it with `slotd roll-back`",
+            format!("slot {} is on trial ({place})", trial.slot),
+            "wait until the trial is committed (`slotd status` shows what it waits for), or end it with `slotd roll-back`",
         ));
     }
     if status.active != running {
         return Err(Refusal::new(
             "not-committed",
-            format!("slot {running} runs, but slot {} is the committed one", status.active),
+            format!("slot {running} is running, but slot {} is committed", status.active),
             "keep the running slot with `slotd commit`, or go back with `slotd boot-other`",
         ));
     }

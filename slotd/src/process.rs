@@ -10,17 +10,17 @@ use std::time::{Duration, Instant};
 use rustix::fs::MemfdFlags;
 use rustix::process::{Pid, Signal, kill_process_group};
 
-/// Most characters of a program's last line that are kept.
+/// Maximum number of characters of a program's last line that are kept.
 const LAST_LINE: usize = 200;
 
-/// Most bytes that are read of what a program said.
+/// Maximum number of bytes of a program's output that are read.
 const OUTPUT: u64 = 16 << 10;
 
-/// How often a running program is looked at.
+/// How often a running program is polled.
 const POLL: Duration = Duration::from_millis(20);
 
-/// Runs a program, in a folder of its own if need be, to its end or for `timeout`, whatever it starts
-/// included; both its outputs in one.
+/// Runs a program, in its own directory if given, until it ends or `timeout` expires. All processes that it
+/// starts are ended too. Returns standard output and standard error combined.
 pub(crate) fn program(
     name: &str,
     arguments: &[&str],
@@ -28,7 +28,7 @@ pub(crate) fn program(
     timeout: Duration,
 ) -> Result<(ExitStatus, String), String> {
     let failed = |error: io::Error| format!("{name}: {error}");
-    // A file, not a pipe: a grandchild that stays could hold a pipe open for ever.
+    // A file, not a pipe: a surviving grandchild could hold a pipe open for ever.
     let mut output = nameless().map_err(failed)?;
     let (first, second) =
         (output.try_clone().map_err(failed)?, output.try_clone().map_err(failed)?);
@@ -52,7 +52,7 @@ pub(crate) fn program(
             None if Instant::now() < end => std::thread::sleep(POLL),
             None => {
                 let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-                // One that has just ended is as good as killed.
+                // Killing fails if the program has just ended.
                 group.map(|group| kill_process_group(group, Signal::KILL).ok());
                 child.wait().map_err(failed)?;
                 return Err(format!("{name} has not ended within {} s", timeout.as_secs()));
@@ -69,7 +69,7 @@ pub(crate) fn program(
     }
 }
 
-/// A file in memory, gone with its last user.
+/// A file in memory, which disappears with its last user.
 fn nameless() -> io::Result<File> {
     Ok(rustix::fs::memfd_create("slotd-probe", MemfdFlags::CLOEXEC)?.into())
 }

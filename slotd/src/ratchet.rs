@@ -1,5 +1,5 @@
-//! What a robot must not forget when `data` is lost or the other slot starts: the floor, and which keys count.
-//! It is kept as one text, `trust.json` on `data` and in raw sectors of the disk, and only ever rises.
+//! State that must survive when `data` is lost or the other slot starts: the floor, and which keys are accepted. It
+//! is stored as one text, in `trust.json` on `data` and in raw sectors of the disk, and only ever rises.
 
 use std::io;
 
@@ -12,10 +12,11 @@ use crate::durable;
 use crate::root::Root;
 use crate::storage::Storage;
 
-/// Most key sets of a chain. A rotation needs one; an image with a newer set makes all before it superfluous.
+/// Maximum number of key sets in a chain. A rotation needs one; an image with a newer set makes all earlier ones
+/// superfluous.
 pub const MOST_LINKS: usize = 8;
 
-/// A key set with the signature over it, both as they were carried here.
+/// A key set with its signature, both as they were received.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Link {
     /// The key set's file.
@@ -24,7 +25,7 @@ pub struct Link {
     pub signature: String,
 }
 
-/// What is kept. Fields that are not known are passed over.
+/// The stored state. Unknown fields are ignored.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct Ratchet {
@@ -32,16 +33,16 @@ pub struct Ratchet {
     pub version: Option<Version>,
     /// The lowest key epoch.
     pub key_epoch: u32,
-    /// The serial of the newest key set that has counted on this robot.
+    /// The serial of the newest key set that was accepted on this robot.
     pub serial: u32,
-    /// Ids of the keys that counted in it: of an older set no others count.
+    /// Ids of the accepted keys in it: in an older set no other keys are accepted.
     pub counted: Vec<String>,
-    /// Key sets that were taken, each signed by a key of the one before it, oldest first.
+    /// Key sets that were installed, each signed by a key of the previous one, oldest first.
     pub chain: Vec<Link>,
 }
 
 impl Ratchet {
-    /// Raises it to a key set: older sets then trust no key that this one does not.
+    /// Raises the state to a key set: keys of older sets are then trusted only if this set trusts them.
     pub fn raise_keys(&mut self, set: &KeySet) {
         if set.serial >= self.serial {
             self.serial = set.serial;
@@ -49,7 +50,7 @@ impl Ratchet {
         }
     }
 
-    /// What is left of a set: if it is older than the newest one, its keys must count in that one, too.
+    /// Restricts a set: if it is older than the newest one, only keys that the newest one accepts stay.
     #[must_use]
     pub fn limit(&self, mut set: KeySet) -> KeySet {
         if set.serial < self.serial {
@@ -64,15 +65,15 @@ impl Ratchet {
         root.state().join("trust.json")
     }
 
-    /// What `data` has; `None` when there is nothing.
+    /// Reads the state on `data`; `None` when there is none.
     ///
     /// # Errors
-    /// When it cannot be read or understood.
+    /// When it cannot be read or parsed.
     pub fn on_data(root: &Root) -> io::Result<Option<Self>> {
         durable::read_json(&Self::file(root))
     }
 
-    /// Keeps it on `data`.
+    /// Stores it on `data`.
     ///
     /// # Errors
     /// When `data` fails or is full.
@@ -93,31 +94,31 @@ pub struct Area<S> {
     sectors: [u64; 2],
 }
 
-/// What the raw sectors hold.
+/// The content of the raw sectors.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Held {
-    /// What counts; `None`: nothing was written yet, or nothing can be read.
+    /// The valid state; `None`: nothing was written yet, or nothing can be read.
     pub ratchet: Option<Ratchet>,
-    /// What is damaged, for people.
+    /// Damage, human-readable.
     pub damage: Vec<String>,
-    /// The sequence number and the place of what counts.
+    /// The sequence number and the index of the valid copy.
     newest: Option<(u64, usize)>,
 }
 
 impl Held {
-    /// Nothing can be read.
+    /// The value when nothing can be read.
     pub fn unreadable(why: String) -> Self {
         Self { damage: vec![why], ..Self::default() }
     }
 }
 
 impl<S: Storage> Area<S> {
-    /// The copies begin at these sectors (of 512 bytes) of the disk.
+    /// `sectors` are the first sectors (of 512 bytes) of the copies on the disk.
     pub fn new(disk: S, sectors: [u64; 2]) -> Self {
         Self { disk, sectors }
     }
 
-    /// Both copies, and which one counts.
+    /// Reads both copies and selects the valid one.
     pub fn read(&self) -> Held {
         let mut held = Held::default();
         for (place, sector) in self.sectors.into_iter().enumerate() {
@@ -150,10 +151,10 @@ impl<S: Storage> Area<S> {
         held
     }
 
-    /// Keeps it, in the copy that does not count.
+    /// Writes the state to the copy that is not used.
     ///
     /// # Errors
-    /// When the disk fails, does not hold what was written, or it is too long.
+    /// When the disk fails or reads back differently, or the state is too long.
     pub fn write(&self, ratchet: &Ratchet) -> io::Result<()> {
         let (sequence, counts) = self.read().newest.unwrap_or((0, 1));
         let [first, second] = self.sectors;
@@ -161,16 +162,16 @@ impl<S: Storage> Area<S> {
         let copy = Copy {
             sequence: sequence
                 .checked_add(1)
-                .ok_or_else(|| io::Error::other("its sequence number cannot grow any more"))?,
+                .ok_or_else(|| io::Error::other("trust area sequence number overflow"))?,
             text: serde_json::to_vec(ratchet)?,
         };
-        let bytes = copy.encode().ok_or_else(|| io::Error::other("it is too long"))?;
+        let bytes = copy.encode().ok_or_else(|| io::Error::other("the trust state is too long"))?;
         let mut found = vec![0; bytes.len()];
         self.disk.write_at(sector * device::SECTOR, &bytes)?;
         self.disk.flush()?;
         self.disk.read_back(sector * device::SECTOR, &mut found)?;
         if found != bytes {
-            return Err(io::Error::other("the disk does not hold what was just written to it"));
+            return Err(io::Error::other("the disk reads back differently than written"));
         }
         Ok(())
     }

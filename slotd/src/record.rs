@@ -1,5 +1,5 @@
-//! What a robot remembers of its bundles, as small files in `/data/slotd`: an install that is under way,
-//! what was put into each slot, and the floor that committed bundles have set.
+//! Records about bundles, as small files in `/data/slotd`: an install in progress, the bundle in each slot, and the
+//! floor that committed bundles have set.
 
 use std::io;
 
@@ -11,7 +11,7 @@ use crate::device::Description;
 use crate::durable;
 use crate::root::Root;
 
-/// An install under way.
+/// An install in progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Journal {
@@ -19,23 +19,23 @@ pub struct Journal {
     pub manifest: String,
     /// The slot that is written.
     pub slot: Slot,
-    /// The bundle's version, for people.
+    /// The bundle's version, for display.
     pub version: Version,
-    /// The payload that is being written, by its place in the manifest.
+    /// The payload that is being written, by its index in the manifest.
     pub payload: usize,
-    /// Frames of that payload, from its first, that are on the device, except for the first block.
+    /// Number of leading frames of that payload that are on the device, except for the first block.
     pub frames: u32,
 }
 
 impl Journal {
-    /// The journal, if an install was interrupted. A damaged one is as good as none: then nothing is
-    /// known to be in place, and everything is looked at.
+    /// The journal, if an install was interrupted. A damaged journal is treated as missing: then nothing is
+    /// known to be in place, and everything is checked.
     pub fn read(root: &Root) -> Option<Self> {
         durable::read_json(&root.state().join("journal.json")).ok().flatten()
     }
 
-    /// Keeps the journal. What it says is on the slot already; an older journal, or a damaged one, only
-    /// makes the next install look at more. So nobody waits for it to be on the disk.
+    /// Writes the journal without waiting for the disk. Its content is already on the slot; an older or
+    /// damaged journal only makes the next install check more.
     ///
     /// # Errors
     /// When `data` fails or is full.
@@ -44,7 +44,7 @@ impl Journal {
         durable::replace(&root.state().join("journal.json"), &json)
     }
 
-    /// No install is under way any more.
+    /// Removes the journal: no install is in progress any more.
     ///
     /// # Errors
     /// When `data` fails.
@@ -53,7 +53,7 @@ impl Journal {
     }
 }
 
-/// What was installed into a slot.
+/// The bundle that was installed into a slot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Installed {
@@ -63,14 +63,14 @@ pub struct Installed {
     pub version: Version,
     /// The lowest version that may follow once this one is committed.
     pub minimum_version: Version,
-    /// The lowest key epoch that counts once this one is committed.
+    /// The lowest key epoch that is accepted once this one is committed.
     pub key_epoch: u32,
-    /// Ids of the keys whose signatures counted.
+    /// Ids of the keys whose signatures were accepted.
     pub signed_by: Vec<String>,
 }
 
 impl Installed {
-    /// What a verified bundle says.
+    /// From a verified bundle.
     pub fn new(manifest: &Manifest, sha256: &str, signed_by: &[SignedBy]) -> Self {
         Self {
             manifest: sha256.to_owned(),
@@ -81,7 +81,7 @@ impl Installed {
         }
     }
 
-    /// What is known of a system that was flashed, by what itself says; `None`: it says too little.
+    /// From the description of a flashed system; `None`: the description is incomplete.
     pub fn flashed(about: &Description) -> Option<Self> {
         Some(Self {
             manifest: String::new(),
@@ -92,12 +92,12 @@ impl Installed {
         })
     }
 
-    /// What is known of a slot; nothing of one that is being written, or was never started.
+    /// Reads the record of a slot; `None` while the slot is being written, or if it never started.
     pub fn read(root: &Root, slot: Slot) -> Option<Self> {
         durable::read_json(&root.state().join(format!("slot-{slot}.json"))).ok().flatten()
     }
 
-    /// Keeps it.
+    /// Writes the record.
     ///
     /// # Errors
     /// When `data` fails or is full.
@@ -105,7 +105,7 @@ impl Installed {
         durable::write_json(&root.state().join(format!("slot-{slot}.json")), self)
     }
 
-    /// Nothing is known of this slot any more.
+    /// Removes the record of a slot.
     ///
     /// # Errors
     /// When `data` fails.
@@ -114,7 +114,7 @@ impl Installed {
     }
 }
 
-/// The lowest that is accepted. It only ever rises.
+/// The lowest accepted version and key epoch. It only ever rises.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Floor {
@@ -125,15 +125,15 @@ pub struct Floor {
 }
 
 impl Floor {
-    /// The floor in `floor.json`, which agents before `trust.json` have kept; `None` when there is none.
+    /// Reads the floor from `floor.json`, as written by agents before `trust.json`; `None` when there is none.
     ///
     /// # Errors
-    /// When the file is there and cannot be read.
+    /// When the file exists and cannot be read.
     pub fn read(root: &Root) -> io::Result<Option<Self>> {
         durable::read_json(&root.state().join("floor.json"))
     }
 
-    /// Keeps it.
+    /// Writes the record.
     ///
     /// # Errors
     /// When `data` fails or is full.
@@ -141,7 +141,7 @@ impl Floor {
         durable::write_json(&root.state().join("floor.json"), self)
     }
 
-    /// Raises it to what another floor asks.
+    /// The maximum of this floor and another one.
     #[must_use]
     pub fn raised(self, version: Option<&Version>, key_epoch: u32) -> Self {
         // `None` sorts below every version.

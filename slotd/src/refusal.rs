@@ -1,4 +1,4 @@
-//! Why something was not done: a stable code for programs, a sentence and what to do for people.
+//! Refusals: a stable machine-readable code, a sentence, and what to do.
 
 use std::fmt;
 
@@ -7,44 +7,48 @@ use serde::Serialize;
 /// The result of everything that can be refused.
 pub type Result<T, E = Refusal> = std::result::Result<T, E>;
 
-/// Whose matter a refusal is. The number is the exit code of `slotd`.
+/// What a refusal concerns. The number is the exit code of `slotd`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Matter {
-    /// The robot itself fails: its disk, its image, its agent.
+    /// The robot itself: its disk, its image, its agent.
     Robot = 1,
-    /// The bundle or the key set is not one that this robot takes, now or ever.
+    /// The bundle or the key set: this robot will never accept it.
     Bundle = 3,
-    /// The robot's state does not allow it at this moment.
+    /// The robot's state, which does not allow it at this moment.
     State = 4,
-    /// What the bundle is read from fails.
+    /// The source of the bundle.
     Source = 5,
 }
 
-/// Every code there is, whose matter it is, and what it means. Codes are part of the interface: they
-/// are never reused for another meaning. Those of the crate `bundle` keep theirs.
+/// Every code, what it concerns, and what it means. Codes are part of the interface: they are never
+/// reused for another meaning. Codes of the crate `bundle` stay the same here.
 pub const CODES: &[(&str, Matter, &str)] = &[
     ("bad-api", Matter::Robot, "`api.toml` is malformed, or lacks something"),
     ("bad-device", Matter::Robot, "`device.toml` is missing, malformed, or lacks something"),
-    ("bad-migration", Matter::Robot, "a declared step between versions of data makes no sense"),
-    ("bad-resources", Matter::Robot, "the API's resources hold what no package should have"),
-    ("boot-state", Matter::Robot, "the boot state cannot be written, or is not what was written"),
-    ("internal", Matter::Robot, "a mistake in the agent"),
+    ("bad-migration", Matter::Robot, "a declared step between versions of data is invalid"),
+    ("bad-resources", Matter::Robot, "the API's resources have entries that no package may have"),
+    ("boot-state", Matter::Robot, "the boot state cannot be written, or reads back differently"),
+    ("internal", Matter::Robot, "a bug in the agent"),
     ("io", Matter::Robot, "reading or writing the robot's own disk fails"),
     ("key-set", Matter::Robot, "a key set cannot be read, or would leave no key"),
-    ("migration-failed", Matter::Robot, "a step between versions of data fails; it is put back"),
-    ("misuse", Matter::Robot, "a mistake in the agent"),
+    (
+        "migration-failed",
+        Matter::Robot,
+        "a step between versions of data failed and was rolled back",
+    ),
+    ("misuse", Matter::Robot, "a bug in the agent"),
     ("no-keys", Matter::Robot, "the robot trusts no key: nothing can be installed"),
     ("no-package", Matter::Robot, "Python would not find the API's package"),
-    ("no-tryboot", Matter::Robot, "the firmware does not do what its boot flow needs"),
+    ("no-tryboot", Matter::Robot, "the firmware does not support what the boot flow needs"),
     ("old-eeprom", Matter::Robot, "the boot loader in the EEPROM is too old for trials"),
     ("read-back", Matter::Robot, "the slot does not hold what was written to it"),
-    ("restart", Matter::Robot, "all is done, but the restart cannot be started"),
-    ("unknown-slot", Matter::Robot, "the root file system is on no slot of this product"),
-    ("watchdog", Matter::Robot, "systemd does not take the watchdog over after a commit"),
+    ("restart", Matter::Robot, "the work is done, but the restart cannot be started"),
+    ("unknown-slot", Matter::Robot, "the root file system is not on a slot of this product"),
+    ("watchdog", Matter::Robot, "systemd does not take over the watchdog after a commit"),
     ("wrong-layout", Matter::Robot, "the disk is not partitioned as `device.toml` says"),
-    ("bad-frame", Matter::Bundle, "a frame is not of the format"),
-    ("bad-header", Matter::Bundle, "a tar header is not of the format"),
+    ("bad-frame", Matter::Bundle, "a frame breaks a rule of the format"),
+    ("bad-header", Matter::Bundle, "a tar header is invalid"),
     ("bad-index", Matter::Bundle, "a block index is malformed"),
     ("bad-key", Matter::Bundle, "a key set is malformed"),
     ("bad-length", Matter::Bundle, "a length is above its bound, or differs from the manifest"),
@@ -52,58 +56,58 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("bad-signature", Matter::Bundle, "a signature by a trusted key does not verify"),
     ("bad-signature-file", Matter::Bundle, "a signature file is malformed"),
     ("api-unfit", Matter::Bundle, "the API does not fit this system's Python, platform or minimum"),
-    ("bad-component", Matter::Bundle, "a component's lock breaks a rule, or is not its payloads'"),
-    ("bad-tree", Matter::Bundle, "a wheel's tree holds what none does"),
+    (
+        "bad-component",
+        Matter::Bundle,
+        "a component's lock breaks a rule, or does not match its payloads",
+    ),
+    ("bad-tree", Matter::Bundle, "a wheel's tree has entries that are not allowed"),
     ("below-floor", Matter::Bundle, "the version is below the floor"),
-    ("duplicate-member", Matter::Bundle, "a member comes twice"),
-    ("frame-length", Matter::Bundle, "a frame yields more or less than the index says"),
-    ("incomplete-bundle", Matter::Bundle, "a part of the slot is not in the bundle"),
-    ("irregular-member", Matter::Bundle, "a member is not a plain file"),
+    ("duplicate-member", Matter::Bundle, "a member occurs twice"),
+    ("frame-length", Matter::Bundle, "a frame decompresses to more or less than the index says"),
+    ("incomplete-bundle", Matter::Bundle, "the bundle lacks a part of the slot"),
+    ("irregular-member", Matter::Bundle, "a member is not a regular file"),
     ("mixed-bundle", Matter::Bundle, "the bundle has the component `api` and others"),
-    ("not-trusted", Matter::Bundle, "no key that counts has signed"),
+    ("not-trusted", Matter::Bundle, "no trusted key has signed the bundle"),
     ("old-key-set", Matter::Bundle, "the key set is not newer than the robot's"),
     ("too-large", Matter::Bundle, "a payload is larger than its partition"),
-    ("trailing-data", Matter::Bundle, "bytes follow where the archive ends"),
+    ("trailing-data", Matter::Bundle, "there are bytes after the archive's end"),
     ("unexpected-member", Matter::Bundle, "a member is missing or superfluous"),
     ("unknown-feature", Matter::Bundle, "the bundle requires a feature that the agent lacks"),
-    ("unknown-format", Matter::Bundle, "the bundle is of a later format"),
-    ("unknown-payload", Matter::Bundle, "a payload has no place in a slot"),
-    ("unsafe-name", Matter::Bundle, "a member's name is not allowed"),
+    ("unknown-format", Matter::Bundle, "the bundle has a later format"),
+    ("unknown-payload", Matter::Bundle, "a payload does not belong to a slot"),
+    ("unsafe-name", Matter::Bundle, "a member's name is invalid"),
     ("wrong-board", Matter::Bundle, "the bundle, or the running image, is for another board"),
-    ("wrong-hash", Matter::Bundle, "something does not have the hash that is signed"),
-    ("wrong-kind", Matter::Bundle, "a development build on a robot that takes only releases"),
+    ("wrong-hash", Matter::Bundle, "data does not match its signed hash"),
+    ("wrong-kind", Matter::Bundle, "a development build on a robot that accepts only releases"),
     ("wrong-product", Matter::Bundle, "the bundle is for another product"),
-    ("bad-archive", Matter::Source, "a backup is damaged, or holds what no backup does"),
-    ("api-differs", Matter::State, "files of an API on data are not what was unpacked"),
-    (
-        "api-unhealthy",
-        Matter::State,
-        "the new API does not come up; the one before it serves again",
-    ),
-    ("bad-seed", Matter::Source, "what the flasher left for the first boot is malformed"),
-    ("busy", Matter::State, "another process changes slots"),
-    ("drift", Matter::State, "`/data/system` is not what the API's package asks for"),
-    ("half-done", Matter::State, "a restore was interrupted, and goes on with the next restart"),
-    ("incomplete-slot", Matter::State, "the other slot holds no complete system"),
-    ("newer-data", Matter::State, "data are of a later version, and there is no way back"),
-    ("no-archive", Matter::State, "data holds more, or longer names, than could be unpacked again"),
-    ("not-offered", Matter::State, "the update user asks for something that is not for it"),
-    ("no-data", Matter::State, "data refuses writes, or is not the card's"),
-    ("no-other-api", Matter::State, "the system's own API serves already"),
+    ("bad-archive", Matter::Source, "a backup is damaged, or has entries that are not allowed"),
+    ("api-differs", Matter::State, "files of an API on data differ from what was unpacked"),
+    ("api-unhealthy", Matter::State, "the new API does not start; the previous one serves again"),
+    ("bad-seed", Matter::Source, "the file with settings for the first boot is malformed"),
+    ("busy", Matter::State, "another process is changing slots"),
+    ("drift", Matter::State, "`/data/system` differs from the resources of the API's package"),
+    ("half-done", Matter::State, "a restore was interrupted and resumes with the next restart"),
+    ("incomplete-slot", Matter::State, "the other slot has no complete system"),
+    ("newer-data", Matter::State, "data has a later version and cannot be rolled back"),
+    ("no-archive", Matter::State, "data has more entries, or longer names, than could be restored"),
+    ("not-offered", Matter::State, "the update user asks for a command that it may not run"),
+    ("no-data", Matter::State, "data is read-only, or is not on the card"),
+    ("no-other-api", Matter::State, "the system's built-in API already serves"),
     (
         "no-space",
         Matter::State,
-        "data has no room for a backup, for what it holds, or for an API with its resources",
+        "data has no space for a backup, for its content, or for an API with its resources",
     ),
     ("not-committed", Matter::State, "the running slot is not the committed one"),
     ("nothing-on-trial", Matter::State, "there is no trial to end"),
-    ("slot-differs", Matter::State, "a slot does not hold what the bundle says"),
-    ("trial-pending", Matter::State, "a trial is not decided yet"),
+    ("slot-differs", Matter::State, "a slot differs from the bundle"),
+    ("trial-pending", Matter::State, "a trial is still pending"),
     ("unhealthy", Matter::State, "a health check fails"),
     (
         "bad-certificate",
         Matter::Source,
-        "over https the server is not believed, or a file of authorities makes no sense",
+        "the server's certificate is not trusted, or a file with certificate authorities is invalid",
     ),
     ("source", Matter::Source, "the file, pipe or server of the bundle fails"),
     ("truncated", Matter::Source, "the bundle ends too early"),
@@ -112,7 +116,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
 /// A refusal or a failure.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Refusal {
-    /// Stable, in kebab-case, one of [`CODES`]: `wrong-board`.
+    /// A stable code in kebab-case, one of [`CODES`]: `wrong-board`.
     pub code: &'static str,
     /// What happened: what was being done, what was expected and found.
     pub message: String,
@@ -128,11 +132,11 @@ impl Refusal {
 
     /// Reading or writing failed; `doing` is a gerund phrase that names what and where.
     pub fn io(doing: impl fmt::Display, error: &std::io::Error) -> Self {
-        let help = "see `slotd log` and the kernel's messages; a card that fails must be replaced";
+        let help = "see `slotd log` and the kernel's messages; replace a failing card";
         Self::new("io", format!("{doing}: {error}"), help)
     }
 
-    /// Whose matter it is.
+    /// What the refusal concerns.
     pub fn matter(&self) -> Matter {
         let known = CODES.iter().find(|(code, _, _)| *code == self.code);
         known.map_or(Matter::Robot, |(_, matter, _)| *matter)

@@ -1,5 +1,5 @@
-//! What a board says of itself, for whoever checks it against docs/reference/hardware.md: read from the kernel's own files, nothing
-//! is changed. No serial number, address, key or password is among it, so that it can be sent to strangers.
+//! The hardware report, for comparison with docs/reference/hardware.md: read from the kernel's files, without changing anything. It
+//! contains no serial number, address, key or password, so that it can be sent to other people.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -12,9 +12,9 @@ use serde::Serialize;
 
 use crate::root::Root;
 
-/// The files. A `*` is any name in its folder. What the firmware and U-Boot leave in the device tree:
-/// bootloader documentation of Raspberry Pi, "device tree: chosen/bootloader"; U-Boot, `boot/fdt_support.c`. What the
-/// kernel has of a card, a watchdog: Documentation/ABI/testing/sysfs-bus-mmc, sysfs-class-watchdog.
+/// The files. A `*` matches any name in its directory. Entries by the firmware and U-Boot in the device tree:
+/// bootloader documentation of Raspberry Pi, "device tree: chosen/bootloader"; U-Boot, `boot/fdt_support.c`. The
+/// kernel's files for a card and a watchdog: Documentation/ABI/testing/sysfs-bus-mmc, sysfs-class-watchdog.
 const FILES: [&str; 44] = [
     "proc/device-tree/model",
     "proc/device-tree/compatible",
@@ -62,7 +62,7 @@ const FILES: [&str; 44] = [
     "sys/devices/system/cpu/cpufreq/*/scaling_cur_freq",
 ];
 
-/// What of the kernel's log belongs to a start: how long its steps took, what the firmware, the card and the watchdog
+/// The lines of the kernel's log about a start: how long its steps took, and which firmware, card and watchdog there
 /// are.
 const WORDS: [&str; 12] = [
     "Linux version",
@@ -79,26 +79,26 @@ const WORDS: [&str; 12] = [
     "Under-voltage",
 ];
 
-/// Bytes of a file that are read.
+/// Maximum bytes read from a file.
 const MOST_BYTES: u64 = 4096;
 
-/// Files that a pattern may stand for, and lines of the log that are kept.
+/// Maximum number of files that a pattern may match, and of log lines that are kept.
 const MOST: usize = 200;
 
 /// Bytes of a record of `/dev/kmsg` (CONSOLE_EXT_LOG_MAX, Linux' include/linux/printk.h).
 const RECORD: usize = 8192;
 
-/// What a board says of itself.
+/// The report of a board.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Report {
-    /// By path; what is not there is left out.
+    /// File contents by path; missing files are left out.
     pub files: BTreeMap<String, String>,
-    /// Seconds since the kernel's start, and what it said then.
+    /// The kernel's log lines, each with the seconds since its start.
     pub log: Vec<String>,
 }
 
-/// Looks at the board that this runs on.
+/// Collects the report of the board that this runs on.
 pub fn collect(root: &Root) -> Report {
     let mut files = BTreeMap::new();
     for pattern in FILES {
@@ -107,7 +107,7 @@ pub fn collect(root: &Root) -> Report {
             files.insert(format!("/{}", path.display()), text(&path, &bytes));
         }
     }
-    // What a person may have written there.
+    // The command line may have secrets that a user has added.
     if let Some(line) = files.get_mut("/proc/cmdline") {
         *line = without_secrets(line);
     }
@@ -115,14 +115,14 @@ pub fn collect(root: &Root) -> Report {
 }
 
 impl Report {
-    /// For people: a line each.
+    /// Human-readable: one line each.
     pub fn lines(&self) -> String {
         let files = self.files.iter().map(|(path, value)| format!("{path}: {value}"));
         files.chain(self.log.iter().cloned()).collect::<Vec<_>>().join("\n")
     }
 }
 
-/// The files that a pattern stands for.
+/// The files that a pattern matches.
 fn matching(root: &Root, pattern: &str) -> Vec<PathBuf> {
     let mut found = vec![PathBuf::new()];
     for part in pattern.split('/') {
@@ -146,7 +146,7 @@ fn matching(root: &Root, pattern: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Whether a name is what a pattern with `*` stands for.
+/// Whether a name matches a pattern with `*`.
 fn fits(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
@@ -172,7 +172,7 @@ fn read(path: &Path) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// A value as a person reads it: text, the texts of a list, a number of the device tree (big endian), or bytes.
+/// A value in human-readable form: text, a list of texts, a number of the device tree (big endian), or bytes.
 fn text(path: &Path, bytes: &[u8]) -> String {
     if !path.starts_with("proc/device-tree") {
         return printable(String::from_utf8_lossy(bytes).trim());
@@ -196,8 +196,8 @@ fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// Arguments of the kernel whose values are told: those that start a board. Whatever else somebody has written there
-/// may be a password (`systemd.set_credential`), an address (`ip`) or a serial number (`smsc95xx.macaddr`), under any name.
+/// Kernel arguments whose values are shown: those that start a board. Any other argument may have a password
+/// (`systemd.set_credential`), an address (`ip`) or a serial number (`smsc95xx.macaddr`).
 const ARGUMENTS: [&str; 21] = [
     "8250.nr_uarts",
     "cfg80211.ieee80211_regdom",
@@ -222,11 +222,11 @@ const ARGUMENTS: [&str; 21] = [
     "slipway.tryboot",
 ];
 
-/// Beginnings of further such names.
+/// Prefixes of further such names.
 const BEGINNINGS: [&str; 3] = ["systemd.watchdog", "vc_mem.", "watchdog."];
 
-/// The kernel's arguments with all values left out but those that are known to start a board. What stands in quotes
-/// belongs to the word that it stands in (Linux, lib/cmdline.c, next_arg).
+/// The kernel's arguments, with all values left out except those in [`ARGUMENTS`]. Quoted text belongs to the word
+/// that contains it (Linux, lib/cmdline.c, next_arg).
 fn without_secrets(line: &str) -> String {
     let mut quoted = false;
     let words = line.split(|c: char| {
@@ -247,7 +247,7 @@ fn without_secrets(line: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// A line of the kernel's log without the arguments that the kernel repeats there, and without hardware addresses.
+/// A line of the kernel's log without the values of kernel arguments and without hardware addresses.
 fn told(said: &str) -> String {
     let said = match said.split_once("command line: ") {
         Some((before, line)) => format!("{before}command line: {}", without_secrets(line)),
@@ -269,8 +269,8 @@ fn told(said: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// What of the kernel's log is wanted. Each read of `/dev/kmsg` is one record (Documentation/ABI/testing/dev-kmsg):
-/// `level,number,microseconds,flags;text`, then lines of its own about the device.
+/// The relevant lines of the kernel's log. Each read of `/dev/kmsg` is one record (Documentation/ABI/testing/dev-kmsg):
+/// `level,number,microseconds,flags;text`, followed by separate lines about the device.
 fn log(path: &Path) -> Vec<String> {
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let Ok(mut file) = OpenOptions::new().read(true).custom_flags(flags).open(path) else {
@@ -282,7 +282,7 @@ fn log(path: &Path) -> Vec<String> {
         let length = match file.read(&mut record) {
             Ok(0) => break,
             Ok(length) => length,
-            // A record was overwritten before it was read; the next one is there.
+            // A record was overwritten before it was read; continue with the next one.
             Err(error) if error.raw_os_error() == Some(rustix::io::Errno::PIPE.raw_os_error()) => {
                 continue;
             }

@@ -1,6 +1,6 @@
-//! Room on `data` that only root can use: files in `/data/slotd/reserve` that hold blocks and inodes while there are
-//! some, and give them up while a start prepares `data` or a record is written, when nothing else is free. ext4's own reserve for root knows
-//! no inodes, and cards in the field were made without one.
+//! Space on `data` that is reserved for root: files in `/data/slotd/reserve` that occupy blocks and inodes. They are
+//! released while a start prepares `data` or a record is written, if nothing else is free. ext4's own reserve for root
+//! does not cover inodes, and cards in the field were created without it.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -15,16 +15,16 @@ use crate::durable;
 use crate::lock::private_dir;
 use crate::root::Root;
 
-/// How many files, and bytes of each. Together 24 MiB and 96 inodes: the 16 MiB that the image's health check asks for,
-/// and room for what a start writes. The largest `resources` of an API so far are 17 files with 1.4 MiB; every record of
-/// the agent has a few kilobytes.
+/// Number of files, and bytes of each. Together 24 MiB and 96 inodes: the 16 MiB that the image's health check requires,
+/// and space for what a start writes. The largest `resources` of an API so far are 17 files with 1.4 MiB; each record
+/// of the agent has a few kilobytes.
 const FILES: u64 = 96;
 const BYTES: u64 = 256 << 10;
 
-/// What was free when this start began to use `data`.
+/// The free space when this start began to use `data`.
 #[derive(Serialize, Deserialize)]
 struct Before {
-    /// Bytes, those of the reserve included.
+    /// Free bytes, including the reserve.
     free: u64,
 }
 
@@ -36,17 +36,17 @@ fn note(root: &Root) -> PathBuf {
     root.run().join("before.json")
 }
 
-/// Bytes free for everybody.
+/// Bytes that are free for ordinary users.
 fn free(about: &StatVfs) -> u64 {
     about.f_bavail.saturating_mul(about.f_frsize)
 }
 
-/// Whether what is free for everybody is less than the reserve; some file systems count no inodes.
+/// Whether less than the reserve is free for ordinary users; some file systems do not count inodes.
 fn is_scarce(about: &StatVfs) -> bool {
     free(about) < FILES * BYTES || (about.f_files > 0 && about.f_favail < FILES)
 }
 
-/// Bytes that the reserve holds.
+/// Bytes that the reserve occupies.
 fn held(root: &Root) -> u64 {
     let Ok(entries) = fs::read_dir(folder(root)) else { return 0 };
     entries
@@ -56,18 +56,18 @@ fn held(root: &Root) -> u64 {
         .sum()
 }
 
-/// Notes what is free before anything of this start writes to `data`; [`fair`] asks it.
+/// Records the free space before this start writes to `data`; [`fair`] uses it.
 pub(crate) fn begin(root: &Root) {
     let Ok(about) = statvfs(root.data()) else { return };
     let before = Before { free: free(&about).saturating_add(held(root)) };
     if let Err(error) = durable::write_json(&note(root), &before) {
-        eprintln!("slotd: what is free on data before this start cannot be noted: {error}");
+        eprintln!("slotd: cannot record the free space on data before this start: {error}");
     }
 }
 
-/// Does something with the reserve given up, if nothing else is free, and takes it again afterwards, as far as there is
-/// room. In a start no other user's process can take what becomes free meanwhile; later one may, so that what is then
-/// written with it must also do without.
+/// Runs `work` with the reserve released, if nothing else is free, and fills it again afterwards as far as possible.
+/// During the start no other user's process can use the released space; later one may, so that `work` must then also
+/// be able to fail.
 pub(crate) fn with<T>(root: &Root, work: impl FnOnce() -> T) -> T {
     let scarce = statvfs(root.data()).is_ok_and(|about| is_scarce(&about));
     let given_up = if scarce { held(root) / BYTES } else { 0 };
@@ -75,7 +75,7 @@ pub(crate) fn with<T>(root: &Root, work: impl FnOnce() -> T) -> T {
         && let Err(error) = fs::remove_dir_all(folder(root))
         && error.kind() != io::ErrorKind::NotFound
     {
-        eprintln!("slotd: the reserve on data cannot be given up: {error}");
+        eprintln!("slotd: cannot release the reserve on data: {error}");
     }
     let done = work();
     if scarce {
@@ -84,22 +84,22 @@ pub(crate) fn with<T>(root: &Root, work: impl FnOnce() -> T) -> T {
     done
 }
 
-/// Fills the reserve up, from at most half of what is free. Without room there is none.
+/// Fills the reserve, from at most half of the free space. Without free space there is no reserve.
 pub(crate) fn keep(root: &Root) {
     take(root, 0);
 }
 
-/// [`keep`], but for the files that were there before: these come back as long as there is any room.
+/// [`keep`], but the files that existed before are restored as long as there is any space.
 fn take(root: &Root, before: u64) {
     if let Err(error) = fill(root, before)
         && error.kind() != io::ErrorKind::StorageFull
     {
-        eprintln!("slotd: the reserve on data is not whole: {error}");
+        eprintln!("slotd: the reserve on data is incomplete: {error}");
     }
 }
 
 fn fill(root: &Root, before: u64) -> io::Result<()> {
-    // In memory there is nothing to hold for the next start, and memory is short.
+    // In memory a reserve does not last until the next start, and memory is scarce.
     if DataState::read(root).is_ok_and(|state| state.condition == Condition::Memory) {
         return Ok(());
     }
@@ -129,18 +129,18 @@ fn is_whole(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|about| about.blocks() * 512 >= BYTES)
 }
 
-/// Holds one file's room, or none.
+/// Reserves one file's space, or nothing.
 fn hold(path: &Path) -> io::Result<()> {
     let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     fallocate(&file, FallocateFlags::empty(), 0, BYTES).map_err(|error| {
-        // Half of one holds an inode for nothing; the first failure is the one to tell.
+        // An incomplete file would waste an inode; the first failure is reported.
         drop(fs::remove_file(path));
         error.into()
     })
 }
 
-/// Whether a file system with `path` has `wanted` bytes free, the reserve included; or had fewer already when this
-/// start began, so that no update has taken them. `Err` is what is missing, for people.
+/// Checks that the file system of `path` has `wanted` bytes free, including the reserve; or that it already had fewer
+/// when this start began, so that no update has used them. `Err` says what is missing, human-readable.
 pub(crate) fn fair(root: &Root, path: &Path, wanted: u64) -> Result<String, String> {
     let at = root.path(path);
     let about = statvfs(&at).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -154,7 +154,7 @@ pub(crate) fn fair(root: &Root, path: &Path, wanted: u64) -> Result<String, Stri
     let before: Option<Before> = durable::read_json(&note(root)).ok().flatten();
     match before.filter(|before| is_data && before.free < wanted) {
         Some(before) => Ok(format!(
-            "{text}, expected {}; it had {} before this system's first write: no update has filled it",
+            "{text}, expected {}; the file system had {} before this system's first write, so the update has not filled it",
             wanted >> 20,
             before.free >> 20
         )),

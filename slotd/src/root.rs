@@ -1,4 +1,4 @@
-//! Where things lie on a robot. Every path starts at one prefix: `/` on a robot, a directory in a test.
+//! Paths on a robot. Every path starts at one prefix: `/` on a robot, a directory in a test.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ impl Root {
         self.0.join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// The kernel's id of this start: another one after every restart.
+    /// The kernel's id of this start: it changes with every restart.
     ///
     /// # Errors
     /// When the kernel's file cannot be read.
@@ -33,7 +33,7 @@ impl Root {
         Ok(text.trim().to_owned())
     }
 
-    /// What this system is: `device.toml`, the same bytes in either slot.
+    /// The system's description: `device.toml`, the same bytes in either slot.
     pub fn device_file(&self) -> PathBuf {
         self.path("usr/lib/slipway/device.toml")
     }
@@ -43,27 +43,27 @@ impl Root {
         self.path("usr/lib/slipway/keyset.json")
     }
 
-    /// The API that came with the image; not there in a product without one.
+    /// The description of the image's API; missing in a product without an API.
     pub fn api_file(&self) -> PathBuf {
         self.path("usr/lib/slipway/api.toml")
     }
 
-    /// The partition `data`: all that a robot remembers.
+    /// The partition `data`: all state of a robot.
     pub fn data(&self) -> PathBuf {
         self.path("data")
     }
 
-    /// What the API's package has as `resources`; only provisioning writes it.
+    /// The `resources` of the API's package; only provisioning writes it.
     pub fn system(&self) -> PathBuf {
         self.path("data/system")
     }
 
-    /// What the agent knows of this start only; its locks. Only root may enter it.
+    /// The agent's state of this start, and its locks. Only root may enter it.
     pub fn run(&self) -> PathBuf {
         self.path("run/slotd")
     }
 
-    /// What the agent itself remembers; only root may enter it.
+    /// The agent's permanent state; only root may enter it.
     pub fn state(&self) -> PathBuf {
         self.path("data/slotd")
     }

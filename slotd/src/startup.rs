@@ -18,27 +18,27 @@ use crate::refusal::{Refusal, Result};
 use crate::reserve;
 use crate::root::Root;
 
-/// What a start has done with `data`.
+/// The result of a start for `data`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Prepared {
     /// The reset or restore that was carried out, or dropped.
     #[serde(flatten)]
     pub applied: Applied,
-    /// The steps between versions.
+    /// The result of the migration between versions.
     pub migrated: Migrated,
 }
 
-/// Carries out what waits and brings `data` to this system's version: in every start, after it is mounted
-/// and before anything uses it. What fails is left in `/run/slotd/data.json`, where a health check finds it.
+/// Carries out a pending change and migrates `data` to this system's version: in every start, after `data` is mounted
+/// and before anything uses it. A failure is recorded in `/run/slotd/data.json` for the health check.
 ///
 /// # Errors
 /// As [`apply`] and [`migrate`].
 pub fn prepare(root: &Root) -> Result<Prepared> {
-    // Before any other user has a process: an agent before this one left both open to everybody.
+    // Before any other user has a process: older agents left both directories open to all users.
     for folder in [root.run(), root.state()] {
         if let Err(error) = private_dir(&folder) {
-            eprintln!("slotd: {} is not for root alone: {error}", folder.display());
+            eprintln!("slotd: restricting {} to root: {error}", folder.display());
         }
     }
     reserve::begin(root);
@@ -68,18 +68,18 @@ fn prepare_all(root: &Root) -> Result<Prepared> {
     if applied.carried_out == Some(Pending::Reset) && root.is_system() {
         trim(root);
     }
-    // Nothing of the start depends on it: the system's own API can always serve.
+    // The start does not depend on it: the built-in API can always serve.
     let events = Events::new(root);
     if let Err(refusal) = api::settle(root, &events, &Disk) {
         events.add("api-not-settled", json!(refusal));
     }
-    // Which slot runs does not matter here, nor whether `/` is on a slot at all.
+    // Independent of the running slot, and of whether `/` is on a slot at all.
     let about = Description::read(root)?;
     Ok(Prepared { applied, migrated: migrate(root, &about.version)? })
 }
 
-/// Tells the card which blocks are free, so that it forgets what they held: copies that were replaced or
-/// removed before a reset. Not every card takes that, and none promises it.
+/// Tells the card which blocks are free, so that it drops their content: copies that were replaced or removed before
+/// a reset. Not every card supports this, and none guarantees it.
 fn trim(root: &Root) {
     let trimmed = Command::new("fstrim").arg(root.data()).output();
     let why = match trimmed {

@@ -1,5 +1,5 @@
-//! What is written to: a disk or a partition as bytes at offsets. Everything that must survive a power
-//! cut writes through this trait, so that a test can record every write and cut between any two.
+//! A disk or a partition as bytes at offsets. All code whose writes must survive a power cut uses this trait,
+//! so that a test can record every write and simulate a power cut between any two.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,28 +8,28 @@ use std::path::Path;
 
 use rustix::fs::{Advice, OFlags, SeekFrom};
 
-/// Bytes at offsets, with a flush that orders what was written before it against what comes after.
+/// Bytes at offsets, with a flush that orders writes before it against writes after it.
 pub trait Storage: Send + Sync {
     /// Size in bytes.
     fn size(&self) -> u64;
 
-    /// Fills `buffer` from `offset`, perhaps from memory that mirrors the device.
+    /// Fills `buffer` from `offset`, possibly from a cache of the device.
     ///
     /// # Errors
     /// When the device fails or ends before the buffer is full.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
-    /// Fills `buffer` from the device itself: what a restart would find there. Whatever was written
-    /// must have been flushed.
+    /// Fills `buffer` from the device itself: what a restart would find there. All writes must have been
+    /// flushed.
     ///
     /// # Errors
     /// As [`Storage::read_at`].
     fn read_back(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
-    /// Writes all of `bytes` at `offset`. Nothing is promised to survive before [`Storage::flush`].
+    /// Writes all of `bytes` at `offset`. Only [`Storage::flush`] guarantees that they survive a power cut.
     ///
     /// # Errors
-    /// When the device fails or ends before all is written.
+    /// When the device fails or ends before everything is written.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 
     /// Returns when everything written so far would survive a power cut.
@@ -61,14 +61,14 @@ impl<S: Storage + ?Sized> Storage for &S {
     }
 }
 
-/// Alignment that direct access to any disk is content with.
+/// Alignment that is sufficient for direct access to any disk.
 pub const ALIGNMENT: usize = 4096;
 
-/// A block device, or a regular file in its stead.
+/// A block device, or a regular file instead.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
-    /// The same device past the kernel's memory (`O_DIRECT`), where its file system can do that.
+    /// The same device without the kernel's page cache (`O_DIRECT`), if its file system supports this.
     direct: Option<File>,
     size: u64,
 }
@@ -82,7 +82,7 @@ impl Disk {
         let mut options = OpenOptions::new();
         options.read(true).write(writable);
         let file = options.open(path)?;
-        // Size by seeking, since a device's metadata has none.
+        // The size by seeking, because a device's metadata does not have it.
         let size = rustix::fs::seek(&file, SeekFrom::End(0))?;
         let direct = options.custom_flags(OFlags::DIRECT.bits().cast_signed()).open(path).ok();
         Ok(Self { file, direct, size })
@@ -110,8 +110,8 @@ impl Storage for Disk {
         if let Some(direct) = self.direct(offset, buffer) {
             return direct.read_exact_at(buffer, offset);
         }
-        // Clean pages of the range are dropped, and come from the device again. posix_fadvise(2) leaves
-        // pages that are covered in part.
+        // Clean pages of the range are dropped and then read from the device again. posix_fadvise(2) keeps
+        // partially covered pages.
         let page = ALIGNMENT as u64;
         let start = offset - offset % page;
         let length = (offset + buffer.len() as u64).next_multiple_of(page) - start;

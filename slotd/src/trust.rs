@@ -1,8 +1,8 @@
-//! Whom this robot trusts, and how far down it goes: the image's key set, or a later one that a chain of
-//! signatures leads to from there; and what this robot has learned before, which only ever rises.
+//! Which keys this robot trusts, and which versions it accepts: the image's key set, or a later one reached by a
+//! chain of signatures from it; and the stored floor, which only ever rises.
 //!
-//! What is kept lies on `data` and in raw sectors of the disk ([`crate::ratchet`]). A key set from there counts
-//! only with its signatures, which are verified at each read. What nobody has signed can only take trust away.
+//! The state is on `data` and in raw sectors of the disk ([`crate::ratchet`]). A key set from there is valid only with
+//! its signatures, which are verified at each read. Unsigned state can only reduce trust.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use crate::record::{Floor, Installed};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// What follows the name of a key set in that of its signature.
+/// The suffix of a key set's signature file.
 pub const SIGNATURE: &str = "minisig";
 
 /// Everything that decides whether a bundle or a key set is accepted.
@@ -26,32 +26,32 @@ pub struct Trust {
     /// Why the image's own set cannot be read.
     broken: Option<Refusal>,
     kind: Kind,
-    /// The set that counts, less what is revoked by anything else.
+    /// The effective key set, without keys that are revoked elsewhere.
     keys: KeySet,
-    /// The same before claims that only `data` makes.
+    /// The same, without unsigned claims on `data`.
     solid: KeySet,
-    /// What the signatures alone lead to.
+    /// The key set that follows from the signatures alone.
     signed: KeySet,
-    /// The lowest version and key epoch that are accepted.
+    /// The lowest accepted version and key epoch.
     pub floor: Floor,
-    /// The same before claims that only `data` makes.
+    /// The same, without unsigned claims on `data`.
     confirmed: Floor,
-    /// What a person must know; files that are healed at the next commit among it.
+    /// Warnings for the user, including damaged files that the next commit repairs.
     pub alarms: Vec<String>,
     image: KeySet,
-    /// What the raw sectors hold, and what they should hold; nothing where there are none.
+    /// The content of the raw sectors, and what it should be; `None` without raw sectors.
     held: Option<Held>,
     raw: Ratchet,
-    /// What `data` has, if it can be read, and what it should have.
+    /// The state on `data`, if it can be read, and what it should be.
     found: Option<Ratchet>,
     data: Ratchet,
-    /// Whether the running system is the committed one, so that what it asks is kept.
+    /// Whether the running system is the committed one, so that its requirements are stored.
     decided: bool,
 }
 
 impl Trust {
-    /// Reads everything. Whatever is damaged on `data` or in the raw sectors is passed over with an alarm: it
-    /// never ends updates.
+    /// Reads everything. Damaged state on `data` or in the raw sectors is ignored with a warning: it never prevents
+    /// updates.
     pub fn read(machine: &Machine<'_>) -> Self {
         let (root, about) = (machine.root, machine.about);
         let mut alarms = Vec::new();
@@ -70,7 +70,7 @@ impl Trust {
         let data = found.clone().unwrap_or_default();
         let kept = read(&mut alarms, "floor.json", Floor::read(root)).unwrap_or_default();
 
-        // The raw sectors go before `data`: only the agent writes them.
+        // The raw sectors take precedence over `data`: only the agent writes them.
         let signed = walk(image.clone(), &raw.chain, about.kind, |set| set);
         let mut chain = raw.chain.clone();
         let mut solid = raw.limit(signed.clone());
@@ -90,11 +90,11 @@ impl Trust {
         let unsigned = beside.set.filter(|set| set.serial > solid.serial);
         if let Some(set) = &unsigned {
             alarms.push(format!(
-                "the key set {} on data has no signature that counts: only what it revokes does; take it again with `slotd keys FILE`",
+                "the key set {} on data has no valid signature: only its revocations apply; install it again with `slotd keys FILE`",
                 set.serial
             ));
         }
-        // What an agent without signatures has kept, or one that ran in the other slot.
+        // State of an older agent without signatures, or of an agent in the other slot.
         let mut old = Ratchet::default();
         unsigned.iter().for_each(|set| old.raise_keys(&of_kind(set.clone(), about.kind)));
         for claim in [&data, &old] {
@@ -103,16 +103,16 @@ impl Trust {
                 keys = limited;
             } else if !counting(&keys).is_empty() {
                 alarms.push(
-                    "what data says of revoked keys would leave none: it is passed over".to_owned(),
+                    "the revocations on data would leave no key: they are ignored".to_owned(),
                 );
             }
         }
 
         let decided = undecided(machine).is_ok();
-        // What the raw sectors are to say: a damaged or planted file on `data` must not reach them.
+        // The new content of the raw sectors: a damaged or forged file on `data` must not reach them.
         let mut confirmed = Floor { version: raw.version.clone(), key_epoch: raw.key_epoch }
             .raised(about.minimum_version.as_ref(), about.key_epoch);
-        // A trial that is not committed does not raise it.
+        // A trial that is not committed does not raise the floor.
         if let Some(of) = Installed::read(root, machine.running).filter(|_| decided) {
             confirmed = confirmed.raised(Some(&of.minimum_version), of.key_epoch);
         }
@@ -123,7 +123,7 @@ impl Trust {
         let highest = keys.keys.iter().filter(|key| !key.revoked).map(|key| key.epoch).max();
         if let Some(highest) = highest.filter(|highest| *highest < floor.key_epoch) {
             alarms.push(format!(
-                "the key epoch {} is asked for, and no key has it: {highest} is asked for instead",
+                "key epoch {} is required, but no key has it: {highest} is required instead",
                 floor.key_epoch
             ));
             floor.key_epoch = highest;
@@ -151,10 +151,10 @@ impl Trust {
         trust
     }
 
-    /// The keys that count.
+    /// The accepted keys.
     ///
     /// # Errors
-    /// `key-set`: the image's set cannot be read. `no-keys`: no key counts.
+    /// `key-set`: the image's set cannot be read. `no-keys`: no key is accepted.
     pub fn keys(&self) -> Result<KeySet> {
         if let Some(refusal) = &self.broken {
             return Err(refusal.clone());
@@ -163,17 +163,17 @@ impl Trust {
             return Err(Refusal::new(
                 "no-keys",
                 format!(
-                    "no key of the key set counts on a {} image: nothing can be installed",
+                    "no key of the key set is valid on a {} image: nothing can be installed",
                     self.kind
                 ),
-                "start the newer system with `slotd boot-other`, take a newer key set with `slotd keys FILE`, or flash an image that was built with keys",
+                "start the newer system with `slotd boot-other`, install a newer key set with `slotd keys FILE`, or flash an image that was built with keys",
             ));
         }
         Ok(self.keys.clone())
     }
 
-    /// Keeps what the committed system asks for: first in the raw sectors, then on `data`. Damaged files are
-    /// written anew. Nothing waits for it: what could not be kept is returned, and the next change tries again.
+    /// Stores the requirements of the committed system: first in the raw sectors, then on `data`. Damaged files are
+    /// written again. A failure does not stop the caller: it is returned, and the next change tries again.
     #[must_use]
     pub fn keep(mut self, machine: &Machine<'_>) -> Vec<String> {
         if !self.decided || self.broken.is_some() {
@@ -206,11 +206,11 @@ impl Trust {
     fn write_data(&self, machine: &Machine<'_>) -> Result<()> {
         let root = machine.root;
         let failed =
-            |error: std::io::Error| Refusal::io("writing what is trusted in /data/slotd", &error);
+            |error: std::io::Error| Refusal::io("writing the trust state to /data/slotd", &error);
         if self.found.as_ref() != Some(&self.data) {
             self.data.keep_on_data(root).map_err(failed)?;
         }
-        // For an agent that knows no more than these, in the other slot.
+        // For an older agent in the other slot, which reads only these files.
         if !matches!(Floor::read(root), Ok(Some(kept)) if kept == self.floor) {
             self.floor.write(root).map_err(failed)?;
         }
@@ -232,17 +232,17 @@ impl Trust {
     }
 }
 
-/// Takes a new key set: `file`, and its signature beside it (`<file>.minisig`).
+/// Installs a new key set: `file`, and its signature next to it (`<file>.minisig`).
 ///
 /// # Errors
-/// `key-set`: it is malformed, would leave no key, or needs more sets in between than are kept. `old-key-set`:
+/// `key-set`: the set is malformed, would leave no key, or needs a longer chain than can be stored. `old-key-set`:
 /// its serial is not higher than that of the set it would replace. `not-trusted`, `bad-signature`, …: the
-/// signature does not count. `io`: it cannot be kept.
+/// signature is not valid. `io`: it cannot be stored.
 pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
     let read = |path: &Path| -> Result<Vec<u8>> {
-        let help = "carry the key set and its signature, FILE and FILE.minisig, together";
+        let help = "copy the key set and its signature, FILE and FILE.minisig, together";
         let bytes = durable::read(path).map_err(|error| unreadable(path, error, help))?;
-        bytes.ok_or_else(|| unreadable(path, "there is no such file", help))
+        bytes.ok_or_else(|| unreadable(path, "no such file", help))
     };
     let (json, name) = (read(file)?, signature_of(file));
     let signature = read(&name)?;
@@ -250,8 +250,8 @@ pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
     if let Some(refusal) = trust.broken {
         return Err(refusal);
     }
-    // What only `data` says against a key is what this may repair. And where nothing is left by what an image
-    // has revoked that runs no more, the owner's newer set is the way back.
+    // A new set may repair unsigned revocations on `data`. And if an image that no longer runs has revoked all keys,
+    // the owner's newer set is the way back.
     let none_left = counting(&trust.solid).is_empty();
     let current = if none_left { &trust.signed } else { &trust.solid };
     // Verified before a byte of it is parsed.
@@ -260,24 +260,24 @@ pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
         return Err(Refusal::new(
             "not-trusted",
             format!(
-                "the key set is signed by the key {} of epoch {}, this robot asks for {} or later",
+                "the key set is signed by the key {} of epoch {}, but this robot requires {} or later",
                 by.id, by.epoch, trust.floor.key_epoch
             ),
             "sign it with a current key of this robot's key set",
         ));
     }
-    let set = parse(file, &json, "make it again with `cargo xtask keys`")?;
-    // The newest set that has counted here may have come with an image: as a file it is not known yet.
+    let set = parse(file, &json, "create the key set again with `cargo xtask keys`")?;
+    // The newest set accepted here may have come with an image: as a file it is not known yet.
     if set.serial <= trust.solid.serial || set.serial < trust.raw.serial {
         return Err(Refusal::new(
             "old-key-set",
             format!(
-                "{} has serial {}, this robot has {}",
+                "{} has serial {}, but this robot has {}",
                 file.display(),
                 set.serial,
                 trust.solid.serial.max(trust.raw.serial)
             ),
-            "carry the newest key set of the key directory",
+            "copy the newest key set from the key directory",
         ));
     }
     let counts = of_kind(set.clone(), trust.kind);
@@ -285,7 +285,7 @@ pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
         return Err(Refusal::new(
             "key-set",
             format!(
-                "{} has no key that a {} image trusts: it would end all updates",
+                "{} has no key that a {} image trusts: the key set would prevent all updates",
                 file.display(),
                 trust.kind
             ),
@@ -293,7 +293,7 @@ pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
         ));
     }
     let text = |bytes: Vec<u8>, path: &Path| {
-        String::from_utf8(bytes).map_err(|_| unreadable(path, "it is not UTF-8", "carry it again"))
+        String::from_utf8(bytes).map_err(|_| unreadable(path, "not UTF-8", "copy the file again"))
     };
     let mut chain = trust.raw.chain.clone();
     chain.push(Link { set: text(json, file)?, signature: text(signature, &name)? });
@@ -315,13 +315,13 @@ pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
         if trust.held.is_none() {
             return Err(refusal);
         }
-        // It counts from the raw sectors.
+        // The set in the raw sectors applies.
         machine.events.add("not-recorded", json!(refusal));
     }
     Ok(counts)
 }
 
-/// Uses the raw sectors; `None`: this image knows of none.
+/// Runs a function on the raw sectors; `None`: this image has none.
 fn area<T>(
     machine: &Machine<'_>,
     writable: bool,
@@ -334,7 +334,7 @@ fn area<T>(
     Some(Ok(use_it(&Area::new(&*disk, sectors))))
 }
 
-/// Follows a chain of key sets as far as each is signed by a key that counts in the one before it.
+/// Follows a chain of key sets as far as each is signed by a key that the previous set accepts.
 fn walk(start: KeySet, links: &[Link], kind: Kind, limit: impl Fn(KeySet) -> KeySet) -> KeySet {
     let mut current = start;
     for link in links {
@@ -355,17 +355,17 @@ fn walk(start: KeySet, links: &[Link], kind: Kind, limit: impl Fn(KeySet) -> Key
     current
 }
 
-/// A release image trusts no development key, whatever a set says.
+/// A release image trusts no development key, even if a set lists one.
 fn of_kind(mut set: KeySet, kind: Kind) -> KeySet {
     set.keys.retain(|key| kind == Kind::Development || key.kind == Kind::Release);
     set
 }
 
-/// What lies on `data` as a file of its own.
+/// The key set on `data` in its own file.
 #[derive(Default)]
 struct Beside {
     set: Option<KeySet>,
-    /// With its signature, whatever that is worth.
+    /// With its signature, which is not verified yet.
     signed: Option<Link>,
 }
 
@@ -377,7 +377,7 @@ fn beside(root: &Root, alarms: &mut Vec<String>) -> Beside {
         Ok(Some((set, String::from_utf8(bytes).map_err(std::io::Error::other)?)))
     });
     let Some((set, text)) = read(alarms, "keyset.json", parsed) else { return Beside::default() };
-    // An older agent has kept none.
+    // An older agent has stored no signature.
     let signature = durable::read(&signature_of(&path)).ok().flatten();
     let signature = signature.and_then(|bytes| String::from_utf8(bytes).ok());
     let signed = signature.map(|signature| Link { set: text, signature });
@@ -387,7 +387,7 @@ fn beside(root: &Root, alarms: &mut Vec<String>) -> Beside {
 fn read<T>(alarms: &mut Vec<String>, name: &str, result: std::io::Result<Option<T>>) -> Option<T> {
     result.unwrap_or_else(|error| {
         alarms.push(format!(
-            "{name} on data is damaged ({error}): it is passed over, and made anew at the next commit"
+            "{name} on data is damaged ({error}): the file is ignored, and written again at the next commit"
         ));
         None
     })
@@ -402,10 +402,10 @@ fn signature_of(path: &Path) -> std::path::PathBuf {
 
 fn image(root: &Root) -> Result<KeySet> {
     let path = root.key_set();
-    let help = "flash the image again, or find out who changed it";
+    let help = "flash the image again, or find out who changed the file";
     match durable::read(&path) {
         Ok(Some(json)) => parse(&path, &json, help),
-        // No key at all.
+        // No keys.
         Ok(None) => Ok(KeySet::default()),
         Err(error) => Err(unreadable(&path, error, help)),
     }

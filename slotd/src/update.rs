@@ -15,18 +15,18 @@ use crate::record::Installed as InstalledSlot;
 use crate::refusal::Result;
 use crate::trust::Trust;
 
-/// What an install has put where.
+/// The result of an install.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Installed {
-    /// A system, into the idle slot.
+    /// A system was written to the idle slot.
     System(install::Outcome),
-    /// An API, which serves.
+    /// An API was installed and serves.
     Api(api::Outcome),
 }
 
 impl Installed {
-    /// What was put into the idle slot, if that is what was installed.
+    /// The system that was written to the idle slot, if there is one.
     pub fn system(self) -> Option<install::Outcome> {
         match self {
             Self::System(outcome) => Some(outcome),
@@ -35,12 +35,12 @@ impl Installed {
     }
 }
 
-/// Installs a bundle: a system into the idle slot, whose trial is armed, and the restart is the caller's;
-/// or an API, which serves when this returns.
+/// Installs a bundle: a system into the idle slot, whose trial is then armed, and which the caller starts; or
+/// an API, which serves when this returns.
 ///
 /// # Errors
-/// A refusal, which is in the log too. Unless it is one of the device (`io`, `read-back`) or of the
-/// medium in the middle (`source`), nothing was written.
+/// A refusal, which is also logged. Nothing was written, unless the device fails (`io`, `read-back`) or the
+/// source fails during the transfer (`source`).
 pub fn install<I: Input>(
     machine: &Machine<'_>,
     input: I,
@@ -56,7 +56,7 @@ pub fn install<I: Input>(
     result
 }
 
-/// Which of the two a bundle is: with the component `api` it is one for a running robot.
+/// Whether a bundle is an API: it then has the component `api` and is installed without a restart.
 fn is_api<I: Input>(reader: &Reader<I>) -> bool {
     reader.manifest().components.iter().any(|component| component.name == API)
 }
@@ -69,7 +69,7 @@ fn run<I: Input>(
 ) -> Result<Installed> {
     let _lock = Lock::take(machine.root, Turn::Slots, "install")?;
     install::check_robot(machine)?;
-    // Before the slot of the system before this one is overwritten: what that one knew is known from here on.
+    // Before the previous system's slot is overwritten: its floor and keys are recorded now.
     remember(machine);
     let trust = Trust::read(machine);
     let mut reader = Reader::open(input, &trust.keys()?).map_err(install::from_source)?;
@@ -80,8 +80,8 @@ fn run<I: Input>(
     install::system(machine, reader, options, progress).map(Installed::System)
 }
 
-/// Keeps what the committed system asks for, if it is the one that runs, and tells once in a start what is
-/// damaged. It never fails: what cannot be kept is logged, and the next change of a slot tries again.
+/// Stores the floor and keys of the committed system, if it is running, and reports damage once per start. It
+/// never fails: errors are logged, and the next change of a slot tries again.
 pub(crate) fn remember(machine: &Machine<'_>) {
     let trust = Trust::read(machine);
     let mut alarms = trust.alarms.clone();
@@ -98,7 +98,7 @@ pub(crate) fn remember(machine: &Machine<'_>) {
     for error in trust.keep(machine) {
         machine.events.add("not-recorded", json!({ "error": error }));
     }
-    // What runs was flashed: `boot-other` will want to know its version when it runs no more.
+    // The running system was flashed: `boot-other` needs its version later, when it is not running.
     let unknown = InstalledSlot::read(machine.root, machine.running).is_none();
     let flashed = InstalledSlot::flashed(machine.about).filter(|_| unknown);
     if let Some(flashed) = flashed.filter(|_| undecided(machine).is_ok())
@@ -108,7 +108,7 @@ pub(crate) fn remember(machine: &Machine<'_>) {
     }
 }
 
-/// Forgets what is damaged and can be made anew.
+/// Removes damaged files that can be created again.
 pub(crate) fn heal(machine: &Machine<'_>) {
     for damage in damage::found(machine.root) {
         if let Err(error) = damage.heal() {

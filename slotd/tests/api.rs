@@ -1,5 +1,5 @@
-//! Updates of the API alone: real bundles of synthetic wheels into a robot on files, by the real program;
-//! what is refused, what fits, what is kept, and the program killed at each of its changes.
+//! Updates of the API alone: real bundles of synthetic wheels, installed into a robot on files by the real program:
+//! refusals, compatibility, what is kept, and the program killed at each of its changes.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -26,7 +26,7 @@ fn refused(robot: &Robot, bundle: &[u8]) -> (i32, String) {
     robot.refused(&["install", &file])
 }
 
-/// The version that serves, as a program would find it: through the link, else the base's own.
+/// The version that serves, as a program would find it: through the link, else the built-in one.
 fn serves(robot: &Robot) -> String {
     let own = robot.path("usr/lib/python3/dist-packages/robotapi/__init__.py");
     let installed = robot.path("data/apps/api/current/site/robotapi/__init__.py");
@@ -39,7 +39,7 @@ fn provisioned(robot: &Robot) -> String {
     fs::read_to_string(robot.path("data/system/version.txt")).unwrap()
 }
 
-/// Every file below a folder with its content.
+/// Every file below a directory with its content.
 fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let (mut found, mut waiting) = (BTreeMap::new(), vec![folder.to_owned()]);
     while let Some(path) = waiting.pop() {
@@ -91,11 +91,11 @@ fn an_api_is_installed_beside_the_one_that_serves_and_taken_back() {
     let status = &robot.run(&["status"])["api"];
     assert_eq!((&status["serves"], &status["version"]), (&"installed".into(), &"10.1.0".into()));
     assert_eq!(status["manifest"], second["manifest"]);
-    // Neither slot nor boot state nor floor know of it.
+    // Slots, boot state and floor are unchanged.
     assert_eq!(robot.state(), bundle::bootstate::BootState::first());
     assert_eq!(robot.run(&["status"])["floor"]["version"], "1.0.0");
 
-    // The same again changes nothing, and is no error.
+    // Installing the same again changes nothing, and is not an error.
     let again = install(&robot, &api("10.1.0"));
     assert_eq!((&again["reused"], &again["written"]), (&2.into(), &0.into()));
     assert_eq!(folders(&robot).len(), 2);
@@ -144,7 +144,7 @@ fn a_wheel_that_rots_is_found_and_healed_in_all_versions() {
     whole(2, 3);
     // One bit, in the file that the wheel and both versions share.
     rot(&apis.join("current/site/helper/__init__.py"));
-    let why = "site/helper/__init__.py: it is not what was unpacked";
+    let why = "site/helper/__init__.py: the file has changed since it was unpacked";
     let all =
         [format!("wheel helper 2.0: {why}"), format!("{first}: {why}"), format!("{second}: {why}")];
     assert_eq!(differs(&robot), all);
@@ -156,7 +156,7 @@ fn a_wheel_that_rots_is_found_and_healed_in_all_versions() {
     assert_eq!(helper, inode(&format!("{second}/site/helper/__init__.py")));
     assert_eq!(install(&robot, &api("10.1.0"))["reused"], 2);
 
-    // A file of a version that is kept only: installing that version heals it.
+    // A file of a version that does not serve: installing that version repairs it.
     rot(&apis.join(&first).join("site/robotapi/__init__.py"));
     assert_eq!(differs(&robot).len(), 2);
     install(&robot, &api("10.1.0"));
@@ -164,7 +164,7 @@ fn a_wheel_that_rots_is_found_and_healed_in_all_versions() {
     install(&robot, &api("10.0.0"));
     whole(2, 3);
 
-    // Other ways to differ; what Python adds is none.
+    // Other differences; files that Python adds are ignored.
     let path = |name: &str| apis.join(&second).join(name);
     fs::create_dir(path("site/robotapi/resources/__pycache__")).unwrap();
     fs::write(path("site/robotapi/resources/__pycache__/more.pyc"), "").unwrap();
@@ -175,7 +175,8 @@ fn a_wheel_that_rots_is_found_and_healed_in_all_versions() {
     let lock = fs::read_to_string(path(LOCK_ROLE)).unwrap();
     fs::write(path(LOCK_ROLE), lock.replacen('{', "{ ", 1)).unwrap();
     let found = differs(&robot).join("\n");
-    for expected in ["more.py: no wheel", "__init__.py: No such", "bin/robotapi: it is", LOCK_ROLE]
+    for expected in
+        ["more.py: no wheel", "__init__.py: No such", "bin/robotapi: the file has", LOCK_ROLE]
     {
         assert!(found.contains(expected), "{expected}: {found}");
     }
@@ -189,16 +190,16 @@ fn wheels_without_hashes_are_unpacked_again() {
     let bundle = api("10.0.0");
     install(&robot, &bundle);
     let wheels = || fs::read_dir(robot.path("data/apps/api/.wheels")).unwrap();
-    // Of an agent that kept none.
+    // A wheel of an agent that stored no hashes.
     wheels().for_each(|wheel| fs::remove_file(wheel.unwrap().path().join(".sum")).unwrap());
     let found = differs(&robot).join("\n");
     assert!(
-        found.contains("wheel helper 2.0: no hashes") && found.contains("wheel robotapi"),
+        found.contains("wheel helper 2.0: the stored hashes") && found.contains("wheel robotapi"),
         "{found}"
     );
     assert_eq!(install(&robot, &bundle)["reused"], 0);
     robot.run(&["verify", "--component", "api"]);
-    // Damaged ones are as good as none.
+    // Damaged hashes are treated as missing.
     wheels().for_each(|wheel| rot(&wheel.unwrap().path().join(".sum")));
     assert_eq!(differs(&robot).len(), 2);
     assert_eq!(install(&robot, &bundle)["reused"], 0);
@@ -213,11 +214,11 @@ fn an_api_that_is_not_well_is_switched_back_by_itself() {
         trees[1] = trees[1].clone().with("site/robotapi/sick", "");
         Draft::new(&trees).bundle()
     };
-    // Back to the base's own.
+    // Back to the built-in API.
     assert_eq!(refused(&robot, &sick("10.0.0")), (4, "api-unhealthy".to_owned()));
     assert_eq!((serves(&robot), provisioned(&robot)), ("9.0.0".into(), "9.0.0".into()));
     assert_eq!(folders(&robot), Vec::<String>::new());
-    // Back to the one before.
+    // Back to the previous version.
     install(&robot, &api("10.0.0"));
     let before = content(&robot.path("data/apps/api"));
     assert_eq!(refused(&robot, &sick("10.1.0")), (4, "api-unhealthy".to_owned()));
@@ -226,10 +227,10 @@ fn an_api_that_is_not_well_is_switched_back_by_itself() {
     let events = robot.events();
     let taken = events.iter().rfind(|event| event["event"] == "api-taken-back").unwrap();
     assert!(taken["why"]["message"].as_str().unwrap().contains("30-api"), "{taken}");
-    // A check that fails anyhow, and is not the API's, says nothing about an API.
+    // A check that already fails and does not concern the API is ignored.
     robot.file("etc/slotd/health.d/20-other.toml", "[command]\nrun = ['false']\n");
     install(&robot, &api("10.2.0"));
-    // One that looks at an address always counts.
+    // A check of an address always applies.
     robot.file("etc/slotd/health.d/20-other.toml", "[http]\nurl = 'http://127.0.0.1:1/'\n");
     assert_eq!(refused(&robot, &api("10.3.0")), (4, "api-unhealthy".to_owned()));
     assert_eq!(serves(&robot), "10.2.0");
@@ -272,12 +273,12 @@ fn what_is_refused_leaves_the_api_alone() {
     assert_eq!(serves(&robot), "10.0.0");
     install(&robot, &draft().edit(|lock| lock.base = vec![need("1.16")]).bundle());
 
-    // What the robot itself cannot do at this moment.
+    // Refusals because of the robot's state.
     robot.file("run/slipway/data-state", "condition=memory\nwhy=no card\n");
     assert_eq!(refused(&robot, &whole), (4, "no-data".to_owned()));
     robot.file("run/slipway/data-state", "condition=clean\n");
     let huge = draft().edit(|lock| {
-        // A claim of 65536 files each; nothing of it is ever unpacked.
+        // Wheels that claim 65536 files each; nothing is ever unpacked.
         let one = lock.wheels[0].clone();
         let many = (0..120).map(|n| Wheel {
             role: format!("w{n}"),
@@ -296,7 +297,7 @@ fn what_is_refused_leaves_the_api_alone() {
     assert_eq!(robot.run(&["status"])["api"], Value::Null);
 }
 
-/// A tar of one entry that no builder makes.
+/// A tar with one entry that no builder writes.
 fn hostile(name: &[u8], kind: tar::EntryType, link: &str, text: &[u8]) -> Vec<u8> {
     let mut header = tar::Header::new_ustar();
     header.as_ustar_mut().unwrap().name[..name.len()].copy_from_slice(name);
@@ -385,10 +386,10 @@ fn a_base_that_the_api_does_not_fit_serves_its_own_until_it_fits_again() {
         assert!(prepared.status.success(), "{prepared:?}");
         robot.run(&["status"])["api"].clone()
     };
-    assert_eq!(start()["why"], "it was installed, and fits this system");
+    assert_eq!(start()["why"], "an API is installed and fits this system");
     for (rest, why) in [
-        ("python = '3.12'\n", "made for Python 3.11, this system has 3.12"),
-        ("python = '3.11'\nminimum-version = '10.0.1'\n", "this system takes 10.0.1 or later"),
+        ("python = '3.12'\n", "needs Python 3.11, but this system has 3.12"),
+        ("python = '3.11'\nminimum-version = '10.0.1'\n", "this system requires 10.0.1 or later"),
     ] {
         base(&robot, rest);
         let status = start();
@@ -399,19 +400,19 @@ fn a_base_that_the_api_does_not_fit_serves_its_own_until_it_fits_again() {
     }
     let settled = robot.events().iter().filter(|e| e["event"] == "api-settled").count();
     assert_eq!(settled, 1, "a start that changes nothing is not logged");
-    // The base before it comes back, as after a trial that failed.
+    // The previous base starts again, as after a failed trial.
     base(&robot, "python = '3.11'\n");
     assert_eq!(start()["version"], "10.0.0");
     assert_eq!(serves(&robot), "10.0.0");
-    // Damage of what is remembered: the link is what was decided; of the API itself: the base's own.
+    // Damaged state: the link's target serves. Damaged API: the built-in one serves.
     robot.file("data/apps/api/.state.json", "{");
     assert_eq!(start()["version"], "10.0.0");
     let lock = format!("data/apps/api/{}/component.json", folders(&robot)[0]);
     robot.file(&lock, "");
     let status = start();
-    assert!(status["why"].as_str().unwrap().contains("it is damaged"), "{status}");
+    assert!(status["why"].as_str().unwrap().contains("is damaged"), "{status}");
     assert_eq!(serves(&robot), "9.0.0");
-    // A link or a record that leads elsewhere is none of ours.
+    // A link or a record that points elsewhere is ignored.
     symlink("../../../etc", robot.path("data/apps/api/current")).unwrap();
     robot.file("data/apps/api/.state.json", "{ \"chosen\": \"../../../etc\" }");
     assert_eq!(start()["serves"], "built-in");
@@ -428,7 +429,7 @@ fn the_last_good_ones_are_kept_and_no_wheel_without_a_version() {
     assert_eq!(folders(&robot), kept[1..]);
     let wheels = || fs::read_dir(robot.path("data/apps/api/.wheels")).unwrap().count();
     assert_eq!(wheels(), 4);
-    // A wheel whose files somebody has changed is not used again.
+    // A wheel with changed files is not used again.
     let helper = format!("data/apps/api/{}/site/helper/__init__.py", kept[3]);
     fs::write(robot.path(&helper), "VERSION = 'theirs'\n# the same in al\n").unwrap();
     assert_eq!(install(&robot, &api("10.4.0"))["reused"], 0);
@@ -443,8 +444,8 @@ fn the_last_good_ones_are_kept_and_no_wheel_without_a_version() {
     assert!(!said.contains(".wheels"), "{said}");
 }
 
-/// System calls that change files: the program is killed before each of their uses. Some architectures do
-/// without the older of two (`?`, strace(1)).
+/// System calls that change files: the program is killed before each of them. Some architectures lack the
+/// older of two variants (`?`, strace(1)).
 const CHANGES: [&str; 16] = [
     "?mkdir",
     "mkdirat",
@@ -478,7 +479,7 @@ fn killed_at_any_change_the_robot_has_one_whole_api() {
     copy(&robot.path("data"), &original);
     let (mut kills, mut outcomes) = (0, BTreeMap::new());
     for call in CHANGES {
-        // Reading opens, too; every third kill is enough there.
+        // Reading also opens files; every third kill is enough there.
         let step = if call == "openat" { 3 } else { 1 };
         for number in (1..).step_by(step) {
             fs::remove_dir_all(robot.path("data")).unwrap();
@@ -505,7 +506,7 @@ fn killed_at_any_change_the_robot_has_one_whole_api() {
                 break;
             }
             kills += 1;
-            // What runs on serves one whole API; so does what the next start makes of it.
+            // One complete API serves, and also after the next start.
             let at = format!("{call} {number}");
             let now = whole(&robot, &at);
             let prepared = robot.command(&["data", "prepare"]).output().unwrap();
@@ -519,10 +520,10 @@ fn killed_at_any_change_the_robot_has_one_whole_api() {
                 (&settled.as_str().into(), &false.into()),
                 "{at}"
             );
-            // Unconfirmed it never stays.
+            // An unconfirmed change never stays.
             assert!(settled == "10.0.0" || now == "10.1.0", "{at}: {now} became {settled}");
             *outcomes.entry((now, settled)).or_insert(0) += 1;
-            // And the same install goes through.
+            // And the same install succeeds.
             if kills % 7 == 0 {
                 install(&robot, &bytes);
                 assert_eq!(whole(&robot, &at), "10.1.0");
@@ -531,7 +532,7 @@ fn killed_at_any_change_the_robot_has_one_whole_api() {
     }
     let seen =
         |now: &str, settled: &str| outcomes.contains_key(&(now.to_owned(), settled.to_owned()));
-    // Before the change, unconfirmed, and confirmed: all three moments were met.
+    // Before the change, unconfirmed, and confirmed: all three states occurred.
     assert!(
         seen("10.0.0", "10.0.0") && seen("10.1.0", "10.0.0") && seen("10.1.0", "10.1.0"),
         "{outcomes:?}"
@@ -578,11 +579,11 @@ fn what_gets_its_name_is_on_the_disk_before() {
         assert!(after.starts_with("fsync"), "{line}\n{after}");
         seen += 1;
     }
-    // The wheel, the lock in the version, the version, the link, and what is remembered, twice.
+    // The wheel, the lock in the version, the version, the link, and the state, twice.
     assert!(seen >= 6, "{seen} of\n{text}");
 }
 
-/// The API that serves, every file of it there: its lock's wheels and nothing else.
+/// The API that serves. It must have every file of its lock's wheels and nothing else.
 fn whole(robot: &Robot, at: &str) -> String {
     let version = serves(robot);
     let current = robot.path("data/apps/api/current");

@@ -1,6 +1,6 @@
-//! Power cuts between any two changes that an API makes to `data`: its installs, the change, the ways back, what
-//! is kept, and the start that decides after a cut. What was not flushed is there, lost, torn or out of order
-//! (`common/crash.rs`); then the robot starts, by the code of a real one.
+//! Power cuts between any two changes to `data` by the component `api`: installs, the change, going back, tidying up,
+//! and the start that settles after a cut. Unflushed changes are present, lost, torn or out of order
+//! (`common/crash.rs`); then the robot starts, with the code of a real robot.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -29,16 +29,16 @@ use slotd::machine::Machine;
 use slotd::provision;
 use slotd::update::Installed;
 
-/// The base's own version.
+/// The built-in version.
 const OWN: &str = "9.0.0";
 
-/// The robot starts from the first so many states, then from one in so many of those that differ in something
-/// finished, and of those that differ only in what is not.
+/// The robot starts from this many first states, then from a sample of the states that differ in something
+/// finished, and from a smaller sample of those that differ only in something unfinished.
 const FEW: usize = 50;
 const FINISHED: usize = 3;
 const SAMPLE: usize = 16;
 
-/// One start in so many is followed by an install.
+/// One in this many starts is followed by an install.
 const INSTALLS: usize = 16;
 
 /// A version that is healthy, unless its number ends with 9.
@@ -50,7 +50,7 @@ fn draft(version: &str) -> Draft {
     Draft::new(&trees)
 }
 
-/// The name and the content of a version's folder.
+/// The name and the content of a version's directory.
 fn folder(version: &str) -> (String, Snapshot) {
     let draft = draft(version);
     let json = draft.lock.to_json().unwrap();
@@ -73,7 +73,7 @@ fn folder(version: &str) -> (String, Snapshot) {
 /// A robot that has started once, and has these versions installed, the last one serving.
 fn robot(installed: &[&str]) -> Robot {
     let robot = common::wheels::robot();
-    // One that needs no program: children share the locks of other tests for a moment.
+    // A check that starts no program: child processes share the locks of other tests for a moment.
     let check = "[space]\npath = '/data/apps/api/current/site/robotapi/well'\nfree-mib = 1\n";
     robot.file("etc/slotd/health.d/30-api.toml", check);
     start(&robot);
@@ -100,13 +100,13 @@ fn install(robot: &Robot, version: &str, files: &dyn Files) -> Result<Installed,
     slotd::update::install(&machine, bundle, &Options::default(), &|_| {})
 }
 
-/// What a start does with `data`, in its order.
+/// What a start does with `data`, in order.
 fn start(robot: &Robot) {
     slotd::startup::prepare(&robot.root()).unwrap();
     provision::boot(&robot.root(), &Events::new(&robot.root())).unwrap();
 }
 
-/// All that is known of the versions of a test.
+/// The versions of a test.
 struct Known(BTreeMap<String, (String, Snapshot)>);
 
 impl Known {
@@ -118,7 +118,7 @@ impl Known {
         Self(known.collect())
     }
 
-    /// The version of a folder, which must have each of its files, as it was packed, and nothing else.
+    /// The version in a directory, which must have exactly the files that were packed.
     fn whole(&self, apps: &Snapshot, name: &str, at: &str) -> String {
         let (version, tree) = self.0.get(name).unwrap_or_else(|| panic!("{at}: {name}"));
         let top = Path::new("api").join(name);
@@ -130,35 +130,35 @@ impl Known {
         version.clone()
     }
 
-    /// The version that serves, which must be whole.
+    /// The version that serves, which must be complete.
     fn serves(&self, apps: &Snapshot, at: &str) -> String {
         let Some(link) = apps.get(Path::new("api/current")) else { return OWN.to_owned() };
         let name = link.strip_prefix("-> ").unwrap_or_else(|| panic!("{at}: {link}"));
         self.whole(apps, name, at)
     }
 
-    /// Everything that is said to be good must be whole.
+    /// Every version that is recorded as good must be complete.
     fn good(&self, apps: &Snapshot, at: &str) {
         for good in state(apps).unwrap_or_default()["good"].as_array().into_iter().flatten() {
             self.whole(apps, good["folder"].as_str().unwrap(), at);
         }
     }
 
-    /// The version that was confirmed last; `None`: nobody ever decided.
+    /// The version that was confirmed last; `None`: none was confirmed.
     fn confirmed(&self, apps: &Snapshot) -> Option<String> {
         let chosen = state(apps)?["chosen"].as_str().map(str::to_owned);
         Some(chosen.map_or(OWN.to_owned(), |name| self.0[&name].0.clone()))
     }
 }
 
-/// What is remembered.
+/// The recorded state.
 fn state(apps: &Snapshot) -> Option<Value> {
     let text = apps.get(Path::new("api/.state.json"))?.strip_prefix("644 ").unwrap();
     Some(serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}")))
 }
 
-/// What must hold after a start: `expected` serves, its resources are provisioned, everything that is said to be
-/// good is whole, nothing is left over, and another start changes nothing.
+/// What must hold after a start: `expected` serves, its resources are provisioned, every version recorded as good
+/// is complete, nothing is left over, and another start changes nothing.
 fn check_started(robot: &Robot, known: &Known, expected: &str, at: &str) {
     let data = snapshot(&robot.path("data"));
     let below = |folder: &str| -> Snapshot {
@@ -174,26 +174,26 @@ fn check_started(robot: &Robot, known: &Known, expected: &str, at: &str) {
     assert_eq!(below("system"), resources, "{at}");
     assert_eq!(state(&apps).unwrap_or_default()["trial"], Value::Null, "{at}");
     known.good(&apps, at);
-    // Of the resources before, what is left goes with the next provisioning that has something to do.
+    // Leftovers of the old resources are removed by the next provisioning that changes something.
     let left = apps.keys().find(|path| path.to_str().unwrap().ends_with(".new"));
     assert_eq!(left, None, "{at}");
     start(robot);
     assert!(snapshot(&robot.path("data")) == data, "{at}: a second start changes something");
 }
 
-/// What is cut, and what must come of it.
+/// What is cut, and the required result.
 struct Scene<'a> {
     what: &'a str,
-    /// The versions of which one must serve.
+    /// The versions that may serve: one of them must.
     between: [&'a str; 2],
     /// All versions that there are.
     versions: &'a [&'a str],
-    /// The version that serves after a start, by the one that was confirmed.
+    /// The version that must serve after a start, by the confirmed version.
     then: &'a dyn Fn(String) -> String,
 }
 
 impl Scene<'_> {
-    /// Records what `act` does to a robot, cuts it everywhere, and starts from what is left.
+    /// Records what `act` does to a robot, cuts it at every point, and starts from each result.
     fn cut(&self, robot: &Robot, act: impl FnOnce(&Recorder)) {
         let Self { what, between, versions, then } = self;
         let (known, data) = (Known::new(versions), robot.path("data"));
@@ -231,7 +231,7 @@ impl Scene<'_> {
                 }
             }
         }
-        // By its end everything is on the disk, whatever else is lost.
+        // At its end everything is durable.
         let end = snapshot_of(&files, &known);
         assert_eq!(end.len(), 1, "{what}: {end:?}");
         println!(
@@ -239,13 +239,13 @@ impl Scene<'_> {
             files.points() - 1,
             different.len()
         );
-        // Before the change and after it: both were met.
+        // Both the old and the new version occurred.
         let both = between[0] == between[1] || seen.len() > 1;
         assert!(states > 300 && starts > 20 && both, "{what}: the test sees too little");
     }
 }
 
-/// What serves in all states at the end of a recording.
+/// The versions that serve in all states at the end of a recording.
 fn snapshot_of(files: &Recorder, known: &Known) -> BTreeSet<String> {
     let states = files.states(files.points() - 1);
     states.iter().map(|state| known.serves(&state.below("apps"), "at the end")).collect()
@@ -256,7 +256,7 @@ fn put(state: &State, data: &Path) {
     state.write(data);
 }
 
-/// What was confirmed serves.
+/// The confirmed version serves.
 fn confirmed(version: String) -> String {
     version
 }
@@ -294,7 +294,7 @@ fn the_same_api_again_with_a_wheel_that_somebody_changed() {
         then: &confirmed,
     };
     let robot = robot(&["10.0.0"]);
-    // In the wheel's own place only, as if an editor had replaced it there.
+    // Only in the wheel's own directory, as if an editor had replaced the file there.
     for wheel in fs::read_dir(robot.path("data/apps/api/.wheels")).unwrap() {
         let file = wheel.unwrap().path().join("site/helper/__init__.py");
         if file.exists() {
@@ -310,7 +310,7 @@ fn a_wheel_that_rotted_heals_in_all_versions() {
     let known = Known::new(&["10.0.0", "10.1.0"]);
     let robot = robot(&["10.0.0", "10.1.0"]);
     let (data, file) = (robot.path("data"), Path::new("site/helper/__init__.py"));
-    // One bit, of the file that the wheel and both versions share; length and time stay.
+    // One bit of the file that the wheel and both versions share; length and time stay the same.
     let path = data.join("apps/api/current").join(file);
     let time = fs::metadata(&path).unwrap().modified().unwrap();
     let mut bytes = fs::read(&path).unwrap();
@@ -318,7 +318,7 @@ fn a_wheel_that_rotted_heals_in_all_versions() {
     let rotted = format!("644 {}", String::from_utf8(bytes.clone()).unwrap());
     fs::write(&path, &bytes).unwrap();
     fs::File::open(&path).unwrap().set_modified(time).unwrap();
-    // Each version is whole, but perhaps for that file; how many have it.
+    // Each version is complete, except perhaps for that file; count the versions that have it.
     let rotten = |apps: &Snapshot, at: &str| {
         let mut apps = apps.clone();
         let mut count = 0;
@@ -366,7 +366,7 @@ fn an_api_that_is_not_well() {
         between: ["10.0.0", "10.1.9"],
         versions: &["10.1.9", "10.0.0"],
         then: &|confirmed| {
-            assert_eq!(confirmed, "10.0.0", "nobody ever confirms what is not well");
+            assert_eq!(confirmed, "10.0.0", "an unhealthy API is never confirmed");
             confirmed
         },
     };
@@ -398,7 +398,7 @@ fn back_to_the_systems_own() {
         then: &confirmed,
     };
     let robot = robot(&["10.0.0"]);
-    // The system's own would not pass it.
+    // The built-in API would fail this check.
     fs::remove_file(robot.path("etc/slotd/health.d/30-api.toml")).unwrap();
     let events = Events::new(&robot.root());
     scene.cut(&robot, |files| drop(back(&robot.root(), &events, files).unwrap()));
@@ -431,7 +431,7 @@ fn the_start_that_takes_an_unconfirmed_api_back() {
     let robot = robot(&["10.0.0"]);
     let files = Recorder::new(&robot.path("data"));
     install(&robot, "10.1.0", &files).unwrap();
-    // The last moment before it is confirmed: all else is done, its resources are provisioned.
+    // The last moment before it is confirmed: everything else is done, its resources are provisioned.
     let on_trial = |state: &State| {
         let pending = self::state(&state.below("apps")).is_some_and(|s| s["trial"] != Value::Null);
         let system = state.below("system");
@@ -459,7 +459,7 @@ fn the_start_of_a_base_that_the_api_does_not_fit() {
     let robot = robot(&["10.0.0"]);
     base(&robot, "python = '3.11'\nminimum-version = '10.0.1'\n");
     let (root, events) = (robot.root(), Events::new(&robot.root()));
-    // As if nothing were remembered: the link alone says what was decided.
+    // Without recorded state: only the link tells which API was chosen.
     fs::write(robot.path("data/apps/api/.state.json"), "{").unwrap();
     let versions = Known::new(scene.versions);
     let files = Recorder::new(&robot.path("data"));
@@ -473,7 +473,7 @@ fn the_start_of_a_base_that_the_api_does_not_fit() {
             put(&state, &robot.path("data"));
             start(&robot);
             check_started(&robot, &versions, OWN, "with a damaged note");
-            // The base before comes back, and finds its API.
+            // The previous base starts again, and finds its API.
             base(&robot, "python = '3.11'\n");
             start(&robot);
             check_started(&robot, &versions, "10.0.0", "with a damaged note, back");
@@ -510,9 +510,9 @@ fn a_disk_that_fails_at_any_change_leaves_one_whole_api() {
             let apps = snapshot(&data.join("apps"));
             let now = known.serves(&apps, &at);
             match &result {
-                // Only tidying up may fail in silence.
+                // Only tidying up may fail silently.
                 Ok(_) => assert_eq!((now.as_str(), version), (version, "10.1.0"), "{at}"),
-                // What is not well may serve on when it cannot be taken back, until the next start.
+                // An unhealthy API may keep serving if it cannot be rolled back, until the next start.
                 Err(_) => assert!(now == "10.0.0" || version == "10.1.9", "{at}: {result:?}"),
             }
             let expected = if result.is_ok() { version } else { "10.0.0" };

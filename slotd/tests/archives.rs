@@ -1,5 +1,5 @@
-//! Hostile archives and bundles, given to the real program within 48 MiB of address space and 10 s of processor
-//! time: each is refused by its code, and leaves nothing. And backups that are none of that come back.
+//! Hostile archives and bundles, passed to the real program with 48 MiB of address space and 10 s of processor
+//! time: each is refused with its code, and leaves nothing behind. And valid backups are restored.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -15,7 +15,7 @@ use slotd::data::archive::{self, Room};
 use slotd::files::Disk;
 use tar::EntryType as Kind;
 
-/// KiB of address space: less than 48 MiB are in memory then, whatever is counted.
+/// KiB of address space: memory use is then below 48 MiB, however it is measured.
 const ADDRESS_SPACE: u32 = 48 << 10;
 
 /// Seconds of processor time.
@@ -26,10 +26,10 @@ const MANY: u32 = 1_000_000;
 /// More entries than an archive may have.
 const TOO_MANY: u32 = (1 << 17) + 1000;
 
-/// More than any memory here: 128 MiB.
+/// More than the memory limit: 128 MiB.
 const HUGE: u64 = 128 << 20;
 
-/// Runs the program within its bounds.
+/// Runs the program within these limits.
 fn bounded(robot: &Robot, args: &[&str]) -> Output {
     let limits = format!("ulimit -v {ADDRESS_SPACE}; ulimit -t {SECONDS}; exec \"$@\"");
     Command::new("sh")
@@ -41,7 +41,7 @@ fn bounded(robot: &Robot, args: &[&str]) -> Output {
         .unwrap()
 }
 
-/// A header with this name in its own field, whatever it is.
+/// A header with this name in its field, even if invalid.
 fn header(name: &str, kind: Kind, size: u64) -> tar::Header {
     let mut header = tar::Header::new_gnu();
     header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
@@ -62,7 +62,7 @@ fn entry(out: Out<'_>, name: &str, kind: Kind, content: &[u8]) -> io::Result<()>
     out.write_all(&vec![0; content.len().next_multiple_of(512) - content.len()])
 }
 
-/// An entry of one byte, very often.
+/// An entry of one byte, repeated very often.
 fn endless(out: Out<'_>, kind: Kind) -> io::Result<()> {
     out.write_all(header("././@LongLink", kind, HUGE).as_bytes())?;
     let written = io::copy(&mut io::repeat(b'a').take(HUGE), out)?;
@@ -70,7 +70,7 @@ fn endless(out: Out<'_>, kind: Kind) -> io::Result<()> {
     entry(out, "home/x", Kind::Regular, b"x")
 }
 
-/// What is written as a tar, and what it is refused with as a backup.
+/// A tar, and the code that it is refused with as a backup.
 type Case = (&'static str, &'static str, fn(Out<'_>) -> io::Result<()>);
 
 const CASES: &[Case] = &[
@@ -128,7 +128,7 @@ const CASES: &[Case] = &[
         out.write_all(link.as_bytes())?;
         entry(out, "home/x/y", Kind::Regular, b"x")
     }),
-    ("a folder with content", "bad-archive", |out| {
+    ("a directory with content", "bad-archive", |out| {
         out.write_all(header("home", Kind::Directory, 1 << 40).as_bytes())?;
         io::copy(&mut io::repeat(0).take(HUGE), out).map(drop)
     }),
@@ -142,7 +142,7 @@ const CASES: &[Case] = &[
     ("a name at the end", "bad-archive", |out| {
         entry(out, "././@LongLink", Kind::GNULongName, b"home/x\0")
     }),
-    ("the API's folder is a link", "bad-archive", |out| {
+    ("the API's directory is a link", "bad-archive", |out| {
         let mut link = header("apps", Kind::Symlink, 0);
         link.set_link_name("slotd").unwrap();
         link.set_cksum();
@@ -192,9 +192,9 @@ fn a_hostile_archive_is_refused_within_bounds() {
         let output = bounded(&robot, &["restore", "--no-restart", file.to_str().unwrap()]);
         println!("{}: {:.1} s", case.0, begun.elapsed().as_secs_f32());
         assert_eq!(refused(&output, case.0), case.1, "{}: {output:?}", case.0);
-        // For its length, and not because there was no memory left for it.
+        // For its length, not because memory ran out.
         if case.0.starts_with("a long ") {
-            assert!(why(&output).contains("a name has not 1 to "), "{}: {output:?}", case.0);
+            assert!(why(&output).contains("a name must be 1 to "), "{}: {output:?}", case.0);
         }
         let left = names(&robot.path("data"));
         assert_eq!(left, [robot.path("data/home"), robot.path("data/slotd")], "{}", case.0);
@@ -221,14 +221,14 @@ fn a_hostile_bundle_is_refused_within_bounds() {
         let known = ["irregular-member", "unexpected-member", "bad-header", "bad-length"];
         assert!(known.contains(&code.as_str()), "{}: {code}", case.0);
     }
-    // And one that is good is verified within the same bounds.
+    // And a valid one is verified within the same limits.
     fs::write(&file, common::bundle_of(&common::new_system(robot.size, 1))).unwrap();
     let output = bounded(&robot, &["verify", file.to_str().unwrap()]);
     assert!(output.status.success(), "{output:?}");
 }
 
-/// Whatever lies in a folder that may be packed, comes back: long names and links, modes that refuse their own
-/// content, empty and odd files, and archives of older agents, which the library's own writer made.
+/// Everything that may be packed is restored: long names and links, modes that refuse their own content, empty
+/// and unusual files, and archives of older agents, which the library's own writer made.
 #[test]
 fn what_is_packed_comes_back() {
     let dir = tempfile::tempdir().unwrap();
@@ -302,7 +302,7 @@ fn what_could_not_be_unpacked_is_not_packed() {
     }
 }
 
-/// A backup of the program is for its owner only from its first byte, whatever the mask.
+/// A backup by the program is readable only by its owner from the first byte on, with any umask.
 #[test]
 fn a_backup_is_for_root_only() {
     let robot = Plan::default().make();

@@ -1,7 +1,7 @@
-//! The boot state under the agent and the boot script, cut at every byte of every write on a card with a
-//! volatile memory: whatever is left, the robot ends in what was committed before or in what the write was
-//! to choose, no trial goes uncounted, and what a call has done is durable when it returns. The script is
-//! `bootmodel`'s, which is proven equal to the real one.
+//! The boot state as changed by the agent and the boot script, cut at every byte of every write, on a card with
+//! a volatile cache: in every case the robot ends in the slot that was committed before or in the one that the
+//! write selects, every trial is counted, and the result of a call is durable when it returns. The script is
+//! `bootmodel`'s, which is tested to be equal to the real one.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 #[path = "common/card.rs"]
@@ -41,7 +41,7 @@ enum Step {
 
 const STEPS: [Step; 4] = [Step::Arm, Step::Commit, Step::RollBack, Step::Restart];
 
-/// A robot: its boot state, and what runs.
+/// A robot: its boot state and the running slot.
 type Robot = (Copies, Started);
 
 fn restart(copies: &Copies) -> script::Run {
@@ -52,10 +52,10 @@ fn started(run: &script::Run) -> Started {
     run.started.expect("both slots load")
 }
 
-/// What happens to the copies, in order: a write of one, or (`None`) a flush.
+/// Operations on the copies, in order: a write of one, or (`None`) a flush.
 type Event = Option<(usize, [u8; SECTOR])>;
 
-/// What a step does to the copies, and the robot afterwards: with what is durable then.
+/// What a step does to the copies, and the robot afterwards, with its durable state.
 fn take(robot: &Robot, step: Step) -> (Vec<Event>, Robot) {
     let (before, running) = robot;
     let disk = disk(before);
@@ -67,7 +67,7 @@ fn take(robot: &Robot, step: Step) -> (Vec<Event>, Robot) {
         Step::Restart => {
             let run = restart(before);
             let running = started(&run);
-            // U-Boot keeps nothing back: `mmc write` returns when the card has it.
+            // U-Boot has no cache: `mmc write` returns when the card has the data.
             let write = |write| [Some(write), None];
             return (run.writes.into_iter().flat_map(write).collect(), (run.copies, running));
         }
@@ -83,7 +83,7 @@ fn take(robot: &Robot, step: Step) -> (Vec<Event>, Robot) {
     (events, (copies(&disk.content()), *running))
 }
 
-/// Everything that a torn write may leave: any number of bytes from the front or from the back.
+/// All possible results of a torn write: any number of bytes from the front or from the back.
 fn torn(old: &[u8; SECTOR], new: &[u8; SECTOR]) -> BTreeSet<[u8; SECTOR]> {
     let mut variants = BTreeSet::new();
     for cut in 0..=SECTOR {
@@ -99,7 +99,7 @@ fn counts(copies: &Copies) -> Option<(usize, BootState)> {
     newest(copies.iter().map(<[u8; SECTOR]>::as_slice))
 }
 
-/// The slot that runs when no trial is started any more.
+/// The slot that runs when no more trial is started.
 fn settle(copies: &Copies) -> Slot {
     let mut copies = *copies;
     for _ in 0..16 {
@@ -112,8 +112,8 @@ fn settle(copies: &Copies) -> Slot {
     panic!("a trial without end");
 }
 
-/// The slot that a step is to leave committed, its trial, and the trial's starts; a restart leaves what the
-/// model says.
+/// The committed slot after a step, the trial, and the trial's starts; a restart has the result of the
+/// model.
 fn wanted((copies, running): &Robot, step: Step) -> Option<(Slot, Option<Slot>, u32)> {
     let active = counts(copies).map_or(running.slot, |(_, state)| state.active);
     match step {
@@ -154,7 +154,7 @@ fn every_cut_ends_in_a_committed_slot_and_no_trial_goes_uncounted() {
                 let (_, now) = counts(&after.0).expect("a state");
                 assert_eq!((now.active, now.trial, now.tries), wanted, "{}", context());
             }
-            // Both that a person may find: it never happened, or it was done.
+            // Both possible results: it never happened, or it was done.
             let allowed = [settle(&robot.0), settle(&after.0)];
             let mut durable = robot.0;
             let mut unflushed: Option<(usize, [u8; SECTOR])> = None;

@@ -1,4 +1,4 @@
-//! Power cuts at every write, hostile bundles and failing cards, on a card that remembers every write.
+//! Power cuts at every write, hostile bundles and failing cards, on a card that records every write.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -19,11 +19,11 @@ use slotd::machine::Machine;
 use slotd::update::install;
 
 const SIZE: u64 = 2 << 20;
-/// Partitions of slots whose boot files lie beside their root.
+/// Partitions of slots with separate boot files and root.
 const BOOT: &str = "boot-a = { number = 4, start-sector = 200000, sectors = 512 }\n\
                     boot-b = { number = 5, start-sector = 300000, sectors = 512 }\n";
 
-/// A robot whose slots and boot state lie on a card in memory, and whose `data` is a folder.
+/// A robot whose slots and boot state are on a card in memory, and whose `data` is a directory.
 struct Bench {
     robot: Robot,
     card: Card,
@@ -89,13 +89,13 @@ fn boot_state(content: &Content) -> BootState {
     newest(copies).expect("one copy of the boot state is always whole").1
 }
 
-/// The sector that says what a file system is: ext4's third, if the first is empty; else FAT's first.
-/// Without it nothing takes the slot for a system.
+/// The sector with a file system's magic number: ext4's third, if the first is empty; else FAT's first.
+/// Without it nothing mistakes the slot for a system.
 fn head(image: &[u8]) -> std::ops::Range<usize> {
     if image[..512].iter().all(|byte| *byte == 0) { 1024..1536 } else { 0..512 }
 }
 
-/// What must hold whenever the power goes while `old` runs and `new` is being installed.
+/// What must hold whenever the power fails while `old` runs and `new` is being installed.
 fn check(content: &Content, before: &Content, running: Slot, new: &[u8], what: &str) {
     let idle = other(running);
     assert!(content[place(running)] == before[place(running)], "{what}: the running slot changed");
@@ -108,9 +108,9 @@ fn check(content: &Content, before: &Content, running: Slot, new: &[u8], what: &
     }
 }
 
-/// The boot script goes to the other slot when the committed one does not load: that must be a whole system
-/// or none. A card that destroys what lies around a torn write may leave anything there: then all that
-/// protects the robot is that the running slot stays committed and whole.
+/// The boot script starts the other slot when the committed one does not load: that must be a complete system
+/// or none. A card that destroys data around a torn write may leave anything there: then the robot is protected
+/// only because the running slot stays committed and intact.
 fn looks_whole(content: &Content, before: &Content, idle: Slot, new: &[u8], what: &str) {
     let slot = &content[place(idle)];
     let old = &before[place(idle)];
@@ -121,11 +121,11 @@ fn looks_whole(content: &Content, before: &Content, idle: Slot, new: &[u8], what
     }
 }
 
-/// Variants of what a cut leaves: all of it, nothing that was not flushed, the last write torn at its
-/// middle from either side, only the last, all but the last, and choices at random.
+/// Variants of what a cut leaves: everything, no unflushed write, the last write torn at its middle from either
+/// side, only the last, all but the last, and random selections.
 const VARIANTS: u64 = 16;
 
-/// So many more, in which torn writes to a slot destroy what lies around them.
+/// This many more, in which torn writes to a slot destroy data around them.
 const DESTROYING: u64 = 4;
 
 fn luck(variant: u64, cut: usize) -> impl FnMut(Moment) -> Sectors {
@@ -134,7 +134,7 @@ fn luck(variant: u64, cut: usize) -> impl FnMut(Moment) -> Sectors {
         (0, _) | (2 | 3, false) | (5, false) => Sectors::All,
         (1, _) | (4, false) | (5, true) => Sectors::None,
         (4, true) => Sectors::All,
-        // Not the boot state: its two copies lie in one erase block, which no order of writes can help.
+        // Not the boot state: its two copies are in one erase block, and no order of writes can help.
         (VARIANTS.., _) if moment.place != Place::Gap => {
             let byte = usize::from(random.next().unwrap_or(0));
             if !moment.last && byte % 4 != 0 {
@@ -156,7 +156,7 @@ fn luck(variant: u64, cut: usize) -> impl FnMut(Moment) -> Sectors {
     }
 }
 
-/// A new system that shares most blocks with what the idle slot holds, so that writes are many.
+/// A new system that shares most blocks with the idle slot, so that there are many writes.
 fn scattered(old: &[u8]) -> Vec<u8> {
     let mut new = old.to_vec();
     for block in (0..new.len() / 4096).step_by(2) {
@@ -190,7 +190,7 @@ fn at_every_cut_a_complete_system_is_chosen() {
                     looks_whole(&content, &before, other(running), new, &what);
                 }
                 cuts += 1;
-                // Some of them go on, with the journal of that moment.
+                // Some of them resume, with the journal of that moment.
                 let armed = boot_state(&content).trial.is_some();
                 if armed || !(cut * 7 + variant as usize).is_multiple_of(61) {
                     continue;
@@ -203,7 +203,7 @@ fn at_every_cut_a_complete_system_is_chosen() {
                 let outcome = again.install(&bundle, &Options::default());
                 let destroyed = variant >= VARIANTS;
                 let outcome = match outcome {
-                    // What was durable and has been destroyed is found at the end, and then repaired.
+                    // Durable data that was destroyed is found at the end, and then repaired.
                     Err(refusal) if destroyed && refusal.code == "read-back" => {
                         repaired += 1;
                         again.install(&bundle, &Options::default()).unwrap()
@@ -222,15 +222,15 @@ fn at_every_cut_a_complete_system_is_chosen() {
     assert!(cuts > 5000 && resumed > 50, "{cuts} cut points, {resumed} resumed");
 }
 
-/// What `install` has said to be done survives a power cut at that very moment.
+/// Everything that `install` reports as done survives a power cut at that moment.
 fn done_is_durable(bench: &Bench, new: &[u8]) {
     let (content, idle) = (bench.card.content(), other(bench.running));
     assert_eq!(boot_state(&content).trial, Some(idle), "the trial is not durable");
     assert!(content[place(idle)][..new.len()] == *new, "the slot is not durable");
 }
 
-/// A slot that began in the last erase block of the other would be the running one's end: the model sees
-/// that, so that the test above means something.
+/// A slot that begins in the last erase block of the other one would destroy the running slot: the model detects
+/// this, so that the test above is meaningful.
 #[test]
 fn slots_that_share_an_erase_block_are_lost_together() {
     let before = fresh();
@@ -247,13 +247,13 @@ fn slots_that_share_an_erase_block_are_lost_together() {
     assert!(lost(1 << 20) && !lost(ERASE));
 }
 
-/// Slots of two partitions: the boot files come first and are no system without their root.
+/// Slots of two partitions: the boot files are written first and are not a system without their root.
 #[test]
 fn at_every_cut_boot_files_and_root_belong_together() {
     const BOOT_SIZE: u64 = 256 << 10;
     let old_boot = |seed| {
         let mut boot = new_system(BOOT_SIZE, seed);
-        // A FAT fills its volume to the end here and there.
+        // A FAT may fill its volume to the end.
         boot[BOOT_SIZE as usize - 512..].fill(seed as u8);
         boot
     };
@@ -345,7 +345,7 @@ fn a_journal_never_says_more_than_the_card_holds() {
             looks_whole(&content, &before, Slot::B, &new, &format!("cut {cut}, variant {variant}"));
             check(&content, &before, Slot::A, &new, &format!("cut {cut}, variant {variant}"));
             let again = Bench::new(content, Slot::A);
-            // The journal as it may be found is that of the last operation, or of the one before.
+            // The journal on the disk may be that of the last operation, or of the one before.
             again.robot.file("data/slotd/journal.json", journal(cut));
             let outcome = again.install(&bundle, &Options::default()).unwrap();
             assert!(outcome.resumed && again.card.content()[2] == new);
@@ -389,12 +389,12 @@ fn the_first_block_goes_first_and_comes_last() {
     };
     assert_eq!((&last[..], state.len()), (&new[..4096], 512));
     assert_eq!((&most[1024..1536], &most[1536..]), (&[0; 512][..], &new[1536..4096]));
-    // In order, large and aligned: no write reaches over a multiple of 1 MiB.
+    // In order, large and aligned: no write crosses a multiple of 1 MiB.
     let mut end = 0;
     for op in &writes[2..writes.len() - 3] {
         let Op::Write(_, offset, bytes) = op else { continue };
         assert_eq!(offset >> 20, (offset + bytes.len() as u64 - 1) >> 20);
-        // Free space is made zero when it has been looked at.
+        // Free space is zeroed after it has been read.
         if bytes.iter().all(|byte| *byte == 0) {
             continue;
         }
@@ -416,7 +416,7 @@ fn a_card_that_does_not_keep_what_is_written_is_noticed() {
         if at >= 4096 {
             assert!(content[2][..4096].iter().all(|byte| *byte == 0), "it looks like a system");
         }
-        // The next install writes only what is wrong.
+        // The next install writes only the wrong blocks.
         bench.card.repair();
         let outcome = bench.install(&bundle_of(&new), &Options::default()).unwrap();
         assert!(outcome.written <= 5 * 4096, "{at}: {}", outcome.written);
@@ -433,8 +433,8 @@ fn a_boot_state_that_does_not_take_is_refused() {
     assert_eq!(flow.arm_trial(Slot::B).unwrap_err().code, "boot-state");
 }
 
-/// Every way in which a bundle is damaged or forged ends in a refusal: no panic, nothing armed, and
-/// not a byte outside of the idle slot. Returns the bytes that were written to it before that.
+/// Every damaged or forged bundle is refused: no panic, nothing armed, and no byte written outside of the
+/// idle slot. Returns the number of bytes that were written to the slot before.
 fn harmless(bundle: &[u8], what: &str) -> u64 {
     let bench = Bench::new(fresh(), Slot::A);
     let options = Options { use_running_slot: true, ..Options::default() };
@@ -449,7 +449,7 @@ fn harmless(bundle: &[u8], what: &str) -> u64 {
     b
 }
 
-/// Signs an index that was changed after it was made.
+/// Signs an index that was changed after it was built.
 fn with_index(content: &[u8], change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut parts = system(content);
     change(&mut parts.payloads[0].0);
@@ -495,7 +495,7 @@ fn signed_absurdities_do_no_harm() {
             assert_eq!(harmless(&bundle, what), 0, "{what} {value:?}");
         }
     }
-    // A frame that claims fewer blocks than it yields, with all sums right: it would write beyond.
+    // A frame that claims fewer blocks than it decompresses to, with correct sums: it would write too far.
     let short = with_index(&content[..8192 + 4096 * 30], |_| {});
     assert!(short.len() > 4096);
     let mut swapped = system(&content);
@@ -503,7 +503,7 @@ fn signed_absurdities_do_no_harm() {
     swapped.payloads[0].1 = other.payloads[0].1.clone();
     swapped.manifest.components[0].payloads[0].data.size = swapped.payloads[0].1.len() as u64;
     harmless(&swapped.write(&[TestKey::new(1)]), "another payload's frames");
-    // A content hash that no blocks have: nothing that is assembled or read can pass.
+    // A content hash that no blocks have: no assembled or read frame can pass.
     let at = 36 + 8;
     assert!(harmless(&put(at, &[0; 32]), "a content hash") > 0);
     // A block hash that no block has.
@@ -513,8 +513,8 @@ fn signed_absurdities_do_no_harm() {
 
 #[test]
 fn content_from_the_running_slot_is_proven_by_full_hashes() {
-    // The index names, by 96 bits each, blocks that the running slot has, in an order whose content
-    // hash is another: taken on the short hashes alone it would go through.
+    // The index names, by 96 bits each, blocks that the running slot has, in an order with a different
+    // content hash: by the short hashes alone it would be accepted.
     let running = new_system(SIZE, 26);
     let mut bundle = system(&running);
     bundle.payloads[0].0[36 + 8] ^= 1;
@@ -577,7 +577,7 @@ fn a_pipe_is_read_to_its_end_even_if_nothing_is_needed_of_it() {
     assert_eq!(outcome.written, 0);
 }
 
-/// A robot that could not come back from a bad update.
+/// A robot that could not roll back a bad update.
 struct NotReady(Uboot<Part>);
 
 impl BootFlow for NotReady {

@@ -1,5 +1,5 @@
-//! What a robot keeps, on a real file system: backups that come back the same, hostile archives, what a reset
-//! keeps, steps forth and back. Cuts are in `datacuts.rs`.
+//! `data` on a real file system: backups that are restored unchanged, hostile archives, what a reset keeps,
+//! migration steps forward and back. Power cuts are in `datacuts.rs`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +16,7 @@ use slotd::data::archive::{self, Room};
 use slotd::data::{Applied, Migrated, Pending, apply, backup, migrate, reset, restore};
 use slotd::files::Disk as Real;
 
-/// Everything below a folder: kind, mode, content.
+/// Everything below a directory: kind, mode, content.
 fn tree(folder: &Path) -> BTreeMap<PathBuf, String> {
     let (mut found, mut waiting) = (BTreeMap::new(), vec![folder.to_owned()]);
     while let Some(path) = waiting.pop() {
@@ -149,7 +149,7 @@ fn nothing_of_a_hostile_archive_is_taken() {
         let into = dir.path().join("data/.incoming");
         fs::create_dir_all(&into).unwrap();
         let refused = archive::unpack(&Real, bytes.as_slice(), &into, room(1 << 30));
-        // An empty stream is an empty archive to the decoder only when it says so.
+        // An empty stream must not be accepted as an empty archive.
         let refused = refused.expect_err(name);
         assert_eq!(refused.code, code, "{name}: {refused}");
         let outside: Vec<_> =
@@ -231,7 +231,7 @@ fn steps_go_forth_with_a_new_version_and_back_with_an_old_one() {
     );
     assert_eq!(read(&root, "apps/api/settings.json").as_deref(), Some("two\n"));
     assert_eq!(migrate(&root, &version("1.2.0")).unwrap(), Migrated::Unchanged);
-    // A trial that failed: the old version starts again. What no step names stays as it is now.
+    // After a failed trial the old version starts again. Files that no step names stay unchanged.
     put(&root, "home/robot/protocol.py", "written since");
     let back = migrate(&root, &version("1.0.0")).unwrap();
     assert_eq!(
@@ -245,7 +245,7 @@ fn steps_go_forth_with_a_new_version_and_back_with_an_old_one() {
     let mode =
         fs::metadata(root.data().join("apps/api/settings.json")).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o640);
-    // And forth again.
+    // And forward again.
     assert_eq!(migrate(&root, &version("1.2.0")).unwrap(), forth);
 }
 
@@ -260,7 +260,10 @@ fn half_of_a_way_back_is_not_gone() {
     let before = tree(&root.data());
     let refused = migrate(&root, &version("1.0.0")).unwrap_err();
     assert_eq!(refused.code, "newer-data");
-    assert!(refused.message.contains("the way back over settings is lost"), "{refused}");
+    assert!(
+        refused.message.contains("the snapshot for going back over settings is lost"),
+        "{refused}"
+    );
     assert_eq!(tree(&root.data()), before);
 }
 
@@ -276,7 +279,7 @@ fn a_step_that_fails_leaves_what_was_there() {
         assert!(refused.message.contains("exit status: 3: broken"), "{refused}");
         assert_eq!(tree(&root.data().join("apps")), before);
     }
-    // The old version, to which the trial comes back, finds everything in order.
+    // After the rollback, the old version finds everything in order.
     assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), Migrated::Unchanged);
 }
 
@@ -284,7 +287,7 @@ fn a_step_that_fails_leaves_what_was_there() {
 fn a_step_that_was_cut_is_undone_before_it_is_taken_again() {
     let (_dir, root) = robot();
     migrate(&root, &version("1.0.0")).unwrap();
-    // Kills its own agent's work in the middle: the record is left as a power cut would leave it.
+    // Interrupts the agent in the middle: the record is left as after a power cut.
     step(
         &root,
         "half",
@@ -300,7 +303,7 @@ fn a_step_that_was_cut_is_undone_before_it_is_taken_again() {
     step(&cut, "half", "1.1.0", "\"apps\"", "echo half >>apps/api/settings.json");
     migrate(&cut, &version("1.1.0")).unwrap();
     assert_eq!(read(&cut, "apps/api/settings.json").as_deref(), Some("{}half\n"), "taken twice");
-    // Or the old version comes first.
+    // Or the old version starts first.
     assert!(matches!(migrate(&cut, &version("1.0.0")).unwrap(), Migrated::Back { .. }));
     assert_eq!(read(&cut, "apps/api/settings.json").as_deref(), Some("{}"));
 }
@@ -320,14 +323,13 @@ fn a_backup_of_a_newer_robot_is_told_from_a_rollback() {
     assert_eq!(migrate(&to, &version("1.1.0")).unwrap(), Migrated::Unchanged);
 }
 
-/// The ways back that a robot has taken, as an agent before 0.2 wrote them: readable by everybody, the record
-/// without the field `needs`.
+/// Snapshots as an agent before 0.2 wrote them: readable by all users, and the record without the field `needs`.
 #[test]
 fn the_way_back_of_an_older_agent_is_gone() {
     let (_dir, root) = robot();
     let before = tree(&root.data().join("apps"));
     fs::create_dir_all(root.state().join("snapshots")).unwrap();
-    // As its `pack` did: without the folders above, without a checksum.
+    // As its `pack` did: without parent directories, without a checksum.
     let mut old = tar::Builder::new(zstd::Encoder::new(Vec::new(), 3).unwrap());
     old.follow_symlinks(false);
     for name in ["apps/api", "apps/api/settings.json"] {
@@ -346,7 +348,7 @@ fn the_way_back_of_an_older_agent_is_gone() {
     assert!(matches!(back, Migrated::Back { steps, .. } if steps == ["settings"]));
     assert_eq!(tree(&root.data().join("apps")), before);
     assert!(!way.exists());
-    // And an older agent reads what this one writes: its form had these three fields.
+    // And an older agent reads what this one writes: its format had these three fields.
     step(&root, "settings", "1.1.0", "\"apps/api\"", "true");
     migrate(&root, &version("1.1.0")).unwrap();
     let written: serde_json::Value =
@@ -357,7 +359,7 @@ fn the_way_back_of_an_older_agent_is_gone() {
     assert!(written["under-way"].is_null());
 }
 
-/// Whatever a backup says of steps: nothing of the agent's own is touched, nothing is put back.
+/// Steps in a backup's record are ignored: the agent's own files are not touched, and nothing is rolled back.
 #[test]
 fn the_record_of_a_backup_steers_nothing() {
     let planted = |name: &str, path: &str| {
@@ -397,7 +399,7 @@ fn the_record_of_a_backup_steers_nothing() {
                 put(&to, "data-version.json", &record);
             }
             let expected = tree(&to.data().join("home"));
-            // What it needs may refuse a start, and does nothing else.
+            // Its requirements may refuse a start, and have no other effect.
             drop(migrate(&to, &version("1.0.0")));
             assert_eq!(tree(&to.data().join("slotd")), tree(&own.data().join("slotd")), "{record}");
             if restored {
@@ -441,7 +443,7 @@ fn a_step_whose_way_back_would_not_be_taken_is_not_taken() {
     assert!(!root.data().join("home/taken").exists());
 }
 
-/// Every name that the agent gives a file of its own is kept by a reset, or goes: none was forgotten.
+/// For every file name of the agent it is decided whether a reset keeps or removes the file.
 #[test]
 fn a_reset_knows_every_file_of_the_agent() {
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
@@ -479,7 +481,7 @@ fn a_reset_knows_every_file_of_the_agent() {
     }
 }
 
-/// Everything that may hold a secret is for root only, from its first byte.
+/// Every file that may contain a secret is readable only by root, from its first byte on.
 #[test]
 fn copies_of_secrets_are_for_root_only() {
     let (_dir, root) = robot();
@@ -510,7 +512,7 @@ fn a_step_outside_of_data_is_refused() {
     }
 }
 
-/// Whatever has the name of a file or folder of the agent: a start goes on, and a reset is carried out.
+/// Whatever kind of file has the name of one of the agent's: a start continues, and a reset is carried out.
 #[test]
 fn a_start_and_a_reset_go_on_whatever_has_a_name_of_ours() {
     let names = [
@@ -556,7 +558,7 @@ fn a_start_and_a_reset_go_on_whatever_has_a_name_of_ours() {
     }
 }
 
-/// A user's file that is nearly all holes keeps nobody from the agent for hours: it is named and refused at once.
+/// A user's huge sparse file does not block the agent for hours: a backup names it and refuses immediately.
 #[test]
 fn what_is_longer_than_data_itself_is_not_packed() {
     let (_dir, root) = robot();
@@ -569,7 +571,7 @@ fn what_is_longer_than_data_itself_is_not_packed() {
     reset(&root, false).unwrap();
 }
 
-/// Folders below each other, deeper than any path may be long and than a process may hold folders open.
+/// Nested directories, deeper than the longest path and than a process may hold directories open.
 #[test]
 fn a_reset_takes_folders_of_any_depth() {
     let (_dir, root) = robot();

@@ -1,7 +1,7 @@
-//! Power cuts and failing disks in what changes `data` as a whole: a reset, a restore, a migration forth and
-//! back, and each of them over what another one has left. Between any two changes, with unflushed changes lost or
-//! torn (`common/crash.rs`); then the robot starts, by the code of a real one. What is on `data` is then all of
-//! what was there, or all of what was asked for.
+//! Power cuts and failing disks during changes of `data` as a whole: a reset, a restore, a migration forward and back,
+//! and each of them after an interrupted other one. Cuts are between any two changes, with unflushed changes lost or
+//! torn (`common/crash.rs`); then the robot starts, with the code of a real robot. `data` must then have either the
+//! complete old content or the complete new one.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 #[allow(dead_code)]
@@ -18,7 +18,7 @@ use slotd::data::{Migration, Pending, apply_with, backup, migrate_with, reset_wi
 use slotd::files::{Disk, Files};
 use slotd::{Refusal, Root};
 
-/// What a robot has on `data`, told apart by a word in every file.
+/// The content of `data`, identified by a word in every file.
 fn fill(root: &Root, word: &str) {
     let put = |path: &str| {
         let path = root.data().join(path);
@@ -32,7 +32,7 @@ fn fill(root: &Root, word: &str) {
     fs::write(root.data().join("data-version.json"), record(word)).unwrap();
 }
 
-/// The record of version 1.0.0, told apart as well.
+/// The record of version 1.0.0, with the same word.
 fn record(word: &str) -> String {
     let word = if word == "old" { "0.1.0" } else { "0.2.0" };
     format!(
@@ -63,7 +63,7 @@ fn archive_of(word: &str) -> Vec<u8> {
     bytes
 }
 
-/// What belongs to the owner: all but the agent's own.
+/// The owner's files: all except the agent's.
 fn owners(all: &Snapshot) -> Snapshot {
     let ours = |path: &Path| path == Path::new("") || path.starts_with("slotd");
     all.iter().filter(|(path, _)| !ours(path)).map(|(p, t)| (p.clone(), t.clone())).collect()
@@ -89,7 +89,7 @@ fn put(state: &State, data: &Path) {
     state.write(data);
 }
 
-/// Of everything that a cut of this recording could leave, what `check` says.
+/// The results of `check` for all states that a cut of this recording could leave.
 fn cut(what: &str, files: &Recorder, root: &Root, check: &dyn Fn(&str) -> String) -> usize {
     let mut states = 0;
     let (mut different, mut seen) = (BTreeSet::new(), BTreeSet::new());
@@ -108,7 +108,7 @@ fn cut(what: &str, files: &Recorder, root: &Root, check: &dyn Fn(&str) -> String
         files.points() - 1,
         different.len()
     );
-    // By its end everything is on the disk, whatever else is lost.
+    // At its end everything is durable.
     let mut end = BTreeSet::new();
     for state in files.states(files.points() - 1) {
         put(&state, &root.data());
@@ -118,14 +118,14 @@ fn cut(what: &str, files: &Recorder, root: &Root, check: &dyn Fn(&str) -> String
     different.len()
 }
 
-/// What is on `data`, as one of the names; nothing else may be there.
+/// The content of `data`, as one of the names; nothing else may be there.
 fn which<'a>(root: &Root, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str {
     let found = owners(&snapshot(&root.data()));
     let name = known.iter().find(|(_, expected)| **expected == found);
     name.unwrap_or_else(|| panic!("{at}: mixed or lost: {found:#?}")).0
 }
 
-/// What a start makes of it: one of these, and the next start changes nothing.
+/// The content after a start: one of these, and the next start changes nothing.
 fn settles<'a>(root: &Root, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str {
     start(root, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
     let name = which(root, known, at);
@@ -147,7 +147,7 @@ fn empty() -> Snapshot {
     left
 }
 
-/// A request, by its word.
+/// A request, by its name.
 fn ask(root: &Root, what: &str, files: &dyn Files) -> Result<(), Refusal> {
     match what {
         "reset" => reset_with(root, false, files).map(drop),
@@ -161,7 +161,7 @@ fn ask(root: &Root, what: &str, files: &dyn Files) -> Result<(), Refusal> {
     }
 }
 
-/// What there is after a request and a start.
+/// The expected content after a request and a start.
 fn outcome(what: &str) -> &'static str {
     match what {
         "reset" | "reset and keep" => "nothing",
@@ -227,7 +227,7 @@ fn what_waits_is_carried_out_cut_anywhere() {
     assert!(starts > 500, "{starts}");
 }
 
-/// What services of a start make that finds nothing: folders, and a file of their own.
+/// What services create in a start with an empty `data`: directories and a file.
 fn services(root: &Root) {
     for name in ["apps", "home", "identity", "network"] {
         fs::create_dir_all(root.data().join(name)).unwrap();
@@ -240,7 +240,7 @@ fn a_disk_that_fails_at_any_change_loses_nothing_and_heals() {
     let (old, new, nothing) = (of("old"), of("new"), empty());
     let known = [("old", &old), ("new", &new), ("nothing", &nothing)];
     let mut failed = 0;
-    // The request fails: it is refused, and what waited before waits still.
+    // The request fails: it is refused, and the earlier pending change stays pending.
     for first in ["none", "reset", "new"] {
         for second in ["reset", "reset and keep", "newer"] {
             for call in 0.. {
@@ -261,7 +261,7 @@ fn a_disk_that_fails_at_any_change_loses_nothing_and_heals() {
             }
         }
     }
-    // Carrying out fails: a start goes on, services make their files in between, and the next one heals it.
+    // Carrying out fails: the start continues, services create their files, and the next start completes the change.
     for what in ["reset", "new"] {
         for call in 0.. {
             let (_dir, root) = robot("old");
@@ -305,7 +305,7 @@ fn a_note_without_its_parts_takes_nothing_away() {
     }
 }
 
-/// A step's work, through the recorder: a program's unflushed changes can be lost like any other.
+/// A step's work, through the recorder: a program's unflushed changes can be lost like any others.
 fn work(root: &Root, step: &Migration, files: &dyn Files) -> Result<(), String> {
     let data = root.data();
     let settings = data.join("apps/settings");
@@ -336,7 +336,7 @@ fn steps(root: &Root) {
     }
 }
 
-/// The owner's, without the record, which says how they came to be.
+/// The owner's files, without the record of the steps.
 fn contents(root: &Root) -> Snapshot {
     let mut all = owners(&snapshot(&root.data()));
     all.remove(Path::new("data-version.json"));
@@ -368,9 +368,9 @@ fn migration_forth_and_back_cut_anywhere() {
         }
         let files = Recorder::new(&root.data());
         bring(&root, last, &files).unwrap();
-        // Whichever system starts then, it has its own data.
+        // Each system that may start then has its own data.
         for next in ["1.0.0", "1.1.0", "1.2.0"] {
-            // Two versions back nobody goes.
+            // A rollback over two versions is impossible.
             if path == ["1.1.0", "1.2.0"] && next == "1.0.0" {
                 continue;
             }
@@ -381,7 +381,7 @@ fn migration_forth_and_back_cut_anywhere() {
                 bring(&root, next, &Disk).unwrap();
                 assert!(all == snapshot(&root.data()), "{at}: a second start changes something");
                 let ways = all.keys().filter(|path| path.starts_with("slotd/snapshots")).count();
-                assert!(ways <= 3, "{at}: ways back that nobody needs: {all:#?}");
+                assert!(ways <= 3, "{at}: superfluous snapshots: {all:#?}");
                 next.to_owned()
             });
         }
@@ -417,8 +417,8 @@ fn a_disk_that_fails_at_any_change_of_a_migration_mixes_nothing() {
     assert!(failed > 80, "{failed}");
 }
 
-/// Without any one of its flushes an operation loses something: each is there for a reason, and a test fails when
-/// its line goes.
+/// Without any one of its flushes an operation loses data: each flush is needed, and a test fails when its line is
+/// removed.
 #[test]
 fn every_flush_is_needed() {
     let (old, new, nothing) = (of("old"), of("new"), empty());
@@ -445,7 +445,7 @@ fn every_flush_is_needed() {
                 without_effect.insert(format!("{flush}, of /{}", path.display()));
             }
         }
-        // Whichever system starts then: one that loses something is enough.
+        // For each system that may start then: one that loses data is enough.
         let known = not_needed.entry(what.to_owned()).or_insert_with(|| without_effect.clone());
         known.retain(|flush| without_effect.contains(flush));
     };
@@ -502,18 +502,18 @@ fn every_flush_is_needed() {
     println!("{tried} flushes were left out one by one; without effect: {not_needed:#?}");
     assert!(tried > 40, "{tried}");
     let expected = [
-        // The folder of a record that is written in one step, by the rule of `durable`: the next flush has it, too.
+        // The directory of a record, flushed by `durable`: the next flush covers it too.
         ("asking for new", vec!["2, of /.incoming.new"]),
-        // The folder that things move into, whose blocks nothing could overwrite if it were lost, and the zeros, which
-        // are dropped with their files else: this does not see blocks (`secrets` does). And the note's, which the flush
-        // of everything at the end has, too.
+        // The directory that files are moved into (if it were lost, nothing could overwrite their blocks), and the zeros,
+        // which would be dropped with their files: this test does not see blocks (`secrets` does). And that of the
+        // record, which the flush of everything at the end covers too.
         ("carrying out reset", vec!["1, of /", "4, of /slotd", "5, of /"]),
         ("carrying out reset and keep", vec!["1, of /", "4, of /slotd", "5, of /"]),
-        // A note that is damaged: what lies there says what was going on.
+        // A damaged record: the files on the disk show which change was in progress.
         ("carrying out new", vec!["2, of /slotd/pending.partial"]),
-        // The folder of the record: a step that is taken, or put back, once more does no harm.
+        // The directory of the record: running or rolling back a step again does no harm.
         ("1.0.0 to 1.1.0", vec!["7, of /", "9, of /"]),
-        // And two of which each does for the other.
+        // And two flushes of which either is sufficient.
         ("1.1.0 to 1.0.0", vec!["1, of /", "2, of /.snapshot", "5, of /", "7, of /"]),
     ];
     not_needed.retain(|_, flushes| !flushes.is_empty());

@@ -1,5 +1,5 @@
-//! The update user's door, from what is typed over SSH to the agent and back: client and server are the real program,
-//! this test is sshd and systemd. What the door does not offer does not reach the agent.
+//! The update user's interface, from the SSH command to the agent and back: client and server are the real program,
+//! and this test acts as sshd and systemd. Commands that are not allowed do not reach the agent.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -23,7 +23,7 @@ fn slotd(robot: &Robot) -> Command {
     command
 }
 
-/// A robot whose door is open: each connection gets a server, as systemd's `Accept=yes` does it.
+/// A robot with the socket: each connection gets a server, as with systemd's `Accept=yes`.
 fn robot() -> Robot {
     let robot = Plan::default().make();
     robot.file("etc/passwd", "root:x:0:0:::\nupdate:x:60000:60000::/:/bin/sh\n");
@@ -41,13 +41,13 @@ fn robot() -> Robot {
     robot
 }
 
-/// What a session of the user gets who types `line` and sends `input`.
+/// The output of a session in which the user runs `line` and sends `input`.
 fn session(robot: &Robot, line: &str, input: &[u8]) -> Output {
     let mut command = slotd(robot);
     command.env("SSH_ORIGINAL_COMMAND", line).stdin(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    // The other side may want none of it.
+    // The server may close without reading it.
     drop(stdin.write_all(input));
     drop(stdin);
     child.wait_with_output().unwrap()
@@ -120,10 +120,10 @@ fn nothing_else_is_offered() {
     assert!(robot.state().trial.is_none());
 }
 
-/// What the server answers to bytes on its socket, whoever has written them.
+/// The server's answer to arbitrary bytes on its socket.
 fn raw(robot: &Robot, bytes: &[u8]) -> String {
     let mut stream = UnixStream::connect(robot.path(slotd::door::SOCKET)).unwrap();
-    // It may have heard enough.
+    // The server may have closed already.
     drop(stream.write_all(bytes));
     drop(stream.shutdown(std::net::Shutdown::Write));
     let mut said = Vec::new();
@@ -163,7 +163,7 @@ fn another_user_is_refused_also_where_the_socket_lets_him() {
     }
     std::fs::set_permissions(robot.path(slotd::door::SOCKET), PermissionsExt::from_mode(0o777))
         .unwrap();
-    // Its own copy of the program: the folder that it was built in may be closed to others.
+    // A copy of the program: its build directory may be inaccessible to other users.
     let program = robot.path("slotd");
     std::fs::copy(env!("CARGO_BIN_EXE_slotd"), &program).unwrap();
     for (uid, expected) in [(60000, "1.0.0"), (65534, "not-offered")] {

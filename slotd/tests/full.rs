@@ -1,6 +1,6 @@
-//! A full `data`, of blocks or of inodes, filled by a user without rights, keeps no system update out: it is installed,
-//! started and committed on both boot flows, on a card with the agent's reserve and on one from before it. On a real
-//! ext4 behind a loop device, where root has one; else on a file system in memory.
+//! A `data` without free blocks or inodes, filled by an unprivileged user, does not prevent a system update: it is
+//! installed, started and committed on both boot flows, on a card with the agent's reserve and on an older one. On a
+//! real ext4 with a loop device if available; otherwise on a file system in memory.
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
@@ -30,7 +30,7 @@ use slotd::install::Options;
 use slotd::machine::Machine;
 use slotd::storage::Storage;
 
-/// The user `nobody` of Debian, who has no rights.
+/// The unprivileged user `nobody` of Debian.
 const NOBODY: u32 = 65534;
 
 /// What runs out.
@@ -40,7 +40,7 @@ enum Out {
     Inodes,
 }
 
-/// A small file system at a robot's `data`, unmounted with the test.
+/// A small file system as a robot's `data`, unmounted at the end of the test.
 struct Data(PathBuf);
 
 impl Data {
@@ -67,13 +67,13 @@ impl Data {
         Self(data)
     }
 
-    /// A user's home takes all there is.
+    /// A user's home uses all free space.
     fn fill(&self, out: Out) {
         let home = self.0.join("home/robot");
         fs::create_dir_all(&home).unwrap();
         chown(&home, Some(NOBODY), Some(NOBODY)).unwrap();
         let script = match out {
-            // One file leaves some for blocks that are not placed yet.
+            // With one file some space stays free because of delayed allocation.
             Out::Blocks => {
                 "for n in 1 2 3 4; do cat /dev/zero >large$n; sync large$n; done
                  n=0; while dd if=/dev/zero of=small$n bs=1k count=1 conv=fsync; do n=$((n+1)); done"
@@ -83,7 +83,7 @@ impl Data {
         let mut command = Command::new("sh");
         command.args(["-c", script]).current_dir(&home).uid(NOBODY).gid(NOBODY);
         command.stderr(Stdio::null()).status().unwrap();
-        // Root has no more either.
+        // Root has no free space either.
         let full = fs::File::create(self.0.join("root"))
             .and_then(|mut file| file.write_all(&[1; 64 << 10]).and_then(|()| file.sync_all()))
             .unwrap_err();
@@ -105,7 +105,7 @@ impl Drop for Data {
 
 fn robot() -> Robot {
     let robot = Plan::default().make();
-    // What every image has.
+    // The files of every image.
     let check = "overlays/base/etc/slotd/health.d/10-data.toml";
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     robot.file("etc/slotd/health.d/10-data.toml", fs::read(workspace.join(check)).unwrap());
@@ -117,14 +117,14 @@ fn prepare(robot: &Robot) {
     assert!(output.status.success(), "{output:?}");
 }
 
-/// A start into a slot: what was in memory is gone.
+/// A start into a slot: content in memory is lost.
 fn start(robot: &Robot, slot: Slot, version: &str) {
     fs::remove_dir_all(robot.path("run")).ok();
     robot.start(slot);
     let device = fs::read_to_string(robot.path("usr/lib/slipway/device.toml")).unwrap();
     let lines = device.lines().map(|line| match line.split(' ').next() {
         Some("version") => format!("version = '{version}'\n"),
-        // As the bundle's own: the image says it, too.
+        // As in the bundle: the image has the same values.
         Some("minimum-version") => "minimum-version = '1.1.0'\n".to_owned(),
         _ => format!("{line}\n"),
     });
@@ -168,7 +168,7 @@ fn a_full_data_keeps_no_update_out_with_uboot() {
         assert_eq!(robot.state().trial, Some(Slot::B), "{out:?} {reserve}");
         start(&robot, Slot::B, "1.2.0");
         prepare(&robot);
-        // The user goes on as soon as there is somebody.
+        // The user continues to write as soon as there is space.
         data.fill(out);
         let found = room(&robot);
         assert!(found.healthy, "{out:?} {reserve}: {}", found.found);
@@ -264,7 +264,7 @@ fn a_full_data_keeps_no_update_out_with_tryboot() {
             .unwrap_or_else(|refusal| panic!("{out:?} {reserve}: {refusal}"));
         let armed = Some(Trial { slot: Slot::B, tries: 1 });
         assert_eq!(first.status().unwrap().trial, armed, "{out:?} {reserve}");
-        // A person may end it, and arm it again.
+        // A user may end the trial and arm it again.
         first.roll_back().unwrap();
         assert_eq!(first.status().unwrap().trial, None, "{out:?} {reserve}");
         first.arm_trial(Slot::B).unwrap();
@@ -291,7 +291,7 @@ fn an_update_that_fills_data_itself_is_not_one_to_keep() {
     let data = Data::mount(&robot);
     prepare(&robot);
     assert!(room(&robot).healthy);
-    // What only root can: the reserve goes, too.
+    // Only root can do this: the reserve is removed too.
     fs::remove_dir_all(robot.path("data/slotd/reserve")).unwrap();
     data.fill(Out::Blocks);
     let found = room(&robot);

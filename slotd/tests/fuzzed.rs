@@ -1,5 +1,5 @@
-//! The fuzz targets on stable, in every run: their seeds, each seed with single bytes changed and cut, and
-//! every input that was ever found (`fuzz/corpus/TARGET/`).
+//! Runs the fuzz targets on stable Rust in every test run: their seeds, each seed with single bytes changed and
+//! truncated, and every input that was found (`fuzz/corpus/TARGET/`).
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 #[path = "../../fuzz/src/targets.rs"]

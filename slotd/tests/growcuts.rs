@@ -1,6 +1,5 @@
-//! The partition table that grows with the card, on a disk with a volatile memory: read back by foreign
-//! tools, cut at every write with what was not flushed lost or torn, on disks that lie, and with what
-//! lies around a torn write destroyed.
+//! Growing the partition table, on a disk with a volatile cache: read back by standard tools, cut at every write
+//! with unflushed writes lost or torn, on disks that drop writes, and with data around a torn write destroyed.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 #[path = "common/card.rs"]
@@ -23,7 +22,7 @@ const BEFORE: [(u64, u64); 3] = [(2048, 2048), (4096, 2048), (6144, 2048)];
 /// Start and size of `data` on the card that was flashed.
 const DATA: (u64, u64) = (8192, 2048);
 
-/// Bytes of the image, and of the card that it was put on.
+/// Bytes of the image, and of the card it was written to.
 const IMAGE: u64 = 6 * MIB;
 const CARD: u64 = 24 * MIB;
 
@@ -42,7 +41,7 @@ fn sfdisk(image: &Path, script: &str) {
     assert!(child.wait().unwrap().success());
 }
 
-/// A card of this form, before it has grown.
+/// A card with this kind of table, before it has grown.
 fn fresh(label: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("card.img");
@@ -63,7 +62,7 @@ fn fresh(label: &str) -> Vec<u8> {
     fs::read(image).unwrap()
 }
 
-/// A disk as a file for foreign tools; without what is zero.
+/// A disk as a sparse file for standard tools.
 struct Image {
     _dir: tempfile::TempDir,
     path: PathBuf,
@@ -84,7 +83,7 @@ impl Image {
         Self { _dir: dir, path }
     }
 
-    /// The partitions as a foreign tool reads them: start and size of each.
+    /// The partitions as a standard tool reads them: start and size of each.
     fn partitions(&self) -> Vec<(u64, u64)> {
         let said = Command::new("sfdisk").arg("-J").arg(&self.path).output().unwrap();
         assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
@@ -93,7 +92,7 @@ impl Image {
         list.iter().map(|p| (p["start"].as_u64().unwrap(), p["size"].as_u64().unwrap())).collect()
     }
 
-    /// No foreign tool finds anything wrong with it.
+    /// Checks that standard tools report no problem.
     fn is_sound(&self, gpt: bool) {
         let verified = Command::new("sfdisk").arg("--verify").arg(&self.path).output().unwrap();
         assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
@@ -113,13 +112,13 @@ fn what_has_grown_is_durable_and_as_foreign_tools_want_it() {
         let card = Card::new(content(before.clone()), None);
         let grown = grow(&card.part(Place::Gap), 4, DATA.0).unwrap();
         assert_eq!(grown.from, DATA.1);
-        // Not what was written: what a power cut leaves at this moment.
+        // The durable content, which a power cut leaves at this moment.
         let [after, ..] = card.content();
         let image = Image::new(&after);
         image.is_sound(label != "dos");
         let found = image.partitions();
         assert_eq!((&found[..3], found[3]), (&BEFORE[..], (DATA.0, grown.to)), "{label}");
-        // All but what the backup table and the alignment need.
+        // Everything except the space for the backup table and the alignment.
         let end = (DATA.0 + grown.to) * 512;
         assert!(end <= CARD && end > CARD - 2 * MIB, "{label}: ends at {end}");
         if label == "hybrid" {
@@ -132,8 +131,8 @@ fn what_has_grown_is_durable_and_as_foreign_tools_want_it() {
     }
 }
 
-/// What a cut leaves of the unflushed writes, by number: all or nothing of each, and the last torn at
-/// each sector from the front and from the back. `None`: there are no more.
+/// What a cut leaves of the unflushed writes, by number: each one complete or lost, and the last one torn
+/// at each sector from the front and from the back. `None`: there are no more variants.
 fn choice(variant: usize, ops: &[(Op, Option<Vec<u8>>)]) -> Option<Vec<Sectors>> {
     let flush = ops.iter().rposition(|(op, _)| matches!(op, Op::Flush(_)));
     let unflushed = &ops[flush.map_or(0, |at| at + 1)..];
@@ -148,7 +147,7 @@ fn choice(variant: usize, ops: &[(Op, Option<Vec<u8>>)]) -> Option<Vec<Sectors>>
     if variant < subsets {
         return Some(taken(variant).collect());
     }
-    // With the others there, and with none of them.
+    // With all of the other writes, and with none of them.
     let sectors = last.len() / 512;
     let torn = (variant - subsets) * if unflushed.len() == 1 { 2 } else { 1 };
     let how = match torn / 2 {
@@ -176,7 +175,7 @@ fn growth_cut_at_every_write_leaves_a_usable_table_and_goes_on() {
                 let mut choice = choice.into_iter();
                 let luck = |_: Moment| choice.next().expect("one for each");
                 let left = after_cut(&before, &ops, cut, starts(&before, ERASE), luck);
-                // Most sectors of a table hold entries of no partition: many cuts leave the same.
+                // Most sectors of a table have no used entries: many cuts give the same result.
                 let tables = [&left[0][..1 << 16], &left[0][left[0].len() - (1 << 16)..]].concat();
                 if !looked_at.insert(tables) {
                     continue;
@@ -190,7 +189,7 @@ fn growth_cut_at_every_write_leaves_a_usable_table_and_goes_on() {
     assert!(points >= 140 && looked_at.len() >= 10, "{points} cut points, {}", looked_at.len());
 }
 
-/// A whole table is there, and growing again ends as if nothing had been.
+/// There is a complete table, and growing again gives the same result as without a cut.
 fn goes_on(left: Content, wanted: u64, gpt: bool, what: &str) {
     let found = Image::new(&left[0]).partitions();
     assert_eq!((&found[..3], found.len()), (&BEFORE[..], 4), "{what}");
@@ -202,8 +201,8 @@ fn goes_on(left: Content, wanted: u64, gpt: bool, what: &str) {
     assert_eq!(image.partitions()[3], (DATA.0, wanted), "{what}");
 }
 
-/// The backup at the card's end is written first, and the primary lies far from it. (The primary's own
-/// erase block holds the MBR too: what a card destroys there no second copy replaces.)
+/// The backup at the card's end is written first, and the primary is far away from it. (The primary's erase
+/// block also holds the MBR, of which there is no second copy.)
 #[test]
 fn a_backup_that_takes_its_surroundings_with_it_leaves_the_primary() {
     let before = content(fresh("gpt"));
@@ -233,7 +232,7 @@ fn a_card_that_keeps_nothing_is_not_believed() {
         let card = Card::new(before.clone(), None);
         card.lose(Place::Gap);
         let why = grow(&card.part(Place::Gap), 4, DATA.0).unwrap_err().to_string();
-        assert!(why.contains("does not hold what was written"), "{label}: {why}");
+        assert!(why.contains("differs from what was written"), "{label}: {why}");
     }
 }
 
@@ -246,13 +245,13 @@ fn a_strange_table_is_left_alone() {
         assert!(card.ops().is_empty(), "written: {why}");
         why
     };
-    assert!(refused(good.clone(), 3, BEFORE[2].0).contains("another partition lies behind it"));
-    assert!(refused(good.clone(), 4, DATA.0 + 8).contains("does not start where it should"));
+    assert!(refused(good.clone(), 3, BEFORE[2].0).contains("another partition follows it"));
+    assert!(refused(good.clone(), 4, DATA.0 + 8).contains("does not start where device.toml says"));
     assert!(refused(good.clone(), 0, DATA.0).contains("does not start"));
     assert!(refused(vec![0; 1 << 20], 1, 2048).contains("there is no MBR"));
     for number in [3, 4] {
         let start = if number == 3 { BEFORE[2].0 } else { DATA.0 + 8 };
-        let expected = ["another partition lies behind it", "does not start where it should"];
+        let expected = ["another partition follows it", "does not start where device.toml says"];
         let why = refused(fresh("dos"), number, start);
         assert!(why.contains(expected[number as usize - 3]), "{why}");
     }

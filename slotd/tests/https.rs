@@ -1,5 +1,5 @@
-//! Bundles over https: a real server (nginx) with certificates made on the spot (openssl), authorities that a
-//! robot knows and does not know, certificates out of their time, and connections that break.
+//! Bundles over https: a real server (nginx) with generated certificates (openssl), known and unknown authorities,
+//! expired and future certificates, and connections that break.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod common;
@@ -18,7 +18,7 @@ use common::{Plan, Robot, answer, bundle_of, new_system, old_system};
 
 const MIB: u64 = 1 << 20;
 
-/// What `openssl ca` wants to know.
+/// The configuration of `openssl ca`.
 const AUTHORITY: &str = "\
 [req]\ndistinguished_name = name\n[name]\n\
 [authority]\nbasicConstraints = critical,CA:TRUE\nkeyUsage = critical,keyCertSign\n\
@@ -122,15 +122,15 @@ impl Nginx {
 
 impl Drop for Nginx {
     fn drop(&mut self) {
-        // The master takes its workers along.
+        // The master process ends its workers.
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap_or_default();
         drop(self.child.wait());
     }
 }
 
-/// Hands connections on to ports, in turn and then to the last one, and breaks each after so many bytes from
-/// there. Returns its own port, and a count of the connections.
+/// Forwards connections to the ports in order, then always to the last one, and breaks each after this many bytes.
+/// Returns its own port, and a count of the connections.
 fn breaking(to: Vec<u16>, after: u64) -> (u16, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -170,7 +170,7 @@ fn only_servers_of_a_known_authority_are_believed() {
     let servers = [
         ("good", "here", NOW.0, NOW.1),
         ("old", "here", "20100101000000Z", "20110101000000Z"),
-        // What a robot sees whose clock is in the past.
+        // As on a robot whose clock is in the past.
         ("later", "here", "20480101000000Z", NOW.1),
         ("other", "elsewhere", NOW.0, NOW.1),
     ];
@@ -193,20 +193,20 @@ fn only_servers_of_a_known_authority_are_believed() {
         let (exit, code, said, advice) = refusal(&robot, &nginx.address(certificate));
         assert_eq!((exit, code.as_str()), (5, "bad-certificate"), "{said}");
         assert!(said.contains(message), "{said}");
-        assert!(advice.contains(help) && advice.contains("bundle's own signature"), "{advice}");
+        assert!(advice.contains(help) && advice.contains("by its own signature"), "{advice}");
         assert_eq!(robot.slot(Slot::B), old_system(Slot::B, MIB), "something was written");
         assert_eq!(robot.state().trial, None);
     };
-    // Mozilla's list knows neither.
-    check(0, "no authority that this robot knows", "/data/identity/ca.d");
+    // Mozilla's list has neither of them.
+    check(0, "not issued by an authority", "/data/identity/ca.d");
     robot.file("data/identity/ca.d/lab.pem", &lab);
     check(1, "expired", "clock");
     check(2, "not valid yet", "clock");
-    check(3, "not valid for name", "name the server");
-    check(4, "no authority that this robot knows", "/data/identity/ca.d");
-    check(5, "no authority that this robot knows", "/data/identity/ca.d");
+    check(3, "not valid for name", "use the server name");
+    check(4, "not issued by an authority", "/data/identity/ca.d");
+    check(5, "not issued by an authority", "/data/identity/ca.d");
     robot.run(&["verify", &nginx.address(0)]);
-    // What is asked for over https stays there.
+    // A request over https is never redirected to http.
     robot.run(&["verify", &nginx.address(0).replace("update.bundle", "moved")]);
     let (exit, code, said, _) =
         refusal(&robot, &nginx.address(0).replace("update.bundle", "plain"));
@@ -216,7 +216,7 @@ fn only_servers_of_a_known_authority_are_believed() {
     assert_eq!(robot.slot(Slot::B), new);
     robot.run(&["roll-back"]);
 
-    // An authority of the image; several in one file; other files do not count.
+    // An authority of the image; several in one file; other files are ignored.
     fs::remove_file(robot.path("data/identity/ca.d/lab.pem")).unwrap();
     robot.file("data/identity/ca.d/README", "not a certificate");
     let stranger = fs::read(nginx.dir.path().join("stranger/ca.pem")).unwrap();
@@ -224,7 +224,7 @@ fn only_servers_of_a_known_authority_are_believed() {
     robot.run(&["verify", &nginx.address(0)]);
     robot.run(&["verify", &nginx.address(4)]);
 
-    // What makes no sense is told, not passed over.
+    // An invalid file is reported, not ignored.
     for text in ["", "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n"] {
         robot.file("data/identity/ca.d/broken.pem", text);
         let (exit, code, said, _) = refusal(&robot, &nginx.address(0));
@@ -245,7 +245,7 @@ fn a_broken_connection_is_made_again() {
     let robot = Plan::default().make();
     let lab = fs::read(nginx.dir.path().join("lab/ca.pem")).unwrap();
     robot.file("data/identity/ca.d/lab.pem", lab);
-    // Somebody else answers the second time: the install ends there, and goes on another day.
+    // Another server answers the second request: the install stops and can be resumed later.
     let (port, connections) = breaking(nginx.ports.clone(), 600_000);
     let (exit, code, ..) = refusal(&robot, &format!("https://127.0.0.1:{port}/update.bundle"));
     assert_eq!((exit, code.as_str()), (5, "bad-certificate"));
@@ -256,7 +256,7 @@ fn a_broken_connection_is_made_again() {
     assert_eq!(robot.slot(Slot::B), new);
     let count = connections.load(Ordering::Relaxed);
     assert!(count > 3, "{count} connections");
-    // The stranger was asked for nothing.
+    // Nothing was requested from the unknown server.
     let log = fs::read_to_string(nginx.dir.path().join("access.log")).unwrap();
     assert!(log.lines().count() <= count + 1, "{log}");
     let ranges = log.lines().filter(|line| line.starts_with("206 bytes=")).count();

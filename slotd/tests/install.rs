@@ -1,5 +1,5 @@
-//! Installs through the real program, on files: what ends in the slot, what is spared, and what an
-//! interruption costs.
+//! Installs with the real program, on files: the content of the slot, what is not transferred or written,
+//! and the cost of an interruption.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod common;
@@ -39,7 +39,7 @@ fn a_slot_is_written_tried_and_committed_and_the_other_follows() {
     robot.start(Slot::B);
     assert_eq!(robot.run(&["commit"])["slot"], "b");
     assert_eq!((robot.state().active, robot.state().trial), (Slot::B, None));
-    // Once more is fine.
+    // Installing again succeeds.
     robot.run(&["commit"]);
 
     let outcome = install(&robot, &bundle_of(&second));
@@ -69,7 +69,7 @@ fn what_the_slot_holds_is_not_written_again() {
     let outcome = install(&robot, &bundle_of(&new));
     assert_eq!(robot.slot(Slot::B), new);
     let written = outcome["written"].as_u64().unwrap();
-    // The first block goes in two steps and comes in two.
+    // The first block is cleared in two steps and written in two.
     assert_eq!(written, (41 + 4) * 4096);
     assert!(written * 50 < 16 * MIB);
 }
@@ -84,7 +84,7 @@ fn free_space_is_zero_afterwards_and_payloads_may_be_shorter_than_the_slot() {
         install(&robot, &bundle_of(&new));
         let slot = robot.slot(Slot::B);
         assert_eq!(slot[..size as usize], new, "{size}");
-        // Nothing beyond the payload's last block is touched.
+        // Nothing after the payload's last block is touched.
         let end = size.next_multiple_of(4096) as usize;
         assert_eq!(slot[end..], full[end..], "{size}");
     }
@@ -107,7 +107,7 @@ fn standard_input_does_as_well_as_a_file() {
     );
 }
 
-/// Blocks of a slot that are not yet what they shall be.
+/// Blocks of a slot that differ from the new system.
 fn wrong_blocks(found: &[u8], expected: &[u8]) -> u64 {
     let pairs = found.chunks(4096).zip(expected.chunks(4096));
     pairs.filter(|(found, expected)| found != expected).count() as u64
@@ -131,7 +131,7 @@ fn killed_at_fifty_moments_it_goes_on_and_rewrites_nothing_that_was_in_place() {
         let luck = u64::from_le_bytes(noise(8, 1000 + round)[..8].try_into().unwrap());
         let until = (luck % (bundle.len() as u64 * 5 / 4)) as usize;
         let mut input = child.stdin.take().unwrap();
-        // The child may have ended by refusing; then the test fails below.
+        // The child may have ended with a refusal; then the test fails below.
         drop(input.write_all(&bundle[..until.min(bundle.len())]));
         if until > bundle.len() {
             drop(input);
@@ -151,8 +151,8 @@ fn killed_at_fifty_moments_it_goes_on_and_rewrites_nothing_that_was_in_place() {
             continue;
         }
         let wrong = wrong_blocks(&slot, &new);
-        // Without the sector of ext4's superblock nothing takes it for one; the others of the first
-        // block go after it, and come before it.
+        // Without the sector of ext4's superblock nothing mistakes the slot for a system; the other sectors of the
+        // first block are cleared after it and written before it.
         assert!(
             slot == old || slot == new || slot[1024..1536].iter().all(|byte| *byte == 0),
             "a half-written slot looks like a system"
@@ -168,7 +168,7 @@ fn killed_at_fifty_moments_it_goes_on_and_rewrites_nothing_that_was_in_place() {
         assert_eq!(outcome["resumed"], journal);
         let written = outcome["written"].as_u64().unwrap();
 
-        // The first block may go in two steps and comes in two.
+        // The first block may be cleared in two steps and is written in two.
         assert!(written <= (wrong + 4) * 4096, "{written} bytes for {wrong} wrong blocks");
         assert_eq!(robot.state().trial, Some(Slot::B));
     }
@@ -269,7 +269,7 @@ fn blocks_of_the_running_slot_are_neither_sent_nor_read() {
     let size = 64 * MIB;
     let robot = Plan { size, ..Plan::default() }.make();
     let new = new_system(size, 13);
-    // The running slot has all of it, at other places, but for the last frame.
+    // The running slot has everything, at other positions, except the last frame.
     let mut running = vec![0; size as usize];
     running[4096..].copy_from_slice(&new[..new.len() - 4096]);
     let cut = 40 * MIB as usize;
@@ -313,15 +313,15 @@ fn a_server_without_ranges_sends_what_is_there_once_more_and_no_more() {
         "a bundle of {size} bytes, (requests, bytes): ranges {with:?}, none {without:?}, none and told {told:?}"
     );
     assert!(with.0 > 2 && with.1 < size, "{with:?}");
-    // The first part that is passed over shows that the server begins anew; what it sent until then is lost.
+    // The first skipped part shows that the server starts again from the beginning; what it has sent is discarded.
     assert!(without.0 == 2 && without.1 < size * 2, "{without:?}");
     assert!(told.0 == 1 && told.1 <= size, "{told:?}");
 }
 
 #[test]
 fn blocks_that_only_seem_right_are_read_from_the_bundle() {
-    // The running slot changes between the survey and the copy: a block that had the right hash has
-    // it no more. A file cannot do that on cue, so the copy finds a slot that was cut short.
+    // The running slot changes between the survey and the copy: a block no longer has the right hash. A file
+    // cannot change at the right moment, so the copy finds a truncated slot.
     let size = 48 * MIB;
     let robot = Plan { size, ..Plan::default() }.make();
     let new = new_system(size, 14);
@@ -336,7 +336,7 @@ fn blocks_that_only_seem_right_are_read_from_the_bundle() {
     assert_eq!(outcome["taken"], 0, "every frame has a block that is nowhere");
 }
 
-/// The level that asks most of the robot: a window of 16 MiB, frames of 64.
+/// The most demanding level for the robot: a window of 16 MiB, frames of 64 MiB.
 fn slow_bundle(content: &[u8]) -> Vec<u8> {
     let mut parts = system(&[]);
     let mut data = Vec::new();
@@ -361,7 +361,7 @@ fn memory_stays_below_the_bound() {
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()
     };
-    // The slot is read back before the archive's end is asked for; only its last byte is missing.
+    // The slot is read back before the archive's end is read; only its last byte is missing.
     let written = || fs::read(robot.slot_path(Slot::B)).unwrap()[4096..] == new[4096..];
     while !written() {
         std::thread::sleep(Duration::from_millis(100));

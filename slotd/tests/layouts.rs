@@ -1,5 +1,5 @@
-//! Cards of every layout: one that was flashed with an earlier image takes an update, logical partitions grow, read
-//! back by a foreign tool and cut at every write, and a boot state survives the loss of the flash around a write.
+//! Cards of every layout: a card that was flashed with an earlier image accepts an update; logical partitions grow, are
+//! read back by a standard tool and cut at every write; a boot state survives the loss of the flash around a write.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -20,7 +20,7 @@ use slotd::storage::Storage;
 
 const MIB: u64 = 1 << 20;
 
-/// The robot's card was flashed with an earlier image; this image lists other places, and the earlier ones after them.
+/// The robot's card was flashed with an earlier image; this image lists other positions, followed by the earlier ones.
 #[test]
 fn a_card_that_was_flashed_earlier_takes_updates_and_keeps_its_places() {
     let robot = Plan::default().make();
@@ -37,7 +37,7 @@ fn a_card_that_was_flashed_earlier_takes_updates_and_keeps_its_places() {
         .replace("number = 2, start-sector = 8192", "number = 5, start-sector = 65536")
         .replace("number = 3", "number = 6");
     let image = format!("{head}{current}[[earlier-cards]]\n{earlier}");
-    // Without the earlier places the robot does not know its own card: what this is for.
+    // Without the earlier positions the robot does not recognise its own card.
     fs::write(&path, format!("{head}{current}")).unwrap();
     assert_eq!(robot.refused(&["status"]), (1, "unknown-slot".to_owned()));
 
@@ -52,7 +52,7 @@ fn a_card_that_was_flashed_earlier_takes_updates_and_keeps_its_places() {
     robot.start(Slot::B);
     assert_eq!(robot.run(&["commit"])["slot"], "b");
     assert_eq!((robot.state().active, robot.state().trial), (Slot::B, None));
-    // Nothing but this card's boot state and what it trusts has changed.
+    // Only this card's boot state and trust area have changed.
     let copies = common::TRUST.map(|first| first..first + bundle::area::COPY as u64 / 512);
     let after = fs::read(robot.path("dev/disk")).unwrap();
     for (at, (old, new)) in before.chunks(512).zip(after.chunks(512)).enumerate() {
@@ -62,7 +62,7 @@ fn a_card_that_was_flashed_earlier_takes_updates_and_keeps_its_places() {
     }
 }
 
-/// A disk in memory that remembers every write.
+/// A disk in memory that records every write.
 struct Disk {
     bytes: Mutex<Vec<u8>>,
     writes: Mutex<Vec<(u64, Vec<u8>)>>,
@@ -117,7 +117,7 @@ const PARTS: [(u64, u64); 6] = [
 /// The number of `data`, the last of them.
 const DATA: u32 = 7;
 
-/// As `sfdisk`, a writer that is not ours, lays it out; made for a card of 48 MiB and put on one of 96 MiB.
+/// As created by `sfdisk`, an independent tool; made for a card of 48 MiB and written to one of 96 MiB.
 fn card(dir: &Path) -> PathBuf {
     let image = dir.join("card.img");
     File::create(&image).unwrap().set_len(48 * MIB).unwrap();
@@ -140,7 +140,7 @@ fn card(dir: &Path) -> PathBuf {
     image
 }
 
-/// The partitions but the extended one, as a foreign tool reads them, and which it finds nothing wrong with.
+/// The partitions except the extended one, as a standard tool reads them; it must report no problem.
 fn dump(image: &Path) -> Vec<(u64, u64)> {
     let verified = Command::new("sfdisk").arg("--verify").arg(image).output().unwrap();
     assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
@@ -183,7 +183,7 @@ fn growth_of_a_logical_partition_cut_anywhere_leaves_all_partitions_and_goes_on(
     for (offset, new) in &writes {
         let at = *offset as usize..*offset as usize + new.len();
         assert_eq!(new.len(), 512, "more than one sector in a write");
-        // A sector reaches the card or not: before this write, and after it.
+        // A sector reaches the card or not: states before this write, and after it.
         for state in [bytes[at.clone()].to_vec(), new.clone()] {
             bytes[at.clone()].copy_from_slice(&state);
             points += 1;
@@ -213,9 +213,11 @@ fn a_chain_of_logical_partitions_that_is_not_ours_is_left_alone() {
         why
     };
     let nothing: &dyn Fn(&mut Vec<u8>) = &|_| {};
-    assert!(refused(nothing, DATA, PARTS[5].0 + 8).contains("does not start where it should"));
-    // Not the last one.
-    assert!(refused(nothing, 6, PARTS[4].0).contains("does not start where it should"));
+    assert!(
+        refused(nothing, DATA, PARTS[5].0 + 8).contains("does not start where device.toml says")
+    );
+    // A partition that is not the last one.
+    assert!(refused(nothing, 6, PARTS[4].0).contains("does not start where device.toml says"));
     let first = 26_624 * 512;
     // The first record's signature; its link, back to itself.
     assert!(refused(&|b| b[first + 510] = 0, DATA, PARTS[5].0).contains("is damaged"));
@@ -225,10 +227,10 @@ fn a_chain_of_logical_partitions_that_is_not_ours_is_left_alone() {
     assert!(refused(&|b| b[kind] = 0x83, DATA, PARTS[5].0).contains("no extended partition"));
 }
 
-/// What a cut in the midst of a write may take with it: everything in the same unit of the card's flash.
+/// What a cut during a write may destroy: everything in the same unit of the card's flash.
 const UNITS: [u64; 2] = [4 * MIB, 8 * MIB];
 
-/// A disk of which only the two sectors of the boot state are there.
+/// A disk that has only the two sectors of the boot state.
 struct States {
     places: [u64; 2],
     copies: Mutex<Copies>,
@@ -283,8 +285,8 @@ fn wrecked(copies: &Copies, places: [u64; 2], written: usize, unit: u64) -> Copi
     left
 }
 
-/// Every step of the agent and of the script, from every state that these lead to, at these places: how many cuts, and
-/// after how many of them another slot starts than would have without the step.
+/// Every step of the agent and of the script, from every reachable state, at these positions: the number of cuts, and
+/// after how many of them a different slot starts than without the step.
 fn cuts(places: [u64; 2]) -> (usize, usize) {
     let sectors = places.map(|place| place / SECTOR as u64);
     let first = [BootState::first().encode(), [0; SECTOR]];
@@ -330,12 +332,12 @@ fn a_write_that_takes_the_flash_around_it_along_costs_no_choice() {
     let (points, wrong) = cuts([8 * MIB, 16 * MIB]);
     assert!(points > 500, "only {points} cut points");
     assert_eq!(wrong, 0, "of {points}");
-    // Nor do the copies of what is trusted, at 24 MiB and 32 MiB, share a unit with anything.
+    // The copies of the trust area, at 24 MiB and 32 MiB, do not share a unit with anything either.
     for unit in UNITS {
         let units = [0, 8, 16, 24, 32, 40].map(|place| place * MIB / unit);
         assert!(units.windows(2).all(|pair| pair[0] != pair[1]), "{units:?}");
     }
-    // As cards had them until November 2026: both copies in one unit, with the table.
+    // As on cards until November 2026: both copies in one unit with the table.
     let (points, wrong) = cuts([MIB, MIB + 4096]);
     assert!(wrong > 0, "of {points} none: this test finds nothing");
 }

@@ -1,5 +1,5 @@
-//! Nobody without rights can hold the agent up: no lock is within the reach of another user, and a log that somebody
-//! holds costs a moment, never a verb.
+//! An unprivileged user cannot block the agent: no other user can reach a lock, and a locked log delays a verb only
+//! briefly.
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
@@ -22,13 +22,13 @@ use common::{Plan, Robot, answer, bundle_of, bundle_of_version, new_system, writ
 use rustix::fs::FlockOperation;
 use slotd::lock::{Lock, Turn};
 
-/// The user `nobody` of Debian, who has no rights.
+/// The unprivileged user `nobody` of Debian.
 const NOBODY: u32 = 65534;
 
-/// What no verb may take, however busy the machine is: one that waits for a lock waits for ever.
+/// Longer than any verb takes, even on a busy machine: one that waits for a lock waits for ever.
 const FOR_EVER: Duration = Duration::from_secs(120);
 
-/// A robot that has updated once, with the folders of an agent from before this test: open to everybody.
+/// A robot that has updated once, with the directories of an older agent: accessible to all users.
 fn robot() -> Robot {
     let robot = Plan::default().make();
     for folder in ["data", "data/slotd", "data/slotd/log", "run", "run/slotd"] {
@@ -47,7 +47,7 @@ fn update(robot: &Robot) -> String {
     write(robot.dir.path(), "update.bundle", &bundle_of(&new_system(robot.size / 2, 3)))
 }
 
-/// Every file below a folder.
+/// Every file below a directory.
 fn files(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -89,7 +89,7 @@ fn no_lock_is_within_the_reach_of_another_user() {
     if !is_root("no_lock_is_within_the_reach_of_another_user") {
         return;
     }
-    // One that everybody may open can be locked, in the same place by the same means.
+    // A file that all users may open can be locked, in the same place by the same means.
     robot.file("run/open", "");
     assert!(nobody_locks(&robot.path("run/open")));
     for path in all {
@@ -119,7 +119,7 @@ fn a_log_that_somebody_holds_holds_up_no_verb() {
     let first = update(&robot);
     robot.run(&["status"]);
     fs::create_dir_all(robot.path("run/slotd")).unwrap();
-    // Where an agent of any version has its lock.
+    // The paths of locks of all agent versions.
     let held: Vec<File> = ["run/slotd/log.lock", "data/slotd/log/lock"]
         .iter()
         .map(|lock| {
@@ -141,7 +141,7 @@ fn a_log_that_somebody_holds_holds_up_no_verb() {
     robot.start(Slot::B);
     done(&["commit"], "committed");
     done(&["backup", robot.path("backup").to_str().unwrap()], "backed-up");
-    // The watch over a trial ends with its deadline at the latest: no systemd says that this system has started.
+    // The watch over a trial ends with its deadline at the latest: there is no systemd to report that this system has started.
     let next = bundle_of_version(&new_system(robot.size / 2, 4), "1.3.0", "1.0.0");
     let next = write(robot.dir.path(), "next.bundle", &next);
     done(&["install", "--no-restart", &next], "installed");
@@ -152,7 +152,7 @@ fn a_log_that_somebody_holds_holds_up_no_verb() {
     assert!(said.contains("the event `health`"), "{watched:?}");
     let refused = ends(&robot, &["install", &next]);
     assert_eq!(answer(&refused)["refused"]["code"], "trial-pending", "{refused:?}");
-    // Nothing was written past the lock, and afterwards all is as ever.
+    // Nothing was written without the lock, and afterwards everything works as before.
     let log = fs::read_to_string(robot.path("data/slotd/log/events.jsonl")).unwrap_or_default();
     assert_eq!(log, "");
     drop(held);
@@ -191,7 +191,7 @@ fn two_agents_never_have_one_lock() {
     assert!(refused.message.contains("(install, process "), "{refused}");
     let mut patience = Duration::from_millis(50);
     assert!(Lock::wait(&root, Turn::Slots, &mut patience).is_err());
-    // Another one is nobody's.
+    // A different lock is free.
     Lock::take(&root, Turn::Provision, "provision").unwrap();
     drop(first);
     Lock::take(&root, Turn::Slots, "commit").unwrap();

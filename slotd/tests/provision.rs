@@ -1,6 +1,6 @@
-//! Provisioning: what a package asks for and what it must not, power cuts between any two changes, failing
-//! disks, kills of the real program, and the first start of a base. Packages here are made up; the real
-//! ones are in `xtask/tests/provision.rs`.
+//! Provisioning: valid and invalid resources of a package, power cuts between any two changes, failing disks, kills
+//! of the real program, and the first start of a base. Packages here are synthetic; the real ones are in
+//! `xtask/tests/provision.rs`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 #[path = "common/crash.rs"]
@@ -41,27 +41,29 @@ fn an_equal_tree_is_not_written() {
 fn drift_is_told_and_repaired() {
     type Harm = fn(&Robot);
     let harms: [(&str, &str, How, Harm); 9] = [
-        ("nginx.conf", "other content", How::Content, |r| {
+        ("nginx.conf", "different content", How::Content, |r| {
             r.file("data/system/nginx.conf", "server }{");
         }),
-        ("scripts/start", "other mode", How::Mode, |r| r.mode("data/system/scripts/start", 0o644)),
-        ("", "other mode", How::Mode, |r| r.mode("data/system", 0o777)),
-        ("scripts", "other mode", How::Mode, |r| r.mode("data/system/scripts", 0o700)),
+        ("scripts/start", "different mode", How::Mode, |r| {
+            r.mode("data/system/scripts/start", 0o644)
+        }),
+        ("", "different mode", How::Mode, |r| r.mode("data/system", 0o777)),
+        ("scripts", "different mode", How::Mode, |r| r.mode("data/system/scripts", 0o700)),
         ("added", "superfluous", How::Superfluous, |r| {
             r.file("data/system/added", "");
         }),
         ("empty", "missing", How::Missing, |r| {
             fs::remove_file(r.path("data/system/empty")).unwrap()
         }),
-        ("empty", "of another kind", How::Kind, |r| {
+        ("empty", "different kind", How::Kind, |r| {
             fs::remove_file(r.path("data/system/empty")).unwrap();
             symlink("nginx.conf", r.path("data/system/empty")).unwrap();
         }),
-        ("scripts/link", "other content", How::Content, |r| {
+        ("scripts/link", "different content", How::Content, |r| {
             fs::remove_file(r.path("data/system/scripts/link")).unwrap();
             symlink("../empty", r.path("data/system/scripts/link")).unwrap();
         }),
-        ("", "of another kind", How::Kind, |r| {
+        ("", "different kind", How::Kind, |r| {
             fs::remove_dir_all(r.path("data/system")).unwrap();
             r.file("data/system", "a file");
         }),
@@ -113,7 +115,7 @@ fn junk_stays_behind() {
     let done = robot.run().unwrap();
     assert_eq!(robot.system(), complete());
     assert_eq!(done.left_out.len(), junk.len(), "{:?}", done.left_out);
-    // What only looks alike is content.
+    // Names that only look like junk are content.
     let robot = Robot::new();
     let kept =
         ["a.orig", "a.bak", ".hidden", "swp", "a.swp", "#a", ".swp", "thumbs.dbx", "pycache"];
@@ -128,17 +130,17 @@ fn what_no_package_should_have_leaves_the_old_tree() {
     type Break = fn(&Robot, &Path);
     let breaks: [(&str, &str, Break); 10] = [
         ("bad-resources", "is absolute", |_, r| symlink("/etc/passwd", r.join("x")).unwrap()),
-        ("bad-resources", "leaves the tree", |_, r| {
+        ("bad-resources", "points outside of the tree", |_, r| {
             symlink("../__init__.py", r.join("x")).unwrap()
         }),
-        ("bad-resources", "leaves the tree", |_, r| {
-            // By the letters it stays inside.
+        ("bad-resources", "points outside of the tree", |_, r| {
+            // Lexically the target is inside of the tree.
             symlink("..", r.join("scripts/up")).unwrap();
             symlink("scripts/up/../__init__.py", r.join("x")).unwrap();
         }),
-        ("bad-resources", "leads nowhere", |_, r| symlink("gone", r.join("x")).unwrap()),
-        ("bad-resources", "leads nowhere", |_, r| symlink("x", r.join("x")).unwrap()),
-        ("bad-resources", "what is left out", |_, r| {
+        ("bad-resources", "points to a missing file", |_, r| symlink("gone", r.join("x")).unwrap()),
+        ("bad-resources", "points to a missing file", |_, r| symlink("x", r.join("x")).unwrap()),
+        ("bad-resources", "a file that is left out", |_, r| {
             fs::write(r.join("a.pyc"), "").unwrap();
             symlink("a.pyc", r.join("x")).unwrap();
         }),
@@ -147,7 +149,7 @@ fn what_no_package_should_have_leaves_the_old_tree() {
             let kind = rustix::fs::FileType::Fifo;
             rustix::fs::mknodat(rustix::fs::CWD, path, kind, 0o600.into(), 0).unwrap();
         }),
-        ("bad-resources", "it is no folder", |_, r| {
+        ("bad-resources", "not a directory", |_, r| {
             fs::remove_dir_all(r).unwrap();
             fs::write(r, "a file").unwrap();
         }),
@@ -193,7 +195,7 @@ fn without_resources_the_old_tree_stays() {
     fs::remove_dir_all(robot.path(&format!("{SITE}/robotapi/resources"))).unwrap();
     assert_eq!(robot.run().unwrap().outcome, Outcome::NoResources);
     assert_eq!(check(&robot.root()).unwrap().outcome, Outcome::NoResources);
-    // Nothing but junk is nothing; and a module that is one file has no resources.
+    // A directory with only junk is treated as empty; and a module that is one file has no resources.
     robot.resource(".DS_Store", "");
     assert_eq!(robot.run().unwrap().outcome, Outcome::NoResources);
     fs::remove_dir_all(robot.path(&format!("{SITE}/robotapi"))).unwrap();
@@ -223,12 +225,12 @@ fn the_api_on_data_comes_first_and_the_built_in_one_serves_without_it() {
     };
     for version in ["1", "2", "1"] {
         switch(version);
-        // The next start sees that Python would find another package, whoever has switched.
+        // The next start notices that Python would find another package.
         assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
         assert_eq!(robot.system()[Path::new("v")], format!("644 {version}"));
         assert_eq!(robot.boot().unwrap(), Outcome::Current);
     }
-    // A damaged one, which Python takes for a namespace: the built-in package wins.
+    // A damaged package, which Python treats as a namespace: the built-in package is used.
     fs::remove_file(robot.path(&format!("{ON_DATA}/robotapi/__init__.py"))).unwrap();
     assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
     assert_eq!(robot.system(), complete());
@@ -241,11 +243,11 @@ fn a_base_is_recorded_after_success_only() {
     let robot = Robot::new();
     robot.resources();
     robot.boot().unwrap();
-    // Changed by hand: stays, until there is a reason.
+    // Manual changes stay until provisioning has a reason to run.
     robot.file("data/system/nginx.conf", "mine");
     assert_eq!(robot.boot().unwrap(), Outcome::Current);
     assert_eq!(robot.system()[Path::new("nginx.conf")], "644 mine");
-    // A new base whose package is broken: it is tried again with each start.
+    // A new base whose package is broken: each start tries again.
     robot.file("usr/lib/slipway/base-id", "two\n");
     let link = robot.path(&format!("{SITE}/robotapi/resources/out"));
     symlink("/etc", &link).unwrap();
@@ -257,7 +259,7 @@ fn a_base_is_recorded_after_success_only() {
     assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
     assert_eq!(robot.system(), complete());
     assert_eq!(robot.boot().unwrap(), Outcome::Current);
-    // Gone, forgotten, damaged, or without an id: done again.
+    // Removed tree, missing or damaged record, or no base id: provisioned again.
     fs::remove_dir_all(robot.path("data/system")).unwrap();
     assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
     slotd::provision::forget(&robot.root(), &Disk).unwrap();
@@ -276,9 +278,9 @@ fn a_cut_between_any_two_changes_leaves_one_whole_tree() {
         let robot = Robot::new();
         robot.resources();
         let before = if old { old_tree(&robot) } else { Snapshot::new() };
-        // What an earlier cut has left.
+        // Leftovers of an earlier cut.
         robot.file("data/.system.new/half", "").file("data/.system.new/dir/half", "");
-        // The log's and the locks' folder, which nothing depends on.
+        // The directories of the log and the locks, which nothing depends on.
         fs::create_dir(robot.path("data/slotd")).unwrap();
         let files = Recorder::new(&robot.path("data"));
         run_with(&robot.root(), &Events::new(&robot.root()), &files).unwrap();
@@ -300,7 +302,7 @@ fn a_cut_between_any_two_changes_leaves_one_whole_tree() {
                 after.resources();
                 fs::remove_dir(after.path("data")).unwrap();
                 state.write(&after.path("data"));
-                // What is recorded is there: only then a start has nothing to do.
+                // If the record exists, the tree is there: only then a start has nothing to do.
                 let known = state.below("slotd").contains_key(Path::new("provisioned.json"));
                 let outcome = after.boot().unwrap();
                 assert_eq!(outcome == Outcome::Current, known, "point {point}");
@@ -311,7 +313,7 @@ fn a_cut_between_any_two_changes_leaves_one_whole_tree() {
                 );
             }
         }
-        // By its end everything is on the disk, whatever else is lost.
+        // At its end everything is durable.
         for state in files.states(files.points() - 1) {
             assert_eq!(state.below("system"), complete());
         }
@@ -341,7 +343,7 @@ fn a_disk_that_fails_at_any_change_leaves_one_whole_tree() {
             }
             let found = robot.system();
             match result {
-                // Only the removal of the old tree may fail in silence.
+                // Only the removal of the old tree may fail silently.
                 Ok(_) => {
                     silent += 1;
                     assert_eq!(found, complete());
@@ -349,7 +351,7 @@ fn a_disk_that_fails_at_any_change_leaves_one_whole_tree() {
                 Err(refusal) => {
                     failed += 1;
                     assert!(found == before || found == complete());
-                    // The first removal is no writing of the new tree.
+                    // The first removal does not belong to writing the new tree.
                     assert!(refusal.code == code || call == 0, "{call}: {refusal:?}");
                     let outcome = robot.boot().unwrap();
                     assert_eq!(outcome == Outcome::Provisioned, found == before, "{call}");
@@ -399,7 +401,7 @@ fn a_package_beyond_every_bound_is_refused_before_anything_is_written() {
     let robot = Robot::new();
     robot.resources();
     let before = old_tree(&robot);
-    // Sparse, so that it takes no room itself.
+    // Sparse, so that it occupies no space.
     let huge = robot.path(&format!("{SITE}/robotapi/resources/huge"));
     fs::File::create(huge).unwrap().set_len(1 << 31).unwrap();
     assert_eq!(robot.run().unwrap_err().code, "bad-resources");

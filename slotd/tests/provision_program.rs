@@ -1,5 +1,5 @@
-//! Provisioning by the real program: its answers, its modes under any mask, and kills at any time. A process of
-//! its own, since a child that is being started shares the locks of its parent for a moment.
+//! Provisioning by the real program: its output, file modes with any umask, and kills at any time. A separate test
+//! process, because a child that is being started shares the locks of its parent for a moment.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 #[path = "common/crash.rs"]
@@ -57,7 +57,7 @@ fn drift_is_a_refusal_with_its_places() {
     assert_eq!(
         said,
         "slotd: /data/system differs from /usr/lib/python3.11/site-packages/robotapi/resources in 1 places\n  \
-         added: superfluous [drift]\nhelp: `slotd provision` makes it what the package asks for\n"
+         added: superfluous [drift]\nhelp: run `slotd provision` to restore the package's resources\n"
     );
 }
 
@@ -105,7 +105,7 @@ fn the_real_program_killed_at_any_time_leaves_one_whole_tree() {
     assert_eq!((robot.system(), robot.leftovers()), (new, Vec::new()));
 }
 
-/// On a file system of its own, in a mount namespace: how much is free there does not depend on the machine.
+/// On a separate file system in a mount namespace, so that its free space does not depend on the machine.
 #[test]
 fn a_full_disk_is_told_before_anything_is_written() {
     let robot = Robot::new();

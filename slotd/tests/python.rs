@@ -1,5 +1,5 @@
-//! Where a module lies: our search against the answer of a real interpreter, started with the same path, over
-//! layouts of every kind. Python runs here, in the test only.
+//! Finding a module: slotd's search compared with a real interpreter with the same path, for many layouts. Python
+//! runs only here, in the test.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::fs;
@@ -12,19 +12,19 @@ use serde_json::Value;
 use slotd::Root;
 use slotd::python::{Entry, Interpreter, Module, SearchPath, find};
 
-/// No module of any library.
+/// A name that is not a module of any library.
 const NAME: &str = "robotapi";
 
 /// The finder of an editable install, as setuptools 84 writes it; `@MAPPING@` and `@NAMESPACES@` are its data.
 const FINDER: &str = include_str!("fixture/editable_finder.py");
 
-/// What the interpreter says of itself.
+/// The interpreter's own data.
 struct Real {
     program: PathBuf,
     version: String,
-    /// `sys.path` without any site folder.
+    /// `sys.path` without site directories.
     library: Vec<PathBuf>,
-    /// Endings of compiled modules.
+    /// Suffixes of compiled modules.
     compiled: Vec<String>,
 }
 
@@ -50,7 +50,7 @@ fn real() -> &'static Real {
     })
 }
 
-/// One layout: `data` stands on `PYTHONPATH`, `site` is the interpreter's own site folder.
+/// One layout: `data` is on `PYTHONPATH`, `site` is the interpreter's site directory.
 struct Layout {
     dir: tempfile::TempDir,
     /// `PYTHONPATH`.
@@ -76,7 +76,7 @@ impl Layout {
         self.dir.path().join(format!("env/lib/python{}/site-packages", real().version))
     }
 
-    /// A path: `site/x` lies in the site folder.
+    /// A path: `site/x` is in the site directory.
     fn path(&self, path: &str) -> PathBuf {
         match path.strip_prefix("site") {
             Some(rest) => self.site().join(rest.trim_start_matches('/')),
@@ -84,7 +84,7 @@ impl Layout {
         }
     }
 
-    /// Writes a file; `@` in its text becomes the layout's folder.
+    /// Writes a file; `@` in its text is replaced by the layout's directory.
     fn file(&self, path: &str, text: &str) -> &Self {
         let path = self.path(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -106,7 +106,7 @@ impl Layout {
         self
     }
 
-    /// Writes an archive; a name with a slash at its end is a folder.
+    /// Writes an archive; a name that ends with a slash is a directory.
     fn zip(&self, path: &str, members: &[&str], prefix: &[u8], comment: &str) -> &Self {
         let script = "import sys, zipfile\nwith zipfile.ZipFile(sys.argv[1], 'w') as z:\n    z.comment = sys.argv[2].encode()\n    for n in sys.argv[3:]:\n        z.writestr(n, '')\n";
         let path = self.path(path);
@@ -139,7 +139,7 @@ impl Layout {
         )
     }
 
-    /// Python's answer: its path, and the module in our terms.
+    /// Python's answer: its path, and the module in slotd's terms.
     fn theirs(&self) -> (Vec<PathBuf>, Option<Module>) {
         let script = format!(
             "import sys, json, importlib.util\n\
@@ -186,7 +186,7 @@ impl Layout {
     }
 }
 
-/// A name, what is expected (the kind and a part of the place, or nothing), and how it is made.
+/// A name, the expected result (the kind and a part of the path, or nothing), and the setup.
 type Case = (&'static str, &'static str, fn(&mut Layout));
 
 const CASES: &[Case] = &[
@@ -326,7 +326,7 @@ const CASES: &[Case] = &[
         l.package("site").file("plain", "text");
         l.first = vec![l.path("plain").display().to_string()];
     }),
-    ("an entry that nobody may read", "", |l| {
+    ("an entry without read permission", "", |l| {
         l.package("closed");
         fs::set_permissions(l.path("closed"), fs::Permissions::from_mode(0o000)).unwrap();
         l.first = vec![l.path("closed").display().to_string()];
@@ -371,8 +371,8 @@ fn a_module_is_found_where_python_finds_it() {
         let (their_path, theirs) = layout.theirs();
         let (path, found) = layout.ours();
         assert_eq!(path.entries, their_path, "{name}");
-        // Whoever is not root has no answer here, and root has one.
-        if !name.contains("nobody may read") {
+        // The result differs between root and other users.
+        if !name.contains("without read permission") {
             let place = format!("{found:?}").to_lowercase();
             let kind = expected.split(' ').next().unwrap_or_default();
             let meant = match found {
@@ -404,23 +404,23 @@ fn what_only_code_knows_is_noted() {
     let note = path.notes[0].to_string();
     assert!(
         note.ends_with(
-            "a.pth:1: it is code, which is not run: what it adds to the path is not known"
+            "a.pth:1: the line is code, which is not run: what it adds to the path is unknown"
         ),
         "{note}"
     );
 
-    // A finder that puts a namespace together by code.
+    // A finder that assembles a namespace by code.
     let layout = Layout::new();
     layout.folder("src").editable("{'robotapi': '@/src'}", "{'robotapi': ['@/src']}");
     let (path, found) = layout.ours();
     assert_eq!(found, None);
-    assert!(path.notes[0].what.contains("has no table that can be read"), "{:?}", path.notes);
+    assert!(path.notes[0].what.contains("has no readable table"), "{:?}", path.notes);
 
-    // What is no text stops Python itself.
+    // A file that is not text stops Python itself.
     let layout = Layout::new();
     fs::write(layout.path("site/a.pth"), b"\xff\n").unwrap();
     let (path, _) = layout.ours();
-    assert!(path.notes[0].what.starts_with("it is not UTF-8"), "{:?}", path.notes);
+    assert!(path.notes[0].what.starts_with("the file is not UTF-8"), "{:?}", path.notes);
 }
 
 #[test]

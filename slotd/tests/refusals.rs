@@ -77,12 +77,12 @@ fn the_machine_itself_must_be_the_image_s_board() {
 fn versions_below_the_floor_are_refused_unless_a_reason_is_given() {
     let robot = Plan::default().make();
     let new = new_system(1 << 20, 2);
-    // Of the image itself, before anything was installed.
+    // The floor of the image itself, before anything was installed.
     refuses(&robot, &bundle_of_version(&new, "0.9.0", "0.1.0"), 3, "below-floor");
-    // Of what was committed.
+    // The floor of the committed bundle.
     let file = write(robot.dir.path(), "two.bundle", &bundle_of_version(&new, "2.1.0", "2.0.0"));
     robot.run(&["install", &file]);
-    // Not before the commit: whoever rolls back may install the older one again.
+    // Not before the commit: after a rollback the older version may be installed again.
     robot.run(&["roll-back"]);
     let older = bundle_of_version(&new, "1.5.0", "1.0.0");
     let old_file = write(robot.dir.path(), "old.bundle", &older);
@@ -92,7 +92,7 @@ fn versions_below_the_floor_are_refused_unless_a_reason_is_given() {
     robot.run(&["commit"]);
     refuses(&robot, &older, 3, "below-floor");
     assert_eq!(robot.refused(&["verify", &old_file]), (3, "below-floor".to_owned()));
-    // What `data` has forgotten, the installed image still says; here it says 1.0.0.
+    // If `data` has lost the floor, the installed image still has one; here 1.0.0.
     assert_eq!(robot.run(&["status"])["floor"]["version"], "2.0.0");
 
     let empty = robot.command(&["install", &old_file, "--allow-downgrade", ""]).output().unwrap();
@@ -101,9 +101,9 @@ fn versions_below_the_floor_are_refused_unless_a_reason_is_given() {
     let events = robot.events();
     let allowed = events.iter().find(|e| e["event"] == "downgrade-allowed").unwrap();
     assert_eq!(allowed["reason"], "field test 7 needs it");
-    // The floor stays where it was.
+    // The floor is unchanged.
     assert_eq!(robot.run(&["status"])["floor"]["version"], "2.0.0");
-    // A wrong product is not what the override is for.
+    // The override does not apply to a wrong product.
     robot.run(&["roll-back"]);
     let mut other = system(&new);
     other.manifest.product = "another".to_owned();
@@ -154,7 +154,7 @@ fn a_release_robot_takes_nothing_of_development() {
     parts.manifest.kind = Kind::Release;
     let file = write(robot.dir.path(), "release.bundle", &parts.write(&[TestKey::new(2)]));
     robot.run(&["install", &file]);
-    // A development robot takes both.
+    // A development robot accepts both.
     let robot = Plan { keys: both, ..Plan::default() }.make();
     robot.run(&["install", &file]);
 }
@@ -166,9 +166,9 @@ fn while_a_trial_is_undecided_nothing_else_is_started() {
     robot.run(&["install", &file]);
     refuses(&robot, &good(), 4, "trial-pending");
     assert_eq!(robot.refused(&["boot-other"]), (4, "trial-pending".to_owned()));
-    // It has not started: the running slot is not what would be committed.
+    // The trial has not started: the running slot is not the one to commit.
     assert_eq!(robot.refused(&["commit"]), (4, "trial-pending".to_owned()));
-    // It runs.
+    // The trial is running.
     robot.set_state(BootState { tries: 0, ..robot.state() });
     robot.start(Slot::B);
     refuses(&robot, &good(), 4, "trial-pending");
@@ -176,7 +176,7 @@ fn while_a_trial_is_undecided_nothing_else_is_started() {
     refuses(&robot, &good(), 4, "not-committed");
     robot.start(Slot::A);
     assert_eq!(robot.refused(&["roll-back"]), (4, "nothing-on-trial".to_owned()));
-    // A trial that has failed stands in nobody's way.
+    // A failed trial does not block an install.
     robot.set_state(BootState { sequence: 9, active: Slot::A, trial: Some(Slot::B), tries: 0 });
     robot.run(&["install", &file]);
 }
@@ -200,7 +200,7 @@ fn a_second_one_at_the_same_time_is_refused() {
     let mut first = robot.command(&["install", "-"]).stdin(Stdio::piped()).spawn().unwrap();
     let mut input = first.stdin.take().unwrap();
     input.write_all(&bundle[..bundle.len() / 2]).unwrap();
-    // Until it has the lock.
+    // Wait until it has the lock.
     while !robot.path("data/slotd/log/events.jsonl").exists() {
         std::thread::yield_now();
     }
@@ -208,7 +208,7 @@ fn a_second_one_at_the_same_time_is_refused() {
     for args in [&["install", &file][..], &["commit"], &["roll-back"], &["boot-other"]] {
         assert_eq!(robot.refused(args), (4, "busy".to_owned()), "{args:?}");
     }
-    // Looking is allowed.
+    // Reading is allowed.
     robot.run(&["status"]);
     input.write_all(&bundle[bundle.len() / 2..]).unwrap();
     drop(input);
@@ -224,7 +224,7 @@ fn a_slot_that_is_not_whole_is_not_tried() {
     let boot_other = ["boot-other", "--allow-downgrade", "a look"];
     assert_eq!(robot.refused(&boot_other), (4, "incomplete-slot".to_owned()));
     robot.fill(Slot::B, &old_system(Slot::B, 4 << 20));
-    // Nobody knows what it is: it may be below the floor.
+    // Its version is unknown: it may be below the floor.
     assert_eq!(robot.refused(&["boot-other"]), (3, "below-floor".to_owned()));
     assert_eq!(robot.run(&["boot-other", "--allow-downgrade", "a look"])["restart"], "trial");
     assert_eq!(robot.state().trial, Some(Slot::B));
@@ -251,12 +251,12 @@ fn a_robot_that_is_not_as_its_image_says_is_left_alone() {
     fs::write(&device, text).unwrap();
     robot.file("proc/self/mountinfo", "24 20 0:30 / / rw - overlay overlay rw\n");
     refused(&robot, "unknown-slot");
-    // Its data are prepared all the same: that asks for no slot.
+    // Its data is prepared anyway, because this does not depend on the slot.
     let prepared = robot.command(&["data", "prepare"]).output().unwrap();
     assert!(prepared.status.success(), "{prepared:?}");
 }
 
-/// Signs a key set, and lays both files down.
+/// Signs a key set, and writes both files.
 fn key_file(robot: &Robot, set: &KeySet, signer: u8) -> String {
     let json = serde_json::to_vec(set).unwrap();
     let signature = TestKey::new(signer).sign(&json, "a key set").text;
@@ -276,7 +276,7 @@ fn a_key_is_replaced_and_revoked_offline() {
         let file = key_file(&robot, set, signer);
         assert_eq!(robot.refused(&["keys", &file]), (exit, code.to_owned()));
     };
-    // The same serial as the image's; by a stranger; without a key that is left; changed afterwards.
+    // The same serial as the image's; signed by an unknown key; without a remaining key; changed after signing.
     refused(&next, 1, "old-key-set", 3);
     next.serial = 1;
     refused(&next, 2, "not-trusted", 3);
@@ -299,7 +299,7 @@ fn a_key_is_replaced_and_revoked_offline() {
     robot.run(&["keys", &file]);
     let update = write(robot.dir.path(), "update.bundle", &by_two);
     robot.run(&["install", &update]);
-    // A damaged set does not bring the revoked key back, and does not end updates.
+    // A damaged set does not restore the revoked key, and does not prevent updates.
     robot.file("data/slotd/keyset.json", "{");
     robot.run(&["verify", &update]);
     let old =

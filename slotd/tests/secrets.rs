@@ -1,5 +1,5 @@
-//! What a reset leaves of its owner: secrets are planted wherever `data` may have some, and looked for in every
-//! byte of a real ext4 afterwards, where this process may mount one, else in every file.
+//! What a reset leaves of its owner's data: secrets are written wherever `data` may have some, and then searched in
+//! every byte of a real ext4 if this process may mount one, otherwise in every file.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::fs;
@@ -15,7 +15,7 @@ struct Mounted(PathBuf);
 impl Mounted {
     fn new(image: &Path, at: &Path) -> Option<Self> {
         fs::File::create(image).unwrap().set_len(48 << 20).unwrap();
-        // As the builder makes `data`: no content in inodes, whose old states would stay in the journal.
+        // As the builder creates `data`: no inline data, because old inodes would stay in the journal.
         let made = Command::new("mke2fs")
             .args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^inline_data"])
             .arg(image)
@@ -33,7 +33,7 @@ impl Drop for Mounted {
     }
 }
 
-/// Where secrets are planted. The one in `slotd/floor.json` stays: it shows that the search finds something.
+/// The files with secrets. The one in `slotd/floor.json` stays: it shows that the search works.
 const PLANTED: [&str; 19] = [
     "slotd/floor.json",
     "identity/ssh/ssh_host_ed25519_key",
@@ -60,7 +60,7 @@ fn secret(path: &str) -> String {
     format!("secret of {path} {}", path.len() * 7919)
 }
 
-/// Everything below a folder, in one piece.
+/// The content of all files below a directory, concatenated.
 fn everything(folder: &Path) -> Vec<u8> {
     let (mut bytes, mut waiting) = (Vec::new(), vec![folder.to_owned()]);
     while let Some(path) = waiting.pop() {
@@ -92,7 +92,7 @@ fn a_reset_leaves_no_secret_of_its_owner() {
     for path in PLANTED {
         let file = root.data().join(path);
         fs::create_dir_all(file.parent().unwrap()).unwrap();
-        // Over many blocks, and not only at their beginning.
+        // In many blocks, and not only at their beginning.
         fs::write(&file, format!("{}\n", secret(path)).repeat(300)).unwrap();
     }
     let shared = root.data().join("apps/api/.wheels");
@@ -113,7 +113,7 @@ fn a_reset_leaves_no_secret_of_its_owner() {
     assert_eq!(found(&look(raw)), [PLANTED[0]], "in the blocks of the file system");
 }
 
-/// With a backup, that one alone has them, and it is whole.
+/// With a backup, only the backup has the secrets, and it is complete.
 #[test]
 fn a_reset_keeps_its_own_backup_only() {
     let dir = tempfile::tempdir().unwrap();
@@ -136,7 +136,7 @@ fn a_reset_keeps_its_own_backup_only() {
     apply(&root).unwrap();
     let home = fs::read_to_string(root.data().join("home/robot/.profile")).unwrap();
     assert_eq!(home, secret("home/robot/.profile"));
-    // The next one takes it along.
+    // The next reset removes the backup too.
     reset(&root, false).unwrap();
     apply(&root).unwrap();
     assert!(!kept.exists());

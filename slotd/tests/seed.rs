@@ -1,4 +1,4 @@
-//! What the flasher left for the first boot, on a real FAT: taken over once, then gone to its last byte.
+//! The first-boot settings from the flasher, on a real FAT: applied once, then erased to the last byte.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -119,7 +119,8 @@ fn an_open_network_has_no_key() {
     assert!(fs::read_to_string(path).unwrap().contains("key_mgmt=NONE"));
 }
 
-/// What `wpa_passphrase` and imagers write in the place of a password: the supplicant takes it without quotes only.
+/// The derived key that `wpa_passphrase` and imagers write instead of a password: the supplicant accepts it only
+/// without quotes.
 #[test]
 fn a_key_in_hexadecimal_is_one_and_no_password() {
     let robot = robot();
@@ -170,7 +171,7 @@ fn data_in_memory_takes_nothing() {
     assert_eq!(robot.run(&["seed"])["taken"].as_array().unwrap().len(), 3);
 }
 
-/// A boot partition in memory, which remembers what is written to it and when it is flushed.
+/// A boot partition in memory, which records writes and flushes.
 #[derive(Clone, Default)]
 struct Volume(Rc<RefCell<Writes>>);
 
@@ -179,7 +180,7 @@ struct Writes {
     at: u64,
     bytes: Vec<u8>,
     first: Vec<u8>,
-    /// Where, and what; `None`: a flush.
+    /// Offset and bytes; `None`: a flush.
     log: Vec<Option<(usize, Vec<u8>)>>,
 }
 
@@ -193,8 +194,8 @@ impl Volume {
         Ok(())
     }
 
-    /// What a power cut may leave after so many writes and flushes: of the sectors written since the last flush, all,
-    /// none, all but one, or one alone.
+    /// What a power cut may leave after this many writes and flushes: of the sectors written since the last flush, all,
+    /// none, all but one, or only one.
     fn states(&self, point: usize) -> BTreeSet<Vec<u8>> {
         let writes = self.0.borrow();
         let log = &writes.log[..point];
@@ -273,13 +274,13 @@ fn take_over(robot: &Robot, files: &dyn Files, volume: &Volume) -> slotd::Result
     seed_with(&root, files, Path::new("boot"), volume.clone(), &flush)
 }
 
-/// A seed of several sectors: an RSA key alone is longer than one.
+/// A seed of several sectors: an RSA key is longer than one.
 fn long_seed() -> String {
     let key = |name: &str| format!("ssh-rsa {} {name}", "A".repeat(700));
     all().replace("ssh-ed25519 AAAA me", &key("me")).replace("ssh-ed25519 BBBB you", &key("you"))
 }
 
-/// A robot with the folders that every start makes, and a small boot partition with a seed.
+/// A robot with the directories that every start creates, and a small boot partition with a seed.
 fn card_with(text: &str) -> (Robot, Vec<u8>) {
     let robot = robot();
     robot.file("data/identity/ssh/authorized_keys.d/root", "ssh-ed25519 CCCC old");
@@ -351,14 +352,14 @@ fn a_power_cut_anywhere_on_data_is_taken_over_again() {
             states += 1;
             fs::remove_dir_all(&data).unwrap();
             state.write(&data);
-            // The boot partition is touched only once all of this is safe.
+            // The boot partition is changed only after all of this is durable.
             take_over(&robot, &Disk, &Volume::new(card.clone())).unwrap();
             let mut found = taken_from(&robot);
             found.retain(|path, _| path.extension().is_none_or(|ending| ending != "partial"));
             assert_eq!(found, expected, "point {point}");
         }
     }
-    // At its end everything is on the disk, whatever else is lost.
+    // At its end everything is durable.
     for state in recorder.states(recorder.points() - 1) {
         fs::remove_dir_all(&data).unwrap();
         state.write(&data);

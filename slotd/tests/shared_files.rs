@@ -1,4 +1,4 @@
-//! Files that two wheels of an API have in common: equal ones are both's, others are refused.
+//! Files that two wheels of an API have in common: equal files are shared, different ones are refused.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use common::wheels::{Draft, robot, trees};
 use common::{Robot, write};
 
-/// What each part of a namespace package ships, as packaging.python.org has it.
+/// The `__init__.py` in each part of a namespace package, as on packaging.python.org.
 const NAMESPACE: &str = "__path__ = __import__('pkgutil').extend_path(__path__, __name__)\n";
 
 /// An API of two wheels that both have `site/acme/__init__.py`.
@@ -35,7 +35,7 @@ fn a_file_that_two_wheels_have_alike_is_both_s() {
     assert_eq!(fs::read_to_string(&shared).unwrap(), NAMESPACE);
     assert_eq!(robot.run(&["verify", "--component", "api"])["wheels"], 2);
 
-    // The next version has one of the two wheels; the first version stays as it is.
+    // The next version has one of the two wheels; the first version is unchanged.
     let folder = format!("data/apps/api/{}", installed["folder"].as_str().unwrap());
     let inode = || fs::metadata(robot.path(&folder)).unwrap().ino();
     let before = inode();

@@ -1,6 +1,6 @@
-//! Web servers that mean ill: they drip, break each connection, redirect for ever or never end their heads. Each has an
-//! end; a slow but honest one has none. The limits are small ones here: times are those of [`Limits`], and a busy
-//! machine only makes a server slower.
+//! Malicious web servers: they send single bytes, break each connection, redirect for ever or never end their headers.
+//! Each is given up in the end; a slow but honest server is not. The limits are small here: times are those of
+//! [`Limits`], and a busy machine only makes a server slower.
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
 
 mod common;
@@ -17,10 +17,10 @@ use common::server::{Manners, Server};
 use slotd::Root;
 use slotd::source::{Http, Limits};
 
-/// What no server here is fast enough for, for a moment.
+/// Limits that no server here can meet.
 const STRICT: Limits = Limits { slowest: 1 << 30, grace: Duration::from_millis(500) };
 
-/// What each is.
+/// Limits that every server here can meet.
 const MILD: Limits = Limits { slowest: 1, grace: Duration::from_secs(120) };
 
 fn open(address: &str, limits: Limits) -> slotd::Result<Http> {
@@ -43,7 +43,7 @@ fn server(answer: impl Fn(usize, TcpStream) + Send + 'static) -> (String, Arc<At
     (address, count)
 }
 
-/// A file of which a byte comes now and then.
+/// Sends a file slowly, byte by byte.
 fn drips(length: usize) -> String {
     let (address, _) = server(move |_, mut stream| {
         let head = format!("HTTP/1.1 200 OK\r\nETag: \"a\"\r\nContent-Length: {length}\r\n\r\n");
@@ -65,7 +65,7 @@ fn a_server_that_drips_is_given_up() {
     let mut bytes = Vec::new();
     let error = http.read_to_end(&mut bytes).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
-    assert!(error.to_string().contains("less than 1073741824 bytes a second"), "{error}");
+    assert!(error.to_string().contains("less than 1073741824 bytes per second"), "{error}");
     assert!(!bytes.is_empty() && http.reconnections == 0);
 }
 
@@ -98,7 +98,7 @@ fn a_server_that_always_begins_again_is_given_up() {
     });
     let mut http = open(&address, MILD).unwrap();
     let error = http.read_to_end(&mut Vec::new()).unwrap_err();
-    assert!(error.to_string().contains("cannot go on where it stopped"), "{error}");
+    assert!(error.to_string().contains("does not support resuming"), "{error}");
     assert!(http.reconnections < 20, "{}", http.reconnections);
 }
 

@@ -1,5 +1,5 @@
-//! Trust that was taken away stays taken away, and there is always a way back: keys, floors, and every file that
-//! the agent keeps, lost, planted, damaged, cut.
+//! Revoked trust stays revoked, and the owner can always recover: keys, floors, and every file of the agent, when it
+//! is lost, forged, damaged or truncated.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
 mod common;
@@ -33,7 +33,7 @@ fn json(set: &KeySet) -> Vec<u8> {
     serde_json::to_vec(set).unwrap()
 }
 
-/// Lays down a key set with its signature, for `slotd keys`.
+/// Writes a key set with its signature, for `slotd keys`.
 fn carried(robot: &Robot, set: &KeySet, signer: u8, comment: &str) -> String {
     let json = json(set);
     let signature = TestKey::new(signer).sign(&json, comment).text;
@@ -51,7 +51,7 @@ fn by(robot: &Robot, signer: u8) -> String {
     write(robot.dir.path(), &format!("by-{signer}.bundle"), &bundle)
 }
 
-/// Of these keys exactly those in `good` may sign bundles.
+/// Checks that of these keys exactly those in `good` may sign bundles.
 fn only(robot: &Robot, good: &[u8], bad: &[u8]) {
     for signer in good {
         robot.run(&["verify", &by(robot, *signer)]);
@@ -90,9 +90,9 @@ fn a_planted_key_set_counts_for_nothing_and_is_told() {
             robot.file("data/slotd/keyset.json.minisig", text);
         }
         only(&robot, &[1], &[9]);
-        assert!(alarm(&robot).contains("no signature that counts"), "{}", alarm(&robot));
+        assert!(alarm(&robot).contains("no valid signature"), "{}", alarm(&robot));
     }
-    // In the agent's own file, as a chain, too.
+    // Also in the agent's own file, as a chain.
     let link = |signer: u8, set: &KeySet| {
         let text = String::from_utf8(json(set)).unwrap();
         let signature = TestKey::new(signer).sign(text.as_bytes(), "x").text;
@@ -102,7 +102,7 @@ fn a_planted_key_set_counts_for_nothing_and_is_told() {
         serde_json::json!({ "chain": [link(9, &set(7, &[9]))], "serial": u32::MAX, "counted": [] });
     robot.file("data/slotd/trust.json", planted.to_string());
     only(&robot, &[1], &[9]);
-    // It is no obstacle for the owner's own set, whatever its serial, which heals it.
+    // It does not block the owner's own set, with any serial, which repairs it.
     take(&robot, &set(2, &[-1, 2]), 1);
     only(&robot, &[2], &[1, 9]);
     assert_eq!(alarm(&robot), "");
@@ -118,11 +118,11 @@ fn a_set_that_a_key_has_signed_before_does_not_come_back() {
     let signature = TestKey::new(1).sign(&json(&older), "slipway keys 3").text;
     robot.file("data/slotd/keyset.json.minisig", signature);
     only(&robot, &[1, 3], &[2]);
-    // Nor does one that leaves no key, and it is told why.
+    // A set that leaves no key is refused too, with the reason.
     let none = carried(&robot, &set(6, &[-1, -3]), 1, "slipway keys 6");
     let output = robot.command(&["keys", &none]).output().unwrap();
     let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
-    assert!(said.contains("would end all updates"), "{said}");
+    assert!(said.contains("would prevent all updates"), "{said}");
 }
 
 #[test]
@@ -130,11 +130,11 @@ fn what_an_older_agent_has_taken_still_revokes_and_gives_nothing() {
     let robot = with_keys(set(1, &[1, 2]));
     robot.file("data/slotd/keyset.json", json(&set(2, &[-1, 2, 3])));
     only(&robot, &[2], &[1, 3]);
-    // But it cannot revoke everything: nobody has signed it.
+    // But an unsigned set cannot revoke everything.
     robot.file("data/slotd/keyset.json", json(&set(2, &[-1, -2])));
     only(&robot, &[1, 2], &[]);
-    assert!(alarm(&robot).contains("passed over"));
-    // With its signature beside it, it counts in full.
+    assert!(alarm(&robot).contains("they are ignored"));
+    // With its signature, it applies in full.
     let newer = set(3, &[-1, 2, 3]);
     robot.file("data/slotd/keyset.json", json(&newer));
     robot.file(
@@ -152,14 +152,14 @@ fn a_chain_of_rotations_leads_from_any_image_to_the_newest_set() {
     take(&robot, &second, 1);
     take(&robot, &third, 2);
     only(&robot, &[3], &[1, 2]);
-    // An update brings an image that has one of the sets in between, the newest, or a newer one.
+    // An update installs an image with one of the intermediate sets, the newest, or a newer one.
     image_keys(&robot, &second);
     only(&robot, &[3], &[1, 2]);
     image_keys(&robot, &third);
     only(&robot, &[3], &[1, 2]);
     image_keys(&robot, &set(4, &[-3, 4]));
     only(&robot, &[4], &[1, 2, 3]);
-    // A link that somebody changes leads nowhere.
+    // A changed link of the chain is not followed.
     image_keys(&robot, &set(1, &[1]));
     let path = robot.path("data/slotd/trust.json");
     let text = fs::read_to_string(&path).unwrap();
@@ -179,7 +179,7 @@ fn a_revocation_survives_the_loss_of_data_and_of_one_copy() {
     take(&robot, &set(2, &[-1, 2]), 1);
     lose_data(&robot);
     only(&robot, &[2], &[1]);
-    // It is written where the older copy is, so that losing the newer one costs one change.
+    // The older copy is overwritten, so that losing the newer one loses only one change.
     take(&robot, &set(3, &[-1, 2, 3]), 2);
     lose_data(&robot);
     only(&robot, &[2, 3], &[1]);
@@ -191,7 +191,7 @@ fn a_revocation_survives_the_loss_of_data_and_of_one_copy() {
         fs::write(&raw, torn).unwrap();
         only(&robot, &[2], &[1]);
         assert!(alarm(&robot).contains("trust area"), "{}", alarm(&robot));
-        // The next commit heals it.
+        // The next commit repairs it.
         robot.run(&["commit"]);
         assert_eq!(alarm(&robot), "");
     }
@@ -201,7 +201,7 @@ fn a_revocation_survives_the_loss_of_data_and_of_one_copy() {
 fn a_revocation_that_came_with_an_image_holds_in_the_other_slot() {
     for area in [true, false] {
         let robot = Plan { keys: set(1, &[1, 2]), trust_area: area, ..Plan::default() }.make();
-        // The image in slot b revokes a key, and drops nothing else.
+        // The image in slot b revokes a key, and changes nothing else.
         let file = by(&robot, 1);
         robot.run(&["install", &file]);
         robot.start(Slot::B);
@@ -226,7 +226,7 @@ fn a_revocation_that_came_with_an_image_on_trial_ends_with_it() {
     robot.start(Slot::B);
     image_keys(&robot, &set(5, &[-1, 2]));
     only(&robot, &[2], &[1]);
-    // What changes the trust of a robot keeps what its system asks for, once that is committed.
+    // Every change of the trust also stores the requirements of the committed system.
     let old = carried(&robot, &set(4, &[1, 3]), 2, "slipway keys 4");
     assert_eq!(robot.refused(&["keys", &old]), (3, "old-key-set".to_owned()));
     robot.start(Slot::A);
@@ -264,7 +264,7 @@ fn floors_survive_the_loss_of_data_and_a_hostile_one_has_a_way_out() {
     let old = write(robot.dir.path(), "old.bundle", &old);
     robot.run(&["install", &two]);
     robot.start(Slot::B);
-    // A running trial raises nothing: whoever rolls back may install the older one again.
+    // A running trial does not raise the floor: after a rollback the older version may be installed again.
     assert_eq!(robot.run(&["status"])["floor"]["version"], "1.0.0");
     robot.run(&["verify", &old]);
     assert_eq!(robot.run(&["status"])["floor"]["version"], "1.0.0");
@@ -274,16 +274,16 @@ fn floors_survive_the_loss_of_data_and_a_hostile_one_has_a_way_out() {
     assert_eq!((&floor["version"], &floor["key-epoch"]), (&"2.0.0".into(), &2.into()));
     assert_eq!(robot.refused(&["verify", &old]), (3, "below-floor".to_owned()));
 
-    // More than any key has: as much as there is is asked for, and the owner's key still installs.
+    // An epoch higher than any key's: the highest existing one is required, and the owner's key still installs.
     robot.file("data/slotd/trust.json", r#"{"key-epoch": 4000000000, "later": [1]}"#);
-    assert!(alarm(&robot).contains("2 is asked for instead"), "{}", alarm(&robot));
+    assert!(alarm(&robot).contains("2 is required instead"), "{}", alarm(&robot));
     robot.run(&["verify", &two]);
     robot.run(&["commit"]);
     assert_eq!(alarm(&robot), "");
     lose_data(&robot);
     assert_eq!(robot.run(&["status"])["floor"]["key-epoch"], 2);
 
-    // What only `data` claims (a flipped bit is enough) is asked for as long as it does, and goes no further.
+    // A claim that only `data` makes (a flipped bit is enough) applies as long as it is there, and spreads no further.
     robot.file("data/slotd/floor.json", r#"{"version": "9.0.0", "key-epoch": 2}"#);
     robot.run(&["commit"]);
     assert_eq!(robot.run(&["status"])["floor"]["version"], "9.0.0");
@@ -295,7 +295,7 @@ fn floors_survive_the_loss_of_data_and_a_hostile_one_has_a_way_out() {
 fn the_image_itself_asks_for_a_key_epoch() {
     let robot = Plan { keys: set(1, &[1, 2]), key_epoch: 2, ..Plan::default() }.make();
     only(&robot, &[2], &[1]);
-    // A key set by a key of an epoch below the floor is refused, too.
+    // A key set signed by a key of an epoch below the floor is refused too.
     let file = carried(&robot, &set(2, &[1, 2, 3]), 1, "x");
     assert_eq!(robot.refused(&["keys", &file]), (3, "not-trusted".to_owned()));
     take(&robot, &set(2, &[1, 2, 3]), 2);
@@ -306,7 +306,7 @@ fn a_release_robot_takes_no_key_set_of_a_development_key() {
     let keys = keys_of(&[(1, Kind::Development, 1), (2, Kind::Release, 1)]);
     let robot = Plan { kind: "release", keys: keys.clone(), ..Plan::default() }.make();
     let next = KeySet { serial: 1, ..keys };
-    // Whatever `data` holds: nothing, damage.
+    // With any content of `data`: empty or damaged.
     for damage in [None, Some("{")] {
         if let Some(damage) = damage {
             for name in ["keyset.json", "trust.json"] {
@@ -327,7 +327,7 @@ fn older_software_is_started_only_for_a_reason() {
     robot.run(&["install", &two]);
     robot.start(Slot::B);
     robot.run(&["commit"]);
-    // Slot a was flashed: its version is known since the install from it.
+    // Slot a was flashed: its version was recorded during the install.
     let state = robot.state();
     let (exit, code) = robot.refused(&["boot-other"]);
     assert_eq!((exit, code.as_str(), robot.state()), (3, "below-floor", state));
@@ -339,9 +339,9 @@ fn older_software_is_started_only_for_a_reason() {
     let events = robot.events();
     let allowed = events.iter().find(|event| event["event"] == "downgrade-allowed").unwrap();
     assert_eq!((&allowed["version"], &allowed["reason"]), (&"1.0.0".into(), &"field test".into()));
-    // The end of a trial asks for nothing.
+    // Ending a trial has no requirements.
     robot.run(&["roll-back"]);
-    // A slot above the floor starts as ever.
+    // A slot above the floor starts as usual.
     let robot = Plan::default().make();
     let one = bundle_of_version(&new_system(1 << 20, 2), "1.1.0", "1.0.0");
     robot.run(&["install", &write(robot.dir.path(), "one.bundle", &one)]);
@@ -358,14 +358,14 @@ fn a_signature_is_good_for_one_purpose() {
         let file = carried(&robot, &next, 1, &format!("slipway {other} robot 1.0.0"));
         assert_eq!(robot.refused(&["keys", &file]), (3, "not-trusted".to_owned()), "{other}");
     }
-    // What `minisign -S` writes by itself.
+    // The default comment of `minisign -S`.
     robot.run(&[
         "keys",
         &carried(&robot, &next, 1, "timestamp:1700000000\tfile:keyset.json\thashed"),
     ]);
 }
 
-/// Every file that the agent keeps.
+/// Every file of the agent.
 const KEPT: [&str; 10] = [
     "slotd/trust.json",
     "slotd/floor.json",
@@ -393,7 +393,7 @@ fn whatever_is_damaged_on_data_the_robot_updates_and_heals() {
     let mut rounds = 0;
     for file in KEPT.iter().chain(&["slotd/log/events.jsonl"]) {
         for (damage, content) in &damages {
-            // A robot that has taken a key set and committed an update.
+            // A robot that has installed a key set and committed an update.
             let robot = Plan { in_memory: true, keys: set(1, &[1]), ..Plan::default() }.make();
             take(&robot, &set(2, &[-1, 2]), 1);
             let update = by(&robot, 2);
@@ -410,7 +410,7 @@ fn whatever_is_damaged_on_data_the_robot_updates_and_heals() {
                 None => {}
             }
             let what = format!("{file}, {damage}");
-            // What is missing need not be damage, nor is a log that lost its lines.
+            // A missing file is not always damage, and neither is a log without lines.
             let told = *damage != "missing" && !file.contains("log/") && !file.ends_with("minisig");
             assert_eq!(!alarm(&robot).is_empty(), told, "{what}: {}", alarm(&robot));
             only(&robot, &[2], &[1]);
@@ -450,7 +450,7 @@ fn a_commit_is_done_whatever_cannot_be_kept() {
     let robot = Plan::default().make();
     robot.run(&["install", &by(&robot, 1)]);
     robot.start(Slot::B);
-    // The image's key set is damaged, and the trust area lies beyond the disk's end.
+    // The image's key set is damaged, and the trust area is after the disk's end.
     robot.file("usr/lib/slipway/keyset.json", "{");
     let device = robot.path("usr/lib/slipway/device.toml");
     let text = fs::read_to_string(&device).unwrap();
@@ -460,7 +460,7 @@ fn a_commit_is_done_whatever_cannot_be_kept() {
     assert!(alarm(&robot).contains("trust area"));
 }
 
-/// A disk with a cache: what was not flushed may be lost, in part.
+/// A disk with a cache: unflushed writes may be lost or torn.
 struct Cached {
     durable: Mutex<Vec<u8>>,
     volatile: Mutex<Vec<(usize, Vec<u8>)>>,
@@ -526,7 +526,7 @@ fn a_torn_write_of_the_trust_area_leaves_the_old_or_the_new() {
             for (bit, sector) in changed.iter().enumerate() {
                 if mask >> bit & 1 == 1 {
                     let place = sector * 512;
-                    // The last one that was reached is torn in its middle.
+                    // The last sector that was reached is torn in its middle.
                     let torn = mask >> bit == 1 && mask & 1 == 0;
                     let length = if torn { 256 } else { 512 };
                     cut[place..place + length].copy_from_slice(&after[place..place + length]);
@@ -542,7 +542,7 @@ fn a_torn_write_of_the_trust_area_leaves_the_old_or_the_new() {
     assert!(cuts >= 90, "{cuts}");
 }
 
-/// A disk that says it has written, and has not.
+/// A disk that acknowledges writes but drops them.
 struct Deaf<'a>(&'a Cached);
 
 impl Storage for Deaf<'_> {
@@ -571,5 +571,5 @@ impl Storage for Deaf<'_> {
 fn a_disk_that_keeps_nothing_is_not_believed() {
     let disk = Cached { durable: Mutex::new(vec![0; 1 << 20]), volatile: Mutex::new(Vec::new()) };
     let why = Area::new(&Deaf(&disk), TRUST).write(&Ratchet::default()).unwrap_err().to_string();
-    assert!(why.contains("does not hold what was just written"), "{why}");
+    assert!(why.contains("reads back differently than written"), "{why}");
 }

@@ -1,6 +1,6 @@
 //! The flow of the Raspberry Pi's firmware: trials, commits and refusals against a model of that firmware
 //! (`bootmodel::firmware`, each rule with its source), and every write cut at every byte, on a card with a
-//! volatile memory.
+//! volatile cache.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 #[path = "common/card.rs"]
@@ -25,7 +25,7 @@ const SINCE: &str = "2022-11-25";
 /// 13 May 2024.
 const MADE: u32 = 1_715_613_301;
 
-/// A card: its partition table, and its parts. `boot` is the place outside of the slots.
+/// A card: its partition table, and its parts. `boot` is the part outside of the slots.
 struct Card {
     table: Vec<u8>,
     parts: card::Card,
@@ -75,7 +75,7 @@ impl Card {
         Self { table, parts: card::Card::new(content, None) }
     }
 
-    /// The whole of it as a restart would find it: nothing of what was not flushed.
+    /// The whole card as a restart would find it, without unflushed writes.
     fn bytes(&self) -> Vec<u8> {
         let [boot, _, _, boot_a, boot_b] = self.parts.content();
         let mut bytes = vec![0; 16 * MIB];
@@ -107,7 +107,7 @@ fn releases() -> Vec<Firmware> {
     all
 }
 
-/// What all of them start.
+/// The slot that all of them start.
 fn starts(bytes: &[u8], restart: Restart) -> Result<Start, String> {
     let mut results: Vec<_> =
         releases().into_iter().map(|firmware| select(bytes, firmware, restart)).collect();
@@ -197,7 +197,7 @@ fn a_trial_is_committed_or_comes_back() {
     assert_eq!(robot.trial(), (B, Some(Trial { slot: A, tries: 0 })));
     let status = robot.flow().status().unwrap();
     assert_eq!(status.pending(B), None, "a trial that failed is over");
-    // And one that a person ends.
+    // And one that a user ends.
     robot.flow().arm_trial(A).unwrap();
     robot.flow().roll_back().unwrap();
     assert_eq!(robot.trial(), (B, None));
@@ -231,7 +231,7 @@ fn every_write_cut_at_every_byte_starts_a_committed_slot() {
         let before = robot.card.bytes();
         let earlier = robot.card.parts.ops().len();
         robot.flow().commit().unwrap();
-        // What a power cut leaves at the moment when it is said to be done.
+        // What a power cut leaves at the moment when the commit is reported as done.
         assert_eq!(slot(&starts(&robot.card.bytes(), PLAIN).unwrap()), tried, "not durable");
         let ops = robot.card.parts.ops().split_off(earlier);
         let [(Op::Write(Place::Gap, at, new), _), (Op::Flush(Place::Gap), _)] = ops.as_slice()
@@ -240,7 +240,7 @@ fn every_write_cut_at_every_byte_starts_a_committed_slot() {
         };
         assert_eq!((new.len(), at % 512), (512, 0), "not one sector");
         let at = STARTS[0] + *at as usize;
-        // What the card may hold afterwards: any number of bytes from the front or from the back.
+        // Possible content of the card afterwards: any number of bytes from the front or from the back.
         let old = before[at..at + 512].to_vec();
         let mut variants = BTreeSet::new();
         for cut in 0..=new.len() {
@@ -253,7 +253,7 @@ fn every_write_cut_at_every_byte_starts_a_committed_slot() {
             torn[at..at + 512].copy_from_slice(sector);
             let first = slot(&starts(&torn, PLAIN).unwrap());
             assert!(first == committed || first == tried);
-            // The trial goes on after the cut, finds the damage if any, and commits again.
+            // The trial continues after the cut, finds the damage if any, and commits again.
             let again = robot_like(&robot, Card::of(&torn));
             copy_told(&robot, &again);
             let flow = again.flow();
@@ -268,7 +268,7 @@ fn every_write_cut_at_every_byte_starts_a_committed_slot() {
     assert!(points > 2000 && distinct >= 8, "{points} cut points, {distinct} different contents");
 }
 
-/// What a card acknowledges and does not keep is no commit.
+/// A write that a card acknowledges but drops is not a commit.
 #[test]
 fn a_card_that_keeps_nothing_is_not_believed() {
     let mut robot = Robot::new();
@@ -307,11 +307,11 @@ fn a_lost_autoboot_or_boot_partition_still_starts_a_whole_slot() {
         let mut bytes = good.clone();
         bytes[place..place + 512].fill(fill);
         assert_eq!(slot(&starts(&bytes, PLAIN).unwrap()), Slot::A, "the first bootable one");
-        // Slot a is just being written: its first block is zero.
+        // Slot a is being written: its first block is zero.
         bytes[STARTS[1]..STARTS[1] + 4096].fill(0);
         assert_eq!(slot(&starts(&bytes, PLAIN).unwrap()), Slot::B);
     }
-    // A committed slot that is no volume any more: only with the walk (EEPROM of August 2025).
+    // A committed slot that is not a FAT volume any more: only with the partition walk (EEPROM of August 2025).
     let mut bytes = good;
     bytes[STARTS[1]..STARTS[1] + 4096].fill(0);
     for firmware in releases() {

@@ -1,4 +1,4 @@
-//! A slot against its signed bundle, by the real program: one flipped bit is found and named, wherever it is;
+//! Compares a slot with its signed bundle, by the real program: one flipped bit is found and named at any position;
 //! only the indexes are read, and nothing is written.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -15,7 +15,7 @@ use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 
-/// The slot does not hold what the bundle says: the message.
+/// Expects `slot-differs`; returns the message.
 fn differs(robot: &Robot, bundle: &str, slot: &str) -> (String, String) {
     let output = robot.command(&["verify", bundle, "--slot", slot]).output().unwrap();
     let refused = &common::answer(&output)["refused"];
@@ -67,10 +67,10 @@ fn one_flipped_bit_is_found_and_named_in_either_slot() {
         }
         check();
     }
-    // What lies behind the payload is none of the bundle's.
+    // Data after the payload does not belong to the bundle.
     flip(&path, last + 1);
     check();
-    // Neighbours are one place; of many places the first are listed.
+    // Adjacent blocks are one place; of many places only the first are listed.
     for place in [0, 1, 2, 4].map(|block| block * 4096 + 5).into_iter().chain([last]) {
         flip(&path, place);
     }
@@ -83,10 +83,10 @@ fn one_flipped_bit_is_found_and_named_in_either_slot() {
     robot.fill(Slot::B, &noise(4 << 20, 5));
     let (message, _) = differs(&robot, &file, "b");
     assert_eq!(message.lines().count(), 2, "{message}");
-    // The other slot has another system, of which nobody says that it should be this one.
+    // The other slot has another system, and no record says that it should be this one.
     let (message, _) = differs(&robot, &file, "a");
     assert!(message.starts_with("slot a differs from 1.2.3"), "{message}");
-    // Known to be another bundle's: that is told.
+    // The record names another bundle: the message says so.
     let other = write(robot.dir.path(), "other.bundle", &bundle_of(&new_system(4 * MIB, 9)));
     let (_, help) = differs(&robot, &other, "b");
     assert!(help.contains(outcome["manifest"].as_str().unwrap()), "{help}");

@@ -47,21 +47,21 @@ fn an_identity_that_makes_no_sense_is_reported_and_left_alone() {
     for bad in ["", "two words", "-x", "x-", "a.b", "ü", "$(reboot)", long.as_str()] {
         robot.put("data/identity/hostname", &format!("{bad}\n"));
         let said = robot.step("identity", &[]);
-        assert!(said.contains("is no host name"), "{bad}: {said}");
+        assert!(said.contains("is not a valid host name"), "{bad}: {said}");
         assert_eq!(robot.read("data/identity/hostname"), format!("{bad}\n"));
         assert_eq!(robot.read("run/slipway/hostname"), robot.read("etc/hostname"));
     }
     for bad in ["", "a \"b\"", "a\\", "a\tb", "`x`", long.as_str()] {
         robot.put("data/identity/display-name", &format!("{bad}\n"));
         let said = robot.step("identity", &[]);
-        assert!(said.contains("is no display name"), "{bad}: {said}");
+        assert!(said.contains("is not a valid display name"), "{bad}: {said}");
         let info = robot.read("run/slipway/machine-info");
         assert_eq!(info, "PRETTY_HOSTNAME=\"Robot development system\"\n");
     }
     // What a power cut has left of a first boot; a machine id is replaced, for systemd runs with another one.
     robot.put("data/identity/machine-id.new", "0a0");
     robot.put("data/identity/machine-id", "nonsense\n");
-    assert!(robot.step("identity", &[]).contains("is no machine id"));
+    assert!(robot.step("identity", &[]).contains("is not a valid machine id"));
     assert_eq!(robot.read("data/identity/machine-id"), format!("{}\n", "0a".repeat(16)));
     assert!(!robot.at("data/identity/machine-id.new").exists());
 }
@@ -73,7 +73,7 @@ fn without_a_place_to_keep_it_the_image_names_the_machine() {
     robot.put("data/identity", "a file where the folder should be");
     let said = robot.step("identity", &[]);
     for name in ["machine-id", "hostname", "display-name"] {
-        assert!(said.contains(&format!("data/identity/{name} cannot be kept")), "{said}");
+        assert!(said.contains(&format!("data/identity/{name} cannot be written")), "{said}");
     }
     assert_eq!(robot.read("run/slipway/hostname"), robot.read("etc/hostname"));
     let info = robot.read("run/slipway/machine-info");
@@ -101,10 +101,10 @@ fn connections_are_shown_and_broken_ones_reported() {
     for _ in 0..2 {
         let said = robot.step("network", &[]);
         for (name, why) in [
-            ("30-empty.network", "it has no section [Match]"),
+            ("30-empty.network", "the file has no section [Match]"),
             ("notes.txt", "is not read: expected"),
-            ("80-slipway-wired.network", "the image has a file of this name"),
-            ("40-lost.network", "a link to nothing"),
+            ("80-slipway-wired.network", "the image has a file with this name"),
+            ("40-lost.network", "is a broken link"),
         ] {
             let line = said.lines().find(|line| line.contains(name)).unwrap_or_default();
             assert!(line.starts_with("<4>") && line.contains(why), "{name}: {said}");
@@ -177,18 +177,18 @@ fn boot_scripts_run_in_order_and_hold_up_nothing() {
     let expected = [
         "10-first starts",
         "one",
-        "10-first has ended well",
+        "10-first has finished",
         "20-fails starts",
         "two",
-        "20-fails has failed with 7",
+        "20-fails has failed with exit code 7",
         "30-hangs starts",
         "three",
         "30-hangs was stopped after 1 s",
         "40-plain is not executable: left out",
-        "50-anybodys is writable by others than root: left out",
+        "50-anybodys is writable by other users than root: left out",
         "60-last starts",
         "four",
-        "60-last has ended well",
+        "60-last has finished",
     ];
     let mut lines: Vec<&str> =
         said.lines().map(|l| l.split_once("boot-scripts: ").map_or(l, |(_, text)| text)).collect();

@@ -393,7 +393,7 @@ fn an_api_that_no_robot_takes_is_not_good() {
     type Case<'a> = (&'a [(&'a str, &'a str)], Option<&'a str>, &'a str);
     let cases: [Case<'_>; 4] = [
         (&[("site/foo/Case.txt", "1"), ("site/foo/case.txt", "2")], None, "(bad-tree)\nhelp: "),
-        (&[(deep.as_str(), "x")], None, "at most 32 (bad-tree)"),
+        (&[(deep.as_str(), "x")], None, "at most 32 are allowed (bad-tree)"),
         (&[("component.json", "x")], None, "begins with `component.json` (bad-tree)"),
         (&[("site/foo/a.py", "x")], Some("{}"), "(bad-component)"),
     ];

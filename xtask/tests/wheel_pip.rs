@@ -324,19 +324,19 @@ fn what_no_robot_takes_is_no_component_and_told_when_it_is_locked() {
     let cases = [
         (
             plain().with("foo/Case.txt", "1", 0o644).with("foo/case.txt", "2", 0o644),
-            "comes twice",
+            "occurs twice",
             "capital letters",
         ),
         (plain().with(&deep, "x", 0o644), "33 parts, at most 32", "43 parts"),
         (plain().with(&long, "x", 0o644), "at most 512", "at most 512"),
         (
             plain().with("foo-1.0.data/data/.hidden", "x", 0o644),
-            "it begins with `.hidden`",
+            "the path begins with `.hidden`",
             "begins",
         ),
         (
             plain().with("foo-1.0.data/data/component.json", "x", 0o644),
-            "it begins with `component.json`",
+            "the path begins with `component.json`",
             "begins",
         ),
     ];

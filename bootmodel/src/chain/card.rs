@@ -1,5 +1,5 @@
-//! A card as bytes, taken apart once: its table, the files of its FAT volumes, and of each slot what takes part in
-//! a start. What cannot be read is a finding, never a panic.
+//! Parses a card's bytes once: its partition table, the files of its FAT volumes, and the files of each slot that
+//! take part in a start. Unreadable data is a finding, never a panic.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -12,20 +12,20 @@ use crate::firmware::{Disk, Partition};
 /// A FAT's kinds by its number of clusters (Microsoft's specification of FAT, 1.03, "FAT type determination").
 const FAT12_BELOW: u64 = 4085;
 const FAT16_BELOW: u64 = 65_525;
-/// The largest file that is read: kernels and initrds are below.
+/// The largest file that is read; kernels and initrds are smaller.
 const LARGEST: u64 = 96 << 20;
-/// Bytes of files that are kept of a whole card. Two boot partitions with a kernel, an initrd and firmware each have less
-/// than half of it, and so do two slots.
+/// Maximum bytes of files kept for a whole card. Two boot partitions with a kernel, an initrd and firmware each need
+/// less than half of it, and so do two slots.
 const ROOM: u64 = 256 << 20;
-/// The largest `device.toml`: a hundred times what ours have.
+/// The largest `device.toml`: a hundred times the size of Slipway's.
 const LARGEST_DEVICE: u64 = 64 << 10;
-/// The largest folder of a slot that is listed, in bytes; one with 500 modules has 20 KiB.
+/// The largest directory of a slot that is listed, in bytes; one with 500 modules has 20 KiB.
 const LARGEST_FOLDER: u64 = 4 << 20;
-/// The most files that are looked at in a slot; a link to a folder above makes them endless.
+/// The maximum number of files read in a slot; a link to a parent directory would make the list endless.
 const MOST_ENTRIES: usize = 16_384;
-/// The most models that a board is for; there are some thirty of Raspberry Pi.
+/// The maximum number of models that a board is for; Raspberry Pi has made about thirty.
 const MOST_MODELS: usize = 64;
-/// The most groups of blocks that a slot's filesystem has: of 128 MiB each, those of 8 TiB.
+/// The maximum number of block groups in a slot's filesystem: 8 TiB in groups of 128 MiB.
 const MOST_GROUPS: u64 = 65_536;
 
 /// A record of the MBR.
@@ -41,7 +41,7 @@ pub struct Record {
     pub size: u64,
 }
 
-/// Where a GPT has its parts.
+/// The position of a GPT's parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gpt {
     /// The first sector that partitions may have.
@@ -61,19 +61,19 @@ pub struct Volume {
     pub offset: u64,
     /// The type in the MBR, where it has a record there.
     pub kind: Option<u8>,
-    /// Its kind as its boot sector says: the text at 54 or 82 ("FAT16", "FAT32").
+    /// The kind that its boot sector states: the text at offset 54 or 82 ("FAT16", "FAT32").
     pub says: String,
     /// How many clusters it has.
     pub clusters: u64,
     /// Sectors in a cluster.
     pub cluster_sectors: u32,
-    /// Bytes of a sector, as the volume counts them.
+    /// The volume's sector size in bytes.
     pub sector: u64,
     /// The files, with their paths.
     pub files: BTreeMap<String, Vec<u8>>,
-    /// Files that were too large to be looked at; they are listed as empty.
+    /// Files that were too large to be read; they are listed as empty.
     pub left_out: Vec<String>,
-    /// Why its files cannot be read, where they cannot.
+    /// Why its files cannot be read, if they cannot.
     pub unread: Option<String>,
 }
 
@@ -87,7 +87,7 @@ impl Volume {
         }
     }
 
-    /// A file, whatever the capitals of its name.
+    /// A file by its name, ignoring upper and lower case.
     pub fn file(&self, name: &str) -> Option<&[u8]> {
         let name = name.trim_start_matches('/');
         let exact = self.files.get(name);
@@ -105,7 +105,7 @@ pub struct Slot {
     pub files: BTreeMap<String, Vec<u8>>,
 }
 
-/// What the system says of itself: `/usr/lib/slipway/device.toml`.
+/// What the system states about itself in `/usr/lib/slipway/device.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Device {
@@ -115,12 +115,12 @@ pub struct Device {
     pub compatible: Vec<String>,
     /// `uboot` or `tryboot`.
     pub boot_flow: String,
-    /// The oldest EEPROM that it asks for.
+    /// The oldest EEPROM release that it accepts.
     pub eeprom_since: Option<String>,
-    /// Revisions that are known not to start, and are left out on purpose.
+    /// Revisions that are known not to start, and are deliberately excluded.
     #[serde(default)]
     pub left_out_revisions: Vec<String>,
-    /// Where the boot state lies.
+    /// Where the boot state is.
     #[serde(default)]
     pub boot_state: States,
 }
@@ -146,15 +146,15 @@ pub struct Card {
     pub volumes: Vec<Volume>,
     /// Slots, by number.
     pub slots: Vec<Slot>,
-    /// What the slots say of themselves.
+    /// What the slots state about themselves.
     pub device: Device,
 }
 
 impl Card {
-    /// Takes a card apart.
+    /// Parses a card.
     ///
     /// # Errors
-    /// A table or a slot that cannot be read, no slot with a system.
+    /// When a table or a slot cannot be read, or no slot has a system.
     pub fn read(disk: Rc<dyn Disk>) -> Result<Self, String> {
         let (records, gpt, partitions) = super::table::partitions(disk.as_ref())?;
         let mut card = Self {
@@ -170,13 +170,13 @@ impl Card {
         for partition in partitions {
             let mut head = vec![0; 2048];
             if disk.read_at(partition.offset, &mut head).is_err() {
-                return Err(format!("partition {} lies behind the card's end", partition.number));
+                return Err(format!("partition {} begins after the card's end", partition.number));
             }
             // ext4's magic number: superblock at 1024, field at 56; a FAT's boot sector ends in 55 aa.
             if head.get(1080..1082) == Some(&[0x53, 0xef]) {
                 let number = partition.number;
                 let doing = |reason| format!("the ext4 of partition {number}: {reason}");
-                // A system is never written to. What is, says nothing of a start, until it is replayed.
+                // A system's filesystem is never written to. One with a journal to replay cannot be judged.
                 if superblock(&head, partition.size).map_err(doing)? {
                     reasons
                         .push_str(&format!("; partition {number} was in use when it was copied"));
@@ -205,11 +205,10 @@ impl Card {
         Ok(card)
     }
 
-    /// The MBR's records, and the byte offset of each partition by number: all of a card's table, and nothing of its
-    /// content.
+    /// The MBR's records, and the byte offset of each partition by number. Reads only the partition table.
     ///
     /// # Errors
-    /// A table that cannot be read.
+    /// When a table cannot be read.
     pub fn table_of(disk: &dyn Disk) -> Result<(Vec<Record>, BTreeMap<u32, u64>), String> {
         let (records, _, partitions) = super::table::partitions(disk)?;
         Ok((records, partitions.iter().map(|p| (p.number, p.offset)).collect()))
@@ -231,10 +230,10 @@ impl Card {
     }
 }
 
-/// Where the system says what it is.
+/// The file in which the system says what it is.
 pub const DEVICE: &str = "usr/lib/slipway/device.toml";
 
-/// Where the kernel looks for the settings of Wi-Fi.
+/// Where the kernel looks for Wi-Fi settings.
 const WIFI: &str = "/usr/lib/firmware/brcm";
 
 fn volume(
@@ -244,7 +243,7 @@ fn volume(
     head: &[u8],
     room: &mut u64,
 ) -> Option<Volume> {
-    // Boot sectors of other filesystems end alike: an NTFS or exFAT is no FAT for the firmware either.
+    // Boot sectors of other filesystems end in the same bytes, but the firmware does not read NTFS or exFAT either.
     let shape = fat::shape(head);
     if shape.is_none() && !kind.is_some_and(super::table::is_fat) {
         return None;
@@ -252,7 +251,7 @@ fn volume(
     let empty = fat::Shape { says: String::new(), clusters: 0, cluster_sectors: 0, sector: 512 };
     let (fat::Shape { says, clusters, cluster_sectors, sector }, read) = match shape {
         Some(shape) => (shape, fat::files(disk, partition, LARGEST, room)),
-        None => (empty, Err(std::io::Error::other("its boot sector is none of a FAT"))),
+        None => (empty, Err(std::io::Error::other("the boot sector is not that of a FAT volume"))),
     };
     let (files, left_out, unread) = match read {
         Ok(files) => (files.found, files.left_out, None),
@@ -273,26 +272,26 @@ fn volume(
     })
 }
 
-/// Whether a filesystem's journal has changes that are not in it yet. What its superblock claims is compared with the
-/// partition before the reader believes it: the reader allocates by it (Linux, Documentation/filesystems/ext4/super.rst).
+/// Whether a filesystem's journal has changes that must still be replayed. The sizes in the superblock are compared
+/// with the partition first, because the reader allocates memory by them (Linux, Documentation/filesystems/ext4/super.rst).
 fn superblock(head: &[u8], size: u64) -> Result<bool, String> {
     let number = |at: usize| {
         let four = head.get(1024 + at..1028 + at).and_then(|four| four.try_into().ok());
         u64::from(u32::from_le_bytes(four.unwrap_or_default()))
     };
-    // `s_log_block_size` counts from 1 KiB; 64 KiB is the largest. `INCOMPAT_64BIT`: there are upper halves.
+    // `s_log_block_size` counts from 1 KiB; 64 KiB is the largest. `INCOMPAT_64BIT`: the numbers have upper halves.
     let (log, features) = (number(0x18), number(0x60));
     let upper = if features & 0x80 != 0 { number(0x150) } else { 0 };
     let (blocks, in_group) = (upper << 32 | number(0x4), number(0x20));
     let bytes = blocks.checked_mul(1024 << log.min(6));
     if log > 6 || bytes.is_none_or(|bytes| bytes > size) {
         return Err(format!(
-            "it claims {blocks} blocks of 2^{} bytes in a partition of {size}",
+            "the superblock claims {blocks} blocks of 2^{} bytes, but the partition has {size} bytes",
             log + 10
         ));
     }
     if in_group == 0 || blocks / in_group > MOST_GROUPS {
-        return Err(format!("it claims {blocks} blocks in groups of {in_group}"));
+        return Err(format!("the superblock claims {blocks} blocks in groups of {in_group}"));
     }
     // `INCOMPAT_RECOVER`.
     Ok(features & 0x4 != 0)
@@ -314,7 +313,7 @@ impl ext4_view::Ext4Read for Part {
     }
 }
 
-/// What of a slot takes part in a start.
+/// Reads the files of a slot that take part in a start.
 struct Reader<'a> {
     files: ext4_view::Ext4,
     slot: Slot,
@@ -338,7 +337,7 @@ impl Reader<'_> {
         }
         let length = metadata.len();
         if length > largest.min(*self.room) {
-            return Err(format!("{path} has {length} bytes, which is more than is read of it"));
+            return Err(format!("{path} has {length} bytes, the maximum is {largest}"));
         }
         *self.room -= length;
         let bytes = self.files.read(path).map_err(doing)?;
@@ -346,7 +345,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// The names in a folder, with whether each is a folder and a file; none where there is no folder.
+    /// The names in a directory, each with whether it is a directory and whether it is a file; empty without a directory.
     fn list(&mut self, folder: &str) -> Result<Vec<(String, bool, bool)>, String> {
         let doing = |error| format!("{folder}: {}", told(&error));
         if !self.files.exists(folder).map_err(doing)? {
@@ -357,14 +356,19 @@ impl Reader<'_> {
             return Ok(Vec::new());
         }
         if metadata.len() > LARGEST_FOLDER {
-            return Err(format!("the folder {folder} has {} bytes", metadata.len()));
+            return Err(format!(
+                "the directory {folder} has {} bytes, the maximum is {LARGEST_FOLDER}",
+                metadata.len()
+            ));
         }
         let mut found = Vec::new();
         for entry in self.files.read_dir(folder).map_err(doing)? {
             let entry = entry.map_err(doing)?;
             self.entries += 1;
             if self.entries > MOST_ENTRIES {
-                return Err(format!("{folder} and others list more than {MOST_ENTRIES} files"));
+                return Err(format!(
+                    "the slot's directories up to {folder} list more than {MOST_ENTRIES} files"
+                ));
             }
             let name = entry.file_name();
             let Ok(name) = name.as_str() else { continue };
@@ -378,7 +382,7 @@ impl Reader<'_> {
 /// Indexes of modules.
 const INDEXES: [&str; 3] = ["modules.alias", "modules.builtin", "modules.builtin.modinfo"];
 
-/// Where systemd's manager has its settings, the first over the others (systemd-system.conf(5)).
+/// Directories of systemd's manager settings; earlier ones take precedence (systemd-system.conf(5)).
 pub(super) const MANAGER: [&str; 3] =
     ["etc/systemd/system.conf", "usr/lib/systemd/system.conf", "lib/systemd/system.conf"];
 
@@ -419,7 +423,7 @@ fn slot(
             }
         }
     }
-    // Of Wi-Fi's settings the names alone: many of them are links.
+    // Only the names of Wi-Fi settings: many of them are links.
     for (name, _, _) in reader.list(WIFI)? {
         let path = format!("{}/{name}", WIFI.trim_start_matches('/'));
         reader.slot.files.insert(path, Vec::new());

@@ -1,43 +1,43 @@
-//! `config.txt` and `autoboot.txt`: which lines a board takes, each with its number.
+//! `config.txt` and `autoboot.txt`: which lines apply to a board, each with its line number.
 //!
-//! F: "Conditional Filters", documentation of `config.txt` (conditional.adoc): `[all]` resets all filters, those
-//! of one kind replace each other, those of different kinds must all pass; one that is not known here (a serial
-//! number, a GPIO, a screen) does not pass. `include FILE` puts the content of a file there (what_is_config_txt.adoc);
-//! bootcode.bin and the EEPROM pass it over.
+//! F: "Conditional Filters", documentation of `config.txt` (conditional.adoc): `[all]` resets all filters; filters
+//! of one kind replace each other; filters of different kinds must all pass. A filter that this module does not know
+//! (a serial number, a GPIO, a screen) does not pass. `include FILE` inserts the content of a file
+//! (what_is_config_txt.adoc); bootcode.bin and the EEPROM ignore it.
 
-/// Bytes of a file that are looked at: a hundred times what anybody writes.
+/// Maximum length of a file in bytes: a hundred times what files in use have.
 pub(super) const MOST_BYTES: usize = 64 << 10;
-/// The deepest file that is included, and the most of them: a circle ends here.
+/// Maximum depth and number of included files: this ends circular includes.
 const DEEPEST: u32 = 8;
 const MOST_FILES: u32 = 32;
 
-/// A line that is taken, or would be.
+/// A line that applies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setting {
-    /// The file that it stands in, where that is not the one that was asked for but an included one.
+    /// The included file that has the line; `None` when the line is in the file itself.
     pub file: Option<String>,
     /// Its number, from 1.
     pub line: usize,
-    /// What stands before `=`; before the first blank where there is no `=`.
+    /// The text before `=`, or before the first blank where there is no `=`.
     pub key: String,
-    /// What stands behind it; only the file of `initramfs FILE followkernel`.
+    /// The text after it; for `initramfs FILE followkernel` only the file.
     pub value: String,
-    /// Whether it is spelt with `=`.
+    /// Whether the line has an `=`.
     pub assigned: bool,
 }
 
-/// What decides over filters.
+/// What decides whether a filter passes.
 #[derive(Debug, Clone, Copy)]
 pub struct Filters<'a> {
     /// Names of the sections for models that pass; `None` when the reader knows none.
     pub models: Option<&'a [String]>,
     /// Whether `[tryboot]` passes; `None` when the reader does not know it.
     pub tryboot: Option<bool>,
-    /// Whether sections are read at all: bootcode.bin and old EEPROMs pass them over.
+    /// Whether sections are read at all: bootcode.bin and old EEPROMs ignore them.
     pub sections: bool,
 }
 
-/// Whether a section is one for models, as all of `[pi3]`, `[pi3+]`, `[pi02]`, `[cm4]` are.
+/// Whether a section filters by model, such as `[pi3]`, `[pi3+]`, `[pi02]` or `[cm4]`.
 fn is_model(name: &str) -> bool {
     let rest = name.strip_prefix("pi").or_else(|| name.strip_prefix("cm"));
     rest.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
@@ -48,7 +48,7 @@ pub fn settings(text: &[u8], filters: Filters<'_>) -> Vec<Setting> {
     included(text, filters, &|_| None).0
 }
 
-/// The settings that pass, with those of included files, which `read` gives; and what of the includes is not followed.
+/// The settings that pass, including those of files that `read` returns; and the includes that are not followed.
 pub fn included<'a>(
     text: &'a [u8],
     filters: Filters<'_>,
@@ -79,7 +79,7 @@ impl<'a> Reader<'a, '_> {
                 continue;
             }
             if let Some(name) = section(text) {
-                // The programs have the names in small letters, of `[EDID=…]` and `[HDMI:0]` too.
+                // The programs contain the names in lower case, including `[EDID=…]` and `[HDMI:0]`.
                 self.section(&name.to_ascii_lowercase());
                 continue;
             }
@@ -111,11 +111,11 @@ impl<'a> Reader<'a, '_> {
     fn include(&mut self, setting: Setting, depth: u32) {
         self.files += 1;
         let reason = if depth >= DEEPEST || self.files > MOST_FILES {
-            "files include each other in a circle, or too many"
+            "circular includes, or too many files"
         } else if let Some(text) = (self.read)(&setting.value) {
             return self.text(text, Some(&setting.value), depth + 1);
         } else {
-            "it is not there"
+            "the file does not exist"
         };
         if self.refused.is_empty() {
             self.refused.push((setting, reason));
@@ -137,7 +137,7 @@ pub fn setting(line: usize, text: &str) -> Option<Setting> {
     Some(Setting { file: None, line, key, value, assigned })
 }
 
-/// The last setting of that key, which counts.
+/// The last setting of that key, which is the one that applies.
 pub fn last<'a>(settings: &'a [Setting], key: &str) -> Option<&'a Setting> {
     settings.iter().rev().find(|setting| setting.key == key)
 }
@@ -183,7 +183,7 @@ mod tests {
         assert!(found.len() < 100, "{} settings", found.len());
         assert_eq!(refused.len(), 1, "{refused:?}");
         let (_, refused) = included(b"include none.txt", filters, &read);
-        assert_eq!(refused[0].1, "it is not there");
+        assert_eq!(refused[0].1, "the file does not exist");
         let long = [&b"a=1\n"[..]; 100_000].concat();
         assert!(settings(&long, filters).len() <= MOST_BYTES / 4);
     }

@@ -1,12 +1,12 @@
-//! Stage 12, the console: what `console=` names must be a port of this tree that is switched on.
+//! Stage 12, the console: `console=` must name an enabled port of this device tree.
 //!
 //! Sources: Documentation/admin-guide/serial-console.rst; drivers/tty/serial/8250 (`ttyS<n>` by the alias
-//! `serial<n>`) and amba-pl011.c (`ttyAMA<n>` likewise); the firmware puts the right name for `console=serial0`.
+//! `serial<n>`) and amba-pl011.c (`ttyAMA<n>` likewise); the firmware replaces `console=serial0` by the right name.
 
 use super::Run;
 use super::system::{Parts, System};
 
-/// Linux's names, and what drives such a port.
+/// Linux's names of serial ports, with the `compatible` strings of each.
 const PORTS: [(&str, &[&str]); 2] = [
     ("ttyS", &["brcm,bcm2835-aux-uart", "snps,dw-apb-uart", "ns16550", "ns16550a"]),
     ("ttyAMA", &["arm,pl011", "arm,pl011-axi", "arm,primecell"]),
@@ -22,13 +22,13 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
         let Some((prefix, drivers)) = PORTS.iter().find(|(prefix, _)| {
             name.strip_prefix(prefix).is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
         }) else {
-            // No console at all, and ports by their address, are among the kernel's words.
+            // The kernel also accepts `console=` without a port, and ports by address.
             let known = ["", "null", "serial0", "uart", "uart8250"].contains(&name);
             if !name.starts_with("tty") && !known {
                 run.stop(
                     "console-unknown",
                     system.places[3].clone(),
-                    format!("console={name} is no port that this kernel has"),
+                    format!("this kernel has no port `{name}` (console={name})"),
                     "`console.device` in board.toml".to_owned(),
                 );
             }
@@ -47,7 +47,7 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
         let found = match (node, enabled) {
             (None, _) => format!("the device tree has no {alias}"),
             (Some(node), None) => {
-                format!("{alias} ({}) is switched off in the device tree", node.path)
+                format!("{alias} ({}) is disabled in the device tree", node.path)
             }
             (Some(node), Some(_)) => {
                 format!("{alias} is {} ({})", node.path, node.compatible().join(", "))
@@ -57,7 +57,7 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
             "console-port",
             system.places[3].clone(),
             format!(
-                "console={name}, but {found}: the console is dead, and its login waits for ever"
+                "console={name}, but {found}: the console does not work, and its login waits for ever"
             ),
             "`console.device` in board.toml: the alias of the device tree decides the number"
                 .to_owned(),
@@ -67,7 +67,7 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
         run.degrade(
             "console-screen",
             system.places[3].clone(),
-            "a person with a screen at the robot sees nothing: there is no console=tty0".to_owned(),
+            "a screen connected to the robot shows nothing: console=tty0 is missing".to_owned(),
             "console=tty0 before the serial console".to_owned(),
         );
     }

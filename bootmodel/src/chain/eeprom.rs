@@ -11,24 +11,24 @@ use super::rom::second_stage;
 use super::{Boot, Place, Run};
 
 const AUTOBOOT: &str = "autoboot.txt";
-/// What the boot ROM looks for on the card before it reads the EEPROM (bootflow-eeprom.adoc, "First stage bootloader").
+/// The file that the boot ROM looks for on the card before it reads the EEPROM (bootflow-eeprom.adoc, "First stage bootloader").
 const RECOVERY: &str = "recovery.bin";
 
-/// The partition that autoboot.txt names, for this kind of start and this age of EEPROM.
+/// The partition that autoboot.txt names for this kind of start and this EEPROM release.
 fn named(text: &[u8], tryboot: bool, sections: bool) -> Option<u32> {
     let filters = Filters { models: None, tryboot: Some(tryboot), sections };
     let settings = config::settings(text, filters);
     config::last(&settings, "boot_partition")?.value.parse().ok()
 }
 
-/// Each partition that the EEPROM starts: the usual one, and that of a trial.
+/// Each partition that the EEPROM starts: the one of a normal start and the one of a trial.
 pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     let Some(first) = run.card.volumes.iter().min_by_key(|volume| volume.offset) else {
         run.stop(
             "no-fat",
             Place::card(),
             "the EEPROM finds no FAT volume".to_owned(),
-            "a partition of the role `boot` in board.toml".to_owned(),
+            "define a partition with the role `boot` in board.toml".to_owned(),
         );
         return Vec::new();
     };
@@ -36,13 +36,13 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
         run.stop(
             "rom-recovery",
             Place::file(first.number, RECOVERY),
-            "the boot ROM runs it in the stead of the EEPROM's program: it writes the EEPROM, and starts nothing".to_owned(),
-            "keep it off the card".to_owned(),
+            "the boot ROM runs recovery.bin instead of the EEPROM's program: it rewrites the EEPROM and starts no system".to_owned(),
+            "do not put recovery.bin on the card".to_owned(),
         );
     }
     let Some(text) = first.file(AUTOBOOT) else {
-        // One partition for all starts, such as U-Boot's flow has.
-        run.step("EEPROM", format!("partition {}: it has no {AUTOBOOT}", first.number));
+        // One partition for all starts, as in the boot flow `uboot`.
+        run.step("EEPROM", format!("partition {}, which has no {AUTOBOOT}", first.number));
         return boot(run, first, false).into_iter().collect();
     };
     autoboot(run, first, text);
@@ -53,8 +53,8 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
             run.stop(
                 "autoboot-partition",
                 Place::file(first.number, AUTOBOOT),
-                format!("{kind} has no boot_partition"),
-                "name it, for a trial below [tryboot]".to_owned(),
+                format!("no boot_partition for {kind}"),
+                "set boot_partition; for a trial, below [tryboot]".to_owned(),
             );
             continue;
         };
@@ -62,8 +62,8 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
             run.stop(
                 "autoboot-partition",
                 Place::file(first.number, AUTOBOOT),
-                format!("{kind} is from partition {number}, which is no FAT volume"),
-                "name a partition of the role boot-a or boot-b".to_owned(),
+                format!("{kind} uses partition {number}, which is not a FAT volume"),
+                "name a partition with the role boot-a or boot-b".to_owned(),
             );
             continue;
         };
@@ -71,13 +71,13 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
             run.stop(
                 "autoboot-partition",
                 Place::file(first.number, AUTOBOOT),
-                format!("{kind} is from partition {number}, as every other start: nothing else is ever tried"),
+                format!("{kind} uses partition {number}, like every other start: the other slot is never tried"),
                 "name the partition of the other slot below [tryboot]".to_owned(),
             );
         }
         run.step(
             "EEPROM",
-            format!("{AUTOBOOT} of partition {}: {kind} is from partition {number}", first.number),
+            format!("{AUTOBOOT} of partition {}: {kind} uses partition {number}", first.number),
         );
         boots.extend(boot(run, volume, tryboot));
     }
@@ -91,8 +91,12 @@ fn autoboot(run: &mut Run<'_>, first: &Volume, text: &[u8]) {
         run.stop(
             "autoboot-length",
             place(),
-            format!("it has {} bytes, the firmware reads {}", text.len(), releases.autoboot_limit),
-            "shorten it".to_owned(),
+            format!(
+                "the file has {} bytes, but the firmware reads only {}",
+                text.len(),
+                releases.autoboot_limit
+            ),
+            "shorten the file".to_owned(),
         );
     }
     for tryboot in [false, true] {
@@ -102,8 +106,8 @@ fn autoboot(run: &mut Run<'_>, first: &Volume, text: &[u8]) {
             run.stop(
                 "autoboot-a-b",
                 place(),
-                "it has no tryboot_a_b=1: a trial reads tryboot.txt of its partition, and no config.txt".to_owned(),
-                "tryboot_a_b=1 below [all]".to_owned(),
+                "tryboot_a_b=1 is missing: a trial reads tryboot.txt of its partition, not config.txt".to_owned(),
+                "add tryboot_a_b=1 below [all]".to_owned(),
             );
             break;
         }
@@ -118,11 +122,11 @@ fn autoboot(run: &mut Run<'_>, first: &Volume, text: &[u8]) {
             "eeprom-sections",
             place(),
             format!(
-                "`eeprom-since` allows {shown}, but an EEPROM before {} reads no sections and starts partition {} always",
+                "`eeprom-since` allows {shown}, but an EEPROM before {} reads no sections and always starts partition {}",
                 eeprom.sections_since,
                 named(text, false, false).unwrap_or(0)
             ),
-            format!("`eeprom-since` in board.toml: {} or later", eeprom.sections_since),
+            format!("set `eeprom-since` in board.toml to {} or later", eeprom.sections_since),
         );
     }
     if run.card.gpt.is_some()
@@ -132,16 +136,22 @@ fn autoboot(run: &mut Run<'_>, first: &Volume, text: &[u8]) {
         run.degrade(
             "eeprom-gpt",
             place(),
-            format!("an EEPROM before {} does not find a FAT16 in a GPT", eeprom.gpt_fat16_since),
-            format!("`eeprom-since` in board.toml: {} or later, or an MBR", eeprom.gpt_fat16_since),
+            format!(
+                "an EEPROM before {} does not find a FAT16 volume in a GPT",
+                eeprom.gpt_fat16_since
+            ),
+            format!(
+                "set `eeprom-since` in board.toml to {} or later, or use an MBR",
+                eeprom.gpt_fat16_since
+            ),
         );
     }
     if first.files.keys().any(|name| name.starts_with("start") && name.ends_with(".elf")) {
         run.stop(
             "autoboot-firmware",
             place(),
-            "firmware lies beside it: the search for a partition can end here".to_owned(),
-            "put the firmware only into boot-a and boot-b".to_owned(),
+            "the partition with autoboot.txt also has firmware: the search for a partition can end there".to_owned(),
+            "put the firmware only on boot-a and boot-b".to_owned(),
         );
     }
 }
@@ -152,14 +162,14 @@ fn boot<'a>(run: &mut Run<'a>, volume: &'a Volume, tryboot: bool) -> Option<Boot
         run.stop(
             "config-missing",
             Place::partition(number),
-            "it has no config.txt".to_owned(),
-            "a boot file with the path config.txt".to_owned(),
+            "config.txt is missing".to_owned(),
+            "add a boot file with the path config.txt".to_owned(),
         );
         return None;
     };
     let filters =
         Filters { models: Some(&run.model.filters), tryboot: Some(tryboot), sections: true };
-    // The EEPROM reads no included files (what_is_config_txt.adoc); what it starts on a Raspberry Pi 4 does.
+    // The EEPROM reads no included files (what_is_config_txt.adoc); `start4.elf` on a Raspberry Pi 4 does.
     let (own, unread) = config::included(text, filters, &|_| None);
     let (settings, refused) = if run.soc.second_stage.is_empty() {
         let unread = unread.into_iter().next();
@@ -173,13 +183,13 @@ fn boot<'a>(run: &mut Run<'a>, volume: &'a Volume, tryboot: bool) -> Option<Boot
         run.stop(
             "boot-ramdisk",
             Place::line(number, "config.txt", ramdisk.line),
-            "with it everything comes out of boot.img: nothing of that is looked at here, and an update writes none".to_owned(),
+            "boot_ramdisk loads everything from boot.img: its content is not checked, and updates do not write it".to_owned(),
             "delete the line".to_owned(),
         );
     }
     let (mut program, mut date) = (None, None);
     if !run.soc.second_stage.is_empty() {
-        // What else is wrong is said, too.
+        // Continue, to report other findings too.
         if let Some((bytes, day)) = second_stage(run, volume, "config.txt", &own) {
             (program, date) = (Some(bytes), day);
         }
@@ -192,11 +202,11 @@ fn boot<'a>(run: &mut Run<'a>, volume: &'a Volume, tryboot: bool) -> Option<Boot
                 "second-stage-gpt",
                 Place::file(number, &run.soc.second_stage[0]),
                 format!(
-                    "it is of {}: before {} it does not find the partition that the EEPROM has chosen in a GPT, and starts another",
+                    "this firmware is from {}: before {} it does not find the partition in a GPT that the EEPROM has chosen, and starts another one",
                     date.clone().unwrap_or_default(),
                     rule.gpt_partition_since
                 ),
-                "an MBR with logical partitions, or newer firmware".to_owned(),
+                "use an MBR with logical partitions, or newer firmware".to_owned(),
             );
         }
     }

@@ -1,9 +1,9 @@
-//! What is known of the hardware, as data: `bootmodel/facts/*.toml`, each entry with its source. Nothing of a
-//! board or a release of the firmware stands in code.
+//! Hardware facts as data: `bootmodel/facts/*.toml`, each entry with its source. No fact about a board or a
+//! firmware release is in code.
 
 use serde::Deserialize;
 
-/// A size as it is written in the facts: `64MiB`.
+/// A size as written in the facts: `64MiB`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Bytes(pub u64);
@@ -24,7 +24,7 @@ impl TryFrom<String> for Bytes {
     }
 }
 
-/// An address as it is written in the facts: `0x00080000`.
+/// An address as written in the facts: `0x00080000`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Address(pub u64);
@@ -50,31 +50,31 @@ pub(super) fn number(text: &str) -> Option<u64> {
 pub struct Model {
     /// The root `compatible` of its device tree.
     pub compatible: String,
-    /// For people.
+    /// Human-readable name.
     pub title: String,
     /// The name of its [`Soc`].
     pub soc: String,
     /// Sections of `config.txt` that pass on it.
     pub filters: Vec<String>,
-    /// Every size of memory that was sold.
+    /// Every memory size that was sold.
     pub ram: Vec<Bytes>,
-    /// Device trees that the firmware asks for.
+    /// Device trees that the firmware loads.
     pub firmware_dtbs: Vec<String>,
     /// The same with `upstream_kernel=1`; empty when the names do not differ.
     #[serde(default)]
     pub upstream_dtbs: Vec<String>,
     /// The first kernel of Raspberry Pi's branch that knows it.
     pub kernel_since: Option<String>,
-    /// A line of `config.txt` without which its USB sockets are dead.
+    /// A line of `config.txt` without which its USB ports do not work.
     pub usb_setting: Option<String>,
     /// The middle part of the name of its Wi-Fi settings.
     pub wifi: String,
-    /// The chips that it is sold with, as Linux's driver names them: `43455`.
+    /// Its Wi-Fi chips, as Linux's driver names them: `43455`.
     pub wifi_chips: Vec<String>,
-    /// Revisions of the board with facts of their own.
+    /// Revisions of the board with different facts.
     #[serde(default, rename = "revision")]
     pub revisions: Vec<Revision>,
-    /// Who says so.
+    /// The source of these facts.
     pub source: String,
 }
 
@@ -84,14 +84,14 @@ pub struct Model {
 pub struct Revision {
     /// As `/proc/cpuinfo` has it.
     pub code: String,
-    /// For people.
+    /// Human-readable name.
     pub title: String,
     /// The day of the first `start*.elf` that starts it.
     pub firmware_since: String,
-    /// Whether the sources leave no doubt.
+    /// Whether the sources are clear.
     #[serde(default = "yes")]
     pub certain: bool,
-    /// Who says so.
+    /// The source of these facts.
     pub source: String,
 }
 
@@ -105,37 +105,37 @@ fn yes() -> bool {
 pub struct Soc {
     /// Its name.
     pub name: String,
-    /// Which way it starts: 3, 4 or 5.
+    /// Which boot chain it has: 3, 4 or 5.
     pub generation: u32,
     /// Kinds of partition table that it reads.
     pub table: Vec<String>,
-    /// The program that the boot ROM loads from the card, where it does.
+    /// The program that the boot ROM loads from the card, if it does.
     pub first_stage: Option<String>,
-    /// The firmware's program and the settings of its memory, where they are on the card.
+    /// The firmware's program and its memory settings, if they are on the card.
     pub second_stage: Vec<String>,
-    /// The defaults of `kernel=`, of which the first that is there is taken.
+    /// The defaults of `kernel=`; the first existing file is used.
     pub kernel: Vec<String>,
     /// Whether it starts a kernel in 64-bit mode when `arm_64bit` is not set.
     pub starts_64bit: bool,
     /// The default of `gpu_mem=`.
     pub gpu_memory: Bytes,
-    /// Where the memory ends that firmware and U-Boot use.
+    /// The end of the memory that firmware and U-Boot use.
     pub memory_top: Bytes,
     /// Widths of FAT that every release of the first stage reads.
     pub fat_widths: Vec<u32>,
     /// Sectors in a cluster that the first stage reads.
     pub cluster_sectors: Vec<u32>,
-    /// `compatible` strings of the controller that has the card.
+    /// `compatible` strings of the card's controller.
     pub storage: Vec<String>,
-    /// Those of all controllers that U-Boot numbers.
+    /// `compatible` strings of all controllers that U-Boot numbers.
     pub u_boot_mmc: Vec<String>,
     /// Where the firmware loads U-Boot.
     pub u_boot_address: Address,
     /// The watchdog's driver, which also restarts the board.
     pub watchdog: String,
-    /// Its registers for the time and for the start.
+    /// Its registers: timeout and start.
     pub watchdog_start: [Address; 2],
-    /// Who says so.
+    /// The source of these facts.
     pub source: String,
 }
 
@@ -145,13 +145,13 @@ pub struct Soc {
 pub struct Releases {
     /// Bytes in a line of `config.txt`.
     pub line_limit: usize,
-    /// Who says so.
+    /// The source of these facts.
     pub line_source: String,
     /// Bytes in `autoboot.txt`.
     pub autoboot_limit: usize,
-    /// Who says so.
+    /// The source of these facts.
     pub autoboot_source: String,
-    /// Keys that no file of the card has.
+    /// Known keys that occur in no file of the card.
     pub known_key: Vec<KnownKeys>,
     /// What `bootcode.bin` reads.
     pub first_stage: FirstStage,
@@ -159,11 +159,11 @@ pub struct Releases {
     pub eeprom: Eeprom,
     /// What `start4.elf` does by date.
     pub second_stage: SecondStage,
-    /// When the firmware runs the clocks at their highest.
+    /// When the firmware runs the clocks at their maximum.
     pub turbo: Turbo,
-    /// When the firmware starts the watchdog before the kernel only if it is told twice.
+    /// When the firmware needs two settings to start the watchdog before the kernel.
     pub early_watchdog: EarlyWatchdog,
-    /// What does not go together.
+    /// Incompatible pairs.
     #[serde(rename = "pair")]
     pub pairs: Vec<Pair>,
 }
@@ -174,7 +174,7 @@ pub struct Releases {
 pub struct KnownKeys {
     /// The keys.
     pub keys: Vec<String>,
-    /// Who says so.
+    /// The source of these facts.
     pub source: String,
 }
 
@@ -186,7 +186,7 @@ pub struct FirstStage {
     pub below_cut_down: u64,
     /// The keys that set it.
     pub memory_keys: Vec<String>,
-    /// Who says so.
+    /// The source of these facts.
     pub source: String,
 }
 
@@ -196,11 +196,11 @@ pub struct FirstStage {
 pub struct Eeprom {
     /// The first release that knows sections in `autoboot.txt`.
     pub sections_since: String,
-    /// Who says so.
+    /// The source of these facts.
     pub sections_source: String,
     /// The first release that reads a FAT16 in a GPT.
     pub gpt_fat16_since: String,
-    /// Who says so.
+    /// The source of these facts.
     pub gpt_fat16_source: String,
 }
 
@@ -210,35 +210,35 @@ pub struct Eeprom {
 pub struct SecondStage {
     /// The first release that finds the EEPROM's partition in a GPT.
     pub gpt_partition_since: String,
-    /// Who says so.
+    /// The source of these facts.
     pub source: String,
 }
 
-/// When the firmware runs the clocks at their highest.
+/// When the firmware runs the clocks at their maximum.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Turbo {
     /// The first such release.
     pub since: String,
-    /// The line of `config.txt` against it.
+    /// The line of `config.txt` that prevents it.
     pub setting: String,
-    /// Who says so.
+    /// The source of these facts.
     pub source: String,
 }
 
-/// When the firmware starts the watchdog before the kernel only if the device tree says so, too.
+/// When the firmware starts the watchdog before the kernel only if the device tree also asks for it.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct EarlyWatchdog {
     /// The first such release.
     pub since: String,
-    /// The `dtparam` that says so.
+    /// The `dtparam` that does this.
     pub parameter: String,
-    /// Who says so.
+    /// The source of these facts.
     pub source: String,
 }
 
-/// A U-Boot that does not go with a firmware, or with so much memory.
+/// A U-Boot that is incompatible with a firmware or with a memory size.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Pair {
@@ -252,27 +252,27 @@ pub struct Pair {
     pub memory_above: Option<Bytes>,
     /// Why.
     pub reason: String,
-    /// Who says so.
+    /// The source of these facts.
     pub source: String,
 }
 
-/// What a watchdog's driver makes of a number of seconds.
+/// What a watchdog driver does with a number of seconds.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Driver {
     /// The module's name.
     pub name: String,
-    /// The hardware gets the seconds modulo this; 0 when it gets them all.
+    /// The hardware gets the seconds modulo this; 0 when it gets the number itself.
     pub modulo: u64,
-    /// Milliseconds that the driver says its hardware can count.
+    /// The maximum that the driver states for its hardware, in milliseconds.
     pub limit_ms: u64,
-    /// The smallest rest, in seconds, that outlives the kernel's feeds.
+    /// The smallest remainder, in seconds, that is longer than the kernel's feed interval.
     pub smallest_rest: u64,
-    /// Who says so.
+    /// The source of these facts.
     pub source: String,
 }
 
-/// Everything that is known.
+/// All facts.
 #[derive(Debug, Clone)]
 pub struct Facts {
     /// Of models.
@@ -285,7 +285,7 @@ pub struct Facts {
     pub watchdogs: Vec<Driver>,
 }
 
-/// The texts of `bootmodel/facts` that come with this program: what a check depends on besides the card.
+/// The texts of `bootmodel/facts` built into this program: what a check depends on besides the card.
 pub const TEXTS: [&str; 4] = [
     include_str!("../../facts/models.toml"),
     include_str!("../../facts/socs.toml"),
@@ -294,19 +294,19 @@ pub const TEXTS: [&str; 4] = [
 ];
 
 impl Facts {
-    /// Those that come with this program.
+    /// The facts built into this program.
     ///
     /// # Errors
-    /// A file that does not have its form; a test reads them all.
+    /// When a file is malformed; a test reads them all.
     pub fn known() -> Result<Self, String> {
         let [models, socs, firmware, watchdog] = TEXTS;
         Self::read(models, socs, firmware, watchdog)
     }
 
-    /// From texts in the form of `bootmodel/facts`.
+    /// Parses texts in the format of `bootmodel/facts`.
     ///
     /// # Errors
-    /// A text that does not have its form.
+    /// When a text is malformed.
     pub fn read(models: &str, socs: &str, firmware: &str, watchdog: &str) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Models {
@@ -328,13 +328,13 @@ impl Facts {
         Ok(Self { models: models.model, socs: socs.soc, releases, watchdogs: watchdogs.driver })
     }
 
-    /// The model that a device tree calls by this name, with its chip.
+    /// The model with this `compatible` string, with its chip.
     pub fn model(&self, compatible: &str) -> Option<(&Model, &Soc)> {
         let model = self.models.iter().find(|model| model.compatible == compatible)?;
         Some((model, self.socs.iter().find(|soc| soc.name == model.soc)?))
     }
 
-    /// The watchdog's driver of that name.
+    /// The watchdog driver with this name.
     pub fn watchdog(&self, name: &str) -> Option<&Driver> {
         self.watchdogs.iter().find(|driver| driver.name == name)
     }

@@ -1,5 +1,5 @@
-//! A FAT volume, read without trust: what its boot sector says of its shape, and its files within bounds. A chain of
-//! clusters in a circle, a folder below itself and sizes that nobody has are errors, and end soon.
+//! Reads an untrusted FAT volume: its geometry from the boot sector, and its files within bounds. Circular cluster
+//! chains, circular directories and impossible sizes are errors and are detected quickly.
 //!
 //! Source: Microsoft's specification of FAT, 1.03 ("Boot Sector and BPB", "FAT type determination").
 
@@ -9,14 +9,14 @@ use std::io::{self, Read};
 
 use crate::firmware::{Disk, Partition, Window};
 
-/// The most files and folders of a volume; a boot partition has some hundreds.
+/// The maximum number of files and directories in a volume; a boot partition has a few hundred.
 const MOST_ENTRIES: usize = 16_384;
-/// The deepest folder.
+/// The maximum depth of directories.
 const DEEPEST: u32 = 8;
-/// Bytes of tables and folders that are read; those of files come on top.
+/// Maximum bytes of tables and directories that are read, not counting files.
 const OVERHEAD: u64 = 64 << 20;
 
-/// What a boot sector says.
+/// The content of a boot sector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Shape {
     /// The text at 54 or 82: "FAT16", "FAT32".
@@ -25,7 +25,7 @@ pub(super) struct Shape {
     pub(super) clusters: u64,
     /// Sectors of 512 bytes in a cluster.
     pub(super) cluster_sectors: u32,
-    /// Bytes of a sector, as the volume counts them.
+    /// The volume's sector size in bytes.
     pub(super) sector: u64,
 }
 
@@ -34,7 +34,7 @@ fn number(head: &[u8], at: usize, bytes: usize) -> u64 {
     part.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
-/// The shape of a volume; none when this is no FAT.
+/// The geometry of a volume; `None` when it is not a FAT volume.
 pub(super) fn shape(head: &[u8]) -> Option<Shape> {
     let (sector, in_cluster) = (number(head, 11, 2), number(head, 13, 1));
     let (reserved, fats, root) = (number(head, 14, 2), number(head, 16, 1), number(head, 17, 2));
@@ -49,7 +49,7 @@ pub(super) fn shape(head: &[u8]) -> Option<Shape> {
     }
     let data = reserved + fats * table + (root * 32).div_ceil(sector);
     let clusters = sectors.checked_sub(data)? / in_cluster;
-    // A FAT32 has no table of the short form.
+    // In a FAT32 volume the 16-bit table size is zero.
     let text = head.get(if number(head, 22, 2) == 0 { 82..90 } else { 54..62 }).unwrap_or_default();
     Some(Shape {
         says: String::from_utf8_lossy(text).trim().to_owned(),
@@ -63,14 +63,14 @@ pub(super) fn shape(head: &[u8]) -> Option<Shape> {
 pub(super) struct Files {
     /// By path.
     pub(super) found: BTreeMap<String, Vec<u8>>,
-    /// Files that had no room, and are listed as empty.
+    /// Files that exceeded the limit; they are listed as empty.
     pub(super) left_out: Vec<String>,
 }
 
-/// Reads the files of a volume, those that fit into `room` bytes, which become fewer.
+/// Reads the files of a volume as long as they fit into `room` bytes, and reduces `room`.
 ///
 /// # Errors
-/// A volume that is damaged, or means harm.
+/// When the volume is damaged or malicious.
 pub(super) fn files(
     disk: &dyn Disk,
     partition: &Partition,
@@ -114,7 +114,9 @@ impl Reader<'_> {
             }
             self.entries += 1;
             if self.entries > MOST_ENTRIES {
-                return Err(io::Error::other(format!("it lists more than {MOST_ENTRIES} files")));
+                return Err(io::Error::other(format!(
+                    "the volume lists more than {MOST_ENTRIES} files"
+                )));
             }
             let path = if path.is_empty() { name } else { format!("{path}/{name}") };
             if entry.is_dir() && depth < DEEPEST {
@@ -165,7 +167,7 @@ mod tests {
             }
             assert_eq!(shape(&bad), None, "byte {at}");
         }
-        // An exFAT and an NTFS are no FAT.
+        // exFAT and NTFS are not FAT.
         head[11..90].fill(0);
         assert_eq!(shape(&head), None);
     }

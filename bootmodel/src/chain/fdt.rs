@@ -1,5 +1,5 @@
-//! Device trees as the firmware and the kernel read them (Devicetree specification 0.4, chapter 5), without trust:
-//! a damaged one is an error, never a panic, and one that means harm costs no more than a large one.
+//! Reads untrusted device trees as the firmware and the kernel do (Devicetree specification 0.4, chapter 5). A
+//! damaged tree is an error, never a panic, and a malicious tree takes no more time and memory than a large one.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 pub struct Node {
     /// The whole path, `/soc/mmc@7e202000`.
     pub path: String,
-    /// The parent's place in [`Tree::nodes`]; the root is its own.
+    /// The parent's index in [`Tree::nodes`]; the root is its own parent.
     pub parent: usize,
     /// Name and bytes, in order.
     pub properties: Vec<(String, Vec<u8>)>,
@@ -17,9 +17,9 @@ pub struct Node {
 /// A device tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tree {
-    /// All nodes, each behind its parent.
+    /// All nodes, each after its parent.
     pub nodes: Vec<Node>,
-    /// The first node of each path, and of each number that other nodes refer to it by.
+    /// Indices of nodes: the first one with each path, and the first one with each phandle.
     paths: BTreeMap<String, usize>,
     phandles: BTreeMap<u32, usize>,
 }
@@ -31,11 +31,11 @@ const PROPERTY: u32 = 3;
 const NOP: u32 = 4;
 const LAST: u32 = 9;
 
-/// The largest tree that the kernel takes (Linux, Documentation/arch/arm64/booting.rst, "must not exceed 2 megabytes").
+/// The largest tree that the kernel accepts (Linux, Documentation/arch/arm64/booting.rst, "must not exceed 2 megabytes").
 const LARGEST: usize = 2 << 20;
 /// The deepest node (Linux, drivers/of/fdt.c: FDT_MAX_DEPTH).
 const DEEPEST: usize = 64;
-/// The longest name of a node or property. The specification has 31, which some trees pass.
+/// The longest name of a node or property. The specification allows 31, but some trees have longer names.
 const LONGEST: usize = 127;
 /// The most nodes. A Raspberry Pi 5's tree has some 800.
 const MOST_NODES: usize = 8192;
@@ -51,7 +51,7 @@ fn text(bytes: &[u8], at: usize) -> Option<String> {
     Some(String::from_utf8_lossy(&rest[..end]).into_owned())
 }
 
-/// A name with the bytes that it takes.
+/// A name and the number of bytes that it occupies.
 fn name(bytes: &[u8], at: usize) -> Option<(String, usize)> {
     let rest = bytes.get(at..)?;
     let end = rest.iter().take(LONGEST + 1).position(|byte| *byte == 0)?;
@@ -59,19 +59,22 @@ fn name(bytes: &[u8], at: usize) -> Option<(String, usize)> {
 }
 
 impl Tree {
-    /// Reads one.
+    /// Reads a device tree.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// When the tree is malformed.
     pub fn read(bytes: &[u8]) -> Result<Self, String> {
         if word(bytes, 0) != Some(MAGIC) {
-            return Err("it does not begin as a device tree".to_owned());
+            return Err("not a device tree (wrong magic)".to_owned());
         }
         if bytes.len() > LARGEST {
-            return Err(format!("it has {} bytes, the kernel takes {LARGEST}", bytes.len()));
+            return Err(format!(
+                "the tree has {} bytes, the kernel accepts at most {LARGEST}",
+                bytes.len()
+            ));
         }
         let nodes = Self::nodes_of(bytes)
-            .ok_or_else(|| "it ends in the midst, or its parts do not fit".to_owned())?;
+            .ok_or_else(|| "the tree is truncated, or its parts are inconsistent".to_owned())?;
         let mut tree = Self { nodes, paths: BTreeMap::new(), phandles: BTreeMap::new() };
         for (index, node) in tree.nodes.iter().enumerate() {
             tree.paths.entry(node.path.clone()).or_insert(index);
@@ -128,13 +131,13 @@ impl Tree {
         self.nodes.get(*self.paths.get(path)?)
     }
 
-    /// What an alias stands for.
+    /// The node that an alias names.
     pub fn alias(&self, name: &str) -> Option<&Node> {
         let path = self.node("/aliases")?.text(name)?;
         self.node(&path)
     }
 
-    /// The node that other nodes refer to by this number.
+    /// The node with this phandle.
     pub fn phandle(&self, number: u32) -> Option<&Node> {
         self.nodes.get(*self.phandles.get(&number)?)
     }
@@ -144,7 +147,7 @@ impl Tree {
         (node.path != "/").then(|| self.nodes.get(node.parent)).flatten()
     }
 
-    /// Whether the node and all above it are switched on.
+    /// Whether the node and all its parents are enabled.
     pub fn enabled(&self, node: &Node) -> bool {
         let own = matches!(node.text("status").as_deref(), None | Some("okay" | "ok"));
         own && self.parent(node).is_none_or(|parent| self.enabled(parent))
@@ -211,12 +214,12 @@ mod tests {
         assert!(Tree::read(&tree(&named, &[&[b'x'; 1 << 20][..], &[0]].concat())).is_err());
         assert!(Tree::read(&tree(&named, b"x\0")).is_ok());
         let large = tree(&[vec![BEGIN, 0], vec![NOP; 1 << 19], vec![END, LAST]].concat(), b"");
-        assert!(Tree::read(&large).is_err_and(|reason| reason.contains("the kernel takes")));
+        assert!(Tree::read(&large).is_err_and(|reason| reason.contains("the kernel accepts")));
     }
 
     #[test]
     fn a_name_that_is_no_text_takes_its_own_bytes() {
-        // Three bytes that are no UTF-8 become as many times three.
+        // Each byte that is not UTF-8 becomes three bytes.
         let words = tree(&[BEGIN, 0xfffe_fd00, END, LAST], b"");
         assert_eq!(Tree::read(&words).map(|tree| tree.nodes.len()), Ok(1));
     }

@@ -1,12 +1,12 @@
-//! Stage 13, what shares an erase block: a power cut in a write can destroy what was written before in its
-//! neighbourhood, so what must not be lost together lies apart.
+//! Stage 13, erase blocks: a power cut during a write can destroy older data in the same erase block. So data that
+//! must not be lost together is kept in different erase blocks.
 //!
 //! Sources: Tseng, Grupp, Swanson, DAC 2011; Zheng et al., FAST 2013; units of 4 MiB on common cards:
 //! wiki.linaro.org, FlashCardSurvey; 8 MiB in practice: mendersoftware/mender-docs#79, rpi-image-gen (`align = 8M`).
 
 use super::{Place, Run};
 
-/// What a card may erase at once.
+/// Bytes that a card may erase at once.
 const UNIT: u64 = 8 << 20;
 
 pub(super) fn check(run: &mut Run<'_>) {
@@ -15,8 +15,8 @@ pub(super) fn check(run: &mut Run<'_>) {
         run.stop(
             "slot-alone",
             Place::card(),
-            "only one partition has a system in it: there is none to come back to".to_owned(),
-            "partitions of the roles root-a and root-b in board.toml".to_owned(),
+            "only one partition has a system: there is no other one to roll back to".to_owned(),
+            "define partitions with the roles root-a and root-b in board.toml".to_owned(),
         );
     }
     let mut alone = vec![("the partition table".to_owned(), 0)];
@@ -28,14 +28,14 @@ pub(super) fn check(run: &mut Run<'_>) {
     if let Some(first) = starts.first() {
         alone.push(("the first partition".to_owned(), *first));
     }
-    let help = "`first-partition` and `boot-state` in board.toml: 8 MiB and more apart";
+    let help = "put `first-partition` and `boot-state` in board.toml at least 8 MiB apart";
     for (index, (what, offset)) in alone.iter().enumerate() {
         for (other, at) in &alone[index + 1..] {
             if offset / UNIT == at / UNIT {
                 run.degrade(
                     "shared-unit",
                     Place::card(),
-                    format!("{what} (at {offset}) and {other} (at {at}) lie in one unit of 8 MiB: a cut while one is written can destroy both"),
+                    format!("{what} (at {offset}) and {other} (at {at}) are in the same 8 MiB unit: a power cut while one is written can destroy both"),
                     help.to_owned(),
                 );
             }
@@ -46,8 +46,8 @@ pub(super) fn check(run: &mut Run<'_>) {
         run.degrade(
             "shared-unit",
             Place::card(),
-            format!("the second partition (at {at}) begins in the last unit of 8 MiB of the first, which every commit writes"),
-            "a size of `boot` in board.toml that is a multiple of 8 MiB".to_owned(),
+            format!("the second partition (at {at}) begins in the last 8 MiB unit of the first one, and every commit writes to that one"),
+            "set the size of `boot` in board.toml to a multiple of 8 MiB".to_owned(),
         );
     }
 }

@@ -1,15 +1,15 @@
 //! Stage 8, the script's addresses against the memory of the smallest board of a model.
 //!
 //! Sources: cmd/booti.c of U-Boot ("kernel_comp_addr_r is outside of DRAM range!"; a packed kernel is unpacked there
-//! and moved back to where it was loaded); the GPU's share comes off the top of the first GiB, `gpu_mem_512` and its like
-//! before `gpu_mem`, and `total_mem` makes less of it, from 128 MiB on (memory.adoc); the
-//! kernel's own needs: Documentation/arch/arm64/booting.rst.
+//! and moved back to where it was loaded); the GPU's share is taken from the top of the first GiB; `gpu_mem_512` and similar keys
+//! take precedence over `gpu_mem`, and `total_mem` (128 MiB or more) reduces the memory (memory.adoc); the
+//! kernel's requirements: Documentation/arch/arm64/booting.rst.
 
 use super::system::System;
 use super::{Boot, Place, Run};
 
-/// What U-Boot has at the top of its memory: itself, its heap, its stack and its copies of trees. 32 MiB of heap are the
-/// most that a Raspberry Pi's configuration asks for (CONFIG_SYS_MALLOC_LEN), and the rest is below 8 MiB.
+/// What U-Boot uses at the top of its memory: its code, heap, stack and copies of trees. The largest heap in a
+/// Raspberry Pi configuration is 32 MiB (CONFIG_SYS_MALLOC_LEN), and the rest is below 8 MiB.
 const UBOOT_AT_TOP: u64 = 40 << 20;
 /// How far a tree grows when U-Boot completes it (CONFIG_SYS_FDT_PAD and the command line).
 const TREE_GROWS: u64 = 16 << 10;
@@ -30,10 +30,10 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: 
     let (Some(script), Ok(parts)) = (system.script, system.parts) else { return };
     let mib = |key: &str| boot.value(key).and_then(|mib| mib.parse::<u64>().ok());
     let ram = run.model.ram.iter().min().map_or(0, |ram| ram.0).min(run.soc.memory_top.0);
-    // A smaller memory than 128 MiB is not to be had.
+    // The firmware allows no less than 128 MiB.
     let told = mib("total_mem").map_or(ram, |mib| mib.clamp(128, 1 << 20) << 20);
     let ram = ram.min(told);
-    // The key for this very size of memory counts before the one for all.
+    // The key for this memory size takes precedence over the general one.
     let gpu = mib(&format!("gpu_mem_{}", ram >> 20)).or_else(|| mib("gpu_mem"));
     let gpu = gpu.map(|mib| mib.min(1 << 20) << 20);
     let top = ram.saturating_sub(gpu.unwrap_or(run.soc.gpu_memory.0));
@@ -59,8 +59,8 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: 
             run.stop(
                 "memory-unpack",
                 place,
-                "the kernel is packed, and the script sets no kernel_comp_addr_r and kernel_comp_size: booti does not start it".to_owned(),
-                "`decompression-address` and `decompression-size` in board.toml".to_owned(),
+                "the kernel is compressed, but the script does not set kernel_comp_addr_r and kernel_comp_size: booti does not start it".to_owned(),
+                "set `decompression-address` and `decompression-size` in board.toml".to_owned(),
             );
             return;
         };
@@ -69,13 +69,17 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: 
                 "memory-unpack",
                 place.clone(),
                 format!(
-                    "kernel_comp_size is {room:#x}, the packed kernel has {:#x} bytes",
+                    "kernel_comp_size is {room:#x}, but the compressed kernel has {:#x} bytes",
                     parts.packed
                 ),
-                "`decompression-size` in board.toml".to_owned(),
+                "set a larger `decompression-size` in board.toml".to_owned(),
             );
         }
-        areas.push(Area { what: "the unpacked kernel".to_owned(), start, size: parts.unpacked });
+        areas.push(Area {
+            what: "the decompressed kernel".to_owned(),
+            start,
+            size: parts.unpacked,
+        });
     }
     for area in &areas {
         if area.end() > usable {
@@ -83,10 +87,10 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: 
                 "memory-outside",
                 place.clone(),
                 format!(
-                    "{} lies at {:#x} to {:#x}; the smallest board of this model has {:#x} bytes, of which U-Boot's own part begins at {usable:#x}",
+                    "{} is at {:#x} to {:#x}, but the smallest board of this model has {:#x} bytes, and U-Boot itself begins at {usable:#x}",
                     area.what, area.start, area.end(), ram
                 ),
-                "lower addresses in [u-boot] of board.toml".to_owned(),
+                "use lower addresses in [u-boot] of board.toml".to_owned(),
             );
         }
     }
@@ -97,7 +101,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: 
                 "memory-overlap",
                 place.clone(),
                 format!(
-                    "{} ({:#x} to {:#x}) reaches into {} (at {:#x})",
+                    "{} ({:#x} to {:#x}) overlaps {} (at {:#x})",
                     pair[0].what,
                     pair[0].start,
                     pair[0].end(),
@@ -110,6 +114,6 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: 
     }
     run.step(
         "U-Boot",
-        format!("all that it loads lies below {usable:#x}, the least that this model has"),
+        format!("everything that it loads is below {usable:#x}, the smallest usable memory of this model"),
     );
 }

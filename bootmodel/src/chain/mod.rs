@@ -1,7 +1,7 @@
-//! A card from power on to `/init`, for each model that it is for: what boot ROM, `bootcode.bin`, EEPROM,
-//! `start*.elf`, U-Boot and kernel do with these bytes, and what would keep that board from starting, trying an
-//! update or coming back. A pure function over the card's bytes and [`Facts`]; each stage is a module that names
-//! its sources, and everything of a particular model or release is data ([`facts`]).
+//! Models a start from power on to `/init`, for each model that a card is for: what boot ROM, `bootcode.bin`, EEPROM,
+//! `start*.elf`, U-Boot and kernel do with the card's bytes, and what would prevent that board from starting, trying
+//! an update or rolling back. A pure function over the card's bytes and [`Facts`]. Each stage is a module that names
+//! its sources; everything about a particular model or release is data ([`facts`]).
 //!
 //! | stage | module | |
 //! |---|---|---|
@@ -55,13 +55,13 @@ use system::System;
 /// What a finding means for the board.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// It does not start, or an update never succeeds, or a failed one does not come back.
+    /// The board does not start, or an update never succeeds, or a failed update is not rolled back.
     Stops,
-    /// It starts, but something is lost.
+    /// The board starts, but a function is missing.
     Degrades,
 }
 
-/// Where on the card something is.
+/// A place on the card.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Place {
     /// The partition's number; none for the table.
@@ -111,11 +111,11 @@ impl fmt::Display for Place {
 pub struct Finding {
     /// A stable name of the rule.
     pub rule: &'static str,
-    /// What it means.
+    /// How severe it is.
     pub level: Level,
     /// Where.
     pub place: Place,
-    /// What was found, and what follows.
+    /// What was found, and its consequence.
     pub message: String,
     /// What to do.
     pub help: String,
@@ -133,9 +133,9 @@ impl fmt::Display for Finding {
 /// One thing that happens in a start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
-    /// Who does it.
+    /// The program that does it.
     pub who: &'static str,
-    /// What it does, with the file that it takes.
+    /// What the program does, with the file that it uses.
     pub what: String,
 }
 
@@ -144,15 +144,15 @@ pub struct Step {
 pub struct Chain {
     /// The model, as boards list it.
     pub model: String,
-    /// For people.
+    /// Human-readable name.
     pub title: String,
     /// What happens, in order.
     pub steps: Vec<Step>,
-    /// Whether a finding says that it does not start.
+    /// Whether no finding prevents the start.
     pub starts: bool,
 }
 
-/// What became of a check.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Verdict {
     /// One for each model of the card.
@@ -162,13 +162,13 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    /// The findings that say that a board does not start, try or come back.
+    /// The findings that prevent a start, an update or a rollback.
     pub fn stops(&self) -> impl Iterator<Item = &Finding> {
         self.findings.iter().filter(|finding| finding.level == Level::Stops)
     }
 }
 
-/// The most findings of one rule for one model: who reads more of them?
+/// Maximum number of findings of one rule for one model.
 const MOST_OF_A_RULE: usize = 40;
 
 /// One model on one card.
@@ -220,7 +220,7 @@ struct Boot<'a> {
     tryboot: bool,
     config: &'static str,
     settings: Vec<Setting>,
-    /// What stands before the names of the operating system's files ([`names::prefix`]).
+    /// The prefix of the names of the operating system's files ([`names::prefix`]).
     prefix: String,
     /// The first `include` that is not followed, and why.
     refused: Option<(Setting, &'static str)>,
@@ -228,7 +228,7 @@ struct Boot<'a> {
     date: Option<String>,
     /// The program itself.
     program: Option<&'a [u8]>,
-    /// What led here.
+    /// The steps up to here.
     steps: Vec<Step>,
 }
 
@@ -237,7 +237,7 @@ impl Boot<'_> {
         config::last(&self.settings, key).map(|setting| setting.value.as_str())
     }
 
-    /// A file of the operating system: the prefix stands before the names of all of them but absolute ones.
+    /// The path of a file of the operating system: the prefix plus the name, or the name alone if it is absolute.
     fn os_file(&self, name: &str) -> String {
         match name.strip_prefix('/') {
             Some(absolute) => absolute.to_owned(),
@@ -294,10 +294,10 @@ pub fn check(card: &Card, facts: &Facts) -> Verdict {
     verdict
 }
 
-/// A model without facts: another maker's board is not modelled; a new one of this maker must get its facts.
+/// A model without facts. Boards of other makers are not modelled; a new Raspberry Pi must get its facts.
 fn unknown(compatible: &str) -> (Chain, Option<Finding>) {
     let ours = compatible.starts_with("raspberrypi,");
-    let what = "its firmware is not modelled, nothing is checked".to_owned();
+    let what = "the firmware of this model is not modelled; nothing is checked".to_owned();
     let chain = Chain {
         model: compatible.to_owned(),
         title: compatible.to_owned(),
@@ -308,15 +308,15 @@ fn unknown(compatible: &str) -> (Chain, Option<Finding>) {
         rule: "model-unknown",
         level: Level::Stops,
         place: Place::card(),
-        message: format!("nothing is known of the model {compatible}"),
-        help: "add it to bootmodel/facts/models.toml, with the source of each fact, or take it off `compatible` in board.toml".to_owned(),
+        message: format!("no facts about the model {compatible}"),
+        help: "add the model to bootmodel/facts/models.toml, with the source of each fact, or remove it from `compatible` in board.toml".to_owned(),
         models: vec![compatible.to_owned()],
     });
     (chain, finding)
 }
 
-/// Systems that were taken apart, by the checksum of what they consist of: slots hold the same bytes, and a kernel is
-/// unpacked and looked through once, not once for each model.
+/// Parsed systems, by the checksum of their parts. Slots hold the same bytes, so a kernel is decompressed and
+/// searched once, not once for each model.
 #[derive(Default)]
 struct Systems(BTreeMap<Vec<u32>, Result<system::Parts, String>>);
 
@@ -359,8 +359,8 @@ fn start(run: &mut Run<'_>, systems: &mut Systems) {
             run.stop(
                 "kernel-missing",
                 boot.place("kernel"),
-                format!("the firmware loads {kernel}, which is not there"),
-                format!("a boot file with the path {kernel}, or another `kernel=`"),
+                format!("the firmware loads {kernel}, which does not exist"),
+                format!("add a boot file with the path {kernel}, or change `kernel=`"),
             );
             continue;
         };
@@ -399,25 +399,25 @@ fn start(run: &mut Run<'_>, systems: &mut Systems) {
     }
 }
 
-/// The firmware unpacks gzip, and nothing else (documentation of config.txt, `arm_64bit`: "uncompressed image files or a
+/// The firmware decompresses only gzip (documentation of config.txt, `arm_64bit`: "uncompressed image files or a
 /// gzip archive of an image").
 fn packed(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, program: &[u8]) {
     if program.starts_with(&system::ZSTD) {
         run.stop(
             "kernel-packed",
             Place::file(boot.volume.number, kernel),
-            "it is packed with zstd; the firmware unpacks gzip alone, and starts this as it is"
+            "the kernel is compressed with zstd, but the firmware decompresses only gzip: it runs the compressed bytes"
                 .to_owned(),
-            "an Image, plain or packed with gzip".to_owned(),
+            "use an Image, uncompressed or compressed with gzip".to_owned(),
         );
     }
 }
 
-/// U-Boot's stages, and those of each slot behind it.
+/// The stages of U-Boot, and of each slot that it starts.
 fn uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: String, systems: &mut Systems) {
     uboot::check(run, boot, program, &tree);
     let Some(script) = uboot::script(run, boot) else { return };
-    // Without a tree of the slot the kernel is given the one that the firmware has completed.
+    // Without a tree from the slot, the kernel gets the one that the firmware has completed.
     let own_tree = script.loads.iter().any(|load| load.path.contains("dtbs/"));
     versions::check_uboot(run, boot, program, own_tree);
     let slots: Vec<_> = run.card.slots.iter().collect();
@@ -451,7 +451,7 @@ fn uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: String, syste
     }
 }
 
-/// Stages 9 to 12, which are the same however the kernel came into memory.
+/// Stages 9 to 12, which do not depend on what loaded the kernel.
 fn kernel_stages(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<'_>) {
     let parts = match system.parts {
         Ok(parts) => parts,
@@ -460,7 +460,7 @@ fn kernel_stages(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<'_>
                 "system-unreadable",
                 system.places[0].clone(),
                 message.clone(),
-                "build the image anew".to_owned(),
+                "build the image again".to_owned(),
             );
             return;
         }
@@ -475,7 +475,7 @@ fn kernel_stages(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<'_>
     run.step("kernel", format!("Linux {} runs /init", parts.version));
 }
 
-/// Whether `needle` stands in `haystack`.
+/// The offset of `needle` in `haystack`.
 fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     let (first, rest) = needle.split_first()?;
     let mut from = 0;

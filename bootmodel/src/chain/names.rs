@@ -1,13 +1,13 @@
 //! Stage 5, device trees by model: the firmware's names and U-Boot's.
 //!
 //! Sources: strings of start.elf and start4.elf (`bcm%d-rpi-%s.dtb`); `upstream_kernel` in the documentation of
-//! config.txt (the firmware's own names where the kernel's are not there); U-Boot: the table `rpi_models` in board/raspberrypi/rpi/rpi.c, whose names stand in the binary.
+//! config.txt (the firmware's own names where the kernel's do not exist); U-Boot: the table `rpi_models` in board/raspberrypi/rpi/rpi.c, whose names are in the binary.
 
 use super::card::Slot;
 use super::uboot::Script;
 use super::{Boot, Place, Run};
 
-/// The file that the firmware starts: `kernel=`, else the first of its own names that is there.
+/// The file that the firmware starts: `kernel=`, else the first of its default names that exists.
 pub(super) fn kernel(run: &Run<'_>, boot: &Boot<'_>) -> String {
     if let Some(name) = boot.value("kernel") {
         return boot.os_file(name);
@@ -17,7 +17,7 @@ pub(super) fn kernel(run: &Run<'_>, boot: &Boot<'_>) -> String {
     there.or_else(|| names().next_back()).unwrap_or_default()
 }
 
-/// Names of trees that the firmware asks for on this model, each with the one that it takes instead.
+/// Device trees that the firmware loads on this model, each with its fallback.
 fn trees(run: &Run<'_>, boot: &Boot<'_>) -> Vec<(String, Option<String>)> {
     if let Some(name) = boot.value("device_tree") {
         return vec![(name.to_owned(), None)];
@@ -29,8 +29,8 @@ fn trees(run: &Run<'_>, boot: &Boot<'_>) -> Vec<(String, Option<String>)> {
     run.model.upstream_dtbs.iter().cloned().zip(own().map(Some)).collect()
 }
 
-/// What stands before the names of the operating system's files: `os_prefix`, which is passed over unless kernel and
-/// tree are there under it (documentation of config.txt, `os_prefix`, `upstream_kernel`).
+/// The prefix of the names of the operating system's files: `os_prefix`, which is ignored unless it has both the kernel
+/// and the tree (documentation of config.txt, `os_prefix`, `upstream_kernel`).
 pub(super) fn prefix(run: &Run<'_>, boot: &Boot<'_>) -> String {
     let upstream = boot.is_on("upstream_kernel").then_some("upstream/");
     let prefix = boot.value("os_prefix").or(upstream).unwrap_or_default();
@@ -44,7 +44,7 @@ pub(super) fn prefix(run: &Run<'_>, boot: &Boot<'_>) -> String {
     if kernel && tree { prefix.to_owned() } else { String::new() }
 }
 
-/// The tree that the firmware takes, of all that this model may ask for; all must be there.
+/// The tree that the firmware uses. All trees that this model may ask for must exist.
 pub(super) fn firmware_tree(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<String> {
     let number = boot.volume.number;
     let mut found = None;
@@ -62,7 +62,7 @@ pub(super) fn firmware_tree(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<String
             "tree-missing",
             Place::partition(number),
             format!(
-                "the firmware asks for {path} on this model, which is not there; there are {}",
+                "the firmware loads {path} on this model, which does not exist; similar files: {}",
                 if near.is_empty() { "none".to_owned() } else { format!("{near:?}") }
             ),
             format!("`kernel.device-trees` in board.toml must match {name}, or a boot file must have that path"),
@@ -74,21 +74,21 @@ pub(super) fn firmware_tree(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<String
     found
 }
 
-/// Which files of a slot a start takes.
+/// The files of a slot that a start uses.
 pub(super) struct SlotFiles {
     pub(super) kernel: String,
     pub(super) initrd: String,
     pub(super) tree: String,
 }
 
-/// The names that U-Boot gives `${fdtfile}`, as they stand in its table.
+/// The values that U-Boot's table has for `${fdtfile}`.
 fn table(program: &[u8]) -> Vec<String> {
     let texts = program.split(|byte| *byte == 0);
     let texts = texts.filter(|text| text.ends_with(b".dtb") && text.len() < 64 && text.is_ascii());
     texts.map(|text| String::from_utf8_lossy(text).into_owned()).collect()
 }
 
-/// What U-Boot's table may call this model: the kernel's names without their end, which it lacks for some
+/// How U-Boot's table may name this model: the kernel's names without their end, which is missing for some
 /// (`bcm2837-rpi-zero-2.dtb` for `…-zero-2-w.dtb`, `bcm2711-rpi-cm4.dtb` for `…-cm4-io.dtb`).
 fn of_model(run: &Run<'_>, table: &[String]) -> Option<String> {
     let names = run.model.upstream_dtbs.iter().chain(&run.model.firmware_dtbs);
@@ -109,7 +109,7 @@ fn of_model(run: &Run<'_>, table: &[String]) -> Option<String> {
     exact.or_else(longest).cloned()
 }
 
-/// The files that the script loads from a slot on this model; all must be there.
+/// The files that the script loads from a slot on this model; all must exist.
 pub(super) fn slot_files(
     run: &mut Run<'_>,
     slot: &Slot,
@@ -124,10 +124,10 @@ pub(super) fn slot_files(
             "uboot-model",
             Place::card(),
             format!(
-                "this U-Boot has no name for the {}: it starts as an unknown board",
+                "this U-Boot does not know the {}: it treats the model as an unknown board",
                 run.model.title
             ),
-            "a newer U-Boot, or take the model off `compatible` in board.toml".to_owned(),
+            "use a newer U-Boot, or remove the model from `compatible` in board.toml".to_owned(),
         );
         return None;
     }
@@ -147,11 +147,11 @@ pub(super) fn slot_files(
                 Place::partition(slot.number),
                 match path.as_str() {
                     "" => format!("boot.scr loads no {what}"),
-                    _ => format!("U-Boot loads {path} as the {what} of this model, which is not there"),
+                    _ => format!("U-Boot loads {path} as the {what} of this model, which does not exist"),
                 },
                 match what {
                     "device tree" => "`kernel.device-trees` in board.toml must match it; U-Boot's name may differ from the kernel's".to_owned(),
-                    _ => "build the image anew".to_owned(),
+                    _ => "build the image again".to_owned(),
                 },
             );
         }
@@ -166,7 +166,7 @@ pub(super) fn slot_files(
     (!missing).then_some(SlotFiles { kernel, initrd, tree })
 }
 
-/// The settings of Wi-Fi that the kernel asks for on this model (brcmfmac's firmware.c: `<chip>-sdio.<compatible>.txt`, else
+/// The Wi-Fi settings that the kernel loads on this model (brcmfmac's firmware.c: `<chip>-sdio.<compatible>.txt`, else
 /// `<chip>-sdio.txt`).
 pub(super) fn wifi(run: &mut Run<'_>, slot: &Slot) {
     let wanted = format!("-sdio.{}.txt", run.model.wifi);
@@ -181,7 +181,7 @@ pub(super) fn wifi(run: &mut Run<'_>, slot: &Slot) {
             Place::partition(slot.number),
             format!("usr/lib/firmware/brcm has no brcmfmac…{wanted}: this model has no Wi-Fi"),
             format!(
-                "the package firmware-brcm80211, and a prune rule that keeps that file or the chip's, brcmfmac{}-sdio.txt",
+                "install the package firmware-brcm80211, and keep that file or the chip's, brcmfmac{}-sdio.txt, in the prune rules",
                 run.model.wifi_chips.join("-sdio.txt or brcmfmac")
             ),
         );

@@ -1,14 +1,14 @@
-//! Stage 10, a restart after a panic: who resets the board when the kernel stops before any module is loaded.
+//! Stage 10, a restart after a panic: what resets the board when the kernel stops before any module is loaded.
 //!
 //! Sources: the Raspberry Pi has no PSCI; its restart handler is in drivers/watchdog/bcm2835_wdt.c. Where that is a
 //! module, "Rebooting in 10 seconds.." is followed by "Reboot failed -- System halted" (seen with Debian's 6.1.192 in
-//! QEMU's raspi3b and raspi4b). A watchdog that already runs ends that.
+//! QEMU's raspi3b and raspi4b). A watchdog that is already running resets the board.
 
 use super::settings::knows;
 use super::system::{Parts, System};
 use super::{Boot, Run};
 
-/// Starts the watchdog with a password in the upper byte of both registers (bcm2835_wdt.c: PM_PASSWORD, and
+/// The upper byte of both registers must hold a password to start the watchdog (bcm2835_wdt.c: PM_PASSWORD, and
 /// PM_RSTC_WRCFG_FULL_RESET).
 const PASSWORD: u64 = 0x5a00_0000;
 const FULL_RESET: u64 = 0x20;
@@ -41,7 +41,7 @@ pub(super) fn check(
             writes(time.0, 0) && writes(start.0, FULL_RESET)
         }
         (None, Some(boot)) if boot.tryboot => {
-            // On a Raspberry Pi 5 the EEPROM reads it, on older ones the program of the card.
+            // On a Raspberry Pi 5 the EEPROM reads this setting, on older models the firmware on the card.
             let key = "kernel_watchdog_timeout";
             boot.is_on(key) && boot.program.is_none_or(|program| knows(program, key))
         }
@@ -58,14 +58,14 @@ pub(super) fn check(
     let (place, help) = match system.script {
         Some(_) => (
             system.places[3].clone(),
-            format!("set `watchdog-start` of [u-boot] in board.toml, which boot.scr runs on a trial: mw.l {:#x} 0x5a0fffff; mw.l {:#x} 0x5a000122", time.0, start.0),
+            format!("set `watchdog-start` in [u-boot] of board.toml, which boot.scr runs on a trial: mw.l {:#x} 0x5a0fffff; mw.l {:#x} 0x5a000122", time.0, start.0),
         ),
-        None => (system.places[0].clone(), "kernel_watchdog_timeout below [tryboot] in config.txt, or a kernel that has the driver built in".to_owned()),
+        None => (system.places[0].clone(), "set kernel_watchdog_timeout below [tryboot] in config.txt, or use a kernel that has the driver built in".to_owned()),
     };
     run.stop(
         "panic-halts",
         place,
-        format!("a panic before {watchdog} is loaded halts the board: the kernel has no other way to restart, and nothing has started the watchdog; a trial that fails so never comes back"),
+        format!("a panic before {watchdog} is loaded halts the board: the kernel has no other way to restart, and the watchdog is not running; a trial that fails like this is never rolled back"),
         help,
     );
 }

@@ -1,10 +1,10 @@
 //! Stage 2, the boot ROM and `bootcode.bin` of the Raspberry Pi 3.
 //!
 //! Sources: strings of `bootcode.bin` of 26 August 2022 (`gpu_mem`, `gpu_mem_256/512/1024`, `start_x`,
-//! `start_debug`, `start_file`, `fixup_file`, `start_cd.elf`, `fixup_cd.dat`): it chooses the firmware itself, before
-//! any section of config.txt counts. raspberrypi/firmware#984, raspberrypi/linux#503, raspberrypi/documentation, pull
-//! requests 3233 and 4194; boot ROM: raspberrypi/firmware#1738. It has `autoboot.txt` and `boot_partition` among its
-//! strings, too, and reads no included files (what_is_config_txt.adoc).
+//! `start_debug`, `start_file`, `fixup_file`, `start_cd.elf`, `fixup_cd.dat`): it chooses the firmware itself, and
+//! ignores the sections of config.txt. raspberrypi/firmware#984, raspberrypi/linux#503, raspberrypi/documentation, pull
+//! requests 3233 and 4194; boot ROM: raspberrypi/firmware#1738. Its strings also
+//! include `autoboot.txt` and `boot_partition`. It reads no included files (what_is_config_txt.adoc).
 
 use super::config::{self, Filters, Setting};
 use super::{Boot, Place, Run, find};
@@ -18,7 +18,7 @@ pub(super) fn build_day(program: &[u8]) -> Option<String> {
         from += at + mark.len();
         let text = program.get(from..from + 11)?;
         let text = std::str::from_utf8(text).unwrap_or_default();
-        // The same key has the time of day, too.
+        // The same key is also used for the time of day.
         let mut words = text.split_whitespace();
         let month = words.next().and_then(|month| MONTHS.find(month)).map(|at| at / 3 + 1);
         let day = words.next().and_then(|day| day.parse::<u32>().ok());
@@ -30,7 +30,7 @@ pub(super) fn build_day(program: &[u8]) -> Option<String> {
     None
 }
 
-/// What the firmware is called with these settings: the program and the memory's settings, and the line that asks.
+/// The names of the firmware files with these settings (program and memory settings), and the line that selects them.
 fn firmware_files(run: &Run<'_>, settings: &[Setting]) -> ([String; 2], Option<usize>) {
     let [program, fixup] = run.soc.second_stage.as_slice() else { return Default::default() };
     let rules = &run.facts.releases.first_stage;
@@ -54,7 +54,7 @@ fn firmware_files(run: &Run<'_>, settings: &[Setting]) -> ([String; 2], Option<u
     if let Some(setting) = on("start_x") {
         return (with("x"), Some(setting.line));
     }
-    // The key for this very size of memory counts before the one for all.
+    // The key for this memory size takes precedence over the general one.
     let largest = run.model.ram.iter().map(|ram| ram.0 >> 20).max().unwrap_or(0).min(1024);
     let exact = rules.memory_keys.iter().filter(|key| key.ends_with(&format!("_{largest}")));
     let setting = exact.chain(&rules.memory_keys[..1]).find_map(|key| named(key));
@@ -66,8 +66,8 @@ fn firmware_files(run: &Run<'_>, settings: &[Setting]) -> ([String; 2], Option<u
     }
 }
 
-/// The firmware's two files of a partition, their day, and what is wrong with them. `sections` is whether whoever
-/// chooses them reads sections of config.txt.
+/// The firmware's two files on a partition and their build day; reports what is wrong with them. `sections` says
+/// whether the program that chooses them reads sections of config.txt.
 pub(super) fn second_stage<'a>(
     run: &mut Run<'a>,
     volume: &'a super::card::Volume,
@@ -90,9 +90,9 @@ pub(super) fn second_stage<'a>(
             Some(Setting { key, value, .. }) => format!("with `{key}={value}` the firmware loads"),
             None => "the firmware loads".to_owned(),
         };
-        let are = if missing.len() == 1 { "is" } else { "are" };
+        let are = if missing.len() == 1 { "does" } else { "do" };
         let message =
-            format!("{why} {program} and {fixup}; {} {are} not there", missing.join(" and "));
+            format!("{why} {program} and {fixup}, but {} {are} not exist", missing.join(" and "));
         let help = match line {
             Some(_) => "delete the line, or add the files to `firmware` in board.toml",
             None => "add the files to `firmware` in board.toml",
@@ -108,8 +108,8 @@ pub(super) fn second_stage<'a>(
         run.stop(
             "firmware-date",
             Place::file(volume.number, &program),
-            "it has no build date, so it is no firmware of the Raspberry Pi".to_owned(),
-            "take the file of the package raspi-firmware".to_owned(),
+            "the file has no build date, so it is not Raspberry Pi firmware".to_owned(),
+            "use the file from the package raspi-firmware".to_owned(),
         );
     }
     let wrong = volume.file(&fixup).is_some_and(|bytes| !is_fixup(bytes));
@@ -117,15 +117,15 @@ pub(super) fn second_stage<'a>(
         run.stop(
             "firmware-fixup",
             Place::file(volume.number, &fixup),
-            format!("it does not begin as {fixup} does; {program} gets no memory without its own"),
-            "take both files of one package".to_owned(),
+            format!("the file does not begin like {fixup}; without the matching file {program} cannot set up memory"),
+            "use both files from the same package".to_owned(),
         );
     }
     Some((bytes, day))
 }
 
-/// All of them begin alike (checked in raspi-firmware 1.20220830). They name no date, and their form is not published:
-/// whether one belongs to its program cannot be seen.
+/// All fixup files begin with the same bytes (checked in raspi-firmware 1.20220830). They have no date, and their
+/// format is not published, so whether one matches its program cannot be checked.
 fn is_fixup(bytes: &[u8]) -> bool {
     bytes.starts_with(&[0x0f, 0x13])
 }
@@ -138,7 +138,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
             "no-fat",
             Place::card(),
             "the boot ROM finds no FAT volume".to_owned(),
-            "a partition of the role `boot` in board.toml".to_owned(),
+            "define a partition with the role `boot` in board.toml".to_owned(),
         );
         return Vec::new();
     };
@@ -147,7 +147,9 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
         run.stop(
             "rom-file",
             Place::partition(number),
-            format!("the boot ROM loads {first} from its root, which is not there"),
+            format!(
+                "the boot ROM loads {first} from the root directory, but the file does not exist"
+            ),
             format!("add {first} to `firmware` in board.toml"),
         );
         return Vec::new();
@@ -157,14 +159,14 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
         run.stop(
             "rom-autoboot",
             Place::file(number, "autoboot.txt"),
-            format!("{first} reads it, too, and starts the partition that it names"),
-            "delete it: only Raspberry Pi 4 and later can try a partition so".to_owned(),
+            format!("{first} also reads autoboot.txt, and starts the partition that it names"),
+            "delete the file: only Raspberry Pi 4 and later can try a partition with it".to_owned(),
         );
     }
     let text = volume.file("config.txt").unwrap_or_default();
-    // No section counts here.
+    // Sections are ignored here.
     let all = config::settings(text, Filters { models: None, tryboot: None, sections: false });
-    // What else is wrong is said, too.
+    // Continue, to report other findings too.
     let second = second_stage(run, volume, "config.txt", &all);
     let (program, date) = second.map_or((None, None), |(program, date)| (Some(program), date));
     let loader = build_day(volume.file(&first).unwrap_or_default());
@@ -174,8 +176,10 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
         run.stop(
             "firmware-date",
             Place::file(number, &first),
-            format!("it is of {loader}, start.elf of {date}: they are not of one release"),
-            "take all firmware files of one package".to_owned(),
+            format!(
+                "bootcode.bin is from {loader} but start.elf from {date}: not the same release"
+            ),
+            "use all firmware files from the same package".to_owned(),
         );
     }
     let filters =

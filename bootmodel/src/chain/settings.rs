@@ -1,4 +1,4 @@
-//! Stage 4, `config.txt`: bytes that every release reads, keys that the shipped program knows.
+//! Stage 4, `config.txt`: characters that every release reads, and keys that the shipped program knows.
 //!
 //! Sources: documentation of `config.txt` ("file format": 98 characters; `initramfs` is the one key without `=`);
 //! keys: a program holds each key that it reads as a string of its own, checked in start.elf, start4.elf and
@@ -12,18 +12,18 @@ use super::{Boot, Place, Run, facts};
 /// A comment that says why a key may be unknown: `# may be unknown: KEY: reason`.
 const EXCUSE: &str = "# may be unknown:";
 
-/// Whether a program reads this key: it is in there as a string, alone or with blanks behind it.
+/// Whether a program reads this key: the program contains it as a string, alone or followed by blanks.
 pub(super) fn knows(program: &[u8], key: &str) -> bool {
     words(program).contains(key.as_bytes())
 }
 
-/// All that a program may know as a key: words of small letters, digits and the like, alone or with blanks behind them.
+/// All strings in a program that may be keys: lower-case letters, digits and similar, alone or followed by blanks.
 fn words(program: &[u8]) -> BTreeSet<&[u8]> {
     let part = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
     let mut found = BTreeSet::new();
     let mut start = 0;
     for (at, byte) in program.iter().enumerate() {
-        // Names of sections have others: pi3+, board-type.
+        // Section names have other characters too: pi3+, board-type.
         if part(byte) || b"+-".contains(byte) {
             continue;
         }
@@ -50,8 +50,8 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
         run.stop(
             "config-size",
             Place::file(number, boot.config),
-            format!("it has {} bytes; no more than {MOST_BYTES} are looked at", text.len()),
-            "shorten it".to_owned(),
+            format!("the file has {} bytes, but only {MOST_BYTES} are checked", text.len()),
+            "shorten the line".to_owned(),
         );
     }
     let text = text.get(..MOST_BYTES).unwrap_or(text);
@@ -60,7 +60,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
             "config-include",
             boot.at(&include),
             format!("`include {}` is not followed: {reason}", include.value),
-            "write its lines into this file".to_owned(),
+            "copy its lines into this file".to_owned(),
         );
     }
     let mut last_section = None;
@@ -72,17 +72,17 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
             run.stop(
                 "config-bytes",
                 at(line),
-                "it ends in CR LF".to_owned(),
-                "end lines in LF alone".to_owned(),
+                "the line ends in CR LF".to_owned(),
+                "end lines with LF only".to_owned(),
             );
         }
         let control = |byte: &u8| byte.is_ascii_control() && !b"\t\r".contains(byte);
         if bytes.contains(&0) || !comment && (!bytes.is_ascii() || bytes.iter().any(control)) {
-            let help = "spell it in ASCII".to_owned();
+            let help = "use only ASCII characters".to_owned();
             run.stop(
                 "config-bytes",
                 at(line),
-                "it has other characters than those of a text in ASCII".to_owned(),
+                "the line has characters that are not printable ASCII".to_owned(),
                 help,
             );
         }
@@ -90,8 +90,11 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
             run.stop(
                 "config-line",
                 at(line),
-                format!("it has {} characters, the firmware reads {limit}", bytes.len()),
-                "shorten it".to_owned(),
+                format!(
+                    "the line has {} characters, but the firmware reads only {limit}",
+                    bytes.len()
+                ),
+                "shorten the line".to_owned(),
             );
         }
         if let Some(name) = section(shown) {
@@ -103,9 +106,9 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
             run.stop(
                 "config-initramfs",
                 at(line),
-                "`initramfs` is the one key without `=`: the firmware does not read this"
+                "`initramfs` is the only key without `=`: the firmware ignores this line"
                     .to_owned(),
-                format!("initramfs {} followkernel", found.value),
+                format!("write `initramfs {} followkernel`", found.value),
             );
         }
     }
@@ -114,9 +117,9 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
             "config-all",
             at(line),
             format!(
-                "the file ends in the section [{name}]: what somebody appends counts only there"
+                "the file ends in the section [{name}]: lines that are appended apply only in that section"
             ),
-            "end it in [all]".to_owned(),
+            "end the file with [all]".to_owned(),
         );
     }
     keys(run, boot, text);
@@ -127,28 +130,28 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
             run.stop(
                 "initrd-missing",
                 boot.at(setting),
-                format!("the firmware loads {file}, which is not there"),
-                "a boot file with `source = \"initrd\"` and that path".to_owned(),
+                format!("the firmware loads {file}, which does not exist"),
+                "add a boot file with `source = \"initrd\"` and that path".to_owned(),
             );
         }
     }
     if let Some(wanted) = run.model.usb_setting.clone()
         && !boot.settings.iter().any(|s| format!("{}={}", s.key, s.value) == wanted)
     {
-        let message = format!("without {wanted} its USB sockets are dead");
+        let message = format!("without {wanted} the USB ports of this model do not work");
         let help = format!(
-            "a section [{}] with {wanted}",
+            "add a section [{}] with {wanted}",
             run.model.filters.last().cloned().unwrap_or_default()
         );
         run.degrade("config-usb", Place::file(number, boot.config), message, help);
     }
 }
 
-/// How the firmware starts what it starts: in which mode, and where. `uboot` is U-Boot, which runs nowhere but where it
-/// was linked for (CONFIG_TEXT_BASE).
+/// In which mode, and at which address, the firmware starts the kernel or U-Boot. `uboot` is U-Boot, which runs only
+/// at the address it was linked for (CONFIG_TEXT_BASE).
 pub(super) fn check_mode(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, uboot: Option<&[u8]>) {
     let plain = kernel.rsplit('/').next().unwrap_or_default();
-    // A known name decides over the mode.
+    // A known file name decides the mode.
     let known = run.soc.kernel.iter().any(|name| name == plain);
     let wanted = boot.value("arm_64bit").map_or(run.soc.starts_64bit, |value| value != "0");
     if !(wanted || known) {
@@ -169,14 +172,16 @@ pub(super) fn check_mode(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, uboot
         run.stop(
             "config-address",
             boot.place("kernel_old"),
-            format!("{kernel} is loaded to address 0, where no 64-bit kernel and no U-Boot runs"),
+            format!(
+                "{kernel} is loaded to address 0, where neither a 64-bit kernel nor U-Boot runs"
+            ),
             "delete the line".to_owned(),
         );
     } else if uboot.is_some() && address.is_some_and(|address| address != Some(own)) {
         run.stop(
             "config-address",
             boot.place("kernel_address"),
-            format!("U-Boot is loaded there, and was linked for {own:#x}"),
+            format!("U-Boot is loaded to this address, but was linked for {own:#x}"),
             "delete the line".to_owned(),
         );
     }
@@ -184,7 +189,7 @@ pub(super) fn check_mode(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, uboot
 
 /// Keys and sections that the shipped program does not know.
 fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
-    // What has no date is no firmware, which is said already.
+    // A file without a date is not firmware, which is already reported.
     let (Some(program), Some(day)) = (boot.program, &boot.date) else { return };
     let loader = run.soc.first_stage.as_deref().and_then(|name| boot.volume.file(name));
     let mut in_programs = words(program);
@@ -200,7 +205,7 @@ fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
     let mut unknown = Vec::new();
     let mut seen = BTreeSet::new();
     for setting in &boot.settings {
-        // `hdmi_mode:1` is that key of the second port (conditional.adoc, "The [HDMI:*] filter").
+        // `hdmi_mode:1` is the same key for the second port (conditional.adoc, "The [HDMI:*] filter").
         let key = setting.key.split(':').next().unwrap_or_default().to_owned();
         let here = in_programs.contains(key.as_bytes());
         if !(here || known.contains(&&key) || excused.contains(&key.as_str())) {
@@ -209,7 +214,7 @@ fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
     }
     let at = |line: usize| Place::line(boot.volume.number, boot.config, line);
     for (line, text) in (1..).zip(text.lines()) {
-        // [gpio4=1], [EDID=…] and serial numbers are of other kinds.
+        // [gpio4=1], [EDID=…] and serial numbers are filters of other kinds.
         let name =
             section(text.trim()).filter(|name| !name.contains('=') && !name.starts_with("0x"));
         let Some(name) = name.filter(|name| !excused.contains(name) && !name.contains(':')) else {
@@ -221,7 +226,7 @@ fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
             continue;
         }
         if super::find(program, marked.as_bytes()).is_none() {
-            let so = "what stands below counts always or never";
+            let so = "the lines below it apply always or never";
             unknown.push((at(line), "config-section", format!("[{name}]"), so));
         }
     }
@@ -231,17 +236,17 @@ fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
             rule,
             place,
             format!("the shipped firmware of {day} does not know `{name}`: {so}"),
-            format!("correct or delete it; if nothing depends on it, `{EXCUSE} {bare}: why` in a line of its own"),
+            format!("correct or delete it; if nothing depends on it, add the line `{EXCUSE} {bare}: why`"),
         );
     }
 }
 
-/// Overlays that are asked for must be there, and must reach the kernel.
+/// Overlays that are named must exist, and must reach the kernel.
 fn overlays(run: &mut Run<'_>, boot: &Boot<'_>) {
     let prefix = boot.value("overlay_prefix").unwrap_or("overlays/").to_owned();
     let kernel = super::names::kernel(run, boot);
     let uboot = boot.volume.file(&kernel).is_some_and(super::uboot::is_uboot);
-    // Those of all systems, unless the prefix has a folder of its own, with a README (documentation, `overlay_prefix`).
+    // The overlays of all systems, unless the prefix has its own directory with a README (documentation, `overlay_prefix`).
     let own = boot.volume.file(&boot.os_file(&format!("{prefix}README"))).is_some();
     let slots_tree = uboot && super::uboot::takes_a_tree(boot);
     for setting in &boot.settings {
@@ -251,10 +256,10 @@ fn overlays(run: &mut Run<'_>, boot: &Boot<'_>) {
                 "overlay-lost",
                 place,
                 format!(
-                    "`{}` changes the firmware's device tree, but the kernel gets its slot's",
+                    "`{}` changes the firmware's device tree, but the kernel gets its slot's device tree",
                     setting.key
                 ),
-                "bring the change into the slot's device tree".to_owned(),
+                "make the change in the slot's device tree".to_owned(),
             ),
             "dtoverlay" if !setting.value.is_empty() => {
                 let name = setting.value.split(',').next().unwrap_or_default();
@@ -264,7 +269,7 @@ fn overlays(run: &mut Run<'_>, boot: &Boot<'_>) {
                     run.stop(
                         "overlay-missing",
                         place,
-                        format!("the firmware loads {file}, which is not there"),
+                        format!("the firmware loads {file}, which does not exist"),
                         "add the overlay to `firmware` in board.toml, or delete the line"
                             .to_owned(),
                     );

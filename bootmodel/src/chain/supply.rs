@@ -1,5 +1,5 @@
 //! Stage 9, the storage's suppliers: every driver that the card's controller waits for must be built in or in the
-//! initrd, else it waits for ever (`-EPROBE_DEFER`).
+//! initrd; otherwise the controller waits for ever (`-EPROBE_DEFER`).
 //!
 //! Sources: drivers/of/property.c (`of_supplier_bindings`: which properties name suppliers); the same failure:
 //! nerves-project/nerves_system_rpi4, pull request 31.
@@ -11,8 +11,8 @@ use super::Run;
 use super::fdt::{Node, Tree};
 use super::system::{Parts, System};
 
-/// Properties whose every number may be a supplier's, with the property of the supplier that says how many numbers
-/// follow its own; none where nothing follows.
+/// Properties in which every number may be the phandle of a supplier, with the supplier's property that says how many
+/// arguments follow it; `None` where there are no arguments.
 const SUPPLIERS: [(&str, Option<&str>); 12] = [
     ("clocks", Some("#clock-cells")),
     ("gpios", Some("#gpio-cells")),
@@ -28,7 +28,7 @@ const SUPPLIERS: [(&str, Option<&str>); 12] = [
     ("interrupt-parent", None),
 ];
 
-/// The most that a property of a device names as suppliers. A Raspberry Pi's clocks have ten.
+/// Maximum number of suppliers in one property. A Raspberry Pi's clocks name ten.
 const MOST_NAMED: usize = 64;
 
 /// Nodes that a node names, with the property.
@@ -43,7 +43,7 @@ fn named<'t>(tree: &'t Tree, node: &Node) -> Vec<(String, &'t Node)> {
             None if name.starts_with("pinctrl-") && bare.bytes().all(|b| b.is_ascii_digit()) => {
                 None
             }
-            // cd-gpios, enable-gpio and all of that kind.
+            // cd-gpios, enable-gpio and similar.
             None if bare == "gpios" || bare == "gpio" => Some("#gpio-cells"),
             None => continue,
         };
@@ -64,7 +64,7 @@ fn named<'t>(tree: &'t Tree, node: &Node) -> Vec<(String, &'t Node)> {
     found
 }
 
-/// The node that a driver binds to: itself, or the first above that has a `compatible` (a pin group, a regulator below
+/// The node that a driver binds to: this node, or its nearest parent with a `compatible` (a pin group, a regulator below
 /// its chip).
 fn device<'t>(tree: &'t Tree, node: &'t Node) -> Option<&'t Node> {
     let mut node = Some(node);
@@ -77,17 +77,17 @@ fn device<'t>(tree: &'t Tree, node: &'t Node) -> Option<&'t Node> {
     None
 }
 
-/// How many nodes may be looked at for one card. Those of a Raspberry Pi 4 and 5 need some thousands.
+/// Maximum number of nodes visited for one card. A Raspberry Pi 4 or 5 needs a few thousand.
 const FUEL: u32 = 50_000;
 
-/// A device tree, as one who looks for suppliers in it walks it.
+/// A search for suppliers in a device tree.
 struct Walk<'t> {
     tree: &'t Tree,
     /// What is left of [`FUEL`].
     fuel: Cell<u32>,
 }
 
-/// Whether a node waits for a device, itself or through others.
+/// Whether a node waits for a device, directly or through other nodes.
 fn waits_for(walk: &Walk<'_>, from: &Node, device_path: &str) -> bool {
     let mut seen = BTreeSet::new();
     let mut left = vec![from];
@@ -107,9 +107,9 @@ fn waits_for(walk: &Walk<'_>, from: &Node, device_path: &str) -> bool {
     false
 }
 
-/// The suppliers that a device waits for: not those that are switched off, and none that waits for the device in turn,
-/// which the kernel tells and lets go (`of_get_compat_node`, and cycles in drivers/base/core.c): a Raspberry Pi's clocks
-/// name the screens' ports, which name the clocks.
+/// The suppliers that a device waits for, without disabled ones and without those that wait for the device themselves:
+/// the kernel detects such cycles and ignores them (`of_get_compat_node`, and cycles in drivers/base/core.c). For
+/// example, a Raspberry Pi's clocks name the display ports, which name the clocks.
 fn suppliers<'t>(walk: &Walk<'t>, node: &'t Node) -> Vec<(String, &'t Node)> {
     let tree = walk.tree;
     let own = device(tree, node).map_or_else(String::new, |bound| bound.path.clone());
@@ -154,7 +154,7 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
                 "the device tree has no enabled controller for the card ({})",
                 run.soc.storage.join(", ")
             ),
-            "the device tree of this very model".to_owned(),
+            "use the device tree of this model".to_owned(),
         );
         return;
     };
@@ -178,7 +178,7 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
         for (property, supplier) in suppliers(&walk, bound) {
             left.push((supplier, format!("is {property} of {}", bound.path)));
         }
-        // A bus is above its devices.
+        // A bus is the parent of its devices.
         if let Some(parent) = tree.parent(bound).and_then(|parent| device(tree, parent)) {
             left.push((parent, format!("is the bus of {}", bound.path)));
         }
@@ -192,8 +192,8 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
         run.stop(
             "tree-knotted",
             system.places[2].clone(),
-            "its devices wait for each other in more ways than can be followed".to_owned(),
-            "the device tree of this very model".to_owned(),
+            "the devices of this tree wait for each other in too many ways to check".to_owned(),
+            "use the device tree of this model".to_owned(),
         );
     }
     let storage_path = card.path.clone();
@@ -206,10 +206,10 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
             ),
             None => (
                 format!("{} ({names}) {why}; no driver for it is in this kernel, the initrd or the kept modules", node.path),
-                "keep its module (`kernel.modules-keep` and `kernel.initrd-modules` in board.toml), or take a kernel that has one".to_owned(),
+                "keep its module (`kernel.modules-keep` and `kernel.initrd-modules` in board.toml), or use a kernel that has a driver".to_owned(),
             ),
         };
         run.stop("initrd-supplier", system.places[1].clone(), message, help);
     }
-    run.step("kernel", format!("card at {storage_path}, {supplied} drivers in all"));
+    run.step("kernel", format!("card at {storage_path}, {supplied} drivers in total"));
 }

@@ -1,5 +1,5 @@
-//! What a boot loader hands over to Linux, taken apart: the device tree, the kernel, the initrd, and what of the
-//! kernel is built in.
+//! Parses what a boot loader passes to Linux: the device tree, the kernel, the initrd, and the drivers that are built
+//! into the kernel.
 //!
 //! Sources: the header of an arm64 `Image` (Linux, Documentation/arch/arm64/booting.rst); `struct of_device_id`
 //! (include/linux/mod_devicetable.h: 32 bytes of name, 32 of type, 128 of compatible); initrds (cpio newc).
@@ -14,22 +14,22 @@ use super::{Place, find};
 
 /// The largest kernel or initrd that is unpacked: three times Debian's kernel.
 const LARGEST: u64 = 128 << 20;
-/// The most files of an initrd, and the largest that is kept of it, such as `/init`.
+/// Maximum number of files in an initrd; and the size of the largest file that is kept, such as `/init`.
 const MOST_FILES: usize = 65_536;
 const LARGEST_KEPT: usize = 256 << 10;
-/// How a file begins that is packed with zstd (RFC 8878, 3.1.1).
+/// The first bytes of a zstd file (RFC 8878, 3.1.1).
 pub(super) const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Zeros before the `compatible` of a match that has neither name nor type.
 const BEFORE: usize = 64;
 /// Bytes of `compatible` in a match.
 const COMPATIBLE: usize = 128;
 
-/// A kernel with all that belongs to it.
+/// A kernel with its device tree, initrd and modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parts {
-    /// The device tree that it is given.
+    /// The device tree that it gets.
     pub tree: Tree,
-    /// Its version, as it says itself.
+    /// Its version, from its version string.
     pub version: String,
     /// Bytes of its file.
     pub packed: u64,
@@ -37,9 +37,9 @@ pub struct Parts {
     pub is_packed: bool,
     /// Bytes of the unpacked image.
     pub unpacked: u64,
-    /// Bytes that it takes in memory, with what is not in the file.
+    /// Bytes that it occupies in memory, including what is not in the file.
     pub in_memory: u64,
-    /// How far behind a 2 MiB boundary it wants to lie.
+    /// Its required offset from a 2 MiB boundary.
     pub text_offset: u64,
     /// Bytes of the initrd's file.
     pub initrd_size: u64,
@@ -59,7 +59,7 @@ pub struct Parts {
 
 /// A kernel on its way to `/init`.
 pub struct System<'a> {
-    /// What it consists of, or why it cannot be read.
+    /// Its parts, or why they cannot be read.
     pub parts: &'a Result<Parts, String>,
     /// Its command line.
     pub words: String,
@@ -77,10 +77,10 @@ pub fn module_name(path: &str) -> String {
     file.split(".ko").next().unwrap_or_default().replace('-', "_")
 }
 
-/// Unpacks gzip and zstd, which kernels and initrds come in; anything else is as it is.
+/// Decompresses gzip and zstd, as used for kernels and initrds; returns anything else unchanged.
 ///
 /// # Errors
-/// When it is damaged.
+/// When the data is damaged.
 pub fn unpack(bytes: &[u8]) -> Result<Vec<u8>, String> {
     let mut out = Vec::new();
     let read = match bytes {
@@ -91,15 +91,15 @@ pub fn unpack(bytes: &[u8]) -> Result<Vec<u8>, String> {
             .and_then(|decoder| decoder.take(LARGEST + 1).read_to_end(&mut out)),
         _ => return Ok(bytes.to_vec()),
     };
-    read.map_err(|error| format!("it does not unpack: {error}"))?;
+    read.map_err(|error| format!("cannot decompress: {error}"))?;
     if out.len() as u64 > LARGEST {
-        return Err(format!("it unpacks to more than {} MiB", LARGEST >> 20));
+        return Err(format!("decompresses to more than {} MiB", LARGEST >> 20));
     }
     Ok(out)
 }
 
 impl Parts {
-    /// Takes a system apart.
+    /// Parses a system.
     ///
     /// # Errors
     /// Which file is missing or damaged.
@@ -109,9 +109,9 @@ impl Parts {
         initrd: Option<&[u8]>,
         slot: &Slot,
     ) -> Result<Self, String> {
-        let tree = tree.ok_or("the device tree is not there")?;
-        let kernel = kernel.ok_or("the kernel is not there")?;
-        let initrd = initrd.ok_or("the initrd is not there")?;
+        let tree = tree.ok_or("the device tree is missing")?;
+        let kernel = kernel.ok_or("the kernel is missing")?;
+        let initrd = initrd.ok_or("the initrd is missing")?;
         let image = unpack(kernel).map_err(|error| format!("the kernel: {error}"))?;
         let u64_at = |at: usize| {
             let eight = image.get(at..at + 8).and_then(|eight| eight.try_into().ok());
@@ -119,7 +119,7 @@ impl Parts {
         };
         // "ARM\x64" at 56.
         if image.get(56..60) != Some(b"ARM\x64") {
-            return Err("the kernel is no arm64 Image".to_owned());
+            return Err("the kernel is not an arm64 Image".to_owned());
         }
         let files = archive(&unpack(initrd).map_err(|error| format!("the initrd: {error}"))?)?;
         let text = |name: &str| {
@@ -145,7 +145,7 @@ impl Parts {
                 continue;
             }
             let mut of = of_module.get(name.as_str()).cloned().unwrap_or_default();
-            // What the module says itself, unless it is packed.
+            // From the module itself, unless it is compressed.
             let bytes = files.get(path.trim_start_matches('/')).map_or(&[][..], Vec::as_slice);
             for part in bytes.split(|byte| *byte == 0).filter(|part| part.starts_with(b"alias=of:"))
             {
@@ -155,7 +155,7 @@ impl Parts {
                 loaded.insert(name, of);
             }
         }
-        // What a header claims is not more than what can be added up.
+        // The sizes in a header are limited so that sums cannot overflow.
         let u64_at = |at: usize| u64_at(at).min(1 << 48);
         let declared = u64_at(16);
         let mut files = files;
@@ -191,7 +191,7 @@ fn of_alias(alias: &str) -> Option<String> {
     Some(rest.strip_suffix("C*").unwrap_or(rest).to_owned()).filter(|name| !name.is_empty())
 }
 
-/// Every `compatible` of a table of matches: behind zeros, and filled up with zeros.
+/// Every `compatible` of a match table: preceded by zeros and padded with zeros.
 fn matches(image: &[u8]) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let (mut at, mut zeros) = (0, 0);

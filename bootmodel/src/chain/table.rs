@@ -1,8 +1,8 @@
-//! Stage 1, the partition table: what lies where, and which firmware reads such a table.
+//! Stage 1, the partition table: where each partition is, and whether the firmware reads this kind of table.
 //!
 //! Sources: UEFI specification 2.10, 5.2 and 5.3; the hybrid table: raspberrypi/firmware#1465 ("has never been
 //! supported"), #1457, #1628; moved entries: raspberrypi/rpi-eeprom#585, home-assistant/operating-system#3437; FAT:
-//! raspberrypi/firmware#1738, raspberrypi/rpi-eeprom#818 (a FAT is taken by its number of clusters).
+//! raspberrypi/firmware#1738, raspberrypi/rpi-eeprom#818 (the firmware tells a FAT's kind by its number of clusters).
 
 use super::card::{Gpt, Record, Volume};
 use super::{Place, Run};
@@ -11,10 +11,10 @@ use crate::firmware::{Disk, Partition};
 const SECTOR: u64 = 512;
 /// Types of extended partitions.
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
-/// Types of FAT volumes, with the widths that each stands for.
+/// Partition types of FAT volumes, with the FAT width of each.
 const FAT_TYPES: [(u8, u32); 6] =
     [(0x01, 12), (0x04, 16), (0x06, 16), (0x0e, 16), (0x0b, 32), (0x0c, 32)];
-/// As many logical partitions as anybody makes; ends a chain that goes in circles.
+/// Maximum number of logical partitions; this ends a circular chain.
 const MOST_LOGICAL: u32 = 60;
 
 fn u32_at(bytes: &[u8], at: usize) -> u64 {
@@ -33,20 +33,20 @@ fn sector(disk: &dyn Disk, number: u64) -> Result<[u8; 512], String> {
     Ok(bytes)
 }
 
-/// Number, type, first sector and count of the records of a sector that are in use.
+/// Number, type, first sector and sector count of each used record in a sector.
 fn records_of(bytes: &[u8; 512]) -> Vec<(u32, u8, u64, u64)> {
     let records = (1..).zip(bytes[446..510].chunks(16));
     let records = records.map(|(n, r)| (n, r[4], u32_at(r, 8), u32_at(r, 12)));
     records.filter(|(_, kind, _, count)| *kind != 0 && *count != 0).collect()
 }
 
-/// The MBR's records, the GPT, and the partitions as the table that counts has them.
+/// The MBR's records, the GPT, and the partitions of the table that applies.
 pub(crate) type Tables = (Vec<Record>, Option<Gpt>, Vec<Partition>);
 
 /// Reads both tables.
 ///
 /// # Errors
-/// A card without an MBR, or one that ends before its tables.
+/// When the card has no MBR, or ends before its tables.
 pub(crate) fn partitions(disk: &dyn Disk) -> Result<Tables, String> {
     let mbr = sector(disk, 0)?;
     if mbr[510..] != [0x55, 0xaa] {
@@ -90,7 +90,7 @@ pub(crate) fn partitions(disk: &dyn Disk) -> Result<Tables, String> {
     }
     let header = sector(disk, 1)?;
     if !header.starts_with(b"EFI PART") {
-        return Err("the MBR announces a GPT that is not there".to_owned());
+        return Err("the MBR announces a GPT, but there is none".to_owned());
     }
     let (entries, count, size) = (u64_at(&header, 72), u32_at(&header, 80), u32_at(&header, 84));
     let gpt = Gpt { first_usable: u64_at(&header, 40), entries };
@@ -121,15 +121,18 @@ pub(crate) fn is_fat(kind: u8) -> bool {
     FAT_TYPES.iter().any(|(known, _)| *known == kind)
 }
 
-/// Whether this board's firmware reads the table, and the volumes that it looks into.
+/// Checks that this board's firmware reads the table and the volumes that it uses.
 pub(super) fn check(run: &mut Run<'_>, read: &[&Volume]) {
     let table = run.card.table();
     if !run.soc.table.iter().any(|known| known == table) {
         run.stop(
             "table-kind",
             Place::card(),
-            format!("the firmware of the {} reads no {table} table", run.soc.name),
-            format!("`disk.table` in board.toml: one of {}", run.soc.table.join(", ")),
+            format!(
+                "the firmware of the {} does not read a partition table of the kind `{table}`",
+                run.soc.name
+            ),
+            format!("set `disk.table` in board.toml to one of {}", run.soc.table.join(", ")),
         );
     }
     if let Some(gpt) = run.card.gpt
@@ -139,10 +142,10 @@ pub(super) fn check(run: &mut Run<'_>, read: &[&Volume]) {
             "gpt-moved",
             Place::card(),
             format!(
-                "the GPT's entries are at sector {} and its first usable one is {}: EEPROMs before October 2024 look at 2, and other tools move them unless it is 34",
+                "the GPT's entries are at sector {} and its first usable sector is {}: EEPROMs before October 2024 expect the entries at sector 2, and other tools move them unless the first usable sector is 34",
                 gpt.entries, gpt.first_usable
             ),
-            "lay the GPT out with its entries at sector 2 and 34 as the first usable one".to_owned(),
+            "create the GPT with its entries at sector 2 and sector 34 as the first usable one".to_owned(),
         );
     }
     for (place, volume) in (0..).zip(read) {
@@ -157,8 +160,8 @@ fn check_volume(run: &mut Run<'_>, volume: &Volume, first: bool) {
         run.stop(
             "fat-unreadable",
             place(),
-            format!("its files cannot be read: {reason}"),
-            "build the image anew".to_owned(),
+            format!("the files of this volume cannot be read: {reason}"),
+            "build the image again".to_owned(),
         );
         return;
     }
@@ -168,18 +171,21 @@ fn check_volume(run: &mut Run<'_>, volume: &Volume, first: bool) {
             "fat-large",
             place(),
             format!(
-                "{} files of it are too large to be looked at, such as {some:?}",
+                "{} files are too large to be checked, such as {some:?}",
                 volume.left_out.len()
             ),
-            "keep large files off the partition that a board starts from".to_owned(),
+            "do not put large files on the partition that a board starts from".to_owned(),
         );
     }
     if volume.sector != SECTOR {
         run.stop(
             "fat-sector",
             place(),
-            format!("its sectors have {} bytes, those of the card {SECTOR}", volume.sector),
-            "a FAT with sectors of 512 bytes".to_owned(),
+            format!(
+                "the volume's sectors have {} bytes, but the card's have {SECTOR}",
+                volume.sector
+            ),
+            "use a FAT with sectors of 512 bytes".to_owned(),
         );
     }
     let said: u32 = volume.says.trim_start_matches("FAT").parse().unwrap_or(0);
@@ -188,10 +194,10 @@ fn check_volume(run: &mut Run<'_>, volume: &Volume, first: bool) {
             "fat-width",
             place(),
             format!(
-                "the volume was formatted as FAT{said} and has {} clusters, which make it a FAT{width} for the firmware",
+                "the volume was formatted as FAT{said}, but has {} clusters, so that the firmware reads it as FAT{width}",
                 volume.clusters
             ),
-            "choose clusters such that a FAT16 has 4,085 to 65,524 of them, a FAT32 more".to_owned(),
+            "choose a cluster size that gives a FAT16 4,085 to 65,524 clusters, or a FAT32 more".to_owned(),
         );
     }
     if let Some(kind) = volume.kind {
@@ -200,8 +206,10 @@ fn check_volume(run: &mut Run<'_>, volume: &Volume, first: bool) {
             run.stop(
                 "fat-type",
                 place(),
-                format!("its type in the MBR is {kind:02x}, but the volume is a FAT{width}"),
-                "type 0e for a FAT16, 0c for a FAT32".to_owned(),
+                format!(
+                    "the partition's type in the MBR is {kind:02x}, but the volume is a FAT{width}"
+                ),
+                "use type 0e for a FAT16, 0c for a FAT32".to_owned(),
             );
         }
     }
@@ -209,8 +217,11 @@ fn check_volume(run: &mut Run<'_>, volume: &Volume, first: bool) {
         run.degrade(
             "fat-kind",
             place(),
-            format!("it is a FAT{width}; not every boot ROM of the {} reads one", run.soc.name),
-            format!("a FAT of one of the widths {:?}", run.soc.fat_widths),
+            format!(
+                "the volume is a FAT{width}; not every boot ROM of the {} reads one",
+                run.soc.name
+            ),
+            format!("use a FAT with one of the widths {:?}", run.soc.fat_widths),
         );
     }
     if first && !run.soc.cluster_sectors.contains(&volume.cluster_sectors) {
@@ -218,10 +229,10 @@ fn check_volume(run: &mut Run<'_>, volume: &Volume, first: bool) {
             "fat-clusters",
             place(),
             format!(
-                "its clusters have {} sectors; not every boot ROM of the {} reads such a FAT",
+                "the volume's clusters have {} sectors; not every boot ROM of the {} reads such a FAT",
                 volume.cluster_sectors, run.soc.name
             ),
-            format!("clusters of one of {:?} sectors", run.soc.cluster_sectors),
+            format!("use a cluster size from {:?} (sectors)", run.soc.cluster_sectors),
         );
     }
 }

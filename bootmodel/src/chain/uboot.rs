@@ -1,7 +1,7 @@
 //! Stage 7, U-Boot: its environment, as compiled in or from `uboot.env`, and its script.
 //!
-//! Sources: env/common.c and env/fat.c of U-Boot (a file with a wrong checksum is passed over; a good one replaces
-//! the compiled-in environment); include/env_default.h; common/autoboot.c (a `bootdelay` of -2 asks for no key); the
+//! Sources: env/common.c and env/fat.c of U-Boot (a file with a wrong checksum is ignored; a valid one replaces
+//! the compiled-in environment); include/env_default.h; common/autoboot.c (a `bootdelay` of -2 checks for no key); the
 //! legacy image of a script (include/image.h); Opentrons/buildroot, pull requests 177 and 179, and
 //! home-assistant/operating-system for what characters on the UART do.
 
@@ -22,9 +22,9 @@ pub(super) fn is_uboot(program: &[u8]) -> bool {
     super::versions::uboot_version(program).is_some()
 }
 
-/// Bytes of a compiled-in environment that are looked at, before and behind one variable: four times what fits.
+/// Bytes that are searched before and after a variable of the compiled-in environment: four times its maximum size.
 const COMPILED_IN: usize = 4 * ENV_SIZE;
-/// The largest script that is looked at; ours has 8 KiB.
+/// The largest script that is parsed; Slipway's has 8 KiB.
 const LARGEST_SCRIPT: usize = 256 << 10;
 
 type Environment = BTreeMap<String, String>;
@@ -37,7 +37,7 @@ fn variable(text: &[u8]) -> Option<(String, String)> {
     good.then(|| (name.to_owned(), value.to_owned()))
 }
 
-/// The compiled-in environment: variables behind each other around `bootdelay=`.
+/// The compiled-in environment: the consecutive variables around `bootdelay=`.
 fn compiled_in(program: &[u8]) -> Option<Environment> {
     let at = find(program, b"\0bootdelay=")? + 1;
     let from = at.saturating_sub(COMPILED_IN);
@@ -57,16 +57,16 @@ fn compiled_in(program: &[u8]) -> Option<Environment> {
 /// The variables of `uboot.env`.
 fn from_file(bytes: &[u8]) -> Result<Environment, String> {
     if bytes.len() != ENV_SIZE {
-        return Err(format!("it has {} bytes, U-Boot reads {ENV_SIZE}", bytes.len()));
+        return Err(format!("the file has {} bytes, but U-Boot reads {ENV_SIZE}", bytes.len()));
     }
     let (sum, data) = bytes.split_at(4);
     if sum != crc32fast::hash(data).to_le_bytes() {
-        return Err("its checksum is wrong".to_owned());
+        return Err("checksum mismatch".to_owned());
     }
     Ok(data.split(|byte| *byte == 0).map_while(variable).collect())
 }
 
-/// Everything that a command may run: itself, what it runs and what its variables hold.
+/// Everything that a command may run: the command itself, what it runs and the content of its variables.
 fn reach(environment: &Environment, command: &str) -> String {
     let mut all = command.to_owned();
     let mut seen = vec![command.to_owned()];
@@ -91,26 +91,26 @@ fn reach(environment: &Environment, command: &str) -> String {
 /// A file that the script loads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Load {
-    /// Where to.
+    /// The address it is loaded to.
     pub address: u64,
-    /// Which.
+    /// The file's path.
     pub path: String,
 }
 
-/// What of the script takes part in a start.
+/// The parts of the script that matter for a start.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Script {
-    /// Where it lies: the partition's number.
+    /// The number of its partition.
     pub partition: u32,
-    /// Files.
+    /// The files that it loads.
     pub loads: Vec<Load>,
-    /// Where a packed kernel is unpacked to.
+    /// Where a compressed kernel is decompressed to.
     pub unpacked_at: Option<u64>,
-    /// How many packed bytes that may be.
+    /// Maximum number of compressed bytes.
     pub unpacked_size: Option<u64>,
     /// The kernel's command line.
     pub words: String,
-    /// What is written to which address.
+    /// Writes: address and value.
     pub writes: Vec<(u64, u64)>,
 }
 
@@ -121,8 +121,8 @@ pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<Script> {
         run.stop(
             "script-missing",
             Place::partition(number),
-            format!("U-Boot runs {SCRIPT}, which is not there"),
-            format!("a boot file with the path {SCRIPT} and `compile = \"boot-script\"`"),
+            format!("U-Boot runs {SCRIPT}, which does not exist"),
+            format!("add a boot file with the path {SCRIPT} and `compile = \"boot-script\"`"),
         );
         return None;
     };
@@ -132,7 +132,7 @@ pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<Script> {
         .get(64..)
         .filter(|body| bytes.starts_with(&[0x27, 0x05, 0x19, 0x56]) && body.len() == size as usize);
     let sum = bytes.get(24..28).and_then(|four| four.try_into().ok()).map_or(0, u32::from_be_bytes);
-    // The header has a checksum of its own, counted without it, and says at 30 what this is (include/image.h).
+    // The header has its own checksum, computed with that field zero, and the image type at offset 30 (include/image.h).
     let head = bytes.get(..64).is_some_and(|head| {
         let without = [&head[..4], &[0; 4], &head[8..]].concat();
         head[4..8] == crc32fast::hash(&without).to_be_bytes() && head[30] == TYPE_SCRIPT
@@ -145,9 +145,9 @@ pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<Script> {
         run.stop(
             "script-damaged",
             Place::file(number, SCRIPT),
-            "it is no script image, or one of its checksums is wrong: U-Boot does not run it"
+            "boot.scr is not a script image, or one of its checksums is wrong: U-Boot does not run it"
                 .to_owned(),
-            "`compile = \"boot-script\"` at the boot file".to_owned(),
+            "set `compile = \"boot-script\"` for the boot file".to_owned(),
         );
         return None;
     };
@@ -155,7 +155,7 @@ pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<Script> {
     Some(parse(number, &String::from_utf8_lossy(text)))
 }
 
-/// Whether the script gives the kernel a tree of its slot, and not the one that the firmware has completed.
+/// Whether the script passes a device tree from the slot to the kernel, not the one that the firmware has completed.
 pub(super) fn takes_a_tree(boot: &Boot<'_>) -> bool {
     let text = boot.volume.file(SCRIPT).unwrap_or_default();
     // Without a script nothing starts anyway.
@@ -193,7 +193,7 @@ fn parse(partition: u32, text: &str) -> Script {
     script
 }
 
-/// The number that U-Boot gives the card's controller: by alias, else in the order of the tree.
+/// U-Boot's number for the card's controller: by alias, else by the order in the tree.
 fn card_number(run: &Run<'_>, tree: &Tree) -> Option<usize> {
     let is = |list: &[String], node: &super::fdt::Node| {
         node.compatible().iter().any(|c| list.contains(c))
@@ -218,25 +218,25 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
             (environment, is_file) = (own, true);
             run.step(
                 "U-Boot",
-                format!("takes its environment from {ENV_FILE} of partition {number}"),
+                format!("uses the environment from {ENV_FILE} of partition {number}"),
             );
         }
         Some(Err(reason)) => {
             run.stop(
                 "uboot-env",
                 Place::file(number, ENV_FILE),
-                format!("{reason}: U-Boot passes it over and takes its own environment"),
-                "build the image anew".to_owned(),
+                format!("{reason}: U-Boot ignores the file and uses its compiled-in environment"),
+                "build the image again".to_owned(),
             );
         }
-        None => run.step("U-Boot", "takes its compiled-in environment".to_owned()),
+        None => run.step("U-Boot", "uses its compiled-in environment".to_owned()),
     }
     let help = || match is_file {
         true => format!(
-            "correct the boot file that {ENV_FILE} is made of: bootdelay=-2, no preboot, a bootcmd that runs boot.scr of the card"
+            "correct the boot file that {ENV_FILE} is made from: bootdelay=-2, no preboot, a bootcmd that runs boot.scr from the card"
         ),
         false => format!(
-            "a {ENV_FILE} on the boot partition ([[boot-files]] with `compile = \"u-boot-environment\"`), or a U-Boot built for Slipway"
+            "put a {ENV_FILE} on the boot partition ([[boot-files]] with `compile = \"u-boot-environment\"`), or use a U-Boot built for Slipway"
         ),
     };
     let value = |name: &str| environment.get(name).cloned().unwrap_or_default();
@@ -253,7 +253,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
     }
     let preboot = reach(&environment, &value("preboot"));
     let mut command = reach(&environment, &value("bootcmd"));
-    // `bootflow scan` takes its devices from there, without naming it (boot/bootmeth-uclass.c, bootdev order).
+    // `bootflow scan` takes its devices from this variable, without naming it (boot/bootmeth-uclass.c, bootdev order).
     if command.contains("bootflow") {
         command = format!("{command} ; {}", value("boot_targets"));
     }
@@ -264,7 +264,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
         run.degrade(
             "uboot-usb",
             place.clone(),
-            "it searches USB: that takes seconds, hangs on some devices, and a stick can start another system".to_owned(),
+            "U-Boot searches USB: this takes seconds, hangs on some devices, and a USB stick can start another system".to_owned(),
             help(),
         );
     }
@@ -272,13 +272,13 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
         run.degrade(
             "uboot-network",
             place.clone(),
-            "it asks the network for a system when the card has none".to_owned(),
+            "U-Boot starts a system from the network when the card has none".to_owned(),
             help(),
         );
     }
     let own = value("bootcmd");
     let all = words(&command);
-    // Those of U-Boot's own find it by themselves.
+    // U-Boot's default commands find the script themselves.
     let scans = all.iter().any(|word| word == "bootflow" || word == "distro_bootcmd");
     let sources = all.iter().any(|word| word == "source") && command.contains(SCRIPT);
     // `load mmc 0:1 ADDRESS boot.scr`: the partition in hexadecimal, the disk's number before it.
@@ -292,7 +292,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
         run.stop(
             "uboot-command",
             place.clone(),
-            format!("bootcmd runs no {SCRIPT}: nothing starts, and U-Boot begins again for ever"),
+            format!("bootcmd does not run {SCRIPT}: nothing starts, and U-Boot restarts for ever"),
             help(),
         );
     } else if let Some(part) = elsewhere {
@@ -300,7 +300,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
             "uboot-command",
             place.clone(),
             format!(
-                "bootcmd loads {} from {}, and it lies on partition {number}",
+                "bootcmd loads {} from {}, but the file is on partition {number}",
                 part[4], part[2]
             ),
             help(),
@@ -312,7 +312,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
         run.stop(
             "uboot-prompt",
             place.clone(),
-            format!("bootcmd ends in {end:?}: when the script comes back or is missing, U-Boot waits at a prompt for ever"),
+            format!("bootcmd ends in {end:?}: when the script returns or is missing, U-Boot waits at a prompt for ever"),
             help(),
         );
     }
@@ -325,7 +325,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
         run.stop(
             "uboot-device",
             place,
-            format!("on this model the card is mmc {card} for U-Boot, which looks for {ENV_FILE} and bootcmd's files on mmc 0"),
+            format!("on this model the card is mmc {card} in U-Boot, but U-Boot looks for {ENV_FILE} and bootcmd's files on mmc 0"),
             "give U-Boot a device tree with the alias mmc0 for the card's controller".to_owned(),
         );
     }

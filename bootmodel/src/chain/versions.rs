@@ -1,5 +1,5 @@
-//! Stage 6, what goes together: revisions of the board and the day of the firmware, firmware and U-Boot, model and
-//! kernel. All of it is data, in `models.toml` and `firmware.toml`.
+//! Stage 6, compatible versions: board revision and firmware date, firmware and U-Boot, model and kernel. All of it
+//! is data, in `models.toml` and `firmware.toml`.
 
 use super::system::{Parts, System};
 use super::{Boot, Level, Place, Run, find};
@@ -18,7 +18,7 @@ pub(super) fn uboot_version(program: &[u8]) -> Option<String> {
     None
 }
 
-/// Revisions of this model that this firmware does not start.
+/// Reports revisions of this model that this firmware does not start.
 pub(super) fn check_boards(run: &mut Run<'_>, boot: &Boot<'_>) {
     let (Some(date), Some(file)) = (&boot.date, run.soc.second_stage.first().cloned()) else {
         return;
@@ -34,18 +34,18 @@ pub(super) fn check_boards(run: &mut Run<'_>, boot: &Boot<'_>) {
             "firmware-old",
             Place::file(boot.volume.number, &file),
             format!(
-                "it is of {date} and does not start {} ({}), which wants one of {} or later",
+                "this firmware is from {date} and does not start {} ({}), which needs firmware from {} or later",
                 revision.title, revision.code, revision.firmware_since
             ),
             format!(
-                "newer firmware; or `left-out-revisions = [\"{}\"]` in board.toml, where robots are not to have such boards",
+                "use newer firmware; or set `left-out-revisions = [\"{}\"]` in board.toml if no robot has such a board",
                 revision.code
             ),
         );
     }
 }
 
-/// U-Boot with this firmware, and with a tree of the slot on boards with so much memory.
+/// Checks U-Boot with this firmware, and with a device tree from the slot on boards with much memory.
 pub(super) fn check_uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], own_tree: bool) {
     let Some(version) = uboot_version(program) else { return };
     let place = || boot.place("kernel");
@@ -66,17 +66,17 @@ pub(super) fn check_uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], ow
         run.stop(
             "uboot-pair",
             place(),
-            format!("U-Boot {version} does not go with {with}: {}", pair.reason),
-            format!("U-Boot {} or later", pair.u_boot_below),
+            format!("U-Boot {version} is incompatible with {with}: {}", pair.reason),
+            format!("use U-Boot {} or later", pair.u_boot_below),
         );
     }
     let turbo = &run.facts.releases.turbo;
     let set = boot.settings.iter().any(|s| format!("{}={}", s.key, s.value) == turbo.setting);
     if date >= turbo.since && !set {
         let message = format!(
-            "firmware of {date} runs all clocks at their highest for 60 s, with which U-Boot loses some cards"
+            "firmware of {date} runs all clocks at their maximum for 60 s, and U-Boot then fails to read some cards"
         );
-        let help = format!("{} in config.txt", turbo.setting);
+        let help = format!("add {} to config.txt", turbo.setting);
         run.degrade("turbo", Place::file(boot.volume.number, boot.config), message, help);
     }
 }
@@ -87,7 +87,7 @@ fn numbers(version: &str) -> Vec<u32> {
     parts.take(3).map(|part| part.parse().unwrap_or(0)).collect()
 }
 
-/// Whether the kernel is as new as the model.
+/// Checks that the kernel is new enough for the model.
 pub(super) fn check_kernel(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
     let Some(since) = run.model.kernel_since.clone() else { return };
     if numbers(&parts.version) < numbers(&since) {
@@ -95,10 +95,10 @@ pub(super) fn check_kernel(run: &mut Run<'_>, system: &System<'_>, parts: &Parts
             "kernel-old",
             system.places[0].clone(),
             format!(
-                "Linux {} is older than the {}, which wants {since}",
+                "Linux {} is too old for the {}, which needs {since}",
                 parts.version, run.model.title
             ),
-            "a newer kernel, or take the model off `compatible` in board.toml".to_owned(),
+            "use a newer kernel, or remove the model from `compatible` in board.toml".to_owned(),
         );
     }
 }

@@ -1,9 +1,9 @@
-//! Stage 11, the watchdog: which seconds its driver can count, and when it resets a board that hangs.
+//! Stage 11, the watchdog: which timeouts its driver supports, and when it resets a board that hangs.
 //!
 //! Sources: drivers/watchdog/bcm2835_wdt.c (`bcm2835_wdt_start` writes `SECS_TO_WDOG_TICKS(timeout) & 0xfffff`, which are
-//! the seconds modulo 16); drivers/watchdog/watchdog_dev.c (`watchdog_next_keepalive`: the kernel feeds at half of what
-//! the hardware can count, for the last time that much before the deadline). The release's own rule, which seconds
-//! `/init` asks for, is read out of the initrd's script.
+//! the seconds modulo 16); drivers/watchdog/watchdog_dev.c (`watchdog_next_keepalive`: the kernel feeds after half of the
+//! hardware's maximum, and for the last time that long before the deadline). The release's own rule for the seconds
+//! that `/init` asks for is parsed from the initrd's script.
 
 use std::collections::BTreeMap;
 
@@ -13,32 +13,32 @@ use super::facts::Driver;
 use super::system::{Parts, System};
 use super::{Boot, Place, Run};
 
-/// The names by which the watchdog is found in the tree (`bcm2835_pm_of_match` in Linux, drivers/mfd/bcm2835-pm.c). Of a Pi 5 there
-/// are trees with the last and the first, and trees with the last alone.
+/// The `compatible` strings of the watchdog (`bcm2835_pm_of_match` in Linux, drivers/mfd/bcm2835-pm.c). Some trees
+/// of a Pi 5 have the last and the first, others only the last.
 const WATCHDOG: [&str; 4] =
     ["brcm,bcm2835-pm-wdt", "brcm,bcm2835-pm", "brcm,bcm2711-pm", "brcm,bcm2712-pm"];
 
-/// Until which second after the kernel's start a trial may reach `/init`.
+/// The latest second after the kernel's start at which a trial may reach `/init`.
 pub const LATEST_START: i64 = 120;
 
-/// The longest time that is asked about, in seconds: what is longer is counted as this long.
+/// The longest timeout that is evaluated, in seconds; longer ones are treated as this.
 const LONGEST: u64 = 1 << 20;
-/// The largest `/init` whose rule is read; ours has 16 KiB.
+/// The largest `/init` that is parsed; Slipway's has 16 KiB.
 const LARGEST_INIT: usize = 256 << 10;
-/// The deepest parentheses of its arithmetic.
+/// Maximum depth of parentheses in its arithmetic.
 const DEEPEST: u32 = 16;
 
-/// Milliseconds from the start of a watchdog with this timeout until it resets a board whose user space never feeds it
-/// and whose kernel runs. A kernel feeds no earlier than it plans to, so `late` milliseconds are added to each feed.
+/// Milliseconds from the start of a watchdog with this timeout until it resets a board whose kernel runs but whose
+/// user space never feeds it. A kernel never feeds early, so `late` milliseconds are added to each feed.
 pub fn reset_after(driver: &Driver, seconds: u64, late: u64) -> u64 {
-    // The same rest, so the hardware is told the same.
+    // The same remainder, so the hardware gets the same value.
     let seconds = match seconds.checked_sub(LONGEST) {
         Some(more) if driver.modulo > 0 => LONGEST + more % driver.modulo,
         _ => seconds.min(LONGEST),
     };
     let timeout = seconds * 1000;
     let counted = if driver.modulo == 0 { timeout } else { seconds % driver.modulo * 1000 };
-    // watchdog_need_worker: only a timeout that the hardware cannot count is fed.
+    // watchdog_need_worker: the kernel feeds only if the timeout exceeds the hardware's maximum.
     if timeout <= driver.limit_ms {
         return counted;
     }
@@ -58,26 +58,26 @@ pub fn reset_after(driver: &Driver, seconds: u64, late: u64) -> u64 {
     }
 }
 
-/// Whether a watchdog with this timeout outlives the kernel's feeds.
+/// Whether a watchdog with this timeout does not expire between the kernel's feeds.
 pub fn counts(driver: &Driver, seconds: u64) -> bool {
     driver.modulo == 0
         || (1..driver.modulo).contains(&seconds)
         || seconds % driver.modulo >= driver.smallest_rest
 }
 
-/// How `/init` makes the watchdog's seconds of the deadline and its own start second.
+/// How `/init` computes the watchdog's timeout from the deadline and its own start second.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
     /// The deadline without `slipway.deadline=`.
     pub deadline: i64,
-    /// The longest one that counts; a longer one counts as this.
+    /// The maximum deadline; longer ones are reduced to it.
     pub longest: i64,
     steps: Vec<Assignment>,
     /// The first line of the rule in the script.
     pub line: usize,
 }
 
-/// What `left` becomes, and when.
+/// An assignment to `left`, and its condition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Assignment {
     /// Comparison, bound, and whether it must hold.
@@ -86,10 +86,10 @@ struct Assignment {
 }
 
 impl Rule {
-    /// Reads the rule out of the script: the lines of `begin_trial` up to the watchdog's start.
+    /// Parses the rule from the script: the lines of `begin_trial` up to the watchdog's start.
     ///
     /// # Errors
-    /// A line that changes `left` in a way that is not understood here.
+    /// When a line changes `left` in a form that this parser does not support.
     pub fn read(init: &str) -> Result<Self, String> {
         if init.len() > LARGEST_INIT {
             return Err(format!("/init has {} bytes", init.len()));
@@ -115,8 +115,7 @@ impl Rule {
                 inside = false;
             } else if inside && text.contains("left") && !text.starts_with('#') {
                 let step = step(text);
-                steps
-                    .push(step.ok_or_else(|| format!("/init:{line}: `{text}` is not understood"))?);
+                steps.push(step.ok_or_else(|| format!("/init:{line}: cannot parse `{text}`"))?);
             }
         }
         if steps.is_empty() {
@@ -126,7 +125,7 @@ impl Rule {
         Ok(Self { deadline, longest, steps, line: first })
     }
 
-    /// The deadline that `slipway.deadline=` makes: what is no number, or may be an octal one, is passed over.
+    /// The deadline that results from `slipway.deadline=`. Values that are not a number, or may be octal, are ignored.
     pub fn told(&self, value: &str) -> i64 {
         let plain = !value.starts_with('0') && value.bytes().all(|byte| byte.is_ascii_digit());
         let number = Some(value).filter(|value| plain && !value.is_empty());
@@ -137,7 +136,7 @@ impl Rule {
     /// What `/init` asks the watchdog for, when it runs this many seconds after the kernel's start.
     ///
     /// # Errors
-    /// Arithmetic that is not understood here.
+    /// When the arithmetic has a form that this parser does not support.
     pub fn seconds(&self, deadline: i64, start: i64) -> Result<i64, String> {
         let mut left = 0;
         for Assignment { condition, expression } in &self.steps {
@@ -158,7 +157,7 @@ impl Rule {
             if holds {
                 left = Arithmetic { rest: expression.as_bytes(), deadline, start, left, depth: 0 }
                     .whole()
-                    .ok_or_else(|| format!("`{expression}` is not understood"))?;
+                    .ok_or_else(|| format!("cannot evaluate `{expression}`"))?;
             }
         }
         Ok(left)
@@ -193,7 +192,7 @@ fn step(text: &str) -> Option<Assignment> {
     Some(Assignment { condition, expression })
 }
 
-/// The shell's arithmetic, as far as such a rule needs it.
+/// The subset of shell arithmetic that such a rule needs.
 struct Arithmetic<'a> {
     rest: &'a [u8],
     deadline: i64,
@@ -292,8 +291,8 @@ fn timespan(text: &str) -> Option<u64> {
     Some(micros.div_ceil(1_000_000)).filter(|total| *total > 0)
 }
 
-/// The manager's settings that count, each with the file and line that has it: files of a folder over the one that they
-/// are for, by their own names whatever folder they are in, one in `/etc` in the stead of its namesake
+/// The effective settings of the manager, each with its file and line. Drop-in files override the main file. They are
+/// sorted by name across all directories, and a file in `/etc` replaces one with the same name
 /// (systemd-system.conf(5)).
 fn manager(slot: &Slot) -> BTreeMap<String, (String, String, usize)> {
     let file = |path: &str| slot.files.contains_key(path).then(|| path.to_owned());
@@ -340,7 +339,7 @@ pub(super) fn check(
             "watchdog-missing",
             system.places[1].clone(),
             format!(
-                "neither the kernel nor the initrd has {}: nothing ends a trial that hangs",
+                "neither the kernel nor the initrd has {}: a trial that hangs never ends",
                 driver.name
             ),
             format!("add \"{}\" to `kernel.initrd-modules` in board.toml", driver.name),
@@ -348,16 +347,16 @@ pub(super) fn check(
     }
     let help = || {
         format!(
-            "a number below {}, or one that leaves {} or more when divided by it: 63, 127",
+            "use a number below {}, or one with a remainder of {} or more when divided by it: 63, 127",
             driver.modulo, driver.smallest_rest
         )
     };
-    // A kernel that feeds a second late is a common one.
+    // Kernels often feed a second late.
     let reset = |seconds: u64| reset_after(&driver, seconds, 1000);
     let explain = |seconds: u64| {
         let after = reset(seconds) / 1000;
         format!(
-            "{} counts {seconds} s modulo {}: it resets a sound board after {after} s",
+            "{} uses {seconds} s modulo {}: it resets a healthy board after {after} s",
             driver.name, driver.modulo
         )
     };
@@ -371,7 +370,7 @@ pub(super) fn check(
                 "the device tree has no enabled {}: no watchdog, and no way to restart",
                 WATCHDOG[0]
             ),
-            "the device tree of this very model".to_owned(),
+            "use the device tree of this model".to_owned(),
         );
     }
     for (key, (value, path, line)) in manager(system.slot) {
@@ -390,8 +389,8 @@ pub(super) fn check(
         run.stop(
             "watchdog-open",
             system.places[3].clone(),
-            "the kernel's command line has no watchdog.open_timeout: the kernel feeds for ever when user space never comes".to_owned(),
-            "watchdog.open_timeout=120 in `kernel.cmdline` of board.toml".to_owned(),
+            "the kernel's command line has no watchdog.open_timeout: the kernel feeds for ever if user space never starts".to_owned(),
+            "add watchdog.open_timeout=120 to `kernel.cmdline` in board.toml".to_owned(),
         );
     }
     let init = parts.initrd.get("init").map(|init| String::from_utf8_lossy(init).into_owned());
@@ -414,23 +413,23 @@ pub(super) fn check(
         Ok(worst)
     });
     match wrong {
-        Ok(None) => run.step("/init", format!("a trial arms {}: any start second up to {LATEST_START} can be counted", driver.name)),
+        Ok(None) => run.step("/init", format!("a trial arms {}: every start second up to {LATEST_START} gives a valid timeout", driver.name)),
         Ok(Some((_, line, deadline, start, seconds))) => run.stop(
             "watchdog-deadline",
             place(),
             format!("/init:{line}: with a deadline of {deadline} s, started {start} s after the kernel, it asks for {seconds} s; {}", explain(seconds)),
-            "in board/common/init, round what is left to a number that the driver can count".to_owned(),
+            "in board/common/init, round the remaining time to a number that the driver supports".to_owned(),
         ),
         Err(reason) => run.stop(
             "watchdog-deadline",
             place(),
-            format!("which seconds a trial asks for cannot be told: {reason}"),
-            "keep the rule as lines of `left=…` in begin_trial, or teach bootmodel::chain::watchdog the new form".to_owned(),
+            format!("cannot determine the watchdog timeout of a trial: {reason}"),
+            "keep the rule as lines of `left=…` in begin_trial, or add the new form to bootmodel::chain::watchdog".to_owned(),
         ),
     }
 }
 
-/// What the firmware is told of the watchdog that it starts before the kernel.
+/// Checks the firmware's settings for the watchdog that it starts before the kernel.
 fn firmware(
     run: &mut Run<'_>,
     boot: &Boot<'_>,
@@ -442,12 +441,15 @@ fn firmware(
         let place = boot.place("kernel_watchdog_timeout");
         match value.parse() {
             Ok(seconds) if counts(driver, seconds) => {}
-            Ok(0) => {
-                run.stop("watchdog-seconds", place, "0 s: it is not started".to_owned(), help())
-            }
+            Ok(0) => run.stop(
+                "watchdog-seconds",
+                place,
+                "0 s: the watchdog is not started".to_owned(),
+                help(),
+            ),
             Ok(seconds) => run.stop("watchdog-seconds", place, explain(seconds), help()),
             Err(_) => {
-                let message = format!("{value:?} is no number of seconds");
+                let message = format!("invalid number of seconds {value:?}");
                 run.stop("watchdog-seconds", place, message, help());
             }
         }
@@ -461,19 +463,19 @@ fn firmware(
             "watchdog-early",
             boot.place("kernel_watchdog_timeout"),
             format!(
-                "firmware of {} or later starts no watchdog before the kernel for this line alone: a trial whose kernel hangs has no end",
+                "with this line alone, firmware of {} or later starts no watchdog before the kernel: a trial whose kernel hangs never ends",
                 rule.since
             ),
-            format!("dtparam={} below it", rule.parameter),
+            format!("add dtparam={} below this line", rule.parameter),
         );
     }
-    // The documentation says so (boot.adoc); one board was measured to ask autoboot.txt all the same after a hang in Linux
-    // (usr-ein/TriMixxx, pi-qemu, T9). What other releases do nobody knows.
+    // According to the documentation (boot.adoc). One board was measured to read autoboot.txt anyway after a hang in Linux
+    // (usr-ein/TriMixxx, pi-qemu, T9). What other releases do is unknown.
     if let Some(value) = boot.value("kernel_watchdog_partition").filter(|value| *value != "0") {
         run.stop(
             "watchdog-partition",
             boot.place("kernel_watchdog_partition"),
-            format!("a reset by the watchdog starts partition {value} and asks no autoboot.txt: what was committed does not count"),
+            format!("a reset by the watchdog starts partition {value} and ignores autoboot.txt, and with it the committed slot"),
             "delete the line".to_owned(),
         );
     }
@@ -483,7 +485,7 @@ fn firmware(
         run.stop(
             "watchdog-node",
             boot.at(setting),
-            "it switches the watchdog off: no trial that hangs has an end, and nothing restarts"
+            "this line disables the watchdog: a trial that hangs never ends, and the board cannot restart"
                 .to_owned(),
             "delete the line".to_owned(),
         );

@@ -1,16 +1,16 @@
-//! Stage 14, the kernel's command line: words without which a slot is not found, a panic is not left, or a trial has no
-//! end.
+//! Stage 14, the kernel's command line: parameters without which a slot is not found, a panic does not restart, or a
+//! trial never ends.
 //!
 //! Sources: Linux, Documentation/admin-guide/kernel-parameters.txt (`panic=`: 0, the default, waits for ever) and
-//! Documentation/watchdog/watchdog-parameters.rst (`open_timeout`: 0 is without end; `handle_boot_enabled`: without it
-//! nobody feeds a watchdog that runs); the words of `/init` are in its head, board/common/init.
+//! Documentation/watchdog/watchdog-parameters.rst (`open_timeout`: 0 means no limit; `handle_boot_enabled`: without it
+//! the kernel does not feed a running watchdog); the words of `/init` are in its head, board/common/init.
 
 use super::system::System;
 use super::{Boot, Run};
 
 pub(super) fn check(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<'_>) {
     let words: Vec<&str> = system.words.split_ascii_whitespace().collect();
-    // Of a word that is there twice the last one counts.
+    // If a parameter occurs twice, the last one applies.
     let value = |name: &str| {
         let mut all = words.iter().rev().filter_map(|word| word.split_once('='));
         all.find(|(known, _)| *known == name).map(|(_, value)| value)
@@ -24,7 +24,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<
     if seconds.unwrap_or(0) == 0 {
         stop(
             "words-panic",
-            "without panic= and a number of seconds a kernel that panics stays so for ever"
+            "without panic= and a number of seconds, a kernel that panics never restarts"
                 .to_owned(),
             in_cmdline,
         );
@@ -34,7 +34,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<
         stop(
             "words-watchdog",
             format!(
-                "watchdog.open_timeout={} is without end: the kernel feeds a watchdog that no user space takes",
+                "watchdog.open_timeout={} means no limit: the kernel feeds the watchdog for ever if user space does not",
                 open.unwrap_or_default()
             ),
             in_cmdline,
@@ -44,14 +44,14 @@ pub(super) fn check(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<
     if feeds.is_some_and(|value| ["0", "n", "N"].contains(&value)) {
         stop(
             "words-watchdog",
-            "with watchdog.handle_boot_enabled=0 nobody feeds the watchdog that was started before the kernel: every trial is reset".to_owned(),
+            "with watchdog.handle_boot_enabled=0 the kernel does not feed the watchdog that was started before it: every trial is reset".to_owned(),
             in_cmdline,
         );
     }
     if words.contains(&"slipway.no-watchdog") {
         stop(
             "words-watchdog",
-            "with slipway.no-watchdog /init starts no watchdog: a trial that hangs has no end"
+            "with slipway.no-watchdog /init starts no watchdog: a trial that hangs never ends"
                 .to_owned(),
             in_cmdline,
         );
@@ -80,7 +80,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<
                 stop(
                     "words-slot",
                     format!(
-                        "slipway.tryboot={list} names no slot for partition {number}, from which this starts"
+                        "slipway.tryboot={list} names no slot for partition {number}, from which this system starts"
                     ),
                     template,
                 );
@@ -88,7 +88,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<
                 stop(
                     "words-slot",
                     format!(
-                        "slipway.tryboot={list} says that slot {slot} is partition {root}, and it is {}",
+                        "slipway.tryboot={list} says that slot {slot} is partition {root}, but it is {}",
                         system.slot.number
                     ),
                     template,

@@ -1,5 +1,5 @@
-//! Cards that somebody changed in ways that public sources say a board does not forgive, cards that look wrong and start
-//! all the same, and bytes that mean harm.
+//! Cards changed in ways that prevent a start according to public sources, cards that look wrong but start, and
+//! malicious bytes.
 
 use bootmodel::chain::check;
 use bootmodel::chain::fdt::Tree;
@@ -26,7 +26,7 @@ fn more_keys(more: &[&str]) -> Vec<u8> {
     firmware("May  7 2025", &[&KEYS_4[..], more].concat())
 }
 
-/// One for each way, with the rule that says so.
+/// One mutant for each way, with the rule that reports it.
 pub fn mutants() -> Vec<Mutant> {
     vec![
         mutant("no tryboot_a_b", card_4, &["autoboot-a-b"], |card, _| {
@@ -176,12 +176,12 @@ pub fn mutants() -> Vec<Mutant> {
 
 #[test]
 fn cards_that_look_wrong_and_start_all_the_same() {
-    // What is passed over, documentation of config.txt, `os_prefix`.
+    // An `os_prefix` that is ignored (documentation of config.txt, `os_prefix`).
     let mut card = card_4();
     boots(&mut card, "start4.elf", more_keys(&["os_prefix"]));
     boots(&mut card, "config.txt", format!("{CONFIG_4}os_prefix=nothing-there/\n"));
     assert_eq!(shown(&check(&card, &facts())), "", "os_prefix");
-    // Raspberry Pi's own names where the kernel's are not there, ibid., `upstream_kernel`.
+    // Raspberry Pi's own names where the kernel's names do not exist (ibid., `upstream_kernel`).
     let mut card = card_3();
     for name in super::stand_in::MODELS_3 {
         let boot = &mut card.volumes[0].files;
@@ -190,7 +190,7 @@ fn cards_that_look_wrong_and_start_all_the_same() {
     }
     let stops = check(&card, &facts());
     assert_eq!(stops.stops().count(), 0, "{}", shown(&stops));
-    // Names of sections in capitals, a setting for the second port, one that a later file puts right.
+    // Section names in upper case, a setting for the second port, and one that a later file corrects.
     let mut card = card_4();
     boots(&mut card, "start4.elf", more_keys(&["hdmi_group"]));
     boots(&mut card, "config.txt", format!("[ALL]\n{CONFIG_4}hdmi_group:1=2\n"));
@@ -200,7 +200,7 @@ fn cards_that_look_wrong_and_start_all_the_same() {
         "[Manager]\nRuntimeWatchdogSec=60s\n",
     );
     assert_eq!(shown(&check(&card, &facts())), "");
-    // The kernel's own list of words for no console.
+    // The kernel's own values for no console.
     for console in ["null", "uart8250,mmio32,0xfe215040"] {
         let mut card = card_4();
         change_text(
@@ -211,7 +211,7 @@ fn cards_that_look_wrong_and_start_all_the_same() {
         );
         assert_eq!(shown(&check(&card, &facts())), "", "{console}");
     }
-    // The second slot's files are larger than what is looked at, on a partition that nothing starts from.
+    // The second slot's files are too large to be checked, on a partition that nothing starts from.
     let mut card = card_3();
     let mut extra = card.volumes[0].clone();
     (extra.number, extra.offset, extra.unread) = (4, 4 << 30, Some("an exFAT".to_owned()));
@@ -221,7 +221,7 @@ fn cards_that_look_wrong_and_start_all_the_same() {
     assert_eq!(verdict.stops().count(), 0, "{}", shown(&verdict));
 }
 
-/// Any change of a few bytes of any file of a good card is judged without a panic, and before anybody gives up.
+/// Any change of a few bytes in any file of a good card is checked without a panic and in reasonable time.
 #[test]
 fn damaged_files_are_judged_without_a_panic() {
     let mut seed = 0x2545_f491_4f6c_dd1d_u64;

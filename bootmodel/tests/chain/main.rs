@@ -1,5 +1,5 @@
-//! `bootmodel::chain`: good cards have no findings; the cards as they were before, and one mutant for each rule, are
-//! caught with the message that stands in `tests/golden`.
+//! `bootmodel::chain`: good cards have no findings; earlier cards, and one mutant for each rule, are detected with the
+//! message in `tests/golden`.
 
 mod attack;
 mod mutants;
@@ -13,12 +13,12 @@ fn facts() -> Facts {
     Facts::known().expect("the facts")
 }
 
-/// All findings as a person reads them.
+/// All findings as text.
 fn shown(verdict: &Verdict) -> String {
     verdict.findings.iter().map(|finding| format!("{:?}: {finding}\n", finding.level)).collect()
 }
 
-/// All chains as a person reads them.
+/// All chains as text.
 fn chains(card: &Card) -> String {
     let mut out = String::new();
     for chain in check(card, &facts()).chains {
@@ -30,7 +30,7 @@ fn chains(card: &Card) -> String {
     out
 }
 
-/// Compares with a golden text; `SLIPWAY_BLESS=1` writes it anew.
+/// Compares with a golden text; `SLIPWAY_BLESS=1` rewrites it.
 fn golden(name: &str, found: &str) {
     let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
     if std::env::var_os("SLIPWAY_BLESS").is_some() {
@@ -46,7 +46,7 @@ fn good_cards_start_on_every_model() {
         [("3", stand_in::card_3()), ("4", stand_in::card_4()), ("5", stand_in::card_5())]
     {
         let verdict = check(&card, &facts());
-        // What is said of a board whose revision nobody is certain of stays a warning.
+        // A finding about a board whose revision is uncertain stays a warning.
         let stops: Vec<_> = verdict.stops().collect();
         assert!(stops.is_empty(), "card {name}:\n{}", shown(&verdict));
         assert!(verdict.chains.len() == 3 && verdict.chains.iter().all(|chain| chain.starts));

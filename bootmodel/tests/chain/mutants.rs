@@ -1,5 +1,5 @@
-//! Cards that a board would not start, or would not come back from: those as they were, then one change for each rule.
-//! Each is caught by the rule that is named, and its message is a golden text.
+//! Cards that a board would not start, or could not roll back: earlier cards, then one change for each rule. Each is
+//! detected by the named rule, and its message is a golden text.
 
 use bootmodel::chain::card::{Card, Gpt, Record, Volume};
 use bootmodel::chain::{Facts, check};
@@ -13,7 +13,7 @@ use super::{attack, facts, golden, shown};
 
 type Change = Box<dyn Fn(&mut Card, &mut Facts)>;
 
-/// What is changed, on which card, and the rules that must say so.
+/// The change, the card, and the rules that must report it.
 pub struct Mutant {
     name: &'static str,
     card: fn() -> Card,
@@ -57,7 +57,7 @@ pub fn change_text(card: &mut Card, name: &str, from: &str, to: &str) {
     }
 }
 
-/// The script with another text, and the words of a good command line.
+/// The script with a different text, and the words of a good command line.
 pub fn rewrite(card: &mut Card, from: &str, to: &str) {
     let words = "console=tty0 console=ttyS1,115200 ro panic=10 watchdog.open_timeout=120 cfg80211.ieee80211_regdom=DE";
     let text = SCRIPT.replace("WORDS", words);
@@ -78,7 +78,7 @@ fn gpt(card: &mut Card, hybrid: bool) {
 const FEW_KEYS: [&str; 6] =
     ["arm_64bit", "kernel", "upstream_kernel", "enable_uart", "disable_splash", "initial_turbo"];
 
-/// The cards as they were before any of this was known.
+/// The cards before these checks existed.
 fn as_they_were() -> Vec<Mutant> {
     vec![
         mutant(
@@ -102,7 +102,7 @@ fn as_they_were() -> Vec<Mutant> {
                 change_text(card, "config.txt", "initial_turbo=0", "gpu_mem=16");
             },
         ),
-        // What stands behind the firmware's choice is seen only without B0.
+        // The findings after the firmware's choice appear only without B0.
         mutant("as it was: Pi 3 without gpu_mem", card_3, &["memory-outside"], |card, _| {
             was_3(card)
         }),
@@ -590,7 +590,7 @@ fn of_uboot() -> Vec<Mutant> {
         mutant("half of the memory for the GPU", card_3, &["memory-outside"], |card, _| {
             boots(card, "config.txt", format!("{CONFIG_3}gpu_mem=256\n"))
         }),
-        mutant("a watchdog that nobody starts", card_3, &["panic-halts"], |card, _| {
+        mutant("a watchdog that is never started", card_3, &["panic-halts"], |card, _| {
             rewrite(card, "mw.l 0x3f10001c 0x5a000020", "")
         }),
         mutant("the watchdog's registers of another chip", card_3, &["panic-halts"], |card, _| {
@@ -637,19 +637,14 @@ fn of_the_system() -> Vec<Mutant> {
         mutant("nothing on the screen", card_4, &["console-screen"], |card, _| {
             change_text(card, "cmdline.txt", "console=tty0 ", "")
         }),
-        mutant(
-            "a device tree that ends in the midst",
-            card_3,
-            &["system-unreadable"],
-            |card, _| {
-                for slot in &mut card.slots {
-                    slot.files
-                        .iter_mut()
-                        .filter(|(name, _)| name.ends_with(".dtb"))
-                        .for_each(|(_, bytes)| bytes.truncate(200));
-                }
-            },
-        ),
+        mutant("a truncated device tree", card_3, &["system-unreadable"], |card, _| {
+            for slot in &mut card.slots {
+                slot.files
+                    .iter_mut()
+                    .filter(|(name, _)| name.ends_with(".dtb"))
+                    .for_each(|(_, bytes)| bytes.truncate(200));
+            }
+        }),
         mutant("a kernel for another machine", card_4, &["system-unreadable"], |card, _| {
             boots(card, "kernel8.img", "MZ")
         }),
@@ -662,16 +657,21 @@ fn of_the_system() -> Vec<Mutant> {
         mutant("/init's old rule", card_4, &["watchdog-deadline"], |card, _| {
             boots(card, "initrd.img", initrd(INIT_OLD, &modules_4()))
         }),
-        mutant("a rule of /init that nobody knows", card_4, &["watchdog-deadline"], |card, _| {
-            boots(
-                card,
-                "initrd.img",
-                initrd(
-                    &INIT_GOOD.replace("] || left=$(((left", "] || left=$(round $(((left"),
-                    &modules_4(),
-                ),
-            )
-        }),
+        mutant(
+            "a rule of /init that cannot be parsed",
+            card_4,
+            &["watchdog-deadline"],
+            |card, _| {
+                boots(
+                    card,
+                    "initrd.img",
+                    initrd(
+                        &INIT_GOOD.replace("] || left=$(((left", "] || left=$(round $(((left"),
+                        &modules_4(),
+                    ),
+                )
+            },
+        ),
         mutant("RebootWatchdogSec=2min", card_4, &["watchdog-seconds"], |card, _| {
             slots(
                 card,
@@ -756,7 +756,7 @@ fn a_key_may_be_unknown_when_a_line_says_why() {
     assert!(check(&card, &facts()).stops().next().is_none());
 }
 
-/// The driver takes the chip's settings where there are none of the model; those of another chip are none.
+/// The driver uses the chip's settings if there are none for the model; settings of another chip do not apply.
 #[test]
 fn settings_of_a_chip_are_wi_fi_for_its_models() {
     for (chip, finding) in [("43455", false), ("43430", true)] {

@@ -1,5 +1,5 @@
-//! Small stand-ins for what a real card holds: each has just what a stage reads, in its real form. The real files are
-//! read in the system tests.
+//! Small files in the place of those on a real card: each has only what a stage reads, in the real format. The system
+//! tests read the real files.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -80,7 +80,7 @@ pub fn kernel(version: &str, built_in: &[&str]) -> Vec<u8> {
     image[16..24].copy_from_slice(&(48u64 << 20).to_le_bytes());
     image[56..60].copy_from_slice(b"ARM\x64");
     image.extend(format!("Linux version {version} (gcc)\0").as_bytes());
-    // The same words outside of a table of matches do not count.
+    // The same words outside of a match table are ignored.
     image.extend(b"regulator-fixed\0regulator-gpio\0");
     image.resize(1024, 0);
     for name in built_in {
@@ -92,7 +92,7 @@ pub fn kernel(version: &str, built_in: &[&str]) -> Vec<u8> {
     image
 }
 
-/// Stored as it is: which compressor flate2 has depends on what else is built, and lengths stand in golden messages.
+/// Stored uncompressed: flate2's compressor depends on what else is built, and golden messages contain lengths.
 pub fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
     out.write_all(bytes).expect("memory");
@@ -377,7 +377,7 @@ begin_trial() {
 deadline=300
 "#;
 
-/// The same as it was.
+/// The earlier rule.
 pub const INIT_OLD: &str = r#"#!/bin/busybox sh
 begin_trial() {
     left=$((deadline - $(seconds)))

@@ -52,7 +52,7 @@ fn logical_partitions_are_numbered_from_5_on() {
     fat(&mut disk, MIB, 4 * MIB);
     let error = Card::read(Rc::new(Bytes(disk.clone()))).expect_err("no slot");
     assert!(error.contains("no slot has a system"), "{error}");
-    // The same table, through what reads it.
+    // The same table, through its reader.
     let (records, partitions) = Card::table_of(&Bytes(disk)).expect("a table");
     assert_eq!(records.len(), 4);
     let found: Vec<_> = partitions.iter().map(|(n, at)| (*n, *at as usize / MIB)).collect();
@@ -78,11 +78,11 @@ fn damaged_cards_are_errors() {
                 record(&mut disk, 0, 1, 0x0e, 100_000, 7);
                 disk
             },
-            "lies behind the card's end",
+            "begins after the card's end",
         ),
         (
             {
-                // A chain of logical partitions that goes in circles ends.
+                // A circular chain of logical partitions ends.
                 let mut disk = vec![0; 4096];
                 record(&mut disk, 0, 1, 0x0f, 1, 7);
                 record(&mut disk, 1, 2, 0x05, 0, 7);

@@ -1,4 +1,4 @@
-//! The watchdog: a model of the driver against the rule of `/init`, which the real shell function shows.
+//! The watchdog: a model of the driver against the rule of `/init`, as computed by the real shell function.
 
 use std::process::Command;
 
@@ -8,7 +8,7 @@ use bootmodel::chain::watchdog::{LATEST_START, Rule, counts, reset_after};
 use super::facts;
 use super::stand_in::{INIT, INIT_GOOD, INIT_OLD};
 
-/// `/init` takes no other deadline: 0 and a leading zero are its default, what is above is 1800.
+/// `/init` accepts only these deadlines: 0 and a leading zero mean the default, larger ones mean 1800.
 const DEADLINES: std::ops::RangeInclusive<i64> = 1..=1800;
 /// The agent gives a trial up this many seconds before its deadline.
 const MARGIN: i64 = 15;
@@ -36,13 +36,13 @@ fn wrong(rule: &Rule) -> Vec<String> {
             if !counts(&driver, armed) {
                 say("uncountable", at.clone());
             }
-            // The fastest reset of a sound board, and the slowest of one that hangs.
+            // The fastest reset of a healthy board, and the slowest of one that hangs.
             for late in [0, LATE] {
                 let reset = reset_after(&driver, armed, late) as i64;
                 if reset < (seconds - MARGIN) * 1000 {
                     say("reset while healthy", format!("{at}, reset after {reset} ms"));
                 }
-                // A trial that begins at its deadline's end or behind it has 10 s.
+                // A trial that begins at its deadline or after it has 10 s.
                 let bound = deadline.max(start + 10) + 16;
                 if start * 1000 + reset > bound * 1000 {
                     say("outlives the deadline", format!("{at}, reset after {reset} ms"));
@@ -69,10 +69,10 @@ fn the_driver_resets_as_measured() {
     for (seconds, after) in [(288, 0), (291, 3), (295, 7), (10, 10), (15, 15)] {
         assert_eq!(reset_after(&driver, seconds, 0), after * 1000, "{seconds}");
     }
-    // 287 has a rest of 15: fed until 16 s before its end, and reset within the last second.
+    // 287 has a remainder of 15: fed until 16 s before its end, and reset within the last second.
     let reset = reset_after(&driver, 287, 0);
     assert!((286_000..=287_000).contains(&reset), "{reset}");
-    // A watchdog that counts all that it is told.
+    // A watchdog whose hardware supports every timeout.
     let other = Driver { modulo: 0, ..driver };
     assert_eq!(reset_after(&other, 12, 0), 12_000);
 }
@@ -121,5 +121,5 @@ fn the_rule_is_understood_as_the_shell_runs_it() {
 fn a_rule_in_another_form_is_not_guessed_at() {
     let odd = INIT_GOOD.replace("left=$(((left + 1) / 16 * 16 - 1))", "left=$(rounded \"$left\")");
     let error = Rule::read(&odd).and_then(|rule| rule.seconds(300, 5)).expect_err("not understood");
-    assert!(error.contains("is not understood"), "{error}");
+    assert!(error.contains("cannot "), "{error}");
 }

@@ -1,4 +1,4 @@
-//! What the tests share: a deterministic key, payloads, and bundles of them.
+//! Shared by the tests: a deterministic key, payloads, and bundles of them.
 #![allow(dead_code)]
 
 use blake2::{Blake2b512, Digest};
@@ -45,7 +45,7 @@ impl TestKey {
 }
 
 impl TestKey {
-    /// A genuine signature in minisign's older form, `Ed`: over the text itself. Not ours to accept.
+    /// A valid signature in minisign's older format, `Ed`, over the text itself. The format does not accept it.
     pub fn sign_legacy(&self, bytes: &[u8], comment: &str) -> String {
         let signature = self.pair.sk.sign(bytes, None);
         let mut commented = signature.to_vec();

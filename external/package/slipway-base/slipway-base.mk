@@ -4,11 +4,11 @@
 #
 ################################################################################
 
-# No source: it selects, and fits the root file system at the end.
+# No source: it selects packages, and adjusts the root file system at the end.
 SLIPWAY_BASE_LICENSE = Apache-2.0
 
-# Mount points of the volatile folders and of the data partition. OpenSSH's own
-# sshd_config reads no drop-in files; the overlay's settings come as one.
+# Mount points of the volatile directories and of the data partition. OpenSSH's
+# default sshd_config reads no drop-in files; the overlay's settings are one.
 define SLIPWAY_BASE_FIT_ROOT
 	$(INSTALL) -d -m 0755 $(TARGET_DIR)/data $(TARGET_DIR)/boot
 	$(INSTALL) -d -m 0755 $(TARGET_DIR)/etc/ssh/sshd_config.d

@@ -1,4 +1,4 @@
-//! Whether an API fits the running system, by what `api.toml` says of it.
+//! Checks whether an API fits the running system, as described in `api.toml`.
 
 use std::cmp::Ordering;
 use std::fs;
@@ -16,37 +16,39 @@ impl BuiltIn {
         let (version, arch) = (&lock.version, std::env::consts::ARCH);
         if (&lock.package, &lock.module) != (&normal(&self.package), &self.module) {
             return Some(format!(
-                "it is {} (module {}), this system's API is {} (module {})",
+                "the package is {} (module {}), but this system's API is {} (module {})",
                 lock.package, lock.module, self.package, self.module
             ));
         }
         if lock.python != self.python {
             return Some(format!(
-                "it was made for Python {}, this system has {}",
+                "the API needs Python {}, but this system has {}",
                 lock.python, self.python
             ));
         }
         if lock.arch != arch {
-            return Some(format!("it was made for {}, this machine is {arch}", lock.arch));
+            return Some(format!("the API is for {}, but this machine is {arch}", lock.arch));
         }
         if let Some(libc) = self.libc.as_ref().filter(|libc| !at_least(libc, &lock.libc)) {
-            return Some(format!("it was made for {}, this system has {libc}", lock.libc));
+            return Some(format!("the API needs {}, but this system has {libc}", lock.libc));
         }
-        // A version that cannot be compared is one that nobody can say yes to.
+        // A version that cannot be compared is not accepted.
         let below = |minimum: &&String| {
             !matches!(compare(version, minimum), Some(Ordering::Equal | Ordering::Greater))
         };
         if let Some(minimum) = self.minimum_version.as_ref().filter(below) {
-            return Some(format!("its version is {version}, this system takes {minimum} or later"));
+            return Some(format!(
+                "the API has version {version}, but this system requires {minimum} or later"
+            ));
         }
         let missing = lock.base.iter().find(|need| !self.brings(root, need))?;
         Some(format!(
-            "it needs {} {} of the system, which does not have it",
+            "the API needs {} {}, but this system does not provide it",
             missing.name, missing.version
         ))
     }
 
-    /// Whether the system has a distribution, in the folders of Debian's Python or a plain one's.
+    /// Whether the system provides a distribution, in the directories of Debian's Python or of a plain one.
     fn brings(&self, root: &Root, need: &BaseNeed) -> bool {
         let short = &self.python;
         let folders = [
@@ -64,7 +66,7 @@ impl BuiltIn {
     }
 }
 
-/// Whether `numpy-1.26.4.dist-info` (or `.egg-info`) is that of a distribution.
+/// Whether `numpy-1.26.4.dist-info` (or `.egg-info`) belongs to a distribution.
 fn is_of(entry: &str, need: &BaseNeed) -> bool {
     let known = entry.strip_suffix(".dist-info").or_else(|| entry.strip_suffix(".egg-info"));
     let Some((name, rest)) = known.and_then(|known| known.split_once('-')) else { return false };
@@ -72,7 +74,7 @@ fn is_of(entry: &str, need: &BaseNeed) -> bool {
     normal(name) == need.name && compare(version, &need.version) == Some(Ordering::Equal)
 }
 
-/// A distribution's name in the form in which names are compared (PEP 503).
+/// A distribution's name, normalised for comparison (PEP 503).
 fn normal(name: &str) -> String {
     let parts: Vec<&str> = name.split(['-', '_', '.']).filter(|part| !part.is_empty()).collect();
     parts.join("-").to_ascii_lowercase()

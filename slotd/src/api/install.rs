@@ -1,4 +1,4 @@
-//! An install of the component: what can be refused first, then what is missing, beside the API that
+//! Installs the component: first everything that can be refused, then the missing wheels, next to the API that
 //! serves, and only then the change.
 
 use std::collections::BTreeSet;
@@ -31,25 +31,25 @@ pub struct Outcome {
     pub component: &'static str,
     /// The version that serves now.
     pub version: String,
-    /// Its folder in `/data/apps/api`.
+    /// Its directory in `/data/apps/api`.
     pub folder: String,
     /// SHA-256 of the bundle's manifest.
     pub manifest: String,
-    /// The version that served before; `None`: the base's own.
+    /// The version that served before; `None`: the built-in API.
     pub before: Option<String>,
     /// How many wheels it has.
     pub wheels: usize,
-    /// How many of them were there already.
+    /// How many of them were already present.
     pub reused: usize,
     /// Bytes of all payloads.
     pub size: u64,
-    /// Bytes of those that were there already.
+    /// Bytes of payloads that were already present.
     pub held: u64,
     /// Bytes written.
     pub written: u64,
     /// Milliseconds until everything was written and flushed.
     pub write_ms: u64,
-    /// Milliseconds during which nothing answered.
+    /// Milliseconds during which no API answered.
     pub down_ms: u64,
 }
 
@@ -57,8 +57,8 @@ pub struct Outcome {
 /// the robot.
 ///
 /// # Errors
-/// A refusal. Until the change itself, nothing that serves is touched; after it, what served before serves
-/// again.
+/// A refusal. Before the change itself, the API that serves is not touched; after it, the API that served before
+/// serves again.
 pub(crate) fn install<I: Input>(
     machine: &Machine<'_>,
     reader: &mut Reader<I>,
@@ -71,16 +71,16 @@ pub(crate) fn install<I: Input>(
         _ => {
             return Err(Refusal::new(
                 "mixed-bundle",
-                "the bundle has the component api and others: one of them needs a restart, the other none",
-                "make a bundle of each; a system brings its own API along",
+                "the bundle has the component api and others: some of them need a restart, api does not",
+                "make a separate bundle for each; a system includes its own API",
             ));
         }
     };
     let Some(base) = BuiltIn::read(root)? else {
         return Err(Refusal::new(
             "unknown-payload",
-            "the bundle has the component api, and this system has no API",
-            "take the bundle that was made for this product",
+            "the bundle has the component api, but this system has no API",
+            "use the bundle that was built for this product",
         ));
     };
     writable(root)?;
@@ -99,7 +99,7 @@ pub(crate) fn install<I: Input>(
             "build it for this system's product, or install a newer system first",
         ));
     }
-    // What an interrupted change has left is decided before the next one.
+    // An interrupted change is completed or rolled back before the next one.
     settle(root, events, machine.files)?;
     let whole = keep::make_room(root, place, &lock)?;
 
@@ -131,7 +131,7 @@ pub(crate) fn install<I: Input>(
         .map(|()| relink(place, &lock, &folder, events))
         .and_then(|()| assemble(root, place, &lock, &json, &folder));
     if let Err(refusal) = beside {
-        // What an interrupted transfer has brought serves the next one; what no robot takes goes.
+        // Wheels of an interrupted transfer are kept for the next one; a refused API is removed.
         if let Err(error) = keep::sweep(place) {
             events.add("api-not-tidied", json!(error));
         } else if refusal.matter() == Matter::Bundle {
@@ -151,14 +151,14 @@ pub(crate) fn install<I: Input>(
     Ok(outcome)
 }
 
-/// `data` must be the card's, and take writes: what memory holds is gone with the next restart.
+/// `data` must be on the card and writable: content in memory is lost at the next restart.
 fn writable(root: &Root) -> Result<()> {
     let state = DataState::read(root)?;
     match state.condition {
         Condition::ReadOnly | Condition::Memory => Err(Refusal::new(
             "no-data",
             state.alarm().unwrap_or_default(),
-            "restart the robot to have data checked, or replace the card; the API that serves is not touched",
+            "restart the robot to check data, or replace the card; the API that serves is unchanged",
         )),
         _ => Ok(()),
     }
@@ -172,7 +172,7 @@ fn bad_component(reason: String) -> Refusal {
 fn read_lock<I: Input>(mut payload: PayloadReader<'_, I>) -> Result<(Lock, Vec<u8>)> {
     if payload.payload().size > bundle::MAX_LOCK {
         return Err(bad_component(format!(
-            "it has {} bytes, at most {}",
+            "the lock has {} bytes, the maximum is {}",
             payload.payload().size,
             bundle::MAX_LOCK
         )));
@@ -189,7 +189,7 @@ fn read_lock<I: Input>(mut payload: PayloadReader<'_, I>) -> Result<(Lock, Vec<u
     Ok((Lock::parse(&json)?, json))
 }
 
-/// Unpacks the wheels that are not here, and passes over the others, which are `whole`.
+/// Unpacks the missing wheels, and skips those that are `whole`.
 fn bring<I: Input>(
     reader: &mut Reader<I>,
     place: &Place<'_>,
@@ -223,11 +223,11 @@ fn bring<I: Input>(
     // The archive's end.
     match reader.next_payload().map_err(from_source)? {
         None => Ok(()),
-        Some(_) => Err(bad_component("a payload is one too many".to_owned())),
+        Some(_) => Err(bad_component("there is an extra payload".to_owned())),
     }
 }
 
-/// Puts a version together of links to its wheels' files: complete under its name, or not there.
+/// Assembles a version from links to its wheels' files: it is complete under its name, or absent.
 fn assemble(root: &Root, place: &Place<'_>, lock: &Lock, json: &[u8], folder: &str) -> Result<()> {
     let path = place.version(folder);
     let new = place.version(&format!("{folder}{NEW}"));
@@ -247,13 +247,13 @@ fn assemble(root: &Root, place: &Place<'_>, lock: &Lock, json: &[u8], folder: &s
     place.flush(place.folder())
 }
 
-/// Every module that the package and its programs name is there, where Python would find it, and so is
-/// every program.
+/// Checks that every module that the package and its programs name exists where Python would find it, and that
+/// every program exists.
 fn imports(root: &Root, lock: &Lock, folder: &str) -> Result<()> {
     let place = Place::of(&Root::new("/"));
     let site = place.version(folder).join(SITE);
     let python = Interpreter::parse(&lock.python)
-        .ok_or_else(|| bad_component(format!("`{}` is no version of Python", lock.python)))?;
+        .ok_or_else(|| bad_component(format!("invalid Python version `{}`", lock.python)))?;
     let scripts = || lock.wheels.iter().flat_map(|wheel| &wheel.scripts);
     for module in std::iter::once(&lock.module).chain(scripts().map(|script| &script.module)) {
         let mut found = Some(Module::Namespace { folders: vec![site.clone()] });

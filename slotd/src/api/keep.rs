@@ -1,5 +1,5 @@
-//! What is kept on `data`: the API that serves, the last good ones within a budget, and the wheels that
-//! these have.
+//! Decides what is kept on `data`: the API that serves, the last good versions within a budget, and their
+//! wheels.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,19 +13,19 @@ use crate::events::Events;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Good versions that are kept beside the one that serves.
+/// How many good versions are kept besides the one that serves.
 const KEPT: usize = 2;
 
-/// They are kept only while so much of the file system stays free, in percent.
+/// They are kept only while at least this share of the file system is free, in percent.
 const FREE: u64 = 20;
 
-/// Bytes that an install leaves free for everybody else.
+/// Bytes that an install leaves free for other uses.
 const RESERVE: u64 = 16 << 20;
 
-/// Bytes of the smallest unit that a file takes.
+/// Bytes of a file system block, the smallest unit of a file.
 const BLOCK: u64 = 4096;
 
-/// Removes what an interrupted change has left under an unfinished name.
+/// Removes unfinished directories of an interrupted change.
 ///
 /// # Errors
 /// `io`.
@@ -38,8 +38,8 @@ pub(super) fn sweep(place: &Place<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Removes good versions beyond the budget, versions that were never good, and wheels that no version has.
-/// Less room is nobody's failure: what cannot be removed is logged.
+/// Removes good versions beyond the budget, versions that were never good, and wheels that no version uses.
+/// A failed removal is only logged: it costs space but breaks nothing.
 pub(super) fn tidy(root: &Root, place: &Place<'_>, events: &Events) {
     let mut state = State::read(place);
     let mut kept = KEPT;
@@ -56,7 +56,7 @@ pub(super) fn tidy(root: &Root, place: &Place<'_>, events: &Events) {
     }
 }
 
-/// Keeps the one that serves and so many others.
+/// Keeps the version that serves and `others` more.
 fn trim(place: &Place<'_>, state: &mut State, others: usize) -> Result<()> {
     let chosen = state.chosen.clone();
     let mut left = others;
@@ -67,7 +67,7 @@ fn trim(place: &Place<'_>, state: &mut State, others: usize) -> Result<()> {
         left -= usize::from(keep && !serves);
         keep
     });
-    // Forgotten before it goes: nothing that is remembered is half removed.
+    // Removed from the state first, so that the state never lists a half-removed version.
     if state.good.len() != before {
         state.write(place)?;
     }
@@ -77,7 +77,7 @@ fn trim(place: &Place<'_>, state: &mut State, others: usize) -> Result<()> {
     known.extend(serving.as_deref());
     for name in versions(place)? {
         if !known.contains(name.as_str()) {
-            // Out of the way first, so that no half of it is ever found under its name.
+            // Renamed first, so that a half-removed version never has its final name.
             let (path, old) = (place.version(&name), place.version(&format!("{name}{NEW}")));
             place.clear(&old)?;
             place.rename(&path, &old)?;
@@ -98,8 +98,8 @@ fn trim(place: &Place<'_>, state: &mut State, others: usize) -> Result<()> {
     Ok(())
 }
 
-/// Makes sure that an API fits on `data`, at the cost of older ones. Returns those of its wheels that are here and
-/// whole, by their roles: all of their files are read for that, so it is asked once.
+/// Makes room for an API on `data` by removing older ones. Returns the roles of its wheels that are present and
+/// intact. This reads all of their files, so it is done once.
 ///
 /// # Errors
 /// `no-space`, with nothing written; `io`.
@@ -110,13 +110,13 @@ pub(super) fn make_room(root: &Root, place: &Place<'_>, lock: &Lock) -> Result<B
     for others in [usize::MAX, 1, 0] {
         if others != usize::MAX {
             trim(place, &mut state, others)?;
-            // With a version may go what only this one would have had in common with it.
+            // Removing a version may also remove wheels that only the new API shares with it.
             let gone = |wheel: &&Wheel| !place.wheels().join(&wheel.tree).is_dir();
             lock.wheels.iter().filter(gone).for_each(|wheel| drop(whole.take(&wheel.role)));
         }
         let missing = |wheel: &&Wheel| !whole.contains(&wheel.role);
         let sizes = lock.wheels.iter().filter(missing).map(|w| w.bytes + w.files * BLOCK);
-        // A version has folders of its own; a wheel has fewer folders than files.
+        // A version has its own directories; a wheel has fewer directories than files.
         let folders: u64 = lock.wheels.iter().map(|wheel| wheel.files * BLOCK / 4).sum();
         let need = sizes.sum::<u64>() + folders + RESERVE;
         let (free, _) = free(root)?;
@@ -127,19 +127,19 @@ pub(super) fn make_room(root: &Root, place: &Place<'_>, lock: &Lock) -> Result<B
             return Err(Refusal::new(
                 "no-space",
                 format!(
-                    "the API {} needs {} MiB on data, {} are free",
+                    "the API {} needs {} MiB on data, but {} MiB are free",
                     lock.version,
                     need.div_ceil(1 << 20),
                     free >> 20
                 ),
-                "make room on data (`slotd status` shows it); the API that serves is not touched",
+                "free space on data (`slotd status` shows it); the API that serves is unchanged",
             ));
         }
     }
     Ok(whole)
 }
 
-/// The folders of versions that are here, by name.
+/// The names of the directories of installed versions.
 ///
 /// # Errors
 /// `io`.
@@ -147,17 +147,17 @@ pub(super) fn versions(place: &Place<'_>) -> Result<Vec<String>> {
     Ok(names(place.folder())?.into_iter().filter(|name| is_version(name)).collect())
 }
 
-/// Bytes that are free for everybody, and bytes in all.
+/// Free bytes (available to ordinary users) and total bytes.
 fn free(root: &Root) -> Result<(u64, u64)> {
     let about = rustix::fs::statvfs(root.data())
-        .map_err(|error| Refusal::io("looking at data", &error.into()))?;
+        .map_err(|error| Refusal::io("reading the size of data", &error.into()))?;
     Ok((
         about.f_bavail.saturating_mul(about.f_frsize),
         about.f_blocks.saturating_mul(about.f_frsize),
     ))
 }
 
-/// Names in a folder; none when it is not there.
+/// Names in a directory; empty when it does not exist.
 fn names(folder: &std::path::Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,

@@ -1,14 +1,14 @@
-//! The component `api`: installed beside the one that serves, switched to by one rename, kept only when it
-//! is healthy, and switched back otherwise. No restart of the robot, and nothing of the base is touched.
+//! The component `api`. A new version is installed next to the one that serves, switched to by one rename, kept only
+//! when it is healthy, and rolled back otherwise. The robot does not restart, and the base is not touched.
 //!
-//! All of it lies in `/data/apps/api`, so that a reset or a restored backup takes it along:
+//! Everything is in `/data/apps/api`, so that a reset or a restored backup includes it:
 //!
 //! | | |
 //! |---|---|
-//! | `<version>-<id>/` | an installed API: `site`, `bin`, `component.json`; complete, or not there |
-//! | `current` | a link to the one that serves; without it the base's own does |
-//! | `.wheels/<sha256>/` | each wheel's tree once, with hashes in `.sum`; versions have hard links to its files |
-//! | `.state.json` | what was decided, and a change that is not confirmed yet |
+//! | `<version>-<id>/` | an installed API: `site`, `bin`, `component.json`; complete or absent |
+//! | `current` | a link to the version that serves; without it the built-in API serves |
+//! | `.wheels/<sha256>/` | the tree of each wheel, with hashes in `.sum`; versions have hard links to its files |
+//! | `.state.json` | the chosen version, and a change that is not confirmed yet |
 
 mod fit;
 mod install;
@@ -39,10 +39,10 @@ use crate::files::{Disk, Files};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// What follows the name of something that is not complete yet.
+/// The suffix of names that are not complete yet.
 const NEW: &str = ".new";
 
-/// Where the API lies on a robot, and what changes it.
+/// The API's directory on a robot, and the interface that changes files.
 #[derive(Clone)]
 pub(crate) struct Place<'a> {
     folder: PathBuf,
@@ -55,12 +55,12 @@ impl<'a> Place<'a> {
         Self { folder: root.data().join("apps/api"), files }
     }
 
-    /// All of it.
+    /// The directory of everything.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The link to the one that serves.
+    /// The link to the version that serves.
     pub fn current(&self) -> PathBuf {
         self.folder.join("current")
     }
@@ -70,38 +70,38 @@ impl<'a> Place<'a> {
         self.folder.join(".wheels")
     }
 
-    /// One installed API; `name` is one of ours.
+    /// The directory of an installed API; `name` must be valid.
     pub fn version(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
-    /// The name of the API that the link leads to; `None` when there is no link, or none of ours.
+    /// The name of the API that the link points to; `None` when there is no link, or it points elsewhere.
     pub fn serving(&self) -> Option<String> {
         let to = std::fs::read_link(self.current()).ok()?;
         to.to_str().filter(|name| is_version(name)).map(str::to_owned)
     }
 
-    /// Makes the entries of a folder durable.
+    /// Makes the entries of a directory durable.
     fn flush(&self, folder: &Path) -> Result<()> {
         self.files.sync(folder).map_err(failed("flushing", folder))
     }
 
-    /// Makes everything durable that was written to the folder's file system.
+    /// Makes everything durable that was written to the directory's file system.
     fn flush_all(&self, folder: &Path) -> Result<()> {
         self.files.sync_all(folder).map_err(failed("flushing", folder))
     }
 
-    /// Removes a tree, a file or a link, if it is there.
+    /// Removes a tree, a file or a link, if it exists.
     fn clear(&self, path: &Path) -> Result<()> {
         self.files.remove(path).map_err(failed("removing", path))
     }
 
-    /// Gives a complete folder its name, which is free.
+    /// Renames a complete directory to its final name, which does not exist yet.
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         self.files.rename(from, to).map_err(failed("renaming", from))
     }
 
-    /// Exchanges a complete folder with the one that has its name, which may serve, and removes the latter.
+    /// Exchanges a complete directory with the one that has its name, which may be serving, and removes the latter.
     fn exchange(&self, new: &Path, path: &Path) -> Result<()> {
         self.flush_all(new)?;
         self.files.exchange(new, path).map_err(failed("exchanging", path))?;
@@ -111,13 +111,13 @@ impl<'a> Place<'a> {
 }
 
 impl Place<'static> {
-    /// For looking only.
+    /// For reading only.
     fn of(root: &Root) -> Self {
         Self::new(root, &Disk)
     }
 }
 
-/// Whether a name in the folder is that of an installed API: `<version>-<8 hexadecimal digits>`.
+/// Whether a name in the directory is that of an installed API: `<version>-<8 hexadecimal digits>`.
 fn is_version(name: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-+!".contains(&b);
     let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
@@ -129,7 +129,7 @@ fn is_version(name: &str) -> bool {
     })
 }
 
-/// An `io` refusal that says what was being done with a path.
+/// An `io` refusal that names the operation and the path.
 fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal {
     let doing = format!("{doing} {}", path.display());
     move |error| Refusal::io(&doing, &error)

@@ -1,4 +1,4 @@
-//! The services that run from the API: restarted in order, and looked at until they are well.
+//! The services that run from the API: restarted in order, then checked until they are healthy.
 
 use std::time::{Duration, Instant};
 
@@ -9,29 +9,29 @@ use crate::root::Root;
 /// The API's server.
 const SERVER: &str = "slipway-api.service";
 
-/// The reverse proxy, which may answer from what the API has brought.
+/// The reverse proxy, which may serve files of the API.
 const PROXY: &str = "slipway-proxy.service";
 
-/// Answers of systemd that wait for nothing.
+/// Timeout for queries to systemd.
 const ANSWER: Duration = Duration::from_secs(20);
 
-/// How long systemd may take to stop a unit and start it: what the server's own unit allows, and a half.
+/// How long systemd may take to stop and start a unit: 1.5 times what the server's own unit allows.
 const RESTART: Duration = Duration::from_secs(450);
 
-/// How long an API may take until it is well, and how long it must then stay so.
+/// How long an API may take until it is healthy, and how long it must then stay healthy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
-    /// From the restart until all is well.
+    /// From the restart until all checks pass.
     pub start: Duration,
-    /// Without a failure, from then on.
+    /// How long no check may fail after that.
     pub settle: Duration,
-    /// Between two looks.
+    /// The time between two rounds of checks.
     pub pause: Duration,
 }
 
 impl Patience {
-    /// For a robot: a Pi 3 imports a large API in less than a minute, and five on a bad day. Below a test's
-    /// root nothing is restarted, so nothing is waited for.
+    /// On a robot: a Pi 3 usually imports a large API in less than a minute, and at worst in five. In a test's root
+    /// nothing is restarted, so there is nothing to wait for.
     pub fn of(root: &Root) -> Self {
         let seconds =
             |robot, test| Duration::from_secs(if root.is_system() { robot } else { test });
@@ -39,15 +39,15 @@ impl Patience {
     }
 }
 
-/// The checks that say whether an API is well.
+/// The checks that say whether an API is healthy.
 #[derive(Debug)]
 pub(super) struct Watch {
     checks: Vec<Check>,
 }
 
 impl Watch {
-    /// The declared checks and the server's unit. What fails before a change and is not the API's says
-    /// nothing about the change: a robot without a network cable takes an API.
+    /// The declared checks and the server's unit. A check that does not concern the API and already fails before a
+    /// change is ignored: a robot without a network cable accepts an API.
     pub fn new(root: &Root) -> Self {
         let mut checks: Vec<Check> = health::load(root)
             .into_iter()
@@ -66,10 +66,10 @@ impl Watch {
         Self { checks }
     }
 
-    /// Looks until all is well and stays so. Returns how long it took until it was.
+    /// Runs the checks until all pass and keep passing. Returns how long it took until they first passed.
     ///
     /// # Errors
-    /// What is not well.
+    /// The failing check.
     pub fn wait(&self, root: &Root, patience: Patience) -> Result<Duration, String> {
         let started = Instant::now();
         let mut well: Option<Instant> = None;
@@ -87,7 +87,7 @@ impl Watch {
                     return Ok(since.duration_since(started));
                 }
             } else {
-                // A unit that systemd has given up does not come back.
+                // systemd does not start a failed unit again.
                 if started.elapsed() >= patience.start || (root.is_system() && given_up()) {
                     return Err(failing.join("; "));
                 }
@@ -98,12 +98,12 @@ impl Watch {
     }
 }
 
-/// Whether a check looks at the API: at an address, or at its server's unit.
+/// Whether a check concerns the API: an address, or the server's unit.
 fn is_of_api(check: &Check) -> bool {
     match &check.kind {
         Ok(Kind::Http { .. }) => true,
         Ok(Kind::Unit(name)) => name == SERVER,
-        // One that nobody can understand fails before a change, too.
+        // An invalid check also fails before a change.
         _ => false,
     }
 }
@@ -111,13 +111,13 @@ fn is_of_api(check: &Check) -> bool {
 /// Restarts the services in order, on a robot.
 ///
 /// # Errors
-/// What systemd says.
+/// With systemd's message.
 pub(super) fn restart(root: &Root) -> Result<(), String> {
     if !root.is_system() {
         return Ok(());
     }
     if exists(SERVER) {
-        // An API that failed too often before must not keep the next one from starting.
+        // An API that failed too often must not prevent the next one from starting.
         systemctl(&["reset-failed", SERVER])?;
         systemctl(&["restart", SERVER])?;
     }

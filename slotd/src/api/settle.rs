@@ -1,6 +1,6 @@
-//! Early in every start, before anything uses the API: a change that was not confirmed is taken back, and
-//! the installed API serves only if it fits this system. A base update can so fall back to its own API, and
-//! a base that comes back finds the API that it had.
+//! Runs early in every start, before anything uses the API: rolls back a change that was not confirmed, and lets the
+//! installed API serve only if it fits this system. So a base update can fall back to its built-in API, and after a
+//! rollback the old base finds the API that it had.
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -15,20 +15,20 @@ use crate::files::Files;
 use crate::refusal::Result;
 use crate::root::Root;
 
-/// What is to serve, and why it is not what was chosen.
+/// Which API is to serve, and why it is not the chosen one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Settled {
-    /// The folder of the API that serves; `None`: the base's own.
+    /// The directory of the API that serves; `None`: the built-in API.
     pub serves: Option<String>,
-    /// Why the one that was chosen does not serve.
+    /// Why the chosen API does not serve.
     pub set_aside: Option<String>,
-    /// The folder of a change that was taken back, because the power went before it was confirmed; empty
-    /// for the base's own.
+    /// The directory of a change that was rolled back, because the power failed before it was confirmed; empty for the
+    /// built-in API.
     pub taken_back: Option<String>,
 }
 
-/// What is to serve by what was decided: nothing is changed.
+/// Which API is to serve. Nothing is changed.
 ///
 /// # Errors
 /// `bad-device`, `io`.
@@ -36,18 +36,18 @@ pub(super) fn decide(root: &Root, place: &Place<'_>, state: &State) -> Result<Se
     let Some(chosen) = state.chosen.clone() else { return Ok(Settled::default()) };
     let misfit = match (BuiltIn::read(root)?, state::lock(place, &chosen)) {
         (None, _) => Some("this system has no API".to_owned()),
-        (_, Err(why)) => Some(format!("it is damaged: {why}")),
+        (_, Err(why)) => Some(format!("the installed API is damaged: {why}")),
         (Some(base), Ok(lock)) => base.misfit(root, &lock),
     };
     let serves = misfit.is_none().then_some(chosen);
     Ok(Settled { serves, set_aside: misfit, taken_back: None })
 }
 
-/// Brings the link to what is to serve, with every change on `data` made through `files`. What it did is left in
-/// `/run/slotd/api.json`, for `status`.
+/// Points the link to the API that is to serve, with every change on `data` made through `files`. Writes the result
+/// to `/run/slotd/api.json`, for `status`.
 ///
 /// # Errors
-/// `io`: `data` refuses writes; whatever the link leads to serves.
+/// `io`: `data` is read-only; the API that the link points to serves.
 pub fn settle(root: &Root, events: &Events, files: &dyn Files) -> Result<Settled> {
     let place = Place::new(root, files);
     if !place.folder().is_dir() {
@@ -55,7 +55,7 @@ pub fn settle(root: &Root, events: &Events, files: &dyn Files) -> Result<Settled
     }
     let mut state = State::read(&place);
     if !state.is_kept(&place) {
-        // Before the link goes, by which alone it is known.
+        // Before the link is removed, which is the only record of it.
         state.write(&place)?;
     }
     let mut settled = decide(root, &place, &state)?;
@@ -67,7 +67,7 @@ pub fn settle(root: &Root, events: &Events, files: &dyn Files) -> Result<Settled
     }
     point(&place, settled.serves.as_deref())?;
     if trial.is_some() {
-        // Last: until then the next start takes it back again.
+        // Last: until then the next start rolls it back again.
         state.write(&place)?;
     }
     keep::sweep(&place)?;
@@ -82,7 +82,7 @@ fn file(root: &Root) -> std::path::PathBuf {
     root.run().join("api.json")
 }
 
-/// What the last start has settled; `None` when nobody said.
+/// The result of the last start; `None` when it was not recorded.
 pub(super) fn last(root: &Root) -> Option<Settled> {
     durable::read_json(&file(root)).ok().flatten()
 }

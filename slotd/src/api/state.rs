@@ -1,4 +1,4 @@
-//! What was decided about the API, and a change that is not confirmed yet.
+//! The record of the chosen API, and of a change that is not confirmed yet.
 
 use bundle::component::Lock;
 use serde::{Deserialize, Serialize};
@@ -7,29 +7,29 @@ use super::{Place, failed, is_version};
 use crate::durable;
 use crate::refusal::Result;
 
-/// What is remembered, beside the versions themselves.
+/// The recorded state, besides the versions themselves.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct State {
-    /// The API that is to serve; `None`: the base's own.
+    /// The API that is to serve; `None`: the built-in API.
     pub chosen: Option<String>,
-    /// Those that were healthy, the last one first.
+    /// The versions that were healthy, the latest first.
     pub good: Vec<Good>,
-    /// A change that was begun and not confirmed: from `chosen` to this.
+    /// A change that has begun but is not confirmed: from `chosen` to this.
     pub trial: Option<Trial>,
 }
 
-/// An API that was healthy once.
+/// An API that has been healthy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Good {
-    /// Its folder.
+    /// Its directory.
     pub folder: String,
     /// Its version.
     pub version: String,
     /// SHA-256 of its bundle's manifest.
     pub manifest: String,
-    /// Ids of the keys whose signatures counted.
+    /// Ids of the keys whose signatures were accepted.
     pub signed_by: Vec<String>,
 }
 
@@ -37,7 +37,7 @@ pub struct Good {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Trial {
-    /// The folder that is to serve; `None`: the base's own.
+    /// The directory that is to serve; `None`: the built-in API.
     pub to: Option<String>,
 }
 
@@ -46,25 +46,25 @@ impl State {
         place.folder().join(".state.json")
     }
 
-    /// What is remembered. Without it, or when it is damaged, the link is what was decided.
+    /// Reads the state. If the file is missing or damaged, the link's target is the chosen API.
     pub(super) fn read(place: &Place<'_>) -> Self {
         let mut state: Self = match durable::read_json(&Self::path(place)) {
             Ok(Some(state)) => state,
             _ => Self { chosen: place.serving(), ..Self::default() },
         };
-        // It names folders: nothing outside of ours is ever touched because of it.
+        // The state names directories: names of other directories are never used.
         state.chosen = state.chosen.filter(|name| is_version(name));
         state.good.retain(|good| is_version(&good.folder));
         state
     }
 
-    /// Whether what is remembered is on `data` in full.
+    /// Whether everything in the state exists on `data`.
     pub(super) fn is_kept(&self, place: &Place<'_>) -> bool {
         let kept: Option<Self> = durable::read_json(&Self::path(place)).ok().flatten();
         kept.as_ref() == Some(self)
     }
 
-    /// Keeps it.
+    /// Writes the state.
     ///
     /// # Errors
     /// `io`.
@@ -74,12 +74,12 @@ impl State {
     }
 }
 
-/// The lock of an installed API; why there is none.
+/// The lock of an installed API, or why it cannot be read.
 pub(super) fn lock(place: &Place<'_>, folder: &str) -> Result<Lock, String> {
     let path = place.version(folder).join(bundle::component::LOCK_ROLE);
     match durable::read(&path) {
         Ok(Some(json)) => Lock::parse(&json).map_err(|error| error.to_string()),
-        Ok(None) => Err(format!("{} is not there", path.display())),
+        Ok(None) => Err(format!("{} does not exist", path.display())),
         Err(error) => Err(format!("{}: {error}", path.display())),
     }
 }

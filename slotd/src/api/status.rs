@@ -1,4 +1,4 @@
-//! How the API stands, for `slotd status`.
+//! The API's status, for `slotd status`.
 
 use serde::Serialize;
 
@@ -12,13 +12,13 @@ use crate::root::Root;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Serves {
-    /// The one that was installed on `data`.
+    /// The one installed on `data`.
     Installed,
-    /// The base's own.
+    /// The one built into the base.
     BuiltIn,
 }
 
-/// How the API stands.
+/// The API's status.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Status {
@@ -30,17 +30,17 @@ pub struct Status {
     pub version: String,
     /// The version that is built in.
     pub built_in: String,
-    /// Why, in a sentence.
+    /// Why this copy serves, in a sentence.
     pub why: String,
     /// SHA-256 of the manifest of the bundle that it came from.
     pub manifest: Option<String>,
-    /// Those that were healthy and are kept, the last one first.
+    /// Versions that were healthy and are kept, the latest first.
     pub good: Vec<Good>,
     /// Whether a change is not confirmed yet.
     pub pending: bool,
 }
 
-/// How the API stands; `None` on a system that has none.
+/// The API's status; `None` on a system without an API.
 pub fn status(root: &Root) -> Option<Status> {
     let base = BuiltIn::read(root).ok().flatten()?;
     let place = Place::of(root);
@@ -51,13 +51,13 @@ pub fn status(root: &Root) -> Option<Status> {
     let taken_back = last(root).and_then(|settled| settled.taken_back);
     let set_aside = decide(root, &place, &state).ok().and_then(|decided| decided.set_aside);
     let why = match (&lock, &state.trial, set_aside) {
-        (_, Some(_), _) => "a change is under way, and not confirmed yet".to_owned(),
+        (_, Some(_), _) => "a change is in progress and not confirmed yet".to_owned(),
         (None, None, Some(why)) => format!("the installed API is set aside: {why}"),
         (_, None, _) if taken_back.is_some() => {
-            "the power went before a change was confirmed: it was taken back".to_owned()
+            "the power failed before a change was confirmed: the change was rolled back".to_owned()
         }
-        (Some(_), None, _) => "it was installed, and fits this system".to_owned(),
-        (None, None, None) => "none is installed".to_owned(),
+        (Some(_), None, _) => "an API is installed and fits this system".to_owned(),
+        (None, None, None) => "no API is installed".to_owned(),
     };
     Some(Status {
         package: base.package,

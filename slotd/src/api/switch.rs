@@ -1,5 +1,5 @@
-//! The change from one API to another: noted, made by one rename, confirmed when it is healthy, and taken
-//! back otherwise. What is noted and not confirmed is taken back in the next start.
+//! The change from one API to another: recorded, made by one rename, confirmed when the new API is healthy, and rolled
+//! back otherwise. The next start rolls back a change that is recorded but not confirmed.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use crate::provision;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Lets `folder` serve, or without one the base's own API: one rename, or one removal.
+/// Lets `folder` serve, or the built-in API if there is none: one rename, or one removal.
 ///
 /// # Errors
 /// `io`.
@@ -36,7 +36,7 @@ pub(super) fn point(place: &Place<'_>, folder: Option<&str>) -> Result<()> {
             place.files.symlink(to, &new).map_err(failed("linking", &new))?;
             place.files.replace(&new, &current).map_err(failed("renaming", &new))?;
         }
-        // No link, so none of ours: nothing of somebody else's is removed.
+        // Not a link, so slotd did not make it: foreign files are never removed.
         None if current.is_dir() && !current.is_symlink() => {
             return Err(failed("removing", &current)(io::ErrorKind::IsADirectory.into()));
         }
@@ -45,10 +45,10 @@ pub(super) fn point(place: &Place<'_>, folder: Option<&str>) -> Result<()> {
     place.flush(place.folder())
 }
 
-/// Changes from what was chosen to `to`, whose folder is complete. Returns how long nothing answered.
+/// Changes from the chosen API to `to`, whose directory is complete. Returns how long no API answered.
 ///
 /// # Errors
-/// `api-unhealthy`, and whatever provisioning is refused for: what served before serves again. `io`.
+/// `api-unhealthy`, and all refusals of provisioning: the previous API serves again. `io`.
 pub(super) fn change(
     root: &Root,
     events: &Events,
@@ -82,7 +82,7 @@ fn try_it(
     watch: &Watch,
     patience: Patience,
 ) -> Result<Duration> {
-    // If the power goes now, the next start must not believe that `/data/system` is still the old API's.
+    // If the power fails now, the next start must not assume that `/data/system` still belongs to the old API.
     provision::forget(root, place.files)?;
     point(place, to)?;
     provision::run_with(root, events, place.files)?;
@@ -90,8 +90,8 @@ fn try_it(
     let unhealthy = |why: String| {
         Refusal::new(
             "api-unhealthy",
-            format!("the API does not come up: {why}"),
-            "see `journalctl -u slipway-api`; the API that served before serves again",
+            format!("the API does not start: {why}"),
+            "see `journalctl -u slipway-api`; the previous API serves again",
         )
     };
     service::restart(root).map_err(unhealthy)?;
@@ -100,8 +100,8 @@ fn try_it(
     Ok(restarted + well)
 }
 
-/// What was chosen before serves again, whatever of the change was noted. What fails here is logged: the next
-/// start does it again.
+/// Lets the previously chosen API serve again, however much of the change was recorded. A failure here is logged: the
+/// next start tries again.
 fn take_back(root: &Root, events: &Events, place: &Place<'_>, before: &State, why: &Refusal) {
     events.add("api-taken-back", json!({ "serves": before.chosen, "why": why }));
     let done = settle::decide(root, place, before).and_then(|decided| {
@@ -117,20 +117,20 @@ fn take_back(root: &Root, events: &Events, place: &Place<'_>, before: &State, wh
     }
 }
 
-/// What going back has done.
+/// The result of going back.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Back {
     /// The component.
     pub component: &'static str,
-    /// The version that serves now; `None`: the base's own.
+    /// The version that serves now; `None`: the built-in API.
     pub version: Option<String>,
-    /// Milliseconds during which nothing answered.
+    /// Milliseconds during which no API answered.
     pub down_ms: u64,
 }
 
-/// Goes back to the API that was good before this one, or to the base's own, with every change on `data` made
-/// through `files`.
+/// Goes back to the last good API before this one, or to the built-in API, with every change on `data` made through
+/// `files`.
 ///
 /// # Errors
 /// `no-other-api`, `busy`, `api-unhealthy`, `io`.
@@ -143,8 +143,8 @@ pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
     let Some(chosen) = &state.chosen else {
         return Err(Refusal::new(
             "no-other-api",
-            "the system's own API serves: there is nothing to go back to",
-            "install a bundle of the API",
+            "the system's built-in API serves: there is no earlier API to go back to",
+            "install a bundle with the component api",
         ));
     };
     let base = BuiltIn::read(root)?;

@@ -1,5 +1,5 @@
-//! A wheel's tree: from verified bytes of a bundle into a folder, and from there, by hard links, into a
-//! version. Paths in an archive are never trusted, whoever has signed it.
+//! A wheel's tree: unpacked from the verified bytes of a bundle into a directory, and hard-linked from there into a
+//! version. Paths in an archive are never trusted, even if it is signed.
 
 use std::fs;
 use std::io::{self, Read};
@@ -18,21 +18,21 @@ use crate::files::{Files, make_dirs};
 use crate::install::from_source;
 use crate::refusal::{Refusal, Result};
 
-/// Pieces of at most 128 KiB that wait between the verification and the disk.
+/// Number of pieces (at most 128 KiB each) that wait between the verification and the disk.
 const WAITING: usize = 8;
 
 /// Bytes that are written at a time.
 const CHUNK: u64 = 256 << 10;
 
-/// Where a wheel's tree lies.
+/// The directory of a wheel's tree.
 fn place_of(place: &Place<'_>, wheel: &Wheel) -> PathBuf {
     place.wheels().join(&wheel.tree)
 }
 
-/// Unpacks a payload as the tree of a wheel, which is there when it is complete and durable, or not at all.
+/// Unpacks a payload as the tree of a wheel. The tree has its final name only when it is complete and durable.
 ///
 /// # Errors
-/// `bad-tree`, `wrong-hash`: it is not what the lock says. `io`, `source`, and what a bundle is refused for.
+/// `bad-tree`, `wrong-hash`: the tree does not match the lock. `io`, `source`, and the refusals of a bundle.
 pub(super) fn receive<I: Input>(
     place: &Place<'_>,
     wheel: &Wheel,
@@ -56,7 +56,7 @@ pub(super) fn receive<I: Input>(
             .join()
             .map_err(|_| Refusal::new("internal", "unpacking a wheel failed", "report it"))?;
         match read {
-            // One that stopped taking says why.
+            // If the receiver stopped, its error says why.
             Ok(()) => unpacked,
             Err(refusal) => Err(refusal),
         }
@@ -70,13 +70,13 @@ pub(super) fn receive<I: Input>(
         })
         .map_err(failed("writing", &own))?;
     place.flush_all(&new)?;
-    // One that was changed: versions keep their links to what it was until they are linked anew.
+    // Replaces a changed tree: versions keep their links to the old files until they are linked again.
     place.clear(&folder)?;
     place.rename(&new, &folder)?;
     place.flush(&place.wheels())
 }
 
-/// Reads a payload to its end, or until the other side takes no more.
+/// Reads a payload to its end, or until the receiver closes.
 fn send<I: Input>(
     payload: &mut PayloadReader<'_, I>,
     sender: SyncSender<Vec<u8>>,
@@ -88,7 +88,7 @@ fn send<I: Input>(
             progress(bytes.len() as u64);
             sender.send(bytes.to_vec()).map_err(|_| {
                 gone = true;
-                io::Error::other("nobody takes it").into()
+                io::Error::other("the receiver is closed").into()
             })
         });
         match read {
@@ -130,11 +130,11 @@ fn bad(wheel: &Wheel, why: &str) -> Refusal {
     Refusal::new(
         "bad-tree",
         format!("unpacking {} {}: {why}", wheel.name, wheel.version),
-        "make the bundle again with a current `cargo xtask`",
+        "rebuild the bundle with a current `cargo xtask`",
     )
 }
 
-/// Unpacks a tar of plain files and folders.
+/// Unpacks a tar of regular files and directories.
 fn unpack(files: &dyn Files, pipe: Pipe, wheel: &Wheel, into: &Path) -> Result<()> {
     let damaged = |error: io::Error| bad(wheel, &format!("the tar is damaged: {error}"));
     let mut archive = tar::Archive::new(pipe);
@@ -160,7 +160,7 @@ fn unpack(files: &dyn Files, pipe: Pipe, wheel: &Wheel, into: &Path) -> Result<(
             write(files, &mut entry, &path, if executable { 0o755 } else { 0o644 })?;
         }
     }
-    // What follows the last entry counts for the hash.
+    // The bytes after the last entry are part of the hash.
     let mut pipe = archive.into_inner();
     io::copy(&mut pipe, &mut io::sink()).map_err(damaged)?;
     rules.end(&bundle::index::hex(&pipe.hash.finalize()))?;
@@ -189,16 +189,16 @@ fn time() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(TREE_TIME)
 }
 
-/// Makes a folder with those above it; that it is there is fine.
+/// Creates a directory with its parents, unless it exists.
 fn make(files: &dyn Files, folder: &Path) -> Result<()> {
     make_dirs(files, folder).map(drop).map_err(failed("creating", folder))
 }
 
-/// Links all files of a wheel's tree into a version's folder. A file that another wheel has brought, with the
-/// same content and mode, is both's: namespace packages ship one `__init__.py` in each of their parts.
+/// Links all files of a wheel's tree into a version's directory. Two wheels may have the same file with the same
+/// content and mode: namespace packages have one `__init__.py` in each of their parts.
 ///
 /// # Errors
-/// `bad-tree`: another wheel has another file of the same name. `io`.
+/// `bad-tree`: another wheel has a different file with the same name. `io`.
 pub(super) fn link(place: &Place<'_>, wheel: &Wheel, into: &Path) -> Result<()> {
     let from = place_of(place, wheel);
     let mut waiting = vec![PathBuf::new()];
@@ -222,7 +222,8 @@ pub(super) fn link(place: &Place<'_>, wheel: &Wheel, into: &Path) -> Result<()> 
                     if theirs.map_err(failed("reading", &to))?
                         != own.map_err(failed("reading", &path))?
                     {
-                        let why = format!("another wheel installs another `{}`", name.display());
+                        let why =
+                            format!("another wheel installs a different `{}`", name.display());
                         return Err(bad(wheel, &why));
                     }
                 }

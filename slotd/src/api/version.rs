@@ -1,16 +1,16 @@
-//! Versions of Python distributions, as far as one must be compared with another (PEP 440).
+//! Compares versions of Python distributions (PEP 440).
 
 use std::cmp::Ordering;
 
-/// A version's parts, in the order in which they count. A local part (`+…`) does not.
+/// A version's parts, in the order in which they are compared. A local part (`+…`) is ignored.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Version {
     epoch: u64,
     release: Vec<u64>,
-    /// Development releases sort below all else of their release, final ones above pre-releases.
+    /// Pre-releases sort below final releases, and development releases below both.
     stage: (u8, u64),
     post: u64,
-    /// `u64::MAX`: no development release.
+    /// `u64::MAX`: not a development release.
     dev: u64,
 }
 

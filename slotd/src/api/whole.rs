@@ -1,5 +1,5 @@
-//! Whether what was unpacked is still what it was: the hashes that are kept of each wheel's files, for its
-//! reuse, for `slotd verify --component api`, and for versions that have links to files that a card has damaged.
+//! Checks whether unpacked files are unchanged, by the stored hashes of each wheel's files: before a wheel is reused,
+//! for `slotd verify --component api`, and to repair versions with links to files that the card has damaged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,39 +19,39 @@ use crate::files::make_dirs;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// The file at the top of a wheel's tree that has the hashes of all others; no wheel may bring one with a dot.
+/// The file at the top of a wheel's tree with the hashes of all others; no wheel may have a file with a dot there.
 pub(super) const SUM: &str = ".sum";
 
-/// Bytes that are read at a time.
+/// Bytes per read.
 const CHUNK: usize = 256 << 10;
 
-/// The most bytes of [`SUM`] for each file: hash, mode, two blanks, a path, its end.
+/// Maximum bytes in [`SUM`] per file: hash, mode, two blanks, path, terminator.
 const LINE: u64 = 64 + 4 + 2 + bundle::MAX_TREE_PATH as u64 + 1;
 
-/// The most places that a refusal lists.
+/// Maximum number of places that a refusal lists.
 const LISTED: usize = 20;
 
-/// What Python adds to a version while it runs, and compares with the sources itself.
+/// The directories that Python adds to a version at run time; Python itself compares them with the sources.
 const CACHE: &str = "__pycache__";
 
 /// Each file's SHA-256 and mode, by its path in the tree.
 type Sums = BTreeMap<PathBuf, String>;
 
-/// What `verify --component api` has read.
+/// The result of `verify --component api`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Checked {
     /// The component.
     pub component: &'static str,
-    /// Versions that are installed, the one that serves among them.
+    /// Number of installed versions, including the one that serves.
     pub versions: usize,
-    /// Wheels that these have, each counted once.
+    /// Number of their wheels, each counted once.
     pub wheels: usize,
-    /// Bytes of all files; one with several names counts once.
+    /// Bytes of all files; a file with several names is counted once.
     pub size: u64,
 }
 
-/// All names below a folder that are no folders, but for [`SUM`] at its top.
+/// All names below a directory that are not directories, except [`SUM`] at its top.
 fn names(top: &Path) -> io::Result<BTreeSet<PathBuf>> {
     let (mut names, mut waiting) = (BTreeSet::new(), vec![PathBuf::new()]);
     while let Some(below) = waiting.pop() {
@@ -71,7 +71,7 @@ fn names(top: &Path) -> io::Result<BTreeSet<PathBuf>> {
 /// A file's SHA-256 and mode, as in [`SUM`].
 pub(super) fn sum(path: &Path) -> io::Result<String> {
     if !fs::symlink_metadata(path)?.is_file() {
-        return Err(io::Error::other("it is no plain file"));
+        return Err(io::Error::other("not a regular file"));
     }
     let mut file = fs::File::open(path)?;
     let (mut hash, mut chunk) = (Sha256::new(), vec![0; CHUNK]);
@@ -85,7 +85,7 @@ pub(super) fn sum(path: &Path) -> io::Result<String> {
     Ok(format!("{} {mode:o}", bundle::index::hex(&hash.finalize())))
 }
 
-/// The content of [`SUM`] for a tree: hash, mode and path of each file, and a zero, which no path has.
+/// The content of [`SUM`] for a tree: hash, mode and path of each file, terminated by a zero byte.
 pub(super) fn sums(top: &Path) -> io::Result<Vec<u8>> {
     let mut all = Vec::new();
     for name in names(top)? {
@@ -97,7 +97,7 @@ pub(super) fn sums(top: &Path) -> io::Result<Vec<u8>> {
     Ok(all)
 }
 
-/// The hashes that were kept of a wheel's tree; `None`: none, or damaged ones.
+/// The stored hashes of a wheel's tree; `None`: missing or damaged.
 fn kept(place: &Place<'_>, wheel: &Wheel) -> Option<Sums> {
     let most = wheel.files.saturating_mul(LINE);
     let mut bytes = Vec::new();
@@ -113,8 +113,8 @@ fn kept(place: &Place<'_>, wheel: &Wheel) -> Option<Sums> {
     (sums.len() as u64 == wheel.files).then_some(sums)
 }
 
-/// Whether a wheel's tree is here, as it was unpacked, by the hash of each file: a card that rots changes neither
-/// lengths nor times. A tree of an agent that kept no hashes is not, and is unpacked once more.
+/// Whether a wheel's tree is present and unchanged, by the hash of each file: bit rot on a card changes neither lengths
+/// nor times. A tree without stored hashes, from an older agent, counts as absent and is unpacked again.
 pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
     let top = place.wheels().join(&wheel.tree);
     let Some(kept) = kept(place, wheel) else { return false };
@@ -127,9 +127,9 @@ pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
     names(&top).is_ok_and(|names| names.len() == kept.len()) && kept.iter().all(same)
 }
 
-/// Gives versions other than `folder` links to the wheels of a lock, which are all here and whole, in the place of
-/// what they had: files that rotted, or copies from a backup. A version that cannot be put together keeps what it
-/// has, and keeps no install out; the event `api-not-healed` says why.
+/// In versions other than `folder`, replaces damaged files and copies from a backup by links to the wheels of a lock,
+/// which are all present and intact. A version that cannot be rebuilt stays as it is and does not fail the install;
+/// the event `api-not-healed` says why.
 pub(super) fn relink(place: &Place<'_>, lock: &Lock, folder: &str, events: &Events) {
     let versions = keep::versions(place).unwrap_or_default();
     for name in versions.into_iter().filter(|name| name != folder) {
@@ -146,8 +146,8 @@ pub(super) fn relink(place: &Place<'_>, lock: &Lock, folder: &str, events: &Even
     }
 }
 
-/// Whether a version's files are those of these trees, not others of the same names. A file that several wheels
-/// have is one of theirs.
+/// Whether a version's files are links to these trees, not other files with the same names. A file that several wheels
+/// have may be a link to any of them.
 fn linked(trees: &[PathBuf], version: &Path) -> bool {
     let inode = |path: PathBuf| fs::symlink_metadata(path).ok().map(|about| about.ino());
     let theirs = |name: &PathBuf| {
@@ -157,7 +157,7 @@ fn linked(trees: &[PathBuf], version: &Path) -> bool {
     trees.iter().all(|tree| names(tree).is_ok_and(|names| names.iter().all(theirs)))
 }
 
-/// Puts a version together again beside itself, of these wheels and of what else it has, and exchanges the two.
+/// Rebuilds a version next to itself, from these wheels and its other files, and exchanges the two.
 fn rebuild(place: &Place<'_>, wheels: &[&Wheel], name: &str) -> Result<()> {
     let (path, new) = (place.version(name), place.version(&format!("{name}{NEW}")));
     place.clear(&new)?;
@@ -177,11 +177,11 @@ fn rebuild(place: &Place<'_>, wheels: &[&Wheel], name: &str) -> Result<()> {
     place.exchange(&new, &path)
 }
 
-/// Compares each file of each wheel and of each version with the hashes that were kept when it was unpacked, and
-/// each version's lock with its name. Nothing is written.
+/// Compares each file of each wheel and of each version with the hashes stored when it was unpacked, and each version's
+/// lock with its name. Nothing is written.
 ///
 /// # Errors
-/// `api-differs`, with the files. `io`: the folder of the versions cannot be read.
+/// `api-differs`, with the files. `io`: the directory of the versions cannot be read.
 pub(crate) fn verify(root: &Root) -> Result<Checked> {
     let place = &Place::of(root);
     let mut check = Check { known: BTreeMap::new(), size: 0, places: Vec::new() };
@@ -204,9 +204,9 @@ pub(crate) fn verify(root: &Root) -> Result<Checked> {
                     (format!("wheel {} {}", wheel.name, wheel.version), kept(place, wheel));
                 match &sums {
                     Some(sums) => check.folder(&shown, &top, sums, false),
-                    None => check
-                        .places
-                        .push(format!("{shown}: no hashes of its files are kept, or damaged ones")),
+                    None => check.places.push(format!(
+                        "{shown}: the stored hashes of its files are missing or damaged"
+                    )),
                 }
                 (shown, sums)
             });
@@ -216,7 +216,9 @@ pub(crate) fn verify(root: &Root) -> Result<Checked> {
         let own = place.version(version).join(LOCK_ROLE);
         let id = fs::read(&own).map(|json| bundle::index::hex(&bundle::index::sha256(&json)));
         if !id.is_ok_and(|id| version.ends_with(&format!("-{}", id.get(..8).unwrap_or("?")))) {
-            check.places.push(format!("{version}: {LOCK_ROLE} is not what the folder's name says"));
+            check
+                .places
+                .push(format!("{version}: {LOCK_ROLE} does not match the directory's name"));
         }
         if let Ok(sum) = sum(&own) {
             expected.insert(LOCK_ROLE.into(), sum);
@@ -238,26 +240,26 @@ pub(crate) fn verify(root: &Root) -> Result<Checked> {
     Err(Refusal::new(
         "api-differs",
         message,
-        "install the bundle of each version that is named again: what differs is unpacked anew, for all versions \
-         that have it; if it happens twice, replace the card",
+        "install the bundle of each named version again: this unpacks the files that differ again, for all versions \
+         that use them; if it happens twice, replace the card",
     ))
 }
 
-/// What was compared so far.
+/// The comparison's progress.
 struct Check {
-    /// What was found in a file, by device and inode: versions share files.
+    /// The hash of each file, by device and inode: versions share files.
     known: BTreeMap<(u64, u64), String>,
     size: u64,
     places: Vec<String>,
 }
 
 impl Check {
-    /// Compares a folder's files; `open`: it may have others too.
+    /// Compares a directory's files; `open`: it may have other files too.
     fn folder(&mut self, shown: &str, top: &Path, expected: &Sums, open: bool) {
         for (name, expected) in expected {
             let why = match self.file(&top.join(name)) {
                 Ok(found) if found == *expected => continue,
-                Ok(_) => "it is not what was unpacked".to_owned(),
+                Ok(_) => "the file has changed since it was unpacked".to_owned(),
                 Err(error) => error.to_string(),
             };
             self.places.push(format!("{shown}: {}: {why}", name.display()));
@@ -270,7 +272,7 @@ impl Check {
             !open && !expected.contains_key(*name) && !name.iter().any(|part| part == CACHE)
         };
         for name in found.iter().filter(more) {
-            self.places.push(format!("{shown}: {}: no wheel has it", name.display()));
+            self.places.push(format!("{shown}: {}: no wheel has this file", name.display()));
         }
     }
 

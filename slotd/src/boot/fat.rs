@@ -1,6 +1,6 @@
-//! Finds a small file in a FAT12 or FAT16 volume, to be rewritten where it lies: without touching a
-//! folder or an allocation table, so that one sector is all that a power cut can hit. Names and numbers
-//! are those of Microsoft's "FAT: General Overview of On-Disk Format", version 1.03.
+//! Finds a small file in a FAT12 or FAT16 volume, so that it can be rewritten in place. Directories and the
+//! allocation table are not touched, so that a power cut can affect only one sector. Names and numbers are
+//! those of Microsoft's "FAT: General Overview of On-Disk Format", version 1.03.
 
 use std::io;
 
@@ -9,19 +9,19 @@ use crate::storage::Storage;
 /// Bytes of a sector.
 const SECTOR: u64 = 512;
 
-/// Bytes of an entry in a folder.
+/// Bytes of a directory entry.
 const ENTRY: usize = 32;
 
-/// First byte of an entry behind the last.
+/// First byte of the entry after the last one.
 const END: u8 = 0;
 
-/// Attributes of what is no file: a label (and with it every part of a long name), a folder.
+/// Attributes of entries that are not files: a label (also set in every part of a long name), a directory.
 const NO_FILE: u8 = 0x08 | 0x10;
 
-/// The most entries of a root folder that are looked at; a volume has 512 as a rule.
+/// Maximum number of root directory entries that are read; a volume usually has 512.
 const MOST_ENTRIES: u64 = 4096;
 
-/// Where a file lies.
+/// The position of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
     /// Byte offset of its first sector in the volume.
@@ -30,24 +30,24 @@ pub(super) struct Place {
     pub length: usize,
 }
 
-/// Finds a file of at most one sector in the root folder. `name` is as a FAT stores it, such as
+/// Finds a file of at most one sector in the root directory. `name` is as a FAT stores it, such as
 /// `AUTOBOOTTXT`.
 ///
 /// # Errors
-/// When the volume cannot be read, is no such FAT, or has no such file.
+/// When the volume cannot be read, is not a FAT12 or FAT16, or has no such file.
 pub(super) fn find(volume: &dyn Storage, name: &[u8; 11]) -> io::Result<Place> {
     let mut boot = [0; SECTOR as usize];
     volume.read_at(0, &mut boot)?;
     let u8_at = |at: usize| u64::from(boot.get(at).copied().unwrap_or(0));
     let u16_at = |at: usize| u8_at(at) | u8_at(at + 1) << 8;
-    let wrong = |why: &str| io::Error::other(format!("the volume is no FAT16: {why}"));
+    let wrong = |why: &str| io::Error::other(format!("not a FAT16 volume: {why}"));
     let (sector, cluster) = (u16_at(11), u8_at(13));
     let (reserved, tables, entries, table) = (u16_at(14), u8_at(16), u16_at(17), u16_at(22));
     if u16_at(510) != 0xaa55 || sector != SECTOR || !cluster.is_power_of_two() {
-        return Err(wrong("its first sector describes none"));
+        return Err(wrong("the first sector is not a FAT boot sector"));
     }
     if entries == 0 || entries > MOST_ENTRIES || table == 0 || tables == 0 || reserved == 0 {
-        return Err(wrong("it has no root folder of a fixed size"));
+        return Err(wrong("the root directory has no fixed size"));
     }
     let folder = (reserved + tables * table) * SECTOR;
     let data = folder + (entries * ENTRY as u64).next_multiple_of(SECTOR);
@@ -66,7 +66,7 @@ pub(super) fn find(volume: &dyn Storage, name: &[u8; 11]) -> io::Result<Place> {
         let offset = data + first.saturating_sub(2) * cluster * SECTOR;
         if first < 2 || length > SECTOR as usize || offset + SECTOR > volume.size() {
             return Err(io::Error::other(format!(
-                "the file has {length} bytes from cluster {first} on, expected at most {SECTOR} in the volume"
+                "the file has {length} bytes from cluster {first} on, expected at most {SECTOR} bytes within the volume"
             )));
         }
         return Ok(Place { offset, length });

@@ -1,5 +1,5 @@
-//! One contract for both ways in which a robot chooses its slot: what is committed, what is on trial,
-//! and how to change that so that a power cut at any moment leaves either the old or the new choice.
+//! One interface for both boot flows: which slot is committed, which is on trial, and how to change that
+//! so that a power cut at any moment leaves either the old or the new choice.
 
 mod fat;
 mod tryboot;
@@ -18,7 +18,7 @@ use crate::refusal::{Refusal, Result};
 /// A slot that is started before it is committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Trial {
-    /// Which.
+    /// The slot.
     pub slot: Slot,
     /// How many starts are left; 0 while the last one runs, and after it failed.
     pub tries: u32,
@@ -31,13 +31,13 @@ pub struct BootStatus {
     pub active: Slot,
     /// The trial that was armed last, if it has neither been committed nor rolled back.
     pub trial: Option<Trial>,
-    /// What is damaged but does not stop the robot, for people: `copy 1: its checksum does not fit`.
+    /// Damage that does not stop the robot, human-readable: `copy 1: checksum mismatch`.
     pub damage: Vec<String>,
 }
 
 impl BootStatus {
-    /// The trial that is not decided: one that has starts left, or the one that runs. A trial without
-    /// starts left, seen from the committed slot, has failed.
+    /// The trial that is not decided yet: it has starts left, or it is running. A trial without starts left,
+    /// seen from the committed slot, has failed.
     pub fn pending(&self, running: Slot) -> Option<Trial> {
         self.trial.filter(|trial| trial.tries > 0 || trial.slot == running)
     }
@@ -45,7 +45,7 @@ impl BootStatus {
 
 /// How the slot is chosen. Each change is durable when the call returns.
 pub trait BootFlow: Send + Sync {
-    /// Whether this robot can come back from a bad update: asked before anything is written.
+    /// Checks, before anything is written, that this robot can roll back a bad update.
     ///
     /// # Errors
     /// What is missing: `old-eeprom`, `no-tryboot`, `boot-state`, `io`.
@@ -56,16 +56,16 @@ pub trait BootFlow: Send + Sync {
     /// What the boot loader will do.
     ///
     /// # Errors
-    /// `io`; `boot-state`: nothing valid is there.
+    /// `io`; `boot-state`: there is no valid boot state.
     fn status(&self) -> Result<BootStatus>;
 
     /// Lets the next restart try `slot`, which must be complete.
     ///
     /// # Errors
-    /// As [`BootFlow::status`], or when what was written is not read back.
+    /// As [`BootFlow::status`], or when reading back gives other bytes.
     fn arm_trial(&self, slot: Slot) -> Result<()>;
 
-    /// Makes the running slot the committed one, and ends its trial.
+    /// Commits the running slot, and ends its trial.
     ///
     /// # Errors
     /// As [`BootFlow::arm_trial`].
@@ -77,7 +77,7 @@ pub trait BootFlow: Send + Sync {
     /// As [`BootFlow::arm_trial`].
     fn roll_back(&self) -> Result<()>;
 
-    /// What the restart that begins a trial passes to the firmware (`reboot(2)`); `None`: nothing.
+    /// The argument that the restart into a trial passes to the firmware (`reboot(2)`); `None`: no argument.
     fn restart_argument(&self) -> Option<&'static str> {
         None
     }
@@ -86,7 +86,7 @@ pub trait BootFlow: Send + Sync {
 /// The boot flow of this robot.
 ///
 /// # Errors
-/// When its disk cannot be opened, or `device.toml` lists no place for the boot state.
+/// When its disk cannot be opened, or `device.toml` lists no sectors for the boot state.
 pub fn open(device: &Device) -> Result<Box<dyn BootFlow>> {
     match device.about.boot_flow {
         Flow::Uboot => {

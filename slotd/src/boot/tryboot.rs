@@ -1,9 +1,9 @@
-//! Boot flow `tryboot`: the Raspberry Pi's own firmware chooses. `autoboot.txt` names the boot partition
-//! of the committed slot, and under `[tryboot]` that of the other; a restart with the argument
-//! `0 tryboot` asks for the latter once. `docs/concepts/boot-flows.md` has the rules and their sources.
+//! Boot flow `tryboot`: the Raspberry Pi's firmware chooses the slot. `autoboot.txt` names the boot partition
+//! of the committed slot, and under `[tryboot]` that of the other slot; a restart with the argument
+//! `0 tryboot` selects the latter once. `docs/concepts/boot-flows.md` has the rules and their sources.
 //!
-//! A commit swaps two digits of `autoboot.txt` in place: one sector, and whatever part of it reaches the
-//! card, each of the two lines holds the old digit or the new one.
+//! A commit swaps two digits of `autoboot.txt` in place, in one sector. Whatever part of the sector reaches
+//! the card, each of the two lines has the old digit or the new one.
 
 use std::fs;
 use std::io;
@@ -22,18 +22,18 @@ use crate::storage::Storage;
 /// The file's name as a FAT stores it.
 const AUTOBOOT: &[u8; 11] = b"AUTOBOOTTXT";
 
-/// What the firmware tells about itself, in the device tree that it hands over.
+/// What the firmware reports about itself, in the device tree that it passes to the kernel.
 const TOLD: &str = "proc/device-tree/chosen/bootloader";
 
-/// A device that only Raspberry Pi's own kernel has. The same kernel passes the word `tryboot` of a
-/// restart on to the firmware; the kernel of kernel.org does not (`drivers/firmware/raspberrypi.c`).
+/// A device that only Raspberry Pi's kernel has. This kernel passes the restart argument `tryboot` to the
+/// firmware; the kernel of kernel.org does not (`drivers/firmware/raspberrypi.c`).
 const OWN_KERNEL: &str = "dev/vcio";
 
-/// What a robot keeps of a trial, since the firmware forgets its flag as soon as it has started.
+/// The record of a trial, because the firmware clears its flag as soon as it has started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Armed {
     slot: Slot,
-    /// The kernel's boot id when it was armed: the trial is still to come while that start lasts.
+    /// The kernel's boot id when the trial was armed: while it is the same, the trial has not started yet.
     boot: String,
 }
 
@@ -41,13 +41,13 @@ pub(crate) struct Armed {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Autoboot {
     text: Vec<u8>,
-    /// Where the digit after `boot_partition=` stands: the committed one, and the one to try.
+    /// The positions of the digits after `boot_partition=`: the committed partition, and the one to try.
     digits: [usize; 2],
 }
 
 impl Autoboot {
-    /// Understands only what this product's images hold, byte by byte: a file that somebody has written by
-    /// hand is not to be edited.
+    /// Accepts only the text of this product's images, byte by byte: a file that was written by hand must not
+    /// be edited.
     fn parse(text: &[u8]) -> Option<Self> {
         let readable = std::str::from_utf8(text).ok()?;
         let (mut section, mut digits) = ("all", [None, None]);
@@ -91,13 +91,13 @@ impl Autoboot {
     }
 }
 
-/// The boot flow of the firmware.
+/// The firmware's boot flow.
 #[derive(Debug)]
 pub struct Tryboot<S> {
     boot: S,
     /// The numbers of `boot-a` and `boot-b`.
     partitions: [u32; 2],
-    /// Seconds since 1970 of the oldest EEPROM release that can try a slot.
+    /// Date of the oldest EEPROM release that can try a slot, in seconds since 1970.
     since: u64,
     running: Slot,
     root: Root,
@@ -108,7 +108,7 @@ impl<S: Storage> Tryboot<S> {
     /// `since` is the day of the oldest EEPROM release that can try a slot.
     ///
     /// # Errors
-    /// `bad-device`: the day or the numbers make no sense.
+    /// `bad-device`: the day or the numbers are invalid.
     pub fn new(
         boot: S,
         partitions: [u32; 2],
@@ -121,9 +121,11 @@ impl<S: Storage> Tryboot<S> {
             Refusal::new("bad-device", format!("device.toml: {why}"), help)
         };
         let seconds =
-            day(since).ok_or_else(|| bad(format!("`eeprom-since` is `{since}`, no day")))?;
+            day(since).ok_or_else(|| bad(format!("invalid date `{since}` in `eeprom-since`")))?;
         if partitions.iter().any(|number| !(1..=9).contains(number)) {
-            return Err(bad(format!("boot partitions {partitions:?}, expected 1 to 9")));
+            return Err(bad(format!(
+                "boot partitions {partitions:?}, expected numbers from 1 to 9"
+            )));
         }
         Ok(Self { boot, partitions, since: seconds, running, root: root.clone() })
     }
@@ -148,14 +150,14 @@ impl<S: Storage> Tryboot<S> {
         let autoboot = known.ok_or_else(|| {
             Refusal::new(
                 "boot-state",
-                "autoboot.txt on the boot partition is not as this image has made it",
-                "put back the file of the card image: two lines `boot_partition=`, the second under [tryboot]",
+                "autoboot.txt on the boot partition differs from the image's",
+                "restore the file of the card image: two lines `boot_partition=`, the second under [tryboot]",
             )
         })?;
         Ok((place, autoboot))
     }
 
-    /// Makes `slot` the committed one and the other the one to try.
+    /// Makes `slot` the committed slot and the other one the slot to try.
     fn choose(&self, slot: Slot) -> Result<()> {
         let (place, autoboot) = self.read()?;
         let wanted = [self.number(slot), self.number(other(slot))];
@@ -163,7 +165,7 @@ impl<S: Storage> Tryboot<S> {
             return Ok(());
         }
         let failed = |error: io::Error| Refusal::io("writing autoboot.txt", &error);
-        // The whole sector as it is, with two other digits.
+        // The whole sector unchanged, except for the two digits.
         let mut sector = [0; 512];
         self.boot.read_at(place.offset, &mut sector).map_err(failed)?;
         let changed = autoboot.with(wanted);
@@ -177,21 +179,21 @@ impl<S: Storage> Tryboot<S> {
         if found != sector {
             return Err(Refusal::new(
                 "boot-state",
-                "the boot partition does not hold the autoboot.txt that was just written to it",
+                "autoboot.txt on the boot partition differs from what was just written",
                 "the card is failing: replace it",
             ));
         }
         Ok(())
     }
 
-    /// A number that the firmware has told; big-endian, as all numbers of a device tree.
+    /// A number that the firmware reports; big-endian, like all numbers in a device tree.
     fn told(&self, name: &str) -> Option<u32> {
         let bytes = fs::read(self.root.path(TOLD).join(name)).ok()?;
         Some(u32::from_be_bytes(bytes.try_into().ok()?))
     }
 
-    /// Where a trial's record is: in memory, where it needs no room, if `data` could not take it; or on `data`. One
-    /// in memory ends with the start, as does what it says of a trial that is still to come.
+    /// The paths of a trial's record: in memory if `data` could not be written, otherwise on `data`. A record in memory
+    /// ends with this start, and so does a trial that has not started yet.
     fn records(&self) -> [std::path::PathBuf; 2] {
         [self.root.run(), self.root.state()].map(|folder| folder.join("tryboot.json"))
     }
@@ -200,13 +202,12 @@ impl<S: Storage> Tryboot<S> {
         self.root.boot_id().map_err(|error| Refusal::io("reading the kernel's boot id", &error))
     }
 
-    /// The trial's record. One that is damaged is as good as none, and is told: what the firmware starts does not
-    /// depend on it.
+    /// The trial's record. A damaged record is reported and ignored: what the firmware starts does not depend on it.
     fn armed(&self, damage: &mut Vec<String>) -> Option<Armed> {
         self.records().iter().find_map(|path| match durable::read_json(path) {
             Ok(armed) => armed,
             Err(error) => {
-                damage.push(format!("the trial's record {}: {error}", path.display()));
+                damage.push(format!("record of the trial {}: {error}", path.display()));
                 None
             }
         })
@@ -220,7 +221,7 @@ impl<S: Storage> Tryboot<S> {
         };
         match durable::write_json(&kept, armed) {
             Ok(()) => durable::remove(&memory).map_err(failed(&memory)),
-            // Full, failing or in memory itself: `data` decides about no update.
+            // `data` may be full, failing or itself in memory: this must not prevent an update.
             Err(error) => {
                 eprintln!("slotd: {} is kept in memory: {error}", kept.display());
                 durable::write_json(&memory, armed).map_err(failed(&memory))
@@ -243,13 +244,13 @@ impl<S: Storage> BootFlow for Tryboot<S> {
             Refusal::new(
                 "old-eeprom",
                 format!(
-                    "the firmware in this board's EEPROM {found}; it would not come back from a bad update"
+                    "the firmware in this board's EEPROM {found}; it could not roll back a bad update"
                 ),
                 "update the EEPROM with Raspberry Pi's rpi-eeprom-update, then install again",
             )
         };
         match self.told("build-timestamp") {
-            None => return Err(old("does not say when it was made".to_owned())),
+            None => return Err(old("does not report its build time".to_owned())),
             Some(made) if u64::from(made) < self.since => {
                 let days = (self.since - u64::from(made)).div_ceil(86_400);
                 return Err(old(format!("is {days} days too old (build time {made})")));
@@ -260,18 +261,18 @@ impl<S: Storage> BootFlow for Tryboot<S> {
             return Err(Refusal::new(
                 "boot-state",
                 format!(
-                    "slot {} runs, but the firmware says that it has started boot partition {:?}",
+                    "slot {} runs, but the firmware reports that it has started boot partition {:?}",
                     self.running,
                     self.told("partition")
                 ),
-                "restart the robot; if this stays, flash the card again",
+                "restart the robot; if this happens again, flash the card again",
             ));
         }
         if !self.root.path(OWN_KERNEL).exists() {
             return Err(Refusal::new(
                 "no-tryboot",
-                "this system's kernel does not pass the request for a trial on to the firmware",
-                "only Raspberry Pi's own kernel does: use an image with that one",
+                "this system's kernel does not pass the request for a trial to the firmware",
+                "use an image with Raspberry Pi's own kernel, which is the only one that does",
             ));
         }
         self.read().map(drop)
@@ -283,7 +284,9 @@ impl<S: Storage> BootFlow for Tryboot<S> {
         let active = self.slot(committed).unwrap_or(self.running);
         let mut damage = Vec::new();
         if tried == committed {
-            damage.push("autoboot.txt names one partition twice: a write was cut".to_owned());
+            damage.push(
+                "autoboot.txt names the same partition twice: a write was interrupted".to_owned(),
+            );
         }
         let on_trial = self.told("tryboot").is_some_and(|flag| flag != 0);
         let tries = |armed: &Armed, boot: &str| {
@@ -296,7 +299,7 @@ impl<S: Storage> BootFlow for Tryboot<S> {
                 let boot = self.boot_id()?;
                 Some(Trial { slot: armed.slot, tries: tries(&armed, &boot) })
             }
-            // Its record is lost with `data`, but it runs.
+            // The record was lost with `data`, but the trial is running.
             None if on_trial && self.running != active => {
                 Some(Trial { slot: self.running, tries: 0 })
             }
@@ -307,7 +310,7 @@ impl<S: Storage> BootFlow for Tryboot<S> {
 
     fn arm_trial(&self, slot: Slot) -> Result<()> {
         self.ready()?;
-        // Names the slot under [tryboot], which after a cut write it may not.
+        // Writes the slot under [tryboot], which may be wrong after an interrupted write.
         self.choose(other(slot))?;
         self.record(&Armed { slot, boot: self.boot_id()? })
     }
@@ -318,7 +321,7 @@ impl<S: Storage> BootFlow for Tryboot<S> {
     }
 
     fn roll_back(&self) -> Result<()> {
-        // The committed slot is what any other restart starts.
+        // Every other restart starts the committed slot.
         self.forget()
     }
 

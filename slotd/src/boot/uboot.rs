@@ -1,5 +1,5 @@
-//! Boot flow `uboot`: two raw sectors, written alternately, which `boot.scr` reads (and counts down)
-//! before it starts a kernel. `docs/concepts/boot-flows.md` has the format.
+//! Boot flow `uboot`: two raw sectors, written alternately. `boot.scr` reads them, and decrements the try
+//! counter, before it starts a kernel. `docs/concepts/boot-flows.md` has the format.
 
 use bundle::bootstate::{self, BootState, SECTOR, Slot};
 
@@ -8,8 +8,8 @@ use crate::device;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
-/// How often a trial is started. Once: a system that needs a second start is not one to keep, and a
-/// power cut during the trial costs only another `install`, which finds everything in place.
+/// How often a trial is started. Once: a system that needs a second start must not be kept, and after a
+/// power cut during the trial another `install` finds everything already written.
 const TRIES: u32 = 1;
 
 type Copies = [[u8; SECTOR]; 2];
@@ -23,12 +23,12 @@ pub struct Uboot<S> {
 }
 
 impl<S: Storage> Uboot<S> {
-    /// The two copies lie in these sectors (of 512 bytes) of the disk; `running` is what `/` is on.
+    /// `sectors` are the positions of the two copies, in units of 512 bytes; `running` is the slot of `/`.
     pub fn new(disk: S, sectors: [u64; 2], running: Slot) -> Self {
         Self { disk, sectors, running }
     }
 
-    /// Both copies, and which one counts.
+    /// Both copies, and which one is used.
     fn read(&self) -> Result<(Copies, Option<(usize, BootState)>)> {
         let mut copies = [[0; SECTOR]; 2];
         for (copy, sector) in copies.iter_mut().zip(self.sectors) {
@@ -40,18 +40,18 @@ impl<S: Storage> Uboot<S> {
         Ok((copies, newest))
     }
 
-    /// Writes the copy that does not count, so that a torn write leaves the one that does.
+    /// Writes the copy that is not used, so that a torn write leaves the other one intact.
     fn write(&self, change: impl FnOnce(&mut BootState)) -> Result<()> {
         let (_, newest) = self.read()?;
-        // Both copies damaged: `boot.scr` then starts the slot that is whole, and that is the one
-        // that runs. Sequence numbers begin again.
+        // Both copies are damaged: `boot.scr` then starts a slot that loads, which is the running
+        // one. Sequence numbers start again.
         let (counts, mut state) = newest
             .unwrap_or((1, BootState { sequence: 0, active: self.running, trial: None, tries: 0 }));
         change(&mut state);
         state.sequence = state.sequence.checked_add(1).ok_or_else(|| {
             Refusal::new(
                 "boot-state",
-                "the boot state's sequence number cannot grow any more",
+                "boot state sequence number overflow",
                 "flash the card again",
             )
         })?;
@@ -69,7 +69,7 @@ impl<S: Storage> Uboot<S> {
         if found != bytes {
             return Err(Refusal::new(
                 "boot-state",
-                format!("sector {sector} does not hold the boot state that was just written to it"),
+                format!("the boot state in sector {sector} differs from what was just written"),
                 "the card is failing: replace it",
             ));
         }

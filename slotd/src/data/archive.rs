@@ -1,6 +1,6 @@
-//! Backups: a tar of zstd frames of what a robot's users have put on `data`. An archive that comes back is
-//! not trusted: every name, count and length meets its bound before anything of that size is held or written,
-//! and nothing leaves its folder.
+//! Backups: a zstd-compressed tar of the users' files on `data`. An archive to restore is not trusted: every
+//! name, count and length is compared with its bound before anything of that size is held or written, and
+//! nothing is written outside of its directory.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
@@ -15,84 +15,84 @@ use crate::durable::is_missing;
 use crate::files::Files;
 use crate::refusal::{Refusal, Result};
 
-/// Folders at the top of `data` that are no part of a backup and never come from one: the agent's own
-/// memory (its floor must not fall), logs, and what belongs to the file system.
+/// Directories at the top of `data` that are neither backed up nor restored: the agent's own state (its floor
+/// must not fall), logs, and the file system's own directory.
 pub const OURS: [&str; 3] = ["slotd", "var", "lost+found"];
 
-/// Within a backup's folders: trees that every installed API has links to, which no archive keeps.
+/// Left out below a backup's directories: trees that installed APIs link to; an archive does not keep links.
 const LEFT_OUT: [&str; 1] = ["apps/api/.wheels"];
 
-/// zstd's level: a robot's processor is slow, its data mostly text.
+/// zstd level: a robot's processor is slow, and its data is mostly text.
 const LEVEL: i32 = 3;
 
-/// The largest window that is decoded: 8 MiB, that of zstd's level 19. Ours have 2 MiB.
+/// The largest window that is decoded: 8 MiB, as in zstd level 19. Archives of slotd have 2 MiB.
 const WINDOW_LOG: u32 = 23;
 
-/// The most entries of an archive: as many inodes as `mke2fs` gives a file system of 2 GiB. Three versions of an
-/// API with their wheels have some thirty thousand.
+/// Maximum number of entries in an archive: the number of inodes that `mke2fs` gives a file system of 2 GiB. Three
+/// versions of an API with their wheels have about thirty thousand.
 const MOST_ENTRIES: u64 = 1 << 17;
 
-/// The deepest and the longest path of an entry.
+/// Maximum depth and length of an entry's path.
 const DEEPEST: usize = 64;
 const LONGEST: usize = 1024;
 
-/// The longest text of a symbolic link that ext4 takes.
+/// The longest target of a symbolic link in ext4.
 const LONGEST_LINK: usize = 4095;
 
-/// A file takes blocks of this size, and an entry at least one: for itself and its name.
+/// A file occupies blocks of this size, and an entry at least one: for itself and its name.
 const BLOCK: u64 = 4096;
 
-/// How often what changes while it is packed is looked at again.
+/// How often a path that changes while it is packed is examined again.
 const LOOKS: u32 = 16;
 
-/// Bytes that are copied at once.
+/// Bytes per copy.
 const PIECE: usize = 256 << 10;
 
-/// The most zeros after the end of an archive: tools fill their last record, 10 KiB unless told otherwise.
+/// Maximum number of zeros after the end of an archive: tools pad the last record, to 10 KiB by default.
 const MOST_AFTER: usize = 64 << 10;
 
-/// How much an archive may hold or become. Packing and unpacking count the same.
+/// How much an archive may contain. Packing and unpacking count in the same way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
-    /// Bytes in whole blocks, one more for each entry.
+    /// Bytes in whole blocks, plus one block per entry.
     pub bytes: u64,
-    /// Files, folders and links.
+    /// Files, directories and links.
     pub entries: u64,
 }
 
 impl Room {
-    /// As much as a backup may hold.
+    /// The maximum for a backup.
     pub const BACKUP: Self = Self { bytes: u64::MAX, entries: MOST_ENTRIES };
 
-    /// As much as a backup of a file system may become: what is longer than the file system itself has holes, which an
-    /// archive has not, and would fill any other one.
+    /// The maximum for a backup of this file system. Files that are longer in total than the file system are sparse; an
+    /// archive has no holes, and unpacking it would fill any file system.
     ///
     /// # Errors
     /// `io`.
     pub fn backup(folder: &Path) -> Result<Self> {
         let about = rustix::fs::statvfs(folder).map_err(|error| {
-            Refusal::io(format!("looking at {}", folder.display()), &error.into())
+            Refusal::io(format!("reading the size of {}", folder.display()), &error.into())
         })?;
         let whole = about.f_blocks.saturating_mul(about.f_frsize);
-        // Each entry is rounded up to a block, and takes one of its own.
+        // Each entry is rounded up to a block, and occupies one more.
         Ok(Self { bytes: whole.saturating_add(MOST_ENTRIES * 2 * BLOCK), ..Self::BACKUP })
     }
 
-    /// What is free in a file system.
+    /// The free space in a file system.
     ///
     /// # Errors
     /// `io`.
     pub fn free(folder: &Path) -> Result<Self> {
         let about = rustix::fs::statvfs(folder).map_err(|error| {
-            Refusal::io(format!("looking at {}", folder.display()), &error.into())
+            Refusal::io(format!("reading the size of {}", folder.display()), &error.into())
         })?;
         let bytes = about.f_bavail.saturating_mul(about.f_frsize);
-        // Some file systems make inodes as they need them, and say 0.
+        // Some file systems create inodes on demand and report 0.
         let entries = if about.f_files == 0 { u64::MAX } else { about.f_favail };
         Ok(Self { bytes, entries })
     }
 
-    /// Takes the room of one more entry; `false` when there is none.
+    /// Uses the space of one more entry; `false` when there is none.
     #[must_use]
     fn take(&mut self, size: u64) -> bool {
         let cost = size.checked_next_multiple_of(BLOCK).and_then(|size| size.checked_add(BLOCK));
@@ -113,8 +113,8 @@ fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
     move |error| match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Refusal::new(
             "no-space",
-            format!("{doing}: there is no room on data"),
-            "make room on data; a backup can be taken to another machine with `slotd backup`",
+            format!("{doing}: no space left on data"),
+            "free space on data; `slotd backup` can write a backup to another machine",
         ),
         _ => Refusal::io(&doing, &error),
     }
@@ -124,16 +124,16 @@ fn more_than_an_archive(path: &Path, why: &str) -> Refusal {
     Refusal::new(
         "no-archive",
         format!("packing {}: {why}", path.display()),
-        "remove or shorten it: what could not be unpacked again is not packed",
+        "remove or shorten it: files that could not be restored are not packed",
     )
 }
 
-/// Writes `names` below `data`, with the folders that they lie in, as an archive; what is not there is left
-/// out. Sockets, pipes and devices are left out, too. Returns the room that unpacking it takes.
+/// Writes `names` below `data`, with their parent directories, as an archive. Missing names are left out, and
+/// so are sockets, pipes and devices. Returns the space that unpacking needs.
 ///
 /// # Errors
-/// `no-archive`: it is more than `room`, or has names that [`unpack`] would refuse. `no-space`, `io`. What was
-/// written is then no archive.
+/// `no-archive`: the content exceeds `room`, or has names that [`unpack`] would refuse. `no-space`, `io`. The output
+/// is then not a valid archive.
 pub fn pack(data: &Path, names: &[PathBuf], out: impl Write, room: Room) -> Result<Room> {
     let doing = |path: &Path| failed("packing", path);
     let mut encoder = zstd::Encoder::new(out, LEVEL).map_err(doing(data))?;
@@ -148,7 +148,7 @@ pub fn pack(data: &Path, names: &[PathBuf], out: impl Write, room: Room) -> Resu
     parents.dedup();
     for parent in parents {
         if packer.add(parent)?.is_some_and(|folder| !folder) {
-            return Err(more_than_an_archive(&data.join(parent), "it is no folder"));
+            return Err(more_than_an_archive(&data.join(parent), "not a directory"));
         }
     }
     waiting.sort_unstable_by(|a, b| b.cmp(a));
@@ -158,7 +158,7 @@ pub fn pack(data: &Path, names: &[PathBuf], out: impl Write, room: Room) -> Resu
         }
         if packer.add(&name)? == Some(true) {
             let path = data.join(&name);
-            // Data are in use: it may be gone by now.
+            // Data is in use: the file may have been removed.
             let Some(listing) = there(fs::read_dir(&path)).map_err(doing(&path))? else { continue };
             for entry in listing {
                 waiting.push(name.join(entry.map_err(doing(&path))?.file_name()));
@@ -178,23 +178,23 @@ struct Packer<'a, W: Write> {
 }
 
 impl<W: Write> Packer<'_, W> {
-    /// Adds what has a name; `None`: nothing that belongs into an archive has it, else whether it is a folder.
+    /// Adds the entry with this name. `None`: it does not belong into an archive; else whether it is a directory.
     fn add(&mut self, name: &Path) -> Result<Option<bool>> {
         let path = self.data.join(name);
         let doing = failed("packing", &path);
         let Some((about, found)) = look(&path)? else { return Ok(None) };
         if name.as_os_str().len() > LONGEST || name.components().count() > DEEPEST {
-            return Err(more_than_an_archive(&path, "its path is too long or too deep"));
+            return Err(more_than_an_archive(&path, "the path is too long or too deep"));
         }
         let size = if matches!(found, Found::File(_)) { about.len() } else { 0 };
         if !self.left.take(size) {
-            return Err(more_than_an_archive(&path, "it is one too many, or too large"));
+            return Err(more_than_an_archive(&path, "too many files, or too large"));
         }
         let mut header = tar::Header::new_gnu();
         header.set_metadata(&about);
         let is_folder = matches!(found, Found::Folder);
         let added = match found {
-            // As long as it was: one that grows or shrinks meanwhile must not shift what follows.
+            // With the length from the header: a file that grows or shrinks meanwhile must not shift the entries after it.
             Found::File(file) => {
                 let content = file.take(size).chain(io::repeat(0)).take(size);
                 self.tar.append_data(&mut header, name, content)
@@ -207,15 +207,15 @@ impl<W: Write> Packer<'_, W> {
     }
 }
 
-/// What belongs into an archive.
+/// Kinds of entries in an archive.
 enum Found {
     File(File),
     Folder,
     Link(PathBuf),
 }
 
-/// Looks at what has a name, and opens the file itself, whatever has its name later: data are in use, and a user may
-/// exchange one kind for another at any time, to keep everybody from a backup. What is exchanged all the time is left out.
+/// Examines the entry with this name and opens the file itself, not what has the name later: data is in use, and a user
+/// may replace one kind by another at any time, to prevent a backup. An entry that changes all the time is left out.
 fn look(path: &Path) -> Result<Option<(Metadata, Found)>> {
     let doing = failed("packing", path);
     for _ in 0..LOOKS {
@@ -229,7 +229,7 @@ fn look(path: &Path) -> Result<Option<(Metadata, Found)>> {
         if kind.is_symlink() {
             match fs::read_link(path) {
                 Ok(to) => return Ok(Some((about, Found::Link(to)))),
-                // No link any more.
+                // Not a link any more.
                 Err(error) if error.kind() == io::ErrorKind::InvalidInput || is_missing(&error) => {
                 }
                 Err(error) => return Err(doing(error)),
@@ -247,7 +247,7 @@ fn look(path: &Path) -> Result<Option<(Metadata, Found)>> {
                     return Ok(Some((about, Found::File(file))));
                 }
             }
-            // A link or a socket by now.
+            // It has become a link or a socket.
             Err(error)
                 if [Errno::LOOP, Errno::NXIO]
                     .iter()
@@ -259,7 +259,7 @@ fn look(path: &Path) -> Result<Option<(Metadata, Found)>> {
     Ok(None)
 }
 
-/// `None` for what is not there. Below a link that leads to itself nothing is.
+/// `None` for a missing file, also below a link that points to itself.
 pub(super) fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
     let loops = |error: &io::Error| error.raw_os_error() == Some(Errno::LOOP.raw_os_error());
     match found {
@@ -268,7 +268,7 @@ pub(super) fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Everything at the top of `data` that belongs into a backup.
+/// All names at the top of `data` that belong into a backup.
 ///
 /// # Errors
 /// `io`.
@@ -276,7 +276,7 @@ pub fn contents(data: &Path) -> Result<Vec<PathBuf>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(data).map_err(failed("reading", data))? {
         let name = PathBuf::from(entry.map_err(failed("reading", data))?.file_name());
-        // What begins with a dot there is a change of ours under way.
+        // Names that begin with a dot belong to a change of slotd in progress.
         if safe(&name).is_some() {
             names.push(name);
         }
@@ -293,11 +293,11 @@ fn damaged(error: io::Error) -> Refusal {
     bad(&format!("the archive is damaged: {error}"))
 }
 
-/// Unpacks an archive into an empty folder, which only root may enter and nobody uses before all of it is
-/// there. At most `room` is taken. Returns when all of it would survive a power cut.
+/// Unpacks an archive into an empty directory that only root may enter and that is not used before it is
+/// complete. Uses at most `room`. Returns when everything would survive a power cut.
 ///
 /// # Errors
-/// `bad-archive`: it is damaged, or an entry is not one that [`pack`] makes. `no-space`. `io`.
+/// `bad-archive`: the archive is damaged, or has an entry that [`pack`] does not write. `no-space`. `io`.
 pub fn unpack(files: &dyn Files, input: impl Read, into: &Path, room: Room) -> Result<()> {
     let mut decoder = zstd::Decoder::new(input).map_err(damaged)?;
     decoder.window_log_max(WINDOW_LOG).map_err(damaged)?;
@@ -311,8 +311,8 @@ pub fn unpack(files: &dyn Files, input: impl Read, into: &Path, room: Room) -> R
         piece: vec![0; PIECE],
     };
     let mut archive = tar::Archive::new(&mut decoder);
-    // Names that do not fit a header come in an entry of their own before it. The library's own reader
-    // would hold such an entry whatever its length, and those of other formats: here none but these two is taken.
+    // Names that do not fit into a header are in a separate entry before it. The library's own reader would hold
+    // such entries of any length, and those of other formats: here only these two kinds are accepted.
     let (mut long_name, mut long_link) = (None, None);
     for entry in archive.entries().map_err(damaged)?.raw(true) {
         let mut entry = entry.map_err(damaged)?;
@@ -327,33 +327,33 @@ pub fn unpack(files: &dyn Files, input: impl Read, into: &Path, room: Room) -> R
         }
     }
     if long_name.is_some() || long_link.is_some() {
-        return Err(bad("it ends after a name"));
+        return Err(bad("the archive ends after a name"));
     }
-    // To the checksum of what was read.
+    // Up to the checksum.
     let mut rest = Vec::new();
     decoder.take(MOST_AFTER as u64 + 1).read_to_end(&mut rest).map_err(damaged)?;
     if rest.len() > MOST_AFTER || rest.iter().any(|byte| *byte != 0) {
-        return Err(bad("something follows its end"));
+        return Err(bad("there are bytes after the archive's end"));
     }
     unpacker.close(Path::new(""))?;
     files.sync_all(into).map_err(failed("flushing", into))
 }
 
-/// The text of an entry that is a name for the next one.
+/// The text of an entry that names the next one.
 fn text(entry: &mut impl Read, longest: usize) -> Result<PathBuf> {
     let mut text = Vec::new();
-    // One more for the zero at its end, and one to see that it is too long.
+    // One more byte for the zero at its end, and one to detect that it is too long.
     entry.take(longest as u64 + 2).read_to_end(&mut text).map_err(damaged)?;
     if text.last() == Some(&0) {
         text.pop();
     }
     if text.is_empty() || text.len() > longest || text.contains(&0) {
-        return Err(bad(&format!("a name has not 1 to {longest} bytes")));
+        return Err(bad(&format!("a name must be 1 to {longest} bytes long")));
     }
     Ok(PathBuf::from(std::ffi::OsStr::from_bytes(&text)))
 }
 
-/// Who owns an entry, and its mode.
+/// An entry's owner and mode.
 #[derive(Debug, Clone, Copy)]
 struct Rights {
     mode: u32,
@@ -366,10 +366,10 @@ struct Unpacker<'a> {
     into: &'a Path,
     room: Room,
     count: u64,
-    /// The folder of the entry before, which is one: nothing that was unpacked is ever replaced.
+    /// The directory of the previous entry. It stays a directory: nothing that was unpacked is ever replaced.
     parent: PathBuf,
-    /// Folders whose content is being unpacked, each within the one before. They get their rights when it is
-    /// there: one that refuses writes would refuse its own content.
+    /// Directories whose content is being unpacked, each within the previous one. They get their mode when their
+    /// content is complete: a read-only directory would refuse it.
     open: Vec<(PathBuf, Rights)>,
     piece: Vec<u8>,
 }
@@ -387,16 +387,16 @@ impl Unpacker<'_> {
         };
         let shown = given.to_string_lossy().escape_debug().to_string();
         let wrong = |why: &str| bad(&format!("`{shown}` {why}"));
-        let name = safe(&given).ok_or_else(|| wrong("is no path that may be written"))?;
+        let name = safe(&given).ok_or_else(|| wrong("is not a valid path"))?;
         let size = entry.size();
         let header = entry.header();
         let kind = header.entry_type();
         let regular = kind == tar::EntryType::Regular;
         if !regular && !kind.is_dir() && !kind.is_symlink() {
-            return Err(wrong("is neither a file, a folder nor a link"));
+            return Err(wrong("is neither a file, a directory nor a link"));
         }
         if !regular && size != 0 {
-            return Err(wrong("has content, though it is no file"));
+            return Err(wrong("has content but is not a file"));
         }
         let id = |number: io::Result<u64>| number.ok().and_then(|n| u32::try_from(n).ok());
         let rights = Rights {
@@ -410,7 +410,7 @@ impl Unpacker<'_> {
         self.enter(parent)?;
         let path = self.into.join(&name);
         let twice = |error: io::Error| match error.kind() {
-            io::ErrorKind::AlreadyExists => wrong("comes twice"),
+            io::ErrorKind::AlreadyExists => wrong("occurs twice"),
             _ => failed("writing", &path)(error),
         };
         if kind.is_dir() {
@@ -431,7 +431,7 @@ impl Unpacker<'_> {
             None => entry.link_name().map_err(damaged)?.map(std::borrow::Cow::into_owned),
         };
         let to = to.filter(|to| !to.as_os_str().is_empty());
-        let to = to.ok_or_else(|| wrong("leads nowhere"))?;
+        let to = to.ok_or_else(|| wrong("is a link without a target"))?;
         self.files.symlink(&to, &path).map_err(twice)?;
         let Rights { owner, group, .. } = rights;
         self.files.set_owner(&path, owner, group).map_err(failed("writing", &path))
@@ -441,19 +441,19 @@ impl Unpacker<'_> {
     fn take(&mut self, size: u64) -> Result<()> {
         self.count += 1;
         if self.count > MOST_ENTRIES {
-            return Err(bad(&format!("it has more than {MOST_ENTRIES} entries")));
+            return Err(bad(&format!("more than {MOST_ENTRIES} entries")));
         }
         if self.room.take(size) {
             return Ok(());
         }
         Err(Refusal::new(
             "no-space",
-            "unpacking needs more blocks or inodes than are free on data",
-            "make room on data, or leave something out of the backup",
+            "not enough free blocks or inodes on data to unpack the backup",
+            "free space on data, or use a smaller backup",
         ))
     }
 
-    /// Makes the folder of an entry, unless it is there. Nothing is ever written through a link.
+    /// Creates the directory of an entry, unless it exists. Nothing is ever written through a link.
     fn enter(&mut self, folder: &Path) -> Result<()> {
         if folder == self.parent {
             return Ok(());
@@ -465,7 +465,7 @@ impl Unpacker<'_> {
                 Some(found) if found.is_dir() => {}
                 Some(_) => {
                     let shown = folder.to_string_lossy().escape_debug().to_string();
-                    return Err(bad(&format!("`{shown}` is no folder, and has content")));
+                    return Err(bad(&format!("`{shown}` is not a directory but has content")));
                 }
                 None => {
                     self.take(0)?;
@@ -479,7 +479,7 @@ impl Unpacker<'_> {
         Ok(())
     }
 
-    /// Gives the folders that are complete their rights: all but those that `inside` lies in.
+    /// Sets owner and mode of complete directories: all except the parents of `inside`.
     fn close(&mut self, inside: &Path) -> Result<()> {
         while let Some((name, rights)) = self.open.pop_if(|(name, _)| !inside.starts_with(name)) {
             self.finish(&self.into.join(name), rights)?;
@@ -488,7 +488,7 @@ impl Unpacker<'_> {
     }
 
     fn finish(&self, path: &Path, rights: Rights) -> Result<()> {
-        // The mode comes last: a change of the owner takes bits of it away.
+        // The mode is set last: changing the owner clears bits of it.
         self.files
             .set_owner(path, rights.owner, rights.group)
             .and_then(|()| self.files.set_mode(path, rights.mode))
@@ -520,7 +520,7 @@ impl Unpacker<'_> {
     }
 }
 
-/// A path of plain names, which does not begin with one of ours.
+/// A path of plain names that does not begin with one of [`OURS`].
 pub(super) fn safe(name: &Path) -> Option<PathBuf> {
     let mut parts = Vec::new();
     for part in name.components() {

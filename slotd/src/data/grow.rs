@@ -1,9 +1,9 @@
-//! `data` takes the rest of the card: the image is as small as can be, cards are not.
+//! Extends `data` over the rest of the card: the image is as small as possible, cards are larger.
 //!
-//! Only the table is changed here; the file system follows while it is mounted (`resize2fs`). Whatever a
-//! power cut leaves, one valid table is there: an MBR is one sector; a logical partition has its record in a
-//! sector of its own, which changes when the extended partition around it has; and a GPT's new backup is complete
-//! at the end of the card before its primary is touched, which then changes in one write of one block.
+//! Only the table is changed here; the file system is grown later, while it is mounted (`resize2fs`). After a
+//! power cut at any moment there is a valid table: an MBR is one sector; a logical partition has its record in
+//! its own sector, which is changed after the extended partition around it; and a GPT's new backup is complete at
+//! the end of the card before the primary is changed, in one write of one block.
 
 use std::io;
 
@@ -12,13 +12,13 @@ use crate::storage::Storage;
 /// Bytes of a sector.
 const SECTOR: u64 = 512;
 
-/// Sectors that a grown partition starts and ends on multiples of: 1 MiB, as the builder's.
+/// Alignment of a grown partition's start and end, in sectors: 1 MiB, as in the builder.
 const ALIGNMENT: u64 = 2048;
 
-/// Growing by less is not worth a write: 16 MiB.
+/// Growing by less than this (16 MiB, in sectors) is not worth a write.
 const WORTH: u64 = 32_768;
 
-/// The number of the first logical partition, whatever records of the MBR are in use.
+/// The number of the first logical partition, independent of the number of MBR records in use.
 const FIRST_LOGICAL: u32 = 5;
 
 /// MBR types of extended partitions: by geometry, by sector number, Linux's.
@@ -27,15 +27,15 @@ const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
 /// UEFI specification 2.10, table 5.5: length of a GPT header.
 const HEADER: usize = 92;
 
-/// The most bytes of entries that are understood: 128 of 128 bytes, as every tool makes them.
+/// Maximum bytes of entries that are supported: 128 entries of 128 bytes, as all tools create them.
 const MOST_ENTRIES: u64 = 128 * 128;
 
-/// What was done.
+/// The result of growing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grown {
     /// Sectors before.
     pub from: u64,
-    /// Sectors now; the same where there was nothing to gain.
+    /// Sectors now; the same if there was nothing to gain.
     pub to: u64,
 }
 
@@ -43,7 +43,7 @@ pub struct Grown {
 /// begins, in sectors. Calling it again does nothing.
 ///
 /// # Errors
-/// When the disk fails, or its table is not one that the builder has made; nothing is written then.
+/// When the disk fails, or its table was not made by the builder. Nothing is written then.
 pub fn grow(disk: &dyn Storage, number: u32, start: u64) -> io::Result<Grown> {
     let mut mbr = [0; SECTOR as usize];
     disk.read_at(0, &mut mbr)?;
@@ -85,27 +85,27 @@ fn grow_mbr(
     start: u64,
 ) -> io::Result<Grown> {
     let index = number.checked_sub(1).map_or(usize::MAX, |index| index as usize);
-    let record = *records.get(index).ok_or_else(|| wrong("it has no such partition"))?;
+    let record = *records.get(index).ok_or_else(|| wrong("no such partition"))?;
     if record.kind == 0 || record.first != start {
-        return Err(wrong("the partition does not start where it should"));
+        return Err(wrong("the partition does not start where device.toml says"));
     }
     if records.iter().any(|other| other.kind != 0 && other.first > start) {
-        return Err(wrong("another partition lies behind it"));
+        return Err(wrong("another partition follows it"));
     }
     // A 32-bit number of sectors.
     let end = (disk.size() / SECTOR).min(start + u64::from(u32::MAX));
     let Some(to) = worth(start, record.sectors, end) else {
         return Ok(Grown { from: record.sectors, to: record.sectors });
     };
-    // Cylinder, head and sector: the largest, which says that they cannot tell.
+    // Cylinder, head and sector: the maximum, which means that they do not apply.
     put(mbr, record.at + 5, &[0xfe, 0xff, 0xff]);
     put(mbr, record.at + 12, &u32::try_from(to).unwrap_or(u32::MAX).to_le_bytes());
     write(disk, 0, mbr)?;
     Ok(Grown { from: record.sectors, to })
 }
 
-/// A logical partition: each has a sector in front of it with its own record, counted from that sector, and a link to
-/// the next such sector, counted from the extended partition's start.
+/// Grows a logical partition. Before each one there is a sector with its record, relative to that sector, and a link
+/// to the next such sector, relative to the extended partition's start.
 fn grow_logical(
     disk: &dyn Storage,
     mbr: &mut [u8],
@@ -114,9 +114,9 @@ fn grow_logical(
     start: u64,
 ) -> io::Result<Grown> {
     let extended = records.iter().find(|record| EXTENDED.contains(&record.kind));
-    let extended = *extended.ok_or_else(|| wrong("it has no extended partition"))?;
+    let extended = *extended.ok_or_else(|| wrong("there is no extended partition"))?;
     if records.iter().any(|other| other.kind != 0 && other.first > extended.first) {
-        return Err(wrong("another partition lies behind the extended one"));
+        return Err(wrong("another partition follows the extended one"));
     }
     let mut sector = [0; SECTOR as usize];
     let mut at = extended.first;
@@ -134,17 +134,19 @@ fn grow_logical(
         if last {
             break;
         }
-        // Forwards only: a chain that bites its tail ends here.
+        // Forwards only: this ends a circular chain.
         let next = extended.first.saturating_add(link.first);
         if next <= at {
             return Err(wrong("the chain of logical partitions is damaged"));
         }
         at = next;
     }
-    Err(wrong("the partition does not start where it should, or another lies behind it"))
+    Err(wrong(
+        "the partition does not start where device.toml says, or another partition follows it",
+    ))
 }
 
-/// `sector` is the one at `at` in front of the last logical partition, `own` its record of it.
+/// `sector` is the content of sector `at` before the last logical partition, and `own` the partition's record in it.
 fn grow_last_logical(
     disk: &dyn Storage,
     mbr: &mut [u8],
@@ -161,7 +163,7 @@ fn grow_last_logical(
         return Ok(Grown { from: own.sectors, to: own.sectors });
     };
     let number = |sectors: u64| u32::try_from(sectors).unwrap_or(u32::MAX).to_le_bytes();
-    // First what lies around it: a larger extended partition changes nothing for those in it.
+    // The extended partition first: its size does not affect the partitions in it.
     let around = start.saturating_add(to).saturating_sub(extended.first);
     if around > extended.sectors {
         put(mbr, extended.at + 5, &[0xfe, 0xff, 0xff]);
@@ -182,13 +184,13 @@ fn grow_gpt(
     start: u64,
 ) -> io::Result<Grown> {
     let sectors = disk.size() / SECTOR;
-    let last = sectors.checked_sub(1).ok_or_else(|| wrong("it is empty"))?;
-    // The primary; after a cut in its own write, the backup that was made before.
+    let last = sectors.checked_sub(1).ok_or_else(|| wrong("the disk is empty"))?;
+    // The primary; or, after an interrupted write of it, the backup that was written before.
     let (mut header, mut entries) = read_gpt(disk, 1).or_else(|_| read_gpt(disk, last))?;
     let (count, size) = (number32(&header, 80), number32(&header, 84));
     let index = u64::from(number.wrapping_sub(1));
     if index >= count || number64(&entries, (index * size) as usize + 32) != start {
-        return Err(wrong("the partition does not start where it should"));
+        return Err(wrong("the partition does not start where device.toml says"));
     }
     let behind = (0..count).any(|other| {
         let at = (other * size) as usize;
@@ -196,12 +198,12 @@ fn grow_gpt(
             && number64(&entries, at + 32) > start
     });
     if behind {
-        return Err(wrong("another partition lies behind it"));
+        return Err(wrong("another partition follows it"));
     }
     let at = (index * size) as usize + 40;
     let from = (number64(&entries, at) + 1).saturating_sub(start);
     let table = (entries.len() as u64).div_ceil(SECTOR);
-    // Room for the backup: its entries, then its header in the last sector.
+    // Space for the backup: its entries, then its header in the last sector.
     let end = last.saturating_sub(table);
     let to = worth(start, from, end);
     let moved = number64(&header, 32) != last || number64(&header, 24) != 1;
@@ -218,10 +220,10 @@ fn grow_gpt(
     write(disk, end * SECTOR, &entries)?;
     write(disk, last * SECTOR, &backup)?;
 
-    // One write from the MBR to the last entry: the sectors that differ lie in the first block.
+    // One write from the MBR to the last entry: the sectors that differ are in the first block.
     let primary = sealed(&header, 1, last, 2);
     if let Some(record) = records.iter().find(|record| record.kind == 0xee && record.first == 1) {
-        // Only a plain protective record covers the disk; in a hybrid it ends before the first partition.
+        // Only a plain protective record covers the disk; in a hybrid MBR it ends before the first partition.
         if records.iter().filter(|other| other.kind != 0).count() == 1 {
             let covered = u32::try_from(last).unwrap_or(u32::MAX);
             put(mbr, record.at + 12, &covered.to_le_bytes());
@@ -231,7 +233,7 @@ fn grow_gpt(
     Ok(Grown { from, to })
 }
 
-/// The header in a sector and its entries, when both checksums fit.
+/// The header in a sector and its entries, if both checksums are correct.
 fn read_gpt(disk: &dyn Storage, sector: u64) -> io::Result<(Vec<u8>, Vec<u8>)> {
     let mut header = vec![0; SECTOR as usize];
     disk.read_at(sector * SECTOR, &mut header)?;
@@ -244,11 +246,11 @@ fn read_gpt(disk: &dyn Storage, sector: u64) -> io::Result<(Vec<u8>, Vec<u8>)> {
         return Err(wrong("the GPT's header is damaged"));
     }
     if number64(&header, 24) != sector {
-        return Err(wrong("the GPT's header belongs elsewhere"));
+        return Err(wrong("the GPT's header belongs to another sector"));
     }
     let length = number32(&header, 80) * number32(&header, 84);
     if number32(&header, 84) != 128 || length > MOST_ENTRIES || !length.is_multiple_of(SECTOR) {
-        return Err(wrong("the GPT has another form"));
+        return Err(wrong("the GPT has an unsupported layout"));
     }
     let mut entries = vec![0; length as usize];
     disk.read_at(number64(&header, 72).saturating_mul(SECTOR), &mut entries)?;
@@ -258,7 +260,7 @@ fn read_gpt(disk: &dyn Storage, sector: u64) -> io::Result<(Vec<u8>, Vec<u8>)> {
     Ok((header, entries))
 }
 
-/// The header for one of its two places, with its checksum.
+/// The header for one of its two positions, with its checksum.
 fn sealed(header: &[u8], own: u64, other: u64, entries: u64) -> Vec<u8> {
     let mut header = header.to_vec();
     put(&mut header, 16, &[0; 4]);
@@ -270,23 +272,23 @@ fn sealed(header: &[u8], own: u64, other: u64, entries: u64) -> Vec<u8> {
     header
 }
 
-/// How many sectors it may have, when that is worth a write. `end` is the first sector that it may not.
+/// How many sectors the partition may have, if growing is worth a write. `end` is the first sector that it may not use.
 fn worth(start: u64, sectors: u64, end: u64) -> Option<u64> {
     let to = (end / ALIGNMENT * ALIGNMENT).checked_sub(start)?;
     (to >= sectors.saturating_add(WORTH)).then_some(to)
 }
 
-/// Writes durably, and reads back from the disk itself.
+/// Writes durably, and reads the bytes back from the disk itself.
 fn write(disk: &dyn Storage, offset: u64, bytes: &[u8]) -> io::Result<()> {
     disk.write_at(offset, bytes)?;
     disk.flush()?;
     let mut found = vec![0; bytes.len()];
     disk.read_back(offset, &mut found)?;
-    if found == bytes { Ok(()) } else { Err(wrong("it does not hold what was written to it")) }
+    if found == bytes { Ok(()) } else { Err(wrong("the table differs from what was written")) }
 }
 
 fn wrong(why: &str) -> io::Error {
-    io::Error::other(format!("the disk's partition table: {why}"))
+    io::Error::other(format!("partition table: {why}"))
 }
 
 fn put(bytes: &mut [u8], at: usize, value: &[u8]) {

@@ -1,5 +1,5 @@
-//! What is on `data` follows the system's version: forth when a new version starts for the first time, and
-//! back when an older one starts again. Before each step what it changes is packed away; that is the way back.
+//! Migrates `data` to the system's version: forward when a new version starts for the first time, and back when an
+//! older version starts again. Before each step a snapshot of what it changes is packed; it is the way back.
 
 use std::cmp::Ordering;
 use std::fs;
@@ -18,45 +18,45 @@ use crate::process::program;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Where the steps are declared, one TOML file each; part of the image.
+/// The directory in the image where the steps are declared, one TOML file each.
 const FOLDER: &str = "etc/slotd/migrations.d";
 
-/// Where the way back is unpacked.
+/// Where a snapshot is unpacked.
 const STAGING: &str = ".snapshot";
 
-/// Where what is undone goes on its way out.
+/// Where undone files are moved before they are removed.
 const UNDONE: &str = ".undone";
 
-/// The most of a way back: packed with the same bound that it is unpacked with.
+/// Maximum size of a snapshot; packing and unpacking use the same bound.
 const MOST: Room = Room { bytes: 1 << 32, ..Room::BACKUP };
 
 /// The record's name, at the top of `data`.
 const RECORD: &str = "data-version.json";
 
-/// Seconds that a step may take when it does not say.
+/// Default timeout of a step in seconds.
 fn usual() -> u64 {
     60
 }
 
-/// A step: how to bring data of older versions to this one.
+/// A step that migrates data of older versions.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Migration {
     /// The file's name without its ending.
     #[serde(skip)]
     pub name: String,
-    /// The first version whose data look as this step leaves them.
+    /// The first version whose data has the form that this step produces.
     pub version: Version,
-    /// What it changes, below `/data`. Only this is put back by a rollback.
+    /// The paths that it changes, below `/data`. A rollback restores only these.
     pub paths: Vec<PathBuf>,
-    /// The program with its arguments. It may be started again after a power cut.
+    /// The program and its arguments. After a power cut it may be started again.
     pub run: Vec<String>,
-    /// How long it may take.
+    /// Its timeout.
     #[serde(default = "usual")]
     pub timeout_seconds: u64,
 }
 
-/// A step that was taken.
+/// A step that has run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Taken {
@@ -66,13 +66,13 @@ struct Taken {
 }
 
 impl Taken {
-    /// The rule for the image's own steps: what is read here may have been written by anybody.
+    /// Applies the rules for the image's own steps, because any program may have written this record.
     fn is_valid(&self) -> bool {
         is_name(&self.name) && are_paths(&self.paths)
     }
 }
 
-/// A name that is one file's, in whatever folder.
+/// Whether this is a valid single file name.
 fn is_name(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     (1..=100).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(plain)
@@ -82,24 +82,24 @@ fn are_paths(paths: &[PathBuf]) -> bool {
     !paths.is_empty() && paths.iter().all(|path| archive::safe(path).is_some())
 }
 
-/// Which version's data these are. It lies among them, so that a backup knows its own version. Of a backup
-/// only that comes back ([`only_the_version`]): the ways back lie on the robot that took the steps.
+/// The version of the data. The record is part of the data, so that a backup has its own version. A restore keeps
+/// only the version ([`only_the_version`]): the snapshots are on the robot that ran the steps.
 ///
-/// Every agent reads and writes this form, so that one that comes back finds what another one did.
+/// Every agent reads and writes this format, so that an agent after a rollback finds what another one did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Record {
     version: Version,
-    /// The steps whose way back is kept, oldest first.
+    /// The steps whose snapshot is kept, oldest first.
     taken: Vec<Taken>,
-    /// A step that was begun; what it has changed so far is not to be trusted.
+    /// A step that has begun; its changes so far are incomplete.
     under_way: Option<Taken>,
-    /// The last version that has changed these data and has no way back any more: no older system knows them.
+    /// The last version that changed the data and has no snapshot any more: older systems cannot use the data.
     #[serde(default)]
     needs: Option<Version>,
 }
 
-/// What every form of the record has.
+/// The fields that every version of the record has.
 #[derive(Deserialize)]
 struct OnlyVersion {
     version: Version,
@@ -114,7 +114,7 @@ impl Record {
         Self { version: version.clone(), taken: Vec::new(), under_way: None, needs: None }
     }
 
-    /// The record of these bytes; `None`: they are none.
+    /// Parses a record; `None`: the bytes are not a record.
     fn parse(bytes: &[u8]) -> Option<Self> {
         let mut record: Self = match serde_json::from_slice(bytes) {
             Ok(record) => record,
@@ -133,7 +133,7 @@ impl Record {
         Some(record)
     }
 
-    /// These steps have no way back any more.
+    /// Records that these steps have no snapshot any more.
     fn forget(&mut self, steps: impl IntoIterator<Item = Taken>) {
         let versions = steps.into_iter().map(|step| step.version);
         self.needs = versions.chain(self.needs.take()).max();
@@ -145,13 +145,13 @@ impl Record {
     }
 }
 
-/// Of the record of a backup that was unpacked into `folder`, leaves the version: its steps were taken by
-/// another robot, or by this one in another time, and nothing of an archive says what is done here.
+/// Reduces the record of a backup that was unpacked into `folder` to the version: its steps ran on another robot, or
+/// earlier on this one, and an archive must not say which steps ran here.
 pub(super) fn only_the_version(files: &dyn Files, folder: &Path) -> Result<()> {
     let path = folder.join(RECORD);
     let bad = || {
         let help = "use a file that `slotd backup` made";
-        Refusal::new("bad-archive", format!("`{RECORD}` says nothing of a version"), help)
+        Refusal::new("bad-archive", format!("`{RECORD}` has no version"), help)
     };
     let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
     match found {
@@ -167,26 +167,26 @@ pub(super) fn only_the_version(files: &dyn Files, folder: &Path) -> Result<()> {
     durable::write_json_with(files, &path, &record).map_err(failed("writing", &path))
 }
 
-/// What was done.
+/// The result of a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "data")]
 pub enum Migrated {
-    /// They fit this version already.
+    /// The data already has this version.
     Unchanged,
-    /// There were none of another version.
+    /// There was no data of another version.
     New,
-    /// The record of their version is damaged: they count as this version's.
+    /// The record of the version is damaged: the data is treated as this version's.
     Damaged,
-    /// These steps were taken.
+    /// These steps ran.
     Forth {
-        /// The version whose data they were.
+        /// The version that the data had.
         from: Version,
         /// Names of the steps.
         steps: Vec<String>,
     },
     /// These steps were undone.
     Back {
-        /// The version whose data they were.
+        /// The version that the data had.
         from: Version,
         /// Names of the steps.
         steps: Vec<String>,
@@ -198,10 +198,10 @@ fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
     move |error| Refusal::io(&doing, &error)
 }
 
-/// The steps of this system, in the order in which they are taken.
+/// The steps of this system, in the order in which they run.
 ///
 /// # Errors
-/// `bad-migration`: a file that cannot be understood.
+/// `bad-migration`: a file is invalid.
 pub fn migrations(root: &Root) -> Result<Vec<Migration>> {
     let folder = root.path(FOLDER);
     let listing = match fs::read_dir(&folder) {
@@ -216,17 +216,22 @@ pub fn migrations(root: &Root) -> Result<Vec<Migration>> {
             continue;
         }
         let bad = |why: String| {
-            let help = "this system cannot bring older data to its version: install another one";
+            let help =
+                "this system cannot migrate older data to its version: install another system";
             Refusal::new("bad-migration", format!("{}: {why}", path.display()), help)
         };
         let text = fs::read_to_string(&path).map_err(failed("reading", &path))?;
         let mut step: Migration = toml::from_str(&text).map_err(|e| bad(e.message().to_owned()))?;
         step.name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         if step.run.is_empty() || !are_paths(&step.paths) {
-            return Err(bad("`run` and `paths` are needed, and paths lie below /data".to_owned()));
+            return Err(bad(
+                "`run` and `paths` are required, and paths must be below /data".to_owned()
+            ));
         }
         if !is_name(&step.name) {
-            return Err(bad("its name has not 1 to 100 of `A-Z a-z 0-9 - _ .`".to_owned()));
+            return Err(bad(
+                "the name must have 1 to 100 of the characters `A-Z a-z 0-9 - _ .`".to_owned()
+            ));
         }
         all.push(step);
     }
@@ -234,20 +239,20 @@ pub fn migrations(root: &Root) -> Result<Vec<Migration>> {
     Ok(all)
 }
 
-/// Brings `data` to `version`, the running system's, before anything uses them.
+/// Migrates `data` to `version`, that of the running system, before anything uses it.
 ///
 /// # Errors
-/// `migration-failed`: a step; what it has changed is put back, the steps before it stay, and it is tried
-/// again in the next start. `newer-data`: there is no way back. `no-space`, `no-archive`: there would be no way
-/// back over a step; it is not taken. `bad-migration`, `bad-archive`, `io`.
+/// `migration-failed`: a step failed; its changes are rolled back, the steps before it stay, and the next start
+/// tries it again. `newer-data`: there is no way back. `no-space`, `no-archive`: the snapshot of a step cannot be
+/// made, so the step does not run. `bad-migration`, `bad-archive`, `io`.
 pub fn migrate(root: &Root, version: &Version) -> Result<Migrated> {
     migrate_with(root, version, &Disk, &run)
 }
 
-/// Takes a step. `Err` says why it failed; what it has changed may be on the disk or not.
+/// Runs a step. `Err` says why it failed; its changes may or may not be on the disk.
 pub type Run<'a> = &'a dyn Fn(&Root, &Migration) -> std::result::Result<(), String>;
 
-/// [`migrate`] with every change made through `files`, and every step taken by `run`.
+/// [`migrate`] with every change made through `files`, and every step run by `run`.
 ///
 /// # Errors
 /// As [`migrate`].
@@ -278,7 +283,7 @@ pub fn migrate_with(
         _ if behind => back(root, files, record, version, from),
         Ordering::Equal => Ok(Migrated::Unchanged),
         Ordering::Less => forth(root, files, run, record, version, from),
-        // Nothing was changed on the way there.
+        // No step changed anything.
         Ordering::Greater => {
             record.version = version.clone();
             record.write(root, files)?;
@@ -301,7 +306,7 @@ fn forth(
         .filter(|step| step.version > from && step.version <= *version)
         .filter(|step| !known.contains(&step.name))
         .collect();
-    // Two versions back nobody goes: the other slot holds the one before.
+    // A rollback over two versions is impossible: the other slot holds the previous one.
     let (old, kept): (Vec<Taken>, Vec<Taken>) =
         record.taken.into_iter().partition(|step| step.version <= from);
     record.taken = kept;
@@ -322,13 +327,13 @@ fn forth(
             return Err(Refusal::new(
                 "migration-failed",
                 format!(
-                    "bringing data from version {from} to {}: {}: {why}",
+                    "migrating data from version {from} to {}: {}: {why}",
                     step.version, step.name
                 ),
-                "what the step has changed is put back; a system on trial comes back from it",
+                "the step's changes are rolled back; a system on trial will be rolled back too",
             ));
         }
-        // A program seldom flushes, and after the record nothing undoes what is lost of its work.
+        // Programs seldom flush their files, and after the record is written, lost changes are never noticed.
         flush(root, files)?;
         record.under_way = None;
         record.taken.push(taken);
@@ -337,7 +342,7 @@ fn forth(
     record.version = version.clone();
     match record.write(root, files) {
         Ok(()) => sweep(root, files, &record)?,
-        // Nothing was changed: a full `data` must not keep the update out that cures it. The next start writes it.
+        // Nothing was changed: a full `data` must not prevent the update that fixes it. The next start writes the record.
         Err(refusal) if steps.is_empty() => eprintln!("slotd: {refusal}"),
         Err(refusal) => return Err(refusal),
     }
@@ -355,7 +360,7 @@ fn back(
         Refusal::new(
             "newer-data",
             format!(
-                "data are of version {from}, this system is {version}, and the way back over {over} is lost"
+                "data has version {from}, this system has {version}, and the snapshot for going back over {over} is lost"
             ),
             "install a system of that version, or restore an older backup",
         )
@@ -363,7 +368,7 @@ fn back(
     if let Some(needs) = record.needs.as_ref().filter(|needs| *needs > version) {
         return Err(lost(needs));
     }
-    // All of the way, or none of it.
+    // All steps back, or none.
     for step in record.taken.iter().filter(|step| step.version > *version) {
         let path = snapshot(root, &step.name);
         let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
@@ -371,7 +376,7 @@ fn back(
     }
     let mut steps = Vec::new();
     while let Some(last) = record.taken.last().filter(|step| step.version > *version).cloned() {
-        // Whichever system starts after a cut puts it back first, and takes no step for taken that is not.
+        // After a power cut, the next system first rolls this step back, and assumes no step that has not run.
         record.taken.pop();
         record.version = version.clone();
         record.under_way = Some(last.clone());
@@ -397,7 +402,7 @@ fn run(root: &Root, step: &Migration) -> std::result::Result<(), String> {
     if status.success() { Ok(()) } else { Err(format!("{status}: {last}")) }
 }
 
-/// The paths that lie in no other one.
+/// The paths that are not inside another one.
 fn outermost(paths: &[PathBuf]) -> Vec<PathBuf> {
     let mut sorted: Vec<PathBuf> = paths.iter().filter_map(|path| archive::safe(path)).collect();
     sorted.sort();
@@ -423,8 +428,8 @@ fn flush(root: &Root, files: &dyn Files) -> Result<()> {
     files.sync_all(&data).map_err(failed("flushing", &data))
 }
 
-/// Removes what no step needs: ways back that were forgotten or never came to be used, and what was
-/// undone. The record says which steps there are, so that a cut anywhere leaves nothing for ever.
+/// Removes what no step needs: snapshots that were dropped or never used, and undone files. The record says which
+/// steps there are, so that a power cut at any moment leaves nothing behind for ever.
 fn sweep(root: &Root, files: &dyn Files, record: &Record) -> Result<()> {
     let remove = |path: &Path| files.remove(path).map_err(failed("removing", path));
     let unfinished = Path::new(RECORD).with_extension("partial");
@@ -437,7 +442,7 @@ fn sweep(root: &Root, files: &dyn Files, record: &Record) -> Result<()> {
     let folder = snapshots(root);
     let doing = failed("reading", &folder);
     let Some(listing) = there(fs::read_dir(&folder)).map_err(&doing)? else { return Ok(()) };
-    // Older agents made it for everybody.
+    // Older agents made it readable for all users.
     private_folder(files, &folder)?;
     let kept: Vec<PathBuf> = record.taken.iter().map(|step| snapshot(root, &step.name)).collect();
     for entry in listing {
@@ -474,19 +479,19 @@ fn write_snapshot(root: &Root, files: &dyn Files, step: &Taken, path: &Path) -> 
         return Err(Refusal::new(
             "no-space",
             format!(
-                "the way back over {} needs {} MiB on data, {} MiB are free",
+                "the snapshot before the step {} needs {} MiB on data, but {} MiB are free",
                 step.name,
                 used.bytes >> 20,
                 free.bytes >> 20
             ),
-            "make room on data; the step is not taken before",
+            "free space on data; the step runs only then",
         ));
     }
     Ok(())
 }
 
-/// Puts back what a step has changed. It may be cut and done again: the snapshot stays until the record no
-/// longer names the step.
+/// Rolls back the changes of a step. It may be interrupted and repeated: the snapshot stays until the record no longer
+/// names the step.
 fn put_back(root: &Root, files: &dyn Files, step: &Taken) -> Result<()> {
     let data = root.data();
     let (staging, undone) = (data.join(STAGING), data.join(UNDONE));
@@ -506,7 +511,7 @@ fn put_back(root: &Root, files: &dyn Files, step: &Taken) -> Result<()> {
         for parent in name.ancestors().skip(1) {
             if found(&data.join(parent))?.is_some_and(|parent| !parent.is_dir()) {
                 let error = io::Error::from(io::ErrorKind::NotADirectory);
-                return Err(failed("putting back into", &data.join(parent))(error));
+                return Err(failed("restoring into", &data.join(parent))(error));
             }
         }
         if found(&place)?.is_some() {

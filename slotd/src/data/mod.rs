@@ -1,5 +1,5 @@
-//! What a robot keeps: `data` grows, is repaired or set aside, is backed up, reset and restored, and follows
-//! the system's version forth and back.
+//! The partition `data`: it grows, is repaired or set aside, is backed up, reset and restored, and is migrated to
+//! the system's version, forward and back.
 
 pub mod archive;
 pub mod grow;

@@ -1,10 +1,10 @@
-//! Factory reset, backup and restore. A change of everything on `data` cannot happen under running programs:
-//! it is prepared completely, noted, and carried out early in the next start, where it goes on after a power
-//! cut until it is done.
+//! Factory reset, backup and restore. Everything on `data` cannot be replaced while programs run: the change is
+//! prepared completely, recorded, and carried out early in the next start. After a power cut it resumes until it
+//! is done.
 //!
-//! Each request is complete on the disk before its note is, and what was requested before counts until then.
-//! What goes is moved into `.outgoing`, what comes lies in `.incoming`; nothing is moved out for something
-//! that is not there and marked as complete.
+//! Each request is complete on the disk before its record is written; until then the previous request is valid.
+//! Old files are moved into `.outgoing`, new files are in `.incoming`. Nothing is moved out before the new files are
+//! present and marked as complete.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,33 +21,33 @@ use crate::files::{Disk, Files, Writer};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// What is to take the place of everything.
+/// The files that will replace everything.
 const INCOMING: &str = ".incoming";
 
-/// Where that is unpacked: what waits already is not touched before the new one is complete.
+/// Where they are unpacked: a waiting restore is not touched before the new one is complete.
 const UNPACKED: &str = ".incoming.new";
 
-/// In [`INCOMING`]: all of it is there.
+/// In [`INCOMING`]: marks it as complete.
 const COMPLETE: &str = ".complete";
 
-/// What had that place.
+/// The files that were replaced.
 const OUTGOING: &str = ".outgoing";
 
-/// In [`OUTGOING`]: what lies there is overwritten before it is removed.
+/// In [`OUTGOING`]: its files are to be overwritten before they are removed.
 const OVERWRITE: &str = ".overwrite";
 
-/// In [`OUTGOING`]: how a folder is named that lay deeper than [`DEEPEST`].
+/// In [`OUTGOING`]: name prefix of directories that were deeper than [`DEEPEST`].
 const DEEP: &str = ".deep.";
 
-/// Folders below each other while they are overwritten and removed: with names of 255 bytes their path still fits into
+/// Maximum depth of directories while they are overwritten and removed: with names of 255 bytes a path still fits into
 /// PATH_MAX (4096, Linux' limits.h).
 const DEEPEST: usize = 12;
 
 /// Left free when an archive is packed or unpacked: bytes, and files.
 const RESERVE: Room = Room { bytes: 16 << 20, entries: 1024 };
 
-/// What a reset leaves in the agent's own folder: what it knows of slots, keys and floors, and its log. Whatever
-/// else lies there goes, so that nothing is forgotten.
+/// What a reset keeps in the agent's own directory: the state of slots, keys and floors, and its log. A reset removes
+/// everything else there, so that no user data is left.
 const KEPT: [&str; 10] = [
     "floor.json",
     "journal.json",
@@ -61,23 +61,23 @@ const KEPT: [&str; 10] = [
     "tryboot.json",
 ];
 
-/// Names at the top of a backup that the agent and the system enter, and which must be folders.
+/// Names in a backup that the agent and the system use as directories, and which must be directories.
 const FOLDERS: [&str; 7] = ["apps", "apps/api", "boot.d", "home", "identity", "network", "system"];
 
-/// A change that waits for the next start, or was interrupted in this one.
+/// A change that waits for the next start, or was interrupted in the current one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Pending {
-    /// Everything goes.
+    /// Everything is removed.
     Reset,
-    /// Everything goes, and what was unpacked comes.
+    /// Everything is removed and replaced by the unpacked backup.
     Restore,
-    /// Everything has gone; what was unpacked is coming.
+    /// Everything has been removed; the unpacked backup is being moved in.
     Arriving,
 }
 
 impl Pending {
-    /// The change that waits, if any.
+    /// The pending change, if any.
     ///
     /// # Errors
     /// `io`.
@@ -87,15 +87,15 @@ impl Pending {
     }
 }
 
-/// What a start has carried out.
+/// The result of a start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Applied {
-    /// The change that was carried out, if one waited.
+    /// The change that was carried out, if one was pending.
     pub carried_out: Option<Pending>,
-    /// A change whose parts were not all there: it was dropped, and nothing is changed.
+    /// Whether an incomplete change was dropped; nothing is changed then.
     pub dropped: bool,
-    /// Files of a reset that are removed, but could not be overwritten.
+    /// Number of files that a reset removed but could not overwrite.
     pub not_overwritten: u64,
 }
 
@@ -103,12 +103,12 @@ fn note(root: &Root) -> PathBuf {
     root.state().join("pending.json")
 }
 
-/// The folder of the backup that a reset makes.
+/// The directory of the backup that a reset makes.
 fn kept(root: &Root) -> PathBuf {
     root.state().join("backup")
 }
 
-/// The backup itself, and beside it the word that the reset which waits made it.
+/// The backup itself, and next to it the mark that the pending reset made it.
 const BACKUP: &str = "before-reset.tar.zst";
 const OF_THIS_RESET: &str = "keep";
 
@@ -135,20 +135,20 @@ fn names(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(names)
 }
 
-/// Writes a backup: everything but the agent's own memory and the logs.
+/// Writes a backup: everything except the agent's own state and the logs.
 ///
 /// # Errors
-/// `no-archive`: it is more than [`restore`] would take. `no-space`, `io`.
+/// `no-archive`: the content exceeds what [`restore`] accepts. `no-space`, `io`.
 pub fn backup(root: &Root, out: impl Write) -> Result<()> {
     let data = root.data();
     archive::pack(&data, &archive::contents(&data)?, out, Room::backup(&data)?).map(drop)
 }
 
-/// Prepares a factory reset for the next start; `keep` makes a backup first, which stays on `data` and
-/// returns where. What a robot has learned of bundles (its floor, its keys, its log) is never reset.
+/// Prepares a factory reset for the next start. With `keep` it makes a backup first, which stays on `data`, and
+/// returns its path. The robot's floor, keys and log are never reset.
 ///
 /// # Errors
-/// `no-space` when the backup does not fit. `no-archive`, `io`. What waited before waits still.
+/// `no-space` when the backup does not fit. `no-archive`, `io`. An earlier pending change stays pending.
 pub fn reset(root: &Root, keep: bool) -> Result<Option<PathBuf>> {
     reset_with(root, keep, &Disk)
 }
@@ -184,14 +184,14 @@ pub fn reset_with(root: &Root, keep: bool, files: &dyn Files) -> Result<Option<P
 fn write_backup(root: &Root, files: &dyn Files, path: &Path) -> Result<()> {
     let doing = failed("writing", path);
     files.remove(path).and_then(|()| files.create(path)).map_err(&doing)?;
-    // A reset must not be what fills the disk.
+    // A reset must not fill the disk.
     let most = Room::free(&root.data())?.bytes.saturating_sub(RESERVE.bytes);
     let mut out = Writer::new(files, path, most);
     backup(root, &mut out)?;
     out.flush().and_then(|()| files.sync(path)).map_err(&doing)
 }
 
-/// Makes a folder that only root may enter, durably; one that is there becomes such a folder.
+/// Durably creates a directory that only root may enter; an existing directory gets that mode.
 pub(super) fn private_folder(files: &dyn Files, folder: &Path) -> Result<()> {
     let doing = failed("creating", folder);
     let parent = folder.parent().unwrap_or(folder);
@@ -201,7 +201,7 @@ pub(super) fn private_folder(files: &dyn Files, folder: &Path) -> Result<()> {
     }
     let done = match there(fs::symlink_metadata(folder)).map_err(&doing)? {
         None => files.create_dir(folder).and_then(|()| files.sync(parent)),
-        // Damage: it holds nothing of what belongs here.
+        // Damage: this is not a directory, so it has nothing that belongs here.
         Some(about) if !about.is_dir() => files
             .remove(folder)
             .and_then(|()| files.create_dir(folder))
@@ -212,12 +212,12 @@ pub(super) fn private_folder(files: &dyn Files, folder: &Path) -> Result<()> {
     done.map_err(&doing)
 }
 
-/// Notes a request, or leaves the one before: a request that was refused must not be carried out.
+/// Records a request, or keeps the previous one: a request that was refused must not be carried out.
 fn request(root: &Root, files: &dyn Files, new: Pending, before: Option<Pending>) -> Result<()> {
     let path = note(root);
     let written = durable::write_json_with(files, &path, &new);
     if written.is_err() {
-        // The failure itself is the one to tell.
+        // Report the original failure.
         drop(match before {
             Some(before) => durable::write_json_with(files, &path, &before),
             None => files.remove(&path).and_then(|()| files.sync(&root.state())),
@@ -226,17 +226,17 @@ fn request(root: &Root, files: &dyn Files, new: Pending, before: Option<Pending>
     written.map_err(failed("writing", &path))
 }
 
-/// What waits. A note that makes no sense is none: it never was one of ours, or the card has damaged it.
+/// The pending change. An invalid record is ignored: slotd did not write it, or the card has damaged it.
 fn known(root: &Root) -> Result<Option<Pending>> {
     let path = note(root);
     let bytes = durable::read_or_damaged(&path).map_err(failed("reading", &path))?;
     Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
 }
 
-/// Unpacks a backup beside what is there and prepares the exchange for the next start.
+/// Unpacks a backup next to the current files and prepares the exchange for the next start.
 ///
 /// # Errors
-/// `half-done`: one is on its way already. `bad-archive`, `no-space`, `io`. What waited before waits still.
+/// `half-done`: another restore is in progress. `bad-archive`, `no-space`, `io`. An earlier pending change stays pending.
 pub fn restore(root: &Root, input: impl Read) -> Result<()> {
     restore_with(root, input, &Disk)
 }
@@ -251,8 +251,8 @@ pub fn restore_with(root: &Root, input: impl Read, files: &dyn Files) -> Result<
     if before == Some(Pending::Arriving) {
         return Err(Refusal::new(
             "half-done",
-            "preparing a restore: another one has been interrupted and is half done",
-            "restart the robot, which goes on with it, then restore; or reset it",
+            "preparing a restore: an earlier restore was interrupted and is incomplete",
+            "restart the robot, which resumes the earlier restore, then restore again; or reset the robot",
         ));
     }
     let unpacked = data.join(UNPACKED);
@@ -264,7 +264,7 @@ pub fn restore_with(root: &Root, input: impl Read, files: &dyn Files) -> Result<
     arrange(root, files, before)
 }
 
-/// Everything of a restore but its note; by the end it is complete on the disk.
+/// Everything of a restore except its record; at the end it is complete on the disk.
 fn unpack(root: &Root, files: &dyn Files, input: impl Read, into: &Path) -> Result<()> {
     let doing = failed("writing", into);
     let data = root.data();
@@ -280,14 +280,14 @@ fn unpack(root: &Root, files: &dyn Files, input: impl Read, into: &Path) -> Resu
         let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
         if found.is_some_and(|found| !found.is_dir()) {
             let help = "use a file that `slotd backup` made";
-            return Err(Refusal::new("bad-archive", format!("`{name}` is no folder"), help));
+            return Err(Refusal::new("bad-archive", format!("`{name}` is not a directory"), help));
         }
     }
     migrate::only_the_version(files, into)?;
     files.create(&into.join(COMPLETE)).and_then(|()| files.sync(into)).map_err(&doing)
 }
 
-/// What was unpacked takes the place of what waits.
+/// Replaces a pending restore by the unpacked backup.
 fn arrange(root: &Root, files: &dyn Files, before: Option<Pending>) -> Result<()> {
     let data = root.data();
     let (unpacked, incoming) = (data.join(UNPACKED), data.join(INCOMING));
@@ -303,19 +303,19 @@ fn arrange(root: &Root, files: &dyn Files, before: Option<Pending>) -> Result<()
         .map_err(&doing)
         .and_then(|()| request(root, files, Pending::Restore, before));
     if noted.is_err() && waits {
-        // The failure itself is the one to tell.
+        // Report the original failure.
         drop(files.exchange(&unpacked, &incoming).and_then(|()| files.sync(&data)));
     }
     noted?;
-    // What waited before. The request counts by now: what is left of that goes in the next start.
+    // The previous pending restore. The new request is already valid; the next start removes leftovers.
     drop(files.remove(&unpacked));
     Ok(())
 }
 
-/// Carries out what waits, early in a start, before anything uses `data`.
+/// Carries out a pending change early in a start, before anything uses `data`.
 ///
 /// # Errors
-/// `io`: the change goes on in the next start.
+/// `io`: the change resumes in the next start.
 pub fn apply(root: &Root) -> Result<Applied> {
     apply_with(root, &Disk)
 }
@@ -331,12 +331,12 @@ pub fn apply_with(root: &Root, files: &dyn Files) -> Result<Applied> {
     let noted = is_there(&note(root))?;
     let pending = match known(root)? {
         None if noted => by_what_is_there(&data)?,
-        // Nothing goes for something that does not come.
+        // Nothing is removed unless its replacement is complete.
         Some(Pending::Restore) if !is_there(&incoming.join(COMPLETE))? => None,
         known => known,
     };
     if let Some(pending) = pending {
-        // The API's resources go, or come back from another time.
+        // The API's resources are removed, or replaced by older ones.
         crate::provision::forget(root, files)?;
         match pending {
             Pending::Reset => leave(root, files, &everything(root)?, true)?,
@@ -344,7 +344,7 @@ pub fn apply_with(root: &Root, files: &dyn Files) -> Result<Applied> {
                 let names = archive::contents(&data)?;
                 let paths: Vec<PathBuf> = names.iter().map(|name| data.join(name)).collect();
                 leave(root, files, &paths, false)?;
-                // From here on nothing that lies in its place is old.
+                // From here on, no old files are left in place.
                 durable::write_json_with(files, &note(root), &Pending::Arriving)
                     .map_err(failed("writing", &note(root)))?;
                 arrive(root, files)?;
@@ -368,7 +368,7 @@ pub fn apply_with(root: &Root, files: &dyn Files) -> Result<Applied> {
     if is_there(&outgoing.join(OVERWRITE))? {
         let flush = || files.sync_all(&data).map_err(failed("flushing", &data));
         applied.not_overwritten = overwrite(files, &outgoing)?;
-        // A file system does not write what belongs to a file that is gone.
+        // A file system does not write the blocks of a removed file.
         flush()?;
         empty(files, &outgoing)?;
         flush()?;
@@ -379,7 +379,7 @@ pub fn apply_with(root: &Root, files: &dyn Files) -> Result<Applied> {
     Ok(applied)
 }
 
-/// What was going on when the note about it is damaged. As long as nothing was moved, nothing was.
+/// Determines the change in progress when its record is damaged. If nothing was moved yet, there is none.
 fn by_what_is_there(data: &Path) -> Result<Option<Pending>> {
     let outgoing = data.join(OUTGOING);
     Ok(if is_there(&outgoing.join(OVERWRITE))? {
@@ -391,7 +391,7 @@ fn by_what_is_there(data: &Path) -> Result<Option<Pending>> {
     })
 }
 
-/// Everything that a reset takes: all on `data`, whatever its name, but what is [`KEPT`].
+/// Everything that a reset removes: all of `data` except [`KEPT`].
 fn everything(root: &Root) -> Result<Vec<PathBuf>> {
     let (data, state, backup) = (root.data(), root.state(), kept(root));
     let mut paths = Vec::new();
@@ -402,7 +402,7 @@ fn everything(root: &Root) -> Result<Vec<PathBuf>> {
     };
     let found = data.join("lost+found");
     add(&data, &|name| [OUTGOING, "slotd", "lost+found"].iter().any(|own| name == Path::new(own)))?;
-    // The folder itself belongs to the file system; what a repair has put there was somebody's.
+    // The directory itself belongs to the file system, but a repair may have put user files into it.
     add(&found, &|_| false)?;
     let of_this_reset = is_there(&backup.join(OF_THIS_RESET))?;
     add(&state, &|name| {
@@ -415,7 +415,7 @@ fn everything(root: &Root) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// Moves things out, and returns when that would survive a power cut.
+/// Moves files out, and returns when this would survive a power cut.
 fn leave(root: &Root, files: &dyn Files, paths: &[PathBuf], overwrite: bool) -> Result<()> {
     let outgoing = root.data().join(OUTGOING);
     let doing = failed("creating", &outgoing);
@@ -428,13 +428,13 @@ fn leave(root: &Root, files: &dyn Files, paths: &[PathBuf], overwrite: bool) -> 
         if !is_there(&mark)? {
             files.create(&mark).map_err(&doing)?;
         }
-        // Before anything lies there that would be removed as it is.
+        // Before any file is there that could be removed without being overwritten.
         files.sync(&outgoing).and_then(|()| files.sync(&root.data())).map_err(&doing)?;
     }
     for path in paths {
         let Some(name) = path.file_name() else { continue };
         let mut to = outgoing.join(name);
-        // One that failed before, and was made again since, has the name.
+        // An earlier, failed attempt may have left a file with this name.
         for number in 1u32.. {
             if !is_there(&to)? {
                 break;
@@ -453,8 +453,8 @@ fn leave(root: &Root, files: &dyn Files, paths: &[PathBuf], overwrite: bool) -> 
     Ok(())
 }
 
-/// Moves what comes to its place. What is there has been made since everything went: by services of a start
-/// in which this failed.
+/// Moves the new files into place. Files that already exist there were created after the removal, by services of a
+/// start in which this failed.
 fn arrive(root: &Root, files: &dyn Files) -> Result<()> {
     let data = root.data();
     let incoming = data.join(INCOMING);
@@ -474,12 +474,12 @@ fn arrive(root: &Root, files: &dyn Files) -> Result<()> {
     Ok(())
 }
 
-/// Overwrites every file below a folder that has no name outside of it. The zeros are not flushed yet. Returns how many
-/// files could not be overwritten.
+/// Overwrites with zeros every file below a directory, except files with a hard link outside of it. The zeros are not
+/// flushed yet. Returns how many files could not be overwritten.
 fn overwrite(files: &dyn Files, folder: &Path) -> Result<u64> {
     let (mut not_overwritten, mut moved) = (0, 0);
-    // How many names of each file were met, by inode: a file with several is overwritten at the last. One that has a name
-    // elsewhere is left as it is.
+    // How many names of each file were found, by inode: a file with several names is overwritten at the last one. A file
+    // with a name elsewhere is left unchanged.
     let mut shared: BTreeMap<u64, u64> = BTreeMap::new();
     let (mut folders, mut at) = (vec![(folder.to_owned(), 0)], 0);
     while let Some((inside, depth)) = folders.get(at).cloned() {
@@ -491,7 +491,7 @@ fn overwrite(files: &dyn Files, folder: &Path) -> Result<u64> {
             if found.is_dir() {
                 let mut below = depth + 1;
                 if below > DEEPEST {
-                    // Folders may be nested deeper than the longest path that the kernel opens.
+                    // Directories may be nested deeper than the longest path that the kernel opens.
                     let free = loop {
                         let free = folder.join(format!("{DEEP}{moved}"));
                         moved += 1;
@@ -519,7 +519,7 @@ fn overwrite(files: &dyn Files, folder: &Path) -> Result<u64> {
     Ok(not_overwritten)
 }
 
-/// Removes all that lies in a folder, but what tells that it was to be overwritten.
+/// Removes everything in a directory except the mark [`OVERWRITE`].
 fn empty(files: &dyn Files, folder: &Path) -> Result<()> {
     for name in names(folder)?.into_iter().filter(|name| name != Path::new(OVERWRITE)) {
         let path = folder.join(name);

@@ -1,4 +1,4 @@
-//! What a robot can be asked to do with `data`, logged.
+//! The commands that change `data`, with logging; and what every start does with it.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -30,7 +30,7 @@ fn lock(root: &Root, verb: &str) -> Result<Lock> {
     Ok(lock)
 }
 
-/// Prepares a factory reset; the next start carries it out. Returns where the backup lies, if one was made.
+/// Prepares a factory reset; the next start carries it out. Returns the path of the backup, if one was made.
 ///
 /// # Errors
 /// `busy`, `no-space`, `no-archive`, `io`.
@@ -71,9 +71,9 @@ pub fn grow(root: &Root) -> Result<Grown> {
     let grown = grow::grow(&disk, known.number, known.start_sector)
         .map_err(|error| Refusal::io("growing the partition `data`", &error))?;
     if grown.to != grown.from {
-        // Other partitions of the disk are in use: the kernel takes the change of one, not a new table. Not
-        // `partx --update`: it removes a partition that is not in use and adds it again, and what is mounted from
-        // it by then goes away when systemd hears of the removal.
+        // Other partitions of the disk are in use: the kernel accepts a change of one partition, not a new table. Not
+        // `partx --update`: it removes an unused partition and adds it again, and systemd then unmounts what was mounted
+        // from it meanwhile.
         let status = Command::new("resizepart")
             .arg(device.disk_path())
             .args([known.number.to_string(), grown.to.to_string()])
@@ -82,15 +82,15 @@ pub fn grow(root: &Root) -> Result<Grown> {
         if !told.success() {
             return Err(Refusal::new(
                 "io",
-                format!("telling the kernel of the larger partition: resizepart: {told}"),
-                "the next restart does it",
+                format!("telling the kernel the new size of the partition: resizepart: {told}"),
+                "restart the robot: the kernel then reads the new size",
             ));
         }
     }
     Ok(grown)
 }
 
-/// Opens a backup's file, `-` being standard input.
+/// Opens a backup file; `-` is standard input.
 ///
 /// # Errors
 /// `source`.
@@ -99,7 +99,7 @@ pub fn open(file: &str) -> Result<Box<dyn Read>> {
         return Ok(Box::new(std::io::stdin()));
     }
     let opened = File::open(file).map_err(|error| {
-        Refusal::new("source", format!("opening {file}: {error}"), "name a file that can be read")
+        Refusal::new("source", format!("opening {file}: {error}"), "name a readable file")
     })?;
     Ok(Box::new(opened))
 }

@@ -1,4 +1,4 @@
-//! Declared checks: one TOML file each in `/etc/slotd/health.d`, named after what it looks at.
+//! Declared checks: one TOML file each in `/etc/slotd/health.d`, named after what it checks.
 
 use std::fs;
 use std::net::IpAddr;
@@ -11,13 +11,13 @@ use ureq::http::Uri;
 use super::probe;
 use crate::root::Root;
 
-/// Where the checks lie; part of the image, so of the version that is on trial.
+/// The directory of the checks: part of the image, and so of the version on trial.
 const FOLDER: &str = "etc/slotd/health.d";
 
-/// Seconds that a check may take when it does not say.
+/// Default timeout of a check in seconds.
 const TIMEOUT: u64 = 10;
 
-/// The most seconds that a check may ask for.
+/// Maximum timeout of a check in seconds.
 const LONGEST_TIMEOUT: u64 = 120;
 
 /// A check.
@@ -25,46 +25,46 @@ const LONGEST_TIMEOUT: u64 = 120;
 pub struct Check {
     /// The file's name without its ending.
     pub name: String,
-    /// What it looks at; or why its file says nothing, which is a check that never succeeds.
+    /// What it checks; or why its file is invalid, which makes a check that never passes.
     pub kind: Result<Kind, String>,
-    /// How long it may take.
+    /// Its timeout.
     pub timeout: Duration,
 }
 
-/// What a check looks at.
+/// What a check examines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
     /// A unit of systemd is active.
     Unit(String),
-    /// An address of this very machine answers with this status.
+    /// An address of this machine answers with this status.
     Http {
         /// `http://127.0.0.1:31950/health`.
         url: String,
         /// The expected status code.
         status: u16,
     },
-    /// A program ends with 0.
+    /// A program exits with 0.
     Command(Vec<String>),
-    /// A file system has so many bytes free.
+    /// A file system has this many bytes free.
     Space {
         /// Any path on it.
         path: PathBuf,
         /// Bytes.
         free: u64,
     },
-    /// Every unit that starts with the system has started, or failed: what is always asked.
+    /// Every unit that starts with the system has started or failed. This check always runs.
     Startup,
 }
 
-/// How one check went.
+/// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Outcome {
     /// The check's name.
     pub name: String,
-    /// Whether all is well.
+    /// Whether the check passed.
     pub healthy: bool,
-    /// What was found, for people.
+    /// What was found, human-readable.
     pub found: String,
 }
 
@@ -112,7 +112,7 @@ struct Space {
 }
 
 impl Check {
-    /// Looks once.
+    /// Runs the check once.
     pub fn run(&self, root: &Root) -> Outcome {
         let result = match &self.kind {
             Ok(kind) => probe::run(root, kind, self.timeout),
@@ -126,8 +126,8 @@ impl Check {
     }
 }
 
-/// Every check of this system: that it has started, then the declared ones by name. A file that cannot
-/// be understood is a check that fails: a version with a broken check is not one to keep.
+/// All checks of this system: first that it has started, then the declared ones by name. An invalid file
+/// is a check that fails: a version with a broken check must not be kept.
 pub fn load(root: &Root) -> Vec<Check> {
     let startup = Check {
         name: "startup".to_owned(),
@@ -194,8 +194,8 @@ fn parse(text: &str) -> Result<(Kind, Duration), String> {
     Ok((kind, Duration::from_secs(timeout)))
 }
 
-/// Refuses every address that is not this very machine's: a robot has no internet, and a check that asks
-/// another machine would roll a good update back when that one is off.
+/// Refuses every address that is not this machine's: a robot has no internet, and a check that depends on
+/// another machine would roll back a good update when that machine is off.
 fn local(url: &str) -> Result<(), String> {
     let uri: Uri = url.parse().map_err(|error| format!("`{url}` is not an address: {error}"))?;
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);

@@ -1,6 +1,6 @@
-//! Is this system fit to keep? Declared checks, the watch over a trial until it is committed, and the
-//! hand-over of the watchdog. A trial that is not committed within its deadline is ended by the
-//! watchdog, which the initrd has armed and nobody feeds: nothing here must work for that.
+//! Decides whether a system is kept: declared checks, the watch over a trial until it is committed, and
+//! the hand-over of the watchdog. A trial that is not committed within its deadline is ended by the
+//! watchdog, which the initrd has armed and which is not fed; this works even if slotd does not.
 
 mod check;
 mod probe;

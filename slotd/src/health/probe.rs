@@ -1,4 +1,4 @@
-//! Looking: at systemd, at an address, at a program's end, at a file system.
+//! Runs checks: of a systemd unit, an address, a program's exit status, a file system.
 
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::process::{last_line, program};
 use crate::reserve;
 use crate::root::Root;
 
-/// Looks once. `Ok` is what was found when all is well, `Err` what was found when it is not.
+/// Runs a check once. `Ok` has what was found when it passes, `Err` what was found when it fails.
 pub(super) fn run(root: &Root, kind: &Kind, timeout: Duration) -> Result<String, String> {
     match kind {
         Kind::Unit(name) => {
@@ -38,7 +38,7 @@ pub(super) fn run(root: &Root, kind: &Kind, timeout: Duration) -> Result<String,
     }
 }
 
-/// What `systemctl show` says of a unit.
+/// Evaluates the output of `systemctl show` for a unit.
 fn unit(name: &str, status: ExitStatus, said: &str) -> Result<String, String> {
     let value = |key: &str| {
         said.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap_or("unknown")
@@ -51,12 +51,12 @@ fn unit(name: &str, status: ExitStatus, said: &str) -> Result<String, String> {
         ("loaded", "active") => Ok(format!("{name} is active ({sub})")),
         ("loaded", "failed") => Err(format!("{name} has failed ({})", value("Result"))),
         ("loaded", _) => Err(format!("{name} is {active} ({sub})")),
-        _ => Err(format!("{name} is not there ({load})")),
+        _ => Err(format!("{name} does not exist ({load})")),
     }
 }
 
-/// What `systemctl is-system-running` says. `degraded` is a start with a failed unit: whether that one
-/// matters is what declared checks say.
+/// Evaluates the output of `systemctl is-system-running`. `degraded` is a start with a failed unit: whether
+/// that unit matters is decided by the declared checks.
 fn startup(state: &str) -> Result<String, String> {
     match state {
         "running" | "degraded" => Ok(format!("the system is {state}")),
@@ -69,7 +69,7 @@ fn http(url: &str, expected: u16, timeout: Duration) -> Result<String, String> {
     let config = Agent::config_builder()
         .timeout_global(Some(timeout))
         .http_status_as_error(false)
-        // The answer itself is what was asked for, not where it points to.
+        // The status of this answer is checked; redirects are not followed.
         .max_redirects(0)
         .max_redirects_will_error(false)
         .proxy(None)
@@ -146,7 +146,7 @@ mod tests {
         assert!(look(kind.clone()).unwrap_err().contains("answers 503, expected 200"));
         assert!(look(kind.clone()).unwrap_err().contains("answers 302, expected 200"));
         server.join().unwrap();
-        // Nobody listens any more.
+        // Nothing listens any more.
         assert!(look(kind).unwrap_err().contains(&url));
     }
 
@@ -170,7 +170,7 @@ mod tests {
         for (load, active, expected) in [
             ("loaded", "failed", "has failed (exit-code)"),
             ("loaded", "activating", "is activating (x)"),
-            ("not-found", "inactive", "is not there (not-found)"),
+            ("not-found", "inactive", "does not exist (not-found)"),
         ] {
             assert!(unit("a", good, &said(load, active)).unwrap_err().contains(expected));
         }

@@ -1,4 +1,4 @@
-//! The watch over a trial: checks until all is well for a while, then the commit.
+//! The watch over a trial: checks until all pass for a while, then the commit.
 
 use std::fs;
 use std::io;
@@ -12,23 +12,23 @@ use crate::durable;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// How long everything must be well before a trial is committed: a service that dies right after its
-/// start is seen, a boot is not held up.
+/// How long all checks must pass before a trial is committed: long enough to notice a service that dies
+/// right after its start, short enough not to delay the boot.
 const SETTLE: Duration = Duration::from_secs(10);
 
 /// The pause between two rounds of checks.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// This long before the deadline an orderly restart begins, so that `data` is unmounted; whatever hangs
-/// in it, the watchdog ends.
+/// How long before the deadline an orderly restart begins, so that `data` is unmounted. If it hangs, the
+/// watchdog ends it.
 const ORDERLY: Duration = Duration::from_secs(15);
 
-/// What the initrd has left of a trial.
+/// The initrd's record of a trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Trial {
-    /// Seconds after the kernel's start at which the watchdog resets.
+    /// Seconds after the kernel's start at which the watchdog resets the robot.
     pub deadline: u64,
-    /// Whether the hardware watchdog counts; else only this program ends the trial.
+    /// Whether the hardware watchdog is armed; otherwise only this program ends the trial.
     pub watchdog: bool,
 }
 
@@ -37,10 +37,10 @@ impl Trial {
         root.path("run/slipway/trial")
     }
 
-    /// The trial that runs, as the initrd says; `None` for a committed system, or after the commit.
+    /// The running trial, as recorded by the initrd; `None` for a committed system, or after the commit.
     ///
     /// # Errors
-    /// `io`, when the file is there and cannot be read.
+    /// `io`, when the file exists and cannot be read.
     pub fn read(root: &Root) -> Result<Option<Self>> {
         let path = Self::file(root);
         let text = match fs::read_to_string(&path) {
@@ -49,12 +49,12 @@ impl Trial {
             Err(error) => return Err(Refusal::io(format!("reading {}", path.display()), &error)),
         };
         let value = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('='));
-        // Damaged or not: that it is there means a trial. A deadline that is over ends it soon.
+        // Even a damaged file means a trial. A deadline in the past ends it soon.
         let deadline = value("deadline").and_then(|text| text.parse().ok()).unwrap_or(0);
         Ok(Some(Self { deadline, watchdog: value("watchdog") == Some("yes") }))
     }
 
-    /// The trial is over: it was committed.
+    /// Removes the record: the trial was committed.
     ///
     /// # Errors
     /// `io`.
@@ -65,27 +65,27 @@ impl Trial {
     }
 }
 
-/// How far the watch is.
+/// The phases of the watch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// Something is not well.
+    /// A check fails.
     Checking,
-    /// All is well, and must stay so for a while.
+    /// All checks pass, and must keep passing for a while.
     Settling,
-    /// Everything was well, but the commit itself failed.
+    /// All checks passed, but the commit itself failed.
     CommitFailed,
     /// The trial was committed.
     Committed,
-    /// The deadline is here: the robot restarts into its committed slot.
+    /// The deadline is reached: the robot restarts into its committed slot.
     OutOfTime,
 }
 
-/// What the watch knows, for `status`; in `/run`, so it lives as long as this start.
+/// The watch's state, for `status`; it is in `/run`, so it exists only during this start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct State {
-    /// How far it is.
+    /// The phase.
     pub phase: Phase,
     /// Seconds until the deadline.
     pub seconds_left: u64,
@@ -102,7 +102,7 @@ impl State {
         root.run().join("health.json")
     }
 
-    /// What the watch said last; `None` when none has run since the start.
+    /// The last state of the watch; `None` when no watch has run since the start.
     ///
     /// # Errors
     /// `io`, when the file cannot be read.
@@ -123,7 +123,7 @@ impl State {
         let left = self.seconds_left;
         match self.phase {
             Phase::Checking => format!("not healthy yet, {left} s left: {}", failing.join("; ")),
-            Phase::Settling => format!("healthy, and watched a moment longer; {left} s left"),
+            Phase::Settling => format!("healthy, observed for a moment longer; {left} s left"),
             Phase::CommitFailed => format!(
                 "healthy, but committing failed ({}); {left} s left",
                 self.problem.as_deref().unwrap_or("unknown")
@@ -134,12 +134,12 @@ impl State {
     }
 }
 
-/// How the watch ended.
+/// The result of the watch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// The trial was committed.
     Committed,
-    /// It was not, and the deadline is near: restart in an orderly way while there is time.
+    /// It was not committed, and the deadline is near: restart in an orderly way while there is time.
     OutOfTime(State),
 }
 
@@ -154,16 +154,16 @@ pub struct Watch<'a> {
 }
 
 impl<'a> Watch<'a> {
-    /// A watch with the usual times.
+    /// A watch with the default times.
     pub fn new(root: &'a Root, checks: &'a [Check], trial: Trial) -> Self {
         Self { root, checks, trial, settle: SETTLE, pause: PAUSE }
     }
 
-    /// Checks until the trial is committed or its time is over. `commit` may fail and is tried again.
-    /// `changed` hears of every change, for the log.
+    /// Runs the checks until the trial is committed or its time is over. `commit` may fail and is then tried
+    /// again. `changed` is called for every change of the state, for the log.
     ///
     /// # Errors
-    /// `io`, when the kernel does not say how long it has been running.
+    /// `io`, when the kernel's uptime cannot be read.
     pub fn run(
         &self,
         mut commit: impl FnMut() -> Result<()>,
@@ -219,10 +219,10 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// For `status` only: that nothing can be told must not keep a trial from being committed.
+    /// Writes the state, for `status` only: a failure must not prevent the commit of a trial.
     fn tell(&self, state: &State) {
         if let Err(error) = durable::write_json(&State::file(self.root), state) {
-            eprintln!("slotd: the state of the health checks cannot be told: {error}");
+            eprintln!("slotd: cannot write the state of the health checks: {error}");
         }
     }
 }
@@ -296,7 +296,7 @@ mod tests {
     #[test]
     fn one_failure_starts_the_while_again() {
         let (dir, root) = root("deadline=400\nwatchdog=yes\n");
-        // Fails at the second look, long before the while is over, however busy the machine is.
+        // Fails in the second round, long before the settle time is over, even on a busy machine.
         let counter = dir.path().join("looks");
         let script = format!("echo x >>{0}; [ $(wc -l <{0}) -ne 2 ]", counter.display());
         let checks = [check("flapping", &["sh", "-c", &script])];

@@ -1,4 +1,4 @@
-//! The end of a trial's deadline: systemd takes over the watchdog that the initrd has armed.
+//! Ends a trial's deadline: systemd takes over the watchdog that the initrd has armed.
 
 use std::fs;
 use std::process::Command;
@@ -9,14 +9,14 @@ use crate::durable;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// The drop-in by which the initrd keeps systemd from feeding the watchdog.
+/// The drop-in with which the initrd prevents systemd from feeding the watchdog.
 const HOLD: &str = "run/systemd/system.conf.d/90-slipway-trial.conf";
 
-/// How long systemd may take to open the watchdog after it has read its configuration again.
+/// How long systemd may take to open the watchdog after it has reloaded its configuration.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Hands the watchdog over: to be called when, and only when, a trial has been committed. Until it
-/// succeeds the deadline stands, and the watchdog resets into the slot that is now committed.
+/// Hands the watchdog over to systemd: called only after a trial has been committed. Until this succeeds the
+/// deadline stays, and the watchdog resets the robot into the slot that is now committed.
 ///
 /// # Errors
 /// `watchdog`: systemd does not take over. Calling it again is harmless.
@@ -42,7 +42,7 @@ pub fn hand_over(root: &Root) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         while !kept_by_systemd(root) {
             if Instant::now() >= end {
-                return Err(failed("it has not opened /dev/watchdog0".to_owned()));
+                return Err(failed("systemd has not opened /dev/watchdog0".to_owned()));
             }
             std::thread::sleep(Duration::from_millis(100));
         }

@@ -9,7 +9,7 @@ use crate::record::Floor;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// What does not depend on the bundle.
+/// Checks that do not depend on the bundle.
 pub(crate) fn robot(machine: &Machine<'_>) -> Result<()> {
     undecided(machine)?;
     let known = compatible(machine.root);
@@ -17,11 +17,11 @@ pub(crate) fn robot(machine: &Machine<'_>) -> Result<()> {
         return Err(Refusal::new(
             "wrong-board",
             format!(
-                "this machine calls itself {}, the running image is for {}",
-                if known.is_empty() { "nothing".to_owned() } else { known.join(", ") },
+                "this machine is {}, but the running image is for {}",
+                if known.is_empty() { "of an unknown model".to_owned() } else { known.join(", ") },
                 machine.about.compatible.join(", ")
             ),
-            "flash the image that was made for this board",
+            "flash the image that was built for this board",
         ));
     }
     Ok(())
@@ -37,7 +37,7 @@ fn compatible(root: &Root) -> Vec<String> {
         .collect()
 }
 
-/// What the manifest says, against what this robot is. Sizes are the target's matter.
+/// Compares the manifest with this robot. The target checks the sizes.
 pub(crate) fn manifest<I: Input>(
     machine: &Machine<'_>,
     floor: &Floor,
@@ -54,7 +54,7 @@ pub(crate) fn manifest<I: Input>(
     if about.kind == Kind::Release && manifest.kind == Kind::Development {
         return Err(Refusal::new(
             "wrong-kind",
-            "the bundle is a development build, this robot takes only releases",
+            "the bundle is a development build, but this robot accepts only releases",
             "build the bundle from the release product",
         ));
     }
@@ -68,7 +68,7 @@ pub(crate) fn manifest<I: Input>(
     reader.check(&policy).map_err(|error| {
         let help = match &error {
             bundle::Error::BelowFloor { .. } => {
-                Some("take a newer bundle, or override with `--allow-downgrade REASON`")
+                Some("use a newer bundle, or override with `--allow-downgrade REASON`")
             }
             _ => None,
         };

@@ -1,5 +1,5 @@
-//! A slot against the indexes of a signed bundle, block by block: whether it still is what was installed. Both
-//! slots hold the same bytes wherever they lie, so this can be asked of either one at any time.
+//! Compares a slot with the indexes of a signed bundle, block by block, to check that it is unchanged since the
+//! install. A system has the same bytes in either slot, so each slot can be checked at any time.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,10 +16,10 @@ use crate::record::Installed;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
-/// The most places that a refusal lists.
+/// Maximum number of places that a refusal lists.
 const LISTED: usize = 20;
 
-/// The partitions of both slots, for reading only.
+/// The partitions of both slots, read-only.
 pub(crate) struct ReadOnly<'a>(pub &'a Device);
 
 impl Slots for ReadOnly<'_> {
@@ -32,11 +32,11 @@ impl Slots for ReadOnly<'_> {
     }
 }
 
-/// Compares a slot with a bundle, of whose payloads only the indexes are read.
+/// Compares a slot with a bundle. Only the indexes of its payloads are read.
 ///
 /// # Errors
-/// `slot-differs`, with the places; `unknown-payload`, `incomplete-bundle`, `too-large`: the bundle is none for
-/// slots of this robot. `io`, `source`, and what a bundle is refused for.
+/// `slot-differs`, with the places; `unknown-payload`, `incomplete-bundle`, `too-large`: the bundle is not for slots
+/// of this robot. `io`, `source`, and the refusals of a bundle.
 pub(crate) fn compare<I: Input>(
     machine: &Machine<'_>,
     reader: &mut Reader<I>,
@@ -67,7 +67,7 @@ pub(crate) fn compare<I: Input>(
                     found.map_err(|error| Refusal::io(format!("reading {role}"), &error))?;
                 if !found.proven {
                     let mut wrong = wrong.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                    // All blocks fit by the part of their hashes that the index has, and not by all of it.
+                    // All blocks match the truncated hashes in the index, but not the full content hash.
                     if found.wrong.is_empty() {
                         wrong.extend(frame.first_block..frame.first_block + frame.blocks);
                     }
@@ -124,15 +124,15 @@ fn differs<I: Input>(
     let installed = Installed::read(machine.root, slot);
     let help = match installed.filter(|known| known.manifest != reader.manifest_sha256()) {
         Some(known) => format!(
-            "what was installed into it is {} (manifest {}): compare it with that bundle",
+            "the installed bundle was {} (manifest {}): compare the slot with that one",
             known.version, known.manifest
         ),
         None if slot == machine.running => {
-            "if it was made from this bundle, the card fails: `slotd boot-other`, then install into this slot; \
-             if that happens twice, replace the card"
+            "if this bundle was installed here, the card is failing: run `slotd boot-other`, then install into this slot; \
+             if it happens twice, replace the card"
                 .to_owned()
         }
-        None => "if it was made from this bundle, install that again: only what differs is written; if it \
+        None => "if this bundle was installed here, install it again: only blocks that differ are written; if it \
                  happens twice, replace the card"
             .to_owned(),
     };

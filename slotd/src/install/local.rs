@@ -1,6 +1,6 @@
-//! Blocks of the bundle that the running slot has, wherever in it: found by their hashes in the index.
+//! Finds blocks of the bundle anywhere in the running slot, by their hashes in the index.
 //!
-//! Memory: four bytes for each block that is not zero, and five for the table that finds it.
+//! Memory: four bytes for each block that is not zero, and five for its entry in the hash table.
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
@@ -11,18 +11,18 @@ use super::scan::{SAMPLES, WORTHWHILE};
 use crate::buffer::{Buffer, LOOK};
 use crate::storage::Storage;
 
-/// Where the running slot has blocks of a payload.
+/// The positions of a payload's blocks in the running slot.
 #[derive(Debug)]
 pub struct Local<'a> {
     index: &'a Index,
     /// Numbers of hashes, plus one, by hash; zero: empty. Open addressing.
     table: Vec<u32>,
-    /// For each hash that stands in the table: the running slot's block, plus one; zero: not found.
+    /// For each hash in the table: the running slot's block, plus one; zero: not found.
     places: Vec<AtomicU32>,
 }
 
 impl<'a> Local<'a> {
-    /// Reads the running slot, if a sample of it shows that it has much of the payload.
+    /// Reads the running slot, if a sample shows that it has much of the payload.
     pub fn find(index: &'a Index, running: &dyn Storage) -> Self {
         let used = index.used_blocks();
         let mut local = Self {
@@ -33,7 +33,7 @@ impl<'a> Local<'a> {
         for number in 0..used {
             let Some(hash) = index.hash(number) else { break };
             let mut at = local.start(hash);
-            // A second block with the same hash stays out: the first one's place serves both.
+            // A second block with the same hash is not added: the first one's position is used for both.
             while local.at(at).is_some_and(|known| index.hash(known) != Some(hash)) {
                 at = local.after(at);
             }
@@ -57,7 +57,7 @@ impl<'a> Local<'a> {
 
     fn start(&self, hash: &[u8]) -> usize {
         let head = hash.iter().take(8).fold(0_u64, |n, byte| n << 8 | u64::from(*byte));
-        // Below the table's length.
+        // Less than the table's length.
         (head % self.table.len() as u64) as usize
     }
 
@@ -111,7 +111,7 @@ impl<'a> Local<'a> {
                     return;
                 }
                 let bytes = buffer.first_mut(LOOK);
-                // What cannot be read is not taken.
+                // Unreadable blocks are not used.
                 if running.read_back(transfer as u64 * LOOK as u64, bytes).is_err() {
                     continue;
                 }

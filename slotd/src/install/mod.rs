@@ -1,10 +1,10 @@
-//! Installs a system into the idle slot. In this order: whose signature, for what, how large; only then
-//! the first write; every frame against its hash before it is decompressed; every block before it is
-//! written; the whole slot read back from the device; and only then the trial.
+//! Installs a bundle into the idle slot, in this order: checks of signature, compatibility and size; only then
+//! the first write; every frame is compared with its hash before it is decompressed, and every block before it
+//! is written; the whole slot is read back from the device; and only then the trial is armed.
 //!
-//! While a slot is written its first block is zero on the device, in which every file system has what
-//! identifies it: no boot loader and no kernel takes a half-written slot for a system. That block is
-//! written last.
+//! While a slot is written, its first block on the device is zero. Every file system has its magic number
+//! there, so no boot loader and no kernel mistakes a half-written slot for a system. That block is written
+//! last.
 
 mod check;
 mod compare;
@@ -30,20 +30,20 @@ use crate::record::{Installed as InstalledSlot, Journal};
 use crate::refusal::{Refusal, Result};
 use target::Target;
 
-/// What the caller decides.
+/// Options of the caller.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// Why a version below the floor is accepted this once.
+    /// Why a version below the floor is accepted, for this install only.
     pub allow_downgrade: Option<String>,
-    /// Look in the running slot for blocks: pays where passing over a frame spares its transfer.
+    /// Look for blocks in the running slot: worthwhile if skipping a frame saves its transfer.
     pub use_running_slot: bool,
 }
 
-/// How far an install is.
+/// An install's progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Progress {
-    /// What is being done.
+    /// The current step.
     pub step: Step,
     /// Bytes done of this step.
     pub done: u64,
@@ -73,13 +73,13 @@ pub struct Outcome {
     pub version: Version,
     /// SHA-256 of the bundle's manifest.
     pub manifest: String,
-    /// Whether it went on where an interrupted one had stopped.
+    /// Whether it resumed an interrupted install.
     pub resumed: bool,
     /// Bytes of all payloads.
     pub size: u64,
-    /// Bytes that the slot held already.
+    /// Bytes that were already in the slot.
     pub held: u64,
-    /// Bytes taken from the running slot.
+    /// Bytes copied from the running slot.
     pub taken: u64,
     /// Bytes written to the slot.
     pub written: u64,
@@ -89,7 +89,7 @@ pub struct Outcome {
     pub read_back_ms: u64,
 }
 
-/// Counts while payloads pass.
+/// Counters of an install.
 #[derive(Debug, Default)]
 struct Counts {
     held: u64,
@@ -144,7 +144,7 @@ pub(crate) fn system<I: Input>(
     counts.written += target.complete()?;
     let write = started.elapsed().saturating_sub(counts.read_back);
 
-    // A robot whose `data` is full must still take the update that cures it.
+    // A robot whose `data` is full must still accept the update that fixes it.
     if let Err(error) = installed.write(machine.root, slot) {
         machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
     }
@@ -166,13 +166,14 @@ pub(crate) fn system<I: Input>(
     })
 }
 
-/// A failure of the medium is told apart from one of the robot's own disk.
+/// Distinguishes failures of the source from those of the robot's own disk.
 pub(crate) fn from_source(error: bundle::Error) -> Refusal {
     match error {
         bundle::Error::Io(error) => {
             let doing = "reading the bundle";
             crate::source::distrusted(doing, &error).unwrap_or_else(|| {
-                let help = "check the medium or the network, and install again: it goes on where it stopped";
+                let help =
+                    "check the medium or the network, then install again: the install will resume";
                 Refusal::new("source", format!("{doing}: {error}"), help)
             })
         }

@@ -1,4 +1,4 @@
-//! One payload, from the bundle onto its partition, and its proof.
+//! Writes one payload from the bundle to its partition, and verifies it.
 
 use std::io;
 use std::sync::Mutex;
@@ -21,34 +21,34 @@ use crate::record::Journal;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
-/// Bytes after which, at the end of a frame, the device is flushed and the journal says so: every second
-/// frame of 16 MiB. A card writes them in some three seconds.
+/// Bytes after which, at the end of a frame, the device is flushed and the journal updated: every second
+/// frame of 16 MiB. A card writes them in about three seconds.
 pub const CHECKPOINT: u64 = 24 << 20;
 
-/// Most blocks that are looked for in the running slot, 1.4 GiB of content: looking takes nine bytes for
-/// each, and the memory of an install stays below 32 MiB in all.
+/// Maximum number of blocks that are searched in the running slot, 1.4 GiB of content: each needs nine bytes,
+/// and the memory of an install must stay below 32 MiB in total.
 const MOST_LOCAL: u32 = 350_000;
 
-/// What all payloads of an install have in common.
+/// State shared by all payloads of an install.
 pub(super) struct Work<'a> {
     pub machine: &'a Machine<'a>,
     pub options: &'a Options,
     pub progress: &'a (dyn Fn(Progress) + Sync),
-    /// What an interrupted install has left.
+    /// The journal of an interrupted install.
     pub journal: Option<&'a Journal>,
-    /// The journal of this one, before the first frame of this payload.
+    /// The journal of this install, before the first frame of this payload.
     pub fresh: Journal,
 }
 
-/// What is in place.
+/// What is already in place.
 struct Survey {
     held: Blocks,
-    /// By frame: nothing of it needs to be written.
+    /// For each frame: whether nothing of it needs to be written.
     done: Vec<bool>,
 }
 
 impl Survey {
-    /// Frames from the first that are in place, but for the first block, which is kept back.
+    /// Number of leading frames that are in place, except for the first block, which is written last.
     fn leading(&self, index: &Index) -> u32 {
         let Some(first) = index.frames().first() else { return 0 };
         let rest = (1..first.blocks).all(|block| self.held.has(block));
@@ -59,7 +59,7 @@ impl Survey {
 }
 
 impl Work<'_> {
-    /// Writes what is missing and proves the whole.
+    /// Writes the missing blocks and verifies the whole payload.
     pub fn run<I: Input>(
         &self,
         mut payload: PayloadReader<'_, I>,
@@ -82,8 +82,8 @@ impl Work<'_> {
             None
         };
         if survey.done.contains(&false) {
-            // What an interrupted install had written without noting it is in place, but may not be
-            // durable yet.
+            // Blocks that an interrupted install wrote without a checkpoint are in place, but may not
+            // be durable yet.
             let frames = survey.leading(index);
             if frames > 0 && device.flush().is_ok() {
                 self.note(&Journal { frames, ..self.fresh.clone() });
@@ -117,7 +117,7 @@ impl Work<'_> {
             let first = writer.first.take();
             let finished = writer.queue.finish();
             let written = thread.join().map_err(|_| lost())?;
-            // The device's error comes first: the other two may only follow from it.
+            // The device's error is reported first: the other two may be consequences of it.
             let role = slot_role(&part.role, self.fresh.slot);
             let written =
                 written.map_err(|error| Refusal::io(format!("writing {role}"), &error))?;
@@ -135,12 +135,12 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Finds what is in place already.
+    /// Finds the blocks that are already in place.
     fn survey(&self, device: &dyn Storage, index: &Index) -> Survey {
         let mut survey =
             Survey { held: Blocks::none(index), done: vec![false; index.frames().len()] };
-        // What the journal says was flushed is not looked at before the end; but the first frame
-        // always is, because its first block is kept back.
+        // Frames that were flushed according to the journal are only checked at the end, except the
+        // first frame, whose first block is written last.
         let known =
             self.journal.map_or(0, |journal| match journal.payload.cmp(&self.fresh.payload) {
                 std::cmp::Ordering::Greater => index.frames().len(),
@@ -171,10 +171,10 @@ impl Work<'_> {
             let size = index.content_size(frame);
             let done = done.fetch_add(size, Ordering::Relaxed) + size;
             (self.progress)(Progress { step: Step::Survey, done, total });
-            // What cannot be read is written: that may cure it.
+            // Unreadable blocks are written: this may repair them.
             let Ok(found) = found else { return Ok(()) };
             let mut survey = lock(&shared);
-            // A frame whose blocks all fit but whose content hash does not is read from the bundle.
+            // A frame whose blocks match but whose content hash does not is read from the bundle.
             if found.proven || !found.wrong.is_empty() {
                 for block in frame.first_block..frame.first_block + frame.blocks {
                     survey.held.set(block, true);
@@ -193,7 +193,7 @@ impl Work<'_> {
         shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Reads all of it back from the device.
+    /// Reads the whole payload back from the device.
     fn prove(
         &self,
         device: &dyn Storage,
@@ -224,7 +224,7 @@ impl Work<'_> {
             if blocks == 0 { Ok(()) } else { Err(differs(role, slot, blocks, first)) }
         });
         if result.is_err() {
-            // What the journal says is not so: the next install looks at everything.
+            // The journal is wrong: the next install must check everything.
             if let Err(error) = Journal::remove(self.machine.root) {
                 self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
             }
@@ -232,7 +232,7 @@ impl Work<'_> {
         result
     }
 
-    /// Keeps the journal. One that cannot be kept costs time after an interruption, and nothing else.
+    /// Writes the journal. A failure only costs time after an interruption.
     fn note(&self, journal: &Journal) {
         if let Err(error) = journal.write(self.machine.root) {
             self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
@@ -240,7 +240,7 @@ impl Work<'_> {
     }
 }
 
-/// Decides for each frame where its blocks come from, and hands them to the queue.
+/// Decides for each frame where its blocks come from, and passes them to the queue.
 struct Writer<'a> {
     work: &'a Work<'a>,
     index: &'a Index,
@@ -268,7 +268,7 @@ impl Writer<'_> {
                 self.counts.held += size;
                 payload.skip_frame().map_err(from_source)?;
             } else if self.is_zero(&frame) {
-                // Nothing to verify: the index itself says that it is zeros.
+                // Nothing to verify: the index says that these are zeros.
                 self.emit_zeros(&frame).map_err(device)?;
                 payload.skip_frame().map_err(from_source)?;
             } else if self.is_local(&frame) && self.assemble_or_not(&frame).map_err(device)? {
@@ -301,7 +301,7 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Takes verified bytes: whole blocks, and the payload's last.
+    /// Receives verified bytes: whole blocks, and the payload's last one.
     fn emit(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let first = (offset / BLOCK_SIZE as u64) as u32;
         for (number, block) in (first..).zip(bytes.chunks(BLOCK_SIZE)) {
@@ -346,7 +346,7 @@ impl Writer<'_> {
         let done = self.assemble(frame)?;
         if !done {
             self.counts.held = held;
-            // Nothing of this frame counts as held any more.
+            // No block of this frame is treated as in place any more.
             for block in frame.first_block..frame.first_block + frame.blocks {
                 self.held.set(block, false);
             }
@@ -354,9 +354,9 @@ impl Writer<'_> {
         Ok(done)
     }
 
-    /// Puts a frame together from blocks that the robot has. The index has 96 bits of each block's
-    /// hash, so each is compared with these, and all together with the frame's content hash, which is
-    /// made from the full ones. Says whether that fits; if not, all of the frame is to be written.
+    /// Assembles a frame from blocks that the robot has. The index has 96 bits of each block's hash, so
+    /// each block is compared with these, and all together with the frame's content hash, which covers
+    /// the full hashes. Returns whether it matches; if not, the whole frame must be written.
     fn assemble(&mut self, frame: &Frame) -> io::Result<bool> {
         let index = self.index;
         let mut content = Sha256::new();
@@ -373,7 +373,7 @@ impl Writer<'_> {
                 continue;
             };
             let Some((here, start)) = self.source(block, hash) else { return Ok(false) };
-            // As many as follow each other in the same place.
+            // As many consecutive blocks of the same source as possible.
             let mut run = vec![hash];
             while length < TRANSFER
                 && let Some((next, Some(hash))) = blocks.peek().copied()
@@ -410,7 +410,7 @@ impl Writer<'_> {
         Ok(true)
     }
 
-    /// Where a block is: in its place in the idle slot, or somewhere in the running one.
+    /// Where a block is: at its position in the idle slot, or somewhere in the running slot.
     fn source(&self, block: u32, hash: &[u8]) -> Option<(bool, u32)> {
         if self.held.has(block) {
             return Some((true, block));
@@ -420,13 +420,13 @@ impl Writer<'_> {
     }
 }
 
-/// Only the queue's thread can have ended; its error is what is reported.
+/// The error when the queue's thread has ended; the thread's own error is reported instead.
 fn device(error: io::Error) -> Refusal {
     Refusal::io("writing the slot", &error)
 }
 
 pub(super) fn lost() -> Refusal {
-    Refusal::new("internal", "a part of the install ended unexpectedly", "report this")
+    Refusal::new("internal", "a thread of the install ended unexpectedly", "report this bug")
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

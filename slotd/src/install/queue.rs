@@ -1,5 +1,5 @@
-//! The writing half of an install: a thread that puts verified bytes on the device, in order, in large
-//! aligned writes, while the next frame is being verified.
+//! The writing half of an install: a thread that writes verified bytes to the device, in order, in large
+//! aligned writes, while the next frame is verified.
 
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
@@ -10,23 +10,23 @@ use bundle::{BLOCK_SIZE, Index};
 use crate::buffer::{Buffer, TRANSFER};
 use crate::storage::Storage;
 
-/// Buffers under way, each of [`TRANSFER`] bytes.
+/// Number of buffers in flight, each of [`TRANSFER`] bytes.
 const BUFFERS: usize = 3;
 
 enum Message {
     Write(u64, Buffer, usize),
-    /// From, to: zeros where the device has anything else.
+    /// From, to: write zeros where the device has other bytes.
     Zero(u64, u64),
-    /// Everything of the frames before this one is on its way: make it durable and note it.
+    /// All frames before this one have been queued: make them durable and record it.
     Checkpoint(u32),
 }
 
-/// Puts writes together and hands them to the thread.
+/// Combines writes and passes them to the thread.
 pub struct Queue {
     messages: SyncSender<Message>,
     free: Receiver<Buffer>,
     current: Option<(u64, Buffer, usize)>,
-    /// Bytes handed over since the last checkpoint.
+    /// Bytes queued since the last checkpoint.
     pending: u64,
 }
 
@@ -50,13 +50,13 @@ pub fn queue() -> (Queue, Worker) {
     (queue, Worker { messages: incoming, free: back })
 }
 
-/// The thread ended before its time: its own error says why, and is the one that is reported.
+/// The thread ended early: its own error says why, and is reported instead.
 fn stopped() -> io::Error {
     io::ErrorKind::BrokenPipe.into()
 }
 
 impl Queue {
-    /// Adds bytes at an offset. Neighbours go into one write, up to a multiple of [`TRANSFER`].
+    /// Adds bytes at an offset. Adjacent bytes are combined into one write, up to a multiple of [`TRANSFER`].
     pub fn write(&mut self, mut offset: u64, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let fits = |(start, _, filled): &(u64, Buffer, usize)| start + *filled as u64 == offset;
@@ -83,14 +83,14 @@ impl Queue {
         Ok(())
     }
 
-    /// Makes a range zero, without writing what is zero already.
+    /// Makes a range zero, without writing parts that are already zero.
     pub fn zero(&mut self, start: u64, end: u64) -> io::Result<()> {
         self.send()?;
         self.pending += end - start;
         self.messages.send(Message::Zero(start, end)).map_err(|_| stopped())
     }
 
-    /// Asks for a checkpoint when enough has been handed over since the last.
+    /// Requests a checkpoint when enough bytes were queued since the last one.
     pub fn checkpoint(&mut self, frames: u32, every: u64) -> io::Result<()> {
         if self.pending < every {
             return Ok(());
@@ -100,7 +100,7 @@ impl Queue {
         self.messages.send(Message::Checkpoint(frames)).map_err(|_| stopped())
     }
 
-    /// Hands over what is left. The thread ends when it has written it.
+    /// Queues the rest. The thread ends when it has written it.
     pub fn finish(mut self) -> io::Result<()> {
         self.send()
     }
@@ -113,7 +113,7 @@ impl Queue {
 }
 
 impl Worker {
-    /// Writes until the queue is finished; `note` keeps checkpoints. Returns the bytes written.
+    /// Writes until the queue is finished; `note` records checkpoints. Returns the bytes written.
     ///
     /// # Errors
     /// The device's first error; nothing is written after it.
@@ -123,7 +123,7 @@ impl Worker {
             let (answers, found) = channel();
             std::thread::Builder::new().spawn_scoped(scope, move || {
                 for (start, end) in asked {
-                    // Nobody waits for the answer when the writing has failed.
+                    // The receiver is gone if writing has failed.
                     if answers.send(not_zero(device, start, end)).is_err() {
                         break;
                     }
@@ -149,7 +149,7 @@ impl Worker {
                 Message::Write(offset, buffer, length) => {
                     device.write_at(offset, buffer.first(length))?;
                     written += length as u64 + zeros.write(device, false)?;
-                    // Nobody takes buffers any more once the last frame is through.
+                    // The receiver is gone after the last frame.
                     if self.free.send(buffer).is_err() {
                         continue;
                     }
@@ -172,19 +172,19 @@ impl Worker {
     }
 }
 
-/// Ranges that must become zero. Reading is faster than writing, and most of what is free in a slot is
-/// zero already: a thread of its own reads them while other blocks are written.
+/// Ranges that must become zero. Reading is faster than writing, and most free blocks of a slot are already
+/// zero: a separate thread reads them while other blocks are written.
 struct Zeros {
     ranges: Sender<(u64, u64)>,
     found: Receiver<Vec<(u64, u64)>>,
     /// Ranges that have not been answered.
     open: usize,
-    /// What is written.
+    /// The zeros to write.
     zeros: Buffer,
 }
 
 impl Zeros {
-    /// Writes what the answers name that are there, or (`wait`) all of them. Returns the bytes written.
+    /// Writes zeros for the available answers, or with `wait` for all answers. Returns the bytes written.
     fn write(&mut self, device: &dyn Storage, wait: bool) -> io::Result<u64> {
         let mut written = 0;
         while self.open > 0 {
@@ -210,8 +210,8 @@ impl Zeros {
     }
 }
 
-/// The parts of a range with anything but zeros, in order. Nothing of the range has been written by this
-/// install, so nothing is waiting to be flushed. What cannot be read counts: writing may cure it.
+/// The parts of a range that are not zero, in order. This install has written nothing in the range, so nothing
+/// is waiting to be flushed. Unreadable parts are included: writing may repair them.
 fn not_zero(device: &dyn Storage, start: u64, end: u64) -> Vec<(u64, u64)> {
     let mut buffer = Buffer::new(TRANSFER);
     let mut found: Vec<(u64, u64)> = Vec::new();
@@ -240,7 +240,7 @@ fn not_zero(device: &dyn Storage, start: u64, end: u64) -> Vec<(u64, u64)> {
 pub struct Blocks(Vec<u64>);
 
 impl Blocks {
-    /// None of an index's blocks.
+    /// An empty set for an index's blocks.
     pub fn none(index: &Index) -> Self {
         Self(vec![0; index.blocks().div_ceil(64) as usize])
     }

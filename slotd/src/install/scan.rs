@@ -1,5 +1,5 @@
 //! Reads a slot from the device and compares it with a block index, on all cores: before an install, to
-//! find what is there already; after it, to prove all of it.
+//! find the blocks that are already there; after it, to verify everything.
 
 use std::io;
 use std::sync::Mutex;
@@ -12,24 +12,24 @@ use sha2::{Digest, Sha256};
 use crate::buffer::{Buffer, LOOK};
 use crate::storage::Storage;
 
-/// Most threads: more would only seek on a card.
+/// Maximum number of threads: more would only cause seeks on a card.
 const THREADS: usize = 4;
 
-/// What lies where a frame belongs.
+/// The result for one frame.
 #[derive(Debug, Default)]
 pub struct Found {
-    /// The blocks that are not as the index says, by number in the payload.
+    /// The blocks that differ from the index, by number in the payload.
     pub wrong: Vec<u32>,
-    /// Whether the frame is proven: no block is wrong, and the full hashes of all blocks together
-    /// are the index's content hash.
+    /// Whether the frame is verified: no block is wrong, and the full hashes of all blocks together match
+    /// the index's content hash.
     pub proven: bool,
 }
 
-/// Compares frames with what lies in their place. `first`: the payload's first block, where it is kept
-/// back and not on the device yet. `each` is called in any order; an error to it is the device's.
+/// Compares frames with the device. `first` is the payload's first block if it is not on the device yet, because
+/// it is written last. `each` is called in any order; an error passed to it is the device's.
 ///
 /// # Errors
-/// What `each` returns.
+/// The error that `each` returns.
 pub fn frames<E: Send>(
     device: &dyn Storage,
     index: &Index,
@@ -102,8 +102,8 @@ fn one(
     Ok(found)
 }
 
-/// Whether enough of a payload seems to be in place to be worth reading the whole slot for: looks at
-/// blocks that are not zero, evenly spread.
+/// Whether enough of a payload seems to be in place to read the whole slot: samples blocks that are not zero,
+/// evenly spread.
 pub fn seems_similar(device: &dyn Storage, index: &Index) -> bool {
     let used = index.used_blocks();
     let step = (used / SAMPLES).max(1);
@@ -124,9 +124,9 @@ pub fn seems_similar(device: &dyn Storage, index: &Index) -> bool {
     held * WORTHWHILE >= seen.max(1)
 }
 
-/// Blocks that are looked at: a sixteenth shows with certainty, and even a card reads them in 0.2 s.
+/// Number of sampled blocks: enough to detect a share of one sixteenth, and even a card reads them in 0.2 s.
 pub const SAMPLES: u32 = 128;
 
-/// A slot is read whole if one block in so many is held: reading a card is some four times as fast as
-/// writing it, and does not wear it.
+/// A slot is read as a whole if at least one block in this many is in place: reading a card is about four times as
+/// fast as writing, and causes no wear.
 pub const WORTHWHILE: u32 = 16;

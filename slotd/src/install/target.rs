@@ -1,4 +1,4 @@
-//! The idle slot as a whole: its partitions, and the first blocks that are kept back until the end.
+//! The idle slot as a whole: its partitions, and the first blocks, which are written last.
 
 use std::io;
 
@@ -14,7 +14,7 @@ use crate::record::Installed;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
-/// The component that goes into slots.
+/// The component that is installed into slots.
 const SYSTEM: &str = "system";
 
 /// The idle slot, ready to be written.
@@ -33,14 +33,14 @@ pub(super) struct Part {
     pub role: String,
     /// The partition.
     pub device: Box<dyn Storage>,
-    /// The payload's first block, while it is not on the device.
+    /// The payload's first block, as long as it is not on the device.
     pub first: Option<Buffer>,
     /// The payload's size in bytes.
     size: u64,
 }
 
 impl<'a> Target<'a> {
-    /// Opens the partition of each payload, when the bundle has exactly what a slot consists of.
+    /// Opens the partition of each payload, if the bundle has exactly the payloads of a slot.
     pub fn open(machine: &Machine<'a>, slot: Slot, manifest: &Manifest) -> Result<Self> {
         let suffix = slot_role("", slot);
         let roles = machine.about.partitions.keys();
@@ -54,10 +54,10 @@ impl<'a> Target<'a> {
                     return Err(Refusal::new(
                         "unknown-payload",
                         format!(
-                            "the bundle has a payload {}/{role}, for which this robot's slots have no place",
+                            "the bundle has a payload {}/{role}, but this robot's slots have no such partition",
                             component.name
                         ),
-                        "take the bundle that was made for this board",
+                        "use the bundle that was built for this board",
                     ));
                 };
                 missing.swap_remove(at);
@@ -66,12 +66,12 @@ impl<'a> Target<'a> {
                     return Err(Refusal::new(
                         "too-large",
                         format!(
-                            "system/{role} has {} bytes, the partition {} has {}",
+                            "system/{role} has {} bytes, but the partition {} has {}",
                             payload.size,
                             slot_role(role, slot),
                             device.size()
                         ),
-                        "build the product with a smaller system; this card was partitioned for less",
+                        "build the product with a smaller system; this card's partitions are too small for it",
                     ));
                 }
                 parts.push(Part { role: role.to_owned(), device, first: None, size: payload.size });
@@ -80,16 +80,16 @@ impl<'a> Target<'a> {
         if !missing.is_empty() {
             return Err(Refusal::new(
                 "incomplete-bundle",
-                format!("a slot consists of {} more than the bundle has", missing.join(", ")),
-                "take the bundle that was made for this board",
+                format!("the bundle lacks these parts of a slot: {}", missing.join(", ")),
+                "use the bundle that was built for this board",
             ));
         }
         Ok(Self { machine: *machine, slot, parts, invalid: false })
     }
 
-    /// Before the first write: makes the slot unusable in one block for each partition, durably.
-    /// `current`: the payload that is at hand; those before it are proven to be in place. Returns the
-    /// bytes written.
+    /// Before the first write: durably makes the slot unusable, by one block in each partition. `current` is
+    /// the payload that is being installed; those before it are verified to be in place. Returns the bytes
+    /// written.
     pub fn invalidate(&mut self, current: usize, index: &Index) -> Result<u64> {
         if self.invalid {
             return Ok(0);
@@ -101,7 +101,7 @@ impl<'a> Target<'a> {
             part.device.read_back(0, &mut first).map_err(failed)?;
             let hash = index.frames().first().and_then(|f| index.hashes(f).next()?.1);
             let held = hash.is_some_and(|hash| sha256(&first).starts_with(hash));
-            // The one at hand is read from the bundle, if it is another.
+            // The first block of the current payload is read from the bundle if it differs.
             if number < current || held {
                 part.first = Some(first);
             }
@@ -121,7 +121,7 @@ impl<'a> Target<'a> {
         Ok(written)
     }
 
-    /// The last writes: the first blocks, when all else is proven. Returns the bytes written.
+    /// The last writes: the first blocks, after everything else is verified. Returns the bytes written.
     pub fn complete(&mut self) -> Result<u64> {
         let mut written = 0;
         for part in &mut self.parts {
@@ -140,13 +140,13 @@ impl<'a> Target<'a> {
 }
 
 impl Part {
-    /// Room for the first block.
+    /// A buffer for the first block.
     fn first_block(&self) -> Buffer {
         // At most BLOCK_SIZE.
         Buffer::new(self.size.min(BLOCK_SIZE as u64) as usize)
     }
 
-    /// Takes the first block from one content to another, each step flushed. Returns the bytes written.
+    /// Changes the first block in steps and flushes each step. Returns the bytes written.
     fn step_by_step(&self, mut now: Buffer, steps: [Buffer; 3]) -> io::Result<u64> {
         let mut written = 0;
         for step in steps {
@@ -161,9 +161,9 @@ impl Part {
     }
 }
 
-/// Sectors of 512 bytes in which file systems say what they are: FAT (and squashfs) in the first, ext4
-/// (and erofs) in the third. Each is written alone, since a power cut may leave any of the sectors of
-/// one write: the one that makes a system of the slot comes after all else, and goes first.
+/// Sectors of 512 bytes with the magic numbers of file systems: FAT (and squashfs) in the first, ext4 (and
+/// erofs) in the third. Each is written separately, because after a power cut any sectors of one write may be
+/// on the card: the sector that makes the slot bootable is written last and cleared first.
 const HEADS: [usize; 2] = [0, 2];
 
 /// The block without these sectors.
@@ -175,15 +175,15 @@ fn hidden(block: &Buffer, sectors: &[usize]) -> Buffer {
     hidden
 }
 
-/// The device does not hold what was written to it.
+/// The device reads back other bytes than were written.
 pub(super) fn differs(role: &str, slot: Slot, blocks: usize, first: u32) -> Refusal {
     Refusal::new(
         "read-back",
         format!(
-            "{blocks} blocks of {} do not hold what was written, the first of them at byte {}",
+            "{blocks} blocks of {} differ from what was written, the first one at byte {}",
             slot_role(role, slot),
             Index::offset(first)
         ),
-        "install again: only what is wrong is written; if it happens twice, replace the card",
+        "install again: only the wrong blocks are written; if it happens twice, replace the card",
     )
 }

@@ -1,7 +1,7 @@
 //! Provisioning: the `resources` of the API's package become `/data/system`, exactly, in one step.
 //!
-//! The package is found as Python would find it, and is never imported. The new tree is complete and on the
-//! disk beside the old one before the two exchange their names; whatever fails before leaves the old one.
+//! The package is found as Python would find it, and is never imported. The new tree is complete and durable
+//! next to the old one before the two exchange their names; a failure before that leaves the old tree.
 
 mod tree;
 mod write;
@@ -25,25 +25,25 @@ use crate::root::Root;
 pub use tree::{Difference, How};
 use tree::{Item, Tree};
 
-/// The folder in a package whose content is provisioned.
+/// The directory in a package whose content is provisioned.
 const RESOURCES: &str = "resources";
 
-/// Where the new tree is made, below `/data`, and where the old one waits for its removal. A name with a dot
-/// there is no part of backups.
+/// Where the new tree is created, below `/data`, and where the old one waits for its removal. Names that begin
+/// with a dot are not backed up.
 const STAGING: &str = ".system.new";
 
-/// The most differences that a refusal lists.
+/// Maximum number of differences that a refusal lists.
 const LISTED: usize = 20;
 
-/// What came of it.
+/// The result in a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
-    /// The package's resources took the place of what was there.
+    /// The package's resources replaced the old tree.
     Provisioned,
-    /// They were there already; nothing was written.
+    /// The tree was already up to date; nothing was written.
     Unchanged,
-    /// The package has none; what is there stays as it is.
+    /// The package has no resources; the existing tree stays unchanged.
     NoResources,
     /// This product has no API.
     NoApi,
@@ -51,23 +51,23 @@ pub enum Outcome {
     Current,
 }
 
-/// What was done, and from what.
+/// The result of provisioning.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Provisioned {
-    /// In a word.
+    /// The result in a word.
     pub outcome: Outcome,
-    /// The package's folder.
+    /// The package's directory.
     pub package: Option<PathBuf>,
-    /// What was changed: how each path differed before.
+    /// The changed paths, and how each one differed before.
     pub changes: Vec<Difference>,
     /// Junk in the package, below its `resources`.
     pub left_out: Vec<PathBuf>,
     /// Files of the tree, links included.
     pub files: usize,
-    /// Their bytes.
+    /// Bytes of these files.
     pub bytes: u64,
-    /// What the search for the package had to leave open.
+    /// What the search for the package could not determine.
     pub notes: Vec<Note>,
 }
 
@@ -92,13 +92,14 @@ impl Provisioned {
     }
 }
 
-/// What was provisioned last; written after success only.
+/// Record of the last provisioning; written only after success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct Record {
     /// The base's id, if the image has one.
     base_id: Option<String>,
-    /// The package's folder, links resolved: it tells an API on `data` from another, and from the built-in one.
+    /// The package's directory, with links resolved: it distinguishes APIs on `data` from each other and from the
+    /// built-in one.
     package: PathBuf,
     /// Whether it has resources.
     resources: bool,
@@ -109,7 +110,7 @@ impl Record {
         root.state().join("provisioned.json")
     }
 
-    /// A damaged record is as good as none: then it is done again.
+    /// A damaged record is treated as missing: provisioning then runs again.
     fn read(root: &Root) -> Option<Self> {
         durable::read_json(&Self::path(root)).ok().flatten()
     }
@@ -124,8 +125,8 @@ impl Record {
     }
 }
 
-/// Forgets what was provisioned, durably, so that the next start does it again: for whatever changes the package
-/// or replaces `data` as a whole.
+/// Durably removes the record, so that the next start provisions again: called by code that changes the package or
+/// replaces `data` as a whole.
 ///
 /// # Errors
 /// `io`.
@@ -134,18 +135,18 @@ pub fn forget(root: &Root, files: &dyn Files) -> Result<()> {
     if fs::symlink_metadata(&path).is_err() {
         return Ok(());
     }
-    // A record that comes back after a power cut would speak of a tree that was replaced meanwhile.
+    // A record that reappears after a power cut would describe a tree that was replaced meanwhile.
     let removed = files.remove(&path).and_then(|()| files.sync(&root.state()));
     removed.map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))
 }
 
 /// The package, as Python finds it.
 struct Found {
-    /// Its folder, or its only file.
+    /// Its directory, or its only file.
     folder: PathBuf,
     /// The same with links resolved, below the root.
     real: PathBuf,
-    /// Its `resources`, if it has some.
+    /// Its `resources`, if it has any.
     resources: Option<PathBuf>,
     notes: Vec<Note>,
 }
@@ -160,7 +161,7 @@ fn locate(root: &Root, api: &BuiltIn) -> Result<Found> {
         for note in &path.notes {
             message.push_str(&format!("\n  {note}"));
         }
-        let help = "install the API again: `slotd log` says what became of it; /data/system stays as it is";
+        let help = "install the API again: `slotd log` shows what happened to it; /data/system is unchanged";
         return Err(Refusal::new("no-package", message, help));
     };
     let folders = match module {
@@ -168,7 +169,7 @@ fn locate(root: &Root, api: &BuiltIn) -> Result<Found> {
         Module::Namespace { folders } => folders,
         Module::File { path } => vec![path],
         Module::Archived { path } => {
-            return Err(bad(&path, "the package is in an archive, expected a folder"));
+            return Err(bad(&path, "the package is in an archive, expected a directory"));
         }
     };
     let mut found = None;
@@ -179,8 +180,8 @@ fn locate(root: &Root, api: &BuiltIn) -> Result<Found> {
                 found = Some((folder, resources));
                 break;
             }
-            Ok(_) => return Err(bad(&resources, "it is no folder")),
-            // In a module that is one file, too (`NotADirectory`).
+            Ok(_) => return Err(bad(&resources, "not a directory")),
+            // Also for a module that is one file (`NotADirectory`).
             Err(error)
                 if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory]
                     .contains(&error.kind()) => {}
@@ -198,20 +199,20 @@ fn locate(root: &Root, api: &BuiltIn) -> Result<Found> {
 }
 
 fn bad(path: &Path, why: &str) -> Refusal {
-    let help = "install a package whose resources are plain files; /data/system stays as it is";
+    let help = "install a package whose resources are regular files; /data/system is unchanged";
     Refusal::new("bad-resources", format!("{}: {why}", path.display()), help)
 }
 
-/// Makes `/data/system` the `resources` of the API's package.
+/// Replaces `/data/system` by the `resources` of the API's package.
 ///
 /// # Errors
-/// `no-package`, `bad-resources`, `bad-api`: `/data/system` stays as it is. `no-space`, `busy`, `io`: it is the
-/// old tree or the new one, whole.
+/// `no-package`, `bad-resources`, `bad-api`: `/data/system` is unchanged. `no-space`, `busy`, `io`: it is the
+/// complete old tree or the complete new one.
 pub fn run(root: &Root, events: &Events) -> Result<Provisioned> {
     run_with(root, events, &Disk)
 }
 
-/// [`run`] with every change made through `files`, but for the log and locks.
+/// [`run`] with every change made through `files`, except the log and locks.
 ///
 /// # Errors
 /// As [`run`].
@@ -220,7 +221,7 @@ pub fn run_with(root: &Root, events: &Events, files: &dyn Files) -> Result<Provi
     match &result {
         Ok(done) if done.outcome == Outcome::Provisioned => {
             let mut details = json!(done);
-            // The log's lines are bounded; a first provisioning lists everything.
+            // Log lines are bounded, but a first provisioning changes every path.
             if let Some(details) = details.as_object_mut() {
                 details.remove("changes");
                 details.insert("changed".to_owned(), json!(done.changes.len()));
@@ -257,7 +258,7 @@ fn provision(root: &Root, files: &dyn Files) -> Result<Provisioned> {
         return Ok(Provisioned::new(Outcome::Unchanged, Some(&found), Some(&wanted)));
     }
     let _lock = Lock::take(root, Turn::Provision, "provision")?;
-    // Somebody else may have been at work until now.
+    // Another process may have provisioned until now.
     let changes = tree::differences(&wanted, tree::present(&target)?.as_ref())?;
     write::clear(files, &staging)?;
     let mut outcome = Outcome::Unchanged;
@@ -270,15 +271,15 @@ fn provision(root: &Root, files: &dyn Files) -> Result<Provisioned> {
     Ok(Provisioned { changes, ..Provisioned::new(outcome, Some(&found), Some(&wanted)) })
 }
 
-/// What the package asks for; `None` when it has no resources, or nothing but junk in them.
+/// The tree that the package requires; `None` when it has no resources, or only junk in them.
 fn wanted(root: &Root, found: &Found) -> Result<Option<Tree>> {
     let Some(resources) = &found.resources else { return Ok(None) };
     let wanted = tree::wanted(&root.path(resources))?;
     Ok(Some(wanted).filter(|tree| !tree.entries.is_empty()))
 }
 
-/// Provisions in the first start of a base, and whenever Python has come to find another package: when this
-/// succeeds it is recorded, and the next start has nothing to do.
+/// Provisions in the first start of a base, and whenever Python finds a different package. Success is recorded, so
+/// that the next start has nothing to do.
 ///
 /// # Errors
 /// As [`run`]; the next start tries again.
@@ -296,10 +297,10 @@ pub fn boot(root: &Root, events: &Events) -> Result<Provisioned> {
     reserve::with(root, || run(root, events))
 }
 
-/// Compares `/data/system` with what the package asks for. Nothing is changed.
+/// Compares `/data/system` with the package's resources. Nothing is changed.
 ///
 /// # Errors
-/// `drift`: they differ; the message lists where. Else as [`run`].
+/// `drift`: they differ; the message lists where. Otherwise as [`run`].
 pub fn check(root: &Root) -> Result<Provisioned> {
     let Some(api) = BuiltIn::read(root)? else {
         return Ok(Provisioned::new(Outcome::NoApi, None, None));
@@ -328,7 +329,7 @@ pub fn check(root: &Root) -> Result<Provisioned> {
     if differences.len() > LISTED {
         message.push_str(&format!("\n  and {} more", differences.len() - LISTED));
     }
-    Err(Refusal::new("drift", message, "`slotd provision` makes it what the package asks for"))
+    Err(Refusal::new("drift", message, "run `slotd provision` to restore the package's resources"))
 }
 
 fn base_id(root: &Root) -> Result<Option<String>> {

@@ -1,5 +1,5 @@
-//! Trees of files as values: what a package's `resources` ask for, what lies in a folder, and how the two
-//! differ.
+//! Trees of files as values: the tree that a package's `resources` require, the tree in a directory, and their
+//! differences.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -13,23 +13,23 @@ use serde::Serialize;
 
 use crate::refusal::{Refusal, Result};
 
-/// The mode of a file; of a program and of a folder.
+/// The modes of files, and of programs and directories.
 pub(super) const PLAIN: u32 = 0o644;
 pub(super) const OPEN: u32 = 0o755;
 
-/// The most entries of a tree, its depth, and its bytes: far beyond real packages, whose largest so far has
-/// 17 files and 1.4 MiB.
+/// Maximum number of entries, depth, and bytes of a tree: far beyond real packages, of which the largest so far
+/// has 17 files and 1.4 MiB.
 const MOST_ENTRIES: usize = 20_000;
 const DEEPEST: usize = 64;
 const MOST_BYTES: u64 = 1 << 30;
 
-/// Bytes that are read and compared at a time.
+/// Bytes per read and comparison.
 pub(super) const CHUNK: usize = 256 << 10;
 
 /// What an entry is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Item {
-    /// A folder.
+    /// A directory.
     Folder { mode: u32 },
     /// A file.
     File { mode: u32, size: u64 },
@@ -39,7 +39,7 @@ pub(super) enum Item {
     Other,
 }
 
-/// A tree: entries by their path below its folder, parents before what is in them.
+/// A tree: entries by their path, parents before their content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Tree {
     pub(super) folder: PathBuf,
@@ -57,38 +57,38 @@ pub struct Difference {
     pub how: How,
 }
 
-/// How a place differs from what the package asks for.
+/// How a path differs from the package's resources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum How {
-    /// It is not there.
+    /// The path is missing.
     Missing,
-    /// It is there, and the package has no such thing.
+    /// The path exists, but the package does not have it.
     Superfluous,
-    /// A file or link has another content.
+    /// A file or link has different content.
     Content,
-    /// Its mode is another.
+    /// The mode differs.
     Mode,
-    /// It is something else: a folder instead of a file.
+    /// The kind differs: a directory instead of a file.
     Kind,
 }
 
 impl How {
-    /// As a word for people.
+    /// Human-readable text.
     pub fn word(self) -> &'static str {
         match self {
             Self::Missing => "missing",
             Self::Superfluous => "superfluous",
-            Self::Content => "other content",
-            Self::Mode => "other mode",
-            Self::Kind => "of another kind",
+            Self::Content => "different content",
+            Self::Mode => "different mode",
+            Self::Kind => "different kind",
         }
     }
 }
 
-/// What machines and editors leave behind, and nobody means to ship: macOS's and Windows's folder settings
-/// and shadows of files, compiled Python, and what editors save beside a file (Vim's `.x.swp`, Emacs's `#x#`
-/// and `.#x`, backups `x~`).
+/// Files that systems and editors leave behind and that are never shipped on purpose: directory settings and
+/// resource forks of macOS and Windows, compiled Python, and temporary files of editors (Vim's `.x.swp`, Emacs's
+/// `#x#` and `.#x`, backups `x~`).
 pub(super) fn is_junk(name: &OsStr) -> bool {
     const NAMES: [&[u8]; 6] =
         [b".DS_Store", b"__MACOSX", b"__pycache__", b"Thumbs.db", b"ehthumbs.db", b"desktop.ini"];
@@ -104,7 +104,7 @@ pub(super) fn is_junk(name: &OsStr) -> bool {
         || hidden.is_some_and(swap)
 }
 
-/// Names below a folder, in order.
+/// Names in a directory, in order.
 fn children(folder: &Path) -> io::Result<BTreeSet<std::ffi::OsString>> {
     fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name())).collect()
 }
@@ -113,15 +113,15 @@ fn bad(folder: &Path, why: impl std::fmt::Display) -> Refusal {
     Refusal::new(
         "bad-resources",
         format!("{}: {why}", folder.display()),
-        "install a package whose resources are plain files; /data/system stays as it is",
+        "install a package whose resources are regular files; /data/system is unchanged",
     )
 }
 
-/// Reads what a package's `resources` ask for. Junk is left out, and folders with nothing in them (a wheel
-/// has none).
+/// Reads the tree that a package's `resources` require. Junk is left out, and so are empty directories (a wheel has
+/// none).
 ///
 /// # Errors
-/// `bad-resources`: something that no package should have. `io`.
+/// `bad-resources`: an entry that no package may have. `io`.
 pub(super) fn wanted(folder: &Path) -> Result<Tree> {
     let mut tree = Tree { folder: folder.to_owned(), entries: BTreeMap::new(), junk: Vec::new() };
     let whole = fs::canonicalize(folder).map_err(|error| reading(folder, &error))?;
@@ -130,7 +130,10 @@ pub(super) fn wanted(folder: &Path) -> Result<Tree> {
     while let Some(inside) = waiting.pop() {
         let here = folder.join(&inside);
         if inside.components().count() > DEEPEST {
-            return Err(bad(folder, format_args!("folders are more than {DEEPEST} deep")));
+            return Err(bad(
+                folder,
+                format_args!("directories are nested more than {DEEPEST} deep"),
+            ));
         }
         for name in children(&here).map_err(|error| reading(&here, &error))? {
             let path = inside.join(&name);
@@ -152,7 +155,7 @@ pub(super) fn wanted(folder: &Path) -> Result<Tree> {
             } else if kind.is_symlink() {
                 Item::Link(link(folder, &whole, &path)?)
             } else {
-                let what = "is neither a file, a folder nor a link";
+                let what = "is neither a file, a directory nor a link";
                 return Err(bad(folder, format_args!("`{}` {what}", shown(&path))));
             };
             tree.entries.insert(path, item);
@@ -173,7 +176,7 @@ pub(super) fn wanted(folder: &Path) -> Result<Tree> {
         .collect();
     tree.entries.extend(parents.into_iter().map(|path| (path, Item::Folder { mode: OPEN })));
     tree.junk.sort();
-    // A link to what is left out would lead nowhere.
+    // A link to a file that is left out would be broken.
     for (path, item) in &tree.entries {
         if let Item::Link(_) = item {
             let to = fs::canonicalize(folder.join(path)).map_err(|e| reading(folder, &e))?;
@@ -181,7 +184,10 @@ pub(super) fn wanted(folder: &Path) -> Result<Tree> {
             if !to.as_os_str().is_empty() && !tree.entries.contains_key(to) {
                 return Err(bad(
                     folder,
-                    format_args!("the link `{}` leads to what is left out", shown(path)),
+                    format_args!(
+                        "the link `{}` points to a file that is left out as junk",
+                        shown(path)
+                    ),
                 ));
             }
         }
@@ -189,7 +195,7 @@ pub(super) fn wanted(folder: &Path) -> Result<Tree> {
     Ok(tree)
 }
 
-/// A link's target, which must lie in the tree: relative, and existing there.
+/// Checks a link's target: it must be relative and exist in the tree.
 fn link(folder: &Path, whole: &Path, path: &Path) -> Result<PathBuf> {
     let full = folder.join(path);
     let to = fs::read_link(&full).map_err(|error| reading(&full, &error))?;
@@ -198,16 +204,16 @@ fn link(folder: &Path, whole: &Path, path: &Path) -> Result<PathBuf> {
         bad(folder, format_args!("the link `{path}` -> `{to}` {why}"))
     };
     if to.is_absolute() {
-        return Err(refused("is absolute, expected one that stays in the tree"));
+        return Err(refused("is absolute, expected a target in the tree"));
     }
     match fs::canonicalize(&full) {
         Ok(real) if real.starts_with(whole) => Ok(to),
-        Ok(_) => Err(refused("leaves the tree")),
-        Err(_) => Err(refused("leads nowhere")),
+        Ok(_) => Err(refused("points outside of the tree")),
+        Err(_) => Err(refused("points to a missing file")),
     }
 }
 
-/// Whether a file is to be executable: marked so, a script by its first two bytes, or an ELF.
+/// Whether a file must be executable: it has the mode bit, begins with `#!`, or is an ELF file.
 fn is_program(path: &Path, about: &Metadata) -> Result<bool> {
     if about.permissions().mode() & 0o111 != 0 {
         return Ok(true);
@@ -218,7 +224,7 @@ fn is_program(path: &Path, about: &Metadata) -> Result<bool> {
     Ok(head.starts_with(b"#!") || head == b"\x7fELF")
 }
 
-/// Reads what lies in a folder, whatever it is; `None` when there is nothing under this name.
+/// Reads the tree at a path, of any kind; `None` when nothing exists there.
 ///
 /// # Errors
 /// `io`.
@@ -263,7 +269,7 @@ fn item(path: &Path, about: &Metadata) -> Result<Item> {
     })
 }
 
-/// How what is present differs from what is wanted, by path.
+/// The differences between the wanted and the present tree, by path.
 ///
 /// # Errors
 /// `io`.
@@ -314,7 +320,7 @@ pub(super) fn differences(wanted: &Tree, present: Option<&Tree>) -> Result<Vec<D
     Ok(differences)
 }
 
-/// Whether two files of one length have the same bytes.
+/// Whether two files of the same length have the same bytes.
 fn equal(one: &Path, other: &Path) -> Result<bool> {
     let open = |path: &Path| File::open(path).map_err(|error| reading(path, &error));
     let (mut a, mut b) = (open(one)?, open(other)?);
@@ -340,7 +346,7 @@ pub(super) fn reading(path: &Path, error: &io::Error) -> Refusal {
     Refusal::io(format!("reading {}", path.display()), error)
 }
 
-/// A path of somebody else's making, safe to show.
+/// An untrusted path, escaped for display.
 pub(super) fn shown(path: &Path) -> String {
     path.to_string_lossy().escape_debug().to_string()
 }

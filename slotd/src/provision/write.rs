@@ -1,4 +1,4 @@
-//! Makes the new tree beside the old one, flushes it, and exchanges the two.
+//! Creates the new tree next to the old one, flushes it, and exchanges the two.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -8,13 +8,13 @@ use super::tree::{self, CHUNK, Item, OPEN, Tree};
 use crate::files::Files;
 use crate::refusal::{Refusal, Result};
 
-/// The unit in which file systems give away space.
+/// The allocation unit of file systems.
 const BLOCK: u64 = 4096;
 
-/// Bytes of `data` that are left to everybody else.
+/// Bytes of `data` that are left free for other uses.
 const RESERVE: u64 = 1 << 20;
 
-/// Removes what an interrupted run has left.
+/// Removes the files of an interrupted run.
 ///
 /// # Errors
 /// `io`.
@@ -24,13 +24,14 @@ pub(super) fn clear(files: &dyn Files, staging: &Path) -> Result<()> {
         .map_err(|error| Refusal::io(format!("removing {}", staging.display()), &error))
 }
 
-/// Whether there is room for a second tree beside the first.
+/// Checks that there is space for a second tree next to the first.
 ///
 /// # Errors
 /// `no-space`, `io`.
 pub(super) fn check_space(wanted: &Tree, data: &Path) -> Result<()> {
-    let about = rustix::fs::statvfs(data)
-        .map_err(|error| Refusal::io(format!("looking at {}", data.display()), &error.into()))?;
+    let about = rustix::fs::statvfs(data).map_err(|error| {
+        Refusal::io(format!("reading the size of {}", data.display()), &error.into())
+    })?;
     let free = about.f_bavail.saturating_mul(about.f_frsize);
     let sizes = wanted.entries.values().map(|item| match item {
         Item::File { size, .. } => size.next_multiple_of(BLOCK),
@@ -38,7 +39,11 @@ pub(super) fn check_space(wanted: &Tree, data: &Path) -> Result<()> {
     });
     let needed = sizes.sum::<u64>().saturating_add(RESERVE);
     if free < needed {
-        return Err(no_space(format!("they need {} KiB, {} are free", needed >> 10, free >> 10)));
+        return Err(no_space(format!(
+            "they need {} KiB, but {} KiB are free",
+            needed >> 10,
+            free >> 10
+        )));
     }
     Ok(())
 }
@@ -46,12 +51,12 @@ pub(super) fn check_space(wanted: &Tree, data: &Path) -> Result<()> {
 fn no_space(why: impl std::fmt::Display) -> Refusal {
     Refusal::new(
         "no-space",
-        format!("data has no room for the API's resources: {why}"),
-        "make room on data; /data/system stays as it is",
+        format!("not enough space on data for the API's resources: {why}"),
+        "free space on data; /data/system is unchanged",
     )
 }
 
-/// Makes the tree at `staging`, which is free, and puts it in the place of `target`.
+/// Creates the tree at `staging`, which does not exist, and replaces `target` with it.
 ///
 /// # Errors
 /// `no-space`, `io`: `target` is the old tree or the new one.
@@ -64,20 +69,20 @@ pub(super) fn replace(
     let data = target.parent().unwrap_or(target);
     let flush = || files.sync(data).map_err(|error| failed("flushing", data, &error));
     let exchanged = stage(files, wanted, staging).and_then(|()| {
-        // The exchange must not reach the disk before the name that it takes.
+        // The exchange must not reach the disk before the new tree's name.
         flush()?;
         let exists = std::fs::symlink_metadata(target).is_ok();
         if exists { files.exchange(staging, target) } else { files.rename(staging, target) }
             .map_err(|error| failed("exchanging", target, &error))
     });
     if let Err(refusal) = exchanged {
-        // The first failure is the one to tell; what stays is removed by the next run.
+        // The first failure is reported; the next run removes leftovers.
         drop(files.remove(staging));
         return Err(refusal);
     }
     flush()?;
-    // The old tree. Nothing needs its removal: the next run goes on with it. It is gone before anybody notes that
-    // there is nothing left to do.
+    // The old tree. If its removal is interrupted, the next run continues. It is removed before provisioning is
+    // recorded as done.
     drop(files.remove(staging).and_then(|()| files.sync(data)));
     Ok(())
 }
@@ -103,7 +108,7 @@ fn stage(files: &dyn Files, wanted: &Tree, staging: &Path) -> Result<()> {
             Item::Other => {}
         }
     }
-    // The deepest first: a folder is whole on the disk before its own name is.
+    // The deepest first: a directory's content is durable before its own name.
     let inner = wanted.entries.iter().filter_map(|(path, item)| match item {
         Item::Folder { mode } => Some((staging.join(path), *mode)),
         _ => None,
@@ -122,8 +127,8 @@ fn stage(files: &dyn Files, wanted: &Tree, staging: &Path) -> Result<()> {
         None => Ok(()),
         Some(first) => Err(Refusal::new(
             "io",
-            format!("what was written of {} is not what was read", tree::shown(&first.path)),
-            "do not change the package meanwhile; else the card fails and must be replaced",
+            format!("{} reads back differently than written", tree::shown(&first.path)),
+            "do not change the package meanwhile; otherwise the card is failing and must be replaced",
         )),
     }
 }

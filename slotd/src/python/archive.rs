@@ -17,10 +17,10 @@ const MAX_COMMENT: u64 = 0xffff;
 /// A central directory entry without its names (4.3.12), and its signature.
 const HEADER: usize = 46;
 const HEADER_SIGNATURE: [u8; 4] = *b"PK\x01\x02";
-/// The largest central directory that is read: some 200,000 members.
+/// The largest central directory that is read: about 200,000 members.
 const MAX_DIRECTORY: usize = 16 << 20;
 
-/// An archive, and the folder in it that stands on the path.
+/// An archive, and the directory in it that is on the path.
 pub(super) struct Archive {
     path: PathBuf,
     inside: PathBuf,
@@ -28,13 +28,13 @@ pub(super) struct Archive {
 }
 
 impl Archive {
-    /// Opens what a path entry names: an archive, or a folder in one (`lib.zip/folder`). `None` when it is
-    /// no archive, or one that Python could not read either.
+    /// Opens a path entry: an archive, or a directory in one (`lib.zip/folder`). `None` when it is not an archive, or one
+    /// that Python cannot read either.
     ///
     /// # Errors
     /// `io`.
     pub(super) fn open(root: &Root, entry: &Path) -> Result<Option<Self>> {
-        // The first that exists, from the whole path upwards (`zipimporter.__init__`).
+        // The first existing path, from the whole entry upwards (`zipimporter.__init__`).
         let mut above = entry.ancestors();
         let Some(path) = above.find(|path| root.path(path).exists()) else { return Ok(None) };
         if !is_file(&root.path(path)) {
@@ -58,9 +58,9 @@ impl Archive {
         Ok(Some(Self { path: path.to_owned(), inside, names }))
     }
 
-    /// `zipimporter.find_spec`: bytecode before source, the package before the module, and a folder that the
-    /// archive lists as one portion of a namespace. Bytecode of another interpreter, which Python would pass
-    /// over, is not told apart: it lies where its source does.
+    /// `zipimporter.find_spec`: bytecode before source, the package before the module, and a directory that the
+    /// archive lists as a portion of a namespace. Bytecode of another interpreter, which Python would skip, is not
+    /// distinguished: it is in the same place as its source.
     pub(super) fn find(&self, name: &str) -> Option<Module> {
         let inside = self.inside.join(name);
         let inside = inside.to_str()?;
@@ -80,11 +80,11 @@ fn number(bytes: &[u8], at: usize, length: usize) -> Option<u64> {
     Some(bytes.iter().rev().fold(0, |all, byte| all << 8 | u64::from(*byte)))
 }
 
-/// Where the central directory lies and how long it is, from the file's tail, which begins at `start`.
+/// The position and length of the central directory, from the file's tail, which begins at `start`.
 fn directory(tail: &[u8], start: u64) -> Option<(u64, usize)> {
     let at = tail.windows(END).rposition(|window| window.starts_with(&END_SIGNATURE))?;
     let length = number(tail, at + 12, 4)?;
-    // Counted back from the record: bytes before the archive shift every offset in it.
+    // Calculated backwards from the end record: bytes before the archive shift every offset in it.
     let offset = (start + at as u64).checked_sub(length)?;
     let length = usize::try_from(length).ok().filter(|length| *length <= MAX_DIRECTORY)?;
     Some((offset, length))

@@ -1,5 +1,5 @@
 //! Editable installs of setuptools whose `.pth` file is code: the code imports a finder, and the finder's
-//! file has its table as plain data, one line `MAPPING = {'module': '/folder'}`. That line is read, nothing
+//! file has its table as data, in one line `MAPPING = {'module': '/folder'}`. This line is parsed; no code
 //! is run.
 
 use std::path::{Path, PathBuf};
@@ -10,11 +10,11 @@ use crate::root::Root;
 /// How a finder's module begins (`setuptools/command/editable_wheel.py`).
 const PREFIX: &str = "__editable___";
 
-/// The longest finder that is read, in bytes; setuptools' template has some five thousand.
+/// The longest finder that is read, in bytes; setuptools' template has about five thousand.
 const MAX_FINDER: u64 = 1 << 20;
 
-/// What the finder that a `.pth` line installs declares: modules and their places. `None` when the line is
-/// something else.
+/// The modules and their paths that a finder declares, if a `.pth` line installs a finder. `None` for any other
+/// line.
 pub(super) fn mapping(
     root: &Root,
     site: &Path,
@@ -26,9 +26,11 @@ pub(super) fn mapping(
     if !plain || then.trim() != format!("{module}.install()") {
         return None;
     }
-    Some(read(&root.path(site.join(format!("{module}.py")))).ok_or_else(|| {
-        format!("the editable install's finder {module}.py has no table that can be read")
-    }))
+    Some(
+        read(&root.path(site.join(format!("{module}.py")))).ok_or_else(|| {
+            format!("the editable install's finder {module}.py has no readable table")
+        }),
+    )
 }
 
 fn read(finder: &Path) -> Option<Vec<(String, PathBuf)>> {
@@ -43,14 +45,14 @@ fn read(finder: &Path) -> Option<Vec<(String, PathBuf)>> {
             (kind.trim().is_empty() || kind.starts_with(':')).then(|| value.trim().to_owned())
         })
     };
-    // A namespace among the modules is put together by the finder's code.
+    // Namespaces among the modules are assembled by the finder's code.
     if table("NAMESPACES").is_some_and(|value| value != "{}") {
         return None;
     }
     dictionary(&table("MAPPING")?)
 }
 
-/// A literal of strings to strings, as `repr` writes it.
+/// Parses a dictionary of strings, as `repr` writes it.
 fn dictionary(text: &str) -> Option<Vec<(String, PathBuf)>> {
     let mut rest = text.strip_prefix('{')?.trim_start();
     let mut found = Vec::new();
@@ -70,8 +72,8 @@ fn dictionary(text: &str) -> Option<Vec<(String, PathBuf)>> {
     }
 }
 
-/// A string literal and what follows it. Escapes other than those of quotes and the backslash are refused:
-/// `repr` writes them only for names that no module has.
+/// Parses a string literal, and returns it with the rest. Only escaped quotes and backslashes are accepted:
+/// `repr` writes other escapes only for names that no module has.
 fn string(text: &str) -> Option<(String, &str)> {
     let quote = text.chars().next().filter(|c| matches!(c, '\'' | '"'))?;
     let mut value = String::new();
@@ -89,7 +91,7 @@ fn string(text: &str) -> Option<(String, &str)> {
     None
 }
 
-/// `_EditableFinder._find_spec`: the folder's `__init__.py`, else a file beside it.
+/// `_EditableFinder._find_spec`: the directory's `__init__.py`, else a file next to it.
 pub(super) fn find(root: &Root, python: &Interpreter, place: &Path) -> Option<Module> {
     let init = place.join("__init__.py");
     if is_file(&root.path(&init)) {

@@ -1,7 +1,7 @@
-//! Where Python finds a module: the search of `site.py` and `importlib`, redone on files alone. No Python
-//! runs, no module is imported, nothing is written.
+//! Finds a module as Python would: the search of `site.py` and `importlib`, reimplemented on files. Python does not
+//! run, no module is imported, nothing is written.
 //!
-//! What only running code could tell (an `import` line of a `.pth` file) is noted, not guessed.
+//! Results that depend on running code (an `import` line in a `.pth` file) are reported, not guessed.
 
 mod archive;
 mod editable;
@@ -20,7 +20,7 @@ use archive::Archive;
 
 pub use site::SearchPath;
 
-/// The interpreter whose rules count.
+/// The interpreter whose rules apply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interpreter {
     /// 3.
@@ -32,14 +32,14 @@ pub struct Interpreter {
 }
 
 impl Interpreter {
-    /// CPython of a version such as `3.11`, on the processor that this program runs on.
+    /// CPython with a version such as `3.11`, on the processor of this program.
     pub fn parse(version: &str) -> Option<Self> {
         let (major, minor) = version.split_once('.')?;
         let platform = format!("{}-linux-gnu", std::env::consts::ARCH);
         Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()?, platform })
     }
 
-    /// The endings of modules in the order in which `importlib` tries them: compiled ones, source, bytecode
+    /// The suffixes of modules in the order in which `importlib` tries them: compiled modules, source, bytecode
     /// (`_get_supported_file_loaders` in `importlib/_bootstrap_external.py`; `_PyImport_DynLoadFiletab` in
     /// `Python/dynload_shlib.c`).
     fn suffixes(&self) -> [String; 5] {
@@ -54,12 +54,12 @@ impl Interpreter {
     }
 }
 
-/// How an entry of `sys.path` comes about.
+/// The origin of an entry of `sys.path`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Entry {
-    /// Named as it is: `PYTHONPATH`, the standard library. Its `.pth` files mean nothing.
+    /// A plain entry: `PYTHONPATH`, the standard library. Its `.pth` files are ignored.
     Plain(PathBuf),
-    /// A site folder: entries that its `.pth` files name come after it.
+    /// A site directory: the entries named by its `.pth` files follow it.
     Site(PathBuf),
 }
 
@@ -67,9 +67,9 @@ pub enum Entry {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub enum Module {
-    /// A folder with an `__init__`.
+    /// A directory with an `__init__`.
     Package {
-        /// The folder.
+        /// The directory.
         folder: PathBuf,
         /// Its `__init__`.
         init: PathBuf,
@@ -79,27 +79,27 @@ pub enum Module {
         /// The file.
         path: PathBuf,
     },
-    /// Folders without an `__init__`, which are one package together (PEP 420).
+    /// Directories without an `__init__`, which together are one package (PEP 420).
     Namespace {
-        /// The folders, in the order of the path.
+        /// The directories, in the order of the path.
         folders: Vec<PathBuf>,
     },
     /// In a zip archive on the path.
     Archived {
-        /// What Python calls its place: the archive's path and the path in it.
+        /// Python's name for its location: the archive's path and the path in it.
         path: PathBuf,
     },
 }
 
-/// Something that the search had to leave open or pass over.
+/// Something that the search could not determine or had to skip.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Note {
     /// The file.
     pub file: PathBuf,
-    /// The line, from 1; 0 when it is the file as a whole.
+    /// The line, from 1; 0 for the whole file.
     pub line: usize,
-    /// What it is about.
+    /// What was found.
     pub what: String,
 }
 
@@ -112,11 +112,11 @@ impl fmt::Display for Note {
     }
 }
 
-/// Finds a top-level module as `importlib.util.find_spec` would: the path's entries in their order, in each
-/// the package before the module before the namespace; then what editable installs have declared.
+/// Finds a top-level module as `importlib.util.find_spec` would: the path's entries in order, in each the package
+/// before the module before the namespace; then the modules of editable installs.
 ///
 /// # Errors
-/// `misuse`: the name is no top-level module's. `io`.
+/// `misuse`: not the name of a top-level module. `io`.
 pub fn find(
     root: &Root,
     python: &Interpreter,
@@ -124,8 +124,8 @@ pub fn find(
     name: &str,
 ) -> Result<Option<Module>> {
     if name.is_empty() || name.contains(['.', '/', '\0']) {
-        let help = "this is a mistake in the agent; report it";
-        return Err(Refusal::new("misuse", format!("`{name}` is no top-level module"), help));
+        let help = "this is a bug in the agent; report it";
+        return Err(Refusal::new("misuse", format!("`{name}` is not a top-level module"), help));
     }
     let mut portions = Vec::new();
     for entry in &path.entries {
@@ -138,7 +138,7 @@ pub fn find(
     if !portions.is_empty() {
         return Ok(Some(Module::Namespace { folders: portions }));
     }
-    // Editable finders stand behind the path's own (`sys.meta_path.append`).
+    // Editable finders come after the path's own finder (`sys.meta_path.append`).
     for (module, place) in &path.editable {
         if module == name
             && let Some(found) = editable::find(root, python, place)
@@ -157,7 +157,7 @@ fn in_entry(root: &Root, python: &Interpreter, entry: &Path, name: &str) -> Resu
     if !is_dir(&root.path(entry)) {
         return Ok(None);
     }
-    // The listing counts, not what opening a name finds: a file system may not tell cases apart.
+    // The listing decides, not opening the name: a file system may be case-insensitive.
     let names = listing(&root.path(entry))?;
     let suffixes = python.suffixes();
     let base = entry.join(name);
@@ -181,8 +181,8 @@ fn in_entry(root: &Root, python: &Interpreter, entry: &Path, name: &str) -> Resu
     Ok(namespace.then(|| Module::Namespace { folders: vec![base] }))
 }
 
-/// The names in a folder; those that are not UTF-8 can be no module's. Python takes a folder that is gone or
-/// closed to it for an empty one, and so does this.
+/// The names in a directory; names that are not UTF-8 cannot be modules. A missing or inaccessible directory is
+/// treated as empty, as in Python.
 fn listing(folder: &Path) -> Result<BTreeSet<String>> {
     let passed =
         [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied, io::ErrorKind::NotADirectory];
@@ -199,7 +199,7 @@ fn listing(folder: &Path) -> Result<BTreeSet<String>> {
     Ok(names)
 }
 
-/// Whether a path leads to a file or a folder: as in Python, what cannot be looked at is neither.
+/// Whether a path is a file; as in Python, an inaccessible path is neither a file nor a directory.
 fn is_file(path: &Path) -> bool {
     path.metadata().is_ok_and(|about| about.is_file())
 }

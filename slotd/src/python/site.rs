@@ -1,5 +1,5 @@
-//! `sys.path` as `site.py` makes it: entries without their doubles, and what `.pth` files in site folders
-//! add. Only lines that name a path are followed; a line that is code is noted.
+//! `sys.path` as `site.py` builds it: entries without duplicates, and the additions of `.pth` files in site
+//! directories. Only lines that name a path are followed; a line that is code is reported.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -12,19 +12,19 @@ use crate::root::Root;
 /// The longest `.pth` file that is read; real ones have a few hundred bytes.
 const MAX_PTH: u64 = 1 << 20;
 
-/// `sys.path`, and what stands behind it.
+/// `sys.path`, and the finders after it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SearchPath {
     /// The entries, absolute, in the order of the search.
     pub entries: Vec<PathBuf>,
-    /// Modules of editable installs that a finder of their own serves: name and folder or file.
+    /// Modules of editable installs with their own finder: name, and directory or file.
     pub editable: Vec<(String, PathBuf)>,
     /// What could not be followed.
     pub notes: Vec<Note>,
 }
 
 impl SearchPath {
-    /// What an interpreter would make of these entries (`removeduppaths`, `addsitedir` in `Lib/site.py`).
+    /// The path that an interpreter builds from these entries (`removeduppaths`, `addsitedir` in `Lib/site.py`).
     pub fn new(root: &Root, python: &Interpreter, entries: &[Entry]) -> Self {
         let mut path = Self::default();
         let mut known = BTreeSet::new();
@@ -61,10 +61,10 @@ impl SearchPath {
         known: &mut BTreeSet<PathBuf>,
     ) {
         self.add(folder.to_owned(), known);
-        // As in `addsitedir`: a folder that cannot be listed has no `.pth` files.
+        // As in `addsitedir`: a directory that cannot be listed has no `.pth` files.
         let Ok(listing) = std::fs::read_dir(root.path(folder)) else { return };
         let names = listing.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        // Since 3.12 hidden ones are passed over (CPython issue 113659).
+        // Since 3.12 hidden files are skipped (CPython issue 113659).
         let hidden = (python.major, python.minor) >= (3, 12);
         let mut names: Vec<String> = names
             .filter(|name| name.ends_with(".pth") && !(hidden && name.starts_with('.')))
@@ -86,16 +86,18 @@ impl SearchPath {
     ) {
         let file = folder.join(name);
         let mut bytes = Vec::new();
-        // What cannot be opened is passed over. Its kind first: a pipe would never end.
+        // Files that cannot be opened are skipped. The kind is checked first: reading a pipe would never end.
         let opened = super::is_file(&root.path(&file)).then(|| File::open(root.path(&file)).ok());
         let Some(opened) = opened.flatten() else { return };
         match opened.take(MAX_PTH + 1).read_to_end(&mut bytes) {
             Ok(length) if length as u64 <= MAX_PTH => {}
-            Ok(_) => return self.note(&file, 0, format!("it is longer than {MAX_PTH} bytes")),
-            Err(error) => return self.note(&file, 0, format!("it cannot be read: {error}")),
+            Ok(_) => {
+                return self.note(&file, 0, format!("the file is longer than {MAX_PTH} bytes"));
+            }
+            Err(error) => return self.note(&file, 0, format!("the file cannot be read: {error}")),
         }
         let Ok(text) = std::str::from_utf8(&bytes) else {
-            return self.note(&file, 0, "it is not UTF-8: Python may not even start");
+            return self.note(&file, 0, "the file is not UTF-8: Python may not even start");
         };
         // A byte-order mark belongs to the first line before 3.13.
         let marked = (python.major, python.minor) >= (3, 13);
@@ -108,7 +110,7 @@ impl SearchPath {
             if line.starts_with('#') || line.is_empty() {
                 continue;
             }
-            // `rstrip` takes nothing from between: an `import` alone is a path.
+            // `rstrip` removes only trailing blanks: an `import` alone is a path.
             if line.starts_with("import ") || line.starts_with("import\t") {
                 match editable::mapping(root, folder, line) {
                     Some(Ok(modules)) => self.editable.extend(modules),
@@ -117,13 +119,13 @@ impl SearchPath {
                         self.note(
                             &file,
                             number,
-                            "it is code, which is not run: what it adds to the path is not known",
+                            "the line is code, which is not run: what it adds to the path is unknown",
                         );
                     }
                 }
                 continue;
             }
-            // Python passes over what does not exist; a name with a NUL never does.
+            // Python skips paths that do not exist; a name with a NUL never exists.
             let entry = absolute(&folder.join(line));
             if !line.contains('\0') && root.path(&entry).exists() {
                 self.add(entry, known);
@@ -137,7 +139,7 @@ fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
-/// `os.path.abspath`, for a process that works in `/`: by the letters alone, whatever is a link.
+/// `os.path.abspath` for a process with the working directory `/`: lexical, without resolving links.
 fn absolute(path: &Path) -> PathBuf {
     let mut result = PathBuf::from("/");
     for part in path.components() {

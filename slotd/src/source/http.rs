@@ -1,5 +1,5 @@
-//! A bundle from a web server, as a stream that survives broken connections: it goes on with a range
-//! request (RFC 9110, 14) where it stopped, if the server still has the same file.
+//! A bundle from a web server, as a stream that survives broken connections: it resumes with a range
+//! request (RFC 9110, 14), if the server still has the same file.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -17,25 +17,25 @@ use super::tls;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Longest wait for an answer, or for more of one.
+/// Longest wait for an answer, or for its next bytes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Attempts in a row that may fail before it is given up; with the pauses below, a minute.
+/// Maximum number of consecutive failed attempts; with the pauses below, a minute.
 const ATTEMPTS: u32 = 8;
 
-/// How long one answer may take where a later one can go on: within a TLS record nobody sees how fast it comes.
+/// How long one answer may take if a later request can resume: the pace within a TLS record cannot be observed.
 const ANSWER: Duration = Duration::from_secs(600);
 
-/// How many times the bytes that are there may come again, from a server that knows no ranges.
+/// How many times the same bytes may be sent again, by a server that does not support ranges.
 const AGAIN: u64 = 8;
 
-/// The most redirects. One leads from a name to a store of files, one from there to a mirror.
+/// Maximum number of redirects. One leads from a name to a file store, one from there to a mirror.
 const REDIRECTS: u32 = 5;
 
-/// Bytes of an answer's head.
+/// Maximum bytes of an answer's headers.
 const HEAD: usize = 64 << 10;
 
-/// Bytes that are read and passed over at a time.
+/// Bytes that are read and skipped at a time.
 const CHUNK: usize = 64 << 10;
 
 /// The pause after the first failed attempt; it doubles, up to [`LONGEST_PAUSE`].
@@ -44,7 +44,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// The longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(16);
 
-/// A new request costs a round trip or three; shorter gaps than this are read and thrown away.
+/// A new request costs one to three round trips; gaps shorter than this are read and discarded.
 const WORTH_A_REQUEST: u64 = 1 << 20;
 
 /// The stream.
@@ -52,18 +52,18 @@ pub struct Http {
     agent: Agent,
     address: String,
     position: u64,
-    /// The file's length, if the server said it.
+    /// The file's length, if the server has sent it.
     length: Option<u64>,
-    /// What the server calls this version of the file.
+    /// The server's identifier of this version of the file.
     version: Option<String>,
     body: Option<Box<dyn Read + Send + Sync>>,
     /// How often the connection was made again.
     pub reconnections: u32,
     pause: Duration,
     pace: Pace,
-    /// The server begins at the beginning, whatever it is asked for.
+    /// The server ignores ranges and always sends the file from its start.
     no_ranges: bool,
-    /// Bytes that came again.
+    /// Bytes that were sent again.
     again: u64,
 }
 
@@ -76,7 +76,7 @@ impl fmt::Debug for Http {
     }
 }
 
-/// A failed request: again, or not.
+/// A failed request: whether to try again or not.
 enum Failure {
     Passing(io::Error),
     Final(io::Error),
@@ -86,8 +86,8 @@ impl Http {
     /// Sends the first request.
     ///
     /// # Errors
-    /// `source`: the server is not reached, or does not have the file. `bad-certificate`: over https it is not
-    /// believed.
+    /// `source`: the server cannot be reached, or does not have the file. `bad-certificate`: its certificate is not
+    /// trusted.
     pub fn open(address: &str, root: &Root) -> Result<Self> {
         Self::open_with(address, root, Limits::default())
     }
@@ -103,11 +103,11 @@ impl Http {
             .timeout_recv_response(Some(PATIENCE))
             .timeout_per_read(Some(PATIENCE))
             .http_status_as_error(false)
-            // What was asked for over https comes over https, whatever the server says.
+            // A file requested over https is only accepted over https, even after a redirect.
             .https_only(address.starts_with("https://"))
             .max_redirects(REDIRECTS)
             .max_response_header_size(HEAD)
-            // A robot in a closed network has no proxy, and no environment variable decides.
+            // A robot in a closed network has no proxy; environment variables are ignored.
             .proxy(None)
             .build();
         let mut http = Self {
@@ -139,7 +139,7 @@ impl Http {
     fn answer_time(&self) -> Duration {
         let left = self.length.unwrap_or(u64::MAX).saturating_sub(self.position);
         let at_slowest = Duration::from_secs(left / u64::from(self.pace.slowest().max(1)));
-        // One that cannot go on elsewhere must come at once.
+        // An answer that cannot be resumed must arrive at once.
         if self.no_ranges { at_slowest.saturating_add(GRACE).max(ANSWER) } else { ANSWER }
     }
 
@@ -158,8 +158,8 @@ impl Http {
         let answer = answer.map_err(|error| {
             if let ureq::Error::RequireHttpsOnly(to) = &error {
                 return Failure::Final(io::Error::other(format!(
-                    "the server sends this robot from https to {}, where others can read along: \
-                     name an address that stays https",
+                    "the server redirects from https to {}, which is not encrypted: \
+                     use an address that stays on https",
                     to.escape_debug()
                 )));
             }
@@ -177,25 +177,27 @@ impl Http {
         let start = match status {
             StatusCode::OK => 0,
             StatusCode::PARTIAL_CONTENT => first_byte(headers).ok_or_else(|| {
-                Failure::Final(io::Error::other("the server's Content-Range makes no sense"))
+                Failure::Final(io::Error::other("invalid Content-Range header from the server"))
             })?,
-            // Overloaded, or just starting: it may get better.
+            // Overloaded, or just starting: try again.
             _ if status.is_server_error() => {
                 return Err(Failure::Passing(io::Error::other(format!(
-                    "the server says {status}"
+                    "the server answers {status}"
                 ))));
             }
             _ => {
-                return Err(Failure::Final(io::Error::other(format!("the server says {status}"))));
+                return Err(Failure::Final(io::Error::other(format!(
+                    "the server answers {status}"
+                ))));
             }
         };
-        // A strong ETag, or else the date (RFC 9110, 13.1.5).
+        // A strong ETag, otherwise the date (RFC 9110, 13.1.5).
         let word = |name: HeaderName| Some(headers.get(name)?.to_str().ok()?.to_owned());
         let version =
             word(ETAG).filter(|tag| !tag.starts_with("W/")).or_else(|| word(LAST_MODIFIED));
         let length = match answer.body().content_length() {
             Some(length) => Some(start.checked_add(length).ok_or_else(|| {
-                Failure::Final(io::Error::other("the server's Content-Range makes no sense"))
+                Failure::Final(io::Error::other("invalid Content-Range header from the server"))
             })?),
             None => None,
         };
@@ -205,13 +207,11 @@ impl Http {
             || !same(&self.version)
             || self.length.is_some_and(|known| length != Some(known))
         {
-            return Err(Failure::Final(io::Error::other(
-                "the server has another file there by now",
-            )));
+            return Err(Failure::Final(io::Error::other("the file on the server has changed")));
         }
         (self.version, self.length) = (version, length);
         let mut body = answer.into_body().into_with_config().limit(u64::MAX).reader();
-        // A server that knows no ranges begins at the beginning.
+        // A server without support for ranges sends the file from its start.
         let mut before = self.position - start;
         self.no_ranges |= (self.position > 0 && start == 0) || refuses_ranges;
         let mut chunk = vec![0; CHUNK];
@@ -226,7 +226,7 @@ impl Http {
             self.again += n as u64;
             if self.again > AGAIN * self.position.max(WORTH_A_REQUEST) {
                 return Err(Failure::Final(io::Error::other(
-                    "the connection breaks again and again, and the server cannot go on where it stopped",
+                    "the connection breaks repeatedly, and the server does not support resuming",
                 )));
             }
         }
@@ -234,7 +234,7 @@ impl Http {
         Ok(())
     }
 
-    /// Reads with the time that it takes counted.
+    /// Reads, and counts the time that it takes.
     fn paced(
         &mut self,
         read: impl FnOnce() -> io::Result<usize>,
@@ -307,8 +307,8 @@ impl Input for Http {
         if self.length.is_some_and(|length| end > length) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // Without a version, nobody can tell whether a later answer is from the same file. A server that begins at the
-        // beginning would send all that was before, too.
+        // Without a version it is unknown whether a later answer is from the same file. A server without support for
+        // ranges would also send everything before the position again.
         let resumes = self.version.is_some() && self.length.is_some() && !self.no_ranges;
         if n >= WORTH_A_REQUEST && resumes {
             self.position = end;
@@ -348,6 +348,6 @@ mod tests {
         );
         let refusal = Http::open(&address, &Root::new("/nowhere")).unwrap_err();
         assert_eq!(refusal.code, "source");
-        assert!(refusal.message.contains("makes no sense"), "{}", refusal.message);
+        assert!(refusal.message.contains("invalid Content-Range"), "{}", refusal.message);
     }
 }

@@ -1,4 +1,4 @@
-//! Where a bundle comes from: a file, standard input, or a web server.
+//! Sources of a bundle: a file, standard input, or a web server.
 
 mod http;
 mod pace;
@@ -20,24 +20,28 @@ pub(crate) use tls::refusal as distrusted;
 /// An opened source.
 #[derive(Debug)]
 pub enum Source {
-    /// A file: frames that nobody needs are not read.
+    /// A file: unneeded frames are not read.
     File(Seekable<BufReader<File>>),
-    /// Standard input, or a file that cannot be sought: who writes to it must keep the pace.
+    /// Standard input, or a file that is not seekable: the sender must keep the pace.
     Pipe(Stream<BufReader<Paced<File>>>),
-    /// A web server: frames that nobody needs are not sent.
+    /// A web server: unneeded frames are not sent.
     Http(Box<Http>),
 }
 
 impl Source {
-    /// Opens what somebody typed: a path, `-`, or an address that begins with `http://` or `https://`.
+    /// Opens a source by name: a path, `-`, or an address that begins with `http://` or `https://`.
     ///
     /// # Errors
-    /// `source`: it cannot be opened or reached. `bad-certificate`: the server is not believed.
+    /// `source`: it cannot be opened or reached. `bad-certificate`: the server's certificate is not trusted.
     pub fn open(name: &str, root: &Root) -> Result<Self> {
         if name == "-" {
-            // A handle of its own: Rust's standard input has a buffer, of which a poll knows nothing.
+            // A separate handle: Rust's standard input has a buffer, which `poll` does not see.
             let input = io::stdin().as_fd().try_clone_to_owned().map_err(|error| {
-                Refusal::new("source", format!("opening standard input: {error}"), "give it one")
+                Refusal::new(
+                    "source",
+                    format!("opening standard input: {error}"),
+                    "pass the bundle on standard input",
+                )
             })?;
             return Ok(Self::pipe(input.into()));
         }
@@ -60,8 +64,8 @@ impl Source {
         Self::Pipe(Stream(BufReader::with_capacity(1 << 16, paced)))
     }
 
-    /// Whether passing over a part spares its transfer, so that it pays to read the running slot
-    /// instead. A local file is read faster than the slot would be.
+    /// Whether skipping a part saves its transfer, so that it is worth reading the running slot instead. A
+    /// local file is read faster than the slot.
     pub fn transfers(&self) -> bool {
         matches!(self, Self::Http(_))
     }

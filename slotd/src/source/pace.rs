@@ -1,5 +1,5 @@
-//! How slowly a bundle may come. Who sends it holds the agent's lock meanwhile, be it a web server or a pipe: each must
-//! bring something all the time, so that nobody can hold it for ever by waiting.
+//! The minimum pace of a bundle's sender. The agent holds its lock during the transfer, so a web server or a pipe must
+//! keep sending: otherwise a sender that waits could block the agent for ever.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -8,20 +8,20 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// Bytes a second that a connection must bring: one time slot of GPRS at its lowest coding scheme has 9.05 kbit/s
-/// (3GPP TS 43.064, 6.5.5.1), a slow but honest modem two to five of them.
+/// Minimum bytes per second of a connection: one time slot of GPRS at its lowest coding scheme has 9.05 kbit/s
+/// (3GPP TS 43.064, 6.5.5.1), and a slow modem uses two to five of them.
 const SLOWEST: u32 = 1024;
 
-/// How long a connection may bring less, broken ones and pauses included: a modem that registers anew, an access point
-/// that restarts.
+/// How long a connection may be slower, including interruptions and pauses: a modem that registers again, an access
+/// point that restarts.
 pub(super) const GRACE: Duration = Duration::from_secs(300);
 
-/// What the other side may do.
+/// The limits for the other side.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Bytes a second that it must bring on average.
+    /// Minimum average bytes per second.
     pub slowest: u32,
-    /// How long it may bring less.
+    /// How long it may be slower.
     pub grace: Duration,
 }
 
@@ -31,8 +31,8 @@ impl Default for Limits {
     }
 }
 
-/// What is left of the time that the other side may be slow: each byte earns some, up to all of it. Only waiting for it
-/// spends it, not the robot's own work.
+/// The remaining time that the other side may be slow. Each byte adds some time, up to the maximum. Only waiting for
+/// the other side uses it up, not the robot's own work.
 #[derive(Debug)]
 pub struct Pace {
     limits: Limits,
@@ -40,25 +40,25 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// With all of the grace.
+    /// Starts with the full grace time.
     pub fn new(limits: Limits) -> Self {
         Self { limits, left: limits.grace }
     }
 
-    /// How long it may be waited for now.
+    /// How long to wait at most now.
     pub fn left(&self) -> Duration {
         self.left
     }
 
-    /// Bytes a second.
+    /// Minimum bytes per second.
     pub(super) fn slowest(&self) -> u32 {
         self.limits.slowest
     }
 
-    /// Counts a wait, and what it brought.
+    /// Counts a wait, and the bytes that it yielded.
     ///
     /// # Errors
-    /// `TimedOut`: nothing is left.
+    /// `TimedOut`: no time is left.
     pub fn count(&mut self, waited: Duration, bytes: u64) -> io::Result<()> {
         let earned = Duration::from_secs(1).as_nanos() * u128::from(bytes)
             / u128::from(self.limits.slowest.max(1));
@@ -73,14 +73,14 @@ impl Pace {
         io::Error::new(
             io::ErrorKind::TimedOut,
             format!(
-                "for {} s the other side has moved less than {slowest} bytes a second",
+                "the other side has transferred less than {slowest} bytes per second for {} s",
                 grace.as_secs_f32()
             ),
         )
     }
 }
 
-/// A pipe, terminal or socket that keeps the pace.
+/// A pipe, terminal or socket that must keep the pace.
 pub struct Paced<R> {
     input: R,
     pace: Pace,
@@ -93,7 +93,7 @@ impl<R> fmt::Debug for Paced<R> {
 }
 
 impl<R: Read + AsFd> Paced<R> {
-    /// `input` holds nothing back in a buffer of its own.
+    /// `input` must not have its own buffer.
     pub fn new(input: R, limits: Limits) -> Self {
         Self { input, pace: Pace::new(limits) }
     }
@@ -107,7 +107,7 @@ impl<R: Read + AsFd> Read for Paced<R> {
         if ready == 0 {
             return Err(self.pace.too_slow());
         }
-        // There is something, or its end: this waits for nothing.
+        // There is data, or the end: this does not block.
         let count = self.input.read(buffer)?;
         self.pace.count(started.elapsed(), count as u64)?;
         Ok(count)
@@ -124,7 +124,7 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// Seconds until a server is given up that brings `bytes` each time after `every`; `None`: not within a week.
+    /// Seconds until a server that sends `bytes` after every `every` is given up; `None`: not within a week.
     fn given_up(bytes: u64, every: Duration) -> Option<u64> {
         let mut pace = Pace::new(Limits::default());
         let mut passed = Duration::ZERO;
@@ -139,15 +139,15 @@ mod tests {
 
     #[test]
     fn a_slow_server_has_an_end_and_an_honest_one_has_none() {
-        // A byte every two seconds, or nothing at all: as long as the grace.
+        // A byte every two seconds, or nothing at all: given up after the grace time.
         assert!((300..=302).contains(&given_up(1, SECOND * 2).unwrap()));
         assert_eq!(given_up(0, SECOND * 30), Some(300));
         // Just too slow.
         assert!(given_up(900, SECOND).is_some_and(|after| after < 3600));
-        // One time slot of GPRS, in packets; a link that is there for a minute and away for four.
+        // One time slot of GPRS, in packets; a link that works for one minute in five.
         assert_eq!(given_up(1131, SECOND), None);
         assert_eq!(given_up(1 << 20, SECOND * 240), None);
-        // What came fast before buys no more than the grace.
+        // Fast transfer before does not extend the grace time.
         let mut pace = Pace::new(Limits::default());
         pace.count(SECOND, 1 << 30).unwrap();
         assert!(pace.count(GRACE + SECOND, 0).is_err());
@@ -156,12 +156,12 @@ mod tests {
     #[test]
     fn a_pipe_that_stalls_or_dribbles_has_an_end_and_a_fast_one_comes_whole() {
         let limits = Limits { slowest: 1000, grace: Duration::from_millis(300) };
-        // Nothing, and the other end stays open.
+        // No data, and the other end stays open.
         let (_silent, input) = UnixStream::pair().unwrap();
         let mut said = Vec::new();
         let error = Paced::new(input, limits).read_to_end(&mut said).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
-        // A byte now and then, more often than the grace is long.
+        // A byte now and then, at intervals shorter than the grace time.
         let (mut dribbling, input) = UnixStream::pair().unwrap();
         let dribbles = std::thread::spawn(move || {
             while dribbling.write_all(b"x").is_ok() {
@@ -171,7 +171,7 @@ mod tests {
         let error = Paced::new(input, limits).read_to_end(&mut said).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
         dribbles.join().unwrap();
-        // What the robot's own work takes is nobody's delay.
+        // The time of the robot's own work does not count as a delay.
         let (mut fast, input) = UnixStream::pair().unwrap();
         fast.write_all(&[7; 3000]).unwrap();
         drop(fast);

@@ -1,5 +1,5 @@
-//! Which web servers are believed over https. This keeps others from reading along, and from holding a robot up
-//! with an old bundle; what makes a bundle trusted is the signature in it, whoever has sent it.
+//! Which web servers are trusted over https. This prevents others from reading the transfer, and from blocking
+//! updates with an old bundle. A bundle itself is trusted because of its signature, whichever server sends it.
 
 use std::fmt;
 use std::fs;
@@ -12,14 +12,14 @@ use crate::durable;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Folders with the certificates of authorities, as PEM in files `*.pem` and `*.crt`: the image's and the robot's.
+/// Directories with certificates of authorities, as PEM in files `*.pem` and `*.crt`: the image's and the robot's.
 const AUTHORITIES: [&str; 2] = ["etc/slotd/ca.d", "data/identity/ca.d"];
 
-/// Whose certificates count: those of the authorities that the robot has files of, and if it has none, Mozilla's
-/// list as of the agent's build.
+/// The trusted authorities: those in the robot's files, or if there are none, Mozilla's list as of the agent's
+/// build.
 ///
 /// # Errors
-/// `bad-certificate`: a file makes no sense. `io`.
+/// `bad-certificate`: a file is invalid. `io`.
 pub(super) fn config(root: &Root) -> Result<TlsConfig> {
     let mut known = Vec::new();
     for folder in AUTHORITIES {
@@ -40,7 +40,7 @@ pub(super) fn config(root: &Root) -> Result<TlsConfig> {
                 Refusal::new(
                     "bad-certificate",
                     format!("{}: {why}", path.display()),
-                    "put the certificates of authorities there, as PEM, or remove the file",
+                    "put the certificates of authorities into this file, as PEM, or remove the file",
                 )
             };
             let pem = durable::read(&path).map_err(|error| bad(error.to_string()))?;
@@ -51,7 +51,7 @@ pub(super) fn config(root: &Root) -> Result<TlsConfig> {
                 }
             }
             if known.len() == before {
-                return Err(bad("it has no certificate".to_owned()));
+                return Err(bad("the file has no certificate".to_owned()));
             }
         }
     }
@@ -59,7 +59,7 @@ pub(super) fn config(root: &Root) -> Result<TlsConfig> {
     Ok(TlsConfig::builder().root_certs(roots).build())
 }
 
-/// Why a server is not believed, and what to do about it.
+/// Why a server's certificate is not trusted, and what to do about it.
 #[derive(Debug)]
 struct Distrust {
     why: String,
@@ -68,13 +68,13 @@ struct Distrust {
 
 impl fmt::Display for Distrust {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the server's certificate is not accepted: {}", self.why)
+        write!(f, "the server's certificate is not trusted: {}", self.why)
     }
 }
 
 impl std::error::Error for Distrust {}
 
-/// The failure of a request, if it is that the server is not believed.
+/// The error of a request, if the server's certificate is not trusted.
 pub(super) fn distrust(error: &ureq::Error) -> Option<io::Error> {
     let error = match error {
         ureq::Error::Rustls(error) => error,
@@ -83,35 +83,35 @@ pub(super) fn distrust(error: &ureq::Error) -> Option<io::Error> {
     };
     let rustls::Error::InvalidCertificate(why) = error else { return None };
     let (why, help) = match why {
-        // The second: an authority that has the name of one that the robot knows, made anew.
+        // The second: an authority with the name of a known one, but a new key.
         CertificateError::UnknownIssuer | CertificateError::BadSignature => (
-            "no authority that this robot knows has issued it".to_owned(),
-            "put the authority's certificate, as PEM, into /data/identity/ca.d, or take an address with http: \
-             what is trusted is the bundle's own signature",
+            "it was not issued by an authority that this robot trusts".to_owned(),
+            "put the authority's certificate, as PEM, into /data/identity/ca.d, or use an http:// address: \
+             the bundle is verified by its own signature",
         ),
         CertificateError::Expired
         | CertificateError::ExpiredContext { .. }
         | CertificateError::NotValidYet
         | CertificateError::NotValidYetContext { .. } => (
             why.to_string(),
-            "set this robot's clock (`date` shows it), or renew the certificate, or take an address with http: \
-             what is trusted is the bundle's own signature",
+            "set this robot's clock (`date` shows it), or renew the certificate, or use an http:// address: \
+             the bundle is verified by its own signature",
         ),
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => (
             why.to_string(),
-            "name the server as its certificate does, or take an address with http: what is trusted is the \
-             bundle's own signature",
+            "use the server name of its certificate, or use an http:// address: the bundle is verified by \
+             its own signature",
         ),
         _ => (
             why.to_string(),
-            "give the server a sound certificate, or take an address with http: what is trusted is the bundle's \
-             own signature",
+            "give the server a valid certificate, or use an http:// address: the bundle is verified by its own \
+             signature",
         ),
     };
     Some(io::Error::other(Distrust { why, help }))
 }
 
-/// The refusal, if a failure is that a server is not believed.
+/// The refusal, if the error is that a server's certificate is not trusted.
 pub(crate) fn refusal(doing: &str, error: &io::Error) -> Option<Refusal> {
     let distrust = error.get_ref()?.downcast_ref::<Distrust>()?;
     Some(Refusal::new("bad-certificate", format!("{doing}: {distrust}"), distrust.help))

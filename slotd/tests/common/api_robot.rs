@@ -1,4 +1,4 @@
-//! A robot of files whose image has an API; the package is made up, and must never be imported.
+//! A robot on files whose image has an API; the package is synthetic, and must never be imported.
 #![allow(dead_code)]
 
 use std::fs::{self, Permissions};
@@ -14,7 +14,7 @@ use crate::crash::{Snapshot, snapshot};
 pub const SITE: &str = "usr/lib/python3.11/site-packages";
 pub const ON_DATA: &str = "data/apps/api/current/site";
 
-/// A robot of files whose image has an API.
+/// A robot on files whose image has an API.
 pub struct Robot {
     pub dir: tempfile::TempDir,
 }
@@ -55,7 +55,7 @@ impl Robot {
         self.file(&format!("{SITE}/robotapi/resources/{path}"), text)
     }
 
-    /// A package with something of everything.
+    /// A package with all kinds of files.
     pub fn resources(&self) -> &Self {
         self.resource("nginx.conf", "server {}\n").resource("scripts/start", "#!/bin/sh\nexit 0\n");
         self.resource("scripts/deep/tool", "\x7fELF and more").resource("empty", "");
@@ -91,7 +91,7 @@ impl Robot {
     }
 }
 
-/// What [`Robot::resources`] asks for.
+/// The tree that [`Robot::resources`] requires.
 pub fn complete() -> Snapshot {
     let entries = [
         ("", "755 folder"),
@@ -106,7 +106,7 @@ pub fn complete() -> Snapshot {
     entries.into_iter().map(|(path, text)| (path.into(), text.to_owned())).collect()
 }
 
-/// The tree before, for cuts: other content, other modes, something more, something less.
+/// The old tree, for cuts: different content, different modes, files more and less.
 pub fn old_tree(robot: &Robot) -> Snapshot {
     robot.file("data/system/nginx.conf", "old").file("data/system/gone/x", "old");
     robot.file("data/system/scripts/start", "old").mode("data/system/scripts/start", 0o700);

@@ -1,9 +1,9 @@
-//! A card in memory that remembers every write and flush, and what a power cut may leave of it.
+//! A card in memory that records every write and flush, and simulates what a power cut may leave.
 //!
-//! Its memory is volatile. What was written and not flushed may be lost, torn or reordered in any subset
-//! when the power goes; [`Storage::read_at`] shows it, as the kernel's memory does, and
-//! [`Storage::read_back`] does not: what a restart would find is what a flush has made durable. A flush
-//! covers its own part only, since `fdatasync` on one partition leaves what the kernel holds of another.
+//! Its cache is volatile. Any subset of unflushed writes may be lost, torn or reordered when the power
+//! fails. [`Storage::read_at`] includes them, like the kernel's page cache; [`Storage::read_back`] does not:
+//! a restart would find only what a flush has made durable. A flush covers only its own part, because
+//! `fdatasync` on one partition does not flush another.
 //! A torn write may also destroy the erase block around it ([`Sectors::Around`]).
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -15,15 +15,15 @@ use slotd::Result;
 use slotd::machine::Slots;
 use slotd::storage::Storage;
 
-/// Bytes that a card erases at once: what a torn write may take with it. 4 MiB is what the plan aligns
-/// partitions to (`xtask/src/plan/resolve.rs`), and the largest erase group of common SD cards and eMMC.
+/// Bytes that a card erases at once, and that a torn write may destroy. 4 MiB is the alignment of partitions
+/// in the plan (`xtask/src/plan/resolve.rs`), and the largest erase group of common SD cards and eMMC.
 pub const ERASE: u64 = 4 << 20;
 
 /// The parts of a card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// What lies before the slots and is written outside of them: the boot state's sectors, the volume with
-    /// `autoboot.txt`, or the whole disk of a test that changes the partition table.
+    /// The area before the slots: the boot state's sectors, the volume with `autoboot.txt`, or the whole disk in
+    /// a test that changes the partition table.
     Gap = 0,
     A = 1,
     B = 2,
@@ -33,7 +33,7 @@ pub enum Place {
 
 const PLACES: [Place; 5] = [Place::Gap, Place::A, Place::B, Place::BootA, Place::BootB];
 
-/// What happened to it.
+/// The operations on the card.
 #[derive(Debug, Clone)]
 pub enum Op {
     Write(Place, u64, Vec<u8>),
@@ -45,16 +45,16 @@ pub type Content = [Vec<u8>; 5];
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// With what is not flushed, as the kernel shows it.
+    /// Including unflushed writes, as the kernel shows it.
     seen: Content,
-    /// What survives a power cut for certain.
+    /// The durable content.
     durable: Content,
     /// Indices into `ops` of writes that no flush has made durable.
     waiting: Vec<usize>,
     ops: Vec<(Op, Option<Vec<u8>>)>,
     /// A bit that every write at this byte of slot b loses.
     bad_byte: Option<u64>,
-    /// A part of which writes and flushes are acknowledged and never kept.
+    /// A part whose writes and flushes are acknowledged but dropped.
     lost: Option<Place>,
 }
 
@@ -66,7 +66,7 @@ pub struct Card {
 }
 
 impl Card {
-    /// `journal`: a file that is noted with each operation, as it is at that moment.
+    /// `journal`: a file whose content is recorded with each operation.
     pub fn new(content: Content, journal: Option<std::path::PathBuf>) -> Self {
         let inner = Inner { seen: content.clone(), durable: content, ..Inner::default() };
         Self { inner: Arc::new(Mutex::new(inner)), journal }
@@ -76,7 +76,7 @@ impl Card {
         self.inner.lock().unwrap().bad_byte = Some(at);
     }
 
-    /// From now on acknowledges what is written to this part, and keeps nothing of it.
+    /// From now on acknowledges writes to this part but drops them.
     pub fn lose(&self, place: Place) {
         self.inner.lock().unwrap().lost = Some(place);
     }
@@ -86,12 +86,12 @@ impl Card {
         (inner.bad_byte, inner.lost) = (None, None);
     }
 
-    /// What a restart would find: nothing of what was not flushed.
+    /// What a restart would find, without unflushed writes.
     pub fn content(&self) -> Content {
         self.inner.lock().unwrap().durable.clone()
     }
 
-    /// Everything that happened, each with the journal as it was then.
+    /// All operations, each with the journal at that moment.
     pub fn ops(&self) -> Vec<(Op, Option<Vec<u8>>)> {
         self.inner.lock().unwrap().ops.clone()
     }
@@ -201,9 +201,9 @@ pub fn starts(content: &Content, alignment: u64) -> [u64; 5] {
     })
 }
 
-/// What a card may hold when the power goes after `cut` operations: everything before a part's last
-/// flush, and of what came after it any choice, torn at sectors, as `luck` has it. `starts` says where the
-/// parts lie, for what a torn write takes with it.
+/// What a card may hold when the power fails after `cut` operations: everything before a part's last
+/// flush, and any selection of later writes, torn at sectors, chosen by `luck`. `starts` has the positions
+/// of the parts, to determine what a torn write destroys.
 pub fn after_cut(
     before: &Content,
     ops: &[(Op, Option<Vec<u8>>)],
@@ -244,8 +244,8 @@ pub fn after_cut(
     content
 }
 
-/// Puts something else in the place of about each second 4 KiB in the erase blocks that hold `from..to` of the disk, in whichever
-/// part they lie.
+/// Overwrites about half of the 4 KiB blocks in the erase blocks that hold `from..to` of the disk, in whichever
+/// part they are.
 fn destroy(content: &mut Content, starts: [u64; 5], from: u64, to: u64, seed: u64) {
     let (from, to) = (from / ERASE * ERASE, to.next_multiple_of(ERASE));
     for (part, start) in content.iter_mut().zip(starts) {
@@ -253,7 +253,7 @@ fn destroy(content: &mut Content, starts: [u64; 5], from: u64, to: u64, seed: u6
             let at = start + number as u64 * 4096;
             let random = (seed ^ at).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             if (from..to).contains(&at) && random >> 63 == 1 {
-                // A byte that no system of these tests consists of.
+                // A byte that no system in these tests contains.
                 block.fill((random >> 56) as u8);
             }
         }
@@ -264,20 +264,20 @@ fn destroy(content: &mut Content, starts: [u64; 5], from: u64, to: u64, seed: u6
 pub struct Moment {
     /// Whether it is the last operation before the cut.
     pub last: bool,
-    /// How many sectors it has.
+    /// Its length in sectors.
     pub sectors: usize,
-    /// Where it went.
+    /// Its position.
     pub place: Place,
 }
 
-/// What reached the card of one write.
+/// The part of a write that reached the card.
 #[derive(Debug, Clone, Copy)]
 pub enum Sectors {
     All,
     None,
     First(usize),
     From(usize),
-    /// The first so many, and the erase block around the write was being rewritten: any part of it may be
-    /// lost, as the seed has it.
+    /// The first sectors; and the erase block around the write was being rewritten: any part of it may be lost,
+    /// chosen by the seed.
     Around(usize, u64),
 }

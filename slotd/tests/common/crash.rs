@@ -1,10 +1,9 @@
-//! A folder that remembers every change of its files, and what a power cut could leave of it.
+//! A directory that records every change of its files, and simulates what a power cut could leave of it.
 //!
-//! The model is harsher than any file system in use: a change that was not flushed is there after the cut or is
-//! not, whatever became of the changes before and after it. A file's bytes and mode are safe once the file is
-//! synced; a name in a folder, once the folder is; everything, once its file system is; a rename or an exchange
-//! happens whole or not at all, between two folders too (a journal's one transaction), and is safe once both are
-//! synced.
+//! The model is harsher than any file system in use: a change that was not flushed may be present or lost after the
+//! cut, independent of the changes before and after it. A file's bytes and mode are durable once the file is synced; a
+//! name in a directory once the directory is; everything once its file system is. A rename or an exchange is atomic,
+//! also between two directories (one transaction of a journal), and is durable once both are synced.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Permissions};
@@ -17,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use slotd::files::{Disk, Files};
 
-/// What a path leads to, for people and comparisons: mode and content.
+/// The file at a path, for display and comparison: mode and content.
 pub type Snapshot = BTreeMap<PathBuf, String>;
 
 #[derive(Clone, Debug)]
@@ -58,7 +57,7 @@ enum Change {
         name: String,
         to: usize,
     },
-    /// From one folder to another: there or not, never half.
+    /// From one directory to another: done or not, never half.
     Move {
         folder: usize,
         name: String,
@@ -88,7 +87,7 @@ enum Change {
 }
 
 impl Change {
-    /// All that it changes: two folders, where something is moved.
+    /// All inodes that it changes: two directories for a move.
     fn inodes(&self) -> Vec<usize> {
         match self {
             Self::Move { folder, into, .. } => vec![*folder, *into],
@@ -96,7 +95,7 @@ impl Change {
         }
     }
 
-    /// The one thing that it changes; `None`: nothing, or two.
+    /// The single inode that it changes; `None`: nothing, or two.
     fn inode(&self) -> Option<usize> {
         match self {
             Self::Name { folder, .. }
@@ -111,7 +110,7 @@ impl Change {
         }
     }
 
-    /// Whether it makes changes of an inode safe.
+    /// Whether it makes changes of an inode durable.
     fn saves(&self, inode: usize) -> bool {
         match self {
             Self::Sync { inode: synced } => *synced == inode,
@@ -121,7 +120,7 @@ impl Change {
     }
 }
 
-/// Inodes by number; the first is the folder itself.
+/// Inodes by number; the first is the directory itself.
 #[derive(Clone, Debug)]
 struct Store(Vec<Inode>);
 
@@ -144,7 +143,7 @@ impl Store {
                 fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
             let mut names: Vec<String> = names.collect();
             names.sort();
-            // Files that hold room and nothing else, 24 MiB in all, which a start takes again.
+            // The files of the reserve, 24 MiB in total, which a start creates again.
             if path.ends_with("slotd/reserve") {
                 names.clear();
             }
@@ -160,7 +159,7 @@ impl Store {
     fn names(&mut self, folder: usize) -> &mut BTreeMap<String, usize> {
         match &mut self.0[folder].node {
             Node::Folder(names) => names,
-            other => panic!("{other:?} is no folder"),
+            other => panic!("{other:?} is not a directory"),
         }
     }
 
@@ -193,11 +192,11 @@ impl Store {
             }
             Change::Zeros { file } => match &mut self.0[*file].node {
                 Node::File(content) => content.fill(0),
-                other => panic!("{other:?} is no file"),
+                other => panic!("{other:?} is not a file"),
             },
             Change::Append { file, bytes } => match &mut self.0[*file].node {
                 Node::File(content) => content.extend(bytes),
-                other => panic!("{other:?} is no file"),
+                other => panic!("{other:?} is not a file"),
             },
             Change::Mode { inode, mode } => self.0[*inode].mode = *mode,
             Change::Time { inode, time } => self.0[*inode].time = Some(*time),
@@ -242,12 +241,12 @@ impl Store {
     }
 }
 
-/// What could be found after a cut.
+/// A possible state after a cut.
 #[derive(Clone, Debug)]
 pub struct State(Store);
 
 impl State {
-    /// Everything below a folder of the state; nothing when it is not there.
+    /// Everything below a directory of the state; empty when it does not exist.
     pub fn below(&self, folder: &str) -> Snapshot {
         let mut all = Snapshot::new();
         if let Node::Folder(names) = &self.0.0[0].node
@@ -258,7 +257,7 @@ impl State {
         all
     }
 
-    /// A number that is the same for equal states, times included. `passed` says what is left out, by name.
+    /// A hash of the state, including times. `passed` selects names to leave out.
     pub fn key(&self, passed: &dyn Fn(&str) -> bool) -> u64 {
         let mut key = DefaultHasher::new();
         let mut waiting = vec![("", 0)];
@@ -279,13 +278,13 @@ impl State {
         key.finish()
     }
 
-    /// Makes it real.
+    /// Creates the state in a real directory.
     pub fn write(&self, folder: &Path) {
         self.0.write(0, folder);
     }
 }
 
-/// The same of a real folder.
+/// The same for a real directory.
 pub fn snapshot(folder: &Path) -> Snapshot {
     let mut all = Snapshot::new();
     if folder.symlink_metadata().is_ok() {
@@ -294,15 +293,15 @@ pub fn snapshot(folder: &Path) -> Snapshot {
     all
 }
 
-/// Makes every change for real, and remembers it.
+/// Makes every change in a real directory, and records it.
 pub struct Recorder {
     folder: PathBuf,
     before: Store,
     now: Mutex<(Store, Vec<Change>)>,
-    /// The call that fails instead, and how.
+    /// The number of the call that fails, and its error.
     fails: Option<(usize, i32)>,
     calls: Mutex<usize>,
-    /// The flush that flushes nothing.
+    /// The number of the flush that is skipped.
     forgets: Option<usize>,
     flushes: Mutex<Vec<PathBuf>>,
 }
@@ -327,13 +326,13 @@ impl Recorder {
         Self { fails: Some((call, errno)), ..self }
     }
 
-    /// The flush of this number is not made, as if its line were missing.
+    /// The flush with this number is skipped, as if its line were missing.
     #[allow(dead_code, reason = "not every test leaves flushes out")]
     pub fn forgetting(self, flush: usize) -> Self {
         Self { forgets: Some(flush), ..self }
     }
 
-    /// What was flushed, in order.
+    /// The flushes, in order.
     #[allow(dead_code, reason = "not every test leaves flushes out")]
     pub fn flushes(&self) -> Vec<PathBuf> {
         self.flushes.lock().unwrap().clone()
@@ -360,7 +359,7 @@ impl Recorder {
         }
     }
 
-    /// The folder that a path lies in, and its name there.
+    /// The directory of a path, and its name there.
     fn place(&self, store: &mut Store, path: &Path) -> (usize, String) {
         let inside = path.strip_prefix(&self.folder).expect("outside of the folder");
         let folder = store.find(inside.parent().unwrap());
@@ -389,13 +388,13 @@ impl Recorder {
         });
     }
 
-    /// How many points there are between two changes.
+    /// The number of points between changes.
     pub fn points(&self) -> usize {
         self.now.lock().unwrap().1.len() + 1
     }
 
-    /// Everything that a cut at a point could leave: all changes before it that were not flushed are there, or
-    /// none, or all but one, or only one, or some; a file's bytes also in part.
+    /// All possible states after a cut at a point: of the unflushed changes before it, all are present, or none, or
+    /// all but one, or only one, or some; a file's bytes also in part.
     pub fn states(&self, point: usize) -> Vec<State> {
         let now = self.now.lock().unwrap();
         let changes = &now.1[..point];
@@ -427,7 +426,7 @@ impl Recorder {
             let written = |at: &usize| matches!(changes[*at], Change::Append { .. });
             let tears: &[bool] = if kept.iter().any(written) { &[false, true] } else { &[false] };
             for &torn in tears {
-                // The inodes that came to be; their content only as far as it was kept.
+                // The inodes that were created; their content only as far as it was durable.
                 let mut store = self.before.clone();
                 store.0.extend(now.0.0[self.before.0.len()..].iter().map(|inode| Inode {
                     node: match &inode.node {
@@ -589,7 +588,7 @@ impl Recorder {
             if folder == into {
                 return vec![Change::Swap { folder, one, other }];
             }
-            // Nobody exchanges between two folders.
+            // slotd never exchanges names between two directories.
             assert!(!store.names(into).contains_key(&other), "{from:?} to {to:?}");
             let inode = store.names(folder)[&one];
             vec![Change::Move { folder, name: one, into, other, to: inode }]
@@ -597,9 +596,9 @@ impl Recorder {
     }
 }
 
-/// The changes that remove a name and all that is below it.
+/// The changes that remove a name and everything below it.
 fn unname(store: &Store, folder: usize, name: String, into: &mut Vec<Change>) {
-    let Node::Folder(names) = &store.0[folder].node else { panic!("no folder") };
+    let Node::Folder(names) = &store.0[folder].node else { panic!("not a directory") };
     let inode = names[&name];
     if let Node::Folder(inner) = &store.0[inode].node {
         for name in inner.keys() {

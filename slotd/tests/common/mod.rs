@@ -1,5 +1,5 @@
-//! What the tests share: a robot on files below a fake root, bundles made by the bundle crate's writer,
-//! and a card that remembers every write.
+//! Shared by the tests: a robot on files in a test directory, bundles made by the bundle crate's writer, and
+//! a card that records every write.
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 #[path = "../../../bundle/tests/common/mod.rs"]
@@ -22,7 +22,7 @@ use serde_json::Value;
 /// Sectors of the boot state's copies.
 pub const SECTORS: [u64; 2] = [8, 16];
 
-/// Where its disk keeps what is trusted.
+/// The position of the trust area on its disk.
 pub const TRUST: [u64; 2] = [256, 512];
 
 /// The robot's disk: not a name that any board has.
@@ -34,7 +34,7 @@ pub struct Robot {
     pub size: u64,
 }
 
-/// What a robot is made of.
+/// The options of a robot.
 pub struct Plan {
     pub running: Slot,
     pub kind: &'static str,
@@ -42,11 +42,11 @@ pub struct Plan {
     pub keys: KeySet,
     pub size: u64,
     pub state: BootState,
-    /// On a file system in memory: for many robots whose own files matter little.
+    /// On a file system in memory: for many robots whose own files do not matter.
     pub in_memory: bool,
-    /// Whether the image knows of a place besides `data` for what it trusts.
+    /// Whether the image has a trust area besides `data`.
     pub trust_area: bool,
-    /// The lowest key epoch that the image asks for.
+    /// The lowest key epoch that the image requires.
     pub key_epoch: u32,
     /// Further lines of `device.toml`'s list of partitions.
     pub partitions: &'static str,
@@ -118,7 +118,7 @@ impl Plan {
     }
 }
 
-/// What a slot holds before the test: a system of its own, with a first block.
+/// The content of a slot before the test: a separate system, with a first block.
 pub fn old_system(slot: Slot, size: u64) -> Vec<u8> {
     let mut bytes = vec![0; size as usize];
     let half = size as usize / 2;
@@ -168,7 +168,7 @@ impl Robot {
         );
     }
 
-    /// The boot state that counts.
+    /// The effective boot state.
     pub fn state(&self) -> BootState {
         let disk = fs::read(self.path(&format!("dev/{DISK}"))).unwrap();
         let copies = SECTORS.map(|sector| disk[sector as usize * 512..][..512].to_vec());
@@ -192,14 +192,14 @@ impl Robot {
         command
     }
 
-    /// Runs `slotd`, and expects it to be done.
+    /// Runs `slotd`, and expects success.
     pub fn run(&self, args: &[&str]) -> Value {
         let output = self.command(args).output().unwrap();
         assert!(output.status.success(), "{args:?}: {output:?}");
         answer(&output)
     }
 
-    /// Runs `slotd`, and expects it to be refused: exit code and refusal's code.
+    /// Runs `slotd`, and expects a refusal with this exit code and refusal code.
     pub fn refused(&self, args: &[&str]) -> (i32, String) {
         let output = self.command(args).output().unwrap();
         let refusal = answer(&output)["refused"].clone();

@@ -1,4 +1,4 @@
-//! A web server of one file, which can be made to break connections.
+//! A web server with one file, which can break connections.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex};
 pub struct Manners {
     /// Bytes after which each connection breaks.
     pub break_after: Option<usize>,
-    /// Whether range requests are understood.
+    /// Whether range requests are supported.
     pub no_ranges: bool,
-    /// Whether the answers say that ranges are not understood.
+    /// Whether the answers say that ranges are not supported.
     pub says_so: bool,
-    /// After so many connections the file has another version.
+    /// After this many connections the file changes to another version.
     pub changes_after: Option<usize>,
-    /// No length and no version is said; the connection's end is the file's.
+    /// Sends no length and no version; the connection's end is the file's end.
     pub says_nothing: bool,
 }
 
@@ -41,7 +41,7 @@ impl Server {
                 let stream = stream.unwrap();
                 let lines = read_request(&stream);
                 requests.lock().unwrap().push(lines.clone());
-                // A client that goes away is its own matter.
+                // A client that disconnects is ignored.
                 drop(answer(stream, &lines, &file, &manners, number, &sent));
             }
         });

@@ -1,4 +1,4 @@
-//! APIs of synthetic wheels: what a builder would make of them, and a robot that takes them.
+//! APIs of synthetic wheels, packed as a builder would, and a robot that accepts them.
 
 use std::fs;
 
@@ -63,7 +63,7 @@ impl Tree {
     }
 }
 
-/// A component to be packed: good until a test breaks it.
+/// A component to be packed: valid until a test breaks it.
 pub struct Draft {
     pub lock: Lock,
     pub tars: Vec<Vec<u8>>,
@@ -142,7 +142,7 @@ pub fn robot() -> Robot {
     robot
 }
 
-/// The base's own API, and a check that says no to a file of an API.
+/// The built-in API, and a check that fails for a certain file of an API.
 pub fn equip(robot: &Robot) {
     base(robot, "minimum-version = '8.0.0'\npython = '3.11'\n");
     robot.file("usr/lib/slipway/api.env", "PYTHONPATH=/data/apps/api/current/site\n");

@@ -125,7 +125,7 @@ const WRONG: [(&str, Change<'_>, &str); 15] = [
         (PI_5, "bcm2712*.dtb", "bcm2713*.dtb"),
         "no device tree matches 'broadcom/bcm2713*.dtb'",
     ),
-    ("robot-pi5", (PI_5, "bcm2712*.dtb", "bcm2712-rpi-5-b.dtb"), "asks for bcm2712-rpi-500.dtb"),
+    ("robot-pi5", (PI_5, "bcm2712*.dtb", "bcm2712-rpi-5-b.dtb"), "loads bcm2712-rpi-500.dtb"),
     ("robot-pi5", (PI_5, "\"sdhci_brcmstb\"", "\"sdhci_brcm\""), "module sdhci_brcm is neither"),
     (
         "robot-pi5",
@@ -156,15 +156,11 @@ const WRONG: [(&str, Change<'_>, &str); 15] = [
     (
         "robot-pi4",
         (PI_4, "\"usr/lib/raspi-firmware/fixup4.dat\", ", ""),
-        "fixup4.dat; fixup4.dat is not there",
+        "fixup4.dat, but fixup4.dat does not exist",
     ),
     ("robot-pi4", (PI_4, "\"sdhci_iproc\"", "\"sdhci_iprok\""), "module sdhci_iprok is neither"),
     // Debian's firmware of 2022 takes the archive's place.
-    (
-        "robot-pi4",
-        (EXAMPLE_4, "\"raspi-firmware\", ", ""),
-        "it is of 2022-08-26 and does not start",
-    ),
+    ("robot-pi4", (EXAMPLE_4, "\"raspi-firmware\", ", ""), "is from 2022-08-26 and does not start"),
     ("robot-pi5", (EXAMPLE_5, "-*-rpi-v8\"", "-*-rpi-v9\""), "has no package linux-image-*-rpi-v9"),
     ("robot-pi5", (EXAMPLE_5, "[\"linux-image-rpi-v8\", ", "["), "looking up linux-image-rpi-v8"),
     // Debian's own, which knows no Pi 5.

@@ -1,11 +1,11 @@
-# The API's environment for login shells, from the file that its services have. Sourced, twice perhaps, by any
-# POSIX shell with any options and variables: what api.env fixes replaces what was there; only PATH keeps the rest.
+# The API's environment for login shells, from the file that its services use. Sourced by any POSIX shell, with any
+# options and variables, possibly twice: values in api.env replace existing ones; only PATH is extended.
 if [ -r /usr/lib/slipway/api.env ]; then
     while IFS= read -r slipway_line; do
         case $slipway_line in
         '' | '#'* | LANG=*) ;;
         PATH=*)
-            # Each of our folders once, ours first: what is there already is taken out before.
+            # Each directory of api.env once, before the others: existing entries are removed first.
             slipway_rest=":${PATH-}:"
             slipway_ours=${slipway_line#PATH=}
             slipway_line=$slipway_ours:
@@ -21,7 +21,7 @@ if [ -r /usr/lib/slipway/api.env ]; then
                     esac
                 done
             done
-            # An empty entry would be the folder that one is in.
+            # An empty entry would mean the current directory.
             while :; do
                 case $slipway_rest in
                 *::*) slipway_rest=${slipway_rest%%::*}:${slipway_rest#*::} ;;
