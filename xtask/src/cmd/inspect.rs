@@ -1,4 +1,4 @@
-//! `inspect`: what is in an image, a bundle or a slot image; and what changed between two.
+//! `inspect`: shows what is in an image, a bundle or a slot image, or what changed between two.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -24,12 +24,13 @@ use bundle::bootstate::BootState;
 /// Byte offset of ext4's magic number: superblock at 1024, field at 56 (ext4 documentation).
 const EXT4_MAGIC_AT: u64 = 1080;
 
-/// The largest os-release or device.toml that is read: 64 KiB, a hundred times what ours have.
+/// The largest os-release or device.toml that is read: 64 KiB, a hundred times the size of
+/// Slipway's own.
 const MOST_TEXT: u64 = 64 << 10;
-/// The most sectors of a boot state; there are two.
+/// The maximum number of sectors of a boot state; Slipway's boards have two.
 const MOST_STATES: usize = 8;
 
-/// What a file is.
+/// The kind of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Subject {
@@ -41,10 +42,10 @@ pub enum Subject {
     SlotImage,
 }
 
-/// Finds out what a file is by its content, whatever its name.
+/// Detects the kind of a file by its content, whatever its name.
 ///
 /// # Errors
-/// When it is none of the three.
+/// When it is not one of the three.
 pub fn subject(path: &Utf8Path) -> Result<Subject> {
     let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
     let mut head = [0; 512];
@@ -70,7 +71,7 @@ pub fn subject(path: &Utf8Path) -> Result<Subject> {
 /// `cargo xtask inspect`.
 ///
 /// # Errors
-/// When the file is none of ours, or damaged.
+/// When the kind of the file is unknown, or the file is damaged.
 pub fn inspect(options: &Inspect) -> Result<()> {
     if let (true, Some(new)) = (options.diff, &options.new) {
         return diff(&options.file, new, options.format);
@@ -88,11 +89,11 @@ pub fn inspect(options: &Inspect) -> Result<()> {
 struct ImageView {
     tables: DiskTables,
     boot_states: Vec<StateView>,
-    /// Copies of what the robot trusts besides `data`.
+    /// Copies of the trust record outside of `data`.
     trust: Vec<StateView>,
     volumes: Vec<FatListing>,
     slots: Vec<SlotView>,
-    /// How each model starts; none where the image's system does not say for which models it is.
+    /// How each model starts; empty where the image's system does not say for which models it is.
     starts: Option<Starts>,
 }
 
@@ -133,7 +134,7 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
             Some(Held::Fat) => {
                 view.volumes.push(read::fat(path, partition.offset, partition.size)?);
             }
-            // A system is never written to, so what was in use has none.
+            // A root filesystem is never written to, so one that was in use has none.
             Some(Held::Ext4) if needs_replay(path, partition.offset)? => {}
             Some(Held::Ext4) => {
                 let slot = slot_view(path, partition.offset, partition.number)?;
@@ -164,7 +165,7 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
     } else {
         print_image(path, &view);
         if let Some(reason) = unread {
-            outln!("  how boards start from it cannot be told: {reason:#}");
+            outln!("  cannot determine how boards start from this image: {reason:#}");
         }
     }
     ensure!(
@@ -185,11 +186,11 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
         outln!("  {:<2} {:>12} {:>13}  {kind:<8}  {name}", p.number, p.offset, bytes(p.size));
     }
     for state in &view.boot_states {
-        let shown = state.state.as_deref().unwrap_or("empty or invalid: slot a is started");
+        let shown = state.state.as_deref().unwrap_or("empty or invalid: slot a boots");
         outln!("  boot state at {}: {shown}", state.offset);
     }
     for copy in &view.trust {
-        let shown = copy.state.as_deref().unwrap_or("nothing was kept yet");
+        let shown = copy.state.as_deref().unwrap_or("empty");
         outln!("  trust at {}: {shown}", copy.offset);
     }
     for volume in &view.volumes {
@@ -226,7 +227,7 @@ pub(crate) enum Held {
     Ext4,
 }
 
-/// What lies at an offset of an image, by its magic numbers.
+/// The kind of filesystem at an offset of an image, by its magic numbers.
 ///
 /// # Errors
 /// When the image cannot be read there.
@@ -244,7 +245,7 @@ pub(crate) fn content(path: &Utf8Path, offset: u64) -> Result<Option<Held>> {
     })
 }
 
-/// Where the image's own system says that the boot state lies, and what it trusts.
+/// Where the boot state and the trust record are, according to the image's own system.
 fn raw_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<(Vec<u64>, Vec<u64>)> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "kebab-case")]
@@ -308,7 +309,7 @@ fn slot_view(path: &Utf8Path, offset: u64, partition: u32) -> Result<Option<Slot
 
 fn slot(path: &Utf8Path, format: Format) -> Result<()> {
     let view = slot_view(path, 0, 0)?;
-    let view = view.with_context(|| format!("{path} has no system in it: no /etc/os-release"))?;
+    let view = view.with_context(|| format!("{path} contains no system (no /etc/os-release)"))?;
     let inventory = Inventory::of_ext4(path, 0)?;
     if format == Format::Json {
         outln!("{}", text::json(&inventory)?);
@@ -360,7 +361,7 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
     if let Some(refusal) = &view.refusal {
         outln!("  NOT VERIFIED: {refusal}");
     }
-    outln!("  refuses updates below {}", m.minimum_version);
+    outln!("  rejects updates below {}", m.minimum_version);
     for component in &m.components {
         outln!("  component {} {}", component.name, component.version);
         for payload in &component.payloads {
@@ -373,11 +374,11 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
             );
         }
     }
-    outln!("  cargo xtask verify {path} checks every byte");
+    outln!("  run `cargo xtask verify {path}` to check every byte");
     Ok(())
 }
 
-/// What is in the system of a card image or a slot image.
+/// The contents of the system of a card image or a slot image.
 ///
 /// # Errors
 /// When there is none, or it cannot be read.
@@ -391,10 +392,13 @@ pub(crate) fn inventory(path: &Utf8Path) -> Result<Inventory> {
                     return Inventory::of_ext4(path, partition.offset);
                 }
             }
-            bail!("{path} has no slot with a system in it")
+            bail!("{path} has no slot that contains a system")
         }
         Subject::Bundle => {
-            bail!("{path} is a bundle\nhelp: compare the images; `inspect` alone shows a bundle")
+            bail!(
+                "{path} is a bundle\n\
+             help: compare the images; `inspect` without --diff shows a bundle"
+            )
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `verify`: an image against its block map and tables, a bundle against its signatures.
+//! `verify`: checks an image against its block map and tables, or a bundle against its signatures.
 
 use anyhow::{Context, Result, bail, ensure};
 use bundle::keys::key_id;
@@ -14,7 +14,7 @@ use crate::progress::bytes;
 use crate::update;
 use crate::{outln, text};
 
-/// `cargo xtask verify`. Exit status 0 means that every byte was checked and is right.
+/// `cargo xtask verify`. Exit status 0 means that every byte was checked and is correct.
 ///
 /// # Errors
 /// Whatever is wrong.
@@ -23,8 +23,8 @@ pub fn verify(options: &Verify) -> Result<()> {
         Subject::Bundle => verify_bundle(options)?,
         Subject::Image => verify_image(&options.file)?,
         Subject::SlotImage => bail!(
-            "{} is a slot image: nothing in it says what it should be\n\
-             help: verify the bundle or the card image that holds it",
+            "{} is a slot image, which contains no hashes or signatures of its own\n\
+             help: verify the bundle or the card image that contains it",
             options.file
         ),
     };
@@ -36,14 +36,14 @@ pub fn verify(options: &Verify) -> Result<()> {
 }
 
 fn verify_bundle(options: &Verify) -> Result<(serde_json::Value, String)> {
-    // The public part of a key alone does not say of which kind and epoch it is.
+    // A public key file does not state the kind and the epoch of the key.
     let (keys, alone) = match &options.keys {
         Some(path) => read_keys(path)?,
         None => (Keys::open(&directory()?)?.set().clone(), false),
     };
     ensure!(
         !keys.keys.is_empty(),
-        "there is no key to trust\nhelp: name a key set or a minisign public key with --keys"
+        "no trusted keys\nhelp: name a key set or a minisign public key with --keys"
     );
     let policy = Policy { product: None, board: None, floor: None, key_epoch: 0 };
     let verified = update::verify(&options.file, &keys, &policy)?;
@@ -70,8 +70,9 @@ fn verify_bundle(options: &Verify) -> Result<(serde_json::Value, String)> {
     Ok((value, text))
 }
 
-/// A key set, or the public key file of minisign, which counts as a release key of the highest
-/// epoch: who names it on the command line trusts it. Also whether it is the latter.
+/// A key set, or the public key file of minisign, which is treated as a release key of the highest
+/// epoch, since naming it on the command line means to trust it. Also returns whether it is the
+/// latter.
 fn read_keys(path: &Utf8Path) -> Result<(KeySet, bool)> {
     let text = std::fs::read(path).with_context(|| format!("reading {path}"))?;
     if text.first() == Some(&b'{') {
@@ -81,11 +82,11 @@ fn read_keys(path: &Utf8Path) -> Result<(KeySet, bool)> {
     let text = String::from_utf8(text).with_context(|| format!("{path} is not a public key"))?;
     ensure!(
         !text.lines().next().is_some_and(|comment| comment.contains("secret key")),
-        "{path} is a secret key, and nobody should be shown it\n\
-         help: name the public part, which ends with .pub"
+        "{path} is a secret key, which must not be shared\n\
+         help: name the public part, which ends in .pub"
     );
     let public = text.lines().find(|l| !l.starts_with("untrusted comment:") && !l.is_empty());
-    let public = public.with_context(|| format!("{path} has no public key"))?;
+    let public = public.with_context(|| format!("{path} contains no public key"))?;
     let id = key_id(public.trim()).with_context(|| format!("reading {path}"))?;
     let public = public.trim().to_owned();
     let key = TrustedKey { id, epoch: u32::MAX, kind: Kind::Release, public, revoked: false };
@@ -100,7 +101,7 @@ pub(crate) fn verify_image(image: &Utf8Path) -> Result<(serde_json::Value, Strin
     let map_path = bmap::path_for(image);
     ensure!(
         map_path.is_file(),
-        "there is no {map_path} to check against\nhelp: keep the block map beside the image"
+        "the block map {map_path} does not exist\nhelp: keep the block map beside the image"
     );
     let tables = read::tables(image)?;
     if !tables.findings.is_empty() {
@@ -109,7 +110,7 @@ pub(crate) fn verify_image(image: &Utf8Path) -> Result<(serde_json::Value, Strin
     let map = bmap::check(image, &map_path)?;
     let mapped = map.mapped_blocks() * map.block_size;
     let text = format!(
-        "good: {} in {} ranges as its block map says, {} partitions; nobody signs a block map",
+        "good: {} in {} ranges match the block map, {} partitions (block maps are not signed)",
         bytes(mapped),
         map.ranges.len(),
         tables.partitions.len()
