@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::target::{Target, WheelName, normalise};
 use crate::artifact::{hash_bytes, write_atomically};
 
-/// The lock file's format; a reader refuses any other.
+/// The lock file's format; readers reject any other.
 const FORMAT: u32 = 1;
 
 /// The lines above a lock's first value.
@@ -25,7 +25,7 @@ const HEADER: &str = "\
 pub struct WheelLock {
     /// 1
     pub format: u32,
-    /// What was asked for: `opentrons==10.1.0`.
+    /// The requirement: `opentrons==10.1.0`.
     pub requirement: String,
     /// For which Python it was resolved.
     pub target: Target,
@@ -51,13 +51,13 @@ pub struct LockedWheel {
     /// The Python versions that it says it runs on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requires_python: Option<String>,
-    /// The distributions of this lock that need it, sorted; empty for the one that was asked for.
+    /// The distributions of this lock that need it, sorted; empty for the requirement itself.
     #[serde(default)]
     pub needed_by: Vec<String>,
 }
 
 impl WheelLock {
-    /// A new lock, in order.
+    /// Makes a new lock, sorted.
     pub fn new(requirement: &str, target: Target, mut wheels: Vec<LockedWheel>) -> Self {
         wheels.sort_by(|a, b| a.name.cmp(&b.name));
         Self { format: FORMAT, requirement: requirement.to_owned(), target, wheels }
@@ -72,7 +72,7 @@ impl WheelLock {
         Self::parse(&text).with_context(|| format!("reading the wheel lock {path}"))
     }
 
-    /// Reads a lock's text and checks that it is whole and in order.
+    /// Reads a lock's text and checks that it is complete and sorted.
     ///
     /// # Errors
     /// When it is not TOML, has an unknown key or format, or contradicts itself.
@@ -80,8 +80,8 @@ impl WheelLock {
         let lock: Self = toml::from_str(text)?;
         ensure!(
             lock.format == FORMAT,
-            "the lock has format {}, this tool reads format {FORMAT}\n\
-             help: write it again with `cargo xtask lock`",
+            "the lock has format {}, but this tool reads format {FORMAT}\n\
+             help: create the lock again with `cargo xtask lock`",
             lock.format
         );
         lock.target.validate()?;
@@ -93,18 +93,19 @@ impl WheelLock {
             }
         }
         if let Some(pair) = lock.wheels.windows(2).find(|pair| pair[0].name > pair[1].name) {
-            bail!("the wheels are not sorted: {} stands before {}", pair[0].name, pair[1].name);
+            bail!("the wheels are not sorted: {} is before {}", pair[0].name, pair[1].name);
         }
         let top = lock.top_level()?;
         ensure!(
             lock.wheels.iter().any(|wheel| wheel.name == top),
-            "the requirement {} has no [[wheel]]\nhelp: write it again with `cargo xtask lock`",
+            "the requirement {} has no [[wheel]]\n\
+             help: create the lock again with `cargo xtask lock`",
             lock.requirement
         );
         Ok(lock)
     }
 
-    /// The lock as a person reviews it; the same lock is always the same text.
+    /// The lock as text for review; the same lock always gives the same text.
     pub fn to_toml(&self) -> String {
         let quote = |value: &str| toml::Value::String(value.to_owned()).to_string();
         let target = &self.target;
@@ -136,7 +137,7 @@ impl WheelLock {
         text
     }
 
-    /// Writes the lock file; it appears under its name when it is complete.
+    /// Writes the lock file; it gets its name when it is complete.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -146,7 +147,7 @@ impl WheelLock {
         })
     }
 
-    /// The normalised name of the distribution that was asked for.
+    /// The normalised name of the required distribution.
     ///
     /// # Errors
     /// When the requirement cannot be read.
@@ -165,7 +166,7 @@ impl LockedWheel {
         let file = WheelName::parse(&self.file)?;
         ensure!(
             self.name == normalise(&self.name) && file.name == self.name,
-            "the lock says '{}' and the file is {}: expected the normalised name '{}'",
+            "the lock has '{}' for the file {}: expected the normalised name '{}'",
             self.name,
             self.file,
             file.name
@@ -181,8 +182,8 @@ impl LockedWheel {
     }
 }
 
-/// What a new lock changes, for people: `numpy 1.26.3 -> 1.26.4`, `+ idna 3.20`, `- six 1.16.0`;
-/// empty when the locks are equal.
+/// The changes of a new lock in human-readable form: `numpy 1.26.3 -> 1.26.4`, `+ idna 3.20`, `-
+/// six 1.16.0`; empty when the locks are equal.
 pub fn difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
     let Some(old) = old else {
         return new.wheels.iter().map(|w| format!("+ {} {}", w.name, w.version)).collect();
@@ -216,7 +217,7 @@ pub fn difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
     lines
 }
 
-/// A hash of everything that the lock says; a stage that depends on the wheels is keyed by it.
+/// A hash of the lock's whole content; it is the cache key of a stage that depends on the wheels.
 pub fn identity(lock: &WheelLock) -> String {
     hash_bytes(lock.to_toml().as_bytes())
 }
