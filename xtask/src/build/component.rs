@@ -1,5 +1,5 @@
-//! A bundle of the component `api` alone: the base's root from the cache, the wheels as trees, the bundle.
-//! No agent, no image: what an API developer builds again and again.
+//! A bundle of the component `api` alone: the base's root from the cache, the wheels as trees, the
+//! bundle. No agent and no image: for the repeated builds of an API developer.
 
 use anyhow::{Context, Result};
 use camino::Utf8PathBuf;
@@ -19,9 +19,9 @@ use crate::wheel::base::BaseSource;
 use crate::wheel::{self, BasePython, Component};
 use crate::{outln, text};
 
-/// Raised when laying a component out changes what it makes.
+/// Raised when a change of the component's layout changes its output.
 const COMPONENT_VERSION: u32 = 1;
-/// Raised when packing one changes what it makes.
+/// Raised when a change of packing changes its output.
 const BUNDLE_VERSION: u32 = 1;
 
 /// A bundle of a component.
@@ -39,12 +39,12 @@ pub struct ComponentBundle {
 /// Builds the bundle of the product's component `api`.
 ///
 /// # Errors
-/// Whatever a stage returns, and a product without an API; nothing partial is left under a final name.
+/// The error of a stage, or a product without an API; no incomplete file has its final name then.
 pub fn build_component(options: &BuildImage) -> Result<ComponentBundle> {
     let (config, _, plan) = resolve(&options.target)?;
     let cache = Cache::locate()?;
     say("plan", super::summary(&plan));
-    let signing = signing(&plan).context("choosing the signing key")?;
+    let signing = signing(&plan).context("selecting the signing key")?;
     let cache = shared::attach(cache, plan.product.kind, &signing.signer, options.offline)?;
     let dist = dist(&config.root, &plan);
     let _turn = turn(&dist)?;
@@ -60,7 +60,7 @@ pub fn build_component(options: &BuildImage) -> Result<ComponentBundle> {
     Ok(ComponentBundle { component: api.to_owned(), version, bundle: artifact })
 }
 
-/// Prints what was made.
+/// Prints the result.
 ///
 /// # Errors
 /// When it cannot be described.
@@ -75,7 +75,7 @@ pub(super) fn show(made: &ComponentBundle, format: Format) -> Result<()> {
     Ok(())
 }
 
-/// The stage `component`: each wheel as a tree of its own.
+/// The stage `component`: each wheel as a separate tree.
 fn component(build: &mut Build<'_>, base: &Base) -> Result<Component> {
     let (lock, package) = base::wheel_lock(build)?.with_context(|| {
         format!(
@@ -150,7 +150,7 @@ fn pack(
         components: vec![ComponentRequest {
             name: api.to_owned(),
             version: bundle::Version::parse(&component.version)
-                .context("spelling the API's version")?,
+                .context("converting the API's version")?,
             payloads: payloads.collect(),
         }],
         level,

@@ -24,20 +24,21 @@ use crate::rootfs::initrd::{self, InitrdRequest};
 use crate::start::{self, Starts};
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
-/// Raised when compose changes what it makes.
+/// Raised when a change of compose changes its output.
 const COMPOSE_VERSION: u32 = 5;
-/// Raised when assembling changes what it makes.
+/// Raised when a change of assembling changes its output.
 const IMAGE_VERSION: u32 = 6;
-/// Raised when packing changes what it makes.
+/// Raised when a change of packing changes its output.
 const BUNDLE_VERSION: u32 = 2;
 
-/// zstd's level for `.img.zst`: downloads are many, builds few, and its speed is still the disk's.
+/// zstd's level for `.img.zst`: there are more downloads than builds, and it is still as fast as
+/// the disk.
 const ZST_LEVEL: i32 = 9;
 
 /// The composed system.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct System {
-    /// The root filesystem: what each slot holds.
+    /// The root filesystem: the content of each slot.
     pub root: Summed,
     /// The empty data filesystem.
     pub data: Summed,
@@ -45,13 +46,13 @@ pub struct System {
     pub initrd: Artifact,
     /// Bytes that the root filesystem uses.
     pub used: u64,
-    /// Bytes that it has.
+    /// Its capacity in bytes.
     pub capacity: u64,
-    /// Where they are.
+    /// How they are distributed.
     pub sizes: sizes::Sizes,
     /// The budget's warning.
     pub warning: Option<String>,
-    /// The stage's key, which stands for the content.
+    /// The stage's key, which identifies the content.
     pub key: String,
 }
 
@@ -62,19 +63,19 @@ pub struct Card {
     pub image: Utf8PathBuf,
     /// Its length.
     pub size: u64,
-    /// Bytes that reach the card.
+    /// Bytes that are written to the card.
     pub mapped: u64,
     /// Bytes that the image takes on disk.
     pub written: u64,
     /// Its block map.
     pub bmap: Artifact,
-    /// What QEMU takes besides.
+    /// The additional files for QEMU.
     pub qemu: Vec<Utf8PathBuf>,
     /// How each model starts from it.
     pub starts: Starts,
 }
 
-/// What is composed.
+/// The inputs of compose.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
     /// Generated texts.
@@ -85,7 +86,7 @@ pub struct Inputs<'a> {
     pub wheels: Option<&'a Wheels>,
     /// The robot's agent.
     pub agent: &'a Agent,
-    /// Whose key set goes in.
+    /// The signers whose key set goes into the image.
     pub signing: &'a Signing,
 }
 
@@ -111,8 +112,8 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
     }
     let passwords: Vec<_> = plan.users.iter().map(|u| &u.password).collect();
     let boot: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
-    // Everything that the system is made of, but times, and passwords, whose hashes nobody should have a
-    // second way to guess at. A robot that finds another id than at its last start provisions again.
+    // All inputs of the system, except times, and passwords, whose hashes must not be exposed in
+    // another way. A robot with another id than at its last start provisions again.
     let base_id = Key::new("system", COMPOSE_VERSION)
         .with("base", &base.key)
         .with("wheels", wheels.map_or("", |w| &w.tar.sha256))
@@ -132,7 +133,8 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
     let key = Key::new("compose", COMPOSE_VERSION)
         .with("system", &base_id)
         .with("epoch", plan.epoch.to_string())
-        // A crypt hash may be guessed at: only its hash goes into the key, which is hashed again.
+        // A crypt hash allows guessing the password: only its hash goes into the key, which is
+        // hashed again.
         .with_json("passwords", &passwords)?
         .with_json("budget", &(plan.rootfs.fill_limit, plan.rootfs.fill_warning))?;
     let system: System = build.stage(
@@ -219,7 +221,7 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
                     hash_seed: plan.identifiers.data_hash_seed,
                     epoch: plan.epoch,
                     journal: true,
-                    // The largest cards in use; room for the block group table to grow to it.
+                    // For the largest cards in use: space for the block group table to grow.
                     grows_to: Some(1 << 40),
                     size_key: &format!("the size of data in board/{board}/board.toml"),
                 },
@@ -254,7 +256,7 @@ fn boot_names(build: &Build<'_>, base: &Base) -> Vec<(String, String)> {
     names
 }
 
-/// A file's name without its folders.
+/// A file's name without its directories.
 fn flat(path: &str) -> String {
     path.rsplit('/').next().unwrap_or(path).to_owned()
 }
@@ -280,8 +282,11 @@ fn boot_partitions(
                     Some(Compile::BootScript) => {
                         wrap_script(text, build.plan.epoch, dir, &build.log("image"))?
                     }
-                    Some(Compile::UbootEnvironment) => environment::pack(text)
-                        .with_context(|| format!("making {} of {}", file.path, file.partition))?,
+                    Some(Compile::UbootEnvironment) => {
+                        environment::pack(text).with_context(|| {
+                            format!("creating {} from {}", file.path, file.partition)
+                        })?
+                    }
                     None => text.clone(),
                 };
                 put(file.path.clone(), Source::Bytes(bytes));
@@ -316,24 +321,24 @@ fn named_tree<'a>(base: &'a Base, wanted: &str) -> Result<&'a Artifact> {
     let named = named.with_context(|| {
         format!(
             "the base has no device tree {wanted}\n\
-             help: `kernel.device-trees` in board.toml must match every tree that is named there"
+             help: `kernel.device-trees` in board.toml must match every tree that `boot-files` names"
         )
     })?;
     Ok(&named.file)
 }
 
-/// A device tree, with names for some of its nodes where the board has any.
+/// A device tree, with the board's aliases for its nodes, if any.
 fn device_tree(file: &Artifact, aliases: &[String]) -> Result<Source> {
     if aliases.is_empty() {
         return Ok(Source::File(file.path.clone()));
     }
-    let doing = || format!("giving names to nodes of {}", file.path);
+    let doing = || format!("adding aliases to {}", file.path);
     let bytes = std::fs::read(&file.path).with_context(doing)?;
     Ok(Source::Bytes(alias::add(&bytes, aliases).with_context(doing)?))
 }
 
-/// The role of the boot partition that belongs to a slot, and the name of its volume: `boot-a` and
-/// `boot-b` hold the same bytes, as all slot images do.
+/// The role of a slot's boot partition, and the name of its volume: `boot-a` and `boot-b` contain
+/// the same bytes, like all slot images.
 const BOOT_SLOTS: [&str; 2] = ["boot-a", "boot-b"];
 const BOOT_SLOT: &str = "boot-slot";
 
@@ -348,7 +353,7 @@ fn fat_content(plan: &Plan, role: &str, files: Vec<FatFile>) -> Content {
     }
 }
 
-/// Wraps a boot script in U-Boot's image format, with the help of two files in `dir`.
+/// Wraps a boot script in U-Boot's image format, using two temporary files in `dir`.
 ///
 /// # Errors
 /// When `mkimage` is missing or fails.
@@ -367,8 +372,8 @@ pub fn wrap_script(text: &[u8], epoch: u64, dir: &Utf8Path, log: &Utf8Path) -> R
     std::fs::read(&wrapped).with_context(|| format!("reading {wrapped}"))
 }
 
-/// The files that QEMU takes besides the image: the boot loader, and a device tree where the
-/// machine's firmware would hand one over. They lie below `dist/<product>/<board>/qemu`.
+/// The files that QEMU needs besides the image: the boot loader, and a device tree where the
+/// machine's firmware would provide one. They are below `dist/<product>/<board>/qemu`.
 pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::Files> {
     let qemu = plan.board.qemu.as_ref()?;
     let dir = dist.join("qemu");
@@ -380,7 +385,7 @@ pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::Files> {
     })
 }
 
-/// What the board changes in the device tree for its machine in QEMU.
+/// The board's changes to the device tree for its machine in QEMU.
 fn tree_changes(build: &Build<'_>) -> Result<Option<Vec<u8>>> {
     let path = build.plan.board.qemu.as_ref().and_then(|qemu| qemu.device_tree_changes.as_ref());
     let read = |path: &Utf8PathBuf| {
@@ -469,7 +474,7 @@ pub fn card(
                 disk_guid: plan.identifiers.disk,
                 mbr_signature: plan.identifiers.disk_signature,
                 epoch: plan.epoch,
-                // Both copies: a card that is new has nothing that looks damaged.
+                // Both copies, so that a new card does not appear to be damaged.
                 states: vec![BootState::first().encode().to_vec(); plan.disk.states.len()],
                 partitions,
             };
@@ -478,7 +483,7 @@ pub fn card(
                 start::require(&starts, &plan.board.name)?;
                 Ok(starts)
             })?;
-            // The image must be on the disk before the stage counts as finished.
+            // The image must be on the disk before the stage is marked as finished.
             flush(&made.path)?;
             flush(&made.bmap.path)?;
             copy_for_qemu(build, base, changes.as_deref())?;
@@ -505,7 +510,7 @@ pub fn card(
     Ok(card)
 }
 
-/// How hard a bundle is compressed.
+/// The compression level of a bundle.
 pub(super) fn level(compression: Compression) -> bundle::Level {
     match compression {
         Compression::Fast => bundle::Level::Fast,
@@ -558,7 +563,8 @@ pub fn bundle(
         },
         |build, dir| {
             let mut payloads = Vec::new();
-            // First what the firmware reads: where the root does not fit its kernel, nothing starts.
+            // Install the firmware's files first: a root filesystem that does not match its kernel
+            // does not boot.
             let boot = dir.join("boot.vfat");
             let role = BOOT_SLOTS[0];
             if let Some(placed) = plan.disk.partition(role) {

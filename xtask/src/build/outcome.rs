@@ -1,4 +1,4 @@
-//! What a build says at its end: the report in its three forms, and the bill of materials.
+//! The output of a finished build: the report in its three forms, and the bill of materials.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -21,7 +21,7 @@ use crate::sbom::{self, Component, Meta, Origin};
 use crate::wheel::metadata::License;
 use crate::{outln, text};
 
-/// The note that a failed build leaves beside its results.
+/// The file that a failed build leaves beside its results.
 pub const FAILURE: &str = "failure.json";
 
 /// Why a build failed, for the summary of several.
@@ -29,7 +29,7 @@ pub const FAILURE: &str = "failure.json";
 pub struct Failure {
     /// The stage.
     pub stage: String,
-    /// Its log, relative to the workspace, when it wrote one.
+    /// Its log, relative to the workspace, if any.
     pub log: Option<String>,
     /// The error, outermost first.
     pub error: String,
@@ -38,7 +38,7 @@ pub struct Failure {
 /// Removes the note of an earlier failure.
 ///
 /// # Errors
-/// When it is there and cannot be removed.
+/// When it exists and cannot be removed.
 pub fn forget_failure(dist: &Utf8Path) -> Result<()> {
     let path = dist.join(FAILURE);
     match std::fs::remove_file(&path) {
@@ -49,7 +49,7 @@ pub fn forget_failure(dist: &Utf8Path) -> Result<()> {
     }
 }
 
-/// Notes which stage failed, and where its log is.
+/// Records which stage failed, and the path of its log.
 ///
 /// # Errors
 /// When the note cannot be written.
@@ -69,7 +69,7 @@ pub fn write_failure(build: &Build<'_>, error: &anyhow::Error) -> Result<()> {
 /// Collects the report.
 ///
 /// # Errors
-/// When an output cannot be looked at.
+/// When an output cannot be read.
 pub fn report(
     build: &Build<'_>,
     made: &Made,
@@ -168,7 +168,7 @@ pub fn report(
     })
 }
 
-/// The parts of the system, each with the digest of what it contributes: times and places do not count.
+/// The parts of the system, each with the digest of its content, without times and paths.
 fn parts(build: &Build<'_>, made: &Made, rendered: &Rendered) -> Result<Vec<report::Component>> {
     let plan = build.plan;
     let mut parts = Vec::new();
@@ -264,7 +264,8 @@ fn output(
     path: &Utf8Path,
     sha256: Option<String>,
 ) -> Result<Output> {
-    let metadata = std::fs::metadata(path).with_context(|| format!("looking at {path}"))?;
+    let metadata =
+        std::fs::metadata(path).with_context(|| format!("reading the metadata of {path}"))?;
     Ok(Output {
         name: name.to_owned(),
         path: path.strip_prefix(build.root).unwrap_or(path).to_string(),
@@ -362,7 +363,7 @@ fn components(build: &Build<'_>, made: &Made) -> Result<Vec<Component>> {
     Ok(components)
 }
 
-/// Debian names licences in words of its own, so they stay text.
+/// Debian's licence names are not SPDX identifiers, so they stay text.
 fn license(names: &[String]) -> Option<License> {
     (!names.is_empty()).then(|| License::Text(names.join(", ")))
 }
