@@ -1,6 +1,6 @@
-//! Stores of releases, and bringing releases into them. Objects come first, then manifests, and the
-//! channel's index last, by compare-and-swap: a reader never meets an index whose objects are not all
-//! there, and of two publishers neither loses the other's release.
+//! Stores of releases, and publishing releases to them. Objects come first, then manifests, and the
+//! channel's index last, by compare-and-swap: a reader never finds an index with missing objects,
+//! and two concurrent publishers do not lose each other's releases.
 
 pub mod client;
 pub mod directory;
@@ -25,27 +25,27 @@ use crate::release::format::{Channel, Entry, File, Index, Manifest, Retired};
 use crate::release::index::Retention;
 use crate::release::pins::Pins;
 
-/// How often a channel is changed anew when somebody else was quicker. Each time one publisher gets on,
-/// so this bounds how many may publish at once.
+/// How often the change of a channel is retried after a conflict. One publisher succeeds each time,
+/// so this limits how many may publish at once.
 const ATTEMPTS: u32 = 50;
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// What a channel's file was when it was read; [`Store::swap`] replaces no other.
+/// The version of a channel's file when it was read; [`Store::swap`] replaces only this version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Token {
-    /// There was none.
+    /// The file did not exist.
     Absent,
-    /// The store's own word for the version that was read.
+    /// The store's own identifier of the version that was read.
     Version(String),
 }
 
-/// What is wrong with an object, in a store that works.
+/// An error of one object in a working store.
 #[derive(Debug)]
 pub enum BadObject {
-    /// It is not there.
+    /// The object does not exist.
     Missing(String),
-    /// It is not what its name says.
+    /// Its content does not match its name.
     Damaged(String),
 }
 
@@ -58,34 +58,36 @@ impl std::fmt::Display for BadObject {
 
 impl std::error::Error for BadObject {}
 
-/// A place for files, each written once and never changed; it has its name only when it is complete.
+/// Storage for files, each written once and never changed; a file gets its name when it is
+/// complete.
 pub trait Files {
-    /// The place for people.
+    /// The human-readable name of the storage.
     fn name(&self) -> String;
 
     /// A small file; `None` when there is none.
     ///
     /// # Errors
-    /// When the place cannot be asked, or the file is larger than 16 MiB.
+    /// When the storage cannot be accessed, or the file is larger than 16 MiB.
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>>;
 
-    /// Which of these objects (SHA-256 and size) lie there complete.
+    /// Which of these objects (SHA-256 and size) exist and are complete.
     ///
     /// # Errors
-    /// When the place cannot be asked.
+    /// When the storage cannot be accessed.
     fn present(&self, objects: &[(String, u64)]) -> Result<BTreeSet<String>>;
 
-    /// Stores an object, and checks what has arrived.
+    /// Stores an object, and verifies the stored bytes.
     ///
     /// # Errors
-    /// When it cannot be stored, or something else arrived.
+    /// When it cannot be stored, or the stored bytes differ.
     fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()>;
 
-    /// Fetches an object of at most `limit` bytes into a local file, and checks it. `received` is told
-    /// how many bytes more have come.
+    /// Fetches an object of at most `limit` bytes into a local file, and verifies it. `received` is
+    /// called with the number of new bytes.
     ///
     /// # Errors
-    /// [`BadObject`] when it is not there or is another one; others when it cannot be had.
+    /// [`BadObject`] when it does not exist or has other content; other errors when it cannot be
+    /// fetched.
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()>;
 
     /// Writes a small file.
@@ -95,17 +97,17 @@ pub trait Files {
     fn write(&self, path: &str, content: &[u8]) -> Result<()>;
 }
 
-/// A place for releases. Paths are those of `docs/releases.md`. Only a channel's file ever changes.
+/// Storage for releases. Paths are those of `docs/releases.md`. Only a channel's file ever changes.
 pub trait Store: Files {
-    /// The store's address in its one spelling: what it is remembered by.
+    /// The store's canonical address, under which it is remembered.
     ///
     /// # Errors
-    /// When it cannot be found out.
+    /// When it cannot be determined.
     fn identity(&self) -> Result<String> {
         Ok(self.name())
     }
 
-    /// Whether there is a place at all. A folder that is not there is a store that begins.
+    /// Whether the store exists. A missing directory is a new store.
     fn exists(&self) -> bool {
         true
     }
@@ -113,17 +115,17 @@ pub trait Store: Files {
     /// The channel's newest file, and the token to replace it with.
     ///
     /// # Errors
-    /// When the store cannot be asked.
+    /// When the store cannot be accessed.
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)>;
 
-    /// Replaces the channel's file if it still is what the token stands for. `false`: somebody else was
-    /// quicker, and nothing has changed.
+    /// Replaces the channel's file if its version is still that of the token. `false`: another
+    /// publisher has changed it, and nothing was written.
     ///
     /// # Errors
     /// When it cannot be written.
     fn swap(&self, channel: Channel, token: &Token, serial: u64, content: &[u8]) -> Result<bool>;
 
-    /// Makes readers see the newest file, should an interrupted publisher not have got to it.
+    /// Makes the newest file visible to readers, in case an interrupted publisher has not done so.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -139,18 +141,18 @@ pub struct Options {
     pub region: Option<String>,
     /// Options of ssh_config(5), `KEY=VALUE`.
     pub ssh: Vec<String>,
-    /// How long a server is waited for.
+    /// The timeouts for a server.
     pub patience: client::Patience,
-    /// The value of the header `Authorization`, for servers that are neither.
+    /// The value of the header `Authorization`, for other HTTP servers.
     pub authorization: Option<Secret>,
 }
 
-/// A text that is never printed.
+/// A secret text that is never printed.
 #[derive(Clone)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes the text.
+    /// Wraps the text.
     pub fn new(text: String) -> Self {
         Self(text)
     }
@@ -167,11 +169,11 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// Opens a place for files that several machines use at once, by its address: a folder, `http[s]://…` or
-/// `s3://…`. Nothing is written yet.
+/// Opens the storage of a shared cache by its address: a directory, `http[s]://…` or `s3://…`. This
+/// writes nothing.
 ///
 /// # Errors
-/// When the address is none.
+/// When the address is invalid.
 pub fn open_files(address: &str, options: &Options) -> Result<Box<dyn Files + Send + Sync>> {
     if let Some(rest) = address.strip_prefix("s3://") {
         return Ok(Box::new(s3::Bucket::new(rest, options)?));
@@ -181,16 +183,16 @@ pub fn open_files(address: &str, options: &Options) -> Result<Box<dyn Files + Se
     }
     ensure!(
         Utf8Path::new(address).is_absolute(),
-        "`{address}` is no address of a shared cache\n\
-         help: https://HOST[/PATH], s3://BUCKET[/PREFIX], or the full path of a folder"
+        "invalid address of a shared cache: `{address}`\n\
+         help: https://HOST[/PATH], s3://BUCKET[/PREFIX], or the full path of a directory"
     );
     Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
 }
 
-/// Opens a store by its address: a folder, `ssh://…` or `s3://…`. Nothing is written yet.
+/// Opens a store by its address: a directory, `ssh://…` or `s3://…`. This writes nothing.
 ///
 /// # Errors
-/// When the address is none.
+/// When the address is invalid.
 pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
     if let Some(rest) = address.strip_prefix("s3://") {
         return Ok(Box::new(s3::Bucket::new(rest, options)?));
@@ -200,21 +202,22 @@ pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
     }
     ensure!(
         !address.contains("://"),
-        "`{address}` is no address of a store\n\
-         help: a folder, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]"
+        "invalid address of a store: `{address}`\n\
+         help: a directory, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]"
     );
-    // As scp spells it: a folder of that name would be made here, and nobody would look for it.
+    // The syntax of scp: it would create a local directory of that name by mistake.
     if let Some((host, path)) = address.split_once(':').filter(|(host, _)| !host.contains('/')) {
         bail!(
-            "`{address}` is no folder\nhelp: ssh://{host}/{}, or ./{address} for a folder of that name",
+            "`{address}` is not a directory\n\
+             help: for a host: ssh://{host}/{}, or ./{address} for a directory of that name",
             path.trim_start_matches('/')
         );
     }
     Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
 }
 
-/// Whom we trust, with what, and who signs for us: the key directory, with each key opened once; the pinned
-/// kinds; and what was seen before. Nothing of it comes from a store.
+/// The trusted keys and the signing keys: the key directory, with each key opened once; the pinned
+/// kinds; and the serials seen before. Nothing of it comes from a store.
 pub struct Authority {
     dir: Utf8PathBuf,
     set: KeySet,
@@ -224,8 +227,8 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// Reads the key set, and the pins of the workspace that this is called in, if any. `restored`: what
-    /// stores have now counts, whatever was seen before.
+    /// Reads the key set, and the pins of the workspace that this is called in, if any. `restored`:
+    /// accept the current state of stores, whatever was seen before.
     ///
     /// # Errors
     /// When the key directory or the workspace's files cannot be used.
@@ -254,8 +257,8 @@ impl Authority {
         &self.memory
     }
 
-    /// To be called before anything is written to a store. One that is not there begins anew: what was
-    /// remembered of an earlier one in its place is forgotten.
+    /// Must be called before anything is written to a store. If the store does not exist, what was
+    /// remembered about an earlier store at this address is forgotten.
     ///
     /// # Errors
     /// When the memory cannot be written.
@@ -263,7 +266,7 @@ impl Authority {
         if store.exists() { Ok(()) } else { self.memory.forget(store) }
     }
 
-    /// The keys that count.
+    /// The trusted keys.
     pub fn keys(&self) -> &KeySet {
         &self.set
     }
@@ -280,7 +283,7 @@ impl Authority {
         if !self.signers.contains_key(name) {
             let mut keys = Keys::open(&self.dir)?;
             let signer = keys.signer(kind)?;
-            // The first development key is made on first use.
+            // The first development key is created on first use.
             self.set = keys.set().clone();
             self.signers.insert(name, signer);
         }
@@ -288,21 +291,22 @@ impl Authority {
     }
 }
 
-/// Seconds since 1970, for what has no commit's time.
+/// Seconds since 1970, for files without a commit's time.
 ///
 /// # Errors
-/// When the clock stands before 1970.
+/// When the clock is set before 1970.
 pub fn now() -> Result<u64> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    Ok(since.context("this machine's clock stands before 1970")?.as_secs())
+    Ok(since.context("the system clock is set before 1970")?.as_secs())
 }
 
-/// A channel as the store has it: verified, of the pinned kind, and not older than what was seen before.
+/// A channel in the store: verified, of the pinned kind, and not older than what was seen before.
 ///
 /// # Errors
-/// When it cannot be read, no trusted key has signed it, or it is older.
+/// When it cannot be read, is not signed by a trusted key, or is older.
 pub fn load(store: &dyn Store, channel: Channel, authority: &Authority) -> Result<(Index, Token)> {
-    // Before the store is asked: of two processes here, the quicker one must not make the other's index old.
+    // Read this before accessing the store: of two processes on this machine, the faster one must
+    // not make the other's index appear old.
     let seen = authority.memory.of(store, channel)?;
     let there = store.exists();
     let (file, token) = store.index(channel)?;
@@ -322,15 +326,15 @@ pub fn load(store: &dyn Store, channel: Channel, authority: &Authority) -> Resul
 /// A release's manifest, verified.
 ///
 /// # Errors
-/// When it is missing, is another one, is of another kind than its channel says, or no trusted key has
-/// signed it.
+/// When it is missing, does not match the index, is not of the kind in its channel, or is not
+/// signed by a trusted key.
 pub fn manifest(store: &dyn Store, entry: &Entry, keys: &KeySet) -> Result<Manifest> {
     let [text, signature] = manifest_files(store, &entry.manifest)?;
     let manifest = Manifest::open(&entry.manifest, &text, &signature, keys)?;
     let found = (&manifest.product, &manifest.version, manifest.kind);
     ensure!(
         found == (&entry.product, &entry.version, entry.kind),
-        "{}: it is {} {} ({}), and the channel lists it as {} {} ({})",
+        "{}: the manifest is of {} {} ({}), but the channel lists it as {} {} ({})",
         entry.manifest.path,
         manifest.product,
         manifest.version,
@@ -342,21 +346,21 @@ pub fn manifest(store: &dyn Store, entry: &Entry, keys: &KeySet) -> Result<Manif
     Ok(manifest)
 }
 
-/// A manifest and its signature, as they are.
+/// A manifest and its signature, unverified.
 fn manifest_files(store: &dyn Store, file: &File) -> Result<[Vec<u8>; 2]> {
     let read = |path: &str| {
         let found = store.read(path)?;
-        found.with_context(|| format!("{} lacks {path}", store.name()))
+        found.with_context(|| format!("{} does not contain {path}", store.name()))
     };
     Ok([read(&file.path)?, read(&file.signature())?])
 }
 
-/// Changes a channel: `change` makes the new index of the present one (`None`: nothing to do), `prepare`
-/// brings in all that the new one refers to. Both run again when somebody else was quicker.
+/// Changes a channel: `change` creates the new index from the current one (`None`: nothing to do),
+/// `prepare` uploads everything that the new index refers to. Both are repeated after a conflict.
 /// Returns whether anything changed.
 ///
 /// # Errors
-/// Whatever they return; a store that cannot be written.
+/// The errors of both; a store that cannot be written.
 pub fn change(
     store: &dyn Store,
     channel: Channel,
@@ -374,7 +378,7 @@ pub fn change(
         };
         authority.pins.check(&next)?;
         prepare(&current, &next)?;
-        next.serial = current.serial.checked_add(1).context("the serial is at its end")?;
+        next.serial = current.serial.checked_add(1).context("channel serial number overflow")?;
         let kind = authority.pins.channel(channel);
         let content = next.sign(authority.signer(kind)?)?;
         if store.swap(channel, &token, next.serial, &content)? {
@@ -383,19 +387,20 @@ pub fn change(
             store.settle(channel)?;
             return Ok(true);
         }
-        // Different processes wait differently long, so that one of them gets through.
+        // Each process waits for a different time, so that one of them succeeds.
         let jitter = Duration::from_millis(u64::from(std::process::id()) % 50);
         std::thread::sleep(pause + jitter);
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
     bail!(
-        "changing the channel {channel} of {}: others were quicker {ATTEMPTS} times\n\
-         help: try again when fewer publish at once",
+        "could not update the channel {channel} of {}: lost the race to other publishers \
+         {ATTEMPTS} times\n\
+         help: try again when fewer publishers are active",
         store.name()
     )
 }
 
-/// What a publish did to one channel.
+/// The result of publishing one channel.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Published {
@@ -413,10 +418,11 @@ pub struct Published {
     pub kept: usize,
 }
 
-/// Brings everything of a channel from one store on this machine into another.
+/// Publishes everything of a channel from a store on this machine to another store.
 ///
 /// # Errors
-/// When the two contradict each other, an object of ours is damaged, or the target cannot be written.
+/// When the two stores contradict each other, a local object is damaged, or the target cannot be
+/// written.
 pub fn publish(
     from: &directory::Directory,
     to: &dyn Store,
@@ -433,7 +439,7 @@ pub fn publish(
         let mut next = current.clone();
         next.merge(&ours)?;
         next.retain(retention, now);
-        // What the target has let go of does not come back to be retired once more.
+        // Releases that the target has retired are not added again.
         let known = |r: &Retired| {
             current.retired.contains(r) || current.find(&r.product, &r.version).is_some()
         };
@@ -499,12 +505,12 @@ pub(crate) fn unique() -> String {
     hash_bytes(text.as_bytes()).chars().take(16).collect()
 }
 
-/// Where the fetched parts of a store lie while they are looked at.
+/// A directory for fetched parts of a store while they are read.
 ///
 /// # Errors
-/// When no temporary folder can be made.
+/// When no temporary directory can be made.
 pub(crate) fn scratch() -> Result<(tempfile::TempDir, Utf8PathBuf)> {
-    let dir = tempfile::tempdir().context("making a temporary folder")?;
-    let path = Utf8PathBuf::try_from(dir.path().to_owned()).context("the temporary folder")?;
+    let dir = tempfile::tempdir().context("making a temporary directory")?;
+    let path = Utf8PathBuf::try_from(dir.path().to_owned()).context("the temporary directory")?;
     Ok((dir, path))
 }

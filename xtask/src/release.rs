@@ -1,5 +1,5 @@
-//! Releases: what was built, as a static tree of signed files that any web server, object store or USB
-//! stick can hold. The format is in `docs/releases.md`.
+//! Releases: build results as a static tree of signed files for any web server, object store or USB
+//! stick. The format is in `docs/releases.md`.
 
 pub mod check;
 pub mod collect;
@@ -13,5 +13,5 @@ pub mod summary;
 
 pub use format::{Channel, Index, Manifest};
 
-/// Where releases are made, below the workspace: a store like any other.
+/// The directory for releases below the workspace: a store like any other.
 pub const LOCAL: &str = "dist/releases";

@@ -1,4 +1,4 @@
-//! All builds in `dist/` as one page of Markdown: what CI shows of a night.
+//! All builds in `dist/` as one page of Markdown: shown by CI after a nightly build.
 
 use std::fs;
 
@@ -14,7 +14,7 @@ use crate::progress::{bytes, duration};
 use crate::publish::{Authority, Files, load, manifest, scratch};
 use crate::report::Report;
 
-/// Sums up: a table of builds, each failure with its stage and log, and the newest nightlies' notes.
+/// Writes a table of builds, each failure with its stage and log, and the newest nightlies' notes.
 ///
 /// # Errors
 /// When a report or the local store cannot be read.
@@ -91,9 +91,8 @@ fn read_failure(dir: &Utf8Path) -> Result<Option<Failure>> {
 }
 
 fn failed(product: &str, board: &str, failure: &Failure) -> String {
-    let log =
-        failure.log.as_ref().map_or("it wrote no log".to_owned(), |log| format!("log `{log}`"));
-    // Four backticks: an error may quote three.
+    let log = failure.log.as_ref().map_or("no log".to_owned(), |log| format!("log `{log}`"));
+    // Four backticks: an error may contain three.
     let error = failure.error.replace("````", "'''");
     format!(
         "\n**{product} for {board}**: stage `{}`, {log}\n\n````\n{error}\n````\n",
