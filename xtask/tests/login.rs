@@ -1,5 +1,6 @@
-//! Who may log in with a key on `data`: the shipped settings and the shipped step that makes the host key, with the
-//! real sshd on the loopback address. sshd reads keys as the user who logs in, so folders' modes decide.
+//! Who may log in with a key on `data`: the shipped settings and the shipped step that makes the
+//! host key, with the real sshd on the loopback address. sshd reads keys as the user who logs in,
+//! so directories' modes decide.
 
 use crate::overlay_support;
 
@@ -14,7 +15,7 @@ use overlay_support::Robot;
 const SETTINGS: &str = "etc/ssh/sshd_config.d/10-slipway.conf";
 const LONG: Duration = Duration::from_secs(60);
 
-/// sshd, whose `/data` is a robot's: all folders above are root's, as sshd wants them.
+/// sshd, whose `/data` is a robot's: all directories above are root's, as sshd wants them.
 struct Server {
     child: Child,
     port: u16,
@@ -30,7 +31,8 @@ impl Drop for Server {
 impl Server {
     fn new(robot: &Robot) -> Self {
         let port = xtask::qemu::free_port(0).expect("a port");
-        // The robot's folder as /mnt, in mounts of its own: what lies in /tmp is anybody's, to sshd.
+        // The robot's directory as /mnt, in a private mount namespace: sshd does not trust files
+        // below /tmp.
         let settings =
             robot.read(SETTINGS).replace(" /data/", " /mnt/data/").replace(" /etc/", " /mnt/etc/");
         let more = format!("Port {port}\nListenAddress 127.0.0.1\nPidFile none\nUsePAM no\n");
@@ -93,7 +95,8 @@ fn chmod(robot: &Robot, path: &str, mode: u32) {
 
 const FOLDER: &str = "data/identity/ssh";
 
-/// A robot as earlier versions have left it: the folder is root's alone, and there are keys of two users.
+/// A robot as earlier versions have left it: the directory is root's alone, and there are keys of
+/// two users.
 fn robot() -> Robot {
     let robot = Robot::development();
     for user in ["root", "nobody"] {
@@ -152,7 +155,7 @@ fn root_and_another_user_log_in_with_keys_on_data() {
     // Each key is its user's own.
     assert!(!server.takes(&robot, "root", "nobody"));
     assert!(!server.takes(&robot, "nobody", "root"));
-    // Whoever can write it is not trusted; and without a way to it there is none.
+    // A file that others can write is not trusted; and an unreachable file is treated as missing.
     let keys = format!("{FOLDER}/authorized_keys.d/nobody");
     chmod(&robot, &keys, 0o666);
     assert!(!server.takes(&robot, "nobody", "nobody"));

@@ -1,4 +1,5 @@
-//! What tests of the configuration share: the fixture's workspace, in a folder of the test's own.
+//! What tests of the configuration share: the fixture's workspace, in a directory of the test's
+//! own.
 #![allow(dead_code)]
 
 use std::fs;
@@ -9,14 +10,14 @@ use xtask::facts::Facts;
 use xtask::plan;
 use xtask::render::{self, Rendered};
 
-/// Where the fixture lies.
+/// The path of the fixture.
 pub fn fixture() -> Utf8PathBuf {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixture")
 }
 
-/// Copies a folder.
+/// Copies a directory.
 pub fn copy(from: &Utf8Path, to: &Utf8Path) {
-    fs::create_dir_all(to).expect("a folder");
+    fs::create_dir_all(to).expect("a directory");
     for entry in from.read_dir_utf8().expect("readable") {
         let entry = entry.expect("readable");
         let target = to.join(entry.file_name());
@@ -36,7 +37,7 @@ pub struct Workspace {
 
 impl Workspace {
     pub fn new() -> Self {
-        let keep = tempfile::tempdir().expect("a folder");
+        let keep = tempfile::tempdir().expect("a directory");
         let dir =
             Utf8PathBuf::try_from(keep.path().canonicalize().expect("a path")).expect("UTF-8");
         copy(&fixture(), &dir);
@@ -49,7 +50,7 @@ impl Workspace {
 
     pub fn put(&self, path: &str, content: impl AsRef<[u8]>) {
         let path = self.at(path);
-        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        fs::create_dir_all(path.parent().expect("a directory")).expect("made");
         fs::write(path, content).expect("written");
     }
 
