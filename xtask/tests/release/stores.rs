@@ -209,7 +209,7 @@ fn an_index_that_nobody_trusted_has_signed_is_refused() {
     assert!(format!("{error:#}").contains("signature"), "{error:#}");
     let other =
         Index::open(Channel::Beta, text.as_bytes(), &bench.keys(), &bench.pins()).unwrap_err();
-    assert!(format!("{other:#}").contains("the index of the channel nightly"), "{other:#}");
+    assert!(format!("{other:#}").contains("the index belongs to the channel nightly"), "{other:#}");
 }
 
 #[test]
