@@ -136,7 +136,7 @@ impl KeySet {
                     format!("the key set ends in the middle, in line {}", error.line())
                 }
                 serde_json::error::Category::Syntax => {
-                    format!("the key set is no JSON from line {} on: {error}", error.line())
+                    format!("the key set is not JSON from line {} on: {error}", error.line())
                 }
                 _ => format!("the key set: {error}"),
             },

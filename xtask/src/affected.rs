@@ -1,5 +1,5 @@
-//! What a commit affects: the inputs of every component of every build, then and now, compared by
-//! content. For CI, which builds only that.
+//! Finds what the changes since a commit affect: compares the inputs of every component of every
+//! build by content. For CI, which only builds those.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,7 +16,7 @@ use crate::plan::{self, Facts, Plan};
 use crate::render::INIT;
 use crate::scratch::scratch;
 
-/// The tool itself, and what it is compiled from: any of it may change any component.
+/// The tool itself and its sources: each of them may change any component.
 const BUILDER: [&str; 10] = [
     ".cargo",
     "Cargo.lock",
@@ -29,7 +29,7 @@ const BUILDER: [&str; 10] = [
     "xtask/Cargo.toml",
     "xtask/src",
 ];
-/// What belongs to Buildroot.
+/// The directories of Buildroot.
 const EXTERNAL: &str = "external";
 
 /// One build: a product for a board.
@@ -44,22 +44,22 @@ pub struct Build {
     pub engine: Engine,
     /// The product's version.
     pub version: String,
-    /// With a commit to compare with: what changed, and why.
+    /// With a commit to compare with: the changed components, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub components: Vec<Component>,
 }
 
-/// A component that must be made again.
+/// A component that must be rebuilt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Component {
-    /// `base`, `api`, `agent`, `boot`, `system` or `card`; `all` for what no component can be told of.
+    /// `base`, `api`, `agent`, `boot`, `system` or `card`; `all` if the component is unknown.
     pub name: String,
-    /// The inputs that changed: files, settings, and components that it is made of.
+    /// The inputs that changed: files, settings, and components that it depends on.
     pub reasons: Vec<String>,
 }
 
-/// The components, each after those that it is made of.
+/// The components, each after those that it depends on.
 const COMPONENTS: [(&str, &[&str]); 6] = [
     ("base", &[]),
     ("api", &["base"]),
@@ -96,11 +96,11 @@ pub fn all(root: &Utf8Path, only: Option<&str>) -> Result<Vec<Build>> {
     Ok(builds)
 }
 
-/// The builds of which something changed since a commit; uncommitted changes count.
+/// The builds that changed since a commit, including uncommitted changes.
 ///
 /// # Errors
-/// When there is no such commit, or today's configuration is wrong. That the old one cannot be read any
-/// more is a reason, not an error.
+/// When there is no such commit, or today's configuration is invalid. An old configuration that
+/// cannot be read any more is a reason, not an error.
 pub fn changed_since(root: &Utf8Path, revision: &str, only: Option<&str>) -> Result<Vec<Build>> {
     let (_keep, old_root) = unpack(root, revision)?;
     let old_builds = all(&old_root, only).unwrap_or_default();
@@ -133,7 +133,7 @@ fn compare(then: &Inputs, now: &Inputs, builder: &BTreeSet<String>) -> Vec<Compo
     for (name, parts) in COMPONENTS {
         let of = |inputs: &Inputs| inputs.get(name).unwrap_or(&empty).clone();
         let mut reasons: Vec<String> = differing(&of(then), &of(now)).into_iter().collect();
-        // The agent is compiled by cargo from its own sources, whatever the tool is.
+        // Cargo compiles the agent from its own sources, independently of the tool.
         if name != "agent" {
             reasons.extend(builder.iter().cloned());
         }
@@ -153,16 +153,16 @@ fn differing(then: &BTreeMap<String, String>, now: &BTreeMap<String, String>) ->
     names.into_iter().filter(|name| then.get(*name) != now.get(*name)).cloned().collect()
 }
 
-/// A commit's tree in a temporary folder.
+/// A commit's tree in a temporary directory.
 fn unpack(root: &Utf8Path, revision: &str) -> Result<(tempfile::TempDir, Utf8PathBuf)> {
     let git = || git::at(root);
-    // What begins with a dash stays a name.
+    // A name that begins with a dash is not an option.
     let commit = git()
         .args(["rev-parse", "--verify", "--quiet", "--end-of-options"])
         .arg(format!("{revision}^{{commit}}"))
         .read()
         .with_context(|| {
-            // Where git refuses to read the repository at all, its own words say why.
+            // When git refuses to read the repository at all, its own message explains why.
             let help = match git().args(["rev-parse", "--git-dir"]).read() {
                 Ok(_) => "\nhelp: a shallow clone lacks history; CI needs `fetch-depth: 0`",
                 Err(_) => "",
@@ -177,7 +177,7 @@ fn unpack(root: &Utf8Path, revision: &str) -> Result<(tempfile::TempDir, Utf8Pat
     Ok((keep, dir))
 }
 
-/// The hashes of files and of all files below folders; what is not there is left out.
+/// The hashes of files and of all files below directories; missing ones are omitted.
 fn files(root: &Utf8Path, paths: &[&str]) -> Result<BTreeMap<String, String>> {
     let mut found = BTreeMap::new();
     let mut waiting: Vec<Utf8PathBuf> = paths.iter().map(|path| Utf8PathBuf::from(*path)).collect();
@@ -197,7 +197,7 @@ fn files(root: &Utf8Path, paths: &[&str]) -> Result<BTreeMap<String, String>> {
 
 fn inputs(root: &Utf8Path, build: &Build) -> Result<Inputs> {
     let config = config::load(root, Some(&build.product), Some(&build.board))?;
-    // The commit's time is in every output, and changes nothing by itself.
+    // The commit's time is in every output, and is not a change by itself.
     let facts = Facts { commit: None, modified: false, epoch: 0 };
     let plan = plan::resolve(&config, &facts)?;
     let mut inputs = Inputs::new();
@@ -207,7 +207,7 @@ fn inputs(root: &Utf8Path, build: &Build) -> Result<Inputs> {
     let api = plan.api.as_ref().map(|api| &api.lock);
     for input in &plan.inputs {
         let path = &input.path;
-        // What these two say takes part by its meaning, below.
+        // The meaning of these two files is compared below.
         if *path == config.product.place.file || *path == config.board.place.file {
             continue;
         }
@@ -246,7 +246,7 @@ fn is_fragment(config: &Config, path: &Utf8Path) -> bool {
     config.fragments.iter().any(|(fragment, _)| fragment == path)
 }
 
-/// The settings of the product's and the board's file, by what they mean.
+/// The settings of the product's and the board's file, by their meaning.
 fn settings(
     config: &Config,
     plan: &Plan,
@@ -262,7 +262,7 @@ fn settings(
         let component = match name.as_str() {
             "device-trees" | "modules-keep" | "firmware" | "bootloader" | "arch" => "base",
             "uboot" | "boot-flow" => "boot",
-            // How a virtual machine is started is in no output.
+            // The settings of the virtual machine are not in any output.
             "qemu" => continue,
             _ => "system",
         };
@@ -281,14 +281,14 @@ fn settings(
     put("boot", board, "boot-files", &value["boot-files"]);
     put("card", board, "partitions", &value["disk"]);
     put("system", board, "partitions", &value["disk"]["partitions"]);
-    // Not in the plan's JSON, which people read.
+    // Not in the plan's JSON, which is for reading.
     let passwords: Vec<String> =
         plan.users.iter().map(|user| hash_bytes(user.password.as_bytes())).collect();
     put("system", product, "passwords", &serde_json::json!(passwords));
     Ok(())
 }
 
-/// The builds for people: one line each, then the components with their reasons.
+/// The builds in human-readable form: one line each, then the components with their reasons.
 pub fn describe(builds: &[Build]) -> String {
     let mut text = String::new();
     for build in builds {

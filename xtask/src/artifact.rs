@@ -1,4 +1,4 @@
-//! `Artifact`: the only thing that stages hand to each other. A file, its size and its SHA-256.
+//! `Artifact`: the only value that stages pass to each other. A file, its size and its SHA-256.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 /// A finished file. It is never changed once it has become an artifact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Artifact {
-    /// Where the file lies.
+    /// The path of the file.
     pub path: Utf8PathBuf,
     /// Its length in bytes (holes count).
     pub size: u64,
@@ -64,7 +64,7 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// The name that a file has while it is being written: the final name plus `.partial`.
+/// The name of a file while it is being written: the final name plus `.partial`.
 pub fn partial(path: &Utf8Path) -> Utf8PathBuf {
     Utf8PathBuf::from(format!("{path}.partial"))
 }
@@ -80,8 +80,8 @@ pub fn write_atomically(
     write_and_rename(path, true, write)
 }
 
-/// As [`write_atomically`], for gigabytes: does not wait until the bytes are on the disk. Who calls
-/// it flushes the file before its stage counts as finished, or throws it away.
+/// Like [`write_atomically`], for large files: does not wait until the bytes are on the disk. The
+/// caller must flush the file before its stage is marked as finished, or discard it.
 ///
 /// # Errors
 /// As [`write_atomically`].
@@ -128,12 +128,12 @@ fn write_and_rename(
     })
 }
 
-/// How many bytes this user may still write in a folder.
+/// The free space for this user in a directory in bytes.
 ///
 /// # Errors
-/// When the folder cannot be looked at.
+/// When the filesystem cannot be queried.
 pub fn free_space(folder: &Utf8Path) -> Result<u64> {
     let system = rustix::fs::statvfs(folder.as_std_path())
-        .with_context(|| format!("looking at the filesystem of {folder}"))?;
+        .with_context(|| format!("querying the filesystem of {folder}"))?;
     Ok(system.f_bavail.saturating_mul(system.f_frsize))
 }

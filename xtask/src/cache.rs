@@ -1,7 +1,8 @@
-//! The stage cache: a slow stage is keyed by the SHA-256 of its real inputs and its result is kept.
+//! The stage cache: a slow stage is keyed by the SHA-256 of its actual inputs and its result is
+//! kept.
 //!
-//! A stage builds inside a folder of its own; the stamp `stage.json` is written last, so a folder
-//! without a stamp is the remains of an interrupted build and is cleared before the next attempt.
+//! Each stage builds in its own directory; the stamp `stage.json` is written last, so a directory
+//! without a stamp is left from an interrupted build and is cleared before the next attempt.
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -21,18 +22,18 @@ use sha2::{Digest, Sha256};
 use crate::artifact::{Artifact, hex, write_atomically};
 use crate::progress::warn;
 
-/// How many results of each stage are kept; older ones go when a new one is made.
+/// How many results of each stage are kept; older ones are removed when a new one is created.
 const KEPT_PER_STAGE: usize = 6;
 
-/// The file that makes a stage's folder count.
+/// The file that marks a stage's directory as complete.
 pub(crate) const STAMP: &str = "stage.json";
 
-/// The inputs of a stage, hashed. Each part has a name, so that two parts cannot run together.
+/// The inputs of a stage, hashed. Each part has a name, so that two parts cannot be confused.
 #[derive(Debug)]
 pub struct Key(Sha256);
 
 impl Key {
-    /// Starts a key. `version` is raised when the stage's code changes what it makes.
+    /// Starts a key. `version` is raised when a change of the stage's code changes its output.
     pub fn new(stage: &str, version: u32) -> Self {
         Self(Sha256::new()).with("stage", stage).with("version", version.to_string())
     }
@@ -65,7 +66,7 @@ impl Key {
 
 /// Downloads that other machines have: asked before the network is, and told what came from there.
 pub trait RemoteDownloads: Debug + Send + Sync {
-    /// Fetches a download by its hash; `false` when it cannot be had here. `received` is told how many bytes more
+    /// Fetches a download by its hash; `false` when it is not available here. `received` is told how many bytes more
     /// have come.
     fn download(
         &self,
@@ -75,16 +76,16 @@ pub trait RemoteDownloads: Debug + Send + Sync {
         received: &dyn Fn(u64),
     ) -> bool;
 
-    /// Stores downloads that it lacks, if this machine writes.
+    /// Stores missing downloads, if this machine writes.
     fn offer(&self, what: &str, downloads: &[Artifact]);
 }
 
 /// Finished stages of other machines, and their downloads. What is wrong there is a warning, never an error.
 pub trait RemoteStages: Debug + Send + Sync {
-    /// Fetches a stage's result into its folder, which is empty: its value, and the id of the key that has signed it.
+    /// Fetches a stage's result into its directory, which is empty: its value, and the id of the key that has signed it.
     fn take(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)>;
 
-    /// Stores a stage's result of the cache in this folder, if this machine writes and has not stored it before.
+    /// Stores a stage's result of the cache in this directory, if this machine writes and has not stored it before.
     fn give(&self, cache: &Utf8Path, made: &Made<'_>);
 
     /// The downloads.
@@ -97,43 +98,43 @@ pub struct Made<'a> {
     pub stage: &'a str,
     /// The key of its inputs.
     pub key: &'a str,
-    /// Its folder.
+    /// Its directory.
     pub dir: &'a Utf8Path,
     /// Its value.
     pub value: Value,
-    /// The files that it must have.
+    /// Its required files.
     pub outputs: Vec<Utf8PathBuf>,
 }
 
-/// The cache's folder, and the cache that a team shares.
+/// The cache's directory, and the shared cache of a team.
 #[derive(Debug, Clone)]
 pub struct Cache {
     /// `$SLIPWAY_CACHE`, else `$XDG_CACHE_HOME/slipway`, else `~/.cache/slipway`.
     pub root: Utf8PathBuf,
-    /// Ids of the keys whose stages count.
+    /// Ids of the keys whose stages are trusted.
     trusted: Vec<String>,
     shared: Option<Arc<dyn RemoteStages>>,
-    /// Folders of stages that were fetched in this build.
+    /// Directories of stages that were fetched in this build.
     taken: Arc<Mutex<BTreeSet<Utf8PathBuf>>>,
 }
 
-/// Where a stage's result comes from.
+/// The origin of a stage's result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// It was made just now.
+    /// Built now.
     Made,
-    /// It was there already.
+    /// Found in the local cache.
     Kept,
-    /// It was fetched from the shared cache.
+    /// Fetched from the shared cache.
     Shared,
 }
 
 /// A stage's result.
 #[derive(Debug)]
 pub struct Staged<T> {
-    /// What the stage made.
+    /// The value that the stage returned.
     pub value: T,
-    /// Where it comes from.
+    /// Its origin.
     pub origin: Origin,
 }
 
@@ -141,12 +142,12 @@ pub struct Staged<T> {
 struct Stamp<T> {
     value: T,
     seals: Vec<Seal>,
-    /// Id of the key that had signed it in the shared cache; none when it was made here.
+    /// Id of the key that signed it in the shared cache; `None` when it was built here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     signed_by: Option<String>,
 }
 
-/// What an output looked like when it was finished, to notice that somebody changed it.
+/// The state of an output when it was finished, to detect later changes.
 #[derive(Serialize, Deserialize, PartialEq, Eq)]
 struct Seal {
     path: Utf8PathBuf,
@@ -168,10 +169,10 @@ impl Seal {
 }
 
 impl Cache {
-    /// Finds the cache's folder.
+    /// Finds the cache's directory.
     ///
     /// # Errors
-    /// When there is no home folder and none is named.
+    /// When there is no home directory and no variable is set.
     pub fn locate() -> Result<Self> {
         let variable =
             |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty()).map(Utf8PathBuf::from);
@@ -179,18 +180,18 @@ impl Cache {
             .or_else(|| variable("XDG_CACHE_HOME").map(|c| c.join("slipway")))
             .or_else(|| variable("HOME").map(|h| h.join(".cache/slipway")))
             .context(
-                "looking for the cache: HOME is not set\n\
-                 help: set SLIPWAY_CACHE to a folder with 5 GiB of free space",
+                "finding the cache: HOME is not set\n\
+                 help: set SLIPWAY_CACHE to a directory with 5 GiB of free space",
             )?;
         Ok(Self::at(std::path::absolute(&root)?.try_into()?))
     }
 
-    /// A cache in this folder.
+    /// A cache in this directory.
     pub fn at(root: Utf8PathBuf) -> Self {
         Self { root, trusted: Vec::new(), shared: None, taken: Arc::default() }
     }
 
-    /// The same, where stages that one of these keys has signed count, and with a shared cache.
+    /// The same with a shared cache, trusting stages that are signed by one of these keys.
     #[must_use]
     pub fn sharing(mut self, shared: Option<Arc<dyn RemoteStages>>, keys: &KeySet) -> Self {
         let counting = keys.keys.iter().filter(|key| !key.revoked);
@@ -208,7 +209,7 @@ impl Cache {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where finished stages lie.
+    /// The directory of finished stages.
     pub fn stages(&self) -> Utf8PathBuf {
         self.root.join("stages")
     }
@@ -217,7 +218,7 @@ impl Cache {
         self.stages().join(stage).join(key.get(..32).unwrap_or(key))
     }
 
-    /// Whether a result is kept, or could be fetched from the shared cache just now.
+    /// Whether a result is in the local cache, or was just fetched from the shared cache.
     ///
     /// # Errors
     /// When the cache cannot be written.
@@ -232,12 +233,12 @@ impl Cache {
         Ok(self.kept::<T>(&dir).is_some() || self.take(stage, key, &dir, &outputs)?.is_some())
     }
 
-    /// Returns the kept result of `stage` under `key`, or fetches it from the shared cache, or lets `build`
-    /// make it in its folder. `outputs` lists the files that must still be there, unchanged, for a kept
-    /// result to count.
+    /// Returns the cached result of `stage` under `key`, or fetches it from the shared cache, or
+    /// calls `build` to create it in its directory. `outputs` lists the files that must exist
+    /// unchanged for a cached result to be valid.
     ///
     /// # Errors
-    /// Whatever `build` returns; nothing is kept then.
+    /// The error of `build`; nothing is kept then.
     pub fn stage<T: Serialize + DeserializeOwned>(
         &self,
         stage: &str,
@@ -252,7 +253,7 @@ impl Cache {
                 .and_then(|file| file.set_modified(SystemTime::now()))
                 .with_context(|| format!("touching {dir}"))?;
             let taken = self.taken().contains(&dir);
-            // What somebody else has signed is never signed again.
+            // A result that another machine has signed is never signed again.
             if stamp.signed_by.is_none() {
                 drop(lock);
                 self.give(stage, key, &dir, &stamp.value, &outputs);
@@ -272,7 +273,8 @@ impl Cache {
         Ok(Staged { value: stamp.value, origin: Origin::Made })
     }
 
-    /// The kept result in a folder, when its outputs are unchanged and whoever has signed it still counts.
+    /// The cached result in a directory, if its outputs are unchanged and its signer is still
+    /// trusted.
     fn kept<T: DeserializeOwned>(&self, dir: &Utf8Path) -> Option<Stamp<T>> {
         let text = fs::read(dir.join(STAMP)).ok()?;
         let stamp: Stamp<T> = serde_json::from_slice(&text).ok()?;
@@ -281,7 +283,7 @@ impl Cache {
         (unchanged && counts).then_some(stamp)
     }
 
-    /// Fetches a result from the shared cache into its folder.
+    /// Fetches a result from the shared cache into its directory.
     fn take<T: Serialize + DeserializeOwned>(
         &self,
         stage: &str,
@@ -293,9 +295,13 @@ impl Cache {
         clear(dir)?;
         let Some((value, signer)) = shared.take(stage, key, dir) else { return Ok(None) };
         let read = || -> Result<Stamp<T>> {
-            let value: T = serde_json::from_value(value).context("reading its value")?;
+            let value: T =
+                serde_json::from_value(value).context("reading the value of the stage")?;
             for path in outputs(&value) {
-                ensure!(path.starts_with(dir), "it names {path}, which is not in its folder");
+                ensure!(
+                    path.starts_with(dir),
+                    "the result names {path}, which is not in the stage's directory"
+                );
             }
             stamp(stage, dir, value, Some(signer), outputs)
         };
@@ -306,7 +312,7 @@ impl Cache {
                 Ok(Some(stamp.value))
             }
             Err(error) => {
-                warn(format!("{stage} is not taken from the shared cache: {error:#}"));
+                warn(format!("not using {stage} from the shared cache: {error:#}"));
                 Ok(None)
             }
         }
@@ -327,11 +333,11 @@ impl Cache {
                 let made = Made { stage, key, dir, value: json, outputs: outputs(value) };
                 shared.give(&self.root, &made);
             }
-            Err(error) => warn(format!("{stage} has no form for the shared cache: {error}")),
+            Err(error) => warn(format!("{stage} cannot be stored in the shared cache: {error}")),
         }
     }
 
-    /// Keeps the newest results of a stage only. Best effort: a failure costs disk space, no more.
+    /// Keeps the newest results of a stage only. Best effort: a failure only costs disk space.
     fn forget_old(&self, stage: &str) {
         let Ok(entries) = self.stages().join(stage).read_dir_utf8() else { return };
         let mut finished: Vec<_> = entries
@@ -344,7 +350,8 @@ impl Cache {
         finished.sort();
         let surplus = finished.len().saturating_sub(KEPT_PER_STAGE);
         for (_, dir) in finished.into_iter().take(surplus) {
-            // The stamp goes first, so that a half-removed folder never counts as finished.
+            // The stamp is removed first, so that a partly removed directory is never treated as
+            // finished.
             if fs::remove_file(dir.join(STAMP)).is_ok() {
                 drop(fs::remove_dir_all(&dir));
                 drop(fs::remove_file(format!("{dir}.lock")));
@@ -353,9 +360,10 @@ impl Cache {
     }
 }
 
-/// Waits until no other build works on this folder: two that want the same stage at once make it once.
+/// Waits until no other build uses this directory: two builds that need the same stage at once
+/// build it once.
 fn held(dir: &Utf8Path) -> Result<File> {
-    fs::create_dir_all(dir.parent().context("a stage's folder has a parent")?)
+    fs::create_dir_all(dir.parent().context("a stage's directory has a parent")?)
         .with_context(|| format!("creating {dir}"))?;
     let path = Utf8PathBuf::from(format!("{dir}.lock"));
     let lock = File::create(&path).with_context(|| format!("creating {path}"))?;
@@ -363,7 +371,7 @@ fn held(dir: &Utf8Path) -> Result<File> {
     Ok(lock)
 }
 
-/// Empties a stage's folder.
+/// Empties a stage's directory.
 pub(crate) fn clear(dir: &Utf8Path) -> Result<()> {
     if dir.exists() {
         fs::remove_dir_all(dir).with_context(|| format!("clearing {dir}"))?;
@@ -371,7 +379,7 @@ pub(crate) fn clear(dir: &Utf8Path) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))
 }
 
-/// Makes a stage's folder count.
+/// Marks a stage's directory as complete.
 fn stamp<T: Serialize>(
     stage: &str,
     dir: &Utf8Path,
@@ -381,7 +389,7 @@ fn stamp<T: Serialize>(
 ) -> Result<Stamp<T>> {
     let seals = outputs(&value)
         .iter()
-        .map(|path| Seal::of(path).with_context(|| format!("{stage} did not make {path}")))
+        .map(|path| Seal::of(path).with_context(|| format!("{stage} did not create {path}")))
         .collect::<Result<Vec<_>>>()?;
     let stamp = Stamp { value, seals, signed_by };
     let json = serde_json::to_vec_pretty(&stamp).context("describing a stage")?;
@@ -394,7 +402,7 @@ mod tests {
     use super::*;
 
     fn cache() -> (tempfile::TempDir, Cache) {
-        let dir = tempfile::tempdir().expect("a folder");
+        let dir = tempfile::tempdir().expect("a directory");
         let root = Utf8PathBuf::try_from(dir.path().to_owned()).expect("UTF-8");
         (dir, Cache::at(root))
     }

@@ -1,4 +1,4 @@
-//! The command line: what may be typed, and nothing of what it does.
+//! The command line: arguments and options only, no behaviour.
 
 mod release;
 
@@ -26,10 +26,9 @@ pub struct Cli {
 pub enum Command {
     /// Build the card image, its bundle and the report.
     ///
-    /// Installs what this machine lacks (it says what, and uses sudo where it must), makes the base
+    /// Installs missing tools (lists them first, and uses sudo where necessary), builds the base
     /// system, adds overlay and API, assembles the card image and packs the bundle that updates a
-    /// robot to the same system. Finished stages are kept: a build in which nothing changed does
-    /// no work.
+    /// robot to the same system. Finished stages are cached: a build without changes does no work.
     BuildImage(BuildImage),
     /// Show the resolved build: every input with its hash, every partition with its offset.
     Plan(PlanOptions),
@@ -39,30 +38,31 @@ pub enum Command {
     Inspect(Inspect),
     /// Check an image or a bundle against its hashes and signatures.
     Verify(Verify),
-    /// Boot a built image in QEMU, with its serial console on this terminal; or run its services here.
+    /// Boot a built image in QEMU, with its serial console on this terminal; or run its services on
+    /// this machine.
     ///
-    /// With --local: builds the root file system and starts its services on this machine, as an ordinary
-    /// user, without hardware, systemd or D-Bus, from the very files that ship. Its `data` is kept. Only
-    /// 127.0.0.1 reaches it. Ctrl-C ends all of it.
+    /// With --local: builds the root file system and starts its services on this machine, as an
+    /// ordinary user, without hardware, systemd or D-Bus, from the files that ship. Its `data` is
+    /// kept. It is reachable at 127.0.0.1 only. Ctrl-C stops everything.
     Run(Run),
-    /// Write an image to a card, and read back what the card then holds.
+    /// Write an image to a card and verify it by reading it back.
     ///
-    /// Refuses the disks of this machine, whatever is mounted, and what is too small, each with its reason.
-    /// Asks once on a terminal. A card whose flashing was interrupted has no partition table and starts
-    /// nothing.
+    /// Rejects system disks, mounted devices and devices that are too small, each with its reason.
+    /// Asks for confirmation on a terminal. After an interruption the card has no partition table
+    /// and does not boot.
     Flash(Flash),
-    /// Install a bundle on robots over SSH, wait for their restart, and say which system came up.
+    /// Install a bundle on robots over SSH, wait for their restart, and report which system booted.
     ///
-    /// Streams the bundle into the robot's agent; nothing is stored on the way. A connection that breaks
-    /// is made again. Exits with 0 only if every robot has committed this bundle's version.
+    /// Streams the bundle to the robot's agent without storing it on the way. Reconnects when the
+    /// connection breaks. Exits with 0 only if every robot has committed this bundle's version.
     Push(Push),
-    /// Make releases of what was built, and look after their channels.
+    /// Make releases from build results, and manage their channels.
     #[command(subcommand)]
     Release(Release),
-    /// Bring releases to a folder, a USB stick, a host by SFTP, or an S3 bucket.
+    /// Copy releases to a directory, a USB stick, a host by SFTP, or an S3 bucket.
     ///
-    /// Objects first, the channel's index last: readers never see a release that is not all there. An
-    /// interrupted publish goes on where it stopped when it is started again.
+    /// Objects first, the channel's index last: readers never see an incomplete release. An
+    /// interrupted publish resumes when it is run again.
     Publish(Publish),
     /// Resolve packages and wheels again and write the lock files.
     Lock(Lock),
@@ -76,16 +76,17 @@ pub enum Command {
     Doctor(Doctor),
     /// Run the tests. Sets this machine up first, as build-image does.
     Test(Test),
-    /// Update a machine in QEMU from end to end: good bundles, bad ones, broken trials. Part of `test`.
+    /// Test updates of a machine in QEMU from end to end: valid bundles, invalid ones, failed
+    /// trials. Part of `test`.
     E2e,
     /// Check formatting, lints and house rules; fast, and the first thing that `test` does.
     ///
-    /// With --mutants or --fuzz only that: whether the tests notice deliberate faults, and what a robot
-    /// makes of inputs that nobody has thought of.
+    /// With --mutants or --fuzz, only that: whether the tests detect deliberate faults, and how the
+    /// robot's code handles random inputs.
     Check(Check),
-    /// Measure our speed beside the usual tools, in one run.
+    /// Compare the speed of our stages with the usual tools, in one run.
     Bench(Bench),
-    /// Remove results and kept stages.
+    /// Remove build results and cached stages.
     Clean(Clean),
     /// Print the completion script for a shell.
     Completions {
@@ -100,7 +101,7 @@ pub struct Target {
     /// The product: a file in configs/, without .toml [default: the one with `default = true`].
     #[arg(long, short)]
     pub product: Option<String>,
-    /// The board: a folder in board/ [default: the product's default-board].
+    /// The board: a directory in board/ [default: the product's default-board].
     #[arg(long, short)]
     pub board: Option<String>,
 }
@@ -115,23 +116,25 @@ impl Target {
 /// How results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people.
+    /// Human-readable text.
     Text,
-    /// For scripts.
+    /// JSON.
     Json,
 }
 
 /// Options of `check`.
 #[derive(Debug, Args)]
 pub struct Check {
-    /// Make the faults listed in ci/mutants one at a time, in a copy of the source, and see that a test
-    /// fails; with FILTER those whose names contain it. Ends with an error when one is not noticed.
+    /// Apply the faults listed in ci/mutants one at a time to a copy of the source, and check that
+    /// a test fails; with FILTER only those whose names contain it. Fails when a fault is not
+    /// detected.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     pub mutants: Option<String>,
-    /// Run each fuzz target for so many seconds. Ends with an error, and the input's path, when one fails.
+    /// Run each fuzz target for this many seconds. Fails, with the path of the input, when a target
+    /// fails.
     #[arg(long, value_name = "SECONDS", conflicts_with = "mutants")]
     pub fuzz: Option<u64>,
-    /// With --mutants: what the list of results is printed as.
+    /// With --mutants: how to print the list of results.
     #[arg(long, value_enum, default_value = "text")]
     pub format: Format,
 }
@@ -145,13 +148,14 @@ pub struct BuildImage {
     /// Stop after this stage.
     #[arg(long, value_enum)]
     pub until: Option<Stage>,
-    /// Build only this component, as a bundle of its own that updates running robots without a restart.
+    /// Build only this component, as a separate bundle that updates running robots without a
+    /// restart.
     #[arg(long, value_enum, conflicts_with_all = ["until", "zst", "legal_info"])]
     pub component: Option<Component>,
-    /// Use no network: everything must have been downloaded before.
+    /// Use no network: everything must have been downloaded already.
     #[arg(long)]
     pub offline: bool,
-    /// Fail if the package lock cannot be obeyed to the letter.
+    /// Fail if the package lock cannot be followed exactly.
     #[arg(long)]
     pub locked: bool,
     /// Also write the image as .img.zst.
@@ -160,7 +164,7 @@ pub struct BuildImage {
     /// Build as a nightly: version 1.2.3 becomes 1.2.4-nightly.<the commit's time>.
     #[arg(long)]
     pub nightly: bool,
-    /// How hard the bundle is compressed.
+    /// Compression level of the bundle.
     #[arg(long, value_enum, default_value = "fast")]
     pub compression: Compression,
     /// Never install missing tools; list them and fail.
@@ -180,10 +184,10 @@ pub struct BuildImage {
 /// Which Buildroot tree.
 #[derive(Debug, Clone, Default, Args)]
 pub struct BuildrootTree {
-    /// Engine buildroot: take this checkout instead of the pinned release.
+    /// Engine buildroot: use this checkout instead of the pinned release.
     #[arg(long, value_name = "DIR")]
     pub buildroot: Option<Utf8PathBuf>,
-    /// With --buildroot: take it with local changes, too.
+    /// With --buildroot: accept local changes in the checkout.
     #[arg(long, requires = "buildroot")]
     pub allow_changes: bool,
 }
@@ -191,13 +195,13 @@ pub struct BuildrootTree {
 /// The verbs of `buildroot`.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Buildroot {
-    /// Prove that Kconfig takes every line of the generated defconfig.
+    /// Check that Kconfig accepts every line of the generated defconfig.
     Check {
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
         target: BuildrootTarget,
-        /// Also ask Buildroot for its list of packages, which finds a dependency that is used but
-        /// not selected.
+        /// Also ask Buildroot for its list of packages, which detects dependencies that are used
+        /// but not selected.
         #[arg(long)]
         packages: bool,
         /// How to print it.
@@ -210,7 +214,7 @@ pub enum Buildroot {
     LinuxMenuconfig(BuildrootTarget),
     /// Change U-Boot's configuration in its menus; then see `buildroot diff`.
     UbootMenuconfig(BuildrootTarget),
-    /// Show what the menus changed, as lines of fragments with the file where each belongs.
+    /// Show what was changed in the menus, as lines for fragments with the file for each line.
     Diff(BuildrootTarget),
     /// Run any target of Buildroot's make, with the product's configuration.
     Make {
@@ -229,7 +233,7 @@ pub struct BuildrootTarget {
     /// The product: a file in configs/, without .toml [default: the one whose engine is buildroot].
     #[arg(long, short)]
     pub product: Option<String>,
-    /// The board: a folder in board/ [default: all of the product's for `check`, else its
+    /// The board: a directory in board/ [default: all of the product's for `check`, else its
     /// default-board].
     #[arg(long, short)]
     pub board: Option<String>,
@@ -241,7 +245,7 @@ pub struct BuildrootTarget {
     pub offline: bool,
 }
 
-/// The parts of a product that have a bundle of their own.
+/// The parts of a product that can have a separate bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Component {
     /// The API's wheels.
@@ -260,7 +264,7 @@ pub struct PlanOptions {
     /// List only the builds that changed since this commit, with the components and the reasons.
     #[arg(long, value_name = "REV")]
     pub changed_since: Option<String>,
-    /// Of these, list only the products that this channel takes (releases.toml).
+    /// Of these, list only the products that this channel accepts (releases.toml).
     #[arg(long, value_enum)]
     pub channel: Option<Channel>,
     /// How to print it.
@@ -315,22 +319,23 @@ pub struct Run {
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
     pub target: Target,
-    /// Boot this slot instead of the image's own choice.
+    /// Boot this slot instead of the one that the boot state selects.
     #[arg(long, value_parser = ["a", "b"])]
     pub slot: Option<String>,
     /// Forward this port of 127.0.0.1 to the robot's SSH port.
     #[arg(long, default_value_t = 2222)]
     pub ssh_port: u16,
-    /// Run the robot's services on this machine, without a machine in QEMU.
+    /// Run the robot's services on this machine, without QEMU.
     #[arg(long, conflicts_with_all = ["slot", "ssh_port"])]
     pub local: bool,
-    /// With --local: begin with an empty `data`.
+    /// With --local: start with an empty `data`.
     #[arg(long, requires = "local")]
     pub fresh: bool,
-    /// With --local: let the API's package in this folder serve, as on a robot with an API of its own on `data`.
+    /// With --local: serve the API package in this directory, as on a robot that has a newer API on
+    /// `data`.
     #[arg(long, value_name = "DIR", requires = "local")]
     pub site: Option<Utf8PathBuf>,
-    /// With --local: the port of 127.0.0.1 that leads to the robot's port 80; 0 takes any that is free.
+    /// With --local: forward this port of 127.0.0.1 to the robot's port 80; 0 selects a free port.
     #[arg(long, requires = "local", default_value_t = 8080)]
     pub port: u16,
     /// With --local: use no network to build.
@@ -339,8 +344,8 @@ pub struct Run {
     /// With --local: how to print the result.
     #[arg(long, requires = "local", value_enum, default_value = "text")]
     pub format: Format,
-    /// With --local: once every health check at an address succeeds, run this in the system, as its root, and
-    /// end. Succeeds if the command does.
+    /// With --local: once every health check at an address succeeds, run this command in the system
+    /// as root, then stop. Succeeds if the command does.
     #[arg(last = true, requires = "local")]
     pub command: Vec<String>,
 }
@@ -352,33 +357,34 @@ pub struct Flash {
     /// with `default = true`].
     #[arg(value_name = "IMAGE|PRODUCT")]
     pub image: Option<String>,
-    /// What is written: a disk such as sdb or /dev/mmcblk0, or a plain file [default: asks].
+    /// The target: a disk such as sdb or /dev/mmcblk0, or a plain file [default: asks].
     pub device: Option<Utf8PathBuf>,
     /// The board, with a product [default: the product's default-board].
     #[arg(long, short)]
     pub board: Option<String>,
-    /// Only list the disks of this machine, each with what speaks against writing it.
+    /// Only list the disks of this machine, each with the reasons why it may not be written.
     #[arg(long, conflicts_with_all = ["device", "yes"])]
     pub list: bool,
-    /// Ask nothing. Where there is no terminal, nothing is written without it.
+    /// Do not ask for confirmation. Required where there is no terminal.
     #[arg(long, requires = "device")]
     pub yes: bool,
-    /// Write a disk that is not made to be taken out. NAME is its name once more.
+    /// Allow writing to a non-removable disk; repeat its NAME to confirm.
     #[arg(long, value_name = "NAME", requires = "device")]
     pub non_removable: Option<String>,
     /// Do not read back what was written.
     #[arg(long)]
     pub no_read_back: bool,
-    /// The first boot takes this name over.
+    /// Host name for the first boot to apply.
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,
-    /// The first boot lets the public keys in this file log in as root; may be repeated.
+    /// Public keys for the first boot to accept for root, from this file; may be repeated.
     #[arg(long, value_name = "FILE")]
     pub ssh_key: Vec<Utf8PathBuf>,
-    /// The first boot joins this Wi-Fi. Its password is asked for, or comes from SLIPWAY_WIFI_PASSWORD.
+    /// Wi-Fi for the first boot to join. Asks for its password, or reads it from
+    /// SLIPWAY_WIFI_PASSWORD.
     #[arg(long, value_name = "SSID")]
     pub wifi: Option<String>,
-    /// Take the Wi-Fi's password from this file.
+    /// Read the Wi-Fi password from this file.
     #[arg(long, value_name = "FILE", requires = "wifi")]
     pub wifi_password_file: Option<Utf8PathBuf>,
     /// How to print the result.
@@ -395,19 +401,19 @@ pub struct Push {
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
     pub target: Target,
-    /// The bundle [default: the one that build-image made for this product and board].
+    /// The bundle [default: the one that build-image packed for this product and board].
     #[arg(long, value_name = "FILE", conflicts_with_all = ["product", "board", "component"])]
     pub bundle: Option<Utf8PathBuf>,
-    /// Build this component now, and push only that: the robot goes on running.
+    /// Build this component now, and push only that: the robot keeps running.
     #[arg(long, value_enum, conflicts_with = "no_wait")]
     pub component: Option<Component>,
     /// With --component: use no network to build it.
     #[arg(long, requires = "component")]
     pub offline: bool,
-    /// Only install; the robots restart into their trial, and nobody waits for it.
+    /// Only install: do not wait for the restart and the trial.
     #[arg(long)]
     pub no_wait: bool,
-    /// Seconds from the end of the install until the trial must be decided.
+    /// Seconds to wait from the end of the install until the trial is decided.
     #[arg(long, value_name = "SECONDS", default_value_t = 900, conflicts_with = "no_wait")]
     pub timeout: u64,
     /// An option of ssh_config(5), such as Port=2222 or IdentityFile=key; may be repeated.
@@ -440,16 +446,17 @@ pub enum Keys {
         #[arg(long, value_enum, default_value = "text")]
         format: Format,
     },
-    /// Make the next release key. The one before stays trusted unless it is revoked.
+    /// Make the next release key. The previous one stays trusted unless it is revoked.
     Rotate {
         /// Revoke all keys of that kind before the new one.
         #[arg(long)]
         revoke: bool,
-        /// The development key instead, which has no password: after a theft, for example.
+        /// Replace the development key instead, which has no password: after a theft, for example.
         #[arg(long)]
         development: bool,
     },
-    /// Revoke a release key: what only it has signed counts no more on robots that know of it.
+    /// Revoke a release key: robots that know of the revocation reject what only this key has
+    /// signed.
     Revoke {
         /// The key's id, as `list` shows it.
         id: String,
@@ -459,7 +466,7 @@ pub enum Keys {
 /// Options of `doctor`.
 #[derive(Debug, Clone, Args)]
 pub struct Doctor {
-    /// Also what the engine buildroot needs.
+    /// Also check what the engine buildroot needs.
     #[arg(long)]
     pub buildroot: bool,
     /// Install everything that is missing.
@@ -473,10 +480,10 @@ pub struct Doctor {
 /// Options of `test`.
 #[derive(Debug, Clone, Args)]
 pub struct Test {
-    /// Also what is too slow for every run: the Pi 3 in QEMU, the slow compression level, a browser.
+    /// Also run the slow tests: the Pi 3 in QEMU, the slow compression level, a browser.
     #[arg(long)]
     pub all: bool,
-    /// Only the quick ones: no image is built, nothing boots.
+    /// Only run the quick tests: build no image, boot nothing.
     #[arg(long, conflicts_with = "all")]
     pub quick: bool,
     /// Never install missing tools; list them and fail.
@@ -487,13 +494,14 @@ pub struct Test {
 /// Options of `bench`.
 #[derive(Debug, Clone, Args)]
 pub struct Bench {
-    /// A filesystem image to measure with [default: the root filesystem that was built last].
+    /// A filesystem image to measure with [default: the last root filesystem that was built].
     #[arg(long)]
     pub payload: Option<Utf8PathBuf>,
-    /// Which benchmark; `cold`, which takes an hour, root and a clone of what is committed, only when it is named.
+    /// Which benchmark; `cold`, which needs an hour, root and a clone of the commit, only runs when
+    /// it is named.
     #[arg(long, value_parser = ["disk", "bundle", "flash", "install", "cold"])]
     pub only: Option<String>,
-    /// Also the slow compression level, which takes minutes.
+    /// Also measure the slow compression level, which takes minutes.
     #[arg(long)]
     pub slow: bool,
 }
@@ -501,13 +509,13 @@ pub struct Bench {
 /// Options of `clean`.
 #[derive(Debug, Clone, Args)]
 pub struct Clean {
-    /// Also the kept stages, which costs minutes in the next build.
+    /// Also remove the cached stages: the next build takes minutes longer.
     #[arg(long)]
     pub stages: bool,
-    /// Also the downloads, which costs a download.
+    /// Also remove the downloads: the next build downloads them again.
     #[arg(long)]
     pub downloads: bool,
-    /// Only say what would be removed.
+    /// Only show what would be removed.
     #[arg(long)]
     pub dry_run: bool,
 }

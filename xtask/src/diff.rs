@@ -1,4 +1,4 @@
-//! What is in a root filesystem, and what changed between two of them: packages, wheels and files.
+//! The contents of a root filesystem, and the differences between two: packages, wheels and files.
 //! Reads ext4 inside an image without mounting anything.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,24 +18,24 @@ use crate::disk::ext4_read::{length, read_small};
 use crate::progress::bytes;
 use crate::text::printable;
 
-/// Metadata files (dpkg's status, a wheel's METADATA) larger than this are refused. A Debian system of 2,000
-/// packages has a status of 3 MiB.
+/// Metadata files (dpkg's status, a wheel's METADATA) larger than this are rejected. A Debian
+/// system of 2,000 packages has a status of 3 MiB.
 const MOST_METADATA: u64 = 16 << 20;
 /// The longest name or version of a package, in bytes.
 const LONGEST_FIELD: usize = 4096;
-/// The most files and folders of a filesystem. With the bounds below, all that is kept of the worst image is
-/// less than 512 MiB.
+/// The maximum number of files and directories of a filesystem. With the limits below, the worst
+/// image needs less than 512 MiB of memory.
 const MOST_FILES: usize = 500_000;
-/// The longest path, in bytes, and the longest target of a link: Linux' `PATH_MAX`. Folders that contain
-/// themselves end here.
+/// The longest path, in bytes, and the longest target of a link: Linux' `PATH_MAX`. This limit ends
+/// circular directories.
 const LONGEST_PATH: usize = 4096;
-/// The most bytes of all paths and targets together.
+/// The maximum total length of all paths and targets in bytes.
 const MOST_NAMES: usize = 64 << 20;
-/// How many times the filesystem's own length all its files may claim to have together. Files of few blocks
-/// (holes, blocks that several files claim) would keep the reader busy for days.
+/// The maximum total size of all files, as a multiple of the filesystem's size. Huge files with few
+/// blocks (holes, shared blocks) would keep the reader busy for days.
 const MOST_CLAIMED: u64 = 4;
 
-/// What a root filesystem holds.
+/// The contents of a root filesystem.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Inventory {
@@ -43,7 +43,7 @@ pub struct Inventory {
     pub packages: BTreeMap<String, String>,
     /// Python distributions: name to version.
     pub wheels: BTreeMap<String, String>,
-    /// Everything but folders: absolute path to what lies there.
+    /// Everything except directories, by absolute path.
     pub files: BTreeMap<String, Entry>,
 }
 
@@ -53,47 +53,47 @@ pub struct Inventory {
 pub struct Entry {
     /// Permission bits, with set-user-id, set-group-id and sticky.
     pub mode: u16,
-    /// The owner's number.
+    /// The owner's user id.
     pub uid: u32,
-    /// The group's number.
+    /// The group id.
     pub gid: u32,
     /// Length in bytes.
     pub size: u64,
-    /// What it is made of.
+    /// Its content.
     pub content: Content,
 }
 
-/// What a file is made of.
+/// The content of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Content {
     /// A regular file: SHA-256 of its bytes, lower-case hexadecimal.
     Sha256(String),
-    /// A symbolic link: where it points.
+    /// A symbolic link: its target.
     Link(String),
     /// A device node, FIFO or socket.
     Special(String),
 }
 
-/// What is new, gone and different in one kind of thing.
+/// The added, removed and changed entries of one kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Changes<T> {
-    /// Only in the new one.
+    /// Only in the new filesystem.
     pub added: BTreeMap<String, T>,
-    /// Only in the old one.
+    /// Only in the old filesystem.
     pub removed: BTreeMap<String, T>,
-    /// In both, but not the same.
+    /// In both, but different.
     pub changed: BTreeMap<String, Change<T>>,
 }
 
-/// Two states of one thing.
+/// The old and the new state of an entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Change<T> {
-    /// What it was.
+    /// The old state.
     pub old: T,
-    /// What it is.
+    /// The new state.
     pub new: T,
 }
 
@@ -107,7 +107,7 @@ pub struct Difference {
     pub wheels: Changes<String>,
     /// Files, by mode, owner and content.
     pub files: Changes<Entry>,
-    /// By how many bytes the files grew together; negative when they shrank.
+    /// The growth of all files together in bytes; negative when they shrank.
     pub bytes_delta: i64,
 }
 
@@ -153,7 +153,7 @@ impl Difference {
         }
     }
 
-    /// Whether the two hold the same.
+    /// Whether both have the same contents.
     pub fn is_empty(&self) -> bool {
         self.packages.is_empty() && self.wheels.is_empty() && self.files.is_empty()
     }
@@ -167,7 +167,7 @@ impl Difference {
         Ok(text + "\n")
     }
 
-    /// Writes the difference for people: `+` added, `-` removed, `~` changed.
+    /// Writes the difference in human-readable form: `+` added, `-` removed, `~` changed.
     ///
     /// # Errors
     /// When `out` cannot be written.
@@ -210,7 +210,7 @@ fn heading<T: Clone + PartialEq>(
     )
 }
 
-/// Writes a list of versions for people.
+/// Writes a list of versions in human-readable form.
 ///
 /// # Errors
 /// When `out` cannot be written.
@@ -238,7 +238,7 @@ fn signed(delta: i128) -> String {
     format!("{}{size}", if delta < 0 { '-' } else { '+' })
 }
 
-/// What is different about a file, for people.
+/// The differences of a file in human-readable form.
 pub(crate) fn what_changed(Change { old, new }: &Change<Entry>) -> String {
     let mut said = Vec::new();
     if old.mode != new.mode {
@@ -299,7 +299,7 @@ impl Inventory {
         for paragraph in text.split("\n\n").filter(|paragraph| !paragraph.trim().is_empty()) {
             let name = field(paragraph, "Package");
             let (Some(name), Some(version)) = (name, field(paragraph, "Version")) else {
-                // dpkg keeps a paragraph without a version for what was never installed.
+                // dpkg keeps a paragraph without a version for packages that were never installed.
                 if name.is_some() {
                     continue;
                 }
@@ -338,7 +338,8 @@ fn metadata(filesystem: &Ext4, path: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&content).replace("\r\n", "\n"))
 }
 
-/// A field of a header such as Debian's and Python's metadata use; none that is longer than any real one.
+/// A field of a header in the format of Debian's and Python's metadata; `None` if it is longer than
+/// any real one.
 fn field<'a>(header: &'a str, name: &str) -> Option<&'a str> {
     let value = |line: &'a str| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim());
     header.lines().find_map(value).filter(|value| value.len() <= LONGEST_FIELD)
@@ -351,16 +352,16 @@ struct Walk {
     regular: Vec<(String, Vec<u8>)>,
     /// Bytes of the filesystem.
     length: u64,
-    /// Bytes that the files and folders claim to have.
+    /// The total size of the files and directories in bytes.
     claimed: u64,
     /// Bytes of all paths and targets.
     names: usize,
-    /// Files and folders.
+    /// Files and directories.
     count: usize,
 }
 
 impl Walk {
-    /// Counts a file or folder before anything is done with it.
+    /// Counts a file or directory before it is used.
     fn claim(&mut self, path: &[u8], size: u64) -> Result<()> {
         let shown = || String::from_utf8_lossy(path.get(..200).unwrap_or(path)).into_owned();
         ensure!(
@@ -371,7 +372,7 @@ impl Walk {
         );
         ensure!(
             size <= self.length,
-            "{} claims {size} bytes, and the filesystem has {}",
+            "{} claims {size} bytes, but the filesystem has {}",
             shown(),
             self.length
         );
@@ -380,21 +381,22 @@ impl Walk {
         self.count += 1;
         ensure!(
             self.claimed <= self.length.saturating_mul(MOST_CLAIMED),
-            "the files up to {} claim {} bytes together, and the filesystem has {}",
+            "the files up to {} claim {} bytes together, but the filesystem has {}",
             shown(),
             self.claimed,
             self.length
         );
         ensure!(
             self.count <= MOST_FILES && self.names <= MOST_NAMES,
-            "it lists more than {MOST_FILES} files, or more than {MOST_NAMES} bytes of names, at {}",
+            "the filesystem lists more than {MOST_FILES} files, or more than {MOST_NAMES} bytes of \
+             names, at {}",
             shown()
         );
         Ok(())
     }
 
-    /// Lists this folder and all below; a list of what is still to do, so that no depth of folders
-    /// exhausts the stack.
+    /// Lists this directory and all below; uses a work list, so that deep directories cannot
+    /// exhaust the stack.
     fn folder(&mut self, filesystem: &Ext4, path: Vec<u8>) -> Result<()> {
         let mut todo = vec![path];
         while let Some(folder) = todo.pop() {

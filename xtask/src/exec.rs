@@ -1,6 +1,6 @@
-//! The one way to run another program: an argument list (never a shell string), an environment of what it needs
-//! (never our secrets), a log that keeps everything the program said, and an error that shows the command, its
-//! exit code and last lines.
+//! The one way to run another program: an argument list (never a shell string), an environment of
+//! what it needs (never our secrets), a log of its whole output, and an error that shows the
+//! command, its exit code and its last lines.
 
 mod environment;
 mod lines;
@@ -16,7 +16,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 /// How many of a failed program's last lines its error shows.
 const TAIL_LINES: usize = 15;
 
-/// The longest answer of a program that speaks for a stranger: 16 MiB, as `store::format::LARGEST_TEXT`.
+/// The longest answer of a program whose output comes from an untrusted machine: 16 MiB, as
+/// `release::format::LARGEST_TEXT`.
 const MOST_ANSWER: u64 = 16 << 20;
 
 /// One call of another program.
@@ -27,8 +28,9 @@ pub struct Tool {
     log: Option<Utf8PathBuf>,
 }
 
-/// What `cargo run` tells this program about its own package. A cargo that inherits it makes some crates anew,
-/// whose build scripts look at these, and all that depend on them; the next one without it does so again.
+/// What `cargo run` tells this program about its own package. A cargo that inherits them recompiles
+/// crates whose build scripts read these variables, and everything that depends on them; the next
+/// run without them does so again.
 pub fn of_cargo_run() -> Vec<String> {
     const OTHERS: [&str; 5] = [
         "CARGO_MANIFEST_DIR",
@@ -57,13 +59,14 @@ pub fn cargo_home() -> Result<String> {
 }
 
 impl Tool {
-    /// Cargo, for a workspace of its own choice.
+    /// Cargo, for a workspace that the caller names.
     pub fn cargo() -> Self {
         let tool = Self::new(cargo_program());
         of_cargo_run().iter().fold(tool, |tool, name| tool.env_remove(name))
     }
 
-    /// The program's name or path. Of our environment it gets what a program of this name needs.
+    /// Starts with the program's name or path. The program gets those of our variables that a
+    /// program of this name needs.
     pub fn new(program: impl AsRef<str>) -> Self {
         let program = program.as_ref();
         let mut command = Command::new(program);
@@ -71,14 +74,15 @@ impl Tool {
         Self { command, shown: vec![program.to_owned()], log: None }
     }
 
-    /// Gives the program proxies and certificates, for what it starts.
+    /// Passes the settings of proxies and certificates to the program, for the programs that it
+    /// starts.
     #[must_use]
     pub fn with_network(mut self) -> Self {
         self.command.envs(environment::of_network());
         self
     }
 
-    /// Gives cargo what the workspace's tests may need.
+    /// Passes the variables to cargo that the workspace's tests may need.
     #[must_use]
     pub fn with_tests(mut self) -> Self {
         self.command.envs(environment::of_tests());
@@ -113,7 +117,7 @@ impl Tool {
         self
     }
 
-    /// Gives the program none of our environment but these variables. Call it before [`Tool::env`].
+    /// Passes only these of our variables to the program. Call it before [`Tool::env`].
     #[must_use]
     pub fn env_only(mut self, kept: &[&str]) -> Self {
         self.command.env_clear();
@@ -125,7 +129,7 @@ impl Tool {
         self
     }
 
-    /// Runs the program in this folder.
+    /// Runs the program in this directory.
     #[must_use]
     pub fn current_dir(mut self, dir: &Utf8Path) -> Self {
         self.command.current_dir(dir);
@@ -139,7 +143,8 @@ impl Tool {
         self
     }
 
-    /// Adds arguments that messages leave out: our own settings, which would hide what was asked for.
+    /// Adds arguments that messages omit: our own settings, which would make the command hard to
+    /// read.
     #[must_use]
     pub fn args_unshown(mut self, args: impl IntoIterator<Item = impl AsRef<str>>) -> Self {
         for arg in args {
@@ -181,10 +186,10 @@ impl Tool {
         let mut tail = Vec::new();
         let mut reader = BufReader::new(reader);
         let mut line = Vec::new();
-        // The log gets all of a line that is too long to be shown.
+        // The log gets the whole of a line that is too long to be shown.
         let mut keep = |piece: &[u8]| log.as_mut().map_or(Ok(()), |log| log.write_all(piece));
         while lines::next(&mut reader, &mut line, &mut keep)
-            .with_context(|| format!("running {shown}, and keeping what it says"))?
+            .with_context(|| format!("running {shown} and writing its log"))?
             .is_some()
         {
             let text = String::from_utf8_lossy(&line);
@@ -195,7 +200,7 @@ impl Tool {
         self.check(status, &tail)
     }
 
-    /// Lends the program this very terminal, for programs that a person talks to.
+    /// Inherits stdin, stdout and stderr, for interactive programs.
     ///
     /// # Errors
     /// When the program is missing or exits with anything but zero.
@@ -208,7 +213,7 @@ impl Tool {
     /// Runs to the end and returns what the program wrote to standard output.
     ///
     /// # Errors
-    /// When the program is missing, exits with anything but zero, or writes what is not UTF-8.
+    /// When the program is missing, exits with a code other than zero, or its output is not UTF-8.
     pub fn read(self) -> Result<String> {
         let shown = self.shown();
         String::from_utf8(self.read_bytes()?)
@@ -267,13 +272,14 @@ impl Tool {
         Ok(value)
     }
 
-    /// Runs to the end with `input` as its standard input (nothing: an empty one), shows each line of its
-    /// standard error to `each`, and returns how it ended and what it wrote to standard output: for a
-    /// program whose failure is an answer too, and whose words may be a stranger's: a line of more than 64 KiB or
-    /// an answer of more than 16 MiB ends it.
+    /// Runs to the end with `input` as its standard input (nothing: an empty one), shows each line
+    /// of its standard error to `each`, and returns how it ended and what it wrote to standard
+    /// output: for a program whose failure is also a result, and whose output may come from an
+    /// untrusted machine: the program is ended on a line of more than 64 KiB or an answer of more
+    /// than 16 MiB.
     ///
     /// # Errors
-    /// When the program is missing, cannot be listened to, or says too much.
+    /// When the program is missing, its output cannot be read, or its output is too long.
     pub fn converse(
         mut self,
         input: Option<File>,
@@ -290,7 +296,7 @@ impl Tool {
         let (Some(out), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
             bail!("{shown} has no standard output")
         };
-        // It is waited for only below, so the number is its own all the time.
+        // The process is waited for only below, so its id stays valid until then.
         let process = rustix::process::Pid::from_child(&child);
         let stop = move || rustix::process::kill_process(process, rustix::process::Signal::KILL);
         let heard = std::thread::scope(|scope| -> Result<Vec<u8>> {
@@ -303,14 +309,14 @@ impl Tool {
                 read?;
                 ensure!(
                     bytes.len() as u64 <= MOST_ANSWER,
-                    "it answers with more than {MOST_ANSWER} bytes"
+                    "its answer is longer than {MOST_ANSWER} bytes"
                 );
                 Ok(bytes)
             });
             let mut errors = BufReader::new(errors);
             let mut line = Vec::new();
             let listened = loop {
-                // One that never ends is not waited for.
+                // A process that never ends is not waited for.
                 let mut length = 0;
                 let bounded = |piece: &[u8]| {
                     length += piece.len();
@@ -318,7 +324,7 @@ impl Tool {
                     if length <= most + 1 {
                         return Ok(());
                     }
-                    Err(io::Error::other(format!("it says a line of more than {most} bytes")))
+                    Err(io::Error::other(format!("it wrote a line of more than {most} bytes")))
                 };
                 match lines::next(&mut errors, &mut line, bounded) {
                     Ok(None) => break Ok(()),
@@ -333,11 +339,11 @@ impl Tool {
             listened.and(output)
         });
         let status = child.wait().with_context(|| format!("waiting for {shown}"))?;
-        Ok((status, heard.with_context(|| format!("listening to {shown}"))?))
+        Ok((status, heard.with_context(|| format!("reading the output of {shown}"))?))
     }
 
-    /// The command itself, for the one program that is talked to while it runs: a virtual machine
-    /// with its serial console. Whoever takes it also ends the child and reports its failure.
+    /// The command itself, for the one program that is interactive while it runs: a virtual machine
+    /// with its serial console. The caller ends the child and reports its failure.
     pub fn into_command(self) -> Command {
         self.command
     }
@@ -379,7 +385,8 @@ fn keep_tail(tail: &mut Vec<String>, line: &str) {
     tail.push(line.to_owned());
 }
 
-/// Where a program lies on `PATH`, in `/usr/sbin` or in `/sbin` (which `PATH` lacks for many users).
+/// The path of a program on `PATH`, in `/usr/sbin` or in `/sbin` (which `PATH` lacks for many
+/// users).
 pub fn find(program: &str) -> Option<Utf8PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
     path.split(':')

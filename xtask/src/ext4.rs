@@ -1,6 +1,6 @@
-//! Makes an ext4 image from a tar, without root and with the same bytes on every run, through
-//! `mke2fs` of e2fsprogs 1.47.1 or newer: that is the first which reads a tar and takes every time
-//! from `SOURCE_DATE_EPOCH`.
+//! Creates an ext4 image from a tar, without root and with the same bytes on every run, with
+//! `mke2fs` of e2fsprogs 1.47.1 or newer: the first version that reads a tar and uses
+//! `SOURCE_DATE_EPOCH` for every time.
 
 use std::fs::File;
 
@@ -13,19 +13,20 @@ use crate::disk::{Usage, usage};
 use crate::exec::Tool;
 use crate::progress;
 
-/// Bytes in a block: what the kernel's page and the card's block are, and the bundle's index too.
+/// Bytes in a block: the size of the kernel's pages, the card's blocks and the bundle's blocks.
 const BLOCK: u64 = 4096;
-/// Bytes in an inode: room for times after 2038 and for small attributes.
+/// Bytes in an inode: space for times after 2038 and for small attributes.
 const INODE: u32 = 256;
-/// One inode for so many bytes, as Debian's default for volumes from 512 MiB on.
+/// One inode for this many bytes: Debian's default for volumes of 512 MiB or more.
 const BYTES_PER_INODE: u64 = 16_384;
-/// Inodes that stay free beyond those that the content needs.
+/// Free inodes in addition to those of the content.
 const SPARE_INODES: u64 = 1024;
-/// The oldest e2fsprogs that will do.
+/// The oldest supported e2fsprogs.
 const OLDEST: (u32, u32, u32) = (1, 47, 1);
-/// The features, all named, so that no `mke2fs.conf` decides. Left out on purpose: `64bit` (only
+/// The complete list of features, independent of `mke2fs.conf`. Excluded on purpose: `64bit` (only
 /// needed from 16 TiB on), and `orphan_file` and `metadata_csum_seed`, which U-Boot 2023.01 and
-/// Linux before 5.15 do not know. U-Boot ignores the checksums of `metadata_csum`, Linux uses them.
+/// Linux before 5.15 do not support. U-Boot ignores the checksums of `metadata_csum`, Linux uses
+/// them.
 const FEATURES: [&str; 11] = [
     "none",
     "ext_attr",
@@ -40,18 +41,19 @@ const FEATURES: [&str; 11] = [
     "extra_isize",
 ];
 
-/// An e2fsprogs, perhaps unpacked somewhere and not installed.
+/// An installed or unpacked e2fsprogs.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Mke2fs {
     /// The program.
     pub program: Utf8PathBuf,
-    /// Where its libraries lie (libext2fs, libcom_err, libarchive); empty when they are installed.
+    /// The directories of its libraries (libext2fs, libcom_err, libarchive); empty when they are
+    /// installed.
     pub libraries: Vec<Utf8PathBuf>,
 }
 
 impl Mke2fs {
-    /// The program as a call without arguments, free of the host's configuration. Another program
-    /// of the same package (`e2fsck`, `debugfs`) is found beside it.
+    /// A call of the program without arguments, independent of the host's configuration. Other
+    /// programs of the same package (`e2fsck`, `debugfs`) are in the same directory.
     pub fn tool(&self, program: &Utf8Path) -> Tool {
         let tool = Tool::new(program)
             .env("MKE2FS_CONFIG", "/dev/null")
@@ -66,7 +68,7 @@ impl Mke2fs {
         tool.env("LD_LIBRARY_PATH", dirs.join(":"))
     }
 
-    /// The version, when it will do.
+    /// The version, if it is supported.
     ///
     /// # Errors
     /// When the program cannot be run or is older than 1.47.1.
@@ -77,25 +79,25 @@ impl Mke2fs {
                 version = rest.split_whitespace().next().map(str::to_owned);
             }
         })?;
-        let Some(version) = version else { bail!("{} does not say its version", self.program) };
+        let Some(version) = version else { bail!("{} does not print its version", self.program) };
         let mut numbers = version.split('.').map(|n| n.parse().unwrap_or(0));
         let mut next = || numbers.next().unwrap_or(0);
         let found = (next(), next(), next());
         ensure!(
             found >= OLDEST,
             "{} is version {version}, expected 1.47.1 or newer\n\
-             help: older ones read no tar and take times from the host; Debian 12 has a newer \
-             e2fsprogs in its backports",
+             help: older versions cannot read a tar and use times of the host; Debian 12 has a \
+             newer e2fsprogs in its backports",
             self.program
         );
         Ok(version)
     }
 }
 
-/// An ext4 image to make.
+/// An ext4 image to create.
 #[derive(Debug, Clone)]
 pub struct Ext4Request<'a> {
-    /// What goes into it, with owners, modes and times; `None` makes an empty one.
+    /// Its content, with owners, modes and times; `None` creates an empty one.
     pub tar: Option<&'a Utf8Path>,
     /// Bytes of the image, a multiple of 4 KiB.
     pub size: u64,
@@ -103,33 +105,34 @@ pub struct Ext4Request<'a> {
     pub label: &'a str,
     /// The volume's UUID.
     pub uuid: Uuid,
-    /// The seed of the folders' hashes.
+    /// The seed of the directories' hashes.
     pub hash_seed: Uuid,
-    /// Seconds since 1970: the time of everything that the tar does not date.
+    /// Seconds since 1970: the time of everything without a time in the tar.
     pub epoch: u64,
-    /// With a journal. A slot is never written while it is mounted and needs none; `data` does.
+    /// With a journal. A slot is never written while it is mounted and needs no journal; `data`
+    /// does.
     pub journal: bool,
-    /// How large it may become while it is mounted, in bytes, for a volume that grows on first
-    /// boot; `None` for one that stays as it is.
+    /// The maximum size to which it can grow while it is mounted, in bytes, for a volume that grows
+    /// on first boot; `None` for a fixed size.
     pub grows_to: Option<u64>,
-    /// Where the size is set, for messages: `partitions.root.size in board/<board>/board.toml`.
+    /// The key of the size, for messages: `partitions.root.size in board/<board>/board.toml`.
     pub size_key: &'a str,
 }
 
-/// What a tar holds.
+/// The content of a tar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Content {
     /// Bytes of its files, each in whole blocks.
     bytes: u64,
-    /// Files, folders, links, devices.
+    /// Files, directories, links, devices.
     entries: u64,
 }
 
-/// Makes the image.
+/// Creates the image.
 ///
 /// # Errors
-/// When the tool is too old or fails, or the content does not fit; the message names both sizes.
-/// Nothing is left under the image's name then.
+/// When the tool is too old or fails, or the content does not fit; the message names both sizes. No
+/// file has the image's name then.
 pub fn make(tool: &Mke2fs, request: &Ext4Request<'_>, out: &Utf8Path) -> Result<Usage> {
     let temporary = artifact::partial(out);
     let attempt = || -> Result<Usage> {
@@ -174,9 +177,9 @@ fn check(request: &Ext4Request<'_>) -> Result<()> {
     let (size, label) = (request.size, request.label);
     ensure!(
         size > 0 && size.is_multiple_of(BLOCK),
-        "its size is {size} bytes, expected a multiple of 4096"
+        "the size is {size} bytes, expected a multiple of 4096"
     );
-    ensure!(label.len() <= 16, "the label `{label}` has {} bytes, ext4 holds 16", label.len());
+    ensure!(label.len() <= 16, "the label `{label}` has {} bytes, the maximum is 16", label.len());
     Ok(())
 }
 
@@ -190,8 +193,8 @@ fn run(
     features.push_str(",metadata_csum");
     let mut extended = vec![
         format!("hash_seed={}", request.hash_seed),
-        // Inode tables and journal are complete, so that nothing of the card's past shines through
-        // and the kernel has nothing to do in the background.
+        // Inode tables and journal are fully initialised, so that no old data of the card is
+        // visible and the kernel has no background work.
         "lazy_itable_init=0".to_owned(),
         "lazy_journal_init=0".to_owned(),
         "root_owner=0:0".to_owned(),
@@ -209,7 +212,7 @@ fn run(
     let mut call = tool
         .tool(&tool.program)
         .env("SOURCE_DATE_EPOCH", request.epoch.to_string())
-        // mke2fs takes 0 for "now".
+        // mke2fs interprets 0 as "now".
         .env("E2FSPROGS_FAKE_TIME", request.epoch.max(1).to_string())
         .args(["-q", "-F", "-t", "ext4", "-m", "0", "-e", "remount-ro"])
         .args(["-b", &BLOCK.to_string(), "-I", &INODE.to_string(), "-N", &inodes.to_string()])
@@ -223,7 +226,7 @@ fn run(
 
 fn too_large(request: &Ext4Request<'_>, content: Content) -> anyhow::Error {
     anyhow::anyhow!(
-        "the content ({} in {} entries) does not fit {}\nhelp: raise {}, or take something out",
+        "the content ({} in {} entries) does not fit {}\nhelp: raise {}, or remove some content",
         progress::bytes(content.bytes),
         content.entries,
         progress::bytes(request.size),
@@ -231,7 +234,7 @@ fn too_large(request: &Ext4Request<'_>, content: Content) -> anyhow::Error {
     )
 }
 
-/// Whether the host's disk is what was full.
+/// Whether the host's disk was full.
 fn disk_full(path: &Utf8Path) -> bool {
     let folder = path.parent().filter(|p| !p.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
     rustix::fs::statvfs(folder.as_std_path()).is_ok_and(|s| s.f_bavail < 256)
@@ -243,7 +246,7 @@ fn content_of(path: &Utf8Path) -> Result<Content> {
     let mut content = Content { bytes: 0, entries: 0 };
     for entry in archive.entries_with_seek().with_context(doing)? {
         let entry = entry.with_context(doing)?;
-        // The second name of a file takes neither an inode nor blocks.
+        // An additional name of a file needs neither an inode nor blocks.
         if entry.header().entry_type() == tar::EntryType::Link {
             continue;
         }

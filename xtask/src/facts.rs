@@ -1,4 +1,4 @@
-//! What the build takes from outside the configuration: the commit and the epoch.
+//! The inputs of a build from outside of the configuration: the commit and the epoch.
 
 use anyhow::{Context, Result, anyhow};
 use camino::Utf8Path;
@@ -33,14 +33,15 @@ pub fn collect(root: &Utf8Path) -> Result<Facts> {
     Ok(Facts { commit, modified, epoch })
 }
 
-/// What to do about what git says.
+/// The help for an error of git.
 fn help(said: &str) -> &'static str {
     const KNOWN: [(&str, &str); 3] = [
         (
             "dubious ownership",
-            "the checkout is another user's: build as that user, or name it in git's setting `safe.directory`",
+            "the checkout belongs to another user: build as that user, or add it to git's setting \
+             `safe.directory`",
         ),
-        ("bad config", "correct git's settings: `git config --list --show-origin` names the file"),
+        ("bad config", "correct git's settings: `git config --list --show-origin` shows the file"),
         ("bogus format in GIT_CONFIG", "correct or unset GIT_CONFIG_PARAMETERS"),
     ];
     let known = KNOWN.iter().find(|(sign, _)| said.contains(sign)).map(|(_, help)| *help);

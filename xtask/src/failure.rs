@@ -5,7 +5,7 @@ use camino::Utf8Path;
 
 use crate::artifact::write_atomically;
 
-/// The note that a failed build leaves beside its results.
+/// The file that a failed build leaves beside its results.
 pub const FAILURE: &str = "failure.json";
 
 /// Why a build failed, for the summary of several.
@@ -13,7 +13,7 @@ pub const FAILURE: &str = "failure.json";
 pub struct Failure {
     /// The stage.
     pub stage: String,
-    /// Its log, relative to the workspace, when it wrote one.
+    /// Its log, relative to the workspace, if any.
     pub log: Option<String>,
     /// The error, outermost first.
     pub error: String,
@@ -23,7 +23,7 @@ impl Failure {
     /// Removes the note of an earlier failure.
     ///
     /// # Errors
-    /// When it is there and cannot be removed.
+    /// When it exists and cannot be removed.
     pub fn forget(dist: &Utf8Path) -> Result<()> {
         let path = dist.join(FAILURE);
         match std::fs::remove_file(&path) {
@@ -34,7 +34,7 @@ impl Failure {
         }
     }
 
-    /// The note in a folder of results, if its build has failed.
+    /// The note in a directory of results, if its build has failed.
     ///
     /// # Errors
     /// When it is there and cannot be read.
@@ -49,7 +49,7 @@ impl Failure {
         }
     }
 
-    /// Writes the note into a folder of results.
+    /// Writes the note into a directory of results.
     ///
     /// # Errors
     /// When it cannot be written.

@@ -1,6 +1,6 @@
-//! Downloads by hash into a store that every build shares: resumed, retried, checked before they
-//! get their name. What the store has is never asked for again, and a team's shared cache is asked
-//! before the mirrors; offline, what the store lacks is named.
+//! Downloads by hash into a store that all builds share: resumed, retried, and verified before they
+//! get their name. Files in the store are never downloaded again, and a team's shared cache is
+//! tried before the mirrors; offline, missing files are listed in the error.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -18,43 +18,43 @@ use crate::cache::{Cache, RemoteDownloads};
 use crate::progress::{Step, Unit};
 use crate::tls::authorities;
 
-/// Connections at a time; more annoys mirrors and gains nothing on a home line.
+/// Parallel connections; more would burden mirrors and are not faster on a home connection.
 const CONNECTIONS: usize = 4;
-/// Attempts that bring no new byte before a download is given up.
+/// How many attempts without a new byte are made before a download fails.
 const ATTEMPTS: u32 = 4;
-/// The wait before the second attempt; it doubles each time.
+/// The wait before the second attempt; doubles each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// A connection must be made within this time.
+/// The connection must be established within this time.
 const CONNECT: Duration = Duration::from_secs(20);
-/// The server must begin to answer within this time.
+/// The server must start to answer within this time.
 const ANSWER: Duration = Duration::from_secs(60);
-/// One attempt may take this long; a slow one goes on in the next, where it stopped.
+/// The time limit of one attempt; the next attempt resumes a slow download.
 const BODY: Duration = Duration::from_secs(300);
 /// The largest file that is fetched without a known size.
 const UNKNOWN_LIMIT: u64 = 4 << 30;
-/// One file to have.
+/// A file to download.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Download {
-    /// What messages call it.
+    /// Its name in messages.
     pub name: String,
-    /// Where to get it; may be empty when only the store can have it.
+    /// Its address; may be empty when only the store can contain it.
     pub url: String,
-    /// Length in bytes, where known.
+    /// Length in bytes, if known.
     pub size: Option<u64>,
     /// SHA-256, lower-case hexadecimal.
     pub sha256: String,
 }
 
-/// What became of one download.
+/// The result of a download.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// It lies in the store.
+    /// The file is in the store.
     Ready(Artifact),
-    /// The server says that it has no such file (404 or 410).
+    /// The server does not have the file (404 or 410).
     Gone,
 }
 
-/// The store and the way to fill it.
+/// The store and its downloader.
 #[derive(Debug, Clone)]
 pub struct Fetcher {
     store: Utf8PathBuf,
@@ -67,7 +67,7 @@ impl Fetcher {
     /// A store below `cache`; `offline` never opens a connection.
     ///
     /// # Errors
-    /// When the folder cannot be made, or SSL_CERT_FILE names no certificates.
+    /// When the directory cannot be created, or SSL_CERT_FILE contains no certificates.
     pub fn new(cache: &Utf8Path, offline: bool) -> Result<Self> {
         let store = cache.join("downloads/sha256");
         fs::create_dir_all(&store).with_context(|| format!("creating {store}"))?;
@@ -82,7 +82,7 @@ impl Fetcher {
         Ok(Self { store, offline, agent: config.into(), shared: None })
     }
 
-    /// The store of a cache, and the cache that a team shares besides.
+    /// The store of a cache, and the shared cache of a team.
     ///
     /// # Errors
     /// As [`Fetcher::new`].
@@ -90,7 +90,7 @@ impl Fetcher {
         Ok(Self { shared: cache.remote(), ..Self::new(&cache.root, offline)? })
     }
 
-    /// Where a file with this hash lies, once it is there.
+    /// The path of a file with this hash in the store.
     pub fn path_of(&self, sha256: &str) -> Utf8PathBuf {
         self.store.join(sha256)
     }
@@ -100,11 +100,11 @@ impl Fetcher {
         self.offline
     }
 
-    /// Fetches all files; outcomes come in the order of `wanted`. Progress goes to `stage`.
+    /// Fetches all files; results are in the order of `wanted`. Progress is shown for `stage`.
     ///
     /// # Errors
-    /// When files are missing offline (all are named), a server is out of reach, answers with an
-    /// error, or sends other bytes than were asked for.
+    /// When files are missing offline (all are listed), a server is unreachable, answers with an
+    /// error, or sends other bytes than requested.
     pub fn fetch(&self, stage: &str, what: &str, wanted: &[Download]) -> Result<Vec<Outcome>> {
         let mut outcomes: Vec<Option<Outcome>> = Vec::with_capacity(wanted.len());
         for download in wanted {
@@ -115,7 +115,7 @@ impl Fetcher {
         if self.offline && !missing.is_empty() {
             let names: Vec<&str> = missing.iter().map(|&i| wanted[i].name.as_str()).collect();
             bail!(
-                "offline, and {} of {} downloads are not in {}: {}\n\
+                "offline, but {} of {} downloads are not in {}: {}\n\
                  help: run once without --offline",
                 names.len(),
                 wanted.len(),
@@ -128,7 +128,7 @@ impl Fetcher {
         }
         let outcomes: Vec<Outcome> = outcomes
             .into_iter()
-            .map(|outcome| outcome.context("a download has no outcome"))
+            .map(|outcome| outcome.context("a download has no result"))
             .collect::<Result<_>>()?;
         if let (Some(shared), false) = (&self.shared, self.offline) {
             let ready = |outcome: &Outcome| match outcome {
@@ -177,7 +177,7 @@ impl Fetcher {
         Ok(())
     }
 
-    /// The file in the store, if it is there and still what it should be.
+    /// The file in the store, if it exists and is intact.
     fn stored(&self, download: &Download) -> Result<Option<Artifact>> {
         let path = self.path_of(&download.sha256);
         if !path.is_file() {
@@ -187,7 +187,7 @@ impl Fetcher {
         if sha256 == download.sha256 {
             return Ok(Some(Artifact { path, size, sha256 }));
         }
-        crate::progress::warn(format!("{path} was damaged and is fetched again"));
+        crate::progress::warn(format!("{path} is damaged; downloading it again"));
         fs::remove_file(&path).with_context(|| format!("removing {path}"))?;
         Ok(None)
     }
@@ -202,14 +202,14 @@ impl Fetcher {
             .write(true)
             .open(&temporary)
             .with_context(|| format!("opening {temporary}"))?;
-        // Another build may be fetching the same file; whoever comes second waits and finds it.
+        // Another build may be fetching the same file; the second one waits and finds it.
         flock(&file, FlockOperation::LockExclusive)
             .with_context(|| format!("locking {temporary}"))?;
         if let Some(artifact) = self.stored(download)? {
             return Ok(Outcome::Ready(artifact));
         }
         if let Some(artifact) = self.take_shared(download, step)? {
-            // Whoever waits for it looks into the store first.
+            // A build that waited checks the store first.
             drop(fs::remove_file(&temporary));
             return Ok(Outcome::Ready(artifact));
         }
@@ -244,9 +244,10 @@ impl Fetcher {
             drop(fs::remove_file(&temporary));
             let expected = download.size.map_or("?".to_owned(), |n| n.to_string());
             bail!(
-                "{} sent other bytes than were locked: expected {expected} bytes with SHA-256 {}, \
-                 found {size} bytes with SHA-256 {sha256}\n\
-                 help: the file was thrown away; try again, or another mirror",
+                "{} sent other bytes than the lock requires: expected {expected} bytes with \
+                 SHA-256 \
+                 {}, found {size} bytes with SHA-256 {sha256}\n\
+                 help: the file was discarded; try again, or use another mirror",
                 shown(&download.url),
                 download.sha256
             );
@@ -256,11 +257,11 @@ impl Fetcher {
         Ok(Outcome::Ready(Artifact { path, size, sha256 }))
     }
 
-    /// The file from the shared cache, if that has it.
+    /// The file from the shared cache, if it exists there.
     fn take_shared(&self, download: &Download, step: &Step) -> Result<Option<Artifact>> {
         let Some(shared) = &self.shared else { return Ok(None) };
         let path = self.path_of(&download.sha256);
-        // Beside what a mirror may have sent already, which goes on if this fails.
+        // A separate file: the partial download from a mirror is kept, and resumes if this fails.
         let temporary = Utf8PathBuf::from(format!("{path}.shared.partial"));
         let advance = |n| step.advance(n);
         if !shared.download(&download.sha256, download.size, &temporary, &advance) {
@@ -271,7 +272,8 @@ impl Fetcher {
             .and_then(|file| file.sync_all())
             .and_then(|()| fs::rename(&temporary, &path))
             .with_context(|| format!("renaming {temporary}"))?;
-        let size = fs::metadata(&path).with_context(|| format!("looking at {path}"))?.len();
+        let size =
+            fs::metadata(&path).with_context(|| format!("reading the metadata of {path}"))?.len();
         Ok(Some(Artifact { path, size, sha256: download.sha256.clone() }))
     }
 
@@ -296,7 +298,7 @@ impl Fetcher {
             200 => 0,
             206 => have,
             404 | 410 => return Ok(Attempt::Gone),
-            // The partial file is longer than the real one: begin again.
+            // The partial file is longer than the real one: start again.
             416 => {
                 file.set_len(0).map_err(Failure::write)?;
                 return Err(Failure::again(format!("{}: nothing to resume", shown(&download.url))));
@@ -312,7 +314,7 @@ impl Fetcher {
         file.set_len(start).map_err(Failure::write)?;
         file.seek(SeekFrom::Start(start)).map_err(Failure::write)?;
         let limit = download.size.unwrap_or(UNKNOWN_LIMIT);
-        // One byte more than expected is enough to know that the file is wrong.
+        // One additional byte is enough to detect a wrong file.
         let body = response.body_mut().with_config().limit(u64::MAX).reader();
         let mut body = body.take(limit.saturating_sub(start).saturating_add(1));
         let mut buffer = vec![0; 1 << 16];
@@ -322,7 +324,10 @@ impl Fetcher {
                 Ok(0) => break,
                 Ok(n) => n,
                 Err(e) => {
-                    return Err(Failure::again(format!("{} broke off: {e}", shown(&download.url))));
+                    return Err(Failure::again(format!(
+                        "the connection to {} broke: {e}",
+                        shown(&download.url)
+                    )));
                 }
             };
             file.write_all(&buffer[..n]).map_err(Failure::write)?;
@@ -331,7 +336,7 @@ impl Fetcher {
         }
         match download.size {
             Some(size) if position < size => Err(Failure::again(format!(
-                "{} ended after {position} of {size} bytes",
+                "the download of {} ended after {position} of {size} bytes",
                 shown(&download.url)
             ))),
             _ => Ok(Attempt::Complete),
@@ -359,7 +364,7 @@ impl Failure {
     }
 }
 
-/// An address for messages: without a login that is in it.
+/// An address for messages, without a login.
 pub(crate) fn shown(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
     let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
@@ -377,13 +382,13 @@ fn classify(error: ureq::Error, url: &str) -> Failure {
             | ureq::Error::Protocol(_)
     );
     let error = anyhow::Error::msg(format!(
-        "{url}: {error}\nhelp: check the network and the proxy; --offline uses only what is there"
+        "{url}: {error}\nhelp: check the network and the proxy; --offline uses only files in the cache"
     ));
     if again { Failure::Again(error) } else { Failure::Final(error) }
 }
 
 fn length(file: &File) -> Result<u64> {
-    Ok(file.metadata().context("looking at a partial download")?.len())
+    Ok(file.metadata().context("reading a partial download")?.len())
 }
 
 #[cfg(test)]

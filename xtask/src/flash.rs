@@ -1,5 +1,5 @@
-//! Writes an image to a card and proves that it is there. A card whose flashing did not come to its
-//! end has no partition table: nothing can start half of an image.
+//! Writes an image to a card and verifies it. A card whose flashing was interrupted has no
+//! partition table, so that an incomplete image cannot boot.
 
 pub mod card;
 pub mod device;
@@ -21,32 +21,32 @@ use seed::Seed;
 use source::Source;
 use write::{EDGE, PIECE, Piece, Sent, Sum};
 
-/// How often a piece that reads wrong is written again.
+/// How often a piece that fails verification is written again.
 const RETRIES: usize = 3;
 
-/// What is to be done.
+/// What to write, and how.
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
     /// The image.
     pub source: &'a Source,
-    /// Whether all is read back and compared.
+    /// Whether everything is read back and compared.
     pub read_back: bool,
-    /// What the first boot is to take over.
+    /// The settings that the first boot applies.
     pub seed: Option<&'a Seed>,
 }
 
-/// A place where the card did not hold what was written to it.
+/// A place where the card did not return the written data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Weak {
     /// Byte offset on the card.
     pub offset: u64,
     /// Bytes.
     pub size: usize,
-    /// How often it read otherwise.
+    /// How often reading it back gave other bytes.
     pub times: usize,
 }
 
-/// What was done.
+/// The result.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Outcome {
@@ -54,41 +54,41 @@ pub struct Outcome {
     pub image_size: u64,
     /// Bytes written.
     pub bytes: u64,
-    /// Whether the card was emptied first.
+    /// Whether the card was discarded first.
     pub discarded: bool,
-    /// Whether all was read back.
+    /// Whether everything was read back.
     pub read_back: bool,
-    /// What the first boot takes over, by name.
+    /// The names of the settings that the first boot applies.
     pub seeded: Vec<&'static str>,
-    /// Places that had to be written again. A card with any is not to be trusted.
+    /// Places that had to be written again. A card with such places is unreliable.
     pub weak: Vec<Weak>,
     /// Seconds that it took.
     pub seconds: f64,
 }
 
-/// Flashes.
+/// Writes the image.
 ///
 /// # Errors
-/// When the image is damaged, the card fails, or it does not hold what was written to it after all
+/// When the image is damaged, the card fails, or it does not return the written data after all
 /// retries. The card has no partition table then.
 pub fn flash(request: &Request<'_>, card: &dyn Card) -> Result<Outcome> {
     let Request { source, read_back, seed } = *request;
     let start = Instant::now();
     ensure!(
         card.size() >= source.size,
-        "the card has {} bytes, the image {}",
+        "the card has {} bytes, but the image has {}",
         card.size(),
         source.size
     );
     unmake(card).context("removing the old partition table")?;
-    // Not the edges: what is discarded may come back as it was.
+    // Not the edges: discarded blocks may return their old contents.
     let inner = card.size().saturating_sub(2 * EDGE) / BLOCK * BLOCK;
-    let discarded = card.discard(EDGE, inner).context("emptying the card")?;
+    let discarded = card.discard(EDGE, inner).context("discarding the card")?;
     if !discarded {
-        say("flash", "it cannot discard: blocks that the image does not use keep their old bytes");
+        say("flash", "the device does not support discard; unused blocks keep their old contents");
     }
     if !source.mapped {
-        say("flash", format!("there is no block map: all {} are written", bytes(source.size)));
+        say("flash", format!("no block map: writing all {}", bytes(source.size)));
     }
     let pieces = write::pieces(source);
     let result = body(request, card, &pieces).and_then(|(sent, mut weak)| {
@@ -100,13 +100,13 @@ pub fn flash(request: &Request<'_>, card: &dyn Card) -> Result<Outcome> {
         Ok((weak, seeded))
     });
     let (weak, seeded) = result.or_else(|error| {
-        // It is only the last step that could have left one.
+        // Only the last step can have written a partition table.
         unmake(card).context("removing the partition table after a failure")?;
-        Err(error.context("the card was left without a partition table, and starts nothing"))
+        Err(error.context("the card is incomplete and will not boot (partition table not written)"))
     })?;
     if !weak.is_empty() {
         warn(format!(
-            "the card did not hold what was written to it at once: use another one\n{}",
+            "the card is unreliable: some data had to be written again; use another card\n{}",
             describe(&weak)
         ));
     }
@@ -126,8 +126,8 @@ fn describe(weak: &[Weak]) -> String {
     weak.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// Makes both ends of the card zero: the partition table, what a boot ROM reads, and the backup of a
-/// GPT. A card that only pretends to write is found here.
+/// Overwrites both ends of the card with zeros: the partition table, what a boot ROM reads, and the
+/// backup of a GPT. This detects cards that silently ignore writes.
 fn unmake(card: &dyn Card) -> Result<()> {
     let end = card.size().saturating_sub(EDGE) / BLOCK * BLOCK;
     for (from, to) in [(0, EDGE.min(card.size())), (end, card.size())] {
@@ -140,13 +140,14 @@ fn unmake(card: &dyn Card) -> Result<()> {
     card.read_at(0, buffer.part(BLOCK as usize)).context("reading back at 0")?;
     ensure!(
         buffer.part(BLOCK as usize).iter().all(|byte| *byte == 0),
-        "the card does not take what is written to it\n\
-         help: it is locked or worn out: use another one"
+        "the card ignores writes\n\
+         help: the card is locked or worn out: use another card"
     );
     Ok(())
 }
 
-/// All but the held pieces: written, read back, and what reads otherwise written again.
+/// Writes and verifies all pieces except the held ones, and writes again those that fail
+/// verification.
 fn body(request: &Request<'_>, card: &dyn Card, pieces: &[Piece]) -> Result<(Sent, Vec<Weak>)> {
     let sent = write::send(request.source, pieces, card, request.read_back)?;
     let mut weak: Vec<Weak> = Vec::new();
@@ -157,7 +158,7 @@ fn body(request: &Request<'_>, card: &dyn Card, pieces: &[Piece]) -> Result<(Sen
         if wrong.is_empty() {
             break;
         }
-        say("flash", format!("writing {} places again that read otherwise", wrong.len()));
+        say("flash", format!("rewriting {} places that failed verification", wrong.len()));
         let mut pass = request.source.pass()?;
         for index in &wrong {
             let (piece, sum) = (&pieces[*index], sum(&sent, *index)?);
@@ -172,7 +173,7 @@ fn body(request: &Request<'_>, card: &dyn Card, pieces: &[Piece]) -> Result<(Sen
                 Err(error) if !write::is_local(&error) => {
                     return Err(error).with_context(|| format!("writing at {}", piece.offset));
                 }
-                // Where it failed again, reading back shows it.
+                // If this fails again, reading back detects it.
                 _ => {}
             }
         }
@@ -189,7 +190,7 @@ fn body(request: &Request<'_>, card: &dyn Card, pieces: &[Piece]) -> Result<(Sen
         count(&mut weak, pieces, &wrong);
         weak.retain(|w| wrong.iter().any(|index| pieces[*index].offset == w.offset));
         bail!(
-            "the card does not hold what is written to it:\n{}\nhelp: use another card",
+            "the card does not return the data that was written:\n{}\nhelp: use another card",
             describe(&weak)
         );
     }
@@ -213,22 +214,23 @@ fn count(weak: &mut Vec<Weak>, pieces: &[Piece], wrong: &[usize]) {
     }
 }
 
-/// Pieces were read back while others were still to be written. A card that is smaller than it says
-/// has since lost some: one block of each is looked at again.
+/// Pieces were verified while others were still to be written. A counterfeit card (smaller than
+/// advertised) has overwritten some of them since: check one block of each again.
 fn still_there(card: &dyn Card, pieces: &[Piece], sent: &Sent) -> Result<()> {
     let mut buffer = Buffer::new(BLOCK as usize);
     for (index, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.held) {
         ensure!(
             write::begins(card, piece, sum(sent, index)?, &mut buffer)?,
-            "what was right at {} when it was read back has changed since\n\
-             help: the card is smaller than it says, or worn out: use another one",
+            "the data at {} was verified, but has changed since\n\
+             help: the card is counterfeit (smaller than advertised) or worn out: use another card",
             piece.offset
         );
     }
     Ok(())
 }
 
-/// The held pieces, from the last to the first block of the card, each flushed before the next.
+/// Writes the held pieces, from the last to the first block of the card, and flushes each before
+/// the next.
 fn finish(
     card: &dyn Card,
     pieces: &[Piece],
@@ -253,7 +255,7 @@ fn finish(
             tries += 1;
             ensure!(
                 tries <= RETRIES,
-                "the card does not hold what is written to it at {}\nhelp: use another card",
+                "the card does not return the data that was written at {}\nhelp: use another card",
                 piece.offset
             );
         }

@@ -1,5 +1,5 @@
-//! Runs the fuzz targets (`fuzz/`): instrumented by the stable compiler, each for a time, with bounds on memory
-//! and on the time of an input.
+//! Runs the fuzz targets (`fuzz/`): instrumented by the stable compiler, each for a limited time,
+//! with limits on memory and on the time of an input.
 
 use std::fs;
 
@@ -9,25 +9,26 @@ use camino::Utf8Path;
 use crate::exec::Tool;
 use crate::progress::say;
 
-/// What `cargo fuzz` passes, too, without a sanitizer: no code of ours is unsafe.
+/// The options of `cargo fuzz`, without a sanitizer: our code has no unsafe parts.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
      -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
      -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 --cfg=fuzzing";
 
-/// Megabytes that a target may use in all, and at once; an install may use 32 and 8.
+/// The memory limits of a target in megabytes: in total and for one allocation; those of an install
+/// are 32 and 8.
 const MEMORY: [&str; 2] = ["-rss_limit_mb=512", "-malloc_limit_mb=64"];
 
-/// Seconds that an input may take.
+/// The time limit of an input in seconds.
 const TIMEOUT: &str = "-timeout=10";
 
 /// Runs every target for `seconds`.
 ///
 /// # Errors
-/// When one cannot be built; when an input was found: its path is named, and stays in
-/// `fuzz/target/findings`.
+/// When a target cannot be built; when a failing input was found: its path is printed, and it is
+/// kept in `fuzz/target/findings`.
 pub fn run(root: &Utf8Path, seconds: u64) -> Result<()> {
     let fuzz = root.join("fuzz");
-    // The machine's own: named, so that build scripts are not instrumented.
+    // The machine's own target is given explicitly, so that build scripts are not instrumented.
     let machine = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     say("fuzz", "building the targets");
     Tool::cargo()
@@ -43,7 +44,7 @@ pub fn run(root: &Utf8Path, seconds: u64) -> Result<()> {
         .run()?;
     let mut targets = Vec::new();
     for entry in corpus.read_dir_utf8().with_context(|| format!("reading {corpus}"))? {
-        targets.push(entry.context("reading a folder")?.file_name().to_owned());
+        targets.push(entry.context("reading a directory")?.file_name().to_owned());
     }
     targets.sort();
     ensure!(!targets.is_empty(), "no fuzz target is built");
@@ -79,7 +80,8 @@ pub fn run(root: &Utf8Path, seconds: u64) -> Result<()> {
     }
     if !findings.is_empty() {
         bail!(
-            "found:\n{}\nhelp: correct what it shows, and put the input into fuzz/corpus/TARGET: the tests replay it",
+            "found failing inputs:\n{}\n\
+             help: correct the fault, and add the input to fuzz/corpus/TARGET: the tests replay it",
             findings.join("\n")
         );
     }

@@ -1,5 +1,6 @@
-//! git, as every part of this program calls it: what its user has set up for himself changes nothing of what is read,
-//! and what differs from a commit is found by reading the files, not by asking what git was told to hide.
+//! The only place that calls git: the user's configuration does not change what is read, and
+//! differences from a commit are found by reading the files, independently of git's ignore
+//! settings.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -14,21 +15,21 @@ use crate::artifact::hash_file;
 use crate::config::content::is_junk;
 use crate::exec::Tool;
 
-/// Settings that change what git says or writes. The environment is a matter of `exec`: GIT_DIR and all that names
-/// another repository, as hooks have it, reaches no program that we start.
+/// Overrides of settings that change git's output or files. `exec` handles the environment: GIT_DIR
+/// and other variables of hooks that select another repository are not passed to programs.
 const SETTINGS: [&str; 13] = [
-    // Text of gpg before what was asked for (git-log(1)).
+    // Output of gpg before the requested output (git-log(1)).
     "log.showSignature=false",
     "i18n.logOutputEncoding=UTF-8",
     "color.ui=false",
     "core.quotePath=false",
-    // Whether files have changed is not a daemon's business.
+    // Do not ask a daemon whether files have changed.
     "core.fsmonitor=false",
     "core.untrackedCache=false",
-    // Names that the user wants to hear nothing of.
+    // The user's excluded names.
     "core.excludesFile=/dev/null",
     "status.showUntrackedFiles=all",
-    // What is written is what was committed.
+    // Files are written exactly as committed.
     "core.autocrlf=false",
     "core.eol=lf",
     "core.attributesFile=/dev/null",
@@ -36,16 +37,16 @@ const SETTINGS: [&str; 13] = [
     "core.hooksPath=/dev/null",
 ];
 
-/// git for the repository that a folder is in.
+/// git for the repository that contains a directory.
 pub fn at(dir: &Utf8Path) -> Tool {
     anywhere().args(["-C", dir.as_str()])
 }
 
-/// git for no repository yet.
+/// git without a repository.
 pub fn anywhere() -> Tool {
     let tool = Tool::new("git")
-        .env("GIT_TERMINAL_PROMPT", "0")
-        // Reading writes nothing.
+        .env("GIT_TERMINAL_PROMPT", "0") //
+        // Do not write while reading.
         .env("GIT_OPTIONAL_LOCKS", "0")
         .env("GIT_NO_REPLACE_OBJECTS", "1")
         .env("GIT_ATTR_NOSYSTEM", "1")
@@ -61,20 +62,20 @@ pub fn time(dir: &Utf8Path) -> Result<u64> {
     let said = at(dir).args(["log", "-1", "--format=%ct"]).read()?;
     said.trim()
         .parse()
-        .with_context(|| format!("git says \"{}\" for the commit's time", said.trim()))
+        .with_context(|| format!("git returned \"{}\" as the commit's time", said.trim()))
 }
 
-/// Another checkout of a repository, with nothing in it but that commit.
+/// Creates another checkout of a repository, which contains only that commit.
 ///
 /// # Errors
-/// When git cannot make it.
+/// When git cannot create it.
 pub fn checkout(root: &Utf8Path, commit: &str, to: &Utf8Path) -> Result<()> {
     let clone = ["clone", "--quiet", "--no-checkout", "--template="];
     anywhere().args(clone).args([root.as_str(), to.as_str()]).run()?;
     at(to).args(["checkout", "--quiet", "--detach", commit]).run()
 }
 
-/// Folders and files of a workspace that builds read, whether git knows them or not.
+/// Directories and files of a workspace that builds read, including untracked ones.
 const INPUTS: [&str; 15] = [
     ".cargo",
     "Cargo.lock",
@@ -93,17 +94,17 @@ const INPUTS: [&str; 15] = [
     "xtask/src",
 ];
 
-/// Folders whose children a build reads whole or not at all: it names the one that it needs, and ends where that one is
+/// Directories whose children a build reads whole or not at all: it names the one that it needs, and ends where that one is
 /// not there.
 const NAMED: [&str; 2] = ["board", "overlays"];
 
-/// How many names git is given at once.
+/// How many names are passed to git at once.
 const AT_ONCE: usize = 400;
 
-/// The files of a workspace that are not as the commit has them, sorted: each tracked file is compared byte by byte,
-/// whatever index, filters and ignore rules say; and none may lie beside them where builds read. Names that builds
+/// The files of a workspace that differ from the commit, sorted: each tracked file is compared byte
+/// by byte, independently of index, filters and ignore rules; untracked files where builds read are
 /// pass over count as nothing. Nor do files that a sparse checkout leaves out (git-sparse-checkout(1)), where no build
-/// would read them: outside of what builds read, and the whole folder of a board or an overlay.
+/// would read them: outside of what builds read, and the whole directory of a board or an overlay.
 ///
 /// # Errors
 /// When git or a file cannot be read.
@@ -111,7 +112,7 @@ pub fn changes(root: &Utf8Path, commit: &str) -> Result<Vec<String>> {
     Ok(differing(root, commit, &INPUTS)?.into_iter().collect())
 }
 
-/// As [`changes`]; below `inputs` lies nothing but what the commit has.
+/// Like [`changes`]; `inputs` must contain only files of the commit.
 fn differing(root: &Utf8Path, commit: &str, inputs: &[&str]) -> Result<BTreeSet<String>> {
     let mut changed = BTreeSet::new();
     let tracked = tracked(root, commit)?;
@@ -127,7 +128,7 @@ fn differing(root: &Utf8Path, commit: &str, inputs: &[&str]) -> Result<BTreeSet<
             continue;
         }
         if about.is_dir() {
-            // A submodule's files are its own commit's.
+            // A submodule's files belong to its own commit.
             if entry.is_none() {
                 let children = full.read_dir_utf8().with_context(|| format!("reading {path}"))?;
                 for child in children {
@@ -138,7 +139,7 @@ fn differing(root: &Utf8Path, commit: &str, inputs: &[&str]) -> Result<BTreeSet<
         } else if entry.is_none() {
             changed.insert(path.to_string());
         } else if about.is_symlink() && !path.starts_with("overlays") {
-            // git has the link, and a build reads what lies behind it. An overlay's links stay links.
+            // git stores the link, but a build reads its target. An overlay's links stay links.
             let inside = |target: &Utf8Path| {
                 let target = target.strip_prefix(&canonical).ok()?;
                 let below = |name: &String| Utf8Path::new(name).starts_with(target);
@@ -155,17 +156,17 @@ fn differing(root: &Utf8Path, commit: &str, inputs: &[&str]) -> Result<BTreeSet<
 /// git's mode of a submodule.
 const SUBMODULE: &str = "160000";
 
-/// A file as a commit has it.
+/// A file in a commit.
 struct Entry {
     /// git's own: `100644`, `100755`, `120000` (a link), `160000` (a submodule).
     mode: String,
     /// The hash of its content.
     id: String,
-    /// Where it is, below the same folder; its name may be no UTF-8.
+    /// Its path, below the same directory; its name may not be UTF-8.
     path: PathBuf,
 }
 
-/// The files of a commit by their paths below a folder.
+/// The files of a commit by their paths below a directory.
 fn tracked(root: &Utf8Path, commit: &str) -> Result<BTreeMap<String, Entry>> {
     let listed = at(root).args(["ls-tree", "-r", "-z", commit]).read_bytes()?;
     let mut files = BTreeMap::new();
@@ -176,14 +177,15 @@ fn tracked(root: &Utf8Path, commit: &str) -> Result<BTreeMap<String, Entry>> {
             let (mode, id) = (words.next()?.to_owned(), words.nth(1)?.to_owned());
             Some((mode, id, OsStr::from_bytes(&line[tab + 1..])))
         });
-        let shown = || format!("git lists \"{}\"", String::from_utf8_lossy(line));
+        let shown =
+            || format!("git listed the unexpected entry \"{}\"", String::from_utf8_lossy(line));
         let (mode, id, path) = parts.with_context(shown)?;
         files.insert(path.to_string_lossy().into_owned(), Entry { mode, id, path: path.into() });
     }
     Ok(files)
 }
 
-/// The files that are marked as left out of this checkout (`skip-worktree`), below a folder.
+/// The files that are marked as left out of this checkout (`skip-worktree`), below a directory.
 fn left_out(root: &Utf8Path) -> Result<BTreeSet<PathBuf>> {
     let listed = at(root).args(["ls-files", "-t", "-z"]).read_bytes()?;
     // git-ls-files(1): `S` and a blank before the name.
@@ -208,9 +210,9 @@ fn compare(
     changed: &mut BTreeSet<String>,
 ) -> Result<()> {
     let mut absent: Vec<(&String, &Entry)> = Vec::new();
-    let links = tempfile::tempdir().context("making a folder")?;
-    let links = Utf8Path::from_path(links.path()).context("the folder's path")?;
-    // What is hashed, with the entry that it must be.
+    let links = tempfile::tempdir().context("making a directory")?;
+    let links = Utf8Path::from_path(links.path()).context("the directory's path")?;
+    // The files to hash, with their expected entries.
     let mut hashed: Vec<(Utf8PathBuf, &String, &Entry)> = Vec::new();
     for (path, entry) in tracked {
         let about = root.as_std_path().join(&entry.path).symlink_metadata().ok();
@@ -221,7 +223,7 @@ fn compare(
         }
         let full = match Utf8Path::from_path(&entry.path) {
             Some(path) => root.join(path),
-            // git is given a copy of what has another name.
+            // Files with other names are copied for git.
             None => {
                 let copy = links.join(hashed.len().to_string());
                 let from = root.as_std_path().join(&entry.path);
@@ -233,7 +235,8 @@ fn compare(
         };
         let fits = match entry.mode.as_str() {
             SUBMODULE => {
-                // One that was not fetched has no content; whether a build needs it, git cannot tell.
+                // A submodule that was not fetched has no content; git cannot tell whether a build
+                // needs it.
                 let there = full.join(".git").exists();
                 let wanted = is_wanted(root, path, inputs);
                 let inside: &[&str] = if wanted { &[""] } else { &[] };
@@ -287,8 +290,8 @@ fn compare(
     Ok(())
 }
 
-/// Whether a file is the one that git-lfs has put in the place of its pointer: the pointer is in the commit, and says
-/// the file's SHA-256 ("Git LFS Specification", docs/spec.md of git-lfs).
+/// Whether git-lfs has replaced the pointer by this file: the pointer is in the commit, and
+/// contains the file's SHA-256 ("Git LFS Specification", docs/spec.md of git-lfs).
 fn is_fetched(root: &Utf8Path, entry: &Entry, file: &Utf8Path) -> Result<bool> {
     // A pointer has less than 1024 bytes.
     let size = at(root).args(["cat-file", "-s", &entry.id]).read()?;

@@ -21,12 +21,13 @@ use bundle::bootstate::BootState;
 /// Byte offset of ext4's magic number: superblock at 1024, field at 56 (ext4 documentation).
 const EXT4_MAGIC_AT: u64 = 1080;
 
-/// The largest os-release or device.toml that is read: 64 KiB, a hundred times what ours have.
+/// The largest os-release or device.toml that is read: 64 KiB, a hundred times the size of
+/// Slipway's own.
 const MOST_TEXT: u64 = 64 << 10;
-/// The most sectors of a boot state; there are two.
+/// The maximum number of sectors of a boot state; Slipway's boards have two.
 const MOST_STATES: usize = 8;
 
-/// What a file is.
+/// The kind of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Subject {
@@ -38,10 +39,10 @@ pub enum Subject {
     SlotImage,
 }
 
-/// Finds out what a file is by its content, whatever its name.
+/// Detects the kind of a file by its content, whatever its name.
 ///
 /// # Errors
-/// When it is none of the three.
+/// When it is not one of the three.
 pub fn subject(path: &Utf8Path) -> Result<Subject> {
     let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
     let mut head = [0; 512];
@@ -70,11 +71,11 @@ pub fn subject(path: &Utf8Path) -> Result<Subject> {
 pub(crate) struct ImageView {
     pub tables: DiskTables,
     pub boot_states: Vec<StateView>,
-    /// Copies of what the robot trusts besides `data`.
+    /// Copies of the trust record outside of `data`.
     pub trust: Vec<StateView>,
     pub volumes: Vec<FatListing>,
     pub slots: Vec<SlotView>,
-    /// How each model starts; none where the image's system does not say for which models it is.
+    /// How each model starts; empty where the image's system does not say for which models it is.
     pub starts: Option<Starts>,
     /// Why there are none.
     #[serde(skip)]
@@ -86,7 +87,7 @@ pub(crate) struct ImageView {
 pub(crate) struct StateView {
     pub offset: u64,
     pub state: Option<String>,
-    /// The same for people, where that is another text.
+    /// The same in words, for the terminal.
     #[serde(skip)]
     pub words: Option<String>,
 }
@@ -138,7 +139,7 @@ pub(crate) fn image(path: &Utf8Path) -> Result<ImageView> {
             Some(Held::Fat) => {
                 view.volumes.push(read::fat(path, partition.offset, partition.size)?);
             }
-            // A system is never written to, so what was in use has none.
+            // A root filesystem is never written to, so one that was in use has none.
             Some(Held::Ext4) if needs_replay(path, partition.offset)? => {}
             Some(Held::Ext4) => {
                 let slot = slot_view(path, partition.offset, partition.number)?;
@@ -177,7 +178,7 @@ pub(crate) enum Held {
     Ext4,
 }
 
-/// What lies at an offset of an image, by its magic numbers.
+/// The kind of filesystem at an offset of an image, by its magic numbers.
 ///
 /// # Errors
 /// When the image cannot be read there.
@@ -195,7 +196,7 @@ pub(crate) fn content(path: &Utf8Path, offset: u64) -> Result<Option<Held>> {
     })
 }
 
-/// Where the image's own system says that the boot state lies, and what it trusts.
+/// Where the boot state and the trust record are, according to the image's own system.
 fn raw_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<(Vec<u64>, Vec<u64>)> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "kebab-case")]
@@ -278,7 +279,7 @@ pub(crate) struct BundleView {
 /// A bundle's manifest, whether or not a known key has signed it.
 ///
 /// # Errors
-/// When it is no bundle.
+/// When the file is not a bundle.
 pub(crate) fn bundle(path: &Utf8Path) -> Result<BundleView> {
     let open = || File::open(path).with_context(|| format!("opening {path}"));
     let keys = Keys::open(&directory()?)?.set().clone();
@@ -296,7 +297,7 @@ pub(crate) fn bundle(path: &Utf8Path) -> Result<BundleView> {
     })
 }
 
-/// What is in the system of a card image or a slot image.
+/// The contents of the system of a card image or a slot image.
 ///
 /// # Errors
 /// When there is none, or it cannot be read.
@@ -310,10 +311,13 @@ pub(crate) fn inventory(path: &Utf8Path) -> Result<Inventory> {
                     return Inventory::of_ext4(path, partition.offset);
                 }
             }
-            bail!("{path} has no slot with a system in it")
+            bail!("{path} has no slot that contains a system")
         }
         Subject::Bundle => {
-            bail!("{path} is a bundle\nhelp: compare the images; `inspect` alone shows a bundle")
+            bail!(
+                "{path} is a bundle\n\
+             help: compare the images; `inspect` without --diff shows a bundle"
+            )
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Signing keys: made, listed, rotated, and used. Secret keys stay in the key directory, in
-//! minisign's own file format, readable by their owner alone; nothing ever prints one.
+//! Creates, lists, rotates and uses signing keys. Secret keys stay in the key directory, in
+//! minisign's own file format, readable by their owner only; they are never printed.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{IsTerminal, Write};
@@ -17,10 +17,10 @@ use crate::artifact;
 use crate::progress;
 use crate::ssh_keys;
 
-/// Where the password of release keys is taken from when nobody can be asked.
+/// The environment variable with the password of release keys, for use without a terminal.
 pub const PASSWORD_VARIABLE: &str = "SLIPWAY_KEY_PASSWORD";
 
-/// The public side of all keys, in the key directory; it goes into images and verifies bundles.
+/// The public parts of all keys, in the key directory; it is stored in images and verifies bundles.
 pub const KEY_SET: &str = "keyset.json";
 
 /// The key directory: `$SLIPWAY_KEYS`, else `$XDG_CONFIG_HOME/slipway/keys`, else
@@ -42,18 +42,19 @@ pub fn directory() -> Result<Utf8PathBuf> {
     bail!("finding the key directory: HOME is not set\nhelp: set SLIPWAY_KEYS to a directory")
 }
 
-/// SSH public keys of whoever builds, beside the signing keys: a development product's root accepts
-/// them. Whoever holds the development key beside them can put any system on such a robot anyway.
+/// The developer's SSH public keys, beside the signing keys: root of a development product accepts
+/// them. The holder of the development key in the same directory can install any system on such a
+/// robot anyway.
 pub const AUTHORIZED_KEYS: &str = "authorized_keys";
 
-/// The lines of [`AUTHORIZED_KEYS`] in a key directory; nothing when there is no such file.
+/// The lines of [`AUTHORIZED_KEYS`] in a key directory; empty when there is no such file.
 ///
 /// # Errors
-/// When it cannot be read, or has a line that is no public key.
+/// When it cannot be read, or contains a line that is not a public key.
 pub fn authorized_keys(dir: &Utf8Path) -> Result<String> {
     let path = dir.join(AUTHORIZED_KEYS);
     match std::fs::read(&path) {
-        // A file that waits for its first key.
+        // A file without keys yet.
         Ok(file) if file.trim_ascii().is_empty() => Ok(String::new()),
         Ok(file) => ssh_keys::lines(&file).map_err(|bad| bad.about(&path)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
@@ -61,14 +62,14 @@ pub fn authorized_keys(dir: &Utf8Path) -> Result<String> {
     }
 }
 
-/// Public keys of those whose stages count in a shared cache, and nothing else of theirs: a folder of
-/// minisign's `.pub` files in the key directory.
+/// Additional keys that are trusted for stages in a shared cache only: a directory of minisign's
+/// `.pub` files in the key directory.
 pub const CACHE_SIGNERS: &str = "shared-cache";
 
-/// The keys in [`CACHE_SIGNERS`]; none when there is no such folder.
+/// The keys in [`CACHE_SIGNERS`]; empty when there is no such directory.
 ///
 /// # Errors
-/// When a file there is no public key.
+/// When a file there is not a public key.
 pub fn cache_signers(dir: &Utf8Path) -> Result<Vec<TrustedKey>> {
     let dir = dir.join(CACHE_SIGNERS);
     if !dir.is_dir() {
@@ -83,7 +84,11 @@ pub fn cache_signers(dir: &Utf8Path) -> Result<Vec<TrustedKey>> {
         let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         let public = text.lines().nth(1).unwrap_or_default().trim().to_owned();
         let id = key_id(&public).with_context(|| {
-            format!("reading {path}\nhelp: a public key of minisign, as `cargo xtask keys list` names it")
+            format!(
+                "reading {path}\n\
+             help: expected a public key of minisign, such as the files that `cargo xtask keys \
+             list` names"
+            )
         })?;
         keys.push(TrustedKey { id, epoch: 1, kind: Kind::Development, public, revoked: false });
     }
@@ -96,30 +101,31 @@ pub fn cache_signers(dir: &Utf8Path) -> Result<Vec<TrustedKey>> {
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Listed {
-    /// The key as the key set has it.
+    /// The key in the key set.
     #[serde(flatten)]
     pub key: TrustedKey,
-    /// The secret key's file, when it is here.
+    /// The secret key's file, if it is here.
     pub secret: Option<Utf8PathBuf>,
     /// The public key's file, for `minisign -V -p`.
     pub public_file: Utf8PathBuf,
 }
 
-/// An opened key directory. It is locked while this value lives, so that two builds that both need
-/// the first development key make one.
+/// An opened key directory. It is locked until this value is dropped, so that two builds that both
+/// need the first development key create only one.
 #[derive(Debug)]
 pub struct Keys {
     dir: Utf8PathBuf,
     set: KeySet,
-    /// Unlocks when it is closed. None where nobody here can write: there is nothing to wait for.
+    /// The lock, released when it is closed. `None` where this user cannot write: there is nothing
+    /// to wait for.
     _lock: Option<File>,
 }
 
 impl Keys {
-    /// Opens a key directory; it is made (mode 0700) when it is missing.
+    /// Opens a key directory; it is created (mode 0700) when it is missing.
     ///
     /// # Errors
-    /// When it cannot be made, locked or read, or its key set is damaged.
+    /// When it cannot be created, locked or read, or its key set is damaged.
     pub fn open(dir: &Utf8Path) -> Result<Self> {
         if !dir.is_dir() {
             let create = || {
@@ -129,7 +135,7 @@ impl Keys {
             create().with_context(|| {
                 format!(
                     "creating the key directory {dir}\n\
-                     help: set SLIPWAY_KEYS to a folder that can be written; signing keys are made there"
+                     help: set SLIPWAY_KEYS to a writable directory; signing keys are made there"
                 )
             })?;
         }
@@ -146,8 +152,9 @@ impl Keys {
                     .with_context(|| format!("locking {dir}/.lock"))?;
                 Some(lock)
             }
-            // A secret of CI is a mount that nobody writes to; another user's folder is read as it is: the key set
-            // changes by a rename. Whoever wants to make a key fails at its file.
+            // A secret of CI is a read-only mount; another user's directory can be read without a
+            // lock, since the key set is replaced by a rename. Creating a key there fails when its
+            // file is written.
             Err(error)
                 if matches!(
                     error.kind(),
@@ -163,18 +170,21 @@ impl Keys {
             Ok(json) => KeySet::parse(&json).with_context(|| {
                 format!(
                     "reading the key set {path}\n\
-                     help: it was cut or changed, and the keys beside it are as they were. Bring it back from a copy of the folder; \
-                     there is no secret in it. Each system has the key set of its build in /usr/lib/slipway/keyset.json, a release \
+                     help: the file was truncated or changed; the keys beside it are unchanged. Restore it from a copy of the directory; \
+                     it contains no secret. Each system has the key set of its build in /usr/lib/slipway/keyset.json, a release \
                      without the development keys. Robots take none with a lower serial than they have seen"
                 )
             })?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                // A new set would begin at serial 1, and robots that know a later one would take it for an old one.
+                // A new set would begin at serial 1, and robots that know a later serial would
+                // reject it as old.
                 if let Some(key) = left_key(dir)? {
                     bail!(
-                        "{dir} has {key}, and no {KEY_SET}, which says of each key what it may sign\n\
-                         help: bring {KEY_SET} back from a copy of the folder, or begin anew with SLIPWAY_KEYS in an empty one: \
-                         robots that trust these keys take nothing that the new ones sign"
+                        "{dir} contains {key}, but no {KEY_SET}, which lists what each key may \
+                         sign\n\
+                         help: restore {KEY_SET} from a copy of the directory, or set SLIPWAY_KEYS \
+                         to an empty directory to start with \
+                         new keys: robots that trust the old keys reject what the new ones sign"
                     );
                 }
                 KeySet::default()
@@ -184,19 +194,20 @@ impl Keys {
         let mode = std::fs::metadata(dir).map_or(0, |about| about.permissions().mode());
         if mode & 0o022 != 0 {
             progress::warn(format!(
-                "the key directory {dir} may be written by others (mode {:03o}), who so choose whom robots trust: chmod 700 it",
+                "the key directory {dir} is writable by other users (mode {:03o}), who could \
+                 change the trusted keys of robots: run chmod 700 on it",
                 mode & 0o777
             ));
         }
         Ok(Self { dir: dir.to_owned(), set, _lock: lock })
     }
 
-    /// All keys, revoked ones too.
+    /// All keys, including revoked ones.
     pub fn set(&self) -> &KeySet {
         &self.set
     }
 
-    /// The keys that a device of this kind of product trusts: release devices have no development
+    /// The keys that a device of this kind of product trusts: release devices trust no development
     /// key at all.
     pub fn set_for(&self, kind: Kind) -> KeySet {
         let trusts = |key: &&TrustedKey| kind == Kind::Development || key.kind == Kind::Release;
@@ -219,14 +230,15 @@ impl Keys {
         self.set.keys.iter().map(listed).collect()
     }
 
-    /// Makes the first key of a kind.
+    /// Creates the first key of a kind.
     ///
     /// # Errors
-    /// When there is one already, the password cannot be had, or writing fails.
+    /// When there is one already, the password is not available, or writing fails.
     pub fn new_key(&mut self, kind: Kind) -> Result<TrustedKey> {
         if let Some(key) = self.current(kind) {
             bail!(
-                "making a {kind} key: {} is there already, of epoch {}\nhelp: `cargo xtask keys rotate` makes its successor",
+                "making a {kind} key: {} of epoch {} exists already\n\
+                 help: `cargo xtask keys rotate` makes its successor",
                 key.id,
                 key.epoch
             );
@@ -238,21 +250,24 @@ impl Keys {
     /// signed by it still install, unless it is to be revoked.
     ///
     /// # Errors
-    /// When there is no key of this kind yet, the password cannot be had, or writing fails.
+    /// When there is no key of this kind yet, the password is not available, or writing fails.
     pub fn rotate(&mut self, kind: Kind, revoke_old: bool) -> Result<TrustedKey> {
         ensure!(
             self.current(kind).is_some(),
-            "rotating the {kind} key: there is none in {}\nhelp: `cargo xtask keys new` makes the first",
+            "rotating the {kind} key: no such key in {}\n\
+             help: `cargo xtask keys new` makes the first key",
             self.dir
         );
-        // One password opens all release keys of a machine: with another one, builds could sign with the new key only,
-        // and robots that know the old one alone would refuse what they make.
+        // One password opens all release keys of a machine: with different passwords, builds could
+        // only sign with the new key, and robots that only know the old key would reject their
+        // bundles.
         let current = self.current(kind).map(|key| self.file(&key, "key"));
         if kind == Kind::Release && current.is_some_and(|path| path.is_file()) {
             self.signer(kind).context(
-                "opening the current release key: the new one must have the same password\n\
-                 help: give the current key's; whoever has lost it moves the file away, and robots that know no other \
-                 key refuse what is signed from then on",
+                "opening the current release key: the new key must have the same password\n\
+                 help: enter the current key's password; if it is lost, move the key's file away: \
+                 robots that know no \
+                 other key reject what is signed from then on",
             )?;
         }
         let mut set = self.set.clone();
@@ -267,7 +282,8 @@ impl Keys {
         Ok(new)
     }
 
-    /// The key that signs bundles of this kind, opened. The development key is made on first use.
+    /// The key that signs bundles of this kind, opened. The development key is created on first
+    /// use.
     ///
     /// # Errors
     /// When there is none, its secret part is not here, or the password is wrong.
@@ -283,18 +299,23 @@ impl Keys {
                 key
             }
             (None, Kind::Release) => bail!(
-                "finding the release key: there is none in {}\nhelp: `cargo xtask keys new` makes one; a release is never signed by a development key",
+                "finding the release key: no release key in {}\n\
+                 help: `cargo xtask keys new` makes one; a release cannot be signed by a \
+                 development key",
                 self.dir
             ),
         };
         let path = self.file(&key, "key");
         let text = std::fs::read_to_string(&path).with_context(|| {
-            format!("reading the secret key {path}\nhelp: copy it here, or set SLIPWAY_KEYS")
+            format!(
+                "reading the secret key {path}\n\
+             help: copy the key to this path, or set SLIPWAY_KEYS"
+            )
         })?;
         let mode = std::fs::metadata(&path).map_or(0, |about| about.permissions().mode());
         if mode & 0o077 != 0 {
             progress::warn(format!(
-                "the secret key {path} may be read by others (mode {:03o}): chmod 600 it",
+                "the secret key {path} is readable by other users (mode {:03o}): run chmod 600 on it",
                 mode & 0o777
             ));
         }
@@ -304,21 +325,25 @@ impl Keys {
     /// Revokes a key.
     ///
     /// # Errors
-    /// When there is no such key, it is revoked already, or no other one of its kind would be left.
+    /// When there is no such key, it is revoked already, or no other key of its kind would be left.
     pub fn revoke(&mut self, id: &str) -> Result<TrustedKey> {
         let mut set = self.set.clone();
         let dir = &self.dir;
         // People type what they read, and some tools show ids in lower case.
-        let found = set.keys.iter_mut().find(|key| key.id.eq_ignore_ascii_case(id)).with_context(|| {
-            format!("revoking a key: {dir} has none with the id `{id}`\nhelp: `cargo xtask keys list` shows them")
-        })?;
+        let found =
+            set.keys.iter_mut().find(|key| key.id.eq_ignore_ascii_case(id)).with_context(|| {
+                format!(
+                    "revoking a key: {dir} contains no key with the id `{id}`\n\
+             help: `cargo xtask keys list` shows all keys"
+                )
+            })?;
         let id = found.id.clone();
-        ensure!(!found.revoked, "revoking the key {id}: it is revoked already");
+        ensure!(!found.revoked, "revoking the key {id}: the key is already revoked");
         found.revoked = true;
         let key = found.clone();
         ensure!(
             set.keys.iter().any(|other| other.kind == key.kind && !other.revoked),
-            "revoking the key {id}: no other {} key would be left, and nothing could be signed\n\
+            "revoking the key {id}: without another {} key, nothing could be signed\n\
              help: `cargo xtask keys rotate{}` makes its successor first",
             key.kind,
             if key.kind == Kind::Development { " --development" } else { "" }
@@ -327,11 +352,12 @@ impl Keys {
         Ok(key)
     }
 
-    /// The keys that sign a bundle of this kind, the newest first: with it all before it that are not revoked and whose
-    /// secret part is here. A robot that was built before a rotation knows only those.
+    /// The keys that sign a bundle of this kind: the newest first, then all earlier keys that are
+    /// not revoked and whose secret part is here. A robot that was built before a rotation only
+    /// knows the earlier keys.
     ///
     /// # Errors
-    /// As [`Self::signer`]. An older key that cannot be opened is passed over with a warning.
+    /// As [`Self::signer`]. An older key that cannot be opened is skipped with a warning.
     pub fn signers(&mut self, kind: Kind) -> Result<Vec<Signer>> {
         let mut signers = vec![self.signer(kind)?];
         let newest = signers.iter().map(|signer| signer.key().id.clone()).collect::<Vec<_>>();
@@ -347,7 +373,8 @@ impl Keys {
             match opened {
                 Ok(signer) => signers.push(signer),
                 Err(error) => progress::warn(format!(
-                    "the older {kind} key {id} does not sign: robots that know no newer one refuse the bundle ({error:#})"
+                    "skipping the older {kind} key {id}: robots that know no newer key will reject \
+                     the bundle ({error:#})"
                 )),
             }
         }
@@ -376,7 +403,7 @@ impl Keys {
         write_with_mode(&self.file(&key, "key"), secret.into_string().as_bytes(), SECRET)?;
         let public = format!("untrusted comment: slipway {kind} key {}\n{}\n", key.id, key.public);
         write_with_mode(&self.file(&key, "pub"), public.as_bytes(), PUBLIC)?;
-        // The key set comes last: only a key that is listed exists.
+        // The key set is written last: a key exists only if it is listed.
         let mut set = self.set.clone();
         set.keys.push(key.clone());
         self.save(set)?;
@@ -384,9 +411,8 @@ impl Keys {
     }
 
     fn save(&mut self, mut set: KeySet) -> Result<()> {
-        // Robots take a set only for one with a lower serial.
-        set.serial =
-            self.set.serial.checked_add(1).context("the key set's serial is at its end")?;
+        // Robots only replace a set by one with a higher serial.
+        set.serial = self.set.serial.checked_add(1).context("key-set serial number overflow")?;
         set.keys.sort_by(|a, b| (a.epoch, &a.id).cmp(&(b.epoch, &b.id)));
         set.check()?;
         let mut json = serde_json::to_vec_pretty(&set).context("encoding the key set")?;
@@ -403,13 +429,13 @@ impl Keys {
 
 /// Of a secret: its owner's alone.
 const SECRET: u32 = 0o600;
-/// Of a folder with secrets.
+/// Of a directory with secrets.
 const SECRET_FOLDER: u32 = 0o700;
-/// Of what others must read (a web server, whoever verifies), and only its owner may change.
+/// Of files that other users must read, such as a web server, and only their owner may change.
 const PUBLIC: u32 = 0o644;
 
-/// Writes a file with this mode, whatever the umask is: nobody else can ever have read a secret, since the mode is there
-/// from the first byte.
+/// Writes a file with this mode, whatever the umask is. A secret has its mode from the first byte, so no other user can have
+/// read it.
 fn write_with_mode(path: &Utf8Path, content: &[u8], mode: u32) -> Result<()> {
     let temporary = artifact::partial(path);
     if temporary.exists() {
@@ -438,7 +464,7 @@ fn password(what: &str) -> Result<Option<String>> {
         Ok(password) => Ok(Some(password)),
         Err(std::env::VarError::NotPresent) if std::io::stdin().is_terminal() => Ok(None),
         Err(std::env::VarError::NotPresent) => bail!(
-            "{what}: there is no terminal to ask for the password\nhelp: set {PASSWORD_VARIABLE}"
+            "{what}: cannot ask for the password (no terminal)\nhelp: set {PASSWORD_VARIABLE}"
         ),
         Err(std::env::VarError::NotUnicode(_)) => {
             bail!("{what}: {PASSWORD_VARIABLE} is not UTF-8")
@@ -473,10 +499,10 @@ impl std::fmt::Debug for Signer {
 }
 
 impl Signer {
-    /// Opens a minisign secret key file; `key` is what the key set says about it.
+    /// Opens a minisign secret key file; `key` is its entry in the key set.
     ///
     /// # Errors
-    /// When it is not a secret key, not this one, or the password is wrong.
+    /// When it is not a secret key, not this key, or the password is wrong.
     pub fn open(text: &str, key: TrustedKey) -> Result<Self> {
         let secret = minisign::SecretKeyBox::from_string(text)?;
         let secret = match key.kind {
@@ -490,13 +516,13 @@ impl Signer {
         };
         let number: [u8; 8] = number.try_into()?;
         let id: String = number.iter().rev().map(|b| format!("{b:02X}")).collect();
-        ensure!(id == key.id, "the file holds the key {id}, the key set lists {}", key.id);
+        ensure!(id == key.id, "the file contains the key {id}, but the key set lists {}", key.id);
         let secret = ed25519_compact::SecretKey::from_slice(scalar)
             .map_err(|error| anyhow::anyhow!("reading the secret key: {error}"))?;
         Ok(Self { key, number, secret })
     }
 
-    /// What the key set says about the key.
+    /// The key's entry in the key set.
     pub fn key(&self) -> &TrustedKey {
         &self.key
     }

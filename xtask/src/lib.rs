@@ -1,4 +1,4 @@
-//! The host tool: one product description in, a card image and its signed bundle out.
+//! The host tool: builds a card image and its signed bundle from a product description.
 //!
 //! `docs/contributing/architecture.md` is the map of this crate.
 

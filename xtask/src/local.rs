@@ -1,8 +1,9 @@
-//! The robot's own system on this machine, without its hardware: the very root file system that ships,
-//! unpacked, in namespaces of an ordinary user, under qemu's user emulation where the architecture is another.
+//! The robot's own system on this machine, without its hardware: the root filesystem that ships,
+//! unpacked, in namespaces of an ordinary user, under qemu's user emulation if the architecture
+//! differs.
 //!
-//! This is the host's side. It starts process 1 of the local system ([`init`]), says what happens there, and
-//! ends it by ending: nothing of it outlives this process.
+//! This is the host's side. It starts process 1 of the local system ([`init`]), reports its events,
+//! and stops it by exiting: no process of the system outlives this process.
 
 pub mod init;
 mod mounts;
@@ -30,37 +31,39 @@ use crate::exec::{Tool, find};
 use crate::progress::{duration, say, warn};
 use crate::rootfs::debian;
 
-/// The hidden verb under which process 1 of a local system is this very program.
+/// The hidden command with which this program runs as process 1 of a local system.
 pub const CHILD: &str = "local-init";
 
-/// The robot's port that is reached from outside, besides SSH.
+/// The robot's port that is reachable from outside, besides SSH.
 const PORT: u16 = 80;
 
-/// Where Python looks for the API before the image's own, below `data` (`/usr/lib/slipway/api.env`).
+/// The directory below `data` in which Python looks for the API before the image's own
+/// (`/usr/lib/slipway/api.env`).
 const SITE: &str = "apps/api/current/site";
 
-/// What the agent remembers of the last provisioning, below `data`.
+/// The agent's record of the last provisioning, below `data`.
 const PROVISIONED: &str = "slotd/provisioned.json";
 
-/// How long a system may take to be well when somebody waits for it; as the agent waits for an API.
+/// How long a system may take to become healthy when a command waits for it; the same as the
+/// agent's timeout for an API.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// The kernel's priority from which on a line is a warning (syslog(3): LOG_WARNING).
+/// The kernel's priority of a warning (syslog(3): LOG_WARNING).
 const WARNING: u8 = 4;
 
-/// The namespaces: mounts, processes, network, host name and shared memory that nobody else sees.
+/// The namespaces: private mounts, processes, network, host name and shared memory.
 const NAMESPACES: [&str; 6] = ["--mount", "--pid", "--fork", "--net", "--uts", "--ipc"];
 
-/// And a user's own, in which that user is root.
+/// And a user namespace, in which the user is root.
 const AS_USER: [&str; 2] = ["--user", "--map-root-user"];
 
-/// With whose rights a local system runs.
+/// The privileges of a local system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Rights {
-    /// Only those of the user who has started it: it is root in a namespace of that user.
+    /// Only those of the user who started it: it is root in that user's namespace.
     User,
-    /// Root's, where no user namespace can be made, as in a chroot.
+    /// Those of root, where user namespaces are not available, such as in a chroot.
     Root,
 }
 
@@ -71,56 +74,56 @@ impl Rights {
     }
 }
 
-/// How a local system is run.
+/// Options of a local system.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Begin with an empty `data`.
+    /// Start with an empty `data`.
     pub fresh: bool,
-    /// A folder with the API's package that serves in the place of the image's.
+    /// A directory with the API's package that replaces the image's.
     pub site: Option<Utf8PathBuf>,
-    /// Run this in it once it is well, and end.
+    /// Run this command in the system once it is healthy, then stop.
     pub command: Vec<String>,
 }
 
-/// What process 1 is to do.
+/// The orders for process 1.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Order {
     rights: Rights,
     root: Utf8PathBuf,
     data: Utf8PathBuf,
-    /// What lies at [`SITE`] of `data`.
+    /// The directory for [`SITE`] of `data`.
     site: Option<Utf8PathBuf>,
     system: units::System,
 }
 
-/// What becomes of a service.
+/// The state of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// It has started, and runs.
+    /// Running.
     Started,
-    /// It has done its work.
+    /// Finished.
     Done,
-    /// It has failed, and is not started again.
+    /// Failed, and not restarted.
     Failed,
-    /// It has ended, and is started again.
+    /// Ended, and restarted.
     Restarts,
-    /// A condition keeps it from running here.
+    /// Skipped because of a condition.
     Skipped,
 }
 
-/// What process 1 says, one JSON object a line.
+/// The messages of process 1, one JSON object for each line.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "event")]
 enum Event {
-    /// A service has written a line.
+    /// A line of a service's output.
     Said { unit: String, level: u8, line: String },
-    /// Something has become of a service, so many seconds after process 1 began.
+    /// The state of a service changed, with the time in seconds since process 1 started.
     Unit { unit: String, state: State, why: String, seconds: f64 },
     /// All services have started, and every declared address answers.
     Well { seconds: f64 },
-    /// The command has ended.
+    /// The command has exited.
     Ended { code: i32, output: String, errors: String },
     /// The system cannot be started.
     Broken { why: String },
@@ -132,33 +135,33 @@ enum Event {
 pub struct Service {
     /// Its name.
     pub unit: String,
-    /// What became of it last.
+    /// Its last state.
     pub state: State,
-    /// Why, or what it said of itself.
+    /// The reason, or the service's own status text.
     pub why: String,
-    /// When, in seconds after process 1 began.
+    /// The time, in seconds since process 1 started.
     pub seconds: f64,
 }
 
-/// A system that is well.
+/// A healthy system.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Ready {
-    /// Where it is reached.
+    /// Its address.
     pub address: String,
     /// The unpacked root.
     pub root: Utf8PathBuf,
     /// Its `data`, which is kept.
     pub data: Utf8PathBuf,
-    /// Whether the root was unpacked by this run.
+    /// Whether this run unpacked the root.
     pub unpacked: bool,
-    /// Seconds from the command to an answer at every declared address.
+    /// Seconds from the start of the command until every declared address answered.
     pub seconds: f64,
     /// Addresses within the system that have answered.
     pub answers: Vec<units::Address>,
     /// Its services.
     pub services: Vec<Service>,
-    /// Enabled units that do not run here: the base system's own.
+    /// Enabled units of the base system, which do not run here.
     pub left_out: Vec<String>,
     /// The command's exit code.
     pub exit: Option<i32>,
@@ -166,12 +169,12 @@ pub struct Ready {
     pub output: Option<String>,
 }
 
-/// Starts a composed system here, which `listener` then leads to. Without a command it runs until this process
-/// ends; `well` is told when every declared address answers.
+/// Starts a composed system here, which is reachable through `listener`. Without a command it runs
+/// until this process ends; `well` is called when every declared address answers.
 ///
 /// # Errors
-/// When the system is in use, a unit is not understood, or the system does not come up. A command that fails
-/// is none: its code is in the answer.
+/// When the system is in use, a unit is not supported, or the system does not start. A failing
+/// command is not an error: its exit code is in the answer.
 pub fn run(
     composed: &Composed,
     options: &Options,
@@ -182,7 +185,7 @@ pub fn run(
     let started = Instant::now();
     let plan = &composed.plan;
     let place = composed.dist.join("local");
-    // What is in it was another user's program with its rights; nobody else looks into it.
+    // It contains programs of other users with their privileges; no other user may read it.
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -190,7 +193,7 @@ pub fn run(
         .with_context(|| format!("making {place}"))?;
     let _running = only_one(&place)?;
     debian::can_run(&plan.board.arch, &place)?;
-    let port = listener.local_addr().context("asking for the port")?.port();
+    let port = listener.local_addr().context("reading the port")?.port();
 
     let (root, data) = (place.join("root"), place.join("data"));
     let system = &composed.system;
@@ -201,15 +204,17 @@ pub fn run(
     fs::create_dir_all(&data).with_context(|| format!("making {data}"))?;
     let site = options.site.as_deref().map(|site| own_site(site, &data)).transpose()?;
     for path in [&root, &data] {
-        let flags = statvfs(path.as_str()).with_context(|| format!("looking at {path}"))?.f_flag;
+        let flags = statvfs(path.as_str())
+            .with_context(|| format!("reading the mount flags of {path}"))?
+            .f_flag;
         ensure!(
             !flags.contains(StatVfsMountFlags::NOEXEC),
-            "{path} is on a file system that is mounted noexec: no program starts from it\n\
-             help: move the workspace, or remount the file system"
+            "{path} is on a filesystem that is mounted noexec, so its programs cannot run\n\
+             help: move the workspace, or remount the filesystem"
         );
     }
     let overlay: BTreeSet<Utf8PathBuf> = plan.overlay.iter().map(|f| f.target.clone()).collect();
-    let found = units::read(&root, &overlay).context("reading what the root would start")?;
+    let found = units::read(&root, &overlay).context("reading the units of the root")?;
     found.notes.iter().for_each(warn);
     let mut ready = Ready {
         address: format!("http://127.0.0.1:{port}"),
@@ -229,23 +234,25 @@ pub fn run(
     Ok(ready)
 }
 
-/// Makes the place for a package of one's own. What is edited there keeps its path: each start provisions.
+/// Prepares the directory for a developer's own package. Files that are edited there keep their
+/// paths, so provisioning runs at each start.
 fn own_site(site: &Utf8Path, data: &Utf8Path) -> Result<Utf8PathBuf> {
     ensure!(
         site.is_dir(),
-        "{site} is no folder\nhelp: name one that has the API's package in it, as `pip install --target` makes it"
+        "{site} is not a directory\n\
+         help: use a directory that contains the API's package, as `pip install --target` creates it"
     );
-    let site = site.canonicalize_utf8().with_context(|| format!("looking for {site}"))?;
+    let site = site.canonicalize_utf8().with_context(|| format!("resolving {site}"))?;
     let place = data.join(SITE);
     fs::create_dir_all(&place).with_context(|| format!("making {place}"))?;
     unpack::remove(&data.join(PROVISIONED))?;
     Ok(site)
 }
 
-/// With which rights this machine lets this user make namespaces.
+/// The privileges with which this user can create namespaces on this machine.
 ///
 /// # Errors
-/// When it does not; says what forbids it.
+/// When the user cannot; explains what forbids it.
 pub fn allowed() -> Result<Rights> {
     let tries = |rights: Rights| Tool::new("unshare").args(rights.namespaces()).arg("true").run();
     let Err(error) = tries(Rights::User) else { return Ok(Rights::User) };
@@ -253,39 +260,40 @@ pub fn allowed() -> Result<Rights> {
         return Ok(Rights::Root);
     }
     bail!(
-        "trying to make namespaces: {error:#}\n\
-         help: a system in which users may not make any says so in one of these:\n\
+        "creating namespaces: {error:#}\n\
+         help: check the settings that forbid users to create namespaces:\n\
          help:   sysctl kernel.unprivileged_userns_clone               must be 1, where it exists\n\
          help:   sysctl user.max_user_namespaces                       must not be 0\n\
          help:   sysctl kernel.apparmor_restrict_unprivileged_userns   must be 0, where it exists\n\
-         help: a container needs --privileged (docker, podman); in a chroot only root may"
+         help: a container needs --privileged (docker, podman); in a chroot, run it as root"
     )
 }
 
-/// Holds the folder for as long as the value lives.
+/// Locks the directory until the value is dropped.
 fn only_one(place: &Utf8Path) -> Result<File> {
     let path = place.join("lock");
     let file = File::create(&path).with_context(|| format!("opening {path}"))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => bail!(
-            "{place} is in use: this system runs here already\n\
-             help: end the other `run --local` (Ctrl-C), or choose another --board"
+            "{place} is in use: this system is already running\n\
+             help: stop the other `run --local` (Ctrl-C), or choose another --board"
         ),
         Err(error) => Err(error).with_context(|| format!("locking {path}")),
     }
 }
 
-/// The port of 127.0.0.1 that is to lead to the robot's proxy; 0 takes any that is free. Only this machine
-/// reaches it.
+/// The port of 127.0.0.1 that is forwarded to the robot's proxy; 0 selects a free port. Only this
+/// machine can reach it.
 ///
 /// # Errors
-/// When it is taken.
+/// When it is in use.
 pub fn listen(port: u16) -> Result<TcpListener> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| {
         anyhow!(
             "listening on port {port} of 127.0.0.1: {error}\n\
-             help: another program has it: end that, or choose another with --port; 0 takes any"
+             help: stop the program that uses the port, or choose another port with --port; 0 \
+             selects a free one"
         )
     })
 }
@@ -293,7 +301,7 @@ pub fn listen(port: u16) -> Result<TcpListener> {
 /// A running system. Dropping it ends it.
 struct Local {
     child: Child,
-    /// The end of this is the end of process 1.
+    /// Closing this stops process 1.
     orders: UnixStream,
     events: Receiver<Event>,
 }
@@ -303,7 +311,7 @@ impl Local {
         let (ours, theirs) = UnixStream::pair().context("making a socket")?;
         let own = std::env::current_exe().context("finding this program")?;
         let own = Utf8PathBuf::try_from(own).context("this program's path")?;
-        let mut command = Tool::new(find("unshare").context("looking for unshare")?)
+        let mut command = Tool::new(find("unshare").context("finding unshare")?)
             .args(order.rights.namespaces())
             .args(["--kill-child", "--", own.as_str(), CHILD])
             .into_command();
@@ -312,14 +320,14 @@ impl Local {
             .stdout(OwnedFd::from(theirs))
             .stderr(Stdio::inherit());
         let child = command.spawn().context("running unshare")?;
-        // It has the other ends; with ours it would never see the end.
+        // Process 1 has the other ends; with ours open it would never see the end of file.
         drop(command);
         let reader = BufReader::new(ours.try_clone().context("making a socket")?);
         let (sender, events) = channel();
         std::thread::spawn(move || {
             for line in reader.lines() {
                 let Ok(line) = line else { break };
-                // Process 1 is this very program: it says nothing else.
+                // Process 1 is this program: it writes nothing else.
                 let Ok(event) = serde_json::from_str(&line) else { break };
                 if sender.send(event).is_err() {
                     break;
@@ -334,10 +342,10 @@ impl Local {
     fn order(&self, order: &impl Serialize) -> Result<()> {
         let mut line = serde_json::to_vec(order).context("writing an order")?;
         line.push(b'\n');
-        (&self.orders).write_all(&line).context("talking to the local system")
+        (&self.orders).write_all(&line).context("reading from the local system")
     }
 
-    /// Says what happens until the command has ended; without one, as long as the system runs.
+    /// Reports events until the command has exited; without one, as long as the system runs.
     fn follow(
         &self,
         ready: &mut Ready,
@@ -348,13 +356,14 @@ impl Local {
         let began = Instant::now();
         let mut well = Some(well);
         loop {
-            // Where somebody waits for the result, not for ever.
+            // With a command, wait for a limited time.
             let waits = well.is_some() && !options.command.is_empty();
             let left = if waits { PATIENCE.saturating_sub(began.elapsed()) } else { Duration::MAX };
             let event = match self.events.recv_timeout(left) {
                 Ok(event) => event,
                 Err(RecvTimeoutError::Timeout) => bail!(
-                    "{} is not well within {} s\nhelp: its services say why above",
+                    "{} did not become healthy within {} s\n\
+                     help: see the output of its services above",
                     ready.address,
                     PATIENCE.as_secs()
                 ),
@@ -392,8 +401,8 @@ impl Local {
 
 impl Drop for Local {
     fn drop(&mut self) {
-        // Process 1 ends at the end of its orders, and with it all that it has started. Nothing can be done
-        // about an error here.
+        // Process 1 exits at the end of its orders, and with it all its children. Errors cannot be
+        // handled here.
         drop(self.orders.shutdown(std::net::Shutdown::Both));
         drop(self.child.wait());
     }
@@ -416,15 +425,15 @@ fn tell(unit: &str, state: State, why: &str, seconds: f64) {
     match state {
         State::Started if why.is_empty() => say(short(unit), format!("has started  ({after})")),
         State::Started => say(short(unit), format!("has started: {why}  ({after})")),
-        State::Done => say(short(unit), format!("is done  ({after})")),
+        State::Done => say(short(unit), format!("has finished  ({after})")),
         State::Failed => warn(format!("{} has failed: {why}", short(unit))),
-        State::Restarts => warn(format!("{} has ended ({why}) and is started again", short(unit))),
-        // In one line, when all have started.
+        State::Restarts => warn(format!("{} has ended ({why}) and is restarted", short(unit))),
+        // Reported in one line, when all have started.
         State::Skipped => {}
     }
 }
 
-/// What does not run here, and why.
+/// The services that do not run here, with reasons.
 fn left_out(ready: &Ready) -> String {
     let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for service in ready.services.iter().filter(|service| service.state == State::Skipped) {

@@ -1,4 +1,4 @@
-//! The command line; everything that it does lives in the library.
+//! The command line; everything else is in the library.
 
 use std::process::ExitCode;
 
@@ -8,7 +8,7 @@ use xtask::{bench, cmd, local};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    // The benchmark measures itself as a child, so that its memory is its own.
+    // The benchmark runs itself as a child process, to measure its memory separately.
     let outcome = match arguments.get(1).map(String::as_str) {
         Some(bench::bundle::CHILD) => bench::bundle::child(arguments.get(2..).unwrap_or_default()),
         // Process 1 of a local system is this program, too.
@@ -27,15 +27,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// Every program that we start gets it, too, and each would say in words of its own that it is not there.
+/// Every program that we start inherits it, and each would report the missing directory in its own
+/// way.
 fn check_temporary_folder() -> anyhow::Result<()> {
     let folder = std::env::temp_dir();
     if folder.is_dir() && folder.is_absolute() {
         return Ok(());
     }
     anyhow::bail!(
-        "the folder for temporary files, {}, is not there, or is not named from / on\n\
-         help: set TMPDIR to a folder that is, or unset it",
+        "the directory for temporary files, {}, does not exist, or its path is not absolute\n\
+         help: set TMPDIR to the absolute path of an existing directory, or unset it",
         folder.display()
     )
 }

@@ -1,5 +1,6 @@
-//! Do the tests notice when a line is wrong that security or durability rests on? Deliberate faults, chosen by
-//! hand (`ci/mutants/`), are made one at a time in a copy of the source, and a test must fail.
+//! Mutation tests: deliberate faults in lines that security or durability depends on, chosen
+//! manually (`ci/mutants/`), are applied one at a time to a copy of the source, and a test must
+//! fail.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use crate::exec::Tool;
 use crate::git;
 use crate::progress::{duration, say};
 
-/// The folder of the files that list the faults.
+/// The directory of the files that list the faults.
 pub const LIST: &str = "ci/mutants";
 
 /// One deliberate fault.
@@ -21,15 +22,15 @@ pub const LIST: &str = "ci/mutants";
 pub struct Mutant {
     /// Its name.
     pub name: String,
-    /// The file that it is made in, from the workspace's root.
+    /// The file to change, relative to the workspace's root.
     pub file: Utf8PathBuf,
-    /// What stands there, exactly once.
+    /// The original text, which must occur exactly once.
     pub find: String,
-    /// What stands there instead.
+    /// The replacement.
     pub replace: String,
-    /// What would be wrong with a robot.
+    /// The consequence for a robot.
     pub means: String,
-    /// What should notice, as `cargo test -p` takes it: `slotd --test cuts`.
+    /// The test that should fail, as arguments of `cargo test -p`: `slotd --test cuts`.
     pub test: String,
 }
 
@@ -40,15 +41,15 @@ struct List {
 }
 
 impl Mutant {
-    /// The file's text with the fault in it.
+    /// Applies the fault to the file's text.
     ///
     /// # Errors
-    /// Names the mutant when its text does not stand exactly once in `text`.
+    /// Names the mutant when its text does not occur exactly once in `text`.
     pub fn applied(&self, text: &str) -> Result<String> {
         let found = text.matches(&self.find).count();
         ensure!(
             found == 1,
-            "{LIST}: mutant `{}`: its text stands {found} times in {}, expected once; correct `find`",
+            "{LIST}: mutant `{}`: its text occurs {found} times in {}, expected once; correct `find`",
             self.name,
             self.file
         );
@@ -56,11 +57,11 @@ impl Mutant {
     }
 }
 
-/// Reads the lists below `root` and checks each entry against the source: unique names, texts that stand
-/// exactly once.
+/// Reads the lists below `root` and checks each entry against the source: unique names, texts that
+/// occur exactly once.
 ///
 /// # Errors
-/// When a list is malformed; else names every mutant that does not fit.
+/// When a list is malformed; else names every mutant that does not match the source.
 pub fn read(root: &Utf8Path) -> Result<Vec<Mutant>> {
     let folder = root.join(LIST);
     let listing = folder.read_dir_utf8().with_context(|| format!("reading {folder}"))?;
@@ -90,46 +91,46 @@ pub fn read(root: &Utf8Path) -> Result<Vec<Mutant>> {
     Ok(mutants)
 }
 
-/// What became of one.
+/// The result of a mutant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fate {
     /// The named test failed.
     Caught,
-    /// It passed.
+    /// The test passed.
     Survived,
-    /// The fault is no program: the list is wrong.
+    /// The fault does not compile: the list is wrong.
     DoesNotCompile,
 }
 
-/// One with its fate.
+/// A mutant with its result.
 #[derive(Debug, Clone, Serialize)]
 pub struct Tried {
     /// The mutant's name.
     pub name: String,
-    /// What it means.
+    /// Its consequence.
     pub means: String,
-    /// What became of it.
+    /// The result.
     pub fate: Fate,
     /// Seconds that it took.
     pub seconds: u64,
 }
 
-/// Tries the mutants whose names contain `filter`. The copy and what is built of it stay in
-/// `target/mutants`, so that only what a fault changes is built again. A fault that hangs counts only when
-/// the test's own bound ends it.
+/// Tries the mutants whose names contain `filter`. The copy and its build results are kept in
+/// `target/mutants`, so that only changed code is rebuilt. A fault that hangs is only detected by
+/// the test's own timeout.
 ///
 /// # Errors
 /// When the tests fail without any fault, or nothing can be built.
 pub fn run(root: &Utf8Path, filter: &str) -> Result<Vec<Tried>> {
     let mut mutants = read(root)?;
     mutants.retain(|mutant| mutant.name.contains(filter));
-    ensure!(!mutants.is_empty(), "no mutant's name contains `{filter}`");
+    ensure!(!mutants.is_empty(), "no mutant has a name that contains `{filter}`");
     let bench =
         Bench { tree: root.join("target/mutants/tree"), built: root.join("target/mutants") };
     copy(root, &bench.tree)?;
-    // A run that was ended in the midst of a compilation leaves state from which the compiler was seen to make the
-    // program of another text than the file's.
+    // After an interrupted compilation, the compiler was observed to build a program from another
+    // text than the file's.
     let state = bench.built.join("debug/incremental");
     if state.exists() {
         fs::remove_dir_all(&state).with_context(|| format!("removing {state}"))?;
@@ -158,13 +159,13 @@ pub fn run(root: &Utf8Path, filter: &str) -> Result<Vec<Tried>> {
         let (name, means) = (mutant.name.clone(), mutant.means.clone());
         tried.push(Tried { name, means, fate, seconds });
     }
-    // Else one of the faults may have stayed, and what came after it was caught by that.
+    // Otherwise a fault may have remained, and the tests failed because of it.
     bench.without_fault(&tests)?;
     Ok(tried)
 }
 
 impl Fate {
-    /// For people.
+    /// The human-readable form.
     pub fn word(self) -> &'static str {
         match self {
             Self::Caught => "caught",
@@ -215,7 +216,7 @@ impl Bench {
         })
     }
 
-    /// Builds first, so that a fault that is no program is told from one that a test notices.
+    /// Builds first, to distinguish a fault that does not compile from one that a test detects.
     fn ask(&self, test: &str) -> Result<Answer> {
         let cargo = |last: &str| {
             let words = ["test", "--quiet", "--package"].into_iter().chain(test.split(' '));
@@ -233,20 +234,20 @@ impl Bench {
     }
 }
 
-/// Makes `tree` the files that git tracks below `root`, as they are now. What is the same is not written,
-/// so that nothing is built again for it.
+/// Copies the files that git tracks below `root` to `tree`. Unchanged files are not written, so
+/// that they are not rebuilt.
 fn copy(root: &Utf8Path, tree: &Utf8Path) -> Result<()> {
     let listed = git::at(root).args(["ls-files", "-z"]).read()?;
     for name in listed.split('\0').filter(|name| !name.is_empty()) {
         let (from, to) = (root.join(name), tree.join(name));
-        // A link in the repository is a link there, too; a file that was removed is none there.
+        // A link in the repository is copied as a link; a removed file is removed.
         let Ok(about) = fs::symlink_metadata(&from) else {
             if to.is_file() {
                 fs::remove_file(&to).with_context(|| format!("removing {to}"))?;
             }
             continue;
         };
-        let folder = to.parent().context("a file lies in a folder")?;
+        let folder = to.parent().context("a file is in a directory")?;
         fs::create_dir_all(folder).with_context(|| format!("making {folder}"))?;
         if about.is_symlink() {
             if fs::symlink_metadata(&to).is_err() {

@@ -1,5 +1,5 @@
-//! What a person sees while work is under way: bars with rates and remaining time on a terminal,
-//! plain lines in a log. Everything goes to standard error; standard output carries results.
+//! Progress output: bars with rates and remaining time on a terminal, plain lines in a log.
+//! Everything is written to standard error; standard output is for results.
 
 use std::io::IsTerminal;
 use std::sync::OnceLock;
@@ -10,7 +10,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::errln;
 use crate::text::printable;
 
-/// In a log, a long step says how far it is at most this often.
+/// The minimum interval between progress lines of a long step in a log.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The width of the stage names in the first column.
@@ -30,23 +30,23 @@ fn bars() -> &'static MultiProgress {
 
 /// Prints one line: the stage's name, then what happened.
 pub fn say(stage: &str, message: impl AsRef<str>) {
-    // Much of it was said by others: `errln` prints no control characters.
+    // Much of the text comes from other programs: `errln` prints no control characters.
     let line = format!(" {stage:<COLUMN$} {}", message.as_ref());
     bars().suspend(|| errln!("{line}"));
 }
 
-/// Prints a warning that nobody should overlook.
+/// Prints a prominent warning.
 pub fn warn(message: impl AsRef<str>) {
     let line = format!("warning: {}", message.as_ref());
     bars().suspend(|| errln!("{line}"));
 }
 
-/// What a step counts.
+/// The unit of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     /// Bytes; shown with binary units and a rate.
     Bytes,
-    /// Things (packages, files, …).
+    /// Items (packages, files, …).
     Items,
 }
 
@@ -89,19 +89,19 @@ impl Step {
         }
     }
 
-    /// Counts `n` more.
+    /// Adds `n` to the progress.
     pub fn advance(&self, n: u64) {
         self.bar.inc(n);
         self.log_line();
     }
 
-    /// Sets how far the step is.
+    /// Sets the progress.
     pub fn set(&self, position: u64) {
         self.bar.set_position(position);
         self.log_line();
     }
 
-    /// Says what is being worked on right now.
+    /// Shows the current item.
     pub fn note(&self, message: impl Into<String>) {
         self.bar.set_message(printable(&message.into()));
         self.log_line();
@@ -137,7 +137,7 @@ impl Drop for Step {
     }
 }
 
-/// A size for people: `38 MiB`, `4.0 GiB`, `912 B`.
+/// A size in human-readable form: `38 MiB`, `4.0 GiB`, `912 B`.
 pub fn bytes(n: u64) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
     if n < 1024 {
@@ -154,7 +154,7 @@ pub fn bytes(n: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
-/// A time for people: `0.4 s`, `41 s`, `3 min 41 s`.
+/// A time in human-readable form: `0.4 s`, `41 s`, `3 min 41 s`.
 pub fn duration(d: Duration) -> String {
     let seconds = d.as_secs();
     match seconds {
@@ -164,7 +164,7 @@ pub fn duration(d: Duration) -> String {
     }
 }
 
-/// Names for a sentence: the first ten, and how many more there are.
+/// Names for a sentence: the first ten, and the number of others.
 pub fn names(names: &[impl AsRef<str>]) -> String {
     const SHOWN: usize = 10;
     let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();

@@ -1,6 +1,6 @@
-//! Stores of releases, and bringing releases into them. Objects come first, then manifests, and the
-//! channel's index last, by compare-and-swap: a reader never meets an index whose objects are not all
-//! there, and of two publishers neither loses the other's release.
+//! Stores of releases, and publishing releases to them. Objects come first, then manifests, and the
+//! channel's index last, by compare-and-swap: a reader never finds an index with missing objects,
+//! and two concurrent publishers do not lose each other's releases.
 
 pub mod memory;
 pub mod pins;
@@ -24,14 +24,14 @@ use crate::time::now;
 use memory::{Memory, Seen};
 use pins::Pins;
 
-/// How often a channel is changed anew when somebody else was quicker. Each time one publisher gets on,
-/// so this bounds how many may publish at once.
+/// How often the change of a channel is retried after a conflict. One publisher succeeds each time,
+/// so this limits how many may publish at once.
 const ATTEMPTS: u32 = 50;
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// Whom we trust, with what, and who signs for us: the key directory, with each key opened once; the pinned
-/// kinds; and what was seen before. Nothing of it comes from a store.
+/// The trusted keys and the signing keys: the key directory, with each key opened once; the pinned
+/// kinds; and the serials seen before. Nothing of it comes from a store.
 pub struct Authority {
     dir: Utf8PathBuf,
     set: KeySet,
@@ -41,8 +41,8 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// Reads the key set, and the pins of the workspace that this is called in, if any. `restored`: what
-    /// stores have now counts, whatever was seen before.
+    /// Reads the key set, and the pins of the workspace that this is called in, if any. `restored`:
+    /// accept the current state of stores, whatever was seen before.
     ///
     /// # Errors
     /// When the key directory or the workspace's files cannot be used.
@@ -71,8 +71,8 @@ impl Authority {
         &self.memory
     }
 
-    /// To be called before anything is written to a store. One that is not there begins anew: what was
-    /// remembered of an earlier one in its place is forgotten.
+    /// Must be called before anything is written to a store. If the store does not exist, what was
+    /// remembered about an earlier store at this address is forgotten.
     ///
     /// # Errors
     /// When the memory cannot be written.
@@ -80,7 +80,7 @@ impl Authority {
         if store.exists() { Ok(()) } else { self.memory.forget(store) }
     }
 
-    /// The keys that count.
+    /// The trusted keys.
     pub fn keys(&self) -> &KeySet {
         &self.set
     }
@@ -97,7 +97,7 @@ impl Authority {
         if !self.signers.contains_key(name) {
             let mut keys = Keys::open(&self.dir)?;
             let signer = keys.signer(kind)?;
-            // The first development key is made on first use.
+            // The first development key is created on first use.
             self.set = keys.set().clone();
             self.signers.insert(name, signer);
         }
@@ -105,12 +105,13 @@ impl Authority {
     }
 }
 
-/// A channel as the store has it: verified, of the pinned kind, and not older than what was seen before.
+/// A channel in the store: verified, of the pinned kind, and not older than what was seen before.
 ///
 /// # Errors
-/// When it cannot be read, no trusted key has signed it, or it is older.
+/// When it cannot be read, is not signed by a trusted key, or is older.
 pub fn load(store: &dyn Store, channel: Channel, authority: &Authority) -> Result<(Index, Token)> {
-    // Before the store is asked: of two processes here, the quicker one must not make the other's index old.
+    // Read this before accessing the store: of two processes on this machine, the faster one must
+    // not make the other's index appear old.
     let seen = authority.memory.of(store, channel)?;
     let there = store.exists();
     let (file, token) = store.index(channel)?;
@@ -132,15 +133,15 @@ pub fn load(store: &dyn Store, channel: Channel, authority: &Authority) -> Resul
 /// A release's manifest, verified.
 ///
 /// # Errors
-/// When it is missing, is another one, is of another kind than its channel says, or no trusted key has
-/// signed it.
+/// When it is missing, does not match the index, is not of the kind in its channel, or is not
+/// signed by a trusted key.
 pub fn manifest(store: &dyn Store, entry: &Entry, keys: &KeySet) -> Result<Manifest> {
     let [text, signature] = manifest_files(store, &entry.manifest)?;
     let manifest = Manifest::open(&entry.manifest, &text, &signature, keys)?;
     let found = (&manifest.product, &manifest.version, manifest.kind);
     ensure!(
         found == (&entry.product, &entry.version, entry.kind),
-        "{}: it is {} {} ({}), and the channel lists it as {} {} ({})",
+        "{}: the manifest is of {} {} ({}), but the channel lists it as {} {} ({})",
         entry.manifest.path,
         manifest.product,
         manifest.version,
@@ -152,21 +153,21 @@ pub fn manifest(store: &dyn Store, entry: &Entry, keys: &KeySet) -> Result<Manif
     Ok(manifest)
 }
 
-/// A manifest and its signature, as they are.
+/// A manifest and its signature, unverified.
 fn manifest_files(store: &dyn Store, file: &File) -> Result<[Vec<u8>; 2]> {
     let read = |path: &str| {
         let found = store.read(path)?;
-        found.with_context(|| format!("{} lacks {path}", store.name()))
+        found.with_context(|| format!("{} does not contain {path}", store.name()))
     };
     Ok([read(&file.path)?, read(&file.signature())?])
 }
 
-/// Changes a channel: `change` makes the new index of the present one (`None`: nothing to do), `prepare`
-/// brings in all that the new one refers to. Both run again when somebody else was quicker.
+/// Changes a channel: `change` creates the new index from the current one (`None`: nothing to do),
+/// `prepare` uploads everything that the new index refers to. Both are repeated after a conflict.
 /// Returns whether anything changed.
 ///
 /// # Errors
-/// Whatever they return; a store that cannot be written.
+/// The errors of both; a store that cannot be written.
 pub fn change(
     store: &dyn Store,
     channel: Channel,
@@ -184,7 +185,7 @@ pub fn change(
         };
         authority.pins.check(&next)?;
         prepare(&current, &next)?;
-        next.serial = current.serial.checked_add(1).context("the serial is at its end")?;
+        next.serial = current.serial.checked_add(1).context("channel serial number overflow")?;
         let kind = authority.pins.channel(channel);
         let content = next.sign(authority.signer(kind)?)?;
         if store.swap(channel, &token, next.serial, &content)? {
@@ -193,19 +194,20 @@ pub fn change(
             store.settle(channel)?;
             return Ok(true);
         }
-        // Different processes wait differently long, so that one of them gets through.
+        // Each process waits for a different time, so that one of them succeeds.
         let jitter = Duration::from_millis(u64::from(std::process::id()) % 50);
         std::thread::sleep(pause + jitter);
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
     bail!(
-        "changing the channel {channel} of {}: others were quicker {ATTEMPTS} times\n\
-         help: try again when fewer publish at once",
+        "could not update the channel {channel} of {}: lost the race to other publishers \
+         {ATTEMPTS} times\n\
+         help: try again when fewer publishers are active",
         store.name()
     )
 }
 
-/// What a publish did to one channel.
+/// The result of publishing one channel.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Published {
@@ -217,16 +219,17 @@ pub struct Published {
     pub releases: Vec<String>,
     /// Objects that were sent.
     pub sent: usize,
-    /// Their bytes.
+    /// Their total size in bytes.
     pub bytes: u64,
     /// Objects that the target had already.
     pub kept: usize,
 }
 
-/// Brings everything of a channel from one store on this machine into another.
+/// Publishes everything of a channel from a store on this machine to another store.
 ///
 /// # Errors
-/// When the two contradict each other, an object of ours is damaged, or the target cannot be written.
+/// When the two stores contradict each other, a local object is damaged, or the target cannot be
+/// written.
 pub fn publish(
     from: &Directory,
     to: &dyn Store,
@@ -243,7 +246,7 @@ pub fn publish(
         let mut next = current.clone();
         next.merge(&ours)?;
         next.retain(retention, now);
-        // What the target has let go of does not come back to be retired once more.
+        // Releases that the target has retired are not added again.
         let known = |r: &Retired| {
             current.retired.contains(r) || current.find(&r.product, &r.version).is_some()
         };

@@ -1,5 +1,5 @@
-//! `push`: a bundle into robots over SSH, and what became of it. Nothing is stored on the way: `ssh` reads
-//! the file, and the robot's agent writes it into the idle slot.
+//! `push`: installs a bundle on robots over SSH and reports the result. Nothing is stored on the
+//! way: `ssh` reads the file, and the robot's agent writes it to the idle slot.
 
 mod answer;
 pub(crate) mod ssh;
@@ -21,86 +21,88 @@ use answer::{Event, Progress, Status};
 pub use answer::{Installed, InstalledApi, Refused};
 use ssh::{Connection, Reply};
 
-/// Seconds before a broken connection is made again; as many times in a row without any progress, then
-/// it is given up. Together two minutes: a robot that lost its power is back by then.
+/// Seconds before each attempt to reconnect; after this many attempts in a row without progress the
+/// push fails. In total two minutes: enough for a robot that lost its power to restart.
 const PAUSES: [u64; 8] = [1, 2, 4, 8, 15, 30, 30, 30];
 
-/// The pause between two questions to a robot that restarts.
+/// The interval for polling a robot that restarts.
 const POLL: Duration = Duration::from_secs(2);
 
-/// How many of the robot's last events are searched for why a trial failed.
+/// How many of the robot's last events are searched for the reason of a failed trial.
 const EVENTS: &str = "30";
 
-/// What is to be pushed where.
+/// The request: what to push to which robots.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// Robots, as ssh takes them; without a user: root.
     pub hosts: Vec<String>,
     /// The bundle.
     pub bundle: Utf8PathBuf,
-    /// Options of ssh_config(5), `KEY=VALUE`; they go before our own, and the first one counts.
+    /// Options of ssh_config(5), `KEY=VALUE`; they precede our own, and ssh uses the first value.
     pub ssh_options: Vec<String>,
-    /// How long, from the end of the install, until the trial must be decided; `None`: nobody waits.
+    /// The time limit for the decision about the trial, from the end of the install; `None`: do not
+    /// wait.
     pub wait: Option<Duration>,
 }
 
-/// What the agent refuses an API with that did not come up: it was tried, and taken back.
+/// The agent's refusal code for an API that did not start: it was tried and rolled back.
 const UNHEALTHY: &str = "api-unhealthy";
 
-/// What became of it.
+/// The result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     /// The bundle's version runs and is committed.
     Committed,
-    /// It is installed; its trial begins with the restart, for which nobody waited.
+    /// It is installed; its trial begins with the restart, which was not waited for.
     Installed,
-    /// The trial failed, and the system before it runs again.
+    /// The trial failed, and the previous system runs again.
     TakenBack,
-    /// It is installed, but not decided in time.
+    /// It is installed, but the trial was not decided in time.
     Undecided,
-    /// The robot's agent refused it.
+    /// The robot's agent rejected it.
     Refused,
-    /// The robot cannot be reached, or is none.
+    /// The host cannot be reached, or is not a robot.
     Failed,
 }
 
-/// How it went with one robot.
+/// The outcome for one robot.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Outcome {
-    /// The robot, as it was named.
+    /// The robot, as given on the command line.
     pub host: String,
-    /// What became of it.
+    /// The result.
     pub verdict: Verdict,
-    /// The slot that runs; if nobody waited, the one whose trial begins.
+    /// The running slot; without waiting, the slot whose trial begins.
     pub slot: Option<Slot>,
     /// The version in that slot.
     pub version: Option<Version>,
     /// What the install did; `None` when its answer was lost with the connection.
     pub installed: Option<Installed>,
-    /// The same for a bundle of the API, with the version that serves now.
+    /// The same for a bundle of the API, with the version that runs now.
     pub api: Option<InstalledApi>,
     /// How often the connection broke while the bundle was sent.
     pub breaks: u32,
-    /// Why the agent refused.
+    /// The agent's refusal.
     pub refused: Option<Refused>,
-    /// Why else it is not committed.
+    /// Another reason why it is not committed.
     pub why: Option<String>,
-    /// How long all of it took.
+    /// The total time.
     pub seconds: f64,
 }
 
-/// Pushes to all robots at once; one outcome for each, in the order in which they were named.
+/// Pushes to all robots in parallel; returns one outcome for each, in the order of the request.
 ///
 /// # Errors
-/// When the request makes no sense, or the bundle cannot be read. What a single robot does is an outcome.
+/// When the request is invalid, or the bundle cannot be read. Errors of a single robot are
+/// outcomes.
 pub fn push(request: &Request) -> Result<Vec<Outcome>> {
     let (manifest, sha256) = update::unverified(&request.bundle)?;
-    ensure!(!request.hosts.is_empty(), "no robot is named");
+    ensure!(!request.hosts.is_empty(), "no robot was given");
     let mut known = BTreeSet::new();
     for host in &request.hosts {
-        ensure!(known.insert(host), "the robot {host} is named twice");
+        ensure!(known.insert(host), "the robot {host} was given twice");
     }
     let connections = request
         .hosts
@@ -131,7 +133,7 @@ pub fn push(request: &Request) -> Result<Vec<Outcome>> {
             .into_iter()
             .map(|(host, thread)| {
                 thread.join().unwrap_or_else(|_| Outcome {
-                    why: Some("a thread of this program failed".to_owned()),
+                    why: Some("a thread of this program panicked".to_owned()),
                     ..Outcome::new(host, Verdict::Failed)
                 })
             })
@@ -156,11 +158,11 @@ impl Outcome {
     }
 }
 
-/// One robot while it is pushed to.
+/// The push to one robot.
 struct Robot<'a> {
     request: &'a Request,
     version: &'a Version,
-    /// Of the bundle's manifest.
+    /// SHA-256 of the bundle's manifest.
     sha256: &'a str,
     /// Whether it is a bundle of the API alone.
     api: bool,
@@ -168,9 +170,9 @@ struct Robot<'a> {
     breaks: u32,
 }
 
-/// An install that the robot has done.
+/// An install that the robot has completed.
 struct Done {
-    /// How the robot stood before its restart.
+    /// The robot's status before its restart.
     before: Status,
     /// `None` when the answer was lost.
     installed: Option<Installed>,
@@ -210,7 +212,7 @@ impl Robot<'_> {
         outcome
     }
 
-    /// Sends the bundle until the agent has installed it or refuses it.
+    /// Sends the bundle until the agent has installed or rejected it.
     fn install(&mut self) -> Result<Done> {
         let mut before = self.connection.first()?;
         let mut farthest = 0;
@@ -222,7 +224,7 @@ impl Robot<'_> {
             let reply = self.connection.ask(&["install", "-"], Some(file), |at| shown.at(at))?;
             let why = match reply {
                 Reply::Said(installed) => return Ok(Done { before, installed: Some(installed) }),
-                // The agent has not noticed yet that the connection before this one is gone.
+                // The agent has not noticed yet that the previous connection is gone.
                 Reply::Refused(refused) if refused.code == "busy" && self.breaks > 0 => {
                     refused.message
                 }
@@ -242,7 +244,8 @@ impl Robot<'_> {
         }
     }
 
-    /// After a break: waits until the robot answers again, and says whether it was done already.
+    /// After a broken connection: waits until the robot answers again, and returns whether the
+    /// install was completed already.
     fn pause(
         &self,
         before: &mut Status,
@@ -254,11 +257,11 @@ impl Robot<'_> {
             let Some(seconds) = pauses.next() else {
                 bail!(
                     "the connection broke {} times, the last time: {why}\n\
-                     help: push again; the install goes on where it stopped",
+                     help: push again; the install will resume",
                     self.breaks
                 );
             };
-            warn(format!("{host}: {why}; trying again in {seconds} s"));
+            warn(format!("{host}: {why}; retrying in {seconds} s"));
             std::thread::sleep(Duration::from_secs(*seconds));
             let status = match self.connection.status()? {
                 Reply::Said(status) => status,
@@ -268,7 +271,7 @@ impl Robot<'_> {
                     continue;
                 }
             };
-            // The connection may have broken because the robot restarts into what it has installed.
+            // The connection may have broken because the robot restarts into the installed system.
             let ours = status.other.as_ref().is_some_and(|other| other.manifest == self.sha256);
             let restarted = status.boot_id != before.boot_id;
             let armed = status.boot.trial.is_some() && (status.pending || restarted);
@@ -280,8 +283,8 @@ impl Robot<'_> {
         }
     }
 
-    /// Sends an API until the agent has changed to it or refuses it: nothing restarts, and what was brought
-    /// before a break is not written again.
+    /// Sends an API until the agent has switched to it or rejected it: the robot does not restart,
+    /// and wheels that arrived before a broken connection are not written again.
     fn install_api(&mut self) -> Result<Outcome> {
         let mut before = self.connection.first()?;
         let mut pauses = PAUSES.iter();
@@ -309,7 +312,7 @@ impl Robot<'_> {
                     why
                 }
             };
-            // Sent again, it does nothing twice.
+            // Sending it again repeats nothing.
             self.pause(&mut before, &mut pauses, why)?;
         }
     }
@@ -323,7 +326,7 @@ impl Robot<'_> {
         }
     }
 
-    /// Asks until another start of the robot says how the trial has ended.
+    /// Polls until the robot has restarted and reports the result of the trial.
     fn wait(&self, done: Done, patience: Duration) -> Result<Outcome> {
         let started = Instant::now();
         let host = &self.connection.host;
@@ -331,30 +334,30 @@ impl Robot<'_> {
         let step = Step::new("push", format!("{host}: restarting"), 0, Unit::Items);
         step.note(format!("{host}: restarting"));
         let mut last: Option<Status> = None;
-        let mut note = "it has not restarted yet".to_owned();
+        let mut note = "the robot has not restarted yet".to_owned();
         while started.elapsed() < patience {
             std::thread::sleep(POLL);
             let status = match self.connection.status()? {
                 Reply::Said(status) => status,
                 Reply::Broken(why) => {
                     step.note(format!("{host}: {why}"));
-                    note = format!("it cannot be reached: {why}");
+                    note = format!("the robot cannot be reached: {why}");
                     continue;
                 }
-                // An agent that cannot say how the robot stands may after the next restart.
+                // An agent that cannot report its status may be able to after the next restart.
                 Reply::Refused(refused) => {
                     note = refused.to_string();
                     continue;
                 }
             };
             let verdict = if status.boot_id == done.before.boot_id {
-                note = "it has not restarted yet".to_owned();
+                note = "the robot has not restarted yet".to_owned();
                 None
             } else if status.running != target {
                 note = "the trial waits for the next restart".to_owned();
                 (!status.pending).then_some(Verdict::TakenBack)
             } else if status.boot.active == target && !status.pending {
-                // Somebody else may have installed something else meanwhile.
+                // Another install may have replaced this one in the meantime.
                 let ours = status.version == *self.version;
                 Some(if ours { Verdict::Committed } else { Verdict::TakenBack })
             } else {
@@ -388,7 +391,7 @@ impl Robot<'_> {
         }
     }
 
-    /// Why the robot came back, as far as its log knows.
+    /// Why the robot rolled back, as far as its log tells.
     fn reason(&self, target: Slot) -> String {
         let events = self.connection.ask::<Vec<Event>>(&["log", "--last", EVENTS], None, |_| {});
         let said = match events {
@@ -400,12 +403,12 @@ impl Robot<'_> {
             _ => None,
         };
         said.unwrap_or_else(|| {
-            format!("slot {target} did not come up far enough to say why; its console may know")
+            format!("slot {target} did not boot far enough to report a reason; see its console")
         })
     }
 }
 
-/// The slot that does not run is the one that is written.
+/// The idle slot is the one that is written.
 fn other(running: Slot) -> Slot {
     if running == Slot::A { Slot::B } else { Slot::A }
 }
@@ -414,7 +417,7 @@ fn other(running: Slot) -> Slot {
 struct Shown {
     host: String,
     step: Option<(Progress, Step)>,
-    /// The most bytes that were done of the writing.
+    /// The highest number of written bytes so far.
     written: u64,
 }
 
@@ -434,7 +437,7 @@ impl Shown {
                 "read-back" => "reading back",
                 other => other,
             };
-            // The bar before it goes first.
+            // Remove the previous bar first.
             self.step = None;
             let step = Step::new("push", format!("{}: {what}", self.host), at.total, Unit::Bytes);
             self.step = Some((at.clone(), step));
@@ -449,7 +452,7 @@ impl Shown {
     }
 }
 
-/// An outcome in a sentence.
+/// An outcome as a sentence.
 pub fn sentence(outcome: &Outcome) -> String {
     let runs = match (&outcome.slot, &outcome.version) {
         (Some(slot), Some(version)) => format!("slot {slot} with {version}"),
@@ -457,7 +460,7 @@ pub fn sentence(outcome: &Outcome) -> String {
     };
     let mut text = match outcome.verdict {
         Verdict::Committed if outcome.api.is_some() => String::new(),
-        Verdict::TakenBack if outcome.refused.is_some() => "taken back".to_owned(),
+        Verdict::TakenBack if outcome.refused.is_some() => "rolled back".to_owned(),
         Verdict::Committed => format!("{runs} runs and is committed"),
         Verdict::Installed => format!("installed; the next restart tries {runs}"),
         Verdict::TakenBack => format!("the trial failed; {runs} runs"),
@@ -468,12 +471,13 @@ pub fn sentence(outcome: &Outcome) -> String {
     if let Some(installed) = &outcome.installed {
         text.push_str(&format!("; {} written", bytes(installed.written)));
         if installed.held > 0 {
-            text.push_str(&format!(", {} spared: they were in place", bytes(installed.held)));
+            text.push_str(&format!(", {} skipped (unchanged)", bytes(installed.held)));
         }
     }
     if let Some(api) = &outcome.api {
         text.push_str(&format!(
-            "the API {} serves, before it {}; {} written, {} of {} wheels were there; {:.1} s without an answer",
+            "the API {} is running, previously {}; {} written, {} of {} wheels were present; {:.1} \
+             s without an answer",
             api.version,
             api.before.as_deref().unwrap_or("the system's own"),
             bytes(api.written),

@@ -1,7 +1,8 @@
-//! Boots a card image in QEMU: on a person's terminal, or driven by a test through the serial console.
+//! Boots a card image in QEMU: on the user's terminal, or driven by a test through the serial
+//! console.
 //!
-//! The image is never written: the machine works on a qcow2 overlay. What a machine is comes from
-//! the board's `[qemu]` table; the network listens on the loopback address only.
+//! The image is never written: the machine uses a qcow2 overlay. The machine is described by the
+//! board's `[qemu]` table; the network listens on the loopback address only.
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, TcpListener};
@@ -20,27 +21,28 @@ mod session;
 
 pub use session::Session;
 
-/// The program that is the machine.
+/// The QEMU program.
 pub const PROGRAM: &str = "qemu-system-aarch64";
 
 /// The port of the guest's SSH server.
 const GUEST_SSH: u16 = 22;
 
-/// The files that a machine starts from; all are only read.
+/// The files that a machine boots from; they are never written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Files {
     /// The card image.
     pub image: Utf8PathBuf,
     /// The boot loader.
     pub bootloader: Utf8PathBuf,
-    /// The device tree, for a machine that has firmware hand one over.
+    /// The device tree, for a machine whose firmware provides one.
     pub device_tree: Option<Utf8PathBuf>,
-    /// What is changed in that tree, in its source form: what the machine lacks or has elsewhere than the board.
+    /// The changes to that tree, in source form: devices that the machine lacks or that are at
+    /// other addresses than on the board.
     pub device_tree_changes: Option<Utf8PathBuf>,
 }
 
 impl Files {
-    /// The device tree for the machine; one with changes is made anew in the folder `dir`.
+    /// The device tree for the machine; a tree with changes is created in the directory `dir`.
     fn tree(&self, dir: &Utf8Path) -> Result<Option<Utf8PathBuf>> {
         let (Some(tree), Some(changes)) = (&self.device_tree, &self.device_tree_changes) else {
             return Ok(self.device_tree.clone());
@@ -57,24 +59,25 @@ impl Files {
             std::fs::write(&all, text).with_context(|| format!("writing {all}"))?;
             dtc("dts", "dtb", &all, &out)
         };
-        make().with_context(|| format!("changing {tree} as {changes} says"))?;
+        make().with_context(|| format!("applying {changes} to {tree}"))?;
         Ok(Some(out))
     }
 }
 
-/// Whether this machine's QEMU has the board's machine.
+/// Whether this machine's QEMU supports the board's machine.
 ///
 /// # Errors
 /// When it does not, with the version that does; when QEMU is missing.
 pub fn require(machine: &Machine) -> Result<()> {
     let Some(since) = &machine.since else { return Ok(()) };
     let said = Tool::new(PROGRAM).arg("--version").read()?;
-    let found = version(&said).with_context(|| format!("reading QEMU's version in {said:?}"))?;
-    let wanted = version(&format!("version {since}")).context("`since` is no version")?;
+    let found = version(&said).with_context(|| format!("parsing QEMU's version in {said:?}"))?;
+    let wanted = version(&format!("version {since}")).context("`since` is not a version")?;
     ensure!(
         found >= wanted,
-        "QEMU {}.{} has no machine {}; QEMU {since} is the first that has\n\
-         help: Debian 12 has a newer one in bookworm-backports: apt-get install -t bookworm-backports qemu-system-arm",
+        "QEMU {}.{} does not support the machine {}; QEMU {since} is the first version that does\n\
+         help: Debian 12 has a newer QEMU in bookworm-backports: apt-get install -t \
+         bookworm-backports qemu-system-arm",
         found.0,
         found.1,
         machine.machine
@@ -82,31 +85,31 @@ pub fn require(machine: &Machine) -> Result<()> {
     Ok(())
 }
 
-/// The numbers behind the word `version`.
+/// The numbers after the word `version`.
 fn version(said: &str) -> Option<(u32, u32)> {
     let (_, rest) = said.split_once("version ")?;
     let mut parts = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse);
     Some((parts.next()?.ok()?, parts.next()?.ok()?))
 }
 
-/// What becomes of the guest's restart.
+/// The effect of a restart of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnRestart {
-    /// The machine starts anew.
+    /// The machine restarts.
     Restart,
-    /// The machine ends, so that a test sees a panic at once.
+    /// The machine stops, so that a test detects a panic at once.
     Exit,
 }
 
-/// A card that may be written: a qcow2 file over the image, which stays as it is.
+/// A writable card: a qcow2 overlay of the image, which is not changed.
 #[derive(Debug)]
 pub struct Overlay {
     path: Utf8PathBuf,
 }
 
 impl Overlay {
-    /// Makes a new overlay at `path` (replacing an old one) over `image`, grown to a power of two
-    /// where the machine needs that.
+    /// Creates a new overlay of `image` at `path` (replacing an old one), enlarged to a power of
+    /// two where the machine needs that.
     ///
     /// # Errors
     /// When the image is missing or `qemu-img` fails.
@@ -114,7 +117,7 @@ impl Overlay {
         let size = std::fs::metadata(image)
             .with_context(|| format!("reading the card image {image}"))?
             .len();
-        // The backing file's name is taken relative to the overlay, so it must be absolute.
+        // The backing file's name is relative to the overlay, so it must be absolute.
         let image = image.canonicalize_utf8().with_context(|| format!("finding {image}"))?;
         let size = if machine.power_of_two_card { size.next_power_of_two() } else { size };
         Tool::new("qemu-img")
@@ -125,7 +128,7 @@ impl Overlay {
         Ok(Self { path: path.to_owned() })
     }
 
-    /// Where it lies.
+    /// Its path.
     pub fn path(&self) -> &Utf8Path {
         &self.path
     }
@@ -158,24 +161,24 @@ impl Overlay {
     }
 }
 
-/// How a person's run differs from the image's own start.
+/// How an interactive run differs from the image's own boot.
 #[derive(Debug, Clone)]
 pub struct Start {
-    /// A boot state to write first, and its byte offset: chooses the slot.
+    /// A boot state to write first, and its byte offset: selects the slot.
     pub boot_state: Option<(u64, BootState)>,
-    /// The port on the host's loopback address that leads to the guest's SSH, when it is free.
+    /// The port on the host's loopback address that is forwarded to the guest's SSH, if it is free.
     pub ssh_port: u16,
 }
 
-/// Boots the image with its serial console on this terminal until the person quits. What the guest
-/// writes lasts until then.
+/// Boots the image with its serial console on this terminal until the user quits. Writes of the
+/// guest are lost then.
 ///
 /// # Errors
 /// When the overlay cannot be made, or QEMU is missing, older than the machine, or fails.
 pub fn run_interactive(machine: &Machine, files: &Files, start: &Start) -> Result<()> {
     require(machine)?;
-    let folder = tempfile::tempdir().context("making a folder for the overlay")?;
-    let folder = Utf8Path::from_path(folder.path()).context("the temporary folder's name")?;
+    let folder = tempfile::tempdir().context("creating a directory for the overlay")?;
+    let folder = Utf8Path::from_path(folder.path()).context("the temporary directory's name")?;
     let overlay = Overlay::create(machine, &files.image, &folder.join("card.qcow2"))?;
     if let Some((offset, state)) = &start.boot_state {
         overlay.write_boot_state(*offset, state)?;
@@ -185,7 +188,7 @@ pub fn run_interactive(machine: &Machine, files: &Files, start: &Start) -> Resul
     if let Some(port) = port {
         progress::say("ssh", format!("ssh -p {port} robot@127.0.0.1"));
     }
-    progress::say("quit", "Ctrl-A, then X; what the robot writes is lost then");
+    progress::say("quit", "Ctrl-A, then X; the robot's writes are lost then");
     let tree = files.tree(folder)?;
     let (card, console) = (overlay.path(), "mon:stdio");
     let arguments =
@@ -225,7 +228,7 @@ fn arguments(
     if let Some(tree) = tree {
         add(&["-dtb", tree.as_str()]);
     }
-    // A comma in a file name would end the name; QEMU wants it doubled.
+    // A comma in a file name would end the name; QEMU requires doubling it.
     let card = format!("file={},format=qcow2", overlay.as_str().replace(',', ",,"));
     match machine.drive {
         Drive::Sd => add(&["-drive", &format!("{card},if=sd")]),
@@ -237,7 +240,8 @@ fn arguments(
     match (&machine.network, ssh_port) {
         (Some(device), Some(port)) => {
             add(&["-netdev", &format!("user,id=lan,hostfwd=tcp:127.0.0.1:{port}-:{GUEST_SSH}")]);
-            // A PCI network device asks for a boot ROM that comes with another package; nothing boots from the network.
+            // A PCI network device needs a boot ROM from another package; nothing boots from the
+            // network.
             let rom = if device.ends_with("-pci") { ",romfile=" } else { "" };
             add(&["-device", &format!("{device},netdev=lan{rom}")]);
         }
@@ -257,11 +261,12 @@ fn arguments(
     list
 }
 
-/// The preferred port of the loopback address, or any free one (0: no preference). This process gets each port
-/// once: it stays free until somebody listens there, and two machines that start together must not share it.
+/// The preferred port of the loopback address, or any free one (0: no preference). This process
+/// returns each port once: it is free until a machine listens on it, and two machines that start
+/// together must not share it.
 ///
 /// # Errors
-/// When there is none.
+/// When no port is free.
 pub fn free_port(preferred: u16) -> Result<u16> {
     static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -269,8 +274,8 @@ pub fn free_port(preferred: u16) -> Result<u16> {
     loop {
         let bound = TcpListener::bind((Ipv4Addr::LOCALHOST, wanted))
             .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)));
-        let listener = bound.context("looking for a free port on 127.0.0.1")?;
-        let port = listener.local_addr().context("looking for a free port on 127.0.0.1")?.port();
+        let listener = bound.context("finding a free port on 127.0.0.1")?;
+        let port = listener.local_addr().context("finding a free port on 127.0.0.1")?.port();
         if given.insert(port) {
             return Ok(port);
         }
@@ -337,7 +342,10 @@ mod tests {
         assert_eq!(version("version 9.0"), Some((9, 0)));
         let newer = Machine { since: Some("9000.0".into()), ..machine() };
         let error = require(&newer).unwrap_err().to_string();
-        assert!(error.contains("has no machine virt; QEMU 9000.0 is the first"), "{error}");
+        assert!(
+            error.contains("does not support the machine virt; QEMU 9000.0 is the first"),
+            "{error}"
+        );
         assert!(require(&Machine { since: Some("1.0".into()), ..machine() }).is_ok());
     }
 
@@ -368,7 +376,7 @@ mod tests {
         assert!(found.contains("supply = <") && !found.contains("broken"), "{found}");
         std::fs::write(at("changes.dtsi"), "&{/card@2} { };\n").unwrap();
         let error = format!("{:#}", files.tree(folder).unwrap_err());
-        assert!(error.contains("changes.dtsi says") && error.contains("card@2"), "{error}");
+        assert!(error.contains("changes.dtsi") && error.contains("card@2"), "{error}");
     }
 
     #[test]
@@ -399,7 +407,7 @@ mod tests {
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = taken.local_addr().unwrap().port();
         assert_ne!(free_port(port).unwrap(), port);
-        // Nobody listens there yet, and it is given all the same.
+        // Nothing listens there yet, but it is not returned again.
         let given = free_port(0).unwrap();
         assert_ne!(free_port(given).unwrap(), given);
     }

@@ -1,4 +1,4 @@
-//! Render: every generated text of a build, from templates that know nothing but the plan. An
+//! Render: every generated text of a build, from templates whose only input is the plan. An
 //! undefined variable is an error, never an empty string.
 
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use crate::ssh_keys;
 /// The robot's first program, in the initrd of every system.
 pub const INIT: &str = "board/common/init";
 
-/// A file of the overlay, ready to be placed.
+/// A file of the overlay, ready to be added to the root.
 #[derive(Debug, Clone)]
 pub struct OverlayEntry {
     /// Path in the workspace, for messages.
@@ -31,7 +31,7 @@ pub struct OverlayEntry {
     pub content: OverlayContent,
 }
 
-/// What an overlay entry is.
+/// The kind of an overlay entry.
 #[derive(Debug, Clone)]
 pub enum OverlayContent {
     /// A file with this content.
@@ -54,7 +54,7 @@ pub struct Rendered {
 }
 
 impl Rendered {
-    /// Writes every text below `dir`, for people to read; what lay there before goes.
+    /// Writes every text below `dir`, for inspection; replaces the previous content.
     ///
     /// # Errors
     /// When a file cannot be written.
@@ -63,7 +63,7 @@ impl Rendered {
             std::fs::remove_dir_all(dir).with_context(|| format!("clearing {dir}"))?;
         }
         let put = |path: Utf8PathBuf, bytes: &[u8]| -> Result<()> {
-            let parent = path.parent().context("a rendered file has a folder")?;
+            let parent = path.parent().context("a rendered file has a directory")?;
             std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
             std::fs::write(&path, bytes).with_context(|| format!("writing {path}"))
         };
@@ -82,16 +82,18 @@ impl Rendered {
     }
 }
 
-/// Renders everything that the plan names.
+/// Renders everything in the plan.
 ///
 /// # Errors
-/// A template with a mistake: file, line and what is wrong.
+/// A template with a mistake: file, line and the error.
 pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
     let context = template_context(plan);
     let text = |path: &Utf8Path| {
         let bytes = std::fs::read(root.join(path)).with_context(|| format!("reading {path}"))?;
         String::from_utf8(bytes).map_err(|_| {
-            anyhow!("{path} is not UTF-8\nhelp: a template (.j2) is a text; other files have another name")
+            anyhow!(
+                "{path} is not UTF-8\nhelp: a template (.j2) must be a text; rename other files"
+            )
         })
     };
     let template = |path: &Utf8Path| expand(path, &text(path)?, &context);
@@ -104,7 +106,7 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
             ),
             EntryKind::Template => {
                 let text = template(&file.source)?.into_bytes();
-                // Other files were looked at when they were found.
+                // Other files were checked when they were found.
                 sound(&file.source, Place::Root(&file.target), &text)?;
                 OverlayContent::File(text)
             }
@@ -153,12 +155,12 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
     Ok(Rendered { overlay, boot, defconfig, authorized_keys })
 }
 
-/// What stands in the defconfig's first line.
+/// The first line of the defconfig.
 pub fn title(plan: &Plan) -> String {
     format!("{} for {}", plan.product.name, plan.board.name)
 }
 
-/// A value between double quotes, as a shell and os-release(5) read it.
+/// A value between double quotes, for a shell and os-release(5).
 fn shell(value: String) -> String {
     let mut quoted = String::from("\"");
     for c in value.chars() {
@@ -193,10 +195,10 @@ fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
         let excerpt = source.lines().nth(line.saturating_sub(1)).unwrap_or_default().trim();
         let detail = error.detail().map_or(String::new(), |d| format!(": {d}"));
         let help = match error.kind() {
-            // A shell's `${#list[@]}` opens a comment of templates.
+            // A shell's `${#list[@]}` opens a template comment.
             minijinja::ErrorKind::SyntaxError => {
-                "`{{`, `{%` and `{#`, here or above, begin what a template says; \
-                 put text that has them between {% raw %} and {% endraw %}"
+                "`{{`, `{%` and `{#`, here or above, begin a template expression; \
+                 put text that contains them between {% raw %} and {% endraw %}"
             }
             _ => "docs/reference/templates.md lists the variables that a template may use",
         };
@@ -207,7 +209,7 @@ fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
     template.render(context).map_err(explain)
 }
 
-/// What templates may use; `docs/reference/templates.md` describes it.
+/// The variables of templates; `docs/reference/templates.md` describes them.
 fn template_context(plan: &Plan) -> Value {
     context! {
         product => plan_part(&plan.product),

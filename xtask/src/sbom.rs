@@ -1,5 +1,6 @@
-//! The software bill of materials: CycloneDX 1.6 JSON of what the image holds. Equal contents give
-//! equal bytes: the serial number comes from the contents, the time from the build's epoch.
+//! The software bill of materials: CycloneDX 1.6 JSON of the image's components. Equal contents
+//! give equal bytes: the serial number is derived from the contents, the time from the build's
+//! epoch.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,7 +18,7 @@ use crate::wheel::lock::WheelLock;
 use crate::wheel::metadata::License;
 use crate::wheel::{Installed, target::normalise};
 
-/// Where a component comes from; decides its package URL.
+/// The origin of a component; determines its package URL.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Origin {
@@ -28,16 +29,17 @@ pub enum Origin {
         /// `bookworm`
         release: String,
     },
-    /// A package of a product's further archive. It is its vendor's, even where Debian has one of the same name: who
-    /// looks for its weaknesses in Debian's lists finds those of another.
+    /// A package of a product's additional archive. It belongs to its vendor, even if Debian has a
+    /// package with the same name: Debian's lists of vulnerabilities would be about another
+    /// package.
     Vendor {
         /// `arm64` or `all`
         arch: String,
-        /// What the product calls the archive.
+        /// The archive's name in the product.
         vendor: String,
         /// The archive's suite.
         suite: String,
-        /// The archive's address, as the product says it.
+        /// The archive's address in the product.
         address: String,
     },
     /// A Python wheel.
@@ -59,7 +61,7 @@ pub struct Component {
     pub name: String,
     /// Its version.
     pub version: String,
-    /// Where it comes from.
+    /// Its origin.
     pub origin: Origin,
     /// SHA-256 of the file that was installed (the .deb, the wheel), lower-case hexadecimal.
     pub sha256: Option<String>,
@@ -67,14 +69,14 @@ pub struct Component {
     pub license: Option<License>,
     /// One sentence about it.
     pub summary: Option<String>,
-    /// Its name in the CVE dictionary (CPE 2.3), where that is known.
+    /// Its name in the CVE dictionary (CPE 2.3), if known.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub cpe: Option<String>,
-    /// The package URLs of the components that it needs, where that is known.
+    /// The package URLs of the components that it needs, if known.
     pub depends_on: Vec<String>,
 }
 
-/// What the bill is about.
+/// The subject of the bill.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Meta {
@@ -99,8 +101,9 @@ impl Component {
                 percent(arch),
                 percent(release)
             ),
-            // The type `deb` of the package URL specification: the namespace is the vendor, and `repository_url` the base
-            // address of an archive that no vendor's name implies. Qualifiers are sorted, slashes in them encoded.
+            // The type `deb` of the package URL specification: the namespace is the vendor, and
+            // `repository_url` the base address of an archive that is not implied by the vendor's
+            // name. Qualifiers are sorted, slashes in them encoded.
             Origin::Vendor { arch, vendor, suite, address } => format!(
                 "pkg:deb/{}/{}@{version}?arch={}&distro={}&repository_url={}",
                 percent(&vendor.to_ascii_lowercase()),
@@ -118,10 +121,11 @@ impl Component {
     }
 }
 
-/// Where a package of the engine `debian` is from: Debian's release, or a further archive of the product.
+/// The origin of a package of the engine `debian`: Debian's release, or an additional archive of
+/// the product.
 ///
 /// # Errors
-/// When it is from an archive that the product does not have.
+/// When it is from an archive that the product does not define.
 pub fn debian_origin(package: &Package, release: &str, sources: &[SourcePlan]) -> Result<Origin> {
     let arch = package.arch.clone();
     let Some(name) = &package.archive else {
@@ -129,7 +133,7 @@ pub fn debian_origin(package: &Package, release: &str, sources: &[SourcePlan]) -
     };
     let source = sources.iter().find(|source| source.name == *name).with_context(|| {
         format!(
-            "{} {} is from the archive {name}, which the product does not have",
+            "{} {} is from the archive {name}, but the product does not define it",
             package.name, package.version
         )
     })?;
@@ -137,13 +141,13 @@ pub fn debian_origin(package: &Package, release: &str, sources: &[SourcePlan]) -
     Ok(Origin::Vendor { arch, vendor: name.clone(), suite, address })
 }
 
-/// The package URL type `pypi` wants lower case and `-` for `_`; dots stay.
+/// The package URL type `pypi` requires lower case and `-` for `_`; dots are kept.
 fn wheel_purl(name: &str, version: &str) -> String {
     let name = name.to_ascii_lowercase().replace('_', "-");
     format!("pkg:pypi/{}@{}", percent(&name), percent(version))
 }
 
-/// Percent-encodes as package URLs want it: letters, digits, `.-_~` and `:` stay.
+/// Percent-encodes for package URLs: letters, digits, `.-_~` and `:` are kept.
 fn percent(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
@@ -156,7 +160,7 @@ fn percent(text: &str) -> String {
     out
 }
 
-/// The installed wheels as components, with what the lock says about who needs whom.
+/// The installed wheels as components, with the dependencies from the lock.
 pub fn wheel_components(installed: &Installed, lock: &WheelLock) -> Vec<Component> {
     let mut components: Vec<Component> = installed
         .distributions
@@ -214,7 +218,7 @@ pub fn cyclonedx(components: &[Component], meta: &Meta) -> Result<Value> {
     if sorted.contains_key(&root) {
         bail!("the component {root} has the name and version of the product itself");
     }
-    // What nothing else is known to need, the product itself asked for.
+    // Components that no other component needs are dependencies of the product itself.
     edges.insert(root.clone(), sorted.keys().filter(|purl| !needed.contains(purl)).collect());
     let dependencies: Vec<Value> =
         edges.iter().map(|(purl, on)| json!({ "ref": purl, "dependsOn": on })).collect();
@@ -303,7 +307,8 @@ fn describe(purl: &str, component: &Component) -> Value {
 mod tests {
     use super::*;
 
-    /// By the examples and the rules of the type `deb`, package-url/purl-spec, types/deb-definition.json.
+    /// The examples and the rules of the type `deb`: package-url/purl-spec,
+    /// types/deb-definition.json.
     #[test]
     fn a_package_of_a_further_archive_is_not_debians() {
         let mut package = Package {
@@ -355,7 +360,7 @@ mod tests {
         assert_eq!(purl(&package).expect("the vendor's"), vendors);
         package.archive = Some("other".into());
         let error = purl(&package).expect_err("unknown").to_string();
-        assert!(error.contains("is from the archive other, which the product does not"), "{error}");
+        assert!(error.contains("is from the archive other, but the product does not"), "{error}");
     }
 
     #[test]

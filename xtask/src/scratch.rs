@@ -1,4 +1,4 @@
-//! Temporary folders, and names that no other process uses.
+//! Temporary directories, and names that no other process uses.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -21,12 +21,12 @@ pub(crate) fn unique() -> String {
     hash_bytes(text.as_bytes()).chars().take(16).collect()
 }
 
-/// A temporary folder for what is looked at and not kept; it goes with the first value.
+/// A temporary directory for what is looked at and not kept; it goes with the first value.
 ///
 /// # Errors
-/// When no temporary folder can be made.
+/// When no temporary directory can be made.
 pub(crate) fn scratch() -> Result<(tempfile::TempDir, Utf8PathBuf)> {
-    let dir = tempfile::tempdir().context("making a temporary folder")?;
-    let path = Utf8PathBuf::try_from(dir.path().to_owned()).context("the temporary folder")?;
+    let dir = tempfile::tempdir().context("making a temporary directory")?;
+    let path = Utf8PathBuf::try_from(dir.path().to_owned()).context("the temporary directory")?;
     Ok((dir, path))
 }

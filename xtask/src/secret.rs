@@ -1,17 +1,17 @@
-//! Secret keys in files, by the marks of their forms. What goes into an image goes into its bundle and into every
-//! release of it as well, so none of it may hold one.
+//! Detects secret keys in files by the markers of their formats. Files of an image are also in its
+//! bundle and in every release, so they must not contain secret keys.
 
-/// A form of secret keys.
+/// A format of secret keys.
 struct Form {
-    /// What the line that opens one begins with.
+    /// The prefix of its first line.
     begin: &'static str,
-    /// What that line has in it besides.
+    /// Another part of its first line.
     with: &'static str,
-    /// For messages.
+    /// Its name in messages.
     name: &'static str,
 }
 
-/// PEM of RFC 7468, with four dashes in RFC 4716's manner; OpenSSH's first protocol; PuTTY's PPK; age.
+/// PEM of RFC 7468, with four dashes as in RFC 4716; OpenSSH's first protocol; PuTTY's PPK; age.
 const FORMS: [Form; 5] = [
     Form { begin: "-----BEGIN ", with: "PRIVATE KEY", name: "PEM" },
     Form { begin: "---- BEGIN ", with: "PRIVATE KEY", name: "SSH2" },
@@ -19,17 +19,17 @@ const FORMS: [Form; 5] = [
     Form { begin: "PuTTY-User-Key-File-", with: ":", name: "PuTTY" },
     Form { begin: "AGE-SECRET-KEY-1", with: "", name: "age" },
 ];
-/// minisign's: base64 of 158 bytes that begin with "Ed", scrypt or no derivation of a key, and "B2" (`minisign` 0.11,
-/// `SeckeyStruct`). A public key's 42 bytes begin as such a one does.
+/// minisign's: base64 of 158 bytes that begin with "Ed", scrypt or no derivation of a key, and "B2"
+/// (`minisign` 0.11, `SeckeyStruct`). A public key's 42 bytes have the same beginning.
 const MINISIGN: [&str; 2] = ["RWRTY0Iy", "RWQAAEIy"];
 const MINISIGN_LENGTH: usize = 212;
 
-/// The form of the secret key that a file holds, if it does.
+/// The format of the secret key in a file, if any.
 ///
-/// A program that knows these marks has them among other bytes; a key has them at the beginning of a line, and more
-/// of it in the next.
+/// A program that contains these markers has them among other bytes; a key has them at the
+/// beginning of a line, and key data in the next.
 pub fn found(file: &[u8]) -> Option<&'static str> {
-    // UTF-16 is ASCII with a zero for every other byte.
+    // In UTF-16, every other byte of ASCII text is zero.
     let wide = file.starts_with(&[0xff, 0xfe]) || file.starts_with(&[0xfe, 0xff]);
     let narrow: Vec<u8>;
     let file = if wide {
@@ -57,7 +57,7 @@ pub fn found(file: &[u8]) -> Option<&'static str> {
     None
 }
 
-/// A line without what an editor of Windows or somebody's indenting put before it.
+/// A line without a byte order mark and indentation.
 fn start(line: &[u8]) -> &[u8] {
     let line = line.strip_prefix(&[0xef, 0xbb, 0xbf]).unwrap_or(line);
     let line =
@@ -69,8 +69,8 @@ fn holds(line: &[u8], word: &[u8]) -> bool {
     word.is_empty() || line.windows(word.len()).any(|window| window == word)
 }
 
-/// Whether what follows the opening line is a key's: a header ("Proc-Type:", "Encryption:") or base64. The forms whose
-/// opening line is enough have no more to ask.
+/// Whether the lines after the first one belong to a key: a header ("Proc-Type:", "Encryption:") or
+/// base64. Formats with an unambiguous first line need no further check.
 fn followed(lines: &mut dyn Iterator<Item = &[u8]>, name: &str) -> bool {
     if matches!(name, "SSH 1" | "age") {
         return true;

@@ -1,5 +1,5 @@
-//! The cache that a team shares: finished stages and downloads, in a store that several machines read and
-//! some write. What is wrong there is a warning, and the build goes on with what this machine has.
+//! The shared cache of a team: finished stages and downloads, in a store that several machines read
+//! and some write. An error there is a warning, and the build continues with the local cache.
 
 pub mod record;
 
@@ -27,39 +27,39 @@ use record::{Compression, Packed, Portable, Record, StoredFile};
 
 /// The address of the shared cache.
 const ADDRESS: &str = "SLIPWAY_SHARED_CACHE";
-/// Whether it is also written.
+/// Whether this machine also writes to it.
 const WRITE: &str = "SLIPWAY_SHARED_CACHE_WRITE";
-/// What an HTTP server wants as the header `Authorization`.
+/// The header `Authorization` for an HTTP server.
 const AUTHORIZATION: &str = "SLIPWAY_SHARED_CACHE_AUTHORIZATION";
 
-/// The stages that are shared: slow ones, whose files hold nothing of whoever builds. `compose` and what
-/// comes after it are quick, change with each commit, and hold signatures, passwords and SSH keys.
+/// The shared stages: slow stages without data of the builder. `compose` and the later stages are
+/// fast, change with each commit, and contain signatures, passwords and SSH keys.
 pub const STAGES: [&str; 4] = ["root", "base", "api", "agent"];
 
-/// A cache is there to save time: one attempt, and no long waits.
+/// A cache must save time: one attempt, and no long waits.
 const PATIENCE: Patience = Patience {
     connect: Duration::from_secs(5),
     answer: Duration::from_secs(15),
     attempts: 1,
     rate: 256 << 10,
 };
-/// Objects that are fetched at a time.
+/// How many objects are fetched in parallel.
 const CONNECTIONS: usize = 4;
-/// zstd's level: its speed is above that of most networks.
+/// zstd's level: it is faster than most networks.
 const LEVEL: i32 = 3;
-/// A packed file is at most so many percent of the file, else it is stored as it is.
+/// The maximum size of a packed file in percent of the file; else the file is stored uncompressed.
 const PAYS: u64 = 95;
-/// The largest download of which the size is not known: 4 GiB.
+/// The largest download of unknown size: 4 GiB.
 const UNKNOWN_LIMIT: u64 = 4 << 30;
 
-/// A store as the cache of a team. It is left alone once it has failed.
+/// A store as the cache of a team. It is not used any more after a failure.
 pub struct Remote {
     files: Box<dyn Files + Send + Sync>,
-    /// Reading has failed.
+    /// Whether reading has failed.
     down: AtomicBool,
-    /// It may be written, and writing has not failed.
+    /// Whether it may be written, and writing has not failed.
     writes: AtomicBool,
-    /// Objects there that are not what they should be: a writer replaces them.
+    /// Damaged objects in the store: a writer replaces them.
     bad: Mutex<BTreeSet<String>>,
 }
 
@@ -70,16 +70,16 @@ impl std::fmt::Debug for Remote {
 }
 
 impl Remote {
-    /// Takes a store; nothing is asked yet.
+    /// Wraps a store; does not access it.
     pub fn new(files: Box<dyn Files + Send + Sync>, writes: bool) -> Self {
         let (down, writes) = (AtomicBool::new(false), AtomicBool::new(writes));
         Self { files, down, writes, bad: Mutex::default() }
     }
 
-    /// Opens the one that the environment names, if it names one.
+    /// Opens the shared cache in the environment, if any.
     ///
     /// # Errors
-    /// When what it names is no address, or it lacks credentials.
+    /// When the address is invalid, or there are no credentials.
     pub fn from_environment() -> Result<Option<Self>> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let Some(address) = variable(ADDRESS) else { return Ok(None) };
@@ -87,17 +87,17 @@ impl Remote {
             None | Some("0") => false,
             Some("1") => true,
             Some(other) => {
-                bail!("{WRITE} is `{other}`, expected 1 or 0\nhelp: 1 lets this machine write")
+                bail!("{WRITE} is `{other}`, expected 1 or 0\nhelp: 1 allows this machine to write")
             }
         };
         let authorization = variable(AUTHORIZATION).map(Secret::new);
         Self::open(&address, authorization, writes).map(Some)
     }
 
-    /// Opens one by its address.
+    /// Opens a shared cache by its address.
     ///
     /// # Errors
-    /// When it is none, or there are no credentials.
+    /// When the address is invalid, or there are no credentials.
     pub fn open(address: &str, authorization: Option<Secret>, writes: bool) -> Result<Self> {
         let options = Options { patience: PATIENCE, authorization, ..Options::default() };
         let files =
@@ -109,12 +109,12 @@ impl Remote {
         self.bad.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it takes what this build makes.
+    /// Whether this build writes to it.
     fn writes(&self) -> bool {
         self.writes.load(Ordering::Relaxed) && !self.down.load(Ordering::Relaxed)
     }
 
-    /// Asks, unless it has failed before. Its first failure is told, and is its last.
+    /// Reads, unless it has failed before. The first failure is reported and disables it.
     fn ask<T>(&self, with: impl FnOnce(&dyn Files) -> Result<T>) -> Option<T> {
         if self.down.load(Ordering::Relaxed) {
             return None;
@@ -124,18 +124,18 @@ impl Remote {
             Err(error) => error,
         };
         match error.downcast_ref::<BadObject>() {
-            // Nothing wrong: it was never stored, or has expired.
+            // Not an error: the object was never stored, or has expired.
             Some(BadObject::Missing(_)) => {}
             Some(BadObject::Damaged(_)) => {
-                warn(format!("an object of the shared cache is not used: {error:#}"));
+                warn(format!("ignoring an object of the shared cache: {error:#}"));
             }
             None if self.down.swap(true, Ordering::Relaxed) => {}
-            None => warn(format!("going on without the shared cache: {error:#}")),
+            None => warn(format!("continuing without the shared cache: {error:#}")),
         }
         None
     }
 
-    /// Writes, while that works. The first failure is told, and is the last.
+    /// Writes, unless it has failed before. The first failure is reported and disables writing.
     fn tell<T>(&self, with: impl FnOnce(&dyn Files) -> Result<T>) -> Option<T> {
         if !self.writes() {
             return None;
@@ -143,7 +143,7 @@ impl Remote {
         with(self.files.as_ref())
             .inspect_err(|error| {
                 if self.writes.swap(false, Ordering::Relaxed) {
-                    warn(format!("nothing more goes to the shared cache: {error:#}"));
+                    warn(format!("no longer writing to the shared cache: {error:#}"));
                 }
             })
             .ok()
@@ -152,7 +152,7 @@ impl Remote {
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> bool {
         let got = self.ask(|files| files.get(sha256, limit, into, received)).is_some();
         if !got {
-            // What is down is not written either, so only what is bad there is stored anew.
+            // A cache that is down is not written either, so only damaged objects are stored again.
             self.bad().insert(sha256.to_owned());
         }
         got
@@ -195,7 +195,7 @@ impl RemoteDownloads for Remote {
     }
 }
 
-/// A shared cache, with who may say what a stage has made.
+/// A shared cache, with the keys that may sign a stage's result.
 #[derive(Debug)]
 pub struct Shared {
     remote: Arc<Remote>,
@@ -203,17 +203,17 @@ pub struct Shared {
     signer: Signer,
 }
 
-/// Lets a build use the shared cache that the environment names, with the keys that count for a product
-/// of this kind. Without one only the keys matter: what once came from a shared cache counts no longer
-/// than the key that has signed it.
+/// Opens the shared cache in the environment for a build, with the trusted keys for a product of
+/// this kind. Without a shared cache only the keys are used: a result from a shared cache is valid
+/// as long as its signing key is trusted.
 ///
 /// # Errors
-/// When the environment names something else than a shared cache, or a key cannot be read.
+/// When the address in the environment is invalid, or a key cannot be read.
 pub fn attach(cache: Cache, kind: Kind, signer: &Signer, offline: bool) -> Result<Cache> {
     let keys = trusted(&keys::directory()?, kind)?;
     let remote = match Remote::from_environment()? {
         Some(remote) if offline => {
-            say("shared", format!("{} is not asked, because of --offline", remote.files.name()));
+            say("shared", format!("{} is not used because of --offline", remote.files.name()));
             None
         }
         Some(remote) => {
@@ -230,8 +230,8 @@ pub fn attach(cache: Cache, kind: Kind, signer: &Signer, offline: bool) -> Resul
     Ok(cache.sharing(shared, &keys))
 }
 
-/// Whose records count: for a release only release keys of the key set, else the whole set, and the keys
-/// that the key directory lists for nothing but this.
+/// The keys whose records are trusted: for a release only release keys of the key set, else the
+/// whole set and the additional cache signers of the key directory.
 ///
 /// # Errors
 /// When the key directory cannot be read.
@@ -239,7 +239,7 @@ pub fn trusted(dir: &Utf8Path, kind: Kind) -> Result<KeySet> {
     let mut set = Keys::open(dir)?.set_for(kind);
     if kind == Kind::Development {
         for key in keys::cache_signers(dir)? {
-            // A key that the set knows keeps what the set says of it: it may be revoked.
+            // A key in the set keeps its state in the set: it may be revoked.
             if set.keys.iter().all(|known| known.id != key.id) {
                 set.keys.push(key);
             }
@@ -249,7 +249,7 @@ pub fn trusted(dir: &Utf8Path, kind: Kind) -> Result<KeySet> {
 }
 
 impl Shared {
-    /// Takes a store, and who counts.
+    /// Wraps a store with the trusted keys.
     pub fn new(remote: Arc<Remote>, keys: KeySet, signer: Signer) -> Self {
         Self { remote, keys, signer }
     }
@@ -278,7 +278,7 @@ impl RemoteStages for Shared {
                 Ok(taken) => return Some(taken),
                 Err(error) => {
                     warn(format!(
-                        "{stage} is not taken from the shared cache: reading {path}: {error:#}"
+                        "not using {stage} from the shared cache: reading {path}: {error:#}"
                     ));
                     cache::clear(dir).ok()?;
                 }
@@ -292,7 +292,7 @@ impl RemoteStages for Shared {
             return;
         }
         if let Err(error) = self.store(cache, made) {
-            warn(format!("{} is not stored in the shared cache: {error:#}", made.stage));
+            warn(format!("not storing {} in the shared cache: {error:#}", made.stage));
         }
     }
 }
@@ -331,12 +331,12 @@ impl Shared {
         dir: &Utf8Path,
         step: &Step,
     ) -> Result<()> {
-        // No path of a record begins with a dot.
+        // Paths in a record never begin with a dot.
         let packed = dir.join(format!(".{index}.object.partial"));
         let Packed { sha256, size, compression } = &file.object;
         ensure!(
             self.remote.get(sha256, *size, &packed, &|n| step.advance(n)),
-            "the object {sha256} cannot be had"
+            "the object {sha256} is not available"
         );
         let plain = match compression {
             Compression::None => packed,
@@ -349,7 +349,7 @@ impl Shared {
         };
         let mode = if file.executable { 0o755 } else { 0o644 };
         let target = dir.join(&file.path);
-        let parent = target.parent().context("a stage's file has a folder")?;
+        let parent = target.parent().context("a stage's file has a directory")?;
         fs::create_dir_all(parent)
             .and_then(|()| fs::set_permissions(&plain, Permissions::from_mode(mode)))
             .and_then(|()| File::open(&plain)?.sync_all())
@@ -378,7 +378,7 @@ impl Shared {
         let mut portable = Portable::of(made.value.clone(), dir, cache)?;
         for output in &made.outputs {
             let inside = output.strip_prefix(dir);
-            let inside = inside.with_context(|| format!("{output} is not in its own folder"))?;
+            let inside = inside.with_context(|| format!("{output} is not in its own directory"))?;
             portable.files.insert(inside.to_owned());
         }
         let step = Step::new("shared", format!("storing {stage}"), 0, Unit::Bytes);
@@ -401,22 +401,23 @@ impl Shared {
             paths: portable.paths,
             files,
         };
-        record.value_in(dir).context("reading it as others will")?;
+        record.value_in(dir).context("reading the stored result back")?;
         let signed = record.sign(&self.signer)?;
         drop(step);
-        // Last: whoever finds it finds all of its objects.
+        // Store the record last: its objects exist when it is found.
         if self.remote.tell(|files| files.write(&path, &signed)).is_some() {
             say("shared", format!("{stage} stored: {} in {sent} objects", bytes(size)));
         }
         Ok(())
     }
 
-    /// Packs a file and stores what it became: how it was stored, and whether it had to be sent. `None`
-    /// when the store does not take it.
+    /// Packs a file and stores the result: returns how it was stored, and whether it was sent.
+    /// `None` when the store does not accept it.
     fn store_file(&self, dir: &Utf8Path, path: Utf8PathBuf) -> Result<Option<(StoredFile, bool)>> {
         let from = dir.join(&path);
-        let metadata = fs::symlink_metadata(&from).with_context(|| format!("looking at {from}"))?;
-        ensure!(metadata.is_file(), "{from} is no plain file");
+        let metadata = fs::symlink_metadata(&from)
+            .with_context(|| format!("reading the metadata of {from}"))?;
+        ensure!(metadata.is_file(), "{from} is not a plain file");
         let executable = metadata.permissions().mode() & 0o111 != 0;
         let scratch = tempfile::Builder::new()
             .prefix(".packed-")
@@ -445,7 +446,7 @@ impl Shared {
     }
 }
 
-/// Compresses a file: its own size and SHA-256.
+/// Compresses a file: returns its own size and SHA-256.
 fn pack(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
     let work = || {
         let mut encoder = zstd::Encoder::new(into, LEVEL)?;
@@ -456,12 +457,12 @@ fn pack(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
     work().with_context(|| format!("packing {from}"))
 }
 
-/// Unpacks an object, never more than the record says, and checks what comes out.
+/// Unpacks an object, at most the size in the record, and verifies the result.
 fn unpack(packed: &Utf8Path, into: &Utf8Path, file: &StoredFile) -> Result<()> {
     let doing = || format!("unpacking {}", file.path);
     let work = || {
         let decoder = zstd::Decoder::new(File::open(packed)?)?;
-        // One byte more is enough to know that it is wrong.
+        // One additional byte is enough to detect a wrong object.
         copy(&mut decoder.take(file.size.saturating_add(1)), &mut File::create(into)?)
     };
     let (size, found) = work().with_context(doing)?;
@@ -475,7 +476,7 @@ fn unpack(packed: &Utf8Path, into: &Utf8Path, file: &StoredFile) -> Result<()> {
     Ok(())
 }
 
-/// Copies to the end: how many bytes, and their SHA-256.
+/// Copies to the end: returns the number of bytes and their SHA-256.
 fn copy(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<(u64, String)> {
     let (mut hasher, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 18], 0);
     loop {

@@ -2,16 +2,17 @@
 
 use anyhow::{Result, ensure};
 
-/// Refuses what is no option of ssh_config(5).
+/// Rejects invalid options of ssh_config(5).
 ///
 /// # Errors
-/// Names the one that is none.
+/// Names the invalid option.
 pub(crate) fn check_options(options: &[String]) -> Result<()> {
     for option in options {
         let key = option.split_once('=').map(|(key, _)| key).unwrap_or_default();
         ensure!(
             !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric()),
-            "`{option}` is no option of ssh\nhelp: KEY=VALUE as in ssh_config(5), such as Port=2222"
+            "invalid option of ssh: `{option}`\n\
+             help: KEY=VALUE as in ssh_config(5), such as Port=2222"
         );
     }
     Ok(())

@@ -1,6 +1,7 @@
-//! SSH public keys as they come in, for every place that takes one: the product's `authorized-keys`, the developers'
-//! in the key directory, `flash --ssh-key`, and overlays. What sshd would not accept is refused here, where somebody
-//! can still read why; a secret key is refused wherever in a file it is. Pure.
+//! Validates SSH public keys from all sources: the product's `authorized-keys`, the developers'
+//! keys in the key directory, `flash --ssh-key`, and overlays. Keys that sshd would not accept are
+//! rejected here, where the user sees the reason; a secret key anywhere in a file is rejected.
+//! Pure.
 //!
 //! F: sshd(8), "AUTHORIZED_KEYS FILE FORMAT"; RFC 4253, section 6.6; RFC 5656, section 3.1; RFC 8709, section 4;
 //! PROTOCOL.u2f of OpenSSH.
@@ -10,10 +11,11 @@ use camino::Utf8Path;
 
 use crate::secret;
 
-/// Why a file is no list of public keys. Nothing of its content is repeated: it may be a secret.
+/// Why a file is not a list of public keys. Does not contain any of its content, which may be
+/// secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadKeys {
-    /// The line, from 1; none for the file as a whole.
+    /// The line, from 1; `None` for the file as a whole.
     pub line: Option<usize>,
     /// What was expected and what was found.
     pub message: String,
@@ -26,7 +28,7 @@ impl BadKeys {
         Self { line: None, message: message.into(), help: help.into() }
     }
 
-    /// As an error about this file.
+    /// The reason as an error about this file.
     pub fn about(self, path: &Utf8Path) -> anyhow::Error {
         let line = self.line.map_or(String::new(), |line| format!(":{line}"));
         anyhow::anyhow!("{path}{line}: {}\nhelp: {}", self.message, self.help)
@@ -36,23 +38,24 @@ impl BadKeys {
 /// A public key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PublicKey {
-    /// The line as sshd is to read it, without its end.
+    /// The line for sshd, without its end.
     pub text: String,
-    /// Whether options stand before the key.
+    /// Whether options precede the key.
     pub has_options: bool,
 }
 
-/// sshd reads no longer line (sshd(8): "up to 8 kilobytes").
+/// The longest line that sshd reads (sshd(8): "up to 8 kilobytes").
 const LONGEST_LINE: usize = 8192;
-/// Below it sshd takes no RSA key (sshd_config(5), `RequiredRSASize`).
+/// The smallest RSA key that sshd accepts (sshd_config(5), `RequiredRSASize`).
 const SMALLEST_RSA_BITS: usize = 1024;
 
-/// What a user is told to do.
+/// The help for common errors.
 const HELP: &str = "one line for each key, as in a .pub file of ssh-keygen";
 const SECRET_HELP: &str =
-    "name the public half: the .pub file beside it, or what `ssh-keygen -y -f FILE` prints";
+    "use the public key: the .pub file beside it, or the output of `ssh-keygen -y -f FILE`";
 
-/// Options without a value, and with one, in lower case: sshd compares them so, and takes no key behind another one.
+/// Options without a value, and with one, in lower case: sshd ignores their case, and rejects a key
+/// after an unknown option.
 const FLAGS: [&str; 14] = [
     "agent-forwarding",
     "cert-authority",
@@ -80,19 +83,20 @@ const VALUES: [&str; 8] = [
     "tunnel",
 ];
 
-/// The keys of a file, whatever ends its lines. Comments and empty lines are left out.
+/// The keys of a file, with any line endings. Comments and empty lines are ignored.
 ///
 /// # Errors
-/// When it holds a secret key, another form of key, something else, or nothing.
+/// When it contains a secret key, another format of keys, something else, or no key.
 pub fn parse(file: &[u8]) -> Result<Vec<PublicKey>, BadKeys> {
     if let Some(kind) = secret::found(file) {
-        return Err(BadKeys::whole(format!("it is a secret key ({kind})"), SECRET_HELP));
+        return Err(BadKeys::whole(format!("the file is a secret key ({kind})"), SECRET_HELP));
     }
     let Ok(text) = std::str::from_utf8(file) else {
-        let help = "save it as UTF-8 or ASCII; PowerShell's `>` writes UTF-16";
-        return Err(BadKeys::whole("it is no text in UTF-8", help));
+        let help = "save the file as UTF-8 or ASCII; PowerShell's `>` writes UTF-16";
+        return Err(BadKeys::whole("the file is not a UTF-8 text", help));
     };
-    // Editors of Windows put a mark before the first line, which would become part of it.
+    // Editors on Windows put a byte order mark before the first line, which would become part of
+    // it.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     if let Some(bad) = other_form(text) {
         return Err(bad);
@@ -109,10 +113,14 @@ pub fn parse(file: &[u8]) -> Result<Vec<PublicKey>, BadKeys> {
         })?;
         keys.push(PublicKey { text: line.to_owned(), has_options });
     }
-    if keys.is_empty() { Err(BadKeys::whole("it holds no SSH key", HELP)) } else { Ok(keys) }
+    if keys.is_empty() {
+        Err(BadKeys::whole("the file contains no SSH key", HELP))
+    } else {
+        Ok(keys)
+    }
 }
 
-/// The keys as text for sshd: a line each, and all of them ended.
+/// The keys as text for sshd: one line for each, all terminated.
 ///
 /// # Errors
 /// As [`parse`].
@@ -120,7 +128,7 @@ pub fn lines(file: &[u8]) -> Result<String, BadKeys> {
     Ok(parse(file)?.into_iter().map(|key| key.text + "\n").collect())
 }
 
-/// Whether a file of that path on a robot holds such keys for sshd.
+/// Whether a file with that path on a robot contains such keys for sshd.
 pub fn is_list(target: &Utf8Path) -> bool {
     let folder = target.parent().unwrap_or(Utf8Path::new(""));
     let name = target.file_name().unwrap_or_default();
@@ -129,7 +137,7 @@ pub fn is_list(target: &Utf8Path) -> bool {
             && matches!(name, "authorized_keys" | "authorized_keys2"))
 }
 
-/// Public keys in the forms of other programs, which sshd does not read in this place.
+/// Public keys in the formats of other programs, which sshd does not support here.
 fn other_form(text: &str) -> Option<BadKeys> {
     let begins = |mark: &str| text.lines().any(|line| line.trim_start().starts_with(mark));
     // RFC 4716, section 3.2; what PuTTYgen's "Save public key" writes.
@@ -140,25 +148,25 @@ fn other_form(text: &str) -> Option<BadKeys> {
     } else if begins("-----BEGIN PUBLIC KEY") {
         ("of PKCS #8", " -m PKCS8")
     } else if begins("-----BEGIN ") {
-        return Some(BadKeys::whole("it is a PEM file, and no SSH key", HELP));
+        return Some(BadKeys::whole("the file is a PEM file, not an SSH key", HELP));
     } else {
         return None;
     };
-    let help = format!("`ssh-keygen -i{flag} -f FILE` prints it in OpenSSH's form");
-    Some(BadKeys::whole(format!("it is a public key in the form {form}"), help))
+    let help = format!("convert the key with `ssh-keygen -i{flag} -f FILE`");
+    Some(BadKeys::whole(format!("the file is a public key in the format {form}"), help))
 }
 
-/// Whether options stand before the key in a line.
+/// Whether options precede the key in a line.
 fn check(line: &str) -> Result<bool, (String, &'static str)> {
     let wrong = |message: &str, help: &'static str| Err((message.to_owned(), help));
     if line.len() > LONGEST_LINE {
         return wrong(
-            &format!("the line has {} bytes, sshd reads {LONGEST_LINE}", line.len()),
+            &format!("the line has {} bytes, but sshd reads only {LONGEST_LINE}", line.len()),
             HELP,
         );
     }
     if line.contains(|c: char| c.is_control() && c != '\t') {
-        return wrong("the line holds control characters", HELP);
+        return wrong("the line contains control characters", HELP);
     }
     let blank = [' ', '\t'];
     let first = line.split(blank).next().unwrap_or_default();
@@ -177,34 +185,38 @@ fn check(line: &str) -> Result<bool, (String, &'static str)> {
     match kind {
         Kind::Dss => {
             return wrong(
-                "it is a DSA key, which sshd does not take any more",
-                "make one with `ssh-keygen -t ed25519`",
+                "the key is a DSA key, which sshd no longer accepts",
+                "create a key with `ssh-keygen -t ed25519`",
             );
         }
         Kind::Certificate => {
-            let help =
-                "name the key that was signed, or the authority's with the option cert-authority";
-            return wrong("it is a certificate, which sshd does not read in this place", help);
+            let help = "use the key that was signed, or the authority's key with the option \
+             cert-authority";
+            return wrong("the key is a certificate, which sshd does not support here", help);
         }
         _ => {}
     }
-    let again = "copy the whole line of the .pub file once more";
+    let again = "copy the whole line of the .pub file again";
     let Some(blob) = words.next().and_then(decode_base64) else {
-        return wrong("the key is no base64: it is damaged or cut off", again);
+        return wrong("the key is not valid base64: it is damaged or truncated", again);
     };
     match kind.fits(name, &blob) {
         Some(true) => Ok(has_options),
         Some(false) => wrong(
-            &format!("the RSA key has less than {SMALLEST_RSA_BITS} bits, sshd does not take it"),
-            "make one with `ssh-keygen -t ed25519`",
+            &format!(
+                "the RSA key has less than {SMALLEST_RSA_BITS} bits, which sshd does not accept"
+            ),
+            "create a key with `ssh-keygen -t ed25519`",
         ),
-        None => wrong(&format!("the key is no {name}: it is damaged or cut off"), again),
+        None => {
+            wrong(&format!("the key is not a valid {name} key: it is damaged or truncated"), again)
+        }
     }
 }
 
-/// What stands behind the options that a line begins with.
+/// The text after the options at the beginning of a line.
 fn options(line: &str) -> Result<&str, String> {
-    // As sshd does it (auth2-pubkeyfile.c): to the first blank that is not within quotes.
+    // Like sshd (auth2-pubkeyfile.c): up to the first blank outside of quotes.
     let (mut quoted, mut escaped) = (false, false);
     let mut end = None;
     let mut starts = vec![0];
@@ -242,7 +254,7 @@ fn options(line: &str) -> Result<&str, String> {
         };
         if !known {
             return Err(format!(
-                "option {} before the key is none that sshd knows, so it would not take the key",
+                "sshd does not support the option {} before the key, so it would reject the key",
                 n + 1
             ));
         }
@@ -250,12 +262,12 @@ fn options(line: &str) -> Result<&str, String> {
     Ok(rest)
 }
 
-/// Types of keys, by what their bytes are.
+/// Types of keys, by the format of their bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Rsa,
     Ed25519,
-    /// With the curve's name, and the length of an uncompressed point in bytes.
+    /// The curve's name, and the length of an uncompressed point in bytes.
     Ecdsa(&'static str, usize),
     SkEd25519,
     SkEcdsa,
@@ -279,7 +291,7 @@ impl Kind {
         })
     }
 
-    /// Whether the key's bytes are a whole key of the kind; false for one that is too weak.
+    /// Whether the bytes are a complete key of this type; false for a key that is too weak.
     fn fits(self, name: &str, blob: &[u8]) -> Option<bool> {
         let mut blob = Blob(blob);
         (blob.next()? == name.as_bytes()).then_some(())?;
@@ -321,12 +333,12 @@ impl<'a> Blob<'a> {
     fn point(&mut self, curve: &str, length: usize) -> Option<()> {
         (self.next()? == curve.as_bytes()).then_some(())?;
         let point = self.next()?;
-        // SEC 1, section 2.3.3: 4 stands for an uncompressed point, the only one that OpenSSH takes.
+        // SEC 1, section 2.3.3: 4 means an uncompressed point, the only form that OpenSSH accepts.
         (point.len() == length && point.first() == Some(&4)).then_some(())
     }
 }
 
-/// The bits of a number, big-endian.
+/// The number of bits of a big-endian number.
 fn bits(number: &[u8]) -> usize {
     let zeros = number.iter().take_while(|byte| **byte == 0).count();
     let first = number.get(zeros).map_or(0, |byte| byte.leading_zeros() as usize);

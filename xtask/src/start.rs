@@ -1,5 +1,5 @@
-//! Whether each model would start from a finished card image, and how: `bootmodel::chain` over its bytes, with the
-//! places on the card traced back to the files of the workspace.
+//! Whether each model would boot from a finished card image, and how: `bootmodel::chain` over its
+//! bytes, with places on the card mapped to files of the workspace.
 
 use std::fs::File;
 use std::rc::Rc;
@@ -11,47 +11,49 @@ use serde::{Deserialize, Serialize};
 
 use crate::plan::{BootSourcePlan, Plan};
 
-/// Raised when the model itself says something else of the same card; its facts count by their text.
+/// Raised when a change of the model's code changes its result for the same card; its facts are
+/// part of the key.
 const MODEL_VERSION: u32 = 3;
 
-/// How one model starts.
+/// How one model boots.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Start {
     /// The model: a string of the board's `compatible`.
     pub model: String,
-    /// For people.
+    /// Human-readable name.
     pub title: String,
-    /// Whether nothing is known that keeps it from starting, trying an update and coming back.
+    /// Whether no problem is known that prevents it from booting, trying an update and rolling
+    /// back.
     pub starts: bool,
-    /// Who does what, in order, from the boot ROM to `/init`.
+    /// The steps with their actors, in order, from the boot ROM to `/init`.
     pub steps: Vec<(String, String)>,
 }
 
-/// What is known of a card.
+/// The facts about a card.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Starts {
-    /// One for each model.
+    /// The boot chain of each model.
     pub models: Vec<Start>,
-    /// What keeps a model from starting, trying or coming back, with what to do.
+    /// Problems that prevent a model from booting, trying an update or rolling back, with help.
     pub stops: Vec<String>,
-    /// What is lost although it starts, with what to do.
+    /// Problems of a model that boots nevertheless, with help.
     pub degrades: Vec<String>,
 }
 
-/// What the answer depends on besides the card, for a stage's key.
+/// What the result depends on besides the card, for a stage's key.
 pub fn version() -> (u32, [&'static str; 4]) {
     (MODEL_VERSION, chain::facts::TEXTS)
 }
 
-/// What a card was made of: the workspace's root, and the plan.
+/// The sources of a card: the workspace's root, and the plan.
 pub type Origin<'a> = (&'a Utf8Path, &'a Plan);
 
-/// Looks at a card image. With its origin the findings name the workspace's files.
+/// Checks a card image. With its origin the findings name the workspace's files.
 ///
 /// # Errors
-/// An image that is not one of ours, or is damaged.
+/// An image that was not built by Slipway, or is damaged.
 pub fn look(image: &Utf8Path, origin: Option<Origin<'_>>) -> Result<Starts> {
     let facts = Facts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
@@ -77,10 +79,10 @@ pub fn look(image: &Utf8Path, origin: Option<Origin<'_>>) -> Result<Starts> {
     })
 }
 
-/// Refuses a card from which a model would not start.
+/// Rejects a card from which a model would not boot.
 ///
 /// # Errors
-/// All that stops any of them.
+/// All problems that prevent any of them from booting.
 pub fn require(starts: &Starts, board: &str) -> Result<()> {
     if starts.stops.is_empty() {
         return Ok(());
@@ -88,13 +90,13 @@ pub fn require(starts: &Starts, board: &str) -> Result<()> {
     let failed: Vec<&str> =
         starts.models.iter().filter(|m| !m.starts).map(|m| m.model.as_str()).collect();
     bail!(
-        "the board {board} would not start, try an update or come back: {}\n  - {}",
+        "the board {board} would not boot, try an update or roll back: {}\n  - {}",
         failed.join(", "),
         starts.stops.join("\n  - ")
     )
 }
 
-/// A finding, with the file of the workspace that its place was made of, and the line in it.
+/// A finding, with the source file in the workspace, and the line in it.
 fn tell(finding: &Finding, card: &Card, origin: Option<Origin<'_>>) -> String {
     let source = origin.and_then(|(root, plan)| Some((root, source(&finding.place, plan)?)));
     let Some((root, source)) = source else { return finding.to_string() };
@@ -103,7 +105,7 @@ fn tell(finding: &Finding, card: &Card, origin: Option<Origin<'_>>) -> String {
     format!("{source}{line}: on the card {finding}")
 }
 
-/// The workspace's file behind a file of the card.
+/// The source file in the workspace of a file on the card.
 fn source(place: &Place, plan: &Plan) -> Option<Utf8PathBuf> {
     let (number, file) = (place.partition?, place.file.as_deref()?);
     let role = &plan.disk.partitions.iter().find(|placed| placed.number == number)?.name;
@@ -115,8 +117,8 @@ fn source(place: &Place, plan: &Plan) -> Option<Utf8PathBuf> {
     Some(overlay.source.clone())
 }
 
-/// The line of the workspace's file that has the words of the card's line, where just one has: a template's lines are
-/// others than those of what it makes.
+/// The only line of the workspace's file with the text of the card's line, if any: the line numbers
+/// of a template and of its result differ.
 fn line(place: &Place, card: &Card, source: &Utf8Path) -> Option<usize> {
     let (number, file, at) = (place.partition?, place.file.as_deref()?, place.line?);
     let volume = card.volumes.iter().find(|volume| volume.number == number);

@@ -1,5 +1,5 @@
 //! Stores: places for files that are each written once, and for the channels' files, which change by
-//! compare-and-swap. Folders, hosts by SFTP, buckets, web servers.
+//! compare-and-swap. Directories, hosts by SFTP, buckets, web servers.
 
 pub mod client;
 pub mod directory;
@@ -16,21 +16,21 @@ use camino::Utf8Path;
 
 use format::Channel;
 
-/// What a channel's file was when it was read; [`Store::swap`] replaces no other.
+/// The version of a channel's file when it was read; [`Store::swap`] replaces only this version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Token {
-    /// There was none.
+    /// The file did not exist.
     Absent,
-    /// The store's own word for the version that was read.
+    /// The store's own identifier of the version that was read.
     Version(String),
 }
 
-/// What is wrong with an object, in a store that works.
+/// An error of one object in a working store.
 #[derive(Debug)]
 pub enum BadObject {
-    /// It is not there.
+    /// The object does not exist.
     Missing(String),
-    /// It is not what its name says.
+    /// Its content does not match its name.
     Damaged(String),
 }
 
@@ -43,34 +43,36 @@ impl std::fmt::Display for BadObject {
 
 impl std::error::Error for BadObject {}
 
-/// A place for files, each written once and never changed; it has its name only when it is complete.
+/// Storage for files, each written once and never changed; a file gets its name when it is
+/// complete.
 pub trait Files {
-    /// The place for people.
+    /// The human-readable name of the storage.
     fn name(&self) -> String;
 
     /// A small file; `None` when there is none.
     ///
     /// # Errors
-    /// When the place cannot be asked, or the file is larger than 16 MiB.
+    /// When the storage cannot be accessed, or the file is larger than 16 MiB.
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>>;
 
-    /// Which of these objects (SHA-256 and size) lie there complete.
+    /// Which of these objects (SHA-256 and size) exist and are complete.
     ///
     /// # Errors
-    /// When the place cannot be asked.
+    /// When the storage cannot be accessed.
     fn present(&self, objects: &[(String, u64)]) -> Result<BTreeSet<String>>;
 
-    /// Stores an object, and checks what has arrived.
+    /// Stores an object, and verifies the stored bytes.
     ///
     /// # Errors
-    /// When it cannot be stored, or something else arrived.
+    /// When it cannot be stored, or the stored bytes differ.
     fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()>;
 
-    /// Fetches an object of at most `limit` bytes into a local file, and checks it. `received` is told
-    /// how many bytes more have come.
+    /// Fetches an object of at most `limit` bytes into a local file, and verifies it. `received` is
+    /// called with the number of new bytes.
     ///
     /// # Errors
-    /// [`BadObject`] when it is not there or is another one; others when it cannot be had.
+    /// [`BadObject`] when it does not exist or has other content; other errors when it cannot be
+    /// fetched.
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()>;
 
     /// Writes a small file.
@@ -82,15 +84,15 @@ pub trait Files {
 
 /// A place for releases. Paths are those of `docs/reference/release-store.md`. Only a channel's file ever changes.
 pub trait Store: Files {
-    /// The store's address in its one spelling: what it is remembered by.
+    /// The store's canonical address, under which it is remembered.
     ///
     /// # Errors
-    /// When it cannot be found out.
+    /// When it cannot be determined.
     fn identity(&self) -> Result<String> {
         Ok(self.name())
     }
 
-    /// Whether there is a place at all. A folder that is not there is a store that begins.
+    /// Whether the store exists. A missing directory is a new store.
     fn exists(&self) -> bool {
         true
     }
@@ -98,17 +100,17 @@ pub trait Store: Files {
     /// The channel's newest file, and the token to replace it with.
     ///
     /// # Errors
-    /// When the store cannot be asked.
+    /// When the store cannot be accessed.
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)>;
 
-    /// Replaces the channel's file if it still is what the token stands for. `false`: somebody else was
-    /// quicker, and nothing has changed.
+    /// Replaces the channel's file if its version is still that of the token. `false`: another
+    /// publisher has changed it, and nothing was written.
     ///
     /// # Errors
     /// When it cannot be written.
     fn swap(&self, channel: Channel, token: &Token, serial: u64, content: &[u8]) -> Result<bool>;
 
-    /// Makes readers see the newest file, should an interrupted publisher not have got to it.
+    /// Makes the newest file visible to readers, in case an interrupted publisher has not done so.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -124,18 +126,18 @@ pub struct Options {
     pub region: Option<String>,
     /// Options of ssh_config(5), `KEY=VALUE`.
     pub ssh: Vec<String>,
-    /// How long a server is waited for.
+    /// The timeouts for a server.
     pub patience: client::Patience,
-    /// The value of the header `Authorization`, for servers that are neither.
+    /// The value of the header `Authorization`, for other HTTP servers.
     pub authorization: Option<Secret>,
 }
 
-/// A text that is never printed.
+/// A secret text that is never printed.
 #[derive(Clone)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes the text.
+    /// Wraps the text.
     pub fn new(text: String) -> Self {
         Self(text)
     }
@@ -152,11 +154,11 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// Opens a place for files that several machines use at once, by its address: a folder, `http[s]://…` or
-/// `s3://…`. Nothing is written yet.
+/// Opens the storage of a shared cache by its address: a directory, `http[s]://…` or `s3://…`. This
+/// writes nothing.
 ///
 /// # Errors
-/// When the address is none.
+/// When the address is not valid.
 pub fn open_files(address: &str, options: &Options) -> Result<Box<dyn Files + Send + Sync>> {
     if let Some(rest) = address.strip_prefix("s3://") {
         return Ok(Box::new(s3::Bucket::new(rest, options)?));
@@ -166,16 +168,16 @@ pub fn open_files(address: &str, options: &Options) -> Result<Box<dyn Files + Se
     }
     ensure!(
         Utf8Path::new(address).is_absolute(),
-        "`{address}` is no address of a shared cache\n\
-         help: https://HOST[/PATH], s3://BUCKET[/PREFIX], or the full path of a folder"
+        "invalid address of a shared cache: `{address}`\n\
+         help: https://HOST[/PATH], s3://BUCKET[/PREFIX], or the full path of a directory"
     );
     Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
 }
 
-/// Opens a store by its address: a folder, `ssh://…` or `s3://…`. Nothing is written yet.
+/// Opens a store by its address: a directory, `ssh://…` or `s3://…`. This writes nothing.
 ///
 /// # Errors
-/// When the address is none.
+/// When the address is not valid.
 pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
     if let Some(rest) = address.strip_prefix("s3://") {
         return Ok(Box::new(s3::Bucket::new(rest, options)?));
@@ -185,13 +187,14 @@ pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
     }
     ensure!(
         !address.contains("://"),
-        "`{address}` is no address of a store\n\
-         help: a folder, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]"
+        "invalid address of a store: `{address}`\n\
+         help: a directory, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]"
     );
-    // As scp spells it: a folder of that name would be made here, and nobody would look for it.
+    // The syntax of scp: it would create a local directory of that name by mistake.
     if let Some((host, path)) = address.split_once(':').filter(|(host, _)| !host.contains('/')) {
         bail!(
-            "`{address}` is no folder\nhelp: ssh://{host}/{}, or ./{address} for a folder of that name",
+            "`{address}` is not a directory\n\
+             help: for a host: ssh://{host}/{}, or ./{address} for a directory of that name",
             path.trim_start_matches('/')
         );
     }

@@ -1,5 +1,6 @@
-//! Printing. Much of what is printed was written by others: names in images, release notes, what a robot or a
-//! server says. Control characters in it could drive the terminal, so none is printed, whoever wrote it.
+//! Printing. Much of the printed text comes from outside: names in images, release notes, messages
+//! of robots and servers. Control characters in it could control the terminal, so they are never
+//! printed.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -7,8 +8,9 @@ use std::io::Write as _;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-/// Whether a terminal, or the eye, would take it for something else than a character: C0 and C1 controls, and
-/// what turns the direction of writing (Unicode Standard Annex 9, table 4) or ends a line (U+2028, U+2029).
+/// Whether a terminal or a reader could misinterpret the character: C0 and C1 controls, and
+/// characters that change the direction of writing (Unicode Standard Annex 9, table 4) or end a
+/// line (U+2028, U+2029).
 fn is_harmful(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
@@ -26,17 +28,17 @@ fn escaped(text: &str, kept: &[char]) -> String {
     shown
 }
 
-/// One line: control characters as Rust writes them, such as `\u{1b}` and `\n`.
+/// One line, with control characters escaped as in Rust, such as `\u{1b}` and `\n`.
 pub fn printable(text: &str) -> String {
     escaped(text, &[])
 }
 
-/// Lines: as [`printable`], but line ends and tabs stay.
+/// Several lines: like [`printable`], but keeps line ends and tabs.
 pub fn printable_lines(text: &str) -> String {
     escaped(text, &['\n', '\t'])
 }
 
-/// A value as JSON for people and programs. What [`printable`] would escape is escaped as JSON does it.
+/// A value as readable JSON. Characters that [`printable`] would escape are escaped in JSON's form.
 ///
 /// # Errors
 /// When the value has no JSON form.
@@ -44,12 +46,13 @@ pub fn json(value: &impl Serialize) -> Result<String> {
     Ok(printable_json(&serde_json::to_string_pretty(value).context("writing JSON")?))
 }
 
-/// Escapes what is left in JSON: outside of strings it has line ends only, and inside of them serde escapes C0.
+/// Escapes the remaining characters in JSON: serde escapes C0 in strings, and there are only line
+/// ends outside of strings.
 pub fn printable_json(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
         if is_harmful(c) && c != '\n' {
-            // All of them are in the basic plane.
+            // All of them are in the basic multilingual plane.
             write!(shown, "\\u{:04x}", u32::from(c)).expect("writing to a String cannot fail");
         } else {
             shown.push(c);
@@ -58,8 +61,9 @@ pub fn printable_json(text: &str) -> String {
     shown
 }
 
-/// Prints results; used by [`outln!`](crate::outln). Where they cannot be written, the program ends: whoever has closed
-/// the pipe (`| head`) wants no more, and a full disk must not look like a whole result.
+/// Prints results; used by [`outln!`](crate::outln). The program exits when they cannot be written:
+/// with a closed pipe (`| head`) no more output is needed, and a full disk must not look like a
+/// complete result.
 pub fn print(text: &str) {
     let mut out = std::io::stdout().lock();
     let written = out.write_all(printable_lines(text).as_bytes()).and_then(|()| out.flush());
@@ -72,8 +76,8 @@ pub fn print(text: &str) {
     }
 }
 
-/// Prints what is no result; used by [`errln!`](crate::errln). Nothing can be said about a standard error that is closed
-/// or full, and the work goes on.
+/// Prints everything other than results; used by [`errln!`](crate::errln). An error of standard
+/// error cannot be reported and is ignored.
 pub fn eprint(text: &str) {
     drop(std::io::stderr().lock().write_all(printable_lines(text).as_bytes()));
 }
@@ -102,9 +106,8 @@ macro_rules! err {
     ($($words:tt)*) => { $crate::text::eprint(&format!($($words)*)) };
 }
 
-/// An error for people: what was being done and why it failed in one sentence, then what to do, wherever in the chain
-/// of causes that was said. A cause whose words the one before it has begun with is not said again: libraries' errors
-/// often have their cause's text, and the cause.
+/// A human-readable error: what was being done and why it failed in one sentence, then all help
+/// lines of the chain of causes.
 pub fn sentence(error: &anyhow::Error) -> String {
     let (mut causes, mut help) = (Vec::<String>::new(), String::new());
     for cause in error.chain() {

@@ -4,16 +4,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 
-/// Seconds since 1970, for what has no commit's time.
+/// Seconds since 1970, for files without a commit's time.
 ///
 /// # Errors
-/// When the clock stands before 1970.
+/// When the clock is set before 1970.
 pub fn now() -> Result<u64> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    Ok(since.context("this machine's clock stands before 1970")?.as_secs())
+    Ok(since.context("the system clock is set before 1970")?.as_secs())
 }
 
-/// Seconds since 1970 as RFC 3339 in UTC. The days come by Howard Hinnant's `civil_from_days`.
+/// Seconds since 1970 as RFC 3339 in UTC. The date is computed with Howard Hinnant's
+/// `civil_from_days`.
 pub(crate) fn timestamp(epoch: u64) -> String {
     let (days, second) = (epoch / 86_400, epoch % 86_400);
     let z = days + 719_468;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use camino::Utf8Path;
 use ureq::tls::{Certificate, PemItem, RootCerts, parse_pem};
 
-/// Where systems keep their certificate authorities.
+/// The system's files of certificate authorities.
 const AUTHORITIES: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
 
@@ -26,7 +26,7 @@ pub(crate) fn authorities() -> Result<RootCerts> {
         })
         .collect();
     if certificates.is_empty() {
-        bail!("{path} holds no certificate\nhelp: correct SSL_CERT_FILE");
+        bail!("{path} contains no certificate\nhelp: correct SSL_CERT_FILE");
     }
     Ok(RootCerts::Specific(Arc::new(certificates)))
 }

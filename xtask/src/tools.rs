@@ -1,5 +1,5 @@
-//! The programs that building and testing need, each with the Debian package that brings it. All
-//! that is missing is named at once, before any work, and installed on request.
+//! The programs that building and testing need, each with its Debian package. All missing programs
+//! are listed at once, before any work, and installed on request.
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::exec::{Tool, find};
 use crate::progress::{say, warn};
 
-/// What a tool is needed for.
+/// The purpose of a tool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Purpose {
@@ -21,13 +21,13 @@ pub enum Purpose {
     Run,
     /// `run --local`, and its tests.
     Local,
-    /// `test`: foreign tools that read what we write.
+    /// `test`: independent tools that read our files.
     Test,
     /// `test --all`.
     TestAll,
     /// `push`.
     Push,
-    /// `bench`: the tools that we are measured against.
+    /// `bench`: the tools for comparison.
     Bench,
 }
 
@@ -35,13 +35,13 @@ pub enum Purpose {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Requirement {
-    /// The program, or the file for what is not a program.
+    /// The program, or a file if it is not a program.
     pub program: &'static str,
     /// The Debian package.
     pub package: &'static str,
-    /// What it does for us.
+    /// What it is used for.
     pub why: &'static str,
-    /// What it is needed for.
+    /// Its purpose.
     pub purpose: Purpose,
 }
 
@@ -76,7 +76,7 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Debian, "gpgv", "gpgv", "checks the archive's signatures"),
     tool(Purpose::Debian, "depmod", "kmod", "lists the kernel modules' dependencies"),
     tool(Purpose::Build, "mkimage", "u-boot-tools", "wraps the boot script for U-Boot"),
-    // Makes the agent's static binary, and brings that architecture's C library.
+    // Links the agent's static binary, and includes that architecture's C library.
     tool(Purpose::Build, "@cross-gcc", "gcc-aarch64-linux-gnu", "links the robot's agent"),
     tool(
         Purpose::Build,
@@ -104,9 +104,9 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Buildroot, "xz", "xz-utils", "unpacks sources"),
     tool(Purpose::Buildroot, "unzip", "unzip", "unpacks sources"),
     tool(Purpose::Buildroot, "cpio", "cpio", "packs archives"),
-    tool(Purpose::Buildroot, "rsync", "rsync", "joins the packages' folders"),
+    tool(Purpose::Buildroot, "rsync", "rsync", "joins the packages' directories"),
     tool(Purpose::Buildroot, "bc", "bc", "builds the kernel"),
-    tool(Purpose::Buildroot, "file", "file", "looks at built programs"),
+    tool(Purpose::Buildroot, "file", "file", "inspects built programs"),
     tool(Purpose::Buildroot, "wget", "wget", "downloads sources"),
     tool(Purpose::Buildroot, "flock", "util-linux", "downloads each source once"),
     tool(Purpose::Buildroot, "which", "debianutils", "lets Buildroot find its tools"),
@@ -140,10 +140,10 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Test, "losetup", "mount", "attaches the devices that are flashed"),
     tool(Purpose::Test, "addpart", "util-linux", "gives them partitions"),
     tool(Purpose::Test, "gpg", "gnupg", "signs the tests' own archive"),
-    tool(Purpose::Test, "sshd", "openssh-server", "takes the place of a robot's"),
+    tool(Purpose::Test, "sshd", "openssh-server", "replaces a robot's sshd"),
     tool(Purpose::Test, "systemd-analyze", "systemd", "reads our units"),
     tool(Purpose::Test, "shellcheck", "shellcheck", "checks our shell scripts"),
-    tool(Purpose::Test, "sftp", "openssh-client", "takes releases to a store on a host"),
+    tool(Purpose::Test, "sftp", "openssh-client", "publishes releases to a store on a host"),
     tool(Purpose::Test, "nginx", "nginx-light", "serves a store to readers, and as on a robot"),
     tool(Purpose::Test, "busybox", "busybox-static", "runs the initrd's script"),
     tool(Purpose::Test, "openssl", "openssl", "makes certificates of web servers"),
@@ -151,7 +151,12 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Test, "jq", "jq", "reads a store's files"),
     tool(Purpose::Push, "ssh", "openssh-client", "reaches robots"),
     tool(Purpose::TestAll, "chromium", "chromium", "renders the report"),
-    tool(Purpose::TestAll, "@venv", "python3-venv", "holds the validator of our bill of materials"),
+    tool(
+        Purpose::TestAll,
+        "@venv",
+        "python3-venv",
+        "contains the validator of our bill of materials",
+    ),
     tool(Purpose::Bench, "genimage", "genimage", "assembles images"),
     tool(Purpose::Bench, "rauc", "rauc", "makes bundles"),
     tool(Purpose::Bench, "mksquashfs", "squashfs-tools", "serves rauc"),
@@ -172,9 +177,9 @@ impl Requirement {
             "@magic" => python_has("magic"),
             "@curses" => std::path::Path::new("/usr/include/ncurses.h").exists(),
             "@venv" => Tool::new("python3").args(["-c", "import ensurepip"]).read().is_ok(),
-            // Root needs no range of subordinate ids.
+            // Root does not need a range of subordinate ids.
             "@newuidmap" => rustix::process::getuid().is_root() || find("newuidmap").is_some(),
-            // An arm64 machine links with its own.
+            // An arm64 machine uses its own linker.
             "@cross-gcc" => ARM64 || find("aarch64-linux-gnu-gcc").is_some(),
             "@cross-libc" => ARM64 || std::path::Path::new(CROSS_LIBC).exists(),
             path if path.starts_with('/') => std::path::Path::new(path).exists(),
@@ -183,17 +188,17 @@ impl Requirement {
     }
 }
 
-/// The distribution's own Python, whatever environment is active.
+/// The distribution's own Python, even if another environment is active.
 const DISTRIBUTIONS_PYTHON: &str = "/usr/bin/python3";
 
-/// A Python with pip: the one on the path, else the distribution's. In the path's place may be an environment of
-/// `uv venv` or `python3 -m venv --without-pip`, which has none.
+/// A Python with pip: the one on the path, else the distribution's. The one on the path may be from
+/// `uv venv` or `python3 -m venv --without-pip`, which has no pip.
 pub fn python_with_pip() -> Option<&'static str> {
     let has = |python: &&str| Tool::new(python).args(["-m", "pip", "--version"]).read().is_ok();
     ["python3", DISTRIBUTIONS_PYTHON].into_iter().find(has)
 }
 
-/// Whether the distribution's own Python has a module: Buildroot's scripts name no other.
+/// Whether the distribution's own Python has a module: Buildroot's scripts use this one.
 fn python_has(module: &str) -> bool {
     let code = format!("import {module}");
     Tool::new(DISTRIBUTIONS_PYTHON).args(["-c", &code]).read().is_ok()
@@ -209,10 +214,10 @@ pub fn missing(purposes: &[Purpose]) -> Vec<Requirement> {
     requirements(purposes).filter(|r| !r.is_met()).cloned().collect()
 }
 
-/// Makes sure that nothing is missing: installs it, or says how.
+/// Makes sure that nothing is missing: installs it, or prints how.
 ///
 /// # Errors
-/// When something is missing and may not be, or cannot be, installed.
+/// When a missing tool may not be or cannot be installed.
 pub fn require(purposes: &[Purpose], install: bool) -> Result<()> {
     let lacking = missing(purposes);
     if lacking.is_empty() {
@@ -226,7 +231,7 @@ pub fn require(purposes: &[Purpose], install: bool) -> Result<()> {
     if still.is_empty() { Ok(()) } else { bail!("after installing: {}", describe(&still)) }
 }
 
-/// The missing tools for people.
+/// The missing tools in human-readable form.
 pub fn describe(lacking: &[Requirement]) -> String {
     let mut text = String::from("this machine lacks:");
     for r in lacking {
@@ -255,10 +260,10 @@ pub fn install(lacking: &[Requirement]) -> Result<()> {
     let packages = packages(lacking);
     say("setup", format!("installing {}", packages.join(" ")));
     let update = || apt(&["update", "--quiet"]).run();
-    // Rather no tools than somebody's packages gone.
+    // Never remove the user's packages for this.
     let options = ["--yes", "--quiet", "--no-install-recommends", "--no-remove"];
     let simulated = apt(&["install", "--simulate"]).args(options).args(&packages).read();
-    // A fresh machine has no package lists, an old one lists what is gone.
+    // A fresh machine has no package lists, and old lists contain packages that no longer exist.
     update().context("refreshing the package lists")?;
     let step = crate::progress::Step::new("setup", "apt-get", 0, crate::progress::Unit::Items);
     if simulated.is_ok() {
@@ -268,9 +273,9 @@ pub fn install(lacking: &[Requirement]) -> Result<()> {
             .run_lines(|line| step.note(line))
             .context("installing tools");
     }
-    // Parts of QEMU that came from backports need the rest from there as well.
-    let backports = Backports::prepare().context("looking for the packages in backports")?;
-    warn("the packages do not fit this release as it is; taking them from its backports");
+    // If parts of QEMU were installed from backports, the rest must come from there, too.
+    let backports = Backports::prepare().context("checking backports for the packages")?;
+    warn("the packages conflict with this release; installing them from its backports");
     apt(&["update", "--quiet"]).args(&backports.options).run()?;
     apt(&["install"])
         .args(&backports.options)
@@ -290,8 +295,8 @@ fn apt(arguments: &[&str]) -> Tool {
     tool.env("DEBIAN_FRONTEND", "noninteractive").args(arguments)
 }
 
-/// The host's own sources plus its backports, in a sources list of their own: the machine's
-/// configuration stays as it is.
+/// The host's own sources plus its backports, in a separate sources list: the machine's
+/// configuration is not changed.
 struct Backports {
     suite: String,
     options: Vec<String>,
@@ -314,11 +319,11 @@ impl Backports {
             .filter_map(|line| line.split_once(' '))
             .find(|(_, release)| *release == codename)
             .map(|(uri, _)| uri)
-            .with_context(|| format!("the machine's apt sources do not name {codename}"))?;
-        let dir = tempfile::tempdir().context("making a folder")?;
+            .with_context(|| format!("the machine's apt sources do not contain {codename}"))?;
+        let dir = tempfile::tempdir().context("making a directory")?;
         let list = dir.path().join("backports.list");
         let lists = dir.path().join("lists");
-        std::fs::create_dir(&lists).context("making a folder")?;
+        std::fs::create_dir(&lists).context("making a directory")?;
         let keyring = "/usr/share/keyrings/debian-archive-keyring.gpg";
         let line = |suite: &str| format!("deb [signed-by={keyring}] {uri} {suite} main\n");
         std::fs::write(&list, line(codename) + &line(&suite)).context("writing a sources list")?;

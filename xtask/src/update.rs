@@ -1,5 +1,5 @@
 //! Update bundles on the workstation: payload files in, a signed bundle out; and the same bundle
-//! verified again. The format itself is the business of the crate `bundle`.
+//! verified again. The crate `bundle` implements the format itself.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
@@ -24,13 +24,13 @@ use crate::keys::Signer;
 use crate::progress::{Step, Unit};
 use crate::wheel::component::Trees;
 
-/// Bytes of a manifest that are read without a check: more than any has.
+/// The maximum number of bytes of a manifest that is read without verification: more than any has.
 const LARGEST_MANIFEST: u64 = 1 << 20;
 
 /// One payload to pack.
 #[derive(Debug, Clone)]
 pub struct PayloadRequest {
-    /// What it is for: `root`, `boot`.
+    /// Its role: `root`, `boot`.
     pub role: String,
     /// The file with its content; holes are neither read nor stored.
     pub path: Utf8PathBuf,
@@ -47,7 +47,7 @@ pub struct ComponentRequest {
     pub payloads: Vec<PayloadRequest>,
 }
 
-/// A bundle to make.
+/// A bundle to pack.
 #[derive(Debug)]
 pub struct PackRequest<'a> {
     /// The product's name.
@@ -58,17 +58,19 @@ pub struct PackRequest<'a> {
     pub kind: Kind,
     /// The boards that it runs on.
     pub boards: Vec<String>,
-    /// Once installed, nothing below this version installs any more.
+    /// After the install, robots reject bundles below this version.
     pub minimum_version: Version,
-    /// The lowest epoch of keys that count from now on; `None` takes the signers' lowest.
+    /// The lowest key epoch that robots accept from now on; `None`: the lowest epoch of the
+    /// signers.
     pub key_epoch: Option<u32>,
     /// The sources' time, seconds since 1970.
     pub epoch: u64,
-    /// What goes in, in order.
+    /// The components, in order.
     pub components: Vec<ComponentRequest>,
-    /// How hard to compress.
+    /// The compression level.
     pub level: Level,
-    /// How many threads compress; `None` takes one for each core. The bundle's bytes are the same.
+    /// The number of threads for compression; `None`: one for each core. The bundle's bytes do not
+    /// depend on it.
     pub workers: Option<usize>,
     /// The keys that sign, at least one.
     pub signers: &'a [Signer],
@@ -100,7 +102,7 @@ pub struct PackReport {
     pub artifact: Artifact,
     /// Its manifest.
     pub manifest: Manifest,
-    /// Who has signed it.
+    /// The keys that signed it.
     pub signed_by: Vec<SignedBy>,
     /// Its payloads, in order.
     pub payloads: Vec<PackedPayload>,
@@ -109,7 +111,7 @@ pub struct PackReport {
     pub elapsed: Duration,
 }
 
-/// A payload file. `SEEK_DATA` and `SEEK_HOLE` tell where its holes are.
+/// A payload file. Its holes are found with `SEEK_DATA` and `SEEK_HOLE`.
 struct Sparse {
     file: File,
     size: u64,
@@ -119,7 +121,7 @@ impl Sparse {
     fn open(path: &Utf8Path) -> Result<Self> {
         let file = File::open(path).with_context(|| format!("opening {path}"))?;
         let metadata = file.metadata().with_context(|| format!("reading {path}"))?;
-        ensure!(metadata.is_file(), "packing {path}: it is not a plain file");
+        ensure!(metadata.is_file(), "packing {path}: not a plain file");
         Ok(Self { file, size: metadata.len() })
     }
 }
@@ -139,20 +141,19 @@ impl Source for Sparse {
         if offset >= self.size {
             return Ok(None);
         }
-        // Threads share the file's position, but nobody reads by it.
+        // Threads share the file's position, but none of them uses it.
         match seek(&self.file, SeekFrom::Data(offset)) {
             Ok(start) => Ok(Some(start..seek(&self.file, SeekFrom::Hole(start))?)),
-            // Beyond the last data there is only a hole.
+            // After the last data there is only a hole.
             Err(Errno::NXIO) => Ok(None),
-            // The filesystem knows no holes.
+            // The filesystem does not support holes.
             Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(offset..self.size)),
             Err(error) => Err(error.into()),
         }
     }
 }
 
-/// Writes to a file, while another thread hashes the same bytes: either alone would wait for the
-/// other.
+/// Writes to a file, while another thread hashes the same bytes in parallel.
 struct Hashing<'a> {
     out: &'a mut dyn Write,
     hasher: SyncSender<Vec<u8>>,
@@ -196,11 +197,11 @@ fn hashed(
     })
 }
 
-/// Puts the hint of a bundle error where messages have their help.
+/// Converts the hint of a bundle error to the help of a message.
 fn explain(error: bundle::Error) -> anyhow::Error {
     let hint = match &error {
         bundle::Error::Io(cause) if cause.kind() == io::ErrorKind::StorageFull => {
-            "the disk is full; free some space, `cargo xtask clean` shows what it could remove"
+            "the disk is full; free some space, `cargo xtask clean --dry-run` shows what it would remove"
         }
         _ => error.hint(),
     };
@@ -208,13 +209,13 @@ fn explain(error: bundle::Error) -> anyhow::Error {
     anyhow::Error::new(error).context(message)
 }
 
-/// Makes the bundle `out`. It appears under its name only when it is complete and has been read
-/// back: archive, signatures and indices are checked, frames are not decompressed again. It does not
-/// wait for the disk: [`artifact::flush`] does.
+/// Packs the bundle `out`. The file gets its name only when it is complete and has been read back:
+/// archive, signatures and indices are verified, frames are not decompressed again. This does not
+/// sync the file: use [`artifact::flush`].
 ///
 /// # Errors
 /// When a payload cannot be read, a release would be signed by a development key alone, or writing
-/// fails. Nothing is left under the final name.
+/// fails. No file has the final name then.
 pub fn pack(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
     pack_in(request, out).with_context(|| format!("making the bundle {out}"))
 }
@@ -224,14 +225,15 @@ fn pack_in(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
     let key_epoch = check_signers(request)?;
     let dir = out.parent().filter(|dir| !dir.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
     std::fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
-    // An index precedes its frames and is known only after them, so frames wait in a nameless file.
+    // An index precedes its frames but is known only after them, so frames are stored in an unnamed
+    // file first.
     let mut spool =
         tempfile::tempfile_in(dir).with_context(|| format!("creating a file in {dir}"))?;
     let (manifest, packed, indices) = compress(request, key_epoch, &mut spool)?;
     let mut payloads = Vec::new();
     let mut at = 0;
     for (index, packed) in indices.iter().zip(&packed) {
-        // Clones share the file's position, so each part reads by its own.
+        // Clones share the file's position, so each part has its own position.
         let file = spool.try_clone().context("opening the temporary file again")?;
         payloads.push((index, At { file, at }));
         at += packed.stored;
@@ -273,16 +275,19 @@ impl io::Read for At {
     }
 }
 
-/// The rules about who signs what; returns the manifest's key epoch.
+/// Checks the rules about signing keys; returns the manifest's key epoch.
 fn check_signers(request: &PackRequest<'_>) -> Result<u32> {
     let lowest = request.signers.iter().map(|signer| signer.key().epoch).min();
     let Some(lowest) = lowest else {
-        bail!("nobody signs it\nhelp: `cargo xtask keys new` makes a key")
+        bail!(
+            "no signing key: the bundle would be unsigned\nhelp: `cargo xtask keys new` makes a key"
+        )
     };
     for key in request.signers.iter().map(Signer::key) {
         ensure!(
             request.kind == Kind::Development || key.kind == Kind::Release,
-            "`{}` is a release, and the key {} is a development key\nhelp: sign it with a release key (`cargo xtask keys new`)",
+            "`{}` is a release, but the key {} is a development key\n\
+             help: sign it with a release key (`cargo xtask keys new`)",
             request.product,
             key.id
         );
@@ -341,7 +346,7 @@ fn compress(
     Ok((manifest, packed, indices))
 }
 
-/// Reads what was written, with everything verified but the frames, which are passed over.
+/// Reads the written bundle and verifies everything except the frames, which are skipped.
 fn read_back(path: &Utf8Path, request: &PackRequest<'_>) -> Result<Vec<SignedBy>> {
     let keys =
         KeySet { serial: 0, keys: request.signers.iter().map(|s| s.key().clone()).collect() };
@@ -366,35 +371,35 @@ pub struct Verified {
     pub manifest: Manifest,
     /// SHA-256 of `manifest.json`.
     pub manifest_sha256: String,
-    /// The signatures that count.
+    /// The valid signatures of trusted keys.
     pub signed_by: Vec<SignedBy>,
 }
 
-/// The manifest of a bundle and its SHA-256, without any check of who wrote it: for showing it, or for
-/// recognising the bundle again.
+/// The unverified manifest of a bundle and its SHA-256: for displaying it, or for identifying the
+/// bundle.
 ///
 /// # Errors
-/// When the file is no bundle.
+/// When the file is not a bundle.
 pub fn unverified(path: &Utf8Path) -> Result<(Manifest, String)> {
     let read = || -> Result<(Manifest, String)> {
         let mut archive = tar::Archive::new(File::open(path)?);
-        let entry = archive.entries()?.next().context("it is empty")?;
-        // The crate's own message repeats the bytes.
-        let Ok(entry) = entry else { bail!("it is no bundle: no tar archive begins like this") };
+        let entry = archive.entries()?.next().context("the file is empty")?;
+        // The crate's own message contains the bytes.
+        let Ok(entry) = entry else { bail!("not an update bundle (no tar header)") };
         let mut json = Vec::new();
         entry.take(LARGEST_MANIFEST).read_to_end(&mut json)?;
-        let manifest =
-            serde_json::from_slice(&json).context("it does not begin with a manifest")?;
+        let manifest = serde_json::from_slice(&json)
+            .context("not an update bundle (no manifest at the beginning)")?;
         Ok((manifest, artifact::hash_bytes(&json)))
     };
     read().with_context(|| format!("reading the bundle {path}"))
 }
 
-/// Verifies a bundle: signatures, policy, indices, every frame and every block; and of a component `api` that its
-/// trees are such as robots take.
+/// Verifies a bundle: signatures, policy, indices, every frame and every block; and, for a
+/// component `api`, that robots accept its trees.
 ///
 /// # Errors
-/// The first thing that is wrong. The chain holds a [`bundle::Error`] with its stable code.
+/// The first error. The chain holds a [`bundle::Error`] with its stable code.
 pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<Verified> {
     let file = File::open(path).with_context(|| format!("opening {path}"))?;
     let walk = || -> bundle::Result<Verified> {
@@ -412,7 +417,7 @@ pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<Ver
             if let Some(component) = component.filter(|component| component.name == API) {
                 read = api.payload(component, &mut content);
             }
-            // What was not read yet has hashes, too.
+            // The unread rest is hashed, too.
             let rest = io::copy(&mut content, &mut io::sink());
             match content.error {
                 Some(error) => return Err(error),

@@ -19,14 +19,14 @@ pub(crate) fn verify_bundle(
     bundle: &Utf8Path,
     keys: Option<&Utf8Path>,
 ) -> Result<(serde_json::Value, String)> {
-    // The public part of a key alone does not say of which kind and epoch it is.
+    // A public key file does not state the kind and the epoch of the key.
     let (keys, alone) = match keys {
         Some(path) => read_keys(path)?,
         None => (Keys::open(&directory()?)?.set().clone(), false),
     };
     ensure!(
         !keys.keys.is_empty(),
-        "there is no key to trust\nhelp: name a key set or a minisign public key with --keys"
+        "no trusted keys\nhelp: name a key set or a minisign public key with --keys"
     );
     let policy = Policy { product: None, board: None, floor: None, key_epoch: 0 };
     let verified = update::verify(bundle, &keys, &policy)?;
@@ -53,8 +53,9 @@ pub(crate) fn verify_bundle(
     Ok((value, text))
 }
 
-/// A key set, or the public key file of minisign, which counts as a release key of the highest
-/// epoch: who names it on the command line trusts it. Also whether it is the latter.
+/// A key set, or the public key file of minisign, which is treated as a release key of the highest
+/// epoch, since naming it on the command line means to trust it. Also returns whether it is the
+/// latter.
 fn read_keys(path: &Utf8Path) -> Result<(KeySet, bool)> {
     let text = std::fs::read(path).with_context(|| format!("reading {path}"))?;
     if text.first() == Some(&b'{') {
@@ -69,11 +70,11 @@ fn read_keys(path: &Utf8Path) -> Result<(KeySet, bool)> {
     let text = String::from_utf8(text).with_context(|| format!("{path} is not a public key"))?;
     ensure!(
         !text.lines().next().is_some_and(|comment| comment.contains("secret key")),
-        "{path} is a secret key, and nobody should be shown it\n\
-         help: name the public part, which ends with .pub"
+        "{path} is a secret key, which must not be shared\n\
+         help: name the public part, which ends in .pub"
     );
     let public = text.lines().find(|l| !l.starts_with("untrusted comment:") && !l.is_empty());
-    let public = public.with_context(|| format!("{path} has no public key"))?;
+    let public = public.with_context(|| format!("{path} contains no public key"))?;
     let id = key_id(public.trim()).with_context(|| format!("reading {path}"))?;
     let public = public.trim().to_owned();
     let key = TrustedKey { id, epoch: u32::MAX, kind: Kind::Release, public, revoked: false };
@@ -88,7 +89,7 @@ pub(crate) fn verify_image(image: &Utf8Path) -> Result<(serde_json::Value, Strin
     let map_path = bmap::path_for(image);
     ensure!(
         map_path.is_file(),
-        "there is no {map_path} to check against\nhelp: keep the block map beside the image"
+        "the block map {map_path} does not exist\nhelp: keep the block map beside the image"
     );
     let tables = read::tables(image)?;
     if !tables.findings.is_empty() {
@@ -97,7 +98,7 @@ pub(crate) fn verify_image(image: &Utf8Path) -> Result<(serde_json::Value, Strin
     let map = bmap::check(image, &map_path)?;
     let mapped = map.mapped_blocks() * map.block_size;
     let text = format!(
-        "good: {} in {} ranges as its block map says, {} partitions; nobody signs a block map",
+        "good: {} in {} ranges match the block map, {} partitions (block maps are not signed)",
         bytes(mapped),
         map.ranges.len(),
         tables.partitions.len()

@@ -1,4 +1,4 @@
-//! A checkout as a build uses it: what is chosen in it, the plan that this makes, and the folder of the results, which
+//! A checkout as a build uses it: what is chosen in it, the plan that this makes, and the directory of the results, which
 //! one build at a time may write.
 
 use std::fs::File;
@@ -23,7 +23,7 @@ pub struct Selection {
     pub board: Option<String>,
 }
 
-/// Loads what was asked for, without resolving it.
+/// Loads the selected product and board, without resolving them.
 ///
 /// # Errors
 /// Everything that is wrong with the files.
@@ -32,12 +32,12 @@ pub fn load(target: &Selection) -> Result<Config> {
     let config = config::load(&config::workspace_root()?, product, board)?;
     let junk: Vec<&Utf8PathBuf> = config.overlays.iter().flat_map(|o| &o.junk).collect();
     if !junk.is_empty() {
-        say("overlay", format!("left out as junk: {}", names(&junk)));
+        say("overlay", format!("ignored (left by an editor or a desktop): {}", names(&junk)));
     }
     Ok(config)
 }
 
-/// Loads and resolves what was asked for.
+/// Loads and resolves the selected product and board.
 ///
 /// # Errors
 /// Everything that is wrong with the configuration.
@@ -48,8 +48,8 @@ pub fn resolve(target: &Selection) -> Result<(Config, Facts, Plan)> {
     Ok((config, facts, plan))
 }
 
-/// As [`resolve`], as a nightly: under a version of its own, higher than the product's and than that of
-/// every earlier commit.
+/// Like [`resolve`], but for a nightly: with a version that is higher than the product's and than
+/// those of all earlier commits.
 ///
 /// # Errors
 /// Everything that is wrong with the configuration.
@@ -62,34 +62,36 @@ pub fn resolve_nightly(target: &Selection) -> Result<(Config, Facts, Plan)> {
     Ok((config, facts, plan))
 }
 
-/// The nightly's version: the next patch version's, before it is released, by the commit's time in UTC.
+/// The nightly's version: a pre-release of the next patch version, numbered by the commit's time in
+/// UTC.
 fn nightly(version: &Version, epoch: u64) -> Result<Version> {
     let digits: String = timestamp(epoch).chars().filter(char::is_ascii_digit).collect();
     let next = match version.as_str().split_once('-') {
-        // A pre-release: its nightlies come after it and before the next one. A word more would be
-        // beyond the length of a version.
+        // Of a pre-release, nightlies sort after it and before the next one. One more word would
+        // exceed the length of a version.
         Some(_) => format!("{version}.{digits}"),
         None => {
             let (major_minor, patch) =
                 version.as_str().rsplit_once('.').context("a version has three numbers")?;
             let patch = patch.parse::<u64>().context("a version has three numbers")?;
-            let patch = patch.checked_add(1).context("the version is at its end")?;
+            let patch =
+                patch.checked_add(1).context("cannot increment the patch version any further")?;
             format!("{major_minor}.{patch}-nightly.{digits}")
         }
     };
     Version::parse(&next).with_context(|| format!("naming the nightly of {version}"))
 }
 
-/// Where the results of a build lie.
+/// The directory for the results of a build.
 pub fn dist(root: &Utf8Path, plan: &Plan) -> Utf8PathBuf {
     root.join("dist").join(&plan.product.name).join(&plan.board.name)
 }
 
-/// Waits until no other build writes results there; whoever has the value may. What is being written has one name,
-/// whoever writes it.
+/// Waits until no other build writes results there; the returned guard grants exclusive use, since
+/// all builds write the same temporary names.
 ///
 /// # Errors
-/// When the folder cannot be made or locked.
+/// When the directory cannot be made or locked.
 pub fn turn(dist: &Utf8Path) -> Result<File> {
     let doing = || format!("locking {dist}");
     std::fs::create_dir_all(dist).with_context(doing)?;

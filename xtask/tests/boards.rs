@@ -154,7 +154,7 @@ fn cards_have_a_table_that_old_firmware_reads() -> Result<()> {
         let name = plan.stem();
         ensure!(plan.disk.table == TableKind::Mbr, "{name}: {:?}", plan.disk.table);
         let fats = plan.disk.partitions.iter().filter(|p| p.filesystem == Filesystem::Vfat);
-        ensure!(fats.clone().all(|p| p.number <= 3), "{name}: a FAT is no primary partition");
+        ensure!(fats.clone().all(|p| p.number <= 3), "{name}: a FAT is not a primary partition");
         ensure!(
             !plan.board.cmdline.contains(&"gpt".to_owned()),
             "{name}: a GPT left on the card counts"
@@ -342,7 +342,7 @@ fn the_radios_country_and_another_console_reach_the_kernel() -> Result<()> {
     Ok(())
 }
 
-/// What several boards share stands once.
+/// Lines that several boards share are written once.
 #[test]
 fn no_module_is_listed_twice_and_every_list_says_where_it_comes_from() -> Result<()> {
     for (plan, _) in builds()? {
@@ -408,7 +408,7 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
         let plan = xtask::plan::resolve(&config, &facts)?;
         render(root, &plan)?;
         let is_input = |key: &Utf8PathBuf| plan.inputs.iter().any(|input| input.path == *key);
-        ensure!(keys.iter().all(is_input), "a key is no input");
+        ensure!(keys.iter().all(is_input), "a key is not an input");
         // The rest is about a vendor's kernel.
         if keys.is_empty() {
             continue;

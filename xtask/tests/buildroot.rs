@@ -61,7 +61,7 @@ fn a_download_that_failed_is_named_with_its_addresses_and_alternatives() {
     let text = failure.to_string();
     assert!(matches!(failure, Failure::Download { .. }), "{failure:#?}");
     for words in [
-        "host-blake3 1.5.4: a source is not here",
+        "host-blake3 1.5.4: a source is missing",
         "https://sources.buildroot.net/busybox/blake3-1.5.4.tar.gz",
         "unable to resolve host address",
         "below blake3/",
@@ -196,7 +196,7 @@ fn what_is_in_everything_is_a_full_rebuild_and_says_why() {
     let base = || state(&[("BR2_aarch64", "y")], &[]);
     let mut new = base();
     new.tree = "another".into();
-    assert_eq!(targets(&base(), &new), ["everything: another Buildroot"]);
+    assert_eq!(targets(&base(), &new), ["everything: the Buildroot tree changed"]);
     for symbol in ["BR2_cortex_a72", "BR2_TOOLCHAIN_BUILDROOT_CXX", "BR2_INIT_SYSTEMD"] {
         let mut new = base();
         new.config.insert(symbol.into(), "y".into());
@@ -229,7 +229,7 @@ fn repository(dir: &Utf8Path) -> (String, String) {
 
 #[test]
 fn the_pinned_tree_is_cloned_by_tag_and_checked_against_the_commit() {
-    let guard = tempfile::tempdir().expect("a folder");
+    let guard = tempfile::tempdir().expect("a directory");
     let dir = Utf8PathBuf::try_from(guard.path().canonicalize().expect("a path")).expect("UTF-8");
     let (url, commit) = repository(&dir.join("upstream"));
     let cache = dir.join("cache");
@@ -245,7 +245,7 @@ fn the_pinned_tree_is_cloned_by_tag_and_checked_against_the_commit() {
 
     let offline = Choice { offline: true, ..Choice::default() };
     let error = tree::obtain(&plan, &cache, &offline).expect_err("no network").to_string();
-    assert!(error.contains("--offline allows no network"), "{error}");
+    assert!(error.contains("--offline forbids downloads"), "{error}");
 
     let error = tree::obtain(&plan, &cache, &choice).expect_err("another commit").to_string();
     assert!(error.contains(&commit) && error.contains(&plan.commit), "{error}");

@@ -1,5 +1,5 @@
-//! What is taken from a finished Buildroot output folder. The folder has the shape that Buildroot
-//! gives it, with the recorded list of packages; its programs are headers only.
+//! What is taken from a finished Buildroot output directory. The directory has the shape that
+//! Buildroot gives it, with the recorded list of packages; its programs are headers only.
 
 use std::io::Write as _;
 
@@ -29,7 +29,7 @@ fn elf(kind: u8) -> Vec<u8> {
 }
 
 fn put(path: Utf8PathBuf, bytes: impl AsRef<[u8]>) {
-    std::fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+    std::fs::create_dir_all(path.parent().expect("a directory")).expect("made");
     std::fs::write(&path, bytes).expect("written");
 }
 
@@ -57,7 +57,7 @@ fn rootfs(path: &Utf8Path, busybox: &[u8]) {
 }
 
 fn made() -> Made {
-    let guard = tempfile::tempdir().expect("a folder");
+    let guard = tempfile::tempdir().expect("a directory");
     let dir = Utf8PathBuf::try_from(guard.path().canonicalize().expect("a path")).expect("UTF-8");
     let here = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/buildroot");
     let recorded = std::fs::read_to_string(here.join("show-info.json")).expect("recorded");
@@ -120,7 +120,7 @@ fn a_finished_output_folder_becomes_the_base_that_every_engine_yields() {
     assert_eq!(package("linux").expect("a kernel").version, "6.6.78", "not `custom`");
     assert_eq!(busybox.licences, ["GPL-2.0, bzip2-1.0.4"]);
     assert!(busybox.cpe.as_ref().is_some_and(|c| c.starts_with("cpe:2.3:a:busybox:")));
-    // libzlib is reached through zlib, which only stands for it; host packages are no part.
+    // libzlib is reached through zlib, which only stands for it; host packages are not part of it.
     assert!(package("kmod").expect("in the image").needs.contains(&"libopenssl".to_owned()));
     for absent in ["zlib", "host-zlib", "skeleton", "toolchain", "slipway-base"] {
         assert!(package(absent).is_none(), "{absent}");
@@ -136,7 +136,7 @@ fn a_finished_output_folder_becomes_the_base_that_every_engine_yields() {
     assert!(root.iter().any(|p| p.ends_with("modules/6.6.78/modules.dep")), "{root:?}");
     assert!(!root.iter().any(|p| p.ends_with("README")), "{root:?}");
     for file in base.files() {
-        assert!(file.starts_with(made.dir.join("base")), "{file} lies in the stage's folder");
+        assert!(file.starts_with(made.dir.join("base")), "{file} is in the stage's directory");
     }
 }
 
@@ -157,5 +157,5 @@ fn what_would_not_boot_is_no_base() {
     );
     let text = error(&[]);
     assert!(text.contains("linux/a.fragment:3: CONFIG_WATCHDOG=y"), "{text}");
-    assert!(text.contains("linux has: nothing of that name"), "{text}");
+    assert!(text.contains("linux has: no symbol of that name"), "{text}");
 }

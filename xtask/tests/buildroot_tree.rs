@@ -37,14 +37,14 @@ fn tree(test: &str) -> Option<Utf8PathBuf> {
         &format!("buildroot_tree::{test}"),
         &format!("{path} does not exist"),
         &format!(
-            "clone {} by the tag {release} to that folder, as `cargo xtask build-image --product robot` does",
+            "clone {} by the tag {release} to that directory, as `cargo xtask build-image --product robot` does",
             pinned.url.value
         ),
     );
     None
 }
 
-/// A setup in a folder of its own.
+/// A setup in a directory of its own.
 fn setup(tree: &Utf8Path, output: &tempfile::TempDir) -> Setup {
     let output = Utf8PathBuf::try_from(output.path().to_owned()).expect("UTF-8");
     let mut setup = Setup::new(&output, tree, &root(), "out").expect("folders");
@@ -78,7 +78,7 @@ const CASES: &[Case] = &[
         lost: "BR2_PACKAGE_PYHTON3=y",
         line: 1,
         class: Class::Unknown,
-        says: &["knows no BR2_PACKAGE_PYHTON3", "did you mean BR2_PACKAGE_PYTHON3?"],
+        says: &["has no symbol BR2_PACKAGE_PYHTON3", "did you mean BR2_PACKAGE_PYTHON3?"],
         legitimate: "BR2_PACKAGE_PYTHON3=y",
     },
     Case {
@@ -109,7 +109,7 @@ const CASES: &[Case] = &[
         lost: "# BR2_INIT_BUSYBOX is not set",
         line: 1,
         class: Class::Choice,
-        says: &["needs one winner", "ask for another member: ", "BR2_INIT_SYSTEMD"],
+        says: &["needs one winner", "request another member: ", "BR2_INIT_SYSTEMD"],
         legitimate: "BR2_INIT_NONE=y",
     },
     Case {
@@ -182,7 +182,7 @@ const CASES: &[Case] = &[
 #[test]
 fn every_silent_loss_is_found_with_class_cause_and_place() {
     let Some(tree) = tree("every_silent_loss_is_found_with_class_cause_and_place") else { return };
-    let output = tempfile::tempdir().expect("a folder");
+    let output = tempfile::tempdir().expect("a directory");
     let setup = setup(&tree, &output);
     for case in CASES {
         let found = losses(&setup, case.lost);
@@ -213,10 +213,10 @@ const FORMS: &[(&str, &str, &str)] = &[
     ("BR2_CCACHE = y", "write BR2_CCACHE=y", "BR2_CCACHE=y"),
     ("BR2_CCACHE=m", "write BR2_CCACHE=y", "BR2_CCACHE=y"),
     ("#BR2_TARGET_ROOTFS_TAR is not set", "write exactly", "# BR2_TARGET_ROOTFS_TAR is not set"),
-    ("BR2_JLEVEL=2\nBR2_JLEVEL=3", "leave one of the two", "BR2_JLEVEL=3\nBR2_JLEVEL=3"),
+    ("BR2_JLEVEL=2\nBR2_JLEVEL=3", "keep one of the two", "BR2_JLEVEL=3\nBR2_JLEVEL=3"),
     (
         "CONFIG_EXT4_FS=y",
-        "that one's own fragment",
+        "to its own fragment",
         "BR2_LINUX_KERNEL=y\nBR2_LINUX_KERNEL_USE_ARCH_DEFAULT_CONFIG=y",
     ),
 ];
@@ -226,7 +226,7 @@ fn what_kconfig_drops_for_its_form_is_refused_before_it_runs() {
     let Some(tree) = tree("what_kconfig_drops_for_its_form_is_refused_before_it_runs") else {
         return;
     };
-    let output = tempfile::tempdir().expect("a folder");
+    let output = tempfile::tempdir().expect("a directory");
     let setup = setup(&tree, &output);
     for (lost, says, written) in FORMS {
         let file = Utf8Path::new("case.fragment");
@@ -250,7 +250,7 @@ fn what_kconfig_drops_for_its_form_is_refused_before_it_runs() {
 #[test]
 fn kconfig_takes_every_line_of_every_board_in_time() {
     let Some(tree) = tree("kconfig_takes_every_line_of_every_board_in_time") else { return };
-    let output = tempfile::tempdir().expect("a folder");
+    let output = tempfile::tempdir().expect("a directory");
     let setup = setup(&tree, &output);
     for board in ["pi3", "pi4", "pi5", "qemu-arm64"] {
         let started = Instant::now();
@@ -277,7 +277,7 @@ fn a_source_without_a_hash_is_found_before_it_is_downloaded() {
     let Some(tree) = tree("a_source_without_a_hash_is_found_before_it_is_downloaded") else {
         return;
     };
-    let output = tempfile::tempdir().expect("a folder");
+    let output = tempfile::tempdir().expect("a directory");
     let setup = setup(&tree, &output);
     let lost = losses(
         &setup,
@@ -319,7 +319,7 @@ fn what_was_changed_in_the_menus_waits_until_it_is_in_a_fragment() {
     let Some(tree) = tree("what_was_changed_in_the_menus_waits_until_it_is_in_a_fragment") else {
         return;
     };
-    let output = tempfile::tempdir().expect("a folder");
+    let output = tempfile::tempdir().expect("a directory");
     let setup = setup(&tree, &output);
     let merge = |text: &str| fragment::merge([(Utf8Path::new("a.fragment"), text)]).0;
     let defconfig = merge("BR2_aarch64=y\nBR2_JLEVEL=2\n");

@@ -194,7 +194,7 @@ fn a_plan_has_every_offset_and_hash() {
 
 /// The workspace without its checkout.
 fn copied() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = tempfile::tempdir().expect("a directory");
     let status = Command::new("cp")
         .arg("-a")
         .args(["Cargo.toml", "board", "configs", "overlays", "external"].map(|n| root().join(n)))
@@ -209,10 +209,10 @@ fn who_writes_results_waits_for_whoever_does() {
     let folder = copied();
     let workspace = Utf8Path::from_path(folder.path()).expect("UTF-8");
     let dist = workspace.join("dist/robot-dev/qemu-arm64");
-    fs::create_dir_all(&dist).expect("a folder for results");
+    fs::create_dir_all(&dist).expect("a directory for results");
     for verb in [&["render"][..], &["build-image", "--no-install", "--until", "render"]] {
-        let build = fs::File::open(&dist).expect("that folder");
-        build.lock().expect("nobody else has it");
+        let build = fs::File::open(&dist).expect("that directory");
+        build.lock().expect("no other process has it");
         let mut waiting = Command::new(env!("CARGO_BIN_EXE_xtask"))
             .args(verb)
             .args(["--board", "qemu-arm64"])
@@ -249,7 +249,8 @@ fn without_a_commit_git_says_why() {
         .expect("the tool starts");
     let message = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1));
-    for words in ["choosing the time", "fatal: not a git repository", "help: ", "SOURCE_DATE_EPOCH"]
+    for words in
+        ["reading the commit's time", "fatal: not a git repository", "help: ", "SOURCE_DATE_EPOCH"]
     {
         assert!(message.contains(words), "no `{words}`: {message}");
     }
@@ -267,7 +268,7 @@ fn a_bad_epoch_is_named() {
 fn bash_takes_the_completions() {
     let script = good(&["completions", "bash"], &[]);
     assert!(script.contains("build-image") && script.contains("--until"), "{script}");
-    let dir = tempfile::tempdir().expect("a folder");
+    let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("completions.bash");
     fs::write(&path, script).expect("written");
     let bash = Command::new("bash").arg("-n").arg(&path).output().expect("bash");
@@ -276,7 +277,7 @@ fn bash_takes_the_completions() {
 
 #[test]
 fn keys_are_listed_without_secrets() {
-    let dir = tempfile::tempdir().expect("a folder");
+    let dir = tempfile::tempdir().expect("a directory");
     let keys = dir.path().join("keys");
     let environment = [("SLIPWAY_KEYS", keys.to_str().expect("UTF-8"))];
     assert!(good(&["keys", "list"], &environment).starts_with("no keys in "));
@@ -297,7 +298,7 @@ fn keys_are_listed_without_secrets() {
 
 #[test]
 fn clean_says_what_it_would_remove() {
-    let cache = tempfile::tempdir().expect("a folder");
+    let cache = tempfile::tempdir().expect("a directory");
     let stages = cache.path().join("stages");
     fs::create_dir_all(&stages).expect("made");
     let cache_path = cache.path().to_str().expect("UTF-8");
@@ -310,7 +311,7 @@ fn clean_says_what_it_would_remove() {
 
 #[test]
 fn what_is_no_image_is_refused() {
-    let dir = tempfile::tempdir().expect("a folder");
+    let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("text.img");
     fs::write(&path, "not an image").expect("written");
     let path = path.to_str().expect("UTF-8");
@@ -324,7 +325,7 @@ fn what_is_no_image_is_refused() {
 
 #[test]
 fn outside_a_workspace_it_says_where_to_run() {
-    let dir = tempfile::tempdir().expect("a folder");
+    let dir = tempfile::tempdir().expect("a directory");
     let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
         .arg("plan")
         .current_dir(dir.path())
@@ -338,7 +339,7 @@ fn outside_a_workspace_it_says_where_to_run() {
 /// As an environment of `uv venv`: a Python without pip comes first on the path.
 #[test]
 fn pip_is_found_beside_an_environment_without_it() {
-    let dir = tempfile::tempdir().expect("a folder");
+    let dir = tempfile::tempdir().expect("a directory");
     let python = dir.path().join("python3");
     fs::write(&python, "#!/bin/sh\necho No module named pip >&2\nexit 1\n").expect("written");
     fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).expect("a mode");

@@ -1,4 +1,4 @@
-//! One bad input for every rule of the configuration, with its message. The messages lie in
+//! One invalid input for every rule of the configuration, with its message. The messages are in
 //! `golden/bad-input`; `SLIPWAY_BLESS=1 cargo test` rewrites them, and the diff is the review.
 
 use crate::fixture_support;
@@ -21,7 +21,7 @@ macro_rules! source {
     };
 }
 
-/// Rule, file, what stands there, what is put in its stead.
+/// Rule, file, original text, replacement.
 const CASES: &[(&str, &str, &str, &str)] = &[
     ("not-toml", PRODUCT, "version = \"1.2.0\"", "version = = \"1.2.0\""),
     ("unknown-key", PRODUCT, "title = ", "titel = "),
@@ -309,7 +309,7 @@ fn every_rule_has_its_message() {
     let bless = std::env::var_os("SLIPWAY_BLESS").is_some();
     let mut wrong = Vec::new();
     for (rule, file, find, replace) in CASES {
-        let dir = tempfile::tempdir().expect("a folder");
+        let dir = tempfile::tempdir().expect("a directory");
         let root = Utf8Path::from_path(dir.path()).expect("UTF-8").to_owned();
         copy(&here().join("fixture"), &root);
         let path = root.join(file);

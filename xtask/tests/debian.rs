@@ -85,8 +85,8 @@ impl World {
         Tool::new("dpkg-deb").args(["--root-owner-group", "-b"]).arg(&tree).arg(&deb).run()
     }
 
-    /// Writes indexes and signatures for what lies in the pool; and of the release that host tools come from, which is
-    /// another than the image's.
+    /// Writes indexes and signatures for the packages in the pool; also for the release of the host
+    /// tools, which differs from the image's.
     fn publish(&self) -> Result<()> {
         self.sign("debian", "test", "debian", &self.index("debian")?)?;
         self.sign("debian", "test-updates", "debian", "")?;
@@ -116,7 +116,8 @@ impl World {
         sign(&self.root(), folder, suite, key, &both)
     }
 
-    /// An archive of somebody else in the folder of that name: some packages of Debian's names, and a kernel.
+    /// An archive of another vendor in the directory of that name: some packages with Debian's
+    /// names, and a kernel.
     fn vendor(&mut self, folder: &str, firmware: &str) -> Result<()> {
         let file = format!("{folder}.asc");
         new_key(&self.root(), folder, &file)?;
@@ -221,7 +222,12 @@ fn malformed_locks_are_refused_by_name() -> Result<()> {
         ("\"pool/main/app/", "\"pool/../app/", "filename = \"pool/../app", "is not a path below"),
         (hash.as_str(), "ABC", "sha256 = \"ABC\"", "'ABC' is not a SHA-256 in lower-case hex"),
         ("name = \"lib\"", "name = \"app\"", "name = \"app\"", "app (arm64) is listed twice"),
-        ("archive = \"debian\"", "archive = \"acme\"", "archive = \"acme\"", "'acme', which is no"),
+        (
+            "archive = \"debian\"",
+            "archive = \"acme\"",
+            "archive = \"acme\"",
+            "'acme', but the request",
+        ),
         ("size = ", "sise = ", "sise = ", "unknown field `sise`"),
         ("epoch = ", "epoch = x", "epoch = x", ""),
     ] {
@@ -245,7 +251,10 @@ fn malformed_locks_are_refused_by_name() -> Result<()> {
     assert!(error("\n").starts_with("a.lock is empty"), "{}", error("\n"));
     // All at once: each package's archive.
     let all = error(&text.replace("archive = \"debian\"", "archive = \"acme\""));
-    assert_eq!(all.matches("which is no source").count(), text.matches("[[package]]").count());
+    assert_eq!(
+        all.matches("but the request has no such source").count(),
+        text.matches("[[package]]").count()
+    );
     Ok(())
 }
 
@@ -383,7 +392,7 @@ fn a_further_archive_counts_only_with_its_own_key() -> Result<()> {
         let mirrors = world.mirrors.clone();
         change(&mut world.mirrors);
         let error = format!("{:#}", world.lock_of(&spec).unwrap_err());
-        // The server of these tests does not know how to go on with an index that apt has refused.
+        // The server of these tests cannot continue with an index that apt has rejected.
         fs::create_dir_all(world.root().join("cache/apt")).expect("there");
         fs::remove_dir_all(world.root().join("cache/apt")).expect("removed");
         for word in words {
@@ -391,13 +400,13 @@ fn a_further_archive_counts_only_with_its_own_key() -> Result<()> {
         }
         world.mirrors = mirrors;
     };
-    // Debian's key is nobody else's, and somebody else's is not Debian's.
-    let asking = "asking the source vendor";
+    // Debian's key does not sign other archives, and other keys do not sign Debian's.
+    let asking = "reading the source vendor";
     refused(&|m| m.sources[0].key.clone_from(&debian), &[asking, "NO_PUBKEY", "key"]);
     refused(&|m| m.keyring.clone_from(&vendor), &["fetching the package indexes", "NO_PUBKEY"]);
-    refused(&|m| m.sources[0].key = "no/such.asc".into(), &["no/such.asc", "public key there"]);
+    refused(&|m| m.sources[0].key = "no/such.asc".into(), &["no/such.asc", "OpenPGP public key"]);
     refused(&|m| m.sources[0].address = "http://127.0.0.1:9/x".into(), &[asking, "127.0.0.1:9"]);
-    refused(&|m| m.sources.clear(), &["names the source vendor"]);
+    refused(&|m| m.sources.clear(), &["refers to the source vendor"]);
     Ok(())
 }
 

@@ -22,12 +22,12 @@ const MIB: u64 = 1 << 20;
 const EPOCH: u64 = 1_700_000_000;
 const TABLES: [TableKind; 3] = [TableKind::Mbr, TableKind::Gpt, TableKind::Hybrid];
 
-/// A folder that goes away with the test.
+/// A directory that goes away with the test.
 struct Folder(tempfile::TempDir);
 
 impl Folder {
     fn new() -> Self {
-        Self(tempfile::tempdir().expect("a temporary folder"))
+        Self(tempfile::tempdir().expect("a temporary directory"))
     }
 
     fn at(&self, name: &str) -> Utf8PathBuf {
@@ -49,7 +49,7 @@ fn mke2fs() -> Mke2fs {
         let lock = PackagesLock::load(&root.join("configs/robot-dev.packages.lock"))?;
         let cache = Cache::locate()?.root;
         let fetcher = Fetcher::new(&cache, false)?;
-        // What lies in the cache needs no mirror.
+        // Files in the cache need no mirror.
         let mirrors = Mirrors::from_host().ok();
         host_e2fs(&lock, &fetcher, mirrors.as_ref(), &cache)
     };
@@ -137,7 +137,7 @@ fn boot_files() -> Vec<FatFile> {
         file("overlays/deep/er/x", b"x".to_vec()),
         file("empty", Vec::new()),
     ];
-    // Enough for a folder of several clusters.
+    // Enough for a directory of several clusters.
     files.extend((0..120).map(|n| file(&format!("overlays/overlay-{n:03}.dtbo"), vec![n; 700])));
     files
 }
@@ -182,7 +182,7 @@ fn extract(image: &DiskImage, spec: &DiskSpec, name: &str, out: &Utf8Path) {
 fn golden(name: &str, text: &str) {
     let path = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/disk").join(name);
     if std::env::var_os("SLIPWAY_BLESS").is_some() {
-        fs::create_dir_all(path.parent().expect("a folder")).expect("creating the folder");
+        fs::create_dir_all(path.parent().expect("a directory")).expect("creating the directory");
         fs::write(&path, text).expect("writing the golden file");
     }
     let expected = fs::read_to_string(&path).unwrap_or_default();
@@ -362,7 +362,7 @@ fn foreign_tools_accept_logical_partitions() {
     let file = File::options().read(true).write(true).open(&image.path).expect("opening");
     file.write_all_at(&[0], first + 510).expect("damaging");
     let findings = read::tables(&image.path).expect("reading").findings;
-    assert!(findings[0].contains("should hold the record of partition 5"), "{findings:?}");
+    assert!(findings[0].contains("should contain the record of partition 5"), "{findings:?}");
     file.write_all_at(&[0x55], first + 510).expect("healing");
     file.write_all_at(&[0; 4], first + 446 + 16 + 8).expect("damaging");
     let findings = read::tables(&image.path).expect("reading").findings;
@@ -487,19 +487,19 @@ fn each_rule_has_its_message() {
     assert_eq!(
         failure(&folder, |s| add(s, "big", 17 << 20)),
         format!(
-            "{fat}: writing big: the file is 17 MiB, `boot` (16 MiB) has 16 MiB free\n\
+            "{fat}: writing big: the file has 17 MiB, but `boot` (16 MiB) has only 16 MiB free\n\
              help: raise partitions.1.size in board/test/board.toml"
         )
     );
     assert_eq!(
         failure(&folder, |s| add(s, "Config.TXT", 1)),
         format!(
-            "{fat}: writing Config.TXT: the volume has that name already (FAT does not tell capitals from small letters)"
+            "{fat}: writing Config.TXT: the volume already contains this name (FAT ignores case)"
         )
     );
     assert_eq!(
         failure(&folder, |s| add(s, "../x", 1)),
-        format!("{fat}: writing ../x: `../x` is not a path in a volume")
+        format!("{fat}: writing ../x: `../x` is not a valid path in a volume")
     );
     assert_eq!(
         failure(&folder, |s| {
@@ -512,7 +512,8 @@ fn each_rule_has_its_message() {
     );
     assert_eq!(
         failure(&folder, |s| s.partitions[1].content = filesystem(&large)),
-        "assembling OUT: placing DIR/large.img in `root-a`: the image is 25 MiB, the partition 24 MiB\n\
+        "assembling OUT: placing DIR/large.img in `root-a`: the image has 25 MiB, but the \
+         partition has 24 MiB\n\
          help: raise partitions.2.size in board/test/board.toml"
     );
     let changing = folder.at("changing.img");
@@ -521,19 +522,20 @@ fn each_rule_has_its_message() {
     fs::write(&changing, vec![1; 4096]).expect("writing");
     assert_eq!(
         failure(&folder, |s| s.partitions[1].content = summed.clone()),
-        "assembling OUT: placing DIR/changing.img in `root-a`: it has 4096 bytes, 8192 when it was summed"
+        "assembling OUT: placing DIR/changing.img in `root-a`: the image has 4096 bytes, but had \
+         8192 when its checksums were computed"
     );
     assert_eq!(
         failure(&folder, |s| s.states = vec![vec![1; 513]]),
-        "assembling OUT: the boot state at sector 2048 has 513 bytes, a sector 512"
+        "assembling OUT: the boot state at sector 2048 has 513 bytes, but a sector has 512"
     );
     assert_eq!(
         failure(&folder, |s| s.states = vec![Vec::new(); 3]),
-        "assembling OUT: the layout has 2 boot-state sectors, contents are given for 3"
+        "assembling OUT: the layout has 2 boot-state sectors, but contents are given for 3"
     );
     assert_eq!(
         failure(&folder, |s| s.partitions.truncate(3)),
-        "assembling OUT: the layout has 4 partitions, contents are given for 3"
+        "assembling OUT: the layout has 4 partitions, but contents are given for 3"
     );
 }
 
@@ -550,7 +552,7 @@ fn each_ext4_rule_has_its_message() {
     let tool = mke2fs();
     let full =
         "making the filesystem DIR/root.ext4: the content (5.1 MiB in 4 entries) does not fit";
-    let help = "help: raise partitions.root.size in board/test/board.toml, or take something out";
+    let help = "help: raise partitions.root.size in board/test/board.toml, or remove some content";
     for size in [4, 5] {
         let small = request(Some(&tar), size * MIB);
         let shown = format!("{size}.0 MiB");
@@ -558,12 +560,13 @@ fn each_ext4_rule_has_its_message() {
     }
     assert_eq!(
         failure(&tool, &request(Some(&tar), 24 * MIB + 1)),
-        "making the filesystem DIR/root.ext4: its size is 25165825 bytes, expected a multiple of 4096"
+        "making the filesystem DIR/root.ext4: the size is 25165825 bytes, expected a multiple of 4096"
     );
     let long = Ext4Request { label: "seventeen letters", ..request(Some(&tar), 24 * MIB) };
     assert_eq!(
         failure(&tool, &long),
-        "making the filesystem DIR/root.ext4: the label `seventeen letters` has 17 bytes, ext4 holds 16"
+        "making the filesystem DIR/root.ext4: the label `seventeen letters` has 17 bytes, the \
+         maximum is 16"
     );
     let fake = folder.at("mke2fs");
     fs::write(&fake, "#!/bin/sh\necho 'mke2fs 1.47.0 (5-Feb-2023)' >&2\n").expect("writing");
@@ -572,7 +575,8 @@ fn each_ext4_rule_has_its_message() {
     assert_eq!(
         failure(&old, &request(Some(&tar), 24 * MIB)),
         "making the filesystem DIR/root.ext4: DIR/mke2fs is version 1.47.0, expected 1.47.1 or newer\n\
-         help: older ones read no tar and take times from the host; Debian 12 has a newer e2fsprogs \
+         help: older versions cannot read a tar and use times of the host; Debian 12 has a newer \
+         e2fsprogs \
          in its backports"
     );
 }

@@ -45,7 +45,7 @@ fn complain(findings: Vec<String>) {
     assert!(findings.is_empty(), "\n{}\n", findings.join("\n"));
 }
 
-/// Each line with its number from 1, and whether it stands in a fenced block.
+/// Each line with its number from 1, and whether it is in a fenced block.
 fn lines(text: &str) -> impl Iterator<Item = (usize, bool, &str)> {
     text.lines().enumerate().scan(false, |fenced, (index, line)| {
         let fence = line.trim_start().starts_with("```");
@@ -54,7 +54,7 @@ fn lines(text: &str) -> impl Iterator<Item = (usize, bool, &str)> {
     })
 }
 
-/// What stands between single backticks.
+/// The text between single backquotes.
 fn spans(line: &str) -> impl Iterator<Item = &str> {
     line.split('`').skip(1).step_by(2)
 }
@@ -83,7 +83,7 @@ fn every_relative_link_leads_somewhere() {
             for target in targets.filter(|t| !t.contains("://")) {
                 checked += 1;
                 let (file, fragment) = target.split_once('#').unwrap_or((target, ""));
-                let folder = path.parent().expect("a folder");
+                let folder = path.parent().expect("a directory");
                 let full =
                     root().join(if file.is_empty() { path.clone() } else { folder.join(file) });
                 if !full.exists() {
@@ -216,7 +216,7 @@ fn every_module_is_on_the_map() {
     }
 }
 
-/// Names in `text` that begin with `prefix` and go on in capitals, digits and `_`.
+/// Names in `text` that begin with `prefix` and continue with capitals, digits and `_`.
 fn variables(text: &str, prefix: &str) -> BTreeSet<String> {
     let name = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
     text.split(|c| !name(c))
@@ -227,7 +227,7 @@ fn variables(text: &str, prefix: &str) -> BTreeSet<String> {
 
 #[test]
 fn every_environment_variable_is_in_the_reference() {
-    // Put together, so that this file does not name a variable that nobody reads.
+    // Put together, so that this file does not name an unused variable.
     let prefix = ["SLIPWAY", "_"].concat();
     let source: BTreeSet<String> =
         files("rs").iter().flat_map(|(_, text)| variables(text, &prefix)).collect();

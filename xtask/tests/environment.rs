@@ -9,10 +9,10 @@ use std::process::Command;
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::exec::Tool;
 
-/// Set for the process that has the secrets: the folder of the programs.
+/// Set for the process that has the secrets: the directory of the programs.
 const FOLDER: &str = "TEST_ENVIRONMENT_FOLDER";
 
-/// What nobody else may have.
+/// Variables that no other program may get.
 const SECRETS: [&str; 11] = [
     "SLIPWAY_KEY_PASSWORD",
     "SLIPWAY_WIFI_PASSWORD",

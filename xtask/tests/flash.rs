@@ -34,7 +34,7 @@ fn every_mapped_byte_reaches_a_file_from_every_form() {
         let from = format!("{image}{form}");
         old_card(&card, SIZE + 40 * MIB);
         let said = good(&[&from, card.as_str(), "--yes"]);
-        assert!(said.contains("written and read back"), "{said}");
+        assert!(said.contains("written and verified"), "{said}");
         assert_eq!(differences(&image, &card), Vec::<u64>::new(), "{from}");
         tool("sfdisk").args(["--dump", card.as_str()]).run().expect("sfdisk");
         // A larger card's own end has no old backup of a GPT.
@@ -65,7 +65,7 @@ fn zstd_files_of_every_make_become_the_same_card() {
     compress::compress(&image, 3).expect("compressing");
     let ours = fs::read(&packed).expect("reading");
     let one = tool("zstd").args(["-q", "-c", image.as_str()]).read_bytes().expect("zstd");
-    // From a pipe nobody knows how long it will be, so no header says it.
+    // The length of a pipe is unknown, so no header contains it.
     let unsized_one = zstd::encode_all(&bytes[..], 1).expect("packing");
     let card = folder.at("card");
     for (name, form) in
@@ -126,7 +126,7 @@ fn a_damaged_image_never_becomes_a_card() {
         let message = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{message}");
         assert!(message.contains("card.img.zst"), "{message}");
-        assert!(message.contains("left without a partition table"), "{message}");
+        assert!(message.contains("partition table not written"), "{message}");
         assert!(!has_table(&card));
     }
     let at = 4 * MIB + BOOT.1 + 100;
@@ -138,7 +138,7 @@ fn a_damaged_image_never_becomes_a_card() {
     assert!(!has_table(&card));
     file.set_len(SIZE - 4096).expect("cutting");
     let message = refused(&[image.as_str(), card.as_str(), "--yes"]);
-    assert!(message.contains("its block map is of 67108864"), "{message}");
+    assert!(message.contains("its block map is for 67108864"), "{message}");
 }
 
 /// A card in memory that fails in chosen ways.
@@ -246,7 +246,7 @@ fn a_flipped_bit_is_found_and_written_again() {
         let mut card = Faulty::new();
         card.flips.push((place, AtomicUsize::new(usize::MAX)));
         let message = format!("{:#}", attempt(&source, &card).expect_err("a bad place"));
-        assert!(message.contains("does not hold what is written to it"), "{message}");
+        assert!(message.contains("does not return the data that was written"), "{message}");
         assert!(message.contains("help: use another card"), "{message}");
         assert!(!card.has_table(), "{place}");
     }
@@ -269,10 +269,10 @@ fn a_card_that_fails_in_other_ways_is_found_out() {
     let mut hopeless = Faulty::new();
     hopeless.flips = (0..100).map(|n| (5 * MIB + n * 4096, AtomicUsize::new(usize::MAX))).collect();
     let cases = [
-        (broken, "does not hold what is written to it"),
-        (dead, "the card does not take what is written to it"),
+        (broken, "does not return the data that was written"),
+        (dead, "the card ignores writes"),
         (small, "the card"),
-        (hopeless, "does not hold what is written to it"),
+        (hopeless, "does not return the data that was written"),
     ];
     for (card, expected) in cases {
         let dead = card.dead;
@@ -331,18 +331,18 @@ fn wrong_targets_are_refused() {
     old_card(&locked, SIZE);
     let before = part(&small, 0, MIB as usize);
     let message = refused(&[made.as_str(), small.as_str(), "--yes"]);
-    assert!(message.contains("small cannot be flashed: it has 63 MiB"), "{message}");
+    assert!(message.contains("small cannot be flashed: the device has 63 MiB"), "{message}");
     assert!(part(&small, 0, MIB as usize) == before, "it was written to");
     let message = refused(&[made.as_str(), locked.as_str()]);
-    assert!(message.contains("there is no terminal to ask") && message.contains("--yes"));
+    assert!(message.contains("there is no terminal to confirm it") && message.contains("--yes"));
     let message = refused(&[made.as_str()]);
-    assert!(message.contains("no device is named"), "{message}");
+    assert!(message.contains("no device was given"), "{message}");
     let message = refused(&[made.as_str(), "no-such-device", "--yes"]);
     assert!(message.contains("no-such-device") && message.contains("--list"), "{message}");
     for (target, expected) in [
         ("/dev/null", "neither a block device nor a plain file"),
-        (made.parent().expect("a folder").as_str(), "neither a block device nor a plain file"),
-        (made.as_str(), "the image cannot be its own card"),
+        (made.parent().expect("a directory").as_str(), "neither a block device nor a plain file"),
+        (made.as_str(), "the image and the target are the same file"),
     ] {
         let message = refused(&[made.as_str(), target, "--yes"]);
         assert!(message.contains(expected), "{message}");
@@ -351,10 +351,10 @@ fn wrong_targets_are_refused() {
     let lock = rustix::fs::FlockOperation::NonBlockingLockExclusive;
     rustix::fs::flock(&held, lock).expect("locking");
     let message = refused(&[made.as_str(), locked.as_str(), "--yes"]);
-    assert!(message.contains("another program writes to it"), "{message}");
+    assert!(message.contains("another program is writing to the file"), "{message}");
     let message = refused(&[folder.at("robot.txt").as_str(), locked.as_str(), "--yes"]);
-    assert!(message.contains("is no card image"), "{message}");
-    // The disk of this very system, where it has one.
+    assert!(message.contains("is not a card image"), "{message}");
+    // The disk of this system, if it has one.
     let devices = device::all().expect("lsblk");
     for root in devices.iter().filter(|d| d.mounted.iter().any(|(_, at)| at == "/")) {
         let message = refused(&[made.as_str(), root.path.as_str(), "--yes"]);
@@ -368,7 +368,7 @@ fn wrong_targets_are_refused() {
 #[test]
 fn each_kind_of_disk_is_refused_with_its_reason() {
     let json = include_str!("fixtures/flash/lsblk.json");
-    let devices = device::parse(json, |name| name == "mmcblk1").expect("what lsblk says");
+    let devices = device::parse(json, |name| name == "mmcblk1").expect("the output of lsblk");
     let reasons = |name: &str, allowed: Option<&str>| -> Vec<Reason> {
         let device = devices.iter().find(|d| d.name == name).expect(name);
         let objections = device.objections(4 << 30, allowed);
@@ -426,7 +426,7 @@ fn the_first_boot_is_seeded_and_the_image_stays() {
         let output = call.env("SLIPWAY_WIFI_PASSWORD", password).output().expect("the tool");
         let said = text(&output.stdout) + &text(&output.stderr);
         assert!(output.status.success(), "{said}");
-        assert!(said.contains("takes over hostname, ssh-keys, wifi"), "{said}");
+        assert!(said.contains("the first boot applies hostname, ssh-keys, wifi"), "{said}");
         assert!(!said.contains(password), "the password is shown: {said}");
         let seed = read::fat_file(&card, BOOT.0, BOOT.1, "slipway-seed.toml").expect("the seed");
         let seed: toml::Table = toml::from_str(&text(&seed)).expect("TOML");
@@ -446,11 +446,11 @@ fn the_first_boot_is_seeded_and_the_image_stays() {
     let card = folder.at("card");
     let base = [made.as_str(), card.as_str(), "--yes"];
     let refusals: [(&[&str], &str); 5] = [
-        (&["--hostname", "Bench_7"], "is no host name"),
+        (&["--hostname", "Bench_7"], "invalid host name"),
         (&["--wifi", "Lab"], "SLIPWAY_WIFI_PASSWORD"),
         (&["--ssh-key", key.as_str(), "--wifi", ""], "SLIPWAY_WIFI_PASSWORD"),
         (&["--ssh-key", "/etc/hostname"], "expected an SSH public key"),
-        (&["--board", "pi3"], "--board goes with a product"),
+        (&["--board", "pi3"], "--board needs a product"),
     ];
     for (more, expected) in refusals {
         let output = flash(&[&base[..], more].concat());
@@ -470,7 +470,7 @@ fn another_file_of_the_same_size_under_the_same_name_is_refused() {
     fs::rename(&other, &card).expect("replacing it");
     let message = format!("{:#}", Disk::open(&shown).expect_err("another file"));
     assert!(
-        message.contains("another medium is there than a moment ago: it has inode"),
+        message.contains("the medium has changed since it was examined: this medium has inode"),
         "{message}"
     );
 }
@@ -485,7 +485,7 @@ fn what_is_no_image_of_ours_is_told_as_such() {
     let mut call = command(&["x.img.gz", card.as_str(), "--yes"]);
     let output = call.current_dir(folder.at("")).output().expect("the tool");
     let said = text(&output.stderr);
-    assert!(!output.status.success() && said.contains("x.img.gz is no card image"), "{said}");
+    assert!(!output.status.success() && said.contains("x.img.gz is not a card image"), "{said}");
     // A window of 256 MiB, of a stream that says nowhere how long it is.
     let packed = folder.at("x.img.zst");
     let bytes = noise(1, MIB as usize);
@@ -496,7 +496,8 @@ fn what_is_no_image_of_ours_is_told_as_such() {
     let output = flash(&[packed.as_str(), card.as_str(), "--yes"]);
     let said = text(&output.stderr);
     assert!(
-        !output.status.success() && said.contains("help: unpack it with `zstd -d --long=31`"),
+        !output.status.success()
+            && said.contains("help: unpack the image with `zstd -d --long=31`"),
         "{said}"
     );
 }

@@ -84,38 +84,44 @@ fn what_is_mounted_or_held_or_only_a_part_is_refused() {
     let path = device.0.as_str();
     let arguments = [made.as_str(), path, "--yes"];
 
-    // Somebody else holds it: the kernel refuses, whatever lsblk says.
+    // Another process holds it: the kernel refuses, whatever lsblk reports.
     let exclusive = i32::try_from(rustix::fs::OFlags::EXCL.bits()).expect("a flag");
     let held = File::options().read(true).custom_flags(exclusive).open(path).expect("holding it");
-    assert!(refused(&arguments).contains("the kernel says that it is in use"));
+    assert!(refused(&arguments).contains("the device is in use"));
     drop(held);
 
     // The file behind it.
     let message = refused(&[made.as_str(), card.as_str(), "--yes"]);
-    assert!(message.contains(&format!("it is in use by {path} (loop)")), "{message}");
+    assert!(message.contains(&format!("the device is in use by {path} (loop)")), "{message}");
 
     // A partition, which the kernel lists whether or not it reads tables itself.
     tool("addpart").args([path, "1", "2048", "140000"]).run().expect("adding a partition");
     let partition = format!("{path}p1");
     let message = refused(&[made.as_str(), &partition, "--yes"]);
-    assert!(message.contains("it is a partition, and an image is of a whole disk"), "{message}");
-    assert!(message.contains(&format!("name its disk: {path}")), "{message}");
+    assert!(
+        message.contains("the device is a partition, but an image needs a whole disk"),
+        "{message}"
+    );
+    assert!(message.contains(&format!("use its disk: {path}")), "{message}");
 
     // Mounted, by its partition.
     tool("mke2fs").args(["-q", "-F", &partition]).run().expect("mke2fs");
     let place = folder.at("mounted");
-    fs::create_dir(&place).expect("a folder");
+    fs::create_dir(&place).expect("a directory");
     tool("mount").args([&partition, place.as_str()]).run().expect("mounting");
     let message = refused(&arguments);
     tool("umount").arg(place.as_str()).run().expect("unmounting");
-    assert!(message.contains(&format!("it is mounted: {partition} at {place}")), "{message}");
+    assert!(
+        message.contains(&format!("the device is mounted: {partition} at {place}")),
+        "{message}"
+    );
     assert!(message.contains(&format!("help: umount {partition}")), "{message}");
     tool("delpart").args([path, "1"]).run().expect("removing the partition");
 
     // Read-only.
     tool("blockdev").args(["--setro", path]).run().expect("locking");
     let message = refused(&arguments);
-    assert!(message.contains("it can only be read"), "{message}");
+    assert!(message.contains("the device is read-only"), "{message}");
     tool("blockdev").args(["--setrw", path]).run().expect("unlocking");
     good(&arguments);
 }
@@ -134,13 +140,13 @@ fn another_card_of_the_same_size_in_the_same_place_is_refused() {
         skip(&format!("flash_loop::{test}"), "the kernel numbers no media", "Linux 5.15 or later");
         return;
     }
-    // Somebody takes the card out, and puts in another one: the same path, numbers and size.
+    // The user replaces the card by another one: the same path, numbers and size.
     tool("losetup").args(["--detach", reader.0.as_str()]).run().expect("taking it out");
     tool("losetup").args([reader.0.as_str(), second.as_str()]).run().expect("putting it in");
     let now = device::find(&reader.0).expect("it is there");
     assert_eq!((&now.path, &now.numbers, now.size), (&shown.path, &shown.numbers, shown.size));
     let message = format!("{:#}", Disk::open(&shown).expect_err("another card"));
-    assert!(message.contains("another medium is there than a moment ago"), "{message}");
+    assert!(message.contains("the medium has changed since it was examined"), "{message}");
     assert!(message.contains("diskseq"), "{message}");
     drop(Disk::open(&now).expect("what was looked at again"));
 }

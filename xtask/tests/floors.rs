@@ -1,4 +1,4 @@
-//! Which modules may use which: each stands on a floor, and uses only what is on floors below. The floors are the tables
+//! Which modules may use which: each is on a floor, and uses only what is on floors below. The floors are the tables
 //! in `docs/contributing/architecture.md`, the modules are read from the sources.
 
 mod graph;
@@ -86,7 +86,7 @@ fn contradictions(name: &str, graph: &Graph, rows: &[(String, u32)]) -> Vec<Stri
     let mut found = Vec::new();
     for (n, (module, _)) in rows.iter().enumerate() {
         if rows[..n].iter().any(|(other, _)| other == module) {
-            found.push(format!("{PAGE}: `{module}` stands on two floors of {name}"));
+            found.push(format!("{PAGE}: `{module}` is on two floors of {name}"));
         }
         if !graph.top().contains(module.as_str()) {
             found.push(format!("{PAGE}: {name} has no module `{module}`"));
@@ -94,7 +94,7 @@ fn contradictions(name: &str, graph: &Graph, rows: &[(String, u32)]) -> Vec<Stri
     }
     for module in graph.top().iter().filter(|module| !floors.contains_key(**module)) {
         found.push(format!(
-            "{PAGE}: the module `{module}` of {name} stands on no floor: add it above all that it uses"
+            "{PAGE}: the module `{module}` of {name} is on no floor: add it above all that it uses"
         ));
     }
     for used in &graph.uses {
@@ -110,7 +110,7 @@ fn contradictions(name: &str, graph: &Graph, rows: &[(String, u32)]) -> Vec<Stri
     }
     for used in &graph.foreign_impls {
         found.push(format!(
-            "{name}/src/{}:{}: methods for a type of `{}`: nobody who calls them names `{}`; make them functions",
+            "{name}/src/{}:{}: methods for a type of `{}`: callers do not name `{}`; make them functions",
             used.file, used.line, used.to, used.from
         ));
     }
@@ -317,7 +317,7 @@ fn a_use_upwards_a_missing_row_and_a_row_too_many_are_found() {
     one(check(&upwards, &all), "a/src/low.rs:2: `low` on floor 0 uses `high` on floor 1");
     let level = [("high".to_owned(), 0), ("low".to_owned(), 0)];
     one(check(&files, &level), "`high` on floor 0 uses `low` on floor 0");
-    one(check(&files, &all[..1]), "the module `low` of a stands on no floor");
+    one(check(&files, &all[..1]), "the module `low` of a is on no floor");
     one(
         check(
             &files[..1]
@@ -329,7 +329,7 @@ fn a_use_upwards_a_missing_row_and_a_row_too_many_are_found() {
         ),
         "a has no module `gone`",
     );
-    one(check(&files, &[all.clone(), vec![all[1].clone()]].concat()), "`low` stands on two floors");
+    one(check(&files, &[all.clone(), vec![all[1].clone()]].concat()), "`low` is on two floors");
     let methods = [
         files[0],
         ("low.rs", "pub struct T;"),

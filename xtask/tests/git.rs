@@ -28,7 +28,7 @@ fn text(bytes: &[u8]) -> String {
 
 impl Rig {
     fn new() -> Self {
-        let keep = tempfile::tempdir().expect("a folder");
+        let keep = tempfile::tempdir().expect("a directory");
         let dir =
             Utf8PathBuf::try_from(keep.path().canonicalize().expect("a path")).expect("UTF-8");
         let rig = Self { _keep: keep, dir };
@@ -50,13 +50,13 @@ impl Rig {
 
     fn put(&self, path: &str, content: &str) {
         let path = self.work().join(path);
-        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        fs::create_dir_all(path.parent().expect("a directory")).expect("made");
         fs::write(path, content).expect("written");
     }
 
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        // Variables of whoever runs the tests are not the matter.
+        // The variables of the caller of the tests do not matter.
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("GIT_")) {
             command.env_remove(name);
         }
@@ -289,7 +289,7 @@ fn nothing_that_a_build_reads_is_hidden() {
             fs::remove_file(&link).expect("removed");
             symlink("tool", &link).expect("linked");
         }),
-        ("a link in the place of a file", &|rig| {
+        ("a link instead of a file", &|rig| {
             let path = rig.work().join("configs/shop.fragment");
             fs::rename(&path, rig.dir.join("elsewhere")).expect("moved");
             symlink(rig.dir.join("elsewhere"), &path).expect("linked");

@@ -1,5 +1,6 @@
-//! Images that mean harm, given to `inspect`, in 1 GiB of address space: sizes that are claimed and not there, folders
-//! in circles, blocks that many files claim, and names that would drive the terminal; and a boot state in words.
+//! Images that mean harm, given to `inspect`, in 1 GiB of address space: sizes that are claimed and
+//! not there, directories in circles, blocks that many files claim, and names that would drive the
+//! terminal.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -44,7 +45,7 @@ impl Folder {
     fn slot(&self, name: &str, requests: &[&str]) -> Utf8PathBuf {
         let path = self.dir.join(name);
         let mut make = tool("mke2fs");
-        // Without checksums, which somebody who means harm would make right anyway.
+        // Without checksums, which an attacker would correct anyway.
         make.args(["-q", "-F", "-t", "ext4", "-O", "^metadata_csum", "-d"]);
         make.args([self.dir.join("root").as_str(), path.as_str(), "64M"]);
         run(make);
@@ -89,12 +90,15 @@ fn sizes_that_are_claimed_are_not_allocated() {
     assert_eq!(code, Some(0), "{said}");
     assert!(said.contains("A robot, 3 files"), "{said}");
     let cases = [
-        ("sif /etc/os-release size 1099511627776", "/etc/os-release: it has 1099511627776 bytes"),
-        ("sif /etc/os-release size 6442450944", "/etc/os-release: it has 6442450944 bytes"),
+        (
+            "sif /etc/os-release size 1099511627776",
+            "/etc/os-release: the file has 1099511627776 bytes",
+        ),
+        ("sif /etc/os-release size 6442450944", "/etc/os-release: the file has 6442450944 bytes"),
         ("sif /usr/lib/a size 1099511627776", "/usr/lib/a claims 1099511627776 bytes"),
         ("sif /usr/lib/b size 1099511627776", "/usr/lib/b claims 1099511627776 bytes"),
-        ("ssv blocks_count 4294967295", "claims 4294967295 blocks"),
-        ("ssv blocks_per_group 8", "claims groups of 8 blocks"),
+        ("ssv blocks_count 4294967295", "counts 4294967295 blocks"),
+        ("ssv blocks_per_group 8", "groups of 8 blocks"),
         ("ssv log_block_size 31", "blocks have 2^41 bytes"),
     ];
     for (at, (request, expected)) in cases.into_iter().enumerate() {
@@ -130,7 +134,7 @@ fn folders_in_circles_and_blocks_of_many_files_have_an_end() {
     }
     let many: Vec<&str> = requests.iter().map(String::as_str).collect();
     let overlapping = folder.slot("many", &many);
-    folder.refused(&overlapping, "bytes together, and the filesystem has 67108864");
+    folder.refused(&overlapping, "bytes together, but the filesystem has 67108864");
 }
 
 /// A card with one slot, by an MBR.

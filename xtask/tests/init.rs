@@ -32,7 +32,7 @@ struct Machine {
 
 impl Machine {
     fn new(bus: &str, cmdline: &str) -> Self {
-        let machine = Self { dir: tempfile::tempdir().expect("a folder") };
+        let machine = Self { dir: tempfile::tempdir().expect("a directory") };
         let script = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("../board/common/init");
         let script = fs::read_to_string(script).expect("the script");
         machine.put("init", STUBS.to_owned() + &script);
@@ -167,7 +167,8 @@ fn the_card_is_waited_for_although_a_copy_is_there_first() {
         firmware(&machine, Some(1));
         machine.plug(name, place);
         let mut child = machine.start();
-        // It has had every chance to take the copy: the clock stands, and it looks ten times a second.
+        // It had every chance to use the copy: the clock is stopped, and it polls ten times a
+        // second.
         std::thread::sleep(Duration::from_secs(2));
         assert!(child.try_wait().expect("a child").is_none(), "{:?}", machine.ended(child));
         assert!(!machine.at("run/slipway/root").exists());

@@ -12,7 +12,7 @@ use xtask::store::directory::Directory;
 const PASSWORD: &str = "a password of a test";
 
 fn folder() -> (tempfile::TempDir, Utf8PathBuf) {
-    let dir = tempfile::tempdir().expect("a folder");
+    let dir = tempfile::tempdir().expect("a directory");
     let path = Utf8PathBuf::try_from(dir.path().to_owned()).expect("UTF-8");
     (dir, path)
 }
@@ -60,7 +60,7 @@ fn secrets_are_their_owners_and_the_rest_is_readable_under_any_umask() {
         run(&["rotate"]);
         assert_eq!(mode(&dir), 0o700, "umask {umask}");
         let mut found = [0; 3];
-        for entry in dir.read_dir_utf8().expect("the folder") {
+        for entry in dir.read_dir_utf8().expect("the directory") {
             let path = entry.expect("an entry").into_path();
             let (at, expected) = match (path.extension(), path.file_name()) {
                 (Some("key"), _) | (_, Some(".lock")) => (0, 0o600),
@@ -75,7 +75,7 @@ fn secrets_are_their_owners_and_the_rest_is_readable_under_any_umask() {
     }
 }
 
-/// Names the folder of the store that a copy of this program makes.
+/// Names the directory of the store that a copy of this program makes.
 const STORE: &str = "TEST_KEYS_STORE";
 
 #[test]
@@ -93,7 +93,7 @@ fn a_store_is_readable_under_any_umask() {
         let mut folders = vec![store];
         while let Some(folder) = folders.pop() {
             assert_eq!(mode(&folder) & 0o555, 0o555, "{folder}, umask {umask}");
-            for entry in folder.read_dir_utf8().expect("a folder") {
+            for entry in folder.read_dir_utf8().expect("a directory") {
                 let path = entry.expect("an entry").into_path();
                 match path.is_dir() {
                     true => folders.push(path),
@@ -159,7 +159,7 @@ fn a_damaged_key_set_says_what_where_and_what_to_do() {
     let cases = [
         (&whole[..whole.len() / 2], "the key set ends in the middle, in line "),
         ("", "the key set is empty"),
-        ("{ nonsense", "the key set is no JSON from line 1 on"),
+        ("{ nonsense", "the key set is not JSON from line 1 on"),
         (wrong.as_str(), "the key set: unknown field `kehs`"),
     ];
     for (text, expected) in cases {

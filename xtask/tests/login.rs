@@ -1,5 +1,6 @@
-//! Who may log in with a key on `data`: the shipped settings and the shipped step that makes the host key, with the
-//! real sshd on the loopback address. sshd reads keys as the user who logs in, so folders' modes decide.
+//! Who may log in with a key on `data`: the shipped settings and the shipped step that makes the
+//! host key, with the real sshd on the loopback address. sshd reads keys as the user who logs in,
+//! so directories' modes decide.
 
 use crate::common::rights::is_root;
 use crate::overlay_support;
@@ -16,7 +17,7 @@ use xtask::plan::{Plan, UserPlan};
 const SETTINGS: &str = "etc/ssh/sshd_config.d/10-slipway.conf";
 const LONG: Duration = Duration::from_secs(60);
 
-/// sshd, whose `/data` is a robot's: all folders above are root's, as sshd wants them.
+/// sshd, whose `/data` is a robot's: all directories above are root's, as sshd wants them.
 struct Server {
     child: Child,
     port: u16,
@@ -32,7 +33,8 @@ impl Drop for Server {
 impl Server {
     fn new(robot: &Robot) -> Self {
         let port = xtask::qemu::free_port(0).expect("a port");
-        // The robot's folder as /mnt, in mounts of its own: what lies in /tmp is anybody's, to sshd.
+        // The robot's directory as /mnt, in a private mount namespace: sshd does not trust files
+        // below /tmp.
         let settings =
             robot.read(SETTINGS).replace(" /data/", " /mnt/data/").replace(" /etc/", " /mnt/etc/");
         let more = format!("Port {port}\nListenAddress 127.0.0.1\nPidFile none\nUsePAM no\n");
@@ -46,7 +48,7 @@ impl Server {
                 "--",
                 "sh",
                 "-c",
-                // sshd wants a folder below /run, which may be another user's. Where shadow cannot be read, nss-systemd
+                // sshd wants a directory below /run, which may be another user's. Where shadow cannot be read, nss-systemd
                 // says that these accounts are locked.
                 "mount --bind \"$1\" /mnt && mount -t tmpfs -o mode=755 none /run && \
                  mkdir -m 755 /run/sshd && \
@@ -83,7 +85,7 @@ impl Server {
             .output()
             .expect("ssh runs");
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        // The home folder may be closed, too: that is said in other words.
+        // The home directory may be closed, too: that is said in other words.
         let denied = said.contains("Permission denied (");
         assert!(denied != (count() > before), "{said}{}", robot.read("sshd.log"));
         !denied
@@ -145,7 +147,7 @@ fn the_table_of_who_may_log_in_is_true() {
     if rustix::process::geteuid().is_root() {
         fs::create_dir_all("/run/sshd").expect("made");
     }
-    let (folder, mut rows) = (tempfile::tempdir().expect("a folder"), Vec::new());
+    let (folder, mut rows) = (tempfile::tempdir().expect("a directory"), Vec::new());
     let key = folder.path().join("key");
     let mut keygen = Command::new("ssh-keygen");
     keygen.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key);
@@ -169,7 +171,8 @@ fn the_table_of_who_may_log_in_is_true() {
 
 const FOLDER: &str = "data/identity/ssh";
 
-/// A robot as earlier versions have left it: the folder is root's alone, and there are keys of two users.
+/// A robot as earlier versions have left it: the directory is root's alone, and there are keys of
+/// two users.
 fn robot() -> Robot {
     let robot = Robot::development();
     for user in ["root", "nobody"] {
@@ -228,7 +231,7 @@ fn root_and_another_user_log_in_with_keys_on_data() {
     // Each key is its user's own.
     assert!(!server.takes(&robot, "root", "nobody"));
     assert!(!server.takes(&robot, "nobody", "root"));
-    // Whoever can write it is not trusted; and without a way to it there is none.
+    // A file that others can write is not trusted; and an unreachable file is treated as missing.
     let keys = format!("{FOLDER}/authorized_keys.d/nobody");
     chmod(&robot, &keys, 0o666);
     assert!(!server.takes(&robot, "nobody", "nobody"));

@@ -1,5 +1,6 @@
-//! What may lie in overlays and configuration folders besides what was meant: pipes, links out of them, junk of editors,
-//! pointers of git-lfs, line ends of Windows. Each is refused with the file's name, or passed over; nothing hangs.
+//! Unintended files in overlays and configuration directories: pipes, links out of them, junk of
+//! editors, pointers of git-lfs, line ends of Windows. Each is rejected with the file's name, or
+//! ignored; nothing hangs.
 
 use crate::fixture_support;
 
@@ -39,9 +40,12 @@ fn what_is_no_file_is_refused_and_not_opened() {
         make();
         let began = Instant::now();
         let error = workspace.refused();
-        assert!(error.contains(&format!("{FOLDER}/strange: it is neither a file nor")), "{error}");
+        assert!(
+            error.contains(&format!("{FOLDER}/strange: a pipe, a socket or a device")),
+            "{error}"
+        );
         assert!(error.contains("help: remove it"), "{error}");
-        assert!(began.elapsed() < Duration::from_secs(60), "it waits for somebody to write");
+        assert!(began.elapsed() < Duration::from_secs(60), "the build waits for a writer");
         fs::remove_file(&path).expect("removed");
     }
     // Where files are listed by name.
@@ -81,17 +85,17 @@ fn links_stay_links_and_lead_nowhere_else() {
             false => {
                 let error = workspace.refused();
                 assert!(
-                    error.contains(&format!("{FOLDER}/link: the link leads to {target}")),
+                    error.contains(&format!("{FOLDER}/link: the link points to {target}")),
                     "{error}"
                 );
             }
         }
         fs::remove_file(&path).expect("removed");
     }
-    // An overlay that is a link is not in the repository, whatever lies behind it.
+    // An overlay that is a link is not in the repository, whatever its target is.
     fs::rename(workspace.at("overlays/plain"), workspace.at("elsewhere")).expect("moved");
     symlink("../elsewhere", workspace.at("overlays/plain")).expect("linked");
-    assert!(workspace.refused().contains("the overlay `plain` is a link"));
+    assert!(workspace.refused().contains("the overlay `plain` is a symbolic link"));
 }
 
 #[test]
@@ -126,7 +130,10 @@ fn a_pointer_is_not_the_file() {
     );
     workspace.put("overlays/plain/srv/model.bin", pointer);
     let error = workspace.refused();
-    assert!(error.contains("overlays/plain/srv/model.bin: it is a pointer of git-lfs"), "{error}");
+    assert!(
+        error.contains("overlays/plain/srv/model.bin: the file is a pointer of git-lfs"),
+        "{error}"
+    );
     assert!(
         error.contains("help: fetch the file itself: `git lfs install && git lfs pull`"),
         "{error}"
@@ -150,7 +157,7 @@ fn no_line_ends_of_windows_reach_their_readers() {
         workspace.put(path, content);
         let error = workspace.refused();
         assert!(
-            error.contains(path) && error.contains("help: save it with line ends of Unix"),
+            error.contains(path) && error.contains("help: save the file with Unix line ends"),
             "{path}: {error}"
         );
         workspace.put(path, content.replace(['\r', '\u{feff}'], ""));
@@ -181,7 +188,11 @@ fn a_mistake_in_the_default_product_is_what_is_told() {
     // Without any, there is none.
     workspace.put("configs/shop.toml", text.replace("default = true\n", ""));
     fs::remove_file(workspace.at("configs/other.toml")).expect("removed");
-    assert!(refused().contains("no product is named, and none is the default"), "{}", refused());
+    assert!(
+        refused().contains("no product was given, and there is no default product"),
+        "{}",
+        refused()
+    );
 }
 
 /// Values of people, in the files that a shell, systemd and agetty read.

@@ -131,7 +131,7 @@ fn systemctl_version() -> Option<u32> {
 }
 
 fn real(case: &Case) -> (Links, String) {
-    let dir = tempfile::tempdir().expect("a folder");
+    let dir = tempfile::tempdir().expect("a directory");
     case.write(dir.path());
     let output = Command::new("systemctl")
         .arg("--root")
@@ -219,7 +219,7 @@ fn the_units_of_this_machine_get_the_links_that_systemctl_makes() {
             let merged = target.strip_prefix("/lib/").map(|rest| format!("/usr/lib/{rest}"));
             files.push((place, format!("-> {}", merged.unwrap_or(target))));
         } else if path.is_file() {
-            // A file that is no text is none of a unit.
+            // A file that is not a text is not a unit.
             files.extend(fs::read_to_string(&path).ok().map(|text| (place, text)));
         }
     }
@@ -244,7 +244,8 @@ fn the_units_of_this_machine_get_the_links_that_systemctl_makes() {
         let (mut links, said) = real(&case);
         let mut tree = case.tree();
         apply_presets(&mut tree).expect("applied");
-        // Of several units that ask for one name systemd takes the one that the folder lists first.
+        // Of several units that ask for one name systemd takes the one that the directory lists
+        // first.
         let claimed = |path: &String| said.contains(&format!("/{path}\" already exists"));
         links.retain(|path, _| !claimed(path));
         let mut made = ours(&tree);
@@ -299,7 +300,7 @@ fn a_unit_that_is_named_and_cannot_be_enabled_is_an_error() {
                 (UNIT, GOOD),
                 ("etc/systemd/system/b.service", "-> /usr/lib/systemd/system/a.service"),
             ],
-            "b.service is another name of a.service",
+            "b.service is an alias of a.service",
         ),
         (
             &[(PRESET, "start a.service\n"), (UNIT, GOOD)],
@@ -313,7 +314,7 @@ fn a_unit_that_is_named_and_cannot_be_enabled_is_an_error() {
         ),
         (
             &[(PRESET, "enable a.service\n"), (UNIT, "[Install]\nAlias=b.socket\n")],
-            "cannot be another name of a.service",
+            "cannot be an alias of a.service",
         ),
         (
             &[
@@ -321,7 +322,7 @@ fn a_unit_that_is_named_and_cannot_be_enabled_is_an_error() {
                 (UNIT, "[Install]\nAlias=b.service\n"),
                 ("usr/lib/systemd/system/c.service", "[Install]\nAlias=b.service\n"),
             ],
-            "two units ask for one name",
+            "two units claim the same name",
         ),
     ];
     for (files, expected) in cases {
@@ -330,7 +331,7 @@ fn a_unit_that_is_named_and_cannot_be_enabled_is_an_error() {
     }
 }
 
-/// A pattern finds whatever lies there, as `preset-all` does, and passes over what cannot be enabled.
+/// A pattern matches every entry, like `preset-all`, and skips entries that cannot be enabled.
 #[test]
 fn a_unit_that_a_pattern_finds_may_be_one_that_cannot_be_enabled() {
     let files = [

@@ -130,7 +130,8 @@ impl Robot {
         fs::write(path, content).unwrap();
     }
 
-    /// Installs a wheel into a folder of modules, in the place of what was there; `modes`: as the archive says.
+    /// Installs a wheel into a directory of modules and replaces its content; `modes`: as in the
+    /// archive.
     fn install(&self, wheel: &Wheel, site: &str, modes: bool) {
         drop(fs::remove_dir_all(self.dir.join(site)));
         for (path, file) in &wheel.files {
@@ -379,7 +380,10 @@ fn compose_describes_what_was_installed() {
     let none = describe(&Tree::default(), &all, None, None).unwrap_err();
     assert_eq!(none.to_string(), "My-API is not in the tree");
     let version = describe(&tree_of("usr/lib/modules", "my_api-1.5", "my_api"), &all, None, None);
-    assert_eq!(version.unwrap_err().to_string(), "/usr/lib/modules names no version of Python");
+    assert_eq!(
+        version.unwrap_err().to_string(),
+        "/usr/lib/modules does not contain a version of Python"
+    );
 }
 
 /// Sources the profile's script so many times in a shell, and returns the environment of what it starts.

@@ -55,7 +55,7 @@ impl Proxy {
             .replace("127.0.0.1:31950", &format!("127.0.0.1:{api}"));
         robot.put(config, &text);
         robot.put("usr/lib/slipway/proxy/locations.d/90-test.conf", locations);
-        // As systemd starts it: with a file system for bodies, as somebody who is not root.
+        // As systemd starts it: with a file system for bodies, as a user other than root.
         let unit = robot.read("usr/lib/systemd/system/slipway-proxy.service");
         let line = unit.lines().find_map(|l| l.strip_prefix("TemporaryFileSystem="));
         let (folder, options) = line.and_then(|l| l.split_once(':')).expect("a place for bodies");
@@ -131,7 +131,7 @@ fn serve() -> u16 {
                         _ => return,
                     }
                 }
-                // Whoever asked may be gone.
+                // The client may be gone.
                 drop(client.write_all(
                     b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nwell\n",
                 ));
@@ -202,7 +202,7 @@ fn one_address_keeps_nobody_out_and_takes_no_memory() {
     let large = post("/labware/x", 16 << 20);
     let mut large: Vec<TcpStream> = (0..12).map(|_| proxy.stranger(10, &large)).collect();
     for stream in &mut large {
-        assert_eq!(answer(stream), Some(413), "a body of 16 MiB that nobody has asked for");
+        assert_eq!(answer(stream), Some(413), "an unexpected body of 16 MiB");
         // It sends all the same, as far as it is let.
         stream.set_write_timeout(Some(Duration::from_secs(1))).expect("set");
         drop(stream.write_all(&part));
@@ -281,7 +281,7 @@ fn bodies_that_a_location_takes_lie_in_a_place_of_their_own() {
         strangers.into_iter().map(|thread| thread.join().expect("it ends")).collect();
     until("bodies that do not fit are refused", || strangers.iter().any(answered));
     assert!(proxy.bodies() <= BODIES);
-    // What else lies in /run is not concerned: the same folder takes more than is left for bodies.
+    // Other files in /run are not affected: the same directory takes more than is left for bodies.
     fs::write(proxy.robot.at("run/slipway-proxy/other"), &part).expect("room for others");
     assert_eq!(get(proxy.port, "/health"), Some(200));
     assert!(proxy.memory() < MEMORY_KIB / 4, "{} KiB", proxy.memory());

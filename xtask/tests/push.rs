@@ -1,5 +1,6 @@
-//! Pushes through a real `sshd` on the loopback address into the real agent, whose robot is a folder of
-//! files. Such a robot restarts nothing: the test plays the boot loader; the system tests have the real one.
+//! Pushes through a real `sshd` on the loopback address into the real agent, whose robot is a
+//! directory of files. Such a robot restarts nothing: the test plays the boot loader; the system
+//! tests have the real one.
 
 use crate::common::agent;
 use crate::common::noise;
@@ -162,8 +163,8 @@ impl Robot {
             let path = root.join("bin").join(name);
             fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
         };
-        // A copy: this workspace may lie in a home that another user cannot enter. Made by a program of its own, so that no
-        // child of another test holds it open for writing.
+        // A copy: this workspace may be in a home that another user cannot enter. Made by a
+        // separate program, so that no child of another test holds it open for writing.
         let agent = root.join("bin/agent");
         fs::create_dir_all(root.join("bin")).unwrap();
         xtask::exec::Tool::new("cp").args([slotd(), agent.as_path()]).run().unwrap();
@@ -221,7 +222,7 @@ impl Drop for Robot {
     }
 }
 
-/// The user of this process: an `sshd` that is not root's serves nobody else.
+/// The user of this process: an `sshd` that is not root's serves no other user.
 fn address(port: u16) -> String {
     let output = Command::new("id").arg("-un").output().unwrap();
     let user = String::from_utf8(output.stdout).unwrap();
@@ -322,7 +323,10 @@ fn two_robots_at_once_and_one_that_is_not_there() {
     }
     assert_eq!(outcomes[1].verdict, Verdict::Failed);
     let why = outcomes[1].why.as_deref().unwrap();
-    assert!(why.contains("Connection refused") && why.contains("is the robot on"), "{why}");
+    assert!(
+        why.contains("Connection refused") && why.contains("check that the robot is on"),
+        "{why}"
+    );
 }
 
 #[test]
@@ -340,7 +344,7 @@ fn a_connection_that_is_cut_is_made_again_and_the_install_goes_on() {
     assert!(installed.held >= 32 * MIB as u64, "{installed:?}");
     assert!(installed.written <= (LARGE - 32 * MIB) as u64, "{installed:?}");
     assert!(robot.slot_b() == bench.content, "slot b has other bytes");
-    assert!(xtask::push::sentence(&outcome).contains("spared"), "{outcome:?}");
+    assert!(xtask::push::sentence(&outcome).contains("skipped"), "{outcome:?}");
 }
 
 #[test]
@@ -355,7 +359,7 @@ fn a_refusal_is_shown_with_code_sentence_and_help() {
     assert!(refused.message.contains("0.9.0") && !refused.help.is_empty(), "{refused:?}");
     assert!(robot.slot_b() == before, "a refused bundle was written");
 
-    // The same from the command line, and what is no robot or no bundle.
+    // The same from the command line, and invalid robots and bundles.
     let bundle = bench.bundle("0.9.0");
     let xtask = |args: &[&str]| {
         let option =
@@ -379,11 +383,11 @@ fn a_refusal_is_shown_with_code_sentence_and_help() {
     assert_eq!(json[0]["refused"]["code"], "below-floor");
     assert_eq!(json[0]["verdict"], "refused");
     let (_, errors) = xtask(&["--", "-oProxyCommand=false"]);
-    assert!(errors.contains("is no robot's address"), "{errors}");
+    assert!(errors.contains("invalid address of a robot"), "{errors}");
     let (_, errors) = xtask(&["robot.local", "robot.local"]);
-    assert!(errors.contains("named twice"), "{errors}");
+    assert!(errors.contains("given twice"), "{errors}");
     let (_, errors) = xtask(&["robot.local", "--ssh-option=-F/dev/null"]);
-    assert!(errors.contains("is no option of ssh"), "{errors}");
+    assert!(errors.contains("invalid option of ssh"), "{errors}");
     fs::write(&bundle, "no bundle").unwrap();
     let (_, errors) = xtask(&["robot.local"]);
     assert!(errors.contains("reading the bundle"), "{errors}");
@@ -463,14 +467,14 @@ fn an_api_alone_is_pushed_to_a_robot_that_goes_on_running() {
     let api = outcome.api.clone().unwrap();
     assert_eq!((api.version.as_str(), api.before, api.wheels), ("2.0.0", None, 1));
     let text = xtask::push::sentence(&outcome);
-    assert!(text.starts_with("the API 2.0.0 serves, before it the system's own;"), "{text}");
+    assert!(text.starts_with("the API 2.0.0 is running, previously the system's own;"), "{text}");
     assert_eq!(robot.slotd(&["status"])["api"]["version"], "2.0.0");
 
-    // One that is not well: taken back by the robot itself, and the version before it serves.
+    // One that is not healthy: the robot itself rolls back to the previous version.
     let outcome = bench.push(hosts(), api_bundle(&bench, "3.0.0", "sick"), wait).remove(0);
     assert_eq!(outcome.verdict, Verdict::TakenBack, "{outcome:?}");
     let text = xtask::push::sentence(&outcome);
-    assert!(text.starts_with("taken back") && text.contains("[api-unhealthy]"), "{text}");
+    assert!(text.starts_with("rolled back") && text.contains("[api-unhealthy]"), "{text}");
     assert_eq!(robot.slotd(&["status"])["api"]["version"], "2.0.0");
 
     // A connection that breaks: sent again, and nothing done twice.
@@ -511,9 +515,9 @@ fn a_push_waits_until_the_trial_is_decided() {
     assert_eq!(runs(&outcomes[2]), (Slot::B, "1.1.0".to_owned()));
     assert_eq!(runs(&outcomes[3]), (Slot::A, "1.0.0".to_owned()));
     let why = |at: usize| outcomes[at].why.as_deref().unwrap();
-    assert!(why(1).contains("slot b did not come up"), "{}", why(1));
+    assert!(why(1).contains("slot b did not boot"), "{}", why(1));
     assert!(why(2).contains("not decided after 40 s: on trial"), "{}", why(2));
-    assert!(why(3).contains("it has not restarted yet"), "{}", why(3));
+    assert!(why(3).contains("the robot has not restarted yet"), "{}", why(3));
 }
 
 #[test]
@@ -538,10 +542,10 @@ fn a_robot_that_says_too_much_or_harm_is_refused_and_drives_no_terminal() {
     };
     // Both never end by themselves.
     let said = push("exec yes '{\"version\": '");
-    assert!(said.contains("it answers with more than 16777216 bytes"), "{said}");
+    assert!(said.contains("its answer is longer than 16777216 bytes"), "{said}");
     let said = push("exec tr '\\0' x < /dev/zero >&2");
-    assert!(said.contains("it says a line of more than 65536 bytes"), "{said}");
-    // A refusal in the agent's own form, a message that is none, and one of ssh's.
+    assert!(said.contains("it wrote a line of more than 65536 bytes"), "{said}");
+    // A refusal in the agent's own form, an invalid message, and one of ssh's.
     let harm = "\\\\u001b]0;owned\\\\u0007";
     let refusal = format!(
         "{{\"refused\": {{\"code\": \"{harm}\", \"message\": \"{harm}\", \"help\": \"{harm}\"}}}}"
@@ -587,7 +591,7 @@ fn the_user_update_installs_and_does_nothing_else() {
     let own = fs::read_to_string(root.join("sshd_config")).unwrap();
     let own = own.replace(&format!("Port {}", robot.port), &format!("Port {port}"));
     fs::write(&config, own + &settings).unwrap();
-    // The client is the user's process: it passes through these folders, and reads the key.
+    // The client is the user's process: it passes through these directories, and reads the key.
     for path in
         [bench.dir.as_path(), root, &root.join("bin"), &root.join("run"), &root.join("run/slipway")]
     {

@@ -152,8 +152,8 @@ fn json_round_trip() {
     let error = Report::from_json(&other).unwrap_err().to_string();
     assert_eq!(
         error,
-        "reading a build report: its schema is 99, this tool reads 1\n\
-         help: use the tool of the version that made the report, or build again"
+        "reading a build report: its schema is 99, but this tool reads 1\n\
+         help: use the version of the tool that created the report, or build again"
     );
 }
 

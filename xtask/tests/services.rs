@@ -1,5 +1,5 @@
-//! What the overlays bring to a robot, tried on this machine: the boot steps below a folder in the place of `/`,
-//! the units as systemd reads them, the SSH server's settings as sshd reads them.
+//! The overlays' files for a robot, tested on this machine: the boot steps below a directory
+//! instead of `/`, the units as systemd reads them, the SSH server's settings as sshd reads them.
 
 use crate::overlay_support;
 
@@ -36,7 +36,7 @@ fn an_identity_is_made_once_and_kept() {
     assert_eq!(robot.read("run/slipway/machine-info"), "PRETTY_HOSTNAME=\"Labor 2, 50 % frei\"\n");
     let announced = robot.read("run/systemd/dnssd/slipway-http.dnssd");
     assert!(announced.contains("\nName=Labor 2, 50 %% frei\nType=_http._tcp\nPort=80\n"));
-    let left: Vec<_> = fs::read_dir(robot.at("data/identity")).expect("a folder").collect();
+    let left: Vec<_> = fs::read_dir(robot.at("data/identity")).expect("a directory").collect();
     assert_eq!(left.len(), 3, "{left:?}");
 }
 
@@ -70,7 +70,7 @@ fn an_identity_that_makes_no_sense_is_reported_and_left_alone() {
 fn without_a_place_to_keep_it_the_image_names_the_machine() {
     let robot = Robot::development();
     // As when data is full or fails: nothing can be written there.
-    robot.put("data/identity", "a file where the folder should be");
+    robot.put("data/identity", "a file where the directory should be");
     let said = robot.step("identity", &[]);
     for name in ["machine-id", "hostname", "display-name"] {
         assert!(said.contains(&format!("data/identity/{name} cannot be written")), "{said}");
@@ -86,7 +86,7 @@ fn without_a_place_to_keep_it_the_image_names_the_machine() {
 #[test]
 fn connections_are_shown_and_broken_ones_reported() {
     let robot = Robot::development();
-    assert_eq!(robot.step("network", &[]), "", "no connection is no mistake");
+    assert_eq!(robot.step("network", &[]), "", "a missing connection is not a mistake");
     robot
         .put("data/network/10-lab.network", "[Match]\nName=eth1\n[Network]\nAddress=10.0.0.2/24\n");
     robot.put("data/network/20-bridge.netdev", "[NetDev]\nName=br0\nKind=bridge\n");
@@ -96,7 +96,7 @@ fn connections_are_shown_and_broken_ones_reported() {
     robot.put("data/network/80-slipway-wired.network", "[Match]\nName=*\n");
     symlink("nowhere", robot.at("data/network/40-lost.network")).expect("linked");
     robot.put("run/systemd/network/70-others.network", "[Match]\n");
-    let before = fs::read_dir(robot.at("data/network")).expect("a folder").count();
+    let before = fs::read_dir(robot.at("data/network")).expect("a directory").count();
     // Once and again: the same.
     for _ in 0..2 {
         let said = robot.step("network", &[]);
@@ -113,14 +113,14 @@ fn connections_are_shown_and_broken_ones_reported() {
         let link = |name: &str| fs::read_link(robot.at("run/systemd/network").join(name)).ok();
         assert_eq!(link("10-lab.network"), Some("/data/network/10-lab.network".into()));
         assert_eq!(link("20-bridge.netdev"), Some("/data/network/20-bridge.netdev".into()));
-        let shown = fs::read_dir(robot.at("run/systemd/network")).expect("a folder").count();
+        let shown = fs::read_dir(robot.at("run/systemd/network")).expect("a directory").count();
         assert_eq!(shown, 3);
     }
     fs::remove_file(robot.at("data/network/10-lab.network")).expect("removed");
     robot.step("network", &[]);
     assert!(fs::symlink_metadata(robot.at("run/systemd/network/10-lab.network")).is_err());
     assert!(robot.at("run/systemd/network/70-others.network").exists());
-    assert_eq!(fs::read_dir(robot.at("data/network")).expect("a folder").count(), before - 1);
+    assert_eq!(fs::read_dir(robot.at("data/network")).expect("a directory").count(), before - 1);
 }
 
 #[test]
@@ -269,7 +269,7 @@ fn a_local_system_understands_every_unit() {
         let preset = robot.read("usr/lib/systemd/system-preset/10-slipway.preset");
         let enabled: Vec<&str> =
             preset.lines().filter_map(|line| line.strip_prefix("enable ")).collect();
-        // A socket is for what a local system does not have: somebody who logs in.
+        // A local system does not support sockets: it has no logins.
         let enabled: Vec<&str> = enabled.into_iter().filter(|u| u.ends_with(".service")).collect();
         for unit in &enabled {
             robot.put(&format!("etc/systemd/system/multi-user.target.wants/{unit}"), "");
@@ -299,7 +299,7 @@ const SSHD: &str = "etc/ssh/sshd_config.d/10-slipway.conf";
 
 #[test]
 fn a_release_takes_keys_only() {
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = tempfile::tempdir().expect("a directory");
     let key = folder.path().join("key");
     let made = Command::new("ssh-keygen")
         .args(["-q", "-t", "ed25519", "-N", "", "-f"])
@@ -314,7 +314,8 @@ fn a_release_takes_keys_only() {
     let mut releases = 0;
     for plan in plans() {
         let robot = Robot::new(&plan);
-        // As the server itself understands it, for somebody on the local link; with a host key of this machine.
+        // As the server itself reads it, for a client on the local link; with a host key of this
+        // machine.
         let kept = "/data/identity/ssh/ssh_host_ed25519_key";
         let settings = robot.read(SSHD);
         assert!(settings.contains(&format!("\nHostKey {kept}\n")), "{settings}");
@@ -341,7 +342,7 @@ fn a_release_takes_keys_only() {
     assert!(releases > 0, "no product is a release");
 }
 
-/// What nobody who faces the network has any business with, as docs/reference/robot.md says it of each.
+/// What services that face the network must not see, as docs/reference/robot.md lists it for each.
 fn hidden_from(unit: &str) -> &'static [&'static str] {
     match unit {
         "slipway-api.service" | "slipway-proxy.service" => &[
@@ -467,7 +468,7 @@ fn what_faces_the_network_sees_nothing_of_the_agents() {
             assert!(units.contains_key(&format!("{name}.service")), "{name} is not confined");
         }
         for (name, text) in &units {
-            // A serial console is no network.
+            // A serial console is not a network.
             let alone = values(text, "PrivateNetwork").last() == Some(&"yes")
                 || name.starts_with("serial-getty@");
             if alone || TRUSTED.iter().any(|(trusted, _)| trusted == name) {
@@ -478,12 +479,13 @@ fn what_faces_the_network_sees_nothing_of_the_agents() {
             assert!(!own(name) || most.len() == 1, "{name} has no MemoryMax");
         }
         for (name, _) in TRUSTED {
-            assert!(units.contains_key(name), "{name} is no unit any more");
+            assert!(units.contains_key(name), "{name} is not a unit any more");
         }
     }
 }
 
-/// Runs the state script with programs in the place of those that touch disks; what was called, a line each.
+/// Runs the state script with replacements of the programs that access disks; returns the calls,
+/// one for each line.
 fn state(robot: &Robot, check: &str) -> String {
     let root = robot.at("").as_str().trim_end_matches('/').to_owned();
     let calls = robot.at("calls");

@@ -103,7 +103,7 @@ fn what_sshd_reads_is_taken_and_ends_its_lines() {
             for (place, taken) in rig.everywhere(content.as_bytes()) {
                 // An overlay's file is copied as it is.
                 if place == "overlay" && content.contains(['\r', '\u{feff}']) {
-                    assert!(taken.expect_err(place).contains("line ends of Unix"));
+                    assert!(taken.expect_err(place).contains("Unix line ends"));
                     continue;
                 }
                 let taken = taken.unwrap_or_else(|error| panic!("{place}: {content:?}: {error}"));
@@ -171,12 +171,12 @@ fn options_are_those_of_sshd() {
         let path = rig.at("with-options.pub");
         fs::write(&path, &line).expect("written");
         let error = format!("{:#}", flash::seed::read_keys(&path).expect_err("options"));
-        assert!(error.contains("has options before it"), "{error}");
+        assert!(error.contains("a key has options"), "{error}");
     }
     for (options, expected) in [
-        ("robot-7", "option 1 before the key is none that sshd knows"),
-        ("restrict,no-such-thing", "option 2 before the key is none"),
-        ("command=ls", "option 1 before the key is none"),
+        ("robot-7", "sshd does not support the option 1 before the key"),
+        ("restrict,no-such-thing", "does not support the option 2 before the key"),
+        ("command=ls", "does not support the option 1 before the key"),
         ("command=\"ls", "a quote is not closed"),
         ("restrict, pty", "expected an SSH public key, found something else"),
     ] {
@@ -220,7 +220,7 @@ fn a_secret_key_gets_nowhere() {
                 assert!(!repeated, "{place} repeats the key: {error}");
             }
         }
-        // From a template, under any name, in any folder, and on a boot partition.
+        // From a template, under any name, in any directory, and on a boot partition.
         for path in [
             "overlays/plain/root/.ssh/id_ed25519",
             "overlays/plain/opt/notes.j2",
@@ -228,10 +228,10 @@ fn a_secret_key_gets_nowhere() {
         ] {
             let path = rig.at(path);
             let before = fs::read(&path).ok();
-            fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+            fs::create_dir_all(path.parent().expect("a directory")).expect("made");
             fs::write(&path, &secret).expect("written");
             let error = format!("{:#}", rig.render(&[]).expect_err("a secret key"));
-            assert!(error.contains("it holds a secret key"), "{path}: {error}");
+            assert!(error.contains("the file contains a secret key"), "{path}: {error}");
             match before {
                 Some(before) => fs::write(&path, before).expect("written"),
                 None => fs::remove_file(&path).expect("removed"),
@@ -267,17 +267,17 @@ fn what_is_no_public_key_is_refused_with_a_way_out() {
     weak.extend([0xff; 96]);
     let weak = format!("ssh-rsa {}", bundle::keys::encode_base64(&weak));
     let cases: [(&str, Vec<u8>, &str, &str); 11] = [
-        ("PuTTY's", exported("RFC4716"), "form of RFC 4716", "`ssh-keygen -i -f FILE`"),
-        ("PKCS #8", exported("PKCS8"), "form of PKCS #8", "`ssh-keygen -i -m PKCS8 -f FILE`"),
-        ("PKCS #1", exported("PEM"), "form of PKCS #1", "`ssh-keygen -i -m PEM -f FILE`"),
-        ("a certificate", certificate, ":1: it is a certificate", "cert-authority"),
-        ("cut off", cut.into_bytes(), ":1: the key is no", "copy the whole line"),
-        ("UTF-16", [vec![0xff, 0xfe], wide].concat(), "no text in UTF-8", "PowerShell"),
-        ("two on a line", good.replacen(' ', " x", 1).into_bytes(), ":1: the key is no", "copy"),
+        ("PuTTY's", exported("RFC4716"), "format of RFC 4716", "`ssh-keygen -i -f FILE`"),
+        ("PKCS #8", exported("PKCS8"), "format of PKCS #8", "`ssh-keygen -i -m PKCS8 -f FILE`"),
+        ("PKCS #1", exported("PEM"), "format of PKCS #1", "`ssh-keygen -i -m PEM -f FILE`"),
+        ("a certificate", certificate, ":1: the key is a certificate", "cert-authority"),
+        ("cut off", cut.into_bytes(), ":1: the key is not", "copy the whole line"),
+        ("UTF-16", [vec![0xff, 0xfe], wide].concat(), "not a UTF-8 text", "PowerShell"),
+        ("two on a line", good.replacen(' ', " x", 1).into_bytes(), ":1: the key is not", "copy"),
         ("a small one", weak.into_bytes(), ":1: the RSA key has less than 1024 bits", "ed25519"),
-        ("DSA", b"ssh-dss AAAAB3NzaC1kc3M= me".to_vec(), ":1: it is a DSA key", "ed25519"),
+        ("DSA", b"ssh-dss AAAAB3NzaC1kc3M= me".to_vec(), ":1: the key is a DSA key", "ed25519"),
         ("words", format!("{good}hello\n").into_bytes(), ":2: expected an SSH public key", ".pub"),
-        ("nothing", b"# nobody\n".to_vec(), "it holds no SSH key", ".pub"),
+        ("nothing", b"# none yet\n".to_vec(), "the file contains no SSH key", ".pub"),
     ];
     for (name, content, expected, help) in cases {
         for (place, taken) in rig.everywhere(&content) {

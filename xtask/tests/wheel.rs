@@ -55,34 +55,43 @@ fn each_broken_wheel_is_refused_with_its_reason() {
         (no_name, "foo-1.0.zip is not a wheel's name: expected NAME-VERSION[-BUILD]-PYTHON-ABI-PLATFORM.whl".into()),
         (strange_name, "foo-1.0-py3-none-a%y.whl is not a wheel's name: it has an empty part or an unexpected character".into()),
         (cut, "opening the archive".into()),
-        (other_name, format!("its folder is {info}, its name says bar-1.0.dist-info")),
-        (other_tag, format!("checking {info}/WHEEL: its tags are py3-none-any, the file name says cp311-cp311-linux_aarch64")),
-        (good().edit("/WHEEL", "Wheel-Version: 1.0", "Wheel-Version: 2.0"), format!("checking {info}/WHEEL: Wheel-Version is 2.0, this tool knows 1.x")),
+        (other_name, format!("the wheel has the directory {info}, but its name needs \
+         bar-1.0.dist-info")),
+        (other_tag, format!("checking {info}/WHEEL: the tags in the wheel are py3-none-any, but \
+         the file name has cp311-cp311-linux_aarch64")),
+        (good().edit("/WHEEL", "Wheel-Version: 1.0", "Wheel-Version: 2.0"), format!("checking {info}/WHEEL: Wheel-Version is 2.0, but this tool supports 1.x only")),
         (good().edit("/WHEEL", "true", "maybe"), format!("checking {info}/WHEEL: Root-Is-Purelib is Some(\"maybe\"), expected true or false")),
         (good().edit("/WHEEL", "Tag: py3-none-any", "Tag: py3"), format!("checking {info}/WHEEL: 'py3' is not a tag")),
         (without("/WHEEL"), format!("{info}/WHEEL is missing")),
         (without("/METADATA"), format!("{info}/METADATA is missing")),
-        (good().edit("/METADATA", "Name: foo", "Name: bar"), format!("checking {info}/METADATA: Name is bar, the file name says foo")),
-        (good().edit("/METADATA", "Version: 1.0", "Version: 1.1"), format!("checking {info}/METADATA: Version is 1.1, the file name says 1.0")),
+        (good().edit("/METADATA", "Name: foo", "Name: bar"), format!("checking {info}/METADATA: \
+         Name is bar, but the file name has foo")),
+        (good().edit("/METADATA", "Version: 1.0", "Version: 1.1"), format!("checking {info}/METADATA: Version is 1.1, but the file name has 1.0")),
         (good().edit("/METADATA", "\nVersion: 1.0", ""), format!("checking {info}/METADATA: Version is missing")),
         (Draft::new("foo", "Requires-Dist: not a requirement\n"), "'not a requirement' is not a requirement (PEP 508)".into()),
-        (good().with("other-2.dist-info/x", "", 0o644), "it has 2 .dist-info folders, expected one".into()),
-        (good().record(wrong_hash), format!("checking {init} with {info}/RECORD: its hash is {}", digest_text(b"__version__ = '1.0'\n"))),
+        (good().with("other-2.dist-info/x", "", 0o644), "the wheel has 2 .dist-info directories, \
+         expected one".into()),
+        (good().record(wrong_hash), format!("checking {init} with {info}/RECORD: the hash of the \
+         file is {}", digest_text(b"__version__ = '1.0'\n"))),
         (good().record(|t| t.replace("sha256=", "md5=")), "the hash 'md5' is too weak: sha256 or better is needed (PEP 427)".into()),
-        (good().record(|t| t.replace(",20\n", ",21\n")), format!("{info}/RECORD says that {init} has 21 bytes, it has 20")),
-        (good().record(|t| t.lines().skip(1).map(|l| format!("{l}\n")).collect()), format!("{init} is in the wheel and not in {info}/RECORD")),
+        (good().record(|t| t.replace(",20\n", ",21\n")), format!("{info}/RECORD gives {init} 21 \
+         bytes, but it has 20")),
+        (good().record(|t| t.lines().skip(1).map(|l| format!("{l}\n")).collect()), format!("{init} is in the wheel but not in {info}/RECORD")),
         (good().record(|t| format!("{t}foo/gone.py,sha256=x,1\n")), format!("{info}/RECORD lists foo/gone.py, which the wheel does not have")),
         (good().record(|t| format!("{t}{t}")), format!("{info}/RECORD lists {init} twice")),
         (good().record(|t| t.replace("__init__.py,sha256=", "__init__.py,,sha256=")), "expected path, hash and size, found".into()),
         (good().record(|t| format!("{t}\"open,,\n")), "a quote is not closed".into()),
         (good().record(|t| format!("{t}../x,sha256=x,1\n")), format!("{info}/RECORD lists ../x, which the wheel does not have")),
         (good().record(|t| t.replace(&digest_text(b"__version__ = '1.0'\n"), "")), format!("{info}/RECORD has no hash for {init}")),
-        (good().with("../evil.py", "", 0o644), "the path ../evil.py has the part '..', which can lead out of its folder".into()),
+        (good().with("../evil.py", "", 0o644), "the path ../evil.py has the part '..', which can \
+         lead out of its directory".into()),
         (good().with("/etc/evil", "", 0o644), "the path /etc/evil is absolute".into()),
-        (good().with("foo//x", "", 0o644), "the path foo//x has the part '', which can lead out of its folder".into()),
+        (good().with("foo//x", "", 0o644), "the path foo//x has the part '', which can lead out of \
+         its directory".into()),
         (good().with("foo\\x", "", 0o644), "has a backslash or a control character".into()),
-        (good().with("foo/link", "/etc/passwd", 0o120_777), "foo/link is a symbolic link, which a wheel cannot have".into()),
-        (twice, "it has two members named foo/a.py".into()),
+        (good().with("foo/link", "/etc/passwd", 0o120_777), "foo/link is a symbolic link, which is \
+         not allowed in a wheel".into()),
+        (twice, "the archive has two members named foo/a.py".into()),
         (good().with(&format!("{info}/entry_points.txt"), "[console_scripts]\nx = nothing\n", 0o644), format!("reading {info}/entry_points.txt: 'x = nothing' is not NAME = MODULE:FUNCTION")),
         (good().with(&format!("{info}/entry_points.txt"), "[console_scripts]\n../x = a:b\n", 0o644), "'../x = a:b' is not NAME = MODULE:FUNCTION".into()),
         (good().with(&format!("{info}/entry_points.txt"), "[gui_scripts]\nx = a:b;import os\n", 0o644), "'x = a:b;import os' is not NAME = MODULE:FUNCTION".into()),
@@ -94,7 +103,8 @@ fn each_broken_wheel_is_refused_with_its_reason() {
     }
     let bytes = good().build();
     let wrong = message(Wheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some("00")));
-    let expected = format!("its sha256 is {}, the lock says 00", hash_bytes(&bytes));
+    let expected =
+        format!("the sha256 of the wheel is {}, but the lock has 00", hash_bytes(&bytes));
     assert!(wrong.ends_with(&expected), "{wrong}");
 }
 
@@ -123,20 +133,26 @@ fn wheels_are_checked_against_the_target_and_each_other() {
         ),
         (
             vec![wheel("foo", "Requires-Python: >=3.12\n")],
-            "foo-1.0-py3-none-any.whl: foo-1.0.dist-info/METADATA: it requires Python >=3.12, the base has 3.11",
+            "foo-1.0-py3-none-any.whl: foo-1.0.dist-info/METADATA: the wheel requires Python \
+             >=3.12, but the base has 3.11",
         ),
         (
             vec![good[1].clone()],
-            "foo-1.0-py3-none-any.whl: foo-1.0.dist-info/METADATA: it requires bar>=1, neither the wheels nor the base have it",
+            "foo-1.0-py3-none-any.whl: foo-1.0.dist-info/METADATA requires bar>=1, but neither the \
+             wheels nor the base contain it",
         ),
         (
             vec![wheel("foo", "Requires-Dist: sys-tools>=4\n")],
-            "foo-1.0-py3-none-any.whl: foo-1.0.dist-info/METADATA: it requires sys-tools>=4, version 3.1 is there",
+            "foo-1.0-py3-none-any.whl: foo-1.0.dist-info/METADATA requires sys-tools>=4, but the \
+             version is 3.1",
         ),
-        (vec![wheel("foo", ""), wheel("bar", "")], "bar-1.0-py3-none-any.whl: nothing needs it"),
+        (
+            vec![wheel("foo", ""), wheel("bar", "")],
+            "bar-1.0-py3-none-any.whl: not needed by any other wheel",
+        ),
         (
             vec![wheel("bar", ""), wheel("foo", "Requires-Dist: bar[fast]\n"), wheel("baz", "")],
-            "baz-1.0-py3-none-any.whl: nothing needs it",
+            "baz-1.0-py3-none-any.whl: not needed by any other wheel",
         ),
         (
             vec![wheel("foo", ""), wheel("foo", "")],
@@ -153,7 +169,9 @@ fn wheels_are_checked_against_the_target_and_each_other() {
         wheel("foo", "Requires-Dist: bar[fast]\n"),
     ];
     verdict(&fast).unwrap();
-    assert!(message(verdict(&[fast[0].clone(), fast[2].clone()])).contains("it requires baz"));
+    assert!(
+        message(verdict(&[fast[0].clone(), fast[2].clone()])).contains("METADATA requires baz")
+    );
 }
 
 #[test]
@@ -235,7 +253,7 @@ fn the_products_lock_is_whole_and_each_contradiction_in_a_lock_is_refused() {
     let cases = [
         (
             text.replace("format = 1", "format = 2"),
-            "the lock has format 2, this tool reads format 1",
+            "the lock has format 2, but this tool reads format 1",
         ),
         (text.replace("size = ", "length = "), "unknown field `length`"),
         (text.replace(&first, "zz"), "is 'zz': expected 64 lower-case hexadecimal digits"),
@@ -254,7 +272,8 @@ fn the_products_lock_is_whole_and_each_contradiction_in_a_lock_is_refused() {
         ),
         (
             text.replace("name = \"aionotify\"", "name = \"zzz\""),
-            "the lock says 'zzz' and the file is aionotify-0.3.1-py2.py3-none-any.whl: expected the normalised name 'aionotify'",
+            "the lock has 'zzz' for the file aionotify-0.3.1-py2.py3-none-any.whl: expected the \
+             normalised name 'aionotify'",
         ),
         (format!("{}\n{block}\n{}", &text[..half], &text[half..]), "aionotify is locked twice"),
         (format!("{}\n{block}\n", text.replacen(block, "", 1)), "the wheels are not sorted: "),
@@ -267,7 +286,7 @@ fn the_products_lock_is_whole_and_each_contradiction_in_a_lock_is_refused() {
         let found = message(WheelLock::parse(&bad, "a.lock".into()));
         assert!(found.contains(expected), "expected: {expected}\nfound: {found}");
         if !found.contains("has format") {
-            // A line of the file, and what stands there.
+            // A line of the file, and its text.
             let (place, shown) = found.split_once("\n  | ").expect("a place");
             let line = place.trim_start_matches("a.lock:").split(':').next().expect("a line");
             let line: usize = line.parse().expect("a line's number");
@@ -469,7 +488,8 @@ fn walk(folder: &Utf8Path) -> BTreeMap<Utf8PathBuf, u64> {
 fn a_base_in_a_tar_is_the_same_base() {
     let scratch = tempfile::tempdir().unwrap();
     let tar = Utf8Path::from_path(scratch.path()).unwrap().join("base.tar");
-    // Without root, a few folders of other users (caches, host keys) cannot be read; Python is not in them.
+    // Without root, a few directories of other users (caches, host keys) cannot be read; Python is
+    // not in them.
     let mut pack = Command::new("tar");
     pack.args(["--ignore-failed-read", "-cf", tar.as_str(), "-C", arm64_root().as_str(), "."]);
     assert!(pack.status().unwrap().success());
@@ -494,20 +514,20 @@ fn what_cannot_be_installed_says_why() {
     let both = try_it(&[foo(), Draft::new("bar", "").with("foo/__init__.py", "", 0o644)]);
     assert!(
         both.contains(
-            "foo-1.0-py3-none-any.whl installs /usr/local/lib/python3.11/dist-packages/foo/__init__.py, \
-             which bar-1.0-py3-none-any.whl installs too, with another content"
+            "foo-1.0-py3-none-any.whl and bar-1.0-py3-none-any.whl both install \
+             /usr/local/lib/python3.11/dist-packages/foo/__init__.py, with different content"
         ),
         "{both}"
     );
     let scheme = try_it(&[Draft::new("foo", "").with("foo-1.0.data/etc/x", "", 0o644)]);
-    assert!(scheme.ends_with("foo-1.0.data/etc/x lies in the unknown scheme 'etc'"), "{scheme}");
+    assert!(scheme.ends_with("foo-1.0.data/etc/x is in the unknown scheme 'etc'"), "{scheme}");
     let loose = try_it(&[Draft::new("foo", "").with("foo-1.0.data/x", "", 0o644)]);
-    assert!(loose.ends_with("foo-1.0.data/x lies in no scheme's folder"), "{loose}");
+    assert!(loose.ends_with("foo-1.0.data/x is not in the directory of a scheme"), "{loose}");
     let mut other = locked(&[Draft::new("foo", "")], &cache);
     other.target.python = "3.12".parse().unwrap();
     let python = message(install_into(&other, &cache, &out));
     assert!(
-        python.starts_with("the wheels were locked for Python 3.12, the base has 3.11"),
+        python.starts_with("the wheels were locked for Python 3.12, but the base has 3.11"),
         "{python}"
     );
     assert!(!out.exists());
@@ -525,13 +545,13 @@ fn offline_names_what_the_cache_lacks_and_a_damaged_file_is_not_used() {
     assert_eq!(
         found,
         format!(
-            "1 of 2 wheels are not in the cache {cache}, and --offline forbids to fetch them:\n  \
+            "1 of 2 wheels are not in the cache {cache}, and --offline forbids downloads:\n  \
              foo-1.0-py3-none-any.whl\nhelp: build once without --offline"
         )
     );
     let mut short = locked(&[Draft::new("foo", "")], cache);
     short.wheels[0].size += 1;
-    assert!(message(fetch(&short, &of, true)).contains("bytes, the lock says"));
+    assert!(message(fetch(&short, &of, true)).contains("bytes, but the lock has"));
 }
 
 #[test]

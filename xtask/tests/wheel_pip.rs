@@ -25,7 +25,7 @@ const MOST_USED: &str = "tests/wheels/most-used.txt";
 /// Where the test for them is told that it runs with an index of its own beside the machine's.
 const INDEX: &str = "SLIPWAY_TEST_INDEX";
 
-/// As `pip install --target` lays out: everything below one folder.
+/// As `pip install --target` lays out: everything below one directory.
 fn beside_pip() -> InstallTarget {
     InstallTarget {
         site_packages: "/t".into(),
@@ -53,7 +53,7 @@ fn ours(wheels: Vec<Wheel>) -> anyhow::Result<Files> {
         .collect();
     let files = preview(wheels, &beside_pip(), "none")?.into_iter().map(|(path, file)| {
         let path = path.strip_prefix("t/").expect("below the target").to_owned();
-        // The name of the interpreter's folder is the interpreter's.
+        // The name of the interpreter's directory is the interpreter's.
         let path = path.replacen("include/python3/", "include/python/", 1);
         // A program names its interpreter in the first line.
         let digest = (!path.starts_with("bin/")).then_some(file.digest);
@@ -146,31 +146,35 @@ fn a_wheel_that_contradicts_itself_is_installed_as_pip_does_and_told() {
     }
     other_folder.info = "Foo-1.0.0.dist-info".into();
     let cases: Vec<(Draft, &str)> = vec![
-        (more_tags, "its tags are py3-none-any, the file name says py2-none-any, py3-none-any"),
-        (other_tag, "its tags are cp311-cp311-linux_aarch64, the file name says"),
+        (
+            more_tags,
+            "the tags in the wheel are py3-none-any, but the file name has py2-none-any, \
+             py3-none-any",
+        ),
+        (other_tag, "the tags in the wheel are cp311-cp311-linux_aarch64, but the file name has"),
         (good().edit("/WHEEL", "Tag: py3-none-any", "Tag: py3"), "'py3' is not a tag"),
         (good().edit("/WHEEL", "true", "maybe"), "Root-Is-Purelib is Some(\"maybe\")"),
         (other_folder, ""),
-        (good().record(|t| t.replace(",20\n", ",21\n")), "has 21 bytes, it has 20"),
-        (good().record(|t| t.replace("sha256=", "sha256=x")), "its hash is"),
+        (good().record(|t| t.replace(",20\n", ",21\n")), "21 bytes, but it has 20"),
+        (good().record(|t| t.replace("sha256=", "sha256=x")), "the hash of the file is"),
         (good().record(|t| t.replace("sha256=", "md5=")), "the hash 'md5' is too weak"),
         (good().record(|t| format!("{t}/usr/lib/x.py,sha256=x,1\n")), "lists /usr/lib/x.py, which"),
         (good().record(|t| format!("{t}../x,sha256=x,1\n")), "lists ../x, which"),
         (good().record(|t| format!("foo/,,\n{t}")), "lists foo/, which the wheel does not have"),
         (good().record(|t| format!("{t}{t}")), "lists foo/__init__.py twice"),
-        (good().record(|_| String::new()), "is in the wheel and not in foo-1.0.dist-info/RECORD"),
+        (good().record(|_| String::new()), "is in the wheel but not in foo-1.0.dist-info/RECORD"),
         (
             Draft::new("foo", "Requires-Python: >=3.6,\n"),
-            "Requires-Python '>=3.6,' is no version specifier; taken as '>=3.6'",
+            "Requires-Python '>=3.6,' is not a version specifier; read as '>=3.6'",
         ),
-        (Draft::new("foo", "Requires-Python: >=3.6.*\n"), "taken as '>=3.6'"),
-        (Draft::new("foo", "Requires-Python: new\n"), "passed over"),
-        (Draft::new("foo", "Requires-Dist: bar (>=1.0.*)\n"), "taken as 'bar >=1.0'"),
+        (Draft::new("foo", "Requires-Python: >=3.6.*\n"), "read as '>=3.6'"),
+        (Draft::new("foo", "Requires-Python: new\n"), "ignored"),
+        (Draft::new("foo", "Requires-Dist: bar (>=1.0.*)\n"), "read as 'bar >=1.0'"),
         (
             Draft::new("foo", "Requires-Dist: bar[x] >=1.0, ; extra == 'y'\n"),
-            "taken as 'bar[x] >=1.0 ; extra == 'y''",
+            "read as 'bar[x] >=1.0 ; extra == 'y''",
         ),
-        (Draft::new("foo", "Requires-Dist: bar (>dev)\n"), "taken as 'bar'"),
+        (Draft::new("foo", "Requires-Dist: bar (>dev)\n"), "read as 'bar'"),
         (
             good()
                 .with(&format!("{info}/entry_points.txt"), "[console_scripts]\nx = a:b\n", 0o644)
@@ -201,7 +205,7 @@ fn a_wheel_that_contradicts_itself_is_installed_as_pip_does_and_told() {
         assert!(doubts.contains(expected), "expected: {expected}\nfound: {doubts}");
         let found = differences(&ours(vec![wheel]).unwrap(), &pips(&paths, dir));
         assert!(found.is_empty(), "{expected}: {found:#?}");
-        // Nobody but the wheel itself says that these bytes are right: then it must not contradict itself.
+        // Only the wheel itself confirms these bytes: then it must not contradict itself.
         assert_eq!(draft.read().is_ok(), expected.is_empty(), "{expected}");
     }
     println!("{} wheels as pip installs them", cases.len());
@@ -217,7 +221,7 @@ fn a_python_that_does_not_fit_is_refused_however_it_is_written() {
     let verdict = |headers: &str| wheel(headers).metadata.check_python(&target());
     verdict("Requires-Python: >=3.6.*\n").unwrap();
     verdict("Requires-Python: new\n").unwrap();
-    assert!(message(verdict("Requires-Python: >=3.12.*,\n")).contains("it requires Python"));
+    assert!(message(verdict("Requires-Python: >=3.12.*,\n")).contains("the wheel requires Python"));
 }
 
 fn foo() -> Draft {
@@ -309,8 +313,9 @@ fn files_that_differ_are_told_with_both_wheels() {
     let scratch = tempfile::tempdir().unwrap();
     let paths = written(&drafts, Utf8Path::from_path(scratch.path()).unwrap());
     let found = message(ours(paths.iter().map(|path| vouched(path).unwrap()).collect()));
-    let expected = "bar-1.0-py3-none-any.whl installs /t/LICENSE, which foo-1.0-py3-none-any.whl installs too, \
-                    with another content or mode\nhelp: ";
+    let expected = "bar-1.0-py3-none-any.whl and foo-1.0-py3-none-any.whl both install /t/LICENSE, \
+     with different \
+                    content or mode\nhelp: ";
     assert!(found.contains(expected), "{found}");
 }
 
@@ -343,7 +348,10 @@ fn what_no_robot_takes_is_no_component_and_told_when_it_is_locked() {
     for (draft, refused, told) in cases {
         let lock = locked(std::slice::from_ref(&draft), &dir.join("cache"));
         let found = message(make_component(&lock, dir, "out"));
-        assert!(found.starts_with("foo-1.0-py3-none-any.whl: no robot takes it: "), "{found}");
+        assert!(
+            found.starts_with("foo-1.0-py3-none-any.whl: robots would reject this wheel: "),
+            "{found}"
+        );
         assert!(found.contains(refused) && found.contains("\nhelp: build an image"), "{found}");
         // An image does.
         install_into(&lock, &dir.join("cache"), &dir.join("out.tar")).unwrap();
@@ -353,10 +361,10 @@ fn what_no_robot_takes_is_no_component_and_told_when_it_is_locked() {
     }
 }
 
-/// Set for the process that locks under settings of a machine: its folder.
+/// Set for the process that locks under settings of a machine: its directory.
 const SETTINGS: &str = "TEST_PIP_SETTINGS";
 
-/// Settings of a user whose pip does other things; `{dir}` is a folder. Of sources they name only wheels in it.
+/// Settings of a user whose pip does other things; `{dir}` is a directory. Of sources they name only wheels in it.
 const HOSTILE: &str = "[global]
 index-url = http://127.0.0.1:9/simple
 no-index = true
@@ -425,7 +433,7 @@ fn pips_settings_say_where_from_and_nothing_else() {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, text).unwrap();
     };
-    // Without them, and without those of whoever runs the test.
+    // Without them, and without those of the user that runs the test.
     let told = |home: &str, environment: &[(&str, &str)], before: &[&str]| {
         let this = std::env::current_exe().unwrap();
         let words = [before, &[this.to_str().unwrap()]].concat();
@@ -442,7 +450,7 @@ fn pips_settings_say_where_from_and_nothing_else() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let told = std::fs::read_to_string(dir.join("told")).unwrap();
         std::fs::remove_file(dir.join("told")).unwrap();
-        // What was downloaded before is no reason to find it again.
+        // What was downloaded before must not be found again.
         std::fs::remove_dir_all(dir.join("cache")).ok();
         told
     };
@@ -464,7 +472,7 @@ fn pips_settings_say_where_from_and_nothing_else() {
     put("venv/pip.conf", &settings);
     let path = format!("{venv}/bin:{}", std::env::var("PATH").unwrap());
     let xdg = dir.join("xdg");
-    // The machine's own: this file in the place of /etc/pip.conf, seen by that process only.
+    // The machine's own: this file mounted over /etc/pip.conf, seen by that process only.
     let etc = dir.join("etc");
     std::fs::create_dir(&etc).unwrap();
     let machine = format!(
@@ -495,7 +503,7 @@ fn pips_settings_say_where_from_and_nothing_else() {
             assert!(!dir.join(made).exists(), "{name}: pip has made {made}");
         }
     }
-    // Nobody answers at the index that a file names, and no other one is asked.
+    // No server answers at the index that a file names, and no other one is asked.
     let dead = settings.replace("no-index = true\n", "retries = 0\n").replace("find-links", "#");
     put("dead/.config/pip/pip.conf", &dead);
     let refused = told("dead", &[], &[]);

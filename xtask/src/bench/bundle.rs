@@ -1,5 +1,5 @@
-//! Making a bundle, against `zstd -T0` at the same levels, `rauc bundle` and `zip`. Each contender
-//! is a process of its own, so that its peak memory is the kernel's number and not ours.
+//! Packing a bundle, compared with `zstd -T0` at the same levels, `rauc bundle` and `zip`. Each
+//! contender is a separate process, so that the kernel measures its peak memory.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
@@ -16,16 +16,16 @@ use crate::keys::Keys;
 use crate::progress;
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
-/// The first argument of a child that makes one bundle; the command line hands it to [`child`].
+/// The first argument of a child that packs one bundle; the command line passes it to [`child`].
 pub const CHILD: &str = "bench-bundle-child";
 
-/// What one contender needed.
+/// The measurements of one contender.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Row {
     /// The command, shortened.
     pub name: String,
-    /// The contender that it is compared with; itself for a yardstick.
+    /// The contender that it is compared with; itself for a reference.
     pub yardstick: String,
     /// Median seconds.
     pub seconds: f64,
@@ -35,7 +35,7 @@ pub struct Row {
     pub peak: u64,
 }
 
-/// A contender: how to run it, and the file that it makes.
+/// A contender: its command, and the file that it creates.
 struct Contender {
     name: String,
     yardstick: String,
@@ -44,12 +44,12 @@ struct Contender {
     result: Utf8PathBuf,
 }
 
-/// What to compare.
+/// The request.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The payload, a plain (perhaps sparse) file.
     pub payload: Utf8PathBuf,
-    /// A directory for results; they are removed.
+    /// A directory for results, which are removed afterwards.
     pub scratch: Utf8PathBuf,
     /// Runs of each contender, at least 3.
     pub runs: usize,
@@ -60,7 +60,7 @@ pub struct Settings {
 /// Runs all contenders, in turn within each round, and returns medians.
 ///
 /// # Errors
-/// When a contender fails. `rauc` and `zip` are left out when they are not installed.
+/// When a contender fails. `rauc` and `zip` are skipped when they are not installed.
 pub fn run(settings: &Settings) -> Result<Vec<Row>> {
     std::fs::create_dir_all(&settings.scratch)
         .with_context(|| format!("creating {}", settings.scratch))?;
@@ -102,7 +102,7 @@ pub fn run(settings: &Settings) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// The rows as a table, each with its ratios to its yardstick.
+/// The rows as a table, each with its ratios to its reference.
 pub fn table(rows: &[Row]) -> String {
     use std::fmt::Write as _;
     let mut out = format!(
@@ -131,7 +131,7 @@ fn ours(settings: &Settings, level: &str, yardstick: &str) -> Result<Contender> 
     bundle_of(&settings.payload, settings, level, name, yardstick)
 }
 
-/// Ours for payloads of several sizes: time grows with them, memory does not.
+/// Slipway with payloads of several sizes: the time grows with the size, the memory does not.
 fn sized(settings: &Settings) -> Result<Vec<Contender>> {
     let one = |mib: &u64| {
         let payload = settings.scratch.join(format!("payload-{mib}.img"));
@@ -149,8 +149,8 @@ fn bundle_of(
     name: String,
     yardstick: &str,
 ) -> Result<Contender> {
-    let program = std::env::current_exe().context("finding the program itself")?;
-    let program = Utf8PathBuf::try_from(program).context("finding the program itself")?;
+    let program = std::env::current_exe().context("finding this program")?;
+    let program = Utf8PathBuf::try_from(program).context("finding this program")?;
     let result = settings.scratch.join(format!("ours-{level}.bundle"));
     let args = [CHILD, payload.as_str(), level, result.as_str()].map(str::to_owned);
     Ok(Contender {
@@ -217,7 +217,7 @@ fn slow(settings: &Settings) -> Result<Vec<Contender>> {
     Ok(vec![zstd, ours(settings, "slow", "zstd -T0 -19")?])
 }
 
-/// A verity bundle of the one payload, compressed with zstd, signed with a throw-away certificate.
+/// A verity bundle of the one payload, compressed with zstd, signed with a temporary certificate.
 fn rauc(settings: &Settings) -> Result<Contender> {
     let input = settings.scratch.join("rauc");
     std::fs::create_dir_all(&input).with_context(|| format!("creating {input}"))?;
@@ -249,7 +249,7 @@ fn rauc(settings: &Settings) -> Result<Contender> {
     Ok(other(settings, "rauc bundle", "zstd -T0 -3", "rauc.raucb", &args))
 }
 
-/// Runs a contender to its end. What others wrote is not waiting for the disk when it starts.
+/// Runs a contender to its end. The data of earlier contenders is on the disk before it starts.
 fn measure(contender: &Contender) -> Result<(Duration, u64)> {
     rustix::fs::sync();
     let started = Instant::now();
@@ -277,7 +277,7 @@ fn measure(contender: &Contender) -> Result<(Duration, u64)> {
 }
 
 /// Watches the peak memory of a process and of its children (`rauc` works through `mksquashfs`):
-/// the kernel keeps `VmHWM` itself, so reading it now and then misses only the last moment.
+/// the kernel keeps `VmHWM` itself, so polling it misses only the last moment.
 pub(super) struct PeakWatcher {
     stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
     thread: std::thread::JoinHandle<u64>,
@@ -317,10 +317,10 @@ fn high_water(pid: u32) -> u64 {
     kib.unwrap_or(0) * 1024 + below
 }
 
-/// The child's work: one bundle of one payload, signed with a key made for the occasion.
+/// The child's work: one bundle of one payload, signed with a temporary key.
 ///
 /// # Errors
-/// When the arguments are not those that [`run`] gives, or packing fails.
+/// When the arguments are not those of [`run`], or packing fails.
 pub fn child(args: &[String]) -> Result<()> {
     let [payload, level, out] = args else {
         bail!("expected a payload, a level and an output, found {} arguments", args.len())
@@ -336,7 +336,7 @@ pub fn child(args: &[String]) -> Result<()> {
     pack(Utf8Path::new(payload), level, dir, Utf8Path::new(out))
 }
 
-/// A bundle of one payload, signed with the development key of a folder.
+/// A bundle of one payload, signed with the development key of a directory.
 pub(super) fn pack(
     payload: &Utf8Path,
     level: Level,

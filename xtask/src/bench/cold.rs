@@ -1,5 +1,6 @@
-//! From nothing, in a fresh Debian of its own: the first card image and all tests, beside what making that Debian takes, in
-//! one run. What is measured is what the README promises: its two commands, with everything that they download and install.
+//! A cold start in a fresh Debian: the first card image and all tests, compared with the time to
+//! create that Debian, in one run. Measures the README's two commands, with everything that they
+//! download and install.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,9 +15,9 @@ use crate::git;
 use crate::progress::{self, say};
 use crate::rootfs::debian::Mirrors;
 
-/// What the README asks for before its first command, and what verifies Debian's packages.
+/// The packages that the README requires before its first command, and Debian's keyring.
 const PACKAGES: &str = "build-essential,ca-certificates,git";
-/// How this machine reaches mirrors, registries and indexes.
+/// This machine's settings for mirrors, registries and indexes.
 const SETTINGS: [&str; 6] = [
     "etc/apt",
     "etc/hosts",
@@ -25,8 +26,8 @@ const SETTINGS: [&str; 6] = [
     "etc/ssl/certs",
     "usr/local/share/ca-certificates",
 ];
-/// Makes a folder the root of a mount namespace, and runs a command there with an environment of its own: with chroot(2)
-/// nothing in it could make user namespaces.
+/// Makes a directory the root of a mount namespace, and runs a command there with a separate
+/// environment: after chroot(2) it could not create user namespaces.
 const ENTER: &str = r#"set -eu
 root=$1 home=$2
 shift 2
@@ -47,22 +48,22 @@ exec env -i HOME="$home" PATH="/opt/rust/bin:/usr/sbin:/usr/bin:/sbin:/bin" TERM
 /// One line of the table.
 #[derive(Debug)]
 pub struct Row {
-    /// What was done.
+    /// The command.
     pub what: String,
     /// How long it took.
     pub took: Duration,
-    /// The most bytes that it added to the disk, at any time.
+    /// The maximum disk space that it used at any time, in bytes.
     pub disk: u64,
 }
 
-/// Measures once, in a folder that must not exist. The tests take most of the time.
+/// Measures once, in a directory that must not exist. The tests take most of the time.
 ///
 /// # Errors
-/// For another user than root; when Debian cannot be made; when one of the commands fails.
+/// When the user is not root; when Debian cannot be created; when one of the commands fails.
 pub fn run(workspace: &Utf8Path, folder: &Utf8Path) -> Result<Vec<Row>> {
     ensure!(
         rustix::process::geteuid().is_root(),
-        "the benchmark `cold` mounts a Debian of its own, so it needs root\nhelp: run it as root"
+        "the benchmark `cold` mounts a separate Debian, which needs root\nhelp: run it as root"
     );
     fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     let root = folder.join("root");
@@ -75,7 +76,7 @@ pub fn run(workspace: &Utf8Path, folder: &Utf8Path) -> Result<Vec<Row>> {
     prepare(workspace, &root)?;
     let mut rows = vec![debian];
     for command in ["build-image", "test"] {
-        say("bench", format!("cargo xtask {command}, from nothing"));
+        say("bench", format!("cargo xtask {command}, cold"));
         let words = ["--mount", "--pid", "--fork", "--kill-child", "--", "sh", "-c", ENTER, "sh"];
         rows.push(measure(&format!("cargo xtask {command}"), folder, || {
             let tool = Tool::new("unshare").with_network().args(words);
@@ -85,7 +86,7 @@ pub fn run(workspace: &Utf8Path, folder: &Utf8Path) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Brings a clone of what is committed, this machine's Rust and its settings of mirrors and registries.
+/// Copies a clone of the commit, this machine's Rust and its settings for mirrors and registries.
 fn prepare(workspace: &Utf8Path, root: &Utf8Path) -> Result<()> {
     let sysroot = Tool::new("rustc").args(["--print", "sysroot"]).read()?;
     copy(Utf8Path::new(sysroot.trim()), &root.join("opt/rust"))?;
@@ -115,7 +116,7 @@ fn copy(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
     Tool::new("cp").args(["-a", "--no-target-directory"]).arg(from).arg(to).run()
 }
 
-/// Times something, and watches how much of the disk it takes.
+/// Measures the time and the disk space of an action.
 fn measure(what: &str, folder: &Utf8Path, run: impl FnOnce() -> Result<()>) -> Result<Row> {
     let before = free_space(folder)?;
     let done = AtomicBool::new(false);
@@ -138,7 +139,7 @@ fn measure(what: &str, folder: &Utf8Path, run: impl FnOnce() -> Result<()>) -> R
     Ok(Row { what: what.to_owned(), took: started.elapsed(), disk: before - least })
 }
 
-/// The rows as a table for people; the first is the yardstick.
+/// The rows as a readable table; the first is the reference.
 pub fn table(rows: &[Row]) -> String {
     let floor = rows.first().map_or(1.0, |row| row.took.as_secs_f64());
     let mut text =

@@ -1,6 +1,6 @@
-//! Assembling a card image from ready filesystems, beside `genimage`, `cp --sparse=always` and a
-//! copy of the same extents inside the kernel. Every contender writes the same bytes to the same
-//! disk, none of them waits for the disk itself, and they take turns.
+//! Assembling a card image from finished filesystems, compared with `genimage`, `cp
+//! --sparse=always` and a copy of the same extents inside the kernel. Every contender writes the
+//! same bytes to the same disk without syncing it, and they take turns.
 
 use std::fs::File;
 use std::io::Write;
@@ -22,9 +22,9 @@ use crate::exec::{self, Tool};
 use crate::progress;
 
 const MIB: u64 = 1 << 20;
-/// Rootfs sizes, in MiB: the cost must grow with them in a straight line.
+/// Rootfs sizes, in MiB: the cost must be linear in them.
 const SIZES: [u64; 4] = [256, 512, 1024, 2048];
-/// Bytes of firmware in the boot partition, about what a Raspberry Pi needs.
+/// Bytes of firmware in the boot partition, about the size for a Raspberry Pi.
 const FIRMWARE: usize = 24 << 20;
 /// Offset of the magic number in an ext4 volume.
 const EXT4_MAGIC: u64 = 1024 + 56;
@@ -34,32 +34,32 @@ const EXT4_MAGIC: u64 = 1024 + 56;
 pub struct Row {
     /// Bytes of the rootfs image.
     pub rootfs: u64,
-    /// Bytes that the finished card image takes on disk.
+    /// The disk usage of the finished card image in bytes.
     pub written: u64,
-    /// Median seconds of a copy of the image's extents in the kernel: the yardstick.
+    /// Median seconds of a copy of the image's extents in the kernel: the reference.
     pub extent_copy: f64,
     /// Median seconds of `cp --sparse=always`.
     pub cp: f64,
     /// Median seconds of `genimage`, when it is installed.
     pub genimage: Option<f64>,
-    /// Median seconds of ours, with the FAT made and the block map written.
+    /// Median seconds of Slipway, including the FAT and the block map.
     pub ours: f64,
-    /// Median seconds of summing the rootfs for the block map, which the compose stage does once on all
-    /// cores; the others make no block map.
+    /// Median seconds for the rootfs's checksums in the block map, which the compose stage does
+    /// once on all cores; the others create no block map.
     pub sum: f64,
 }
 
-/// Measures, with `repeats` turns for each contender, in a folder on the disk to be measured.
+/// Measures, with `repeats` turns for each contender, in a directory on the disk to be measured.
 ///
 /// # Errors
-/// When a contender fails or the folder has no room for about 8 GiB.
+/// When a contender fails or the directory has less than about 8 GiB of free space.
 pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<Row>> {
     ensure!(repeats > 0, "a measurement needs at least one turn");
     std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     SIZES.iter().map(|&mib| measure(rootfs, folder, mib * MIB, repeats)).collect()
 }
 
-/// The rows as a table for people.
+/// The rows as a readable table.
 pub fn table(rows: &[Row]) -> String {
     let mut text = String::from(
         "rootfs    on disk   extent copy   cp --sparse     genimage        ours            sums\n",
@@ -85,14 +85,15 @@ fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> R
     cut(rootfs, &root, size)?;
     let ours = folder.join("ours.img");
     let spec = spec(sum(&root)?, size)?;
-    // The first turn warms the page cache for everybody and makes what the copies copy.
+    // The first turn fills the page cache for all contenders and creates the source of the copies.
     assemble(&spec, &ours)?;
     let genimage = exec::find("genimage");
     if genimage.is_some() {
         prepare_genimage(folder, &ours)?;
     }
-    // Who starts changes with each turn: memory that nobody touched for a while is slower to write
-    // (a virtual machine gives it back to its host), and would be charged to the same contender.
+    // The first contender changes with each turn: writing to memory that was unused for a while is
+    // slower (a virtual machine returns it to its host), and would always affect the same
+    // contender.
     let mut times: [Vec<f64>; 5] = Default::default();
     let (copy, again) = (folder.join("copy.img"), folder.join("again.img"));
     for turn in 0..repeats {
@@ -131,8 +132,8 @@ fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> R
     })
 }
 
-/// The time of `work`, which writes `out`. What earlier turns have left to write is written first,
-/// outside the measured time: else it would be charged to the next contender.
+/// The time of `work`, which writes `out`. Data of earlier turns is written first, outside of the
+/// measured time: else it would slow down the next contender.
 fn timed(out: &Utf8Path, work: impl FnOnce() -> Result<()>) -> Result<f64> {
     Tool::new("sync").run()?;
     let start = Instant::now();
@@ -152,7 +153,7 @@ fn allocated(path: &Utf8Path) -> Result<u64> {
     Ok(std::fs::metadata(path)?.blocks() * 512)
 }
 
-/// Makes a rootfs image of this size from a real one: its start, or several of it in a row.
+/// Makes a rootfs image of this size from a real one: its start, or several copies in a row.
 pub(super) fn cut(rootfs: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
     let source = File::open(rootfs).with_context(|| format!("opening {rootfs}"))?;
     let whole = source.metadata()?.len();
@@ -162,7 +163,7 @@ pub(super) fn cut(rootfs: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
         extents(&source, &target, start, (size - start).min(whole))?;
     }
     if size < whole {
-        // A cut volume is no volume any more; it counts as bytes.
+        // A truncated volume is not a valid filesystem; it is only data.
         target.write_all_at(&[0, 0], EXT4_MAGIC)?;
     }
     Ok(())
@@ -222,7 +223,7 @@ pub(super) fn spec(root: Summed, size: u64) -> Result<DiskSpec> {
         ],
     })
     .map_err(|findings| anyhow::anyhow!(findings.join("\n")))?;
-    // Bytes that are not zero anywhere, so that every contender writes all of them.
+    // Nonzero bytes, so that every contender writes all of them.
     let firmware = (0..FIRMWARE).map(|n| (n % 251) as u8 | 1).collect();
     let fat = Content::Fat {
         label: "BOOT".to_owned(),
@@ -250,7 +251,7 @@ pub(super) fn spec(root: Summed, size: u64) -> Result<DiskSpec> {
     })
 }
 
-/// Gives genimage a finished FAT volume (ours), so that it only has to place it.
+/// Gives genimage a finished FAT volume (ours), so that it only has to copy it.
 fn prepare_genimage(folder: &Utf8Path, ours: &Utf8Path) -> Result<()> {
     let input = folder.join("genimage-in");
     for path in [&input, &folder.join("genimage-root")] {

@@ -1,5 +1,5 @@
-//! Flashing a card image to a file and to a loop device, beside `cp --sparse=always`, `dd` and
-//! `bmaptool copy`. Everybody's time ends when all is on the disk, and they take turns.
+//! Flashing a card image to a file and to a loop device, compared with `cp --sparse=always`, `dd`
+//! and `bmaptool copy`. The time of each ends when everything is on the disk, and they take turns.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -21,7 +21,7 @@ use crate::progress::say;
 /// Bytes of a slot, as on the boards.
 const SLOT: u64 = 1 << 30;
 
-/// What is measured. `cp` is the yardstick; it and `dd` write every byte of a device that is no file.
+/// What is measured. `cp` is the reference; `cp` and `dd` write every byte of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 enum Who {
     Cp,
@@ -71,11 +71,11 @@ pub struct Row {
     seconds: f64,
 }
 
-/// Measures, with `repeats` turns for each contender, in a folder on the disk to be measured. Where
-/// there are no loop devices only the file is measured.
+/// Measures, with `repeats` turns for each contender, in a directory on the disk to be measured.
+/// Without loop devices only the file is measured.
 ///
 /// # Errors
-/// When a contender fails or the folder has no room for about 6 GiB.
+/// When a contender fails or the directory has less than about 6 GiB of free space.
 pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<Row>> {
     ensure!(repeats > 0, "a measurement needs at least one turn");
     std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
@@ -90,12 +90,12 @@ pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<R
             &Bench { target: "loop device", image: &image, size, folder },
             repeats,
         )?),
-        Err(why) => say("bench", format!("no loop device is measured: {why:#}")),
+        Err(why) => say("bench", format!("skipping the loop device: {why:#}")),
     }
     Ok(rows)
 }
 
-/// The rows as a table for people.
+/// The rows as a readable table.
 pub fn table(rows: &[Row]) -> String {
     let of = |target: &str, who: Who| {
         rows.iter().find(|r| r.target == target && r.who == who).map_or(f64::NAN, |r| r.seconds)
@@ -133,7 +133,7 @@ struct Bench<'a> {
 
 fn measure(bench: &Bench<'_>, repeats: usize) -> Result<Vec<Row>> {
     let mut times: [Vec<f64>; ALL.len()] = Default::default();
-    // The first turn of all warms the page cache for everybody, and counts for nobody.
+    // The first turn fills the page cache for all contenders and is not measured.
     bench.turn(Who::Cp)?;
     for turn in 0..repeats {
         for contender in 0..ALL.len() {
@@ -151,7 +151,7 @@ fn measure(bench: &Bench<'_>, repeats: usize) -> Result<Vec<Row>> {
 }
 
 impl Bench<'_> {
-    /// One turn on a fresh target: its seconds until all is on the disk.
+    /// One turn on a fresh target: its seconds until everything is on the disk.
     fn turn(&self, who: Who) -> Result<f64> {
         let file = self.folder.join("target");
         File::create(&file)?.set_len(self.size)?;
@@ -202,13 +202,13 @@ impl Bench<'_> {
             Who::Ours => ours(image, &["--no-read-back"]),
             Who::Read => self.read(target.into()),
             Who::OursReadBack => ours(image, &[]),
-            // Unpacks all of it, and writes it nowhere: not even into a pipe.
+            // Unpacks everything without writing the output, not even to a pipe.
             Who::Unpack => Tool::new("zstd").args(["--test", "--quiet", packed.as_str()]).run(),
             Who::OursUnpacking => ours(packed.as_str(), &["--no-read-back"]),
         }
     }
 
-    /// Reads every mapped byte from the medium itself: what no read-back can do without.
+    /// Reads every mapped byte from the medium itself: the minimum for any verification.
     fn read(&self, target: &Utf8Path) -> Result<()> {
         let direct = i32::try_from(OFlags::DIRECT.bits())?;
         let file = File::options().read(true).custom_flags(direct).open(target)?;

@@ -1,6 +1,7 @@
-//! Installing a bundle into a slot, every block proven, against `zstd -dc | dd`, `swupdate` and `fwup`
-//! on the same target; then our peak memory for payloads of several sizes, and what an update writes
-//! that changes one block in a hundred. Every contender is a process of its own.
+//! Installing a bundle into a slot, with every block verified, compared with `zstd -dc | dd`,
+//! `swupdate` and `fwup` on the same target; then our peak memory for payloads of several sizes,
+//! and the written bytes of an update that changes one block in a hundred. Every contender is a
+//! separate process.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -22,7 +23,7 @@ const MIB: u64 = 1 << 20;
 /// Payload sizes for the peak memory, in MiB.
 pub(super) const SIZES: [u64; 4] = [256, 512, 1024, 2048];
 
-/// What one contender needed for a full install.
+/// The measurements of one contender for a full install.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Row {
@@ -30,17 +31,17 @@ pub struct Row {
     pub name: String,
     /// Median seconds until everything is on the disk.
     pub seconds: f64,
-    /// Median seconds of reading it back from the disk, where the contender does that.
+    /// Median seconds of reading it back from the disk, if the contender does that.
     pub read_back: Option<f64>,
     /// Peak resident memory in bytes, the largest of all turns.
     pub peak: u64,
 }
 
-/// Our install of a payload of some size.
+/// An install of a payload by Slipway.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Sized {
-    /// What was installed over what.
+    /// The description of the install.
     pub name: String,
     /// Bytes of the payload.
     pub size: u64,
@@ -57,13 +58,13 @@ pub struct Sized {
 /// All results.
 #[derive(Debug, Clone, Serialize)]
 pub struct Results {
-    /// Full installs side by side; the first is the yardstick.
+    /// Full installs of all contenders; the first is the reference.
     pub full: Vec<Row>,
-    /// Ours alone.
+    /// Installs by Slipway.
     pub sized: Vec<Sized>,
 }
 
-/// What `slotd install --format json` says; other fields are passed over.
+/// The output of `slotd install --format json`; other fields are ignored.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Outcome {
@@ -72,17 +73,17 @@ struct Outcome {
     read_back_ms: u64,
 }
 
-/// Measures with `turns` turns for each contender, in a folder on the disk to be measured.
+/// Measures with `turns` turns for each contender, in a directory on the disk to be measured.
 ///
 /// # Errors
-/// When a contender fails. `swupdate` and `fwup` are left out when they are not installed.
+/// When a contender fails. `swupdate` and `fwup` are skipped when they are not installed.
 pub fn run(payload: &Utf8Path, folder: &Utf8Path, turns: usize) -> Result<Results> {
     std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     let bench = Bench::new(folder)?;
     Ok(Results { full: bench.full(payload, turns.max(3))?, sized: bench.sized(payload)? })
 }
 
-/// The results as tables for people.
+/// The results as readable tables.
 pub fn table(results: &Results) -> String {
     use std::fmt::Write as _;
     let mut out =
@@ -122,7 +123,7 @@ pub fn table(results: &Results) -> String {
     out
 }
 
-/// A program that is started with these arguments, and reads this.
+/// A program with its arguments and its standard input.
 struct Call {
     program: String,
     args: Vec<String>,
@@ -147,7 +148,7 @@ impl Bench {
             .args(["metadata", "--format-version=1", "--no-deps", "--offline"])
             .read()?;
         let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
-        let target = metadata["target_directory"].as_str().context("cargo names no folder")?;
+        let target = metadata["target_directory"].as_str().context("cargo names no directory")?;
         let slotd = Utf8Path::new(target).join("release/slotd");
         Ok(Self { folder: folder.to_owned(), slotd })
     }
@@ -159,7 +160,7 @@ impl Bench {
         Ok(out)
     }
 
-    /// A robot on files: slot a runs, slot b is `target`, of `size` bytes.
+    /// A simulated robot on files: slot a runs, slot b is `target`, of `size` bytes.
     fn robot(&self, target: &Utf8Path, size: u64) -> Result<Utf8PathBuf> {
         let root = self.folder.join("fake-root");
         if root.exists() {
@@ -230,7 +231,7 @@ impl Bench {
         for turn in 0..turns {
             for ((name, call), row) in contenders.iter().zip(&mut rows) {
                 progress::say("bench", format!("turn {} of {turns}: {name}", turn + 1));
-                // Every turn finds the same blocks allocated, with another system in them.
+                // Every turn starts with the same blocks allocated, which contain another system.
                 Tool::new("cp").args(["--sparse=never", old.as_str(), target.as_str()]).run()?;
                 let ours;
                 let call = if call.program.is_empty() {
@@ -291,7 +292,7 @@ impl Bench {
         let outcome: Outcome =
             serde_json::from_str(&output).with_context(|| format!("reading `{output}`"))?;
         let read_back = outcome.read_back_ms as f64 / 1000.0;
-        ensure!(outcome.write_ms > 0, "the agent says that it took no time");
+        ensure!(outcome.write_ms > 0, "the agent reported a time of zero");
         Ok(Sized {
             name,
             size,
@@ -302,7 +303,7 @@ impl Bench {
         })
     }
 
-    /// A signed update of the raw image, as swupdate's manual makes it.
+    /// A signed update of the raw image, as in swupdate's manual.
     fn swupdate(&self, packed: &Utf8Path, target: &Utf8Path) -> Result<Call> {
         let folder = self.folder.join("swupdate");
         std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
@@ -347,7 +348,7 @@ impl Bench {
     }
 }
 
-/// Runs a contender to its end, and until what it wrote is on the disk.
+/// Runs a contender to its end, and until its data is on the disk.
 fn measure(name: &str, call: &Call) -> Result<(f64, u64, String)> {
     rustix::fs::sync();
     let started = Instant::now();
@@ -373,7 +374,7 @@ fn measure(name: &str, call: &Call) -> Result<(f64, u64, String)> {
     Ok((seconds, peak, String::from_utf8_lossy(&output.stdout).into_owned()))
 }
 
-/// A system of the same shape with other contents: what is not zero in the payload is noise.
+/// A system of the same shape with other contents: nonzero blocks of the payload become noise.
 fn another_system(payload: &Utf8Path, out: &Utf8Path) -> Result<()> {
     Tool::new("cp").args(["--sparse=never", payload.as_str(), out.as_str()]).run()?;
     let (from, to) = (File::open(payload)?, OpenOptions::new().write(true).open(out)?);
@@ -402,7 +403,7 @@ fn change(path: &Utf8Path, size: u64) -> Result<()> {
     file.sync_all().with_context(|| format!("writing {path}"))
 }
 
-/// The payload, cut to a size or repeated up to it; each repetition has other bytes.
+/// The payload, cut to a size or repeated up to it; each repetition has different bytes.
 pub(super) fn cut(payload: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
     let from = File::open(payload)?;
     let length = from.metadata()?.len();

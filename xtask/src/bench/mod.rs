@@ -1,4 +1,5 @@
-//! Benchmarks: our stages beside the usual tools, in one run, as ratios. Never a timed test.
+//! Benchmarks: compare our stages with the usual tools in one run, as ratios. Tests never depend on
+//! times.
 
 pub mod bundle;
 pub mod cold;

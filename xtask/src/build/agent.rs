@@ -16,13 +16,13 @@ use crate::rootfs::debian::{Mirrors, PackagesLock, Policy, compiler};
 use crate::sbom::{Component, Origin};
 use crate::wheel::metadata::License;
 
-/// Raised when compiling changes what it makes.
+/// Raised when compilation changes its output.
 const AGENT_VERSION: u32 = 2;
-/// The package, which is also the binary's name.
+/// The package, which is also the name of the binary.
 pub const PACKAGE: &str = "slotd";
-/// Where the compiler's lock lies in the workspace; `cargo xtask lock` makes it.
+/// The path of the compiler's lock in the workspace; `cargo xtask lock` creates it.
 pub const LOCK: &str = "slotd/compiler.lock";
-/// Everything that is compiled, besides what `Cargo.lock` names.
+/// The sources that are compiled, besides the crates in `Cargo.lock`.
 pub const SOURCES: [&str; 6] = [
     "Cargo.lock",
     "Cargo.toml",
@@ -37,9 +37,9 @@ pub const SOURCES: [&str; 6] = [
 pub struct Agent {
     /// The binary.
     pub binary: Artifact,
-    /// Which compiler made it.
+    /// The compiler that built it.
     pub compiler: String,
-    /// The agent and the crates in it, for the bill of materials.
+    /// The agent and its crates, for the bill of materials.
     pub components: Vec<Component>,
 }
 
@@ -50,11 +50,11 @@ impl Agent {
     }
 }
 
-/// The names that one architecture has.
+/// The names of an architecture.
 struct Architecture {
     /// Rust's target.
     triple: &'static str,
-    /// The program that links for it on another machine.
+    /// The cross linker for it.
     cross: &'static str,
 }
 
@@ -63,7 +63,7 @@ fn architecture(arch: &str) -> Result<Architecture> {
         "arm64" => {
             Ok(Architecture { triple: "aarch64-unknown-linux-gnu", cross: "aarch64-linux-gnu-gcc" })
         }
-        other => bail!("the agent cannot be compiled for `{other}`; known is arm64"),
+        other => bail!("the agent cannot be compiled for `{other}`; only arm64 is supported"),
     }
 }
 
@@ -122,7 +122,7 @@ pub fn agent(build: &mut Build<'_>) -> Result<Agent> {
             compile(build, cargo, &target, (!native).then_some(linker), &into)?;
             let made = into.join(target.triple).join("release").join(PACKAGE);
             let content = std::fs::read(&made).with_context(|| format!("reading {made}"))?;
-            check_static(&content).with_context(|| format!("looking at {made}"))?;
+            check_static(&content).with_context(|| format!("reading the metadata of {made}"))?;
             let path = dir.join(PACKAGE);
             write_atomically(&path, |out| Ok(out.write_all(&content)?))?;
             let components = components(build, &target)?;
@@ -131,7 +131,7 @@ pub fn agent(build: &mut Build<'_>) -> Result<Agent> {
     )
 }
 
-/// The machine's own compiler, in its words, when it has the target.
+/// The version of the machine's own compiler, if it supports the target.
 fn own_compiler(triple: &str) -> Option<String> {
     let ask = |arguments: &[&str]| Tool::new("rustc").args(arguments).read().ok();
     let folder = ask(&["--print", "target-libdir", "--target", triple])?;
@@ -152,7 +152,7 @@ fn key(build: &Build<'_>, target: &Architecture, linker: &str, compiler: &str) -
         .with_json("sources", &sources)
 }
 
-/// Hashes a file, or all files below a folder.
+/// Hashes a file, or all files below a directory.
 fn collect(
     root: &Utf8Path,
     path: &Utf8Path,
@@ -170,7 +170,8 @@ fn collect(
     Ok(())
 }
 
-/// Fetches the locked compiler; the new lock when the mirror no longer had all of it.
+/// Fetches the locked compiler; returns a new lock when the mirror no longer had all of its
+/// packages.
 fn fetch(build: &Build<'_>, lock: &PackagesLock, path: &Utf8Path) -> Result<Option<PackagesLock>> {
     build.require_tools()?;
     let fetcher = Fetcher::of(build.cache, build.options.offline)?;
@@ -180,7 +181,7 @@ fn fetch(build: &Build<'_>, lock: &PackagesLock, path: &Utf8Path) -> Result<Opti
     let Some((new, replaced)) = fetched else { return Ok(None) };
     let names: Vec<_> = replaced.iter().map(|r| r.name.as_str()).collect();
     warn(format!(
-        "the mirror no longer has the locked compiler; replaced, and {LOCK} rewritten: {}",
+        "the mirror no longer has the locked compiler; replaced it and updated {LOCK}: {}",
         names.join(", ")
     ));
     new.save(path)?;
@@ -201,13 +202,14 @@ fn compile(
             .env(&format!("CARGO_TARGET_{variable}_LINKER"), linker)
             .env(&format!("CC_{}", variable.to_lowercase()), linker);
     }
-    // Where sources lie must not show in the binary.
+    // The binary must not contain the paths of sources.
     let flags = [
         "-Ctarget-feature=+crt-static".to_owned(),
         format!("--remap-path-prefix={}=/slipway", build.root),
         format!("--remap-path-prefix={home}=/cargo"),
     ];
-    // The crate `cc` splits these as a shell would (its variable below), so folders may have spaces.
+    // The crate `cc` splits these like a shell (its variable below), so directories may contain
+    // spaces.
     let quoted = |flag: String| format!("'{}'", flag.replace('\'', r"'\''"));
     let c_flags = [
         quoted(format!("-ffile-prefix-map={home}=/cargo")),
@@ -237,17 +239,17 @@ fn compile(
         .with_context(|| format!("compiling {PACKAGE} for {}", target.triple))
 }
 
-/// What cargo says of the crates that are compiled in: all that the agent needs, but not what only
-/// builds them (build scripts, procedural macros).
+/// The metadata of the crates in the agent: all its dependencies, except those that are only used
+/// to build it (build scripts, procedural macros).
 fn components(build: &Build<'_>, target: &Architecture) -> Result<Vec<Component>> {
-    // Everything was fetched to be compiled.
+    // All crates were already fetched for the compilation.
     let text = Tool::cargo()
         .args(["metadata", "--format-version=1", "--locked", "--offline"])
         .args(["--filter-platform", target.triple])
         .current_dir(build.root)
         .read()
-        .context("asking cargo for the agent's crates")?;
-    let graph: Metadata = serde_json::from_str(&text).context("reading what cargo says")?;
+        .context("reading the agent's crates from cargo")?;
+    let graph: Metadata = serde_json::from_str(&text).context("parsing the output of cargo")?;
     let packages: BTreeMap<&str, &Package> =
         graph.packages.iter().map(|package| (package.id.as_str(), package)).collect();
     let nodes: BTreeMap<&str, &Node> =
@@ -277,13 +279,15 @@ fn components(build: &Build<'_>, target: &Architecture) -> Result<Vec<Component>
         })
     };
     let first = graph.packages.iter().find(|package| package.name == PACKAGE);
-    let mut waiting = vec![first.context("cargo does not know the agent")?.id.as_str()];
+    let mut waiting =
+        vec![first.context("the output of cargo does not contain the agent")?.id.as_str()];
     let mut found = BTreeMap::new();
     while let Some(id) = waiting.pop() {
         if found.contains_key(id) {
             continue;
         }
-        let mut this = component(id).with_context(|| format!("cargo does not describe {id}"))?;
+        let mut this =
+            component(id).with_context(|| format!("the output of cargo does not describe {id}"))?;
         this.depends_on =
             needs(id).into_iter().filter_map(|id| Some(component(id)?.purl())).collect();
         found.insert(id, this);
@@ -292,7 +296,7 @@ fn components(build: &Build<'_>, target: &Architecture) -> Result<Vec<Component>
     Ok(found.into_values().collect())
 }
 
-/// The part of `cargo metadata` that counts here (The Cargo Book, "cargo-metadata(1)").
+/// The part of `cargo metadata` that is used here (The Cargo Book, "cargo-metadata(1)").
 #[derive(Deserialize)]
 struct Metadata {
     packages: Vec<Package>,
@@ -337,7 +341,7 @@ struct DependencyKind {
     kind: Option<String>,
 }
 
-/// Refuses an ELF that asks for a dynamic loader: the robot's libraries are not this machine's.
+/// Rejects an ELF that needs a dynamic loader: the robot's libraries are not this machine's.
 fn check_static(content: &[u8]) -> Result<()> {
     /// `PT_INTERP` (System V ABI, chapter 5, "Program Header"): names the dynamic loader.
     const INTERPRETER: u32 = 3;
@@ -351,13 +355,13 @@ fn check_static(content: &[u8]) -> Result<()> {
         (0..count).map(|n| u32::try_from(number(offset + n * size, 4)?).ok()).collect()
     };
     if !content.starts_with(b"\x7fELF\x02\x01") {
-        bail!("it is no 64-bit ELF");
+        bail!("not a 64-bit ELF file");
     }
-    let headers = headers().context("its program headers are cut off")?;
+    let headers = headers().context("the program headers are truncated")?;
     if headers.contains(&INTERPRETER) {
         bail!(
-            "it is not static\n\
-             help: the C library's static part is missing; on Debian it is in libc6-dev-arm64-cross"
+            "the program is not statically linked\n\
+             help: install the static C library (on Debian: libc6-dev-arm64-cross)"
         );
     }
     Ok(())

@@ -1,11 +1,11 @@
-//! Names for nodes of a finished device tree: U-Boot counts a board's cards by them, and the kernel's own trees lack some.
-//! The form is that of the Devicetree Specification 0.4, chapter 5.
+//! Aliases for nodes of a finished device tree: U-Boot numbers a board's cards by them, and the
+//! kernel's own trees lack some. The format is in the Devicetree Specification 0.4, chapter 5.
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// First word of a tree.
+/// The magic number of a tree.
 const MAGIC: u32 = 0xd00d_feed;
-/// Begin of a node, its end, a property, nothing (section 5.4.1).
+/// The tokens: begin of a node, end of a node, property, no operation (section 5.4.1).
 const BEGIN_NODE: u32 = 1;
 const END_NODE: u32 = 2;
 const PROPERTY: u32 = 3;
@@ -14,7 +14,7 @@ const NOP: u32 = 4;
 /// Bytes of the header.
 const HEADER: usize = 40;
 
-/// A tree, apart: what precedes the two blocks that change, and these.
+/// A parsed tree: the part before the two blocks that change, and these blocks.
 struct Tree<'a> {
     header: [u32; 10],
     reserved: &'a [u8],
@@ -24,7 +24,7 @@ struct Tree<'a> {
 
 fn word(bytes: &[u8], at: usize) -> Result<u32> {
     let part = bytes.get(at..).and_then(|rest| rest.first_chunk::<4>());
-    Ok(u32::from_be_bytes(*part.context("the tree ends too early")?))
+    Ok(u32::from_be_bytes(*part.context("the device tree is truncated")?))
 }
 
 impl<'a> Tree<'a> {
@@ -35,12 +35,12 @@ impl<'a> Tree<'a> {
         }
         let [magic, _, structure, strings, reserved, _, _, _, strings_size, structure_size] =
             header;
-        ensure!(magic == MAGIC, "this is no device tree");
+        ensure!(magic == MAGIC, "not a device tree");
         let part = |at: u32, size: u32| {
             let part = blob.get(at as usize..).and_then(|rest| rest.get(..size as usize));
-            part.context("a block lies outside of the tree")
+            part.context("a block is outside of the device tree")
         };
-        ensure!(structure >= reserved, "the tree's blocks are in another order than dtc's");
+        ensure!(structure >= reserved, "the blocks of the device tree are not in the order of dtc");
         Ok(Self {
             header,
             reserved: part(reserved, structure - reserved)?,
@@ -49,7 +49,7 @@ impl<'a> Tree<'a> {
         })
     }
 
-    /// Where the node `/aliases` has its properties, and all its nodes' paths.
+    /// The place of the properties of the node `/aliases`, and the paths of all nodes.
     fn walk(&self) -> Result<(Option<usize>, Vec<String>)> {
         let (mut at, mut path, mut aliases) = (0, Vec::new(), None);
         let mut nodes = Vec::new();
@@ -59,7 +59,8 @@ impl<'a> Tree<'a> {
             match token {
                 BEGIN_NODE => {
                     let rest = self.structure.get(at..).unwrap_or_default();
-                    let end = rest.iter().position(|b| *b == 0).context("a name without an end")?;
+                    let end =
+                        rest.iter().position(|b| *b == 0).context("a name is not terminated")?;
                     let name = std::str::from_utf8(&rest[..end])?;
                     at += (end + 1).next_multiple_of(4);
                     path.push(name);
@@ -78,7 +79,7 @@ impl<'a> Tree<'a> {
                     at += 8 + (word(self.structure, at)? as usize).next_multiple_of(4);
                 }
                 NOP => {}
-                other => bail!("the tree has the token {other}"),
+                other => bail!("the device tree has the unknown token {other}"),
             }
         }
     }
@@ -87,7 +88,7 @@ impl<'a> Tree<'a> {
 /// Adds `name=/path` for each of `aliases` to the node `/aliases` of a tree.
 ///
 /// # Errors
-/// When it is no tree, has no such node, or a path leads to no node of it.
+/// When the bytes are not a tree, it has no such node, or a path is not a node of it.
 pub fn add(blob: &[u8], aliases: &[String]) -> Result<Vec<u8>> {
     let tree = Tree::read(blob)?;
     let (place, nodes) = tree.walk()?;
@@ -125,7 +126,7 @@ pub fn add(blob: &[u8], aliases: &[String]) -> Result<Vec<u8>> {
 mod tests {
     use super::*;
 
-    /// `/ { aliases { }; card@1 { }; };`, as dtc writes it.
+    /// `/ { aliases { }; card@1 { }; };`, in the output format of dtc.
     fn tree() -> Vec<u8> {
         let mut structure = Vec::new();
         let mut node = |name: &str| {
@@ -183,7 +184,7 @@ mod tests {
         assert_eq!(refused(&tree(), "mmc0"), "an alias is written `name=/path`");
         assert_eq!(
             refused(b"nothing of the kind, but long enough for a header", "a=/"),
-            "this is no device tree"
+            "not a device tree"
         );
         for end in 0..tree().len() - 4 {
             add(&tree()[..end], &["mmc0=/card@1".to_owned()]).expect_err("cut short");

@@ -1,4 +1,4 @@
-//! The stages `base` and `api`: what the engine makes, and the wheels installed for it.
+//! The stages `base` and `api`: the engine's result, and the wheels installed for it.
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -23,23 +23,23 @@ use crate::wheel::base::BaseSource;
 use crate::wheel::target::Target;
 use crate::wheel::{self, BasePython, InstallRequest, InstallTarget, Installed, WheelLock};
 
-/// Raised when the engine's code changes what it makes.
+/// Raised when a change of the engine's code changes its output.
 const BASE_VERSION: u32 = 1;
-/// Raised when installing packages changes what it makes.
+/// Raised when a change of the installation of packages changes its output.
 const ROOT_VERSION: u32 = 2;
-/// Raised when installing wheels changes what it makes.
+/// Raised when a change of the installation of wheels changes its output.
 const API_VERSION: u32 = 1;
 
 /// The base system.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Base {
-    /// What the engine made.
+    /// The engine's result.
     pub system: BaseSystem,
     /// Packages that the mirror no longer had.
     pub replaced: Vec<Replaced>,
-    /// The time that the base's files carry: the lock's, so that a commit rebuilds nothing.
+    /// The time of the base's files: the lock's time, so that a commit does not rebuild the base.
     pub epoch: u64,
-    /// The stage's key, which stands for its content.
+    /// The stage's key, which identifies its content.
     pub key: String,
 }
 
@@ -49,7 +49,7 @@ impl Base {
         self.system.files()
     }
 
-    /// The stage in a line.
+    /// A summary of the stage in one line.
     pub(super) fn describe(&self) -> String {
         let BaseSystem { packages, rootfs_bytes, kernel_release, .. } = &self.system;
         format!(
@@ -63,7 +63,7 @@ impl Base {
 /// The installed wheels.
 pub type Wheels = Installed;
 
-/// The packages that a product and its boards ask for.
+/// The packages that a product and its boards request.
 pub fn package_spec(config: &Config) -> DebianSpec {
     let rootfs = &config.product.rootfs;
     DebianSpec {
@@ -81,7 +81,7 @@ fn source_spec(source: SourcePlan) -> SourceSpec {
     SourceSpec { name, suite, components, packages }
 }
 
-/// Where packages come from on this machine, with the product's further archives.
+/// This machine's sources of packages, with the product's additional archives.
 ///
 /// # Errors
 /// As [`Mirrors::from_host`].
@@ -177,7 +177,7 @@ pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<Tar
                         "the package lock has no {name}\nhelp: add python3 to `rootfs.packages`"
                     )
                 })?;
-                // Debian's revision does not count: `3.11.2-1+b1`.
+                // Debian's revision is ignored: `3.11.2-1+b1`.
                 Ok::<_, anyhow::Error>(package.version.split('-').next().unwrap_or("").to_owned())
             };
             (version("python3")?, format!("glibc {}", version("libc6")?))
@@ -207,7 +207,7 @@ pub(super) fn prune_rules(build: &Build<'_>) -> Result<PruneRules> {
 fn key(build: &Build<'_>, lock: &PackagesLock) -> Result<Key> {
     let board = &build.plan.board;
     Key::new("base", BASE_VERSION)
-        // What is installed is in it.
+        // The installed packages are a part of the key.
         .with("root", ROOT_VERSION.to_string())
         .with_json("lock", lock)?
         .with_json("prune", &prune_rules(build)?)?
@@ -220,7 +220,8 @@ fn key(build: &Build<'_>, lock: &PackagesLock) -> Result<Key> {
 /// The stage `base`.
 ///
 /// # Errors
-/// A lock that is not the product's; no network; a package that cannot be had; a failing engine.
+/// A lock that does not match the product; no network; a package that is not available; a failing
+/// engine.
 pub fn base(build: &mut Build<'_>) -> Result<Base> {
     let path = build.plan.rootfs.lock.clone().context("the engine debian has a package lock")?;
     let full = build.root.join(&path);
@@ -245,7 +246,7 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
             Some(fetched) => fetched,
             None => fetch(build, &lock)?,
         };
-        // Fetched with the packages, so that what comes later needs no network.
+        // Fetched with the packages, so that the later stages need no network.
         host_tool(build, &lock)?;
         let board = &build.plan.board;
         let log = build.log("base");
@@ -270,7 +271,7 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
     })
 }
 
-/// The installed packages, before anything of a board: kept on its own, so that all boards of a
+/// The installed packages, without any files for a board: a separate stage, so that all boards of a
 /// product share the slowest step.
 fn root(
     build: &Build<'_>,
@@ -306,7 +307,7 @@ fn fetch(build: &Build<'_>, lock: &PackagesLock) -> Result<Fetched> {
     debian::fetch_lock(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)
 }
 
-/// The `mke2fs` that makes filesystems here: the machine's own, or one that is unpacked into the cache.
+/// The `mke2fs` for filesystems: the machine's own, or one that is unpacked into the cache.
 ///
 /// # Errors
 /// When there is none, and it cannot be fetched.
@@ -339,16 +340,16 @@ fn announce(fetched: &Fetched, path: &camino::Utf8Path) {
         })
         .collect();
     warn(format!(
-        "the mirror no longer has {} locked packages; replaced, and {path} rewritten:{}",
+        "the mirror no longer has {} locked packages; replaced them and updated {path}:{}",
         list.len(),
         list.concat()
     ));
 }
 
-/// The product's wheel lock, if it has an API; made for what the product asks for.
+/// The product's wheel lock, if it has an API; it must match the product's requirement.
 ///
 /// # Errors
-/// A lock that cannot be read, or was made for something else.
+/// A lock that cannot be read, or was created for another requirement.
 pub(super) fn wheel_lock(build: &Build<'_>) -> Result<Option<(WheelLock, String)>> {
     let Some(api) = &build.plan.api else { return Ok(None) };
     let lock = WheelLock::load(&build.root.join(&api.lock))?;
@@ -356,10 +357,11 @@ pub(super) fn wheel_lock(build: &Build<'_>) -> Result<Option<(WheelLock, String)
     Ok(Some((lock, api.package.clone())))
 }
 
-/// The stage `api`: the wheels, installed into a tar of their own.
+/// The stage `api`: the wheels, installed into a separate tar.
 ///
 /// # Errors
-/// A wheel that does not fit, is damaged, or whose requirements the base does not meet.
+/// A wheel that does not match the base, is damaged, or has requirements that the base does not
+/// meet.
 pub fn wheels(build: &mut Build<'_>, base: &Base) -> Result<Option<Wheels>> {
     let Some((lock, package)) = wheel_lock(build)? else { return Ok(None) };
     let key = Key::new("api", API_VERSION)

@@ -22,17 +22,17 @@ use crate::rootfs::buildroot::tree::{self, Tree};
 use crate::rootfs::debian::PackagesLock;
 use crate::wheel::target::Libc;
 
-/// Raised when the engine's code changes what it makes.
+/// Raised when a change of the engine's code changes its output.
 const BUILDROOT_VERSION: u32 = 1;
 
-/// The output folder's name: two checkouts of ours share no output, since Buildroot's hold absolute
-/// paths to the external tree.
+/// The name of the output directory: two checkouts of the workspace do not share output, since it
+/// contains absolute paths to the external tree.
 pub fn output_name(root: &Utf8Path, product: &str, board: &str) -> String {
     let id = hash_bytes(root.as_str().as_bytes());
     format!("{product}-{board}-{}", id.get(..8).unwrap_or(&id))
 }
 
-/// Everything that decides what Buildroot makes. Overlays, wheels and the agent are not part of it.
+/// All inputs of Buildroot's output. Overlays, wheels and the agent are not part of it.
 fn key(build: &Build<'_>, tree: &Tree, epoch: u64) -> Result<Key> {
     let plan = build.plan;
     let pinned = plan.rootfs.buildroot.as_ref().context("the engine has a pinned release")?;
@@ -59,7 +59,7 @@ fn key(build: &Build<'_>, tree: &Tree, epoch: u64) -> Result<Key> {
 /// The stage `base`.
 ///
 /// # Errors
-/// A tree that is not the pinned one; a failing engine; something that the board needs and that was
+/// A tree that is not the pinned one; a failing engine; a file that the board needs and that was
 /// not built.
 pub fn base(build: &mut Build<'_>) -> Result<Base> {
     let plan = build.plan;
@@ -96,8 +96,8 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
             arch: &plan.board.arch,
             epoch,
         };
-        let system =
-            collect_base(&setup, &info, &wants, dir).context("taking what Buildroot made")?;
+        let system = collect_base(&setup, &info, &wants, dir)
+            .context("collecting the output of Buildroot")?;
         require_libc(&pinned.libc, &system.glibc)?;
         let key = dir.file_name().unwrap_or_default().to_owned();
         Ok(Base { system, replaced: Vec::new(), epoch, key })
@@ -123,12 +123,12 @@ fn legal_info(build: &Build<'_>, request: &Request<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The time of the tree's commit: the files of a release carry it, whoever builds it.
+/// The time of the tree's commit: the files of a release have it on every build machine.
 fn committed(tree: &Tree) -> Result<u64> {
     git::time(&tree.path).context("reading the time of Buildroot's commit")
 }
 
-/// The wheels were locked for a C library: the one that was built must not be older.
+/// The wheels were locked for a C library: the built library must not be older.
 fn require_libc(locked: &str, built: &str) -> Result<()> {
     let (wanted, found): (Libc, Libc) = (locked.parse()?, format!("glibc {built}").parse()?);
     let fits = match (&wanted, &found) {
@@ -137,14 +137,14 @@ fn require_libc(locked: &str, built: &str) -> Result<()> {
     };
     ensure!(
         fits,
-        "Buildroot made {found}, and the product's wheels are locked for {wanted}\n\
+        "Buildroot built {found}, but the product's wheels are locked for {wanted}\n\
          help: correct `rootfs.buildroot.libc` and run cargo xtask lock --only wheels"
     );
     Ok(())
 }
 
-/// An `mke2fs` that reads tars: the machine's own where it is new enough, else the one that a
-/// product of the engine `debian` has in its package lock.
+/// An `mke2fs` that reads tars: the machine's own if it is new enough, else the one in the package
+/// lock of a product with the engine `debian`.
 pub(super) fn host_tool(build: &Build<'_>) -> Result<Mke2fs> {
     if let Some(program) = crate::exec::find("mke2fs") {
         let own = Mke2fs { program, libraries: Vec::new() };
@@ -163,7 +163,7 @@ pub(super) fn host_tool(build: &Build<'_>) -> Result<Mke2fs> {
         }
     }
     bail!(
-        "this machine's mke2fs is older than 1.47.1 and cannot make a file system from a tar\n\
+        "this machine's mke2fs is older than 1.47.1 and cannot create a filesystem from a tar\n\
          help: install e2fsprogs 1.47.1 or newer (Debian 13 has it)"
     )
 }

@@ -1,5 +1,5 @@
-//! A bundle of the component `api` alone: the base's root from the cache, the wheels as trees, the bundle.
-//! No agent, no image: what an API developer builds again and again.
+//! A bundle of the component `api` alone: the base's root from the cache, the wheels as trees, the
+//! bundle. No agent and no image: for the repeated builds of an API developer.
 
 use anyhow::{Context, Result};
 use camino::Utf8PathBuf;
@@ -17,9 +17,9 @@ use crate::wheel::base::BaseSource;
 use crate::wheel::{self, BasePython, Component};
 use crate::workspace::{dist, resolve, turn};
 
-/// Raised when laying a component out changes what it makes.
+/// Raised when a change of the component's layout changes its output.
 const COMPONENT_VERSION: u32 = 1;
-/// Raised when packing one changes what it makes.
+/// Raised when a change of packing changes its output.
 const BUNDLE_VERSION: u32 = 1;
 
 /// A bundle of a component.
@@ -37,7 +37,7 @@ pub struct ComponentBundle {
 /// Builds the bundle of the product's component `api`.
 ///
 /// # Errors
-/// Whatever a stage returns, and a product without an API; nothing partial is left under a final name.
+/// The error of a stage, or a product without an API; no incomplete file has its final name then.
 pub fn build_component(options: &BuildOptions) -> Result<ComponentBundle> {
     let (config, _, plan) = resolve(&options.selection)?;
     let cache = Cache::locate()?;
@@ -59,7 +59,7 @@ pub fn build_component(options: &BuildOptions) -> Result<ComponentBundle> {
     Ok(ComponentBundle { component: api.to_owned(), version, bundle: artifact })
 }
 
-/// The stage `component`: each wheel as a tree of its own.
+/// The stage `component`: each wheel as a separate tree.
 fn component(build: &mut Build<'_>, base: &Base) -> Result<Component> {
     let (lock, package) = base::wheel_lock(build)?.with_context(|| {
         format!(
@@ -134,7 +134,7 @@ fn pack(
         components: vec![ComponentRequest {
             name: api.to_owned(),
             version: bundle::Version::parse(&component.version)
-                .context("spelling the API's version")?,
+                .context("converting the API's version")?,
             payloads: payloads.collect(),
         }],
         level,

@@ -1,14 +1,16 @@
-//! U-Boot's environment as a file, `uboot.env`: where a U-Boot of a distribution looks for one, it takes the place of all
-//! that is compiled in. So no key stops a start, and nothing boots from USB or the network.
+//! U-Boot's environment as a file, `uboot.env`: a distribution's U-Boot that looks for this file
+//! replaces its compiled-in environment by it. So no key press stops the boot, and nothing boots
+//! from USB or the network.
 
 use anyhow::{Result, bail, ensure};
 
-/// Bytes of the file: `CONFIG_ENV_SIZE` of U-Boot's configurations for the Raspberry Pi. One of another size is not read.
+/// Bytes of the file: `CONFIG_ENV_SIZE` of U-Boot's configurations for the Raspberry Pi. A file of
+/// another size is ignored.
 const SIZE: usize = 0x4000;
 /// Bytes of the checksum before the variables: CRC-32, little-endian (`include/env_internal.h`, one copy).
 const HEAD: usize = 4;
 
-/// Makes the file from lines `name=value`; empty ones and those that begin with `#` are left out.
+/// Creates the file from lines `name=value`; empty lines and those that begin with `#` are ignored.
 ///
 /// # Errors
 /// A line without a name, a name twice, or more than fits.
@@ -21,14 +23,14 @@ pub fn pack(text: &[u8]) -> Result<Vec<u8>> {
         let Some(name) = name.filter(|n| !n.is_empty() && !n.contains(char::is_whitespace)) else {
             bail!("`{line}` is not `name=value`");
         };
-        ensure!(names.insert(name), "the variable {name} stands there twice");
+        ensure!(names.insert(name), "the variable {name} is set twice");
         variables.extend_from_slice(line.as_bytes());
         variables.push(0);
     }
-    // One zero more ends the list; the rest of the file is zero anyway.
+    // An additional zero ends the list; the rest of the file is zero.
     ensure!(
         HEAD + variables.len() < SIZE,
-        "the variables have {} bytes, U-Boot reads {}",
+        "the variables have {} bytes, but U-Boot reads only {}",
         variables.len() + 1,
         SIZE - HEAD
     );
@@ -44,7 +46,7 @@ mod tests {
 
     #[test]
     fn is_what_mkenvimage_makes() {
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("a directory");
         let at = |name: &str| folder.path().join(name).to_str().expect("UTF-8").to_owned();
         std::fs::write(at("text"), "bootdelay=-2\nbootcmd=run a; reset\n").expect("written");
         crate::exec::Tool::new("mkenvimage")
@@ -61,8 +63,8 @@ mod tests {
         let refused = |text: &str| pack(text.as_bytes()).expect_err("refused").to_string();
         assert_eq!(refused("bootdelay\n"), "`bootdelay` is not `name=value`");
         assert_eq!(refused("=x\n"), "`=x` is not `name=value`");
-        assert_eq!(refused("a=1\na=2\n"), "the variable a stands there twice");
+        assert_eq!(refused("a=1\na=2\n"), "the variable a is set twice");
         let long = format!("a={}\n", "x".repeat(SIZE));
-        assert_eq!(refused(&long), "the variables have 16388 bytes, U-Boot reads 16380");
+        assert_eq!(refused(&long), "the variables have 16388 bytes, but U-Boot reads only 16380");
     }
 }

@@ -23,13 +23,14 @@ use crate::rootfs::initrd::{self, InitrdRequest};
 use crate::start::{self, Starts};
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
-/// zstd's level for `.img.zst`: downloads are many, builds few, and its speed is still the disk's.
+/// zstd's level for `.img.zst`: there are more downloads than builds, and it is still as fast as
+/// the disk.
 const ZST_LEVEL: i32 = 9;
 
 /// The composed system.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct System {
-    /// The root filesystem: what each slot holds.
+    /// The root filesystem: the content of each slot.
     pub root: Summed,
     /// The empty data filesystem.
     pub data: Summed,
@@ -37,13 +38,13 @@ pub struct System {
     pub initrd: Artifact,
     /// Bytes that the root filesystem uses.
     pub used: u64,
-    /// Bytes that it has.
+    /// Its capacity in bytes.
     pub capacity: u64,
-    /// Where they are.
+    /// How they are distributed.
     pub sizes: sizes::Sizes,
     /// The budget's warning.
     pub warning: Option<String>,
-    /// The stage's key, which stands for the content.
+    /// The stage's key, which identifies the content.
     pub key: String,
 }
 
@@ -54,13 +55,13 @@ pub struct Card {
     pub image: Utf8PathBuf,
     /// Its length.
     pub size: u64,
-    /// Bytes that reach the card.
+    /// Bytes that are written to the card.
     pub mapped: u64,
     /// Bytes that the image takes on disk.
     pub written: u64,
     /// Its block map.
     pub bmap: Artifact,
-    /// What QEMU takes besides.
+    /// The additional files for QEMU.
     pub qemu: Vec<Utf8PathBuf>,
     /// How each model starts from it.
     pub starts: Starts,
@@ -92,7 +93,7 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
     Ok(system)
 }
 
-/// Makes the composed system in the stage's folder.
+/// Makes the composed system in the stage's directory.
 fn compose_into(
     build: &Build<'_>,
     inputs: &Inputs<'_>,
@@ -206,7 +207,7 @@ fn boot_names(build: &Build<'_>, base: &Base) -> Vec<(String, String)> {
     names
 }
 
-/// A file's name without its folders.
+/// A file's name without its directories.
 fn flat(path: &str) -> String {
     path.rsplit('/').next().unwrap_or(path).to_owned()
 }
@@ -232,8 +233,11 @@ fn boot_partitions(
                     Some(Compile::BootScript) => {
                         wrap_script(text, build.plan.epoch, dir, &build.log("image"))?
                     }
-                    Some(Compile::UbootEnvironment) => environment::pack(text)
-                        .with_context(|| format!("making {} of {}", file.path, file.partition))?,
+                    Some(Compile::UbootEnvironment) => {
+                        environment::pack(text).with_context(|| {
+                            format!("creating {} from {}", file.path, file.partition)
+                        })?
+                    }
                     None => text.clone(),
                 };
                 put(file.path.clone(), Source::Bytes(bytes));
@@ -268,18 +272,18 @@ fn named_tree<'a>(base: &'a Base, wanted: &str) -> Result<&'a Artifact> {
     let named = named.with_context(|| {
         format!(
             "the base has no device tree {wanted}\n\
-             help: `kernel.device-trees` in board.toml must match every tree that is named there"
+             help: `kernel.device-trees` in board.toml must match every tree that `boot-files` names"
         )
     })?;
     Ok(&named.file)
 }
 
-/// A device tree, with names for some of its nodes where the board has any.
+/// A device tree, with the board's aliases for its nodes, if any.
 fn device_tree(file: &Artifact, aliases: &[String]) -> Result<Source> {
     if aliases.is_empty() {
         return Ok(Source::File(file.path.clone()));
     }
-    let doing = || format!("giving names to nodes of {}", file.path);
+    let doing = || format!("adding aliases to {}", file.path);
     let bytes = std::fs::read(&file.path).with_context(doing)?;
     Ok(Source::Bytes(alias::add(&bytes, aliases).with_context(doing)?))
 }
@@ -298,7 +302,7 @@ fn fat_content(plan: &Plan, role: &str, files: Vec<FatFile>) -> Content {
     }
 }
 
-/// Wraps a boot script in U-Boot's image format, with the help of two files in `dir`.
+/// Wraps a boot script in U-Boot's image format, using two temporary files in `dir`.
 ///
 /// # Errors
 /// When `mkimage` is missing or fails.
@@ -317,8 +321,8 @@ pub fn wrap_script(text: &[u8], epoch: u64, dir: &Utf8Path, log: &Utf8Path) -> R
     std::fs::read(&wrapped).with_context(|| format!("reading {wrapped}"))
 }
 
-/// The files that QEMU takes besides the image: the boot loader, and a device tree where the
-/// machine's firmware would hand one over. They lie below `dist/<product>/<board>/qemu`.
+/// The files that QEMU needs besides the image: the boot loader, and a device tree where the
+/// machine's firmware would provide one. They are below `dist/<product>/<board>/qemu`.
 pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::Files> {
     let qemu = plan.board.qemu.as_ref()?;
     let dir = dist.join("qemu");
@@ -330,7 +334,7 @@ pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::Files> {
     })
 }
 
-/// What the board changes in the device tree for its machine in QEMU.
+/// The board's changes to the device tree for its machine in QEMU.
 fn tree_changes(build: &Build<'_>) -> Result<Option<Vec<u8>>> {
     let path = build.plan.board.qemu.as_ref().and_then(|qemu| qemu.device_tree_changes.as_ref());
     let read = |path: &Utf8PathBuf| {
@@ -407,7 +411,7 @@ pub fn card(
                 disk_guid: plan.identifiers.disk,
                 mbr_signature: plan.identifiers.disk_signature,
                 epoch: plan.epoch,
-                // Both copies: a card that is new has nothing that looks damaged.
+                // Both copies, so that a new card does not appear to be damaged.
                 states: vec![BootState::first().encode().to_vec(); plan.disk.states.len()],
                 partitions,
             };
@@ -416,7 +420,7 @@ pub fn card(
                 start::require(&starts, &plan.board.name)?;
                 Ok(starts)
             })?;
-            // The image must be on the disk before the stage counts as finished.
+            // The image must be on the disk before the stage is marked as finished.
             flush(&made.path)?;
             flush(&made.bmap.path)?;
             copy_for_qemu(build, base, changes.as_deref())?;
@@ -443,7 +447,7 @@ pub fn card(
     Ok(card)
 }
 
-/// How hard a bundle is compressed.
+/// The compression level of a bundle.
 pub(super) fn level(compression: Compression) -> bundle::Level {
     match compression {
         Compression::Fast => bundle::Level::Fast,
@@ -484,7 +488,8 @@ pub fn bundle(
         },
         |build, dir| {
             let mut payloads = Vec::new();
-            // First what the firmware reads: where the root does not fit its kernel, nothing starts.
+            // Install the firmware's files first: a root filesystem that does not match its kernel
+            // does not boot.
             let boot = dir.join("boot.vfat");
             let role = BOOT_SLOTS[0];
             if let Some(placed) = plan.disk.partition(role) {

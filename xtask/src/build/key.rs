@@ -1,6 +1,6 @@
 //! The keys of the stages `compose`, `image` and `bundle`: everything that decides what they make.
 //!
-//! The plan is taken apart by name. A field that is new is an error of the compiler until somebody has decided for each
+//! The plan is taken apart by name. A new field is a compile error until its author decides for each
 //! stage whether it changes what the stage makes; `_` says that it does not, or by which other input it does.
 
 use anyhow::{Context, Result};
@@ -12,17 +12,17 @@ use crate::cache::Key;
 use crate::plan::{BoardPlan, Plan, RootfsPlan};
 use crate::render::{OverlayContent, Rendered};
 
-/// Raised when compose changes what it makes.
+/// Raised when a change of compose changes its output.
 const COMPOSE_VERSION: u32 = 5;
-/// Raised when assembling changes what it makes.
+/// Raised when a change of assembling changes its output.
 const IMAGE_VERSION: u32 = 6;
-/// Raised when packing changes what it makes.
+/// Raised when a change of packing changes its output.
 const BUNDLE_VERSION: u32 = 2;
 
 /// The roles of the boot partitions that belong to slots.
 pub(super) const BOOT_SLOTS: [&str; 2] = ["boot-a", "boot-b"];
 
-/// What is composed.
+/// The inputs of compose.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
     /// Generated texts.
@@ -33,7 +33,7 @@ pub struct Inputs<'a> {
     pub wheels: Option<&'a Wheels>,
     /// The robot's agent.
     pub agent: &'a Agent,
-    /// Whose key set goes in.
+    /// The signers whose key set goes into the image.
     pub signing: &'a Signing,
 }
 
@@ -99,7 +99,7 @@ pub(super) fn compose(
         uboot: _,         // in the boot files' texts
         qemu: _,          // the stage `image`
         earlier_cards: _, // in the rendered texts
-        origins: _,       // for people
+        origins: _,       // only displayed
     } = board;
     let RootfsPlan {
         engine: _,         // base
@@ -124,8 +124,8 @@ pub(super) fn compose(
         overlay.push((&entry.target, entry.attributes, content));
     }
     let passwords: Vec<_> = users.iter().map(|u| &u.password).collect();
-    // Everything that the system is made of, but times, and passwords, whose hashes nobody should have a
-    // second way to guess at. A robot that finds another id than at its last start provisions again.
+    // All inputs of the system, except times, and passwords, whose hashes must not be exposed in
+    // another way. A robot with another id than at its last start provisions again.
     let id = Key::new("system", COMPOSE_VERSION)
         .with("base", &base.key)
         .with("wheels", wheels.map_or("", |w| &w.tar.sha256))
@@ -145,7 +145,8 @@ pub(super) fn compose(
     let key = Key::new("compose", COMPOSE_VERSION)
         .with("system", &id)
         .with("epoch", epoch.to_string())
-        // A crypt hash may be guessed at: only its hash goes into the key, which is hashed again.
+        // A crypt hash allows guessing the password: only its hash goes into the key, which is
+        // hashed again.
         .with_json("passwords", &passwords)?
         .with_json("budget", &(fill_limit, fill_warning))?;
     Ok((id, key))
@@ -204,7 +205,7 @@ pub(super) fn image(
         uboot: _,              // in the boot files' texts
         qemu,
         earlier_cards: _, // system
-        origins: _,       // for people
+        origins: _,       // only displayed
     } = board;
     let tree = qemu.as_ref().and_then(|qemu| qemu.device_tree.as_ref());
     Key::new("image", IMAGE_VERSION)
@@ -273,7 +274,7 @@ pub(super) fn bundle(
         uboot: _,              // in the boot files' texts
         qemu: _,               // not in bundles
         earlier_cards: _,      // system
-        origins: _,            // for people
+        origins: _,            // only displayed
     } = board;
     Ok(Key::new("bundle", BUNDLE_VERSION)
         .with("out", out.as_str())

@@ -1,5 +1,5 @@
 //! The pipeline: the only place that sequences stages. Each stage is a function of the values of
-//! the stages before it; slow ones are kept in the cache under the hash of their inputs.
+//! the stages before it; slow stages are cached under the hash of their inputs.
 
 mod agent;
 pub mod alias;
@@ -40,25 +40,25 @@ pub use image::{Card, System, qemu_files, wrap_script};
 pub use options::{BuildOptions, Compression, Stage};
 pub use outcome::Finished;
 
-/// What a build has at hand besides the plan.
+/// The context of a build.
 pub struct Build<'a> {
     /// The resolved build.
     pub plan: &'a Plan,
     /// The workspace.
     pub root: &'a Utf8Path,
-    /// Where results go.
+    /// The directory for results.
     pub dist: Utf8PathBuf,
-    /// Kept stages and downloads.
+    /// Cached stages and downloads.
     pub cache: &'a Cache,
     /// What was asked for.
     pub options: &'a BuildOptions,
-    /// What the package lock must have been made for.
+    /// The request that the package lock must match.
     packages: DebianSpec,
     /// How each stage went, for the report.
     stages: Vec<report::Stage>,
-    /// What is being made, for the note about a failure.
+    /// The current stage, for the note about a failure.
     running: Stage,
-    /// Whether all tools are there; held while they are installed.
+    /// Whether all tools are installed; locked while they are being installed.
     tools: Arc<Mutex<bool>>,
 }
 
@@ -82,7 +82,7 @@ pub fn build_image(options: &BuildOptions) -> Result<Option<Finished>> {
     if until == Stage::Plan {
         return Ok(None);
     }
-    // Everything that can go wrong at once, before the slow work: templates, engine, locks, keys.
+    // Checks that can fail early, before the slow work: templates, engine, keys.
     let mut rendered = render(&config.root, &plan)?;
     rendered.write(&dist.join("rendered"))?;
     if until == Stage::Render {
@@ -92,7 +92,8 @@ pub fn build_image(options: &BuildOptions) -> Result<Option<Finished>> {
     let asked = options.buildroot.is_some() || options.legal_info;
     if plan.rootfs.engine == Engine::Debian && asked {
         bail!(
-            "--buildroot and --legal-info are of no use: the engine of {} is debian\n\
+            "--buildroot and --legal-info need the engine buildroot, but the engine of {} is \
+             debian\n\
              help: choose another product with --product",
             plan.product.name
         );
@@ -120,17 +121,17 @@ pub fn build_image(options: &BuildOptions) -> Result<Option<Finished>> {
     outcome::write(&build, report).map(Some)
 }
 
-/// A composed system, for who runs it without a card.
+/// A composed system, for `run --local` (no card image).
 pub struct Composed {
     /// What was built.
     pub plan: Plan,
-    /// Where results lie.
+    /// The directory of the results.
     pub dist: Utf8PathBuf,
     /// The root filesystem.
     pub system: System,
 }
 
-/// Builds as far as the root filesystem, without a report.
+/// Builds up to the root filesystem, without a report.
 ///
 /// # Errors
 /// Whatever a stage returns.
@@ -147,11 +148,11 @@ pub fn compose(options: &BuildOptions) -> Result<Composed> {
     let mut build = Build::new(&plan, &config.root, dist.clone(), &cache, options, packages);
     let made = stages(&mut build, &rendered, &signing, Stage::Compose)?;
     drop(build);
-    let system = made.system.context("the stage compose makes a system")?;
+    let system = made.system.context("the stage compose returns a system")?;
     Ok(Composed { plan, dist, system })
 }
 
-/// What a build made, as far as it was asked to go.
+/// The results of a build up to the requested stage.
 pub struct Made {
     /// The base system.
     pub base: Base,
@@ -167,11 +168,11 @@ pub struct Made {
     pub bundle: Option<Artifact>,
 }
 
-/// Who signs, and whom the robot trusts.
+/// The signing keys, and the keys that the robot trusts.
 pub struct Signing {
-    /// The newest key; opened for this build only, as the others: no secret is ever printed.
+    /// The newest key; opened for this build only, like the others: no secret is ever printed.
     pub signer: Signer,
-    /// With those before it that still count: what bundles are signed by.
+    /// With the earlier keys that are still valid: these sign bundles.
     pub signers: Vec<Signer>,
     /// The key set that goes into the image, as JSON.
     pub key_set: Vec<u8>,
@@ -181,14 +182,14 @@ fn signing(plan: &Plan) -> Result<Signing> {
     let kind = plan.product.kind;
     let mut keys = Keys::open(&keys::directory()?)?;
     let signers = keys.signers(kind)?;
-    let signer = signers.first().context("no key signs")?.clone();
+    let signer = signers.first().context("no signing key")?.clone();
     let key_set =
         serde_json::to_vec_pretty(&keys.set_for(kind)).context("describing the key set")?;
     Ok(Signing { signer, signers, key_set })
 }
 
-/// Whoever builds a development product may log in to it as root: `push` needs that. A release product
-/// takes no key from outside of the repository.
+/// The developer who builds a development product may log in to it as root: `push` needs that. A
+/// release product accepts no key from outside of the repository.
 fn developer_access(plan: &Plan, rendered: &mut Rendered) -> Result<()> {
     let closed = plan.product.kind == Kind::Release || plan.ssh.permit_root_login == RootLogin::No;
     let Some(root) = plan.users.iter().find(|user| user.uid == 0).filter(|_| !closed) else {
@@ -234,8 +235,8 @@ fn stages(
     Ok(made)
 }
 
-/// What the root filesystem is made of. The agent needs nothing of the base, so it is compiled while packages
-/// are installed, which keeps little more than one core busy.
+/// Builds the inputs of the root filesystem. The agent does not depend on the base, so it is
+/// compiled while packages are installed, which uses little more than one core.
 fn foundations(
     build: &mut Build<'_>,
     until: Stage,
@@ -244,20 +245,25 @@ fn foundations(
     let (first, agent) = std::thread::scope(|scope| {
         let compile = || {
             agent::agent(&mut beside).inspect_err(|_| {
-                warn("the agent cannot be made; what is being made besides is finished, and kept");
+                warn(
+                    "building the agent failed; waiting for the other stages so that their \
+                 results are cached",
+                );
             })
         };
         let compiling = (until >= Stage::Agent).then(|| scope.spawn(compile));
         let first = base_and_wheels(build, until);
         if let (Err(error), Some(false)) = (&first, compiling.as_ref().map(|c| c.is_finished())) {
-            warn(format!("{error:#}\nthe agent, which is being compiled, is finished, and kept"));
+            warn(format!(
+                "{error:#}\nwaiting for the agent's compilation so that its result is cached"
+            ));
         }
         (first, compiling.map(|thread| thread.join()))
     });
     let (base, wheels) = first?;
     let agent = match agent {
         None => None,
-        Some(Err(_)) => bail!("the thread that compiles the agent died"),
+        Some(Err(_)) => bail!("the thread that compiles the agent panicked"),
         Some(Ok(made)) => {
             build.running = Stage::Agent;
             build.stages.append(&mut beside.stages);
@@ -310,14 +316,15 @@ impl<'a> Build<'a> {
         Self { plan, root, dist, cache, options, packages, stages, running, tools }
     }
 
-    /// The same build, for a stage that is made while others are.
+    /// The same build, for a stage that runs in parallel with others.
     fn beside(&self, running: Stage) -> Self {
         let (dist, packages) = (self.dist.clone(), self.packages.clone());
         let (stages, tools) = (Vec::new(), Arc::clone(&self.tools));
         Self { dist, packages, stages, running, tools, ..*self }
     }
 
-    /// Runs a stage, or takes its kept result; says how long it took and notes it for the report.
+    /// Runs a stage, or uses its cached result; prints how long it took and records it for the
+    /// report.
     fn stage<T: serde::Serialize + serde::de::DeserializeOwned>(
         &mut self,
         name: &str,

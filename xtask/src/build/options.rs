@@ -12,15 +12,15 @@ pub struct BuildOptions {
     pub selection: Selection,
     /// The last stage; `None`: all.
     pub until: Option<Stage>,
-    /// Use no network: everything must have been downloaded before.
+    /// Use no network: everything must have been downloaded already.
     pub offline: bool,
-    /// Fail if the package lock cannot be obeyed to the letter.
+    /// Fail if the package lock cannot be followed exactly.
     pub locked: bool,
     /// Also write the image as .img.zst.
     pub zst: bool,
     /// Build as a nightly.
     pub nightly: bool,
-    /// How hard the bundle is compressed.
+    /// Compression level of the bundle.
     pub compression: Compression,
     /// Never install missing tools; list them and fail.
     pub no_install: bool,
@@ -35,7 +35,7 @@ pub struct BuildOptions {
 /// The stages of a build, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Stage {
-    /// Resolve everything; start no work.
+    /// Resolve everything, but build nothing.
     Plan,
     /// Generate texts.
     Render,
@@ -63,11 +63,11 @@ impl Stage {
 /// Compression levels of the bundle.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Compression {
-    /// As zstd -3: for daily work.
+    /// Like zstd -3: for daily work.
     #[default]
     Fast,
-    /// As zstd -9: for nightly builds.
+    /// Like zstd -9: for nightly builds.
     Release,
-    /// As zstd -19: smallest, takes minutes.
+    /// Like zstd -19: smallest, takes minutes.
     Slow,
 }

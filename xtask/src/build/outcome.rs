@@ -1,4 +1,4 @@
-//! What a build says at its end: the report in its three forms, and the bill of materials.
+//! The output of a finished build: the report in its three forms, and the bill of materials.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +20,7 @@ use crate::sbom::{self, Component, Meta, Origin};
 use crate::time::timestamp;
 use crate::wheel::metadata::License;
 
-/// Notes which stage failed, and where its log is.
+/// Records which stage failed, and the path of its log.
 ///
 /// # Errors
 /// When the note cannot be written.
@@ -36,7 +36,7 @@ pub fn write_failure(build: &Build<'_>, error: &anyhow::Error) -> Result<()> {
 /// Collects the report.
 ///
 /// # Errors
-/// When an output cannot be looked at.
+/// When an output cannot be read.
 pub fn report(
     build: &Build<'_>,
     made: &Made,
@@ -135,7 +135,7 @@ pub fn report(
     })
 }
 
-/// The parts of the system, each with the digest of what it contributes: times and places do not count.
+/// The parts of the system, each with the digest of its content, without times and paths.
 fn parts(build: &Build<'_>, made: &Made, rendered: &Rendered) -> Result<Vec<report::Component>> {
     let plan = build.plan;
     let mut parts = Vec::new();
@@ -231,7 +231,8 @@ fn output(
     path: &Utf8Path,
     sha256: Option<String>,
 ) -> Result<Output> {
-    let metadata = std::fs::metadata(path).with_context(|| format!("looking at {path}"))?;
+    let metadata =
+        std::fs::metadata(path).with_context(|| format!("reading the metadata of {path}"))?;
     Ok(Output {
         name: name.to_owned(),
         path: path.strip_prefix(build.root).unwrap_or(path).to_string(),
@@ -329,7 +330,7 @@ fn components(build: &Build<'_>, made: &Made) -> Result<Vec<Component>> {
     Ok(components)
 }
 
-/// Debian names licences in words of its own, so they stay text.
+/// Debian's licence names are not SPDX identifiers, so they stay text.
 fn license(names: &[String]) -> Option<License> {
     (!names.is_empty()).then(|| License::Text(names.join(", ")))
 }

@@ -1,4 +1,4 @@
-//! What may be typed after `release` and `publish`.
+//! The arguments of `release` and `publish`.
 
 use camino::Utf8PathBuf;
 use clap::{Args, Subcommand};
@@ -10,8 +10,8 @@ use crate::store::format::Channel;
 /// Which store.
 #[derive(Debug, Clone, Args)]
 pub struct StoreAddress {
-    /// The store: a folder, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]
-    /// [default: dist/releases].
+    /// The store: a directory, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX] [default:
+    /// dist/releases].
     #[arg(long, value_name = "STORE")]
     pub store: Option<String>,
     #[command(flatten)]
@@ -31,8 +31,8 @@ pub struct Access {
     /// An option of ssh_config(5), such as IdentityFile=key; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub ssh_option: Vec<String>,
-    /// Take an index that is older than what this machine has seen, and remember it as the newest: only
-    /// after somebody has restored the store from a backup on purpose.
+    /// Accept an index that is older than the newest that this machine has seen, and remember it as
+    /// the newest. Use it only after the store was restored from a backup on purpose.
     #[arg(long)]
     pub store_was_restored: bool,
 }
@@ -40,7 +40,7 @@ pub struct Access {
 /// The verbs of `release`.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Release {
-    /// Make a signed release of what was built, in dist/releases. Verifies every file first.
+    /// Make a signed release from the build results, in dist/releases. Verifies every file first.
     Create(Create),
     /// List the releases of the channels.
     List {
@@ -56,7 +56,7 @@ pub enum Release {
     },
     /// Show a release: its files, components and notes.
     Show {
-        /// The version; or `latest`, the newest of the channel that was not yanked.
+        /// The version; or `latest`: the newest in the channel that was not yanked.
         version: String,
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
@@ -84,50 +84,53 @@ pub enum Release {
         #[arg(long, value_enum, default_value = "text")]
         format: Format,
     },
-    /// Offer a release of one channel in another one, too.
+    /// Add a release of one channel to another one.
     Promote {
         /// The version.
         version: String,
-        /// Where to.
+        /// The target channel.
         #[arg(long, value_enum)]
         to: Channel,
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
         which: Which,
     },
-    /// Mark a release as not to be used, in every channel that has it. It is never removed for that.
+    /// Mark a release as not to be used, in every channel that has it. The release is not removed.
     Yank {
         /// The version.
         version: String,
-        /// Why, for people.
+        /// The reason, as readable text.
         #[arg(long)]
         reason: String,
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
         which: Which,
     },
-    /// Build the same commit again elsewhere, and compare every byte with what was built.
+    /// Build the same commit again in another directory, and compare every byte with the build
+    /// results.
     ///
-    /// What differs is shown down to the file inside the filesystem. Uses an empty stage cache and the
-    /// downloads that are there.
+    /// Shows differences down to the file inside the filesystem. Uses an empty stage cache and the
+    /// existing downloads.
     Check(ReleaseCheck),
-    /// Remove files of a folder store that no release refers to, a day after the last one did.
+    /// Remove files from a directory store one day after the last release stopped referring to
+    /// them.
     Gc {
-        /// The folder [default: dist/releases].
+        /// The directory [default: dist/releases].
         #[arg(long, value_name = "DIR")]
         store: Option<Utf8PathBuf>,
-        /// Only say what would be removed.
+        /// Only show what would be removed.
         #[arg(long)]
         dry_run: bool,
-        /// Go by an index that is older than what this machine has seen, or that it has never seen: only
-        /// after somebody has restored the store from a backup on purpose.
+        /// Accept an index that is older than the newest that this machine has seen, or that it has
+        /// never seen. Use it only after the store was restored from a backup on purpose.
         #[arg(long)]
         store_was_restored: bool,
         /// How to print it.
         #[arg(long, value_enum, default_value = "text")]
         format: Format,
     },
-    /// Sum up all builds in dist as Markdown: sizes, times, failures with stage and log, changes.
+    /// Summarise all builds in dist as Markdown: sizes, times, failures with stage and log,
+    /// changes.
     Summary,
 }
 
@@ -157,14 +160,15 @@ pub struct Create {
     /// Only this board; may be repeated [default: all of the product's].
     #[arg(long, short)]
     pub board: Vec<String>,
-    /// How many releases of each product stay [default: 14 nightlies, 10 betas]; `stable` keeps all.
+    /// How many releases of each product to keep [default: 14 nightlies, 10 betas]; `stable` keeps
+    /// all.
     #[arg(long, value_name = "N")]
     pub keep: Option<usize>,
-    /// A development product: also what was built from files that no commit has.
+    /// For a development product: also accept results that were built from uncommitted changes.
     #[arg(long)]
     pub allow_changes: bool,
-    /// Take an index in dist/releases that is older than what this machine has seen: only after somebody
-    /// has restored the folder from a backup on purpose.
+    /// Accept an index in dist/releases that is older than the newest that this machine has seen.
+    /// Use it only after the directory was restored from a backup on purpose.
     #[arg(long)]
     pub store_was_restored: bool,
     /// How to print it.
@@ -181,13 +185,13 @@ pub struct ReleaseCheck {
     /// The board [default: the product's default-board].
     #[arg(long, short)]
     pub board: Option<String>,
-    /// Build nothing: compare with the results in this folder, another dist/<product>/<board>.
+    /// Build nothing: compare with the results in this directory, another dist/<product>/<board>.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["keep_stage", "compression"])]
     pub against: Option<Utf8PathBuf>,
-    /// Do not make this stage again; may be repeated. A quicker check, of less.
+    /// Do not rebuild this stage; may be repeated. Faster, but checks less.
     #[arg(long, value_parser = ["root", "base", "api", "agent"])]
     pub keep_stage: Vec<String>,
-    /// How hard the bundle was compressed.
+    /// Compression level of the bundle.
     #[arg(long, value_enum, default_value = "fast")]
     pub compression: Compression,
     /// How to print it.
@@ -198,15 +202,15 @@ pub struct ReleaseCheck {
 /// Options of `publish`.
 #[derive(Debug, Clone, Args)]
 pub struct Publish {
-    /// Where to: a folder, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX].
+    /// The target: a directory, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX].
     pub target: String,
     /// Only this channel; may be repeated [default: all].
     #[arg(long, value_enum)]
     pub channel: Vec<Channel>,
-    /// Where from: a folder store [default: dist/releases].
+    /// The source: a directory store [default: dist/releases].
     #[arg(long, value_name = "DIR")]
     pub from: Option<Utf8PathBuf>,
-    /// How many releases of each product stay there [default: 14 nightlies, 10 betas].
+    /// How many releases of each product to keep in the target [default: 14 nightlies, 10 betas].
     #[arg(long, value_name = "N")]
     pub keep: Option<usize>,
     #[command(flatten)]

@@ -1,4 +1,4 @@
-//! `bench`: our stages beside the usual tools, in one run, as ratios.
+//! `bench`: compares our stages with the usual tools in one run, as ratios.
 
 use std::time::SystemTime;
 
@@ -13,17 +13,18 @@ use crate::out;
 use crate::progress::say;
 use crate::tools::{self, Purpose};
 
-/// Turns of each contender; the table shows medians.
+/// How often each contender runs; the table shows medians.
 const TURNS: usize = 5;
 
 /// `cargo xtask bench`.
 ///
 /// # Errors
-/// When there is nothing to measure with, or a contender fails.
+/// When there is no root filesystem to measure with, or a contender fails.
 pub fn bench(options: &Bench) -> Result<()> {
     if options.only.as_deref() == Some("cold") {
         tools::require(&[Purpose::Debian], true)?;
-        // Not in the cache: another disk may be faster, and a root of its own must not lie below a closed home.
+        // Not in the cache: another disk may be faster, and the root must not be below a home
+        // directory that others cannot enter.
         let folder = tempfile::Builder::new().prefix("slipway-bench-").tempdir()?;
         let folder = Utf8Path::from_path(folder.path()).context("a path that is not UTF-8")?;
         out!("{}", cold::table(&cold::run(&workspace_root()?, folder)?));
@@ -35,10 +36,13 @@ pub fn bench(options: &Bench) -> Result<()> {
         Some(path) => path.clone(),
         None => newest_root(&cache)?,
     };
-    // Two measurements at once would spoil each other, but not remove each other's files.
+    // Two measurements at once disturb each other, but must not remove each other's files.
     let folder = cache.root.join(format!("bench-{}", std::process::id()));
     let wants = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
-    say("bench", format!("{payload}, medians of {TURNS}; an idle machine gives true ratios"));
+    say(
+        "bench",
+        format!("{payload}, medians of {TURNS}; the ratios are valid on an idle machine only"),
+    );
     if wants("disk") {
         out!("{}", disk::table(&disk::run(&payload, &folder, TURNS)?));
     }

@@ -69,7 +69,7 @@ fn show(finished: Finished, format: Format) -> Result<()> {
     Ok(())
 }
 
-/// Prints what was made.
+/// Prints the result.
 fn show_component(made: &ComponentBundle, format: Format) -> Result<()> {
     match format {
         Format::Json => outln!("{}", text::json(made)?),

@@ -39,7 +39,7 @@ pub fn buildroot(verb: &Buildroot) -> Result<()> {
     }
 }
 
-/// A product's plan for one board, with the tree that it is made from.
+/// A product's plan for one board, with the Buildroot tree that builds it.
 struct Case {
     plan: Plan,
     buildroot: BuildrootPlan,
@@ -69,7 +69,10 @@ fn case(target: &BuildrootTarget, product: &str, board: Option<&str>) -> Result<
     let config = config::load(&workspace_root()?, Some(product), board)?;
     let plan = plan::resolve(&config, &facts::collect(&config.root)?)?;
     let buildroot = plan.rootfs.buildroot.clone().with_context(|| {
-        format!("the engine of {product} is not buildroot\nhelp: choose another with --product")
+        format!(
+            "the engine of {product} is not buildroot\n\
+         help: choose another product with --product"
+        )
     })?;
     let cache = Cache::locate()?;
     let choice = tree::Choice {
@@ -82,21 +85,22 @@ fn case(target: &BuildrootTarget, product: &str, board: Option<&str>) -> Result<
 }
 
 impl Case {
-    /// Folders of the build.
+    /// Directories of the build.
     fn setup(&self) -> Result<Setup> {
         let root = workspace_root()?;
         let name = output_name(&root, &self.plan.product.name, &self.plan.board.name);
         Setup::new(&self.cache.root, &self.tree.path, &root, &name)
     }
 
-    /// Folders of Buildroot's own menus: a copy, so that a build is made of fragments alone.
+    /// Directories for Buildroot's own menus: a copy, so that a build depends on the fragments
+    /// only.
     fn menu(&self) -> Result<Setup> {
         let root = workspace_root()?;
         let name = output_name(&root, &self.plan.product.name, &self.plan.board.name);
         Setup::new(&self.cache.root, &self.tree.path, &root, &format!("{name}-menu"))
     }
 
-    /// Brings the build's folder to the fragments' configuration.
+    /// Applies the fragments' configuration to the build directory.
     fn configure(&self, setup: &Setup, site: &Site) -> Result<()> {
         let request = Request {
             plan: &self.buildroot,
@@ -135,7 +139,7 @@ fn package_menuconfig(target: &BuildrootTarget, package: &str) -> Result<()> {
     let text = setup.make().args(["-s", &format!("{package}-diff-config")]).read()?;
     let found = menus::from_diffconfig(&text);
     menus::keep(&menus::store(&setup, package), &found)?;
-    // A build is made of fragments alone: the next one merges them anew.
+    // A build depends on the fragments only: the next one merges them again.
     setup.make().args(["-s", &format!("{package}-clean-for-reconfigure")]).run()?;
     show(&case)
 }
@@ -144,7 +148,7 @@ fn diff(target: &BuildrootTarget) -> Result<()> {
     show(&case(target, &product_name(target)?, target.board.as_deref())?)
 }
 
-/// Prints what waits, each line with its file.
+/// Prints the pending changes, each line with its file.
 fn show(case: &Case) -> Result<()> {
     let defconfig = &case.buildroot.defconfig;
     let changes: Vec<Change> = menus::waiting(&menus::store(&case.menu()?, "buildroot"))?;
@@ -196,7 +200,7 @@ fn make(target: &BuildrootTarget, arguments: &[String]) -> Result<()> {
     setup.fetching(&site).args(arguments).run_on_terminal()
 }
 
-/// One board's result, for scripts.
+/// One board's result in machine-readable form.
 #[derive(serde::Serialize)]
 struct Checked {
     product: String,
@@ -231,7 +235,8 @@ fn check_boards(target: &BuildrootTarget, packages: bool, format: Format) -> Res
         }
         let seconds = started.elapsed();
         let lost = verdict.losses.len();
-        let outcome = if lost == 0 { "all met".to_owned() } else { format!("{lost} of them lost") };
+        let outcome =
+            if lost == 0 { "all requests met".to_owned() } else { format!("{lost} requests lost") };
         let compared = verdict.compared;
         say(
             "check",

@@ -19,16 +19,16 @@ use crate::rootfs::buildroot::tree::pinned_path;
 use crate::tools::{self, Purpose};
 use crate::{outln, text};
 
-/// Asks the system tests for what is too slow for every run.
+/// Enables the system tests that are too slow for every run.
 pub const ALL: &str = "SLIPWAY_TEST_ALL";
 
 /// Names the file in which a test that this machine cannot run says so, a line of JSON each.
 pub const SKIPPED: &str = "SLIPWAY_SKIPPED";
 
-/// Seconds of each fuzz target in `test --all`: enough to see that all of them still run.
+/// Seconds for each fuzz target in `test --all`: enough to show that each of them still runs.
 const FUZZ_SECONDS: u64 = 20;
 
-/// `cargo xtask check`, or the one thing that was asked for.
+/// `cargo xtask check`, or only the part that was asked for.
 ///
 /// # Errors
 /// As [`check`]; when a mutant survives; when a fuzz target finds something.
@@ -41,7 +41,7 @@ pub fn asked(options: &Check) -> Result<()> {
     }
 }
 
-/// Every deliberate fault is noticed by a test.
+/// Checks that a test detects every deliberate fault.
 fn notice_faults(root: &Utf8Path, filter: &str, format: Format) -> Result<()> {
     let tried = mutants::run(root, filter)?;
     if format == Format::Json {
@@ -55,14 +55,15 @@ fn notice_faults(root: &Utf8Path, filter: &str, format: Format) -> Result<()> {
     let missed: Vec<&str> = missed.map(|one| one.name.as_str()).collect();
     ensure!(
         missed.is_empty(),
-        "{} of {} faults are not noticed by the test that is named for them, or do not compile: {}\n\
-         help: write a test that notices, or name the one that does; a fault that does not compile is an error of {}",
+        "{} of {} mutants are not detected by their test, or do not compile: {}\n\
+         help: write a test that detects them, or name the one that does; correct the mutants that \
+         do not compile in {}",
         missed.len(),
         tried.len(),
         missed.join(", "),
         mutants::LIST
     );
-    say("mutants", format!("all {} faults are noticed", tried.len()));
+    say("mutants", format!("all {} mutants are detected", tried.len()));
     Ok(())
 }
 
@@ -72,7 +73,7 @@ fn notice_faults(root: &Utf8Path, filter: &str, format: Format) -> Result<()> {
 /// When formatting, a lint or a dependency is wrong.
 pub fn check() -> Result<()> {
     cargo("formatting", &["fmt", "--all", "--check"], false)?;
-    // The system tests are no default target, so that `cargo test` does without images.
+    // The system tests are not a default target, so that `cargo test` needs no images.
     for targets in
         [&["--workspace", "--all-targets"][..], &["--package", "xtask", "--test", "system"]]
     {
@@ -128,21 +129,23 @@ pub fn test(options: &Test) -> Result<()> {
     if options.quick { Ok(()) } else { system("system tests", &[], options.all) }
 }
 
-/// Room for `cargo xtask test` on a machine that has nothing yet, with a reserve: compiled code was measured to take 2.8 GiB; the
-/// cache, the results for four boards and what two tests hold at a time some 10.
+/// Disk space for `cargo xtask test` on a machine without any caches, with a reserve. Measured: 2.8
+/// GiB for compiled code; about 10 GiB for the cache, the results for four boards and the files of
+/// two tests at a time.
 const SPACE: u64 = 14 << 30;
 /// The same with `--quick`, which builds no image.
 const QUICK_SPACE: u64 = 5 << 30;
 
-/// A disk that gets full after half an hour is said at once.
+/// Fails at once on a disk that would be full after half an hour.
 fn warn_of_space(needed: u64) -> Result<()> {
     let (root, cache) = (workspace_root()?, Cache::locate()?.root);
     let free = |folder| Ok::<_, anyhow::Error>((free_space(folder)?, folder));
     let (least, folder) = free(&root)?.min(free(&cache)?);
     if least < needed {
         warn(format!(
-            "{} are free in {folder}; from nothing the tests need some {}\n\
-             help: `cargo xtask clean` shows what it could remove; SLIPWAY_CACHE and CARGO_TARGET_DIR name other disks",
+            "{} are free in {folder}, but the tests need about {} on a machine without caches\n\
+             help: `cargo xtask clean --dry-run` shows what can be removed; SLIPWAY_CACHE and \
+             CARGO_TARGET_DIR select other disks",
             bytes(least),
             bytes(needed)
         ));
@@ -159,11 +162,12 @@ pub fn e2e() -> Result<()> {
     system("updates from end to end", &["update::"], false)
 }
 
-/// How many system tests run beside each other at most: each may boot a machine with a gigabyte of memory.
+/// How many system tests run in parallel at most: each may boot a machine with a gigabyte of
+/// memory.
 const SYSTEM_TESTS: usize = 4;
 
-/// The system tests with these names, one for each core: each builds an image or boots one, says what it does
-/// meanwhile, and waits for much of its time.
+/// The system tests with these names, one for each core: each builds an image or boots one, reports
+/// its progress, and is idle for much of its time.
 fn system(what: &str, names: &[&str], all: bool) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = format!("--test-threads={}", cores.min(SYSTEM_TESTS));
@@ -193,7 +197,7 @@ struct Skipped {
     help: String,
 }
 
-/// Tests that this machine cannot run end at once and say so: they are counted and named, so that nobody takes them
+/// Tests that this machine cannot run end at once and say so: they are counted and named, so that they are not taken
 /// for passed.
 fn say_skipped(list: &Utf8Path) -> Result<()> {
     let text = std::fs::read_to_string(list).with_context(|| format!("reading {list}"))?;
@@ -219,13 +223,14 @@ fn skipped(list: &str) -> Result<Vec<String>> {
 }
 
 fn cargo(what: &str, arguments: &[&str], all: bool) -> Result<()> {
-    // What it prints is the result, so it goes to this very terminal.
+    // Its output is the result, so it inherits this terminal.
     cargo_tool(what, arguments, all)?.run_on_terminal().context(what.to_owned())
 }
 
 fn cargo_tool(what: &str, arguments: &[&str], all: bool) -> Result<Tool> {
     say("test", what);
-    // The stack of an error that a test returns hides its words; that of a panic is as asked for.
+    // The backtrace of an error that a test returns would hide its message; backtraces of panics
+    // follow RUST_BACKTRACE.
     let mut tool = Tool::cargo().with_tests().args(arguments).env("RUST_LIB_BACKTRACE", "0");
     if all {
         tool = tool.env(ALL, "1");

@@ -1,4 +1,4 @@
-//! `clean`: removes what can be made again, and says how much that was.
+//! `clean`: removes what can be rebuilt, and reports its size.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -38,7 +38,7 @@ pub fn clean(options: &Clean) -> Result<()> {
     Ok(())
 }
 
-/// What lies in `dist/`, but for the releases: those cannot be made again by a build of another commit.
+/// What is in `dist/` except the releases: a build of another commit cannot reproduce those.
 fn results(dist: &Utf8Path, releases: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     if !dist.is_dir() {
         return Ok(Vec::new());
@@ -56,7 +56,7 @@ fn remove(path: &Utf8Path) -> Result<()> {
     std::fs::remove_dir_all(path).with_context(|| format!("removing {path}"))
 }
 
-/// Bytes that a folder takes on disk: images are sparse.
+/// The disk usage of a directory in bytes: images are sparse.
 fn allocated(dir: &Utf8Path) -> Result<u64> {
     let mut total = 0;
     let mut folders: Vec<Utf8PathBuf> = vec![dir.to_owned()];

@@ -1,4 +1,4 @@
-//! `doctor`: what this machine lacks, all at once.
+//! `doctor`: lists everything that this machine lacks.
 
 use anyhow::{Result, bail};
 
@@ -20,14 +20,16 @@ pub fn doctor(options: &Doctor) -> Result<()> {
         outln!("{}", text::json(&lacking)?);
     }
     match (lacking.is_empty(), options.format) {
-        (true, Format::Text) => outln!("This machine has all that building and testing need."),
+        (true, Format::Text) => {
+            outln!("This machine has everything that building and testing need.")
+        }
         (true, Format::Json) => {}
         (false, _) => bail!("{}", tools::describe(&lacking)),
     }
     Ok(())
 }
 
-/// What a machine must be able to do; with `buildroot` production systems, too.
+/// What a machine must be able to do; with `buildroot` also to build production systems.
 pub fn purposes(buildroot: bool) -> Vec<Purpose> {
     let mut purposes = vec![
         Purpose::Build,

@@ -1,4 +1,4 @@
-//! `flash`: an image to a card.
+//! `flash`: writes an image to a card.
 
 use std::io::{BufRead, IsTerminal, Write};
 
@@ -20,10 +20,11 @@ use crate::{err, errln, out, outln, text};
 /// `cargo xtask flash`.
 ///
 /// # Errors
-/// When the device may not be written, nobody agreed to it, or the card does not hold the image.
+/// When the device may not be written, the write was not confirmed, or the card does not hold the
+/// image.
 pub fn flash(options: &Flash) -> Result<()> {
     if options.list {
-        // Without an image every size is large enough.
+        // Without an image, no device is too small.
         let size = match &options.image {
             Some(_) => Source::open(&image(options)?)?.size,
             None => 0,
@@ -37,18 +38,18 @@ pub fn flash(options: &Flash) -> Result<()> {
         Some(device) => device::find(device)?,
         None if terminal => choose(source.size)?,
         None => bail!(
-            "no device is named\n{}help: name one: cargo xtask flash IMAGE DEVICE --yes",
+            "no device was given\n{}help: name a device: cargo xtask flash IMAGE DEVICE --yes",
             table(&device::candidates(device::all()?), source.size)
         ),
     };
     refuse(&device, source.size, options.non_removable.as_deref())?;
     ensure!(
         device.path != source.path.canonicalize_utf8()?,
-        "the image cannot be its own card\nhelp: name another file or a device"
+        "the image and the target are the same file\nhelp: name another file or a device"
     );
     if rustix::fs::access(device.path.as_std_path(), Access::WRITE_OK).is_err() {
         bail!(
-            "you may not write to {}\nhelp: sudo {} flash {} {}",
+            "no permission to write to {}\nhelp: sudo {} flash {} {}",
             device.path,
             std::env::current_exe().unwrap_or_default().display(),
             source.path,
@@ -77,11 +78,11 @@ pub fn flash(options: &Flash) -> Result<()> {
 }
 
 fn sentence(outcome: &Outcome, source: &Source, device: &Device) -> String {
-    let proof = if outcome.read_back { "written and read back" } else { "written, not read back" };
+    let proof = if outcome.read_back { "written and verified" } else { "written, not verified" };
     let rate = (outcome.bytes as f64 / outcome.seconds.max(0.001)) as u64;
     let seeded = match outcome.seeded.as_slice() {
         [] => String::new(),
-        names => format!("; the first boot takes over {}", names.join(", ")),
+        names => format!("; the first boot applies {}", names.join(", ")),
     };
     format!(
         "{} to {}: {} {proof} in {}, {}/s{seeded}",
@@ -98,7 +99,7 @@ fn image(options: &Flash) -> Result<Utf8PathBuf> {
     // No product has either in its name.
     let is_path = |name: &str| name.contains(['/', '.']);
     if let Some(name) = options.image.as_deref().filter(|name| is_path(name)) {
-        ensure!(options.board.is_none(), "{name} is an image: --board goes with a product");
+        ensure!(options.board.is_none(), "{name} is an image, but --board needs a product");
         return Ok(name.into());
     }
     let selection = Selection { product: options.image.clone(), board: options.board.clone() };
@@ -128,12 +129,12 @@ fn seed(options: &Flash) -> Result<Seed> {
     Ok(Seed { hostname: options.hostname.clone(), ssh_keys, wifi })
 }
 
-/// The Wi-Fi's password; none for an open network. Never from the command line, which every user of
+/// The Wi-Fi password; `None` for an open network. Never from the command line, which every user of
 /// the machine can read.
 fn password(options: &Flash, ssid: &str) -> Result<Option<String>> {
     let given = if let Some(path) = &options.wifi_password_file {
         let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
-        // An editor of Windows puts a mark before the text.
+        // Editors on Windows put a byte order mark before the text.
         text.trim_start_matches('\u{feff}').trim_end_matches(['\r', '\n']).to_owned()
     } else if let Ok(password) = std::env::var(PASSWORD_VARIABLE) {
         password
@@ -141,8 +142,8 @@ fn password(options: &Flash, ssid: &str) -> Result<Option<String>> {
         hidden(ssid)?
     } else {
         bail!(
-            "there is no terminal to ask for the password of the Wi-Fi `{ssid}`\n\
-             help: set {PASSWORD_VARIABLE} (empty for an open network), or name --wifi-password-file"
+            "cannot ask for the password of the Wi-Fi `{ssid}` (no terminal)\n\
+             help: set {PASSWORD_VARIABLE} (empty for an open network), or use --wifi-password-file"
         );
     };
     Ok((!given.is_empty()).then_some(given))
@@ -165,10 +166,10 @@ fn list(format: Format, size: u64) -> Result<()> {
     Ok(())
 }
 
-/// The devices for people: those that can be written first.
+/// The devices in human-readable form: those that can be written first.
 fn table(devices: &[Device], size: u64) -> String {
     if devices.is_empty() {
-        return "there is no disk\n".to_owned();
+        return "no disks found\n".to_owned();
     }
     let mut rows: Vec<(bool, String)> = Vec::new();
     for device in devices {
@@ -195,22 +196,22 @@ fn table(devices: &[Device], size: u64) -> String {
     rows.into_iter().map(|(_, row)| row).collect()
 }
 
-/// Asks on the terminal which of the devices it is. Its name is the agreement, too.
+/// Asks on the terminal which device to write. Typing its name is also the confirmation.
 fn choose(size: u64) -> Result<Device> {
     let devices = device::candidates(device::all()?);
     err!("{}", table(&devices, size));
-    let name = ask("Which one is written? Its name, or nothing to stop: ")?;
+    let name = ask("Name of the device to write (empty: cancel): ")?;
     let wanted = Utf8Path::new(&name);
     ensure!(!name.is_empty(), "nothing was written");
     let found = devices.into_iter().find(|device| device.name == name || device.path == wanted);
-    found.with_context(|| format!("`{name}` is none of them; nothing was written"))
+    found.with_context(|| format!("`{name}` is not one of these devices; nothing was written"))
 }
 
 fn refuse(device: &Device, size: u64, allowed: Option<&str>) -> Result<()> {
     if let Some(name) = allowed {
         ensure!(
             name == device.name || name == device.path.as_str(),
-            "--non-removable names {name}, and the device is {}",
+            "--non-removable names {name}, but the device is {}",
             device.name
         );
     }
@@ -223,29 +224,36 @@ fn refuse(device: &Device, size: u64, allowed: Option<&str>) -> Result<()> {
     bail!("{message}\nhelp: {}", first.help)
 }
 
-/// One question on a terminal, unless the device was just chosen there; none in a script.
+/// Asks for confirmation on a terminal, unless the device was just chosen there; never asks in a
+/// script.
 fn agree(options: &Flash, source: &Source, device: &Device, terminal: bool) -> Result<()> {
     if options.yes || options.device.is_none() {
         return Ok(());
     }
     ensure!(
         terminal,
-        "everything on {} would be lost, and there is no terminal to ask\n\
-         help: if it is the right one, add --yes",
+        "everything on {} would be lost, and there is no terminal to confirm it\n\
+         help: if it is the right device, add --yes",
         device.path
     );
     let or =
         |text: &str, other: &str| if text.is_empty() { other.to_owned() } else { text.to_owned() };
     errln!(
-        "{}: {}, {}, {}; on it: {}",
+        "{}: {}, {}, {}; contents: {}",
         device.path,
         bytes(device.size),
         device.bus,
-        or(&device.model, "no model"),
-        or(&device.content, "nothing that is known")
+        or(&device.model, "unknown model"),
+        or(&device.content, "unknown")
     );
-    say("flash", format!("{} will be written to it, and everything on it is lost", source.path));
-    let answer = ask(&format!("Type its name ({}) to go on: ", device.name))?;
+    say(
+        "flash",
+        format!(
+            "{} will be written to this device, and everything on it will be lost",
+            source.path
+        ),
+    );
+    let answer = ask(&format!("Type its name ({}) to continue: ", device.name))?;
     ensure!(answer == device.name, "nothing was written");
     Ok(())
 }
@@ -272,7 +280,7 @@ fn hidden(ssid: &str) -> Result<String> {
     answer
 }
 
-/// As [`ask`], with blanks at the ends, which a password may have.
+/// Like [`ask`], but keeps blanks at the ends, which a password may have.
 fn ask_whole(question: &str) -> Result<String> {
     err!("{question}");
     std::io::stderr().flush().context("asking")?;

@@ -1,4 +1,4 @@
-//! `inspect`: prints what is in an image, a bundle or a slot image; and what changed between two.
+//! `inspect`: shows what is in an image, a bundle or a slot image, or what changed between two.
 
 use anyhow::{Result, ensure};
 use camino::Utf8Path;
@@ -12,7 +12,7 @@ use crate::{out, outln, start, text};
 /// `cargo xtask inspect`.
 ///
 /// # Errors
-/// When the file is none of ours, or damaged.
+/// When the kind of the file is unknown, or the file is damaged.
 pub fn inspect(options: &Inspect) -> Result<()> {
     if let (true, Some(new)) = (options.diff, &options.new) {
         return diff(&options.file, new, options.format);
@@ -56,7 +56,7 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
         outln!("  boot state at {}: {shown}", state.offset);
     }
     for copy in &view.trust {
-        let shown = copy.state.as_deref().unwrap_or("nothing was kept yet");
+        let shown = copy.state.as_deref().unwrap_or("empty");
         outln!("  trust at {}: {shown}", copy.offset);
     }
     for volume in &view.volumes {
@@ -116,7 +116,7 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
     if let Some(refusal) = &view.refusal {
         outln!("  NOT VERIFIED: {refusal}");
     }
-    outln!("  refuses updates below {}", m.minimum_version);
+    outln!("  rejects updates below {}", m.minimum_version);
     for component in &m.components {
         outln!("  component {} {}", component.name, component.version);
         for payload in &component.payloads {
@@ -129,7 +129,7 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
             );
         }
     }
-    outln!("  cargo xtask verify {path} checks every byte");
+    outln!("  run `cargo xtask verify {path}` to check every byte");
     Ok(())
 }
 

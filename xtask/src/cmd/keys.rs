@@ -12,7 +12,8 @@ use crate::{outln, text};
 /// `cargo xtask keys …`.
 ///
 /// # Errors
-/// When the key directory cannot be used, or there is a key already (`new`) or none (`rotate`).
+/// When the key directory cannot be used, a key exists already (`new`), or no key exists
+/// (`rotate`).
 pub fn keys(verb: &Verb) -> Result<()> {
     let mut keys = Keys::open(&directory()?)?;
     match verb {
@@ -33,10 +34,12 @@ pub fn keys(verb: &Verb) -> Result<()> {
                 "keys",
                 match (revoke, signs_on) {
                     (false, true) => {
-                        "bundles are signed by the older keys as well: robots learn of the new one with their next update"
+                        "bundles are also signed by the older keys: robots learn of the new key \
+                         with their next update"
                     }
                     (false, false) => {
-                        "no older key can sign here, its secret part is missing: robots that know only that one refuse what is signed from now on"
+                        "no older key can sign here (its secret part is missing): robots that know \
+                         only the older key reject what is signed from now on"
                     }
                     (true, _) => {
                         "robots that know only the revoked keys take no bundle any more: carry the key set to them, signed by a key that they know (docs/reference/slotd.md, Keys)"

@@ -1,4 +1,4 @@
-//! `lock`: resolves packages and wheels again and writes what builds obey.
+//! `lock`: resolves packages and wheels again and writes the lock files that builds use.
 
 use anyhow::{Context, Result, bail};
 
@@ -17,7 +17,7 @@ use crate::workspace::{Selection, load};
 /// `cargo xtask lock`.
 ///
 /// # Errors
-/// No network; no solution; a package or wheel that does not exist for the target.
+/// When there is no network or no solution, or a package or wheel does not exist for the target.
 pub fn lock(options: &Lock) -> Result<()> {
     tools::require(&[Purpose::Build, Purpose::Debian], true)?;
     let config = load(&Selection { product: options.product.clone(), board: None })?;
@@ -63,11 +63,11 @@ pub fn lock(options: &Lock) -> Result<()> {
         log: None,
     };
     let path = config.root.join(&api.lock.value);
-    // An empty or missing file is a lock that was never made.
+    // An empty or missing file means that the lock was never made.
     if std::fs::metadata(&path).is_ok_and(|m| m.len() == 0) {
         std::fs::remove_file(&path).with_context(|| format!("removing the empty {path}"))?;
     }
-    say("lock", format!("{}: asking the index", request.requirement));
+    say("lock", format!("{}: querying the index", request.requirement));
     let (lock, changes) = wheel::update(&request, &path)?;
     say("lock", format!("{}: {} wheels", api.lock.value, lock.wheels.len()));
     for change in changes {

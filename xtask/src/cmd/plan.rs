@@ -1,4 +1,4 @@
-//! `plan` and `render`: what a build would do, and every text that it would generate.
+//! `plan` and `render`: show what a build would do, and every text that it would generate.
 
 use std::collections::BTreeSet;
 
@@ -27,7 +27,7 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
     }
     ensure!(
         options.channel.is_none(),
-        "--channel chooses among several builds: --all or --changed-since says which"
+        "--channel filters a list of builds: add --all or --changed-since"
     );
     let (config, _, plan) = resolve(&options.target.selection())?;
     match options.format {
@@ -44,7 +44,7 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
     check_locks(&config).context("comparing the locks with the product")
 }
 
-/// The builds for CI: all of them, or those that a commit affects.
+/// The builds for CI: all of them, or those that the changes since a commit affect.
 fn builds(options: &PlanOptions) -> Result<()> {
     let root = config::workspace_root()?;
     let Target { product, board } = &options.target;
@@ -91,7 +91,7 @@ pub fn render(options: &Show) -> Result<()> {
     Ok(())
 }
 
-/// The plan for people.
+/// The plan in human-readable form.
 pub fn describe(plan: &Plan) -> String {
     let mut out = String::new();
     let mut line = |name: &str, text: String| out.push_str(&format!(" {name:<10} {text}\n"));

@@ -1,4 +1,4 @@
-//! `publish`: releases into another store.
+//! `publish`: copies releases into another store.
 
 use anyhow::Result;
 
@@ -17,7 +17,7 @@ use crate::{outln, text};
 /// `cargo xtask publish`.
 ///
 /// # Errors
-/// When the target cannot be written, or has a release of ours with other content.
+/// When the target cannot be written, or has one of these releases with other content.
 pub fn publish(options: &Publish) -> Result<()> {
     let from = match &options.from {
         Some(folder) => Directory::new(folder),
@@ -53,12 +53,12 @@ pub fn publish(options: &Publish) -> Result<()> {
         Format::Text => {
             for one in &done {
                 let what = if one.releases.is_empty() {
-                    (if one.changed { "marks only" } else { "nothing new" }).to_owned()
+                    (if one.changed { "metadata only" } else { "nothing new" }).to_owned()
                 } else {
                     one.releases.join(", ")
                 };
                 outln!(
-                    " {:<8} {what}; {} sent in {} objects, {} were there",
+                    " {:<8} {what}; {} sent in {} objects, {} were there already",
                     one.channel,
                     bytes(one.bytes),
                     one.sent,

@@ -1,4 +1,4 @@
-//! `push`: a bundle into robots over SSH.
+//! `push`: installs a bundle on robots over SSH.
 
 use std::time::Duration;
 
@@ -52,7 +52,7 @@ pub fn push(options: &Push) -> Result<()> {
         Format::Text => out!("{}", table(&outcomes)),
     }
     let wanted = if options.no_wait { Verdict::Installed } else { Verdict::Committed };
-    // An API is committed when it is installed: nobody needs to wait for it.
+    // An API is committed as soon as it is installed: there is nothing to wait for.
     let done = |outcome: &&Outcome| [wanted, Verdict::Committed].contains(&outcome.verdict);
     let missing = outcomes.len() - outcomes.iter().filter(done).count();
     if missing > 0 {
@@ -62,7 +62,7 @@ pub fn push(options: &Push) -> Result<()> {
     Ok(())
 }
 
-/// The outcomes for people.
+/// The outcomes in human-readable form.
 fn table(outcomes: &[Outcome]) -> String {
     let width = outcomes.iter().map(|outcome| outcome.host.chars().count()).max().unwrap_or(0);
     let line = |outcome: &Outcome| {

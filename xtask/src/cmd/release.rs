@@ -1,4 +1,4 @@
-//! `release …`: what is offered, and to whom.
+//! `release …`: makes releases and manages their channels.
 
 use std::fs::File;
 
@@ -30,7 +30,7 @@ use crate::{out, outln, text};
 /// `cargo xtask release …`.
 ///
 /// # Errors
-/// What the verb's own functions say.
+/// As the functions of the subcommand.
 pub fn release(verb: &Verb) -> Result<()> {
     match verb {
         Verb::Create(options) => create(options),
@@ -123,7 +123,7 @@ fn list(channel: Option<Channel>, address: &StoreAddress, format: Format) -> Res
     Ok(())
 }
 
-/// Finds a release by what was typed.
+/// Finds a release by the given version.
 fn find(
     store: &dyn Store,
     text: &str,
@@ -140,7 +140,8 @@ fn find(
     let wanted = if latest { None } else { Some(version(text)?) };
     let mut known = Vec::new();
     for channel in channels {
-        // What development keys sign says nothing about a release product, not even that there is none.
+        // A store that is signed by development keys is not evidence about a release product, not
+        // even that it has no releases.
         if let Err(error) = authority.pins().may_speak_of(channel, &product) {
             if which.channel.is_some() || latest {
                 return Err(error);
@@ -257,14 +258,15 @@ fn file_changes(
     let (_keep, dir) = scratch()?;
     let unpacked = |manifest: &Manifest, name: &str| -> Result<Utf8PathBuf> {
         let part = manifest.boards.iter().find(|b| b.board == board).context("the board")?;
-        let image = part.objects.iter().find(|o| o.role == "image").context("it has no image")?;
+        let image =
+            part.objects.iter().find(|o| o.role == "image").context("the release has no image")?;
         let packed = dir.join("packed");
         store.get(&image.sha256, image.size, &packed, &|_| ())?;
         let path = dir.join(name);
         unpack(&packed, &path)?;
         if let Some(expected) = &image.unpacked {
             let found = hash_file(&path)?.1;
-            ensure!(found == expected.sha256, "{} unpacks to {found}", image.name);
+            ensure!(found == expected.sha256, "{} unpacked has the hash {found}", image.name);
         }
         Ok(path)
     };
@@ -272,7 +274,7 @@ fn file_changes(
     Ok(Difference::between(&inventory(&old)?, &inventory(&new)?))
 }
 
-/// Decompresses into a sparse file: an image is mostly zeros.
+/// Decompresses into a sparse file, since an image is mostly zeros.
 fn unpack(packed: &Utf8Path, into: &Utf8Path) -> Result<()> {
     use std::io::Read as _;
     use std::os::unix::fs::FileExt as _;
@@ -301,7 +303,7 @@ fn promote(text: &str, to: Channel, which: &Which) -> Result<()> {
     if let Some(yanked) = &entry.yanked {
         bail!("{} {} was yanked: {}", entry.product, entry.version, yanked.reason);
     }
-    // Its objects are there, and stay: it is in a channel.
+    // Its objects exist and remain: the release is in a channel.
     manifest(store.as_ref(), &entry, authority.keys())?;
     let entry = Entry { added: now()?, ..entry };
     let new = put(store.as_ref(), to, &entry, Retention::default(), &mut authority)?;
@@ -311,7 +313,11 @@ fn promote(text: &str, to: Channel, which: &Which) -> Result<()> {
 }
 
 fn yank(text: &str, reason: &str, which: &Which) -> Result<()> {
-    ensure!(!reason.trim().is_empty(), "the reason is empty\nhelp: say what is wrong with it");
+    ensure!(
+        !reason.trim().is_empty(),
+        "the reason is empty\n\
+     help: say what is wrong with the release"
+    );
     let store = store(&which.store)?;
     let mut authority = Authority::open(which.store.access.store_was_restored)?;
     let (_, entry) = find(store.as_ref(), text, which, &authority)?;
@@ -357,8 +363,8 @@ fn check(options: &ReleaseCheck) -> Result<()> {
     let different = comparison.outputs.iter().filter(|output| !output.equal).count();
     ensure!(
         comparison.equal,
-        "{different} of {} outputs differ\nhelp: what is listed above comes from something that \
-         is no input: a time, a host file, an order",
+        "{different} of {} outputs differ\nhelp: the differences above depend on something that is \
+         not an input, such as a time, a host file or an order",
         comparison.outputs.len()
     );
     Ok(())

@@ -21,10 +21,10 @@ pub fn run(options: &Run) -> Result<()> {
     if options.local { here(options) } else { machine(options) }
 }
 
-/// On this machine, without one in QEMU.
+/// On this machine, without QEMU.
 fn here(options: &Run) -> Result<()> {
     tools::require(&[Purpose::Local], true)?;
-    // What can go wrong at once, before the build.
+    // Checks that can fail early, before the build.
     let rights = local::allowed()?;
     let listener = local::listen(options.port)?;
     let composed = build::compose(&BuildOptions {
@@ -49,17 +49,17 @@ fn here(options: &Run) -> Result<()> {
     Ok(())
 }
 
-/// A system that is well, and runs on.
+/// A healthy system that keeps running.
 fn show(ready: &Ready, format: Format) -> Result<()> {
     if format == Format::Json {
         outln!("{}", text::json(ready)?);
         return Ok(());
     }
     for answer in &ready.answers {
-        say("well", format!("{} within it answers {}", answer.url, answer.status));
+        say("well", format!("{} inside of the system answers {}", answer.url, answer.status));
     }
     outln!(" ready    {}  ({:.0} s)", ready.address, ready.seconds);
-    outln!(" data     {}  (--fresh begins with an empty one)", ready.data);
+    outln!(" data     {}  (--fresh starts with an empty one)", ready.data);
     outln!(" quit     Ctrl-C");
     Ok(())
 }
@@ -84,7 +84,9 @@ fn machine(options: &Run) -> Result<()> {
             let active = if slot == "a" { Slot::A } else { Slot::B };
             Some((sector.offset, BootState { active, ..BootState::first() }))
         }
-        (Some(_), None) => anyhow::bail!("{name} keeps no boot state: --slot cannot choose"),
+        (Some(_), None) => {
+            anyhow::bail!("{name} has no boot state, so --slot cannot select a slot")
+        }
     };
     run_interactive(&qemu.machine, &files, &Start { boot_state, ssh_port: options.ssh_port })
 }

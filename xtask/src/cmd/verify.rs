@@ -1,4 +1,4 @@
-//! `verify`: says whether every byte of an image or a bundle is right.
+//! `verify`: checks an image against its block map and tables, or a bundle against its signatures.
 
 use anyhow::{Result, bail};
 
@@ -7,7 +7,7 @@ use crate::inspect::{Subject, subject};
 use crate::verify::{verify_bundle, verify_image};
 use crate::{outln, text};
 
-/// `cargo xtask verify`. Exit status 0 means that every byte was checked and is right.
+/// `cargo xtask verify`. Exit status 0 means that every byte was checked and is correct.
 ///
 /// # Errors
 /// Whatever is wrong.
@@ -16,8 +16,8 @@ pub fn verify(options: &Verify) -> Result<()> {
         Subject::Bundle => verify_bundle(&options.file, options.keys.as_deref())?,
         Subject::Image => verify_image(&options.file)?,
         Subject::SlotImage => bail!(
-            "{} is a slot image: nothing in it says what it should be\n\
-             help: verify the bundle or the card image that holds it",
+            "{} is a slot image, which contains no hashes or signatures of its own\n\
+             help: verify the bundle or the card image that contains it",
             options.file
         ),
     };

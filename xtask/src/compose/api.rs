@@ -1,4 +1,5 @@
-//! What the image says of its own API: `api.toml`, written from what was installed, for the robot's agent.
+//! The image's description of its own API: `api.toml`, generated from the installed wheels, for the
+//! robot's agent.
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -6,10 +7,10 @@ use serde::Serialize;
 use crate::rootfs::tree::{Origin, Tree};
 use crate::wheel::InstalledDistribution;
 
-/// Where it lies in the root.
+/// Its path in the root.
 pub const API: &str = "usr/lib/slipway/api.toml";
 
-/// The file's form; `slotd` reads it.
+/// The file's format; `slotd` reads it.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Api<'a> {
@@ -35,30 +36,31 @@ struct Wheel<'a> {
 /// The text of `api.toml` for the wheels in a tree, and the C library for which they were locked.
 ///
 /// # Errors
-/// When the tree does not have the package as an installer leaves it, or no module of its name.
+/// When the package is not installed in the tree, or has no module of its name.
 pub fn describe(
     tree: &Tree,
     distributions: &[InstalledDistribution],
     minimum_version: Option<&str>,
     libc: Option<&str>,
 ) -> Result<String> {
-    let top = distributions.iter().find(|d| d.top_level).context("no wheel was asked for")?;
-    // The marker of what was asked for (PEP 376) says where its folder of modules is.
+    let top =
+        distributions.iter().find(|d| d.top_level).context("no wheel is marked as requested")?;
+    // The marker of the requested package (PEP 376) is in its directory of modules.
     let mut marked = tree.iter().filter_map(|(path, entry)| {
         let folder = path.strip_suffix(".dist-info/REQUESTED")?;
         (entry.origin == Origin::Api).then_some(folder)
     });
     let marked = marked.next().with_context(|| format!("{} is not in the tree", top.name))?;
-    let (site, _) = marked.rsplit_once('/').context("modules lie in a folder")?;
+    let (site, _) = marked.rsplit_once('/').context("modules are in a directory")?;
     let python = site
         .split('/')
         .find_map(|part| part.strip_prefix("python").filter(|version| version.contains('.')))
-        .with_context(|| format!("/{site} names no version of Python"))?;
+        .with_context(|| format!("/{site} does not contain a version of Python"))?;
     let module = top.name.replace(['-', '.'], "_").to_lowercase();
     let there = ["", ".py"].iter().any(|end| tree.get(&format!("{site}/{module}{end}")).is_some());
     ensure!(
         there,
-        "{} installs no module {module}: a robot could not find its resources\n\
+        "{} installs no module {module}, so a robot could not find its resources\n\
          help: the API's package must have the name of its module",
         top.name
     );

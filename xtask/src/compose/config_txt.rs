@@ -1,5 +1,5 @@
-//! What `config.txt` tells the firmware to load must lie beside it, for each model of the board: only the lines that
-//! count on that model, as `bootmodel` reads them.
+//! Checks that the files which `config.txt` tells the firmware to load exist, for each model of the
+//! board: only the lines that apply to that model, as `bootmodel` reads them.
 //!
 //! F: documentation of `config.txt`: boot.adoc (`kernel`, `initramfs`, `ramfsfile`, `cmdline`, `armstub`, `start_file`,
 //! `fixup_file`, `os_prefix`, `overlay_prefix`), device-tree.adoc (`device_tree`, `dtoverlay`), what_is_config_txt.adoc
@@ -13,7 +13,8 @@ use bootmodel::chain::config::{self, Filters, Setting};
 
 /// The file.
 const NAME: &str = "config.txt";
-/// With this file among the overlays the firmware gives old names of overlays new ones, and leaves some out.
+/// With this file among the overlays, the firmware maps old names of overlays to new ones, and
+/// ignores some.
 const OVERLAY_MAP: &str = "overlay_map.dtb";
 
 /// Texts of the boot partitions and the names of all their files, by role.
@@ -25,7 +26,7 @@ pub struct Partitions<'a> {
 }
 
 impl Partitions<'_> {
-    /// FAT knows no case.
+    /// FAT ignores case.
     fn has(&self, role: &str, name: &str) -> bool {
         let name = name.trim_start_matches('/');
         self.names.iter().any(|(r, n)| r == role && n.eq_ignore_ascii_case(name))
@@ -38,10 +39,10 @@ impl Partitions<'_> {
     }
 }
 
-/// Adds what is named and not there.
+/// Adds the files that are named but do not exist.
 ///
 /// # Errors
-/// When what is known of models cannot be read.
+/// When the facts about models cannot be read.
 pub fn check(
     compatible: &[String],
     partitions: &Partitions<'_>,
@@ -57,13 +58,14 @@ pub fn check(
         let read = |name: &str| partitions.text(role, name);
         let settings = |filters: Filters<'_>| {
             let (mut found, refused) = config::included(text, filters, &read);
-            // What is included and not there is named as well.
+            // Missing included files are reported as well.
             found.extend(refused.into_iter().map(|(setting, _)| setting));
             found
         };
         let mut look = |settings: &[Setting], first: &[Setting]| {
             for (key, file) in named(settings, first) {
-                // The line that says so, or that begins with it: a prefix may come from another.
+                // The line with this value, or with its beginning: a prefix may come from another
+                // line.
                 let says = |setting: &&Setting| {
                     setting.key == key
                         && file.contains(
@@ -80,8 +82,10 @@ pub fn check(
                 };
                 if !partitions.has(role, &file) && !mapped {
                     found.insert(format!(
-                        "{place} in the partition {role} names {file} (`{key}`), which is not there\n    \
-                         help: add the file to `firmware` or `boot-files` of the board, or take the line out of {NAME}'s template"
+                        "{place} in the partition {role} names {file} (`{key}`), which does not \
+                         exist\n    \
+                         help: add the file to `firmware` or `boot-files` of the board, or remove \
+                         the line from {NAME}'s template"
                     ));
                 }
             }
@@ -90,7 +94,7 @@ pub fn check(
             let filters = |models| Filters { models, tryboot: Some(tryboot), sections: true };
             for (model, soc) in &models {
                 let settings = settings(filters(Some(&model.filters)));
-                // bootcode.bin of the Pi 3 chooses the firmware before any section counts.
+                // bootcode.bin of the Pi 3 selects the firmware before any section applies.
                 let all = Filters { models: None, tryboot: None, sections: false };
                 let first = match soc.generation {
                     3 => config::settings(text, all),
@@ -108,8 +112,8 @@ pub fn check(
     Ok(())
 }
 
-/// Keys and the files that they name. Of most keys the last line counts; `first` are the lines that count when the
-/// firmware itself is chosen.
+/// Keys and the files that they name. For most keys the last line applies; `first` are the lines
+/// that apply when the firmware itself is selected.
 fn named(settings: &[Setting], first: &[Setting]) -> Vec<(&'static str, String)> {
     let last = |key: &str| {
         let value = config::last(settings, key).map(|setting| setting.value.as_str());
@@ -118,7 +122,7 @@ fn named(settings: &[Setting], first: &[Setting]) -> Vec<(&'static str, String)>
     let mut files = Vec::new();
     let prefix = last("os_prefix").unwrap_or_default();
     for key in ["kernel", "initramfs", "ramfsfile", "cmdline", "device_tree"] {
-        // Several may be one initrd.
+        // Several files may be joined to one initrd.
         let names = last(key).into_iter().flat_map(|value| value.split(','));
         files.extend(names.map(|name| (key, format!("{prefix}{}", name.trim()))));
     }
@@ -133,7 +137,7 @@ fn named(settings: &[Setting], first: &[Setting]) -> Vec<(&'static str, String)>
             "dtoverlay" => {
                 let name = setting.value.split([',', ':']).next().unwrap_or_default().trim();
                 let folder = last("overlay_prefix").unwrap_or("overlays/");
-                // An empty one ends the parameters of the one before.
+                // An empty value ends the parameters of the previous overlay.
                 if !name.is_empty() {
                     files.push(("dtoverlay", format!("{prefix}{folder}{name}.dtbo")));
                 }
@@ -151,7 +155,7 @@ mod tests {
     const PI3: &str = "raspberrypi,3-model-b";
     const PI4: &str = "raspberrypi,4-model-b";
 
-    /// What is missing on a board for these models, with these files besides.
+    /// The files that are missing on a board for these models, with these additional files.
     fn missing(compatible: &[&str], text: &str, files: &[&str]) -> Vec<String> {
         let key = |name: &str| ("boot".to_owned(), name.to_owned());
         let texts = BTreeMap::from([
@@ -180,10 +184,10 @@ mod tests {
         assert_eq!(missing(&[PI3], text, &there), [""; 0]);
         assert_eq!(missing(&[PI3, PI4], text, &there), ["four.bin"]);
         assert_eq!(missing(&[PI4], text, &there), ["four.bin"]);
-        // Nobody's model: what counts for all.
+        // An unknown model: only the lines for all models.
         assert_eq!(missing(&["acme,board"], text, &[]), ["u-boot.bin"]);
         assert_eq!(missing(&[PI4], "[tryboot]\nkernel=trial.bin\n", &[]), ["trial.bin"]);
-        // FAT knows no case, and the last line counts.
+        // FAT ignores case, and the last line applies.
         assert_eq!(missing(&[PI3], "kernel=none\nkernel=U-BOOT.BIN\n", &there), [""; 0]);
     }
 
@@ -209,10 +213,10 @@ mod tests {
             assert_eq!(missing(&[PI4], line, &[file]), [""; 0], "{line}");
             assert_eq!(missing(&[PI4], &format!("[none]\n{line}"), &[]), [""; 0], "{line}");
         }
-        // Names that the firmware may know under another name, and no names at all.
+        // Names that the firmware may map to other names, and lines without names.
         assert_eq!(missing(&[PI4], "dtoverlay=old", &["overlays/overlay_map.dtb"]), [""; 0]);
         assert_eq!(missing(&[PI4], "dtoverlay=\ndevice_tree=\n", &[]), [""; 0]);
-        // bootcode.bin reads no sections; start4.elf is chosen by the EEPROM, which does.
+        // bootcode.bin reads no sections; the EEPROM, which does, selects start4.elf.
         let section = "[pi4]\nstart_file=a.elf\nfixup_file=a.dat\n";
         assert_eq!(missing(&[PI3], section, &[]), ["a.dat", "a.elf"]);
     }
@@ -220,7 +224,8 @@ mod tests {
     #[test]
     fn what_is_included_counts_where_it_is_included() {
         assert_eq!(missing(&[PI4], "include more.txt\n", &[]), ["more.img"]);
-        // The section of the included file goes on behind it; in one that does not pass, nothing is included.
+        // The section of the included file also applies after the include; in a section that does
+        // not apply, nothing is included.
         assert_eq!(
             missing(&[PI4], "[pi4]\ninclude more.txt\nkernel=a.bin\n", &[]),
             ["a.bin", "more.img"]

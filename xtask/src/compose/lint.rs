@@ -1,4 +1,4 @@
-//! The boot lint: everything that booting needs must be in the image. A card that hangs in silence
+//! The boot lint: everything that booting needs must be in the image. A card that hangs silently
 //! costs an afternoon; these checks cost milliseconds.
 
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ const MOUNT_POINTS: [&str; 7] = ["dev", "proc", "sys", "run", "tmp", "data", "va
 /// Checks the root filesystem and the boot partitions' files.
 ///
 /// # Errors
-/// Everything that is missing, at once.
+/// Lists everything that is missing.
 pub fn check(
     plan: &Plan,
     tree: &Tree,
@@ -40,7 +40,7 @@ pub fn check(
 
 fn check_root(tree: &Tree, kernel_release: &str, missing: &mut Vec<String>) {
     match tree.resolve("sbin/init") {
-        None => missing.push("/sbin/init is missing, or a link to nothing".to_owned()),
+        None => missing.push("/sbin/init is missing, or is a dangling link".to_owned()),
         Some((path, entry)) if entry.mode & 0o111 == 0 || !matches!(entry.kind, Kind::File(_)) => {
             missing.push(format!("/sbin/init leads to /{path}, which is not executable"));
         }
@@ -53,7 +53,7 @@ fn check_root(tree: &Tree, kernel_release: &str, missing: &mut Vec<String>) {
     }
     let modules = format!("usr/lib/modules/{kernel_release}/modules.dep");
     if tree.resolve(&modules).is_none() {
-        missing.push(format!("/{modules} is missing: the modules do not fit the kernel"));
+        missing.push(format!("/{modules} is missing: the modules do not match the kernel"));
     }
 }
 
@@ -87,8 +87,9 @@ fn check_uboot(
         let (fixed, variable) = path.split_once('$').map_or((path, false), |(f, _)| (f, true));
         let fixed = fixed.trim_matches('/');
         if tree.resolve(fixed).is_none() {
-            let what = if variable { "from the folder" } else { "the file" };
-            missing.push(format!("boot.scr loads {what} /{fixed}, which the slot does not have"));
+            let what = if variable { "from the directory" } else { "the file" };
+            missing
+                .push(format!("boot.scr loads {what} /{fixed}, but the slot does not contain it"));
         }
     }
     let lines = script_lines(&script);
@@ -100,8 +101,8 @@ fn check_uboot(
     }
 }
 
-/// The command lines that a boot script sets, as its shell would put them together: up to the quote that ends them, with
-/// something for each variable.
+/// The command lines that a boot script sets, as its shell would expand them: up to the closing
+/// quote, with a placeholder for each variable.
 fn script_lines(script: &str) -> Vec<String> {
     let starts = script.match_indices("setenv bootargs \"").map(|(at, word)| at + word.len());
     let lines = starts.filter_map(|at| script.get(at..)).map(|rest| {
@@ -118,22 +119,22 @@ fn script_lines(script: &str) -> Vec<String> {
     lines.collect()
 }
 
-/// Every argument of the board is on the line, as an argument of its own, and so are `ours`.
+/// Checks that every argument of the board, and of `ours`, is a separate argument on the line.
 fn check_line(plan: &Plan, file: &str, line: &str, ours: &[&str], missing: &mut Vec<String>) {
     let found = cmdline::arguments(line);
     for name in ours.iter().filter(|name| !found.iter().any(|(found, _)| found == *name)) {
-        missing.push(format!("{file} puts no `{name}=` on the kernel's command line"));
+        missing.push(format!("{file} does not set `{name}=` on the kernel's command line"));
     }
     for word in &plan.board.cmdline {
         if cmdline::arguments(word).iter().any(|argument| !found.contains(argument)) {
             missing.push(format!(
-                "{file} does not bring the argument `{word}` to the kernel, which would see: {line}"
+                "{file} does not pass the argument `{word}` to the kernel, which would get: {line}"
             ));
         }
     }
 }
 
-/// Absolute paths that a boot script's `load` commands name.
+/// The absolute paths in a boot script's `load` commands.
 fn loaded_paths(script: &str) -> Vec<&str> {
     let mut paths = Vec::new();
     for line in script.lines().filter(|l| !l.trim_start().starts_with('#')) {
@@ -163,7 +164,7 @@ fn check_tryboot(
             }
         }
         if let Some(text) = boot.get(&(role.to_owned(), "cmdline.txt".to_owned())) {
-            // The firmware takes the first line only.
+            // The firmware uses the first line only.
             let text = String::from_utf8_lossy(text);
             let line = text.lines().next().unwrap_or_default();
             check_line(plan, "cmdline.txt", line, &["slipway.tryboot"], missing);

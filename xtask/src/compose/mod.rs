@@ -1,6 +1,7 @@
-//! Compose: base, overlay, wheels and what the build itself adds become one root filesystem tree.
+//! Compose: merges the base, the overlays, the wheels and the build's own files into one root
+//! filesystem tree.
 //!
-//! Invariant: the tree is the same for both slots; nothing in it says which slot it is in.
+//! Invariant: the tree is the same for both slots; nothing in it depends on the slot.
 
 pub mod api;
 mod config_txt;
@@ -20,21 +21,21 @@ use crate::render::{OverlayContent, Rendered};
 use crate::rootfs::tree::{Data, Entry, Kind, Origin, Take, Tree};
 use crate::wheel::InstalledDistribution;
 
-/// Where the keys lie that the robot trusts.
+/// The path of the keys that the robot trusts.
 pub const KEY_SET: &str = "usr/lib/slipway/keyset.json";
-/// Where the base's id lies: one line, another one whenever the system is made of something else.
+/// The path of the base's id: one line, which changes whenever the inputs of the system change.
 pub const BASE_ID: &str = "usr/lib/slipway/base-id";
-/// Where the agent lies in the root.
+/// The path of the agent in the root.
 pub const AGENT: &str = "usr/bin/slotd";
 
-/// What compose puts together besides the plan.
+/// The inputs of compose besides the plan.
 #[derive(Debug)]
 pub struct Parts<'a> {
     /// The engine's root filesystem, a tar.
     pub base: &'a Utf8Path,
     /// The installed wheels, a tar.
     pub wheels: Option<&'a Utf8Path>,
-    /// What is in them.
+    /// The distributions in them.
     pub distributions: &'a [InstalledDistribution],
     /// The C library for which they were locked: `glibc 2.36`.
     pub libc: Option<&'a str>,
@@ -50,7 +51,7 @@ pub struct Parts<'a> {
     pub device_trees: Vec<(&'a str, &'a Artifact)>,
     /// The key set that the robot trusts, as JSON.
     pub key_set: &'a [u8],
-    /// Stands for everything that the system is made of.
+    /// Identifies all inputs of the system.
     pub base_id: &'a str,
 }
 

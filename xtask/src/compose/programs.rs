@@ -1,16 +1,17 @@
-//! The programs that units start are in the image: a service that cannot start, or a console at which nobody can log in,
-//! is found on the robot otherwise.
+//! Checks that the programs that units start are in the image. Otherwise a service that cannot
+//! start, or a console without a working login, is only discovered on the robot.
 
 use anyhow::{Result, bail};
 
 use crate::rootfs::tree::{Kind, Origin, Tree};
 
-/// Where units lie, and what may overrule them.
+/// The directories of units, and of the files that override them.
 const FOLDERS: [&str; 3] =
     ["etc/systemd/system/", "usr/lib/systemd/system/", "usr/local/lib/systemd/system/"];
-/// systemd looks here for a name without a folder (systemd.service(5), `systemd-path search-binaries-default`).
+/// systemd searches these directories for a name without a directory (systemd.service(5),
+/// `systemd-path search-binaries-default`).
 const SEARCHED: [&str; 4] = ["usr/local/sbin", "usr/local/bin", "usr/sbin", "usr/bin"];
-/// The keys of a service whose value begins with a program.
+/// The keys of a service whose value starts with a program.
 const KEYS: [&str; 7] = [
     "ExecStart",
     "ExecStartPre",
@@ -20,17 +21,17 @@ const KEYS: [&str; 7] = [
     "ExecStop",
     "ExecStopPost",
 ];
-/// What systemd looks at before it starts a unit (systemd.unit(5)). A unit with its own program behind one of them is one
-/// that a product may leave out.
+/// The conditions that systemd checks before it starts a unit (systemd.unit(5)). With its own
+/// program in a condition, a unit is optional for a product.
 const CONDITIONS: [&str; 3] =
     ["ConditionPathExists", "ConditionFileNotEmpty", "ConditionFileIsExecutable"];
-/// What agetty(8) starts where its line names nothing else: its own package does not bring it.
+/// The program that agetty(8) starts by default: its own package does not contain it.
 const LOGIN: &str = "bin/login";
 
-/// Checks every unit that an overlay brings or changes.
+/// Checks every unit that an overlay adds or changes.
 ///
 /// # Errors
-/// Names all that is missing, with the overlay's file and line.
+/// Lists everything that is missing, with the overlay's file and line.
 pub fn check(tree: &Tree) -> Result<()> {
     let mut missing = Vec::new();
     for (path, entry) in tree.iter() {
@@ -53,7 +54,7 @@ pub fn check(tree: &Tree) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    bail!("units start programs that this image does not have:\n  - {}", missing.join("\n  - "))
+    bail!("units start programs that this image does not contain:\n  - {}", missing.join("\n  - "))
 }
 
 /// A line of a unit, joined with those that continue it.
@@ -64,7 +65,7 @@ struct Setting {
     value: String,
 }
 
-/// The settings of a unit that say something: an empty value takes back what stood before.
+/// The effective settings of a unit: an empty value resets earlier ones.
 fn settings(text: &str) -> Vec<Setting> {
     let mut found = Vec::new();
     let mut lines = text.lines().enumerate();
@@ -86,14 +87,14 @@ fn settings(text: &str) -> Vec<Setting> {
     found
 }
 
-/// What is wrong with a command line of a unit that is started under these conditions, if something is.
+/// The error in a command line of a unit that starts under these conditions, if any.
 fn fault(tree: &Tree, command: &str, conditions: &[&str]) -> Option<String> {
-    // Marks in front of the program: systemd.service(5). With `-` it may fail, so it may be missing.
+    // Prefixes of the program: systemd.service(5). With `-` it may fail, so it may be missing.
     let line = command.trim_start_matches(['-', '@', ':', '+', '!', '|']);
     let may_fail = command[..command.len() - line.len()].contains('-');
     let mut words = line.split_whitespace();
     let program = words.next()?.trim_matches(['"', '\'']);
-    // Filled in by systemd, on the robot.
+    // Expanded by systemd on the robot.
     if program.contains(['%', '$']) || conditions.contains(&program) {
         return None;
     }
@@ -104,7 +105,7 @@ fn fault(tree: &Tree, command: &str, conditions: &[&str]) -> Option<String> {
     if !there {
         return (!may_fail).then(|| {
             format!(
-                "`{program}` is missing\nhelp: add the package or the overlay file that brings it"
+                "`{program}` is missing\nhelp: add the package or the overlay file that contains it"
             )
         });
     }
@@ -113,7 +114,10 @@ fn fault(tree: &Tree, command: &str, conditions: &[&str]) -> Option<String> {
     };
     let logs_in = program.ends_with("/agetty") && !words.any(own);
     (logs_in && tree.resolve(LOGIN).is_none()).then(|| {
-        format!("`{program}` starts /{LOGIN}, which is missing: nobody could log in\nhelp: add the package `login`")
+        format!(
+            "`{program}` starts /{LOGIN}, which is missing, so logins would fail\n\
+         help: add the package `login`"
+        )
     })
 }
 
@@ -159,7 +163,7 @@ mod tests {
         for condition in CONDITIONS {
             assert_eq!(findings(&unit(&format!("{condition}=/usr/bin/gone")), &[]), "");
         }
-        // These start the unit without it, or name another.
+        // These start the unit without it, or name another program.
         for condition in [
             "ConditionPathExists=!/usr/bin/gone",
             "ConditionPathExists=|/usr/bin/gone",
@@ -174,7 +178,7 @@ mod tests {
     fn a_getty_needs_the_program_that_logs_in() {
         let getty = "ExecStart=-/usr/sbin/agetty --autologin root - $TERM\n";
         let said = findings(getty, &["usr/sbin/agetty"]);
-        assert!(said.contains("nobody could log in\nhelp: add the package `login`"), "{said}");
+        assert!(said.contains("so logins would fail\nhelp: add the package `login`"), "{said}");
         assert_eq!(findings(getty, &["usr/sbin/agetty", "bin/login"]), "");
         assert_eq!(
             findings("ExecStart=-/usr/sbin/agetty -n -l /bin/sh -\n", &["usr/sbin/agetty"]),

@@ -1,5 +1,5 @@
-//! What takes the space: bytes by package, by folder and by file of the composed tree, and the
-//! budget that the slot sets.
+//! Reports the space used by package, by directory and by file of the composed tree, and checks the
+//! budget of the slot.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -11,10 +11,10 @@ use crate::rootfs::tree::{Kind, Origin, Tree};
 /// A name and its bytes.
 pub type Sized = (String, u64);
 
-/// Where the bytes of a root filesystem are.
+/// How the space of a root filesystem is used.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
 pub struct Sizes {
-    /// Bytes by Debian package, as it is in the image after pruning; largest first.
+    /// Bytes by Debian package, as installed after pruning; largest first.
     pub packages: Vec<Sized>,
     /// Bytes by directory down to three levels, largest first.
     pub directories: Vec<Sized>,
@@ -22,7 +22,7 @@ pub struct Sizes {
     pub files: Vec<Sized>,
 }
 
-/// How many of the largest files are listed.
+/// The number of the largest files to list.
 const LARGEST: usize = 30;
 
 /// Measures a tree.
@@ -57,7 +57,7 @@ pub fn measure(tree: &Tree) -> Result<Sizes> {
             }
         }
         if entry.origin == Origin::Base {
-            // Packages list their files by the path before /usr was merged.
+            // Packages list their files with the path before the merge of /usr.
             let name = owner.get(path).or_else(|| owner.get(path.strip_prefix("usr/")?));
             let name = match name {
                 Some(name) => name.clone(),
@@ -81,7 +81,7 @@ fn sort(list: &mut [Sized]) {
     list.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
 }
 
-/// Holds the filled share of the slot against the product's limits; a warning comes back as text.
+/// Compares the used share of the slot with the product's limits; returns a warning as text.
 ///
 /// # Errors
 /// When the limit is exceeded.
@@ -97,7 +97,7 @@ pub fn budget(
     let largest: Vec<String> =
         sizes.packages.iter().take(5).map(|(n, s)| format!("{n} {}", bytes(*s))).collect();
     let facts = format!(
-        "the root filesystem holds {} of {} ({} %)",
+        "the root filesystem uses {} of {} ({} %)",
         bytes(used),
         bytes(capacity),
         used * 100 / capacity.max(1)
@@ -106,7 +106,7 @@ pub fn budget(
     if used > share(limit) {
         bail!(
             "{facts}, more than `fill-limit` ({limit} %) allows; the largest packages: {largest}\n\
-             help: take out packages, or raise the size of root-a and root-b in board.toml, or \
+             help: remove packages, or raise the size of root-a and root-b in board.toml, or \
              `rootfs.fill-limit` in {product_file}"
         );
     }
@@ -126,7 +126,7 @@ mod tests {
         assert!(try_with(80).expect("fits").is_none());
         assert!(try_with(90).expect("fits").is_some_and(|w| w.contains("libc6 5.0 MiB")));
         let error = try_with(96).expect_err("too full").to_string();
-        assert!(error.contains("holds 96 MiB of 100 MiB (96 %)"), "{error}");
+        assert!(error.contains("uses 96 MiB of 100 MiB (96 %)"), "{error}");
         assert!(error.contains("rootfs.fill-limit"), "{error}");
     }
 }

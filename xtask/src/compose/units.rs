@@ -1,6 +1,7 @@
-//! Enables systemd units as `systemctl preset` would: the presets of the overlays say which, the
-//! units' `[Install]` sections say where. Done here because the root filesystem is read-only on the
-//! robot and the building machine need not have systemd; `xtask/tests/presets.rs` compares with the real one.
+//! Enables systemd units as `systemctl preset` would: the presets of the overlays select the units,
+//! the units' `[Install]` sections define the links. Done here because the root filesystem is
+//! read-only on the robot and the build machine need not have systemd; `xtask/tests/presets.rs`
+//! compares with the real systemctl.
 
 mod install;
 mod name;
@@ -15,26 +16,27 @@ use self::name::{Form, UnitName, why_no_alias};
 use self::preset::{Action, Rule};
 use crate::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
 
-/// Where links are made.
+/// The directory for links.
 const CONFIG: &str = "etc/systemd/system";
 
-/// Where units lie, the first found counts (systemd.unit(5), what an image can have of it).
+/// The directories of units; the first match applies (systemd.unit(5), as far as it concerns an
+/// image).
 const FOLDERS: [&str; 4] =
     [CONFIG, "run/systemd/system", "usr/local/lib/systemd/system", "usr/lib/systemd/system"];
 
 /// Makes and removes links as `systemctl preset` would for each unit that a line of an overlay's
-/// preset is about.
+/// preset matches.
 ///
 /// # Errors
-/// An `enable` line of an overlay that names a unit (not by a pattern) that cannot be enabled; a line
-/// that says nothing.
+/// An `enable` line of an overlay that names a unit (not by a pattern) that cannot be enabled; an
+/// invalid line.
 pub fn apply_presets(tree: &mut Tree) -> Result<()> {
     let rules = preset::rules(tree)?;
     let (mut wanted, mut unwanted) = (Vec::new(), Vec::new());
     let units = Units::of(tree);
     for unit in units.asked(&rules) {
         let Some(rule) = rules.iter().find(|rule| rule.matches(&unit)) else { continue };
-        // One that is named must be there; one that a pattern finds may be anything.
+        // A named unit must exist and be valid; a unit that matches a pattern may be anything.
         let named = rule.ours && rule.unit().is_some();
         let found = units.find(&unit).map(|found| found.map(|found| found.name));
         match (&rule.action, found) {
@@ -44,7 +46,7 @@ pub fn apply_presets(tree: &mut Tree) -> Result<()> {
             (Action::Enable(instances), Ok(Some(name))) if name == unit => {
                 if unit.form() == Form::Template && !instances.is_empty() {
                     let filled = instances.iter().map(|i| {
-                        unit.with_instance(i).with_context(|| format!("{i} can be no instance"))
+                        unit.with_instance(i).with_context(|| format!("invalid instance name {i}"))
                     });
                     for one in filled {
                         wanted.push((one.with_context(|| rule.line.clone())?, named, &rule.line));
@@ -57,7 +59,7 @@ pub fn apply_presets(tree: &mut Tree) -> Result<()> {
             (Action::Enable(_), found) => {
                 let problem = match found {
                     Ok(Some(name)) => anyhow::anyhow!(
-                        "{unit} is another name of {name}\nhelp: name {name} in the preset"
+                        "{unit} is an alias of {name}\nhelp: use {name} in the preset"
                     ),
                     Ok(None) => anyhow::anyhow!(
                         "there is no unit {}\nhelp: name a unit of the base system or of an overlay",
@@ -92,13 +94,13 @@ pub fn apply_presets(tree: &mut Tree) -> Result<()> {
     Ok(())
 }
 
-/// A link to be made.
+/// A link to create.
 #[derive(Debug)]
 struct Link {
     path: String,
     /// The unit's file, absolute.
     to: String,
-    /// Another name, which must not be taken; the links of dependencies replace what is there.
+    /// An alias, whose path must be free; the links of dependencies replace existing links.
     alias: bool,
 }
 
@@ -106,15 +108,16 @@ impl Link {
     fn make(&self, tree: &mut Tree) -> Result<()> {
         if let Some(there) = tree.get(&self.path) {
             let Kind::Symlink(target) = &there.kind else {
-                bail!("/{} is to be a link to {}, and is no link", self.path, self.to);
+                bail!("/{} must be a link to {}, but is not a link", self.path, self.to);
             };
             if self.is_already(tree, target) {
                 return Ok(());
             }
             ensure!(
                 !self.alias,
-                "/{} is to be a link to {}, and is one to {target}\n\
-                 help: two units ask for one name (Alias=): disable the other one in a preset that sorts earlier",
+                "/{} must be a link to {}, but is a link to {target}\n\
+                 help: two units claim the same name (Alias=): disable the other unit in a preset \
+                 that sorts earlier",
                 self.path,
                 self.to
             );
@@ -123,7 +126,7 @@ impl Link {
         tree.insert(&self.path, entry)
     }
 
-    /// Whether a link to `target` serves as well: the same file, or a unit of that name.
+    /// Whether a link to `target` is equivalent: the same file, or a unit of that name.
     fn is_already(&self, tree: &Tree, target: &str) -> bool {
         let there = absolute(&self.path, target);
         let known = |path: &str| FOLDERS.iter().any(|folder| folder_of(path) == *folder);
@@ -135,7 +138,7 @@ impl Link {
     }
 }
 
-/// A unit as it was found.
+/// A unit that was found.
 #[derive(Debug)]
 struct Unit {
     name: UnitName,
@@ -145,20 +148,20 @@ struct Unit {
     install: Install,
 }
 
-/// What a path is to systemd.
+/// How systemd interprets a path.
 enum Found {
     Masked,
     File,
-    /// Another unit's name: the path that the link names.
+    /// An alias of another unit: the path in the link.
     Alias(String),
-    /// A unit that lies elsewhere.
+    /// A unit outside of the search path.
     Linked(String),
 }
 
 /// The units of a tree.
 struct Units<'t> {
     tree: &'t Tree,
-    /// What lies below [`FOLDERS`].
+    /// The entries below [`FOLDERS`].
     paths: BTreeSet<&'t str>,
 }
 
@@ -170,8 +173,8 @@ impl<'t> Units<'t> {
         Self { tree, paths: tree.iter().map(|(path, _)| path).filter(|path| below(path)).collect() }
     }
 
-    /// The units that lines of overlays are about: those that are named, and all that a pattern
-    /// matches; sorted.
+    /// The units that lines of overlays select: those that are named, and all that match a pattern;
+    /// sorted.
     fn asked(&self, rules: &[Rule]) -> BTreeSet<UnitName> {
         let ours = || rules.iter().filter(|rule| rule.ours);
         let there = self.paths.iter().filter(|path| FOLDERS.contains(&folder_of(path)));
@@ -180,16 +183,16 @@ impl<'t> Units<'t> {
         matched.chain(ours().filter_map(Rule::unit)).collect()
     }
 
-    /// Looks for a unit and follows links to it, as systemd does. The name of what is found differs
-    /// from the one asked for where that is an alias.
+    /// Finds a unit and follows links to it, as systemd does. The name of the result differs from
+    /// the given one when that is an alias.
     fn find(&self, name: &UnitName) -> Result<Option<Unit>> {
         self.find_through(name, true)
     }
 
-    /// As [`Units::find`]; `Also=` does not follow an alias that somebody set in `/etc`.
+    /// Like [`Units::find`]; `Also=` does not follow an alias that was configured in `/etc`.
     fn find_through(&self, name: &UnitName, through_config: bool) -> Result<Option<Unit>> {
         let Some((mut unit, mut found)) = self.look_up(name)? else { return Ok(None) };
-        // systemd's own limit of links.
+        // systemd's own limit for links.
         for _ in 0..64 {
             let target = match found {
                 Found::Masked => {
@@ -208,7 +211,7 @@ impl<'t> Units<'t> {
                 Found::Alias(target) => target,
             };
             let Some(mut next) = UnitName::new(file_name(&target)) else {
-                bail!("/{} is a link to /{target}, which is no unit", unit.path);
+                bail!("/{} is a link to /{target}, which is not a unit", unit.path);
             };
             if unit.name.form() == Form::Instance && next.form() == Form::Template {
                 next = next.with_instance(unit.name.instance()).context("a name is too long")?;
@@ -219,14 +222,14 @@ impl<'t> Units<'t> {
             } else {
                 let looked = self.look_up(&next)?;
                 (unit, found) = looked.with_context(|| {
-                    format!("{name} is another name of {next}, which there is not")
+                    format!("{name} is an alias of {next}, which does not exist")
                 })?;
             }
         }
-        bail!("{name} is a link to a link to a link without end")
+        bail!("{name} is in a circle of links")
     }
 
-    /// The file of a unit, its template's where it has none, with what it and its drop-ins say.
+    /// The file of a unit, or of its template, with the settings of the file and its drop-ins.
     fn look_up(&self, name: &UnitName) -> Result<Option<(Unit, Found)>> {
         let template = if name.form() == Form::Instance { name.template() } else { None };
         let names: Vec<&UnitName> = std::iter::once(name).chain(&template).collect();
@@ -244,11 +247,11 @@ impl<'t> Units<'t> {
         }
         ensure!(
             name.form() == Form::Plain || name.may_template(),
-            "{name}: there are no templates of a {}",
+            "{name}: units of type {} cannot be templates",
             name.kind()
         );
         for path in self.drop_ins(&names) {
-            // A link to nothing hides a drop-in of that name.
+            // A dangling link hides a drop-in of that name.
             if self.tree.resolve(path).is_some() {
                 let text = self.tree.read(path)?;
                 unit.install.read(name, &text).with_context(|| format!("reading /{path}"))?;
@@ -257,7 +260,7 @@ impl<'t> Units<'t> {
         Ok(Some((unit, found)))
     }
 
-    /// Drop-ins sorted by file name; of two with one name that of the first folder.
+    /// Drop-ins sorted by file name; of two with the same name, that of the first directory.
     fn drop_ins(&self, names: &[&UnitName]) -> Vec<&'t str> {
         let mut files: Vec<&str> = Vec::new();
         for folder in names.iter().flat_map(|n| FOLDERS.iter().map(move |f| format!("{f}/{n}.d"))) {
@@ -273,10 +276,10 @@ impl<'t> Units<'t> {
         files
     }
 
-    /// What lies at the unit's path; a file is read.
+    /// The entry at the unit's path; a file is read.
     fn open(&self, unit: &mut Unit) -> Result<Found> {
         let path = unit.path.clone();
-        let entry = self.tree.get(&path).with_context(|| format!("there is no /{path}"))?;
+        let entry = self.tree.get(&path).with_context(|| format!("/{path} does not exist"))?;
         let target = match &entry.kind {
             Kind::File(data) if is_empty(data) => return Ok(Found::Masked),
             Kind::File(_) | Kind::Hardlink(_) => {
@@ -285,7 +288,7 @@ impl<'t> Units<'t> {
                 return Ok(Found::File);
             }
             Kind::Symlink(target) => absolute(&path, target),
-            Kind::Folder | Kind::Special(..) => bail!("/{path} is no file"),
+            Kind::Folder | Kind::Special(..) => bail!("/{path} is not a file"),
         };
         let end = self.tree.resolve(&target).map(|(_, entry)| &entry.kind);
         if target == "dev/null" || matches!(end, Some(Kind::File(data)) if is_empty(data)) {
@@ -304,7 +307,7 @@ impl<'t> Units<'t> {
         Ok(Found::Alias(target))
     }
 
-    /// The links that lead to these units, by their name or by their target.
+    /// The links to these units, by their name or by their target.
     fn links_to(&self, units: &[UnitName]) -> Vec<String> {
         let mut gone: BTreeSet<&str> = units
             .iter()
@@ -312,7 +315,7 @@ impl<'t> Units<'t> {
             .map(UnitName::as_str)
             .collect();
         let mut links = BTreeSet::new();
-        // A link to a link that goes is one more.
+        // A link to a removed link is removed, too.
         loop {
             let before = links.len();
             for &path in &self.paths {
@@ -336,8 +339,8 @@ impl<'t> Units<'t> {
         }
     }
 
-    /// The links of a unit and of those that it names in `Also=`; `done` has those that were asked
-    /// before, so that units may name each other.
+    /// The links of a unit and of those that it names in `Also=`; `done` contains those that were
+    /// visited, so that units may name each other.
     fn enable(&self, first: &UnitName, done: &mut BTreeSet<UnitName>) -> Result<Vec<Link>> {
         let mut links = Vec::new();
         let mut rest = vec![first.clone()];
@@ -346,7 +349,8 @@ impl<'t> Units<'t> {
                 continue;
             }
             let found = self.find_through(&name, name == *first);
-            // `Also=` names units of the same package; one that is not installed is no mistake.
+            // `Also=` names units of the same package; a unit that is not installed is not an
+            // error.
             if name != *first && !matches!(&found, Ok(Some(unit)) if !unit.masked) {
                 continue;
             }
@@ -363,7 +367,7 @@ impl<'t> Units<'t> {
             let asks = !unit.install.is_empty();
             ensure!(
                 asks || name != *first,
-                "/{} has no [Install] section: it cannot be enabled, something else starts it",
+                "/{} has no [Install] section: the unit cannot be enabled, another unit starts it",
                 unit.path
             );
             links.extend(
@@ -408,11 +412,12 @@ impl<'t> Units<'t> {
                 _ => left.push(by),
             }
         }
-        // As systemctl, which leaves them out; nothing at all would be a preset without effect.
+        // Like systemctl, which ignores them; without any valid unit the preset would have no
+        // effect.
         let nothing = links.is_empty() && !left.is_empty();
         ensure!(
             !nothing || !whole,
-            "{} is to be started by {}, which is no unit",
+            "{} is wanted by {}, which is not a unit",
             unit.name,
             left.join(", ")
         );
@@ -428,9 +433,9 @@ impl<'t> Units<'t> {
     }
 }
 
-/// The path below [`CONFIG`] of a unit's further name; none for the unit's own.
+/// The path below [`CONFIG`] of a unit's alias; `None` for the unit's own name.
 fn alias_path(unit: &UnitName, alias: &str) -> Result<Option<String>> {
-    // An old way to write WantedBy=: `Alias=multi-user.target.wants/a.service`.
+    // An old form of WantedBy=: `Alias=multi-user.target.wants/a.service`.
     if let Some((folder, file)) = alias.rsplit_once('/') {
         let by = [".wants", ".requires"].iter().find_map(|end| folder.strip_suffix(end));
         let by = by.and_then(UnitName::new);
@@ -442,12 +447,12 @@ fn alias_path(unit: &UnitName, alias: &str) -> Result<Option<String>> {
         };
         ensure!(
             by.zip(name).is_some_and(|(by, name)| fits(&by, &name)),
-            "Alias={alias}: that is no link to {unit} below a unit's .wants or .requires"
+            "Alias={alias}: not a link to {unit} in the .wants or .requires directory of a unit"
         );
         return Ok(Some(alias.to_owned()));
     }
     let Some(mut name) = UnitName::new(alias) else {
-        bail!("Alias={alias}: that is no name of a unit");
+        bail!("Alias={alias}: not a valid unit name");
     };
     if name.form() == Form::Template && unit.form() == Form::Instance {
         name = name.with_instance(unit.instance()).context("a name is too long")?;
@@ -456,7 +461,7 @@ fn alias_path(unit: &UnitName, alias: &str) -> Result<Option<String>> {
         return Ok(None);
     }
     match why_no_alias(&name, unit) {
-        Some(why) => bail!("{name} cannot be another name of {unit}: {why}"),
+        Some(why) => bail!("{name} cannot be an alias of {unit}: {why}"),
         None => Ok(Some(name.as_str().to_owned())),
     }
 }
@@ -485,7 +490,7 @@ fn folder_of(path: &str) -> &str {
     path.rsplit_once('/').map_or("", |(folder, _)| folder)
 }
 
-/// A link's target as a path of the tree, `.` and `..` resolved by their letters.
+/// A link's target as a path of the tree, with `.` and `..` resolved textually.
 fn absolute(link: &str, target: &str) -> String {
     let base = if target.starts_with('/') { "" } else { folder_of(link) };
     let mut parts: Vec<&str> = Vec::new();

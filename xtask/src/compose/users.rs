@@ -1,5 +1,5 @@
 //! Accounts: lines in passwd, group and shadow, home directories, and the public keys that SSH
-//! accepts. The root filesystem is read-only, so accounts exist from the build on.
+//! accepts. The root filesystem is read-only, so accounts are created by the build.
 
 use anyhow::{Context, Result, bail};
 
@@ -10,7 +10,7 @@ use crate::rootfs::tree::{Entry, Kind, Origin, Tree};
 /// Adds or changes the plan's accounts.
 ///
 /// # Errors
-/// An unknown group; an id that the base system uses already; a missing passwd.
+/// An unknown group; an id that the base system already uses; a missing passwd.
 pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<()> {
     let mut passwd = Table::read(tree, "etc/passwd", 0o644)?;
     let mut group = Table::read(tree, "etc/group", 0o644)?;
@@ -20,7 +20,7 @@ pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<(
         let taken = |row: &&Vec<String>| row.get(2) == Some(&uid) && row.first() != Some(name);
         if let Some(other) = passwd.rows.iter().find(taken) {
             bail!(
-                "adding the account {name}: the base system's {} has uid {uid} already",
+                "adding the account {name}: uid {uid} is already used by the base system's {}",
                 other[0]
             );
         }
@@ -31,12 +31,12 @@ pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<(
             "empty" => "",
             hash => hash,
         };
-        // No dates: a password's age means nothing on a machine without a clock.
+        // No dates: the age of a password is meaningless on a machine without a clock.
         shadow.set(name, &[secret, "", "0", "99999", "7", "", "", ""]);
         for extra in &user.groups {
             group.add_member(extra, name).with_context(|| {
                 format!(
-                    "adding the account {name}\nhelp: groups come from the base system's packages"
+                    "adding the account {name}\nhelp: the base system's packages define the groups"
                 )
             })?;
         }
@@ -44,7 +44,7 @@ pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<(
         if !keys.is_empty() {
             tree.file(&format!("etc/ssh/authorized_keys.d/{name}"), 0o644, keys)?;
         }
-        // Homes below /data are made on the robot, where data is writable.
+        // Homes below /data are created on the robot, where data is writable.
         let home = user.home.trim_start_matches('/');
         if user.uid != 0 && !home.starts_with("data/") {
             let others = |entry: &&Entry| {
@@ -52,8 +52,9 @@ pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<(
             };
             if let Some(there) = tree.get(home).filter(others) {
                 bail!(
-                    "adding the account {name}: its home /{home} is there already, from {} and of the user {}\n\
-                     help: give the account a `home` of its own, as in \"/data/home/{name}\"",
+                    "adding the account {name}: its home /{home} exists already, from {}, and \
+                     belongs to the user {}\n\
+                     help: give the account a separate `home`, such as \"/data/home/{name}\"",
                     there.origin,
                     there.uid
                 );
@@ -178,10 +179,7 @@ mod tests {
         let of_base = Entry::new(0o755, Kind::Folder, Origin::Base);
         tree.insert("home/robot", of_base).expect("placed");
         let error = add(&mut tree, &[user(1000, "video")], &rendered()).expect_err("the base's");
-        assert!(
-            format!("{error:#}").contains("its home /home/robot is there already"),
-            "{error:#}"
-        );
+        assert!(format!("{error:#}").contains("its home /home/robot exists already"), "{error:#}");
         // A product's overlay may have put something into it.
         let mut tree = self::tree();
         let origin = Origin::Overlay("overlays/x/home/robot/.profile".into());
@@ -194,7 +192,10 @@ mod tests {
     #[test]
     fn a_taken_id_and_an_unknown_group_are_refused() {
         let error = add(&mut tree(), &[user(1, "video")], &rendered()).expect_err("taken");
-        assert!(format!("{error:#}").contains("daemon has uid 1 already"), "{error:#}");
+        assert!(
+            format!("{error:#}").contains("uid 1 is already used by the base system's daemon"),
+            "{error:#}"
+        );
         let error = add(&mut tree(), &[user(1000, "vidoe")], &rendered()).expect_err("unknown");
         assert!(format!("{error:#}").contains("there is no group vidoe"), "{error:#}");
     }

@@ -42,18 +42,18 @@ words!(TableKind, "\"mbr\", \"gpt\" or \"hybrid\"",
     "mbr" => Self::Mbr, "gpt" => Self::Gpt, "hybrid" => Self::Hybrid);
 words!(Filesystem, "\"vfat\" or \"ext4\"", "vfat" => Self::Vfat, "ext4" => Self::Ext4);
 
-/// The bus that a board's disk hangs on; the initrd's script knows the same words.
+/// The bus of a board's disk; the initrd's script uses the same words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Bus {
     /// A slot for SD cards, or a soldered eMMC.
     Mmc,
-    /// A virtual machine's.
+    /// The bus of a virtual machine.
     Virtio,
 }
 
 impl Bus {
-    /// The word of `board.toml`.
+    /// The word that `board.toml` uses.
     pub fn word(self) -> &'static str {
         match self {
             Self::Mmc => "mmc",
@@ -69,27 +69,27 @@ words!(Bus, "\"mmc\" or \"virtio\"", "mmc" => Self::Mmc, "virtio" => Self::Virti
 pub struct Board {
     /// The file it was read from.
     pub place: Place,
-    /// The files that it lies over: what it shares with other boards, relative to the workspace.
+    /// The files that it includes: what it shares with other boards, relative to the workspace.
     pub include: Vec<Located<Utf8PathBuf>>,
-    /// Its name; equals the folder's.
+    /// Its name; equals the directory's name.
     pub name: Located<Name>,
-    /// For people: "Raspberry Pi 3".
+    /// Human-readable name: "Raspberry Pi 3".
     pub title: String,
-    /// Debian's name of the architecture.
+    /// Debian's name for the architecture.
     pub arch: Located<String>,
-    /// How the slot is chosen.
+    /// How the slot that boots is selected.
     pub boot_flow: Located<BootFlow>,
-    /// Device-tree `compatible` strings that this board answers to.
+    /// Device-tree `compatible` strings of the models that this board covers.
     pub compatible: Vec<String>,
     /// The oldest release of the firmware in the board's EEPROM that can try a slot.
     pub eeprom_since: Option<Located<Day>>,
-    /// Revisions of the board that are known not to start, and are left out on purpose.
+    /// Revisions of the board that are known not to boot; they are excluded on purpose.
     pub left_out_revisions: Vec<String>,
     /// The serial console.
     pub console: Console,
-    /// The memory of the smallest machine that it covers, where a boot script needs to know.
+    /// The memory of the smallest machine that it covers, for boards with a boot script.
     pub memory: Option<Memory>,
-    /// What the disk hangs on. The initrd takes no disk of another bus.
+    /// The bus of the disk. The initrd ignores disks on other buses.
     pub disk_bus: Located<Bus>,
     /// The disk.
     pub disk: Disk,
@@ -99,11 +99,11 @@ pub struct Board {
     pub partitions: Vec<Partition>,
     /// Kernel, command line, device trees, modules.
     pub kernel: Kernel,
-    /// What the debian engine takes for this board.
+    /// What the engine `debian` uses for this board.
     pub debian: Option<DebianFiles>,
-    /// What the boot script's template needs to know: names and values are the template's.
+    /// Variables for the boot script's template.
     pub uboot: BTreeMap<String, String>,
-    /// What the engine `buildroot` takes for this board.
+    /// What the engine `buildroot` uses for this board.
     pub buildroot: Option<BuildrootFiles>,
     /// Files for the boot partitions.
     pub boot_files: Vec<BootFile>,
@@ -128,7 +128,7 @@ pub struct Memory {
     pub start: Located<Address>,
     /// How much the smallest machine has.
     pub smallest: Located<Size>,
-    /// What of its end the firmware and U-Boot itself take.
+    /// How much of its end the firmware and U-Boot use themselves.
     pub reserved: Located<Size>,
 }
 
@@ -145,16 +145,17 @@ impl FromToml for Address {
     }
 }
 
-/// Where things lie on the cards that were flashed with earlier images. Updates leave a card as it was flashed.
+/// The layout of cards that were flashed with earlier images. Updates do not change the layout of a
+/// card.
 #[derive(Debug)]
 pub struct Earlier {
-    /// Until when images had it: what a person can look for.
+    /// The last date of images with this layout, for the reader.
     pub until: String,
     /// The disk.
     pub disk: Disk,
     /// Its partitions, in order.
     pub partitions: Vec<Partition>,
-    /// Where the table stands.
+    /// Where the table is in the file.
     pub place: Place,
 }
 
@@ -182,7 +183,7 @@ pub struct Partition {
     pub filesystem: Located<Filesystem>,
     /// Its size.
     pub size: Located<Size>,
-    /// Where it starts; directly behind the one before when absent.
+    /// Where it starts; directly after the previous one when absent.
     pub start: Option<Located<Size>>,
     /// Carries the MBR's boot flag.
     pub bootable: bool,
@@ -203,7 +204,7 @@ pub struct Kernel {
     pub modules_keep: Vec<Located<String>>,
 }
 
-/// What the debian engine takes for this board from packages that are unpacked, not installed.
+/// What the engine `debian` uses for this board from packages that are unpacked, not installed.
 #[derive(Debug)]
 pub struct DebianFiles {
     /// The packages.
@@ -212,13 +213,14 @@ pub struct DebianFiles {
     pub firmware: Vec<Located<String>>,
     /// The U-Boot binary inside the packages.
     pub bootloader: Option<Located<String>>,
-    /// The kernel packages that know this board, where not all do: a product names one of them.
+    /// The kernel packages that support this board, where not all do: a product must list one of
+    /// them.
     pub kernels: Vec<Located<String>>,
-    /// The machines that these packages can start.
+    /// The machines that these packages can boot.
     pub machines: Machines,
 }
 
-/// What the engine `buildroot` takes for this board.
+/// What the engine `buildroot` uses for this board.
 #[derive(Debug)]
 pub struct BuildrootFiles {
     /// Fragments of the defconfig, relative to the workspace.
@@ -227,16 +229,16 @@ pub struct BuildrootFiles {
     pub firmware: Vec<Located<String>>,
     /// The U-Boot binary below Buildroot's `images`.
     pub bootloader: Option<Located<String>>,
-    /// The machines that its kernel and firmware can start.
+    /// The machines that its kernel and firmware can boot.
     pub machines: Machines,
 }
 
-/// What an engine's kernel and firmware can start, where that is not all of the board's.
+/// The machines that an engine's kernel and firmware can boot, where these differ from the board's.
 #[derive(Debug)]
 pub struct Machines {
-    /// Instead of the board's own; empty: those.
+    /// Replaces the board's own list; empty: use the board's list.
     pub compatible: Vec<String>,
-    /// Besides the board's own.
+    /// Adds to the board's own list.
     pub left_out_revisions: Vec<String>,
 }
 
@@ -246,9 +248,10 @@ pub struct Machines {
 pub struct Qemu {
     /// The machine.
     pub machine: Machine,
-    /// Device tree that U-Boot is given in the firmware's stead, by its path in the base system.
+    /// Device tree that QEMU passes to U-Boot instead of the firmware, by its path in the base
+    /// system.
     pub device_tree: Option<String>,
-    /// What is changed in it for the machine: a file of the workspace, in the tree's source form.
+    /// Changes to it for the machine: a device-tree source file in the workspace.
     pub device_tree_changes: Option<Utf8PathBuf>,
 }
 
@@ -299,7 +302,7 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
     })
 }
 
-/// One entry of a boot partition: a rendered template, or files that the base system brings.
+/// One entry of a boot partition: a rendered template, or files of the base system.
 #[derive(Debug)]
 pub struct BootFile {
     /// Where the content comes from.
@@ -310,17 +313,17 @@ pub struct BootFile {
     pub partition: Located<Name>,
     /// The only engine whose images need it.
     pub engine: Option<Engine>,
-    /// Names that a device tree gives to nodes, `name=/path`, besides its own.
+    /// Aliases to add to a device tree, `name=/path`.
     pub aliases: Vec<String>,
 }
 
-/// What becomes of a rendered template.
+/// How a rendered template is processed.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Compile {
-    /// Wrapped as a script of U-Boot.
+    /// Wrapped as a U-Boot script.
     BootScript,
     /// Lines `name=value` become U-Boot's environment in a file.
     UbootEnvironment,
@@ -332,16 +335,16 @@ words!(Compile, "\"boot-script\" or \"u-boot-environment\"",
 /// Where a boot file comes from.
 #[derive(Debug)]
 pub enum BootSource {
-    /// A template, looked up in the board's folder, then in `board/common`.
+    /// A template, looked up in the board's directory, then in `board/common`.
     Template {
         /// File name.
         name: Located<Utf8PathBuf>,
-        /// What becomes of it; nothing: a text.
+        /// How it is processed; `None`: a plain text file.
         compile: Option<Compile>,
     },
     /// The firmware files of the base system.
     Firmware,
-    /// The device trees of the base system, without their folder.
+    /// The device trees of the base system, without their directory.
     DeviceTrees,
     /// One of them, by its path in the base system, under another name.
     DeviceTree(String),
@@ -397,26 +400,37 @@ pub fn parse(
     own.parse_over(included, |fields| {
         let board = build(fields)?;
         if let Some(nested) = board.include.iter().find(|path| path.place.file != shown) {
-            let message = format!("`include`: {} is included itself", nested.place.file);
+            let message = format!(
+                "`include`: {} includes other files, which an included file may not do",
+                nested.place.file
+            );
             fields.reject(&nested.place, message, format!("write this line into {shown}"));
             return None;
         }
-        // Its lists would be there twice.
+        // Its lists would be joined twice.
         let again = board.include.iter().enumerate().find(|(at, path)| {
             let before = board.include.iter().take(*at);
             path.value == shown || before.map(|before| &before.value).any(|b| *b == path.value)
         });
         if let Some((_, again)) = again {
             let message = format!("`include`: {} is included twice", again.value);
-            fields.reject(&again.place, message, "name each file once, and not this one");
+            fields.reject(
+                &again.place,
+                message,
+                "list each file once, and do not list this file itself",
+            );
             return None;
         }
         if board.name.value.0 != name {
             let message = format!(
-                "`name`: expected \"{name}\" as the folder, found \"{}\"",
+                "`name`: expected \"{name}\" as the directory, found \"{}\"",
                 board.name.value.0
             );
-            fields.reject(&board.name.place, message, "name the folder and the board alike");
+            fields.reject(
+                &board.name.place,
+                message,
+                "use the same name for the directory and the board",
+            );
             return None;
         }
         Some(board)

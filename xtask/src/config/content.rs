@@ -1,6 +1,6 @@
-//! What no file may hold that goes into an image: a secret key, keys that sshd would not read, what a version control
-//! system put in a file's place, ends of lines that its reader on the robot does not know. Pure. And names that
-//! nobody meant to be there.
+//! What a file of an image must not contain: a secret key, keys that sshd cannot read, a pointer
+//! file of a version control system, line endings that its reader on the robot does not support.
+//! Also file names that editors and desktops leave behind. Pure.
 
 use camino::Utf8Path;
 
@@ -10,7 +10,7 @@ use crate::ssh_keys;
 /// Something that is wrong with a file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// What was found. Never repeats the content.
+    /// What was found. Never includes the content.
     pub message: String,
     /// What to do.
     pub help: String,
@@ -21,13 +21,13 @@ impl Problem {
         Self { message: message.into(), help: help.into() }
     }
 
-    /// As an error about the file of the workspace that it comes from.
+    /// The finding as an error that names the file in the workspace.
     pub fn about(self, source: &Utf8Path) -> anyhow::Error {
         anyhow::anyhow!("{source}: {}\nhelp: {}", self.message, self.help)
     }
 }
 
-/// Where a file is going.
+/// The destination of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place<'a> {
     /// Into the root filesystem, at this path without the leading slash.
@@ -36,12 +36,13 @@ pub enum Place<'a> {
     Boot,
 }
 
-/// What is wrong with a file that goes there.
+/// What is wrong with a file for this destination.
 pub fn problem(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
     if let Some(kind) = secret::found(bytes) {
         return Some(Problem::new(
             format!(
-                "it holds a secret key ({kind}), and whoever gets the image or its update would have it"
+                "the file contains a secret key ({kind}), which everyone with the image or its \
+                 update could read"
             ),
             "leave it out; a robot's own secrets are made on the robot, or put on its `data` (docs/reference/robot.md)",
         ));
@@ -51,7 +52,7 @@ pub fn problem(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
             let bad = ssh_keys::parse(bytes).err()?;
             let line = bad.line.map_or(String::new(), |line| format!("line {line}: "));
             Some(Problem::new(
-                format!("sshd could not read these keys: {line}{}", bad.message),
+                format!("sshd cannot read these keys: {line}{}", bad.message),
                 bad.help,
             ))
         }
@@ -59,8 +60,8 @@ pub fn problem(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
     })
 }
 
-/// A file that stands for a larger one, which was not fetched. F: "Git LFS Specification", docs/spec.md of git-lfs;
-/// git-annex(1), "pointer file".
+/// The pointer file of a larger file that was not fetched. F: "Git LFS Specification", docs/spec.md
+/// of git-lfs; git-annex(1), "pointer file".
 fn pointer(bytes: &[u8]) -> Option<Problem> {
     let (program, help) = if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
         ("git-lfs", "fetch the file itself: `git lfs install && git lfs pull`")
@@ -69,10 +70,11 @@ fn pointer(bytes: &[u8]) -> Option<Problem> {
     } else {
         return None;
     };
-    Some(Problem::new(format!("it is a pointer of {program}, not the file itself"), help))
+    Some(Problem::new(format!("the file is a pointer of {program}, not the content itself"), help))
 }
 
-/// Folders whose readers take the carriage return of a line end for a part of the last word, or take no such file.
+/// Directories whose readers treat the carriage return of a line end as part of the last word, or
+/// reject such a file.
 const LINE_READERS: [&str; 24] = [
     "etc/default",
     "etc/modprobe.d",
@@ -99,7 +101,7 @@ const LINE_READERS: [&str; 24] = [
     "usr/share/dbus-1",
     "usr/share/polkit-1",
 ];
-/// Single files of that kind.
+/// Single files with such readers.
 const LINE_FILES: [&str; 10] = [
     "etc/environment",
     "etc/fstab",
@@ -113,12 +115,12 @@ const LINE_FILES: [&str; 10] = [
     "etc/shadow",
 ];
 
-/// Line ends of Windows, and the mark that its editors put before the first line.
+/// Line ends of Windows, and the byte order mark that its editors put before the first line.
 fn line_ends(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
     let marked = bytes.strip_prefix(&[0xef, 0xbb, 0xbf]);
     let text = marked.unwrap_or(bytes);
     let (what, consequence) = match place {
-        Place::Boot => ("boot file", "no boot loader takes it so"),
+        Place::Boot => ("boot file", "no boot loader accepts it"),
         Place::Root(_) if text.starts_with(b"#!") => {
             ("script", "the kernel would not find its interpreter")
         }
@@ -126,15 +128,16 @@ fn line_ends(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
             if LINE_READERS.iter().any(|folder| path.starts_with(folder))
                 || LINE_FILES.iter().any(|file| path == *file) =>
         {
-            ("configuration", "its reader would take them for content")
+            ("configuration", "its reader would treat the extra bytes as content")
         }
         Place::Root(_) => return None,
     };
-    // A picture, or a program.
+    // Not a text: a picture, or a program.
     if text.contains(&0) {
         return None;
     }
-    let help = "save it with line ends of Unix (LF) in UTF-8 without a mark; if git made them: \
+    let help = "save the file with Unix line ends (LF) in UTF-8 without a byte order mark; if git \
+     converted the line ends: \
                 `git config core.autocrlf false`, then check the file out again";
     if marked.is_some() {
         return Some(Problem::new(
@@ -149,8 +152,8 @@ fn line_ends(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
     ))
 }
 
-/// Names that editors, desktops and Python leave behind; the robot passes over the same in an API's resources
-/// (docs/reference/slotd.md).
+/// File names that editors, desktops and Python leave behind; the robot ignores the same names in
+/// an API's resources (docs/reference/slotd.md).
 pub fn is_junk(name: &str) -> bool {
     const NAMES: [&str; 6] =
         [".DS_Store", "__MACOSX", "__pycache__", "Thumbs.db", "ehthumbs.db", "desktop.ini"];
@@ -184,7 +187,7 @@ mod tests {
         );
         assert!(root("etc/fstab", b"a b c\r\n").contains("configuration"));
         assert!(problem(Place::Boot, b"kernel=u-boot.bin\r\n").is_some());
-        // What others read, and what is no text.
+        // Files with tolerant readers, and binary files.
         assert_eq!(root("srv/page.html", b"<p>\r\n</p>\r\n"), "");
         assert_eq!(root("etc/issue", b"Hello\r\n"), "");
         assert_eq!(root("usr/lib/slipway/picture", b"GIF\0\r\n"), "");

@@ -9,19 +9,20 @@ use super::file::source;
 use super::{Config, Input, board, content, product, reader, tree};
 use crate::artifact::hash_file;
 
-/// The workspace's root: the nearest folder upwards that has both `configs` and `board`.
+/// The workspace's root: the nearest parent directory that contains both `configs` and `board`.
 ///
 /// # Errors
 /// When there is none.
 pub fn workspace_root() -> Result<Utf8PathBuf> {
-    let here = std::env::current_dir().context("looking up the current folder")?;
-    let here = Utf8PathBuf::try_from(here).context("the current folder's path is not UTF-8")?;
+    let here = std::env::current_dir().context("looking up the current directory")?;
+    let here = Utf8PathBuf::try_from(here).context("the current directory's path is not UTF-8")?;
     here.ancestors()
         .find(|dir| dir.join("configs").is_dir() && dir.join("board").is_dir())
         .map(Utf8Path::to_owned)
         .with_context(|| {
             format!(
-                "finding the workspace: neither {here} nor a folder above it has `configs` and `board`\n\
+                "finding the workspace: neither {here} nor a directory above it has `configs` and \
+                 `board`\n\
                  help: run this inside a checkout of Slipway"
             )
         })
@@ -35,28 +36,28 @@ pub fn products(root: &Utf8Path) -> Result<Vec<String>> {
     list(&root.join("configs"), product_name)
 }
 
-/// The name of the product that a file in a folder of products is of. A link may lead to one; a lock or a copy of an
-/// editor is none.
+/// The name of the product that a file defines. A link to a product file is accepted; a lock file
+/// or an editor's copy is not a product.
 fn product_name(entry: &camino::Utf8DirEntry) -> Option<String> {
     let name = entry.file_name().strip_suffix(".toml")?;
     let is_file = std::fs::metadata(entry.path()).map_or(true, |about| about.is_file());
     (is_file && !content::is_junk(entry.file_name())).then(|| name.to_owned())
 }
 
-/// Where products lie that are built only by name: they show what else can be built, and some of them need something that
-/// the repository cannot have.
+/// The directory of products that are built only by name: they are examples, and some of them need
+/// files that the repository cannot contain.
 const EXAMPLES: &str = "configs/examples";
 
-/// The names of the products that are no more than examples, sorted.
+/// The names of the example products, sorted.
 ///
 /// # Errors
-/// When their folder cannot be read.
+/// When their directory cannot be read.
 pub fn examples(root: &Utf8Path) -> Result<Vec<String>> {
     let dir = root.join(EXAMPLES);
     if dir.is_dir() { list(&dir, product_name) } else { Ok(Vec::new()) }
 }
 
-/// Where the file of a product lies, relative to the workspace.
+/// The path of a product's file, relative to the workspace.
 pub fn product_file(root: &Utf8Path, name: &str) -> Utf8PathBuf {
     let own = Utf8Path::new("configs").join(format!("{name}.toml"));
     let example = Utf8Path::new(EXAMPLES).join(format!("{name}.toml"));
@@ -86,7 +87,7 @@ fn list(
     Ok(found)
 }
 
-/// The product that is built when none is named: the one with `default = true`.
+/// The default product: the one with `default = true`.
 ///
 /// # Errors
 /// When there is none, or more than one.
@@ -100,19 +101,20 @@ pub fn default_product(root: &Utf8Path) -> Result<String> {
     }
     match defaults.as_slice() {
         [only] => Ok(only.clone()),
-        // One with mistakes in it may be the default: they are what is wrong, and not that there is none.
+        // A product with mistakes may be the default: then report the mistakes, not a missing
+        // default.
         [] if !broken.is_empty() => {
             let said: Vec<String> = broken.iter().map(|error| format!("{error:#}")).collect();
-            bail!("looking for the product that is the default\n{}", said.join("\n"))
+            bail!("looking for the default product\n{}", said.join("\n"))
         }
         [] => bail!(
-            "no product is named, and none is the default\n\
-             help: name one with --product ({}), or write `default = true` in its file",
+            "no product was given, and there is no default product\n\
+             help: use --product ({}), or write `default = true` in the file of one product",
             products(root)?.join(", ")
         ),
         several => bail!(
-            "no product is named, and several are the default: {}\n\
-             help: leave `default = true` in one of their files",
+            "no product was given, and several products have `default = true`: {}\n\
+             help: keep `default = true` in one of their files only",
             several.join(", ")
         ),
     }
@@ -122,10 +124,10 @@ pub fn default_product(root: &Utf8Path) -> Result<String> {
 /// product's default when `board` is `None`).
 ///
 /// # Errors
-/// Unknown names, with the known ones; all findings of the first file that has any.
+/// Unknown names, with the known ones; all findings of the first file with errors.
 pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Result<Config> {
     let name = match product {
-        // A shell completes names of files.
+        // Shells complete file names, so accept the ending.
         Some(name) => {
             let name = name.strip_prefix("./").unwrap_or(name);
             let name = name.strip_prefix("configs/").unwrap_or(name);
@@ -149,7 +151,7 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
     if !product.boards.iter().any(|b| b.value.0 == board_name) {
         let names: Vec<_> = product.boards.iter().map(|b| b.value.0.as_str()).collect();
         bail!(
-            "the product {} is not made for the board {board_name}, only for {}\n\
+            "the product {} does not support the board {board_name}, only {}\n\
              help: choose another with --board, or add it to `boards` in {}",
             product.name.value.0,
             names.join(", "),
@@ -206,7 +208,7 @@ pub fn read_board(root: &Utf8Path, name: &str) -> Result<board::Board> {
     board::parse(name, &|path| source(root, path))
 }
 
-/// One package lock serves all boards of a product, so every board's packages are in it.
+/// One package lock covers all boards of a product, so it contains every board's packages.
 fn extra_packages(root: &Utf8Path, product: &product::Product) -> Result<Vec<String>> {
     let unpacked = product.rootfs.unpacked.iter().map(|p| p.value.clone());
     let mut packages: std::collections::BTreeSet<String> = unpacked.collect();
@@ -228,7 +230,7 @@ fn known(noun: &str, name: &str, names: &[String]) -> Result<()> {
     bail!("there is no {noun} {name}{hint}\nhelp: known: {}", names.join(", "))
 }
 
-/// Where the templates lie that a board's boot files name.
+/// The paths of the templates that a board's boot files name.
 fn templates(root: &Utf8Path, board: &board::Board) -> BTreeMap<Utf8PathBuf, Utf8PathBuf> {
     let dir = Utf8Path::new("board").join(&board.name.value.0);
     let names = board.boot_files.iter().filter_map(|file| match &file.source {
@@ -238,7 +240,7 @@ fn templates(root: &Utf8Path, board: &board::Board) -> BTreeMap<Utf8PathBuf, Utf
     names.map(|name| (name.clone(), template(root, &dir, name))).collect()
 }
 
-/// Where a board's template lies: in its own folder, else in `board/common`, relative to the
+/// The path of a board's template: in its own directory, else in `board/common`, relative to the
 /// workspace.
 fn template(root: &Utf8Path, board_dir: &Utf8Path, name: &Utf8Path) -> Utf8PathBuf {
     let own = board_dir.join(name);
@@ -255,7 +257,7 @@ fn fragments(config: &Config) -> Vec<&Utf8PathBuf> {
     board.chain(product.buildroot.iter().flat_map(|b| &b.fragments)).map(|l| &l.value).collect()
 }
 
-/// The contents of those files that are there.
+/// The contents of those files that exist.
 fn contents<'a>(
     root: &Utf8Path,
     paths: impl Iterator<Item = &'a Utf8PathBuf>,
@@ -281,7 +283,7 @@ fn inputs(config: &Config) -> Result<Vec<Input>> {
     let mut inputs = Vec::new();
     for path in paths {
         let full = config.root.join(&path);
-        // A missing file is a finding of the plan, which knows the line that names it.
+        // A missing file is reported by the plan, which knows the line that names it.
         if full.is_file() {
             inputs.push(Input { sha256: hash_file(&full)?.1, path });
         }

@@ -2,13 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
-/// How the boot loader gets into the machine.
+/// How the boot loader is passed to the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BootloaderSlot {
     /// As flash content (`-bios`).
     Bios,
-    /// As what the machine would start as a kernel (`-kernel`).
+    /// As the machine's kernel (`-kernel`).
     Kernel,
 }
 
@@ -22,13 +22,13 @@ pub enum Drive {
     Virtio,
 }
 
-/// A board as QEMU knows it.
+/// A board's machine in QEMU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Machine {
     /// The value of `-M`.
     pub machine: String,
-    /// The first version of QEMU that has it, such as `9.0`; none: every one in use.
+    /// The first version of QEMU that supports it, such as `9.0`; `None`: all versions in use.
     pub since: Option<String>,
     /// The value of `-cpu`; without one the machine's own.
     pub cpu: Option<String>,
@@ -36,18 +36,18 @@ pub struct Machine {
     pub memory: u64,
     /// Number of processors.
     pub cpus: u32,
-    /// How the boot loader gets in.
+    /// How the boot loader is passed.
     pub bootloader: BootloaderSlot,
     /// How the card is attached.
     pub drive: Drive,
-    /// Whether the card's size must be a power of two (QEMU's SD card refuses others).
+    /// Whether the card's size must be a power of two (QEMU's SD card rejects others).
     pub power_of_two_card: bool,
     /// Which of the machine's serial ports is the console, from 0.
     pub serial_port: u8,
-    /// The network device (`-device`); none without one.
+    /// The network device (`-device`), if any.
     pub network: Option<String>,
-    /// Further arguments, as they are.
+    /// Further arguments, unmodified.
     pub arguments: Vec<String>,
-    /// Seconds until a login on a busy host; what tests wait at most.
+    /// Seconds until a login on a busy host; the timeout of tests.
     pub boot_timeout: u64,
 }

@@ -1,5 +1,5 @@
-//! What was typed: the TOML files and the overlay trees, checked for form, with the place of every
-//! value. What it means together is decided in `plan`. Only `load`, `tree` and `file` read files.
+//! The configuration as written: the TOML files and the overlay trees, checked for form, with the
+//! place of every value. Rules over several values are in `plan`.
 
 pub mod board;
 pub mod content;
@@ -24,7 +24,7 @@ pub use load::{
 /// Everything that one build reads from the workspace.
 #[derive(Debug)]
 pub struct Config {
-    /// The workspace's root folder.
+    /// The workspace's root directory.
     pub root: Utf8PathBuf,
     /// The product.
     pub product: product::Product,
@@ -32,12 +32,12 @@ pub struct Config {
     pub board: board::Board,
     /// The names of all boards, sorted.
     pub boards: Vec<String>,
-    /// Where the board's templates lie, by the names that its boot files have for them; relative to the workspace. One
+    /// The board's templates, by the names that its boot files have for them; paths relative to the workspace. One
     /// that is missing is a finding of the plan.
     pub templates: BTreeMap<Utf8PathBuf, Utf8PathBuf>,
     /// The product's overlays, in order.
     pub overlays: Vec<overlay::Overlay>,
-    /// Packages that are unpacked, not installed, of all the product's boards, sorted.
+    /// Packages that are unpacked, not installed, for all the product's boards, sorted.
     pub extra_packages: Vec<String>,
     /// Fragments of Buildroot's defconfig, path and text: the board's, then the product's. One that
     /// is missing is a finding of the plan.

@@ -1,17 +1,20 @@
-//! A root filesystem overlay as a list of files, with their modes and owners.
+//! `overlays/<name>/`: a root filesystem overlay, read as a list of files. Literal files, symbolic
+//! links, and `*.j2` templates; `overlay.toml` lists the exceptions from the usual modes and
+//! owners.
 
 use camino::Utf8PathBuf;
 
 /// One overlay.
 #[derive(Debug)]
 pub struct Overlay {
-    /// Its name, which is its folder's.
+    /// Its name, which is its directory's.
     pub name: String,
     /// Its files and links, sorted by target.
     pub files: Vec<OverlayFile>,
-    /// Directories that it asks for with a mode or owner of their own.
+    /// Directories that it requests with an explicit mode or owner.
     pub directories: Vec<(Utf8PathBuf, Attributes)>,
-    /// What editors and desktops left in it, relative to the workspace; none of it goes to the robot.
+    /// Files that editors and desktops left in it, relative to the workspace; they are not copied
+    /// to the robot.
     pub junk: Vec<Utf8PathBuf>,
 }
 
@@ -26,7 +29,7 @@ pub struct Attributes {
     pub gid: u32,
 }
 
-/// What an overlay file is.
+/// The kind of an overlay file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EntryKind {
@@ -45,7 +48,7 @@ pub struct OverlayFile {
     pub source: Utf8PathBuf,
     /// Path on the robot, without the leading slash.
     pub target: Utf8PathBuf,
-    /// What it is.
+    /// Its kind.
     pub kind: EntryKind,
     /// Mode and owner on the robot.
     pub attributes: Attributes,

@@ -18,7 +18,7 @@ impl FromToml for Kind {
     }
 }
 
-/// Which engine makes the base system.
+/// Which engine builds the base system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Engine {
@@ -44,9 +44,9 @@ impl FromToml for Engine {
 pub struct Product {
     /// The file it was read from.
     pub place: Place,
-    /// Its name; equals the file's.
+    /// Its name; equals the file's name.
     pub name: Located<Name>,
-    /// For people.
+    /// Human-readable title.
     pub title: String,
     /// Its version.
     pub version: Located<Version>,
@@ -56,17 +56,17 @@ pub struct Product {
     pub default: bool,
     /// Boards that it is built for.
     pub boards: Vec<Located<Name>>,
-    /// The one that is built when none is named.
+    /// The default board.
     pub default_board: Located<Name>,
     /// Overlays, later ones over earlier ones.
     pub overlays: Vec<Located<Name>>,
-    /// The serial console in the board's stead: a device, or `none`.
+    /// Replaces the board's serial console: a device, or `none`.
     pub console: Option<Located<Terminal>>,
     /// The base system.
     pub rootfs: Rootfs,
-    /// The API wheel; none for a bare system.
+    /// The API wheel; `None` for a bare system.
     pub api: Option<Api>,
-    /// Accounts besides the system's own.
+    /// Accounts in addition to the system's own.
     pub users: Vec<User>,
     /// SSH policy.
     pub ssh: Ssh,
@@ -87,7 +87,7 @@ pub struct Rootfs {
     pub components: Vec<Located<String>>,
     /// Packages (engine `debian`), without their dependencies.
     pub packages: Vec<Located<String>>,
-    /// Packages that are unpacked, not installed: the kernel and what the initrd is made of.
+    /// Packages that are unpacked, not installed: the kernel and the initrd's programs.
     pub unpacked: Vec<Located<String>>,
     /// Package lock (engine `debian`).
     pub lock: Option<Located<Utf8PathBuf>>,
@@ -95,20 +95,20 @@ pub struct Rootfs {
     pub sources: Vec<AptSource>,
     /// The pinned Buildroot (engine `buildroot`).
     pub buildroot: Option<Buildroot>,
-    /// More than this share of the slot fails the build.
+    /// The build fails when more than this share of the slot is used.
     pub fill_limit: Percent,
-    /// More than this share of the slot warns.
+    /// The build warns when more than this share of the slot is used.
     pub fill_warning: Percent,
-    /// Globs of paths that are left out of the base.
+    /// Globs of paths that are removed from the base.
     pub prune: Vec<String>,
     /// Exceptions from `prune`.
     pub keep: Vec<String>,
 }
 
-/// An apt archive besides Debian's own, and what may come from it.
+/// An additional apt archive, and the packages that may come from it.
 #[derive(Debug)]
 pub struct AptSource {
-    /// What messages and the lock call it.
+    /// Its name in messages and in the lock.
     pub name: Located<Name>,
     /// Its address, without a slash at the end.
     pub address: Located<String>,
@@ -122,7 +122,7 @@ pub struct AptSource {
     pub packages: Vec<Located<PackagePattern>>,
 }
 
-/// A word of apt's `sources.list`: nothing that apt would read as an option or as another word.
+/// A word for apt's `sources.list` that apt cannot misread as an option or as several words.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AptWord(pub String);
 
@@ -131,7 +131,7 @@ impl FromToml for AptWord {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let word = value.as_str().ok_or(String::new())?;
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
-        // A suite with a slash at its end is an archive without components, which has no pool.
+        // A suite that ends with a slash means an archive without components, which has no pool.
         let fits = word.starts_with(|c: char| c.is_ascii_alphanumeric())
             && word.chars().all(plain)
             && !word.ends_with('/');
@@ -152,15 +152,15 @@ impl FromToml for PackagePattern {
         if text.is_empty() || !text.chars().all(plain) {
             return Err(String::new());
         }
-        // It would let the archive replace all of Debian.
+        // It would allow the archive to replace all of Debian.
         if text.chars().all(|c| c == '*') {
-            return Err("it would let every package come from there".to_owned());
+            return Err("it would allow every package to come from this archive".to_owned());
         }
         Ok(Self(text.to_owned()))
     }
 }
 
-/// The pinned Buildroot, and what wheels are locked for with it.
+/// The pinned Buildroot, and the Python and C library for which wheels are locked.
 #[derive(Debug)]
 pub struct Buildroot {
     /// The git repository that it is cloned from.
@@ -184,7 +184,7 @@ pub struct Api {
     pub package: Located<String>,
     /// Wheel lock.
     pub lock: Located<Utf8PathBuf>,
-    /// The lowest version that may serve from `data`.
+    /// The lowest version that may run from `data`.
     pub minimum_version: Option<Located<String>>,
 }
 
@@ -211,7 +211,7 @@ pub struct User {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RootLogin {
-    /// Not at all.
+    /// Not packed.
     No,
     /// With a key.
     ProhibitPassword,
@@ -236,7 +236,7 @@ pub struct Ssh {
     pub password_authentication: bool,
     /// Whether root may log in.
     pub permit_root_login: RootLogin,
-    /// Where `password-authentication` stands, for messages.
+    /// The place of `password-authentication`, for messages.
     #[serde(skip)]
     pub place: Place,
 }
@@ -260,8 +260,8 @@ impl FromToml for Terminal {
     }
 }
 
-/// The countries of ISO 3166-1 (alpha-2). For another code the kernel has no rules, and the radio keeps those that hold
-/// everywhere, without a word.
+/// The countries of ISO 3166-1 (alpha-2). For any other code the kernel has no rules, and the radio
+/// silently keeps the worldwide rules.
 const COUNTRIES: &str = "AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS \
      BT BV BW BY BZ CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE \
      EG EH ER ES ET FI FJ FK FM FO FR GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU GW GY HK HM \
@@ -271,20 +271,20 @@ const COUNTRIES: &str = "AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB B
      SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO \
      TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW";
 
-/// A country for the rules of its radio, as ISO 3166-1 has it: two capitals.
+/// A country for the radio's regulatory domain: a two-letter code of ISO 3166-1 in capitals.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Country(pub String);
 
 impl FromToml for Country {
-    const EXPECTED: &'static str = "a country's two capitals, such as \"DE\"";
+    const EXPECTED: &'static str = "a country code of two capitals, such as \"DE\"";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let code = value.as_str().unwrap_or_default();
         let fits = code.len() == 2 && code.chars().all(|c| c.is_ascii_uppercase());
         match (fits, code) {
             (false, _) => Err(String::new()),
-            (true, "UK") => Err("that country's code is GB".to_owned()),
+            (true, "UK") => Err("the code of the United Kingdom is GB".to_owned()),
             (true, _) if !COUNTRIES.split(' ').any(|known| known == code) => {
-                Err("no country has that code (ISO 3166-1)".to_owned())
+                Err("not a country code (ISO 3166-1)".to_owned())
             }
             (true, _) => Ok(Self(code.to_owned())),
         }
@@ -295,20 +295,20 @@ impl FromToml for Country {
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Network {
-    /// Host name until the robot has one of its own.
+    /// Host name until the robot gets its own.
     pub hostname: String,
     /// A link-local address when no DHCP server answers.
     pub link_local: bool,
-    /// The country whose rules the Wi-Fi radio keeps; without one it keeps those that hold everywhere.
+    /// The country whose rules the Wi-Fi radio follows; without one it follows the worldwide rules.
     pub country: Option<String>,
 }
 
 /// Update policy.
 #[derive(Debug)]
 pub struct Update {
-    /// Bundles below this version are refused by the robot.
+    /// The robot rejects bundles below this version.
     pub minimum_version: Located<Version>,
-    /// The lowest epoch of keys whose bundles the robot accepts; 0: any.
+    /// The lowest key epoch whose bundles the robot accepts; 0: any.
     pub key_epoch: u32,
 }
 
@@ -324,7 +324,11 @@ pub fn parse(source: Source, name: &str) -> anyhow::Result<Product> {
                 "`name`: expected \"{name}\" as the file, found \"{}\"",
                 product.name.value.0
             );
-            fields.reject(&product.name.place, message, "name the file and the product alike");
+            fields.reject(
+                &product.name.place,
+                message,
+                "use the same name for the file and the product",
+            );
             return None;
         }
         Some(product)
@@ -460,16 +464,16 @@ fn source(f: &mut Fields<'_>) -> Option<AptSource> {
     })
 }
 
-/// The address of an archive as apt takes it, without slashes at its end.
+/// The address of an archive in apt's form, without trailing slashes.
 fn plain_address(f: &Fields<'_>, mut address: Located<String>) -> Option<Located<String>> {
     let text = address.value.trim_end_matches('/').to_owned();
     let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     let host = rest.and_then(|rest| rest.split('/').next()).unwrap_or_default();
     if host.contains('@') {
-        // What stands there may be a password: it is not repeated.
+        // The value may be a password: do not show it.
         address.place.text = "address = …".to_owned();
-        let message = "`rootfs.sources.address` has a user's name or a password in it";
-        let help = "a product's file is public: give the archive's address alone";
+        let message = "`rootfs.sources.address` contains a user name or a password";
+        let help = "product files are public: write the archive's address only";
         f.reject(&address.place, message, help);
         return None;
     }

@@ -39,7 +39,7 @@ impl Place {
 pub struct Located<T> {
     /// The value.
     pub value: T,
-    /// Where it stands.
+    /// Where it was written.
     pub place: Place,
 }
 
@@ -50,12 +50,12 @@ pub struct Finding {
     pub place: Place,
     /// What was expected and what was found.
     pub message: String,
-    /// What to do; empty when the message says it all.
+    /// What to do; empty when the message says it.
     pub help: String,
 }
 
 impl Finding {
-    /// A finding at a place.
+    /// Makes a finding at a place.
     pub fn new(place: &Place, message: impl Into<String>, help: impl Into<String>) -> Self {
         Self { place: place.clone(), message: message.into(), help: help.into() }
     }
@@ -99,7 +99,7 @@ impl Findings {
 }
 
 /// What to do about a lock that is damaged.
-const DAMAGED: &str = "a lock is not edited by hand: take the committed file again, or make it anew with `cargo xtask lock`";
+const DAMAGED: &str = "locks are not edited by hand: restore the committed file, or write it again with `cargo xtask lock`";
 
 /// The values of a lock's text; messages call the file `path`.
 ///
@@ -125,7 +125,7 @@ pub fn in_entry(
     message: impl Into<String>,
 ) -> Finding {
     let rest = text.get(entry.start..).unwrap_or_default();
-    // Its first line may be the header, which is no end.
+    // Its first line may be the header, which is not an end.
     let mut at = entry.start;
     for (n, line) in rest.split_inclusive('\n').enumerate() {
         let names = line.trim_start().strip_prefix(key);
@@ -152,17 +152,20 @@ impl Source {
     /// Takes a file's content; `shown` is the path that messages use.
     ///
     /// # Errors
-    /// When it is no text.
+    /// When the content is not text.
     pub fn new(shown: &Utf8Path, bytes: Vec<u8>) -> Result<Self> {
-        // UTF-16 has zeros, and may be UTF-8 nonetheless.
+        // UTF-16 contains zero bytes, and may still be valid UTF-8.
         let text = String::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
         let text = text.with_context(|| {
-            format!("reading {shown}: it is no text in UTF-8\nhelp: save it as UTF-8; some editors and shells of Windows write UTF-16")
+            format!(
+                "reading {shown}: not a UTF-8 text\n\
+             help: save it as UTF-8; some editors and shells of Windows write UTF-16"
+            )
         })?;
         Ok(Self { path: shown.to_owned(), text, findings: RefCell::default() })
     }
 
-    /// Parses the text and lets `build` take the fields out of it.
+    /// Parses the text and calls `build` to read the fields.
     ///
     /// # Errors
     /// All findings of the file, when there are any.
@@ -170,8 +173,9 @@ impl Source {
         self.parse_over(Vec::new(), build)
     }
 
-    /// As [`Source::parse`], of a file that lies over others: a value that it does not have itself is the first
-    /// of theirs; lists and arrays of tables are theirs, in order, and then its own. Every value keeps its place.
+    /// Like [`Source::parse`], for a file that includes others: a value that it does not define
+    /// comes from the first included file that does; lists and arrays of tables are joined, the
+    /// included ones first, in order. Every value keeps its place.
     ///
     /// # Errors
     /// All findings of the files, when there are any.
@@ -210,8 +214,8 @@ impl Source {
         built.context("a configuration file was rejected without a finding")
     }
 
-    /// The paths in the list `key` at the top of the file, to read what it includes before it is parsed; what is
-    /// wrong with them is found then.
+    /// The paths in the list `key` at the top of the file, to read what it includes before it is
+    /// parsed; mistakes in them are reported then.
     pub fn paths(&self, key: &str) -> Vec<Utf8PathBuf> {
         let (table, _) = DeTable::parse_recoverable(&self.text);
         let list = table.get_ref().get(key).and_then(|value| value.get_ref().as_array());
@@ -228,12 +232,12 @@ impl Source {
     }
 }
 
-/// A TOML value that can become a `Self`, or say what was expected instead.
+/// Conversion from a TOML value, or a description of what was expected instead.
 pub trait FromToml: Sized {
-    /// What a person should have written, such as "a string" or "a size such as \"64MiB\"".
+    /// What should have been written, such as "a string" or "a size such as \"64MiB\"".
     const EXPECTED: &'static str;
 
-    /// The value, or `Err` with what is wrong with it (empty: it is not of the expected kind).
+    /// The value, or `Err` with the reason (empty: the value has another type).
     ///
     /// # Errors
     /// A sentence about the value, or an empty string.
@@ -301,7 +305,7 @@ impl<T> OkOrDefault<T> for Option<T> {
     }
 }
 
-/// A table in one of the files that lie over one another.
+/// A table in one of the files that include one another.
 #[derive(Debug, Clone)]
 struct Layer<'a> {
     source: &'a Source,
@@ -309,16 +313,16 @@ struct Layer<'a> {
     at: Range<usize>,
 }
 
-/// The fields of one table; each may be taken once, and what nobody took is an unknown key.
+/// The fields of one table; each may be read once, and a key that was not read is an unknown key.
 pub struct Fields<'a> {
-    /// The file's own table, where it has one, before those of the files that it includes.
+    /// The file's own table, if any, before those of the files that it includes.
     layers: Vec<Layer<'a>>,
     prefix: String,
     known: BTreeSet<&'static str>,
     open: bool,
 }
 
-/// A value, and the file that it stands in.
+/// A value, and the file that contains it.
 type Found<'a> = (&'a Source, &'a Spanned<DeValue<'a>>);
 
 impl<'a> Fields<'a> {
@@ -337,7 +341,7 @@ impl<'a> Fields<'a> {
         self.values(key).into_iter().next()
     }
 
-    /// As [`Fields::values`], in the order in which lists are joined.
+    /// Like [`Fields::values`], in the order in which lists are joined.
     fn parts(&mut self, key: &'static str) -> Vec<Found<'a>> {
         let own = self.layers.first().is_some_and(|layer| layer.table.contains_key(key));
         let mut values = self.values(key);
@@ -347,7 +351,7 @@ impl<'a> Fields<'a> {
         values
     }
 
-    /// The file's own table; of one that only an included file has, that.
+    /// The file's own table, or else that of an included file.
     fn own(&self) -> &Layer<'a> {
         &self.layers[0]
     }
@@ -388,7 +392,7 @@ impl<'a> Fields<'a> {
             DeValue::Array(_) | DeValue::Table(_) => {
                 format!("{} {kind}", if kind.starts_with('a') { "an" } else { "a" })
             }
-            // As it stands there.
+            // As it is written there.
             _ => source.text.get(value.span()).unwrap_or(kind).to_owned(),
         };
         let reason = if why.is_empty() { String::new() } else { format!(": {why}") };
@@ -429,7 +433,8 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// An optional field: outer `None` when it is there and wrong, inner `None` when it is absent.
+    /// An optional field: outer `None` when it is present and invalid, inner `None` when it is
+    /// absent.
     pub fn optional<T: FromToml>(&mut self, key: &'static str) -> Option<Option<Located<T>>> {
         match self.value(key) {
             Some(found) => {
@@ -536,10 +541,10 @@ impl<'a> Fields<'a> {
         built
     }
 
-    /// All remaining keys, whose values must be strings; such a table has no unknown key.
+    /// All remaining keys, whose values must be strings; such a table has no unknown keys.
     pub fn strings(&mut self) -> std::collections::BTreeMap<String, String> {
         let mut found = std::collections::BTreeMap::new();
-        // The file's own value last, over those that it includes.
+        // The file's own value last: it overrides the included ones.
         for layer in self.layers.iter().rev() {
             for (key, value) in layer.table {
                 if let Some(text) = self.convert::<String>(key.get_ref(), (layer.source, value)) {
@@ -551,13 +556,13 @@ impl<'a> Fields<'a> {
         found
     }
 
-    /// Where this table stands.
+    /// Where this table was written.
     pub fn place(&self) -> Place {
         let Layer { source, at, .. } = self.own();
         source.place(at)
     }
 
-    /// Adds a finding of the caller's.
+    /// Adds a finding from the caller.
     pub fn reject(&self, place: &Place, message: impl Into<String>, help: impl Into<String>) {
         self.own().source.findings.borrow_mut().push(Finding::new(place, message, help));
     }
@@ -587,7 +592,7 @@ impl<'a> Fields<'a> {
 }
 
 /// The known name nearest to a misspelt one, when one is near enough: two letters (a transposition
-/// counts as two), or a third of a long name.
+/// is two), or a third of a long name.
 pub fn nearest<'n>(name: &str, known: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
     known
         .into_iter()

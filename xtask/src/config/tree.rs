@@ -1,6 +1,6 @@
 //! `overlays/<name>/`: a root filesystem overlay, read as a list of files. Literal files, symbolic
-//! links, and `*.j2` templates; `overlay.toml` beside them lists the exceptions from the usual
-//! modes and owners.
+//! links, and `*.j2` templates; `overlay.toml` lists the exceptions from the usual modes and
+//! owners.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -20,7 +20,7 @@ const EXCEPTIONS: &str = "overlay.toml";
 /// Reads one overlay. Modes come from the git-visible executable bit only, never from the umask.
 ///
 /// # Errors
-/// A missing folder, or all findings of its `overlay.toml`.
+/// A missing directory, or all findings of its `overlay.toml`.
 pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
     let base = Utf8Path::new("overlays").join(&name.value.0);
     let about = root.join(&base).symlink_metadata();
@@ -28,14 +28,14 @@ pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
         let (message, help) = match about.is_ok_and(|about| about.is_symlink()) {
             true => (
                 format!(
-                    "the overlay `{}` is a link, of which git keeps nothing else",
+                    "the overlay `{}` is a symbolic link, and git does not store its target's files",
                     name.value.0
                 ),
-                "copy the folder, or make it a submodule",
+                "copy the directory, or make it a submodule",
             ),
             false => (
-                format!("the overlay `{}` has no folder {base}", name.value.0),
-                "make the folder, or take the name out of `overlays`",
+                format!("the overlay `{}` has no directory {base}", name.value.0),
+                "create the directory, or remove the name from `overlays`",
             ),
         };
         return Err(Findings(vec![Finding::new(&name.place, message, help)]).into());
@@ -70,7 +70,7 @@ pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
     Ok(Overlay { name: name.value.0.clone(), files, directories, junk })
 }
 
-/// What lies in an overlay.
+/// The files of an overlay.
 #[derive(Default)]
 struct Found {
     files: Vec<OverlayFile>,
@@ -92,7 +92,7 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
         let target = inner.join(entry.file_name());
         let source = base.join(&target);
         let full = entry.path();
-        // What a submodule has in it of git's own is no file of the overlay.
+        // Git's own files in a submodule are not part of the overlay.
         if entry.file_name() == ".git" || (inner == "" && entry.file_name() == EXCEPTIONS) {
             continue;
         }
@@ -106,8 +106,9 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
         } else if metadata.is_symlink() {
             let link = full.read_link_utf8().with_context(|| format!("reading {source}"))?;
             if leaves(root, &target, &link) {
-                let message = format!("the link leads to {link}, out of the overlay");
-                let help = "a link is copied as it stands: let it name a path of the robot, or copy the file";
+                let message = format!("the link points to {link}, outside of the overlay");
+                let help = "a link is copied unchanged: let it point to a path on the robot, or \
+                 copy the file";
                 found.wrong(&source, message, help);
             }
             let attributes = Attributes { mode: 0o777, uid: 0, gid: 0 };
@@ -122,7 +123,7 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
                 None => (EntryKind::Literal, target),
             };
             let bytes = std::fs::read(full).with_context(|| format!("reading {source}"))?;
-            // A template is looked at when it is rendered.
+            // The content of a template is checked when it is rendered.
             if kind == EntryKind::Literal
                 && let Some(problem) = content::problem(content::Place::Root(&target), &bytes)
             {
@@ -132,18 +133,16 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
             let attributes = Attributes { mode, uid: 0, gid: 0 };
             found.files.push(OverlayFile { source, target, kind, attributes, sha256 });
         } else {
-            let help =
-                "remove it; what a robot needs of that kind is made on the robot (tmpfiles.d(5))";
-            let message =
-                "it is neither a file nor a folder nor a link, but a pipe, a socket or a device";
+            let help = "remove it; create such a file on the robot (tmpfiles.d(5))";
+            let message = "a pipe, a socket or a device; expected a file, a directory or a link";
             found.wrong(&source, message, help);
         }
     }
     Ok(())
 }
 
-/// Whether a link at that path of an overlay names something of this machine: it climbs above the root, or begins
-/// with the workspace's path.
+/// Whether a link at that path of an overlay points to something on this machine: above the root,
+/// or into the workspace.
 fn leaves(root: &Utf8Path, target: &Utf8Path, link: &Utf8Path) -> bool {
     if link.is_absolute() {
         return root != "/" && link.starts_with(root);
@@ -159,7 +158,7 @@ fn leaves(root: &Utf8Path, target: &Utf8Path, link: &Utf8Path) -> bool {
     })
 }
 
-/// Modes and owners of files, and directories that the overlay asks for.
+/// Modes and owners of files, and directories that the overlay requests.
 #[derive(Default)]
 struct Exceptions {
     files: Vec<(Utf8PathBuf, Attributes, Place)>,

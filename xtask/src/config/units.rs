@@ -64,7 +64,7 @@ impl FromToml for bundle::Version {
 }
 
 /// A name that is safe in file names, host names and labels: `[a-z0-9][a-z0-9-]*`, at most 32 long,
-/// as a bundle's manifest takes it.
+/// the same rule as in a bundle's manifest.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Name(pub String);
 
@@ -78,7 +78,7 @@ impl FromToml for Name {
         }
         if text.len() > bundle::MAX_NAME {
             let (found, most) = (text.len(), bundle::MAX_NAME);
-            return Err(format!("it has {found} characters, {most} are allowed"));
+            return Err(format!("has {found} characters, at most {most} are allowed"));
         }
         Ok(Self(text.to_owned()))
     }

@@ -1,4 +1,4 @@
-//! Writes a card image: once, in place and sparse, and its block map.
+//! Writes a card image and its block map: once, in place and sparse.
 
 use std::fs::File;
 
@@ -16,24 +16,25 @@ use super::{fat, table};
 use crate::artifact;
 use crate::progress::{self, Step, Unit};
 
-/// Writes the image and, beside it, its block map. The image is the last to get its name and the first
-/// to lose it: wherever a build is killed, an image has its own map beside it.
+/// Writes the image and, beside it, its block map. The image is the last to get its name and the
+/// first to lose it: whenever a build is killed, an image always has its matching map beside it.
 ///
-/// It does not wait until the bytes are on the disk, which would take several times as long as all
-/// the rest: after a power cut on the build machine the block map tells a torn image from a good one
+/// It does not sync the files to the disk, which would take several times as long as everything
+/// else: after a power cut on the build machine the block map detects an incomplete image
 /// ([`bmap::check`]).
 ///
 /// # Errors
-/// When an input is missing, something does not fit its partition, or the disk is full; under the
-/// image's name lies what lay there before, or nothing.
+/// When an input is missing, something does not fit its partition, or the disk is full; the file
+/// under the image's name is the previous one, or nothing.
 pub fn assemble(spec: &DiskSpec, out: &Utf8Path) -> Result<DiskImage> {
     assemble_checked(spec, out, |_| Ok(())).map(|(made, ())| made)
 }
 
-/// The same, where `check` looks at the finished image before it gets its name; what it returns comes back.
+/// Like [`assemble`], but calls `check` with the finished image before it gets its name, and
+/// returns its result.
 ///
 /// # Errors
-/// Those of [`assemble`], and what `check` refuses: under the image's name lies what lay there before.
+/// Those of [`assemble`] and of `check`: the file under the image's name is the previous one.
 pub fn assemble_checked<T>(
     spec: &DiskSpec,
     out: &Utf8Path,
@@ -47,7 +48,7 @@ pub fn assemble_checked<T>(
     let attempt = || -> Result<(DiskImage, T)> {
         let (map, written) = write_image(spec, &temporary)?;
         let found = check(&temporary)?;
-        // The old image stays until the new one is whole, and goes before its map does.
+        // The old image is kept until the new one is complete, and is removed before its map.
         match std::fs::remove_file(out) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("removing the old {out}"));
@@ -70,7 +71,7 @@ fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)>
     let layout = &spec.layout;
     ensure!(
         spec.partitions.len() == layout.partitions.len(),
-        "the layout has {} partitions, contents are given for {}",
+        "the layout has {} partitions, but contents are given for {}",
         layout.partitions.len(),
         spec.partitions.len()
     );
@@ -88,7 +89,7 @@ fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)>
     for (state, pages) in layout.states.iter().zip(&states) {
         regions.push(Region { payload: Payload::Memory(pages), places: vec![state.offset] });
     }
-    // Whoever flashes a card begins anew: nothing is trusted because of what it held before.
+    // Flashing a card resets its trust records: nothing is trusted because of its old contents.
     for copy in &layout.trust {
         let blocks = bundle::area::COPY as u64 / BLOCK;
         regions.push(Region { payload: Payload::Zeros(blocks), places: vec![copy.offset] });
@@ -122,7 +123,7 @@ fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)>
     Ok((map, written.bytes))
 }
 
-/// Adds what to do to the error of a full disk.
+/// Adds help to the error of a full disk.
 fn explain(error: anyhow::Error, path: &Utf8Path, total: u64) -> anyhow::Error {
     let full = error
         .chain()
@@ -135,7 +136,7 @@ fn explain(error: anyhow::Error, path: &Utf8Path, total: u64) -> anyhow::Error {
     let free = artifact::free_space(folder).unwrap_or_default();
     error.context(format!(
         "writing {path}: the disk is full; the image needs up to {}, {} are free in {folder}\n\
-         help: free some space there, `cargo xtask clean` shows what it could remove",
+         help: free some space there; `cargo xtask clean --dry-run` shows what it would remove",
         progress::bytes(total),
         progress::bytes(free),
     ))
@@ -164,7 +165,7 @@ fn state_sectors(spec: &DiskSpec) -> Result<Vec<Pages>> {
     let states = &spec.layout.states;
     ensure!(
         spec.states.len() <= states.len(),
-        "the layout has {} boot-state sectors, contents are given for {}",
+        "the layout has {} boot-state sectors, but contents are given for {}",
         states.len(),
         spec.states.len()
     );
@@ -174,7 +175,7 @@ fn state_sectors(spec: &DiskSpec) -> Result<Vec<Pages>> {
         let bytes = content.len();
         ensure!(
             bytes as u64 <= SECTOR,
-            "the boot state at sector {} has {bytes} bytes, a sector {SECTOR}",
+            "the boot state at sector {} has {bytes} bytes, but a sector has {SECTOR}",
             state.sector
         );
         let mut pages = Pages::new(BLOCK);
@@ -212,7 +213,7 @@ fn sources(spec: &DiskSpec) -> Result<Vec<ImageSource<'_>>> {
         let doing = || format!("placing {} in `{}`", summed.path, placed.name);
         if summed.size > placed.size {
             bail!(
-                "{}: the image is {}, the partition {}\nhelp: raise {}",
+                "{}: the image has {}, but the partition has {}\nhelp: raise {}",
                 doing(),
                 progress::bytes(summed.size),
                 progress::bytes(placed.size),
@@ -226,7 +227,7 @@ fn sources(spec: &DiskSpec) -> Result<Vec<ImageSource<'_>>> {
                 let size = file.metadata().with_context(doing)?.len();
                 ensure!(
                     size == summed.size,
-                    "{}: it has {size} bytes, {} when it was summed",
+                    "{}: the image has {size} bytes, but had {} when its checksums were computed",
                     doing(),
                     summed.size
                 );

@@ -27,9 +27,9 @@ pub struct Range {
     pub sha256: String,
 }
 
-/// Blocks in the longest range that we write: 16 MiB.
+/// How many blocks the longest range that we write has: 16 MiB.
 pub const LONGEST_RANGE: u64 = (16 << 20) / BLOCK;
-/// The largest map that we read: a map of a full terabyte in single blocks stays below it.
+/// The largest map that we read: a map of a full terabyte in single blocks is smaller.
 const LARGEST_FILE: u64 = 64 << 20;
 /// Bytes read at once in a check.
 const READ: usize = 1 << 20;
@@ -45,7 +45,7 @@ pub struct BlockMap {
     pub ranges: Vec<Range>,
 }
 
-/// Where the block map of an image lies.
+/// The path of an image's block map.
 pub fn path_for(image: &Utf8Path) -> Utf8PathBuf {
     Utf8PathBuf::from(format!("{image}.bmap"))
 }
@@ -90,7 +90,7 @@ impl BlockMap {
         // The file's checksum is made with zeros in its own place.
         let own = artifact::hash_bytes(self.text(&"0".repeat(64)).as_bytes());
         let text = self.text(&own);
-        // Not synced, as the image is not: some filesystems would write the image out with it.
+        // Not synced, like the image: some filesystems would also sync the image.
         let temporary = artifact::partial(path);
         std::fs::write(&temporary, &text).with_context(|| format!("writing {temporary}"))?;
         std::fs::rename(&temporary, path).with_context(|| format!("renaming {temporary}"))?;
@@ -101,30 +101,31 @@ impl BlockMap {
         })
     }
 
-    /// Reads a map and checks it in itself: its checksum, its counts, the order of its ranges.
+    /// Reads a map and validates it: its checksum, its counts, the order of its ranges.
     ///
     /// # Errors
-    /// When the file cannot be read or is not a sound map of version 2.0 with SHA-256.
+    /// When the file cannot be read or is not a valid map of version 2.0 with SHA-256.
     pub fn read(path: &Utf8Path) -> Result<Self> {
         let doing = || format!("reading the block map {path}");
         let size = std::fs::metadata(path).with_context(doing)?.len();
-        ensure!(size <= LARGEST_FILE, "{}: it has {size} bytes, far too many", doing());
+        ensure!(size <= LARGEST_FILE, "{}: too large for a block map ({size} bytes)", doing());
         let text = std::fs::read_to_string(path).with_context(doing)?;
         Self::parse(&text).with_context(doing)
     }
 
     fn parse(text: &str) -> Result<Self> {
-        ensure!(text.contains("<bmap version=\"2.0\">"), "it is not a block map of version 2.0");
+        ensure!(text.contains("<bmap version=\"2.0\">"), "not a block map of version 2.0");
         let kind = element(text, "ChecksumType")?;
         ensure!(kind == "sha256", "its checksums are `{kind}`, expected `sha256`");
         let own = element(text, "BmapFileChecksum")?;
         ensure!(own.len() == 64, "its own checksum has {} characters, expected 64", own.len());
         let found = artifact::hash_bytes(text.replacen(own, &"0".repeat(64), 1).as_bytes());
-        ensure!(found == own, "it is damaged: its SHA-256 is {found}, it says {own}");
+        ensure!(found == own, "the map is damaged: its SHA-256 is {found}, but it contains {own}");
         ensure!(
             !text.contains("<Range>"),
-            "its ranges have no checksums, so nothing would prove what is written\n\
-             help: make it again without `--no-checksum`, or remove it: without one all of the image is written"
+            "its ranges have no checksums, so the written data could not be verified\n\
+             help: create the map again without `--no-checksum`, or remove it: without a map the \
+             whole image is written"
         );
         let mut ranges = Vec::new();
         for piece in text.split("<Range chksum=\"").skip(1) {
@@ -161,7 +162,7 @@ impl BlockMap {
         let counted = number(text, "MappedBlocksCount")?;
         ensure!(
             counted == map.mapped_blocks(),
-            "it says {counted} mapped blocks and lists {}",
+            "the map counts {counted} mapped blocks, but lists {}",
             map.mapped_blocks()
         );
         Ok(map)
@@ -169,7 +170,7 @@ impl BlockMap {
 }
 
 fn element<'a>(text: &'a str, name: &str) -> Result<&'a str> {
-    let missing = || anyhow!("it has no {name}");
+    let missing = || anyhow!("the map has no {name}");
     let (_, rest) = text.split_once(&format!("<{name}>")).ok_or_else(missing)?;
     let (value, _) = rest.split_once(&format!("</{name}>")).ok_or_else(missing)?;
     Ok(value.trim())
@@ -191,7 +192,7 @@ pub fn check(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
     let file = File::open(image).with_context(doing)?;
     let size = file.metadata().with_context(doing)?.len();
     if size != map.image_size {
-        bail!("{}: the image has {size} bytes, the map is of {}", doing(), map.image_size);
+        bail!("{}: the image has {size} bytes, but the map is for {}", doing(), map.image_size);
     }
     let total = map.mapped_blocks() * map.block_size;
     let step = Step::new("verify", image.file_name().unwrap_or("image"), total, Unit::Bytes);
@@ -211,7 +212,7 @@ pub fn check(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         let mut all = Vec::new();
         for worker in workers {
-            all.extend(worker.join().map_err(|_| anyhow!("a checking thread died"))??);
+            all.extend(worker.join().map_err(|_| anyhow!("a checking thread panicked"))??);
         }
         Ok(all)
     })
@@ -261,7 +262,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let dir = tempfile::tempdir().expect("a folder");
+        let dir = tempfile::tempdir().expect("a directory");
         let path = Utf8PathBuf::from_path_buf(dir.path().join("x.bmap")).expect("UTF-8");
         map().write(&path).expect("writing");
         assert_eq!(BlockMap::read(&path).expect("reading"), map());
@@ -272,13 +273,13 @@ mod tests {
         let own = |text: &str| artifact::hash_bytes(text.as_bytes());
         let zeros = "0".repeat(64);
         let sound = map().text(&zeros);
-        // Changes the text, then signs it again, so that the later rule is the one that speaks.
+        // Changes the text, then updates its checksum, so that the later rule reports the error.
         let changed = |from: &str, to: &str| {
             let text = sound.replacen(from, to, 1);
             text.replacen(&zeros, &own(&text), 1)
         };
         let cases = [
-            (changed("2.0", "1.3"), "it is not a block map of version 2.0"),
+            (changed("2.0", "1.3"), "not a block map of version 2.0"),
             (changed("sha256 <", "sha1 <"), "its checksums are `sha1`, expected `sha256`"),
             (
                 changed("<ImageSize> 40960", "<ImageSize> 8192"),
@@ -292,15 +293,16 @@ mod tests {
                 changed("<ImageSize> 40960", "<ImageSize> x"),
                 "its ImageSize is `x`, expected a number",
             ),
-            (changed("Count> 5 <", "Count> 6 <"), "it says 6 mapped blocks and lists 5"),
+            (changed("Count> 5 <", "Count> 6 <"), "the map counts 6 mapped blocks, but lists 5"),
             (
                 changed("<Range chksum=", "<Range><!-- "),
-                "its ranges have no checksums, so nothing would prove what is written\n\
-                 help: make it again without `--no-checksum`, or remove it: without one all of the image is written",
+                "its ranges have no checksums, so the written data could not be verified\n\
+                 help: create the map again without `--no-checksum`, or remove it: without a map \
+                 the whole image is written",
             ),
             (changed("> 5 </Range", "> 2 </Range"), "range 2 (2) is out of order"),
             (changed("> 5 </Range", "> z </Range"), "range 2 cannot be read"),
-            (changed("BmapFileChecksum", "Other"), "it has no BmapFileChecksum"),
+            (changed("BmapFileChecksum", "Other"), "the map has no BmapFileChecksum"),
         ];
         for (text, expected) in cases {
             let error = BlockMap::parse(&text).expect_err(expected);
@@ -308,6 +310,6 @@ mod tests {
         }
         let text = changed("", "").replace("0-3", "0-2");
         let error = BlockMap::parse(&text).expect_err("a damaged map");
-        assert!(error.to_string().starts_with("it is damaged: its SHA-256 is "), "{error}");
+        assert!(error.to_string().starts_with("the map is damaged: its SHA-256 is "), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! `.img.zst`: the image as one zstd file, for those who publish it. All cores compress.
+//! `.img.zst`: the image as one zstd file, for publishing. Compresses on all cores.
 
 use std::fs::File;
 use std::io::Write;
@@ -11,16 +11,16 @@ use camino::{Utf8Path, Utf8PathBuf};
 use crate::artifact::{self, Artifact};
 use crate::progress::{Step, Unit};
 
-/// Bytes of the image in each frame. Frames stand for themselves and make one valid file together,
-/// so the result is the same however many cores there are; at 32 MiB the seams cost below 1 %.
+/// Bytes of the image in each frame. Frames are independent and together are one valid file, so the
+/// result does not depend on the number of cores; at 32 MiB the loss is below 1 %.
 const FRAME: u64 = 32 << 20;
 
-/// Where the compressed image lies.
+/// The path of the compressed image.
 pub fn path_for(image: &Utf8Path) -> Utf8PathBuf {
     Utf8PathBuf::from(format!("{image}.zst"))
 }
 
-/// Compresses an image beside itself.
+/// Compresses an image to a file beside it.
 ///
 /// # Errors
 /// When reading or writing fails; nothing is left under the final name then.
@@ -40,8 +40,8 @@ pub fn compress_to(image: &Utf8Path, out: &Utf8Path, level: i32) -> Result<Artif
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
     artifact::write_atomically(out, |writer| {
         std::thread::scope(|scope| {
-            // Worker n makes the frames n, n + threads, …; taking them in turn keeps their order,
-            // and a worker is at most one frame ahead.
+            // Worker n compresses the frames n, n + threads, …; reading them in turn keeps their
+            // order, and a worker is at most one frame ahead.
             let mut results: Vec<Receiver<Result<Vec<u8>>>> = Vec::new();
             for worker in 0..threads {
                 let (sender, receiver) = sync_channel(1);
@@ -51,7 +51,8 @@ pub fn compress_to(image: &Utf8Path, out: &Utf8Path, level: i32) -> Result<Artif
             }
             for frame in 0..size.div_ceil(FRAME) {
                 let receiver = &results[(frame % threads) as usize];
-                let bytes = receiver.recv().map_err(|_| anyhow!("a compressing thread died"))??;
+                let bytes =
+                    receiver.recv().map_err(|_| anyhow!("a compressing thread panicked"))??;
                 writer.write_all(&bytes)?;
                 step.advance(FRAME.min(size - frame * FRAME));
             }
@@ -72,7 +73,7 @@ fn work(
     let mut buffer = Vec::new();
     for frame in (first..size.div_ceil(FRAME)).step_by(threads as usize) {
         let result = compress_frame(file, size, level, frame, &mut buffer);
-        // Nobody listens any more when another frame has failed.
+        // The receiver is gone when another frame has failed.
         if sender.send(result).is_err() {
             return;
         }

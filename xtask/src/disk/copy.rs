@@ -1,5 +1,6 @@
 //! Moves the content of regions into the image in one pass: each window is read once and written to
-//! every place where it belongs. What is small is summed on the way; filesystem images come summed.
+//! each of its places. Checksums of small contents are computed on the way; filesystem images come
+//! with checksums.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -13,9 +14,10 @@ use super::sums::{Summed, Sums};
 use super::windows::{WINDOW, WINDOW_BLOCKS, Windows, bits, non_zero, runs};
 use crate::progress::Step;
 
-/// The most bytes of a write. The page cache holds each in one piece of memory, and up to this size (Linux:
-/// PAGE_ALLOC_COSTLY_ORDER, eight pages) those are the ones that were used last. Larger ones come from memory
-/// that was free for long, which a virtual machine has given back to its host: several times slower.
+/// The maximum size of a write in bytes. The page cache allocates one block of memory for each
+/// write. Up to this size (Linux: PAGE_ALLOC_COSTLY_ORDER, eight pages) it reuses recently freed
+/// memory. Larger blocks come from memory that was free for a long time, which a virtual machine
+/// has returned to its host: several times slower.
 const PIECE: usize = 32 << 10;
 
 const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
@@ -23,24 +25,24 @@ const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 /// What fills a region.
 #[derive(Debug)]
 pub enum Payload<'a> {
-    /// Blocks in memory; those that were written are mapped.
+    /// Blocks in memory; blocks that were written are mapped.
     Memory(&'a Pages),
-    /// An open filesystem image; what its ranges list is mapped.
+    /// An open filesystem image; the blocks of its ranges are mapped.
     Image(&'a File, &'a Summed),
     /// This many blocks of zeros, all mapped.
     Zeros(u64),
 }
 
-/// A region, and the byte offsets in the image where it belongs.
+/// A region, and its byte offsets in the image.
 #[derive(Debug)]
 pub struct Region<'a> {
-    /// What fills it.
+    /// Its content.
     pub payload: Payload<'a>,
     /// Multiples of the block size.
     pub places: Vec<u64>,
 }
 
-/// What was done.
+/// The result.
 #[derive(Debug, Default)]
 pub struct Written {
     /// The mapped ranges of the image, in order.

@@ -1,5 +1,5 @@
-//! Reads from an ext4 image what the disk stage must know of it: how full it is, and which blocks
-//! it uses. A used block may be all zero and a hole in the image, yet must be zero on the card.
+//! Reads from an ext4 image what the disk stage needs: how full it is, and which blocks it uses. A
+//! used block may be a hole in the image (all zero), but must be written as zeros to the card.
 
 use std::fs::File;
 use std::ops::Range;
@@ -13,13 +13,13 @@ use serde::{Deserialize, Serialize};
 const SUPERBLOCK: u64 = 1024;
 /// `s_magic`.
 const MAGIC: u16 = 0xef53;
-/// `s_feature_incompat`: group descriptors have the size that `s_desc_size` says.
+/// `s_feature_incompat`: group descriptors have the size in `s_desc_size`.
 const INCOMPAT_64BIT: u32 = 0x80;
-/// `s_feature_incompat`: descriptors are spread over the volume; we never make that.
+/// `s_feature_incompat`: descriptors are spread over the volume; Slipway's images never use this.
 const INCOMPAT_META_BG: u32 = 0x10;
 /// `s_feature_ro_compat`: superblock copies only in groups 0, 1 and powers of 3, 5 and 7.
 const RO_COMPAT_SPARSE_SUPER: u32 = 0x1;
-/// `bg_flags`: the group's block bitmap is not written, none but metadata is used.
+/// `bg_flags`: the group's block bitmap is not written, only metadata blocks are used.
 const BLOCK_UNINIT: u16 = 0x2;
 
 /// How full an ext4 volume is.
@@ -33,9 +33,9 @@ pub struct Usage {
     pub used: u64,
     /// Bytes free.
     pub free: u64,
-    /// How many files, folders and links it can hold.
+    /// The maximum number of files, directories and links.
     pub inodes: u64,
-    /// How many more it can hold.
+    /// How many of these are free.
     pub free_inodes: u64,
     /// The volume's UUID.
     pub uuid: String,
@@ -52,15 +52,15 @@ impl Super {
     fn read(file: &File) -> Result<Option<Self>> {
         let mut bytes = [0; 1024];
         if file.read_exact_at(&mut bytes, SUPERBLOCK).is_err() {
-            // Too short to hold one.
+            // Too short to contain one.
             return Ok(None);
         }
         let this = Self { bytes };
         if this.u16(56) != MAGIC {
             return Ok(None);
         }
-        ensure!(this.u32(24) <= 6, "its superblock says 2^{} bytes in a block", this.u32(24) + 10);
-        ensure!(this.u32(32) > 0 && this.u32(40) > 0, "its superblock says empty groups");
+        ensure!(this.u32(24) <= 6, "invalid superblock: 2^{} bytes in a block", this.u32(24) + 10);
+        ensure!(this.u32(32) > 0 && this.u32(40) > 0, "invalid superblock: empty groups");
         Ok(Some(this))
     }
 
@@ -89,12 +89,12 @@ impl Super {
 /// How full a volume is.
 ///
 /// # Errors
-/// When the file cannot be read or holds no ext4.
+/// When the file cannot be read or is not an ext4 volume.
 pub fn usage(image: &Utf8Path) -> Result<Usage> {
     let doing = || format!("reading the ext4 volume {image}");
     let file = File::open(image).with_context(doing)?;
     let Some(volume) = Super::read(&file).with_context(doing)? else {
-        bail!("{}: it has no ext4 superblock", doing());
+        bail!("{}: no ext4 superblock", doing());
     };
     let block_size = volume.block_size();
     let (size, free) = (volume.blocks() * block_size, volume.wide(12, 0x158) * block_size);
@@ -112,22 +112,22 @@ pub fn usage(image: &Utf8Path) -> Result<Usage> {
     })
 }
 
-/// The bytes that an ext4 volume uses, in order and without overlap; `None` when the file holds
-/// something else.
+/// The bytes that an ext4 volume uses, in order and without overlap; `None` when the file is not an
+/// ext4 volume.
 ///
 /// # Errors
-/// When the file cannot be read, or the volume contradicts itself.
+/// When the file cannot be read, or the volume is inconsistent.
 pub fn used_bytes(file: &File) -> Result<Option<Vec<Range<u64>>>> {
     let Some(volume) = Super::read(file)? else { return Ok(None) };
     let size = file.metadata()?.len();
     let (block, blocks) = (volume.block_size(), volume.blocks());
     ensure!(
         blocks.checked_mul(block).is_some_and(|bytes| bytes <= size),
-        "it says {blocks} blocks of {block} bytes and has {size} bytes"
+        "the superblock counts {blocks} blocks of {block} bytes, but the file has {size} bytes"
     );
     ensure!(
         volume.u32(96) & INCOMPAT_META_BG == 0,
-        "it has the feature meta_bg, which we never make"
+        "the volume has the feature meta_bg, which is not supported"
     );
     let first = u64::from(volume.u32(20));
     let per_group = u64::from(volume.u32(32));
@@ -170,7 +170,7 @@ pub fn used_bytes(file: &File) -> Result<Option<Vec<Range<u64>>>> {
     Ok(Some(merge(used, blocks, block)))
 }
 
-/// Whether a group holds a copy of the superblock.
+/// Whether a group contains a copy of the superblock.
 fn has_copy(group: u64) -> bool {
     let is_power = |base: u64| {
         let mut power = base;
@@ -200,7 +200,7 @@ fn add_bitmap(bitmap: &[u8], group: Range<u64>, used: &mut Vec<Range<u64>>) {
     used.extend(run.map(|start| start..group.end));
 }
 
-/// Orders and joins ranges of blocks, cuts them at the volume's end, and turns them into bytes.
+/// Sorts and joins ranges of blocks, cuts them at the volume's end, and converts them to bytes.
 fn merge(mut used: Vec<Range<u64>>, blocks: u64, block: u64) -> Vec<Range<u64>> {
     used.sort_by_key(|range| range.start);
     let mut merged: Vec<Range<u64>> = Vec::new();

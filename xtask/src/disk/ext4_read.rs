@@ -1,6 +1,6 @@
-//! Opens an ext4 filesystem inside an image for reading, without mounting it, and reads small files of it. What
-//! the filesystem says of itself is compared with the image's length before the reader believes it: the reader
-//! allocates by it.
+//! Opens an ext4 filesystem inside an image for reading, without mounting it, and reads small files
+//! of it. The sizes in the superblock are compared with the image's length first, since the reader
+//! allocates memory according to them.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -10,10 +10,10 @@ use anyhow::{Context, Result, ensure};
 use camino::Utf8Path;
 use ext4_view::{Ext4, Ext4Read};
 
-/// The read-ahead window: the reader is asked for one block at a time, mostly in order.
+/// The read-ahead window: the reader requests one block at a time, mostly in order.
 const WINDOW: usize = 256 * 1024;
-/// The fewest blocks of a group: mke2fs(8) makes none smaller (its option `-g`), and the reader keeps a
-/// descriptor of each group.
+/// The smallest group in blocks: mke2fs(8) makes no smaller ones (its option `-g`), and the reader
+/// keeps a descriptor of each group.
 const FEWEST_BLOCKS: u32 = 256;
 
 /// A filesystem at an offset of a file, read through a window.
@@ -66,12 +66,13 @@ impl Ext4Read for Slice {
 pub(crate) fn length(image: &Utf8Path, offset: u64) -> Result<u64> {
     let doing = || format!("reading {image}");
     let mut file = File::open(image).with_context(doing)?;
-    // The metadata of a block device tell no size.
+    // The metadata of a block device do not contain its size.
     let end = file.seek(SeekFrom::End(0)).with_context(doing)?;
     Ok(end.saturating_sub(offset))
 }
 
-/// The fields of a superblock that the reader allocates by (Linux: Documentation/filesystems/ext4/super.rst).
+/// The fields of a superblock that determine how much the reader allocates (Linux:
+/// Documentation/filesystems/ext4/super.rst).
 struct Superblock([u8; 1024]);
 
 impl Superblock {
@@ -87,7 +88,8 @@ impl Superblock {
         u32::from_le_bytes(bytes.unwrap_or_default())
     }
 
-    /// Whether the journal has changes that are not in the filesystem yet (`INCOMPAT_RECOVER`).
+    /// Whether the journal contains changes that are not in the filesystem yet
+    /// (`INCOMPAT_RECOVER`).
     fn needs_replay(&self) -> bool {
         self.number(0x60) & 0x4 != 0
     }
@@ -100,28 +102,30 @@ impl Superblock {
             "its blocks have 2^{} bytes, expected at most 64 KiB",
             u64::from(log) + 10
         );
-        // `INCOMPAT_64BIT`: there are upper halves.
+        // `INCOMPAT_64BIT`: the fields have upper halves.
         let upper = if self.number(0x60) & 0x80 != 0 { self.number(0x150) } else { 0 };
         let blocks = u64::from(upper) << 32 | u64::from(self.number(0x4));
         let bytes = blocks.checked_mul(1024 << log);
         ensure!(
             bytes.is_some_and(|bytes| bytes <= length),
-            "it claims {blocks} blocks of {} bytes, and the image has {length} bytes from there on",
+            "the superblock counts {blocks} blocks of {} bytes, but the image has only {length} \
+             bytes from there on",
             1024 << log
         );
         let group = self.number(0x20);
-        ensure!(group >= FEWEST_BLOCKS, "it claims groups of {group} blocks");
-        // The reader keeps all changes of a journal in memory, and a journal can claim any number.
+        ensure!(group >= FEWEST_BLOCKS, "invalid superblock: groups of {group} blocks");
+        // The reader keeps all changes of a journal in memory, and a journal can contain any
+        // number.
         ensure!(
             !self.needs_replay(),
-            "its journal has not been replayed: it was in use when it was copied\n\
-             help: e2fsck -p on a copy of it"
+            "the journal has not been replayed: the filesystem was in use when it was copied\n\
+             help: run e2fsck -p on a copy of the image"
         );
         Ok(())
     }
 }
 
-/// Whether the filesystem there was in use when it was copied; such a one is not read.
+/// Whether the filesystem there was in use when it was copied; such a filesystem is not read.
 ///
 /// # Errors
 /// When the image cannot be read.
@@ -135,7 +139,7 @@ pub(crate) fn needs_replay(image: &Utf8Path, offset: u64) -> Result<bool> {
 /// Opens the ext4 filesystem at a byte offset of an image, read-only.
 ///
 /// # Errors
-/// When there is none, or it claims what cannot be.
+/// When there is none, or its superblock is invalid.
 pub(crate) fn open(image: &Utf8Path, offset: u64) -> Result<Ext4> {
     let doing = || format!("reading the ext4 filesystem at byte {offset} of {image}");
     let length = length(image, offset)?;
@@ -147,12 +151,12 @@ pub(crate) fn open(image: &Utf8Path, offset: u64) -> Result<Ext4> {
     Ext4::load(Box::new(slice)).with_context(doing)
 }
 
-/// Reads a file of at most so many bytes.
+/// Reads a file of at most `most` bytes.
 ///
 /// # Errors
 /// When it is larger, or cannot be read.
 pub(crate) fn read_small(filesystem: &Ext4, path: &str, most: u64) -> Result<Vec<u8>> {
     let size = filesystem.metadata(path).with_context(|| format!("reading {path}"))?.len();
-    ensure!(size <= most, "reading {path}: it has {size} bytes, expected at most {most}");
+    ensure!(size <= most, "reading {path}: the file has {size} bytes, expected at most {most}");
     filesystem.read(path).with_context(|| format!("reading {path}"))
 }

@@ -1,5 +1,5 @@
-//! A FAT volume with the same bytes on every run: fixed serial number and times, files in the
-//! given order. It is made in memory (its content is a boot partition's firmware, tens of MiB).
+//! A FAT volume with the same bytes on every run: fixed serial number and times, files in the given
+//! order. It is created in memory (its content is a boot partition's firmware, tens of MiB).
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -17,12 +17,13 @@ use super::spec::{Content, FatFile, Source};
 use super::table::{HEADS, SECTORS_PER_TRACK};
 use crate::progress;
 
-/// From this size on a volume with clusters of one sector has more than the 65,524 clusters of a FAT16 (Microsoft's FAT
-/// specification 1.03), and is a FAT32, whose tables leave some 80,000.
+/// From this size on a volume with clusters of one sector has more than the 65,524 clusters of a
+/// FAT16 (Microsoft's FAT specification 1.03), and is a FAT32, which then has about 80,000
+/// clusters.
 const FAT32_FROM: u64 = 40 << 20;
 /// A drive number that says "fixed disk" (BIOS interrupt 13h).
 const FIXED_DISK: u8 = 0x80;
-/// Offset of "hidden sectors" in the boot sector: how many lie before the volume on the disk.
+/// Offset of "hidden sectors" in the boot sector: how many sectors precede the volume on the disk.
 const HIDDEN_SECTORS: u64 = 0x1c;
 /// Offset of the time and date of last change in a directory entry.
 const ENTRY_CHANGED: u64 = 22;
@@ -31,7 +32,7 @@ const ENTRY_CHANGED: u64 = 22;
 const ENTRY: usize = 32;
 /// First byte of a deleted entry.
 const DELETED: u8 = 0xe5;
-/// Attribute of a folder.
+/// Attribute of a directory.
 const FOLDER: u8 = 0x10;
 /// Attribute of the label; together with others, of a long name.
 const LABEL: u8 = 0x08;
@@ -41,9 +42,10 @@ pub fn is_fat32(size: u64) -> bool {
     size >= FAT32_FROM
 }
 
-/// Bytes in a cluster. One sector where the kind of FAT allows it, else four: what every boot ROM of the Raspberry Pi reads
-/// (raspberrypi/firmware, issue 1738; rpi-eeprom, issue 818). What kind a volume is follows from its number of clusters
-/// alone, and those that a reader takes for the other kind lie near 65,525: none is made there.
+/// Bytes in a cluster. One sector where the kind of FAT allows it, else four: what every boot ROM
+/// of the Raspberry Pi reads (raspberrypi/firmware, issue 1738; rpi-eeprom, issue 818). The kind of
+/// a volume depends only on its number of clusters. Readers disagree for numbers near 65,525, so
+/// such volumes are never created.
 fn cluster_size(size: u64) -> u32 {
     const MIB: u64 = 1 << 20;
     let sectors = match size {
@@ -54,7 +56,7 @@ fn cluster_size(size: u64) -> u32 {
     (sectors * SECTOR) as u32
 }
 
-/// Answers every question for the time with the same moment.
+/// Always returns the same time.
 #[derive(Debug)]
 struct Fixed(DateTime);
 
@@ -68,10 +70,10 @@ impl TimeProvider for Fixed {
     }
 }
 
-/// Makes the volume for a partition; `says_where` puts the partition's place into it.
+/// Makes the volume for a partition; `says_where` writes the partition's offset into it.
 ///
 /// # Errors
-/// When a file cannot be read or does not fit, a name cannot be stored, or two are the same.
+/// When a file cannot be read or does not fit, a name cannot be stored, or two names are the same.
 pub fn make(
     placed: &Placed,
     label: &str,
@@ -98,7 +100,7 @@ pub fn make(
     format_volume(&mut pages, options).with_context(doing)?;
     let hidden = if says_where { placed.first_sector } else { 0 };
     finish_format(&mut pages, hidden, now).with_context(doing)?;
-    // fatfs wants the clock for ever; it is 16 bytes, once for each volume.
+    // fatfs needs a `'static` clock; leaking it costs 16 bytes for each volume.
     let clock: &'static Fixed = Box::leak(Box::new(Fixed(now)));
     let volume =
         FileSystem::new(&mut pages, FsOptions::new().time_provider(clock)).with_context(doing)?;
@@ -111,7 +113,7 @@ pub fn make(
     Ok(pages)
 }
 
-/// Writes the volume that two slots share to a file: what an update bundle carries.
+/// Writes the volume that both slots share to a file, for an update bundle.
 ///
 /// # Errors
 /// As [`make`], or when the file cannot be written.
@@ -123,7 +125,7 @@ pub fn write_shared(
     out: &Utf8Path,
 ) -> Result<()> {
     let Content::Fat { label, volume_id, placed: says_where, files } = content else {
-        bail!("`{}` holds no FAT volume", placed.name);
+        bail!("`{}` contains no FAT volume", placed.name);
     };
     let pages = make(placed, label, *volume_id, *says_where, files, epoch, size_key)?;
     let doing = || format!("writing {out}");
@@ -137,16 +139,16 @@ pub fn write_shared(
     Ok(())
 }
 
-/// Where things lie in a volume, read from its boot sector.
+/// The layout of a volume, read from its boot sector.
 struct Geometry {
     fat32: bool,
     /// Byte offset of the first allocation table.
     table: u64,
     /// Byte offset of the first cluster.
     data: u64,
-    /// Byte offset of the root folder of a FAT16.
+    /// Byte offset of the root directory of a FAT16.
     root: u64,
-    /// First cluster of the root folder of a FAT32.
+    /// First cluster of the root directory of a FAT32.
     root_cluster: u64,
     /// Bytes in a cluster.
     cluster: u64,
@@ -180,7 +182,7 @@ impl Geometry {
         self.data + cluster.saturating_sub(2) * self.cluster
     }
 
-    /// The pieces of the folder that starts at this cluster: byte offset and length.
+    /// The pieces of the directory that starts at this cluster: byte offset and length.
     fn folder(&self, pages: &mut Pages, first: u64) -> Result<Vec<(u64, u64)>> {
         let mut pieces = Vec::new();
         let (width, end) = if self.fat32 { (4, 0x0fff_fff8) } else { (2, 0xfff8) };
@@ -195,8 +197,8 @@ impl Geometry {
     }
 }
 
-/// Sets what `fatfs` leaves out when it formats: where the volume lies on the disk, which firmware
-/// reads in place of the partition table, and the time of the label.
+/// Sets what `fatfs` omits when it formats: the offset of the volume on the disk, which firmware
+/// reads instead of the partition table, and the time of the label.
 fn finish_format(pages: &mut Pages, hidden: u64, now: DateTime) -> Result<()> {
     let geometry = Geometry::read(pages)?;
     let hidden = u32::try_from(hidden).unwrap_or(0).to_le_bytes();
@@ -214,8 +216,8 @@ fn finish_format(pages: &mut Pages, hidden: u64, now: DateTime) -> Result<()> {
     Ok(())
 }
 
-/// Puts the entries `.` and `..` where the specification wants them: `fatfs` 0.3 gives them long
-/// names and points `..` at the root's cluster in a FAT32, and `fsck.fat` refuses both.
+/// Writes the entries `.` and `..` as the specification requires: `fatfs` 0.3 gives them long names
+/// and points `..` at the root's cluster in a FAT32, and `fsck.fat` rejects both.
 fn finish_folders(pages: &mut Pages) -> Result<()> {
     let geometry = Geometry::read(pages)?;
     let mut left = if geometry.fat32 {
@@ -244,14 +246,14 @@ fn finish_folders(pages: &mut Pages) -> Result<()> {
     Ok(())
 }
 
-/// Turns the first four entries of a folder (long name of `.`, `.`, long name of `..`, `..`) into
-/// `.`, `..` and two deleted ones.
+/// Turns the first four entries of a directory (long name of `.`, `.`, long name of `..`, `..`)
+/// into `.`, `..` and two deleted ones.
 fn finish_folder(pages: &mut Pages, at: u64, root_cluster: u64) -> Result<()> {
     let mut entries = [0u8; 4 * ENTRY];
     pages.read_at(at, &mut entries)?;
     let is = |n: usize, name: &[u8]| entries[n * ENTRY..].starts_with(name);
     if !is(1, b".          ") || !is(3, b"..         ") {
-        bail!("fatfs has written a folder in a way that is not expected");
+        bail!("fatfs has written a directory in an unexpected form");
     }
     entries.copy_within(ENTRY..2 * ENTRY, 0);
     entries.copy_within(3 * ENTRY..4 * ENTRY, ENTRY);
@@ -280,7 +282,7 @@ fn stored_label(label: &str) -> Result<[u8; 11]> {
     Ok(stored)
 }
 
-/// The moment as FAT stores it: from 1980 to 2107, in steps of two seconds.
+/// The time in FAT's format: from 1980 to 2107, in steps of two seconds.
 fn dos_time(epoch: u64) -> DateTime {
     /// 1 January 1980 in seconds since 1970.
     const FIRST: u64 = 315_532_800;
@@ -318,7 +320,7 @@ fn write_file(
 ) -> Result<()> {
     let parts: Vec<&str> = file.path.split('/').collect();
     if parts.iter().any(|part| part.is_empty() || *part == "." || *part == "..") {
-        bail!("`{}` is not a path in a volume", file.path);
+        bail!("`{}` is not a valid path in a volume", file.path);
     }
     let mut folder = volume.root_dir();
     let (name, folders) = parts.split_last().ok_or_else(|| anyhow!("the file has no name"))?;
@@ -326,7 +328,7 @@ fn write_file(
         folder = folder.create_dir(part)?;
     }
     if folder.iter().any(|e| e.is_ok_and(|e| e.file_name().eq_ignore_ascii_case(name))) {
-        bail!("the volume has that name already (FAT does not tell capitals from small letters)");
+        bail!("the volume already contains this name (FAT ignores case)");
     }
     let mut bytes = Vec::new();
     let content: &[u8] = match &file.source {
@@ -342,7 +344,7 @@ fn write_file(
     let free = u64::from(stats.free_clusters()) * u64::from(stats.cluster_size());
     let too_large = || {
         anyhow!(
-            "the file is {}, `{}` ({}) has {} free\nhelp: raise {size_key}",
+            "the file has {}, but `{}` ({}) has only {} free\nhelp: raise {size_key}",
             progress::bytes(content.len() as u64),
             placed.name,
             progress::bytes(placed.size),
@@ -353,7 +355,8 @@ fn write_file(
         return Err(too_large());
     }
     let mut target = folder.create_file(name)?;
-    // In memory nothing but a full volume can go wrong: the folder may have taken the last clusters.
+    // In memory, the only possible error is a full volume: the directory may have used the last
+    // clusters.
     target.write_all(content).map_err(|_| too_large())?;
     target.flush()?;
     Ok(())

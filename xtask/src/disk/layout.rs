@@ -1,9 +1,9 @@
-//! Where everything lies on the card: a requested disk becomes a placed layout, or the list of
-//! everything that is wrong with it. Pure: no file is touched and nothing is decided by the host.
+//! Computes where everything is on the card: turns a requested disk into a placed layout, or into
+//! the list of all errors in it. Pure: accesses no files and does not depend on the host.
 
 use serde::{Deserialize, Serialize};
 
-/// Bytes in a sector. Cards and the emulated disks have no other size.
+/// Bytes in a sector. Cards and emulated disks always use this size.
 pub const SECTOR: u64 = 512;
 /// Bytes in a block of the block map; partitions start and end on one.
 pub const BLOCK: u64 = 4096;
@@ -14,24 +14,26 @@ pub const GPT_HEAD_SECTORS: u64 = 34;
 pub const GPT_TAIL_SECTORS: u64 = 33;
 /// The smallest FAT that we make: below it a volume has fewer than 4085 clusters and would be FAT12.
 pub const SMALLEST_VFAT: u64 = 4 << 20;
-/// What a 32-bit sector number of an MBR reaches with 512-byte sectors: 2 TiB.
+/// The limit of a 32-bit sector number of an MBR with 512-byte sectors: 2 TiB.
 const MBR_LIMIT: u64 = (1 << 32) * SECTOR;
 /// UTF-16 units in the name of a GPT entry.
 const GPT_NAME_UNITS: usize = 36;
 /// Slots in an MBR.
 const MBR_SLOTS: usize = 4;
-/// The most partitions of an MBR: SD cards have 16 minor numbers on many kernels, two of which the disk and the
-/// extended partition take (`CONFIG_MMC_BLOCK_MINORS`).
+/// The maximum number of partitions of an MBR: SD cards have 16 minor numbers on many kernels, two
+/// of which are used by the disk and the extended partition (`CONFIG_MMC_BLOCK_MINORS`).
 const MOST_MBR: usize = 14;
-/// The number of the first logical partition, whatever slots of the MBR are in use (Linux, `block/partitions/msdos.c`).
+/// The number of the first logical partition, independent of the used slots of the MBR (Linux,
+/// `block/partitions/msdos.c`).
 pub const FIRST_LOGICAL: u32 = 5;
 
 /// Which partition table a board's firmware reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TableKind {
-    /// The classic table: four records, 32-bit sector numbers. Of more than four partitions those from the fourth
-    /// on lie in an extended one, each behind a sector with its own record.
+    /// The classic table: four records, 32-bit sector numbers. With more than four partitions,
+    /// those from the fourth on are in an extended partition, each after a sector with its own
+    /// record.
     Mbr,
     /// GUID partition table with a protective MBR and a backup at the end of the disk.
     Gpt,
@@ -40,7 +42,7 @@ pub enum TableKind {
 }
 
 impl TableKind {
-    /// The name as it stands in `board.toml`.
+    /// The name in `board.toml`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Mbr => "mbr",
@@ -74,36 +76,37 @@ pub struct PartitionRequest {
     pub name: String,
     /// Bytes.
     pub size: u64,
-    /// Byte offset, when the board fixes it; else the next aligned place.
+    /// Byte offset, when the board fixes it; else the next aligned offset.
     pub start: Option<u64>,
     /// What it is formatted with.
     pub filesystem: Filesystem,
     /// The active flag of an MBR entry, the legacy-bootable attribute of a GPT entry.
     pub bootable: bool,
-    /// Listed in the MBR of a hybrid table too; without meaning for the other tables.
+    /// Also listed in the MBR of a hybrid table; without meaning for the other tables.
     pub in_mbr: bool,
 }
 
 /// A whole disk, as a board asks for it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskRequest {
-    /// Which table.
+    /// The kind of the partition table.
     pub table: TableKind,
     /// Bytes of the whole disk.
     pub size: u64,
-    /// Byte offset of the first partition; what lies before it is for the table and the boot state.
+    /// Byte offset of the first partition; the space before it is for the table and the boot state.
     pub first_partition: u64,
     /// Every partition starts at a multiple of this many bytes; itself a multiple of 4 KiB.
     pub alignment: u64,
-    /// Byte offset of each copy of the boot state: one sector, in a 4 KiB block of its own.
+    /// Byte offset of each copy of the boot state: one sector, in a separate 4 KiB block.
     pub states: Vec<u64>,
-    /// Byte offset of each copy of what a robot trusts, [`bundle::area::COPY`] bytes each; none or two.
+    /// Byte offset of each copy of the trust record, [`bundle::area::COPY`] bytes each; none or
+    /// two.
     pub trust: Vec<u64>,
-    /// In the order in which they lie on the disk, which is also that of their numbers.
+    /// In their order on the disk, which is also that of their numbers.
     pub partitions: Vec<PartitionRequest>,
 }
 
-/// One partition in its place.
+/// A partition with its offset.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placed {
     /// The number in the table, from 1.
@@ -124,7 +127,7 @@ pub struct Placed {
     pub bootable: bool,
     /// Listed in the MBR: always with an MBR table, by choice with a hybrid one, never with a GPT.
     pub in_mbr: bool,
-    /// Byte offset of the sector with its record, of a logical partition.
+    /// Byte offset of the sector with its record, for a logical partition.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub record: Option<u64>,
 }
@@ -135,25 +138,25 @@ impl Placed {
         self.offset + self.size
     }
 
-    /// The first byte that it needs: its record, or its own first byte.
+    /// The first byte that it occupies: its record, or its own first byte.
     pub fn begin(&self) -> u64 {
         self.record.unwrap_or(self.offset)
     }
 }
 
-/// One copy of the boot state, or of what a robot trusts, in its place.
+/// One copy of the boot state or of the trust record, with its offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateSector {
     /// Byte offset.
     pub offset: u64,
-    /// The same in sectors, as bootloaders want it.
+    /// The same in sectors, as boot loaders need it.
     pub sector: u64,
 }
 
-/// A disk on which everything has its place; it has passed every check of [`place`].
+/// A disk with all offsets assigned; it has passed every check of [`place`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
-    /// Which table.
+    /// The kind of the partition table.
     pub table: TableKind,
     /// Bytes of the whole disk.
     pub size: u64,
@@ -161,7 +164,7 @@ pub struct Layout {
     pub sector_size: u64,
     /// The copies of the boot state.
     pub states: Vec<StateSector>,
-    /// The copies of what a robot trusts.
+    /// The copies of the trust record.
     pub trust: Vec<StateSector>,
     /// The partitions, by offset and by number.
     pub partitions: Vec<Placed>,
@@ -189,10 +192,10 @@ pub fn exact(bytes: u64) -> String {
     }
 }
 
-/// Gives every partition its place.
+/// Assigns an offset to every partition.
 ///
 /// # Errors
-/// Everything that is wrong, one sentence for each finding, in the order of the request.
+/// All errors, one sentence for each, in the order of the request.
 pub fn place(request: &DiskRequest) -> Result<Layout, Vec<String>> {
     let mut findings = Vec::new();
     if request.alignment == 0 || !request.alignment.is_multiple_of(BLOCK) {
@@ -200,7 +203,7 @@ pub fn place(request: &DiskRequest) -> Result<Layout, Vec<String>> {
             "the alignment is {}, it must be a multiple of 4 KiB",
             exact(request.alignment)
         ));
-        // Every later rule builds on it.
+        // All later rules depend on it.
         return Err(findings);
     }
     if !request.size.is_multiple_of(BLOCK) {
@@ -260,7 +263,8 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
         let logical = request.table == TableKind::Mbr
             && request.partitions.len() > MBR_SLOTS
             && index >= MBR_SLOTS - 1;
-        // The record has a unit of its own: writing it must not endanger what lies beside it.
+        // The record has a separate unit of alignment: writing it must not endanger neighbouring
+        // data.
         let room = if logical { request.alignment } else { 0 };
         let next = free.checked_next_multiple_of(request.alignment);
         let next = next.and_then(|next| next.checked_add(room));
@@ -323,8 +327,8 @@ fn overlap(before: &Placed, name: &str, offset: u64, size: u64) -> String {
     let first = &before.name;
     if offset + size <= before.offset {
         return format!(
-            "`{name}` ({} at {}) is listed after `{first}` (starts at {}) but lies before it: list \
-             partitions in the order in which they lie on the disk",
+            "`{name}` ({} at {}) is listed after `{first}` (starts at {}) but is before it: list \
+             partitions in their order on the disk",
             exact(size),
             exact(offset),
             exact(before.offset)
@@ -403,10 +407,10 @@ fn check_hybrid(placed: &[Placed], findings: &mut Vec<String>) {
         ));
     }
     for partition in listed {
-        // A partition has one number, whichever of the two tables its reader looks at.
+        // A partition has the same number in both tables.
         if partition.number as usize > MBR_SLOTS {
             findings.push(format!(
-                "`{}` is partition {}, only the first 4 can stand in the MBR of a hybrid table",
+                "`{}` is partition {}, only the first 4 can be in the MBR of a hybrid table",
                 partition.name, partition.number
             ));
         }
@@ -437,7 +441,7 @@ fn check_ends(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Strin
 
 fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
     let head = table_head(request.table);
-    // In whole blocks: a block is what a card erases and a block map records.
+    // In whole blocks: a card erases and a block map records whole blocks.
     let states = request.states.iter().map(|&offset| ("boot-state", offset, BLOCK));
     let trust = request.trust.iter().map(|&offset| ("trust", offset, bundle::area::COPY as u64));
     let copies: Vec<_> = states.enumerate().chain(trust.enumerate()).collect();
@@ -448,7 +452,7 @@ fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Str
         }
         if offset < head {
             findings.push(format!(
-                "{this} lies inside the {} table (the first {})",
+                "{this} is inside the {} table (the first {})",
                 request.table.name(),
                 exact(head)
             ));
@@ -457,18 +461,18 @@ fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Str
         let inside = placed.iter().find(|p| offset < p.end() && p.offset < end);
         if let Some(partition) = inside {
             findings.push(format!(
-                "{this} lies inside `{}` ({} at {})",
+                "{this} is inside `{}` ({} at {})",
                 partition.name,
                 exact(partition.size),
                 exact(partition.offset)
             ));
         } else if offset >= request.first_partition {
             findings.push(format!(
-                "{this} lies after the first partition's start ({})",
+                "{this} is after the first partition's start ({})",
                 exact(request.first_partition)
             ));
         }
-        // Blocks of both: a boot state takes all of its block.
+        // Compare whole blocks: a boot state occupies all of its block.
         let shared = copies.iter().take(at).find(|(_, (_, other, length))| {
             offset / BLOCK * BLOCK < other / BLOCK * BLOCK + length && *other / BLOCK * BLOCK < end
         });

@@ -1,10 +1,11 @@
-//! One bad input for every rule of the layout, with its message; and where partitions are placed.
+//! One invalid input for every rule of the layout, with its message; and the placement of
+//! partitions.
 
 use super::*;
 
 const MIB: u64 = 1 << 20;
 
-/// A table, what makes the good disk bad, and the one finding.
+/// A table, the change that makes the valid disk invalid, and the only finding.
 type Case = (TableKind, fn(&mut DiskRequest), &'static str);
 
 fn partition(name: &str, size: u64, filesystem: Filesystem) -> PartitionRequest {
@@ -35,7 +36,7 @@ fn disk(table: TableKind) -> DiskRequest {
     }
 }
 
-/// The findings for a disk that `change` has made bad.
+/// The findings for a disk that `change` has made invalid.
 fn findings(table: TableKind, change: impl FnOnce(&mut DiskRequest)) -> Vec<String> {
     let mut request = disk(table);
     change(&mut request);
@@ -85,8 +86,10 @@ fn disk_order_is_kept() {
     });
     assert_eq!(
         found,
-        ["`root-a` (256 MiB at 8 MiB) is listed after `boot` (starts at 700 MiB) but lies before \
-          it: list partitions in the order in which they lie on the disk"]
+        [
+            "`root-a` (256 MiB at 8 MiB) is listed after `boot` (starts at 700 MiB) but is before it: \
+          list partitions in their order on the disk"
+        ]
     );
 }
 
@@ -192,7 +195,7 @@ fn each_rule_has_its_message() {
                 more.in_mbr = true;
                 d.partitions.push(more);
             },
-            "`more` is partition 5, only the first 4 can stand in the MBR of a hybrid table",
+            "`more` is partition 5, only the first 4 can be in the MBR of a hybrid table",
         ),
         (
             Hybrid,
@@ -231,17 +234,17 @@ fn each_rule_has_its_message() {
         (
             Gpt,
             |d| d.states[0] = 16384,
-            "boot-state copy 1 (at 16 KiB) lies inside the gpt table (the first 17 KiB)",
+            "boot-state copy 1 (at 16 KiB) is inside the gpt table (the first 17 KiB)",
         ),
         (
             Mbr,
             |d| d.states[1] = 5 * MIB,
-            "boot-state copy 2 (at 5 MiB) lies inside `boot` (64 MiB at 4 MiB)",
+            "boot-state copy 2 (at 5 MiB) is inside `boot` (64 MiB at 4 MiB)",
         ),
         (
             Mbr,
             |d| d.states[1] = 1000 * MIB,
-            "boot-state copy 2 (at 1000 MiB) lies after the first partition's start (4 MiB)",
+            "boot-state copy 2 (at 1000 MiB) is after the first partition's start (4 MiB)",
         ),
         (
             Mbr,
@@ -261,7 +264,7 @@ fn each_rule_has_its_message() {
         (
             Gpt,
             |d| d.trust[1] = 4 * MIB - 4096,
-            "trust copy 2 (at 4092 KiB) lies inside `boot` (64 MiB at 4 MiB)",
+            "trust copy 2 (at 4092 KiB) is inside `boot` (64 MiB at 4 MiB)",
         ),
     ];
     for (table, change, expected) in cases {
@@ -276,7 +279,8 @@ fn the_fourth_of_five_partitions_of_an_mbr_is_logical() {
     let layout = place(&request).expect("a good disk");
     let numbers: Vec<u32> = layout.partitions.iter().map(|p| p.number).collect();
     assert_eq!(numbers, [1, 2, 3, 5, 6]);
-    // Each record lies one unit of alignment before its partition, and nothing else in that unit.
+    // Each record is one unit of alignment before its partition, and that unit contains nothing
+    // else.
     let records: Vec<_> = layout.partitions.iter().map(|p| p.record).collect();
     let before = |n: usize| Some(layout.partitions[n].offset - request.alignment);
     assert_eq!(records, [None, None, None, before(3), before(4)]);

@@ -1,5 +1,5 @@
-//! The card image: where everything lies (`layout`), writing it once, in place and sparse
-//! (`assemble`), and reading it back (`read`). Nothing is mounted and no loop device is used.
+//! The card image: its layout (`layout`), writing it once, in place and sparse (`assemble`), and
+//! reading it back (`read`). Nothing is mounted and no loop device is used.
 
 mod assemble;
 pub mod bmap;

@@ -1,5 +1,5 @@
-//! A region of the disk in memory, of which only the blocks that were ever written exist. Tables
-//! and FAT volumes are made here, so that their checksums need no reading back.
+//! A region of the disk in memory, of which only the blocks that were written exist. Tables and FAT
+//! volumes are created here, so that their checksums can be computed without reading them back.
 
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
@@ -68,7 +68,7 @@ impl Pages {
         done
     }
 
-    /// Where the position lies: page, offset in it, and how many of `wanted` bytes it can serve.
+    /// The current position: page, offset in it, and how many of `wanted` bytes it can serve.
     fn span(&self, wanted: usize) -> (usize, usize, usize) {
         let page = (self.position / BLOCK) as usize;
         let within = (self.position % BLOCK) as usize;

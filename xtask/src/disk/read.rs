@@ -1,5 +1,6 @@
 //! Reads a card image back, for `inspect` and `verify`: the tables with every check that a foreign
-//! tool would make, the files of a FAT, the boot-state sectors. It trusts nothing that it reads.
+//! tool would make, the files of a FAT, the boot-state sectors. Everything that it reads is
+//! untrusted.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,17 +21,17 @@ use super::table::{EXTENDED_KINDS, PROTECTIVE, mbr_type};
 
 /// The largest file that is read whole from a FAT.
 const LARGEST_FILE: u64 = 256 << 20;
-/// The deepest nesting of folders that is followed.
+/// The maximum depth of nested directories.
 const DEEPEST: usize = 16;
-/// The most files and folders of a FAT.
+/// The maximum number of files and directories of a FAT.
 const MOST_FILES: usize = 1 << 18;
-/// The most bytes of their paths together.
+/// The maximum total length of their paths in bytes.
 const MOST_NAMES: usize = 64 << 20;
 
 /// The tables of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskTables {
-    /// Which kind of table.
+    /// The kind of table.
     pub table: TableKind,
     /// Bytes of the image.
     pub size: u64,
@@ -40,10 +41,10 @@ pub struct DiskTables {
     pub mbr_signature: u32,
     /// The partitions, by number.
     pub partitions: Vec<FoundPartition>,
-    /// The records of the MBR that are in use: all of an MBR table, of a hybrid those beside the
-    /// protective one too.
+    /// The records of the MBR that are in use: all records of an MBR table; of a hybrid also those
+    /// besides the protective one.
     pub mbr: Vec<MbrRecord>,
-    /// Everything that is wrong, one sentence for each finding; empty when all is well.
+    /// All errors, one sentence for each; empty when the tables are valid.
     pub findings: Vec<String>,
 }
 
@@ -81,14 +82,14 @@ pub struct MbrRecord {
     pub active: bool,
 }
 
-/// A file or folder of a FAT.
+/// A file or directory of a FAT.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FatEntry {
     /// Its path, without a leading `/`.
     pub path: String,
-    /// Bytes; 0 for a folder.
+    /// Bytes; 0 for a directory.
     pub size: u64,
-    /// Whether it is a folder.
+    /// Whether it is a directory.
     pub folder: bool,
 }
 
@@ -101,20 +102,20 @@ pub struct FatListing {
     pub volume_id: u32,
     /// 16 or 32.
     pub width: u8,
-    /// Bytes that files could still take.
+    /// Free space in bytes.
     pub free: u64,
     /// By path.
     pub entries: Vec<FatEntry>,
 }
 
-/// Reads the tables and checks them in themselves.
+/// Reads the tables and validates them.
 ///
 /// # Errors
 /// When the image cannot be read or has no partition table at all.
 pub fn tables(image: &Utf8Path) -> Result<DiskTables> {
     let doing = || format!("reading the partition table of {image}");
     let mut file = File::open(image).with_context(doing)?;
-    // Its metadata tell no size of a block device.
+    // The metadata of a block device do not contain its size.
     let size = file.seek(SeekFrom::End(0)).with_context(doing)?;
     let mbr = ProtectiveMBR::from_disk(&mut file, LogicalBlockSize::Lb512)
         .map_err(|error| anyhow!("{}: {error}", doing()))?;
@@ -173,7 +174,7 @@ fn from_record(record: &MbrRecord) -> FoundPartition {
 
 /// Follows the chain of records in an extended partition.
 fn read_logical(file: &File, extended: &MbrRecord, found: &mut DiskTables) -> Result<()> {
-    /// More than any disk has; a chain that bites its tail is longer.
+    /// More than any disk has; a circular chain is longer.
     const MOST: u32 = 64;
     let end = extended.first_sector + extended.sectors;
     let mut at = extended.first_sector;
@@ -194,7 +195,7 @@ fn read_logical(file: &File, extended: &MbrRecord, found: &mut DiskTables) -> Re
         };
         if sector[510..] != [0x55, 0xaa] {
             found.findings.push(format!(
-                "sector {at}, which should hold the record of partition {number}, holds none"
+                "sector {at}, which should contain the record of partition {number}, contains none"
             ));
             return Ok(());
         }
@@ -203,7 +204,7 @@ fn read_logical(file: &File, extended: &MbrRecord, found: &mut DiskTables) -> Re
             let first_sector = at + first;
             if first_sector + sectors > end {
                 found.findings.push(format!(
-                    "partition {number} ends behind the extended partition that it lies in"
+                    "partition {number} ends after the extended partition that contains it"
                 ));
             }
             let active = active == 0x80;
@@ -219,7 +220,7 @@ fn read_logical(file: &File, extended: &MbrRecord, found: &mut DiskTables) -> Re
     Ok(())
 }
 
-/// Reads both copies of the GPT and takes the partitions from the first that is sound.
+/// Reads both copies of the GPT and takes the partitions from the first valid copy.
 fn read_gpt(file: &File, found: &mut DiskTables) -> Result<()> {
     ensure!(found.size >= 64 * SECTOR, "the image is too small for a GPT");
     let last = found.size / SECTOR - 1;
@@ -248,7 +249,7 @@ fn read_gpt(file: &File, found: &mut DiskTables) -> Result<()> {
         );
         if first < header.first_usable || end > header.last_usable.saturating_add(1) {
             found.findings.push(format!(
-                "partition {} lies outside the sectors that the GPT leaves to partitions ({} to {})",
+                "partition {} is outside of the GPT's usable sectors ({} to {})",
                 partition.number, header.first_usable, header.last_usable
             ));
         }
@@ -256,7 +257,7 @@ fn read_gpt(file: &File, found: &mut DiskTables) -> Result<()> {
     let [(primary, entries), (backup, backup_entries)] = sound.as_slice() else { return Ok(()) };
     if primary.backup_lba != last || backup.backup_lba != 1 {
         found.findings.push(format!(
-            "the GPT says that its copies are at the sectors {} and {}, expected 1 and {last}",
+            "the GPT locates its copies at the sectors {} and {}, expected 1 and {last}",
             backup.backup_lba, primary.backup_lba
         ));
     }
@@ -283,7 +284,7 @@ fn from_entry(number: u32, partition: &Partition) -> FoundPartition {
     }
 }
 
-/// Reads the copy of the GPT whose header lies at this sector, and checks both its checksums.
+/// Reads the copy of the GPT whose header is at this sector, and verifies both of its checksums.
 fn read_copy(file: &File, sector: u64) -> Result<(Header, BTreeMap<u32, Partition>)> {
     // `gpt` reads a header from sector 1 only.
     let offset = (sector - 1) * SECTOR;
@@ -293,13 +294,16 @@ fn read_copy(file: &File, sector: u64) -> Result<(Header, BTreeMap<u32, Partitio
         .map_err(|error| anyhow!("{error}"))?;
     ensure!(
         header.current_lba == sector,
-        "its header says that it lies at sector {}",
+        "its header contains the sector number {}",
         header.current_lba
     );
     let (count, size) = (header.num_parts, header.part_size);
-    // `gpt` takes other sizes for a bug of ours and stops the program.
-    ensure!(size == 128 && count <= 1024, "{count} entries of {size} bytes are not believable");
-    // The entries have 128 KiB at most.
+    // `gpt` panics on other sizes.
+    ensure!(
+        size == 128 && count <= 1024,
+        "invalid number or size of entries: {count} entries of {size} bytes"
+    );
+    // The entries have at most 128 KiB.
     let (size, left) = (u64::MAX, 1 << 20);
     let mut whole = Part { file: file.try_clone()?, offset: 0, size, position: 0, left };
     let partitions = file_read_partitions(&mut whole, &header, LogicalBlockSize::Lb512)
@@ -363,7 +367,7 @@ fn check_partitions(found: &mut DiskTables) {
     found.findings.extend(findings);
 }
 
-/// What differs between the tables of an image and the layout that it should have.
+/// The differences between the tables of an image and the expected layout.
 pub fn differences(found: &DiskTables, layout: &Layout) -> Vec<String> {
     let mut findings = Vec::new();
     let mut compare = |what: &str, expected: String, found: String| {
@@ -414,13 +418,13 @@ pub fn states(image: &Utf8Path, offsets: &[u64]) -> Result<Vec<Vec<u8>>> {
     offsets.iter().map(read).collect()
 }
 
-/// A part of a file as a stream of its own; it cannot be written.
+/// A part of a file as a read-only stream.
 struct Part {
     file: File,
     offset: u64,
     size: u64,
     position: u64,
-    /// How many bytes may still be read: a chain of clusters that runs in a circle has no other end.
+    /// How many bytes may still be read: this limit ends a circular chain of clusters.
     left: u64,
 }
 
@@ -432,7 +436,7 @@ impl Read for Part {
         let count = self.file.read_at(&mut out[..count], at)?;
         self.position += count as u64;
         let Some(left) = self.left.checked_sub(count as u64) else {
-            return Err(io::Error::other("it is read in circles: a chain of clusters has no end"));
+            return Err(io::Error::other("a chain of clusters is circular"));
         };
         self.left = left;
         Ok(count)
@@ -453,7 +457,7 @@ impl Seek for Part {
 
 impl Write for Part {
     fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-        // fatfs asks for it even to read, and writes only when something has changed.
+        // fatfs requires it even for reading, and writes only when something has changed.
         Err(io::ErrorKind::ReadOnlyFilesystem.into())
     }
 
@@ -464,9 +468,9 @@ impl Write for Part {
 
 fn open_fat(image: &Utf8Path, offset: u64, size: u64) -> Result<fatfs::FileSystem<Part>> {
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
-    // What the table claims may be more than there is.
+    // The size in the table may be larger than the file.
     let size = size.min(super::ext4_read::length(image, offset)?);
-    // The tables, each folder, and one file: each byte a few times at most.
+    // The tables, each directory, and one file: each byte is read a few times at most.
     let left = size.saturating_mul(4).saturating_add(LARGEST_FILE);
     let part = Part { file, offset, size, position: 0, left };
     fatfs::FileSystem::new(part, fatfs::FsOptions::new())
@@ -504,9 +508,9 @@ fn list(
     names: &mut usize,
     depth: usize,
 ) -> Result<()> {
-    ensure!(depth <= DEEPEST, "folders are nested deeper than {DEEPEST}: {path}");
+    ensure!(depth <= DEEPEST, "directories are nested deeper than {DEEPEST}: {path}");
     for entry in folder.iter() {
-        let entry = entry.with_context(|| format!("reading the folder /{path}"))?;
+        let entry = entry.with_context(|| format!("reading the directory /{path}"))?;
         let name = entry.file_name();
         if name == "." || name == ".." {
             continue;
@@ -515,7 +519,7 @@ fn list(
         *names += path.len();
         ensure!(
             entries.len() < MOST_FILES && *names <= MOST_NAMES,
-            "it lists more than {MOST_FILES} files, or more than {MOST_NAMES} bytes of names"
+            "the volume lists more than {MOST_FILES} files, or more than {MOST_NAMES} bytes of names"
         );
         entries.push(FatEntry { path: path.clone(), size: entry.len(), folder: entry.is_dir() });
         if entry.is_dir() {
@@ -535,6 +539,6 @@ pub fn fat_file(image: &Utf8Path, offset: u64, size: u64, path: &str) -> Result<
     let file = volume.root_dir().open_file(path).with_context(doing)?;
     let mut bytes = Vec::new();
     file.take(LARGEST_FILE + 1).read_to_end(&mut bytes).with_context(doing)?;
-    ensure!(bytes.len() as u64 <= LARGEST_FILE, "{}: it is larger than 256 MiB", doing());
+    ensure!(bytes.len() as u64 <= LARGEST_FILE, "{}: the file is larger than 256 MiB", doing());
     Ok(bytes)
 }

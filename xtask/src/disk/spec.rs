@@ -1,5 +1,5 @@
-//! What `assemble` is given and what it gives back. Everything that could differ between two
-//! builds (identifiers, times, order of files) is an input here, so nothing is left to chance.
+//! The input and the result of `assemble`. Everything that could differ between two builds
+//! (identifiers, times, order of files) is an input here.
 
 use camino::Utf8PathBuf;
 use uuid::Uuid;
@@ -8,50 +8,50 @@ use super::layout::Layout;
 use super::sums::Summed;
 use crate::artifact::Artifact;
 
-/// A disk to write: a layout and what fills it.
+/// A disk to write: a layout and its contents.
 #[derive(Debug, Clone)]
 pub struct DiskSpec {
-    /// Where everything lies.
+    /// The layout.
     pub layout: Layout,
     /// The GUID of the disk in a GPT; unused with an MBR table.
     pub disk_guid: Uuid,
-    /// The disk signature in the MBR, from which Linux makes the PARTUUIDs of an MBR table.
+    /// The disk signature in the MBR, from which Linux derives the PARTUUIDs of an MBR table.
     pub mbr_signature: u32,
     /// Seconds since 1970: the time of every file in a FAT.
     pub epoch: u64,
     /// The first bytes of each boot-state sector, in the layout's order; the rest of a sector is
-    /// zero, and so is a sector for which nothing is given.
+    /// zero, and so is a sector without bytes.
     pub states: Vec<Vec<u8>>,
     /// One for each partition of the layout, in its order.
     pub partitions: Vec<PartitionSpec>,
 }
 
-/// What fills one partition.
+/// The content of one partition.
 #[derive(Debug, Clone)]
 pub struct PartitionSpec {
     /// The GUID of the GPT entry; unused with an MBR table.
     pub guid: Uuid,
-    /// What lies in it.
+    /// Its content.
     pub content: Content,
-    /// Where its size is set, for messages: `partitions.boot.size in board/<board>/board.toml`.
+    /// The key of its size, for messages: `partitions.boot.size in board/<board>/board.toml`.
     pub size_key: String,
 }
 
 /// The content of a partition.
 #[derive(Debug, Clone)]
 pub enum Content {
-    /// Zeros: what was there before must not be found again, so the first blocks are written.
+    /// Zeros: the first blocks are written, so that no old filesystem is found.
     Empty,
-    /// A FAT filesystem, made here.
+    /// A FAT filesystem, created here.
     Fat {
         /// The volume's label, at most 11 characters; stored in capitals.
         label: String,
         /// The volume's serial number.
         volume_id: u32,
-        /// Whether the volume says where it lies on the disk. One that two slots share does not:
-        /// it has the same bytes in either.
+        /// Whether the volume contains its offset on the disk. A volume that both slots share does
+        /// not: it has the same bytes in both.
         placed: bool,
-        /// In the order in which they are written; missing folders are made.
+        /// In the order in which they are written; missing directories are made.
         files: Vec<FatFile>,
     },
     /// A finished filesystem image no larger than the partition; holes stay holes. Partitions that
@@ -62,13 +62,13 @@ pub enum Content {
 /// A file in a FAT.
 #[derive(Debug, Clone)]
 pub struct FatFile {
-    /// Its path in the volume, with `/` between folders.
+    /// Its path in the volume, with `/` between directories.
     pub path: String,
-    /// Where its bytes come from.
+    /// The source of its bytes.
     pub source: Source,
 }
 
-/// Where a file's bytes come from.
+/// The source of a file's bytes.
 #[derive(Debug, Clone)]
 pub enum Source {
     /// A file on the host.
@@ -80,15 +80,15 @@ pub enum Source {
 /// A finished card image.
 #[derive(Debug, Clone)]
 pub struct DiskImage {
-    /// Where it lies.
+    /// Its path.
     pub path: Utf8PathBuf,
-    /// Bytes of the whole disk; the file has as many, most of them in holes.
+    /// Bytes of the whole disk; the file has the same size, mostly holes.
     pub size: u64,
     /// Bytes that must reach the card: what the block map lists.
     pub mapped: u64,
-    /// Bytes that were written to the image; the mapped rest is zero and lies in holes.
+    /// Bytes that were written to the image; the other mapped bytes are zero and in holes.
     pub written: u64,
-    /// The block map, `<image>.bmap`. It holds a checksum of every mapped byte, so its own SHA-256
-    /// stands for the image's content without a pass over gigabytes of zeros.
+    /// The block map, `<image>.bmap`. It contains checksums of all mapped bytes, so its own SHA-256
+    /// identifies the image's content without reading gigabytes of zeros.
     pub bmap: Artifact,
 }

@@ -1,5 +1,5 @@
-//! Which blocks of a finished filesystem image must reach a card, and their checksums. Computed once,
-//! by the stage that makes the image, on all cores; assembling only copies.
+//! Which blocks of a finished filesystem image must reach a card, and their checksums. Computed
+//! once, by the stage that creates the image, on all cores; assembling only copies.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,15 +15,15 @@ use super::layout::BLOCK;
 use super::windows::{Windows, runs};
 use crate::artifact;
 
-/// The first bytes of each partition are mapped even where they are zero: the superblocks of
-/// whatever was on the card before lie in the first 64 KiB (btrfs), an old journal behind.
+/// The first bytes of each partition are mapped even where they are zero: the superblocks of an old
+/// filesystem on the card are in the first 64 KiB (btrfs), an old journal follows.
 pub(super) const ALWAYS_MAPPED: u64 = 1 << 20;
 const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
-/// A filesystem image with the part of a block map that belongs to it.
+/// A filesystem image with its part of a block map.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Summed {
-    /// The image; it must not change any more.
+    /// The image; it must not change afterwards.
     pub path: Utf8PathBuf,
     /// Its length in bytes.
     pub size: u64,
@@ -31,17 +31,17 @@ pub struct Summed {
     pub ranges: Vec<Range>,
 }
 
-/// Reads an image once, on all cores, and sums what must reach a card: every block that is not zero, its
-/// first MiB, and, of an ext4, every block in use.
+/// Reads an image once, on all cores, and computes the checksums of what must reach a card: every
+/// block that is not zero, its first MiB, and, of an ext4, every block in use.
 ///
 /// # Errors
-/// When the image cannot be read or its ext4 contradicts itself.
+/// When the image cannot be read or its ext4 is inconsistent.
 pub fn sum(path: &Utf8Path) -> Result<Summed> {
-    let doing = || format!("summing {path}");
+    let doing = || format!("computing the checksums of {path}");
     let file = File::open(path).with_context(doing)?;
     let size = file.metadata().with_context(doing)?.len();
     let needed = needed(&file, size).with_context(doing)?;
-    // Ranges end at multiples of the longest one, so the pieces between can be summed on their own.
+    // Ranges end at multiples of the longest one, so the pieces between them are independent.
     let next = AtomicU64::new(0);
     let work = || -> Result<Vec<Range>> {
         let mut ranges = Vec::new();
@@ -64,7 +64,7 @@ pub fn sum(path: &Utf8Path) -> Result<Summed> {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         let mut all = Vec::new();
         for worker in workers {
-            all.extend(worker.join().map_err(|_| anyhow!("a summing thread died"))??);
+            all.extend(worker.join().map_err(|_| anyhow!("a checksum thread panicked"))??);
         }
         Ok(all)
     })
@@ -76,7 +76,7 @@ pub fn sum(path: &Utf8Path) -> Result<Summed> {
 /// Blocks that are mapped even where they are zero, in order and without overlap.
 fn needed(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
     let used = ext4_blocks::used_bytes(file)?.unwrap_or_default();
-    // In the map's blocks: a smaller block of the volume takes the whole one with it.
+    // In the map's blocks: a smaller block of the volume maps the whole block.
     let head = 0..size.min(ALWAYS_MAPPED).div_ceil(BLOCK);
     let blocks = used.into_iter().map(|r| r.start / BLOCK..r.end.div_ceil(BLOCK));
     let mut needed: Vec<std::ops::Range<u64>> = Vec::new();
@@ -89,16 +89,17 @@ fn needed(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
     Ok(needed)
 }
 
-/// Sums blocks as they come, in order; a range ends at a gap and when it is long.
+/// Computes checksums of blocks in order; a range ends at a gap and at its maximum length.
 #[derive(Default)]
 pub(super) struct Sums {
     done: Vec<Range>,
-    /// First block, the block behind the last, what was hashed of them.
+    /// First block, the block after the last, and the hash so far.
     open: Option<(u64, u64, Sha256)>,
 }
 
 impl Sums {
-    /// Takes the blocks of a window that starts at block `first` and are set in `mask`; without bytes all are zero.
+    /// Adds the blocks that are set in `mask` of a window that starts at block `first`; without
+    /// bytes all are zero.
     pub(super) fn add(&mut self, first: u64, mask: u64, bytes: Option<&[u8]>) {
         for (start, end) in runs(mask) {
             let (mut at, end) = (first + start, first + end);

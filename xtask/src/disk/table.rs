@@ -1,5 +1,5 @@
-//! The partition tables: MBR records and the hybrid of both are laid out here, the GPT's headers,
-//! entries and checksums come from the `gpt` crate.
+//! The partition tables: MBR records and the hybrid table are written here, the GPT's headers,
+//! entries and checksums by the `gpt` crate.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -15,21 +15,21 @@ use super::fat;
 use super::layout::{BLOCK, Filesystem, GPT_HEAD_SECTORS, Layout, Placed, SECTOR, TableKind};
 use super::pages::Pages;
 
-/// Type of the MBR record that says "a GPT is here" (UEFI specification 2.10, table 5.4).
+/// Type of the protective MBR record (UEFI specification 2.10, table 5.4).
 pub const PROTECTIVE: u8 = 0xee;
 /// MBR type of an extended partition that is addressed by sector number.
 pub const EXTENDED: u8 = 0x0f;
 /// The types of extended partitions: by geometry, by sector number, Linux's.
 pub const EXTENDED_KINDS: [u8; 3] = [0x05, EXTENDED, 0x85];
-/// Offset of the first of the four records in an MBR, and of both in front of a logical partition.
+/// Offset of the first of the four records in an MBR, and of both before a logical partition.
 const RECORDS: usize = 446;
 /// MBR type of a Linux filesystem.
 const MBR_LINUX: u8 = 0x83;
 /// MBR type of bytes without a filesystem.
 const MBR_RAW: u8 = 0xda;
-/// MBR type of a FAT32 that is addressed by sector number; the Raspberry Pi's boot ROM knows it.
+/// MBR type of a FAT32 that is addressed by sector number; the Raspberry Pi's boot ROM supports it.
 const MBR_FAT32_LBA: u8 = 0x0c;
-/// MBR type of a FAT16 that is addressed by sector number; the Raspberry Pi's boot ROM knows it.
+/// MBR type of a FAT16 that is addressed by sector number; the Raspberry Pi's boot ROM supports it.
 const MBR_FAT16_LBA: u8 = 0x0e;
 /// The geometry that every partitioning tool assumes for disks which have none.
 pub const HEADS: u32 = 255;
@@ -38,8 +38,8 @@ pub const SECTORS_PER_TRACK: u32 = 63;
 /// Bytes at either end of the disk that hold tables, in whole blocks.
 const END_BYTES: u64 = (GPT_HEAD_SECTORS * SECTOR).next_multiple_of(BLOCK);
 
-/// The blocks at the start and at the end of a disk that hold its tables. They are there for an MBR
-/// as well: the zeros erase a GPT that an earlier use has left on the card.
+/// The blocks at the start and at the end of a disk that hold its tables. They also exist for an
+/// MBR: the zeros erase an old GPT on the card.
 #[derive(Debug)]
 pub struct Tables {
     /// From the first byte of the disk.
@@ -64,7 +64,7 @@ impl Tables {
         self.size - END_BYTES
     }
 
-    /// The end that the position lies in, moved to the position.
+    /// The end of the disk with the current position, moved to the position.
     fn end(&mut self) -> io::Result<&mut Pages> {
         let tail = self.tail_offset();
         let (pages, offset) = match self.position {
@@ -111,7 +111,7 @@ impl Seek for Tables {
     }
 }
 
-/// Makes the tables of a disk. `guids` are those of the partitions, in the layout's order.
+/// Writes the tables of a disk. `guids` are those of the partitions, in the layout's order.
 ///
 /// # Errors
 /// When the disk is too small for its tables.
@@ -153,7 +153,8 @@ fn gpt_entry(placed: &Placed, guid: Uuid) -> Partition {
     }
 }
 
-/// A FAT is "basic data", not an EFI system partition: systemd would mount the latter by itself.
+/// A FAT is "basic data", not an EFI system partition: systemd would mount the latter
+/// automatically.
 fn gpt_type(filesystem: Filesystem) -> Type {
     match filesystem {
         Filesystem::Vfat => BASIC,
@@ -173,8 +174,8 @@ pub fn mbr_type(filesystem: Filesystem, size: u64) -> u8 {
 }
 
 /// The four records of the MBR. In a hybrid table each partition keeps its number, and the
-/// protective record, which GPT readers look for in every slot, takes the last free one. It covers
-/// what lies before the first listed partition, so that no two records overlap.
+/// protective record, which GPT readers look for in every slot, is in the last free slot. It covers
+/// the space before the first listed partition, so that no two records overlap.
 fn records(layout: &Layout) -> [PartRecord; 4] {
     let mut records = [PartRecord::zero(); 4];
     let listed = || layout.partitions.iter().filter(|p| p.in_mbr);
@@ -196,17 +197,18 @@ fn records(layout: &Layout) -> [PartRecord; 4] {
         *free = record_for(PROTECTIVE, 1, end - 1, false);
     }
     if layout.table == TableKind::Gpt {
-        // Without a hybrid it stands where the specification wants it.
+        // Without a hybrid it is where the specification requires it.
         records.swap(0, 3);
     }
     records
 }
 
-/// The sectors in front of logical partitions, by byte offset: the partition's own record, counted from this sector,
-/// and that of the next such sector, counted from the first. Each with zeros to the end of its block.
+/// The sectors before logical partitions, by byte offset: the partition's own record, counted from
+/// this sector, and that of the next such sector, counted from the first. Each with zeros to the
+/// end of its block.
 ///
 /// # Errors
-/// None in practice: they are made in memory.
+/// None in practice: they are written in memory.
 pub fn logical(layout: &Layout) -> Result<Vec<(u64, Pages)>> {
     let Some((first, _)) = layout.extended() else { return Ok(Vec::new()) };
     let all: Vec<&Placed> = layout.partitions.iter().filter(|p| p.record.is_some()).collect();
@@ -230,7 +232,7 @@ pub fn logical(layout: &Layout) -> Result<Vec<(u64, Pages)>> {
     Ok(made)
 }
 
-/// A record as it is stored, with another first sector.
+/// A record in its stored form, with another first sector.
 fn bytes_of(record: &PartRecord, first: u64) -> Vec<u8> {
     let mut bytes = vec![
         record.boot_indicator,
@@ -264,7 +266,8 @@ fn record_for(kind: u8, first: u64, sectors: u64, active: bool) -> PartRecord {
     }
 }
 
-/// Head, sector with the cylinder's upper bits, cylinder; the largest where it cannot be told.
+/// Head, sector with the cylinder's upper bits, cylinder; the largest values where it cannot be
+/// expressed.
 fn chs(sector: u64) -> (u8, u8, u8) {
     let track = u64::from(SECTORS_PER_TRACK);
     let cylinder = sector / (track * u64::from(HEADS));

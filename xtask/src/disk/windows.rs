@@ -1,5 +1,5 @@
-//! Walks a sparse file window by window: holes are not read, and blocks are sorted into those that
-//! are not zero and those that are wanted whatever they hold.
+//! Walks a sparse file window by window: holes are not read, and blocks are divided into those that
+//! are not zero and those that are wanted whatever their content is.
 
 use std::fs::File;
 use std::ops::Range;
@@ -11,8 +11,8 @@ use rustix::io::Errno;
 
 use super::layout::BLOCK;
 
-/// Blocks that move at once. 256 KiB stay in a core's cache between being read and being written to
-/// both slots; that is faster than larger windows, and than copying in the kernel.
+/// Blocks that move at once. 256 KiB fit into a core's cache between reading them and writing them
+/// to both slots; that is faster than larger windows, and than copying in the kernel.
 pub(super) const WINDOW_BLOCKS: u64 = 64;
 pub(super) const WINDOW: usize = (WINDOW_BLOCKS * BLOCK) as usize;
 const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
@@ -25,7 +25,7 @@ pub(super) struct Window<'a> {
     pub mapped: u64,
     /// The blocks that are not all zero.
     pub filled: u64,
-    /// The bytes, whole blocks with zeros behind the file's end; none in a hole.
+    /// The bytes, whole blocks with zeros after the file's end; `None` in a hole.
     pub bytes: Option<&'a [u8]>,
 }
 
@@ -36,7 +36,7 @@ pub(super) struct Windows<'a> {
     blocks: Range<u64>,
     /// Wanted blocks, in order and without overlap.
     wanted: &'a [Range<u64>],
-    /// The extent where the walk is: what lies between extents reads as zeros.
+    /// The current extent: the space between extents reads as zeros.
     extent: Range<u64>,
 }
 
@@ -53,7 +53,7 @@ impl<'a> Windows<'a> {
         Self { file, size, blocks, wanted: &wanted[skipped..], extent: 0..0 }
     }
 
-    /// Hands over every window in which something is wanted or not zero.
+    /// Calls back for every window in which something is wanted or not zero.
     pub(super) fn each(mut self, mut visit: impl FnMut(Window<'_>) -> Result<()>) -> Result<()> {
         let mut buffer = vec![0; WINDOW];
         let end = self.blocks.end.min(self.size.div_ceil(BLOCK));
@@ -135,7 +135,7 @@ pub(super) fn runs(mask: u64) -> impl Iterator<Item = (u64, u64)> {
     })
 }
 
-/// Which blocks of a window are not all zero.
+/// The blocks of a window that are not all zero.
 pub(super) fn non_zero(window: &[u8]) -> u64 {
     let blocks = window.chunks(BLOCK as usize);
     blocks

@@ -1,9 +1,10 @@
-//! What another program gets of our environment: what it is known to need, by name. Passwords of signing keys,
-//! keys of object stores and tokens of registries are among the rest, whatever they are called.
+//! The environment variables that another program gets: those that it is known to need, by name.
+//! Passwords of signing keys, keys of object stores and tokens of registries are never passed on,
+//! whatever their names are.
 
 use std::ffi::OsString;
 
-/// Every program: where things are, and in which language and time zone it speaks.
+/// Every program: paths, language and time zone.
 const EVERYBODY: &[&str] = &[
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM",
     "COLUMNS", "NO_COLOR", "TMPDIR",
@@ -34,7 +35,7 @@ const SSH: &[&str] = &[
     "WAYLAND_DISPLAY",
     "XAUTHORITY",
 ];
-/// git(1), but for what names another repository than the one it is called for.
+/// git(1), except for variables that select another repository than the one it is called for.
 const GIT: &[&str] = &[
     "XDG_CONFIG_HOME",
     "GIT_SSH",
@@ -43,7 +44,7 @@ const GIT: &[&str] = &[
     "GIT_SSL_CAPATH",
     "GIT_CONFIG_*",
 ];
-/// Python and its pip, which is set up by its user: where wheels come from is not ours to say.
+/// Python and its pip, which its user configures: Slipway does not decide where wheels come from.
 const PYTHON: &[&str] = &[
     "XDG_CONFIG_HOME",
     "XDG_CACHE_HOME",
@@ -84,8 +85,8 @@ const APT: &[&str] = &["APT_CONFIG", "DEBIAN_FRONTEND"];
 /// This program itself, which starts all of the above.
 const OWN: &[&str] = &["SLIPWAY_*", "XDG_*", "CCACHE_*", "SOURCE_DATE_EPOCH", "BR2_*"];
 
-/// What a name must not have in it where only the beginning is known: a private registry's token is cargo's
-/// business, but every build script would read it.
+/// Words that a name must not contain where only its prefix is known: cargo needs a private
+/// registry's token, but every build script could read it.
 const SECRETS: [&str; 5] = ["TOKEN", "SECRET", "PASSWORD", "PASSPHRASE", "AUTHORIZATION"];
 
 /// The groups of variables for a program, by its file's name.
@@ -100,20 +101,21 @@ fn groups(program: &str) -> &'static [&'static [&'static str]] {
     }
 }
 
-/// Whether a program reads its user's own settings, which may name any variable: `${NAME}` in ssh_config(5), and what a
-/// `ProxyCommand` or `Match exec` of it calls.
+/// Whether a program reads its user's own settings, which may refer to any variable: `${NAME}` in
+/// ssh_config(5), and what a `ProxyCommand` or `Match exec` of it calls.
 fn is_its_users(program: &str) -> bool {
     matches!(program.rsplit('/').next(), Some("ssh" | "sftp"))
 }
 
-/// Whether a variable is a secret, or a setting of ours, of cargo's or of an object store's, which no login needs.
+/// Whether a variable is a secret, or a setting of Slipway, of cargo or of an object store, which
+/// no login needs.
 fn is_ours(name: &str) -> bool {
     const OTHERS: [&str; 6] = ["SLIPWAY_", "CARGO_", "AWS_", "LD_", "GIT_", "PIP_"];
     OTHERS.iter().any(|start| name.starts_with(start))
         || SECRETS.iter().any(|word| name.to_ascii_uppercase().contains(word))
 }
 
-/// A pattern is a name, or the beginning of names and a `*`.
+/// A pattern is a name, or a prefix followed by `*`.
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.strip_suffix('*') {
         Some(start) => name.starts_with(start) && !SECRETS.iter().any(|word| name.contains(word)),
@@ -121,8 +123,8 @@ fn matches(pattern: &str, name: &str) -> bool {
     }
 }
 
-/// Our variables that this program gets. This program itself also gets the signing keys' password, which it
-/// would otherwise have to ask for once more.
+/// Our variables that this program gets. This program itself also gets the password of the signing
+/// keys, so that it does not ask for it again.
 pub(super) fn of(program: &str) -> Vec<(String, OsString)> {
     let own = program.rsplit('/').next() == Some("xtask");
     let groups = groups(program);

@@ -1,13 +1,14 @@
-//! Reads lines of a program whose length nobody promises, in bounded memory.
+//! Reads a program's output line by line in bounded memory, whatever the length of the lines.
 
 use std::io::{self, BufRead};
 
-/// The longest line that is kept: 64 KiB. No message of a program is that long; what is longer is data, or means
-/// harm.
+/// The longest line that is kept: 64 KiB. No message of a program is that long; a longer line is
+/// data or an attack.
 pub(super) const LONGEST: usize = 64 << 10;
 
-/// Reads the next line into `line`, without its end: at most [`LONGEST`] bytes of it, the rest is passed over.
-/// `all` is given every byte as it comes. Returns `None` at the end, else whether the line was longer.
+/// Reads the next line into `line`, without its end: at most [`LONGEST`] bytes of it, the rest is
+/// skipped. `all` gets every byte as it arrives. Returns `None` at the end, else whether the line
+/// was longer.
 ///
 /// # Errors
 /// When the reader fails, or `all` does.

@@ -1,5 +1,5 @@
-//! What is written to: a card as bytes at offsets, past the kernel's memory. A block device or a
-//! plain file; tests put faulty ones of their own behind the same trait.
+//! The target: a card as bytes at offsets, bypassing the page cache. A block device or a plain
+//! file; tests implement the same trait for faulty cards.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -15,37 +15,37 @@ use super::device::{self, Device};
 use super::identity::{Identity, KERNEL};
 use crate::exec::Tool;
 
-/// Alignment in memory that direct access to any device is content with.
+/// Alignment in memory that is sufficient for direct access to any device.
 pub const ALIGNMENT: usize = 4096;
 
 /// Bytes at offsets. Calls come from several threads at once.
 pub trait Card: Sync {
-    /// Bytes of the card.
+    /// The size of the card in bytes.
     fn size(&self) -> u64;
 
-    /// Fills an aligned buffer from the medium itself, never from memory that mirrors it.
+    /// Fills an aligned buffer from the medium itself, never from the page cache.
     ///
     /// # Errors
     /// When the medium fails.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
-    /// Writes all of an aligned buffer. Nothing is promised to survive before [`Card::flush`].
+    /// Writes all of an aligned buffer. The data is durable only after [`Card::flush`].
     ///
     /// # Errors
     /// When the medium fails.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 
-    /// Returns when all that was written would survive a power cut.
+    /// Returns when everything that was written would survive a power cut.
     ///
     /// # Errors
     /// When the medium fails.
     fn flush(&self) -> io::Result<()>;
 
-    /// Tells the medium that nobody needs these bytes any more. Answers `false` where it cannot be
-    /// told; the bytes are then what they were.
+    /// Discards these bytes. Returns `false` when the medium does not support it; the bytes are
+    /// unchanged then.
     ///
     /// # Errors
-    /// When the medium says that it can, and fails.
+    /// When the medium supports it, and fails.
     fn discard(&self, offset: u64, size: u64) -> Result<bool>;
 }
 
@@ -58,7 +58,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// Room for this many bytes, zero.
+    /// A buffer of this many bytes, zeroed.
     pub fn new(length: usize) -> Self {
         let bytes = vec![0; length + ALIGNMENT];
         let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
@@ -77,24 +77,24 @@ impl Buffer {
     }
 }
 
-/// A block device or a plain file, held so that nobody else writes to it.
+/// A block device or a plain file, opened so that no other process can write to it.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
     path: Utf8PathBuf,
     size: u64,
     block: bool,
-    /// Whether reads come past the kernel's memory.
+    /// Whether reads bypass the page cache.
     direct: bool,
     can_discard: bool,
 }
 
 impl Disk {
-    /// Opens what was judged: the kernel refuses a device that is mounted or held (`O_EXCL`), and a
-    /// plain file is locked.
+    /// Opens the device that was examined: the kernel refuses a device that is mounted or in use
+    /// (`O_EXCL`), and a plain file is locked.
     ///
     /// # Errors
-    /// When it cannot be opened, is in use, or is no longer what was judged.
+    /// When it cannot be opened, is in use, or is no longer the device that was examined.
     pub fn open(device: &Device) -> Result<Self> {
         let path = &device.path;
         let doing = || format!("opening {path}");
@@ -112,8 +112,8 @@ impl Disk {
                 (open(OFlags::empty()).with_context(doing)?, false)
             }
             Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => bail!(
-                "{}: the kernel says that it is in use\n\
-                 help: unmount what is on it, and stop what holds it (lsblk shows both)",
+                "{}: the device is in use\n\
+                 help: unmount its filesystems, and stop the programs that use it (lsblk shows both)",
                 doing()
             ),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => bail!(
@@ -130,28 +130,32 @@ impl Disk {
         });
         ensure!(
             numbers == device.numbers,
-            "{}: it is another device than a moment ago\nhelp: look again with --list",
+            "{}: the device has changed since it was examined\nhelp: check it again with --list",
             doing()
         );
-        // Only now: what was opened is held, so that it is compared with what was shown.
+        // Compare only now: the opened device can no longer change.
         let identity = match &numbers {
             Some(numbers) => Identity::of_device(Utf8Path::new(KERNEL), numbers),
             None => Identity::of_file(&metadata),
         };
         if let Some(difference) = device.identity.difference(&identity) {
             bail!(
-                "{}: another medium is there than a moment ago: {difference}\nhelp: look again with --list",
+                "{}: the medium has changed since it was examined: {difference}\n\
+                 help: check it again with --list",
                 doing()
             );
         }
         if !block && !lock_soon(&file) {
-            bail!("{}: another program writes to it\nhelp: wait for that program", doing());
+            bail!(
+                "{}: another program is writing to the file\nhelp: wait for that program",
+                doing()
+            );
         }
         let end = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).with_context(doing)?;
         let size = device::whole(end);
         ensure!(
             size == device.size,
-            "{}: it has {size} bytes, {} a moment ago",
+            "{}: the size is now {size} bytes, it was {}",
             doing(),
             device.size
         );
@@ -159,14 +163,14 @@ impl Disk {
         Ok(Self { file, path: path.clone(), size, block, direct, can_discard })
     }
 
-    /// Where it lies.
+    /// Its path.
     pub fn path(&self) -> &Utf8Path {
         &self.path
     }
 }
 
-/// Takes the lock, for two seconds: a program that this process starts meanwhile shares a lock that was just given back
-/// until it runs.
+/// Takes the lock, retrying for two seconds: a program that this process starts inherits a released
+/// lock until it executes.
 fn lock_soon(file: &File) -> bool {
     (0..20).any(|tries| {
         if tries > 0 {
@@ -206,10 +210,11 @@ impl Card for Disk {
             return match fallocate(&self.file, how, offset, size) {
                 Ok(()) => Ok(true),
                 Err(Errno::OPNOTSUPP) => Ok(false),
-                Err(error) => Err(error).with_context(|| format!("emptying {}", self.path)),
+                Err(error) => Err(error).with_context(|| format!("discarding {}", self.path)),
             };
         }
-        // `--force`: we hold the device already, and no other device can take its name meanwhile.
+        // `--force`: we have the device open already, and no other device can get its name in the
+        // meantime.
         let discard = Tool::new("blkdiscard").args(["--force", "--offset", &offset.to_string()]);
         discard.args(["--length", &size.to_string(), self.path.as_str()]).run()?;
         Ok(true)

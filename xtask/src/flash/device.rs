@@ -1,4 +1,4 @@
-//! Which devices there are, and why one may not be written: from `lsblk`, never from a guess.
+//! Lists devices, and the reasons why each one may not be written: from `lsblk`, never by guessing.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
@@ -13,15 +13,15 @@ use crate::disk::{TableKind, read};
 use crate::exec::Tool;
 use crate::progress::{bytes, names};
 
-/// The columns that are asked for. All are known to util-linux 2.37 (2021) and later.
+/// The columns to request. util-linux 2.37 (2021) and later supports all of them.
 const COLUMNS: &str = "NAME,KNAME,PATH,MAJ:MIN,TYPE,SIZE,RO,RM,HOTPLUG,TRAN,SUBSYSTEMS,VENDOR,\
                        MODEL,LOG-SEC,DISC-MAX,PTTYPE,FSTYPE,LABEL,PARTLABEL,MOUNTPOINTS";
 
-/// Where a running system keeps itself. A disk with one of these is a system disk.
+/// Mount points of a running system. A disk with one of these is a system disk.
 const SYSTEM: [&str; 12] = [
     "/", "/boot", "/usr", "/var", "/etc", "/home", "/root", "/opt", "/srv", "/tmp", "/nix", "/data",
 ];
-/// So is one that is mounted anywhere below these, such as `/boot/efi`.
+/// A disk is also a system disk when it is mounted anywhere below these, such as at `/boot/efi`.
 const BELOW: [&str; 3] = ["/boot/", "/usr/", "/var/"];
 
 /// A block device as `lsblk` lists it.
@@ -75,18 +75,18 @@ struct Answer {
     blockdevices: Vec<Listed>,
 }
 
-/// Something that can be written, or looks like it.
+/// A possible target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Device {
-    /// What to type: the kernel's name, such as `sdb`; for a file, its file name.
+    /// The name to type: the kernel's name, such as `sdb`; for a file, its file name.
     pub name: String,
-    /// Where it lies.
+    /// Its path.
     pub path: Utf8PathBuf,
     /// As `lsblk` says: `disk`, `part`, `loop`, `rom`, `crypt`, `lvm`, `raid1`, …; or `file`.
     #[serde(rename = "type")]
     pub kind: String,
-    /// Major and minor number; none for a file.
+    /// Major and minor number; `None` for a file.
     #[serde(skip)]
     pub numbers: Option<String>,
     /// Which medium it is.
@@ -94,64 +94,64 @@ pub struct Device {
     pub identity: Identity,
     /// Bytes.
     pub size: u64,
-    /// Maker and model, as far as the device tells.
+    /// Vendor and model, as far as the device reports them.
     pub model: String,
     /// How it is attached: `usb`, `mmc`, `nvme`, `sata`, …
     pub bus: String,
-    /// Whether it is made to be taken out: a card or a stick.
+    /// Whether it is removable: a card or a stick.
     pub removable: bool,
-    /// Whether it can only be read.
+    /// Whether it is read-only.
     pub read_only: bool,
-    /// Bytes of a sector.
+    /// The sector size in bytes.
     pub sector: u64,
-    /// The most bytes that it discards at once; 0 where it cannot.
+    /// The maximum number of bytes of one discard; 0 when unsupported.
     pub discard: u64,
-    /// What is mounted, or used for swap (`[SWAP]`): device, place.
+    /// What is mounted, or used for swap (`[SWAP]`): device, mount point.
     pub mounted: Vec<(String, String)>,
-    /// What lies on top of it and is no partition: volumes, arrays, loop devices.
+    /// What uses it other than partitions: volumes, arrays, loop devices.
     pub held_by: Vec<String>,
-    /// What is on it, for people.
+    /// A human-readable summary of its contents.
     pub content: String,
 }
 
-/// Why a device is not written. The order is that of importance.
+/// Why a device may not be written, in order of importance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reason {
     /// The running system is on it.
     System,
-    /// Something of it is mounted.
+    /// A filesystem on it is mounted.
     Mounted,
     /// It is part of an array or a volume, or a file that is used as a disk.
     Held,
-    /// It is a part of a disk.
+    /// It is a partition of a disk.
     Partition,
     /// It is neither disk nor file.
     NotADisk,
-    /// It can only be read.
+    /// It is read-only.
     ReadOnly,
     /// It is smaller than the image.
     TooSmall,
-    /// The image's table counts other sectors.
+    /// The image's partition table uses another sector size.
     Sectors,
-    /// It is not made to be taken out.
+    /// It is not removable.
     NotRemovable,
 }
 
-/// A reason with what is found and what to do.
+/// A reason, with what was found and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Objection {
-    /// Which.
+    /// Which reason.
     pub reason: Reason,
-    /// What is found.
+    /// What was found.
     pub message: String,
     /// What to do.
     pub help: String,
 }
 
 impl Device {
-    /// Everything against writing an image of `size` bytes to it. `allowed` is the name of a fixed
-    /// disk that the user has spelt out.
+    /// All reasons why an image of `size` bytes may not be written to it. `allowed` is the name of
+    /// a fixed disk that the user has confirmed.
     pub fn objections(&self, size: u64, allowed: Option<&str>) -> Vec<Objection> {
         let mut found = Vec::new();
         let mut object = |reason, message: String, help: String| {
@@ -179,37 +179,37 @@ impl Device {
             let devices: Vec<&str> = other.iter().map(|(device, _)| device.as_str()).collect();
             object(
                 Reason::Mounted,
-                format!("it is mounted: {}", show(&other)),
+                format!("the device is mounted: {}", show(&other)),
                 format!("umount {}", devices.join(" ")),
             );
         }
         if !self.held_by.is_empty() {
             object(
                 Reason::Held,
-                format!("it is in use by {}", names(&self.held_by)),
-                "close that first (lsblk shows what lies on what)".to_owned(),
+                format!("the device is in use by {}", names(&self.held_by)),
+                "stop that first (lsblk shows what uses the device)".to_owned(),
             );
         }
         match self.kind.as_str() {
             "disk" | "loop" | "file" => {}
             "part" => object(
                 Reason::Partition,
-                "it is a partition, and an image is of a whole disk".to_owned(),
+                "the device is a partition, but an image needs a whole disk".to_owned(),
                 format!(
-                    "name its disk{}",
+                    "use its disk{}",
                     disk_of(&self.name).map_or(String::new(), |d| format!(": /dev/{d}"))
                 ),
             ),
             kind => object(
                 Reason::NotADisk,
-                format!("it is neither a disk nor a file, but of the kind `{kind}`"),
+                format!("expected a disk or a file, found a device of type `{kind}`"),
                 choose.to_owned(),
             ),
         }
         if self.read_only {
             object(
                 Reason::ReadOnly,
-                "it can only be read".to_owned(),
+                "the device is read-only".to_owned(),
                 "move the card's lock switch, or use another reader".to_owned(),
             );
         }
@@ -217,18 +217,21 @@ impl Device {
             object(
                 Reason::TooSmall,
                 format!(
-                    "it has {} ({} bytes), the image {} ({size} bytes)",
+                    "the device has {} ({} bytes), the image needs {} ({size} bytes)",
                     bytes(self.size),
                     self.size,
                     bytes(size)
                 ),
-                "use a larger one".to_owned(),
+                "use a larger device".to_owned(),
             );
         }
         if self.sector != 512 {
             object(
                 Reason::Sectors,
-                format!("its sectors have {} bytes, those of the image's table 512", self.sector),
+                format!(
+                    "the device has sectors of {} bytes, the image's partition table needs 512",
+                    self.sector
+                ),
                 choose.to_owned(),
             );
         }
@@ -236,8 +239,8 @@ impl Device {
         if self.kind == "disk" && !self.removable && !spelt_out {
             object(
                 Reason::NotRemovable,
-                format!("it is not removable (bus {})", self.bus),
-                format!("if it really is the one: --non-removable {}", self.name),
+                format!("the device is not removable (bus {})", self.bus),
+                format!("if this is the right device: --non-removable {}", self.name),
             );
         }
         found.sort_by_key(|objection| objection.reason);
@@ -245,7 +248,7 @@ impl Device {
     }
 }
 
-/// The part of a size that direct access reaches on every device.
+/// The part of a size that is accessible by direct I/O on every device.
 pub fn whole(size: u64) -> u64 {
     size / BLOCK * BLOCK
 }
@@ -260,13 +263,13 @@ fn disk_of(partition: &str) -> Option<&str> {
     }
 }
 
-/// All devices and all that lies on them, each once, disks first as `lsblk` orders them. `soldered`
-/// answers for an MMC device whether it is one that nobody can take out.
+/// All devices and everything that uses them, each once, disks first as `lsblk` orders them.
+/// `soldered` tells whether an MMC device is soldered to the board.
 ///
 /// # Errors
-/// When it is not what `lsblk --json --bytes` prints.
+/// When the text is not the output of `lsblk --json --bytes`.
 pub fn parse(json: &str, soldered: impl Fn(&str) -> bool) -> Result<Vec<Device>> {
-    let answer: Answer = serde_json::from_str(json).context("understanding what lsblk says")?;
+    let answer: Answer = serde_json::from_str(json).context("parsing the output of lsblk")?;
     let mut devices = Vec::new();
     let mut left: Vec<&Listed> = answer.blockdevices.iter().rev().collect();
     while let Some(listed) = left.pop() {
@@ -288,7 +291,7 @@ fn device(listed: &Listed, soldered: &impl Fn(&str) -> bool) -> Device {
         None if mmc || name.starts_with("mmcblk") => "mmc".to_owned(),
         None => listed.kind.clone(),
     };
-    // A slot for cards is one for plugging, though its reader does not say that the medium is removable.
+    // A card slot is removable, although its reader does not report it.
     let removable = listed.rm || (bus == "mmc" && listed.hotplug && !soldered(&name));
     let mut mounted = Vec::new();
     let mut held_by = Vec::new();
@@ -352,8 +355,9 @@ fn content(listed: &Listed) -> String {
 /// # Errors
 /// When `lsblk` is missing, fails, or is too old.
 pub fn all() -> Result<Vec<Device>> {
-    // Which media there are is looked up before anything else about them, so that what is shown of a later one
-    // never goes with its identity. A card that was just put in is noticed when it is first opened: once more.
+    // The identities of the media are read before everything else, so that the data of a new medium
+    // is never shown with the identity of the old one. A new card may only be detected when it is
+    // first opened, hence the second attempt.
     const LOOKS: u32 = 3;
     let mut before = identities();
     let mut devices = listed()?;
@@ -385,7 +389,7 @@ fn listed() -> Result<Vec<Device>> {
         .env("LC_ALL", "C")
         .args(["--json", "--bytes", "--all", "--output", COLUMNS])
         .read()
-        .context("listing block devices\nhelp: util-linux 2.37 or newer brings a lsblk that can")?;
+        .context("listing block devices\nhelp: install util-linux 2.37 or newer")?;
     let mut devices = parse(&json, soldered)?;
     for device in &mut devices {
         if device.content.is_empty() && matches!(device.kind.as_str(), "disk" | "loop") {
@@ -395,13 +399,14 @@ fn listed() -> Result<Vec<Device>> {
     Ok(devices)
 }
 
-/// eMMC says `MMC` where a card says `SD`.
+/// eMMC reports `MMC`, a card reports `SD`.
 fn soldered(name: &str) -> bool {
     let kind = std::fs::read_to_string(format!("/sys/class/block/{name}/device/type"));
     kind.is_ok_and(|kind| kind.trim() == "MMC")
 }
 
-/// What our own reader finds, where `lsblk` says nothing: it asks udev, which not every machine has.
+/// What our own reader finds where `lsblk` reports nothing: lsblk asks udev, which not every
+/// machine has.
 fn tables(path: &Utf8Path) -> String {
     let Ok(found) = read::tables(path) else { return String::new() };
     let table = match found.table {
@@ -416,13 +421,13 @@ fn tables(path: &Utf8Path) -> String {
     format!("{table}: {}", names(&parts))
 }
 
-/// Those that somebody may want to write to: disks, and loop devices with something behind them.
+/// Possible targets: disks, and loop devices that are attached to a file.
 pub fn candidates(devices: Vec<Device>) -> Vec<Device> {
     let wanted = |d: &Device| d.size > 0 && matches!(d.kind.as_str(), "disk" | "loop");
     devices.into_iter().filter(wanted).collect()
 }
 
-/// The device or plain file at this path; a bare name is one in `/dev`.
+/// The device or plain file at this path; a bare name is a device in `/dev`.
 ///
 /// # Errors
 /// When there is none, or it is neither a device nor a plain file.
@@ -439,7 +444,8 @@ pub fn find(typed: &Utf8Path) -> Result<Device> {
             "looking for {typed}\nhelp: cargo xtask flash --list shows devices; a plain file is made by: truncate --size 8G FILE\nlooking"
         )
     })?;
-    let metadata = std::fs::metadata(&path).with_context(|| format!("looking at {path}"))?;
+    let metadata =
+        std::fs::metadata(&path).with_context(|| format!("reading the properties of {path}"))?;
     if metadata.file_type().is_block_device() {
         return all()?
             .into_iter()
@@ -472,13 +478,13 @@ pub fn find(typed: &Utf8Path) -> Result<Device> {
     })
 }
 
-/// The loop devices that a file is behind.
+/// The loop devices that are attached to a file.
 fn attached(path: &Utf8Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     let Ok(devices) = Utf8Path::new("/sys/class/block").read_dir_utf8() else { return Ok(found) };
     for entry in devices {
         let entry = entry.context("listing /sys/class/block")?;
-        // Only attached loop devices have the file.
+        // Only attached loop devices have this file.
         let Ok(backing) = std::fs::read_to_string(entry.path().join("loop/backing_file")) else {
             continue;
         };
@@ -492,15 +498,15 @@ fn attached(path: &Utf8Path) -> Result<Vec<String>> {
 /// Whether this machine can attach loop devices, for tests and benchmarks.
 ///
 /// # Errors
-/// When it cannot: why.
+/// The reason why it cannot.
 pub fn can_loop() -> Result<()> {
     if !rustix::process::getuid().is_root() {
-        bail!("only root attaches them");
+        bail!("only root can attach them");
     }
     let free = Tool::new("losetup").arg("--find").read()?;
     let free = Utf8Path::new(free.trim());
     if !free.exists() {
-        bail!("there is no {free}");
+        bail!("{free} does not exist");
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
-//! Images that were packed in many small zstd frames, as ours are: frames of which nothing reaches the card
-//! are passed over, the others are unpacked by several threads, a few ahead. Memory is bounded by the
-//! frames' size; a file in one large frame is read as a stream.
+//! Images that were packed in many small zstd frames, as Slipway does: frames without data for the
+//! card are skipped, the others are unpacked by several threads, a few frames ahead. Memory is
+//! bounded by the frames' size; a file in one large frame is read as a stream.
 
 use std::fs::File;
 use std::io;
@@ -12,16 +12,17 @@ use zstd::bulk::Decompressor;
 
 use super::source::Range;
 
-/// The most bytes that a frame may become: twice what ours do.
+/// The largest unpacked frame in bytes: twice the size of Slipway's frames.
 const LARGEST: u64 = 64 << 20;
-/// The most threads: each holds one frame, and unpacking outruns any card long before.
+/// The most threads: each holds one frame, and fewer threads are already faster than any card.
 const THREADS: usize = 3;
-/// What begins a frame (RFC 8878, 3.1.1), and a skippable one but for its last four bits (3.1.2).
+/// The magic number of a frame (RFC 8878, 3.1.1), and of a skippable frame without its last four
+/// bits (3.1.2).
 const MAGIC: u32 = 0xfd2f_b528;
 const SKIPPABLE: u32 = 0x184d_2a50;
 /// The longest header of a frame (RFC 8878, 3.1.1.1): magic number, descriptor, window, dictionary, size.
 const HEADER: usize = 4 + 1 + 1 + 4 + 8;
-/// zstd's own bound for what cannot be compressed (`ZSTD_COMPRESSBOUND`), and room for headers.
+/// zstd's own bound for incompressible data (`ZSTD_COMPRESSBOUND`), and space for headers.
 const fn bound(size: u64) -> u64 {
     size + (size >> 8) + (128 << 10)
 }
@@ -39,8 +40,8 @@ pub struct Frame {
     pub size: u64,
 }
 
-/// The frames of a file, by their headers alone. None when it is not made of small frames that say how
-/// large they are: whoever reads it as a stream says what is wrong.
+/// The frames of a file, from their headers only. `None` when it does not consist of small frames
+/// with known sizes: reading it as a stream then reports what is wrong.
 ///
 /// # Errors
 /// When the file cannot be read.
@@ -73,7 +74,7 @@ fn frame(file: &File, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
         return Ok((there >= 8 && length <= end - at).then_some((length, 0)));
     }
     let descriptor = header[4];
-    // Bit 3 is reserved; what needs a dictionary is no image of anybody.
+    // Bit 3 is reserved; no image needs a dictionary.
     if magic != MAGIC || descriptor & 0b1000 != 0 || descriptor & 0b11 != 0 {
         return Ok(None);
     }
@@ -110,22 +111,23 @@ fn frame(file: &File, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
     Ok((length <= end - at).then_some((length, size)))
 }
 
-/// The frames that something reaches the card of, unpacked in order.
+/// The frames with data for the card, unpacked in order.
 pub struct Frames {
     wanted: Vec<Frame>,
-    /// Of each thread; they take turns.
+    /// One for each thread; they take turns.
     unpacked: Vec<Receiver<io::Result<Vec<u8>>>>,
     /// How many frames were taken from the threads, and the last of them.
     taken: usize,
     content: Vec<u8>,
-    /// Memory to be used again: to get it anew from the system for each frame costs as much as unpacking.
+    /// Buffers for reuse: allocating them from the system for each frame takes as long as
+    /// unpacking.
     spare: Spare,
 }
 
 type Spare = Arc<Mutex<Vec<Vec<u8>>>>;
 
 impl Frames {
-    /// Starts to unpack. The threads end with this value.
+    /// Starts to unpack. The threads end when this value is dropped.
     pub fn start(file: File, frames: &[Frame], ranges: &[Range]) -> Self {
         let reaches = |frame: &&Frame| {
             let next = ranges.partition_point(|r| r.offset + r.size <= frame.offset);
@@ -137,7 +139,7 @@ impl Frames {
         let (file, spare) = (Arc::new(file), Spare::default());
         let unpacked = (0..threads)
             .map(|thread| {
-                // No room: whoever has unpacked a frame waits until it is taken.
+                // No buffering: a thread that has unpacked a frame waits until the frame is taken.
                 let (sender, receiver) = sync_channel(0);
                 let own: Vec<Frame> =
                     wanted.iter().skip(thread).step_by(threads).cloned().collect();
@@ -148,7 +150,7 @@ impl Frames {
                         let free = spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
                         let mut content = free.unwrap_or_default();
                         let result = unpack(&file, &frame, &mut stored, &mut content);
-                        // Nobody listens any more when the pass has ended early.
+                        // The receiver is gone when the pass has ended early.
                         if sender.send(result.map(|()| content)).is_err() {
                             return;
                         }
@@ -160,7 +162,7 @@ impl Frames {
         Self { wanted, unpacked, taken: 0, content: Vec::new(), spare }
     }
 
-    /// Fills a buffer from an offset that no call before has passed, in the ranges.
+    /// Fills a buffer from an offset within the ranges that is not before that of an earlier call.
     ///
     /// # Errors
     /// When a frame cannot be read or unpacked.
@@ -189,8 +191,8 @@ impl Frames {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let threads = self.unpacked.len();
-        let dead = |_| io::Error::other("a thread that unpacks died");
-        // Given back first, so that no thread needs more than one of its own.
+        let dead = |_| io::Error::other("an unpacking thread panicked");
+        // Returned first, so that no thread needs more than one buffer.
         let used = std::mem::take(&mut self.content);
         self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(used);
         self.content = self.unpacked[self.taken % threads].recv().map_err(dead)??;
@@ -213,7 +215,7 @@ fn unpack(
     content.reserve_exact(size);
     let unpacked = Decompressor::new()?.decompress_to_buffer(stored, content)?;
     if unpacked != size {
-        let text = format!("a frame has {unpacked} bytes, its header says {size}");
+        let text = format!("a frame has {unpacked} bytes, but its header says {size}");
         return Err(io::Error::new(io::ErrorKind::InvalidData, text));
     }
     Ok(())

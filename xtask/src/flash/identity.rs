@@ -1,32 +1,33 @@
-//! Which medium it is. A path, numbers and a size are also those of the next card in the same reader: the kernel
-//! counts media, and cards have numbers of their own.
+//! The identity of a medium. Path, device numbers and size can be the same for the next card in the
+//! same reader, but the kernel counts media, and cards have serial numbers.
 
 use std::os::unix::fs::MetadataExt;
 
 use camino::Utf8Path;
 
-/// Where the kernel describes block devices by their numbers.
+/// The directory in which the kernel describes block devices by their numbers.
 pub const KERNEL: &str = "/sys/dev/block";
 
-/// Below a device's folder there: what its maker wrote into it. An SD card's register (Linux:
-/// Documentation/driver-api/mmc/mmc-dev-attrs.rst), serial numbers of virtio and NVMe disks, and the identifiers
-/// of NVMe namespaces and of SCSI and USB disks.
+/// Files below a device's directory with data from its manufacturer. An SD card's register (Linux:
+/// Documentation/driver-api/mmc/mmc-dev-attrs.rst), serial numbers of virtio and NVMe disks, and
+/// the identifiers of NVMe namespaces and of SCSI and USB disks.
 const SERIALS: [&str; 5] = ["device/cid", "serial", "device/serial", "wwid", "device/wwid"];
 
-/// The most bytes of such a number that are compared; an SD card's has 32.
+/// How many bytes of such a number are compared at most; an SD card's has 32.
 const MOST: usize = 4096;
 
-/// What one medium has and the next one has not.
+/// What distinguishes one medium from the next.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Identity {
-    /// The kernel's count of media: another one with each that is attached or put in (`diskseq`, Linux 5.15).
+    /// The kernel's count of media: it increases with each medium that is attached or inserted
+    /// (`diskseq`, Linux 5.15).
     pub sequence: Option<u64>,
-    /// Numbers by the places where they were found.
+    /// Serial numbers by the files in which they were found.
     pub serials: Vec<(String, String)>,
 }
 
 impl Identity {
-    /// The medium in the block device of these numbers, in a folder like [`KERNEL`].
+    /// The medium in the block device of these numbers, in a directory like [`KERNEL`].
     pub fn of_device(kernel: &Utf8Path, numbers: &str) -> Self {
         let folder = kernel.join(numbers);
         let read = |name: &str| {
@@ -46,13 +47,13 @@ impl Identity {
         Self { sequence: None, serials: vec![("inode".to_owned(), number)] }
     }
 
-    /// What is different about another one, for people; `None`: it is the same.
+    /// A human-readable description of the difference to another medium; `None`: it is the same.
     pub fn difference(&self, now: &Self) -> Option<String> {
         let sequence =
             |of: &Self| of.sequence.map_or("none".to_owned(), |number| number.to_string());
         if self.sequence != now.sequence {
             return Some(format!(
-                "the kernel counts it as medium {} (diskseq), and what was shown was {}",
+                "this is medium {} (diskseq), but medium {} was shown",
                 sequence(now),
                 sequence(self)
             ));
@@ -61,9 +62,13 @@ impl Identity {
             let show = |of: &Self| {
                 let numbers: Vec<String> =
                     of.serials.iter().map(|(name, number)| format!("{name} {number}")).collect();
-                if numbers.is_empty() { "no number".to_owned() } else { numbers.join(", ") }
+                if numbers.is_empty() { "no serial number".to_owned() } else { numbers.join(", ") }
             };
-            return Some(format!("it has {}, and what was shown had {}", show(now), show(self)));
+            return Some(format!(
+                "this medium has {}, but the one that was shown has {}",
+                show(now),
+                show(self)
+            ));
         }
         None
     }
@@ -75,15 +80,15 @@ mod tests {
 
     #[test]
     fn another_card_of_the_same_size_in_the_same_reader_is_another_one() {
-        let keep = tempfile::tempdir().expect("a folder");
+        let keep = tempfile::tempdir().expect("a directory");
         let kernel = Utf8Path::from_path(keep.path()).expect("UTF-8");
         let write = |name: &str, text: &str| {
             let path = kernel.join("179:0").join(name);
-            std::fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+            std::fs::create_dir_all(path.parent().expect("a directory")).expect("made");
             std::fs::write(path, text).expect("written");
         };
         let look = || Identity::of_device(kernel, "179:0");
-        // An old kernel and a reader that tells nothing: nothing to compare.
+        // An old kernel and a reader that reports nothing: nothing to compare.
         assert_eq!(look(), Identity::default());
         write("diskseq", "9\n");
         write("device/cid", "035344534c3136478012345678015a00\n");
@@ -91,13 +96,17 @@ mod tests {
         assert_eq!((shown.sequence, shown.serials.len()), (Some(9), 1));
         assert_eq!(shown.difference(&look()), None);
         write("diskseq", "10\n");
-        let said = shown.difference(&look()).expect("it was put in anew");
-        assert!(said.contains("medium 10 (diskseq), and what was shown was 9"), "{said}");
+        let said = shown.difference(&look()).expect("the same card, inserted again");
+        assert!(said.contains("medium 10 (diskseq), but medium 9 was shown"), "{said}");
         write("diskseq", "9\n");
         write("device/cid", "035344534c3136478099999999015a00\n");
         let said = shown.difference(&look()).expect("another card");
-        assert!(said.contains("cid 035344534c3136478099999999015a00, and"), "{said}");
+        assert!(said.contains("cid 035344534c3136478099999999015a00, but"), "{said}");
         std::fs::remove_file(kernel.join("179:0/device/cid")).expect("removed");
-        assert!(shown.difference(&look()).is_some_and(|said| said.contains("it has no number")));
+        assert!(
+            shown
+                .difference(&look())
+                .is_some_and(|said| said.contains("this medium has no serial number"))
+        );
     }
 }

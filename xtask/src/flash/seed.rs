@@ -1,5 +1,5 @@
-//! What the first boot is to take over (name, SSH keys, Wi-Fi): one file on the card's boot partition.
-//! The image stays as it is; only the card gets the file, before its partition table.
+//! The settings that the first boot applies (name, SSH keys, Wi-Fi): one file on the card's boot
+//! partition. The image is not changed; only the card gets the file, before its partition table.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,15 +17,15 @@ use crate::disk::layout::BLOCK;
 use crate::disk::read::{self, FoundPartition};
 use crate::ssh_keys;
 
-/// The file, in the root folder of the boot partition.
+/// The name of the file in the root directory of the boot partition.
 pub const FILE: &str = "slipway-seed.toml";
-/// The environment variable that the Wi-Fi's password is taken from.
+/// The environment variable with the Wi-Fi password.
 pub const PASSWORD_VARIABLE: &str = "SLIPWAY_WIFI_PASSWORD";
-/// What the file may have; the robot reads no more.
+/// The maximum size of the file in bytes; the robot reads no more.
 const LARGEST: usize = 64 << 10;
-/// Types of an MBR record that hold a FAT.
+/// The MBR types of FAT partitions.
 const FAT_TYPES: [&str; 6] = ["01", "04", "06", "0b", "0c", "0e"];
-/// The role, and in a GPT the name, of the partition that no update touches.
+/// The role, and in a GPT the name, of the partition that updates never change.
 const BOOT: &str = "boot";
 
 /// A network.
@@ -44,22 +44,23 @@ impl std::fmt::Debug for Wifi {
 }
 
 impl Wifi {
-    /// A network that asks for a password, or an open one.
+    /// Makes a network with a password, or an open one.
     ///
     /// # Errors
     /// When no such network can exist (IEEE 802.11: an SSID has 1 to 32 bytes, a passphrase 8 to 63
-    /// printable ASCII characters; a key that was made of one, as `wpa_passphrase` prints it, 64 hexadecimal digits).
+    /// printable ASCII characters; a key that was derived from one, as `wpa_passphrase` prints it,
+    /// 64 hexadecimal digits).
     pub fn new(ssid: &str, password: Option<String>) -> Result<Self> {
         ensure!(
             (1..=32).contains(&ssid.len()) && !ssid.chars().any(char::is_control),
-            "the Wi-Fi's name has {} bytes, expected 1 to 32 without control characters",
+            "the Wi-Fi name has {} bytes, expected 1 to 32 without control characters",
             ssid.len()
         );
         if let Some(password) = &password {
             let other = password.chars().position(|c| !(' '..='~').contains(&c));
             ensure!(
                 other.is_none(),
-                "character {} of the Wi-Fi's password is not a printable ASCII character\n\
+                "character {} of the Wi-Fi password is not a printable ASCII character\n\
                  help: expected 8 to 63 of them, or the 64 hexadecimal digits of wpa_passphrase; \
                  is the file in UTF-8, without a byte order mark?",
                 other.map_or(0, |at| at + 1)
@@ -68,7 +69,7 @@ impl Wifi {
                 password.len() == 64 && password.bytes().all(|byte| byte.is_ascii_hexdigit());
             ensure!(
                 is_key || (8..=63).contains(&password.len()),
-                "the Wi-Fi's password has {} characters, expected 8 to 63, or the 64 hexadecimal \
+                "the Wi-Fi password has {} characters, expected 8 to 63, or the 64 hexadecimal \
                  digits of wpa_passphrase",
                 password.len()
             );
@@ -77,7 +78,7 @@ impl Wifi {
     }
 }
 
-/// What the first boot takes over.
+/// The settings that the first boot applies.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Seed {
@@ -92,16 +93,16 @@ pub struct Seed {
     pub wifi: Option<Wifi>,
 }
 
-/// Whether it is a name for a machine: RFC 1123, section 2.1, one label.
+/// Checks a host name: RFC 1123, section 2.1, one label.
 ///
 /// # Errors
-/// When it is none.
+/// When the name is invalid.
 pub fn check_hostname(name: &str) -> Result<()> {
     let inner = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
     ensure!(
         (1..=63).contains(&name.len()) && inner && !name.starts_with('-') && !name.ends_with('-'),
-        "`{name}` is no host name\n\
-         help: 1 to 63 lower-case letters, digits and inner hyphens"
+        "invalid host name `{name}`\n\
+         help: use 1 to 63 lower-case letters, digits and inner hyphens"
     );
     Ok(())
 }
@@ -109,7 +110,7 @@ pub fn check_hostname(name: &str) -> Result<()> {
 /// The public keys of a file such as `~/.ssh/id_ed25519.pub`.
 ///
 /// # Errors
-/// When the file cannot be read, holds a secret key, or holds no public one.
+/// When the file cannot be read, contains a secret key, or contains no public key.
 pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
     let file = std::fs::read(path).with_context(|| match path.starts_with("~") {
         true => {
@@ -120,14 +121,14 @@ pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
     let keys = ssh_keys::parse(&file).map_err(|bad| bad.about(path))?;
     ensure!(
         keys.iter().all(|key| !key.has_options),
-        "{path}: a key has options before it, which the first boot does not take over\n\
+        "{path}: a key has options, which the first boot does not support\n\
          help: leave the key itself, or put the line on the robot's `data` (docs/reference/robot.md)"
     );
     Ok(keys.into_iter().map(|key| key.text).collect())
 }
 
 impl Seed {
-    /// Whether there is nothing to take over.
+    /// Whether there are no settings.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
@@ -141,8 +142,8 @@ impl Seed {
         parts.into_iter().filter(|(_, is)| *is).map(|(name, _)| name).collect()
     }
 
-    /// Writes the file to the card's boot partition and reads it back. The partition table is still in
-    /// memory, in the `held` pieces. Says what it wrote.
+    /// Writes the file to the card's boot partition and reads it back. The partition table is still
+    /// in memory, in the `held` pieces. Returns the names of the settings.
     ///
     /// # Errors
     /// When the image has no boot partition with a FAT, or the card fails.
@@ -152,8 +153,12 @@ impl Seed {
         held: &[(usize, Buffer)],
         pieces: &[Piece],
     ) -> Result<Vec<&'static str>> {
-        let text = toml::to_string(self).context("writing down what the first boot takes over")?;
-        ensure!(text.len() <= LARGEST, "{FILE} would have {} bytes, at most {LARGEST}", text.len());
+        let text = toml::to_string(self).context("encoding the settings for the first boot")?;
+        ensure!(
+            text.len() <= LARGEST,
+            "{FILE} would have {} bytes, the maximum is {LARGEST}",
+            text.len()
+        );
         let boot = boot_partition(card, held, pieces)?;
         let mut volume = Volume { card, place: boot, position: 0, blocks: BTreeMap::new() };
         let doing = || format!("writing {FILE} to the boot partition");
@@ -171,13 +176,13 @@ impl Seed {
     }
 }
 
-/// Where the boot partition lies.
+/// The place of the boot partition.
 fn boot_partition(
     card: &dyn Card,
     held: &[(usize, Buffer)],
     pieces: &[Piece],
 ) -> Result<std::ops::Range<u64>> {
-    let folder = tempfile::tempdir().context("making a folder")?;
+    let folder = tempfile::tempdir().context("creating a directory")?;
     let path = Utf8PathBuf::try_from(folder.path().join("table.img"))?;
     let file = File::create(&path).context("writing down the partition table")?;
     let size = pieces.iter().map(|piece| piece.offset + piece.size as u64).max().unwrap_or(0);
@@ -192,14 +197,14 @@ fn boot_partition(
     let fat = |p: &&FoundPartition| p.name.is_none() && FAT_TYPES.contains(&p.kind.as_str());
     let found = named.or_else(|| tables.partitions.iter().find(fat));
     let Some(found) = found else {
-        bail!("the image has no boot partition for what the first boot is to take over");
+        bail!("the image has no boot partition for the settings of the first boot");
     };
     let end = found.offset.saturating_add(found.size);
     ensure!(
         end <= card.size()
             && found.offset.is_multiple_of(BLOCK)
             && found.size.is_multiple_of(BLOCK),
-        "the boot partition lies at {} to {end} of {} bytes, expected whole blocks within the card",
+        "the boot partition is at {} to {end} of {} bytes, expected whole blocks within the card",
         found.offset,
         card.size()
     );
@@ -211,12 +216,12 @@ struct Volume<'a> {
     card: &'a dyn Card,
     place: std::ops::Range<u64>,
     position: u64,
-    /// By number: the bytes, and whether they were changed.
+    /// By block number: the bytes, and whether they were changed.
     blocks: BTreeMap<u64, (Buffer, bool)>,
 }
 
 impl Volume<'_> {
-    /// The part of a block from the position on.
+    /// The part of a block from the current position to its end.
     fn with_block<T>(&mut self, work: impl FnOnce(&mut [u8], &mut bool) -> T) -> io::Result<T> {
         let (number, inside) = (self.position / BLOCK, (self.position % BLOCK) as usize);
         let (buffer, changed) = match self.blocks.entry(number) {
@@ -235,7 +240,7 @@ impl Volume<'_> {
         (self.place.end - self.place.start).saturating_sub(self.position)
     }
 
-    /// Writes what was changed, flushes, and reads it back.
+    /// Writes the changed blocks, flushes, and reads them back.
     fn store(mut self) -> Result<()> {
         let (card, start) = (self.card, self.place.start);
         let mut written = Vec::new();
@@ -252,7 +257,8 @@ impl Volume<'_> {
                 .with_context(|| format!("reading back at {place}"))?;
             ensure!(
                 found.bytes() == buffer.bytes(),
-                "the card does not hold what is written to it at {place}\nhelp: use another card"
+                "the card does not return the data that was written at {place}\n\
+                 help: use another card"
             );
         }
         Ok(())

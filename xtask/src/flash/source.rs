@@ -1,5 +1,5 @@
-//! Where the bytes come from: `.img`, `.img.zst` or `.img.xz`, with or without a block map. A pass
-//! over an image goes forward only, since a compressed one can be read in no other way.
+//! The image: `.img`, `.img.zst` or `.img.xz`, with or without a block map. A pass over an image
+//! only goes forward, since a compressed image cannot be read in another way.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
@@ -13,21 +13,21 @@ use super::frames::{self, Frame, Frames};
 use crate::disk::bmap::{self, BlockMap};
 use crate::progress::{Step, Unit};
 
-/// Bytes of an image without a map that share a checksum: as in our own maps.
+/// How many bytes of an image without a map share a checksum: as in our own maps.
 const UNMAPPED_RANGE: u64 = 16 << 20;
-/// Bytes of what is passed over in a compressed image at once: what stays in a core's cache.
+/// How many bytes of a compressed image are skipped at once: they fit into a core's cache.
 const SKIP: usize = 128 << 10;
-/// The most bytes that a compressed image may have: 1 TiB, more than any card.
+/// The largest compressed image in bytes: 1 TiB, more than any card.
 const LARGEST: u64 = 1 << 40;
-/// What to do about a damaged image.
-const AGAIN: &str = "help: build or download it again";
+/// The help for a damaged image.
+const AGAIN: &str = "help: build or download the image again";
 /// Bytes of a compressed file read at once.
 const READ: usize = 1 << 20;
 
 /// How an image is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
-    /// As it is.
+    /// Uncompressed.
     Plain,
     /// zstd, one frame or many.
     Zstd,
@@ -42,11 +42,11 @@ pub struct Range {
     pub offset: u64,
     /// Bytes.
     pub size: u64,
-    /// SHA-256 from the block map, lower-case hexadecimal; none without a map.
+    /// SHA-256 from the block map, lower-case hexadecimal; `None` without a map.
     pub sha256: Option<String>,
 }
 
-/// An image that was looked at.
+/// An image that was examined.
 #[derive(Debug, Clone)]
 pub struct Source {
     /// Its file.
@@ -55,20 +55,21 @@ pub struct Source {
     pub form: Form,
     /// Bytes of the image itself.
     pub size: u64,
-    /// Whether a block map says what must reach the card; else all of it must.
+    /// Whether a block map lists what must reach the card; without one everything must.
     pub mapped: bool,
     /// What must reach the card, in order.
     pub ranges: Vec<Range>,
-    /// The frames that it is packed in, where these are small.
+    /// The frames of a file that is packed in small frames.
     frames: Option<Vec<Frame>>,
 }
 
 impl Source {
-    /// Looks at an image. One that is compressed, says nowhere how large it is and has no map is read once,
-    /// for its size.
+    /// Examines an image. A compressed image of unknown size without a map is read once to find its
+    /// size.
     ///
     /// # Errors
-    /// When it cannot be read, has another form, or its block map is damaged or of another image.
+    /// When it cannot be read, has another format, or its block map is damaged or belongs to
+    /// another image.
     pub fn open(path: &Utf8Path) -> Result<Self> {
         let doing = || format!("reading the image {path}");
         let stem = path.as_str();
@@ -79,11 +80,11 @@ impl Source {
         };
         ensure!(
             plain.extension() == Some("img"),
-            "{path} is no card image\nhelp: name a file that ends in .img, .img.zst or .img.xz"
+            "{path} is not a card image\nhelp: name a file that ends in .img, .img.zst or .img.xz"
         );
         let file = File::open(path).with_context(doing)?;
         let stored = file.metadata().with_context(doing)?;
-        ensure!(stored.is_file(), "{}: it is not a plain file", doing());
+        ensure!(stored.is_file(), "{}: not a plain file", doing());
         let map = [bmap::path_for(plain), bmap::path_for(path)].into_iter().find(|m| m.is_file());
         let map = map.map(|map| BlockMap::read(&map)).transpose()?;
         let frames = match form {
@@ -97,11 +98,11 @@ impl Source {
             (_, None, Some(size)) => size,
             (_, None, None) => measure(path, form)?,
         };
-        // Another size than the map's is an error, which the stream runs into.
+        // A size other than the map's is an error that reading the stream reports.
         let frames = frames.filter(|_| unpacked == Some(size));
         ensure!(
             size > 0 && size.is_multiple_of(512),
-            "{}: it has {size} bytes, expected whole sectors of 512",
+            "{}: the image has {size} bytes, expected a multiple of 512",
             doing()
         );
         let mapped = map.is_some();
@@ -109,8 +110,8 @@ impl Source {
             Some(map) => {
                 ensure!(
                     map.image_size == size,
-                    "{}: the image has {size} bytes, its block map is of {}\n\
-                     help: keep each image beside its own map, or build it again",
+                    "{}: the image has {size} bytes, but its block map is for {}\n\
+                     help: keep each image beside its own map, or build the image again",
                     doing(),
                     map.image_size
                 );
@@ -163,17 +164,20 @@ fn decoder(file: File, form: Form) -> io::Result<Box<dyn Read + Send>> {
     })
 }
 
-/// A stream of zstd that says what to do about a window that the library refuses.
+/// A zstd stream whose error says what to do when the library rejects the window size.
 struct Unpacked<T>(T);
 
 impl<T: Read> Read for Unpacked<T> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.0.read(buffer).map_err(|error| {
-            // zstd's own words for ZSTD_error_frameParameter_windowTooLarge (zstd 1.5, error_private.c).
+            // zstd's message for ZSTD_error_frameParameter_windowTooLarge (zstd 1.5,
+            // error_private.c).
             if error.to_string().contains("too much memory") {
                 return io::Error::other(
-                    "it was packed with a window of more than 128 MiB (`zstd --long=28` or more)\n\
-                     help: unpack it with `zstd -d --long=31`, or pack it again without `--long`",
+                    "the image was packed with a window of more than 128 MiB (`zstd --long=28` or \
+                     more)\n\
+                     help: unpack the image with `zstd -d --long=31`, or pack it again without \
+                     `--long`",
                 );
             }
             error
@@ -181,11 +185,16 @@ impl<T: Read> Read for Unpacked<T> {
     }
 }
 
-/// Bytes of a compressed image.
+/// The unpacked size of a compressed image in bytes.
 fn measure(path: &Utf8Path, form: Form) -> Result<u64> {
     let doing = || format!("unpacking {path}");
     let mut decoder = decoder(File::open(path).with_context(doing)?, form).with_context(doing)?;
-    let step = Step::new("flash", "its size, since there is no block map", 0, Unit::Bytes);
+    let step = Step::new(
+        "flash",
+        "finding the size of the image, since there is no block map",
+        0,
+        Unit::Bytes,
+    );
     let mut buffer = vec![0; SKIP];
     let mut size = 0;
     loop {
@@ -195,7 +204,7 @@ fn measure(path: &Utf8Path, form: Form) -> Result<u64> {
         }
         size += count as u64;
         step.note(crate::progress::bytes(size));
-        ensure!(size <= LARGEST, "{}: it has more than 1 TiB", doing());
+        ensure!(size <= LARGEST, "{}: the image is larger than 1 TiB", doing());
     }
 }
 
@@ -214,7 +223,7 @@ pub struct Pass {
 }
 
 impl Pass {
-    /// Fills a buffer from `offset`, which no call before has passed.
+    /// Fills a buffer from `offset`, which must not be before that of an earlier call.
     ///
     /// # Errors
     /// When the file cannot be read or unpacked, or ends too early.
@@ -230,8 +239,8 @@ impl Pass {
         .with_context(|| format!("reading {} bytes at {offset} of {path}\n{AGAIN}", buffer.len()))
     }
 
-    /// Reads a stream to its end: only then its own checksums have been checked. Of frames each that was
-    /// needed has been.
+    /// Reads a stream to its end: only then its own checksums have been verified. Of frames, those
+    /// that were needed have been verified already.
     ///
     /// # Errors
     /// When it is damaged, or shorter or longer than it should be.
@@ -243,8 +252,8 @@ impl Pass {
         })?;
         if stream.read(&mut [0]).with_context(|| format!("reading the end of {path}"))? != 0 {
             bail!(
-                "{path} has more than the {} bytes that its block map says\n\
-                 help: keep each image beside its own map, or build it again",
+                "{path} has more than the {} bytes of its block map\n\
+                 help: keep each image beside its own map, or build the image again",
                 self.size
             );
         }

@@ -1,5 +1,6 @@
-//! The image on its way to the card: one thread reads and unpacks, one checks the block map's sums,
-//! some write, some read back what was flushed, all at the same time and with a fixed amount of memory.
+//! The pipeline from the image to the card: one thread reads and unpacks, one verifies the block
+//! map's checksums, several write, several read back what was flushed, all in parallel and with a
+//! fixed amount of memory.
 
 use std::io;
 use std::ops::Range;
@@ -19,13 +20,13 @@ use crate::artifact::hex;
 use crate::disk::layout::BLOCK;
 use crate::progress::{Step, Unit};
 
-/// The most bytes of a write: the allocation unit of an SD card (SD specification, part 1, 4.10.2:
-/// up to 4 MiB for cards below 64 GB). Pieces end where a multiple of it does.
+/// The maximum size of a write in bytes: the allocation unit of an SD card (SD specification, part
+/// 1, 4.10.2: up to 4 MiB for cards below 64 GB). Pieces end at multiples of it.
 pub const PIECE: u64 = 4 << 20;
-/// Bytes at either end of the image that are written last: partition table, and whatever a boot ROM
-/// looks for in the first sectors.
+/// How many bytes at either end of the image are written last: the partition table, and what a boot
+/// ROM reads from the first sectors.
 pub const EDGE: u64 = 1 << 20;
-/// Bytes that are flushed, and then read back, together.
+/// How many bytes are flushed, and then read back, together.
 const BATCH: u64 = 64 << 20;
 /// Threads that write: as many requests keep a device busy.
 const WRITERS: usize = 3;
@@ -33,23 +34,23 @@ const WRITERS: usize = 3;
 const CHECKERS: usize = 3;
 /// Pieces in memory: 64 MiB.
 const BUFFERS: usize = 16;
-/// How long the reader waits for room before it looks whether another thread has failed.
+/// How long the reader waits for a buffer before it checks whether another thread has failed.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// So many pieces gone wrong are no accident: the card is given up.
+/// With this many failed pieces the card is considered broken.
 const MOST_WRONG: usize = 64;
 
-/// What is written at once.
+/// The unit of writing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
     /// Byte offset.
     pub offset: u64,
     /// Bytes, at most [`PIECE`].
     pub size: usize,
-    /// Which range of the source it is of.
+    /// The range of the source that it belongs to.
     range: usize,
     /// Whether it is the last of its range.
     last: bool,
-    /// Whether it is written last, when all else is right.
+    /// Whether it is written last, after everything else was verified.
     pub held: bool,
 }
 
@@ -75,7 +76,7 @@ pub fn pieces(source: &Source) -> Vec<Piece> {
     pieces
 }
 
-/// What a piece must read as.
+/// The expected checksum of a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sum {
     whole: [u8; 32],
@@ -91,24 +92,24 @@ impl Sum {
     }
 }
 
-/// What became of a pass over the image.
+/// The result of a pass over the image.
 #[derive(Debug)]
 pub struct Sent {
-    /// What each piece must read as; none for those that were not to be read back.
+    /// The expected checksum of each piece; `None` for those that are not read back.
     pub sums: Vec<Option<Sum>>,
     /// The pieces that are written last, with their bytes.
     pub held: Vec<(usize, Buffer)>,
-    /// The pieces that could not be written, or that read otherwise, in order.
+    /// The pieces that could not be written, or that failed verification, in order.
     pub wrong: Vec<usize>,
 }
 
-/// Whether it is the medium that fails, at this place, rather than all of the device.
+/// Whether the medium fails at this place only, rather than the whole device.
 pub fn is_local(error: &io::Error) -> bool {
     let medium = [Errno::IO, Errno::REMOTEIO, Errno::NODATA, Errno::ILSEQ, Errno::TIMEDOUT];
     medium.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
-/// Whether the card holds this piece. A place that cannot be read does not.
+/// Whether the card contains this piece. A place that cannot be read does not.
 ///
 /// # Errors
 /// When the device as a whole fails.
@@ -121,7 +122,7 @@ pub fn holds(card: &dyn Card, piece: &Piece, sum: &Sum, buffer: &mut Buffer) -> 
     }
 }
 
-/// Whether the card still holds the first block of this piece.
+/// Whether the card still contains the first block of this piece.
 ///
 /// # Errors
 /// As [`holds`].
@@ -164,7 +165,7 @@ struct Sending<'a> {
     batches: Vec<Batch>,
     sums: Vec<OnceLock<Sum>>,
     wrong: Mutex<Vec<usize>>,
-    /// Somebody failed: all others end.
+    /// A thread has failed: all others end.
     stop: AtomicBool,
     written: Step,
     checked: Option<Step>,
@@ -175,8 +176,8 @@ type Full = (usize, Buffer);
 /// Sends all pieces but the held ones to the card, and reads them back on request.
 ///
 /// # Errors
-/// When the image cannot be read or is not what its block map says, the device as a whole fails, or too
-/// many pieces go wrong.
+/// When the image cannot be read or is not what its block map says, the device as a whole fails, or
+/// too many pieces fail.
 pub fn send(source: &Source, pieces: &[Piece], card: &dyn Card, read_back: bool) -> Result<Sent> {
     let total = pieces.iter().filter(|p| !p.held).map(|p| p.size as u64).sum();
     let name = source.path.file_name().unwrap_or("image");
@@ -205,7 +206,7 @@ impl Sending<'_> {
     fn run(&self) -> Result<Vec<Full>> {
         let (free, empty) = sync_channel(BUFFERS);
         for _ in 0..BUFFERS {
-            free.send(Buffer::new(PIECE as usize)).context("making room")?;
+            free.send(Buffer::new(PIECE as usize)).context("waiting for a buffer")?;
         }
         let (read, summing) = sync_channel(BUFFERS);
         let (summed, writing) = sync_channel(BUFFERS);
@@ -224,9 +225,9 @@ impl Sending<'_> {
             }
             let summer = scope.spawn(move || self.stopping(self.sum(&summing, &summed, &free)));
             let reader = scope.spawn(move || self.stopping(self.read(&empty, &read)));
-            // The checkers end when nobody is left to send.
+            // The checkers end when all senders are gone.
             drop(flushed);
-            let dead = |_| anyhow!("a thread of the flasher died");
+            let dead = |_| anyhow!("a writing thread panicked");
             for worker in workers {
                 worker.join().map_err(dead)??;
             }
@@ -236,7 +237,7 @@ impl Sending<'_> {
         })
     }
 
-    /// Lets the others end when one has failed.
+    /// Stops the other threads when one has failed.
     fn stopping<T>(&self, result: Result<T>) -> Result<T> {
         if result.is_err() {
             self.stop.store(true, Ordering::Relaxed);
@@ -247,7 +248,7 @@ impl Sending<'_> {
     fn read(&self, empty: &Receiver<Buffer>, full: &SyncSender<Full>) -> Result<()> {
         let mut pass = self.source.pass()?;
         for (index, piece) in self.pieces.iter().enumerate() {
-            // Those that have failed give no buffer back; they say why.
+            // Threads that have failed do not return a buffer; they report why.
             let mut buffer = loop {
                 match empty.recv_timeout(PATIENCE) {
                     _ if self.stop.load(Ordering::Relaxed) => return Ok(()),
@@ -264,7 +265,7 @@ impl Sending<'_> {
         pass.finish()
     }
 
-    /// Checks the block map's sums and puts the held pieces aside.
+    /// Verifies the block map's checksums and collects the held pieces.
     fn sum(
         &self,
         full: &Receiver<Full>,
@@ -282,7 +283,8 @@ impl Sending<'_> {
                 let found = if piece.last { hex(&hasher.finalize_reset()) } else { String::new() };
                 if piece.last && found != *expected {
                     bail!(
-                        "the image {} is damaged: bytes {} to {} have the SHA-256 {found}, its block map says {expected}\n\
+                        "the image {} is damaged: bytes {} to {} have the SHA-256 {found}, but its \
+                         block map says {expected}\n\
                          help: build or download it again",
                         self.source.path,
                         range.offset,
@@ -295,7 +297,7 @@ impl Sending<'_> {
                 copy.part(piece.size).copy_from_slice(bytes);
                 self.sums[index].get_or_init(|| Sum::of(bytes));
                 held.push((index, copy));
-                // The reader may have come to its end.
+                // The reader may have ended already.
                 drop(free.send(buffer));
             } else if summed.send((index, buffer)).is_err() {
                 break;
@@ -329,7 +331,7 @@ impl Sending<'_> {
                 }
             }
             self.written.advance(piece.size as u64);
-            // The reader may have come to its end.
+            // The reader may have ended already.
             drop(free.send(buffer));
             let batch = self.batches.iter().find(|batch| batch.pieces.contains(&index));
             let batch = batch.context("a piece is in no batch")?;
@@ -337,7 +339,7 @@ impl Sending<'_> {
                 self.card.flush().context("flushing the card")?;
                 for index in batch.pieces.clone().filter(|index| !self.pieces[*index].held) {
                     // The receiver outlives all threads.
-                    flushed.send(index).context("handing over to be read back")?;
+                    flushed.send(index).context("queueing a batch for reading back")?;
                 }
             }
         }
@@ -352,7 +354,7 @@ impl Sending<'_> {
                 return Ok(());
             }
             let piece = &self.pieces[index];
-            let sum = self.sums[index].get().context("a piece was not summed")?;
+            let sum = self.sums[index].get().context("a piece has no checksum")?;
             if !holds(self.card, piece, sum, &mut buffer)? {
                 self.went_wrong(index)?;
             }
@@ -367,7 +369,8 @@ impl Sending<'_> {
         wrong.push(index);
         if wrong.len() > MOST_WRONG {
             bail!(
-                "the card does not hold what is written to it, in more than {MOST_WRONG} places\n\
+                "the card does not return the data that was written, in more than {MOST_WRONG} \
+                 places\n\
                  help: use another card or another reader"
             );
         }
@@ -375,7 +378,7 @@ impl Sending<'_> {
     }
 }
 
-/// What a thread that died left is as good as before: only sums and indices.
+/// The data of a panicked thread is still valid: only checksums and indices.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,6 +1,6 @@
-//! Process 1 of a local system, in namespaces of its own: mounts, runs the robot's services in systemd's
-//! place, and hands connections of the host's port on. It talks to the host's side over its standard output,
-//! a socket, and ends with it; with process 1 the kernel ends everything else.
+//! Process 1 of a local system, in separate namespaces: mounts, runs the robot's services instead
+//! of systemd, and forwards connections of the host's port. It communicates with the host's side
+//! over its standard output, a socket, and exits with it; the kernel then ends all other processes.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -23,34 +23,34 @@ use super::units::{Address, Again, Condition, Exec, Mount, Start, Test, Unit};
 use super::{Event, Order, PORT, Rights, State, mounts};
 use crate::exec::Tool;
 
-/// The first of the numbers from which systemd takes users that exist only while their service runs
-/// (systemd.exec(5), DynamicUser=). Any that is not root's does.
+/// The first user id for dynamic users of systemd (systemd.exec(5), DynamicUser=). Any id other
+/// than root's would do.
 const OWN_USER: u32 = 61184;
 
-/// Where programs are looked for when a service does not say (systemd.exec(5)).
+/// The default PATH of services (systemd.exec(5)).
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin";
 
-/// How often a running service is looked at.
+/// The interval for polling a running service.
 const POLL: Duration = Duration::from_millis(50);
 
-/// How often an address is asked, and how long it may take to answer.
+/// The interval for polling an address, and the timeout of one request.
 const ASK: Duration = Duration::from_millis(500);
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// The kernel's priority of what nobody has ranked (syslog(3): LOG_INFO), and of errors (LOG_ERR).
+/// The default priority of a line (syslog(3): LOG_INFO), and that of errors (LOG_ERR).
 const INFO: u8 = 6;
 const ERROR: u8 = 3;
 
-/// The local system, as its threads share it.
+/// The state of the local system, shared by its threads.
 struct System {
     order: Order,
     /// The program `unshare` of the host: every service enters the root through it.
     unshare: Utf8PathBuf,
     host: Mutex<UnixStream>,
-    /// Which services have started, were skipped or have failed.
+    /// The services that have started, were skipped or have failed.
     settled: Mutex<Vec<String>>,
     changed: Condvar,
-    /// The umask is the process's: one service is started at a time.
+    /// The umask belongs to the process, so services are started one at a time.
     starting: Mutex<()>,
     began: Instant,
 }
@@ -59,22 +59,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs the local system until the host's side ends it.
+/// Runs the local system until the host's side stops it.
 ///
 /// # Errors
-/// When it cannot hear the host's side. What else keeps it from starting, that side is told.
+/// When it cannot read from the host's side. Other errors are reported to the host's side.
 pub fn run() -> Result<()> {
     let host =
-        std::io::stdout().as_fd().try_clone_to_owned().context("reaching the host's side")?;
+        std::io::stdout().as_fd().try_clone_to_owned().context("connecting to the host's side")?;
     let host = UnixStream::from(host);
-    let mut orders = BufReader::new(host.try_clone().context("reaching the host's side")?);
+    let mut orders = BufReader::new(host.try_clone().context("connecting to the host's side")?);
     let mut line = String::new();
     orders.read_line(&mut line).context("reading the order")?;
     let order: Order = serde_json::from_str(&line).context("reading the order")?;
-    let listener = std::io::stdin().as_fd().try_clone_to_owned().context("taking the port over")?;
+    let listener = std::io::stdin().as_fd().try_clone_to_owned().context("receiving the port")?;
     let listener = TcpListener::from(listener);
-    let unshare = crate::exec::find("unshare").context("looking for unshare")?;
-    // It lives as long as the process, and so do its threads.
+    let unshare = crate::exec::find("unshare").context("finding unshare")?;
+    // Leaked: it is needed as long as the process and its threads run.
     let system: &'static System = Box::leak(Box::new(System {
         order,
         unshare,
@@ -94,7 +94,8 @@ pub fn run() -> Result<()> {
         thread::spawn(|| system.look_after(unit));
     }
     thread::spawn(|| system.watch());
-    // Commands, one a line. Where they end, the host's side has ended, and so does this.
+    // Commands, one for each line. Their end means that the host's side has exited, and so does
+    // this process.
     for line in orders.lines() {
         let Ok(line) = line else { break };
         let words: Vec<String> = serde_json::from_str(&line).context("reading a command")?;
@@ -104,7 +105,7 @@ pub fn run() -> Result<()> {
 }
 
 impl System {
-    /// Says something to the host's side. When nobody listens any more, this system ends anyway.
+    /// Sends a message to the host's side. If the host's side is gone, this system ends anyway.
     fn tell(&self, event: &Event) {
         let Ok(mut line) = serde_json::to_vec(event) else { return };
         line.push(b'\n');
@@ -122,10 +123,10 @@ impl System {
         self.tell(&Event::Unit { unit: unit.name.clone(), state, why: why.into(), seconds });
     }
 
-    /// All that is there before the first service.
+    /// Prepares everything before the first service.
     fn prepare(&self) -> Result<()> {
         let Order { root, data, site, system, .. } = &self.order;
-        // As process 1 on a robot, whatever the user's is.
+        // Like process 1 on a robot, independent of the user's umask.
         umask(Mode::from_raw_mode(0o022));
         mounts::before(root, data, &system.mounts)?;
         if let Some(site) = site {
@@ -133,19 +134,19 @@ impl System {
         }
         self.name()?;
         Tool::new("ip").args(["link", "set", "lo", "up"]).run().context("starting the network")?;
-        // In this network, which nobody else reaches: a service's own user may open the robot's ports.
+        // In this private network, a service's own user may open the robot's ports.
         fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")
             .context("letting services open low ports")
     }
 
-    /// Gives this system the host name that its services have chosen.
+    /// Sets the host name that the services of this system have chosen.
     fn name(&self) -> Result<()> {
         let path = self.order.root.join(mounts::HOSTNAME);
         let name = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         rustix::system::sethostname(name.trim().as_bytes()).context("setting the host name")
     }
 
-    /// Waits for the services that come first, then starts this one and keeps it running.
+    /// Waits for the services that it depends on, then starts this one and keeps it running.
     fn look_after(&'static self, unit: &'static Unit) {
         let mut settled = lock(&self.settled);
         while !unit.after.iter().all(|other| settled.contains(other)) {
@@ -180,14 +181,14 @@ impl System {
         }
     }
 
-    /// Whoever waits for this service may start.
+    /// Services that wait for this one may start.
     fn settle(&self, unit: &Unit) {
         if lock(&self.settled).contains(&unit.name) {
             return;
         }
         let after = |mount: &&Mount| mount.after.as_ref() == Some(&unit.name);
         for mount in self.order.system.mounts.iter().filter(after) {
-            // As fstab's `nofail` has it: reported, and nothing else.
+            // Like `nofail` in fstab: only reported.
             if let Err(error) = mounts::place(&self.order.root, mount) {
                 self.said(&unit.name, ERROR, &format!("{error:#}"));
             }
@@ -236,7 +237,7 @@ impl System {
             }
         }
         if unit.start == Start::Ended {
-            let mut last = Err(anyhow::anyhow!("it has no program"));
+            let mut last = Err(anyhow::anyhow!("the service has no program"));
             for exec in &unit.programs {
                 let status = self.to_the_end(unit, exec, deadline)?;
                 last = Ok(if exec.may_fail { ExitStatus::default() } else { status });
@@ -246,7 +247,7 @@ impl System {
             }
             return last;
         }
-        let exec = unit.programs.first().context("it has no program")?;
+        let exec = unit.programs.first().context("the service has no program")?;
         let notified = match unit.start {
             Start::Notified => Some(Notified::new(&self.order.root, &unit.name)?),
             _ => None,
@@ -261,8 +262,8 @@ impl System {
             self.settle(unit);
         }
         loop {
-            if let Some(status) = child.try_wait().context("waiting for it")? {
-                // What it has started ends with it.
+            if let Some(status) = child.try_wait().context("waiting for the program")? {
+                // Its child processes end with it.
                 end(&child);
                 return Ok(status);
             }
@@ -273,19 +274,20 @@ impl System {
             }
             if waits.is_some() && deadline.is_some_and(|deadline| Instant::now() > deadline) {
                 end(&child);
-                child.wait().context("waiting for it")?;
-                bail!("it has not started within {} s", unit.timeout.as_secs());
+                child.wait().context("waiting for the program")?;
+                bail!("the service did not start within {} s", unit.timeout.as_secs());
             }
             thread::sleep(POLL);
         }
     }
 
-    /// Gives a file to a service's own user, where that is not the one who has made it.
+    /// Changes the owner of a file to a service's own user, if that differs.
     fn give(&self, unit: &Unit, path: &Utf8Path) -> Result<()> {
         if !unit.own_user || self.order.rights == Rights::User {
             return Ok(());
         }
-        chown(path, Some(OWN_USER), Some(OWN_USER)).with_context(|| format!("giving {path} away"))
+        chown(path, Some(OWN_USER), Some(OWN_USER))
+            .with_context(|| format!("changing the owner of {path}"))
     }
 
     fn to_the_end(
@@ -296,19 +298,19 @@ impl System {
     ) -> Result<ExitStatus> {
         let mut child = self.start(unit, exec, None)?;
         loop {
-            if let Some(status) = child.try_wait().context("waiting for it")? {
+            if let Some(status) = child.try_wait().context("waiting for the program")? {
                 return Ok(status);
             }
             if by.is_some_and(|deadline| Instant::now() > deadline) {
                 end(&child);
-                child.wait().context("waiting for it")?;
-                bail!("{} has not ended within {} s", exec.words.join(" "), unit.timeout.as_secs());
+                child.wait().context("waiting for the program")?;
+                bail!("{} did not end within {} s", exec.words.join(" "), unit.timeout.as_secs());
             }
             thread::sleep(POLL);
         }
     }
 
-    /// What enters the root and becomes the program whose words follow.
+    /// The command that enters the root and executes the program that follows.
     fn enter(&self, more: &[&str], folder: &Utf8Path) -> Tool {
         let root = &self.order.root;
         Tool::new(&self.unshare)
@@ -318,8 +320,8 @@ impl System {
             .env("PATH", PATH)
     }
 
-    /// Starts a program of a service. A user of its own is one in a user namespace of its own: not root
-    /// there, but with the host's user's files. For root it is simply another user.
+    /// Starts a program of a service. A service's own user is in a separate user namespace: not
+    /// root there, but with the files of the host's user. For root it is simply another user.
     fn start(
         &'static self,
         unit: &'static Unit,
@@ -340,7 +342,7 @@ impl System {
         for (name, value) in &unit.environment {
             tool = tool.env(name, value);
         }
-        // These count before what the unit has by itself (systemd.exec(5)).
+        // These override the unit's own variables (systemd.exec(5)).
         for (path, may_lack) in &unit.environment_files {
             for (name, value) in self.variables(path, *may_lack)? {
                 tool = tool.env(&name, value);
@@ -352,7 +354,8 @@ impl System {
         let (output, writer) = std::io::pipe().context("making a pipe")?;
         let second = writer.try_clone().context("making a pipe")?;
         let mut command = tool.into_command();
-        // A group of its own: Ctrl-C is for the host's side, which then ends all of this at once.
+        // A separate process group: Ctrl-C goes to the host's side, which then stops everything at
+        // once.
         command.stdin(Stdio::null()).stdout(writer).stderr(second).process_group(0);
         let child = {
             let _one = lock(&self.starting);
@@ -361,7 +364,7 @@ impl System {
             umask(before);
             child.with_context(|| format!("starting {}", exec.words.join(" ")))?
         };
-        // Ends with the last program that writes there.
+        // Ends when the last program closes the pipe.
         thread::spawn(move || {
             for line in lines(output) {
                 let (level, text) = ranked(&line);
@@ -371,7 +374,7 @@ impl System {
         Ok(child)
     }
 
-    /// A file of variables (systemd.exec(5), EnvironmentFile=), without anything to expand.
+    /// A file of variables (systemd.exec(5), EnvironmentFile=), without expansion.
     fn variables(&self, path: &Utf8Path, may_lack: bool) -> Result<Vec<(String, String)>> {
         let text = mounts::within(&self.order.root, path)
             .and_then(|fd| Ok(fs::read_to_string(mounts::by_descriptor(&fd))?));
@@ -384,10 +387,10 @@ impl System {
         Ok(pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
     }
 
-    /// Hands on what services write to the kernel's log.
+    /// Forwards what services write to the kernel's log.
     fn kernel_log(&self) {
         let path = self.order.root.join(mounts::KERNEL_LOG);
-        // Open for writing, too: it never ends, whoever closes it.
+        // Also open for writing, so that it never reaches its end.
         let Ok(log) = File::options().read(true).write(true).open(&path) else { return };
         for line in lines(log) {
             let (level, text) = ranked(&line);
@@ -395,7 +398,8 @@ impl System {
         }
     }
 
-    /// Says when all services have started and every declared address answers as it should.
+    /// Reports when all services have started and every declared address answers with its expected
+    /// status.
     fn watch(&self) {
         let units = &self.order.system.units;
         let mut settled = lock(&self.settled);
@@ -418,7 +422,7 @@ impl System {
         self.tell(&Event::Well { seconds: self.began.elapsed().as_secs_f64() });
     }
 
-    /// Runs a command in the root, as its root.
+    /// Runs a command in the root, as root.
     fn command(&self, words: &[String]) {
         let ran = self
             .enter(&[], Utf8Path::new("/"))
@@ -440,10 +444,10 @@ impl System {
     }
 }
 
-/// Where a service says that it has started (sd_notify(3)).
+/// The socket on which a service reports that it has started (sd_notify(3)).
 struct Notified {
     socket: UnixDatagram,
-    /// Its path within the root.
+    /// Its path in the root.
     inside: String,
 }
 
@@ -466,7 +470,7 @@ impl Notified {
         Ok(Self { socket, inside })
     }
 
-    /// What it says of itself, once it has started.
+    /// Its status text, once it has started.
     fn ready(&self) -> Option<String> {
         let mut message = [0; 4096];
         while let Ok(length) = self.socket.recv(&mut message) {
@@ -480,16 +484,16 @@ impl Notified {
     }
 }
 
-/// Kills a program and what it has started.
+/// Kills a program and its children.
 fn end(child: &Child) {
     let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     if let Some(group) = group {
-        // One that has just ended is as good as killed.
+        // It may have just ended, which is fine.
         kill_process_group(group, Signal::KILL).ok();
     }
 }
 
-/// Lines, whatever bytes they have; the end of the file and every error end them.
+/// Lines of any bytes, up to the end of the file or an error.
 fn lines(source: impl Read) -> impl Iterator<Item = String> {
     BufReader::new(source)
         .split(b'\n')
@@ -506,13 +510,13 @@ fn ranked(line: &str) -> (u8, &str) {
     }
 }
 
-/// Hands connections of the host's port on to the robot's. The host's socket was made outside of this
-/// system's network, the other one is made inside.
+/// Forwards connections of the host's port to the robot's. The host's socket was created outside of
+/// this system's network, the other one is created inside.
 fn hand_on(listener: &TcpListener) {
     for outer in listener.incoming() {
         let Ok(outer) = outer else { continue };
         thread::spawn(move || {
-            // Nobody listens yet: whoever asks sees the connection end.
+            // Nothing is listening yet: close the connection.
             let inner = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT)).ok()?;
             let (from, to) = (outer.try_clone().ok()?, inner.try_clone().ok()?);
             let there = thread::spawn(move || pass(from, to));
@@ -522,7 +526,7 @@ fn hand_on(listener: &TcpListener) {
     }
 }
 
-/// Passes bytes on to their end. A connection that breaks has ended.
+/// Copies bytes to the end. A broken connection is treated as ended.
 fn pass(mut from: TcpStream, mut to: TcpStream) {
     drop(std::io::copy(&mut from, &mut to));
     drop(to.shutdown(Shutdown::Write));

@@ -1,5 +1,5 @@
-//! The file systems that a robot's start finds, for process 1 of a local system: the root read-only, `data`
-//! over it, memory, and of devices only those that are none.
+//! The filesystems of a robot, for process 1 of a local system: the root read-only, `data` on top
+//! of it, memory filesystems, and only virtual devices.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -14,36 +14,36 @@ use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 
 use super::units::Mount;
 
-/// Devices that stand for nothing of the machine (null(4), random(4), tty(4)).
+/// Virtual devices, independent of the machine (null(4), random(4), tty(4)).
 const DEVICES: [&str; 6] = ["full", "null", "random", "tty", "urandom", "zero"];
 
 /// Links that programs expect in `/dev` (proc(5)).
 const LINKS: [(&str, &str); 4] = [("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")];
 
-/// Where the kernel's log would be written.
+/// The path of the kernel's log.
 pub(super) const KERNEL_LOG: &str = "dev/kmsg";
 
-/// A file in the place of the kernel's host name, which a user namespace may not write.
+/// A file that replaces the kernel's host name, which a user namespace may not write.
 pub(super) const HOSTNAME: &str = "dev/hostname";
 
-/// A path of the root, whatever links it has on its way: they never lead out of the root.
+/// Resolves a path in the root; links on the way never lead out of the root.
 pub(super) fn within(root: &Utf8Path, path: &Utf8Path) -> Result<OwnedFd> {
     let folder = File::open(root).with_context(|| format!("opening {root}"))?;
     let relative = path.strip_prefix("/").unwrap_or(path);
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     openat2(folder.as_fd(), relative.as_str(), flags, Mode::empty(), ResolveFlags::IN_ROOT)
-        .with_context(|| format!("looking for {path}"))
+        .with_context(|| format!("resolving {path}"))
 }
 
-/// A path by which an open file can be named.
+/// A path that refers to an open file.
 pub(super) fn by_descriptor(fd: &impl AsRawFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// Mounts all that is there before the first service runs.
+/// Mounts everything that exists before the first service runs.
 ///
 /// # Errors
-/// What the kernel does not allow.
+/// What the kernel does not permit.
 pub(super) fn before(root: &Utf8Path, data: &Utf8Path, mounts: &[Mount]) -> Result<()> {
     mount_bind(root.as_str(), root.as_str()).with_context(|| format!("mounting {root}"))?;
     restrict(root, MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID)?;
@@ -74,7 +74,7 @@ pub(super) fn before(root: &Utf8Path, data: &Utf8Path, mounts: &[Mount]) -> Resu
     machine_id(root)
 }
 
-/// Shows a folder of the host's, read-only, where Python looks for the API first.
+/// Mounts a directory of the host, read-only, where Python looks for the API first.
 pub(super) fn site(root: &Utf8Path, site: &Utf8Path) -> Result<()> {
     let at = root.join("data").join(super::SITE);
     mount_bind(site.as_str(), at.as_str()).with_context(|| format!("mounting {site}"))?;
@@ -97,14 +97,15 @@ pub(super) fn place(root: &Utf8Path, entry: &Mount) -> Result<()> {
 
 fn memory(at: &Utf8Path, options: &str) -> Result<()> {
     let flags = MountFlags::NODEV | MountFlags::NOSUID;
-    let options = std::ffi::CString::new(options).context("options have no zero byte")?;
+    let options = std::ffi::CString::new(options).context("options contain a zero byte")?;
     mount("tmpfs", at.as_str(), "tmpfs", flags, options.as_c_str())
         .with_context(|| format!("mounting memory at {at}"))
 }
 
-/// Adds to a mount's flags. Those that it has must stay: a user namespace may not take them off.
+/// Adds flags to a mount. Existing flags must be kept: a user namespace may not remove them.
 fn restrict(at: &Utf8Path, more: MountFlags) -> Result<()> {
-    let now = statvfs(at.as_str()).with_context(|| format!("looking at {at}"))?.f_flag;
+    let now =
+        statvfs(at.as_str()).with_context(|| format!("reading the mount flags of {at}"))?.f_flag;
     let kept = [
         (StatVfsMountFlags::RDONLY, MountFlags::RDONLY),
         (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
@@ -134,7 +135,7 @@ fn devices(dev: &Utf8Path) -> Result<()> {
     mkfifoat(CWD, dev.join("kmsg").as_str(), Mode::from_raw_mode(0o600)).context("making kmsg")
 }
 
-/// What the initrd and systemd do on a robot: the id that is kept on `data`, else a new one.
+/// Like the initrd and systemd on a robot: the id that is kept on `data`, else a new one.
 fn machine_id(root: &Utf8Path) -> Result<()> {
     let kept = fs::read_to_string(root.join("data/identity/machine-id")).unwrap_or_default();
     let hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
@@ -144,7 +145,7 @@ fn machine_id(root: &Utf8Path) -> Result<()> {
             let mut uuid = String::new();
             File::open("/proc/sys/kernel/random/uuid")
                 .and_then(|mut file| file.read_to_string(&mut uuid))
-                .context("asking the kernel for an id")?;
+                .context("reading a new id from the kernel")?;
             uuid.trim().replace('-', "")
         }
     };

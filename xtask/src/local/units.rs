@@ -1,8 +1,8 @@
-//! What a root file system would start on a robot, read from its own unit files: which services, in which
-//! order, with which environment. Pure but for reading; nothing is started here.
+//! What a root filesystem would start on a robot, from its own unit files: which services, in which
+//! order, with which environment. Only reads files; starts nothing.
 //!
-//! Services that overlays bring are run; the base system's own need systemd, D-Bus or hardware. What such a
-//! service asks of systemd and does not get here is told, unless it only confines the service.
+//! Services of overlays are run; the base system's own services need systemd, D-Bus or hardware.
+//! Unsupported settings of a service are reported, unless they only restrict the service.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,16 +13,16 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-/// Where unit files lie; what lies in the first replaces what lies in the second (systemd.unit(5)).
+/// The directories of unit files; the first one overrides the second one (systemd.unit(5)).
 const FOLDERS: [&str; 2] = ["etc/systemd/system", "usr/lib/systemd/system"];
 
-/// How long a service may take to start when it does not say (systemd-system.conf(5)).
+/// The default start timeout of a service (systemd-system.conf(5)).
 const START_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// How long systemd waits before it starts a service again (systemd.service(5)).
+/// The default delay before systemd restarts a service (systemd.service(5)).
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
 
-/// Starts of settings that only keep something from a service, or matter to `systemctl` alone.
+/// Prefixes of settings that only restrict a service, or only affect `systemctl`.
 const CONFINEMENT: [&str; 24] = [
     "AmbientCapabilities",
     "Capability",
@@ -50,7 +50,7 @@ const CONFINEMENT: [&str; 24] = [
     "TimeoutStop",
 ];
 
-/// When a service counts as started.
+/// When a service is considered started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Start {
@@ -58,11 +58,11 @@ pub enum Start {
     Ended,
     /// When its program runs.
     Running,
-    /// When its program says so (sd_notify(3)).
+    /// When its program reports it (sd_notify(3)).
     Notified,
 }
 
-/// When a service that has ended is started again.
+/// When a service that has ended is restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Again {
@@ -70,7 +70,7 @@ pub enum Again {
     No,
     /// When it has failed.
     Failed,
-    /// Whatever its end was.
+    /// Always.
     Always,
 }
 
@@ -80,7 +80,7 @@ pub enum Again {
 pub struct Exec {
     /// The program and its arguments.
     pub words: Vec<String>,
-    /// Its failure counts for nothing.
+    /// Its failure is ignored.
     pub may_fail: bool,
 }
 
@@ -88,108 +88,108 @@ pub struct Exec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Condition {
-    /// As the unit has it, for messages.
+    /// The condition as in the unit, for messages.
     pub text: String,
-    /// What is looked at.
+    /// What is checked.
     pub test: Test,
-    /// It must not hold.
+    /// The condition is negated.
     pub negated: bool,
 }
 
-/// What a condition looks at.
+/// The kinds of conditions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Test {
-    /// Whether something lies at a path.
+    /// Whether a path exists.
     Exists(Utf8PathBuf),
-    /// Whether a program does.
+    /// Whether an executable file exists.
     Executable(Utf8PathBuf),
-    /// Whether a file with content does.
+    /// Whether a non-empty file exists.
     NotEmpty(Utf8PathBuf),
-    /// Whether a folder with entries does.
+    /// Whether a non-empty directory exists.
     Populated(Utf8PathBuf),
-    /// Whether this is a container: it is.
+    /// Whether this is a container: always true.
     Container,
 }
 
-/// A service, as far as it is followed here.
+/// A service, as far as its settings are supported here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Unit {
     /// Its name, such as `proxy.service`.
     pub name: String,
-    /// Without these it is skipped.
+    /// Its conditions; the service is skipped when one fails.
     pub conditions: Vec<Condition>,
-    /// Services that come before it.
+    /// Services that start before it.
     pub after: Vec<String>,
-    /// Services that come after it, as it says itself.
+    /// Services that start after it, from its own unit.
     #[serde(skip)]
     pub ahead_of: Vec<String>,
-    /// When it counts as started.
+    /// When it is considered started.
     pub start: Start,
-    /// What runs first, one after the other.
+    /// Programs that run first, one after the other.
     pub before: Vec<Exec>,
-    /// What it is.
+    /// Its main programs.
     pub programs: Vec<Exec>,
     /// Variables.
     pub environment: Vec<(String, String)>,
     /// Files of variables, and whether each may be missing.
     pub environment_files: Vec<(Utf8PathBuf, bool)>,
-    /// Where its programs start.
+    /// The working directory of its programs.
     pub folder: Utf8PathBuf,
-    /// Folders below `/run` that are made for it, and their mode.
+    /// Directories below `/run` that are created for it.
     pub runtime: Vec<String>,
     /// Their mode.
     pub runtime_mode: u32,
     /// Its umask.
     pub umask: u32,
-    /// It has a user of its own, who is not root.
+    /// Whether it has its own user, who is not root.
     pub own_user: bool,
-    /// When it is started again.
+    /// When it is restarted.
     pub again: Again,
-    /// After this time.
+    /// The delay before a restart.
     pub pause: Duration,
     /// How long it may take to start.
     pub timeout: Duration,
 }
 
-/// Something that the root's fstab mounts.
+/// A mount from the root's fstab.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Mount {
-    /// Where.
+    /// The mount point.
     pub at: Utf8PathBuf,
-    /// What lies there: a path of the same root, or memory.
+    /// The source: a path of the same root, or memory.
     pub what: Option<Utf8PathBuf>,
     /// For memory: its options (tmpfs(5)).
     pub options: String,
-    /// The service that must have run before.
+    /// The service that must have run first.
     pub after: Option<String>,
 }
 
-/// What a root would start.
+/// The services and mounts of a root.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct System {
     /// Services of overlays.
     pub units: Vec<Unit>,
-    /// Enabled units that are not run here: the base system's own, and what is no service.
+    /// Enabled units that are not run here: the base system's own, and units that are not services.
     pub left_out: Vec<String>,
-    /// What services ask for and do not get here.
+    /// Settings of services that are not supported here.
     pub notes: Vec<String>,
-    /// What fstab mounts.
+    /// The mounts of fstab.
     pub mounts: Vec<Mount>,
-    /// Addresses that must answer for the system to be well (`/etc/slotd/health.d`).
+    /// Addresses that must answer for the system to be healthy (`/etc/slotd/health.d`).
     pub addresses: Vec<Address>,
 }
 
-/// An address of a declared health check; only the system itself reaches it.
+/// An address of a declared health check; only the system itself can reach it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Address {
-    /// Such as `http://127.0.0.1:80/health`.
+    /// The address, such as `http://127.0.0.1:80/health`.
     pub url: String,
-    /// The status that it must answer with.
+    /// The expected status code.
     #[serde(default = "good")]
     pub status: u16,
 }
@@ -198,17 +198,17 @@ fn good() -> u16 {
     200
 }
 
-/// Reads what `root` would start. `overlay` lists the paths that overlays bring, without a leading slash.
+/// Reads what `root` would start. `overlay` lists the paths of overlays, without a leading slash.
 ///
 /// # Errors
-/// A unit of an overlay that is malformed, asks for what is not known, or waits for itself.
+/// A unit of an overlay that is malformed, has an unsupported setting, or depends on itself.
 pub fn read(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<System> {
     let mut system = System { mounts: mounts(root)?, ..System::default() };
     for name in enabled(root)? {
         let there = |dir: &&&str| root.join(dir).join(&name).symlink_metadata().is_ok();
         let dir = FOLDERS.iter().find(there).copied();
         let path = Utf8Path::new(dir.unwrap_or_default()).join(&name);
-        // Masked (systemctl(1)): as good as not there.
+        // Masked (systemctl(1)): treated as missing.
         if fs::read_link(root.join(&path)).is_ok_and(|to| to == Path::new("/dev/null")) {
             continue;
         }
@@ -226,7 +226,7 @@ pub fn read(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<System> 
     Ok(system)
 }
 
-/// The names that a target wants or requires.
+/// The units that a target wants or requires.
 fn enabled(root: &Utf8Path) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     let folder = root.join(FOLDERS[0]);
@@ -238,7 +238,7 @@ fn enabled(root: &Utf8Path) -> Result<BTreeSet<String>> {
     Ok(names)
 }
 
-/// The names in a folder, sorted; none without one.
+/// The names in a directory, sorted; empty if it does not exist.
 fn listing(folder: &Utf8Path) -> Result<Vec<String>> {
     if !folder.is_dir() {
         return Ok(Vec::new());
@@ -252,7 +252,7 @@ fn listing(folder: &Utf8Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// A unit's file and what its drop-ins add, by name, those of the first folder counting.
+/// A unit's file and its drop-ins, by name; those of the first directory override others.
 fn with_drop_ins(root: &Utf8Path, dir: &str, name: &str) -> Result<String> {
     let get = |path: &Utf8Path| {
         fs::read_to_string(root.join(path)).with_context(|| format!("reading /{path}"))
@@ -271,7 +271,7 @@ fn with_drop_ins(root: &Utf8Path, dir: &str, name: &str) -> Result<String> {
     Ok(text)
 }
 
-/// Settings as `section`, `key`, `value`, in order; an empty value takes back those before it.
+/// Settings as `section`, `key`, `value`, in order; an empty value resets earlier ones.
 fn settings(text: &str) -> Result<Vec<(String, String, String)>> {
     let joined = text.replace("\\\n", " ");
     let mut section = String::new();
@@ -297,7 +297,7 @@ fn settings(text: &str) -> Result<Vec<(String, String, String)>> {
     Ok(found)
 }
 
-/// Understands a service.
+/// Parses a service.
 fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
     let mut unit = Unit {
         name: name.to_owned(),
@@ -372,7 +372,9 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
                 unit.timeout = time(&value).with_context(doing)?;
             }
             ("Service", key) if CONFINEMENT.iter().any(|start| key.starts_with(start)) => {}
-            ("Service", _) => notes.push(format!("{name}: {} is not followed", doing())),
+            ("Service", _) => {
+                notes.push(format!("{name}: {} is not supported here and ignored", doing()))
+            }
             _ => {}
         }
     }
@@ -397,9 +399,9 @@ fn condition(key: &str, value: &str) -> Result<Condition> {
         ("ConditionDirectoryNotEmpty", _) => Test::Populated(path()),
         ("ConditionVirtualization", "container") => Test::Container,
         _ => bail!(
-            "`{key}={value}` is not known here\n\
-             help: known are PathExists, FileIsExecutable, FileNotEmpty, DirectoryNotEmpty, and \
-             ConditionVirtualization=!container for what needs hardware"
+            "`{key}={value}` is not supported here\n\
+             help: supported are PathExists, FileIsExecutable, FileNotEmpty, DirectoryNotEmpty, \
+             and ConditionVirtualization=!container for services that need hardware"
         ),
     };
     Ok(Condition { text: format!("{key}={value}"), test, negated })
@@ -408,16 +410,16 @@ fn condition(key: &str, value: &str) -> Result<Condition> {
 fn exec(value: &str) -> Result<Exec> {
     let bare = value.trim_start_matches(['-', '@', ':', '+', '!']);
     let prefix = &value[..value.len() - bare.len()];
-    ensure!(!prefix.contains('@'), "the prefix @ is not known here");
+    ensure!(!prefix.contains('@'), "the prefix @ is not supported here");
     let words = words(bare)?;
     ensure!(words.first().is_some_and(|w| w.starts_with('/')), "expected an absolute path");
     Ok(Exec { words, may_fail: prefix.contains('-') })
 }
 
-/// Words without anything that systemd would replace.
+/// Words without specifiers, quotes or variables.
 fn words(text: &str) -> Result<Vec<String>> {
     if let Some(c) = text.chars().find(|c| ['"', '\'', '\\', '$', '%'].contains(c)) {
-        bail!("`{c}` is not known here: only plain words are");
+        bail!("`{c}` is not supported here: only plain words are");
     }
     Ok(text.split_whitespace().map(str::to_owned).collect())
 }
@@ -443,7 +445,8 @@ fn time(text: &str) -> Result<Duration> {
     Ok(total)
 }
 
-/// Sorts services so that each comes after those that it waits for, and forgets what is not among them.
+/// Sorts services so that each comes after its dependencies, and drops dependencies that are not
+/// among them.
 fn in_order(units: &mut Vec<Unit>) -> Result<()> {
     let names: BTreeSet<String> = units.iter().map(|unit| unit.name.clone()).collect();
     let said: Vec<(String, Vec<String>)> =
@@ -458,7 +461,7 @@ fn in_order(units: &mut Vec<Unit>) -> Result<()> {
         let ready = |unit: &Unit| unit.after.iter().all(|o| placed.iter().any(|p| p.name == *o));
         let Some(next) = units.iter().position(ready) else {
             let names: Vec<&str> = units.iter().map(|unit| unit.name.as_str()).collect();
-            bail!("these services wait for each other: {}", names.join(", "));
+            bail!("these services depend on each other in a circle: {}", names.join(", "));
         };
         placed.push(units.remove(next));
     }
@@ -466,7 +469,7 @@ fn in_order(units: &mut Vec<Unit>) -> Result<()> {
     Ok(())
 }
 
-/// What fstab mounts, but for the root: memory, and parts of `data` at other places.
+/// The mounts of fstab, except the root: memory, and bind mounts of `data`.
 fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
     let path = root.join("etc/fstab");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
@@ -478,7 +481,7 @@ fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
         let what = match kind {
             "tmpfs" => None,
             _ if has("bind") => Some(Utf8PathBuf::from(what)),
-            // The slot's own line; anything else would be a partition.
+            // The line of the slot; any other source would be a partition.
             _ => continue,
         };
         let own = |option: &&str| ["mode=", "size="].iter().any(|key| option.starts_with(key));
@@ -545,7 +548,7 @@ mod tests {
         assert_eq!((unit.pause.as_secs(), unit.timeout.as_secs()), (2, 90));
         assert_eq!((unit.runtime_mode, unit.umask, unit.own_user), (0o700, 0o077, true));
         assert_eq!(unit.folder, "/run/x");
-        assert_eq!(notes, ["x.service: `LimitNOFILE=5` is not followed"]);
+        assert_eq!(notes, ["x.service: `LimitNOFILE=5` is not supported here and ignored"]);
     }
 
     #[test]
@@ -560,14 +563,14 @@ mod tests {
     fn what_is_not_known_is_refused_by_name() {
         for (text, why) in [
             ("[Service]\nType=forking\nExecStart=/x\n", "`Type=forking`: expected oneshot"),
-            ("[Service]\nExecStart=/x \"a b\"\n", "`\"` is not known here"),
-            ("[Service]\nExecStart=/x %i\n", "`%` is not known here"),
+            ("[Service]\nExecStart=/x \"a b\"\n", "`\"` is not supported here"),
+            ("[Service]\nExecStart=/x %i\n", "`%` is not supported here"),
             ("[Service]\nExecStart=x\n", "expected an absolute path"),
             ("[Service]\nType=exec\n", "expected one ExecStart=, found 0"),
             ("[Service]\nExecStart=/x\nExecStart=/y\n", "expected one ExecStart=, found 2"),
             (
                 "[Unit]\nConditionHost=x\n[Service]\nExecStart=/x\n",
-                "`ConditionHost=x` is not known",
+                "`ConditionHost=x` is not supported",
             ),
             ("[Service]\nExecStart=/x\nRestartSec=2 fortnights\n", "RestartSec=2 fortnights"),
             ("nonsense\n", "found `nonsense`"),
@@ -656,6 +659,6 @@ mod tests {
         let (_guard, root) = root(&files, &["a.service", "b.service"]);
         let overlay = files.iter().map(|(path, _)| Utf8PathBuf::from(*path)).collect();
         let error = read(&root, &overlay).unwrap_err().to_string();
-        assert_eq!(error, "these services wait for each other: a.service, b.service");
+        assert_eq!(error, "these services depend on each other in a circle: a.service, b.service");
     }
 }

@@ -1,5 +1,5 @@
-//! A slot's file system as a folder, unpacked by an ordinary user: each file's bytes, mode and time, and no
-//! owners, since a user has only one.
+//! Unpacks a slot's filesystem to a directory as an ordinary user: each file's bytes, mode and
+//! time, but no owners, since a user cannot set them.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
@@ -17,23 +17,24 @@ use crate::artifact::{partial, write_large};
 use crate::diff;
 use crate::progress::{Step, Unit};
 
-/// The permissions that are kept. A program that gets another's rights would get those of whoever unpacked it.
+/// The permissions that are kept. A set-user-id program would get the privileges of the user who
+/// unpacked it.
 const MODE: u16 = 0o1777;
 
-/// The kernel's id of this start (random(4)).
+/// The kernel's id of the current boot (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Unpacks `image` to `out`, unless what lies there is the same already. `key` stands for the image's content,
-/// `used` is what it holds, in bytes. Returns whether there was anything to do.
+/// Unpacks `image` to `out`, unless `out` has the same content already. `key` identifies the
+/// image's content, `used` is the size of its content in bytes. Returns whether it was unpacked.
 ///
 /// # Errors
-/// An image that cannot be read, a full disk; nothing lies at `out` then.
+/// An image that cannot be read, a full disk; `out` does not exist then.
 pub(super) fn unpack(image: &Utf8Path, key: &str, used: u64, out: &Utf8Path) -> Result<bool> {
-    // Nothing is flushed, which would take longer than unpacking again: after a restart, which may have been a
-    // power cut, it does not count.
+    // Nothing is flushed, which would take longer than unpacking again: after a reboot, which may
+    // have been a power cut, the directory is not used.
     let boot = fs::read_to_string(BOOT_ID).with_context(|| format!("reading {BOOT_ID}"))?;
     let key = format!("{key}\n{boot}");
-    // Written last: what an interrupted run has left has none, or another one.
+    // Written last: after an interrupted run it is missing or different.
     let stamp = out.with_extension("key");
     if out.is_dir() && fs::read_to_string(&stamp).is_ok_and(|kept| kept == key) {
         return Ok(false);
@@ -42,7 +43,7 @@ pub(super) fn unpack(image: &Utf8Path, key: &str, used: u64, out: &Utf8Path) -> 
     for old in [&stamp, &fresh, &out.to_owned()] {
         remove(old)?;
     }
-    let step = Step::new("unpack", "the root file system", used, Unit::Bytes);
+    let step = Step::new("unpack", "the root filesystem", used, Unit::Bytes);
     let filesystem = diff::open(image, 0)?;
     tree(&filesystem, fresh.as_std_path(), &step).with_context(|| format!("unpacking {image}"))?;
     fs::rename(&fresh, out).with_context(|| format!("renaming {fresh}"))?;
@@ -50,7 +51,7 @@ pub(super) fn unpack(image: &Utf8Path, key: &str, used: u64, out: &Utf8Path) -> 
     Ok(true)
 }
 
-/// Removes a file or a folder, if it is there.
+/// Removes a file or a directory, if it exists.
 ///
 /// # Errors
 /// When it cannot be removed.
@@ -106,12 +107,12 @@ fn tree(filesystem: &Ext4, out: &Path, step: &Step) -> Result<()> {
                     file.set_modified(time).with_context(doing)?;
                     file.set_permissions(mode(about.mode())).with_context(doing)?;
                 }
-                // Devices and the like: a user may make none, and no image has any.
+                // Devices and the like: a user may not create them, and images do not contain any.
                 _ => {}
             }
         }
     }
-    // From the deepest on: a folder that may not be written is closed last.
+    // The deepest first: a read-only directory must get its mode last.
     for (path, bits) in folders.iter().rev() {
         fs::set_permissions(path, mode(*bits))
             .with_context(|| format!("writing {}", path.display()))?;
@@ -129,7 +130,7 @@ mod tests {
     use crate::exec::{Tool, find};
     use camino::Utf8PathBuf;
 
-    /// A file system with a folder that may not be written, made by the usual tool.
+    /// A filesystem with a read-only directory, created by the usual tool.
     fn image(folder: &Utf8Path) -> Utf8PathBuf {
         let source = folder.join("source");
         let inner = source.join("usr/bin");
@@ -164,7 +165,7 @@ mod tests {
         fs::write(out.join("mine"), "").unwrap();
         assert!(!unpack(&image, "one", 1 << 20, &out).unwrap());
         assert!(out.join("mine").exists());
-        // What an interrupted run has left does not count.
+        // The remains of an interrupted run are not used.
         fs::set_permissions(out.join("usr/bin"), Permissions::from_mode(0o755)).unwrap();
         fs::create_dir(partial(&out)).unwrap();
         assert!(unpack(&image, "two", 1 << 20, &out).unwrap());

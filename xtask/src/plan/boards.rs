@@ -1,5 +1,6 @@
-//! The rules of a board, and its part of the plan: partitions and roles, addresses in the smallest machine's memory,
-//! the boot state's place on the card, what one engine or one kernel only can start.
+//! The rules of a board, and its part of the plan: partitions and roles, addresses in the smallest
+//! machine's memory, the boot state's place on the card, what only one engine or one kernel can
+//! boot.
 
 use super::{BoardPlan, EarlierCard, Origin, cmdline};
 use crate::config::board::{
@@ -12,11 +13,15 @@ use crate::disk::layout::{self, DiskRequest, Filesystem, Layout, PartitionReques
 /// Alignment of partitions without a `start` of their own: erase blocks of cards are 4 MiB.
 const ALIGNMENT: u64 = 4 << 20;
 
-/// The rules of a board by itself, and of a product for it.
+/// Checks the rules of a board, and of a product on it.
 pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
     if board.arch.value != "arm64" {
         let message = format!("`arch`: expected \"arm64\", found \"{}\"", board.arch.value);
-        out.push(Finding::new(&board.arch.place, message, "no engine builds another one yet"));
+        out.push(Finding::new(
+            &board.arch.place,
+            message,
+            "no engine supports another architecture yet",
+        ));
     }
     let flow = board.boot_flow.value;
     let needed: &[&str] = match flow {
@@ -35,7 +40,7 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
     for partition in &board.partitions {
         let role = partition.role.value.0.as_str();
         if !needed.contains(&role) {
-            let message = format!("`{role}` is no role of this boot flow");
+            let message = format!("this boot flow has no role `{role}`");
             out.push(Finding::new(
                 &partition.role.place,
                 message,
@@ -72,8 +77,8 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
                 "add the day of the oldest EEPROM release that can try a slot",
             ),
             BootFlow::Uboot => (
-                "`eeprom-since` is of no use to the flow \"uboot\"",
-                "remove it: only the flow \"tryboot\" asks the firmware for anything",
+                "`eeprom-since` has no meaning with the flow \"uboot\"",
+                "remove it: only the flow \"tryboot\" depends on the EEPROM's release",
             ),
         };
         out.push(Finding::new(place, message, help));
@@ -82,7 +87,7 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         out.push(Finding::new(
             &first.place,
             format!("`disk.trust.offsets`: expected 2 copies, found {}", board.disk.trust.len()),
-            "two copies are written alternately, so that one of them is always whole",
+            "two copies are written alternately, so that one of them is always intact",
         ));
     }
     let expected = if flow == BootFlow::Uboot { 2 } else { 0 };
@@ -95,7 +100,7 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         out.push(Finding::new(
             place,
             message,
-            "the boot state is kept in two copies by the flow \"uboot\" only",
+            "only the flow \"uboot\" uses a boot state, in two copies",
         ));
     }
     if flow == BootFlow::Uboot {
@@ -114,7 +119,7 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
     check_memory(board, out);
 }
 
-/// Gives every partition its place.
+/// Assigns an offset to every partition.
 pub(super) fn place(
     disk: &Disk,
     partitions: &[Partition],
@@ -143,7 +148,7 @@ pub(super) fn place(
         Ok(layout) => Some(layout),
         Err(messages) => {
             for message in messages {
-                // The finding stands where the first partition that it names is written.
+                // The place of the finding is that of the first partition that it names.
                 let named = |p: &&Partition| message.contains(&format!("`{}`", p.role.value.0));
                 let place =
                     partitions.iter().find(named).map_or(&disk.size.place, |p| &p.size.place);
@@ -179,7 +184,7 @@ pub(super) fn plan(product: &Product, board: &Board, earlier: Vec<EarlierCard>) 
     let mut cmdline = plain(&kernel.cmdline);
     // The last one is /dev/console.
     cmdline.extend(console.iter().map(|c| format!("console={},{}", c.device, c.baud)));
-    // A module's parameter: modprobe takes it from here (kernel-parameters.txt).
+    // A module's parameter: modprobe reads it from the command line (kernel-parameters.txt).
     let country = product.network.country.iter();
     cmdline.extend(country.map(|code| format!("cfg80211.ieee80211_regdom={code}")));
     let lists = [
@@ -216,7 +221,7 @@ fn plain(list: &[Located<String>]) -> Vec<String> {
     list.iter().map(|located| located.value.clone()).collect()
 }
 
-/// The product's word counts, the board's speed.
+/// The product decides about the device, the board about the speed.
 fn console(product: &Product, board: &Board) -> Option<Console> {
     let baud = board.console.baud;
     match &product.console {
@@ -225,7 +230,7 @@ fn console(product: &Product, board: &Board) -> Option<Console> {
     }
 }
 
-/// How many of a list's elements stand in which file, in order.
+/// How many of a list's elements are from which file, in order.
 fn origins(list: &'static str, values: &[Located<String>]) -> Vec<Origin> {
     let mut origins: Vec<Origin> = Vec::new();
     for value in values {
@@ -237,7 +242,7 @@ fn origins(list: &'static str, values: &[Located<String>]) -> Vec<Origin> {
     origins
 }
 
-/// Where things lie on cards that were flashed earlier. They had the same partitions.
+/// The layouts of cards that were flashed earlier. They had the same partitions.
 pub(super) fn earlier(board: &Board, out: &mut Vec<Finding>) -> Vec<EarlierCard> {
     let mut cards = Vec::new();
     for card in &board.earlier {
@@ -245,7 +250,7 @@ pub(super) fn earlier(board: &Board, out: &mut Vec<Finding>) -> Vec<EarlierCard>
             let role = &partition.role.value.0;
             if !card.partitions.iter().any(|p| p.role.value.0 == *role) {
                 let message = format!("`earlier-cards` until {} have no `{role}`", card.until);
-                let help = "every card has all roles; what a card cannot hold, no update can use";
+                let help = "every card has all roles: define the missing one";
                 out.push(Finding::new(&card.place, message, help));
             }
         }
@@ -267,7 +272,8 @@ pub(super) fn earlier(board: &Board, out: &mut Vec<Finding>) -> Vec<EarlierCard>
     cards
 }
 
-/// A robot knows its card by the number and the place of the slot that it runs from.
+/// A robot recognises the layout of its card by the number and the offset of the slot that it runs
+/// from.
 fn check_told_apart(card: &Earlier, earlier: &Layout, now: &Layout, out: &mut Vec<Finding>) {
     let slots = |layout: &'_ Layout| -> Vec<(u32, u64)> {
         let slots = layout.partitions.iter().filter(|p| p.name.starts_with("root-"));
@@ -275,9 +281,12 @@ fn check_told_apart(card: &Earlier, earlier: &Layout, now: &Layout, out: &mut Ve
     };
     let (before, after) = (slots(earlier), slots(now));
     if before.iter().any(|slot| after.contains(slot)) {
-        let message =
-            format!("`earlier-cards` until {} have a slot where the board has one", card.until);
-        let help = "the robot could not tell the cards apart: move the slots, or remove this table";
+        let message = format!(
+            "`earlier-cards` until {} have a slot at the same offset as the board",
+            card.until
+        );
+        let help =
+            "the robot could not distinguish the cards: move the slots, or remove this table";
         out.push(Finding::new(&card.place, message, help));
     }
 }
@@ -298,12 +307,13 @@ fn check_kernel(product: &Product, board: &Board, out: &mut Vec<Finding>) {
     }
 }
 
-/// A cut in the midst of a write may lose what lies beside it in the same unit of the card's flash: 4 MiB is common, 8 MiB
-/// is what others who keep raw state on cards leave (Mender, rpi-image-gen).
+/// A power cut during a write may destroy neighbouring data in the same erase unit of the card's
+/// flash: 4 MiB is common, 8 MiB is the distance that other tools with raw state on cards keep
+/// (Mender, rpi-image-gen).
 const APART: u64 = 8 << 20;
 
-/// Each copy of the boot state, and of what is trusted, is alone in its unit of flash: neither another copy, nor the
-/// table, nor a partition.
+/// Each copy of the boot state and of the trust record must be alone in its erase unit: without
+/// another copy, the partition table or a partition.
 fn check_states(board: &Board, out: &mut Vec<Finding>) {
     let mut taken = vec![(0, "the partition table".to_owned())];
     let first = (board.disk.first_partition.value.0, "the first partition".to_owned());
@@ -315,27 +325,27 @@ fn check_states(board: &Board, out: &mut Vec<Finding>) {
         let near = taken.iter().chain([&first]);
         for (other, name) in near.filter(|(other, _)| here.abs_diff(*other) < APART) {
             let message = format!(
-                "{this} (at {}) lies {} from {name}, expected {} or more",
+                "{this} (at {}) is {} away from {name}, expected {} or more",
                 layout::exact(here),
                 layout::exact(here.abs_diff(*other)),
                 layout::exact(APART)
             );
-            let help =
-                "a cut while one of them is written may lose the other: they share a unit of flash";
+            let help = "a power cut while one of them is written may destroy the other: they share \
+             an erase unit";
             out.push(Finding::new(&state.place, message, help));
         }
         taken.push((here, this));
     }
 }
 
-/// What a boot script loads: its key, and the most that it may take.
+/// What a boot script loads: its key, and its maximum size.
 const LOADED: [(&str, u64); 4] = [
-    // With a copy to compare with, at 0x1000.
+    // Including a copy for comparison, at 0x1000.
     ("state-address", 0x2000),
-    // An initrd of ours has some 2 MiB.
+    // Slipway's initrd has about 2 MiB.
     ("initrd-address", 32 << 20),
     ("fdt-address", 1 << 20),
-    // Packed; Debian's has 14 MiB, Buildroot's is not packed and has 24.
+    // Debian's has 14 MiB compressed, Buildroot's is uncompressed and has 24 MiB.
     ("kernel-address", 48 << 20),
 ];
 
@@ -351,7 +361,7 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
     for (key, size) in LOADED {
         match (number(key), board.uboot.get(key)) {
             (Some(address), _) => regions.push((key, address, size)),
-            // The machine's own tree lies where it lies.
+            // The address of the machine's own tree is fixed.
             (None, None) if key == "fdt-address" => {}
             (None, found) => {
                 let found = found.map_or("none".to_owned(), |text| format!("\"{text}\""));
@@ -376,7 +386,7 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
                  which the smallest machine has free"
             );
             let help = format!(
-                "the smallest machine of `compatible` has {}; U-Boot loads nothing beyond it",
+                "the smallest machine of `compatible` has {} of memory",
                 layout::exact(smallest)
             );
             out.push(Finding::new(place, message, help));

@@ -1,20 +1,22 @@
-//! The kernel's command line: what a boot flow carries to the kernel as it was written, and what the kernel makes of it.
+//! The kernel's command line: which arguments reach the kernel unchanged through the boot flow, and
+//! how the kernel parses them.
 
 use crate::config::board::{Board, BootFlow};
 use crate::config::reader::Finding;
 
-/// What arm64 takes with the final zero (`COMMAND_LINE_SIZE`, arch/arm64/include/uapi/asm/setup.h).
+/// The maximum length on arm64 including the final zero (`COMMAND_LINE_SIZE`,
+/// arch/arm64/include/uapi/asm/setup.h).
 const KERNEL_TAKES: usize = 2048;
 
-/// Left for what the boot files, U-Boot and the Raspberry Pi's firmware put on the line themselves: some 200 bytes and
-/// some 600 bytes.
+/// Reserved for the arguments of the boot files and U-Boot (about 200 bytes), and of the Raspberry
+/// Pi's firmware (about 600 bytes).
 const RESERVED: usize = 1024;
 
-/// Arguments that the boot files set, each slot its own.
+/// Arguments that the boot files set for each slot.
 const OURS: [&str; 5] =
     ["root", "slipway.slot", "slipway.trial", "slipway.unloadable", "slipway.tryboot"];
 
-/// Characters that mean something to U-Boot's shell, in which the script sets the line.
+/// Characters with a meaning in U-Boot's shell, in which the script sets the line.
 const SHELL: &str = "\"'`$\\;&|";
 
 /// The rules of `kernel.cmdline`.
@@ -28,11 +30,12 @@ pub(super) fn check(board: &Board, out: &mut Vec<Finding>) {
     let length: usize = board.kernel.cmdline.iter().map(|word| word.value.len() + 1).sum();
     if let (Some(last), true) = (board.kernel.cmdline.last(), length > KERNEL_TAKES - RESERVED) {
         let message = format!(
-            "`kernel.cmdline` has {length} bytes, at most {}: the kernel takes {} in all and drops the rest",
+            "`kernel.cmdline` has {length} bytes, the maximum is {}: the kernel accepts {} in \
+             total and drops the rest",
             KERNEL_TAKES - RESERVED,
             KERNEL_TAKES - 1
         );
-        let help = "settings of modules belong into /etc/modprobe.d of an overlay";
+        let help = "move settings of modules to /etc/modprobe.d of an overlay";
         out.push(Finding::new(&last.place, message, help));
     }
 }
@@ -41,15 +44,16 @@ pub(super) fn check(board: &Board, out: &mut Vec<Finding>) {
 fn wrong(word: &str, flow: BootFlow) -> Option<(String, &'static str)> {
     const ONE: &str = "write one argument: `name` or `name=value`";
     let name = word.trim_start_matches('"').split(['=', ' ']).next().unwrap_or_default();
-    // The kernel takes a dash for an underscore; `--` ends its arguments.
+    // The kernel treats a dash as an underscore; `--` ends its arguments.
     if word.trim().is_empty() || name == "--" {
-        return Some(("is no argument of the kernel".to_owned(), ONE));
+        return Some(("is not an argument of the kernel".to_owned(), ONE));
     }
     if OURS.contains(&name) {
         let why = format!("sets {name}, which the boot files set for each slot");
         return Some((why, "leave it out"));
     }
-    // The last `console=` is /dev/console: one of a port here would speak where the product wants none.
+    // The last `console=` is /dev/console: an additional serial port here would print where the
+    // product disables the console.
     let ports = word.split(' ').filter_map(|part| part.strip_prefix("console="));
     if let Some(port) = ports.into_iter().find(|port| !port.starts_with("tty0")) {
         let why = format!("sets the console {port}");
@@ -64,22 +68,24 @@ fn wrong(word: &str, flow: BootFlow) -> Option<(String, &'static str)> {
     match flow {
         BootFlow::Uboot => {
             let c = word.chars().find(|c| SHELL.contains(*c))?;
-            let why =
-                format!("has the character {c:?}, at which U-Boot's shell would break the line");
-            let help = "write it without: `module.dyndbg=+p` needs no quotes, and options of modules can be \
+            let why = format!("has the character {c:?}, which has a meaning in U-Boot's shell");
+            let help = "remove the character: `module.dyndbg=+p` needs no quotes, and options of \
+             modules can be \
                         in /etc/modprobe.d of an overlay";
             Some((why, help))
         }
         BootFlow::Tryboot if word.matches('"').count() % 2 == 1 => {
-            let why = "has a quote that is not closed: the kernel would take all that follows for its value";
-            Some((why.to_owned(), "close it"))
+            let why = "has a quote that is not closed: the kernel would read the rest of the line \
+             as its value";
+            Some((why.to_owned(), "close the quote"))
         }
         BootFlow::Tryboot => None,
     }
 }
 
-/// The arguments of a line as the kernel takes them apart (`next_arg`, lib/cmdline.c): name, and value without the
-/// quotes around it; a quote that is not closed takes the rest. What stands behind `--` is for init.
+/// The arguments of a line as the kernel takes them apart (`next_arg`, lib/cmdline.c): name, and
+/// value without the quotes around it; a quote that is not closed takes the rest. Arguments after
+/// `--` are for init.
 pub fn arguments(line: &str) -> Vec<(String, Option<String>)> {
     let (mut words, mut word, mut quoted) = (Vec::new(), String::new(), false);
     for c in line.chars() {

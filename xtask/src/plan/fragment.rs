@@ -1,5 +1,5 @@
 //! Fragments: parts of a defconfig in Kconfig's own notation. Parses them with the place of every
-//! line, refuses each form that Kconfig would drop in silence, and merges them. Pure.
+//! line, rejects each form that Kconfig would drop silently, and merges them. Pure.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::config::reader::{Finding, Place};
 
-/// What a line asks a symbol to be.
+/// The value that a line requests for a symbol.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Value {
@@ -37,15 +37,15 @@ impl fmt::Display for Value {
     }
 }
 
-/// One symbol with everything that asks for it.
+/// One symbol with all its requests.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Request {
     /// The symbol's name, with its `BR2_`.
     pub symbol: String,
-    /// What it is to be.
+    /// The requested value.
     pub value: Value,
-    /// Where that is written; several fragments may agree.
+    /// The lines with the request; several fragments may agree.
     pub places: Vec<Place>,
 }
 
@@ -72,7 +72,7 @@ impl Request {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Defconfig(pub Vec<Request>);
 
-/// What a line is.
+/// The kind of a line.
 enum Line {
     Nothing,
     Request(String, Value),
@@ -81,8 +81,8 @@ enum Line {
 
 /// Reads one fragment.
 ///
-/// Kconfig takes only four forms: `X=y`, `X=42`, `X="text"` and `# X is not set`. Whatever else
-/// stands there it ignores, with a warning at best; here it is a finding.
+/// Kconfig accepts only four forms: `X=y`, `X=42`, `X="text"` and `# X is not set`. It ignores
+/// everything else, with a warning at best; here it is a finding.
 pub fn parse(file: &Utf8Path, text: &str) -> (Vec<Request>, Vec<Finding>) {
     let (mut requests, mut findings) = (Vec::new(), Vec::new());
     for (index, line) in text.lines().enumerate() {
@@ -117,8 +117,8 @@ fn classify(line: &str) -> Line {
     }
     let Some((name, value)) = line.split_once('=') else {
         return malformed(
-            "this is neither `SYMBOL=value` nor `# SYMBOL is not set`, so Kconfig ignores it",
-            "write it in one of these forms, or begin the line with `#`",
+            "neither `SYMBOL=value` nor `# SYMBOL is not set`: Kconfig ignores the line",
+            "write the line in one of these forms, or begin it with `#`",
         );
     };
     if name != name.trim() || value != value.trim_start() || full.trim_end_matches('\r') != line {
@@ -132,7 +132,7 @@ fn classify(line: &str) -> Line {
     }
     if !name.starts_with("BR2_") {
         let help = if name.starts_with("CONFIG_") {
-            "an option of the kernel or of a boot loader belongs into that one's own fragment"
+            "move options of the kernel or of a boot loader to its own fragment"
         } else {
             "every symbol of Buildroot begins with BR2_"
         };
@@ -146,7 +146,7 @@ fn classify(line: &str) -> Line {
     }
 }
 
-/// A comment is free text, unless it nearly says that a symbol is not set.
+/// A comment is free text, unless it resembles `is not set`.
 fn classify_comment(line: &str, comment: &str) -> Line {
     let words: Vec<&str> = comment.split_whitespace().collect();
     let [symbol, rest @ ..] = words.as_slice() else { return Line::Nothing };
@@ -162,14 +162,14 @@ fn classify_comment(line: &str, comment: &str) -> Line {
     );
     if nearly {
         return malformed(
-            format!("to Kconfig this is a comment: {symbol} keeps its default"),
+            format!("for Kconfig this is a comment: {symbol} keeps its default"),
             format!("write exactly `# {symbol} is not set`"),
         );
     }
     Line::Nothing
 }
 
-/// The value of a line, or what is wrong with it and what to do.
+/// The value of a line, or the error and the help.
 fn parse_value(text: &str) -> Result<Value, (String, String)> {
     if let Some(rest) = text.strip_prefix('"') {
         let Some((inner, after)) = unquote(rest) else {
@@ -177,8 +177,8 @@ fn parse_value(text: &str) -> Result<Value, (String, String)> {
         };
         if !after.is_empty() {
             return Err((
-                format!("`{after}` stands behind the closing quote and is lost"),
-                "write a quote inside a text as `\\\"`, and a comment on a line of its own".into(),
+                format!("`{after}` follows the closing quote and is ignored"),
+                "write a quote inside a text as `\\\"`, and a comment on a separate line".into(),
             ));
         }
         return Ok(Value::Text(inner));
@@ -189,7 +189,7 @@ fn parse_value(text: &str) -> Result<Value, (String, String)> {
         "y" => Ok(Value::Yes),
         "n" => Ok(Value::No),
         "m" => Err((
-            "Buildroot has no modules, so `m` is no value".into(),
+            "invalid value `m`: Buildroot has no modules".into(),
             "write SYMBOL=y; kernel modules are chosen in the kernel's fragment".into(),
         )),
         "" => Err((
@@ -223,8 +223,8 @@ pub fn unquote(text: &str) -> Option<(String, &str)> {
     None
 }
 
-/// Merges fragments, given as path and text. Two that agree are both named as the origin; two that
-/// disagree are a finding naming both.
+/// Merges fragments, given as path and text. Two requests that agree are both named as the origin;
+/// two that disagree are a finding that names both.
 pub fn merge<'a>(
     fragments: impl IntoIterator<Item = (&'a Utf8Path, &'a str)>,
 ) -> (Defconfig, Vec<Finding>) {
@@ -247,10 +247,10 @@ pub fn merge<'a>(
             }
             let (here, there) = (request.place(), first.place());
             let message = format!(
-                "{} is asked to be {} here and {} in {}:{}",
+                "{} is requested as {} here, but as {} in {}:{}",
                 request.symbol, request.value, first.value, there.file, there.line
             );
-            let help = "Kconfig would take the later one; leave one of the two lines";
+            let help = "Kconfig would use the later line; keep one of the two lines";
             findings.push(Finding::new(&here, message, help));
         }
     }
@@ -258,7 +258,7 @@ pub fn merge<'a>(
 }
 
 impl Defconfig {
-    /// The defconfig as text: each line below a comment that says where it comes from.
+    /// The defconfig as text: each line after a comment with its origin.
     pub fn render(&self, title: &str) -> String {
         let mut out = format!(
             "# {title}. Generated; change the fragments that are named.\n\
@@ -315,12 +315,12 @@ mod tests {
             ("BR2_X=m", "write BR2_X=y"),
             ("BR2_X=", "write BR2_X=y"),
             ("BR2_X=\"a", "end the text"),
-            ("BR2_X=\"a\" # why", "a comment on a line of its own"),
+            ("BR2_X=\"a\" # why", "a comment on a separate line"),
             ("BR2_X=y # why", "write BR2_X=\"y # why\""),
             ("#BR2_X is not set", "write exactly `# BR2_X is not set`"),
             ("# BR2_X is unset", "write exactly `# BR2_X is not set`"),
             ("BR2_X", "in one of these forms"),
-            ("CONFIG_X=y", "that one's own fragment"),
+            ("CONFIG_X=y", "to its own fragment"),
             ("PACKAGE_X=y", "begins with BR2_"),
             ("BR2_A-B=y", "is not the name of a symbol"),
         ] {
@@ -343,7 +343,7 @@ mod tests {
         let [conflict] = findings.as_slice() else { panic!("{findings:?}") };
         assert_eq!(
             conflict.message,
-            "BR2_T is asked to be \"two\" here and \"one\" in a.fragment:3"
+            "BR2_T is requested as \"two\" here, but as \"one\" in a.fragment:3"
         );
         assert_eq!((conflict.place.file.as_path(), conflict.place.line), (b, 2));
     }

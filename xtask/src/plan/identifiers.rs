@@ -4,7 +4,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use uuid::{Builder, Uuid};
 
-/// Everything on the disk that other systems would draw at random.
+/// All identifiers on the disk that other tools choose at random.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Identifiers {
@@ -59,7 +59,7 @@ fn digest(seed: &str, label: &str) -> [u8; 32] {
         .into()
 }
 
-/// RFC 9562 section 5.8: version 8 is for values derived in a way of one's own.
+/// RFC 9562 section 5.8: version 8 is for vendor-specific values.
 fn uuid(seed: &str, label: &str) -> Uuid {
     let mut bytes = [0; 16];
     for (to, from) in bytes.iter_mut().zip(digest(seed, label)) {

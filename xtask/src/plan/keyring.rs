@@ -1,14 +1,14 @@
-//! The public keys of further archives: armoured or binary OpenPGP, made one binary keyring for apt. A secret key is
-//! never taken, wherever in the file it is. Which signatures count is apt's business.
+//! The public keys of additional archives: armoured or binary OpenPGP, converted to one binary
+//! keyring for apt. A secret key anywhere in the file is rejected. apt verifies the signatures.
 
 use bundle::keys::decode_base64;
 
-/// Why a file is no keyring for apt.
+/// Why a file is not a keyring for apt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BadKey {
-    /// It holds a secret key.
+    /// The file contains a secret key.
     Secret,
-    /// It is something else, or damaged.
+    /// The file is something else, or damaged.
     NoKey(&'static str),
 }
 
@@ -24,29 +24,30 @@ const END: &str = "-----END PGP ";
 /// The keyring in binary form.
 ///
 /// # Errors
-/// When the file holds a secret key, or no public one.
+/// When the file contains a secret key, or no public key.
 pub fn keyring(file: &[u8]) -> Result<Vec<u8>, BadKey> {
     let binary = match std::str::from_utf8(file) {
         Ok(text) if text.contains(BEGIN) => unarmoured(text)?,
-        Ok(_) => return Err(BadKey::NoKey("it is a text without \"BEGIN PGP PUBLIC KEY BLOCK\"")),
+        Ok(_) => return Err(BadKey::NoKey("a text without \"BEGIN PGP PUBLIC KEY BLOCK\"")),
         Err(_) => file.to_vec(),
     };
     let mut rest = binary.as_slice();
     let mut first = true;
     while !rest.is_empty() {
-        let (tag, length) = packet(rest).ok_or(BadKey::NoKey("it is damaged or cut off"))?;
+        let (tag, length) =
+            packet(rest).ok_or(BadKey::NoKey("the data is damaged or truncated"))?;
         if SECRET_KEYS.contains(&tag) {
             return Err(BadKey::Secret);
         }
         if tag != PUBLIC_KEY && (first || !BESIDES.contains(&tag)) {
-            return Err(BadKey::NoKey("it is OpenPGP, but no public key"));
+            return Err(BadKey::NoKey("OpenPGP data without a public key"));
         }
         (first, rest) = (false, &rest[length..]);
     }
-    if first { Err(BadKey::NoKey("it is empty")) } else { Ok(binary) }
+    if first { Err(BadKey::NoKey("the file is empty")) } else { Ok(binary) }
 }
 
-/// Tag and whole length of the packet that `bytes` begin with.
+/// Tag and total length of the first packet of `bytes`.
 fn packet(bytes: &[u8]) -> Option<(u8, usize)> {
     let head = *bytes.first()?;
     let number = |at: std::ops::Range<usize>| {
@@ -60,7 +61,7 @@ fn packet(bytes: &[u8]) -> Option<(u8, usize)> {
             short @ 0..=191 => (usize::from(*short), 2),
             long @ 192..=223 => ((usize::from(*long) - 192) * 256 + number(2..3)? + 192, 3),
             255 => (number(2..6)?, 6),
-            // Only data comes in parts.
+            // Only data packets may be partial.
             224..=254 => return None,
         };
         (head & 0x3f, body, start)
@@ -89,7 +90,7 @@ fn unarmoured(text: &str) -> Result<Vec<u8>, BadKey> {
             return Err(BadKey::Secret);
         }
         if !kind.starts_with("PUBLIC KEY BLOCK") {
-            return Err(BadKey::NoKey("it is OpenPGP, but no public key"));
+            return Err(BadKey::NoKey("OpenPGP data without a public key"));
         }
         let mut body = String::new();
         let mut ended = false;
@@ -104,7 +105,7 @@ fn unarmoured(text: &str) -> Result<Vec<u8>, BadKey> {
             }
         }
         let decoded = if ended { decode_base64(&body) } else { None };
-        binary.extend(decoded.ok_or(BadKey::NoKey("it is damaged or cut off"))?);
+        binary.extend(decoded.ok_or(BadKey::NoKey("the data is damaged or truncated"))?);
     }
     Ok(binary)
 }
@@ -113,7 +114,7 @@ fn unarmoured(text: &str) -> Result<Vec<u8>, BadKey> {
 mod tests {
     use super::*;
 
-    /// A packet of the new form with this tag and body.
+    /// A packet in the new format with this tag and body.
     fn made(tag: u8, body: &[u8]) -> Vec<u8> {
         [&[0xc0 | tag, body.len() as u8], body].concat()
     }
@@ -129,7 +130,7 @@ mod tests {
         let text =
             "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nxgME\n-----END PGP PRIVATE KEY BLOCK-----\n";
         assert_eq!(keyring(text.as_bytes()), Err(BadKey::Secret));
-        // A secret key (tag 5) that calls itself public.
+        // A secret key (tag 5) that is labelled as public.
         let text = "-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nxQME//8=\n-----END PGP PUBLIC KEY BLOCK-----\n";
         assert_eq!(keyring(text.as_bytes()), Err(BadKey::Secret));
     }

@@ -1,5 +1,5 @@
 //! The plan: one build, fully resolved and validated. `resolve` is pure: it reads no file and runs
-//! no program, so every rule that can be checked is checked before any slow work.
+//! no program, so that all rules are checked before any slow work.
 
 mod boards;
 pub mod cmdline;
@@ -37,7 +37,7 @@ pub struct Facts {
     pub epoch: u64,
 }
 
-/// One build. The only thing that stages read.
+/// One build. Stages read nothing else.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Plan {
@@ -85,7 +85,7 @@ pub struct Plan {
 pub struct ProductPlan {
     /// Name, as in file names.
     pub name: String,
-    /// For people.
+    /// Human-readable title.
     pub title: String,
     /// Version.
     pub version: Version,
@@ -99,27 +99,27 @@ pub struct ProductPlan {
 pub struct BoardPlan {
     /// Name, as in file names.
     pub name: String,
-    /// For people.
+    /// Human-readable title.
     pub title: String,
-    /// Debian's name of the architecture.
+    /// Debian's name for the architecture.
     pub arch: String,
-    /// How the slot is chosen.
+    /// How the slot that boots is selected.
     pub boot_flow: BootFlow,
     /// Device-tree `compatible` strings.
     pub compatible: Vec<String>,
-    /// The oldest EEPROM release that can try a slot, as a day; only with the flow `tryboot`.
+    /// The date of the oldest EEPROM release that can try a slot; only with the flow `tryboot`.
     pub eeprom_since: Option<String>,
-    /// Revisions of the board that are known not to start, and are left out on purpose.
+    /// Revisions of the board that are known not to boot; they are excluded on purpose.
     pub left_out_revisions: Vec<String>,
-    /// Serial console; none where the product wants none.
+    /// Serial console; `None` where the product disables it.
     pub console: Option<Console>,
-    /// Whether the console is on the board's own port: then firmware and U-Boot talk there, too.
+    /// Whether the console is on the board's own port: then firmware and U-Boot also print there.
     pub console_on_board: bool,
-    /// Kernel command line, with the consoles and the radio's country.
+    /// Kernel command line, including the consoles and the radio's country.
     pub cmdline: Vec<String>,
     /// Globs of device trees.
     pub device_trees: Vec<String>,
-    /// What its disk hangs on.
+    /// The bus of its disk.
     pub disk_bus: Bus,
     /// Modules of the initrd.
     pub initrd_modules: Vec<String>,
@@ -133,9 +133,10 @@ pub struct BoardPlan {
     pub uboot: BTreeMap<String, String>,
     /// How to run it in QEMU.
     pub qemu: Option<Qemu>,
-    /// Where things lie on cards that were flashed with earlier images: such a card keeps its table for life.
+    /// The layouts of cards that were flashed with earlier images: updates never change a card's
+    /// partition table.
     pub earlier_cards: Vec<EarlierCard>,
-    /// How much of each list stands in which file.
+    /// How many elements of each list are from which file.
     pub origins: Vec<Origin>,
 }
 
@@ -143,7 +144,7 @@ pub struct BoardPlan {
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct EarlierCard {
-    /// Until when images had it.
+    /// The last date of images with it.
     pub until: String,
     /// Every partition with its offset.
     pub disk: Layout,
@@ -157,7 +158,7 @@ pub struct Origin {
     pub list: &'static str,
     /// The file.
     pub file: Utf8PathBuf,
-    /// How many of its elements stand there.
+    /// How many of its elements are from it.
     pub count: usize,
 }
 
@@ -186,7 +187,7 @@ pub struct RootfsPlan {
     pub fill_limit: u32,
     /// Percent of the slot above which it warns.
     pub fill_warning: u32,
-    /// Globs of what is left out.
+    /// Globs of paths that are removed.
     pub prune: Vec<String>,
     /// Exceptions from `prune`.
     pub keep: Vec<String>,
@@ -262,9 +263,10 @@ pub struct UserPlan {
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct UpdatePlan {
-    /// Bundles below this version are refused.
+    /// Bundles below this version are rejected.
     pub minimum_version: Version,
-    /// Bundles that only keys of an earlier epoch have signed are refused; 0: none is.
+    /// Bundles that are signed only by keys of an earlier epoch are rejected; 0: any epoch is
+    /// accepted.
     pub key_epoch: u32,
 }
 
@@ -272,7 +274,7 @@ pub struct UpdatePlan {
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BootFilePlan {
-    /// Where it comes from.
+    /// Its origin.
     pub source: BootSourcePlan,
     /// Its name; `.` keeps the names of several.
     pub path: String,
@@ -291,7 +293,7 @@ pub enum BootSourcePlan {
     Template {
         /// Path in the workspace.
         source: Utf8PathBuf,
-        /// What becomes of it; nothing: a text.
+        /// How it is processed; `None`: a plain text file.
         compile: Option<Compile>,
     },
     /// Firmware files.

@@ -1,4 +1,4 @@
-//! From what was typed to the plan: every rule that needs more than one value.
+//! From the configuration to the plan: all rules that need more than one value.
 
 use std::collections::BTreeMap;
 
@@ -106,7 +106,7 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
     let (board, file) = (&config.board, &config.product.place);
     for (title, place) in [(&product.title, file), (&board.title, &board.place)] {
         if title.chars().any(char::is_control) {
-            let message = "`title` holds a control character, such as the end of a line";
+            let message = "`title` contains a control character, such as a line break";
             out.push(Finding::new(place, message, "write it as one line of text"));
         }
     }
@@ -124,14 +124,18 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
             "`minimum-version` is {}, above the product's own version {}",
             floor.value, product.version.value
         );
-        out.push(Finding::new(&floor.place, message, "a robot would refuse this very bundle"));
+        out.push(Finding::new(&floor.place, message, "a robot would reject this bundle"));
     }
     if product.rootfs.fill_warning > product.rootfs.fill_limit {
         let message = format!(
-            "`fill-warning` ({}%) lies above `fill-limit` ({}%)",
+            "`fill-warning` ({}%) is above `fill-limit` ({}%)",
             product.rootfs.fill_warning.0, product.rootfs.fill_limit.0
         );
-        out.push(Finding::new(&product.rootfs.engine.place, message, "it would never warn"));
+        out.push(Finding::new(
+            &product.rootfs.engine.place,
+            message,
+            "with these values, the build would never warn",
+        ));
     }
     let lock_help = format!("run `cargo xtask lock --product {}`", product.name.value.0);
     if let Some(path) = &product.rootfs.lock {
@@ -139,7 +143,7 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
     }
     let keys = product.users.iter().flat_map(|user| &user.authorized_keys);
     for path in keys.clone() {
-        let help = "put the public key there, as ssh-keygen wrote it";
+        let help = "create the file with a public key, as ssh-keygen writes it";
         must_exist(config, &path.place, &path.value, help, out);
     }
     for path in keys {
@@ -163,9 +167,11 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
         if let Some(floor) = &api.minimum_version {
             let own = api.package.value.split("==").nth(1).unwrap_or_default();
             let parsed = |text: &str| text.trim().parse::<pep508_rs::pep440_rs::Version>().ok();
-            // A floor without a version of its own to compare has its finding above.
+            // A floor without a package version to compare is reported above.
             let above = match (parsed(&floor.value), parsed(own)) {
-                (None, _) => Some(format!("`minimum-version` is no version: \"{}\"", floor.value)),
+                (None, _) => {
+                    Some(format!("`minimum-version` is not a version: \"{}\"", floor.value))
+                }
                 (Some(floor), Some(own)) if floor > own => Some(format!(
                     "`minimum-version` is {floor}, above the package's own version {own}"
                 )),
@@ -194,11 +200,11 @@ fn check_users(product: &Product, out: &mut Vec<Finding>) {
         let (name, uid) = (&user.name.value.0, user.uid.value);
         if let Some(other) = product.users[..i].iter().find(|u| u.name.value == user.name.value) {
             let message = format!("the account {name} is listed twice");
-            let help = format!("the first stands in line {}", other.name.place.line);
+            let help = format!("the first entry is in line {}", other.name.place.line);
             out.push(Finding::new(&user.name.place, message, help));
         } else if let Some(other) = product.users[..i].iter().find(|u| u.uid.value == uid) {
             let message = format!("{name} and {} both have uid {uid}", other.name.value.0);
-            out.push(Finding::new(&user.uid.place, message, "give each account an id of its own"));
+            out.push(Finding::new(&user.uid.place, message, "give each account a different id"));
         }
         // 0 is root; below 1000 the distribution hands out ids; 60000 is login.defs' UID_MAX.
         if !(uid == 0 && name == "root" || (1000..60000).contains(&uid)) {
@@ -214,14 +220,14 @@ fn check_users(product: &Product, out: &mut Vec<Finding>) {
             let message =
                 format!("`password` of {name} is neither \"locked\", \"empty\" nor a crypt hash");
             let mut place = user.password.place.clone();
-            // What stands there may be a password in clear: it is not repeated.
+            // The value may be a plain-text password: do not show it.
             place.text = "password = …".to_owned();
-            out.push(Finding::new(&place, message, "make a hash with `openssl passwd -6`"));
+            out.push(Finding::new(&place, message, "create a hash with `openssl passwd -6`"));
         }
     }
 }
 
-/// What stands in passwd(5) and group(5), which have no way to quote.
+/// Values for passwd(5) and group(5), which do not support quoting.
 fn check_account(user: &User, out: &mut Vec<Finding>) {
     let (name, place) = (&user.name.value.0, &user.name.place);
     let mut find = |message: String, help: &str| out.push(Finding::new(place, message, help));
@@ -235,30 +241,32 @@ fn check_account(user: &User, out: &mut Vec<Finding>) {
     for (key, path) in [("home", &user.home), ("shell", &user.shell)] {
         if !is_path(path) {
             find(
-                format!("`{key}` of {name} is no path: \"{path}\""),
+                format!("`{key}` of {name} is not a valid path: \"{path}\""),
                 "write an absolute path of letters, digits and /._+-@, without `.` and `..`",
             );
         }
     }
     if name != "root" && SYSTEM_FOLDERS.contains(&user.home.as_str()) {
         find(
-            format!("the home {} of {name} is a folder of the system", user.home),
-            "the account would own it, and lock all others out: name a folder of its own, as in \"/data/home/NAME\"",
+            format!("the home {} of {name} is a system directory", user.home),
+            "the account would own it, and exclude all others: use a separate directory, such as \
+             \"/data/home/NAME\"",
         );
     }
     let group = |group: &&String| {
         group.is_empty() || !group.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c))
     };
     for wrong in user.groups.iter().filter(group) {
-        find(format!("\"{wrong}\" in `groups` of {name} is no group's name"), "");
+        find(format!("\"{wrong}\" in `groups` of {name} is not a valid group name"), "");
     }
-    // A hash is not repeated.
+    // Do not show a hash.
     if user.password.value.contains(|c: char| c == ':' || c.is_control()) {
-        find(format!("`password` of {name} holds a colon or a control character"), "");
+        find(format!("`password` of {name} contains a colon or a control character"), "");
     }
 }
 
-/// Folders of the Filesystem Hierarchy Standard 3.0 (chapters 3 to 5), and those that robots have besides.
+/// Directories of the Filesystem Hierarchy Standard 3.0 (chapters 3 to 5), and others that exist on
+/// robots.
 const SYSTEM_FOLDERS: [&str; 34] = [
     "/",
     "/bin",
@@ -296,12 +304,13 @@ const SYSTEM_FOLDERS: [&str; 34] = [
     "/var/tmp",
 ];
 
-const PACKAGE_HELP: &str = "write it as apt does: `nginx`, `nginx=1.22.1-9`, `nginx/bookworm-backports` or \
+const PACKAGE_HELP: &str = "write it in apt's form: `nginx`, `nginx=1.22.1-9`, \
+ `nginx/bookworm-backports` or \
                             `libc6:arm64`; a name has lower-case letters, digits, `+`, `-` and `.`";
 
-/// Whether a text names one package, in the forms that apt-get(8) takes for one: a name (Debian Policy, 5.6.1), perhaps
-/// with its architecture, and a version or a suite. What apt would take for a pattern, an option or a removal (a `-` at
-/// the end) is none.
+/// Whether a text names one package, in the forms of apt-get(8): a name (Debian Policy, 5.6.1),
+/// perhaps with its architecture, and a version or a suite. What apt would read as a pattern, an
+/// option or a removal (a `-` at the end) is rejected.
 fn is_package(text: &str) -> bool {
     let (text, suite) = text.split_once('/').map_or((text, None), |(t, s)| (t, Some(s)));
     let (text, version) = text.split_once('=').map_or((text, None), |(t, v)| (t, Some(v)));
@@ -354,7 +363,7 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
             out.extend(packages(product, board));
             if board.debian.is_none() {
                 let message =
-                    format!("the engine debian does not know the board {}", board.name.value.0);
+                    format!("the engine debian does not support the board {}", board.name.value.0);
                 let help = format!(
                     "add a [debian] table to {}, or use the engine buildroot",
                     board.place.file
@@ -365,7 +374,7 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         Engine::Buildroot => {
             needs(rootfs.buildroot.is_some(), "buildroot");
             if let Some(package) = rootfs.packages.first() {
-                let message = "`packages` names Debian's packages; this engine has fragments";
+                let message = "`packages` lists Debian packages, but this engine uses fragments";
                 let help = format!(
                     "write BR2_PACKAGE_{}=y into a fragment",
                     package.value.to_uppercase().replace(['-', '.'], "_")
@@ -373,8 +382,10 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
                 out.push(Finding::new(&package.place, message, help));
             }
             if board.buildroot.is_none() {
-                let message =
-                    format!("the engine buildroot does not know the board {}", board.name.value.0);
+                let message = format!(
+                    "the engine buildroot does not support the board {}",
+                    board.name.value.0
+                );
                 let help = format!("add a [buildroot] table to {}", board.place.file);
                 out.push(Finding::new(place, message, help));
             }
@@ -388,23 +399,27 @@ fn buildroot(config: &Config, out: &mut Vec<Finding>) -> Option<BuildrootPlan> {
     let pinned = rootfs.buildroot.as_ref().filter(|_| rootfs.engine.value == Engine::Buildroot)?;
     let board = config.board.buildroot.iter().flat_map(|b| &b.fragments);
     for path in board.chain(&pinned.fragments) {
-        must_exist(config, &path.place, &path.value, "write it, or correct the path", out);
+        must_exist(config, &path.place, &path.value, "create the file, or correct the path", out);
     }
     let texts = config.fragments.iter().map(|(path, text)| (path.as_path(), text.as_str()));
     let (defconfig, findings) = fragment::merge(texts);
     out.extend(findings);
     let release = pinned.release.value.as_str();
     let plain = |b: u8| b.is_ascii_alphanumeric() || b".-_".contains(&b);
-    // It becomes a folder's name and an argument of git.
+    // The tag is used as a directory name and as an argument of git.
     if !release.starts_with(|c: char| c.is_ascii_alphanumeric()) || !release.bytes().all(plain) {
-        let message = format!("`release`: \"{release}\" cannot be a tag's name");
-        out.push(Finding::new(&pinned.release.place, message, "write it as in 2025.02.16"));
+        let message = format!("`release`: \"{release}\" is not a valid tag name");
+        out.push(Finding::new(
+            &pinned.release.place,
+            message,
+            "write a release such as 2025.02.16",
+        ));
     }
     let commit = &pinned.commit;
     if commit.value.len() != 40 || !commit.value.bytes().all(|b| b.is_ascii_hexdigit()) {
         let message =
             format!("`commit`: expected 40 hexadecimal digits, found \"{}\"", commit.value);
-        let help = "`git rev-parse <tag>^{commit}` says it";
+        let help = "`git rev-parse <tag>^{commit}` prints the commit";
         out.push(Finding::new(&commit.place, message, help));
     }
     Some(BuildrootPlan {
@@ -467,7 +482,8 @@ fn boot_files(config: &Config, out: &mut Vec<Finding>) -> Vec<BootFilePlan> {
         for role in roles {
             if !board.partitions.iter().any(|p| p.role.value.0 == *role) {
                 let message = format!(
-                    "the boot file {} belongs to `{role}`, which the board has not",
+                    "the boot file {} targets the partition `{role}`, but this board does not \
+                     define it",
                     file.path
                 );
                 out.push(Finding::new(&file.partition.place, message, ""));

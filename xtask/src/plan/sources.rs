@@ -1,4 +1,5 @@
-//! The further apt archives of a product: every rule over several values, and their part of the plan.
+//! The additional apt archives of a product: all rules over several values, and their part of the
+//! plan.
 
 use serde::Serialize;
 
@@ -10,11 +11,11 @@ use crate::config::Config;
 use crate::config::product::{AptSource, Engine};
 use crate::config::reader::Finding;
 
-/// A further apt archive.
+/// An additional apt archive.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct SourcePlan {
-    /// What messages and the lock call it.
+    /// Its name in messages and in the lock.
     pub name: String,
     /// Its address, without a slash at the end.
     pub address: String,
@@ -31,7 +32,7 @@ pub struct SourcePlan {
 /// The names of Debian's own archives in a lock.
 const OWN: [&str; 2] = ["debian", "security"];
 
-/// The archives, and all that is wrong with them.
+/// The archives, and all findings about them.
 pub fn sources(config: &Config) -> (Vec<SourcePlan>, Vec<Finding>) {
     let mut out = Vec::new();
     let rootfs = &config.product.rootfs;
@@ -40,8 +41,8 @@ pub fn sources(config: &Config) -> (Vec<SourcePlan>, Vec<Finding>) {
         let mut find = |message: String, help: &str| out.push(Finding::new(place, message, help));
         if rootfs.engine.value != Engine::Debian {
             find(
-                format!("the source {name} is of no use to this engine"),
-                "remove it: only the engine debian takes packages from an archive",
+                format!("the source {name} has no effect with this engine"),
+                "remove it: only the engine debian uses apt archives",
             );
         }
         if OWN.contains(&name.as_str()) {
@@ -51,7 +52,10 @@ pub fn sources(config: &Config) -> (Vec<SourcePlan>, Vec<Finding>) {
             );
         }
         if rootfs.sources[..n].iter().any(|other| other.name.value == source.name.value) {
-            find(format!("the source {name} is listed twice"), "give each a name of its own");
+            find(
+                format!("the source {name} is listed twice"),
+                "use a different name for each source",
+            );
         }
         if source.components.is_empty() {
             find(
@@ -61,7 +65,7 @@ pub fn sources(config: &Config) -> (Vec<SourcePlan>, Vec<Finding>) {
         }
         if source.packages.is_empty() {
             find(
-                format!("nothing may come from the source {name}"),
+                format!("no packages are allowed from the source {name}"),
                 "list names or patterns in `packages`",
             );
         }
@@ -81,7 +85,8 @@ pub fn sources(config: &Config) -> (Vec<SourcePlan>, Vec<Finding>) {
 fn check_key(config: &Config, source: &AptSource, out: &mut Vec<Finding>) {
     let (name, key) = (&source.name.value.0, &source.key);
     let help = format!(
-        "put the OpenPGP public key of {} there, armoured or binary, from somebody whom you trust to know it",
+        "create the file with the OpenPGP public key of {}, armoured or binary, from a source that \
+         you trust",
         source.address.value
     );
     must_exist(config, &key.place, &key.value, &help, out);
@@ -92,11 +97,12 @@ fn check_key(config: &Config, source: &AptSource, out: &mut Vec<Finding>) {
         Ok(_) => return,
         Err(BadKey::Secret) => (
             format!("{}, the key of the source {name}, is a secret key", key.value),
-            "put the public key there (`gpg --export`); whoever has the secret one can sign the archive",
+            "replace it with the public key (`gpg --export`); the secret key would allow everyone \
+             with the repository to sign the archive",
         ),
         Err(BadKey::NoKey(why)) => (
-            format!("{}, the key of the source {name}, is no public key: {why}", key.value),
-            "put an OpenPGP public key there, armoured or binary",
+            format!("{}, the key of the source {name}, is not a public key: {why}", key.value),
+            "replace it with an OpenPGP public key, armoured or binary",
         ),
     };
     out.push(Finding::new(&key.place, message, help));

@@ -1,5 +1,6 @@
-//! What this machine has seen of stores: the last serial of each channel. An index is signed, so nobody can
-//! forge one; but whoever can write to a store, or stands between it and us, can show an older one again.
+//! Remembers what this machine has seen of stores: the last serial of each channel. An index is
+//! signed, so it cannot be forged; but an attacker who can write to a store, or who is between the
+//! store and this machine, can present an older one again.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -14,33 +15,33 @@ use crate::progress::warn;
 use crate::store::Store;
 use crate::store::format::{Channel, pretty};
 
-/// The version of the memory's files.
+/// The format version of the memory's files.
 const FORMAT: u32 = 1;
 
-/// What is passed over when a store was restored from a backup on purpose.
+/// The option that disables the check after a store was restored from a backup on purpose.
 pub const RESTORED: &str = "--store-was-restored";
 
-/// An index as it was seen last.
+/// The last index that was seen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
-    /// Its serial; 0: there was none.
+    /// Its serial; 0: there was no index.
     pub serial: u64,
     /// SHA-256 of the channel's file, lower-case hexadecimal.
     pub sha256: String,
 }
 
-/// What is remembered of one store.
+/// What is remembered about one store.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Record {
     /// [`FORMAT`].
     format: u32,
-    /// The store's address, for people; the file's name is its hash.
+    /// The store's address, informational; the name of the file is its hash.
     store: String,
     channels: BTreeMap<String, Seen>,
 }
 
-/// The memory: a folder with one small file for each store.
+/// The memory: a directory with one small file for each store.
 #[derive(Debug, Clone)]
 pub struct Memory {
     dir: Utf8PathBuf,
@@ -48,8 +49,8 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// `$SLIPWAY_STATE`, else `$XDG_STATE_HOME/slipway`, else `~/.local/state/slipway`. `restored`: what
-    /// the stores have now counts, whatever was seen before.
+    /// `$SLIPWAY_STATE`, else `$XDG_STATE_HOME/slipway`, else `~/.local/state/slipway`. `restored`:
+    /// accept the current state of stores, whatever was seen before.
     ///
     /// # Errors
     /// When none of these is set.
@@ -62,17 +63,20 @@ impl Memory {
         } else if let Some(home) = variable("HOME") {
             Utf8PathBuf::from(home).join(".local/state/slipway")
         } else {
-            bail!("finding the state folder: HOME is not set\nhelp: set SLIPWAY_STATE to a folder")
+            bail!(
+                "finding the state directory: HOME is not set\n\
+             help: set SLIPWAY_STATE to a directory"
+            )
         };
         Ok(Self::at(dir, restored))
     }
 
-    /// The memory in this state folder.
+    /// The memory in this state directory.
     pub fn at(dir: Utf8PathBuf, restored: bool) -> Self {
         Self { dir: dir.join("stores"), restored }
     }
 
-    /// Whether what stores have now counts, whatever was seen before.
+    /// Whether to accept the current state of stores, whatever was seen before.
     pub fn restored(&self) -> bool {
         self.restored
     }
@@ -90,11 +94,11 @@ impl Memory {
             let text = match std::fs::read(&path) {
                 Ok(text) => text,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(empty()),
-                Err(error) => return Err(error).context("it cannot be read"),
+                Err(error) => return Err(error).context("the file cannot be read"),
             };
-            let record: Record = serde_json::from_slice(&text).context("it is damaged")?;
-            ensure!(record.format == FORMAT, "it has the format {}", record.format);
-            ensure!(record.store == store, "it is about another store, {}", record.store);
+            let record: Record = serde_json::from_slice(&text).context("the file is damaged")?;
+            ensure!(record.format == FORMAT, "the file has the format {}", record.format);
+            ensure!(record.store == store, "the file belongs to another store, {}", record.store);
             Ok(record)
         };
         match read() {
@@ -102,25 +106,25 @@ impl Memory {
             record => record.with_context(|| {
                 format!(
                     "reading {path}, which remembers the serials of {store}\n\
-                     help: look at the store (is its newest release there?); {RESTORED} then takes \
-                     what it has now"
+                     help: check the store (does it contain its newest release?); {RESTORED} then \
+                     accepts its current state"
                 )
             }),
         }
     }
 
-    /// What was seen last of a channel.
+    /// The last index of a channel that was seen.
     ///
     /// # Errors
-    /// When the memory is damaged: then nobody knows.
+    /// When the memory is damaged, so that it is unknown.
     pub fn of(&self, store: &dyn Store, channel: Channel) -> Result<Option<Seen>> {
         Ok(self.read(&store.identity()?)?.channels.remove(channel.name()))
     }
 
-    /// Compares what a store shows now with what had been `seen` before it was asked, and remembers it.
+    /// Compares the store's current index with the one that was `seen` before, and remembers it.
     ///
     /// # Errors
-    /// When it is older, or another index of the same serial.
+    /// When it is older, or is another index with the same serial.
     pub fn judge(
         &self,
         store: &dyn Store,
@@ -132,20 +136,21 @@ impl Memory {
             let name = store.name();
             ensure!(
                 now.serial >= seen.serial,
-                "{name} shows an older index of the channel {channel}: it has the serial {}, and this \
-                 machine has seen {}\n\
-                 help: an older copy was put there, or newer ones are held back: releases may be \
-                 missing, and yanked ones on offer again. If the store was restored from a backup on \
-                 purpose, {RESTORED} takes its serial as the newest from now on",
+                "{name} has an older index of the channel {channel}: its serial is {}, but this \
+                 machine \
+                 has seen {}\n\
+                 help: an older copy was stored, or newer ones are withheld: releases may be \
+                 missing, and yanked releases may be offered again. If the store was restored from a \
+                 backup on purpose, {RESTORED} accepts its serial as the newest",
                 Shown(now.serial),
                 seen.serial
             );
             ensure!(
                 now.serial > seen.serial || now.sha256 == seen.sha256,
-                "{name} shows another index of the channel {channel} with the serial {} than this \
+                "{name} has another index of the channel {channel} with the serial {} than this \
                  machine has seen (SHA-256 {}, not {})\n\
-                 help: two histories of one channel, both signed. If the store was restored from a \
-                 backup on purpose and published to since, {RESTORED} takes what it has now",
+                 help: there are two signed histories of one channel. If the store was restored from \
+                 a backup on purpose and published to since, {RESTORED} accepts its current state",
                 now.serial,
                 now.sha256,
                 seen.sha256
@@ -156,14 +161,11 @@ impl Memory {
         }
         if let Some(seen) = seen.filter(|seen| self.restored && seen.serial >= now.serial) {
             let (name, now) = (store.name(), Shown(now.serial));
-            warn(format!(
-                "{name}: the serial of {channel} is {now} from now on, was {}",
-                seen.serial
-            ));
+            warn(format!("{name}: the serial of {channel} is now {now}, it was {}", seen.serial));
         }
         self.change(store, |channels| {
             let known = channels.get(channel.name()).map_or(0, |seen| seen.serial);
-            // Another process of ours may have seen a newer one meanwhile.
+            // Another process on this machine may have seen a newer one in the meantime.
             if self.restored && now.serial == 0 {
                 channels.remove(channel.name());
             } else if self.restored || now.serial > known {
@@ -211,12 +213,14 @@ impl Memory {
             .with_context(|| format!("remembering the serials of {identity}"))
     }
 
-    /// Processes of one machine take turns. The lock ends with the value, or with the process.
+    /// Processes on one machine take turns. The lock is released when the value is dropped or the
+    /// process ends.
     fn lock(&self) -> Result<File> {
         let dir = &self.dir;
         let doing = || {
             format!(
-                "locking {dir}, where serials of stores are remembered\nhelp: SLIPWAY_STATE names another folder"
+                "locking {dir}, the directory of remembered serials\n\
+                 help: SLIPWAY_STATE selects another directory"
             )
         };
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(doing)?;
@@ -228,13 +232,13 @@ impl Memory {
     }
 }
 
-/// A serial for people.
+/// A serial in human-readable form.
 struct Shown(u64);
 
 impl std::fmt::Display for Shown {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.0 {
-            0 => f.write_str("0 (there is none)"),
+            0 => f.write_str("0 (no index)"),
             serial => write!(f, "{serial}"),
         }
     }

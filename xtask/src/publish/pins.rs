@@ -1,5 +1,5 @@
-//! What this workspace says about channels and products, so that no store says it of itself: which kind of
-//! key signs a channel, and of which kind a product is.
+//! The workspace's own information about channels and products, which is not taken from a store:
+//! the kind of the keys that sign a channel, and the kind of a product.
 
 use std::collections::BTreeMap;
 
@@ -29,17 +29,17 @@ struct File {
     channels: BTreeMap<Channel, Kind>,
 }
 
-/// The one key of a product's file that counts here; the others are checked by whoever builds it.
+/// The only key of a product's file that is used here; the build checks the others.
 #[derive(Debug, Deserialize)]
 struct Product {
     kind: Kind,
 }
 
 impl Pins {
-    /// What the workspace says; outside of one, what holds without a word ([`Pins::channel`]).
+    /// The pins of the workspace; outside of a workspace, the defaults ([`Pins::channel`]).
     ///
     /// # Errors
-    /// When a file cannot be read: then its pin is not known.
+    /// When a file cannot be read: then its pin is unknown.
     pub fn read(root: Option<&Utf8Path>) -> Result<Self> {
         let Some(root) = root else { return Ok(Self::default()) };
         let path = root.join(FILE);
@@ -54,7 +54,7 @@ impl Pins {
         };
         ensure!(
             channels.get(&Channel::Stable) != Some(&Kind::Development),
-            "{path}: `stable` is for everybody, so release keys sign it\n\
+            "{path}: the channel `stable` is for all robots and must be signed by release keys\n\
              help: remove the line, or use beta"
         );
         let mut products = BTreeMap::new();
@@ -79,8 +79,8 @@ impl Pins {
         Ok(index)
     }
 
-    /// The kind of key that signs a channel. Without a word in [`FILE`]: `stable` by release keys, the
-    /// others by development keys.
+    /// The kind of key that signs a channel. Without an entry in [`FILE`]: release keys for
+    /// `stable`, development keys for the others.
     pub fn channel(&self, channel: Channel) -> Kind {
         self.channels.get(&channel).copied().unwrap_or(match channel {
             Channel::Nightly | Channel::Beta => Kind::Development,
@@ -91,25 +91,27 @@ impl Pins {
     /// Whether a product of this kind may be in this channel.
     ///
     /// # Errors
-    /// When the workspace says that the product is of another kind, or that the channel takes none of it.
+    /// When the product has another kind in the workspace, or the channel does not accept its kind.
     pub fn fits(&self, channel: Channel, product: &str, kind: Kind) -> Result<()> {
         if let Some(pinned) = self.products.get(product) {
             ensure!(
                 *pinned == kind,
-                "{product} is called a {kind} product, and configs/{product}.toml says {pinned}\n\
-                 help: whoever wrote this had another configuration, or means to deceive"
+                "{product} is listed as a {kind} product, but configs/{product}.toml has {pinned}\n\
+                 help: the entry was written with another configuration, or is an attack"
             );
         }
         ensure!(
             kind == Kind::Development || self.channel(channel) == Kind::Release,
-            "{product} is a release product, and development keys sign the channel {channel}\n\
-             help: use stable; or, for a channel of which no store has anything yet, `{channel} = \"release\"` below \
-             [channels] in {FILE}: a release key signs it then"
+            "{product} is a release product, but the channel {channel} is signed by development \
+             keys\n\
+             help: use stable; or, if no store contains this channel yet, write `{channel} = \
+             \"release\"` below \
+             [channels] in {FILE} to have it signed by release keys"
         );
         Ok(())
     }
 
-    /// Checks all that a channel offers.
+    /// Checks all releases of a channel.
     ///
     /// # Errors
     /// As [`Pins::fits`].
@@ -128,10 +130,11 @@ impl Pins {
         kind.map_or(Ok(()), |kind| index::takes(channel, product, *kind))
     }
 
-    /// Whether a channel may say anything about this product at all, even that there is nothing.
+    /// Whether a channel is authoritative for this product at all, even for the absence of
+    /// releases.
     ///
     /// # Errors
-    /// When it is a release product, and development keys sign the channel.
+    /// When it is a release product, but development keys sign the channel.
     pub fn may_speak_of(&self, channel: Channel, product: &str) -> Result<()> {
         match self.products.get(product) {
             Some(kind) => self.fits(channel, product, *kind),

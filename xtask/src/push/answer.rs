@@ -1,4 +1,4 @@
-//! What the robot's agent says in JSON, as far as a push needs it; other fields are passed over.
+//! The JSON answers of the robot's agent, as far as a push needs them; other fields are ignored.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use bundle::Version;
 use bundle::bootstate::Slot;
 use serde::{Deserialize, Serialize};
 
-/// How the robot stands.
+/// The robot's status.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Status {
@@ -19,7 +19,7 @@ pub struct Status {
     pub other: Option<OtherSlot>,
 }
 
-/// What the boot loader will do.
+/// The boot loader's next choice.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Boot {
     pub active: Slot,
@@ -36,50 +36,50 @@ pub struct Health {
     pub why: String,
 }
 
-/// What was installed into the slot that does not run.
+/// What was installed into the idle slot.
 #[derive(Debug, Clone, Deserialize)]
 pub struct OtherSlot {
     pub manifest: String,
 }
 
-/// What an install did.
+/// The result of an install.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Installed {
-    /// Whether it went on where an interrupted one had stopped.
+    /// Whether it resumed an interrupted install.
     pub resumed: bool,
     /// Bytes of all payloads.
     pub size: u64,
-    /// Bytes that the slot held already, and that were not written again.
+    /// Bytes that the slot already contained and that were not written again.
     pub held: u64,
     /// Bytes written.
     pub written: u64,
 }
 
-/// What an install of the API did.
+/// The result of an install of the API.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct InstalledApi {
-    /// The version that serves now.
+    /// The version that runs now.
     pub version: String,
-    /// The version that served before; `None`: the system's own.
+    /// The previous version; `None`: the system's own.
     pub before: Option<String>,
     /// How many wheels it has.
     pub wheels: u64,
-    /// How many of them were there already.
+    /// How many of them were present already.
     pub reused: u64,
     /// Bytes written.
     pub written: u64,
-    /// Milliseconds during which nothing answered.
+    /// Milliseconds without an answer.
     pub down_ms: u64,
 }
 
-/// Why the agent refuses.
+/// A refusal of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refused {
     /// Stable, for programs; docs/reference/slotd.md lists all.
     pub code: String,
-    /// For people.
+    /// The message.
     pub message: String,
     /// What to do.
     pub help: String,
@@ -100,7 +100,7 @@ pub struct Event {
     pub why: Option<String>,
 }
 
-/// How far an install is.
+/// The progress of an install.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Progress {
     pub step: String,

@@ -1,4 +1,4 @@
-//! One robot behind the system's `ssh`: each question to its agent is a connection of its own.
+//! A robot behind the system's `ssh`: each request to its agent opens a connection.
 
 use std::fs::File;
 
@@ -12,20 +12,20 @@ use crate::ssh::check_options;
 
 /// After the user's own options: ssh takes the first value of each.
 const OPTIONS: [&str; 14] = [
-    // Nobody is there to be asked.
+    // Never ask questions.
     "BatchMode=yes",
-    // Robots are new, or were flashed anew under a new address; a key that has changed is refused.
+    // Robots are new, or were flashed again and have a new address; a changed key is rejected.
     "StrictHostKeyChecking=accept-new",
     "ConnectTimeout=20",
-    // A robot that is gone is noticed after 30 seconds.
+    // An unreachable robot is detected after 30 seconds.
     "ServerAliveInterval=10",
     "ServerAliveCountMax=3",
-    // A shared connection would not survive the restart, and break for all at once.
+    // A shared connection would not survive the restart, and would break for all requests at once.
     "ControlMaster=no",
     "ControlPath=none",
     "ClearAllForwardings=yes",
-    // What a person may want of a login there: another command, a terminal (which would change the bytes), no input,
-    // a program on this side that writes into the answer.
+    // Override settings for interactive logins: another command, a terminal (which would change the
+    // bytes), no input, a local program that writes into the answer.
     "RemoteCommand=none",
     "RequestTTY=no",
     "SessionType=default",
@@ -34,36 +34,36 @@ const OPTIONS: [&str; 14] = [
     "PermitLocalCommand=no",
 ];
 
-/// The robot's user whose sessions reach its agent and nothing else.
+/// The robot's user whose sessions can only run the agent.
 const UPDATER: &str = "update";
 
-/// What ssh exits with when it is the connection that fails (ssh(1), "EXIT STATUS").
+/// The exit status of ssh when the connection fails (ssh(1), "EXIT STATUS").
 const SSH_FAILED: i32 = 255;
-/// What a shell exits with when there is no such program (POSIX).
+/// The exit status of a shell when the program does not exist (POSIX).
 const NOT_FOUND: i32 = 127;
-/// How many of the last lines from the other side an error shows.
+/// How many of the robot's last lines an error shows.
 const TAIL: usize = 5;
 
-/// What came back.
+/// The result of a request.
 #[derive(Debug)]
 pub enum Reply<T> {
     /// The answer.
     Said(T),
-    /// The agent refuses.
+    /// The agent's refusal.
     Refused(Refused),
-    /// There is no connection, or it broke before the answer: ssh's own words.
+    /// There is no connection, or it broke before the answer: ssh's own message.
     Broken(String),
 }
 
 /// One robot.
 #[derive(Debug)]
 pub struct Connection {
-    /// As it was named.
+    /// The host, as given on the command line.
     pub host: String,
     options: Vec<String>,
-    /// The agent, or how to become root for it.
+    /// The command for the agent, with the way to become root.
     agent: Vec<&'static str>,
-    /// Whether it is the user who may update the robot and do nothing else (docs/reference/robot.md).
+    /// Whether it is the user who may only update the robot (docs/reference/robot.md).
     updater: bool,
 }
 
@@ -77,7 +77,7 @@ struct ProgressLine {
     progress: Progress,
 }
 
-/// What ssh says, in the C library's words, when nobody answers at all.
+/// The messages of ssh, from the C library, when there is no answer at all.
 const UNREACHED: [&str; 5] = [
     "Could not resolve hostname",
     "Connection refused",
@@ -86,8 +86,8 @@ const UNREACHED: [&str; 5] = [
     "Network is unreachable",
 ];
 
-/// Whether ssh would take this for a host, and for the one that is meant: HOST, USER@HOST, or either behind `ssh://`
-/// with or without a port.
+/// Whether ssh would read this as the intended host: HOST, USER@HOST, or either after `ssh://` with
+/// or without a port.
 fn is_address(host: &str) -> bool {
     let (rest, with_port) = match host.strip_prefix("ssh://") {
         Some(rest) => (rest, true),
@@ -107,19 +107,19 @@ fn is_address(host: &str) -> bool {
 }
 
 impl Connection {
-    /// Nothing is connected yet.
+    /// Does not connect.
     ///
     /// # Errors
-    /// When the host would be taken for an option, or an option is none.
+    /// When the host would be read as an option, or an option is invalid.
     pub fn new(host: &str, options: &[String]) -> Result<Self> {
         ensure!(
             is_address(host),
-            "`{host}` is no robot's address\nhelp: HOST, USER@HOST or ssh://USER@HOST:PORT"
+            "invalid address of a robot: `{host}`\nhelp: HOST, USER@HOST or ssh://USER@HOST:PORT"
         );
         check_options(options)?;
         let mut options = options.to_vec();
         options.extend(OPTIONS.map(str::to_owned));
-        // Nobody's name on the workstation is an account on a robot.
+        // User names of the workstation do not exist on a robot.
         if !host.contains('@') {
             options.push("User=root".to_owned());
         }
@@ -128,12 +128,12 @@ impl Connection {
         Ok(Self { host: host.to_owned(), options, agent: vec!["slotd"], updater })
     }
 
-    /// The first contact: finds out how the agent is to be called, and how the robot stands.
+    /// The first contact: finds out how to call the agent, and reads the robot's status.
     ///
     /// # Errors
-    /// When the robot cannot be reached, has no agent, or refuses.
+    /// When the robot cannot be reached, has no agent, or rejects the request.
     pub fn first(&mut self) -> Result<Status> {
-        // The updater's sessions reach the agent and nothing else.
+        // The updater's sessions can only run the agent.
         if !self.updater {
             let (code, out, tail) = self.run(&["id", "-u"], None, |_| false)?;
             if code != Some(0) {
@@ -152,10 +152,10 @@ impl Connection {
     }
 
     fn no_login<T>(&self, why: &str) -> Result<T> {
-        // A product may forbid root to log in, as those that are released do.
+        // A product may forbid logins as root, as release products do.
         let other = match self.host.rsplit_once('@') {
             None => format!(
-                "; a robot whose product lets root not log in is reached as {}",
+                "; if the robot's product forbids logins as root, use {}",
                 match self.host.strip_prefix("ssh://") {
                     Some(name) => format!("ssh://{UPDATER}@{name}"),
                     None => format!("{UPDATER}@{}", self.host),
@@ -165,8 +165,9 @@ impl Connection {
         };
         if UNREACHED.iter().any(|sign| why.contains(sign)) {
             bail!(
-                "cannot reach it: {why}\n\
-                 help: is the robot on, in this network, and is that its name? `ssh {}` tells more",
+                "cannot reach the robot: {why}\n\
+                 help: check that the robot is on, in this network, and has that name; `ssh {}` \
+                 shows more",
                 self.host
             );
         }
@@ -177,7 +178,7 @@ impl Connection {
         )
     }
 
-    /// How the robot stands.
+    /// The robot's status.
     ///
     /// # Errors
     /// As [`Connection::ask`].
@@ -185,10 +186,11 @@ impl Connection {
         self.ask(&["status"], None, |_| {})
     }
 
-    /// Asks the agent. The words go through the robot's shell: they are our own, and plain.
+    /// Sends a request to the agent. The robot's shell interprets the words: they are our own and
+    /// contain plain characters only.
     ///
     /// # Errors
-    /// When there is no agent, or it says something else than it should.
+    /// When there is no agent, or its answer is invalid.
     pub fn ask<T: DeserializeOwned>(
         &self,
         verb: &[&str],
@@ -208,13 +210,14 @@ impl Connection {
         match code {
             Some(0) => {
                 let answer = serde_json::from_slice(&out).with_context(|| {
-                    format!("`{shown}` answers with something else than this version expects")
+                    format!("the answer of `{shown}` is not supported by this version")
                 });
                 Ok(Reply::Said(answer?))
             }
             None | Some(SSH_FAILED) => Ok(Reply::Broken(last(&tail))),
             Some(NOT_FOUND) => bail!(
-                "the robot lacks a program: {}\nhelp: log in as root, to an image that `cargo xtask build-image` made",
+                "a program is missing on the robot: {}\n\
+                 help: log in as root, to an image that `cargo xtask build-image` built",
                 last(&tail)
             ),
             Some(code) => match serde_json::from_slice::<Refusal>(&out) {
@@ -224,8 +227,8 @@ impl Connection {
         }
     }
 
-    /// Runs words on the robot: exit code (`None`: ssh was killed), standard output, and the last lines
-    /// of standard error but for those that `taken` takes.
+    /// Runs a command on the robot: returns the exit code (`None`: ssh was killed), standard
+    /// output, and the last lines of standard error except those that `taken` accepts.
     fn run(
         &self,
         words: &[&str],
@@ -248,7 +251,7 @@ impl Connection {
 }
 
 fn last(tail: &[String]) -> String {
-    tail.last().cloned().unwrap_or_else(|| "ssh says nothing".to_owned())
+    tail.last().cloned().unwrap_or_else(|| "no message from ssh".to_owned())
 }
 
 #[cfg(test)]

@@ -16,26 +16,26 @@ use crate::exec::Tool;
 /// How many of the console's last lines an error shows.
 const TAIL_LINES: usize = 25;
 
-/// Words after which waiting for anything else is in vain.
+/// Output after which waiting for anything else is useless.
 const FATAL: [&str; 2] = ["Kernel panic - not syncing", "slipway-init: cannot start"];
 
-/// A running machine. Dropping it ends it (and only it).
+/// A running machine. Dropping it stops it (and only it).
 #[derive(Debug)]
 pub struct Session {
     child: Child,
     input: ChildStdin,
     output: Receiver<Vec<u8>>,
-    /// What the console said and nobody has waited for yet.
+    /// Output of the console that was not waited for yet.
     unread: Vec<u8>,
-    /// What the console said last, for errors.
+    /// The last output of the console, for errors.
     tail: Vec<u8>,
     log: Utf8PathBuf,
     commands: u32,
 }
 
 impl Session {
-    /// Starts a machine on an overlay; all that its console says also goes to `log`. Its SSH server is at
-    /// this port of the loopback address; without one it has no network.
+    /// Starts a machine on an overlay; the output of its console is also written to `log`. Its SSH
+    /// server is at this port of the loopback address; without one it has no network.
     ///
     /// # Errors
     /// When QEMU is missing or older than the machine, or the log cannot be written.
@@ -53,10 +53,10 @@ impl Session {
         let mut log_file = File::create(log).with_context(|| format!("creating the log {log}"))?;
         super::require(machine)?;
         let card = overlay.path();
-        let tree = files.tree(card.parent().context("the overlay lies in a folder")?)?;
+        let tree = files.tree(card.parent().context("the overlay is in a directory")?)?;
         let arguments =
             arguments(machine, files, tree.as_deref(), card, "stdio", ssh_port, on_restart);
-        // A machine ends with whoever drives it, also when that one is killed.
+        // The machine ends with the process that drives it, also when that is killed.
         let tool = Tool::new("setpriv").args(["--pdeathsig", "KILL", PROGRAM]).args(arguments);
         writeln!(log_file, "$ {}", tool.shown()).with_context(|| format!("writing {log}"))?;
         Self::spawn(tool, log_file, log)
@@ -76,11 +76,11 @@ impl Session {
             bail!("{shown} has no console");
         };
         let (sender, output) = channel();
-        // Ends by itself at the end of the console, that is, with the machine.
+        // Ends at the end of the console, that is, with the machine.
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(n @ 1..) = console.read(&mut buffer) {
-                // A full disk must not stop the machine; the words still reach the session.
+                // A full disk must not stop the machine; the output still reaches the session.
                 drop(log_file.write_all(&buffer[..n]));
                 if sender.send(buffer[..n].to_vec()).is_err() {
                     break;
@@ -91,8 +91,8 @@ impl Session {
         Ok(Self { child, input, output, unread: Vec::new(), tail: Vec::new(), log, commands: 0 })
     }
 
-    /// Waits until the console has said `words`, and returns what it said up to their end (without
-    /// terminal codes). What came later stays for the next call.
+    /// Waits until the console has printed `words`, and returns the output up to their end (without
+    /// terminal codes). Later output is kept for the next call.
     ///
     /// # Errors
     /// When the time is over, the machine ends, or its system cannot start; with the last lines.
@@ -100,14 +100,14 @@ impl Session {
         self.expect_any(&[words], timeout).map(|(_, said)| said)
     }
 
-    /// As [`Self::expect`], for the first of several; also says which.
+    /// Like [`Self::expect`], for the first of several; also returns which.
     ///
     /// # Errors
     /// As [`Self::expect`].
     pub fn expect_any(&mut self, words: &[&str], timeout: Duration) -> Result<(usize, String)> {
         let end = Instant::now() + timeout;
         let wanted = words.join("` or `");
-        // A console says a few bytes at a time: what was looked through is not looked through again.
+        // A console prints a few bytes at a time: do not search the same output again.
         let longest = words.iter().copied().chain(FATAL).map(str::len).max().unwrap_or_default();
         let mut looked = 0_usize;
         let mut last_words = None;
@@ -123,7 +123,8 @@ impl Session {
                 let said: Vec<u8> = self.unread.drain(..start + length).collect();
                 return Ok((index, plain(&said)));
             }
-            // Their line comes to its end first: the reason follows them, and may be what is waited for.
+            // Wait for the end of their line first: the reason follows them, and may be the
+            // expected output.
             last_words = last_words.or_else(|| {
                 FATAL.into_iter().find_map(|w| Some((position(&self.unread, w, from)?, w)))
             });
@@ -131,7 +132,7 @@ impl Session {
                 && self.unread[at..].contains(&b'\n')
             {
                 bail!(self.report(&format!(
-                    "waiting for `{wanted}`: the system does not start (`{fatal}`)"
+                    "waiting for `{wanted}`: the system does not boot (`{fatal}`)"
                 )));
             }
             let left = end.saturating_duration_since(Instant::now());
@@ -142,9 +143,9 @@ impl Session {
                     bail!(self.report(&format!("waiting for `{wanted}`: not within {seconds} s")));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    let status = self.child.wait().context("waiting for the machine's end")?;
+                    let status = self.child.wait().context("waiting for the machine to stop")?;
                     bail!(self.report(&format!(
-                        "waiting for `{wanted}`: the machine has ended ({status})"
+                        "waiting for `{wanted}`: the machine has stopped ({status})"
                     )));
                 }
             }
@@ -168,7 +169,7 @@ impl Session {
     pub fn run(&mut self, command: &str, timeout: Duration) -> Result<(i32, String)> {
         self.commands += 1;
         let n = self.commands;
-        // The quotes keep the typed line, which the console echoes, from looking like the result.
+        // The quotes distinguish the typed line, which the console echoes, from the result.
         self.send_line(&format!(
             "echo slipway'-begin-{n}'; {command}; echo slipway'-exit-{n}='$?"
         ))?;
@@ -183,7 +184,8 @@ impl Session {
         Ok((code, said.replace('\r', "").trim().to_owned()))
     }
 
-    /// Waits until the machine has ended by itself (powered off, or restarted where that ends it).
+    /// Waits until the machine has stopped by itself (powered off, or restarted where that stops
+    /// it).
     ///
     /// # Errors
     /// When it has not within the time; with the last lines.
@@ -193,11 +195,11 @@ impl Session {
             match self.output.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(bytes) => self.take(&bytes),
                 Err(RecvTimeoutError::Disconnected) => {
-                    return self.child.wait().context("waiting for the machine's end");
+                    return self.child.wait().context("waiting for the machine to stop");
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     let seconds = timeout.as_secs();
-                    bail!(self.report(&format!("the machine has not ended within {seconds} s")));
+                    bail!(self.report(&format!("the machine has not stopped within {seconds} s")));
                 }
             }
         }
@@ -223,30 +225,30 @@ impl Session {
         message
     }
 
-    /// Takes the power from the machine: the guest ends where it is, and what its disk has said to be written stays. (A
-    /// kill would lose more than a card does: where in the overlay the blocks are, which QEMU writes at its end or when the
-    /// guest flushes, and an SD card's driver never does.)
+    /// Cuts the power of the machine: the guest stops immediately, and what its disk has reported
+    /// as written is kept. (A kill would lose more than a card does: QEMU writes the overlay's
+    /// block table at its exit or when the guest flushes, which an SD card's driver never does.)
     ///
     /// # Errors
     /// When the machine cannot be ended.
     pub fn lose_power(mut self) -> Result<()> {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         let pid = pid.context("the machine's process id")?;
-        kill_process(pid, Signal::TERM).context("ending the machine")?;
-        self.child.wait().context("waiting for the machine's end")?;
+        kill_process(pid, Signal::TERM).context("stopping the machine")?;
+        self.child.wait().context("waiting for the machine to stop")?;
         Ok(())
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // It may have ended by itself; either way nothing can be done about an error here.
+        // It may have stopped by itself; errors cannot be handled here.
         drop(self.child.kill());
         drop(self.child.wait());
     }
 }
 
-/// Where these words begin, looked for from here on.
+/// The position of these words, searched from here on.
 fn position(text: &[u8], words: &str, from: usize) -> Option<usize> {
     let found = text[from..].windows(words.len()).position(|window| window == words.as_bytes());
     found.map(|at| from + at)
@@ -277,7 +279,7 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(10);
 
-    /// A shell in the machine's place: what a session does is the same for both.
+    /// A shell instead of a machine: a session works the same with both.
     fn shell(folder: &Utf8Path, script: &str) -> Session {
         let log = folder.join("console.log");
         let file = File::create(&log).unwrap();
@@ -318,9 +320,9 @@ mod tests {
         let late = message("echo booting; exec cat", short);
         assert!(late.contains("waiting for `login:`: not within 0 s"), "{late}");
         let ended = message("echo booting; exit 3", SOON);
-        assert!(ended.contains("has ended (exit status: 3)\n  | booting\nfull log: "), "{ended}");
+        assert!(ended.contains("has stopped (exit status: 3)\n  | booting\nfull log: "), "{ended}");
         let fatal = message("echo 'slipway-init: cannot start: no disk'; exec cat", SOON);
-        assert!(fatal.contains("does not start") && fatal.contains("no disk"), "{fatal}");
+        assert!(fatal.contains("does not boot") && fatal.contains("no disk"), "{fatal}");
     }
 
     #[test]
@@ -346,6 +348,6 @@ mod tests {
         let folder = Utf8Path::from_path(folder.path()).unwrap();
         assert!(shell(folder, "exit 0").wait(SOON).unwrap().success());
         let late = shell(folder, "exec cat").wait(Duration::from_millis(50)).unwrap_err();
-        assert!(late.to_string().contains("has not ended"), "{late}");
+        assert!(late.to_string().contains("has not stopped"), "{late}");
     }
 }

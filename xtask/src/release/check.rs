@@ -1,5 +1,6 @@
-//! `release check`: the same commit built again elsewhere, compared byte by byte; what differs is
-//! located down to the file inside the filesystem, and the first byte in it.
+//! `release check`: builds the same commit again in another directory and compares the results byte
+//! by byte; differences are located down to the file inside the filesystem, and its first differing
+//! byte.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -24,12 +25,12 @@ use crate::progress::say;
 use crate::report::Report;
 use crate::update;
 
-/// Bytes around the first difference that are shown.
+/// How many bytes around the first difference are shown.
 const SHOWN: usize = 24;
-/// Bytes that are compared at a time.
+/// How many bytes are compared at a time.
 const PIECE: usize = 1 << 20;
 
-/// What a comparison found.
+/// The result of a comparison.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Comparison {
@@ -55,9 +56,9 @@ pub struct Output {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Located {
-    /// Where: a partition, a component, a part of the output.
+    /// The place: a partition, a component, a part of the output.
     pub place: String,
-    /// The file in it.
+    /// The file in this place.
     pub path: Option<String>,
     /// What differs.
     pub what: String,
@@ -76,14 +77,15 @@ pub struct Request<'a> {
     pub product: &'a str,
     /// The board.
     pub board: &'a str,
-    /// Stages that are not made again.
+    /// Stages that are not rebuilt.
     pub keep_stages: &'a [String],
-    /// How hard the bundle was compressed, as `build-image` takes it.
+    /// The compression level of the bundle, as for `build-image`.
     pub compression: &'a str,
 }
 
-/// Builds the commit of the present results again, in another folder and with an empty stage cache, and
-/// compares. Equal: nothing is left of it. Different: it stays, and its folder is named.
+/// Builds the commit of the current results again, in another directory and with an empty stage
+/// cache, and compares. If equal, the second build is removed. If different, it is kept, and its
+/// directory is printed.
 ///
 /// # Errors
 /// When there are no results of the commit that is checked out, or the second build fails.
@@ -94,8 +96,9 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
     let facts = facts::collect(root)?;
     ensure!(
         !facts.modified && facts.commit.is_some() && facts.commit == report.commit,
-        "what was built is of commit {}, and the checkout is {}{}\n\
-         help: commit, and run `cargo xtask build-image --product {product} --board {board}`",
+        "the results are from commit {}, but the checkout is {}{}\n\
+         help: commit the changes, and run `cargo xtask build-image --product {product} --board \
+         {board}`",
         report.commit.as_deref().unwrap_or("none"),
         facts.commit.as_deref().unwrap_or("none"),
         if facts.modified { " with changes" } else { "" }
@@ -105,8 +108,9 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
     let keep = tempfile::Builder::new()
         .prefix("release-check-")
         .tempdir_in(&target)
-        .with_context(|| format!("creating a folder in {target}"))?;
-    let folder = Utf8PathBuf::try_from(keep.path().to_owned()).context("the folder's path")?;
+        .with_context(|| format!("creating a directory in {target}"))?;
+    let folder =
+        Utf8PathBuf::try_from(keep.path().to_owned()).context("the path of the directory")?;
     let (checkout, cache) = (folder.join("checkout"), folder.join("cache"));
     git::checkout(root, facts.commit.as_deref().unwrap_or_default(), &checkout)?;
     share(&cache, request.keep_stages)?;
@@ -117,12 +121,12 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
         .args(words)
         .args(["--compression", request.compression])
         .env("SLIPWAY_CACHE", cache.as_str())
-        // What others have built proves nothing.
+        // Results from a shared cache would prove nothing.
         .env_remove("SLIPWAY_SHARED_CACHE")
         .env("SOURCE_DATE_EPOCH", report.epoch.to_string())
         .current_dir(&checkout)
         .log(&folder.join("build.log"));
-    // The only way in which a build has another version than its product.
+    // Only nightly builds have another version than their product.
     let configured = config::read_product(root, product)?.version.value;
     if configured.as_str() != report.product.version {
         tool = tool.arg("--nightly");
@@ -131,18 +135,18 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
     let second = checkout.join("dist").join(product).join(board);
     let comparison = compare(&dist, &second)?;
     if !comparison.equal {
-        say("kept", format!("the second build stays in {}", keep.keep().display()));
+        say("kept", format!("the second build is kept in {}", keep.keep().display()));
     }
     Ok(comparison)
 }
 
-/// A cache with nothing in it but the downloads, the host's tools, and the stages that are kept.
+/// A cache that contains only the downloads, the host's tools, and the stages to keep.
 fn share(cache: &Utf8Path, stages: &[String]) -> Result<()> {
     let shared = Cache::locate()?.root;
     let stages = stages.iter().map(|stage| format!("stages/{stage}"));
     for part in ["downloads".to_owned(), "tools".to_owned()].into_iter().chain(stages) {
         let (from, to) = (shared.join(&part), cache.join(&part));
-        let parent = to.parent().context("a part has a folder")?;
+        let parent = to.parent().context("a part has a parent directory")?;
         fs::create_dir_all(&from).with_context(|| format!("creating {from}"))?;
         fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
         symlink(&from, &to).with_context(|| format!("linking {to}"))?;
@@ -150,10 +154,10 @@ fn share(cache: &Utf8Path, stages: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Compares the results of two builds: two folders `dist/<product>/<board>`.
+/// Compares the results of two builds: two directories `dist/<product>/<board>`.
 ///
 /// # Errors
-/// When one lacks what the other has, or cannot be read.
+/// When one has files that the other lacks, or cannot be read.
 pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<Comparison> {
     let mut names = outputs(one)?;
     names.extend(outputs(other)?);
@@ -165,7 +169,7 @@ pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<Comparison> {
         let mut differences = Vec::new();
         let missing: Vec<_> = [&a, &b].into_iter().filter(|path| !path.is_file()).collect();
         if let Some(path) = missing.first() {
-            differences.push(located("file", None, format!("there is no {path}")));
+            differences.push(located("file", None, format!("{path} does not exist")));
         } else if let Some(at) = first_difference(&File::open(&a)?, &File::open(&b)?, 0..u64::MAX)?
         {
             differences = match a.extension() {
@@ -183,11 +187,12 @@ pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<Comparison> {
     Ok(Comparison { equal: found.iter().all(|output| output.equal), outputs: found })
 }
 
-/// The files of a build that a release has, by its report: what earlier versions left does not count.
+/// The files of a build that are part of a release, by its report: files of earlier versions are
+/// ignored.
 fn outputs(dir: &Utf8Path) -> Result<Vec<String>> {
     let path = dir.join("report.json");
     let text = fs::read_to_string(&path).with_context(|| {
-        format!("reading {path}\nhelp: build first, or name a folder dist/<product>/<board>")
+        format!("reading {path}\nhelp: build first, or name a directory dist/<product>/<board>")
     })?;
     let report = Report::from_json(&text).with_context(|| format!("reading {path}"))?;
     let stem = format!("{}-{}-{}", report.product.name, report.product.version, report.board);
@@ -196,7 +201,8 @@ fn outputs(dir: &Utf8Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The first byte that differs in a range, counted from its start; the end counts as one.
+/// The first differing byte in a range, counted from its start; a difference in length is a
+/// difference, too.
 fn first_difference(one: &File, other: &File, range: std::ops::Range<u64>) -> Result<Option<u64>> {
     let (mut a, mut b) = (vec![0; PIECE], vec![0; PIECE]);
     let mut at = range.start;
@@ -272,7 +278,7 @@ fn images(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
             let what = format!("no file differs; {}", shown(one, other, p.offset + at)?);
             inside.push(located(&name, None, what));
         }
-        // Both slots hold the same bytes: the second one would say everything again.
+        // Both slots contain the same bytes: the second one would repeat everything.
         let said: Vec<_> = inside.iter().map(|l| (&l.path, &l.what)).collect();
         let key = hash_bytes(format!("{said:?}").as_bytes());
         match seen.get(&key) {
@@ -388,17 +394,17 @@ fn bundles(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
     };
     let changes = Changes::between(&payloads(&old), &payloads(&new));
     let only = changes.removed.keys().chain(changes.added.keys());
-    found.extend(only.map(|name| located(name, None, "only in one of them".to_owned())));
+    found.extend(only.map(|name| located(name, None, "only in one of the two".to_owned())));
     for (name, change) in &changes.changed {
         let what = if change.old.index == change.new.index {
-            "equal content, packed differently: was it another --compression?".to_owned()
+            "equal content, packed differently: was another --compression used?".to_owned()
         } else {
-            "other content: see the image".to_owned()
+            "different content: see the image".to_owned()
         };
         found.push(located(name, None, what));
     }
     if found.is_empty() {
-        let what = "equal content under another signature: was it another key?".to_owned();
+        let what = "equal content with another signature: was another key used?".to_owned();
         found.push(located("signature", None, what));
     }
     Ok(found)
@@ -413,7 +419,7 @@ fn sboms(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
     let changes = Changes::between(&read(one)?, &read(other)?);
     let mut found = Vec::new();
     for (name, version) in changes.removed.iter().chain(&changes.added) {
-        found.push(located("packages", Some(name), format!("{version}, in one of them only")));
+        found.push(located("packages", Some(name), format!("{version}, in only one of the two")));
     }
     for (name, change) in &changes.changed {
         found.push(located("packages", Some(name), format!("{} and {}", change.old, change.new)));
@@ -422,7 +428,7 @@ fn sboms(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
 }
 
 impl Comparison {
-    /// The comparison for people.
+    /// The comparison in human-readable form.
     pub fn describe(&self) -> String {
         let mut text = String::new();
         for output in &self.outputs {

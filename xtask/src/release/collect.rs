@@ -1,4 +1,4 @@
-//! From `dist/` to the parts of a release: every file is verified before it counts.
+//! Collects the parts of a release from `dist/`: every file is verified before it is used.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,19 +18,19 @@ use crate::store::format::{Board, Object, Unpacked};
 use crate::update;
 use crate::verify::verify_image;
 
-/// zstd's level for images: downloads are many, releases few.
+/// zstd's level for images: there are more downloads than releases.
 const LEVEL: i32 = 9;
-/// Raised when compressing changes what it makes.
+/// Raised when a change of the compression changes its output.
 const COMPRESSED_VERSION: u32 = 1;
 
-/// What was built of a product, verified.
+/// The verified results of a product.
 #[derive(Debug)]
 pub struct Collected {
     /// The product.
     pub product: String,
-    /// The product's name for people.
+    /// The product's human-readable name.
     pub title: String,
-    /// The version that all boards were built as.
+    /// The version of all boards.
     pub version: Version,
     /// Development or release.
     pub kind: Kind,
@@ -38,9 +38,9 @@ pub struct Collected {
     pub commit: Option<String>,
     /// The time in all outputs.
     pub epoch: u64,
-    /// What there is for each board, sorted by name.
+    /// The results for each board, sorted by name.
     pub boards: Vec<Board>,
-    /// Where each object lies, by SHA-256.
+    /// The path of each object, by SHA-256.
     pub sources: BTreeMap<String, Utf8PathBuf>,
 }
 
@@ -57,11 +57,11 @@ struct Planned {
     modified: bool,
 }
 
-/// Collects and verifies the results for these boards (none named: all of the product).
+/// Collects and verifies the results for these boards (empty: all boards of the product).
 ///
 /// # Errors
-/// When a result is missing or damaged, the boards were built from different commits or as different
-/// versions, or from files that no commit has.
+/// When a result is missing or damaged, the boards were built from different commits or as
+/// different versions, or from uncommitted changes.
 pub fn collect(
     root: &Utf8Path,
     product: &str,
@@ -80,14 +80,14 @@ pub fn collect(
     for name in &names {
         let dir = root.join("dist").join(product).join(name);
         let part = board(root, &dir, product, name, keys, allow_changes)
-            .with_context(|| format!("verifying what was built of {product} for {name}"))?;
+            .with_context(|| format!("verifying the results of {product} for {name}"))?;
         match &mut collected {
             None => collected = Some(part),
             Some(all) => {
                 ensure!(
                     (&all.version, &all.commit, all.epoch)
                         == (&part.version, &part.commit, part.epoch),
-                    "{product} was built for {name} as {} from commit {}, for {} as {} from {}\n\
+                    "{product} was built for {name} as {} from commit {}, but for {} as {} from {}\n\
                      help: build all boards again from one commit",
                     part.version,
                     part.commit.as_deref().unwrap_or("none"),
@@ -126,7 +126,7 @@ fn board(
     let report = read_report(dir, product, board)?;
     ensure!(
         report.product.name == product && report.board == board,
-        "{dir}/report.json is of {} for {}",
+        "{dir}/report.json belongs to {} for {}",
         report.product.name,
         report.board
     );
@@ -140,8 +140,8 @@ fn board(
         serde_json::from_slice(&text).with_context(|| format!("reading {plan}"))?;
     ensure!(
         !planned.modified || (allow_changes && kind == Kind::Development),
-        "it was built from files that no commit has, so nobody could build it again\n\
-         help: commit, and build again (a development product: --allow-changes)"
+        "built from uncommitted changes; the release would not be reproducible\n\
+         help: commit the changes and build again (for a development product: --allow-changes)"
     );
     let version = Version::parse(&report.product.version).context("reading the version")?;
     let stem = format!("{product}-{version}-{board}");
@@ -149,7 +149,7 @@ fn board(
         let path = dir.join(format!("{stem}.{extension}"));
         ensure!(
             path.is_file(),
-            "there is no {path}\n\
+            "{path} does not exist\n\
              help: cargo xtask build-image --product {product} --board {board}"
         );
         Ok(path)
@@ -189,7 +189,9 @@ fn board(
         let path = root.join(&output.path);
         let found = sources.iter().find(|(_, source)| **source == path);
         if let Some((found, _)) = found.filter(|(found, _)| *found != expected) {
-            bail!("{path} has the SHA-256 {found}, the report says {expected}\nhelp: build again");
+            bail!(
+                "{path} has the SHA-256 {found}, but the report has {expected}\nhelp: build again"
+            );
         }
     }
     let engine = report.engine.clone();
@@ -207,8 +209,8 @@ fn board(
     })
 }
 
-/// The image as one zstd file, made once for each image: its block map has the hash of every byte that
-/// counts.
+/// The image as one zstd file, created once for each image: its block map contains the hashes of
+/// all mapped bytes.
 fn compressed(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
     let key = Key::new("compressed", COMPRESSED_VERSION)
         .with("block map", &map.sha256)
@@ -233,7 +235,7 @@ fn compressed(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
 /// The names and versions in a CycloneDX bill of materials.
 ///
 /// # Errors
-/// When it is none.
+/// When it is invalid.
 pub fn packages(sbom: &[u8]) -> Result<BTreeMap<String, String>> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
@@ -247,11 +249,15 @@ pub fn packages(sbom: &[u8]) -> Result<BTreeMap<String, String>> {
         #[serde(default)]
         version: String,
     }
-    let bom: Bom = serde_json::from_slice(sbom).context("it is no bill of materials")?;
-    ensure!(bom.bom_format == "CycloneDX", "it is of the format {}", bom.bom_format);
+    let bom: Bom = serde_json::from_slice(sbom).context("not a bill of materials")?;
+    ensure!(
+        bom.bom_format == "CycloneDX",
+        "the bill of materials has the format {}",
+        bom.bom_format
+    );
     let mut packages: BTreeMap<String, String> = BTreeMap::new();
     for part in bom.components {
-        // A crate may be there in two versions.
+        // A crate may be present in two versions.
         let versions = packages.entry(part.name).or_default();
         if !versions.is_empty() {
             versions.push_str(", ");

@@ -1,4 +1,4 @@
-//! `release create`: from verified results to a signed release in the local store.
+//! `release create`: creates a signed release in the local store from verified results.
 
 use std::collections::BTreeMap;
 
@@ -26,25 +26,25 @@ pub struct Request<'a> {
     pub root: &'a Utf8Path,
     /// The product.
     pub product: &'a str,
-    /// Boards; none: all of the product.
+    /// Boards; empty: all boards of the product.
     pub boards: &'a [String],
-    /// Where it goes.
+    /// The target channel.
     pub channel: Channel,
-    /// What stays.
+    /// Which releases to keep.
     pub retention: Retention,
-    /// Also what was built from files that no commit has.
+    /// Also accept results that were built from uncommitted changes.
     pub allow_changes: bool,
 }
 
-/// A release that was made.
+/// A created release.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Created {
     /// The channel.
     pub channel: Channel,
-    /// It was there already, with the same content.
+    /// It existed already, with the same content.
     pub existed: bool,
-    /// Its place in the channel.
+    /// Its entry in the channel.
     pub entry: Entry,
     /// The release.
     pub manifest: Manifest,
@@ -55,10 +55,11 @@ pub fn local(root: &Utf8Path) -> Directory {
     Directory::new(&root.join(LOCAL))
 }
 
-/// Makes a release of what was built, and puts it into a channel.
+/// Makes a release from the build results, and adds it to a channel.
 ///
 /// # Errors
-/// When a result is missing or damaged, the version does not grow, or there is no key for its kind.
+/// When a result is missing or damaged, the version does not increase, or there is no key for its
+/// kind.
 pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Created> {
     let store = local(request.root);
     let collected = collect::collect(
@@ -68,7 +69,7 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
         authority.keys(),
         request.allow_changes,
     )?;
-    // Before all the work: what the channel does not take is refused in the end anyway.
+    // Check early: the channel would reject the release in the end anyway.
     authority.pins().fits(request.channel, &collected.product, collected.kind)?;
     authority.begin(&store)?;
     let mut channels = BTreeMap::new();
@@ -131,10 +132,10 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
     Ok(Created { channel: request.channel, existed: false, entry, manifest })
 }
 
-/// Puts a release whose files are there into a channel. Returns whether it was not in it yet.
+/// Adds a release whose files exist to a channel. Returns whether it was not in the channel yet.
 ///
 /// # Errors
-/// When the version does not grow.
+/// When the version does not increase.
 pub fn put(
     store: &dyn Store,
     channel: Channel,
@@ -172,7 +173,8 @@ fn existing(
         ensure!(
             manifest.boards == collected.boards && manifest.commit == collected.commit,
             "{} {} is in the channel {found} with other content\n\
-             help: versions only grow: raise `version` in configs/{}.toml, or build with --nightly",
+             help: versions must increase: raise `version` in configs/{}.toml, or build with \
+             --nightly",
             collected.product,
             collected.version,
             collected.product
@@ -182,7 +184,7 @@ fn existing(
             return Ok(Some(Created { channel, existed: true, entry, manifest }));
         }
         bail!(
-            "{} {} is in the channel {found} already\n\
+            "{} {} is already in the channel {found}\n\
              help: cargo xtask release promote {} --product {} --to {channel}",
             collected.product,
             collected.version,
@@ -193,7 +195,7 @@ fn existing(
     Ok(None)
 }
 
-/// The release to compare with: the newest one below this version, of this channel if it has one.
+/// The release to compare with: the newest one below this version, preferably in this channel.
 fn past(
     store: &Directory,
     channels: &BTreeMap<Channel, Index>,
@@ -213,10 +215,10 @@ fn past(
     Ok(Some(Past::read(store, &entry, authority.keys())?))
 }
 
-/// Reads a version as it was typed.
+/// Parses a version from the command line.
 ///
 /// # Errors
-/// When it is none.
+/// When it is invalid.
 pub fn version(text: &str) -> Result<Version> {
     Version::parse(text).with_context(|| format!("reading the version `{text}`"))
 }

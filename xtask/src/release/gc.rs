@@ -1,4 +1,4 @@
-//! Removes from a folder store what no release refers to any more.
+//! Removes files that no release refers to from a directory store.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,21 +14,22 @@ use crate::store::format::{Channel, File, Index, Manifest, Object, Retired};
 use crate::store::index::GRACE;
 use crate::store::{Files, Store};
 
-/// What was, or would be, removed.
+/// The files that were, or would be, removed.
 #[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Removed {
     /// Paths in the store.
     pub files: Vec<Utf8PathBuf>,
-    /// Their bytes.
+    /// Their total size in bytes.
     pub bytes: u64,
 }
 
-/// Removes unreferenced objects and manifests and what interrupted publishers left, if they are older
-/// than a day: a younger one may belong to a release that is just being published.
+/// Removes unreferenced objects and manifests and files of interrupted publishers, if they are
+/// older than a day: younger files may belong to a release that is being published.
 ///
-/// What is kept is known from the indexes alone. So each must be verified, of the pinned kind, and one that
-/// this machine has seen before, or a later one: else the word of an older index would delete newer releases.
+/// The files to keep are known from the indexes only. So each index must be verified, of the pinned
+/// kind, and one that this machine has seen before, or a later one: else an older index would cause
+/// the removal of newer releases.
 ///
 /// # Errors
 /// When an index or a manifest cannot be read, an index is older, or this machine has never seen it: nothing
@@ -49,13 +50,15 @@ pub fn collect(store: &Directory, authority: &Authority, dry_run: bool) -> Resul
         }
         for Retired { product, version, manifest: file, .. } in &retired {
             let read = |path: &str| -> Result<Vec<u8>> {
-                store.read(path)?.with_context(|| format!("{} lacks {path}", store.root()))
+                store
+                    .read(path)?
+                    .with_context(|| format!("{} does not contain {path}", store.root()))
             };
             let (text, signature) = (read(&file.path)?, read(&file.signature())?);
             let manifest = Manifest::open(file, &text, &signature, authority.keys())?;
             ensure!(
                 (&manifest.product, &manifest.version) == (product, version),
-                "{}: it is {} {}, and {channel} lists it as {product} {version}",
+                "{}: the manifest is of {} {}, but {channel} lists it as {product} {version}",
                 file.path,
                 manifest.product,
                 manifest.version
@@ -64,20 +67,22 @@ pub fn collect(store: &Directory, authority: &Authority, dry_run: bool) -> Resul
         }
     }
     if !dry_run && store.exists() && !authority.memory().restored() {
-        let help = "help: look at `release list` and `release gc --dry-run`";
+        let help = "help: check `release list` and `release gc --dry-run`";
         if !new.is_empty() {
             bail!(
-                "nothing is removed from {}: this machine had not seen {} before, and an older index \
-                 would delete newer releases. It is remembered now\n\
-                 {help}; if all is there, call this again",
+                "nothing was removed from {}: this machine has not seen {} before, and with an \
+                 older \
+                 index newer releases would be deleted. The index is remembered now\n\
+                 {help}; if everything is present, run this again",
                 store.root(),
                 new.join(", ")
             );
         }
         ensure!(
             known > 0,
-            "nothing is removed from {}: it has no index, and this machine has never seen one of it\n\
-             {help}; remove the folder by hand if it is not wanted",
+            "nothing was removed from {}: the store has no index, and this machine has never seen \
+             one of it\n\
+             {help}; remove the directory by hand if it is not wanted",
             store.root()
         );
     }
@@ -96,7 +101,7 @@ pub fn collect(store: &Directory, authority: &Authority, dry_run: bool) -> Resul
                     folders.push(path);
                     continue;
                 }
-                let name = path.strip_prefix(store.root()).context("a path of the store")?;
+                let name = path.strip_prefix(store.root()).context("a path in the store")?;
                 let unfinished = path.file_name().is_some_and(|n| n.starts_with(UNFINISHED));
                 let referenced = top == "channels" || kept.contains(name.as_str());
                 let modified = metadata.modified().with_context(|| format!("reading {path}"))?;

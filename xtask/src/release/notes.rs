@@ -16,9 +16,9 @@ use crate::scratch::scratch;
 use crate::store::Store;
 use crate::store::format::{Board, Component, Entry, Manifest};
 
-/// More commits than these are counted, not listed.
+/// The maximum number of listed commits.
 const MOST_COMMITS: usize = 200;
-/// More packages than these are counted, not listed.
+/// The maximum number of listed packages.
 const MOST_PACKAGES: usize = 100;
 
 /// A release with its bills of materials.
@@ -30,13 +30,13 @@ pub struct Past {
     pub packages: BTreeMap<String, BTreeMap<String, String>>,
 }
 
-/// What changed for one board.
+/// The changes for one board.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BoardChanges {
     /// The board.
     pub board: String,
-    /// Components, by version and digest; equal ones are left out.
+    /// Components, by version and digest; without equal ones.
     pub components: Changes<Component>,
     /// Packages, wheels and crates, by version.
     pub packages: Changes<String>,
@@ -61,7 +61,7 @@ impl Past {
         Ok(Self { manifest, packages: found })
     }
 
-    /// What changed from this release to another one, board by board.
+    /// The changes from this release to another one, for each board.
     pub fn changes_to(&self, new: &Self) -> Vec<BoardChanges> {
         changes(&self.manifest.boards, &self.packages, &new.manifest.boards, &new.packages)
     }
@@ -179,7 +179,7 @@ fn components_table(changed: &[BoardChanges]) -> String {
     text
 }
 
-/// Boards mostly change alike, so each change is said once.
+/// Boards mostly have the same changes, so each change is listed once.
 fn package_list(changed: &[BoardChanges]) -> String {
     let mut lines = BTreeSet::new();
     for packages in changed.iter().map(|board| &board.packages) {
@@ -205,7 +205,7 @@ fn package_list(changed: &[BoardChanges]) -> String {
     text
 }
 
-/// Text from outside, so that it stays text in Markdown: one line, nothing that a renderer acts on.
+/// Escapes external text for Markdown: one line without any markup.
 pub(super) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,4 +1,4 @@
-//! All builds in `dist/` as one page of Markdown: what CI shows of a night.
+//! All builds in `dist/` as one page of Markdown: shown by CI after a nightly build.
 
 use std::fs;
 
@@ -16,7 +16,7 @@ use crate::scratch::scratch;
 use crate::store::Files;
 use crate::store::format::Channel;
 
-/// Sums up: a table of builds, each failure with its stage and log, and the newest nightlies' notes.
+/// Writes a table of builds, each failure with its stage and log, and the newest nightlies' notes.
 ///
 /// # Errors
 /// When a report or the local store cannot be read.
@@ -82,9 +82,8 @@ fn row(product: &str, board: &str, report: &Report) -> String {
 }
 
 fn failed(product: &str, board: &str, failure: &Failure) -> String {
-    let log =
-        failure.log.as_ref().map_or("it wrote no log".to_owned(), |log| format!("log `{log}`"));
-    // Four backticks: an error may quote three.
+    let log = failure.log.as_ref().map_or("no log".to_owned(), |log| format!("log `{log}`"));
+    // Four backticks: an error may contain three.
     let error = failure.error.replace("````", "'''");
     format!(
         "\n**{product} for {board}**: stage `{}`, {log}\n\n````\n{error}\n````\n",

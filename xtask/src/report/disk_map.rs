@@ -1,5 +1,5 @@
 //! The geometry of the partition map: every region to scale, tiny ones with a visible minimum, and
-//! labels that never overlap. Pure; drawing is the template's business.
+//! labels that never overlap. Pure; the template does the drawing.
 
 use std::cmp::Ordering;
 
@@ -8,13 +8,13 @@ use serde::Serialize;
 use super::{Disk, Region, RegionKind};
 use crate::progress::bytes;
 
-/// A region is drawn at least this wide, so that one sector of a whole card can still be seen.
+/// The minimum width of a region, so that one sector of a whole card is still visible.
 const MIN_WIDTH: f64 = 3.0;
 
-/// How wide a character is taken to be; generous for a 12-pixel sans-serif face.
+/// The assumed width of a character; generous for a 12-pixel sans-serif face.
 const CHAR_WIDTH: f64 = 6.8;
 
-/// Labels whose regions lie closer together than this share one leader line.
+/// Labels whose regions are closer together than this share one leader line.
 const SHARED_LEADER: f64 = 8.0;
 
 /// The space between two labels in one row.
@@ -29,9 +29,9 @@ pub(super) struct Block {
     pub width: f64,
     /// The width of the part that is in use.
     pub used: f64,
-    /// The style that suits its role.
+    /// The style for its role.
     pub class: &'static str,
-    /// What to write inside; empty when it does not fit.
+    /// The text inside; empty when it does not fit.
     pub label: String,
     /// The second line inside; empty when it does not fit.
     pub detail: String,
@@ -43,16 +43,16 @@ pub(super) struct Block {
     pub size: u64,
 }
 
-/// A label outside of the map, with a line to what it names.
+/// A label outside of the map, with a line to its region.
 #[derive(Debug, Serialize)]
 pub(super) struct Label {
-    /// Where its leader line stands.
+    /// The position of its leader line.
     pub anchor: f64,
-    /// Where its text begins.
+    /// The position of its text.
     pub x: f64,
     /// Its row below the map, from 0.
     pub row: usize,
-    /// What it says.
+    /// Its text.
     pub text: String,
 }
 
@@ -73,7 +73,7 @@ pub(super) struct Map {
     pub ticks: Vec<Tick>,
 }
 
-/// Which style a region has. Roles are fixed nouns: `boot`, `root-a`, `boot-b`, `data`, ….
+/// The style of a region. Roles are fixed nouns: `boot`, `root-a`, `boot-b`, `data`, ….
 pub(super) fn class(region: &Region) -> &'static str {
     match region.kind {
         RegionKind::Gap => "gap",
@@ -151,9 +151,10 @@ fn block(region: &Region, scale: f64, whole: f64) -> Block {
     }
 }
 
-/// Places labels to the right of their leader lines, from right to left. A label takes the first row
-/// in which it neither meets another nor lies over the leader of one in a deeper row. Only where
-/// labels crowd at the right edge, and are pushed left over their leaders, may a line pass behind one.
+/// Places labels to the right of their leader lines, from right to left. A label is placed in the
+/// first row in which it neither overlaps another label nor covers the leader of one in a deeper
+/// row. Only where many labels are at the right edge, and are pushed left over their leaders, a
+/// line may cross behind a label.
 fn place(outside: Vec<(f64, String)>, width: f64) -> Vec<Label> {
     let mut rows = 0;
     let mut labels: Vec<Label> = Vec::new();
@@ -178,7 +179,7 @@ fn place(outside: Vec<(f64, String)>, width: f64) -> Vec<Label> {
     labels
 }
 
-/// At most this many characters, the last an ellipsis when something is left out.
+/// At most this many characters; the last is an ellipsis when the text is cut.
 pub(super) fn shorten(text: &str, room: usize) -> String {
     if text.chars().count() <= room {
         return text.to_owned();

@@ -1,5 +1,5 @@
-//! The report as one HTML file that needs nothing from elsewhere. All numbers and drawings are
-//! computed here, so the page reads the same without scripts; the template only arranges them.
+//! The report as one self-contained HTML file. All numbers and drawings are computed here, so the
+//! page reads the same without scripts; the template only arranges them.
 
 use anyhow::{Context, Result};
 use minijinja::value::Serde;
@@ -11,23 +11,23 @@ use super::treemap::{Rect, squarify};
 use super::{Disk, Output, Package, PathSize, Report, Wheel, count, time};
 use crate::progress::bytes;
 
-/// The name ends in `.html.j2`: that is what switches escaping on.
+/// The name ends in `.html.j2`: this enables escaping.
 const TEMPLATE: &str = "report.html.j2";
 
-/// The widths at which drawings are made: for wide windows and print, and for phones. The page
-/// shows one of the two, so that letters keep their size.
+/// The widths of the drawings: for wide windows and print, and for phones. The page shows one of
+/// the two, so that the text keeps its size.
 const WIDTHS: [(&str, f64, f64); 2] = [("wide", 1120.0, 460.0), ("narrow", 400.0, 520.0)];
 
-/// How wide a character of a tile's (bold) label is taken to be.
+/// The assumed width of a character in a tile's (bold) label.
 const CHAR_WIDTH: f64 = 7.7;
 
 /// Tiles with a smaller area than this are drawn as one.
 const MIN_TILE: f64 = 220.0;
 
-/// How many rows the tables of files and folders show.
+/// How many rows the tables of files and directories show.
 const MOST_ROWS: usize = 25;
 
-/// The page. The same report gives the same bytes.
+/// Renders the page. The same report gives the same bytes.
 ///
 /// # Errors
 /// Only when the built-in template has a mistake.
@@ -64,10 +64,10 @@ pub fn render_html(report: &Report) -> Result<String> {
         warnings: warnings(report),
         outputs: report.outputs.iter().filter(|output| output.name != "report").collect(),
     };
-    template.render(Serde(page)).context("filling in the report's template")
+    template.render(Serde(page)).context("rendering the report's template")
 }
 
-/// What the template sees.
+/// The variables of the template.
 #[derive(Serialize)]
 struct Page<'a> {
     report: &'a Report,
@@ -100,7 +100,7 @@ struct Warning<'a> {
     help: Option<&'a str>,
 }
 
-/// The warnings, each once; a line that starts with `help: ` stands apart.
+/// The warnings, each once; a line that starts with `help: ` is separate.
 fn warnings(report: &Report) -> Vec<Warning<'_>> {
     let root = report.root.as_ref().and_then(|root| root.warning.as_ref());
     let root = root.filter(|warning| !report.warnings.contains(warning));
@@ -194,7 +194,7 @@ struct Tile {
     title: String,
 }
 
-/// Something that a tile stands for.
+/// The subject of a tile.
 struct Item {
     name: String,
     title: String,

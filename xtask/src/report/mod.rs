@@ -1,5 +1,5 @@
-//! `Report`: what one build made, as a value. It renders to the terminal, to JSON and to a
-//! self-contained HTML page; nothing here looks at the disk, the clock or the environment.
+//! `Report`: the results of one build as a value. It renders to the terminal, to JSON and to a
+//! self-contained HTML page; nothing here reads the disk, the clock or the environment.
 
 mod disk_map;
 mod html;
@@ -13,11 +13,11 @@ pub use crate::store::format::Component;
 pub use html::render_html;
 pub use terminal::{Style, render_terminal};
 
-/// The version of the JSON form. It rises when a field changes its meaning or goes away; a new
+/// The version of the JSON form. It is raised when a field changes its meaning or is removed; a new
 /// field alone does not raise it.
 pub const SCHEMA: u32 = 1;
 
-/// Everything that a person, or a program that reads `report.json`, may want to know of one build.
+/// The complete information about one build, for readers and for programs that read `report.json`.
 ///
 /// Sizes are bytes, times are seconds. The lists keep the order that they are given in, except that
 /// the renderers sort what they show by size.
@@ -32,11 +32,11 @@ pub struct Report {
     pub board: String,
     /// The engine that made the base system.
     pub engine: String,
-    /// The distribution or release that the engine built from, such as `bookworm`.
+    /// The distribution or release that the engine used, such as `bookworm`.
     pub suite: Option<String>,
-    /// The commit of the product's sources, in full; none outside a repository.
+    /// The full commit of the product's sources; `None` outside of a repository.
     pub commit: Option<String>,
-    /// The time that stands in every output: seconds since 1970, UTC.
+    /// The time in every output: seconds since 1970, UTC.
     pub epoch: u64,
     /// Whether earlier results were used.
     pub started_in: StartedIn,
@@ -44,13 +44,13 @@ pub struct Report {
     pub seconds: f64,
     /// The stages in the order in which they ran.
     pub stages: Vec<Stage>,
-    /// The files that the build leaves in `dist/`.
+    /// The files that the build writes to `dist/`.
     pub outputs: Vec<Output>,
-    /// The key that signed the bundle; none when no bundle was made.
+    /// The key that signed the bundle; `None` without a bundle.
     pub signed_by: Option<Signer>,
-    /// The card image's layout; none when the build stopped before it.
+    /// The card image's layout; `None` when the build stopped before it.
     pub disk: Option<Disk>,
-    /// How full the root filesystem is; none when the build stopped before it.
+    /// How full the root filesystem is; `None` when the build stopped before it.
     pub root: Option<Root>,
     /// The distribution's packages in the root filesystem.
     pub packages: Vec<Package>,
@@ -58,20 +58,21 @@ pub struct Report {
     pub wheels: Vec<Wheel>,
     /// The largest files of the root filesystem.
     pub largest_files: Vec<PathSize>,
-    /// Folders of the root filesystem with all that lies under them; they may nest.
+    /// Directories of the root filesystem with everything below them; they may nest.
     pub directories: Vec<PathSize>,
-    /// What the system is made of, each part with the digest of its content; empty when the build stopped
-    /// before.
+    /// The components of the system, each with the digest of its content; empty when the build
+    /// stopped before.
     #[serde(default)]
     pub components: Vec<Component>,
-    /// How each model of the board starts, from its boot ROM to `/init`; empty when the build stopped before the card.
+    /// How each model of the board boots, from its boot ROM to `/init`; empty when the build
+    /// stopped before the card.
     #[serde(default)]
     pub starts: Vec<crate::start::Start>,
-    /// What the person who builds should know. Sentences, most important first.
+    /// Warnings for the user. Sentences, most important first.
     pub warnings: Vec<String>,
-    /// Locked packages that the mirror no longer had, and what took their place.
+    /// Locked packages that the mirror no longer had, and their replacements.
     pub replaced_packages: Vec<Replaced>,
-    /// Commands that make sense now.
+    /// Useful next commands.
     pub next: Vec<String>,
 }
 
@@ -81,19 +82,20 @@ pub struct Report {
 pub struct Product {
     /// The short name, as in file names.
     pub name: String,
-    /// The name for people.
+    /// The human-readable name.
     pub title: String,
     /// The version.
     pub version: String,
-    /// Whether this may leave the house.
+    /// Development or release.
     pub kind: Kind,
 }
 
-/// Whether something is meant for development or for release.
+/// Whether a product or a key is for development or for release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// For developers: may be signed with the development key, may have open accounts.
+    /// For developers: may be signed with the development key, may have accounts without a
+    /// password.
     Development,
     /// For robots in the field.
     Release,
@@ -103,14 +105,14 @@ pub enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StartedIn {
-    /// Every stage did its work.
+    /// Every stage was built.
     Clean,
-    /// At least one stage took an earlier result.
+    /// At least one stage used an earlier result.
     Cached,
 }
 
 impl StartedIn {
-    /// What these stages amount to.
+    /// Derives the value from the stages.
     pub fn of(stages: &[Stage]) -> Self {
         if stages.iter().any(|stage| stage.cached) { Self::Cached } else { Self::Clean }
     }
@@ -124,25 +126,25 @@ pub struct Stage {
     pub name: String,
     /// How long it took.
     pub seconds: f64,
-    /// Whether it took an earlier result instead of working.
+    /// Whether it used an earlier result.
     pub cached: bool,
-    /// What it did, in a few words; may be empty.
+    /// A short summary of the result; may be empty.
     pub note: String,
 }
 
-/// One file that the build made.
+/// One file that the build created.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Output {
-    /// What it is: `image`, `bmap`, `bundle`, `sbom`, …
+    /// Its kind: `image`, `bmap`, `bundle`, `sbom`, …
     pub name: String,
-    /// Where it lies, relative to the folder in which the build was started.
+    /// Its path, relative to the directory in which the build was started.
     pub path: String,
     /// Its length; holes count.
     pub size: u64,
     /// What it occupies on the disk of the machine that built it; less than `size` when sparse.
     pub on_disk_size: u64,
-    /// SHA-256 of its content, lower-case hexadecimal, where it was computed.
+    /// SHA-256 of its content, lower-case hexadecimal, if it was computed.
     pub sha256: Option<String>,
 }
 
@@ -164,12 +166,12 @@ pub enum TableKind {
     Mbr,
     /// A GUID partition table.
     Gpt,
-    /// A GUID partition table with a master boot record that lists partitions too.
+    /// A GUID partition table with a master boot record that also lists partitions.
     GptHybrid,
 }
 
 impl TableKind {
-    /// The name for people.
+    /// The human-readable name.
     pub fn title(self) -> &'static str {
         match self {
             Self::Mbr => "MBR",
@@ -179,8 +181,8 @@ impl TableKind {
     }
 }
 
-/// The card image from its first byte to its last. Made with [`Disk::new`], its regions are sorted,
-/// do not overlap and leave nothing out.
+/// The card image from its first byte to its last. Created with [`Disk::new`]: its regions are
+/// sorted, do not overlap and cover the whole card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Disk {
@@ -188,11 +190,11 @@ pub struct Disk {
     pub table_kind: TableKind,
     /// The image's length.
     pub size: u64,
-    /// What lies where.
+    /// The regions.
     pub regions: Vec<Region>,
 }
 
-/// What a region of the card is for.
+/// The use of a region of the card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RegionKind {
@@ -202,29 +204,29 @@ pub enum RegionKind {
     Table,
     /// One copy of the boot state, in raw sectors outside of every partition.
     BootState,
-    /// One copy of what a robot trusts, in raw sectors too.
+    /// One copy of the trust record, also in raw sectors.
     Trust,
-    /// Nothing.
+    /// Unused.
     Gap,
 }
 
-/// A run of bytes of the card.
+/// A range of bytes of the card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Region {
-    /// What it is for.
+    /// Its use.
     pub kind: RegionKind,
     /// A partition's number, from 1.
     pub number: Option<u32>,
-    /// A partition's role, such as `root-a`; for the rest, what to call it.
+    /// A partition's role, such as `root-a`; for other regions, their name.
     pub role: String,
-    /// Where it begins, from the start of the card.
+    /// Its offset from the start of the card.
     pub start: u64,
     /// Its length.
     pub size: u64,
     /// The filesystem in it.
     pub filesystem: Option<String>,
-    /// How much of the filesystem is in use, where it is known.
+    /// How much of the filesystem is in use, if known.
     pub used: Option<u64>,
 }
 
@@ -236,7 +238,7 @@ impl Region {
 }
 
 impl Disk {
-    /// Sorts the regions and puts a gap wherever nothing lies.
+    /// Sorts the regions and adds regions for the gaps.
     ///
     /// # Errors
     /// When two regions overlap or one reaches beyond the card's end; the message names them.
@@ -296,12 +298,12 @@ pub struct Root {
     pub fill_percent: u32,
     /// The product's limit, in percent of `capacity`; a build that exceeds it fails.
     pub limit_percent: u32,
-    /// A sentence when the limit is near.
+    /// A warning when the limit is near.
     pub warning: Option<String>,
 }
 
 impl Root {
-    /// Works out how full the filesystem is.
+    /// Computes how full the filesystem is.
     pub fn new(used: u64, capacity: u64, limit_percent: u32, warning: Option<String>) -> Self {
         let percent = (u128::from(used) * 100).div_ceil(u128::from(capacity.max(1)));
         let fill_percent = u32::try_from(percent).unwrap_or(u32::MAX);
@@ -317,7 +319,7 @@ pub struct Package {
     pub name: String,
     /// The package's version.
     pub version: String,
-    /// What it occupies once installed.
+    /// Its installed size in bytes.
     pub installed_bytes: u64,
 }
 
@@ -329,7 +331,7 @@ pub struct Wheel {
     pub name: String,
     /// The project's version.
     pub version: String,
-    /// What it occupies once installed.
+    /// Its installed size in bytes.
     pub bytes: u64,
 }
 
@@ -339,11 +341,11 @@ pub struct Wheel {
 pub struct PathSize {
     /// The path within the root filesystem, with a leading `/`.
     pub path: String,
-    /// Its size; for a folder, of everything under it.
+    /// Its size; for a directory, of everything under it.
     pub bytes: u64,
 }
 
-/// A locked package that could not be had any more.
+/// A locked package that was no longer available.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Replaced {
@@ -351,7 +353,7 @@ pub struct Replaced {
     pub name: String,
     /// The version that was locked.
     pub old: String,
-    /// The version that was built in.
+    /// The version that was used.
     pub new: String,
 }
 
@@ -369,7 +371,7 @@ impl Report {
     /// Reads a report that [`Report::to_json`] wrote.
     ///
     /// # Errors
-    /// When the text is no report, or a report of another schema.
+    /// When the text is not a report, or has another schema.
     pub fn from_json(text: &str) -> Result<Self> {
         #[derive(Deserialize)]
         struct Head {
@@ -378,8 +380,8 @@ impl Report {
         let head: Head = serde_json::from_str(text).context("reading a build report")?;
         if head.schema != SCHEMA {
             bail!(
-                "reading a build report: its schema is {}, this tool reads {SCHEMA}\n\
-                 help: use the tool of the version that made the report, or build again",
+                "reading a build report: its schema is {}, but this tool reads {SCHEMA}\n\
+                 help: use the version of the tool that created the report, or build again",
                 head.schema
             );
         }
@@ -393,7 +395,7 @@ impl Report {
 }
 
 impl Kind {
-    /// The name for people.
+    /// The human-readable name.
     pub fn title(self) -> &'static str {
         match self {
             Self::Development => "development",
@@ -407,7 +409,8 @@ fn count(n: usize, noun: &str) -> String {
     format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
 }
 
-/// A time in seconds for people. What is not a time (negative, not a number) counts as none.
+/// A time in seconds in human-readable form. An invalid time (negative, not a number) is shown as
+/// zero.
 fn time(seconds: f64) -> String {
     let duration = std::time::Duration::try_from_secs_f64(seconds).unwrap_or_default();
     crate::progress::duration(duration)

@@ -1,4 +1,4 @@
-//! The report on a terminal: one line for each thing worth knowing, aligned, and nothing else.
+//! The report on a terminal: one aligned line for each important fact.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -10,24 +10,24 @@ use crate::text::printable;
 /// The width of the first column; the same as that of the lines shown during a build.
 const NAME_COLUMN: usize = 8;
 
-/// Where the second column begins: a blank, the name, a blank.
+/// The position of the second column: a blank, the name, a blank.
 const INDENT: usize = NAME_COLUMN + 2;
 
-/// How wide lines may be where nothing says how wide the terminal is.
+/// The maximum width of lines when the terminal's width is unknown.
 const DEFAULT_WIDTH: usize = 100;
 
-/// What a person looks for; the rest stands in the report.
+/// The most important outputs; the others are in the report.
 const MAIN_OUTPUTS: [&str; 3] = ["image", "bundle", "report"];
 
-/// Narrower than this, lines are not made any shorter.
+/// The minimum width of lines.
 const MIN_WIDTH: usize = 40;
 
-/// How the lines look.
+/// The style of the lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Style {
     /// Whether to use colours (ANSI escapes).
     pub color: bool,
-    /// The columns that a line may take; longer lines continue on the next one, indented.
+    /// The maximum width of a line in columns; longer lines continue on the next one, indented.
     pub width: usize,
 }
 
@@ -37,8 +37,8 @@ impl Style {
         Self { color: false, width: DEFAULT_WIDTH }
     }
 
-    /// What suits this stream: colours only on a terminal and unless `NO_COLOR` is set (to
-    /// anything but nothing, see no-color.org), the terminal's width from `COLUMNS`.
+    /// The style for a stream: colours only on a terminal and unless `NO_COLOR` is set and not
+    /// empty (see no-color.org), the terminal's width from `COLUMNS`.
     pub fn of(stream: &impl IsTerminal) -> Self {
         let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let dumb = std::env::var_os("TERM").is_some_and(|value| value == "dumb");
@@ -74,7 +74,7 @@ pub fn render_terminal(report: &Report, out: &mut dyn Write, style: Style) -> io
         page.warning(warning)?;
     }
     if let Some(warning) = report.root.as_ref().and_then(|root| root.warning.as_ref()) {
-        // The same sentence may already stand among the warnings.
+        // The same sentence may already be among the warnings.
         if !report.warnings.contains(warning) {
             page.warning(warning)?;
         }
@@ -109,13 +109,13 @@ impl Page<'_> {
 
     fn warning(&mut self, text: &str) -> io::Result<()> {
         let label = self.paint("warning:", Ink::Warning);
-        // Only control characters are dangerous on a terminal; the rest is shown as it is.
+        // Only control characters are dangerous on a terminal; everything else is shown unchanged.
         let mut lines = text.lines().map(printable);
         writeln!(self.out, "{label} {}", lines.next().unwrap_or_default())?;
         lines.try_for_each(|line| writeln!(self.out, "         {line}"))
     }
 
-    /// One name and its parts; what does not fit goes to the next line, below the first part.
+    /// A name and its parts; parts that do not fit continue on the next line, below the first part.
     fn row(&mut self, name: &str, parts: &[String], separator: &str) -> io::Result<()> {
         self.row_in(name, parts, separator, Ink::Plain)
     }
@@ -148,7 +148,7 @@ impl Page<'_> {
         }
         let verb = if n == 1 { "is" } else { "are" };
         self.warning(&format!(
-            "{} of the lock {verb} no longer to be had and {} replaced",
+            "{} of the lock {verb} no longer available and {} replaced",
             count(n, "package"),
             if n == 1 { "was" } else { "were" }
         ))?;
@@ -176,11 +176,11 @@ impl Page<'_> {
         Ok(())
     }
 
-    /// The outputs, their details in one column. What does not fit continues below.
+    /// The outputs, with their details in one column. Details that do not fit continue below.
     fn outputs(&mut self, report: &Report) -> io::Result<()> {
         let main: Vec<&Output> =
             report.outputs.iter().filter(|o| MAIN_OUTPUTS.contains(&o.name.as_str())).collect();
-        // A build that stopped early may have made only lesser things; those are its result then.
+        // A build that stopped early may have created only less important outputs; show these then.
         let shown = if main.is_empty() { report.outputs.iter().collect() } else { main };
         let details: Vec<String> = shown.iter().map(|output| detail(report, output)).collect();
         let paths: Vec<String> = shown.iter().map(|output| printable(&output.path)).collect();
@@ -217,8 +217,8 @@ fn detail(report: &Report, output: &Output) -> String {
     text
 }
 
-/// The columns that a text takes. Names and paths are ASCII nearly always; a wide character costs
-/// no more than an alignment that is off by one.
+/// The width of a text in columns. Names and paths are nearly always ASCII; a wide character only
+/// shifts the alignment by one.
 fn width(text: &str) -> usize {
     text.chars().count()
 }

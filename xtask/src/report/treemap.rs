@@ -1,5 +1,5 @@
-//! A squarified treemap (Bruls, Huizing and van Wijk, 2000): areas are to scale, and rectangles
-//! are as near to squares as the sizes allow. Pure geometry; drawing is the template's business.
+//! A squarified treemap (Bruls, Huizing and van Wijk, 2000): areas are to scale, and rectangles are
+//! as close to squares as the sizes allow. Pure geometry; the template does the drawing.
 
 /// A rectangle, in the drawing's units.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
@@ -48,8 +48,8 @@ fn worst(row: &[f64], side: f64) -> f64 {
     (side * largest / sum).max(sum / (side * smallest))
 }
 
-/// Lays one row along the shorter side and returns what is left of the area. The last row takes
-/// the whole rest, so that rounding leaves no sliver.
+/// Lays one row along the shorter side and returns the remaining area. The last row fills the whole
+/// rest, so that rounding leaves no gap.
 fn place(row: &[f64], area: Rect, last: bool, done: &mut Vec<Rect>) -> Rect {
     let sum: f64 = row.iter().sum();
     let upright = area.width >= area.height;

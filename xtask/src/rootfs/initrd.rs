@@ -1,5 +1,5 @@
-//! The initrd: busybox, one script, and the modules that the root's storage needs, in an order in
-//! which they load one by one. Made without the target's tools, and equal for equal inputs.
+//! The initrd: busybox, one script, and the modules that the root's storage needs, in load order.
+//! Created without the target's tools, and identical for identical inputs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,7 +16,7 @@ use crate::artifact::{Artifact, write_atomically};
 /// Level for either compression: the archive is small and is read by every boot.
 const ZSTD_LEVEL: i32 = 19;
 
-/// How the kernel is to unpack it.
+/// The compression that the kernel must support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
     /// Every kernel.
@@ -26,13 +26,13 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// The best that a kernel's configuration allows.
+    /// The best compression that a kernel's configuration supports.
     pub fn for_kernel(config: &str) -> Self {
         if config.lines().any(|line| line == "CONFIG_RD_ZSTD=y") { Self::Zstd } else { Self::Gzip }
     }
 }
 
-/// What goes into an initrd.
+/// The inputs of an initrd.
 #[derive(Debug)]
 pub struct InitrdRequest<'a> {
     /// Statically linked busybox for the target; installed as `bin/busybox` with `bin/sh`.
@@ -43,7 +43,7 @@ pub struct InitrdRequest<'a> {
     pub modules: &'a [String],
     /// The engine's tar of modules.
     pub modules_archive: &'a Utf8Path,
-    /// What `uname -r` will say.
+    /// The output of `uname -r`.
     pub kernel_release: &'a str,
     /// Time of every file, seconds since 1970.
     pub epoch: u64,
@@ -61,7 +61,7 @@ pub struct InitrdRequest<'a> {
 pub fn build(request: &InitrdRequest<'_>, out: &Utf8Path) -> Result<Artifact> {
     let files = collect(request).context("building the initrd")?;
     write_atomically(out, |writer| {
-        let time = u32::try_from(request.epoch).context("the epoch lies beyond 2106")?;
+        let time = u32::try_from(request.epoch).context("the epoch is after 2106")?;
         match request.compression {
             Compression::Gzip => {
                 let level = flate2::Compression::best();
@@ -97,7 +97,8 @@ fn collect(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> {
     let mut list = String::new();
     for module in order {
         let bytes = tree.bytes(&module)?.with_context(|| format!("the modules lack {module}"))?;
-        // Plain: the archive is compressed as a whole, and neither busybox nor the kernel has to be able to unpack one.
+        // Plain: the archive is compressed as a whole, and neither busybox nor the kernel needs
+        // support for compressed modules.
         let (module, bytes) = kernel::unpacked(&module, bytes)?;
         let path = format!("lib/modules/{}/{module}", request.kernel_release);
         list.push_str(&format!("/{path}\n"));
@@ -133,7 +134,7 @@ fn collect(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> {
 }
 
 fn write_archive<W: Write>(mut out: W, nodes: &BTreeMap<String, Node>, time: u32) -> Result<W> {
-    // BTreeMap order puts `lib` before `lib/modules`: folders come before what is in them.
+    // BTreeMap order puts `lib` before `lib/modules`: directories come before their contents.
     for (number, (path, node)) in nodes.iter().enumerate() {
         let empty: &[u8] = &[];
         let (mode, data) = match node {

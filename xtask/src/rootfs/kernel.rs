@@ -1,5 +1,5 @@
-//! Kernel modules by rule: which ones a board keeps, what these need in turn, and in which order
-//! they load. Only `modules.dep` and `modules.builtin` are believed, never names alone.
+//! Kernel modules by rule: the modules that a board keeps, their dependencies, and their load
+//! order. Based on `modules.dep` and `modules.builtin` only, never on names alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,29 +16,29 @@ use crate::exec::{self, Tool};
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ModuleRules {
-    /// Patterns of modules or of folders below `lib/modules/<release>/kernel` (`fs/ext4`,
-    /// `drivers/net/{phy,usb}`), without the suffix of a compression. Empty keeps all.
+    /// Patterns of modules or of directories below `lib/modules/<release>/kernel` (`fs/ext4`,
+    /// `drivers/net/{phy,usb}`), without the compression suffix. Empty keeps all.
     pub keep: Vec<String>,
-    /// Exceptions from `keep`; a module that a kept one needs stays all the same.
+    /// Exceptions from `keep`; a module that a kept one needs is still kept.
     pub drop: Vec<String>,
 }
 
 /// The dependencies among a kernel's modules.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ModuleIndex {
-    /// Module path to the paths that it needs, as `modules.dep` lists them.
+    /// Module path to the paths of its dependencies, as `modules.dep` lists them.
     needs: BTreeMap<String, Vec<String>>,
-    /// What the kernel has built in, as `modules.builtin` lists it.
+    /// The built-in modules, as `modules.builtin` lists them.
     builtin: BTreeSet<String>,
 }
 
-/// The module of that name, or all modules below the folder of that name.
+/// The module of that name, or all modules below the directory of that name.
 fn either(pattern: &str) -> [String; 2] {
     [format!("kernel/{pattern}"), format!("kernel/{pattern}/**")]
 }
 
 impl ModuleIndex {
-    /// From the texts of `modules.dep` and `modules.builtin`.
+    /// Parses `modules.dep` and `modules.builtin`.
     pub fn new(dep: &str, builtin: &str) -> Self {
         let needs = dep.lines().filter_map(|line| line.split_once(':')).map(|(path, needs)| {
             (path.to_owned(), needs.split_whitespace().map(str::to_owned).collect())
@@ -47,15 +47,15 @@ impl ModuleIndex {
         Self { needs: needs.collect(), builtin: builtin.collect() }
     }
 
-    /// The kept modules with everything that they need.
+    /// The kept modules with all their dependencies.
     ///
     /// # Errors
-    /// When a pattern of `keep` matches nothing, neither a module nor what is built in: it is misspelt, or the kernel
-    /// changed.
+    /// When a pattern of `keep` matches neither a module nor a built-in one: it is misspelt, or the
+    /// kernel changed.
     pub fn kept(&self, rules: &ModuleRules) -> Result<BTreeSet<String>> {
         let mut unmatched = Vec::new();
         for pattern in &rules.keep {
-            // A folder of modules or a single one: `fs/ext4` and `fs/fat/vfat.ko` are both fine.
+            // A directory of modules or a single one: `fs/ext4` and `fs/fat/vfat.ko` are both fine.
             let one = glob::compile(&either(pattern))?;
             if !self.needs.keys().chain(&self.builtin).any(|path| one.is_match(plain(path))) {
                 unmatched.push(format!("'{pattern}'"));
@@ -82,10 +82,10 @@ impl ModuleIndex {
         Ok(kept)
     }
 
-    /// The named modules and what they need, each after all that it needs itself.
+    /// The named modules and their dependencies, each after its own dependencies.
     ///
     /// # Errors
-    /// When this kernel has no such module, neither loadable nor built in.
+    /// When this kernel has no such module, neither loadable nor built-in.
     pub fn load_order(&self, names: &[String]) -> Result<Vec<String>> {
         let by_name: BTreeMap<String, &String> =
             self.needs.keys().map(|path| (module_name(path), path)).collect();
@@ -98,10 +98,11 @@ impl ModuleIndex {
                 }
                 bail!(
                     "module {name} is neither among the kept modules nor built into the kernel\n\
-                     help: keep it in the board's rules for modules, or take it off the initrd's list"
+                     help: add it to the board's `kernel.modules-keep`, or remove it from the \
+                     initrd's list"
                 );
             };
-            // depmod lists what is needed with the last to load first.
+            // depmod lists the dependencies with the last to load first.
             for needed in self.needs[*path].iter().rev().chain([*path]) {
                 if !order.contains(needed) {
                     order.push(needed.clone());
@@ -112,26 +113,27 @@ impl ModuleIndex {
     }
 }
 
-/// `kernel/drivers/mmc/host/sdhci-iproc.ko` and `sdhci-iproc` are `sdhci_iproc`, as for the kernel.
+/// `kernel/drivers/mmc/host/sdhci-iproc.ko` and `sdhci-iproc` are `sdhci_iproc` for the kernel.
 fn module_name(path: &str) -> String {
     let file = path.trim().rsplit('/').next().unwrap_or_default();
     let stem = file.split(".ko").next().unwrap_or_default();
     stem.replace('-', "_")
 }
 
-/// How a module's name ends that was compressed when the kernel was built (Linux, `kernel/module/Kconfig`).
+/// The suffixes of modules that were compressed when the kernel was built (Linux,
+/// `kernel/module/Kconfig`).
 const COMPRESSED: [&str; 3] = [".gz", ".xz", ".zst"];
 
 /// No module is larger than this when unpacked: 64 MiB; the largest of Debian's 6.12 have 7 MiB.
 const LARGEST_MODULE: u64 = 64 << 20;
 
-/// A module's path without the suffix of its compression: rules are the same for all kernels.
+/// A module's path without its compression suffix: rules are the same for all kernels.
 fn plain(path: &str) -> &str {
     let stem = COMPRESSED.into_iter().find_map(|suffix| path.strip_suffix(suffix));
     stem.filter(|stem| stem.ends_with(".ko")).unwrap_or(path)
 }
 
-/// A module as the kernel loads it without unpacking anything: its path without the suffix, and its bytes.
+/// An uncompressed module: its path without the suffix, and its bytes.
 ///
 /// # Errors
 /// When it is damaged, or larger than any module.
@@ -154,7 +156,7 @@ pub fn unpacked(path: &str, bytes: Vec<u8>) -> Result<(&str, Vec<u8>)> {
 }
 
 /// Removes the modules that the rules do not keep from `base/lib/modules/<release>`, and indexes
-/// what stays. Returns how many stayed.
+/// the others. Returns how many were kept.
 ///
 /// # Errors
 /// When `depmod` is missing or fails, or a rule matches nothing.
@@ -187,7 +189,8 @@ fn remove_empty_folders(folder: &Utf8Path) -> Result<bool> {
     let mut empty = true;
     for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
         let entry = entry.with_context(|| format!("listing {folder}"))?;
-        let is_folder = entry.file_type().with_context(|| format!("looking at {folder}"))?.is_dir();
+        let is_folder =
+            entry.file_type().with_context(|| format!("reading the type of {folder}"))?.is_dir();
         if !(is_folder && remove_empty_folders(entry.path())?) {
             empty = false;
         }
@@ -209,7 +212,7 @@ pub struct KernelFiles {
     pub release: String,
 }
 
-/// Finds the kernel in the folder that its package was unpacked into.
+/// Finds the kernel in the directory of its unpacked package.
 ///
 /// # Errors
 /// When there is none, or more than one.
@@ -225,7 +228,7 @@ pub fn find(unpacked: &Utf8Path) -> Result<KernelFiles> {
     let [release] = releases.as_slice() else {
         bail!(
             "expected one kernel among the unpacked packages, found {}\n\
-             help: name one linux-image package among the extra packages",
+             help: list exactly one linux-image package among the extra packages",
             releases.len()
         );
     };
@@ -246,7 +249,7 @@ mod tests {
          kernel/a/crc.ko:\nkernel/b/sdhci-iproc.ko: kernel/b/sdhci.ko\nkernel/b/sdhci.ko:\n";
 
     fn index() -> ModuleIndex {
-        // What is built in has no suffix in a kernel of compressed modules either.
+        // Built-in modules have no suffix in a kernel with compressed modules either.
         ModuleIndex::new(DEP, "kernel/c/loop.ko\n")
     }
 

@@ -1,5 +1,5 @@
-//! Root filesystem engines. Each yields the same value, a [`BaseSystem`]; what comes after an engine
-//! (compose, disk, update, report) never asks which one it was.
+//! Root filesystem engines. Each returns the same value, a [`BaseSystem`]; the later stages
+//! (compose, disk, update, report) do not depend on the engine.
 
 pub mod buildroot;
 pub mod debian;
@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::artifact::Artifact;
 
-/// What an engine yields: a pruned root, and beside it all that boards boot from.
+/// The result of an engine: a pruned root, and all boot files of the boards.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BaseSystem {
-    /// The engine that made it: `debian` or `buildroot`.
+    /// The engine that built it: `debian` or `buildroot`.
     pub engine: String,
     /// Tar of the root: sorted, numeric owners, one modification time at most the epoch; kernel
     /// modules under `usr/lib/modules`, nothing under `boot`.
@@ -28,28 +28,28 @@ pub struct BaseSystem {
     pub kernel: Artifact,
     /// Length of the kernel image after decompression, in bytes.
     pub kernel_unpacked_bytes: u64,
-    /// What `uname -r` will say.
+    /// The output of `uname -r`.
     pub kernel_release: String,
     /// The kernel's `config-*` (for lints; `CONFIG_RD_ZSTD=y` and the like).
     pub kernel_config: Artifact,
-    /// Device trees that the board asked for.
+    /// Device trees that the board requests.
     pub dtbs: Vec<NamedFile>,
     /// What the initrd builder needs from the engine.
     pub initrd_parts: InitrdParts,
-    /// Firmware files that the board asked for.
+    /// Firmware files that the board requests.
     pub firmware: Vec<NamedFile>,
-    /// The board's second-stage bootloader (`u-boot.bin`), where it has one.
+    /// The board's second-stage bootloader (`u-boot.bin`), if any.
     pub bootloader: Option<Artifact>,
     /// The interpreter that wheels are installed for.
     pub python: Python,
-    /// Every package in the root and every package that something was unpacked from.
+    /// Every package in the root and every unpacked package.
     pub packages: Vec<Package>,
     /// Version of the C library, as in `2.36` (wheels' `manylinux` tags are checked against it).
     pub glibc: String,
 }
 
 impl BaseSystem {
-    /// Every file that the value names.
+    /// Every file that the value refers to.
     pub fn files(&self) -> Vec<camino::Utf8PathBuf> {
         let parts = &self.initrd_parts;
         [&self.rootfs, &self.kernel, &self.kernel_config, &parts.busybox, &parts.modules]
@@ -61,7 +61,7 @@ impl BaseSystem {
     }
 }
 
-/// A file with the path that it is known by, for example `broadcom/bcm2837-rpi-3-b.dtb`.
+/// A file with its logical path, for example `broadcom/bcm2837-rpi-3-b.dtb`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NamedFile {
     /// Relative path, with `/`.
@@ -70,7 +70,7 @@ pub struct NamedFile {
     pub file: Artifact,
 }
 
-/// What the initrd is made of, apart from its script.
+/// The parts of the initrd other than its script.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct InitrdParts {
@@ -89,11 +89,11 @@ pub struct Python {
     pub version: String,
     /// Major and minor, as in `3.11`.
     pub short: String,
-    /// Where wheels go, absolute in the target.
+    /// The directory for wheels, absolute in the target.
     pub site_packages: String,
-    /// Where their console scripts go, absolute in the target.
+    /// The directory for their console scripts, absolute in the target.
     pub scripts: String,
-    /// Distributions (with metadata) that the base already has.
+    /// Distributions (with metadata) that the base already contains.
     pub distributions: Vec<Distribution>,
 }
 
@@ -106,13 +106,13 @@ pub struct Distribution {
     pub version: String,
 }
 
-/// How a package takes part in the build.
+/// The role of a package in the build.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
     /// Unpacked only: the kernel, firmware, bootloader, busybox.
     Extra,
-    /// Unpacked on the machine that builds; never part of an image.
+    /// Unpacked on the build machine; never part of an image.
     Host,
     /// Installed in the root.
     Root,
@@ -134,12 +134,12 @@ pub struct Package {
     pub source: String,
     /// Version of the source package.
     pub source_version: String,
-    /// The product's further archive that it is from; none for Debian's own.
+    /// The product's additional archive that it is from; `None` for Debian's own.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub archive: Option<String>,
     /// Section, as in `libs`.
     pub section: String,
-    /// Bytes that its files take in the pruned root (0 for what was only unpacked).
+    /// The size of its files in the pruned root in bytes (0 for packages that were only unpacked).
     pub installed_bytes: u64,
     /// Length of the package file in bytes.
     pub download_bytes: u64,
@@ -148,14 +148,14 @@ pub struct Package {
     /// Upstream's page, where the package names one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub homepage: Option<String>,
-    /// Licences that a machine-readable `copyright` file names, sorted; empty when it is prose.
+    /// Licences in a machine-readable `copyright` file, sorted; empty for other forms of the file.
     pub licences: Vec<String>,
-    /// Whether the distribution calls it essential.
+    /// Whether the distribution marks it as essential.
     pub essential: bool,
-    /// Name in the CVE dictionary (CPE 2.3), where the engine knows it.
+    /// Name in the CVE dictionary (CPE 2.3), if the engine knows it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub cpe: Option<String>,
-    /// Packages of this list that it needs, where the engine knows them.
+    /// Packages of this list that it needs, if the engine knows them.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub needs: Vec<String>,
 }

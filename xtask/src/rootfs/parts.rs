@@ -1,4 +1,4 @@
-//! Helpers that every engine needs to make a `BaseSystem` of what it built.
+//! Helpers for engines to create a `BaseSystem` from their output.
 
 use std::fs;
 use std::io::Write as _;
@@ -9,10 +9,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::{NamedFile, glob};
 use crate::artifact::{Artifact, write_atomically};
 
-/// Regular files below a folder, sorted; links are not followed.
+/// Regular files below a directory, sorted; links are not followed.
 ///
 /// # Errors
-/// When a folder cannot be listed.
+/// When a directory cannot be listed.
 pub fn files_below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     let mut found = Vec::new();
     for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
@@ -28,8 +28,8 @@ pub fn files_below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     Ok(found)
 }
 
-/// Copies the files that the patterns match; each pattern must match one. `what` they are and
-/// `missing`, what to do when the folder does not exist, are for messages.
+/// Copies the files that the patterns match; each pattern must match one. `what` (the kind of the
+/// files) and `missing` (the help when the directory does not exist) are for messages.
 ///
 /// # Errors
 /// When a pattern matches nothing, or a file cannot be copied.
@@ -53,7 +53,9 @@ pub fn collect(
     for pattern in patterns {
         let one = glob::compile(&[pattern])?;
         if !names.iter().any(|name| one.is_match(name)) {
-            bail!("no {what} matches '{pattern}'\nhelp: correct it in the board's board.toml");
+            bail!(
+                "no {what} matches '{pattern}'\nhelp: correct the pattern in the board's board.toml"
+            );
         }
     }
     let mut files = Vec::new();

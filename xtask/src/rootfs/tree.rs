@@ -1,6 +1,6 @@
-//! A root filesystem as a sorted list of entries, merged from tars and single files and written as a
-//! reproducible tar: numeric owners, times clamped, hard links turned towards the first name.
-//! Contents stay where they are until then, so merging hundreds of megabytes costs nothing.
+//! A root filesystem as a sorted list of entries, merged from tars and single files and written as
+//! a reproducible tar: numeric owners, times clamped, hard links refer to the first name. Contents
+//! are not copied until then, so merging hundreds of megabytes is cheap.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -13,10 +13,10 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use tar::{Archive, Builder, EntryType, Header};
 
-/// How PAX headers name extended attributes.
+/// The prefix of extended attributes in PAX headers.
 const XATTR: &str = "SCHILY.xattr.";
 
-/// Where an entry came from, for messages and for the report.
+/// The origin of an entry, for messages and for the report.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
     /// The engine's base system.
@@ -25,7 +25,7 @@ pub enum Origin {
     Api,
     /// An overlay file (its path in the workspace).
     Overlay(Utf8PathBuf),
-    /// Made by the compose stage itself.
+    /// Created by the compose stage itself.
     Compose,
 }
 
@@ -40,13 +40,13 @@ impl fmt::Display for Origin {
     }
 }
 
-/// A path in the root: relative, without `.` and doubled slashes; empty for the root itself. Ordered
-/// by components, so that a folder stands right before what is in it.
+/// A path in the root: relative, without `.` and doubled slashes; empty for the root itself.
+/// Ordered by components, so that a directory is directly before its contents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Name(String);
 
 impl Name {
-    /// From a path with `/`; a leading `./` or `/` does not count.
+    /// From a path with `/`; a leading `./` or `/` is ignored.
     pub fn new(path: &str) -> Self {
         Self(parts(path).collect::<Vec<_>>().join("/"))
     }
@@ -56,7 +56,7 @@ impl Name {
         &self.0
     }
 
-    /// The folders that it lies in, outermost first, without the root.
+    /// Its parent directories, outermost first, without the root.
     pub fn parents(&self) -> impl Iterator<Item = &str> {
         self.0.match_indices('/').filter_map(|(i, _)| self.0.get(..i))
     }
@@ -80,10 +80,10 @@ impl fmt::Display for Name {
     }
 }
 
-/// Where a regular file's bytes are.
+/// The place of a regular file's bytes.
 #[derive(Debug, Clone)]
 pub enum Data {
-    /// Here.
+    /// In memory.
     Bytes(Vec<u8>),
     /// In one of the tars that were merged.
     Span {
@@ -94,7 +94,7 @@ pub enum Data {
         /// Length in bytes.
         len: u64,
     },
-    /// In another file of this length in bytes, which must stay until the tree is written.
+    /// In another file of this length in bytes, which must exist until the tree is written.
     Path(Utf8PathBuf, u64),
 }
 
@@ -108,14 +108,14 @@ impl Data {
     }
 }
 
-/// What an entry is.
+/// The kind of an entry.
 #[derive(Debug, Clone)]
 pub enum Kind {
-    /// A folder.
+    /// A directory.
     Folder,
     /// A regular file.
     File(Data),
-    /// A symbolic link and its target, as it stands.
+    /// A symbolic link with its unmodified target.
     Symlink(String),
     /// A second name of a file: the name of the first.
     Hardlink(Name),
@@ -138,7 +138,7 @@ pub struct Entry {
     pub kind: Kind,
     /// Extended attributes, sorted by name.
     pub xattrs: Vec<(String, Vec<u8>)>,
-    /// Where it came from.
+    /// Its origin.
     pub origin: Origin,
 }
 
@@ -154,12 +154,13 @@ impl Entry {
     }
 }
 
-/// What is taken from a tar.
+/// Which entries of a tar are merged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Take {
     /// Everything, device nodes and the root's own entry too.
     All,
-    /// No device nodes (the kernel's devtmpfs makes them on the robot), nothing about the root itself.
+    /// No device nodes (the kernel's devtmpfs makes them on the robot), and no entry for the root
+    /// itself.
     Contents,
 }
 
@@ -168,12 +169,12 @@ pub enum Take {
 pub struct Tree {
     /// All paths.
     pub(super) entries: BTreeMap<Name, Entry>,
-    /// The tars that spans lie in.
+    /// The tars that contain the spans.
     sources: Vec<File>,
 }
 
 impl Tree {
-    /// A tar as it is.
+    /// The tree of a tar, unmodified.
     ///
     /// # Errors
     /// As [`Tree::add_tar`].
@@ -183,14 +184,14 @@ impl Tree {
         Ok(tree)
     }
 
-    /// A tree with nothing but the root's own entry (0755).
+    /// A tree with only the root's own entry (0755).
     pub fn with_root(origin: Origin) -> Self {
         let mut tree = Self::default();
         tree.entries.insert(Name::new(""), Entry::new(0o755, Kind::Folder, origin));
         tree
     }
 
-    /// Merges a tar over what is there; file contents stay in it.
+    /// Merges a tar over the existing entries; file contents stay in the tar.
     ///
     /// # Errors
     /// An unreadable tar; an entry of an unknown type; a path that leaves the root; a path that runs
@@ -212,7 +213,8 @@ impl Tree {
             {
                 continue;
             }
-            // What is there keeps its mode: a later tar lists folders only to place files in them.
+            // Existing directories keep their mode: a later tar lists directories only to add files
+            // to them.
             let keeps = |there: &Entry| {
                 matches!((&there.kind, &entry.kind), (Kind::Folder, Kind::Folder))
                     && there.origin != entry.origin
@@ -226,7 +228,8 @@ impl Tree {
         Ok(())
     }
 
-    /// Puts one entry in, over what may be there; missing parent directories are made (0755).
+    /// Inserts an entry and replaces an existing one; missing parent directories are created
+    /// (0755).
     ///
     /// # Errors
     /// A path that leaves the root, runs through a file or a link, or replaces a directory by
@@ -260,7 +263,7 @@ impl Tree {
             && !matches!(entry.kind, Kind::Folder)
         {
             bail!(
-                "placing /{name} from {}: a directory from {} is there already",
+                "placing /{name} from {}: a directory from {} exists already",
                 entry.origin,
                 there.origin
             );
@@ -269,7 +272,7 @@ impl Tree {
         Ok(())
     }
 
-    /// A file with these bytes, made by the compose stage.
+    /// Inserts a file with these bytes from the compose stage.
     ///
     /// # Errors
     /// As [`Tree::insert`].
@@ -333,7 +336,7 @@ impl Tree {
     /// # Errors
     /// When there is no such file, or it cannot be read.
     pub fn read(&self, path: &str) -> Result<Vec<u8>> {
-        let (_, entry) = self.resolve(path).with_context(|| format!("there is no /{path}"))?;
+        let (_, entry) = self.resolve(path).with_context(|| format!("/{path} does not exist"))?;
         match &entry.kind {
             Kind::File(data) => self.content(data).with_context(|| format!("reading /{path}")),
             Kind::Hardlink(first) => self.read(first.path()),
@@ -341,7 +344,7 @@ impl Tree {
         }
     }
 
-    /// The content of the regular file of that exact path; none where there is no such file.
+    /// The content of the regular file of that exact path; `None` when there is no such file.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -363,7 +366,7 @@ impl Tree {
             Data::Bytes(bytes) => Box::new(bytes.as_slice()),
             Data::Span { source, offset, len } => {
                 let file =
-                    self.sources.get(*source).context("a file lies in no tar of this tree")?;
+                    self.sources.get(*source).context("a file is not in any tar of this tree")?;
                 Box::new(Span { file, at: *offset, left: *len })
             }
             Data::Path(path, len) => {
@@ -386,15 +389,15 @@ impl Tree {
             // All names of a file have that file's attributes.
             self.entries
                 .get(file)
-                .context("a hard link's file was there")
+                .context("the file of a hard link exists")
                 .and_then(|entry| self.append(&mut builder, name, entry, first, epoch))
                 .with_context(|| format!("writing /{name}"))?;
         }
         builder.finish().context("finishing the tar")
     }
 
-    /// By file with several names, the one that comes first in our order: it must carry the content,
-    /// whichever name did in the tar that was read.
+    /// For each file with several names, the first name in our order: it must have the content,
+    /// whichever name had it in the tar.
     fn first_names(&self) -> Result<BTreeMap<&Name, &Name>> {
         let mut firsts: BTreeMap<&Name, &Name> = BTreeMap::new();
         for (name, entry) in &self.entries {
@@ -454,13 +457,13 @@ impl Tree {
                 header.set_device_minor(*minor)?;
                 builder.append_data(&mut header, name.path(), io::empty())?;
             }
-            Kind::Hardlink(file) => bail!("it is a link to /{file}, which is a link"),
+            Kind::Hardlink(file) => bail!("hard link to /{file}, which is a link"),
         }
         Ok(())
     }
 }
 
-/// An entry of a tar; its content becomes a span of the source of that index.
+/// Reads an entry of a tar; its content becomes a span of the source with that index.
 fn read_entry(
     entry: &mut tar::Entry<'_, File>,
     source: usize,
@@ -497,7 +500,7 @@ fn read_entry(
             header.device_major()?.unwrap_or(0),
             header.device_minor()?.unwrap_or(0),
         ),
-        other => bail!("{path} is of a kind that cannot be merged: {other:?}"),
+        other => bail!("{path} has a type that cannot be merged: {other:?}"),
     };
     let made = Entry {
         mode: header.mode()? & 0o7777,
@@ -600,7 +603,7 @@ mod tests {
 
     #[test]
     fn a_directory_stays_a_directory_and_keeps_its_mode_when_another_tar_lists_it() {
-        let dir = tempfile::tempdir().expect("a folder");
+        let dir = tempfile::tempdir().expect("a directory");
         let dir = Utf8Path::from_path(dir.path()).expect("UTF-8");
         let mut later = Tree::with_root(Origin::Api);
         later.file("d/x", 0o644, "content").expect("placed");
@@ -615,8 +618,8 @@ mod tests {
         assert_eq!(tree.get("d").map(|e| e.mode), Some(0o700));
         assert_eq!(tree.read("d/x").expect("there"), b"content");
         assert!(tree.get("").is_none() && tree.get("null").is_none());
-        let error = tree.file("d", 0o644, "").expect_err("a directory is there").to_string();
-        let both = "/d from the compose stage: a directory from the base system is there already";
+        let error = tree.file("d", 0o644, "").expect_err("a directory exists").to_string();
+        let both = "/d from the compose stage: a directory from the base system exists already";
         assert!(error.contains(both), "{error}");
 
         let all = Tree::from_tar(&tar).expect("read");

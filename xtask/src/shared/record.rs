@@ -1,5 +1,5 @@
-//! What a shared cache says about a stage: these inputs made these files. Signed by whoever built them,
-//! and read with every rule checked. Nothing here touches a store.
+//! A shared cache's record of a stage: which files its inputs gave. Signed by the builder; reading
+//! checks every rule. This module does not access a store.
 
 use std::collections::BTreeSet;
 
@@ -13,19 +13,19 @@ use serde_json::Value;
 use crate::keys::Signer;
 use crate::store::format::{check_hash, pretty};
 
-/// The version of the records. It rises when an old reader would misread a new one.
+/// The version of the records. It is raised when an old reader would misread a new one.
 pub const FORMAT: u32 = 1;
-/// The most files of a stage; a base has dozens.
+/// The maximum number of files of a stage; a base has dozens.
 const MOST_FILES: usize = 4096;
-/// The most bytes of all files of a stage: 16 GiB, ten times Buildroot's largest.
+/// The maximum total size of a stage's files: 16 GiB, ten times Buildroot's largest.
 const MOST_BYTES: u64 = 16 << 30;
 /// The longest path of a file in a stage, in bytes.
 const LONGEST_PATH: usize = 512;
 
-/// A record and its signature in one, so that one step writes both.
+/// A record and its signature in one file, so that one step writes both.
 #[derive(Serialize, Deserialize)]
 struct Envelope {
-    /// The record, as the exact text that is signed.
+    /// The exact text of the record that is signed.
     record: String,
     /// Its minisign signature file.
     signature: String,
@@ -41,9 +41,9 @@ pub struct Record {
     pub stage: String,
     /// The key of its inputs.
     pub key: String,
-    /// What the stage made, with paths relative to its folder.
+    /// The stage's value, with paths relative to its directory.
     pub value: Value,
-    /// Where in `value` these paths are: JSON pointers (RFC 6901).
+    /// The places of these paths in `value`: JSON pointers (RFC 6901).
     pub paths: Vec<String>,
     /// The files.
     pub files: Vec<StoredFile>,
@@ -53,15 +53,15 @@ pub struct Record {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct StoredFile {
-    /// Relative to the stage's folder.
+    /// Relative to the stage's directory.
     pub path: Utf8PathBuf,
     /// Its length in bytes.
     pub size: u64,
     /// SHA-256 of its content.
     pub sha256: String,
-    /// Whether it is a program.
+    /// Whether it is executable.
     pub executable: bool,
-    /// What it is stored as.
+    /// The stored object.
     pub object: Packed,
 }
 
@@ -71,9 +71,9 @@ pub struct StoredFile {
 pub struct Packed {
     /// SHA-256 of the stored bytes; the object's name.
     pub sha256: String,
-    /// Their number.
+    /// Its stored size in bytes.
     pub size: u64,
-    /// How they were packed.
+    /// How it was packed.
     pub compression: Compression,
 }
 
@@ -81,34 +81,35 @@ pub struct Packed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Compression {
-    /// Not at all.
+    /// Not packed.
     None,
     /// One zstd frame.
     Zstd,
 }
 
-/// Where the record of a stage lies. Each key that signs has a file of its own: nobody's record replaces
-/// another's.
+/// The path of a stage's record. Each signing key has a separate file: a record never replaces that
+/// of another key.
 pub fn path(key: &str, signer: &str) -> String {
     format!("stages/{}/{key}-{signer}.json", key.get(..2).unwrap_or_default())
 }
 
-/// A stage's value, free of the folder in which it was made.
+/// A stage's value, independent of the directory in which it was created.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Portable {
     /// The value.
     pub value: Value,
-    /// As [`Record::paths`].
+    /// Like [`Record::paths`].
     pub paths: Vec<String>,
     /// The files that it names.
     pub files: BTreeSet<Utf8PathBuf>,
 }
 
 impl Portable {
-    /// Makes the paths in `value` relative to `dir`. `cache` is the folder that no other path may be in.
+    /// Makes the paths in `value` relative to `dir`. `cache` is the directory that no other path
+    /// may be in.
     ///
     /// # Errors
-    /// When it names something of this machine that does not lie in `dir`.
+    /// When it contains a path of this machine outside of `dir`.
     pub fn of(mut value: Value, dir: &Utf8Path, cache: &Utf8Path) -> Result<Self> {
         let (mut paths, mut files) = (Vec::new(), BTreeSet::new());
         relocate(&mut value, &mut String::new(), &mut |pointer, text| {
@@ -122,7 +123,7 @@ impl Portable {
                 }
                 Err(_) => ensure!(
                     !path.starts_with(cache),
-                    "its result names {path}, which is not in its own folder"
+                    "the result of the stage names {path}, which is not in its own directory"
                 ),
             }
             Ok(())
@@ -171,17 +172,21 @@ impl Record {
         Ok(pretty(&Envelope { record, signature })?.into_bytes())
     }
 
-    /// Opens a record of a stage: signature first, then every rule.
+    /// Opens a record of a stage: verifies the signature first, then checks every rule.
     ///
     /// # Errors
-    /// When no key that counts has signed it, it is of something else, or a name or a size in it is not
-    /// to be trusted.
+    /// When it is not signed by a trusted key, belongs to another stage, or contains an unsafe name
+    /// or size.
     pub fn open(file: &[u8], keys: &KeySet, stage: &str, key: &str) -> Result<(Self, SignedBy)> {
-        let envelope: Envelope = serde_json::from_slice(file).context("it is no record")?;
+        let envelope: Envelope = serde_json::from_slice(file).context("not a record")?;
         let text = envelope.record.as_bytes();
-        let signer =
-            keys.verify(Purpose::Stage, "its signature", envelope.signature.as_bytes(), text)?;
-        let record: Self = serde_json::from_slice(text).context("it is no record")?;
+        let signer = keys.verify(
+            Purpose::Stage,
+            "reading its signature",
+            envelope.signature.as_bytes(),
+            text,
+        )?;
+        let record: Self = serde_json::from_slice(text).context("not a record")?;
         record.check(stage, key)?;
         Ok((record, signer))
     }
@@ -190,19 +195,19 @@ impl Record {
         ensure!(self.format == FORMAT, "expected format {FORMAT}, found {}", self.format);
         ensure!(
             self.stage == stage && self.key == key,
-            "it is of the stage {} with the key {}",
+            "the record belongs to the stage {} with the key {}",
             self.stage.escape_debug(),
             self.key.escape_debug()
         );
         let count = self.files.len();
-        ensure!(count <= MOST_FILES, "it has {count} files, allowed are {MOST_FILES}");
+        ensure!(count <= MOST_FILES, "the record has {count} files, the maximum is {MOST_FILES}");
         let (mut total, mut names) = (0_u64, BTreeSet::new());
         for file in &self.files {
             check_path(&file.path)?;
             check_hash(&file.sha256)?;
             check_hash(&file.object.sha256)?;
-            ensure!(names.insert(&file.path), "it lists {} twice", file.path);
-            // What is packed is stored only where it is smaller.
+            ensure!(names.insert(&file.path), "the record lists {} twice", file.path);
+            // A packed file is only stored if it is smaller.
             let fits = match file.object.compression {
                 Compression::None => {
                     file.object.size == file.size && file.object.sha256 == file.sha256
@@ -212,30 +217,35 @@ impl Record {
             ensure!(fits, "{}: {} bytes are stored as {}", file.path, file.size, file.object.size);
             total = total.saturating_add(file.size);
         }
-        ensure!(total <= MOST_BYTES, "its files have {total} bytes, allowed are {MOST_BYTES}");
+        ensure!(total <= MOST_BYTES, "the files have {total} bytes, the maximum is {MOST_BYTES}");
         Ok(())
     }
 
     /// The value with its paths in `dir`.
     ///
     /// # Errors
-    /// When a pointer leads to no file of the record.
+    /// When a pointer does not refer to a file of the record.
     pub fn value_in(&self, dir: &Utf8Path) -> Result<Value> {
         let names: BTreeSet<&str> = self.files.iter().map(|file| file.path.as_str()).collect();
         let mut value = self.value.clone();
         for pointer in &self.paths {
             let Some(Value::String(text)) = value.pointer_mut(pointer) else {
-                bail!("`{}` leads to no path", pointer.escape_debug())
+                bail!("the pointer `{}` does not refer to a path", pointer.escape_debug())
             };
-            // Once replaced it is no name of the record any more, so no pointer counts twice.
-            ensure!(names.contains(text.as_str()), "`{}` is no file of it", text.escape_debug());
+            // After the replacement it is not a name of the record any more, so each pointer is
+            // used once.
+            ensure!(
+                names.contains(text.as_str()),
+                "`{}` is not a file of the record",
+                text.escape_debug()
+            );
             *text = dir.join(&*text).into_string();
         }
         Ok(value)
     }
 }
 
-/// A relative path that stays where it is, and is no name that the cache uses itself.
+/// A relative path within the directory that is not used by the cache itself.
 fn check_path(path: &Utf8Path) -> Result<()> {
     let text = path.as_str();
     let plain = |part: &str| {
@@ -247,7 +257,7 @@ fn check_path(path: &Utf8Path) -> Result<()> {
     };
     let good = text.len() <= LONGEST_PATH && text.split('/').all(plain);
     let own = text == crate::cache::STAMP || text.ends_with(".partial") || text.starts_with('.');
-    ensure!(good && !own, "`{}` is no safe path", text.escape_debug());
+    ensure!(good && !own, "unsafe path `{}`", text.escape_debug());
     Ok(())
 }
 
@@ -316,22 +326,22 @@ mod tests {
         ];
         for path in bad {
             let error = record(path, 1).check("base", "k").unwrap_err().to_string();
-            assert!(error.contains("no safe path"), "{path}: {error}");
+            assert!(error.contains("unsafe path"), "{path}: {error}");
         }
         let error = |record: &Record| record.check("base", "k").unwrap_err().to_string();
-        assert!(error(&record("a", MOST_BYTES + 1)).contains("bytes, allowed are"));
+        assert!(error(&record("a", MOST_BYTES + 1)).contains("bytes, the maximum is"));
         let mut one = record("a", 1);
         one.files[0].object.compression = Compression::Zstd;
         assert!(error(&one).contains("1 bytes are stored as 1"));
         one = record("a", 1);
         one.files[0].object.sha256 = "../".to_owned();
-        assert!(error(&one).contains("no SHA-256"));
+        assert!(error(&one).contains("not a SHA-256"));
         one = record("a", 1);
         one.files.push(one.files[0].clone());
         assert!(error(&one).contains("twice"));
         one = record("a", 1);
         one.files = vec![one.files[0].clone(); MOST_FILES + 1];
-        assert!(error(&one).contains("files, allowed are"));
+        assert!(error(&one).contains("files, the maximum is"));
         assert!(error(&Record { format: 2, ..record("a", 1) }).contains("expected format 1"));
         assert!(record("a", 1).check("api", "k").is_err());
         assert!(record("a", 1).check("base", "l").is_err());

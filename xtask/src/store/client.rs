@@ -1,5 +1,5 @@
-//! How stores over HTTP are asked: again while the service is overloaded or the connection breaks, with
-//! bounded answers, and for no longer than somebody is willing to wait.
+//! The HTTP client of stores: retries while the service is overloaded or the connection breaks,
+//! limits the size of answers and the total time.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -17,21 +17,21 @@ use super::format::LARGEST_TEXT;
 use crate::artifact::hex;
 use crate::tls::authorities;
 
-/// How long somebody waits for a server.
+/// The timeouts of a server.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
-    /// A connection must be made within this time.
+    /// The connection must be established within this time.
     pub connect: Duration,
-    /// The server must answer within this time once it has the request.
+    /// The server must answer within this time after it has received the request.
     pub answer: Duration,
     /// Attempts when the server is overloaded or the connection breaks.
     pub attempts: u32,
-    /// The least bytes in a second that an object may come or go with; 0: as slowly as it likes.
+    /// The minimum rate of an object's transfer in bytes per second; 0: no minimum.
     pub rate: u64,
 }
 
 impl Default for Patience {
-    /// Whoever publishes wants it to be done.
+    /// Publishing has generous timeouts: it should succeed.
     fn default() -> Self {
         Self {
             connect: Duration::from_secs(20),
@@ -43,24 +43,24 @@ impl Default for Patience {
 }
 
 impl Patience {
-    /// How long so many bytes may take.
+    /// The timeout for this number of bytes.
     fn allowed(&self, bytes: u64) -> Option<Duration> {
         let seconds = bytes.checked_div(self.rate)?;
         Some(self.answer + Duration::from_secs(seconds))
     }
 }
 
-/// One server, and how it is asked.
+/// A server and its client.
 #[derive(Debug)]
 pub(super) struct Client {
-    /// What messages call it.
+    /// Its name in messages.
     pub name: String,
-    /// Makes the requests.
+    /// Sends the requests.
     pub agent: Agent,
     patience: Patience,
 }
 
-/// An answer's status, the headers that count, and its body.
+/// An answer's status, the relevant headers, and its body.
 pub(super) struct Answer {
     pub status: u16,
     pub etag: Option<String>,
@@ -69,7 +69,7 @@ pub(super) struct Answer {
     pub body: Vec<u8>,
 }
 
-/// What is sent.
+/// The body of a request.
 pub(super) enum Body {
     Bytes(Vec<u8>),
     File(File),
@@ -77,9 +77,9 @@ pub(super) enum Body {
 
 impl Client {
     pub fn new(name: String, patience: Patience) -> Result<Self> {
-        // A server that says nothing for so long, in the middle of an object, is gone.
+        // A server that sends nothing for this time, in the middle of an object, is unreachable.
         let silence = (patience.rate > 0).then_some(patience.answer);
-        // For what is small; objects have a limit of their own.
+        // For small files; objects have their own limit.
         let body = patience.allowed(LARGEST_TEXT);
         let config = Agent::config_builder()
             .http_status_as_error(false)
@@ -95,7 +95,7 @@ impl Client {
         Ok(Self { name, agent: config.into(), patience })
     }
 
-    /// Asks again while the service is overloaded or the connection breaks.
+    /// Retries while the service is overloaded or the connection breaks.
     pub fn ask(
         &self,
         what: &str,
@@ -106,8 +106,8 @@ impl Client {
         loop {
             let error = match once() {
                 Ok(answer) if !matches!(answer.status, 408 | 429 | 500..=599) => return Ok(answer),
-                Ok(answer) => anyhow::Error::msg(format!("it answered {}", answer.status)),
-                // The address may have a signature in it, so it is not shown.
+                Ok(answer) => anyhow::Error::msg(format!("the server answered {}", answer.status)),
+                // The address may contain a signature, so it is not shown.
                 Err(error) => anyhow::Error::msg(error.to_string()),
             };
             if attempt == self.patience.attempts {
@@ -124,7 +124,7 @@ impl Client {
         }
     }
 
-    /// Sends a request with a body of so many bytes.
+    /// Sends a request with a body of this size.
     pub fn send(
         &self,
         request: RequestBuilder<ureq::typestate::WithBody>,
@@ -139,20 +139,20 @@ impl Client {
         Answer::read(&mut response)
     }
 
-    /// Starts to fetch an object of at most so many bytes.
+    /// Starts to fetch an object of limited size.
     pub fn get(
         &self,
         request: RequestBuilder<ureq::typestate::WithoutBody>,
         limit: u64,
     ) -> Result<Response<ureq::Body>> {
-        // What is stored is what is wanted, never a form of it that is packed for the way.
+        // Fetch the stored bytes, never compressed for the transfer.
         let request = request.header("Accept-Encoding", "identity");
         let request = request.config().timeout_recv_body(self.patience.allowed(limit)).build();
         let response = request.call().map_err(|error| anyhow::Error::msg(error.to_string()));
         response.with_context(|| format!("fetching from {}", self.name))
     }
 
-    /// Writes an object into a file while it arrives, and checks its hash.
+    /// Writes an object to a file while it arrives, and verifies its hash.
     pub fn receive(
         &self,
         response: &mut Response<ureq::Body>,
@@ -163,7 +163,7 @@ impl Client {
     ) -> Result<()> {
         let doing = || format!("fetching {path} from {}", self.name);
         let body = response.body_mut().with_config().limit(u64::MAX).reader();
-        // One byte more than expected is enough to know that the object is wrong.
+        // One additional byte is enough to detect a wrong object.
         let mut body = body.take(limit.saturating_add(1));
         let mut out = File::create(into).with_context(|| format!("creating {into}"))?;
         let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 18]);

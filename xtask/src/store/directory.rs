@@ -1,8 +1,8 @@
-//! A store in a folder: the local one, a web server's root, a USB stick.
+//! A store in a directory: the local one, a web server's root, a USB stick.
 //!
-//! Each index is made under a name of its own, `channels/<channel>.d/<serial>`, which only one publisher
-//! can make; then it replaces the file that readers take. A lock would be what a dead owner, or a
-//! filesystem without locks, turns against us.
+//! Each index is created under a unique name, `channels/<channel>.d/<serial>`, which only one
+//! publisher can create; then it replaces the file for readers. A lock would fail with a crashed
+//! owner or on a filesystem without locks.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
@@ -20,39 +20,40 @@ use super::{BadObject, Files, Store, Token};
 use crate::artifact::{hash_bytes, hash_file, hex};
 use crate::scratch::unique;
 
-/// What unfinished files are called; an interrupted publisher leaves them to `release gc`.
+/// The suffix of unfinished files; `release gc` removes those of interrupted publishers.
 pub const UNFINISHED: &str = ".partial-";
 
-/// A folder with releases.
+/// A directory with releases.
 #[derive(Debug, Clone)]
 pub struct Directory {
     root: Utf8PathBuf,
 }
 
 impl Directory {
-    /// Nothing is made yet.
+    /// Creates nothing.
     pub fn new(root: &Utf8Path) -> Self {
         Self { root: root.to_owned() }
     }
 
-    /// The folder.
+    /// The directory.
     pub fn root(&self) -> &Utf8Path {
         &self.root
     }
 
-    /// Where an object lies.
+    /// The path of an object.
     pub fn object(&self, sha256: &str) -> Utf8PathBuf {
         self.root.join(object_path(sha256))
     }
 
-    /// Writes beside the final name, flushes, reads back what the medium has, and renames.
+    /// Writes a temporary file beside the final name, flushes it, verifies it by reading the
+    /// medium, and renames it.
     fn place(
         &self,
         path: &Utf8Path,
         replace: bool,
         fill: impl FnOnce(&mut File) -> Result<String>,
     ) -> Result<bool> {
-        let dir = path.parent().context("a stored file has a folder")?;
+        let dir = path.parent().context("a stored file has a directory")?;
         self.make_folders(dir)?;
         let temporary = dir.join(format!("{UNFINISHED}{}", unique()));
         let attempt = || -> Result<bool> {
@@ -67,14 +68,14 @@ impl Directory {
             drop(file.set_permissions(Permissions::from_mode(mode & 0o7777 | READ | 0o200)));
             let expected = fill(&mut file)?;
             file.sync_all().with_context(|| format!("flushing {temporary}"))?;
-            // What the page cache has proves nothing about a USB stick. Best effort: a filesystem in
-            // memory knows no such advice.
+            // The content of the page cache says nothing about a USB stick. Best effort: a
+            // filesystem in memory does not support this advice.
             fadvise(&file, 0, None, Advice::DontNeed).ok();
             let (_, found) = hash_file(&temporary)?;
             ensure!(
                 found == expected,
-                "{path} came back with SHA-256 {found}, expected {expected}\n\
-                 help: the medium is bad, or the file changed while it was read"
+                "{path} was read back with SHA-256 {found}, expected {expected}\n\
+                 help: the medium is faulty, or the file changed while it was read"
             );
             let placed = if replace {
                 fs::rename(&temporary, path).with_context(|| format!("renaming to {path}"))?;
@@ -95,7 +96,7 @@ impl Directory {
         result
     }
 
-    /// Makes a folder and those above it, as far as the store's own; readers may pass through each.
+    /// Makes a directory and those above it, as far as the store's own; readers may pass through each.
     fn make_folders(&self, dir: &Utf8Path) -> Result<()> {
         if dir.is_dir() {
             return Ok(());
@@ -132,7 +133,7 @@ impl Directory {
         self.root.join(format!("channels/{channel}.d"))
     }
 
-    /// The highest serial that somebody has made.
+    /// The highest existing serial.
     fn newest(&self, channel: Channel) -> Result<Option<u64>> {
         let dir = self.generations(channel);
         let entries = match dir.read_dir_utf8() {
@@ -151,16 +152,16 @@ impl Directory {
 
 /// What readers of a store need, whatever the publisher's umask: a web server runs as another user.
 const READ: u32 = 0o444;
-/// The same of folders. Whether others may write is up to the umask: a team may share a store.
+/// The same of directories. Whether others may write is up to the umask: a team may share a store.
 const PASS: u32 = 0o111;
 
-/// Renames, but never over a file that is there: `false` then.
+/// Renames without replacing an existing file: returns `false` if one exists.
 fn rename_new(from: &Utf8Path, to: &Utf8Path) -> Result<bool> {
     let doing = || format!("renaming to {to}");
     match renameat_with(CWD, from.as_str(), CWD, to.as_str(), RenameFlags::NOREPLACE) {
         Ok(()) => return Ok(true),
         Err(Errno::EXIST) => return Ok(false),
-        // Not every filesystem has it (NFS); those have links.
+        // Not every filesystem supports this (NFS); those support links.
         Err(Errno::INVAL | Errno::NOSYS) => {}
         Err(error) => return Err(error).with_context(doing),
     }
@@ -200,7 +201,7 @@ impl Files for Directory {
             let path = self.object(sha256);
             if fs::metadata(&path).is_ok_and(|m| m.len() == *size) && hash_file(&path)?.1 == *sha256
             {
-                // `release gc` sees that somebody counts on it again.
+                // This tells `release gc` that the object is in use again.
                 File::options()
                     .append(true)
                     .open(&path)
@@ -230,7 +231,7 @@ impl Files for Directory {
             ensure!(
                 found == sha256,
                 "{from} has the SHA-256 {found}, expected {sha256}\n\
-                 help: it is damaged; make the release again"
+                 help: the file is damaged; create the release again"
             );
             Ok(found)
         })?;
@@ -245,7 +246,9 @@ impl Files for Directory {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return Err(BadObject::Missing(format!("{from} is missing")).into());
             }
-            Err(error) => return Err(error).with_context(|| format!("looking at {from}")),
+            Err(error) => {
+                return Err(error).with_context(|| format!("reading the metadata of {from}"));
+            }
         };
         if size > limit {
             return bad(format!("has {size} bytes, expected at most {limit}"));
@@ -274,9 +277,10 @@ impl Store for Directory {
         if self.root.exists() {
             return Ok(self.root.canonicalize_utf8().with_context(doing)?.into_string());
         }
-        // The path that it will have: the folder above is there, or some folder above that one.
+        // The path of a directory that may not exist yet: one of its parents exists.
         let full = camino::absolute_utf8(&self.root).with_context(doing)?;
-        let there = full.ancestors().find(|path| path.exists()).context("the root is there")?;
+        let there =
+            full.ancestors().find(|path| path.exists()).context("the root directory exists")?;
         let rest = full.strip_prefix(there).with_context(doing)?;
         Ok(there.canonicalize_utf8().with_context(doing)?.join(rest).into_string())
     }
@@ -292,12 +296,12 @@ impl Store for Directory {
         let newest = self.newest(channel)?;
         let token = |serial: u64| Token::Version(serial.to_string());
         match (newest, seen) {
-            // A copy of a store may lack the folder of generations.
+            // A copy of a store may lack the directory of serials.
             (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
             (Some(newest), _) => {
                 let path = format!("channels/{channel}.d/{newest}");
                 let content = self.read(&path)?;
-                ensure!(content.is_some(), "{path} of {} has vanished", self.root);
+                ensure!(content.is_some(), "{path} of {} no longer exists", self.root);
                 Ok((content, token(newest)))
             }
             (None, _) => Ok((None, Token::Absent)),
@@ -321,7 +325,7 @@ impl Store for Directory {
             return Ok(());
         }
         // Publishers on this machine take turns, so that an older file never replaces a newer one.
-        // Where locks mean nothing, the loop below does it alone.
+        // On filesystems without locks, the loop below is sufficient.
         let dir = self.generations(channel);
         let turn = File::open(&dir).with_context(|| format!("opening {dir}"))?;
         flock(&turn, FlockOperation::LockExclusive).ok();

@@ -1,5 +1,5 @@
-//! The files of a release store, as `docs/reference/release-store.md` specifies them: read with every rule checked, so
-//! that a value in hand has safe names and paths.
+//! The files of a release store, as `docs/reference/release-store.md` specifies them: reading checks every rule,
+//! so that all names and paths in a value are safe.
 
 use anyhow::{Context, Result, bail, ensure};
 use bundle::keys::Purpose;
@@ -9,23 +9,24 @@ use serde::{Deserialize, Serialize};
 use crate::artifact::hash_bytes;
 use crate::keys::Signer;
 
-/// The version of all of the store's files. It rises when an old reader would misread a new file.
+/// The version of all of the store's files. It is raised when an old reader would misread a new
+/// file.
 pub const FORMAT: u32 = 1;
 
 /// The largest index, manifest or signature that is read: 16 MiB, thousands of releases.
 pub const LARGEST_TEXT: u64 = 16 << 20;
 
-/// The channels, from the least to the most settled.
+/// The channels, from the least to the most stable.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Channel {
-    /// Every night's.
+    /// Nightly builds.
     Nightly,
-    /// To be tried before all get it.
+    /// Releases for testing.
     Beta,
-    /// For everybody.
+    /// Releases for all robots.
     Stable,
 }
 
@@ -42,7 +43,7 @@ impl Channel {
         }
     }
 
-    /// Where its index lies in a store.
+    /// The path of its index in a store.
     pub fn path(self) -> String {
         format!("channels/{}.json", self.name())
     }
@@ -57,13 +58,13 @@ impl std::fmt::Display for Channel {
 /// A channel's file: the index and its signature in one, so that one atomic step replaces both.
 #[derive(Debug, Serialize, Deserialize)]
 struct Envelope {
-    /// The index, as the exact text that is signed.
+    /// The exact text of the index that is signed.
     index: String,
     /// Its minisign signature file.
     signature: String,
 }
 
-/// What a channel offers.
+/// The content of a channel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Index {
@@ -71,11 +72,11 @@ pub struct Index {
     pub format: u32,
     /// The channel.
     pub channel: Channel,
-    /// Counts the changes of this channel. A reader takes no lower one than it has seen.
+    /// Counts the changes of this channel. A reader rejects a lower serial than it has seen.
     pub serial: u64,
     /// The releases, sorted by product, then by version.
     pub releases: Vec<Entry>,
-    /// Releases that retention has taken out, for as long as a publisher may still count on their objects.
+    /// Releases that retention has removed, as long as a publisher may still rely on their objects.
     #[serde(default)]
     pub retired: Vec<Retired>,
 }
@@ -92,11 +93,11 @@ pub struct Entry {
     pub kind: Kind,
     /// The commit that was built.
     pub commit: Option<String>,
-    /// When the channel got it: seconds since 1970.
+    /// When it was added to the channel: seconds since 1970.
     pub added: u64,
     /// Its manifest.
     pub manifest: File,
-    /// It must not be used any more.
+    /// Set when it must not be used any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub yanked: Option<Yanked>,
 }
@@ -104,9 +105,9 @@ pub struct Entry {
 /// Why a release must not be used any more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Yanked {
-    /// For people.
+    /// The reason, as readable text.
     pub reason: String,
-    /// Since when: seconds since 1970.
+    /// The time: seconds since 1970.
     pub at: u64,
 }
 
@@ -117,9 +118,9 @@ pub struct Retired {
     pub product: String,
     /// The release's version.
     pub version: Version,
-    /// Its manifest, which still counts as a reference.
+    /// Its manifest, which is still a reference to its objects.
     pub manifest: File,
-    /// Since when: seconds since 1970.
+    /// The time: seconds since 1970.
     pub at: u64,
 }
 
@@ -142,21 +143,21 @@ pub struct Manifest {
     pub format: u32,
     /// The product.
     pub product: String,
-    /// The product's name for people.
+    /// The product's human-readable name.
     pub title: String,
-    /// The release's version, which all its parts carry.
+    /// The release's version, which is that of all its parts.
     pub version: Version,
     /// Development or release.
     pub kind: Kind,
-    /// The commit that was built; none outside a repository.
+    /// The commit that was built; `None` outside of a repository.
     pub commit: Option<String>,
     /// The time in all outputs: seconds since 1970.
     pub epoch: u64,
-    /// The release that the notes compare with.
+    /// The earlier release in the notes.
     pub previous: Option<Version>,
     /// What changed, as Markdown.
     pub notes: Object,
-    /// What there is for each board, sorted by name.
+    /// The parts for each board, sorted by name.
     pub boards: Vec<Board>,
 }
 
@@ -165,18 +166,18 @@ pub struct Manifest {
 pub struct Board {
     /// The board.
     pub board: String,
-    /// The engine that made the base.
+    /// The engine that built the base.
     pub engine: String,
     /// Its files.
     pub objects: Vec<Object>,
-    /// What the system is made of.
+    /// The components of the system.
     pub components: Vec<Component>,
 }
 
 /// A file of a release, stored under its hash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Object {
-    /// What it is for: `image`, `block-map`, `bundle`, `sbom`, `report`, `notes`.
+    /// Its role: `image`, `block-map`, `bundle`, `sbom`, `report`, `notes`.
     pub role: String,
     /// The name to save it under.
     pub name: String,
@@ -184,7 +185,7 @@ pub struct Object {
     pub size: u64,
     /// SHA-256 of its content, lower-case hexadecimal; its path follows from it.
     pub sha256: String,
-    /// What it becomes when it is decompressed.
+    /// The decompressed file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unpacked: Option<Unpacked>,
 }
@@ -205,21 +206,22 @@ pub struct Unpacked {
 pub struct Component {
     /// `base`, `api`, `agent`, `boot` or `system`.
     pub name: String,
-    /// Its version, for people.
+    /// Its version, informational.
     pub version: String,
     /// SHA-256 over its content, lower-case hexadecimal.
     pub digest: String,
 }
 
 impl Object {
-    /// Where it lies in a store.
+    /// Its path in a store.
     pub fn path(&self) -> String {
         object_path(&self.sha256)
     }
 }
 
 impl File {
-    /// A manifest's place and hash. The hash is part of the name, so that no manifest ever replaces another.
+    /// A manifest's path and hash. The hash is part of the name, so that no manifest replaces
+    /// another.
     pub fn manifest(product: &str, version: &Version, text: &[u8]) -> Self {
         let sha256 = hash_bytes(text);
         let short = sha256.get(..12).unwrap_or(&sha256);
@@ -227,13 +229,13 @@ impl File {
         Self { path, size: text.len() as u64, sha256 }
     }
 
-    /// Where a manifest's signature lies.
+    /// The path of a manifest's signature.
     pub fn signature(&self) -> String {
         format!("{}.minisig", self.path)
     }
 }
 
-/// Where an object with this hash lies in a store.
+/// The path of an object with this hash in a store.
 pub fn object_path(sha256: &str) -> String {
     format!("objects/{}/{sha256}", sha256.get(..2).unwrap_or_default())
 }
@@ -244,56 +246,59 @@ impl Index {
         Self { format: FORMAT, channel, serial: 0, releases: Vec::new(), retired: Vec::new() }
     }
 
-    /// Opens a channel's file: signature first, then every rule. Which kind of key must have signed it is
-    /// pinned, so that an index that lists nothing, or lies about what it lists, needs the same key.
+    /// Opens a channel's file: verifies the signature first, then checks every rule. The kind of
+    /// the signing key is pinned, so that an empty index, or one with false entries, needs the same
+    /// key.
     ///
     /// # Errors
     /// When no trusted key of that kind has signed it, it is another channel's, or a name or path in it is not a
     /// safe one.
     pub fn open(channel: Channel, file: &[u8], keys: &KeySet, kind: Kind) -> Result<Self> {
         let read = || -> Result<Self> {
-            let envelope: Envelope =
-                serde_json::from_slice(file).context("it is no channel's file")?;
+            let envelope: Envelope = serde_json::from_slice(file).context("not a channel file")?;
             let text = envelope.index.as_bytes();
             let signer = verify(
                 keys,
                 Purpose::Channel,
-                "its signature",
+                "reading its signature",
                 envelope.signature.as_bytes(),
                 text,
             )?;
             ensure!(
                 kind == Kind::Development || signer.kind == Kind::Release,
-                "release keys sign the channel {channel}, and it is signed by the development key {}\n\
-                 help: releases.toml says which keys sign a channel; one that has changed sides begins anew: move \
-                 {} away from this store, and from every copy of it",
+                "the channel {channel} must be signed by a release key, but is signed by the \
+                 development key {}\n\
+                 help: releases.toml defines which keys sign a channel; after a change of the \
+                 kind, the channel must \
+                 start again: remove {} from this store and from every copy of it",
                 signer.id,
                 channel.path()
             );
-            let index: Self = serde_json::from_slice(text).context("reading the index in it")?;
+            let index: Self = serde_json::from_slice(text).context("reading its index")?;
             index.check(channel)?;
             Ok(index)
         };
         read().with_context(|| format!("reading {}", channel.path()))
     }
 
-    /// The serial in a channel's file, unverified: for choosing the newer of two.
+    /// The serial in a channel's file, unverified: to find the newer of two.
     ///
     /// # Errors
-    /// When it is no channel's file.
+    /// When it is not a channel file.
     pub fn serial_of(file: &[u8]) -> Result<u64> {
         #[derive(Deserialize)]
         struct Serial {
             serial: u64,
         }
-        let envelope: Envelope = serde_json::from_slice(file).context("it is no channel's file")?;
-        let serial: Serial = serde_json::from_str(&envelope.index).context("it has no serial")?;
+        let envelope: Envelope = serde_json::from_slice(file).context("not a channel file")?;
+        let serial: Serial =
+            serde_json::from_str(&envelope.index).context("the index has no serial")?;
         Ok(serial.serial)
     }
 
     fn check(&self, channel: Channel) -> Result<()> {
         check_format(self.format)?;
-        ensure!(self.channel == channel, "it is the index of the channel {}", self.channel);
+        ensure!(self.channel == channel, "the index belongs to the channel {}", self.channel);
         let entries = self.releases.iter().map(|e| (&e.product, &e.manifest));
         for (product, manifest) in
             entries.chain(self.retired.iter().map(|r| (&r.product, &r.manifest)))
@@ -301,7 +306,7 @@ impl Index {
             check_name(product)?;
             check_hash(&manifest.sha256)?;
             let inner = manifest.path.strip_prefix(&format!("releases/{product}/"));
-            let Some(inner) = inner else { bail!("the manifest path `{}`", manifest.path) };
+            let Some(inner) = inner else { bail!("invalid manifest path `{}`", manifest.path) };
             check_name(inner)?;
         }
         Ok(())
@@ -338,11 +343,11 @@ impl Manifest {
         Ok(pretty(self)?.into_bytes())
     }
 
-    /// Opens a manifest: hash, signature, then every rule.
+    /// Opens a manifest: verifies hash and signature, then checks every rule.
     ///
     /// # Errors
-    /// When it is another file than the index says, no trusted key has signed it, or a name in it is not
-    /// a safe one.
+    /// When it is not the file in the index, is not signed by a trusted key, or contains an unsafe
+    /// name.
     pub fn open(file: &File, text: &[u8], signature: &[u8], keys: &KeySet) -> Result<Self> {
         let read = || -> Result<Self> {
             let (size, sha256) = (text.len() as u64, hash_bytes(text));
@@ -353,11 +358,11 @@ impl Manifest {
                 file.sha256
             );
             let signer = verify(keys, Purpose::Release, &file.signature(), signature, text)?;
-            let manifest: Self = serde_json::from_slice(text).context("it is no manifest")?;
+            let manifest: Self = serde_json::from_slice(text).context("not a manifest")?;
             manifest.check()?;
             ensure!(
                 manifest.kind == Kind::Development || signer.kind == Kind::Release,
-                "it is a release, and signed by the development key {}",
+                "the manifest of a release is signed by the development key {}",
                 signer.id
             );
             Ok(manifest)
@@ -418,17 +423,18 @@ fn check_format(format: u32) -> Result<()> {
 
 pub(crate) fn check_hash(sha256: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-    ensure!(sha256.len() == 64 && sha256.bytes().all(good), "`{sha256}` is no SHA-256");
+    ensure!(sha256.len() == 64 && sha256.bytes().all(good), "`{sha256}` is not a SHA-256");
     Ok(())
 }
 
-/// A name that is one path component everywhere: no separator, no hidden file, nothing to be quoted.
+/// A name that is one path component on every system: no separator, no hidden file, no character
+/// that needs quoting.
 fn check_name(name: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_alphanumeric() || b"._+-".contains(&b);
     let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
     ensure!(
         first && name.len() <= 200 && name.bytes().all(good),
-        "`{}` is no safe file name",
+        "unsafe file name `{}`",
         name.escape_debug()
     );
     Ok(())

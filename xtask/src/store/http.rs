@@ -1,5 +1,5 @@
-//! Files on any HTTP server that takes PUT: what a team's shared cache needs. It has no conditional
-//! writes, so no releases are published to it.
+//! Files on any HTTP server that supports PUT: sufficient for a team's shared cache. Without
+//! conditional writes, releases cannot be published to it.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -13,29 +13,29 @@ use super::format::object_path;
 use super::{BadObject, Files, Options, Secret};
 use crate::artifact::hash_file;
 
-/// A folder of a server.
+/// A directory of a server.
 #[derive(Debug)]
 pub struct Server {
-    /// Without a `/` at its end.
+    /// Without a trailing `/`.
     base: String,
     authorization: Option<Secret>,
     client: Client,
 }
 
 impl Server {
-    /// Takes `http[s]://HOST[:PORT][/PATH]`. Nothing is connected yet.
+    /// Parses `http[s]://HOST[:PORT][/PATH]`. Does not connect.
     ///
     /// # Errors
-    /// When the address is none, holds a password, or credentials would go over the wire in clear.
+    /// When the address is invalid, contains a password, or credentials would be sent unencrypted.
     pub fn new(address: &str, options: &Options) -> Result<Self> {
         let help = "help: https://HOST[:PORT][/PATH]";
-        // A password in the address is not repeated.
+        // A password in the address is not shown.
         let shown = address.rsplit_once('@').map_or(address, |(_, rest)| rest);
         let uri: Uri = address.parse().ok().with_context(|| format!("`{shown}`\n{help}"))?;
         let host = uri.host().unwrap_or_default();
         ensure!(
             !address.contains('@'),
-            "the address of {shown} holds a user or a password\n\
+            "the address of {shown} contains a user or a password\n\
              help: set SLIPWAY_SHARED_CACHE_AUTHORIZATION instead, which is never shown"
         );
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-/~".contains(c);
@@ -47,7 +47,7 @@ impl Server {
         let near = ["localhost", "127.0.0.1", "[::1]"].contains(&host);
         ensure!(
             options.authorization.is_none() || uri.scheme_str() == Some("https") || near,
-            "{shown}: credentials would be sent in clear\nhelp: use https"
+            "{shown}: credentials would be sent unencrypted\nhelp: use https"
         );
         let base = address.trim_end_matches('/').to_owned();
         let client = Client::new(base.clone(), options.patience)?;
@@ -58,7 +58,7 @@ impl Server {
         format!("{}/{path}", self.base)
     }
 
-    /// Adds what the server wants to see.
+    /// Adds the credentials to a request.
     fn signed<T>(&self, request: ureq::RequestBuilder<T>) -> ureq::RequestBuilder<T> {
         match &self.authorization {
             Some(secret) => request.header("Authorization", secret.expose()),
@@ -68,8 +68,11 @@ impl Server {
 
     fn refused<T>(&self, what: &str, status: u16) -> Result<T> {
         let help = match status {
-            401 | 403 => "set SLIPWAY_SHARED_CACHE_AUTHORIZATION to what the server wants",
-            _ => "the server must take PUT, and make the folders of a new file",
+            401 | 403 => {
+                "set SLIPWAY_SHARED_CACHE_AUTHORIZATION to the header value that the server \
+                 requires"
+            }
+            _ => "the server must accept PUT, and create the directories of a new file",
         };
         bail!("{what}: {} answered {status}\nhelp: {help}", self.base)
     }
@@ -82,7 +85,7 @@ impl Server {
         match answer.status {
             200 => Ok(answer.length),
             404 | 410 => Ok(None),
-            status => self.refused(&format!("looking at {path}"), status),
+            status => self.refused(&format!("querying {path}"), status),
         }
     }
 
@@ -119,7 +122,7 @@ impl Files for Server {
     fn present(&self, objects: &[(String, u64)]) -> Result<BTreeSet<String>> {
         let mut present = BTreeSet::new();
         for (sha256, size) in objects {
-            // An upload that was cut may have left a shorter one.
+            // An interrupted upload may have left a shorter file.
             if self.length(&object_path(sha256))? == Some(*size) {
                 present.insert(sha256.clone());
             }
@@ -134,7 +137,7 @@ impl Files for Server {
         let open = || Ok(Body::File(File::open(from).with_context(|| format!("opening {from}"))?));
         self.upload(&path, size, open)?;
         let there = self.length(&path)?;
-        ensure!(there == Some(size), "{path} has {there:?} bytes there, expected {size}");
+        ensure!(there == Some(size), "{path} has {there:?} bytes on the server, expected {size}");
         Ok(())
     }
 

@@ -1,4 +1,5 @@
-//! How a channel's index changes: releases are added, marked and retired, never silently replaced. Pure.
+//! Changes of a channel's index: releases are added, marked and retired, never silently replaced.
+//! Pure.
 
 use anyhow::{Result, ensure};
 use bundle::{Kind, Version};
@@ -10,10 +11,10 @@ pub const NIGHTLIES: usize = 14;
 /// How many the beta channel keeps.
 pub const BETAS: usize = 10;
 
-/// How long a retired release's objects stay, in seconds: longer than any publish takes.
+/// How long a retired release's objects are kept, in seconds: longer than any publish takes.
 pub const GRACE: u64 = 24 * 3600;
 
-/// Which releases stay.
+/// Which releases to keep.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Retention {
     /// How many of each product, instead of the channel's own number. `stable` keeps all.
@@ -30,32 +31,32 @@ impl Retention {
     }
 }
 
-/// Whether a channel takes products of this kind at all.
+/// Whether a channel accepts products of this kind at all.
 ///
 /// # Errors
 /// When a development product would become stable.
 pub fn takes(channel: Channel, product: &str, kind: Kind) -> Result<()> {
     ensure!(
         channel != Channel::Stable || kind == Kind::Release,
-        "{product} is a development product, and the channel stable is for everybody\n\
+        "{product} is a development product, but the channel stable is for all robots\n\
          help: use beta, or `kind = \"release\"` in configs/{product}.toml"
     );
     Ok(())
 }
 
 impl Index {
-    /// Adds a release, newer than all of its product in this channel.
+    /// Adds a release, which must be newer than all others of its product in this channel.
     ///
     /// # Errors
-    /// When the version does not grow, or a development product would become stable.
+    /// When the version does not increase, or a development product would become stable.
     pub fn add(&mut self, entry: Entry) -> Result<()> {
         takes(self.channel, &entry.product, entry.kind)?;
         let newest = self.of(&entry.product).next_back();
         if let Some(newest) = newest {
             ensure!(
                 entry.version > newest.version,
-                "{} {} is not newer than {}, which the channel {} has\n\
-                 help: versions only grow; raise `version` in configs/{}.toml",
+                "{} {} is not newer than {} in the channel {}\n\
+                 help: versions must increase; raise `version` in configs/{}.toml",
                 entry.product,
                 entry.version,
                 newest.version,
@@ -67,10 +68,10 @@ impl Index {
         Ok(())
     }
 
-    /// Takes over what another copy of this channel has: releases, and marks on them.
+    /// Adopts the releases and the marks on them from another copy of this channel.
     ///
     /// # Errors
-    /// When both have a version with different content.
+    /// When both contain a version with different content.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         for theirs in &other.releases {
             let ours = self
@@ -89,7 +90,7 @@ impl Index {
                         ours.manifest.path,
                         theirs.manifest.path
                     );
-                    // A mark is never taken back, and the first one stays.
+                    // A mark is never removed, and the first one is kept.
                     if ours.yanked.is_none() {
                         ours.yanked.clone_from(&theirs.yanked);
                     }
@@ -110,13 +111,14 @@ impl Index {
             .iter_mut()
             .find(|entry| entry.product == product && entry.version == *version);
         let Some(entry) = entry else {
-            anyhow::bail!("the channel {channel} has no {product} {version}")
+            anyhow::bail!("the channel {channel} does not contain {product} {version}")
         };
         entry.yanked.get_or_insert_with(|| mark.clone());
         Ok(())
     }
 
-    /// Retires what is beyond the newest ones of each product, and forgets what was retired long ago.
+    /// Retires all but the newest releases of each product, and removes entries that were retired
+    /// long ago.
     pub fn retain(&mut self, retention: Retention, now: u64) {
         let keep = retention.of(self.channel);
         let mut products: Vec<String> = self.releases.iter().map(|e| e.product.clone()).collect();

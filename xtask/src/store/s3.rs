@@ -1,5 +1,5 @@
-//! A store in a bucket of an S3 service. An upload is whole or not there at all, and the index is replaced
-//! by a conditional write, which the service must know.
+//! A store in a bucket of an S3 service. An upload is complete or does not exist, and the index is
+//! replaced by a conditional write, which the service must support.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,18 +17,18 @@ use super::{BadObject, Files, Options, Store, Token};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::scratch::scratch;
 
-/// How long a signed request stays valid: as long as its upload may take.
+/// How long a signed request is valid: as long as its upload may take.
 const VALID: Duration = Duration::from_secs(3600);
 /// The largest object of one request (Amazon S3 User Guide, "Uploading objects").
 const LARGEST: u64 = 5 << 30;
-/// Is written twice to find out whether the service knows conditional writes.
+/// This key is written twice to test whether the service supports conditional writes.
 const PROBE: &str = "channels/.conditional";
 
 /// A bucket, and the prefix of all keys.
 #[derive(Debug)]
 pub struct Bucket {
     bucket: rusty_s3::Bucket,
-    /// Never printed: it holds the secret key.
+    /// Never printed: contains the secret key.
     credentials: Secret,
     prefix: String,
     client: Client,
@@ -43,11 +43,11 @@ impl std::fmt::Debug for Secret {
 }
 
 impl Bucket {
-    /// Takes `BUCKET[/PREFIX]`. Endpoint, region and credentials come from the options, else from the
-    /// variables that all S3 tools know. Nothing is connected yet.
+    /// Parses `BUCKET[/PREFIX]`. Endpoint, region and credentials come from the options, else from
+    /// the usual variables of S3 tools. Does not connect.
     ///
     /// # Errors
-    /// When the address is none, or there are no credentials.
+    /// When the address is invalid, or there are no credentials.
     pub fn new(address: &str, options: &Options) -> Result<Self> {
         let variable = |names: &[&str]| {
             names.iter().find_map(|name| std::env::var(name).ok().filter(|v| !v.is_empty()))
@@ -66,7 +66,7 @@ impl Bucket {
             .unwrap_or_else(|| "us-east-1".to_owned());
         let named = options.endpoint.clone();
         let named = named.or_else(|| variable(&["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]));
-        // Services of one's own seldom have a host name for each bucket.
+        // Self-hosted services seldom have a host name for each bucket.
         let style = if named.is_some() { UrlStyle::Path } else { UrlStyle::VirtualHost };
         let endpoint = named.unwrap_or_else(|| format!("https://s3.{region}.amazonaws.com"));
         let url = endpoint.parse().with_context(|| format!("reading the endpoint `{endpoint}`"))?;
@@ -117,7 +117,7 @@ impl Bucket {
         }
     }
 
-    /// Size and SHA-256 of an object, as far as the service tells.
+    /// Size and SHA-256 of an object, as far as the service reports them.
     fn head(&self, path: &str) -> Result<Option<(Option<u64>, Option<String>)>> {
         let key = self.key(path);
         let answer = self.client.ask(path, || {
@@ -131,7 +131,7 @@ impl Bucket {
         match answer.status {
             200 => Ok(Some((answer.length, answer.checksum))),
             404 => Ok(None),
-            _ => self.refused(&format!("looking at {path}"), &answer),
+            _ => self.refused(&format!("querying {path}"), &answer),
         }
     }
 
@@ -149,7 +149,7 @@ impl Bucket {
             let mut action = PutObject::new(&self.bucket, Some(&self.credentials.0), &key);
             let mut headers = vec![("x-amz-checksum-sha256", checksum.as_str())];
             headers.extend(condition);
-            // What readers take again and again must not come from a cache on the way.
+            // Files that readers poll must not come from a cache on the way.
             if path.starts_with("channels/") {
                 headers.push(("cache-control", "no-cache"));
             }
@@ -178,20 +178,21 @@ impl Bucket {
         let answer = self.upload(path, sum, condition, send)?;
         match answer.status {
             200 => Ok(true),
-            // 409: another conditional write was going on (Amazon S3 API, "PutObject").
+            // 409: another conditional write was in progress (Amazon S3 API, "PutObject").
             409 | 412 if condition.is_some() => Ok(false),
             _ => self.refused(&format!("writing {path}"), &answer),
         }
     }
 
-    /// A service that ignores conditions would let publishers overwrite each other, and say nothing.
+    /// A service that ignores conditions would let publishers silently overwrite each other.
     fn require_conditions(&self) -> Result<()> {
         let probe = || self.put_small(PROBE, b"", Some(("if-none-match", "*")));
         if probe()? {
             ensure!(
                 !probe()?,
                 "{} ignores `If-None-Match`\n\
-                 help: publish to a service with conditional writes, or to a folder or a host by SFTP",
+                 help: publish to a service with conditional writes, or to a directory or a host \
+                 by SFTP",
                 self.name()
             );
         }
@@ -202,7 +203,7 @@ impl Bucket {
 fn unhex(text: &str) -> Result<Vec<u8>> {
     let pair = |at: usize| text.get(at..at + 2).and_then(|p| u8::from_str_radix(p, 16).ok());
     let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(pair).collect();
-    bytes.with_context(|| format!("`{text}` is no SHA-256"))
+    bytes.with_context(|| format!("`{text}` is not a SHA-256"))
 }
 
 impl Files for Bucket {
@@ -217,7 +218,7 @@ impl Files for Bucket {
     fn present(&self, objects: &[(String, u64)]) -> Result<BTreeSet<String>> {
         let mut present = BTreeSet::new();
         for (sha256, size) in objects {
-            // An upload that was cut leaves no object, so a size that fits is a whole one.
+            // An interrupted upload leaves no object, so an object with the right size is complete.
             let sum = encode_base64(&unhex(sha256)?);
             let fits = |(length, checksum): (Option<u64>, Option<String>)| {
                 length == Some(*size) && checksum.is_none_or(|found| found == sum)
@@ -234,21 +235,27 @@ impl Files for Bucket {
         let (size, found) = hash_file(from)?;
         ensure!(
             found == sha256,
-            "{from} has the SHA-256 {found}, expected {sha256}\nhelp: it is damaged; make the release again"
+            "{from} has the SHA-256 {found}, expected {sha256}\n\
+             help: the file is damaged; create the release again"
         );
         ensure!(
             size <= LARGEST,
-            "{from} has {size} bytes; one upload to S3 takes at most {LARGEST}\nhelp: publish it elsewhere"
+            "{from} has {size} bytes; the maximum for one upload to S3 is {LARGEST}\n\
+             help: publish the release to another kind of store"
         );
         let send = || Ok(Body::File(File::open(from).with_context(|| format!("opening {from}"))?));
         let answer = self.upload(&path, (sha256, size), None, send)?;
         if answer.status != 200 {
             return self.refused(&format!("writing {path}"), &answer);
         }
-        let (length, checksum) = self.head(&path)?.context("it is gone as soon as it was sent")?;
-        ensure!(length == Some(size), "{path} has {length:?} bytes there, expected {size}");
+        let (length, checksum) =
+            self.head(&path)?.context("the object does not exist after its upload")?;
+        ensure!(length == Some(size), "{path} has {length:?} bytes on the server, expected {size}");
         match checksum {
-            Some(sum) => ensure!(sum == encode_base64(&unhex(sha256)?), "{path} arrived as {sum}"),
+            Some(sum) => ensure!(
+                sum == encode_base64(&unhex(sha256)?),
+                "{path} was stored with the SHA-256 {sum}"
+            ),
             None => {
                 let (_keep, dir) = scratch()?;
                 self.get(sha256, size, &dir.join("back"), &|_| ())?;
@@ -290,7 +297,7 @@ impl Store for Bucket {
         let path = channel.path();
         match self.get_small(&path)? {
             Some((content, Some(etag))) => Ok((Some(content), Token::Version(etag))),
-            Some((_, None)) => bail!("{} gives {path} no ETag", self.name()),
+            Some((_, None)) => bail!("{} returns no ETag for {path}", self.name()),
             None => Ok((None, Token::Absent)),
         }
     }
@@ -305,7 +312,7 @@ impl Store for Bucket {
     }
 
     fn settle(&self, _: Channel) -> Result<()> {
-        // The file that was swapped is the one that readers take.
+        // Readers use the swapped file itself.
         Ok(())
     }
 }

@@ -1,5 +1,5 @@
-//! A store on a host that speaks SFTP, through the system's `sftp`: no shell is needed there. The index
-//! changes as in a folder: a hard link makes a serial's file only once.
+//! A store on an SFTP host, through the system's `sftp`: the host needs no shell. The index changes
+//! as in a directory: a hard link can create the file of a serial only once.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,7 +14,7 @@ use crate::exec::Tool;
 use crate::scratch::{scratch, unique};
 use crate::ssh::check_options;
 
-/// As for pushes: nobody is there to be asked, and a host that is gone is noticed after 30 seconds.
+/// As for pushes: never ask questions, and detect an unreachable host after 30 seconds.
 const OPTIONS: [&str; 11] = [
     "BatchMode=yes",
     "StrictHostKeyChecking=accept-new",
@@ -22,7 +22,7 @@ const OPTIONS: [&str; 11] = [
     "ServerAliveInterval=10",
     "ServerAliveCountMax=3",
     "ClearAllForwardings=yes",
-    // As for pushes: what a person may want of a login there. sftp asks for its subsystem itself.
+    // As for pushes: override settings for interactive logins. sftp requests its subsystem itself.
     "RemoteCommand=none",
     "RequestTTY=no",
     "StdinNull=no",
@@ -30,38 +30,42 @@ const OPTIONS: [&str; 11] = [
     "PermitLocalCommand=no",
 ];
 
-/// A folder on a host.
+/// A directory on a host.
 #[derive(Debug)]
 pub struct Host {
     /// `USER@HOST`, or `HOST`.
     destination: String,
     port: Option<u16>,
-    /// The folder: absolute, or relative to the user's home.
+    /// The directory: absolute, or relative to the user's home.
     path: String,
     options: Vec<String>,
-    /// Where the one connection is that all commands share.
+    /// The connection that all commands share.
     control: Option<Control>,
 }
 
-/// The socket of a shared connection (ssh_config(5): ControlPath), in a folder that only this user enters.
+/// The socket of a shared connection (ssh_config(5): ControlPath), in a directory that only this
+/// user can enter.
 #[derive(Debug)]
 struct Control {
     socket: String,
     _folder: tempfile::TempDir,
 }
 
-/// The most bytes of a socket's path, with the 17 that ssh(1) adds while it makes it (unix(7): 108 with the end).
+/// The maximum length of a socket's path in bytes, including the 17 that ssh(1) adds while it
+/// creates the socket (unix(7): 108 with the end).
 const SOCKET: usize = 108 - 1 - 17;
 
 impl Control {
-    /// None where the temporary folder's path is too long: then each command has a connection of its own.
+    /// `None` when the temporary directory's path is too long: then each command opens its own
+    /// connection.
     fn new() -> Result<Option<Self>> {
         let (folder, path) = scratch()?;
         let socket = path.join("ssh").into_string();
         Ok((socket.len() <= SOCKET).then_some(Self { socket, _folder: folder }))
     }
 
-    /// The first command opens the connection. Whoever is killed leaves it for so many seconds.
+    /// The first command opens the connection. After a killed process it stays open for this many
+    /// seconds.
     fn options(&self) -> [String; 3] {
         let socket = format!("ControlPath={}", self.socket);
         ["ControlMaster=auto".to_owned(), "ControlPersist=10".to_owned(), socket]
@@ -73,24 +77,28 @@ impl Drop for Host {
         if let Some(control) = &self.control {
             let end = Tool::new("ssh").args(["-O", "exit", "-o"]);
             let end = end.arg(format!("ControlPath={}", control.socket));
-            // Without it, the connection ends by itself a little later.
+            // If this fails, the connection closes itself a little later.
             drop(end.arg("--").arg(&self.destination).read());
         }
     }
 }
 
 impl Host {
-    /// Takes `[USER@]HOST[:PORT]/PATH` apart; `/~/PATH` lies below the user's home. Nothing is connected yet.
+    /// Parses `[USER@]HOST[:PORT]/PATH`; `/~/PATH` is below the user's home. Does not connect.
     ///
     /// # Errors
-    /// When it is no such address, or its path has characters that `sftp` would interpret.
+    /// When the address is invalid, or its path contains characters that `sftp` would interpret.
     pub fn new(address: &str, options: &[String]) -> Result<Self> {
-        let help = "help: ssh://[USER@]HOST[:PORT]/PATH, or /~/PATH for one below the user's home";
+        let help =
+            "help: ssh://[USER@]HOST[:PORT]/PATH, or /~/PATH for a directory below the user's home";
         let (host, path) = address.split_once('/').unwrap_or((address, ""));
         let (destination, port) = match host.rsplit_once(':') {
             Some((name, port)) if !port.ends_with(']') => {
                 let port = port.parse::<u16>();
-                (name, Some(port.with_context(|| format!("ssh://{address}: the port\n{help}"))?))
+                (
+                    name,
+                    Some(port.with_context(|| format!("ssh://{address}: invalid port\n{help}"))?),
+                )
             }
             _ => (host, None),
         };
@@ -99,7 +107,7 @@ impl Host {
             !destination.is_empty()
                 && !destination.starts_with('-')
                 && destination.chars().all(plain),
-            "ssh://{address}: `{destination}` is no host\n{help}"
+            "ssh://{address}: invalid host `{destination}`\n{help}"
         );
         let path = match path.strip_prefix("~/") {
             Some(below) => below.to_owned(),
@@ -109,7 +117,8 @@ impl Host {
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-+=,@/".contains(c);
         ensure!(
             !path.is_empty() && !path.starts_with('-') && path.chars().all(plain),
-            "ssh://{address}: expected a folder of letters, digits and ._-+=,@ only, found `{path}`\n{help}"
+            "ssh://{address}: expected a directory of letters, digits and ._-+=,@ only, found \
+             `{path}`\n{help}"
         );
         check_options(options)?;
         let mut options = options.to_vec();
@@ -123,8 +132,8 @@ impl Host {
         format!("{}/{path}", self.path)
     }
 
-    /// Runs commands of sftp(1) in a local folder. A command that begins with `-` may fail.
-    /// Returns whether all went well, what was printed, and what was said of errors.
+    /// Runs commands of sftp(1) in a local directory. A command that begins with `-` may fail.
+    /// Returns whether all others succeeded, the output, and the error messages.
     fn run(&self, folder: &Utf8Path, commands: &[String]) -> Result<(bool, String, String)> {
         let (_keep, dir) = scratch()?;
         let batch = dir.join("batch");
@@ -143,11 +152,11 @@ impl Host {
             said.push_str(line);
             said.push('\n');
         })?;
-        // sftp(1) passes on what ssh exits with when there is no connection (ssh(1), "EXIT STATUS"); where ssh ended
-        // before sftp spoke to it, SIGPIPE ends sftp.
+        // sftp(1) exits with the status of ssh when there is no connection (ssh(1), "EXIT STATUS");
+        // if ssh ended before sftp used it, sftp dies of SIGPIPE.
         ensure!(
             status.code().is_some_and(|code| code != 255),
-            "connecting to {}: {}\nhelp: try `sftp {}`; it must not ask for anything",
+            "connecting to {}: {}\nhelp: try `sftp {}`; it must connect without asking anything",
             self.destination,
             said.trim_end(),
             self.destination
@@ -161,7 +170,7 @@ impl Host {
         Ok(())
     }
 
-    /// Commands that make the folders of a path, which may be there.
+    /// Commands that create the directories of a path, which may exist.
     fn folders(&self, path: &str) -> Vec<String> {
         let mut made = vec![format!("-mkdir {}", self.path)];
         let mut folder = String::new();
@@ -174,7 +183,7 @@ impl Host {
         made
     }
 
-    /// What lies under these paths or in these folders: name and size.
+    /// The files with these paths or in these directories: name and size.
     fn list(&self, paths: &[String]) -> Result<Vec<(String, u64)>> {
         let commands: Vec<String> =
             paths.iter().map(|path| format!("-ls -ln {}", self.at(path))).collect();
@@ -190,7 +199,8 @@ impl Host {
             .collect())
     }
 
-    /// The SHA-256 of what has arrived: by the host's own `sha256sum`, or read back where there is no shell.
+    /// The SHA-256 of the stored file: from the host's own `sha256sum`, or by reading it back if
+    /// the host has no shell.
     fn arrived(&self, path: &str) -> Result<String> {
         let mut tool = Tool::new("ssh").arg("-T");
         for option in &self.options {
@@ -199,7 +209,7 @@ impl Host {
         if let Some(port) = self.port {
             tool = tool.args(["-p", &port.to_string()]);
         }
-        // The path goes through the host's shell: it has plain characters only.
+        // The path is interpreted by the host's shell: it contains plain characters only.
         let tool = tool.arg("--").arg(&self.destination).args(["sha256sum", "--", path]);
         let (status, out) = tool.converse(None, |_| {})?;
         if status.success() {
@@ -214,18 +224,18 @@ impl Host {
         Ok(hash_file(&dir.join("back"))?.1)
     }
 
-    /// Uploads a file under a name of its own, flushed and verified: the name.
+    /// Uploads a file under a unique name, flushed and verified; returns the name.
     fn upload(&self, path: &str, folder: &Utf8Path, name: &str, sha256: &str) -> Result<String> {
-        let (parent, _) = path.rsplit_once('/').context("a stored file has a folder")?;
+        let (parent, _) = path.rsplit_once('/').context("a stored file has a directory")?;
         let temporary = self.at(&format!("{parent}/.partial-{}", unique()));
         let mut commands = self.folders(path);
         commands.push(format!("put -f {name} {temporary}"));
         self.must(folder, &commands)?;
         let found = self.arrived(&temporary)?;
         if found != sha256 {
-            // Best effort: what matters is the error below.
+            // Best effort: report the error below.
             drop(self.run(folder, &[format!("rm {temporary}")]));
-            bail!("{path} arrived with SHA-256 {found}, expected {sha256}");
+            bail!("{path} was stored with the SHA-256 {found}, expected {sha256}");
         }
         Ok(temporary)
     }
@@ -258,7 +268,8 @@ impl Files for Host {
             bail!("reading {path} of {}: {}", self.name(), said.trim_end());
         }
         let file = dir.join("content");
-        let size = fs::metadata(&file).with_context(|| format!("looking at {file}"))?.len();
+        let size =
+            fs::metadata(&file).with_context(|| format!("reading the metadata of {file}"))?.len();
         ensure!(size <= LARGEST_TEXT, "{path} has {size} bytes, expected at most {LARGEST_TEXT}");
         Ok(Some(fs::read(&file).with_context(|| format!("reading {file}"))?))
     }
@@ -268,7 +279,7 @@ impl Files for Host {
             return Ok(BTreeSet::new());
         }
         let paths: Vec<String> = objects.iter().map(|(sha256, _)| object_path(sha256)).collect();
-        // An object has its name only since its content was verified.
+        // An object gets its name only after its content was verified.
         let there = self.list(&paths)?;
         let complete = objects.iter().filter(|object| there.contains(object));
         Ok(complete.map(|(sha256, _)| sha256.clone()).collect())
@@ -277,7 +288,7 @@ impl Files for Host {
     fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()> {
         let path = object_path(sha256);
         let (Some(folder), Some(name)) = (from.parent(), from.file_name()) else {
-            bail!("{from} is no file")
+            bail!("{from} is not a file")
         };
         let temporary = self.upload(&path, folder, name, sha256)?;
         self.must(folder, &[format!("rename {temporary} {}", self.at(&path))])
@@ -285,7 +296,7 @@ impl Files for Host {
 
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
         let (Some(folder), Some(name)) = (into.parent(), into.file_name()) else {
-            bail!("{into} is no file")
+            bail!("{into} is not a file")
         };
         let path = object_path(sha256);
         let named = |what: String| format!("{sha256} of {} {what}", self.name());
@@ -330,7 +341,10 @@ impl Store for Host {
             (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
             (Some(newest), _) => {
                 let content = self.read(&format!("channels/{channel}.d/{newest}"))?;
-                ensure!(content.is_some(), "the serial {newest} of {channel} has vanished");
+                ensure!(
+                    content.is_some(),
+                    "the file of the serial {newest} of {channel} no longer exists"
+                );
                 Ok((content, token(newest)))
             }
             (None, _) => Ok((None, Token::Absent)),
@@ -342,7 +356,7 @@ impl Store for Host {
             Token::Absent => 0,
             Token::Version(seen) => seen.parse::<u64>().context("a serial is a number")?,
         };
-        ensure!(serial == seen + 1, "the index has the serial {serial}, the store {seen}");
+        ensure!(serial == seen + 1, "the index has the serial {serial}, but the store has {seen}");
         let path = format!("channels/{channel}.d/{serial}");
         let temporary = self.write_small(&path, content)?;
         let link = format!("ln {temporary} {}", self.at(&path));
@@ -353,7 +367,7 @@ impl Store for Host {
             return Ok(true);
         }
         let taken = self.newest(channel)?.is_some_and(|newest| newest >= serial);
-        ensure!(taken, "{} makes no hard links: {}", self.name(), said.trim_end());
+        ensure!(taken, "{} does not support hard links: {}", self.name(), said.trim_end());
         Ok(false)
     }
 
@@ -366,7 +380,7 @@ impl Store for Host {
                 let rename = format!("rename {temporary} {}", self.at(&channel.path()));
                 self.must(Utf8Path::new("."), &[rename])?;
             }
-            // Another publisher's older file may have come last: whoever sees that puts it right.
+            // Another publisher's older file may have been written last: repair that.
             if self.index(channel)?.1 == token
                 && self.read(&channel.path())?.as_ref() == Some(&newest)
             {

@@ -1,6 +1,7 @@
 //! Reads one wheel whole into memory and trusts nothing in it: its paths, its sizes, its WHEEL,
-//! METADATA and RECORD are checked before anybody else sees a file of it. Where its own texts contradict it and
-//! a lock vouches for its bytes, that is told, and no obstacle: pip installs such wheels, and nobody can mend them.
+//! METADATA and RECORD are checked before any other code uses its files. Where its own metadata
+//! contradict it and a lock confirms its bytes, that is a warning and not an error: pip installs
+//! such wheels, and published wheels cannot be corrected.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Cursor, Read};
@@ -40,21 +41,21 @@ pub struct Wheel {
     pub name: WheelName,
     /// What METADATA says.
     pub metadata: Metadata,
-    /// Whether what lies at the top goes to `purelib` (else `platlib`).
+    /// Whether files at the top level go to `purelib` (else `platlib`).
     pub purelib: bool,
     /// The programs to make.
     pub entry_points: Vec<EntryPoint>,
     /// `opentrons-10.1.0.dist-info`
     pub dist_info: String,
-    /// What it says of itself and is not so; each part of a sentence.
+    /// Its contradictory metadata; each entry is part of a sentence.
     pub doubts: Vec<String>,
     /// Every file by its path in the wheel.
     pub files: BTreeMap<String, WheelFile>,
 }
 
 impl Wheel {
-    /// Reads a wheel file. `file` is its name (in the cache it lies under its hash), `sha256` is
-    /// what the lock says where there is one.
+    /// Reads a wheel file. `file` is its name (in the cache its name is its hash), `sha256` is the
+    /// hash in the lock, if any.
     ///
     /// # Errors
     /// When it cannot be read, or breaks a rule; the error names the wheel and the file in it.
@@ -66,8 +67,8 @@ impl Wheel {
     /// Reads a wheel's bytes.
     ///
     /// # Errors
-    /// When it breaks a rule; the error names the wheel and the file in it. Without `sha256` nobody but the wheel
-    /// itself says that its bytes are right: then what it says must be so.
+    /// When it breaks a rule; the error names the wheel and the file in it. Without `sha256` only
+    /// the wheel itself confirms its bytes: then its metadata must be correct.
     pub fn read(bytes: &[u8], file: &str, sha256: Option<&str>) -> Result<Self> {
         Self::read_inner(bytes, file, sha256).with_context(|| format!("reading the wheel {file}"))
     }
@@ -76,7 +77,10 @@ impl Wheel {
         let name = WheelName::parse(file)?;
         let found = hash_bytes(bytes);
         if let Some(expected) = sha256 {
-            ensure!(found == expected, "its sha256 is {found}, the lock says {expected}");
+            ensure!(
+                found == expected,
+                "the sha256 of the wheel is {found}, but the lock has {expected}"
+            );
         }
         let files = unpack(bytes)?;
         let dist_info = find_dist_info(&files, &name)?;
@@ -128,7 +132,8 @@ impl Wheel {
 
 fn unpack(bytes: &[u8]) -> Result<BTreeMap<String, WheelFile>> {
     let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).context("opening the archive")?;
-    // The archive reader keeps one of several members with one name; they are counted here.
+    // The archive reader keeps only one of several members with the same name, so they are counted
+    // here.
     check_duplicates(bytes, archive.central_directory_start())?;
     let mut files = BTreeMap::new();
     let mut left = MAX_UNPACKED;
@@ -138,7 +143,7 @@ fn unpack(bytes: &[u8]) -> Result<BTreeMap<String, WheelFile>> {
             .map_err(|_| anyhow!("the path of member {index} is not UTF-8"))?
             .to_owned();
         check_path(path.trim_end_matches('/'))?;
-        ensure!(!entry.is_symlink(), "{path} is a symbolic link, which a wheel cannot have");
+        ensure!(!entry.is_symlink(), "{path} is a symbolic link, which is not allowed in a wheel");
         ensure!(!entry.encrypted(), "{path} is encrypted");
         if entry.is_dir() {
             continue;
@@ -147,13 +152,13 @@ fn unpack(bytes: &[u8]) -> Result<BTreeMap<String, WheelFile>> {
         let regular = |mode: u32| mode & 0o170_000 == 0o100_000 && mode & 0o111 != 0;
         let executable = entry.unix_mode().is_some_and(regular);
         let mut content = Vec::new();
-        // One byte more than is allowed tells a file that ends there from one that goes on.
+        // Reading one byte more than is allowed detects a longer file.
         let n = entry
             .take(left + 1)
             .read_to_end(&mut content)
             .with_context(|| format!("unpacking {path}"))? as u64;
         left = left.checked_sub(n).with_context(|| {
-            format!("it unpacks to more than {MAX_UNPACKED} bytes, which no sane wheel does")
+            format!("the wheel unpacks to more than {MAX_UNPACKED} bytes, the maximum")
         })?;
         let digest = digest_text(&content);
         files.insert(path, WheelFile { bytes: content, executable, digest });
@@ -171,24 +176,24 @@ fn check_duplicates(bytes: &[u8], start: u64) -> Result<()> {
     while let Some(header) = rest.get(..HEADER).filter(|header| header.starts_with(SIGNATURE)) {
         let length = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]));
         let (name, extra, comment) = (length(28), length(30), length(32));
-        let name_bytes = rest.get(HEADER..HEADER + name).context("the archive is cut off")?;
+        let name_bytes = rest.get(HEADER..HEADER + name).context("the archive is truncated")?;
         if !seen.insert(name_bytes) {
-            bail!("it has two members named {}", String::from_utf8_lossy(name_bytes));
+            bail!("the archive has two members named {}", String::from_utf8_lossy(name_bytes));
         }
-        rest = rest.get(HEADER + name + extra + comment..).context("the archive is cut off")?;
+        rest = rest.get(HEADER + name + extra + comment..).context("the archive is truncated")?;
     }
     Ok(())
 }
 
-/// Refuses a path that could lead out of the folder that it is unpacked to, or means another one
-/// than it says.
+/// Rejects a path that could lead out of the directory that it is unpacked to, or that is
+/// ambiguous.
 fn check_path(path: &str) -> Result<()> {
     ensure!(!path.starts_with('/'), "the path {path} is absolute");
     let strange = |c: char| c == '\\' || c.is_control();
     ensure!(!path.contains(strange), "the path {path:?} has a backslash or a control character");
     let bad = path.split('/').find(|part| matches!(*part, "" | "." | ".."));
     if let Some(part) = bad {
-        bail!("the path {path} has the part '{part}', which can lead out of its folder");
+        bail!("the path {path} has the part '{part}', which can lead out of its directory");
     }
     Ok(())
 }
@@ -202,14 +207,14 @@ fn find_dist_info(files: &BTreeMap<String, WheelFile>, name: &WheelName) -> Resu
         .collect();
     let found: Vec<&str> = found.into_iter().collect();
     let [dist_info] = found[..] else {
-        bail!("it has {} .dist-info folders, expected one", found.len());
+        bail!("the wheel has {} .dist-info directories, expected one", found.len());
     };
-    // Its version may be spelt in another way than the file name's: METADATA's counts.
+    // Its version may be spelt differently from the file name's: METADATA decides.
     let stem = dist_info.trim_end_matches(".dist-info");
     let agrees = stem.split('-').next().is_some_and(|found| normalise(found) == name.name);
     ensure!(
         agrees,
-        "its folder is {dist_info}, its name says {}-{}.dist-info",
+        "the wheel has the directory {dist_info}, but its name needs {}-{}.dist-info",
         name.name,
         name.version
     );
@@ -242,7 +247,7 @@ fn check_record(
         }
         let found = file.bytes.len();
         if *size != found.to_string() {
-            wrong.push(format!("{record} says that {path} has {size} bytes, it has {found}"));
+            wrong.push(format!("{record} gives {path} {size} bytes, but it has {found}"));
         }
     }
     // Signatures of RECORD cannot be in it (PEP 427).
@@ -250,7 +255,7 @@ fn check_record(
         path == record || path == format!("{record}.jws") || path == format!("{record}.p7s")
     };
     let unlisted = files.keys().filter(|path| !exempt(path) && !listed.contains(path.as_str()));
-    wrong.extend(unlisted.map(|path| format!("{path} is in the wheel and not in {record}")));
+    wrong.extend(unlisted.map(|path| format!("{path} is in the wheel but not in {record}")));
     wrong
 }
 
@@ -264,24 +269,29 @@ fn summary(places: &[String]) -> Option<String> {
 }
 
 fn check_hash(given: &str, file: &WheelFile) -> Result<()> {
-    let (algorithm, _) = given.split_once('=').with_context(|| format!("'{given}' is no hash"))?;
+    let (algorithm, _) =
+        given.split_once('=').with_context(|| format!("'{given}' is not a hash"))?;
     let found = match algorithm {
         "sha256" => file.digest.clone(),
         "sha384" => format!("sha384={}", base64_url(&Sha384::digest(&file.bytes))),
         "sha512" => format!("sha512={}", base64_url(&Sha512::digest(&file.bytes))),
         other => bail!("the hash '{other}' is too weak: sha256 or better is needed (PEP 427)"),
     };
-    ensure!(given.trim_end_matches('=') == found, "its hash is {found}, RECORD says {given}");
+    ensure!(
+        given.trim_end_matches('=') == found,
+        "the hash of the file is {found}, but RECORD has {given}"
+    );
     Ok(())
 }
 
-/// Checks WHEEL; true when the root is `purelib`. What counts for choosing a wheel are the tags of its file name.
+/// Checks WHEEL; true when the root is `purelib`. The tags of the file name decide which wheel is
+/// chosen.
 fn check_wheel_text(text: &str, tags: &[Tag], doubts: &mut Vec<String>) -> Result<bool> {
     let headers = Headers::parse(text);
     let version = headers.get("wheel-version").context("Wheel-Version is missing")?;
     ensure!(
         matches!(version.split('.').next(), Some("0" | "1")),
-        "Wheel-Version is {version}, this tool knows 1.x"
+        "Wheel-Version is {version}, but this tool supports 1.x only"
     );
     let root = headers.get("root-is-purelib").map(str::to_ascii_lowercase);
     if !matches!(root.as_deref(), Some("true" | "false")) {
@@ -299,7 +309,7 @@ fn check_wheel_text(text: &str, tags: &[Tag], doubts: &mut Vec<String>) -> Resul
     let show = |tags: &[Tag]| tags.iter().map(Tag::to_string).collect::<Vec<_>>().join(", ");
     if inside != tags {
         let (inside, named) = (show(&inside), show(tags));
-        doubts.push(format!("its tags are {inside}, the file name says {named}"));
+        doubts.push(format!("the tags in the wheel are {inside}, but the file name has {named}"));
     }
     Ok(root.as_deref() == Some("true"))
 }
@@ -307,7 +317,7 @@ fn check_wheel_text(text: &str, tags: &[Tag], doubts: &mut Vec<String>) -> Resul
 fn check_name(metadata: Metadata, name: &WheelName) -> Result<Metadata> {
     ensure!(
         normalise(&metadata.name) == name.name,
-        "Name is {}, the file name says {}",
+        "Name is {}, but the file name has {}",
         metadata.name,
         name.name
     );
@@ -315,7 +325,7 @@ fn check_name(metadata: Metadata, name: &WheelName) -> Result<Metadata> {
     ensure!(
         metadata.version_text.replace('-', "_") == name.version
             || name.version.replace('_', "-").parse().is_ok_and(|v| metadata.version == v),
-        "Version is {}, the file name says {}",
+        "Version is {}, but the file name has {}",
         metadata.version_text,
         name.version
     );

@@ -1,5 +1,5 @@
-//! What the base brings: its Python (version, identity, files to run it here) and the Python
-//! distributions in it. Reads a root's folder or its tar, and runs nothing.
+//! What the base contains: its Python (version, identity, files to run it here) and the Python
+//! distributions in it. Reads a root directory or its tar, and runs no program.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -15,7 +15,7 @@ use super::target::PythonVersion;
 use crate::artifact::{hash_bytes, hex};
 use crate::exec::Tool;
 
-/// Where a base lies.
+/// Where a base is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BaseSource {
     /// An unpacked root.
@@ -37,7 +37,7 @@ pub struct BasePython {
     pub identity: String,
     /// The distributions outside the standard library, sorted.
     pub distributions: Vec<BaseDistribution>,
-    /// Where it was read.
+    /// Where it was read from.
     pub source: BaseSource,
 }
 
@@ -53,7 +53,7 @@ struct Findings {
 }
 
 impl BasePython {
-    /// Looks through a base. A tar of 250 MB takes about a tenth of a second.
+    /// Reads a base. A tar of 250 MB takes about a tenth of a second.
     ///
     /// # Errors
     /// When it cannot be read or has no Python 3.
@@ -68,8 +68,9 @@ impl BasePython {
         findings.finish(source)
     }
 
-    /// This machine's own interpreter, where it is made of the same source: Debian's package, but for fixes of its security
-    /// team. Bytecode depends on the compiler's source, not on the processor that it runs on; a test compares both.
+    /// This machine's own interpreter, if it was built from the same source: Debian's package,
+    /// except for fixes of its security team. Bytecode depends on the compiler's source, not on the
+    /// processor that it runs on; a test compares both.
     pub fn own(&self) -> Option<Utf8PathBuf> {
         let PythonVersion { major, minor, .. } = self.version;
         let program = Utf8Path::new("/").join(&self.interpreter);
@@ -82,8 +83,8 @@ impl BasePython {
         (same && program.is_file()).then_some(program)
     }
 
-    /// A folder in which the interpreter and its libraries lie as in the base: the root itself, or
-    /// `scratch` after unpacking what Python needs from the tar.
+    /// A directory in which the interpreter and its libraries have the same paths as in the base:
+    /// the root itself, or `scratch` after unpacking what Python needs from the tar.
     ///
     /// # Errors
     /// When unpacking fails.
@@ -134,7 +135,7 @@ fn name_of<R: Read>(entry: &tar::Entry<'_, R>) -> Result<String> {
     Ok(path.trim_start_matches("./").trim_matches('/').to_owned())
 }
 
-/// A folder for distributions: Debian's, or that of a plain CPython.
+/// A directory for distributions: Debian's, or that of a plain CPython.
 fn distribution_of(path: &str) -> Option<&str> {
     let rest = path.strip_prefix("usr/lib/")?;
     let (python, rest) = rest.split_once('/')?;
@@ -180,14 +181,15 @@ impl Findings {
             if !folder.is_dir() {
                 continue;
             }
-            let list =
-                folder.read_dir_utf8().with_context(|| format!("reading the folder {folder}"))?;
+            let list = folder
+                .read_dir_utf8()
+                .with_context(|| format!("reading the directory {folder}"))?;
             for item in list {
-                let item = item.with_context(|| format!("reading the folder {folder}"))?;
+                let item = item.with_context(|| format!("reading the directory {folder}"))?;
                 let kind = item.file_type().with_context(|| format!("reading {}", item.path()))?;
                 let inside = item.path().strip_prefix(root).unwrap_or(item.path()).as_str();
                 if kind.is_dir() {
-                    // Deeper than this there are neither distributions nor libraries.
+                    // Below this depth there are neither distributions nor libraries.
                     if inside.matches('/').count() <= 4 {
                         folders.push(item.path().to_owned());
                     }

@@ -18,7 +18,7 @@ use crate::artifact::{hash_bytes, write_atomically};
 use crate::exec::{Tool, find};
 use crate::progress::{Step, Unit, say};
 
-/// Changes when the way of compiling does, so that old results in a cache are left alone.
+/// Changes when the way of compiling does, so that old results in a cache are not used.
 const RECIPE: &str = "unchecked-hash, one fork per group, groups of 256 KiB, 1";
 
 /// Sources of this many bytes share a process: enough to amortise the fork, little enough to keep
@@ -71,7 +71,7 @@ pub type Sources<'a> = BTreeMap<&'a str, &'a [u8]>;
 /// Compiled modules: path on the robot without the leading slash, and content.
 pub type Compiled = BTreeMap<String, Vec<u8>>;
 
-/// Where the compiled form of a module lies: `a/b.py` gives `a/__pycache__/b.cpython-311.pyc`.
+/// The path of a module's compiled form: `a/b.py` gives `a/__pycache__/b.cpython-311.pyc`.
 pub fn cached_name(path: &str, python: PythonVersion) -> Option<String> {
     let stem = path.strip_suffix(".py")?;
     let (folder, name) = stem.rsplit_once('/')?;
@@ -80,8 +80,8 @@ pub fn cached_name(path: &str, python: PythonVersion) -> Option<String> {
 }
 
 /// The bytecode of each wheel, from the cache where it is there. `wheels` has each wheel's SHA-256
-/// and sources; the answer is in the same order. A module that does not compile is left out, as
-/// every installer does: some wheels carry templates and tests for other Pythons.
+/// and sources; the answer is in the same order. A module that does not compile is skipped, as
+/// every installer does: some wheels contain templates and tests for other Pythons.
 ///
 /// # Errors
 /// When the emulator is missing or the interpreter fails.
@@ -119,7 +119,7 @@ fn emulated(base: &BasePython, arch: &str, scratch: &Utf8Path) -> Result<Tool> {
     let emulator = format!("qemu-{arch}-static");
     ensure!(
         find(&emulator).is_some(),
-        "{emulator} is not there\nhelp: install qemu-user-static (apt-get install qemu-user-static)"
+        "{emulator} is missing\nhelp: install qemu-user-static (apt-get install qemu-user-static)"
     );
     let root = base.runnable(scratch)?;
     let interpreter = root.join(&base.interpreter);
@@ -133,8 +133,9 @@ fn run(
     arch: &str,
     log: Option<&Utf8Path>,
 ) -> Result<BTreeMap<usize, Compiled>> {
-    let scratch = tempfile::tempdir().context("making a temporary folder")?;
-    let dir = Utf8Path::from_path(scratch.path()).context("the temporary folder is not UTF-8")?;
+    let scratch = tempfile::tempdir().context("making a temporary directory")?;
+    let dir =
+        Utf8Path::from_path(scratch.path()).context("the temporary directory is not UTF-8")?;
     let python = match base.own() {
         Some(python) => Tool::new(python),
         None => emulated(base, arch, &dir.join("base"))?,
@@ -170,7 +171,8 @@ fn run(
         .args(["-S", "-s", "-W", "ignore", "-X", "utf8", "-c", DRIVER])
         .args([dir.as_str(), "/", &cores.to_string()])
         .current_dir(dir);
-    // What a developer set for another Python, linker or emulator does not reach this one (`exec`).
+    // The developer's settings for another Python, linker or emulator are not passed to this one
+    // (`exec`).
     tool = tool.env("PYTHONHASHSEED", "0").env("PYTHONDONTWRITEBYTECODE", "1").env("LC_ALL", "C");
     if let Some(log) = log {
         tool = tool.log(log);
@@ -219,7 +221,8 @@ fn write_tar(path: &Utf8Path, compiled: &Compiled) -> Result<()> {
 }
 
 fn read_tar(path: &Utf8Path) -> Result<Compiled> {
-    let help = || format!("reading {path}\nhelp: remove that file, it is made again");
+    let help =
+        || format!("reading {path}\nhelp: remove that file: the next build creates it again");
     let file = File::open(path).with_context(help)?;
     let mut archive = tar::Archive::new(std::io::BufReader::new(file));
     let mut compiled = Compiled::new();

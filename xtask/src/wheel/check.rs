@@ -13,7 +13,7 @@ use super::archive::Wheel;
 use super::metadata::{Dependency, Metadata, satisfies};
 use super::target::{Tag, Target, normalise};
 
-/// A Python distribution that the base brings.
+/// A Python distribution in the base.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct BaseDistribution {
     /// Its name; compared as PEP 503 says.
@@ -22,21 +22,21 @@ pub struct BaseDistribution {
     pub version: String,
 }
 
-/// A requirement that nothing meets.
+/// A requirement that is not met.
 #[derive(Debug, Clone)]
 pub struct Unmet {
     /// The distribution whose metadata asks for it; `None` for the lock's own requirement.
     pub needed_by: Option<String>,
     /// What it asks for, without its marker.
     pub requirement: String,
-    /// The version that is there and does not do.
+    /// The version that is present but does not meet it.
     pub found: Option<String>,
 }
 
 /// What follows from a set of distributions' metadata on one target.
 #[derive(Debug, Default)]
 pub struct Closure {
-    /// For each distribution that is needed, who needs it (normalised names).
+    /// For each distribution that is needed, the distributions that need it (normalised names).
     pub needed_by: BTreeMap<String, BTreeSet<String>>,
     /// What the base provides, by normalised name.
     pub from_base: BTreeMap<String, String>,
@@ -56,7 +56,7 @@ pub fn closure(
 ) -> Result<Closure> {
     let mut provided = BTreeMap::new();
     for distribution in base {
-        // A distribution with a version that PEP 440 does not know cannot meet anything.
+        // A distribution whose version is invalid in PEP 440 cannot meet a requirement.
         if let Ok(version) = Version::from_str(&distribution.version) {
             provided.insert(normalise(&distribution.name), version);
         }
@@ -102,7 +102,7 @@ pub fn closure(
     Ok(closure)
 }
 
-/// Checks wheels against the target and each other; returns who needs whom.
+/// Checks wheels against the target and each other; returns which distribution needs which.
 ///
 /// # Errors
 /// Names every wheel and rule that is broken: a wrong tag, a Python that does not fit, a
@@ -140,20 +140,20 @@ pub fn check(
                 .map_or_else(|| name.clone(), |w| format!("{}: {}/METADATA", w.file, w.dist_info)),
         };
         let found = match &unmet.found {
-            Some(version) => format!("version {version} is there"),
-            None => "neither the wheels nor the base have it".to_owned(),
+            Some(version) => format!("but the version is {version}"),
+            None => "but neither the wheels nor the base contain it".to_owned(),
         };
-        wrong.push(format!("{by}: it requires {}, {found}", unmet.requirement));
+        wrong.push(format!("{by} requires {}, {found}", unmet.requirement));
     }
     for wheel in wheels {
         if !closure.needed_by.contains_key(&wheel.name.name) {
-            wrong.push(format!("{}: nothing needs it", wheel.file));
+            wrong.push(format!("{}: not needed by any other wheel", wheel.file));
         }
     }
     match wrong.len() {
         0 => Ok(closure),
         1 => Err(anyhow!("{}\n{HELP}", wrong[0])),
-        n => bail!("{n} things are wrong:\n  {}\n{HELP}", wrong.join("\n  ")),
+        n => bail!("the wheels have {n} errors:\n  {}\n{HELP}", wrong.join("\n  ")),
     }
 }
 

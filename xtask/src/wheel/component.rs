@@ -1,6 +1,6 @@
-//! The component `api` of a bundle: each wheel installed into a tree of its own, for the place on `data`
-//! where a robot keeps an API, and the lock that lists them. A tree depends on its wheel, the base's Python
-//! and nothing else, so that a robot recognises by its hash what it has already.
+//! The component `api` of a bundle: each wheel installed into a separate tree, for the directory on
+//! `data` in which a robot keeps an API, and the lock that lists them. A tree depends only on its
+//! wheel and the base's Python, so that a robot recognises by the hash which trees it has already.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -23,7 +23,7 @@ use super::lock::WheelLock;
 use super::target::normalise;
 use crate::artifact::{Artifact, hash_bytes, write_atomically};
 
-/// What to make a component of.
+/// The inputs of a component.
 #[derive(Debug)]
 pub struct ComponentRequest<'a> {
     /// The lock.
@@ -32,11 +32,11 @@ pub struct ComponentRequest<'a> {
     pub wheels: &'a [FetchedWheel],
     /// The base's Python.
     pub base: &'a BasePython,
-    /// The cache folder; bytecode is kept there by wheel and interpreter.
+    /// The cache directory; bytecode is kept there by wheel and interpreter.
     pub cache: &'a Utf8Path,
-    /// Where the payloads go.
+    /// The directory for the payloads.
     pub out: &'a Utf8Path,
-    /// Where the interpreter's output goes.
+    /// The log for the interpreter's output.
     pub log: Option<&'a Utf8Path>,
 }
 
@@ -44,22 +44,24 @@ pub struct ComponentRequest<'a> {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Component {
-    /// The API's version as a bundle writes versions. For people: robots go by the lock's.
+    /// The API's version in the format of bundles. Informational only: robots use the version in
+    /// the lock.
     pub version: String,
-    /// What the lock payload says.
+    /// The content of the lock payload.
     pub lock: Lock,
     /// The payloads with their roles, the lock first.
     pub payloads: Vec<(String, Artifact)>,
 }
 
-/// What to do with a wheel that only an image takes.
-const NOT_FOR_ROBOTS: &str = "help: build an image, which takes this wheel; \
-     for a bundle of the API alone its author must rename the file";
+/// The help for a wheel that is only possible in an image.
+const NOT_FOR_ROBOTS: &str = "help: build an image, which may contain this \
+     wheel; for a bundle of the API alone the wheel's author must rename the file";
 
 /// Makes the payloads of a component.
 ///
 /// # Errors
-/// As [`super::install()`]; when a wheel has files beyond what it may, or the package no module of its name.
+/// As [`super::install()`]; when a wheel has files outside of the allowed directories, or the
+/// package has no module of its name.
 pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     let target = InstallTarget::on_data();
     let laid = lay_out(&InstallRequest {
@@ -75,8 +77,10 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     let place = format!("{}/", inside(Utf8Path::new(PLACE)));
     let mut trees: Vec<Vec<(&str, &Placed)>> = laid.distributions.iter().map(|_| vec![]).collect();
     for (path, placed) in &laid.tree.files {
-        // Every folder of the target lies there.
-        let path = path.strip_prefix(&place).with_context(|| format!("/{path} lies elsewhere"))?;
+        // All directories of the target are below this one.
+        let path = path
+            .strip_prefix(&place)
+            .with_context(|| format!("/{path} is outside of the component"))?;
         placed.wheels.iter().for_each(|wheel| trees[*wheel].push((path, placed)));
     }
     let package = request.lock.top_level()?;
@@ -114,7 +118,7 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
         };
         let file = std::fs::File::open(&path).with_context(|| format!("opening {path}"))?;
         made.read(&wheel, std::io::BufReader::new(file)).map_err(|error| {
-            anyhow!("{}: no robot takes it: {error}\n{NOT_FOR_ROBOTS}", locked.file)
+            anyhow!("{}: robots would reject this wheel: {error}\n{NOT_FOR_ROBOTS}", locked.file)
         })?;
         wheels.push(wheel);
         payloads.push((role, tar));
@@ -139,14 +143,14 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     let path = request.out.join(LOCK_ROLE);
     write_atomically(&path, |out| Ok(out.write_all(&json)?))?;
     payloads.insert(0, (LOCK_ROLE.to_owned(), Artifact::of(&path)?));
-    let parsed: Version = version.parse().map_err(|_| anyhow!("{version}: no version"))?;
+    let parsed: Version = version.parse().map_err(|_| anyhow!("invalid version {version}"))?;
     Ok(Component { version: semantic(&parsed), lock, payloads })
 }
 
-/// Reads wheels' trees as robots do, and refuses what they refuse.
+/// Reads wheels' trees as robots do, and rejects what they reject.
 #[derive(Debug, Default)]
 pub struct Trees {
-    /// SHA-256 and mode of each file, and the wheel that has brought it.
+    /// SHA-256 and mode of each file, and the wheel that it is from.
     files: BTreeMap<String, (String, String)>,
     count: usize,
 }
@@ -160,7 +164,7 @@ impl Trees {
     /// Reads the tree of one more wheel to its end.
     ///
     /// # Errors
-    /// As a robot says it: `bad-tree`, `wrong-hash`. `io`.
+    /// With the robot's codes: `bad-tree`, `wrong-hash`, `io`.
     pub fn read(&mut self, wheel: &Wheel, tar: impl Read) -> bundle::Result<()> {
         let bad = |reason: String| bundle::Error::BadTree {
             wheel: format!("{} {}", wheel.name, wheel.version),
@@ -191,7 +195,7 @@ impl Trees {
                 return Err(bad(format!("{by} installs another `{}`", path.escape_debug())));
             }
         }
-        // What follows the last entry counts for the hash.
+        // The bytes after the last entry are part of the hash.
         let mut rest = archive.into_inner();
         std::io::copy(&mut rest, &mut std::io::sink())?;
         self.count += 1;
@@ -199,7 +203,8 @@ impl Trees {
     }
 }
 
-/// What of these files no robot takes as a component, though an image does: one sentence for each wheel.
+/// Which of these files robots reject in a component although an image may contain them: one
+/// sentence for each wheel.
 pub fn unfit(files: &BTreeMap<String, InstalledFile>) -> Vec<String> {
     let place = format!("{}/", inside(Utf8Path::new(PLACE)));
     let mut known: BTreeMap<&str, BTreeMap<String, &str>> = BTreeMap::new();
@@ -209,7 +214,7 @@ pub fn unfit(files: &BTreeMap<String, InstalledFile>) -> Vec<String> {
         for wheel in &file.wheels {
             let twin = known.entry(wheel).or_default().insert(path.to_lowercase(), path);
             let why = bundle::tree::wrong_path(path).or_else(|| {
-                twin.map(|twin| format!("it differs from {twin} in capital letters only"))
+                twin.map(|twin| format!("the name differs from {twin} in capital letters only"))
             });
             if let Some(why) = why {
                 wrong.entry(wheel).or_insert_with(|| format!("{wheel}: {path}: {why}"));
@@ -241,7 +246,7 @@ fn module(package: &str, lock: &WheelLock, trees: &[Vec<(&str, &Placed)>]) -> Re
     let (folder, file) = (format!("site/{name}/"), format!("site/{name}.py"));
     ensure!(
         files.iter().any(|(path, _)| path.starts_with(&folder) || *path == file),
-        "{package} installs no module {name}: a robot could not start it\n\
+        "{package} installs no module {name}, so a robot could not start the API\n\
          help: name the API's own package as `api.package`"
     );
     Ok(name)
@@ -273,7 +278,7 @@ fn semantic(version: &Version) -> String {
     for (kind, number) in [("post", version.post()), ("dev", version.dev())] {
         rest.extend(number.into_iter().flat_map(|n| [kind.to_owned(), n.to_string()]));
     }
-    // A local part of digits with a leading zero would be none of Semantic Versioning.
+    // A local part of digits with a leading zero is invalid in Semantic Versioning.
     let local = version.local().iter().map(|part| format!("local-{part}"));
     rest.extend(local);
     let mut text = format!("{}.{}.{}", number(0), number(1), number(2));

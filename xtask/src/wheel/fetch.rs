@@ -1,5 +1,5 @@
-//! Brings locked wheels into the cache, by hash, each once, from a team's shared cache before the index;
-//! offline it only looks there.
+//! Downloads locked wheels into the cache, by hash, each once, preferably from a team's shared
+//! cache, else from the index; offline it only uses the local cache.
 
 use std::collections::BTreeMap;
 use std::fs::Permissions;
@@ -15,26 +15,26 @@ use crate::artifact::{Artifact, hash_file};
 use crate::cache::{Cache, RemoteDownloads};
 use crate::progress::{self, Step, Unit};
 
-/// A locked wheel that lies in the cache.
+/// A locked wheel in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FetchedWheel {
-    /// What the lock says.
+    /// The entry in the lock.
     pub locked: LockedWheel,
-    /// Where its bytes lie; their SHA-256 has been checked.
+    /// The path of the file; its SHA-256 has been checked.
     pub path: Utf8PathBuf,
 }
 
-/// Where a wheel lies in the cache: `downloads/sha256/<hash>`.
+/// The path of a wheel in the cache: `downloads/sha256/<hash>`.
 fn place(cache: &Utf8Path, wheel: &LockedWheel) -> Utf8PathBuf {
     cache.join("downloads/sha256").join(&wheel.sha256)
 }
 
-/// Brings every wheel of a lock into the cache and checks its SHA-256. Only what is missing is
+/// Downloads every wheel of a lock into the cache and checks its SHA-256. Only missing wheels are
 /// downloaded; with `offline` nothing is.
 ///
 /// # Errors
-/// When `offline` and wheels are missing (the error names them); when pip cannot download one, or
-/// the index has it no longer.
+/// When `offline` and wheels are missing (the error names them); when pip cannot download a wheel,
+/// or the index no longer has it.
 pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<FetchedWheel>> {
     let shared = cache.remote().filter(|_| !offline);
     let cache = cache.root.as_path();
@@ -45,7 +45,7 @@ pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<Fetch
     if offline && !missing.is_empty() {
         let files: Vec<&str> = missing.iter().map(|wheel| wheel.file.as_str()).collect();
         bail!(
-            "{} of {} wheels are not in the cache {cache}, and --offline forbids to fetch them:\n  \
+            "{} of {} wheels are not in the cache {cache}, and --offline forbids downloads:\n  \
              {}\nhelp: build once without --offline",
             files.len(),
             lock.wheels.len(),
@@ -63,8 +63,8 @@ pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<Fetch
         let size = std::fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
         ensure!(
             size == wheel.size,
-            "{} has {size} bytes, the lock says {}\n\
-             help: write the lock again with `cargo xtask lock`",
+            "{} has {size} bytes, but the lock has {}\n\
+             help: update the lock with `cargo xtask lock`",
             wheel.file,
             wheel.size
         );
@@ -80,7 +80,7 @@ pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<Fetch
     Ok(fetched)
 }
 
-/// Takes what the shared cache has; the wheels that it lacks.
+/// Fetches what the shared cache has; returns the wheels that it lacks.
 fn from_shared<'a>(
     shared: &dyn RemoteDownloads,
     wheels: Vec<&'a LockedWheel>,
@@ -111,7 +111,7 @@ fn from_shared<'a>(
     Ok(lacking)
 }
 
-/// As `fetch`, for wheels whose size is not known yet; the paths are in the order of the wheels.
+/// Like `fetch`, for wheels whose size is not known yet; the paths are in the order of the wheels.
 pub(super) fn obtain(
     pip: &Pip,
     wheels: &[LockedWheel],
@@ -133,7 +133,7 @@ fn missing<'a>(wheels: &'a [LockedWheel], cache: &Utf8Path) -> Result<Vec<&'a Lo
         if !path.exists() {
             missing.push(wheel);
         } else if hash_file(&path)?.1 != wheel.sha256 {
-            progress::warn(format!("{path} ({}) is damaged and is fetched again", wheel.file));
+            progress::warn(format!("{path} ({}) is damaged; downloading it again", wheel.file));
             std::fs::remove_file(&path).with_context(|| format!("removing {path}"))?;
             missing.push(wheel);
         }
@@ -144,11 +144,11 @@ fn missing<'a>(wheels: &'a [LockedWheel], cache: &Utf8Path) -> Result<Vec<&'a Lo
 fn download(pip: &Pip, wheels: &[&LockedWheel], target: &Target, cache: &Utf8Path) -> Result<()> {
     let folder = cache.join("downloads/sha256");
     std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
-    // In the cache's own file system, so that a finished file can be renamed into its place.
+    // In the cache's own filesystem, so that a finished file can be renamed to its final path.
     let scratch = tempfile::Builder::new()
         .prefix("wheels.partial.")
         .tempdir_in(cache.join("downloads"))
-        .with_context(|| format!("making a folder in {cache}"))?;
+        .with_context(|| format!("making a directory in {cache}"))?;
     let dir = Utf8Path::from_path(scratch.path()).context("the cache's path is not UTF-8")?;
     let list = dir.join("requirements.txt");
     let text: String = wheels
@@ -169,7 +169,7 @@ fn download(pip: &Pip, wheels: &[&LockedWheel], target: &Target, cache: &Utf8Pat
         .args(["--no-deps", "--require-hashes", "--dest", dir.as_str(), "--requirement"])
         .arg(&list)
         .run_lines(|line| {
-            // pip announces a file, then loads it: the one before is complete by then.
+            // pip announces a file, then downloads it: the previous one is complete by then.
             let line = line.trim_start();
             let file = line
                 .strip_prefix("Downloading ")

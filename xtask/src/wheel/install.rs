@@ -1,5 +1,5 @@
 //! Installs wheels as a standard installer does (PEP 427, PEP 491, PEP 627), not into a system but
-//! into a tar that the compose stage lays over the base. Equal wheels give equal bytes.
+//! into a tar that the compose stage adds to the base. Equal wheels give equal bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -18,13 +18,13 @@ use super::metadata::{EntryPoint, License, RecordLine, format_record};
 use crate::artifact::{Artifact, write_atomically};
 use crate::progress::warn;
 
-/// What INSTALLER says (PEP 376).
+/// The content of INSTALLER (PEP 376).
 const INSTALLER: &str = "slipway\n";
 
-/// The base's interpreter, whatever made the base.
+/// The base's interpreter, for every engine.
 const INTERPRETER: &str = "/usr/bin/python3";
 
-/// Where wheels go on the robot; absolute paths.
+/// The target directories of wheels on the robot; absolute paths.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstallTarget {
     /// Modules: `/usr/local/lib/python3.11/dist-packages`.
@@ -33,13 +33,13 @@ pub struct InstallTarget {
     pub scripts: Utf8PathBuf,
     /// Where a wheel's `data` goes: `/usr/local`.
     pub prefix: Utf8PathBuf,
-    /// What a program's first line names: `/usr/bin/python3`.
+    /// The interpreter in a program's first line: `/usr/bin/python3`.
     pub interpreter: Utf8PathBuf,
 }
 
 impl InstallTarget {
-    /// Where Debian's Python looks for what the administrator adds; a plain CPython (Buildroot)
-    /// looks in `site-packages` under `/usr`.
+    /// The directory in which Debian's Python looks for additional modules; a plain CPython
+    /// (Buildroot) looks in `site-packages` under `/usr`.
     pub fn for_base(base: &BasePython, debian: bool) -> Self {
         let (prefix, folder) =
             if debian { ("/usr/local", "dist-packages") } else { ("/usr", "site-packages") };
@@ -51,7 +51,7 @@ impl InstallTarget {
         }
     }
 
-    /// Where an API lies that is installed on `data`, whatever its version and the base.
+    /// The directory of an API that is installed on `data`, for every version and base.
     pub fn on_data() -> Self {
         let place = Utf8Path::new(bundle::component::PLACE);
         Self {
@@ -72,15 +72,15 @@ pub struct InstallRequest<'a> {
     pub wheels: &'a [FetchedWheel],
     /// The base's Python.
     pub base: &'a BasePython,
-    /// Where they go.
+    /// The target directories.
     pub target: &'a InstallTarget,
-    /// The cache folder; bytecode is kept there by wheel and interpreter.
+    /// The cache directory; bytecode is kept there by wheel and interpreter.
     pub cache: &'a Utf8Path,
     /// The modification time of every file, seconds since 1970.
     pub epoch: u64,
     /// The tar to write.
     pub out: &'a Utf8Path,
-    /// Where the interpreter's output goes.
+    /// The log for the interpreter's output.
     pub log: Option<&'a Utf8Path>,
 }
 
@@ -88,7 +88,7 @@ pub struct InstallRequest<'a> {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Installed {
-    /// The tar: sorted, owner 0:0, all folders from the top, uncompressed.
+    /// The tar: sorted, owner 0:0, all directories from the top, uncompressed.
     pub tar: Artifact,
     /// One for each wheel, sorted by name.
     pub distributions: Vec<InstalledDistribution>,
@@ -114,12 +114,12 @@ pub struct InstalledDistribution {
     pub installed_bytes: u64,
     /// How many files it has, bytecode included.
     pub files: u64,
-    /// How many of its modules do not compile and stay as source.
+    /// How many of its modules do not compile and remain as source.
     pub uncompiled: u64,
     /// Whether the product asked for it (the others are its dependencies).
     pub top_level: bool,
-    /// `/usr/local/lib/python3.11/dist-packages/opentrons/resources`, where the wheel has such a
-    /// folder right inside of the package of its own name.
+    /// `/usr/local/lib/python3.11/dist-packages/opentrons/resources`, if the wheel has such a
+    /// directory directly in the package of its own name.
     pub resources: Option<Utf8PathBuf>,
 }
 
@@ -133,9 +133,9 @@ pub(super) struct Placed {
 }
 
 impl Placed {
-    /// Whether one may stand for both: the same file, or bytecode of the same source. CPython's marshalled bytes
-    /// depend on what was compiled before; a `.pyc` begins with its magic number, its flags and its source's hash
-    /// (PEP 552), 16 bytes.
+    /// Whether one file may replace the other: the same file, or bytecode of the same source.
+    /// CPython's marshalled bytes depend on what was compiled before; a `.pyc` begins with its
+    /// magic number, its flags and its source's hash (PEP 552), 16 bytes.
     fn is_like(&self, other: &Self, path: &str) -> bool {
         let bytecode = path.ends_with(".pyc") && path.contains("/__pycache__/");
         let same_source = || self.bytes.len() > 16 && self.bytes.get(..16) == other.bytes.get(..16);
@@ -143,14 +143,15 @@ impl Placed {
     }
 }
 
-/// The tree that grows; paths without the leading slash.
+/// The tree under construction; paths without the leading slash.
 #[derive(Default)]
 pub(super) struct Tree {
     pub files: BTreeMap<String, Placed>,
 }
 
 impl Tree {
-    /// Adds a file of one wheel. One that is there already, with the same content and mode, is both's.
+    /// Adds a file of one wheel. A file that exists already with the same content and mode belongs
+    /// to both.
     fn add(&mut self, path: String, placed: Placed, names: &[String]) -> Result<()> {
         let name = |placed: &Placed| placed.wheels.first().and_then(|w| names.get(*w)).cloned();
         let Some(there) = self.files.get_mut(&path) else {
@@ -159,9 +160,10 @@ impl Tree {
         };
         ensure!(
             there.is_like(&placed, &path),
-            "{} installs /{path}, which {} installs too, with another content or mode\n\
-             help: one of them would spoil the other; leave one out of what the API requires, or ask the authors of \
-             {} to keep it in a package of its own",
+            "{} and {} both install /{path}, with different content or mode\n\
+             help: remove one of them from the API's requirements, or ask the authors of {} to \
+             move the file into a \
+             separate package",
             name(&placed).unwrap_or_default(),
             name(there).unwrap_or_default(),
             path.rsplit('/').next().unwrap_or_default()
@@ -182,15 +184,15 @@ pub(super) struct Laid {
     pub distributions: Vec<InstalledDistribution>,
     /// The programs that each wheel asks for, in the same order.
     pub entry_points: Vec<Vec<EntryPoint>>,
-    /// Who needs whom.
+    /// Which distribution needs which.
     pub closure: Closure,
 }
 
 /// Checks and installs wheels into a tar.
 ///
 /// # Errors
-/// When a wheel breaks a rule, wheels do not fit the base or each other, two of them install one file,
-/// the base's Python cannot be run, or the tar cannot be written.
+/// When a wheel breaks a rule, wheels do not fit the base or each other, two of them install the
+/// same file, the base's Python cannot be run, or the tar cannot be written.
 pub fn install(request: &InstallRequest<'_>) -> Result<Installed> {
     let Laid { tree, mut distributions, .. } = lay_out(request)?;
     let files: Vec<_> = tree.files.iter().map(|(path, placed)| (path.as_str(), placed)).collect();
@@ -200,14 +202,14 @@ pub fn install(request: &InstallRequest<'_>) -> Result<Installed> {
     Ok(Installed { tar: Artifact::of(request.out)?, distributions })
 }
 
-/// Checks wheels and lays their files out, compiled, as `request` says.
+/// Checks wheels and collects their files, compiled, as `request` says.
 pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<Laid> {
     let InstallRequest { lock, wheels: fetched, base, target, .. } = request;
     let mut on = lock.target.clone();
     ensure!(
         (on.python.major, on.python.minor) == (base.version.major, base.version.minor),
-        "the wheels were locked for Python {}, the base has {}\n\
-         help: resolve them again with `cargo xtask lock`",
+        "the wheels were locked for Python {}, but the base has {}\n\
+         help: resolve the wheels again with `cargo xtask lock`",
         on.python,
         base.version
     );
@@ -232,18 +234,18 @@ pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<Laid> {
     Ok(Laid { tree, distributions, entry_points, closure })
 }
 
-/// Says what wheels say of themselves and is not so. Their bytes are those of the lock all the same.
+/// Warns about contradictory metadata in wheels. Their bytes are those of the lock nevertheless.
 pub(super) fn tell_doubts(wheels: &[Wheel]) {
     for wheel in wheels.iter().filter(|wheel| !wheel.doubts.is_empty()) {
         warn(format!(
-            "{} is the file that the index has, but contradicts itself: {}",
+            "the metadata of {} contradict the wheel's content (the file is the one of the index): {}",
             wheel.file,
             wheel.doubts.join("; ")
         ));
     }
 }
 
-/// Wheels with a place for each file, not compiled and without RECORDs.
+/// Wheels with a path for each file, not compiled and without RECORDs.
 struct Arranged {
     tree: Tree,
     facts: Vec<Fact>,
@@ -263,22 +265,22 @@ fn arrange(wheels: Vec<Wheel>, target: &InstallTarget, top: &str) -> Result<Arra
     Ok(Arranged { tree, facts, names })
 }
 
-/// A file that an installation of wheels has.
+/// A file of an installation of wheels.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InstalledFile {
     /// SHA-256 as RECORD writes it.
     pub digest: String,
-    /// Whether everybody may execute it.
+    /// Whether all users may execute it.
     pub executable: bool,
     /// The wheels that install it.
     pub wheels: Vec<String>,
 }
 
-/// Where wheels would be installed, by path without the leading slash; bytecode and RECORDs, which are made
-/// when they are, are not among it.
+/// Where wheels would be installed, by path without the leading slash; bytecode and RECORDs, which
+/// are created during the installation, are not included.
 ///
 /// # Errors
-/// Two wheels that install different files under one name; a wheel that asks for something unknown.
+/// Two wheels that install different files under one name; a wheel with an unknown feature.
 pub fn preview(
     wheels: Vec<Wheel>,
     target: &InstallTarget,
@@ -297,7 +299,7 @@ pub fn preview(
 fn open_all(fetched: &[FetchedWheel]) -> Result<Vec<Wheel>> {
     let next = std::sync::atomic::AtomicUsize::new(0);
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    // The largest first, so that no core is left with it at the end.
+    // The largest first, so that the cores finish at about the same time.
     let mut order: Vec<usize> = (0..fetched.len()).collect();
     order.sort_by_key(|i| std::cmp::Reverse(fetched[*i].locked.size));
     let work = || {
@@ -314,7 +316,7 @@ fn open_all(fetched: &[FetchedWheel]) -> Result<Vec<Wheel>> {
         let threads: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
         let mut all = Vec::new();
         for thread in threads {
-            all.extend(thread.join().map_err(|_| anyhow!("a thread that read wheels failed"))?);
+            all.extend(thread.join().map_err(|_| anyhow!("a thread that reads wheels panicked"))?);
         }
         anyhow::Ok(all)
     })?;
@@ -323,10 +325,10 @@ fn open_all(fetched: &[FetchedWheel]) -> Result<Vec<Wheel>> {
     all.into_iter().map(|(_, wheel)| wheel).collect()
 }
 
-/// What `place` leaves for `write_records`: the distribution, and where its RECORD goes.
+/// The input of `write_records` from `place`: the distribution, and the path of its RECORD.
 type Fact = (InstalledDistribution, String);
 
-/// A robot's path as the tree has it.
+/// A robot's path in the form of the tree.
 pub(super) fn inside(path: &Utf8Path) -> &str {
     path.as_str().trim_matches('/')
 }
@@ -365,20 +367,22 @@ fn place(
         }
         let mode = if file.executable { 0o755 } else { 0o644 };
         let placed = Placed { bytes: file.bytes, digest: file.digest, mode, wheels: vec![index] };
-        // As pip: whatever the folder is called before its `.data`.
+        // Like pip: any name before `.data` is accepted.
         let data = path.split_once('/').filter(|(folder, _)| folder.ends_with(".data"));
         let Some((_, rest)) = data else {
             tree.add(format!("{site}/{path}"), placed, names)?;
             continue;
         };
-        let (kind, rest) =
-            rest.split_once('/').with_context(|| format!("{path} lies in no scheme's folder"))?;
+        let (kind, rest) = rest
+            .split_once('/')
+            .with_context(|| format!("{path} is not in the directory of a scheme"))?;
         let to = match kind {
             "purelib" | "platlib" => format!("{site}/{rest}"),
             "data" => format!("{prefix}/{rest}"),
-            // As sysconfig and every installer spell it: the interpreter's, then the project's.
+            // The spelling of sysconfig and of every installer: the interpreter's, then the
+            // project's.
             "headers" => format!("{prefix}/include/{}/{package}/{rest}", python_folder(site)),
-            // Old tools ship the program of an entry point as well; the one that is made counts.
+            // Old tools also ship the program of an entry point; the generated program replaces it.
             "scripts" if wheel.entry_points.iter().any(|point| point.name == wrapped(rest)) => {
                 continue;
             }
@@ -387,7 +391,7 @@ fn place(
                 put(tree, format!("{scripts}/{rest}"), bytes, true)?;
                 continue;
             }
-            other => bail!("{path} lies in the unknown scheme '{other}'"),
+            other => bail!("{path} is in the unknown scheme '{other}'"),
         };
         tree.add(to, placed, names)?;
     }
@@ -416,7 +420,7 @@ fn place(
     Ok((fact, record))
 }
 
-/// The entry point that a program of old tools stands for, by the endings that it has on some systems.
+/// The entry point of a program of old tools, without the endings that it has on some systems.
 fn wrapped(file: &str) -> &str {
     let ends = [".exe", "-script.py", ".pya"];
     ends.iter().find_map(|end| file.strip_suffix(end)).unwrap_or(file)
@@ -431,7 +435,7 @@ fn python_folder(site: &str) -> &str {
 fn rewrite_shebang(bytes: Vec<u8>, target: &InstallTarget) -> Vec<u8> {
     let Some(rest) = bytes.strip_prefix(b"#!python") else { return bytes };
     let end = rest.iter().position(|b| *b == b'\n').unwrap_or(rest.len());
-    // `pythonw` is a Windows matter; arguments stay.
+    // `pythonw` only exists on Windows; arguments are kept.
     let line = rest[..end].strip_prefix(b"w").unwrap_or(&rest[..end]);
     let mut new = format!("#!{}", target.interpreter).into_bytes();
     new.extend_from_slice(line.trim_ascii_end());
@@ -471,7 +475,7 @@ fn compile(
     for (index, compiled) in made.iter().enumerate() {
         facts[index].0.uncompiled = (wheels[index].1.len() - compiled.len()) as u64;
     }
-    // Some wheels carry bytecode by mistake; as with every installer, fresh bytecode wins.
+    // Some wheels contain bytecode by mistake; like every installer, replace it by new bytecode.
     for path in made.iter().flat_map(BTreeMap::keys) {
         tree.files.remove(path);
     }
@@ -485,7 +489,7 @@ fn compile(
 }
 
 /// Writes each distribution's RECORD: every installed file with hash and size, paths relative to
-/// the folder of the modules, sorted.
+/// the directory of the modules, sorted.
 fn write_records(tree: &mut Tree, facts: &mut [Fact], target: &InstallTarget) {
     let site = inside(&target.site_packages);
     let mut records: Vec<Vec<RecordLine>> = facts.iter().map(|_| Vec::new()).collect();
@@ -512,7 +516,8 @@ fn write_records(tree: &mut Tree, facts: &mut [Fact], target: &InstallTarget) {
     }
 }
 
-/// `usr/local/bin/x` seen from `usr/local/lib/python3.11/dist-packages` is `../../../bin/x`.
+/// The path of `usr/local/bin/x` relative to `usr/local/lib/python3.11/dist-packages` is
+/// `../../../bin/x`.
 fn relative(path: &str, from: &str) -> String {
     let path: Vec<&str> = path.split('/').collect();
     let from: Vec<&str> = from.split('/').collect();
@@ -521,7 +526,7 @@ fn relative(path: &str, from: &str) -> String {
     up.chain(path[common..].iter().copied()).collect::<Vec<_>>().join("/")
 }
 
-/// Writes files, sorted by path, with all their folders.
+/// Writes files, sorted by path, with all their directories.
 pub(super) fn write_tar(files: &[(&str, &Placed)], epoch: u64, out: &mut dyn Write) -> Result<()> {
     let mut folders = BTreeSet::new();
     for (path, _) in files {
@@ -555,5 +560,5 @@ pub(super) fn write_tar(files: &[(&str, &Placed)], epoch: u64, out: &mut dyn Wri
             .append_data(&mut header, path, placed.bytes.as_slice())
             .with_context(|| format!("adding /{path}"))?;
     }
-    builder.into_inner().context("ending the tar").map(drop)
+    builder.into_inner().context("finishing the tar").map(drop)
 }

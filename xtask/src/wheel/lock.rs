@@ -12,7 +12,7 @@ use super::target::{Target, WheelName, normalise};
 use crate::artifact::{hash_bytes, write_atomically};
 use crate::config::reader::{Findings, in_entry, written_lock};
 
-/// The lock file's format; a reader refuses any other.
+/// The lock file's format; readers reject any other.
 const FORMAT: u32 = 1;
 
 /// The lines above a lock's first value.
@@ -27,7 +27,7 @@ const HEADER: &str = "\
 pub struct WheelLock {
     /// 1
     pub format: u32,
-    /// What was asked for: `opentrons==10.1.0`.
+    /// The requirement: `opentrons==10.1.0`.
     pub requirement: String,
     /// For which Python it was resolved.
     pub target: Target,
@@ -64,13 +64,13 @@ pub struct LockedWheel {
     /// The Python versions that it says it runs on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requires_python: Option<String>,
-    /// The distributions of this lock that need it, sorted; empty for the one that was asked for.
+    /// The distributions of this lock that need it, sorted; empty for the requirement itself.
     #[serde(default)]
     pub needed_by: Vec<String>,
 }
 
 impl WheelLock {
-    /// A new lock, in order.
+    /// Makes a new lock, sorted.
     pub fn new(requirement: &str, target: Target, mut wheels: Vec<LockedWheel>) -> Self {
         wheels.sort_by(|a, b| a.name.cmp(&b.name));
         Self { format: FORMAT, requirement: requirement.to_owned(), target, wheels }
@@ -85,7 +85,7 @@ impl WheelLock {
         Self::parse(&text, path)
     }
 
-    /// Reads a lock's text and checks that it is whole and in order; messages call the file `path`.
+    /// Reads a lock's text and checks that it is complete and sorted.
     ///
     /// # Errors
     /// When it is not TOML, has an unknown key or format, or contradicts itself: with its line.
@@ -116,7 +116,7 @@ impl WheelLock {
                 find("name", format!("{name} is locked twice"));
             }
             if let Some(before) = before.filter(|before| *before > name) {
-                find("name", format!("the wheels are not sorted: {before} stands before {name}"));
+                find("name", format!("the wheels are not sorted: {before} is before {name}"));
             }
             before = Some(name);
         }
@@ -133,7 +133,7 @@ impl WheelLock {
         Ok(Self { format, requirement, target: target.into_inner(), wheels })
     }
 
-    /// The lock as a person reviews it; the same lock is always the same text.
+    /// The lock as text for review; the same lock always gives the same text.
     pub fn to_toml(&self) -> String {
         let quote = |value: &str| toml::Value::String(value.to_owned()).to_string();
         let target = &self.target;
@@ -165,7 +165,7 @@ impl WheelLock {
         text
     }
 
-    /// Writes the lock file; it appears under its name when it is complete.
+    /// Writes the lock file; it gets its name when it is complete.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -175,7 +175,7 @@ impl WheelLock {
         })
     }
 
-    /// The normalised name of the distribution that was asked for.
+    /// The normalised name of the required distribution.
     ///
     /// # Errors
     /// When the requirement cannot be read.
@@ -195,7 +195,7 @@ impl LockedWheel {
         let file = WheelName::parse(&self.file).map_err(|error| ("file", error))?;
         if self.name != normalise(&self.name) || file.name != self.name {
             let error = anyhow!(
-                "the lock says '{}' and the file is {}: expected the normalised name '{}'",
+                "the lock has '{}' for the file {}: expected the normalised name '{}'",
                 self.name,
                 self.file,
                 file.name
@@ -215,8 +215,8 @@ impl LockedWheel {
     }
 }
 
-/// What a new lock changes, for people: `numpy 1.26.3 -> 1.26.4`, `+ idna 3.20`, `- six 1.16.0`;
-/// empty when the locks are equal.
+/// The changes of a new lock in human-readable form: `numpy 1.26.3 -> 1.26.4`, `+ idna 3.20`, `-
+/// six 1.16.0`; empty when the locks are equal.
 pub fn difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
     let Some(old) = old else {
         return new.wheels.iter().map(|w| format!("+ {} {}", w.name, w.version)).collect();
@@ -250,7 +250,7 @@ pub fn difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
     lines
 }
 
-/// A hash of everything that the lock says; a stage that depends on the wheels is keyed by it.
+/// A hash of the lock's whole content; it is the cache key of a stage that depends on the wheels.
 pub fn identity(lock: &WheelLock) -> String {
     hash_bytes(lock.to_toml().as_bytes())
 }

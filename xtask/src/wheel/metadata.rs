@@ -12,11 +12,12 @@ use super::target::Target;
 /// A dependency as wheels write it (PEP 508).
 pub type Dependency = Requirement<VerbatimUrl>;
 
-/// Reads one requirement of a wheel or of pip's report. Indexes have wheels from before PEP 440, whose metadata nobody
-/// can correct any more: what pip puts up with is put up with here, and told.
+/// Reads one requirement of a wheel or of pip's report. Indexes have wheels from before PEP 440,
+/// whose metadata cannot be corrected any more: what pip tolerates is tolerated here, with a
+/// warning.
 ///
 /// # Errors
-/// When not even a name can be found in it.
+/// When the text does not even contain a name.
 pub fn parse_lenient(text: &str, doubts: &mut Vec<String>) -> Result<Dependency> {
     let error = match parse_requirement(text) {
         Ok(found) => return Ok(found),
@@ -28,18 +29,18 @@ pub fn parse_lenient(text: &str, doubts: &mut Vec<String>) -> Result<Dependency>
     let versions = rest.trim().trim_start_matches('(').trim_end_matches(')');
     let marker = marker.map(|marker| format!(" ;{marker}")).unwrap_or_default();
     let mended = format!("{} {}{marker}", name.trim(), mend_specifiers(versions));
-    // Without its versions it still says what is needed.
+    // Without versions, the name still says what is needed.
     let named = format!("{}{marker}", name.trim());
     for candidate in [&mended, &named] {
         if let Ok(found) = parse_requirement(candidate) {
-            doubts.push(format!("{error:#}; taken as '{}'", candidate.trim()));
+            doubts.push(format!("{error:#}; read as '{}'", candidate.trim()));
             return Ok(found);
         }
     }
     Err(error)
 }
 
-/// Version specifiers as PEP 440 has them: no stray commas, and `.*` only where it says something.
+/// Version specifiers in valid PEP 440 form: no stray commas, and `.*` only where it has a meaning.
 fn mend_specifiers(text: &str) -> String {
     let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
     let mended = parts.map(|part| match part.strip_suffix(".*") {
@@ -108,7 +109,7 @@ impl Headers {
     }
 }
 
-/// What the rest of the tool reads of a wheel's METADATA.
+/// The parts of a wheel's METADATA that the tool uses.
 #[derive(Debug, Clone)]
 pub struct Metadata {
     /// The distribution's name as its author spells it.
@@ -127,11 +128,11 @@ pub struct Metadata {
     pub requires: Vec<Dependency>,
     /// The extras that it offers.
     pub extras: Vec<String>,
-    /// What in it is wrong, and how it was taken.
+    /// Its mistakes, and how they were read.
     pub doubts: Vec<String>,
 }
 
-/// A distribution's licence, as far as its metadata says it.
+/// A distribution's licence, as far as its metadata specify it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum License {
@@ -141,8 +142,8 @@ pub enum License {
     Text(String),
 }
 
-/// Classifiers that name exactly one SPDX licence. `BSD License` is not among them: it does not say
-/// which of the BSD licences.
+/// Classifiers that name exactly one SPDX licence. `BSD License` is not among them: it does not
+/// specify which of the BSD licences.
 const CLASSIFIERS: [(&str, &str); 6] = [
     ("MIT License", "MIT"),
     ("ISC License (ISCL)", "ISC"),
@@ -177,10 +178,10 @@ impl Metadata {
         {
             let mended = mend_specifiers(text);
             let taken = match VersionSpecifiers::from_str(&mended) {
-                Ok(_) => format!("taken as '{mended}'"),
-                Err(_) => "passed over".to_owned(),
+                Ok(_) => format!("read as '{mended}'"),
+                Err(_) => "ignored".to_owned(),
             };
-            doubts.push(format!("Requires-Python '{text}' is no version specifier; {taken}"));
+            doubts.push(format!("Requires-Python '{text}' is not a version specifier; {taken}"));
         }
         Ok(Self {
             name,
@@ -195,7 +196,7 @@ impl Metadata {
         })
     }
 
-    /// Checks `Requires-Python` against the target. One that cannot be read says nothing, as for pip.
+    /// Checks `Requires-Python` against the target. An invalid one is ignored, as by pip.
     ///
     /// # Errors
     /// When the target's Python is not among the versions.
@@ -208,7 +209,7 @@ impl Metadata {
             .map_err(|error| anyhow!("{}: {error}", target.python))?;
         ensure!(
             specifiers.contains(&version),
-            "it requires Python {text}, the base has {}",
+            "the wheel requires Python {text}, but the base has {}",
             target.python
         );
         Ok(())
@@ -301,12 +302,12 @@ fn split_csv(line: &str) -> Result<Vec<String>> {
     Ok(fields)
 }
 
-/// A program that a wheel asks its installer to make.
+/// A program that the installer creates for a wheel.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct EntryPoint {
     /// The program's name.
     pub name: String,
-    /// The module that holds its function.
+    /// The module that contains its function.
     pub module: String,
     /// The function, possibly an attribute of something: `cli.main`.
     pub function: String,
@@ -332,7 +333,7 @@ pub fn parse_entry_points(text: &str) -> Result<Vec<EntryPoint>> {
         }
         let wrong = || anyhow!("'{line}' is not NAME = MODULE:FUNCTION");
         let (name, object) = line.split_once('=').ok_or_else(wrong)?;
-        // An extra in brackets says when the script is of use; installers make it always.
+        // An extra in brackets says when the script is useful; installers always create it.
         let object = object.split('[').next().unwrap_or_default();
         let (module, function) = object.split_once(':').ok_or_else(wrong)?;
         let (name, module, function) = (name.trim(), module.trim(), function.trim());

@@ -1,6 +1,7 @@
-//! The API wheel and everything that it needs: resolved once into a lock, fetched by hash, checked
-//! file by file, and installed as a standard installer would, into a tar that goes over the base.
-//! It never runs on the target and never asks an index while a build runs from its cache.
+//! The API wheel and everything that it needs: resolved once into a lock, downloaded by hash,
+//! checked file by file, and installed as a standard installer would, into a tar that is added to
+//! the base. This never runs on the target and never queries an index while a build runs from its
+//! cache.
 
 pub mod archive;
 pub mod base;

@@ -1,5 +1,5 @@
 //! The machine's own pip, the resolver and downloader. It brings its own configuration (index,
-//! proxy, certificates); nothing here names a host.
+//! proxy, certificates); no host name is built in.
 
 use std::collections::BTreeMap;
 
@@ -12,8 +12,9 @@ use crate::exec::Tool;
 /// `install --report` began with pip 22.2; Debian 12 has 23.0.
 const OLDEST: (u32, u32) = (22, 2);
 
-/// The settings of its user that pip keeps: where from, and over which connection. Any other, from a file or from a
-/// variable, could change which wheels are chosen, and so make two locks of one commit.
+/// The user's settings that are kept: the index and the connection. Any other setting, from a file
+/// or from a variable, could change which wheels are chosen, so that one commit would give two
+/// locks.
 const KEPT: [&str; 14] = [
     "cache-dir",
     "cert",
@@ -31,26 +32,27 @@ const KEPT: [&str; 14] = [
     "trusted-host",
 ];
 
-/// A pip that works.
+/// A working pip.
 #[derive(Debug, Clone)]
 pub struct Pip {
-    /// What pip says of itself: `23.0.1`.
+    /// The version of pip: `23.0.1`.
     pub version: String,
-    /// The Python that has it.
+    /// The Python that runs it.
     python: &'static str,
-    /// What is kept of its user's settings: the variable and its value.
+    /// The user's settings that are kept: the variable and its value.
     settings: Vec<(String, String)>,
     log: Option<Utf8PathBuf>,
 }
 
 impl Pip {
-    /// Looks for the pip of the machine's `python3`, else of the distribution's. What it prints goes to `log` too.
+    /// Looks for the pip of the machine's `python3`, else of the distribution's. Its output is also
+    /// written to `log`.
     ///
     /// # Errors
     /// When there is none, or it is older than 22.2.
     pub fn find(log: Option<&Utf8Path>) -> Result<Self> {
         const HELP: &str = "help: install python3-pip (apt-get install python3-pip)";
-        // Without one, what the path's own says of it.
+        // Without any, report the error of the one on the path.
         let python = crate::tools::python_with_pip().unwrap_or("python3");
         let said = Tool::new(python)
             .args(["-m", "pip", "--version"])
@@ -61,7 +63,7 @@ impl Pip {
         let found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
         ensure!(
             found >= OLDEST,
-            "pip is {version}, {}.{} or later is needed\n{HELP}",
+            "pip is {version}, but {}.{} or later is needed\n{HELP}",
             OLDEST.0,
             OLDEST.1
         );
@@ -80,7 +82,7 @@ impl Pip {
     }
 
     /// A pip command for wheels of the target; settings of the user that would change what is
-    /// installed are switched off, those that say where from are kept.
+    /// installed are switched off, those of the index and the connection are kept.
     pub fn tool(&self, command: &str, target: &Target) -> Tool {
         let mut tool = Tool::new(self.python)
             .args(["-m", "pip", command, "--no-input", "--no-color", "--progress-bar", "off"])
@@ -97,7 +99,7 @@ impl Pip {
                 tool = tool.env_remove(name);
             }
         }
-        // pip reads no file then (User Guide, "Configuration").
+        // With this, pip reads no configuration file (User Guide, "Configuration").
         tool = tool.env("PIP_CONFIG_FILE", "/dev/null").env("LC_ALL", "C.UTF-8");
         for (name, value) in &self.settings {
             tool = tool.env(name, value);
@@ -108,15 +110,17 @@ impl Pip {
         }
     }
 
-    /// Every wheel that the machine's indexes have for a requirement's distribution, whatever its
-    /// version and tags, sorted. pip has no command for that; its debug output names each link that it
-    /// looks at and passes over.
+    /// All wheels that the machine's indexes have for a requirement's distribution, of every
+    /// version and tag, sorted. pip has no command for that; its debug output lists each link that
+    /// it considers and skips.
     ///
     /// # Errors
     /// When pip cannot be run at all; that it finds no candidate is expected.
     pub fn wheels_of(&self, requirement: &str, target: &Target) -> Result<Vec<WheelName>> {
-        let scratch = tempfile::tempdir().context("making a temporary folder")?;
-        let Some(dir) = scratch.path().to_str() else { bail!("the temporary folder is not UTF-8") };
+        let scratch = tempfile::tempdir().context("making a temporary directory")?;
+        let Some(dir) = scratch.path().to_str() else {
+            bail!("the temporary directory is not UTF-8")
+        };
         let wanted = super::metadata::parse_requirement(requirement)?.name.to_string();
         let mut found = Vec::new();
         let result = self
@@ -130,7 +134,7 @@ impl Pip {
                         .filter(|wheel| wheel.name == wanted),
                 );
             });
-        // With no wheel at all the reason may be that no index answered: then pip's error counts.
+        // No wheel at all may mean that no index answered: then pip's error is the reason.
         if found.is_empty() {
             result?;
         }
@@ -140,8 +144,9 @@ impl Pip {
     }
 }
 
-/// What `pip config list` says of the settings that are kept, as variables: `global.index-url='…'`, of a command such as
-/// `download.no-index='1'`, of the environment `:env:.proxy='…'`. The later in this order outweighs the earlier.
+/// The settings to keep from the output of `pip config list`, as variables: `global.index-url='…'`,
+/// of a command such as `download.no-index='1'`, of the environment `:env:.proxy='…'`. Later ones
+/// in this order override earlier ones.
 fn kept(listed: &str) -> Vec<(String, String)> {
     let mut found: BTreeMap<&str, (u8, String)> = BTreeMap::new();
     for line in listed.lines() {
@@ -166,7 +171,7 @@ fn kept(listed: &str) -> Vec<(String, String)> {
     found.into_iter().map(|(key, (_, value))| (variable(key), value)).collect()
 }
 
-/// A string as Python's `repr` writes it.
+/// Parses a string in the form of Python's `repr`.
 fn unquoted(text: &str) -> Option<String> {
     let quote = text.chars().next().filter(|c| matches!(c, '\'' | '"'))?;
     let inner = text.strip_prefix(quote)?.strip_suffix(quote)?;
@@ -224,7 +229,7 @@ mod tests {
 
     #[test]
     fn of_pips_settings_only_those_of_its_sources_are_kept() {
-        // As pip 23.0 prints them.
+        // The output of pip 23.0.
         let listed = "global.index-url='https://us\\'er@h.example/simple'\n\
                       global.extra-index-url='\\nhttps://a\\nhttps://b'\n\
                       global.require-hashes='true'\nglobal.constraint='/etc/c.txt'\n\

@@ -1,5 +1,6 @@
-//! Makes a wheel lock. pip chooses the versions; this module asks it again until what the target
-//! needs (not what this machine would need) is complete, and says why when it cannot be.
+//! Makes a wheel lock. pip chooses the versions; this module runs it again until everything is
+//! included that the target needs (not what this machine would need), and explains why when that is
+//! impossible.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -22,7 +23,8 @@ use crate::artifact::hash_file;
 use crate::progress::{self, warn};
 
 /// pip evaluates markers for the machine that it runs on; what only the target needs is added, and
-/// pip asked again. Each round adds at least one requirement; more rounds than this never occur.
+/// pip is run again. Each round adds at least one requirement; more rounds than this do not occur
+/// in practice.
 const ROUNDS: usize = 20;
 
 /// What to resolve.
@@ -32,11 +34,11 @@ pub struct LockRequest {
     pub requirement: String,
     /// The base's Python.
     pub target: Target,
-    /// What the base brings; it need not be among the wheels, but does no harm there.
+    /// The distributions in the base; they need not be among the wheels, but may be.
     pub base: Vec<BaseDistribution>,
-    /// The cache folder; the wheels are downloaded into it, for their sizes and their checks.
+    /// The cache directory; the wheels are downloaded into it, for their sizes and their checks.
     pub cache: Utf8PathBuf,
-    /// Where pip's output goes as well.
+    /// The log for pip's output.
     pub log: Option<Utf8PathBuf>,
 }
 
@@ -88,8 +90,8 @@ pub fn lock(request: &LockRequest) -> Result<WheelLock> {
 /// changes against the file that was there (nothing is written when nothing changes).
 ///
 /// # Errors
-/// As `lock`, or when the file cannot be written. An old file that cannot be read counts as none:
-/// writing a new one is the way out of it.
+/// As `lock`, or when the file cannot be written. An old file that cannot be read is ignored, since
+/// writing a new one repairs it.
 pub fn update(request: &LockRequest, path: &Utf8Path) -> Result<(WheelLock, Vec<String>)> {
     let new = lock(request)?;
     let old = WheelLock::load(path).ok();
@@ -134,7 +136,7 @@ fn resolve(request: &LockRequest) -> Result<WheelLock> {
         }
         if let Some(unmet) = closure.unmet.first() {
             bail!(
-                "{} needs {}, pip chose {}",
+                "{} needs {}, but pip chose {}",
                 unmet.needed_by.as_deref().unwrap_or("the product"),
                 unmet.requirement,
                 unmet.found.as_deref().unwrap_or("none")
@@ -143,7 +145,7 @@ fn resolve(request: &LockRequest) -> Result<WheelLock> {
         drop(step);
         return finish(request, &pip, &items, &closure);
     }
-    bail!("pip did not come to an end after {ROUNDS} rounds; it was last asked for {asked:?}")
+    bail!("pip found no complete set after {ROUNDS} rounds; the last request was {asked:?}")
 }
 
 /// Downloads, measures and checks what was chosen.
@@ -157,13 +159,14 @@ fn finish(
     let mut chosen = Vec::new();
     for item in items {
         let name = normalise(&item.metadata.name);
-        // Needed only by this machine, by a marker that does not hold on the target.
+        // Needed only by this machine, because of a marker that is false on the target.
         let Some(needed_by) = closure.needed_by.get(&name) else { continue };
         let url = &item.download_info.url;
         chosen.push(LockedWheel {
             name,
             version: item.metadata.version.clone(),
-            file: wheel_file(url).with_context(|| format!("pip chose {url}, which is no wheel"))?,
+            file: wheel_file(url)
+                .with_context(|| format!("pip chose {url}, which is not a wheel"))?,
             size: 0,
             sha256: reported_hash(&item.download_info)?,
             requires_python: item.metadata.requires_python.clone(),
@@ -182,7 +185,8 @@ fn finish(
     let files = preview(wheels, &InstallTarget::on_data(), &top)?;
     for why in unfit(&files) {
         warn(format!(
-            "an image takes this wheel, a robot would refuse it as part of the component api: {why}"
+            "an image may contain this wheel, but robots would reject it as part of the component \
+             api: {why}"
         ));
     }
     Ok(WheelLock::new(&request.requirement, target.clone(), chosen))
@@ -200,7 +204,7 @@ fn reported(item: &ReportMetadata) -> Result<Metadata> {
             requires: item
                 .requires_dist
                 .iter()
-                // What is wrong in it is told when the wheel itself is read.
+                // Its mistakes are reported when the wheel itself is read.
                 .map(|requirement| parse_lenient(requirement, &mut Vec::new()))
                 .collect::<Result<_>>()?,
             extras: Vec::new(),
@@ -219,18 +223,19 @@ fn reported_hash(info: &DownloadInfo) -> Result<String> {
     if let Some(sha256) = given {
         return Ok(sha256.to_owned());
     }
-    // A folder of wheels (`find-links`) has no hashes.
+    // A directory of wheels (`find-links`) has no hashes.
     match info.url.strip_prefix("file://") {
         Some(path) => Ok(hash_file(Utf8Path::new(path))?.1),
         None => {
-            bail!("the index gives no sha256 for {}", wheel_file(&info.url).unwrap_or_default())
+            bail!("the index has no sha256 for {}", wheel_file(&info.url).unwrap_or_default())
         }
     }
 }
 
 fn ask(pip: &Pip, requirements: &[String], target: &Target) -> Result<Vec<ReportItem>> {
-    let scratch = tempfile::tempdir().context("making a temporary folder")?;
-    let dir = Utf8Path::from_path(scratch.path()).context("the temporary folder is not UTF-8")?;
+    let scratch = tempfile::tempdir().context("making a temporary directory")?;
+    let dir =
+        Utf8Path::from_path(scratch.path()).context("the temporary directory is not UTF-8")?;
     let report = dir.join("report.json");
     let mut lines = Vec::new();
     let result = pip
@@ -251,7 +256,7 @@ fn ask(pip: &Pip, requirements: &[String], target: &Target) -> Result<Vec<Report
     Ok(report.install)
 }
 
-/// Finds pip's complaint that a requirement has no candidate: the requirement and who asked.
+/// Finds pip's message that a requirement has no candidate: the requirement and what requires it.
 fn missing_wheel(lines: &[String]) -> Option<(String, Option<String>)> {
     const COMPLAINT: &str = "Could not find a version that satisfies the requirement ";
     let text = lines.iter().find_map(|line| line.split_once(COMPLAINT).map(|(_, rest)| rest))?;
@@ -276,7 +281,9 @@ fn explain(
         Ok(wheels) if !wheels.is_empty() => {
             describe_missing(requirement, by, target, &wheels).unwrap_or_else(|failed| failed)
         }
-        _ => error.context(format!("{requirement} has no wheel for {target}, and none for others")),
+        _ => error.context(format!(
+            "{requirement} has no wheel, neither for {target} nor for other targets"
+        )),
     }
 }
 
@@ -305,7 +312,7 @@ pub fn describe_missing(
         let newest = versions.keys().next_back().map(Version::to_string).unwrap_or_default();
         return Ok(anyhow!(
             "{head}: no version in that range has any wheel; the newest version is {newest}\n\
-             help: ask for a version that exists"
+             help: require a version that exists"
         ));
     };
     let mut tags: Vec<String> =

@@ -1,5 +1,5 @@
-//! What a wheel must fit: the base's Python, processor and C library, and the tags (PEP 425, PEP 600,
-//! PEP 656), file names and environment markers (PEP 508) that follow from them.
+//! The target that wheels must match: the base's Python, processor and C library, and the tags (PEP
+//! 425, PEP 600, PEP 656), file names and environment markers (PEP 508) that follow from them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -21,7 +21,7 @@ pub struct PythonVersion {
 }
 
 impl PythonVersion {
-    /// `3.11`, whatever the patch level is.
+    /// `3.11`, without the patch level.
     pub fn short(self) -> String {
         format!("{}.{}", self.major, self.minor)
     }
@@ -130,9 +130,9 @@ impl From<Libc> for String {
 pub struct Target {
     /// Python's version in the base.
     pub python: PythonVersion,
-    /// The implementation as tags spell it. Only `cp` (CPython) is supported.
+    /// The implementation as in tags. Only `cp` (CPython) is supported.
     pub implementation: String,
-    /// The processor as the kernel spells it (`uname -m`): `aarch64`.
+    /// The processor as reported by the kernel (`uname -m`): `aarch64`.
     pub arch: String,
     /// The base's C library.
     pub libc: Libc,
@@ -162,7 +162,7 @@ impl fmt::Display for Tag {
 }
 
 impl Target {
-    /// Refuses what this tool cannot serve.
+    /// Rejects targets that this tool does not support.
     ///
     /// # Errors
     /// For an implementation other than CPython, or a Python older than 3.9, whose bytecode this tool cannot
@@ -240,10 +240,10 @@ impl Target {
         tags
     }
 
-    /// The values that environment markers (PEP 508) have on the target.
+    /// The values of environment markers (PEP 508) on the target.
     ///
     /// # Errors
-    /// When the Python version is not one that PEP 440 knows.
+    /// When the Python version is invalid in PEP 440.
     pub fn markers(&self) -> Result<MarkerEnvironment> {
         let full = self.python.full();
         let short = self.python.short();
@@ -253,7 +253,7 @@ impl Target {
             os_name: "posix",
             platform_machine: &self.arch,
             platform_python_implementation: "CPython",
-            // The kernel is not known here, and no wheel should ask for it.
+            // The kernel version is unknown here, and no wheel should depend on it.
             platform_release: "",
             platform_system: "Linux",
             platform_version: "",
@@ -265,7 +265,7 @@ impl Target {
     }
 }
 
-/// What a wheel's file name says (PEP 427).
+/// A parsed wheel file name (PEP 427).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WheelName {
     /// The distribution, normalised (PEP 503).

@@ -1,6 +1,6 @@
-//! The boot script in the real U-Boot (the package lock's, in QEMU) against its model: the same slot, the
-//! same kernel arguments, the same bytes in the boot state afterwards. Kernels that only say who they
-//! are make a start a matter of a second. Logs lie below `target/tmp/bootscript`.
+//! The boot script in the real U-Boot (the package lock's, in QEMU) against its model: the same
+//! slot, the same kernel arguments, the same bytes in the boot state afterwards. Kernels that only
+//! print their name boot within a second. Logs are below `target/tmp/bootscript`.
 
 mod rig;
 
@@ -83,9 +83,9 @@ fn every_state_and_fault_starts_what_the_model_says() -> Result<()> {
         ("second is newer", [committed(0xf, A), committed(0x10, B)], WHOLE, &[Good]),
         ("first is newer", [committed(0x100, B), committed(0xff, A)], WHOLE, &[Good]),
         ("equal sequences", [committed(3, B), committed(3, A)], WHOLE, &[Good]),
-        ("active is no slot", [sealed(b"active=c\0seq=9\0"), committed(1, B)], WHOLE, &[Good]),
+        ("active is not a slot", [sealed(b"active=c\0seq=9\0"), committed(1, B)], WHOLE, &[Good]),
         (
-            "trial is no slot",
+            "trial is not a slot",
             [sealed(b"active=a\0seq=9\0trial=x\0tries=1\0"), ZERO],
             WHOLE,
             &[Good],

@@ -33,7 +33,7 @@ const EPOCH: u64 = 1_700_000_000;
 /// What one start needs on a busy machine; an idle one takes three seconds.
 const START: Duration = Duration::from_secs(90);
 
-/// What the script says in the place of starting a watchdog, and of stopping it.
+/// What the script prints instead of starting a watchdog, and of stopping it.
 const GUARD_ON: &str = "guard is on";
 const GUARD_OFF: &str = "guard is off";
 
@@ -46,7 +46,7 @@ pub enum Fault {
     NoKernel,
     /// `/boot/initrd.img` is missing.
     NoInitrd,
-    /// `/boot/vmlinuz` is no kernel.
+    /// `/boot/vmlinuz` is not a kernel.
     NotAKernel,
     /// The block with the superblock is zero: an install began and has not ended.
     HalfInstalled,
@@ -100,7 +100,7 @@ impl Rig {
         let cache = Cache::locate()?.root;
         let lock = PackagesLock::load(&config.root.join("configs/robot-dev.packages.lock"))?;
         let fetcher = Fetcher::new(&cache, false)?;
-        // What lies in the cache needs no mirror.
+        // Files in the cache need no mirror.
         let mirrors = Mirrors::from_host().ok();
         let unpacked = at("u-boot");
         unpack_locked(&lock, "u-boot-qemu", &fetcher, mirrors.as_ref(), &unpacked)?;

@@ -5,7 +5,8 @@ use std::sync::OnceLock;
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::exec::Tool;
 
-/// The program. Cargo must not see what it told this very test about its package: [`xtask::exec::of_cargo_run`].
+/// The program. Cargo must not get the variables that it set for this test about its package:
+/// [`xtask::exec::of_cargo_run`].
 pub fn slotd() -> &'static Utf8Path {
     static SLOTD: OnceLock<Utf8PathBuf> = OnceLock::new();
     SLOTD.get_or_init(|| {

@@ -96,7 +96,8 @@ fn serve(mut stream: TcpStream, root: &Utf8Path, state: &Mutex<State>) -> Result
     Ok(())
 }
 
-/// A key that signs the archive in the folder of that name, and the file of its public half; armoured as `.asc`.
+/// A key that signs the archive in the directory of that name, and the file of its public half;
+/// armoured as `.asc`.
 pub fn new_key(root: &Utf8Path, folder: &str, file: &str) -> Result<()> {
     let home = root.join(format!("gpg-{folder}"));
     fs::create_dir_all(&home)?;
@@ -107,7 +108,7 @@ pub fn new_key(root: &Utf8Path, folder: &str, file: &str) -> Result<()> {
     gpg().args([armour, "--export", "-o"]).arg(root.join(file)).run()
 }
 
-/// The index of what lies in the pool of a component.
+/// The index of the packages in the pool of a component.
 pub fn index(archive: &Utf8Path, component: &str) -> Result<String> {
     let mut index = String::new();
     for folder in archive.join("pool").join(component).read_dir_utf8()? {
@@ -123,7 +124,8 @@ pub fn index(archive: &Utf8Path, component: &str) -> Result<String> {
     Ok(index)
 }
 
-/// Writes the indexes of a suite (component, architecture, text), and signs it with the key of that folder.
+/// Writes the indexes of a suite (component, architecture, text), and signs it with the key of that
+/// directory.
 pub fn sign(
     root: &Utf8Path,
     folder: &str,

@@ -1,4 +1,5 @@
-//! What tests of the configuration share: the fixture's workspace, in a folder of the test's own.
+//! What tests of the configuration share: the fixture's workspace, in a directory of the test's
+//! own.
 #![allow(dead_code)]
 
 use std::fs;
@@ -9,12 +10,12 @@ use xtask::plan;
 use xtask::plan::Facts;
 use xtask::render::{self, Rendered};
 
-/// Where the fixture lies.
+/// The path of the fixture.
 pub fn fixture() -> Utf8PathBuf {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixture")
 }
 
-/// Locks that are made for the fixture's product, for whoever asks the tool itself for its plan: of packages, of wheels.
+/// Locks that are made for the fixture's product, for tests that ask the tool itself for its plan: of packages, of wheels.
 pub fn locks() -> [(&'static str, String); 2] {
     let sha256 = "0".repeat(64);
     let package = |name: &str, version: &str| {
@@ -38,9 +39,9 @@ pub fn locks() -> [(&'static str, String); 2] {
     [("configs/shop.packages.lock", packages), ("configs/shop.wheels.lock", wheels)]
 }
 
-/// Copies a folder.
+/// Copies a directory.
 pub fn copy(from: &Utf8Path, to: &Utf8Path) {
-    fs::create_dir_all(to).expect("a folder");
+    fs::create_dir_all(to).expect("a directory");
     for entry in from.read_dir_utf8().expect("readable") {
         let entry = entry.expect("readable");
         let target = to.join(entry.file_name());
@@ -60,7 +61,7 @@ pub struct Workspace {
 
 impl Workspace {
     pub fn new() -> Self {
-        let keep = tempfile::tempdir().expect("a folder");
+        let keep = tempfile::tempdir().expect("a directory");
         let dir =
             Utf8PathBuf::try_from(keep.path().canonicalize().expect("a path")).expect("UTF-8");
         copy(&fixture(), &dir);
@@ -73,7 +74,7 @@ impl Workspace {
 
     pub fn put(&self, path: &str, content: impl AsRef<[u8]>) {
         let path = self.at(path);
-        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        fs::create_dir_all(path.parent().expect("a directory")).expect("made");
         fs::write(path, content).expect("written");
     }
 

@@ -17,15 +17,15 @@ use xtask::disk::{
 pub const MIB: u64 = 1 << 20;
 /// Bytes of the image.
 pub const SIZE: u64 = 64 * MIB;
-/// Where its boot partition lies, and its bytes.
+/// The offset of its boot partition, and its bytes.
 pub const BOOT: (u64, u64) = (4 * MIB, 16 * MIB);
 
-/// A folder that goes away with the test.
+/// A directory that goes away with the test.
 pub struct Folder(tempfile::TempDir);
 
 impl Folder {
     pub fn new() -> Self {
-        Self(tempfile::tempdir().expect("a temporary folder"))
+        Self(tempfile::tempdir().expect("a temporary directory"))
     }
 
     pub fn at(&self, name: &str) -> Utf8PathBuf {

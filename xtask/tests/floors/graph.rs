@@ -266,7 +266,7 @@ impl Walk<'_> {
                 TokenTree::Ident(word) if word == "use" && !follows(&tokens, at, '.') => {
                     let end = (at..tokens.len()).find(|n| is_punct(tokens.get(*n), ';'));
                     let end = end.unwrap_or(tokens.len());
-                    // `impl Trait + use<'a>` is none.
+                    // `impl Trait + use<'a>` is not an import.
                     if !is_punct(tokens.get(at + 1), '<') {
                         imports(&tokens[at + 1..end], Vec::new(), visible, &mut parsed.imports);
                         at = end + 1;
@@ -321,7 +321,7 @@ fn word(tokens: &[TokenTree], start: usize, parsed: &mut Parsed) -> usize {
         parsed.methods.push((first.to_string(), line));
         return start + 1;
     }
-    // A field's or an argument's own name is no use of an import of that name.
+    // A field's or an argument's own name does not use an import of that name.
     if !is_punct(tokens.get(start + 1), ':') || is_path_separator(tokens, start + 1) {
         parsed.words.insert(first.to_string());
     }

@@ -1,4 +1,5 @@
-//! What tests of the overlays share: a folder in the place of `/`, with all that a product's overlays bring.
+//! Shared by the tests of the overlays: a directory instead of `/`, with all files of a product's
+//! overlays.
 #![allow(dead_code)]
 
 use std::fs::{self, Permissions};
@@ -28,14 +29,14 @@ pub fn plans() -> Vec<Plan> {
     names.iter().map(load).collect()
 }
 
-/// A folder in the place of `/`, with everything that a product's overlays bring.
+/// A directory instead of `/`, with all files of a product's overlays.
 pub struct Robot {
     dir: tempfile::TempDir,
 }
 
 impl Robot {
     pub fn new(plan: &Plan) -> Self {
-        let robot = Self { dir: tempfile::tempdir().expect("a folder") };
+        let robot = Self { dir: tempfile::tempdir().expect("a directory") };
         for file in render(&workspace(), plan).expect("rendered").overlay {
             let path = robot.at(&file.target);
             fs::create_dir_all(path.parent().expect("a parent")).expect("made");

@@ -31,7 +31,7 @@ pub struct Attempt {
     pub starts: Starts,
 }
 
-/// A text of a file in the workspace's copy, and what somebody typed instead.
+/// A text of a file in the workspace's copy, and its replacement.
 pub type Change<'a> = (&'a str, &'a str, &'a str);
 
 /// Locks, plans and builds an example, as far as it goes without the real archives.
@@ -80,7 +80,7 @@ fn base(plan: &Plan, fetched: &Fetched, out: &Utf8Path) -> Result<BaseSystem> {
         Tool::new("dpkg-deb").arg("--extract").arg(&deb.file.path).arg(&folder).run()?;
         for path in xtask::rootfs::parts::files_below(&folder)? {
             let relative = path.strip_prefix(&folder)?;
-            // The merged folders of an installed root.
+            // The merged directories of an installed root.
             let merged =
                 ["bin/", "lib/", "sbin/"].iter().any(|top| relative.as_str().starts_with(top));
             let prefix = if merged { "usr/" } else { "" };
@@ -144,7 +144,7 @@ fn boot_files(
     let mut files = Vec::new();
     for file in &plan.boot_files {
         let mut put = |path: &str, source: Source| {
-            // Without its folders.
+            // Without its directories.
             let path = path.rsplit('/').next().unwrap_or(path).to_owned();
             files.push((file.partition.clone(), FatFile { path, source }));
         };

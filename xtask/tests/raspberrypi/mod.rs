@@ -118,7 +118,7 @@ const PI_5: &str = "board/pi5/board.toml";
 const EXAMPLE_4: &str = "configs/examples/robot-pi4.toml";
 const EXAMPLE_5: &str = "configs/examples/robot-pi5.toml";
 
-/// Product, what somebody typed, and what they are told.
+/// Product, the edit, and the expected message.
 const WRONG: [(&str, Change<'_>, &str); 15] = [
     (
         "robot-pi5",

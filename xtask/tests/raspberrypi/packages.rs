@@ -372,7 +372,7 @@ impl World {
             Ok(lock) if lock.check_request(&spec, "an example").is_ok() => lock,
             _ => lock(&spec, &mirrors, &cache)?,
         };
-        fs::create_dir_all(self.root().join(path.parent().context("a folder")?))?;
+        fs::create_dir_all(self.root().join(path.parent().context("a directory")?))?;
         lock.save(&self.root().join(&path))?;
         lock.save(&config.root.join(&path))?;
         let fetcher = Fetcher::new(&cache, false)?;
@@ -381,7 +381,7 @@ impl World {
 }
 
 fn write(path: &Utf8Path, bytes: &[u8]) -> Result<()> {
-    fs::create_dir_all(path.parent().context("a folder")?)?;
+    fs::create_dir_all(path.parent().context("a directory")?)?;
     fs::write(path, bytes).with_context(|| format!("writing {path}"))
 }
 

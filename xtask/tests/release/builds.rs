@@ -28,7 +28,7 @@ fn mke2fs() -> Mke2fs {
     let lock = PackagesLock::load(&root().join("configs/robot-dev.packages.lock")).unwrap();
     let cache = Cache::locate().unwrap().root;
     let fetcher = Fetcher::new(&cache, false).unwrap();
-    // What lies in the cache needs no mirror.
+    // Files in the cache need no mirror.
     host_e2fs(&lock, &fetcher, Mirrors::from_host().ok().as_ref(), &cache).unwrap()
 }
 
@@ -227,7 +227,7 @@ fn a_release_is_made_of_verified_results_and_says_what_changed() {
     bytes[(12 << 20) + 5000] ^= 1;
     fs::write(&image, bytes).unwrap();
     let message = bench.refused(&create);
-    assert!(message.contains("verifying what was built of shop for sample"), "{message}");
+    assert!(message.contains("verifying the results of shop for sample"), "{message}");
 }
 
 #[test]
@@ -238,7 +238,7 @@ fn a_time_in_a_file_is_found_in_that_file() {
     results(&bench, &one, "1.0.0", "12:00:00", "c");
     results(&bench, &same, "1.0.0", "12:00:00", "c");
     results(&bench, &other, "1.0.0", "12:00:07", "c");
-    // What an earlier version left is no output of this build.
+    // The remains of an earlier version are not outputs of this build.
     fs::write(one.join("shop-0.9.0-sample.img"), "old").unwrap();
     assert!(compare(&one, &same).unwrap().equal);
     let against = ["release", "check", "--product", "shop", "--board", "sample", "--against"];
@@ -250,7 +250,7 @@ fn a_time_in_a_file_is_found_in_that_file() {
     let found = "root-a /etc/built: content, +0 B; differs from byte 16: \"0\\n\" and \"7\\n\"";
     assert!(said.contains(found), "{said}");
     assert!(said.contains("root-b : differs as root-a does"), "{said}");
-    assert!(said.contains("system/root : other content: see the image"), "{said}");
+    assert!(said.contains("system/root : different content: see the image"), "{said}");
     assert!(!said.contains("config.txt"), "{said}");
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(error.contains("3 of 4 outputs differ"), "{error}");
@@ -283,13 +283,13 @@ fn a_commit_affects_what_is_made_of_its_files_and_nothing_else() {
     let reasons = &found[0]["components"][0]["reasons"];
     assert_eq!(*reasons, json!(["overlays/plain/etc/hostname.j2"]));
     assert_eq!(found[0]["components"][1]["reasons"], json!(["component system"]));
-    // A file that is gone counts as much as one that is new.
+    // A removed file is a change, like a new one.
     fs::write(&overlay, text).unwrap();
     fs::write(bench.dir.join("overlays/plain/etc/more"), "x").unwrap();
     let second = commit(&bench, "One more");
     fs::remove_file(bench.dir.join("overlays/plain/etc/more")).unwrap();
     assert_eq!(names(&since(&second)), ["system", "card"]);
-    // A setting of the product, by its meaning; a comment beside it is none.
+    // A setting of the product, by its meaning; a comment beside it is not a change.
     let product = bench.dir.join("configs/shop.toml");
     let text = fs::read_to_string(&product).unwrap();
     fs::write(&product, format!("# A comment.\n{text}")).unwrap();

@@ -1,5 +1,5 @@
-//! Releases and their stores: publishers that are killed or meet, readers in between; folders, a real
-//! `sshd`, a real S3 protocol, a real web server; the cache that a team shares.
+//! Releases and their stores: publishers that are killed or meet, readers in between; directories,
+//! a real `sshd`, a real S3 protocol, a real web server; the cache that a team shares.
 
 mod builds;
 mod lint;

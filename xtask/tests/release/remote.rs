@@ -155,7 +155,8 @@ fn in_a_bucket_publishers_may_be_killed_and_may_meet_while_readers_read() {
     for (name, store) in &stores {
         bench.release(store, name, "1.0.1");
     }
-    // A folder of the bucket for each publisher that is killed (ListObjectsV2 finds out what is there).
+    // A directory of the bucket for each publisher that is killed (ListObjectsV2 finds out what is
+    // there).
     let folder = |name: &str| format!("robots/{name}");
     let begun = |name: &str| {
         let listed = get(&format!("{endpoint}/robots?list-type=2&prefix={name}/")).unwrap();

@@ -1,6 +1,6 @@
-//! The cache that a team shares: machines (copies of this test) that build a small stage and fetch a
-//! download, with a real web server (nginx), a real S3 protocol (moto) and a folder between them; and all
-//! that can be wrong there.
+//! The cache that a team shares: machines (copies of this test) that build a small stage and fetch
+//! a download, with a real web server (nginx), a real S3 protocol (moto) and a directory between
+//! them; and all that can be wrong there.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -129,7 +129,7 @@ fn machine(task: &str) {
     }
     let staged = cache.stage("base", &key(&task.seed), outputs, |dir| Ok(build(dir, &task.seed)));
     let staged = staged.unwrap();
-    // Wherever it comes from, it is what was asked for, and lies in this machine's cache.
+    // From every source, it is the requested file, and it is in this machine's cache.
     let made = staged.value;
     for output in outputs(&made) {
         assert!(output.starts_with(&cache.root), "{output}");
@@ -164,7 +164,7 @@ struct Team {
 }
 
 impl Team {
-    /// Around a folder.
+    /// Around a directory.
     fn new() -> Self {
         let keep = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let dir = Utf8PathBuf::try_from(keep.path().to_owned()).unwrap();
@@ -172,7 +172,8 @@ impl Team {
         Self { dir, address, _keep: keep, _server: None }
     }
 
-    /// Around nginx, whose files lie in the folder `store`. `more`: further lines of its location.
+    /// Around nginx, whose files are in the directory `store`. `more`: further lines of its
+    /// location.
     fn web(more: &str) -> Self {
         let mut team = Self::new();
         let (dir, port) = (&team.dir, free_port());
@@ -224,13 +225,13 @@ impl Team {
         self.builds(&fresh, false, seed)
     }
 
-    /// The record of a stage in the folder of the store, by the only key of the team.
+    /// The record of a stage in the directory of the store, by the only key of the team.
     fn record(&self, seed: &str) -> Utf8PathBuf {
         let set = trusted(&self.dir.join("keys"), Kind::Development).unwrap();
         self.dir.join("store").join(path(&key(seed), &set.keys[0].id))
     }
 
-    /// The record as it stands there.
+    /// The record in the store.
     fn read_record(&self, seed: &str) -> Record {
         let set = trusted(&self.dir.join("keys"), Kind::Development).unwrap();
         let file = fs::read(self.record(seed)).unwrap();
@@ -326,7 +327,7 @@ fn what_is_damaged_there_is_not_used_and_a_writer_puts_it_right() {
             }
             let reader = team.reads("s");
             assert_eq!(reader.origin, "Made", "{}", reader.log);
-            assert!(reader.log.contains("is not taken from the shared cache"), "{}", reader.log);
+            assert!(reader.log.contains("from the shared cache"), "{}", reader.log);
             assert_eq!(reader.log.contains("is damaged"), bad.is_some(), "{}", reader.log);
             let writer = team.builds(&format!("{turn}-{}", name.len()), true, "s");
             assert_eq!(writer.origin, "Made");
@@ -355,10 +356,10 @@ fn a_record_counts_only_with_the_signature_of_a_key_that_counts() {
         fs::write(&file, bad).unwrap();
         let reader = team.reads("s");
         assert_eq!((reader.origin.as_str(), reader.warnings()), ("Made", 1), "{}", reader.log);
-        assert!(reader.log.contains("is not taken from the shared cache"), "{}", reader.log);
+        assert!(reader.log.contains("from the shared cache"), "{}", reader.log);
     }
     fs::write(&file, &good).unwrap();
-    // Somebody else's machine knows the key of the team only when it is told.
+    // Another machine trusts the key of the team only when it is configured.
     let own = team.dir.join("own-keys");
     let stranger = |name: &str| {
         let mut command = team.machine(name, false, &task("s"));
@@ -371,7 +372,7 @@ fn a_record_counts_only_with_the_signature_of_a_key_that_counts() {
     let public = team.dir.join("keys").join(format!("development-1-{id}.pub"));
     fs::copy(&public, listed.join("ci.pub")).unwrap();
     assert_eq!(stranger("friend").origin, "Shared");
-    // It counts no longer, here and in what was fetched, once the key is not listed any more.
+    // It is no longer valid, here and in fetched results, once the key is not listed any more.
     assert_eq!(stranger("friend").origin, "Kept");
     fs::remove_file(listed.join("ci.pub")).unwrap();
     assert_eq!(stranger("friend").origin, "Made");
@@ -395,9 +396,9 @@ fn a_record_counts_only_with_the_signature_of_a_key_that_counts() {
     assert!(errors.contains("bad.pub") && errors.contains("help: "), "{errors}");
     team.address = "ftp://host/x".to_owned();
     for (address, what) in [
-        ("ftp://host/x", "is no address of a shared cache"),
-        ("relative/folder", "is no address of a shared cache"),
-        ("https://me:secret-word@host/x", "holds a user or a password"),
+        ("ftp://host/x", "invalid address of a shared cache"),
+        ("relative/folder", "invalid address of a shared cache"),
+        ("https://me:secret-word@host/x", "contains a user or a password"),
         ("https://host/a?b", "letters, digits"),
         ("https://host/../x", "letters, digits"),
     ] {
@@ -462,7 +463,7 @@ fn a_record_that_is_signed_and_hostile_writes_nothing_elsewhere() {
         ("stamp", with("stage.json", 5)),
         ("huge", with("huge", 1 << 60)),
         ("another size", with("x", 6)),
-        ("file as folder", with("rootfs.tar/x", 5)),
+        ("file as directory", with("rootfs.tar/x", 5)),
         ("bomb", bombs),
         ("pointing", pointing),
         ("other", other),
@@ -498,7 +499,7 @@ fn a_server_that_fails_costs_a_warning_and_no_build() {
         let started = Instant::now();
         let lonely = team.builds(&hash_bytes(team.address.as_bytes()), true, "s");
         assert_eq!((lonely.origin.as_str(), lonely.warnings()), ("Made", 1), "{}", lonely.log);
-        assert!(lonely.log.contains("going on without the shared cache"), "{}", lonely.log);
+        assert!(lonely.log.contains("continuing without the shared cache"), "{}", lonely.log);
         assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
     }
     for answer in ["return 500;", "return 503;", "return 403;", "return 401;"] {
@@ -506,7 +507,7 @@ fn a_server_that_fails_costs_a_warning_and_no_build() {
         let lonely = team.builds("writer", true, "s");
         assert_eq!((lonely.origin.as_str(), lonely.warnings()), ("Made", 1), "{}", lonely.log);
     }
-    // Reading goes on where writing is refused.
+    // Reading continues where writing is refused.
     let team = Team::web(DAV);
     team.builds("writer", true, "s");
     let locked = Team::web("limit_except GET { deny all; }");
@@ -521,7 +522,7 @@ fn a_server_that_fails_costs_a_warning_and_no_build() {
     }
     let both = locked.builds("both", true, "new");
     assert_eq!((both.origin.as_str(), both.warnings()), ("Made", 1), "{}", both.log);
-    assert!(both.log.contains("nothing more goes to the shared cache"), "{}", both.log);
+    assert!(both.log.contains("no longer writing to the shared cache"), "{}", both.log);
     assert_eq!(locked.builds("both", true, "s").origin, "Shared");
 }
 
@@ -571,7 +572,7 @@ fn writers_and_readers_may_be_killed_and_may_meet() {
             let reader = team.reads(&seed);
             assert_eq!(reader.warnings(), 0, "{}", reader.log);
             assert_eq!(reader.origin == "Shared", team.record(&seed).exists(), "{}", reader.log);
-            // The same machine goes on where it stopped.
+            // The same machine resumes.
             assert_eq!(team.builds("killed", true, &seed).warnings(), 0);
             assert_eq!(team.reads(&seed).origin, "Shared");
         }
@@ -630,5 +631,5 @@ fn downloads_come_from_there_before_the_mirror_and_without_it() {
     let alone = team.machine("alone", true, &Task { offline: true, ..task("s") }).output().unwrap();
     let alone = said(alone);
     assert_eq!((alone.origin.as_str(), alone.warnings()), ("Made", 0), "{}", alone.log);
-    assert!(alone.log.contains("is not asked, because of --offline"), "{}", alone.log);
+    assert!(alone.log.contains("is not used because of --offline"), "{}", alone.log);
 }

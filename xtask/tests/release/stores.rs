@@ -1,4 +1,4 @@
-//! Stores in folders: kills, two publishers, retention, marks, and what is removed.
+//! Stores in directories: kills, two publishers, retention, marks, and what is removed.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -87,7 +87,7 @@ fn nothing_is_sent_twice_and_a_damaged_object_is_sent_again() {
     // A channel that has vanished is an older one; this time we did it.
     let message = bench.refused(&["publish", "target", "--from", "local"]);
     assert!(
-        message.contains("the serial 0 (there is none), and this machine has seen 1"),
+        message.contains("its serial is 0 (no index), but this machine has seen 1"),
         "{message}"
     );
     let again = restored();
@@ -101,7 +101,7 @@ fn nothing_is_sent_twice_and_a_damaged_object_is_sent_again() {
         fs::write(&path, content).unwrap();
     }
     let message = bench.refused(&["publish", "target", "--from", "local"]);
-    assert!(message.contains("it is damaged; make the release again"), "{message}");
+    assert!(message.contains("the file is damaged; create the release again"), "{message}");
     assert_eq!(Reader::of_folder(bench.keys(), bench.dir.join("target")).read().len(), 1);
 }
 
@@ -207,7 +207,7 @@ fn an_index_that_nobody_trusted_has_signed_is_refused() {
     let error = bench.pins().open(Channel::Nightly, forged.as_bytes(), &bench.keys()).unwrap_err();
     assert!(format!("{error:#}").contains("signature"), "{error:#}");
     let other = bench.pins().open(Channel::Beta, text.as_bytes(), &bench.keys()).unwrap_err();
-    assert!(format!("{other:#}").contains("the index of the channel nightly"), "{other:#}");
+    assert!(format!("{other:#}").contains("the index belongs to the channel nightly"), "{other:#}");
 }
 
 #[test]

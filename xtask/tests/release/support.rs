@@ -33,7 +33,7 @@ pub fn root() -> Utf8PathBuf {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
 }
 
-/// A folder with keys, and stores in it.
+/// A directory with keys, and stores in it.
 pub struct Bench {
     pub dir: Utf8PathBuf,
     _keep: tempfile::TempDir,
@@ -122,7 +122,7 @@ impl Bench {
         put(store, Channel::Nightly, &entry, Retention::default(), &mut authority).unwrap();
     }
 
-    /// The tool, in this folder, with these keys.
+    /// The tool, in this directory, with these keys.
     pub fn xtask(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
         command.args(arguments).current_dir(&self.dir).env("SLIPWAY_KEYS", self.dir.join("keys"));
@@ -278,14 +278,14 @@ pub fn python(requirements: &str) -> Command {
     command
 }
 
-/// How often publishers are killed where each connection costs more than in a folder.
+/// How often publishers are killed where each connection costs more than in a directory.
 pub fn remote_kills() -> u32 {
     if std::env::var_os(xtask::cmd::check::ALL).is_some() { 30 } else { 4 }
 }
 
-/// Publishers are killed at moments spread over a whole run, each at a place of its own: whoever reads there sees
-/// whole releases or none, and the next publisher finishes. `read` counts a place's releases, `begun` knows
-/// whether anything is there.
+/// Publishers are killed at moments spread over a whole run, each at a separate place: readers see
+/// complete releases or none, and the next publisher finishes. `read` counts a place's releases,
+/// `begun` knows whether anything is there.
 pub fn killed_anywhere(
     kills: u32,
     publish: impl Fn(&str) -> Command,

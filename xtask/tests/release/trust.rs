@@ -12,7 +12,7 @@ use xtask::store::format::{Channel, Entry, Index};
 
 use super::support::{Bench, good, tool};
 
-/// All files below a folder, with their content.
+/// All files below a directory, with their content.
 fn tree(dir: &Utf8Path) -> Vec<(Utf8PathBuf, Vec<u8>)> {
     let mut found = Vec::new();
     for entry in dir.read_dir_utf8().unwrap() {
@@ -47,7 +47,7 @@ fn elsewhere(bench: &Bench, arguments: &[&str]) -> Command {
     command
 }
 
-/// Puts an index that this kind of key has signed in the place of a channel's.
+/// Replaces a channel's index by one that this kind of key has signed.
 fn plant(bench: &Bench, store: &Directory, index: &Index) {
     let mut authority = bench.authority();
     let content = index.sign(authority.signer(Kind::Development).unwrap()).unwrap();
@@ -104,7 +104,7 @@ fn an_older_index_is_refused_with_both_serials_and_nothing_is_removed_on_its_wor
     ] {
         let message = bench.refused(&words);
         assert!(message.contains("older index of the channel nightly"), "{words:?}: {message}");
-        assert!(message.contains("the serial 1, and this machine has seen 3"), "{message}");
+        assert!(message.contains("its serial is 1, but this machine has seen 3"), "{message}");
         assert!(message.contains("--store-was-restored"), "{message}");
     }
     assert_eq!(tree(&target), before);
@@ -114,9 +114,9 @@ fn an_older_index_is_refused_with_both_serials_and_nothing_is_removed_on_its_wor
     drop(fs::remove_dir_all(bench.dir.join("elsewhere")));
     let first = elsewhere(&bench, &gc).output().unwrap();
     let message = String::from_utf8_lossy(&first.stderr);
-    assert!(message.contains("had not seen nightly (serial 1) before"), "{message}");
+    assert!(message.contains("has not seen nightly (serial 1) before"), "{message}");
     assert_eq!(tree(&target), before);
-    // Somebody did restore it: from now on the store's serial is the newest.
+    // The store was restored on purpose: from now on its serial is the newest.
     bench.good(&[&list[..], &["--store-was-restored"]].concat());
     let said = bench.good(&list);
     assert!(said.contains("nightly (serial 1)") && !said.contains("YANKED"), "{said}");
@@ -128,9 +128,10 @@ fn an_older_index_is_refused_with_both_serials_and_nothing_is_removed_on_its_wor
     fs::remove_dir_all(target.join("channels")).unwrap();
     for words in [&list[..], &publish, &gc] {
         let message = bench.refused(words);
-        assert!(message.contains("the serial 0 (there is none)"), "{message}");
+        assert!(message.contains("its serial is 0 (no index)"), "{message}");
     }
-    // No folder is no store, and says nothing about releases; a new one begins.
+    // A missing directory is not a store, and contains no information about releases; a new store
+    // begins.
     fs::remove_dir_all(&target).unwrap();
     assert!(bench.good(&list).contains("no releases"));
     bench.good(&publish);
@@ -167,7 +168,7 @@ fn two_publishers_with_memories_of_their_own_do_not_take_each_other_for_attacker
     assert!(said.contains("nightly (serial 6)"), "{said}");
     let output = elsewhere(&bench, &list).output().unwrap();
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(message.contains("the serial 6, and this machine has seen 7"), "{message}");
+    assert!(message.contains("its serial is 6, but this machine has seen 7"), "{message}");
 }
 
 #[test]
@@ -196,7 +197,7 @@ fn a_damaged_memory_is_an_error_with_a_way_out_and_two_histories_are_noticed() {
     }
     bench.good(&[&list[..], &["--store-was-restored"]].concat());
     assert_eq!(&fs::read(path).unwrap(), text, "what it had before it was damaged");
-    // Somebody with our key has made another index of the same serial.
+    // Another holder of our key has created another index with the same serial.
     let store = bench.store("target");
     let mut index = read(&bench, &store);
     index.releases.clear();
@@ -245,7 +246,8 @@ fn a_development_key_changes_nothing_that_release_robots_are_offered() {
                 "stable",
             ],
         ] {
-            // Where development keys sign, nobody looks for a release product at all.
+            // In a channel that is signed by development keys, release products are not looked up
+            // at all.
             if words.contains(&"show") && index.channel != Channel::Stable {
                 continue;
             }
@@ -256,26 +258,32 @@ fn a_development_key_changes_nothing_that_release_robots_are_offered() {
         fs::remove_file(target.root().join(index.channel.path())).unwrap();
     };
     // Nothing, and what calls itself something else: the key that must sign is not the index's to choose.
-    refused(&index(Channel::Stable, &[]), "release keys sign the channel stable");
-    refused(&index(Channel::Stable, &listed.releases), "release keys sign the channel stable");
-    refused(&index(Channel::Stable, &[liar.clone()]), "release keys sign the channel stable");
+    refused(&index(Channel::Stable, &[]), "the channel stable must be signed by a release key");
+    refused(
+        &index(Channel::Stable, &listed.releases),
+        "the channel stable must be signed by a release key",
+    );
+    refused(
+        &index(Channel::Stable, &[liar.clone()]),
+        "the channel stable must be signed by a release key",
+    );
     plant(&bench, &target, &index(Channel::Nightly, &listed.releases));
     let nightly = fs::read(target.root().join("channels/nightly.json")).unwrap();
-    refused(&index(Channel::Beta, &[liar.clone()]), "configs/robot.toml says release");
+    refused(&index(Channel::Beta, &[liar.clone()]), "configs/robot.toml has release");
     liar.kind = Kind::Release;
-    refused(&index(Channel::Beta, &[liar]), "development keys sign the channel beta");
+    refused(&index(Channel::Beta, &[liar]), "the channel beta is signed by development keys");
     // Not even that there is none.
     fs::write(target.root().join("channels/nightly.json"), nightly).unwrap();
     let words = ["release", "show", "latest", "--product", "robot", "--store", "target"];
     let message = bench.refused(&words);
-    assert!(message.contains("development keys sign the channel nightly"), "{message}");
+    assert!(message.contains("the channel nightly is signed by development keys"), "{message}");
     // A channel that the workspace pins: what was good yesterday needs the other key today.
     fs::write(bench.dir.join("releases.toml"), "[channels]\nnightly = \"release\"\n").unwrap();
     let message = bench.refused(&["release", "list", "--store", "target"]);
-    assert!(message.contains("release keys sign the channel nightly"), "{message}");
+    assert!(message.contains("the channel nightly must be signed by a release key"), "{message}");
     fs::write(bench.dir.join("releases.toml"), "[channels]\nstable = \"development\"\n").unwrap();
     let message = bench.refused(&["release", "list", "--store", "target"]);
-    assert!(message.contains("`stable` is for everybody"), "{message}");
+    assert!(message.contains("`stable` is for all robots"), "{message}");
 }
 
 #[test]
@@ -290,8 +298,9 @@ fn a_manifest_is_what_its_channel_says_of_it() {
     let words = ["release", "show", "1.0.1", "--product", "robot", "--store", "local"];
     let message = bench.refused(&words);
     assert!(
-        message
-            .contains("it is robot 1.0.0 (development), and the channel lists it as robot 1.0.1"),
+        message.contains(
+            "the manifest is of robot 1.0.0 (development), but the channel lists it as robot 1.0.1"
+        ),
         "{message}"
     );
     age(store.root());

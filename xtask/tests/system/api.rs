@@ -1,5 +1,6 @@
-//! APIs alone, into a robot that runs: another version is served without a restart, one whose server does
-//! not start is taken back, and where `data` cannot take one, the one that serves stays.
+//! APIs alone, into a robot that runs: another version is served without a restart, one whose
+//! server does not start is rolled back, and where `data` is not available, the running one is
+//! kept.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -153,7 +154,7 @@ fn slotd(session: &mut Session, words: &str, time: Duration) -> Result<(i32, Val
     Ok((code, json.with_context(|| format!("slotd {words} said `{said}`"))?))
 }
 
-/// Which copy answers through the proxy: its version, and whether it lies on `data`.
+/// Which copy answers through the proxy: its version, and whether it is on `data`.
 pub fn serves(session: &mut Session, version: &str, on_data: bool) -> Result<()> {
     let (status, text) = get(session, "127.0.0.1", "/health")?;
     ensure!(status == 200, "/health answers {status}: {text}");
@@ -208,7 +209,7 @@ pub fn changed_without_a_restart(
     serves(session, OTHER, true)?;
     let started = Instant::now();
     refuses(session, broken, "api-unhealthy")?;
-    say(format!("one that does not start was taken back after {:.0?}", started.elapsed()));
+    say(format!("one that does not start was rolled back after {:.0?}", started.elapsed()));
     serves(session, OTHER, true)?;
     let (said, second) = installs(session, own)?;
     ensure!(said["reused"].as_u64() > Some(15), "few wheels are taken over: {said}");

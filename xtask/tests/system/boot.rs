@@ -1,5 +1,5 @@
-//! The built images boot, through the real boot loader, to a login in the slot that was chosen; the
-//! serial console says so. What it said lies in `dist/…/log`.
+//! The built images boot, through the real boot loader, to a login in the slot that was chosen; as
+//! the serial console shows. Its output is in `dist/…/log`.
 
 use std::time::Duration;
 
@@ -104,7 +104,7 @@ fn check(guest: &Guest, session: &mut Session, slot: Slot) -> Result<()> {
     ensure!(failed.is_empty(), "failed units: {failed}");
     ensure!(state == "running", "the system is {state}");
 
-    // The API's resources have arrived, from where this very Python would take the package.
+    // The API's resources have arrived, from where this Python would import the package.
     let api = plan.api.as_ref().context("the product has an API")?;
     let name = api.package.split("==").next().unwrap_or_default().replace('-', "_");
     let find = format!("import importlib.util as u; print(u.find_spec(\"{name}\").origin)");

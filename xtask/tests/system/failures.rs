@@ -107,7 +107,7 @@ fn there_is_no_network() -> Result<()> {
     contains(&message, &["fetching ", "giving up after 4 attempts", "help: check the network"])?;
     say("offline, with an empty cache");
     let message = place.refused(&place.tool(), &["--offline"])?;
-    contains(&message, &["offline, and ", " downloads are not in ", "help: run once without"])?;
+    contains(&message, &["offline, but ", " downloads are not in ", "help: run once without"])?;
     let first = lock.lines().find_map(|line| line.strip_prefix("name = ")).context("a package")?;
     contains(&message, &[first.trim_matches('"')])?;
     ensure!(place.lock()? == lock, "the package lock was rewritten");
@@ -208,7 +208,7 @@ fn a_unit_starts_a_program_that_is_missing() -> Result<()> {
     fs::write(workspace.join(&unit), text)?;
     let message = Xtask::new(&workspace).run(&[&BUILD[..], &["--offline"]].concat())?.refused()?;
     let place = format!("{unit}:2: `/usr/bin/pipette` is missing");
-    contains(&message, &["this image does not have", &place, "help: add the package"])?;
+    contains(&message, &["this image does not contain", &place, "help: add the package"])?;
     ensure!(nothing_partial(&workspace)? == 0, "an image or a bundle was made");
     Ok(())
 }

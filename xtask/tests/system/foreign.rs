@@ -98,7 +98,7 @@ fn block_map(built: &Built, folder: &Folder) -> Result<()> {
     let noise = vec![0xa5; PIECE];
     let file = File::create(&card)?;
     file.set_len(map.image_size)?;
-    // The noise lies where it matters most: at the ends of the disk and of each partition.
+    // The noise is where it matters most: at the ends of the disk and of each partition.
     let partitions = built.plan.disk.partitions.iter();
     let starts = partitions.flat_map(|p| [p.offset, p.end() - PIECE as u64]);
     for offset in starts.chain([0, map.image_size - PIECE as u64]) {
@@ -238,7 +238,7 @@ fn foreign_tools_accept_logical_partitions() -> Result<()> {
     accepted(built_for_the_firmware()?)
 }
 
-/// `inspect` of each kind of file: text for people, JSON for programs.
+/// `inspect` of each kind of file: readable text, and JSON for programs.
 fn inspected(built: &Built) -> Result<()> {
     let folder = Folder::new()?;
     let slot = folder.at("slot.ext4");

@@ -54,7 +54,7 @@ impl Laptop {
             let next = Instant::now() + Duration::from_secs(1);
             let mut frame = [0; FRAME];
             while Instant::now() < next {
-                // A timeout is no answer yet.
+                // A timeout is not an answer yet.
                 let Ok(length) = self.socket.recv(&mut frame) else { continue };
                 let Some(message) = frame.get(..length).and_then(answer) else { continue };
                 answers += 1;
@@ -68,7 +68,7 @@ impl Laptop {
     }
 }
 
-/// A label as it stands in a message: its length, then its bytes.
+/// A label in a message: its length, then its bytes.
 pub fn label(text: &str) -> Vec<u8> {
     let length = u8::try_from(text.len()).expect("at most 63 bytes");
     [&[length], text.as_bytes()].concat()

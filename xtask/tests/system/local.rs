@@ -30,8 +30,8 @@ const ANSWER: Duration = Duration::from_secs(60);
 /// What takes root's rights from a program.
 const WITHOUT_RIGHTS: [&str; 2] = ["--inh-caps=-all", "--no-new-privs"];
 
-/// Starts a program without root's rights; but for one, if it is kept, without which nobody may be root in a
-/// namespace who is root outside (user_namespaces(7)).
+/// Starts a program without root's capabilities, except one if it is kept, without which root
+/// outside cannot be root in a namespace (user_namespaces(7)).
 fn without_rights(program: &str, kept: bool) -> Command {
     let bounds = if kept { "--bounding-set=-all,+setfcap" } else { "--bounding-set=-all" };
     let mut command = Command::new(exec::find("setpriv").expect("setpriv"));
@@ -43,8 +43,8 @@ fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// The tool, with `run --local` and more. Root does without its rights, so that nothing needs them, unless it is
-/// in a chroot, where nobody makes user namespaces.
+/// The tool, with `run --local` and more. Root does without its rights, so that nothing needs them,
+/// unless it is in a chroot, where user namespaces are not available.
 fn command(more: &[&str]) -> Command {
     let tool = env!("CARGO_BIN_EXE_xtask");
     let tried = || {
@@ -132,7 +132,7 @@ fn family(first: u32) -> BTreeSet<(u32, String)> {
     stats.into_iter().filter(|s| found.contains(&s.0)).map(|(pid, _, time)| (pid, time)).collect()
 }
 
-/// Number, parent and start of a process that is no zombie (proc_pid_stat(5)).
+/// Number, parent and start of a process that is not a zombie (proc_pid_stat(5)).
 fn stat(pid: u32) -> Option<(u32, u32, String)> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
@@ -215,11 +215,11 @@ fn second_start(built: &Built, data: &Utf8Path, machine: &str) -> Result<()> {
     let version = locked.wheels.iter().find(|w| api.package.starts_with(&format!("{}==", w.name)));
     ensure!(status == 200 && health["name"] == built.plan.network.hostname, "{status} {body}");
     ensure!(health["api_version"] == version.context("it is locked")?.version, "{body}");
-    ensure!(get(address, "/nothing")?.0 == 404, "paths that nobody has named lead somewhere");
+    ensure!(get(address, "/nothing")?.0 == 404, "unknown paths have a content");
 
     // One at a time: `data` is one.
     let error = refused(&["--port", "0"])?;
-    ensure!(error.contains("is in use: this system runs here already"), "{error}");
+    ensure!(error.contains("is in use: this system is already running"), "{error}");
     // As Ctrl-C does.
     end(running, Signal::INT)
 }
@@ -227,7 +227,7 @@ fn second_start(built: &Built, data: &Utf8Path, machine: &str) -> Result<()> {
 /// A package of one's own goes before the image's: here it is the image's, at another place.
 fn own_package(place: &Utf8Path, package: &str) -> Result<()> {
     let python = place.join("root/usr/local/lib");
-    let version = python.read_dir_utf8()?.next().context("a folder of Python's")??;
+    let version = python.read_dir_utf8()?.next().context("a directory of Python's")??;
     let site = version.path().join("dist-packages");
     let mut running =
         Running(command(&["--port", "0", "--site", site.as_str()]).stderr(Stdio::piped()).spawn()?);
@@ -235,7 +235,7 @@ fn own_package(place: &Utf8Path, package: &str) -> Result<()> {
     let wanted = format!(" files of /data/apps/api/current/site/{package}");
     let mut lines = errors.lines().map_while(Result::ok).inspect(|line| say(line));
     let found = lines.find(|line| line.contains(&wanted));
-    ensure!(found.is_some_and(|line| line.contains("provision")), "nobody says `{wanted}`");
+    ensure!(found.is_some_and(|line| line.contains("provision")), "no line contains `{wanted}`");
     // Killed, it can clean nothing up. What it says until then is still heard.
     end(running, Signal::KILL)?;
     drop(lines);
@@ -257,7 +257,7 @@ fn forbidden() -> Result<()> {
     let said = command.args(["run", "--local"]).current_dir(root()).output()?;
     let error = String::from_utf8(said.stderr)?;
     ensure!(said.status.code() == Some(1), "it ended with {}: {error}", said.status);
-    ensure!(error.starts_with("error: trying to make namespaces: "), "{error}");
+    ensure!(error.starts_with("error: creating namespaces: "), "{error}");
     ensure!(error.contains("help:   sysctl user.max_user_namespaces"), "{error}");
     Ok(())
 }
@@ -270,7 +270,7 @@ fn the_robots_own_system_runs_here() -> Result<()> {
     let port = taken.local_addr()?.port();
     let error = refused(&["--port", &port.to_string()])?;
     ensure!(error.contains(&format!("listening on port {port} of 127.0.0.1")), "{error}");
-    ensure!(error.contains("help: another program has it"), "{error}");
+    ensure!(error.contains("help: stop the program that uses the port"), "{error}");
 
     forbidden()?;
 

@@ -14,7 +14,7 @@ const BOARD: &str = "qemu-arm64";
 
 #[test]
 fn the_nightly_script_builds_releases_and_publishes() -> Result<()> {
-    // It compiles this tool once more, for a checkout elsewhere.
+    // It compiles this tool again, for another checkout.
     if std::env::var_os(ALL).is_none() {
         say(format!("skipped without {ALL}: the nightly script"));
         return Ok(());

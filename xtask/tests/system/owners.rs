@@ -50,7 +50,7 @@ fn unpack(built: &Built, folder: &Utf8Path) -> Result<()> {
     Ok(())
 }
 
-/// Files and links below a folder, without it.
+/// Files and links below a directory, without it.
 fn list(folder: &Utf8Path, name: &Utf8Path, found: &mut BTreeSet<Utf8PathBuf>) -> Result<()> {
     for entry in folder.join(name).read_dir_utf8().with_context(|| format!("reading {name}"))? {
         let entry = entry?;

@@ -16,7 +16,7 @@ use crate::support::{
 };
 
 const BOARD: &str = "qemu-arm64";
-/// The folder that is a team's shared cache.
+/// The directory that is a team's shared cache.
 const TEAM: &str = "shared cache";
 const STAGES: [&str; 6] = ["base", "api", "agent", "compose", "image", "bundle"];
 
@@ -32,7 +32,7 @@ fn nothing_changed_and_nothing_is_done() -> Result<()> {
     let built = built(BOARD)?;
     let look = || -> Result<BTreeMap<_, _>> {
         let mut files = snapshot(&built.dist)?;
-        // The report says how long this very build took.
+        // The report says how long this build took.
         files.retain(|path, _| path.file_stem() != Some("report"));
         Ok(files)
     };
@@ -108,8 +108,8 @@ fn all() -> bool {
     std::env::var_os(ALL).is_some()
 }
 
-/// An empty cache, but for `given`. Only when everything is asked for the agent is compiled anew, for minutes: what its bytes
-/// depend on is one compiler, whose version is in its key.
+/// An empty cache, but for `given`. Only when everything is requested the agent is compiled again,
+/// for minutes: what its bytes depend on is one compiler, whose version is in its key.
 fn empty_cache(folder: &Folder, name: &str, given: &[&str]) -> Result<Utf8PathBuf> {
     let cache = folder.at(&format!("cache of {name}"));
     let agent: &[&str] = if all() { &[] } else { &["stages/agent"] };
@@ -135,7 +135,7 @@ fn build_elsewhere(folder: &Folder, name: &str, strange: bool) -> Result<()> {
             .env("USER", "nobody");
         tool_permissions(&copy)?;
     }
-    // Inside a user namespace, a folder below a home folder may be closed.
+    // Inside a user namespace, a directory below a home directory may be closed.
     let temporary = tempfile::Builder::new()
         .prefix("slipway-test-")
         .permissions(fs::Permissions::from_mode(0o755))
@@ -155,7 +155,7 @@ fn build_elsewhere(folder: &Folder, name: &str, strange: bool) -> Result<()> {
     fs::remove_dir_all(&cache).with_context(|| format!("removing {cache}"))
 }
 
-/// The folders of the base's intermediate files.
+/// The directories of the base's intermediate files.
 fn intermediate(temporary: &Utf8Path) -> Vec<Utf8PathBuf> {
     let entries = temporary.read_dir_utf8().into_iter().flatten().flatten();
     let named = entries.filter(|entry| entry.file_name().starts_with("slipway-base-"));
@@ -200,10 +200,11 @@ fn tool_permissions(copy: &Utf8Path) -> Result<()> {
     crate::support::tool("chmod").args(["-R", "go-rwx", copy.as_str()]).run()
 }
 
-/// The other side is the build that all tests share: another folder, another time, umask 022. On a
-/// fresh machine it is clean as well; where the cache was warm, it was clean at some earlier time, and
-/// a difference means that a stage's code changed without its version. `test --all` makes two, compiles the agent for each, and
-/// kills one before. A third machine takes from the second one's shared cache what is slow, and must come to the same.
+/// The other side is the build that all tests share: another directory, another time, umask 022. On
+/// a fresh machine it is clean as well; where the cache was warm, it was clean at some earlier
+/// time, and a difference means that a stage's code changed without its version. `test --all` makes
+/// two, compiles the agent for each, and kills one before. A third machine takes from the second
+/// one's shared cache what is slow, and must come to the same.
 #[test]
 fn two_clean_builds_are_equal() -> Result<()> {
     let built = built(BOARD)?;

@@ -100,7 +100,8 @@ pub fn proxy(session: &mut Session) -> Result<()> {
     api_is_up(session)
 }
 
-/// What faces the network has empty places where the agent's, the identity's and the network's folders are.
+/// What faces the network has empty places where the agent's, the identity's and the network's
+/// directories are.
 pub fn hidden(session: &mut Session) -> Result<()> {
     for (unit, folders) in [
         ("slipway-api", "slotd identity network home"),
@@ -108,7 +109,8 @@ pub fn hidden(session: &mut Session) -> Result<()> {
         ("systemd-resolved", "slotd identity network"),
         ("systemd-networkd", "slotd identity"),
     ] {
-        // Root reads what is there: of an inaccessible folder systemd shows an empty one in its place.
+        // Root reads what is there: of an inaccessible directory systemd shows an empty one in its
+        // place.
         let look = format!(
             "cd /proc/$(systemctl show -P MainPID {unit})/root/data && ls -A system >/dev/null && \
              for folder in {folders}; do ls -A /data/$folder | head -n 1 | grep -q . || echo $folder is empty; \
@@ -176,7 +178,7 @@ pub fn leave_things(session: &mut Session) -> Result<()> {
     ] {
         output(session, command, COMMAND)?;
     }
-    // Names count at once when somebody asks for it.
+    // Names apply at once on request.
     let renamed =
         "systemctl restart slipway-identity systemd-resolved && hostnamectl --static && hostname";
     let said = output(session, renamed, COMMAND)?;

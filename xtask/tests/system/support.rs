@@ -30,7 +30,7 @@ pub fn root() -> Utf8PathBuf {
     Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
 }
 
-/// Says what goes on in this test: others run beside it.
+/// Prints the progress of this test: others run in parallel.
 pub fn say(text: impl AsRef<str>) {
     let thread = std::thread::current();
     eprintln!("{}: {}", thread.name().unwrap_or("system"), text.as_ref());
@@ -42,7 +42,7 @@ pub fn tool(name: &str) -> Tool {
     Tool::new(path).env("LC_ALL", "C").env("TZ", "UTC")
 }
 
-/// A folder on the disk of `target/`, removed with the value.
+/// A directory on the disk of `target/`, removed with the value.
 pub struct Folder(tempfile::TempDir);
 
 impl Folder {
@@ -62,11 +62,11 @@ impl Folder {
     }
 }
 
-/// How the folders' names begin; the process follows.
+/// How the directories' names begin; the process follows.
 const PREFIX: &str = "system-";
 
-/// Removes the folders of processes that are gone: those that were killed left gigabytes, and what all tests of a run share
-/// stays to its end.
+/// Removes the directories of processes that are gone: those that were killed left gigabytes, and
+/// what all tests of a run share stays to its end.
 fn sweep(dir: &Utf8Path) -> Result<()> {
     for entry in dir.read_dir_utf8()? {
         let entry = entry?;
@@ -134,8 +134,8 @@ impl Xtask {
         this
     }
 
-    /// Puts an empty disk of this many MiB on a folder, for this call only. What lies there at the
-    /// end is listed on standard error, for it goes away with the call.
+    /// Puts an empty disk of this many MiB on a directory, for this call only. Its files at the end
+    /// are listed on standard error, since they disappear with the call.
     pub fn small_disk(mut self, dir: &Utf8Path, mebibytes: u64) -> Self {
         self.small_disk = Some((dir.to_owned(), mebibytes));
         self
@@ -234,8 +234,8 @@ pub struct Built {
     pub qemu: Option<Files>,
 }
 
-/// The build of a board in this workspace, made when it is first asked for. Who asks meanwhile waits for it, and
-/// nobody waits for another board's.
+/// The build of a board in this workspace, made on the first request. Concurrent requests for the
+/// same board wait for it.
 pub fn built(board: &str) -> Result<&'static Built> {
     built_of(None, board)
 }
@@ -361,8 +361,8 @@ pub fn stages(report: &Value) -> Result<Vec<(String, bool)>> {
         .collect()
 }
 
-/// Every file below a folder with its length and SHA-256, but for what `run --local` keeps and the consoles' logs:
-/// other tests write them meanwhile.
+/// Every file below a directory with its length and SHA-256, but for what `run --local` keeps and
+/// the consoles' logs: other tests write them meanwhile.
 pub fn snapshot(dir: &Utf8Path) -> Result<BTreeMap<Utf8PathBuf, (u64, String)>> {
     let mut found = BTreeMap::new();
     let others = ["local", "log"].map(|name| dir.join(name));
@@ -373,7 +373,7 @@ pub fn snapshot(dir: &Utf8Path) -> Result<BTreeMap<Utf8PathBuf, (u64, String)>> 
     Ok(found)
 }
 
-/// Every file below a folder; none when there is no folder.
+/// Every file below a directory; none when there is no directory.
 pub fn files(dir: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     let (mut found, mut folders) = (Vec::new(), vec![dir.to_owned()]);
     while let Some(folder) = folders.pop() {
@@ -389,7 +389,7 @@ pub fn files(dir: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     Ok(found)
 }
 
-/// Checks that whatever lies under a final name is whole. Returns how many images and bundles do.
+/// Checks that every file with a final name is complete. Returns the number of images and bundles.
 pub fn nothing_partial(workspace: &Utf8Path) -> Result<usize> {
     let mut whole = 0;
     for path in files(&workspace.join("dist"))? {

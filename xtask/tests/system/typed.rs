@@ -86,7 +86,7 @@ impl Bench {
             }
             ensure!(Instant::now() < end, "neither a kernel nor a prompt:\n{text}");
             if noise {
-                // A full buffer is one that nobody reads: that is what is hoped for.
+                // A full buffer is one that is not read, which is what the test expects.
                 drop(console.write(NOISE));
                 turn += 1;
                 if turn % 20 == 0 {

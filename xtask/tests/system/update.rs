@@ -1,6 +1,7 @@
-//! Updates from end to end, in QEMU and through the real boot loader: a good one is tried, committed and
-//! followed by one back; each kind of bad one is refused, or comes back by itself. The boot loader's and the
-//! kernel's own words on the serial console are what is waited for. The logs lie in `dist/…/log`.
+//! Updates from end to end, in QEMU and through the real boot loader: a valid one is tried,
+//! committed and followed by one back; each kind of invalid one is rejected, or rolls back
+//! automatically. The tests wait for the boot loader's and the kernel's own output on the serial
+//! console. The logs are in `dist/…/log`.
 
 use std::fs;
 use std::sync::{Mutex, PoisonError};
@@ -35,8 +36,9 @@ const PI_INSTALL: Duration = Duration::from_secs(2700);
 const SLOT_SIZE: &str = "size = \"1GiB\"";
 /// Seconds that a trial has there, instead of 300: for the same reason it needs 285 of them on an idle machine.
 const PI_DEADLINE: u64 = 900;
-/// Seconds until a trial that nobody commits is over, instead of the board's own: three times what a
-/// start takes on a busy machine. One that shall be committed has the board's own, for its API must answer.
+/// Seconds until a trial without a commit is over, instead of the board's own: three times what a
+/// start takes on a busy machine. One that shall be committed has the board's own, for its API must
+/// answer.
 const DEADLINE: u64 = 240;
 /// The version of the update; the card has the product's own.
 const UPDATE: &str = "0.1.1";
@@ -161,7 +163,8 @@ struct Robot {
 }
 
 impl Robot {
-    /// Starts a machine. The log lies beside those of the other tests, also when the build lies elsewhere.
+    /// Starts a machine. The log is beside those of the other tests, also when the build is in
+    /// another directory.
     fn start(card: &Built, name: &str, machine: &Machine, overlay: Overlay) -> Result<Self> {
         let (product, board) = (&card.plan.product.name, &card.plan.board.name);
         let log = root().join(format!("dist/{product}/{board}/log/update-{name}.log"));
@@ -465,7 +468,7 @@ fn comes_back(bench: &Bench, case: &Case) -> Result<()> {
 fn put(bench: &Bench, path: &str, content: &str, executable: bool) -> Result<Vec<String>> {
     let source = bench.folder.at(&path.replace('/', "_"));
     fs::write(&source, content)?;
-    let (folder, name) = path.rsplit_once('/').context("a folder")?;
+    let (folder, name) = path.rsplit_once('/').context("a directory")?;
     let mode = if executable { "0100755" } else { "0100644" };
     Ok(vec![
         format!("cd {folder}"),
@@ -493,7 +496,7 @@ fn cases(bench: &Bench) -> Result<Vec<Case>> {
     hangs.extend(put(bench, "/usr/sbin/init", "#!/bin/sh\nexec sleep infinity\n", true)?);
     let check = "[command]\nrun = [\"/bin/false\"]\n";
     let unhealthy = put(bench, "/etc/slotd/health.d/99-fails.toml", check, false)?;
-    // Nobody commits and nobody restarts: the watchdog does.
+    // Without a commit or a restart, the watchdog restarts the robot.
     let masked = "rm /etc/systemd/system/multi-user.target.wants/slipway-health.service".to_owned();
     Ok(vec![
         Case {
@@ -690,7 +693,7 @@ fn a_release_takes_releases_only() -> Result<()> {
     let team = Team { keys: folder.at("keys"), folder };
     let without_key = team.build("0.1.0").map(drop).map_err(|error| format!("{error:#}"));
     ensure!(
-        without_key.as_ref().is_err_and(|e| e.contains("a release is never signed by a dev")),
+        without_key.as_ref().is_err_and(|e| e.contains("a release cannot be signed by a dev")),
         "a release without a key: {without_key:?}"
     );
     fs::remove_dir_all(team.folder.at("0.1.0"))?;

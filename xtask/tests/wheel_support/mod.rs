@@ -128,7 +128,7 @@ pub fn message<T>(result: anyhow::Result<T>) -> String {
     }
 }
 
-/// A folder with an unpacked arm64 Debian with Python, made once for all tests.
+/// A directory with an unpacked arm64 Debian with Python, made once for all tests.
 pub fn arm64_root() -> &'static Utf8Path {
     static ROOT: OnceLock<Utf8PathBuf> = OnceLock::new();
     ROOT.get_or_init(|| {

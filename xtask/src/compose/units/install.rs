@@ -1,14 +1,14 @@
-//! The `[Install]` section of a unit and of its drop-ins, read as systemd reads it: continued lines,
-//! comments between them, quotes, specifiers, empty values that forget what came before.
+//! The `[Install]` section of a unit and of its drop-ins, read as systemd reads it: continued
+//! lines, comments between them, quotes, specifiers, empty values that reset earlier ones.
 
 use anyhow::{Result, bail, ensure};
 
 use super::name::{Form, MAX, UnitName};
 
-/// What one unit asks for when it is enabled. Values may have specifiers.
+/// What enabling a unit does. Values may contain specifiers.
 #[derive(Debug, Default)]
 pub struct Install {
-    /// Further names.
+    /// Aliases.
     pub aliases: Vec<String>,
     /// Units that want it.
     pub wanted_by: Vec<String>,
@@ -18,30 +18,30 @@ pub struct Install {
     pub upheld_by: Vec<String>,
     /// Units that are enabled with it.
     pub also: Vec<UnitName>,
-    /// The instance that stands for a template.
+    /// The default instance of a template.
     pub default_instance: Option<String>,
 }
 
 impl Install {
-    /// Whether it asks for nothing.
+    /// Whether the section is empty.
     pub fn is_empty(&self) -> bool {
         let lists = [&self.aliases, &self.wanted_by, &self.required_by, &self.upheld_by];
         lists.iter().all(|list| list.is_empty()) && self.also.is_empty()
     }
 
-    /// Adds what a file says about `unit`: the unit's own, then each drop-in.
+    /// Adds the settings of a file about `unit`: the unit's own file, then each drop-in.
     ///
     /// # Errors
-    /// What makes systemd refuse the file.
+    /// What makes systemd reject the file.
     pub fn read(&mut self, unit: &UnitName, text: &[u8]) -> Result<()> {
         let text = String::from_utf8_lossy(text);
         let mut here = false;
         for line in logical_lines(&text) {
             let line = line.trim_matches(BLANK);
-            ensure!(!line.contains('\u{fffd}'), "it is not UTF-8");
+            ensure!(!line.contains('\u{fffd}'), "the file is not UTF-8");
             if let Some(rest) = line.strip_prefix('[') {
                 let Some(section) = rest.strip_suffix(']') else {
-                    bail!("`{line}` is no section");
+                    bail!("`{line}` is not a section");
                 };
                 here = section == "Install";
             } else if let (true, Some((key, value))) = (here, line.split_once('=')) {
@@ -61,7 +61,7 @@ impl Install {
                 for word in words(value, Quotes::Literal)? {
                     let name = self.print(unit, &word)?;
                     let Some(name) = UnitName::new(&name) else {
-                        bail!("Also={name}: that is no name of a unit");
+                        bail!("Also={name}: not a valid unit name");
                     };
                     self.also.push(name);
                 }
@@ -72,7 +72,7 @@ impl Install {
                 let named = unit.with_instance(&instance);
                 ensure!(
                     instance.is_empty() || named.is_some(),
-                    "DefaultInstance={instance}: that can be no instance"
+                    "DefaultInstance={instance}: not a valid instance name"
                 );
                 self.default_instance = named.map(|_| instance);
                 return Ok(());
@@ -89,7 +89,7 @@ impl Install {
     /// A value with its specifiers replaced.
     ///
     /// # Errors
-    /// A specifier that does not exist, or that stands for something that only the robot knows.
+    /// A specifier that does not exist, or whose value only the robot knows.
     pub fn print(&self, unit: &UnitName, value: &str) -> Result<String> {
         let default = self.default_instance.as_deref().unwrap_or_default();
         let instance = if unit.form() == Form::Template { default } else { unit.instance() };
@@ -112,15 +112,17 @@ impl Install {
                 Some('U' | 'G') => text.push('0'),
                 Some(known) if "aAbBHlqmMovwW".contains(known) => bail!(
                     "`{value}` has the specifier %{known}, whose value only the running robot knows\n\
-                     help: make that link by hand: a symbolic link in an overlay"
+                     help: create the link in an overlay instead, as a symbolic link"
                 ),
                 Some(unknown) if unknown.is_ascii_alphanumeric() => {
-                    bail!("`{value}` has the specifier %{unknown}, which there is not in [Install]")
+                    bail!(
+                        "`{value}` has the specifier %{unknown}, which does not exist in [Install]"
+                    )
                 }
                 Some(other) => text.extend(['%', other]),
             }
         }
-        ensure!(text.len() <= MAX + 1, "`{value}` stands for {} bytes", text.len());
+        ensure!(text.len() <= MAX + 1, "`{value}` expands to {} bytes", text.len());
         Ok(text)
     }
 }
@@ -128,8 +130,8 @@ impl Install {
 /// What systemd strips from lines, keys and values.
 const BLANK: [char; 4] = [' ', '\t', '\n', '\r'];
 
-/// Lines with those appended that continue them (systemd.syntax(7)): the backslash becomes a blank, and
-/// comments in between are passed over.
+/// Lines with those appended that continue them (systemd.syntax(7)): the backslash becomes a blank,
+/// and comments in between are skipped.
 fn logical_lines(text: &str) -> Vec<String> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text).replace("\r\n", "\n");
     let mut lines = Vec::new();
@@ -151,17 +153,18 @@ fn logical_lines(text: &str) -> Vec<String> {
     lines
 }
 
-/// What quotes and backslashes mean in a list of words.
+/// How quotes and backslashes are interpreted in a list of words.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Quotes {
-    /// Quotes hold a word together and go; a backslash is a character.
+    /// Quotes delimit a word and are removed; a backslash is a normal character.
     Removed,
-    /// Quotes are characters; a backslash goes, and what is behind it stays (`Also=`).
+    /// Quotes are normal characters; a backslash is removed, and the next character is kept
+    /// (`Also=`).
     Literal,
 }
 
 /// # Errors
-/// A backslash at the end, where it means something.
+/// A backslash at the end, where it has a meaning.
 fn words(value: &str, quotes: Quotes) -> Result<Vec<String>> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
@@ -182,7 +185,7 @@ fn words(value: &str, quotes: Quotes) -> Result<Vec<String>> {
             _ => word.get_or_insert_default().push(c),
         }
     }
-    // systemd passes over a word whose quote is not closed.
+    // systemd ignores a word whose quote is not closed.
     if open.is_none() {
         words.extend(word);
     }

@@ -20,7 +20,7 @@ const TYPES: [&str; 11] = [
 /// The longest name in bytes: systemd's `UNIT_NAME_MAX` is 256 with the final zero.
 pub const MAX: usize = 255;
 
-/// What a name stands for.
+/// The kind of a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
     /// `a.service`
@@ -36,7 +36,7 @@ pub enum Form {
 pub struct UnitName(String);
 
 impl UnitName {
-    /// `None` for what is no name of a unit.
+    /// `None` for an invalid unit name.
     pub fn new(text: &str) -> Option<Self> {
         let (stem, kind) = text.rsplit_once('.')?;
         let good = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
@@ -70,7 +70,7 @@ impl UnitName {
         self.stem().split_once('@').map_or("", |(_, instance)| instance)
     }
 
-    /// What it stands for.
+    /// Its kind.
     pub fn form(&self) -> Form {
         match self.stem().split_once('@') {
             None => Form::Plain,
@@ -84,18 +84,18 @@ impl UnitName {
         (self.form() != Form::Plain).then(|| Self(format!("{}@.{}", self.prefix(), self.kind())))
     }
 
-    /// `a@NEW.service` of `a@b.service` or `a@.service`; `None` where that is no name.
+    /// `a@NEW.service` of `a@b.service` or `a@.service`; `None` when that is not a valid name.
     pub fn with_instance(&self, new: &str) -> Option<Self> {
         (self.form() != Form::Plain && !new.is_empty())
             .then(|| Self::new(&format!("{}@{new}.{}", self.prefix(), self.kind())))?
     }
 
-    /// Whether there can be templates of its type.
+    /// Whether units of its type can be templates.
     pub fn may_template(&self) -> bool {
         ["service", "socket", "target", "timer", "path"].contains(&self.kind())
     }
 
-    /// Whether units of its type can have other names.
+    /// Whether units of its type can have aliases.
     pub fn may_alias(&self) -> bool {
         self.may_template() || self.kind() == "device"
     }
@@ -107,16 +107,16 @@ impl fmt::Display for UnitName {
     }
 }
 
-/// Why `alias` cannot be another name of `unit`, as a sentence's end.
+/// Why `alias` cannot be an alias of `unit`, as the end of a sentence.
 pub fn why_no_alias(alias: &UnitName, unit: &UnitName) -> Option<String> {
     if alias.kind() != unit.kind() {
-        return Some(format!("a {} is no {}", alias.kind(), unit.kind()));
+        return Some(format!("a {} is not a {}", alias.kind(), unit.kind()));
     }
     if !alias.may_alias() {
-        return Some(format!("a {} has one name only", alias.kind()));
+        return Some(format!("a {} cannot have aliases", alias.kind()));
     }
     if alias.form() != Form::Plain && !alias.may_template() {
-        return Some(format!("there are no templates of a {}", alias.kind()));
+        return Some(format!("units of type {} cannot be templates", alias.kind()));
     }
     match (alias.form(), unit.form()) {
         (Form::Instance, Form::Instance) if alias.instance() != unit.instance() => {

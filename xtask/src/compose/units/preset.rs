@@ -1,5 +1,5 @@
-//! Preset files, by the rules of systemd.preset(5): sorted by file name over all folders, and the first
-//! line that matches a unit counts.
+//! Preset files, by the rules of systemd.preset(5): sorted by file name over all directories, and
+//! the first line that matches a unit applies.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,8 @@ use globset::{GlobBuilder, GlobMatcher};
 use super::name::{Form, UnitName};
 use crate::rootfs::tree::{Kind, Origin, Tree};
 
-/// Where presets lie; a file of an earlier folder replaces one of that name in a later one.
+/// The directories of presets; a file in an earlier directory replaces one of the same name in a
+/// later one.
 const FOLDERS: [&str; 4] = [
     "etc/systemd/system-preset/",
     "run/systemd/system-preset/",
@@ -17,10 +18,10 @@ const FOLDERS: [&str; 4] = [
     "usr/lib/systemd/system-preset/",
 ];
 
-/// What a line says.
+/// The action of a line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Make its links; of a template, those of these instances.
+    /// Create its links; for a template, those of these instances.
     Enable(Vec<String>),
     /// Remove its links.
     Disable,
@@ -31,24 +32,24 @@ pub enum Action {
 /// One line.
 #[derive(Debug)]
 pub struct Rule {
-    /// A name or a pattern, as it stands.
+    /// A name or a pattern, as written.
     pub pattern: String,
     matcher: GlobMatcher,
-    /// What it says.
+    /// The action.
     pub action: Action,
     /// The line and its file, for messages.
     pub line: String,
-    /// Whether an overlay brings it, not the base system.
+    /// Whether the line is from an overlay, not from the base system.
     pub ours: bool,
 }
 
 impl Rule {
-    /// The unit that it names, where it is no pattern.
+    /// The unit that it names, unless it is a pattern.
     pub fn unit(&self) -> Option<UnitName> {
         UnitName::new(&self.pattern)
     }
 
-    /// Whether it is about this unit.
+    /// Whether it matches this unit.
     pub fn matches(&self, unit: &UnitName) -> bool {
         let listed = matches!(&self.action, Action::Enable(instances)
             if unit.template().is_some_and(|t| t.as_str() == self.pattern)
@@ -60,8 +61,8 @@ impl Rule {
 /// All rules of a tree, in their order.
 ///
 /// # Errors
-/// A line of an overlay's preset that says nothing; one of the base system's is passed over, as
-/// systemd does.
+/// An invalid line in an overlay's preset; an invalid line of the base system is ignored, as by
+/// systemd.
 pub fn rules(tree: &Tree) -> Result<Vec<Rule>> {
     let mut files: BTreeMap<&str, (&str, bool)> = BTreeMap::new();
     for folder in FOLDERS {
@@ -76,7 +77,8 @@ pub fn rules(tree: &Tree) -> Result<Vec<Rule>> {
     }
     let mut rules = Vec::new();
     for (path, ours) in files.into_values() {
-        // A link to /dev/null, or to nothing, hides the files of that name in the other folders.
+        // A link to /dev/null, or a dangling link, hides the files of that name in the other
+        // directories.
         if tree.resolve(path).is_none() {
             continue;
         }
@@ -102,7 +104,7 @@ pub fn rules(tree: &Tree) -> Result<Vec<Rule>> {
 fn rule(line: &str, ours: bool) -> Result<Rule> {
     let (word, rest) = line.split_once([' ', '\t']).unwrap_or((line, ""));
     let mut words = rest.split_ascii_whitespace();
-    let pattern = words.next().context("it names no unit")?.to_owned();
+    let pattern = words.next().context("the line names no unit")?.to_owned();
     let others: Vec<String> = words.map(str::to_owned).collect();
     let template = UnitName::new(&pattern).is_some_and(|unit| unit.form() == Form::Template);
     let action = match word {
@@ -114,14 +116,14 @@ fn rule(line: &str, ours: bool) -> Result<Rule> {
     ensure!(
         others.is_empty() || (template && word == "enable"),
         "more than one word after `{word}`\n\
-         help: a line names one unit or pattern; only `enable` of a template lists instances behind it"
+         help: a line has one unit or pattern; only `enable` of a template lists instances after it"
     );
     Ok(Rule { matcher: matcher(&pattern)?, pattern, action, line: String::new(), ours })
 }
 
-/// As fnmatch(3) without escapes: braces are no alternatives.
+/// Like fnmatch(3) without escapes: braces are normal characters.
 fn matcher(pattern: &str) -> Result<GlobMatcher> {
-    ensure!(!pattern.contains("[["), "classes such as [[:digit:]] are not known here");
+    ensure!(!pattern.contains("[["), "classes such as [[:digit:]] are not supported");
     let plain: String = pattern
         .chars()
         .map(|c| if "{}".contains(c) { format!("[{c}]") } else { c.to_string() })

@@ -1,5 +1,5 @@
-//! Compares every request of a defconfig with what Kconfig made of it, and says of each that was
-//! lost why: Kconfig itself loses most of them in silence, with exit status 0.
+//! Compares every request of a defconfig with the configuration that Kconfig created, and explains
+//! why requests were lost: Kconfig itself drops most of them silently, with exit status 0.
 
 use std::collections::BTreeSet;
 
@@ -19,15 +19,15 @@ use crate::plan::fragment::{Defconfig, Request, Value};
 pub enum Class {
     /// No such symbol in this tree.
     Unknown,
-    /// Something that the symbol depends on does not hold.
+    /// A dependency of the symbol is not met.
     Unmet,
     /// Another member of its choice won.
     Choice,
     /// A `select` forces it on.
     Selected,
-    /// The symbol was retired; Buildroot would stop at the next make.
+    /// The symbol was retired; the next make of Buildroot would fail.
     Retired,
-    /// The value does not fit the symbol's type or range.
+    /// The value does not match the symbol's type or range.
     Malformed,
     /// The symbol has no prompt: Kconfig computes it.
     Computed,
@@ -37,13 +37,13 @@ pub enum Class {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Loss {
-    /// Why.
+    /// The reason.
     pub class: Class,
     /// The symbol.
     pub symbol: String,
-    /// What was asked.
+    /// The requested value.
     pub asked: String,
-    /// What Kconfig made of it.
+    /// The value that Kconfig set.
     pub got: String,
     /// The cause, as a sentence.
     pub cause: String,
@@ -58,7 +58,7 @@ impl Loss {
         let message = match self.class {
             Class::Unknown | Class::Retired | Class::Malformed => self.cause.clone(),
             _ => format!(
-                "{} is asked to be {} and became {}: {}",
+                "{} was requested as {}, but Kconfig set {}: {}",
                 self.symbol, self.asked, self.got, self.cause
             ),
         };
@@ -66,13 +66,13 @@ impl Loss {
     }
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Verdict {
     /// How many requests were compared.
     pub compared: usize,
-    /// Those that were lost, in the fragments' order.
+    /// The requests that were lost, in the fragments' order.
     pub losses: Vec<Loss>,
     /// The `.config`.
     #[serde(skip)]
@@ -83,17 +83,17 @@ impl Verdict {
     /// `Ok` when nothing was lost.
     ///
     /// # Errors
-    /// Every loss, with its place.
+    /// Every lost request, with its place.
     pub fn require(&self) -> Result<()> {
         Findings(self.losses.iter().map(Loss::finding).collect()).check()
     }
 }
 
-/// Lets Kconfig resolve the defconfig in the output folder, and compares.
+/// Runs Kconfig with the defconfig in the output directory, and compares the result.
 ///
 /// # Errors
-/// When Kconfig cannot run, warns of something that no request explains, or is not at rest
-/// afterwards. Lost requests are no error here: they are in the verdict.
+/// When Kconfig cannot run, prints a warning that no request explains, or gives another result when
+/// it runs again. Lost requests are not errors here: they are in the verdict.
 pub fn check(setup: &Setup, defconfig: &Defconfig, title: &str) -> Result<Verdict> {
     std::fs::create_dir_all(&setup.output).with_context(|| format!("creating {}", setup.output))?;
     let path = setup.output.join("slipway_defconfig");
@@ -106,7 +106,7 @@ pub fn check(setup: &Setup, defconfig: &Defconfig, title: &str) -> Result<Verdic
         .arg(format!("BR2_DEFCONFIG={path}"))
         .arg("defconfig")
         .run_lines(|line| printed.push(line.to_owned()))
-        .context("letting Kconfig resolve the defconfig")?;
+        .context("resolving the defconfig with Kconfig")?;
     let config = read(&setup.output.join(".config"))?;
     let symbols = Symbols::read(&Paths {
         tree: &setup.tree,
@@ -118,17 +118,17 @@ pub fn check(setup: &Setup, defconfig: &Defconfig, title: &str) -> Result<Verdic
     if losses.is_empty() {
         if let Some(warning) = warnings(&printed).first() {
             bail!(
-                "Kconfig warns, and no request explains it: {}",
+                "Kconfig printed a warning that no request explains: {}",
                 explain_warning(warning, &path, &text)
             );
         }
         if values.is_set("BR2_LEGACY") {
             bail!(
-                "Kconfig set BR2_LEGACY, and no request explains it: see {}/.config",
+                "Kconfig set BR2_LEGACY, but no request explains it: see {}/.config",
                 setup.output
             );
         }
-        setup.make().args(["-s", "olddefconfig"]).run().context("asking Kconfig once more")?;
+        setup.make().args(["-s", "olddefconfig"]).run().context("running Kconfig again")?;
         let again = read(&setup.output.join(".config"))?;
         let (before, after) = (settings(&config), settings(&again));
         if let Some(at) =
@@ -136,7 +136,7 @@ pub fn check(setup: &Setup, defconfig: &Defconfig, title: &str) -> Result<Verdic
         {
             let line = |lines: &[&str]| lines.get(at).copied().unwrap_or("nothing").to_owned();
             bail!(
-                "Kconfig is not at rest: `{}` became `{}` when it was asked again",
+                "the configuration is not stable: `{}` became `{}` when Kconfig ran again",
                 line(&before),
                 line(&after)
             );
@@ -145,8 +145,8 @@ pub fn check(setup: &Setup, defconfig: &Defconfig, title: &str) -> Result<Verdic
     Ok(Verdict { compared: defconfig.0.len(), losses, config })
 }
 
-/// The lines that set a symbol or unset it. Not the heading: it has the tree's version as git sees it just
-/// now, which is "dirty" for a moment in a tree that was copied.
+/// The lines that set a symbol or unset it. Without the heading: it contains the tree's version
+/// from git, which is briefly "dirty" in a copied tree.
 fn settings(config: &str) -> Vec<&str> {
     config.lines().filter(|line| line.contains("BR2_")).collect()
 }
@@ -155,8 +155,8 @@ fn read(path: &Utf8Path) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("reading {path}"))
 }
 
-/// Kconfig's warnings: they name a file and a line, or begin with the word; the lines behind one
-/// that are indented belong to it.
+/// Kconfig's warnings: they name a file and a line, or begin with the word; indented lines after a
+/// warning belong to it.
 fn warnings(printed: &[String]) -> Vec<String> {
     let mut found: Vec<String> = Vec::new();
     for line in printed {
@@ -183,7 +183,7 @@ fn explain_warning(warning: &str, path: &Utf8Path, defconfig: &str) -> String {
     }
 }
 
-/// Every request that the values do not meet.
+/// All requests that the values do not meet.
 pub fn compare(defconfig: &Defconfig, symbols: &Symbols, values: &Values) -> Vec<Loss> {
     let judge = Judge { defconfig, symbols, values };
     defconfig.0.iter().filter_map(|request| judge.loss(request)).collect()
@@ -222,16 +222,16 @@ impl Judge<'_> {
             let help = near.map_or("make menuconfig's `/` searches for symbols".to_owned(), |n| {
                 format!("did you mean {n}?")
             });
-            return build(Class::Unknown, format!("this Buildroot knows no {symbol}"), help);
+            return build(Class::Unknown, format!("this Buildroot has no symbol {symbol}"), help);
         }
-        // A retired symbol survives as `y`, and the next make stops at it.
+        // A retired symbol remains `y`, and the next make fails because of it.
         let empty = request.value == Value::Text(String::new());
         if let Some(entry) = self.symbols.retired(symbol).filter(|_| wants && !empty) {
             let prompt = entry.prompt.clone().unwrap_or_default();
             let cause = format!("{symbol} is retired: {prompt} ({})", entry.at);
             return build(Class::Retired, cause, self.replacement(entry));
         }
-        // A wrong type is a finding even where Kconfig happens to arrive at the value.
+        // A wrong type is a finding even where Kconfig happens to set the value.
         if let Some((cause, help)) = self.mistyped(request) {
             return build(Class::Malformed, cause, help);
         }
@@ -249,24 +249,25 @@ impl Judge<'_> {
             return build(Class::Selected, cause, help);
         }
         if entries.iter().all(|entry| entry.prompt.is_none()) {
-            let cause = format!("it has no prompt, so only Kconfig sets it ({})", entries[0].at);
+            let cause =
+                format!("the symbol has no prompt, so only Kconfig sets it ({})", entries[0].at);
             return build(Class::Computed, cause, self.who_sets(symbol));
         }
         let range = entries.iter().find_map(|e| e.range.as_ref().map(|r| (r, &e.at)));
         let (cause, help) = match range {
             Some(((low, high), at)) => (
-                format!("{symbol} takes {low} to {high} ({at}), not {}", request.value),
+                format!("{symbol} accepts {low} to {high} ({at}), not {}", request.value),
                 "choose a value within the range".to_owned(),
             ),
             None => (
-                format!("{symbol} does not take {} ({})", request.value, entries[0].at),
-                format!("what it takes is said at {}", entries[0].at),
+                format!("{symbol} does not accept {} ({})", request.value, entries[0].at),
+                format!("the accepted values are defined at {}", entries[0].at),
             ),
         };
         build(Class::Malformed, cause, help)
     }
 
-    /// What takes a retired symbol's place: what it selects besides the mark, and its help text.
+    /// What replaces a retired symbol: what it selects besides the legacy mark, and its help text.
     fn replacement(&self, entry: &Entry) -> String {
         let successors: Vec<&str> = entry
             .selects
@@ -283,7 +284,7 @@ impl Judge<'_> {
                 } else {
                     format!(" Buildroot says: {help}")
                 };
-                format!("write {} in its place.{says}", names.join(", "))
+                format!("replace it by {}.{says}", names.join(", "))
             }
         }
     }
@@ -296,7 +297,7 @@ impl Judge<'_> {
             ("bool" | "tristate", Value::Yes | Value::No) => return None,
             ("bool" | "tristate", _) => (false, format!("{symbol}=y or `# {symbol} is not set`")),
             ("string", Value::Text(_)) => return None,
-            // Not set is how a `.config` has no text, and no number.
+            // "Not set" also means no text and no number in a `.config`.
             (_, Value::No) => return None,
             ("string", value) => (false, format!("{symbol}=\"{value}\"")),
             ("hex", Value::Number(n)) => (n.starts_with("0x"), format!("{symbol}=0x{n}")),
@@ -336,10 +337,10 @@ impl Judge<'_> {
             }
         }
         parts.dedup();
-        let cause = format!("it depends on {}", parts.join("; on "));
+        let cause = format!("the symbol depends on {}", parts.join("; on "));
         let helps: BTreeSet<String> = blamed.iter().filter_map(|s| self.hint(s)).collect();
         let help = if helps.is_empty() {
-            "meet what it depends on, or take the line out".to_owned()
+            "meet the dependencies, or remove the line".to_owned()
         } else {
             helps.into_iter().collect::<Vec<_>>().join("; ")
         };
@@ -351,7 +352,7 @@ impl Judge<'_> {
         let entries = self.symbols.of(symbol);
         if self.values.is_set(symbol) {
             let place = self.defconfig.get(symbol).map(Request::place);
-            return place.map(|p| format!("{symbol} is asked for in {}:{}", p.file, p.line));
+            return place.map(|p| format!("{symbol} is requested in {}:{}", p.file, p.line));
         }
         if entries.iter().any(|e| e.prompt.is_some()) {
             return Some(format!("add {symbol}=y"));
@@ -368,7 +369,7 @@ impl Judge<'_> {
         })
     }
 
-    /// Who may set a symbol that has no prompt, of those that can be set themselves.
+    /// The symbols with a prompt that can set a symbol without one.
     fn who_sets(&self, symbol: &str) -> String {
         let mut by: Vec<&str> = self
             .symbols
@@ -401,18 +402,18 @@ impl Judge<'_> {
         let title = format!("the choice \"{}\" ({})", choice.prompt, choice.at);
         if !wants {
             let cause = format!("{title} needs one winner, and this is its default");
-            return Some((cause, format!("ask for another member: {}", choice.members.join(", "))));
+            return Some((cause, format!("request another member: {}", choice.members.join(", "))));
         }
         let winner = choice.members.iter().find(|m| self.values.is_set(m))?;
         let why = match self.defconfig.get(winner) {
             Some(request) => {
                 let place = request.place();
-                format!("asked for in {}:{}", place.file, place.line)
+                format!("requested in {}:{}", place.file, place.line)
             }
             None => "its default".to_owned(),
         };
         let cause = format!("{winner} won {title}, {why}");
-        Some((cause, format!("ask for one of {winner} and {symbol} only")))
+        Some((cause, format!("request only one of {winner} and {symbol}")))
     }
 
     fn forced(&self, symbol: &str) -> Option<(String, String)> {
@@ -428,8 +429,8 @@ impl Judge<'_> {
         if active.is_empty() {
             return None;
         }
-        let cause = format!("it is selected by {}", active.join(", "));
-        Some((cause, "take the line out, or what selects it".to_owned()))
+        let cause = format!("the symbol is selected by {}", active.join(", "));
+        Some((cause, "remove the line, or the symbols that select it".to_owned()))
     }
 }
 

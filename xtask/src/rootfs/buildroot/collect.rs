@@ -1,5 +1,5 @@
-//! From a finished Buildroot output folder to a `BaseSystem`: the same value that every engine
-//! yields, so that nothing after it knows who made it.
+//! From a finished Buildroot output directory to a `BaseSystem`: the same value that every engine
+//! returns, so that later stages do not depend on the engine.
 
 use std::fs;
 
@@ -16,7 +16,7 @@ use crate::rootfs::parts::{collect, compress_kernel, take};
 use crate::rootfs::tree::{Kind, Origin, Tree};
 use crate::rootfs::{BaseSystem, Distribution, InitrdParts, Package, Python};
 
-/// What to take.
+/// What to collect.
 #[derive(Debug)]
 pub struct Wants<'a> {
     /// Globs of device trees below `images`; each must match.
@@ -25,19 +25,19 @@ pub struct Wants<'a> {
     pub firmware: &'a [String],
     /// The boot loader below `images`.
     pub bootloader: Option<&'a str>,
-    /// What is left out of the root.
+    /// What to remove from the root.
     pub prune: &'a PruneRules,
-    /// Debian's name of the architecture.
+    /// Debian's name for the architecture.
     pub arch: &'a str,
-    /// No file is younger (seconds since 1970).
+    /// The latest modification time of a file (seconds since 1970).
     pub epoch: u64,
 }
 
-/// Makes the base of what was built, into `out`.
+/// Creates the base from the build's output, in `out`.
 ///
 /// # Errors
-/// When something that a board needs was not built; when a kernel, boot loader or busybox did not
-/// take a line of its fragment.
+/// When something that a board needs was not built; when the configuration of the kernel, the boot
+/// loader or busybox lost a line of its fragment.
 pub fn collect_base(
     setup: &Setup,
     info: &Info,
@@ -60,7 +60,7 @@ pub fn collect_base(
     let busybox = out.join("busybox");
     let bytes = tree
         .read("usr/bin/busybox")
-        .context("the initrd needs a busybox\nhelp: BR2_PACKAGE_BUSYBOX=y must not be taken out")?;
+        .context("the initrd needs a busybox\nhelp: do not remove BR2_PACKAGE_BUSYBOX=y")?;
     ensure!(
         is_static(&bytes),
         "busybox is linked dynamically, so the initrd cannot run it\n\
@@ -98,13 +98,13 @@ pub fn collect_base(
             .bootloader
             .map(|path| take(&images.join(path), &out.join("u-boot.bin")))
             .transpose()
-            .context("taking the boot loader")?,
+            .context("copying the boot loader")?,
         python,
         glibc,
     })
 }
 
-/// The packages; a kernel from a tarball has the version `custom`, which says nothing.
+/// The packages; a kernel from a tarball has the meaningless version `custom`.
 fn contents(setup: &Setup, info: &Info, arch: &str, release: &str) -> Result<Vec<Package>> {
     let mut packages = info.contents(setup, arch)?;
     for package in packages.iter_mut().filter(|p| p.name == "linux") {
@@ -113,14 +113,14 @@ fn contents(setup: &Setup, info: &Info, arch: &str, release: &str) -> Result<Vec
     Ok(packages)
 }
 
-/// A package's build folder.
+/// A package's build directory.
 fn build_dir(setup: &Setup, info: &Info, package: &str) -> Result<Utf8PathBuf> {
     let entry = info.0.get(package);
     let entry = entry.with_context(|| format!("the configuration does not build {package}"))?;
     Ok(setup.output.join(&entry.stamp_dir))
 }
 
-/// The kernel's modules as a tree of their own, paths relative to `lib/modules/<release>`.
+/// The kernel's modules as a separate tree, paths relative to `lib/modules/<release>`.
 fn modules_of(tree: &Tree, release: &str) -> Result<Tree> {
     let mut alone = Tree::with_root(Origin::Base);
     let prefix = format!("usr/lib/modules/{release}/");
@@ -139,7 +139,7 @@ fn modules_of(tree: &Tree, release: &str) -> Result<Tree> {
     Ok(alone)
 }
 
-/// An ELF file without a program interpreter: nothing loads libraries for it (ELF gABI, "Program
+/// An ELF file without a program interpreter: no libraries are loaded for it (ELF gABI, "Program
 /// Header": type 3 is PT_INTERP).
 fn is_static(bytes: &[u8]) -> bool {
     let word = |at: usize, len: usize| -> Option<u64> {
@@ -188,11 +188,11 @@ fn python(tree: &Tree, info: &Info) -> Result<Python> {
     Ok(Python { version, short, site_packages, scripts: "/usr/bin".to_owned(), distributions })
 }
 
-/// The C library's version, from the words that it prints when it is run: this is the same for one
-/// that Buildroot built and for that of a prebuilt toolchain.
+/// The C library's version, from the text that it prints when it is executed: this works for a
+/// library that Buildroot built and for that of a prebuilt toolchain.
 fn glibc(tree: &Tree) -> Result<String> {
     let bytes = tree.read("usr/lib/libc.so.6").context("the root has no glibc")?;
-    version_in(&bytes).context("/usr/lib/libc.so.6 does not say its version")
+    version_in(&bytes).context("/usr/lib/libc.so.6 does not contain its version")
 }
 
 fn version_in(bytes: &[u8]) -> Option<String> {
@@ -213,10 +213,11 @@ const FRAGMENTS: [(&str, &str); 3] = [
     ("BR2_PACKAGE_BUSYBOX_CONFIG_FRAGMENT_FILES", "busybox"),
 ];
 
-/// The kernel, U-Boot and busybox lose requests as silently as Buildroot does.
+/// Checks the fragments of the kernel, U-Boot and busybox, whose Kconfig drops requests as silently
+/// as Buildroot's.
 ///
 /// # Errors
-/// Every line of a fragment that its Kconfig did not take.
+/// Every line of a fragment that its Kconfig dropped.
 pub fn require_fragments(setup: &Setup, info: &Info) -> Result<()> {
     let path = setup.output.join(".config");
     let config = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
@@ -244,15 +245,16 @@ pub fn require_fragments(setup: &Setup, info: &Info) -> Result<()> {
         return Ok(());
     }
     bail!(
-        "{} lines of fragments were not taken:{}\n\
-         help: see what such an option depends on with `cargo xtask buildroot linux-menuconfig` or \
+        "Kconfig dropped {} lines of fragments:{}\n\
+         help: find the dependencies of such an option with `cargo xtask buildroot \
+         linux-menuconfig` or \
          `uboot-menuconfig` (`/` searches)",
         lost.len(),
         lost.concat()
     )
 }
 
-/// Lines of a fragment that a `.config` does not have: number, line, and what it has instead.
+/// Lines of a fragment that are missing in a `.config`: number, line, and what is there instead.
 pub fn unmet_lines(wanted: &str, config: &str) -> Vec<(usize, String, String)> {
     let mut unmet = Vec::new();
     let lines: std::collections::HashSet<&str> = config.lines().collect();
@@ -273,7 +275,7 @@ pub fn unmet_lines(wanted: &str, config: &str) -> Vec<(usize, String, String)> {
             || line.strip_suffix("=n").is_some() && has.is_none_or(|h| h.ends_with("not set"))
             || same_text(line, has);
         if !met {
-            let found = has.map_or_else(|| "nothing of that name".to_owned(), str::to_owned);
+            let found = has.map_or_else(|| "no symbol of that name".to_owned(), str::to_owned);
             unmet.push((index + 1, line.to_owned(), found));
         }
     }
@@ -325,7 +327,7 @@ mod tests {
         let found: Vec<&str> = lost.iter().map(|(.., found)| found.as_str()).collect();
         assert_eq!(
             found,
-            ["CONFIG_A=y", "nothing of that name", "CONFIG_M=m", "CONFIG_T=\"x \\\"y\\\"\""]
+            ["CONFIG_A=y", "no symbol of that name", "CONFIG_M=m", "CONFIG_T=\"x \\\"y\\\"\""]
         );
     }
 }

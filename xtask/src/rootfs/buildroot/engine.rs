@@ -1,5 +1,5 @@
-//! Runs Buildroot: checks the configuration, fetches all sources first, cleans what a change
-//! reaches, builds packages in parallel, and goes on where an interrupted build stopped.
+//! Runs Buildroot: checks the configuration, downloads all sources first, cleans the packages that
+//! a change affects, builds packages in parallel, and resumes interrupted builds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -20,10 +20,10 @@ use crate::exec::Tool;
 use crate::plan::BuildrootPlan;
 use crate::progress::{Step, Unit, names, say, warn};
 
-/// How often progress is looked at; a package takes seconds to minutes.
+/// The interval of progress updates; a package takes seconds to minutes.
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// Downloads at once: enough to fill a line, few enough for a mirror.
+/// Parallel downloads: enough to use the connection, few enough for a mirror.
 const DOWNLOADS: usize = 4;
 
 /// One build.
@@ -31,22 +31,22 @@ const DOWNLOADS: usize = 4;
 pub struct Request<'a> {
     /// Configuration.
     pub plan: &'a BuildrootPlan,
-    /// What stands in the defconfig's first line.
+    /// The first line of the defconfig.
     pub title: &'a str,
     /// The tree.
     pub tree: &'a Tree,
-    /// Folders.
+    /// Directories.
     pub setup: &'a Setup,
     /// Mirror and compiler cache.
     pub site: &'a Site,
-    /// Where everything that make prints goes; errors name it.
+    /// The log of make's output; errors name it.
     pub log: &'a Utf8Path,
 }
 
-/// Builds everything. What is finished already is kept.
+/// Builds everything that is not finished yet.
 ///
 /// # Errors
-/// A request that Kconfig lost, a source that cannot be had, a package that fails; each with its
+/// A request that Kconfig lost, a source that is not available, a package that fails; each with its
 /// cause and the log's path.
 pub fn build(request: &Request<'_>) -> Result<Info> {
     let setup = request.setup;
@@ -58,24 +58,24 @@ pub fn build(request: &Request<'_>) -> Result<Info> {
     let done = info.finished(&setup.output);
     let total = info.packages().count();
     if done > 0 && done < total {
-        say("base", format!("{done} of {total} packages are finished already"));
+        say("base", format!("{done} of {total} packages are already finished"));
     }
     let step = Step::new("base", "building packages", total as u64, Unit::Items);
     let jobs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) + 1;
     let make = setup
         .fetching(request.site)
         .arg(format!("-j{jobs}"))
-        // Each step of a package in one piece, else several packages' lines are mixed.
+        // Print each step of a package as a whole, else the lines of several packages are mixed.
         .arg("--output-sync=recurse");
     watch(&step, setup, &info, || run(request, make, &info, |_| {}))?;
     drop(step);
     Ok(info)
 }
 
-/// Collects sources and licence texts; returns the folder that they are in.
+/// Collects sources and licence texts; returns their directory.
 ///
 /// # Errors
-/// A source that cannot be had; a licence text that is not the one of its hash.
+/// A source that is not available; a licence text that does not match its hash.
 pub fn legal_info(request: &Request<'_>) -> Result<Utf8PathBuf> {
     let setup = request.setup;
     let _lock = setup.lock()?;
@@ -87,16 +87,16 @@ pub fn legal_info(request: &Request<'_>) -> Result<Utf8PathBuf> {
     Ok(setup.output.join("legal-info"))
 }
 
-/// Lets Kconfig take the defconfig, and asks Buildroot for its packages.
+/// Applies the defconfig, and asks Buildroot for its packages.
 ///
 /// # Errors
-/// A lost request; a dependency that is not selected; a source without a hash; another Python than
-/// the wheels are locked for.
+/// A lost request; a dependency that is not selected; a source without a hash; a Python version
+/// other than the one that the wheels are locked for.
 pub fn configure(request: &Request<'_>) -> Result<(Info, String)> {
     let setup = request.setup;
     let verdict = check::check(setup, &request.plan.defconfig, request.title)?;
-    verdict.require().context("Kconfig would lose what fragments ask for")?;
-    // Where sources come from without a network is asked as if there were one: to be shown.
+    verdict.require().context("Kconfig would drop requests of fragments")?;
+    // Query the sources as if there were a network, also when offline, in order to show them.
     let online = Site { offline: false, ..request.site.clone() };
     let info = Info::ask(setup, &online)?;
     require_hashes(&info, &setup.tree)?;
@@ -106,7 +106,7 @@ pub fn configure(request: &Request<'_>) -> Result<(Info, String)> {
         && !version.starts_with(&format!("{}.", request.plan.python))
     {
         bail!(
-            "this Buildroot has Python {version}, and the product's wheels are locked for {}\n\
+            "this Buildroot has Python {version}, but the product's wheels are locked for {}\n\
              help: correct `rootfs.buildroot.python` and run cargo xtask lock --only wheels",
             request.plan.python
         );
@@ -114,11 +114,11 @@ pub fn configure(request: &Request<'_>) -> Result<(Info, String)> {
     Ok((info, verdict.config))
 }
 
-/// Every download must have a line in a hash file: found here in milliseconds, by Buildroot only
+/// Every download must have a line in a hash file: detected here in milliseconds, by Buildroot only
 /// after the download.
 ///
 /// # Errors
-/// All that have none.
+/// All downloads without one.
 pub fn require_hashes(info: &Info, tree: &Utf8Path) -> Result<()> {
     let without = info.without_hash(tree)?;
     if without.is_empty() {
@@ -132,27 +132,29 @@ pub fn require_hashes(info: &Info, tree: &Utf8Path) -> Result<()> {
         })
         .collect();
     bail!(
-        "no hash file has a line for:{list}\n\
+        "no hash file contains a line for:{list}\n\
          help: add `sha256  <hash>  <file>` to external/patches/<package>/<package>.hash"
     );
 }
 
-/// Brings the output folder to where make can go on.
+/// Prepares the output directory so that make can continue.
 fn prepare(request: &Request<'_>, state: &State, info: &Info) -> Result<()> {
     let setup = request.setup;
     let old = State::load(&setup.output)?;
     let rebuild = match &old {
         Some(old) => rebuild::compare(old, state, info),
         None if info.finished(&setup.output) == 0 => Rebuild::Nothing,
-        None => Rebuild::Everything("nothing says what the output folder was built for".to_owned()),
+        None => {
+            Rebuild::Everything("the configuration of the output directory is unknown".to_owned())
+        }
     };
     match rebuild {
         Rebuild::Nothing => {}
         Rebuild::Everything(why) => {
-            warn(format!("a full rebuild is due: {why}"));
+            warn(format!("a full rebuild is necessary: {why}"));
             let step = Step::new("base", "make clean", 0, Unit::Items);
             run(request, setup.make().arg("clean"), info, |line| step.note(line))?;
-            // `clean` takes everything but `.config`.
+            // `clean` removes everything except `.config`.
         }
         Rebuild::Targets(targets) => {
             for (target, why) in &targets {
@@ -160,8 +162,8 @@ fn prepare(request: &Request<'_>, state: &State, info: &Info) -> Result<()> {
                 say("base", format!("{target}: {}", names(&why)));
             }
             run(request, setup.make().args(goals(&targets, info)), info, |_| {})?;
-            // Both are put together again from the packages' own folders: what a package no longer
-            // brings must not stay.
+            // Both are created again from the packages' own directories: files that a package no
+            // longer installs must not remain.
             for folder in ["target", "images"].map(|name| setup.output.join(name)) {
                 if folder.exists() {
                     fs::remove_dir_all(&folder).with_context(|| format!("clearing {folder}"))?;
@@ -172,8 +174,8 @@ fn prepare(request: &Request<'_>, state: &State, info: &Info) -> Result<()> {
     state.save(&setup.output)
 }
 
-/// Goals of make that take away what must be made again, and build nothing: sources may be
-/// missing. Everything that puts files into `images`, which is emptied, installs them again.
+/// Targets of make that remove what must be rebuilt, and build nothing, since sources may be
+/// missing. Packages that install files into `images`, which is emptied, install them again.
 fn goals(targets: &BTreeMap<String, BTreeSet<String>>, info: &Info) -> BTreeSet<String> {
     let mut goals: BTreeSet<String> = targets
         .keys()
@@ -187,7 +189,7 @@ fn goals(targets: &BTreeMap<String, BTreeSet<String>>, info: &Info) -> BTreeSet<
     goals
 }
 
-/// All sources before any building: what cannot be had is known within seconds.
+/// Downloads all sources before building: a missing source is reported within seconds.
 fn fetch(request: &Request<'_>, info: &Info) -> Result<()> {
     let setup = request.setup;
     fs::create_dir_all(&setup.downloads)
@@ -205,7 +207,7 @@ fn fetch(request: &Request<'_>, info: &Info) -> Result<()> {
             })
             .collect();
         bail!(
-            "{} sources are not in {}, and --offline allows no network:{list}\n{}",
+            "{} sources are not in {}, and --offline forbids downloads:{list}\n{}",
             missing.len(),
             setup.downloads,
             offline_help("<package>")
@@ -227,7 +229,7 @@ fn fetch(request: &Request<'_>, info: &Info) -> Result<()> {
     .with_context(|| format!("downloading {all} sources"))
 }
 
-/// Runs make with the log; a failure is read from what this run wrote there.
+/// Runs make with the log; a failure is parsed from what this run wrote to it.
 fn run(request: &Request<'_>, make: Tool, info: &Info, each: impl FnMut(&str)) -> Result<()> {
     let log = request.log;
     let start = fs::metadata(log).map_or(0, |m| m.len());
@@ -241,8 +243,8 @@ fn run(request: &Request<'_>, make: Tool, info: &Info, each: impl FnMut(&str)) -
     bail!("{failure}\nfull log: {log}")
 }
 
-/// Shows progress while `work` runs: by Buildroot's own marks for finished packages, and by its
-/// log of steps (`build-time.log`) for what is at work.
+/// Shows progress while `work` runs: by Buildroot's own marks for finished packages, and by its log
+/// of steps (`build-time.log`) for the current steps.
 fn watch<T>(step: &Step, setup: &Setup, info: &Info, work: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -261,15 +263,15 @@ fn watch<T>(step: &Step, setup: &Setup, info: &Info, work: impl FnOnce() -> T) -
     })
 }
 
-/// What is being built, after the end of `build-time.log`.
+/// The current steps, from the end of `build-time.log`.
 fn at_work(output: &Utf8Path) -> Option<String> {
     let text = fs::read_to_string(output.join("build/build-time.log")).ok()?;
     let running = running(&text);
     (!running.is_empty()).then(|| running.join(", "))
 }
 
-/// Steps that began and did not end, from lines `time:start:step : package`. An interrupted build
-/// leaves such steps behind, so only a step that is the last of its package counts, newest first.
+/// Steps that began and did not end, from lines `time:start:step : package`, newest first. An
+/// interrupted build leaves such steps behind, so only the last step of a package is used.
 pub fn running(log: &str) -> Vec<String> {
     let mut last: Vec<(&str, &str, bool)> = Vec::new();
     for line in log.lines() {

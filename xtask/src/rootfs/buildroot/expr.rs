@@ -1,9 +1,9 @@
 //! Kconfig's expressions (`A && !B || C = "x"`), evaluated with the values of a `.config`, so that
-//! an error can say which part of a `depends on` is not met. Buildroot has no tristate symbols.
+//! an error can name the part of a `depends on` that is not met. Buildroot has no tristate symbols.
 
 use std::collections::BTreeMap;
 
-/// The values that Kconfig arrived at; a symbol that is absent or not set is `n`.
+/// The values that Kconfig set; a symbol that is absent or not set is `n`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Values(pub BTreeMap<String, String>);
 
@@ -48,7 +48,7 @@ pub enum Expr {
 }
 
 impl Expr {
-    /// Parses; nothing when the text is no expression.
+    /// Parses an expression; `None` when the text is not one.
     pub fn parse(text: &str) -> Option<Self> {
         let tokens = tokens(text)?;
         let mut parser = Parser { tokens: &tokens };
@@ -67,7 +67,7 @@ impl Expr {
         }
     }
 
-    /// The parts of a conjunction that do not hold.
+    /// The parts of a conjunction that are false.
     pub fn unmet<'a>(&'a self, values: &Values) -> Vec<&'a Self> {
         match self {
             Self::And(x, y) => [x.unmet(values), y.unmet(values)].concat(),

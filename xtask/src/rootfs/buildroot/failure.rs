@@ -1,5 +1,5 @@
-//! Reads what a failed make said, and turns it into an error that names the package, what it did,
-//! its own last lines, and what to do. Parses text only.
+//! Parses the output of a failed make into an error that names the package, the step, its own last
+//! lines, and what to do. Parses text only.
 
 use super::info::{Download, Info};
 use super::make::MIRROR;
@@ -7,24 +7,24 @@ use super::make::MIRROR;
 /// How many of the failing package's lines are shown.
 const TAIL: usize = 20;
 
-/// How many lines of a download that failed: the reason stands in the last ones.
+/// How many lines of a failed download are shown: the reason is in the last lines.
 const LAST_OF_DOWNLOAD: usize = 5;
 
-/// What went wrong.
+/// The failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
-    /// A source could not be had.
+    /// A source is not available.
     Download {
         /// The package.
         package: String,
-        /// Its sources: where each may be had, and below which folder it is looked for.
+        /// Its sources: the sites of each, and its directory on a site.
         sources: Vec<Download>,
-        /// Its folder in the folder of downloads.
+        /// Its directory below the download directory.
         folder: String,
         /// Its last lines.
         lines: Vec<String>,
     },
-    /// A source came, and is not what its hash says.
+    /// A downloaded source does not match its hash.
     Hash {
         /// The package.
         package: String,
@@ -47,7 +47,7 @@ pub enum Failure {
     },
 }
 
-/// Finds the failure in a log; `info` says what the package of a folder downloads.
+/// Finds the failure in a log; `info` returns what the package of a directory downloads.
 pub fn find(log: &str, info: &Info) -> Failure {
     let lines: Vec<&str> = log.lines().collect();
     let stop = lines.iter().position(|line| stamp(line).is_some());
@@ -56,7 +56,7 @@ pub fn find(log: &str, info: &Info) -> Failure {
         return Failure::Other { lines: owned(&lines[start..]) };
     };
     let (folder, step) = stamp(lines[index]).unwrap_or_default();
-    // With several packages at work, the lines that belong to this one begin at its last headline.
+    // With several packages in parallel, the lines of this one begin at its last headline.
     let name = |line: &str| headline(line).is_some_and(|(n, v)| belongs(folder, n, v));
     let start = lines[..index].iter().rposition(|line| name(line)).unwrap_or(0);
     let own = &lines[start..index];
@@ -89,7 +89,7 @@ fn owned(lines: &[&str]) -> Vec<String> {
 }
 
 /// `make: *** [package/pkg-generic.mk:273: /o/build/zlib-1.3.1/.stamp_built] Error 2`: the
-/// package's folder and the step.
+/// package's directory and the step.
 fn stamp(line: &str) -> Option<(&str, &str)> {
     if !line.contains("*** [") {
         return None;
@@ -132,7 +132,7 @@ impl std::fmt::Display for Failure {
             |lines: &[String]| lines.iter().map(|line| format!("\n  | {line}")).collect::<String>();
         match self {
             Self::Download { package, sources, folder, lines } => {
-                write!(f, "{package}: a source is not here and could not be downloaded:")?;
+                write!(f, "{package}: a source is missing and could not be downloaded:")?;
                 for source in sources {
                     write!(f, "\n  {}, from", source.source)?;
                     for uri in &source.uris {
@@ -143,15 +143,15 @@ impl std::fmt::Display for Failure {
             }
             Self::Hash { package, lines } => write!(
                 f,
-                "{package}: a source is not the one that its hash names:{}\n\
-                 help: if upstream changed the file, find out why; a package of ours has its hashes \
-                 in external/",
+                "{package}: a source does not match its hash:{}\n\
+                 help: if upstream changed the file, find out why; the hashes of Slipway's own \
+                 packages are in external/",
                 list(lines)
             ),
             Self::Step { package, step, lines } => {
                 write!(f, "{package} could not be {}; its last lines:{}", said(step), list(lines))
             }
-            Self::Other { lines } => write!(f, "make stopped; its last lines:{}", list(lines)),
+            Self::Other { lines } => write!(f, "make failed; its last lines:{}", list(lines)),
         }
     }
 }
@@ -164,11 +164,11 @@ pub fn plain_uri(uri: &str) -> &str {
     }
 }
 
-/// What to do without a way to the network.
+/// The help when there is no network.
 pub fn offline_help(folder: &str) -> String {
     format!(
-        "help: put the file into the folder of downloads, below {folder}/; or set {MIRROR} to a \
-         mirror (an URL, or a folder as file:///…) that has it below {folder}/"
+        "help: put the file into the download directory, below {folder}/; or set {MIRROR} to a \
+         mirror (an URL, or a directory as file:///…) that has it below {folder}/"
     )
 }
 

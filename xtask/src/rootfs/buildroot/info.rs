@@ -1,5 +1,5 @@
-//! What Buildroot says of its packages (`make show-info`): versions, sources, hashes, licences,
-//! dependencies. It is the list to mirror, to count progress by, and to make the bill of materials.
+//! Buildroot's information about its packages (`make show-info`): versions, sources, hashes,
+//! licences, dependencies. Used for mirrors, for progress, and for the bill of materials.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::make::{Setup, Site};
 use crate::rootfs::{Package, Role};
 
-/// One entry: a package for the target or the host, or a file system image.
+/// One entry: a package for the target or the host, or a filesystem image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// `target`, `host` or `rootfs`.
@@ -20,19 +20,19 @@ pub struct Entry {
     /// Name without the prefix `host-`.
     #[serde(default)]
     pub name: String,
-    /// A name that another package stands for.
+    /// A virtual package that this one provides.
     #[serde(default, rename = "virtual")]
     pub is_virtual: bool,
     /// Version; empty for what has no source.
     #[serde(default)]
     pub version: String,
-    /// Licences, separated by commas, in SPDX's words where these fit.
+    /// Licences, separated by commas, as SPDX identifiers where possible.
     #[serde(default)]
     pub licenses: String,
-    /// Whether its sources may be handed on.
+    /// Whether its sources may be redistributed.
     #[serde(default)]
     pub redistributable: bool,
-    /// Folder of its downloads below the download folder.
+    /// Directory of its downloads below the download directory.
     #[serde(default)]
     pub dl_dir: String,
     /// What it downloads.
@@ -41,16 +41,16 @@ pub struct Entry {
     /// Hash files, relative to the tree or absolute.
     #[serde(default)]
     pub hashes: Vec<Utf8PathBuf>,
-    /// Where its step marks lie, relative to the output folder.
+    /// The directory of its stamp files, relative to the output directory.
     #[serde(default)]
     pub stamp_dir: String,
-    /// It puts files into the root file system.
+    /// It installs files into the root filesystem.
     #[serde(default)]
     pub install_target: bool,
-    /// It puts files beside the root file system, such as a boot loader.
+    /// It installs files outside of the root filesystem, such as a boot loader.
     #[serde(default)]
     pub install_images: bool,
-    /// What it needs, by the names of this list.
+    /// Its dependencies, by the names of this list.
     #[serde(default)]
     pub dependencies: BTreeSet<String>,
     /// Name in the CVE dictionary.
@@ -63,7 +63,7 @@ pub struct Entry {
 pub struct Download {
     /// File name.
     pub source: String,
-    /// Where it may be had, each with Buildroot's method in front (`https+https://…`).
+    /// The URIs, each with Buildroot's method as a prefix (`https+https://…`).
     pub uris: Vec<String>,
 }
 
@@ -90,20 +90,20 @@ impl Info {
     /// Reads the answer.
     ///
     /// # Errors
-    /// When it is no such list.
+    /// When the answer is not such a list.
     pub fn parse(text: &str) -> Result<Self> {
-        // Warnings of make may stand before it.
+        // Warnings of make may precede it.
         let start = text.find('{').unwrap_or(0);
         let json = text.get(start..).unwrap_or_default();
         serde_json::from_str(json).context("reading Buildroot's list of packages")
     }
 
-    /// Packages, without file system images.
+    /// Packages, without filesystem images.
     pub fn packages(&self) -> impl Iterator<Item = (&str, &Entry)> {
         self.0.iter().filter(|(_, e)| !e.stamp_dir.is_empty()).map(|(n, e)| (n.as_str(), e))
     }
 
-    /// How many packages are finished in an output folder.
+    /// How many packages are finished in an output directory.
     pub fn finished(&self, output: &Utf8Path) -> usize {
         self.packages()
             .filter(|(_, e)| output.join(&e.stamp_dir).join(".stamp_installed").is_file())
@@ -125,7 +125,7 @@ impl Info {
         Ok(found)
     }
 
-    /// Sources that are not in the folder of downloads: package and source.
+    /// Sources that are not in the directory of downloads: package and source.
     pub fn missing(&self, downloads: &Utf8Path) -> Vec<(&str, &Entry, &Download)> {
         self.packages()
             .flat_map(|(name, e)| e.downloads.iter().map(move |d| (name, e, d)))
@@ -133,7 +133,7 @@ impl Info {
             .collect()
     }
 
-    /// All that needs one of these packages, directly or not, with themselves.
+    /// All packages that need one of these, directly or indirectly, including themselves.
     pub fn dependents<'a>(&'a self, of: impl IntoIterator<Item = &'a str>) -> BTreeSet<&'a str> {
         let mut found: BTreeSet<&str> =
             of.into_iter().filter_map(|n| Some(self.0.get_key_value(n)?.0.as_str())).collect();
@@ -151,8 +151,8 @@ impl Info {
         }
     }
 
-    /// What the image and its boot files are made of, for the bill of materials. What only serves
-    /// the build (host packages), stands for others or has no source is left out.
+    /// The packages of the image and its boot files, for the bill of materials. Excludes packages
+    /// that are only used by the build (host packages), are virtual, or have no source.
     ///
     /// # Errors
     /// When a hash file or Buildroot's list of files cannot be read.
@@ -198,7 +198,7 @@ impl Info {
         Ok(list)
     }
 
-    /// The listed packages that a package needs, through those that only stand for others.
+    /// The listed packages that a package needs, through virtual packages.
     fn reached(&self, name: &str, known: &BTreeSet<String>) -> Vec<String> {
         let mut found = BTreeSet::new();
         let mut seen = BTreeSet::new();
@@ -235,7 +235,7 @@ fn hashes(tree: &Utf8Path, entry: &Entry) -> Result<HashMap<String, String>> {
     Ok(sums)
 }
 
-/// Bytes by package in the target folder, after Buildroot's own list of files.
+/// Bytes by package in the target directory, according to Buildroot's own list of files.
 fn installed_bytes(output: &Utf8Path) -> Result<HashMap<String, u64>> {
     let path = output.join("build/packages-file-list.txt");
     if !path.is_file() {
@@ -244,7 +244,7 @@ fn installed_bytes(output: &Utf8Path) -> Result<HashMap<String, u64>> {
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
     let mut bytes = HashMap::new();
     for (package, file) in text.lines().filter_map(|line| line.split_once(',')) {
-        // What a later package replaced or the end removed counts for nobody.
+        // Files that a later package replaced or that were removed are not counted.
         let size = fs::symlink_metadata(output.join("target").join(file)).map_or(0, |m| m.len());
         *bytes.entry(package.to_owned()).or_insert(0) += size;
     }

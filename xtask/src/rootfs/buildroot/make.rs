@@ -1,5 +1,5 @@
 //! Calls of Buildroot's make: always out of tree, with our external tree, and with an environment
-//! that holds nothing of the shell that started us.
+//! that does not depend on the caller's shell.
 
 use std::fs::File;
 
@@ -10,7 +10,7 @@ use crate::artifact::hash_bytes;
 use crate::exec::Tool;
 use crate::progress::say;
 
-/// Variables of the caller that Buildroot may see: who and where we are, proxies, keys.
+/// Variables of the caller that are passed to Buildroot: user, directories, proxies, keys.
 const KEPT: [&str; 18] = [
     "PATH",
     "HOME",
@@ -32,39 +32,39 @@ const KEPT: [&str; 18] = [
     "SSL_CERT_FILE",
 ];
 
-/// Where things lie for one product and board.
+/// The directories for one product and board.
 #[derive(Debug, Clone)]
 pub struct Setup {
     /// The Buildroot tree.
     pub tree: Utf8PathBuf,
     /// Our BR2_EXTERNAL tree.
     pub external: Utf8PathBuf,
-    /// The output folder (`O=`).
+    /// The output directory (`O=`).
     pub output: Utf8PathBuf,
-    /// The folder of downloads that all products share.
+    /// The download directory, shared by all products.
     pub downloads: Utf8PathBuf,
-    /// The compiler cache that all products share.
+    /// The compiler cache, shared by all products.
     pub ccache: Utf8PathBuf,
 }
 
-/// Where the machine gets downloads and compiled objects; nothing of it changes a result.
+/// The machine's sources of downloads and compiled objects; they do not change any result.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Site {
-    /// A mirror that is asked first (`BR2_PRIMARY_SITE`).
+    /// A mirror that is tried first (`BR2_PRIMARY_SITE`).
     pub mirror: Option<String>,
-    /// Ask nobody but the mirror.
+    /// Use only the mirror.
     pub offline: bool,
     /// ccache's `remote_storage`.
     pub remote_ccache: Option<String>,
 }
 
-/// The machine's mirror of downloads: an URL, or a folder as `file:///…`.
+/// The machine's mirror of downloads: a URL, or a directory as `file:///…`.
 pub const MIRROR: &str = "SLIPWAY_BUILDROOT_MIRROR";
 /// ccache's remote storage, such as `redis://cache.local` or `http://cache.local:8080`.
 pub const REMOTE_CCACHE: &str = "SLIPWAY_CCACHE_REMOTE";
 
 impl Site {
-    /// What this machine's environment says.
+    /// The settings of this machine's environment.
     pub fn of_machine(offline: bool) -> Self {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         Self { mirror: variable(MIRROR), offline, remote_ccache: variable(REMOTE_CCACHE) }
@@ -72,10 +72,10 @@ impl Site {
 }
 
 impl Setup {
-    /// The layout in the cache; `name` is the output folder's.
+    /// The layout in the cache; `name` is the output directory's.
     ///
     /// # Errors
-    /// When the cache's folder cannot be made.
+    /// When the cache's directory cannot be made.
     pub fn new(
         cache: &Utf8Path,
         tree: &Utf8Path,
@@ -84,7 +84,7 @@ impl Setup {
     ) -> Result<Self> {
         let base = cache.join("buildroot");
         std::fs::create_dir_all(&base).with_context(|| format!("creating {base}"))?;
-        // Buildroot starts itself once more when a path is not canonical.
+        // Buildroot restarts itself when a path is not canonical.
         let base = base.canonicalize_utf8().with_context(|| format!("looking up {base}"))?;
         Ok(Self {
             tree: tree.to_owned(),
@@ -95,11 +95,11 @@ impl Setup {
         })
     }
 
-    /// A folder for checks only, one for each tree, so that a check never touches what a build made.
-    /// Whoever holds the lock in the value may use it.
+    /// A directory for checks only, one for each tree, so that a check never changes the output of
+    /// a build. The lock guard in the value grants exclusive use.
     ///
     /// # Errors
-    /// When the folder cannot be made.
+    /// When the directory cannot be made.
     pub fn for_check(
         cache: &Utf8Path,
         tree: &Utf8Path,
@@ -112,11 +112,11 @@ impl Setup {
         Ok((setup, lock))
     }
 
-    /// Waits until no other process uses the output folder. The lock passes to every program that is
-    /// started: a make that outlives us (when we are killed) still holds it.
+    /// Waits until no other process uses the output directory. Every program that is started
+    /// inherits the lock: a make that outlives us (when we are killed) still holds it.
     ///
     /// # Errors
-    /// When the folder cannot be made.
+    /// When the directory cannot be made.
     pub fn lock(&self) -> Result<File> {
         let path = Utf8PathBuf::from(format!("{}.lock", self.output));
         std::fs::create_dir_all(&self.output)
@@ -131,10 +131,10 @@ impl Setup {
         Ok(lock)
     }
 
-    /// `make` in the tree for this output folder.
+    /// `make` in the tree for this output directory.
     pub fn make(&self) -> Tool {
-        // Buildroot starts itself once more under another umask, which hides what its first
-        // process does from us; under its own it does not.
+        // Buildroot restarts itself when the umask differs, which would hide what its first process
+        // does; with Buildroot's own umask it does not.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         Tool::new("make")
             .env_only(&KEPT)
@@ -147,14 +147,14 @@ impl Setup {
             .arg(format!("BR2_EXTERNAL={}", self.external))
     }
 
-    /// `make` that may download: asks the machine's mirror, and gives up soon.
+    /// `make` that may download: uses the machine's mirror, and gives up quickly.
     pub fn fetching(&self, site: &Site) -> Tool {
         let mut tool = self.make();
         if let Some(remote) = &site.remote_ccache {
             tool = tool.env("CCACHE_REMOTE_STORAGE", remote);
         }
-        // A folder that does not exist is a mirror that has nothing: without a network and
-        // without a mirror only what was downloaded before counts.
+        // A missing directory acts as an empty mirror: without a network and without a mirror only
+        // earlier downloads are used.
         let nothing = || format!("file://{}/none", self.downloads);
         let mirror = site.mirror.clone().or_else(|| site.offline.then(nothing));
         if let Some(mirror) = mirror {
@@ -163,7 +163,7 @@ impl Setup {
         if site.offline {
             tool = tool.args(["BR2_PRIMARY_SITE_ONLY=y", "BR2_BACKUP_SITE="]);
         }
-        // One attempt for each place; Buildroot's own default waits three times ten seconds.
+        // One attempt for each site; Buildroot's own default waits three times ten seconds.
         tool.arg("BR2_WGET=wget -nd -t 1 --connect-timeout=5 --dns-timeout=5 --read-timeout=30")
     }
 }

@@ -1,5 +1,5 @@
-//! What somebody changed in a menu, as lines for fragments. The menus work on a copy: a build is
-//! made of fragments alone, and no change is lost before it has become one.
+//! Changes from a menu, as lines for fragments. The menus work on a copy: a build depends on the
+//! fragments only, and no change is lost before it is in a fragment.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,18 +19,18 @@ use crate::plan::fragment::{self, Defconfig, Value};
 pub struct Change {
     /// The symbol.
     pub symbol: String,
-    /// The line to write; `None` when the symbol is at its default again.
+    /// The line to write; `None` when the symbol has its default value again.
     pub line: Option<String>,
 }
 
-/// What is to be done about a change.
+/// What to do about a change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Advice {
-    /// The line to write, or to take out.
+    /// The line to write or to remove.
     pub line: String,
     /// `add`, `replace` or `remove`.
     pub action: &'static str,
-    /// The file, with the line's number when it has one already.
+    /// The file, with the number of an existing line.
     pub place: String,
 }
 
@@ -51,13 +51,13 @@ pub fn changes(base: &str, edited: &str) -> Vec<Change> {
     found
 }
 
-/// The lines that make changes happen on top of the fragments, for a menu that is opened again.
+/// The lines that apply changes on top of the fragments, for a menu that is opened again.
 pub fn lines(changes: &[Change]) -> String {
     changes.iter().filter_map(|c| c.line.clone()).map(|line| line + "\n").collect()
 }
 
-/// Where each change belongs: the line that asks for the symbol already, else the fragment whose
-/// symbols are most like it. What the fragments say by now is left out.
+/// The place for each change: the line that already requests the symbol, else the fragment with the
+/// most similar symbols. Omits changes that are in the fragments already.
 pub fn advise(changes: &[Change], defconfig: &Defconfig, values: &Values) -> Vec<Advice> {
     let mut advice = Vec::new();
     for change in changes {
@@ -68,7 +68,7 @@ pub fn advise(changes: &[Change], defconfig: &Defconfig, values: &Values) -> Vec
             (Some(line), _, Some(place)) => {
                 advice.push(Advice { line: line.clone(), action: "replace", place });
             }
-            // A fragment may get it by something that selects it.
+            // A fragment may set it through a symbol that selects it.
             (Some(line), None, _) if is_met(line, values) => {}
             (Some(line), _, None) => advice.push(Advice {
                 line: line.clone(),
@@ -95,7 +95,7 @@ fn is_met(line: &str, values: &Values) -> bool {
 
 fn nearest_fragment(symbol: &str, defconfig: &Defconfig) -> String {
     let common = |a: &str, b: &str| a.bytes().zip(b.bytes()).take_while(|(x, y)| x == y).count();
-    // Of equals the last: fragments of products come after those of boards.
+    // On a tie the last: fragments of products come after those of boards.
     let nearest = defconfig.0.iter().max_by_key(|r| common(&r.symbol, symbol));
     nearest.map_or_else(|| "a fragment".to_owned(), |r| r.place().file.to_string())
 }
@@ -113,22 +113,22 @@ pub fn from_diffconfig(text: &str) -> Vec<String> {
         match (sign, value.split_once(" -> ")) {
             ("+", None) if value != "n" => lines.push(line(name, value)),
             (" ", Some((_, new))) => lines.push(line(name, new)),
-            // What only appeared as `n`, or went with what it depends on, needs no line.
+            // A symbol that only appeared as `n`, or disappeared with a dependency, needs no line.
             _ => {}
         }
     }
     lines
 }
 
-/// Where changes wait until they are in fragments.
+/// The file of pending changes.
 pub fn store(setup: &Setup, menu: &str) -> Utf8PathBuf {
     setup.output.join(format!("slipway-{menu}.changes.json"))
 }
 
-/// The changes that wait; none when no menu was used.
+/// The pending changes; empty when no menu was used.
 ///
 /// # Errors
-/// When the file is there and cannot be read.
+/// When the file exists and cannot be read.
 pub fn waiting<T: serde::de::DeserializeOwned + Default>(path: &Utf8Path) -> Result<T> {
     if !path.is_file() {
         return Ok(T::default());
@@ -137,7 +137,7 @@ pub fn waiting<T: serde::de::DeserializeOwned + Default>(path: &Utf8Path) -> Res
     serde_json::from_slice(&text).with_context(|| format!("reading {path}"))
 }
 
-/// Keeps changes.
+/// Saves pending changes.
 ///
 /// # Errors
 /// When they cannot be written.
@@ -146,8 +146,8 @@ pub fn keep(path: &Utf8Path, changes: &impl Serialize) -> Result<()> {
     write_atomically(path, |out| Ok(out.write_all(&json)?))
 }
 
-/// Buildroot's own menus, on a copy of the configuration with the changes that wait; returns all
-/// changes from the fragments. `edit` lends somebody the menu.
+/// Buildroot's own menus, on a copy of the configuration with the pending changes; returns all
+/// changes from the fragments. `edit` runs the interactive menu.
 ///
 /// # Errors
 /// When the configuration is broken or the menu fails.
@@ -166,7 +166,7 @@ pub fn edit(
         let text = format!("{base}{}", lines(&before));
         fs::write(&file, text).with_context(|| format!("writing {file}"))?;
         let make = setup.make().arg("-s").arg(format!("BR2_DEFCONFIG={file}")).arg("defconfig");
-        make.run().context("bringing back the changes that wait")?;
+        make.run().context("restoring the pending changes")?;
     }
     edit(setup)?;
     let found = changes(&base, &minimal(setup)?);
@@ -178,7 +178,7 @@ pub fn edit(
 fn minimal(setup: &Setup) -> Result<String> {
     let path = setup.output.join("slipway_minimal_defconfig");
     let make = setup.make().arg("-s").arg(format!("BR2_DEFCONFIG={path}")).arg("savedefconfig");
-    make.run().context("asking Kconfig for what differs from the defaults")?;
+    make.run().context("creating the minimal defconfig with Kconfig")?;
     fs::read_to_string(&path).with_context(|| format!("reading {path}"))
 }
 

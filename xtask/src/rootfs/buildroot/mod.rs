@@ -1,5 +1,5 @@
 //! The engine `buildroot`: a pinned release, our BR2_EXTERNAL tree, and a defconfig that is merged
-//! from fragments and of which Kconfig can lose nothing in silence.
+//! from fragments; Kconfig cannot drop any of its lines silently.
 
 pub mod check;
 pub mod collect;

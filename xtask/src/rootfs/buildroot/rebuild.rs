@@ -1,6 +1,6 @@
-//! What must be built again when a configuration changed. Buildroot itself does not look: it builds
-//! what has no stamp. Exactly the packages that a change reaches are cleaned; where nobody can say
-//! which those are, the whole output is.
+//! What must be rebuilt after a change of the configuration. Buildroot itself does not check: it
+//! builds what has no stamp. Exactly the packages that a change affects are cleaned; where these
+//! are unknown, the whole output is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,10 +15,10 @@ use super::make::Setup;
 use super::tree::Tree;
 use crate::artifact::{hash_bytes, hash_file, write_atomically};
 
-/// The file in the output folder that says what is being built there.
+/// The file in the output directory that describes what is being built there.
 const STATE: &str = "slipway-state.json";
 
-/// Everything that decides what an output folder holds.
+/// Everything that determines the content of an output directory.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct State {
@@ -28,16 +28,16 @@ pub struct State {
     pub config: BTreeMap<String, String>,
     /// What each package needs.
     pub dependencies: BTreeMap<String, BTreeSet<String>>,
-    /// Files that symbols name: hash by symbol and path.
+    /// Files that symbols refer to: hash by symbol and path.
     pub files: BTreeMap<String, BTreeMap<Utf8PathBuf, String>>,
-    /// The external tree: hash by path in it, without the files above.
+    /// The external tree: hash by path, without the files above.
     pub external: BTreeMap<Utf8PathBuf, String>,
 }
 
 /// What to do before the next make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rebuild {
-    /// Nothing: make goes on where it is.
+    /// Nothing: make continues.
     Nothing,
     /// Targets of make, `<package>-dirclean` or `<package>-reconfigure`, with the reasons.
     Targets(BTreeMap<String, BTreeSet<String>>),
@@ -45,11 +45,11 @@ pub enum Rebuild {
     Everything(String),
 }
 
-/// Packages whose configuration is a Kconfig of their own: a changed fragment is merged again
-/// without building from scratch (Buildroot manual, "Infrastructure for packages using kconfig").
+/// Packages with their own Kconfig: a changed fragment is merged again without building from
+/// scratch (Buildroot manual, "Infrastructure for packages using kconfig").
 const KCONFIG: [&str; 3] = ["linux", "uboot", "busybox"];
 
-/// Symbols that reach only the last steps, which every make runs, or no file at all.
+/// Symbols that affect only the last steps, which every make runs, or no file at all.
 const HARMLESS: [&str; 19] = [
     "BR2_BACKUP_SITE",
     "BR2_CCACHE",
@@ -73,7 +73,7 @@ const HARMLESS: [&str; 19] = [
 ];
 
 impl State {
-    /// What the output folder is about to hold.
+    /// The description of what is about to be built.
     ///
     /// # Errors
     /// When a file cannot be read.
@@ -110,39 +110,44 @@ impl State {
         })
     }
 
-    /// What was being built there before.
+    /// The description of what was built there before.
     ///
     /// # Errors
-    /// When the file is there and cannot be read.
+    /// When the file exists and cannot be read.
     pub fn load(output: &Utf8Path) -> Result<Option<Self>> {
         let path = output.join(STATE);
         if !path.is_file() {
             return Ok(None);
         }
         let text = fs::read(&path).with_context(|| format!("reading {path}"))?;
-        // A file of another version of ours says nothing: everything is built again.
+        // The file of another version of this tool is ignored: everything is rebuilt.
         Ok(serde_json::from_slice(&text).ok())
     }
 
-    /// Notes it, before make starts: an interrupted build is compared with what it began.
+    /// Saves it before make starts: after an interruption, the next build is compared with the one
+    /// that was started.
     ///
     /// # Errors
     /// When it cannot be written.
     pub fn save(&self, output: &Utf8Path) -> Result<()> {
-        let json = serde_json::to_vec_pretty(self).context("describing the output folder")?;
+        let json = serde_json::to_vec_pretty(self)
+            .context("encoding the description of the output directory")?;
         write_atomically(&output.join(STATE), |out| Ok(out.write_all(&json)?))
     }
 
-    /// A hash of all of it.
+    /// A hash of the whole description.
     ///
     /// # Errors
     /// When it has no JSON form.
     pub fn identity(&self) -> Result<String> {
-        Ok(hash_bytes(&serde_json::to_vec(self).context("describing the output folder")?))
+        Ok(hash_bytes(
+            &serde_json::to_vec(self)
+                .context("encoding the description of the output directory")?,
+        ))
     }
 }
 
-/// All files below a folder, links too, sorted.
+/// All files and links below a directory, sorted.
 pub fn below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     let mut found = Vec::new();
     for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
@@ -165,21 +170,21 @@ struct Plan {
     everything: Option<String>,
 }
 
-/// Compares what was built with what is asked for.
+/// Compares what was built with what is requested.
 pub fn compare(old: &State, new: &State, info: &Info) -> Rebuild {
     let mut plan = Plan::default();
     if old.tree != new.tree {
-        return Rebuild::Everything("another Buildroot".to_owned());
+        return Rebuild::Everything("the Buildroot tree changed".to_owned());
     }
     for name in old.dependencies.keys().filter(|name| !new.dependencies.contains_key(*name)) {
-        plan.clean(name, "it is no longer wanted".to_owned());
+        plan.clean(name, "no longer configured".to_owned());
     }
     let added = |name: &str| !old.dependencies.contains_key(name);
     for (name, needs) in &new.dependencies {
         if let Some(before) = old.dependencies.get(name).filter(|before| *before != needs) {
             let changes: Vec<&str> =
                 needs.symmetric_difference(before).map(String::as_str).collect();
-            plan.clean(name, format!("it needs {} now, or no longer", changes.join(", ")));
+            plan.clean(name, format!("its dependencies changed: {}", changes.join(", ")));
         }
     }
     let symbols: BTreeSet<&String> = old.config.keys().chain(new.config.keys()).collect();
@@ -189,7 +194,7 @@ pub fn compare(old: &State, new: &State, info: &Info) -> Rebuild {
     for (symbol, files) in &new.files {
         let before = old.files.get(symbol);
         for (path, hash) in files {
-            // A symbol that names another file now was dealt with above.
+            // A symbol that refers to another file now was handled above.
             if before.and_then(|b| b.get(path)).is_some_and(|old| old != hash) {
                 plan.file(symbol, path, info);
             }
@@ -214,8 +219,8 @@ impl Plan {
         match owner(symbol, info) {
             Some(package) if added(&package) => {}
             Some(package) => self.clean(&package, why.to_owned()),
-            // A symbol of a package that is not built, or one that sums up others; what it means
-            // for those that are built is in their dependencies.
+            // A symbol of a package that is not built, or one that summarises others; its effect on
+            // packages that are built is in their dependencies.
             None if symbol.starts_with("BR2_PACKAGE_") => {}
             None => {
                 self.everything.get_or_insert_with(|| why.to_owned());
@@ -241,7 +246,8 @@ impl Plan {
         let why = format!("external/{path} changed");
         let parts: Vec<&str> = path.components().map(|c| c.as_str()).collect();
         match parts.as_slice() {
-            // A hash says what a source must be; it was that already.
+            // Changed hash files need no rebuild: the source that was built had the right hash
+            // already.
             [.., file] if file.ends_with(".hash") => {}
             ["package" | "patches", package, ..] => {
                 for name in [(*package).to_owned(), format!("host-{package}")] {
@@ -250,12 +256,12 @@ impl Plan {
                     }
                 }
             }
-            // The menus; what they change is in `.config`.
+            // The menus: their effect is in `.config`.
             ["Config.in" | "external.desc"] => {}
             ["external.mk"] => {
                 self.everything.get_or_insert(why);
             }
-            // A file that no symbol names is part of nothing.
+            // A file that no symbol refers to has no effect.
             _ => {}
         }
     }
@@ -273,11 +279,11 @@ impl Plan {
         for (name, why) in &self.clean {
             targets.entry(format!("{name}-dirclean")).or_default().extend(why.iter().cloned());
         }
-        // With per-package folders each package has a copy of what it needs; those of the ones
-        // that need a changed package are old.
+        // With per-package directories each package has a copy of its dependencies; those of
+        // packages that need a changed package are outdated.
         for (name, why) in self.clean.iter().chain(&self.reconfigure) {
             for dependent in info.dependents([name.as_str()]).into_iter().filter(|d| d != name) {
-                let why = format!("it needs {name}, which is built again ({})", first(why));
+                let why = format!("needs {name}, which is rebuilt ({})", first(why));
                 targets.entry(format!("{dependent}-dirclean")).or_default().insert(why);
             }
         }
@@ -294,7 +300,7 @@ fn first(why: &BTreeSet<String>) -> &str {
     why.first().map_or("", String::as_str)
 }
 
-/// A changed compiler or C library is in everything.
+/// A changed compiler or C library affects everything.
 fn is_toolchain(package: &str) -> bool {
     let name = package.strip_prefix("host-").unwrap_or(package);
     ["toolchain", "gcc-", "glibc", "musl", "uclibc", "binutils", "linux-headers", "skeleton"]
@@ -302,7 +308,7 @@ fn is_toolchain(package: &str) -> bool {
         .any(|start| name.starts_with(start))
 }
 
-/// The package that a symbol belongs to, by the longest name that it begins with.
+/// The package of a symbol: the longest package name that the symbol begins with.
 fn owner(symbol: &str, info: &Info) -> Option<String> {
     let upper = |name: &str| name.to_uppercase().replace(['-', '.'], "_");
     let matches = |rest: &str, name: &str| {

@@ -1,5 +1,5 @@
-//! Every symbol that a Buildroot tree knows: read from its `Config.in` files, with what each depends
-//! on, who selects it, and to which choice it belongs. Kconfig itself answers none of these.
+//! All symbols of a Buildroot tree: read from its `Config.in` files, with the dependencies of each,
+//! the symbols that select it, and its choice. Kconfig itself does not report these.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,13 +8,13 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::expr::Expr;
 
-/// The file whose symbols are retired.
+/// The file of retired symbols.
 const LEGACY: &str = "Config.in.legacy";
 
 /// A place in the tree, as `package/busybox/Config.in:3`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct At {
-    /// File, relative to the tree where it lies in it.
+    /// File, relative to the tree if it is in the tree.
     pub file: Utf8PathBuf,
     /// Line, counted from 1.
     pub line: usize,
@@ -29,30 +29,30 @@ impl std::fmt::Display for At {
 /// An expression with its place.
 #[derive(Debug, Clone)]
 pub struct Condition {
-    /// What must hold.
+    /// The expression.
     pub expr: Expr,
-    /// Where that is written.
+    /// Its place.
     pub at: At,
 }
 
 /// One `config` entry; a symbol may have several.
 #[derive(Debug, Clone)]
 pub struct Entry {
-    /// Where it begins.
+    /// Its first line.
     pub at: At,
-    /// `bool`, `string`, `int` or `hex`; empty where another entry says it.
+    /// `bool`, `string`, `int` or `hex`; empty where another entry defines it.
     pub kind: String,
-    /// The text that menuconfig shows; without one nobody can set the symbol.
+    /// The text that menuconfig shows; without one the symbol cannot be set.
     pub prompt: Option<String>,
-    /// What its own lines, the menus and the `if`s around it ask for.
+    /// The conditions of its own lines and of the menus and `if`s around it.
     pub depends: Vec<Condition>,
     /// The condition of the prompt itself.
     pub visible: Option<Condition>,
-    /// Symbols that it sets, each with its condition.
+    /// Symbols that it selects, each with its condition.
     pub selects: Vec<(String, Option<Expr>)>,
     /// `range a b`
     pub range: Option<(String, String)>,
-    /// The choice that it is a member of.
+    /// Its choice.
     pub choice: Option<usize>,
     /// The first paragraph of its help.
     pub help: String,
@@ -61,7 +61,7 @@ pub struct Entry {
 /// A choice.
 #[derive(Debug, Clone)]
 pub struct Choice {
-    /// Where it begins.
+    /// Its first line.
     pub at: At,
     /// Its prompt.
     pub prompt: String,
@@ -76,16 +76,16 @@ pub struct Symbols {
     pub entries: BTreeMap<String, Vec<Entry>>,
     /// All choices.
     pub choices: Vec<Choice>,
-    /// Who selects a symbol: the selecting symbol, its condition and its place.
+    /// The symbols that select a symbol, with condition and place.
     pub selectors: BTreeMap<String, Vec<(String, Option<Expr>, At)>>,
 }
 
-/// Where `source` statements lead.
+/// The directories for `source` statements.
 #[derive(Debug)]
 pub struct Paths<'a> {
     /// The Buildroot tree.
     pub tree: &'a Utf8Path,
-    /// The output folder, where Buildroot writes the list of external trees.
+    /// The output directory, where Buildroot writes the list of external trees.
     pub output: &'a Utf8Path,
     /// Our external tree.
     pub external: &'a Utf8Path,
@@ -108,7 +108,7 @@ enum Block {
     Choice(usize),
 }
 
-/// What attribute lines belong to.
+/// The entry that attribute lines belong to.
 #[derive(Default)]
 enum Current {
     #[default]
@@ -119,7 +119,7 @@ enum Current {
 }
 
 impl Symbols {
-    /// Reads a tree, with the external tree that the output folder names. About 0.1 s.
+    /// Reads a tree, with the external tree that the output directory refers to. Takes about 0.1 s.
     ///
     /// # Errors
     /// When a file cannot be read.
@@ -143,7 +143,7 @@ impl Symbols {
         self.entries.iter().flat_map(|(name, list)| list.iter().map(move |e| (name.as_str(), e)))
     }
 
-    /// A symbol's entries, none when the tree does not know it.
+    /// A symbol's entries; empty when the tree does not define it.
     pub fn of(&self, symbol: &str) -> &[Entry] {
         self.entries.get(symbol).map_or(&[], Vec::as_slice)
     }
@@ -153,7 +153,7 @@ impl Symbols {
         self.of(symbol).iter().map(|e| e.kind.as_str()).find(|kind| !kind.is_empty())
     }
 
-    /// The entry in the list of retired symbols, when the symbol is one.
+    /// The entry in the list of retired symbols, if any.
     pub fn retired(&self, symbol: &str) -> Option<&Entry> {
         let entries = self.of(symbol);
         let all = entries.iter().all(|e| e.at.file.file_name() == Some(LEGACY));
@@ -342,7 +342,7 @@ fn indentation(line: &str) -> usize {
         .fold(0, |column, c| if c == '\t' { (column & !7) + 8 } else { column + 1 })
 }
 
-/// What stands between the first quotes, and what follows.
+/// The text between the first quotes, and what follows.
 fn quoted(text: &str) -> Option<(String, &str)> {
     let mark = text.chars().next().filter(|c| ['"', '\''].contains(c))?;
     let rest = text.get(1..)?;
@@ -350,7 +350,7 @@ fn quoted(text: &str) -> Option<(String, &str)> {
     Some((rest.get(..end)?.to_owned(), rest.get(end + 1..)?))
 }
 
-/// The line without a comment at its end; `#` inside quotes stays.
+/// The line without a comment at its end; `#` inside quotes is kept.
 fn strip_comment(line: &str) -> &str {
     let mut inside = None;
     for (index, c) in line.char_indices() {
@@ -364,7 +364,8 @@ fn strip_comment(line: &str) -> &str {
     line
 }
 
-/// Variables in a `source` statement: Buildroot sets the output folder's and the external tree's.
+/// Variables in a `source` statement: Buildroot sets the output directory's and the external
+/// tree's.
 fn expand(path: &str, paths: &Paths<'_>) -> String {
     let Some(rest) = path.strip_prefix('$') else { return path.to_owned() };
     let (variable, rest) = rest.split_once('/').unwrap_or((rest, ""));

@@ -1,5 +1,5 @@
 //! The Buildroot tree: cloned once by tag into the cache, and checked against the pinned commit
-//! before every use; or a checkout of one's own.
+//! before every use; or a local checkout.
 
 use std::fs::{self, File};
 
@@ -10,10 +10,10 @@ use crate::git;
 use crate::plan::BuildrootPlan;
 use crate::progress::{say, warn};
 
-/// A tree that may be built from.
+/// A tree that can be built.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tree {
-    /// Where it lies.
+    /// Its path.
     pub path: Utf8PathBuf,
     /// The commit that is checked out.
     pub commit: String,
@@ -21,18 +21,18 @@ pub struct Tree {
     pub changes: String,
 }
 
-/// Which tree to take.
+/// Which tree to use.
 #[derive(Debug, Clone, Default)]
 pub struct Choice {
-    /// A checkout of one's own instead of the pinned one.
+    /// A local checkout instead of the pinned one.
     pub own: Option<Utf8PathBuf>,
-    /// Take it with local changes, too.
+    /// Accept local changes.
     pub allow_changes: bool,
     /// Never clone.
     pub offline: bool,
 }
 
-/// Where the pinned tree lies.
+/// The path of the pinned tree.
 pub fn pinned_path(cache: &Utf8Path, release: &str) -> Utf8PathBuf {
     cache.join("buildroot").join(release)
 }
@@ -55,8 +55,9 @@ pub fn obtain(plan: &BuildrootPlan, cache: &Utf8Path, choice: &Choice) -> Result
     let tree = inspect(&path, false)?;
     if tree.commit != plan.commit {
         bail!(
-            "the tree {path} is at commit {}, the product pins {} as {}\n\
-             help: remove the folder to have it cloned again; if upstream moved the tag, find out why \
+            "the tree {path} is at commit {}, but the product pins {} as {}\n\
+             help: remove the directory to clone it again; if upstream moved the tag, find \
+             out why \
              before you change `rootfs.buildroot.commit`",
             tree.commit,
             plan.release,
@@ -71,14 +72,14 @@ fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
     let BuildrootPlan { url, release, commit, .. } = plan;
     if offline {
         bail!(
-            "Buildroot {release} is not in the cache, and --offline allows no network\n\
-             help: clone {url} by the tag {release} to {path} on a machine with a network and bring it \
-             here, or name a checkout with --buildroot"
+            "Buildroot {release} is not in the cache, and --offline forbids downloads\n\
+             help: clone {url} at the tag {release} to {path} on a machine with a network and copy it \
+             here, or use a checkout with --buildroot"
         );
     }
-    let parent = path.parent().context("the cache has a folder")?;
+    let parent = path.parent().context("the cache has a directory")?;
     fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
-    // Two builds at once: the second waits, and finds the tree.
+    // With two builds at once, the second one waits and finds the tree.
     let lock_path = Utf8PathBuf::from(format!("{path}.lock"));
     let lock = File::create(&lock_path).with_context(|| format!("creating {lock_path}"))?;
     lock.lock().with_context(|| format!("locking {lock_path}"))?;
@@ -100,8 +101,9 @@ fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
         .with_context(|| {
             format!(
                 "cloning Buildroot {release}\n\
-                 help: without a way to {url}, set `rootfs.buildroot.url` to a mirror, clone the tag \
-                 to {path} by hand, or name a checkout with --buildroot"
+                 help: if {url} is not reachable, set `rootfs.buildroot.url` to a mirror, clone \
+                 the tag \
+                 to {path} manually, or use a checkout with --buildroot"
             )
         })?;
     let tag = format!("refs/tags/{release}^{{commit}}");
@@ -110,7 +112,7 @@ fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
         let found = found.trim().to_owned();
         fs::remove_dir_all(&partial).with_context(|| format!("removing {partial}"))?;
         bail!(
-            "{url}: the tag {release} is commit {found}, the product pins {commit}\n\
+            "{url}: the tag {release} is commit {found}, but the product pins {commit}\n\
              help: if upstream moved the tag, find out why; else correct `rootfs.buildroot.commit`"
         );
     }
@@ -120,13 +122,13 @@ fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
 /// Reads commit and changes of a checkout.
 fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<Tree> {
     if !path.join("Makefile").is_file() || !path.join("package/Config.in").is_file() {
-        bail!("{path} is not a Buildroot tree: it has no Makefile or no package/Config.in");
+        bail!("{path} is not a Buildroot tree (no Makefile or no package/Config.in)");
     }
     let top = git::at(path).args(["rev-parse", "--show-toplevel"]).read().unwrap_or_default();
     if top.trim() != path {
         bail!(
-            "{path} is not a git checkout of Buildroot, so nobody can say what it holds\n\
-             help: use a clone, or run `git init` and commit in it"
+            "{path} is not a git checkout of Buildroot, so its content cannot be identified\n\
+             help: use a clone, or run `git init` and commit the files"
         );
     }
     let commit = git::at(path).args(["rev-parse", "HEAD"]).read()?.trim().to_owned();
@@ -138,8 +140,8 @@ fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<Tree> {
     if !allow_changes {
         bail!(
             "the Buildroot tree {path} has local changes:\n{}\n\
-             help: patches belong into external/patches. Commit or undo the changes; for a trial, \
-             --buildroot with --allow-changes takes a tree as it is",
+             help: put patches into external/patches. Commit or undo the changes; for a trial, \
+             --buildroot with --allow-changes accepts a changed tree",
             lines.iter().take(10).map(|l| format!("  | {l}")).collect::<Vec<_>>().join("\n")
         );
     }

@@ -1,5 +1,5 @@
-//! What the machine's apt knows of a way to an archive besides its address: lists of mirrors, and the login that an
-//! archive asks for. Both stay in memory and in files that nobody else can read.
+//! What the machine's apt knows about an archive besides its address: lists of mirrors, and the
+//! login of an archive. Both are kept in memory and in files that no other user can read.
 
 use std::fs;
 
@@ -7,20 +7,21 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::exec::Tool;
 
-/// The address behind `mirror+file:/a/list` (apt-transport-mirror(1)): of the list's mirrors the one that is preferred.
-/// Any other address is its own; one that cannot be resolved is none.
+/// The address behind `mirror+file:/a/list` (apt-transport-mirror(1)): the preferred mirror of the
+/// list. Any other address is returned unchanged; `None` for one that cannot be resolved.
 pub(super) fn resolve(uri: &str) -> Option<String> {
     let Some(list) = uri.strip_prefix("mirror+file:") else {
         let plain = uri.starts_with("http:") || uri.starts_with("https:");
         return plain.then(|| uri.to_owned());
     };
-    // apt ends every address with a slash.
+    // apt appends a slash to every address.
     let list = list.trim_end_matches('/');
     let list = list.strip_prefix("//").unwrap_or(list);
     preferred(&fs::read_to_string(list).ok()?)
 }
 
-/// The first mirror of the lowest `priority:`; one without a priority comes after all that have one.
+/// The first mirror of the lowest `priority:`; mirrors without a priority come after all that have
+/// one.
 fn preferred(list: &str) -> Option<String> {
     let mirror = |line: &str| {
         let mut words = line.split_whitespace();
@@ -29,7 +30,7 @@ fn preferred(list: &str) -> Option<String> {
         let priority = words.find_map(|word| word.strip_prefix("priority:")?.parse::<u32>().ok());
         Some((priority.unwrap_or(u32::MAX), uri.to_owned()))
     };
-    // `min_by_key` gives the first of equals.
+    // `min_by_key` returns the first of equal elements.
     list.lines().filter_map(mirror).min_by_key(|(priority, _)| *priority).map(|(_, uri)| uri)
 }
 
@@ -39,18 +40,18 @@ pub(super) struct Logins(Vec<Login>);
 
 #[derive(Clone, Default)]
 struct Login {
-    /// `http` or `https`; without it https, and everything that is no http.
+    /// `http` or `https`; without it https, and everything other than http.
     scheme: Option<String>,
-    /// Host, with a port where one is given.
+    /// Host, with an optional port.
     host: String,
-    /// The beginning of the path.
+    /// The prefix of the path.
     path: String,
     login: String,
     password: String,
 }
 
 impl Logins {
-    /// Those of the machine's apt that this user can read.
+    /// The logins of the machine's apt that this user can read.
     pub fn of_the_machine() -> Self {
         let asked = ["shell", "FILE", "Dir::Etc::netrc/f", "FOLDER", "Dir::Etc::netrcparts/d"];
         let said = Tool::new("apt-config").args(asked).read().unwrap_or_default();
@@ -64,7 +65,7 @@ impl Logins {
             .into_iter()
             .flatten()
             .filter_map(|entry| Some(entry.ok()?.into_path()))
-            // As apt reads folders (apt.conf(5)): these, and names without an end.
+            // Like apt (apt.conf(5)): files with this ending, and names without an ending.
             .filter(|path| path.extension().is_none_or(|end| end == "conf"))
             .collect();
         parts.sort();
@@ -73,7 +74,7 @@ impl Logins {
         Self(texts.flat_map(|text| parse(&text)).collect())
     }
 
-    /// The address with the login that is for it; one that has a login of its own keeps it.
+    /// The address with its login; an address that contains a login is unchanged.
     pub fn with_login(&self, uri: &str) -> String {
         let Some((scheme, rest)) = uri.split_once("://") else { return uri.to_owned() };
         let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
@@ -84,7 +85,7 @@ impl Logins {
         let fits = |login: &&Login| {
             let given = login.scheme.as_deref();
             let host_fits = login.host == host || (login.host == bare && !login.host.contains(':'));
-            // A password does not go over the network in the open unless somebody wrote that it may.
+            // A password is not sent unencrypted unless the configuration allows it explicitly.
             given.map_or(scheme == "https", |given| given == scheme)
                 && host_fits
                 && below(&login.path, path)
@@ -98,13 +99,14 @@ impl Logins {
     }
 }
 
-/// Whether a path begins with another, whole names only unless that ends with a slash.
+/// Whether a path begins with another, whole names only unless the other path ends with a slash.
 fn below(beginning: &str, path: &str) -> bool {
     let Some(rest) = path.strip_prefix(beginning.trim_end_matches('/')) else { return false };
     rest.is_empty() || rest.starts_with('/')
 }
 
-/// The words of a file: `machine NAME`, `login WORD`, `password WORD`, in any order behind a machine.
+/// The words of a file: `machine NAME`, `login WORD`, `password WORD`, in any order after a
+/// machine.
 fn parse(text: &str) -> Vec<Login> {
     let lines = text.lines().filter(|line| !line.trim_start().starts_with('#'));
     let mut words = lines.flat_map(str::split_whitespace);
@@ -143,13 +145,14 @@ fn encoded(text: &str) -> String {
     out
 }
 
-/// Writes a file that only its owner can ever have read: an address in it may hold a login.
+/// Writes a file that only its owner can read from the beginning: an address in it may contain a
+/// login.
 pub(super) fn write_private(path: &Utf8Path, text: &str) -> std::io::Result<()> {
     use std::io::Write as _;
     use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
     let mut options = fs::OpenOptions::new();
     let mut file = options.create(true).write(true).truncate(true).mode(0o600).open(path)?;
-    // It may be there from an earlier version.
+    // It may exist from an earlier version.
     file.set_permissions(fs::Permissions::from_mode(0o600))?;
     file.write_all(text.as_bytes())
 }
@@ -160,7 +163,7 @@ mod tests {
 
     #[test]
     fn lists_of_mirrors_are_followed() {
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("a directory");
         let list = Utf8PathBuf::try_from(folder.path().join("debian.list")).expect("UTF-8");
         fs::write(&list, "# ours\nfile:/srv/debian\nhttps://b.example/debian\n").expect("written");
         for uri in [format!("mirror+file:{list}/"), format!("mirror+file://{list}")] {
@@ -192,7 +195,7 @@ mod tests {
             ("http://127.0.0.1:8099/debian-security", "http://127.0.0.1:8099/debian-security"),
             ("https://b.example/private/x", "https://one:two@b.example/private/x"),
             ("https://b.example/public", "https://b.example/public"),
-            // Not in the open unless it says so; not over a login that is there; not to others.
+            // Not unencrypted unless allowed; not replacing an existing login; not for other hosts.
             ("http://a.example/debian", "http://a.example/debian"),
             ("https://own:one@a.example/debian", "https://own:one@a.example/debian"),
             ("https://xa.example/debian", "https://xa.example/debian"),
@@ -206,7 +209,7 @@ mod tests {
     #[test]
     fn what_holds_a_login_is_nobody_elses() {
         use std::os::unix::fs::PermissionsExt;
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("a directory");
         let path = Utf8PathBuf::try_from(folder.path().join("sources.list")).expect("UTF-8");
         fs::write(&path, "old").expect("written");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("a mode");

@@ -1,5 +1,5 @@
-//! apt in a private state folder: it reads the machine's mirrors and proxies, and nothing else of
-//! the machine; it verifies the archive's signatures and solves for the target, without root.
+//! apt in a private state directory: it uses the machine's mirrors and proxies and no other setting
+//! of the machine; it verifies the archive's signatures and resolves for the target, without root.
 
 use std::fs;
 
@@ -17,24 +17,24 @@ pub const SECURITY_VARIABLE: &str = "SLIPWAY_DEBIAN_SECURITY_MIRROR";
 /// Overrides the keyring that the archives must be signed with.
 pub const KEYRING_VARIABLE: &str = "SLIPWAY_DEBIAN_KEYRING";
 
-/// Where package `debian-archive-keyring` puts its keys.
+/// The keyring of the package `debian-archive-keyring`.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Where packages come from on this machine. Never written into a lock or an image.
+/// This machine's sources of packages. Never written into a lock or an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mirrors {
-    /// The archive; also serves `-updates` and `-backports`. No slash at the end; perhaps with a login.
+    /// The archive; also for `-updates` and `-backports`. No trailing slash; may contain a login.
     pub archive: String,
-    /// The security archive. No slash at the end.
+    /// The security archive. No trailing slash.
     pub security: String,
-    /// Keys that must have signed both.
+    /// The keys that must have signed both.
     pub keyring: Utf8PathBuf,
-    /// Further archives, each with a key of its own.
+    /// Additional archives, each with its own key.
     pub sources: Vec<SourceMirror>,
 }
 
 impl Mirrors {
-    /// What the environment says, else what the machine's own apt uses.
+    /// The archives from the environment, else those of the machine's own apt.
     ///
     /// # Errors
     /// When neither names a Debian archive, or the keyring is missing.
@@ -76,7 +76,7 @@ impl Mirrors {
         Ok(Self { archive, security, keyring, sources: Vec::new() })
     }
 
-    /// The same with a product's further archives.
+    /// The same with a product's additional archives.
     pub fn with_sources(self, mut sources: Vec<SourceMirror>) -> Self {
         if !sources.is_empty() {
             let logins = Logins::of_the_machine();
@@ -87,11 +87,11 @@ impl Mirrors {
         Self { sources, ..self }
     }
 
-    /// A further archive by its name.
+    /// An additional archive by its name.
     pub(super) fn source(&self, name: &str) -> Result<&SourceMirror> {
         self.sources.iter().find(|source| source.name == name).with_context(|| {
             format!(
-                "the package lock names the source {name}, which the product does not have\n\
+                "the package lock refers to the source {name}, but the product does not define it\n\
                  help: cargo xtask lock"
             )
         })
@@ -101,7 +101,7 @@ impl Mirrors {
 /// The archive and the security archive among the targets of the machine's apt.
 ///
 /// Origin and label come from a downloaded Release file; where apt never ran `update`, the names of
-/// the suites tell, provided that the machine says it is Debian.
+/// the suites are used, provided that the machine identifies as Debian.
 fn host_mirrors(listing: &str, os_release: &str) -> (Option<String>, Option<String>) {
     let value = |key: &str| {
         os_release
@@ -115,7 +115,7 @@ fn host_mirrors(listing: &str, os_release: &str) -> (Option<String>, Option<Stri
     for line in listing.lines() {
         let fields: Vec<&str> = line.split('\t').collect();
         let &[created_by, uri, release, origin, label] = fields.as_slice() else { continue };
-        // Where a Release file says nothing, apt leaves the placeholder itself standing.
+        // Where a Release file has no value, apt leaves the placeholder unchanged.
         let unknown = origin.is_empty() || origin.starts_with("$(");
         if created_by != "Packages" {
             continue;
@@ -136,7 +136,7 @@ fn host_mirrors(listing: &str, os_release: &str) -> (Option<String>, Option<Stri
 /// One archive that a private apt may use.
 #[derive(Debug, Clone)]
 pub(super) struct Source {
-    /// Address without a slash at the end.
+    /// Address without a trailing slash.
     pub uri: String,
     /// Suite, as in `bookworm-updates`.
     pub suite: String,
@@ -200,12 +200,12 @@ impl PrivateApt {
     /// Fetches and verifies the indexes.
     ///
     /// # Errors
-    /// When a mirror is out of reach or a signature is wrong.
+    /// When a mirror is unreachable or a signature is invalid.
     pub fn update(&self) -> Result<()> {
         let mut said = Vec::new();
         let result = self
             .tool("apt-get")
-            // Without this apt answers 0 with old or no indexes when a mirror is out of reach.
+            // Without this apt exits with 0 and old or no indexes when a mirror is unreachable.
             .args(["-q", "-o", "APT::Update::Error-Mode=any", "update"])
             .log(&self.log)
             .run_lines(|line| said.push(line.to_owned()));
@@ -216,24 +216,25 @@ impl PrivateApt {
         })
     }
 
-    /// What `apt-get` prints for these arguments.
+    /// The output of `apt-get` for these arguments.
     pub fn get(&self, args: impl IntoIterator<Item = impl AsRef<str>>) -> Result<String> {
         self.tool("apt-get").args(args).log(&self.log).read()
     }
 
-    /// Why `apt-get install` cannot have these packages: what apt says on its standard output, where it is not asked to be
-    /// quiet: which packages conflict or lack something, and what provides a virtual one.
+    /// Why `apt-get install` cannot install these packages: the explanation on apt's standard
+    /// output when it is not quiet: which packages conflict or lack a dependency, and what provides
+    /// a virtual package.
     pub fn reasons_against(&self, packages: &[&str]) -> Vec<String> {
         let mut said = Vec::new();
         let tool = self.tool("apt-get").args(["-q", "--simulate", "install", "--"]).args(packages);
-        // That it fails is why it is asked.
+        // apt is expected to fail here.
         match tool.run_lines(|line| said.push(line.to_owned())) {
             Ok(()) => Vec::new(),
             Err(_) => against(&said),
         }
     }
 
-    /// What `apt-cache` prints for these arguments.
+    /// The output of `apt-cache` for these arguments.
     pub fn cache(&self, args: impl IntoIterator<Item = impl AsRef<str>>) -> Result<String> {
         self.tool("apt-cache").args(args).log(&self.log).read()
     }
@@ -243,8 +244,8 @@ impl PrivateApt {
     }
 }
 
-/// What apt could not fetch, each with the reason in the line after it, which may be far from apt's last lines.
-/// That a local archive has each index in one form only is no failure.
+/// What apt could not fetch, each with the reason in the next line, which may be far from apt's
+/// last lines. A local archive has each index in one form only, which is not a failure.
 fn reasons(said: &[String]) -> Vec<String> {
     let mut found = Vec::new();
     for (line, next) in said.iter().zip(said.iter().skip(1)) {
@@ -260,11 +261,11 @@ fn reasons(said: &[String]) -> Vec<String> {
     found
 }
 
-/// The paragraphs of apt's answer that say what is in the way.
+/// The paragraphs of apt's output that explain the conflict.
 fn against(said: &[String]) -> Vec<String> {
     const BEGIN: [&str; 2] =
         ["The following packages have unmet dependencies", "is a virtual package"];
-    /// More is no help.
+    /// More lines would not help.
     const MOST: usize = 12;
     let mut found = Vec::new();
     let mut inside = false;
@@ -320,7 +321,7 @@ mod tests {
 
     const OS: &str = "ID=debian\nVERSION_CODENAME=bookworm\n";
 
-    /// As apt 2.6 says it.
+    /// The output of apt 2.6.
     #[test]
     fn what_is_in_the_way_is_found_in_what_apt_says() {
         let said = "Reading package lists...\nThe following information may help to resolve the situation:\n\

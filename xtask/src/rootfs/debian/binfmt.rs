@@ -1,5 +1,6 @@
-//! Makes sure that this machine runs the target's programs: maintainer scripts are some. Tried by
-//! running one; where it fails, root registers qemu with the kernel, a user is told what to type.
+//! Makes sure that this machine can run the target's programs, for maintainer scripts. Tests it by
+//! running one; if that fails, registers qemu with the kernel as root, or tells the user which
+//! command to run.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,10 +10,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::exec::{self, Tool};
 
-/// The kernel's folder for interpreters of foreign binaries.
+/// The kernel's directory for interpreters of foreign binaries.
 const BINFMT: &str = "/proc/sys/fs/binfmt_misc";
 
-/// As in qemu's own table (`/usr/lib/binfmt.d/qemu-aarch64.conf`): an ELF file, 64 bits,
+/// From qemu's own table (`/usr/lib/binfmt.d/qemu-aarch64.conf`): an ELF file, 64 bits,
 /// little-endian, of type 2 or 3, for machine 0xb7. Flags: P keeps argv[0], O opens the binary, F
 /// opens the interpreter now, so that a root without it can use it.
 const REGISTER: &str = concat!(
@@ -20,7 +21,7 @@ const REGISTER: &str = concat!(
     r":\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff",
 );
 
-/// The whole of a program for arm64 that exits with 0: an ELF header, one program header, and
+/// A complete program for arm64 that exits with 0: an ELF header, one program header, and
 /// `mov x0, #0; mov x8, #93; svc #0`.
 fn probe() -> Vec<u8> {
     let mut elf = Vec::with_capacity(132);
@@ -46,7 +47,7 @@ fn probe() -> Vec<u8> {
 /// Makes sure that programs for `arch` (Debian's name) run, also in a root that has no qemu. Tried in `work`.
 ///
 /// # Errors
-/// When they do not and this process cannot change that; says the one command that does.
+/// When they do not run and this process cannot change that; names the command that does.
 pub fn ensure(arch: &str, work: &Utf8Path) -> Result<()> {
     let native = match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -57,7 +58,7 @@ pub fn ensure(arch: &str, work: &Utf8Path) -> Result<()> {
         return Ok(());
     }
     if arch != "arm64" {
-        bail!("packages for {arch} cannot be configured on {native}: only arm64 is known");
+        bail!("packages for {arch} cannot be configured on {native}: only arm64 is supported");
     }
     if runs(work)? {
         return check_fixed();
@@ -87,7 +88,7 @@ fn runs(work: &Utf8Path) -> Result<bool> {
     Ok(ran)
 }
 
-/// Without flag F the interpreter is looked up within the new root, where it is not.
+/// Without flag F the kernel looks for the interpreter in the new root, where it does not exist.
 fn check_fixed() -> Result<()> {
     let entry = Utf8Path::new(BINFMT).join("qemu-aarch64");
     let Ok(text) = fs::read_to_string(&entry) else { return Ok(()) };
@@ -96,7 +97,7 @@ fn check_fixed() -> Result<()> {
         return Ok(());
     }
     bail!(
-        "{entry} has the flags '{flags}', without F arm64 programs do not run in a new root\n\
+        "{entry} has the flags '{flags}', but without F arm64 programs do not run in a new root\n\
          help: sudo apt-get install --reinstall qemu-user-static"
     )
 }
@@ -107,7 +108,7 @@ fn register(qemu: &Utf8Path, work: &Utf8Path) -> Result<()> {
     if standard.join("register").exists() {
         return write_entry(&standard, &line);
     }
-    // A container may forbid this very mount point; the kernel has one table wherever it is seen.
+    // A container may forbid this mount point; the kernel has the same table at every mount point.
     let own = work.join("binfmt");
     fs::create_dir_all(&own).with_context(|| format!("creating {own}"))?;
     let mount =

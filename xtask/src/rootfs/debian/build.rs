@@ -23,7 +23,7 @@ use crate::rootfs::parts::{collect, compress_kernel, files_below, take};
 use crate::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
 use crate::rootfs::{BaseSystem, InitrdParts, Role};
 
-/// How dpkg unpacks: what the rules remove anyway and many small files are never written at all.
+/// Options of dpkg: many small files that the rules remove anyway are not unpacked at all.
 const DPKG_OPTIONS: [&str; 7] = [
     "force-unsafe-io",
     "path-exclude=/usr/share/man/*",
@@ -34,13 +34,14 @@ const DPKG_OPTIONS: [&str; 7] = [
     "path-include=/usr/share/doc/*/copyright",
 ];
 
-/// What [`UNPACK`] leaves for mmdebstrap's next call of dpkg, which removes it.
+/// The program that [`UNPACK`] installs for mmdebstrap's next call of dpkg; it removes itself.
 const STAND_IN: &str = "usr/local/sbin/dpkg";
 
-/// A hook behind the extraction: this machine's dpkg unpacks all packages, which its emulated counterpart takes ten times as
-/// long for; only their scripts are emulated, and what sets them up, in the order in which mmdebstrap names them. What this
-/// machine's own configuration of dpkg leaves out is taken back first. mmdebstrap's call that would install, and so unpack,
-/// everything once more finds our program first, which goes away.
+/// A hook after the extraction: this machine's dpkg unpacks all packages, which takes ten times as
+/// long under emulation; only their scripts and their configuration are emulated, in the order in
+/// which mmdebstrap lists the packages. Path exclusions of this machine's own dpkg configuration
+/// are reset first. mmdebstrap's next call, which would install (and so unpack) everything again,
+/// finds our program first, which removes itself.
 const UNPACK: &str = r#"set -euf
 root=$1
 debs= names=
@@ -54,7 +55,7 @@ printf '#!/bin/sh\nrm "$0"\nexec dpkg --force-depends --configure%s\n' "$names" 
 chmod 755 "$root/usr/local/sbin/dpkg"
 "#;
 
-/// What a board boots from, as patterns over the unpacked packages.
+/// The boot files of a board, as patterns over the unpacked packages.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct BoardWants {
@@ -73,17 +74,17 @@ pub struct BoardWants {
 pub struct BuildRequest<'a> {
     /// The fetched packages, roles `root` and `extra`.
     pub debs: &'a [LockedDeb],
-    /// No file is younger (seconds since 1970).
+    /// The latest modification time of a file (seconds since 1970).
     pub epoch: u64,
     /// What to remove.
     pub prune: &'a PruneRules,
     /// What to keep for the board.
     pub board: &'a BoardWants,
-    /// The installed root, as [`install`] made it; boards share it.
+    /// The installed root from [`install`]; boards share it.
     pub root: &'a Utf8Path,
 }
 
-/// Builds the base into `out_dir`, which is made.
+/// Builds the base in `out_dir`, which is created.
 ///
 /// # Errors
 /// When a package cannot be unpacked or a board's pattern matches nothing.
@@ -99,20 +100,21 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     unpack::merge_usr(&extras)?;
     let kernel = kernel::find(&extras)?;
     kernel::prune_modules(&extras, &kernel.release, &request.board.modules)
-        .context("choosing kernel modules")?;
+        .context("selecting kernel modules")?;
 
     let mut tree = Tree::from_tar(request.root)?;
     ensure!(
         tree.get(STAND_IN).is_none(),
         "mmdebstrap did not call dpkg through its PATH: /{STAND_IN} is still in the base\n\
-         help: this version of mmdebstrap works in another way; report it with its version"
+         help: this version of mmdebstrap is not supported; report the problem with the version of \
+         mmdebstrap"
     );
     let modules_dir = extras.join("usr/lib/modules").join(&kernel.release);
     let modules = out_dir.join("modules.tar");
     let module_tree = folder_tree(&mut tree, &extras, &modules_dir)?;
     write_atomically(&modules, |out| module_tree.write(request.epoch, out))?;
     add_firmware(&mut tree, &extras)?;
-    // The lists that packages know their files by are pruned with the rest only if a rule says so.
+    // The file lists of packages are only pruned if a rule says so.
     prune::apply(&mut tree, request.prune)?;
     prune::normalise(&mut tree, request.epoch)?;
     let rootfs = out_dir.join("rootfs.tar");
@@ -121,7 +123,7 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     let (image, unpacked) = compress_kernel(&kernel.image, &out_dir.join("kernel.gz"))?;
     let dtb_root = extras.join(format!("usr/lib/linux-image-{}", kernel.release));
     let board = request.board;
-    let help = "add the package that brings them to the extra packages";
+    let help = "add the package that contains them to the extra packages";
     let dtbs = collect(&dtb_root, &board.dtbs, &out_dir.join("dtbs"), "device tree", help)?;
     let firmware_dir = out_dir.join("firmware");
     let firmware = collect(&extras, &board.firmware, &firmware_dir, "firmware", help)?;
@@ -154,13 +156,13 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
 }
 
 /// Installs the packages of role `root` with `mmdebstrap` from a local archive into a tar. The
-/// result depends on nothing but packages and epoch, so all boards of a product share it.
+/// result depends only on the packages and the epoch, so all boards of a product share it.
 ///
 /// As root `mmdebstrap` works in mode `root`, for a user in mode `unshare` (user namespaces with
 /// subordinate ids); both give the same bytes after [`build`].
 ///
 /// # Errors
-/// When programs of the architecture cannot run here, or a package's script fails.
+/// When programs of the architecture cannot run on this machine, or a package's script fails.
 pub fn install(
     spec: &DebianSpec,
     debs: &[LockedDeb],
@@ -178,7 +180,7 @@ pub fn install(
     let is_root = rustix::process::geteuid().is_root();
     let may_mount = can_mount();
     let mut tool = match is_root && may_mount {
-        // Killed, it leaves nothing mounted: its mounts are nobody else's.
+        // When it is killed, nothing stays mounted: its mounts are private.
         true => Tool::new("unshare").with_network().args(["--mount", "--", "mmdebstrap"]),
         false => Tool::new("mmdebstrap"),
     };
@@ -187,10 +189,10 @@ pub fn install(
         .arg("--verbose")
         .arg(format!("--architectures={}", spec.arch))
         .args(["--variant=custom", "--format=tar"])
-        // Ours is better: a program was run, see `binfmt`.
+        // Our own check is better: it runs a program, see `binfmt`.
         .arg("--skip=check/qemu")
         .arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr")
-        // Generated host keys would be thrown away, and making them under emulation takes seconds.
+        // Generated host keys would be removed, and generating them under emulation takes seconds.
         .arg(concat!(
             "--extract-hook=mkdir -p \"$1/etc/ssh\" && ",
             "touch \"$1/etc/ssh/ssh_host_rsa_key\" \"$1/etc/ssh/ssh_host_ecdsa_key\" ",
@@ -215,9 +217,9 @@ pub fn install(
         .env("BASE_DPKG_OPTIONS", DPKG_OPTIONS.map(|option| format!("--{option}")).join(" "))
         .current_dir(work)
         .log(log);
-    // Each package is unpacked once and set up once.
+    // Each package is unpacked once and configured once.
     let step = Step::new("base", "installing packages", 2 * names.len() as u64, Unit::Items);
-    // `usr-is-merged` comes twice: the hook for merged folders installs an empty one first.
+    // `usr-is-merged` is listed twice: the hook for merged directories installs an empty one first.
     let mut done = BTreeSet::new();
     tool.run_lines(|line| {
         let doing = ["Unpacking ", "Setting up "].into_iter().find(|p| line.starts_with(p));
@@ -230,13 +232,13 @@ pub fn install(
     .context("installing the base system\nhelp: cargo xtask doctor lists what may be missing")
 }
 
-/// Whether this root may mount: in a plain container it may not.
+/// Whether root may mount here: in a plain container it may not.
 fn can_mount() -> bool {
     Tool::new("unshare").args(["--mount", "true"]).run().is_ok()
 }
 
 /// An archive of the same packages without compression: dpkg unpacks them under emulation, where
-/// decompressing costs ten times what it costs here.
+/// decompression takes ten times as long.
 fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     readable(folder, 0o755)?;
@@ -267,7 +269,8 @@ fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
     readable(&path, 0o644)
 }
 
-/// Whatever the umask: the root of a user namespace is another user, for whom this must be open.
+/// Regardless of the umask: the root of a user namespace is another user, who must be able to read
+/// this.
 fn readable(path: &Utf8Path, mode: u32) -> Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode))
         .with_context(|| format!("setting the mode of {path}"))
@@ -299,14 +302,14 @@ fn plain_deb(deb: &LockedDeb, folder: &Utf8Path) -> Result<String> {
     repo::stanza(&made.path, &format!("./{name}"), made.size, &made.sha256)
 }
 
-/// Adds the kept modules to the root, and returns them as a tree of their own.
+/// Adds the kept modules to the root, and returns them as a separate tree.
 fn folder_tree(root: &mut Tree, extras: &Utf8Path, modules: &Utf8Path) -> Result<Tree> {
     let release = modules.file_name().unwrap_or_default().to_owned();
     let mut alone = Tree::with_root(Origin::Base);
     for path in files_below(modules)? {
         let relative = path.strip_prefix(modules).with_context(|| format!("placing {path}"))?;
         let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
-        // `extras` is removed at the end; both trees are written before.
+        // `extras` is removed at the end; both trees are written before that.
         debug_assert!(path.starts_with(extras));
         let entry = Entry::new(0o644, Kind::File(Data::Path(path.clone(), size)), Origin::Base);
         alone.insert(relative.as_str(), entry.clone())?;
@@ -315,7 +318,7 @@ fn folder_tree(root: &mut Tree, extras: &Utf8Path, modules: &Utf8Path) -> Result
     Ok(alone)
 }
 
-/// Device firmware of extra packages (Wi-Fi settings of the Pi) that the root does not have.
+/// Device firmware of extra packages (Wi-Fi settings of the Pi) that the root does not contain.
 fn add_firmware(root: &mut Tree, extras: &Utf8Path) -> Result<()> {
     let folder = extras.join("usr/lib/firmware");
     if !folder.is_dir() {

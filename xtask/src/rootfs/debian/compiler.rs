@@ -1,5 +1,5 @@
-//! A Rust compiler for the robot's architecture, for machines whose own has no such target: Debian's
-//! packages, locked like all others, unpacked into the cache and never installed.
+//! A Rust compiler for the robot's architecture, for machines whose own compiler lacks this target:
+//! Debian's packages, locked like all others, unpacked into the cache and never installed.
 
 use std::fs;
 
@@ -16,11 +16,11 @@ use crate::fetch::Fetcher;
 use crate::progress::say;
 use crate::rootfs::Role;
 
-/// The compiler that Debian keeps current in a stable release, since its browsers need it.
+/// The compiler that Debian updates in a stable release, since its browsers need it.
 const COMPILER: &str = "rustc-web";
-/// The standard library for programs; of the target's architecture as well.
+/// The standard library for programs, for this machine's and the target's architecture.
 const LIBRARY: &str = "libstd-rust-web-dev";
-/// What the compiler and its LLVM load, without the C library, which every machine has.
+/// The libraries of the compiler and its LLVM, without the C library, which every machine has.
 const LOADED: [&str; 12] = [
     "libbsd0",
     "libedit2",
@@ -35,19 +35,19 @@ const LOADED: [&str; 12] = [
     "libzstd1",
     "zlib1g",
 ];
-/// Debian's name of the robot's architecture.
+/// Debian's name for the robot's architecture.
 const TARGET: &str = "arm64";
 
 /// An unpacked compiler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Compiler {
-    /// Its `rustc`, a script that lets it find its libraries.
+    /// Its `rustc`, a script that sets the library path.
     pub rustc: Utf8PathBuf,
     /// Version of the package.
     pub version: String,
 }
 
-/// What the lock is made for: nothing that depends on a product.
+/// The request of the lock: independent of products.
 fn request() -> DebianSpec {
     DebianSpec {
         suite: host::SUITE.to_owned(),
@@ -62,9 +62,9 @@ fn request() -> DebianSpec {
 /// Locks the compiler for every architecture that may build.
 ///
 /// # Errors
-/// When a mirror is out of reach or has no such compiler.
+/// When a mirror is unreachable or has no such compiler.
 pub fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
-    say("lock", format!("{}'s Rust compiler for {TARGET}: asking the mirrors", host::SUITE));
+    say("lock", format!("{}'s Rust compiler for {TARGET}: querying the mirrors", host::SUITE));
     let spec = request();
     let mut package = Vec::new();
     for arch in host::HOSTS {
@@ -74,46 +74,46 @@ pub fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
         apt.update()?;
         let mut names: Vec<String> = LOADED.map(str::to_owned).to_vec();
         names.extend([COMPILER.to_owned(), LIBRARY.to_owned()]);
-        // These two have versions in their names.
+        // The names of these two contain versions.
         let library = dependency(&apt, LIBRARY, "libstd-rust-")?;
         names.push(dependency(&apt, &library, "libllvm")?);
         names.push(library);
         package.extend(
             lock_unpacked(&apt, &names, mirrors, &Offers::default(), Role::Host)
-                .with_context(|| format!("choosing a Rust compiler for {arch} machines"))?,
+                .with_context(|| format!("resolving a Rust compiler for {arch} machines"))?,
         );
     }
     finish(&spec, 0, package)
 }
 
-/// The dependency of a package whose name starts so.
+/// The dependency of a package whose name has this prefix.
 fn dependency(apt: &PrivateApt, package: &str, start: &str) -> Result<String> {
     let text = apt.cache(["show", "--no-all-versions", package])?;
     let depends = stanzas(&text).into_iter().find_map(|s| s.get("Depends").cloned());
     let found = depends.as_deref().unwrap_or_default().split(',').find_map(|item| {
         item.split_whitespace().next().filter(|name| name.starts_with(start)).map(str::to_owned)
     });
-    found.with_context(|| format!("{package} depends on no {start}…"))
+    found.with_context(|| format!("{package} has no dependency {start}…"))
 }
 
-/// What this machine needs of the lock.
+/// The packages of the lock for this machine.
 fn wanted(lock: &PackagesLock) -> Vec<LockedPackage> {
     let own = host::architecture();
     let here = |p: &&LockedPackage| p.arch == own || (p.arch == TARGET && p.name == LIBRARY);
     lock.of_role(Role::Host).filter(here).cloned().collect()
 }
 
-/// What a machine's packages of the lock are: the identity of the compiler.
+/// A hash of a machine's packages in the lock: the identity of the compiler.
 pub fn identity(lock: &PackagesLock) -> String {
     let hashes: String = wanted(lock).iter().map(|p| p.sha256.as_str()).collect();
     hash_bytes(hashes.as_bytes())
 }
 
-/// The locked packages of this machine as they are now: fetched into the store; and, when the mirror dropped
-/// one, a new lock and what changed.
+/// The current locked packages of this machine, fetched into the store; and, when the mirror
+/// dropped one, a new lock and the changes.
 ///
 /// # Errors
-/// When a file cannot be fetched, or has vanished and `policy` refuses another.
+/// When a file cannot be fetched, or has vanished and `policy` forbids a replacement.
 pub fn fetch(
     lock: &PackagesLock,
     fetcher: &Fetcher,
@@ -124,7 +124,7 @@ pub fn fetch(
     if download::fetch(&wanted(lock), fetcher, mirrors, Policy::Replace)?.gone.is_empty() {
         return Ok(None);
     }
-    let mirrors = mirrors.context("no mirror to resolve vanished packages with")?;
+    let mirrors = mirrors.context("no mirror to resolve vanished packages")?;
     if policy == Policy::Locked {
         download::fetch(&wanted(lock), fetcher, Some(mirrors), policy)?;
     }
@@ -144,7 +144,8 @@ pub fn unpacked(lock: &PackagesLock, fetcher: &Fetcher, cache: &Utf8Path) -> Res
     else {
         bail!(
             "the lock has no Rust compiler for {} machines\n\
-             help: add the target to your own: rustup target add aarch64-unknown-linux-gnu",
+             help: add the target to your own compiler: rustup target add \
+             aarch64-unknown-linux-gnu",
             host::architecture()
         );
     };

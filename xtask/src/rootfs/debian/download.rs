@@ -1,5 +1,6 @@
-//! Fetches what the lock names. Mirrors drop superseded versions: then just the vanished ones are
-//! resolved again with all others pinned, loudly, unless the build insists on its lock.
+//! Fetches the packages of the lock. Mirrors drop superseded versions: then only the vanished
+//! packages are resolved again with all others pinned, with a warning, unless `--locked` forbids
+//! it.
 
 use std::collections::BTreeSet;
 
@@ -20,7 +21,7 @@ use crate::rootfs::Role;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
-    /// Replace just them.
+    /// Replace only these.
     Replace,
     /// Refuse (`--locked`).
     Locked,
@@ -29,35 +30,35 @@ pub enum Policy {
 /// A locked package and its file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LockedDeb {
-    /// What the lock says.
+    /// The entry in the lock.
     pub package: LockedPackage,
     /// The file, checked.
     pub file: Artifact,
 }
 
-/// One version that took the place of another.
+/// A version that replaced another.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Replaced {
     /// Binary package name.
     pub name: String,
-    /// The locked version; none when the package is new.
+    /// The locked version; `None` when the package is new.
     pub old: Option<String>,
-    /// The version taken instead; none when the package is no longer needed.
+    /// The new version; `None` when the package is no longer needed.
     pub new: Option<String>,
 }
 
-/// Everything that a build reads.
+/// The packages for a build.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fetched {
-    /// The lock that was met; differs from the given one where versions were replaced.
+    /// The lock of these packages; differs from the given lock where versions were replaced.
     pub lock: PackagesLock,
     /// Files for roles `root` and `extra`, in the lock's order.
     pub debs: Vec<LockedDeb>,
-    /// What was replaced, for the report; empty as a rule.
+    /// What was replaced, for the report; usually empty.
     pub replaced: Vec<Replaced>,
 }
 
-/// What a plain fetch found.
+/// The result of a plain fetch.
 pub(super) struct Plain {
     pub debs: Vec<LockedDeb>,
     /// What the mirror no longer has.
@@ -92,21 +93,22 @@ pub fn fetch_lock(
         return Ok(Fetched { lock: lock.clone(), debs, replaced: Vec::new() });
     }
     refuse_if_locked(&first.gone, policy)?;
-    let mirrors = mirrors.context("no mirror to resolve vanished packages with")?;
+    let mirrors = mirrors.context("no mirror to resolve vanished packages")?;
     let lock = replace(lock, &first.gone, &first.debs, mirrors, cache)?;
     let second = plain(&wanted(&lock.lock), fetcher, Some(mirrors))?;
-    // The index was fetched a moment ago: what is missing now is the mirror's own fault.
+    // The index was just fetched: a missing file is now the mirror's fault.
     if let Some(package) = second.gone.first() {
         bail!(
-            "the mirror's index lists {}, but the mirror does not have it\n\
-             help: the mirror is being updated or is broken; try again later or use another",
+            "the mirror's index lists {}, but the mirror does not have the file\n\
+             help: the mirror is being updated or is broken; try again later or use another mirror",
             package.shown()
         );
     }
     Ok(Fetched { lock: lock.lock, debs: for_image(second.debs), replaced: lock.replaced })
 }
 
-/// Fetches packages without ever replacing one: what is gone is refused with [`Policy::Locked`], else listed.
+/// Fetches packages without replacing any: a vanished package is an error with [`Policy::Locked`],
+/// else it is listed.
 pub(super) fn fetch(
     packages: &[LockedPackage],
     fetcher: &Fetcher,
@@ -154,7 +156,7 @@ fn refuse_if_locked(gone: &[LockedPackage], policy: Policy) -> Result<()> {
     let names: Vec<String> = gone.iter().map(LockedPackage::shown).collect();
     bail!(
         "the mirror no longer has {} of the locked packages: {}\n\
-         help: build without --locked to replace just these, or run cargo xtask lock",
+         help: build without --locked to replace only these, or run cargo xtask lock",
         gone.len(),
         progress::names(&names)
     )
@@ -167,8 +169,8 @@ struct Replacement {
 
 /// Resolves the vanished packages again; all others keep their versions where apt can.
 ///
-/// The kept ones may be gone from the index as well (only their files are at hand), so apt gets
-/// them as a local archive with pins above everything else.
+/// The kept packages may also be missing in the index (only their files are available), so apt gets
+/// them as a local archive with the highest pins.
 fn replace(
     old: &PackagesLock,
     gone: &[LockedPackage],
@@ -178,7 +180,7 @@ fn replace(
 ) -> Result<Replacement> {
     let spec: &DebianSpec = &old.request;
     progress::warn(format!(
-        "the mirror no longer has {} of the locked packages; they are replaced: {}",
+        "the mirror no longer has {} of the locked packages; replacing them: {}",
         gone.len(),
         progress::names(&gone.iter().map(LockedPackage::shown).collect::<Vec<_>>())
     ));
@@ -192,7 +194,7 @@ fn replace(
         let replaced = differences(old, &lock);
         return Ok(Replacement { lock, replaced });
     }
-    // Binaries of one source depend on each other's exact version: they move together, even
+    // Binaries of one source depend on each other's exact version: they are replaced together, even
     // those whose old file is still in the store.
     let moving: BTreeSet<_> = gone.iter().map(|p| p.pool()).collect();
     let kept: Vec<LockedDeb> = debs
@@ -203,7 +205,7 @@ fn replace(
     let mut solved = lock::solve_with_kept(spec, mirrors, cache, &kept);
     if let Err(error) = &solved {
         progress::warn(format!(
-            "no solution keeps all the other versions; all packages are resolved again ({error:#})"
+            "no solution keeps all other versions; resolving all packages again ({error:#})"
         ));
         solved = lock::solve_with_kept(spec, mirrors, cache, &[]);
     }

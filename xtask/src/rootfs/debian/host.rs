@@ -1,5 +1,5 @@
-//! Tools that the building machine may lack: Debian 12's `mke2fs` cannot read a tar, so the newer
-//! one is taken from backports, unpacked into the cache, and never installed.
+//! Tools that the build machine may lack: Debian 12's `mke2fs` cannot read a tar, so a newer one
+//! from backports is unpacked into the cache and never installed.
 
 use std::fs;
 
@@ -17,17 +17,18 @@ use crate::ext4::Mke2fs;
 use crate::fetch::Fetcher;
 use crate::rootfs::Role;
 
-/// Architectures (in Debian's words) that a build can run on.
+/// Architectures (with Debian's names) that a build can run on.
 pub(super) const HOSTS: [&str; 2] = ["amd64", "arm64"];
 
-/// The release that programs for the building machine are taken from, whatever the image's is: the oldest that a machine
-/// may have, since a C library runs what was made for older ones.
+/// The release of the programs for the build machine, independent of the image's release: the
+/// oldest supported release, since a C library runs programs for older ones.
 pub(super) const SUITE: &str = "bookworm";
 
-/// Packages of its `-backports` that hold the tool and its libraries.
+/// Packages of its `-backports` with the tool and its libraries.
 const FROM_BACKPORTS: [&str; 4] = ["e2fsprogs", "libcom-err2", "libext2fs2", "libss2"];
 
-/// What the tool loads at run time to read a tar, with what a minimal machine lacks of it.
+/// The libraries that the tool loads to read a tar, with dependencies that a minimal machine may
+/// lack.
 const FROM_SUITE: [&str; 4] = ["libarchive13", "libicu72", "libnettle8", "libxml2"];
 
 /// Locks the host tools for every architecture that may build.
@@ -51,13 +52,14 @@ pub(super) fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<Vec<LockedPack
             .collect();
         locked.extend(
             lock_unpacked(&apt, &names, mirrors, &Offers::default(), Role::Host)
-                .with_context(|| format!("choosing e2fsprogs for {arch} machines"))?,
+                .with_context(|| format!("resolving e2fsprogs for {arch} machines"))?,
         );
     }
     Ok(locked)
 }
 
-/// The architecture of the host tools that this machine needs; none when its own `mke2fs` will do.
+/// The architecture of the host tools that this machine needs; `None` when its own `mke2fs` is
+/// sufficient.
 pub(super) fn wanted() -> Option<&'static str> {
     let own = exec::find("mke2fs").map(|program| Mke2fs { program, libraries: Vec::new() });
     if own.is_some_and(|own| own.version().is_ok()) {
@@ -66,7 +68,7 @@ pub(super) fn wanted() -> Option<&'static str> {
     Some(architecture())
 }
 
-/// Debian's name of this machine's architecture.
+/// Debian's name for this machine's architecture.
 pub(super) fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -87,7 +89,7 @@ pub fn host_e2fs(
     cache: &Utf8Path,
 ) -> Result<Mke2fs> {
     let Some(arch) = wanted() else {
-        let program = exec::find("mke2fs").context("this machine's mke2fs is gone")?;
+        let program = exec::find("mke2fs").context("this machine's mke2fs no longer exists")?;
         return Ok(Mke2fs { program, libraries: Vec::new() });
     };
     let packages: Vec<LockedPackage> =
@@ -100,7 +102,7 @@ pub fn host_e2fs(
     }
     let hashes: String = packages.iter().map(|p| p.sha256.as_str()).collect();
     let dir = cache.join(format!("tools/e2fsprogs-{}", &hash_bytes(hashes.as_bytes())[..16]));
-    // Two first builds at once: the second waits, then finds the tools unpacked.
+    // With two first builds at once, the second one waits and finds the tools unpacked.
     fs::create_dir_all(cache.join("tools")).with_context(|| format!("creating {cache}/tools"))?;
     let lock_path = cache.join("tools/.lock");
     let waiting = fs::File::create(&lock_path).and_then(|file| file.lock().map(|()| file));
@@ -120,7 +122,9 @@ pub fn host_e2fs(
         .map(|path| dir.join(path))
         .into_iter()
         .find(|path| path.is_file());
-    let Some(mke2fs) = mke2fs else { bail!("{dir} has no mke2fs\nhelp: remove that folder") };
+    let Some(mke2fs) = mke2fs else {
+        bail!("{dir} contains no mke2fs\nhelp: remove that directory")
+    };
     let mut libraries = Vec::new();
     for below in ["lib", "usr/lib"] {
         let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
@@ -130,12 +134,12 @@ pub fn host_e2fs(
         }
     }
     let unpacked = Mke2fs { program: mke2fs, libraries };
-    unpacked.version().context("trying the unpacked mke2fs")?;
+    unpacked.version().context("testing the unpacked mke2fs")?;
     Ok(unpacked)
 }
 
-/// Unpacks one package of the lock into `dir` without running anything of it: tests take from it
-/// the boot loader that ships.
+/// Unpacks one package of the lock into `dir` without running any of its programs: tests get the
+/// boot loader that ships from it.
 ///
 /// # Errors
 /// When the lock has no such package, or it cannot be fetched.

@@ -1,4 +1,4 @@
-//! Reads from a finished root what the report, the SBOM and the wheel installer want to know.
+//! Reads from a finished root what the report, the SBOM and the wheel installer need.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -10,7 +10,7 @@ use crate::exec::Tool;
 use crate::rootfs::tree::{Entry, Tree};
 use crate::rootfs::{Distribution, Package, Python, Role};
 
-/// Where Debian's `python3-*` packages put distributions.
+/// The directory in which Debian's `python3-*` packages install distributions.
 const DISTRIBUTIONS: &str = "usr/lib/python3/dist-packages/";
 
 /// All packages of the build, sorted by name.
@@ -22,7 +22,7 @@ pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> 
         let mut fields = stanzas(&control).pop().unwrap_or_default();
         let name = package.name.clone();
         let source = fields.remove("Source").unwrap_or_else(|| name.clone());
-        // `linux-signed-arm64 (6.1.192+2)`: a source version of its own.
+        // `linux-signed-arm64 (6.1.192+2)`: with an explicit source version.
         let (source, source_version) = match source.split_once(" (") {
             Some((source, version)) => {
                 (source.to_owned(), version.trim_end_matches(')').to_owned())
@@ -59,7 +59,7 @@ pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> 
     Ok(all)
 }
 
-/// Bytes in the pruned root by package, after dpkg's lists of files.
+/// Bytes in the pruned root by package, according to dpkg's lists of files.
 fn owned_bytes(tree: &Tree) -> Result<HashMap<String, u64>> {
     let lists = tree
         .iter()
@@ -73,7 +73,7 @@ fn owned_bytes(tree: &Tree) -> Result<HashMap<String, u64>> {
         let text = String::from_utf8_lossy(&tree.bytes(path)?.unwrap_or_default()).into_owned();
         let mut sum = 0;
         for line in text.lines() {
-            // dpkg knows `/lib/x`, the merged root has it as `usr/lib/x`.
+            // dpkg lists `/lib/x`, the merged root contains `usr/lib/x`.
             let entry = tree.get(line).or_else(|| tree.get(&format!("usr{line}")));
             sum += entry.map_or(0, Entry::size);
         }
@@ -100,7 +100,7 @@ fn upstream<'a>(debs: &'a [LockedDeb], name: &str) -> Option<&'a str> {
     Some(version.rsplit_once('-').map_or(version, |(upstream, _)| upstream))
 }
 
-/// The interpreter, by what `python3` in the root points at.
+/// The interpreter that `python3` in the root points to.
 pub(super) fn python(tree: &Tree, debs: &[LockedDeb]) -> Result<Python> {
     let help = "help: add python3 to the product's packages";
     let short = tree
@@ -111,7 +111,7 @@ pub(super) fn python(tree: &Tree, debs: &[LockedDeb]) -> Result<Python> {
         .with_context(|| format!("the root has no Python\n{help}"))?;
     let version = upstream(debs, &format!("python{short}"))
         .or_else(|| upstream(debs, &format!("python{short}-minimal")))
-        .with_context(|| format!("no package of the lock is python{short}\n{help}"))?
+        .with_context(|| format!("the lock has no package python{short}\n{help}"))?
         .to_owned();
     let metadata = tree.iter().map(|(path, _)| path).filter(|path| {
         path.strip_prefix(DISTRIBUTIONS).is_some_and(|rest| {

@@ -1,5 +1,5 @@
-//! The package lock: what apt decided once, by name, version and SHA-256, and what a build obeys.
-//! It names pool paths, never hosts: the same lock serves every mirror.
+//! The package lock: the result of apt's resolution by name, version and SHA-256, which builds
+//! follow. It contains pool paths, never hosts: the same lock works with every mirror.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -18,14 +18,14 @@ use crate::config::reader::{Findings, in_entry, written_lock};
 use crate::progress;
 use crate::rootfs::Role;
 
-/// The format of the lock file. Another number is refused.
+/// The format of the lock file. Any other number is rejected.
 const VERSION: u32 = 1;
 
-/// Essential packages, but not apt, which counts as essential for itself: an image with a read-only
-/// root never installs packages, and apt alone brings fourteen others.
+/// Essential packages without apt, which treats itself as essential: an image with a read-only root
+/// never installs packages, and apt alone needs fourteen others.
 const ESSENTIAL: &str = "?and(?essential,?not(?exact-name(apt)))";
 
-/// How the packages of kernel images, real ones and metapackages, are named.
+/// The name prefix of kernel image packages, real ones and metapackages.
 const KERNEL: &str = "linux-image-";
 
 /// A whole lock.
@@ -34,12 +34,12 @@ const KERNEL: &str = "linux-image-";
 pub struct PackagesLock {
     /// Format of this file.
     pub version: u32,
-    /// When it was made, seconds since 1970. The base's files carry this time, so that neither a
-    /// commit nor the day of the build changes the base.
+    /// When it was created, seconds since 1970. The base's files have this time, so that neither a
+    /// commit nor the date of the build changes the base.
     pub epoch: u64,
-    /// What was asked for; a build compares it with the product.
+    /// The request; a build compares it with the product.
     pub request: DebianSpec,
-    /// What apt decided, sorted by role, name and architecture.
+    /// The packages that apt selected, sorted by role, name and architecture.
     pub package: Vec<LockedPackage>,
 }
 
@@ -57,7 +57,7 @@ struct Written {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct LockedPackage {
-    /// Installed, unpacked for the image, or unpacked for the machine that builds.
+    /// Installed, unpacked for the image, or unpacked for the build machine.
     pub role: Role,
     /// Binary package name.
     pub name: String,
@@ -65,7 +65,7 @@ pub struct LockedPackage {
     pub arch: String,
     /// Version, with its epoch.
     pub version: String,
-    /// Which archive has it.
+    /// The archive that contains it.
     pub archive: Archive,
     /// Path below the archive's address.
     pub filename: String,
@@ -76,17 +76,17 @@ pub struct LockedPackage {
 }
 
 impl LockedPackage {
-    /// Where this package lies on these mirrors.
+    /// The address of this package on these mirrors.
     ///
     /// # Errors
-    /// When they do not have its source.
+    /// When they do not include its source.
     pub fn url(&self, mirrors: &Mirrors) -> Result<String> {
-        // apt itself escapes these two in pool paths; some mirrors need it.
+        // apt itself escapes these two characters in pool paths; some mirrors require it.
         let path = self.filename.replace('+', "%2b").replace('~', "%7e");
         Ok(format!("{}/{path}", self.archive.address(mirrors)?))
     }
 
-    /// Refuses what cannot be a package of an archive.
+    /// Rejects invalid package entries.
     pub(super) fn check(&self) -> Result<()> {
         self.wrong().map_or(Ok(()), |(_, why)| Err(anyhow!(why)))
     }
@@ -104,7 +104,7 @@ impl LockedPackage {
                 let fits = filename.starts_with("pool/") && filename.split('/').all(whole);
                 (fits, "is not a path below pool/")
             }
-            // Not everybody calls it pool.
+            // Not every archive uses the name `pool`.
             Archive::Source(_) => {
                 let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~+/%:".contains(&b);
                 let whole = |part: &str| !matches!(part, "" | "." | "..") && !part.ends_with(':');
@@ -120,13 +120,13 @@ impl LockedPackage {
         format!("{} {}", self.name, self.version)
     }
 
-    /// The pool folder: all binaries of one source share it.
+    /// The pool directory: all binaries of one source share it.
     pub(super) fn pool(&self) -> (&Archive, &str) {
         (&self.archive, self.filename.rsplit_once('/').map_or("", |(folder, _)| folder))
     }
 }
 
-/// One of Debian's archives, or a further one. In a lock it is its name.
+/// One of Debian's archives, or an additional one. In a lock it is written as its name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum Archive {
@@ -138,16 +138,17 @@ pub enum Archive {
     Source(String),
 }
 
-/// What a package is known by in two locks: its role, name and architecture.
+/// The key of a package for the comparison of two locks: its role, name and architecture.
 pub(super) type PackageKey<'a> = (Role, &'a str, &'a str);
 
 impl PackagesLock {
-    /// The packages, each under what it is known by.
+    /// The packages by their keys.
     pub(super) fn by_key(&self) -> BTreeMap<PackageKey<'_>, &LockedPackage> {
         self.package.iter().map(|p| ((p.role, p.name.as_str(), p.arch.as_str()), p)).collect()
     }
 
-    /// What differs in a newer lock, a line for each package: versions, and the archive where that is another.
+    /// The differences of a newer lock, a line for each package: versions, and the archive if it
+    /// changed.
     pub fn changes(&self, newer: &Self) -> Vec<String> {
         let (old, new) = (self.by_key(), newer.by_key());
         let keys: BTreeSet<_> = old.keys().chain(new.keys()).collect();
@@ -217,8 +218,9 @@ impl PackagesLock {
     /// # Errors
     /// When it cannot be read, is malformed (with line and text), or has another format.
     pub fn load(path: &Utf8Path) -> Result<Self> {
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("reading {path}\nhelp: cargo xtask lock makes it"))?;
+        let text = fs::read_to_string(path).with_context(|| {
+            format!("reading {path}\nhelp: run `cargo xtask lock` to create it")
+        })?;
         Self::parse(&text, path)
     }
 
@@ -248,7 +250,7 @@ impl PackagesLock {
                 && !request.sources.iter().any(|known| known.name == *source)
             {
                 let message = format!(
-                    "package {name} comes from '{source}', which is no source of the request"
+                    "package {name} comes from '{source}', but the request has no such source"
                 );
                 find("archive", message);
             }
@@ -264,7 +266,7 @@ impl PackagesLock {
     /// The text of the lock file: sorted, and equal for equal content.
     ///
     /// # Errors
-    /// Never for a lock of this module; kept because the serializer may.
+    /// Never for a lock of this module; the serializer may return errors.
     pub fn to_text(&self) -> Result<String> {
         let body = toml::to_string(self).context("writing the package lock")?;
         Ok(format!("# Made by `cargo xtask lock`; builds obey it. Do not edit by hand.\n{body}"))
@@ -287,7 +289,7 @@ impl PackagesLock {
     /// Refuses a lock that was made for another request than this one of `product`.
     ///
     /// # Errors
-    /// When the request differs; says what was added and removed.
+    /// When the request differs; lists what was added and removed.
     pub fn check_request(&self, spec: &DebianSpec, product: &str) -> Result<()> {
         let set = |spec: &DebianSpec| -> BTreeSet<String> {
             let list = |what: &str, names: &[String]| -> Vec<String> {
@@ -324,20 +326,21 @@ impl PackagesLock {
     }
 }
 
-/// Lets apt solve the request against the machine's mirrors, and locks what it says.
+/// Resolves the request with apt and the machine's mirrors, and locks the result.
 ///
-/// `cache` keeps the package indexes. Nothing but indexes is downloaded, no root is needed.
+/// `cache` keeps the package indexes. Only indexes are downloaded, and root is not needed.
 ///
 /// # Errors
-/// When a mirror is out of reach, a signature is wrong, or apt finds no solution (its own words).
+/// When a mirror is unreachable, a signature is invalid, or apt finds no solution (with apt's
+/// message).
 pub fn lock(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
-    progress::say("lock", format!("{} {}: asking the mirrors", spec.suite, spec.arch));
+    progress::say("lock", format!("{} {}: querying the mirrors", spec.suite, spec.arch));
     let offers = Offers::ask(spec, mirrors, cache)?;
     let apt = target_apt(spec, mirrors, cache)?;
     offers.bring_in(&apt)?;
     apt.pin(offers.pins())?;
     let solved = apt.update().and_then(|()| solve(&apt, spec, mirrors, &[], &offers));
-    // What another product locks next may have no sources.
+    // The next product to lock may have no sources.
     apt.pin("")?;
     let mut package = solved?;
     package.extend(host::lock(mirrors, cache)?);
@@ -346,7 +349,7 @@ pub fn lock(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<Pa
         Ok(text) if !text.trim().is_empty() => {
             text.trim().parse().context("SOURCE_DATE_EPOCH is not a number of seconds")?
         }
-        _ => now().context("this machine's clock stands before 1970")?.as_secs(),
+        _ => now().context("the system clock is set before 1970")?.as_secs(),
     };
     finish(spec, epoch, package)
 }
@@ -385,7 +388,8 @@ pub(super) fn target_apt(
     PrivateApt::new(&dir, &spec.arch, &sources, &spec.components, &mirrors.keyring)
 }
 
-/// What apt would install and unpack, with roles. `kept` is what the local archive of an old lock offers.
+/// What apt would install and unpack, with roles. `kept` lists the packages in the local archive of
+/// an old lock.
 fn solve(
     apt: &PrivateApt,
     spec: &DebianSpec,
@@ -399,14 +403,15 @@ fn solve(
         ["-qq", "--print-uris", "install", "--"].into_iter().chain(wanted.iter().copied());
     let root = apt.get(install).map_err(|error| {
         let reasons = apt.reasons_against(&wanted);
-        let doing = format!("choosing the packages of {} for {}", spec.suite, spec.arch);
+        let doing = format!("resolving the packages of {} for {}", spec.suite, spec.arch);
         if reasons.is_empty() {
             return error.context(doing);
         }
         anyhow!(
             "{doing}: apt cannot install them together\n  - {}\n\
-             help: change `packages` in the product's file or the board's: name one of those that conflict, \
-             and instead of a virtual package one that provides it",
+             help: change `packages` in the product's file or the board's: list only one of the \
+             packages that \
+             conflict, and instead of a virtual package one that provides it",
             reasons.join("\n  - ")
         )
     })?;
@@ -419,7 +424,7 @@ fn solve(
     for hash in local.into_iter().filter_map(repo::hash_in) {
         locked.extend(kept.iter().find(|d| d.file.sha256 == hash).map(|d| d.package.clone()));
     }
-    // A kernel's package name has its version in it, so the metapackage is compared by its prefix.
+    // A kernel's package name contains its version, so the metapackage is compared by its prefix.
     let same = |locked: &str, asked: &str| {
         locked == asked || (locked.starts_with(KERNEL) && asked.starts_with(KERNEL))
     };
@@ -435,7 +440,7 @@ fn solve(
     Ok(locked)
 }
 
-/// Locks packages that are only unpacked. `names` may carry `/suite`.
+/// Locks packages that are only unpacked. `names` may end in `/suite`.
 pub(super) fn lock_unpacked(
     apt: &PrivateApt,
     names: &[String],
@@ -452,11 +457,11 @@ pub(super) fn lock_unpacked(
     }
     let args =
         ["-qq", "--print-uris", "download", "--"].map(str::to_owned).into_iter().chain(wanted);
-    let uris = apt.get(args).context("choosing the packages that are only unpacked")?;
+    let uris = apt.get(args).context("resolving the packages that are only unpacked")?;
     locked_from_uris(apt, &uris, mirrors, offers, role)
 }
 
-/// The real kernel package behind a metapackage such as `linux-image-arm64`.
+/// The real kernel package of a metapackage such as `linux-image-arm64`.
 fn kernel_behind(apt: &PrivateApt, name: &str) -> Result<Option<String>> {
     if !name.starts_with(KERNEL) {
         return Ok(None);
@@ -481,11 +486,11 @@ fn locked_from_uris(
 ) -> Result<Vec<LockedPackage>> {
     let (mut found, mut offered) = (Vec::new(), Vec::new());
     for line in text.lines().filter(|line| line.starts_with('\'')) {
-        let doing = || format!("understanding apt's answer: {line}");
+        let doing = || format!("parsing apt's output: {line}");
         if line.starts_with(repo::URI_PREFIX) {
             let hash = repo::hash_in(line).with_context(doing)?;
             let package = offers.with_hash(hash);
-            offered.push(package.with_context(|| format!("apt chose an unknown file {hash}"))?);
+            offered.push(package.with_context(|| format!("apt selected an unknown file {hash}"))?);
             continue;
         }
         let package = parse_uri_line(line, mirrors, role).with_context(doing)?;
@@ -523,11 +528,11 @@ fn parse_uri_line(line: &str, mirrors: &Mirrors, role: Role) -> Result<LockedPac
     };
     let uri = uri.trim_matches('\'');
     let below = |mirror: &str| uri.strip_prefix(mirror)?.strip_prefix('/').map(unescape);
-    // The security archive first: its address often begins with the archive's.
+    // The security archive first: its address often begins with the archive's address.
     let (archive, filename) = match (below(&mirrors.security), below(&mirrors.archive)) {
         (Some(path), _) => (Archive::Security, path),
         (None, Some(path)) => (Archive::Debian, path),
-        (None, None) => bail!("the address is on neither mirror"),
+        (None, None) => bail!("the address does not belong to any of the mirrors"),
     };
     let parts: Vec<String> = file.trim_end_matches(".deb").split('_').map(unescape).collect();
     let [name, version, arch] = parts.as_slice() else {
@@ -545,7 +550,7 @@ fn parse_uri_line(line: &str, mirrors: &Mirrors, role: Role) -> Result<LockedPac
     })
 }
 
-/// Undoes `%xx`.
+/// Decodes `%xx`.
 fn unescape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -566,7 +571,7 @@ fn unescape(text: &str) -> String {
     out + rest
 }
 
-/// Splits deb822 text into its stanzas; continuation lines belong to the field before them.
+/// Splits deb822 text into its stanzas; continuation lines belong to the previous field.
 pub(super) fn stanzas(text: &str) -> Vec<BTreeMap<String, String>> {
     let mut all = Vec::new();
     for block in text.split("\n\n") {
@@ -590,7 +595,7 @@ pub(super) fn stanzas(text: &str) -> Vec<BTreeMap<String, String>> {
     all
 }
 
-/// Solves the request with these packages at hand, in exactly these versions if apt can.
+/// Resolves the request with these packages available, in exactly these versions if possible.
 pub(super) fn solve_with_kept(
     spec: &DebianSpec,
     mirrors: &Mirrors,
@@ -604,7 +609,7 @@ pub(super) fn solve_with_kept(
     repo::write(&local, &kept.iter().collect::<Vec<_>>())?;
     let local = local.canonicalize_utf8().context("resolving the local archive")?;
     apt.add_local(&local)?;
-    // Above 1000: taken even where the archive has a newer one.
+    // Above 1000: preferred even when the archive has a newer version.
     let pins = kept.iter().fold(offers.pins().to_owned(), |text, LockedDeb { package, .. }| {
         let LockedPackage { name, version, .. } = package;
         text + &format!("Package: {name}\nPin: version {version}\nPin-Priority: 1001\n\n")

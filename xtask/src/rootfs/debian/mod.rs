@@ -1,7 +1,7 @@
 //! The Debian engine: packages from the machine's own mirror, locked by version and SHA-256,
 //! installed by `mmdebstrap` into a root that is then pruned by rule and made reproducible.
 //!
-//! `apt` solves, `dpkg` installs; this module decides what they see and keeps what they did.
+//! `apt` resolves, `dpkg` installs; this module controls their inputs and records their results.
 
 mod access;
 mod apt;
@@ -29,7 +29,7 @@ pub use lock::{Archive, LockedPackage, PackagesLock, lock};
 pub use prune::PruneRules;
 pub use sources::{SourceMirror, SourceSpec};
 
-/// What to install, as the product and the board say it.
+/// What to install, from the product and the board.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DebianSpec {
@@ -37,15 +37,16 @@ pub struct DebianSpec {
     pub suite: String,
     /// Archive components, as in `main`, `non-free-firmware`.
     pub components: Vec<String>,
-    /// Debian's name of the target architecture, as in `arm64`.
+    /// Debian's name for the target architecture, as in `arm64`.
     pub arch: String,
-    /// Packages to install besides the essential ones; apt adds what they depend on, never what
-    /// they recommend. The package manager's own front end (`apt`) is left out unless named.
+    /// Packages to install besides the essential ones; apt adds their dependencies, never their
+    /// recommendations. The package manager's own front end (`apt`) is excluded unless listed.
     pub packages: Vec<String>,
     /// Packages that are unpacked and never installed: kernel image (its metapackage is followed),
-    /// static busybox, firmware, bootloaders. Nothing that they depend on is taken.
+    /// static busybox, firmware, boot loaders. Their dependencies are not included.
     pub extra: Vec<String>,
-    /// Further archives, and what may come from them. A lock without any is what it was before there were sources.
+    /// Additional archives, and what may come from them. A lock without any has the same text as
+    /// before sources existed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sources: Vec<SourceSpec>,
 }

@@ -1,4 +1,4 @@
-//! Prune rules, which are data, and the few files whose content must not depend on the day.
+//! Prune rules, which are data, and the few files whose content must not depend on the date.
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::rootfs::glob;
 use crate::rootfs::tree::{Data, Entry, Kind, Name, Tree};
 
-/// Seconds of a day, in which /etc/shadow counts.
+/// Seconds of a day, the unit of /etc/shadow.
 const DAY: u64 = 86_400;
 
 /// What to remove from a root.
@@ -20,16 +20,18 @@ pub struct PruneRules {
 }
 
 impl PruneRules {
-    /// The rules for every Debian root: documentation, translations, and what differs by run.
+    /// The rules for every Debian root: documentation, translations, and files that differ between
+    /// runs.
     ///
     /// # Errors
-    /// When the built-in table is malformed; a test reads it.
+    /// When the built-in table is malformed; a test checks it.
     pub fn standard() -> Result<Self> {
         toml::from_str(include_str!("prune.toml")).context("reading the standard prune rules")
     }
 }
 
-/// Applies the rules; hard links to a removed file become the file, folders of kept files stay.
+/// Applies the rules; a hard link to a removed file becomes the file, directories of kept files are
+/// kept.
 pub(in crate::rootfs) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()> {
     let (drop, keep) = (glob::compile(&rules.drop)?, glob::compile(&rules.keep)?);
     let drops = |path: &str| drop.is_match(path) && !keep.is_match(path);
@@ -50,7 +52,7 @@ pub(in crate::rootfs) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()
             removed.insert(name, entry);
         }
     }
-    // The first remaining link to a removed file takes its content, the others point to it.
+    // The first remaining link to a removed file gets its content, the others link to that.
     let mut heirs: std::collections::BTreeMap<Name, Name> = std::collections::BTreeMap::new();
     for (name, entry) in &mut tree.entries {
         let Kind::Hardlink(target) = &entry.kind else { continue };
@@ -66,20 +68,20 @@ pub(in crate::rootfs) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()
     Ok(())
 }
 
-/// Gives files of the build's day the epoch instead.
+/// Replaces the build's date in files by the epoch.
 pub(in crate::rootfs) fn normalise(tree: &mut Tree, epoch: u64) -> Result<()> {
     if let Some(shadow) = tree.bytes("etc/shadow")? {
         let text = String::from_utf8(shadow).context("/etc/shadow is not UTF-8")?;
         set_bytes(tree, "etc/shadow", shadow_of_day(&text, epoch / DAY).into_bytes());
     }
-    // A timestamp from the future would be clamped in the tar but not in caches that quote it.
+    // A timestamp from the future would be clamped in the tar, but not in caches that contain it.
     for entry in tree.entries.values_mut() {
         entry.mtime = Some(entry.mtime.map_or(epoch, |time| time.min(epoch)));
     }
     rewrite_bytecode(tree)
 }
 
-/// `name:password:day of last change:…`: the day is set to ours where there is one.
+/// `name:password:day of last change:…`: an existing day is replaced by ours.
 fn shadow_of_day(text: &str, day: u64) -> String {
     text.lines().fold(String::with_capacity(text.len()), |mut out, line| {
         let mut fields: Vec<String> = line.split(':').map(str::to_owned).collect();
@@ -92,10 +94,11 @@ fn shadow_of_day(text: &str, day: u64) -> String {
     })
 }
 
-/// Python recompiles at every start when a `.pyc` on a read-only root quotes another time than its
-/// source has: the tar's times are clamped, so the quoted ones are set to what the tar says. With
-/// SOURCE_DATE_EPOCH Debian's scripts make `.pyc` files that quote the source's hash instead, which
-/// Python reads and hashes the source for; on a root that cannot change that check is switched off.
+/// Python recompiles at every start when the time in a `.pyc` on a read-only root differs from its
+/// source's time. The tar's times are clamped, so the times in `.pyc` files are set to those of the
+/// tar. With SOURCE_DATE_EPOCH Debian's scripts create `.pyc` files with the source's hash instead,
+/// which Python verifies by reading the source; this check is switched off, since the root cannot
+/// change.
 fn rewrite_bytecode(tree: &mut Tree) -> Result<()> {
     let compiled: Vec<String> = tree
         .entries
@@ -126,7 +129,7 @@ fn rewrite_bytecode(tree: &mut Tree) -> Result<()> {
         }
         let quoted = u32::from_le_bytes([header[12], header[13], header[14], header[15]]);
         if u64::from(quoted) != size & 0xffff_ffff {
-            bail!("{path} was compiled from another {source}: {quoted} bytes, found {size}");
+            bail!("{path} was compiled from another {source}: of {quoted} bytes, found {size}");
         }
         let time = u32::try_from(mtime & 0xffff_ffff).unwrap_or(0).to_le_bytes();
         if header[8..12] != time {

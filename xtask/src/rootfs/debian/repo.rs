@@ -1,5 +1,5 @@
-//! A local archive made of fetched packages: a folder of links and an index of our own. apt reads
-//! it without a signature, because every file in it was checked against the lock.
+//! A local archive made of fetched packages: a directory of links and an index of our own. apt
+//! reads it without a signature, because every file in it was verified against the lock.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,23 +10,23 @@ use camino::Utf8Path;
 use super::download::LockedDeb;
 use crate::exec::Tool;
 
-/// How a package of this archive begins in apt's `--print-uris`.
+/// The prefix of this archive's packages in apt's `--print-uris`.
 pub(super) const URI_PREFIX: &str = "'copy:";
 
-/// The line of `sources.list` that brings the archive in.
+/// The line of `sources.list` for the archive.
 pub(super) fn source_line(repository: &Utf8Path) -> String {
-    // `copy:` rather than `file:`: apt would read `file:` packages in place, and inside a user
-    // namespace that place may be out of reach.
+    // `copy:` rather than `file:`: apt would read `file:` packages in place, and their directory
+    // may be inaccessible in a user namespace.
     format!("deb [trusted=yes] copy:{repository} ./\n")
 }
 
-/// The hash that a line of `--print-uris` refers to.
+/// The hash in a line of `--print-uris`.
 pub(super) fn hash_in(line: &str) -> Option<&str> {
     let uri = line.split('\'').nth(1)?;
     uri.rsplit_once('/')?.1.strip_suffix(".deb")
 }
 
-/// Writes the archive afresh.
+/// Replaces the archive.
 pub(super) fn write(folder: &Utf8Path, debs: &[&LockedDeb]) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| format!("removing {folder}"))?;
@@ -45,7 +45,7 @@ pub(super) fn write(folder: &Utf8Path, debs: &[&LockedDeb]) -> Result<()> {
     fs::write(&path, index).with_context(|| format!("writing {path}"))
 }
 
-/// One stanza of an index: what the package says about itself, and where it lies.
+/// One stanza of an index: the package's own control data, and its path.
 pub(super) fn stanza(deb: &Utf8Path, filename: &str, size: u64, sha256: &str) -> Result<String> {
     let control = Tool::new("dpkg-deb").arg("--field").arg(deb).read()?;
     let control = control.trim_end();

@@ -1,5 +1,5 @@
-//! Where the base's intermediate files lie: some hundred megabytes, removed when the work is done, and by the
-//! next build where the work was killed.
+//! Directories for the base's intermediate files: some hundred megabytes, removed when the work is
+//! done, or by the next build if the work was killed.
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -12,34 +12,36 @@ use crate::progress::warn;
 
 const PREFIX: &str = "slipway-base-";
 
-/// A folder that is still being made: empty, and nobody's to remove.
+/// The prefix of a directory that is being created: empty, and never removed by others.
 const UNFINISHED: &str = ".slipway-base-";
 
-/// A folder under the system's temporary folder: inside a user namespace, a home folder that only its owner may
-/// enter is closed. It goes with the value.
+/// A directory under the system's temporary directory: inside a user namespace, a home directory
+/// that only its owner may enter is inaccessible. It is removed when the value is dropped.
 #[derive(Debug)]
 pub(super) struct Scratch {
     path: Utf8PathBuf,
-    /// Whoever holds it uses the folder. It passes to every program that is started: a `mmdebstrap` that outlives
-    /// us (when we are killed) still holds it.
+    /// The lock of the directory. Every program that is started inherits it: an `mmdebstrap` that
+    /// outlives us (when we are killed) still holds it.
     _lock: File,
 }
 
 impl Scratch {
-    /// Makes one, and removes those whose makers were killed.
+    /// Creates a directory, and removes those of killed processes.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When it cannot be created.
     pub(super) fn new() -> Result<Self> {
-        Self::below(&Utf8PathBuf::try_from(std::env::temp_dir()).context("the temporary folder")?)
+        Self::below(
+            &Utf8PathBuf::try_from(std::env::temp_dir()).context("the temporary directory")?,
+        )
     }
 
     fn below(temporary: &Utf8Path) -> Result<Self> {
         sweep(temporary);
-        let doing = || format!("making a folder in {temporary}");
+        let doing = || format!("making a directory in {temporary}");
         let folder = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(temporary);
         let folder = folder.with_context(doing)?;
-        // Whatever the umask is: whoever is root in a namespace looks into it.
+        // Regardless of the umask: root in a user namespace must be able to read it.
         fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).with_context(doing)?;
         let lock = File::open(folder.path()).with_context(doing)?;
         lock.lock().with_context(doing)?;
@@ -47,7 +49,7 @@ impl Scratch {
         let name = folder.path().file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let path = temporary.join(name.trim_start_matches('.'));
         fs::rename(folder.path(), &path).with_context(doing)?;
-        // It has another name now.
+        // The directory has another name now.
         drop(folder.keep());
         Ok(Self { path, _lock: lock })
     }
@@ -63,12 +65,12 @@ impl Drop for Scratch {
     }
 }
 
-/// Removes what killed builds of this user have left.
+/// Removes the directories of killed builds of this user.
 fn sweep(temporary: &Utf8Path) {
     let Ok(entries) = temporary.read_dir_utf8() else { return };
     for entry in entries.flatten().filter(|entry| entry.file_name().starts_with(PREFIX)) {
         let path = entry.path();
-        // Others may write here, too: never theirs, and never through a link.
+        // Other users may write here, too: never remove theirs, and never follow a link.
         let ours = path.symlink_metadata().is_ok_and(|about| {
             about.is_dir() && about.uid() == rustix::process::geteuid().as_raw()
         });
@@ -78,19 +80,20 @@ fn sweep(temporary: &Utf8Path) {
     }
 }
 
-/// Removes a folder, and says so where it cannot: it is large. What is mounted below it stays as it is.
+/// Removes a directory, and warns if it cannot, because it is large. Filesystems mounted below it
+/// are not touched.
 fn remove(path: &Utf8Path) {
     let words = ["-rf", "--one-file-system", "--", path.as_str()];
     let whole = Tool::new("rm").args(words).run().or_else(|error| {
         if rustix::process::geteuid().is_root() {
             return Err(error);
         }
-        // Killed, `mmdebstrap` leaves files of a user's subordinate ids: only root of a namespace that has them
-        // may remove those.
+        // A killed `mmdebstrap` leaves files of a user's subordinate ids: only root of a namespace
+        // with these ids may remove them.
         Tool::new("unshare").args(["--map-root-user", "--map-auto", "rm"]).args(words).run()
     });
     if let Err(error) = whole {
-        warn(format!("{path} is left over, and may be removed: {error:#}"));
+        warn(format!("{path} is left over and can be removed: {error:#}"));
     }
 }
 
@@ -119,7 +122,7 @@ mod tests {
         let used = Scratch::below(folder).unwrap();
         fs::write(used.path().join("file"), "").unwrap();
         assert_eq!(fs::metadata(used.path()).unwrap().permissions().mode() & 0o777, 0o755);
-        assert!(!folder.join("slipway-base-left").exists(), "nobody holds it");
+        assert!(!folder.join("slipway-base-left").exists(), "the lock is free");
         let second = Scratch::below(folder).unwrap();
         assert!(used.path().join("file").exists(), "it is in use");
         drop((used, second));

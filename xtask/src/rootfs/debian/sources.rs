@@ -1,6 +1,7 @@
-//! Further archives besides Debian's own. Each is asked by an apt of its own, with its own key; what a product lists is
-//! handed to the apt that solves as a local archive. So a package that is not listed does not exist for that apt,
-//! and which archive a chosen file comes from is known by its hash, not guessed from an address.
+//! Additional archives besides Debian's own. A separate apt with its own key reads each of them;
+//! the packages that a product lists are passed to the resolving apt as a local archive. So a
+//! package that is not listed does not exist for that apt, and the archive of a selected file is
+//! known by its hash, not guessed from an address.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,11 +16,12 @@ use super::lock::{Archive, LockedPackage, stanzas};
 use crate::plan::keyring::{BadKey, keyring};
 use crate::rootfs::{Role, glob};
 
-/// Overrides a source's address: this, and the source's name in capitals with `_` for `-`.
+/// Prefix of the variable that overrides a source's address, followed by the source's name in
+/// capitals with `_` for `-`.
 const MIRROR_VARIABLES: &str = "SLIPWAY_MIRROR_";
 
-/// The fields that apt solves with. Others are left out, so that one of them in another spelling (`package:`)
-/// cannot mean more to apt than it does here.
+/// The fields that apt needs for resolving. Others are omitted, so that a field in another spelling
+/// (`package:`) cannot have a meaning for apt that it does not have here.
 const FIELDS: [&str; 17] = [
     "Package",
     "Version",
@@ -40,11 +42,11 @@ const FIELDS: [&str; 17] = [
     "Description",
 ];
 
-/// A further archive, as a product and a lock name it: no address, which is this machine's business.
+/// An additional archive in a product and a lock: without an address, which depends on the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct SourceSpec {
-    /// What the lock calls it.
+    /// Its name in the lock.
     pub name: String,
     /// Its suite.
     pub suite: String,
@@ -54,19 +56,19 @@ pub struct SourceSpec {
     pub packages: Vec<String>,
 }
 
-/// Where a further archive is, seen from this machine, and whose signature counts for it.
+/// The address of an additional archive for this machine, and the key that must have signed it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceMirror {
     /// Its name, as in the lock.
     pub name: String,
-    /// Its address. No slash at the end.
+    /// Its address. No trailing slash.
     pub address: String,
     /// The file of its public key.
     pub key: Utf8PathBuf,
 }
 
 impl SourceMirror {
-    /// A source with the address that the product says, or that the environment says instead.
+    /// A source with the address from the environment, else from the product.
     pub fn new(name: &str, address: &str, key: Utf8PathBuf) -> Self {
         let set = std::env::var(variable(name)).ok().filter(|value| !value.is_empty());
         let address = set.as_deref().unwrap_or(address).trim_end_matches('/').to_owned();
@@ -79,19 +81,19 @@ fn variable(name: &str) -> String {
     MIRROR_VARIABLES.to_owned() + &name.to_uppercase().replace('-', "_")
 }
 
-/// What further archives offer of what may come from them.
+/// The allowed packages of additional archives.
 #[derive(Debug, Default)]
 pub(super) struct Offers {
-    /// The local archive that lists them; none where a product has no sources.
+    /// The local archive that lists them; `None` where a product has no sources.
     local: Option<Utf8PathBuf>,
     packages: Vec<LockedPackage>,
 }
 
 impl Offers {
-    /// Asks all sources of a request. Nothing but indexes is downloaded.
+    /// Reads all sources of a request. Only indexes are downloaded.
     ///
     /// # Errors
-    /// When one is out of reach, is signed by another key, or lacks a package that is listed.
+    /// When one is unreachable, is signed by another key, or lacks a listed package.
     pub fn ask(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<Self> {
         let mut offers = Self::default();
         if spec.sources.is_empty() {
@@ -103,7 +105,7 @@ impl Offers {
             let mirror = mirrors.source(&source.name)?;
             let text = read_index(spec, source, mirror, cache)?;
             for (package, stanza) in listed(source, &text)? {
-                // The same version of two sources: the one that the product names first.
+                // The same version in two sources: prefer the one that the product lists first.
                 let id = (package.name.clone(), package.version.clone(), package.arch.clone());
                 if seen.insert(id) {
                     offers.packages.push(package);
@@ -120,15 +122,17 @@ impl Offers {
         Ok(offers)
     }
 
-    /// Lets an apt choose from them.
+    /// Adds them to an apt.
     pub fn bring_in(&self, apt: &PrivateApt) -> Result<()> {
         self.local.iter().try_for_each(|local| apt.add_local(local))
     }
 
-    /// The pin that makes a listed package win over Debian's, whatever the version; empty without sources.
+    /// The pin that makes apt prefer a listed package to Debian's, whatever the version; empty
+    /// without sources.
     pub fn pins(&self) -> &'static str {
         match self.local {
-            // An empty origin: local archives. Debian's have 500; what is kept of an old lock has more.
+            // An empty origin means local archives. Debian's have priority 500; packages kept from
+            // an old lock have a higher one.
             Some(_) => "Package: *\nPin: origin \"\"\nPin-Priority: 990\n\n",
             None => "",
         }
@@ -139,7 +143,8 @@ impl Offers {
         self.packages.iter().find(|p| p.sha256 == sha256)
     }
 
-    /// The offered package that apt takes for the same as this one of Debian: it compares versions, not files.
+    /// The offered package that apt treats as identical to this one of Debian: it compares
+    /// versions, not files.
     pub fn instead_of(&self, other: &LockedPackage) -> Option<&LockedPackage> {
         let id = |p: &LockedPackage| (p.name.clone(), p.version.clone(), p.arch.clone());
         self.packages.iter().find(|p| id(p) == id(other))
@@ -157,29 +162,29 @@ fn read_index(
     let file = fs::read(key).with_context(|| {
         format!(
             "reading {key}, the key of the source {name}\n\
-             help: put the archive's OpenPGP public key there"
+             help: create the file with the archive's OpenPGP public key"
         )
     })?;
     let keyring = match keyring(&file) {
         Ok(keyring) => keyring,
         Err(BadKey::Secret) => bail!("{key}, the key of the source {name}, is a secret key"),
         Err(BadKey::NoKey(why)) => {
-            bail!("{key}, the key of the source {name}, is no public key: {why}")
+            bail!("{key}, the key of the source {name}, is not a public key: {why}")
         }
     };
     let suite = source.suite.replace('/', "_");
     let dir = cache.join(format!("apt/source-{name}-{suite}-{}", spec.arch));
     fs::create_dir_all(&dir).with_context(|| format!("creating {dir}"))?;
     let dir = dir.canonicalize_utf8().with_context(|| format!("resolving {dir}"))?;
-    // Always in binary form: apt tells the forms apart by the file's name.
+    // Always in binary form: apt detects the form by the file's name.
     let path = dir.join("key.gpg");
     fs::write(&path, keyring).with_context(|| format!("writing {path}"))?;
     let archive = [Source { uri: address.clone(), suite: source.suite.clone() }];
     let apt = PrivateApt::new(&dir, &spec.arch, &archive, &source.components, &path)?;
     apt.update().with_context(|| {
         format!(
-            "asking the source {name}\n\
-             help: {} names a mirror of it; its signature must be of the key {key}",
+            "reading the source {name}\n\
+             help: {} selects a mirror; the archive must be signed by the key {key}",
             variable(name)
         )
     })?;
@@ -219,7 +224,7 @@ fn listed(source: &SourceSpec, index: &str) -> Result<Vec<(LockedPackage, String
             size: size.parse().with_context(|| format!("'{size}' is not a size"))?,
             sha256,
         };
-        package.check().with_context(|| format!("reading the index of the source {name}"))?;
+        package.check().with_context(|| format!("parsing the index of the source {name}"))?;
         let mut text = String::new();
         for field in FIELDS {
             if let Some(value) = stanza.get(field) {

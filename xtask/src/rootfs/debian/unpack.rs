@@ -1,4 +1,4 @@
-//! Unpacks packages natively, without running anything that they contain.
+//! Unpacks packages natively, without running any of their programs.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -8,20 +8,22 @@ use camino::Utf8Path;
 
 use crate::exec::Tool;
 
-/// Folders that are links into `usr` on an installed system, and that packages up to Debian 12 still have at the top.
+/// Directories that are links into `usr` on an installed system, and that packages up to Debian 12
+/// still contain at the top level.
 const ALIASES: [&str; 3] = ["bin", "lib", "sbin"];
 
-/// Unpacks the files of one package into a folder.
+/// Unpacks the files of one package into a directory.
 pub(super) fn deb(package: &Utf8Path, into: &Utf8Path) -> Result<()> {
     fs::create_dir_all(into).with_context(|| format!("creating {into}"))?;
     Tool::new("dpkg-deb").arg("--extract").arg(package).arg(into).run()
 }
 
-/// Moves what unpacked packages have in `bin`, `lib` and `sbin` below `usr`, where those of Debian 13 have it, and leaves
-/// links in their place: `dpkg-deb` puts folders over links, so this comes behind the last package.
+/// Moves `bin`, `lib` and `sbin` of unpacked packages below `usr`, as in packages of Debian 13, and
+/// replaces them by links: `dpkg-deb` replaces links by directories, so call this after the last
+/// package.
 ///
 /// # Errors
-/// When two packages have the same file, in either place.
+/// When two packages contain the same file, in either directory.
 pub(super) fn merge_usr(root: &Utf8Path) -> Result<()> {
     for name in ALIASES {
         let (alias, merged) = (root.join(name), root.join("usr").join(name));
@@ -33,7 +35,7 @@ pub(super) fn merge_usr(root: &Utf8Path) -> Result<()> {
             move_into(&alias, &merged)?;
         }
         let target = format!("usr/{name}");
-        symlink(&target, &alias).with_context(|| format!("making the link {alias}"))?;
+        symlink(&target, &alias).with_context(|| format!("creating the link {alias}"))?;
     }
     Ok(())
 }
@@ -47,7 +49,7 @@ fn move_into(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
             fs::rename(old, &new).with_context(moving)?;
         } else {
             let folders = [old, &new].iter().all(|path| path.is_dir() && !path.is_symlink());
-            ensure!(folders, "{old} and {new} are one file on an installed system");
+            ensure!(folders, "{old} and {new} are the same file on an installed system");
             move_into(old, &new)?;
         }
     }
@@ -84,6 +86,6 @@ mod tests {
         fs::remove_file(root.join("lib")).unwrap();
         file("lib/firmware/c");
         let error = merge_usr(root).unwrap_err().to_string();
-        assert!(error.ends_with("are one file on an installed system"), "{error}");
+        assert!(error.ends_with("are the same file on an installed system"), "{error}");
     }
 }
