@@ -700,7 +700,9 @@ fn a_release_takes_releases_only() -> Result<()> {
     team.keys(&["new"])?;
     let (card, update) = (team.build("0.1.0")?, team.build(UPDATE)?);
     let listed = team.keys(&["list"])?;
-    let old = listed.split_whitespace().next().context("a key")?.to_owned();
+    // The first line is about the set.
+    let old = listed.lines().nth(1).and_then(|line| line.split_whitespace().next());
+    let old = old.context("a key")?.to_owned();
     team.keys(&["rotate", "--revoke"])?;
     let next = team.build("0.1.2")?;
     // As the documentation has it: the set with the new key, signed by the one that the robot knows.
