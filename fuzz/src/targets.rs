@@ -16,7 +16,6 @@ use bundle::{KeySet, Kind, Manifest, Reader, SignatureFile, Stream};
 use bundles::{TestKey, keys, mixed, parts};
 use slotd::Root;
 use slotd::data::archive::{self, Room};
-use slotd::device::Description;
 use slotd::files::Disk;
 
 /// A target's name, the target, and what its corpus begins with.
@@ -276,7 +275,7 @@ fn key_sets() -> Vec<Vec<u8>> {
 
 pub fn device(data: &[u8]) {
     let root = root_with("usr/lib/slipway/device.toml", data);
-    if let Ok(about) = Description::read(&root) {
+    if let Ok(about) = slotd::device::description(&root) {
         assert!(!about.version.as_str().is_empty());
     }
 }
@@ -315,7 +314,7 @@ fn checks() -> Vec<Vec<u8>> {
 pub fn seed(data: &[u8]) {
     let Ok(seed) = slotd::data::seed::Seed::parse(data) else { return };
     // Nothing that it holds begins another line of what the robot is given.
-    let Some(file) = seed.wireless() else { return };
+    let Some(file) = slotd::data::seed::wireless(&seed) else { return };
     assert_eq!(file.lines().count(), 5, "{file:?}");
     assert!(
         file.bytes().all(|byte| byte == b'\n' || byte == b'\t' || (b' '..=b'~').contains(&byte))

@@ -4,21 +4,21 @@ use std::path::Path;
 use std::process::Command;
 
 use bundle::bootstate::Slot;
-use bundle::{Input, KeySet, Policy, Reader, SignedBy, Version};
-use serde::Serialize;
+use bundle::{Input, KeySet, Policy, Reader};
+pub use contract::answer::{Changed, Health, Restart, Status, Verified};
 use serde_json::json;
 
 use crate::api;
-use crate::boot::{self, BootFlow, BootStatus};
+use crate::boot::{self, BootFlow};
 use crate::damage;
 use crate::data::State as DataState;
 use crate::device::{Device, slot_role};
 use crate::events::Events;
 use crate::files::Disk;
-use crate::health::{self, State, Verdict, Watch, watchdog};
+use crate::health::{self, Verdict, Watch, watchdog};
 use crate::install::{self, Machine, Options, Progress, Slots};
 use crate::lock::{Lock, Turn};
-use crate::record::{Floor, Installed, Journal};
+use crate::record;
 use crate::refusal::{Refusal, Result};
 use crate::reserve;
 use crate::root::Root;
@@ -34,98 +34,15 @@ pub struct Agent {
     events: Events,
 }
 
-/// How a robot stands.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Status {
-    /// The product.
-    pub product: String,
-    /// The board.
-    pub board: String,
-    /// The version that runs.
-    pub version: Version,
-    /// The slot that runs.
-    pub running: Slot,
-    /// The kernel's id of this start: whoever waits for a restart sees it change.
-    pub boot_id: Option<String>,
-    /// What the boot loader will do.
-    pub boot: BootStatus,
-    /// Whether a trial is not decided yet.
-    pub pending: bool,
-    /// Why a trial that runs is not committed yet, and what the checks found.
-    pub health: Option<Health>,
-    /// What was installed into the other slot.
-    pub other: Option<Installed>,
-    /// An install that was interrupted.
-    pub interrupted: Option<Journal>,
-    /// The lowest that is accepted.
-    pub floor: Floor,
-    /// How many keys count.
-    pub keys: usize,
-    /// Which copy of the API serves, and why; `None`: this product has none.
-    pub api: Option<api::Status>,
-    /// In which condition `data` is.
-    pub data: Option<DataState>,
-    /// What a person must know, loudly.
-    pub alarm: Option<String>,
-}
-
-/// What the watch over a trial says.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Health {
-    /// In a sentence.
-    pub why: String,
-    /// In full.
-    pub state: State,
-}
-
-/// What a bundle turned out to be, or a slot.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Verified {
-    /// The slot that was compared with it; `None`: all of the bundle itself was read.
-    pub slot: Option<Slot>,
-    /// Its version.
-    pub version: Version,
-    /// SHA-256 of its manifest.
-    pub manifest: String,
-    /// Whose signatures count.
-    pub signed_by: Vec<SignedBy>,
-    /// Bytes of all payloads.
-    pub size: u64,
-}
-
-impl Verified {
-    fn new<I: Input>(reader: &Reader<I>, slot: Option<Slot>, size: u64) -> Self {
-        Self {
-            slot,
-            version: reader.manifest().version.clone(),
-            manifest: reader.manifest_sha256().to_owned(),
-            signed_by: reader.signed_by().to_vec(),
-            size,
-        }
+/// What was found of a bundle, or of a slot that was compared with it.
+fn verified<I: Input>(reader: &Reader<I>, slot: Option<Slot>, size: u64) -> Verified {
+    Verified {
+        slot,
+        version: reader.manifest().version.clone(),
+        manifest: reader.manifest_sha256().to_owned(),
+        signed_by: reader.signed_by().to_vec(),
+        size,
     }
-}
-
-/// What a change of the slot leads to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Changed {
-    /// The slot that is committed, rolled back to, or tried next.
-    pub slot: Slot,
-    /// How the robot must restart for it; `None`: not at all.
-    pub restart: Option<Restart>,
-}
-
-/// The two kinds of restart: a firmware may have to be told that a trial begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Restart {
-    /// Into the trial that is armed.
-    Trial,
-    /// Into the committed slot.
-    Committed,
 }
 
 impl Agent {
@@ -177,7 +94,7 @@ impl Agent {
         // Without a key the robot still says how it stands.
         let keys = trust.keys().unwrap_or_default();
         let mut alarms: Vec<String> = Vec::new();
-        let health = State::read(root).unwrap_or_default();
+        let health = health::state(root).unwrap_or_default();
         let data = DataState::read(root).ok();
         alarms.extend(data.as_ref().and_then(DataState::alarm));
         alarms.extend(trust.alarms);
@@ -192,14 +109,16 @@ impl Agent {
             boot_id: root.boot_id().ok(),
             pending: pending.is_some(),
             boot,
-            health: health.filter(|_| runs).map(|state| Health { why: state.why(), state }),
-            other: Installed::read(root, self.device.idle()),
-            interrupted: Journal::read(root),
+            health: health
+                .filter(|_| runs)
+                .map(|state| Health { why: state.why(), state: Some(state) }),
+            other: record::read_slot(root, self.device.idle()),
+            interrupted: record::read_journal(root),
             floor: trust.floor,
             keys: keys.keys.iter().filter(|key| !key.revoked).count(),
             api: api::status(root),
             alarm: Some(alarms.join("\n")).filter(|_| !alarms.is_empty()),
-            data,
+            data: data.map(Into::into),
         })
     }
 
@@ -219,7 +138,7 @@ impl Agent {
                 progress(size);
             })
             .map_err(install::from_source)?;
-        Ok(Verified::new(&reader, None, size))
+        Ok(verified(&reader, None, size))
     }
 
     /// Compares a slot, which may be the running one, with a bundle, block by block. Of the bundle's payloads only
@@ -241,7 +160,7 @@ impl Agent {
         let (product, board) = (Some(about.product.as_str()), Some(about.board.as_str()));
         reader.check(&Policy { product, board, ..Policy::default() })?;
         let size = install::compare(&machine, &mut reader, slot, progress)?;
-        Ok(Verified::new(&reader, Some(slot), size))
+        Ok(verified(&reader, Some(slot), size))
     }
 
     /// Compares all files of the APIs on `data`, the one that serves and those that are kept, with the hashes that
@@ -351,7 +270,7 @@ impl Agent {
         }
         let machine = self.machine();
         install::remember(&machine);
-        let version = Installed::read(machine.root, slot).map(|installed| installed.version);
+        let version = record::read_slot(machine.root, slot).map(|installed| installed.version);
         let floor = Trust::read(&machine).floor.version;
         // A system that nobody knows may be any.
         let below = floor.filter(|floor| version.as_ref().is_none_or(|version| version < floor));

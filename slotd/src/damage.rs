@@ -11,7 +11,7 @@ use crate::api;
 use crate::boot;
 use crate::durable;
 use crate::provision;
-use crate::record::{Installed, Journal};
+use crate::record::{InstalledSlot, Journal};
 use crate::root::Root;
 
 /// A file that cannot be understood.
@@ -47,7 +47,7 @@ pub fn found(root: &Root) -> Vec<Damage> {
     };
     look(state.join("journal.json"), reads::<Journal>);
     for slot in [Slot::A, Slot::B] {
-        look(state.join(format!("slot-{slot}.json")), reads::<Installed>);
+        look(state.join(format!("slot-{slot}.json")), reads::<InstalledSlot>);
     }
     look(state.join("tryboot.json"), reads::<boot::Armed>);
     look(state.join("provisioned.json"), reads::<provision::Record>);

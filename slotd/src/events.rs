@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize};
+pub use contract::answer::Event;
 use serde_json::{Map, Value};
 
 use crate::durable::{self, is_missing};
@@ -29,22 +29,6 @@ const CUT: &str = "…";
 /// How long all events of one caller together wait while somebody else writes the log. A write to a card takes at most
 /// 250 ms, 500 ms on SDXC (SD Physical Layer Simplified Specification 6.00, 4.6.2.2), and an event is a few of them.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// One event.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Event {
-    /// Grows by one; shows where lines are missing.
-    pub number: u64,
-    /// Seconds since 1970 by the robot's clock, which may be wrong: a robot may have none.
-    pub time: u64,
-    /// First characters of the kernel's boot id: events with the same one are of one start.
-    pub boot: String,
-    /// Which kind, in kebab-case.
-    pub event: String,
-    /// What else there is to say.
-    #[serde(flatten)]
-    pub details: Map<String, Value>,
-}
 
 /// The log.
 #[derive(Debug, Clone)]

@@ -21,7 +21,6 @@ pub mod provision;
 pub mod python;
 pub mod ratchet;
 pub mod record;
-pub mod refusal;
 pub mod report;
 mod reserve;
 pub mod root;
@@ -29,5 +28,6 @@ pub mod source;
 pub mod storage;
 pub mod trust;
 
-pub use refusal::{Refusal, Result};
+pub use contract::refusal;
+pub use contract::refusal::{Refusal, Result};
 pub use root::Root;

@@ -348,11 +348,7 @@ impl Shown {
         let said = match self.format {
             Format::Json => writeln!(err, "{}", json!({ "progress": at })),
             Format::Text => {
-                let what = match at.step {
-                    Step::Survey => "comparing",
-                    Step::Write => "writing",
-                    Step::ReadBack => "reading back",
-                };
+                let what = at.step.doing();
                 let percent = at.done * 100 / at.total.max(1);
                 write!(err, "\r{what} {percent} %   {}", if ended { "\n" } else { "" })
             }

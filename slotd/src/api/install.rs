@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bundle::component::{API, LOCK_ROLE, Lock, SITE};
 use bundle::{Input, PayloadReader, Reader};
-use serde::Serialize;
+pub use contract::answer::{Installed, InstalledApi as Outcome};
 use serde_json::json;
 
 use super::service::Patience;
@@ -21,56 +21,6 @@ use crate::install::{Machine, Progress, Step, from_source};
 use crate::python::{self, Entry, Interpreter, Module, SearchPath};
 use crate::refusal::{Matter, Refusal, Result};
 use crate::root::Root;
-
-/// What an install of the component did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Outcome {
-    /// The component.
-    pub component: &'static str,
-    /// The version that serves now.
-    pub version: String,
-    /// Its folder in `/data/apps/api`.
-    pub folder: String,
-    /// SHA-256 of the bundle's manifest.
-    pub manifest: String,
-    /// The version that served before; `None`: the base's own.
-    pub before: Option<String>,
-    /// How many wheels it has.
-    pub wheels: usize,
-    /// How many of them were there already.
-    pub reused: usize,
-    /// Bytes of all payloads.
-    pub size: u64,
-    /// Bytes of those that were there already.
-    pub held: u64,
-    /// Bytes written.
-    pub written: u64,
-    /// Milliseconds until everything was written and flushed.
-    pub write_ms: u64,
-    /// Milliseconds during which nothing answered.
-    pub down_ms: u64,
-}
-
-/// What an install has put where.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(untagged)]
-pub enum Installed {
-    /// A system, into the idle slot.
-    System(crate::install::Outcome),
-    /// An API, which serves.
-    Api(Outcome),
-}
-
-impl Installed {
-    /// What was put into the idle slot, if that is what was installed.
-    pub fn system(self) -> Option<crate::install::Outcome> {
-        match self {
-            Self::System(outcome) => Some(outcome),
-            Self::Api(_) => None,
-        }
-    }
-}
 
 /// Installs a bundle of the component `api`. The caller has the lock, and has compared the manifest with
 /// the robot.
@@ -131,7 +81,7 @@ pub(crate) fn install<I: Input>(
     );
     let started = Instant::now();
     let mut outcome = Outcome {
-        component: API,
+        component: API.to_owned(),
         version: lock.version.clone(),
         folder: folder.clone(),
         manifest: manifest.clone(),

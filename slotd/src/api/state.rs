@@ -1,6 +1,7 @@
 //! What was decided about the API, and a change that is not confirmed yet.
 
 use bundle::component::Lock;
+pub use contract::answer::GoodApi as Good;
 use serde::{Deserialize, Serialize};
 
 use super::{Place, failed, is_version};
@@ -17,20 +18,6 @@ pub struct State {
     pub good: Vec<Good>,
     /// A change that was begun and not confirmed: from `chosen` to this.
     pub trial: Option<Trial>,
-}
-
-/// An API that was healthy once.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Good {
-    /// Its folder.
-    pub folder: String,
-    /// Its version.
-    pub version: String,
-    /// SHA-256 of its bundle's manifest.
-    pub manifest: String,
-    /// Ids of the keys whose signatures counted.
-    pub signed_by: Vec<String>,
 }
 
 /// A change under way.

@@ -4,7 +4,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+pub use contract::answer::ApiWentBack as Back;
 use serde_json::json;
 
 use super::service::{self, Patience, Watch};
@@ -117,18 +117,6 @@ fn take_back(root: &Root, events: &Events, place: &Place<'_>, before: &State, wh
     }
 }
 
-/// What going back has done.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Back {
-    /// The component.
-    pub component: &'static str,
-    /// The version that serves now; `None`: the base's own.
-    pub version: Option<String>,
-    /// Milliseconds during which nothing answered.
-    pub down_ms: u64,
-}
-
 /// Goes back to the API that was good before this one, or to the base's own, with every change on `data` made
 /// through `files`.
 ///
@@ -159,7 +147,7 @@ pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
     let down = change(root, events, &place, folder, Patience::of(root), |_| {})?;
     keep::tidy(root, &place, events);
     let back = Back {
-        component: bundle::component::API,
+        component: bundle::component::API.to_owned(),
         version: to.map(|good| good.version.clone()),
         down_ms: millis(down),
     };

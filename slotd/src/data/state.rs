@@ -2,44 +2,34 @@
 
 use std::fs;
 use std::io;
+use std::ops::Deref;
 use std::process::Command;
 
+pub use contract::answer::Condition;
+use contract::answer::DataStatus;
 use rustix::fs::StatVfsMountFlags;
-use serde::{Deserialize, Serialize};
 
 use super::grow::{self, Grown};
 use crate::device::Device;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// What the start has made of `data`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Condition {
-    /// As it was left.
-    Clean,
-    /// It was damaged and is repaired; files may be in its `lost+found`.
-    Repaired,
-    /// It was set aside as it is, beyond repair or missing; memory is in its place.
-    Memory,
-    /// Its file system has failed since and refuses writes.
-    ReadOnly,
-    /// Nobody has said.
-    Unknown,
+/// The condition of `data`, as it was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State(DataStatus);
+
+impl Deref for State {
+    type Target = DataStatus;
+
+    fn deref(&self) -> &DataStatus {
+        &self.0
+    }
 }
 
-/// The condition of `data`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct State {
-    /// In a word.
-    pub condition: Condition,
-    /// Why, for people.
-    pub why: Option<String>,
-    /// Bytes of the file system.
-    pub size: u64,
-    /// Bytes free for everybody.
-    pub free: u64,
+impl From<State> for DataStatus {
+    fn from(state: State) -> Self {
+        state.0
+    }
 }
 
 impl State {
@@ -67,12 +57,12 @@ impl State {
         if about.f_flag.contains(StatVfsMountFlags::RDONLY) {
             condition = Condition::ReadOnly;
         }
-        Ok(Self {
+        Ok(Self(DataStatus {
             condition,
             why: value("why").filter(|why| !why.is_empty()).map(str::to_owned),
             size: about.f_blocks.saturating_mul(about.f_frsize),
             free: about.f_bavail.saturating_mul(about.f_frsize),
-        })
+        }))
     }
 
     /// Refuses where `data` takes no writes: for what would change it, before anything is begun.

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::grow::Grown;
 use super::{Applied, Migrated, Pending, migrate, pending, state};
 use crate::api;
-use crate::device::Description;
+use crate::device::description;
 use crate::events::Events;
 use crate::files::Disk;
 use crate::lock::{Lock, Turn, private_dir};
@@ -123,7 +123,7 @@ fn prepare_all(root: &Root) -> Result<Prepared> {
         events.add("api-not-settled", json!(refusal));
     }
     // Which slot runs does not matter here, nor whether `/` is on a slot at all.
-    let about = Description::read(root)?;
+    let about = description(root)?;
     Ok(Prepared { applied, migrated: migrate(root, &about.version)? })
 }
 

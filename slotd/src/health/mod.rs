@@ -10,4 +10,4 @@ pub mod watchdog;
 pub(crate) use probe::program;
 
 pub use check::{Check, Kind, Outcome, load};
-pub use trial::{Phase, State, Trial, Verdict, Watch};
+pub use trial::{Phase, State, Trial, Verdict, Watch, state};

@@ -18,15 +18,15 @@ use std::time::{Duration, Instant};
 
 use bundle::bootstate::Slot;
 use bundle::component::API;
-use bundle::{Input, Reader, Version};
-use serde::Serialize;
+use bundle::{Input, Reader};
+use contract::answer::Installed;
+pub use contract::answer::{InstalledSystem as Outcome, Progress, Step};
 use serde_json::json;
 
 pub use check::undecided;
 pub(crate) use compare::{ReadOnly, compare};
 pub use target::{Slots, TrustArea};
 
-use crate::api::Installed;
 use crate::boot::BootFlow;
 use crate::damage;
 use crate::device::{Description, other};
@@ -34,7 +34,7 @@ use crate::durable;
 use crate::events::Events;
 use crate::files::Files;
 use crate::lock::{Lock, Turn};
-use crate::record::{Floor, Installed as InstalledSlot, Journal};
+use crate::record::{self, Floor, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 use crate::trust::Trust;
@@ -66,56 +66,6 @@ pub struct Options {
     pub allow_downgrade: Option<String>,
     /// Look in the running slot for blocks: pays where passing over a frame spares its transfer.
     pub use_running_slot: bool,
-}
-
-/// How far an install is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Progress {
-    /// What is being done.
-    pub step: Step,
-    /// Bytes done of this step.
-    pub done: u64,
-    /// Bytes of this step.
-    pub total: u64,
-}
-
-/// The long parts of an install.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Step {
-    /// Comparing the slot with the bundle.
-    Survey,
-    /// Verifying and writing.
-    Write,
-    /// Reading the slot back from the device.
-    ReadBack,
-}
-
-/// What an install did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Outcome {
-    /// The slot that was written.
-    pub slot: Slot,
-    /// The version in it now.
-    pub version: Version,
-    /// SHA-256 of the bundle's manifest.
-    pub manifest: String,
-    /// Whether it went on where an interrupted one had stopped.
-    pub resumed: bool,
-    /// Bytes of all payloads.
-    pub size: u64,
-    /// Bytes that the slot held already.
-    pub held: u64,
-    /// Bytes taken from the running slot.
-    pub taken: u64,
-    /// Bytes written to the slot.
-    pub written: u64,
-    /// Milliseconds until everything was written and flushed.
-    pub write_ms: u64,
-    /// Milliseconds of reading the slot back.
-    pub read_back_ms: u64,
 }
 
 /// Counts while payloads pass.
@@ -186,8 +136,8 @@ fn system<I: Input>(
     let manifest = reader.manifest_sha256().to_owned();
     let version = reader.manifest().version.clone();
     let size = reader.manifest().components.iter().flat_map(|c| &c.payloads).map(|p| p.size).sum();
-    let installed = InstalledSlot::new(reader.manifest(), &manifest, reader.signed_by());
-    let journal = Journal::read(machine.root)
+    let installed = record::installed_by(reader.manifest(), &manifest, reader.signed_by());
+    let journal = record::read_journal(machine.root)
         .filter(|journal| journal.manifest == manifest && journal.slot == slot);
     let resumed = journal.is_some();
     machine.events.add(
@@ -219,11 +169,11 @@ fn system<I: Input>(
     let write = started.elapsed().saturating_sub(counts.read_back);
 
     // A robot whose `data` is full must still take the update that cures it.
-    if let Err(error) = installed.write(machine.root, slot) {
+    if let Err(error) = record::write_slot(machine.root, slot, &installed) {
         machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
     }
     machine.flow.arm_trial(slot)?;
-    if let Err(error) = Journal::remove(machine.root) {
+    if let Err(error) = record::remove_journal(machine.root) {
         machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
     }
     Ok(Outcome {
@@ -268,10 +218,10 @@ pub(crate) fn remember(machine: &Machine<'_>) {
         machine.events.add("not-recorded", json!({ "error": error }));
     }
     // What runs was flashed: `boot-other` will want to know its version when it runs no more.
-    let unknown = InstalledSlot::read(machine.root, machine.running).is_none();
-    let flashed = InstalledSlot::flashed(machine.about).filter(|_| unknown);
+    let unknown = record::read_slot(machine.root, machine.running).is_none();
+    let flashed = record::flashed(machine.about).filter(|_| unknown);
     if let Some(flashed) = flashed.filter(|_| undecided(machine).is_ok())
-        && let Err(error) = flashed.write(machine.root, machine.running)
+        && let Err(error) = record::write_slot(machine.root, machine.running, &flashed)
     {
         machine.events.add("not-recorded", json!({ "error": error.to_string() }));
     }

@@ -16,7 +16,7 @@ use super::target::{Target, differs};
 use super::{Counts, Machine, Options, Progress, Step, from_source, scan};
 use crate::buffer::{Buffer, TRANSFER};
 use crate::device::slot_role;
-use crate::record::Journal;
+use crate::record::{self, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
@@ -206,7 +206,7 @@ impl Work<'_> {
         let each = |frame: &Frame, found: io::Result<scan::Found>| -> Result<()> {
             let found = found.map_err(|error| {
                 let doing = format!("reading back {}", slot_role(role, slot));
-                Refusal { code: "read-back", ..Refusal::io(doing, &error) }
+                Refusal { code: "read-back".into(), ..Refusal::io(doing, &error) }
             })?;
             if !found.proven {
                 let mut wrong = lock(&wrong);
@@ -224,7 +224,7 @@ impl Work<'_> {
         });
         if result.is_err() {
             // What the journal says is not so: the next install looks at everything.
-            if let Err(error) = Journal::remove(self.machine.root) {
+            if let Err(error) = record::remove_journal(self.machine.root) {
                 self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
             }
         }
@@ -233,7 +233,7 @@ impl Work<'_> {
 
     /// Keeps the journal. One that cannot be kept costs time after an interruption, and nothing else.
     fn note(&self, journal: &Journal) {
-        if let Err(error) = journal.write(self.machine.root) {
+        if let Err(error) = record::write_journal(self.machine.root, journal) {
             self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
         }
     }

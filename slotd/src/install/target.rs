@@ -10,7 +10,7 @@ use serde_json::json;
 use super::Machine;
 use crate::buffer::Buffer;
 use crate::device::{Device, slot_role};
-use crate::record::Installed;
+use crate::record;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
@@ -137,7 +137,7 @@ impl<'a> Target<'a> {
                 part.first = Some(first);
             }
         }
-        if let Err(error) = Installed::remove(self.machine.root, slot) {
+        if let Err(error) = record::remove_slot(self.machine.root, slot) {
             let error = error.to_string();
             self.machine.events.add("not-recorded", json!({ "slot": slot, "error": error }));
         }

@@ -23,11 +23,13 @@ pub const PACKAGE: &str = "slotd";
 /// Where the compiler's lock lies in the workspace; `cargo xtask lock` makes it.
 pub const LOCK: &str = "slotd/compiler.lock";
 /// Everything that is compiled, besides what `Cargo.lock` names.
-pub const SOURCES: [&str; 6] = [
+pub const SOURCES: [&str; 8] = [
     "Cargo.lock",
     "Cargo.toml",
     "bundle/Cargo.toml",
     "bundle/src",
+    "contract/Cargo.toml",
+    "contract/src",
     "slotd/Cargo.toml",
     "slotd/src",
 ];

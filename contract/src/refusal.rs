@@ -1,8 +1,9 @@
 //! Why something was not done: a stable code for programs, a sentence and what to do for people.
 
+use std::borrow::Cow;
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The result of everything that can be refused.
 pub type Result<T, E = Refusal> = std::result::Result<T, E>;
@@ -109,11 +110,12 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("truncated", Matter::Source, "the bundle ends too early"),
 ];
 
-/// A refusal or a failure.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+/// A refusal or a failure: `{"refused": …}` of every answer in JSON. A reader skips what else it says, and takes codes
+/// that it does not know: a later agent has more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
     /// Stable, in kebab-case, one of [`CODES`]: `wrong-board`.
-    pub code: &'static str,
+    pub code: Cow<'static, str>,
     /// What happened: what was being done, what was expected and found.
     pub message: String,
     /// What to do about it.
@@ -123,7 +125,7 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal with its three parts.
     pub fn new(code: &'static str, message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self { code, message: message.into(), help: help.into() }
+        Self { code: Cow::Borrowed(code), message: message.into(), help: help.into() }
     }
 
     /// Reading or writing failed; `doing` is a gerund phrase that names what and where.
@@ -132,9 +134,14 @@ impl Refusal {
         Self::new("io", format!("{doing}: {error}"), help)
     }
 
-    /// Whose matter it is.
+    /// All of it for a terminal: the sentence with its code, and what to do in a line of its own.
+    pub fn in_full(&self) -> String {
+        format!("{} [{}]\nhelp: {}", self.message, self.code, self.help)
+    }
+
+    /// Whose matter it is; the robot's for a code that is not known.
     pub fn matter(&self) -> Matter {
-        let known = CODES.iter().find(|(code, _, _)| *code == self.code);
+        let known = CODES.iter().find(|(code, _, _)| self.code == *code);
         known.map_or(Matter::Robot, |(_, matter, _)| *matter)
     }
 }
