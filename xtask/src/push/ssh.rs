@@ -3,10 +3,11 @@
 use std::fs::File;
 
 use anyhow::{Context, Result, bail, ensure};
+use contract::Refusal;
+use contract::answer::{Progress, Status};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::answer::{Progress, Refused, Status};
 use crate::exec::Tool;
 
 /// After the user's own options: ssh takes the first value of each.
@@ -49,7 +50,7 @@ pub enum Reply<T> {
     /// The answer.
     Said(T),
     /// The agent refuses.
-    Refused(Refused),
+    Refused(Refusal),
     /// There is no connection, or it broke before the answer: ssh's own words.
     Broken(String),
 }
@@ -67,8 +68,8 @@ pub struct Connection {
 }
 
 #[derive(Deserialize)]
-struct Refusal {
-    refused: Refused,
+struct RefusedLine {
+    refused: Refusal,
 }
 
 #[derive(Deserialize)]
@@ -181,7 +182,12 @@ impl Connection {
     /// # Errors
     /// As [`Connection::ask`].
     pub fn status(&self) -> Result<Reply<Status>> {
-        self.ask(&["status"], None, |_| {})
+        let reply = self.ask::<Status>(&["status"], None, |_| {})?;
+        if let Reply::Said(status) = &reply {
+            // By it alone a restart is seen.
+            ensure!(status.boot_id.is_some(), "the robot's kernel does not say its boot id");
+        }
+        Ok(reply)
     }
 
     /// Asks the agent. The words go through the robot's shell: they are our own, and plain.
@@ -216,8 +222,8 @@ impl Connection {
                 "the robot lacks a program: {}\nhelp: log in as root, to an image that `cargo xtask build-image` made",
                 last(&tail)
             ),
-            Some(code) => match serde_json::from_slice::<Refusal>(&out) {
-                Ok(refusal) => Ok(Reply::Refused(refusal.refused)),
+            Some(code) => match serde_json::from_slice::<RefusedLine>(&out) {
+                Ok(line) => Ok(Reply::Refused(line.refused)),
                 Err(_) => bail!("`{shown}` failed with exit code {code}: {}", tail.join("\n")),
             },
         }
