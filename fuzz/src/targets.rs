@@ -16,7 +16,7 @@ use bundle::{KeySet, Kind, Manifest, Reader, SignatureFile, Stream};
 use bundles::{TestKey, keys, mixed, parts};
 use slotd::Root;
 use slotd::data::archive::{self, Room};
-use slotd::files::Disk;
+use slotd::files::RealFiles;
 
 /// A target's name, the target, and what its corpus begins with.
 pub type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
@@ -362,7 +362,7 @@ fn sizes(folder: &Path) -> u64 {
 
 fn unpack(packed: &[u8], into: &Path) -> bool {
     let room = Room { bytes: ROOM, entries: 256 };
-    archive::unpack(&Disk, packed, into, room).is_ok()
+    archive::unpack(&RealFiles, packed, into, room).is_ok()
 }
 
 fn archives() -> Vec<Vec<u8>> {

@@ -8,13 +8,13 @@ use bundle::{Input, KeySet, Policy, Reader};
 pub use contract::answer::{Changed, Health, Restart, Status, Verified};
 use serde_json::json;
 
-use crate::api;
 use crate::boot::{self, BootFlow};
+use crate::components;
 use crate::damage;
 use crate::data::State as DataState;
 use crate::device::{Device, slot_role};
 use crate::events::Events;
-use crate::files::Disk;
+use crate::files::RealFiles;
 use crate::health::{self, Verdict, Watch, watchdog};
 use crate::install::{self, Machine, Options, Progress, Slots};
 use crate::lock::{Lock, Turn};
@@ -78,7 +78,7 @@ impl Agent {
             running: self.device.running,
             flow: self.flow.as_ref(),
             slots: &self.device,
-            files: &Disk,
+            files: &RealFiles,
             events: &self.events,
         }
     }
@@ -116,7 +116,7 @@ impl Agent {
             interrupted: record::read_journal(root),
             floor: trust.floor,
             keys: keys.keys.iter().filter(|key| !key.revoked).count(),
-            api: api::status(root),
+            api: components::status(root),
             alarm: Some(alarms.join("\n")).filter(|_| !alarms.is_empty()),
             data: data.map(Into::into),
         })
@@ -168,9 +168,9 @@ impl Agent {
     ///
     /// # Errors
     /// `api-differs`, with the files. `busy`, `io`.
-    pub fn verify_api(&self) -> Result<api::Checked> {
+    pub fn verify_api(&self) -> Result<components::Checked> {
         let _lock = self.lock("verify")?;
-        api::verify(self.device.root())
+        components::verify(self.device.root())
     }
 
     /// Installs a bundle: a system into the idle slot, whose trial [`Agent::restart`] then begins, or an API,
@@ -183,7 +183,7 @@ impl Agent {
         input: I,
         options: &Options,
         progress: &(dyn Fn(Progress) + Sync),
-    ) -> Result<api::Installed> {
+    ) -> Result<components::Installed> {
         install::install(&self.machine(), input, options, progress)
     }
 
@@ -246,10 +246,10 @@ impl Agent {
     /// Goes back to the API that was good before, or to the system's own. Nothing restarts but its services.
     ///
     /// # Errors
-    /// As [`api::back`]; `trial-pending`, `not-committed`.
-    pub fn api_back(&self) -> Result<api::Back> {
+    /// As [`components::back`]; `trial-pending`, `not-committed`.
+    pub fn api_back(&self) -> Result<components::Back> {
         install::undecided(&self.machine())
-            .and_then(|()| api::back(self.device.root(), &self.events, &Disk))
+            .and_then(|()| components::back(self.device.root(), &self.events, &RealFiles))
             .map_err(|refusal| self.refused(refusal))
     }
 

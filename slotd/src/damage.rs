@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use bundle::bootstate::Slot;
 use serde::de::DeserializeOwned;
 
-use crate::api;
 use crate::boot;
+use crate::components;
 use crate::durable;
 use crate::provision;
 use crate::record::{InstalledSlot, Journal};
@@ -51,7 +51,7 @@ pub fn found(root: &Root) -> Vec<Damage> {
     }
     look(state.join("tryboot.json"), reads::<boot::Armed>);
     look(state.join("provisioned.json"), reads::<provision::Record>);
-    look(root.data().join("apps/api/.state.json"), reads::<api::State>);
+    look(root.data().join("apps/api/.state.json"), reads::<components::State>);
     found
 }
 

@@ -11,7 +11,7 @@ pub use contract::device_file::{Description, EarlierCard, Flow, Partition, SECTO
 
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
-use crate::storage::Disk;
+use crate::storage::BlockDevice;
 
 /// The robot: what its image says, which slot runs, and from which disk.
 #[derive(Debug, Clone)]
@@ -101,7 +101,7 @@ impl Device {
     ///
     /// # Errors
     /// When the device cannot be opened.
-    pub fn open_disk(&self, writable: bool) -> Result<Disk> {
+    pub fn open_disk(&self, writable: bool) -> Result<BlockDevice> {
         self.open(&self.disk, writable)
     }
 
@@ -114,7 +114,7 @@ impl Device {
     ///
     /// # Errors
     /// `wrong-layout`: the disk has another partition there, or none.
-    pub fn open_partition(&self, role: &str, writable: bool) -> Result<Disk> {
+    pub fn open_partition(&self, role: &str, writable: bool) -> Result<BlockDevice> {
         let folder = self.partition(role)?;
         self.open(&folder, writable)
     }
@@ -162,9 +162,9 @@ impl Device {
         self.root.path("dev").join(name)
     }
 
-    fn open(&self, folder: &Path, writable: bool) -> Result<Disk> {
+    fn open(&self, folder: &Path, writable: bool) -> Result<BlockDevice> {
         let path = self.node(folder);
-        Disk::open(&path, writable)
+        BlockDevice::open(&path, writable)
             .map_err(|error| Refusal::io(format!("opening {}", path.display()), &error))
     }
 }

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use slotd::agent::{Agent, Restart};
-use slotd::api;
+use slotd::components;
 use slotd::data::{seed, verbs};
 use slotd::events::Events;
-use slotd::files::{Disk, Files, Writer};
+use slotd::files::{Files, RealFiles, Writer};
 use slotd::provision::{self, How, Outcome, Provisioned};
 use slotd::{Refusal, Result, Root};
 
@@ -109,24 +109,24 @@ pub(crate) fn backup(root: &Root, file: &str) -> Result<Answer> {
     let failed = |error: io::Error| Refusal::io(format!("writing {file}"), &error);
     // Complete under its name, or not there; and for its owner only from its first byte.
     let partial = PathBuf::from(format!("{file}.partial"));
-    Disk.remove(&partial).and_then(|()| Disk.create(&partial)).map_err(failed)?;
-    let mut out = Writer::new(&Disk, &partial, u64::MAX);
+    RealFiles.remove(&partial).and_then(|()| RealFiles.create(&partial)).map_err(failed)?;
+    let mut out = Writer::new(&RealFiles, &partial, u64::MAX);
     let written = verbs::backup(root, &mut out).and_then(|()| {
         let folder = Path::new(file).parent().filter(|folder| !folder.as_os_str().is_empty());
-        let done = out.flush().and_then(|()| Disk.sync(&partial));
-        done.and_then(|()| Disk.replace(&partial, Path::new(file)))
-            .and_then(|()| Disk.sync(folder.unwrap_or(Path::new("."))))
+        let done = out.flush().and_then(|()| RealFiles.sync(&partial));
+        done.and_then(|()| RealFiles.replace(&partial, Path::new(file)))
+            .and_then(|()| RealFiles.sync(folder.unwrap_or(Path::new("."))))
             .map_err(failed)
     });
     if let Err(refusal) = written {
         // The first failure is the one to tell.
-        drop(Disk.remove(&partial));
+        drop(RealFiles.remove(&partial));
         return Err(refusal);
     }
     Ok(Answer::new(&json!({ "backup": file }), format!("{file} is complete")))
 }
 
-pub(crate) fn api_text(outcome: &api::Outcome) -> String {
+pub(crate) fn api_text(outcome: &components::Outcome) -> String {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let seconds = |millis: u64| millis as f64 / 1000.0;
     format!(

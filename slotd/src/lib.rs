@@ -3,10 +3,10 @@
 //! stick, local network, web page) call this library.
 
 pub mod agent;
-pub mod api;
 pub mod boot;
 mod buffer;
 pub mod builtin;
+pub mod components;
 mod damage;
 pub mod data;
 pub mod device;

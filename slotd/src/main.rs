@@ -12,7 +12,7 @@ use clap::Parser;
 use serde::Serialize;
 use serde_json::{Value, json};
 use slotd::agent::{Agent, Changed, Restart, Status};
-use slotd::api::{Installed, Serves};
+use slotd::components::{Installed, Serves};
 use slotd::door;
 use slotd::events::Event;
 use slotd::health::{Outcome, Verdict};

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::archive::{self, Room, there};
 use super::pending::private_folder;
 use crate::durable;
-use crate::files::{Disk, Files, Writer, make_dirs};
+use crate::files::{Files, RealFiles, Writer, make_dirs};
 use crate::health::program;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -241,7 +241,7 @@ pub fn migrations(root: &Root) -> Result<Vec<Migration>> {
 /// again in the next start. `newer-data`: there is no way back. `no-space`, `no-archive`: there would be no way
 /// back over a step; it is not taken. `bad-migration`, `bad-archive`, `io`.
 pub fn migrate(root: &Root, version: &Version) -> Result<Migrated> {
-    migrate_with(root, version, &Disk, &run)
+    migrate_with(root, version, &RealFiles, &run)
 }
 
 /// Takes a step. `Err` says why it failed; what it has changed may be on the disk or not.

@@ -17,7 +17,7 @@ use crate::device::Device;
 use crate::door;
 use crate::durable;
 use crate::events::Events;
-use crate::files::{Disk, Files};
+use crate::files::{Files, RealFiles};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -43,7 +43,7 @@ pub fn seed(root: &Root) -> Result<Seeded> {
     let path = Device::read(root)?.partition_path("boot")?;
     let open = OpenOptions::new().read(true).write(true).open(&path);
     let volume = open.map_err(|error| Refusal::io(reading(&path), &error))?;
-    seed_with(root, &Disk, &path, volume, &|| File::open(&path)?.sync_all())
+    seed_with(root, &RealFiles, &path, volume, &|| File::open(&path)?.sync_all())
 }
 
 fn reading(path: &Path) -> String {

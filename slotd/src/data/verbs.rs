@@ -10,10 +10,10 @@ use serde_json::json;
 
 use super::grow::Grown;
 use super::{Applied, Migrated, Pending, migrate, pending, state};
-use crate::api;
+use crate::components;
 use crate::device::description;
 use crate::events::Events;
-use crate::files::Disk;
+use crate::files::RealFiles;
 use crate::lock::{Lock, Turn, private_dir};
 use crate::refusal::{Refusal, Result};
 use crate::reserve;
@@ -119,7 +119,7 @@ fn prepare_all(root: &Root) -> Result<Prepared> {
     }
     // Nothing of the start depends on it: the system's own API can always serve.
     let events = Events::new(root);
-    if let Err(refusal) = api::settle(root, &events, &Disk) {
+    if let Err(refusal) = components::settle(root, &events, &RealFiles) {
         events.add("api-not-settled", json!(refusal));
     }
     // Which slot runs does not matter here, nor whether `/` is on a slot at all.

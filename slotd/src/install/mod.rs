@@ -117,7 +117,7 @@ fn run<I: Input>(
     let mut reader = Reader::open(input, &trust.keys()?).map_err(from_source)?;
     check::manifest(machine, &trust.floor, &reader, options)?;
     if is_api(&reader) {
-        return crate::api::install(machine, &mut reader, progress).map(Installed::Api);
+        return crate::components::install(machine, &mut reader, progress).map(Installed::Api);
     }
     system(machine, reader, options, progress).map(Installed::System)
 }

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::service::{self, Patience, Watch};
 use super::state::{self, State, Trial};
-use super::{NEW, Place, failed, keep, settle};
+use super::{NEW, Place, failed, retention, settle};
 use crate::builtin::BuiltIn;
 use crate::data::State as DataState;
 use crate::events::Events;
@@ -145,7 +145,7 @@ pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
     let to = before.clone().find(|good| good.folder != *chosen && fits(&good.folder));
     let folder = to.map(|good| good.folder.as_str());
     let down = change(root, events, &place, folder, Patience::of(root), |_| {})?;
-    keep::tidy(root, &place, events);
+    retention::tidy(root, &place, events);
     let back = Back {
         component: bundle::component::API.to_owned(),
         version: to.map(|good| good.version.clone()),

@@ -13,7 +13,7 @@ use super::service::Patience;
 use super::state::Good;
 use super::switch::{change, millis};
 use super::whole::relink;
-use super::{NEW, Place, failed, keep, settle, tree};
+use super::{NEW, Place, failed, retention, settle, tree};
 use crate::builtin::BuiltIn;
 use crate::data::{Condition, State as DataState};
 use crate::durable;
@@ -70,7 +70,7 @@ pub(crate) fn install<I: Input>(
     }
     // What an interrupted change has left is decided before the next one.
     settle(root, events, machine.files)?;
-    let whole = keep::make_room(root, place, &lock)?;
+    let whole = retention::make_room(root, place, &lock)?;
 
     let id = bundle::index::hex(&bundle::index::sha256(&json));
     let folder = format!("{}-{}", lock.version, id.get(..8).unwrap_or_default());
@@ -101,10 +101,10 @@ pub(crate) fn install<I: Input>(
         .and_then(|()| assemble(root, place, &lock, &json, &folder));
     if let Err(refusal) = beside {
         // What an interrupted transfer has brought serves the next one; what no robot takes goes.
-        if let Err(error) = keep::sweep(place) {
+        if let Err(error) = retention::sweep(place) {
             events.add("api-not-tidied", json!(error));
         } else if refusal.matter() == Matter::Bundle {
-            keep::tidy(root, place, events);
+            retention::tidy(root, place, events);
         }
         return Err(refusal);
     }
@@ -115,7 +115,7 @@ pub(crate) fn install<I: Input>(
         state.good.retain(|other| other.folder != good.folder);
         state.good.insert(0, good);
     });
-    keep::tidy(root, place, events);
+    retention::tidy(root, place, events);
     outcome.down_ms = millis(changed?);
     Ok(outcome)
 }
