@@ -11,14 +11,18 @@
 //! | [`seed_file`]: `slipway-seed.toml` on the boot partition | `flash` | the agent, in the first boot |
 //! | [`health_file`]: checks in `/etc/slotd/health.d` | overlays | the agent, `run --local` |
 //! | [`answer`], [`refusal`]: what `slotd --format json` prints | the agent | `push`, `bench` |
+//! | [`request`]: what the agent is asked for | every client of the agent | the agent |
+//! | [`job`]: a long operation of the agent, in `/run/slotd` | the agent | every client of the agent |
 //! | [`names`]: what a host name is, an SSID, a country | | all of these |
 
 pub mod answer;
 pub mod api_file;
 pub mod device_file;
 pub mod health_file;
+pub mod job;
 pub mod names;
 pub mod refusal;
+pub mod request;
 pub mod seed_file;
 
 pub use refusal::Refusal;

@@ -83,6 +83,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ),
     ("bad-seed", Matter::Source, "what the flasher left for the first boot is malformed"),
     ("busy", Matter::State, "another process changes slots"),
+    ("cancelled", Matter::State, "the job was cancelled; installing the same bundle again resumes"),
     ("drift", Matter::State, "`/data/system` is not what the API's package asks for"),
     ("half-done", Matter::State, "a restore was interrupted, and goes on with the next restart"),
     ("incomplete-slot", Matter::State, "the other slot holds no complete system"),
@@ -90,6 +91,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("no-archive", Matter::State, "data holds more, or longer names, than could be unpacked again"),
     ("not-offered", Matter::State, "the update user asks for something that is not for it"),
     ("no-data", Matter::State, "data refuses writes, or is not the card's"),
+    ("no-job", Matter::State, "no long operation runs, or none has run since the start"),
     ("no-other-api", Matter::State, "the system's own API serves already"),
     (
         "no-space",
@@ -99,6 +101,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("not-committed", Matter::State, "the running slot is not the committed one"),
     ("nothing-on-trial", Matter::State, "there is no trial to end"),
     ("slot-differs", Matter::State, "a slot does not hold what the bundle says"),
+    ("too-late", Matter::State, "the job has read its bundle and cannot be cancelled any more"),
     ("trial-pending", Matter::State, "a trial is not decided yet"),
     ("unhealthy", Matter::State, "a health check fails"),
     (

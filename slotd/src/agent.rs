@@ -1,4 +1,4 @@
-//! What a robot can be asked to do: the verbs of the command line, for every caller.
+//! What a robot does when it is asked: the verbs. [`crate::lobby`] decides who may ask for them, and when.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,8 +6,10 @@ use std::process::Command;
 use bundle::bootstate::Slot;
 use bundle::{Input, KeySet, Policy, Reader};
 pub use contract::answer::{Changed, Health, Restart, Status, Verified};
+use contract::request::Verb;
 use serde_json::json;
 
+use crate::admission::{self, Admitted};
 use crate::boot::{self, BootFlow};
 use crate::components;
 use crate::damage;
@@ -17,7 +19,6 @@ use crate::events::Events;
 use crate::files::RealFiles;
 use crate::health::{self, Verdict, Watch, watchdog};
 use crate::install::{self, Machine, Options, Progress, Slots};
-use crate::lock::{Lock, Turn};
 use crate::record;
 use crate::refusal::{Refusal, Result};
 use crate::reserve;
@@ -69,6 +70,19 @@ impl Agent {
     /// How its slot is chosen.
     pub fn flow(&self) -> &dyn BootFlow {
         self.flow.as_ref()
+    }
+
+    /// Asks for leave to do something now ([`admission::enter`]).
+    ///
+    /// # Errors
+    /// Why it must not be done now; that is in the log too, but for `busy`.
+    pub fn enter(&self, verb: Verb) -> Result<Admitted> {
+        let machine = self.machine();
+        let admitted = admission::enter(machine.root, verb, || install::standing(&machine));
+        admitted.map_err(|refusal| match refusal.code.as_ref() {
+            "busy" => refusal,
+            _ => self.refused(refusal),
+        })
     }
 
     fn machine(&self) -> Machine<'_> {
@@ -167,9 +181,8 @@ impl Agent {
     /// were kept of them. Nothing is written, and nothing is installed meanwhile.
     ///
     /// # Errors
-    /// `api-differs`, with the files. `busy`, `io`.
-    pub fn verify_api(&self) -> Result<components::Checked> {
-        let _lock = self.lock("verify")?;
+    /// `api-differs`, with the files. `io`.
+    pub fn verify_api(&self, _: &Admitted) -> Result<components::Checked> {
         components::verify(self.device.root())
     }
 
@@ -190,19 +203,10 @@ impl Agent {
     /// Makes the running slot the committed one, and raises the floor to what its bundle asks.
     ///
     /// # Errors
-    /// `trial-pending`: another slot is waiting for its trial. `busy`, `boot-state`, `io`; `watchdog`,
-    /// when all but that is done.
-    pub fn commit(&self) -> Result<Changed> {
-        let lock = self.lock("commit")?;
+    /// `boot-state`, `io`; `watchdog`, when all but that is done.
+    pub fn commit(&self, admitted: Admitted) -> Result<Changed> {
         let running = self.device.running;
         let status = self.flow.status()?;
-        if let Some(trial) = status.pending(running).filter(|trial| trial.slot != running) {
-            return Err(self.refused(Refusal::new(
-                "trial-pending",
-                format!("slot {} is to be tried, and has not started yet", trial.slot),
-                "restart to try it, or end its trial with `slotd roll-back`",
-            )));
-        }
         if status.active != running || status.trial.is_some() {
             self.flow.commit()?;
             self.events
@@ -217,7 +221,7 @@ impl Agent {
             install::heal(&machine);
         });
         // Slots and boot state are settled: the next install need not wait for systemd.
-        drop(lock);
+        drop(admitted);
         // Last: until then the deadline stands, and ends in the slot that is now committed.
         watchdog::hand_over(self.device.root())?;
         Ok(Changed { slot: running, restart: None })
@@ -226,30 +230,22 @@ impl Agent {
     /// Ends a trial: the committed slot runs from the next restart on.
     ///
     /// # Errors
-    /// `nothing-on-trial`, `busy`, `boot-state`, `io`.
-    pub fn roll_back(&self) -> Result<Changed> {
-        let _lock = self.lock("roll-back")?;
+    /// `boot-state`, `io`.
+    pub fn roll_back(&self, _: &Admitted) -> Result<Changed> {
         let status = self.flow.status()?;
-        let Some(trial) = status.trial else {
-            return Err(self.refused(Refusal::new(
-                "nothing-on-trial",
-                format!("slot {} is committed, and no slot is on trial", status.active),
-                "to go to the other slot, use `slotd boot-other`",
-            )));
-        };
         self.flow.roll_back()?;
-        let restart = (trial.slot == self.device.running).then_some(Restart::Committed);
-        self.events.add("rolled-back", json!({ "slot": status.active, "tried": trial.slot }));
+        let tried = status.trial.map(|trial| trial.slot);
+        let restart = (tried == Some(self.device.running)).then_some(Restart::Committed);
+        self.events.add("rolled-back", json!({ "slot": status.active, "tried": tried }));
         Ok(Changed { slot: status.active, restart })
     }
 
     /// Goes back to the API that was good before, or to the system's own. Nothing restarts but its services.
     ///
     /// # Errors
-    /// As [`components::back`]; `trial-pending`, `not-committed`.
-    pub fn api_back(&self) -> Result<components::Back> {
-        install::undecided(&self.machine())
-            .and_then(|()| components::back(self.device.root(), &self.events, &RealFiles))
+    /// As [`components::back`].
+    pub fn api_back(&self, _: &Admitted) -> Result<components::Back> {
+        components::back(self.device.root(), &self.events, &RealFiles)
             .map_err(|refusal| self.refused(refusal))
     }
 
@@ -257,16 +253,11 @@ impl Agent {
     /// runs in its stead.
     ///
     /// # Errors
-    /// `trial-pending`, `below-floor`, `incomplete-slot`, `busy`, `boot-state`, `io`.
-    pub fn boot_other(&self, allow_downgrade: Option<&str>) -> Result<Changed> {
-        let _lock = self.lock("boot-other")?;
+    /// `below-floor`, `incomplete-slot`, `boot-state`, `io`.
+    pub fn boot_other(&self, _: &Admitted, allow_downgrade: Option<&str>) -> Result<Changed> {
         let slot = self.device.idle();
-        match install::undecided(&self.machine()) {
-            Ok(()) => {}
-            Err(refusal) if refusal.code == "not-committed" => {
-                return Ok(Changed { slot, restart: Some(Restart::Committed) });
-            }
-            Err(refusal) => return Err(self.refused(refusal)),
+        if self.flow.status()?.active != self.device.running {
+            return Ok(Changed { slot, restart: Some(Restart::Committed) });
         }
         let machine = self.machine();
         install::remember(&machine);
@@ -320,10 +311,8 @@ impl Agent {
     /// Takes a newer key set that a trusted key has signed.
     ///
     /// # Errors
-    /// As [`trust::take`]; `busy`.
-    pub fn take_keys(&self, file: &Path) -> Result<KeySet> {
-        let _lock = self.lock("keys")?;
-        DataState::writable(self.device.root())?;
+    /// As [`trust::take`].
+    pub fn take_keys(&self, _: &Admitted, file: &Path) -> Result<KeySet> {
         install::remember(&self.machine());
         // Whoever fills `data` must not keep a key from being revoked.
         let machine = self.machine();
@@ -334,9 +323,22 @@ impl Agent {
     }
 
     /// Runs every health check once.
-    pub fn health(&self) -> Vec<health::Outcome> {
+    ///
+    /// # Errors
+    /// `unhealthy`, with the checks that fail.
+    pub fn health(&self) -> Result<Vec<health::Outcome>> {
         let root = self.device.root();
-        health::load(root).iter().map(|check| check.run(root)).collect()
+        let outcomes: Vec<health::Outcome> =
+            health::load(root).iter().map(|check| check.run(root)).collect();
+        let failing: Vec<String> = outcomes
+            .iter()
+            .filter(|outcome| !outcome.healthy)
+            .map(|outcome| format!("FAILS {}: {}", outcome.name, outcome.found))
+            .collect();
+        if failing.is_empty() {
+            return Ok(outcomes);
+        }
+        Err(Refusal::new("unhealthy", failing.join("\n"), "see the journal of what fails"))
     }
 
     /// Watches over the trial that runs, if one does: commits it when all is well, and else restarts in
@@ -349,7 +351,7 @@ impl Agent {
         let Some(trial) = health::Trial::read(root)? else { return Ok(None) };
         let checks = health::load(root);
         let verdict = Watch::new(root, &checks, trial).run(
-            || self.commit().map(|_| ()),
+            || self.enter(Verb::Commit).and_then(|admitted| self.commit(admitted)).map(drop),
             |state| {
                 self.events.add("health", json!({ "why": state.why(), "checks": state.checks }))
             },
@@ -380,10 +382,6 @@ impl Agent {
         };
         let status = command.status().map_err(|error| failed(error.to_string()))?;
         if status.success() { Ok(true) } else { Err(failed(format!("systemctl: {status}"))) }
-    }
-
-    fn lock(&self, verb: &str) -> Result<Lock> {
-        Lock::take(self.device.root(), Turn::Slots, verb)
     }
 
     fn refused(&self, refusal: Refusal) -> Refusal {

@@ -16,12 +16,14 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::lobby::{self, Caller, Rights};
+use crate::policy::{self, not_offered};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 use crate::source::{Limits, Pace};
 
-/// The account whose sessions may do nothing else. It is the product's (`[[users]]`), its keys are on `data`.
-pub const USER: &str = "update";
+/// The account whose sessions may do nothing else.
+pub const USER: &str = policy::USER;
 
 /// Where the server is asked; only root and [`USER`] may.
 pub const SOCKET: &str = "run/slipway/update.sock";
@@ -34,9 +36,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The most bytes of a frame; a pipe gives no more at once.
 const FRAME: usize = 64 << 10;
-
-/// The most events of the log.
-const EVENTS: u32 = 10_000;
 
 /// What may be asked for. No verb starts older software, replaces data or keys, or names a file of the robot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,15 +94,35 @@ impl Request {
             ["health"] => Verb::Health,
             ["log"] => Verb::Log { last: None },
             ["log", "-n" | "--last", number] => {
-                let last = number.parse().ok().filter(|last| *last <= EVENTS);
-                Verb::Log { last: Some(last.ok_or_else(|| not_offered(line))?) }
+                let last = number.parse().map_err(|_| not_offered(line))?;
+                Verb::Log { last: Some(last) }
             }
             ["verify", "-"] => Verb::Verify,
             ["install", "-"] => Verb::Install { no_restart: false },
             ["install", "-", "--no-restart"] => Verb::Install { no_restart: true },
             _ => return Err(not_offered(line)),
         };
-        Ok(Self { verb, json })
+        let typed = Self { verb, json };
+        match policy::may(Rights::Update, &typed.asked()) {
+            true => Ok(typed),
+            false => Err(not_offered(line)),
+        }
+    }
+
+    /// What the lobby is asked for.
+    fn asked(&self) -> lobby::Request {
+        let source = || "-".to_owned();
+        match &self.verb {
+            Verb::Status => lobby::Request::Status,
+            Verb::Health => lobby::Request::Health,
+            Verb::Log { last } => lobby::Request::Log { last: last.map(|last| last as usize) },
+            Verb::Verify => lobby::Request::Verify { source: source(), slot: None },
+            Verb::Install { no_restart } => lobby::Request::Install {
+                source: source(),
+                no_restart: *no_restart,
+                allow_downgrade: None,
+            },
+        }
     }
 
     /// Whether a bundle follows.
@@ -128,16 +147,6 @@ impl Request {
         words.extend(["--format".to_owned(), if self.json { "json" } else { "text" }.to_owned()]);
         words
     }
-}
-
-fn not_offered(what: &str) -> Refusal {
-    let shown: String =
-        what.chars().take(80).map(|c| if c.is_control() { '?' } else { c }).collect();
-    Refusal::new(
-        "not-offered",
-        format!("the user {USER} may not ask for `{shown}`"),
-        "status, health, log [-n NUMBER], verify -, install - [--no-restart]; a bundle comes on standard input",
-    )
 }
 
 /// The client: asks for what was typed, passes standard input on, and answers as the agent did. Returns the exit code.
@@ -266,7 +275,11 @@ pub fn serve(root: &Root, prefix: &Path) -> Result<()> {
     let answers = stream.try_clone().map_err(failed)?;
     let answers = Mutex::new(Answers::new(answers, Limits::default()));
     let done = accepted(root, &stream)
-        .and_then(|()| request(&stream))
+        .and_then(|uid| {
+            let request = request(&stream)?;
+            let caller = Caller { uid, ..lobby::this_process(root, Rights::Update) };
+            lobby::authorise(&caller, &request.asked()).map(|()| request)
+        })
         .and_then(|request| run(&request, prefix, &stream, &answers).map_err(failed));
     let code = done.unwrap_or_else(|refusal| {
         let text = serde_json::json!({ "refused": refusal }).to_string() + "\n";
@@ -277,8 +290,8 @@ pub fn serve(root: &Root, prefix: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether the other side is root or [`USER`]: the socket's mode says so, too, but it lies in a folder of many.
-fn accepted(root: &Root, stream: &UnixStream) -> Result<()> {
+/// The user id of the other side, which is root or [`USER`]: the socket's mode says so, too, but it lies in a folder of many.
+fn accepted(root: &Root, stream: &UnixStream) -> Result<u32> {
     let peer = rustix::net::sockopt::socket_peercred(stream.as_fd())
         .map_err(|error| Refusal::io("looking who asks", &error.into()))?;
     let own = rustix::process::geteuid();
@@ -288,7 +301,7 @@ fn accepted(root: &Root, stream: &UnixStream) -> Result<()> {
         (fields.next() == Some(USER)).then(|| fields.nth(1)?.parse::<u32>().ok()).flatten()
     });
     if peer.uid == own || Some(peer.uid.as_raw()) == user {
-        return Ok(());
+        return Ok(peer.uid.as_raw());
     }
     Err(not_offered(&format!("anything, as user id {}", peer.uid.as_raw())))
 }
@@ -336,6 +349,8 @@ fn run(
     let mut child = Command::new(program)
         .arg("--root")
         .arg(prefix)
+        // What it runs as is root; what it may do is what the user may.
+        .arg("--as-update")
         .args(request.words())
         .stdin(Stdio::from(input))
         .stdout(Stdio::piped())

@@ -54,7 +54,7 @@ impl Events {
     pub fn add(&self, event: &str, details: Value) {
         if let Err(error) = self.append(event, &details) {
             let place = self.folder.display();
-            eprintln!("slotd: the event `{event}` {details} is not in {place}: {error}");
+            crate::say!("slotd: the event `{event}` {details} is not in {place}: {error}");
         }
     }
 

@@ -2,6 +2,17 @@
 //! robot is healthy, and otherwise lets it come back. The command line and every later way in (USB
 //! stick, local network, web page) call this library.
 
+/// Says something on standard error, for the journal. Unlike `eprintln!` it does not end the program when nobody reads
+/// there any more: a connection may break in the middle of an install.
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write as _;
+        drop(writeln!(std::io::stderr(), $($words)*));
+    }};
+}
+pub(crate) use say;
+
+pub mod admission;
 pub mod agent;
 pub mod boot;
 mod buffer;
@@ -16,7 +27,9 @@ pub mod events;
 pub mod files;
 pub mod health;
 pub mod install;
+pub mod lobby;
 pub mod lock;
+pub mod policy;
 pub mod provision;
 pub mod python;
 pub mod ratchet;

@@ -222,7 +222,7 @@ impl<S: Storage> Tryboot<S> {
             Ok(()) => durable::remove(&memory).map_err(failed(&memory)),
             // Full, failing or in memory itself: `data` decides about no update.
             Err(error) => {
-                eprintln!("slotd: {} is kept in memory: {error}", kept.display());
+                crate::say!("slotd: {} is kept in memory: {error}", kept.display());
                 durable::write_json(&memory, armed).map_err(failed(&memory))
             }
         }

@@ -11,10 +11,8 @@ use super::service::{self, Patience, Watch};
 use super::state::{self, State, Trial};
 use super::{NEW, Place, failed, retention, settle};
 use crate::builtin::BuiltIn;
-use crate::data::State as DataState;
 use crate::events::Events;
 use crate::files::Files;
-use crate::lock::{Lock, Turn};
 use crate::provision;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -118,13 +116,11 @@ fn take_back(root: &Root, events: &Events, place: &Place<'_>, before: &State, wh
 }
 
 /// Goes back to the API that was good before this one, or to the base's own, with every change on `data` made
-/// through `files`.
+/// through `files`. The caller was admitted.
 ///
 /// # Errors
-/// `no-other-api`, `busy`, `api-unhealthy`, `io`.
+/// `no-other-api`, `api-unhealthy`, `io`.
 pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
-    let _lock = Lock::take(root, Turn::Slots, "roll-back")?;
-    DataState::writable(root)?;
     settle(root, events, files)?;
     let place = Place::new(root, files);
     let state = State::read(&place);

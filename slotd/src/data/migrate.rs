@@ -338,7 +338,7 @@ fn forth(
     match record.write(root, files) {
         Ok(()) => sweep(root, files, &record)?,
         // Nothing was changed: a full `data` must not keep the update out that cures it. The next start writes it.
-        Err(refusal) if steps.is_empty() => eprintln!("slotd: {refusal}"),
+        Err(refusal) if steps.is_empty() => crate::say!("slotd: {refusal}"),
         Err(refusal) => return Err(refusal),
     }
     Ok(Migrated::Forth { from, steps: steps.into_iter().map(|step| step.name).collect() })

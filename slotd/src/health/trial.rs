@@ -167,7 +167,7 @@ impl<'a> Watch<'a> {
     /// For `status` only: that nothing can be told must not keep a trial from being committed.
     fn tell(&self, state: &State) {
         if let Err(error) = durable::write_json(&state_file(self.root), state) {
-            eprintln!("slotd: the state of the health checks cannot be told: {error}");
+            crate::say!("slotd: the state of the health checks cannot be told: {error}");
         }
     }
 }

@@ -21,19 +21,20 @@ use bundle::component::API;
 use bundle::{Input, Reader};
 use contract::answer::Installed;
 pub use contract::answer::{InstalledSystem as Outcome, Progress, Step};
+use contract::request::Verb;
 use serde_json::json;
 
-pub use check::undecided;
+pub use check::{standing, undecided};
 pub(crate) use compare::{ReadOnly, compare};
 pub use target::{Slots, TrustArea};
 
+use crate::admission;
 use crate::boot::BootFlow;
 use crate::damage;
 use crate::device::{Description, other};
 use crate::durable;
 use crate::events::Events;
 use crate::files::Files;
-use crate::lock::{Lock, Turn};
 use crate::record::{self, Floor, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -109,8 +110,7 @@ fn run<I: Input>(
     options: &Options,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Installed> {
-    let _lock = Lock::take(machine.root, Turn::Slots, "install")?;
-    check::robot(machine)?;
+    let _admitted = admission::enter(machine.root, Verb::Install, || standing(machine))?;
     // Before the slot of the system before this one is overwritten: what that one knew is known from here on.
     remember(machine);
     let trust = Trust::read(machine);
