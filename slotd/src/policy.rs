@@ -49,6 +49,8 @@ pub struct Rules {
     pub trial_runs: bool,
     /// Another slot running than the committed one, without a trial.
     pub not_committed: bool,
+    /// A boot state that cannot be read.
+    pub unknown: bool,
     /// No trial at all.
     pub no_trial: bool,
     /// An image of another board.
@@ -63,6 +65,7 @@ const NOTHING: Rules = Rules {
     trial_waits: false,
     trial_runs: false,
     not_committed: false,
+    unknown: false,
     no_trial: false,
     wrong_board: false,
     no_data: false,
@@ -72,7 +75,8 @@ const NOTHING: Rules = Rules {
 const TURN: Rules = Rules { busy: true, ..NOTHING };
 
 /// What would write or start a slot while it is not decided which one stays: that slot may be the only good one.
-const DECIDED: Rules = Rules { trial_waits: true, trial_runs: true, not_committed: true, ..TURN };
+const DECIDED: Rules =
+    Rules { trial_waits: true, trial_runs: true, not_committed: true, unknown: true, ..TURN };
 
 /// What must not be, verb by verb.
 pub fn rules(verb: Verb) -> Rules {
@@ -95,14 +99,15 @@ pub fn rules(verb: Verb) -> Rules {
         // A full `data`, or one in memory, must not keep the update out that cures it. What an API needs of it is
         // looked at when it is known that the bundle has one.
         Verb::Install => Rules { wrong_board: true, ..DECIDED },
-        Verb::Commit => Rules { trial_waits: true, ..TURN },
-        Verb::RollBack => Rules { no_trial: true, ..TURN },
+        Verb::Commit => Rules { trial_waits: true, unknown: true, ..TURN },
+        Verb::RollBack => Rules { no_trial: true, unknown: true, ..TURN },
         Verb::RollBackApi => Rules { no_data: true, ..DECIDED },
         // Where the committed slot did not start, this is the way back to it.
         Verb::BootOther => Rules { not_committed: false, ..DECIDED },
         // A key must be revocable at any time.
         Verb::TakeKeys => Rules { no_data: true, ..TURN },
-        // Both restart the robot: that would begin or end a trial.
+        // Both restart the robot: that would begin or end a trial. They write no slot, and must help a robot whose boot
+        // state is damaged, too.
         Verb::Reset | Verb::Restore => {
             Rules { trial_waits: true, trial_runs: true, no_data: true, ..TURN }
         }
@@ -150,9 +155,7 @@ pub fn admit(verb: Verb, standing: &Standing) -> Result<(), Refusal> {
         Slots::TrialWaits(why) if rules.trial_waits => return Err(why.clone()),
         Slots::TrialRuns(why) if rules.trial_runs => return Err(why.clone()),
         Slots::NotCommitted(why) if rules.not_committed => return Err(why.clone()),
-        // A reset must help a robot whose boot state is damaged, too: it writes no slot.
-        Slots::Unknown(why) if asks_for_slots(&rules) && !rules.no_data => return Err(why.clone()),
-        Slots::Unknown(why) if verb == Verb::RollBackApi => return Err(why.clone()),
+        Slots::Unknown(why) if rules.unknown => return Err(why.clone()),
         _ => {}
     }
     let others = [
@@ -164,11 +167,6 @@ pub fn admit(verb: Verb, standing: &Standing) -> Result<(), Refusal> {
         Some(why) => Err(why.clone()),
         None => Ok(()),
     }
-}
-
-/// Whether a rule needs to know which slot stays.
-fn asks_for_slots(rules: &Rules) -> bool {
-    rules.trial_waits || rules.trial_runs || rules.not_committed || rules.no_trial
 }
 
 #[cfg(test)]

@@ -40,9 +40,10 @@ fn lock_file(root: &Root) -> PathBuf {
     root.run().join("job.lock")
 }
 
-/// Who wants a job to end writes its number here.
+/// Who wants a job to end writes its number here. Its name differs from the record's in more than the ending: both are
+/// replaced, by different processes, through files that are named after it.
 fn wish(root: &Root) -> PathBuf {
-    root.run().join("job.cancel")
+    root.run().join("cancel.json")
 }
 
 fn failed(error: &io::Error) -> Refusal {
@@ -135,9 +136,12 @@ pub fn cancel(root: &Root) -> Result<Job> {
             JobState::Runs if started.elapsed() >= PATIENCE * 3 => return Err(late()),
             JobState::Runs => {}
             JobState::Lost => {
-                let ended = Job { state: JobState::Refused(cancelled()), ..now };
-                write(root, &ended).map_err(|error| failed(&error))?;
-                return Ok(ended);
+                // Not over the record of a job that has begun since.
+                if let Some(_lock) = take_lock(root)? {
+                    let ended = Job { state: JobState::Refused(cancelled()), ..now };
+                    write(root, &ended).map_err(|error| failed(&error))?;
+                    return Ok(ended);
+                }
             }
             JobState::Done(_) | JobState::Refused(_) => return Ok(now),
         }
@@ -156,6 +160,26 @@ fn cancelled() -> Refusal {
 fn write(root: &Root, job: &Job) -> io::Result<()> {
     private_dir(&root.run())?;
     durable::replace(&record(root), &serde_json::to_vec(job)?)
+}
+
+/// The lock of the process that does a job; `None`: another one has it.
+fn take_lock(root: &Root) -> Result<Option<File>> {
+    private_dir(&root.run()).map_err(|error| failed(&error))?;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let lock = options.open(lock_file(root)).map_err(|error| failed(&error))?;
+    let started = Instant::now();
+    loop {
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(lock)),
+            // Who looks whether a job runs has it for a moment.
+            Err(rustix::io::Errno::WOULDBLOCK) if started.elapsed() < PAUSE => {
+                std::thread::sleep(PAUSE / 25);
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(error) => return Err(failed(&error.into())),
+        }
+    }
 }
 
 /// A job while it is done.
@@ -197,22 +221,15 @@ pub fn run<I: Input>(
 
 impl<'a> Running<'a> {
     fn begin(root: &'a Root, request: &Request, caller: &Caller) -> Result<Self> {
-        private_dir(&root.run()).map_err(|error| failed(&error))?;
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let lock = options.open(lock_file(root)).map_err(|error| failed(&error))?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                let what = request.verb();
-                return Err(Refusal::new(
-                    "busy",
-                    format!("`slotd {what}` cannot start: another one is at work"),
-                    "wait until it has ended (`slotd job --watch`), or end it (`slotd job --cancel`)",
-                ));
-            }
-            Err(error) => return Err(failed(&error.into())),
-        }
+        let what = request.verb();
+        let busy = || {
+            Refusal::new(
+                "busy",
+                format!("`slotd {what}` cannot start: another one is at work"),
+                "wait until it has ended (`slotd job --watch`), or end it (`slotd job --cancel`)",
+            )
+        };
+        let lock = take_lock(root)?.ok_or_else(busy)?;
         // A damaged record is none: it only gave the job a number.
         let before: Option<Job> = durable::read_json(&record(root)).ok().flatten();
         let job = Job {
