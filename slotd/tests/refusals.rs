@@ -380,7 +380,7 @@ fn every_code_is_listed_documented_and_in_use() {
     let mut text = String::new();
     sources(&format!("{here}/src"), &mut text);
     let mut used: BTreeSet<String> = quoted_after(&text, "Refusal::new(").into_iter().collect();
-    let own = fs::read_to_string(format!("{here}/src/refusal.rs")).unwrap();
+    let own = fs::read_to_string(format!("{here}/../contract/src/refusal.rs")).unwrap();
     used.extend(quoted_after(&own, "Self::new("));
     used.extend(quoted_after(&text, "Refusal { code:"));
     let errors = fs::read_to_string(format!("{here}/../bundle/src/error.rs")).unwrap();
