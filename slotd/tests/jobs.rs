@@ -1,5 +1,5 @@
-//! An install goes on when its client leaves, in whatever way; it can be watched and cancelled; nobody who does not read
-//! holds it up.
+//! An install continues when its client ends, however it ends; it can be watched and cancelled; a client that does not read
+//! does not block it.
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
 
 mod common;
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use bundle::bootstate::Slot;
 use common::{Plan, Robot, answer, bundle_of, new_system, write};
+use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::Value;
 
@@ -56,6 +57,25 @@ impl Scene {
                 return job;
             }
             assert!(started.elapsed() < FOR_EVER, "{what}: {job}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until the job has read everything that was sent, and sleeps: it can only be woken by the rest of its bundle.
+    fn until_it_waits(&self) {
+        let process = self.job()["process"].as_u64().unwrap();
+        let sleeps = || {
+            let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+            let stats = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("stat")));
+            // proc_pid_stat(5): the state follows the name, which is in parentheses.
+            let asleep = |stat: String| stat.rsplit(')').next().unwrap().starts_with(" S ");
+            stats.map(Result::unwrap).all(asleep)
+        };
+        let (started, mut times) = (Instant::now(), 0);
+        while times < 5 {
+            let waits = ioctl_fionread(&self.input).unwrap() == 0 && sleeps();
+            times = if waits { times + 1 } else { 0 };
+            assert!(started.elapsed() < FOR_EVER, "it never waits");
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -153,10 +173,11 @@ fn a_cancelled_install_ends_and_resumes() {
 #[test]
 fn one_that_waits_for_its_bundle_is_cancelled_too() {
     let scene = Scene::new();
+    scene.until_it_waits();
     let cancelled = scene.robot.run(&["job", "--cancel"]);
     assert_eq!(cancelled["state"]["refused"]["code"], "cancelled");
     let output = scene.client.wait_with_output().unwrap();
-    // Its own words were not heard any more.
+    // The process was terminated without an answer.
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     drop(scene.input);
     let file = write(scene.robot.dir.path(), "update.bundle", &scene.bundle);
