@@ -395,7 +395,7 @@ fn every_code_is_listed_documented_and_in_use() {
     }
     assert!(
         fs::read_to_string(&path).unwrap_or_default() == generated,
-        "docs/reference/refusals.md differs from the codes in src/refusal.rs\n\
+        "docs/reference/refusals.md differs from the codes in contract/src/refusal.rs\n\
          help: SLIPWAY_BLESS=1 cargo test --package slotd --test refusals writes it; review the difference"
     );
 }
