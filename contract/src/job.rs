@@ -1,5 +1,5 @@
-//! A long operation of the agent: it goes on when whoever asked for it leaves, and everybody who may can watch it and
-//! cancel it. Its record is `/run/slotd/job.json`, one for the whole robot, and ends with the start.
+//! A long operation of the agent. It continues when its client disconnects, and every permitted client can watch it and
+//! cancel it. Its record is `/run/slotd/job.json`, one for the whole robot; a restart removes it.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,27 +7,27 @@ use crate::answer::{Installed, Progress};
 use crate::refusal::Refusal;
 use crate::request::Request;
 
-/// Who asks.
+/// The client that makes a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Caller {
     /// The user's id.
     pub uid: u32,
-    /// The unit of systemd that it runs in: `session-3.scope`, `slipway-update@1.service`.
+    /// Its systemd unit: `session-3.scope`, `slipway-update@1.service`.
     pub unit: Option<String>,
     /// The program and its arguments, shortened.
     pub command: String,
-    /// What it may ask for.
+    /// Its rights.
     pub rights: Rights,
 }
 
-/// What a caller may ask for.
+/// The rights of a caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Rights {
     /// Everything: root, and the units of a start.
     All,
-    /// What the user `update` may: how the robot stands, and newer software.
+    /// Those of the user `update`: it may read the status and install newer software.
     Update,
 }
 
@@ -35,54 +35,54 @@ pub enum Rights {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Job {
-    /// Its name in this start: grows by one.
+    /// Its number in this start: grows by one.
     pub id: u64,
-    /// What was asked for.
+    /// The request.
     pub request: Request,
-    /// Who asked.
+    /// The client that made it.
     pub by: Caller,
-    /// The process that does it.
+    /// The id of the process that executes it.
     pub process: u32,
-    /// Whether it can still be cancelled: everything that is asked for is not there yet.
+    /// Whether it can still be cancelled: its bundle was not read to the end yet.
     pub cancellable: bool,
-    /// How far it is, twice a second.
+    /// The progress, written twice a second.
     pub progress: Option<Progress>,
-    /// How it stands.
+    /// The state.
     pub state: JobState,
 }
 
-/// How a job stands.
+/// The state of a job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum JobState {
-    /// It is being done.
+    /// It is running.
     Runs,
     /// It is done.
     Done(Done),
-    /// It was refused, or has failed, or was cancelled.
+    /// It was refused, failed, or was cancelled.
     Refused(Refusal),
-    /// The process that did it has ended without a word: it was killed. Never written; a reader finds it out.
+    /// Its process was killed. Never written: the reader detects it.
     Lost,
 }
 
-/// What came of an install.
+/// The result of an install.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Done {
     /// The answer.
     pub answer: Installed,
-    /// Whether the robot restarts for it.
+    /// Whether the robot restarts now.
     pub restarts: bool,
 }
 
-/// What a job tells whoever waits for it, a line each: any number of the first, then one of the others.
+/// A message from a job to the waiting client, one per line: any number of the first kind, then one of the others.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Told {
-    /// How far it is.
+    /// The progress.
     Progress(Progress),
     /// It is done.
     Done(Done),
-    /// It was refused, or has failed, or was cancelled.
+    /// It was refused, failed, or was cancelled.
     Refused(Refusal),
 }

@@ -1,5 +1,5 @@
-//! What a robot's agent can be asked for. Every client (the command line, later a USB stick, the local network, a web
-//! page) makes one of these, and the agent answers all of them in one place.
+//! The requests to a robot's agent. Every client (the command line, later a USB stick, the local network, a web page)
+//! makes one of these, and the agent answers all of them in one place.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,102 +7,102 @@ use std::path::PathBuf;
 use bundle::bootstate::Slot;
 use serde::{Deserialize, Serialize};
 
-/// A request. Strict: one that says more than this agent knows is refused, never done in part.
+/// A request. A request with unknown fields is refused and never executed in part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// The robot's status.
     Status,
-    /// What the board says of itself, and the status.
+    /// The board's own description, and the status.
     Report,
-    /// What was decided and refused, oldest first.
+    /// The log of decisions and refusals, oldest first.
     Log {
         /// Only the last so many events; `None`: all.
         last: Option<usize>,
     },
-    /// The health checks, once.
+    /// Run the health checks once.
     Health,
-    /// The watch over a trial, until it is committed or out of time.
+    /// Watch over a trial until it is committed or its deadline is reached.
     Watch,
-    /// A bundle, checked to its last byte; or a slot against it.
+    /// Verify a bundle to its last byte, or compare a slot with it.
     Verify {
         /// A file, `-` for standard input, or an address that begins with `http://` or `https://`.
         source: String,
         /// The slot to be compared with the bundle; `None`: the bundle alone is checked.
         slot: Option<Slot>,
     },
-    /// The files of the APIs on `data`, checked against the hashes that were kept of them.
+    /// Compare the files of the APIs on `data` with their stored hashes.
     VerifyApi,
-    /// A bundle, installed.
+    /// Install a bundle.
     Install {
         /// As in [`Request::Verify`].
         source: String,
-        /// Leave the restart that begins a trial to somebody else.
+        /// Do not restart: the trial begins with a later restart.
         no_restart: bool,
         /// Why a version below the floor is accepted this once.
         allow_downgrade: Option<String>,
     },
-    /// The running slot, kept.
+    /// Commit the running slot.
     Commit,
-    /// A trial, ended.
+    /// End a trial.
     RollBack {
-        /// Leave the restart to somebody else.
+        /// Do not restart.
         no_restart: bool,
     },
-    /// The API before this one.
+    /// Go back to the previous API.
     RollBackApi,
-    /// The other slot, tried.
+    /// Try the other slot.
     BootOther {
-        /// Leave the restart to somebody else.
+        /// Do not restart.
         no_restart: bool,
         /// Why a version below the floor is accepted this once.
         allow_downgrade: Option<String>,
     },
     /// The accepted keys.
     Keys,
-    /// A newer key set.
+    /// Take a newer key set.
     TakeKeys {
         /// Its file; the signature is beside it, as FILE.minisig.
         file: PathBuf,
     },
-    /// A factory reset, with the next restart.
+    /// Prepare a factory reset for the next restart.
     Reset {
         /// Make a backup on `data` first.
         backup: bool,
-        /// Leave the restart to somebody else.
+        /// Do not restart.
         no_restart: bool,
     },
-    /// A backup of everything on `data`.
+    /// Write a backup of everything on `data`.
     Backup {
         /// A file, or `-` for standard output.
         file: String,
     },
-    /// A backup in the place of everything on `data`, with the next restart.
+    /// Prepare a restore, which replaces everything on `data` with the next restart.
     Restore {
         /// A file, or `-` for standard input.
         file: String,
-        /// Leave the restart to somebody else.
+        /// Do not restart.
         no_restart: bool,
     },
-    /// The resources of the API's package, made `/data/system`.
+    /// Update `/data/system` from the resources of the API's package.
     Provision,
-    /// The same for a start: only in the first one of a base or of another API.
+    /// The same during a start: only in the first start of a base or of another API.
     ProvisionAtStart,
-    /// `/data/system`, compared with the resources.
+    /// Compare `/data/system` with the resources.
     CheckProvisioned,
-    /// For a start: the partition `data` takes the rest of the card.
+    /// During a start: extend the partition `data` over the rest of the card.
     GrowData,
-    /// For a start: what waits is carried out, and `data` comes to the system's version.
+    /// During a start: carry out a pending change, and migrate `data` to the system's version.
     PrepareData,
-    /// For a start: what the flasher left is taken over.
+    /// During a start: apply the settings from the flasher.
     TakeSeed,
-    /// The long operation that runs, or ran last in this start.
+    /// The job that is running, or that ran last since the start.
     Job,
-    /// That operation, ended before its time.
+    /// Cancel the running job.
     CancelJob,
 }
 
-/// What is asked for, without the details: what rights and rules go by.
+/// The kind of a request, without its details: rights and rules are defined by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[expect(missing_docs, reason = "as in `Request`")]
 pub enum Verb {
@@ -134,7 +134,7 @@ pub enum Verb {
 }
 
 impl Verb {
-    /// All of them.
+    /// All verbs.
     pub const ALL: [Self; 25] = [
         Self::Status,
         Self::Report,
@@ -165,7 +165,7 @@ impl Verb {
 }
 
 impl fmt::Display for Verb {
-    /// As it is typed.
+    /// As on the command line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Status => "status",
@@ -190,7 +190,7 @@ impl fmt::Display for Verb {
 }
 
 impl Request {
-    /// What is asked for.
+    /// The kind of the request.
     pub fn verb(&self) -> Verb {
         match self {
             Self::Status => Verb::Status,

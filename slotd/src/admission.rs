@@ -1,6 +1,6 @@
-//! Leave to change the robot. What changes something takes an [`Admitted`], which is made here alone: under the lock that
-//! keeps every other change out, so that nothing can happen between the question and the deed, and by the rules of
-//! [`crate::policy`].
+//! The permission to change the robot. Every function that changes something takes an [`Admitted`], which only this module
+//! creates: after the checks of [`crate::policy`], under the lock that excludes every other change, so that the state
+//! cannot change between the check and the operation.
 
 use contract::request::Verb;
 
@@ -9,26 +9,26 @@ use crate::policy::{self, Standing};
 use crate::refusal::Result;
 use crate::root::Root;
 
-/// Leave to change the robot, as long as it lives: nobody else has it meanwhile.
+/// The permission to change the robot. No other process has one at the same time.
 #[derive(Debug)]
 pub struct Admitted {
     _lock: Option<Lock>,
 }
 
-/// Asks for leave to do something now. How the robot stands is looked at when nobody else can change it any more.
+/// Requests the permission for `verb`. The robot's state is read after the lock is taken.
 ///
 /// # Errors
-/// `busy`: another operation runs. What [`policy::admit`] refuses, and `io`.
+/// `busy`: another operation is running. What [`policy::admit`] refuses, and `io`.
 pub fn enter(root: &Root, verb: Verb, standing: impl FnOnce() -> Standing) -> Result<Admitted> {
     let admitted = take_turn(root, verb)?;
     policy::admit(verb, &standing())?;
     Ok(admitted)
 }
 
-/// [`enter`] for what has no rule but the turn, and is asked of a robot that could not update, too.
+/// [`enter`] for a verb that needs only the lock, and that also works on a robot that cannot update.
 ///
 /// # Errors
-/// `busy`: another operation runs. `io`.
+/// `busy`: another operation is running. `io`.
 pub fn take_turn(root: &Root, verb: Verb) -> Result<Admitted> {
     let lock = match policy::rules(verb).busy {
         true => Some(Lock::take(root, Turn::Slots, &verb.to_string())?),

@@ -1,4 +1,4 @@
-//! What a robot does when it is asked: the verbs. [`crate::lobby`] decides who may ask for them, and when.
+//! The verbs. [`crate::lobby`] decides who may use them, and when.
 
 use std::path::Path;
 use std::process::Command;
@@ -74,10 +74,10 @@ impl Agent {
         self.flow.as_ref()
     }
 
-    /// Asks for leave to do something now ([`admission::enter`]).
+    /// Requests the permission for a verb ([`admission::enter`]).
     ///
     /// # Errors
-    /// Why it must not be done now; that is in the log too, but for `busy`.
+    /// The refusal, which is also logged unless it is `busy`.
     pub fn enter(&self, verb: Verb) -> Result<Admitted> {
         let machine = self.machine();
         let admitted = admission::enter(machine.root, verb, || install::standing(&machine));

@@ -1,4 +1,4 @@
-//! What may be typed, as a request to the lobby; [`text`] has its answers as lines.
+//! The command line's arguments, as a request to the lobby; [`text`] formats its answers.
 
 pub mod text;
 
@@ -61,13 +61,13 @@ pub enum Verb {
         slot: Option<SlotName>,
     },
     /// Write a bundle into the other slot, and restart into it on trial; one of the API only: install that
-    /// beside the running one, change to it, and come back if it is not healthy. It goes on when this command ends
-    /// (Ctrl-C, a broken connection): see `job`
+    /// beside the running one, change to it, and come back if it is not healthy. It continues when this command
+    /// ends (Ctrl-C, a broken connection): see `job`
     Install {
         /// The bundle, and how to install it
         #[command(flatten)]
         install: Install,
-        /// Install in this process: when it ends, the install is interrupted
+        /// Install in this process: if it ends, the install is interrupted
         #[arg(long)]
         foreground: bool,
     },
@@ -134,19 +134,19 @@ pub enum Verb {
         #[arg(long)]
         boot: bool,
     },
-    /// Show the install that runs, or ran last since the robot's start
+    /// Show the install that is running, or that ran last since the robot's start
     Job {
-        /// Wait for its end, and answer as it does
+        /// Wait for its end, and print its answer
         #[arg(long)]
         watch: bool,
-        /// End it; what it has written is kept for the next install of the same bundle
+        /// Cancel it; the next install of the same bundle resumes
         #[arg(long, conflicts_with = "watch")]
         cancel: bool,
     },
-    /// For `install`: do it in this process, which nobody's terminal ends
+    /// For `install`: run it in this process, which no terminal can end
     #[command(hide = true)]
     Work {
-        /// Who asks, as JSON
+        /// The caller, as JSON
         caller: String,
         /// The bundle, and how to install it
         #[command(flatten)]
@@ -209,7 +209,7 @@ impl Cli {
     /// What is asked for.
     ///
     /// # Errors
-    /// `internal`: it is no request, but a way to make one.
+    /// `internal`: the verb is not a request itself.
     pub fn request(&self) -> Result<Request> {
         Ok(match &self.verb {
             Verb::Status => Request::Status,
@@ -249,8 +249,8 @@ impl Cli {
             Verb::Work { .. } | Verb::Door { .. } => {
                 return Err(Refusal::new(
                     "internal",
-                    "this is answered elsewhere",
-                    "tell the developers",
+                    "this request is answered elsewhere",
+                    "report this bug",
                 ));
             }
         })

@@ -2,8 +2,8 @@
 //! robot is healthy, and otherwise lets it roll back. The command line and every other interface (USB
 //! stick, local network, web page) call this library.
 
-/// Says something on standard error, for the journal. Unlike `eprintln!` it does not end the program when nobody reads
-/// there any more: a connection may break in the middle of an install.
+/// Prints to standard error, for the journal. Unlike `eprintln!` it does not panic when standard error is closed: a
+/// connection may break during an install.
 macro_rules! say {
     ($($words:tt)*) => {{
         use std::io::Write as _;

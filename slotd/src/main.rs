@@ -1,4 +1,4 @@
-//! The command line of the agent: reads what was typed, hands it to the lobby as a request, and prints the answer.
+//! The command line of the agent: parses the arguments, passes a request to the lobby, and prints the answer.
 
 mod cli;
 
@@ -75,7 +75,7 @@ fn door(cli: &Cli, serve: bool) -> ExitCode {
     )
 }
 
-/// Makes the request and has it answered: here, or as a job that goes on without this process.
+/// Makes the request and gets its answer: in this process, or from a job that continues without it.
 fn answer(cli: &Cli, root: &Root, caller: &Caller) -> Result<Response> {
     let progress = ProgressLines::new(cli.format);
     let watcher = |at| progress.show(at);
@@ -142,7 +142,7 @@ impl ProgressLines {
                 write!(err, "\r{} {percent} %   {end}", at.step.doing())
             }
         };
-        // Standard error is closed; the work goes on.
+        // Standard error is closed; the work continues.
         drop(printed);
     }
 }

@@ -1,18 +1,18 @@
-//! Who may ask for what, and when. Both are tables, pure, with a line for each verb; nothing else in the agent decides
-//! either.
+//! Which caller may use which verb, and in which state of the robot. Both are pure tables with a line for each verb; no
+//! other code of the agent decides either.
 
 use contract::job::Rights;
 use contract::refusal::Refusal;
 use contract::request::{Request, Verb};
 
-/// The most events of the log that the user `update` gets.
+/// Maximum number of log events for the user `update`.
 pub const MOST_EVENTS: usize = 10_000;
 
 /// The account whose sessions may update the robot and do nothing else. The product defines it (`[[users]]`); its keys are
 /// on `data`.
 pub const USER: &str = "update";
 
-/// The refusal of what is not for [`USER`].
+/// The refusal of a command that [`USER`] may not run.
 pub fn not_offered(what: &str) -> Refusal {
     let shown: String =
         what.chars().take(80).map(|c| if c.is_control() { '?' } else { c }).collect();
@@ -23,8 +23,8 @@ pub fn not_offered(what: &str) -> Refusal {
     )
 }
 
-/// Whether somebody with these rights may ask for this. The user `update` starts no older software, replaces neither
-/// data nor keys, and names no file of the robot.
+/// Whether a caller with these rights may make this request. The user `update` may not start older software, replace data
+/// or keys, or name a file on the robot.
 pub fn may(rights: Rights, request: &Request) -> bool {
     match (rights, request) {
         (Rights::All, _) => true,
@@ -38,28 +38,28 @@ pub fn may(rights: Rights, request: &Request) -> bool {
     }
 }
 
-/// What must not be while a verb changes something.
+/// The states that exclude a verb.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rules {
-    /// Another operation, as long as it lasts; this one keeps others out in turn.
+    /// Another operation is running; the verb takes the lock itself.
     pub busy: bool,
-    /// A trial that has not started yet.
+    /// A trial has not started yet.
     pub trial_waits: bool,
-    /// A trial that runs.
+    /// A trial is running.
     pub trial_runs: bool,
-    /// Another slot running than the committed one, without a trial.
+    /// The running slot is not the committed one, and there is no trial.
     pub not_committed: bool,
-    /// A boot state that cannot be read.
+    /// The boot state cannot be read.
     pub unknown: bool,
-    /// No trial at all.
+    /// There is no trial.
     pub no_trial: bool,
-    /// An image of another board.
+    /// The image is for another board.
     pub wrong_board: bool,
-    /// A `data` that refuses writes.
+    /// `data` is read-only.
     pub no_data: bool,
 }
 
-/// What only looks, or is itself part of a start, in which nothing else is asked for: it is never kept waiting.
+/// For verbs that only read, and for the steps of a start, during which there are no other requests: they never wait.
 const NOTHING: Rules = Rules {
     busy: false,
     trial_waits: false,
@@ -71,14 +71,14 @@ const NOTHING: Rules = Rules {
     no_data: false,
 };
 
-/// What needs a turn of its own, and nothing else.
+/// For verbs that need only the lock.
 const TURN: Rules = Rules { busy: true, ..NOTHING };
 
-/// What would write or start a slot while it is not decided which one stays: that slot may be the only good one.
+/// For verbs that write or start a slot: while a trial is undecided, that slot may be the only good one.
 const DECIDED: Rules =
     Rules { trial_waits: true, trial_runs: true, not_committed: true, unknown: true, ..TURN };
 
-/// What must not be, verb by verb.
+/// The rules of each verb.
 pub fn rules(verb: Verb) -> Rules {
     match verb {
         Verb::Status
@@ -94,61 +94,61 @@ pub fn rules(verb: Verb) -> Rules {
         // The watch commits by a request of its own.
         Verb::Watch => NOTHING,
         Verb::ProvisionAtStart | Verb::GrowData | Verb::PrepareData | Verb::TakeSeed => NOTHING,
-        // What is compared must stay.
+        // The compared files must not change meanwhile.
         Verb::VerifyApi => TURN,
-        // A full `data`, or one in memory, must not keep the update out that cures it. What an API needs of it is
-        // looked at when it is known that the bundle has one.
+        // A full `data`, or one in memory, must not prevent the update that fixes it. Whether an API fits on `data` is
+        // checked once the bundle is known to have one.
         Verb::Install => Rules { wrong_board: true, ..DECIDED },
         Verb::Commit => Rules { trial_waits: true, unknown: true, ..TURN },
         Verb::RollBack => Rules { no_trial: true, unknown: true, ..TURN },
         Verb::RollBackApi => Rules { no_data: true, ..DECIDED },
-        // Where the committed slot did not start, this is the way back to it.
+        // If the committed slot did not start, this verb goes back to it.
         Verb::BootOther => Rules { not_committed: false, ..DECIDED },
-        // A key must be revocable at any time.
+        // It must always be possible to revoke a key.
         Verb::TakeKeys => Rules { no_data: true, ..TURN },
-        // Both restart the robot: that would begin or end a trial. They write no slot, and must help a robot whose boot
-        // state is damaged, too.
+        // Both restart the robot, which would begin or end a trial. They write no slot, and must also work with a damaged
+        // boot state.
         Verb::Reset | Verb::Restore => {
             Rules { trial_waits: true, trial_runs: true, no_data: true, ..TURN }
         }
-        // An install of an API provisions by itself.
+        // An install of an API includes provisioning.
         Verb::Provision => TURN,
     }
 }
 
-/// How the robot stands, as far as any rule asks.
+/// The state of the robot, as far as the rules need it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standing {
-    /// Which slot stays.
+    /// The state of the slots.
     pub slots: Slots,
-    /// Why there is no trial to end; `None`: there is one, which may have failed.
+    /// The refusal because there is no trial; `None`: there is a trial, which may have failed.
     pub no_trial: Option<Refusal>,
-    /// Why the image is not for this machine; `None`: it is.
+    /// The refusal because the image is for another machine; `None`: it is for this one.
     pub wrong_board: Option<Refusal>,
-    /// Why `data` takes no writes; `None`: it does.
+    /// The refusal because `data` is read-only; `None`: it is writable.
     pub no_data: Option<Refusal>,
 }
 
-/// Which slot stays.
+/// The state of the slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Slots {
-    /// The running one, which is committed. A trial may have failed.
+    /// The running slot is committed. A trial may have failed.
     Decided,
     /// A trial begins with the next restart.
     TrialWaits(Refusal),
-    /// A trial runs.
+    /// A trial is running.
     TrialRuns(Refusal),
-    /// Another slot runs than the committed one, without a trial.
+    /// The running slot is not the committed one, and there is no trial.
     NotCommitted(Refusal),
-    /// It cannot be found out.
+    /// The boot state cannot be read.
     Unknown(Refusal),
 }
 
-/// Whether something may be done now.
+/// Checks a verb against the state of the robot.
 ///
 /// # Errors
-/// The first rule that speaks against it: `trial-pending`, `not-committed`, `nothing-on-trial`, `wrong-board`, `no-data`,
-/// or why the boot state is not known.
+/// The refusal of the first rule that excludes the verb: `trial-pending`, `not-committed`, `nothing-on-trial`,
+/// `wrong-board`, `no-data`, or the error of reading the boot state.
 pub fn admit(verb: Verb, standing: &Standing) -> Result<(), Refusal> {
     let rules = rules(verb);
     match &standing.slots {

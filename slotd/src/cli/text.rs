@@ -1,4 +1,4 @@
-//! Answers as lines for a terminal.
+//! Answers as text for a terminal.
 
 use contract::answer::{
     ApiStatus, Changed, CheckOutcome, Event, Installed, InstalledApi, InstalledSystem, Serves,
@@ -11,7 +11,7 @@ use slotd::provision::{How, Outcome, Provisioned};
 
 use super::Verb;
 
-/// An answer in words. The verb says what a changed slot means.
+/// An answer as text. The verb determines the wording for a changed slot.
 pub fn of(verb: &Verb, answer: &Response) -> String {
     match answer {
         Response::Status(status) => self::status(status),
@@ -227,7 +227,7 @@ fn job(job: &Job) -> String {
     let state = match &job.state {
         JobState::Runs => match job.progress {
             Some(at) => format!("{} {} %", at.step.doing(), at.done * 100 / at.total.max(1)),
-            None => "beginning".to_owned(),
+            None => "starting".to_owned(),
         },
         JobState::Done(_) => "done".to_owned(),
         JobState::Refused(refusal) => refusal.in_full(),

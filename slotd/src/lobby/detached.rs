@@ -1,9 +1,9 @@
-//! A job in a process of its own. Whoever asks for an install may leave: the terminal closes, the connection breaks, Ctrl-C.
-//! The install goes on, and its record says how it went.
+//! A job in a separate process. The client of an install may end at any time: its terminal closes, the connection breaks,
+//! the user presses Ctrl-C. The install continues, and its record has the result.
 //!
-//! That process is this program again, in a session of its own, which no terminal can end. It has the client's standard
-//! input, in case the bundle comes from there, and its standard error. What it tells goes through a pipe, of which it is
-//! never made to wait: a client that is gone, stopped or slow misses progress, and the record has the rest.
+//! The process is this program again, in a separate session, which no terminal can end. It inherits the client's standard
+//! input, in case the bundle comes from there, and its standard error. It sends messages through a pipe and never waits for
+//! the client: a client that has ended, is stopped or is slow misses progress, and the record has the rest.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
@@ -20,15 +20,15 @@ use super::{Response, dispatch};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// How long the answer waits for a client that does not read.
+/// How long the answer may wait for a client that does not read.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The words of the command line that do this job in the process of [`work`].
+/// The arguments for the process that runs this job with [`work`].
 fn words(caller: &Caller, request: &Request) -> Result<Vec<String>> {
     let failed = |error: serde_json::Error| Refusal::io("starting the job", &error.into());
     let Request::Install { source, no_restart, allow_downgrade } = request else {
         let what = request.verb();
-        return Err(Refusal::new("internal", format!("`{what}` is no job"), "tell the developers"));
+        return Err(Refusal::new("internal", format!("`{what}` is not a job"), "report this bug"));
     };
     let mut words = vec!["work".to_owned(), serde_json::to_string(caller).map_err(failed)?];
     words.extend(no_restart.then(|| "--no-restart".to_owned()));
@@ -37,10 +37,10 @@ fn words(caller: &Caller, request: &Request) -> Result<Vec<String>> {
     Ok(words)
 }
 
-/// Starts a job, and waits for it. If this process ends, the job goes on. `told` hears what the job tells.
+/// Starts a job and waits for it. If this process ends, the job continues. `told` receives the job's messages.
 ///
 /// # Errors
-/// What the job is refused for. `io`: it cannot be started, or was killed.
+/// The refusal of the job. `io`: it cannot be started, or was killed.
 pub fn start(
     root: &Root,
     caller: &Caller,
@@ -58,7 +58,7 @@ pub fn start(
     let mut answer = None;
     for line in child.stdout.take().into_iter().flat_map(|pipe| BufReader::new(pipe).lines()) {
         let Ok(line) = line else { break };
-        // The job's own words; anything else is a library's.
+        // Only the job's own messages; anything else is from a library.
         let Ok(said) = serde_json::from_str::<Told>(&line) else { continue };
         told(&said);
         answer = match said {
@@ -71,22 +71,22 @@ pub fn start(
     answer.unwrap_or_else(|| {
         Err(Refusal::new(
             "io",
-            format!("the process that does the job has ended without an answer: {status}"),
-            "install the bundle again to resume; `slotd job` and the journal may say why",
+            format!("the process of the job ended without an answer: {status}"),
+            "install the bundle again to resume; see `slotd job` and the journal",
         ))
     })
 }
 
-/// Does a job in this process, which [`start`] has made for it. Returns the exit code.
+/// Runs a job in this process, which [`start`] has started. Returns the exit code.
 pub fn work(root: &Root, caller: &Caller, request: &Request) -> u8 {
-    // It fails for the leader of a process group alone, which no terminal signals by accident either.
+    // It fails only for the leader of a process group, which receives no signal from the client's terminal either.
     rustix::process::setsid().ok();
     let told = Teller::new();
     let done = dispatch(root, caller, request, &|at| told.progress(at));
     let (said, code) = match done {
         Ok(Response::Installed(done)) => (Told::Done(done), 0),
         Ok(_) => {
-            let refusal = Refusal::new("internal", "it is no job", "tell the developers");
+            let refusal = Refusal::new("internal", "the request is not a job", "report this bug");
             (Told::Refused(refusal), 1)
         }
         Err(refusal) => {
@@ -98,7 +98,7 @@ pub fn work(root: &Root, caller: &Caller, request: &Request) -> u8 {
     code
 }
 
-/// The way back to the client.
+/// The connection to the client.
 struct Teller {
     out: Option<File>,
 }
@@ -111,21 +111,21 @@ impl Teller {
             rustix::fs::fcntl_setfl(&file, flags | OFlags::NONBLOCK)?;
             Ok(file)
         };
-        // Without it the record still has everything.
+        // Without it, the record still has everything.
         Self { out: open().ok() }
     }
 
-    /// Tells, if there is room. A line of progress is written whole or not at all: it is shorter than PIPE_BUF (4096,
-    /// pipe(7)).
+    /// Sends the progress, if the pipe has space. The line is written completely or not at all: it is shorter than
+    /// PIPE_BUF (4096, pipe(7)).
     fn progress(&self, at: Progress) {
         let Some(mut out) = self.out.as_ref() else { return };
         let Ok(mut line) = serde_json::to_vec(&Told::Progress(at)) else { return };
         line.push(b'\n');
-        // It is gone, or does not read now.
+        // The client has ended, or is not reading now.
         drop(out.write(&line));
     }
 
-    /// Tells, and waits a moment for the client to read.
+    /// Sends the answer, and waits a moment for the client to read it.
     fn answer(&self, said: &Told) {
         let Some(mut out) = self.out.as_ref() else { return };
         let Ok(mut line) = serde_json::to_vec(said) else { return };
@@ -138,7 +138,7 @@ impl Teller {
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nobody waits any more.
+                // The client has ended.
                 Err(_) => return,
             }
         }

@@ -1,9 +1,9 @@
-//! A long operation: its record in `/run/slotd`, for whoever watches; and its end before its time.
+//! A long operation: its record in `/run/slotd`, for clients that watch it; and its cancellation.
 //!
-//! The process that does it holds a lock as long as it lives, so that a record whose process was killed is told from one
-//! that runs. To cancel is to ask: the job finds the request when it next reads its bundle, and ends as if the bundle's
-//! source had failed, which is safe at any moment. One that waits for its source is ended as a power cut would end it.
-//! When the bundle is read to its end, what was asked for is all there, and the job goes through.
+//! The process that runs it holds a lock until it ends, so that the record of a killed process can be distinguished from
+//! that of a running one. To cancel a job, a client writes a note. The job finds it when it next reads its bundle, and ends
+//! as if the bundle's source had failed, which is safe at any moment. A job that waits for its source is terminated, which
+//! is as safe as a power cut. Once the bundle was read to its end, the job can no longer be cancelled.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -25,39 +25,39 @@ use crate::lock::private_dir;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Between two records of progress within one step, and between two looks for a request to end.
+/// The interval between two records of progress within one step.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// How long a job has to end by itself when it is cancelled: longer than any frame takes to be written.
+/// How long a cancelled job may take to end by itself: longer than writing any frame takes.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 fn record(root: &Root) -> PathBuf {
     root.run().join("job.json")
 }
 
-/// Held by the process whose job the record is.
+/// Held by the process of the recorded job.
 fn lock_file(root: &Root) -> PathBuf {
     root.run().join("job.lock")
 }
 
-/// Who wants a job to end writes its number here. Its name differs from the record's in more than the ending: both are
-/// replaced, by different processes, through files that are named after it.
+/// The note that cancels a job, with the job's number. Its name differs from the record's in more than the extension: both
+/// are replaced, by different processes, through temporary files that are named after them.
 fn wish(root: &Root) -> PathBuf {
     root.run().join("cancel.json")
 }
 
 fn failed(error: &io::Error) -> Refusal {
-    Refusal::io("keeping the job's record in /run/slotd", error)
+    Refusal::io("writing the job's record in /run/slotd", error)
 }
 
-/// The record of the job that runs, or ran last in this start.
+/// The record of the job that is running, or that ran last since the start.
 ///
 /// # Errors
 /// `io`: the record cannot be read.
 pub fn read(root: &Root) -> Result<Option<Job>> {
     let job: Option<Job> = durable::read_json(&record(root)).map_err(|error| failed(&error))?;
     Ok(job.map(|job| match job.state {
-        // The record is written before the lock is given back, so that it is read once more.
+        // The record is written before the lock is released: read it again.
         JobState::Runs if !runs(root) => match durable::read_json::<Job>(&record(root)) {
             Ok(Some(again)) if again.state != JobState::Runs => again,
             _ => Job { state: JobState::Lost, cancellable: false, ..job },
@@ -66,10 +66,10 @@ pub fn read(root: &Root) -> Result<Option<Job>> {
     }))
 }
 
-/// Waits for the job that runs, and answers as it does; one that has ended is answered at once.
+/// Waits for the running job and returns its result; returns at once if it has ended.
 ///
 /// # Errors
-/// `no-job`: there was none since the start. What the job was refused for. `io`: it was killed.
+/// `no-job`: there was none since the start. The refusal of the job. `io`: it was killed.
 pub fn watch(root: &Root, watcher: &(dyn Fn(Progress) + Sync)) -> Result<Done> {
     let mut last = None;
     loop {
@@ -83,8 +83,8 @@ pub fn watch(root: &Root, watcher: &(dyn Fn(Progress) + Sync)) -> Result<Done> {
             JobState::Lost => {
                 return Err(Refusal::new(
                     "io",
-                    "the process that did the job was killed",
-                    "install the bundle again to resume; the journal may say why",
+                    "the process of the job was killed",
+                    "install the bundle again to resume; see the journal",
                 ));
             }
         }
@@ -102,17 +102,18 @@ fn runs(root: &Root) -> bool {
     rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err()
 }
 
-/// Ends the job that runs, and returns its record when it has ended. One that could not be cancelled any more has gone
-/// through: its state says so.
+/// Cancels the running job, and returns its record when it has ended. A job that ended by itself meanwhile is not an error:
+/// its state has the result.
 ///
 /// # Errors
-/// `no-job`: none runs. `too-late`: everything that it needs is there, and it goes through. `io`.
+/// `no-job`: no job is running. `too-late`: it has read its bundle to the end and can no longer be cancelled. `io`.
 pub fn cancel(root: &Root) -> Result<Job> {
-    let none = || Refusal::new("no-job", "no job runs that could be cancelled", "see `slotd job`");
+    let none = || Refusal::new("no-job", "no job is running", "see `slotd job`");
     let job = read(root)?.filter(|job| job.state == JobState::Runs).ok_or_else(none)?;
     let late = || {
         let what = job.request.verb();
-        let message = format!("`slotd {what}` has read its bundle, and goes through");
+        let message =
+            format!("`slotd {what}` has read its whole bundle and can no longer be cancelled");
         Refusal::new("too-late", message, "wait until it has ended: `slotd job --watch`")
     };
     if !job.cancellable {
@@ -126,7 +127,7 @@ pub fn cancel(root: &Root) -> Result<Job> {
         match now.state {
             JobState::Runs if !now.cancellable => return Err(late()),
             JobState::Runs if started.elapsed() >= PATIENCE && !ended => {
-                // It waits for its source, which may never come: it is where a power cut may find it, too.
+                // It waits for its source, possibly for ever. Terminating it is as safe as a power cut.
                 let process = i32::try_from(now.process).ok().and_then(Pid::from_raw);
                 if let Some(process) = process {
                     kill_process(process, Signal::TERM).map_err(|error| failed(&error.into()))?;
@@ -136,7 +137,7 @@ pub fn cancel(root: &Root) -> Result<Job> {
             JobState::Runs if started.elapsed() >= PATIENCE * 3 => return Err(late()),
             JobState::Runs => {}
             JobState::Lost => {
-                // Not over the record of a job that has begun since.
+                // Do not overwrite the record of a newer job.
                 if let Some(_lock) = take_lock(root)? {
                     let ended = Job { state: JobState::Refused(cancelled()), ..now };
                     write(root, &ended).map_err(|error| failed(&error))?;
@@ -152,7 +153,7 @@ pub fn cancel(root: &Root) -> Result<Job> {
 fn cancelled() -> Refusal {
     Refusal::new(
         "cancelled",
-        "the job was cancelled; what it has written is kept for the next install of the same bundle",
+        "the job was cancelled; the next install of the same bundle resumes",
         "install the bundle again to resume",
     )
 }
@@ -162,7 +163,7 @@ fn write(root: &Root, job: &Job) -> io::Result<()> {
     durable::replace(&record(root), &serde_json::to_vec(job)?)
 }
 
-/// The lock of the process that does a job; `None`: another one has it.
+/// The lock of a job's process; `None`: another process has it.
 fn take_lock(root: &Root) -> Result<Option<File>> {
     private_dir(&root.run()).map_err(|error| failed(&error))?;
     let mut options = OpenOptions::new();
@@ -172,7 +173,7 @@ fn take_lock(root: &Root) -> Result<Option<File>> {
     loop {
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(Some(lock)),
-            // Who looks whether a job runs has it for a moment.
+            // A process that checks whether a job is running holds it for a moment.
             Err(rustix::io::Errno::WOULDBLOCK) if started.elapsed() < PAUSE => {
                 std::thread::sleep(PAUSE / 25);
             }
@@ -182,7 +183,7 @@ fn take_lock(root: &Root) -> Result<Option<File>> {
     }
 }
 
-/// A job while it is done.
+/// A running job.
 struct Running<'a> {
     root: &'a Root,
     job: Mutex<Job>,
@@ -192,10 +193,10 @@ struct Running<'a> {
     _lock: File,
 }
 
-/// Does a long operation as a job: it has a record, can be watched, and can be cancelled while it reads `input`.
+/// Runs a long operation as a job: it has a record, can be watched, and can be cancelled while it reads `input`.
 ///
 /// # Errors
-/// `busy`: another job runs. `cancelled`. What the operation itself is refused for.
+/// `busy`: another job is running. `cancelled`. The refusal of the operation itself.
 pub fn run<I: Input>(
     root: &Root,
     request: &Request,
@@ -225,12 +226,12 @@ impl<'a> Running<'a> {
         let busy = || {
             Refusal::new(
                 "busy",
-                format!("`slotd {what}` cannot start: another one is at work"),
-                "wait until it has ended (`slotd job --watch`), or end it (`slotd job --cancel`)",
+                format!("`slotd {what}` cannot start: another job is running"),
+                "wait until it has ended (`slotd job --watch`), or cancel it (`slotd job --cancel`)",
             )
         };
         let lock = take_lock(root)?.ok_or_else(busy)?;
-        // A damaged record is none: it only gave the job a number.
+        // A damaged record is treated as missing: it only gives the job its number.
         let before: Option<Job> = durable::read_json(&record(root)).ok().flatten();
         let job = Job {
             id: before.map_or(1, |job| job.id.saturating_add(1)),
@@ -254,16 +255,16 @@ impl<'a> Running<'a> {
         Ok(running)
     }
 
-    /// Changes the record. A full `/run` must not end an install: whoever watches sees an older state.
+    /// Changes the record. A full `/run` must not end an install: clients then see an older state.
     fn change(&self, change: impl FnOnce(&mut Job)) {
         let mut job = self.job.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut job);
         if let Err(error) = write(self.root, &job) {
-            crate::say!("slotd: the job's record cannot be kept: {error}");
+            crate::say!("slotd: cannot write the job's record: {error}");
         }
     }
 
-    /// Keeps how far it is; not each time, and whether it did.
+    /// Records the progress, at most twice a second. Returns whether it did.
     fn progress(&self, at: Progress) -> bool {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let soon = |(when, step): &(Instant, Step)| *step == at.step && when.elapsed() < PAUSE;
@@ -276,7 +277,7 @@ impl<'a> Running<'a> {
         true
     }
 
-    /// Whether somebody wants it to end.
+    /// Whether a client has cancelled it.
     fn unwanted(&self) -> bool {
         if self.cancelled.load(Ordering::SeqCst) {
             return true;
@@ -325,7 +326,7 @@ impl<I: Read> Read for Cancellable<'_, I> {
         self.wanted()?;
         let count = self.input.read(buffer)?;
         if count == 0 && !buffer.is_empty() {
-            // The bundle's end: from here on what was asked for is done.
+            // The bundle's end: from now on the job cannot be cancelled.
             self.running.change(|job| job.cancellable = false);
         }
         Ok(count)

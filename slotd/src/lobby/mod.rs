@@ -1,7 +1,7 @@
-//! The one way in. Whoever wants something of this robot (the command line, the door of the user `update`, later a stick,
-//! the local network, a web page) makes a [`Request`] and hands it to [`dispatch`] with who it is. Here it is decided
-//! whether that caller may ask for it ([`policy::may`]), whether it may be done now ([`admission::enter`]), and who is told
-//! how it goes ([`job`]).
+//! The single entry point. Every client of this robot (the command line, the door of the user `update`, later a USB stick,
+//! the local network, a web page) makes a [`Request`] and passes it to [`dispatch`] with its [`Caller`]. This module checks
+//! whether the caller may make the request ([`policy::may`]) and whether the robot's state allows it
+//! ([`admission::enter`]), and reports the progress ([`job`]).
 
 pub mod detached;
 pub mod job;
@@ -34,7 +34,7 @@ use crate::root::Root;
 use crate::source::Source;
 use crate::startup::{self, Prepared};
 
-/// What was asked for, answered.
+/// The answer to a request.
 #[derive(Debug)]
 #[expect(missing_docs, reason = "each is the answer to the request of its name")]
 pub enum Response {
@@ -45,7 +45,7 @@ pub enum Response {
     },
     Log(Vec<Event>),
     Health(Vec<CheckOutcome>),
-    /// `None`: no trial runs.
+    /// `None`: no trial is running.
     Watched(Option<Verdict>),
     Verified(Verified),
     VerifiedApi(Checked),
@@ -70,7 +70,7 @@ pub enum Response {
     Grown(Grown),
     Prepared(Prepared),
     Seeded(Seeded),
-    /// `None`: there was none since the start.
+    /// `None`: there was no job since the start.
     Job(Option<Box<Job>>),
 }
 
@@ -107,7 +107,7 @@ impl Response {
     }
 }
 
-/// How a watch has ended, in a sentence.
+/// The result of a watch, in a sentence.
 pub fn watched(verdict: Option<&Verdict>) -> String {
     match verdict {
         None => "no trial runs".to_owned(),
@@ -116,10 +116,10 @@ pub fn watched(verdict: Option<&Verdict>) -> String {
     }
 }
 
-/// Answers a request. `watcher` hears how a long one goes.
+/// Answers a request. `watcher` receives the progress of a long one.
 ///
 /// # Errors
-/// `not-offered`: this caller may not ask for it. What [`enter`] refuses, and what the verb itself does.
+/// `not-offered`: the caller may not make this request. The refusals of [`Agent::enter`] and of the verb itself.
 pub fn dispatch(
     root: &Root,
     caller: &Caller,
@@ -212,14 +212,14 @@ pub fn dispatch(
         | Request::CancelJob => {
             return Err(Refusal::new(
                 "internal",
-                "this is answered elsewhere",
-                "tell the developers",
+                "this request is answered elsewhere",
+                "report this bug",
             ));
         }
     })
 }
 
-/// What a robot must answer that could not update: it is in a start, or nothing there is as its image says.
+/// Answers the requests that must also work on a robot that cannot update: during a start, or with a wrong layout.
 fn without_agent(root: &Root, request: &Request) -> Option<Result<Response>> {
     let events = || Events::new(root);
     Some(match request {
@@ -255,7 +255,7 @@ fn then_restart(agent: &Agent, changed: Changed, stay: bool) -> Result<Response>
     Ok(Response::Changed { changed, restarts })
 }
 
-/// Refuses what a caller may not ask for.
+/// Refuses a request that the caller may not make.
 ///
 /// # Errors
 /// `not-offered`.
@@ -266,10 +266,10 @@ pub fn authorise(caller: &Caller, request: &Request) -> Result<()> {
     }
 }
 
-/// The most characters of a caller's command line that are kept.
+/// Maximum number of characters of a caller's command line that are recorded.
 const LONGEST_COMMAND: usize = 200;
 
-/// Who this process is, as the kernel says.
+/// This process as a caller, from the kernel's information.
 pub fn this_process(root: &Root, rights: Rights) -> Caller {
     let groups = fs::read_to_string(root.path("proc/self/cgroup")).unwrap_or_default();
     let words: Vec<String> =
