@@ -99,7 +99,7 @@ impl Agent {
         }
     }
 
-    /// How the robot stands. Nothing is changed, and nobody is waited for.
+    /// The robot's status. Nothing is changed, and no lock is waited for.
     ///
     /// # Errors
     /// `boot-state`, `io`.
@@ -107,7 +107,7 @@ impl Agent {
         let (about, root) = (&self.device.about, self.device.root());
         let boot = self.flow.status()?;
         let trust = Trust::read(&self.machine());
-        // Without a key the robot still says how it stands.
+        // The status must also work without a key.
         let keys = trust.keys().unwrap_or_default();
         let mut alarms: Vec<String> = Vec::new();
         let health = health::state(root).unwrap_or_default();
@@ -224,7 +224,7 @@ impl Agent {
         });
         // Slots and boot state are settled: the next install need not wait for systemd.
         drop(admitted);
-        // Last: until then the deadline stands, and ends in the slot that is now committed.
+        // Last: until then the deadline applies, and ends in the slot that is now committed.
         watchdog::hand_over(self.device.root())?;
         Ok(Changed { slot: running, restart: None })
     }
@@ -266,7 +266,7 @@ impl Agent {
         update::remember(&machine);
         let version = record::read_slot(machine.root, slot).map(|installed| installed.version);
         let floor = Trust::read(&machine).floor.version;
-        // A system that nobody knows may be any.
+        // An unknown system may have any version.
         let below = floor.filter(|floor| version.as_ref().is_none_or(|version| version < floor));
         if let (Some(floor), None) = (&below, allow_downgrade) {
             let known = version.as_ref().map_or("is not known".to_owned(), |v| format!("is {v}"));
@@ -317,7 +317,7 @@ impl Agent {
     /// As [`trust::take`].
     pub fn take_keys(&self, _: &Admitted, file: &Path) -> Result<KeySet> {
         update::remember(&self.machine());
-        // Whoever fills `data` must not keep a key from being revoked.
+        // A full `data` must not prevent the revocation of a key.
         let machine = self.machine();
         let taken = reserve::with(machine.root, || trust::take(&machine, file));
         let set = taken.map_err(|refusal| self.refused(refusal))?;

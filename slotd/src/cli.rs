@@ -93,7 +93,7 @@ pub enum Verb {
     },
     /// Show the keys that this robot trusts, or take a newer set
     Keys {
-        /// A key set; its signature lies beside it, as FILE.minisig
+        /// A key set; its signature is beside it, as FILE.minisig
         file: Option<PathBuf>,
     },
     /// Run the health checks
@@ -117,7 +117,7 @@ pub enum Verb {
         /// A file, or `-` for standard output
         file: String,
     },
-    /// Put a backup in the place of everything on data, with the next restart
+    /// Replace everything on data with a backup, with the next restart
     Restore {
         /// A file, or `-` for standard input
         file: String,

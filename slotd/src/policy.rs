@@ -202,7 +202,7 @@ mod tests {
         all
     }
 
-    /// What a verb is refused with in each state of the slots, where board and `data` are good: written down once more,
+    /// What a verb is refused with in each state of the slots, where board and `data` are good: written down a second time,
     /// so that a change of the table is a change of this one.
     fn expected(verb: Verb, slots: &str) -> Option<&'static str> {
         let trial = matches!(slots, "waits" | "runs");

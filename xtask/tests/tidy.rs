@@ -94,6 +94,38 @@ fn no_board_or_product_stands_in_rust_source() {
     complain(findings);
 }
 
+/// A crate that is missing in these lists changes what is built, and neither a rebuild nor `-dirty` follows.
+#[test]
+fn each_crate_is_an_input_of_what_is_built_from_it() {
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).expect(path);
+    let table = |path: &str| read(path).parse::<toml::Table>().expect(path);
+    let workspace = table("Cargo.toml");
+    let members = workspace["workspace"]["members"].as_array().expect("a list");
+    assert!(members.len() >= 5, "{members:?}");
+    let mut findings = Vec::new();
+    let mut listed = |file: &str, entry: String| {
+        if !read(file).contains(&format!("\n    \"{entry}\",\n")) {
+            findings.push(format!("{file}: does not list {entry}"));
+        }
+    };
+    for member in members.iter().map(|member| member.as_str().expect("a name")) {
+        if member != "xtask" {
+            listed("xtask/src/git.rs", member.to_owned());
+        }
+        for (of, file) in
+            [("xtask", "xtask/src/affected.rs"), ("slotd", "xtask/src/build/agent.rs")]
+        {
+            let manifest = table(&format!("{of}/Cargo.toml"));
+            let linked = manifest["dependencies"].as_table().expect("a table").contains_key(member);
+            if member == of || linked {
+                listed(file, format!("{member}/Cargo.toml"));
+                listed(file, format!("{member}/src"));
+            }
+        }
+    }
+    complain(findings);
+}
+
 #[test]
 fn the_crates_depend_in_one_direction() {
     let mut findings = Vec::new();
