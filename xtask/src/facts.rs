@@ -25,9 +25,7 @@ pub fn collect(root: &Utf8Path) -> Result<Facts> {
         _ => git::time(root).map_err(|error| {
             let said = format!("{error:#}");
             let help = help(&said);
-            anyhow!(
-                "choosing the time for reproducible outputs, the commit's: {said}\nhelp: {help}"
-            )
+            anyhow!("reading the commit's time for reproducible outputs: {said}\nhelp: {help}")
         })?,
     };
     Ok(Facts { commit, modified, epoch })

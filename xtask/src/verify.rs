@@ -62,7 +62,7 @@ fn read_keys(path: &Utf8Path) -> Result<(KeySet, bool)> {
         let set = KeySet::parse(&text).with_context(|| {
             format!(
                 "reading the key set {path}\n\
-                 help: it was cut or changed: copy it again from where it was made, or name a public key (.pub) with --keys"
+                 help: the file was truncated or changed: copy it again from its origin, or name a public key (.pub) with --keys"
             )
         })?;
         return Ok((set, false));

@@ -130,7 +130,7 @@ const CASES: &[Case] = &[
         lost: "BR2_PACKAGE_ERLANG_P1_YAML=y",
         line: 1,
         class: Class::Retired,
-        says: &["has been renamed", "write BR2_PACKAGE_ERLANG_FAST_YAML in its place"],
+        says: &["has been renamed", "replace it by BR2_PACKAGE_ERLANG_FAST_YAML"],
         legitimate: "BR2_PACKAGE_ERLANG=y\nBR2_PACKAGE_ERLANG_FAST_YAML=y",
     },
     Case {
@@ -173,7 +173,7 @@ const CASES: &[Case] = &[
                BR2_TARGET_ROOTFS_EROFS_LZ4HC_LEVEL=99",
         line: 3,
         class: Class::Malformed,
-        says: &["takes 1 to 12 (fs/erofs/Config.in:"],
+        says: &["accepts 1 to 12 (fs/erofs/Config.in:"],
         legitimate: "BR2_TARGET_ROOTFS_EROFS=y\nBR2_TARGET_ROOTFS_EROFS_LZ4HC=y\n\
                      BR2_TARGET_ROOTFS_EROFS_LZ4HC_LEVEL=12",
     },

@@ -247,7 +247,10 @@ fn malformed_locks_are_refused_by_name() -> Result<()> {
     }
     let error = |text: &str| PackagesLock::parse(text, "a.lock".into()).unwrap_err().to_string();
     let other = error(&text.replace("version = 1\n", "version = 2\n"));
-    assert!(other.contains("a.lock: the lock has format 2, this tool reads format 1"), "{other}");
+    assert!(
+        other.contains("a.lock: the lock has format 2, but this tool reads format 1"),
+        "{other}"
+    );
     assert!(error("\n").starts_with("a.lock is empty"), "{}", error("\n"));
     // All at once: each package's archive.
     let all = error(&text.replace("archive = \"debian\"", "archive = \"acme\""));

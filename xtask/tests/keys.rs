@@ -129,7 +129,7 @@ fn an_id_is_the_same_in_small_letters() {
     let said = good(keys(&dir, &["revoke", &small]));
     assert!(said.contains(&format!("revoked the release key {id} in ")), "{said}");
     let said = refused(keys(&dir, &["revoke", &small]));
-    assert!(said.contains(&format!("the key {id}: it is revoked already")), "{said}");
+    assert!(said.contains(&format!("the key {id}: the key is already revoked")), "{said}");
 }
 
 #[test]
@@ -165,10 +165,10 @@ fn a_damaged_key_set_says_what_where_and_what_to_do() {
     for (text, expected) in cases {
         fs::write(&set, text).expect("written");
         let said = refused(keys(&dir, &["list"]));
-        let start = format!("error: reading the key set {set}: a key cannot be used: {expected}");
+        let start = format!("error: reading the key set {set}: unusable key: {expected}");
         assert!(said.starts_with(&start), "{said}");
         assert!(
-            said.contains("\nhelp: it was cut or changed") && said.contains("a copy"),
+            said.contains("\nhelp: the file was truncated or changed") && said.contains("a copy"),
             "{said}"
         );
         assert!(!said.contains("EOF"), "{said}");
@@ -186,7 +186,7 @@ fn a_damaged_key_set_says_what_where_and_what_to_do() {
     let words = ["verify", bundle.as_str(), "--keys", other.as_str()];
     let said = refused(under("022", env!("CARGO_BIN_EXE_xtask"), &words, &[]));
     assert!(said.starts_with(&format!("error: reading the key set {other}: ")), "{said}");
-    assert!(said.contains("\nhelp: it was cut or changed"), "{said}");
+    assert!(said.contains("\nhelp: the file was truncated or changed"), "{said}");
     // And a refusal is said once.
     let own = [("SLIPWAY_KEYS", dir.as_str())];
     let said =

@@ -6,7 +6,20 @@ use super::{complain, files, root};
 const PAGE: &str = "docs/contributing/style.md";
 
 /// The directories that the table applies to.
-const COVERED: [&str; 3] = ["xtask/", "configs/", "board/"];
+const COVERED: [&str; 9] = [
+    "board/",
+    "bootmodel/",
+    "bundle/",
+    "configs/",
+    "docs/",
+    "external/",
+    "fuzz/src",
+    "overlays/",
+    "xtask/",
+];
+
+/// Pages that still have to be rewritten, as `slotd/` has to.
+const NOT_YET: [&str; 2] = ["docs/contributing/architecture.md", "docs/reference/slotd.md"];
 
 /// This file, whose exceptions name phrases.
 const OWN: &str = "xtask/tests/style.rs";
@@ -262,8 +275,9 @@ fn no_text_has_a_phrase_to_avoid() {
     let mut findings = Vec::new();
     let mut checked = 0;
     for (path, text) in files() {
+        let path = path.as_path();
         let covered = COVERED.iter().any(|covered| path.as_str().starts_with(covered));
-        if covered && path != OWN {
+        if covered && path != OWN && path != PAGE && !NOT_YET.iter().any(|page| path == *page) {
             for run in runs(path.extension(), &text) {
                 checked += run.0.len();
                 findings.extend(run.findings(path.as_str(), &rules));

@@ -209,7 +209,7 @@ fn ssh_keys_beside_the_signing_keys_are_public_ones() {
     // The other file of the pair must never reach an image.
     std::fs::copy(dir.join("one"), &file).unwrap();
     let error = format!("{:#}", read().unwrap_err());
-    assert!(error.contains("authorized_keys: it is a secret key"), "{error}");
+    assert!(error.contains("authorized_keys: the file is a secret key"), "{error}");
     assert!(!error.contains("PRIVATE") && error.contains("ssh-keygen -y"), "{error}");
 }
 

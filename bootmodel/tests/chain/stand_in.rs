@@ -1,4 +1,4 @@
-//! Small files in the place of those on a real card: each has only what a stage reads, in the real format. The system
+//! Small files instead of those on a real card: each has only what a stage reads, in the real format. The system
 //! tests read the real files.
 
 use std::collections::BTreeMap;

@@ -383,7 +383,7 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
         if *address < start || after > end {
             let message = format!(
                 "`u-boot.{key}`: {address:#010x} to {after:#010x} is outside of {start:#010x} to {end:#010x}, \
-                 which the smallest machine has free"
+                 the free memory of the smallest machine"
             );
             let help = format!(
                 "the smallest machine of `compatible` has {} of memory",

@@ -94,7 +94,7 @@ impl WheelLock {
             written_lock(text, path, "cargo xtask lock --only wheels")?;
         ensure!(
             format == FORMAT,
-            "reading {path}: the lock has format {format}, this tool reads format {FORMAT}\n\
+            "reading {path}: the lock has format {format}, but this tool reads format {FORMAT}\n\
              help: write it again with `cargo xtask lock`"
         );
         let (mut seen, mut wrong) = (BTreeSet::new(), Vec::new());

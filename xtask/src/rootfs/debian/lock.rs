@@ -233,7 +233,7 @@ impl PackagesLock {
             written_lock(text, path, "cargo xtask lock makes it")?;
         if version != VERSION {
             bail!(
-                "reading {path}: the lock has format {version}, this tool reads format {VERSION}"
+                "reading {path}: the lock has format {version}, but this tool reads format {VERSION}"
             );
         }
         let (mut seen, mut wrong) = (BTreeSet::new(), Vec::new());
