@@ -101,7 +101,7 @@ fn every_answer_of_before_is_read_whole() {
 fn every_fixture_is_looked_at() {
     let source =
         fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/forms.rs")).unwrap();
-    // Read by whoever reads a bundle's keys, a backup's path or a count; their forms are of other crates, or two words.
+    // Their formats belong to other crates, or consist of two words.
     let elsewhere = [
         "backup",
         "health-watch",
@@ -122,7 +122,7 @@ fn every_fixture_is_looked_at() {
             missing.insert(name);
         }
     }
-    assert!(missing.is_empty(), "nobody reads {missing:?}");
+    assert!(missing.is_empty(), "no test reads {missing:?}");
 }
 
 #[test]
