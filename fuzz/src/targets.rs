@@ -16,8 +16,7 @@ use bundle::{KeySet, Kind, Manifest, Reader, SignatureFile, Stream};
 use bundles::{TestKey, keys, mixed, parts};
 use slotd::Root;
 use slotd::data::archive::{self, Room};
-use slotd::device::Description;
-use slotd::files::Disk;
+use slotd::files::RealFiles;
 
 /// A target's name, the target, and its initial corpus.
 pub type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
@@ -276,7 +275,7 @@ fn key_sets() -> Vec<Vec<u8>> {
 
 pub fn device(data: &[u8]) {
     let root = root_with("usr/lib/slipway/device.toml", data);
-    if let Ok(about) = Description::read(&root) {
+    if let Ok(about) = slotd::device::description(&root) {
         assert!(!about.version.as_str().is_empty());
     }
 }
@@ -315,7 +314,7 @@ fn checks() -> Vec<Vec<u8>> {
 pub fn seed(data: &[u8]) {
     let Ok(seed) = slotd::data::seed::Seed::parse(data) else { return };
     // No value adds another line to the robot's configuration.
-    let Some(file) = seed.wireless() else { return };
+    let Some(file) = slotd::data::seed::wireless(&seed) else { return };
     assert_eq!(file.lines().count(), 5, "{file:?}");
     assert!(
         file.bytes().all(|byte| byte == b'\n' || byte == b'\t' || (b' '..=b'~').contains(&byte))
@@ -363,7 +362,7 @@ fn sizes(folder: &Path) -> u64 {
 
 fn unpack(packed: &[u8], into: &Path) -> bool {
     let room = Room { bytes: ROOM, entries: 256 };
-    archive::unpack(&Disk, packed, into, room).is_ok()
+    archive::unpack(&RealFiles, packed, into, room).is_ok()
 }
 
 fn archives() -> Vec<Vec<u8>> {

@@ -1,25 +1,26 @@
-//! What a robot can be asked to do: the verbs of the command line, for every caller.
+//! The verbs. [`crate::lobby`] decides who may use them, and when.
 
 use std::path::Path;
 use std::process::Command;
 
 use bundle::bootstate::Slot;
-use bundle::{Input, KeySet, Policy, Reader, SignedBy, Version};
-use serde::Serialize;
+use bundle::{Input, KeySet, Policy, Reader};
+pub use contract::answer::{Changed, Health, Restart, Status, Verified};
+use contract::request::Verb;
 use serde_json::json;
 
-use crate::api;
-use crate::boot::{self, BootFlow, BootStatus};
+use crate::admission::{self, Admitted};
+use crate::boot::{self, BootFlow};
+use crate::components;
 use crate::condition::State as DataState;
 use crate::damage;
 use crate::device::{Device, slot_role};
 use crate::events::Events;
-use crate::files::Disk;
-use crate::health::{self, State, Verdict, Watch, watchdog};
+use crate::files::RealFiles;
+use crate::health::{self, Verdict, Watch, watchdog};
 use crate::install::{self, Options, Progress};
-use crate::lock::{Lock, Turn};
-use crate::machine::{Machine, Slots, undecided};
-use crate::record::{Floor, Installed, Journal};
+use crate::machine::{Machine, Slots};
+use crate::record;
 use crate::refusal::{Refusal, Result};
 use crate::reserve;
 use crate::root::Root;
@@ -36,98 +37,15 @@ pub struct Agent {
     events: Events,
 }
 
-/// How a robot stands.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Status {
-    /// The product.
-    pub product: String,
-    /// The board.
-    pub board: String,
-    /// The version that runs.
-    pub version: Version,
-    /// The slot that runs.
-    pub running: Slot,
-    /// The kernel's id of this start: whoever waits for a restart sees it change.
-    pub boot_id: Option<String>,
-    /// What the boot loader will do.
-    pub boot: BootStatus,
-    /// Whether a trial is not decided yet.
-    pub pending: bool,
-    /// Why a trial that runs is not committed yet, and what the checks found.
-    pub health: Option<Health>,
-    /// What was installed into the other slot.
-    pub other: Option<Installed>,
-    /// An install that was interrupted.
-    pub interrupted: Option<Journal>,
-    /// The lowest that is accepted.
-    pub floor: Floor,
-    /// How many keys count.
-    pub keys: usize,
-    /// Which copy of the API serves, and why; `None`: this product has none.
-    pub api: Option<api::Status>,
-    /// In which condition `data` is.
-    pub data: Option<DataState>,
-    /// What a person must know, loudly.
-    pub alarm: Option<String>,
-}
-
-/// What the watch over a trial says.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Health {
-    /// In a sentence.
-    pub why: String,
-    /// In full.
-    pub state: State,
-}
-
-/// What a bundle turned out to be, or a slot.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Verified {
-    /// The slot that was compared with it; `None`: all of the bundle itself was read.
-    pub slot: Option<Slot>,
-    /// Its version.
-    pub version: Version,
-    /// SHA-256 of its manifest.
-    pub manifest: String,
-    /// Whose signatures count.
-    pub signed_by: Vec<SignedBy>,
-    /// Bytes of all payloads.
-    pub size: u64,
-}
-
-impl Verified {
-    fn new<I: Input>(reader: &Reader<I>, slot: Option<Slot>, size: u64) -> Self {
-        Self {
-            slot,
-            version: reader.manifest().version.clone(),
-            manifest: reader.manifest_sha256().to_owned(),
-            signed_by: reader.signed_by().to_vec(),
-            size,
-        }
+/// What was found of a bundle, or of a slot that was compared with it.
+fn verified<I: Input>(reader: &Reader<I>, slot: Option<Slot>, size: u64) -> Verified {
+    Verified {
+        slot,
+        version: reader.manifest().version.clone(),
+        manifest: reader.manifest_sha256().to_owned(),
+        signed_by: reader.signed_by().to_vec(),
+        size,
     }
-}
-
-/// What a change of the slot leads to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Changed {
-    /// The slot that is committed, rolled back to, or tried next.
-    pub slot: Slot,
-    /// How the robot must restart for it; `None`: not at all.
-    pub restart: Option<Restart>,
-}
-
-/// The two kinds of restart: a firmware may have to be told that a trial begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Restart {
-    /// Into the trial that is armed.
-    Trial,
-    /// Into the committed slot.
-    Committed,
 }
 
 impl Agent {
@@ -156,6 +74,19 @@ impl Agent {
         self.flow.as_ref()
     }
 
+    /// Requests the permission for a verb ([`admission::enter`]).
+    ///
+    /// # Errors
+    /// The refusal, which is also logged unless it is `busy`.
+    pub fn enter(&self, verb: Verb) -> Result<Admitted> {
+        let machine = self.machine();
+        let admitted = admission::enter(machine.root, verb, || install::standing(&machine));
+        admitted.map_err(|refusal| match refusal.code.as_ref() {
+            "busy" => refusal,
+            _ => self.refused(refusal),
+        })
+    }
+
     fn machine(&self) -> Machine<'_> {
         Machine {
             root: self.device.root(),
@@ -163,12 +94,12 @@ impl Agent {
             running: self.device.running,
             flow: self.flow.as_ref(),
             slots: &self.device,
-            files: &Disk,
+            files: &RealFiles,
             events: &self.events,
         }
     }
 
-    /// How the robot stands. Nothing is changed, and nobody is waited for.
+    /// The robot's status. Nothing is changed, and no lock is waited for.
     ///
     /// # Errors
     /// `boot-state`, `io`.
@@ -176,10 +107,10 @@ impl Agent {
         let (about, root) = (&self.device.about, self.device.root());
         let boot = self.flow.status()?;
         let trust = Trust::read(&self.machine());
-        // Without a key the robot still says how it stands.
+        // The status must also work without a key.
         let keys = trust.keys().unwrap_or_default();
         let mut alarms: Vec<String> = Vec::new();
-        let health = State::read(root).unwrap_or_default();
+        let health = health::state(root).unwrap_or_default();
         let data = DataState::read(root).ok();
         alarms.extend(data.as_ref().and_then(DataState::alarm));
         alarms.extend(trust.alarms);
@@ -194,14 +125,16 @@ impl Agent {
             boot_id: root.boot_id().ok(),
             pending: pending.is_some(),
             boot,
-            health: health.filter(|_| runs).map(|state| Health { why: state.why(), state }),
-            other: Installed::read(root, self.device.idle()),
-            interrupted: Journal::read(root),
+            health: health
+                .filter(|_| runs)
+                .map(|state| Health { why: state.why(), state: Some(state) }),
+            other: record::read_slot(root, self.device.idle()),
+            interrupted: record::read_journal(root),
             floor: trust.floor,
             keys: keys.keys.iter().filter(|key| !key.revoked).count(),
-            api: api::status(root),
+            api: components::status(root),
             alarm: Some(alarms.join("\n")).filter(|_| !alarms.is_empty()),
-            data,
+            data: data.map(Into::into),
         })
     }
 
@@ -221,7 +154,7 @@ impl Agent {
                 progress(size);
             })
             .map_err(install::from_source)?;
-        Ok(Verified::new(&reader, None, size))
+        Ok(verified(&reader, None, size))
     }
 
     /// Compares a slot, which may be the running one, with a bundle, block by block. Of the bundle's payloads only
@@ -243,17 +176,16 @@ impl Agent {
         let (product, board) = (Some(about.product.as_str()), Some(about.board.as_str()));
         reader.check(&Policy { product, board, ..Policy::default() })?;
         let size = install::compare(&machine, &mut reader, slot, progress)?;
-        Ok(Verified::new(&reader, Some(slot), size))
+        Ok(verified(&reader, Some(slot), size))
     }
 
     /// Compares all files of the APIs on `data`, the one that serves and those that are kept, with the hashes that
     /// were kept of them. Nothing is written, and nothing is installed meanwhile.
     ///
     /// # Errors
-    /// `api-differs`, with the files. `busy`, `io`.
-    pub fn verify_api(&self) -> Result<api::Checked> {
-        let _lock = self.lock("verify")?;
-        api::verify(self.device.root())
+    /// `api-differs`, with the files. `io`.
+    pub fn verify_api(&self, _: &Admitted) -> Result<components::Checked> {
+        components::verify(self.device.root())
     }
 
     /// Installs a bundle: a system into the idle slot, whose trial [`Agent::restart`] then begins, or an API,
@@ -273,19 +205,10 @@ impl Agent {
     /// Makes the running slot the committed one, and raises the floor to what its bundle asks.
     ///
     /// # Errors
-    /// `trial-pending`: another slot is waiting for its trial. `busy`, `boot-state`, `io`; `watchdog`,
-    /// when all but that is done.
-    pub fn commit(&self) -> Result<Changed> {
-        let lock = self.lock("commit")?;
+    /// `boot-state`, `io`; `watchdog`, when all but that is done.
+    pub fn commit(&self, admitted: Admitted) -> Result<Changed> {
         let running = self.device.running;
         let status = self.flow.status()?;
-        if let Some(trial) = status.pending(running).filter(|trial| trial.slot != running) {
-            return Err(self.refused(Refusal::new(
-                "trial-pending",
-                format!("slot {} is to be tried, and has not started yet", trial.slot),
-                "restart to try it, or end its trial with `slotd roll-back`",
-            )));
-        }
         if status.active != running || status.trial.is_some() {
             self.flow.commit()?;
             self.events
@@ -300,8 +223,8 @@ impl Agent {
             update::heal(&machine);
         });
         // Slots and boot state are settled: the next install need not wait for systemd.
-        drop(lock);
-        // Last: until then the deadline stands, and ends in the slot that is now committed.
+        drop(admitted);
+        // Last: until then the deadline applies, and ends in the slot that is now committed.
         watchdog::hand_over(self.device.root())?;
         Ok(Changed { slot: running, restart: None })
     }
@@ -309,30 +232,22 @@ impl Agent {
     /// Ends a trial: the committed slot runs from the next restart on.
     ///
     /// # Errors
-    /// `nothing-on-trial`, `busy`, `boot-state`, `io`.
-    pub fn roll_back(&self) -> Result<Changed> {
-        let _lock = self.lock("roll-back")?;
+    /// `boot-state`, `io`.
+    pub fn roll_back(&self, _: &Admitted) -> Result<Changed> {
         let status = self.flow.status()?;
-        let Some(trial) = status.trial else {
-            return Err(self.refused(Refusal::new(
-                "nothing-on-trial",
-                format!("slot {} is committed, and no slot is on trial", status.active),
-                "to go to the other slot, use `slotd boot-other`",
-            )));
-        };
         self.flow.roll_back()?;
-        let restart = (trial.slot == self.device.running).then_some(Restart::Committed);
-        self.events.add("rolled-back", json!({ "slot": status.active, "tried": trial.slot }));
+        let tried = status.trial.map(|trial| trial.slot);
+        let restart = (tried == Some(self.device.running)).then_some(Restart::Committed);
+        self.events.add("rolled-back", json!({ "slot": status.active, "tried": tried }));
         Ok(Changed { slot: status.active, restart })
     }
 
     /// Goes back to the API that was good before, or to the system's own. Nothing restarts but its services.
     ///
     /// # Errors
-    /// As [`api::back`]; `trial-pending`, `not-committed`.
-    pub fn api_back(&self) -> Result<api::Back> {
-        undecided(&self.machine())
-            .and_then(|()| api::back(self.device.root(), &self.events, &Disk))
+    /// As [`components::back`].
+    pub fn api_back(&self, _: &Admitted) -> Result<components::Back> {
+        components::back(self.device.root(), &self.events, &RealFiles)
             .map_err(|refusal| self.refused(refusal))
     }
 
@@ -340,22 +255,18 @@ impl Agent {
     /// runs in its stead.
     ///
     /// # Errors
-    /// `trial-pending`, `below-floor`, `incomplete-slot`, `busy`, `boot-state`, `io`.
-    pub fn boot_other(&self, allow_downgrade: Option<&str>) -> Result<Changed> {
-        let _lock = self.lock("boot-other")?;
+    /// `below-floor`, `incomplete-slot`, `boot-state`, `io`.
+    pub fn boot_other(&self, _: &Admitted, allow_downgrade: Option<&str>) -> Result<Changed> {
         let slot = self.device.idle();
-        match undecided(&self.machine()) {
-            Ok(()) => {}
-            Err(refusal) if refusal.code == "not-committed" => {
-                return Ok(Changed { slot, restart: Some(Restart::Committed) });
-            }
-            Err(refusal) => return Err(self.refused(refusal)),
+        // Any other doubt about the slots was refused before (`crate::policy`).
+        if self.flow.status()?.active != self.device.running {
+            return Ok(Changed { slot, restart: Some(Restart::Committed) });
         }
         let machine = self.machine();
         update::remember(&machine);
-        let version = Installed::read(machine.root, slot).map(|installed| installed.version);
+        let version = record::read_slot(machine.root, slot).map(|installed| installed.version);
         let floor = Trust::read(&machine).floor.version;
-        // A system that nobody knows may be any.
+        // An unknown system may have any version.
         let below = floor.filter(|floor| version.as_ref().is_none_or(|version| version < floor));
         if let (Some(floor), None) = (&below, allow_downgrade) {
             let known = version.as_ref().map_or("is not known".to_owned(), |v| format!("is {v}"));
@@ -403,12 +314,10 @@ impl Agent {
     /// Takes a newer key set that a trusted key has signed.
     ///
     /// # Errors
-    /// As [`trust::take`]; `busy`.
-    pub fn take_keys(&self, file: &Path) -> Result<KeySet> {
-        let _lock = self.lock("keys")?;
-        DataState::writable(self.device.root())?;
+    /// As [`trust::take`].
+    pub fn take_keys(&self, _: &Admitted, file: &Path) -> Result<KeySet> {
         update::remember(&self.machine());
-        // Whoever fills `data` must not keep a key from being revoked.
+        // A full `data` must not prevent the revocation of a key.
         let machine = self.machine();
         let taken = reserve::with(machine.root, || trust::take(&machine, file));
         let set = taken.map_err(|refusal| self.refused(refusal))?;
@@ -417,9 +326,22 @@ impl Agent {
     }
 
     /// Runs every health check once.
-    pub fn health(&self) -> Vec<health::Outcome> {
+    ///
+    /// # Errors
+    /// `unhealthy`, with the checks that fail.
+    pub fn health(&self) -> Result<Vec<health::Outcome>> {
         let root = self.device.root();
-        health::load(root).iter().map(|check| check.run(root)).collect()
+        let outcomes: Vec<health::Outcome> =
+            health::load(root).iter().map(|check| check.run(root)).collect();
+        let failing: Vec<String> = outcomes
+            .iter()
+            .filter(|outcome| !outcome.healthy)
+            .map(|outcome| format!("FAILS {}: {}", outcome.name, outcome.found))
+            .collect();
+        if failing.is_empty() {
+            return Ok(outcomes);
+        }
+        Err(Refusal::new("unhealthy", failing.join("\n"), "see the journal of what fails"))
     }
 
     /// Watches over the trial that runs, if one does: commits it when all is well, and else restarts in
@@ -432,7 +354,7 @@ impl Agent {
         let Some(trial) = health::Trial::read(root)? else { return Ok(None) };
         let checks = health::load(root);
         let verdict = Watch::new(root, &checks, trial).run(
-            || self.commit().map(|_| ()),
+            || self.enter(Verb::Commit).and_then(|admitted| self.commit(admitted)).map(drop),
             |state| {
                 self.events.add("health", json!({ "why": state.why(), "checks": state.checks }))
             },
@@ -463,10 +385,6 @@ impl Agent {
         };
         let status = command.status().map_err(|error| failed(error.to_string()))?;
         if status.success() { Ok(true) } else { Err(failed(format!("systemctl: {status}"))) }
-    }
-
-    fn lock(&self, verb: &str) -> Result<Lock> {
-        Lock::take(self.device.root(), Turn::Slots, verb)
     }
 
     fn refused(&self, refusal: Refusal) -> Refusal {

@@ -2,49 +2,25 @@
 
 use std::fs;
 use std::io;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+pub use contract::api_file::{ApiFile, ApiWheel};
 
 use crate::python::{Entry, Interpreter, SearchPath};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Written when the image was composed, from what was installed. Unknown keys are ignored.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct BuiltIn {
-    /// The distribution's name.
-    pub package: String,
-    /// The module that it is imported as.
-    pub module: String,
-    /// Its version.
-    pub version: String,
-    /// The directory of the image's modules, absolute.
-    pub site_packages: PathBuf,
-    /// The interpreter's version: `3.11`.
-    pub python: String,
-    /// The C library: `glibc 2.36`; `None`: the image does not name it and accepts any.
-    #[serde(default)]
-    pub libc: Option<String>,
-    /// The lowest version of an API on `data`; `None`: any.
-    #[serde(default)]
-    pub minimum_version: Option<String>,
-    /// What was installed, sorted by name.
-    #[serde(default)]
-    pub wheels: Vec<Wheel>,
-}
+/// What `api.toml` says, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BuiltIn(ApiFile);
 
-/// One wheel.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Wheel {
-    /// The distribution's name.
-    pub name: String,
-    /// Its version.
-    pub version: String,
-    /// The wheel file's SHA-256, lower-case hexadecimal.
-    pub sha256: String,
+impl Deref for BuiltIn {
+    type Target = ApiFile;
+
+    fn deref(&self) -> &ApiFile {
+        &self.0
+    }
 }
 
 impl BuiltIn {
@@ -59,7 +35,7 @@ impl BuiltIn {
             let help = "build the image again with a current `cargo xtask`";
             Refusal::new("bad-api", format!("{}: {why}", path.display()), help)
         };
-        let api: Self = toml::from_str(&text).map_err(|error| bad(error.message().to_owned()))?;
+        let api = ApiFile::parse(&text).map_err(|error| bad(error.message().to_owned()))?;
         if Interpreter::parse(&api.python).is_none() {
             return Err(bad(format!(
                 "invalid `python` version `{}`, expected a version such as 3.11",
@@ -74,7 +50,7 @@ impl BuiltIn {
                 "`site-packages` must be an absolute path, and `module` a single name".to_owned(),
             ));
         }
-        Ok(Some(api))
+        Ok(Some(Self(api)))
     }
 
     /// The interpreter.

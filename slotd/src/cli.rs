@@ -1,21 +1,29 @@
-//! What may be typed.
+//! The command line's arguments, as a request to the lobby; [`text`] formats its answers.
+
+pub mod text;
 
 use std::path::PathBuf;
 
 use bundle::bootstate::Slot;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use slotd::lobby::Request;
+use slotd::{Refusal, Result};
 
 /// Updates this robot and chooses which of its two systems runs.
 #[derive(Debug, Parser)]
 #[command(name = "slotd", version, after_help = EXIT_CODES)]
 pub struct Cli {
-    /// How to answer: text for people; json: one object on standard output, progress on standard error
+    /// Form of the answer. json: one object on standard output, progress on standard error
     #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
     pub format: Format,
 
-    /// Work below this folder instead of `/`, and restart nothing
+    /// Work below this directory instead of `/`, and restart nothing
     #[arg(long, global = true, value_name = "DIR", default_value = "/", hide = true)]
     pub root: PathBuf,
+
+    /// For the update user's door: grant that user's rights only
+    #[arg(long, global = true, hide = true)]
+    pub as_update: bool,
 
     /// What to do
     #[command(subcommand)]
@@ -28,7 +36,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 the robot fails, 2 mistyped, 3 t
 /// The forms of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// Lines for people.
+    /// Lines for a terminal.
     Text,
     /// One JSON object.
     Json,
@@ -37,7 +45,7 @@ pub enum Format {
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
-    /// Which system runs, what is on trial, what was interrupted
+    /// Show which system runs, what is on trial, and what was interrupted
     Status,
     /// Check a bundle to its last byte, as `install` would, or a slot against it, or the installed API; nothing is
     /// written
@@ -53,16 +61,15 @@ pub enum Verb {
         slot: Option<SlotName>,
     },
     /// Write a bundle into the other slot, and restart into it on trial; one of the API only: install that
-    /// beside the running one, change to it, and come back if it is not healthy
+    /// beside the running one, change to it, and come back if it is not healthy. It continues when this command
+    /// ends (Ctrl-C, a broken connection): see `job`
     Install {
-        /// A file, `-` for standard input, or an http(s) address
-        source: String,
-        /// Do not restart: the trial begins with the next restart, whenever that is
+        /// The bundle, and how to install it
+        #[command(flatten)]
+        install: Install,
+        /// Install in this process: if it ends, the install is interrupted
         #[arg(long)]
-        no_restart: bool,
-        /// Accept a version below the floor this once; the reason goes into the log
-        #[arg(long, value_name = "REASON", value_parser = clap::builder::NonEmptyStringValueParser::new())]
-        allow_downgrade: Option<String>,
+        foreground: bool,
     },
     /// Keep the running system
     Commit,
@@ -86,7 +93,7 @@ pub enum Verb {
     },
     /// Show the keys that this robot trusts, or take a newer set
     Keys {
-        /// A key set; its signature lies beside it, as FILE.minisig
+        /// A key set; its signature is beside it, as FILE.minisig
         file: Option<PathBuf>,
     },
     /// Run the health checks
@@ -110,7 +117,7 @@ pub enum Verb {
         /// A file, or `-` for standard output
         file: String,
     },
-    /// Put a backup in the place of everything on data, with the next restart
+    /// Replace everything on data with a backup, with the next restart
     Restore {
         /// A file, or `-` for standard input
         file: String,
@@ -127,6 +134,24 @@ pub enum Verb {
         #[arg(long)]
         boot: bool,
     },
+    /// Show the install that is running, or that ran last since the robot's start
+    Job {
+        /// Wait for its end, and print its answer
+        #[arg(long)]
+        watch: bool,
+        /// Cancel it; the next install of the same bundle resumes
+        #[arg(long, conflicts_with = "watch")]
+        cancel: bool,
+    },
+    /// For `install`: run it in this process, which no terminal can end
+    #[command(hide = true)]
+    Work {
+        /// The caller, as JSON
+        caller: String,
+        /// The bundle, and how to install it
+        #[command(flatten)]
+        install: Install,
+    },
     /// For the start of the system: grow data, then prepare it
     #[command(hide = true)]
     Data {
@@ -137,7 +162,7 @@ pub enum Verb {
     /// For the start of the system: take over what the flasher left on the boot partition
     #[command(hide = true)]
     Seed,
-    /// For SSH sessions of the user `update`: hand on what was typed (SSH_ORIGINAL_COMMAND)
+    /// For SSH sessions of the user `update`: pass on what was typed (SSH_ORIGINAL_COMMAND)
     #[command(hide = true)]
     Door {
         /// For systemd: answer the connection that is standard input
@@ -153,6 +178,83 @@ pub enum Verb {
         #[arg(long, short = 'n', value_name = "NUMBER")]
         last: Option<usize>,
     },
+}
+
+/// An install.
+#[derive(Debug, Args)]
+#[group(skip)]
+pub struct Install {
+    /// A file, `-` for standard input, or an http(s) address
+    pub source: String,
+    /// Do not restart: the trial begins with the next restart, whenever that is
+    #[arg(long)]
+    pub no_restart: bool,
+    /// Accept a version below the floor this once; the reason goes into the log
+    #[arg(long, value_name = "REASON", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub allow_downgrade: Option<String>,
+}
+
+impl Install {
+    /// As a request.
+    pub fn request(&self) -> Request {
+        Request::Install {
+            source: self.source.clone(),
+            no_restart: self.no_restart,
+            allow_downgrade: self.allow_downgrade.clone(),
+        }
+    }
+}
+
+impl Cli {
+    /// What is asked for.
+    ///
+    /// # Errors
+    /// `internal`: the verb is not a request itself.
+    pub fn request(&self) -> Result<Request> {
+        Ok(match &self.verb {
+            Verb::Status => Request::Status,
+            Verb::Verify { source: None, .. } => Request::VerifyApi,
+            Verb::Verify { source: Some(source), slot, .. } => {
+                Request::Verify { source: source.clone(), slot: slot.map(Slot::from) }
+            }
+            Verb::Install { install, .. } => install.request(),
+            Verb::Commit => Request::Commit,
+            Verb::RollBack { component: Some(Component::Api), .. } => Request::RollBackApi,
+            Verb::RollBack { no_restart, .. } => Request::RollBack { no_restart: *no_restart },
+            Verb::BootOther { no_restart, allow_downgrade } => Request::BootOther {
+                no_restart: *no_restart,
+                allow_downgrade: allow_downgrade.clone(),
+            },
+            Verb::Keys { file: None } => Request::Keys,
+            Verb::Keys { file: Some(file) } => Request::TakeKeys { file: file.clone() },
+            Verb::Health { watch: true } => Request::Watch,
+            Verb::Health { watch: false } => Request::Health,
+            Verb::Reset { no_backup, no_restart } => {
+                Request::Reset { backup: !no_backup, no_restart: *no_restart }
+            }
+            Verb::Backup { file } => Request::Backup { file: file.clone() },
+            Verb::Restore { file, no_restart } => {
+                Request::Restore { file: file.clone(), no_restart: *no_restart }
+            }
+            Verb::Provision { check: true, .. } => Request::CheckProvisioned,
+            Verb::Provision { boot: true, .. } => Request::ProvisionAtStart,
+            Verb::Provision { .. } => Request::Provision,
+            Verb::Job { cancel: true, .. } => Request::CancelJob,
+            Verb::Job { .. } => Request::Job,
+            Verb::Data { step: Step::Grow } => Request::GrowData,
+            Verb::Data { step: Step::Prepare } => Request::PrepareData,
+            Verb::Seed => Request::TakeSeed,
+            Verb::Report => Request::Report,
+            Verb::Log { last } => Request::Log { last: *last },
+            Verb::Work { .. } | Verb::Door { .. } => {
+                return Err(Refusal::new(
+                    "internal",
+                    "this request is answered elsewhere",
+                    "report this bug",
+                ));
+            }
+        })
+    }
 }
 
 /// The slots.

@@ -2,43 +2,33 @@
 
 use std::fs;
 use std::io;
+use std::ops::Deref;
 use std::path::PathBuf;
 
+pub use contract::answer::Condition;
+use contract::answer::DataStatus;
 use rustix::fs::StatVfsMountFlags;
-use serde::{Deserialize, Serialize};
 
 use crate::durable;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// The condition of `data` after the start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Condition {
-    /// Undamaged.
-    Clean,
-    /// It was damaged and has been repaired; files may be in its `lost+found`.
-    Repaired,
-    /// It cannot be repaired or is missing, and was set aside unchanged; memory is used instead.
-    Memory,
-    /// Its file system has failed since the start and is read-only.
-    ReadOnly,
-    /// The start has not recorded it.
-    Unknown,
+/// The condition of `data`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State(DataStatus);
+
+impl Deref for State {
+    type Target = DataStatus;
+
+    fn deref(&self) -> &DataStatus {
+        &self.0
+    }
 }
 
-/// The condition of `data`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct State {
-    /// The condition.
-    pub condition: Condition,
-    /// Why, human-readable.
-    pub why: Option<String>,
-    /// Bytes of the file system.
-    pub size: u64,
-    /// Bytes that are free for ordinary users.
-    pub free: u64,
+impl From<State> for DataStatus {
+    fn from(state: State) -> Self {
+        state.0
+    }
 }
 
 impl State {
@@ -66,12 +56,12 @@ impl State {
         if about.f_flag.contains(StatVfsMountFlags::RDONLY) {
             condition = Condition::ReadOnly;
         }
-        Ok(Self {
+        Ok(Self(DataStatus {
             condition,
             why: value("why").filter(|why| !why.is_empty()).map(str::to_owned),
             size: about.f_blocks.saturating_mul(about.f_frsize),
             free: about.f_bavail.saturating_mul(about.f_frsize),
-        })
+        }))
     }
 
     /// Refuses if `data` is not writable: called before any change of `data` begins.

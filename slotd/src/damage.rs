@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use bundle::bootstate::Slot;
 use serde::de::DeserializeOwned;
 
-use crate::api;
 use crate::boot;
+use crate::components;
 use crate::durable;
 use crate::provision;
-use crate::record::{Installed, Journal};
+use crate::record::{InstalledSlot, Journal};
 use crate::root::Root;
 
 /// A damaged file.
@@ -47,11 +47,11 @@ pub fn found(root: &Root) -> Vec<Damage> {
     };
     look(state.join("journal.json"), reads::<Journal>);
     for slot in [Slot::A, Slot::B] {
-        look(state.join(format!("slot-{slot}.json")), reads::<Installed>);
+        look(state.join(format!("slot-{slot}.json")), reads::<InstalledSlot>);
     }
     look(state.join("tryboot.json"), reads::<boot::Armed>);
     look(state.join("provisioned.json"), reads::<provision::Record>);
-    look(root.data().join("apps/api/.state.json"), reads::<api::State>);
+    look(root.data().join("apps/api/.state.json"), reads::<components::State>);
     found
 }
 

@@ -7,107 +7,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bundle::bootstate::Slot;
-use bundle::{Kind, Version};
-use serde::{Deserialize, Serialize};
+pub use contract::device_file::{Description, EarlierCard, Flow, Partition, SECTOR};
 
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
-use crate::storage::Disk;
-
-/// Bytes of a sector, the unit in `device.toml` and sysfs, independent of the disk's own sector size.
-pub const SECTOR: u64 = 512;
-
-/// Which program chooses the slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Flow {
-    /// U-Boot's script, from the boot state in raw sectors.
-    Uboot,
-    /// The Raspberry Pi's firmware, from `autoboot.txt`.
-    Tryboot,
-}
-
-/// A partition, as the image's builder laid it out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Partition {
-    /// Its number in the table, from 1.
-    pub number: u32,
-    /// Its first sector.
-    pub start_sector: u64,
-    /// Its length in sectors; `data` has grown since.
-    pub sectors: u64,
-}
-
-/// The position of the boot state.
-#[derive(Debug, Clone, Default, Deserialize)]
-pub struct BootStateSectors {
-    /// First sector of each copy; empty if the boot flow keeps its state elsewhere.
-    #[serde(default)]
-    pub sectors: Vec<u64>,
-}
-
-/// The position of the state that must survive the loss of `data`.
-#[derive(Debug, Clone, Default, Deserialize)]
-pub struct TrustSectors {
-    /// First sector of each of the two copies, each of [`bundle::area::COPY`] bytes; empty in an image without such an
-    /// area.
-    #[serde(default)]
-    pub sectors: Vec<u64>,
-}
-
-/// The layout of cards that were flashed with an earlier image: a card keeps its table for ever.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct EarlierCard {
-    /// The position of the boot state.
-    #[serde(default)]
-    pub boot_state: BootStateSectors,
-    /// Where the floor and the keys are stored besides `data`.
-    #[serde(default)]
-    pub trust: TrustSectors,
-    /// By role, as in [`Description`].
-    pub partitions: BTreeMap<String, Partition>,
-}
-
-/// `device.toml`. Unknown keys are ignored: a later image may have more.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Description {
-    /// The product.
-    pub product: String,
-    /// The version of the running system.
-    pub version: Version,
-    /// The lowest version that may follow this one.
-    #[serde(default)]
-    pub minimum_version: Option<Version>,
-    /// The lowest key epoch that is accepted; 0: any.
-    #[serde(default)]
-    pub key_epoch: u32,
-    /// A development image accepts development keys and bundles; a release image never does.
-    pub kind: Kind,
-    /// The board.
-    pub board: String,
-    /// The boot flow.
-    pub boot_flow: Flow,
-    /// One of these must be among the running machine's device-tree compatibles.
-    pub compatible: Vec<String>,
-    /// The oldest EEPROM release that can try a slot, as a day; only with the flow `tryboot`.
-    #[serde(default)]
-    pub eeprom_since: Option<String>,
-    /// The position of the boot state.
-    #[serde(default)]
-    pub boot_state: BootStateSectors,
-    /// Where the floor and the keys are stored besides `data`.
-    #[serde(default)]
-    pub trust: TrustSectors,
-    /// By role: `boot`, `root-a`, `root-b`, `data`, …
-    pub partitions: BTreeMap<String, Partition>,
-    /// Other card layouts that this image runs on. In a [`Device`], `boot_state`, `trust` and `partitions` are those of
-    /// its actual card.
-    #[serde(default)]
-    pub earlier_cards: Vec<EarlierCard>,
-}
+use crate::storage::BlockDevice;
 
 /// The robot: its image's description, the running slot, and the disk.
 #[derive(Debug, Clone)]
@@ -125,20 +29,18 @@ pub struct Device {
 const NOT_OUR_DISK: &str =
     "the card was not made by `cargo xtask build-image` for this system: flash the card again";
 
-impl Description {
-    /// Reads `device.toml`. Functions that need only this work on any root file system.
-    ///
-    /// # Errors
-    /// `bad-device`: the file is missing or malformed.
-    pub fn read(root: &Root) -> Result<Self> {
-        let path = root.device_file();
-        let bad = |why: String| {
-            let message = format!("reading {}: {why}", path.display());
-            Refusal::new("bad-device", message, "run this command on a robot built with Slipway")
-        };
-        let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
-        toml::from_str(&text).map_err(|error| bad(error.message().to_owned()))
-    }
+/// Reads `device.toml`. Functions that need only this work on any root file system.
+///
+/// # Errors
+/// `bad-device`: the file is missing or malformed.
+pub fn description(root: &Root) -> Result<Description> {
+    let path = root.device_file();
+    let bad = |why: String| {
+        let message = format!("reading {}: {why}", path.display());
+        Refusal::new("bad-device", message, "run this command on a robot built with Slipway")
+    };
+    let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
+    Description::parse(&text).map_err(|error| bad(error.message().to_owned()))
 }
 
 impl Device {
@@ -149,7 +51,7 @@ impl Device {
     /// partition that `device.toml` lists as a slot.
     pub fn read(root: &Root) -> Result<Self> {
         let path = root.device_file();
-        let mut about = Description::read(root)?;
+        let mut about = description(root)?;
         let partition = root_partition(root)?;
         let (number, start) = (value(&partition, "partition")?, value(&partition, "start")?);
         let running_on = |partitions: &BTreeMap<String, Partition>| {
@@ -199,7 +101,7 @@ impl Device {
     ///
     /// # Errors
     /// When the device cannot be opened.
-    pub fn open_disk(&self, writable: bool) -> Result<Disk> {
+    pub fn open_disk(&self, writable: bool) -> Result<BlockDevice> {
         self.open(&self.disk, writable)
     }
 
@@ -212,7 +114,7 @@ impl Device {
     ///
     /// # Errors
     /// `wrong-layout`: the disk has another partition there, or none.
-    pub fn open_partition(&self, role: &str, writable: bool) -> Result<Disk> {
+    pub fn open_partition(&self, role: &str, writable: bool) -> Result<BlockDevice> {
         let folder = self.partition(role)?;
         self.open(&folder, writable)
     }
@@ -260,9 +162,9 @@ impl Device {
         self.root.path("dev").join(name)
     }
 
-    fn open(&self, folder: &Path, writable: bool) -> Result<Disk> {
+    fn open(&self, folder: &Path, writable: bool) -> Result<BlockDevice> {
         let path = self.node(folder);
-        Disk::open(&path, writable)
+        BlockDevice::open(&path, writable)
             .map_err(|error| Refusal::io(format!("opening {}", path.display()), &error))
     }
 }

@@ -16,12 +16,14 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::lobby::{self, Caller, Rights};
+use crate::policy::{self, not_offered};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 use crate::source::{Limits, Pace};
 
-/// The account whose sessions may do nothing else. The product defines it (`[[users]]`); its keys are on `data`.
-pub const USER: &str = "update";
+/// The account whose sessions may do nothing else.
+pub const USER: &str = policy::USER;
 
 /// The server's socket; only root and [`USER`] may use it.
 pub const SOCKET: &str = "run/slipway/update.sock";
@@ -34,9 +36,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Maximum bytes in a frame; a pipe returns no more at once.
 const FRAME: usize = 64 << 10;
-
-/// Maximum number of log events in a request.
-const EVENTS: u32 = 10_000;
 
 /// A request. No verb starts older software, replaces data or keys, or names a file on the robot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,15 +94,35 @@ impl Request {
             ["health"] => Verb::Health,
             ["log"] => Verb::Log { last: None },
             ["log", "-n" | "--last", number] => {
-                let last = number.parse().ok().filter(|last| *last <= EVENTS);
-                Verb::Log { last: Some(last.ok_or_else(|| not_offered(line))?) }
+                let last = number.parse().map_err(|_| not_offered(line))?;
+                Verb::Log { last: Some(last) }
             }
             ["verify", "-"] => Verb::Verify,
             ["install", "-"] => Verb::Install { no_restart: false },
             ["install", "-", "--no-restart"] => Verb::Install { no_restart: true },
             _ => return Err(not_offered(line)),
         };
-        Ok(Self { verb, json })
+        let typed = Self { verb, json };
+        match policy::may(Rights::Update, &typed.asked()) {
+            true => Ok(typed),
+            false => Err(not_offered(line)),
+        }
+    }
+
+    /// What the lobby is asked for.
+    fn asked(&self) -> lobby::Request {
+        let source = || "-".to_owned();
+        match &self.verb {
+            Verb::Status => lobby::Request::Status,
+            Verb::Health => lobby::Request::Health,
+            Verb::Log { last } => lobby::Request::Log { last: last.map(|last| last as usize) },
+            Verb::Verify => lobby::Request::Verify { source: source(), slot: None },
+            Verb::Install { no_restart } => lobby::Request::Install {
+                source: source(),
+                no_restart: *no_restart,
+                allow_downgrade: None,
+            },
+        }
     }
 
     /// Whether a bundle follows.
@@ -128,16 +147,6 @@ impl Request {
         words.extend(["--format".to_owned(), if self.json { "json" } else { "text" }.to_owned()]);
         words
     }
-}
-
-fn not_offered(what: &str) -> Refusal {
-    let shown: String =
-        what.chars().take(80).map(|c| if c.is_control() { '?' } else { c }).collect();
-    Refusal::new(
-        "not-offered",
-        format!("the user {USER} may not run `{shown}`"),
-        "allowed: status, health, log [-n NUMBER], verify -, install - [--no-restart]; a bundle is read from standard input",
-    )
 }
 
 /// The client: sends the request, passes standard input on, and prints the agent's answer. Returns the exit code.
@@ -266,7 +275,11 @@ pub fn serve(root: &Root, prefix: &Path) -> Result<()> {
     let answers = stream.try_clone().map_err(failed)?;
     let answers = Mutex::new(Answers::new(answers, Limits::default()));
     let done = accepted(root, &stream)
-        .and_then(|()| request(&stream))
+        .and_then(|uid| {
+            let request = request(&stream)?;
+            let caller = Caller { uid, ..lobby::this_process(root, Rights::Update) };
+            lobby::authorise(&caller, &request.asked()).map(|()| request)
+        })
         .and_then(|request| run(&request, prefix, &stream, &answers).map_err(failed));
     let code = done.unwrap_or_else(|refusal| {
         let text = serde_json::json!({ "refused": refusal }).to_string() + "\n";
@@ -277,8 +290,8 @@ pub fn serve(root: &Root, prefix: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the peer is root or [`USER`]. The socket's mode checks this too, but its directory is shared.
-fn accepted(root: &Root, stream: &UnixStream) -> Result<()> {
+/// The user id of the peer, which must be root or [`USER`]. The socket's mode checks this too, but its directory is shared.
+fn accepted(root: &Root, stream: &UnixStream) -> Result<u32> {
     let peer = rustix::net::sockopt::socket_peercred(stream.as_fd())
         .map_err(|error| Refusal::io("reading the user of a connection", &error.into()))?;
     let own = rustix::process::geteuid();
@@ -288,7 +301,7 @@ fn accepted(root: &Root, stream: &UnixStream) -> Result<()> {
         (fields.next() == Some(USER)).then(|| fields.nth(1)?.parse::<u32>().ok()).flatten()
     });
     if peer.uid == own || Some(peer.uid.as_raw()) == user {
-        return Ok(());
+        return Ok(peer.uid.as_raw());
     }
     Err(not_offered(&format!("any command, as user id {}", peer.uid.as_raw())))
 }
@@ -336,6 +349,8 @@ fn run(
     let mut child = Command::new(program)
         .arg("--root")
         .arg(prefix)
+        // What it runs as is root; what it may do is what the user may.
+        .arg("--as-update")
         .args(request.words())
         .stdin(Stdio::from(input))
         .stdout(Stdio::piped())

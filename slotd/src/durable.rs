@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::files::{Disk, Files, make_dirs};
+use crate::files::{Files, RealFiles, make_dirs};
 
 /// Maximum bytes of a file that is read as a whole; slotd's files have a few kilobytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -21,7 +21,7 @@ const MAX_FILE: u64 = 1 << 20;
 /// # Errors
 /// When the file system fails or is full; the old file then still exists.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    write_with(&Disk, path, bytes)
+    write_with(&RealFiles, path, bytes)
 }
 
 /// [`write()`] with every change made through `files`.
@@ -86,7 +86,7 @@ fn is_folder(path: &Path) -> bool {
 /// # Errors
 /// As [`write()`].
 pub fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
-    write_json_with(&Disk, path, value)
+    write_json_with(&RealFiles, path, value)
 }
 
 /// [`write_json`] with every change made through `files`.

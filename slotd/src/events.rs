@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize};
+pub use contract::answer::Event;
 use serde_json::{Map, Value};
 
 use crate::durable::{self, is_missing};
@@ -29,22 +29,6 @@ const CUT: &str = "…";
 /// How long all events of one caller together may wait while another process writes the log. A write to a card takes at
 /// most 250 ms, 500 ms on SDXC (SD Physical Layer Simplified Specification 6.00, 4.6.2.2); an event needs a few writes.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// One event.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Event {
-    /// Grows by one, so that missing lines can be noticed.
-    pub number: u64,
-    /// Seconds since 1970 by the robot's clock. It may be wrong: a robot may have no battery-backed clock.
-    pub time: u64,
-    /// First characters of the kernel's boot id: events with the same id belong to one start.
-    pub boot: String,
-    /// The event's name, in kebab-case.
-    pub event: String,
-    /// The event's details.
-    #[serde(flatten)]
-    pub details: Map<String, Value>,
-}
 
 /// The log.
 #[derive(Debug, Clone)]
@@ -70,7 +54,7 @@ impl Events {
     pub fn add(&self, event: &str, details: Value) {
         if let Err(error) = self.append(event, &details) {
             let place = self.folder.display();
-            eprintln!("slotd: cannot write the event `{event}` {details} to {place}: {error}");
+            crate::say!("slotd: cannot write the event `{event}` {details} to {place}: {error}");
         }
     }
 

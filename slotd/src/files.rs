@@ -115,9 +115,9 @@ pub trait Files: Sync {
 
 /// The file system itself.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Disk;
+pub struct RealFiles;
 
-impl Files for Disk {
+impl Files for RealFiles {
     fn create_dir(&self, path: &Path) -> io::Result<()> {
         DirBuilder::new().mode(0o700).create(path)
     }
@@ -267,8 +267,8 @@ mod tests {
     fn what_is_made_is_its_owner_s_from_the_beginning() {
         let dir = tempfile::tempdir().unwrap();
         let (file, folder) = (dir.path().join("file"), dir.path().join("folder"));
-        Disk.create(&file).unwrap();
-        Disk.create_dir(&folder).unwrap();
+        RealFiles.create(&file).unwrap();
+        RealFiles.create_dir(&folder).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&file), mode(&folder)), (0o600, 0o700));
     }
@@ -279,11 +279,11 @@ mod tests {
         let (file, link) = (dir.path().join("file"), dir.path().join("link"));
         let content = vec![7; ZEROS + 3];
         fs::write(&file, &content).unwrap();
-        Disk.symlink(&file, &link).unwrap();
-        assert!(Disk.overwrite(&link).is_err());
-        assert!(Disk.append(&link, b"x").is_err());
+        RealFiles.symlink(&file, &link).unwrap();
+        assert!(RealFiles.overwrite(&link).is_err());
+        assert!(RealFiles.append(&link, b"x").is_err());
         assert_eq!(fs::read(&file).unwrap(), content);
-        Disk.overwrite(&file).unwrap();
+        RealFiles.overwrite(&file).unwrap();
         assert_eq!(fs::read(&file).unwrap(), vec![0; ZEROS + 3]);
     }
 }

@@ -2,11 +2,22 @@
 //! robot is healthy, and otherwise lets it roll back. The command line and every other interface (USB
 //! stick, local network, web page) call this library.
 
+/// Prints to standard error, for the journal. Unlike `eprintln!` it does not panic when standard error is closed: a
+/// connection may break during an install.
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write as _;
+        drop(writeln!(std::io::stderr(), $($words)*));
+    }};
+}
+pub(crate) use say;
+
+pub mod admission;
 pub mod agent;
-pub mod api;
 pub mod boot;
 mod buffer;
 pub mod builtin;
+pub mod components;
 pub mod condition;
 mod damage;
 pub mod data;
@@ -17,14 +28,15 @@ pub mod events;
 pub mod files;
 pub mod health;
 pub mod install;
+pub mod lobby;
 pub mod lock;
 pub mod machine;
+pub mod policy;
 mod process;
 pub mod provision;
 pub mod python;
 pub mod ratchet;
 pub mod record;
-pub mod refusal;
 pub mod report;
 mod reserve;
 pub mod root;
@@ -34,5 +46,6 @@ pub mod storage;
 pub mod trust;
 pub mod update;
 
-pub use refusal::{Refusal, Result};
+pub use contract::refusal;
+pub use contract::refusal::{Refusal, Result};
 pub use root::Root;

@@ -61,7 +61,7 @@ pub(crate) fn begin(root: &Root) {
     let Ok(about) = statvfs(root.data()) else { return };
     let before = Before { free: free(&about).saturating_add(held(root)) };
     if let Err(error) = durable::write_json(&note(root), &before) {
-        eprintln!("slotd: cannot record the free space on data before this start: {error}");
+        crate::say!("slotd: cannot record the free space on data before this start: {error}");
     }
 }
 
@@ -75,7 +75,7 @@ pub(crate) fn with<T>(root: &Root, work: impl FnOnce() -> T) -> T {
         && let Err(error) = fs::remove_dir_all(folder(root))
         && error.kind() != io::ErrorKind::NotFound
     {
-        eprintln!("slotd: cannot release the reserve on data: {error}");
+        crate::say!("slotd: cannot release the reserve on data: {error}");
     }
     let done = work();
     if scarce {
@@ -94,7 +94,7 @@ fn take(root: &Root, before: u64) {
     if let Err(error) = fill(root, before)
         && error.kind() != io::ErrorKind::StorageFull
     {
-        eprintln!("slotd: the reserve on data is incomplete: {error}");
+        crate::say!("slotd: the reserve on data is incomplete: {error}");
     }
 }
 

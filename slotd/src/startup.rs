@@ -6,13 +6,13 @@ use std::process::Command;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::api;
+use crate::components;
 use crate::condition::report;
 use crate::data::{Applied, Migrated, Pending, apply, migrate};
-use crate::device::Description;
+use crate::device::description;
 use crate::durable;
 use crate::events::Events;
-use crate::files::Disk;
+use crate::files::RealFiles;
 use crate::lock::private_dir;
 use crate::refusal::{Refusal, Result};
 use crate::reserve;
@@ -38,7 +38,7 @@ pub fn prepare(root: &Root) -> Result<Prepared> {
     // Before any other user has a process: older agents left both directories open to all users.
     for folder in [root.run(), root.state()] {
         if let Err(error) = private_dir(&folder) {
-            eprintln!("slotd: restricting {} to root: {error}", folder.display());
+            crate::say!("slotd: restricting {} to root: {error}", folder.display());
         }
     }
     reserve::begin(root);
@@ -70,11 +70,11 @@ fn prepare_all(root: &Root) -> Result<Prepared> {
     }
     // The start does not depend on it: the built-in API can always serve.
     let events = Events::new(root);
-    if let Err(refusal) = api::settle(root, &events, &Disk) {
+    if let Err(refusal) = components::settle(root, &events, &RealFiles) {
         events.add("api-not-settled", json!(refusal));
     }
     // Independent of the running slot, and of whether `/` is on a slot at all.
-    let about = Description::read(root)?;
+    let about = description(root)?;
     Ok(Prepared { applied, migrated: migrate(root, &about.version)? })
 }
 

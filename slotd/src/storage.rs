@@ -66,14 +66,14 @@ pub const ALIGNMENT: usize = 4096;
 
 /// A block device, or a regular file instead.
 #[derive(Debug)]
-pub struct Disk {
+pub struct BlockDevice {
     file: File,
     /// The same device without the kernel's page cache (`O_DIRECT`), if its file system supports this.
     direct: Option<File>,
     size: u64,
 }
 
-impl Disk {
+impl BlockDevice {
     /// Opens a device.
     ///
     /// # Errors
@@ -97,7 +97,7 @@ impl Disk {
     }
 }
 
-impl Storage for Disk {
+impl Storage for BlockDevice {
     fn size(&self) -> u64 {
         self.size
     }

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::durable;
 use crate::machine::{Machine, undecided};
 use crate::ratchet::{Area, Held, Link, MOST_LINKS, Ratchet, counting};
-use crate::record::{Floor, Installed};
+use crate::record::{self, Floor};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -68,7 +68,7 @@ impl Trust {
         let raw = held.as_ref().and_then(|held| held.ratchet.clone()).unwrap_or_default();
         let found = read(&mut alarms, "trust.json", Ratchet::on_data(root));
         let data = found.clone().unwrap_or_default();
-        let kept = read(&mut alarms, "floor.json", Floor::read(root)).unwrap_or_default();
+        let kept = read(&mut alarms, "floor.json", record::read_floor(root)).unwrap_or_default();
 
         // The raw sectors take precedence over `data`: only the agent writes them.
         let signed = walk(image.clone(), &raw.chain, about.kind, |set| set);
@@ -113,7 +113,7 @@ impl Trust {
         let mut confirmed = Floor { version: raw.version.clone(), key_epoch: raw.key_epoch }
             .raised(about.minimum_version.as_ref(), about.key_epoch);
         // A trial that is not committed does not raise the floor.
-        if let Some(of) = Installed::read(root, machine.running).filter(|_| decided) {
+        if let Some(of) = record::read_slot(root, machine.running).filter(|_| decided) {
             confirmed = confirmed.raised(Some(&of.minimum_version), of.key_epoch);
         }
         let mut floor = confirmed
@@ -211,8 +211,8 @@ impl Trust {
             self.data.keep_on_data(root).map_err(failed)?;
         }
         // For an older agent in the other slot, which reads only these files.
-        if !matches!(Floor::read(root), Ok(Some(kept)) if kept == self.floor) {
-            self.floor.write(root).map_err(failed)?;
+        if !matches!(record::read_floor(root), Ok(Some(kept)) if kept == self.floor) {
+            record::write_floor(root, &self.floor).map_err(failed)?;
         }
         let path = root.state().join("keyset.json");
         match self.data.chain.last() {

@@ -2,38 +2,19 @@
 
 use bundle::component::API;
 use bundle::{Input, Reader};
-use serde::Serialize;
+pub use contract::answer::Installed;
+use contract::request::Verb;
 use serde_json::json;
 
-use crate::api;
+use crate::admission;
+use crate::components;
 use crate::damage;
 use crate::durable;
 use crate::install::{self, Options, Progress};
-use crate::lock::{Lock, Turn};
 use crate::machine::{Machine, undecided};
-use crate::record::Installed as InstalledSlot;
+use crate::record;
 use crate::refusal::Result;
 use crate::trust::Trust;
-
-/// The result of an install.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(untagged)]
-pub enum Installed {
-    /// A system was written to the idle slot.
-    System(install::Outcome),
-    /// An API was installed and serves.
-    Api(api::Outcome),
-}
-
-impl Installed {
-    /// The system that was written to the idle slot, if there is one.
-    pub fn system(self) -> Option<install::Outcome> {
-        match self {
-            Self::System(outcome) => Some(outcome),
-            Self::Api(_) => None,
-        }
-    }
-}
 
 /// Installs a bundle: a system into the idle slot, whose trial is then armed, and which the caller starts; or
 /// an API, which serves when this returns.
@@ -67,15 +48,14 @@ fn run<I: Input>(
     options: &Options,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Installed> {
-    let _lock = Lock::take(machine.root, Turn::Slots, "install")?;
-    install::check_robot(machine)?;
+    let _admitted = admission::enter(machine.root, Verb::Install, || install::standing(machine))?;
     // Before the previous system's slot is overwritten: its floor and keys are recorded now.
     remember(machine);
     let trust = Trust::read(machine);
     let mut reader = Reader::open(input, &trust.keys()?).map_err(install::from_source)?;
     install::check_manifest(machine, &trust.floor, &reader, options)?;
     if is_api(&reader) {
-        return api::install(machine, &mut reader, progress).map(Installed::Api);
+        return components::install(machine, &mut reader, progress).map(Installed::Api);
     }
     install::system(machine, reader, options, progress).map(Installed::System)
 }
@@ -99,10 +79,10 @@ pub(crate) fn remember(machine: &Machine<'_>) {
         machine.events.add("not-recorded", json!({ "error": error }));
     }
     // The running system was flashed: `boot-other` needs its version later, when it is not running.
-    let unknown = InstalledSlot::read(machine.root, machine.running).is_none();
-    let flashed = InstalledSlot::flashed(machine.about).filter(|_| unknown);
+    let unknown = record::read_slot(machine.root, machine.running).is_none();
+    let flashed = record::flashed(machine.about).filter(|_| unknown);
     if let Some(flashed) = flashed.filter(|_| undecided(machine).is_ok())
-        && let Err(error) = flashed.write(machine.root, machine.running)
+        && let Err(error) = record::write_slot(machine.root, machine.running, &flashed)
     {
         machine.events.add("not-recorded", json!({ "error": error.to_string() }));
     }

@@ -499,7 +499,7 @@ fn killed_at_any_change_the_robot_has_one_whole_api() {
                 ])
                 .args([program, "--format", "json", "--root"])
                 .arg(robot.dir.path())
-                .args(["install", &good])
+                .args(["install", "--foreground", &good])
                 .output()
                 .expect("this test needs strace");
             if output.status.success() {

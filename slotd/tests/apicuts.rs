@@ -20,10 +20,10 @@ use common::wheels::{Draft, base, trees};
 use crash::{Recorder, Snapshot, State, snapshot};
 use serde_json::Value;
 use slotd::Refusal;
-use slotd::api::{back, settle};
+use slotd::components::{back, settle};
 use slotd::device::Device;
 use slotd::events::Events;
-use slotd::files::{Disk, Files};
+use slotd::files::{Files, RealFiles};
 use slotd::install::Options;
 use slotd::machine::Machine;
 use slotd::provision;
@@ -78,7 +78,7 @@ fn robot(installed: &[&str]) -> Robot {
     robot.file("etc/slotd/health.d/30-api.toml", check);
     start(&robot);
     for version in installed {
-        install(&robot, version, &Disk).unwrap();
+        install(&robot, version, &RealFiles).unwrap();
     }
     robot
 }
@@ -226,7 +226,7 @@ impl Scene<'_> {
                 check_started(robot, &known, &expected, &at);
                 if starts % INSTALLS == 0 {
                     let version = versions.last().unwrap();
-                    install(robot, version, &Disk).unwrap();
+                    install(robot, version, &RealFiles).unwrap();
                     check_started(robot, &known, version, &at);
                 }
             }
@@ -350,7 +350,7 @@ fn a_wheel_that_rotted_heals_in_all_versions() {
                 installs += 1;
                 put(&state, &data);
                 start(&robot);
-                install(&robot, "10.1.0", &Disk).unwrap();
+                install(&robot, "10.1.0", &RealFiles).unwrap();
                 check_started(&robot, &known, "10.1.0", &at);
             }
         }

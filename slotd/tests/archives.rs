@@ -12,7 +12,7 @@ use std::process::{Command, Output, Stdio};
 
 use common::{Plan, Robot, answer};
 use slotd::data::archive::{self, Room};
-use slotd::files::Disk;
+use slotd::files::RealFiles;
 use tar::EntryType as Kind;
 
 /// KiB of address space: memory use is then below 48 MiB, however it is measured.
@@ -259,7 +259,7 @@ fn what_is_packed_comes_back() {
     for (number, bytes) in [ours, old].into_iter().enumerate() {
         let into = dir.path().join(format!("into-{number}"));
         fs::create_dir(&into).unwrap();
-        archive::unpack(&Disk, bytes.as_slice(), &into, Room::BACKUP).unwrap();
+        archive::unpack(&RealFiles, bytes.as_slice(), &into, Room::BACKUP).unwrap();
         let arguments = ["-r".as_ref(), "--no-dereference".as_ref(), data.as_path(), &into];
         let same = Command::new("diff").args(arguments).output().unwrap();
         assert!(same.status.success(), "{}", String::from_utf8_lossy(&same.stdout));
@@ -274,7 +274,7 @@ fn what_is_packed_comes_back() {
             rotten[at] ^= 1;
             let into = dir.path().join("rotten");
             fs::create_dir(&into).unwrap();
-            archive::unpack(&Disk, rotten.as_slice(), &into, Room::BACKUP).unwrap_err();
+            archive::unpack(&RealFiles, rotten.as_slice(), &into, Room::BACKUP).unwrap_err();
         }
     }
 }
@@ -296,7 +296,7 @@ fn what_could_not_be_unpacked_is_not_packed() {
         archive::pack(&data, &["home".into()], &mut bytes, used).unwrap();
         let into = dir.path().join("into");
         fs::create_dir(&into).unwrap();
-        let refused = archive::unpack(&Disk, bytes.as_slice(), &into, less).unwrap_err();
+        let refused = archive::unpack(&RealFiles, bytes.as_slice(), &into, less).unwrap_err();
         assert_eq!(refused.code, "no-space");
         fs::remove_dir_all(into).unwrap();
     }

@@ -60,7 +60,7 @@ impl Bench {
             running: self.running,
             flow,
             slots: &self.card,
-            files: &slotd::files::Disk,
+            files: &slotd::files::RealFiles,
             events: &events,
         };
         let installed = install(&machine, Seekable(Cursor::new(bundle)), options, &|_| {})?;
@@ -566,7 +566,7 @@ fn a_pipe_is_read_to_its_end_even_if_nothing_is_needed_of_it() {
         running: Slot::A,
         flow: &flow,
         slots: &bench.card,
-        files: &slotd::files::Disk,
+        files: &slotd::files::RealFiles,
         events: &events,
     };
     let cut = &bundle[..bundle.len() - 600];

@@ -14,7 +14,7 @@ use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
 use slotd::Root;
 use slotd::data::archive::{self, Room};
 use slotd::data::{Applied, Migrated, Pending, apply, backup, migrate, reset, restore};
-use slotd::files::Disk as Real;
+use slotd::files::RealFiles as Real;
 
 /// Everything below a directory: kind, mode, content.
 fn tree(folder: &Path) -> BTreeMap<PathBuf, String> {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use bundle::Version;
 use crash::{Recorder, Snapshot, State, snapshot};
 use slotd::data::{Migration, Pending, apply_with, backup, migrate_with, reset_with, restore_with};
-use slotd::files::{Disk, Files};
+use slotd::files::{Files, RealFiles};
 use slotd::{Refusal, Root};
 
 /// The content of `data`, identified by a word in every file.
@@ -127,10 +127,10 @@ fn which<'a>(root: &Root, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str {
 
 /// The content after a start: one of these, and the next start changes nothing.
 fn settles<'a>(root: &Root, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str {
-    start(root, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+    start(root, &RealFiles).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
     let name = which(root, known, at);
     let all = snapshot(&root.data());
-    start(root, &Disk).unwrap();
+    start(root, &RealFiles).unwrap();
     assert!(all == snapshot(&root.data()), "{at}: a second start changes something");
     assert_eq!(all[Path::new("slotd/floor.json")], "644 floor", "{at}");
     assert!(!all.contains_key(Path::new("slotd/pending.json")), "{at}");
@@ -140,8 +140,8 @@ fn settles<'a>(root: &Root, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str
 /// The record of a robot that has just been reset.
 fn empty() -> Snapshot {
     let (_dir, root) = robot("old");
-    reset_with(&root, false, &Disk).unwrap();
-    start(&root, &Disk).unwrap();
+    reset_with(&root, false, &RealFiles).unwrap();
+    start(&root, &RealFiles).unwrap();
     let left = owners(&snapshot(&root.data()));
     assert_eq!(left.keys().collect::<Vec<_>>(), [&PathBuf::from("data-version.json")]);
     left
@@ -183,7 +183,7 @@ fn every_request_over_every_other_one_cut_anywhere() {
         for second in REQUESTS {
             let (_dir, root) = robot("old");
             if first != "none" {
-                drop(ask(&root, first, &Disk));
+                drop(ask(&root, first, &RealFiles));
             }
             let files = Recorder::new(&root.data());
             let refused = ask(&root, second, &files).is_err();
@@ -212,7 +212,7 @@ fn what_waits_is_carried_out_cut_anywhere() {
     let mut starts = 0;
     for what in ["reset", "reset and keep", "new"] {
         let (_dir, root) = robot("old");
-        ask(&root, what, &Disk).unwrap();
+        ask(&root, what, &RealFiles).unwrap();
         let files = Recorder::new(&root.data());
         start(&root, &files).unwrap();
         starts += cut(&format!("carrying out {what}"), &files, &root, &|at| {
@@ -246,7 +246,7 @@ fn a_disk_that_fails_at_any_change_loses_nothing_and_heals() {
             for call in 0.. {
                 let (_dir, root) = robot("old");
                 if first != "none" {
-                    ask(&root, first, &Disk).unwrap();
+                    ask(&root, first, &RealFiles).unwrap();
                 }
                 let files = Recorder::new(&root.data()).failing(call, [5, 28][call % 2]);
                 let result = ask(&root, second, &files);
@@ -265,7 +265,7 @@ fn a_disk_that_fails_at_any_change_loses_nothing_and_heals() {
     for what in ["reset", "new"] {
         for call in 0.. {
             let (_dir, root) = robot("old");
-            ask(&root, what, &Disk).unwrap();
+            ask(&root, what, &RealFiles).unwrap();
             let files = Recorder::new(&root.data()).failing(call, [5, 28][call % 2]);
             let result = apply_with(&root, &files);
             if files.calls() <= call {
@@ -276,7 +276,7 @@ fn a_disk_that_fails_at_any_change_loses_nothing_and_heals() {
             if result.is_err() {
                 services(&root);
             }
-            start(&root, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+            start(&root, &RealFiles).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
             let found = snapshot(&root.data());
             assert!(!found.values().any(|text| text == "644 old"), "{at}: {found:#?}");
             for name in [".incoming", ".outgoing", ".incoming.new", "slotd/pending.json"] {
@@ -354,7 +354,7 @@ fn migration_forth_and_back_cut_anywhere() {
     for to in ["1.0.0", "1.1.0", "1.2.0"] {
         let (_dir, root) = robot("old");
         steps(&root);
-        bring(&root, to, &Disk).unwrap();
+        bring(&root, to, &RealFiles).unwrap();
         trees.push((to, contents(&root)));
     }
     let tree = |to: &str| &trees.iter().find(|(version, _)| *version == to).unwrap().1;
@@ -364,7 +364,7 @@ fn migration_forth_and_back_cut_anywhere() {
         steps(&root);
         let (last, before) = path.split_last().unwrap();
         for to in before {
-            bring(&root, to, &Disk).unwrap();
+            bring(&root, to, &RealFiles).unwrap();
         }
         let files = Recorder::new(&root.data());
         bring(&root, last, &files).unwrap();
@@ -375,10 +375,10 @@ fn migration_forth_and_back_cut_anywhere() {
                 continue;
             }
             starts += cut(&format!("{path:?}, then {next}"), &files, &root, &|at| {
-                bring(&root, next, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+                bring(&root, next, &RealFiles).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
                 assert!(contents(&root) == *tree(next), "{at}: {:#?}", contents(&root));
                 let all = snapshot(&root.data());
-                bring(&root, next, &Disk).unwrap();
+                bring(&root, next, &RealFiles).unwrap();
                 assert!(all == snapshot(&root.data()), "{at}: a second start changes something");
                 let ways = all.keys().filter(|path| path.starts_with("slotd/snapshots")).count();
                 assert!(ways <= 3, "{at}: superfluous snapshots: {all:#?}");
@@ -396,12 +396,12 @@ fn a_disk_that_fails_at_any_change_of_a_migration_mixes_nothing() {
     for (before, to) in [("1.0.0", "1.2.0"), ("1.2.0", "1.0.0")] {
         let (_dir, root) = robot("old");
         steps(&root);
-        bring(&root, to, &Disk).unwrap();
+        bring(&root, to, &RealFiles).unwrap();
         let expected = contents(&root);
         for call in 0.. {
             let (_dir, root) = robot("old");
             steps(&root);
-            bring(&root, before, &Disk).unwrap();
+            bring(&root, before, &RealFiles).unwrap();
             let files = Recorder::new(&root.data()).failing(call, [5, 28][call % 2]);
             let result = bring(&root, to, &files);
             if files.calls() <= call {
@@ -409,7 +409,7 @@ fn a_disk_that_fails_at_any_change_of_a_migration_mixes_nothing() {
             }
             failed += 1;
             let at = format!("{before} to {to}, call {call}: {result:?}");
-            bring(&root, to, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+            bring(&root, to, &RealFiles).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
             assert!(contents(&root) == expected, "{at}: {:#?}", contents(&root));
         }
     }
@@ -456,7 +456,7 @@ fn every_flush_is_needed() {
             assert!(found == "old" || found == outcome(what), "{at}: {found}");
             if what == "reset and keep" && found == "nothing" {
                 let kept = fs::File::open(root.state().join("backup/before-reset.tar.zst"));
-                restore_with(root, kept.unwrap(), &Disk).unwrap();
+                restore_with(root, kept.unwrap(), &RealFiles).unwrap();
                 assert_eq!(settles(root, &known, at), "old", "{at}: the backup");
             }
             found.to_owned()
@@ -464,7 +464,7 @@ fn every_flush_is_needed() {
         let run = |root: &Root, files: &Recorder| {
             assert!(apply_with(root, files).unwrap().carried_out.is_some());
         };
-        let before = |root: &Root| ask(root, what, &Disk).unwrap();
+        let before = |root: &Root| ask(root, what, &RealFiles).unwrap();
         try_all(&format!("carrying out {what}"), &run, &before, &|root, at| {
             let outgoing = snapshot(&root.data().join(".outgoing"));
             let marked = outgoing.contains_key(Path::new(".overwrite"));
@@ -482,7 +482,7 @@ fn every_flush_is_needed() {
             .map(|to| {
                 let (_dir, root) = robot("old");
                 steps(&root);
-                bring(&root, to, &Disk).unwrap();
+                bring(&root, to, &RealFiles).unwrap();
                 contents(&root)
             })
             .into();
@@ -490,10 +490,10 @@ fn every_flush_is_needed() {
             let run = |root: &Root, files: &Recorder| bring(root, to, files).unwrap();
             let before = |root: &Root| {
                 steps(root);
-                bring(root, from, &Disk).unwrap();
+                bring(root, from, &RealFiles).unwrap();
             };
             try_all(&format!("{from} to {to}"), &run, &before, &|root, at| {
-                bring(root, next, &Disk).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+                bring(root, next, &RealFiles).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
                 assert!(contents(root) == *tree, "{at}: {:#?}", contents(root));
                 next.to_owned()
             });

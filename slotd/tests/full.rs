@@ -24,7 +24,7 @@ use common::{Plan, Robot, bundle_of_version, new_system, write};
 use slotd::boot::{BootFlow, Trial, Tryboot};
 use slotd::device::Device;
 use slotd::events::Events;
-use slotd::files::Disk;
+use slotd::files::RealFiles;
 use slotd::health;
 use slotd::install::Options;
 use slotd::machine::Machine;
@@ -256,7 +256,7 @@ fn a_full_data_keeps_no_update_out_with_tryboot() {
             running: Slot::A,
             flow: &first,
             slots: &device,
-            files: &Disk,
+            files: &RealFiles,
             events: &Events::new(&root),
         };
         let bundle = bundle::Stream(Cursor::new(update(&robot)));

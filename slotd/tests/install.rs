@@ -126,7 +126,8 @@ fn killed_at_fifty_moments_it_goes_on_and_rewrites_nothing_that_was_in_place() {
         robot.fill(Slot::B, &old);
         robot.set_state(first_state);
         drop(fs::remove_dir_all(robot.path("data")));
-        let mut child = robot.command(&["install", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+        let mut child =
+            robot.command(&["install", "--foreground", "-"]).stdin(Stdio::piped()).spawn().unwrap();
         // Random, and the same in every run: somewhere in the stream, or soon after its end.
         let luck = u64::from_le_bytes(noise(8, 1000 + round)[..8].try_into().unwrap());
         let until = (luck % (bundle.len() as u64 * 5 / 4)) as usize;
@@ -185,7 +186,8 @@ fn killed_again_and_again_it_still_ends() {
     let file = write(robot.dir.path(), "update.bundle", &bundle);
     let mut frames = 0;
     for round in 1..=8 {
-        let mut child = robot.command(&["install", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+        let mut child =
+            robot.command(&["install", "--foreground", "-"]).stdin(Stdio::piped()).spawn().unwrap();
         let mut input = child.stdin.take().unwrap();
         input.write_all(&bundle[..bundle.len() / 9 * round]).unwrap();
         std::thread::sleep(Duration::from_millis(50));
@@ -353,7 +355,8 @@ fn memory_stays_below_the_bound() {
     let mut new = vec![0; size as usize];
     new[..64 << 20].copy_from_slice(&noise(64 << 20, 15));
     let bundle = slow_bundle(&new);
-    let mut child = robot.command(&["install", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        robot.command(&["install", "--foreground", "-"]).stdin(Stdio::piped()).spawn().unwrap();
     let mut input = child.stdin.take().unwrap();
     input.write_all(&bundle[..bundle.len() - 1]).unwrap();
     let peak = || {

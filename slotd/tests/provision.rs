@@ -15,7 +15,7 @@ use std::path::Path;
 
 use crash::{Recorder, Snapshot, snapshot};
 use slotd::events::Events;
-use slotd::files::Disk;
+use slotd::files::RealFiles;
 use slotd::provision::{How, Outcome, check, run_with};
 
 use robot::{ON_DATA, Robot, SITE, complete, old_tree};
@@ -262,7 +262,7 @@ fn a_base_is_recorded_after_success_only() {
     // Removed tree, missing or damaged record, or no base id: provisioned again.
     fs::remove_dir_all(robot.path("data/system")).unwrap();
     assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
-    slotd::provision::forget(&robot.root(), &Disk).unwrap();
+    slotd::provision::forget(&robot.root(), &RealFiles).unwrap();
     assert_eq!(robot.boot().unwrap(), Outcome::Unchanged);
     robot.file("data/slotd/provisioned.json", "{");
     assert_eq!(robot.boot().unwrap(), Outcome::Unchanged);

@@ -380,7 +380,7 @@ fn every_code_is_listed_documented_and_in_use() {
     let mut text = String::new();
     sources(&format!("{here}/src"), &mut text);
     let mut used: BTreeSet<String> = quoted_after(&text, "Refusal::new(").into_iter().collect();
-    let own = fs::read_to_string(format!("{here}/src/refusal.rs")).unwrap();
+    let own = fs::read_to_string(format!("{here}/../contract/src/refusal.rs")).unwrap();
     used.extend(quoted_after(&own, "Self::new("));
     used.extend(quoted_after(&text, "Refusal { code:"));
     let errors = fs::read_to_string(format!("{here}/../bundle/src/error.rs")).unwrap();
@@ -395,7 +395,7 @@ fn every_code_is_listed_documented_and_in_use() {
     }
     assert!(
         fs::read_to_string(&path).unwrap_or_default() == generated,
-        "docs/reference/refusals.md differs from the codes in src/refusal.rs\n\
+        "docs/reference/refusals.md differs from the codes in contract/src/refusal.rs\n\
          help: SLIPWAY_BLESS=1 cargo test --package slotd --test refusals writes it; review the difference"
     );
 }

@@ -17,7 +17,7 @@ use std::rc::Rc;
 use common::{Plan, Robot};
 use slotd::Root;
 use slotd::data::seed::{Seeded, seed_with};
-use slotd::files::{Disk, Files};
+use slotd::files::{Files, RealFiles};
 
 const SECTORS: u64 = 16 << 11;
 const PASSWORD: &str = "pass \"with\" # marks";
@@ -310,7 +310,7 @@ fn a_power_cut_anywhere_in_the_boot_partition_leaves_no_password_behind() {
     for text in [all(), long_seed()] {
         let (robot, card) = card_with(&text);
         let volume = Volume::new(card);
-        assert_eq!(take_over(&robot, &Disk, &volume).unwrap().taken.len(), 3);
+        assert_eq!(take_over(&robot, &RealFiles, &volume).unwrap().taken.len(), 3);
         let expected = taken_from(&robot);
         let (mut states, mut again) = (0, 0);
         let points = volume.0.borrow().log.len();
@@ -326,7 +326,7 @@ fn a_power_cut_anywhere_in_the_boot_partition_leaves_no_password_behind() {
                 assert!(left || !holds(&state), "point {point}: the password outlives its file");
                 assert!(left || point > 0);
                 let next = Volume::new(state);
-                let seeded = take_over(&robot, &Disk, &next)
+                let seeded = take_over(&robot, &RealFiles, &next)
                     .unwrap_or_else(|refusal| panic!("point {point} of {points}: {refusal}"));
                 again += usize::from(!seeded.taken.is_empty());
                 assert_eq!(taken_from(&robot), expected, "point {point}");
@@ -353,7 +353,7 @@ fn a_power_cut_anywhere_on_data_is_taken_over_again() {
             fs::remove_dir_all(&data).unwrap();
             state.write(&data);
             // The boot partition is changed only after all of this is durable.
-            take_over(&robot, &Disk, &Volume::new(card.clone())).unwrap();
+            take_over(&robot, &RealFiles, &Volume::new(card.clone())).unwrap();
             let mut found = taken_from(&robot);
             found.retain(|path, _| path.extension().is_none_or(|ending| ending != "partial"));
             assert_eq!(found, expected, "point {point}");

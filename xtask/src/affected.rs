@@ -17,7 +17,7 @@ use crate::render::INIT;
 use crate::scratch::scratch;
 
 /// The tool itself and its sources: each of them may change any component.
-const BUILDER: [&str; 10] = [
+const BUILDER: [&str; 12] = [
     ".cargo",
     "Cargo.lock",
     "Cargo.toml",
@@ -26,6 +26,8 @@ const BUILDER: [&str; 10] = [
     "bootmodel/src",
     "bundle/Cargo.toml",
     "bundle/src",
+    "contract/Cargo.toml",
+    "contract/src",
     "xtask/Cargo.toml",
     "xtask/src",
 ];

@@ -93,7 +93,7 @@ pub fn flash(request: &Request<'_>, card: &dyn Card) -> Result<Outcome> {
     let pieces = write::pieces(source);
     let result = body(request, card, &pieces).and_then(|(sent, mut weak)| {
         let seeded = match seed {
-            Some(seed) => seed.plant(card, &sent.held, &pieces)?,
+            Some(seed) => seed::plant(seed, card, &sent.held, &pieces)?,
             None => Vec::new(),
         };
         finish(card, &pieces, sent, read_back, &mut weak)?;

@@ -76,7 +76,7 @@ pub fn checkout(root: &Utf8Path, commit: &str, to: &Utf8Path) -> Result<()> {
 }
 
 /// Directories and files of a workspace that builds read, including untracked ones.
-const INPUTS: [&str; 15] = [
+const INPUTS: [&str; 16] = [
     ".cargo",
     "Cargo.lock",
     "Cargo.toml",
@@ -84,6 +84,7 @@ const INPUTS: [&str; 15] = [
     "bootmodel",
     "bundle",
     "configs",
+    "contract",
     "external",
     "overlays",
     "rust-toolchain",

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result, bail, ensure};
 use bundle::Manifest;
 use camino::Utf8Path;
+use contract::device_file::{PATH, RawPlaces};
 use serde::Serialize;
 
 use crate::diff::Inventory;
@@ -198,22 +199,11 @@ pub(crate) fn content(path: &Utf8Path, offset: u64) -> Result<Option<Held>> {
 
 /// Where the boot state and the trust record are, according to the image's own system.
 fn raw_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<(Vec<u64>, Vec<u64>)> {
-    #[derive(serde::Deserialize)]
-    #[serde(rename_all = "kebab-case")]
-    struct Device {
-        boot_state: Option<Sectors>,
-        trust: Option<Sectors>,
-    }
-    #[derive(serde::Deserialize)]
-    struct Sectors {
-        sectors: Vec<u64>,
-    }
     for partition in &tables.partitions {
-        if let Ok(Some(text)) = read_file(path, partition.offset, "/usr/lib/slipway/device.toml") {
-            let device: Device = toml::from_str(&text)
+        if let Ok(Some(text)) = read_file(path, partition.offset, &format!("/{PATH}")) {
+            let device = RawPlaces::parse(&text)
                 .with_context(|| format!("reading the device.toml in {path}"))?;
-            let offsets = |place: Option<Sectors>, what: &str| -> Result<Vec<u64>> {
-                let sectors = place.map_or(Vec::new(), |place| place.sectors);
+            let offsets = |sectors: Vec<u64>, what: &str| -> Result<Vec<u64>> {
                 ensure!(
                     sectors.len() <= MOST_STATES,
                     "the device.toml in {path} names {} sectors for {what}",
@@ -226,8 +216,8 @@ fn raw_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<(Vec<u64>, Vec<u6
                 })
             };
             return Ok((
-                offsets(device.boot_state, "the boot state")?,
-                offsets(device.trust, "the trust area")?,
+                offsets(device.boot_state.sectors, "the boot state")?,
+                offsets(device.trust.sectors, "the trust area")?,
             ));
         }
     }

@@ -13,12 +13,13 @@ use bundle::Version;
 use bundle::bootstate::Slot;
 use bundle::component::API;
 use camino::Utf8PathBuf;
+use contract::Refusal;
+use contract::answer::{self as agent, Event, Progress, Status};
 use serde::Serialize;
 
 use crate::progress::{Step, Unit, bytes, say, warn};
 use crate::update;
-use answer::{Event, Progress, Status};
-pub use answer::{Installed, InstalledApi, Refused};
+pub use answer::{Installed, InstalledApi};
 use ssh::{Connection, Reply};
 
 /// Seconds before each attempt to reconnect; after this many attempts in a row without progress the
@@ -85,7 +86,7 @@ pub struct Outcome {
     /// How often the connection broke while the bundle was sent.
     pub breaks: u32,
     /// The agent's refusal.
-    pub refused: Option<Refused>,
+    pub refused: Option<Refusal>,
     /// Another reason why it is not committed.
     pub why: Option<String>,
     /// The total time.
@@ -190,7 +191,7 @@ impl Robot<'_> {
                 Some(patience) => self.wait(done, patience),
             })
         };
-        let outcome = outcome.unwrap_or_else(|error| match error.downcast::<Refused>() {
+        let outcome = outcome.unwrap_or_else(|error| match error.downcast::<Refusal>() {
             Ok(refused) if refused.code == UNHEALTHY => Outcome {
                 why: Some(refused.message.clone()),
                 refused: Some(refused),
@@ -221,9 +222,10 @@ impl Robot<'_> {
             let bundle = &self.request.bundle;
             let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
             let mut shown = Shown::new(&self.connection.host);
-            let reply = self.connection.ask(&["install", "-"], Some(file), |at| shown.at(at))?;
+            let reply: Reply<agent::InstalledSystem> =
+                self.connection.ask(&["install", "-"], Some(file), |at| shown.at(at))?;
             let why = match reply {
-                Reply::Said(installed) => return Ok(Done { before, installed: Some(installed) }),
+                Reply::Said(done) => return Ok(Done { before, installed: Some(done.into()) }),
                 // The agent has not noticed yet that the previous connection is gone.
                 Reply::Refused(refused) if refused.code == "busy" && self.breaks > 0 => {
                     refused.message
@@ -292,14 +294,14 @@ impl Robot<'_> {
             let bundle = &self.request.bundle;
             let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
             let mut shown = Shown::new(&self.connection.host);
-            let reply: Reply<InstalledApi> =
+            let reply: Reply<agent::InstalledApi> =
                 self.connection.ask(&["install", "-"], Some(file), |at| shown.at(at))?;
             drop(shown);
             let why = match reply {
                 Reply::Said(api) => {
                     let host = self.connection.host.clone();
                     return Ok(Outcome {
-                        api: Some(api),
+                        api: Some(api.into()),
                         ..Outcome::new(host, Verdict::Committed)
                     });
                 }
@@ -346,7 +348,7 @@ impl Robot<'_> {
                 }
                 // An agent that cannot report its status may be able to after the next restart.
                 Reply::Refused(refused) => {
-                    note = refused.to_string();
+                    note = refused.in_full();
                     continue;
                 }
             };
@@ -398,7 +400,7 @@ impl Robot<'_> {
             Ok(Reply::Said(events)) => {
                 let since = events.iter().rposition(|event| event.event == "installed");
                 let events = events.get(since.map_or(0, |at| at + 1)..).unwrap_or_default();
-                events.iter().rev().find_map(|event| event.why.clone())
+                events.iter().rev().find_map(|event| event.why().map(str::to_owned))
             }
             _ => None,
         };
@@ -431,18 +433,13 @@ impl Shown {
             last.step == at.step && last.total == at.total && last.done <= at.done
         };
         if !self.step.as_ref().is_some_and(same) {
-            let what = match at.step.as_str() {
-                "survey" => "comparing",
-                "write" => "writing",
-                "read-back" => "reading back",
-                other => other,
-            };
+            let what = at.step.doing();
             // Remove the previous bar first.
             self.step = None;
             let step = Step::new("push", format!("{}: {what}", self.host), at.total, Unit::Bytes);
-            self.step = Some((at.clone(), step));
+            self.step = Some((at, step));
         }
-        if at.step == "write" {
+        if at.step == agent::Step::Write {
             self.written = self.written.max(at.done);
         }
         if let Some((last, step)) = &mut self.step {
@@ -492,7 +489,7 @@ pub fn sentence(outcome: &Outcome) -> String {
         n => text.push_str(&format!("; the connection broke {n} times")),
     }
     if let Some(refused) = &outcome.refused {
-        text.push_str(&format!(": {refused}"));
+        text.push_str(&format!(": {}", refused.in_full()));
     }
     if let Some(why) = outcome.why.as_ref().filter(|_| outcome.refused.is_none()) {
         text.push_str(&format!(": {why}"));

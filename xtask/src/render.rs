@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, anyhow};
 use camino::{Utf8Path, Utf8PathBuf};
+use contract::device_file;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value, context};
@@ -108,6 +109,9 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
                 let text = template(&file.source)?.into_bytes();
                 // Other files were checked when they were found.
                 sound(&file.source, Place::Root(&file.target), &text)?;
+                if file.target == device_file::PATH {
+                    understood(&file.source, &text)?;
+                }
                 OverlayContent::File(text)
             }
             EntryKind::Symlink => OverlayContent::Symlink(
@@ -175,6 +179,17 @@ fn shell(value: String) -> String {
 
 fn sound(source: &Utf8Path, place: Place<'_>, bytes: &[u8]) -> Result<()> {
     content::problem(place, bytes).map_or(Ok(()), |problem| Err(problem.about(source)))
+}
+
+/// Refuses a `device.toml` that the robot's agent would not understand: it could neither update nor come back.
+fn understood(source: &Utf8Path, text: &[u8]) -> Result<()> {
+    let read = |text: &str| device_file::Description::parse(text).map(drop);
+    read(&String::from_utf8_lossy(text)).with_context(|| {
+        format!(
+            "{source} makes a device.toml that the robot's agent does not understand\n\
+             help: write it as `contract/src/device_file.rs` has it"
+        )
+    })
 }
 
 fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {

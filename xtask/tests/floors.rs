@@ -16,10 +16,12 @@ const CRATES: [&str; 2] = ["xtask", "slotd"];
 
 /// What may reach no file, program, network or clock, over whatever it uses: crate, module with all modules below it, and
 /// whether methods with names such as `is_file` ask the machine there; `bootmodel` asks volumes that it reads itself.
-const PURE: [(&str, &str, bool); 4] = [
+const PURE: [(&str, &str, bool); 6] = [
     ("xtask", "plan", true),
     ("xtask", "disk::layout", true),
     ("bundle", "", true),
+    ("contract", "", true),
+    ("slotd", "policy", true),
     ("bootmodel", "chain", false),
 ];
 
@@ -30,8 +32,8 @@ const CIRCLES: [(&str, &str, &str); 9] = [
     ("xtask", "disk", "fat table"),
     ("xtask", "flash", "frames source"),
     ("xtask", "rootfs::debian", "apt download host lock repo sources"),
-    ("slotd", "api", "keep tree whole"),
-    ("slotd", "api", "settle switch"),
+    ("slotd", "components", "retention tree whole"),
+    ("slotd", "components", "settle switch"),
     ("slotd", "data", "migrate pending"),
     ("slotd", "health", "check probe"),
 ];

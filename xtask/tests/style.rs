@@ -6,11 +6,12 @@ use super::{complain, files, root};
 const PAGE: &str = "docs/contributing/style.md";
 
 /// The directories that the table applies to.
-const COVERED: [&str; 9] = [
+const COVERED: [&str; 10] = [
     "board/",
     "bootmodel/",
     "bundle/",
     "configs/",
+    "contract/",
     "docs/",
     "external/",
     "fuzz/src",

@@ -94,12 +94,46 @@ fn no_board_or_product_stands_in_rust_source() {
     complain(findings);
 }
 
+/// A crate that is missing in these lists changes what is built, and neither a rebuild nor `-dirty` follows.
+#[test]
+fn each_crate_is_an_input_of_what_is_built_from_it() {
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).expect(path);
+    let table = |path: &str| read(path).parse::<toml::Table>().expect(path);
+    let workspace = table("Cargo.toml");
+    let members = workspace["workspace"]["members"].as_array().expect("a list");
+    assert!(members.len() >= 5, "{members:?}");
+    let mut findings = Vec::new();
+    let mut listed = |file: &str, entry: String| {
+        if !read(file).contains(&format!("\n    \"{entry}\",\n")) {
+            findings.push(format!("{file}: does not list {entry}"));
+        }
+    };
+    for member in members.iter().map(|member| member.as_str().expect("a name")) {
+        if member != "xtask" {
+            listed("xtask/src/git.rs", member.to_owned());
+        }
+        for (of, file) in
+            [("xtask", "xtask/src/affected.rs"), ("slotd", "xtask/src/build/agent.rs")]
+        {
+            let manifest = table(&format!("{of}/Cargo.toml"));
+            let linked = manifest["dependencies"].as_table().expect("a table").contains_key(member);
+            if member == of || linked {
+                listed(file, format!("{member}/Cargo.toml"));
+                listed(file, format!("{member}/src"));
+            }
+        }
+    }
+    complain(findings);
+}
+
 #[test]
 fn the_crates_depend_in_one_direction() {
     let mut findings = Vec::new();
     for (path, text) in files() {
         let forbidden: &[&str] = match path.as_str() {
-            "bundle/Cargo.toml" => &["xtask", "slotd"],
+            "bundle/Cargo.toml" => &["xtask", "slotd", "contract", "bootmodel"],
+            "contract/Cargo.toml" => &["xtask", "slotd", "bootmodel", "clap", "anyhow"],
+            "bootmodel/Cargo.toml" => &["xtask", "slotd", "contract"],
             "xtask/Cargo.toml" => &["slotd"],
             "slotd/Cargo.toml" => &["xtask"],
             _ => continue,
@@ -117,7 +151,8 @@ fn the_crates_depend_in_one_direction() {
 /// compiled again, with everything that depends on it, including this tool.
 #[test]
 fn the_tool_is_compiled_once_for_itself_and_for_the_tests() {
-    let robots = ["bundle/Cargo.toml", "slotd/Cargo.toml", "bootmodel/Cargo.toml"];
+    let robots =
+        ["bundle/Cargo.toml", "contract/Cargo.toml", "slotd/Cargo.toml", "bootmodel/Cargo.toml"];
     let mut findings = Vec::new();
     for (path, text) in files().into_iter().filter(|(path, _)| robots.contains(&path.as_str())) {
         for line in text.lines().filter(|line| line.contains("features = [")) {

@@ -6,7 +6,7 @@ mod tryboot;
 mod uboot;
 
 use bundle::bootstate::Slot;
-use serde::Serialize;
+pub use contract::answer::{BootStatus, Trial};
 
 pub(crate) use tryboot::Armed;
 pub use tryboot::Tryboot;
@@ -14,34 +14,6 @@ pub use uboot::Uboot;
 
 use crate::device::{Device, Flow, slot_role};
 use crate::refusal::{Refusal, Result};
-
-/// A slot that is started before it is committed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Trial {
-    /// The slot.
-    pub slot: Slot,
-    /// How many starts are left; 0 while the last one runs, and after it failed.
-    pub tries: u32,
-}
-
-/// What the boot loader will do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct BootStatus {
-    /// The committed slot.
-    pub active: Slot,
-    /// The trial that was armed last, if it has neither been committed nor rolled back.
-    pub trial: Option<Trial>,
-    /// Damage that does not stop the robot, human-readable: `copy 1: checksum mismatch`.
-    pub damage: Vec<String>,
-}
-
-impl BootStatus {
-    /// The trial that is not decided yet: it has starts left, or it is running. A trial without starts left,
-    /// seen from the committed slot, has failed.
-    pub fn pending(&self, running: Slot) -> Option<Trial> {
-        self.trial.filter(|trial| trial.tries > 0 || trial.slot == running)
-    }
-}
 
 /// How the slot is chosen. Each change is durable when the call returns.
 pub trait BootFlow: Send + Sync {

@@ -223,7 +223,7 @@ impl<S: Storage> Tryboot<S> {
             Ok(()) => durable::remove(&memory).map_err(failed(&memory)),
             // `data` may be full, failing or itself in memory: this must not prevent an update.
             Err(error) => {
-                eprintln!("slotd: {} is kept in memory: {error}", kept.display());
+                crate::say!("slotd: {} is kept in memory: {error}", kept.display());
                 durable::write_json(&memory, armed).map_err(failed(&memory))
             }
         }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::archive::{self, Room, there};
 use super::pending::private_folder;
 use crate::durable;
-use crate::files::{Disk, Files, Writer, make_dirs};
+use crate::files::{Files, RealFiles, Writer, make_dirs};
 use crate::process::program;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -246,7 +246,7 @@ pub fn migrations(root: &Root) -> Result<Vec<Migration>> {
 /// tries it again. `newer-data`: there is no way back. `no-space`, `no-archive`: the snapshot of a step cannot be
 /// made, so the step does not run. `bad-migration`, `bad-archive`, `io`.
 pub fn migrate(root: &Root, version: &Version) -> Result<Migrated> {
-    migrate_with(root, version, &Disk, &run)
+    migrate_with(root, version, &RealFiles, &run)
 }
 
 /// Runs a step. `Err` says why it failed; its changes may or may not be on the disk.
@@ -343,7 +343,7 @@ fn forth(
     match record.write(root, files) {
         Ok(()) => sweep(root, files, &record)?,
         // Nothing was changed: a full `data` must not prevent the update that fixes it. The next start writes the record.
-        Err(refusal) if steps.is_empty() => eprintln!("slotd: {refusal}"),
+        Err(refusal) if steps.is_empty() => crate::say!("slotd: {refusal}"),
         Err(refusal) => return Err(refusal),
     }
     Ok(Migrated::Forth { from, steps: steps.into_iter().map(|step| step.name).collect() })

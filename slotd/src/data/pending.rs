@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::archive::{self, Room, there};
 use super::migrate;
 use crate::durable;
-use crate::files::{Disk, Files, Writer};
+use crate::files::{Files, RealFiles, Writer};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -150,7 +150,7 @@ pub fn backup(root: &Root, out: impl Write) -> Result<()> {
 /// # Errors
 /// `no-space` when the backup does not fit. `no-archive`, `io`. An earlier pending change stays pending.
 pub fn reset(root: &Root, keep: bool) -> Result<Option<PathBuf>> {
-    reset_with(root, keep, &Disk)
+    reset_with(root, keep, &RealFiles)
 }
 
 /// [`reset`] with every change made through `files`.
@@ -238,7 +238,7 @@ fn known(root: &Root) -> Result<Option<Pending>> {
 /// # Errors
 /// `half-done`: another restore is in progress. `bad-archive`, `no-space`, `io`. An earlier pending change stays pending.
 pub fn restore(root: &Root, input: impl Read) -> Result<()> {
-    restore_with(root, input, &Disk)
+    restore_with(root, input, &RealFiles)
 }
 
 /// [`restore`] with every change made through `files`.
@@ -317,7 +317,7 @@ fn arrange(root: &Root, files: &dyn Files, before: Option<Pending>) -> Result<()
 /// # Errors
 /// `io`: the change resumes in the next start.
 pub fn apply(root: &Root) -> Result<Applied> {
-    apply_with(root, &Disk)
+    apply_with(root, &RealFiles)
 }
 
 /// [`apply`] with every change made through `files`.

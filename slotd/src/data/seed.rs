@@ -5,72 +5,27 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
+use contract::names;
+pub use contract::seed_file::{FILE, Seed};
+use contract::seed_file::{LARGEST, Wifi};
 use fatfs::{FileSystem, FsOptions};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::json;
 
 use crate::condition::{Condition, State};
 use crate::device::Device;
-use crate::door;
 use crate::durable;
 use crate::events::Events;
-use crate::files::{Disk, Files};
+use crate::files::{Files, RealFiles};
+use crate::policy;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
-
-/// The file, in the root directory of the partition `boot`.
-pub const FILE: &str = "slipway-seed.toml";
-
-/// Maximum length in bytes; the flasher writes no more.
-const LARGEST: u64 = 64 << 10;
 
 /// Bytes of a sector, which a card writes atomically.
 const SECTOR: usize = 512;
 
 /// The wireless device of a board. A board has only one, so the name is fixed.
 const WIRELESS: &str = "wlan0";
-
-/// Types of SSH keys that OpenSSH writes.
-const KEY_TYPES: [&str; 3] = ["ssh-", "ecdsa-", "sk-"];
-
-/// The file's content, as the flasher writes it.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Seed {
-    hostname: Option<String>,
-    #[serde(default)]
-    ssh_keys: Vec<String>,
-    wifi: Option<Wifi>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Wifi {
-    ssid: String,
-    password: Option<String>,
-}
-
-impl Seed {
-    /// Parses a file of at most 64 KiB.
-    ///
-    /// # Errors
-    /// Says what is wrong without quoting the file: the parser's own message would show the line, which may
-    /// contain the password.
-    pub fn parse(text: &[u8]) -> std::result::Result<Self, &'static str> {
-        if text.len() as u64 > LARGEST {
-            return Err("the file is larger than 64 KiB");
-        }
-        let seed = std::str::from_utf8(text).ok().and_then(|text| toml::from_str(text).ok());
-        let seed = seed.ok_or("the file is not in the format that the flasher writes")?;
-        check(&seed)?;
-        Ok(seed)
-    }
-
-    /// The configuration of the wireless device, as in wpa_supplicant.conf(5).
-    pub fn wireless(&self) -> Option<String> {
-        self.wifi.as_ref().map(supplicant)
-    }
-}
 
 /// The names of the settings that were applied; empty if there was no file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -88,7 +43,7 @@ pub fn seed(root: &Root) -> Result<Seeded> {
     let path = Device::read(root)?.partition_path("boot")?;
     let open = OpenOptions::new().read(true).write(true).open(&path);
     let volume = open.map_err(|error| Refusal::io(reading(&path), &error))?;
-    seed_with(root, &Disk, &path, volume, &|| File::open(&path)?.sync_all())
+    seed_with(root, &RealFiles, &path, volume, &|| File::open(&path)?.sync_all())
 }
 
 fn reading(path: &Path) -> String {
@@ -112,7 +67,7 @@ pub fn seed_with<V: Read + Write + Seek>(
     let text = match fat.root_dir().open_file(FILE) {
         Ok(file) => {
             let mut bytes = Vec::new();
-            file.take(LARGEST + 1).read_to_end(&mut bytes).map_err(failed)?;
+            file.take(LARGEST as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
             bytes
         }
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Seeded::default()),
@@ -157,36 +112,6 @@ fn is_half_wiped(text: &[u8]) -> bool {
     text.chunks(SECTOR).any(|sector| sector.iter().all(|byte| *byte == 0))
 }
 
-/// RFC 1123 (one label), OpenSSH's public keys, IEEE 802.11: as the flasher checks them. Anyone with
-/// access to the card may have written the file.
-fn check(seed: &Seed) -> std::result::Result<(), &'static str> {
-    let hostname = |name: &str| {
-        let inner = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
-        (1..=63).contains(&name.len()) && inner && !name.starts_with('-') && !name.ends_with('-')
-    };
-    let key = |key: &String| {
-        KEY_TYPES.iter().any(|kind| key.starts_with(kind)) && !key.chars().any(char::is_control)
-    };
-    if !seed.hostname.as_deref().is_none_or(hostname) {
-        return Err("`hostname` is not a valid host name");
-    }
-    if !seed.ssh_keys.iter().all(key) {
-        return Err("`ssh-keys` has a line that is not a public key");
-    }
-    let Some(wifi) = &seed.wifi else { return Ok(()) };
-    if !(1..=32).contains(&wifi.ssid.len()) {
-        return Err("`wifi.ssid` must be 1 to 32 bytes long");
-    }
-    let printable = |p: &String| p.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-    let fits = |p: &String| is_key(p) || ((8..=63).contains(&p.len()) && printable(p));
-    if !wifi.password.as_ref().is_none_or(fits) {
-        return Err(
-            "`wifi.password` must have 8 to 63 printable ASCII characters or 64 hexadecimal digits",
-        );
-    }
-    Ok(())
-}
-
 fn take(root: &Root, files: &dyn Files, seed: &Seed) -> io::Result<Seeded> {
     let mut taken = Vec::new();
     if let Some(name) = &seed.hostname {
@@ -198,13 +123,13 @@ fn take(root: &Root, files: &dyn Files, seed: &Seed) -> io::Result<Seeded> {
     }
     if !seed.ssh_keys.is_empty() {
         // The owner's keys: for root if the product lets root log in, and for the update user if the product has one.
-        for user in ["root", door::USER].into_iter().filter(|user| has_account(root, user)) {
+        for user in ["root", policy::USER].into_iter().filter(|user| has_account(root, user)) {
             let path = root.path(format!("data/identity/ssh/authorized_keys.d/{user}"));
             add_keys(files, &path, seed)?;
         }
         taken.push("ssh-keys");
     }
-    if let Some(configuration) = seed.wireless() {
+    if let Some(configuration) = wireless(seed) {
         let path = root.path(format!("data/network/wpa_supplicant-{WIRELESS}.conf"));
         durable::write_secret_with(files, &path, configuration.as_bytes())?;
         taken.push("wifi");
@@ -234,9 +159,9 @@ fn add_keys(files: &dyn Files, path: &Path, seed: &Seed) -> io::Result<()> {
     durable::write_with(files, path, keys.as_bytes())
 }
 
-/// Whether a password is a derived key, as `wpa_passphrase` prints it: 256 bits in hexadecimal.
-fn is_key(password: &str) -> bool {
-    password.len() == 64 && password.bytes().all(|byte| byte.is_ascii_hexdigit())
+/// The configuration of the wireless device, as in wpa_supplicant.conf(5); `None`: the seed has no network.
+pub fn wireless(seed: &Seed) -> Option<String> {
+    seed.wifi.as_ref().map(supplicant)
 }
 
 /// The network name is written in hexadecimal, because it may contain any byte.
@@ -244,7 +169,7 @@ fn supplicant(wifi: &Wifi) -> String {
     let ssid: String = wifi.ssid.bytes().map(|byte| format!("{byte:02x}")).collect();
     let key = match &wifi.password {
         // A key in hexadecimal is written without quotes (wpa_supplicant.conf(5)).
-        Some(key) if is_key(key) => format!("psk={key}"),
+        Some(key) if names::is_wifi_key(key) => format!("psk={key}"),
         // A quoted password ends at the line's last quote.
         Some(password) => format!("psk=\"{password}\""),
         None => "key_mgmt=NONE".to_owned(),

@@ -1,18 +1,18 @@
 //! The commands that change `data`, with logging; and what every start does with it.
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::json;
 
 use super::grow::Grown;
 use super::{grow, pending};
-use crate::condition::State;
+use crate::admission::Admitted;
 use crate::device::Device;
 use crate::events::Events;
-use crate::lock::{Lock, Turn};
+use crate::files::{Files, RealFiles, Writer};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -24,18 +24,11 @@ fn logged<T>(root: &Root, event: &str, result: Result<T>, details: serde_json::V
     result
 }
 
-fn lock(root: &Root, verb: &str) -> Result<Lock> {
-    let lock = Lock::take(root, Turn::Slots, verb)?;
-    State::writable(root)?;
-    Ok(lock)
-}
-
 /// Prepares a factory reset; the next start carries it out. Returns the path of the backup, if one was made.
 ///
 /// # Errors
-/// `busy`, `no-space`, `no-archive`, `io`.
-pub fn reset(root: &Root, keep: bool) -> Result<Option<PathBuf>> {
-    let _lock = lock(root, "reset")?;
+/// `no-space`, `no-archive`, `io`.
+pub fn reset(root: &Root, _: &Admitted, keep: bool) -> Result<Option<PathBuf>> {
     logged(root, "reset-prepared", pending::reset(root, keep), json!({ "backup": keep }))
 }
 
@@ -47,12 +40,34 @@ pub fn backup(root: &Root, out: impl Write) -> Result<()> {
     logged(root, "backed-up", pending::backup(root, out), json!({}))
 }
 
+/// Writes a backup into a file: complete under its name, or not there; and for its owner only from its first byte.
+///
+/// # Errors
+/// `no-archive`, `io`.
+pub fn backup_to(root: &Root, file: &str) -> Result<()> {
+    let failed = |error: io::Error| Refusal::io(format!("writing {file}"), &error);
+    let partial = PathBuf::from(format!("{file}.partial"));
+    RealFiles.remove(&partial).and_then(|()| RealFiles.create(&partial)).map_err(failed)?;
+    let mut out = Writer::new(&RealFiles, &partial, u64::MAX);
+    let written = backup(root, &mut out).and_then(|()| {
+        let folder = Path::new(file).parent().filter(|folder| !folder.as_os_str().is_empty());
+        let done = out.flush().and_then(|()| RealFiles.sync(&partial));
+        done.and_then(|()| RealFiles.replace(&partial, Path::new(file)))
+            .and_then(|()| RealFiles.sync(folder.unwrap_or(Path::new("."))))
+            .map_err(failed)
+    });
+    if written.is_err() {
+        // The first failure is the one to tell.
+        drop(RealFiles.remove(&partial));
+    }
+    written
+}
+
 /// Prepares a restore; the next start carries it out.
 ///
 /// # Errors
-/// `busy`, `half-done`, `bad-archive`, `no-space`, `io`.
-pub fn restore(root: &Root, input: impl Read) -> Result<()> {
-    let _lock = lock(root, "restore")?;
+/// `half-done`, `bad-archive`, `no-space`, `io`.
+pub fn restore(root: &Root, _: &Admitted, input: impl Read) -> Result<()> {
     logged(root, "restore-prepared", pending::restore(root, input), json!({}))
 }
 

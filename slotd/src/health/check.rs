@@ -5,20 +5,12 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+pub use contract::answer::CheckOutcome as Outcome;
+use contract::health_file::{FOLDER, HealthFile, TIMEOUT, Target};
 use ureq::http::Uri;
 
 use super::probe;
 use crate::root::Root;
-
-/// The directory of the checks: part of the image, and so of the version on trial.
-const FOLDER: &str = "etc/slotd/health.d";
-
-/// Default timeout of a check in seconds.
-const TIMEOUT: u64 = 10;
-
-/// Maximum timeout of a check in seconds.
-const LONGEST_TIMEOUT: u64 = 120;
 
 /// A check.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,61 +48,6 @@ pub enum Kind {
     Startup,
 }
 
-/// The result of one check.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Outcome {
-    /// The check's name.
-    pub name: String,
-    /// Whether the check passed.
-    pub healthy: bool,
-    /// What was found, human-readable.
-    pub found: String,
-}
-
-/// A check's file.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct File {
-    #[serde(default)]
-    timeout_seconds: Option<u64>,
-    unit: Option<Unit>,
-    http: Option<Http>,
-    command: Option<Command>,
-    space: Option<Space>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Unit {
-    name: String,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Http {
-    url: String,
-    #[serde(default = "ok")]
-    status: u16,
-}
-
-fn ok() -> u16 {
-    200
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Command {
-    run: Vec<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct Space {
-    path: PathBuf,
-    free_mib: u64,
-}
-
 impl Check {
     /// Runs the check once.
     pub fn run(&self, root: &Root) -> Outcome {
@@ -129,18 +66,11 @@ impl Check {
 /// All checks of this system: first that it has started, then the declared ones by name. An invalid file
 /// is a check that fails: a version with a broken check must not be kept.
 pub fn load(root: &Root) -> Vec<Check> {
-    let startup = Check {
-        name: "startup".to_owned(),
-        kind: Ok(Kind::Startup),
-        timeout: Duration::from_secs(TIMEOUT),
-    };
+    let startup = Check { name: "startup".to_owned(), kind: Ok(Kind::Startup), timeout: TIMEOUT };
     let mut checks = vec![startup];
     let folder = root.path(FOLDER);
-    let broken = |name: &str, why: String| Check {
-        name: name.to_owned(),
-        kind: Err(why),
-        timeout: Duration::from_secs(TIMEOUT),
-    };
+    let broken =
+        |name: &str, why: String| Check { name: name.to_owned(), kind: Err(why), timeout: TIMEOUT };
     let entries = match fs::read_dir(&folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return checks,
@@ -169,29 +99,17 @@ pub fn load(root: &Root) -> Vec<Check> {
 }
 
 fn parse(text: &str) -> Result<(Kind, Duration), String> {
-    let file: File = toml::from_str(text).map_err(|error| error.to_string().replace('\n', " "))?;
-    let timeout = file.timeout_seconds.unwrap_or(TIMEOUT);
-    if !(1..=LONGEST_TIMEOUT).contains(&timeout) {
-        return Err(format!("`timeout-seconds` is {timeout}, expected 1 to {LONGEST_TIMEOUT}"));
-    }
-    let kind = match (file.unit, file.http, file.command, file.space) {
-        (Some(unit), None, None, None) if !unit.name.starts_with('-') => Kind::Unit(unit.name),
-        (None, Some(http), None, None) => {
+    let file = HealthFile::parse(text)?;
+    let kind = match file.target {
+        Target::Unit(name) => Kind::Unit(name),
+        Target::Http(http) => {
             local(&http.url)?;
             Kind::Http { url: http.url, status: http.status }
         }
-        (None, None, Some(command), None) if !command.run.is_empty() => Kind::Command(command.run),
-        (None, None, None, Some(space)) if space.path.is_absolute() => Kind::Space {
-            path: space.path,
-            free: space.free_mib.checked_mul(1 << 20).ok_or("`free-mib` is too large")?,
-        },
-        _ => {
-            let forms =
-                "[unit] name, [http] url, [command] run, [space] path (absolute) and free-mib";
-            return Err(format!("expected exactly one of {forms}"));
-        }
+        Target::Command(words) => Kind::Command(words),
+        Target::Space { path, free } => Kind::Space { path, free },
     };
-    Ok((kind, Duration::from_secs(timeout)))
+    Ok((kind, file.timeout))
 }
 
 /// Refuses every address that is not this machine's: a robot has no internet, and a check that depends on

@@ -8,4 +8,4 @@ mod trial;
 pub mod watchdog;
 
 pub use check::{Check, Kind, Outcome, load};
-pub use trial::{Phase, State, Trial, Verdict, Watch};
+pub use trial::{Phase, State, Trial, Verdict, Watch, state};

@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
+pub use contract::answer::{Phase, WatchState as State};
 
 use super::check::{Check, Outcome};
 use crate::durable;
@@ -65,73 +65,18 @@ impl Trial {
     }
 }
 
-/// The phases of the watch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Phase {
-    /// A check fails.
-    Checking,
-    /// All checks pass, and must keep passing for a while.
-    Settling,
-    /// All checks passed, but the commit itself failed.
-    CommitFailed,
-    /// The trial was committed.
-    Committed,
-    /// The deadline is reached: the robot restarts into its committed slot.
-    OutOfTime,
+fn state_file(root: &Root) -> PathBuf {
+    root.run().join("health.json")
 }
 
-/// The watch's state, for `status`; it is in `/run`, so it exists only during this start.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct State {
-    /// The phase.
-    pub phase: Phase,
-    /// Seconds until the deadline.
-    pub seconds_left: u64,
-    /// Whether the hardware watchdog enforces the deadline.
-    pub watchdog: bool,
-    /// The last round of checks.
-    pub checks: Vec<Outcome>,
-    /// Why the commit failed.
-    pub problem: Option<String>,
-}
-
-impl State {
-    fn file(root: &Root) -> PathBuf {
-        root.run().join("health.json")
-    }
-
-    /// The last state of the watch; `None` when no watch has run since the start.
-    ///
-    /// # Errors
-    /// `io`, when the file cannot be read.
-    pub fn read(root: &Root) -> Result<Option<Self>> {
-        let path = Self::file(root);
-        durable::read_json(&path)
-            .map_err(|error| Refusal::io(format!("reading {}", path.display()), &error))
-    }
-
-    /// Why the trial is not committed yet, in a sentence.
-    pub fn why(&self) -> String {
-        let failing: Vec<String> = self
-            .checks
-            .iter()
-            .filter(|outcome| !outcome.healthy)
-            .map(|outcome| format!("{}: {}", outcome.name, outcome.found))
-            .collect();
-        let left = self.seconds_left;
-        match self.phase {
-            Phase::Checking => format!("not healthy yet, {left} s left: {}", failing.join("; ")),
-            Phase::Settling => format!("healthy, observed for a moment longer; {left} s left"),
-            Phase::CommitFailed => format!(
-                "healthy, but committing failed ({}); {left} s left",
-                self.problem.as_deref().unwrap_or("unknown")
-            ),
-            Phase::Committed => "committed".to_owned(),
-            Phase::OutOfTime => format!("out of time: {}", failing.join("; ")),
-        }
-    }
+/// The last state of the watch; `None` when no watch has run since the start.
+///
+/// # Errors
+/// `io`, when the file cannot be read.
+pub fn state(root: &Root) -> Result<Option<State>> {
+    let path = state_file(root);
+    durable::read_json(&path)
+        .map_err(|error| Refusal::io(format!("reading {}", path.display()), &error))
 }
 
 /// The result of the watch.
@@ -221,8 +166,8 @@ impl<'a> Watch<'a> {
 
     /// Writes the state, for `status` only: a failure must not prevent the commit of a trial.
     fn tell(&self, state: &State) {
-        if let Err(error) = durable::write_json(&State::file(self.root), state) {
-            eprintln!("slotd: cannot write the state of the health checks: {error}");
+        if let Err(error) = durable::write_json(&state_file(self.root), state) {
+            crate::say!("slotd: cannot write the state of the health checks: {error}");
         }
     }
 }
@@ -289,7 +234,7 @@ mod tests {
         assert_eq!((verdict, commits), (Verdict::Committed, 1));
         assert_eq!(phases, [Phase::Settling, Phase::Committed]);
         assert!(started.elapsed() >= Duration::from_millis(150));
-        let state = State::read(&root).unwrap().unwrap();
+        let state = state(&root).unwrap().unwrap();
         assert_eq!((state.phase, state.watchdog), (Phase::Committed, true));
     }
 
@@ -319,7 +264,7 @@ mod tests {
         assert_eq!(state.phase, Phase::OutOfTime);
         assert!(state.why().contains("api: sh: exit status: 1: no answer"), "{}", state.why());
         assert!(!state.why().contains("good"));
-        assert_eq!(State::read(&root).unwrap(), Some(state));
+        assert_eq!(super::state(&root).unwrap(), Some(state));
     }
 
     #[test]

@@ -4,14 +4,41 @@ use bundle::{Input, Kind, Policy, Reader, Version};
 use serde_json::json;
 
 use super::Options;
+use crate::condition::State as DataState;
 use crate::machine::{Machine, undecided};
+use crate::policy::{Slots, Standing};
 use crate::record::Floor;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
-/// Checks that do not depend on the bundle.
-pub(crate) fn robot(machine: &Machine<'_>) -> Result<()> {
-    undecided(machine)?;
+/// The state that the rules of [`crate::policy`] examine.
+pub fn standing(machine: &Machine<'_>) -> Standing {
+    let status = machine.flow.status();
+    let slots = match (&status, undecided(machine)) {
+        (Err(why), _) => Slots::Unknown(why.clone()),
+        (Ok(_), Ok(())) => Slots::Decided,
+        (Ok(status), Err(why)) => match status.pending(machine.running) {
+            Some(trial) if trial.slot == machine.running => Slots::TrialRuns(why),
+            Some(_) => Slots::TrialWaits(why),
+            None => Slots::NotCommitted(why),
+        },
+    };
+    let no_trial = status.ok().filter(|status| status.trial.is_none()).map(|status| {
+        Refusal::new(
+            "nothing-on-trial",
+            format!("slot {} is committed, and no slot is on trial", status.active),
+            "to go to the other slot, use `slotd boot-other`",
+        )
+    });
+    let no_data = DataState::writable(machine.root).err();
+    Standing { slots, no_trial, wrong_board: right_board(machine).err(), no_data }
+}
+
+/// Refuses if the running image is for another board than this machine.
+///
+/// # Errors
+/// `wrong-board`.
+fn right_board(machine: &Machine<'_>) -> Result<()> {
     let known = compatible(machine.root);
     if !machine.about.compatible.iter().any(|one| known.contains(one)) {
         return Err(Refusal::new(

@@ -12,7 +12,7 @@ use super::target::Target;
 use super::{Progress, Step, from_source, scan};
 use crate::device::{Device, slot_role};
 use crate::machine::{Machine, Slots, TrustArea};
-use crate::record::Installed;
+use crate::record;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
@@ -121,7 +121,7 @@ fn differs<I: Input>(
     if places.len() > LISTED {
         message.push_str(&format!("\n  and {} more places", places.len() - LISTED));
     }
-    let installed = Installed::read(machine.root, slot);
+    let installed = record::read_slot(machine.root, slot);
     let help = match installed.filter(|known| known.manifest != reader.manifest_sha256()) {
         Some(known) => format!(
             "the installed bundle was {} (manifest {}): compare the slot with that one",

@@ -16,17 +16,17 @@ mod target;
 
 use std::time::{Duration, Instant};
 
-use bundle::bootstate::Slot;
-use bundle::{Input, Reader, Version};
-use serde::Serialize;
+use bundle::{Input, Reader};
+pub use contract::answer::{InstalledSystem as Outcome, Progress, Step};
 use serde_json::json;
 
-pub(crate) use check::{manifest as check_manifest, robot as check_robot};
+pub(crate) use check::manifest as check_manifest;
+pub use check::standing;
 pub(crate) use compare::{ReadOnly, compare};
 
 use crate::device::other;
 use crate::machine::Machine;
-use crate::record::{Installed as InstalledSlot, Journal};
+use crate::record::{self, Journal};
 use crate::refusal::{Refusal, Result};
 use target::Target;
 
@@ -37,56 +37,6 @@ pub struct Options {
     pub allow_downgrade: Option<String>,
     /// Look for blocks in the running slot: worthwhile if skipping a frame saves its transfer.
     pub use_running_slot: bool,
-}
-
-/// An install's progress.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Progress {
-    /// The current step.
-    pub step: Step,
-    /// Bytes done of this step.
-    pub done: u64,
-    /// Bytes of this step.
-    pub total: u64,
-}
-
-/// The long parts of an install.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Step {
-    /// Comparing the slot with the bundle.
-    Survey,
-    /// Verifying and writing.
-    Write,
-    /// Reading the slot back from the device.
-    ReadBack,
-}
-
-/// What an install did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Outcome {
-    /// The slot that was written.
-    pub slot: Slot,
-    /// The version in it now.
-    pub version: Version,
-    /// SHA-256 of the bundle's manifest.
-    pub manifest: String,
-    /// Whether it resumed an interrupted install.
-    pub resumed: bool,
-    /// Bytes of all payloads.
-    pub size: u64,
-    /// Bytes that were already in the slot.
-    pub held: u64,
-    /// Bytes copied from the running slot.
-    pub taken: u64,
-    /// Bytes written to the slot.
-    pub written: u64,
-    /// Milliseconds until everything was written and flushed.
-    pub write_ms: u64,
-    /// Milliseconds of reading the slot back.
-    pub read_back_ms: u64,
 }
 
 /// Counters of an install.
@@ -112,8 +62,8 @@ pub(crate) fn system<I: Input>(
     let manifest = reader.manifest_sha256().to_owned();
     let version = reader.manifest().version.clone();
     let size = reader.manifest().components.iter().flat_map(|c| &c.payloads).map(|p| p.size).sum();
-    let installed = InstalledSlot::new(reader.manifest(), &manifest, reader.signed_by());
-    let journal = Journal::read(machine.root)
+    let installed = record::installed_by(reader.manifest(), &manifest, reader.signed_by());
+    let journal = record::read_journal(machine.root)
         .filter(|journal| journal.manifest == manifest && journal.slot == slot);
     let resumed = journal.is_some();
     machine.events.add(
@@ -145,11 +95,11 @@ pub(crate) fn system<I: Input>(
     let write = started.elapsed().saturating_sub(counts.read_back);
 
     // A robot whose `data` is full must still accept the update that fixes it.
-    if let Err(error) = installed.write(machine.root, slot) {
+    if let Err(error) = record::write_slot(machine.root, slot, &installed) {
         machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
     }
     machine.flow.arm_trial(slot)?;
-    if let Err(error) = Journal::remove(machine.root) {
+    if let Err(error) = record::remove_journal(machine.root) {
         machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
     }
     Ok(Outcome {

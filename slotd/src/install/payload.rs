@@ -17,7 +17,7 @@ use super::{Counts, Options, Progress, Step, from_source, scan};
 use crate::buffer::{Buffer, TRANSFER};
 use crate::device::slot_role;
 use crate::machine::Machine;
-use crate::record::Journal;
+use crate::record::{self, Journal};
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
@@ -207,7 +207,7 @@ impl Work<'_> {
         let each = |frame: &Frame, found: io::Result<scan::Found>| -> Result<()> {
             let found = found.map_err(|error| {
                 let doing = format!("reading back {}", slot_role(role, slot));
-                Refusal { code: "read-back", ..Refusal::io(doing, &error) }
+                Refusal { code: "read-back".into(), ..Refusal::io(doing, &error) }
             })?;
             if !found.proven {
                 let mut wrong = lock(&wrong);
@@ -225,7 +225,7 @@ impl Work<'_> {
         });
         if result.is_err() {
             // The journal is wrong: the next install must check everything.
-            if let Err(error) = Journal::remove(self.machine.root) {
+            if let Err(error) = record::remove_journal(self.machine.root) {
                 self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
             }
         }
@@ -234,7 +234,7 @@ impl Work<'_> {
 
     /// Writes the journal. A failure only costs time after an interruption.
     fn note(&self, journal: &Journal) {
-        if let Err(error) = journal.write(self.machine.root) {
+        if let Err(error) = record::write_journal(self.machine.root, journal) {
             self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
         }
     }

@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::buffer::Buffer;
 use crate::device::slot_role;
 use crate::machine::Machine;
-use crate::record::Installed;
+use crate::record;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
@@ -106,7 +106,7 @@ impl<'a> Target<'a> {
                 part.first = Some(first);
             }
         }
-        if let Err(error) = Installed::remove(self.machine.root, slot) {
+        if let Err(error) = record::remove_slot(self.machine.root, slot) {
             let error = error.to_string();
             self.machine.events.add("not-recorded", json!({ "slot": slot, "error": error }));
         }

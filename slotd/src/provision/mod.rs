@@ -16,7 +16,7 @@ use serde_json::json;
 use crate::builtin::{self, BuiltIn};
 use crate::durable;
 use crate::events::Events;
-use crate::files::{Disk, Files};
+use crate::files::{Files, RealFiles};
 use crate::lock::{Lock, Turn};
 use crate::python::{self, Module, Note};
 use crate::refusal::{Refusal, Result};
@@ -209,7 +209,7 @@ fn bad(path: &Path, why: &str) -> Refusal {
 /// `no-package`, `bad-resources`, `bad-api`: `/data/system` is unchanged. `no-space`, `busy`, `io`: it is the
 /// complete old tree or the complete new one.
 pub fn run(root: &Root, events: &Events) -> Result<Provisioned> {
-    run_with(root, events, &Disk)
+    run_with(root, events, &RealFiles)
 }
 
 /// [`run`] with every change made through `files`, except the log and locks.

@@ -11,7 +11,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use bundle::{BLOCK_SIZE, Level};
 use camino::{Utf8Path, Utf8PathBuf};
-use serde::{Deserialize, Serialize};
+use contract::answer::InstalledSystem;
+use serde::Serialize;
 
 use super::bundle::{PeakWatcher, pack};
 use crate::exec::{self, Tool};
@@ -62,15 +63,6 @@ pub struct Results {
     pub full: Vec<Row>,
     /// Installs by Slipway.
     pub sized: Vec<Sized>,
-}
-
-/// The output of `slotd install --format json`; other fields are ignored.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Outcome {
-    written: u64,
-    write_ms: u64,
-    read_back_ms: u64,
 }
 
 /// Measures with `turns` turns for each contender, in a directory on the disk to be measured.
@@ -202,7 +194,9 @@ impl Bench {
     }
 
     fn install(&self, robot: &Utf8Path, bundle: &Utf8Path) -> Call {
-        let args = ["--format", "json", "--root", robot.as_str(), "install", bundle.as_str()];
+        // In one process, whose memory is measured.
+        let install = ["install", "--foreground", bundle.as_str()];
+        let args = [&["--format", "json", "--root", robot.as_str()], &install[..]].concat();
         Call::new(self.slotd.as_str(), &args)
     }
 
@@ -242,7 +236,7 @@ impl Bench {
                 };
                 let (seconds, peak, output) = measure(name, call)?;
                 row.2 = row.2.max(peak);
-                match serde_json::from_str::<Outcome>(&output) {
+                match serde_json::from_str::<InstalledSystem>(&output) {
                     Ok(outcome) => {
                         let back = outcome.read_back_ms as f64 / 1000.0;
                         row.0.push(seconds - back);
@@ -289,7 +283,7 @@ impl Bench {
         let call = self.install(&self.robot(target, size)?, &bundle);
         let (seconds, peak, output) = measure(&name, &call)?;
         same(payload, target)?;
-        let outcome: Outcome =
+        let outcome: InstalledSystem =
             serde_json::from_str(&output).with_context(|| format!("reading `{output}`"))?;
         let read_back = outcome.read_back_ms as f64 / 1000.0;
         ensure!(outcome.write_ms > 0, "the agent reported a time of zero");

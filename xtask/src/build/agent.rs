@@ -23,11 +23,13 @@ pub const PACKAGE: &str = "slotd";
 /// The path of the compiler's lock in the workspace; `cargo xtask lock` creates it.
 pub const LOCK: &str = "slotd/compiler.lock";
 /// The sources that are compiled, besides the crates in `Cargo.lock`.
-pub const SOURCES: [&str; 6] = [
+pub const SOURCES: [&str; 8] = [
     "Cargo.lock",
     "Cargo.toml",
     "bundle/Cargo.toml",
     "bundle/src",
+    "contract/Cargo.toml",
+    "contract/src",
     "slotd/Cargo.toml",
     "slotd/src",
 ];

@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::cli::{Flash, Format};
 use crate::flash::card::Disk;
 use crate::flash::device::{self, Device, Objection};
-use crate::flash::seed::{self, PASSWORD_VARIABLE, Seed, Wifi};
+use crate::flash::seed::{self, PASSWORD_VARIABLE, Seed};
 use crate::flash::source::Source;
 use crate::flash::{self, Outcome, Request};
 use crate::progress::{bytes, duration, say};
@@ -123,7 +123,7 @@ fn seed(options: &Flash) -> Result<Seed> {
         ssh_keys.extend(seed::read_keys(path)?);
     }
     let wifi = match &options.wifi {
-        Some(ssid) => Some(Wifi::new(ssid, password(options, ssid)?)?),
+        Some(ssid) => Some(seed::wifi(ssid, password(options, ssid)?)?),
         None => None,
     };
     Ok(Seed { hostname: options.hostname.clone(), ssh_keys, wifi })

@@ -2,36 +2,13 @@
 //! robot's agent.
 
 use anyhow::{Context, Result, ensure};
-use serde::Serialize;
+use contract::api_file::{ApiFile, ApiWheel};
 
 use crate::rootfs::tree::{Origin, Tree};
 use crate::wheel::InstalledDistribution;
 
 /// Its path in the root.
-pub const API: &str = "usr/lib/slipway/api.toml";
-
-/// The file's format; `slotd` reads it.
-#[derive(Serialize)]
-#[serde(rename_all = "kebab-case")]
-struct Api<'a> {
-    package: &'a str,
-    module: &'a str,
-    version: &'a str,
-    site_packages: &'a str,
-    python: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    libc: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    minimum_version: Option<&'a str>,
-    wheels: Vec<Wheel<'a>>,
-}
-
-#[derive(Serialize)]
-struct Wheel<'a> {
-    name: &'a str,
-    version: &'a str,
-    sha256: &'a str,
-}
+pub const API: &str = contract::api_file::PATH;
 
 /// The text of `api.toml` for the wheels in a tree, and the C library for which they were locked.
 ///
@@ -64,22 +41,22 @@ pub fn describe(
          help: the API's package must have the name of its module",
         top.name
     );
-    let mut wheels: Vec<Wheel<'_>> = distributions
-        .iter()
-        .map(|d| Wheel { name: &d.name, version: &d.version, sha256: &d.sha256 })
-        .collect();
+    let wheel = |d: &InstalledDistribution| ApiWheel {
+        name: d.name.clone(),
+        version: d.version.clone(),
+        sha256: d.sha256.clone(),
+    };
+    let mut wheels: Vec<ApiWheel> = distributions.iter().map(wheel).collect();
     wheels.sort_by_key(|wheel| wheel.name.to_lowercase());
-    let site = format!("/{site}");
-    let text = toml::to_string(&Api {
-        package: &top.name,
-        module: &module,
-        version: &top.version,
-        site_packages: &site,
-        python,
-        libc,
-        minimum_version,
+    let file = ApiFile {
+        package: top.name.clone(),
+        module,
+        version: top.version.clone(),
+        site_packages: format!("/{site}").into(),
+        python: python.to_owned(),
+        libc: libc.map(str::to_owned),
+        minimum_version: minimum_version.map(str::to_owned),
         wheels,
-    })
-    .context("describing the API")?;
-    Ok(format!("# The API that this image has. Written from what was installed.\n{text}"))
+    };
+    file.to_text().context("describing the API")
 }

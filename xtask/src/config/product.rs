@@ -260,17 +260,6 @@ impl FromToml for Terminal {
     }
 }
 
-/// The countries of ISO 3166-1 (alpha-2). For any other code the kernel has no rules, and the radio
-/// silently keeps the worldwide rules.
-const COUNTRIES: &str = "AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS \
-     BT BV BW BY BZ CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE \
-     EG EH ER ES ET FI FJ FK FM FO FR GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU GW GY HK HM \
-     HN HR HT HU ID IE IL IM IN IO IQ IR IS IT JE JM JO JP KE KG KH KI KM KN KP KR KW KY KZ LA LB LC \
-     LI LK LR LS LT LU LV LY MA MC MD ME MF MG MH MK ML MM MN MO MP MQ MR MS MT MU MV MW MX MY MZ NA \
-     NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT PW PY QA RE RO RS RU RW \
-     SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO \
-     TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW";
-
 /// A country for the radio's regulatory domain: a two-letter code of ISO 3166-1 in capitals.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Country(pub String);
@@ -283,7 +272,7 @@ impl FromToml for Country {
         match (fits, code) {
             (false, _) => Err(String::new()),
             (true, "UK") => Err("the code of the United Kingdom is GB".to_owned()),
-            (true, _) if !COUNTRIES.split(' ').any(|known| known == code) => {
+            (true, _) if !contract::names::is_country(code) => {
                 Err("not a country code (ISO 3166-1)".to_owned())
             }
             (true, _) => Ok(Self(code.to_owned())),

@@ -8,8 +8,10 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
+use contract::names;
+use contract::seed_file::LARGEST;
+pub use contract::seed_file::{FILE, Seed, Wifi};
 use fatfs::{FileSystem, FsOptions};
-use serde::Serialize;
 
 use super::card::{Buffer, Card};
 use super::write::Piece;
@@ -17,80 +19,40 @@ use crate::disk::layout::BLOCK;
 use crate::disk::read::{self, FoundPartition};
 use crate::ssh_keys;
 
-/// The name of the file in the root directory of the boot partition.
-pub const FILE: &str = "slipway-seed.toml";
 /// The environment variable with the Wi-Fi password.
 pub const PASSWORD_VARIABLE: &str = "SLIPWAY_WIFI_PASSWORD";
-/// The maximum size of the file in bytes; the robot reads no more.
-const LARGEST: usize = 64 << 10;
 /// The MBR types of FAT partitions.
 const FAT_TYPES: [&str; 6] = ["01", "04", "06", "0b", "0c", "0e"];
 /// The role, and in a GPT the name, of the partition that updates never change.
 const BOOT: &str = "boot";
 
-/// A network.
-#[derive(Clone, PartialEq, Eq, Serialize)]
-pub struct Wifi {
-    ssid: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    password: Option<String>,
-}
-
-impl std::fmt::Debug for Wifi {
-    /// Without the password.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Wifi").field("ssid", &self.ssid).finish_non_exhaustive()
-    }
-}
-
-impl Wifi {
-    /// Makes a network with a password, or an open one.
-    ///
-    /// # Errors
-    /// When no such network can exist (IEEE 802.11: an SSID has 1 to 32 bytes, a passphrase 8 to 63
-    /// printable ASCII characters; a key that was derived from one, as `wpa_passphrase` prints it,
-    /// 64 hexadecimal digits).
-    pub fn new(ssid: &str, password: Option<String>) -> Result<Self> {
+/// Makes a network with a password, or an open one.
+///
+/// # Errors
+/// When no such network can exist ([`names::is_ssid`], [`names::is_wifi_password`]), or its name has control characters.
+pub fn wifi(ssid: &str, password: Option<String>) -> Result<Wifi> {
+    ensure!(
+        names::is_ssid(ssid) && !ssid.chars().any(char::is_control),
+        "the Wi-Fi name has {} bytes, expected 1 to 32 without control characters",
+        ssid.len()
+    );
+    if let Some(password) = &password {
+        let other = password.chars().position(|c| !names::is_passphrase_character(c));
         ensure!(
-            (1..=32).contains(&ssid.len()) && !ssid.chars().any(char::is_control),
-            "the Wi-Fi name has {} bytes, expected 1 to 32 without control characters",
-            ssid.len()
+            other.is_none(),
+            "character {} of the Wi-Fi password is not a printable ASCII character\n\
+             help: expected 8 to 63 of them, or the 64 hexadecimal digits of wpa_passphrase; \
+             is the file in UTF-8, without a byte order mark?",
+            other.map_or(0, |at| at + 1)
         );
-        if let Some(password) = &password {
-            let other = password.chars().position(|c| !(' '..='~').contains(&c));
-            ensure!(
-                other.is_none(),
-                "character {} of the Wi-Fi password is not a printable ASCII character\n\
-                 help: expected 8 to 63 of them, or the 64 hexadecimal digits of wpa_passphrase; \
-                 is the file in UTF-8, without a byte order mark?",
-                other.map_or(0, |at| at + 1)
-            );
-            let is_key =
-                password.len() == 64 && password.bytes().all(|byte| byte.is_ascii_hexdigit());
-            ensure!(
-                is_key || (8..=63).contains(&password.len()),
-                "the Wi-Fi password has {} characters, expected 8 to 63, or the 64 hexadecimal \
-                 digits of wpa_passphrase",
-                password.len()
-            );
-        }
-        Ok(Self { ssid: ssid.to_owned(), password })
+        ensure!(
+            names::is_wifi_password(password),
+            "the Wi-Fi password has {} characters, expected 8 to 63, or the 64 hexadecimal \
+             digits of wpa_passphrase",
+            password.len()
+        );
     }
-}
-
-/// The settings that the first boot applies.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Seed {
-    /// The robot's name in the network.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub hostname: Option<String>,
-    /// Public keys that may log in as root, a line each.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub ssh_keys: Vec<String>,
-    /// The network to join.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub wifi: Option<Wifi>,
+    Ok(Wifi { ssid: ssid.to_owned(), password })
 }
 
 /// Checks a host name: RFC 1123, section 2.1, one label.
@@ -98,9 +60,8 @@ pub struct Seed {
 /// # Errors
 /// When the name is invalid.
 pub fn check_hostname(name: &str) -> Result<()> {
-    let inner = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
     ensure!(
-        (1..=63).contains(&name.len()) && inner && !name.starts_with('-') && !name.ends_with('-'),
+        names::is_hostname(name),
         "invalid host name `{name}`\n\
          help: use 1 to 63 lower-case letters, digits and inner hyphens"
     );
@@ -127,53 +88,47 @@ pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
     Ok(keys.into_iter().map(|key| key.text).collect())
 }
 
-impl Seed {
-    /// Whether there are no settings.
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
+/// The names of the seed's settings.
+fn parts(seed: &Seed) -> Vec<&'static str> {
+    let parts = [
+        ("hostname", seed.hostname.is_some()),
+        ("ssh-keys", !seed.ssh_keys.is_empty()),
+        ("wifi", seed.wifi.is_some()),
+    ];
+    parts.into_iter().filter(|(_, is)| *is).map(|(name, _)| name).collect()
+}
 
-    fn names(&self) -> Vec<&'static str> {
-        let parts = [
-            ("hostname", self.hostname.is_some()),
-            ("ssh-keys", !self.ssh_keys.is_empty()),
-            ("wifi", self.wifi.is_some()),
-        ];
-        parts.into_iter().filter(|(_, is)| *is).map(|(name, _)| name).collect()
+/// Writes the file to the card's boot partition and reads it back. The partition table is still
+/// in memory, in the `held` pieces. Returns the names of the settings.
+///
+/// # Errors
+/// When the image has no boot partition with a FAT, or the card fails.
+pub fn plant(
+    seed: &Seed,
+    card: &dyn Card,
+    held: &[(usize, Buffer)],
+    pieces: &[Piece],
+) -> Result<Vec<&'static str>> {
+    let text = seed.to_text().context("encoding the settings for the first boot")?;
+    ensure!(
+        text.len() <= LARGEST,
+        "{FILE} would have {} bytes, the maximum is {LARGEST}",
+        text.len()
+    );
+    let boot = boot_partition(card, held, pieces)?;
+    let mut volume = Volume { card, place: boot, position: 0, blocks: BTreeMap::new() };
+    let doing = || format!("writing {FILE} to the boot partition");
+    {
+        let fat = FileSystem::new(&mut volume, FsOptions::new()).with_context(doing)?;
+        let mut file = fat.root_dir().create_file(FILE).with_context(doing)?;
+        file.truncate().with_context(doing)?;
+        file.write_all(text.as_bytes()).with_context(doing)?;
+        file.flush().with_context(doing)?;
+        drop(file);
+        fat.unmount().with_context(doing)?;
     }
-
-    /// Writes the file to the card's boot partition and reads it back. The partition table is still
-    /// in memory, in the `held` pieces. Returns the names of the settings.
-    ///
-    /// # Errors
-    /// When the image has no boot partition with a FAT, or the card fails.
-    pub fn plant(
-        &self,
-        card: &dyn Card,
-        held: &[(usize, Buffer)],
-        pieces: &[Piece],
-    ) -> Result<Vec<&'static str>> {
-        let text = toml::to_string(self).context("encoding the settings for the first boot")?;
-        ensure!(
-            text.len() <= LARGEST,
-            "{FILE} would have {} bytes, the maximum is {LARGEST}",
-            text.len()
-        );
-        let boot = boot_partition(card, held, pieces)?;
-        let mut volume = Volume { card, place: boot, position: 0, blocks: BTreeMap::new() };
-        let doing = || format!("writing {FILE} to the boot partition");
-        {
-            let fat = FileSystem::new(&mut volume, FsOptions::new()).with_context(doing)?;
-            let mut file = fat.root_dir().create_file(FILE).with_context(doing)?;
-            file.truncate().with_context(doing)?;
-            file.write_all(text.as_bytes()).with_context(doing)?;
-            file.flush().with_context(doing)?;
-            drop(file);
-            fat.unmount().with_context(doing)?;
-        }
-        volume.store().with_context(doing)?;
-        Ok(self.names())
-    }
+    volume.store().with_context(doing)?;
+    Ok(parts(seed))
 }
 
 /// The place of the boot partition.

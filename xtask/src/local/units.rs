@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
+pub use contract::health_file::Http as Address;
+use contract::health_file::{self, HealthFile};
 use serde::{Deserialize, Serialize};
 
 /// The directories of unit files; the first one overrides the second one (systemd.unit(5)).
@@ -181,21 +183,6 @@ pub struct System {
     pub mounts: Vec<Mount>,
     /// Addresses that must answer for the system to be healthy (`/etc/slotd/health.d`).
     pub addresses: Vec<Address>,
-}
-
-/// An address of a declared health check; only the system itself can reach it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Address {
-    /// The address, such as `http://127.0.0.1:80/health`.
-    pub url: String,
-    /// The expected status code.
-    #[serde(default = "good")]
-    pub status: u16,
-}
-
-fn good() -> u16 {
-    200
 }
 
 /// Reads what `root` would start. `overlay` lists the paths of overlays, without a leading slash.
@@ -499,17 +486,12 @@ fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
 
 /// The addresses of the agent's declared health checks.
 fn addresses(root: &Utf8Path) -> Result<Vec<Address>> {
-    #[derive(Deserialize)]
-    struct Check {
-        http: Option<Address>,
-    }
-    let folder = root.join("etc/slotd/health.d");
+    let folder = root.join(health_file::FOLDER);
     let mut found = Vec::new();
     for name in listing(&folder)?.into_iter().filter(|name| name.ends_with(".toml")) {
         let path = folder.join(name);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-        let check: Check = toml::from_str(&text).with_context(|| format!("reading {path}"))?;
-        found.extend(check.http);
+        found.extend(HealthFile::address(&text).with_context(|| format!("reading {path}"))?);
     }
     Ok(found)
 }

@@ -3,10 +3,11 @@
 use std::fs::File;
 
 use anyhow::{Context, Result, bail, ensure};
+use contract::Refusal;
+use contract::answer::{Progress, Status};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::answer::{Progress, Refused, Status};
 use crate::exec::Tool;
 use crate::ssh::check_options;
 
@@ -50,7 +51,7 @@ pub enum Reply<T> {
     /// The answer.
     Said(T),
     /// The agent's refusal.
-    Refused(Refused),
+    Refused(Refusal),
     /// There is no connection, or it broke before the answer: ssh's own message.
     Broken(String),
 }
@@ -68,8 +69,8 @@ pub struct Connection {
 }
 
 #[derive(Deserialize)]
-struct Refusal {
-    refused: Refused,
+struct RefusedLine {
+    refused: Refusal,
 }
 
 #[derive(Deserialize)]
@@ -183,7 +184,12 @@ impl Connection {
     /// # Errors
     /// As [`Connection::ask`].
     pub fn status(&self) -> Result<Reply<Status>> {
-        self.ask(&["status"], None, |_| {})
+        let reply = self.ask::<Status>(&["status"], None, |_| {})?;
+        if let Reply::Said(status) = &reply {
+            // By it alone a restart is seen.
+            ensure!(status.boot_id.is_some(), "the robot's kernel does not say its boot id");
+        }
+        Ok(reply)
     }
 
     /// Sends a request to the agent. The robot's shell interprets the words: they are our own and
@@ -220,8 +226,8 @@ impl Connection {
                  help: log in as root, to an image that `cargo xtask build-image` built",
                 last(&tail)
             ),
-            Some(code) => match serde_json::from_slice::<Refusal>(&out) {
-                Ok(refusal) => Ok(Reply::Refused(refusal.refused)),
+            Some(code) => match serde_json::from_slice::<RefusedLine>(&out) {
+                Ok(line) => Ok(Reply::Refused(line.refused)),
                 Err(_) => bail!("`{shown}` failed with exit code {code}: {}", tail.join("\n")),
             },
         }

@@ -4,17 +4,15 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+pub use contract::answer::ApiWentBack as Back;
 use serde_json::json;
 
 use super::service::{self, Patience, Watch};
 use super::state::{self, State, Trial};
-use super::{NEW, Place, failed, keep, settle};
+use super::{NEW, Place, failed, retention, settle};
 use crate::builtin::BuiltIn;
-use crate::condition::State as DataState;
 use crate::events::Events;
 use crate::files::Files;
-use crate::lock::{Lock, Turn};
 use crate::provision;
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
@@ -117,26 +115,12 @@ fn take_back(root: &Root, events: &Events, place: &Place<'_>, before: &State, wh
     }
 }
 
-/// The result of going back.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Back {
-    /// The component.
-    pub component: &'static str,
-    /// The version that serves now; `None`: the built-in API.
-    pub version: Option<String>,
-    /// Milliseconds during which no API answered.
-    pub down_ms: u64,
-}
-
 /// Goes back to the last good API before this one, or to the built-in API, with every change on `data` made through
-/// `files`.
+/// `files`. The caller was admitted.
 ///
 /// # Errors
-/// `no-other-api`, `busy`, `api-unhealthy`, `io`.
+/// `no-other-api`, `api-unhealthy`, `io`.
 pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
-    let _lock = Lock::take(root, Turn::Slots, "roll-back")?;
-    DataState::writable(root)?;
     settle(root, events, files)?;
     let place = Place::new(root, files);
     let state = State::read(&place);
@@ -157,9 +141,9 @@ pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
     let to = before.clone().find(|good| good.folder != *chosen && fits(&good.folder));
     let folder = to.map(|good| good.folder.as_str());
     let down = change(root, events, &place, folder, Patience::of(root), |_| {})?;
-    keep::tidy(root, &place, events);
+    retention::tidy(root, &place, events);
     let back = Back {
-        component: bundle::component::API,
+        component: bundle::component::API.to_owned(),
         version: to.map(|good| good.version.clone()),
         down_ms: millis(down),
     };

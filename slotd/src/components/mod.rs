@@ -12,7 +12,7 @@
 
 mod fit;
 mod install;
-mod keep;
+mod retention;
 mod service;
 mod settle;
 mod state;
@@ -35,7 +35,7 @@ pub use switch::{Back, back};
 pub use whole::Checked;
 pub(crate) use whole::verify;
 
-use crate::files::{Disk, Files};
+use crate::files::{Files, RealFiles};
 use crate::refusal::{Refusal, Result};
 use crate::root::Root;
 
@@ -113,7 +113,7 @@ impl<'a> Place<'a> {
 impl Place<'static> {
     /// For reading only.
     fn of(root: &Root) -> Self {
-        Self::new(root, &Disk)
+        Self::new(root, &RealFiles)
     }
 }
 

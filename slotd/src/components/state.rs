@@ -1,6 +1,7 @@
 //! The record of the chosen API, and of a change that is not confirmed yet.
 
 use bundle::component::Lock;
+pub use contract::answer::GoodApi as Good;
 use serde::{Deserialize, Serialize};
 
 use super::{Place, failed, is_version};
@@ -17,20 +18,6 @@ pub struct State {
     pub good: Vec<Good>,
     /// A change that has begun but is not confirmed: from `chosen` to this.
     pub trial: Option<Trial>,
-}
-
-/// An API that has been healthy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Good {
-    /// Its directory.
-    pub folder: String,
-    /// Its version.
-    pub version: String,
-    /// SHA-256 of its bundle's manifest.
-    pub manifest: String,
-    /// Ids of the keys whose signatures were accepted.
-    pub signed_by: Vec<String>,
 }
 
 /// A change under way.

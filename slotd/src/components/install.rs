@@ -6,14 +6,14 @@ use std::time::Instant;
 
 use bundle::component::{API, LOCK_ROLE, Lock, SITE};
 use bundle::{Input, PayloadReader, Reader};
-use serde::Serialize;
+pub use contract::answer::InstalledApi as Outcome;
 use serde_json::json;
 
 use super::service::Patience;
 use super::state::Good;
 use super::switch::{change, millis};
 use super::whole::relink;
-use super::{NEW, Place, failed, keep, settle, tree};
+use super::{NEW, Place, failed, retention, settle, tree};
 use crate::builtin::BuiltIn;
 use crate::condition::{Condition, State as DataState};
 use crate::durable;
@@ -22,36 +22,6 @@ use crate::machine::Machine;
 use crate::python::{self, Entry, Interpreter, Module, SearchPath};
 use crate::refusal::{Matter, Refusal, Result};
 use crate::root::Root;
-
-/// What an install of the component did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Outcome {
-    /// The component.
-    pub component: &'static str,
-    /// The version that serves now.
-    pub version: String,
-    /// Its directory in `/data/apps/api`.
-    pub folder: String,
-    /// SHA-256 of the bundle's manifest.
-    pub manifest: String,
-    /// The version that served before; `None`: the built-in API.
-    pub before: Option<String>,
-    /// How many wheels it has.
-    pub wheels: usize,
-    /// How many of them were already present.
-    pub reused: usize,
-    /// Bytes of all payloads.
-    pub size: u64,
-    /// Bytes of payloads that were already present.
-    pub held: u64,
-    /// Bytes written.
-    pub written: u64,
-    /// Milliseconds until everything was written and flushed.
-    pub write_ms: u64,
-    /// Milliseconds during which no API answered.
-    pub down_ms: u64,
-}
 
 /// Installs a bundle of the component `api`. The caller has the lock, and has compared the manifest with
 /// the robot.
@@ -101,7 +71,7 @@ pub(crate) fn install<I: Input>(
     }
     // An interrupted change is completed or rolled back before the next one.
     settle(root, events, machine.files)?;
-    let whole = keep::make_room(root, place, &lock)?;
+    let whole = retention::make_room(root, place, &lock)?;
 
     let id = bundle::index::hex(&bundle::index::sha256(&json));
     let folder = format!("{}-{}", lock.version, id.get(..8).unwrap_or_default());
@@ -112,7 +82,7 @@ pub(crate) fn install<I: Input>(
     );
     let started = Instant::now();
     let mut outcome = Outcome {
-        component: API,
+        component: API.to_owned(),
         version: lock.version.clone(),
         folder: folder.clone(),
         manifest: manifest.clone(),
@@ -132,10 +102,10 @@ pub(crate) fn install<I: Input>(
         .and_then(|()| assemble(root, place, &lock, &json, &folder));
     if let Err(refusal) = beside {
         // Wheels of an interrupted transfer are kept for the next one; a refused API is removed.
-        if let Err(error) = keep::sweep(place) {
+        if let Err(error) = retention::sweep(place) {
             events.add("api-not-tidied", json!(error));
         } else if refusal.matter() == Matter::Bundle {
-            keep::tidy(root, place, events);
+            retention::tidy(root, place, events);
         }
         return Err(refusal);
     }
@@ -146,7 +116,7 @@ pub(crate) fn install<I: Input>(
         state.good.retain(|other| other.folder != good.folder);
         state.good.insert(0, good);
     });
-    keep::tidy(root, place, events);
+    retention::tidy(root, place, events);
     outcome.down_ms = millis(changed?);
     Ok(outcome)
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::state::{self, State};
 use super::switch::point;
-use super::{Place, keep};
+use super::{Place, retention};
 use crate::builtin::BuiltIn;
 use crate::durable;
 use crate::events::Events;
@@ -70,7 +70,7 @@ pub fn settle(root: &Root, events: &Events, files: &dyn Files) -> Result<Settled
         // Last: until then the next start rolls it back again.
         state.write(&place)?;
     }
-    keep::sweep(&place)?;
+    retention::sweep(&place)?;
     let path = file(root);
     if let Err(error) = durable::write_json(&path, &settled) {
         events.add("not-recorded", json!({ "error": error.to_string() }));

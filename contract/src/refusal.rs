@@ -1,8 +1,9 @@
 //! Refusals: a stable machine-readable code, a sentence, and what to do.
 
+use std::borrow::Cow;
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The result of everything that can be refused.
 pub type Result<T, E = Refusal> = std::result::Result<T, E>;
@@ -86,6 +87,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("api-unhealthy", Matter::State, "the new API does not start; the previous one serves again"),
     ("bad-seed", Matter::Source, "the file with settings for the first boot is malformed"),
     ("busy", Matter::State, "another process is changing slots"),
+    ("cancelled", Matter::State, "the job was cancelled; installing the same bundle again resumes"),
     ("drift", Matter::State, "`/data/system` differs from the resources of the API's package"),
     ("half-done", Matter::State, "a restore was interrupted and resumes with the next restart"),
     ("incomplete-slot", Matter::State, "the other slot has no complete system"),
@@ -93,6 +95,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("no-archive", Matter::State, "data has more entries, or longer names, than could be restored"),
     ("not-offered", Matter::State, "the update user asks for a command that it may not run"),
     ("no-data", Matter::State, "data is read-only, or is not on the card"),
+    ("no-job", Matter::State, "no job is running, or there was none since the start"),
     ("no-other-api", Matter::State, "the system's built-in API already serves"),
     (
         "no-space",
@@ -102,6 +105,7 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("not-committed", Matter::State, "the running slot is not the committed one"),
     ("nothing-on-trial", Matter::State, "there is no trial to end"),
     ("slot-differs", Matter::State, "a slot differs from the bundle"),
+    ("too-late", Matter::State, "the job has read its whole bundle and can no longer be cancelled"),
     ("trial-pending", Matter::State, "a trial is still pending"),
     ("unhealthy", Matter::State, "a health check fails"),
     (
@@ -113,11 +117,12 @@ pub const CODES: &[(&str, Matter, &str)] = &[
     ("truncated", Matter::Source, "the bundle ends too early"),
 ];
 
-/// A refusal or a failure.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+/// A refusal or a failure: `{"refused": …}` of every answer in JSON. A reader skips what else it says, and takes codes
+/// that it does not know: a later agent has more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
     /// A stable code in kebab-case, one of [`CODES`]: `wrong-board`.
-    pub code: &'static str,
+    pub code: Cow<'static, str>,
     /// What happened: what was being done, what was expected and found.
     pub message: String,
     /// What to do about it.
@@ -127,7 +132,7 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal with its three parts.
     pub fn new(code: &'static str, message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self { code, message: message.into(), help: help.into() }
+        Self { code: Cow::Borrowed(code), message: message.into(), help: help.into() }
     }
 
     /// Reading or writing failed; `doing` is a gerund phrase that names what and where.
@@ -136,9 +141,14 @@ impl Refusal {
         Self::new("io", format!("{doing}: {error}"), help)
     }
 
-    /// What the refusal concerns.
+    /// The whole refusal for a terminal: the message with its code, and the help on a line of its own.
+    pub fn in_full(&self) -> String {
+        format!("{} [{}]\nhelp: {}", self.message, self.code, self.help)
+    }
+
+    /// What the refusal concerns; [`Matter::Robot`] for an unknown code.
     pub fn matter(&self) -> Matter {
-        let known = CODES.iter().find(|(code, _, _)| *code == self.code);
+        let known = CODES.iter().find(|(code, _, _)| self.code == *code);
         known.map_or(Matter::Robot, |(_, matter, _)| *matter)
     }
 }

@@ -1,44 +1,12 @@
 //! The API's status, for `slotd status`.
 
-use serde::Serialize;
+pub use contract::answer::{ApiStatus as Status, Serves};
 
 use super::Place;
 use super::settle::{decide, last};
-use super::state::{self, Good, State};
+use super::state::{self, State};
 use crate::builtin::BuiltIn;
 use crate::root::Root;
-
-/// Which copy of the API serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Serves {
-    /// The one installed on `data`.
-    Installed,
-    /// The one built into the base.
-    BuiltIn,
-}
-
-/// The API's status.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Status {
-    /// The distribution.
-    pub package: String,
-    /// Which copy serves.
-    pub serves: Serves,
-    /// The version that serves.
-    pub version: String,
-    /// The version that is built in.
-    pub built_in: String,
-    /// Why this copy serves, in a sentence.
-    pub why: String,
-    /// SHA-256 of the manifest of the bundle that it came from.
-    pub manifest: Option<String>,
-    /// Versions that were healthy and are kept, the latest first.
-    pub good: Vec<Good>,
-    /// Whether a change is not confirmed yet.
-    pub pending: bool,
-}
 
 /// The API's status; `None` on a system without an API.
 pub fn status(root: &Root) -> Option<Status> {
@@ -60,10 +28,10 @@ pub fn status(root: &Root) -> Option<Status> {
         (None, None, None) => "no API is installed".to_owned(),
     };
     Some(Status {
-        package: base.package,
+        package: base.package.clone(),
         serves: if lock.is_some() { Serves::Installed } else { Serves::BuiltIn },
         version: lock.map_or_else(|| base.version.clone(), |lock| lock.version),
-        built_in: base.version,
+        built_in: base.version.clone(),
         why,
         manifest: good.map(|good| good.manifest.clone()),
         pending: state.trial.is_some(),

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::{NEW, Place, failed, keep, state, tree};
+use super::{NEW, Place, failed, retention, state, tree};
 use crate::events::Events;
 use crate::files::make_dirs;
 use crate::refusal::{Refusal, Result};
@@ -131,7 +131,7 @@ pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
 /// which are all present and intact. A version that cannot be rebuilt stays as it is and does not fail the install;
 /// the event `api-not-healed` says why.
 pub(super) fn relink(place: &Place<'_>, lock: &Lock, folder: &str, events: &Events) {
-    let versions = keep::versions(place).unwrap_or_default();
+    let versions = retention::versions(place).unwrap_or_default();
     for name in versions.into_iter().filter(|name| name != folder) {
         let Ok(theirs) = state::lock(place, &name) else { continue };
         let here = |wheel: &&Wheel| lock.wheels.iter().any(|ours| ours.tree == wheel.tree);
@@ -186,7 +186,7 @@ pub(crate) fn verify(root: &Root) -> Result<Checked> {
     let place = &Place::of(root);
     let mut check = Check { known: BTreeMap::new(), size: 0, places: Vec::new() };
     let mut wheels: BTreeMap<String, (String, Option<Sums>)> = BTreeMap::new();
-    let versions = keep::versions(place)?;
+    let versions = retention::versions(place)?;
     for version in &versions {
         let lock = match state::lock(place, version) {
             Ok(lock) => lock,

@@ -1,0 +1,246 @@
+//! Answers as text for a terminal.
+
+use contract::answer::{
+    ApiStatus, Changed, CheckOutcome, Event, Installed, InstalledApi, InstalledSystem, Serves,
+    Status,
+};
+use contract::job::{Job, JobState};
+use serde_json::{Value, json};
+use slotd::lobby::{Response, watched};
+use slotd::provision::{How, Outcome, Provisioned};
+
+use super::Verb;
+
+/// An answer as text. The verb determines the wording for a changed slot.
+pub fn of(verb: &Verb, answer: &Response) -> String {
+    match answer {
+        Response::Status(status) => self::status(status),
+        Response::Report { board, status } => {
+            let text = status
+                .as_ref()
+                .map_or_else(|refusal| refusal.message.clone(), |status| self::status(status));
+            format!("{}\n{text}", board.lines())
+        }
+        Response::Log(events) => lines(events.iter().map(event)),
+        Response::Health(outcomes) => lines(outcomes.iter().map(check)),
+        Response::Watched(verdict) => watched(verdict.as_ref()),
+        Response::Verified(verified) => {
+            let keys: Vec<&str> = verified.signed_by.iter().map(|by| by.id.as_str()).collect();
+            let what = verified.slot.map_or(String::new(), |slot| format!("slot {slot} is "));
+            let whole = if verified.slot.is_some() { "to its last block" } else { "is whole" };
+            format!("{what}{} {whole}, signed by {}", verified.version, keys.join(", "))
+        }
+        Response::VerifiedApi(checked) => format!(
+            "{} versions of the API with {} wheels are as they were unpacked, {} MiB",
+            checked.versions,
+            checked.wheels,
+            checked.size.div_ceil(1 << 20)
+        ),
+        Response::Installed(done) => match &done.answer {
+            Installed::System(system) => installed_system(system, done.restarts),
+            Installed::Api(api) => installed_api(api),
+        },
+        Response::Changed { changed, restarts } => self::changed(verb, changed, *restarts),
+        Response::WentBack(back) => match &back.version {
+            Some(version) => format!("the API {version} serves again"),
+            None => "the system's own API serves again".to_owned(),
+        },
+        Response::Keys(set) => lines(set.keys.iter().map(|key| {
+            let state = if key.revoked { ", revoked" } else { "" };
+            format!("{}  {} epoch {}{state}", key.id, key.kind, key.epoch)
+        })),
+        Response::Reset { backup, restarts } => {
+            let backup = backup.as_ref();
+            let backup =
+                backup.map_or(String::new(), |path| format!(" (backup: {})", path.display()));
+            with_restart(&format!("everything on data goes{backup}"), *restarts)
+        }
+        Response::BackedUp(file) => {
+            format!("{} is complete", file.as_deref().unwrap_or("the backup"))
+        }
+        Response::Restored { restarts, .. } => {
+            with_restart("the backup takes the place of everything on data", *restarts)
+        }
+        Response::Provisioned(done) => provisioned(done),
+        Response::Grown(grown) => {
+            format!("data has {} MiB, had {}", grown.to >> 11, grown.from >> 11)
+        }
+        Response::Prepared(done) => format!("data is prepared: {}", json!(done)),
+        Response::Seeded(seeded) => match seeded.taken.as_slice() {
+            [] => "the flasher left nothing to take over".to_owned(),
+            names => format!("taken over from the flasher: {}", names.join(", ")),
+        },
+        Response::Job(job) => job
+            .as_ref()
+            .map_or_else(|| "no job since the robot's start".to_owned(), |job| self::job(job)),
+    }
+}
+
+fn lines(lines: impl Iterator<Item = String>) -> String {
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+fn with_restart(what: &str, restarts: bool) -> String {
+    let when = if restarts { "restarting" } else { "with the next restart" };
+    format!("{what}: {when}")
+}
+
+fn changed(verb: &Verb, changed: &Changed, restarts: bool) -> String {
+    let what = match verb {
+        Verb::Commit => return format!("slot {} is committed", changed.slot),
+        Verb::BootOther { .. } => "next is slot",
+        _ => "the trial is over, slot",
+    };
+    let then = match (changed.restart.is_some(), restarts) {
+        (true, true) => "; restarting",
+        (true, false) => "; it runs after the next restart",
+        (false, _) => " runs on",
+    };
+    format!("{what} {}{then}", changed.slot)
+}
+
+fn check(outcome: &CheckOutcome) -> String {
+    let state = if outcome.healthy { "well " } else { "FAILS" };
+    format!("{state} {}: {}", outcome.name, outcome.found)
+}
+
+fn status(status: &Status) -> String {
+    let mut lines = vec![
+        format!("{} {} on {}", status.product, status.version, status.board),
+        format!("running    slot {}", status.running),
+        format!("committed  slot {}", status.boot.active),
+    ];
+    if let Some(trial) = status.boot.trial {
+        let state = match (status.pending, trial.slot == status.running) {
+            (false, _) => "failed; the committed slot runs".to_owned(),
+            (true, true) => "runs, and is not committed yet".to_owned(),
+            (true, false) => format!("starts with the next restart, {} tries left", trial.tries),
+        };
+        lines.push(format!("trial      slot {} {state}", trial.slot));
+    }
+    if let Some(health) = &status.health {
+        lines.push(format!("health     {}", health.why));
+    }
+    if let Some(other) = &status.other {
+        lines.push(format!("other      {}", other.version));
+    }
+    if let Some(journal) = &status.interrupted {
+        lines.push(format!(
+            "interrupted: an install of {} into slot {}; install the same bundle again to resume",
+            journal.version, journal.slot
+        ));
+    }
+    if let Some(floor) = &status.floor.version {
+        lines.push(format!("floor      {floor}, key epoch {}", status.floor.key_epoch));
+    }
+    lines.push(format!("keys       {}", status.keys));
+    lines.extend(status.api.as_ref().map(api));
+    if let Some(data) = &status.data {
+        lines.push(format!("data       {} MiB, {} free", data.size >> 20, data.free >> 20));
+    }
+    let alarms = status.alarm.iter().flat_map(|alarms| alarms.lines());
+    lines.extend(alarms.map(|alarm| format!("ALARM      {alarm}")));
+    lines.extend(status.boot.damage.iter().map(|damage| format!("DAMAGED    {damage}")));
+    lines.join("\n")
+}
+
+fn api(api: &ApiStatus) -> String {
+    let copy = match api.serves {
+        Serves::Installed => "installed",
+        Serves::BuiltIn => "built in",
+    };
+    format!("api        {} {}, {copy}: {}", api.package, api.version, api.why)
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn seconds(millis: u64) -> f64 {
+    millis as f64 / 1000.0
+}
+
+fn installed_system(done: &InstalledSystem, restarts: bool) -> String {
+    format!(
+        "{} is in slot {}: {:.1} MiB written, {:.1} MiB were there; {:.1} s, and {:.1} s reading back\n{}",
+        done.version,
+        done.slot,
+        mib(done.written),
+        mib(done.held),
+        seconds(done.write_ms),
+        seconds(done.read_back_ms),
+        if restarts {
+            "restarting into its trial"
+        } else {
+            "its trial begins with the next restart"
+        }
+    )
+}
+
+fn installed_api(done: &InstalledApi) -> String {
+    format!(
+        "the API {} serves, before it {}: {:.1} MiB written, {} of {} wheels were there; {:.1} s, and {:.1} s without an answer",
+        done.version,
+        done.before.as_deref().unwrap_or("the system's own"),
+        mib(done.written),
+        done.reused,
+        done.wheels,
+        seconds(done.write_ms),
+        seconds(done.down_ms)
+    )
+}
+
+fn provisioned(done: &Provisioned) -> String {
+    let package = done.package.clone().unwrap_or_default();
+    let package = package.display();
+    let mut text = match done.outcome {
+        Outcome::Provisioned => {
+            let count = |how: &[How]| done.changes.iter().filter(|c| how.contains(&c.how)).count();
+            format!(
+                "/data/system has the {} files of {package}: {} added, {} removed, {} changed",
+                done.files,
+                count(&[How::Missing]),
+                count(&[How::Superfluous]),
+                count(&[How::Content, How::Mode, How::Kind]),
+            )
+        }
+        Outcome::Unchanged => format!("/data/system has the {} files of {package}", done.files),
+        Outcome::NoResources => format!("{package} has no resources: /data/system stays as it is"),
+        Outcome::NoApi => "this product has no API: nothing to provision".to_owned(),
+        Outcome::Current => format!("{package} was provisioned for this base already"),
+    };
+    for path in &done.left_out {
+        text.push_str(&format!("\n  left out: {}", path.to_string_lossy().escape_debug()));
+    }
+    for note in &done.notes {
+        text.push_str(&format!("\n  not followed: {note}"));
+    }
+    text
+}
+
+fn event(event: &Event) -> String {
+    let details = Value::Object(event.details.clone());
+    format!("{} {} {} {} {details}", event.number, event.time, event.boot, event.event)
+}
+
+fn job(job: &Job) -> String {
+    let state = match &job.state {
+        JobState::Runs => match job.progress {
+            Some(at) => format!("{} {} %", at.step.doing(), at.done * 100 / at.total.max(1)),
+            None => "starting".to_owned(),
+        },
+        JobState::Done(_) => "done".to_owned(),
+        JobState::Refused(refusal) => refusal.in_full(),
+        JobState::Lost => {
+            "its process was killed; install the same bundle again to resume".to_owned()
+        }
+    };
+    let by = job.by.unit.as_deref().unwrap_or("a process without a unit");
+    let command = job.by.command.escape_debug();
+    format!(
+        "job {} ({}): {state}\nasked by user id {} in {by}: {command}",
+        job.id,
+        job.request.verb(),
+        job.by.uid
+    )
+}

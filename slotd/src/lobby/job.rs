@@ -1,0 +1,341 @@
+//! A long operation: its record in `/run/slotd`, for clients that watch it; and its cancellation.
+//!
+//! The process that runs it holds a lock until it ends, so that the record of a killed process can be distinguished from
+//! that of a running one. To cancel a job, a client writes a note. The job finds it when it next reads its bundle, and ends
+//! as if the bundle's source had failed, which is safe at any moment. A job that waits for its source is terminated, which
+//! is as safe as a power cut. Once the bundle was read to its end, the job can no longer be cancelled.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bundle::Input;
+use contract::answer::{Progress, Step};
+use contract::job::{Caller, Done, Job, JobState};
+use contract::request::Request;
+use rustix::fs::FlockOperation;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::durable;
+use crate::lock::private_dir;
+use crate::refusal::{Refusal, Result};
+use crate::root::Root;
+
+/// The interval between two records of progress within one step.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// How long a cancelled job may take to end by itself: longer than writing any frame takes.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn record(root: &Root) -> PathBuf {
+    root.run().join("job.json")
+}
+
+/// Held by the process of the recorded job.
+fn lock_file(root: &Root) -> PathBuf {
+    root.run().join("job.lock")
+}
+
+/// The note that cancels a job, with the job's number. Its name differs from the record's in more than the extension: both
+/// are replaced, by different processes, through temporary files that are named after them.
+fn wish(root: &Root) -> PathBuf {
+    root.run().join("cancel.json")
+}
+
+fn failed(error: &io::Error) -> Refusal {
+    Refusal::io("writing the job's record in /run/slotd", error)
+}
+
+/// The record of the job that is running, or that ran last since the start.
+///
+/// # Errors
+/// `io`: the record cannot be read.
+pub fn read(root: &Root) -> Result<Option<Job>> {
+    let job: Option<Job> = durable::read_json(&record(root)).map_err(|error| failed(&error))?;
+    Ok(job.map(|job| match job.state {
+        // The record is written before the lock is released: read it again.
+        JobState::Runs if !runs(root) => match durable::read_json::<Job>(&record(root)) {
+            Ok(Some(again)) if again.state != JobState::Runs => again,
+            _ => Job { state: JobState::Lost, cancellable: false, ..job },
+        },
+        _ => job,
+    }))
+}
+
+/// Waits for the running job and returns its result; returns at once if it has ended.
+///
+/// # Errors
+/// `no-job`: there was none since the start. The refusal of the job. `io`: it was killed.
+pub fn watch(root: &Root, watcher: &(dyn Fn(Progress) + Sync)) -> Result<Done> {
+    let mut last = None;
+    loop {
+        let job = read(root)?.ok_or_else(|| {
+            Refusal::new("no-job", "there was no job since the robot's start", "see `slotd log`")
+        })?;
+        match job.state {
+            JobState::Runs => {}
+            JobState::Done(done) => return Ok(done),
+            JobState::Refused(refusal) => return Err(refusal),
+            JobState::Lost => {
+                return Err(Refusal::new(
+                    "io",
+                    "the process of the job was killed",
+                    "install the bundle again to resume; see the journal",
+                ));
+            }
+        }
+        if job.progress != last {
+            last = job.progress;
+            job.progress.into_iter().for_each(watcher);
+        }
+        std::thread::sleep(PAUSE / 2);
+    }
+}
+
+/// Whether a process holds the lock of a job.
+fn runs(root: &Root) -> bool {
+    let Ok(file) = File::open(lock_file(root)) else { return false };
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err()
+}
+
+/// Cancels the running job, and returns its record when it has ended. A job that ended by itself meanwhile is not an error:
+/// its state has the result.
+///
+/// # Errors
+/// `no-job`: no job is running. `too-late`: it has read its bundle to the end and can no longer be cancelled. `io`.
+pub fn cancel(root: &Root) -> Result<Job> {
+    let none = || Refusal::new("no-job", "no job is running", "see `slotd job`");
+    let job = read(root)?.filter(|job| job.state == JobState::Runs).ok_or_else(none)?;
+    let late = || {
+        let what = job.request.verb();
+        let message =
+            format!("`slotd {what}` has read its whole bundle and can no longer be cancelled");
+        Refusal::new("too-late", message, "wait until it has ended: `slotd job --watch`")
+    };
+    if !job.cancellable {
+        return Err(late());
+    }
+    durable::replace(&wish(root), job.id.to_string().as_bytes()).map_err(|error| failed(&error))?;
+    let started = Instant::now();
+    let mut ended = false;
+    loop {
+        let now = read(root)?.filter(|now| now.id == job.id).ok_or_else(none)?;
+        match now.state {
+            JobState::Runs if !now.cancellable => return Err(late()),
+            JobState::Runs if started.elapsed() >= PATIENCE && !ended => {
+                // It waits for its source, possibly for ever. Terminating it is as safe as a power cut.
+                let process = i32::try_from(now.process).ok().and_then(Pid::from_raw);
+                if let Some(process) = process {
+                    kill_process(process, Signal::TERM).map_err(|error| failed(&error.into()))?;
+                }
+                ended = true;
+            }
+            JobState::Runs if started.elapsed() >= PATIENCE * 3 => return Err(late()),
+            JobState::Runs => {}
+            JobState::Lost => {
+                // Do not overwrite the record of a newer job.
+                if let Some(_lock) = take_lock(root)? {
+                    let ended = Job { state: JobState::Refused(cancelled()), ..now };
+                    write(root, &ended).map_err(|error| failed(&error))?;
+                    return Ok(ended);
+                }
+            }
+            JobState::Done(_) | JobState::Refused(_) => return Ok(now),
+        }
+        std::thread::sleep(PAUSE / 5);
+    }
+}
+
+fn cancelled() -> Refusal {
+    Refusal::new(
+        "cancelled",
+        "the job was cancelled; the next install of the same bundle resumes",
+        "install the bundle again to resume",
+    )
+}
+
+fn write(root: &Root, job: &Job) -> io::Result<()> {
+    private_dir(&root.run())?;
+    durable::replace(&record(root), &serde_json::to_vec(job)?)
+}
+
+/// The lock of a job's process; `None`: another process has it.
+fn take_lock(root: &Root) -> Result<Option<File>> {
+    private_dir(&root.run()).map_err(|error| failed(&error))?;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let lock = options.open(lock_file(root)).map_err(|error| failed(&error))?;
+    let started = Instant::now();
+    loop {
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(lock)),
+            // A process that checks whether a job is running holds it for a moment.
+            Err(rustix::io::Errno::WOULDBLOCK) if started.elapsed() < PAUSE => {
+                std::thread::sleep(PAUSE / 25);
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(error) => return Err(failed(&error.into())),
+        }
+    }
+}
+
+/// A running job.
+struct Running<'a> {
+    root: &'a Root,
+    job: Mutex<Job>,
+    told: Mutex<Option<(Instant, Step)>>,
+    cancelled: AtomicBool,
+    looked: Mutex<Instant>,
+    _lock: File,
+}
+
+/// Runs a long operation as a job: it has a record, can be watched, and can be cancelled while it reads `input`.
+///
+/// # Errors
+/// `busy`: another job is running. `cancelled`. The refusal of the operation itself.
+pub fn run<I: Input>(
+    root: &Root,
+    request: &Request,
+    caller: &Caller,
+    input: I,
+    watcher: &(dyn Fn(Progress) + Sync),
+    operation: impl FnOnce(Cancellable<'_, I>, &(dyn Fn(Progress) + Sync)) -> Result<Done>,
+) -> Result<Done> {
+    let running = Running::begin(root, request, caller)?;
+    let input = Cancellable { input, running: &running };
+    let result = operation(input, &|at| {
+        if running.progress(at) {
+            watcher(at);
+        }
+    });
+    let result = match result {
+        Err(_) if running.cancelled.load(Ordering::SeqCst) => Err(cancelled()),
+        result => result,
+    };
+    running.end(&result);
+    result
+}
+
+impl<'a> Running<'a> {
+    fn begin(root: &'a Root, request: &Request, caller: &Caller) -> Result<Self> {
+        let what = request.verb();
+        let busy = || {
+            Refusal::new(
+                "busy",
+                format!("`slotd {what}` cannot start: another job is running"),
+                "wait until it has ended (`slotd job --watch`), or cancel it (`slotd job --cancel`)",
+            )
+        };
+        let lock = take_lock(root)?.ok_or_else(busy)?;
+        // A damaged record is treated as missing: it only gives the job its number.
+        let before: Option<Job> = durable::read_json(&record(root)).ok().flatten();
+        let job = Job {
+            id: before.map_or(1, |job| job.id.saturating_add(1)),
+            request: request.clone(),
+            by: caller.clone(),
+            process: std::process::id(),
+            cancellable: true,
+            progress: None,
+            state: JobState::Runs,
+        };
+        durable::remove(&wish(root)).map_err(|error| failed(&error))?;
+        let running = Self {
+            root,
+            job: Mutex::new(job),
+            told: Mutex::new(None),
+            cancelled: AtomicBool::new(false),
+            looked: Mutex::new(Instant::now()),
+            _lock: lock,
+        };
+        running.change(|_| {});
+        Ok(running)
+    }
+
+    /// Changes the record. A full `/run` must not end an install: clients then see an older state.
+    fn change(&self, change: impl FnOnce(&mut Job)) {
+        let mut job = self.job.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut job);
+        if let Err(error) = write(self.root, &job) {
+            crate::say!("slotd: cannot write the job's record: {error}");
+        }
+    }
+
+    /// Records the progress, at most twice a second. Returns whether it did.
+    fn progress(&self, at: Progress) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let soon = |(when, step): &(Instant, Step)| *step == at.step && when.elapsed() < PAUSE;
+        if told.as_ref().is_some_and(soon) && at.done != at.total {
+            return false;
+        }
+        *told = Some((Instant::now(), at.step));
+        drop(told);
+        self.change(|job| job.progress = Some(at));
+        true
+    }
+
+    /// Whether a client has cancelled it.
+    fn unwanted(&self) -> bool {
+        if self.cancelled.load(Ordering::SeqCst) {
+            return true;
+        }
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        if looked.elapsed() < PAUSE / 5 {
+            return false;
+        }
+        *looked = Instant::now();
+        let Ok(text) = fs::read_to_string(wish(self.root)) else { return false };
+        let own = self.job.lock().unwrap_or_else(PoisonError::into_inner).id.to_string();
+        if text == own {
+            self.cancelled.store(true, Ordering::SeqCst);
+        }
+        text == own
+    }
+
+    fn end(&self, result: &Result<Done>) {
+        self.change(|job| {
+            job.cancellable = false;
+            job.state = match result {
+                Ok(done) => JobState::Done(done.clone()),
+                Err(refusal) => JobState::Refused(refusal.clone()),
+            };
+        });
+    }
+}
+
+/// A bundle's source that ends when the job is cancelled.
+pub struct Cancellable<'a, I> {
+    input: I,
+    running: &'a Running<'a>,
+}
+
+impl<I> Cancellable<'_, I> {
+    fn wanted(&self) -> io::Result<()> {
+        match self.running.unwanted() {
+            true => Err(io::Error::other("the job was cancelled")),
+            false => Ok(()),
+        }
+    }
+}
+
+impl<I: Read> Read for Cancellable<'_, I> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.wanted()?;
+        let count = self.input.read(buffer)?;
+        if count == 0 && !buffer.is_empty() {
+            // The bundle's end: from now on the job cannot be cancelled.
+            self.running.change(|job| job.cancellable = false);
+        }
+        Ok(count)
+    }
+}
+
+impl<I: Input> Input for Cancellable<'_, I> {
+    fn skip(&mut self, n: u64) -> io::Result<()> {
+        self.wanted()?;
+        self.input.skip(n)
+    }
+}

@@ -1,0 +1,241 @@
+//! An install continues when its client ends, however it ends; it can be watched and cancelled; a client that does not read
+//! does not block it.
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bundle::bootstate::Slot;
+use common::{Plan, Robot, answer, bundle_of, new_system, write};
+use rustix::io::ioctl_fionread;
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use serde_json::Value;
+
+/// Longer than anything takes on a busy machine.
+const FOR_EVER: Duration = Duration::from_secs(120);
+
+const SIZE: u64 = 48 << 20;
+
+/// A robot, and a client that has half of its bundle, in a process group of its own. What comes after is the rest.
+struct Scene {
+    robot: Robot,
+    new: Vec<u8>,
+    bundle: Vec<u8>,
+    client: Child,
+    input: ChildStdin,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let robot = Plan { size: SIZE, ..Plan::default() }.make();
+        let new = new_system(SIZE, 3);
+        let bundle = bundle_of(&new);
+        let mut command = robot.command(&["install", "-"]);
+        let mut client = command.stdin(Stdio::piped()).process_group(0).spawn().unwrap();
+        let mut input = client.stdin.take().unwrap();
+        input.write_all(&bundle[..bundle.len() / 2]).unwrap();
+        let scene = Self { robot, new, bundle, client, input };
+        scene.until("it begins", |job| job["progress"]["step"] == "write");
+        scene
+    }
+
+    fn job(&self) -> Value {
+        self.robot.run(&["job"])
+    }
+
+    /// Waits until the job's record is so.
+    fn until(&self, what: &str, is: impl Fn(&Value) -> bool) -> Value {
+        let started = Instant::now();
+        loop {
+            let job = self.job();
+            if is(&job) {
+                return job;
+            }
+            assert!(started.elapsed() < FOR_EVER, "{what}: {job}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until the job has read everything that was sent, and sleeps: it can only be woken by the rest of its bundle.
+    fn until_it_waits(&self) {
+        let process = self.job()["process"].as_u64().unwrap();
+        let sleeps = || {
+            let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+            let stats = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("stat")));
+            // proc_pid_stat(5): the state follows the name, which is in parentheses.
+            let asleep = |stat: String| stat.rsplit(')').next().unwrap().starts_with(" S ");
+            stats.map(Result::unwrap).all(asleep)
+        };
+        let (started, mut times) = (Instant::now(), 0);
+        while times < 5 {
+            let waits = ioctl_fionread(&self.input).unwrap() == 0 && sleeps();
+            times = if waits { times + 1 } else { 0 };
+            assert!(started.elapsed() < FOR_EVER, "it never waits");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.client.id()).unwrap()).unwrap()
+    }
+
+    /// Sends the rest, and expects the install to be done.
+    fn goes_on(mut self) -> Robot {
+        assert_eq!(self.job()["state"], "runs");
+        // The client is gone; the pipe is not.
+        self.input.write_all(&self.bundle[self.bundle.len() / 2..]).unwrap();
+        drop(self.input);
+        let watched = self.robot.run(&["job", "--watch"]);
+        assert_eq!(watched["slot"], "b");
+        assert!(self.robot.slot(Slot::B) == self.new, "slot b has other bytes");
+        assert_eq!(self.robot.state().trial, Some(Slot::B));
+        let job = self.robot.run(&["job"]);
+        assert_eq!(job["state"]["done"]["answer"], watched);
+        assert_eq!(job["cancellable"], false);
+        // Once it is done, it is answered again and again.
+        assert_eq!(self.robot.run(&["job", "--watch"]), watched);
+        assert_eq!(self.robot.refused(&["job", "--cancel"]), (4, "no-job".to_owned()));
+        self.client.wait().unwrap();
+        self.robot
+    }
+}
+
+#[test]
+fn an_install_goes_on_when_its_client_is_killed() {
+    let mut scene = Scene::new();
+    scene.client.kill().unwrap();
+    scene.client.wait().unwrap();
+    // Nobody else gets in meanwhile.
+    let other = write(scene.robot.dir.path(), "other.bundle", &scene.bundle);
+    for args in [&["install", &other][..], &["commit"], &["boot-other"], &["provision"]] {
+        assert_eq!(scene.robot.refused(args), (4, "busy".to_owned()), "{args:?}");
+    }
+    let robot = scene.goes_on();
+    let by = robot.run(&["job"])["by"].clone();
+    assert_eq!(by["uid"], rustix::process::getuid().as_raw());
+    assert!(by["command"].as_str().unwrap().ends_with("install -"), "{by}");
+    assert_eq!(by["rights"], "all");
+}
+
+#[test]
+fn neither_a_hang_up_nor_ctrl_c_reach_the_install() {
+    for signal in [Signal::HUP, Signal::INT] {
+        let scene = Scene::new();
+        kill_process_group(scene.pid(), signal).unwrap();
+        scene.goes_on();
+    }
+}
+
+#[test]
+fn a_client_that_is_stopped_holds_nothing_up() {
+    let mut scene = Scene::new();
+    kill_process(scene.pid(), Signal::STOP).unwrap();
+    scene.input.write_all(&scene.bundle[scene.bundle.len() / 2..]).unwrap();
+    let Scene { robot, client, input, .. } = scene;
+    drop(input);
+    assert_eq!(robot.run(&["job", "--watch"])["slot"], "b");
+    kill_process(Pid::from_raw(i32::try_from(client.id()).unwrap()).unwrap(), Signal::CONT)
+        .unwrap();
+    let output = client.wait_with_output().unwrap();
+    // It was told as much as fits; the answer itself waits a few seconds for it.
+    assert!(output.status.success() || answer(&output)["refused"]["code"] == "io", "{output:?}");
+}
+
+#[test]
+fn a_cancelled_install_ends_and_resumes() {
+    let mut scene = Scene::new();
+    let mut cancel = scene.robot.command(&["job", "--cancel"]).spawn().unwrap();
+    // It looks when it reads; slowly, so that it does not reach the end.
+    let rest = scene.bundle[scene.bundle.len() / 2..].to_vec();
+    for piece in rest.chunks(64 << 10).take(80) {
+        if scene.input.write_all(piece).is_err() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(cancel.wait().unwrap().success());
+    let output = scene.client.wait_with_output().unwrap();
+    assert_eq!(answer(&output)["refused"]["code"], "cancelled", "{output:?}");
+    assert_eq!(output.status.code(), Some(4));
+    assert_eq!(scene.robot.run(&["job"])["state"]["refused"]["code"], "cancelled");
+    assert!(scene.robot.state().trial.is_none());
+    let file = write(scene.robot.dir.path(), "update.bundle", &scene.bundle);
+    let again = scene.robot.run(&["install", &file]);
+    assert_eq!((&again["resumed"], &again["slot"]), (&true.into(), &"b".into()));
+    assert!(scene.robot.slot(Slot::B) == scene.new, "slot b has other bytes");
+}
+
+#[test]
+fn one_that_waits_for_its_bundle_is_cancelled_too() {
+    let scene = Scene::new();
+    scene.until_it_waits();
+    let cancelled = scene.robot.run(&["job", "--cancel"]);
+    assert_eq!(cancelled["state"]["refused"]["code"], "cancelled");
+    let output = scene.client.wait_with_output().unwrap();
+    // The process was terminated without an answer.
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    drop(scene.input);
+    let file = write(scene.robot.dir.path(), "update.bundle", &scene.bundle);
+    assert_eq!(scene.robot.run(&["install", &file])["resumed"], true);
+}
+
+#[test]
+fn a_job_that_was_killed_is_told_from_one_that_runs() {
+    let scene = Scene::new();
+    let process = i32::try_from(scene.job()["process"].as_i64().unwrap()).unwrap();
+    assert_ne!(process, i32::try_from(scene.client.id()).unwrap());
+    kill_process(Pid::from_raw(process).unwrap(), Signal::KILL).unwrap();
+    let output = scene.client.wait_with_output().unwrap();
+    assert_eq!(answer(&output)["refused"]["code"], "io", "{output:?}");
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(scene.robot.run(&["job"])["state"], "lost");
+    assert_eq!(scene.robot.refused(&["job", "--watch"]), (1, "io".to_owned()));
+    assert_eq!(scene.robot.refused(&["job", "--cancel"]), (4, "no-job".to_owned()));
+}
+
+#[test]
+fn before_the_first_job_there_is_none_and_a_damaged_record_is_no_obstacle() {
+    let robot = Plan::default().make();
+    assert_eq!(robot.run(&["job"]), Value::Null);
+    assert_eq!(robot.refused(&["job", "--watch"]), (4, "no-job".to_owned()));
+    assert_eq!(robot.refused(&["job", "--cancel"]), (4, "no-job".to_owned()));
+    robot.file("run/slotd/job.json", "{");
+    let file = write(robot.dir.path(), "update.bundle", &bundle_of(&new_system(robot.size, 3)));
+    robot.run(&["install", &file]);
+    let job = robot.run(&["job"]);
+    assert_eq!((&job["id"], &job["state"]["done"]["restarts"]), (&1.into(), &false.into()));
+    assert_eq!(job["request"]["install"]["source"], file);
+    let in_text = Command::new(env!("CARGO_BIN_EXE_slotd"))
+        .arg("--root")
+        .arg(robot.dir.path())
+        .arg("job")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(in_text.stdout).unwrap();
+    assert!(text.starts_with("job 1 (install): done\nasked by user id "), "{text}");
+}
+
+#[test]
+fn the_rights_of_the_user_update_hold_in_the_agent_itself() {
+    let robot = Plan::default().make();
+    let file = write(robot.dir.path(), "update.bundle", &bundle_of(&new_system(robot.size, 3)));
+    robot.run(&["--as-update", "status"]);
+    for args in [
+        &["--as-update", "commit"][..],
+        &["--as-update", "install", &file],
+        &["--as-update", "install", "--allow-downgrade", "why", "-"],
+        &["--as-update", "job", "--cancel"],
+        &["--as-update", "job", "--watch"],
+        &["--as-update", "report"],
+    ] {
+        assert_eq!(robot.refused(args), (4, "not-offered".to_owned()), "{args:?}");
+    }
+    assert!(robot.state().trial.is_none());
+    assert!(!robot.path("run/slotd/job.json").exists());
+    assert!(fs::read_dir(robot.path("run")).is_err() || !robot.path("run/slotd/lock").exists());
+}
