@@ -2,9 +2,9 @@
 
 use std::io;
 
-use crate::firmware::Disk;
+use crate::firmware::ReadOnlyDisk;
 
-impl Disk for std::fs::File {
+impl ReadOnlyDisk for std::fs::File {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         std::os::unix::fs::FileExt::read_exact_at(self, buffer, offset)
     }

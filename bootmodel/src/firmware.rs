@@ -12,10 +12,10 @@ use std::cell::Cell;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use crate::chain;
-use crate::chain::config::{Filters, last, settings};
+use crate::chain::config::{ConfigFilters, last, settings};
 
 /// A disk that is only read.
-pub trait Disk {
+pub trait ReadOnlyDisk {
     /// Fills `buffer` from `offset`.
     ///
     /// # Errors
@@ -23,13 +23,13 @@ pub trait Disk {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 }
 
-impl<D: Disk + ?Sized> Disk for &D {
+impl<D: ReadOnlyDisk + ?Sized> ReadOnlyDisk for &D {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         (**self).read_at(offset, buffer)
     }
 }
 
-impl Disk for [u8] {
+impl ReadOnlyDisk for [u8] {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start.checked_add(buffer.len()).filter(|end| *end <= self.len());
@@ -41,7 +41,7 @@ impl Disk for [u8] {
 
 /// Which table a release of the firmware reads when a disk has both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Table {
+pub enum PreferredTable {
     /// The records of the MBR.
     Mbr,
     /// The entries of the GPT.
@@ -54,7 +54,7 @@ pub struct Firmware {
     /// 4 or 5: what makes a partition bootable (A, W), and which filter passes (F).
     pub generation: u32,
     /// The table that the firmware reads on a disk with a hybrid MBR.
-    pub table: Table,
+    pub table: PreferredTable,
     /// `PARTITION_WALK`: on by default since 13 August 2025, absent before 2025 (W).
     pub walks: bool,
     /// The EEPROM knows `tryboot_a_b` since 18 October 2022 (N); an older `start4.elf` still reads
@@ -64,7 +64,7 @@ pub struct Firmware {
 
 /// What a restart passes to the firmware: nothing after a power cut or a reset by the watchdog.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Restart {
+pub struct RestartFlags {
     /// The partition of `reboot N`; 0 is the default (A).
     pub partition: u32,
     /// The one-shot flag of `reboot "0 tryboot"`. It is cleared before anything is started (B).
@@ -73,7 +73,7 @@ pub struct Restart {
 
 /// What is started.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Start {
+pub struct FirmwareStart {
     /// The number of the boot partition; the system reads it in its device tree.
     pub partition: u32,
     /// Whether the flag was set; the system reads it in its device tree.
@@ -94,12 +94,12 @@ pub struct Start {
 ///
 /// # Errors
 /// Why it would start nothing, human-readable.
-pub fn select<D: Disk + ?Sized>(
+pub fn select<D: ReadOnlyDisk + ?Sized>(
     disk: &D,
     firmware: Firmware,
-    restart: Restart,
-) -> Result<Start, String> {
-    let disk: &dyn Disk = &disk;
+    restart: RestartFlags,
+) -> Result<FirmwareStart, String> {
+    let disk: &dyn ReadOnlyDisk = &disk;
     let partitions = partitions(disk, firmware.table)?;
     let mut wanted = restart.partition;
     let mut a_b = false;
@@ -109,7 +109,8 @@ pub fn select<D: Disk + ?Sized>(
         && let Some(text) = volume.read("autoboot.txt")
     {
         let text = text.get(..512).unwrap_or(&text);
-        let filters = Filters { models: None, tryboot: Some(restart.tryboot), sections: true };
+        let filters =
+            ConfigFilters { models: None, tryboot: Some(restart.tryboot), sections: true };
         let settings = settings(text, filters);
         let value = |key: &str| last(&settings, key).map(|setting| setting.value.clone());
         a_b = value("tryboot_a_b").as_deref() == Some("1") && firmware.knows_a_b;
@@ -141,7 +142,8 @@ pub fn select<D: Disk + ?Sized>(
     let text =
         volume.read(config).ok_or_else(|| format!("partition {partition} has no {config}"))?;
     let models = [format!("pi{}", firmware.generation)];
-    let filters = Filters { models: Some(&models), tryboot: Some(restart.tryboot), sections: true };
+    let filters =
+        ConfigFilters { models: Some(&models), tryboot: Some(restart.tryboot), sections: true };
     let settings = settings(&text, filters);
     let value = |key: &str| last(&settings, key).map(|setting| setting.value.clone());
     let kernel = value("kernel").unwrap_or_else(|| "kernel8.img".to_owned());
@@ -158,12 +160,12 @@ pub fn select<D: Disk + ?Sized>(
     let taken = ["kernel", "initramfs", "cmdline"];
     let settings = others.filter(|(key, _)| !taken.contains(&key.as_str())).collect();
     let tryboot = restart.tryboot;
-    Ok(Start { partition, tryboot, config, kernel, initramfs, cmdline, settings })
+    Ok(FirmwareStart { partition, tryboot, config, kernel, initramfs, cmdline, settings })
 }
 
 /// A partition, as a table has it.
 #[derive(Debug, Clone)]
-pub(crate) struct Partition {
+pub(crate) struct TablePartition {
     pub(crate) number: u32,
     /// Its name, in a GPT.
     pub(crate) name: String,
@@ -172,14 +174,17 @@ pub(crate) struct Partition {
 }
 
 /// The partitions that this release sees.
-fn partitions(disk: &dyn Disk, table: Table) -> Result<Vec<Partition>, String> {
+fn partitions(
+    disk: &dyn ReadOnlyDisk,
+    table: PreferredTable,
+) -> Result<Vec<TablePartition>, String> {
     let (records, gpt, partitions) = chain::table::partitions(disk)?;
-    if gpt.is_some() && table == Table::Gpt {
+    if gpt.is_some() && table == PreferredTable::Gpt {
         return Ok(partitions);
     }
     let fat = records.into_iter().filter(|record| chain::table::is_fat(record.kind));
     Ok(fat
-        .map(|r| Partition {
+        .map(|r| TablePartition {
             number: r.number,
             name: String::new(),
             offset: r.offset,
@@ -190,12 +195,12 @@ fn partitions(disk: &dyn Disk, table: Table) -> Result<Vec<Partition>, String> {
 
 /// A FAT volume.
 struct Volume<'a> {
-    files: fatfs::FileSystem<Window<'a>>,
+    files: fatfs::FileSystem<PartitionStream<'a>>,
 }
 
 impl<'a> Volume<'a> {
-    fn open(disk: &'a dyn Disk, partition: &Partition) -> Option<Self> {
-        let window = Window::new(disk, partition);
+    fn open(disk: &'a dyn ReadOnlyDisk, partition: &TablePartition) -> Option<Self> {
+        let window = PartitionStream::new(disk, partition);
         let files = fatfs::FileSystem::new(window, fatfs::FsOptions::new()).ok()?;
         Some(Self { files })
     }
@@ -219,8 +224,8 @@ impl<'a> Volume<'a> {
 }
 
 /// A partition as a read-only stream.
-pub(crate) struct Window<'a> {
-    disk: &'a dyn Disk,
+pub(crate) struct PartitionStream<'a> {
+    disk: &'a dyn ReadOnlyDisk,
     offset: u64,
     size: u64,
     position: u64,
@@ -228,23 +233,23 @@ pub(crate) struct Window<'a> {
     budget: Option<&'a Cell<u64>>,
 }
 
-impl<'a> Window<'a> {
-    pub(crate) fn new(disk: &'a dyn Disk, partition: &Partition) -> Self {
-        let Partition { offset, size, .. } = *partition;
+impl<'a> PartitionStream<'a> {
+    pub(crate) fn new(disk: &'a dyn ReadOnlyDisk, partition: &TablePartition) -> Self {
+        let TablePartition { offset, size, .. } = *partition;
         Self { disk, offset, size, position: 0, budget: None }
     }
 
     /// A stream with a limit on the bytes read from it.
     pub(crate) fn bounded(
-        disk: &'a dyn Disk,
-        partition: &Partition,
+        disk: &'a dyn ReadOnlyDisk,
+        partition: &TablePartition,
         budget: &'a Cell<u64>,
     ) -> Self {
         Self { budget: Some(budget), ..Self::new(disk, partition) }
     }
 }
 
-impl Read for Window<'_> {
+impl Read for PartitionStream<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = usize::try_from(self.size - self.position).unwrap_or(usize::MAX);
         let count = buffer.len().min(left);
@@ -259,7 +264,7 @@ impl Read for Window<'_> {
     }
 }
 
-impl Write for Window<'_> {
+impl Write for PartitionStream<'_> {
     fn write(&mut self, _: &[u8]) -> io::Result<usize> {
         Err(io::ErrorKind::PermissionDenied.into())
     }
@@ -269,7 +274,7 @@ impl Write for Window<'_> {
     }
 }
 
-impl Seek for Window<'_> {
+impl Seek for PartitionStream<'_> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let position = match to {
             SeekFrom::Start(offset) => Some(offset),

@@ -3,11 +3,11 @@
 use bundle::bootstate::{BootState, SECTOR, Slot, newest};
 
 /// The two copies of the boot state.
-pub type Copies = [[u8; SECTOR]; 2];
+pub type BootStateCopies = [[u8; SECTOR]; 2];
 
 /// What happens to the script's own writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Card {
+pub enum WriteBehavior {
     /// They reach the card.
     Good,
     /// They fail, or reading back gives other bytes.
@@ -16,7 +16,7 @@ pub enum Card {
 
 /// A kernel that was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Started {
+pub struct StartedKernel {
     /// From this slot.
     pub slot: Slot,
     /// With `slipway.trial=1`.
@@ -27,18 +27,22 @@ pub struct Started {
 
 /// One run of the script.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Run {
+pub struct ScriptRun {
     /// What was started; `None` when no slot loads (the script then restarts after a while).
-    pub started: Option<Started>,
+    pub started: Option<StartedKernel>,
     /// The copies when the kernel starts.
-    pub copies: Copies,
+    pub copies: BootStateCopies,
     /// What was written, in order: the copy's index and its new content.
     pub writes: Vec<(usize, [u8; SECTOR])>,
 }
 
 /// Runs the script. `loads` says whether a slot's file system mounts and its kernel, initrd and device
 /// tree load.
-pub fn run(copies: &Copies, loads: impl Fn(Slot) -> bool, card: Card) -> Run {
+pub fn run(
+    copies: &BootStateCopies,
+    loads: impl Fn(Slot) -> bool,
+    card: WriteBehavior,
+) -> ScriptRun {
     let mut state = Writer { copies: *copies, writes: Vec::new(), card };
     let Some((counts, known)) = newest(copies.iter().map(<[u8; SECTOR]>::as_slice)) else {
         return state.end(start_committed(Slot::A, None, loads));
@@ -52,7 +56,7 @@ pub fn run(copies: &Copies, loads: impl Fn(Slot) -> bool, card: Card) -> Run {
         return state.end(start_committed(known.active, None, loads));
     }
     if loads(trial) {
-        let started = Started { slot: trial, trial: true, unloadable: None };
+        let started = StartedKernel { slot: trial, trial: true, unloadable: None };
         return state.end(Some(started));
     }
     if counted.tries > 0 && counted.sequence < u32::MAX {
@@ -68,23 +72,23 @@ fn start_committed(
     active: Slot,
     unloadable: Option<Slot>,
     loads: impl Fn(Slot) -> bool,
-) -> Option<Started> {
+) -> Option<StartedKernel> {
     if loads(active) {
-        return Some(Started { slot: active, trial: false, unloadable });
+        return Some(StartedKernel { slot: active, trial: false, unloadable });
     }
     let other = if active == Slot::A { Slot::B } else { Slot::A };
-    loads(other).then_some(Started { slot: other, trial: false, unloadable: Some(active) })
+    loads(other).then_some(StartedKernel { slot: other, trial: false, unloadable: Some(active) })
 }
 
 struct Writer {
-    copies: Copies,
+    copies: BootStateCopies,
     writes: Vec<(usize, [u8; SECTOR])>,
-    card: Card,
+    card: WriteBehavior,
 }
 
 impl Writer {
     fn write(&mut self, copy: usize, state: &BootState) -> bool {
-        if self.card == Card::Refuses {
+        if self.card == WriteBehavior::Refuses {
             return false;
         }
         let sector = state.encode();
@@ -93,7 +97,7 @@ impl Writer {
         true
     }
 
-    fn end(self, started: Option<Started>) -> Run {
-        Run { started, copies: self.copies, writes: self.writes }
+    fn end(self, started: Option<StartedKernel>) -> ScriptRun {
+        ScriptRun { started, copies: self.copies, writes: self.writes }
     }
 }

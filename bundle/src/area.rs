@@ -27,7 +27,7 @@ const SECTOR: usize = 512;
 
 /// One copy's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Copy {
+pub struct AreaCopy {
     /// Grows by one with every write; of two valid copies the higher one is used.
     pub sequence: u64,
     /// The text.
@@ -36,7 +36,7 @@ pub struct Copy {
 
 /// Why a copy is not valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Invalid {
+pub enum InvalidAreaCopy {
     /// The whole first sector is zero: nothing was ever written.
     Empty,
     /// The copy does not begin with [`MAGIC`], or is too short.
@@ -47,7 +47,7 @@ pub enum Invalid {
     Checksum,
 }
 
-impl fmt::Display for Invalid {
+impl fmt::Display for InvalidAreaCopy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Empty => f.write_str("nothing was written yet"),
@@ -58,9 +58,9 @@ impl fmt::Display for Invalid {
     }
 }
 
-impl std::error::Error for Invalid {}
+impl std::error::Error for InvalidAreaCopy {}
 
-impl Copy {
+impl AreaCopy {
     /// This copy as whole sectors; `None` when the text is longer than [`MAX_TEXT`].
     pub fn encode(&self) -> Option<Vec<u8>> {
         if self.text.len() > MAX_TEXT {
@@ -81,26 +81,26 @@ impl Copy {
     ///
     /// # Errors
     /// When the copy is not valid.
-    pub fn decode(bytes: &[u8]) -> Result<Self, Invalid> {
+    pub fn decode(bytes: &[u8]) -> Result<Self, InvalidAreaCopy> {
         if bytes.iter().take(SECTOR).all(|byte| *byte == 0) {
-            return Err(Invalid::Empty);
+            return Err(InvalidAreaCopy::Empty);
         }
-        let number = |at: usize| -> Result<u32, Invalid> {
+        let number = |at: usize| -> Result<u32, InvalidAreaCopy> {
             let field = bytes.get(at..at + 4).and_then(|field| field.try_into().ok());
-            field.map(u32::from_le_bytes).ok_or(Invalid::Foreign)
+            field.map(u32::from_le_bytes).ok_or(InvalidAreaCopy::Foreign)
         };
         if !bytes.starts_with(&MAGIC) {
-            return Err(Invalid::Foreign);
+            return Err(InvalidAreaCopy::Foreign);
         }
         let format = number(8)?;
         if format != FORMAT {
-            return Err(Invalid::Format(format));
+            return Err(InvalidAreaCopy::Format(format));
         }
         let length = number(24)? as usize;
-        let end = HEAD.checked_add(length).ok_or(Invalid::Checksum)?;
-        let covered = bytes.get(COVERED..end).ok_or(Invalid::Checksum)?;
+        let end = HEAD.checked_add(length).ok_or(InvalidAreaCopy::Checksum)?;
+        let covered = bytes.get(COVERED..end).ok_or(InvalidAreaCopy::Checksum)?;
         if number(12)? != crc32fast::hash(covered) {
-            return Err(Invalid::Checksum);
+            return Err(InvalidAreaCopy::Checksum);
         }
         let sequence = u64::from(number(16)?) | u64::from(number(20)?) << 32;
         Ok(Self { sequence, text: bytes.get(HEAD..end).unwrap_or_default().to_vec() })
@@ -112,8 +112,8 @@ impl Copy {
 mod tests {
     use super::*;
 
-    fn copy(text: &[u8]) -> Copy {
-        Copy { sequence: 1 << 40 | 7, text: text.to_vec() }
+    fn copy(text: &[u8]) -> AreaCopy {
+        AreaCopy { sequence: 1 << 40 | 7, text: text.to_vec() }
     }
 
     #[test]
@@ -121,19 +121,19 @@ mod tests {
         for text in [&b""[..], b"x", &[7; 5000], &[0; MAX_TEXT]] {
             let bytes = copy(text).encode().unwrap();
             assert!(bytes.len().is_multiple_of(SECTOR) && bytes.len() <= COPY);
-            assert_eq!(Copy::decode(&bytes), Ok(copy(text)));
+            assert_eq!(AreaCopy::decode(&bytes), Ok(copy(text)));
         }
         assert_eq!(copy(&[0; MAX_TEXT + 1]).encode(), None);
         let bytes = copy(b"some text").encode().unwrap();
         for bit in 0..(HEAD + 9) * 8 {
             let mut broken = bytes.clone();
             broken[bit / 8] ^= 1 << (bit % 8);
-            assert!(Copy::decode(&broken).is_err(), "bit {bit}");
+            assert!(AreaCopy::decode(&broken).is_err(), "bit {bit}");
         }
-        assert_eq!(Copy::decode(&[0; COPY]), Err(Invalid::Empty));
-        assert_eq!(Copy::decode(&[]), Err(Invalid::Empty));
-        assert_eq!(Copy::decode(&bytes[..30]), Err(Invalid::Checksum));
-        assert_eq!(Copy::decode(&bytes[..10]), Err(Invalid::Foreign));
-        assert_eq!(Copy::decode(&[1; 600]), Err(Invalid::Foreign));
+        assert_eq!(AreaCopy::decode(&[0; COPY]), Err(InvalidAreaCopy::Empty));
+        assert_eq!(AreaCopy::decode(&[]), Err(InvalidAreaCopy::Empty));
+        assert_eq!(AreaCopy::decode(&bytes[..30]), Err(InvalidAreaCopy::Checksum));
+        assert_eq!(AreaCopy::decode(&bytes[..10]), Err(InvalidAreaCopy::Foreign));
+        assert_eq!(AreaCopy::decode(&[1; 600]), Err(InvalidAreaCopy::Foreign));
     }
 }

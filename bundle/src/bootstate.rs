@@ -62,7 +62,7 @@ pub struct BootState {
 
 /// Why a sector holds no boot state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Invalid {
+pub enum InvalidBootState {
     /// The sector is not 512 bytes long.
     Length(usize),
     /// The checksum is wrong: never written, or torn.
@@ -71,7 +71,7 @@ pub enum Invalid {
     Variable(&'static str),
 }
 
-impl fmt::Display for Invalid {
+impl fmt::Display for InvalidBootState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Length(length) => write!(f, "the sector has {length} bytes, expected {SECTOR}"),
@@ -81,7 +81,7 @@ impl fmt::Display for Invalid {
     }
 }
 
-impl std::error::Error for Invalid {}
+impl std::error::Error for InvalidBootState {}
 
 impl BootState {
     /// The state of a new card: slot a, nothing on trial.
@@ -109,31 +109,32 @@ impl BootState {
     ///
     /// # Errors
     /// When the sector is not a valid copy.
-    pub fn decode(sector: &[u8]) -> Result<Self, Invalid> {
-        let sector: &[u8; SECTOR] = sector.try_into().map_err(|_| Invalid::Length(sector.len()))?;
+    pub fn decode(sector: &[u8]) -> Result<Self, InvalidBootState> {
+        let sector: &[u8; SECTOR] =
+            sector.try_into().map_err(|_| InvalidBootState::Length(sector.len()))?;
         let (checksum, body) = sector.split_at(CHECKSUM);
         if checksum != crc32fast::hash(body).to_le_bytes() {
-            return Err(Invalid::Checksum);
+            return Err(InvalidBootState::Checksum);
         }
         let (mut sequence, mut active, mut trial, mut tries) = (None, None, None, 0);
         for entry in body.split(|b| *b == 0).take_while(|entry| !entry.is_empty()) {
             let entry = String::from_utf8_lossy(entry);
             let (name, value) = entry.split_once('=').unwrap_or((&entry, ""));
             match name {
-                "seq" => sequence = Some(number(value).ok_or(Invalid::Variable("seq"))?),
+                "seq" => sequence = Some(number(value).ok_or(InvalidBootState::Variable("seq"))?),
                 "active" => {
-                    active = Some(Slot::parse(value).ok_or(Invalid::Variable("active"))?);
+                    active = Some(Slot::parse(value).ok_or(InvalidBootState::Variable("active"))?);
                 }
                 "trial" if !value.is_empty() => {
-                    trial = Some(Slot::parse(value).ok_or(Invalid::Variable("trial"))?);
+                    trial = Some(Slot::parse(value).ok_or(InvalidBootState::Variable("trial"))?);
                 }
-                "tries" => tries = number(value).ok_or(Invalid::Variable("tries"))?,
+                "tries" => tries = number(value).ok_or(InvalidBootState::Variable("tries"))?,
                 _ => {}
             }
         }
         Ok(Self {
-            sequence: sequence.ok_or(Invalid::Variable("seq"))?,
-            active: active.ok_or(Invalid::Variable("active"))?,
+            sequence: sequence.ok_or(InvalidBootState::Variable("seq"))?,
+            active: active.ok_or(InvalidBootState::Variable("active"))?,
             trial,
             tries,
         })
@@ -190,25 +191,25 @@ mod tests {
         for bit in 0..SECTOR * 8 {
             let mut broken = sector;
             broken[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(BootState::decode(&broken), Err(Invalid::Checksum), "bit {bit}");
+            assert_eq!(BootState::decode(&broken), Err(InvalidBootState::Checksum), "bit {bit}");
         }
     }
 
     #[test]
     fn what_makes_no_sense_is_refused() {
-        let cases: [(&[u8], Invalid); 6] = [
-            (b"", Invalid::Variable("seq")),
-            (b"seq=1\0", Invalid::Variable("active")),
-            (b"active=c\0seq=1\0", Invalid::Variable("active")),
-            (b"active=a\0seq=+1\0", Invalid::Variable("seq")),
-            (b"active=a\0seq=100000000\0", Invalid::Variable("seq")),
-            (b"active=a\0seq=1\0trial=x\0", Invalid::Variable("trial")),
+        let cases: [(&[u8], InvalidBootState); 6] = [
+            (b"", InvalidBootState::Variable("seq")),
+            (b"seq=1\0", InvalidBootState::Variable("active")),
+            (b"active=c\0seq=1\0", InvalidBootState::Variable("active")),
+            (b"active=a\0seq=+1\0", InvalidBootState::Variable("seq")),
+            (b"active=a\0seq=100000000\0", InvalidBootState::Variable("seq")),
+            (b"active=a\0seq=1\0trial=x\0", InvalidBootState::Variable("trial")),
         ];
         for (text, expected) in cases {
             assert_eq!(BootState::decode(&sector_of(text)), Err(expected));
         }
-        assert_eq!(BootState::decode(&[0; SECTOR]), Err(Invalid::Checksum));
-        assert_eq!(BootState::decode(&[0; 511]), Err(Invalid::Length(511)));
+        assert_eq!(BootState::decode(&[0; SECTOR]), Err(InvalidBootState::Checksum));
+        assert_eq!(BootState::decode(&[0; 511]), Err(InvalidBootState::Length(511)));
     }
 
     #[test]

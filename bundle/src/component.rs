@@ -1,5 +1,5 @@
 //! `component.json`: what the component `api` of a bundle consists of, and what it needs from the system
-//! below it. The builder writes it and the robot checks it; a [`Lock`] value has passed every rule.
+//! below it. The builder writes it and the robot checks it; a [`ComponentLock`] value has passed every rule.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::limits::{MAX_LOCK, MAX_NAME, MAX_NAMES, MAX_PAYLOADS, MAX_TREE, MAX_TREE_FILES};
-use crate::manifest::Component;
+use crate::manifest::BundleComponent;
 
 /// The component's name.
 pub const API: &str = "api";
@@ -39,7 +39,7 @@ const MAX_TEXT: usize = 200;
 /// The lock of a component.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Lock {
+pub struct ComponentLock {
     /// [`LOCK_FORMAT`].
     pub format: u32,
     /// The normalised name of the distribution that the product asks for.
@@ -56,15 +56,15 @@ pub struct Lock {
     pub libc: String,
     /// Distributions that the base must provide.
     #[serde(default)]
-    pub base: Vec<BaseNeed>,
+    pub base: Vec<BaseRequirement>,
     /// The wheels, in the order of the payloads after the lock's own.
-    pub wheels: Vec<Wheel>,
+    pub wheels: Vec<ComponentWheel>,
 }
 
 /// A distribution that the base provides.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct BaseNeed {
+pub struct BaseRequirement {
     /// Its normalised name.
     pub name: String,
     /// The version that met the requirement when this was built.
@@ -74,7 +74,7 @@ pub struct BaseNeed {
 /// One wheel, installed into a tree of its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Wheel {
+pub struct ComponentWheel {
     /// The role of its payload.
     pub role: String,
     /// The distribution's normalised name.
@@ -96,20 +96,20 @@ pub struct Wheel {
     pub requires: Vec<String>,
     /// The programs that its installer creates.
     #[serde(default)]
-    pub scripts: Vec<Script>,
+    pub scripts: Vec<WheelScript>,
 }
 
 /// A program of a wheel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Script {
+pub struct WheelScript {
     /// Its file name in [`BIN`].
     pub name: String,
     /// The module that it imports.
     pub module: String,
 }
 
-impl Lock {
+impl ComponentLock {
     /// Reads a lock and checks every rule.
     ///
     /// # Errors
@@ -157,7 +157,7 @@ impl Lock {
     ///
     /// # Errors
     /// `bad-component`.
-    pub fn matches(&self, component: &Component) -> Result<()> {
+    pub fn matches(&self, component: &BundleComponent) -> Result<()> {
         let (first, rest) = component.payloads.split_first().ok_or_else(|| bad("no payload"))?;
         if first.role != LOCK_ROLE || rest.len() != self.wheels.len() {
             return Err(bad(format!(
@@ -179,7 +179,7 @@ impl Lock {
     }
 
     /// The wheel of the package itself.
-    pub fn top(&self) -> Option<&Wheel> {
+    pub fn top(&self) -> Option<&ComponentWheel> {
         self.wheels.iter().find(|wheel| wheel.name == self.package)
     }
 
@@ -221,7 +221,7 @@ impl Lock {
     }
 }
 
-impl Wheel {
+impl ComponentWheel {
     fn check(&self) -> Result<()> {
         distribution(&self.name)?;
         version("version", &self.version)?;
@@ -303,8 +303,8 @@ fn dotted(what: &str, text: &str) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn wheel(name: &str) -> Wheel {
-        Wheel {
+    fn wheel(name: &str) -> ComponentWheel {
+        ComponentWheel {
             role: name.to_owned(),
             name: name.to_owned(),
             version: "1.0".to_owned(),
@@ -314,12 +314,12 @@ mod tests {
             files: 1,
             bytes: 5,
             requires: Vec::new(),
-            scripts: vec![Script { name: "go".to_owned(), module: "foo.cli".to_owned() }],
+            scripts: vec![WheelScript { name: "go".to_owned(), module: "foo.cli".to_owned() }],
         }
     }
 
-    fn lock() -> Lock {
-        Lock {
+    fn lock() -> ComponentLock {
+        ComponentLock {
             format: LOCK_FORMAT,
             package: "foo".to_owned(),
             module: "foo".to_owned(),
@@ -327,19 +327,22 @@ mod tests {
             python: "3.11".to_owned(),
             arch: "aarch64".to_owned(),
             libc: "glibc 2.36".to_owned(),
-            base: vec![BaseNeed { name: "base".to_owned(), version: "2".to_owned() }],
-            wheels: vec![wheel("bar"), Wheel { requires: vec!["bar".to_owned()], ..wheel("foo") }],
+            base: vec![BaseRequirement { name: "base".to_owned(), version: "2".to_owned() }],
+            wheels: vec![
+                wheel("bar"),
+                ComponentWheel { requires: vec!["bar".to_owned()], ..wheel("foo") },
+            ],
         }
     }
 
     #[test]
     fn a_lock_is_read_as_it_was_written() {
-        assert_eq!(Lock::parse(&lock().to_json().unwrap()).unwrap(), lock());
+        assert_eq!(ComponentLock::parse(&lock().to_json().unwrap()).unwrap(), lock());
     }
 
     #[test]
     fn each_rule_has_its_refusal() {
-        type Change = fn(&mut Lock);
+        type Change = fn(&mut ComponentLock);
         let cases: [(&str, Change); 16] = [
             ("format 2", |l| l.format = 2),
             ("`version`: invalid value `../x`", |l| l.version = "../x".into()),
@@ -349,17 +352,23 @@ mod tests {
             ("`module`: invalid value `a/b`", |l| l.module = "a/b".into()),
             ("`bar` is listed twice", |l| l.wheels.push(wheel("bar"))),
             ("`baz` is listed twice", |l| {
-                l.wheels.push(Wheel { role: LOCK_ROLE.into(), ..wheel("baz") });
+                l.wheels.push(ComponentWheel { role: LOCK_ROLE.into(), ..wheel("baz") });
             }),
             ("which is not listed", |l| l.wheels.retain(|w| w.name == "foo")),
             ("invalid distribution name `Foo_x`", |l| l.wheels.push(wheel("Foo_x"))),
-            ("not a SHA-256", |l| l.wheels.push(Wheel { tree: "/".repeat(64), ..wheel("x") })),
-            ("not a SHA-256", |l| l.wheels.push(Wheel { sha256: "A".repeat(64), ..wheel("x") })),
-            ("bytes in", |l| l.wheels.push(Wheel { size: MAX_TREE + 1, ..wheel("x") })),
-            ("bytes in", |l| l.wheels.push(Wheel { files: MAX_TREE_FILES + 1, ..wheel("x") })),
+            ("not a SHA-256", |l| {
+                l.wheels.push(ComponentWheel { tree: "/".repeat(64), ..wheel("x") })
+            }),
+            ("not a SHA-256", |l| {
+                l.wheels.push(ComponentWheel { sha256: "A".repeat(64), ..wheel("x") })
+            }),
+            ("bytes in", |l| l.wheels.push(ComponentWheel { size: MAX_TREE + 1, ..wheel("x") })),
+            ("bytes in", |l| {
+                l.wheels.push(ComponentWheel { files: MAX_TREE_FILES + 1, ..wheel("x") })
+            }),
             ("invalid program name", |l| {
-                let script = Script { name: "../go".into(), module: "foo".into() };
-                l.wheels.push(Wheel { scripts: vec![script], ..wheel("x") });
+                let script = WheelScript { name: "../go".into(), module: "foo".into() };
+                l.wheels.push(ComponentWheel { scripts: vec![script], ..wheel("x") });
             }),
             ("the lock lists", |l| l.wheels = vec![wheel("foo"); MAX_PAYLOADS]),
         ];
@@ -367,7 +376,7 @@ mod tests {
             let mut lock = lock();
             change(&mut lock);
             let json = serde_json::to_vec(&lock).unwrap();
-            let error = Lock::parse(&json).unwrap_err();
+            let error = ComponentLock::parse(&json).unwrap_err();
             assert_eq!(error.code(), "bad-component");
             assert!(error.to_string().contains(expected), "{expected}: {error}");
         }

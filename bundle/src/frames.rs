@@ -11,7 +11,7 @@ const CHUNK: usize = 128 * 1024;
 
 /// How hard to compress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Level {
+pub enum CompressionLevel {
     /// For development: as fast as `zstd -3`.
     #[default]
     Fast,
@@ -21,7 +21,7 @@ pub enum Level {
     Slow,
 }
 
-impl Level {
+impl CompressionLevel {
     /// Payload bytes in one frame. Larger frames compress better, because frames share nothing. Smaller
     /// frames need less memory here, and let a device skip more of the data that it has.
     pub(crate) fn unit(self) -> usize {
@@ -45,7 +45,7 @@ impl Level {
 }
 
 /// A compressor that keeps its tables from frame to frame.
-pub(crate) struct Encoder {
+pub(crate) struct FrameEncoder {
     context: CCtx<'static>,
 }
 
@@ -57,8 +57,8 @@ fn no_memory() -> Error {
     Error::Io(std::io::Error::new(std::io::ErrorKind::OutOfMemory, "zstd: no memory"))
 }
 
-impl Encoder {
-    pub fn new(level: Level) -> Result<Self> {
+impl FrameEncoder {
+    pub fn new(level: CompressionLevel) -> Result<Self> {
         let mut context = CCtx::try_create().ok_or_else(no_memory)?;
         for parameter in level.parameters() {
             context.set_parameter(*parameter).map_err(zstd_error)?;
@@ -95,7 +95,7 @@ pub(crate) fn zeros(size: u32, out: &mut Vec<u8>) {
 }
 
 /// A decompressor with bounded memory: its window and one chunk of output.
-pub(crate) struct Decoder {
+pub(crate) struct FrameDecoder {
     context: DCtx<'static>,
     chunk: Vec<u8>,
     filled: usize,
@@ -103,13 +103,13 @@ pub(crate) struct Decoder {
     left: u64,
 }
 
-impl std::fmt::Debug for Decoder {
+impl std::fmt::Debug for FrameDecoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Decoder").field("frame", &self.frame).finish_non_exhaustive()
     }
 }
 
-impl Decoder {
+impl FrameDecoder {
     pub fn new() -> Result<Self> {
         let mut context = DCtx::try_create().ok_or_else(no_memory)?;
         context.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG)).map_err(zstd_error)?;

@@ -19,7 +19,7 @@ use crate::manifest::Payload;
 const HASH: usize = 32;
 
 /// A full SHA-256.
-pub type Hash = [u8; HASH];
+pub type Sha256Hash = [u8; HASH];
 
 /// What the index keeps of a block's SHA-256: its first [`BLOCK_HASH`] bytes.
 pub type BlockHash = [u8; BLOCK_HASH];
@@ -34,12 +34,12 @@ const HEAD: usize = 36;
 const ENTRY: usize = 40;
 
 /// SHA-256 of some bytes.
-pub fn sha256(bytes: &[u8]) -> Hash {
+pub fn sha256(bytes: &[u8]) -> Sha256Hash {
     Sha256::digest(bytes).into()
 }
 
 /// The part of a block's SHA-256 that the index keeps.
-pub fn short(hash: &Hash) -> BlockHash {
+pub fn short(hash: &Sha256Hash) -> BlockHash {
     let mut out = [0; BLOCK_HASH];
     for (to, from) in out.iter_mut().zip(hash) {
         *to = *from;
@@ -74,14 +74,14 @@ pub struct Frame {
     /// The number, in the payload's list, of the frame's first piece.
     first_piece: u32,
     /// SHA-256 of the full SHA-256s of its blocks that are not zero, one after the other.
-    pub content: Hash,
+    pub content: Sha256Hash,
     /// The number of this frame's first hash: how many hashes the index has before it.
     pub first_hash: u32,
 }
 
 /// A checked index.
 #[derive(Debug, Clone)]
-pub struct Index {
+pub struct BlockIndex {
     size: u64,
     frames: Vec<Frame>,
     /// The hashes of the stored pieces of all frames.
@@ -119,7 +119,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-impl Index {
+impl BlockIndex {
     /// Reads the index of `payload`. The caller has already compared its hash with the manifest.
     ///
     /// # Errors
@@ -261,7 +261,7 @@ impl Index {
         self.used.get(block as usize / 8).is_none_or(|byte| byte >> (block % 8) & 1 == 0)
     }
 
-    /// The hash of this number, in payload order, from 0 to [`Index::used_blocks`].
+    /// The hash of this number, in payload order, from 0 to [`BlockIndex::used_blocks`].
     pub fn hash(&self, number: u32) -> Option<&[u8]> {
         let start = number as usize * BLOCK_HASH;
         self.hashes.get(start..start + BLOCK_HASH)
@@ -300,20 +300,20 @@ impl Index {
 pub(crate) struct FrameEntry {
     pub blocks: u32,
     pub stored: u32,
-    pub pieces: Vec<Hash>,
-    pub content: Hash,
+    pub pieces: Vec<Sha256Hash>,
+    pub content: Sha256Hash,
 }
 
 /// Collects an index while frames are written.
 #[derive(Debug, Default)]
-pub(crate) struct Builder {
+pub(crate) struct IndexBuilder {
     pub frames: Vec<FrameEntry>,
     used: Vec<u8>,
     hashes: Vec<u8>,
     blocks: u32,
 }
 
-impl Builder {
+impl IndexBuilder {
     /// Adds the next block; `None` for zeros.
     pub fn block(&mut self, hash: Option<&BlockHash>) {
         if self.blocks.is_multiple_of(8) {

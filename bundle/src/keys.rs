@@ -5,7 +5,7 @@ use minisign_verify::{PublicKey, Signature};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::manifest::Kind;
+use crate::manifest::BuildKind;
 
 /// The untrusted comment of every signature, as the `minisign` tool writes it. It is the only part of
 /// a signature file that is not signed, so the format fixes its text.
@@ -23,7 +23,7 @@ pub struct TrustedKey {
     /// Starts at 1 and grows with each rotation.
     pub epoch: u32,
     /// What the key may sign: `release` both kinds of bundle, `development` only that kind.
-    pub kind: Kind,
+    pub kind: BuildKind,
     /// The public key in minisign's base64 form (the second line of a `.pub` file).
     pub public: String,
     /// A revoked key verifies nothing. It stays listed so that a refusal can say why.
@@ -55,7 +55,7 @@ pub struct SignedBy {
     /// The key's epoch.
     pub epoch: u32,
     /// The key's kind.
-    pub kind: Kind,
+    pub kind: BuildKind,
     /// The signature's trusted comment, which the signature covers.
     pub comment: String,
 }
@@ -64,7 +64,7 @@ pub struct SignedBy {
 /// one kind is never accepted as another. A comment that does not begin with `slipway` (a signature made by hand
 /// with `minisign -S`) states no purpose; then only the form of the signed text tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
+pub enum SignaturePurpose {
     /// A bundle's manifest.
     Bundle,
     /// A key set.
@@ -77,7 +77,7 @@ pub enum Purpose {
     Stage,
 }
 
-impl Purpose {
+impl SignaturePurpose {
     /// The word after `slipway`.
     pub fn word(self) -> &'static str {
         match self {
@@ -180,7 +180,7 @@ impl KeySet {
     /// When the file is malformed, the key is not valid for it, or the signature does not verify.
     pub fn verify(
         &self,
-        purpose: Purpose,
+        purpose: SignaturePurpose,
         name: &str,
         file: &[u8],
         signed: &[u8],
@@ -193,7 +193,7 @@ impl KeySet {
     /// for another purpose. `Err`: the file is malformed, or forged in a trusted key's name.
     pub(crate) fn check_signature(
         &self,
-        purpose: Purpose,
+        purpose: SignaturePurpose,
         member: &str,
         file: &[u8],
         signed: &[u8],

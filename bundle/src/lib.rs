@@ -18,10 +18,12 @@ mod ustar;
 pub mod writer;
 
 pub use error::{Error, Result};
-pub use frames::Level;
-pub use index::{Frame, Index};
+pub use frames::CompressionLevel;
+pub use index::{BlockIndex, Frame};
 pub use keys::{KeySet, SignedBy, TrustedKey};
 pub use limits::*;
-pub use manifest::{Component, Kind, Manifest, Payload, Version};
-pub use reader::{Input, PayloadReader, Policy, Reader, Seekable, Stream};
-pub use writer::{Compressed, SignatureFile, Source, compress, write_archive};
+pub use manifest::{BuildKind, BundleComponent, BundleManifest, Payload, Version};
+pub use reader::{
+    BundleInput, BundlePolicy, BundleReader, PayloadReader, SeekableInput, StreamInput,
+};
+pub use writer::{CompressedPayload, PayloadSource, SignatureFile, compress, write_archive};

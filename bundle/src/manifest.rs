@@ -1,4 +1,4 @@
-//! `manifest.json`: what is signed. Reading checks every rule of the format, so that a `Manifest`
+//! `manifest.json`: what is signed. Reading checks every rule of the format, so that a `BundleManifest`
 //! value has bounded lengths, safe names and a consistent list of payloads.
 
 use std::cmp::Ordering;
@@ -18,14 +18,14 @@ pub const FEATURES: &[&str] = &[];
 /// Whether something is meant for development or for release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Kind {
+pub enum BuildKind {
     /// Signed with a key that everyone on the team has; no robot in the field accepts it.
     Development,
     /// Made to ship.
     Release,
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for BuildKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Development => "development",
@@ -145,7 +145,7 @@ impl<'de> Deserialize<'de> for Version {
 /// `required`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Manifest {
+pub struct BundleManifest {
     /// The format's version; [`FORMAT`].
     pub format: u32,
     /// Features without which this bundle must not be installed; unknown ones are refused by name.
@@ -156,7 +156,7 @@ pub struct Manifest {
     /// The version of the whole bundle.
     pub version: Version,
     /// Development or release.
-    pub kind: Kind,
+    pub kind: BuildKind,
     /// The boards that this bundle runs on.
     pub boards: Vec<String>,
     /// Once a device has committed this bundle, it refuses every bundle with a version below this one.
@@ -167,13 +167,13 @@ pub struct Manifest {
     /// The sources' time in seconds since 1970. No decision ever depends on it.
     pub epoch: u64,
     /// What is in the bundle, in the order of the archive.
-    pub components: Vec<Component>,
+    pub components: Vec<BundleComponent>,
 }
 
 /// Something that is versioned and installed as a whole: `system`, `api`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Component {
+pub struct BundleComponent {
     /// Its name, unique in the bundle.
     pub name: String,
     /// Its version.
@@ -216,7 +216,7 @@ pub struct DataRecord {
     pub size: u64,
 }
 
-impl Manifest {
+impl BundleManifest {
     /// Reads a manifest and checks every rule.
     ///
     /// # Errors
@@ -286,11 +286,11 @@ impl Manifest {
         }
         bounded("components", self.components.len() as u64, MAX_COMPONENTS as u64)?;
         unique("components", self.components.iter().map(|c| c.name.as_str()))?;
-        self.components.iter().try_for_each(Component::check)
+        self.components.iter().try_for_each(BundleComponent::check)
     }
 }
 
-impl Component {
+impl BundleComponent {
     fn check(&self) -> Result<()> {
         name("component", &self.name)?;
         if self.payloads.is_empty() {

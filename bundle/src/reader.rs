@@ -8,12 +8,12 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::frames::Decoder;
-use crate::index::{self, Frame, Hash, Index};
-use crate::keys::{KeySet, Purpose, SignedBy};
+use crate::frames::FrameDecoder;
+use crate::index::{self, BlockIndex, Frame, Sha256Hash};
+use crate::keys::{KeySet, SignaturePurpose, SignedBy};
 use crate::limits::{BLOCK_SIZE, MAX_MANIFEST, MAX_SIGNATURE, MAX_SIGNATURES};
-use crate::manifest::{Kind, Manifest, Payload, Version};
-use crate::ustar::{self, Member, RECORD, TRAILER};
+use crate::manifest::{BuildKind, BundleManifest, Payload, Version};
+use crate::ustar::{self, RECORD, TRAILER, TarMember};
 
 /// The name of the first member.
 pub const MANIFEST: &str = "manifest.json";
@@ -22,7 +22,7 @@ pub const MANIFEST: &str = "manifest.json";
 pub const SIGNATURE: &str = "manifest.json.minisig";
 
 /// A stream that a bundle is read from.
-pub trait Input: Read {
+pub trait BundleInput: Read {
     /// Skips `n` bytes. A seekable input may not notice that they are missing.
     ///
     /// # Errors
@@ -32,15 +32,15 @@ pub trait Input: Read {
 
 /// An input that cannot seek: a pipe, a socket, standard input.
 #[derive(Debug)]
-pub struct Stream<R>(pub R);
+pub struct StreamInput<R>(pub R);
 
-impl<R: Read> Read for Stream<R> {
+impl<R: Read> Read for StreamInput<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.0.read(buffer)
     }
 }
 
-impl<R: Read> Input for Stream<R> {
+impl<R: Read> BundleInput for StreamInput<R> {
     fn skip(&mut self, n: u64) -> io::Result<()> {
         let copied = io::copy(&mut (&mut self.0).take(n), &mut io::sink())?;
         if copied == n { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
@@ -49,15 +49,15 @@ impl<R: Read> Input for Stream<R> {
 
 /// An input that can seek: skipped frames are not read.
 #[derive(Debug)]
-pub struct Seekable<R>(pub R);
+pub struct SeekableInput<R>(pub R);
 
-impl<R: Read> Read for Seekable<R> {
+impl<R: Read> Read for SeekableInput<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.0.read(buffer)
     }
 }
 
-impl<R: Read + Seek> Input for Seekable<R> {
+impl<R: Read + Seek> BundleInput for SeekableInput<R> {
     fn skip(&mut self, n: u64) -> io::Result<()> {
         let n = i64::try_from(n).map_err(|_| io::ErrorKind::InvalidInput)?;
         self.0.seek(SeekFrom::Current(n)).map(|_| ())
@@ -66,7 +66,7 @@ impl<R: Read + Seek> Input for Seekable<R> {
 
 /// What a device requires of a bundle beyond its signature. `None` requires nothing.
 #[derive(Debug, Clone, Default)]
-pub struct Policy<'a> {
+pub struct BundlePolicy<'a> {
     /// The device's product.
     pub product: Option<&'a str>,
     /// The device's board.
@@ -79,23 +79,23 @@ pub struct Policy<'a> {
 
 /// A bundle whose signature has been verified.
 #[derive(Debug)]
-pub struct Reader<I> {
+pub struct BundleReader<I> {
     input: I,
-    manifest: Manifest,
+    manifest: BundleManifest,
     manifest_sha256: String,
     signed_by: Vec<SignedBy>,
     /// The header after the last signature. It must be read to know that no further signature follows.
-    pending: Option<Option<Member>>,
+    pending: Option<Option<TarMember>>,
     /// Components and payloads that are still to come, as indices into the manifest.
     coming: VecDeque<(usize, usize)>,
     seen: Vec<String>,
     stored: Vec<u8>,
-    decoder: Decoder,
+    decoder: FrameDecoder,
     /// Frames of the current payload that have not been read or skipped.
     unread: bool,
 }
 
-impl<I: Input> Reader<I> {
+impl<I: BundleInput> BundleReader<I> {
     /// Reads the manifest and its signatures, and verifies them. Nothing else is read.
     ///
     /// # Errors
@@ -135,7 +135,7 @@ impl<I: Input> Reader<I> {
         };
         // The manifest is parsed only now: unsigned bytes do not reach the JSON parser.
         let signatures = signatures(keys, &files, &json)?;
-        let manifest = Manifest::parse(&json)?;
+        let manifest = BundleManifest::parse(&json)?;
         let signed_by = trusted(signatures, &manifest)?;
         let coming = manifest
             .components
@@ -154,13 +154,13 @@ impl<I: Input> Reader<I> {
             coming,
             seen,
             stored: Vec::new(),
-            decoder: Decoder::new()?,
+            decoder: FrameDecoder::new()?,
             unread: false,
         })
     }
 
     /// The verified manifest.
-    pub fn manifest(&self) -> &Manifest {
+    pub fn manifest(&self) -> &BundleManifest {
         &self.manifest
     }
 
@@ -178,7 +178,7 @@ impl<I: Input> Reader<I> {
     ///
     /// # Errors
     /// Names the first mismatch.
-    pub fn check(&self, policy: &Policy<'_>) -> Result<()> {
+    pub fn check(&self, policy: &BundlePolicy<'_>) -> Result<()> {
         let manifest = &self.manifest;
         if let Some(product) = policy.product.filter(|p| *p != manifest.product) {
             return Err(Error::WrongProduct {
@@ -240,7 +240,7 @@ impl<I: Input> Reader<I> {
         if index::hex(&index::sha256(&bytes)) != payload.index.sha256 {
             return Err(Error::WrongHash { what: member });
         }
-        let index = Arc::new(Index::parse(&bytes, &payload)?);
+        let index = Arc::new(BlockIndex::parse(&bytes, &payload)?);
         drop(bytes);
         self.expect(&format!("{name}/{}.zst", payload.role), payload.data.size)?;
         self.unread = true;
@@ -305,14 +305,14 @@ impl<I: Input> Reader<I> {
 /// One payload: its verified index, and its frames as they come.
 #[derive(Debug)]
 pub struct PayloadReader<'a, I> {
-    reader: &'a mut Reader<I>,
+    reader: &'a mut BundleReader<I>,
     component: String,
     payload: Payload,
-    index: Arc<Index>,
+    index: Arc<BlockIndex>,
     next: usize,
 }
 
-impl<I: Input> PayloadReader<'_, I> {
+impl<I: BundleInput> PayloadReader<'_, I> {
     /// The component's name.
     pub fn component(&self) -> &str {
         &self.component
@@ -329,12 +329,12 @@ impl<I: Input> PayloadReader<'_, I> {
     }
 
     /// The verified index.
-    pub fn index(&self) -> &Index {
+    pub fn index(&self) -> &BlockIndex {
         &self.index
     }
 
     /// The verified index, for use while frames are read.
-    pub fn shared_index(&self) -> Arc<Index> {
+    pub fn shared_index(&self) -> Arc<BlockIndex> {
         self.index.clone()
     }
 
@@ -356,7 +356,7 @@ impl<I: Input> PayloadReader<'_, I> {
         let what = || format!("frame {} of {}/{}", frame.number, self.component, self.payload.role);
         let reader = &mut *self.reader;
         let mut hashes = self.index.hashes(&frame);
-        let mut offset = Index::offset(frame.first_block);
+        let mut offset = BlockIndex::offset(frame.first_block);
         let mut content = Sha256::new();
         let mut verified = |bytes: &[u8]| {
             for block in bytes.chunks(BLOCK_SIZE) {
@@ -391,7 +391,7 @@ impl<I: Input> PayloadReader<'_, I> {
             left -= length;
             reader.decoder.push(&reader.stored, left == 0, &mut verified)?;
         }
-        if Hash::from(content.finalize()) != frame.content {
+        if Sha256Hash::from(content.finalize()) != frame.content {
             return Err(Error::WrongHash { what: format!("the content of {}", what()) });
         }
         drop(hashes);
@@ -429,8 +429,8 @@ impl<I: Input> PayloadReader<'_, I> {
 ///
 /// # Errors
 /// When the archive's beginning or the manifest is malformed.
-pub fn unverified_manifest(input: &mut impl Read) -> Result<Manifest> {
-    Manifest::parse(&read_member(input, MANIFEST, MAX_MANIFEST)?)
+pub fn unverified_manifest(input: &mut impl Read) -> Result<BundleManifest> {
+    BundleManifest::parse(&read_member(input, MANIFEST, MAX_MANIFEST)?)
 }
 
 /// Every valid signature by a key of the set, or why there is none.
@@ -438,7 +438,7 @@ fn signatures(keys: &KeySet, files: &[(String, Vec<u8>)], json: &[u8]) -> Result
     let mut good: Vec<SignedBy> = Vec::new();
     let mut reasons = Vec::new();
     for (member, file) in files {
-        match keys.check_signature(Purpose::Bundle, member, file, json)? {
+        match keys.check_signature(SignaturePurpose::Bundle, member, file, json)? {
             Ok(by) if good.iter().any(|other| other.id == by.id) => {
                 return Err(Error::BadSignatureFile {
                     reason: format!("{member}: the key {} signs twice", by.id),
@@ -455,7 +455,7 @@ fn signatures(keys: &KeySet, files: &[(String, Vec<u8>)], json: &[u8]) -> Result
 }
 
 /// The signatures that are accepted for this manifest's kind and key epoch.
-fn trusted(signatures: Vec<SignedBy>, manifest: &Manifest) -> Result<Vec<SignedBy>> {
+fn trusted(signatures: Vec<SignedBy>, manifest: &BundleManifest) -> Result<Vec<SignedBy>> {
     let mut reasons = Vec::new();
     let mut good = Vec::new();
     for by in signatures {
@@ -464,7 +464,7 @@ fn trusted(signatures: Vec<SignedBy>, manifest: &Manifest) -> Result<Vec<SignedB
                 "the key {} has epoch {}, but the bundle requires {} or later",
                 by.id, by.epoch, manifest.key_epoch
             ));
-        } else if manifest.kind == Kind::Release && by.kind == Kind::Development {
+        } else if manifest.kind == BuildKind::Release && by.kind == BuildKind::Development {
             reasons.push(format!("the development key {} may not sign a release", by.id));
         } else {
             good.push(by);
@@ -483,13 +483,13 @@ fn is_further_signature(name: &str) -> bool {
     id.is_some_and(|id| id.len() == 16 && id.bytes().all(digit))
 }
 
-fn read_header(input: &mut impl Read) -> Result<Option<Member>> {
+fn read_header(input: &mut impl Read) -> Result<Option<TarMember>> {
     let mut bytes = [0_u8; RECORD];
     fill(input, &mut bytes, "a tar header")?;
     ustar::parse(&bytes)
 }
 
-fn expect_name(header: Option<Member>, name: &str, seen: &[String]) -> Result<Member> {
+fn expect_name(header: Option<TarMember>, name: &str, seen: &[String]) -> Result<TarMember> {
     match header {
         Some(member) if member.name == name => Ok(member),
         Some(member) if seen.contains(&member.name) => {
@@ -511,7 +511,7 @@ fn read_member(input: &mut impl Read, name: &str, bound: u64) -> Result<Vec<u8>>
     read_content(input, &member, bound)
 }
 
-fn read_content(input: &mut impl Read, member: &Member, bound: u64) -> Result<Vec<u8>> {
+fn read_content(input: &mut impl Read, member: &TarMember, bound: u64) -> Result<Vec<u8>> {
     if member.size > bound {
         return Err(Error::BadLength {
             what: format!("the member `{}`", member.name),

@@ -3,13 +3,13 @@
 
 use std::collections::BTreeSet;
 
-use crate::component::{LOCK_ROLE, Wheel};
+use crate::component::{ComponentWheel, LOCK_ROLE};
 use crate::error::{Error, Result};
 use crate::limits::{MAX_TREE_DEPTH, MAX_TREE_PATH};
 
 /// What an entry of the tar is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum TreeEntryKind {
     /// A directory.
     Folder,
     /// A regular file with this many bytes.
@@ -20,17 +20,17 @@ pub enum Kind {
 
 /// Walks over one wheel's tree, entry by entry.
 #[derive(Debug)]
-pub struct Rules<'w> {
-    wheel: &'w Wheel,
+pub struct TreeRules<'w> {
+    wheel: &'w ComponentWheel,
     /// Paths in lower case: on some file systems, two names that differ only in case are the same.
     known: BTreeSet<String>,
     files: u64,
     bytes: u64,
 }
 
-impl<'w> Rules<'w> {
+impl<'w> TreeRules<'w> {
     /// For the tree of a wheel, before its first entry.
-    pub fn new(wheel: &'w Wheel) -> Self {
+    pub fn new(wheel: &'w ComponentWheel) -> Self {
         Self { wheel, known: BTreeSet::new(), files: 0, bytes: 0 }
     }
 
@@ -38,8 +38,8 @@ impl<'w> Rules<'w> {
     ///
     /// # Errors
     /// `bad-tree`: no robot accepts this entry.
-    pub fn entry(&mut self, path: &str, kind: Kind) -> Result<()> {
-        let path = path.strip_suffix('/').filter(|_| kind == Kind::Folder).unwrap_or(path);
+    pub fn entry(&mut self, path: &str, kind: TreeEntryKind) -> Result<()> {
+        let path = path.strip_suffix('/').filter(|_| kind == TreeEntryKind::Folder).unwrap_or(path);
         let shown = path.escape_debug();
         if let Some(why) = wrong_path(path) {
             return Err(self.bad(format!("invalid path `{shown}`: {why}")));
@@ -50,9 +50,11 @@ impl<'w> Rules<'w> {
             )));
         }
         match kind {
-            Kind::Folder => Ok(()),
-            Kind::Other => Err(self.bad(format!("`{shown}` is neither a file nor a directory"))),
-            Kind::File(size) => {
+            TreeEntryKind::Folder => Ok(()),
+            TreeEntryKind::Other => {
+                Err(self.bad(format!("`{shown}` is neither a file nor a directory")))
+            }
+            TreeEntryKind::File(size) => {
                 (self.files, self.bytes) = (self.files + 1, self.bytes.saturating_add(size));
                 match self.files > self.wheel.files || self.bytes > self.wheel.bytes {
                     true => Err(self.bad("more files or bytes than the lock lists".to_owned())),
@@ -77,7 +79,7 @@ impl<'w> Rules<'w> {
     }
 
     fn bad(&self, reason: String) -> Error {
-        let Wheel { name, version, .. } = self.wheel;
+        let ComponentWheel { name, version, .. } = self.wheel;
         Error::BadTree { wheel: format!("{name} {version}"), reason }
     }
 }
@@ -114,8 +116,8 @@ pub fn wrong_path(path: &str) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn wheel() -> Wheel {
-        Wheel {
+    fn wheel() -> ComponentWheel {
+        ComponentWheel {
             role: "foo".to_owned(),
             name: "foo".to_owned(),
             version: "1.0".to_owned(),
@@ -129,9 +131,9 @@ mod tests {
         }
     }
 
-    fn walk(entries: &[(&str, Kind)], sha256: &str) -> Result<()> {
+    fn walk(entries: &[(&str, TreeEntryKind)], sha256: &str) -> Result<()> {
         let wheel = wheel();
-        let mut rules = Rules::new(&wheel);
+        let mut rules = TreeRules::new(&wheel);
         for (path, kind) in entries {
             rules.entry(path, *kind)?;
         }
@@ -141,29 +143,35 @@ mod tests {
     #[test]
     fn a_tree_that_is_what_its_lock_says_is_taken() {
         let deep = "d/".repeat(MAX_TREE_DEPTH - 1) + "f";
-        let entries =
-            [("site/", Kind::Folder), ("site/a.py", Kind::File(3)), (deep.as_str(), Kind::File(4))];
+        let entries = [
+            ("site/", TreeEntryKind::Folder),
+            ("site/a.py", TreeEntryKind::File(3)),
+            (deep.as_str(), TreeEntryKind::File(4)),
+        ];
         walk(&entries, &"1".repeat(64)).unwrap();
     }
 
     #[test]
     fn each_rule_has_its_refusal() {
         let (deep, long) = ("d/".repeat(MAX_TREE_DEPTH) + "f", "f".repeat(MAX_TREE_PATH + 1));
-        let cases: [(&[(&str, Kind)], &str); 14] = [
-            (&[(deep.as_str(), Kind::File(1))], "33 parts, at most 32 are allowed"),
-            (&[(long.as_str(), Kind::File(1))], "513 bytes, at most 512 are allowed"),
-            (&[("site/A.txt", Kind::File(1)), ("site/a.txt", Kind::File(1))], "occurs twice"),
-            (&[("site", Kind::Folder), ("Site/", Kind::Folder)], "occurs twice"),
-            (&[("../x", Kind::File(1))], "a part is empty"),
-            (&[("/x", Kind::File(1))], "a part is empty"),
-            (&[("site//x", Kind::File(1))], "a part is empty"),
-            (&[("site/./x", Kind::File(1))], "a part is empty"),
-            (&[("site/x/", Kind::File(1))], "a part is empty"),
-            (&[(".sum", Kind::File(1))], "begins with `.sum`"),
-            (&[("component.json", Kind::File(1))], "begins with `component.json`"),
-            (&[("site/x", Kind::Other)], "neither a file nor a directory"),
-            (&[("site/x", Kind::File(8))], "more files or bytes than the lock lists"),
-            (&[("site/x", Kind::File(7))], "fewer files or bytes than the lock lists"),
+        let cases: [(&[(&str, TreeEntryKind)], &str); 14] = [
+            (&[(deep.as_str(), TreeEntryKind::File(1))], "33 parts, at most 32 are allowed"),
+            (&[(long.as_str(), TreeEntryKind::File(1))], "513 bytes, at most 512 are allowed"),
+            (
+                &[("site/A.txt", TreeEntryKind::File(1)), ("site/a.txt", TreeEntryKind::File(1))],
+                "occurs twice",
+            ),
+            (&[("site", TreeEntryKind::Folder), ("Site/", TreeEntryKind::Folder)], "occurs twice"),
+            (&[("../x", TreeEntryKind::File(1))], "a part is empty"),
+            (&[("/x", TreeEntryKind::File(1))], "a part is empty"),
+            (&[("site//x", TreeEntryKind::File(1))], "a part is empty"),
+            (&[("site/./x", TreeEntryKind::File(1))], "a part is empty"),
+            (&[("site/x/", TreeEntryKind::File(1))], "a part is empty"),
+            (&[(".sum", TreeEntryKind::File(1))], "begins with `.sum`"),
+            (&[("component.json", TreeEntryKind::File(1))], "begins with `component.json`"),
+            (&[("site/x", TreeEntryKind::Other)], "neither a file nor a directory"),
+            (&[("site/x", TreeEntryKind::File(8))], "more files or bytes than the lock lists"),
+            (&[("site/x", TreeEntryKind::File(7))], "fewer files or bytes than the lock lists"),
         ];
         for (entries, expected) in cases {
             let error = walk(entries, &"1".repeat(64)).unwrap_err();

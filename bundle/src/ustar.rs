@@ -51,7 +51,7 @@ fn put(bytes: &mut [u8; RECORD], at: usize, value: &[u8]) {
 
 /// What a header says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Member {
+pub struct TarMember {
     /// The member's name.
     pub name: String,
     /// Its length in bytes, without padding.
@@ -62,7 +62,7 @@ pub struct Member {
 ///
 /// # Errors
 /// When the header differs in any byte from the one that [`header`] makes.
-pub fn parse(bytes: &[u8; RECORD]) -> Result<Option<Member>> {
+pub fn parse(bytes: &[u8; RECORD]) -> Result<Option<TarMember>> {
     if bytes.iter().all(|b| *b == 0) {
         return Ok(None);
     }
@@ -86,7 +86,7 @@ pub fn parse(bytes: &[u8; RECORD]) -> Result<Option<Member>> {
     }
     let canonical = header(&name, size)?;
     match canonical.iter().zip(bytes).position(|(a, b)| a != b) {
-        None => Ok(Some(Member { name, size })),
+        None => Ok(Some(TarMember { name, size })),
         Some(at) => Err(Error::BadHeader {
             reason: format!("byte {at} of the header of `{shown}` differs from the prescribed one"),
         }),

@@ -9,15 +9,15 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::frames::{self, Encoder, Level};
-use crate::index::{self, BlockHash, Builder, FrameEntry, Hash};
+use crate::frames::{self, CompressionLevel, FrameEncoder};
+use crate::index::{self, BlockHash, FrameEntry, IndexBuilder, Sha256Hash};
 use crate::limits::{BLOCK_SIZE, MAX_DATA, MAX_PAYLOAD, MAX_SIGNATURE, MAX_SIGNATURES, PIECE};
-use crate::manifest::{DataRecord, IndexRecord, Manifest, Payload};
+use crate::manifest::{BundleManifest, DataRecord, IndexRecord, Payload};
 use crate::reader::{MANIFEST, SIGNATURE};
 use crate::ustar;
 
 /// A payload, read by several threads at once.
-pub trait Source: Sync {
+pub trait PayloadSource: Sync {
     /// Its size in bytes, holes included.
     fn size(&self) -> u64;
 
@@ -37,7 +37,7 @@ pub trait Source: Sync {
     }
 }
 
-impl Source for [u8] {
+impl PayloadSource for [u8] {
     fn size(&self) -> u64 {
         self.len() as u64
     }
@@ -52,7 +52,7 @@ impl Source for [u8] {
 
 /// The result of compressing a payload, besides its frames.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Compressed {
+pub struct CompressedPayload {
     /// The payload's size in bytes.
     pub size: u64,
     /// The block index.
@@ -63,7 +63,7 @@ pub struct Compressed {
     pub used_blocks: u32,
 }
 
-impl Compressed {
+impl CompressedPayload {
     /// The manifest's entry for this payload.
     pub fn describe(&self, role: impl Into<String>) -> Payload {
         Payload {
@@ -106,12 +106,12 @@ struct Ring {
 /// # Errors
 /// When the payload is too large for the format, or reading or writing fails.
 pub fn compress(
-    source: &(impl Source + ?Sized),
-    level: Level,
+    source: &(impl PayloadSource + ?Sized),
+    level: CompressionLevel,
     workers: usize,
     out: &mut dyn Write,
     progress: &mut dyn FnMut(u64),
-) -> Result<Compressed> {
+) -> Result<CompressedPayload> {
     let size = source.size();
     if size > MAX_PAYLOAD {
         return Err(Error::BadLength {
@@ -153,7 +153,7 @@ fn wait<'a>(changed: &Condvar, guard: MutexGuard<'a, Ring>) -> MutexGuard<'a, Ri
     changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Ends the wait for a worker that panicked (in a `Source`, say): the panic then reaches the caller
+/// Ends the wait for a worker that panicked (in a `PayloadSource`, say): the panic then reaches the caller
 /// through the thread scope, instead of a hang.
 struct Watch<'a>(&'a Mutex<Ring>, &'a Condvar);
 
@@ -168,8 +168,8 @@ impl Drop for Watch<'_> {
 
 /// A worker: takes unit after unit until none is left.
 fn work(
-    source: &(impl Source + ?Sized),
-    level: Level,
+    source: &(impl PayloadSource + ?Sized),
+    level: CompressionLevel,
     count: u64,
     workers: u64,
     ring: &Mutex<Ring>,
@@ -205,8 +205,8 @@ fn collect(
     changed: &Condvar,
     out: &mut dyn Write,
     progress: &mut dyn FnMut(u64),
-) -> Result<Compressed> {
-    let mut builder = Builder::default();
+) -> Result<CompressedPayload> {
+    let mut builder = IndexBuilder::default();
     let (mut data_size, mut used_blocks) = (0_u64, 0_u32);
     for number in 0..count {
         let finished = {
@@ -243,20 +243,20 @@ fn collect(
             allowed: MAX_DATA,
         });
     }
-    Ok(Compressed { size, index: builder.finish(size)?, data_size, used_blocks })
+    Ok(CompressedPayload { size, index: builder.finish(size)?, data_size, used_blocks })
 }
 
 /// What a worker keeps from unit to unit.
 struct Worker {
-    encoder: Option<Encoder>,
+    encoder: Option<FrameEncoder>,
     buffer: Vec<u8>,
 }
 
 impl Worker {
     fn unit(
         &mut self,
-        source: &(impl Source + ?Sized),
-        level: Level,
+        source: &(impl PayloadSource + ?Sized),
+        level: CompressionLevel,
         number: u64,
         mut stored: Vec<u8>,
     ) -> Result<Unit> {
@@ -286,7 +286,7 @@ impl Worker {
             } else {
                 let encoder = match &mut self.encoder {
                     Some(encoder) => encoder,
-                    empty => empty.insert(Encoder::new(level)?),
+                    empty => empty.insert(FrameEncoder::new(level)?),
                 };
                 encoder.encode(&self.buffer, &mut stored)?;
             }
@@ -295,13 +295,13 @@ impl Worker {
             blocks: blocks as u32,
             stored: stored.len() as u32,
             pieces: stored.chunks(PIECE).map(index::sha256).collect(),
-            content: Hash::from(content.finalize()),
+            content: Sha256Hash::from(content.finalize()),
         };
         Ok(Unit { entry, hashes, stored })
     }
 
     /// Fills the buffer with a range of the payload; holes are zeroed, not read.
-    fn read(&mut self, source: &(impl Source + ?Sized), range: Range<u64>) -> Result<()> {
+    fn read(&mut self, source: &(impl PayloadSource + ?Sized), range: Range<u64>) -> Result<()> {
         let length = (range.end - range.start) as usize;
         self.buffer.resize(length, 0);
         let mut rest = self.buffer.as_mut_slice();
@@ -346,7 +346,7 @@ pub struct SignatureFile {
 /// When the manifest breaks a rule, the parts do not fit it, or reading or writing fails.
 pub fn write_archive(
     out: &mut dyn Write,
-    manifest: &Manifest,
+    manifest: &BundleManifest,
     sign: &mut dyn FnMut(&[u8]) -> Result<Vec<SignatureFile>>,
     payloads: &mut [(&[u8], &mut dyn Read)],
 ) -> Result<()> {

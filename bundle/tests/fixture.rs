@@ -7,7 +7,7 @@ mod common;
 
 use std::path::PathBuf;
 
-use bundle::{KeySet, Level, Policy, Reader, Stream, Version};
+use bundle::{BundlePolicy, BundleReader, CompressionLevel, KeySet, StreamInput, Version};
 use common::{TestKey, mixed, parts};
 
 fn fixture(name: &str) -> PathBuf {
@@ -18,10 +18,10 @@ fn fixture(name: &str) -> PathBuf {
 fn the_first_bundle_is_readable() {
     let bytes = std::fs::read(fixture("v1.bundle")).unwrap();
     let keys = KeySet::parse(&std::fs::read(fixture("keyset.json")).unwrap()).unwrap();
-    let mut reader = Reader::open(Stream(bytes.as_slice()), &keys).unwrap();
+    let mut reader = BundleReader::open(StreamInput(bytes.as_slice()), &keys).unwrap();
     let floor = Version::parse("1.0.0").unwrap();
     let (product, board) = (Some("robot-test"), Some("board-one"));
-    reader.check(&Policy { product, board, floor: Some(&floor), key_epoch: 1 }).unwrap();
+    reader.check(&BundlePolicy { product, board, floor: Some(&floor), key_epoch: 1 }).unwrap();
     assert_eq!(reader.manifest().version.as_str(), "1.2.3");
     let mut payload = reader.next_payload().unwrap().unwrap();
     assert_eq!((payload.component(), payload.role()), ("system", "p0"));
@@ -40,7 +40,7 @@ fn the_first_bundle_is_readable() {
 #[test]
 fn every_level_is_readable() {
     let content = mixed(100_000);
-    for level in [Level::Fast, Level::Release] {
+    for level in [CompressionLevel::Fast, CompressionLevel::Release] {
         let mut data = Vec::new();
         let done = bundle::compress(content.as_slice(), level, 1, &mut data, &mut |_| {}).unwrap();
         let mut parts = parts(&[b""], 1);

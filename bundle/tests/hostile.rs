@@ -8,7 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::io::{Seek, SeekFrom, Write};
 
-use bundle::{KeySet, Kind, Manifest, Reader, Stream, TrustedKey};
+use bundle::{BuildKind, BundleManifest, BundleReader, KeySet, StreamInput, TrustedKey};
 use common::{TestKey, keys, make, member, mixed, noise, parts, verify};
 
 /// Counts what this thread has allocated at its peak.
@@ -360,7 +360,7 @@ fn a_member_above_four_gibibytes_is_passed_over_to_its_end() {
     file.write_all(&[0; 1024]).unwrap();
     file.rewind().unwrap();
 
-    let mut reader = Reader::open(bundle::Seekable(&file), &keys()).unwrap();
+    let mut reader = BundleReader::open(bundle::SeekableInput(&file), &keys()).unwrap();
     let mut large = reader.next_payload().unwrap().unwrap();
     let last = *large.index().frames().last().unwrap();
     assert_eq!(last.data_offset, u64::from(FRAMES - 1) * u64::from(stored));
@@ -434,7 +434,7 @@ fn a_window_that_does_not_fit_the_device_is_refused() {
 fn manifests_are_refused_by_rule() {
     let refused = |from: &str, to: &str| {
         let bytes = with_manifest(&manifest(from, to));
-        let error = Reader::open(Stream(bytes.as_slice()), &keys()).unwrap_err();
+        let error = BundleReader::open(StreamInput(bytes.as_slice()), &keys()).unwrap_err();
         (error.code(), error.to_string())
     };
     for (from, to, code, part) in [
@@ -459,12 +459,12 @@ fn manifests_are_refused_by_rule() {
     }
     // An unknown optional field is skipped.
     let json = manifest("\"format\": 1", "\"format\": 1, \"colour\": {\"deep\": [1]}");
-    Manifest::parse(json.as_bytes()).unwrap();
+    BundleManifest::parse(json.as_bytes()).unwrap();
 }
 
 #[test]
 fn key_sets_are_refused_by_rule() {
-    let key = |seed: u8| TestKey::new(seed).trusted(Kind::Development, 1);
+    let key = |seed: u8| TestKey::new(seed).trusted(BuildKind::Development, 1);
     let why = |keys: Vec<TrustedKey>| {
         let json = serde_json::to_vec(&KeySet { serial: 1, keys }).unwrap();
         KeySet::parse(&json).map_err(|error| error.to_string())

@@ -6,7 +6,9 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use bundle::{Error, KeySet, Kind, Policy, Reader, Seekable, Stream, Version};
+use bundle::{
+    BuildKind, BundlePolicy, BundleReader, Error, KeySet, SeekableInput, StreamInput, Version,
+};
 use common::{TestKey, extract, keys, make, member, mixed, noise, parts, verify};
 
 const MIB: usize = 1 << 20;
@@ -46,8 +48,9 @@ fn the_bytes_do_not_depend_on_the_number_of_threads() {
 fn a_frame_can_be_skipped_with_and_without_seeking() {
     let content = mixed(40 * MIB);
     let bytes = make(&[&content]);
-    let mut piped = Reader::open(Stream(bytes.as_slice()), &keys()).unwrap();
-    let mut seeking = Reader::open(Seekable(std::io::Cursor::new(&bytes)), &keys()).unwrap();
+    let mut piped = BundleReader::open(StreamInput(bytes.as_slice()), &keys()).unwrap();
+    let mut seeking =
+        BundleReader::open(SeekableInput(std::io::Cursor::new(&bytes)), &keys()).unwrap();
     let mut got = Vec::new();
     {
         let mut payload = piped.next_payload().unwrap().unwrap();
@@ -76,7 +79,7 @@ fn a_frame_can_be_skipped_with_and_without_seeking() {
 #[test]
 fn a_payload_left_unread_is_a_mistake_of_the_caller() {
     let bytes = make(&[&mixed(5000), &mixed(5000)]);
-    let mut reader = Reader::open(Stream(bytes.as_slice()), &keys()).unwrap();
+    let mut reader = BundleReader::open(StreamInput(bytes.as_slice()), &keys()).unwrap();
     drop(reader.next_payload().unwrap());
     assert_eq!(reader.next_payload().unwrap_err().code(), "misuse");
 }
@@ -86,13 +89,14 @@ fn further_signatures_let_a_rotated_key_set_verify() {
     let mut parts = parts(&[&mixed(5000)], 1);
     let bytes = parts.write(&[TestKey::new(1), TestKey::new(3), TestKey::new(2)]);
     for seed in [1, 2, 3] {
-        let set = KeySet { serial: 0, keys: vec![TestKey::new(seed).trusted(Kind::Release, 1)] };
+        let set =
+            KeySet { serial: 0, keys: vec![TestKey::new(seed).trusted(BuildKind::Release, 1)] };
         verify(&bytes, &set).unwrap();
-        let reader = Reader::open(Stream(bytes.as_slice()), &set).unwrap();
+        let reader = BundleReader::open(StreamInput(bytes.as_slice()), &set).unwrap();
         assert_eq!(reader.signed_by().len(), 1);
         assert_eq!(reader.signed_by()[0].comment, "a test bundle");
     }
-    let stranger = KeySet { serial: 0, keys: vec![TestKey::new(9).trusted(Kind::Release, 1)] };
+    let stranger = KeySet { serial: 0, keys: vec![TestKey::new(9).trusted(BuildKind::Release, 1)] };
     assert_eq!(verify(&bytes, &stranger).unwrap_err().code(), "not-trusted");
 }
 
@@ -100,22 +104,22 @@ fn further_signatures_let_a_rotated_key_set_verify() {
 fn trust_follows_kind_epoch_and_revocation() {
     let mut development = parts(&[&mixed(100)], 1);
     let mut release = parts(&[&mixed(100)], 1);
-    release.manifest.kind = Kind::Release;
+    release.manifest.kind = BuildKind::Release;
     release.manifest.key_epoch = 2;
     let key = || [TestKey::new(1)];
     let set = |kind, epoch| KeySet { serial: 0, keys: vec![TestKey::new(1).trusted(kind, epoch)] };
     let (development, release) = (development.write(&key()), release.write(&key()));
-    verify(&development, &set(Kind::Release, 1)).unwrap();
-    verify(&release, &set(Kind::Release, 2)).unwrap();
+    verify(&development, &set(BuildKind::Release, 1)).unwrap();
+    verify(&release, &set(BuildKind::Release, 2)).unwrap();
     let refused = |bytes: &[u8], set: &KeySet, part: &str| {
         let error = verify(bytes, set).unwrap_err();
         assert_eq!(error.code(), "not-trusted");
         assert!(error.to_string().contains(part), "{error}");
     };
-    refused(&release, &set(Kind::Development, 2), "may not sign a release");
-    refused(&release, &set(Kind::Release, 1), "has epoch 1, but the bundle requires 2");
+    refused(&release, &set(BuildKind::Development, 2), "may not sign a release");
+    refused(&release, &set(BuildKind::Release, 1), "has epoch 1, but the bundle requires 2");
     refused(&development, &KeySet::default(), "is not in the key set");
-    let mut revoked = set(Kind::Release, 3);
+    let mut revoked = set(BuildKind::Release, 3);
     revoked.keys[0].revoked = true;
     refused(&release, &revoked, "is revoked");
 }
@@ -123,22 +127,26 @@ fn trust_follows_kind_epoch_and_revocation() {
 #[test]
 fn the_policy_refuses_what_does_not_fit_the_device() {
     let bytes = make(&[&mixed(100)]);
-    let reader = Reader::open(Stream(bytes.as_slice()), &keys()).unwrap();
+    let reader = BundleReader::open(StreamInput(bytes.as_slice()), &keys()).unwrap();
     let v = |text| Version::parse(text).unwrap();
-    let check = |policy: &Policy<'_>| reader.check(policy).map_err(|error: Error| error.code());
+    let check =
+        |policy: &BundlePolicy<'_>| reader.check(policy).map_err(|error: Error| error.code());
     let (low, same, high) = (v("1.2.3-rc.1"), v("1.2.3"), v("1.2.4-rc.1"));
-    let good = Policy {
+    let good = BundlePolicy {
         product: Some("robot-test"),
         board: Some("board-two"),
         floor: Some(&same),
         key_epoch: 1,
     };
     assert_eq!(check(&good), Ok(()));
-    assert_eq!(check(&Policy { floor: Some(&low), ..good.clone() }), Ok(()));
-    assert_eq!(check(&Policy { floor: Some(&high), ..good.clone() }), Err("below-floor"));
-    assert_eq!(check(&Policy { product: Some("other"), ..good.clone() }), Err("wrong-product"));
-    assert_eq!(check(&Policy { board: Some("board"), ..good.clone() }), Err("wrong-board"));
-    assert_eq!(check(&Policy { key_epoch: 2, ..good }), Err("not-trusted"));
+    assert_eq!(check(&BundlePolicy { floor: Some(&low), ..good.clone() }), Ok(()));
+    assert_eq!(check(&BundlePolicy { floor: Some(&high), ..good.clone() }), Err("below-floor"));
+    assert_eq!(
+        check(&BundlePolicy { product: Some("other"), ..good.clone() }),
+        Err("wrong-product")
+    );
+    assert_eq!(check(&BundlePolicy { board: Some("board"), ..good.clone() }), Err("wrong-board"));
+    assert_eq!(check(&BundlePolicy { key_epoch: 2, ..good }), Err("not-trusted"));
 }
 
 /// Runs a standard tool; a missing tool is a failure.

@@ -1,8 +1,8 @@
 //! The agent's answers, as `slotd --format json` prints them: one object on standard output, and one line
 //! `{"progress": …}` at a time on standard error. The agent writes these formats, `push` and every other client read them.
 //!
-//! A reader is lenient: it ignores unknown fields, and optional parts of [`Status`] that a later agent writes in another
-//! format. Fields are never removed, renamed or given another meaning.
+//! A reader is lenient: it ignores unknown fields, and optional parts of [`RobotStatus`] that a later agent writes in
+//! another format. Fields are never removed, renamed or given another meaning.
 
 use std::path::PathBuf;
 
@@ -23,7 +23,7 @@ fn if_understood<'de, D: Deserializer<'de>, T: DeserializeOwned>(
 /// The robot's status.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Status {
+pub struct RobotStatus {
     /// The product.
     #[serde(default)]
     pub product: String,
@@ -41,12 +41,12 @@ pub struct Status {
     /// Whether a trial is still pending.
     pub pending: bool,
     /// Why a running trial is not committed yet, and the results of the checks.
-    pub health: Option<Health>,
+    pub health: Option<TrialHealth>,
     /// The system that was installed into the other slot.
     pub other: Option<InstalledSlot>,
     /// An install that was interrupted.
     #[serde(default, deserialize_with = "if_understood")]
-    pub interrupted: Option<Journal>,
+    pub interrupted: Option<InstallJournal>,
     /// The lowest version and key epoch that are accepted.
     #[serde(default)]
     pub floor: Floor,
@@ -70,7 +70,7 @@ pub struct BootStatus {
     /// The committed slot.
     pub active: Slot,
     /// The trial that was armed last, if it has neither been committed nor rolled back.
-    pub trial: Option<Trial>,
+    pub trial: Option<SlotTrial>,
     /// Damage that does not stop the robot, human-readable: `copy 1: checksum mismatch`.
     #[serde(default)]
     pub damage: Vec<String>,
@@ -79,14 +79,14 @@ pub struct BootStatus {
 impl BootStatus {
     /// The trial that is not decided yet: it has starts left, or it is running. A trial without starts left,
     /// seen from the committed slot, has failed.
-    pub fn pending(&self, running: Slot) -> Option<Trial> {
+    pub fn pending(&self, running: Slot) -> Option<SlotTrial> {
         self.trial.filter(|trial| trial.tries > 0 || trial.slot == running)
     }
 }
 
 /// A slot that is started before it is committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Trial {
+pub struct SlotTrial {
     /// The slot.
     pub slot: Slot,
     /// How many starts are left; 0 while the last one runs, and after it failed.
@@ -97,18 +97,18 @@ pub struct Trial {
 /// The status of the watch over a trial.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Health {
+pub struct TrialHealth {
     /// The status in a sentence.
     pub why: String,
     /// The whole state.
     #[serde(default, deserialize_with = "if_understood")]
-    pub state: Option<WatchState>,
+    pub state: Option<TrialState>,
 }
 
 /// The phases of the watch over a trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Phase {
+pub enum TrialPhase {
     /// A check fails.
     Checking,
     /// All checks pass, and must keep passing for a while.
@@ -124,9 +124,9 @@ pub enum Phase {
 /// The state of the watch over a trial; in `/run/slotd/health.json`, so it exists only during this start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct WatchState {
+pub struct TrialState {
     /// The phase.
-    pub phase: Phase,
+    pub phase: TrialPhase,
     /// Seconds until the deadline.
     pub seconds_left: u64,
     /// Whether the hardware watchdog enforces the deadline.
@@ -137,7 +137,7 @@ pub struct WatchState {
     pub problem: Option<String>,
 }
 
-impl WatchState {
+impl TrialState {
     /// Why the trial is not committed yet, in a sentence.
     pub fn why(&self) -> String {
         let failing: Vec<String> = self
@@ -148,14 +148,16 @@ impl WatchState {
             .collect();
         let left = self.seconds_left;
         match self.phase {
-            Phase::Checking => format!("not healthy yet, {left} s left: {}", failing.join("; ")),
-            Phase::Settling => format!("healthy, observed for a moment longer; {left} s left"),
-            Phase::CommitFailed => format!(
+            TrialPhase::Checking => {
+                format!("not healthy yet, {left} s left: {}", failing.join("; "))
+            }
+            TrialPhase::Settling => format!("healthy, observed for a moment longer; {left} s left"),
+            TrialPhase::CommitFailed => format!(
                 "healthy, but committing failed ({}); {left} s left",
                 self.problem.as_deref().unwrap_or("unknown")
             ),
-            Phase::Committed => "committed".to_owned(),
-            Phase::OutOfTime => format!("out of time: {}", failing.join("; ")),
+            TrialPhase::Committed => "committed".to_owned(),
+            TrialPhase::OutOfTime => format!("out of time: {}", failing.join("; ")),
         }
     }
 }
@@ -191,7 +193,7 @@ pub struct InstalledSlot {
 /// An install in progress; also `/data/slotd/journal.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Journal {
+pub struct InstallJournal {
     /// SHA-256 of the bundle's manifest.
     pub manifest: String,
     /// The slot that is written.
@@ -227,7 +229,7 @@ impl Floor {
 /// Which copy of the API serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Serves {
+pub enum ServingApi {
     /// The one installed on `data`.
     Installed,
     /// The one built into the base.
@@ -241,7 +243,7 @@ pub struct ApiStatus {
     /// The distribution.
     pub package: String,
     /// Which copy serves.
-    pub serves: Serves,
+    pub serves: ServingApi,
     /// The version that serves.
     pub version: String,
     /// The version that is built in.
@@ -251,7 +253,7 @@ pub struct ApiStatus {
     /// SHA-256 of the manifest of the bundle that it came from.
     pub manifest: Option<String>,
     /// Versions that were healthy and are kept, the latest first.
-    pub good: Vec<GoodApi>,
+    pub good: Vec<KnownGoodApi>,
     /// Whether a change is not confirmed yet.
     pub pending: bool,
 }
@@ -259,7 +261,7 @@ pub struct ApiStatus {
 /// An API that was healthy once; also in `/data/apps/api/.state.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct GoodApi {
+pub struct KnownGoodApi {
     /// Its directory.
     pub folder: String,
     /// Its version.
@@ -273,7 +275,7 @@ pub struct GoodApi {
 /// The condition of `data` after the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Condition {
+pub enum DataCondition {
     /// Undamaged.
     Clean,
     /// It was damaged and has been repaired; files may be in its `lost+found`.
@@ -291,7 +293,7 @@ pub enum Condition {
 #[serde(rename_all = "kebab-case")]
 pub struct DataStatus {
     /// The condition.
-    pub condition: Condition,
+    pub condition: DataCondition,
     /// Why, human-readable.
     pub why: Option<String>,
     /// Bytes of the file system.
@@ -305,7 +307,7 @@ pub struct DataStatus {
 #[serde(rename_all = "kebab-case")]
 pub struct Progress {
     /// The current step.
-    pub step: Step,
+    pub step: InstallStep,
     /// Bytes done of this step.
     pub done: u64,
     /// Bytes of this step.
@@ -315,7 +317,7 @@ pub struct Progress {
 /// The long parts of an install.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Step {
+pub enum InstallStep {
     /// Comparing the slot with the bundle.
     Survey,
     /// Verifying and writing.
@@ -327,7 +329,7 @@ pub enum Step {
     Unknown,
 }
 
-impl Step {
+impl InstallStep {
     /// A short description of the step.
     pub fn doing(self) -> &'static str {
         match self {
@@ -398,14 +400,14 @@ pub struct InstalledApi {
 /// The result of an install.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum Installed {
+pub enum InstallOutcome {
     /// A system was written to the idle slot.
     System(InstalledSystem),
     /// An API was installed and serves.
     Api(InstalledApi),
 }
 
-impl Installed {
+impl InstallOutcome {
     /// The system that was written to the idle slot, if there is one.
     pub fn system(self) -> Option<InstalledSystem> {
         match self {
@@ -418,7 +420,7 @@ impl Installed {
 /// The result of verifying a bundle or a slot.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Verified {
+pub struct VerifyOutcome {
     /// The slot that was compared with the bundle; `None`: the bundle itself was read completely.
     pub slot: Option<Slot>,
     /// Its version.
@@ -434,17 +436,17 @@ pub struct Verified {
 /// The result of a change of the slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Changed {
+pub struct SlotChange {
     /// The slot that is committed, rolled back to, or tried next.
     pub slot: Slot,
     /// How the robot must restart for it; `None`: not at all.
-    pub restart: Option<Restart>,
+    pub restart: Option<RestartKind>,
 }
 
 /// The two kinds of restart: a firmware may have to be told that a trial begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Restart {
+pub enum RestartKind {
     /// Into the trial that is armed.
     Trial,
     /// Into the committed slot.
@@ -454,7 +456,7 @@ pub enum Restart {
 /// The result of going back to an earlier API.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct ApiWentBack {
+pub struct ApiRollback {
     /// The component: `api`.
     pub component: String,
     /// The version that serves now; `None`: the built-in API.
@@ -465,14 +467,14 @@ pub struct ApiWentBack {
 
 /// Where a reset's backup is; `None`: none was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BackedUp {
+pub struct ResetBackup {
     /// The file.
     pub backup: Option<PathBuf>,
 }
 
 /// One event of the robot's log; also a line of `/data/slotd/log/events.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Event {
+pub struct RobotEvent {
     /// Grows by one, so that missing lines can be noticed.
     pub number: u64,
     /// Seconds since 1970 by the robot's clock. It may be wrong: a robot may have no battery-backed clock.
@@ -486,7 +488,7 @@ pub struct Event {
     pub details: Map<String, Value>,
 }
 
-impl Event {
+impl RobotEvent {
     /// Why it happened, if the event says so.
     pub fn why(&self) -> Option<&str> {
         self.details.get("why")?.as_str()

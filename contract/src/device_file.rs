@@ -1,9 +1,9 @@
 //! `device.toml`: the description of a system and the layout of its card, the same bytes in either slot. The overlay's
-//! template `device.toml.j2` writes it; the build refuses what [`Description::parse`] does not accept.
+//! template `device.toml.j2` writes it; the build refuses what [`DeviceFile::parse`] does not accept.
 
 use std::collections::BTreeMap;
 
-use bundle::{Kind, Version};
+use bundle::{BuildKind, Version};
 use serde::{Deserialize, Serialize};
 
 /// Its path in the root file system.
@@ -15,7 +15,7 @@ pub const SECTOR: u64 = 512;
 /// Which program chooses the slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Flow {
+pub enum BootFlow {
     /// U-Boot's script, from the boot state in raw sectors.
     Uboot,
     /// The Raspberry Pi's firmware, from `autoboot.txt`.
@@ -25,7 +25,7 @@ pub enum Flow {
 /// A partition, as the image's builder laid it out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Partition {
+pub struct PartitionExtent {
     /// Its number in the table, from 1.
     pub number: u32,
     /// Its first sector.
@@ -54,22 +54,22 @@ pub struct TrustSectors {
 /// The layout of cards that were flashed with an earlier image: a card keeps its table for ever.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct EarlierCard {
+pub struct EarlierLayout {
     /// The position of the boot state.
     #[serde(default)]
     pub boot_state: BootStateSectors,
     /// Where the floor and the keys are stored besides `data`.
     #[serde(default)]
     pub trust: TrustSectors,
-    /// By role, as in [`Description`].
-    pub partitions: BTreeMap<String, Partition>,
+    /// By role, as in [`DeviceFile`].
+    pub partitions: BTreeMap<String, PartitionExtent>,
 }
 
 /// `device.toml`. Unknown keys are ignored: a later image may have more. A known key of another type is an error, and so
 /// is a missing key without a default.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Description {
+pub struct DeviceFile {
     /// The product.
     pub product: String,
     /// The version of the running system.
@@ -81,11 +81,11 @@ pub struct Description {
     #[serde(default)]
     pub key_epoch: u32,
     /// A development image accepts development keys and bundles; a release image never does.
-    pub kind: Kind,
+    pub kind: BuildKind,
     /// The board.
     pub board: String,
     /// The boot flow.
-    pub boot_flow: Flow,
+    pub boot_flow: BootFlow,
     /// One of these must be among the running machine's device-tree compatibles.
     pub compatible: Vec<String>,
     /// The oldest EEPROM release that can try a slot, as a day; only with the flow `tryboot`.
@@ -98,14 +98,14 @@ pub struct Description {
     #[serde(default)]
     pub trust: TrustSectors,
     /// By role: `boot`, `root-a`, `root-b`, `data`, …
-    pub partitions: BTreeMap<String, Partition>,
+    pub partitions: BTreeMap<String, PartitionExtent>,
     /// Other card layouts that this image runs on. The agent puts those of its actual card into `boot_state`, `trust` and
     /// `partitions`.
     #[serde(default)]
-    pub earlier_cards: Vec<EarlierCard>,
+    pub earlier_cards: Vec<EarlierLayout>,
 }
 
-impl Description {
+impl DeviceFile {
     /// Reads the text of `device.toml`.
     ///
     /// # Errors
@@ -119,7 +119,7 @@ impl Description {
 /// other keys are ignored.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct RawPlaces {
+pub struct RawSectors {
     /// The position of the boot state; empty if the image does not name it.
     #[serde(default)]
     pub boot_state: BootStateSectors,
@@ -128,7 +128,7 @@ pub struct RawPlaces {
     pub trust: TrustSectors,
 }
 
-impl RawPlaces {
+impl RawSectors {
     /// Reads the text of `device.toml`.
     ///
     /// # Errors

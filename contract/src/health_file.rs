@@ -16,11 +16,11 @@ pub const LONGEST_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// What a check examines.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
+pub enum CheckTarget {
     /// A unit of systemd is active.
     Unit(String),
     /// An address answers. The agent refuses every address that is not this machine's.
-    Http(Http),
+    Http(HttpCheck),
     /// A program exits with 0: its path and its arguments.
     Command(Vec<String>),
     /// A file system has this many bytes free.
@@ -35,7 +35,7 @@ pub enum Target {
 /// An address that must answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Http {
+pub struct HttpCheck {
     /// Such as `http://127.0.0.1:31950/health`.
     pub url: String,
     /// The expected status code.
@@ -51,7 +51,7 @@ fn ok() -> u16 {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthFile {
     /// What it checks.
-    pub target: Target,
+    pub target: CheckTarget,
     /// Its timeout.
     pub timeout: Duration,
 }
@@ -63,7 +63,7 @@ struct Form {
     #[serde(default)]
     timeout_seconds: Option<u64>,
     unit: Option<Unit>,
-    http: Option<Http>,
+    http: Option<HttpCheck>,
     command: Option<Command>,
     space: Option<Space>,
 }
@@ -102,13 +102,13 @@ impl HealthFile {
         }
         let target = match (form.unit, form.http, form.command, form.space) {
             (Some(unit), None, None, None) if !unit.name.starts_with('-') => {
-                Target::Unit(unit.name)
+                CheckTarget::Unit(unit.name)
             }
-            (None, Some(http), None, None) => Target::Http(http),
+            (None, Some(http), None, None) => CheckTarget::Http(http),
             (None, None, Some(command), None) if !command.run.is_empty() => {
-                Target::Command(command.run)
+                CheckTarget::Command(command.run)
             }
-            (None, None, None, Some(space)) if space.path.is_absolute() => Target::Space {
+            (None, None, None, Some(space)) if space.path.is_absolute() => CheckTarget::Space {
                 path: space.path,
                 free: space.free_mib.checked_mul(1 << 20).ok_or("`free-mib` is too large")?,
             },
@@ -126,10 +126,10 @@ impl HealthFile {
     ///
     /// # Errors
     /// What is wrong and where: invalid TOML, or an invalid address.
-    pub fn address(text: &str) -> Result<Option<Http>, toml::de::Error> {
+    pub fn address(text: &str) -> Result<Option<HttpCheck>, toml::de::Error> {
         #[derive(Deserialize)]
         struct Addresses {
-            http: Option<Http>,
+            http: Option<HttpCheck>,
         }
         toml::from_str::<Addresses>(text).map(|form| form.http)
     }

@@ -3,9 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::answer::{Installed, Progress};
+use crate::answer::{InstallOutcome, Progress};
 use crate::refusal::Refusal;
-use crate::request::Request;
+use crate::request::AgentRequest;
 
 /// The client that makes a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,13 +18,13 @@ pub struct Caller {
     /// The program and its arguments, shortened.
     pub command: String,
     /// Its rights.
-    pub rights: Rights,
+    pub rights: CallerRights,
 }
 
 /// The rights of a caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Rights {
+pub enum CallerRights {
     /// Everything: root, and the units of a start.
     All,
     /// Those of the user `update`: it may read the status and install newer software.
@@ -38,7 +38,7 @@ pub struct Job {
     /// Its number in this start: grows by one.
     pub id: u64,
     /// The request.
-    pub request: Request,
+    pub request: AgentRequest,
     /// The client that made it.
     pub by: Caller,
     /// The id of the process that executes it.
@@ -58,7 +58,7 @@ pub enum JobState {
     /// It is running.
     Runs,
     /// It is done.
-    Done(Done),
+    Done(InstallDone),
     /// It was refused, failed, or was cancelled.
     Refused(Refusal),
     /// Its process was killed. Never written: the reader detects it.
@@ -68,9 +68,9 @@ pub enum JobState {
 /// The result of an install.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Done {
+pub struct InstallDone {
     /// The answer.
-    pub answer: Installed,
+    pub answer: InstallOutcome,
     /// Whether the robot restarts now.
     pub restarts: bool,
 }
@@ -78,11 +78,11 @@ pub struct Done {
 /// A message from a job to the waiting client, one per line: any number of the first kind, then one of the others.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Told {
+pub enum JobMessage {
     /// The progress.
     Progress(Progress),
     /// It is done.
-    Done(Done),
+    Done(InstallDone),
     /// It was refused, failed, or was cancelled.
     Refused(Refusal),
 }

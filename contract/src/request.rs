@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// A request. A request with unknown fields is refused and never executed in part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case", deny_unknown_fields)]
-pub enum Request {
+pub enum AgentRequest {
     /// The robot's status.
     Status,
     /// The board's own description, and the status.
@@ -35,7 +35,7 @@ pub enum Request {
     VerifyApi,
     /// Install a bundle.
     Install {
-        /// As in [`Request::Verify`].
+        /// As in [`AgentRequest::Verify`].
         source: String,
         /// Do not restart: the trial begins with a later restart.
         no_restart: bool,
@@ -104,8 +104,8 @@ pub enum Request {
 
 /// The kind of a request, without its details: rights and rules are defined by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-#[expect(missing_docs, reason = "as in `Request`")]
-pub enum Verb {
+#[expect(missing_docs, reason = "as in `AgentRequest`")]
+pub enum AgentVerb {
     Status,
     Report,
     Log,
@@ -133,7 +133,7 @@ pub enum Verb {
     CancelJob,
 }
 
-impl Verb {
+impl AgentVerb {
     /// All verbs.
     pub const ALL: [Self; 25] = [
         Self::Status,
@@ -164,7 +164,7 @@ impl Verb {
     ];
 }
 
-impl fmt::Display for Verb {
+impl fmt::Display for AgentVerb {
     /// As on the command line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -189,35 +189,35 @@ impl fmt::Display for Verb {
     }
 }
 
-impl Request {
+impl AgentRequest {
     /// The kind of the request.
-    pub fn verb(&self) -> Verb {
+    pub fn verb(&self) -> AgentVerb {
         match self {
-            Self::Status => Verb::Status,
-            Self::Report => Verb::Report,
-            Self::Log { .. } => Verb::Log,
-            Self::Health => Verb::Health,
-            Self::Watch => Verb::Watch,
-            Self::Verify { .. } => Verb::Verify,
-            Self::VerifyApi => Verb::VerifyApi,
-            Self::Install { .. } => Verb::Install,
-            Self::Commit => Verb::Commit,
-            Self::RollBack { .. } => Verb::RollBack,
-            Self::RollBackApi => Verb::RollBackApi,
-            Self::BootOther { .. } => Verb::BootOther,
-            Self::Keys => Verb::Keys,
-            Self::TakeKeys { .. } => Verb::TakeKeys,
-            Self::Reset { .. } => Verb::Reset,
-            Self::Backup { .. } => Verb::Backup,
-            Self::Restore { .. } => Verb::Restore,
-            Self::Provision => Verb::Provision,
-            Self::ProvisionAtStart => Verb::ProvisionAtStart,
-            Self::CheckProvisioned => Verb::CheckProvisioned,
-            Self::GrowData => Verb::GrowData,
-            Self::PrepareData => Verb::PrepareData,
-            Self::TakeSeed => Verb::TakeSeed,
-            Self::Job => Verb::Job,
-            Self::CancelJob => Verb::CancelJob,
+            Self::Status => AgentVerb::Status,
+            Self::Report => AgentVerb::Report,
+            Self::Log { .. } => AgentVerb::Log,
+            Self::Health => AgentVerb::Health,
+            Self::Watch => AgentVerb::Watch,
+            Self::Verify { .. } => AgentVerb::Verify,
+            Self::VerifyApi => AgentVerb::VerifyApi,
+            Self::Install { .. } => AgentVerb::Install,
+            Self::Commit => AgentVerb::Commit,
+            Self::RollBack { .. } => AgentVerb::RollBack,
+            Self::RollBackApi => AgentVerb::RollBackApi,
+            Self::BootOther { .. } => AgentVerb::BootOther,
+            Self::Keys => AgentVerb::Keys,
+            Self::TakeKeys { .. } => AgentVerb::TakeKeys,
+            Self::Reset { .. } => AgentVerb::Reset,
+            Self::Backup { .. } => AgentVerb::Backup,
+            Self::Restore { .. } => AgentVerb::Restore,
+            Self::Provision => AgentVerb::Provision,
+            Self::ProvisionAtStart => AgentVerb::ProvisionAtStart,
+            Self::CheckProvisioned => AgentVerb::CheckProvisioned,
+            Self::GrowData => AgentVerb::GrowData,
+            Self::PrepareData => AgentVerb::PrepareData,
+            Self::TakeSeed => AgentVerb::TakeSeed,
+            Self::Job => AgentVerb::Job,
+            Self::CancelJob => AgentVerb::CancelJob,
         }
     }
 }

@@ -17,7 +17,7 @@ pub const LARGEST: usize = 64 << 10;
 /// whole file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Seed {
+pub struct SeedFile {
     /// The robot's name in the network.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
@@ -26,13 +26,13 @@ pub struct Seed {
     pub ssh_keys: Vec<String>,
     /// The network to join.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub wifi: Option<Wifi>,
+    pub wifi: Option<WifiNetwork>,
 }
 
 /// A Wi-Fi network.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Wifi {
+pub struct WifiNetwork {
     /// Its name.
     pub ssid: String,
     /// Its password or derived key; `None`: an open network.
@@ -40,14 +40,14 @@ pub struct Wifi {
     pub password: Option<String>,
 }
 
-impl fmt::Debug for Wifi {
+impl fmt::Debug for WifiNetwork {
     /// Without the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Wifi").field("ssid", &self.ssid).finish_non_exhaustive()
     }
 }
 
-impl Seed {
+impl SeedFile {
     /// Parses a file. Anyone with access to the card may have written it.
     ///
     /// # Errors

@@ -15,13 +15,13 @@ use std::path::{Path, PathBuf};
 use bundle::bootstate::Slot;
 use contract::Refusal;
 use contract::answer::{
-    ApiWentBack, Changed, CheckOutcome, Condition, Event, Installed, Phase, Progress, Restart,
-    Serves, Status, Step,
+    ApiRollback, CheckOutcome, DataCondition, InstallOutcome, InstallStep, Progress, RestartKind,
+    RobotEvent, RobotStatus, ServingApi, SlotChange, TrialPhase,
 };
 use contract::api_file::ApiFile;
-use contract::device_file::{Description, Flow, RawPlaces};
-use contract::health_file::{HealthFile, Target};
-use contract::seed_file::{Seed, Wifi};
+use contract::device_file::{BootFlow, DeviceFile, RawSectors};
+use contract::health_file::{CheckTarget, HealthFile};
+use contract::seed_file::{SeedFile, WifiNetwork};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -51,34 +51,34 @@ fn whole<T: DeserializeOwned + serde::Serialize>(name: &str) -> T {
 
 #[test]
 fn every_answer_of_before_is_read_whole() {
-    let flashed: Status = whole("status-flashed");
+    let flashed: RobotStatus = whole("status-flashed");
     assert_eq!((flashed.running, flashed.pending, flashed.api), (Slot::A, false, None));
-    let armed: Status = whole("status-armed");
+    let armed: RobotStatus = whole("status-armed");
     assert_eq!(armed.boot.pending(armed.running).unwrap().slot, Slot::B);
-    let on_trial: Status = whole("status-on-trial");
+    let on_trial: RobotStatus = whole("status-on-trial");
     let health = on_trial.health.unwrap();
     assert!(health.why.starts_with("not healthy yet, 90 s left: startup"), "{}", health.why);
-    assert_eq!(health.state.unwrap().phase, Phase::Checking);
-    assert_eq!(on_trial.data.unwrap().condition, Condition::Repaired);
-    let interrupted: Status = whole("status-interrupted");
+    assert_eq!(health.state.unwrap().phase, TrialPhase::Checking);
+    assert_eq!(on_trial.data.unwrap().condition, DataCondition::Repaired);
+    let interrupted: RobotStatus = whole("status-interrupted");
     assert_eq!(interrupted.interrupted.unwrap().frames, 7);
     assert!(interrupted.alarm.unwrap().contains("slot-a.json is damaged"));
-    let api = whole::<Status>("status-api").api.unwrap();
+    let api = whole::<RobotStatus>("status-api").api.unwrap();
     assert_eq!(
         (api.serves, api.version.as_str(), api.good.len()),
-        (Serves::Installed, "10.1.0", 2)
+        (ServingApi::Installed, "10.1.0", 2)
     );
 
-    let Installed::System(system) = whole("install") else { panic!("not a system") };
+    let InstallOutcome::System(system) = whole("install") else { panic!("not a system") };
     assert_eq!((system.slot, system.resumed), (Slot::B, false));
-    let Installed::Api(api) = whole("install-api") else { panic!("not an API") };
+    let InstallOutcome::Api(api) = whole("install-api") else { panic!("not an API") };
     assert_eq!((api.before.as_deref(), api.reused), (Some("10.0.0"), 1));
-    assert_eq!(whole::<Changed>("roll-back").restart, None);
-    assert_eq!(whole::<Changed>("boot-other").restart, Some(Restart::Trial));
-    assert_eq!(whole::<Changed>("commit").slot, Slot::B);
-    assert_eq!(whole::<ApiWentBack>("roll-back-api").version.as_deref(), Some("10.0.0"));
+    assert_eq!(whole::<SlotChange>("roll-back").restart, None);
+    assert_eq!(whole::<SlotChange>("boot-other").restart, Some(RestartKind::Trial));
+    assert_eq!(whole::<SlotChange>("commit").slot, Slot::B);
+    assert_eq!(whole::<ApiRollback>("roll-back-api").version.as_deref(), Some("10.0.0"));
     for name in ["log", "log-api"] {
-        assert!(whole::<Vec<Event>>(name).iter().all(|event| event.number > 0), "{name}");
+        assert!(whole::<Vec<RobotEvent>>(name).iter().all(|event| event.number > 0), "{name}");
     }
     for name in
         ["refused-trial-pending", "refused-nothing-on-trial", "refused-below-floor", "health"]
@@ -133,14 +133,14 @@ fn an_answer_of_a_later_agent_is_understood() {
     status["api"]["serves"] = json!("elsewhere");
     status["data"]["condition"] = json!("rebuilding");
     status["health"] = json!({ "why": "on its way", "state": { "phase": "dreaming" } });
-    let status: Status = serde_json::from_value(status).unwrap();
+    let status: RobotStatus = serde_json::from_value(status).unwrap();
     assert_eq!((status.running, status.api, status.data), (Slot::A, None, None));
     let health = status.health.unwrap();
     assert_eq!((health.why.as_str(), health.state), ("on its way", None));
     let progress: Progress =
         serde_json::from_value(json!({ "step": "polish", "done": 1, "total": 2, "eta": 3 }))
             .unwrap();
-    assert_eq!((progress.step, progress.step.doing()), (Step::Unknown, "working"));
+    assert_eq!((progress.step, progress.step.doing()), (InstallStep::Unknown, "working"));
     let refusal: Refusal = serde_json::from_value(
         json!({ "code": "held", "message": "m", "help": "h", "holder": "api" }),
     )
@@ -153,7 +153,7 @@ fn what_is_written_today_is_what_the_reader_before_takes() {
     for name in
         ["status-flashed", "status-armed", "status-on-trial", "status-interrupted", "status-api"]
     {
-        let status: Status = answer(name);
+        let status: RobotStatus = answer(name);
         let text = serde_json::to_string(&status).unwrap();
         let before: previous::push::Status = serde_json::from_str(&text).unwrap();
         assert_eq!((before.running, before.pending), (status.running, status.pending), "{name}");
@@ -161,13 +161,13 @@ fn what_is_written_today_is_what_the_reader_before_takes() {
         assert_eq!(before.health.map(|h| h.why), status.health.map(|h| h.why), "{name}");
         assert_eq!(before.other.map(|o| o.manifest), status.other.map(|o| o.manifest), "{name}");
     }
-    let text = serde_json::to_string(&answer::<Installed>("install")).unwrap();
+    let text = serde_json::to_string(&answer::<InstallOutcome>("install")).unwrap();
     assert!(serde_json::from_str::<previous::push::Installed>(&text).unwrap().written > 0);
-    let text = serde_json::to_string(&answer::<Installed>("install-api")).unwrap();
+    let text = serde_json::to_string(&answer::<InstallOutcome>("install-api")).unwrap();
     assert_eq!(serde_json::from_str::<previous::push::InstalledApi>(&text).unwrap().reused, 1);
     let text = serde_json::to_string(&Refusal::new("busy", "m", "h")).unwrap();
     assert_eq!(serde_json::from_str::<previous::push::Refused>(&text).unwrap().code, "busy");
-    let at = Progress { step: Step::ReadBack, done: 1, total: 2 };
+    let at = Progress { step: InstallStep::ReadBack, done: 1, total: 2 };
     let text = serde_json::to_string(&at).unwrap();
     assert_eq!(serde_json::from_str::<previous::push::Progress>(&text).unwrap().step, "read-back");
 }
@@ -207,17 +207,17 @@ fn api_toml_is_the_same_bytes_for_both_sides() {
 #[test]
 fn the_seed_is_the_same_bytes_for_both_sides() {
     let cases = [
-        Seed::default(),
-        Seed { hostname: Some("bench-7".to_owned()), ..Seed::default() },
-        Seed {
+        SeedFile::default(),
+        SeedFile { hostname: Some("bench-7".to_owned()), ..SeedFile::default() },
+        SeedFile {
             hostname: None,
             ssh_keys: vec!["ssh-ed25519 AAAA me".to_owned(), "sk-ssh BBBB you".to_owned()],
-            wifi: Some(Wifi { ssid: "é \"x\"".to_owned(), password: None }),
+            wifi: Some(WifiNetwork { ssid: "é \"x\"".to_owned(), password: None }),
         },
-        Seed {
+        SeedFile {
             hostname: Some("a".to_owned()),
             ssh_keys: Vec::new(),
-            wifi: Some(Wifi {
+            wifi: Some(WifiNetwork {
                 ssid: "lab".to_owned(),
                 password: Some("pass \"word\" \\".to_owned()),
             }),
@@ -226,7 +226,7 @@ fn the_seed_is_the_same_bytes_for_both_sides() {
     for seed in cases {
         let text = seed.to_text().unwrap();
         assert_eq!(text, previous::flash::text(&seed), "{seed:?}");
-        assert!(Seed::parse(text.as_bytes()).unwrap() == seed, "{seed:?}");
+        assert!(SeedFile::parse(text.as_bytes()).unwrap() == seed, "{seed:?}");
         let before: previous::seed::Seed = toml::from_str(&text).unwrap();
         assert_eq!(before.hostname, seed.hostname);
         assert_eq!(seed.is_empty(), text.is_empty());
@@ -238,12 +238,12 @@ fn the_seed_is_the_same_bytes_for_both_sides() {
         ("[wifi]\nssid = \"\"\n", "`wifi.ssid`"),
         ("[wifi]\nssid = \"a\"\npassword = \"secret\"\n", "`wifi.password`"),
     ] {
-        let refused = Seed::parse(text.as_bytes()).unwrap_err();
+        let refused = SeedFile::parse(text.as_bytes()).unwrap_err();
         assert!(refused.contains(why) && !refused.contains("secret"), "{text}: {refused}");
     }
-    let secret = Seed {
-        wifi: Some(Wifi { ssid: "a".into(), password: Some("sesame12".into()) }),
-        ..Seed::default()
+    let secret = SeedFile {
+        wifi: Some(WifiNetwork { ssid: "a".into(), password: Some("sesame12".into()) }),
+        ..SeedFile::default()
     };
     assert!(!format!("{secret:?}").contains("sesame12"));
 }
@@ -252,26 +252,28 @@ fn the_seed_is_the_same_bytes_for_both_sides() {
 fn every_device_toml_of_before_is_read() {
     for (name, cards) in [("device-earlier-cards.toml", 1), ("device-first.toml", 0)] {
         let text = file(name);
-        let about = Description::parse(&text).unwrap();
+        let about = DeviceFile::parse(&text).unwrap();
         assert_eq!(about.earlier_cards.len(), cards, "{name}");
-        assert_eq!(about.boot_flow, Flow::Uboot, "{name}");
+        assert_eq!(about.boot_flow, BootFlow::Uboot, "{name}");
         assert!(
             about.partitions.contains_key("root-a") && about.partitions.contains_key("data"),
             "{name}"
         );
-        let raw = RawPlaces::parse(&text).unwrap();
+        let raw = RawSectors::parse(&text).unwrap();
         assert_eq!((raw.boot_state, raw.trust), (about.boot_state, about.trust), "{name}");
     }
     // `inspect` looks at images that are nothing else of ours; the agent runs on none.
-    assert_eq!(RawPlaces::parse("[boot-state]\nsectors = [1]\n").unwrap().boot_state.sectors, [1]);
-    assert!(Description::parse("[boot-state]\nsectors = [1]\n").is_err());
-    assert_eq!(RawPlaces::parse("product = 7\n").unwrap(), RawPlaces::default());
+    assert_eq!(RawSectors::parse("[boot-state]\nsectors = [1]\n").unwrap().boot_state.sectors, [1]);
+    assert!(DeviceFile::parse("[boot-state]\nsectors = [1]\n").is_err());
+    assert_eq!(RawSectors::parse("product = 7\n").unwrap(), RawSectors::default());
 }
 
 #[test]
 fn checks_are_strict_for_the_robot_and_lenient_for_the_local_target() {
     let http = "[http]\nurl = \"http://127.0.0.1:80/x\"\n";
-    let Target::Http(found) = HealthFile::parse(http).unwrap().target else { panic!("another") };
+    let CheckTarget::Http(found) = HealthFile::parse(http).unwrap().target else {
+        panic!("another")
+    };
     assert_eq!(HealthFile::address(http).unwrap(), Some(found.clone()));
     assert_eq!(found.status, 200);
     let later = format!("later = 1\n{http}");

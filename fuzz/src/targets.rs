@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use bundle::bootstate::{self, BootState, SECTOR, Slot};
-use bundle::{KeySet, Kind, Manifest, Reader, SignatureFile, Stream};
+use bundle::{BuildKind, BundleManifest, BundleReader, KeySet, SignatureFile, StreamInput};
 use bundles::{TestKey, keys, mixed, parts};
-use slotd::Root;
-use slotd::data::archive::{self, Room};
-use slotd::files::RealFiles;
+use slotd::RootDir;
+use slotd::data::archive::{self, ArchiveLimits};
+use slotd::files::DirectFileChanges;
 
 /// A target's name, the target, and its initial corpus.
 pub type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
@@ -44,8 +44,8 @@ fn folder() -> PathBuf {
 }
 
 /// A root whose only file is this one.
-fn root_with(path: &str, bytes: &[u8]) -> Root {
-    let root = Root::new(folder());
+fn root_with(path: &str, bytes: &[u8]) -> RootDir {
+    let root = RootDir::new(folder());
     let path = root.path(path);
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, bytes).unwrap();
@@ -138,7 +138,7 @@ fn fitting(data: &[u8]) {
 /// Reads a bundle whose signed manifest has the hash and the lengths of these parts.
 fn vouched(index: &[u8], frames: &[u8]) {
     // Created once: the packer's threads are not tested here.
-    static BASE: LazyLock<Manifest> = LazyLock::new(|| parts(&[b""], 1).manifest);
+    static BASE: LazyLock<BundleManifest> = LazyLock::new(|| parts(&[b""], 1).manifest);
     let mut manifest = BASE.clone();
     let payload = &mut manifest.components[0].payloads[0];
     // Take the payload's size from the index, so that more than the comparison of the two is fuzzed.
@@ -167,9 +167,9 @@ fn split(data: &[u8]) -> (&[u8], &[u8]) {
 
 /// Reads a whole bundle as an install does, and checks the reader's guarantees.
 fn read(bytes: &[u8]) {
-    let Ok(mut reader) = Reader::open(Stream(bytes), &keys()) else { return };
+    let Ok(mut reader) = BundleReader::open(StreamInput(bytes), &keys()) else { return };
     let manifest = reader.manifest().clone();
-    assert_eq!(Manifest::parse(&manifest.to_json().unwrap()).unwrap(), manifest);
+    assert_eq!(BundleManifest::parse(&manifest.to_json().unwrap()).unwrap(), manifest);
     while let Ok(Some(mut payload)) = reader.next_payload() {
         let (size, blocks) = (payload.index().size(), payload.index().blocks());
         let mut end = 0;
@@ -240,13 +240,14 @@ pub fn key_set(data: &[u8]) {
     let again = serde_json::to_vec(&set).unwrap();
     assert_eq!(KeySet::parse(&again).unwrap(), set);
     let (file, content) = split(rest);
-    if let Ok(by) = set.verify(bundle::keys::Purpose::KeySet, "a signature", file, content) {
+    if let Ok(by) = set.verify(bundle::keys::SignaturePurpose::KeySet, "a signature", file, content)
+    {
         let key = set.keys.iter().find(|key| key.id == by.id).unwrap();
         assert!(!key.revoked && key.epoch == by.epoch);
         // No other bytes have this signature.
         assert!(
             set.verify(
-                bundle::keys::Purpose::KeySet,
+                bundle::keys::SignaturePurpose::KeySet,
                 "a signature",
                 file,
                 &[content, b"x"].concat()
@@ -260,7 +261,7 @@ fn key_sets() -> Vec<Vec<u8>> {
     let [one, two] = [TestKey::new(1), TestKey::new(2)];
     let mut set = KeySet {
         serial: 3,
-        keys: vec![one.trusted(Kind::Release, 2), two.trusted(Kind::Development, 1)],
+        keys: vec![one.trusted(BuildKind::Release, 2), two.trusted(BuildKind::Development, 1)],
     };
     let join = |set: &KeySet, file: &str, content: &[u8]| {
         let json = serde_json::to_vec(set).unwrap();
@@ -295,7 +296,7 @@ pub fn health(data: &[u8]) {
     assert_eq!(checks.len(), 2);
     let timeout = checks[1].timeout.as_secs();
     assert!((1..=120).contains(&timeout), "{timeout} s");
-    if let Ok(slotd::health::Kind::Http { url, .. }) = &checks[1].kind {
+    if let Ok(slotd::health::CheckKind::Http { url, .. }) = &checks[1].kind {
         assert!(url.starts_with("http://") || url.starts_with("HTTP://"), "{url}");
     }
 }
@@ -312,7 +313,7 @@ fn checks() -> Vec<Vec<u8>> {
 }
 
 pub fn seed(data: &[u8]) {
-    let Ok(seed) = slotd::data::seed::Seed::parse(data) else { return };
+    let Ok(seed) = slotd::data::seed::SeedFile::parse(data) else { return };
     // No value adds another line to the robot's configuration.
     let Some(file) = slotd::data::seed::wireless(&seed) else { return };
     assert_eq!(file.lines().count(), 5, "{file:?}");
@@ -361,8 +362,8 @@ fn sizes(folder: &Path) -> u64 {
 }
 
 fn unpack(packed: &[u8], into: &Path) -> bool {
-    let room = Room { bytes: ROOM, entries: 256 };
-    archive::unpack(&RealFiles, packed, into, room).is_ok()
+    let room = ArchiveLimits { bytes: ROOM, entries: 256 };
+    archive::unpack(&DirectFileChanges, packed, into, room).is_ok()
 }
 
 fn archives() -> Vec<Vec<u8>> {

@@ -1,25 +1,29 @@
-//! The permission to change the robot. Every function that changes something takes an [`Admitted`], which only this module
-//! creates: after the checks of [`crate::policy`], under the lock that excludes every other change, so that the state
-//! cannot change between the check and the operation.
+//! The permission to change the robot. Every function that changes something takes a [`ChangePermit`], which only this
+//! module creates: after the checks of [`crate::policy`], under the lock that excludes every other change, so that the
+//! state cannot change between the check and the operation.
 
-use contract::request::Verb;
+use contract::request::AgentVerb;
 
-use crate::lock::{Lock, Turn};
-use crate::policy::{self, Standing};
+use crate::lock::{LockScope, ProcessLock};
+use crate::policy::{self, AdmissionState};
 use crate::refusal::Result;
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The permission to change the robot. No other process has one at the same time.
 #[derive(Debug)]
-pub struct Admitted {
-    _lock: Option<Lock>,
+pub struct ChangePermit {
+    _lock: Option<ProcessLock>,
 }
 
 /// Requests the permission for `verb`. The robot's state is read after the lock is taken.
 ///
 /// # Errors
 /// `busy`: another operation is running. What [`policy::admit`] refuses, and `io`.
-pub fn enter(root: &Root, verb: Verb, standing: impl FnOnce() -> Standing) -> Result<Admitted> {
+pub fn enter(
+    root: &RootDir,
+    verb: AgentVerb,
+    standing: impl FnOnce() -> AdmissionState,
+) -> Result<ChangePermit> {
     let admitted = take_turn(root, verb)?;
     policy::admit(verb, &standing())?;
     Ok(admitted)
@@ -29,10 +33,10 @@ pub fn enter(root: &Root, verb: Verb, standing: impl FnOnce() -> Standing) -> Re
 ///
 /// # Errors
 /// `busy`: another operation is running. `io`.
-pub fn take_turn(root: &Root, verb: Verb) -> Result<Admitted> {
+pub fn take_turn(root: &RootDir, verb: AgentVerb) -> Result<ChangePermit> {
     let lock = match policy::rules(verb).busy {
-        true => Some(Lock::take(root, Turn::Slots, &verb.to_string())?),
+        true => Some(ProcessLock::take(root, LockScope::Slots, &verb.to_string())?),
         false => None,
     };
-    Ok(Admitted { _lock: lock })
+    Ok(ChangePermit { _lock: lock })
 }

@@ -4,27 +4,27 @@ use std::path::Path;
 use std::process::Command;
 
 use bundle::bootstate::Slot;
-use bundle::{Input, KeySet, Policy, Reader};
-pub use contract::answer::{Changed, Health, Restart, Status, Verified};
-use contract::request::Verb;
+use bundle::{BundleInput, BundlePolicy, BundleReader, KeySet};
+pub use contract::answer::{RestartKind, RobotStatus, SlotChange, TrialHealth, VerifyOutcome};
+use contract::request::AgentVerb;
 use serde_json::json;
 
-use crate::admission::{self, Admitted};
-use crate::boot::{self, BootFlow};
+use crate::admission::{self, ChangePermit};
+use crate::boot::{self, BootControl};
 use crate::components;
-use crate::condition::State as DataState;
+use crate::condition::DataState;
 use crate::damage;
-use crate::device::{Device, slot_role};
-use crate::events::Events;
-use crate::files::RealFiles;
-use crate::health::{self, Verdict, Watch, watchdog};
-use crate::install::{self, Options, Progress};
-use crate::machine::{Machine, Slots};
+use crate::device::{RobotDevice, slot_role};
+use crate::events::EventLog;
+use crate::files::DirectFileChanges;
+use crate::health::{self, TrialVerdict, TrialWatch, watchdog};
+use crate::install::{self, InstallOptions, Progress};
+use crate::machine::{RobotContext, SlotStorage};
 use crate::record;
 use crate::refusal::{Refusal, Result};
 use crate::reserve;
-use crate::root::Root;
-use crate::trust::{self, Trust};
+use crate::root::RootDir;
+use crate::trust::{self, TrustStore};
 use crate::update;
 
 /// Bytes in which a file system has what identifies it; zero while a slot is written.
@@ -32,14 +32,18 @@ const FIRST: usize = bundle::BLOCK_SIZE;
 
 /// The robot, opened.
 pub struct Agent {
-    device: Device,
-    flow: Box<dyn BootFlow>,
-    events: Events,
+    device: RobotDevice,
+    flow: Box<dyn BootControl>,
+    events: EventLog,
 }
 
 /// What was found of a bundle, or of a slot that was compared with it.
-fn verified<I: Input>(reader: &Reader<I>, slot: Option<Slot>, size: u64) -> Verified {
-    Verified {
+fn verified<I: BundleInput>(
+    reader: &BundleReader<I>,
+    slot: Option<Slot>,
+    size: u64,
+) -> VerifyOutcome {
+    VerifyOutcome {
         slot,
         version: reader.manifest().version.clone(),
         manifest: reader.manifest_sha256().to_owned(),
@@ -53,24 +57,24 @@ impl Agent {
     ///
     /// # Errors
     /// `bad-device`, `unknown-slot`, `wrong-layout` or `io`.
-    pub fn open(root: &Root) -> Result<Self> {
-        let device = Device::read(root)?;
+    pub fn open(root: &RootDir) -> Result<Self> {
+        let device = RobotDevice::read(root)?;
         let flow = boot::open(&device)?;
-        Ok(Self { device, flow, events: Events::new(root) })
+        Ok(Self { device, flow, events: EventLog::new(root) })
     }
 
     /// Its log.
-    pub fn events(&self) -> &Events {
+    pub fn events(&self) -> &EventLog {
         &self.events
     }
 
     /// What the robot is.
-    pub fn device(&self) -> &Device {
+    pub fn device(&self) -> &RobotDevice {
         &self.device
     }
 
     /// How its slot is chosen.
-    pub fn flow(&self) -> &dyn BootFlow {
+    pub fn flow(&self) -> &dyn BootControl {
         self.flow.as_ref()
     }
 
@@ -78,7 +82,7 @@ impl Agent {
     ///
     /// # Errors
     /// The refusal, which is also logged unless it is `busy`.
-    pub fn enter(&self, verb: Verb) -> Result<Admitted> {
+    pub fn enter(&self, verb: AgentVerb) -> Result<ChangePermit> {
         let machine = self.machine();
         let admitted = admission::enter(machine.root, verb, || install::standing(&machine));
         admitted.map_err(|refusal| match refusal.code.as_ref() {
@@ -87,14 +91,14 @@ impl Agent {
         })
     }
 
-    fn machine(&self) -> Machine<'_> {
-        Machine {
+    fn machine(&self) -> RobotContext<'_> {
+        RobotContext {
             root: self.device.root(),
             about: &self.device.about,
             running: self.device.running,
             flow: self.flow.as_ref(),
             slots: &self.device,
-            files: &RealFiles,
+            files: &DirectFileChanges,
             events: &self.events,
         }
     }
@@ -103,10 +107,10 @@ impl Agent {
     ///
     /// # Errors
     /// `boot-state`, `io`.
-    pub fn status(&self) -> Result<Status> {
+    pub fn status(&self) -> Result<RobotStatus> {
         let (about, root) = (&self.device.about, self.device.root());
         let boot = self.flow.status()?;
-        let trust = Trust::read(&self.machine());
+        let trust = TrustStore::read(&self.machine());
         // The status must also work without a key.
         let keys = trust.keys().unwrap_or_default();
         let mut alarms: Vec<String> = Vec::new();
@@ -117,7 +121,7 @@ impl Agent {
         alarms.extend(damage::found(root).into_iter().map(|damage| damage.what));
         let pending = boot.pending(self.device.running);
         let runs = pending.is_some_and(|trial| trial.slot == self.device.running);
-        Ok(Status {
+        Ok(RobotStatus {
             product: about.product.clone(),
             board: about.board.clone(),
             version: about.version.clone(),
@@ -127,7 +131,7 @@ impl Agent {
             boot,
             health: health
                 .filter(|_| runs)
-                .map(|state| Health { why: state.why(), state: Some(state) }),
+                .map(|state| TrialHealth { why: state.why(), state: Some(state) }),
             other: record::read_slot(root, self.device.idle()),
             interrupted: record::read_journal(root),
             floor: trust.floor,
@@ -142,11 +146,15 @@ impl Agent {
     ///
     /// # Errors
     /// Whatever an install would refuse about the bundle.
-    pub fn verify<I: Input>(&self, input: I, progress: &(dyn Fn(u64) + Sync)) -> Result<Verified> {
+    pub fn verify<I: BundleInput>(
+        &self,
+        input: I,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<VerifyOutcome> {
         let machine = self.machine();
-        let trust = Trust::read(&machine);
-        let mut reader = Reader::open(input, &trust.keys()?).map_err(install::from_source)?;
-        install::check_manifest(&machine, &trust.floor, &reader, &Options::default())?;
+        let trust = TrustStore::read(&machine);
+        let mut reader = BundleReader::open(input, &trust.keys()?).map_err(install::from_source)?;
+        install::check_manifest(&machine, &trust.floor, &reader, &InstallOptions::default())?;
         let mut size = 0;
         reader
             .verify(|bytes| {
@@ -163,18 +171,19 @@ impl Agent {
     /// # Errors
     /// `slot-differs`, with the places. Whatever is refused about the bundle, but for its age: an old system
     /// is what it is. `io`: a partition cannot be read.
-    pub fn verify_slot<I: Input>(
+    pub fn verify_slot<I: BundleInput>(
         &self,
         input: I,
         slot: Slot,
         progress: &(dyn Fn(Progress) + Sync),
-    ) -> Result<Verified> {
-        let machine = Machine { slots: &install::ReadOnly(&self.device), ..self.machine() };
-        let keys = Trust::read(&machine).keys()?;
-        let mut reader = Reader::open(input, &keys).map_err(install::from_source)?;
+    ) -> Result<VerifyOutcome> {
+        let machine =
+            RobotContext { slots: &install::ReadOnlySlots(&self.device), ..self.machine() };
+        let keys = TrustStore::read(&machine).keys()?;
+        let mut reader = BundleReader::open(input, &keys).map_err(install::from_source)?;
         let about = machine.about;
         let (product, board) = (Some(about.product.as_str()), Some(about.board.as_str()));
-        reader.check(&Policy { product, board, ..Policy::default() })?;
+        reader.check(&BundlePolicy { product, board, ..BundlePolicy::default() })?;
         let size = install::compare(&machine, &mut reader, slot, progress)?;
         Ok(verified(&reader, Some(slot), size))
     }
@@ -184,7 +193,7 @@ impl Agent {
     ///
     /// # Errors
     /// `api-differs`, with the files. `io`.
-    pub fn verify_api(&self, _: &Admitted) -> Result<components::Checked> {
+    pub fn verify_api(&self, _: &ChangePermit) -> Result<components::ApiVerifyOutcome> {
         components::verify(self.device.root())
     }
 
@@ -193,12 +202,12 @@ impl Agent {
     ///
     /// # Errors
     /// As [`update::install`].
-    pub fn install<I: Input>(
+    pub fn install<I: BundleInput>(
         &self,
         input: I,
-        options: &Options,
+        options: &InstallOptions,
         progress: &(dyn Fn(Progress) + Sync),
-    ) -> Result<update::Installed> {
+    ) -> Result<update::InstallOutcome> {
         update::install(&self.machine(), input, options, progress)
     }
 
@@ -206,7 +215,7 @@ impl Agent {
     ///
     /// # Errors
     /// `boot-state`, `io`; `watchdog`, when all but that is done.
-    pub fn commit(&self, admitted: Admitted) -> Result<Changed> {
+    pub fn commit(&self, admitted: ChangePermit) -> Result<SlotChange> {
         let running = self.device.running;
         let status = self.flow.status()?;
         if status.active != running || status.trial.is_some() {
@@ -226,28 +235,28 @@ impl Agent {
         drop(admitted);
         // Last: until then the deadline applies, and ends in the slot that is now committed.
         watchdog::hand_over(self.device.root())?;
-        Ok(Changed { slot: running, restart: None })
+        Ok(SlotChange { slot: running, restart: None })
     }
 
     /// Ends a trial: the committed slot runs from the next restart on.
     ///
     /// # Errors
     /// `boot-state`, `io`.
-    pub fn roll_back(&self, _: &Admitted) -> Result<Changed> {
+    pub fn roll_back(&self, _: &ChangePermit) -> Result<SlotChange> {
         let status = self.flow.status()?;
         self.flow.roll_back()?;
         let tried = status.trial.map(|trial| trial.slot);
-        let restart = (tried == Some(self.device.running)).then_some(Restart::Committed);
+        let restart = (tried == Some(self.device.running)).then_some(RestartKind::Committed);
         self.events.add("rolled-back", json!({ "slot": status.active, "tried": tried }));
-        Ok(Changed { slot: status.active, restart })
+        Ok(SlotChange { slot: status.active, restart })
     }
 
     /// Goes back to the API that was good before, or to the system's own. Nothing restarts but its services.
     ///
     /// # Errors
     /// As [`components::back`].
-    pub fn api_back(&self, _: &Admitted) -> Result<components::Back> {
-        components::back(self.device.root(), &self.events, &RealFiles)
+    pub fn api_back(&self, _: &ChangePermit) -> Result<components::ApiRollback> {
+        components::back(self.device.root(), &self.events, &DirectFileChanges)
             .map_err(|refusal| self.refused(refusal))
     }
 
@@ -256,16 +265,20 @@ impl Agent {
     ///
     /// # Errors
     /// `below-floor`, `incomplete-slot`, `boot-state`, `io`.
-    pub fn boot_other(&self, _: &Admitted, allow_downgrade: Option<&str>) -> Result<Changed> {
+    pub fn boot_other(
+        &self,
+        _: &ChangePermit,
+        allow_downgrade: Option<&str>,
+    ) -> Result<SlotChange> {
         let slot = self.device.idle();
         // Any other doubt about the slots was refused before (`crate::policy`).
         if self.flow.status()?.active != self.device.running {
-            return Ok(Changed { slot, restart: Some(Restart::Committed) });
+            return Ok(SlotChange { slot, restart: Some(RestartKind::Committed) });
         }
         let machine = self.machine();
         update::remember(&machine);
         let version = record::read_slot(machine.root, slot).map(|installed| installed.version);
-        let floor = Trust::read(&machine).floor.version;
+        let floor = TrustStore::read(&machine).floor.version;
         // An unknown system may have any version.
         let below = floor.filter(|floor| version.as_ref().is_none_or(|version| version < floor));
         if let (Some(floor), None) = (&below, allow_downgrade) {
@@ -279,7 +292,7 @@ impl Agent {
         let suffix = slot_role("", slot);
         for role in self.device.about.partitions.keys() {
             let Some(role) = role.strip_suffix(&suffix) else { continue };
-            let mut first = crate::buffer::Buffer::new(FIRST);
+            let mut first = crate::buffer::AlignedBuffer::new(FIRST);
             let device = self.device.open(slot, role)?;
             device.read_back(0, &mut first).map_err(|error| {
                 Refusal::io(format!("reading {}", slot_role(role, slot)), &error)
@@ -300,7 +313,7 @@ impl Agent {
         }
         self.flow.arm_trial(slot)?;
         self.events.add("trial-armed", json!({ "slot": slot }));
-        Ok(Changed { slot, restart: Some(Restart::Trial) })
+        Ok(SlotChange { slot, restart: Some(RestartKind::Trial) })
     }
 
     /// The accepted keys.
@@ -308,14 +321,14 @@ impl Agent {
     /// # Errors
     /// `key-set`, `no-keys`.
     pub fn keys(&self) -> Result<KeySet> {
-        Trust::read(&self.machine()).keys()
+        TrustStore::read(&self.machine()).keys()
     }
 
     /// Takes a newer key set that a trusted key has signed.
     ///
     /// # Errors
     /// As [`trust::take`].
-    pub fn take_keys(&self, _: &Admitted, file: &Path) -> Result<KeySet> {
+    pub fn take_keys(&self, _: &ChangePermit, file: &Path) -> Result<KeySet> {
         update::remember(&self.machine());
         // A full `data` must not prevent the revocation of a key.
         let machine = self.machine();
@@ -329,9 +342,9 @@ impl Agent {
     ///
     /// # Errors
     /// `unhealthy`, with the checks that fail.
-    pub fn health(&self) -> Result<Vec<health::Outcome>> {
+    pub fn health(&self) -> Result<Vec<health::CheckOutcome>> {
         let root = self.device.root();
-        let outcomes: Vec<health::Outcome> =
+        let outcomes: Vec<health::CheckOutcome> =
             health::load(root).iter().map(|check| check.run(root)).collect();
         let failing: Vec<String> = outcomes
             .iter()
@@ -349,19 +362,19 @@ impl Agent {
     ///
     /// # Errors
     /// `io`, `restart`.
-    pub fn watch(&self) -> Result<Option<Verdict>> {
+    pub fn watch(&self) -> Result<Option<TrialVerdict>> {
         let root = self.device.root();
-        let Some(trial) = health::Trial::read(root)? else { return Ok(None) };
+        let Some(trial) = health::TrialRecord::read(root)? else { return Ok(None) };
         let checks = health::load(root);
-        let verdict = Watch::new(root, &checks, trial).run(
-            || self.enter(Verb::Commit).and_then(|admitted| self.commit(admitted)).map(drop),
+        let verdict = TrialWatch::new(root, &checks, trial).run(
+            || self.enter(AgentVerb::Commit).and_then(|admitted| self.commit(admitted)).map(drop),
             |state| {
                 self.events.add("health", json!({ "why": state.why(), "checks": state.checks }))
             },
         )?;
-        if let Verdict::OutOfTime(state) = &verdict {
+        if let TrialVerdict::OutOfTime(state) = &verdict {
             self.events.add("trial-failed", json!({ "why": state.why() }));
-            self.restart(Restart::Committed)?;
+            self.restart(RestartKind::Committed)?;
         }
         Ok(Some(verdict))
     }
@@ -370,13 +383,13 @@ impl Agent {
     ///
     /// # Errors
     /// `restart`: the init system cannot be asked.
-    pub fn restart(&self, into: Restart) -> Result<bool> {
+    pub fn restart(&self, into: RestartKind) -> Result<bool> {
         if !self.device.root().is_system() {
             return Ok(false);
         }
         let mut command = Command::new("systemctl");
         command.arg("reboot");
-        let argument = self.flow.restart_argument().filter(|_| into == Restart::Trial);
+        let argument = self.flow.restart_argument().filter(|_| into == RestartKind::Trial);
         if let Some(argument) = argument {
             command.arg(format!("--reboot-argument={argument}"));
         }

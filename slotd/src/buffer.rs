@@ -13,13 +13,13 @@ pub const LOOK: usize = 1 << 19;
 
 /// Aligned bytes of a fixed length.
 #[derive(Debug)]
-pub struct Buffer {
+pub struct AlignedBuffer {
     store: Vec<u8>,
     start: usize,
     length: usize,
 }
 
-impl Buffer {
+impl AlignedBuffer {
     /// Zeros.
     pub fn new(length: usize) -> Self {
         // The buffer never grows, so the alignment stays.
@@ -47,7 +47,7 @@ impl Buffer {
     }
 }
 
-impl Deref for Buffer {
+impl Deref for AlignedBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -55,7 +55,7 @@ impl Deref for Buffer {
     }
 }
 
-impl DerefMut for Buffer {
+impl DerefMut for AlignedBuffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         self.store.get_mut(self.start..self.start + self.length).unwrap_or_default()
     }

@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 
 pub use contract::api_file::{ApiFile, ApiWheel};
 
-use crate::python::{Entry, Interpreter, SearchPath};
+use crate::python::{Interpreter, PathEntryOrigin, SearchPath};
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// What `api.toml` says, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BuiltIn(ApiFile);
+pub struct BuiltInApi(ApiFile);
 
-impl Deref for BuiltIn {
+impl Deref for BuiltInApi {
     type Target = ApiFile;
 
     fn deref(&self) -> &ApiFile {
@@ -23,12 +23,12 @@ impl Deref for BuiltIn {
     }
 }
 
-impl BuiltIn {
+impl BuiltInApi {
     /// Reads `api.toml`. `None`: this product has no API.
     ///
     /// # Errors
     /// `bad-api`: the file is invalid. `io`.
-    pub fn read(root: &Root) -> Result<Option<Self>> {
+    pub fn read(root: &RootDir) -> Result<Option<Self>> {
         let path = root.api_file();
         let Some(text) = read(&path)? else { return Ok(None) };
         let bad = |why: String| {
@@ -69,14 +69,14 @@ impl BuiltIn {
     ///
     /// # Errors
     /// `bad-api`, `io`.
-    pub fn search_path(&self, root: &Root) -> Result<SearchPath> {
+    pub fn search_path(&self, root: &RootDir) -> Result<SearchPath> {
         let python = self.interpreter()?;
         let Interpreter { major, minor, .. } = python;
         let first = variable(root, "PYTHONPATH")?.unwrap_or_default();
-        let mut entries: Vec<Entry> = first
+        let mut entries: Vec<PathEntryOrigin> = first
             .split(':')
             .filter(|entry| !entry.is_empty())
-            .map(|entry| Entry::Plain(PathBuf::from(entry)))
+            .map(|entry| PathEntryOrigin::Plain(PathBuf::from(entry)))
             .collect();
         // `prefix` is /usr for every interpreter of a system (`Modules/getpath.py`).
         for library in [
@@ -84,12 +84,14 @@ impl BuiltIn {
             format!("/usr/lib/python{major}.{minor}"),
             format!("/usr/lib/python{major}.{minor}/lib-dynload"),
         ] {
-            entries.push(Entry::Plain(PathBuf::from(library)));
+            entries.push(PathEntryOrigin::Plain(PathBuf::from(library)));
         }
-        entries.push(Entry::Site(self.site_packages.clone()));
+        entries.push(PathEntryOrigin::Site(self.site_packages.clone()));
         // Debian's own modules come after the separately installed ones (`getsitepackages` in its site.py).
         if self.site_packages.file_name().is_some_and(|name| name == "dist-packages") {
-            entries.push(Entry::Site(format!("/usr/lib/python{major}/dist-packages").into()));
+            entries.push(PathEntryOrigin::Site(
+                format!("/usr/lib/python{major}/dist-packages").into(),
+            ));
         }
         Ok(SearchPath::new(root, &python, &entries))
     }
@@ -99,7 +101,7 @@ impl BuiltIn {
 ///
 /// # Errors
 /// `io`.
-pub fn variable(root: &Root, name: &str) -> Result<Option<String>> {
+pub fn variable(root: &RootDir, name: &str) -> Result<Option<String>> {
     let text = read(&root.path("usr/lib/slipway/api.env"))?.unwrap_or_default();
     let value = |line: &str| line.strip_prefix(name)?.strip_prefix('=').map(str::to_owned);
     // As in systemd and the shell, the last one applies.

@@ -6,16 +6,16 @@ use std::path::PathBuf;
 
 use bundle::bootstate::Slot;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use slotd::lobby::Request;
+use slotd::lobby::AgentRequest;
 use slotd::{Refusal, Result};
 
 /// Updates this robot and chooses which of its two systems runs.
 #[derive(Debug, Parser)]
 #[command(name = "slotd", version, after_help = EXIT_CODES)]
-pub struct Cli {
+pub struct AgentCli {
     /// Form of the answer. json: one object on standard output, progress on standard error
-    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
-    pub format: Format,
+    #[arg(long, global = true, value_enum, default_value_t = AnswerFormat::Text)]
+    pub format: AnswerFormat,
 
     /// Work below this directory instead of `/`, and restart nothing
     #[arg(long, global = true, value_name = "DIR", default_value = "/", hide = true)]
@@ -27,7 +27,7 @@ pub struct Cli {
 
     /// What to do
     #[command(subcommand)]
-    pub verb: Verb,
+    pub verb: CliVerb,
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 the robot fails, 2 mistyped, 3 the bundle is refused, \
@@ -35,7 +35,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 the robot fails, 2 mistyped, 3 t
 
 /// The forms of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub enum AnswerFormat {
     /// Lines for a terminal.
     Text,
     /// One JSON object.
@@ -44,7 +44,7 @@ pub enum Format {
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
-pub enum Verb {
+pub enum CliVerb {
     /// Show which system runs, what is on trial, and what was interrupted
     Status,
     /// Check a bundle to its last byte, as `install` would, or a slot against it, or the installed API; nothing is
@@ -55,7 +55,7 @@ pub enum Verb {
         source: Option<String>,
         /// Compare the files of the installed API and of those before it with the hashes that were kept of them
         #[arg(long, value_enum, conflicts_with_all = ["source", "slot"])]
-        component: Option<Component>,
+        component: Option<ComponentName>,
         /// Compare this slot with the bundle, block by block; it may be the running one
         #[arg(long, value_enum)]
         slot: Option<SlotName>,
@@ -66,7 +66,7 @@ pub enum Verb {
     Install {
         /// The bundle, and how to install it
         #[command(flatten)]
-        install: Install,
+        install: InstallArgs,
         /// Install in this process: if it ends, the install is interrupted
         #[arg(long)]
         foreground: bool,
@@ -77,7 +77,7 @@ pub enum Verb {
     RollBack {
         /// Go back to the API before this one, or to the system's own, without a restart of the robot
         #[arg(long, value_enum, conflicts_with = "no_restart")]
-        component: Option<Component>,
+        component: Option<ComponentName>,
         /// Do not restart
         #[arg(long)]
         no_restart: bool,
@@ -150,14 +150,14 @@ pub enum Verb {
         caller: String,
         /// The bundle, and how to install it
         #[command(flatten)]
-        install: Install,
+        install: InstallArgs,
     },
     /// For the start of the system: grow data, then prepare it
     #[command(hide = true)]
     Data {
         /// Which of the two
         #[arg(value_enum)]
-        step: Step,
+        step: StartupStep,
     },
     /// For the start of the system: take over what the flasher left on the boot partition
     #[command(hide = true)]
@@ -183,7 +183,7 @@ pub enum Verb {
 /// An install.
 #[derive(Debug, Args)]
 #[group(skip)]
-pub struct Install {
+pub struct InstallArgs {
     /// A file, `-` for standard input, or an http(s) address
     pub source: String,
     /// Do not restart: the trial begins with the next restart, whenever that is
@@ -194,10 +194,10 @@ pub struct Install {
     pub allow_downgrade: Option<String>,
 }
 
-impl Install {
+impl InstallArgs {
     /// As a request.
-    pub fn request(&self) -> Request {
-        Request::Install {
+    pub fn request(&self) -> AgentRequest {
+        AgentRequest::Install {
             source: self.source.clone(),
             no_restart: self.no_restart,
             allow_downgrade: self.allow_downgrade.clone(),
@@ -205,48 +205,52 @@ impl Install {
     }
 }
 
-impl Cli {
+impl AgentCli {
     /// What is asked for.
     ///
     /// # Errors
     /// `internal`: the verb is not a request itself.
-    pub fn request(&self) -> Result<Request> {
+    pub fn request(&self) -> Result<AgentRequest> {
         Ok(match &self.verb {
-            Verb::Status => Request::Status,
-            Verb::Verify { source: None, .. } => Request::VerifyApi,
-            Verb::Verify { source: Some(source), slot, .. } => {
-                Request::Verify { source: source.clone(), slot: slot.map(Slot::from) }
+            CliVerb::Status => AgentRequest::Status,
+            CliVerb::Verify { source: None, .. } => AgentRequest::VerifyApi,
+            CliVerb::Verify { source: Some(source), slot, .. } => {
+                AgentRequest::Verify { source: source.clone(), slot: slot.map(Slot::from) }
             }
-            Verb::Install { install, .. } => install.request(),
-            Verb::Commit => Request::Commit,
-            Verb::RollBack { component: Some(Component::Api), .. } => Request::RollBackApi,
-            Verb::RollBack { no_restart, .. } => Request::RollBack { no_restart: *no_restart },
-            Verb::BootOther { no_restart, allow_downgrade } => Request::BootOther {
+            CliVerb::Install { install, .. } => install.request(),
+            CliVerb::Commit => AgentRequest::Commit,
+            CliVerb::RollBack { component: Some(ComponentName::Api), .. } => {
+                AgentRequest::RollBackApi
+            }
+            CliVerb::RollBack { no_restart, .. } => {
+                AgentRequest::RollBack { no_restart: *no_restart }
+            }
+            CliVerb::BootOther { no_restart, allow_downgrade } => AgentRequest::BootOther {
                 no_restart: *no_restart,
                 allow_downgrade: allow_downgrade.clone(),
             },
-            Verb::Keys { file: None } => Request::Keys,
-            Verb::Keys { file: Some(file) } => Request::TakeKeys { file: file.clone() },
-            Verb::Health { watch: true } => Request::Watch,
-            Verb::Health { watch: false } => Request::Health,
-            Verb::Reset { no_backup, no_restart } => {
-                Request::Reset { backup: !no_backup, no_restart: *no_restart }
+            CliVerb::Keys { file: None } => AgentRequest::Keys,
+            CliVerb::Keys { file: Some(file) } => AgentRequest::TakeKeys { file: file.clone() },
+            CliVerb::Health { watch: true } => AgentRequest::Watch,
+            CliVerb::Health { watch: false } => AgentRequest::Health,
+            CliVerb::Reset { no_backup, no_restart } => {
+                AgentRequest::Reset { backup: !no_backup, no_restart: *no_restart }
             }
-            Verb::Backup { file } => Request::Backup { file: file.clone() },
-            Verb::Restore { file, no_restart } => {
-                Request::Restore { file: file.clone(), no_restart: *no_restart }
+            CliVerb::Backup { file } => AgentRequest::Backup { file: file.clone() },
+            CliVerb::Restore { file, no_restart } => {
+                AgentRequest::Restore { file: file.clone(), no_restart: *no_restart }
             }
-            Verb::Provision { check: true, .. } => Request::CheckProvisioned,
-            Verb::Provision { boot: true, .. } => Request::ProvisionAtStart,
-            Verb::Provision { .. } => Request::Provision,
-            Verb::Job { cancel: true, .. } => Request::CancelJob,
-            Verb::Job { .. } => Request::Job,
-            Verb::Data { step: Step::Grow } => Request::GrowData,
-            Verb::Data { step: Step::Prepare } => Request::PrepareData,
-            Verb::Seed => Request::TakeSeed,
-            Verb::Report => Request::Report,
-            Verb::Log { last } => Request::Log { last: *last },
-            Verb::Work { .. } | Verb::Door { .. } => {
+            CliVerb::Provision { check: true, .. } => AgentRequest::CheckProvisioned,
+            CliVerb::Provision { boot: true, .. } => AgentRequest::ProvisionAtStart,
+            CliVerb::Provision { .. } => AgentRequest::Provision,
+            CliVerb::Job { cancel: true, .. } => AgentRequest::CancelJob,
+            CliVerb::Job { .. } => AgentRequest::Job,
+            CliVerb::Data { step: StartupStep::Grow } => AgentRequest::GrowData,
+            CliVerb::Data { step: StartupStep::Prepare } => AgentRequest::PrepareData,
+            CliVerb::Seed => AgentRequest::TakeSeed,
+            CliVerb::Report => AgentRequest::Report,
+            CliVerb::Log { last } => AgentRequest::Log { last: *last },
+            CliVerb::Work { .. } | CliVerb::Door { .. } => {
                 return Err(Refusal::new(
                     "internal",
                     "this request is answered elsewhere",
@@ -277,14 +281,14 @@ impl From<SlotName> for Slot {
 
 /// The components that are installed on their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Component {
+pub enum ComponentName {
     /// The API.
     Api,
 }
 
 /// What the start of the system does with `data`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Step {
+pub enum StartupStep {
     /// Before it is mounted: the partition takes the rest of the card.
     Grow,
     /// After: what waits is carried out, and data come to the system's version.

@@ -5,19 +5,19 @@ use std::io;
 use std::ops::Deref;
 use std::path::PathBuf;
 
-pub use contract::answer::Condition;
+pub use contract::answer::DataCondition;
 use contract::answer::DataStatus;
 use rustix::fs::StatVfsMountFlags;
 
 use crate::durable;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The condition of `data`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct State(DataStatus);
+pub struct DataState(DataStatus);
 
-impl Deref for State {
+impl Deref for DataState {
     type Target = DataStatus;
 
     fn deref(&self) -> &DataStatus {
@@ -25,18 +25,18 @@ impl Deref for State {
     }
 }
 
-impl From<State> for DataStatus {
-    fn from(state: State) -> Self {
+impl From<DataState> for DataStatus {
+    fn from(state: DataState) -> Self {
         state.0
     }
 }
 
-impl State {
+impl DataState {
     /// Reads the condition of `data`.
     ///
     /// # Errors
     /// `io`.
-    pub fn read(root: &Root) -> Result<Self> {
+    pub fn read(root: &RootDir) -> Result<Self> {
         let data = root.data();
         let about = rustix::fs::statvfs(&data).map_err(|error| {
             Refusal::io(format!("reading the size of {}", data.display()), &error.into())
@@ -48,13 +48,13 @@ impl State {
         };
         let value = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('='));
         let mut condition = match value("condition") {
-            Some("clean") => Condition::Clean,
-            Some("repaired") => Condition::Repaired,
-            Some("memory") => Condition::Memory,
-            _ => Condition::Unknown,
+            Some("clean") => DataCondition::Clean,
+            Some("repaired") => DataCondition::Repaired,
+            Some("memory") => DataCondition::Memory,
+            _ => DataCondition::Unknown,
         };
         if about.f_flag.contains(StatVfsMountFlags::RDONLY) {
-            condition = Condition::ReadOnly;
+            condition = DataCondition::ReadOnly;
         }
         Ok(Self(DataStatus {
             condition,
@@ -68,12 +68,12 @@ impl State {
     ///
     /// # Errors
     /// `no-data`; `io`.
-    pub fn writable(root: &Root) -> Result<()> {
+    pub fn writable(root: &RootDir) -> Result<()> {
         if !root.data().exists() {
             return Ok(());
         }
         let state = Self::read(root)?;
-        if state.condition != Condition::ReadOnly {
+        if state.condition != DataCondition::ReadOnly {
             return Ok(());
         }
         Err(Refusal::new(
@@ -87,14 +87,14 @@ impl State {
     pub fn alarm(&self) -> Option<String> {
         let why = self.why.as_deref().unwrap_or("see the journal");
         match self.condition {
-            Condition::Clean | Condition::Unknown => None,
-            Condition::Repaired => Some(format!(
+            DataCondition::Clean | DataCondition::Unknown => None,
+            DataCondition::Repaired => Some(format!(
                 "data was damaged and has been repaired ({why}): compare data with a backup; the card may be failing"
             )),
-            Condition::Memory => Some(format!(
+            DataCondition::Memory => Some(format!(
                 "DATA IS SET ASIDE ({why}): the robot keeps data in memory and loses it at the next restart; nothing on the card was changed"
             )),
-            Condition::ReadOnly => Some(format!(
+            DataCondition::ReadOnly => Some(format!(
                 "DATA IS READ-ONLY ({why}): the file system has failed; restart the robot to check it, and replace the card"
             )),
         }
@@ -102,12 +102,12 @@ impl State {
 }
 
 /// Where a start says what it has done with `data`.
-pub(crate) fn report(root: &Root) -> PathBuf {
+pub(crate) fn report(root: &RootDir) -> PathBuf {
     root.path("run/slotd/data.json")
 }
 
 /// Why `data` is not fit for this system, as [`crate::startup::prepare`] has found; for the health check.
-pub(crate) fn unfit(root: &Root) -> Option<String> {
+pub(crate) fn unfit(root: &RootDir) -> Option<String> {
     let note: Option<serde_json::Value> = durable::read_json(&report(root)).ok().flatten();
     let message = note?.get("refused")?.get("message")?.as_str()?.to_owned();
     Some(message)
@@ -121,17 +121,17 @@ mod tests {
     #[test]
     fn what_the_start_has_found_is_told_loudly() {
         let dir = tempfile::tempdir().unwrap();
-        let root = Root::new(dir.path());
+        let root = RootDir::new(dir.path());
         for folder in ["data", "run/slipway"] {
             fs::create_dir_all(root.path(folder)).unwrap();
         }
-        assert_eq!(State::read(&root).unwrap().condition, Condition::Unknown);
+        assert_eq!(DataState::read(&root).unwrap().condition, DataCondition::Unknown);
         let tell = |text: &str| {
             fs::write(root.path("run/slipway/data-state"), text).unwrap();
-            State::read(&root).unwrap()
+            DataState::read(&root).unwrap()
         };
         let clean = tell("condition=clean\nwhy=\n");
-        assert_eq!((clean.condition, clean.alarm()), (Condition::Clean, None));
+        assert_eq!((clean.condition, clean.alarm()), (DataCondition::Clean, None));
         assert!(clean.size >= clean.free && clean.free > 0);
         let repaired = tell("condition=repaired\nwhy=e2fsck -p said 4\n").alarm().unwrap();
         assert!(repaired.contains("repaired (e2fsck -p said 4)"), "{repaired}");

@@ -11,18 +11,18 @@ use crate::boot;
 use crate::components;
 use crate::durable;
 use crate::provision;
-use crate::record::{InstalledSlot, Journal};
-use crate::root::Root;
+use crate::record::{InstallJournal, InstalledSlot};
+use crate::root::RootDir;
 
 /// A damaged file.
 #[derive(Debug)]
-pub struct Damage {
+pub struct DamagedFile {
     path: PathBuf,
     /// Which file and why, human-readable.
     pub what: String,
 }
 
-impl Damage {
+impl DamagedFile {
     /// Removes the file: the code that needs it creates it again.
     ///
     /// # Errors
@@ -33,7 +33,7 @@ impl Damage {
 }
 
 /// Every file that is damaged.
-pub fn found(root: &Root) -> Vec<Damage> {
+pub fn found(root: &RootDir) -> Vec<DamagedFile> {
     let state = root.state();
     let mut found = Vec::new();
     let mut look = |path: PathBuf, read: fn(&std::path::Path) -> io::Result<()>| {
@@ -42,16 +42,16 @@ pub fn found(root: &Root) -> Vec<Damage> {
                 "{} is damaged ({error}): the file is ignored, and removed at the next commit",
                 path.display()
             );
-            found.push(Damage { path, what });
+            found.push(DamagedFile { path, what });
         }
     };
-    look(state.join("journal.json"), reads::<Journal>);
+    look(state.join("journal.json"), reads::<InstallJournal>);
     for slot in [Slot::A, Slot::B] {
         look(state.join(format!("slot-{slot}.json")), reads::<InstalledSlot>);
     }
-    look(state.join("tryboot.json"), reads::<boot::Armed>);
-    look(state.join("provisioned.json"), reads::<provision::Record>);
-    look(root.data().join("apps/api/.state.json"), reads::<components::State>);
+    look(state.join("tryboot.json"), reads::<boot::ArmedTrial>);
+    look(state.join("provisioned.json"), reads::<provision::ProvisionRecord>);
+    look(root.data().join("apps/api/.state.json"), reads::<components::ApiState>);
     found
 }
 

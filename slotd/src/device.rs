@@ -7,20 +7,20 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bundle::bootstate::Slot;
-pub use contract::device_file::{Description, EarlierCard, Flow, Partition, SECTOR};
+pub use contract::device_file::{BootFlow, DeviceFile, EarlierLayout, PartitionExtent, SECTOR};
 
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 use crate::storage::BlockDevice;
 
 /// The robot: its image's description, the running slot, and the disk.
 #[derive(Debug, Clone)]
-pub struct Device {
+pub struct RobotDevice {
     /// The image's description.
-    pub about: Description,
+    pub about: DeviceFile,
     /// The slot whose root file system the kernel has mounted at `/`.
     pub running: Slot,
-    root: Root,
+    root: RootDir,
     /// The disk's directory in sysfs; its last part is the kernel's name for the disk.
     disk: PathBuf,
 }
@@ -33,28 +33,28 @@ const NOT_OUR_DISK: &str =
 ///
 /// # Errors
 /// `bad-device`: the file is missing or malformed.
-pub fn description(root: &Root) -> Result<Description> {
+pub fn description(root: &RootDir) -> Result<DeviceFile> {
     let path = root.device_file();
     let bad = |why: String| {
         let message = format!("reading {}: {why}", path.display());
         Refusal::new("bad-device", message, "run this command on a robot built with Slipway")
     };
     let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
-    Description::parse(&text).map_err(|error| bad(error.message().to_owned()))
+    DeviceFile::parse(&text).map_err(|error| bad(error.message().to_owned()))
 }
 
-impl Device {
+impl RobotDevice {
     /// Reads `device.toml` and finds the running slot.
     ///
     /// # Errors
     /// `bad-device`: `device.toml` is missing or malformed. `unknown-slot`: the root file system is not on a
     /// partition that `device.toml` lists as a slot.
-    pub fn read(root: &Root) -> Result<Self> {
+    pub fn read(root: &RootDir) -> Result<Self> {
         let path = root.device_file();
         let mut about = description(root)?;
         let partition = root_partition(root)?;
         let (number, start) = (value(&partition, "partition")?, value(&partition, "start")?);
-        let running_on = |partitions: &BTreeMap<String, Partition>| {
+        let running_on = |partitions: &BTreeMap<String, PartitionExtent>| {
             let is = |slot: &Slot| {
                 partitions.get(&slot_role("root", *slot)).is_some_and(|known| {
                     u64::from(known.number) == number && known.start_sector == start
@@ -65,7 +65,7 @@ impl Device {
         let mut running = running_on(&about.partitions);
         if running.is_none() {
             // No two layouts have a slot with the same number at the same position: the build checks this.
-            let fits = |card: &EarlierCard| Some((running_on(&card.partitions)?, card.clone()));
+            let fits = |card: &EarlierLayout| Some((running_on(&card.partitions)?, card.clone()));
             if let Some((slot, card)) = about.earlier_cards.iter().find_map(fits) {
                 running = Some(slot);
                 about.boot_state = card.boot_state;
@@ -93,7 +93,7 @@ impl Device {
     }
 
     /// The root of all paths.
-    pub fn root(&self) -> &Root {
+    pub fn root(&self) -> &RootDir {
         &self.root
     }
 
@@ -122,7 +122,7 @@ impl Device {
     /// The device file of a role's partition.
     ///
     /// # Errors
-    /// As [`Device::open_partition`].
+    /// As [`RobotDevice::open_partition`].
     pub fn partition_path(&self, role: &str) -> Result<PathBuf> {
         Ok(self.node(&self.partition(role)?))
     }
@@ -183,7 +183,7 @@ pub fn slot_role(role: &str, slot: Slot) -> String {
 }
 
 /// The sysfs directory of the partition that is mounted at `/`.
-fn root_partition(root: &Root) -> Result<PathBuf> {
+fn root_partition(root: &RootDir) -> Result<PathBuf> {
     let path = root.path("proc/self/mountinfo");
     let failed = |error: io::Error| Refusal::io(format!("reading {}", path.display()), &error);
     let text = fs::read_to_string(&path).map_err(failed)?;

@@ -2,8 +2,8 @@
 //! `update`, whose only command is the client in this module. The client sends a typed request to a socket. For each
 //! connection, systemd starts the server in this module as root, which runs slotd with arguments that it chooses itself.
 //!
-//! From client to server: one line of JSON, the [`Request`], then the bundle to the end of the stream. From server to
-//! client: frames with a kind (a byte), a length (four bytes, big-endian) and that many bytes.
+//! From client to server: one line of JSON, the [`UpdateRequest`], then the bundle to the end of the stream. From
+//! server to client: frames with a kind (a byte), a length (four bytes, big-endian) and that many bytes.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::lobby::{self, Caller, Rights};
+use crate::lobby::{self, Caller, CallerRights};
 use crate::policy::{self, not_offered};
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
-use crate::source::{Limits, Pace};
+use crate::root::RootDir;
+use crate::source::{Pace, PaceLimits};
 
 /// The account whose sessions may do nothing else.
 pub const USER: &str = policy::USER;
@@ -40,9 +40,9 @@ const FRAME: usize = 64 << 10;
 /// A request. No verb starts older software, replaces data or keys, or names a file on the robot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Request {
+pub struct UpdateRequest {
     /// The verb.
-    pub verb: Verb,
+    pub verb: UpdateVerb,
     /// Whether the answer is machine-readable.
     #[serde(default)]
     pub json: bool,
@@ -51,7 +51,7 @@ pub struct Request {
 /// The verbs of the update user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Verb {
+pub enum UpdateVerb {
     /// The robot's status.
     Status,
     /// The health checks, once.
@@ -70,7 +70,7 @@ pub enum Verb {
     },
 }
 
-impl Request {
+impl UpdateRequest {
     /// Parses a command line that the user or `push` has sent: `slotd install - --format json`.
     ///
     /// # Errors
@@ -90,34 +90,36 @@ impl Request {
             words.drain(at..at + 2);
         }
         let verb = match words.as_slice() {
-            ["status"] => Verb::Status,
-            ["health"] => Verb::Health,
-            ["log"] => Verb::Log { last: None },
+            ["status"] => UpdateVerb::Status,
+            ["health"] => UpdateVerb::Health,
+            ["log"] => UpdateVerb::Log { last: None },
             ["log", "-n" | "--last", number] => {
                 let last = number.parse().map_err(|_| not_offered(line))?;
-                Verb::Log { last: Some(last) }
+                UpdateVerb::Log { last: Some(last) }
             }
-            ["verify", "-"] => Verb::Verify,
-            ["install", "-"] => Verb::Install { no_restart: false },
-            ["install", "-", "--no-restart"] => Verb::Install { no_restart: true },
+            ["verify", "-"] => UpdateVerb::Verify,
+            ["install", "-"] => UpdateVerb::Install { no_restart: false },
+            ["install", "-", "--no-restart"] => UpdateVerb::Install { no_restart: true },
             _ => return Err(not_offered(line)),
         };
         let typed = Self { verb, json };
-        match policy::may(Rights::Update, &typed.asked()) {
+        match policy::may(CallerRights::Update, &typed.asked()) {
             true => Ok(typed),
             false => Err(not_offered(line)),
         }
     }
 
     /// What the lobby is asked for.
-    fn asked(&self) -> lobby::Request {
+    fn asked(&self) -> lobby::AgentRequest {
         let source = || "-".to_owned();
         match &self.verb {
-            Verb::Status => lobby::Request::Status,
-            Verb::Health => lobby::Request::Health,
-            Verb::Log { last } => lobby::Request::Log { last: last.map(|last| last as usize) },
-            Verb::Verify => lobby::Request::Verify { source: source(), slot: None },
-            Verb::Install { no_restart } => lobby::Request::Install {
+            UpdateVerb::Status => lobby::AgentRequest::Status,
+            UpdateVerb::Health => lobby::AgentRequest::Health,
+            UpdateVerb::Log { last } => {
+                lobby::AgentRequest::Log { last: last.map(|last| last as usize) }
+            }
+            UpdateVerb::Verify => lobby::AgentRequest::Verify { source: source(), slot: None },
+            UpdateVerb::Install { no_restart } => lobby::AgentRequest::Install {
                 source: source(),
                 no_restart: *no_restart,
                 allow_downgrade: None,
@@ -127,18 +129,20 @@ impl Request {
 
     /// Whether a bundle follows.
     fn streams(&self) -> bool {
-        matches!(self.verb, Verb::Verify | Verb::Install { .. })
+        matches!(self.verb, UpdateVerb::Verify | UpdateVerb::Install { .. })
     }
 
     /// The arguments for the agent.
     fn words(&self) -> Vec<String> {
         let mut words: Vec<String> = match &self.verb {
-            Verb::Status => vec!["status".into()],
-            Verb::Health => vec!["health".into()],
-            Verb::Log { last: None } => vec!["log".into()],
-            Verb::Log { last: Some(last) } => vec!["log".into(), "-n".into(), last.to_string()],
-            Verb::Verify => vec!["verify".into(), "-".into()],
-            Verb::Install { no_restart } => {
+            UpdateVerb::Status => vec!["status".into()],
+            UpdateVerb::Health => vec!["health".into()],
+            UpdateVerb::Log { last: None } => vec!["log".into()],
+            UpdateVerb::Log { last: Some(last) } => {
+                vec!["log".into(), "-n".into(), last.to_string()]
+            }
+            UpdateVerb::Verify => vec!["verify".into(), "-".into()],
+            UpdateVerb::Install { no_restart } => {
                 let mut words = vec!["install".into(), "-".into()];
                 words.extend(no_restart.then(|| "--no-restart".to_owned()));
                 words
@@ -153,8 +157,8 @@ impl Request {
 ///
 /// # Errors
 /// `not-offered`; `busy`: the server closed the connection without an answer; `io`: no server, or an invalid answer.
-pub fn ask(root: &Root, line: &str) -> Result<u8> {
-    let request = Request::typed(line)?;
+pub fn ask(root: &RootDir, line: &str) -> Result<u8> {
+    let request = UpdateRequest::typed(line)?;
     let path = root.path(SOCKET);
     let failed = |error: io::Error| Refusal::io(format!("asking {}", path.display()), &error);
     let mut stream = UnixStream::connect(&path).map_err(failed)?;
@@ -228,7 +232,7 @@ struct Answers {
 }
 
 impl Answers {
-    fn new(stream: UnixStream, limits: Limits) -> Self {
+    fn new(stream: UnixStream, limits: PaceLimits) -> Self {
         Self { stream, pace: Pace::new(limits), gone: false }
     }
 
@@ -268,16 +272,16 @@ fn frame(answers: &Mutex<Answers>, kind: Kind, bytes: &[u8]) {
 ///
 /// # Errors
 /// `io`: standard input is not a connection.
-pub fn serve(root: &Root, prefix: &Path) -> Result<()> {
+pub fn serve(root: &RootDir, prefix: &Path) -> Result<()> {
     let failed = |error: io::Error| Refusal::io("serving the update user", &error);
     let fd = io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
     let stream = UnixStream::from(fd);
     let answers = stream.try_clone().map_err(failed)?;
-    let answers = Mutex::new(Answers::new(answers, Limits::default()));
+    let answers = Mutex::new(Answers::new(answers, PaceLimits::default()));
     let done = accepted(root, &stream)
         .and_then(|uid| {
             let request = request(&stream)?;
-            let caller = Caller { uid, ..lobby::this_process(root, Rights::Update) };
+            let caller = Caller { uid, ..lobby::this_process(root, CallerRights::Update) };
             lobby::authorise(&caller, &request.asked()).map(|()| request)
         })
         .and_then(|request| run(&request, prefix, &stream, &answers).map_err(failed));
@@ -291,7 +295,7 @@ pub fn serve(root: &Root, prefix: &Path) -> Result<()> {
 }
 
 /// The user id of the peer, which must be root or [`USER`]. The socket's mode checks this too, but its directory is shared.
-fn accepted(root: &Root, stream: &UnixStream) -> Result<u32> {
+fn accepted(root: &RootDir, stream: &UnixStream) -> Result<u32> {
     let peer = rustix::net::sockopt::socket_peercred(stream.as_fd())
         .map_err(|error| Refusal::io("reading the user of a connection", &error.into()))?;
     let own = rustix::process::geteuid();
@@ -307,7 +311,7 @@ fn accepted(root: &Root, stream: &UnixStream) -> Result<u32> {
 }
 
 /// Reads one line, byte by byte: the bytes after it belong to the agent.
-fn request(mut stream: &UnixStream) -> Result<Request> {
+fn request(mut stream: &UnixStream) -> Result<UpdateRequest> {
     let failed = |error: io::Error| Refusal::io("reading a request", &error);
     let end = Instant::now() + PATIENCE;
     let mut text = Vec::new();
@@ -339,7 +343,7 @@ fn request(mut stream: &UnixStream) -> Result<Request> {
 
 /// Runs the agent with the connection as its standard input.
 fn run(
-    request: &Request,
+    request: &UpdateRequest,
     prefix: &Path,
     stream: &UnixStream,
     answers: &Mutex<Answers>,
@@ -393,11 +397,11 @@ mod tests {
             ("slotd verify -", "verify - --format text"),
             ("slotd health", "health --format text"),
         ] {
-            let request = Request::typed(line).unwrap();
+            let request = UpdateRequest::typed(line).unwrap();
             assert_eq!(request.words().join(" "), expected);
             let text = serde_json::to_vec(&request).unwrap();
             assert!(text.len() < LONGEST, "{}", text.len());
-            assert_eq!(serde_json::from_slice::<Request>(&text).unwrap(), request);
+            assert_eq!(serde_json::from_slice::<UpdateRequest>(&text).unwrap(), request);
         }
         for line in [
             "",
@@ -427,17 +431,17 @@ mod tests {
             "slotd status --format yaml",
             "slotd slotd status",
         ] {
-            let refusal = Request::typed(line).unwrap_err();
+            let refusal = UpdateRequest::typed(line).unwrap_err();
             assert_eq!(refusal.code, "not-offered", "{line}");
         }
-        let shown = Request::typed("a\u{1b}]0;x\u{7}").unwrap_err().message;
+        let shown = UpdateRequest::typed("a\u{1b}]0;x\u{7}").unwrap_err().message;
         assert!(!shown.chars().any(char::is_control), "{shown:?}");
     }
 
     #[test]
     fn who_reads_no_answers_holds_nobody_up() {
         let (client, stream) = UnixStream::pair().unwrap();
-        let limits = Limits { slowest: 1024, grace: Duration::from_millis(200) };
+        let limits = PaceLimits { slowest: 1024, grace: Duration::from_millis(200) };
         let mut answers = Answers::new(stream, limits);
         // More than the socket buffers, and then much more.
         let started = Instant::now();

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::files::{Files, RealFiles, make_dirs};
+use crate::files::{DirectFileChanges, FileChanges, make_dirs};
 
 /// Maximum bytes of a file that is read as a whole; slotd's files have a few kilobytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -21,14 +21,14 @@ const MAX_FILE: u64 = 1 << 20;
 /// # Errors
 /// When the file system fails or is full; the old file then still exists.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    write_with(&RealFiles, path, bytes)
+    write_with(&DirectFileChanges, path, bytes)
 }
 
 /// [`write()`] with every change made through `files`.
 ///
 /// # Errors
 /// As [`write()`].
-pub fn write_with(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub fn write_with(files: &dyn FileChanges, path: &Path, bytes: &[u8]) -> io::Result<()> {
     write_mode_with(files, path, bytes, 0o644)
 }
 
@@ -36,11 +36,16 @@ pub fn write_with(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()
 ///
 /// # Errors
 /// As [`write()`].
-pub fn write_secret_with(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub fn write_secret_with(files: &dyn FileChanges, path: &Path, bytes: &[u8]) -> io::Result<()> {
     write_mode_with(files, path, bytes, 0o600)
 }
 
-fn write_mode_with(files: &dyn Files, path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+fn write_mode_with(
+    files: &dyn FileChanges,
+    path: &Path,
+    bytes: &[u8],
+    mode: u32,
+) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     for made in make_dirs(files, folder)? {
         files.sync(made.parent().unwrap_or(folder))?;
@@ -86,14 +91,18 @@ fn is_folder(path: &Path) -> bool {
 /// # Errors
 /// As [`write()`].
 pub fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
-    write_json_with(&RealFiles, path, value)
+    write_json_with(&DirectFileChanges, path, value)
 }
 
 /// [`write_json`] with every change made through `files`.
 ///
 /// # Errors
 /// As [`write()`].
-pub fn write_json_with(files: &dyn Files, path: &Path, value: &impl Serialize) -> io::Result<()> {
+pub fn write_json_with(
+    files: &dyn FileChanges,
+    path: &Path,
+    value: &impl Serialize,
+) -> io::Result<()> {
     let mut json = serde_json::to_vec_pretty(value)?;
     json.push(b'\n');
     write_with(files, path, &json)

@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-pub use contract::answer::Event;
+pub use contract::answer::RobotEvent;
 use serde_json::{Map, Value};
 
 use crate::durable::{self, is_missing};
-use crate::lock::{Lock, Turn, private_dir};
-use crate::root::Root;
+use crate::lock::{LockScope, ProcessLock, private_dir};
+use crate::root::RootDir;
 
 /// Size in bytes after which a file is rotated.
 const MAX_FILE: u64 = 256 * 1024;
@@ -32,17 +32,17 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The log.
 #[derive(Debug, Clone)]
-pub struct Events {
-    root: Root,
+pub struct EventLog {
+    root: RootDir,
     folder: PathBuf,
     boot: String,
     /// What is left of [`PATIENCE`].
     patience: Arc<Mutex<Duration>>,
 }
 
-impl Events {
+impl EventLog {
     /// The log of this robot. Nothing is written before the first event.
-    pub fn new(root: &Root) -> Self {
+    pub fn new(root: &RootDir) -> Self {
         let boot = root.boot_id().unwrap_or_default().chars().take(8).collect();
         let patience = Arc::new(Mutex::new(PATIENCE));
         Self { root: root.clone(), folder: root.state().join("log"), boot, patience }
@@ -61,7 +61,7 @@ impl Events {
     fn append(&self, event: &str, details: &Value) -> io::Result<()> {
         let _lock = {
             let mut patience = self.patience.lock().unwrap_or_else(PoisonError::into_inner);
-            Lock::wait(&self.root, Turn::Log, &mut patience)?
+            ProcessLock::wait(&self.root, LockScope::Log, &mut patience)?
         };
         private_dir(&self.root.state())?;
         fs::create_dir_all(&self.folder)?;
@@ -82,7 +82,7 @@ impl Events {
         let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
         let details = details.as_object().cloned().unwrap_or_default();
         let event =
-            Event { number, time, boot: self.boot.clone(), event: event.to_owned(), details };
+            RobotEvent { number, time, boot: self.boot.clone(), event: event.to_owned(), details };
         let mut line = line(event)?;
         let mut file = OpenOptions::new().create(true).append(true).read(true).open(&path)?;
         // After a power cut, the rest of an incomplete line stays a separate line.
@@ -110,7 +110,7 @@ impl Events {
     ///
     /// # Errors
     /// When a file exists and cannot be read.
-    pub fn read(&self) -> io::Result<Vec<Event>> {
+    pub fn read(&self) -> io::Result<Vec<RobotEvent>> {
         let mut all = Vec::new();
         for number in (0..=KEPT).rev() {
             all.append(&mut read_file(&self.file(number))?);
@@ -127,7 +127,7 @@ impl Events {
 
 /// The event as a line of at most [`MAX_LINE`] bytes. Texts that are too long end with `…`, and `shortened` has the
 /// length of the whole line in bytes.
-fn line(mut event: Event) -> io::Result<Vec<u8>> {
+fn line(mut event: RobotEvent) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(&event)?;
     let whole = line.len();
     let details = std::mem::take(&mut event.details);
@@ -174,7 +174,7 @@ fn shortened_map(map: &Map<String, Value>, longest: usize) -> Map<String, Value>
     kept.map(|(name, value)| (name.clone(), shortened(value, longest))).collect()
 }
 
-fn read_file(path: &std::path::Path) -> io::Result<Vec<Event>> {
+fn read_file(path: &std::path::Path) -> io::Result<Vec<RobotEvent>> {
     let file = match durable::open(path) {
         Ok(file) => file,
         // Anything other than a file is damage: it holds no events.
@@ -209,9 +209,9 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn log() -> (tempfile::TempDir, Events) {
+    fn log() -> (tempfile::TempDir, EventLog) {
         let dir = tempfile::tempdir().unwrap();
-        let events = Events::new(&Root::new(dir.path()));
+        let events = EventLog::new(&RootDir::new(dir.path()));
         (dir, events)
     }
 
@@ -340,7 +340,8 @@ mod tests {
             let last = events.read().unwrap().pop().unwrap();
             assert_eq!(last.event, "large");
             assert_eq!(last.details["shortened"].as_u64().unwrap() as usize, {
-                let whole = Event { details: details.as_object().unwrap().clone(), ..last.clone() };
+                let whole =
+                    RobotEvent { details: details.as_object().unwrap().clone(), ..last.clone() };
                 serde_json::to_vec(&whole).unwrap().len()
             });
         }

@@ -13,12 +13,12 @@ use rustix::fs::{CWD, OFlags, RenameFlags};
 /// Bytes per write of zeros.
 const ZEROS: usize = 256 << 10;
 
-/// Bytes that [`Writer`] collects for one change.
+/// Bytes that [`FileAppender`] collects for one change.
 const GATHERED: usize = 256 << 10;
 
-/// The changes. A change is only guaranteed to survive a power cut after [`Files::sync`]: a file's content after the
-/// file is synced, a name after its directory is synced.
-pub trait Files: Sync {
+/// The changes. A change is only guaranteed to survive a power cut after [`FileChanges::sync`]: a file's content after
+/// the file is synced, a name after its directory is synced.
+pub trait FileChanges: Sync {
     /// Creates a directory that only its owner may enter.
     ///
     /// # Errors
@@ -28,7 +28,7 @@ pub trait Files: Sync {
     /// Creates an empty file that only its owner may read.
     ///
     /// # Errors
-    /// As [`Files::create_dir`].
+    /// As [`FileChanges::create_dir`].
     fn create(&self, path: &Path) -> io::Result<()>;
 
     /// Adds bytes to a file.
@@ -65,13 +65,13 @@ pub trait Files: Sync {
     /// Gives a file a second name: a hard link.
     ///
     /// # Errors
-    /// As [`Files::create_dir`].
+    /// As [`FileChanges::create_dir`].
     fn link(&self, file: &Path, path: &Path) -> io::Result<()>;
 
     /// Creates a symbolic link.
     ///
     /// # Errors
-    /// As [`Files::create_dir`].
+    /// As [`FileChanges::create_dir`].
     fn symlink(&self, to: &Path, path: &Path) -> io::Result<()>;
 
     /// Returns when a file's content, or a directory's names, would survive a power cut.
@@ -115,9 +115,9 @@ pub trait Files: Sync {
 
 /// The file system itself.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct RealFiles;
+pub struct DirectFileChanges;
 
-impl Files for RealFiles {
+impl FileChanges for DirectFileChanges {
     fn create_dir(&self, path: &Path) -> io::Result<()> {
         DirBuilder::new().mode(0o700).create(path)
     }
@@ -197,22 +197,22 @@ impl Files for RealFiles {
     }
 }
 
-/// A writer that appends to a file, in large pieces, through [`Files`].
-pub struct Writer<'a> {
-    files: &'a dyn Files,
+/// A writer that appends to a file, in large pieces, through [`FileChanges`].
+pub struct FileAppender<'a> {
+    files: &'a dyn FileChanges,
     path: &'a Path,
     gathered: Vec<u8>,
     left: u64,
 }
 
-impl<'a> Writer<'a> {
+impl<'a> FileAppender<'a> {
     /// A writer to an existing file; at most `most` bytes.
-    pub fn new(files: &'a dyn Files, path: &'a Path, most: u64) -> Self {
+    pub fn new(files: &'a dyn FileChanges, path: &'a Path, most: u64) -> Self {
         Self { files, path, gathered: Vec::new(), left: most }
     }
 }
 
-impl Write for Writer<'_> {
+impl Write for FileAppender<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let more = bytes.len() as u64;
         self.left = self.left.checked_sub(more).ok_or(io::ErrorKind::StorageFull)?;
@@ -236,8 +236,8 @@ impl Write for Writer<'_> {
 /// first; their names are not synced.
 ///
 /// # Errors
-/// As [`Files::create_dir`].
-pub fn make_dirs(files: &dyn Files, folder: &Path) -> io::Result<Vec<PathBuf>> {
+/// As [`FileChanges::create_dir`].
+pub fn make_dirs(files: &dyn FileChanges, folder: &Path) -> io::Result<Vec<PathBuf>> {
     if folder.as_os_str().is_empty() || folder.is_dir() {
         return Ok(Vec::new());
     }
@@ -267,8 +267,8 @@ mod tests {
     fn what_is_made_is_its_owner_s_from_the_beginning() {
         let dir = tempfile::tempdir().unwrap();
         let (file, folder) = (dir.path().join("file"), dir.path().join("folder"));
-        RealFiles.create(&file).unwrap();
-        RealFiles.create_dir(&folder).unwrap();
+        DirectFileChanges.create(&file).unwrap();
+        DirectFileChanges.create_dir(&folder).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&file), mode(&folder)), (0o600, 0o700));
     }
@@ -279,11 +279,11 @@ mod tests {
         let (file, link) = (dir.path().join("file"), dir.path().join("link"));
         let content = vec![7; ZEROS + 3];
         fs::write(&file, &content).unwrap();
-        RealFiles.symlink(&file, &link).unwrap();
-        assert!(RealFiles.overwrite(&link).is_err());
-        assert!(RealFiles.append(&link, b"x").is_err());
+        DirectFileChanges.symlink(&file, &link).unwrap();
+        assert!(DirectFileChanges.overwrite(&link).is_err());
+        assert!(DirectFileChanges.append(&link, b"x").is_err());
         assert_eq!(fs::read(&file).unwrap(), content);
-        RealFiles.overwrite(&file).unwrap();
+        DirectFileChanges.overwrite(&file).unwrap();
         assert_eq!(fs::read(&file).unwrap(), vec![0; ZEROS + 3]);
     }
 }

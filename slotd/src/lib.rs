@@ -48,4 +48,4 @@ pub mod update;
 
 pub use contract::refusal;
 pub use contract::refusal::{Refusal, Result};
-pub use root::Root;
+pub use root::RootDir;

@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The pause between two attempts to take a lock that is held.
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// Things that only one process may change at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
+pub enum LockScope {
     /// Slots, boot state, keys, the API, everything on `data`.
     Slots,
     /// `/data/system`.
@@ -27,7 +27,7 @@ pub enum Turn {
     Log,
 }
 
-impl Turn {
+impl LockScope {
     /// The name of its file.
     fn name(self) -> &'static str {
         match self {
@@ -40,16 +40,16 @@ impl Turn {
 
 /// A lock; released when it is dropped or the process ends.
 #[derive(Debug)]
-pub struct Lock {
+pub struct ProcessLock {
     _file: File,
 }
 
-impl Lock {
+impl ProcessLock {
     /// Takes the lock without waiting, or says which process holds it.
     ///
     /// # Errors
     /// `busy`: another process holds it. `io`: `/run` fails.
-    pub fn take(root: &Root, turn: Turn, verb: &str) -> Result<Self> {
+    pub fn take(root: &RootDir, turn: LockScope, verb: &str) -> Result<Self> {
         let path = root.run().join(turn.name());
         let failed = |error: io::Error| Refusal::io(format!("locking {}", path.display()), &error);
         let mut file = open(root, turn).map_err(failed)?;
@@ -74,7 +74,7 @@ impl Lock {
     ///
     /// # Errors
     /// `WouldBlock`: another process held it all that time. When `/run` fails.
-    pub fn wait(root: &Root, turn: Turn, patience: &mut Duration) -> io::Result<Self> {
+    pub fn wait(root: &RootDir, turn: LockScope, patience: &mut Duration) -> io::Result<Self> {
         let file = open(root, turn)?;
         let started = Instant::now();
         loop {
@@ -91,7 +91,7 @@ impl Lock {
     }
 }
 
-fn open(root: &Root, turn: Turn) -> io::Result<File> {
+fn open(root: &RootDir, turn: LockScope) -> io::Result<File> {
     let folder = root.run();
     private_dir(&folder)?;
     let mut options = OpenOptions::new();

@@ -2,35 +2,35 @@
 
 use bundle::bootstate::Slot;
 
-use crate::boot::BootFlow;
-use crate::device::{Description, Device, slot_role};
-use crate::events::Events;
-use crate::files::Files;
+use crate::boot::BootControl;
+use crate::device::{DeviceFile, RobotDevice, slot_role};
+use crate::events::EventLog;
+use crate::files::FileChanges;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 use crate::storage::Storage;
 
 /// Everything of a robot that a change touches.
 #[derive(Clone, Copy)]
-pub struct Machine<'a> {
+pub struct RobotContext<'a> {
     /// The root of the robot's paths.
-    pub root: &'a Root,
+    pub root: &'a RootDir,
     /// The image's description.
-    pub about: &'a Description,
+    pub about: &'a DeviceFile,
     /// The running slot.
     pub running: Slot,
     /// How its slot is chosen.
-    pub flow: &'a dyn BootFlow,
+    pub flow: &'a dyn BootControl,
     /// Access to the slots.
-    pub slots: &'a dyn Slots,
+    pub slots: &'a dyn SlotStorage,
     /// The interface that changes the files of an API.
-    pub files: &'a dyn Files,
+    pub files: &'a dyn FileChanges,
     /// Its log.
-    pub events: &'a Events,
+    pub events: &'a EventLog,
 }
 
 /// How the partitions of slots are opened.
-pub trait Slots: Sync {
+pub trait SlotStorage: Sync {
     /// The partition for payloads of `role` in `slot`. Only the idle slot is opened for writing.
     ///
     /// # Errors
@@ -46,7 +46,7 @@ pub trait Slots: Sync {
 /// A disk and the first sectors of the two copies.
 pub type TrustArea = (Box<dyn Storage>, [u64; 2]);
 
-impl Slots for Device {
+impl SlotStorage for RobotDevice {
     fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>> {
         let disk = self.open_partition(&slot_role(role, slot), slot != self.running)?;
         Ok(Box::new(disk))
@@ -64,7 +64,7 @@ impl Slots for Device {
 ///
 /// # Errors
 /// `trial-pending`, `not-committed`; `boot-state` or `io` when the state cannot be read.
-pub fn undecided(machine: &Machine<'_>) -> Result<()> {
+pub fn undecided(machine: &RobotContext<'_>) -> Result<()> {
     let status = machine.flow.status()?;
     let running = machine.running;
     if let Some(trial) = status.pending(running) {

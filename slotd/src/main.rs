@@ -8,23 +8,23 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use contract::answer::{Progress, Step};
-use contract::job::Told;
+use contract::answer::{InstallStep, Progress};
+use contract::job::JobMessage;
 use serde_json::json;
 use slotd::door;
-use slotd::lobby::{self, Caller, Request, Response, Rights, detached};
-use slotd::{Result, Root};
+use slotd::lobby::{self, AgentRequest, AgentResponse, Caller, CallerRights, detached};
+use slotd::{Result, RootDir};
 
-use cli::{Cli, Format, Verb, text};
+use cli::{AgentCli, AnswerFormat, CliVerb, text};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let root = Root::new(&cli.root);
-    let rights = if cli.as_update { Rights::Update } else { Rights::All };
+    let cli = AgentCli::parse();
+    let root = RootDir::new(&cli.root);
+    let rights = if cli.as_update { CallerRights::Update } else { CallerRights::All };
     let caller = lobby::this_process(&root, rights);
     match &cli.verb {
-        Verb::Door { serve } => return door(&cli, *serve),
-        Verb::Work { caller, install } => return work(&root, caller, &install.request()),
+        CliVerb::Door { serve } => return door(&cli, *serve),
+        CliVerb::Work { caller, install } => return work(&root, caller, &install.request()),
         _ => {}
     }
     match answer(&cli, &root, &caller) {
@@ -35,8 +35,10 @@ fn main() -> ExitCode {
         },
         Err(refusal) => {
             let printed = match cli.format {
-                Format::Json => writeln!(std::io::stdout(), "{}", json!({ "refused": refusal })),
-                Format::Text => writeln!(std::io::stderr(), "slotd: {}", refusal.in_full()),
+                AnswerFormat::Json => {
+                    writeln!(std::io::stdout(), "{}", json!({ "refused": refusal }))
+                }
+                AnswerFormat::Text => writeln!(std::io::stderr(), "slotd: {}", refusal.in_full()),
             };
             // The exit code says it too.
             drop(printed);
@@ -46,7 +48,7 @@ fn main() -> ExitCode {
 }
 
 /// A job, for the process that waits for it.
-fn work(root: &Root, caller: &str, request: &Request) -> ExitCode {
+fn work(root: &RootDir, caller: &str, request: &AgentRequest) -> ExitCode {
     match serde_json::from_str::<Caller>(caller) {
         Ok(caller) => ExitCode::from(detached::work(root, &caller, request)),
         // As for anything that is mistyped.
@@ -55,8 +57,8 @@ fn work(root: &Root, caller: &str, request: &Request) -> ExitCode {
 }
 
 /// The update user's door, whose answers are the agent's own bytes.
-fn door(cli: &Cli, serve: bool) -> ExitCode {
-    let root = Root::new(&cli.root);
+fn door(cli: &AgentCli, serve: bool) -> ExitCode {
+    let root = RootDir::new(&cli.root);
     let line = std::env::var("SSH_ORIGINAL_COMMAND").unwrap_or_default();
     let done = match serve {
         true => door::serve(&root, &cli.root).map(|()| 0),
@@ -76,56 +78,56 @@ fn door(cli: &Cli, serve: bool) -> ExitCode {
 }
 
 /// Makes the request and gets its answer: in this process, or from a job that continues without it.
-fn answer(cli: &Cli, root: &Root, caller: &Caller) -> Result<Response> {
+fn answer(cli: &AgentCli, root: &RootDir, caller: &Caller) -> Result<AgentResponse> {
     let progress = ProgressLines::new(cli.format);
     let watcher = |at| progress.show(at);
     match &cli.verb {
-        Verb::Job { watch: true, .. } => {
-            lobby::authorise(caller, &Request::Job)?;
-            lobby::job::watch(root, &watcher).map(Response::Installed)
+        CliVerb::Job { watch: true, .. } => {
+            lobby::authorise(caller, &AgentRequest::Job)?;
+            lobby::job::watch(root, &watcher).map(AgentResponse::Installed)
         }
-        Verb::Install { foreground: false, .. } => {
+        CliVerb::Install { foreground: false, .. } => {
             let request = cli.request()?;
             lobby::authorise(caller, &request)?;
             detached::start(root, caller, &request, &mut |told| match told {
-                Told::Progress(at) => watcher(*at),
-                Told::Done(_) | Told::Refused(_) => {}
+                JobMessage::Progress(at) => watcher(*at),
+                JobMessage::Done(_) | JobMessage::Refused(_) => {}
             })
-            .map(Response::Installed)
+            .map(AgentResponse::Installed)
         }
         _ => lobby::dispatch(root, caller, &cli.request()?, &watcher),
     }
 }
 
 /// Prints an answer in the form that was asked for.
-fn show(cli: &Cli, answer: &Response) -> std::io::Result<()> {
+fn show(cli: &AgentCli, answer: &AgentResponse) -> std::io::Result<()> {
     let mut out = std::io::stdout();
     match cli.format {
         // The archive itself was the answer.
-        _ if matches!(answer, Response::BackedUp(None)) => out.flush(),
-        Format::Json => writeln!(out, "{}", answer.json()),
-        Format::Text => writeln!(out, "{}", text::of(&cli.verb, answer)),
+        _ if matches!(answer, AgentResponse::BackedUp(None)) => out.flush(),
+        AnswerFormat::Json => writeln!(out, "{}", answer.json()),
+        AnswerFormat::Text => writeln!(out, "{}", text::of(&cli.verb, answer)),
     }
 }
 
 /// Progress on standard error, twice a second.
 struct ProgressLines {
-    format: Format,
+    format: AnswerFormat,
     terminal: bool,
-    last: Mutex<Option<(Instant, Step)>>,
+    last: Mutex<Option<(Instant, InstallStep)>>,
 }
 
 impl ProgressLines {
-    fn new(format: Format) -> Self {
+    fn new(format: AnswerFormat) -> Self {
         Self { format, terminal: std::io::stderr().is_terminal(), last: Mutex::new(None) }
     }
 
     fn show(&self, at: Progress) {
-        if self.format == Format::Text && !self.terminal {
+        if self.format == AnswerFormat::Text && !self.terminal {
             return;
         }
         let mut last = self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let soon = |(when, step): &(Instant, Step)| {
+        let soon = |(when, step): &(Instant, InstallStep)| {
             *step == at.step && when.elapsed() < Duration::from_millis(500)
         };
         let ended = at.done == at.total;
@@ -135,8 +137,8 @@ impl ProgressLines {
         *last = Some((Instant::now(), at.step));
         let mut err = std::io::stderr();
         let printed = match self.format {
-            Format::Json => writeln!(err, "{}", json!({ "progress": at })),
-            Format::Text => {
+            AnswerFormat::Json => writeln!(err, "{}", json!({ "progress": at })),
+            AnswerFormat::Text => {
                 let percent = at.done * 100 / at.total.max(1);
                 let end = if ended { "\n" } else { "" };
                 write!(err, "\r{} {percent} %   {end}", at.step.doing())

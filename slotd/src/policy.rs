@@ -1,9 +1,9 @@
 //! Which caller may use which verb, and in which state of the robot. Both are pure tables with a line for each verb; no
 //! other code of the agent decides either.
 
-use contract::job::Rights;
+use contract::job::CallerRights;
 use contract::refusal::Refusal;
-use contract::request::{Request, Verb};
+use contract::request::{AgentRequest, AgentVerb};
 
 /// Maximum number of log events for the user `update`.
 pub const MOST_EVENTS: usize = 10_000;
@@ -25,22 +25,26 @@ pub fn not_offered(what: &str) -> Refusal {
 
 /// Whether a caller with these rights may make this request. The user `update` may not start older software, replace data
 /// or keys, or name a file on the robot.
-pub fn may(rights: Rights, request: &Request) -> bool {
+pub fn may(rights: CallerRights, request: &AgentRequest) -> bool {
     match (rights, request) {
-        (Rights::All, _) => true,
-        (Rights::Update, Request::Status | Request::Health) => true,
-        (Rights::Update, Request::Log { last }) => last.is_none_or(|last| last <= MOST_EVENTS),
-        (Rights::Update, Request::Verify { source, slot }) => source == "-" && slot.is_none(),
-        (Rights::Update, Request::Install { source, allow_downgrade, .. }) => {
+        (CallerRights::All, _) => true,
+        (CallerRights::Update, AgentRequest::Status | AgentRequest::Health) => true,
+        (CallerRights::Update, AgentRequest::Log { last }) => {
+            last.is_none_or(|last| last <= MOST_EVENTS)
+        }
+        (CallerRights::Update, AgentRequest::Verify { source, slot }) => {
+            source == "-" && slot.is_none()
+        }
+        (CallerRights::Update, AgentRequest::Install { source, allow_downgrade, .. }) => {
             source == "-" && allow_downgrade.is_none()
         }
-        (Rights::Update, _) => false,
+        (CallerRights::Update, _) => false,
     }
 }
 
 /// The states that exclude a verb.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rules {
+pub struct VerbRules {
     /// Another operation is running; the verb takes the lock itself.
     pub busy: bool,
     /// A trial has not started yet.
@@ -60,7 +64,7 @@ pub struct Rules {
 }
 
 /// For verbs that only read, and for the steps of a start, during which there are no other requests: they never wait.
-const NOTHING: Rules = Rules {
+const NOTHING: VerbRules = VerbRules {
     busy: false,
     trial_waits: false,
     trial_runs: false,
@@ -72,55 +76,58 @@ const NOTHING: Rules = Rules {
 };
 
 /// For verbs that need only the lock.
-const TURN: Rules = Rules { busy: true, ..NOTHING };
+const TURN: VerbRules = VerbRules { busy: true, ..NOTHING };
 
 /// For verbs that write or start a slot: while a trial is undecided, that slot may be the only good one.
-const DECIDED: Rules =
-    Rules { trial_waits: true, trial_runs: true, not_committed: true, unknown: true, ..TURN };
+const DECIDED: VerbRules =
+    VerbRules { trial_waits: true, trial_runs: true, not_committed: true, unknown: true, ..TURN };
 
 /// The rules of each verb.
-pub fn rules(verb: Verb) -> Rules {
+pub fn rules(verb: AgentVerb) -> VerbRules {
     match verb {
-        Verb::Status
-        | Verb::Report
-        | Verb::Log
-        | Verb::Health
-        | Verb::Keys
-        | Verb::Verify
-        | Verb::Backup
-        | Verb::CheckProvisioned
-        | Verb::Job
-        | Verb::CancelJob => NOTHING,
+        AgentVerb::Status
+        | AgentVerb::Report
+        | AgentVerb::Log
+        | AgentVerb::Health
+        | AgentVerb::Keys
+        | AgentVerb::Verify
+        | AgentVerb::Backup
+        | AgentVerb::CheckProvisioned
+        | AgentVerb::Job
+        | AgentVerb::CancelJob => NOTHING,
         // The watch commits by a request of its own.
-        Verb::Watch => NOTHING,
-        Verb::ProvisionAtStart | Verb::GrowData | Verb::PrepareData | Verb::TakeSeed => NOTHING,
+        AgentVerb::Watch => NOTHING,
+        AgentVerb::ProvisionAtStart
+        | AgentVerb::GrowData
+        | AgentVerb::PrepareData
+        | AgentVerb::TakeSeed => NOTHING,
         // The compared files must not change meanwhile.
-        Verb::VerifyApi => TURN,
+        AgentVerb::VerifyApi => TURN,
         // A full `data`, or one in memory, must not prevent the update that fixes it. Whether an API fits on `data` is
         // checked once the bundle is known to have one.
-        Verb::Install => Rules { wrong_board: true, ..DECIDED },
-        Verb::Commit => Rules { trial_waits: true, unknown: true, ..TURN },
-        Verb::RollBack => Rules { no_trial: true, unknown: true, ..TURN },
-        Verb::RollBackApi => Rules { no_data: true, ..DECIDED },
+        AgentVerb::Install => VerbRules { wrong_board: true, ..DECIDED },
+        AgentVerb::Commit => VerbRules { trial_waits: true, unknown: true, ..TURN },
+        AgentVerb::RollBack => VerbRules { no_trial: true, unknown: true, ..TURN },
+        AgentVerb::RollBackApi => VerbRules { no_data: true, ..DECIDED },
         // If the committed slot did not start, this verb goes back to it.
-        Verb::BootOther => Rules { not_committed: false, ..DECIDED },
+        AgentVerb::BootOther => VerbRules { not_committed: false, ..DECIDED },
         // It must always be possible to revoke a key.
-        Verb::TakeKeys => Rules { no_data: true, ..TURN },
+        AgentVerb::TakeKeys => VerbRules { no_data: true, ..TURN },
         // Both restart the robot, which would begin or end a trial. They write no slot, and must also work with a damaged
         // boot state.
-        Verb::Reset | Verb::Restore => {
-            Rules { trial_waits: true, trial_runs: true, no_data: true, ..TURN }
+        AgentVerb::Reset | AgentVerb::Restore => {
+            VerbRules { trial_waits: true, trial_runs: true, no_data: true, ..TURN }
         }
         // An install of an API includes provisioning.
-        Verb::Provision => TURN,
+        AgentVerb::Provision => TURN,
     }
 }
 
 /// The state of the robot, as far as the rules need it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Standing {
+pub struct AdmissionState {
     /// The state of the slots.
-    pub slots: Slots,
+    pub slots: SlotsState,
     /// The refusal because there is no trial; `None`: there is a trial, which may have failed.
     pub no_trial: Option<Refusal>,
     /// The refusal because the image is for another machine; `None`: it is for this one.
@@ -131,7 +138,7 @@ pub struct Standing {
 
 /// The state of the slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Slots {
+pub enum SlotsState {
     /// The running slot is committed. A trial may have failed.
     Decided,
     /// A trial begins with the next restart.
@@ -149,13 +156,13 @@ pub enum Slots {
 /// # Errors
 /// The refusal of the first rule that excludes the verb: `trial-pending`, `not-committed`, `nothing-on-trial`,
 /// `wrong-board`, `no-data`, or the error of reading the boot state.
-pub fn admit(verb: Verb, standing: &Standing) -> Result<(), Refusal> {
+pub fn admit(verb: AgentVerb, standing: &AdmissionState) -> Result<(), Refusal> {
     let rules = rules(verb);
     match &standing.slots {
-        Slots::TrialWaits(why) if rules.trial_waits => return Err(why.clone()),
-        Slots::TrialRuns(why) if rules.trial_runs => return Err(why.clone()),
-        Slots::NotCommitted(why) if rules.not_committed => return Err(why.clone()),
-        Slots::Unknown(why) if rules.unknown => return Err(why.clone()),
+        SlotsState::TrialWaits(why) if rules.trial_waits => return Err(why.clone()),
+        SlotsState::TrialRuns(why) if rules.trial_runs => return Err(why.clone()),
+        SlotsState::NotCommitted(why) if rules.not_committed => return Err(why.clone()),
+        SlotsState::Unknown(why) if rules.unknown => return Err(why.clone()),
         _ => {}
     }
     let others = [
@@ -178,14 +185,14 @@ mod tests {
     }
 
     /// Every standing: six of the slots, the board and `data` each good and bad.
-    fn standings() -> Vec<(&'static str, Standing)> {
+    fn standings() -> Vec<(&'static str, AdmissionState)> {
         let slots = [
-            ("decided", Slots::Decided),
-            ("failed", Slots::Decided),
-            ("waits", Slots::TrialWaits(why("trial-pending"))),
-            ("runs", Slots::TrialRuns(why("trial-pending"))),
-            ("not-committed", Slots::NotCommitted(why("not-committed"))),
-            ("unknown", Slots::Unknown(why("boot-state"))),
+            ("decided", SlotsState::Decided),
+            ("failed", SlotsState::Decided),
+            ("waits", SlotsState::TrialWaits(why("trial-pending"))),
+            ("runs", SlotsState::TrialRuns(why("trial-pending"))),
+            ("not-committed", SlotsState::NotCommitted(why("not-committed"))),
+            ("unknown", SlotsState::Unknown(why("boot-state"))),
         ];
         let mut all = Vec::new();
         for (name, slots) in slots {
@@ -195,7 +202,7 @@ mod tests {
                     let none = matches!(name, "decided" | "not-committed");
                     let no_trial = none.then(|| why("nothing-on-trial"));
                     let slots = slots.clone();
-                    all.push((name, Standing { slots, no_trial, wrong_board, no_data }));
+                    all.push((name, AdmissionState { slots, no_trial, wrong_board, no_data }));
                 }
             }
         }
@@ -204,31 +211,31 @@ mod tests {
 
     /// What a verb is refused with in each state of the slots, where board and `data` are good: written down a second time,
     /// so that a change of the table is a change of this one.
-    fn expected(verb: Verb, slots: &str) -> Option<&'static str> {
+    fn expected(verb: AgentVerb, slots: &str) -> Option<&'static str> {
         let trial = matches!(slots, "waits" | "runs");
         match verb {
-            Verb::Install | Verb::RollBackApi => match slots {
+            AgentVerb::Install | AgentVerb::RollBackApi => match slots {
                 "waits" | "runs" => Some("trial-pending"),
                 "not-committed" => Some("not-committed"),
                 "unknown" => Some("boot-state"),
                 _ => None,
             },
-            Verb::BootOther => match slots {
+            AgentVerb::BootOther => match slots {
                 "waits" | "runs" => Some("trial-pending"),
                 "unknown" => Some("boot-state"),
                 _ => None,
             },
-            Verb::Commit => match slots {
+            AgentVerb::Commit => match slots {
                 "waits" => Some("trial-pending"),
                 "unknown" => Some("boot-state"),
                 _ => None,
             },
-            Verb::RollBack => match slots {
+            AgentVerb::RollBack => match slots {
                 "decided" | "not-committed" => Some("nothing-on-trial"),
                 "unknown" => Some("boot-state"),
                 _ => None,
             },
-            Verb::Reset | Verb::Restore => trial.then_some("trial-pending"),
+            AgentVerb::Reset | AgentVerb::Restore => trial.then_some("trial-pending"),
             _ => None,
         }
     }
@@ -236,13 +243,16 @@ mod tests {
     #[test]
     fn every_verb_is_admitted_or_refused_as_it_is_written_down() {
         let mut refused = 0;
-        for verb in Verb::ALL {
+        for verb in AgentVerb::ALL {
             for (slots, standing) in standings() {
-                let board = standing.wrong_board.is_some() && verb == Verb::Install;
+                let board = standing.wrong_board.is_some() && verb == AgentVerb::Install;
                 let data = standing.no_data.is_some()
                     && matches!(
                         verb,
-                        Verb::RollBackApi | Verb::TakeKeys | Verb::Reset | Verb::Restore
+                        AgentVerb::RollBackApi
+                            | AgentVerb::TakeKeys
+                            | AgentVerb::Reset
+                            | AgentVerb::Restore
                     );
                 let expected = expected(verb, slots)
                     .or(board.then_some("wrong-board"))
@@ -252,30 +262,33 @@ mod tests {
                 refused += usize::from(found.is_some());
             }
         }
-        assert_eq!(standings().len() * Verb::ALL.len(), 24 * 25);
+        assert_eq!(standings().len() * AgentVerb::ALL.len(), 24 * 25);
         assert!(refused > 100, "only {refused}");
     }
 
     #[test]
     fn what_changes_something_has_a_turn_of_its_own_and_what_looks_has_none() {
-        for verb in Verb::ALL {
+        for verb in AgentVerb::ALL {
             let looks = matches!(
                 verb,
-                Verb::Status
-                    | Verb::Report
-                    | Verb::Log
-                    | Verb::Health
-                    | Verb::Watch
-                    | Verb::Keys
-                    | Verb::Verify
-                    | Verb::Backup
-                    | Verb::CheckProvisioned
-                    | Verb::Job
-                    | Verb::CancelJob
+                AgentVerb::Status
+                    | AgentVerb::Report
+                    | AgentVerb::Log
+                    | AgentVerb::Health
+                    | AgentVerb::Watch
+                    | AgentVerb::Keys
+                    | AgentVerb::Verify
+                    | AgentVerb::Backup
+                    | AgentVerb::CheckProvisioned
+                    | AgentVerb::Job
+                    | AgentVerb::CancelJob
             );
             let of_a_start = matches!(
                 verb,
-                Verb::ProvisionAtStart | Verb::GrowData | Verb::PrepareData | Verb::TakeSeed
+                AgentVerb::ProvisionAtStart
+                    | AgentVerb::GrowData
+                    | AgentVerb::PrepareData
+                    | AgentVerb::TakeSeed
             );
             assert_eq!(rules(verb).busy, !looks && !of_a_start, "{verb:?}");
             if looks || of_a_start {
@@ -286,52 +299,52 @@ mod tests {
 
     #[test]
     fn the_user_update_may_ask_for_news_and_newer_software_alone() {
-        let install = |source: &str, why: Option<&str>| Request::Install {
+        let install = |source: &str, why: Option<&str>| AgentRequest::Install {
             source: source.to_owned(),
             no_restart: true,
             allow_downgrade: why.map(str::to_owned),
         };
-        let verify = |source: &str, slot| Request::Verify { source: source.to_owned(), slot };
+        let verify = |source: &str, slot| AgentRequest::Verify { source: source.to_owned(), slot };
         for good in [
-            Request::Status,
-            Request::Health,
-            Request::Log { last: None },
-            Request::Log { last: Some(MOST_EVENTS) },
+            AgentRequest::Status,
+            AgentRequest::Health,
+            AgentRequest::Log { last: None },
+            AgentRequest::Log { last: Some(MOST_EVENTS) },
             verify("-", None),
             install("-", None),
         ] {
-            assert!(may(Rights::Update, &good), "{good:?}");
+            assert!(may(CallerRights::Update, &good), "{good:?}");
         }
         let file = || "/data/x".to_owned();
         for bad in [
-            Request::Report,
-            Request::Log { last: Some(MOST_EVENTS + 1) },
-            Request::Watch,
+            AgentRequest::Report,
+            AgentRequest::Log { last: Some(MOST_EVENTS + 1) },
+            AgentRequest::Watch,
             verify("/data/x", None),
             verify("-", Some(bundle::bootstate::Slot::A)),
-            Request::VerifyApi,
+            AgentRequest::VerifyApi,
             install("http://robot/x", None),
             install("-", Some("why")),
-            Request::Commit,
-            Request::RollBack { no_restart: false },
-            Request::RollBackApi,
-            Request::BootOther { no_restart: true, allow_downgrade: None },
-            Request::Keys,
-            Request::TakeKeys { file: file().into() },
-            Request::Reset { backup: true, no_restart: true },
-            Request::Backup { file: file() },
-            Request::Restore { file: file(), no_restart: true },
-            Request::Provision,
-            Request::ProvisionAtStart,
-            Request::CheckProvisioned,
-            Request::GrowData,
-            Request::PrepareData,
-            Request::TakeSeed,
-            Request::Job,
-            Request::CancelJob,
+            AgentRequest::Commit,
+            AgentRequest::RollBack { no_restart: false },
+            AgentRequest::RollBackApi,
+            AgentRequest::BootOther { no_restart: true, allow_downgrade: None },
+            AgentRequest::Keys,
+            AgentRequest::TakeKeys { file: file().into() },
+            AgentRequest::Reset { backup: true, no_restart: true },
+            AgentRequest::Backup { file: file() },
+            AgentRequest::Restore { file: file(), no_restart: true },
+            AgentRequest::Provision,
+            AgentRequest::ProvisionAtStart,
+            AgentRequest::CheckProvisioned,
+            AgentRequest::GrowData,
+            AgentRequest::PrepareData,
+            AgentRequest::TakeSeed,
+            AgentRequest::Job,
+            AgentRequest::CancelJob,
         ] {
-            assert!(!may(Rights::Update, &bad), "{bad:?}");
-            assert!(may(Rights::All, &bad), "{bad:?}");
+            assert!(!may(CallerRights::Update, &bad), "{bad:?}");
+            assert!(may(CallerRights::All, &bad), "{bad:?}");
         }
     }
 }

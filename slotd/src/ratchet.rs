@@ -3,13 +3,13 @@
 
 use std::io;
 
-use bundle::area::{COPY, Copy, Invalid};
+use bundle::area::{AreaCopy, COPY, InvalidAreaCopy};
 use bundle::{KeySet, Version};
 use serde::{Deserialize, Serialize};
 
 use crate::device;
 use crate::durable;
-use crate::root::Root;
+use crate::root::RootDir;
 use crate::storage::Storage;
 
 /// Maximum number of key sets in a chain. A rotation needs one; an image with a newer set makes all earlier ones
@@ -18,7 +18,7 @@ pub const MOST_LINKS: usize = 8;
 
 /// A key set with its signature, both as they were received.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Link {
+pub struct SignedKeySet {
     /// The key set's file.
     pub set: String,
     /// Its minisign signature file.
@@ -38,7 +38,7 @@ pub struct Ratchet {
     /// Ids of the accepted keys in it: in an older set no other keys are accepted.
     pub counted: Vec<String>,
     /// Key sets that were installed, each signed by a key of the previous one, oldest first.
-    pub chain: Vec<Link>,
+    pub chain: Vec<SignedKeySet>,
 }
 
 impl Ratchet {
@@ -61,7 +61,7 @@ impl Ratchet {
         set
     }
 
-    fn file(root: &Root) -> std::path::PathBuf {
+    fn file(root: &RootDir) -> std::path::PathBuf {
         root.state().join("trust.json")
     }
 
@@ -69,7 +69,7 @@ impl Ratchet {
     ///
     /// # Errors
     /// When it cannot be read or parsed.
-    pub fn on_data(root: &Root) -> io::Result<Option<Self>> {
+    pub fn on_data(root: &RootDir) -> io::Result<Option<Self>> {
         durable::read_json(&Self::file(root))
     }
 
@@ -77,7 +77,7 @@ impl Ratchet {
     ///
     /// # Errors
     /// When `data` fails or is full.
-    pub fn keep_on_data(&self, root: &Root) -> io::Result<()> {
+    pub fn keep_on_data(&self, root: &RootDir) -> io::Result<()> {
         durable::write_json(&Self::file(root), self)
     }
 }
@@ -89,14 +89,14 @@ pub fn counting(set: &KeySet) -> Vec<String> {
 
 /// The raw sectors: two copies, written alternately.
 #[derive(Debug)]
-pub struct Area<S> {
+pub struct RatchetSectors<S> {
     disk: S,
     sectors: [u64; 2],
 }
 
 /// The content of the raw sectors.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Held {
+pub struct RatchetContent {
     /// The valid state; `None`: nothing was written yet, or nothing can be read.
     pub ratchet: Option<Ratchet>,
     /// Damage, human-readable.
@@ -105,27 +105,27 @@ pub struct Held {
     newest: Option<(u64, usize)>,
 }
 
-impl Held {
+impl RatchetContent {
     /// The value when nothing can be read.
     pub fn unreadable(why: String) -> Self {
         Self { damage: vec![why], ..Self::default() }
     }
 }
 
-impl<S: Storage> Area<S> {
+impl<S: Storage> RatchetSectors<S> {
     /// `sectors` are the first sectors (of 512 bytes) of the copies on the disk.
     pub fn new(disk: S, sectors: [u64; 2]) -> Self {
         Self { disk, sectors }
     }
 
     /// Reads both copies and selects the valid one.
-    pub fn read(&self) -> Held {
-        let mut held = Held::default();
+    pub fn read(&self) -> RatchetContent {
+        let mut held = RatchetContent::default();
         for (place, sector) in self.sectors.into_iter().enumerate() {
             let mut bytes = vec![0; COPY];
             let copy = match self.disk.read_at(sector * device::SECTOR, &mut bytes) {
-                Ok(()) => Copy::decode(&bytes).map_err(|invalid| match invalid {
-                    Invalid::Empty => None,
+                Ok(()) => AreaCopy::decode(&bytes).map_err(|invalid| match invalid {
+                    InvalidAreaCopy::Empty => None,
                     other => Some(other.to_string()),
                 }),
                 Err(error) => Err(Some(error.to_string())),
@@ -159,7 +159,7 @@ impl<S: Storage> Area<S> {
         let (sequence, counts) = self.read().newest.unwrap_or((0, 1));
         let [first, second] = self.sectors;
         let sector = if counts == 0 { second } else { first };
-        let copy = Copy {
+        let copy = AreaCopy {
             sequence: sequence
                 .checked_add(1)
                 .ok_or_else(|| io::Error::other("trust area sequence number overflow"))?,

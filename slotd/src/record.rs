@@ -4,16 +4,16 @@
 use std::io;
 
 use bundle::bootstate::Slot;
-use bundle::{Manifest, SignedBy};
-pub use contract::answer::{Floor, InstalledSlot, Journal};
+use bundle::{BundleManifest, SignedBy};
+pub use contract::answer::{Floor, InstallJournal, InstalledSlot};
 
-use crate::device::Description;
+use crate::device::DeviceFile;
 use crate::durable;
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The journal, if an install was interrupted. A damaged journal is treated as missing: then nothing is
 /// known to be in place, and everything is checked.
-pub fn read_journal(root: &Root) -> Option<Journal> {
+pub fn read_journal(root: &RootDir) -> Option<InstallJournal> {
     durable::read_json(&root.state().join("journal.json")).ok().flatten()
 }
 
@@ -22,7 +22,7 @@ pub fn read_journal(root: &Root) -> Option<Journal> {
 ///
 /// # Errors
 /// When `data` fails or is full.
-pub fn write_journal(root: &Root, journal: &Journal) -> io::Result<()> {
+pub fn write_journal(root: &RootDir, journal: &InstallJournal) -> io::Result<()> {
     let json = serde_json::to_vec_pretty(journal)?;
     durable::replace(&root.state().join("journal.json"), &json)
 }
@@ -31,12 +31,16 @@ pub fn write_journal(root: &Root, journal: &Journal) -> io::Result<()> {
 ///
 /// # Errors
 /// When `data` fails.
-pub fn remove_journal(root: &Root) -> io::Result<()> {
+pub fn remove_journal(root: &RootDir) -> io::Result<()> {
     durable::remove(&root.state().join("journal.json"))
 }
 
 /// The record of a verified bundle.
-pub fn installed_by(manifest: &Manifest, sha256: &str, signed_by: &[SignedBy]) -> InstalledSlot {
+pub fn installed_by(
+    manifest: &BundleManifest,
+    sha256: &str,
+    signed_by: &[SignedBy],
+) -> InstalledSlot {
     InstalledSlot {
         manifest: sha256.to_owned(),
         version: manifest.version.clone(),
@@ -47,7 +51,7 @@ pub fn installed_by(manifest: &Manifest, sha256: &str, signed_by: &[SignedBy]) -
 }
 
 /// The record of a flashed system, from its description; `None`: the description is incomplete.
-pub fn flashed(about: &Description) -> Option<InstalledSlot> {
+pub fn flashed(about: &DeviceFile) -> Option<InstalledSlot> {
     Some(InstalledSlot {
         manifest: String::new(),
         version: about.version.clone(),
@@ -58,7 +62,7 @@ pub fn flashed(about: &Description) -> Option<InstalledSlot> {
 }
 
 /// Reads the record of a slot; `None` while the slot is being written, or if it never started.
-pub fn read_slot(root: &Root, slot: Slot) -> Option<InstalledSlot> {
+pub fn read_slot(root: &RootDir, slot: Slot) -> Option<InstalledSlot> {
     durable::read_json(&root.state().join(format!("slot-{slot}.json"))).ok().flatten()
 }
 
@@ -66,7 +70,7 @@ pub fn read_slot(root: &Root, slot: Slot) -> Option<InstalledSlot> {
 ///
 /// # Errors
 /// When `data` fails or is full.
-pub fn write_slot(root: &Root, slot: Slot, installed: &InstalledSlot) -> io::Result<()> {
+pub fn write_slot(root: &RootDir, slot: Slot, installed: &InstalledSlot) -> io::Result<()> {
     durable::write_json(&root.state().join(format!("slot-{slot}.json")), installed)
 }
 
@@ -74,7 +78,7 @@ pub fn write_slot(root: &Root, slot: Slot, installed: &InstalledSlot) -> io::Res
 ///
 /// # Errors
 /// When `data` fails.
-pub fn remove_slot(root: &Root, slot: Slot) -> io::Result<()> {
+pub fn remove_slot(root: &RootDir, slot: Slot) -> io::Result<()> {
     durable::remove(&root.state().join(format!("slot-{slot}.json")))
 }
 
@@ -82,7 +86,7 @@ pub fn remove_slot(root: &Root, slot: Slot) -> io::Result<()> {
 ///
 /// # Errors
 /// When the file exists and cannot be read.
-pub fn read_floor(root: &Root) -> io::Result<Option<Floor>> {
+pub fn read_floor(root: &RootDir) -> io::Result<Option<Floor>> {
     durable::read_json(&root.state().join("floor.json"))
 }
 
@@ -90,6 +94,6 @@ pub fn read_floor(root: &Root) -> io::Result<Option<Floor>> {
 ///
 /// # Errors
 /// When `data` fails or is full.
-pub fn write_floor(root: &Root, floor: &Floor) -> io::Result<()> {
+pub fn write_floor(root: &RootDir, floor: &Floor) -> io::Result<()> {
     durable::write_json(&root.state().join("floor.json"), floor)
 }

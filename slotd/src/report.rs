@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use serde::Serialize;
 
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The files. A `*` matches any name in its directory. Entries by the firmware and U-Boot in the device tree:
 /// bootloader documentation of Raspberry Pi, "device tree: chosen/bootloader"; U-Boot, `boot/fdt_support.c`. The
@@ -91,7 +91,7 @@ const RECORD: usize = 8192;
 /// The report of a board.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Report {
+pub struct BoardReport {
     /// File contents by path; missing files are left out.
     pub files: BTreeMap<String, String>,
     /// The kernel's log lines, each with the seconds since its start.
@@ -99,7 +99,7 @@ pub struct Report {
 }
 
 /// Collects the report of the board that this runs on.
-pub fn collect(root: &Root) -> Report {
+pub fn collect(root: &RootDir) -> BoardReport {
     let mut files = BTreeMap::new();
     for pattern in FILES {
         for path in matching(root, pattern) {
@@ -111,10 +111,10 @@ pub fn collect(root: &Root) -> Report {
     if let Some(line) = files.get_mut("/proc/cmdline") {
         *line = without_secrets(line);
     }
-    Report { files, log: log(&root.path("dev/kmsg")) }
+    BoardReport { files, log: log(&root.path("dev/kmsg")) }
 }
 
-impl Report {
+impl BoardReport {
     /// Human-readable: one line each.
     pub fn lines(&self) -> String {
         let files = self.files.iter().map(|(path, value)| format!("{path}: {value}"));
@@ -123,7 +123,7 @@ impl Report {
 }
 
 /// The files that a pattern matches.
-fn matching(root: &Root, pattern: &str) -> Vec<PathBuf> {
+fn matching(root: &RootDir, pattern: &str) -> Vec<PathBuf> {
     let mut found = vec![PathBuf::new()];
     for part in pattern.split('/') {
         let mut next = Vec::new();
@@ -310,14 +310,14 @@ mod tests {
 
     use super::*;
 
-    fn planted(files: &[(&str, &[u8])]) -> (tempfile::TempDir, Root) {
+    fn planted(files: &[(&str, &[u8])]) -> (tempfile::TempDir, RootDir) {
         let dir = tempfile::tempdir().unwrap();
         for (path, bytes) in files {
             let path = dir.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, bytes).unwrap();
         }
-        let root = Root::new(dir.path());
+        let root = RootDir::new(dir.path());
         (dir, root)
     }
 

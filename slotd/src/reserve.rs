@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, StatVfs, fallocate, statvfs};
 use serde::{Deserialize, Serialize};
 
-use crate::condition::{Condition, State as DataState};
+use crate::condition::{DataCondition, DataState};
 use crate::durable;
 use crate::lock::private_dir;
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// Number of files, and bytes of each. Together 24 MiB and 96 inodes: the 16 MiB that the image's health check requires,
 /// and space for what a start writes. The largest `resources` of an API so far are 17 files with 1.4 MiB; each record
@@ -28,11 +28,11 @@ struct Before {
     free: u64,
 }
 
-fn folder(root: &Root) -> PathBuf {
+fn folder(root: &RootDir) -> PathBuf {
     root.state().join("reserve")
 }
 
-fn note(root: &Root) -> PathBuf {
+fn note(root: &RootDir) -> PathBuf {
     root.run().join("before.json")
 }
 
@@ -47,7 +47,7 @@ fn is_scarce(about: &StatVfs) -> bool {
 }
 
 /// Bytes that the reserve occupies.
-fn held(root: &Root) -> u64 {
+fn held(root: &RootDir) -> u64 {
     let Ok(entries) = fs::read_dir(folder(root)) else { return 0 };
     entries
         .flatten()
@@ -57,7 +57,7 @@ fn held(root: &Root) -> u64 {
 }
 
 /// Records the free space before this start writes to `data`; [`fair`] uses it.
-pub(crate) fn begin(root: &Root) {
+pub(crate) fn begin(root: &RootDir) {
     let Ok(about) = statvfs(root.data()) else { return };
     let before = Before { free: free(&about).saturating_add(held(root)) };
     if let Err(error) = durable::write_json(&note(root), &before) {
@@ -68,7 +68,7 @@ pub(crate) fn begin(root: &Root) {
 /// Runs `work` with the reserve released, if nothing else is free, and fills it again afterwards as far as possible.
 /// During the start no other user's process can use the released space; later one may, so that `work` must then also
 /// be able to fail.
-pub(crate) fn with<T>(root: &Root, work: impl FnOnce() -> T) -> T {
+pub(crate) fn with<T>(root: &RootDir, work: impl FnOnce() -> T) -> T {
     let scarce = statvfs(root.data()).is_ok_and(|about| is_scarce(&about));
     let given_up = if scarce { held(root) / BYTES } else { 0 };
     if scarce
@@ -85,12 +85,12 @@ pub(crate) fn with<T>(root: &Root, work: impl FnOnce() -> T) -> T {
 }
 
 /// Fills the reserve, from at most half of the free space. Without free space there is no reserve.
-pub(crate) fn keep(root: &Root) {
+pub(crate) fn keep(root: &RootDir) {
     take(root, 0);
 }
 
 /// [`keep`], but the files that existed before are restored as long as there is any space.
-fn take(root: &Root, before: u64) {
+fn take(root: &RootDir, before: u64) {
     if let Err(error) = fill(root, before)
         && error.kind() != io::ErrorKind::StorageFull
     {
@@ -98,9 +98,9 @@ fn take(root: &Root, before: u64) {
     }
 }
 
-fn fill(root: &Root, before: u64) -> io::Result<()> {
+fn fill(root: &RootDir, before: u64) -> io::Result<()> {
     // In memory a reserve does not last until the next start, and memory is scarce.
-    if DataState::read(root).is_ok_and(|state| state.condition == Condition::Memory) {
+    if DataState::read(root).is_ok_and(|state| state.condition == DataCondition::Memory) {
         return Ok(());
     }
     let folder = folder(root);
@@ -141,7 +141,7 @@ fn hold(path: &Path) -> io::Result<()> {
 
 /// Checks that the file system of `path` has `wanted` bytes free, including the reserve; or that it already had fewer
 /// when this start began, so that no update has used them. `Err` says what is missing, human-readable.
-pub(crate) fn fair(root: &Root, path: &Path, wanted: u64) -> Result<String, String> {
+pub(crate) fn fair(root: &RootDir, path: &Path, wanted: u64) -> Result<String, String> {
     let at = root.path(path);
     let about = statvfs(&at).map_err(|error| format!("{}: {error}", path.display()))?;
     let of = |path: &Path| fs::metadata(path).ok().map(|about| about.dev());

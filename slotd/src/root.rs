@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 /// The prefix of all paths.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Root(PathBuf);
+pub struct RootDir(PathBuf);
 
-impl Root {
+impl RootDir {
     /// All paths below `prefix`.
     pub fn new(prefix: impl Into<PathBuf>) -> Self {
         Self(prefix.into())
@@ -69,7 +69,7 @@ impl Root {
     }
 }
 
-impl Default for Root {
+impl Default for RootDir {
     fn default() -> Self {
         Self::new("/")
     }

@@ -8,25 +8,25 @@ use serde_json::json;
 
 use crate::components;
 use crate::condition::report;
-use crate::data::{Applied, Migrated, Pending, apply, migrate};
+use crate::data::{ChangeOutcome, MigrationOutcome, PendingChange, apply, migrate};
 use crate::device::description;
 use crate::durable;
-use crate::events::Events;
-use crate::files::RealFiles;
+use crate::events::EventLog;
+use crate::files::DirectFileChanges;
 use crate::lock::private_dir;
 use crate::refusal::{Refusal, Result};
 use crate::reserve;
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The result of a start for `data`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Prepared {
+pub struct PreparedData {
     /// The reset or restore that was carried out, or dropped.
     #[serde(flatten)]
-    pub applied: Applied,
+    pub applied: ChangeOutcome,
     /// The result of the migration between versions.
-    pub migrated: Migrated,
+    pub migrated: MigrationOutcome,
 }
 
 /// Carries out a pending change and migrates `data` to this system's version: in every start, after `data` is mounted
@@ -34,7 +34,7 @@ pub struct Prepared {
 ///
 /// # Errors
 /// As [`apply`] and [`migrate`].
-pub fn prepare(root: &Root) -> Result<Prepared> {
+pub fn prepare(root: &RootDir) -> Result<PreparedData> {
     // Before any other user has a process: older agents left both directories open to all users.
     for folder in [root.run(), root.state()] {
         if let Err(error) = private_dir(&folder) {
@@ -45,11 +45,11 @@ pub fn prepare(root: &Root) -> Result<Prepared> {
     let result = reserve::with(root, || prepare_all(root));
     reserve::keep(root);
     match &result {
-        Ok(done) if done.applied != Applied::default() || !quiet(&done.migrated) => {
-            Events::new(root).add("data-prepared", json!(done));
+        Ok(done) if done.applied != ChangeOutcome::default() || !quiet(&done.migrated) => {
+            EventLog::new(root).add("data-prepared", json!(done));
         }
         Ok(_) => {}
-        Err(refusal) => Events::new(root).add("data-not-prepared", json!(refusal)),
+        Err(refusal) => EventLog::new(root).add("data-not-prepared", json!(refusal)),
     }
     let note =
         result.as_ref().map_or_else(|refusal| json!({ "refused": refusal }), |done| json!(done));
@@ -59,33 +59,33 @@ pub fn prepare(root: &Root) -> Result<Prepared> {
     result
 }
 
-fn quiet(migrated: &Migrated) -> bool {
-    matches!(migrated, Migrated::Unchanged | Migrated::New)
+fn quiet(migrated: &MigrationOutcome) -> bool {
+    matches!(migrated, MigrationOutcome::Unchanged | MigrationOutcome::New)
 }
 
-fn prepare_all(root: &Root) -> Result<Prepared> {
+fn prepare_all(root: &RootDir) -> Result<PreparedData> {
     let applied = apply(root)?;
-    if applied.carried_out == Some(Pending::Reset) && root.is_system() {
+    if applied.carried_out == Some(PendingChange::Reset) && root.is_system() {
         trim(root);
     }
     // The start does not depend on it: the built-in API can always serve.
-    let events = Events::new(root);
-    if let Err(refusal) = components::settle(root, &events, &RealFiles) {
+    let events = EventLog::new(root);
+    if let Err(refusal) = components::settle(root, &events, &DirectFileChanges) {
         events.add("api-not-settled", json!(refusal));
     }
     // Independent of the running slot, and of whether `/` is on a slot at all.
     let about = description(root)?;
-    Ok(Prepared { applied, migrated: migrate(root, &about.version)? })
+    Ok(PreparedData { applied, migrated: migrate(root, &about.version)? })
 }
 
 /// Tells the card which blocks are free, so that it drops their content: copies that were replaced or removed before
 /// a reset. Not every card supports this, and none guarantees it.
-fn trim(root: &Root) {
+fn trim(root: &RootDir) {
     let trimmed = Command::new("fstrim").arg(root.data()).output();
     let why = match trimmed {
         Ok(output) if output.status.success() => return,
         Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
         Err(error) => error.to_string(),
     };
-    Events::new(root).add("data-not-trimmed", json!({ "why": why }));
+    EventLog::new(root).add("data-not-trimmed", json!({ "why": why }));
 }

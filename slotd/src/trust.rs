@@ -6,26 +6,26 @@
 
 use std::path::Path;
 
-use bundle::keys::Purpose;
-use bundle::{KeySet, Kind};
+use bundle::keys::SignaturePurpose;
+use bundle::{BuildKind, KeySet};
 use serde_json::json;
 
 use crate::durable;
-use crate::machine::{Machine, undecided};
-use crate::ratchet::{Area, Held, Link, MOST_LINKS, Ratchet, counting};
+use crate::machine::{RobotContext, undecided};
+use crate::ratchet::{MOST_LINKS, Ratchet, RatchetContent, RatchetSectors, SignedKeySet, counting};
 use crate::record::{self, Floor};
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The suffix of a key set's signature file.
 pub const SIGNATURE: &str = "minisig";
 
 /// Everything that decides whether a bundle or a key set is accepted.
 #[derive(Debug)]
-pub struct Trust {
+pub struct TrustStore {
     /// Why the image's own set cannot be read.
     broken: Option<Refusal>,
-    kind: Kind,
+    kind: BuildKind,
     /// The effective key set, without keys that are revoked elsewhere.
     keys: KeySet,
     /// The same, without unsigned claims on `data`.
@@ -40,7 +40,7 @@ pub struct Trust {
     pub alarms: Vec<String>,
     image: KeySet,
     /// The content of the raw sectors, and what it should be; `None` without raw sectors.
-    held: Option<Held>,
+    held: Option<RatchetContent>,
     raw: Ratchet,
     /// The state on `data`, if it can be read, and what it should be.
     found: Option<Ratchet>,
@@ -49,10 +49,10 @@ pub struct Trust {
     decided: bool,
 }
 
-impl Trust {
+impl TrustStore {
     /// Reads everything. Damaged state on `data` or in the raw sectors is ignored with a warning: it never prevents
     /// updates.
-    pub fn read(machine: &Machine<'_>) -> Self {
+    pub fn read(machine: &RobotContext<'_>) -> Self {
         let (root, about) = (machine.root, machine.about);
         let mut alarms = Vec::new();
         let (image, broken) = match image(root) {
@@ -61,7 +61,7 @@ impl Trust {
         };
         let held = area(machine, false, |area| area.read()).map(|held| {
             held.unwrap_or_else(|refusal| {
-                Held::unreadable(format!("the trust area: {}", refusal.message))
+                RatchetContent::unreadable(format!("the trust area: {}", refusal.message))
             })
         });
         alarms.extend(held.iter().flat_map(|held| held.damage.clone()));
@@ -175,7 +175,7 @@ impl Trust {
     /// Stores the requirements of the committed system: first in the raw sectors, then on `data`. Damaged files are
     /// written again. A failure does not stop the caller: it is returned, and the next change tries again.
     #[must_use]
-    pub fn keep(mut self, machine: &Machine<'_>) -> Vec<String> {
+    pub fn keep(mut self, machine: &RobotContext<'_>) -> Vec<String> {
         if !self.decided || self.broken.is_some() {
             return Vec::new();
         }
@@ -190,7 +190,7 @@ impl Trust {
         failed
     }
 
-    fn write_raw(&self, machine: &Machine<'_>) -> Result<()> {
+    fn write_raw(&self, machine: &RobotContext<'_>) -> Result<()> {
         let Some(held) = &self.held else { return Ok(()) };
         if held.damage.is_empty() && held.ratchet.as_ref() == Some(&self.raw) {
             return Ok(());
@@ -203,7 +203,7 @@ impl Trust {
         }
     }
 
-    fn write_data(&self, machine: &Machine<'_>) -> Result<()> {
+    fn write_data(&self, machine: &RobotContext<'_>) -> Result<()> {
         let root = machine.root;
         let failed =
             |error: std::io::Error| Refusal::io("writing the trust state to /data/slotd", &error);
@@ -238,7 +238,7 @@ impl Trust {
 /// `key-set`: the set is malformed, would leave no key, or needs a longer chain than can be stored. `old-key-set`:
 /// its serial is not higher than that of the set it would replace. `not-trusted`, `bad-signature`, …: the
 /// signature is not valid. `io`: it cannot be stored.
-pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
+pub fn take(machine: &RobotContext<'_>, file: &Path) -> Result<KeySet> {
     let read = |path: &Path| -> Result<Vec<u8>> {
         let help = "copy the key set and its signature, FILE and FILE.minisig, together";
         let bytes = durable::read(path).map_err(|error| unreadable(path, error, help))?;
@@ -246,7 +246,7 @@ pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
     };
     let (json, name) = (read(file)?, signature_of(file));
     let signature = read(&name)?;
-    let mut trust = Trust::read(machine);
+    let mut trust = TrustStore::read(machine);
     if let Some(refusal) = trust.broken {
         return Err(refusal);
     }
@@ -255,7 +255,8 @@ pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
     let none_left = counting(&trust.solid).is_empty();
     let current = if none_left { &trust.signed } else { &trust.solid };
     // Verified before a byte of it is parsed.
-    let by = current.verify(Purpose::KeySet, &name.to_string_lossy(), &signature, &json)?;
+    let by =
+        current.verify(SignaturePurpose::KeySet, &name.to_string_lossy(), &signature, &json)?;
     if by.epoch < trust.floor.key_epoch {
         return Err(Refusal::new(
             "not-trusted",
@@ -296,7 +297,7 @@ pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
         String::from_utf8(bytes).map_err(|_| unreadable(path, "not UTF-8", "copy the file again"))
     };
     let mut chain = trust.raw.chain.clone();
-    chain.push(Link { set: text(json, file)?, signature: text(signature, &name)? });
+    chain.push(SignedKeySet { set: text(json, file)?, signature: text(signature, &name)? });
     let chain = chain.split_off(chain.len().saturating_sub(MOST_LINKS));
     if walk(trust.image.clone(), &chain, trust.kind, |set| set).serial != set.serial {
         return Err(Refusal::new(
@@ -323,23 +324,28 @@ pub fn take(machine: &Machine<'_>, file: &Path) -> Result<KeySet> {
 
 /// Runs a function on the raw sectors; `None`: this image has none.
 fn area<T>(
-    machine: &Machine<'_>,
+    machine: &RobotContext<'_>,
     writable: bool,
-    use_it: impl FnOnce(&Area<&dyn crate::storage::Storage>) -> T,
+    use_it: impl FnOnce(&RatchetSectors<&dyn crate::storage::Storage>) -> T,
 ) -> Option<Result<T>> {
     let (disk, sectors) = match machine.slots.trust_area(writable)? {
         Ok(opened) => opened,
         Err(refusal) => return Some(Err(refusal)),
     };
-    Some(Ok(use_it(&Area::new(&*disk, sectors))))
+    Some(Ok(use_it(&RatchetSectors::new(&*disk, sectors))))
 }
 
 /// Follows a chain of key sets as far as each is signed by a key that the previous set accepts.
-fn walk(start: KeySet, links: &[Link], kind: Kind, limit: impl Fn(KeySet) -> KeySet) -> KeySet {
+fn walk(
+    start: KeySet,
+    links: &[SignedKeySet],
+    kind: BuildKind,
+    limit: impl Fn(KeySet) -> KeySet,
+) -> KeySet {
     let mut current = start;
     for link in links {
         let by = current.verify(
-            Purpose::KeySet,
+            SignaturePurpose::KeySet,
             "keyset.json.minisig",
             link.signature.as_bytes(),
             link.set.as_bytes(),
@@ -356,8 +362,8 @@ fn walk(start: KeySet, links: &[Link], kind: Kind, limit: impl Fn(KeySet) -> Key
 }
 
 /// A release image trusts no development key, even if a set lists one.
-fn of_kind(mut set: KeySet, kind: Kind) -> KeySet {
-    set.keys.retain(|key| kind == Kind::Development || key.kind == Kind::Release);
+fn of_kind(mut set: KeySet, kind: BuildKind) -> KeySet {
+    set.keys.retain(|key| kind == BuildKind::Development || key.kind == BuildKind::Release);
     set
 }
 
@@ -366,10 +372,10 @@ fn of_kind(mut set: KeySet, kind: Kind) -> KeySet {
 struct Beside {
     set: Option<KeySet>,
     /// With its signature, which is not verified yet.
-    signed: Option<Link>,
+    signed: Option<SignedKeySet>,
 }
 
-fn beside(root: &Root, alarms: &mut Vec<String>) -> Beside {
+fn beside(root: &RootDir, alarms: &mut Vec<String>) -> Beside {
     let path = root.state().join("keyset.json");
     let parsed = durable::read(&path).and_then(|bytes| {
         let Some(bytes) = bytes else { return Ok(None) };
@@ -380,7 +386,7 @@ fn beside(root: &Root, alarms: &mut Vec<String>) -> Beside {
     // An older agent has stored no signature.
     let signature = durable::read(&signature_of(&path)).ok().flatten();
     let signature = signature.and_then(|bytes| String::from_utf8(bytes).ok());
-    let signed = signature.map(|signature| Link { set: text, signature });
+    let signed = signature.map(|signature| SignedKeySet { set: text, signature });
     Beside { set: Some(set), signed }
 }
 
@@ -400,7 +406,7 @@ fn signature_of(path: &Path) -> std::path::PathBuf {
     name.into()
 }
 
-fn image(root: &Root) -> Result<KeySet> {
+fn image(root: &RootDir) -> Result<KeySet> {
     let path = root.key_set();
     let help = "flash the image again, or find out who changed the file";
     match durable::read(&path) {

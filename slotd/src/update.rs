@@ -1,20 +1,20 @@
 //! Installs whatever a bundle is, a system or an API alone; and keeps what the system that is committed asks for.
 
 use bundle::component::API;
-use bundle::{Input, Reader};
-pub use contract::answer::Installed;
-use contract::request::Verb;
+use bundle::{BundleInput, BundleReader};
+pub use contract::answer::InstallOutcome;
+use contract::request::AgentVerb;
 use serde_json::json;
 
 use crate::admission;
 use crate::components;
 use crate::damage;
 use crate::durable;
-use crate::install::{self, Options, Progress};
-use crate::machine::{Machine, undecided};
+use crate::install::{self, InstallOptions, Progress};
+use crate::machine::{RobotContext, undecided};
 use crate::record;
 use crate::refusal::Result;
-use crate::trust::Trust;
+use crate::trust::TrustStore;
 
 /// Installs a bundle: a system into the idle slot, whose trial is then armed, and which the caller starts; or
 /// an API, which serves when this returns.
@@ -22,48 +22,49 @@ use crate::trust::Trust;
 /// # Errors
 /// A refusal, which is also logged. Nothing was written, unless the device fails (`io`, `read-back`) or the
 /// source fails during the transfer (`source`).
-pub fn install<I: Input>(
-    machine: &Machine<'_>,
+pub fn install<I: BundleInput>(
+    machine: &RobotContext<'_>,
     input: I,
-    options: &Options,
+    options: &InstallOptions,
     progress: &(dyn Fn(Progress) + Sync),
-) -> Result<Installed> {
+) -> Result<InstallOutcome> {
     let result = run(machine, input, options, progress);
     match &result {
-        Ok(Installed::System(outcome)) => machine.events.add("installed", json!(outcome)),
-        Ok(Installed::Api(outcome)) => machine.events.add("api-installed", json!(outcome)),
+        Ok(InstallOutcome::System(outcome)) => machine.events.add("installed", json!(outcome)),
+        Ok(InstallOutcome::Api(outcome)) => machine.events.add("api-installed", json!(outcome)),
         Err(refusal) => machine.events.add("install-refused", json!(refusal)),
     }
     result
 }
 
 /// Whether a bundle is an API: it then has the component `api` and is installed without a restart.
-fn is_api<I: Input>(reader: &Reader<I>) -> bool {
+fn is_api<I: BundleInput>(reader: &BundleReader<I>) -> bool {
     reader.manifest().components.iter().any(|component| component.name == API)
 }
 
-fn run<I: Input>(
-    machine: &Machine<'_>,
+fn run<I: BundleInput>(
+    machine: &RobotContext<'_>,
     input: I,
-    options: &Options,
+    options: &InstallOptions,
     progress: &(dyn Fn(Progress) + Sync),
-) -> Result<Installed> {
-    let _admitted = admission::enter(machine.root, Verb::Install, || install::standing(machine))?;
+) -> Result<InstallOutcome> {
+    let _admitted =
+        admission::enter(machine.root, AgentVerb::Install, || install::standing(machine))?;
     // Before the previous system's slot is overwritten: its floor and keys are recorded now.
     remember(machine);
-    let trust = Trust::read(machine);
-    let mut reader = Reader::open(input, &trust.keys()?).map_err(install::from_source)?;
+    let trust = TrustStore::read(machine);
+    let mut reader = BundleReader::open(input, &trust.keys()?).map_err(install::from_source)?;
     install::check_manifest(machine, &trust.floor, &reader, options)?;
     if is_api(&reader) {
-        return components::install(machine, &mut reader, progress).map(Installed::Api);
+        return components::install(machine, &mut reader, progress).map(InstallOutcome::Api);
     }
-    install::system(machine, reader, options, progress).map(Installed::System)
+    install::system(machine, reader, options, progress).map(InstallOutcome::System)
 }
 
 /// Stores the floor and keys of the committed system, if it is running, and reports damage once per start. It
 /// never fails: errors are logged, and the next change of a slot tries again.
-pub(crate) fn remember(machine: &Machine<'_>) {
-    let trust = Trust::read(machine);
+pub(crate) fn remember(machine: &RobotContext<'_>) {
+    let trust = TrustStore::read(machine);
     let mut alarms = trust.alarms.clone();
     alarms.extend(damage::found(machine.root).into_iter().map(|damage| damage.what));
     let told = machine.root.path("run/slotd/alarms.json");
@@ -89,7 +90,7 @@ pub(crate) fn remember(machine: &Machine<'_>) {
 }
 
 /// Removes damaged files that can be created again.
-pub(crate) fn heal(machine: &Machine<'_>) {
+pub(crate) fn heal(machine: &RobotContext<'_>) {
     for damage in damage::found(machine.root) {
         if let Err(error) = damage.heal() {
             machine.events.add("not-recorded", json!({ "error": error.to_string() }));

@@ -10,7 +10,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use bundle::component::{BaseNeed, LOCK_ROLE, Lock, Wheel};
+use bundle::component::{BaseRequirement, ComponentLock, ComponentWheel, LOCK_ROLE};
 use bundle::index::{hex, sha256};
 use common::wheels::{Draft, api, base, robot, trees};
 use common::{Robot, new_system, write};
@@ -255,13 +255,14 @@ fn what_is_refused_leaves_the_api_alone() {
     check(draft().edit(|lock| lock.module = "helper".into()), "api-unfit");
     check(Draft::new(&trees("7.9.9", "")), "api-unfit");
     check(Draft::new(&trees("8.0.0rc1", "")), "api-unfit");
-    let need = |version: &str| BaseNeed { name: "sixseven".into(), version: version.into() };
+    let need = |version: &str| BaseRequirement { name: "sixseven".into(), version: version.into() };
     check(draft().edit(|lock| lock.base = vec![need("1.15")]), "api-unfit");
     check(draft().edit(|lock| lock.wheels.swap(0, 1)), "bad-component");
     check(draft().edit(|lock| lock.wheels[0].size += 1), "bad-component");
     check(Draft { json: Some(b"{}".to_vec()), ..draft() }, "bad-component");
     check(draft().edit(|lock| lock.wheels[1].scripts[0].name = "other".into()), "bad-component");
-    let module = |lock: &mut Lock| lock.wheels[1].scripts[0].module = "robotapi.gui".into();
+    let module =
+        |lock: &mut ComponentLock| lock.wheels[1].scripts[0].module = "robotapi.gui".into();
     check(draft().edit(module), "bad-component");
     check(draft().edit(|lock| lock.wheels[1].tree = "5".repeat(64)), "wrong-hash");
     let mut unsigned = draft().bundle();
@@ -280,7 +281,7 @@ fn what_is_refused_leaves_the_api_alone() {
     let huge = draft().edit(|lock| {
         // Wheels that claim 65536 files each; nothing is ever unpacked.
         let one = lock.wheels[0].clone();
-        let many = (0..120).map(|n| Wheel {
+        let many = (0..120).map(|n| ComponentWheel {
             role: format!("w{n}"),
             name: format!("w{n}"),
             files: 65536,
@@ -355,7 +356,7 @@ fn nothing_of_a_hostile_tree_is_taken() {
     for (what, tar) in cases {
         let mut draft = Draft::new(&trees("10.1.0", "fine"));
         let (files, bytes) = (if what == "too many" { 1 } else { 2 }, 100.min(tar.len() as u64));
-        let claim = Wheel {
+        let claim = ComponentWheel {
             tree: hex(&sha256(&tar)),
             size: tar.len() as u64,
             files,

@@ -12,7 +12,7 @@ use std::fs;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
-use bundle::Seekable;
+use bundle::SeekableInput;
 use bundle::component::LOCK_ROLE;
 use bundle::index::{hex, sha256};
 use common::Robot;
@@ -21,13 +21,13 @@ use crash::{Recorder, Snapshot, State, snapshot};
 use serde_json::Value;
 use slotd::Refusal;
 use slotd::components::{back, settle};
-use slotd::device::Device;
-use slotd::events::Events;
-use slotd::files::{Files, RealFiles};
-use slotd::install::Options;
-use slotd::machine::Machine;
+use slotd::device::RobotDevice;
+use slotd::events::EventLog;
+use slotd::files::{DirectFileChanges, FileChanges};
+use slotd::install::InstallOptions;
+use slotd::machine::RobotContext;
 use slotd::provision;
-use slotd::update::Installed;
+use slotd::update::InstallOutcome;
 
 /// The built-in version.
 const OWN: &str = "9.0.0";
@@ -78,32 +78,36 @@ fn robot(installed: &[&str]) -> Robot {
     robot.file("etc/slotd/health.d/30-api.toml", check);
     start(&robot);
     for version in installed {
-        install(&robot, version, &RealFiles).unwrap();
+        install(&robot, version, &DirectFileChanges).unwrap();
     }
     robot
 }
 
-fn install(robot: &Robot, version: &str, files: &dyn Files) -> Result<Installed, Refusal> {
+fn install(
+    robot: &Robot,
+    version: &str,
+    files: &dyn FileChanges,
+) -> Result<InstallOutcome, Refusal> {
     let root = robot.root();
-    let device = Device::read(&root).unwrap();
+    let device = RobotDevice::read(&root).unwrap();
     let flow = slotd::boot::open(&device).unwrap();
-    let machine = Machine {
+    let machine = RobotContext {
         root: &root,
         about: &device.about,
         running: device.running,
         flow: flow.as_ref(),
         slots: &device,
         files,
-        events: &Events::new(&root),
+        events: &EventLog::new(&root),
     };
-    let bundle = Seekable(Cursor::new(draft(version).bundle()));
-    slotd::update::install(&machine, bundle, &Options::default(), &|_| {})
+    let bundle = SeekableInput(Cursor::new(draft(version).bundle()));
+    slotd::update::install(&machine, bundle, &InstallOptions::default(), &|_| {})
 }
 
 /// What a start does with `data`, in order.
 fn start(robot: &Robot) {
     slotd::startup::prepare(&robot.root()).unwrap();
-    provision::boot(&robot.root(), &Events::new(&robot.root())).unwrap();
+    provision::boot(&robot.root(), &EventLog::new(&robot.root())).unwrap();
 }
 
 /// The versions of a test.
@@ -226,7 +230,7 @@ impl Scene<'_> {
                 check_started(robot, &known, &expected, &at);
                 if starts % INSTALLS == 0 {
                     let version = versions.last().unwrap();
-                    install(robot, version, &RealFiles).unwrap();
+                    install(robot, version, &DirectFileChanges).unwrap();
                     check_started(robot, &known, version, &at);
                 }
             }
@@ -350,7 +354,7 @@ fn a_wheel_that_rotted_heals_in_all_versions() {
                 installs += 1;
                 put(&state, &data);
                 start(&robot);
-                install(&robot, "10.1.0", &RealFiles).unwrap();
+                install(&robot, "10.1.0", &DirectFileChanges).unwrap();
                 check_started(&robot, &known, "10.1.0", &at);
             }
         }
@@ -385,7 +389,7 @@ fn back_by_hand() {
         then: &confirmed,
     };
     let robot = robot(&["10.0.0", "10.1.0"]);
-    let events = Events::new(&robot.root());
+    let events = EventLog::new(&robot.root());
     scene.cut(&robot, |files| drop(back(&robot.root(), &events, files).unwrap()));
 }
 
@@ -400,7 +404,7 @@ fn back_to_the_systems_own() {
     let robot = robot(&["10.0.0"]);
     // The built-in API would fail this check.
     fs::remove_file(robot.path("etc/slotd/health.d/30-api.toml")).unwrap();
-    let events = Events::new(&robot.root());
+    let events = EventLog::new(&robot.root());
     scene.cut(&robot, |files| drop(back(&robot.root(), &events, files).unwrap()));
 }
 
@@ -439,7 +443,7 @@ fn the_start_that_takes_an_unconfirmed_api_back() {
     };
     let states = (0..files.points()).rev().map(|point| files.states(point).swap_remove(0));
     put(&states.into_iter().find(on_trial).unwrap(), &robot.path("data"));
-    let (root, events) = (robot.root(), Events::new(&robot.root()));
+    let (root, events) = (robot.root(), EventLog::new(&robot.root()));
     scene.cut(&robot, |files| {
         settle(&root, &events, files).unwrap();
         provision::run_with(&root, &events, files).unwrap();
@@ -458,7 +462,7 @@ fn the_start_of_a_base_that_the_api_does_not_fit() {
     };
     let robot = robot(&["10.0.0"]);
     base(&robot, "python = '3.11'\nminimum-version = '10.0.1'\n");
-    let (root, events) = (robot.root(), Events::new(&robot.root()));
+    let (root, events) = (robot.root(), EventLog::new(&robot.root()));
     // Without recorded state: only the link tells which API was chosen.
     fs::write(robot.path("data/apps/api/.state.json"), "{").unwrap();
     let versions = Known::new(scene.versions);

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use common::{Plan, Robot, answer};
-use slotd::data::archive::{self, Room};
-use slotd::files::RealFiles;
+use slotd::data::archive::{self, ArchiveLimits};
+use slotd::files::DirectFileChanges;
 use tar::EntryType as Kind;
 
 /// KiB of address space: memory use is then below 48 MiB, however it is measured.
@@ -250,7 +250,7 @@ fn what_is_packed_comes_back() {
     fs::set_permissions(data.join("home/ab"), PermissionsExt::from_mode(0o555)).unwrap();
     let names = archive::contents(&data).unwrap();
     let mut ours = Vec::new();
-    archive::pack(&data, &names, &mut ours, Room::BACKUP).unwrap();
+    archive::pack(&data, &names, &mut ours, ArchiveLimits::BACKUP).unwrap();
     let mut old = tar::Builder::new(zstd::Encoder::new(Vec::new(), 3).unwrap());
     old.follow_symlinks(false);
     old.append_dir_all("home", data.join("home")).unwrap();
@@ -259,7 +259,8 @@ fn what_is_packed_comes_back() {
     for (number, bytes) in [ours, old].into_iter().enumerate() {
         let into = dir.path().join(format!("into-{number}"));
         fs::create_dir(&into).unwrap();
-        archive::unpack(&RealFiles, bytes.as_slice(), &into, Room::BACKUP).unwrap();
+        archive::unpack(&DirectFileChanges, bytes.as_slice(), &into, ArchiveLimits::BACKUP)
+            .unwrap();
         let arguments = ["-r".as_ref(), "--no-dereference".as_ref(), data.as_path(), &into];
         let same = Command::new("diff").args(arguments).output().unwrap();
         assert!(same.status.success(), "{}", String::from_utf8_lossy(&same.stdout));
@@ -274,7 +275,8 @@ fn what_is_packed_comes_back() {
             rotten[at] ^= 1;
             let into = dir.path().join("rotten");
             fs::create_dir(&into).unwrap();
-            archive::unpack(&RealFiles, rotten.as_slice(), &into, Room::BACKUP).unwrap_err();
+            archive::unpack(&DirectFileChanges, rotten.as_slice(), &into, ArchiveLimits::BACKUP)
+                .unwrap_err();
         }
     }
 }
@@ -285,18 +287,21 @@ fn what_could_not_be_unpacked_is_not_packed() {
     let data = dir.path().join("data");
     fs::create_dir_all(data.join("home").join("d/".repeat(70))).unwrap();
     let pack = |room| archive::pack(&data, &["home".into()], io::sink(), room);
-    assert_eq!(pack(Room::BACKUP).unwrap_err().code, "no-archive");
+    assert_eq!(pack(ArchiveLimits::BACKUP).unwrap_err().code, "no-archive");
     fs::remove_dir_all(data.join("home/d/d/d/d/d/d/d/d/d/d")).unwrap();
-    let used = pack(Room::BACKUP).unwrap();
-    assert_eq!(used, Room { bytes: 10 * 4096, entries: 10 });
+    let used = pack(ArchiveLimits::BACKUP).unwrap();
+    assert_eq!(used, ArchiveLimits { bytes: 10 * 4096, entries: 10 });
     pack(used).unwrap();
-    for less in [Room { bytes: used.bytes - 1, ..used }, Room { entries: 9, ..used }] {
+    for less in
+        [ArchiveLimits { bytes: used.bytes - 1, ..used }, ArchiveLimits { entries: 9, ..used }]
+    {
         assert_eq!(pack(less).unwrap_err().code, "no-archive");
         let mut bytes = Vec::new();
         archive::pack(&data, &["home".into()], &mut bytes, used).unwrap();
         let into = dir.path().join("into");
         fs::create_dir(&into).unwrap();
-        let refused = archive::unpack(&RealFiles, bytes.as_slice(), &into, less).unwrap_err();
+        let refused =
+            archive::unpack(&DirectFileChanges, bytes.as_slice(), &into, less).unwrap_err();
         assert_eq!(refused.code, "no-space");
         fs::remove_dir_all(into).unwrap();
     }

@@ -9,16 +9,16 @@ mod card;
 
 use std::collections::{BTreeSet, VecDeque};
 
-use bootmodel::script::{self, Card, Copies, Started};
+use bootmodel::script::{self, BootStateCopies, StartedKernel, WriteBehavior};
 use bundle::bootstate::{BootState, SECTOR, Slot, newest};
 use card::{Content, Op, Place};
-use slotd::boot::{BootFlow, Uboot};
+use slotd::boot::{BootControl, Uboot};
 use slotd::device::other;
 
 const SECTORS: [u64; 2] = [8, 16];
 
 /// A disk with these copies.
-fn disk(copies: &Copies) -> card::Card {
+fn disk(copies: &BootStateCopies) -> card::Card {
     let mut bytes = vec![0; 32 * SECTOR];
     for (copy, sector) in copies.iter().zip(SECTORS) {
         bytes[sector as usize * SECTOR..][..SECTOR].copy_from_slice(copy);
@@ -27,7 +27,7 @@ fn disk(copies: &Copies) -> card::Card {
     card::Card::new([bytes, a, b, boot_a, boot_b], None)
 }
 
-fn copies(content: &Content) -> Copies {
+fn copies(content: &Content) -> BootStateCopies {
     SECTORS.map(|sector| content[0][sector as usize * SECTOR..][..SECTOR].try_into().unwrap())
 }
 
@@ -42,13 +42,13 @@ enum Step {
 const STEPS: [Step; 4] = [Step::Arm, Step::Commit, Step::RollBack, Step::Restart];
 
 /// A robot: its boot state and the running slot.
-type Robot = (Copies, Started);
+type Robot = (BootStateCopies, StartedKernel);
 
-fn restart(copies: &Copies) -> script::Run {
-    script::run(copies, |_| true, Card::Good)
+fn restart(copies: &BootStateCopies) -> script::ScriptRun {
+    script::run(copies, |_| true, WriteBehavior::Good)
 }
 
-fn started(run: &script::Run) -> Started {
+fn started(run: &script::ScriptRun) -> StartedKernel {
     run.started.expect("both slots load")
 }
 
@@ -95,12 +95,12 @@ fn torn(old: &[u8; SECTOR], new: &[u8; SECTOR]) -> BTreeSet<[u8; SECTOR]> {
     variants
 }
 
-fn counts(copies: &Copies) -> Option<(usize, BootState)> {
+fn counts(copies: &BootStateCopies) -> Option<(usize, BootState)> {
     newest(copies.iter().map(<[u8; SECTOR]>::as_slice))
 }
 
 /// The slot that runs when no more trial is started.
-fn settle(copies: &Copies) -> Slot {
+fn settle(copies: &BootStateCopies) -> Slot {
     let mut copies = *copies;
     for _ in 0..16 {
         let run = restart(&copies);
@@ -130,9 +130,9 @@ fn every_cut_ends_in_a_committed_slot_and_no_trial_goes_uncounted() {
     let more = BootState { sequence: 4, active: Slot::B, trial: Some(Slot::A), tries: 2 }.encode();
     // A new card, one that was written, one that has lost a copy, one with two tries.
     let roots = [[[0; SECTOR]; 2], [first, [0; SECTOR]], [[0xff; SECTOR], first], [more, first]];
-    let root = |copies: Copies| {
+    let root = |copies: BootStateCopies| {
         let run = restart(&copies);
-        ((copies, Started { trial: false, ..started(&run) }), 0)
+        ((copies, StartedKernel { trial: false, ..started(&run) }), 0)
     };
     let mut waiting: VecDeque<(Robot, u32)> = roots.map(root).into();
     let mut seen = BTreeSet::new();
@@ -208,7 +208,7 @@ fn a_card_that_keeps_nothing_is_not_believed() {
 fn a_card_that_refuses_writes_costs_the_trial_only() {
     let armed = BootState { sequence: 7, active: Slot::A, trial: Some(Slot::B), tries: 1 };
     let copies = [armed.encode(), [0; SECTOR]];
-    let run = script::run(&copies, |_| true, Card::Refuses);
-    let expected = Started { slot: Slot::A, trial: false, unloadable: None };
+    let run = script::run(&copies, |_| true, WriteBehavior::Refuses);
+    let expected = StartedKernel { slot: Slot::A, trial: false, unloadable: None };
     assert_eq!((run.started, run.copies), (Some(expected), copies));
 }

@@ -6,16 +6,16 @@ mod common;
 use std::io::Cursor;
 
 use bundle::bootstate::{BootState, Slot, newest};
-use bundle::{Seekable, Stream};
+use bundle::{SeekableInput, StreamInput};
 use common::bundles::{TestKey, mixed, noise, parts};
 use common::card::{Card, Content, ERASE, Moment, Op, Part, Place, Sectors, after_cut, starts};
 use common::{Plan, Robot, SECTORS, bundle_of, new_system, old_system, system};
 use slotd::Refusal;
-use slotd::boot::{BootFlow, BootStatus, Uboot};
-use slotd::device::{Device, other};
-use slotd::events::Events;
-use slotd::install::{Options, Outcome};
-use slotd::machine::Machine;
+use slotd::boot::{BootControl, BootStatus, Uboot};
+use slotd::device::{RobotDevice, other};
+use slotd::events::EventLog;
+use slotd::install::{InstallOptions, InstalledSystem};
+use slotd::machine::RobotContext;
 use slotd::update::install;
 
 const SIZE: u64 = 2 << 20;
@@ -40,30 +40,30 @@ impl Bench {
         Self { robot, card, running }
     }
 
-    fn install(&self, bundle: &[u8], options: &Options) -> Result<Outcome, Refusal> {
+    fn install(&self, bundle: &[u8], options: &InstallOptions) -> Result<InstalledSystem, Refusal> {
         let flow = Uboot::new(self.card.part(Place::Gap), SECTORS, self.running);
         self.install_with(&flow, bundle, options)
     }
 
     fn install_with(
         &self,
-        flow: &dyn BootFlow,
+        flow: &dyn BootControl,
         bundle: &[u8],
-        options: &Options,
-    ) -> Result<Outcome, Refusal> {
+        options: &InstallOptions,
+    ) -> Result<InstalledSystem, Refusal> {
         let root = self.robot.root();
-        let device = Device::read(&root).unwrap();
-        let events = Events::new(&root);
-        let machine = Machine {
+        let device = RobotDevice::read(&root).unwrap();
+        let events = EventLog::new(&root);
+        let machine = RobotContext {
             root: &root,
             about: &device.about,
             running: self.running,
             flow,
             slots: &self.card,
-            files: &slotd::files::RealFiles,
+            files: &slotd::files::DirectFileChanges,
             events: &events,
         };
-        let installed = install(&machine, Seekable(Cursor::new(bundle)), options, &|_| {})?;
+        let installed = install(&machine, SeekableInput(Cursor::new(bundle)), options, &|_| {})?;
         Ok(installed.system().expect("it is a system"))
     }
 }
@@ -175,7 +175,7 @@ fn at_every_cut_a_complete_system_is_chosen() {
         before[0] = gap(BootState { active: running, ..BootState::first() });
         let bundle = bundle_of(new);
         let bench = Bench::new(before.clone(), running);
-        bench.install(&bundle, &Options::default()).unwrap();
+        bench.install(&bundle, &InstallOptions::default()).unwrap();
         let ops = bench.card.ops();
         assert_eq!(bench.card.written()[place(running)], 0);
         assert!(ops.len() > 10, "{} operations", ops.len());
@@ -200,13 +200,13 @@ fn at_every_cut_a_complete_system_is_chosen() {
                 if let Some(journal) = last {
                     again.robot.file("data/slotd/journal.json", journal);
                 }
-                let outcome = again.install(&bundle, &Options::default());
+                let outcome = again.install(&bundle, &InstallOptions::default());
                 let destroyed = variant >= VARIANTS;
                 let outcome = match outcome {
                     // Durable data that was destroyed is found at the end, and then repaired.
                     Err(refusal) if destroyed && refusal.code == "read-back" => {
                         repaired += 1;
-                        again.install(&bundle, &Options::default()).unwrap()
+                        again.install(&bundle, &InstallOptions::default()).unwrap()
                     }
                     outcome => outcome.unwrap(),
                 };
@@ -235,7 +235,7 @@ fn done_is_durable(bench: &Bench, new: &[u8]) {
 fn slots_that_share_an_erase_block_are_lost_together() {
     let before = fresh();
     let bench = Bench::new(before.clone(), Slot::A);
-    bench.install(&bundle_of(&new_system(SIZE, 21)), &Options::default()).unwrap();
+    bench.install(&bundle_of(&new_system(SIZE, 21)), &InstallOptions::default()).unwrap();
     let (ops, running) = (bench.card.ops(), Place::A as usize);
     let lost = |alignment| {
         let starts = starts(&before, alignment);
@@ -273,7 +273,7 @@ fn at_every_cut_boot_files_and_root_belong_together() {
         }
         let bundle = parts.write(&[TestKey::new(1)]);
         let bench = Bench::new(before.clone(), Slot::A);
-        bench.install(&bundle, &Options::default()).unwrap();
+        bench.install(&bundle, &InstallOptions::default()).unwrap();
         let ops = bench.card.ops();
         assert!(ops.len() > 15, "{} operations", ops.len());
         done_is_durable(&bench, root);
@@ -308,7 +308,7 @@ fn at_every_cut_boot_files_and_root_belong_together() {
                     if let Some(journal) = cut.checked_sub(1).and_then(|at| ops[at].1.as_ref()) {
                         again.robot.file("data/slotd/journal.json", journal);
                     }
-                    again.install(&bundle, &Options::default()).unwrap();
+                    again.install(&bundle, &InstallOptions::default()).unwrap();
                     let ended = again.card.content();
                     assert!(ended[Place::B as usize] == *root, "{what}: resumed");
                     assert!(ended[Place::BootB as usize] == *boot, "{what}: resumed");
@@ -333,7 +333,7 @@ fn a_journal_never_says_more_than_the_card_holds() {
     ];
     let bundle = bundle_of(&new);
     let bench = Bench::new(before.clone(), Slot::A);
-    bench.install(&bundle, &Options::default()).unwrap();
+    bench.install(&bundle, &InstallOptions::default()).unwrap();
     let ops = bench.card.ops();
     let journal = |at: usize| String::from_utf8(ops[at].1.clone().unwrap_or_default()).unwrap();
     let noted = (0..ops.len()).find(|at| journal(*at).contains("\"frames\": 2"));
@@ -347,7 +347,7 @@ fn a_journal_never_says_more_than_the_card_holds() {
             let again = Bench::new(content, Slot::A);
             // The journal on the disk may be that of the last operation, or of the one before.
             again.robot.file("data/slotd/journal.json", journal(cut));
-            let outcome = again.install(&bundle, &Options::default()).unwrap();
+            let outcome = again.install(&bundle, &InstallOptions::default()).unwrap();
             assert!(outcome.resumed && again.card.content()[2] == new);
             if journal(cut).contains("\"frames\": 2") {
                 assert!(outcome.written < 20 << 20, "{}", outcome.written);
@@ -361,7 +361,7 @@ fn the_first_block_goes_first_and_comes_last() {
     let before = fresh();
     let new = new_system(SIZE, 22);
     let bench = Bench::new(before, Slot::A);
-    bench.install(&bundle_of(&new), &Options::default()).unwrap();
+    bench.install(&bundle_of(&new), &InstallOptions::default()).unwrap();
     let ops: Vec<Op> = bench.card.ops().into_iter().map(|(op, _)| op).collect();
     // Without the superblock, then without anything.
     let [
@@ -409,7 +409,7 @@ fn a_card_that_does_not_keep_what_is_written_is_noticed() {
     for at in [4096, 100_000, SIZE / 2 + 7, 1030, 4095] {
         let bench = Bench::new(fresh(), Slot::A);
         bench.card.break_byte(at);
-        let refusal = bench.install(&bundle_of(&new), &Options::default()).unwrap_err();
+        let refusal = bench.install(&bundle_of(&new), &InstallOptions::default()).unwrap_err();
         assert_eq!(refusal.code, "read-back", "{at}: {refusal}");
         let content = bench.card.content();
         assert_eq!(boot_state(&content).trial, None);
@@ -418,7 +418,7 @@ fn a_card_that_does_not_keep_what_is_written_is_noticed() {
         }
         // The next install writes only the wrong blocks.
         bench.card.repair();
-        let outcome = bench.install(&bundle_of(&new), &Options::default()).unwrap();
+        let outcome = bench.install(&bundle_of(&new), &InstallOptions::default()).unwrap();
         assert!(outcome.written <= 5 * 4096, "{at}: {}", outcome.written);
         assert!(bench.card.content()[2] == new);
     }
@@ -426,7 +426,7 @@ fn a_card_that_does_not_keep_what_is_written_is_noticed() {
 
 #[test]
 fn a_boot_state_that_does_not_take_is_refused() {
-    use slotd::boot::BootFlow;
+    use slotd::boot::BootControl;
     let card = Card::new(fresh(), None);
     card.lose(Place::Gap);
     let flow = Uboot::new(card.part(Place::Gap), SECTORS, Slot::A);
@@ -437,7 +437,7 @@ fn a_boot_state_that_does_not_take_is_refused() {
 /// idle slot. Returns the number of bytes that were written to the slot before.
 fn harmless(bundle: &[u8], what: &str) -> u64 {
     let bench = Bench::new(fresh(), Slot::A);
-    let options = Options { use_running_slot: true, ..Options::default() };
+    let options = InstallOptions { use_running_slot: true, ..InstallOptions::default() };
     let refusal = bench.install(bundle, &options).expect_err(what);
     let known = slotd::refusal::CODES.iter().any(|(code, _, _)| *code == refusal.code);
     assert!(known, "{what}: {refusal:?}");
@@ -525,7 +525,7 @@ fn content_from_the_running_slot_is_proven_by_full_hashes() {
     let mut content = fresh();
     content[1] = running;
     let bench = Bench::new(content, Slot::A);
-    let options = Options { use_running_slot: true, ..Options::default() };
+    let options = InstallOptions { use_running_slot: true, ..InstallOptions::default() };
     let refusal = bench.install(&bytes, &options).unwrap_err();
     assert_eq!(refusal.code, "wrong-hash", "{refusal}");
     assert_eq!(boot_state(&bench.card.content()).trial, None);
@@ -557,22 +557,24 @@ fn a_pipe_is_read_to_its_end_even_if_nothing_is_needed_of_it() {
     let bench = Bench::new(content, Slot::A);
     let bundle = bundle_of(&new);
     let root = bench.robot.root();
-    let device = Device::read(&root).unwrap();
+    let device = RobotDevice::read(&root).unwrap();
     let flow = Uboot::new(bench.card.part(Place::Gap), SECTORS, Slot::A);
-    let events = Events::new(&root);
-    let machine = Machine {
+    let events = EventLog::new(&root);
+    let machine = RobotContext {
         root: &root,
         about: &device.about,
         running: Slot::A,
         flow: &flow,
         slots: &bench.card,
-        files: &slotd::files::RealFiles,
+        files: &slotd::files::DirectFileChanges,
         events: &events,
     };
     let cut = &bundle[..bundle.len() - 600];
-    let refusal = install(&machine, Stream(cut), &Options::default(), &|_| {}).unwrap_err();
+    let refusal =
+        install(&machine, StreamInput(cut), &InstallOptions::default(), &|_| {}).unwrap_err();
     assert_eq!(refusal.code, "truncated");
-    let outcome = install(&machine, Stream(&bundle[..]), &Options::default(), &|_| {}).unwrap();
+    let outcome =
+        install(&machine, StreamInput(&bundle[..]), &InstallOptions::default(), &|_| {}).unwrap();
     let outcome = outcome.system().unwrap();
     assert_eq!(outcome.written, 0);
 }
@@ -580,7 +582,7 @@ fn a_pipe_is_read_to_its_end_even_if_nothing_is_needed_of_it() {
 /// A robot that could not roll back a bad update.
 struct NotReady(Uboot<Part>);
 
-impl BootFlow for NotReady {
+impl BootControl for NotReady {
     fn ready(&self) -> Result<(), Refusal> {
         Err(Refusal::new("old-eeprom", "it could not come back", "update the EEPROM"))
     }
@@ -607,7 +609,7 @@ fn nothing_is_written_on_a_robot_that_could_not_come_back() {
     let bench = Bench::new(fresh(), Slot::A);
     let flow = NotReady(Uboot::new(bench.card.part(Place::Gap), SECTORS, Slot::A));
     let bundle = bundle_of(&new_system(SIZE, 27));
-    let refusal = bench.install_with(&flow, &bundle, &Options::default()).unwrap_err();
+    let refusal = bench.install_with(&flow, &bundle, &InstallOptions::default()).unwrap_err();
     assert_eq!(refusal.code, "old-eeprom");
     assert!(bench.card.ops().is_empty(), "{} writes", bench.card.ops().len());
 }

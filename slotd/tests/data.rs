@@ -11,10 +11,12 @@ use std::process::Command;
 
 use bundle::Version;
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
-use slotd::Root;
-use slotd::data::archive::{self, Room};
-use slotd::data::{Applied, Migrated, Pending, apply, backup, migrate, reset, restore};
-use slotd::files::RealFiles as Real;
+use slotd::RootDir;
+use slotd::data::archive::{self, ArchiveLimits};
+use slotd::data::{
+    ChangeOutcome, MigrationOutcome, PendingChange, apply, backup, migrate, reset, restore,
+};
+use slotd::files::DirectFileChanges;
 
 /// Everything below a directory: kind, mode, content.
 fn tree(folder: &Path) -> BTreeMap<PathBuf, String> {
@@ -35,15 +37,15 @@ fn tree(folder: &Path) -> BTreeMap<PathBuf, String> {
     found
 }
 
-fn put(root: &Root, path: &str, text: &str) {
+fn put(root: &RootDir, path: &str, text: &str) {
     let path = root.data().join(path);
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, text).unwrap();
 }
 
-fn robot() -> (tempfile::TempDir, Root) {
+fn robot() -> (tempfile::TempDir, RootDir) {
     let dir = tempfile::tempdir().unwrap();
-    let root = Root::new(dir.path());
+    let root = RootDir::new(dir.path());
     for (path, text) in [
         ("identity/hostname", "one"),
         ("apps/api/settings.json", "{}"),
@@ -72,12 +74,12 @@ fn a_backup_comes_back_the_same_on_another_robot() {
     put(&to, "slotd/floor.json", "its own floor");
     restore(&to, bytes.as_slice()).unwrap();
     assert!(to.data().join("home/robot/other.py").exists(), "changed before the restart");
-    assert_eq!(apply(&to).unwrap().carried_out, Some(Pending::Restore));
+    assert_eq!(apply(&to).unwrap().carried_out, Some(PendingChange::Restore));
     for name in ["identity", "apps", "home"] {
         assert_eq!(tree(&from.data().join(name)), tree(&to.data().join(name)), "{name}");
     }
     assert_eq!(fs::read(to.data().join("slotd/floor.json")).unwrap(), b"its own floor");
-    assert_eq!(apply(&to).unwrap(), Applied::default());
+    assert_eq!(apply(&to).unwrap(), ChangeOutcome::default());
     // Standard tools read it.
     let file = to.data().join("backup.tar.zst");
     fs::write(&file, &bytes).unwrap();
@@ -90,7 +92,7 @@ fn a_backup_comes_back_the_same_on_another_robot() {
 fn a_reset_keeps_what_the_agent_knows_and_a_backup() {
     let (_dir, root) = robot();
     let kept = reset(&root, true).unwrap().unwrap();
-    assert_eq!(Pending::read(&root).unwrap(), Some(Pending::Reset));
+    assert_eq!(PendingChange::read(&root).unwrap(), Some(PendingChange::Reset));
     apply(&root).unwrap();
     let mut left: Vec<_> =
         fs::read_dir(root.data()).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -102,8 +104,8 @@ fn a_reset_keeps_what_the_agent_knows_and_a_backup() {
     assert_eq!(fs::read(root.data().join("home/robot/protocol.py")).unwrap(), b"run()");
 }
 
-fn room(bytes: u64) -> Room {
-    Room { bytes, ..Room::BACKUP }
+fn room(bytes: u64) -> ArchiveLimits {
+    ArchiveLimits { bytes, ..ArchiveLimits::BACKUP }
 }
 
 /// An archive with one entry that a careful tool would not write.
@@ -148,7 +150,7 @@ fn nothing_of_a_hostile_archive_is_taken() {
         let dir = tempfile::tempdir().unwrap();
         let into = dir.path().join("data/.incoming");
         fs::create_dir_all(&into).unwrap();
-        let refused = archive::unpack(&Real, bytes.as_slice(), &into, room(1 << 30));
+        let refused = archive::unpack(&DirectFileChanges, bytes.as_slice(), &into, room(1 << 30));
         // An empty stream must not be accepted as an empty archive.
         let refused = refused.expect_err(name);
         assert_eq!(refused.code, code, "{name}: {refused}");
@@ -172,7 +174,7 @@ fn nothing_of_a_hostile_archive_is_taken() {
     tar.append_data(&mut file, "home/link/through", &b"x"[..]).unwrap();
     let bytes = zstd::encode_all(tar.into_inner().unwrap().as_slice(), 1).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    archive::unpack(&Real, bytes.as_slice(), dir.path(), room(1 << 20)).unwrap_err();
+    archive::unpack(&DirectFileChanges, bytes.as_slice(), dir.path(), room(1 << 20)).unwrap_err();
     assert!(!Path::new("/tmp/through").exists());
 }
 
@@ -182,7 +184,7 @@ fn a_refused_restore_changes_nothing() {
     let before = tree(&root.data());
     restore(&root, b"nonsense".as_slice()).unwrap_err();
     assert_eq!(tree(&root.data()), before);
-    assert_eq!(apply(&root).unwrap(), Applied::default());
+    assert_eq!(apply(&root).unwrap(), ChangeOutcome::default());
     assert_eq!(tree(&root.data()), before);
 }
 
@@ -190,7 +192,7 @@ fn version(text: &str) -> Version {
     Version::parse(text).unwrap()
 }
 
-fn step(root: &Root, name: &str, version: &str, paths: &str, script: &str) {
+fn step(root: &RootDir, name: &str, version: &str, paths: &str, script: &str) {
     let folder = root.path("etc/slotd/migrations.d");
     fs::create_dir_all(&folder).unwrap();
     let text = format!(
@@ -199,15 +201,15 @@ fn step(root: &Root, name: &str, version: &str, paths: &str, script: &str) {
     fs::write(folder.join(format!("{name}.toml")), text).unwrap();
 }
 
-fn read(root: &Root, path: &str) -> Option<String> {
+fn read(root: &RootDir, path: &str) -> Option<String> {
     fs::read_to_string(root.data().join(path)).ok()
 }
 
 #[test]
 fn steps_go_forth_with_a_new_version_and_back_with_an_old_one() {
     let (_dir, root) = robot();
-    assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), Migrated::New);
-    assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), Migrated::Unchanged);
+    assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), MigrationOutcome::New);
+    assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), MigrationOutcome::Unchanged);
     step(
         &root,
         "settings",
@@ -227,16 +229,16 @@ fn steps_go_forth_with_a_new_version_and_back_with_an_old_one() {
     let names = |list: &[&str]| list.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
     assert_eq!(
         forth,
-        Migrated::Forth { from: version("1.0.0"), steps: names(&["settings", "names"]) }
+        MigrationOutcome::Forth { from: version("1.0.0"), steps: names(&["settings", "names"]) }
     );
     assert_eq!(read(&root, "apps/api/settings.json").as_deref(), Some("two\n"));
-    assert_eq!(migrate(&root, &version("1.2.0")).unwrap(), Migrated::Unchanged);
+    assert_eq!(migrate(&root, &version("1.2.0")).unwrap(), MigrationOutcome::Unchanged);
     // After a failed trial the old version starts again. Files that no step names stay unchanged.
     put(&root, "home/robot/protocol.py", "written since");
     let back = migrate(&root, &version("1.0.0")).unwrap();
     assert_eq!(
         back,
-        Migrated::Back { from: version("1.2.0"), steps: names(&["names", "settings"]) }
+        MigrationOutcome::Back { from: version("1.2.0"), steps: names(&["names", "settings"]) }
     );
     assert_eq!(read(&root, "apps/api/settings.json").as_deref(), Some("{}"));
     assert_eq!(read(&root, "apps/api/made"), None);
@@ -280,7 +282,7 @@ fn a_step_that_fails_leaves_what_was_there() {
         assert_eq!(tree(&root.data().join("apps")), before);
     }
     // After the rollback, the old version finds everything in order.
-    assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), Migrated::Unchanged);
+    assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), MigrationOutcome::Unchanged);
 }
 
 #[test]
@@ -296,7 +298,7 @@ fn a_step_that_was_cut_is_undone_before_it_is_taken_again() {
         "echo half >>apps/api/settings.json; cp -r . ../cut; exit 0",
     );
     migrate(&root, &version("1.1.0")).unwrap();
-    let cut = Root::new(root.data().parent().unwrap().join("robot"));
+    let cut = RootDir::new(root.data().parent().unwrap().join("robot"));
     fs::create_dir_all(cut.path("etc/slotd")).unwrap();
     fs::rename(root.data().parent().unwrap().join("cut"), cut.data()).unwrap();
     assert_eq!(read(&cut, "apps/api/settings.json").as_deref(), Some("{}half\n"));
@@ -304,7 +306,7 @@ fn a_step_that_was_cut_is_undone_before_it_is_taken_again() {
     migrate(&cut, &version("1.1.0")).unwrap();
     assert_eq!(read(&cut, "apps/api/settings.json").as_deref(), Some("{}half\n"), "taken twice");
     // Or the old version starts first.
-    assert!(matches!(migrate(&cut, &version("1.0.0")).unwrap(), Migrated::Back { .. }));
+    assert!(matches!(migrate(&cut, &version("1.0.0")).unwrap(), MigrationOutcome::Back { .. }));
     assert_eq!(read(&cut, "apps/api/settings.json").as_deref(), Some("{}"));
 }
 
@@ -320,7 +322,7 @@ fn a_backup_of_a_newer_robot_is_told_from_a_rollback() {
     restore(&to, bytes.as_slice()).unwrap();
     apply(&to).unwrap();
     assert_eq!(migrate(&to, &version("1.0.0")).unwrap_err().code, "newer-data");
-    assert_eq!(migrate(&to, &version("1.1.0")).unwrap(), Migrated::Unchanged);
+    assert_eq!(migrate(&to, &version("1.1.0")).unwrap(), MigrationOutcome::Unchanged);
 }
 
 /// Snapshots as an agent before 0.2 wrote them: readable by all users, and the record without the field `needs`.
@@ -341,11 +343,11 @@ fn the_way_back_of_an_older_agent_is_gone() {
     let record = r#"{"version": "1.1.0", "taken": [{"name": "settings", "version": "1.1.0",
         "paths": ["apps/api"]}], "under-way": null}"#;
     put(&root, "data-version.json", record);
-    assert_eq!(migrate(&root, &version("1.1.0")).unwrap(), Migrated::Unchanged);
+    assert_eq!(migrate(&root, &version("1.1.0")).unwrap(), MigrationOutcome::Unchanged);
     let mode = fs::metadata(way.parent().unwrap()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
     let back = migrate(&root, &version("1.0.0")).unwrap();
-    assert!(matches!(back, Migrated::Back { steps, .. } if steps == ["settings"]));
+    assert!(matches!(back, MigrationOutcome::Back { steps, .. } if steps == ["settings"]));
     assert_eq!(tree(&root.data().join("apps")), before);
     assert!(!way.exists());
     // And an older agent reads what this one writes: its format had these three fields.
@@ -381,7 +383,7 @@ fn the_record_of_a_backup_steers_nothing() {
     {
         let (_one, from) = robot();
         let mut way = Vec::new();
-        archive::pack(&from.data(), &["identity".into()], &mut way, Room::BACKUP).unwrap();
+        archive::pack(&from.data(), &["identity".into()], &mut way, ArchiveLimits::BACKUP).unwrap();
         fs::write(from.data().join("home/robot/way.tar.zst"), way).unwrap();
         put(&from, "data-version.json", &record);
         let mut bytes = Vec::new();
@@ -412,15 +414,19 @@ fn the_record_of_a_backup_steers_nothing() {
 #[test]
 fn a_record_that_makes_no_sense_is_one_of_this_version() {
     for (text, expected) in [
-        ("", Migrated::Damaged),
-        ("{", Migrated::Damaged),
-        ("[1]", Migrated::Damaged),
-        (r#"{"version": "1.0.0", "taken": "of a later form"}"#, Migrated::Unchanged),
+        ("", MigrationOutcome::Damaged),
+        ("{", MigrationOutcome::Damaged),
+        ("[1]", MigrationOutcome::Damaged),
+        (r#"{"version": "1.0.0", "taken": "of a later form"}"#, MigrationOutcome::Unchanged),
     ] {
         let (_dir, root) = robot();
         put(&root, "data-version.json", text);
         assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), expected, "{text}");
-        assert_eq!(migrate(&root, &version("1.0.0")).unwrap(), Migrated::Unchanged, "{text}");
+        assert_eq!(
+            migrate(&root, &version("1.0.0")).unwrap(),
+            MigrationOutcome::Unchanged,
+            "{text}"
+        );
     }
 }
 
@@ -553,7 +559,7 @@ fn a_start_and_a_reset_go_on_whatever_has_a_name_of_ours() {
             migrate(&root, &version("1.0.0")).unwrap_or_else(|e| panic!("{place}: {e:?}"));
             reset(&root, true).unwrap_or_else(|refusal| panic!("{place}: {refusal:?}"));
             let applied = apply(&root).unwrap_or_else(|refusal| panic!("{place}: {refusal:?}"));
-            assert_eq!(applied.carried_out, Some(Pending::Reset), "{place}");
+            assert_eq!(applied.carried_out, Some(PendingChange::Reset), "{place}");
         }
     }
 }
@@ -588,6 +594,6 @@ fn a_reset_takes_folders_of_any_depth() {
     drop(folder);
     reset(&root, false).unwrap();
     let applied = apply(&root).unwrap();
-    assert_eq!((applied.carried_out, applied.not_overwritten), (Some(Pending::Reset), 0));
+    assert_eq!((applied.carried_out, applied.not_overwritten), (Some(PendingChange::Reset), 0));
     assert!(!home.exists() && !root.data().join(".outgoing").exists());
 }

@@ -14,12 +14,14 @@ use std::path::{Path, PathBuf};
 
 use bundle::Version;
 use crash::{Recorder, Snapshot, State, snapshot};
-use slotd::data::{Migration, Pending, apply_with, backup, migrate_with, reset_with, restore_with};
-use slotd::files::{Files, RealFiles};
-use slotd::{Refusal, Root};
+use slotd::data::{
+    MigrationStep, PendingChange, apply_with, backup, migrate_with, reset_with, restore_with,
+};
+use slotd::files::{DirectFileChanges, FileChanges};
+use slotd::{Refusal, RootDir};
 
 /// The content of `data`, identified by a word in every file.
-fn fill(root: &Root, word: &str) {
+fn fill(root: &RootDir, word: &str) {
     let put = |path: &str| {
         let path = root.data().join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -40,11 +42,11 @@ fn record(word: &str) -> String {
     )
 }
 
-fn robot(word: &str) -> (tempfile::TempDir, Root) {
+fn robot(word: &str) -> (tempfile::TempDir, RootDir) {
     let memory = Path::new("/dev/shm");
     let place = if memory.is_dir() { memory.into() } else { std::env::temp_dir() };
     let dir = tempfile::tempdir_in(place).unwrap();
-    let root = Root::new(dir.path());
+    let root = RootDir::new(dir.path());
     fill(&root, word);
     fs::create_dir_all(root.state()).unwrap();
     fs::write(root.state().join("floor.json"), "floor").unwrap();
@@ -74,7 +76,7 @@ fn of(word: &str) -> Snapshot {
 }
 
 /// What a start does.
-fn start(root: &Root, files: &dyn Files) -> Result<Option<Pending>, Refusal> {
+fn start(root: &RootDir, files: &dyn FileChanges) -> Result<Option<PendingChange>, Refusal> {
     let applied = apply_with(root, files)?;
     migrate_with(root, &version("1.0.0"), files, &|_, _| Ok(()))?;
     Ok(applied.carried_out)
@@ -90,7 +92,7 @@ fn put(state: &State, data: &Path) {
 }
 
 /// The results of `check` for all states that a cut of this recording could leave.
-fn cut(what: &str, files: &Recorder, root: &Root, check: &dyn Fn(&str) -> String) -> usize {
+fn cut(what: &str, files: &Recorder, root: &RootDir, check: &dyn Fn(&str) -> String) -> usize {
     let mut states = 0;
     let (mut different, mut seen) = (BTreeSet::new(), BTreeSet::new());
     for point in 0..files.points() {
@@ -119,18 +121,18 @@ fn cut(what: &str, files: &Recorder, root: &Root, check: &dyn Fn(&str) -> String
 }
 
 /// The content of `data`, as one of the names; nothing else may be there.
-fn which<'a>(root: &Root, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str {
+fn which<'a>(root: &RootDir, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str {
     let found = owners(&snapshot(&root.data()));
     let name = known.iter().find(|(_, expected)| **expected == found);
     name.unwrap_or_else(|| panic!("{at}: mixed or lost: {found:#?}")).0
 }
 
 /// The content after a start: one of these, and the next start changes nothing.
-fn settles<'a>(root: &Root, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str {
-    start(root, &RealFiles).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+fn settles<'a>(root: &RootDir, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str {
+    start(root, &DirectFileChanges).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
     let name = which(root, known, at);
     let all = snapshot(&root.data());
-    start(root, &RealFiles).unwrap();
+    start(root, &DirectFileChanges).unwrap();
     assert!(all == snapshot(&root.data()), "{at}: a second start changes something");
     assert_eq!(all[Path::new("slotd/floor.json")], "644 floor", "{at}");
     assert!(!all.contains_key(Path::new("slotd/pending.json")), "{at}");
@@ -140,15 +142,15 @@ fn settles<'a>(root: &Root, known: &[(&'a str, &Snapshot)], at: &str) -> &'a str
 /// The record of a robot that has just been reset.
 fn empty() -> Snapshot {
     let (_dir, root) = robot("old");
-    reset_with(&root, false, &RealFiles).unwrap();
-    start(&root, &RealFiles).unwrap();
+    reset_with(&root, false, &DirectFileChanges).unwrap();
+    start(&root, &DirectFileChanges).unwrap();
     let left = owners(&snapshot(&root.data()));
     assert_eq!(left.keys().collect::<Vec<_>>(), [&PathBuf::from("data-version.json")]);
     left
 }
 
 /// A request, by its name.
-fn ask(root: &Root, what: &str, files: &dyn Files) -> Result<(), Refusal> {
+fn ask(root: &RootDir, what: &str, files: &dyn FileChanges) -> Result<(), Refusal> {
     match what {
         "reset" => reset_with(root, false, files).map(drop),
         "reset and keep" => reset_with(root, true, files).map(drop),
@@ -183,7 +185,7 @@ fn every_request_over_every_other_one_cut_anywhere() {
         for second in REQUESTS {
             let (_dir, root) = robot("old");
             if first != "none" {
-                drop(ask(&root, first, &RealFiles));
+                drop(ask(&root, first, &DirectFileChanges));
             }
             let files = Recorder::new(&root.data());
             let refused = ask(&root, second, &files).is_err();
@@ -212,7 +214,7 @@ fn what_waits_is_carried_out_cut_anywhere() {
     let mut starts = 0;
     for what in ["reset", "reset and keep", "new"] {
         let (_dir, root) = robot("old");
-        ask(&root, what, &RealFiles).unwrap();
+        ask(&root, what, &DirectFileChanges).unwrap();
         let files = Recorder::new(&root.data());
         start(&root, &files).unwrap();
         starts += cut(&format!("carrying out {what}"), &files, &root, &|at| {
@@ -228,7 +230,7 @@ fn what_waits_is_carried_out_cut_anywhere() {
 }
 
 /// What services create in a start with an empty `data`: directories and a file.
-fn services(root: &Root) {
+fn services(root: &RootDir) {
     for name in ["apps", "home", "identity", "network"] {
         fs::create_dir_all(root.data().join(name)).unwrap();
     }
@@ -246,7 +248,7 @@ fn a_disk_that_fails_at_any_change_loses_nothing_and_heals() {
             for call in 0.. {
                 let (_dir, root) = robot("old");
                 if first != "none" {
-                    ask(&root, first, &RealFiles).unwrap();
+                    ask(&root, first, &DirectFileChanges).unwrap();
                 }
                 let files = Recorder::new(&root.data()).failing(call, [5, 28][call % 2]);
                 let result = ask(&root, second, &files);
@@ -265,7 +267,7 @@ fn a_disk_that_fails_at_any_change_loses_nothing_and_heals() {
     for what in ["reset", "new"] {
         for call in 0.. {
             let (_dir, root) = robot("old");
-            ask(&root, what, &RealFiles).unwrap();
+            ask(&root, what, &DirectFileChanges).unwrap();
             let files = Recorder::new(&root.data()).failing(call, [5, 28][call % 2]);
             let result = apply_with(&root, &files);
             if files.calls() <= call {
@@ -276,7 +278,7 @@ fn a_disk_that_fails_at_any_change_loses_nothing_and_heals() {
             if result.is_err() {
                 services(&root);
             }
-            start(&root, &RealFiles).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+            start(&root, &DirectFileChanges).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
             let found = snapshot(&root.data());
             assert!(!found.values().any(|text| text == "644 old"), "{at}: {found:#?}");
             for name in [".incoming", ".outgoing", ".incoming.new", "slotd/pending.json"] {
@@ -306,7 +308,7 @@ fn a_note_without_its_parts_takes_nothing_away() {
 }
 
 /// A step's work, through the recorder: a program's unflushed changes can be lost like any others.
-fn work(root: &Root, step: &Migration, files: &dyn Files) -> Result<(), String> {
+fn work(root: &RootDir, step: &MigrationStep, files: &dyn FileChanges) -> Result<(), String> {
     let data = root.data();
     let settings = data.join("apps/settings");
     let work = || -> std::io::Result<()> {
@@ -325,7 +327,7 @@ fn work(root: &Root, step: &Migration, files: &dyn Files) -> Result<(), String> 
     work().map_err(|error| error.to_string())
 }
 
-fn steps(root: &Root) {
+fn steps(root: &RootDir) {
     let folder = root.path("etc/slotd/migrations.d");
     fs::create_dir_all(&folder).unwrap();
     for (name, version) in [("one", "1.1.0"), ("two", "1.2.0")] {
@@ -337,13 +339,13 @@ fn steps(root: &Root) {
 }
 
 /// The owner's files, without the record of the steps.
-fn contents(root: &Root) -> Snapshot {
+fn contents(root: &RootDir) -> Snapshot {
     let mut all = owners(&snapshot(&root.data()));
     all.remove(Path::new("data-version.json"));
     all
 }
 
-fn bring(root: &Root, to: &str, files: &dyn Files) -> Result<(), Refusal> {
+fn bring(root: &RootDir, to: &str, files: &dyn FileChanges) -> Result<(), Refusal> {
     apply_with(root, files)?;
     migrate_with(root, &version(to), files, &|root, step| work(root, step, files)).map(drop)
 }
@@ -354,7 +356,7 @@ fn migration_forth_and_back_cut_anywhere() {
     for to in ["1.0.0", "1.1.0", "1.2.0"] {
         let (_dir, root) = robot("old");
         steps(&root);
-        bring(&root, to, &RealFiles).unwrap();
+        bring(&root, to, &DirectFileChanges).unwrap();
         trees.push((to, contents(&root)));
     }
     let tree = |to: &str| &trees.iter().find(|(version, _)| *version == to).unwrap().1;
@@ -364,7 +366,7 @@ fn migration_forth_and_back_cut_anywhere() {
         steps(&root);
         let (last, before) = path.split_last().unwrap();
         for to in before {
-            bring(&root, to, &RealFiles).unwrap();
+            bring(&root, to, &DirectFileChanges).unwrap();
         }
         let files = Recorder::new(&root.data());
         bring(&root, last, &files).unwrap();
@@ -375,10 +377,11 @@ fn migration_forth_and_back_cut_anywhere() {
                 continue;
             }
             starts += cut(&format!("{path:?}, then {next}"), &files, &root, &|at| {
-                bring(&root, next, &RealFiles).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+                bring(&root, next, &DirectFileChanges)
+                    .unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
                 assert!(contents(&root) == *tree(next), "{at}: {:#?}", contents(&root));
                 let all = snapshot(&root.data());
-                bring(&root, next, &RealFiles).unwrap();
+                bring(&root, next, &DirectFileChanges).unwrap();
                 assert!(all == snapshot(&root.data()), "{at}: a second start changes something");
                 let ways = all.keys().filter(|path| path.starts_with("slotd/snapshots")).count();
                 assert!(ways <= 3, "{at}: superfluous snapshots: {all:#?}");
@@ -396,12 +399,12 @@ fn a_disk_that_fails_at_any_change_of_a_migration_mixes_nothing() {
     for (before, to) in [("1.0.0", "1.2.0"), ("1.2.0", "1.0.0")] {
         let (_dir, root) = robot("old");
         steps(&root);
-        bring(&root, to, &RealFiles).unwrap();
+        bring(&root, to, &DirectFileChanges).unwrap();
         let expected = contents(&root);
         for call in 0.. {
             let (_dir, root) = robot("old");
             steps(&root);
-            bring(&root, before, &RealFiles).unwrap();
+            bring(&root, before, &DirectFileChanges).unwrap();
             let files = Recorder::new(&root.data()).failing(call, [5, 28][call % 2]);
             let result = bring(&root, to, &files);
             if files.calls() <= call {
@@ -409,7 +412,8 @@ fn a_disk_that_fails_at_any_change_of_a_migration_mixes_nothing() {
             }
             failed += 1;
             let at = format!("{before} to {to}, call {call}: {result:?}");
-            bring(&root, to, &RealFiles).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+            bring(&root, to, &DirectFileChanges)
+                .unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
             assert!(contents(&root) == expected, "{at}: {:#?}", contents(&root));
         }
     }
@@ -426,9 +430,9 @@ fn every_flush_is_needed() {
     let mut not_needed: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut tried = 0;
     let mut try_all = |what: &str,
-                       run: &dyn Fn(&Root, &Recorder),
-                       before: &dyn Fn(&Root),
-                       check: &dyn Fn(&Root, &str) -> String| {
+                       run: &dyn Fn(&RootDir, &Recorder),
+                       before: &dyn Fn(&RootDir),
+                       check: &dyn Fn(&RootDir, &str) -> String| {
         let mut without_effect = BTreeSet::new();
         for flush in 0.. {
             let (_dir, root) = robot("old");
@@ -450,21 +454,21 @@ fn every_flush_is_needed() {
         known.retain(|flush| without_effect.contains(flush));
     };
     for what in ["reset", "reset and keep", "new"] {
-        let run = |root: &Root, files: &Recorder| ask(root, what, files).unwrap();
+        let run = |root: &RootDir, files: &Recorder| ask(root, what, files).unwrap();
         try_all(&format!("asking for {what}"), &run, &|_| (), &|root, at| {
             let found = settles(root, &known, at);
             assert!(found == "old" || found == outcome(what), "{at}: {found}");
             if what == "reset and keep" && found == "nothing" {
                 let kept = fs::File::open(root.state().join("backup/before-reset.tar.zst"));
-                restore_with(root, kept.unwrap(), &RealFiles).unwrap();
+                restore_with(root, kept.unwrap(), &DirectFileChanges).unwrap();
                 assert_eq!(settles(root, &known, at), "old", "{at}: the backup");
             }
             found.to_owned()
         });
-        let run = |root: &Root, files: &Recorder| {
+        let run = |root: &RootDir, files: &Recorder| {
             assert!(apply_with(root, files).unwrap().carried_out.is_some());
         };
-        let before = |root: &Root| ask(root, what, &RealFiles).unwrap();
+        let before = |root: &RootDir| ask(root, what, &DirectFileChanges).unwrap();
         try_all(&format!("carrying out {what}"), &run, &before, &|root, at| {
             let outgoing = snapshot(&root.data().join(".outgoing"));
             let marked = outgoing.contains_key(Path::new(".overwrite"));
@@ -482,18 +486,19 @@ fn every_flush_is_needed() {
             .map(|to| {
                 let (_dir, root) = robot("old");
                 steps(&root);
-                bring(&root, to, &RealFiles).unwrap();
+                bring(&root, to, &DirectFileChanges).unwrap();
                 contents(&root)
             })
             .into();
         for (next, tree) in ["1.0.0", "1.1.0"].into_iter().zip(&trees) {
-            let run = |root: &Root, files: &Recorder| bring(root, to, files).unwrap();
-            let before = |root: &Root| {
+            let run = |root: &RootDir, files: &Recorder| bring(root, to, files).unwrap();
+            let before = |root: &RootDir| {
                 steps(root);
-                bring(root, from, &RealFiles).unwrap();
+                bring(root, from, &DirectFileChanges).unwrap();
             };
             try_all(&format!("{from} to {to}"), &run, &before, &|root, at| {
-                bring(root, next, &RealFiles).unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
+                bring(root, next, &DirectFileChanges)
+                    .unwrap_or_else(|refusal| panic!("{at}: {refusal}"));
                 assert!(contents(root) == *tree, "{at}: {:#?}", contents(root));
                 next.to_owned()
             });

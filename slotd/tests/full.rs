@@ -21,13 +21,13 @@ use std::sync::Mutex;
 use bundle::bootstate::Slot;
 use common::rights::is_root;
 use common::{Plan, Robot, bundle_of_version, new_system, write};
-use slotd::boot::{BootFlow, Trial, Tryboot};
-use slotd::device::Device;
-use slotd::events::Events;
-use slotd::files::RealFiles;
+use slotd::boot::{BootControl, SlotTrial, Tryboot};
+use slotd::device::RobotDevice;
+use slotd::events::EventLog;
+use slotd::files::DirectFileChanges;
 use slotd::health;
-use slotd::install::Options;
-use slotd::machine::Machine;
+use slotd::install::InstallOptions;
+use slotd::machine::RobotContext;
 use slotd::storage::Storage;
 
 /// The unprivileged user `nobody` of Debian.
@@ -131,7 +131,7 @@ fn start(robot: &Robot, slot: Slot, version: &str) {
     robot.file("usr/lib/slipway/device.toml", lines.collect::<String>());
 }
 
-fn room(robot: &Robot) -> health::Outcome {
+fn room(robot: &Robot) -> health::CheckOutcome {
     let checks = health::load(&robot.root());
     checks.iter().find(|check| check.name == "10-data").unwrap().run(&robot.root())
 }
@@ -248,21 +248,21 @@ fn a_full_data_keeps_no_update_out_with_tryboot() {
         told(&robot, 2, 0);
         let (root, boot) = (robot.root(), Mutex::new(boot_partition()));
         let flow = |slot| Tryboot::new(Boot(&boot), [2, 3], "2022-11-25", slot, &root).unwrap();
-        let device = Device::read(&root).unwrap();
+        let device = RobotDevice::read(&root).unwrap();
         let first = flow(Slot::A);
-        let machine = Machine {
+        let machine = RobotContext {
             root: &root,
             about: &device.about,
             running: Slot::A,
             flow: &first,
             slots: &device,
-            files: &RealFiles,
-            events: &Events::new(&root),
+            files: &DirectFileChanges,
+            events: &EventLog::new(&root),
         };
-        let bundle = bundle::Stream(Cursor::new(update(&robot)));
-        slotd::update::install(&machine, bundle, &Options::default(), &|_| {})
+        let bundle = bundle::StreamInput(Cursor::new(update(&robot)));
+        slotd::update::install(&machine, bundle, &InstallOptions::default(), &|_| {})
             .unwrap_or_else(|refusal| panic!("{out:?} {reserve}: {refusal}"));
-        let armed = Some(Trial { slot: Slot::B, tries: 1 });
+        let armed = Some(SlotTrial { slot: Slot::B, tries: 1 });
         assert_eq!(first.status().unwrap().trial, armed, "{out:?} {reserve}");
         // A user may end the trial and arm it again.
         first.roll_back().unwrap();
@@ -274,7 +274,7 @@ fn a_full_data_keeps_no_update_out_with_tryboot() {
         data.fill(out);
         assert!(room(&robot).healthy, "{out:?} {reserve}");
         let second = flow(Slot::B);
-        let runs = Some(Trial { slot: Slot::B, tries: 0 });
+        let runs = Some(SlotTrial { slot: Slot::B, tries: 0 });
         assert_eq!(second.status().unwrap().pending(Slot::B), runs, "{out:?} {reserve}");
         second.commit().unwrap();
         let status = second.status().unwrap();

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::process::Stdio;
 use std::time::Duration;
 
-use bundle::Level;
+use bundle::CompressionLevel;
 use bundle::bootstate::Slot;
 use common::bundles::{TestKey, noise};
 use common::server::{Manners, Server};
@@ -342,7 +342,8 @@ fn blocks_that_only_seem_right_are_read_from_the_bundle() {
 fn slow_bundle(content: &[u8]) -> Vec<u8> {
     let mut parts = system(&[]);
     let mut data = Vec::new();
-    let done = bundle::compress(content, Level::Slow, 2, &mut data, &mut |_| {}).unwrap();
+    let done =
+        bundle::compress(content, CompressionLevel::Slow, 2, &mut data, &mut |_| {}).unwrap();
     parts.manifest.components[0].payloads[0] = done.describe("root");
     parts.payloads[0] = (done.index, data);
     parts.write(&[TestKey::new(1)])

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 
-use bootmodel::script::{self, Copies, Started};
+use bootmodel::script::{self, BootStateCopies, StartedKernel};
 use bundle::bootstate::{BootState, SECTOR, Slot};
 use common::{Plan, bundle_of, new_system, old_system, write};
-use slotd::boot::{BootFlow, Uboot};
+use slotd::boot::{BootControl, Uboot};
 use slotd::data::grow::grow;
 use slotd::device::other;
 use slotd::storage::Storage;
@@ -233,7 +233,7 @@ const UNITS: [u64; 2] = [4 * MIB, 8 * MIB];
 /// A disk that has only the two sectors of the boot state.
 struct States {
     places: [u64; 2],
-    copies: Mutex<Copies>,
+    copies: Mutex<BootStateCopies>,
     writes: Mutex<Vec<(usize, [u8; SECTOR])>>,
 }
 
@@ -269,13 +269,18 @@ impl Storage for States {
     }
 }
 
-fn start(copies: &Copies) -> Started {
-    script::run(copies, |_| true, script::Card::Good).started.expect("both slots load")
+fn start(copies: &BootStateCopies) -> StartedKernel {
+    script::run(copies, |_| true, script::WriteBehavior::Good).started.expect("both slots load")
 }
 
 /// The copies after a cut in the write of copy `written`: those in its unit hold noise, and the table and the first
 /// partition are whole or not.
-fn wrecked(copies: &Copies, places: [u64; 2], written: usize, unit: u64) -> Copies {
+fn wrecked(
+    copies: &BootStateCopies,
+    places: [u64; 2],
+    written: usize,
+    unit: u64,
+) -> BootStateCopies {
     let mut left = *copies;
     for (copy, place) in left.iter_mut().zip(places) {
         if place / unit == places[written] / unit {
@@ -297,7 +302,7 @@ fn cuts(places: [u64; 2]) -> (usize, usize) {
             let disk = States { places, copies: Mutex::new(copies), writes: Mutex::default() };
             let flow = Uboot::new(&disk, sectors, running.slot);
             let (writes, after, now) = if step == 3 {
-                let run = script::run(&copies, |_| true, script::Card::Good);
+                let run = script::run(&copies, |_| true, script::WriteBehavior::Good);
                 (run.writes, run.copies, run.started.unwrap())
             } else {
                 match step {

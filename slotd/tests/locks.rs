@@ -20,7 +20,7 @@ use bundle::bootstate::Slot;
 use common::rights::is_root;
 use common::{Plan, Robot, answer, bundle_of, bundle_of_version, new_system, write};
 use rustix::fs::FlockOperation;
-use slotd::lock::{Lock, Turn};
+use slotd::lock::{LockScope, ProcessLock};
 
 /// The unprivileged user `nobody` of Debian.
 const NOBODY: u32 = 65534;
@@ -73,7 +73,11 @@ fn no_lock_is_within_the_reach_of_another_user() {
     assert!(prepared.status.success(), "{prepared:?}");
     robot.run(&["install", "--no-restart", &update(&robot)]);
     robot.run(&["roll-back"]);
-    drop(slotd::lock::Lock::take(&robot.root(), slotd::lock::Turn::Provision, "provision"));
+    drop(slotd::lock::ProcessLock::take(
+        &robot.root(),
+        slotd::lock::LockScope::Provision,
+        "provision",
+    ));
     for folder in ["data/slotd", "run/slotd"] {
         assert_eq!(fs::metadata(robot.path(folder)).unwrap().mode() & 0o7777, 0o700, "{folder}");
     }
@@ -184,15 +188,15 @@ fn a_reason_of_any_length_stays_in_the_log() {
 fn two_agents_never_have_one_lock() {
     let robot = Plan::default().make();
     let root = robot.root();
-    let first = Lock::take(&root, Turn::Slots, "install").unwrap();
-    let refused = Lock::take(&root, Turn::Slots, "commit").unwrap_err();
+    let first = ProcessLock::take(&root, LockScope::Slots, "install").unwrap();
+    let refused = ProcessLock::take(&root, LockScope::Slots, "commit").unwrap_err();
     assert_eq!(refused.code, "busy");
     assert!(refused.message.contains("`slotd commit` cannot start"), "{refused}");
     assert!(refused.message.contains("(install, process "), "{refused}");
     let mut patience = Duration::from_millis(50);
-    assert!(Lock::wait(&root, Turn::Slots, &mut patience).is_err());
+    assert!(ProcessLock::wait(&root, LockScope::Slots, &mut patience).is_err());
     // A different lock is free.
-    Lock::take(&root, Turn::Provision, "provision").unwrap();
+    ProcessLock::take(&root, LockScope::Provision, "provision").unwrap();
     drop(first);
-    Lock::take(&root, Turn::Slots, "commit").unwrap();
+    ProcessLock::take(&root, LockScope::Slots, "commit").unwrap();
 }

@@ -14,9 +14,9 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use crash::{Recorder, Snapshot, snapshot};
-use slotd::events::Events;
-use slotd::files::RealFiles;
-use slotd::provision::{How, Outcome, check, run_with};
+use slotd::events::EventLog;
+use slotd::files::DirectFileChanges;
+use slotd::provision::{DifferenceKind, ProvisionOutcome, check, run_with};
 
 use robot::{ON_DATA, Robot, SITE, complete, old_tree};
 
@@ -30,9 +30,9 @@ fn an_equal_tree_is_not_written() {
         |path: &str| std::os::unix::fs::MetadataExt::ino(&fs::metadata(robot.path(path)).unwrap());
     let (tree, record) = (inode("data/system"), inode("data/slotd/provisioned.json"));
     let files = Recorder::new(&robot.path("data"));
-    let done = run_with(&robot.root(), &Events::new(&robot.root()), &files).unwrap();
-    assert_eq!((done.outcome, files.calls()), (Outcome::Unchanged, 0));
-    assert_eq!(check(&robot.root()).unwrap().outcome, Outcome::Unchanged);
+    let done = run_with(&robot.root(), &EventLog::new(&robot.root()), &files).unwrap();
+    assert_eq!((done.outcome, files.calls()), (ProvisionOutcome::Unchanged, 0));
+    assert_eq!(check(&robot.root()).unwrap().outcome, ProvisionOutcome::Unchanged);
     assert_eq!((inode("data/system"), inode("data/slotd/provisioned.json")), (tree, record));
     assert_eq!(snapshot(&robot.path("data")), before);
 }
@@ -40,30 +40,32 @@ fn an_equal_tree_is_not_written() {
 #[test]
 fn drift_is_told_and_repaired() {
     type Harm = fn(&Robot);
-    let harms: [(&str, &str, How, Harm); 9] = [
-        ("nginx.conf", "different content", How::Content, |r| {
+    let harms: [(&str, &str, DifferenceKind, Harm); 9] = [
+        ("nginx.conf", "different content", DifferenceKind::Content, |r| {
             r.file("data/system/nginx.conf", "server }{");
         }),
-        ("scripts/start", "different mode", How::Mode, |r| {
+        ("scripts/start", "different mode", DifferenceKind::Mode, |r| {
             r.mode("data/system/scripts/start", 0o644)
         }),
-        ("", "different mode", How::Mode, |r| r.mode("data/system", 0o777)),
-        ("scripts", "different mode", How::Mode, |r| r.mode("data/system/scripts", 0o700)),
-        ("added", "superfluous", How::Superfluous, |r| {
+        ("", "different mode", DifferenceKind::Mode, |r| r.mode("data/system", 0o777)),
+        ("scripts", "different mode", DifferenceKind::Mode, |r| {
+            r.mode("data/system/scripts", 0o700)
+        }),
+        ("added", "superfluous", DifferenceKind::Superfluous, |r| {
             r.file("data/system/added", "");
         }),
-        ("empty", "missing", How::Missing, |r| {
+        ("empty", "missing", DifferenceKind::Missing, |r| {
             fs::remove_file(r.path("data/system/empty")).unwrap()
         }),
-        ("empty", "different kind", How::Kind, |r| {
+        ("empty", "different kind", DifferenceKind::Kind, |r| {
             fs::remove_file(r.path("data/system/empty")).unwrap();
             symlink("nginx.conf", r.path("data/system/empty")).unwrap();
         }),
-        ("scripts/link", "different content", How::Content, |r| {
+        ("scripts/link", "different content", DifferenceKind::Content, |r| {
             fs::remove_file(r.path("data/system/scripts/link")).unwrap();
             symlink("../empty", r.path("data/system/scripts/link")).unwrap();
         }),
-        ("", "different kind", How::Kind, |r| {
+        ("", "different kind", DifferenceKind::Kind, |r| {
             fs::remove_dir_all(r.path("data/system")).unwrap();
             r.file("data/system", "a file");
         }),
@@ -81,7 +83,7 @@ fn drift_is_told_and_repaired() {
         assert!(refusal.message.contains(&format!("\n  {place}: {word}")), "{}", refusal.message);
         assert_eq!(robot.system(), harmed, "checking has changed something");
         let done = robot.run().unwrap();
-        assert_eq!(done.outcome, Outcome::Provisioned);
+        assert_eq!(done.outcome, ProvisionOutcome::Provisioned);
         assert!(done.changes.iter().any(|c| c.path == Path::new(path) && c.how == how), "{done:?}");
         assert_eq!(robot.system(), complete(), "{path}: {word}");
     }
@@ -193,26 +195,26 @@ fn without_resources_the_old_tree_stays() {
     robot.resources();
     robot.run().unwrap();
     fs::remove_dir_all(robot.path(&format!("{SITE}/robotapi/resources"))).unwrap();
-    assert_eq!(robot.run().unwrap().outcome, Outcome::NoResources);
-    assert_eq!(check(&robot.root()).unwrap().outcome, Outcome::NoResources);
+    assert_eq!(robot.run().unwrap().outcome, ProvisionOutcome::NoResources);
+    assert_eq!(check(&robot.root()).unwrap().outcome, ProvisionOutcome::NoResources);
     // A directory with only junk is treated as empty; and a module that is one file has no resources.
     robot.resource(".DS_Store", "");
-    assert_eq!(robot.run().unwrap().outcome, Outcome::NoResources);
+    assert_eq!(robot.run().unwrap().outcome, ProvisionOutcome::NoResources);
     fs::remove_dir_all(robot.path(&format!("{SITE}/robotapi"))).unwrap();
     robot.file(&format!("{SITE}/robotapi.py"), "");
-    assert_eq!(robot.run().unwrap().outcome, Outcome::NoResources);
+    assert_eq!(robot.run().unwrap().outcome, ProvisionOutcome::NoResources);
     assert_eq!(robot.system(), complete());
     fs::remove_file(robot.path("usr/lib/slipway/api.toml")).unwrap();
-    assert_eq!(robot.run().unwrap().outcome, Outcome::NoApi);
-    assert_eq!((robot.system(), robot.boot().unwrap()), (complete(), Outcome::NoApi));
+    assert_eq!(robot.run().unwrap().outcome, ProvisionOutcome::NoApi);
+    assert_eq!((robot.system(), robot.boot().unwrap()), (complete(), ProvisionOutcome::NoApi));
 }
 
 #[test]
 fn the_api_on_data_comes_first_and_the_built_in_one_serves_without_it() {
     let robot = Robot::new();
     robot.resources();
-    assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
-    assert_eq!(robot.boot().unwrap(), Outcome::Current);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Provisioned);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Current);
     for version in ["1", "2"] {
         let site = format!("data/apps/api/{version}/site/robotapi");
         robot
@@ -226,16 +228,16 @@ fn the_api_on_data_comes_first_and_the_built_in_one_serves_without_it() {
     for version in ["1", "2", "1"] {
         switch(version);
         // The next start notices that Python would find another package.
-        assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
+        assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Provisioned);
         assert_eq!(robot.system()[Path::new("v")], format!("644 {version}"));
-        assert_eq!(robot.boot().unwrap(), Outcome::Current);
+        assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Current);
     }
     // A damaged package, which Python treats as a namespace: the built-in package is used.
     fs::remove_file(robot.path(&format!("{ON_DATA}/robotapi/__init__.py"))).unwrap();
-    assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Provisioned);
     assert_eq!(robot.system(), complete());
     fs::remove_file(robot.path("data/apps/api/current")).unwrap();
-    assert_eq!(robot.boot().unwrap(), Outcome::Current);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Current);
 }
 
 #[test]
@@ -245,7 +247,7 @@ fn a_base_is_recorded_after_success_only() {
     robot.boot().unwrap();
     // Manual changes stay until provisioning has a reason to run.
     robot.file("data/system/nginx.conf", "mine");
-    assert_eq!(robot.boot().unwrap(), Outcome::Current);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Current);
     assert_eq!(robot.system()[Path::new("nginx.conf")], "644 mine");
     // A new base whose package is broken: each start tries again.
     robot.file("usr/lib/slipway/base-id", "two\n");
@@ -256,19 +258,19 @@ fn a_base_is_recorded_after_success_only() {
         assert_eq!(robot.system()[Path::new("nginx.conf")], "644 mine");
     }
     fs::remove_file(link).unwrap();
-    assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Provisioned);
     assert_eq!(robot.system(), complete());
-    assert_eq!(robot.boot().unwrap(), Outcome::Current);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Current);
     // Removed tree, missing or damaged record, or no base id: provisioned again.
     fs::remove_dir_all(robot.path("data/system")).unwrap();
-    assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
-    slotd::provision::forget(&robot.root(), &RealFiles).unwrap();
-    assert_eq!(robot.boot().unwrap(), Outcome::Unchanged);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Provisioned);
+    slotd::provision::forget(&robot.root(), &DirectFileChanges).unwrap();
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Unchanged);
     robot.file("data/slotd/provisioned.json", "{");
-    assert_eq!(robot.boot().unwrap(), Outcome::Unchanged);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Unchanged);
     fs::remove_file(robot.path("usr/lib/slipway/base-id")).unwrap();
     for _ in 0..2 {
-        assert_eq!(robot.boot().unwrap(), Outcome::Unchanged);
+        assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Unchanged);
     }
 }
 
@@ -283,7 +285,7 @@ fn a_cut_between_any_two_changes_leaves_one_whole_tree() {
         // The directories of the log and the locks, which nothing depends on.
         fs::create_dir(robot.path("data/slotd")).unwrap();
         let files = Recorder::new(&robot.path("data"));
-        run_with(&robot.root(), &Events::new(&robot.root()), &files).unwrap();
+        run_with(&robot.root(), &EventLog::new(&robot.root()), &files).unwrap();
         let (mut seen, mut states, mut new) = (BTreeSet::new(), 0, 0);
         for point in 0..files.points() {
             for state in files.states(point) {
@@ -305,7 +307,7 @@ fn a_cut_between_any_two_changes_leaves_one_whole_tree() {
                 // If the record exists, the tree is there: only then a start has nothing to do.
                 let known = state.below("slotd").contains_key(Path::new("provisioned.json"));
                 let outcome = after.boot().unwrap();
-                assert_eq!(outcome == Outcome::Current, known, "point {point}");
+                assert_eq!(outcome == ProvisionOutcome::Current, known, "point {point}");
                 assert_eq!(
                     (after.system(), after.leftovers()),
                     (complete(), Vec::new()),
@@ -337,7 +339,7 @@ fn a_disk_that_fails_at_any_change_leaves_one_whole_tree() {
             let before = old_tree(&robot);
             fs::create_dir(robot.path("data/slotd")).unwrap();
             let files = Recorder::new(&robot.path("data")).failing(call, errno);
-            let result = run_with(&robot.root(), &Events::new(&robot.root()), &files);
+            let result = run_with(&robot.root(), &EventLog::new(&robot.root()), &files);
             if files.calls() <= call {
                 break;
             }
@@ -354,7 +356,7 @@ fn a_disk_that_fails_at_any_change_leaves_one_whole_tree() {
                     // The first removal does not belong to writing the new tree.
                     assert!(refusal.code == code || call == 0, "{call}: {refusal:?}");
                     let outcome = robot.boot().unwrap();
-                    assert_eq!(outcome == Outcome::Provisioned, found == before, "{call}");
+                    assert_eq!(outcome == ProvisionOutcome::Provisioned, found == before, "{call}");
                 }
             }
             robot.run().unwrap();
@@ -368,8 +370,12 @@ fn a_disk_that_fails_at_any_change_leaves_one_whole_tree() {
 fn two_at_once_are_one_after_the_other() {
     let robot = Robot::new();
     robot.resources();
-    let _held =
-        slotd::lock::Lock::take(&robot.root(), slotd::lock::Turn::Provision, "provision").unwrap();
+    let _held = slotd::lock::ProcessLock::take(
+        &robot.root(),
+        slotd::lock::LockScope::Provision,
+        "provision",
+    )
+    .unwrap();
     assert_eq!(robot.run().unwrap_err().code, "busy");
     assert_eq!(robot.system(), Snapshot::new());
     // Comparing needs no lock.
@@ -384,7 +390,7 @@ fn a_reset_has_the_next_start_provision_again() {
     slotd::data::reset(&robot.root(), false).unwrap();
     slotd::data::apply(&robot.root()).unwrap();
     assert_eq!(robot.system(), Snapshot::new());
-    assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Provisioned);
     let mut backup = Vec::new();
     robot.file("data/system/nginx.conf", "of another time");
     slotd::data::backup(&robot.root(), &mut backup).unwrap();
@@ -392,7 +398,7 @@ fn a_reset_has_the_next_start_provision_again() {
     slotd::data::restore(&robot.root(), backup.as_slice()).unwrap();
     slotd::data::apply(&robot.root()).unwrap();
     assert_eq!(robot.system()[Path::new("nginx.conf")], "644 of another time");
-    assert_eq!(robot.boot().unwrap(), Outcome::Provisioned);
+    assert_eq!(robot.boot().unwrap(), ProvisionOutcome::Provisioned);
     assert_eq!(robot.system(), complete());
 }
 

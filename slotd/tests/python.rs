@@ -9,8 +9,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use serde_json::Value;
-use slotd::Root;
-use slotd::python::{Entry, Interpreter, Module, SearchPath, find};
+use slotd::RootDir;
+use slotd::python::{Interpreter, PathEntryOrigin, PythonModule, SearchPath, find};
 
 /// A name that is not a module of any library.
 const NAME: &str = "robotapi";
@@ -140,7 +140,7 @@ impl Layout {
     }
 
     /// Python's answer: its path, and the module in slotd's terms.
-    fn theirs(&self) -> (Vec<PathBuf>, Option<Module>) {
+    fn theirs(&self) -> (Vec<PathBuf>, Option<PythonModule>) {
         let script = format!(
             "import sys, json, importlib.util\n\
              sys.path[:] = [p for p in sys.path if p]\n\
@@ -162,24 +162,25 @@ impl Layout {
         };
         let spec = &said[1];
         let module = (!spec.is_null()).then(|| match (spec[0].as_str(), spec[2].as_str()) {
-            (Some(path), Some("zipimporter")) => Module::Archived { path: path.into() },
-            (Some(path), _) if spec[1].is_null() => Module::File { path: path.into() },
+            (Some(path), Some("zipimporter")) => PythonModule::Archived { path: path.into() },
+            (Some(path), _) if spec[1].is_null() => PythonModule::File { path: path.into() },
             (Some(init), _) => {
                 let folders = list(&spec[1]);
                 assert_eq!(folders.len(), 1);
-                Module::Package { folder: folders[0].clone(), init: init.into() }
+                PythonModule::Package { folder: folders[0].clone(), init: init.into() }
             }
-            (None, _) => Module::Namespace { folders: list(&spec[1]) },
+            (None, _) => PythonModule::Namespace { folders: list(&spec[1]) },
         });
         (list(&said[0]), module)
     }
 
-    fn ours(&self) -> (SearchPath, Option<Module>) {
-        let root = Root::default();
+    fn ours(&self) -> (SearchPath, Option<PythonModule>) {
+        let root = RootDir::default();
         let python = Interpreter::parse(&real().version).unwrap();
-        let mut entries: Vec<Entry> = self.first.iter().map(|p| Entry::Plain(p.into())).collect();
-        entries.extend(real().library.iter().cloned().map(Entry::Plain));
-        entries.push(Entry::Site(self.site()));
+        let mut entries: Vec<PathEntryOrigin> =
+            self.first.iter().map(|p| PathEntryOrigin::Plain(p.into())).collect();
+        entries.extend(real().library.iter().cloned().map(PathEntryOrigin::Plain));
+        entries.push(PathEntryOrigin::Site(self.site()));
         let path = SearchPath::new(&root, &python, &entries);
         let found = find(&root, &python, &path, NAME).unwrap();
         (path, found)
@@ -398,7 +399,7 @@ fn what_only_code_knows_is_noted() {
     layout.package("src");
     layout.file("site/a.pth", "import sys; sys.path.append('@/src')\n");
     let (_, theirs) = layout.theirs();
-    assert!(matches!(theirs, Some(Module::Package { .. })), "{theirs:?}");
+    assert!(matches!(theirs, Some(PythonModule::Package { .. })), "{theirs:?}");
     let (path, found) = layout.ours();
     assert_eq!(found, None);
     let note = path.notes[0].to_string();
@@ -428,7 +429,7 @@ fn only_the_name_of_a_top_level_module_is_looked_for() {
     let layout = Layout::new();
     let python = Interpreter::parse("3.11").unwrap();
     for name in ["", ".", "..", "a.b", "a/b", "/etc", "a\0b"] {
-        let found = find(&Root::default(), &python, &layout.ours().0, name);
+        let found = find(&RootDir::default(), &python, &layout.ours().0, name);
         assert_eq!(found.unwrap_err().code, "misuse", "{name}");
     }
     for version in ["", "3", "3.x", "three.11"] {

@@ -9,12 +9,12 @@ use std::io::Write;
 use std::process::Stdio;
 
 use bundle::bootstate::{BootState, Slot};
-use bundle::{Component, KeySet, Kind, Version};
+use bundle::{BuildKind, BundleComponent, KeySet, Version};
 use common::bundles::{TestKey, mixed, parts};
 use common::{
     Plan, Robot, bundle_of, bundle_of_version, keys_of, new_system, old_system, system, write,
 };
-use slotd::refusal::{CODES, Matter};
+use slotd::refusal::{CODES, RefusalKind};
 
 /// The bundle is refused with this code, and no slot and no boot state has changed.
 fn refuses(robot: &Robot, bundle: &[u8], exit: i32, code: &str) {
@@ -143,7 +143,7 @@ fn only_keys_of_the_set_count() {
 #[test]
 fn a_release_robot_takes_nothing_of_development() {
     let release = |keys| Plan { kind: "release", keys, ..Plan::default() }.make();
-    let both = keys_of(&[(1, Kind::Development, 1), (2, Kind::Release, 1)]);
+    let both = keys_of(&[(1, BuildKind::Development, 1), (2, BuildKind::Release, 1)]);
     let robot = release(both.clone());
     // The development key is in the set by mistake.
     refuses(&robot, &system(&mixed(9000)).write(&[TestKey::new(1)]), 3, "not-trusted");
@@ -151,7 +151,7 @@ fn a_release_robot_takes_nothing_of_development() {
     refuses(&robot, &system(&mixed(9000)).write(&[TestKey::new(2)]), 3, "wrong-kind");
     refuses(&release(common::bundles::keys()), &good(), 1, "no-keys");
     let mut parts = system(&mixed(9000));
-    parts.manifest.kind = Kind::Release;
+    parts.manifest.kind = BuildKind::Release;
     let file = write(robot.dir.path(), "release.bundle", &parts.write(&[TestKey::new(2)]));
     robot.run(&["install", &file]);
     // A development robot accepts both.
@@ -267,7 +267,7 @@ fn key_file(robot: &Robot, set: &KeySet, signer: u8) -> String {
 #[test]
 fn a_key_is_replaced_and_revoked_offline() {
     let robot = Plan::default().make();
-    let mut next = keys_of(&[(1, Kind::Development, 1), (2, Kind::Development, 2)]);
+    let mut next = keys_of(&[(1, BuildKind::Development, 1), (2, BuildKind::Development, 2)]);
     next.keys[0].revoked = true;
     let by_two = system(&mixed(9000)).write(&[TestKey::new(2)]);
     refuses(&robot, &by_two, 3, "not-trusted");
@@ -310,10 +310,10 @@ fn a_key_is_replaced_and_revoked_offline() {
 #[test]
 fn an_image_with_a_newer_key_set_brings_it_along() {
     let robot = Plan::default().make();
-    let mut set = keys_of(&[(1, Kind::Development, 1), (2, Kind::Development, 2)]);
+    let mut set = keys_of(&[(1, BuildKind::Development, 1), (2, BuildKind::Development, 2)]);
     set.serial = 3;
     robot.run(&["keys", &key_file(&robot, &set, 1)]);
-    let mut image = keys_of(&[(4, Kind::Development, 4)]);
+    let mut image = keys_of(&[(4, BuildKind::Development, 4)]);
     image.serial = 4;
     robot.file("usr/lib/slipway/keyset.json", serde_json::to_vec(&image).unwrap());
     let keys = robot.run(&["keys"]);
@@ -322,7 +322,7 @@ fn an_image_with_a_newer_key_set_brings_it_along() {
 
 #[test]
 fn a_committed_bundle_s_key_epoch_counts_from_then_on() {
-    let keys = keys_of(&[(1, Kind::Development, 1), (2, Kind::Development, 2)]);
+    let keys = keys_of(&[(1, BuildKind::Development, 1), (2, BuildKind::Development, 2)]);
     let robot = Plan { keys, ..Plan::default() }.make();
     let mut parts = system(&new_system(1 << 20, 5));
     parts.manifest.key_epoch = 2;
@@ -342,7 +342,7 @@ fn two_payloads_for_one_partition_are_refused() {
     two.manifest.components = ["system", "other"]
         .iter()
         .zip(payloads)
-        .map(|(name, payload)| Component {
+        .map(|(name, payload)| BundleComponent {
             name: (*name).to_owned(),
             version: version.clone(),
             payloads: vec![payload],
@@ -413,14 +413,22 @@ update](../guides/why-was-it-refused.md) has the frequent codes with their cause
 "
     .to_owned();
     let chapters = [
-        (Matter::Robot, "The robot itself fails", "Its disk, its image or its agent is at fault."),
         (
-            Matter::Bundle,
+            RefusalKind::Robot,
+            "The robot itself fails",
+            "Its disk, its image or its agent is at fault.",
+        ),
+        (
+            RefusalKind::Bundle,
             "The bundle is refused",
             "This robot does not accept the bundle or the key set, now or later.",
         ),
-        (Matter::State, "Not now", "The robot's state does not allow it at this moment."),
-        (Matter::Source, "The source fails", "What the bundle, backup or seed is read from fails."),
+        (RefusalKind::State, "Not now", "The robot's state does not allow it at this moment."),
+        (
+            RefusalKind::Source,
+            "The source fails",
+            "What the bundle, backup or seed is read from fails.",
+        ),
     ];
     for (matter, title, meaning) in chapters {
         page +=

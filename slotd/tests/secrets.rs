@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use slotd::Root;
+use slotd::RootDir;
 use slotd::data::{apply, backup, reset, restore};
 
 /// A mounted image; unmounted at the end, whatever happens.
@@ -84,7 +84,7 @@ fn found(bytes: &[u8]) -> Vec<&'static str> {
 #[test]
 fn a_reset_leaves_no_secret_of_its_owner() {
     let dir = tempfile::tempdir().unwrap();
-    let root = Root::new(dir.path());
+    let root = RootDir::new(dir.path());
     fs::create_dir(root.data()).unwrap();
     let image = dir.path().join("card.img");
     let mounted = Mounted::new(&image, &root.data());
@@ -117,7 +117,7 @@ fn a_reset_leaves_no_secret_of_its_owner() {
 #[test]
 fn a_reset_keeps_its_own_backup_only() {
     let dir = tempfile::tempdir().unwrap();
-    let root = Root::new(dir.path());
+    let root = RootDir::new(dir.path());
     for path in PLANTED {
         let file = root.data().join(path);
         fs::create_dir_all(file.parent().unwrap()).unwrap();

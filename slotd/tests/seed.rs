@@ -15,9 +15,9 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use common::{Plan, Robot};
-use slotd::Root;
-use slotd::data::seed::{Seeded, seed_with};
-use slotd::files::{Files, RealFiles};
+use slotd::RootDir;
+use slotd::data::seed::{AppliedSettings, seed_with};
+use slotd::files::{DirectFileChanges, FileChanges};
 
 const SECTORS: u64 = 16 << 11;
 const PASSWORD: &str = "pass \"with\" # marks";
@@ -268,8 +268,12 @@ impl Seek for Volume {
 }
 
 /// A start with this boot partition.
-fn take_over(robot: &Robot, files: &dyn Files, volume: &Volume) -> slotd::Result<Seeded> {
-    let root = Root::new(robot.dir.path());
+fn take_over(
+    robot: &Robot,
+    files: &dyn FileChanges,
+    volume: &Volume,
+) -> slotd::Result<AppliedSettings> {
+    let root = RootDir::new(robot.dir.path());
     let flush = || volume.flushed();
     seed_with(&root, files, Path::new("boot"), volume.clone(), &flush)
 }
@@ -310,7 +314,7 @@ fn a_power_cut_anywhere_in_the_boot_partition_leaves_no_password_behind() {
     for text in [all(), long_seed()] {
         let (robot, card) = card_with(&text);
         let volume = Volume::new(card);
-        assert_eq!(take_over(&robot, &RealFiles, &volume).unwrap().taken.len(), 3);
+        assert_eq!(take_over(&robot, &DirectFileChanges, &volume).unwrap().taken.len(), 3);
         let expected = taken_from(&robot);
         let (mut states, mut again) = (0, 0);
         let points = volume.0.borrow().log.len();
@@ -326,7 +330,7 @@ fn a_power_cut_anywhere_in_the_boot_partition_leaves_no_password_behind() {
                 assert!(left || !holds(&state), "point {point}: the password outlives its file");
                 assert!(left || point > 0);
                 let next = Volume::new(state);
-                let seeded = take_over(&robot, &RealFiles, &next)
+                let seeded = take_over(&robot, &DirectFileChanges, &next)
                     .unwrap_or_else(|refusal| panic!("point {point} of {points}: {refusal}"));
                 again += usize::from(!seeded.taken.is_empty());
                 assert_eq!(taken_from(&robot), expected, "point {point}");
@@ -353,7 +357,7 @@ fn a_power_cut_anywhere_on_data_is_taken_over_again() {
             fs::remove_dir_all(&data).unwrap();
             state.write(&data);
             // The boot partition is changed only after all of this is durable.
-            take_over(&robot, &RealFiles, &Volume::new(card.clone())).unwrap();
+            take_over(&robot, &DirectFileChanges, &Volume::new(card.clone())).unwrap();
             let mut found = taken_from(&robot);
             found.retain(|path, _| path.extension().is_none_or(|ending| ending != "partial"));
             assert_eq!(found, expected, "point {point}");

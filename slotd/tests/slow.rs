@@ -1,6 +1,6 @@
 //! Malicious web servers: they send single bytes, break each connection, redirect for ever or never end their headers.
 //! Each is given up in the end; a slow but honest server is not. The limits are small here: times are those of
-//! [`Limits`], and a busy machine only makes a server slower.
+//! [`PaceLimits`], and a busy machine only makes a server slower.
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
 
 mod common;
@@ -14,17 +14,17 @@ use std::time::Duration;
 use bundles::noise;
 use common::bundles;
 use common::server::{Manners, Server};
-use slotd::Root;
-use slotd::source::{Http, Limits};
+use slotd::RootDir;
+use slotd::source::{HttpStream, PaceLimits};
 
 /// Limits that no server here can meet.
-const STRICT: Limits = Limits { slowest: 1 << 30, grace: Duration::from_millis(500) };
+const STRICT: PaceLimits = PaceLimits { slowest: 1 << 30, grace: Duration::from_millis(500) };
 
 /// Limits that every server here can meet.
-const MILD: Limits = Limits { slowest: 1, grace: Duration::from_secs(120) };
+const MILD: PaceLimits = PaceLimits { slowest: 1, grace: Duration::from_secs(120) };
 
-fn open(address: &str, limits: Limits) -> slotd::Result<Http> {
-    Http::open_with(address, &Root::new("/nonexistent"), limits)
+fn open(address: &str, limits: PaceLimits) -> slotd::Result<HttpStream> {
+    HttpStream::open_with(address, &RootDir::new("/nonexistent"), limits)
 }
 
 /// Answers each connection by `answer`, which gets its number. Returns the address, and a count of connections.

@@ -8,13 +8,13 @@ use std::fs;
 use std::sync::Mutex;
 
 use bundle::bootstate::{BootState, Slot};
-use bundle::{KeySet, Kind, Version};
+use bundle::{BuildKind, KeySet, Version};
 use common::bundles::{TestKey, mixed};
 use common::{Plan, Robot, TRUST, bundle_of_version, keys_of, new_system, system, write};
-use slotd::ratchet::{Area, Ratchet};
+use slotd::ratchet::{Ratchet, RatchetSectors};
 use slotd::storage::Storage;
 
-const DEVELOPMENT: Kind = Kind::Development;
+const DEVELOPMENT: BuildKind = BuildKind::Development;
 
 /// Keys by seed, of the epoch of the same number; those with a minus are revoked.
 fn set(serial: u32, keys: &[i8]) -> KeySet {
@@ -303,7 +303,7 @@ fn the_image_itself_asks_for_a_key_epoch() {
 
 #[test]
 fn a_release_robot_takes_no_key_set_of_a_development_key() {
-    let keys = keys_of(&[(1, Kind::Development, 1), (2, Kind::Release, 1)]);
+    let keys = keys_of(&[(1, BuildKind::Development, 1), (2, BuildKind::Release, 1)]);
     let robot = Plan { kind: "release", keys: keys.clone(), ..Plan::default() }.make();
     let next = KeySet { serial: 1, ..keys };
     // With any content of `data`: empty or damaged.
@@ -507,7 +507,7 @@ fn a_torn_write_of_the_trust_area_leaves_the_old_or_the_new() {
         counted: vec![format!("{n:016X}"); 100],
         ..Ratchet::default()
     };
-    let area = Area::new(&disk, TRUST);
+    let area = RatchetSectors::new(&disk, TRUST);
     assert_eq!((area.read().ratchet, area.read().damage.len()), (None, 0));
     let mut cuts = 0;
     for n in 1..=6 {
@@ -533,7 +533,7 @@ fn a_torn_write_of_the_trust_area_leaves_the_old_or_the_new() {
                 }
             }
             let cut = Cached { durable: Mutex::new(cut), volatile: Mutex::new(Vec::new()) };
-            let found = Area::new(&cut, TRUST).read().ratchet;
+            let found = RatchetSectors::new(&cut, TRUST).read().ratchet;
             let old = (n > 1).then(|| ratchet(n - 1));
             assert!(found == old || found == Some(ratchet(n)), "{n}, {mask:b}");
             cuts += 1;
@@ -570,6 +570,9 @@ impl Storage for Deaf<'_> {
 #[test]
 fn a_disk_that_keeps_nothing_is_not_believed() {
     let disk = Cached { durable: Mutex::new(vec![0; 1 << 20]), volatile: Mutex::new(Vec::new()) };
-    let why = Area::new(&Deaf(&disk), TRUST).write(&Ratchet::default()).unwrap_err().to_string();
+    let why = RatchetSectors::new(&Deaf(&disk), TRUST)
+        .write(&Ratchet::default())
+        .unwrap_err()
+        .to_string();
     assert!(why.contains("reads back differently than written"), "{why}");
 }

@@ -11,11 +11,11 @@ use std::fs;
 use std::io::{Cursor, Write};
 use std::path::Path;
 
-use bootmodel::firmware::{Firmware, Restart, Start, Table, select};
+use bootmodel::firmware::{Firmware, FirmwareStart, PreferredTable, RestartFlags, select};
 use bundle::bootstate::Slot;
 use card::{Op, Part, Place};
-use slotd::Root;
-use slotd::boot::{BootFlow, Trial, Tryboot};
+use slotd::RootDir;
+use slotd::boot::{BootControl, SlotTrial, Tryboot};
 
 const MIB: usize = 1 << 20;
 /// First byte of `boot`, `boot-a`, `boot-b`, and the size of each.
@@ -100,7 +100,7 @@ fn releases() -> Vec<Firmware> {
     for generation in [4, 5] {
         for walks in [false, true] {
             for knows_a_b in [false, true] {
-                all.push(Firmware { generation, table: Table::Mbr, walks, knows_a_b });
+                all.push(Firmware { generation, table: PreferredTable::Mbr, walks, knows_a_b });
             }
         }
     }
@@ -108,7 +108,7 @@ fn releases() -> Vec<Firmware> {
 }
 
 /// The slot that all of them start.
-fn starts(bytes: &[u8], restart: Restart) -> Result<Start, String> {
+fn starts(bytes: &[u8], restart: RestartFlags) -> Result<FirmwareStart, String> {
     let mut results: Vec<_> =
         releases().into_iter().map(|firmware| select(bytes, firmware, restart)).collect();
     results.iter_mut().flatten().for_each(|start| start.config = "");
@@ -117,7 +117,7 @@ fn starts(bytes: &[u8], restart: Restart) -> Result<Start, String> {
     results.remove(0)
 }
 
-fn slot(start: &Start) -> Slot {
+fn slot(start: &FirmwareStart) -> Slot {
     assert_eq!(start.cmdline, "slipway.tryboot=2:a,3:b");
     if start.partition == 2 { Slot::A } else { Slot::B }
 }
@@ -139,7 +139,7 @@ impl Robot {
         }
         robot.put("dev/vcio", b"");
         robot.put("proc/device-tree/chosen/bootloader/build-timestamp", &MADE.to_be_bytes());
-        robot.restart(Restart::default());
+        robot.restart(RestartFlags::default());
         robot
     }
 
@@ -147,11 +147,11 @@ impl Robot {
         fs::write(self.dir.path().join(path), bytes).unwrap();
     }
 
-    fn root(&self) -> Root {
-        Root::new(self.dir.path())
+    fn root(&self) -> RootDir {
+        RootDir::new(self.dir.path())
     }
 
-    fn restart(&mut self, restart: Restart) -> Slot {
+    fn restart(&mut self, restart: RestartFlags) -> Slot {
         let start = starts(&self.card.bytes(), restart).unwrap();
         self.boots += 1;
         self.running = slot(&start);
@@ -167,15 +167,15 @@ impl Robot {
             .unwrap()
     }
 
-    fn trial(&self) -> (Slot, Option<Trial>) {
+    fn trial(&self) -> (Slot, Option<SlotTrial>) {
         let status = self.flow().status().unwrap();
         assert_eq!(status.damage, [""; 0]);
         (status.active, status.trial)
     }
 }
 
-const PLAIN: Restart = Restart { partition: 0, tryboot: false };
-const TRY: Restart = Restart { partition: 0, tryboot: true };
+const PLAIN: RestartFlags = RestartFlags { partition: 0, tryboot: false };
+const TRY: RestartFlags = RestartFlags { partition: 0, tryboot: true };
 
 #[test]
 fn a_trial_is_committed_or_comes_back() {
@@ -183,10 +183,10 @@ fn a_trial_is_committed_or_comes_back() {
     let mut robot = Robot::new();
     assert_eq!((robot.running, robot.trial()), (A, (A, None)));
     robot.flow().arm_trial(B).unwrap();
-    assert_eq!(robot.trial(), (A, Some(Trial { slot: B, tries: 1 })));
+    assert_eq!(robot.trial(), (A, Some(SlotTrial { slot: B, tries: 1 })));
     assert_eq!(robot.flow().restart_argument(), Some("0 tryboot"));
     assert_eq!(robot.restart(TRY), B);
-    assert_eq!(robot.trial(), (A, Some(Trial { slot: B, tries: 0 })));
+    assert_eq!(robot.trial(), (A, Some(SlotTrial { slot: B, tries: 0 })));
     robot.flow().commit().unwrap();
     assert_eq!(robot.trial(), (B, None));
     assert_eq!(robot.restart(PLAIN), B);
@@ -194,7 +194,7 @@ fn a_trial_is_committed_or_comes_back() {
     robot.flow().arm_trial(A).unwrap();
     assert_eq!(robot.restart(TRY), A);
     assert_eq!(robot.restart(PLAIN), B);
-    assert_eq!(robot.trial(), (B, Some(Trial { slot: A, tries: 0 })));
+    assert_eq!(robot.trial(), (B, Some(SlotTrial { slot: A, tries: 0 })));
     let status = robot.flow().status().unwrap();
     assert_eq!(status.pending(B), None, "a trial that failed is over");
     // And one that a user ends.
@@ -210,7 +210,7 @@ fn a_lost_record_does_not_hide_a_running_trial() {
     robot.flow().arm_trial(Slot::B).unwrap();
     robot.restart(TRY);
     fs::remove_dir_all(robot.dir.path().join("data")).unwrap();
-    assert_eq!(robot.trial(), (Slot::A, Some(Trial { slot: Slot::B, tries: 0 })));
+    assert_eq!(robot.trial(), (Slot::A, Some(SlotTrial { slot: Slot::B, tries: 0 })));
 }
 
 #[test]

@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::disk::layout::BLOCK;
 use crate::progress::{bytes, say, warn};
 use card::{Buffer, Card};
-use seed::Seed;
+use seed::SeedFile;
 use source::Source;
 use write::{EDGE, PIECE, Piece, Sent, Sum};
 
@@ -32,7 +32,7 @@ pub struct Request<'a> {
     /// Whether everything is read back and compared.
     pub read_back: bool,
     /// The settings that the first boot applies.
-    pub seed: Option<&'a Seed>,
+    pub seed: Option<&'a SeedFile>,
 }
 
 /// A place where the card did not return the written data.

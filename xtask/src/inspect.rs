@@ -5,9 +5,9 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
-use bundle::Manifest;
+use bundle::BundleManifest;
 use camino::Utf8Path;
-use contract::device_file::{PATH, RawPlaces};
+use contract::device_file::{PATH, RawSectors};
 use serde::Serialize;
 
 use crate::diff::Inventory;
@@ -161,9 +161,9 @@ pub(crate) fn image(path: &Utf8Path) -> Result<ImageView> {
         let mut copy = vec![0; bundle::area::COPY];
         let read = File::open(path).and_then(|file| file.read_exact_at(&mut copy, offset));
         read.with_context(|| format!("reading the trust area at {offset} of {path}"))?;
-        let state = match bundle::area::Copy::decode(&copy) {
+        let state = match bundle::area::AreaCopy::decode(&copy) {
             Ok(copy) => Some(format!("{} bytes, write {}", copy.text.len(), copy.sequence)),
-            Err(bundle::area::Invalid::Empty) => None,
+            Err(bundle::area::InvalidAreaCopy::Empty) => None,
             Err(invalid) => Some(invalid.to_string()),
         };
         view.trust.push(StateView { offset, state, words: None });
@@ -201,7 +201,7 @@ pub(crate) fn content(path: &Utf8Path, offset: u64) -> Result<Option<Held>> {
 fn raw_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<(Vec<u64>, Vec<u64>)> {
     for partition in &tables.partitions {
         if let Ok(Some(text)) = read_file(path, partition.offset, &format!("/{PATH}")) {
-            let device = RawPlaces::parse(&text)
+            let device = RawSectors::parse(&text)
                 .with_context(|| format!("reading the device.toml in {path}"))?;
             let offsets = |sectors: Vec<u64>, what: &str| -> Result<Vec<u64>> {
                 ensure!(
@@ -263,7 +263,7 @@ fn slot_view(path: &Utf8Path, offset: u64, partition: u32) -> Result<Option<Slot
 pub(crate) struct BundleView {
     pub signed_by: Vec<bundle::SignedBy>,
     pub refusal: Option<String>,
-    pub manifest: Manifest,
+    pub manifest: BundleManifest,
 }
 
 /// A bundle's manifest, whether or not a known key has signed it.
@@ -273,7 +273,7 @@ pub(crate) struct BundleView {
 pub(crate) fn bundle(path: &Utf8Path) -> Result<BundleView> {
     let open = || File::open(path).with_context(|| format!("opening {path}"));
     let keys = Keys::open(&directory()?)?.set().clone();
-    Ok(match bundle::Reader::open(bundle::Stream(open()?), &keys) {
+    Ok(match bundle::BundleReader::open(bundle::StreamInput(open()?), &keys) {
         Ok(reader) => BundleView {
             signed_by: reader.signed_by().to_vec(),
             refusal: None,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use blake2::{Blake2b512, Digest};
 use bundle::keys::{key_id, signature_file};
 
-use bundle::{KeySet, Kind, MAX_SIGNATURES, SignatureFile, TrustedKey};
+use bundle::{BuildKind, KeySet, MAX_SIGNATURES, SignatureFile, TrustedKey};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
@@ -90,7 +90,13 @@ pub fn cache_signers(dir: &Utf8Path) -> Result<Vec<TrustedKey>> {
              list` names"
             )
         })?;
-        keys.push(TrustedKey { id, epoch: 1, kind: Kind::Development, public, revoked: false });
+        keys.push(TrustedKey {
+            id,
+            epoch: 1,
+            kind: BuildKind::Development,
+            public,
+            revoked: false,
+        });
     }
     keys.sort_by(|a, b| a.id.cmp(&b.id));
     keys.dedup_by(|a, b| a.id == b.id);
@@ -209,8 +215,9 @@ impl Keys {
 
     /// The keys that a device of this kind of product trusts: release devices trust no development
     /// key at all.
-    pub fn set_for(&self, kind: Kind) -> KeySet {
-        let trusts = |key: &&TrustedKey| kind == Kind::Development || key.kind == Kind::Release;
+    pub fn set_for(&self, kind: BuildKind) -> KeySet {
+        let trusts =
+            |key: &&TrustedKey| kind == BuildKind::Development || key.kind == BuildKind::Release;
         KeySet {
             serial: self.set.serial,
             keys: self.set.keys.iter().filter(trusts).cloned().collect(),
@@ -234,7 +241,7 @@ impl Keys {
     ///
     /// # Errors
     /// When there is one already, the password is not available, or writing fails.
-    pub fn new_key(&mut self, kind: Kind) -> Result<TrustedKey> {
+    pub fn new_key(&mut self, kind: BuildKind) -> Result<TrustedKey> {
         if let Some(key) = self.current(kind) {
             bail!(
                 "making a {kind} key: {} of epoch {} exists already\n\
@@ -251,7 +258,7 @@ impl Keys {
     ///
     /// # Errors
     /// When there is no key of this kind yet, the password is not available, or writing fails.
-    pub fn rotate(&mut self, kind: Kind, revoke_old: bool) -> Result<TrustedKey> {
+    pub fn rotate(&mut self, kind: BuildKind, revoke_old: bool) -> Result<TrustedKey> {
         ensure!(
             self.current(kind).is_some(),
             "rotating the {kind} key: no such key in {}\n\
@@ -262,7 +269,7 @@ impl Keys {
         // only sign with the new key, and robots that only know the old key would reject their
         // bundles.
         let current = self.current(kind).map(|key| self.file(&key, "key"));
-        if kind == Kind::Release && current.is_some_and(|path| path.is_file()) {
+        if kind == BuildKind::Release && current.is_some_and(|path| path.is_file()) {
             self.signer(kind).context(
                 "opening the current release key: the new key must have the same password\n\
                  help: enter the current key's password; if it is lost, move the key's file away: \
@@ -287,10 +294,10 @@ impl Keys {
     ///
     /// # Errors
     /// When there is none, its secret part is not here, or the password is wrong.
-    pub fn signer(&mut self, kind: Kind) -> Result<Signer> {
+    pub fn signer(&mut self, kind: BuildKind) -> Result<Signer> {
         let key = match (self.current(kind), kind) {
             (Some(key), _) => key,
-            (None, Kind::Development) => {
+            (None, BuildKind::Development) => {
                 let key = self.make(kind)?;
                 progress::say(
                     "keys",
@@ -298,7 +305,7 @@ impl Keys {
                 );
                 key
             }
-            (None, Kind::Release) => bail!(
+            (None, BuildKind::Release) => bail!(
                 "finding the release key: no release key in {}\n\
                  help: `cargo xtask keys new` makes one; a release cannot be signed by a \
                  development key",
@@ -346,7 +353,7 @@ impl Keys {
             "revoking the key {id}: without another {} key, nothing could be signed\n\
              help: `cargo xtask keys rotate{}` makes its successor first",
             key.kind,
-            if key.kind == Kind::Development { " --development" } else { "" }
+            if key.kind == BuildKind::Development { " --development" } else { "" }
         );
         self.save(set)?;
         Ok(key)
@@ -358,7 +365,7 @@ impl Keys {
     ///
     /// # Errors
     /// As [`Self::signer`]. An older key that cannot be opened is skipped with a warning.
-    pub fn signers(&mut self, kind: Kind) -> Result<Vec<Signer>> {
+    pub fn signers(&mut self, kind: BuildKind) -> Result<Vec<Signer>> {
         let mut signers = vec![self.signer(kind)?];
         let newest = signers.iter().map(|signer| signer.key().id.clone()).collect::<Vec<_>>();
         let fits =
@@ -382,15 +389,15 @@ impl Keys {
     }
 
     /// The newest key of a kind that is not revoked.
-    fn current(&self, kind: Kind) -> Option<TrustedKey> {
+    fn current(&self, kind: BuildKind) -> Option<TrustedKey> {
         let fits = |key: &&TrustedKey| key.kind == kind && !key.revoked;
         self.set.keys.iter().filter(fits).max_by_key(|key| key.epoch).cloned()
     }
 
-    fn make(&mut self, kind: Kind) -> Result<TrustedKey> {
+    fn make(&mut self, kind: BuildKind) -> Result<TrustedKey> {
         let pair = match kind {
-            Kind::Development => minisign::KeyPair::generate_unencrypted_keypair(),
-            Kind::Release => {
+            BuildKind::Development => minisign::KeyPair::generate_unencrypted_keypair(),
+            BuildKind::Release => {
                 minisign::KeyPair::generate_encrypted_keypair(password("protecting the new key")?)
             }
         }
@@ -506,8 +513,8 @@ impl Signer {
     pub fn open(text: &str, key: TrustedKey) -> Result<Self> {
         let secret = minisign::SecretKeyBox::from_string(text)?;
         let secret = match key.kind {
-            Kind::Development => secret.into_unencrypted_secret_key()?,
-            Kind::Release => secret.into_secret_key(password("opening the release key")?)?,
+            BuildKind::Development => secret.into_unencrypted_secret_key()?,
+            BuildKind::Release => secret.into_secret_key(password("opening the release key")?)?,
         };
         // minisign's layout: 54 bytes of algorithms and salt, key number, Ed25519 secret key.
         let bytes = secret.to_bytes();

@@ -158,7 +158,7 @@ pub struct Ready {
     /// Seconds from the start of the command until every declared address answered.
     pub seconds: f64,
     /// Addresses within the system that have answered.
-    pub answers: Vec<units::Address>,
+    pub answers: Vec<units::HttpCheck>,
     /// Its services.
     pub services: Vec<Service>,
     /// Enabled units of the base system, which do not run here.

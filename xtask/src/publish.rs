@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use bundle::{KeySet, Kind};
+use bundle::{BuildKind, KeySet};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::hash_bytes;
@@ -89,10 +89,10 @@ impl Authority {
     ///
     /// # Errors
     /// When there is none, or its password is wrong.
-    pub fn signer(&mut self, kind: Kind) -> Result<&Signer> {
+    pub fn signer(&mut self, kind: BuildKind) -> Result<&Signer> {
         let name = match kind {
-            Kind::Development => "development",
-            Kind::Release => "release",
+            BuildKind::Development => "development",
+            BuildKind::Release => "release",
         };
         if !self.signers.contains_key(name) {
             let mut keys = Keys::open(&self.dir)?;

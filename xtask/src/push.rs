@@ -14,7 +14,7 @@ use bundle::bootstate::Slot;
 use bundle::component::API;
 use camino::Utf8PathBuf;
 use contract::Refusal;
-use contract::answer::{self as agent, Event, Progress, Status};
+use contract::answer::{self as agent, Progress, RobotEvent, RobotStatus};
 use serde::Serialize;
 
 use crate::progress::{Step, Unit, bytes, say, warn};
@@ -174,7 +174,7 @@ struct Robot<'a> {
 /// An install that the robot has completed.
 struct Done {
     /// The robot's status before its restart.
-    before: Status,
+    before: RobotStatus,
     /// `None` when the answer was lost.
     installed: Option<Installed>,
 }
@@ -250,7 +250,7 @@ impl Robot<'_> {
     /// install was completed already.
     fn pause(
         &self,
-        before: &mut Status,
+        before: &mut RobotStatus,
         pauses: &mut std::slice::Iter<'_, u64>,
         mut why: String,
     ) -> Result<Option<Done>> {
@@ -335,7 +335,7 @@ impl Robot<'_> {
         let target = other(done.before.running);
         let step = Step::new("push", format!("{host}: restarting"), 0, Unit::Items);
         step.note(format!("{host}: restarting"));
-        let mut last: Option<Status> = None;
+        let mut last: Option<RobotStatus> = None;
         let mut note = "the robot has not restarted yet".to_owned();
         while started.elapsed() < patience {
             std::thread::sleep(POLL);
@@ -380,7 +380,7 @@ impl Robot<'_> {
     fn ended(
         &self,
         verdict: Verdict,
-        status: Option<&Status>,
+        status: Option<&RobotStatus>,
         installed: Option<Installed>,
         why: Option<String>,
     ) -> Outcome {
@@ -395,7 +395,8 @@ impl Robot<'_> {
 
     /// Why the robot rolled back, as far as its log tells.
     fn reason(&self, target: Slot) -> String {
-        let events = self.connection.ask::<Vec<Event>>(&["log", "--last", EVENTS], None, |_| {});
+        let events =
+            self.connection.ask::<Vec<RobotEvent>>(&["log", "--last", EVENTS], None, |_| {});
         let said = match events {
             Ok(Reply::Said(events)) => {
                 let since = events.iter().rposition(|event| event.event == "installed");
@@ -439,7 +440,7 @@ impl Shown {
             let step = Step::new("push", format!("{}: {what}", self.host), at.total, Unit::Bytes);
             self.step = Some((at, step));
         }
-        if at.step == agent::Step::Write {
+        if at.step == agent::InstallStep::Write {
             self.written = self.written.max(at.done);
         }
         if let Some((last, step)) = &mut self.step {

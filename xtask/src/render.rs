@@ -183,7 +183,7 @@ fn sound(source: &Utf8Path, place: Place<'_>, bytes: &[u8]) -> Result<()> {
 
 /// Refuses a `device.toml` that the robot's agent would not understand: it could neither update nor come back.
 fn understood(source: &Utf8Path, text: &[u8]) -> Result<()> {
-    let read = |text: &str| device_file::Description::parse(text).map(drop);
+    let read = |text: &str| device_file::DeviceFile::parse(text).map(drop);
     read(&String::from_utf8_lossy(text)).with_context(|| {
         format!(
             "{source} makes a device.toml that the robot's agent does not understand\n\

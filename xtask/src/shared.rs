@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use bundle::{KeySet, Kind};
+use bundle::{BuildKind, KeySet};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -209,7 +209,7 @@ pub struct Shared {
 ///
 /// # Errors
 /// When the address in the environment is invalid, or a key cannot be read.
-pub fn attach(cache: Cache, kind: Kind, signer: &Signer, offline: bool) -> Result<Cache> {
+pub fn attach(cache: Cache, kind: BuildKind, signer: &Signer, offline: bool) -> Result<Cache> {
     let keys = trusted(&keys::directory()?, kind)?;
     let remote = match Remote::from_environment()? {
         Some(remote) if offline => {
@@ -235,9 +235,9 @@ pub fn attach(cache: Cache, kind: Kind, signer: &Signer, offline: bool) -> Resul
 ///
 /// # Errors
 /// When the key directory cannot be read.
-pub fn trusted(dir: &Utf8Path, kind: Kind) -> Result<KeySet> {
+pub fn trusted(dir: &Utf8Path, kind: BuildKind) -> Result<KeySet> {
     let mut set = Keys::open(dir)?.set_for(kind);
-    if kind == Kind::Development {
+    if kind == BuildKind::Development {
         for key in keys::cache_signers(dir)? {
             // A key in the set keeps its state in the set: it may be revoked.
             if set.keys.iter().all(|known| known.id != key.id) {

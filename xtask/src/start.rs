@@ -5,7 +5,7 @@ use std::fs::File;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use bootmodel::chain::{self, Card, Facts, Finding, Level, Place};
+use bootmodel::chain::{self, BootFacts, BootFinding, CardContent, CardLocation, Severity};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
@@ -55,17 +55,18 @@ pub type Origin<'a> = (&'a Utf8Path, &'a Plan);
 /// # Errors
 /// An image that was not built by Slipway, or is damaged.
 pub fn look(image: &Utf8Path, origin: Option<Origin<'_>>) -> Result<Starts> {
-    let facts = Facts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
+    let facts = BootFacts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
-    let card = Card::read(Rc::new(file)).map_err(|reason| anyhow!("reading {image}: {reason}"))?;
+    let card =
+        CardContent::read(Rc::new(file)).map_err(|reason| anyhow!("reading {image}: {reason}"))?;
     let verdict = chain::check(&card, &facts);
-    let told = |level: Level| {
+    let told = |level: Severity| {
         let some = verdict.findings.iter().filter(move |finding| finding.level == level);
         some.map(|finding| tell(finding, &card, origin)).collect()
     };
     Ok(Starts {
-        stops: told(Level::Stops),
-        degrades: told(Level::Degrades),
+        stops: told(Severity::Stops),
+        degrades: told(Severity::Degrades),
         models: verdict
             .chains
             .into_iter()
@@ -97,7 +98,7 @@ pub fn require(starts: &Starts, board: &str) -> Result<()> {
 }
 
 /// A finding, with the source file in the workspace, and the line in it.
-fn tell(finding: &Finding, card: &Card, origin: Option<Origin<'_>>) -> String {
+fn tell(finding: &BootFinding, card: &CardContent, origin: Option<Origin<'_>>) -> String {
     let source = origin.and_then(|(root, plan)| Some((root, source(&finding.place, plan)?)));
     let Some((root, source)) = source else { return finding.to_string() };
     let line = line(&finding.place, card, &root.join(&source));
@@ -106,7 +107,7 @@ fn tell(finding: &Finding, card: &Card, origin: Option<Origin<'_>>) -> String {
 }
 
 /// The source file in the workspace of a file on the card.
-fn source(place: &Place, plan: &Plan) -> Option<Utf8PathBuf> {
+fn source(place: &CardLocation, plan: &Plan) -> Option<Utf8PathBuf> {
     let (number, file) = (place.partition?, place.file.as_deref()?);
     let role = &plan.disk.partitions.iter().find(|placed| placed.number == number)?.name;
     let boot = plan.boot_files.iter().find(|boot| boot.partition == *role && boot.path == file);
@@ -119,7 +120,7 @@ fn source(place: &Place, plan: &Plan) -> Option<Utf8PathBuf> {
 
 /// The only line of the workspace's file with the text of the card's line, if any: the line numbers
 /// of a template and of its result differ.
-fn line(place: &Place, card: &Card, source: &Utf8Path) -> Option<usize> {
+fn line(place: &CardLocation, card: &CardContent, source: &Utf8Path) -> Option<usize> {
     let (number, file, at) = (place.partition?, place.file.as_deref()?, place.line?);
     let volume = card.volumes.iter().find(|volume| volume.number == number);
     let slot = card.slots.iter().find(|slot| slot.number == number);

@@ -9,11 +9,11 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use bundle::component::{API, Lock};
-use bundle::manifest::Component;
+use bundle::component::{API, ComponentLock};
+use bundle::manifest::BundleComponent;
 use bundle::{
-    KeySet, Kind, Level, Manifest, Payload, PayloadReader, Policy, Reader, Seekable, SignedBy,
-    Source, Stream, Version,
+    BuildKind, BundleManifest, BundlePolicy, BundleReader, CompressionLevel, KeySet, Payload,
+    PayloadReader, PayloadSource, SeekableInput, SignedBy, StreamInput, Version,
 };
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
@@ -55,7 +55,7 @@ pub struct PackRequest<'a> {
     /// The bundle's version.
     pub version: Version,
     /// Development or release.
-    pub kind: Kind,
+    pub kind: BuildKind,
     /// The boards that it runs on.
     pub boards: Vec<String>,
     /// After the install, robots reject bundles below this version.
@@ -68,7 +68,7 @@ pub struct PackRequest<'a> {
     /// The components, in order.
     pub components: Vec<ComponentRequest>,
     /// The compression level.
-    pub level: Level,
+    pub level: CompressionLevel,
     /// The number of threads for compression; `None`: one for each core. The bundle's bytes do not
     /// depend on it.
     pub workers: Option<usize>,
@@ -101,7 +101,7 @@ pub struct PackReport {
     /// The file.
     pub artifact: Artifact,
     /// Its manifest.
-    pub manifest: Manifest,
+    pub manifest: BundleManifest,
     /// The keys that signed it.
     pub signed_by: Vec<SignedBy>,
     /// Its payloads, in order.
@@ -126,7 +126,7 @@ impl Sparse {
     }
 }
 
-impl Source for Sparse {
+impl PayloadSource for Sparse {
     fn size(&self) -> u64 {
         self.size
     }
@@ -285,7 +285,7 @@ fn check_signers(request: &PackRequest<'_>) -> Result<u32> {
     };
     for key in request.signers.iter().map(Signer::key) {
         ensure!(
-            request.kind == Kind::Development || key.kind == Kind::Release,
+            request.kind == BuildKind::Development || key.kind == BuildKind::Release,
             "`{}` is a release, but the key {} is a development key\n\
              help: sign it with a release key (`cargo xtask keys new`)",
             request.product,
@@ -300,7 +300,7 @@ fn compress(
     request: &PackRequest<'_>,
     key_epoch: u32,
     spool: &mut File,
-) -> Result<(Manifest, Vec<PackedPayload>, Vec<Vec<u8>>)> {
+) -> Result<(BundleManifest, Vec<PackedPayload>, Vec<Vec<u8>>)> {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let workers = request.workers.unwrap_or_else(cores);
     let (mut packed, mut indices, mut components) = (Vec::new(), Vec::new(), Vec::new());
@@ -325,13 +325,13 @@ fn compress(
             });
             indices.push(done.index);
         }
-        components.push(Component {
+        components.push(BundleComponent {
             name: component.name.clone(),
             version: component.version.clone(),
             payloads: described,
         });
     }
-    let manifest = Manifest {
+    let manifest = BundleManifest {
         format: bundle::FORMAT,
         required: Vec::new(),
         product: request.product.clone(),
@@ -352,7 +352,7 @@ fn read_back(path: &Utf8Path, request: &PackRequest<'_>) -> Result<Vec<SignedBy>
         KeySet { serial: 0, keys: request.signers.iter().map(|s| s.key().clone()).collect() };
     let file = File::open(path).with_context(|| format!("reading {path} back"))?;
     let walk = || -> bundle::Result<Vec<SignedBy>> {
-        let mut reader = Reader::open(Seekable(file), &keys)?;
+        let mut reader = BundleReader::open(SeekableInput(file), &keys)?;
         while let Some(mut payload) = reader.next_payload()? {
             while payload.next_frame().is_some() {
                 payload.skip_frame()?;
@@ -368,7 +368,7 @@ fn read_back(path: &Utf8Path, request: &PackRequest<'_>) -> Result<Vec<SignedBy>
 #[serde(rename_all = "kebab-case")]
 pub struct Verified {
     /// The manifest.
-    pub manifest: Manifest,
+    pub manifest: BundleManifest,
     /// SHA-256 of `manifest.json`.
     pub manifest_sha256: String,
     /// The valid signatures of trusted keys.
@@ -380,8 +380,8 @@ pub struct Verified {
 ///
 /// # Errors
 /// When the file is not a bundle.
-pub fn unverified(path: &Utf8Path) -> Result<(Manifest, String)> {
-    let read = || -> Result<(Manifest, String)> {
+pub fn unverified(path: &Utf8Path) -> Result<(BundleManifest, String)> {
+    let read = || -> Result<(BundleManifest, String)> {
         let mut archive = tar::Archive::new(File::open(path)?);
         let entry = archive.entries()?.next().context("the file is empty")?;
         // The crate's own message contains the bytes.
@@ -400,10 +400,11 @@ pub fn unverified(path: &Utf8Path) -> Result<(Manifest, String)> {
 ///
 /// # Errors
 /// The first error. The chain holds a [`bundle::Error`] with its stable code.
-pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<Verified> {
+pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &BundlePolicy<'_>) -> Result<Verified> {
     let file = File::open(path).with_context(|| format!("opening {path}"))?;
     let walk = || -> bundle::Result<Verified> {
-        let mut reader = Reader::open(Stream(BufReader::with_capacity(1 << 18, file)), keys)?;
+        let mut reader =
+            BundleReader::open(StreamInput(BufReader::with_capacity(1 << 18, file)), keys)?;
         reader.check(policy)?;
         let sizes = reader.manifest().components.iter().flat_map(|c| &c.payloads).map(|p| p.size);
         let step = Step::new("verify", "checking every block", sizes.sum(), Unit::Bytes);
@@ -436,16 +437,20 @@ pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<Ver
 /// A component `api` on its way through [`verify`].
 #[derive(Default)]
 struct Api {
-    lock: Option<Lock>,
+    lock: Option<ComponentLock>,
     trees: Trees,
 }
 
 impl Api {
-    fn payload(&mut self, component: &Component, content: &mut dyn Read) -> bundle::Result<()> {
+    fn payload(
+        &mut self,
+        component: &BundleComponent,
+        content: &mut dyn Read,
+    ) -> bundle::Result<()> {
         let Some(lock) = &self.lock else {
             let mut json = Vec::new();
             content.take(bundle::MAX_LOCK + 1).read_to_end(&mut json)?;
-            let lock = Lock::parse(&json)?;
+            let lock = ComponentLock::parse(&json)?;
             lock.matches(component)?;
             self.lock = Some(lock);
             return Ok(());
@@ -464,7 +469,7 @@ struct Content<'r, 's, I> {
     step: &'s Step,
 }
 
-impl<I: bundle::Input> Read for Content<'_, '_, I> {
+impl<I: bundle::BundleInput> Read for Content<'_, '_, I> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.at == self.ready.len() && self.error.is_none() {
             if self.payload.next_frame().is_none() {

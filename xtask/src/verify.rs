@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use bundle::keys::key_id;
-use bundle::{KeySet, Kind, Policy, TrustedKey};
+use bundle::{BuildKind, BundlePolicy, KeySet, TrustedKey};
 use camino::Utf8Path;
 use serde_json::json;
 
@@ -28,10 +28,10 @@ pub(crate) fn verify_bundle(
         !keys.keys.is_empty(),
         "no trusted keys\nhelp: name a key set or a minisign public key with --keys"
     );
-    let policy = Policy { product: None, board: None, floor: None, key_epoch: 0 };
+    let policy = BundlePolicy { product: None, board: None, floor: None, key_epoch: 0 };
     let verified = update::verify(bundle, &keys, &policy)?;
     let manifest = &verified.manifest;
-    let named = |kind: Kind, id: &str| match alone {
+    let named = |kind: BuildKind, id: &str| match alone {
         true => format!("the key {id}"),
         false => format!("the {kind} key {id}"),
     };
@@ -77,7 +77,7 @@ fn read_keys(path: &Utf8Path) -> Result<(KeySet, bool)> {
     let public = public.with_context(|| format!("{path} contains no public key"))?;
     let id = key_id(public.trim()).with_context(|| format!("reading {path}"))?;
     let public = public.trim().to_owned();
-    let key = TrustedKey { id, epoch: u32::MAX, kind: Kind::Release, public, revoked: false };
+    let key = TrustedKey { id, epoch: u32::MAX, kind: BuildKind::Release, public, revoked: false };
     Ok((KeySet { keys: vec![key], ..KeySet::default() }, true))
 }
 

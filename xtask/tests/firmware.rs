@@ -4,7 +4,7 @@
 use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
-use bootmodel::firmware::{Firmware, Restart, Table, select};
+use bootmodel::firmware::{Firmware, PreferredTable, RestartFlags, select};
 use camino::Utf8Path;
 use uuid::Uuid;
 use xtask::disk::{Content, DiskSpec, FatFile, Filesystem, PartitionSpec, Source, assemble};
@@ -61,12 +61,12 @@ fn check(product: &str, board: &str, generation: u32) -> Result<()> {
     };
     let disk = File::open(assemble(&spec, &image)?.path)?;
     let number = |role: &str| plan.disk.partition(role).map(|placed| placed.number);
-    for table in [Table::Mbr, Table::Gpt] {
+    for table in [PreferredTable::Mbr, PreferredTable::Gpt] {
         for walks in [false, true] {
             for knows_a_b in [false, true] {
                 let firmware = Firmware { generation, table, walks, knows_a_b };
                 for (tryboot, role, slot) in [(false, "boot-a", "a"), (true, "boot-b", "b")] {
-                    let restart = Restart { partition: 0, tryboot };
+                    let restart = RestartFlags { partition: 0, tryboot };
                     let start = select(&disk, firmware, restart).map_err(anyhow::Error::msg)?;
                     let context = format!("{board}, {firmware:?}, {restart:?}: {start:?}");
                     ensure!(Some(start.partition) == number(role), "{context}");

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use agent::slotd;
 use bundle::bootstate::{BootState, Slot};
-use bundle::component::{LOCK_ROLE, Lock, Wheel};
-use bundle::{Kind, Level, Version};
+use bundle::component::{ComponentLock, ComponentWheel, LOCK_ROLE};
+use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::keys::Keys;
 use xtask::push::{Outcome, Request, Verdict, push};
@@ -74,20 +74,20 @@ impl Bench {
         payloads: Vec<PayloadRequest>,
     ) -> Utf8PathBuf {
         let signers =
-            [Keys::open(&self.dir.join("keys")).unwrap().signer(Kind::Development).unwrap()];
+            [Keys::open(&self.dir.join("keys")).unwrap().signer(BuildKind::Development).unwrap()];
         let version = Version::parse(version).unwrap();
         let own = Version::parse(own).unwrap();
         let component = ComponentRequest { name: component.to_owned(), version: own, payloads };
         let request = PackRequest {
             product: "robot-test".to_owned(),
             version,
-            kind: Kind::Development,
+            kind: BuildKind::Development,
             boards: vec!["board-one".to_owned()],
             minimum_version: Version::parse("0.1.0").unwrap(),
             key_epoch: None,
             epoch: 0,
             components: vec![component],
-            level: Level::Fast,
+            level: CompressionLevel::Fast,
             workers: None,
             signers: &signers,
         };
@@ -138,7 +138,7 @@ impl Robot {
         // On a robot the mount point is there whatever became of the partition.
         fs::create_dir_all(root.join("data")).unwrap();
         write("usr/lib/slipway/device.toml", device.as_bytes());
-        drop(Keys::open(&bench.dir.join("keys")).unwrap().signer(Kind::Development).unwrap());
+        drop(Keys::open(&bench.dir.join("keys")).unwrap().signer(BuildKind::Development).unwrap());
         let keys = fs::read(bench.dir.join("keys/keyset.json")).unwrap();
         write("usr/lib/slipway/keyset.json", &keys);
         write("proc/device-tree/compatible", b"maker,board-one\0");
@@ -405,7 +405,7 @@ fn api_bundle(bench: &Bench, version: &str, file: &str) -> Utf8PathBuf {
         tar.append_data(&mut header, name, content).unwrap();
     }
     let tar = tar.into_inner().unwrap();
-    let lock = Lock {
+    let lock = ComponentLock {
         format: 1,
         package: "robotapi".to_owned(),
         module: "robotapi".to_owned(),
@@ -414,7 +414,7 @@ fn api_bundle(bench: &Bench, version: &str, file: &str) -> Utf8PathBuf {
         arch: std::env::consts::ARCH.to_owned(),
         libc: "glibc 2.36".to_owned(),
         base: Vec::new(),
-        wheels: vec![Wheel {
+        wheels: vec![ComponentWheel {
             role: "robotapi".to_owned(),
             name: "robotapi".to_owned(),
             version: version.to_owned(),

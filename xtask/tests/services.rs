@@ -7,7 +7,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
 
-use bundle::manifest::Kind;
+use bundle::manifest::BuildKind;
 use camino::Utf8PathBuf;
 use overlay_support::{Robot, plans, said, workspace};
 use xtask::local::units;
@@ -330,7 +330,7 @@ fn a_release_takes_keys_only() {
         assert!(output.status.success(), "{said}");
         let has = |line: &str| said.lines().any(|l| l == line);
         assert!(has("kbdinteractiveauthentication no"), "{said}");
-        if plan.product.kind == Kind::Release {
+        if plan.product.kind == BuildKind::Release {
             releases += 1;
             assert!(has("passwordauthentication no") && has("pubkeyauthentication yes"), "{said}");
             assert!(has("authenticationmethods publickey"), "{said}");

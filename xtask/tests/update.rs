@@ -4,7 +4,7 @@ use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use bundle::{KeySet, Kind, Level, Policy, Version};
+use bundle::{BuildKind, BundlePolicy, CompressionLevel, KeySet, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::keys::{KEY_SET, Keys, PASSWORD_VARIABLE, Signer};
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack, verify};
@@ -28,7 +28,7 @@ fn payload(dir: &Utf8Path) -> Utf8PathBuf {
     path
 }
 
-fn request<'a>(payload: &Utf8Path, kind: Kind, signers: &'a [Signer]) -> PackRequest<'a> {
+fn request<'a>(payload: &Utf8Path, kind: BuildKind, signers: &'a [Signer]) -> PackRequest<'a> {
     let version = Version::parse("0.1.0").unwrap();
     let payload = PayloadRequest { role: "root".to_owned(), path: payload.to_owned() };
     PackRequest {
@@ -44,7 +44,7 @@ fn request<'a>(payload: &Utf8Path, kind: Kind, signers: &'a [Signer]) -> PackReq
             version,
             payloads: vec![payload],
         }],
-        level: Level::Fast,
+        level: CompressionLevel::Fast,
         workers: None,
         signers,
     }
@@ -62,18 +62,20 @@ fn run(program: &str, args: &[&str], dir: &Utf8Path) -> Vec<u8> {
 fn a_bundle_is_made_the_same_twice_and_foreign_tools_read_it() {
     let Dir(_keep, dir) = dir();
     let mut keys = Keys::open(&dir.join("keys")).unwrap();
-    let signers = [keys.signer(Kind::Development).unwrap()];
+    let signers = [keys.signer(BuildKind::Development).unwrap()];
     let root = payload(&dir);
-    let first = pack(&request(&root, Kind::Development, &signers), &dir.join("a.bundle")).unwrap();
-    let other = PackRequest { workers: Some(1), ..request(&root, Kind::Development, &signers) };
+    let first =
+        pack(&request(&root, BuildKind::Development, &signers), &dir.join("a.bundle")).unwrap();
+    let other =
+        PackRequest { workers: Some(1), ..request(&root, BuildKind::Development, &signers) };
     let second = pack(&other, &dir.join("deep/er/b.bundle")).unwrap();
     assert_eq!(first.artifact.sha256, second.artifact.sha256);
     assert_eq!(xtask::artifact::Artifact::of(dir.join("a.bundle")).unwrap(), first.artifact);
     assert_eq!((first.payloads[0].size, first.payloads[0].used), (40 << 20, 3 * 4096));
-    assert_eq!(first.signed_by[0].kind, Kind::Development);
+    assert_eq!(first.signed_by[0].kind, BuildKind::Development);
     assert!(!dir.join("a.bundle.partial").exists());
 
-    let verified = verify(&dir.join("a.bundle"), keys.set(), &Policy::default()).unwrap();
+    let verified = verify(&dir.join("a.bundle"), keys.set(), &BundlePolicy::default()).unwrap();
     assert_eq!(verified.manifest, first.manifest);
     run("tar", &["-xf", "a.bundle"], &dir);
     let public = &keys.list()[0].public_file;
@@ -85,13 +87,13 @@ fn a_bundle_is_made_the_same_twice_and_foreign_tools_read_it() {
 fn a_damaged_bundle_is_refused_with_its_code_and_help() {
     let Dir(_keep, dir) = dir();
     let mut keys = Keys::open(&dir.join("keys")).unwrap();
-    let signers = [keys.signer(Kind::Development).unwrap()];
+    let signers = [keys.signer(BuildKind::Development).unwrap()];
     let path = dir.join("a.bundle");
-    pack(&request(&payload(&dir), Kind::Development, &signers), &path).unwrap();
+    pack(&request(&payload(&dir), BuildKind::Development, &signers), &path).unwrap();
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[700] ^= 1;
     std::fs::write(&path, bytes).unwrap();
-    let error = verify(&path, keys.set(), &Policy::default()).unwrap_err();
+    let error = verify(&path, keys.set(), &BundlePolicy::default()).unwrap_err();
     let shown = format!("{error:#}");
     assert!(shown.contains("(bad-signature)\nhelp: "), "{shown}");
     let typed = error.chain().find_map(|cause| cause.downcast_ref::<bundle::Error>());
@@ -102,14 +104,14 @@ fn a_damaged_bundle_is_refused_with_its_code_and_help() {
 fn the_minisign_tool_signs_with_our_key_what_we_accept() {
     let Dir(_keep, dir) = dir();
     let mut keys = Keys::open(&dir.join("keys")).unwrap();
-    keys.signer(Kind::Development).unwrap();
+    keys.signer(BuildKind::Development).unwrap();
     let listed = keys.list().remove(0);
     std::fs::write(dir.join("text"), "something").unwrap();
     let secret = listed.secret.unwrap();
     run("minisign", &["-S", "-m", "text", "-s", secret.as_str()], &dir);
     run("minisign", &["-V", "-m", "text", "-p", listed.public_file.as_str()], &dir);
     let by_tool = std::fs::read_to_string(dir.join("text.minisig")).unwrap();
-    let ours = keys.signer(Kind::Development).unwrap().sign(b"something", "x").text;
+    let ours = keys.signer(BuildKind::Development).unwrap().sign(b"something", "x").text;
     // Algorithm, key number and signature are the tool's own, byte for byte.
     assert_eq!(by_tool.lines().nth(1), ours.lines().nth(1));
     assert_eq!(by_tool.lines().next(), ours.lines().next());
@@ -121,14 +123,14 @@ fn keys_are_made_once_kept_private_and_rotated() {
     let at = dir.join("keys");
     let mut keys = Keys::open(&at).unwrap();
     assert!(keys.list().is_empty());
-    let message = format!("{:#}", keys.signer(Kind::Release).unwrap_err());
+    let message = format!("{:#}", keys.signer(BuildKind::Release).unwrap_err());
     assert!(message.contains("finding the release key: no release key in"), "{message}");
-    let message = format!("{:#}", keys.rotate(Kind::Development, false).unwrap_err());
+    let message = format!("{:#}", keys.rotate(BuildKind::Development, false).unwrap_err());
     assert!(message.contains("`cargo xtask keys new` makes the first"), "{message}");
 
-    let first = keys.signer(Kind::Development).unwrap().key().clone();
-    assert_eq!(keys.signer(Kind::Development).unwrap().key(), &first);
-    let message = format!("{:#}", keys.new_key(Kind::Development).unwrap_err());
+    let first = keys.signer(BuildKind::Development).unwrap().key().clone();
+    assert_eq!(keys.signer(BuildKind::Development).unwrap().key(), &first);
+    let message = format!("{:#}", keys.new_key(BuildKind::Development).unwrap_err());
     assert!(message.contains("of epoch 1 exists already"), "{message}");
     let mode = |path: &Utf8Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
     assert_eq!(mode(&at), 0o700);
@@ -137,19 +139,19 @@ fn keys_are_made_once_kept_private_and_rotated() {
     // Until a key is revoked it signs beside its successor: robots of before know no other.
     let alone = format!("{:#}", keys.revoke(&first.id).unwrap_err());
     assert!(alone.contains("without another development key"), "{alone}");
-    let second = keys.rotate(Kind::Development, false).unwrap();
+    let second = keys.rotate(BuildKind::Development, false).unwrap();
     assert_eq!(second.epoch, 2);
     let ids = |keys: &mut Keys| -> Vec<String> {
-        let signers = keys.signers(Kind::Development).unwrap();
+        let signers = keys.signers(BuildKind::Development).unwrap();
         signers.iter().map(|signer| signer.key().id.clone()).collect()
     };
     assert_eq!(ids(&mut keys), [second.id.clone(), first.id.clone()]);
     let out = dir.join("both.bundle");
-    let signers = keys.signers(Kind::Development).unwrap();
-    pack(&request(&payload(&dir), Kind::Development, &signers), &out).unwrap();
+    let signers = keys.signers(BuildKind::Development).unwrap();
+    pack(&request(&payload(&dir), BuildKind::Development, &signers), &out).unwrap();
     for known in [&first, &second] {
         let set = KeySet { keys: vec![known.clone()], ..KeySet::default() };
-        let policy = Policy { product: None, board: None, floor: None, key_epoch: 0 };
+        let policy = BundlePolicy { product: None, board: None, floor: None, key_epoch: 0 };
         let verified = xtask::update::verify(&out, &set, &policy).unwrap();
         assert_eq!(verified.signed_by[0].id, known.id);
         assert_eq!(verified.manifest.key_epoch, 1, "the older key still counts");
@@ -157,13 +159,13 @@ fn keys_are_made_once_kept_private_and_rotated() {
     assert_eq!(keys.revoke(&first.id).unwrap().id, first.id);
     assert_eq!(ids(&mut keys), std::slice::from_ref(&second.id));
     assert!(keys.revoke(&first.id).is_err() && keys.revoke("0").is_err());
-    assert_eq!(keys.signer(Kind::Development).unwrap().key(), &second);
+    assert_eq!(keys.signer(BuildKind::Development).unwrap().key(), &second);
     drop(keys);
     let keys = Keys::open(&at).unwrap();
     let states: Vec<(u32, bool)> = keys.set().keys.iter().map(|k| (k.epoch, k.revoked)).collect();
     assert_eq!(states, [(1, true), (2, false)]);
-    assert!(keys.set_for(Kind::Release).keys.is_empty());
-    assert_eq!(keys.set_for(Kind::Development).keys.len(), 2);
+    assert!(keys.set_for(BuildKind::Release).keys.is_empty());
+    assert_eq!(keys.set_for(BuildKind::Development).keys.len(), 2);
     assert!(at.join(KEY_SET).is_file());
 }
 
@@ -171,14 +173,14 @@ fn keys_are_made_once_kept_private_and_rotated() {
 fn a_release_refuses_the_development_key() {
     let Dir(_keep, dir) = dir();
     let mut keys = Keys::open(&dir.join("keys")).unwrap();
-    let signers = [keys.signer(Kind::Development).unwrap()];
+    let signers = [keys.signer(BuildKind::Development).unwrap()];
     let out = dir.join("a.bundle");
-    let error = pack(&request(&payload(&dir), Kind::Release, &signers), &out).unwrap_err();
+    let error = pack(&request(&payload(&dir), BuildKind::Release, &signers), &out).unwrap_err();
     let shown = format!("{error:#}");
     assert!(shown.contains("is a release, but the key"), "{shown}");
     assert!(shown.contains("help: sign it with a release key"), "{shown}");
     assert!(!out.exists());
-    let error = pack(&request(&payload(&dir), Kind::Release, &[]), &out).unwrap_err();
+    let error = pack(&request(&payload(&dir), BuildKind::Release, &[]), &out).unwrap_err();
     assert!(format!("{error:#}").contains("no signing key: the bundle would be unsigned"));
 }
 
@@ -186,9 +188,10 @@ fn a_release_refuses_the_development_key() {
 fn a_missing_payload_leaves_nothing_behind() {
     let Dir(_keep, dir) = dir();
     let mut keys = Keys::open(&dir.join("keys")).unwrap();
-    let signers = [keys.signer(Kind::Development).unwrap()];
+    let signers = [keys.signer(BuildKind::Development).unwrap()];
     let out = dir.join("out/a.bundle");
-    let error = pack(&request(&dir.join("none"), Kind::Development, &signers), &out).unwrap_err();
+    let error =
+        pack(&request(&dir.join("none"), BuildKind::Development, &signers), &out).unwrap_err();
     assert!(format!("{error:#}").contains("opening"), "{error:#}");
     assert_eq!(std::fs::read_dir(dir.join("out")).unwrap().count(), 0);
 }
@@ -221,9 +224,9 @@ const SIGNS: &str = "TEST_UPDATE_SIGNS";
 fn a_read_only_key_directory_is_read_and_signs() {
     let Dir(_keep, dir) = dir();
     let folder = dir.join("keys");
-    let signers = [Keys::open(&folder).unwrap().signer(Kind::Development).unwrap()];
+    let signers = [Keys::open(&folder).unwrap().signer(BuildKind::Development).unwrap()];
     let out = dir.join("a.bundle");
-    pack(&request(&payload(&dir), Kind::Development, &signers), &out).unwrap();
+    pack(&request(&payload(&dir), BuildKind::Development, &signers), &out).unwrap();
     std::fs::remove_file(folder.join(".lock")).unwrap();
     let mount = "mount --bind \"$1\" \"$1\" && mount -o remount,ro,bind \"$1\" && ! touch \"$1/x\" 2>/dev/null && shift && exec \"$@\"";
     let in_mount = |program: &str, words: &[&str]| {
@@ -257,7 +260,7 @@ fn a_read_only_key_directory_is_read_and_signs() {
 #[test]
 fn in_a_child_that_signs() {
     let Ok(dir) = std::env::var(SIGNS) else { return };
-    let signer = Keys::open(Utf8Path::new(&dir)).unwrap().signer(Kind::Development).unwrap();
+    let signer = Keys::open(Utf8Path::new(&dir)).unwrap().signer(BuildKind::Development).unwrap();
     println!("signed by {}", signer.sign(b"x", "a comment").key);
 }
 
@@ -314,12 +317,12 @@ fn in_a_child_with_a_password() {
     let work = || -> anyhow::Result<()> {
         let mut keys = Keys::open(&dir.join("keys"))?;
         if keys.list().is_empty() {
-            keys.new_key(Kind::Release)?;
+            keys.new_key(BuildKind::Release)?;
         }
-        let signers = [keys.signer(Kind::Release)?];
+        let signers = [keys.signer(BuildKind::Release)?];
         let out = dir.join("a.bundle");
-        pack(&request(&payload(&dir), Kind::Release, &signers), &out)?;
-        verify(&out, &keys.set_for(Kind::Release), &Policy::default())?;
+        pack(&request(&payload(&dir), BuildKind::Release, &signers), &out)?;
+        verify(&out, &keys.set_for(BuildKind::Release), &BundlePolicy::default())?;
         Ok(())
     };
     if let Err(error) = work() {
@@ -339,7 +342,7 @@ fn component_of(files: &[(&str, &str)], dir: &Utf8Path) -> ComponentRequest {
     }
     let tar = tar.into_inner().unwrap();
     let hash = xtask::artifact::hash_bytes(&tar);
-    let lock = bundle::component::Lock {
+    let lock = bundle::component::ComponentLock {
         format: bundle::component::LOCK_FORMAT,
         package: "foo".into(),
         module: "foo".into(),
@@ -348,7 +351,7 @@ fn component_of(files: &[(&str, &str)], dir: &Utf8Path) -> ComponentRequest {
         arch: "aarch64".into(),
         libc: "glibc 2.36".into(),
         base: vec![],
-        wheels: vec![bundle::component::Wheel {
+        wheels: vec![bundle::component::ComponentWheel {
             role: "foo".into(),
             name: "foo".into(),
             version: "1.0".into(),
@@ -376,17 +379,17 @@ fn component_of(files: &[(&str, &str)], dir: &Utf8Path) -> ComponentRequest {
 fn an_api_that_no_robot_takes_is_not_good() {
     let Dir(_keep, dir) = dir();
     let mut keys = Keys::open(&dir.join("keys")).unwrap();
-    let signers = [keys.signer(Kind::Development).unwrap()];
+    let signers = [keys.signer(BuildKind::Development).unwrap()];
     let out = dir.join("api.bundle");
     let verdict = |files: &[(&str, &str)], lock: Option<&str>| {
         let component = component_of(files, &dir);
         if let Some(text) = lock {
             std::fs::write(&component.payloads[0].path, text).unwrap();
         }
-        let mut request = request(&dir, Kind::Development, &signers);
+        let mut request = request(&dir, BuildKind::Development, &signers);
         request.components = vec![component];
         pack(&request, &out).unwrap();
-        verify(&out, keys.set(), &Policy::default())
+        verify(&out, keys.set(), &BundlePolicy::default())
     };
     let deep = format!("site/{}x", "d/".repeat(40));
     verdict(&[("site/foo/__init__.py", "x = 1\n"), ("site/foo/a/b.py", "")], None).unwrap();

@@ -438,7 +438,7 @@ fn a_component_has_each_wheel_as_a_tree_of_its_own() {
     let roles: Vec<&str> = made.payloads.iter().map(|(role, _)| role.as_str()).collect();
     assert_eq!(roles, ["component.json", "bar", "foo"]);
     let json = std::fs::read(&made.payloads[0].1.path).unwrap();
-    assert_eq!(bundle::component::Lock::parse(&json).unwrap(), made.lock);
+    assert_eq!(bundle::component::ComponentLock::parse(&json).unwrap(), made.lock);
     let (lock, foo) = (&made.lock, &made.lock.wheels[1]);
     let facts = [&lock.module, &lock.version, &made.version, &lock.python, &lock.arch, &lock.libc];
     assert_eq!(facts, ["foo", "1.0", "1.0.0", "3.11", "aarch64", "glibc 2.36"]);

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use serde::Deserialize;
 
 use super::fat;
-use crate::firmware::{Disk, Partition};
+use crate::firmware::{ReadOnlyDisk, TablePartition};
 
 /// A FAT's kinds by its number of clusters (Microsoft's specification of FAT, 1.03, "FAT type determination").
 const FAT12_BELOW: u64 = 4085;
@@ -30,7 +30,7 @@ const MOST_GROUPS: u64 = 65_536;
 
 /// A record of the MBR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Record {
+pub struct MbrEntry {
     /// Its slot, from 1; from 5 on in an extended partition.
     pub number: u32,
     /// Its type.
@@ -43,7 +43,7 @@ pub struct Record {
 
 /// The position of a GPT's parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Gpt {
+pub struct GptLayout {
     /// The first sector that partitions may have.
     pub first_usable: u64,
     /// The first sector of the entries.
@@ -52,7 +52,7 @@ pub struct Gpt {
 
 /// A FAT volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Volume {
+pub struct FatVolume {
     /// The number of its partition.
     pub number: u32,
     /// Its name, where the table has names.
@@ -77,7 +77,7 @@ pub struct Volume {
     pub unread: Option<String>,
 }
 
-impl Volume {
+impl FatVolume {
     /// 12, 16 or 32, by the number of clusters.
     pub fn width(&self) -> u32 {
         match self.clusters {
@@ -98,7 +98,7 @@ impl Volume {
 
 /// A root filesystem with a system in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Slot {
+pub struct CardSlot {
     /// The number of its partition.
     pub number: u32,
     /// Files that take part in a start: below `/boot`, indexes of modules, systemd's settings.
@@ -108,7 +108,7 @@ pub struct Slot {
 /// What the system states about itself in `/usr/lib/slipway/device.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Device {
+pub struct DeviceFacts {
     /// The board's name.
     pub board: String,
     /// The models that it is for.
@@ -122,12 +122,12 @@ pub struct Device {
     pub left_out_revisions: Vec<String>,
     /// Where the boot state is.
     #[serde(default)]
-    pub boot_state: States,
+    pub boot_state: BootStatePlaces,
 }
 
 /// The copies of the boot state.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-pub struct States {
+pub struct BootStatePlaces {
     /// Their first sectors.
     #[serde(default)]
     pub sectors: Vec<u64>,
@@ -135,27 +135,27 @@ pub struct States {
 
 /// A card.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Card {
+pub struct CardContent {
     /// The MBR's records that are in use, those of extended partitions too.
-    pub records: Vec<Record>,
+    pub records: Vec<MbrEntry>,
     /// The GPT, where there is one.
-    pub gpt: Option<Gpt>,
+    pub gpt: Option<GptLayout>,
     /// Byte offset of every partition, by number.
     pub partitions: BTreeMap<u32, u64>,
     /// FAT volumes, by number.
-    pub volumes: Vec<Volume>,
+    pub volumes: Vec<FatVolume>,
     /// Slots, by number.
-    pub slots: Vec<Slot>,
+    pub slots: Vec<CardSlot>,
     /// What the slots state about themselves.
-    pub device: Device,
+    pub device: DeviceFacts,
 }
 
-impl Card {
+impl CardContent {
     /// Parses a card.
     ///
     /// # Errors
     /// When a table or a slot cannot be read, or no slot has a system.
-    pub fn read(disk: Rc<dyn Disk>) -> Result<Self, String> {
+    pub fn read(disk: Rc<dyn ReadOnlyDisk>) -> Result<Self, String> {
         let (records, gpt, partitions) = super::table::partitions(disk.as_ref())?;
         let mut card = Self {
             records,
@@ -163,7 +163,7 @@ impl Card {
             partitions: partitions.iter().map(|p| (p.number, p.offset)).collect(),
             volumes: Vec::new(),
             slots: Vec::new(),
-            device: Device::default(),
+            device: DeviceFacts::default(),
         };
         let mut room = ROOM;
         let mut reasons = String::new();
@@ -209,7 +209,9 @@ impl Card {
     ///
     /// # Errors
     /// When a table cannot be read.
-    pub fn table_of(disk: &dyn Disk) -> Result<(Vec<Record>, BTreeMap<u32, u64>), String> {
+    pub fn table_of(
+        disk: &dyn ReadOnlyDisk,
+    ) -> Result<(Vec<MbrEntry>, BTreeMap<u32, u64>), String> {
         let (records, _, partitions) = super::table::partitions(disk)?;
         Ok((records, partitions.iter().map(|p| (p.number, p.offset)).collect()))
     }
@@ -225,7 +227,7 @@ impl Card {
     }
 
     /// The FAT volume of a partition.
-    pub fn volume(&self, number: u32) -> Option<&Volume> {
+    pub fn volume(&self, number: u32) -> Option<&FatVolume> {
         self.volumes.iter().find(|volume| volume.number == number)
     }
 }
@@ -237,19 +239,20 @@ pub const DEVICE: &str = "usr/lib/slipway/device.toml";
 const WIFI: &str = "/usr/lib/firmware/brcm";
 
 fn volume(
-    disk: &dyn Disk,
-    partition: &Partition,
+    disk: &dyn ReadOnlyDisk,
+    partition: &TablePartition,
     kind: Option<u8>,
     head: &[u8],
     room: &mut u64,
-) -> Option<Volume> {
+) -> Option<FatVolume> {
     // Boot sectors of other filesystems end in the same bytes, but the firmware does not read NTFS or exFAT either.
     let shape = fat::shape(head);
     if shape.is_none() && !kind.is_some_and(super::table::is_fat) {
         return None;
     }
-    let empty = fat::Shape { says: String::new(), clusters: 0, cluster_sectors: 0, sector: 512 };
-    let (fat::Shape { says, clusters, cluster_sectors, sector }, read) = match shape {
+    let empty =
+        fat::FatBootSector { says: String::new(), clusters: 0, cluster_sectors: 0, sector: 512 };
+    let (fat::FatBootSector { says, clusters, cluster_sectors, sector }, read) = match shape {
         Some(shape) => (shape, fat::files(disk, partition, LARGEST, room)),
         None => (empty, Err(std::io::Error::other("the boot sector is not that of a FAT volume"))),
     };
@@ -257,7 +260,7 @@ fn volume(
         Ok(files) => (files.found, files.left_out, None),
         Err(error) => (BTreeMap::new(), Vec::new(), Some(error.to_string())),
     };
-    Some(Volume {
+    Some(FatVolume {
         number: partition.number,
         name: partition.name.clone(),
         offset: partition.offset,
@@ -299,7 +302,7 @@ fn superblock(head: &[u8], size: u64) -> Result<bool, String> {
 
 /// A partition as ext4's reader wants it.
 struct Part {
-    disk: Rc<dyn Disk>,
+    disk: Rc<dyn ReadOnlyDisk>,
     offset: u64,
 }
 
@@ -316,7 +319,7 @@ impl ext4_view::Ext4Read for Part {
 /// Reads the files of a slot that take part in a start.
 struct Reader<'a> {
     files: ext4_view::Ext4,
-    slot: Slot,
+    slot: CardSlot,
     entries: usize,
     room: &'a mut u64,
 }
@@ -387,10 +390,10 @@ pub(super) const MANAGER: [&str; 3] =
     ["etc/systemd/system.conf", "usr/lib/systemd/system.conf", "lib/systemd/system.conf"];
 
 fn slot(
-    disk: &Rc<dyn Disk>,
-    partition: &Partition,
+    disk: &Rc<dyn ReadOnlyDisk>,
+    partition: &TablePartition,
     room: &mut u64,
-) -> Result<Option<Slot>, String> {
+) -> Result<Option<CardSlot>, String> {
     let number = partition.number;
     let part = Part { disk: Rc::clone(disk), offset: partition.offset };
     let files = ext4_view::Ext4::load(Box::new(part)).map_err(|error| told(&error))?;
@@ -398,7 +401,7 @@ fn slot(
     if !files.exists(device.as_str()).map_err(|error| told(&error))? {
         return Ok(None);
     }
-    let slot = Slot { number, files: BTreeMap::new() };
+    let slot = CardSlot { number, files: BTreeMap::new() };
     let mut reader = Reader { files, slot, entries: 0, room };
     reader.take(&device, LARGEST_DEVICE)?;
     // What a boot script loads, systemd's settings, indexes of modules.

@@ -13,7 +13,7 @@ const MOST_FILES: u32 = 32;
 
 /// A line that applies.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Setting {
+pub struct ConfigSetting {
     /// The included file that has the line; `None` when the line is in the file itself.
     pub file: Option<String>,
     /// Its number, from 1.
@@ -28,7 +28,7 @@ pub struct Setting {
 
 /// What decides whether a filter passes.
 #[derive(Debug, Clone, Copy)]
-pub struct Filters<'a> {
+pub struct ConfigFilters<'a> {
     /// Names of the sections for models that pass; `None` when the reader knows none.
     pub models: Option<&'a [String]>,
     /// Whether `[tryboot]` passes; `None` when the reader does not know it.
@@ -44,16 +44,16 @@ fn is_model(name: &str) -> bool {
 }
 
 /// The settings that pass.
-pub fn settings(text: &[u8], filters: Filters<'_>) -> Vec<Setting> {
+pub fn settings(text: &[u8], filters: ConfigFilters<'_>) -> Vec<ConfigSetting> {
     included(text, filters, &|_| None).0
 }
 
 /// The settings that pass, including those of files that `read` returns; and the includes that are not followed.
 pub fn included<'a>(
     text: &'a [u8],
-    filters: Filters<'_>,
+    filters: ConfigFilters<'_>,
     read: &dyn Fn(&str) -> Option<&'a [u8]>,
-) -> (Vec<Setting>, Vec<(Setting, &'static str)>) {
+) -> (Vec<ConfigSetting>, Vec<(ConfigSetting, &'static str)>) {
     let pass = (true, true, true);
     let mut reader =
         Reader { filters, read, pass, found: Vec::new(), refused: Vec::new(), files: 0 };
@@ -62,12 +62,12 @@ pub fn included<'a>(
 }
 
 struct Reader<'a, 'r> {
-    filters: Filters<'r>,
+    filters: ConfigFilters<'r>,
     read: &'r dyn Fn(&str) -> Option<&'a [u8]>,
     /// Whether the filters of models, of trials and of other kinds pass.
     pass: (bool, bool, bool),
-    found: Vec<Setting>,
-    refused: Vec<(Setting, &'static str)>,
+    found: Vec<ConfigSetting>,
+    refused: Vec<(ConfigSetting, &'static str)>,
     files: u32,
 }
 
@@ -95,7 +95,7 @@ impl<'a> Reader<'a, '_> {
     }
 
     fn section(&mut self, name: &str) {
-        let Filters { models, tryboot, sections } = self.filters;
+        let ConfigFilters { models, tryboot, sections } = self.filters;
         let (model, trial, other) = &mut self.pass;
         match name {
             _ if !sections => {}
@@ -108,7 +108,7 @@ impl<'a> Reader<'a, '_> {
         }
     }
 
-    fn include(&mut self, setting: Setting, depth: u32) {
+    fn include(&mut self, setting: ConfigSetting, depth: u32) {
         self.files += 1;
         let reason = if depth >= DEEPEST || self.files > MOST_FILES {
             "circular includes, or too many files"
@@ -129,16 +129,16 @@ pub fn section(line: &str) -> Option<&str> {
 }
 
 /// A line's key and value.
-pub fn setting(line: usize, text: &str) -> Option<Setting> {
+pub fn setting(line: usize, text: &str) -> Option<ConfigSetting> {
     let assigned = text.contains('=');
     let (key, value) = text.split_once('=').or_else(|| text.split_once(' '))?;
     let value = if key == "initramfs" { value.split(' ').next().unwrap_or("") } else { value };
     let (key, value) = (key.trim().to_owned(), value.trim().to_owned());
-    Some(Setting { file: None, line, key, value, assigned })
+    Some(ConfigSetting { file: None, line, key, value, assigned })
 }
 
 /// The last setting of that key, which is the one that applies.
-pub fn last<'a>(settings: &'a [Setting], key: &str) -> Option<&'a Setting> {
+pub fn last<'a>(settings: &'a [ConfigSetting], key: &str) -> Option<&'a ConfigSetting> {
     settings.iter().rev().find(|setting| setting.key == key)
 }
 
@@ -148,7 +148,8 @@ mod tests {
 
     fn taken(text: &str, tryboot: bool, model: &str) -> Vec<String> {
         let models = [model.to_owned()];
-        let filters = Filters { models: Some(&models), tryboot: Some(tryboot), sections: true };
+        let filters =
+            ConfigFilters { models: Some(&models), tryboot: Some(tryboot), sections: true };
         let taken = settings(text.as_bytes(), filters);
         taken.into_iter().map(|s| format!("{}={}", s.key, s.value)).collect()
     }
@@ -169,7 +170,7 @@ mod tests {
 
     #[test]
     fn included_files_are_read_in_their_place_and_a_circle_has_an_end() {
-        let filters = Filters { models: None, tryboot: Some(false), sections: true };
+        let filters = ConfigFilters { models: None, tryboot: Some(false), sections: true };
         let read = |name: &str| match name {
             "a.txt" => Some(&b"kernel=a\n[none]\n"[..]),
             "circle.txt" => Some(&b"x=1\ninclude circle.txt\ninclude circle.txt\n"[..]),
@@ -190,7 +191,7 @@ mod tests {
 
     #[test]
     fn a_reader_without_sections_takes_every_line() {
-        let filters = Filters { models: None, tryboot: None, sections: false };
+        let filters = ConfigFilters { models: None, tryboot: None, sections: false };
         let taken = settings(b"a=1\n[tryboot]\na=2", filters);
         assert_eq!(last(&taken, "a").map(|s| (s.line, s.value.as_str())), Some((3, "2")));
     }

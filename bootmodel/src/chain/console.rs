@@ -4,7 +4,7 @@
 //! `serial<n>`) and amba-pl011.c (`ttyAMA<n>` likewise); the firmware replaces `console=serial0` by the right name.
 
 use super::Run;
-use super::system::{Parts, System};
+use super::system::{BootSystem, SystemParts};
 
 /// Linux's names of serial ports, with the `compatible` strings of each.
 const PORTS: [(&str, &[&str]); 2] = [
@@ -12,7 +12,7 @@ const PORTS: [(&str, &[&str]); 2] = [
     ("ttyAMA", &["arm,pl011", "arm,pl011-axi", "arm,primecell"]),
 ];
 
-pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
+pub(super) fn check(run: &mut Run<'_>, system: &BootSystem<'_>, parts: &SystemParts) {
     let consoles: Vec<&str> =
         system.words.split(' ').filter_map(|word| word.strip_prefix("console=")).collect();
     let mut serial = None;
@@ -37,7 +37,7 @@ pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
         let alias = format!("serial{}", &name[prefix.len()..]);
         let node = parts.tree.alias(&alias);
         let enabled = node.filter(|node| parts.tree.enabled(node));
-        let drives = |node: &&super::fdt::Node| {
+        let drives = |node: &&super::fdt::DeviceTreeNode| {
             node.compatible().iter().any(|c| drivers.contains(&c.as_str()))
         };
         if let Some(node) = enabled.filter(drives) {

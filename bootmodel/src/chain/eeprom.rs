@@ -5,10 +5,10 @@
 //! table again, and with a GPT takes another partition before March 2025 (raspberrypi/rpi-eeprom#668); a partition
 //! with `start4.elf` beside autoboot.txt may end the search (T6); os_check (firmware-2712/release-notes.md, 2025-03-27).
 
-use super::card::Volume;
-use super::config::{self, Filters};
+use super::card::FatVolume;
+use super::config::{self, ConfigFilters};
 use super::rom::second_stage;
-use super::{Boot, Place, Run};
+use super::{Boot, CardLocation, Run};
 
 const AUTOBOOT: &str = "autoboot.txt";
 /// The file that the boot ROM looks for on the card before it reads the EEPROM (bootflow-eeprom.adoc, "First stage bootloader").
@@ -16,7 +16,7 @@ const RECOVERY: &str = "recovery.bin";
 
 /// The partition that autoboot.txt names for this kind of start and this EEPROM release.
 fn named(text: &[u8], tryboot: bool, sections: bool) -> Option<u32> {
-    let filters = Filters { models: None, tryboot: Some(tryboot), sections };
+    let filters = ConfigFilters { models: None, tryboot: Some(tryboot), sections };
     let settings = config::settings(text, filters);
     config::last(&settings, "boot_partition")?.value.parse().ok()
 }
@@ -26,7 +26,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     let Some(first) = run.card.volumes.iter().min_by_key(|volume| volume.offset) else {
         run.stop(
             "no-fat",
-            Place::card(),
+            CardLocation::card(),
             "the EEPROM finds no FAT volume".to_owned(),
             "define a partition with the role `boot` in board.toml".to_owned(),
         );
@@ -35,7 +35,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     if first.file(RECOVERY).is_some() {
         run.stop(
             "rom-recovery",
-            Place::file(first.number, RECOVERY),
+            CardLocation::file(first.number, RECOVERY),
             "the boot ROM runs recovery.bin instead of the EEPROM's program: it rewrites the EEPROM and starts no system".to_owned(),
             "do not put recovery.bin on the card".to_owned(),
         );
@@ -52,7 +52,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
         let Some(number) = named(text, tryboot, true) else {
             run.stop(
                 "autoboot-partition",
-                Place::file(first.number, AUTOBOOT),
+                CardLocation::file(first.number, AUTOBOOT),
                 format!("no boot_partition for {kind}"),
                 "set boot_partition; for a trial, below [tryboot]".to_owned(),
             );
@@ -61,7 +61,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
         let Some(volume) = run.card.volume(number) else {
             run.stop(
                 "autoboot-partition",
-                Place::file(first.number, AUTOBOOT),
+                CardLocation::file(first.number, AUTOBOOT),
                 format!("{kind} uses partition {number}, which is not a FAT volume"),
                 "name a partition with the role boot-a or boot-b".to_owned(),
             );
@@ -70,7 +70,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
         if tryboot && named(text, false, true) == Some(number) {
             run.stop(
                 "autoboot-partition",
-                Place::file(first.number, AUTOBOOT),
+                CardLocation::file(first.number, AUTOBOOT),
                 format!("{kind} uses partition {number}, like every other start: the other slot is never tried"),
                 "name the partition of the other slot below [tryboot]".to_owned(),
             );
@@ -84,9 +84,9 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     boots
 }
 
-fn autoboot(run: &mut Run<'_>, first: &Volume, text: &[u8]) {
+fn autoboot(run: &mut Run<'_>, first: &FatVolume, text: &[u8]) {
     let releases = &run.facts.releases;
-    let place = || Place::file(first.number, AUTOBOOT);
+    let place = || CardLocation::file(first.number, AUTOBOOT);
     if text.len() > releases.autoboot_limit {
         run.stop(
             "autoboot-length",
@@ -100,7 +100,7 @@ fn autoboot(run: &mut Run<'_>, first: &Volume, text: &[u8]) {
         );
     }
     for tryboot in [false, true] {
-        let filters = Filters { models: None, tryboot: Some(tryboot), sections: true };
+        let filters = ConfigFilters { models: None, tryboot: Some(tryboot), sections: true };
         let settings = config::settings(text, filters);
         if config::last(&settings, "tryboot_a_b").is_none_or(|set| set.value != "1") {
             run.stop(
@@ -156,19 +156,19 @@ fn autoboot(run: &mut Run<'_>, first: &Volume, text: &[u8]) {
     }
 }
 
-fn boot<'a>(run: &mut Run<'a>, volume: &'a Volume, tryboot: bool) -> Option<Boot<'a>> {
+fn boot<'a>(run: &mut Run<'a>, volume: &'a FatVolume, tryboot: bool) -> Option<Boot<'a>> {
     let number = volume.number;
     let Some(text) = volume.file("config.txt") else {
         run.stop(
             "config-missing",
-            Place::partition(number),
+            CardLocation::partition(number),
             "config.txt is missing".to_owned(),
             "add a boot file with the path config.txt".to_owned(),
         );
         return None;
     };
     let filters =
-        Filters { models: Some(&run.model.filters), tryboot: Some(tryboot), sections: true };
+        ConfigFilters { models: Some(&run.model.filters), tryboot: Some(tryboot), sections: true };
     // The EEPROM reads no included files (what_is_config_txt.adoc); `start4.elf` on a Raspberry Pi 4 does.
     let (own, unread) = config::included(text, filters, &|_| None);
     let (settings, refused) = if run.soc.second_stage.is_empty() {
@@ -182,7 +182,7 @@ fn boot<'a>(run: &mut Run<'a>, volume: &'a Volume, tryboot: bool) -> Option<Boot
     if let Some(ramdisk) = config::last(&own, "boot_ramdisk").filter(|set| set.value != "0") {
         run.stop(
             "boot-ramdisk",
-            Place::line(number, "config.txt", ramdisk.line),
+            CardLocation::line(number, "config.txt", ramdisk.line),
             "boot_ramdisk loads everything from boot.img: its content is not checked, and updates do not write it".to_owned(),
             "delete the line".to_owned(),
         );
@@ -200,7 +200,7 @@ fn boot<'a>(run: &mut Run<'a>, volume: &'a Volume, tryboot: bool) -> Option<Boot
         if run.card.gpt.is_some() && other && old {
             run.stop(
                 "second-stage-gpt",
-                Place::file(number, &run.soc.second_stage[0]),
+                CardLocation::file(number, &run.soc.second_stage[0]),
                 format!(
                     "this firmware is from {}: before {} it does not find the partition in a GPT that the EEPROM has chosen, and starts another one",
                     date.clone().unwrap_or_default(),

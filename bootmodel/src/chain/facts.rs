@@ -6,9 +6,9 @@ use serde::Deserialize;
 /// A size as written in the facts: `64MiB`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(try_from = "String")]
-pub struct Bytes(pub u64);
+pub struct FactSize(pub u64);
 
-impl TryFrom<String> for Bytes {
+impl TryFrom<String> for FactSize {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
@@ -27,9 +27,9 @@ impl TryFrom<String> for Bytes {
 /// An address as written in the facts: `0x00080000`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct Address(pub u64);
+pub struct FactAddress(pub u64);
 
-impl TryFrom<String> for Address {
+impl TryFrom<String> for FactAddress {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
@@ -47,7 +47,7 @@ pub(super) fn number(text: &str) -> Option<u64> {
 /// A model: one string that a board lists in `compatible`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Model {
+pub struct BoardModel {
     /// The root `compatible` of its device tree.
     pub compatible: String,
     /// Human-readable name.
@@ -57,7 +57,7 @@ pub struct Model {
     /// Sections of `config.txt` that pass on it.
     pub filters: Vec<String>,
     /// Every memory size that was sold.
-    pub ram: Vec<Bytes>,
+    pub ram: Vec<FactSize>,
     /// Device trees that the firmware loads.
     pub firmware_dtbs: Vec<String>,
     /// The same with `upstream_kernel=1`; empty when the names do not differ.
@@ -73,7 +73,7 @@ pub struct Model {
     pub wifi_chips: Vec<String>,
     /// Revisions of the board with different facts.
     #[serde(default, rename = "revision")]
-    pub revisions: Vec<Revision>,
+    pub revisions: Vec<BoardRevision>,
     /// The source of these facts.
     pub source: String,
 }
@@ -81,7 +81,7 @@ pub struct Model {
 /// A revision of a board.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Revision {
+pub struct BoardRevision {
     /// As `/proc/cpuinfo` has it.
     pub code: String,
     /// Human-readable name.
@@ -118,9 +118,9 @@ pub struct Soc {
     /// Whether it starts a kernel in 64-bit mode when `arm_64bit` is not set.
     pub starts_64bit: bool,
     /// The default of `gpu_mem=`.
-    pub gpu_memory: Bytes,
+    pub gpu_memory: FactSize,
     /// The end of the memory that firmware and U-Boot use.
-    pub memory_top: Bytes,
+    pub memory_top: FactSize,
     /// Widths of FAT that every release of the first stage reads.
     pub fat_widths: Vec<u32>,
     /// Sectors in a cluster that the first stage reads.
@@ -130,11 +130,11 @@ pub struct Soc {
     /// `compatible` strings of all controllers that U-Boot numbers.
     pub u_boot_mmc: Vec<String>,
     /// Where the firmware loads U-Boot.
-    pub u_boot_address: Address,
+    pub u_boot_address: FactAddress,
     /// The watchdog's driver, which also restarts the board.
     pub watchdog: String,
     /// Its registers: timeout and start.
-    pub watchdog_start: [Address; 2],
+    pub watchdog_start: [FactAddress; 2],
     /// The source of these facts.
     pub source: String,
 }
@@ -142,7 +142,7 @@ pub struct Soc {
 /// What releases of the firmware do.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Releases {
+pub struct FirmwareReleases {
     /// Bytes in a line of `config.txt`.
     pub line_limit: usize,
     /// The source of these facts.
@@ -160,12 +160,12 @@ pub struct Releases {
     /// What `start4.elf` does by date.
     pub second_stage: SecondStage,
     /// When the firmware runs the clocks at their maximum.
-    pub turbo: Turbo,
+    pub turbo: TurboRule,
     /// When the firmware needs two settings to start the watchdog before the kernel.
     pub early_watchdog: EarlyWatchdog,
     /// Incompatible pairs.
     #[serde(rename = "pair")]
-    pub pairs: Vec<Pair>,
+    pub pairs: Vec<UbootConflict>,
 }
 
 /// Keys of `config.txt` or `autoboot.txt`.
@@ -217,7 +217,7 @@ pub struct SecondStage {
 /// When the firmware runs the clocks at their maximum.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Turbo {
+pub struct TurboRule {
     /// The first such release.
     pub since: String,
     /// The line of `config.txt` that prevents it.
@@ -241,7 +241,7 @@ pub struct EarlyWatchdog {
 /// A U-Boot that is incompatible with a firmware or with a memory size.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Pair {
+pub struct UbootConflict {
     /// On which chip.
     pub soc: String,
     /// U-Boot before this version.
@@ -249,7 +249,7 @@ pub struct Pair {
     /// With firmware after this day.
     pub firmware_after: Option<String>,
     /// On boards with more memory.
-    pub memory_above: Option<Bytes>,
+    pub memory_above: Option<FactSize>,
     /// Why.
     pub reason: String,
     /// The source of these facts.
@@ -259,7 +259,7 @@ pub struct Pair {
 /// What a watchdog driver does with a number of seconds.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Driver {
+pub struct WatchdogDriver {
     /// The module's name.
     pub name: String,
     /// The hardware gets the seconds modulo this; 0 when it gets the number itself.
@@ -274,15 +274,15 @@ pub struct Driver {
 
 /// All facts.
 #[derive(Debug, Clone)]
-pub struct Facts {
+pub struct BootFacts {
     /// Of models.
-    pub models: Vec<Model>,
+    pub models: Vec<BoardModel>,
     /// Of chips.
     pub socs: Vec<Soc>,
     /// Of releases of the firmware.
-    pub releases: Releases,
+    pub releases: FirmwareReleases,
     /// Of watchdogs.
-    pub watchdogs: Vec<Driver>,
+    pub watchdogs: Vec<WatchdogDriver>,
 }
 
 /// The texts of `bootmodel/facts` built into this program: what a check depends on besides the card.
@@ -293,7 +293,7 @@ pub const TEXTS: [&str; 4] = [
     include_str!("../../facts/watchdog.toml"),
 ];
 
-impl Facts {
+impl BootFacts {
     /// The facts built into this program.
     ///
     /// # Errors
@@ -310,7 +310,7 @@ impl Facts {
     pub fn read(models: &str, socs: &str, firmware: &str, watchdog: &str) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Models {
-            model: Vec<Model>,
+            model: Vec<BoardModel>,
         }
         #[derive(Deserialize)]
         struct Socs {
@@ -318,7 +318,7 @@ impl Facts {
         }
         #[derive(Deserialize)]
         struct Watchdogs {
-            driver: Vec<Driver>,
+            driver: Vec<WatchdogDriver>,
         }
         let doing = |name: &'static str| move |error| format!("{name}: {error}");
         let models: Models = toml::from_str(models).map_err(doing("models.toml"))?;
@@ -329,13 +329,13 @@ impl Facts {
     }
 
     /// The model with this `compatible` string, with its chip.
-    pub fn model(&self, compatible: &str) -> Option<(&Model, &Soc)> {
+    pub fn model(&self, compatible: &str) -> Option<(&BoardModel, &Soc)> {
         let model = self.models.iter().find(|model| model.compatible == compatible)?;
         Some((model, self.socs.iter().find(|soc| soc.name == model.soc)?))
     }
 
     /// The watchdog driver with this name.
-    pub fn watchdog(&self, name: &str) -> Option<&Driver> {
+    pub fn watchdog(&self, name: &str) -> Option<&WatchdogDriver> {
         self.watchdogs.iter().find(|driver| driver.name == name)
     }
 }
@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn every_fact_has_its_form_and_says_who_says_so() {
-        let facts = Facts::known().expect("the facts");
+        let facts = BootFacts::known().expect("the facts");
         for model in &facts.models {
             assert!(facts.model(&model.compatible).is_some(), "{}: no such chip", model.compatible);
             assert!(!model.ram.is_empty() && !model.firmware_dtbs.is_empty(), "{model:?}");

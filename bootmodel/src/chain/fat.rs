@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 
-use crate::firmware::{Disk, Partition, Window};
+use crate::firmware::{PartitionStream, ReadOnlyDisk, TablePartition};
 
 /// The maximum number of files and directories in a volume; a boot partition has a few hundred.
 const MOST_ENTRIES: usize = 16_384;
@@ -18,7 +18,7 @@ const OVERHEAD: u64 = 64 << 20;
 
 /// The content of a boot sector.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(super) struct FatBootSector {
     /// The text at 54 or 82: "FAT16", "FAT32".
     pub(super) says: String,
     /// How many clusters there are.
@@ -35,7 +35,7 @@ fn number(head: &[u8], at: usize, bytes: usize) -> u64 {
 }
 
 /// The geometry of a volume; `None` when it is not a FAT volume.
-pub(super) fn shape(head: &[u8]) -> Option<Shape> {
+pub(super) fn shape(head: &[u8]) -> Option<FatBootSector> {
     let (sector, in_cluster) = (number(head, 11, 2), number(head, 13, 1));
     let (reserved, fats, root) = (number(head, 14, 2), number(head, 16, 1), number(head, 17, 2));
     let either = |at: usize, short: usize, other: usize| match number(head, at, short) {
@@ -51,7 +51,7 @@ pub(super) fn shape(head: &[u8]) -> Option<Shape> {
     let clusters = sectors.checked_sub(data)? / in_cluster;
     // In a FAT32 volume the 16-bit table size is zero.
     let text = head.get(if number(head, 22, 2) == 0 { 82..90 } else { 54..62 }).unwrap_or_default();
-    Some(Shape {
+    Some(FatBootSector {
         says: String::from_utf8_lossy(text).trim().to_owned(),
         clusters,
         cluster_sectors: u32::try_from(in_cluster * sector / 512).unwrap_or(0),
@@ -60,7 +60,7 @@ pub(super) fn shape(head: &[u8]) -> Option<Shape> {
 }
 
 /// The files of a volume.
-pub(super) struct Files {
+pub(super) struct VolumeFiles {
     /// By path.
     pub(super) found: BTreeMap<String, Vec<u8>>,
     /// Files that exceeded the limit; they are listed as empty.
@@ -72,20 +72,20 @@ pub(super) struct Files {
 /// # Errors
 /// When the volume is damaged or malicious.
 pub(super) fn files(
-    disk: &dyn Disk,
-    partition: &Partition,
+    disk: &dyn ReadOnlyDisk,
+    partition: &TablePartition,
     largest: u64,
     room: &mut u64,
-) -> io::Result<Files> {
+) -> io::Result<VolumeFiles> {
     let budget = Cell::new(OVERHEAD);
-    let window = Window::bounded(disk, partition, &budget);
+    let window = PartitionStream::bounded(disk, partition, &budget);
     let volume = fatfs::FileSystem::new(window, fatfs::FsOptions::new())?;
     let mut reader = Reader {
         budget: &budget,
         room,
         largest,
         entries: 0,
-        files: Files { found: BTreeMap::new(), left_out: Vec::new() },
+        files: VolumeFiles { found: BTreeMap::new(), left_out: Vec::new() },
     };
     reader.folder(&volume.root_dir(), "", 0)?;
     Ok(reader.files)
@@ -96,13 +96,13 @@ struct Reader<'a> {
     room: &'a mut u64,
     largest: u64,
     entries: usize,
-    files: Files,
+    files: VolumeFiles,
 }
 
 impl Reader<'_> {
     fn folder(
         &mut self,
-        folder: &fatfs::Dir<'_, Window<'_>>,
+        folder: &fatfs::Dir<'_, PartitionStream<'_>>,
         path: &str,
         depth: u32,
     ) -> io::Result<()> {
@@ -128,7 +128,11 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn file(&mut self, entry: &fatfs::DirEntry<'_, Window<'_>>, path: String) -> io::Result<()> {
+    fn file(
+        &mut self,
+        entry: &fatfs::DirEntry<'_, PartitionStream<'_>>,
+        path: String,
+    ) -> io::Result<()> {
         let length = entry.len();
         let mut bytes = Vec::new();
         if length > self.largest || length > *self.room {

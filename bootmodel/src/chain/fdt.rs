@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 
 /// A node.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Node {
+pub struct DeviceTreeNode {
     /// The whole path, `/soc/mmc@7e202000`.
     pub path: String,
-    /// The parent's index in [`Tree::nodes`]; the root is its own parent.
+    /// The parent's index in [`DeviceTree::nodes`]; the root is its own parent.
     pub parent: usize,
     /// Name and bytes, in order.
     pub properties: Vec<(String, Vec<u8>)>,
@@ -16,9 +16,9 @@ pub struct Node {
 
 /// A device tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tree {
+pub struct DeviceTree {
     /// All nodes, each after its parent.
-    pub nodes: Vec<Node>,
+    pub nodes: Vec<DeviceTreeNode>,
     /// Indices of nodes: the first one with each path, and the first one with each phandle.
     paths: BTreeMap<String, usize>,
     phandles: BTreeMap<u32, usize>,
@@ -58,7 +58,7 @@ fn name(bytes: &[u8], at: usize) -> Option<(String, usize)> {
     Some((String::from_utf8_lossy(&rest[..end]).into_owned(), end))
 }
 
-impl Tree {
+impl DeviceTree {
     /// Reads a device tree.
     ///
     /// # Errors
@@ -85,9 +85,9 @@ impl Tree {
         Ok(tree)
     }
 
-    fn nodes_of(bytes: &[u8]) -> Option<Vec<Node>> {
+    fn nodes_of(bytes: &[u8]) -> Option<Vec<DeviceTreeNode>> {
         let (structure, strings) = (word(bytes, 8)? as usize, word(bytes, 12)? as usize);
-        let mut nodes: Vec<Node> = Vec::new();
+        let mut nodes: Vec<DeviceTreeNode> = Vec::new();
         let mut open: Vec<usize> = Vec::new();
         let mut at = structure;
         loop {
@@ -106,7 +106,7 @@ impl Tree {
                         Some(parent) => format!("{}/{name}", parent.path.trim_end_matches('/')),
                     };
                     open.push(nodes.len());
-                    nodes.push(Node { path, parent, properties: Vec::new() });
+                    nodes.push(DeviceTreeNode { path, parent, properties: Vec::new() });
                 }
                 END => {
                     open.pop()?;
@@ -127,34 +127,34 @@ impl Tree {
     }
 
     /// The node at a path, or under an alias.
-    pub fn node(&self, path: &str) -> Option<&Node> {
+    pub fn node(&self, path: &str) -> Option<&DeviceTreeNode> {
         self.nodes.get(*self.paths.get(path)?)
     }
 
     /// The node that an alias names.
-    pub fn alias(&self, name: &str) -> Option<&Node> {
+    pub fn alias(&self, name: &str) -> Option<&DeviceTreeNode> {
         let path = self.node("/aliases")?.text(name)?;
         self.node(&path)
     }
 
     /// The node with this phandle.
-    pub fn phandle(&self, number: u32) -> Option<&Node> {
+    pub fn phandle(&self, number: u32) -> Option<&DeviceTreeNode> {
         self.nodes.get(*self.phandles.get(&number)?)
     }
 
     /// The node above.
-    pub fn parent(&self, node: &Node) -> Option<&Node> {
+    pub fn parent(&self, node: &DeviceTreeNode) -> Option<&DeviceTreeNode> {
         (node.path != "/").then(|| self.nodes.get(node.parent)).flatten()
     }
 
     /// Whether the node and all its parents are enabled.
-    pub fn enabled(&self, node: &Node) -> bool {
+    pub fn enabled(&self, node: &DeviceTreeNode) -> bool {
         let own = matches!(node.text("status").as_deref(), None | Some("okay" | "ok"));
         own && self.parent(node).is_none_or(|parent| self.enabled(parent))
     }
 }
 
-impl Node {
+impl DeviceTreeNode {
     /// A property's bytes.
     pub fn property(&self, name: &str) -> Option<&[u8]> {
         self.properties.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_slice())
@@ -198,29 +198,31 @@ mod tests {
 
     #[test]
     fn nodes_without_end_and_names_without_end_are_refused() {
-        assert!(Tree::read(&tree(&[BEGIN, 0, END, LAST], b"")).is_ok());
+        assert!(DeviceTree::read(&tree(&[BEGIN, 0, END, LAST], b"")).is_ok());
         let deep = |count: usize| {
             let begins = [BEGIN, 0].repeat(count);
             tree(&[begins, vec![END; count], vec![LAST]].concat(), b"")
         };
-        assert!(Tree::read(&deep(DEEPEST)).is_ok());
-        assert!(Tree::read(&deep(DEEPEST + 1)).is_err());
-        assert!(Tree::read(&deep(40_000)).is_err());
+        assert!(DeviceTree::read(&deep(DEEPEST)).is_ok());
+        assert!(DeviceTree::read(&deep(DEEPEST + 1)).is_err());
+        assert!(DeviceTree::read(&deep(40_000)).is_err());
         let wide = [vec![BEGIN, 0], [BEGIN, 0, END].repeat(100_000), vec![END, LAST]].concat();
-        assert!(Tree::read(&tree(&wide, b"")).is_err());
+        assert!(DeviceTree::read(&tree(&wide, b"")).is_err());
         // Each property names all of a long text.
         let property = [PROPERTY, 0, 0].repeat(10_000);
         let named = [vec![BEGIN, 0], property, vec![END, LAST]].concat();
-        assert!(Tree::read(&tree(&named, &[&[b'x'; 1 << 20][..], &[0]].concat())).is_err());
-        assert!(Tree::read(&tree(&named, b"x\0")).is_ok());
+        assert!(DeviceTree::read(&tree(&named, &[&[b'x'; 1 << 20][..], &[0]].concat())).is_err());
+        assert!(DeviceTree::read(&tree(&named, b"x\0")).is_ok());
         let large = tree(&[vec![BEGIN, 0], vec![NOP; 1 << 19], vec![END, LAST]].concat(), b"");
-        assert!(Tree::read(&large).is_err_and(|reason| reason.contains("the kernel accepts")));
+        assert!(
+            DeviceTree::read(&large).is_err_and(|reason| reason.contains("the kernel accepts"))
+        );
     }
 
     #[test]
     fn a_name_that_is_no_text_takes_its_own_bytes() {
         // Each byte that is not UTF-8 becomes three bytes.
         let words = tree(&[BEGIN, 0xfffe_fd00, END, LAST], b"");
-        assert_eq!(Tree::read(&words).map(|tree| tree.nodes.len()), Ok(1));
+        assert_eq!(DeviceTree::read(&words).map(|tree| tree.nodes.len()), Ok(1));
     }
 }

@@ -4,7 +4,7 @@
 //! Sources: Tseng, Grupp, Swanson, DAC 2011; Zheng et al., FAST 2013; units of 4 MiB on common cards:
 //! wiki.linaro.org, FlashCardSurvey; 8 MiB in practice: mendersoftware/mender-docs#79, rpi-image-gen (`align = 8M`).
 
-use super::{Place, Run};
+use super::{CardLocation, Run};
 
 /// Bytes that a card may erase at once.
 const UNIT: u64 = 8 << 20;
@@ -14,7 +14,7 @@ pub(super) fn check(run: &mut Run<'_>) {
     if card.slots.len() < 2 {
         run.stop(
             "slot-alone",
-            Place::card(),
+            CardLocation::card(),
             "only one partition has a system: there is no other one to roll back to".to_owned(),
             "define partitions with the roles root-a and root-b in board.toml".to_owned(),
         );
@@ -34,7 +34,7 @@ pub(super) fn check(run: &mut Run<'_>) {
             if offset / UNIT == at / UNIT {
                 run.degrade(
                     "shared-unit",
-                    Place::card(),
+                    CardLocation::card(),
                     format!("{what} (at {offset}) and {other} (at {at}) are in the same 8 MiB unit: a power cut while one is written can destroy both"),
                     help.to_owned(),
                 );
@@ -45,7 +45,7 @@ pub(super) fn check(run: &mut Run<'_>) {
     if let (Some(at), "tryboot") = (second, card.device.boot_flow.as_str()) {
         run.degrade(
             "shared-unit",
-            Place::card(),
+            CardLocation::card(),
             format!("the second partition (at {at}) begins in the last 8 MiB unit of the first one, and every commit writes to that one"),
             "set the size of `boot` in board.toml to a multiple of 8 MiB".to_owned(),
         );

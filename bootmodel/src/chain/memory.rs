@@ -5,8 +5,8 @@
 //! take precedence over `gpu_mem`, and `total_mem` (128 MiB or more) reduces the memory (memory.adoc); the
 //! kernel's requirements: Documentation/arch/arm64/booting.rst.
 
-use super::system::System;
-use super::{Boot, Place, Run};
+use super::system::BootSystem;
+use super::{Boot, CardLocation, Run};
 
 /// What U-Boot uses at the top of its memory: its code, heap, stack and copies of trees. The largest heap in a
 /// Raspberry Pi configuration is 32 MiB (CONFIG_SYS_MALLOC_LEN), and the rest is below 8 MiB.
@@ -26,7 +26,7 @@ impl Area {
     }
 }
 
-pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: &System<'_>) {
+pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: &BootSystem<'_>) {
     let (Some(script), Ok(parts)) = (system.script, system.parts) else { return };
     let mib = |key: &str| boot.value(key).and_then(|mib| mib.parse::<u64>().ok());
     let ram = run.model.ram.iter().min().map_or(0, |ram| ram.0).min(run.soc.memory_top.0);
@@ -38,7 +38,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], system: 
     let gpu = gpu.map(|mib| mib.min(1 << 20) << 20);
     let top = ram.saturating_sub(gpu.unwrap_or(run.soc.gpu_memory.0));
     let usable = top.saturating_sub(UBOOT_AT_TOP);
-    let place = Place::file(script.partition, "boot.scr");
+    let place = CardLocation::file(script.partition, "boot.scr");
     let mut areas = vec![Area {
         what: "U-Boot".to_owned(),
         start: run.soc.u_boot_address.0,

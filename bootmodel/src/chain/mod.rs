@@ -1,7 +1,7 @@
 //! Models a start from power on to `/init`, for each model that a card is for: what boot ROM, `bootcode.bin`, EEPROM,
 //! `start*.elf`, U-Boot and kernel do with the card's bytes, and what would prevent that board from starting, trying
-//! an update or rolling back. A pure function over the card's bytes and [`Facts`]. Each stage is a module that names
-//! its sources; everything about a particular model or release is data ([`facts`]).
+//! an update or rolling back. A pure function over the card's bytes and [`BootFacts`]. Each stage is a module that
+//! names its sources; everything about a particular model or release is data ([`facts`]).
 //!
 //! | stage | module | |
 //! |---|---|---|
@@ -44,17 +44,17 @@ mod words;
 use std::collections::BTreeMap;
 use std::fmt;
 
-pub use card::Card;
-pub use facts::Facts;
+pub use card::CardContent;
+pub use facts::BootFacts;
 
-use card::Volume;
-use config::Setting;
-use facts::{Model, Soc};
-use system::System;
+use card::FatVolume;
+use config::ConfigSetting;
+use facts::{BoardModel, Soc};
+use system::BootSystem;
 
 /// What a finding means for the board.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Level {
+pub enum Severity {
     /// The board does not start, or an update never succeeds, or a failed update is not rolled back.
     Stops,
     /// The board starts, but a function is missing.
@@ -63,7 +63,7 @@ pub enum Level {
 
 /// A place on the card.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub struct Place {
+pub struct CardLocation {
     /// The partition's number; none for the table.
     pub partition: Option<u32>,
     /// The file in it.
@@ -72,7 +72,7 @@ pub struct Place {
     pub line: Option<usize>,
 }
 
-impl Place {
+impl CardLocation {
     fn card() -> Self {
         Self::default()
     }
@@ -90,7 +90,7 @@ impl Place {
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for CardLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.partition {
             None => write!(f, "the card")?,
@@ -108,13 +108,13 @@ impl fmt::Display for Place {
 
 /// Something that is wrong for one or several models.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding {
+pub struct BootFinding {
     /// A stable name of the rule.
     pub rule: &'static str,
     /// How severe it is.
-    pub level: Level,
+    pub level: Severity,
     /// Where.
-    pub place: Place,
+    pub place: CardLocation,
     /// What was found, and its consequence.
     pub message: String,
     /// What to do.
@@ -123,7 +123,7 @@ pub struct Finding {
     pub models: Vec<String>,
 }
 
-impl fmt::Display for Finding {
+impl fmt::Display for BootFinding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { rule, place, message, help, models, .. } = self;
         write!(f, "{place}: {message} [{rule}; {}]\nhelp: {help}", models.join(", "))
@@ -132,7 +132,7 @@ impl fmt::Display for Finding {
 
 /// One thing that happens in a start.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Step {
+pub struct BootStep {
     /// The program that does it.
     pub who: &'static str,
     /// What the program does, with the file that it uses.
@@ -141,30 +141,30 @@ pub struct Step {
 
 /// How one model starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Chain {
+pub struct BootChain {
     /// The model, as boards list it.
     pub model: String,
     /// Human-readable name.
     pub title: String,
     /// What happens, in order.
-    pub steps: Vec<Step>,
+    pub steps: Vec<BootStep>,
     /// Whether no finding prevents the start.
     pub starts: bool,
 }
 
 /// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Verdict {
+pub struct ChainVerdict {
     /// One for each model of the card.
-    pub chains: Vec<Chain>,
+    pub chains: Vec<BootChain>,
     /// What is wrong, worst first.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<BootFinding>,
 }
 
-impl Verdict {
+impl ChainVerdict {
     /// The findings that prevent a start, an update or a rollback.
-    pub fn stops(&self) -> impl Iterator<Item = &Finding> {
-        self.findings.iter().filter(|finding| finding.level == Level::Stops)
+    pub fn stops(&self) -> impl Iterator<Item = &BootFinding> {
+        self.findings.iter().filter(|finding| finding.level == Severity::Stops)
     }
 }
 
@@ -173,33 +173,33 @@ const MOST_OF_A_RULE: usize = 40;
 
 /// One model on one card.
 struct Run<'a> {
-    card: &'a Card,
-    facts: &'a Facts,
-    model: &'a Model,
+    card: &'a CardContent,
+    facts: &'a BootFacts,
+    model: &'a BoardModel,
     soc: &'a Soc,
-    findings: Vec<Finding>,
-    steps: Vec<Step>,
+    findings: Vec<BootFinding>,
+    steps: Vec<BootStep>,
 }
 
 impl Run<'_> {
-    fn stop(&mut self, rule: &'static str, place: Place, message: String, help: String) {
-        self.find(Level::Stops, rule, place, message, help);
+    fn stop(&mut self, rule: &'static str, place: CardLocation, message: String, help: String) {
+        self.find(Severity::Stops, rule, place, message, help);
     }
 
-    fn degrade(&mut self, rule: &'static str, place: Place, message: String, help: String) {
-        self.find(Level::Degrades, rule, place, message, help);
+    fn degrade(&mut self, rule: &'static str, place: CardLocation, message: String, help: String) {
+        self.find(Severity::Degrades, rule, place, message, help);
     }
 
     fn find(
         &mut self,
-        level: Level,
+        level: Severity,
         rule: &'static str,
-        place: Place,
+        place: CardLocation,
         message: String,
         help: String,
     ) {
         let models = vec![self.model.compatible.clone()];
-        let finding = Finding { rule, level, place, message, help, models };
+        let finding = BootFinding { rule, level, place, message, help, models };
         let same = self.findings.iter().filter(|known| known.rule == rule).count();
         if same < MOST_OF_A_RULE && !self.findings.contains(&finding) {
             self.findings.push(finding);
@@ -207,7 +207,7 @@ impl Run<'_> {
     }
 
     fn step(&mut self, who: &'static str, what: String) {
-        let step = Step { who, what };
+        let step = BootStep { who, what };
         if !self.steps.contains(&step) {
             self.steps.push(step);
         }
@@ -216,20 +216,20 @@ impl Run<'_> {
 
 /// A partition that the firmware starts from, with what its `config.txt` says on this model.
 struct Boot<'a> {
-    volume: &'a Volume,
+    volume: &'a FatVolume,
     tryboot: bool,
     config: &'static str,
-    settings: Vec<Setting>,
+    settings: Vec<ConfigSetting>,
     /// The prefix of the names of the operating system's files ([`names::prefix`]).
     prefix: String,
     /// The first `include` that is not followed, and why.
-    refused: Option<(Setting, &'static str)>,
+    refused: Option<(ConfigSetting, &'static str)>,
     /// The day of the firmware's program, where it is on the card.
     date: Option<String>,
     /// The program itself.
     program: Option<&'a [u8]>,
     /// The steps up to here.
-    steps: Vec<Step>,
+    steps: Vec<BootStep>,
 }
 
 impl Boot<'_> {
@@ -245,16 +245,16 @@ impl Boot<'_> {
         }
     }
 
-    fn place(&self, key: &str) -> Place {
+    fn place(&self, key: &str) -> CardLocation {
         match config::last(&self.settings, key) {
             Some(setting) => self.at(setting),
-            None => Place::file(self.volume.number, self.config),
+            None => CardLocation::file(self.volume.number, self.config),
         }
     }
 
-    fn at(&self, setting: &Setting) -> Place {
+    fn at(&self, setting: &ConfigSetting) -> CardLocation {
         let file = setting.file.as_deref().unwrap_or(self.config);
-        Place::line(self.volume.number, file, setting.line)
+        CardLocation::line(self.volume.number, file, setting.line)
     }
 
     /// Whether a setting is on.
@@ -264,8 +264,8 @@ impl Boot<'_> {
 }
 
 /// What happens on each model that the card is for.
-pub fn check(card: &Card, facts: &Facts) -> Verdict {
-    let mut verdict = Verdict::default();
+pub fn check(card: &CardContent, facts: &BootFacts) -> ChainVerdict {
+    let mut verdict = ChainVerdict::default();
     let mut systems = Systems::default();
     for compatible in &card.device.compatible {
         let Some((model, soc)) = facts.model(compatible) else {
@@ -276,9 +276,9 @@ pub fn check(card: &Card, facts: &Facts) -> Verdict {
         };
         let mut run = Run { card, facts, model, soc, findings: Vec::new(), steps: Vec::new() };
         start(&mut run, &mut systems);
-        let starts = run.findings.iter().all(|finding| finding.level != Level::Stops);
+        let starts = run.findings.iter().all(|finding| finding.level != Severity::Stops);
         let (steps, title) = (run.steps, model.title.clone());
-        verdict.chains.push(Chain { model: compatible.clone(), title, steps, starts });
+        verdict.chains.push(BootChain { model: compatible.clone(), title, steps, starts });
         for mut finding in run.findings {
             let same = verdict.findings.iter_mut().find(|known| {
                 (known.rule, &known.place, &known.message)
@@ -295,19 +295,19 @@ pub fn check(card: &Card, facts: &Facts) -> Verdict {
 }
 
 /// A model without facts. Boards of other makers are not modelled; a new Raspberry Pi must get its facts.
-fn unknown(compatible: &str) -> (Chain, Option<Finding>) {
+fn unknown(compatible: &str) -> (BootChain, Option<BootFinding>) {
     let ours = compatible.starts_with("raspberrypi,");
     let what = "the firmware of this model is not modelled; nothing is checked".to_owned();
-    let chain = Chain {
+    let chain = BootChain {
         model: compatible.to_owned(),
         title: compatible.to_owned(),
-        steps: vec![Step { who: "model", what }],
+        steps: vec![BootStep { who: "model", what }],
         starts: !ours,
     };
-    let finding = ours.then(|| Finding {
+    let finding = ours.then(|| BootFinding {
         rule: "model-unknown",
-        level: Level::Stops,
-        place: Place::card(),
+        level: Severity::Stops,
+        place: CardLocation::card(),
         message: format!("no facts about the model {compatible}"),
         help: "add the model to bootmodel/facts/models.toml, with the source of each fact, or remove it from `compatible` in board.toml".to_owned(),
         models: vec![compatible.to_owned()],
@@ -318,7 +318,7 @@ fn unknown(compatible: &str) -> (Chain, Option<Finding>) {
 /// Parsed systems, by the checksum of their parts. Slots hold the same bytes, so a kernel is decompressed and
 /// searched once, not once for each model.
 #[derive(Default)]
-struct Systems(BTreeMap<Vec<u32>, Result<system::Parts, String>>);
+struct Systems(BTreeMap<Vec<u32>, Result<system::SystemParts, String>>);
 
 impl Systems {
     fn take(
@@ -326,13 +326,13 @@ impl Systems {
         tree: Option<&[u8]>,
         kernel: Option<&[u8]>,
         initrd: Option<&[u8]>,
-        slot: &card::Slot,
-    ) -> &Result<system::Parts, String> {
+        slot: &card::CardSlot,
+    ) -> &Result<system::SystemParts, String> {
         let modules = slot.files.iter().filter(|(path, _)| path.contains("/modules."));
         let parts = [tree, kernel, initrd].map(Option::unwrap_or_default);
         let parts = parts.into_iter().chain(modules.map(|(_, bytes)| bytes.as_slice()));
         let key = parts.map(crc32fast::hash).collect();
-        let read = || system::Parts::read(tree, kernel, initrd, slot);
+        let read = || system::SystemParts::read(tree, kernel, initrd, slot);
         self.0.entry(key).or_insert_with(read)
     }
 }
@@ -343,10 +343,10 @@ fn start(run: &mut Run<'_>, systems: &mut Systems) {
         3 => rom::boots(run),
         _ => eeprom::boots(run),
     };
-    let volumes: Vec<&Volume> = boots.iter().map(|boot| boot.volume).collect();
+    let volumes: Vec<&FatVolume> = boots.iter().map(|boot| boot.volume).collect();
     let first = run.card.volumes.iter().min_by_key(|volume| volume.offset);
     let first = first.filter(|volume| volumes.iter().all(|v| v.number != volume.number));
-    let read: Vec<&Volume> = first.into_iter().chain(volumes).collect();
+    let read: Vec<&FatVolume> = first.into_iter().chain(volumes).collect();
     table::check(run, &read);
     for (index, mut boot) in boots.into_iter().enumerate() {
         boot.prefix = names::prefix(run, &boot);
@@ -391,9 +391,9 @@ fn start(run: &mut Run<'_>, systems: &mut Systems) {
             let words = boot.volume.file(&cmdline).unwrap_or_default();
             let words =
                 String::from_utf8_lossy(words).lines().next().unwrap_or_default().to_owned();
-            let file = |name: &str| Place::file(number, name);
+            let file = |name: &str| CardLocation::file(number, name);
             let places = [file(&kernel), file(&initrd), file(&tree), file(&cmdline)];
-            let system = System { parts, words, places, slot, script: None };
+            let system = BootSystem { parts, words, places, slot, script: None };
             kernel_stages(run, Some(boot), &system);
         }
     }
@@ -405,7 +405,7 @@ fn packed(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, program: &[u8]) {
     if program.starts_with(&system::ZSTD) {
         run.stop(
             "kernel-packed",
-            Place::file(boot.volume.number, kernel),
+            CardLocation::file(boot.volume.number, kernel),
             "the kernel is compressed with zstd, but the firmware decompresses only gzip: it runs the compressed bytes"
                 .to_owned(),
             "use an Image, uncompressed or compressed with gzip".to_owned(),
@@ -437,22 +437,22 @@ fn uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: String, syste
             ),
         );
         let number = slot.number;
-        let file = |name: &str| Place::file(number, name);
-        let script_place = Place::file(boot.volume.number, "boot.scr");
+        let file = |name: &str| CardLocation::file(number, name);
+        let script_place = CardLocation::file(boot.volume.number, "boot.scr");
         let tree_place = match own_tree {
             true => file(&files.tree),
-            false => Place::file(boot.volume.number, &tree),
+            false => CardLocation::file(boot.volume.number, &tree),
         };
         let places = [file(&files.kernel), file(&files.initrd), tree_place, script_place];
         let system =
-            System { parts, words: script.words.clone(), places, slot, script: Some(&script) };
+            BootSystem { parts, words: script.words.clone(), places, slot, script: Some(&script) };
         memory::check(run, boot, program, &system);
         kernel_stages(run, None, &system);
     }
 }
 
 /// Stages 9 to 12, which do not depend on what loaded the kernel.
-fn kernel_stages(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<'_>) {
+fn kernel_stages(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &BootSystem<'_>) {
     let parts = match system.parts {
         Ok(parts) => parts,
         Err(message) => {

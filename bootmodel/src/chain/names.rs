@@ -3,9 +3,9 @@
 //! Sources: strings of start.elf and start4.elf (`bcm%d-rpi-%s.dtb`); `upstream_kernel` in the documentation of
 //! config.txt (the firmware's own names where the kernel's do not exist); U-Boot: the table `rpi_models` in board/raspberrypi/rpi/rpi.c, whose names are in the binary.
 
-use super::card::Slot;
-use super::uboot::Script;
-use super::{Boot, Place, Run};
+use super::card::CardSlot;
+use super::uboot::BootScript;
+use super::{Boot, CardLocation, Run};
 
 /// The file that the firmware starts: `kernel=`, else the first of its default names that exists.
 pub(super) fn kernel(run: &Run<'_>, boot: &Boot<'_>) -> String {
@@ -60,7 +60,7 @@ pub(super) fn firmware_tree(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<String
             boot.volume.files.keys().filter(|file| file.ends_with(".dtb")).take(20).collect();
         run.stop(
             "tree-missing",
-            Place::partition(number),
+            CardLocation::partition(number),
             format!(
                 "the firmware loads {path} on this model, which does not exist; similar files: {}",
                 if near.is_empty() { "none".to_owned() } else { format!("{near:?}") }
@@ -112,8 +112,8 @@ fn of_model(run: &Run<'_>, table: &[String]) -> Option<String> {
 /// The files that the script loads from a slot on this model; all must exist.
 pub(super) fn slot_files(
     run: &mut Run<'_>,
-    slot: &Slot,
-    script: &Script,
+    slot: &CardSlot,
+    script: &BootScript,
     program: &[u8],
     own_tree: bool,
 ) -> Option<SlotFiles> {
@@ -122,7 +122,7 @@ pub(super) fn slot_files(
     if own_tree && fdtfile.is_none() {
         run.stop(
             "uboot-model",
-            Place::card(),
+            CardLocation::card(),
             format!(
                 "this U-Boot does not know the {}: it treats the model as an unknown board",
                 run.model.title
@@ -144,7 +144,7 @@ pub(super) fn slot_files(
             missing = true;
             run.stop(
                 "slot-file",
-                Place::partition(slot.number),
+                CardLocation::partition(slot.number),
                 match path.as_str() {
                     "" => format!("boot.scr loads no {what}"),
                     _ => format!("U-Boot loads {path} as the {what} of this model, which does not exist"),
@@ -168,7 +168,7 @@ pub(super) fn slot_files(
 
 /// The Wi-Fi settings that the kernel loads on this model (brcmfmac's firmware.c: `<chip>-sdio.<compatible>.txt`, else
 /// `<chip>-sdio.txt`).
-pub(super) fn wifi(run: &mut Run<'_>, slot: &Slot) {
+pub(super) fn wifi(run: &mut Run<'_>, slot: &CardSlot) {
     let wanted = format!("-sdio.{}.txt", run.model.wifi);
     let of_chips: Vec<String> =
         run.model.wifi_chips.iter().map(|chip| format!("/brcmfmac{chip}-sdio.txt")).collect();
@@ -178,7 +178,7 @@ pub(super) fn wifi(run: &mut Run<'_>, slot: &Slot) {
     if !slot.files.keys().any(|name| name.contains("/firmware/brcm/") && fits(name)) {
         run.degrade(
             "wifi-settings",
-            Place::partition(slot.number),
+            CardLocation::partition(slot.number),
             format!("usr/lib/firmware/brcm has no brcmfmac…{wanted}: this model has no Wi-Fi"),
             format!(
                 "install the package firmware-brcm80211, and keep that file or the chip's, brcmfmac{}-sdio.txt, in the prune rules",

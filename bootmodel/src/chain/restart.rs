@@ -5,7 +5,7 @@
 //! QEMU's raspi3b and raspi4b). A watchdog that is already running resets the board.
 
 use super::settings::knows;
-use super::system::{Parts, System};
+use super::system::{BootSystem, SystemParts};
 use super::{Boot, Run};
 
 /// The upper byte of both registers must hold a password to start the watchdog (bcm2835_wdt.c: PM_PASSWORD, and
@@ -16,8 +16,8 @@ const FULL_RESET: u64 = 0x20;
 pub(super) fn check(
     run: &mut Run<'_>,
     boot: Option<&Boot<'_>>,
-    system: &System<'_>,
-    parts: &Parts,
+    system: &BootSystem<'_>,
+    parts: &SystemParts,
 ) {
     let psci = parts.tree.nodes.iter().any(|node| {
         parts.tree.enabled(node)

@@ -6,8 +6,8 @@
 //! requests 3233 and 4194; boot ROM: raspberrypi/firmware#1738. Its strings also
 //! include `autoboot.txt` and `boot_partition`. It reads no included files (what_is_config_txt.adoc).
 
-use super::config::{self, Filters, Setting};
-use super::{Boot, Place, Run, find};
+use super::config::{self, ConfigFilters, ConfigSetting};
+use super::{Boot, CardLocation, Run, find};
 
 /// The day in `VC_BUILD_ID_TIME: Aug 26 2022`, as 2022-08-26.
 pub(super) fn build_day(program: &[u8]) -> Option<String> {
@@ -31,7 +31,7 @@ pub(super) fn build_day(program: &[u8]) -> Option<String> {
 }
 
 /// The names of the firmware files with these settings (program and memory settings), and the line that selects them.
-fn firmware_files(run: &Run<'_>, settings: &[Setting]) -> ([String; 2], Option<usize>) {
+fn firmware_files(run: &Run<'_>, settings: &[ConfigSetting]) -> ([String; 2], Option<usize>) {
     let [program, fixup] = run.soc.second_stage.as_slice() else { return Default::default() };
     let rules = &run.facts.releases.first_stage;
     let with = |mark: &str| {
@@ -58,8 +58,9 @@ fn firmware_files(run: &Run<'_>, settings: &[Setting]) -> ([String; 2], Option<u
     let largest = run.model.ram.iter().map(|ram| ram.0 >> 20).max().unwrap_or(0).min(1024);
     let exact = rules.memory_keys.iter().filter(|key| key.ends_with(&format!("_{largest}")));
     let setting = exact.chain(&rules.memory_keys[..1]).find_map(|key| named(key));
-    let low =
-        |setting: &&Setting| setting.value.parse().is_ok_and(|mib: u64| mib < rules.below_cut_down);
+    let low = |setting: &&ConfigSetting| {
+        setting.value.parse().is_ok_and(|mib: u64| mib < rules.below_cut_down)
+    };
     match setting.filter(low) {
         Some(setting) => (with("cd"), Some(setting.line)),
         None => ([program.clone(), fixup.clone()], None),
@@ -70,14 +71,14 @@ fn firmware_files(run: &Run<'_>, settings: &[Setting]) -> ([String; 2], Option<u
 /// whether the program that chooses them reads sections of config.txt.
 pub(super) fn second_stage<'a>(
     run: &mut Run<'a>,
-    volume: &'a super::card::Volume,
+    volume: &'a super::card::FatVolume,
     config: &'static str,
-    settings: &[Setting],
+    settings: &[ConfigSetting],
 ) -> Option<(&'a [u8], Option<String>)> {
     let ([program, fixup], line) = firmware_files(run, settings);
     let place = match line {
-        Some(line) => Place::line(volume.number, config, line),
-        None => Place::partition(volume.number),
+        Some(line) => CardLocation::line(volume.number, config, line),
+        None => CardLocation::partition(volume.number),
     };
     let missing: Vec<&str> = [&program, &fixup]
         .into_iter()
@@ -87,7 +88,9 @@ pub(super) fn second_stage<'a>(
     if !missing.is_empty() {
         let setting = settings.iter().find(|setting| Some(setting.line) == line);
         let why = match setting {
-            Some(Setting { key, value, .. }) => format!("with `{key}={value}` the firmware loads"),
+            Some(ConfigSetting { key, value, .. }) => {
+                format!("with `{key}={value}` the firmware loads")
+            }
             None => "the firmware loads".to_owned(),
         };
         let are = if missing.len() == 1 { "does" } else { "do" };
@@ -107,7 +110,7 @@ pub(super) fn second_stage<'a>(
     if day.is_none() {
         run.stop(
             "firmware-date",
-            Place::file(volume.number, &program),
+            CardLocation::file(volume.number, &program),
             "the file has no build date, so it is not Raspberry Pi firmware".to_owned(),
             "use the file from the package raspi-firmware".to_owned(),
         );
@@ -116,7 +119,7 @@ pub(super) fn second_stage<'a>(
     if wrong {
         run.stop(
             "firmware-fixup",
-            Place::file(volume.number, &fixup),
+            CardLocation::file(volume.number, &fixup),
             format!("the file does not begin like {fixup}; without the matching file {program} cannot set up memory"),
             "use both files from the same package".to_owned(),
         );
@@ -136,7 +139,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     let Some(volume) = run.card.volumes.iter().min_by_key(|volume| volume.offset) else {
         run.stop(
             "no-fat",
-            Place::card(),
+            CardLocation::card(),
             "the boot ROM finds no FAT volume".to_owned(),
             "define a partition with the role `boot` in board.toml".to_owned(),
         );
@@ -146,7 +149,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     if volume.file(&first).is_none_or(<[u8]>::is_empty) {
         run.stop(
             "rom-file",
-            Place::partition(number),
+            CardLocation::partition(number),
             format!(
                 "the boot ROM loads {first} from the root directory, but the file does not exist"
             ),
@@ -158,14 +161,15 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     if volume.file("autoboot.txt").is_some() {
         run.stop(
             "rom-autoboot",
-            Place::file(number, "autoboot.txt"),
+            CardLocation::file(number, "autoboot.txt"),
             format!("{first} also reads autoboot.txt, and starts the partition that it names"),
             "delete the file: only Raspberry Pi 4 and later can try a partition with it".to_owned(),
         );
     }
     let text = volume.file("config.txt").unwrap_or_default();
     // Sections are ignored here.
-    let all = config::settings(text, Filters { models: None, tryboot: None, sections: false });
+    let all =
+        config::settings(text, ConfigFilters { models: None, tryboot: None, sections: false });
     // Continue, to report other findings too.
     let second = second_stage(run, volume, "config.txt", &all);
     let (program, date) = second.map_or((None, None), |(program, date)| (Some(program), date));
@@ -175,7 +179,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     {
         run.stop(
             "firmware-date",
-            Place::file(number, &first),
+            CardLocation::file(number, &first),
             format!(
                 "bootcode.bin is from {loader} but start.elf from {date}: not the same release"
             ),
@@ -183,7 +187,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
         );
     }
     let filters =
-        Filters { models: Some(&run.model.filters), tryboot: Some(false), sections: true };
+        ConfigFilters { models: Some(&run.model.filters), tryboot: Some(false), sections: true };
     let (settings, refused) = config::included(text, filters, &|name| volume.file(name));
     let (steps, prefix) = (std::mem::take(&mut run.steps), String::new());
     let (refused, config) = (refused.into_iter().next(), "config.txt");

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use super::config::{MOST_BYTES, section, setting};
-use super::{Boot, Place, Run, facts};
+use super::{Boot, CardLocation, Run, facts};
 
 /// A comment that says why a key may be unknown: `# may be unknown: KEY: reason`.
 const EXCUSE: &str = "# may be unknown:";
@@ -44,12 +44,12 @@ const LONGEST: usize = 64;
 pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
     let number = boot.volume.number;
     let text = boot.volume.file(boot.config).unwrap_or_default();
-    let at = |line: usize| Place::line(number, boot.config, line);
+    let at = |line: usize| CardLocation::line(number, boot.config, line);
     let limit = run.facts.releases.line_limit;
     if text.len() > MOST_BYTES {
         run.stop(
             "config-size",
-            Place::file(number, boot.config),
+            CardLocation::file(number, boot.config),
             format!("the file has {} bytes, but only {MOST_BYTES} are checked", text.len()),
             "shorten the line".to_owned(),
         );
@@ -143,7 +143,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
             "add a section [{}] with {wanted}",
             run.model.filters.last().cloned().unwrap_or_default()
         );
-        run.degrade("config-usb", Place::file(number, boot.config), message, help);
+        run.degrade("config-usb", CardLocation::file(number, boot.config), message, help);
     }
 }
 
@@ -212,7 +212,7 @@ fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
             unknown.push((boot.at(setting), "config-key", key, "the line does nothing"));
         }
     }
-    let at = |line: usize| Place::line(boot.volume.number, boot.config, line);
+    let at = |line: usize| CardLocation::line(boot.volume.number, boot.config, line);
     for (line, text) in (1..).zip(text.lines()) {
         // [gpio4=1], [EDID=…] and serial numbers are filters of other kinds.
         let name =

@@ -8,8 +8,8 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 
 use super::Run;
-use super::fdt::{Node, Tree};
-use super::system::{Parts, System};
+use super::fdt::{DeviceTree, DeviceTreeNode};
+use super::system::{BootSystem, SystemParts};
 
 /// Properties in which every number may be the phandle of a supplier, with the supplier's property that says how many
 /// arguments follow it; `None` where there are no arguments.
@@ -32,7 +32,7 @@ const SUPPLIERS: [(&str, Option<&str>); 12] = [
 const MOST_NAMED: usize = 64;
 
 /// Nodes that a node names, with the property.
-fn named<'t>(tree: &'t Tree, node: &Node) -> Vec<(String, &'t Node)> {
+fn named<'t>(tree: &'t DeviceTree, node: &DeviceTreeNode) -> Vec<(String, &'t DeviceTreeNode)> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     for (name, _) in &node.properties {
@@ -66,7 +66,7 @@ fn named<'t>(tree: &'t Tree, node: &Node) -> Vec<(String, &'t Node)> {
 
 /// The node that a driver binds to: this node, or its nearest parent with a `compatible` (a pin group, a regulator below
 /// its chip).
-fn device<'t>(tree: &'t Tree, node: &'t Node) -> Option<&'t Node> {
+fn device<'t>(tree: &'t DeviceTree, node: &'t DeviceTreeNode) -> Option<&'t DeviceTreeNode> {
     let mut node = Some(node);
     while let Some(current) = node {
         if current.property("compatible").is_some() && current.path != "/" {
@@ -82,13 +82,13 @@ const FUEL: u32 = 50_000;
 
 /// A search for suppliers in a device tree.
 struct Walk<'t> {
-    tree: &'t Tree,
+    tree: &'t DeviceTree,
     /// What is left of [`FUEL`].
     fuel: Cell<u32>,
 }
 
 /// Whether a node waits for a device, directly or through other nodes.
-fn waits_for(walk: &Walk<'_>, from: &Node, device_path: &str) -> bool {
+fn waits_for(walk: &Walk<'_>, from: &DeviceTreeNode, device_path: &str) -> bool {
     let mut seen = BTreeSet::new();
     let mut left = vec![from];
     while let Some(node) = left.pop() {
@@ -110,7 +110,7 @@ fn waits_for(walk: &Walk<'_>, from: &Node, device_path: &str) -> bool {
 /// The suppliers that a device waits for, without disabled ones and without those that wait for the device themselves:
 /// the kernel detects such cycles and ignores them (`of_get_compat_node`, and cycles in drivers/base/core.c). For
 /// example, a Raspberry Pi's clocks name the display ports, which name the clocks.
-fn suppliers<'t>(walk: &Walk<'t>, node: &'t Node) -> Vec<(String, &'t Node)> {
+fn suppliers<'t>(walk: &Walk<'t>, node: &'t DeviceTreeNode) -> Vec<(String, &'t DeviceTreeNode)> {
     let tree = walk.tree;
     let own = device(tree, node).map_or_else(String::new, |bound| bound.path.clone());
     let all = named(tree, node).into_iter();
@@ -128,7 +128,7 @@ enum Driver {
     None,
 }
 
-fn driver(parts: &Parts, node: &Node) -> Driver {
+fn driver(parts: &SystemParts, node: &DeviceTreeNode) -> Driver {
     let names = node.compatible();
     if names.iter().any(|name| parts.built_in.contains(name)) {
         return Driver::BuiltIn;
@@ -142,10 +142,11 @@ fn driver(parts: &Parts, node: &Node) -> Driver {
     }
 }
 
-pub(super) fn check(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
+pub(super) fn check(run: &mut Run<'_>, system: &BootSystem<'_>, parts: &SystemParts) {
     let tree = &parts.tree;
-    let storage =
-        |node: &&Node| node.compatible().iter().any(|name| run.soc.storage.contains(name));
+    let storage = |node: &&DeviceTreeNode| {
+        node.compatible().iter().any(|name| run.soc.storage.contains(name))
+    };
     let Some(card) = tree.nodes.iter().find(|node| storage(node) && tree.enabled(node)) else {
         run.stop(
             "storage-node",

@@ -7,10 +7,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 
-use super::card::Slot;
-use super::fdt::Tree;
-use super::uboot::Script;
-use super::{Place, find};
+use super::card::CardSlot;
+use super::fdt::DeviceTree;
+use super::uboot::BootScript;
+use super::{CardLocation, find};
 
 /// The largest kernel or initrd that is unpacked: three times Debian's kernel.
 const LARGEST: u64 = 128 << 20;
@@ -26,9 +26,9 @@ const COMPATIBLE: usize = 128;
 
 /// A kernel with its device tree, initrd and modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parts {
+pub struct SystemParts {
     /// The device tree that it gets.
-    pub tree: Tree,
+    pub tree: DeviceTree,
     /// Its version, from its version string.
     pub version: String,
     /// Bytes of its file.
@@ -58,17 +58,17 @@ pub struct Parts {
 }
 
 /// A kernel on its way to `/init`.
-pub struct System<'a> {
+pub struct BootSystem<'a> {
     /// Its parts, or why they cannot be read.
-    pub parts: &'a Result<Parts, String>,
+    pub parts: &'a Result<SystemParts, String>,
     /// Its command line.
     pub words: String,
     /// Where kernel, initrd, tree and command line come from.
-    pub places: [Place; 4],
+    pub places: [CardLocation; 4],
     /// The slot.
-    pub slot: &'a Slot,
+    pub slot: &'a CardSlot,
     /// The script that starts it, with U-Boot.
-    pub script: Option<&'a Script>,
+    pub script: Option<&'a BootScript>,
 }
 
 /// The name of a module in a path: `kernel/drivers/mmc/host/sdhci-iproc.ko.xz` is `sdhci_iproc`.
@@ -98,7 +98,7 @@ pub fn unpack(bytes: &[u8]) -> Result<Vec<u8>, String> {
     Ok(out)
 }
 
-impl Parts {
+impl SystemParts {
     /// Parses a system.
     ///
     /// # Errors
@@ -107,7 +107,7 @@ impl Parts {
         tree: Option<&[u8]>,
         kernel: Option<&[u8]>,
         initrd: Option<&[u8]>,
-        slot: &Slot,
+        slot: &CardSlot,
     ) -> Result<Self, String> {
         let tree = tree.ok_or("the device tree is missing")?;
         let kernel = kernel.ok_or("the kernel is missing")?;
@@ -161,7 +161,7 @@ impl Parts {
         let mut files = files;
         files.retain(|_, bytes| bytes.len() <= LARGEST_KEPT);
         Ok(Self {
-            tree: Tree::read(tree).map_err(|error| format!("the device tree: {error}"))?,
+            tree: DeviceTree::read(tree).map_err(|error| format!("the device tree: {error}"))?,
             version: version(&image),
             packed: kernel.len() as u64,
             is_packed: image.len() != kernel.len(),

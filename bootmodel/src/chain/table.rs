@@ -4,9 +4,9 @@
 //! supported"), #1457, #1628; moved entries: raspberrypi/rpi-eeprom#585, home-assistant/operating-system#3437; FAT:
 //! raspberrypi/firmware#1738, raspberrypi/rpi-eeprom#818 (the firmware tells a FAT's kind by its number of clusters).
 
-use super::card::{Gpt, Record, Volume};
-use super::{Place, Run};
-use crate::firmware::{Disk, Partition};
+use super::card::{FatVolume, GptLayout, MbrEntry};
+use super::{CardLocation, Run};
+use crate::firmware::{ReadOnlyDisk, TablePartition};
 
 const SECTOR: u64 = 512;
 /// Types of extended partitions.
@@ -26,7 +26,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u32_at(bytes, at) | u32_at(bytes, at + 4) << 32
 }
 
-fn sector(disk: &dyn Disk, number: u64) -> Result<[u8; 512], String> {
+fn sector(disk: &dyn ReadOnlyDisk, number: u64) -> Result<[u8; 512], String> {
     let mut bytes = [0; 512];
     let read = disk.read_at(number.saturating_mul(SECTOR), &mut bytes);
     read.map_err(|error| format!("sector {number} cannot be read: {error}"))?;
@@ -41,13 +41,13 @@ fn records_of(bytes: &[u8; 512]) -> Vec<(u32, u8, u64, u64)> {
 }
 
 /// The MBR's records, the GPT, and the partitions of the table that applies.
-pub(crate) type Tables = (Vec<Record>, Option<Gpt>, Vec<Partition>);
+pub(crate) type PartitionTables = (Vec<MbrEntry>, Option<GptLayout>, Vec<TablePartition>);
 
 /// Reads both tables.
 ///
 /// # Errors
 /// When the card has no MBR, or ends before its tables.
-pub(crate) fn partitions(disk: &dyn Disk) -> Result<Tables, String> {
+pub(crate) fn partitions(disk: &dyn ReadOnlyDisk) -> Result<PartitionTables, String> {
     let mbr = sector(disk, 0)?;
     if mbr[510..] != [0x55, 0xaa] {
         return Err("the disk has no MBR".to_owned());
@@ -55,7 +55,7 @@ pub(crate) fn partitions(disk: &dyn Disk) -> Result<Tables, String> {
     let mut records = Vec::new();
     for (number, kind, first, count) in records_of(&mbr) {
         let (offset, size) = (first * SECTOR, count * SECTOR);
-        records.push(Record { number, kind, offset, size });
+        records.push(MbrEntry { number, kind, offset, size });
         if !EXTENDED.contains(&kind) {
             continue;
         }
@@ -70,7 +70,7 @@ pub(crate) fn partitions(disk: &dyn Disk) -> Result<Tables, String> {
                     next = Some(first + start);
                 } else {
                     let (offset, size) = ((at + start) * SECTOR, count * SECTOR);
-                    records.push(Record { number, kind, offset, size });
+                    records.push(MbrEntry { number, kind, offset, size });
                 }
             }
             let Some(next) = next else { break };
@@ -79,7 +79,7 @@ pub(crate) fn partitions(disk: &dyn Disk) -> Result<Tables, String> {
     }
     if !records.iter().any(|record| record.kind == 0xee) {
         let data = records.iter().filter(|record| !EXTENDED.contains(&record.kind));
-        let partition = |r: &Record| Partition {
+        let partition = |r: &MbrEntry| TablePartition {
             number: r.number,
             name: String::new(),
             offset: r.offset,
@@ -93,7 +93,7 @@ pub(crate) fn partitions(disk: &dyn Disk) -> Result<Tables, String> {
         return Err("the MBR announces a GPT, but there is none".to_owned());
     }
     let (entries, count, size) = (u64_at(&header, 72), u32_at(&header, 80), u32_at(&header, 84));
-    let gpt = Gpt { first_usable: u64_at(&header, 40), entries };
+    let gpt = GptLayout { first_usable: u64_at(&header, 40), entries };
     let mut partitions = Vec::new();
     for index in 0..count.min(128) {
         let mut entry = [0; 128];
@@ -111,7 +111,7 @@ pub(crate) fn partitions(disk: &dyn Disk) -> Result<Tables, String> {
         let (offset, size) =
             (first.saturating_mul(SECTOR), (end - first + 1).saturating_mul(SECTOR));
         let (number, name) = (index as u32 + 1, String::from_utf16_lossy(&name));
-        partitions.push(Partition { number, name, offset, size });
+        partitions.push(TablePartition { number, name, offset, size });
     }
     Ok((records, Some(gpt), partitions))
 }
@@ -122,12 +122,12 @@ pub(crate) fn is_fat(kind: u8) -> bool {
 }
 
 /// Checks that this board's firmware reads the table and the volumes that it uses.
-pub(super) fn check(run: &mut Run<'_>, read: &[&Volume]) {
+pub(super) fn check(run: &mut Run<'_>, read: &[&FatVolume]) {
     let table = run.card.table();
     if !run.soc.table.iter().any(|known| known == table) {
         run.stop(
             "table-kind",
-            Place::card(),
+            CardLocation::card(),
             format!(
                 "the firmware of the {} does not read a partition table of the kind `{table}`",
                 run.soc.name
@@ -140,7 +140,7 @@ pub(super) fn check(run: &mut Run<'_>, read: &[&Volume]) {
     {
         run.stop(
             "gpt-moved",
-            Place::card(),
+            CardLocation::card(),
             format!(
                 "the GPT's entries are at sector {} and its first usable sector is {}: EEPROMs before October 2024 expect the entries at sector 2, and other tools move them unless the first usable sector is 34",
                 gpt.entries, gpt.first_usable
@@ -153,9 +153,9 @@ pub(super) fn check(run: &mut Run<'_>, read: &[&Volume]) {
     }
 }
 
-fn check_volume(run: &mut Run<'_>, volume: &Volume, first: bool) {
+fn check_volume(run: &mut Run<'_>, volume: &FatVolume, first: bool) {
     let width = volume.width();
-    let place = || Place::partition(volume.number);
+    let place = || CardLocation::partition(volume.number);
     if let Some(reason) = &volume.unread {
         run.stop(
             "fat-unreadable",

@@ -7,8 +7,8 @@
 
 use std::collections::BTreeMap;
 
-use super::fdt::Tree;
-use super::{Boot, Place, Run, facts, find};
+use super::fdt::DeviceTree;
+use super::{Boot, CardLocation, Run, facts, find};
 
 /// The environment's file, and its bytes: CONFIG_ENV_FAT_FILE and CONFIG_ENV_SIZE of every Raspberry Pi's U-Boot.
 const ENV_FILE: &str = "uboot.env";
@@ -90,7 +90,7 @@ fn reach(environment: &Environment, command: &str) -> String {
 
 /// A file that the script loads.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Load {
+pub struct ScriptLoad {
     /// The address it is loaded to.
     pub address: u64,
     /// The file's path.
@@ -99,11 +99,11 @@ pub struct Load {
 
 /// The parts of the script that matter for a start.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Script {
+pub struct BootScript {
     /// The number of its partition.
     pub partition: u32,
     /// The files that it loads.
-    pub loads: Vec<Load>,
+    pub loads: Vec<ScriptLoad>,
     /// Where a compressed kernel is decompressed to.
     pub unpacked_at: Option<u64>,
     /// Maximum number of compressed bytes.
@@ -115,12 +115,12 @@ pub struct Script {
 }
 
 /// The script of a boot partition.
-pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<Script> {
+pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<BootScript> {
     let number = boot.volume.number;
     let Some(bytes) = boot.volume.file(SCRIPT) else {
         run.stop(
             "script-missing",
-            Place::partition(number),
+            CardLocation::partition(number),
             format!("U-Boot runs {SCRIPT}, which does not exist"),
             format!("add a boot file with the path {SCRIPT} and `compile = \"boot-script\"`"),
         );
@@ -144,7 +144,7 @@ pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<Script> {
     else {
         run.stop(
             "script-damaged",
-            Place::file(number, SCRIPT),
+            CardLocation::file(number, SCRIPT),
             "boot.scr is not a script image, or one of its checksums is wrong: U-Boot does not run it"
                 .to_owned(),
             "set `compile = \"boot-script\"` for the boot file".to_owned(),
@@ -162,8 +162,8 @@ pub(super) fn takes_a_tree(boot: &Boot<'_>) -> bool {
     text.is_empty() || find(text, b"dtbs/").is_some()
 }
 
-fn parse(partition: u32, text: &str) -> Script {
-    let mut script = Script { partition, ..Script::default() };
+fn parse(partition: u32, text: &str) -> BootScript {
+    let mut script = BootScript { partition, ..BootScript::default() };
     for line in text.lines().map(str::trim).filter(|line| !line.starts_with('#')) {
         let plain = line.replace(['\'', ';'], " ");
         let words: Vec<&str> = plain.split_whitespace().collect();
@@ -177,7 +177,7 @@ fn parse(partition: u32, text: &str) -> Script {
                     if let Some(from) = from.filter(|from| *from < 3)
                         && let (Some(address), Some(path)) = (number(from), rest.get(from + 1))
                     {
-                        script.loads.push(Load { address, path: (*path).to_owned() });
+                        script.loads.push(ScriptLoad { address, path: (*path).to_owned() });
                     }
                 }
                 "kernel_comp_addr_r" => script.unpacked_at = number(0),
@@ -194,8 +194,8 @@ fn parse(partition: u32, text: &str) -> Script {
 }
 
 /// U-Boot's number for the card's controller: by alias, else by the order in the tree.
-fn card_number(run: &Run<'_>, tree: &Tree) -> Option<usize> {
-    let is = |list: &[String], node: &super::fdt::Node| {
+fn card_number(run: &Run<'_>, tree: &DeviceTree) -> Option<usize> {
+    let is = |list: &[String], node: &super::fdt::DeviceTreeNode| {
         node.compatible().iter().any(|c| list.contains(c))
     };
     let numbered =
@@ -214,7 +214,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
     let mut is_file = false;
     match boot.volume.file(ENV_FILE).filter(|_| reads_file).map(from_file) {
         Some(Ok(own)) => {
-            place = Place::file(number, ENV_FILE);
+            place = CardLocation::file(number, ENV_FILE);
             (environment, is_file) = (own, true);
             run.step(
                 "U-Boot",
@@ -224,7 +224,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
         Some(Err(reason)) => {
             run.stop(
                 "uboot-env",
-                Place::file(number, ENV_FILE),
+                CardLocation::file(number, ENV_FILE),
                 format!("{reason}: U-Boot ignores the file and uses its compiled-in environment"),
                 "build the image again".to_owned(),
             );
@@ -317,7 +317,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
         );
     }
     let names_card = place.file.as_deref() == Some(ENV_FILE) || own.contains("mmc 0");
-    let tree = boot.volume.file(tree).map(Tree::read);
+    let tree = boot.volume.file(tree).map(DeviceTree::read);
     if let (true, Some(Ok(tree))) = (names_card, tree)
         && let Some(card) = card_number(run, &tree)
         && card != 0

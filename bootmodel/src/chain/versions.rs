@@ -1,8 +1,8 @@
 //! Stage 6, compatible versions: board revision and firmware date, firmware and U-Boot, model and kernel. All of it
 //! is data, in `models.toml` and `firmware.toml`.
 
-use super::system::{Parts, System};
-use super::{Boot, Level, Place, Run, find};
+use super::system::{BootSystem, SystemParts};
+use super::{Boot, CardLocation, Run, Severity, find};
 
 /// The version in `U-Boot 2023.01+dfsg-2`, as year and month.
 pub(super) fn uboot_version(program: &[u8]) -> Option<String> {
@@ -28,11 +28,11 @@ pub(super) fn check_boards(run: &mut Run<'_>, boot: &Boot<'_>) {
         if *date >= revision.firmware_since || left_out {
             continue;
         }
-        let level = if revision.certain { Level::Stops } else { Level::Degrades };
+        let level = if revision.certain { Severity::Stops } else { Severity::Degrades };
         run.find(
             level,
             "firmware-old",
-            Place::file(boot.volume.number, &file),
+            CardLocation::file(boot.volume.number, &file),
             format!(
                 "this firmware is from {date} and does not start {} ({}), which needs firmware from {} or later",
                 revision.title, revision.code, revision.firmware_since
@@ -77,7 +77,7 @@ pub(super) fn check_uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], ow
             "firmware of {date} runs all clocks at their maximum for 60 s, and U-Boot then fails to read some cards"
         );
         let help = format!("add {} to config.txt", turbo.setting);
-        run.degrade("turbo", Place::file(boot.volume.number, boot.config), message, help);
+        run.degrade("turbo", CardLocation::file(boot.volume.number, boot.config), message, help);
     }
 }
 
@@ -88,7 +88,7 @@ fn numbers(version: &str) -> Vec<u32> {
 }
 
 /// Checks that the kernel is new enough for the model.
-pub(super) fn check_kernel(run: &mut Run<'_>, system: &System<'_>, parts: &Parts) {
+pub(super) fn check_kernel(run: &mut Run<'_>, system: &BootSystem<'_>, parts: &SystemParts) {
     let Some(since) = run.model.kernel_since.clone() else { return };
     if numbers(&parts.version) < numbers(&since) {
         run.stop(

@@ -7,11 +7,11 @@
 
 use std::collections::BTreeMap;
 
-use super::card::{MANAGER, Slot};
-use super::config::Setting;
-use super::facts::Driver;
-use super::system::{Parts, System};
-use super::{Boot, Place, Run};
+use super::card::{CardSlot, MANAGER};
+use super::config::ConfigSetting;
+use super::facts::WatchdogDriver;
+use super::system::{BootSystem, SystemParts};
+use super::{Boot, CardLocation, Run};
 
 /// The `compatible` strings of the watchdog (`bcm2835_pm_of_match` in Linux, drivers/mfd/bcm2835-pm.c). Some trees
 /// of a Pi 5 have the last and the first, others only the last.
@@ -30,7 +30,7 @@ const DEEPEST: u32 = 16;
 
 /// Milliseconds from the start of a watchdog with this timeout until it resets a board whose kernel runs but whose
 /// user space never feeds it. A kernel never feeds early, so `late` milliseconds are added to each feed.
-pub fn reset_after(driver: &Driver, seconds: u64, late: u64) -> u64 {
+pub fn reset_after(driver: &WatchdogDriver, seconds: u64, late: u64) -> u64 {
     // The same remainder, so the hardware gets the same value.
     let seconds = match seconds.checked_sub(LONGEST) {
         Some(more) if driver.modulo > 0 => LONGEST + more % driver.modulo,
@@ -59,7 +59,7 @@ pub fn reset_after(driver: &Driver, seconds: u64, late: u64) -> u64 {
 }
 
 /// Whether a watchdog with this timeout does not expire between the kernel's feeds.
-pub fn counts(driver: &Driver, seconds: u64) -> bool {
+pub fn counts(driver: &WatchdogDriver, seconds: u64) -> bool {
     driver.modulo == 0
         || (1..driver.modulo).contains(&seconds)
         || seconds % driver.modulo >= driver.smallest_rest
@@ -67,7 +67,7 @@ pub fn counts(driver: &Driver, seconds: u64) -> bool {
 
 /// How `/init` computes the watchdog's timeout from the deadline and its own start second.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rule {
+pub struct DeadlineRule {
     /// The deadline without `slipway.deadline=`.
     pub deadline: i64,
     /// The maximum deadline; longer ones are reduced to it.
@@ -85,7 +85,7 @@ struct Assignment {
     expression: String,
 }
 
-impl Rule {
+impl DeadlineRule {
     /// Parses the rule from the script: the lines of `begin_trial` up to the watchdog's start.
     ///
     /// # Errors
@@ -294,7 +294,7 @@ fn timespan(text: &str) -> Option<u64> {
 /// The effective settings of the manager, each with its file and line. Drop-in files override the main file. They are
 /// sorted by name across all directories, and a file in `/etc` replaces one with the same name
 /// (systemd-system.conf(5)).
-fn manager(slot: &Slot) -> BTreeMap<String, (String, String, usize)> {
+fn manager(slot: &CardSlot) -> BTreeMap<String, (String, String, usize)> {
     let file = |path: &str| slot.files.contains_key(path).then(|| path.to_owned());
     let mut files: Vec<String> = MANAGER.iter().find_map(|path| file(path)).into_iter().collect();
     let mut extra: BTreeMap<&str, &str> = BTreeMap::new();
@@ -328,8 +328,8 @@ fn manager(slot: &Slot) -> BTreeMap<String, (String, String, usize)> {
 pub(super) fn check(
     run: &mut Run<'_>,
     boot: Option<&Boot<'_>>,
-    system: &System<'_>,
-    parts: &Parts,
+    system: &BootSystem<'_>,
+    parts: &SystemParts,
 ) {
     let Some(driver) = run.facts.watchdog(&run.soc.watchdog).cloned() else { return };
     let has =
@@ -377,7 +377,7 @@ pub(super) fn check(
         let watches = ["RuntimeWatchdogSec", "RebootWatchdogSec", "KExecWatchdogSec"];
         let seconds = timespan(&value).filter(|_| watches.contains(&key.as_str()));
         if let Some(seconds) = seconds.filter(|seconds| !counts(&driver, *seconds)) {
-            let place = Place::line(system.slot.number, &path, line);
+            let place = CardLocation::line(system.slot.number, &path, line);
             let message = format!("{key}={value}: {}", explain(seconds));
             run.stop("watchdog-seconds", place, message, help());
         }
@@ -397,7 +397,7 @@ pub(super) fn check(
     let mut words = system.words.split_ascii_whitespace().rev();
     let told = words.find_map(|word| word.strip_prefix("slipway.deadline="));
     let place = || system.places[1].clone();
-    let rule = Rule::read(&init.unwrap_or_default());
+    let rule = DeadlineRule::read(&init.unwrap_or_default());
     let wrong = rule.and_then(|rule| {
         let deadline = told.map_or(rule.deadline, |value| rule.told(value));
         let mut worst = None;
@@ -433,7 +433,7 @@ pub(super) fn check(
 fn firmware(
     run: &mut Run<'_>,
     boot: &Boot<'_>,
-    driver: &Driver,
+    driver: &WatchdogDriver,
     explain: &dyn Fn(u64) -> String,
     help: &dyn Fn() -> String,
 ) {
@@ -455,7 +455,7 @@ fn firmware(
         }
     }
     let rule = run.facts.releases.early_watchdog.clone();
-    let told = |set: &Setting| {
+    let told = |set: &ConfigSetting| {
         set.key == "dtparam" && set.value.split(',').any(|part| part.trim() == rule.parameter)
     };
     if boot.is_on("kernel_watchdog_timeout") && !boot.settings.iter().any(told) {
@@ -517,7 +517,7 @@ mod tests {
 
     #[test]
     fn the_file_that_counts_is_the_last_by_its_own_name() {
-        let mut slot = Slot { number: 1, files: BTreeMap::new() };
+        let mut slot = CardSlot { number: 1, files: BTreeMap::new() };
         let mut put = |path: &str, text: &str| {
             slot.files.insert(path.to_owned(), text.as_bytes().to_vec());
         };
@@ -534,7 +534,7 @@ mod tests {
 
     #[test]
     fn numbers_that_nobody_waits_for_are_answered_at_once() {
-        let driver = Driver {
+        let driver = WatchdogDriver {
             name: "a".to_owned(),
             modulo: 16,
             limit_ms: 15_999,
@@ -549,9 +549,9 @@ mod tests {
             "(".repeat(100_000),
             ")".repeat(100_000)
         );
-        assert!(Rule::read(&deep).is_ok_and(|rule| rule.seconds(300, 0).is_err()));
+        assert!(DeadlineRule::read(&deep).is_ok_and(|rule| rule.seconds(300, 0).is_err()));
         let init = "begin_trial() {\nleft=$((deadline - $(seconds)))\n}\ndeadline=300\n[ \"$deadline\" -le 1800 ] || deadline=1800\n";
-        let rule = Rule::read(init).expect("a rule");
+        let rule = DeadlineRule::read(init).expect("a rule");
         let told: Vec<i64> = ["600", "9999999999999999999999", "010", "x", ""]
             .map(|value| rule.told(value))
             .to_vec();

@@ -5,10 +5,10 @@
 //! Documentation/watchdog/watchdog-parameters.rst (`open_timeout`: 0 means no limit; `handle_boot_enabled`: without it
 //! the kernel does not feed a running watchdog); the words of `/init` are in its head, board/common/init.
 
-use super::system::System;
+use super::system::BootSystem;
 use super::{Boot, Run};
 
-pub(super) fn check(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &System<'_>) {
+pub(super) fn check(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &BootSystem<'_>) {
     let words: Vec<&str> = system.words.split_ascii_whitespace().collect();
     // If a parameter occurs twice, the last one applies.
     let value = |name: &str| {

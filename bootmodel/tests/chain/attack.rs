@@ -2,7 +2,7 @@
 //! malicious bytes.
 
 use bootmodel::chain::check;
-use bootmodel::chain::fdt::Tree;
+use bootmodel::chain::fdt::DeviceTree;
 
 use super::mutants::{KEYS_4, Mutant, boots, change_text, for_trees, mutant, put, rewrite, slots};
 use super::stand_in::{
@@ -275,7 +275,7 @@ fn trees_that_refer_to_themselves_have_an_end() {
         ));
     }
     let bytes = super::stand_in::tree(&text);
-    assert!(Tree::read(&bytes).is_ok());
+    assert!(DeviceTree::read(&bytes).is_ok());
     let mut card = card_3();
     for_trees(&mut card, &text);
     assert!(check(&card, &facts()).stops().next().is_some());

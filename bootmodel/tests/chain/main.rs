@@ -7,19 +7,19 @@ mod stand_in;
 mod tables;
 mod watchdog;
 
-use bootmodel::chain::{Card, Facts, Verdict, check};
+use bootmodel::chain::{BootFacts, CardContent, ChainVerdict, check};
 
-fn facts() -> Facts {
-    Facts::known().expect("the facts")
+fn facts() -> BootFacts {
+    BootFacts::known().expect("the facts")
 }
 
 /// All findings as text.
-fn shown(verdict: &Verdict) -> String {
+fn shown(verdict: &ChainVerdict) -> String {
     verdict.findings.iter().map(|finding| format!("{:?}: {finding}\n", finding.level)).collect()
 }
 
 /// All chains as text.
-fn chains(card: &Card) -> String {
+fn chains(card: &CardContent) -> String {
     let mut out = String::new();
     for chain in check(card, &facts()).chains {
         out.push_str(&format!("{} ({})\n", chain.title, chain.model));

@@ -1,8 +1,8 @@
 //! Cards that a board would not start, or could not roll back: earlier cards, then one change for each rule. Each is
 //! detected by the named rule, and its message is a golden text.
 
-use bootmodel::chain::card::{Card, Gpt, Record, Volume};
-use bootmodel::chain::{Facts, check};
+use bootmodel::chain::card::{CardContent, FatVolume, GptLayout, MbrEntry};
+use bootmodel::chain::{BootFacts, check};
 
 use super::stand_in::{
     AUTOBOOT, CONFIG_3, CONFIG_4, DISTRO, ENVIRONMENT, INIT_GOOD, INIT_OLD, SCRIPT, TREE_3, TREE_4,
@@ -11,43 +11,43 @@ use super::stand_in::{
 };
 use super::{attack, facts, golden, shown};
 
-type Change = Box<dyn Fn(&mut Card, &mut Facts)>;
+type Change = Box<dyn Fn(&mut CardContent, &mut BootFacts)>;
 
 /// The change, the card, and the rules that must report it.
 pub struct Mutant {
     name: &'static str,
-    card: fn() -> Card,
+    card: fn() -> CardContent,
     change: Change,
     rules: &'static [&'static str],
 }
 
 pub fn mutant(
     name: &'static str,
-    card: fn() -> Card,
+    card: fn() -> CardContent,
     rules: &'static [&'static str],
-    change: impl Fn(&mut Card, &mut Facts) + 'static,
+    change: impl Fn(&mut CardContent, &mut BootFacts) + 'static,
 ) -> Mutant {
     Mutant { name, card, change: Box::new(change), rules }
 }
 
-pub fn put(volume: &mut Volume, name: &str, bytes: impl AsRef<[u8]>) {
+pub fn put(volume: &mut FatVolume, name: &str, bytes: impl AsRef<[u8]>) {
     volume.files.insert(name.to_owned(), bytes.as_ref().to_vec());
 }
 
 /// A file of every boot partition that has it.
-pub fn boots(card: &mut Card, name: &str, bytes: impl AsRef<[u8]>) {
+pub fn boots(card: &mut CardContent, name: &str, bytes: impl AsRef<[u8]>) {
     for volume in card.volumes.iter_mut().filter(|volume| volume.files.contains_key(name)) {
         put(volume, name, &bytes);
     }
 }
 
-pub fn slots(card: &mut Card, name: &str, bytes: impl AsRef<[u8]>) {
+pub fn slots(card: &mut CardContent, name: &str, bytes: impl AsRef<[u8]>) {
     for slot in &mut card.slots {
         slot.files.insert(name.to_owned(), bytes.as_ref().to_vec());
     }
 }
 
-pub fn change_text(card: &mut Card, name: &str, from: &str, to: &str) {
+pub fn change_text(card: &mut CardContent, name: &str, from: &str, to: &str) {
     for volume in &mut card.volumes {
         if let Some(bytes) = volume.files.get_mut(name) {
             let text = String::from_utf8_lossy(bytes).into_owned();
@@ -58,21 +58,21 @@ pub fn change_text(card: &mut Card, name: &str, from: &str, to: &str) {
 }
 
 /// The script with a different text, and the words of a good command line.
-pub fn rewrite(card: &mut Card, from: &str, to: &str) {
+pub fn rewrite(card: &mut CardContent, from: &str, to: &str) {
     let words = "console=tty0 console=ttyS1,115200 ro panic=10 watchdog.open_timeout=120 cfg80211.ieee80211_regdom=DE";
     let text = SCRIPT.replace("WORDS", words);
     assert!(text.contains(from), "the script has no {from}");
     boots(card, "boot.scr", script(&text.replace(from, to)));
 }
 
-fn gpt(card: &mut Card, hybrid: bool) {
-    card.gpt = Some(Gpt { first_usable: 34, entries: 2 });
+fn gpt(card: &mut CardContent, hybrid: bool) {
+    card.gpt = Some(GptLayout { first_usable: 34, entries: 2 });
     card.records.retain(|record| record.number < 4);
     if !hybrid {
         card.records.clear();
         card.volumes.iter_mut().for_each(|volume| volume.kind = None);
     }
-    card.records.push(Record { number: 4, kind: 0xee, offset: 512, size: 1 << 20 });
+    card.records.push(MbrEntry { number: 4, kind: 0xee, offset: 512, size: 1 << 20 });
 }
 
 const FEW_KEYS: [&str; 6] =
@@ -174,7 +174,7 @@ fn as_they_were() -> Vec<Mutant> {
     ]
 }
 
-fn was(card: &mut Card) {
+fn was(card: &mut CardContent) {
     let conf = "[Manager]\nRuntimeWatchdogSec=60s\nRebootWatchdogSec=2min\n";
     slots(card, "etc/systemd/system.conf.d/10-slipway.conf", conf);
     let first = card.volumes[0].number;
@@ -183,7 +183,7 @@ fn was(card: &mut Card) {
     card.volumes[0].offset = 4 << 20;
 }
 
-fn was_3(card: &mut Card) {
+fn was_3(card: &mut CardContent) {
     was(card);
     card.device.boot_state.sectors = vec![2048, 2056];
     let boot = &mut card.volumes[0];
@@ -214,7 +214,7 @@ fn of_the_card() -> Vec<Mutant> {
         }),
         mutant("GPT whose entries were moved", card_5, &["gpt-moved"], |card, _| {
             gpt(card, false);
-            card.gpt = Some(Gpt { first_usable: 2048, entries: 2016 });
+            card.gpt = Some(GptLayout { first_usable: 2048, entries: 2016 });
         }),
         mutant("GPT on a Pi 3", card_3, &["table-kind"], |card, _| gpt(card, false)),
         mutant("FAT32 with 65,000 clusters", card_3, &["fat-width"], |card, _| {
@@ -443,8 +443,8 @@ fn of_dates() -> Vec<Mutant> {
     ]
 }
 
-fn facts_revision(code: &str, since: &str) -> bootmodel::chain::facts::Revision {
-    bootmodel::chain::facts::Revision {
+fn facts_revision(code: &str, since: &str) -> bootmodel::chain::facts::BoardRevision {
+    bootmodel::chain::facts::BoardRevision {
         code: code.to_owned(),
         title: "400 1.1".to_owned(),
         firmware_since: since.to_owned(),
@@ -454,7 +454,7 @@ fn facts_revision(code: &str, since: &str) -> bootmodel::chain::facts::Revision 
 }
 
 /// A Pi 4's card with U-Boot's choice of a slot.
-fn card_uboot_4() -> Card {
+fn card_uboot_4() -> CardContent {
     let mut card = card_3();
     let four = card_4();
     let boot = &mut card.volumes[0];
@@ -688,7 +688,7 @@ fn of_the_system() -> Vec<Mutant> {
     ]
 }
 
-pub fn for_trees(card: &mut Card, text: &str) {
+pub fn for_trees(card: &mut CardContent, text: &str) {
     for slot in &mut card.slots {
         slot.files
             .iter_mut()

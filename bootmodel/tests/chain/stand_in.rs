@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use bootmodel::chain::card::{Card, Device, Record, Slot, States, Volume};
+use bootmodel::chain::card::{
+    BootStatePlaces, CardContent, CardSlot, DeviceFacts, FatVolume, MbrEntry,
+};
 
 /// The script that the real initrd has.
 pub const INIT: &str = include_str!("../../../board/common/init");
@@ -185,9 +187,9 @@ pub fn script(text: &str) -> Vec<u8> {
 
 const MIB: u64 = 1 << 20;
 
-fn volume(number: u32, at: u64, kind: u8, clusters: u64) -> Volume {
+fn volume(number: u32, at: u64, kind: u8, clusters: u64) -> FatVolume {
     let width = if clusters < 65_525 { 16 } else { 32 };
-    Volume {
+    FatVolume {
         number,
         name: String::new(),
         offset: at * MIB,
@@ -206,8 +208,8 @@ fn put(files: &mut BTreeMap<String, Vec<u8>>, name: &str, bytes: impl AsRef<[u8]
     files.insert(name.to_owned(), bytes.as_ref().to_vec());
 }
 
-fn slot(number: u32) -> Slot {
-    let mut slot = Slot { number, files: BTreeMap::new() };
+fn slot(number: u32) -> CardSlot {
+    let mut slot = CardSlot { number, files: BTreeMap::new() };
     let conf = "[Manager]\nRuntimeWatchdogSec=63s\nRebootWatchdogSec=127s\n";
     put(&mut slot.files, "etc/systemd/system.conf.d/10-slipway.conf", conf);
     let alias = "alias of:N*T*Cregulator-fixedC* fixed\nalias of:N*T*Cregulator-fixed fixed\n\
@@ -238,14 +240,14 @@ fn slot(number: u32) -> Slot {
     slot
 }
 
-fn device(flow: &str, compatible: &[&str]) -> Device {
-    Device {
+fn device(flow: &str, compatible: &[&str]) -> DeviceFacts {
+    DeviceFacts {
         board: "a-board".to_owned(),
         compatible: compatible.iter().map(|name| (*name).to_owned()).collect(),
         boot_flow: flow.to_owned(),
         eeprom_since: Some("2022-11-25".to_owned()),
         left_out_revisions: Vec::new(),
-        boot_state: States::default(),
+        boot_state: BootStatePlaces::default(),
     }
 }
 
@@ -320,7 +322,7 @@ const KEYS: [&str; 9] = [
 pub const MODELS_3: [&str; 3] = ["3-b", "3-b-plus", "3-a-plus"];
 
 /// A good card for the Raspberry Pi 3: MBR, U-Boot, two slots.
-pub fn card_3() -> Card {
+pub fn card_3() -> CardContent {
     let mut boot = volume(1, 32, 0x0c, 130_000);
     put(
         &mut boot.files,
@@ -354,9 +356,13 @@ pub fn card_3() -> Card {
         ["raspberrypi,3-model-b", "raspberrypi,3-model-b-plus", "raspberrypi,3-model-a-plus"];
     let mut device = device("uboot", &compatible);
     device.boot_state.sectors = vec![16_384, 32_768];
-    let record =
-        |number: u32, kind: u8, at: u64| Record { number, kind, offset: at * MIB, size: 64 * MIB };
-    Card {
+    let record = |number: u32, kind: u8, at: u64| MbrEntry {
+        number,
+        kind,
+        offset: at * MIB,
+        size: 64 * MIB,
+    };
+    CardContent {
         records: vec![record(1, 0x0c, 32), record(2, 0x83, 96), record(3, 0x83, 1120)],
         gpt: None,
         partitions: [(1, 32 * MIB), (2, 96 * MIB), (3, 1120 * MIB)].into(),
@@ -444,7 +450,7 @@ pub fn modules_4() -> Vec<(&'static str, &'static [&'static str])> {
 }
 
 /// A good card for the Raspberry Pi 4 with the firmware's own choice of a slot: MBR with logical partitions.
-pub fn card_4() -> Card {
+pub fn card_4() -> CardContent {
     let mut keys = KEYS.to_vec();
     keys.push("kernel_watchdog_timeout");
     let mut first = volume(1, 32, 0x0e, 32_000);
@@ -464,9 +470,9 @@ pub fn card_4() -> Card {
         volumes.push(boot);
     }
     let record =
-        |number: u32, kind: u8, at: u64| Record { number, kind, offset: at * MIB, size: 8 * MIB };
+        |number: u32, kind: u8, at: u64| MbrEntry { number, kind, offset: at * MIB, size: 8 * MIB };
     let compatible = ["raspberrypi,4-model-b", "raspberrypi,400", "raspberrypi,4-compute-module"];
-    Card {
+    CardContent {
         records: vec![
             record(1, 0x0e, 32),
             record(2, 0x0c, 48),
@@ -484,7 +490,7 @@ pub fn card_4() -> Card {
 }
 
 /// A good card for the Raspberry Pi 5: as the 4's, without firmware.
-pub fn card_5() -> Card {
+pub fn card_5() -> CardContent {
     let mut card = card_4();
     let tree_5 = tree(
         &TREE_4

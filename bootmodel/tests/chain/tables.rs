@@ -3,14 +3,14 @@
 use std::io::{Cursor, Write};
 use std::rc::Rc;
 
-use bootmodel::chain::card::Card;
-use bootmodel::firmware::Disk;
+use bootmodel::chain::card::CardContent;
+use bootmodel::firmware::ReadOnlyDisk;
 
 const MIB: usize = 1 << 20;
 
 struct Bytes(Vec<u8>);
 
-impl Disk for Bytes {
+impl ReadOnlyDisk for Bytes {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
         self.0.as_slice().read_at(offset, buffer)
     }
@@ -50,10 +50,10 @@ fn logical_partitions_are_numbered_from_5_on() {
     record(&mut disk, sectors(6), 2, 0x05, sectors(4), 8192);
     record(&mut disk, sectors(10), 1, 0x83, 2048, 2048);
     fat(&mut disk, MIB, 4 * MIB);
-    let error = Card::read(Rc::new(Bytes(disk.clone()))).expect_err("no slot");
+    let error = CardContent::read(Rc::new(Bytes(disk.clone()))).expect_err("no slot");
     assert!(error.contains("no slot has a system"), "{error}");
     // The same table, through its reader.
-    let (records, partitions) = Card::table_of(&Bytes(disk)).expect("a table");
+    let (records, partitions) = CardContent::table_of(&Bytes(disk)).expect("a table");
     assert_eq!(records.len(), 4);
     let found: Vec<_> = partitions.iter().map(|(n, at)| (*n, *at as usize / MIB)).collect();
     assert_eq!(found, [(1, 1), (5, 7), (6, 11)]);
@@ -91,7 +91,7 @@ fn damaged_cards_are_errors() {
             "no slot",
         ),
     ] {
-        let error = Card::read(Rc::new(Bytes(disk))).expect_err(part);
+        let error = CardContent::read(Rc::new(Bytes(disk))).expect_err(part);
         assert!(error.contains(part), "{error}");
     }
 }

@@ -2,8 +2,8 @@
 
 use std::process::Command;
 
-use bootmodel::chain::facts::Driver;
-use bootmodel::chain::watchdog::{LATEST_START, Rule, counts, reset_after};
+use bootmodel::chain::facts::WatchdogDriver;
+use bootmodel::chain::watchdog::{DeadlineRule, LATEST_START, counts, reset_after};
 
 use super::facts;
 use super::stand_in::{INIT, INIT_GOOD, INIT_OLD};
@@ -15,12 +15,12 @@ const MARGIN: i64 = 15;
 /// How late a busy kernel may feed, in milliseconds.
 const LATE: u64 = 4000;
 
-fn driver() -> Driver {
+fn driver() -> WatchdogDriver {
     facts().watchdog("bcm2835_wdt").expect("its facts").clone()
 }
 
 /// What is wrong with a rule: the first deadline and start second of each kind.
-fn wrong(rule: &Rule) -> Vec<String> {
+fn wrong(rule: &DeadlineRule) -> Vec<String> {
     let driver = driver();
     let mut found = Vec::new();
     let mut say = |kind: &str, text: String| {
@@ -55,9 +55,9 @@ fn wrong(rule: &Rule) -> Vec<String> {
 
 #[test]
 fn no_healthy_trial_is_reset_and_no_hang_outlives_its_deadline() {
-    let good = Rule::read(INIT_GOOD).expect("the rule");
+    let good = DeadlineRule::read(INIT_GOOD).expect("the rule");
     assert_eq!(wrong(&good), [""; 0]);
-    let old = Rule::read(INIT_OLD).expect("the rule");
+    let old = DeadlineRule::read(INIT_OLD).expect("the rule");
     let found = wrong(&old);
     assert!(found.iter().any(|text| text.starts_with("reset while healthy")), "{found:?}");
 }
@@ -73,7 +73,7 @@ fn the_driver_resets_as_measured() {
     let reset = reset_after(&driver, 287, 0);
     assert!((286_000..=287_000).contains(&reset), "{reset}");
     // A watchdog whose hardware supports every timeout.
-    let other = Driver { modulo: 0, ..driver };
+    let other = WatchdogDriver { modulo: 0, ..driver };
     assert_eq!(reset_after(&other, 12, 0), 12_000);
 }
 
@@ -104,7 +104,7 @@ fn by_shell(shell: &[&str], init: &str) -> String {
 #[test]
 fn the_rule_is_understood_as_the_shell_runs_it() {
     for init in [INIT, INIT_GOOD, INIT_OLD] {
-        let rule = Rule::read(init).expect("the rule");
+        let rule = DeadlineRule::read(init).expect("the rule");
         let text = by_shell(&["sh"], init);
         let mut lines = 0;
         for line in text.lines() {
@@ -120,6 +120,7 @@ fn the_rule_is_understood_as_the_shell_runs_it() {
 #[test]
 fn a_rule_in_another_form_is_not_guessed_at() {
     let odd = INIT_GOOD.replace("left=$(((left + 1) / 16 * 16 - 1))", "left=$(rounded \"$left\")");
-    let error = Rule::read(&odd).and_then(|rule| rule.seconds(300, 5)).expect_err("not understood");
+    let error =
+        DeadlineRule::read(&odd).and_then(|rule| rule.seconds(300, 5)).expect_err("not understood");
     assert!(error.contains("cannot "), "{error}");
 }

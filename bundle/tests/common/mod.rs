@@ -3,9 +3,10 @@
 
 use blake2::{Blake2b512, Digest};
 use bundle::keys::{encode_base64, key_id, signature_file};
-use bundle::manifest::Component;
+use bundle::manifest::BundleComponent;
 use bundle::{
-    KeySet, Kind, Level, Manifest, Reader, Result, SignatureFile, Stream, TrustedKey, Version,
+    BuildKind, BundleManifest, BundleReader, CompressionLevel, KeySet, Result, SignatureFile,
+    StreamInput, TrustedKey, Version,
 };
 use ed25519_compact::{KeyPair, Seed};
 
@@ -27,7 +28,7 @@ impl TestKey {
         encode_base64(&blob)
     }
 
-    pub fn trusted(&self, kind: Kind, epoch: u32) -> TrustedKey {
+    pub fn trusted(&self, kind: BuildKind, epoch: u32) -> TrustedKey {
         let public = self.public();
         TrustedKey { id: key_id(&public).unwrap(), epoch, kind, public, revoked: false }
     }
@@ -61,7 +62,7 @@ impl TestKey {
 }
 
 pub fn keys() -> KeySet {
-    KeySet { serial: 0, keys: vec![TestKey::new(1).trusted(Kind::Development, 1)] }
+    KeySet { serial: 0, keys: vec![TestKey::new(1).trusted(BuildKind::Development, 1)] }
 }
 
 /// Bytes that do not compress.
@@ -92,7 +93,7 @@ pub fn mixed(n: usize) -> Vec<u8> {
 }
 
 pub struct Parts {
-    pub manifest: Manifest,
+    pub manifest: BundleManifest,
     pub payloads: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -104,21 +105,26 @@ pub fn parts(contents: &[&[u8]], workers: usize) -> Parts {
     for (at, content) in contents.iter().enumerate() {
         let mut data = Vec::new();
         let done =
-            bundle::compress(*content, Level::Fast, workers, &mut data, &mut |_| {}).unwrap();
+            bundle::compress(*content, CompressionLevel::Fast, workers, &mut data, &mut |_| {})
+                .unwrap();
         described.push(done.describe(format!("p{at}")));
         payloads.push((done.index, data));
     }
-    let manifest = Manifest {
+    let manifest = BundleManifest {
         format: 1,
         required: Vec::new(),
         product: "robot-test".to_owned(),
         version: version.clone(),
-        kind: Kind::Development,
+        kind: BuildKind::Development,
         boards: vec!["board-one".to_owned(), "board-two".to_owned()],
         minimum_version: Version::parse("1.0.0").unwrap(),
         key_epoch: 1,
         epoch: 1_700_000_000,
-        components: vec![Component { name: "system".to_owned(), version, payloads: described }],
+        components: vec![BundleComponent {
+            name: "system".to_owned(),
+            version,
+            payloads: described,
+        }],
     };
     Parts { manifest, payloads }
 }
@@ -146,12 +152,12 @@ pub fn make(contents: &[&[u8]]) -> Vec<u8> {
 
 /// Verifies to the last byte.
 pub fn verify(bytes: &[u8], keys: &KeySet) -> Result<()> {
-    Reader::open(Stream(bytes), keys)?.verify(|_| {})
+    BundleReader::open(StreamInput(bytes), keys)?.verify(|_| {})
 }
 
 /// Reads all payloads back.
 pub fn extract(bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-    let mut reader = Reader::open(Stream(bytes), &keys())?;
+    let mut reader = BundleReader::open(StreamInput(bytes), &keys())?;
     let mut all = Vec::new();
     while let Some(mut payload) = reader.next_payload()? {
         let mut content = Vec::new();

@@ -159,7 +159,7 @@ pub mod flash {
         pub wifi: Option<Wifi>,
     }
 
-    pub fn text(seed: &contract::seed_file::Seed) -> String {
+    pub fn text(seed: &contract::seed_file::SeedFile) -> String {
         let wifi = seed.wifi.as_ref();
         toml::to_string(&Seed {
             hostname: seed.hostname.clone(),

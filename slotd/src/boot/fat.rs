@@ -23,7 +23,7 @@ const MOST_ENTRIES: u64 = 4096;
 
 /// The position of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct FatFileSectors {
     /// Byte offset of its first sector in the volume.
     pub offset: u64,
     /// Its length in bytes, within that sector.
@@ -35,7 +35,7 @@ pub(super) struct Place {
 ///
 /// # Errors
 /// When the volume cannot be read, is not a FAT12 or FAT16, or has no such file.
-pub(super) fn find(volume: &dyn Storage, name: &[u8; 11]) -> io::Result<Place> {
+pub(super) fn find(volume: &dyn Storage, name: &[u8; 11]) -> io::Result<FatFileSectors> {
     let mut boot = [0; SECTOR as usize];
     volume.read_at(0, &mut boot)?;
     let u8_at = |at: usize| u64::from(boot.get(at).copied().unwrap_or(0));
@@ -69,7 +69,7 @@ pub(super) fn find(volume: &dyn Storage, name: &[u8; 11]) -> io::Result<Place> {
                 "the file has {length} bytes from cluster {first} on, expected at most {SECTOR} bytes within the volume"
             )));
         }
-        return Ok(Place { offset, length });
+        return Ok(FatFileSectors { offset, length });
     }
     Err(io::Error::new(io::ErrorKind::NotFound, "the volume has no such file"))
 }

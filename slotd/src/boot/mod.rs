@@ -6,17 +6,17 @@ mod tryboot;
 mod uboot;
 
 use bundle::bootstate::Slot;
-pub use contract::answer::{BootStatus, Trial};
+pub use contract::answer::{BootStatus, SlotTrial};
 
-pub(crate) use tryboot::Armed;
+pub(crate) use tryboot::ArmedTrial;
 pub use tryboot::Tryboot;
 pub use uboot::Uboot;
 
-use crate::device::{Device, Flow, slot_role};
+use crate::device::{BootFlow, RobotDevice, slot_role};
 use crate::refusal::{Refusal, Result};
 
 /// How the slot is chosen. Each change is durable when the call returns.
-pub trait BootFlow: Send + Sync {
+pub trait BootControl: Send + Sync {
     /// Checks, before anything is written, that this robot can roll back a bad update.
     ///
     /// # Errors
@@ -34,19 +34,19 @@ pub trait BootFlow: Send + Sync {
     /// Lets the next restart try `slot`, which must be complete.
     ///
     /// # Errors
-    /// As [`BootFlow::status`], or when reading back gives other bytes.
+    /// As [`BootControl::status`], or when reading back gives other bytes.
     fn arm_trial(&self, slot: Slot) -> Result<()>;
 
     /// Commits the running slot, and ends its trial.
     ///
     /// # Errors
-    /// As [`BootFlow::arm_trial`].
+    /// As [`BootControl::arm_trial`].
     fn commit(&self) -> Result<()>;
 
     /// Ends a trial: from the next restart on the committed slot runs.
     ///
     /// # Errors
-    /// As [`BootFlow::arm_trial`].
+    /// As [`BootControl::arm_trial`].
     fn roll_back(&self) -> Result<()>;
 
     /// The argument that the restart into a trial passes to the firmware (`reboot(2)`); `None`: no argument.
@@ -59,9 +59,9 @@ pub trait BootFlow: Send + Sync {
 ///
 /// # Errors
 /// When its disk cannot be opened, or `device.toml` lists no sectors for the boot state.
-pub fn open(device: &Device) -> Result<Box<dyn BootFlow>> {
+pub fn open(device: &RobotDevice) -> Result<Box<dyn BootControl>> {
     match device.about.boot_flow {
-        Flow::Uboot => {
+        BootFlow::Uboot => {
             let sectors = device.about.boot_state.sectors.as_slice();
             let [first, second] = sectors else {
                 return Err(Refusal::new(
@@ -73,7 +73,7 @@ pub fn open(device: &Device) -> Result<Box<dyn BootFlow>> {
             let disk = device.open_disk(true)?;
             Ok(Box::new(Uboot::new(disk, [*first, *second], device.running)))
         }
-        Flow::Tryboot => {
+        BootFlow::Tryboot => {
             let number = |slot: Slot| {
                 let role = slot_role("boot", slot);
                 device.about.partitions.get(&role).map_or(0, |partition| partition.number)

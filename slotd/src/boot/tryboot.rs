@@ -11,12 +11,12 @@ use std::io;
 use bundle::bootstate::Slot;
 use serde::{Deserialize, Serialize};
 
-use super::fat::{self, Place};
-use super::{BootFlow, BootStatus, Trial};
+use super::fat::{self, FatFileSectors};
+use super::{BootControl, BootStatus, SlotTrial};
 use crate::device::other;
 use crate::durable;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 use crate::storage::Storage;
 
 /// The file's name as a FAT stores it.
@@ -31,7 +31,7 @@ const OWN_KERNEL: &str = "dev/vcio";
 
 /// The record of a trial, because the firmware clears its flag as soon as it has started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Armed {
+pub(crate) struct ArmedTrial {
     slot: Slot,
     /// The kernel's boot id when the trial was armed: while it is the same, the trial has not started yet.
     boot: String,
@@ -100,7 +100,7 @@ pub struct Tryboot<S> {
     /// Date of the oldest EEPROM release that can try a slot, in seconds since 1970.
     since: u64,
     running: Slot,
-    root: Root,
+    root: RootDir,
 }
 
 impl<S: Storage> Tryboot<S> {
@@ -114,7 +114,7 @@ impl<S: Storage> Tryboot<S> {
         partitions: [u32; 2],
         since: &str,
         running: Slot,
-        root: &Root,
+        root: &RootDir,
     ) -> Result<Self> {
         let bad = |why: String| {
             let help = "build the image again with a current `cargo xtask`";
@@ -139,7 +139,7 @@ impl<S: Storage> Tryboot<S> {
         [Slot::A, Slot::B].into_iter().find(|slot| self.number(*slot) == number)
     }
 
-    fn read(&self) -> Result<(Place, Autoboot)> {
+    fn read(&self) -> Result<(FatFileSectors, Autoboot)> {
         let failed = |error: io::Error| Refusal::io("reading autoboot.txt", &error);
         let place = fat::find(&self.boot, AUTOBOOT).map_err(failed)?;
         let mut text = vec![0; place.length];
@@ -203,7 +203,7 @@ impl<S: Storage> Tryboot<S> {
     }
 
     /// The trial's record. A damaged record is reported and ignored: what the firmware starts does not depend on it.
-    fn armed(&self, damage: &mut Vec<String>) -> Option<Armed> {
+    fn armed(&self, damage: &mut Vec<String>) -> Option<ArmedTrial> {
         self.records().iter().find_map(|path| match durable::read_json(path) {
             Ok(armed) => armed,
             Err(error) => {
@@ -213,7 +213,7 @@ impl<S: Storage> Tryboot<S> {
         })
     }
 
-    fn record(&self, armed: &Armed) -> Result<()> {
+    fn record(&self, armed: &ArmedTrial) -> Result<()> {
         let [memory, kept] = self.records();
         let failed = |path: &std::path::Path| {
             let doing = format!("writing {}", path.display());
@@ -238,7 +238,7 @@ impl<S: Storage> Tryboot<S> {
     }
 }
 
-impl<S: Storage> BootFlow for Tryboot<S> {
+impl<S: Storage> BootControl for Tryboot<S> {
     fn ready(&self) -> Result<()> {
         let old = |found: String| {
             Refusal::new(
@@ -289,7 +289,7 @@ impl<S: Storage> BootFlow for Tryboot<S> {
             );
         }
         let on_trial = self.told("tryboot").is_some_and(|flag| flag != 0);
-        let tries = |armed: &Armed, boot: &str| {
+        let tries = |armed: &ArmedTrial, boot: &str| {
             let running = on_trial && armed.slot == self.running;
             u32::from(!running && armed.boot == boot)
         };
@@ -297,11 +297,11 @@ impl<S: Storage> BootFlow for Tryboot<S> {
         let trial = match armed {
             Some(armed) => {
                 let boot = self.boot_id()?;
-                Some(Trial { slot: armed.slot, tries: tries(&armed, &boot) })
+                Some(SlotTrial { slot: armed.slot, tries: tries(&armed, &boot) })
             }
             // The record was lost with `data`, but the trial is running.
             None if on_trial && self.running != active => {
-                Some(Trial { slot: self.running, tries: 0 })
+                Some(SlotTrial { slot: self.running, tries: 0 })
             }
             None => None,
         };
@@ -312,7 +312,7 @@ impl<S: Storage> BootFlow for Tryboot<S> {
         self.ready()?;
         // Writes the slot under [tryboot], which may be wrong after an interrupted write.
         self.choose(other(slot))?;
-        self.record(&Armed { slot, boot: self.boot_id()? })
+        self.record(&ArmedTrial { slot, boot: self.boot_id()? })
     }
 
     fn commit(&self) -> Result<()> {

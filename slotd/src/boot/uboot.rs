@@ -3,7 +3,7 @@
 
 use bundle::bootstate::{self, BootState, SECTOR, Slot};
 
-use super::{BootFlow, BootStatus, Trial};
+use super::{BootControl, BootStatus, SlotTrial};
 use crate::device;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
@@ -77,7 +77,7 @@ impl<S: Storage> Uboot<S> {
     }
 }
 
-impl<S: Storage> BootFlow for Uboot<S> {
+impl<S: Storage> BootControl for Uboot<S> {
     fn status(&self) -> Result<BootStatus> {
         let (copies, newest) = self.read()?;
         let damage = copies.iter().enumerate().filter_map(|(number, copy)| {
@@ -90,7 +90,7 @@ impl<S: Storage> BootFlow for Uboot<S> {
             damage.push("no copy of the boot state is valid".to_owned());
             return Ok(BootStatus { active: self.running, trial: None, damage });
         };
-        let trial = state.trial.map(|slot| Trial { slot, tries: state.tries });
+        let trial = state.trial.map(|slot| SlotTrial { slot, tries: state.tries });
         Ok(BootStatus { active: state.active, trial, damage })
     }
 

@@ -1,76 +1,76 @@
 //! Answers as text for a terminal.
 
 use contract::answer::{
-    ApiStatus, Changed, CheckOutcome, Event, Installed, InstalledApi, InstalledSystem, Serves,
-    Status,
+    ApiStatus, CheckOutcome, InstallOutcome, InstalledApi, InstalledSystem, RobotEvent,
+    RobotStatus, ServingApi, SlotChange,
 };
 use contract::job::{Job, JobState};
 use serde_json::{Value, json};
-use slotd::lobby::{Response, watched};
-use slotd::provision::{How, Outcome, Provisioned};
+use slotd::lobby::{AgentResponse, watched};
+use slotd::provision::{DifferenceKind, ProvisionOutcome, ProvisionReport};
 
-use super::Verb;
+use super::CliVerb;
 
 /// An answer as text. The verb determines the wording for a changed slot.
-pub fn of(verb: &Verb, answer: &Response) -> String {
+pub fn of(verb: &CliVerb, answer: &AgentResponse) -> String {
     match answer {
-        Response::Status(status) => self::status(status),
-        Response::Report { board, status } => {
+        AgentResponse::Status(status) => self::status(status),
+        AgentResponse::Report { board, status } => {
             let text = status
                 .as_ref()
                 .map_or_else(|refusal| refusal.message.clone(), |status| self::status(status));
             format!("{}\n{text}", board.lines())
         }
-        Response::Log(events) => lines(events.iter().map(event)),
-        Response::Health(outcomes) => lines(outcomes.iter().map(check)),
-        Response::Watched(verdict) => watched(verdict.as_ref()),
-        Response::Verified(verified) => {
+        AgentResponse::Log(events) => lines(events.iter().map(event)),
+        AgentResponse::Health(outcomes) => lines(outcomes.iter().map(check)),
+        AgentResponse::Watched(verdict) => watched(verdict.as_ref()),
+        AgentResponse::Verified(verified) => {
             let keys: Vec<&str> = verified.signed_by.iter().map(|by| by.id.as_str()).collect();
             let what = verified.slot.map_or(String::new(), |slot| format!("slot {slot} is "));
             let whole = if verified.slot.is_some() { "to its last block" } else { "is whole" };
             format!("{what}{} {whole}, signed by {}", verified.version, keys.join(", "))
         }
-        Response::VerifiedApi(checked) => format!(
+        AgentResponse::VerifiedApi(checked) => format!(
             "{} versions of the API with {} wheels are as they were unpacked, {} MiB",
             checked.versions,
             checked.wheels,
             checked.size.div_ceil(1 << 20)
         ),
-        Response::Installed(done) => match &done.answer {
-            Installed::System(system) => installed_system(system, done.restarts),
-            Installed::Api(api) => installed_api(api),
+        AgentResponse::Installed(done) => match &done.answer {
+            InstallOutcome::System(system) => installed_system(system, done.restarts),
+            InstallOutcome::Api(api) => installed_api(api),
         },
-        Response::Changed { changed, restarts } => self::changed(verb, changed, *restarts),
-        Response::WentBack(back) => match &back.version {
+        AgentResponse::Changed { changed, restarts } => self::changed(verb, changed, *restarts),
+        AgentResponse::WentBack(back) => match &back.version {
             Some(version) => format!("the API {version} serves again"),
             None => "the system's own API serves again".to_owned(),
         },
-        Response::Keys(set) => lines(set.keys.iter().map(|key| {
+        AgentResponse::Keys(set) => lines(set.keys.iter().map(|key| {
             let state = if key.revoked { ", revoked" } else { "" };
             format!("{}  {} epoch {}{state}", key.id, key.kind, key.epoch)
         })),
-        Response::Reset { backup, restarts } => {
+        AgentResponse::Reset { backup, restarts } => {
             let backup = backup.as_ref();
             let backup =
                 backup.map_or(String::new(), |path| format!(" (backup: {})", path.display()));
             with_restart(&format!("everything on data goes{backup}"), *restarts)
         }
-        Response::BackedUp(file) => {
+        AgentResponse::BackedUp(file) => {
             format!("{} is complete", file.as_deref().unwrap_or("the backup"))
         }
-        Response::Restored { restarts, .. } => {
+        AgentResponse::Restored { restarts, .. } => {
             with_restart("the backup takes the place of everything on data", *restarts)
         }
-        Response::Provisioned(done) => provisioned(done),
-        Response::Grown(grown) => {
+        AgentResponse::Provisioned(done) => provisioned(done),
+        AgentResponse::Grown(grown) => {
             format!("data has {} MiB, had {}", grown.to >> 11, grown.from >> 11)
         }
-        Response::Prepared(done) => format!("data is prepared: {}", json!(done)),
-        Response::Seeded(seeded) => match seeded.taken.as_slice() {
+        AgentResponse::Prepared(done) => format!("data is prepared: {}", json!(done)),
+        AgentResponse::Seeded(seeded) => match seeded.taken.as_slice() {
             [] => "the flasher left nothing to take over".to_owned(),
             names => format!("taken over from the flasher: {}", names.join(", ")),
         },
-        Response::Job(job) => job
+        AgentResponse::Job(job) => job
             .as_ref()
             .map_or_else(|| "no job since the robot's start".to_owned(), |job| self::job(job)),
     }
@@ -85,10 +85,10 @@ fn with_restart(what: &str, restarts: bool) -> String {
     format!("{what}: {when}")
 }
 
-fn changed(verb: &Verb, changed: &Changed, restarts: bool) -> String {
+fn changed(verb: &CliVerb, changed: &SlotChange, restarts: bool) -> String {
     let what = match verb {
-        Verb::Commit => return format!("slot {} is committed", changed.slot),
-        Verb::BootOther { .. } => "next is slot",
+        CliVerb::Commit => return format!("slot {} is committed", changed.slot),
+        CliVerb::BootOther { .. } => "next is slot",
         _ => "the trial is over, slot",
     };
     let then = match (changed.restart.is_some(), restarts) {
@@ -104,7 +104,7 @@ fn check(outcome: &CheckOutcome) -> String {
     format!("{state} {}: {}", outcome.name, outcome.found)
 }
 
-fn status(status: &Status) -> String {
+fn status(status: &RobotStatus) -> String {
     let mut lines = vec![
         format!("{} {} on {}", status.product, status.version, status.board),
         format!("running    slot {}", status.running),
@@ -146,8 +146,8 @@ fn status(status: &Status) -> String {
 
 fn api(api: &ApiStatus) -> String {
     let copy = match api.serves {
-        Serves::Installed => "installed",
-        Serves::BuiltIn => "built in",
+        ServingApi::Installed => "installed",
+        ServingApi::BuiltIn => "built in",
     };
     format!("api        {} {}, {copy}: {}", api.package, api.version, api.why)
 }
@@ -190,24 +190,30 @@ fn installed_api(done: &InstalledApi) -> String {
     )
 }
 
-fn provisioned(done: &Provisioned) -> String {
+fn provisioned(done: &ProvisionReport) -> String {
     let package = done.package.clone().unwrap_or_default();
     let package = package.display();
     let mut text = match done.outcome {
-        Outcome::Provisioned => {
-            let count = |how: &[How]| done.changes.iter().filter(|c| how.contains(&c.how)).count();
+        ProvisionOutcome::Provisioned => {
+            let count = |how: &[DifferenceKind]| {
+                done.changes.iter().filter(|c| how.contains(&c.how)).count()
+            };
             format!(
                 "/data/system has the {} files of {package}: {} added, {} removed, {} changed",
                 done.files,
-                count(&[How::Missing]),
-                count(&[How::Superfluous]),
-                count(&[How::Content, How::Mode, How::Kind]),
+                count(&[DifferenceKind::Missing]),
+                count(&[DifferenceKind::Superfluous]),
+                count(&[DifferenceKind::Content, DifferenceKind::Mode, DifferenceKind::Kind]),
             )
         }
-        Outcome::Unchanged => format!("/data/system has the {} files of {package}", done.files),
-        Outcome::NoResources => format!("{package} has no resources: /data/system stays as it is"),
-        Outcome::NoApi => "this product has no API: nothing to provision".to_owned(),
-        Outcome::Current => format!("{package} was provisioned for this base already"),
+        ProvisionOutcome::Unchanged => {
+            format!("/data/system has the {} files of {package}", done.files)
+        }
+        ProvisionOutcome::NoResources => {
+            format!("{package} has no resources: /data/system stays as it is")
+        }
+        ProvisionOutcome::NoApi => "this product has no API: nothing to provision".to_owned(),
+        ProvisionOutcome::Current => format!("{package} was provisioned for this base already"),
     };
     for path in &done.left_out {
         text.push_str(&format!("\n  left out: {}", path.to_string_lossy().escape_debug()));
@@ -218,7 +224,7 @@ fn provisioned(done: &Provisioned) -> String {
     text
 }
 
-fn event(event: &Event) -> String {
+fn event(event: &RobotEvent) -> String {
     let details = Value::Object(event.details.clone());
     format!("{} {} {} {} {details}", event.number, event.time, event.boot, event.event)
 }

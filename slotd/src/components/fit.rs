@@ -4,15 +4,15 @@ use std::cmp::Ordering;
 use std::fs;
 use std::path::PathBuf;
 
-use bundle::component::{BaseNeed, Lock};
+use bundle::component::{BaseRequirement, ComponentLock};
 
 use super::version::compare;
-use crate::builtin::BuiltIn;
-use crate::root::Root;
+use crate::builtin::BuiltInApi;
+use crate::root::RootDir;
 
-impl BuiltIn {
+impl BuiltInApi {
     /// Why an API does not fit this system; `None` when it does.
-    pub(super) fn misfit(&self, root: &Root, lock: &Lock) -> Option<String> {
+    pub(super) fn misfit(&self, root: &RootDir, lock: &ComponentLock) -> Option<String> {
         let (version, arch) = (&lock.version, std::env::consts::ARCH);
         if (&lock.package, &lock.module) != (&normal(&self.package), &self.module) {
             return Some(format!(
@@ -49,7 +49,7 @@ impl BuiltIn {
     }
 
     /// Whether the system provides a distribution, in the directories of Debian's Python or of a plain one.
-    fn brings(&self, root: &Root, need: &BaseNeed) -> bool {
+    fn brings(&self, root: &RootDir, need: &BaseRequirement) -> bool {
         let short = &self.python;
         let folders = [
             self.site_packages.clone(),
@@ -67,7 +67,7 @@ impl BuiltIn {
 }
 
 /// Whether `numpy-1.26.4.dist-info` (or `.egg-info`) belongs to a distribution.
-fn is_of(entry: &str, need: &BaseNeed) -> bool {
+fn is_of(entry: &str, need: &BaseRequirement) -> bool {
     let known = entry.strip_suffix(".dist-info").or_else(|| entry.strip_suffix(".egg-info"));
     let Some((name, rest)) = known.and_then(|known| known.split_once('-')) else { return false };
     let version = rest.split("-py").next().unwrap_or(rest);
@@ -97,7 +97,7 @@ mod tests {
     fn c_libraries_and_distributions_are_compared() {
         assert!(at_least("glibc 2.36", "glibc 2.36") && at_least("glibc 2.41", "glibc 2.36"));
         assert!(!at_least("glibc 2.31", "glibc 2.36") && !at_least("musl 2.41", "glibc 2.36"));
-        let need = BaseNeed { name: "six-seven".to_owned(), version: "1.16".to_owned() };
+        let need = BaseRequirement { name: "six-seven".to_owned(), version: "1.16".to_owned() };
         assert!(is_of("Six_Seven-1.16.0.dist-info", &need));
         assert!(is_of("six_seven-1.16-py3.11.egg-info", &need));
         assert!(!is_of("six_seven-1.17.dist-info", &need) && !is_of("six-1.16.dist-info", &need));

@@ -4,24 +4,24 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use bundle::component::{API, LOCK_ROLE, Lock, SITE};
-use bundle::{Input, PayloadReader, Reader};
-pub use contract::answer::InstalledApi as Outcome;
+use bundle::component::{API, ComponentLock, LOCK_ROLE, SITE};
+use bundle::{BundleInput, BundleReader, PayloadReader};
+pub use contract::answer::InstalledApi;
 use serde_json::json;
 
-use super::service::Patience;
-use super::state::Good;
+use super::service::HealthTimes;
+use super::state::KnownGoodApi;
 use super::switch::{change, millis};
 use super::whole::relink;
-use super::{NEW, Place, failed, retention, settle, tree};
-use crate::builtin::BuiltIn;
-use crate::condition::{Condition, State as DataState};
+use super::{ApiDir, NEW, failed, retention, settle, tree};
+use crate::builtin::BuiltInApi;
+use crate::condition::{DataCondition, DataState};
 use crate::durable;
-use crate::install::{Progress, Step, from_source};
-use crate::machine::Machine;
-use crate::python::{self, Entry, Interpreter, Module, SearchPath};
-use crate::refusal::{Matter, Refusal, Result};
-use crate::root::Root;
+use crate::install::{InstallStep, Progress, from_source};
+use crate::machine::RobotContext;
+use crate::python::{self, Interpreter, PathEntryOrigin, PythonModule, SearchPath};
+use crate::refusal::{Refusal, RefusalKind, Result};
+use crate::root::RootDir;
 
 /// Installs a bundle of the component `api`. The caller has the lock, and has compared the manifest with
 /// the robot.
@@ -29,13 +29,13 @@ use crate::root::Root;
 /// # Errors
 /// A refusal. Before the change itself, the API that serves is not touched; after it, the API that served before
 /// serves again.
-pub(crate) fn install<I: Input>(
-    machine: &Machine<'_>,
-    reader: &mut Reader<I>,
+pub(crate) fn install<I: BundleInput>(
+    machine: &RobotContext<'_>,
+    reader: &mut BundleReader<I>,
     progress: &(dyn Fn(Progress) + Sync),
-) -> Result<Outcome> {
+) -> Result<InstalledApi> {
     let (root, events) = (machine.root, machine.events);
-    let place = &Place::new(root, machine.files);
+    let place = &ApiDir::new(root, machine.files);
     let component = match reader.manifest().components.as_slice() {
         [one] => one.clone(),
         _ => {
@@ -46,7 +46,7 @@ pub(crate) fn install<I: Input>(
             ));
         }
     };
-    let Some(base) = BuiltIn::read(root)? else {
+    let Some(base) = BuiltInApi::read(root)? else {
         return Err(Refusal::new(
             "unknown-payload",
             "the bundle has the component api, but this system has no API",
@@ -75,13 +75,13 @@ pub(crate) fn install<I: Input>(
 
     let id = bundle::index::hex(&bundle::index::sha256(&json));
     let folder = format!("{}-{}", lock.version, id.get(..8).unwrap_or_default());
-    let before = super::State::read(place).chosen;
+    let before = super::ApiState::read(place).chosen;
     events.add(
         "api-install-started",
         json!({ "version": lock.version, "manifest": manifest, "signed-by": signed_by }),
     );
     let started = Instant::now();
-    let mut outcome = Outcome {
+    let mut outcome = InstalledApi {
         component: API.to_owned(),
         version: lock.version.clone(),
         folder: folder.clone(),
@@ -104,15 +104,15 @@ pub(crate) fn install<I: Input>(
         // Wheels of an interrupted transfer are kept for the next one; a refused API is removed.
         if let Err(error) = retention::sweep(place) {
             events.add("api-not-tidied", json!(error));
-        } else if refusal.matter() == Matter::Bundle {
+        } else if refusal.matter() == RefusalKind::Bundle {
             retention::tidy(root, place, events);
         }
         return Err(refusal);
     }
     outcome.write_ms = millis(started.elapsed());
 
-    let good = Good { folder: folder.clone(), version: lock.version, manifest, signed_by };
-    let changed = change(root, events, place, Some(&folder), Patience::of(root), |state| {
+    let good = KnownGoodApi { folder: folder.clone(), version: lock.version, manifest, signed_by };
+    let changed = change(root, events, place, Some(&folder), HealthTimes::of(root), |state| {
         state.good.retain(|other| other.folder != good.folder);
         state.good.insert(0, good);
     });
@@ -122,10 +122,10 @@ pub(crate) fn install<I: Input>(
 }
 
 /// `data` must be on the card and writable: content in memory is lost at the next restart.
-fn writable(root: &Root) -> Result<()> {
+fn writable(root: &RootDir) -> Result<()> {
     let state = DataState::read(root)?;
     match state.condition {
-        Condition::ReadOnly | Condition::Memory => Err(Refusal::new(
+        DataCondition::ReadOnly | DataCondition::Memory => Err(Refusal::new(
             "no-data",
             state.alarm().unwrap_or_default(),
             "restart the robot to check data, or replace the card; the API that serves is unchanged",
@@ -139,7 +139,9 @@ fn bad_component(reason: String) -> Refusal {
 }
 
 /// The lock and its bytes.
-fn read_lock<I: Input>(mut payload: PayloadReader<'_, I>) -> Result<(Lock, Vec<u8>)> {
+fn read_lock<I: BundleInput>(
+    mut payload: PayloadReader<'_, I>,
+) -> Result<(ComponentLock, Vec<u8>)> {
     if payload.payload().size > bundle::MAX_LOCK {
         return Err(bad_component(format!(
             "the lock has {} bytes, the maximum is {}",
@@ -156,16 +158,16 @@ fn read_lock<I: Input>(mut payload: PayloadReader<'_, I>) -> Result<(Lock, Vec<u
             })
             .map_err(from_source)?;
     }
-    Ok((Lock::parse(&json)?, json))
+    Ok((ComponentLock::parse(&json)?, json))
 }
 
 /// Unpacks the missing wheels, and skips those that are `whole`.
-fn bring<I: Input>(
-    reader: &mut Reader<I>,
-    place: &Place<'_>,
-    lock: &Lock,
+fn bring<I: BundleInput>(
+    reader: &mut BundleReader<I>,
+    place: &ApiDir<'_>,
+    lock: &ComponentLock,
     whole: &BTreeSet<String>,
-    outcome: &mut Outcome,
+    outcome: &mut InstalledApi,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<()> {
     let total = outcome.size;
@@ -181,11 +183,11 @@ fn bring<I: Input>(
             outcome.reused += 1;
             outcome.held += wheel.size;
             done += wheel.size;
-            progress(Progress { step: Step::Write, done, total });
+            progress(Progress { step: InstallStep::Write, done, total });
         } else {
             tree::receive(place, wheel, &mut payload, &mut |bytes| {
                 done += bytes;
-                progress(Progress { step: Step::Write, done: done.min(total), total });
+                progress(Progress { step: InstallStep::Write, done: done.min(total), total });
             })?;
             outcome.written += wheel.bytes;
         }
@@ -198,7 +200,13 @@ fn bring<I: Input>(
 }
 
 /// Assembles a version from links to its wheels' files: it is complete under its name, or absent.
-fn assemble(root: &Root, place: &Place<'_>, lock: &Lock, json: &[u8], folder: &str) -> Result<()> {
+fn assemble(
+    root: &RootDir,
+    place: &ApiDir<'_>,
+    lock: &ComponentLock,
+    json: &[u8],
+    folder: &str,
+) -> Result<()> {
     let path = place.version(folder);
     let new = place.version(&format!("{folder}{NEW}"));
     place.clear(&new)?;
@@ -219,21 +227,22 @@ fn assemble(root: &Root, place: &Place<'_>, lock: &Lock, json: &[u8], folder: &s
 
 /// Checks that every module that the package and its programs name exists where Python would find it, and that
 /// every program exists.
-fn imports(root: &Root, lock: &Lock, folder: &str) -> Result<()> {
-    let place = Place::of(&Root::new("/"));
+fn imports(root: &RootDir, lock: &ComponentLock, folder: &str) -> Result<()> {
+    let place = ApiDir::of(&RootDir::new("/"));
     let site = place.version(folder).join(SITE);
     let python = Interpreter::parse(&lock.python)
         .ok_or_else(|| bad_component(format!("invalid Python version `{}`", lock.python)))?;
     let scripts = || lock.wheels.iter().flat_map(|wheel| &wheel.scripts);
     for module in std::iter::once(&lock.module).chain(scripts().map(|script| &script.module)) {
-        let mut found = Some(Module::Namespace { folders: vec![site.clone()] });
+        let mut found = Some(PythonModule::Namespace { folders: vec![site.clone()] });
         for part in module.split('.') {
             let folders = match found {
-                Some(Module::Package { folder, .. }) => vec![folder],
-                Some(Module::Namespace { folders }) => folders,
+                Some(PythonModule::Package { folder, .. }) => vec![folder],
+                Some(PythonModule::Namespace { folders }) => folders,
                 _ => Vec::new(),
             };
-            let entries: Vec<Entry> = folders.into_iter().map(Entry::Plain).collect();
+            let entries: Vec<PathEntryOrigin> =
+                folders.into_iter().map(PathEntryOrigin::Plain).collect();
             let path = SearchPath::new(root, &python, &entries);
             found = python::find(root, &python, &path, part)?;
         }
@@ -241,7 +250,7 @@ fn imports(root: &Root, lock: &Lock, folder: &str) -> Result<()> {
             return Err(bad_component(format!("no wheel has the module {module}")));
         }
     }
-    let bin = Place::of(root).version(folder).join(bundle::component::BIN);
+    let bin = ApiDir::of(root).version(folder).join(bundle::component::BIN);
     match scripts().find(|script| !bin.join(&script.name).is_file()) {
         Some(script) => Err(bad_component(format!("no wheel has the program {}", script.name))),
         None => Ok(()),

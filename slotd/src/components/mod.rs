@@ -25,33 +25,33 @@ mod whole;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use install::Outcome;
+pub use install::InstalledApi;
 pub(crate) use install::install;
-pub use service::Patience;
-pub use settle::{Settled, settle};
-pub use state::{Good, State};
-pub use status::{Serves, Status, status};
-pub use switch::{Back, back};
-pub use whole::Checked;
+pub use service::HealthTimes;
+pub use settle::{SettledApi, settle};
+pub use state::{ApiState, KnownGoodApi};
+pub use status::{ApiStatus, ServingApi, status};
+pub use switch::{ApiRollback, back};
+pub use whole::ApiVerifyOutcome;
 pub(crate) use whole::verify;
 
-use crate::files::{Files, RealFiles};
+use crate::files::{DirectFileChanges, FileChanges};
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The suffix of names that are not complete yet.
 const NEW: &str = ".new";
 
 /// The API's directory on a robot, and the interface that changes files.
 #[derive(Clone)]
-pub(crate) struct Place<'a> {
+pub(crate) struct ApiDir<'a> {
     folder: PathBuf,
-    files: &'a dyn Files,
+    files: &'a dyn FileChanges,
 }
 
-impl<'a> Place<'a> {
+impl<'a> ApiDir<'a> {
     /// Every change is made through `files`.
-    pub fn new(root: &Root, files: &'a dyn Files) -> Self {
+    pub fn new(root: &RootDir, files: &'a dyn FileChanges) -> Self {
         Self { folder: root.data().join("apps/api"), files }
     }
 
@@ -110,10 +110,10 @@ impl<'a> Place<'a> {
     }
 }
 
-impl Place<'static> {
+impl ApiDir<'static> {
     /// For reading only.
-    fn of(root: &Root) -> Self {
-        Self::new(root, &RealFiles)
+    fn of(root: &RootDir) -> Self {
+        Self::new(root, &DirectFileChanges)
     }
 }
 

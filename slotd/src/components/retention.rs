@@ -4,14 +4,14 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use bundle::component::{Lock, Wheel};
+use bundle::component::{ComponentLock, ComponentWheel};
 use serde_json::json;
 
-use super::state::{self, State};
-use super::{NEW, Place, failed, is_version, whole};
-use crate::events::Events;
+use super::state::{self, ApiState};
+use super::{ApiDir, NEW, failed, is_version, whole};
+use crate::events::EventLog;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// How many good versions are kept besides the one that serves.
 const KEPT: usize = 2;
@@ -29,7 +29,7 @@ const BLOCK: u64 = 4096;
 ///
 /// # Errors
 /// `io`.
-pub(super) fn sweep(place: &Place<'_>) -> Result<()> {
+pub(super) fn sweep(place: &ApiDir<'_>) -> Result<()> {
     for folder in [place.folder().to_owned(), place.wheels()] {
         for name in names(&folder)?.into_iter().filter(|name| name.ends_with(NEW)) {
             place.clear(&folder.join(name))?;
@@ -40,8 +40,8 @@ pub(super) fn sweep(place: &Place<'_>) -> Result<()> {
 
 /// Removes good versions beyond the budget, versions that were never good, and wheels that no version uses.
 /// A failed removal is only logged: it costs space but breaks nothing.
-pub(super) fn tidy(root: &Root, place: &Place<'_>, events: &Events) {
-    let mut state = State::read(place);
+pub(super) fn tidy(root: &RootDir, place: &ApiDir<'_>, events: &EventLog) {
+    let mut state = ApiState::read(place);
     let mut kept = KEPT;
     loop {
         match trim(place, &mut state, kept).and_then(|()| free(root)) {
@@ -57,7 +57,7 @@ pub(super) fn tidy(root: &Root, place: &Place<'_>, events: &Events) {
 }
 
 /// Keeps the version that serves and `others` more.
-fn trim(place: &Place<'_>, state: &mut State, others: usize) -> Result<()> {
+fn trim(place: &ApiDir<'_>, state: &mut ApiState, others: usize) -> Result<()> {
     let chosen = state.chosen.clone();
     let mut left = others;
     let before = state.good.len();
@@ -103,18 +103,22 @@ fn trim(place: &Place<'_>, state: &mut State, others: usize) -> Result<()> {
 ///
 /// # Errors
 /// `no-space`, with nothing written; `io`.
-pub(super) fn make_room(root: &Root, place: &Place<'_>, lock: &Lock) -> Result<BTreeSet<String>> {
-    let mut state = State::read(place);
+pub(super) fn make_room(
+    root: &RootDir,
+    place: &ApiDir<'_>,
+    lock: &ComponentLock,
+) -> Result<BTreeSet<String>> {
+    let mut state = ApiState::read(place);
     let whole = lock.wheels.iter().filter(|wheel| whole::present(place, wheel));
     let mut whole: BTreeSet<String> = whole.map(|wheel| wheel.role.clone()).collect();
     for others in [usize::MAX, 1, 0] {
         if others != usize::MAX {
             trim(place, &mut state, others)?;
             // Removing a version may also remove wheels that only the new API shares with it.
-            let gone = |wheel: &&Wheel| !place.wheels().join(&wheel.tree).is_dir();
+            let gone = |wheel: &&ComponentWheel| !place.wheels().join(&wheel.tree).is_dir();
             lock.wheels.iter().filter(gone).for_each(|wheel| drop(whole.take(&wheel.role)));
         }
-        let missing = |wheel: &&Wheel| !whole.contains(&wheel.role);
+        let missing = |wheel: &&ComponentWheel| !whole.contains(&wheel.role);
         let sizes = lock.wheels.iter().filter(missing).map(|w| w.bytes + w.files * BLOCK);
         // A version has its own directories; a wheel has fewer directories than files.
         let folders: u64 = lock.wheels.iter().map(|wheel| wheel.files * BLOCK / 4).sum();
@@ -143,12 +147,12 @@ pub(super) fn make_room(root: &Root, place: &Place<'_>, lock: &Lock) -> Result<B
 ///
 /// # Errors
 /// `io`.
-pub(super) fn versions(place: &Place<'_>) -> Result<Vec<String>> {
+pub(super) fn versions(place: &ApiDir<'_>) -> Result<Vec<String>> {
     Ok(names(place.folder())?.into_iter().filter(|name| is_version(name)).collect())
 }
 
 /// Free bytes (available to ordinary users) and total bytes.
-fn free(root: &Root) -> Result<(u64, u64)> {
+fn free(root: &RootDir) -> Result<(u64, u64)> {
     let about = rustix::fs::statvfs(root.data())
         .map_err(|error| Refusal::io("reading the size of data", &error.into()))?;
     Ok((

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::health::{self, Check, Kind};
+use crate::health::{self, CheckKind, HealthCheck};
 use crate::process::program;
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The API's server.
 const SERVER: &str = "slipway-api.service";
@@ -20,7 +20,7 @@ const RESTART: Duration = Duration::from_secs(450);
 
 /// How long an API may take until it is healthy, and how long it must then stay healthy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Patience {
+pub struct HealthTimes {
     /// From the restart until all checks pass.
     pub start: Duration,
     /// How long no check may fail after that.
@@ -29,10 +29,10 @@ pub struct Patience {
     pub pause: Duration,
 }
 
-impl Patience {
+impl HealthTimes {
     /// On a robot: a Pi 3 usually imports a large API in less than a minute, and at worst in five. In a test's root
     /// nothing is restarted, so there is nothing to wait for.
-    pub fn of(root: &Root) -> Self {
+    pub fn of(root: &RootDir) -> Self {
         let seconds =
             |robot, test| Duration::from_secs(if root.is_system() { robot } else { test });
         Self { start: seconds(300, 0), settle: seconds(6, 0), pause: Duration::from_millis(500) }
@@ -41,23 +41,23 @@ impl Patience {
 
 /// The checks that say whether an API is healthy.
 #[derive(Debug)]
-pub(super) struct Watch {
-    checks: Vec<Check>,
+pub(super) struct ApiChecks {
+    checks: Vec<HealthCheck>,
 }
 
-impl Watch {
+impl ApiChecks {
     /// The declared checks and the server's unit. A check that does not concern the API and already fails before a
     /// change is ignored: a robot without a network cable accepts an API.
-    pub fn new(root: &Root) -> Self {
-        let mut checks: Vec<Check> = health::load(root)
+    pub fn new(root: &RootDir) -> Self {
+        let mut checks: Vec<HealthCheck> = health::load(root)
             .into_iter()
-            .filter(|check| check.kind != Ok(Kind::Startup))
+            .filter(|check| check.kind != Ok(CheckKind::Startup))
             .filter(|check| is_of_api(check) || check.run(root).healthy)
             .collect();
-        let server = Kind::Unit(SERVER.to_owned());
+        let server = CheckKind::Unit(SERVER.to_owned());
         let named = checks.iter().any(|check| check.kind.as_ref() == Ok(&server));
         if root.is_system() && !named && exists(SERVER) {
-            checks.push(Check {
+            checks.push(HealthCheck {
                 name: "api".to_owned(),
                 kind: Ok(server),
                 timeout: Duration::from_secs(10),
@@ -70,7 +70,7 @@ impl Watch {
     ///
     /// # Errors
     /// The failing check.
-    pub fn wait(&self, root: &Root, patience: Patience) -> Result<Duration, String> {
+    pub fn wait(&self, root: &RootDir, patience: HealthTimes) -> Result<Duration, String> {
         let started = Instant::now();
         let mut well: Option<Instant> = None;
         loop {
@@ -99,10 +99,10 @@ impl Watch {
 }
 
 /// Whether a check concerns the API: an address, or the server's unit.
-fn is_of_api(check: &Check) -> bool {
+fn is_of_api(check: &HealthCheck) -> bool {
     match &check.kind {
-        Ok(Kind::Http { .. }) => true,
-        Ok(Kind::Unit(name)) => name == SERVER,
+        Ok(CheckKind::Http { .. }) => true,
+        Ok(CheckKind::Unit(name)) => name == SERVER,
         // An invalid check also fails before a change.
         _ => false,
     }
@@ -112,7 +112,7 @@ fn is_of_api(check: &Check) -> bool {
 ///
 /// # Errors
 /// With systemd's message.
-pub(super) fn restart(root: &Root) -> Result<(), String> {
+pub(super) fn restart(root: &RootDir) -> Result<(), String> {
     if !root.is_system() {
         return Ok(());
     }

@@ -5,20 +5,20 @@
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::state::{self, State};
+use super::state::{self, ApiState};
 use super::switch::point;
-use super::{Place, retention};
-use crate::builtin::BuiltIn;
+use super::{ApiDir, retention};
+use crate::builtin::BuiltInApi;
 use crate::durable;
-use crate::events::Events;
-use crate::files::Files;
+use crate::events::EventLog;
+use crate::files::FileChanges;
 use crate::refusal::Result;
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// Which API is to serve, and why it is not the chosen one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Settled {
+pub struct SettledApi {
     /// The directory of the API that serves; `None`: the built-in API.
     pub serves: Option<String>,
     /// Why the chosen API does not serve.
@@ -32,15 +32,15 @@ pub struct Settled {
 ///
 /// # Errors
 /// `bad-device`, `io`.
-pub(super) fn decide(root: &Root, place: &Place<'_>, state: &State) -> Result<Settled> {
-    let Some(chosen) = state.chosen.clone() else { return Ok(Settled::default()) };
-    let misfit = match (BuiltIn::read(root)?, state::lock(place, &chosen)) {
+pub(super) fn decide(root: &RootDir, place: &ApiDir<'_>, state: &ApiState) -> Result<SettledApi> {
+    let Some(chosen) = state.chosen.clone() else { return Ok(SettledApi::default()) };
+    let misfit = match (BuiltInApi::read(root)?, state::lock(place, &chosen)) {
         (None, _) => Some("this system has no API".to_owned()),
         (_, Err(why)) => Some(format!("the installed API is damaged: {why}")),
         (Some(base), Ok(lock)) => base.misfit(root, &lock),
     };
     let serves = misfit.is_none().then_some(chosen);
-    Ok(Settled { serves, set_aside: misfit, taken_back: None })
+    Ok(SettledApi { serves, set_aside: misfit, taken_back: None })
 }
 
 /// Points the link to the API that is to serve, with every change on `data` made through `files`. Writes the result
@@ -48,12 +48,12 @@ pub(super) fn decide(root: &Root, place: &Place<'_>, state: &State) -> Result<Se
 ///
 /// # Errors
 /// `io`: `data` is read-only; the API that the link points to serves.
-pub fn settle(root: &Root, events: &Events, files: &dyn Files) -> Result<Settled> {
-    let place = Place::new(root, files);
+pub fn settle(root: &RootDir, events: &EventLog, files: &dyn FileChanges) -> Result<SettledApi> {
+    let place = ApiDir::new(root, files);
     if !place.folder().is_dir() {
-        return Ok(Settled::default());
+        return Ok(SettledApi::default());
     }
-    let mut state = State::read(&place);
+    let mut state = ApiState::read(&place);
     if !state.is_kept(&place) {
         // Before the link is removed, which is the only record of it.
         state.write(&place)?;
@@ -78,11 +78,11 @@ pub fn settle(root: &Root, events: &Events, files: &dyn Files) -> Result<Settled
     Ok(settled)
 }
 
-fn file(root: &Root) -> std::path::PathBuf {
+fn file(root: &RootDir) -> std::path::PathBuf {
     root.run().join("api.json")
 }
 
 /// The result of the last start; `None` when it was not recorded.
-pub(super) fn last(root: &Root) -> Option<Settled> {
+pub(super) fn last(root: &RootDir) -> Option<SettledApi> {
     durable::read_json(&file(root)).ok().flatten()
 }

@@ -1,40 +1,40 @@
 //! The record of the chosen API, and of a change that is not confirmed yet.
 
-use bundle::component::Lock;
-pub use contract::answer::GoodApi as Good;
+use bundle::component::ComponentLock;
+pub use contract::answer::KnownGoodApi;
 use serde::{Deserialize, Serialize};
 
-use super::{Place, failed, is_version};
+use super::{ApiDir, failed, is_version};
 use crate::durable;
 use crate::refusal::Result;
 
 /// The recorded state, besides the versions themselves.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
-pub struct State {
+pub struct ApiState {
     /// The API that is to serve; `None`: the built-in API.
     pub chosen: Option<String>,
     /// The versions that were healthy, the latest first.
-    pub good: Vec<Good>,
+    pub good: Vec<KnownGoodApi>,
     /// A change that has begun but is not confirmed: from `chosen` to this.
-    pub trial: Option<Trial>,
+    pub trial: Option<ApiTrial>,
 }
 
 /// A change under way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Trial {
+pub struct ApiTrial {
     /// The directory that is to serve; `None`: the built-in API.
     pub to: Option<String>,
 }
 
-impl State {
-    fn path(place: &Place<'_>) -> std::path::PathBuf {
+impl ApiState {
+    fn path(place: &ApiDir<'_>) -> std::path::PathBuf {
         place.folder().join(".state.json")
     }
 
     /// Reads the state. If the file is missing or damaged, the link's target is the chosen API.
-    pub(super) fn read(place: &Place<'_>) -> Self {
+    pub(super) fn read(place: &ApiDir<'_>) -> Self {
         let mut state: Self = match durable::read_json(&Self::path(place)) {
             Ok(Some(state)) => state,
             _ => Self { chosen: place.serving(), ..Self::default() },
@@ -46,7 +46,7 @@ impl State {
     }
 
     /// Whether everything in the state exists on `data`.
-    pub(super) fn is_kept(&self, place: &Place<'_>) -> bool {
+    pub(super) fn is_kept(&self, place: &ApiDir<'_>) -> bool {
         let kept: Option<Self> = durable::read_json(&Self::path(place)).ok().flatten();
         kept.as_ref() == Some(self)
     }
@@ -55,17 +55,17 @@ impl State {
     ///
     /// # Errors
     /// `io`.
-    pub(super) fn write(&self, place: &Place<'_>) -> Result<()> {
+    pub(super) fn write(&self, place: &ApiDir<'_>) -> Result<()> {
         let path = Self::path(place);
         durable::write_json_with(place.files, &path, self).map_err(failed("writing", &path))
     }
 }
 
 /// The lock of an installed API, or why it cannot be read.
-pub(super) fn lock(place: &Place<'_>, folder: &str) -> Result<Lock, String> {
+pub(super) fn lock(place: &ApiDir<'_>, folder: &str) -> Result<ComponentLock, String> {
     let path = place.version(folder).join(bundle::component::LOCK_ROLE);
     match durable::read(&path) {
-        Ok(Some(json)) => Lock::parse(&json).map_err(|error| error.to_string()),
+        Ok(Some(json)) => ComponentLock::parse(&json).map_err(|error| error.to_string()),
         Ok(None) => Err(format!("{} does not exist", path.display())),
         Err(error) => Err(format!("{}: {error}", path.display())),
     }

@@ -1,18 +1,18 @@
 //! The API's status, for `slotd status`.
 
-pub use contract::answer::{ApiStatus as Status, Serves};
+pub use contract::answer::{ApiStatus, ServingApi};
 
-use super::Place;
+use super::ApiDir;
 use super::settle::{decide, last};
-use super::state::{self, State};
-use crate::builtin::BuiltIn;
-use crate::root::Root;
+use super::state::{self, ApiState};
+use crate::builtin::BuiltInApi;
+use crate::root::RootDir;
 
 /// The API's status; `None` on a system without an API.
-pub fn status(root: &Root) -> Option<Status> {
-    let base = BuiltIn::read(root).ok().flatten()?;
-    let place = Place::of(root);
-    let state = State::read(&place);
+pub fn status(root: &RootDir) -> Option<ApiStatus> {
+    let base = BuiltInApi::read(root).ok().flatten()?;
+    let place = ApiDir::of(root);
+    let state = ApiState::read(&place);
     let served = place.serving();
     let lock = served.as_deref().and_then(|folder| state::lock(&place, folder).ok());
     let good = state.good.iter().find(|good| Some(&good.folder) == served.as_ref());
@@ -27,9 +27,9 @@ pub fn status(root: &Root) -> Option<Status> {
         (Some(_), None, _) => "an API is installed and fits this system".to_owned(),
         (None, None, None) => "no API is installed".to_owned(),
     };
-    Some(Status {
+    Some(ApiStatus {
         package: base.package.clone(),
-        serves: if lock.is_some() { Serves::Installed } else { Serves::BuiltIn },
+        serves: if lock.is_some() { ServingApi::Installed } else { ServingApi::BuiltIn },
         version: lock.map_or_else(|| base.version.clone(), |lock| lock.version),
         built_in: base.version.clone(),
         why,

@@ -4,24 +4,24 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-pub use contract::answer::ApiWentBack as Back;
+pub use contract::answer::ApiRollback;
 use serde_json::json;
 
-use super::service::{self, Patience, Watch};
-use super::state::{self, State, Trial};
-use super::{NEW, Place, failed, retention, settle};
-use crate::builtin::BuiltIn;
-use crate::events::Events;
-use crate::files::Files;
+use super::service::{self, ApiChecks, HealthTimes};
+use super::state::{self, ApiState, ApiTrial};
+use super::{ApiDir, NEW, failed, retention, settle};
+use crate::builtin::BuiltInApi;
+use crate::events::EventLog;
+use crate::files::FileChanges;
 use crate::provision;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// Lets `folder` serve, or the built-in API if there is none: one rename, or one removal.
 ///
 /// # Errors
 /// `io`.
-pub(super) fn point(place: &Place<'_>, folder: Option<&str>) -> Result<()> {
+pub(super) fn point(place: &ApiDir<'_>, folder: Option<&str>) -> Result<()> {
     let current = place.current();
     if place.serving().as_deref() == folder && current.is_symlink() == folder.is_some() {
         return Ok(());
@@ -48,20 +48,21 @@ pub(super) fn point(place: &Place<'_>, folder: Option<&str>) -> Result<()> {
 /// # Errors
 /// `api-unhealthy`, and all refusals of provisioning: the previous API serves again. `io`.
 pub(super) fn change(
-    root: &Root,
-    events: &Events,
-    place: &Place<'_>,
+    root: &RootDir,
+    events: &EventLog,
+    place: &ApiDir<'_>,
     to: Option<&str>,
-    patience: Patience,
-    confirm: impl FnOnce(&mut State),
+    patience: HealthTimes,
+    confirm: impl FnOnce(&mut ApiState),
 ) -> Result<Duration> {
-    let watch = Watch::new(root);
-    let mut state = State::read(place);
+    let watch = ApiChecks::new(root);
+    let mut state = ApiState::read(place);
     let before = state.clone();
-    state.trial = Some(Trial { to: to.map(str::to_owned) });
+    state.trial = Some(ApiTrial { to: to.map(str::to_owned) });
     state.write(place)?;
     let result = try_it(root, events, place, to, &watch, patience).and_then(|down| {
-        let mut confirmed = State { chosen: to.map(str::to_owned), trial: None, ..before.clone() };
+        let mut confirmed =
+            ApiState { chosen: to.map(str::to_owned), trial: None, ..before.clone() };
         confirm(&mut confirmed);
         confirmed.write(place)?;
         Ok(down)
@@ -73,12 +74,12 @@ pub(super) fn change(
 }
 
 fn try_it(
-    root: &Root,
-    events: &Events,
-    place: &Place<'_>,
+    root: &RootDir,
+    events: &EventLog,
+    place: &ApiDir<'_>,
     to: Option<&str>,
-    watch: &Watch,
-    patience: Patience,
+    watch: &ApiChecks,
+    patience: HealthTimes,
 ) -> Result<Duration> {
     // If the power fails now, the next start must not assume that `/data/system` still belongs to the old API.
     provision::forget(root, place.files)?;
@@ -100,12 +101,18 @@ fn try_it(
 
 /// Lets the previously chosen API serve again, however much of the change was recorded. A failure here is logged: the
 /// next start tries again.
-fn take_back(root: &Root, events: &Events, place: &Place<'_>, before: &State, why: &Refusal) {
+fn take_back(
+    root: &RootDir,
+    events: &EventLog,
+    place: &ApiDir<'_>,
+    before: &ApiState,
+    why: &Refusal,
+) {
     events.add("api-taken-back", json!({ "serves": before.chosen, "why": why }));
     let done = settle::decide(root, place, before).and_then(|decided| {
         point(place, decided.serves.as_deref())?;
         provision::run_with(root, events, place.files)?;
-        State { trial: None, ..before.clone() }.write(place)
+        ApiState { trial: None, ..before.clone() }.write(place)
     });
     if let Err(refusal) = done {
         events.add("api-not-taken-back", json!(refusal));
@@ -120,10 +127,10 @@ fn take_back(root: &Root, events: &Events, place: &Place<'_>, before: &State, wh
 ///
 /// # Errors
 /// `no-other-api`, `api-unhealthy`, `io`.
-pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
+pub fn back(root: &RootDir, events: &EventLog, files: &dyn FileChanges) -> Result<ApiRollback> {
     settle(root, events, files)?;
-    let place = Place::new(root, files);
-    let state = State::read(&place);
+    let place = ApiDir::new(root, files);
+    let state = ApiState::read(&place);
     let Some(chosen) = &state.chosen else {
         return Err(Refusal::new(
             "no-other-api",
@@ -131,7 +138,7 @@ pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
             "install a bundle with the component api",
         ));
     };
-    let base = BuiltIn::read(root)?;
+    let base = BuiltInApi::read(root)?;
     let at = state.good.iter().position(|good| good.folder == *chosen);
     let fits = |folder: &str| {
         let lock = state::lock(&place, folder).ok();
@@ -140,9 +147,9 @@ pub fn back(root: &Root, events: &Events, files: &dyn Files) -> Result<Back> {
     let before = state.good.iter().skip(at.map_or(0, |at| at + 1));
     let to = before.clone().find(|good| good.folder != *chosen && fits(&good.folder));
     let folder = to.map(|good| good.folder.as_str());
-    let down = change(root, events, &place, folder, Patience::of(root), |_| {})?;
+    let down = change(root, events, &place, folder, HealthTimes::of(root), |_| {})?;
     retention::tidy(root, &place, events);
-    let back = Back {
+    let back = ApiRollback {
         component: bundle::component::API.to_owned(),
         version: to.map(|good| good.version.clone()),
         down_ms: millis(down),

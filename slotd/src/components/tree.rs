@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, SystemTime};
 
-use bundle::component::{TREE_TIME, Wheel};
-use bundle::tree::{Kind, Rules};
-use bundle::{Input, PayloadReader};
+use bundle::component::{ComponentWheel, TREE_TIME};
+use bundle::tree::{TreeEntryKind, TreeRules};
+use bundle::{BundleInput, PayloadReader};
 use sha2::{Digest, Sha256};
 
 use super::whole::{SUM, sum, sums};
-use super::{Place, failed};
-use crate::files::{Files, make_dirs};
+use super::{ApiDir, failed};
+use crate::files::{FileChanges, make_dirs};
 use crate::install::from_source;
 use crate::refusal::{Refusal, Result};
 
@@ -25,7 +25,7 @@ const WAITING: usize = 8;
 const CHUNK: u64 = 256 << 10;
 
 /// The directory of a wheel's tree.
-fn place_of(place: &Place<'_>, wheel: &Wheel) -> PathBuf {
+fn place_of(place: &ApiDir<'_>, wheel: &ComponentWheel) -> PathBuf {
     place.wheels().join(&wheel.tree)
 }
 
@@ -33,9 +33,9 @@ fn place_of(place: &Place<'_>, wheel: &Wheel) -> PathBuf {
 ///
 /// # Errors
 /// `bad-tree`, `wrong-hash`: the tree does not match the lock. `io`, `source`, and the refusals of a bundle.
-pub(super) fn receive<I: Input>(
-    place: &Place<'_>,
-    wheel: &Wheel,
+pub(super) fn receive<I: BundleInput>(
+    place: &ApiDir<'_>,
+    wheel: &ComponentWheel,
     payload: &mut PayloadReader<'_, I>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<()> {
@@ -77,7 +77,7 @@ pub(super) fn receive<I: Input>(
 }
 
 /// Reads a payload to its end, or until the receiver closes.
-fn send<I: Input>(
+fn send<I: BundleInput>(
     payload: &mut PayloadReader<'_, I>,
     sender: SyncSender<Vec<u8>>,
     progress: &mut dyn FnMut(u64),
@@ -126,7 +126,7 @@ impl Read for Pipe {
     }
 }
 
-fn bad(wheel: &Wheel, why: &str) -> Refusal {
+fn bad(wheel: &ComponentWheel, why: &str) -> Refusal {
     Refusal::new(
         "bad-tree",
         format!("unpacking {} {}: {why}", wheel.name, wheel.version),
@@ -135,10 +135,10 @@ fn bad(wheel: &Wheel, why: &str) -> Refusal {
 }
 
 /// Unpacks a tar of regular files and directories.
-fn unpack(files: &dyn Files, pipe: Pipe, wheel: &Wheel, into: &Path) -> Result<()> {
+fn unpack(files: &dyn FileChanges, pipe: Pipe, wheel: &ComponentWheel, into: &Path) -> Result<()> {
     let damaged = |error: io::Error| bad(wheel, &format!("the tar is damaged: {error}"));
     let mut archive = tar::Archive::new(pipe);
-    let mut rules = Rules::new(wheel);
+    let mut rules = TreeRules::new(wheel);
     for entry in archive.entries().map_err(damaged)? {
         let mut entry = entry.map_err(damaged)?;
         let name = entry.path().map_err(damaged)?.into_owned();
@@ -147,13 +147,13 @@ fn unpack(files: &dyn Files, pipe: Pipe, wheel: &Wheel, into: &Path) -> Result<(
             return Err(bad(wheel, &format!("`{shown}` is not UTF-8")));
         };
         let kind = match entry.header().entry_type() {
-            tar::EntryType::Directory => Kind::Folder,
-            tar::EntryType::Regular => Kind::File(entry.size()),
-            _ => Kind::Other,
+            tar::EntryType::Directory => TreeEntryKind::Folder,
+            tar::EntryType::Regular => TreeEntryKind::File(entry.size()),
+            _ => TreeEntryKind::Other,
         };
         rules.entry(shown, kind)?;
         let path = into.join(&name);
-        if kind == Kind::Folder {
+        if kind == TreeEntryKind::Folder {
             make(files, &path)?;
         } else {
             let executable = entry.header().mode().map_err(damaged)? & 0o100 != 0;
@@ -168,7 +168,7 @@ fn unpack(files: &dyn Files, pipe: Pipe, wheel: &Wheel, into: &Path) -> Result<(
 }
 
 /// Writes one file.
-fn write(files: &dyn Files, entry: &mut impl Read, path: &Path, mode: u32) -> Result<()> {
+fn write(files: &dyn FileChanges, entry: &mut impl Read, path: &Path, mode: u32) -> Result<()> {
     if let Some(folder) = path.parent() {
         make(files, folder)?;
     }
@@ -190,7 +190,7 @@ fn time() -> SystemTime {
 }
 
 /// Creates a directory with its parents, unless it exists.
-fn make(files: &dyn Files, folder: &Path) -> Result<()> {
+fn make(files: &dyn FileChanges, folder: &Path) -> Result<()> {
     make_dirs(files, folder).map(drop).map_err(failed("creating", folder))
 }
 
@@ -199,7 +199,7 @@ fn make(files: &dyn Files, folder: &Path) -> Result<()> {
 ///
 /// # Errors
 /// `bad-tree`: another wheel has a different file with the same name. `io`.
-pub(super) fn link(place: &Place<'_>, wheel: &Wheel, into: &Path) -> Result<()> {
+pub(super) fn link(place: &ApiDir<'_>, wheel: &ComponentWheel, into: &Path) -> Result<()> {
     let from = place_of(place, wheel);
     let mut waiting = vec![PathBuf::new()];
     while let Some(below) = waiting.pop() {

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 /// A version's parts, in the order in which they are compared. A local part (`+…`) is ignored.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Version {
+pub(super) struct Pep440Version {
     epoch: u64,
     release: Vec<u64>,
     /// Pre-releases sort below final releases, and development releases below both.
@@ -14,7 +14,7 @@ pub(super) struct Version {
     dev: u64,
 }
 
-impl Version {
+impl Pep440Version {
     /// Reads a version in its normal form, such as `10.1.0`, `8.3.0a2`, `1!2.0.post1.dev3`.
     pub fn parse(text: &str) -> Option<Self> {
         let text = text.trim().trim_start_matches(['v', 'V']).to_ascii_lowercase();
@@ -72,7 +72,7 @@ impl Version {
 
 /// Compares two versions; `None` when one cannot be read.
 pub(super) fn compare(one: &str, other: &str) -> Option<Ordering> {
-    Some(Version::parse(one)?.cmp(&Version::parse(other)?))
+    Some(Pep440Version::parse(one)?.cmp(&Pep440Version::parse(other)?))
 }
 
 #[cfg(test)]
@@ -110,8 +110,8 @@ mod tests {
             assert_eq!(compare(one, other), Some(Ordering::Equal), "{one} {other}");
         }
         for none in ["", "x", "1.0x", "1..0", "1.0a1a2", "1.0 0"] {
-            assert_eq!(Version::parse(none), None, "{none}");
+            assert_eq!(Pep440Version::parse(none), None, "{none}");
         }
-        assert_eq!(Version::parse("2.36").unwrap(), Version::parse("2.36.0").unwrap());
+        assert_eq!(Pep440Version::parse("2.36").unwrap(), Pep440Version::parse("2.36.0").unwrap());
     }
 }

@@ -8,16 +8,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use bundle::component::{API, LOCK_ROLE, Lock, TREE_TIME, Wheel};
+use bundle::component::{API, ComponentLock, ComponentWheel, LOCK_ROLE, TREE_TIME};
 use serde::Serialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::{NEW, Place, failed, retention, state, tree};
-use crate::events::Events;
+use super::{ApiDir, NEW, failed, retention, state, tree};
+use crate::events::EventLog;
 use crate::files::make_dirs;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The file at the top of a wheel's tree with the hashes of all others; no wheel may have a file with a dot there.
 pub(super) const SUM: &str = ".sum";
@@ -40,7 +40,7 @@ type Sums = BTreeMap<PathBuf, String>;
 /// The result of `verify --component api`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Checked {
+pub struct ApiVerifyOutcome {
     /// The component.
     pub component: &'static str,
     /// Number of installed versions, including the one that serves.
@@ -98,7 +98,7 @@ pub(super) fn sums(top: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// The stored hashes of a wheel's tree; `None`: missing or damaged.
-fn kept(place: &Place<'_>, wheel: &Wheel) -> Option<Sums> {
+fn kept(place: &ApiDir<'_>, wheel: &ComponentWheel) -> Option<Sums> {
     let most = wheel.files.saturating_mul(LINE);
     let mut bytes = Vec::new();
     let file = fs::File::open(place.wheels().join(&wheel.tree).join(SUM)).ok()?;
@@ -115,7 +115,7 @@ fn kept(place: &Place<'_>, wheel: &Wheel) -> Option<Sums> {
 
 /// Whether a wheel's tree is present and unchanged, by the hash of each file: bit rot on a card changes neither lengths
 /// nor times. A tree without stored hashes, from an older agent, counts as absent and is unpacked again.
-pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
+pub(super) fn present(place: &ApiDir<'_>, wheel: &ComponentWheel) -> bool {
     let top = place.wheels().join(&wheel.tree);
     let Some(kept) = kept(place, wheel) else { return false };
     let same = |(name, expected): (&PathBuf, &String)| {
@@ -130,12 +130,12 @@ pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
 /// In versions other than `folder`, replaces damaged files and copies from a backup by links to the wheels of a lock,
 /// which are all present and intact. A version that cannot be rebuilt stays as it is and does not fail the install;
 /// the event `api-not-healed` says why.
-pub(super) fn relink(place: &Place<'_>, lock: &Lock, folder: &str, events: &Events) {
+pub(super) fn relink(place: &ApiDir<'_>, lock: &ComponentLock, folder: &str, events: &EventLog) {
     let versions = retention::versions(place).unwrap_or_default();
     for name in versions.into_iter().filter(|name| name != folder) {
         let Ok(theirs) = state::lock(place, &name) else { continue };
-        let here = |wheel: &&Wheel| lock.wheels.iter().any(|ours| ours.tree == wheel.tree);
-        let shared: Vec<&Wheel> = theirs.wheels.iter().filter(here).collect();
+        let here = |wheel: &&ComponentWheel| lock.wheels.iter().any(|ours| ours.tree == wheel.tree);
+        let shared: Vec<&ComponentWheel> = theirs.wheels.iter().filter(here).collect();
         let trees: Vec<PathBuf> = shared.iter().map(|w| place.wheels().join(&w.tree)).collect();
         if linked(&trees, &place.version(&name)) {
             continue;
@@ -158,7 +158,7 @@ fn linked(trees: &[PathBuf], version: &Path) -> bool {
 }
 
 /// Rebuilds a version next to itself, from these wheels and its other files, and exchanges the two.
-fn rebuild(place: &Place<'_>, wheels: &[&Wheel], name: &str) -> Result<()> {
+fn rebuild(place: &ApiDir<'_>, wheels: &[&ComponentWheel], name: &str) -> Result<()> {
     let (path, new) = (place.version(name), place.version(&format!("{name}{NEW}")));
     place.clear(&new)?;
     for wheel in wheels {
@@ -182,8 +182,8 @@ fn rebuild(place: &Place<'_>, wheels: &[&Wheel], name: &str) -> Result<()> {
 ///
 /// # Errors
 /// `api-differs`, with the files. `io`: the directory of the versions cannot be read.
-pub(crate) fn verify(root: &Root) -> Result<Checked> {
-    let place = &Place::of(root);
+pub(crate) fn verify(root: &RootDir) -> Result<ApiVerifyOutcome> {
+    let place = &ApiDir::of(root);
     let mut check = Check { known: BTreeMap::new(), size: 0, places: Vec::new() };
     let mut wheels: BTreeMap<String, (String, Option<Sums>)> = BTreeMap::new();
     let versions = retention::versions(place)?;
@@ -227,7 +227,7 @@ pub(crate) fn verify(root: &Root) -> Result<Checked> {
     }
     if check.places.is_empty() {
         let (versions, wheels) = (versions.len(), wheels.len());
-        return Ok(Checked { component: API, versions, wheels, size: check.size });
+        return Ok(ApiVerifyOutcome { component: API, versions, wheels, size: check.size });
     }
     let mut message = format!("the API on data differs in {} places", check.places.len());
     for place in check.places.iter().take(LISTED) {

@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::durable::is_missing;
-use crate::files::Files;
+use crate::files::FileChanges;
 use crate::refusal::{Refusal, Result};
 
 /// Directories at the top of `data` that are neither backed up nor restored: the agent's own state (its floor
@@ -53,14 +53,14 @@ const MOST_AFTER: usize = 64 << 10;
 
 /// How much an archive may contain. Packing and unpacking count in the same way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Room {
+pub struct ArchiveLimits {
     /// Bytes in whole blocks, plus one block per entry.
     pub bytes: u64,
     /// Files, directories and links.
     pub entries: u64,
 }
 
-impl Room {
+impl ArchiveLimits {
     /// The maximum for a backup.
     pub const BACKUP: Self = Self { bytes: u64::MAX, entries: MOST_ENTRIES };
 
@@ -134,7 +134,12 @@ fn more_than_an_archive(path: &Path, why: &str) -> Refusal {
 /// # Errors
 /// `no-archive`: the content exceeds `room`, or has names that [`unpack`] would refuse. `no-space`, `io`. The output
 /// is then not a valid archive.
-pub fn pack(data: &Path, names: &[PathBuf], out: impl Write, room: Room) -> Result<Room> {
+pub fn pack(
+    data: &Path,
+    names: &[PathBuf],
+    out: impl Write,
+    room: ArchiveLimits,
+) -> Result<ArchiveLimits> {
     let doing = |path: &Path| failed("packing", path);
     let mut encoder = zstd::Encoder::new(out, LEVEL).map_err(doing(data))?;
     encoder.include_checksum(true).map_err(doing(data))?;
@@ -168,13 +173,13 @@ pub fn pack(data: &Path, names: &[PathBuf], out: impl Write, room: Room) -> Resu
     let Packer { tar, left, .. } = packer;
     let encoder = tar.into_inner().map_err(doing(data))?;
     encoder.finish().and_then(|mut out| out.flush()).map_err(doing(data))?;
-    Ok(Room { bytes: room.bytes - left.bytes, entries: room.entries - left.entries })
+    Ok(ArchiveLimits { bytes: room.bytes - left.bytes, entries: room.entries - left.entries })
 }
 
 struct Packer<'a, W: Write> {
     tar: tar::Builder<zstd::Encoder<'static, W>>,
     data: &'a Path,
-    left: Room,
+    left: ArchiveLimits,
 }
 
 impl<W: Write> Packer<'_, W> {
@@ -298,7 +303,12 @@ fn damaged(error: io::Error) -> Refusal {
 ///
 /// # Errors
 /// `bad-archive`: the archive is damaged, or has an entry that [`pack`] does not write. `no-space`. `io`.
-pub fn unpack(files: &dyn Files, input: impl Read, into: &Path, room: Room) -> Result<()> {
+pub fn unpack(
+    files: &dyn FileChanges,
+    input: impl Read,
+    into: &Path,
+    room: ArchiveLimits,
+) -> Result<()> {
     let mut decoder = zstd::Decoder::new(input).map_err(damaged)?;
     decoder.window_log_max(WINDOW_LOG).map_err(damaged)?;
     let mut unpacker = Unpacker {
@@ -362,9 +372,9 @@ struct Rights {
 }
 
 struct Unpacker<'a> {
-    files: &'a dyn Files,
+    files: &'a dyn FileChanges,
     into: &'a Path,
-    room: Room,
+    room: ArchiveLimits,
     count: u64,
     /// The directory of the previous entry. It stays a directory: nothing that was unpacked is ever replaced.
     parent: PathBuf,

@@ -32,7 +32,7 @@ const MOST_ENTRIES: u64 = 128 * 128;
 
 /// The result of growing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Grown {
+pub struct GrowOutcome {
     /// Sectors before.
     pub from: u64,
     /// Sectors now; the same if there was nothing to gain.
@@ -44,7 +44,7 @@ pub struct Grown {
 ///
 /// # Errors
 /// When the disk fails, or its table was not made by the builder. Nothing is written then.
-pub fn grow(disk: &dyn Storage, number: u32, start: u64) -> io::Result<Grown> {
+pub fn grow(disk: &dyn Storage, number: u32, start: u64) -> io::Result<GrowOutcome> {
     let mut mbr = [0; SECTOR as usize];
     disk.read_at(0, &mut mbr)?;
     if mbr.get(510..) != Some(&[0x55, 0xaa]) {
@@ -83,7 +83,7 @@ fn grow_mbr(
     records: &[Record],
     number: u32,
     start: u64,
-) -> io::Result<Grown> {
+) -> io::Result<GrowOutcome> {
     let index = number.checked_sub(1).map_or(usize::MAX, |index| index as usize);
     let record = *records.get(index).ok_or_else(|| wrong("no such partition"))?;
     if record.kind == 0 || record.first != start {
@@ -95,13 +95,13 @@ fn grow_mbr(
     // A 32-bit number of sectors.
     let end = (disk.size() / SECTOR).min(start + u64::from(u32::MAX));
     let Some(to) = worth(start, record.sectors, end) else {
-        return Ok(Grown { from: record.sectors, to: record.sectors });
+        return Ok(GrowOutcome { from: record.sectors, to: record.sectors });
     };
     // Cylinder, head and sector: the maximum, which means that they do not apply.
     put(mbr, record.at + 5, &[0xfe, 0xff, 0xff]);
     put(mbr, record.at + 12, &u32::try_from(to).unwrap_or(u32::MAX).to_le_bytes());
     write(disk, 0, mbr)?;
-    Ok(Grown { from: record.sectors, to })
+    Ok(GrowOutcome { from: record.sectors, to })
 }
 
 /// Grows a logical partition. Before each one there is a sector with its record, relative to that sector, and a link
@@ -112,7 +112,7 @@ fn grow_logical(
     records: &[Record],
     number: u32,
     start: u64,
-) -> io::Result<Grown> {
+) -> io::Result<GrowOutcome> {
     let extended = records.iter().find(|record| EXTENDED.contains(&record.kind));
     let extended = *extended.ok_or_else(|| wrong("there is no extended partition"))?;
     if records.iter().any(|other| other.kind != 0 && other.first > extended.first) {
@@ -154,13 +154,13 @@ fn grow_last_logical(
     sector: &mut [u8],
     at: u64,
     own: Record,
-) -> io::Result<Grown> {
+) -> io::Result<GrowOutcome> {
     let start = at.saturating_add(own.first);
     // Both counts are 32 bits long.
     let most = extended.first.min(start).saturating_add(u64::from(u32::MAX));
     let end = (disk.size() / SECTOR).min(most);
     let Some(to) = worth(start, own.sectors, end) else {
-        return Ok(Grown { from: own.sectors, to: own.sectors });
+        return Ok(GrowOutcome { from: own.sectors, to: own.sectors });
     };
     let number = |sectors: u64| u32::try_from(sectors).unwrap_or(u32::MAX).to_le_bytes();
     // The extended partition first: its size does not affect the partitions in it.
@@ -173,7 +173,7 @@ fn grow_last_logical(
     put(sector, own.at + 5, &[0xfe, 0xff, 0xff]);
     put(sector, own.at + 12, &number(to));
     write(disk, at.saturating_mul(SECTOR), sector)?;
-    Ok(Grown { from: own.sectors, to })
+    Ok(GrowOutcome { from: own.sectors, to })
 }
 
 fn grow_gpt(
@@ -182,7 +182,7 @@ fn grow_gpt(
     records: &[Record],
     number: u32,
     start: u64,
-) -> io::Result<Grown> {
+) -> io::Result<GrowOutcome> {
     let sectors = disk.size() / SECTOR;
     let last = sectors.checked_sub(1).ok_or_else(|| wrong("the disk is empty"))?;
     // The primary; or, after an interrupted write of it, the backup that was written before.
@@ -209,7 +209,7 @@ fn grow_gpt(
     let moved = number64(&header, 32) != last || number64(&header, 24) != 1;
     let (same, valid) = (read_gpt(disk, last), read_gpt(disk, 1).is_ok());
     if to.is_none() && !moved && valid && same.is_ok_and(|(_, backup)| backup == entries) {
-        return Ok(Grown { from, to: from });
+        return Ok(GrowOutcome { from, to: from });
     }
     let to = to.unwrap_or(from);
     put(&mut entries, at, &(start + to - 1).to_le_bytes());
@@ -230,7 +230,7 @@ fn grow_gpt(
         }
     }
     write(disk, 0, &[&*mbr, &primary, &entries].concat())?;
-    Ok(Grown { from, to })
+    Ok(GrowOutcome { from, to })
 }
 
 /// The header in a sector and its entries, if both checksums are correct.

@@ -10,13 +10,13 @@ use std::time::Duration;
 use bundle::Version;
 use serde::{Deserialize, Serialize};
 
-use super::archive::{self, Room, there};
+use super::archive::{self, ArchiveLimits, there};
 use super::pending::private_folder;
 use crate::durable;
-use crate::files::{Files, RealFiles, Writer, make_dirs};
+use crate::files::{DirectFileChanges, FileAppender, FileChanges, make_dirs};
 use crate::process::program;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The directory in the image where the steps are declared, one TOML file each.
 const FOLDER: &str = "etc/slotd/migrations.d";
@@ -28,7 +28,7 @@ const STAGING: &str = ".snapshot";
 const UNDONE: &str = ".undone";
 
 /// Maximum size of a snapshot; packing and unpacking use the same bound.
-const MOST: Room = Room { bytes: 1 << 32, ..Room::BACKUP };
+const MOST: ArchiveLimits = ArchiveLimits { bytes: 1 << 32, ..ArchiveLimits::BACKUP };
 
 /// The record's name, at the top of `data`.
 const RECORD: &str = "data-version.json";
@@ -41,7 +41,7 @@ fn usual() -> u64 {
 /// A step that migrates data of older versions.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Migration {
+pub struct MigrationStep {
     /// The file's name without its ending.
     #[serde(skip)]
     pub name: String,
@@ -106,7 +106,7 @@ struct OnlyVersion {
 }
 
 impl Record {
-    fn path(root: &Root) -> PathBuf {
+    fn path(root: &RootDir) -> PathBuf {
         root.data().join(RECORD)
     }
 
@@ -139,7 +139,7 @@ impl Record {
         self.needs = versions.chain(self.needs.take()).max();
     }
 
-    fn write(&self, root: &Root, files: &dyn Files) -> Result<()> {
+    fn write(&self, root: &RootDir, files: &dyn FileChanges) -> Result<()> {
         let path = Self::path(root);
         durable::write_json_with(files, &path, self).map_err(failed("writing", &path))
     }
@@ -147,7 +147,7 @@ impl Record {
 
 /// Reduces the record of a backup that was unpacked into `folder` to the version: its steps ran on another robot, or
 /// earlier on this one, and an archive must not say which steps ran here.
-pub(super) fn only_the_version(files: &dyn Files, folder: &Path) -> Result<()> {
+pub(super) fn only_the_version(files: &dyn FileChanges, folder: &Path) -> Result<()> {
     let path = folder.join(RECORD);
     let bad = || {
         let help = "use a file that `slotd backup` made";
@@ -170,7 +170,7 @@ pub(super) fn only_the_version(files: &dyn Files, folder: &Path) -> Result<()> {
 /// The result of a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "data")]
-pub enum Migrated {
+pub enum MigrationOutcome {
     /// The data already has this version.
     Unchanged,
     /// There was no data of another version.
@@ -202,7 +202,7 @@ fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
 ///
 /// # Errors
 /// `bad-migration`: a file is invalid.
-pub fn migrations(root: &Root) -> Result<Vec<Migration>> {
+pub fn migrations(root: &RootDir) -> Result<Vec<MigrationStep>> {
     let folder = root.path(FOLDER);
     let listing = match fs::read_dir(&folder) {
         Ok(listing) => listing,
@@ -221,7 +221,8 @@ pub fn migrations(root: &Root) -> Result<Vec<Migration>> {
             Refusal::new("bad-migration", format!("{}: {why}", path.display()), help)
         };
         let text = fs::read_to_string(&path).map_err(failed("reading", &path))?;
-        let mut step: Migration = toml::from_str(&text).map_err(|e| bad(e.message().to_owned()))?;
+        let mut step: MigrationStep =
+            toml::from_str(&text).map_err(|e| bad(e.message().to_owned()))?;
         step.name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         if step.run.is_empty() || !are_paths(&step.paths) {
             return Err(bad(
@@ -245,30 +246,30 @@ pub fn migrations(root: &Root) -> Result<Vec<Migration>> {
 /// `migration-failed`: a step failed; its changes are rolled back, the steps before it stay, and the next start
 /// tries it again. `newer-data`: there is no way back. `no-space`, `no-archive`: the snapshot of a step cannot be
 /// made, so the step does not run. `bad-migration`, `bad-archive`, `io`.
-pub fn migrate(root: &Root, version: &Version) -> Result<Migrated> {
-    migrate_with(root, version, &RealFiles, &run)
+pub fn migrate(root: &RootDir, version: &Version) -> Result<MigrationOutcome> {
+    migrate_with(root, version, &DirectFileChanges, &run)
 }
 
 /// Runs a step. `Err` says why it failed; its changes may or may not be on the disk.
-pub type Run<'a> = &'a dyn Fn(&Root, &Migration) -> std::result::Result<(), String>;
+pub type StepRunner<'a> = &'a dyn Fn(&RootDir, &MigrationStep) -> std::result::Result<(), String>;
 
 /// [`migrate`] with every change made through `files`, and every step run by `run`.
 ///
 /// # Errors
 /// As [`migrate`].
 pub fn migrate_with(
-    root: &Root,
+    root: &RootDir,
     version: &Version,
-    files: &dyn Files,
-    run: Run<'_>,
-) -> Result<Migrated> {
+    files: &dyn FileChanges,
+    run: StepRunner<'_>,
+) -> Result<MigrationOutcome> {
     let path = Record::path(root);
     let bytes = durable::read_or_damaged(&path).map_err(failed("reading", &path))?;
     let Some(mut record) = bytes.as_deref().and_then(Record::parse) else {
         let new = Record::new(version);
         new.write(root, files)?;
         sweep(root, files, &new)?;
-        return Ok(if bytes.is_some() { Migrated::Damaged } else { Migrated::New });
+        return Ok(if bytes.is_some() { MigrationOutcome::Damaged } else { MigrationOutcome::New });
     };
     if let Some(begun) = record.under_way.take() {
         put_back(root, files, &begun)?;
@@ -281,27 +282,27 @@ pub fn migrate_with(
     let behind = newest.is_some_and(|newest| newest > version);
     match record.version.cmp(version) {
         _ if behind => back(root, files, record, version, from),
-        Ordering::Equal => Ok(Migrated::Unchanged),
+        Ordering::Equal => Ok(MigrationOutcome::Unchanged),
         Ordering::Less => forth(root, files, run, record, version, from),
         // No step changed anything.
         Ordering::Greater => {
             record.version = version.clone();
             record.write(root, files)?;
-            Ok(Migrated::Back { from, steps: Vec::new() })
+            Ok(MigrationOutcome::Back { from, steps: Vec::new() })
         }
     }
 }
 
 fn forth(
-    root: &Root,
-    files: &dyn Files,
-    run: Run<'_>,
+    root: &RootDir,
+    files: &dyn FileChanges,
+    run: StepRunner<'_>,
     mut record: Record,
     version: &Version,
     from: Version,
-) -> Result<Migrated> {
+) -> Result<MigrationOutcome> {
     let known: Vec<String> = record.taken.iter().map(|step| step.name.clone()).collect();
-    let steps: Vec<Migration> = migrations(root)?
+    let steps: Vec<MigrationStep> = migrations(root)?
         .into_iter()
         .filter(|step| step.version > from && step.version <= *version)
         .filter(|step| !known.contains(&step.name))
@@ -346,16 +347,16 @@ fn forth(
         Err(refusal) if steps.is_empty() => crate::say!("slotd: {refusal}"),
         Err(refusal) => return Err(refusal),
     }
-    Ok(Migrated::Forth { from, steps: steps.into_iter().map(|step| step.name).collect() })
+    Ok(MigrationOutcome::Forth { from, steps: steps.into_iter().map(|step| step.name).collect() })
 }
 
 fn back(
-    root: &Root,
-    files: &dyn Files,
+    root: &RootDir,
+    files: &dyn FileChanges,
     mut record: Record,
     version: &Version,
     from: Version,
-) -> Result<Migrated> {
+) -> Result<MigrationOutcome> {
     let lost = |over: &dyn std::fmt::Display| {
         Refusal::new(
             "newer-data",
@@ -389,11 +390,11 @@ fn back(
     record.version = version.clone();
     record.write(root, files)?;
     sweep(root, files, &record)?;
-    Ok(Migrated::Back { from, steps })
+    Ok(MigrationOutcome::Back { from, steps })
 }
 
 /// Runs a step's program.
-fn run(root: &Root, step: &Migration) -> std::result::Result<(), String> {
+fn run(root: &RootDir, step: &MigrationStep) -> std::result::Result<(), String> {
     let (name, arguments) = step.run.split_first().ok_or("no program")?;
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let timeout = Duration::from_secs(step.timeout_seconds);
@@ -415,22 +416,22 @@ fn outermost(paths: &[PathBuf]) -> Vec<PathBuf> {
     outer
 }
 
-fn snapshots(root: &Root) -> PathBuf {
+fn snapshots(root: &RootDir) -> PathBuf {
     root.state().join("snapshots")
 }
 
-fn snapshot(root: &Root, name: &str) -> PathBuf {
+fn snapshot(root: &RootDir, name: &str) -> PathBuf {
     snapshots(root).join(format!("{name}.tar.zst"))
 }
 
-fn flush(root: &Root, files: &dyn Files) -> Result<()> {
+fn flush(root: &RootDir, files: &dyn FileChanges) -> Result<()> {
     let data = root.data();
     files.sync_all(&data).map_err(failed("flushing", &data))
 }
 
 /// Removes what no step needs: snapshots that were dropped or never used, and undone files. The record says which
 /// steps there are, so that a power cut at any moment leaves nothing behind for ever.
-fn sweep(root: &Root, files: &dyn Files, record: &Record) -> Result<()> {
+fn sweep(root: &RootDir, files: &dyn FileChanges, record: &Record) -> Result<()> {
     let remove = |path: &Path| files.remove(path).map_err(failed("removing", path));
     let unfinished = Path::new(RECORD).with_extension("partial");
     for name in [Path::new(STAGING), Path::new(UNDONE), &unfinished] {
@@ -454,7 +455,7 @@ fn sweep(root: &Root, files: &dyn Files, record: &Record) -> Result<()> {
     Ok(())
 }
 
-fn pack_away(root: &Root, files: &dyn Files, step: &Taken) -> Result<()> {
+fn pack_away(root: &RootDir, files: &dyn FileChanges, step: &Taken) -> Result<()> {
     let path = snapshot(root, &step.name);
     let (folder, partial) = (snapshots(root), path.with_extension("partial"));
     let doing = failed("writing", &path);
@@ -467,14 +468,19 @@ fn pack_away(root: &Root, files: &dyn Files, step: &Taken) -> Result<()> {
     files.replace(&partial, &path).and_then(|()| files.sync(&folder)).map_err(&doing)
 }
 
-fn write_snapshot(root: &Root, files: &dyn Files, step: &Taken, path: &Path) -> Result<()> {
+fn write_snapshot(
+    root: &RootDir,
+    files: &dyn FileChanges,
+    step: &Taken,
+    path: &Path,
+) -> Result<()> {
     let doing = failed("writing", path);
     let data = root.data();
     files.remove(path).and_then(|()| files.create(path)).map_err(&doing)?;
-    let mut out = Writer::new(files, path, Room::free(&data)?.bytes);
+    let mut out = FileAppender::new(files, path, ArchiveLimits::free(&data)?.bytes);
     let used = archive::pack(&data, &step.paths, &mut out, MOST)?;
     out.flush().and_then(|()| files.sync(path)).map_err(&doing)?;
-    let free = Room::free(&data)?;
+    let free = ArchiveLimits::free(&data)?;
     if free.bytes < used.bytes || free.entries < used.entries {
         return Err(Refusal::new(
             "no-space",
@@ -492,7 +498,7 @@ fn write_snapshot(root: &Root, files: &dyn Files, step: &Taken, path: &Path) -> 
 
 /// Rolls back the changes of a step. It may be interrupted and repeated: the snapshot stays until the record no longer
 /// names the step.
-fn put_back(root: &Root, files: &dyn Files, step: &Taken) -> Result<()> {
+fn put_back(root: &RootDir, files: &dyn FileChanges, step: &Taken) -> Result<()> {
     let data = root.data();
     let (staging, undone) = (data.join(STAGING), data.join(UNDONE));
     for folder in [&staging, &undone] {

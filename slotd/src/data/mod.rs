@@ -8,7 +8,8 @@ mod pending;
 pub mod seed;
 pub mod verbs;
 
-pub use migrate::{Migrated, Migration, Run, migrate, migrate_with, migrations};
+pub use migrate::{MigrationOutcome, MigrationStep, StepRunner, migrate, migrate_with, migrations};
 pub use pending::{
-    Applied, Pending, apply, apply_with, backup, reset, reset_with, restore, restore_with,
+    ChangeOutcome, PendingChange, apply, apply_with, backup, reset, reset_with, restore,
+    restore_with,
 };

@@ -14,12 +14,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::archive::{self, Room, there};
+use super::archive::{self, ArchiveLimits, there};
 use super::migrate;
 use crate::durable;
-use crate::files::{Files, RealFiles, Writer};
+use crate::files::{DirectFileChanges, FileAppender, FileChanges};
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The files that will replace everything.
 const INCOMING: &str = ".incoming";
@@ -44,7 +44,7 @@ const DEEP: &str = ".deep.";
 const DEEPEST: usize = 12;
 
 /// Left free when an archive is packed or unpacked: bytes, and files.
-const RESERVE: Room = Room { bytes: 16 << 20, entries: 1024 };
+const RESERVE: ArchiveLimits = ArchiveLimits { bytes: 16 << 20, entries: 1024 };
 
 /// What a reset keeps in the agent's own directory: the state of slots, keys and floors, and its log. A reset removes
 /// everything else there, so that no user data is left.
@@ -67,7 +67,7 @@ const FOLDERS: [&str; 7] = ["apps", "apps/api", "boot.d", "home", "identity", "n
 /// A change that waits for the next start, or was interrupted in the current one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Pending {
+pub enum PendingChange {
     /// Everything is removed.
     Reset,
     /// Everything is removed and replaced by the unpacked backup.
@@ -76,12 +76,12 @@ pub enum Pending {
     Arriving,
 }
 
-impl Pending {
+impl PendingChange {
     /// The pending change, if any.
     ///
     /// # Errors
     /// `io`.
-    pub fn read(root: &Root) -> Result<Option<Self>> {
+    pub fn read(root: &RootDir) -> Result<Option<Self>> {
         let path = note(root);
         durable::read_json(&path).map_err(failed("reading", &path))
     }
@@ -90,21 +90,21 @@ impl Pending {
 /// The result of a start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Applied {
+pub struct ChangeOutcome {
     /// The change that was carried out, if one was pending.
-    pub carried_out: Option<Pending>,
+    pub carried_out: Option<PendingChange>,
     /// Whether an incomplete change was dropped; nothing is changed then.
     pub dropped: bool,
     /// Number of files that a reset removed but could not overwrite.
     pub not_overwritten: u64,
 }
 
-fn note(root: &Root) -> PathBuf {
+fn note(root: &RootDir) -> PathBuf {
     root.state().join("pending.json")
 }
 
 /// The directory of the backup that a reset makes.
-fn kept(root: &Root) -> PathBuf {
+fn kept(root: &RootDir) -> PathBuf {
     root.state().join("backup")
 }
 
@@ -139,9 +139,9 @@ fn names(folder: &Path) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// `no-archive`: the content exceeds what [`restore`] accepts. `no-space`, `io`.
-pub fn backup(root: &Root, out: impl Write) -> Result<()> {
+pub fn backup(root: &RootDir, out: impl Write) -> Result<()> {
     let data = root.data();
-    archive::pack(&data, &archive::contents(&data)?, out, Room::backup(&data)?).map(drop)
+    archive::pack(&data, &archive::contents(&data)?, out, ArchiveLimits::backup(&data)?).map(drop)
 }
 
 /// Prepares a factory reset for the next start. With `keep` it makes a backup first, which stays on `data`, and
@@ -149,15 +149,15 @@ pub fn backup(root: &Root, out: impl Write) -> Result<()> {
 ///
 /// # Errors
 /// `no-space` when the backup does not fit. `no-archive`, `io`. An earlier pending change stays pending.
-pub fn reset(root: &Root, keep: bool) -> Result<Option<PathBuf>> {
-    reset_with(root, keep, &RealFiles)
+pub fn reset(root: &RootDir, keep: bool) -> Result<Option<PathBuf>> {
+    reset_with(root, keep, &DirectFileChanges)
 }
 
 /// [`reset`] with every change made through `files`.
 ///
 /// # Errors
 /// As [`reset`].
-pub fn reset_with(root: &Root, keep: bool, files: &dyn Files) -> Result<Option<PathBuf>> {
+pub fn reset_with(root: &RootDir, keep: bool, files: &dyn FileChanges) -> Result<Option<PathBuf>> {
     let before = known(root)?;
     let folder = kept(root);
     let (path, mark) = (folder.join(BACKUP), folder.join(OF_THIS_RESET));
@@ -177,22 +177,22 @@ pub fn reset_with(root: &Root, keep: bool, files: &dyn Files) -> Result<Option<P
     } else if is_there(&mark)? {
         written(files.remove(&mark).and_then(|()| files.sync(&folder)))?;
     }
-    request(root, files, Pending::Reset, before)?;
+    request(root, files, PendingChange::Reset, before)?;
     Ok(keep.then_some(path))
 }
 
-fn write_backup(root: &Root, files: &dyn Files, path: &Path) -> Result<()> {
+fn write_backup(root: &RootDir, files: &dyn FileChanges, path: &Path) -> Result<()> {
     let doing = failed("writing", path);
     files.remove(path).and_then(|()| files.create(path)).map_err(&doing)?;
     // A reset must not fill the disk.
-    let most = Room::free(&root.data())?.bytes.saturating_sub(RESERVE.bytes);
-    let mut out = Writer::new(files, path, most);
+    let most = ArchiveLimits::free(&root.data())?.bytes.saturating_sub(RESERVE.bytes);
+    let mut out = FileAppender::new(files, path, most);
     backup(root, &mut out)?;
     out.flush().and_then(|()| files.sync(path)).map_err(&doing)
 }
 
 /// Durably creates a directory that only root may enter; an existing directory gets that mode.
-pub(super) fn private_folder(files: &dyn Files, folder: &Path) -> Result<()> {
+pub(super) fn private_folder(files: &dyn FileChanges, folder: &Path) -> Result<()> {
     let doing = failed("creating", folder);
     let parent = folder.parent().unwrap_or(folder);
     let made = crate::files::make_dirs(files, parent).map_err(&doing)?;
@@ -213,7 +213,12 @@ pub(super) fn private_folder(files: &dyn Files, folder: &Path) -> Result<()> {
 }
 
 /// Records a request, or keeps the previous one: a request that was refused must not be carried out.
-fn request(root: &Root, files: &dyn Files, new: Pending, before: Option<Pending>) -> Result<()> {
+fn request(
+    root: &RootDir,
+    files: &dyn FileChanges,
+    new: PendingChange,
+    before: Option<PendingChange>,
+) -> Result<()> {
     let path = note(root);
     let written = durable::write_json_with(files, &path, &new);
     if written.is_err() {
@@ -227,7 +232,7 @@ fn request(root: &Root, files: &dyn Files, new: Pending, before: Option<Pending>
 }
 
 /// The pending change. An invalid record is ignored: slotd did not write it, or the card has damaged it.
-fn known(root: &Root) -> Result<Option<Pending>> {
+fn known(root: &RootDir) -> Result<Option<PendingChange>> {
     let path = note(root);
     let bytes = durable::read_or_damaged(&path).map_err(failed("reading", &path))?;
     Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
@@ -237,18 +242,18 @@ fn known(root: &Root) -> Result<Option<Pending>> {
 ///
 /// # Errors
 /// `half-done`: another restore is in progress. `bad-archive`, `no-space`, `io`. An earlier pending change stays pending.
-pub fn restore(root: &Root, input: impl Read) -> Result<()> {
-    restore_with(root, input, &RealFiles)
+pub fn restore(root: &RootDir, input: impl Read) -> Result<()> {
+    restore_with(root, input, &DirectFileChanges)
 }
 
 /// [`restore`] with every change made through `files`.
 ///
 /// # Errors
 /// As [`restore`].
-pub fn restore_with(root: &Root, input: impl Read, files: &dyn Files) -> Result<()> {
+pub fn restore_with(root: &RootDir, input: impl Read, files: &dyn FileChanges) -> Result<()> {
     let data = root.data();
     let before = known(root)?;
-    if before == Some(Pending::Arriving) {
+    if before == Some(PendingChange::Arriving) {
         return Err(Refusal::new(
             "half-done",
             "preparing a restore: an earlier restore was interrupted and is incomplete",
@@ -265,12 +270,12 @@ pub fn restore_with(root: &Root, input: impl Read, files: &dyn Files) -> Result<
 }
 
 /// Everything of a restore except its record; at the end it is complete on the disk.
-fn unpack(root: &Root, files: &dyn Files, input: impl Read, into: &Path) -> Result<()> {
+fn unpack(root: &RootDir, files: &dyn FileChanges, input: impl Read, into: &Path) -> Result<()> {
     let doing = failed("writing", into);
     let data = root.data();
     files.create_dir(into).map_err(&doing)?;
-    let free = Room::free(&data)?;
-    let room = Room {
+    let free = ArchiveLimits::free(&data)?;
+    let room = ArchiveLimits {
         bytes: free.bytes.saturating_sub(RESERVE.bytes),
         entries: free.entries.saturating_sub(RESERVE.entries),
     };
@@ -288,7 +293,7 @@ fn unpack(root: &Root, files: &dyn Files, input: impl Read, into: &Path) -> Resu
 }
 
 /// Replaces a pending restore by the unpacked backup.
-fn arrange(root: &Root, files: &dyn Files, before: Option<Pending>) -> Result<()> {
+fn arrange(root: &RootDir, files: &dyn FileChanges, before: Option<PendingChange>) -> Result<()> {
     let data = root.data();
     let (unpacked, incoming) = (data.join(UNPACKED), data.join(INCOMING));
     let doing = failed("writing", &incoming);
@@ -301,7 +306,7 @@ fn arrange(root: &Root, files: &dyn Files, before: Option<Pending>) -> Result<()
     let noted = files
         .sync(&data)
         .map_err(&doing)
-        .and_then(|()| request(root, files, Pending::Restore, before));
+        .and_then(|()| request(root, files, PendingChange::Restore, before));
     if noted.is_err() && waits {
         // Report the original failure.
         drop(files.exchange(&unpacked, &incoming).and_then(|()| files.sync(&data)));
@@ -316,40 +321,40 @@ fn arrange(root: &Root, files: &dyn Files, before: Option<Pending>) -> Result<()
 ///
 /// # Errors
 /// `io`: the change resumes in the next start.
-pub fn apply(root: &Root) -> Result<Applied> {
-    apply_with(root, &RealFiles)
+pub fn apply(root: &RootDir) -> Result<ChangeOutcome> {
+    apply_with(root, &DirectFileChanges)
 }
 
 /// [`apply`] with every change made through `files`.
 ///
 /// # Errors
 /// As [`apply`].
-pub fn apply_with(root: &Root, files: &dyn Files) -> Result<Applied> {
+pub fn apply_with(root: &RootDir, files: &dyn FileChanges) -> Result<ChangeOutcome> {
     let data = root.data();
     let (incoming, outgoing) = (data.join(INCOMING), data.join(OUTGOING));
-    let mut applied = Applied::default();
+    let mut applied = ChangeOutcome::default();
     let noted = is_there(&note(root))?;
     let pending = match known(root)? {
         None if noted => by_what_is_there(&data)?,
         // Nothing is removed unless its replacement is complete.
-        Some(Pending::Restore) if !is_there(&incoming.join(COMPLETE))? => None,
+        Some(PendingChange::Restore) if !is_there(&incoming.join(COMPLETE))? => None,
         known => known,
     };
     if let Some(pending) = pending {
         // The API's resources are removed, or replaced by older ones.
         crate::provision::forget(root, files)?;
         match pending {
-            Pending::Reset => leave(root, files, &everything(root)?, true)?,
-            Pending::Restore => {
+            PendingChange::Reset => leave(root, files, &everything(root)?, true)?,
+            PendingChange::Restore => {
                 let names = archive::contents(&data)?;
                 let paths: Vec<PathBuf> = names.iter().map(|name| data.join(name)).collect();
                 leave(root, files, &paths, false)?;
                 // From here on, no old files are left in place.
-                durable::write_json_with(files, &note(root), &Pending::Arriving)
+                durable::write_json_with(files, &note(root), &PendingChange::Arriving)
                     .map_err(failed("writing", &note(root)))?;
                 arrive(root, files)?;
             }
-            Pending::Arriving => arrive(root, files)?,
+            PendingChange::Arriving => arrive(root, files)?,
         }
     }
     if noted {
@@ -380,19 +385,19 @@ pub fn apply_with(root: &Root, files: &dyn Files) -> Result<Applied> {
 }
 
 /// Determines the change in progress when its record is damaged. If nothing was moved yet, there is none.
-fn by_what_is_there(data: &Path) -> Result<Option<Pending>> {
+fn by_what_is_there(data: &Path) -> Result<Option<PendingChange>> {
     let outgoing = data.join(OUTGOING);
     Ok(if is_there(&outgoing.join(OVERWRITE))? {
-        Some(Pending::Reset)
+        Some(PendingChange::Reset)
     } else if is_there(&outgoing)? && is_there(&data.join(INCOMING).join(COMPLETE))? {
-        Some(Pending::Arriving)
+        Some(PendingChange::Arriving)
     } else {
         None
     })
 }
 
 /// Everything that a reset removes: all of `data` except [`KEPT`].
-fn everything(root: &Root) -> Result<Vec<PathBuf>> {
+fn everything(root: &RootDir) -> Result<Vec<PathBuf>> {
     let (data, state, backup) = (root.data(), root.state(), kept(root));
     let mut paths = Vec::new();
     let mut add = |folder: &Path, but: &dyn Fn(&Path) -> bool| -> Result<()> {
@@ -416,7 +421,12 @@ fn everything(root: &Root) -> Result<Vec<PathBuf>> {
 }
 
 /// Moves files out, and returns when this would survive a power cut.
-fn leave(root: &Root, files: &dyn Files, paths: &[PathBuf], overwrite: bool) -> Result<()> {
+fn leave(
+    root: &RootDir,
+    files: &dyn FileChanges,
+    paths: &[PathBuf],
+    overwrite: bool,
+) -> Result<()> {
     let outgoing = root.data().join(OUTGOING);
     let doing = failed("creating", &outgoing);
     let found = there(fs::symlink_metadata(&outgoing)).map_err(failed("reading", &outgoing))?;
@@ -455,7 +465,7 @@ fn leave(root: &Root, files: &dyn Files, paths: &[PathBuf], overwrite: bool) -> 
 
 /// Moves the new files into place. Files that already exist there were created after the removal, by services of a
 /// start in which this failed.
-fn arrive(root: &Root, files: &dyn Files) -> Result<()> {
+fn arrive(root: &RootDir, files: &dyn FileChanges) -> Result<()> {
     let data = root.data();
     let incoming = data.join(INCOMING);
     if !is_there(&incoming)? {
@@ -476,7 +486,7 @@ fn arrive(root: &Root, files: &dyn Files) -> Result<()> {
 
 /// Overwrites with zeros every file below a directory, except files with a hard link outside of it. The zeros are not
 /// flushed yet. Returns how many files could not be overwritten.
-fn overwrite(files: &dyn Files, folder: &Path) -> Result<u64> {
+fn overwrite(files: &dyn FileChanges, folder: &Path) -> Result<u64> {
     let (mut not_overwritten, mut moved) = (0, 0);
     // How many names of each file were found, by inode: a file with several names is overwritten at the last one. A file
     // with a name elsewhere is left unchanged.
@@ -520,7 +530,7 @@ fn overwrite(files: &dyn Files, folder: &Path) -> Result<u64> {
 }
 
 /// Removes everything in a directory except the mark [`OVERWRITE`].
-fn empty(files: &dyn Files, folder: &Path) -> Result<()> {
+fn empty(files: &dyn FileChanges, folder: &Path) -> Result<()> {
     for name in names(folder)?.into_iter().filter(|name| name != Path::new(OVERWRITE)) {
         let path = folder.join(name);
         files.remove(&path).map_err(failed("removing", &path))?;

@@ -6,20 +6,20 @@ use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use contract::names;
-pub use contract::seed_file::{FILE, Seed};
-use contract::seed_file::{LARGEST, Wifi};
+pub use contract::seed_file::{FILE, SeedFile};
+use contract::seed_file::{LARGEST, WifiNetwork};
 use fatfs::{FileSystem, FsOptions};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::condition::{Condition, State};
-use crate::device::Device;
+use crate::condition::{DataCondition, DataState};
+use crate::device::RobotDevice;
 use crate::durable;
-use crate::events::Events;
-use crate::files::{Files, RealFiles};
+use crate::events::EventLog;
+use crate::files::{DirectFileChanges, FileChanges};
 use crate::policy;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// Bytes of a sector, which a card writes atomically.
 const SECTOR: usize = 512;
@@ -29,7 +29,7 @@ const WIRELESS: &str = "wlan0";
 
 /// The names of the settings that were applied; empty if there was no file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Seeded {
+pub struct AppliedSettings {
     /// `hostname`, `ssh-keys`, `wifi`.
     pub taken: Vec<&'static str>,
 }
@@ -39,11 +39,11 @@ pub struct Seeded {
 /// # Errors
 /// `bad-seed`: the file is malformed; the file stays. `no-data`: data is in memory; the file stays.
 /// `bad-device`, `wrong-layout`, `io`.
-pub fn seed(root: &Root) -> Result<Seeded> {
-    let path = Device::read(root)?.partition_path("boot")?;
+pub fn seed(root: &RootDir) -> Result<AppliedSettings> {
+    let path = RobotDevice::read(root)?.partition_path("boot")?;
     let open = OpenOptions::new().read(true).write(true).open(&path);
     let volume = open.map_err(|error| Refusal::io(reading(&path), &error))?;
-    seed_with(root, &RealFiles, &path, volume, &|| File::open(&path)?.sync_all())
+    seed_with(root, &DirectFileChanges, &path, volume, &|| File::open(&path)?.sync_all())
 }
 
 fn reading(path: &Path) -> String {
@@ -56,12 +56,12 @@ fn reading(path: &Path) -> String {
 /// # Errors
 /// As [`seed`].
 pub fn seed_with<V: Read + Write + Seek>(
-    root: &Root,
-    files: &dyn Files,
+    root: &RootDir,
+    files: &dyn FileChanges,
     path: &Path,
     volume: V,
     flush: &dyn Fn() -> io::Result<()>,
-) -> Result<Seeded> {
+) -> Result<AppliedSettings> {
     let failed = |error: io::Error| Refusal::io(reading(path), &error);
     let fat = FileSystem::new(volume, FsOptions::new()).map_err(failed)?;
     let text = match fat.root_dir().open_file(FILE) {
@@ -70,17 +70,17 @@ pub fn seed_with<V: Read + Write + Seek>(
             file.take(LARGEST as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
             bytes
         }
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Seeded::default()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(AppliedSettings::default()),
         Err(error) => return Err(failed(error)),
     };
-    let mut taken = Seeded::default();
+    let mut taken = AppliedSettings::default();
     if !is_half_wiped(&text) {
         let bad = |why: &str| {
             let help = "flash the card again, or correct the file on another computer";
             Refusal::new("bad-seed", format!("{}: {why}", reading(path)), help)
         };
-        let seed = Seed::parse(&text).map_err(bad)?;
-        if State::read(root)?.condition == Condition::Memory {
+        let seed = SeedFile::parse(&text).map_err(bad)?;
+        if DataState::read(root)?.condition == DataCondition::Memory {
             return Err(Refusal::new(
                 "no-data",
                 format!("{}: data is in memory, and the settings would be lost", reading(path)),
@@ -88,7 +88,7 @@ pub fn seed_with<V: Read + Write + Seek>(
             ));
         }
         taken = take(root, files, &seed).map_err(|error| Refusal::io("writing to data", &error))?;
-        Events::new(root).add("seeded", json!({ "taken": taken.taken }));
+        EventLog::new(root).add("seeded", json!({ "taken": taken.taken }));
     }
     let wiped = || -> io::Result<()> {
         let folder = fat.root_dir();
@@ -112,7 +112,7 @@ fn is_half_wiped(text: &[u8]) -> bool {
     text.chunks(SECTOR).any(|sector| sector.iter().all(|byte| *byte == 0))
 }
 
-fn take(root: &Root, files: &dyn Files, seed: &Seed) -> io::Result<Seeded> {
+fn take(root: &RootDir, files: &dyn FileChanges, seed: &SeedFile) -> io::Result<AppliedSettings> {
     let mut taken = Vec::new();
     if let Some(name) = &seed.hostname {
         let path = root.path("data/identity/hostname");
@@ -134,17 +134,17 @@ fn take(root: &Root, files: &dyn Files, seed: &Seed) -> io::Result<Seeded> {
         durable::write_secret_with(files, &path, configuration.as_bytes())?;
         taken.push("wifi");
     }
-    Ok(Seeded { taken })
+    Ok(AppliedSettings { taken })
 }
 
 /// Whether the system has this account; root always exists.
-fn has_account(root: &Root, user: &str) -> bool {
+fn has_account(root: &RootDir, user: &str) -> bool {
     let accounts = fs::read_to_string(root.path("etc/passwd")).unwrap_or_default();
     user == "root" || accounts.lines().any(|line| line.split(':').next() == Some(user))
 }
 
 /// Adds the seed's keys to the existing authorised keys.
-fn add_keys(files: &dyn Files, path: &Path, seed: &Seed) -> io::Result<()> {
+fn add_keys(files: &dyn FileChanges, path: &Path, seed: &SeedFile) -> io::Result<()> {
     let before = String::from_utf8(durable::read(path)?.unwrap_or_default());
     let mut keys = before.map_err(|_| io::Error::other("the SSH keys on data are not UTF-8"))?;
     for key in &seed.ssh_keys {
@@ -160,12 +160,12 @@ fn add_keys(files: &dyn Files, path: &Path, seed: &Seed) -> io::Result<()> {
 }
 
 /// The configuration of the wireless device, as in wpa_supplicant.conf(5); `None`: the seed has no network.
-pub fn wireless(seed: &Seed) -> Option<String> {
+pub fn wireless(seed: &SeedFile) -> Option<String> {
     seed.wifi.as_ref().map(supplicant)
 }
 
 /// The network name is written in hexadecimal, because it may contain any byte.
-fn supplicant(wifi: &Wifi) -> String {
+fn supplicant(wifi: &WifiNetwork) -> String {
     let ssid: String = wifi.ssid.bytes().map(|byte| format!("{byte:02x}")).collect();
     let key = match &wifi.password {
         // A key in hexadecimal is written without quotes (wpa_supplicant.conf(5)).

@@ -7,19 +7,24 @@ use std::process::Command;
 
 use serde_json::json;
 
-use super::grow::Grown;
+use super::grow::GrowOutcome;
 use super::{grow, pending};
-use crate::admission::Admitted;
-use crate::device::Device;
-use crate::events::Events;
-use crate::files::{Files, RealFiles, Writer};
+use crate::admission::ChangePermit;
+use crate::device::RobotDevice;
+use crate::events::EventLog;
+use crate::files::{DirectFileChanges, FileAppender, FileChanges};
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
-fn logged<T>(root: &Root, event: &str, result: Result<T>, details: serde_json::Value) -> Result<T> {
+fn logged<T>(
+    root: &RootDir,
+    event: &str,
+    result: Result<T>,
+    details: serde_json::Value,
+) -> Result<T> {
     match &result {
-        Ok(_) => Events::new(root).add(event, details),
-        Err(refusal) => Events::new(root).add(&format!("{event}-refused"), json!(refusal)),
+        Ok(_) => EventLog::new(root).add(event, details),
+        Err(refusal) => EventLog::new(root).add(&format!("{event}-refused"), json!(refusal)),
     }
     result
 }
@@ -28,7 +33,7 @@ fn logged<T>(root: &Root, event: &str, result: Result<T>, details: serde_json::V
 ///
 /// # Errors
 /// `no-space`, `no-archive`, `io`.
-pub fn reset(root: &Root, _: &Admitted, keep: bool) -> Result<Option<PathBuf>> {
+pub fn reset(root: &RootDir, _: &ChangePermit, keep: bool) -> Result<Option<PathBuf>> {
     logged(root, "reset-prepared", pending::reset(root, keep), json!({ "backup": keep }))
 }
 
@@ -36,7 +41,7 @@ pub fn reset(root: &Root, _: &Admitted, keep: bool) -> Result<Option<PathBuf>> {
 ///
 /// # Errors
 /// `io`.
-pub fn backup(root: &Root, out: impl Write) -> Result<()> {
+pub fn backup(root: &RootDir, out: impl Write) -> Result<()> {
     logged(root, "backed-up", pending::backup(root, out), json!({}))
 }
 
@@ -44,21 +49,24 @@ pub fn backup(root: &Root, out: impl Write) -> Result<()> {
 ///
 /// # Errors
 /// `no-archive`, `io`.
-pub fn backup_to(root: &Root, file: &str) -> Result<()> {
+pub fn backup_to(root: &RootDir, file: &str) -> Result<()> {
     let failed = |error: io::Error| Refusal::io(format!("writing {file}"), &error);
     let partial = PathBuf::from(format!("{file}.partial"));
-    RealFiles.remove(&partial).and_then(|()| RealFiles.create(&partial)).map_err(failed)?;
-    let mut out = Writer::new(&RealFiles, &partial, u64::MAX);
+    DirectFileChanges
+        .remove(&partial)
+        .and_then(|()| DirectFileChanges.create(&partial))
+        .map_err(failed)?;
+    let mut out = FileAppender::new(&DirectFileChanges, &partial, u64::MAX);
     let written = backup(root, &mut out).and_then(|()| {
         let folder = Path::new(file).parent().filter(|folder| !folder.as_os_str().is_empty());
-        let done = out.flush().and_then(|()| RealFiles.sync(&partial));
-        done.and_then(|()| RealFiles.replace(&partial, Path::new(file)))
-            .and_then(|()| RealFiles.sync(folder.unwrap_or(Path::new("."))))
+        let done = out.flush().and_then(|()| DirectFileChanges.sync(&partial));
+        done.and_then(|()| DirectFileChanges.replace(&partial, Path::new(file)))
+            .and_then(|()| DirectFileChanges.sync(folder.unwrap_or(Path::new("."))))
             .map_err(failed)
     });
     if written.is_err() {
         // The first failure is the one to tell.
-        drop(RealFiles.remove(&partial));
+        drop(DirectFileChanges.remove(&partial));
     }
     written
 }
@@ -67,7 +75,7 @@ pub fn backup_to(root: &Root, file: &str) -> Result<()> {
 ///
 /// # Errors
 /// `half-done`, `bad-archive`, `no-space`, `io`.
-pub fn restore(root: &Root, _: &Admitted, input: impl Read) -> Result<()> {
+pub fn restore(root: &RootDir, _: &ChangePermit, input: impl Read) -> Result<()> {
     logged(root, "restore-prepared", pending::restore(root, input), json!({}))
 }
 
@@ -75,8 +83,8 @@ pub fn restore(root: &Root, _: &Admitted, input: impl Read) -> Result<()> {
 ///
 /// # Errors
 /// `wrong-layout`, `bad-device`, `io`.
-pub fn grow(root: &Root) -> Result<Grown> {
-    let device = Device::read(root)?;
+pub fn grow(root: &RootDir) -> Result<GrowOutcome> {
+    let device = RobotDevice::read(root)?;
     let known = device.about.partitions.get("data").copied();
     let known = known.ok_or_else(|| {
         let help = "build the image again with a current `cargo xtask`";

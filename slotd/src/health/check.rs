@@ -5,27 +5,27 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use contract::answer::CheckOutcome as Outcome;
-use contract::health_file::{FOLDER, HealthFile, TIMEOUT, Target};
+pub use contract::answer::CheckOutcome;
+use contract::health_file::{CheckTarget, FOLDER, HealthFile, TIMEOUT};
 use ureq::http::Uri;
 
 use super::probe;
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// A check.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Check {
+pub struct HealthCheck {
     /// The file's name without its ending.
     pub name: String,
     /// What it checks; or why its file is invalid, which makes a check that never passes.
-    pub kind: Result<Kind, String>,
+    pub kind: Result<CheckKind, String>,
     /// Its timeout.
     pub timeout: Duration,
 }
 
 /// What a check examines.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kind {
+pub enum CheckKind {
     /// A unit of systemd is active.
     Unit(String),
     /// An address of this machine answers with this status.
@@ -48,9 +48,9 @@ pub enum Kind {
     Startup,
 }
 
-impl Check {
+impl HealthCheck {
     /// Runs the check once.
-    pub fn run(&self, root: &Root) -> Outcome {
+    pub fn run(&self, root: &RootDir) -> CheckOutcome {
         let result = match &self.kind {
             Ok(kind) => probe::run(root, kind, self.timeout),
             Err(why) => Err(why.clone()),
@@ -59,18 +59,22 @@ impl Check {
             Ok(found) => (true, found),
             Err(found) => (false, found),
         };
-        Outcome { name: self.name.clone(), healthy, found }
+        CheckOutcome { name: self.name.clone(), healthy, found }
     }
 }
 
 /// All checks of this system: first that it has started, then the declared ones by name. An invalid file
 /// is a check that fails: a version with a broken check must not be kept.
-pub fn load(root: &Root) -> Vec<Check> {
-    let startup = Check { name: "startup".to_owned(), kind: Ok(Kind::Startup), timeout: TIMEOUT };
+pub fn load(root: &RootDir) -> Vec<HealthCheck> {
+    let startup =
+        HealthCheck { name: "startup".to_owned(), kind: Ok(CheckKind::Startup), timeout: TIMEOUT };
     let mut checks = vec![startup];
     let folder = root.path(FOLDER);
-    let broken =
-        |name: &str, why: String| Check { name: name.to_owned(), kind: Err(why), timeout: TIMEOUT };
+    let broken = |name: &str, why: String| HealthCheck {
+        name: name.to_owned(),
+        kind: Err(why),
+        timeout: TIMEOUT,
+    };
     let entries = match fs::read_dir(&folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return checks,
@@ -91,23 +95,23 @@ pub fn load(root: &Root) -> Vec<Check> {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
         let text = fs::read_to_string(path).map_err(|error| error.to_string());
         checks.push(match text.and_then(|text| parse(&text)) {
-            Ok((kind, timeout)) => Check { name: name.into_owned(), kind: Ok(kind), timeout },
+            Ok((kind, timeout)) => HealthCheck { name: name.into_owned(), kind: Ok(kind), timeout },
             Err(why) => broken(&name, format!("{}: {why}", path.display())),
         });
     }
     checks
 }
 
-fn parse(text: &str) -> Result<(Kind, Duration), String> {
+fn parse(text: &str) -> Result<(CheckKind, Duration), String> {
     let file = HealthFile::parse(text)?;
     let kind = match file.target {
-        Target::Unit(name) => Kind::Unit(name),
-        Target::Http(http) => {
+        CheckTarget::Unit(name) => CheckKind::Unit(name),
+        CheckTarget::Http(http) => {
             local(&http.url)?;
-            Kind::Http { url: http.url, status: http.status }
+            CheckKind::Http { url: http.url, status: http.status }
         }
-        Target::Command(words) => Kind::Command(words),
-        Target::Space { path, free } => Kind::Space { path, free },
+        CheckTarget::Command(words) => CheckKind::Command(words),
+        CheckTarget::Space { path, free } => CheckKind::Space { path, free },
     };
     Ok((kind, file.timeout))
 }
@@ -134,18 +138,18 @@ mod tests {
     #[test]
     fn every_kind_is_read() {
         let cases = [
-            ("[unit]\nname = \"ssh.service\"", Kind::Unit("ssh.service".into())),
+            ("[unit]\nname = \"ssh.service\"", CheckKind::Unit("ssh.service".into())),
             (
                 "[http]\nurl = \"http://[::1]:80/x\"\nstatus = 204",
-                Kind::Http { url: "http://[::1]:80/x".into(), status: 204 },
+                CheckKind::Http { url: "http://[::1]:80/x".into(), status: 204 },
             ),
             (
                 "[command]\nrun = [\"/bin/true\", \"x\"]",
-                Kind::Command(vec!["/bin/true".into(), "x".into()]),
+                CheckKind::Command(vec!["/bin/true".into(), "x".into()]),
             ),
             (
                 "[space]\npath = \"/data\"\nfree-mib = 2",
-                Kind::Space { path: "/data".into(), free: 2 << 20 },
+                CheckKind::Space { path: "/data".into(), free: 2 << 20 },
             ),
         ];
         for (text, kind) in cases {
@@ -179,7 +183,7 @@ mod tests {
     #[test]
     fn checks_come_by_name_after_the_start_itself() {
         let dir = tempfile::tempdir().unwrap();
-        let root = Root::new(dir.path());
+        let root = RootDir::new(dir.path());
         assert_eq!(load(&root).len(), 1);
         let folder = root.path(FOLDER);
         fs::create_dir_all(&folder).unwrap();

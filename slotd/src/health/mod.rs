@@ -7,5 +7,5 @@ mod probe;
 mod trial;
 pub mod watchdog;
 
-pub use check::{Check, Kind, Outcome, load};
-pub use trial::{Phase, State, Trial, Verdict, Watch, state};
+pub use check::{CheckKind, CheckOutcome, HealthCheck, load};
+pub use trial::{TrialPhase, TrialRecord, TrialState, TrialVerdict, TrialWatch, state};

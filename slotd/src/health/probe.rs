@@ -5,36 +5,36 @@ use std::time::Duration;
 
 use ureq::Agent;
 
-use super::check::Kind;
+use super::check::CheckKind;
 use crate::condition;
 use crate::process::{last_line, program};
 use crate::reserve;
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// Runs a check once. `Ok` has what was found when it passes, `Err` what was found when it fails.
-pub(super) fn run(root: &Root, kind: &Kind, timeout: Duration) -> Result<String, String> {
+pub(super) fn run(root: &RootDir, kind: &CheckKind, timeout: Duration) -> Result<String, String> {
     match kind {
-        Kind::Unit(name) => {
+        CheckKind::Unit(name) => {
             let words = ["show", "--property=LoadState,ActiveState,SubState,Result", name];
             let (status, said) = program("systemctl", &words, None, timeout)?;
             unit(name, status, &said)
         }
-        Kind::Startup => {
+        CheckKind::Startup => {
             if let Some(why) = condition::unfit(root) {
                 return Err(why);
             }
             let (_, said) = program("systemctl", &["is-system-running"], None, timeout)?;
             startup(said.trim())
         }
-        Kind::Command(words) => {
+        CheckKind::Command(words) => {
             let (name, rest) = words.split_first().ok_or("the check names no program")?;
             let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
             let (status, said) = program(name, &rest, None, timeout)?;
             let last = last_line(&said);
             if status.success() { Ok(last) } else { Err(format!("{name}: {status}: {last}")) }
         }
-        Kind::Http { url, status } => http(url, *status, timeout),
-        Kind::Space { path, free } => reserve::fair(root, path, *free),
+        CheckKind::Http { url, status } => http(url, *status, timeout),
+        CheckKind::Space { path, free } => reserve::fair(root, path, *free),
     }
 }
 
@@ -91,12 +91,12 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(5);
 
-    fn look(kind: Kind) -> Result<String, String> {
-        run(&Root::default(), &kind, SOON)
+    fn look(kind: CheckKind) -> Result<String, String> {
+        run(&RootDir::default(), &kind, SOON)
     }
 
-    fn command(words: &[&str]) -> Kind {
-        Kind::Command(words.iter().map(|word| (*word).to_owned()).collect())
+    fn command(words: &[&str]) -> CheckKind {
+        CheckKind::Command(words.iter().map(|word| (*word).to_owned()).collect())
     }
 
     #[test]
@@ -113,16 +113,16 @@ mod tests {
     fn a_program_that_hangs_is_killed_with_its_children() {
         let started = Instant::now();
         let kind = command(&["sh", "-c", "sleep 60 & sleep 60"]);
-        let why = run(&Root::default(), &kind, Duration::from_millis(200)).unwrap_err();
+        let why = run(&RootDir::default(), &kind, Duration::from_millis(200)).unwrap_err();
         assert!(why.contains("has not ended within"), "{why}");
         assert!(started.elapsed() < SOON);
     }
 
     #[test]
     fn space_is_what_the_file_system_says() {
-        let all = Kind::Space { path: "/".into(), free: u64::MAX };
+        let all = CheckKind::Space { path: "/".into(), free: u64::MAX };
         assert!(look(all).unwrap_err().contains("MiB free, expected"));
-        look(Kind::Space { path: "/".into(), free: 1 }).unwrap();
+        look(CheckKind::Space { path: "/".into(), free: 1 }).unwrap();
     }
 
     #[test]
@@ -141,7 +141,7 @@ mod tests {
                 .unwrap();
             }
         });
-        let kind = Kind::Http { url: url.clone(), status: 200 };
+        let kind = CheckKind::Http { url: url.clone(), status: 200 };
         assert_eq!(look(kind.clone()), Ok(format!("{url} answers 200")));
         assert!(look(kind.clone()).unwrap_err().contains("answers 503, expected 200"));
         assert!(look(kind.clone()).unwrap_err().contains("answers 302, expected 200"));
@@ -155,8 +155,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/", listener.local_addr().unwrap());
         let started = Instant::now();
-        let kind = Kind::Http { url, status: 200 };
-        run(&Root::default(), &kind, Duration::from_millis(300)).unwrap_err();
+        let kind = CheckKind::Http { url, status: 200 };
+        run(&RootDir::default(), &kind, Duration::from_millis(300)).unwrap_err();
         assert!(started.elapsed() < SOON);
     }
 

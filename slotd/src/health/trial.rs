@@ -5,12 +5,12 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-pub use contract::answer::{Phase, WatchState as State};
+pub use contract::answer::{TrialPhase, TrialState};
 
-use super::check::{Check, Outcome};
+use super::check::{CheckOutcome, HealthCheck};
 use crate::durable;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// How long all checks must pass before a trial is committed: long enough to notice a service that dies
 /// right after its start, short enough not to delay the boot.
@@ -25,15 +25,15 @@ const ORDERLY: Duration = Duration::from_secs(15);
 
 /// The initrd's record of a trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Trial {
+pub struct TrialRecord {
     /// Seconds after the kernel's start at which the watchdog resets the robot.
     pub deadline: u64,
     /// Whether the hardware watchdog is armed; otherwise only this program ends the trial.
     pub watchdog: bool,
 }
 
-impl Trial {
-    fn file(root: &Root) -> PathBuf {
+impl TrialRecord {
+    fn file(root: &RootDir) -> PathBuf {
         root.path("run/slipway/trial")
     }
 
@@ -41,7 +41,7 @@ impl Trial {
     ///
     /// # Errors
     /// `io`, when the file exists and cannot be read.
-    pub fn read(root: &Root) -> Result<Option<Self>> {
+    pub fn read(root: &RootDir) -> Result<Option<Self>> {
         let path = Self::file(root);
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
@@ -58,14 +58,14 @@ impl Trial {
     ///
     /// # Errors
     /// `io`.
-    pub(super) fn forget(root: &Root) -> Result<()> {
+    pub(super) fn forget(root: &RootDir) -> Result<()> {
         let path = Self::file(root);
         durable::remove(&path)
             .map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))
     }
 }
 
-fn state_file(root: &Root) -> PathBuf {
+fn state_file(root: &RootDir) -> PathBuf {
     root.run().join("health.json")
 }
 
@@ -73,7 +73,7 @@ fn state_file(root: &Root) -> PathBuf {
 ///
 /// # Errors
 /// `io`, when the file cannot be read.
-pub fn state(root: &Root) -> Result<Option<State>> {
+pub fn state(root: &RootDir) -> Result<Option<TrialState>> {
     let path = state_file(root);
     durable::read_json(&path)
         .map_err(|error| Refusal::io(format!("reading {}", path.display()), &error))
@@ -81,26 +81,26 @@ pub fn state(root: &Root) -> Result<Option<State>> {
 
 /// The result of the watch.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum TrialVerdict {
     /// The trial was committed.
     Committed,
     /// It was not committed, and the deadline is near: restart in an orderly way while there is time.
-    OutOfTime(State),
+    OutOfTime(TrialState),
 }
 
 /// A watch over a trial.
 #[derive(Debug)]
-pub struct Watch<'a> {
-    root: &'a Root,
-    checks: &'a [Check],
-    trial: Trial,
+pub struct TrialWatch<'a> {
+    root: &'a RootDir,
+    checks: &'a [HealthCheck],
+    trial: TrialRecord,
     settle: Duration,
     pause: Duration,
 }
 
-impl<'a> Watch<'a> {
+impl<'a> TrialWatch<'a> {
     /// A watch with the default times.
-    pub fn new(root: &'a Root, checks: &'a [Check], trial: Trial) -> Self {
+    pub fn new(root: &'a RootDir, checks: &'a [HealthCheck], trial: TrialRecord) -> Self {
         Self { root, checks, trial, settle: SETTLE, pause: PAUSE }
     }
 
@@ -112,8 +112,8 @@ impl<'a> Watch<'a> {
     pub fn run(
         &self,
         mut commit: impl FnMut() -> Result<()>,
-        mut changed: impl FnMut(&State),
-    ) -> Result<Verdict> {
+        mut changed: impl FnMut(&TrialState),
+    ) -> Result<TrialVerdict> {
         let started = Instant::now();
         let uptime = uptime(self.root)?;
         let left = || {
@@ -121,11 +121,11 @@ impl<'a> Watch<'a> {
             Duration::from_secs(self.trial.deadline).saturating_sub(now)
         };
         let mut well_since: Option<Instant> = None;
-        let mut told: Option<(Phase, Vec<(String, bool)>)> = None;
+        let mut told: Option<(TrialPhase, Vec<(String, bool)>)> = None;
         loop {
-            let checks: Vec<Outcome> = self.checks.iter().map(|c| c.run(self.root)).collect();
-            let mut state = State {
-                phase: Phase::Checking,
+            let checks: Vec<CheckOutcome> = self.checks.iter().map(|c| c.run(self.root)).collect();
+            let mut state = TrialState {
+                phase: TrialPhase::Checking,
                 seconds_left: left().as_secs(),
                 watchdog: self.trial.watchdog,
                 checks,
@@ -133,12 +133,12 @@ impl<'a> Watch<'a> {
             };
             if state.checks.iter().all(|outcome| outcome.healthy) {
                 let since = *well_since.get_or_insert_with(Instant::now);
-                state.phase = Phase::Settling;
+                state.phase = TrialPhase::Settling;
                 if since.elapsed() >= self.settle {
                     match commit() {
-                        Ok(()) => state.phase = Phase::Committed,
+                        Ok(()) => state.phase = TrialPhase::Committed,
                         Err(refusal) => {
-                            state.phase = Phase::CommitFailed;
+                            state.phase = TrialPhase::CommitFailed;
                             state.problem = Some(refusal.to_string());
                         }
                     }
@@ -146,8 +146,8 @@ impl<'a> Watch<'a> {
             } else {
                 well_since = None;
             }
-            if state.phase != Phase::Committed && left() <= ORDERLY {
-                state.phase = Phase::OutOfTime;
+            if state.phase != TrialPhase::Committed && left() <= ORDERLY {
+                state.phase = TrialPhase::OutOfTime;
             }
             self.tell(&state);
             let summary: Vec<_> =
@@ -157,15 +157,15 @@ impl<'a> Watch<'a> {
                 told = Some((state.phase, summary));
             }
             match state.phase {
-                Phase::Committed => return Ok(Verdict::Committed),
-                Phase::OutOfTime => return Ok(Verdict::OutOfTime(state)),
+                TrialPhase::Committed => return Ok(TrialVerdict::Committed),
+                TrialPhase::OutOfTime => return Ok(TrialVerdict::OutOfTime(state)),
                 _ => std::thread::sleep(self.pause),
             }
         }
     }
 
     /// Writes the state, for `status` only: a failure must not prevent the commit of a trial.
-    fn tell(&self, state: &State) {
+    fn tell(&self, state: &TrialState) {
         if let Err(error) = durable::write_json(&state_file(self.root), state) {
             crate::say!("slotd: cannot write the state of the health checks: {error}");
         }
@@ -173,7 +173,7 @@ impl<'a> Watch<'a> {
 }
 
 /// How long the kernel has been running.
-fn uptime(root: &Root) -> Result<Duration> {
+fn uptime(root: &RootDir) -> Result<Duration> {
     let path = root.path("proc/uptime");
     let failed = |error: io::Error| Refusal::io(format!("reading {}", path.display()), &error);
     let text = fs::read_to_string(&path).map_err(failed)?;
@@ -192,11 +192,11 @@ fn uptime(root: &Root) -> Result<Duration> {
 )]
 mod tests {
     use super::*;
-    use crate::health::check::Kind;
+    use crate::health::check::CheckKind;
 
-    fn root(trial: &str) -> (tempfile::TempDir, Root) {
+    fn root(trial: &str) -> (tempfile::TempDir, RootDir) {
         let dir = tempfile::tempdir().unwrap();
-        let root = Root::new(dir.path());
+        let root = RootDir::new(dir.path());
         for folder in ["proc", "run/slipway"] {
             fs::create_dir_all(root.path(folder)).unwrap();
         }
@@ -205,19 +205,19 @@ mod tests {
         (dir, root)
     }
 
-    fn check(name: &str, words: &[&str]) -> Check {
+    fn check(name: &str, words: &[&str]) -> HealthCheck {
         let words = words.iter().map(|word| (*word).to_owned()).collect();
-        Check {
+        HealthCheck {
             name: name.to_owned(),
-            kind: Ok(Kind::Command(words)),
+            kind: Ok(CheckKind::Command(words)),
             timeout: Duration::from_secs(5),
         }
     }
 
-    fn watch<'a>(root: &'a Root, checks: &'a [Check]) -> Watch<'a> {
-        let trial = Trial::read(root).unwrap().unwrap();
+    fn watch<'a>(root: &'a RootDir, checks: &'a [HealthCheck]) -> TrialWatch<'a> {
+        let trial = TrialRecord::read(root).unwrap().unwrap();
         let (settle, pause) = (Duration::from_millis(150), Duration::from_millis(20));
-        Watch { settle, pause, ..Watch::new(root, checks, trial) }
+        TrialWatch { settle, pause, ..TrialWatch::new(root, checks, trial) }
     }
 
     #[test]
@@ -231,11 +231,11 @@ mod tests {
             Ok(())
         };
         let verdict = watch(&root, &checks).run(commit, |state| phases.push(state.phase)).unwrap();
-        assert_eq!((verdict, commits), (Verdict::Committed, 1));
-        assert_eq!(phases, [Phase::Settling, Phase::Committed]);
+        assert_eq!((verdict, commits), (TrialVerdict::Committed, 1));
+        assert_eq!(phases, [TrialPhase::Settling, TrialPhase::Committed]);
         assert!(started.elapsed() >= Duration::from_millis(150));
         let state = state(&root).unwrap().unwrap();
-        assert_eq!((state.phase, state.watchdog), (Phase::Committed, true));
+        assert_eq!((state.phase, state.watchdog), (TrialPhase::Committed, true));
     }
 
     #[test]
@@ -246,9 +246,17 @@ mod tests {
         let script = format!("echo x >>{0}; [ $(wc -l <{0}) -ne 2 ]", counter.display());
         let checks = [check("flapping", &["sh", "-c", &script])];
         let mut phases = Vec::new();
-        let watch = Watch { settle: Duration::from_secs(2), ..watch(&root, &checks) };
+        let watch = TrialWatch { settle: Duration::from_secs(2), ..watch(&root, &checks) };
         watch.run(|| Ok(()), |state| phases.push(state.phase)).unwrap();
-        assert_eq!(phases, [Phase::Settling, Phase::Checking, Phase::Settling, Phase::Committed]);
+        assert_eq!(
+            phases,
+            [
+                TrialPhase::Settling,
+                TrialPhase::Checking,
+                TrialPhase::Settling,
+                TrialPhase::Committed
+            ]
+        );
     }
 
     #[test]
@@ -258,10 +266,11 @@ mod tests {
         let checks =
             [check("good", &["true"]), check("api", &["sh", "-c", "echo no answer; exit 1"])];
         let never = || panic!("committed an unhealthy trial");
-        let Verdict::OutOfTime(state) = watch(&root, &checks).run(never, |_| {}).unwrap() else {
+        let TrialVerdict::OutOfTime(state) = watch(&root, &checks).run(never, |_| {}).unwrap()
+        else {
             panic!("committed");
         };
-        assert_eq!(state.phase, Phase::OutOfTime);
+        assert_eq!(state.phase, TrialPhase::OutOfTime);
         assert!(state.why().contains("api: sh: exit status: 1: no answer"), "{}", state.why());
         assert!(!state.why().contains("good"));
         assert_eq!(super::state(&root).unwrap(), Some(state));
@@ -279,15 +288,18 @@ mod tests {
         let mut problems = Vec::new();
         let verdict =
             watch(&root, &checks).run(commit, |state| problems.push(state.problem.clone()));
-        assert_eq!((verdict.unwrap(), attempts), (Verdict::Committed, 3));
+        assert_eq!((verdict.unwrap(), attempts), (TrialVerdict::Committed, 3));
         assert_eq!(problems[1].as_deref(), Some("the card fails"));
     }
 
     #[test]
     fn without_the_initrds_word_there_is_no_trial() {
         let (_dir, root) = root("nonsense");
-        assert_eq!(Trial::read(&root).unwrap(), Some(Trial { deadline: 0, watchdog: false }));
-        Trial::forget(&root).unwrap();
-        assert_eq!(Trial::read(&root).unwrap(), None);
+        assert_eq!(
+            TrialRecord::read(&root).unwrap(),
+            Some(TrialRecord { deadline: 0, watchdog: false })
+        );
+        TrialRecord::forget(&root).unwrap();
+        assert_eq!(TrialRecord::read(&root).unwrap(), None);
     }
 }

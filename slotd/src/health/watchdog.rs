@@ -4,10 +4,10 @@ use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::trial::Trial;
+use super::trial::TrialRecord;
 use crate::durable;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The drop-in with which the initrd prevents systemd from feeding the watchdog.
 const HOLD: &str = "run/systemd/system.conf.d/90-slipway-trial.conf";
@@ -20,8 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 ///
 /// # Errors
 /// `watchdog`: systemd does not take over. Calling it again is harmless.
-pub fn hand_over(root: &Root) -> Result<()> {
-    let Some(trial) = Trial::read(root)? else { return Ok(()) };
+pub fn hand_over(root: &RootDir) -> Result<()> {
+    let Some(trial) = TrialRecord::read(root)? else { return Ok(()) };
     let path = root.path(HOLD);
     durable::remove(&path)
         .map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))?;
@@ -47,11 +47,11 @@ pub fn hand_over(root: &Root) -> Result<()> {
             std::thread::sleep(Duration::from_millis(100));
         }
     }
-    Trial::forget(root)
+    TrialRecord::forget(root)
 }
 
 /// Whether process 1 has the watchdog open.
-fn kept_by_systemd(root: &Root) -> bool {
+fn kept_by_systemd(root: &RootDir) -> bool {
     let Ok(open) = fs::read_dir(root.path("proc/1/fd")) else { return false };
     open.flatten().any(|entry| {
         fs::read_link(entry.path())

@@ -1,26 +1,26 @@
 //! Everything that can be refused before the first write.
 
-use bundle::{Input, Kind, Policy, Reader, Version};
+use bundle::{BuildKind, BundleInput, BundlePolicy, BundleReader, Version};
 use serde_json::json;
 
-use super::Options;
-use crate::condition::State as DataState;
-use crate::machine::{Machine, undecided};
-use crate::policy::{Slots, Standing};
+use super::InstallOptions;
+use crate::condition::DataState;
+use crate::machine::{RobotContext, undecided};
+use crate::policy::{AdmissionState, SlotsState};
 use crate::record::Floor;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The state that the rules of [`crate::policy`] examine.
-pub fn standing(machine: &Machine<'_>) -> Standing {
+pub fn standing(machine: &RobotContext<'_>) -> AdmissionState {
     let status = machine.flow.status();
     let slots = match (&status, undecided(machine)) {
-        (Err(why), _) => Slots::Unknown(why.clone()),
-        (Ok(_), Ok(())) => Slots::Decided,
+        (Err(why), _) => SlotsState::Unknown(why.clone()),
+        (Ok(_), Ok(())) => SlotsState::Decided,
         (Ok(status), Err(why)) => match status.pending(machine.running) {
-            Some(trial) if trial.slot == machine.running => Slots::TrialRuns(why),
-            Some(_) => Slots::TrialWaits(why),
-            None => Slots::NotCommitted(why),
+            Some(trial) if trial.slot == machine.running => SlotsState::TrialRuns(why),
+            Some(_) => SlotsState::TrialWaits(why),
+            None => SlotsState::NotCommitted(why),
         },
     };
     let no_trial = status.ok().filter(|status| status.trial.is_none()).map(|status| {
@@ -31,14 +31,14 @@ pub fn standing(machine: &Machine<'_>) -> Standing {
         )
     });
     let no_data = DataState::writable(machine.root).err();
-    Standing { slots, no_trial, wrong_board: right_board(machine).err(), no_data }
+    AdmissionState { slots, no_trial, wrong_board: right_board(machine).err(), no_data }
 }
 
 /// Refuses if the running image is for another board than this machine.
 ///
 /// # Errors
 /// `wrong-board`.
-fn right_board(machine: &Machine<'_>) -> Result<()> {
+fn right_board(machine: &RobotContext<'_>) -> Result<()> {
     let known = compatible(machine.root);
     if !machine.about.compatible.iter().any(|one| known.contains(one)) {
         return Err(Refusal::new(
@@ -55,7 +55,7 @@ fn right_board(machine: &Machine<'_>) -> Result<()> {
 }
 
 /// The machine's own names for itself, the most precise first (Devicetree Specification 0.4, 2.3.1).
-fn compatible(root: &Root) -> Vec<String> {
+fn compatible(root: &RootDir) -> Vec<String> {
     let bytes = std::fs::read(root.path("proc/device-tree/compatible")).unwrap_or_default();
     bytes
         .split(|byte| *byte == 0)
@@ -65,20 +65,20 @@ fn compatible(root: &Root) -> Vec<String> {
 }
 
 /// Compares the manifest with this robot. The target checks the sizes.
-pub(crate) fn manifest<I: Input>(
-    machine: &Machine<'_>,
+pub(crate) fn manifest<I: BundleInput>(
+    machine: &RobotContext<'_>,
     floor: &Floor,
-    reader: &Reader<I>,
-    options: &Options,
+    reader: &BundleReader<I>,
+    options: &InstallOptions,
 ) -> Result<()> {
     let (about, manifest) = (machine.about, reader.manifest());
-    let mut policy = Policy {
+    let mut policy = BundlePolicy {
         product: Some(&about.product),
         board: Some(&about.board),
         floor: floor.version.as_ref(),
         key_epoch: floor.key_epoch,
     };
-    if about.kind == Kind::Release && manifest.kind == Kind::Development {
+    if about.kind == BuildKind::Release && manifest.kind == BuildKind::Development {
         return Err(Refusal::new(
             "wrong-kind",
             "the bundle is a development build, but this robot accepts only releases",
@@ -107,7 +107,7 @@ pub(crate) fn manifest<I: Input>(
     })
 }
 
-fn allowed(machine: &Machine<'_>, version: &Version, floor: &Version, reason: &str) {
+fn allowed(machine: &RobotContext<'_>, version: &Version, floor: &Version, reason: &str) {
     machine
         .events
         .add("downgrade-allowed", json!({ "version": version, "floor": floor, "reason": reason }));

@@ -5,13 +5,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bundle::bootstate::Slot;
-use bundle::{BLOCK_SIZE, Index, Input, Reader};
+use bundle::{BLOCK_SIZE, BlockIndex, BundleInput, BundleReader};
 
 use super::payload::lost;
-use super::target::Target;
-use super::{Progress, Step, from_source, scan};
-use crate::device::{Device, slot_role};
-use crate::machine::{Machine, Slots, TrustArea};
+use super::target::IdleSlot;
+use super::{InstallStep, Progress, from_source, scan};
+use crate::device::{RobotDevice, slot_role};
+use crate::machine::{RobotContext, SlotStorage, TrustArea};
 use crate::record;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
@@ -20,9 +20,9 @@ use crate::storage::Storage;
 const LISTED: usize = 20;
 
 /// The partitions of both slots, read-only.
-pub(crate) struct ReadOnly<'a>(pub &'a Device);
+pub(crate) struct ReadOnlySlots<'a>(pub &'a RobotDevice);
 
-impl Slots for ReadOnly<'_> {
+impl SlotStorage for ReadOnlySlots<'_> {
     fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>> {
         Ok(Box::new(self.0.open_partition(&slot_role(role, slot), false)?))
     }
@@ -37,13 +37,13 @@ impl Slots for ReadOnly<'_> {
 /// # Errors
 /// `slot-differs`, with the places; `unknown-payload`, `incomplete-bundle`, `too-large`: the bundle is not for slots
 /// of this robot. `io`, `source`, and the refusals of a bundle.
-pub(crate) fn compare<I: Input>(
-    machine: &Machine<'_>,
-    reader: &mut Reader<I>,
+pub(crate) fn compare<I: BundleInput>(
+    machine: &RobotContext<'_>,
+    reader: &mut BundleReader<I>,
     slot: Slot,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<u64> {
-    let target = Target::open(machine, slot, reader.manifest())?;
+    let target = IdleSlot::open(machine, slot, reader.manifest())?;
     let payloads = reader.manifest().components.iter().flat_map(|component| &component.payloads);
     let total = payloads.map(|payload| payload.size).sum();
     let done = AtomicU64::new(0);
@@ -75,7 +75,7 @@ pub(crate) fn compare<I: Input>(
                 }
                 let size = index.content_size(frame);
                 let done = done.fetch_add(size, Ordering::Relaxed) + size;
-                progress(Progress { step: Step::ReadBack, done, total });
+                progress(Progress { step: InstallStep::ReadBack, done, total });
                 Ok(())
             },
         )?;
@@ -98,19 +98,19 @@ pub(crate) fn compare<I: Input>(
 }
 
 /// Neighbouring blocks as one range each: its first byte and its length.
-fn ranges(index: &Index, blocks: &[u32]) -> impl Iterator<Item = (u64, u64)> {
+fn ranges(index: &BlockIndex, blocks: &[u32]) -> impl Iterator<Item = (u64, u64)> {
     let size = index.size();
     let follows = |one: &u32, other: &u32| one + 1 == *other;
     blocks.chunk_by(follows).filter_map(move |run| {
-        let from = Index::offset(*run.first()?);
+        let from = BlockIndex::offset(*run.first()?);
         let length = (run.len() * BLOCK_SIZE) as u64;
         Some((from, length.min(size - from)))
     })
 }
 
-fn differs<I: Input>(
-    machine: &Machine<'_>,
-    reader: &Reader<I>,
+fn differs<I: BundleInput>(
+    machine: &RobotContext<'_>,
+    reader: &BundleReader<I>,
     slot: Slot,
     count: &str,
     places: &[String],

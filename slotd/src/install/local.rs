@@ -5,25 +5,25 @@
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use bundle::index::{is_zero, sha256};
-use bundle::{BLOCK_SIZE, Index};
+use bundle::{BLOCK_SIZE, BlockIndex};
 
 use super::scan::{SAMPLES, WORTHWHILE};
-use crate::buffer::{Buffer, LOOK};
+use crate::buffer::{AlignedBuffer, LOOK};
 use crate::storage::Storage;
 
 /// The positions of a payload's blocks in the running slot.
 #[derive(Debug)]
-pub struct Local<'a> {
-    index: &'a Index,
+pub struct LocalBlocks<'a> {
+    index: &'a BlockIndex,
     /// Numbers of hashes, plus one, by hash; zero: empty. Open addressing.
     table: Vec<u32>,
     /// For each hash in the table: the running slot's block, plus one; zero: not found.
     places: Vec<AtomicU32>,
 }
 
-impl<'a> Local<'a> {
+impl<'a> LocalBlocks<'a> {
     /// Reads the running slot, if a sample shows that it has much of the payload.
-    pub fn find(index: &'a Index, running: &dyn Storage) -> Self {
+    pub fn find(index: &'a BlockIndex, running: &dyn Storage) -> Self {
         let used = index.used_blocks();
         let mut local = Self {
             index,
@@ -88,7 +88,7 @@ impl<'a> Local<'a> {
     fn seems_similar(&self, running: &dyn Storage) -> bool {
         let blocks = running.size() / BLOCK_SIZE as u64;
         let step = (blocks / u64::from(SAMPLES * 4)).max(1);
-        let mut buffer = Buffer::new(BLOCK_SIZE);
+        let mut buffer = AlignedBuffer::new(BLOCK_SIZE);
         let (mut seen, mut known) = (0_u32, 0_u32);
         for block in (0..blocks).step_by(step as usize) {
             let bytes = buffer.first_mut(BLOCK_SIZE);
@@ -104,7 +104,7 @@ impl<'a> Local<'a> {
         let transfers = (running.size() / LOOK as u64) as usize;
         let next = AtomicUsize::new(0);
         let work = || {
-            let mut buffer = Buffer::new(LOOK);
+            let mut buffer = AlignedBuffer::new(LOOK);
             loop {
                 let transfer = next.fetch_add(1, Ordering::Relaxed);
                 if transfer >= transfers {

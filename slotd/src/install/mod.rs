@@ -16,23 +16,23 @@ mod target;
 
 use std::time::{Duration, Instant};
 
-use bundle::{Input, Reader};
-pub use contract::answer::{InstalledSystem as Outcome, Progress, Step};
+use bundle::{BundleInput, BundleReader};
+pub use contract::answer::{InstallStep, InstalledSystem, Progress};
 use serde_json::json;
 
 pub(crate) use check::manifest as check_manifest;
 pub use check::standing;
-pub(crate) use compare::{ReadOnly, compare};
+pub(crate) use compare::{ReadOnlySlots, compare};
 
 use crate::device::other;
-use crate::machine::Machine;
-use crate::record::{self, Journal};
+use crate::machine::RobotContext;
+use crate::record::{self, InstallJournal};
 use crate::refusal::{Refusal, Result};
-use target::Target;
+use target::IdleSlot;
 
 /// Options of the caller.
 #[derive(Debug, Clone, Default)]
-pub struct Options {
+pub struct InstallOptions {
     /// Why a version below the floor is accepted, for this install only.
     pub allow_downgrade: Option<String>,
     /// Look for blocks in the running slot: worthwhile if skipping a frame saves its transfer.
@@ -49,15 +49,15 @@ struct Counts {
 }
 
 /// Writes a system into the idle slot.
-pub(crate) fn system<I: Input>(
-    machine: &Machine<'_>,
-    mut reader: Reader<I>,
-    options: &Options,
+pub(crate) fn system<I: BundleInput>(
+    machine: &RobotContext<'_>,
+    mut reader: BundleReader<I>,
+    options: &InstallOptions,
     progress: &(dyn Fn(Progress) + Sync),
-) -> Result<Outcome> {
+) -> Result<InstalledSystem> {
     machine.flow.ready()?;
     let slot = other(machine.running);
-    let mut target = Target::open(machine, slot, reader.manifest())?;
+    let mut target = IdleSlot::open(machine, slot, reader.manifest())?;
 
     let manifest = reader.manifest_sha256().to_owned();
     let version = reader.manifest().version.clone();
@@ -75,12 +75,12 @@ pub(crate) fn system<I: Input>(
     let mut counts = Counts::default();
     let mut number = 0;
     while let Some(payload) = reader.next_payload().map_err(from_source)? {
-        let work = payload::Work {
+        let work = payload::InstallState {
             machine,
             options,
             progress,
             journal: journal.as_ref(),
-            fresh: Journal {
+            fresh: InstallJournal {
                 manifest: manifest.clone(),
                 slot,
                 version: version.clone(),
@@ -102,7 +102,7 @@ pub(crate) fn system<I: Input>(
     if let Err(error) = record::remove_journal(machine.root) {
         machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
     }
-    Ok(Outcome {
+    Ok(InstalledSystem {
         slot,
         version,
         manifest,

@@ -5,19 +5,19 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use bundle::index::{Hash, sha256};
-use bundle::{BLOCK_SIZE, Frame, Index, Input, PayloadReader};
+use bundle::index::{Sha256Hash, sha256};
+use bundle::{BLOCK_SIZE, BlockIndex, BundleInput, Frame, PayloadReader};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::local::Local;
-use super::queue::{self, Blocks, Queue};
-use super::target::{Target, differs};
-use super::{Counts, Options, Progress, Step, from_source, scan};
-use crate::buffer::{Buffer, TRANSFER};
+use super::local::LocalBlocks;
+use super::queue::{self, BlockSet, WriteQueue};
+use super::target::{IdleSlot, differs};
+use super::{Counts, InstallOptions, InstallStep, Progress, from_source, scan};
+use crate::buffer::{AlignedBuffer, TRANSFER};
 use crate::device::slot_role;
-use crate::machine::Machine;
-use crate::record::{self, Journal};
+use crate::machine::RobotContext;
+use crate::record::{self, InstallJournal};
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
 
@@ -30,26 +30,26 @@ pub const CHECKPOINT: u64 = 24 << 20;
 const MOST_LOCAL: u32 = 350_000;
 
 /// State shared by all payloads of an install.
-pub(super) struct Work<'a> {
-    pub machine: &'a Machine<'a>,
-    pub options: &'a Options,
+pub(super) struct InstallState<'a> {
+    pub machine: &'a RobotContext<'a>,
+    pub options: &'a InstallOptions,
     pub progress: &'a (dyn Fn(Progress) + Sync),
     /// The journal of an interrupted install.
-    pub journal: Option<&'a Journal>,
+    pub journal: Option<&'a InstallJournal>,
     /// The journal of this install, before the first frame of this payload.
-    pub fresh: Journal,
+    pub fresh: InstallJournal,
 }
 
 /// What is already in place.
 struct Survey {
-    held: Blocks,
+    held: BlockSet,
     /// For each frame: whether nothing of it needs to be written.
     done: Vec<bool>,
 }
 
 impl Survey {
     /// Number of leading frames that are in place, except for the first block, which is written last.
-    fn leading(&self, index: &Index) -> u32 {
+    fn leading(&self, index: &BlockIndex) -> u32 {
         let Some(first) = index.frames().first() else { return 0 };
         let rest = (1..first.blocks).all(|block| self.held.has(block));
         let after = self.done.iter().skip(1).take_while(|done| **done);
@@ -58,12 +58,12 @@ impl Survey {
     }
 }
 
-impl Work<'_> {
+impl InstallState<'_> {
     /// Writes the missing blocks and verifies the whole payload.
-    pub fn run<I: Input>(
+    pub fn run<I: BundleInput>(
         &self,
         mut payload: PayloadReader<'_, I>,
-        target: &mut Target<'_>,
+        target: &mut IdleSlot<'_>,
         counts: &mut Counts,
     ) -> Result<()> {
         let number = self.fresh.payload;
@@ -77,7 +77,7 @@ impl Work<'_> {
         let fits = index.used_blocks() <= MOST_LOCAL;
         let local = if self.options.use_running_slot && fits && survey.done.contains(&false) {
             running = self.machine.slots.open(self.machine.running, &part.role)?;
-            Some((Local::find(index, running.as_ref()), running.as_ref()))
+            Some((LocalBlocks::find(index, running.as_ref()), running.as_ref()))
         } else {
             None
         };
@@ -86,7 +86,7 @@ impl Work<'_> {
             // be durable yet.
             let frames = survey.leading(index);
             if frames > 0 && device.flush().is_ok() {
-                self.note(&Journal { frames, ..self.fresh.clone() });
+                self.note(&InstallJournal { frames, ..self.fresh.clone() });
             } else {
                 self.note(&self.fresh);
             }
@@ -109,7 +109,7 @@ impl Work<'_> {
         let written = std::thread::scope(|scope| -> Result<u64> {
             let noting = std::thread::Builder::new().spawn_scoped(scope, move || {
                 worker.run(device, &mut |frames| {
-                    self.note(&Journal { frames, ..self.fresh.clone() });
+                    self.note(&InstallJournal { frames, ..self.fresh.clone() });
                 })
             });
             let thread = noting.map_err(|error| Refusal::io("starting a thread", &error))?;
@@ -136,9 +136,9 @@ impl Work<'_> {
     }
 
     /// Finds the blocks that are already in place.
-    fn survey(&self, device: &dyn Storage, index: &Index) -> Survey {
+    fn survey(&self, device: &dyn Storage, index: &BlockIndex) -> Survey {
         let mut survey =
-            Survey { held: Blocks::none(index), done: vec![false; index.frames().len()] };
+            Survey { held: BlockSet::none(index), done: vec![false; index.frames().len()] };
         // Frames that were flushed according to the journal are only checked at the end, except the
         // first frame, whose first block is written last.
         let known =
@@ -167,10 +167,10 @@ impl Work<'_> {
         let total = look.iter().map(|frame| index.content_size(frame)).sum();
         let done = AtomicU64::new(0);
         let shared = Mutex::new(survey);
-        let each = |frame: &Frame, found: io::Result<scan::Found>| -> Result<(), ()> {
+        let each = |frame: &Frame, found: io::Result<scan::ScannedFrame>| -> Result<(), ()> {
             let size = index.content_size(frame);
             let done = done.fetch_add(size, Ordering::Relaxed) + size;
-            (self.progress)(Progress { step: Step::Survey, done, total });
+            (self.progress)(Progress { step: InstallStep::Survey, done, total });
             // Unreadable blocks are written: this may repair them.
             let Ok(found) = found else { return Ok(()) };
             let mut survey = lock(&shared);
@@ -188,7 +188,7 @@ impl Work<'_> {
         };
         // The closure never fails.
         if scan::frames(device, index, &look, None, each).is_err() {
-            return Survey { held: Blocks::none(index), done: vec![false; index.frames().len()] };
+            return Survey { held: BlockSet::none(index), done: vec![false; index.frames().len()] };
         }
         shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -197,14 +197,14 @@ impl Work<'_> {
     fn prove(
         &self,
         device: &dyn Storage,
-        index: &Index,
+        index: &BlockIndex,
         first: Option<&[u8]>,
         role: &str,
     ) -> Result<()> {
         let slot = self.fresh.slot;
         let (done, total) = (AtomicU64::new(0), index.size());
         let wrong: Mutex<(usize, u32)> = Mutex::new((0, u32::MAX));
-        let each = |frame: &Frame, found: io::Result<scan::Found>| -> Result<()> {
+        let each = |frame: &Frame, found: io::Result<scan::ScannedFrame>| -> Result<()> {
             let found = found.map_err(|error| {
                 let doing = format!("reading back {}", slot_role(role, slot));
                 Refusal { code: "read-back".into(), ..Refusal::io(doing, &error) }
@@ -216,7 +216,7 @@ impl Work<'_> {
             }
             let size = index.content_size(frame);
             let done = done.fetch_add(size, Ordering::Relaxed) + size;
-            (self.progress)(Progress { step: Step::ReadBack, done, total });
+            (self.progress)(Progress { step: InstallStep::ReadBack, done, total });
             Ok(())
         };
         let result = scan::frames(device, index, index.frames(), first, each).and_then(|()| {
@@ -233,7 +233,7 @@ impl Work<'_> {
     }
 
     /// Writes the journal. A failure only costs time after an interruption.
-    fn note(&self, journal: &Journal) {
+    fn note(&self, journal: &InstallJournal) {
         if let Err(error) = record::write_journal(self.machine.root, journal) {
             self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
         }
@@ -242,20 +242,20 @@ impl Work<'_> {
 
 /// Decides for each frame where its blocks come from, and passes them to the queue.
 struct Writer<'a> {
-    work: &'a Work<'a>,
-    index: &'a Index,
+    work: &'a InstallState<'a>,
+    index: &'a BlockIndex,
     device: &'a dyn Storage,
-    local: Option<(Local<'a>, &'a dyn Storage)>,
-    held: Blocks,
-    queue: Queue,
+    local: Option<(LocalBlocks<'a>, &'a dyn Storage)>,
+    held: BlockSet,
+    queue: WriteQueue,
     /// A range that must become zero.
     zeros: Option<(u64, u64)>,
-    first: Option<Buffer>,
+    first: Option<AlignedBuffer>,
     counts: &'a mut Counts,
 }
 
 impl Writer<'_> {
-    fn frames<I: Input>(
+    fn frames<I: BundleInput>(
         &mut self,
         payload: &mut PayloadReader<'_, I>,
         done: &[bool],
@@ -280,7 +280,7 @@ impl Writer<'_> {
             self.end_zeros().map_err(device)?;
             self.queue.checkpoint(frame.number + 1, CHECKPOINT).map_err(device)?;
             passed += size;
-            (self.work.progress)(Progress { step: Step::Write, done: passed, total });
+            (self.work.progress)(Progress { step: InstallStep::Write, done: passed, total });
         }
         Ok(())
     }
@@ -291,9 +291,9 @@ impl Writer<'_> {
 
     fn emit_zeros(&mut self, frame: &Frame) -> io::Result<()> {
         let zeros = [0; BLOCK_SIZE];
-        let end = Index::offset(frame.first_block) + self.index.content_size(frame);
+        let end = BlockIndex::offset(frame.first_block) + self.index.content_size(frame);
         for block in frame.first_block..frame.first_block + frame.blocks {
-            let offset = Index::offset(block);
+            let offset = BlockIndex::offset(block);
             // At most BLOCK_SIZE.
             let length = (end - offset).min(BLOCK_SIZE as u64) as usize;
             self.emit(offset, zeros.get(..length).unwrap_or_default())?;
@@ -305,11 +305,11 @@ impl Writer<'_> {
     fn emit(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let first = (offset / BLOCK_SIZE as u64) as u32;
         for (number, block) in (first..).zip(bytes.chunks(BLOCK_SIZE)) {
-            let offset = Index::offset(number);
+            let offset = BlockIndex::offset(number);
             if self.held.has(number) {
                 self.counts.held += block.len() as u64;
             } else if number == 0 {
-                self.first = Some(Buffer::of(block));
+                self.first = Some(AlignedBuffer::of(block));
             } else if self.index.is_zero(number) {
                 let end = offset + block.len() as u64;
                 match &mut self.zeros {
@@ -360,16 +360,16 @@ impl Writer<'_> {
     fn assemble(&mut self, frame: &Frame) -> io::Result<bool> {
         let index = self.index;
         let mut content = Sha256::new();
-        let mut buffer = Buffer::new(TRANSFER);
+        let mut buffer = AlignedBuffer::new(TRANSFER);
         let mut blocks = index.hashes(frame).peekable();
         let mut taken = 0;
         while let Some((block, hash)) = blocks.next() {
-            let size = index.size() - Index::offset(block);
+            let size = index.size() - BlockIndex::offset(block);
             // At most BLOCK_SIZE.
             let mut length = size.min(BLOCK_SIZE as u64) as usize;
             let Some(hash) = hash else {
                 let zeros = [0; BLOCK_SIZE];
-                self.emit(Index::offset(block), zeros.get(..length).unwrap_or_default())?;
+                self.emit(BlockIndex::offset(block), zeros.get(..length).unwrap_or_default())?;
                 continue;
             };
             let Some((here, start)) = self.source(block, hash) else { return Ok(false) };
@@ -379,7 +379,7 @@ impl Writer<'_> {
                 && let Some((next, Some(hash))) = blocks.peek().copied()
                 && self.source(next, hash) == Some((here, start + run.len() as u32))
             {
-                length += (index.size() - Index::offset(next)).min(BLOCK_SIZE as u64) as usize;
+                length += (index.size() - BlockIndex::offset(next)).min(BLOCK_SIZE as u64) as usize;
                 run.push(hash);
                 blocks.next();
             }
@@ -388,7 +388,7 @@ impl Writer<'_> {
                 Some((_, running)) if !here => *running,
                 _ => self.device,
             };
-            if from.read_back(Index::offset(start), bytes).is_err() {
+            if from.read_back(BlockIndex::offset(start), bytes).is_err() {
                 return Ok(false);
             }
             for (block, expected) in bytes.chunks(BLOCK_SIZE).zip(run) {
@@ -401,9 +401,9 @@ impl Writer<'_> {
             if !here {
                 taken += length as u64;
             }
-            self.emit(Index::offset(block), buffer.first(length))?;
+            self.emit(BlockIndex::offset(block), buffer.first(length))?;
         }
-        if Hash::from(content.finalize()) != frame.content {
+        if Sha256Hash::from(content.finalize()) != frame.content {
             return Ok(false);
         }
         self.counts.taken += taken;

@@ -5,16 +5,16 @@ use std::io;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
 
 use bundle::index::is_zero;
-use bundle::{BLOCK_SIZE, Index};
+use bundle::{BLOCK_SIZE, BlockIndex};
 
-use crate::buffer::{Buffer, TRANSFER};
+use crate::buffer::{AlignedBuffer, TRANSFER};
 use crate::storage::Storage;
 
 /// Number of buffers in flight, each of [`TRANSFER`] bytes.
 const BUFFERS: usize = 3;
 
 enum Message {
-    Write(u64, Buffer, usize),
+    Write(u64, AlignedBuffer, usize),
     /// From, to: write zeros where the device has other bytes.
     Zero(u64, u64),
     /// All frames before this one have been queued: make them durable and record it.
@@ -22,32 +22,32 @@ enum Message {
 }
 
 /// Combines writes and passes them to the thread.
-pub struct Queue {
+pub struct WriteQueue {
     messages: SyncSender<Message>,
-    free: Receiver<Buffer>,
-    current: Option<(u64, Buffer, usize)>,
+    free: Receiver<AlignedBuffer>,
+    current: Option<(u64, AlignedBuffer, usize)>,
     /// Bytes queued since the last checkpoint.
     pending: u64,
 }
 
 /// The thread's side.
-pub struct Worker {
+pub struct WriteWorker {
     messages: Receiver<Message>,
-    free: Sender<Buffer>,
+    free: Sender<AlignedBuffer>,
 }
 
 /// Both ends.
-pub fn queue() -> (Queue, Worker) {
+pub fn queue() -> (WriteQueue, WriteWorker) {
     let (messages, incoming) = sync_channel(BUFFERS);
     let (back, free) = channel();
     for _ in 0..BUFFERS {
         // The receiver is three lines above: this cannot fail.
-        if back.send(Buffer::new(TRANSFER)).is_err() {
+        if back.send(AlignedBuffer::new(TRANSFER)).is_err() {
             break;
         }
     }
-    let queue = Queue { messages, free, current: None, pending: 0 };
-    (queue, Worker { messages: incoming, free: back })
+    let queue = WriteQueue { messages, free, current: None, pending: 0 };
+    (queue, WriteWorker { messages: incoming, free: back })
 }
 
 /// The thread ended early: its own error says why, and is reported instead.
@@ -55,11 +55,12 @@ fn stopped() -> io::Error {
     io::ErrorKind::BrokenPipe.into()
 }
 
-impl Queue {
+impl WriteQueue {
     /// Adds bytes at an offset. Adjacent bytes are combined into one write, up to a multiple of [`TRANSFER`].
     pub fn write(&mut self, mut offset: u64, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            let fits = |(start, _, filled): &(u64, Buffer, usize)| start + *filled as u64 == offset;
+            let fits =
+                |(start, _, filled): &(u64, AlignedBuffer, usize)| start + *filled as u64 == offset;
             if !self.current.as_ref().is_some_and(fits) {
                 self.send()?;
                 let buffer = self.free.recv().map_err(|_| stopped())?;
@@ -112,7 +113,7 @@ impl Queue {
     }
 }
 
-impl Worker {
+impl WriteWorker {
     /// Writes until the queue is finished; `note` records checkpoints. Returns the bytes written.
     ///
     /// # Errors
@@ -132,7 +133,7 @@ impl Worker {
             self.write(
                 device,
                 note,
-                &mut Zeros { ranges, found, open: 0, zeros: Buffer::new(TRANSFER) },
+                &mut Zeros { ranges, found, open: 0, zeros: AlignedBuffer::new(TRANSFER) },
             )
         })
     }
@@ -180,7 +181,7 @@ struct Zeros {
     /// Ranges that have not been answered.
     open: usize,
     /// The zeros to write.
-    zeros: Buffer,
+    zeros: AlignedBuffer,
 }
 
 impl Zeros {
@@ -213,7 +214,7 @@ impl Zeros {
 /// The parts of a range that are not zero, in order. This install has written nothing in the range, so nothing
 /// is waiting to be flushed. Unreadable parts are included: writing may repair them.
 fn not_zero(device: &dyn Storage, start: u64, end: u64) -> Vec<(u64, u64)> {
-    let mut buffer = Buffer::new(TRANSFER);
+    let mut buffer = AlignedBuffer::new(TRANSFER);
     let mut found: Vec<(u64, u64)> = Vec::new();
     let mut at = start;
     while at < end {
@@ -237,11 +238,11 @@ fn not_zero(device: &dyn Storage, start: u64, end: u64) -> Vec<(u64, u64)> {
 
 /// Blocks of the payload as a set.
 #[derive(Debug, Clone)]
-pub struct Blocks(Vec<u64>);
+pub struct BlockSet(Vec<u64>);
 
-impl Blocks {
+impl BlockSet {
     /// An empty set for an index's blocks.
-    pub fn none(index: &Index) -> Self {
+    pub fn none(index: &BlockIndex) -> Self {
         Self(vec![0; index.blocks().div_ceil(64) as usize])
     }
 

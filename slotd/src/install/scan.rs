@@ -5,11 +5,11 @@ use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bundle::index::{Hash, is_zero, sha256};
-use bundle::{BLOCK_SIZE, Frame, Index};
+use bundle::index::{Sha256Hash, is_zero, sha256};
+use bundle::{BLOCK_SIZE, BlockIndex, Frame};
 use sha2::{Digest, Sha256};
 
-use crate::buffer::{Buffer, LOOK};
+use crate::buffer::{AlignedBuffer, LOOK};
 use crate::storage::Storage;
 
 /// Maximum number of threads: more would only cause seeks on a card.
@@ -17,7 +17,7 @@ const THREADS: usize = 4;
 
 /// The result for one frame.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct ScannedFrame {
     /// The blocks that differ from the index, by number in the payload.
     pub wrong: Vec<u32>,
     /// Whether the frame is verified: no block is wrong, and the full hashes of all blocks together match
@@ -32,16 +32,16 @@ pub struct Found {
 /// The error that `each` returns.
 pub fn frames<E: Send>(
     device: &dyn Storage,
-    index: &Index,
+    index: &BlockIndex,
     frames: &[Frame],
     first: Option<&[u8]>,
-    each: impl Fn(&Frame, io::Result<Found>) -> Result<(), E> + Sync,
+    each: impl Fn(&Frame, io::Result<ScannedFrame>) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
     let next = AtomicUsize::new(0);
     let failure: Mutex<Option<E>> = Mutex::new(None);
     let failed = || failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let work = || {
-        let mut buffer = Buffer::new(LOOK);
+        let mut buffer = AlignedBuffer::new(LOOK);
         while let Some(frame) = frames.get(next.fetch_add(1, Ordering::Relaxed)) {
             if failed().is_some() {
                 return;
@@ -65,15 +65,15 @@ pub fn frames<E: Send>(
 
 fn one(
     device: &dyn Storage,
-    index: &Index,
+    index: &BlockIndex,
     frame: &Frame,
     first: Option<&[u8]>,
-    buffer: &mut Buffer,
-) -> io::Result<Found> {
-    let mut found = Found::default();
+    buffer: &mut AlignedBuffer,
+) -> io::Result<ScannedFrame> {
+    let mut found = ScannedFrame::default();
     let mut content = Sha256::new();
     let mut hashes = index.hashes(frame);
-    let mut offset = Index::offset(frame.first_block);
+    let mut offset = BlockIndex::offset(frame.first_block);
     let end = offset + index.content_size(frame);
     while offset < end {
         // At most LOOK.
@@ -98,21 +98,21 @@ fn one(
         }
         offset += length as u64;
     }
-    found.proven = found.wrong.is_empty() && Hash::from(content.finalize()) == frame.content;
+    found.proven = found.wrong.is_empty() && Sha256Hash::from(content.finalize()) == frame.content;
     Ok(found)
 }
 
 /// Whether enough of a payload seems to be in place to read the whole slot: samples blocks that are not zero,
 /// evenly spread.
-pub fn seems_similar(device: &dyn Storage, index: &Index) -> bool {
+pub fn seems_similar(device: &dyn Storage, index: &BlockIndex) -> bool {
     let used = index.used_blocks();
     let step = (used / SAMPLES).max(1);
-    let mut buffer = Buffer::new(BLOCK_SIZE);
+    let mut buffer = AlignedBuffer::new(BLOCK_SIZE);
     let (mut seen, mut held) = (0_u32, 0_u32);
     let blocks = index.frames().iter().flat_map(|frame| index.hashes(frame));
     let blocks = blocks.filter_map(|(block, hash)| Some((block, hash?)));
     for (block, expected) in blocks.step_by(step as usize) {
-        let offset = Index::offset(block);
+        let offset = BlockIndex::offset(block);
         // At most BLOCK_SIZE.
         let length = (index.size() - offset).min(BLOCK_SIZE as u64) as usize;
         let bytes = buffer.first_mut(length);

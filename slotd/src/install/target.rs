@@ -4,12 +4,12 @@ use std::io;
 
 use bundle::bootstate::Slot;
 use bundle::index::sha256;
-use bundle::{BLOCK_SIZE, Index, Manifest};
+use bundle::{BLOCK_SIZE, BlockIndex, BundleManifest};
 use serde_json::json;
 
-use crate::buffer::Buffer;
+use crate::buffer::AlignedBuffer;
 use crate::device::slot_role;
-use crate::machine::Machine;
+use crate::machine::RobotContext;
 use crate::record;
 use crate::refusal::{Refusal, Result};
 use crate::storage::Storage;
@@ -18,30 +18,30 @@ use crate::storage::Storage;
 const SYSTEM: &str = "system";
 
 /// The idle slot, ready to be written.
-pub(super) struct Target<'a> {
-    machine: Machine<'a>,
+pub(super) struct IdleSlot<'a> {
+    machine: RobotContext<'a>,
     slot: Slot,
     /// One for each payload, in the manifest's order.
-    pub parts: Vec<Part>,
+    pub parts: Vec<IdlePartition>,
     /// Whether the first blocks are zero on the device.
     invalid: bool,
 }
 
 /// One partition of the slot.
-pub(super) struct Part {
+pub(super) struct IdlePartition {
     /// The payload's role.
     pub role: String,
     /// The partition.
     pub device: Box<dyn Storage>,
     /// The payload's first block, as long as it is not on the device.
-    pub first: Option<Buffer>,
+    pub first: Option<AlignedBuffer>,
     /// The payload's size in bytes.
     size: u64,
 }
 
-impl<'a> Target<'a> {
+impl<'a> IdleSlot<'a> {
     /// Opens the partition of each payload, if the bundle has exactly the payloads of a slot.
-    pub fn open(machine: &Machine<'a>, slot: Slot, manifest: &Manifest) -> Result<Self> {
+    pub fn open(machine: &RobotContext<'a>, slot: Slot, manifest: &BundleManifest) -> Result<Self> {
         let suffix = slot_role("", slot);
         let roles = machine.about.partitions.keys();
         let mut missing: Vec<&str> = roles.filter_map(|role| role.strip_suffix(&suffix)).collect();
@@ -74,7 +74,12 @@ impl<'a> Target<'a> {
                         "build the product with a smaller system; this card's partitions are too small for it",
                     ));
                 }
-                parts.push(Part { role: role.to_owned(), device, first: None, size: payload.size });
+                parts.push(IdlePartition {
+                    role: role.to_owned(),
+                    device,
+                    first: None,
+                    size: payload.size,
+                });
             }
         }
         if !missing.is_empty() {
@@ -90,7 +95,7 @@ impl<'a> Target<'a> {
     /// Before the first write: durably makes the slot unusable, by one block in each partition. `current` is
     /// the payload that is being installed; those before it are verified to be in place. Returns the bytes
     /// written.
-    pub fn invalidate(&mut self, current: usize, index: &Index) -> Result<u64> {
+    pub fn invalidate(&mut self, current: usize, index: &BlockIndex) -> Result<u64> {
         if self.invalid {
             return Ok(0);
         }
@@ -127,7 +132,7 @@ impl<'a> Target<'a> {
         for part in &mut self.parts {
             let Some(first) = part.first.take() else { continue };
             let failed = |error| Refusal::io(format!("completing slot {}", self.slot), &error);
-            let steps = [hidden(&first, &HEADS), hidden(&first, &[0]), Buffer::of(&first)];
+            let steps = [hidden(&first, &HEADS), hidden(&first, &[0]), AlignedBuffer::of(&first)];
             written += part.step_by_step(part.first_block(), steps).map_err(failed)?;
             let mut found = part.first_block();
             part.device.read_back(0, &mut found).map_err(failed)?;
@@ -139,15 +144,15 @@ impl<'a> Target<'a> {
     }
 }
 
-impl Part {
+impl IdlePartition {
     /// A buffer for the first block.
-    fn first_block(&self) -> Buffer {
+    fn first_block(&self) -> AlignedBuffer {
         // At most BLOCK_SIZE.
-        Buffer::new(self.size.min(BLOCK_SIZE as u64) as usize)
+        AlignedBuffer::new(self.size.min(BLOCK_SIZE as u64) as usize)
     }
 
     /// Changes the first block in steps and flushes each step. Returns the bytes written.
-    fn step_by_step(&self, mut now: Buffer, steps: [Buffer; 3]) -> io::Result<u64> {
+    fn step_by_step(&self, mut now: AlignedBuffer, steps: [AlignedBuffer; 3]) -> io::Result<u64> {
         let mut written = 0;
         for step in steps {
             if *step != *now {
@@ -167,8 +172,8 @@ impl Part {
 const HEADS: [usize; 2] = [0, 2];
 
 /// The block without these sectors.
-fn hidden(block: &Buffer, sectors: &[usize]) -> Buffer {
-    let mut hidden = Buffer::of(block);
+fn hidden(block: &AlignedBuffer, sectors: &[usize]) -> AlignedBuffer {
+    let mut hidden = AlignedBuffer::of(block);
     for sector in sectors {
         hidden.chunks_mut(512).skip(*sector).take(1).for_each(|bytes| bytes.fill(0));
     }
@@ -182,7 +187,7 @@ pub(super) fn differs(role: &str, slot: Slot, blocks: usize, first: u32) -> Refu
         format!(
             "{blocks} blocks of {} differ from what was written, the first one at byte {}",
             slot_role(role, slot),
-            Index::offset(first)
+            BlockIndex::offset(first)
         ),
         "install again: only the wrong blocks are written; if it happens twice, replace the card",
     )

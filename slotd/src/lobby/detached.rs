@@ -12,21 +12,21 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use contract::answer::Progress;
-use contract::job::{Caller, Done, Told};
-use contract::request::Request;
+use contract::job::{Caller, InstallDone, JobMessage};
+use contract::request::AgentRequest;
 use rustix::fs::OFlags;
 
-use super::{Response, dispatch};
+use super::{AgentResponse, dispatch};
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// How long the answer may wait for a client that does not read.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The arguments for the process that runs this job with [`work`].
-fn words(caller: &Caller, request: &Request) -> Result<Vec<String>> {
+fn words(caller: &Caller, request: &AgentRequest) -> Result<Vec<String>> {
     let failed = |error: serde_json::Error| Refusal::io("starting the job", &error.into());
-    let Request::Install { source, no_restart, allow_downgrade } = request else {
+    let AgentRequest::Install { source, no_restart, allow_downgrade } = request else {
         let what = request.verb();
         return Err(Refusal::new("internal", format!("`{what}` is not a job"), "report this bug"));
     };
@@ -42,11 +42,11 @@ fn words(caller: &Caller, request: &Request) -> Result<Vec<String>> {
 /// # Errors
 /// The refusal of the job. `io`: it cannot be started, or was killed.
 pub fn start(
-    root: &Root,
+    root: &RootDir,
     caller: &Caller,
-    request: &Request,
-    told: &mut dyn FnMut(&Told),
-) -> Result<Done> {
+    request: &AgentRequest,
+    told: &mut dyn FnMut(&JobMessage),
+) -> Result<InstallDone> {
     let failed = |error: io::Error| Refusal::io("starting the job", &error);
     let mut child = Command::new(std::env::current_exe().map_err(failed)?)
         .arg("--root")
@@ -59,12 +59,12 @@ pub fn start(
     for line in child.stdout.take().into_iter().flat_map(|pipe| BufReader::new(pipe).lines()) {
         let Ok(line) = line else { break };
         // Only the job's own messages; anything else is from a library.
-        let Ok(said) = serde_json::from_str::<Told>(&line) else { continue };
+        let Ok(said) = serde_json::from_str::<JobMessage>(&line) else { continue };
         told(&said);
         answer = match said {
-            Told::Progress(_) => answer,
-            Told::Done(done) => Some(Ok(done)),
-            Told::Refused(refusal) => Some(Err(refusal)),
+            JobMessage::Progress(_) => answer,
+            JobMessage::Done(done) => Some(Ok(done)),
+            JobMessage::Refused(refusal) => Some(Err(refusal)),
         };
     }
     let status = child.wait().map_err(failed)?;
@@ -78,20 +78,20 @@ pub fn start(
 }
 
 /// Runs a job in this process, which [`start`] has started. Returns the exit code.
-pub fn work(root: &Root, caller: &Caller, request: &Request) -> u8 {
+pub fn work(root: &RootDir, caller: &Caller, request: &AgentRequest) -> u8 {
     // It fails only for the leader of a process group, which receives no signal from the client's terminal either.
     rustix::process::setsid().ok();
     let told = Teller::new();
     let done = dispatch(root, caller, request, &|at| told.progress(at));
     let (said, code) = match done {
-        Ok(Response::Installed(done)) => (Told::Done(done), 0),
+        Ok(AgentResponse::Installed(done)) => (JobMessage::Done(done), 0),
         Ok(_) => {
             let refusal = Refusal::new("internal", "the request is not a job", "report this bug");
-            (Told::Refused(refusal), 1)
+            (JobMessage::Refused(refusal), 1)
         }
         Err(refusal) => {
             let code = refusal.matter() as u8;
-            (Told::Refused(refusal), code)
+            (JobMessage::Refused(refusal), code)
         }
     };
     told.answer(&said);
@@ -119,14 +119,14 @@ impl Teller {
     /// PIPE_BUF (4096, pipe(7)).
     fn progress(&self, at: Progress) {
         let Some(mut out) = self.out.as_ref() else { return };
-        let Ok(mut line) = serde_json::to_vec(&Told::Progress(at)) else { return };
+        let Ok(mut line) = serde_json::to_vec(&JobMessage::Progress(at)) else { return };
         line.push(b'\n');
         // The client has ended, or is not reading now.
         drop(out.write(&line));
     }
 
     /// Sends the answer, and waits a moment for the client to read it.
-    fn answer(&self, said: &Told) {
+    fn answer(&self, said: &JobMessage) {
         let Some(mut out) = self.out.as_ref() else { return };
         let Ok(mut line) = serde_json::to_vec(said) else { return };
         line.push(b'\n');

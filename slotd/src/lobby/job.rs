@@ -13,17 +13,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bundle::Input;
-use contract::answer::{Progress, Step};
-use contract::job::{Caller, Done, Job, JobState};
-use contract::request::Request;
+use bundle::BundleInput;
+use contract::answer::{InstallStep, Progress};
+use contract::job::{Caller, InstallDone, Job, JobState};
+use contract::request::AgentRequest;
 use rustix::fs::FlockOperation;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::durable;
 use crate::lock::private_dir;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The interval between two records of progress within one step.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -31,18 +31,18 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// How long a cancelled job may take to end by itself: longer than writing any frame takes.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn record(root: &Root) -> PathBuf {
+fn record(root: &RootDir) -> PathBuf {
     root.run().join("job.json")
 }
 
 /// Held by the process of the recorded job.
-fn lock_file(root: &Root) -> PathBuf {
+fn lock_file(root: &RootDir) -> PathBuf {
     root.run().join("job.lock")
 }
 
 /// The note that cancels a job, with the job's number. Its name differs from the record's in more than the extension: both
 /// are replaced, by different processes, through temporary files that are named after them.
-fn wish(root: &Root) -> PathBuf {
+fn wish(root: &RootDir) -> PathBuf {
     root.run().join("cancel.json")
 }
 
@@ -54,7 +54,7 @@ fn failed(error: &io::Error) -> Refusal {
 ///
 /// # Errors
 /// `io`: the record cannot be read.
-pub fn read(root: &Root) -> Result<Option<Job>> {
+pub fn read(root: &RootDir) -> Result<Option<Job>> {
     let job: Option<Job> = durable::read_json(&record(root)).map_err(|error| failed(&error))?;
     Ok(job.map(|job| match job.state {
         // The record is written before the lock is released: read it again.
@@ -70,7 +70,7 @@ pub fn read(root: &Root) -> Result<Option<Job>> {
 ///
 /// # Errors
 /// `no-job`: there was none since the start. The refusal of the job. `io`: it was killed.
-pub fn watch(root: &Root, watcher: &(dyn Fn(Progress) + Sync)) -> Result<Done> {
+pub fn watch(root: &RootDir, watcher: &(dyn Fn(Progress) + Sync)) -> Result<InstallDone> {
     let mut last = None;
     loop {
         let job = read(root)?.ok_or_else(|| {
@@ -97,7 +97,7 @@ pub fn watch(root: &Root, watcher: &(dyn Fn(Progress) + Sync)) -> Result<Done> {
 }
 
 /// Whether a process holds the lock of a job.
-fn runs(root: &Root) -> bool {
+fn runs(root: &RootDir) -> bool {
     let Ok(file) = File::open(lock_file(root)) else { return false };
     rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err()
 }
@@ -107,7 +107,7 @@ fn runs(root: &Root) -> bool {
 ///
 /// # Errors
 /// `no-job`: no job is running. `too-late`: it has read its bundle to the end and can no longer be cancelled. `io`.
-pub fn cancel(root: &Root) -> Result<Job> {
+pub fn cancel(root: &RootDir) -> Result<Job> {
     let none = || Refusal::new("no-job", "no job is running", "see `slotd job`");
     let job = read(root)?.filter(|job| job.state == JobState::Runs).ok_or_else(none)?;
     let late = || {
@@ -158,13 +158,13 @@ fn cancelled() -> Refusal {
     )
 }
 
-fn write(root: &Root, job: &Job) -> io::Result<()> {
+fn write(root: &RootDir, job: &Job) -> io::Result<()> {
     private_dir(&root.run())?;
     durable::replace(&record(root), &serde_json::to_vec(job)?)
 }
 
 /// The lock of a job's process; `None`: another process has it.
-fn take_lock(root: &Root) -> Result<Option<File>> {
+fn take_lock(root: &RootDir) -> Result<Option<File>> {
     private_dir(&root.run()).map_err(|error| failed(&error))?;
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -185,9 +185,9 @@ fn take_lock(root: &Root) -> Result<Option<File>> {
 
 /// A running job.
 struct Running<'a> {
-    root: &'a Root,
+    root: &'a RootDir,
     job: Mutex<Job>,
-    told: Mutex<Option<(Instant, Step)>>,
+    told: Mutex<Option<(Instant, InstallStep)>>,
     cancelled: AtomicBool,
     looked: Mutex<Instant>,
     _lock: File,
@@ -197,16 +197,16 @@ struct Running<'a> {
 ///
 /// # Errors
 /// `busy`: another job is running. `cancelled`. The refusal of the operation itself.
-pub fn run<I: Input>(
-    root: &Root,
-    request: &Request,
+pub fn run<I: BundleInput>(
+    root: &RootDir,
+    request: &AgentRequest,
     caller: &Caller,
     input: I,
     watcher: &(dyn Fn(Progress) + Sync),
-    operation: impl FnOnce(Cancellable<'_, I>, &(dyn Fn(Progress) + Sync)) -> Result<Done>,
-) -> Result<Done> {
+    operation: impl FnOnce(CancellableSource<'_, I>, &(dyn Fn(Progress) + Sync)) -> Result<InstallDone>,
+) -> Result<InstallDone> {
     let running = Running::begin(root, request, caller)?;
-    let input = Cancellable { input, running: &running };
+    let input = CancellableSource { input, running: &running };
     let result = operation(input, &|at| {
         if running.progress(at) {
             watcher(at);
@@ -221,7 +221,7 @@ pub fn run<I: Input>(
 }
 
 impl<'a> Running<'a> {
-    fn begin(root: &'a Root, request: &Request, caller: &Caller) -> Result<Self> {
+    fn begin(root: &'a RootDir, request: &AgentRequest, caller: &Caller) -> Result<Self> {
         let what = request.verb();
         let busy = || {
             Refusal::new(
@@ -267,7 +267,8 @@ impl<'a> Running<'a> {
     /// Records the progress, at most twice a second. Returns whether it did.
     fn progress(&self, at: Progress) -> bool {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let soon = |(when, step): &(Instant, Step)| *step == at.step && when.elapsed() < PAUSE;
+        let soon =
+            |(when, step): &(Instant, InstallStep)| *step == at.step && when.elapsed() < PAUSE;
         if told.as_ref().is_some_and(soon) && at.done != at.total {
             return false;
         }
@@ -295,7 +296,7 @@ impl<'a> Running<'a> {
         text == own
     }
 
-    fn end(&self, result: &Result<Done>) {
+    fn end(&self, result: &Result<InstallDone>) {
         self.change(|job| {
             job.cancellable = false;
             job.state = match result {
@@ -307,12 +308,12 @@ impl<'a> Running<'a> {
 }
 
 /// A bundle's source that ends when the job is cancelled.
-pub struct Cancellable<'a, I> {
+pub struct CancellableSource<'a, I> {
     input: I,
     running: &'a Running<'a>,
 }
 
-impl<I> Cancellable<'_, I> {
+impl<I> CancellableSource<'_, I> {
     fn wanted(&self) -> io::Result<()> {
         match self.running.unwanted() {
             true => Err(io::Error::other("the job was cancelled")),
@@ -321,7 +322,7 @@ impl<I> Cancellable<'_, I> {
     }
 }
 
-impl<I: Read> Read for Cancellable<'_, I> {
+impl<I: Read> Read for CancellableSource<'_, I> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.wanted()?;
         let count = self.input.read(buffer)?;
@@ -333,7 +334,7 @@ impl<I: Read> Read for Cancellable<'_, I> {
     }
 }
 
-impl<I: Input> Input for Cancellable<'_, I> {
+impl<I: BundleInput> BundleInput for CancellableSource<'_, I> {
     fn skip(&mut self, n: u64) -> io::Result<()> {
         self.wanted()?;
         self.input.skip(n)

@@ -1,6 +1,6 @@
 //! The single entry point. Every client of this robot (the command line, the door of the user `update`, later a USB stick,
-//! the local network, a web page) makes a [`Request`] and passes it to [`dispatch`] with its [`Caller`]. This module checks
-//! whether the caller may make the request ([`policy::may`]) and whether the robot's state allows it
+//! the local network, a web page) makes an [`AgentRequest`] and passes it to [`dispatch`] with its [`Caller`]. This
+//! module checks whether the caller may make the request ([`policy::may`]) and whether the robot's state allows it
 //! ([`admission::enter`]), and reports the progress ([`job`]).
 
 pub mod detached;
@@ -11,50 +11,51 @@ use std::path::{Path, PathBuf};
 
 use bundle::KeySet;
 use contract::answer::{
-    ApiWentBack, Changed, CheckOutcome, Event, Installed, Progress, Restart, Status, Verified,
+    ApiRollback, CheckOutcome, InstallOutcome, Progress, RestartKind, RobotEvent, RobotStatus,
+    SlotChange, VerifyOutcome,
 };
-pub use contract::job::{Caller, Done, Job, Rights};
-pub use contract::request::{Request, Verb};
+pub use contract::job::{Caller, CallerRights, InstallDone, Job};
+pub use contract::request::{AgentRequest, AgentVerb};
 use serde_json::{Value, json};
 
-use crate::admission::{self, Admitted};
+use crate::admission::{self, ChangePermit};
 use crate::agent::Agent;
-use crate::components::Checked;
-use crate::data::grow::Grown;
-use crate::data::seed::{self, Seeded};
+use crate::components::ApiVerifyOutcome;
+use crate::data::grow::GrowOutcome;
+use crate::data::seed::{self, AppliedSettings};
 use crate::data::verbs;
-use crate::events::Events;
-use crate::health::Verdict;
-use crate::install::Options;
+use crate::events::EventLog;
+use crate::health::TrialVerdict;
+use crate::install::InstallOptions;
 use crate::policy;
-use crate::provision::{self, Provisioned};
+use crate::provision::{self, ProvisionReport};
 use crate::refusal::{Refusal, Result};
-use crate::report::{self, Report};
-use crate::root::Root;
-use crate::source::Source;
-use crate::startup::{self, Prepared};
+use crate::report::{self, BoardReport};
+use crate::root::RootDir;
+use crate::source::BundleSource;
+use crate::startup::{self, PreparedData};
 
 /// The answer to a request.
 #[derive(Debug)]
 #[expect(missing_docs, reason = "each is the answer to the request of its name")]
-pub enum Response {
-    Status(Box<Status>),
+pub enum AgentResponse {
+    Status(Box<RobotStatus>),
     Report {
-        board: Box<Report>,
-        status: Result<Box<Status>>,
+        board: Box<BoardReport>,
+        status: Result<Box<RobotStatus>>,
     },
-    Log(Vec<Event>),
+    Log(Vec<RobotEvent>),
     Health(Vec<CheckOutcome>),
     /// `None`: no trial is running.
-    Watched(Option<Verdict>),
-    Verified(Verified),
-    VerifiedApi(Checked),
-    Installed(Done),
+    Watched(Option<TrialVerdict>),
+    Verified(VerifyOutcome),
+    VerifiedApi(ApiVerifyOutcome),
+    Installed(InstallDone),
     Changed {
-        changed: Changed,
+        changed: SlotChange,
         restarts: bool,
     },
-    WentBack(ApiWentBack),
+    WentBack(ApiRollback),
     Keys(KeySet),
     Reset {
         backup: Option<PathBuf>,
@@ -66,15 +67,15 @@ pub enum Response {
         file: String,
         restarts: bool,
     },
-    Provisioned(Provisioned),
-    Grown(Grown),
-    Prepared(Prepared),
-    Seeded(Seeded),
+    Provisioned(ProvisionReport),
+    Grown(GrowOutcome),
+    Prepared(PreparedData),
+    Seeded(AppliedSettings),
     /// `None`: there was no job since the start.
     Job(Option<Box<Job>>),
 }
 
-impl Response {
+impl AgentResponse {
     /// As one JSON object or list.
     pub fn json(&self) -> Value {
         fn refused(refusal: &Refusal) -> Value {
@@ -108,11 +109,11 @@ impl Response {
 }
 
 /// The result of a watch, in a sentence.
-pub fn watched(verdict: Option<&Verdict>) -> String {
+pub fn watched(verdict: Option<&TrialVerdict>) -> String {
     match verdict {
         None => "no trial runs".to_owned(),
-        Some(Verdict::Committed) => "the trial is committed".to_owned(),
-        Some(Verdict::OutOfTime(state)) => state.why(),
+        Some(TrialVerdict::Committed) => "the trial is committed".to_owned(),
+        Some(TrialVerdict::OutOfTime(state)) => state.why(),
     }
 }
 
@@ -121,95 +122,102 @@ pub fn watched(verdict: Option<&Verdict>) -> String {
 /// # Errors
 /// `not-offered`: the caller may not make this request. The refusals of [`Agent::enter`] and of the verb itself.
 pub fn dispatch(
-    root: &Root,
+    root: &RootDir,
     caller: &Caller,
-    request: &Request,
+    request: &AgentRequest,
     watcher: &(dyn Fn(Progress) + Sync),
-) -> Result<Response> {
+) -> Result<AgentResponse> {
     authorise(caller, request)?;
     if let Some(answered) = without_agent(root, request) {
         return answered;
     }
     let agent = Agent::open(root)?;
     Ok(match request {
-        Request::Status => Response::Status(Box::new(agent.status()?)),
-        Request::Log { last } => {
+        AgentRequest::Status => AgentResponse::Status(Box::new(agent.status()?)),
+        AgentRequest::Log { last } => {
             let events =
                 agent.events().read().map_err(|error| Refusal::io("reading the log", &error))?;
             let skip = events.len().saturating_sub(last.unwrap_or(usize::MAX));
-            Response::Log(events.into_iter().skip(skip).collect())
+            AgentResponse::Log(events.into_iter().skip(skip).collect())
         }
-        Request::Health => Response::Health(agent.health()?),
-        Request::Watch => Response::Watched(agent.watch()?),
-        Request::Verify { source, slot } => {
-            let source = Source::open(source, root)?;
-            Response::Verified(match slot {
+        AgentRequest::Health => AgentResponse::Health(agent.health()?),
+        AgentRequest::Watch => AgentResponse::Watched(agent.watch()?),
+        AgentRequest::Verify { source, slot } => {
+            let source = BundleSource::open(source, root)?;
+            AgentResponse::Verified(match slot {
                 None => agent.verify(source, &|_| {})?,
                 Some(slot) => agent.verify_slot(source, *slot, watcher)?,
             })
         }
-        Request::VerifyApi => {
-            let admitted = agent.enter(Verb::VerifyApi)?;
-            Response::VerifiedApi(agent.verify_api(&admitted)?)
+        AgentRequest::VerifyApi => {
+            let admitted = agent.enter(AgentVerb::VerifyApi)?;
+            AgentResponse::VerifiedApi(agent.verify_api(&admitted)?)
         }
-        Request::Install { source, no_restart, allow_downgrade } => {
-            let source = Source::open(source, root)?;
-            let options = Options {
+        AgentRequest::Install { source, no_restart, allow_downgrade } => {
+            let source = BundleSource::open(source, root)?;
+            let options = InstallOptions {
                 allow_downgrade: allow_downgrade.clone(),
                 use_running_slot: source.transfers(),
             };
-            Response::Installed(job::run(root, request, caller, source, watcher, |source, at| {
-                let answer = agent.install(source, &options, at)?;
-                let restarts = matches!(answer, Installed::System(_))
-                    && !no_restart
-                    && agent.restart(Restart::Trial)?;
-                Ok(Done { answer, restarts })
-            })?)
+            AgentResponse::Installed(job::run(
+                root,
+                request,
+                caller,
+                source,
+                watcher,
+                |source, at| {
+                    let answer = agent.install(source, &options, at)?;
+                    let restarts = matches!(answer, InstallOutcome::System(_))
+                        && !no_restart
+                        && agent.restart(RestartKind::Trial)?;
+                    Ok(InstallDone { answer, restarts })
+                },
+            )?)
         }
-        Request::Commit => {
-            let admitted = agent.enter(Verb::Commit)?;
-            Response::Changed { changed: agent.commit(admitted)?, restarts: false }
+        AgentRequest::Commit => {
+            let admitted = agent.enter(AgentVerb::Commit)?;
+            AgentResponse::Changed { changed: agent.commit(admitted)?, restarts: false }
         }
-        Request::RollBack { no_restart } => {
-            let admitted = agent.enter(Verb::RollBack)?;
+        AgentRequest::RollBack { no_restart } => {
+            let admitted = agent.enter(AgentVerb::RollBack)?;
             then_restart(&agent, agent.roll_back(&admitted)?, *no_restart)?
         }
-        Request::RollBackApi => {
-            let admitted = agent.enter(Verb::RollBackApi)?;
-            Response::WentBack(agent.api_back(&admitted)?)
+        AgentRequest::RollBackApi => {
+            let admitted = agent.enter(AgentVerb::RollBackApi)?;
+            AgentResponse::WentBack(agent.api_back(&admitted)?)
         }
-        Request::BootOther { no_restart, allow_downgrade } => {
-            let admitted = agent.enter(Verb::BootOther)?;
+        AgentRequest::BootOther { no_restart, allow_downgrade } => {
+            let admitted = agent.enter(AgentVerb::BootOther)?;
             let changed = agent.boot_other(&admitted, allow_downgrade.as_deref())?;
             then_restart(&agent, changed, *no_restart)?
         }
-        Request::Keys => Response::Keys(agent.keys()?),
-        Request::TakeKeys { file } => {
-            let admitted = agent.enter(Verb::TakeKeys)?;
-            Response::Keys(agent.take_keys(&admitted, file)?)
+        AgentRequest::Keys => AgentResponse::Keys(agent.keys()?),
+        AgentRequest::TakeKeys { file } => {
+            let admitted = agent.enter(AgentVerb::TakeKeys)?;
+            AgentResponse::Keys(agent.take_keys(&admitted, file)?)
         }
-        Request::Reset { backup, no_restart } => {
-            let admitted = agent.enter(Verb::Reset)?;
+        AgentRequest::Reset { backup, no_restart } => {
+            let admitted = agent.enter(AgentVerb::Reset)?;
             let backup = verbs::reset(root, &admitted, *backup)?;
-            let restarts = !no_restart && agent.restart(Restart::Committed)?;
-            Response::Reset { backup, restarts }
+            let restarts = !no_restart && agent.restart(RestartKind::Committed)?;
+            AgentResponse::Reset { backup, restarts }
         }
-        Request::Restore { file, no_restart } => {
-            let admitted = agent.enter(Verb::Restore)?;
+        AgentRequest::Restore { file, no_restart } => {
+            let admitted = agent.enter(AgentVerb::Restore)?;
             verbs::restore(root, &admitted, verbs::open(file)?)?;
-            let restarts = !no_restart && agent.restart(Restart::Committed)?;
-            Response::Restored { file: file.clone(), restarts }
+            let restarts = !no_restart && agent.restart(RestartKind::Committed)?;
+            AgentResponse::Restored { file: file.clone(), restarts }
         }
-        Request::Report
-        | Request::Backup { .. }
-        | Request::Provision
-        | Request::ProvisionAtStart
-        | Request::CheckProvisioned
-        | Request::GrowData
-        | Request::PrepareData
-        | Request::TakeSeed
-        | Request::Job
-        | Request::CancelJob => {
+        AgentRequest::Report
+        | AgentRequest::Backup { .. }
+        | AgentRequest::Provision
+        | AgentRequest::ProvisionAtStart
+        | AgentRequest::CheckProvisioned
+        | AgentRequest::GrowData
+        | AgentRequest::PrepareData
+        | AgentRequest::TakeSeed
+        | AgentRequest::Job
+        | AgentRequest::CancelJob => {
             return Err(Refusal::new(
                 "internal",
                 "this request is answered elsewhere",
@@ -220,46 +228,50 @@ pub fn dispatch(
 }
 
 /// Answers the requests that must also work on a robot that cannot update: during a start, or with a wrong layout.
-fn without_agent(root: &Root, request: &Request) -> Option<Result<Response>> {
-    let events = || Events::new(root);
+fn without_agent(root: &RootDir, request: &AgentRequest) -> Option<Result<AgentResponse>> {
+    let events = || EventLog::new(root);
     Some(match request {
-        Request::Report => {
+        AgentRequest::Report => {
             let status = Agent::open(root).and_then(|agent| agent.status()).map(Box::new);
-            Ok(Response::Report { board: Box::new(report::collect(root)), status })
+            Ok(AgentResponse::Report { board: Box::new(report::collect(root)), status })
         }
-        Request::Backup { file } if file == "-" => {
-            verbs::backup(root, std::io::stdout().lock()).map(|()| Response::BackedUp(None))
+        AgentRequest::Backup { file } if file == "-" => {
+            verbs::backup(root, std::io::stdout().lock()).map(|()| AgentResponse::BackedUp(None))
         }
-        Request::Backup { file } => {
-            verbs::backup_to(root, file).map(|()| Response::BackedUp(Some(file.clone())))
+        AgentRequest::Backup { file } => {
+            verbs::backup_to(root, file).map(|()| AgentResponse::BackedUp(Some(file.clone())))
         }
-        Request::Provision => admission::take_turn(root, Verb::Provision)
-            .and_then(|_admitted: Admitted| provision::run(root, &events()))
-            .map(Response::Provisioned),
-        Request::ProvisionAtStart => provision::boot(root, &events()).map(Response::Provisioned),
-        Request::CheckProvisioned => provision::check(root).map(Response::Provisioned),
-        Request::GrowData => verbs::grow(root).map(Response::Grown),
-        Request::PrepareData => startup::prepare(root).map(Response::Prepared),
-        Request::TakeSeed => seed::seed(root).map(Response::Seeded),
-        Request::Job => job::read(root).map(|job| Response::Job(job.map(Box::new))),
-        Request::CancelJob => job::cancel(root).map(|job| Response::Job(Some(Box::new(job)))),
+        AgentRequest::Provision => admission::take_turn(root, AgentVerb::Provision)
+            .and_then(|_admitted: ChangePermit| provision::run(root, &events()))
+            .map(AgentResponse::Provisioned),
+        AgentRequest::ProvisionAtStart => {
+            provision::boot(root, &events()).map(AgentResponse::Provisioned)
+        }
+        AgentRequest::CheckProvisioned => provision::check(root).map(AgentResponse::Provisioned),
+        AgentRequest::GrowData => verbs::grow(root).map(AgentResponse::Grown),
+        AgentRequest::PrepareData => startup::prepare(root).map(AgentResponse::Prepared),
+        AgentRequest::TakeSeed => seed::seed(root).map(AgentResponse::Seeded),
+        AgentRequest::Job => job::read(root).map(|job| AgentResponse::Job(job.map(Box::new))),
+        AgentRequest::CancelJob => {
+            job::cancel(root).map(|job| AgentResponse::Job(Some(Box::new(job))))
+        }
         _ => return None,
     })
 }
 
-fn then_restart(agent: &Agent, changed: Changed, stay: bool) -> Result<Response> {
+fn then_restart(agent: &Agent, changed: SlotChange, stay: bool) -> Result<AgentResponse> {
     let restarts = match changed.restart {
         Some(into) if !stay => agent.restart(into)?,
         _ => false,
     };
-    Ok(Response::Changed { changed, restarts })
+    Ok(AgentResponse::Changed { changed, restarts })
 }
 
 /// Refuses a request that the caller may not make.
 ///
 /// # Errors
 /// `not-offered`.
-pub fn authorise(caller: &Caller, request: &Request) -> Result<()> {
+pub fn authorise(caller: &Caller, request: &AgentRequest) -> Result<()> {
     match policy::may(caller.rights, request) {
         true => Ok(()),
         false => Err(policy::not_offered(&request.verb().to_string())),
@@ -270,7 +282,7 @@ pub fn authorise(caller: &Caller, request: &Request) -> Result<()> {
 const LONGEST_COMMAND: usize = 200;
 
 /// This process as a caller, from the kernel's information.
-pub fn this_process(root: &Root, rights: Rights) -> Caller {
+pub fn this_process(root: &RootDir, rights: CallerRights) -> Caller {
     let groups = fs::read_to_string(root.path("proc/self/cgroup")).unwrap_or_default();
     let words: Vec<String> =
         std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();

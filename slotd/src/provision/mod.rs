@@ -13,17 +13,17 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::builtin::{self, BuiltIn};
+use crate::builtin::{self, BuiltInApi};
 use crate::durable;
-use crate::events::Events;
-use crate::files::{Files, RealFiles};
-use crate::lock::{Lock, Turn};
-use crate::python::{self, Module, Note};
+use crate::events::EventLog;
+use crate::files::{DirectFileChanges, FileChanges};
+use crate::lock::{LockScope, ProcessLock};
+use crate::python::{self, PythonModule, SearchNote};
 use crate::refusal::{Refusal, Result};
 use crate::reserve;
-use crate::root::Root;
-pub use tree::{Difference, How};
-use tree::{Item, Tree};
+use crate::root::RootDir;
+pub use tree::{DifferenceKind, ResourceDifference};
+use tree::{ResourceKind, ResourceTree};
 
 /// The directory in a package whose content is provisioned.
 const RESOURCES: &str = "resources";
@@ -38,7 +38,7 @@ const LISTED: usize = 20;
 /// The result in a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Outcome {
+pub enum ProvisionOutcome {
     /// The package's resources replaced the old tree.
     Provisioned,
     /// The tree was already up to date; nothing was written.
@@ -54,13 +54,13 @@ pub enum Outcome {
 /// The result of provisioning.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Provisioned {
+pub struct ProvisionReport {
     /// The result in a word.
-    pub outcome: Outcome,
+    pub outcome: ProvisionOutcome,
     /// The package's directory.
     pub package: Option<PathBuf>,
     /// The changed paths, and how each one differed before.
-    pub changes: Vec<Difference>,
+    pub changes: Vec<ResourceDifference>,
     /// Junk in the package, below its `resources`.
     pub left_out: Vec<PathBuf>,
     /// Files of the tree, links included.
@@ -68,16 +68,20 @@ pub struct Provisioned {
     /// Bytes of these files.
     pub bytes: u64,
     /// What the search for the package could not determine.
-    pub notes: Vec<Note>,
+    pub notes: Vec<SearchNote>,
 }
 
-impl Provisioned {
-    fn new(outcome: Outcome, found: Option<&Found>, wanted: Option<&Tree>) -> Self {
+impl ProvisionReport {
+    fn new(
+        outcome: ProvisionOutcome,
+        found: Option<&Found>,
+        wanted: Option<&ResourceTree>,
+    ) -> Self {
         let sizes =
             wanted.iter().flat_map(|tree| tree.entries.values()).filter_map(|item| match item {
-                Item::File { size, .. } => Some(*size),
-                Item::Link(_) => Some(0),
-                Item::Folder { .. } | Item::Other => None,
+                ResourceKind::File { size, .. } => Some(*size),
+                ResourceKind::Link(_) => Some(0),
+                ResourceKind::Folder { .. } | ResourceKind::Other => None,
             });
         let sizes: Vec<u64> = sizes.collect();
         Self {
@@ -95,7 +99,7 @@ impl Provisioned {
 /// Record of the last provisioning; written only after success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) struct Record {
+pub(crate) struct ProvisionRecord {
     /// The base's id, if the image has one.
     base_id: Option<String>,
     /// The package's directory, with links resolved: it distinguishes APIs on `data` from each other and from the
@@ -105,17 +109,17 @@ pub(crate) struct Record {
     resources: bool,
 }
 
-impl Record {
-    fn path(root: &Root) -> PathBuf {
+impl ProvisionRecord {
+    fn path(root: &RootDir) -> PathBuf {
         root.state().join("provisioned.json")
     }
 
     /// A damaged record is treated as missing: provisioning then runs again.
-    fn read(root: &Root) -> Option<Self> {
+    fn read(root: &RootDir) -> Option<Self> {
         durable::read_json(&Self::path(root)).ok().flatten()
     }
 
-    fn keep(&self, root: &Root, files: &dyn Files) -> Result<()> {
+    fn keep(&self, root: &RootDir, files: &dyn FileChanges) -> Result<()> {
         if Self::read(root).as_ref() == Some(self) {
             return Ok(());
         }
@@ -130,8 +134,8 @@ impl Record {
 ///
 /// # Errors
 /// `io`.
-pub fn forget(root: &Root, files: &dyn Files) -> Result<()> {
-    let path = Record::path(root);
+pub fn forget(root: &RootDir, files: &dyn FileChanges) -> Result<()> {
+    let path = ProvisionRecord::path(root);
     if fs::symlink_metadata(&path).is_err() {
         return Ok(());
     }
@@ -148,10 +152,10 @@ struct Found {
     real: PathBuf,
     /// Its `resources`, if it has any.
     resources: Option<PathBuf>,
-    notes: Vec<Note>,
+    notes: Vec<SearchNote>,
 }
 
-fn locate(root: &Root, api: &BuiltIn) -> Result<Found> {
+fn locate(root: &RootDir, api: &BuiltInApi) -> Result<Found> {
     let path = api.search_path(root)?;
     let module = python::find(root, &api.interpreter()?, &path, &api.module)?;
     let Some(module) = module else {
@@ -165,10 +169,10 @@ fn locate(root: &Root, api: &BuiltIn) -> Result<Found> {
         return Err(Refusal::new("no-package", message, help));
     };
     let folders = match module {
-        Module::Package { folder, .. } => vec![folder],
-        Module::Namespace { folders } => folders,
-        Module::File { path } => vec![path],
-        Module::Archived { path } => {
+        PythonModule::Package { folder, .. } => vec![folder],
+        PythonModule::Namespace { folders } => folders,
+        PythonModule::File { path } => vec![path],
+        PythonModule::Archived { path } => {
             return Err(bad(&path, "the package is in an archive, expected a directory"));
         }
     };
@@ -208,18 +212,22 @@ fn bad(path: &Path, why: &str) -> Refusal {
 /// # Errors
 /// `no-package`, `bad-resources`, `bad-api`: `/data/system` is unchanged. `no-space`, `busy`, `io`: it is the
 /// complete old tree or the complete new one.
-pub fn run(root: &Root, events: &Events) -> Result<Provisioned> {
-    run_with(root, events, &RealFiles)
+pub fn run(root: &RootDir, events: &EventLog) -> Result<ProvisionReport> {
+    run_with(root, events, &DirectFileChanges)
 }
 
 /// [`run`] with every change made through `files`, except the log and locks.
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_with(root: &Root, events: &Events, files: &dyn Files) -> Result<Provisioned> {
+pub fn run_with(
+    root: &RootDir,
+    events: &EventLog,
+    files: &dyn FileChanges,
+) -> Result<ProvisionReport> {
     let result = provision(root, files);
     match &result {
-        Ok(done) if done.outcome == Outcome::Provisioned => {
+        Ok(done) if done.outcome == ProvisionOutcome::Provisioned => {
             let mut details = json!(done);
             // Log lines are bounded, but a first provisioning changes every path.
             if let Some(details) = details.as_object_mut() {
@@ -228,7 +236,7 @@ pub fn run_with(root: &Root, events: &Events, files: &dyn Files) -> Result<Provi
             }
             events.add("provisioned", details);
         }
-        Ok(done) if done.outcome == Outcome::NoResources => {
+        Ok(done) if done.outcome == ProvisionOutcome::NoResources => {
             events.add("no-resources", json!({ "package": done.package }));
         }
         Ok(_) => {}
@@ -237,42 +245,42 @@ pub fn run_with(root: &Root, events: &Events, files: &dyn Files) -> Result<Provi
     result
 }
 
-fn provision(root: &Root, files: &dyn Files) -> Result<Provisioned> {
-    let Some(api) = BuiltIn::read(root)? else {
-        return Ok(Provisioned::new(Outcome::NoApi, None, None));
+fn provision(root: &RootDir, files: &dyn FileChanges) -> Result<ProvisionReport> {
+    let Some(api) = BuiltInApi::read(root)? else {
+        return Ok(ProvisionReport::new(ProvisionOutcome::NoApi, None, None));
     };
     let found = locate(root, &api)?;
-    let record = |resources| -> Result<Record> {
-        Ok(Record { base_id: base_id(root)?, package: found.real.clone(), resources })
+    let record = |resources| -> Result<ProvisionRecord> {
+        Ok(ProvisionRecord { base_id: base_id(root)?, package: found.real.clone(), resources })
     };
     let Some(wanted) = wanted(root, &found)? else {
         record(false)?.keep(root, files)?;
-        return Ok(Provisioned::new(Outcome::NoResources, Some(&found), None));
+        return Ok(ProvisionReport::new(ProvisionOutcome::NoResources, Some(&found), None));
     };
     let (target, staging) = (root.system(), root.data().join(STAGING));
-    let unchanged = |changes: &[Difference]| changes.is_empty() && target.is_dir();
+    let unchanged = |changes: &[ResourceDifference]| changes.is_empty() && target.is_dir();
     let leftover = fs::symlink_metadata(&staging).is_ok();
     let changes = tree::differences(&wanted, tree::present(&target)?.as_ref())?;
     if unchanged(&changes) && !leftover {
         record(true)?.keep(root, files)?;
-        return Ok(Provisioned::new(Outcome::Unchanged, Some(&found), Some(&wanted)));
+        return Ok(ProvisionReport::new(ProvisionOutcome::Unchanged, Some(&found), Some(&wanted)));
     }
-    let _lock = Lock::take(root, Turn::Provision, "provision")?;
+    let _lock = ProcessLock::take(root, LockScope::Provision, "provision")?;
     // Another process may have provisioned until now.
     let changes = tree::differences(&wanted, tree::present(&target)?.as_ref())?;
     write::clear(files, &staging)?;
-    let mut outcome = Outcome::Unchanged;
+    let mut outcome = ProvisionOutcome::Unchanged;
     if !unchanged(&changes) {
         write::check_space(&wanted, &root.data())?;
         write::replace(files, &wanted, &staging, &target)?;
-        outcome = Outcome::Provisioned;
+        outcome = ProvisionOutcome::Provisioned;
     }
     record(true)?.keep(root, files)?;
-    Ok(Provisioned { changes, ..Provisioned::new(outcome, Some(&found), Some(&wanted)) })
+    Ok(ProvisionReport { changes, ..ProvisionReport::new(outcome, Some(&found), Some(&wanted)) })
 }
 
 /// The tree that the package requires; `None` when it has no resources, or only junk in them.
-fn wanted(root: &Root, found: &Found) -> Result<Option<Tree>> {
+fn wanted(root: &RootDir, found: &Found) -> Result<Option<ResourceTree>> {
     let Some(resources) = &found.resources else { return Ok(None) };
     let wanted = tree::wanted(&root.path(resources))?;
     Ok(Some(wanted).filter(|tree| !tree.entries.is_empty()))
@@ -283,16 +291,16 @@ fn wanted(root: &Root, found: &Found) -> Result<Option<Tree>> {
 ///
 /// # Errors
 /// As [`run`]; the next start tries again.
-pub fn boot(root: &Root, events: &Events) -> Result<Provisioned> {
-    let known = Record::read(root);
-    if let (Some(known), Ok(Some(api))) = (known, BuiltIn::read(root))
+pub fn boot(root: &RootDir, events: &EventLog) -> Result<ProvisionReport> {
+    let known = ProvisionRecord::read(root);
+    if let (Some(known), Ok(Some(api))) = (known, BuiltInApi::read(root))
         && known.base_id.is_some()
         && known.base_id == base_id(root)?
         && let Ok(found) = locate(root, &api)
         && found.real == known.package
         && (root.system().is_dir() || !known.resources)
     {
-        return Ok(Provisioned::new(Outcome::Current, Some(&found), None));
+        return Ok(ProvisionReport::new(ProvisionOutcome::Current, Some(&found), None));
     }
     reserve::with(root, || run(root, events))
 }
@@ -301,18 +309,18 @@ pub fn boot(root: &Root, events: &Events) -> Result<Provisioned> {
 ///
 /// # Errors
 /// `drift`: they differ; the message lists where. Otherwise as [`run`].
-pub fn check(root: &Root) -> Result<Provisioned> {
-    let Some(api) = BuiltIn::read(root)? else {
-        return Ok(Provisioned::new(Outcome::NoApi, None, None));
+pub fn check(root: &RootDir) -> Result<ProvisionReport> {
+    let Some(api) = BuiltInApi::read(root)? else {
+        return Ok(ProvisionReport::new(ProvisionOutcome::NoApi, None, None));
     };
     let found = locate(root, &api)?;
     let Some(wanted) = wanted(root, &found)? else {
-        return Ok(Provisioned::new(Outcome::NoResources, Some(&found), None));
+        return Ok(ProvisionReport::new(ProvisionOutcome::NoResources, Some(&found), None));
     };
     let present = tree::present(&root.system())?;
     let differences = tree::differences(&wanted, present.as_ref())?;
     if present.is_some() && differences.is_empty() {
-        return Ok(Provisioned::new(Outcome::Unchanged, Some(&found), Some(&wanted)));
+        return Ok(ProvisionReport::new(ProvisionOutcome::Unchanged, Some(&found), Some(&wanted)));
     }
     let mut message = format!(
         "/data/system differs from {}/{RESOURCES} in {} places",
@@ -332,7 +340,7 @@ pub fn check(root: &Root) -> Result<Provisioned> {
     Err(Refusal::new("drift", message, "run `slotd provision` to restore the package's resources"))
 }
 
-fn base_id(root: &Root) -> Result<Option<String>> {
+fn base_id(root: &RootDir) -> Result<Option<String>> {
     let text = builtin::read(&root.path("usr/lib/slipway/base-id"))?;
     Ok(text.map(|text| text.trim().to_owned()).filter(|id| !id.is_empty()))
 }

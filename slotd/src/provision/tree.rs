@@ -28,7 +28,7 @@ pub(super) const CHUNK: usize = 256 << 10;
 
 /// What an entry is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Item {
+pub(super) enum ResourceKind {
     /// A directory.
     Folder { mode: u32 },
     /// A file.
@@ -41,26 +41,26 @@ pub(super) enum Item {
 
 /// A tree: entries by their path, parents before their content.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Tree {
+pub(super) struct ResourceTree {
     pub(super) folder: PathBuf,
-    pub(super) entries: BTreeMap<PathBuf, Item>,
+    pub(super) entries: BTreeMap<PathBuf, ResourceKind>,
     /// Names that were left out as junk.
     pub(super) junk: Vec<PathBuf>,
 }
 
 /// What differs at a path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Difference {
+pub struct ResourceDifference {
     /// The path below `/data/system`.
     pub path: PathBuf,
     /// How.
-    pub how: How,
+    pub how: DifferenceKind,
 }
 
 /// How a path differs from the package's resources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum How {
+pub enum DifferenceKind {
     /// The path is missing.
     Missing,
     /// The path exists, but the package does not have it.
@@ -73,7 +73,7 @@ pub enum How {
     Kind,
 }
 
-impl How {
+impl DifferenceKind {
     /// Human-readable text.
     pub fn word(self) -> &'static str {
         match self {
@@ -122,8 +122,9 @@ fn bad(folder: &Path, why: impl std::fmt::Display) -> Refusal {
 ///
 /// # Errors
 /// `bad-resources`: an entry that no package may have. `io`.
-pub(super) fn wanted(folder: &Path) -> Result<Tree> {
-    let mut tree = Tree { folder: folder.to_owned(), entries: BTreeMap::new(), junk: Vec::new() };
+pub(super) fn wanted(folder: &Path) -> Result<ResourceTree> {
+    let mut tree =
+        ResourceTree { folder: folder.to_owned(), entries: BTreeMap::new(), junk: Vec::new() };
     let whole = fs::canonicalize(folder).map_err(|error| reading(folder, &error))?;
     let (mut bytes, mut folders) = (0, BTreeSet::new());
     let mut waiting = vec![PathBuf::new()];
@@ -151,9 +152,9 @@ pub(super) fn wanted(folder: &Path) -> Result<Tree> {
             } else if kind.is_file() {
                 bytes += about.len();
                 let mode = if is_program(&full, &about)? { OPEN } else { PLAIN };
-                Item::File { mode, size: about.len() }
+                ResourceKind::File { mode, size: about.len() }
             } else if kind.is_symlink() {
-                Item::Link(link(folder, &whole, &path)?)
+                ResourceKind::Link(link(folder, &whole, &path)?)
             } else {
                 let what = "is neither a file, a directory nor a link";
                 return Err(bad(folder, format_args!("`{}` {what}", shown(&path))));
@@ -174,11 +175,12 @@ pub(super) fn wanted(folder: &Path) -> Result<Tree> {
         .filter(|path| !path.as_os_str().is_empty())
         .map(Path::to_owned)
         .collect();
-    tree.entries.extend(parents.into_iter().map(|path| (path, Item::Folder { mode: OPEN })));
+    tree.entries
+        .extend(parents.into_iter().map(|path| (path, ResourceKind::Folder { mode: OPEN })));
     tree.junk.sort();
     // A link to a file that is left out would be broken.
     for (path, item) in &tree.entries {
-        if let Item::Link(_) = item {
+        if let ResourceKind::Link(_) = item {
             let to = fs::canonicalize(folder.join(path)).map_err(|e| reading(folder, &e))?;
             let to = to.strip_prefix(&whole).unwrap_or(&to);
             if !to.as_os_str().is_empty() && !tree.entries.contains_key(to) {
@@ -228,7 +230,7 @@ fn is_program(path: &Path, about: &Metadata) -> Result<bool> {
 ///
 /// # Errors
 /// `io`.
-pub(super) fn present(folder: &Path) -> Result<Option<Tree>> {
+pub(super) fn present(folder: &Path) -> Result<Option<ResourceTree>> {
     let mut entries = BTreeMap::new();
     match fs::symlink_metadata(folder) {
         Ok(about) => drop(entries.insert(PathBuf::new(), item(folder, &about)?)),
@@ -237,7 +239,7 @@ pub(super) fn present(folder: &Path) -> Result<Option<Tree>> {
     }
     let top = entries.first_entry().map(|entry| entry.get().clone());
     let mut waiting = Vec::new();
-    if let Some(Item::Folder { .. }) = top {
+    if let Some(ResourceKind::Folder { .. }) = top {
         waiting.push(PathBuf::new());
     }
     while let Some(inside) = waiting.pop() {
@@ -252,20 +254,20 @@ pub(super) fn present(folder: &Path) -> Result<Option<Tree>> {
             entries.insert(path, item(&full, &about)?);
         }
     }
-    Ok(Some(Tree { folder: folder.to_owned(), entries, junk: Vec::new() }))
+    Ok(Some(ResourceTree { folder: folder.to_owned(), entries, junk: Vec::new() }))
 }
 
-fn item(path: &Path, about: &Metadata) -> Result<Item> {
+fn item(path: &Path, about: &Metadata) -> Result<ResourceKind> {
     let mode = about.permissions().mode() & 0o7777;
     let kind = about.file_type();
     Ok(if kind.is_dir() {
-        Item::Folder { mode }
+        ResourceKind::Folder { mode }
     } else if kind.is_file() {
-        Item::File { mode, size: about.len() }
+        ResourceKind::File { mode, size: about.len() }
     } else if kind.is_symlink() {
-        Item::Link(fs::read_link(path).map_err(|error| reading(path, &error))?)
+        ResourceKind::Link(fs::read_link(path).map_err(|error| reading(path, &error))?)
     } else {
-        Item::Other
+        ResourceKind::Other
     })
 }
 
@@ -273,47 +275,53 @@ fn item(path: &Path, about: &Metadata) -> Result<Item> {
 ///
 /// # Errors
 /// `io`.
-pub(super) fn differences(wanted: &Tree, present: Option<&Tree>) -> Result<Vec<Difference>> {
+pub(super) fn differences(
+    wanted: &ResourceTree,
+    present: Option<&ResourceTree>,
+) -> Result<Vec<ResourceDifference>> {
     let nothing = BTreeMap::new();
     let found = present.map_or(&nothing, |tree| &tree.entries);
     let mut differences = Vec::new();
     let mut differs = |path: &Path, how| {
-        differences.push(Difference { path: path.to_owned(), how });
+        differences.push(ResourceDifference { path: path.to_owned(), how });
     };
-    let top = Item::Folder { mode: OPEN };
+    let top = ResourceKind::Folder { mode: OPEN };
     let top = [(Path::new(""), &top)];
     let all = wanted.entries.iter().map(|(path, item)| (path.as_path(), item));
     for (path, want) in top.into_iter().chain(all) {
         let Some(have) = found.get(path) else {
             if !path.as_os_str().is_empty() {
-                differs(path, How::Missing);
+                differs(path, DifferenceKind::Missing);
             }
             continue;
         };
         match (want, have) {
-            (Item::Folder { mode: a }, Item::Folder { mode: b }) if a != b => {
-                differs(path, How::Mode);
+            (ResourceKind::Folder { mode: a }, ResourceKind::Folder { mode: b }) if a != b => {
+                differs(path, DifferenceKind::Mode);
             }
-            (Item::File { mode: a, size }, Item::File { mode: b, size: other }) => {
+            (ResourceKind::File { mode: a, size }, ResourceKind::File { mode: b, size: other }) => {
                 let same = size == other
                     && match present {
                         Some(tree) => equal(&wanted.folder.join(path), &tree.folder.join(path))?,
                         None => false,
                     };
                 if !same {
-                    differs(path, How::Content);
+                    differs(path, DifferenceKind::Content);
                 } else if a != b {
-                    differs(path, How::Mode);
+                    differs(path, DifferenceKind::Mode);
                 }
             }
-            (Item::Link(a), Item::Link(b)) if a != b => differs(path, How::Content),
-            (Item::Folder { .. }, Item::Folder { .. }) | (Item::Link(_), Item::Link(_)) => {}
-            _ => differs(path, How::Kind),
+            (ResourceKind::Link(a), ResourceKind::Link(b)) if a != b => {
+                differs(path, DifferenceKind::Content)
+            }
+            (ResourceKind::Folder { .. }, ResourceKind::Folder { .. })
+            | (ResourceKind::Link(_), ResourceKind::Link(_)) => {}
+            _ => differs(path, DifferenceKind::Kind),
         }
     }
     for path in found.keys() {
         if !path.as_os_str().is_empty() && !wanted.entries.contains_key(path) {
-            differs(path, How::Superfluous);
+            differs(path, DifferenceKind::Superfluous);
         }
     }
     differences.sort_by(|a, b| a.path.cmp(&b.path));

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use super::tree::{self, CHUNK, Item, OPEN, Tree};
-use crate::files::Files;
+use super::tree::{self, CHUNK, OPEN, ResourceKind, ResourceTree};
+use crate::files::FileChanges;
 use crate::refusal::{Refusal, Result};
 
 /// The allocation unit of file systems.
@@ -18,7 +18,7 @@ const RESERVE: u64 = 1 << 20;
 ///
 /// # Errors
 /// `io`.
-pub(super) fn clear(files: &dyn Files, staging: &Path) -> Result<()> {
+pub(super) fn clear(files: &dyn FileChanges, staging: &Path) -> Result<()> {
     files
         .remove(staging)
         .map_err(|error| Refusal::io(format!("removing {}", staging.display()), &error))
@@ -28,13 +28,13 @@ pub(super) fn clear(files: &dyn Files, staging: &Path) -> Result<()> {
 ///
 /// # Errors
 /// `no-space`, `io`.
-pub(super) fn check_space(wanted: &Tree, data: &Path) -> Result<()> {
+pub(super) fn check_space(wanted: &ResourceTree, data: &Path) -> Result<()> {
     let about = rustix::fs::statvfs(data).map_err(|error| {
         Refusal::io(format!("reading the size of {}", data.display()), &error.into())
     })?;
     let free = about.f_bavail.saturating_mul(about.f_frsize);
     let sizes = wanted.entries.values().map(|item| match item {
-        Item::File { size, .. } => size.next_multiple_of(BLOCK),
+        ResourceKind::File { size, .. } => size.next_multiple_of(BLOCK),
         _ => BLOCK,
     });
     let needed = sizes.sum::<u64>().saturating_add(RESERVE);
@@ -61,8 +61,8 @@ fn no_space(why: impl std::fmt::Display) -> Refusal {
 /// # Errors
 /// `no-space`, `io`: `target` is the old tree or the new one.
 pub(super) fn replace(
-    files: &dyn Files,
-    wanted: &Tree,
+    files: &dyn FileChanges,
+    wanted: &ResourceTree,
     staging: &Path,
     target: &Path,
 ) -> Result<()> {
@@ -94,23 +94,23 @@ pub(super) fn failed(doing: &str, path: &Path, error: &io::Error) -> Refusal {
     }
 }
 
-fn stage(files: &dyn Files, wanted: &Tree, staging: &Path) -> Result<()> {
+fn stage(files: &dyn FileChanges, wanted: &ResourceTree, staging: &Path) -> Result<()> {
     let folder = |path: &Path| files.create_dir(path).map_err(|e| failed("creating", path, &e));
     folder(staging)?;
     for (path, item) in &wanted.entries {
         let to = staging.join(path);
         match item {
-            Item::Folder { .. } => folder(&to)?,
-            Item::File { mode, .. } => copy(files, &wanted.folder.join(path), &to, *mode)?,
-            Item::Link(target) => {
+            ResourceKind::Folder { .. } => folder(&to)?,
+            ResourceKind::File { mode, .. } => copy(files, &wanted.folder.join(path), &to, *mode)?,
+            ResourceKind::Link(target) => {
                 files.symlink(target, &to).map_err(|e| failed("creating", &to, &e))?;
             }
-            Item::Other => {}
+            ResourceKind::Other => {}
         }
     }
     // The deepest first: a directory's content is durable before its own name.
     let inner = wanted.entries.iter().filter_map(|(path, item)| match item {
-        Item::Folder { mode } => Some((staging.join(path), *mode)),
+        ResourceKind::Folder { mode } => Some((staging.join(path), *mode)),
         _ => None,
     });
     let mut folders: Vec<_> = inner.collect();
@@ -133,7 +133,7 @@ fn stage(files: &dyn Files, wanted: &Tree, staging: &Path) -> Result<()> {
     }
 }
 
-fn copy(files: &dyn Files, from: &Path, to: &Path, mode: u32) -> Result<()> {
+fn copy(files: &dyn FileChanges, from: &Path, to: &Path, mode: u32) -> Result<()> {
     let mut source = File::open(from).map_err(|error| tree::reading(from, &error))?;
     files.create(to).map_err(|error| failed("creating", to, &error))?;
     let mut chunk = Vec::new();

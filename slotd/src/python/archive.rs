@@ -5,9 +5,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::{Module, is_file};
+use super::{PythonModule, is_file};
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// The end record without its comment (APPNOTE.TXT 4.3.16), and its signature.
 const END: usize = 22;
@@ -21,19 +21,19 @@ const HEADER_SIGNATURE: [u8; 4] = *b"PK\x01\x02";
 const MAX_DIRECTORY: usize = 16 << 20;
 
 /// An archive, and the directory in it that is on the path.
-pub(super) struct Archive {
+pub(super) struct ModuleArchive {
     path: PathBuf,
     inside: PathBuf,
     names: BTreeSet<String>,
 }
 
-impl Archive {
+impl ModuleArchive {
     /// Opens a path entry: an archive, or a directory in one (`lib.zip/folder`). `None` when it is not an archive, or one
     /// that Python cannot read either.
     ///
     /// # Errors
     /// `io`.
-    pub(super) fn open(root: &Root, entry: &Path) -> Result<Option<Self>> {
+    pub(super) fn open(root: &RootDir, entry: &Path) -> Result<Option<Self>> {
         // The first existing path, from the whole entry upwards (`zipimporter.__init__`).
         let mut above = entry.ancestors();
         let Some(path) = above.find(|path| root.path(path).exists()) else { return Ok(None) };
@@ -61,17 +61,17 @@ impl Archive {
     /// `zipimporter.find_spec`: bytecode before source, the package before the module, and a directory that the
     /// archive lists as a portion of a namespace. Bytecode of another interpreter, which Python would skip, is not
     /// distinguished: it is in the same place as its source.
-    pub(super) fn find(&self, name: &str) -> Option<Module> {
+    pub(super) fn find(&self, name: &str) -> Option<PythonModule> {
         let inside = self.inside.join(name);
         let inside = inside.to_str()?;
         for suffix in ["/__init__.pyc", "/__init__.py", ".pyc", ".py"] {
             let member = format!("{inside}{suffix}");
             if self.names.contains(&member) {
-                return Some(Module::Archived { path: self.path.join(member) });
+                return Some(PythonModule::Archived { path: self.path.join(member) });
             }
         }
         let listed = self.names.contains(&format!("{inside}/"));
-        listed.then(|| Module::Namespace { folders: vec![self.path.join(inside)] })
+        listed.then(|| PythonModule::Namespace { folders: vec![self.path.join(inside)] })
     }
 }
 

@@ -4,8 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Interpreter, Module, is_file};
-use crate::root::Root;
+use super::{Interpreter, PythonModule, is_file};
+use crate::root::RootDir;
 
 /// How a finder's module begins (`setuptools/command/editable_wheel.py`).
 const PREFIX: &str = "__editable___";
@@ -16,7 +16,7 @@ const MAX_FINDER: u64 = 1 << 20;
 /// The modules and their paths that a finder declares, if a `.pth` line installs a finder. `None` for any other
 /// line.
 pub(super) fn mapping(
-    root: &Root,
+    root: &RootDir,
     site: &Path,
     line: &str,
 ) -> Option<Result<Vec<(String, PathBuf)>, String>> {
@@ -92,17 +92,17 @@ fn string(text: &str) -> Option<(String, &str)> {
 }
 
 /// `_EditableFinder._find_spec`: the directory's `__init__.py`, else a file next to it.
-pub(super) fn find(root: &Root, python: &Interpreter, place: &Path) -> Option<Module> {
+pub(super) fn find(root: &RootDir, python: &Interpreter, place: &Path) -> Option<PythonModule> {
     let init = place.join("__init__.py");
     if is_file(&root.path(&init)) {
-        return Some(Module::Package { folder: place.to_owned(), init });
+        return Some(PythonModule::Package { folder: place.to_owned(), init });
     }
     // `importlib.machinery.all_suffixes`: source, bytecode, compiled.
     let [compiled, stable, plain, source, bytecode] = python.suffixes();
     for suffix in [source, bytecode, compiled, stable, plain] {
         let path = place.with_extension(suffix.trim_start_matches('.'));
         if is_file(&root.path(&path)) {
-            return Some(Module::File { path });
+            return Some(PythonModule::File { path });
         }
     }
     None

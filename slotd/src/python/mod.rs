@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
-use archive::Archive;
+use crate::root::RootDir;
+use archive::ModuleArchive;
 
 pub use site::SearchPath;
 
@@ -56,7 +56,7 @@ impl Interpreter {
 
 /// The origin of an entry of `sys.path`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Entry {
+pub enum PathEntryOrigin {
     /// A plain entry: `PYTHONPATH`, the standard library. Its `.pth` files are ignored.
     Plain(PathBuf),
     /// A site directory: the entries named by its `.pth` files follow it.
@@ -66,7 +66,7 @@ pub enum Entry {
 /// What a module is, and where. All paths are the robot's, as Python would spell them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
-pub enum Module {
+pub enum PythonModule {
     /// A directory with an `__init__`.
     Package {
         /// The directory.
@@ -94,7 +94,7 @@ pub enum Module {
 /// Something that the search could not determine or had to skip.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Note {
+pub struct SearchNote {
     /// The file.
     pub file: PathBuf,
     /// The line, from 1; 0 for the whole file.
@@ -103,7 +103,7 @@ pub struct Note {
     pub what: String,
 }
 
-impl fmt::Display for Note {
+impl fmt::Display for SearchNote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.line {
             0 => write!(f, "{}: {}", self.file.display(), self.what),
@@ -118,11 +118,11 @@ impl fmt::Display for Note {
 /// # Errors
 /// `misuse`: not the name of a top-level module. `io`.
 pub fn find(
-    root: &Root,
+    root: &RootDir,
     python: &Interpreter,
     path: &SearchPath,
     name: &str,
-) -> Result<Option<Module>> {
+) -> Result<Option<PythonModule>> {
     if name.is_empty() || name.contains(['.', '/', '\0']) {
         let help = "this is a bug in the agent; report it";
         return Err(Refusal::new("misuse", format!("`{name}` is not a top-level module"), help));
@@ -130,13 +130,13 @@ pub fn find(
     let mut portions = Vec::new();
     for entry in &path.entries {
         match in_entry(root, python, entry, name)? {
-            Some(Module::Namespace { folders }) => portions.extend(folders),
+            Some(PythonModule::Namespace { folders }) => portions.extend(folders),
             None => {}
             found => return Ok(found),
         }
     }
     if !portions.is_empty() {
-        return Ok(Some(Module::Namespace { folders: portions }));
+        return Ok(Some(PythonModule::Namespace { folders: portions }));
     }
     // Editable finders come after the path's own finder (`sys.meta_path.append`).
     for (module, place) in &path.editable {
@@ -150,8 +150,13 @@ pub fn find(
 }
 
 /// One entry of the path: `zipimporter`, then `FileFinder.find_spec`.
-fn in_entry(root: &Root, python: &Interpreter, entry: &Path, name: &str) -> Result<Option<Module>> {
-    if let Some(archive) = Archive::open(root, entry)? {
+fn in_entry(
+    root: &RootDir,
+    python: &Interpreter,
+    entry: &Path,
+    name: &str,
+) -> Result<Option<PythonModule>> {
+    if let Some(archive) = ModuleArchive::open(root, entry)? {
         return Ok(archive.find(name));
     }
     if !is_dir(&root.path(entry)) {
@@ -166,7 +171,7 @@ fn in_entry(root: &Root, python: &Interpreter, entry: &Path, name: &str) -> Resu
         for suffix in &suffixes {
             let init = base.join(format!("__init__{suffix}"));
             if is_file(&root.path(&init)) {
-                return Ok(Some(Module::Package { folder: base, init }));
+                return Ok(Some(PythonModule::Package { folder: base, init }));
             }
         }
         namespace = is_dir(&root.path(&base));
@@ -175,10 +180,10 @@ fn in_entry(root: &Root, python: &Interpreter, entry: &Path, name: &str) -> Resu
         let file = format!("{name}{suffix}");
         let path = entry.join(&file);
         if names.contains(&file) && is_file(&root.path(&path)) {
-            return Ok(Some(Module::File { path }));
+            return Ok(Some(PythonModule::File { path }));
         }
     }
-    Ok(namespace.then(|| Module::Namespace { folders: vec![base] }))
+    Ok(namespace.then(|| PythonModule::Namespace { folders: vec![base] }))
 }
 
 /// The names in a directory; names that are not UTF-8 cannot be modules. A missing or inaccessible directory is

@@ -6,8 +6,8 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
-use super::{Entry, Interpreter, Note, editable};
-use crate::root::Root;
+use super::{Interpreter, PathEntryOrigin, SearchNote, editable};
+use crate::root::RootDir;
 
 /// The longest `.pth` file that is read; real ones have a few hundred bytes.
 const MAX_PTH: u64 = 1 << 20;
@@ -20,21 +20,21 @@ pub struct SearchPath {
     /// Modules of editable installs with their own finder: name, and directory or file.
     pub editable: Vec<(String, PathBuf)>,
     /// What could not be followed.
-    pub notes: Vec<Note>,
+    pub notes: Vec<SearchNote>,
 }
 
 impl SearchPath {
     /// The path that an interpreter builds from these entries (`removeduppaths`, `addsitedir` in `Lib/site.py`).
-    pub fn new(root: &Root, python: &Interpreter, entries: &[Entry]) -> Self {
+    pub fn new(root: &RootDir, python: &Interpreter, entries: &[PathEntryOrigin]) -> Self {
         let mut path = Self::default();
         let mut known = BTreeSet::new();
         for entry in entries {
-            if let Entry::Plain(folder) = entry {
+            if let PathEntryOrigin::Plain(folder) = entry {
                 path.add(absolute(folder), &mut known);
             }
         }
         for entry in entries {
-            if let Entry::Site(folder) = entry
+            if let PathEntryOrigin::Site(folder) = entry
                 && root.path(folder).is_dir()
             {
                 path.site(root, python, &absolute(folder), &mut known);
@@ -50,12 +50,12 @@ impl SearchPath {
     }
 
     fn note(&mut self, file: &Path, line: usize, what: impl Into<String>) {
-        self.notes.push(Note { file: file.to_owned(), line, what: what.into() });
+        self.notes.push(SearchNote { file: file.to_owned(), line, what: what.into() });
     }
 
     fn site(
         &mut self,
-        root: &Root,
+        root: &RootDir,
         python: &Interpreter,
         folder: &Path,
         known: &mut BTreeSet<PathBuf>,
@@ -78,7 +78,7 @@ impl SearchPath {
     /// One `.pth` file (`addpackage`).
     fn pth(
         &mut self,
-        root: &Root,
+        root: &RootDir,
         python: &Interpreter,
         folder: &Path,
         name: &str,

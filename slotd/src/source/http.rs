@@ -5,17 +5,17 @@ use std::fmt;
 use std::io::{self, Read};
 use std::time::{Duration, Instant};
 
-use bundle::Input;
+use bundle::BundleInput;
 use ureq::Agent;
 use ureq::http::header::{
     ACCEPT_ENCODING, ACCEPT_RANGES, CONTENT_RANGE, ETAG, HeaderName, IF_RANGE, LAST_MODIFIED, RANGE,
 };
 use ureq::http::{HeaderMap, StatusCode};
 
-use super::pace::{GRACE, Limits, Pace};
+use super::pace::{GRACE, Pace, PaceLimits};
 use super::tls;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// Longest wait for an answer, or for its next bytes.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -48,7 +48,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(16);
 const WORTH_A_REQUEST: u64 = 1 << 20;
 
 /// The stream.
-pub struct Http {
+pub struct HttpStream {
     agent: Agent,
     address: String,
     position: u64,
@@ -67,7 +67,7 @@ pub struct Http {
     again: u64,
 }
 
-impl fmt::Debug for Http {
+impl fmt::Debug for HttpStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Http")
             .field("address", &self.address)
@@ -82,21 +82,21 @@ enum Failure {
     Final(io::Error),
 }
 
-impl Http {
+impl HttpStream {
     /// Sends the first request.
     ///
     /// # Errors
     /// `source`: the server cannot be reached, or does not have the file. `bad-certificate`: its certificate is not
     /// trusted.
-    pub fn open(address: &str, root: &Root) -> Result<Self> {
-        Self::open_with(address, root, Limits::default())
+    pub fn open(address: &str, root: &RootDir) -> Result<Self> {
+        Self::open_with(address, root, PaceLimits::default())
     }
 
-    /// [`Http::open`] with other limits.
+    /// [`HttpStream::open`] with other limits.
     ///
     /// # Errors
-    /// As [`Http::open`].
-    pub fn open_with(address: &str, root: &Root, limits: Limits) -> Result<Self> {
+    /// As [`HttpStream::open`].
+    pub fn open_with(address: &str, root: &RootDir, limits: PaceLimits) -> Result<Self> {
         let config = Agent::config_builder()
             .tls_config(tls::config(root)?)
             .timeout_connect(Some(PATIENCE))
@@ -257,7 +257,7 @@ fn first_byte(headers: &HeaderMap) -> Option<u64> {
     range.strip_prefix("bytes ")?.split('-').next()?.parse().ok()
 }
 
-impl Read for Http {
+impl Read for HttpStream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut failures = 0;
         while !buffer.is_empty() && !self.at_end() {
@@ -301,7 +301,7 @@ impl Read for Http {
     }
 }
 
-impl Input for Http {
+impl BundleInput for HttpStream {
     fn skip(&mut self, n: u64) -> io::Result<()> {
         let end = self.position.checked_add(n).ok_or(io::ErrorKind::InvalidInput)?;
         if self.length.is_some_and(|length| end > length) {
@@ -346,7 +346,7 @@ mod tests {
         let address = answering(
             "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 18446744073709551615-5/9\r\nContent-Length: 9\r\n\r\n123456789",
         );
-        let refusal = Http::open(&address, &Root::new("/nowhere")).unwrap_err();
+        let refusal = HttpStream::open(&address, &RootDir::new("/nowhere")).unwrap_err();
         assert_eq!(refusal.code, "source");
         assert!(refusal.message.contains("invalid Content-Range"), "{}", refusal.message);
     }

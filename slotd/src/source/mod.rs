@@ -8,32 +8,32 @@ use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::os::fd::AsFd;
 
-use bundle::{Input, Seekable, Stream};
+use bundle::{BundleInput, SeekableInput, StreamInput};
 
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
-pub use http::Http;
-pub use pace::{Limits, Pace, Paced};
+pub use http::HttpStream;
+pub use pace::{Pace, PaceLimits, PacedStream};
 pub(crate) use tls::refusal as distrusted;
 
 /// An opened source.
 #[derive(Debug)]
-pub enum Source {
+pub enum BundleSource {
     /// A file: unneeded frames are not read.
-    File(Seekable<BufReader<File>>),
+    File(SeekableInput<BufReader<File>>),
     /// Standard input, or a file that is not seekable: the sender must keep the pace.
-    Pipe(Stream<BufReader<Paced<File>>>),
+    Pipe(StreamInput<BufReader<PacedStream<File>>>),
     /// A web server: unneeded frames are not sent.
-    Http(Box<Http>),
+    Http(Box<HttpStream>),
 }
 
-impl Source {
+impl BundleSource {
     /// Opens a source by name: a path, `-`, or an address that begins with `http://` or `https://`.
     ///
     /// # Errors
     /// `source`: it cannot be opened or reached. `bad-certificate`: the server's certificate is not trusted.
-    pub fn open(name: &str, root: &Root) -> Result<Self> {
+    pub fn open(name: &str, root: &RootDir) -> Result<Self> {
         if name == "-" {
             // A separate handle: Rust's standard input has a buffer, which `poll` does not see.
             let input = io::stdin().as_fd().try_clone_to_owned().map_err(|error| {
@@ -46,22 +46,22 @@ impl Source {
             return Ok(Self::pipe(input.into()));
         }
         if name.starts_with("http://") || name.starts_with("https://") {
-            return Ok(Self::Http(Box::new(Http::open(name, root)?)));
+            return Ok(Self::Http(Box::new(HttpStream::open(name, root)?)));
         }
         let failed = |error: io::Error| {
             Refusal::new("source", format!("opening {name}: {error}"), "check the path")
         };
         let file = File::open(name).map_err(failed)?;
         if file.metadata().map_err(failed)?.is_file() {
-            Ok(Self::File(Seekable(BufReader::with_capacity(1 << 16, file))))
+            Ok(Self::File(SeekableInput(BufReader::with_capacity(1 << 16, file))))
         } else {
             Ok(Self::pipe(file))
         }
     }
 
     fn pipe(file: File) -> Self {
-        let paced = Paced::new(file, Limits::default());
-        Self::Pipe(Stream(BufReader::with_capacity(1 << 16, paced)))
+        let paced = PacedStream::new(file, PaceLimits::default());
+        Self::Pipe(StreamInput(BufReader::with_capacity(1 << 16, paced)))
     }
 
     /// Whether skipping a part saves its transfer, so that it is worth reading the running slot instead. A
@@ -71,7 +71,7 @@ impl Source {
     }
 }
 
-impl Read for Source {
+impl Read for BundleSource {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::File(input) => input.read(buffer),
@@ -81,7 +81,7 @@ impl Read for Source {
     }
 }
 
-impl Input for Source {
+impl BundleInput for BundleSource {
     fn skip(&mut self, n: u64) -> io::Result<()> {
         match self {
             Self::File(input) => input.skip(n),

@@ -18,14 +18,14 @@ pub(super) const GRACE: Duration = Duration::from_secs(300);
 
 /// The limits for the other side.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct PaceLimits {
     /// Minimum average bytes per second.
     pub slowest: u32,
     /// How long it may be slower.
     pub grace: Duration,
 }
 
-impl Default for Limits {
+impl Default for PaceLimits {
     fn default() -> Self {
         Self { slowest: SLOWEST, grace: GRACE }
     }
@@ -35,13 +35,13 @@ impl Default for Limits {
 /// the other side uses it up, not the robot's own work.
 #[derive(Debug)]
 pub struct Pace {
-    limits: Limits,
+    limits: PaceLimits,
     left: Duration,
 }
 
 impl Pace {
     /// Starts with the full grace time.
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(limits: PaceLimits) -> Self {
         Self { limits, left: limits.grace }
     }
 
@@ -69,7 +69,7 @@ impl Pace {
     }
 
     fn too_slow(&self) -> io::Error {
-        let Limits { slowest, grace } = self.limits;
+        let PaceLimits { slowest, grace } = self.limits;
         io::Error::new(
             io::ErrorKind::TimedOut,
             format!(
@@ -81,25 +81,25 @@ impl Pace {
 }
 
 /// A pipe, terminal or socket that must keep the pace.
-pub struct Paced<R> {
+pub struct PacedStream<R> {
     input: R,
     pace: Pace,
 }
 
-impl<R> fmt::Debug for Paced<R> {
+impl<R> fmt::Debug for PacedStream<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Paced").field("pace", &self.pace).finish_non_exhaustive()
     }
 }
 
-impl<R: Read + AsFd> Paced<R> {
+impl<R: Read + AsFd> PacedStream<R> {
     /// `input` must not have its own buffer.
-    pub fn new(input: R, limits: Limits) -> Self {
+    pub fn new(input: R, limits: PaceLimits) -> Self {
         Self { input, pace: Pace::new(limits) }
     }
 }
 
-impl<R: Read + AsFd> Read for Paced<R> {
+impl<R: Read + AsFd> Read for PacedStream<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let started = Instant::now();
         let waits = Timespec::try_from(self.pace.left()).map_err(io::Error::other)?;
@@ -126,7 +126,7 @@ mod tests {
 
     /// Seconds until a server that sends `bytes` after every `every` is given up; `None`: not within a week.
     fn given_up(bytes: u64, every: Duration) -> Option<u64> {
-        let mut pace = Pace::new(Limits::default());
+        let mut pace = Pace::new(PaceLimits::default());
         let mut passed = Duration::ZERO;
         while passed < SECOND * 7 * 86_400 {
             passed += every;
@@ -148,18 +148,18 @@ mod tests {
         assert_eq!(given_up(1131, SECOND), None);
         assert_eq!(given_up(1 << 20, SECOND * 240), None);
         // Fast transfer before does not extend the grace time.
-        let mut pace = Pace::new(Limits::default());
+        let mut pace = Pace::new(PaceLimits::default());
         pace.count(SECOND, 1 << 30).unwrap();
         assert!(pace.count(GRACE + SECOND, 0).is_err());
     }
 
     #[test]
     fn a_pipe_that_stalls_or_dribbles_has_an_end_and_a_fast_one_comes_whole() {
-        let limits = Limits { slowest: 1000, grace: Duration::from_millis(300) };
+        let limits = PaceLimits { slowest: 1000, grace: Duration::from_millis(300) };
         // No data, and the other end stays open.
         let (_silent, input) = UnixStream::pair().unwrap();
         let mut said = Vec::new();
-        let error = Paced::new(input, limits).read_to_end(&mut said).unwrap_err();
+        let error = PacedStream::new(input, limits).read_to_end(&mut said).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
         // A byte now and then, at intervals shorter than the grace time.
         let (mut dribbling, input) = UnixStream::pair().unwrap();
@@ -168,14 +168,14 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(50));
             }
         });
-        let error = Paced::new(input, limits).read_to_end(&mut said).unwrap_err();
+        let error = PacedStream::new(input, limits).read_to_end(&mut said).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
         dribbles.join().unwrap();
         // The time of the robot's own work does not count as a delay.
         let (mut fast, input) = UnixStream::pair().unwrap();
         fast.write_all(&[7; 3000]).unwrap();
         drop(fast);
-        let mut paced = Paced::new(input, limits);
+        let mut paced = PacedStream::new(input, limits);
         let mut first = [0; 1000];
         paced.read_exact(&mut first).unwrap();
         std::thread::sleep(Duration::from_millis(600));

@@ -10,7 +10,7 @@ use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 
 use crate::durable;
 use crate::refusal::{Refusal, Result};
-use crate::root::Root;
+use crate::root::RootDir;
 
 /// Directories with certificates of authorities, as PEM in files `*.pem` and `*.crt`: the image's and the robot's.
 const AUTHORITIES: [&str; 2] = ["etc/slotd/ca.d", "data/identity/ca.d"];
@@ -20,7 +20,7 @@ const AUTHORITIES: [&str; 2] = ["etc/slotd/ca.d", "data/identity/ca.d"];
 ///
 /// # Errors
 /// `bad-certificate`: a file is invalid. `io`.
-pub(super) fn config(root: &Root) -> Result<TlsConfig> {
+pub(super) fn config(root: &RootDir) -> Result<TlsConfig> {
     let mut known = Vec::new();
     for folder in AUTHORITIES {
         let folder = root.path(folder);

@@ -5,9 +5,9 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use slotd::Root;
-use slotd::events::Events;
-use slotd::provision::{Outcome, Provisioned, boot, run};
+use slotd::RootDir;
+use slotd::events::EventLog;
+use slotd::provision::{ProvisionOutcome, ProvisionReport, boot, run};
 
 use crate::crash::{Snapshot, snapshot};
 
@@ -40,8 +40,8 @@ impl Robot {
         self.dir.path().join(path)
     }
 
-    pub fn root(&self) -> Root {
-        Root::new(self.dir.path())
+    pub fn root(&self) -> RootDir {
+        RootDir::new(self.dir.path())
     }
 
     pub fn file(&self, path: &str, text: &str) -> &Self {
@@ -68,12 +68,12 @@ impl Robot {
         fs::set_permissions(self.path(path), Permissions::from_mode(mode)).unwrap();
     }
 
-    pub fn run(&self) -> slotd::Result<Provisioned> {
-        run(&self.root(), &Events::new(&self.root()))
+    pub fn run(&self) -> slotd::Result<ProvisionReport> {
+        run(&self.root(), &EventLog::new(&self.root()))
     }
 
-    pub fn boot(&self) -> slotd::Result<Outcome> {
-        boot(&self.root(), &Events::new(&self.root())).map(|done| done.outcome)
+    pub fn boot(&self) -> slotd::Result<ProvisionOutcome> {
+        boot(&self.root(), &EventLog::new(&self.root())).map(|done| done.outcome)
     }
 
     pub fn system(&self) -> Snapshot {
@@ -87,7 +87,7 @@ impl Robot {
     }
 
     pub fn events(&self) -> Vec<String> {
-        Events::new(&self.root()).read().unwrap().into_iter().map(|e| e.event).collect()
+        EventLog::new(&self.root()).read().unwrap().into_iter().map(|e| e.event).collect()
     }
 }
 

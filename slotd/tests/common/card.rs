@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use bundle::bootstate::Slot;
 use slotd::Result;
-use slotd::machine::Slots;
+use slotd::machine::SlotStorage;
 use slotd::storage::Storage;
 
 /// Bytes that a card erases at once, and that a torn write may destroy. 4 MiB is the alignment of partitions
@@ -178,7 +178,7 @@ fn read(content: &[u8], offset: u64, buffer: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-impl Slots for Card {
+impl SlotStorage for Card {
     fn open(&self, slot: Slot, role: &str) -> Result<Box<dyn Storage>> {
         let place = match (role, slot) {
             ("root", Slot::A) => Place::A,

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use slotd::files::{Files, RealFiles};
+use slotd::files::{DirectFileChanges, FileChanges};
 
 /// The file at a path, for display and comparison: mode and content.
 pub type Snapshot = BTreeMap<PathBuf, String>;
@@ -455,24 +455,24 @@ impl Recorder {
     }
 }
 
-impl Files for Recorder {
+impl FileChanges for Recorder {
     fn create_dir(&self, path: &Path) -> io::Result<()> {
         self.call()?;
-        RealFiles.create_dir(path)?;
+        DirectFileChanges.create_dir(path)?;
         self.new_inode(path, Node::Folder(BTreeMap::new()), 0o700);
         Ok(())
     }
 
     fn create(&self, path: &Path) -> io::Result<()> {
         self.call()?;
-        RealFiles.create(path)?;
+        DirectFileChanges.create(path)?;
         self.new_inode(path, Node::File(Vec::new()), 0o600);
         Ok(())
     }
 
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         self.call()?;
-        RealFiles.append(path, bytes)?;
+        DirectFileChanges.append(path, bytes)?;
         self.change(|store| {
             vec![Change::Append { file: self.inode(store, path), bytes: bytes.to_vec() }]
         });
@@ -481,7 +481,7 @@ impl Files for Recorder {
 
     fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()> {
         self.call()?;
-        RealFiles.set_mode(path, mode)?;
+        DirectFileChanges.set_mode(path, mode)?;
         self.change(|store| vec![Change::Mode { inode: self.inode(store, path), mode }]);
         Ok(())
     }
@@ -489,19 +489,19 @@ impl Files for Recorder {
     fn set_owner(&self, path: &Path, user: u32, group: u32) -> io::Result<()> {
         self.call()?;
         // All files of a test are of one owner.
-        RealFiles.set_owner(path, user, group)
+        DirectFileChanges.set_owner(path, user, group)
     }
 
     fn overwrite(&self, path: &Path) -> io::Result<()> {
         self.call()?;
-        RealFiles.overwrite(path)?;
+        DirectFileChanges.overwrite(path)?;
         self.change(|store| vec![Change::Zeros { file: self.inode(store, path) }]);
         Ok(())
     }
 
     fn set_modified(&self, path: &Path, time: SystemTime) -> io::Result<()> {
         self.call()?;
-        RealFiles.set_modified(path, time)?;
+        DirectFileChanges.set_modified(path, time)?;
         let time = time.duration_since(UNIX_EPOCH).unwrap().as_secs();
         self.change(|store| vec![Change::Time { inode: self.inode(store, path), time }]);
         Ok(())
@@ -509,7 +509,7 @@ impl Files for Recorder {
 
     fn link(&self, file: &Path, path: &Path) -> io::Result<()> {
         self.call()?;
-        RealFiles.link(file, path)?;
+        DirectFileChanges.link(file, path)?;
         self.change(|store| {
             let to = self.inode(store, file);
             let (folder, name) = self.place(store, path);
@@ -520,28 +520,28 @@ impl Files for Recorder {
 
     fn symlink(&self, to: &Path, path: &Path) -> io::Result<()> {
         self.call()?;
-        RealFiles.symlink(to, path)?;
+        DirectFileChanges.symlink(to, path)?;
         self.new_inode(path, Node::Link(to.to_owned()), 0o777);
         Ok(())
     }
 
     fn sync(&self, path: &Path) -> io::Result<()> {
         self.call()?;
-        RealFiles.sync(path)?;
+        DirectFileChanges.sync(path)?;
         self.flush(path, |store| vec![Change::Sync { inode: self.inode(store, path) }]);
         Ok(())
     }
 
     fn sync_all(&self, folder: &Path) -> io::Result<()> {
         self.call()?;
-        RealFiles.sync_all(folder)?;
+        DirectFileChanges.sync_all(folder)?;
         self.flush(folder, |_| vec![Change::SyncAll]);
         Ok(())
     }
 
     fn replace(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.call()?;
-        RealFiles.replace(from, to)?;
+        DirectFileChanges.replace(from, to)?;
         self.change(|store| {
             let inode = self.inode(store, from);
             let ((folder, from), (same, name)) = (self.place(store, from), self.place(store, to));
@@ -553,14 +553,14 @@ impl Files for Recorder {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.call()?;
-        RealFiles.rename(from, to)?;
+        DirectFileChanges.rename(from, to)?;
         self.swap(from, to);
         Ok(())
     }
 
     fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
         self.call()?;
-        RealFiles.exchange(one, other)?;
+        DirectFileChanges.exchange(one, other)?;
         self.swap(one, other);
         Ok(())
     }
@@ -568,7 +568,7 @@ impl Files for Recorder {
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.call()?;
         let there = path.symlink_metadata().is_ok();
-        RealFiles.remove(path)?;
+        DirectFileChanges.remove(path)?;
         if there {
             self.change(|store| {
                 let mut changes = Vec::new();

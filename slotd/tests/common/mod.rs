@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use bundle::bootstate::{BootState, Slot};
-use bundle::{KeySet, Kind, Version};
+use bundle::{BuildKind, KeySet, Version};
 use bundles::{Parts, TestKey, noise, parts};
 use serde_json::Value;
 
@@ -139,8 +139,8 @@ impl Robot {
         fs::write(path, content).unwrap();
     }
 
-    pub fn root(&self) -> slotd::Root {
-        slotd::Root::new(self.dir.path())
+    pub fn root(&self) -> slotd::RootDir {
+        slotd::RootDir::new(self.dir.path())
     }
 
     pub fn slot_path(&self, slot: Slot) -> PathBuf {
@@ -261,7 +261,7 @@ pub fn write(dir: &Path, name: &str, bytes: &[u8]) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-pub fn keys_of(seeds: &[(u8, Kind, u32)]) -> KeySet {
+pub fn keys_of(seeds: &[(u8, BuildKind, u32)]) -> KeySet {
     let keys = seeds.iter().map(|(seed, kind, epoch)| TestKey::new(*seed).trusted(*kind, *epoch));
     KeySet { serial: 0, keys: keys.collect() }
 }

@@ -2,9 +2,9 @@
 
 use std::fs;
 
-use bundle::component::{LOCK_ROLE, Lock, Script, TREE_TIME, Wheel};
+use bundle::component::{ComponentLock, ComponentWheel, LOCK_ROLE, TREE_TIME, WheelScript};
 use bundle::index::{hex, sha256};
-use bundle::{Component, Version};
+use bundle::{BundleComponent, Version};
 
 use super::bundles::{TestKey, parts};
 use super::{Plan, Robot};
@@ -16,7 +16,7 @@ pub struct Tree {
     pub version: String,
     pub files: Vec<(String, String)>,
     pub requires: Vec<String>,
-    pub scripts: Vec<Script>,
+    pub scripts: Vec<WheelScript>,
 }
 
 impl Tree {
@@ -47,8 +47,8 @@ impl Tree {
         tar.into_inner().unwrap()
     }
 
-    pub fn wheel(&self, tar: &[u8]) -> Wheel {
-        Wheel {
+    pub fn wheel(&self, tar: &[u8]) -> ComponentWheel {
+        ComponentWheel {
             role: self.name.to_owned(),
             name: self.name.to_owned(),
             version: self.version.clone(),
@@ -65,7 +65,7 @@ impl Tree {
 
 /// A component to be packed: valid until a test breaks it.
 pub struct Draft {
-    pub lock: Lock,
+    pub lock: ComponentLock,
     pub tars: Vec<Vec<u8>>,
     pub version: &'static str,
     pub json: Option<Vec<u8>>,
@@ -76,7 +76,7 @@ impl Draft {
     pub fn new(trees: &[Tree]) -> Self {
         let tars: Vec<Vec<u8>> = trees.iter().map(Tree::tar).collect();
         let top = trees.iter().find(|tree| tree.name == "robotapi").unwrap();
-        let lock = Lock {
+        let lock = ComponentLock {
             format: 1,
             package: top.name.to_owned(),
             module: top.name.to_owned(),
@@ -90,7 +90,7 @@ impl Draft {
         Self { lock, tars, version: "1.2.3", json: None, more: Vec::new() }
     }
 
-    pub fn edit(mut self, change: impl FnOnce(&mut Lock)) -> Self {
+    pub fn edit(mut self, change: impl FnOnce(&mut ComponentLock)) -> Self {
         change(&mut self.lock);
         self
     }
@@ -105,7 +105,7 @@ impl Draft {
         let roles = std::iter::once(LOCK_ROLE).chain(self.lock.wheels.iter().map(|w| &*w.role));
         payloads.iter_mut().zip(roles).for_each(|(p, role)| p.role = role.to_owned());
         let others = payloads.split_off(1 + self.tars.len());
-        let component = |name: &str, payloads| Component {
+        let component = |name: &str, payloads| BundleComponent {
             name: name.to_owned(),
             version: Version::parse("10.0.0").unwrap(),
             payloads,
@@ -128,7 +128,7 @@ pub fn trees(version: &str, text: &str) -> Vec<Tree> {
         .with("bin/robotapi", "#!/usr/bin/python3\n");
     top.requires = vec!["helper".to_owned()];
     top.scripts =
-        vec![Script { name: "robotapi".to_owned(), module: "robotapi.cli.main".to_owned() }];
+        vec![WheelScript { name: "robotapi".to_owned(), module: "robotapi.cli.main".to_owned() }];
     vec![Tree::new("helper", "2.0", "the same in all"), top]
 }
 

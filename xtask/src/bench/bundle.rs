@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use bundle::{Kind, Level, Version};
+use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
@@ -326,9 +326,9 @@ pub fn child(args: &[String]) -> Result<()> {
         bail!("expected a payload, a level and an output, found {} arguments", args.len())
     };
     let level = match level.as_str() {
-        "fast" => Level::Fast,
-        "release" => Level::Release,
-        "slow" => Level::Slow,
+        "fast" => CompressionLevel::Fast,
+        "release" => CompressionLevel::Release,
+        "slow" => CompressionLevel::Slow,
         other => bail!("expected the level fast, release or slow, found `{other}`"),
     };
     let dir = tempfile::tempdir().context("creating a temporary directory")?;
@@ -339,17 +339,17 @@ pub fn child(args: &[String]) -> Result<()> {
 /// A bundle of one payload, signed with the development key of a directory.
 pub(super) fn pack(
     payload: &Utf8Path,
-    level: Level,
+    level: CompressionLevel,
     keys: &Utf8Path,
     out: &Utf8Path,
 ) -> Result<()> {
-    let signer = Keys::open(keys)?.signer(Kind::Development)?;
+    let signer = Keys::open(keys)?.signer(BuildKind::Development)?;
     let version = Version::parse("1.0.0")?;
     let payloads = vec![PayloadRequest { role: "root".to_owned(), path: payload.to_owned() }];
     let request = PackRequest {
         product: "bench".to_owned(),
         version: version.clone(),
-        kind: Kind::Development,
+        kind: BuildKind::Development,
         boards: vec!["bench".to_owned()],
         minimum_version: version.clone(),
         key_epoch: None,

@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use bundle::{BLOCK_SIZE, Level};
+use bundle::{BLOCK_SIZE, CompressionLevel};
 use camino::{Utf8Path, Utf8PathBuf};
 use contract::answer::InstalledSystem;
 use serde::Serialize;
@@ -148,7 +148,7 @@ impl Bench {
     /// A bundle of one payload.
     fn pack(&self, payload: &Utf8Path, name: &str) -> Result<Utf8PathBuf> {
         let out = self.folder.join(name);
-        pack(payload, Level::Fast, &self.folder.join("keys-of-bundles"), &out)?;
+        pack(payload, CompressionLevel::Fast, &self.folder.join("keys-of-bundles"), &out)?;
         Ok(out)
     }
 

@@ -448,11 +448,11 @@ pub fn card(
 }
 
 /// The compression level of a bundle.
-pub(super) fn level(compression: Compression) -> bundle::Level {
+pub(super) fn level(compression: Compression) -> bundle::CompressionLevel {
     match compression {
-        Compression::Fast => bundle::Level::Fast,
-        Compression::Release => bundle::Level::Release,
-        Compression::Slow => bundle::Level::Slow,
+        Compression::Fast => bundle::CompressionLevel::Fast,
+        Compression::Release => bundle::CompressionLevel::Release,
+        Compression::Slow => bundle::CompressionLevel::Slow,
     }
 }
 

@@ -231,7 +231,7 @@ pub(super) fn bundle(
     base: &Base,
     system: &str,
     signers: &[&str],
-    level: bundle::Level,
+    level: bundle::CompressionLevel,
     out: &Utf8Path,
 ) -> Result<Key> {
     let Plan {

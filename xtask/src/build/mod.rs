@@ -20,7 +20,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::Artifact;
 use crate::cache::{Cache, Key, Origin, Staged};
-use crate::config::product::{Engine, Kind, RootLogin};
+use crate::config::product::{BuildKind, Engine, RootLogin};
 use crate::failure::Failure;
 use crate::keys::{self, Keys, Signer};
 use crate::plan::Plan;
@@ -191,7 +191,8 @@ fn signing(plan: &Plan) -> Result<Signing> {
 /// The developer who builds a development product may log in to it as root: `push` needs that. A
 /// release product accepts no key from outside of the repository.
 fn developer_access(plan: &Plan, rendered: &mut Rendered) -> Result<()> {
-    let closed = plan.product.kind == Kind::Release || plan.ssh.permit_root_login == RootLogin::No;
+    let closed =
+        plan.product.kind == BuildKind::Release || plan.ssh.permit_root_login == RootLogin::No;
     let Some(root) = plan.users.iter().find(|user| user.uid == 0).filter(|_| !closed) else {
         return Ok(());
     };

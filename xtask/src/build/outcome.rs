@@ -10,7 +10,7 @@ use camino::Utf8Path;
 use super::{Build, Made, Signing};
 use crate::artifact::{hash_bytes, write_atomically};
 use crate::cache::Key;
-use crate::config::product::{Engine, Kind};
+use crate::config::product::{BuildKind, Engine};
 use crate::disk::layout::{GPT_HEAD_SECTORS, GPT_TAIL_SECTORS, SECTOR, TableKind};
 use crate::failure::Failure;
 use crate::render::Rendered;
@@ -183,10 +183,10 @@ fn parts(build: &Build<'_>, made: &Made, rendered: &Rendered) -> Result<Vec<repo
     Ok(parts)
 }
 
-fn kind(kind: Kind) -> report::Kind {
+fn kind(kind: BuildKind) -> report::Kind {
     match kind {
-        Kind::Development => report::Kind::Development,
-        Kind::Release => report::Kind::Release,
+        BuildKind::Development => report::Kind::Development,
+        BuildKind::Release => report::Kind::Release,
     }
 }
 

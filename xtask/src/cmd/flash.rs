@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::cli::{Flash, Format};
 use crate::flash::card::Disk;
 use crate::flash::device::{self, Device, Objection};
-use crate::flash::seed::{self, PASSWORD_VARIABLE, Seed};
+use crate::flash::seed::{self, PASSWORD_VARIABLE, SeedFile};
 use crate::flash::source::Source;
 use crate::flash::{self, Outcome, Request};
 use crate::progress::{bytes, duration, say};
@@ -114,7 +114,7 @@ fn image(options: &Flash) -> Result<Utf8PathBuf> {
     Ok(image)
 }
 
-fn seed(options: &Flash) -> Result<Seed> {
+fn seed(options: &Flash) -> Result<SeedFile> {
     if let Some(name) = &options.hostname {
         seed::check_hostname(name)?;
     }
@@ -126,7 +126,7 @@ fn seed(options: &Flash) -> Result<Seed> {
         Some(ssid) => Some(seed::wifi(ssid, password(options, ssid)?)?),
         None => None,
     };
-    Ok(Seed { hostname: options.hostname.clone(), ssh_keys, wifi })
+    Ok(SeedFile { hostname: options.hostname.clone(), ssh_keys, wifi })
 }
 
 /// The Wi-Fi password; `None` for an open network. Never from the command line, which every user of

@@ -1,7 +1,7 @@
 //! `keys`: make, list and rotate signing keys. Secrets are never printed.
 
 use anyhow::Result;
-use bundle::Kind;
+use bundle::BuildKind;
 use serde_json::json;
 
 use crate::cli::{Format, Keys as Verb};
@@ -18,11 +18,11 @@ pub fn keys(verb: &Verb) -> Result<()> {
     let mut keys = Keys::open(&directory()?)?;
     match verb {
         Verb::New => {
-            let key = keys.new_key(Kind::Release)?;
+            let key = keys.new_key(BuildKind::Release)?;
             outln!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
         }
         Verb::Rotate { revoke, development } => {
-            let kind = if *development { Kind::Development } else { Kind::Release };
+            let kind = if *development { BuildKind::Development } else { BuildKind::Release };
             let key = keys.rotate(kind, *revoke)?;
             outln!("made the {kind} key {} of epoch {} in {}", key.id, key.epoch, directory()?);
             let is_older = |listed: &Listed| {

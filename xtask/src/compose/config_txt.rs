@@ -8,8 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Result, anyhow};
-use bootmodel::chain::Facts;
-use bootmodel::chain::config::{self, Filters, Setting};
+use bootmodel::chain::BootFacts;
+use bootmodel::chain::config::{self, ConfigFilters, ConfigSetting};
 
 /// The file.
 const NAME: &str = "config.txt";
@@ -48,7 +48,7 @@ pub fn check(
     partitions: &Partitions<'_>,
     missing: &mut Vec<String>,
 ) -> Result<()> {
-    let facts = Facts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
+    let facts = BootFacts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
     let models: Vec<_> = compatible.iter().filter_map(|name| facts.model(name)).collect();
     let mut found = BTreeSet::new();
     for ((role, name), text) in partitions.texts {
@@ -56,17 +56,17 @@ pub fn check(
             continue;
         }
         let read = |name: &str| partitions.text(role, name);
-        let settings = |filters: Filters<'_>| {
+        let settings = |filters: ConfigFilters<'_>| {
             let (mut found, refused) = config::included(text, filters, &read);
             // Missing included files are reported as well.
             found.extend(refused.into_iter().map(|(setting, _)| setting));
             found
         };
-        let mut look = |settings: &[Setting], first: &[Setting]| {
+        let mut look = |settings: &[ConfigSetting], first: &[ConfigSetting]| {
             for (key, file) in named(settings, first) {
                 // The line with this value, or with its beginning: a prefix may come from another
                 // line.
-                let says = |setting: &&Setting| {
+                let says = |setting: &&ConfigSetting| {
                     setting.key == key
                         && file.contains(
                             setting.value.split([',', ':']).next().unwrap_or_default().trim(),
@@ -91,11 +91,11 @@ pub fn check(
             }
         };
         for tryboot in [false, true] {
-            let filters = |models| Filters { models, tryboot: Some(tryboot), sections: true };
+            let filters = |models| ConfigFilters { models, tryboot: Some(tryboot), sections: true };
             for (model, soc) in &models {
                 let settings = settings(filters(Some(&model.filters)));
                 // bootcode.bin of the Pi 3 selects the firmware before any section applies.
-                let all = Filters { models: None, tryboot: None, sections: false };
+                let all = ConfigFilters { models: None, tryboot: None, sections: false };
                 let first = match soc.generation {
                     3 => config::settings(text, all),
                     _ => settings.clone(),
@@ -114,7 +114,7 @@ pub fn check(
 
 /// Keys and the files that they name. For most keys the last line applies; `first` are the lines
 /// that apply when the firmware itself is selected.
-fn named(settings: &[Setting], first: &[Setting]) -> Vec<(&'static str, String)> {
+fn named(settings: &[ConfigSetting], first: &[ConfigSetting]) -> Vec<(&'static str, String)> {
     let last = |key: &str| {
         let value = config::last(settings, key).map(|setting| setting.value.as_str());
         value.filter(|value| !value.is_empty())

@@ -1,13 +1,13 @@
 //! `configs/<product>.toml`: what ships. Only its form is checked here.
 
-pub use bundle::{Kind, Version};
+pub use bundle::{BuildKind, Version};
 use camino::Utf8PathBuf;
 use toml::de::DeValue;
 
 use super::reader::{Fields, FromToml, Located, Place, Source, Whole};
 use super::units::{Name, Percent};
 
-impl FromToml for Kind {
+impl FromToml for BuildKind {
     const EXPECTED: &'static str = "\"development\" or \"release\"";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         match value.as_str() {
@@ -51,7 +51,7 @@ pub struct Product {
     /// Its version.
     pub version: Located<Version>,
     /// Development or release.
-    pub kind: Located<Kind>,
+    pub kind: Located<BuildKind>,
     /// Built when no product is named.
     pub default: bool,
     /// Boards that it is built for.

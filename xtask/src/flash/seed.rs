@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use contract::names;
 use contract::seed_file::LARGEST;
-pub use contract::seed_file::{FILE, Seed, Wifi};
+pub use contract::seed_file::{FILE, SeedFile, WifiNetwork};
 use fatfs::{FileSystem, FsOptions};
 
 use super::card::{Buffer, Card};
@@ -30,7 +30,7 @@ const BOOT: &str = "boot";
 ///
 /// # Errors
 /// When no such network can exist ([`names::is_ssid`], [`names::is_wifi_password`]), or its name has control characters.
-pub fn wifi(ssid: &str, password: Option<String>) -> Result<Wifi> {
+pub fn wifi(ssid: &str, password: Option<String>) -> Result<WifiNetwork> {
     ensure!(
         names::is_ssid(ssid) && !ssid.chars().any(char::is_control),
         "the Wi-Fi name has {} bytes, expected 1 to 32 without control characters",
@@ -52,7 +52,7 @@ pub fn wifi(ssid: &str, password: Option<String>) -> Result<Wifi> {
             password.len()
         );
     }
-    Ok(Wifi { ssid: ssid.to_owned(), password })
+    Ok(WifiNetwork { ssid: ssid.to_owned(), password })
 }
 
 /// Checks a host name: RFC 1123, section 2.1, one label.
@@ -89,7 +89,7 @@ pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
 }
 
 /// The names of the seed's settings.
-fn parts(seed: &Seed) -> Vec<&'static str> {
+fn parts(seed: &SeedFile) -> Vec<&'static str> {
     let parts = [
         ("hostname", seed.hostname.is_some()),
         ("ssh-keys", !seed.ssh_keys.is_empty()),
@@ -104,7 +104,7 @@ fn parts(seed: &Seed) -> Vec<&'static str> {
 /// # Errors
 /// When the image has no boot partition with a FAT, or the card fails.
 pub fn plant(
-    seed: &Seed,
+    seed: &SeedFile,
     card: &dyn Card,
     held: &[(usize, Buffer)],
     pieces: &[Piece],

@@ -19,7 +19,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::Mode;
 use rustix::process::{Pid, Signal, kill_process_group, umask};
 
-use super::units::{Address, Again, Condition, Exec, Mount, Start, Test, Unit};
+use super::units::{Again, Condition, Exec, HttpCheck, Mount, Start, Test, Unit};
 use super::{Event, Order, PORT, Rights, State, mounts};
 use crate::exec::Tool;
 
@@ -413,7 +413,7 @@ impl System {
             .proxy(None)
             .build();
         let agent = ureq::Agent::from(config);
-        for Address { url, status } in &self.order.system.addresses {
+        for HttpCheck { url, status } in &self.order.system.addresses {
             let found = || Some(agent.get(url).call().ok()?.status().as_u16());
             while found() != Some(*status) {
                 thread::sleep(ASK);

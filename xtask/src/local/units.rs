@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
-pub use contract::health_file::Http as Address;
+pub use contract::health_file::HttpCheck;
 use contract::health_file::{self, HealthFile};
 use serde::{Deserialize, Serialize};
 
@@ -182,7 +182,7 @@ pub struct System {
     /// The mounts of fstab.
     pub mounts: Vec<Mount>,
     /// Addresses that must answer for the system to be healthy (`/etc/slotd/health.d`).
-    pub addresses: Vec<Address>,
+    pub addresses: Vec<HttpCheck>,
 }
 
 /// Reads what `root` would start. `overlay` lists the paths of overlays, without a leading slash.
@@ -485,7 +485,7 @@ fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
 }
 
 /// The addresses of the agent's declared health checks.
-fn addresses(root: &Utf8Path) -> Result<Vec<Address>> {
+fn addresses(root: &Utf8Path) -> Result<Vec<HttpCheck>> {
     let folder = root.join(health_file::FOLDER);
     let mut found = Vec::new();
     for name in listing(&folder)?.into_iter().filter(|name| name.ends_with(".toml")) {
@@ -609,7 +609,7 @@ mod tests {
         assert_eq!(system.left_out, ["ssh.service"]);
         assert_eq!(
             system.addresses,
-            [Address { url: "http://127.0.0.1:80/x".into(), status: 200 }]
+            [HttpCheck { url: "http://127.0.0.1:80/x".into(), status: 200 }]
         );
         let [tmp, log] = system.mounts.as_slice() else { panic!("{:?}", system.mounts) };
         assert_eq!((tmp.at.as_str(), tmp.options.as_str()), ("/tmp", "mode=1777,size=25%"));

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::config::board::{BootFlow, Bus, Compile, Console, Qemu};
 use crate::config::overlay::{Attributes, EntryKind};
-use crate::config::product::{Engine, Kind, Network, Ssh, Version};
+use crate::config::product::{BuildKind, Engine, Network, Ssh, Version};
 use crate::config::reader::{Finding, Place};
 use crate::config::{Config, Input};
 use crate::disk::layout::Layout;
@@ -90,7 +90,7 @@ pub struct ProductPlan {
     /// Version.
     pub version: Version,
     /// Development or release.
-    pub kind: Kind,
+    pub kind: BuildKind,
 }
 
 /// Where it runs.

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::config::Config;
 use crate::config::board::{Board, BootSource};
-use crate::config::product::{Engine, Kind, Product, User};
+use crate::config::product::{BuildKind, Engine, Product, User};
 use crate::config::reader::{Finding, Findings, Located};
 use crate::ssh_keys;
 
@@ -181,7 +181,7 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
             out.extend(above.map(|message| Finding::new(&floor.place, message, help)));
         }
     }
-    if product.kind.value == Kind::Release {
+    if product.kind.value == BuildKind::Release {
         if product.ssh.password_authentication {
             let message = "a release product must not accept passwords over SSH";
             let help = "set `password-authentication = false` and use `authorized-keys`";

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use bundle::{KeySet, Kind};
+use bundle::{BuildKind, KeySet};
 use camino::Utf8Path;
 use serde::Deserialize;
 
@@ -18,21 +18,21 @@ pub const FILE: &str = "releases.toml";
 /// The pinned kinds.
 #[derive(Debug, Clone, Default)]
 pub struct Pins {
-    channels: BTreeMap<Channel, Kind>,
-    products: BTreeMap<String, Kind>,
+    channels: BTreeMap<Channel, BuildKind>,
+    products: BTreeMap<String, BuildKind>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
     #[serde(default)]
-    channels: BTreeMap<Channel, Kind>,
+    channels: BTreeMap<Channel, BuildKind>,
 }
 
 /// The only key of a product's file that is used here; the build checks the others.
 #[derive(Debug, Deserialize)]
 struct Product {
-    kind: Kind,
+    kind: BuildKind,
 }
 
 impl Pins {
@@ -53,7 +53,7 @@ impl Pins {
             Err(error) => return Err(error).with_context(|| format!("reading {path}")),
         };
         ensure!(
-            channels.get(&Channel::Stable) != Some(&Kind::Development),
+            channels.get(&Channel::Stable) != Some(&BuildKind::Development),
             "{path}: the channel `stable` is for all robots and must be signed by release keys\n\
              help: remove the line, or use beta"
         );
@@ -81,10 +81,10 @@ impl Pins {
 
     /// The kind of key that signs a channel. Without an entry in [`FILE`]: release keys for
     /// `stable`, development keys for the others.
-    pub fn channel(&self, channel: Channel) -> Kind {
+    pub fn channel(&self, channel: Channel) -> BuildKind {
         self.channels.get(&channel).copied().unwrap_or(match channel {
-            Channel::Nightly | Channel::Beta => Kind::Development,
-            Channel::Stable => Kind::Release,
+            Channel::Nightly | Channel::Beta => BuildKind::Development,
+            Channel::Stable => BuildKind::Release,
         })
     }
 
@@ -92,7 +92,7 @@ impl Pins {
     ///
     /// # Errors
     /// When the product has another kind in the workspace, or the channel does not accept its kind.
-    pub fn fits(&self, channel: Channel, product: &str, kind: Kind) -> Result<()> {
+    pub fn fits(&self, channel: Channel, product: &str, kind: BuildKind) -> Result<()> {
         if let Some(pinned) = self.products.get(product) {
             ensure!(
                 *pinned == kind,
@@ -101,7 +101,7 @@ impl Pins {
             );
         }
         ensure!(
-            kind == Kind::Development || self.channel(channel) == Kind::Release,
+            kind == BuildKind::Development || self.channel(channel) == BuildKind::Release,
             "{product} is a release product, but the channel {channel} is signed by development \
              keys\n\
              help: use stable; or, if no store contains this channel yet, write `{channel} = \

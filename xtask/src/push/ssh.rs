@@ -4,7 +4,7 @@ use std::fs::File;
 
 use anyhow::{Context, Result, bail, ensure};
 use contract::Refusal;
-use contract::answer::{Progress, Status};
+use contract::answer::{Progress, RobotStatus};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -133,7 +133,7 @@ impl Connection {
     ///
     /// # Errors
     /// When the robot cannot be reached, has no agent, or rejects the request.
-    pub fn first(&mut self) -> Result<Status> {
+    pub fn first(&mut self) -> Result<RobotStatus> {
         // The updater's sessions can only run the agent.
         if !self.updater {
             let (code, out, tail) = self.run(&["id", "-u"], None, |_| false)?;
@@ -183,8 +183,8 @@ impl Connection {
     ///
     /// # Errors
     /// As [`Connection::ask`].
-    pub fn status(&self) -> Result<Reply<Status>> {
-        let reply = self.ask::<Status>(&["status"], None, |_| {})?;
+    pub fn status(&self) -> Result<Reply<RobotStatus>> {
+        let reply = self.ask::<RobotStatus>(&["status"], None, |_| {})?;
         if let Reply::Said(status) = &reply {
             // By it alone a restart is seen.
             ensure!(status.boot_id.is_some(), "the robot's kernel does not say its boot id");

@@ -379,13 +379,13 @@ fn fats(
 fn bundles(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
     let (old, new) = (update::unverified(one)?.0, update::unverified(other)?.0);
     let mut found = Vec::new();
-    let head = |m: &bundle::Manifest| {
+    let head = |m: &bundle::BundleManifest| {
         serde_json::json!([m.product, m.version, m.kind, m.boards, m.epoch, m.key_epoch])
     };
     if head(&old) != head(&new) {
         found.push(located("manifest", None, format!("{} and {}", head(&old), head(&new))));
     }
-    let payloads = |m: &bundle::Manifest| -> BTreeMap<String, bundle::Payload> {
+    let payloads = |m: &bundle::BundleManifest| -> BTreeMap<String, bundle::Payload> {
         let all = m
             .components
             .iter()

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::{Context, Result, bail, ensure};
-use bundle::{KeySet, Kind, Policy, Version};
+use bundle::{BuildKind, BundlePolicy, KeySet, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
@@ -33,7 +33,7 @@ pub struct Collected {
     /// The version of all boards.
     pub version: Version,
     /// Development or release.
-    pub kind: Kind,
+    pub kind: BuildKind,
     /// The commit that was built.
     pub commit: Option<String>,
     /// The time in all outputs.
@@ -131,15 +131,15 @@ fn board(
         report.board
     );
     let kind = match report.product.kind {
-        report::Kind::Development => Kind::Development,
-        report::Kind::Release => Kind::Release,
+        report::Kind::Development => BuildKind::Development,
+        report::Kind::Release => BuildKind::Release,
     };
     let plan = dir.join("plan.json");
     let text = fs::read(&plan).with_context(|| format!("reading {plan}"))?;
     let planned: Planned =
         serde_json::from_slice(&text).with_context(|| format!("reading {plan}"))?;
     ensure!(
-        !planned.modified || (allow_changes && kind == Kind::Development),
+        !planned.modified || (allow_changes && kind == BuildKind::Development),
         "built from uncommitted changes; the release would not be reproducible\n\
          help: commit the changes and build again (for a development product: --allow-changes)"
     );
@@ -157,7 +157,8 @@ fn board(
     let (image, bundle) = (file("img")?, file("bundle")?);
     let map = bmap::path_for(&image);
     verify_image(&image)?;
-    let policy = Policy { product: Some(product), board: Some(board), floor: None, key_epoch: 0 };
+    let policy =
+        BundlePolicy { product: Some(product), board: Some(board), floor: None, key_epoch: 0 };
     let verified = update::verify(&bundle, keys, &policy)?;
     ensure!(
         verified.manifest.version == version,

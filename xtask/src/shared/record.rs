@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail, ensure};
-use bundle::keys::Purpose;
+use bundle::keys::SignaturePurpose;
 use bundle::{KeySet, SignedBy};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
@@ -181,7 +181,7 @@ impl Record {
         let envelope: Envelope = serde_json::from_slice(file).context("not a record")?;
         let text = envelope.record.as_bytes();
         let signer = keys.verify(
-            Purpose::Stage,
+            SignaturePurpose::Stage,
             "reading its signature",
             envelope.signature.as_bytes(),
             text,

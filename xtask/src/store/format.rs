@@ -2,8 +2,8 @@
 //! so that all names and paths in a value are safe.
 
 use anyhow::{Context, Result, bail, ensure};
-use bundle::keys::Purpose;
-use bundle::{KeySet, Kind, SignedBy, Version};
+use bundle::keys::SignaturePurpose;
+use bundle::{BuildKind, KeySet, SignedBy, Version};
 use serde::{Deserialize, Serialize};
 
 use crate::artifact::hash_bytes;
@@ -90,7 +90,7 @@ pub struct Entry {
     /// The release's version.
     pub version: Version,
     /// Development or release.
-    pub kind: Kind,
+    pub kind: BuildKind,
     /// The commit that was built.
     pub commit: Option<String>,
     /// When it was added to the channel: seconds since 1970.
@@ -148,7 +148,7 @@ pub struct Manifest {
     /// The release's version, which is that of all its parts.
     pub version: Version,
     /// Development or release.
-    pub kind: Kind,
+    pub kind: BuildKind,
     /// The commit that was built; `None` outside of a repository.
     pub commit: Option<String>,
     /// The time in all outputs: seconds since 1970.
@@ -253,19 +253,19 @@ impl Index {
     /// # Errors
     /// When no trusted key of that kind has signed it, it is another channel's, or a name or path in it is not a
     /// safe one.
-    pub fn open(channel: Channel, file: &[u8], keys: &KeySet, kind: Kind) -> Result<Self> {
+    pub fn open(channel: Channel, file: &[u8], keys: &KeySet, kind: BuildKind) -> Result<Self> {
         let read = || -> Result<Self> {
             let envelope: Envelope = serde_json::from_slice(file).context("not a channel file")?;
             let text = envelope.index.as_bytes();
             let signer = verify(
                 keys,
-                Purpose::Channel,
+                SignaturePurpose::Channel,
                 "reading its signature",
                 envelope.signature.as_bytes(),
                 text,
             )?;
             ensure!(
-                kind == Kind::Development || signer.kind == Kind::Release,
+                kind == BuildKind::Development || signer.kind == BuildKind::Release,
                 "the channel {channel} must be signed by a release key, but is signed by the \
                  development key {}\n\
                  help: releases.toml defines which keys sign a channel; after a change of the \
@@ -357,11 +357,12 @@ impl Manifest {
                 file.size,
                 file.sha256
             );
-            let signer = verify(keys, Purpose::Release, &file.signature(), signature, text)?;
+            let signer =
+                verify(keys, SignaturePurpose::Release, &file.signature(), signature, text)?;
             let manifest: Self = serde_json::from_slice(text).context("not a manifest")?;
             manifest.check()?;
             ensure!(
-                manifest.kind == Kind::Development || signer.kind == Kind::Release,
+                manifest.kind == BuildKind::Development || signer.kind == BuildKind::Release,
                 "the manifest of a release is signed by the development key {}",
                 signer.id
             );
@@ -398,7 +399,7 @@ impl Manifest {
 
 fn verify(
     keys: &KeySet,
-    purpose: Purpose,
+    purpose: SignaturePurpose,
     name: &str,
     signature: &[u8],
     text: &[u8],

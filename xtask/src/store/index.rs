@@ -2,7 +2,7 @@
 //! Pure.
 
 use anyhow::{Result, ensure};
-use bundle::{Kind, Version};
+use bundle::{BuildKind, Version};
 
 use super::format::{Channel, Entry, Index, Retired, Yanked};
 
@@ -35,9 +35,9 @@ impl Retention {
 ///
 /// # Errors
 /// When a development product would become stable.
-pub fn takes(channel: Channel, product: &str, kind: Kind) -> Result<()> {
+pub fn takes(channel: Channel, product: &str, kind: BuildKind) -> Result<()> {
     ensure!(
-        channel != Channel::Stable || kind == Kind::Release,
+        channel != Channel::Stable || kind == BuildKind::Release,
         "{product} is a development product, but the channel stable is for all robots\n\
          help: use beta, or `kind = \"release\"` in configs/{product}.toml"
     );
@@ -151,7 +151,7 @@ mod tests {
     fn entry(product: &str, version: &str) -> Entry {
         let version = Version::parse(version).expect("a version");
         let manifest = File::manifest(product, &version, version.as_str().as_bytes());
-        let kind = Kind::Development;
+        let kind = BuildKind::Development;
         let product = product.to_owned();
         Entry { product, version, kind, commit: None, added: 0, manifest, yanked: None }
     }

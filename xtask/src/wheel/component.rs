@@ -6,9 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use bundle::component::{BaseNeed, LOCK_FORMAT, LOCK_ROLE, Lock, PLACE, Script, TREE_TIME, Wheel};
+use bundle::component::{
+    BaseRequirement, ComponentLock, ComponentWheel, LOCK_FORMAT, LOCK_ROLE, PLACE, TREE_TIME,
+    WheelScript,
+};
 use bundle::index::hex;
-use bundle::tree::{Kind, Rules};
+use bundle::tree::{TreeEntryKind, TreeRules};
 use camino::{Utf8Path, Utf8PathBuf};
 use pep508_rs::pep440_rs::{PrereleaseKind, Version};
 use serde::{Deserialize, Serialize};
@@ -48,7 +51,7 @@ pub struct Component {
     /// the lock.
     pub version: String,
     /// The content of the lock payload.
-    pub lock: Lock,
+    pub lock: ComponentLock,
     /// The payloads with their roles, the lock first.
     pub payloads: Vec<(String, Artifact)>,
 }
@@ -103,8 +106,8 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
         let tar = Artifact::of(&path)?;
         let scripts = laid.entry_points[index]
             .iter()
-            .map(|point| Script { name: point.name.clone(), module: point.module.clone() });
-        let wheel = Wheel {
+            .map(|point| WheelScript { name: point.name.clone(), module: point.module.clone() });
+        let wheel = ComponentWheel {
             role: role.clone(),
             name: locked.name.clone(),
             version: distribution.version.clone(),
@@ -126,7 +129,7 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     let version = wheels.iter().find(|wheel| wheel.name == package).map(|w| w.version.clone());
     let version = version.with_context(|| format!("the lock has no wheel of {package}"))?;
     let base = laid.closure.from_base.iter();
-    let lock = Lock {
+    let lock = ComponentLock {
         format: LOCK_FORMAT,
         package,
         module,
@@ -135,7 +138,7 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
         arch: request.lock.target.arch.clone(),
         libc: request.lock.target.libc.to_string(),
         base: base
-            .map(|(name, version)| BaseNeed { name: name.clone(), version: version.clone() })
+            .map(|(name, version)| BaseRequirement { name: name.clone(), version: version.clone() })
             .collect(),
         wheels,
     };
@@ -165,24 +168,24 @@ impl Trees {
     ///
     /// # Errors
     /// With the robot's codes: `bad-tree`, `wrong-hash`, `io`.
-    pub fn read(&mut self, wheel: &Wheel, tar: impl Read) -> bundle::Result<()> {
+    pub fn read(&mut self, wheel: &ComponentWheel, tar: impl Read) -> bundle::Result<()> {
         let bad = |reason: String| bundle::Error::BadTree {
             wheel: format!("{} {}", wheel.name, wheel.version),
             reason,
         };
-        let mut rules = Rules::new(wheel);
+        let mut rules = TreeRules::new(wheel);
         let mut archive = tar::Archive::new(Hashing { inner: tar, hash: Sha256::new() });
         for entry in archive.entries()? {
             let mut entry = entry.map_err(|error| bad(format!("the tar is damaged: {error}")))?;
             let path = String::from_utf8(entry.path_bytes().into_owned())
                 .map_err(|error| bad(format!("a path is not UTF-8: {error}")))?;
             let kind = match entry.header().entry_type() {
-                tar::EntryType::Directory => Kind::Folder,
-                tar::EntryType::Regular => Kind::File(entry.size()),
-                _ => Kind::Other,
+                tar::EntryType::Directory => TreeEntryKind::Folder,
+                tar::EntryType::Regular => TreeEntryKind::File(entry.size()),
+                _ => TreeEntryKind::Other,
             };
             rules.entry(&path, kind)?;
-            if kind == Kind::Folder {
+            if kind == TreeEntryKind::Folder {
                 continue;
             }
             let executable = entry.header().mode()? & 0o100 != 0;

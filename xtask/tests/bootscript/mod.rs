@@ -7,7 +7,7 @@ mod rig;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
-use bootmodel::script::{self, Card, Copies};
+use bootmodel::script::{self, BootStateCopies, WriteBehavior};
 use bundle::bootstate::{BootState, SECTOR, Slot};
 
 use rig::{Fault, Rig};
@@ -45,7 +45,12 @@ fn torn(old: &[u8; SECTOR], new: &[u8; SECTOR], count: usize) -> [u8; SECTOR] {
 }
 
 /// Starts a card in U-Boot and in the model, and compares every start.
-fn agree(name: &str, copies: Copies, faults: [Fault; 2], cards: &[Card]) -> Result<()> {
+fn agree(
+    name: &str,
+    copies: BootStateCopies,
+    faults: [Fault; 2],
+    cards: &[WriteBehavior],
+) -> Result<()> {
     let seen = rig().starts(name, &copies, faults, cards).with_context(|| name.to_owned())?;
     let loads = |slot: Slot| faults[usize::from(slot == Slot::B)] == Fault::None;
     let mut copies = copies;
@@ -70,13 +75,13 @@ fn agree(name: &str, copies: Copies, faults: [Fault; 2], cards: &[Card]) -> Resu
 
 #[test]
 fn every_state_and_fault_starts_what_the_model_says() -> Result<()> {
-    use Card::{Good, Refuses};
     use Fault::{HalfInstalled, NoInitrd, NoKernel, None, NotAKernel};
     use Slot::{A, B};
+    use WriteBehavior::{Good, Refuses};
     let armed = [on_trial(5, A, B, 1), committed(4, A)];
     let twice = [committed(9, B), on_trial(10, B, A, 2)];
     let last = u32::MAX;
-    let cases: &[(&str, Copies, [Fault; 2], &[Card])] = &[
+    let cases: &[(&str, BootStateCopies, [Fault; 2], &[WriteBehavior])] = &[
         ("new card", [ZERO, ZERO], WHOLE, &[Good]),
         ("first copy only", [committed(1, B), ZERO], WHOLE, &[Good]),
         ("second copy only", [ZERO, committed(1, B)], WHOLE, &[Good]),
@@ -135,7 +140,7 @@ const CUTS: [usize; 8] = [0, 2, 4, 9, 16, 25, 40, SECTOR];
 fn a_write_that_is_cut_anywhere_starts_what_the_model_says() -> Result<()> {
     use Slot::{A, B};
     // Old copies, the copy that is written, its new content: first the agent's writes.
-    let agent: [(&str, Copies, usize, [u8; SECTOR]); 3] = [
+    let agent: [(&str, BootStateCopies, usize, [u8; SECTOR]); 3] = [
         ("arming", [committed(1, A), ZERO], 1, on_trial(2, A, B, 1)),
         ("committing", [on_trial(3, A, B, 0), on_trial(2, A, B, 1)], 1, committed(4, B)),
         ("rolling back", [on_trial(2, B, A, 1), on_trial(3, B, A, 0)], 0, committed(4, B)),
@@ -147,7 +152,7 @@ fn a_write_that_is_cut_anywhere_starts_what_the_model_says() -> Result<()> {
         let run = script::run(
             &counting,
             |slot| faults[usize::from(slot == B)] == Fault::None,
-            Card::Good,
+            WriteBehavior::Good,
         );
         let (index, new) = *run.writes.last().context("the script writes")?;
         let mut before = counting;
@@ -161,7 +166,7 @@ fn a_write_that_is_cut_anywhere_starts_what_the_model_says() -> Result<()> {
         for cut in CUTS {
             let mut copies = *copies;
             copies[*index] = torn(&copies[*index], new, cut);
-            agree(&format!("{name}, cut after {cut}"), copies, *faults, &[Card::Good])?;
+            agree(&format!("{name}, cut after {cut}"), copies, *faults, &[WriteBehavior::Good])?;
             points += 1;
         }
     }

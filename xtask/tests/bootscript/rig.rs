@@ -6,7 +6,7 @@ use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use bootmodel::script::{Card, Copies, Started};
+use bootmodel::script::{BootStateCopies, StartedKernel, WriteBehavior};
 use bundle::bootstate::{SECTOR, Slot};
 use camino::{Utf8Path, Utf8PathBuf};
 use flate2::Compression;
@@ -59,8 +59,8 @@ impl Fault {
 /// What U-Boot did.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Seen {
-    pub started: Option<Started>,
-    pub copies: Copies,
+    pub started: Option<StartedKernel>,
+    pub copies: BootStateCopies,
 }
 
 /// The card and the machine.
@@ -182,7 +182,7 @@ impl Rig {
     }
 
     /// A card of its own, for tests that run at once, with these copies of the boot state and faults in slot a and b.
-    fn card(&self, name: &str, copies: &Copies, faults: [Fault; 2]) -> Result<Overlay> {
+    fn card(&self, name: &str, copies: &BootStateCopies, faults: [Fault; 2]) -> Result<Overlay> {
         let overlay = Overlay::create(
             &self.machine,
             &self.files.image,
@@ -209,22 +209,27 @@ impl Rig {
     pub fn starts(
         &self,
         name: &str,
-        copies: &Copies,
+        copies: &BootStateCopies,
         faults: [Fault; 2],
-        cards: &[Card],
+        cards: &[WriteBehavior],
     ) -> Result<Vec<Seen>> {
         let overlay = self.card(name, copies, faults)?;
-        let run = |card: &Card| -> Result<Seen> {
+        let run = |card: &WriteBehavior| -> Result<Seen> {
             let started = self.start(name, &overlay, *card)?;
             Ok(Seen { started, copies: self.copies(&overlay)? })
         };
         cards.iter().map(run).collect()
     }
 
-    fn start(&self, name: &str, overlay: &Overlay, card: Card) -> Result<Option<Started>> {
+    fn start(
+        &self,
+        name: &str,
+        overlay: &Overlay,
+        card: WriteBehavior,
+    ) -> Result<Option<StartedKernel>> {
         let log = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bootscript/{name}.log"));
         let mut machine = self.machine.clone();
-        if card == Card::Refuses {
+        if card == WriteBehavior::Refuses {
             // What QEMU's block layer then does to every write to the state's sectors.
             machine.arguments.extend(["-set".to_owned(), "drive.card.readonly=on".to_owned()]);
         }
@@ -257,10 +262,10 @@ impl Rig {
         // The last word before the kernel: a trial runs with the watchdog, and nothing else does.
         let guarded = before.rfind(GUARD_ON) > before.rfind(GUARD_OFF);
         ensure!(guarded == trial, "trial: {trial}, watchdog: {guarded}: {before}");
-        Ok(Some(Started { slot, trial, unloadable }))
+        Ok(Some(StartedKernel { slot, trial, unloadable }))
     }
 
-    fn copies(&self, overlay: &Overlay) -> Result<Copies> {
+    fn copies(&self, overlay: &Overlay) -> Result<BootStateCopies> {
         let raw = overlay.path().with_extension("raw");
         tool("qemu-img")
             .args(["convert", "-O", "raw", overlay.path().as_str(), raw.as_str()])

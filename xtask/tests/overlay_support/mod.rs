@@ -6,7 +6,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Command, Output};
 
-use bundle::manifest::Kind;
+use bundle::manifest::BuildKind;
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::config;
 use xtask::facts;
@@ -56,7 +56,9 @@ impl Robot {
     /// The development product's.
     pub fn development() -> Self {
         let plans = plans();
-        Self::new(plans.iter().find(|plan| plan.product.kind == Kind::Development).expect("one"))
+        Self::new(
+            plans.iter().find(|plan| plan.product.kind == BuildKind::Development).expect("one"),
+        )
     }
 
     pub fn at(&self, path: &str) -> Utf8PathBuf {

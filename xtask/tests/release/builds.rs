@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use bundle::{Kind, Level, Version};
+use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -112,14 +112,14 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
     assemble(&spec, &Utf8PathBuf::from(format!("{stem}.img"))).unwrap();
     let signers = [xtask::keys::Keys::open(&bench.dir.join("keys"))
         .unwrap()
-        .signer(Kind::Development)
+        .signer(BuildKind::Development)
         .unwrap()];
     let version = Version::parse(version).unwrap();
     let payloads = vec![PayloadRequest { role: "root".to_owned(), path: root }];
     let request = PackRequest {
         product: "shop".to_owned(),
         version: version.clone(),
-        kind: Kind::Development,
+        kind: BuildKind::Development,
         boards: vec!["sample".to_owned()],
         minimum_version: Version::parse("0.1.0").unwrap(),
         key_epoch: None,
@@ -129,7 +129,7 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
             version: version.clone(),
             payloads,
         }],
-        level: Level::Fast,
+        level: CompressionLevel::Fast,
         workers: None,
         signers: &signers,
     };

@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use bundle::Kind;
+use bundle::BuildKind;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -110,7 +110,7 @@ fn a_machine_that_is_told_of_no_shared_cache_has_its_own_only() {
 
 fn machine(task: &str) {
     let task: Task = serde_json::from_str(task).unwrap();
-    let kind = if task.release { Kind::Release } else { Kind::Development };
+    let kind = if task.release { BuildKind::Release } else { BuildKind::Development };
     let signer = Keys::open(&keys::directory().unwrap()).unwrap().signer(kind).unwrap();
     let cache = match attach(Cache::locate().unwrap(), kind, &signer, task.offline) {
         Ok(cache) => cache,
@@ -227,13 +227,13 @@ impl Team {
 
     /// The record of a stage in the directory of the store, by the only key of the team.
     fn record(&self, seed: &str) -> Utf8PathBuf {
-        let set = trusted(&self.dir.join("keys"), Kind::Development).unwrap();
+        let set = trusted(&self.dir.join("keys"), BuildKind::Development).unwrap();
         self.dir.join("store").join(path(&key(seed), &set.keys[0].id))
     }
 
     /// The record in the store.
     fn read_record(&self, seed: &str) -> Record {
-        let set = trusted(&self.dir.join("keys"), Kind::Development).unwrap();
+        let set = trusted(&self.dir.join("keys"), BuildKind::Development).unwrap();
         let file = fs::read(self.record(seed)).unwrap();
         Record::open(&file, &set, "base", &key(seed)).unwrap().0
     }
@@ -411,14 +411,15 @@ fn a_record_counts_only_with_the_signature_of_a_key_that_counts() {
 }
 
 fn trusted_id(dir: &Utf8Path) -> String {
-    trusted(dir, Kind::Development).unwrap().keys[0].id.clone()
+    trusted(dir, BuildKind::Development).unwrap().keys[0].id.clone()
 }
 
 #[test]
 fn a_record_that_is_signed_and_hostile_writes_nothing_elsewhere() {
     let team = Team::web(DAV);
     team.builds("writer", true, "s");
-    let signer = Keys::open(&team.dir.join("keys")).unwrap().signer(Kind::Development).unwrap();
+    let signer =
+        Keys::open(&team.dir.join("keys")).unwrap().signer(BuildKind::Development).unwrap();
     let good = team.read_record("s");
     let put = |bytes: &[u8]| {
         let sha256 = hash_bytes(bytes);

@@ -8,7 +8,7 @@ use std::fs;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use bundle::{KeySet, Kind, Version};
+use bundle::{BuildKind, KeySet, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::artifact::{hash_bytes, hash_file};
 use xtask::exec;
@@ -49,7 +49,7 @@ impl Bench {
         for folder in ["configs", "board"] {
             fs::create_dir_all(bench.dir.join(folder)).unwrap();
         }
-        bench.authority().signer(Kind::Development).unwrap();
+        bench.authority().signer(BuildKind::Development).unwrap();
         bench
     }
 
@@ -92,7 +92,7 @@ impl Bench {
             product: product.to_owned(),
             title: product.to_owned(),
             version: version.clone(),
-            kind: Kind::Development,
+            kind: BuildKind::Development,
             commit: None,
             epoch: 0,
             previous: None,
@@ -106,14 +106,14 @@ impl Bench {
         };
         let mut authority = self.authority();
         let text = manifest.to_text().unwrap();
-        let signature = manifest.sign(&text, authority.signer(Kind::Development).unwrap());
+        let signature = manifest.sign(&text, authority.signer(BuildKind::Development).unwrap());
         let file = File::manifest(product, &version, &text);
         store.write(&file.signature(), &signature).unwrap();
         store.write(&file.path, &text).unwrap();
         let entry = Entry {
             product: product.to_owned(),
             version,
-            kind: Kind::Development,
+            kind: BuildKind::Development,
             commit: None,
             added: 1,
             manifest: file,

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use bundle::{Kind, Version};
+use bundle::{BuildKind, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::store::Store;
 use xtask::store::directory::Directory;
@@ -50,7 +50,7 @@ fn elsewhere(bench: &Bench, arguments: &[&str]) -> Command {
 /// Replaces a channel's index by one that this kind of key has signed.
 fn plant(bench: &Bench, store: &Directory, index: &Index) {
     let mut authority = bench.authority();
-    let content = index.sign(authority.signer(Kind::Development).unwrap()).unwrap();
+    let content = index.sign(authority.signer(BuildKind::Development).unwrap()).unwrap();
     let path = store.root().join(index.channel.path());
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     drop(fs::remove_dir_all(store.root().join(format!("channels/{}.d", index.channel))));
@@ -270,7 +270,7 @@ fn a_development_key_changes_nothing_that_release_robots_are_offered() {
     plant(&bench, &target, &index(Channel::Nightly, &listed.releases));
     let nightly = fs::read(target.root().join("channels/nightly.json")).unwrap();
     refused(&index(Channel::Beta, &[liar.clone()]), "configs/robot.toml has release");
-    liar.kind = Kind::Release;
+    liar.kind = BuildKind::Release;
     refused(&index(Channel::Beta, &[liar]), "the channel beta is signed by development keys");
     // Not even that there is none.
     fs::write(target.root().join("channels/nightly.json"), nightly).unwrap();

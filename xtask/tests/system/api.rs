@@ -6,7 +6,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use bundle::{Kind, Level, Version};
+use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 use xtask::artifact::hash_file;
@@ -128,7 +128,7 @@ fn break_it(
     let request = PackRequest {
         product: plan.product.name.clone(),
         version: plan.product.version.clone(),
-        kind: Kind::Development,
+        kind: BuildKind::Development,
         boards: vec![plan.board.name.clone()],
         minimum_version: plan.update.minimum_version.clone(),
         key_epoch: None,
@@ -138,9 +138,9 @@ fn break_it(
             version: Version::parse(OTHER).context("a version")?,
             payloads: roles.map(request).collect(),
         }],
-        level: Level::Fast,
+        level: CompressionLevel::Fast,
         workers: None,
-        signers: &[Keys::open(&keys::directory()?)?.signer(Kind::Development)?],
+        signers: &[Keys::open(&keys::directory()?)?.signer(BuildKind::Development)?],
     };
     pack(&request, out)?;
     Ok(())

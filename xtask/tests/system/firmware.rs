@@ -5,8 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
-use bootmodel::chain::{Card, Facts, check};
-use bootmodel::firmware::{Disk, Firmware, Restart, Table, select};
+use bootmodel::chain::{BootFacts, CardContent, check};
+use bootmodel::firmware::{Firmware, PreferredTable, ReadOnlyDisk, RestartFlags, select};
 use xtask::start::look;
 
 use crate::support::{Folder, built, built_for_the_firmware, root, tool};
@@ -15,11 +15,11 @@ use crate::support::{Folder, built, built_for_the_firmware, root, tool};
 fn the_firmware_starts_either_slot_of_the_built_image() -> Result<()> {
     let built = built_for_the_firmware()?;
     let disk = File::open(&built.image)?;
-    for table in [Table::Mbr, Table::Gpt] {
+    for table in [PreferredTable::Mbr, PreferredTable::Gpt] {
         for (walks, knows_a_b) in [(false, false), (false, true), (true, true)] {
             let firmware = Firmware { generation: 4, table, walks, knows_a_b };
             for (tryboot, role) in [(false, "boot-a"), (true, "boot-b")] {
-                let restart = Restart { partition: 0, tryboot };
+                let restart = RestartFlags { partition: 0, tryboot };
                 let start = select(&disk, firmware, restart).map_err(anyhow::Error::msg)?;
                 let number = built.plan.disk.partition(role).context("a boot slot")?.number;
                 ensure!(start.partition == number, "{firmware:?}, {restart:?}: {start:?}");
@@ -79,7 +79,7 @@ struct Changed {
     bytes: Vec<u8>,
 }
 
-impl Disk for Changed {
+impl ReadOnlyDisk for Changed {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
         self.disk.read_exact_at(buffer, offset)?;
         for (place, byte) in (offset..).zip(buffer) {
@@ -94,7 +94,7 @@ impl Disk for Changed {
 #[test]
 fn a_real_card_that_is_changed_is_caught() -> Result<()> {
     let built = built("pi3")?;
-    let facts = Facts::known().map_err(anyhow::Error::msg)?;
+    let facts = BootFacts::known().map_err(anyhow::Error::msg)?;
     let placed = built.plan.disk.partition("boot").context("a boot partition")?;
     let mut volume = vec![0; placed.size as usize];
     File::open(&built.image)?.read_exact_at(&mut volume, placed.offset)?;
@@ -109,7 +109,7 @@ fn a_real_card_that_is_changed_is_caught() -> Result<()> {
         let at = placed.offset + found.with_context(|| format!("the card has no {from:?}"))? as u64;
         let changed =
             Changed { disk: File::open(&built.image)?, at, bytes: to.as_bytes().to_vec() };
-        let card = Card::read(Rc::new(changed)).map_err(anyhow::Error::msg)?;
+        let card = CardContent::read(Rc::new(changed)).map_err(anyhow::Error::msg)?;
         let verdict = check(&card, &facts);
         let rules: Vec<_> = verdict.stops().map(|finding| finding.rule).collect();
         ensure!(rules.contains(&rule), "{from:?} to {to:?}: {rules:?}, not {rule}");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bundle::bootstate::{BootState, Slot};
-use bundle::{Kind, Level, Version};
+use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::Value;
 use xtask::cmd::check::ALL;
@@ -302,14 +302,14 @@ fn bad_bundles(folder: &Folder, update: &Built) -> Result<Vec<(Utf8PathBuf, &'st
         .args([&format!("if={}", update.image), &format!("of={root}"), "bs=1M", "count=4"])
         .args([format!("skip={}", placed.offset >> 20)])
         .run()?;
-    let signer = Keys::open(&keys::directory()?)?.signer(Kind::Development)?;
+    let signer = Keys::open(&keys::directory()?)?.signer(BuildKind::Development)?;
     let make = |name: &str, board: &str, version: &str| -> Result<Utf8PathBuf> {
         let version = Version::parse(version).context("a version")?;
         let path = folder.at(name);
         let request = PackRequest {
             product: update.plan.product.name.clone(),
             version: version.clone(),
-            kind: Kind::Development,
+            kind: BuildKind::Development,
             boards: vec![board.to_owned()],
             minimum_version: Version::parse("0.0.1").context("a version")?,
             key_epoch: None,
@@ -319,7 +319,7 @@ fn bad_bundles(folder: &Folder, update: &Built) -> Result<Vec<(Utf8PathBuf, &'st
                 version,
                 payloads: vec![PayloadRequest { role: "root".to_owned(), path: root.clone() }],
             }],
-            level: Level::Fast,
+            level: CompressionLevel::Fast,
             workers: None,
             signers: std::slice::from_ref(&signer),
         };
