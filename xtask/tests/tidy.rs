@@ -1,6 +1,7 @@
 //! The house rules that a program can check.
 
 mod floors;
+mod names;
 mod style;
 
 use std::process::Command;
