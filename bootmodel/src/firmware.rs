@@ -12,7 +12,7 @@ use std::cell::Cell;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use crate::chain;
-use crate::chain::config::{ConfigFilters, last, settings};
+use crate::chain::config::{ConfigFilters, last_value, settings};
 
 /// A disk that is only read.
 pub trait ReadOnlyDisk {
@@ -112,7 +112,7 @@ pub fn select<D: ReadOnlyDisk + ?Sized>(
         let filters =
             ConfigFilters { models: None, tryboot: Some(restart.tryboot), sections: true };
         let settings = settings(text, filters);
-        let value = |key: &str| last(&settings, key).map(|setting| setting.value.clone());
+        let value = |key: &str| last_value(&settings, key).map(|setting| setting.value.clone());
         a_b = value("tryboot_a_b").as_deref() == Some("1") && firmware.knows_a_b;
         // A: unless the restart has already named a partition.
         if let (0, Some(number)) = (wanted, value("boot_partition")) {
@@ -145,7 +145,7 @@ pub fn select<D: ReadOnlyDisk + ?Sized>(
     let filters =
         ConfigFilters { models: Some(&models), tryboot: Some(restart.tryboot), sections: true };
     let settings = settings(&text, filters);
-    let value = |key: &str| last(&settings, key).map(|setting| setting.value.clone());
+    let value = |key: &str| last_value(&settings, key).map(|setting| setting.value.clone());
     let kernel = value("kernel").unwrap_or_else(|| "kernel8.img".to_owned());
     let initramfs = value("initramfs");
     for file in [Some(&kernel), initramfs.as_ref()].into_iter().flatten() {

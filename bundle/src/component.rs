@@ -186,17 +186,17 @@ impl ComponentLock {
     /// Every rule that JSON's shape does not express.
     fn check(&self) -> Result<()> {
         for (what, text) in [("python", &self.python), ("version", &self.version)] {
-            version(what, text)?;
+            check_version(what, text)?;
         }
-        words("arch", &self.arch)?;
-        words("libc", &self.libc)?;
-        dotted("module", &self.module)?;
+        check_text("arch", &self.arch)?;
+        check_text("libc", &self.libc)?;
+        check_module_path("module", &self.module)?;
         if self.wheels.len() >= MAX_PAYLOADS || self.base.len() > MAX_NAMES {
             return Err(bad(format!("the lock lists {} wheels", self.wheels.len())));
         }
         for need in &self.base {
-            distribution(&need.name)?;
-            version("version", &need.version)?;
+            check_distribution(&need.name)?;
+            check_version("version", &need.version)?;
         }
         let (mut names, mut roles) = (BTreeSet::new(), BTreeSet::from([LOCK_ROLE]));
         for wheel in &self.wheels {
@@ -223,8 +223,8 @@ impl ComponentLock {
 
 impl ComponentWheel {
     fn check(&self) -> Result<()> {
-        distribution(&self.name)?;
-        version("version", &self.version)?;
+        check_distribution(&self.name)?;
+        check_version("version", &self.version)?;
         for (what, hash) in [("sha256", &self.sha256), ("tree", &self.tree)] {
             let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
             if hash.len() != 64 || !hash.bytes().all(digit) {
@@ -246,7 +246,7 @@ impl ComponentWheel {
             if long || script.name.starts_with('.') || !script.name.bytes().all(plain) {
                 return Err(bad(format!("invalid program name `{}`", script.name.escape_debug())));
             }
-            dotted("module", &script.module)?;
+            check_module_path("module", &script.module)?;
         }
         Ok(())
     }
@@ -257,7 +257,7 @@ fn bad(reason: impl Into<String>) -> Error {
 }
 
 /// Checks that a name is normalised as in PEP 503.
-fn distribution(name: &str) -> Result<()> {
+fn check_distribution(name: &str) -> Result<()> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let ends = |b: Option<u8>| b.is_some_and(plain);
     let ok = name.len() <= MAX_TEXT
@@ -272,14 +272,14 @@ fn distribution(name: &str) -> Result<()> {
 }
 
 /// Checks that a version is safe in a file name and begins with a letter or digit.
-fn version(what: &str, text: &str) -> Result<()> {
+fn check_version(what: &str, text: &str) -> Result<()> {
     let ok = text.len() <= 64
         && text.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-+!".contains(&b));
     if ok { Ok(()) } else { Err(bad(format!("`{what}`: invalid value `{}`", text.escape_debug()))) }
 }
 
-fn words(what: &str, text: &str) -> Result<()> {
+fn check_text(what: &str, text: &str) -> Result<()> {
     let ok = !text.is_empty()
         && text.len() <= MAX_TEXT
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._- ".contains(&b));
@@ -287,7 +287,7 @@ fn words(what: &str, text: &str) -> Result<()> {
 }
 
 /// A module's path: identifiers with dots between them.
-fn dotted(what: &str, text: &str) -> Result<()> {
+fn check_module_path(what: &str, text: &str) -> Result<()> {
     let identifier = |part: &str| {
         part.chars().next().is_some_and(|c| c == '_' || c.is_alphabetic())
             && part.chars().all(|c| c == '_' || c.is_alphanumeric())

@@ -39,7 +39,7 @@ pub fn sha256(bytes: &[u8]) -> Sha256Hash {
 }
 
 /// The part of a block's SHA-256 that the index keeps.
-pub fn short(hash: &Sha256Hash) -> BlockHash {
+pub fn truncate_hash(hash: &Sha256Hash) -> BlockHash {
     let mut out = [0; BLOCK_HASH];
     for (to, from) in out.iter_mut().zip(hash) {
         *to = *from;

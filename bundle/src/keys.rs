@@ -198,7 +198,7 @@ impl KeySet {
         file: &[u8],
         signed: &[u8],
     ) -> Result<std::result::Result<SignedBy, String>> {
-        let text = canonical(member, file)?;
+        let text = require_canonical(member, file)?;
         let bad = |error: minisign_verify::Error| Error::BadSignatureFile {
             reason: format!("{member}: {error}"),
         };
@@ -224,7 +224,7 @@ impl KeySet {
 
 /// Accepts exactly four lines, the prescribed untrusted comment and canonical base64, so that the file
 /// is refused when any bit of it has changed.
-fn canonical<'a>(member: &str, file: &'a [u8]) -> Result<&'a str> {
+fn require_canonical<'a>(member: &str, file: &'a [u8]) -> Result<&'a str> {
     let bad = |reason: &str| Error::BadSignatureFile { reason: format!("{member}: {reason}") };
     let text = std::str::from_utf8(file).map_err(|_| bad("not UTF-8"))?;
     let lines: Vec<&str> = text.split('\n').collect();

@@ -258,7 +258,7 @@ impl BundleManifest {
         let mut json = serde_json::to_vec_pretty(self)
             .map_err(|error| Error::BadManifest { reason: error.to_string() })?;
         json.push(b'\n');
-        bounded("manifest.json", json.len() as u64, MAX_MANIFEST)?;
+        check_limit("manifest.json", json.len() as u64, MAX_MANIFEST)?;
         Ok(json)
     }
 
@@ -267,12 +267,12 @@ impl BundleManifest {
         if self.format != FORMAT {
             return Err(Error::UnknownFormat { found: u64::from(self.format) });
         }
-        names("required", &self.required)?;
-        name("product", &self.product)?;
+        check_names("required", &self.required)?;
+        check_name("product", &self.product)?;
         if self.boards.is_empty() {
             return Err(Error::BadManifest { reason: "`boards` is empty".to_owned() });
         }
-        names("boards", &self.boards)?;
+        check_names("boards", &self.boards)?;
         if self.minimum_version > self.version {
             return Err(Error::BadManifest {
                 reason: format!(
@@ -284,29 +284,29 @@ impl BundleManifest {
         if self.components.is_empty() {
             return Err(Error::BadManifest { reason: "`components` is empty".to_owned() });
         }
-        bounded("components", self.components.len() as u64, MAX_COMPONENTS as u64)?;
-        unique("components", self.components.iter().map(|c| c.name.as_str()))?;
+        check_limit("components", self.components.len() as u64, MAX_COMPONENTS as u64)?;
+        check_unique("components", self.components.iter().map(|c| c.name.as_str()))?;
         self.components.iter().try_for_each(BundleComponent::check)
     }
 }
 
 impl BundleComponent {
     fn check(&self) -> Result<()> {
-        name("component", &self.name)?;
+        check_name("component", &self.name)?;
         if self.payloads.is_empty() {
             return Err(Error::BadManifest {
                 reason: format!("the component `{}` has no payloads", self.name),
             });
         }
-        bounded("payloads", self.payloads.len() as u64, MAX_PAYLOADS as u64)?;
-        unique("payloads", self.payloads.iter().map(|p| p.role.as_str()))?;
+        check_limit("payloads", self.payloads.len() as u64, MAX_PAYLOADS as u64)?;
+        check_unique("payloads", self.payloads.iter().map(|p| p.role.as_str()))?;
         self.payloads.iter().try_for_each(|payload| payload.check(&self.name))
     }
 }
 
 impl Payload {
     fn check(&self, component: &str) -> Result<()> {
-        name("role", &self.role)?;
+        check_name("role", &self.role)?;
         let what = |part: &str| format!("{component}/{}{part}", self.role);
         if self.block_size != BLOCK_SIZE as u64 {
             return Err(Error::BadManifest {
@@ -317,9 +317,9 @@ impl Payload {
                 ),
             });
         }
-        bounded(&what(""), self.size, MAX_PAYLOAD)?;
-        bounded(&what(".index"), self.index.size, MAX_INDEX)?;
-        bounded(&what(".zst"), self.data.size, MAX_DATA)?;
+        check_limit(&what(""), self.size, MAX_PAYLOAD)?;
+        check_limit(&what(".index"), self.index.size, MAX_INDEX)?;
+        check_limit(&what(".zst"), self.data.size, MAX_DATA)?;
         let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
         if self.index.sha256.len() != 64 || !self.index.sha256.bytes().all(digit) {
             return Err(Error::BadManifest {
@@ -335,7 +335,7 @@ impl Payload {
     }
 }
 
-fn bounded(what: &str, found: u64, allowed: u64) -> Result<()> {
+fn check_limit(what: &str, found: u64, allowed: u64) -> Result<()> {
     if found > allowed {
         return Err(Error::BadLength { what: what.to_owned(), found, allowed });
     }
@@ -343,7 +343,7 @@ fn bounded(what: &str, found: u64, allowed: u64) -> Result<()> {
 }
 
 /// Lower-case letters, digits, `.`, `_` and `-`, starting with a letter or digit: safe as a file name.
-fn name(what: &str, value: &str) -> Result<()> {
+fn check_name(what: &str, value: &str) -> Result<()> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let ok = value.len() <= MAX_NAME
         && value.bytes().next().is_some_and(plain)
@@ -359,13 +359,13 @@ fn name(what: &str, value: &str) -> Result<()> {
     })
 }
 
-fn names(what: &str, values: &[String]) -> Result<()> {
-    bounded(what, values.len() as u64, MAX_NAMES as u64)?;
-    unique(what, values.iter().map(String::as_str))?;
-    values.iter().try_for_each(|value| name(what, value))
+fn check_names(what: &str, values: &[String]) -> Result<()> {
+    check_limit(what, values.len() as u64, MAX_NAMES as u64)?;
+    check_unique(what, values.iter().map(String::as_str))?;
+    values.iter().try_for_each(|value| check_name(what, value))
 }
 
-fn unique<'a>(what: &str, values: impl Iterator<Item = &'a str>) -> Result<()> {
+fn check_unique<'a>(what: &str, values: impl Iterator<Item = &'a str>) -> Result<()> {
     let mut seen: Vec<&str> = Vec::new();
     for value in values {
         if seen.contains(&value) {

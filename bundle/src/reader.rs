@@ -134,9 +134,9 @@ impl<I: BundleInput> BundleReader<I> {
             }
         };
         // The manifest is parsed only now: unsigned bytes do not reach the JSON parser.
-        let signatures = signatures(keys, &files, &json)?;
+        let signatures = verify_signatures(keys, &files, &json)?;
         let manifest = BundleManifest::parse(&json)?;
-        let signed_by = trusted(signatures, &manifest)?;
+        let signed_by = keep_trusted(signatures, &manifest)?;
         let coming = manifest
             .components
             .iter()
@@ -384,7 +384,7 @@ impl<I: BundleInput> PayloadReader<'_, I> {
         for (length, hash) in self.index.pieces(&frame) {
             // At most PIECE bytes; the buffer is kept for the next piece.
             reader.stored.resize(length, 0);
-            fill(&mut reader.input, &mut reader.stored, &what())?;
+            read_exactly(&mut reader.input, &mut reader.stored, &what())?;
             if index::sha256(&reader.stored) != hash {
                 return Err(Error::WrongHash { what: format!("{} as stored", what()) });
             }
@@ -409,7 +409,7 @@ impl<I: BundleInput> PayloadReader<'_, I> {
         self.reader
             .input
             .skip(u64::from(frame.stored))
-            .map_err(|error| truncated(error, "a frame"))?;
+            .map_err(|error| read_error(error, "a frame"))?;
         self.advance()
     }
 
@@ -434,7 +434,11 @@ pub fn unverified_manifest(input: &mut impl Read) -> Result<BundleManifest> {
 }
 
 /// Every valid signature by a key of the set, or why there is none.
-fn signatures(keys: &KeySet, files: &[(String, Vec<u8>)], json: &[u8]) -> Result<Vec<SignedBy>> {
+fn verify_signatures(
+    keys: &KeySet,
+    files: &[(String, Vec<u8>)],
+    json: &[u8],
+) -> Result<Vec<SignedBy>> {
     let mut good: Vec<SignedBy> = Vec::new();
     let mut reasons = Vec::new();
     for (member, file) in files {
@@ -455,7 +459,7 @@ fn signatures(keys: &KeySet, files: &[(String, Vec<u8>)], json: &[u8]) -> Result
 }
 
 /// The signatures that are accepted for this manifest's kind and key epoch.
-fn trusted(signatures: Vec<SignedBy>, manifest: &BundleManifest) -> Result<Vec<SignedBy>> {
+fn keep_trusted(signatures: Vec<SignedBy>, manifest: &BundleManifest) -> Result<Vec<SignedBy>> {
     let mut reasons = Vec::new();
     let mut good = Vec::new();
     for by in signatures {
@@ -485,7 +489,7 @@ fn is_further_signature(name: &str) -> bool {
 
 fn read_header(input: &mut impl Read) -> Result<Option<TarMember>> {
     let mut bytes = [0_u8; RECORD];
-    fill(input, &mut bytes, "a tar header")?;
+    read_exactly(input, &mut bytes, "a tar header")?;
     ustar::parse(&bytes)
 }
 
@@ -542,8 +546,8 @@ fn read_padding(input: &mut impl Read, size: u64) -> Result<()> {
     Ok(())
 }
 
-fn fill(input: &mut impl Read, buffer: &mut [u8], what: &str) -> Result<()> {
-    input.read_exact(buffer).map_err(|error| truncated(error, what))
+fn read_exactly(input: &mut impl Read, buffer: &mut [u8], what: &str) -> Result<()> {
+    input.read_exact(buffer).map_err(|error| read_error(error, what))
 }
 
 fn read_some(input: &mut impl Read, buffer: &mut [u8]) -> Result<usize> {
@@ -555,7 +559,7 @@ fn read_some(input: &mut impl Read, buffer: &mut [u8]) -> Result<usize> {
     }
 }
 
-fn truncated(error: io::Error, what: &str) -> Error {
+fn read_error(error: io::Error, what: &str) -> Error {
     if error.kind() == io::ErrorKind::UnexpectedEof {
         Error::Truncated { what: what.to_owned() }
     } else {

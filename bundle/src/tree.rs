@@ -40,19 +40,19 @@ impl<'w> TreeRules<'w> {
     /// `bad-tree`: no robot accepts this entry.
     pub fn entry(&mut self, path: &str, kind: TreeEntryKind) -> Result<()> {
         let path = path.strip_suffix('/').filter(|_| kind == TreeEntryKind::Folder).unwrap_or(path);
-        let shown = path.escape_debug();
+        let escaped = path.escape_debug();
         if let Some(why) = wrong_path(path) {
-            return Err(self.bad(format!("invalid path `{shown}`: {why}")));
+            return Err(self.bad(format!("invalid path `{escaped}`: {why}")));
         }
         if !self.known.insert(path.to_lowercase()) {
             return Err(self.bad(format!(
-                "`{shown}` occurs twice (upper and lower case are not distinguished)"
+                "`{escaped}` occurs twice (upper and lower case are not distinguished)"
             )));
         }
         match kind {
             TreeEntryKind::Folder => Ok(()),
             TreeEntryKind::Other => {
-                Err(self.bad(format!("`{shown}` is neither a file nor a directory")))
+                Err(self.bad(format!("`{escaped}` is neither a file nor a directory")))
             }
             TreeEntryKind::File(size) => {
                 (self.files, self.bytes) = (self.files + 1, self.bytes.saturating_add(size));

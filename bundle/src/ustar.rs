@@ -27,23 +27,23 @@ pub fn header(name: &str, size: u64) -> Result<[u8; RECORD]> {
         return Err(Error::UnsafeName { name: name.escape_debug().to_string() });
     }
     let mut bytes = [0_u8; RECORD];
-    put(&mut bytes, 0, name.as_bytes());
-    put(&mut bytes, 100, b"0000644\0");
-    put(&mut bytes, 108, b"0000000\0");
-    put(&mut bytes, 116, b"0000000\0");
-    put(&mut bytes, 124, format!("{size:011o}\0").as_bytes());
-    put(&mut bytes, 136, b"00000000000\0");
-    put(&mut bytes, 148, b"        ");
-    put(&mut bytes, 156, b"0");
-    put(&mut bytes, 257, b"ustar\0");
-    put(&mut bytes, 263, b"00");
+    set_field(&mut bytes, 0, name.as_bytes());
+    set_field(&mut bytes, 100, b"0000644\0");
+    set_field(&mut bytes, 108, b"0000000\0");
+    set_field(&mut bytes, 116, b"0000000\0");
+    set_field(&mut bytes, 124, format!("{size:011o}\0").as_bytes());
+    set_field(&mut bytes, 136, b"00000000000\0");
+    set_field(&mut bytes, 148, b"        ");
+    set_field(&mut bytes, 156, b"0");
+    set_field(&mut bytes, 257, b"ustar\0");
+    set_field(&mut bytes, 263, b"00");
     // POSIX: the sum of all bytes, the checksum's own field counted as blanks.
     let sum: u32 = bytes.iter().map(|b| u32::from(*b)).sum();
-    put(&mut bytes, 148, format!("{sum:06o}\0 ").as_bytes());
+    set_field(&mut bytes, 148, format!("{sum:06o}\0 ").as_bytes());
     Ok(bytes)
 }
 
-fn put(bytes: &mut [u8; RECORD], at: usize, value: &[u8]) {
+fn set_field(bytes: &mut [u8; RECORD], at: usize, value: &[u8]) {
     for (to, from) in bytes.iter_mut().skip(at).zip(value) {
         *to = *from;
     }
@@ -67,19 +67,19 @@ pub fn parse(bytes: &[u8; RECORD]) -> Result<Option<TarMember>> {
         return Ok(None);
     }
     let name: Vec<u8> = bytes.iter().take(100).copied().take_while(|b| *b != 0).collect();
-    let shown = name.escape_ascii().to_string();
+    let escaped = name.escape_ascii().to_string();
     let flag = bytes.get(156).copied().unwrap_or_default();
     if flag != b'0' {
-        return Err(Error::IrregularMember { name: shown, flag });
+        return Err(Error::IrregularMember { name: escaped, flag });
     }
-    let Ok(name) = String::from_utf8(name) else { return Err(Error::UnsafeName { name: shown }) };
+    let Ok(name) = String::from_utf8(name) else { return Err(Error::UnsafeName { name: escaped }) };
     let mut size = 0_u64;
     for digit in bytes.iter().skip(124).take(11) {
         match digit {
             b'0'..=b'7' => size = size * 8 + u64::from(digit - b'0'),
             _ => {
                 return Err(Error::BadHeader {
-                    reason: format!("the size of `{shown}` is not eleven octal digits"),
+                    reason: format!("the size of `{escaped}` is not eleven octal digits"),
                 });
             }
         }
@@ -88,7 +88,9 @@ pub fn parse(bytes: &[u8; RECORD]) -> Result<Option<TarMember>> {
     match canonical.iter().zip(bytes).position(|(a, b)| a != b) {
         None => Ok(Some(TarMember { name, size })),
         Some(at) => Err(Error::BadHeader {
-            reason: format!("byte {at} of the header of `{shown}` differs from the prescribed one"),
+            reason: format!(
+                "byte {at} of the header of `{escaped}` differs from the prescribed one"
+            ),
         }),
     }
 }

@@ -134,9 +134,9 @@ pub fn compress(
     let changed = Condvar::new();
     std::thread::scope(|scope| {
         for _ in 0..workers {
-            scope.spawn(|| work(source, level, count, workers, &ring, &changed));
+            scope.spawn(|| compress_units(source, level, count, workers, &ring, &changed));
         }
-        let result = collect(size, unit, count, &ring, &changed, out, progress);
+        let result = write_units(size, unit, count, &ring, &changed, out, progress);
         // On success and on failure: no worker may wait after this.
         lock(&ring).stop = true;
         changed.notify_all();
@@ -167,7 +167,7 @@ impl Drop for Watch<'_> {
 }
 
 /// A worker: takes unit after unit until none is left.
-fn work(
+fn compress_units(
     source: &(impl PayloadSource + ?Sized),
     level: CompressionLevel,
     count: u64,
@@ -197,7 +197,7 @@ fn work(
 }
 
 /// Writes the units in order and collects the index.
-fn collect(
+fn write_units(
     size: u64,
     unit: u64,
     count: u64,
@@ -278,7 +278,7 @@ impl Worker {
                 } else {
                     let hash = index::sha256(block);
                     content.update(hash);
-                    Some(index::short(&hash))
+                    Some(index::truncate_hash(&hash))
                 });
             }
             if length > 0 && hashes.iter().all(Option::is_none) {
@@ -395,7 +395,7 @@ pub fn write_archive(
         write_member(out, &format!("{component}/{}.index", payload.role), index)?;
         let name = format!("{component}/{}.zst", payload.role);
         out.write_all(&ustar::header(&name, payload.data.size)?)?;
-        copy(data, out, payload.data.size, &name)?;
+        copy_exactly(data, out, payload.data.size, &name)?;
         write_zeros(out, ustar::padding(payload.data.size))?;
     }
     if given.next().is_some() {
@@ -407,7 +407,7 @@ pub fn write_archive(
 }
 
 /// Copies exactly `size` bytes.
-fn copy(data: &mut dyn Read, out: &mut dyn Write, size: u64, name: &str) -> Result<()> {
+fn copy_exactly(data: &mut dyn Read, out: &mut dyn Write, size: u64, name: &str) -> Result<()> {
     // Small enough that a copy (for hashing) is allocated from the heap, not from new pages.
     let mut buffer = vec![0_u8; 1 << 16];
     let mut left = size;

@@ -331,7 +331,7 @@ pub enum InstallStep {
 
 impl InstallStep {
     /// A short description of the step.
-    pub fn doing(self) -> &'static str {
+    pub fn describe(self) -> &'static str {
         match self {
             Self::Survey => "comparing",
             Self::Write => "writing",

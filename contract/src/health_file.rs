@@ -39,11 +39,11 @@ pub struct HttpCheck {
     /// Such as `http://127.0.0.1:31950/health`.
     pub url: String,
     /// The expected status code.
-    #[serde(default = "ok")]
+    #[serde(default = "default_status")]
     pub status: u16,
 }
 
-fn ok() -> u16 {
+fn default_status() -> u16 {
     200
 }
 
@@ -126,7 +126,7 @@ impl HealthFile {
     ///
     /// # Errors
     /// What is wrong and where: invalid TOML, or an invalid address.
-    pub fn address(text: &str) -> Result<Option<HttpCheck>, toml::de::Error> {
+    pub fn parse_address(text: &str) -> Result<Option<HttpCheck>, toml::de::Error> {
         #[derive(Deserialize)]
         struct Addresses {
             http: Option<HttpCheck>,

@@ -183,10 +183,10 @@ impl Refusal {
         Self { code: Cow::Borrowed(code), message: message.into(), help: help.into() }
     }
 
-    /// Reading or writing failed; `doing` is a gerund phrase that names what and where.
-    pub fn io(doing: impl fmt::Display, error: &std::io::Error) -> Self {
+    /// Reading or writing failed; `action` is a gerund phrase that names what and where.
+    pub fn io(action: impl fmt::Display, error: &std::io::Error) -> Self {
         let help = "see `slotd log` and the kernel's messages; replace a failing card";
-        Self::new("io", format!("{doing}: {error}"), help)
+        Self::new("io", format!("{action}: {error}"), help)
     }
 
     /// The whole refusal for a terminal: the message with its code, and the help on a line of its own.

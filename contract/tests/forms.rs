@@ -140,7 +140,7 @@ fn an_answer_of_a_later_agent_is_understood() {
     let progress: Progress =
         serde_json::from_value(json!({ "step": "polish", "done": 1, "total": 2, "eta": 3 }))
             .unwrap();
-    assert_eq!((progress.step, progress.step.doing()), (InstallStep::Unknown, "working"));
+    assert_eq!((progress.step, progress.step.describe()), (InstallStep::Unknown, "working"));
     let refusal: Refusal = serde_json::from_value(
         json!({ "code": "held", "message": "m", "help": "h", "holder": "api" }),
     )
@@ -274,12 +274,12 @@ fn checks_are_strict_for_the_robot_and_lenient_for_the_local_target() {
     let CheckTarget::Http(found) = HealthFile::parse(http).unwrap().target else {
         panic!("another")
     };
-    assert_eq!(HealthFile::address(http).unwrap(), Some(found.clone()));
+    assert_eq!(HealthFile::parse_address(http).unwrap(), Some(found.clone()));
     assert_eq!(found.status, 200);
     let later = format!("later = 1\n{http}");
     assert!(HealthFile::parse(&later).unwrap_err().contains("unknown field"));
-    assert_eq!(HealthFile::address(&later).unwrap(), Some(found));
-    assert_eq!(HealthFile::address("[unit]\nname = \"a\"\n").unwrap(), None);
+    assert_eq!(HealthFile::parse_address(&later).unwrap(), Some(found));
+    assert_eq!(HealthFile::parse_address("[unit]\nname = \"a\"\n").unwrap(), None);
     let outcome = CheckOutcome { name: "a".into(), healthy: true, found: "b".into() };
     assert_eq!(
         serde_json::to_string(&outcome).unwrap(),

@@ -276,7 +276,7 @@ fn key_sets() -> Vec<Vec<u8>> {
 
 pub fn device(data: &[u8]) {
     let root = root_with("usr/lib/slipway/device.toml", data);
-    if let Ok(about) = slotd::device::description(&root) {
+    if let Ok(about) = slotd::device::read_device_file(&root) {
         assert!(!about.version.as_str().is_empty());
     }
 }
@@ -291,7 +291,7 @@ fn devices() -> Vec<Vec<u8>> {
 
 pub fn health(data: &[u8]) {
     let root = root_with("etc/slotd/health.d/10-it.toml", data);
-    let checks = slotd::health::load(&root);
+    let checks = slotd::health::load_checks(&root);
     // The check of the system's start always exists, and an invalid file is a check that fails.
     assert_eq!(checks.len(), 2);
     let timeout = checks[1].timeout.as_secs();
@@ -315,7 +315,7 @@ fn checks() -> Vec<Vec<u8>> {
 pub fn seed(data: &[u8]) {
     let Ok(seed) = slotd::data::seed::SeedFile::parse(data) else { return };
     // No value adds another line to the robot's configuration.
-    let Some(file) = slotd::data::seed::wireless(&seed) else { return };
+    let Some(file) = slotd::data::seed::wifi_configuration(&seed) else { return };
     assert_eq!(file.lines().count(), 5, "{file:?}");
     assert!(
         file.bytes().all(|byte| byte == b'\n' || byte == b'\t' || (b' '..=b'~').contains(&byte))

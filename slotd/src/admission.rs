@@ -18,24 +18,24 @@ pub struct ChangePermit {
 /// Requests the permission for `verb`. The robot's state is read after the lock is taken.
 ///
 /// # Errors
-/// `busy`: another operation is running. What [`policy::admit`] refuses, and `io`.
-pub fn enter(
+/// `busy`: another operation is running. What [`policy::check_state`] refuses, and `io`.
+pub fn request_permit(
     root: &RootDir,
     verb: AgentVerb,
     standing: impl FnOnce() -> AdmissionState,
 ) -> Result<ChangePermit> {
-    let admitted = take_turn(root, verb)?;
-    policy::admit(verb, &standing())?;
-    Ok(admitted)
+    let permit = request_lock(root, verb)?;
+    policy::check_state(verb, &standing())?;
+    Ok(permit)
 }
 
-/// [`enter`] for a verb that needs only the lock, and that also works on a robot that cannot update.
+/// [`request_permit`] for a verb that needs only the lock, and that also works on a robot that cannot update.
 ///
 /// # Errors
 /// `busy`: another operation is running. `io`.
-pub fn take_turn(root: &RootDir, verb: AgentVerb) -> Result<ChangePermit> {
-    let lock = match policy::rules(verb).busy {
-        true => Some(ProcessLock::take(root, LockScope::Slots, &verb.to_string())?),
+pub fn request_lock(root: &RootDir, verb: AgentVerb) -> Result<ChangePermit> {
+    let lock = match policy::rules_for(verb).busy {
+        true => Some(ProcessLock::acquire(root, LockScope::Slots, &verb.to_string())?),
         false => None,
     };
     Ok(ChangePermit { _lock: lock })

@@ -38,7 +38,7 @@ pub struct Agent {
 }
 
 /// What was found of a bundle, or of a slot that was compared with it.
-fn verified<I: BundleInput>(
+fn verify_outcome<I: BundleInput>(
     reader: &BundleReader<I>,
     slot: Option<Slot>,
     size: u64,
@@ -78,20 +78,21 @@ impl Agent {
         self.flow.as_ref()
     }
 
-    /// Requests the permission for a verb ([`admission::enter`]).
+    /// Requests the permission for a verb ([`admission::request_permit`]).
     ///
     /// # Errors
     /// The refusal, which is also logged unless it is `busy`.
-    pub fn enter(&self, verb: AgentVerb) -> Result<ChangePermit> {
-        let machine = self.machine();
-        let admitted = admission::enter(machine.root, verb, || install::standing(&machine));
-        admitted.map_err(|refusal| match refusal.code.as_ref() {
+    pub fn request_permit(&self, verb: AgentVerb) -> Result<ChangePermit> {
+        let robot = self.robot();
+        let permit =
+            admission::request_permit(robot.root, verb, || install::admission_state(&robot));
+        permit.map_err(|refusal| match refusal.code.as_ref() {
             "busy" => refusal,
             _ => self.refused(refusal),
         })
     }
 
-    fn machine(&self) -> RobotContext<'_> {
+    fn robot(&self) -> RobotContext<'_> {
         RobotContext {
             root: self.device.root(),
             about: &self.device.about,
@@ -110,15 +111,15 @@ impl Agent {
     pub fn status(&self) -> Result<RobotStatus> {
         let (about, root) = (&self.device.about, self.device.root());
         let boot = self.flow.status()?;
-        let trust = TrustStore::read(&self.machine());
+        let trust = TrustStore::read(&self.robot());
         // The status must also work without a key.
         let keys = trust.keys().unwrap_or_default();
         let mut alarms: Vec<String> = Vec::new();
-        let health = health::state(root).unwrap_or_default();
+        let health = health::read_state(root).unwrap_or_default();
         let data = DataState::read(root).ok();
         alarms.extend(data.as_ref().and_then(DataState::alarm));
         alarms.extend(trust.alarms);
-        alarms.extend(damage::found(root).into_iter().map(|damage| damage.what));
+        alarms.extend(damage::find_damaged(root).into_iter().map(|damage| damage.what));
         let pending = boot.pending(self.device.running);
         let runs = pending.is_some_and(|trial| trial.slot == self.device.running);
         Ok(RobotStatus {
@@ -151,10 +152,10 @@ impl Agent {
         input: I,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<VerifyOutcome> {
-        let machine = self.machine();
-        let trust = TrustStore::read(&machine);
+        let robot = self.robot();
+        let trust = TrustStore::read(&robot);
         let mut reader = BundleReader::open(input, &trust.keys()?).map_err(install::from_source)?;
-        install::check_manifest(&machine, &trust.floor, &reader, &InstallOptions::default())?;
+        install::check_manifest(&robot, &trust.floor, &reader, &InstallOptions::default())?;
         let mut size = 0;
         reader
             .verify(|bytes| {
@@ -162,7 +163,7 @@ impl Agent {
                 progress(size);
             })
             .map_err(install::from_source)?;
-        Ok(verified(&reader, None, size))
+        Ok(verify_outcome(&reader, None, size))
     }
 
     /// Compares a slot, which may be the running one, with a bundle, block by block. Of the bundle's payloads only
@@ -177,15 +178,14 @@ impl Agent {
         slot: Slot,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<VerifyOutcome> {
-        let machine =
-            RobotContext { slots: &install::ReadOnlySlots(&self.device), ..self.machine() };
-        let keys = TrustStore::read(&machine).keys()?;
+        let robot = RobotContext { slots: &install::ReadOnlySlots(&self.device), ..self.robot() };
+        let keys = TrustStore::read(&robot).keys()?;
         let mut reader = BundleReader::open(input, &keys).map_err(install::from_source)?;
-        let about = machine.about;
+        let about = robot.about;
         let (product, board) = (Some(about.product.as_str()), Some(about.board.as_str()));
         reader.check(&BundlePolicy { product, board, ..BundlePolicy::default() })?;
-        let size = install::compare(&machine, &mut reader, slot, progress)?;
-        Ok(verified(&reader, Some(slot), size))
+        let size = install::compare(&robot, &mut reader, slot, progress)?;
+        Ok(verify_outcome(&reader, Some(slot), size))
     }
 
     /// Compares all files of the APIs on `data`, the one that serves and those that are kept, with the hashes that
@@ -208,14 +208,14 @@ impl Agent {
         options: &InstallOptions,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<update::InstallOutcome> {
-        update::install(&self.machine(), input, options, progress)
+        update::install(&self.robot(), input, options, progress)
     }
 
     /// Makes the running slot the committed one, and raises the floor to what its bundle asks.
     ///
     /// # Errors
     /// `boot-state`, `io`; `watchdog`, when all but that is done.
-    pub fn commit(&self, admitted: ChangePermit) -> Result<SlotChange> {
+    pub fn commit(&self, permit: ChangePermit) -> Result<SlotChange> {
         let running = self.device.running;
         let status = self.flow.status()?;
         if status.active != running || status.trial.is_some() {
@@ -226,13 +226,13 @@ impl Agent {
         // After the commit: a floor that a rolled-back system has set would keep its predecessor out. If the power
         // goes in between, the running system itself still asks for all of it, and before anything else starts in
         // its stead (`install`, `boot-other`) it is kept.
-        let machine = self.machine();
-        reserve::with(machine.root, || {
-            update::remember(&machine);
-            update::heal(&machine);
+        let robot = self.robot();
+        reserve::with_reserve_released(robot.root, || {
+            update::store_requirements(&robot);
+            update::remove_damaged(&robot);
         });
         // Slots and boot state are settled: the next install need not wait for systemd.
-        drop(admitted);
+        drop(permit);
         // Last: until then the deadline applies, and ends in the slot that is now committed.
         watchdog::hand_over(self.device.root())?;
         Ok(SlotChange { slot: running, restart: None })
@@ -254,9 +254,9 @@ impl Agent {
     /// Goes back to the API that was good before, or to the system's own. Nothing restarts but its services.
     ///
     /// # Errors
-    /// As [`components::back`].
+    /// As [`components::roll_back`].
     pub fn api_back(&self, _: &ChangePermit) -> Result<components::ApiRollback> {
-        components::back(self.device.root(), &self.events, &DirectFileChanges)
+        components::roll_back(self.device.root(), &self.events, &DirectFileChanges)
             .map_err(|refusal| self.refused(refusal))
     }
 
@@ -275,10 +275,10 @@ impl Agent {
         if self.flow.status()?.active != self.device.running {
             return Ok(SlotChange { slot, restart: Some(RestartKind::Committed) });
         }
-        let machine = self.machine();
-        update::remember(&machine);
-        let version = record::read_slot(machine.root, slot).map(|installed| installed.version);
-        let floor = TrustStore::read(&machine).floor.version;
+        let robot = self.robot();
+        update::store_requirements(&robot);
+        let version = record::read_slot(robot.root, slot).map(|installed| installed.version);
+        let floor = TrustStore::read(&robot).floor.version;
         // An unknown system may have any version.
         let below = floor.filter(|floor| version.as_ref().is_none_or(|version| version < floor));
         if let (Some(floor), None) = (&below, allow_downgrade) {
@@ -321,18 +321,19 @@ impl Agent {
     /// # Errors
     /// `key-set`, `no-keys`.
     pub fn keys(&self) -> Result<KeySet> {
-        TrustStore::read(&self.machine()).keys()
+        TrustStore::read(&self.robot()).keys()
     }
 
     /// Takes a newer key set that a trusted key has signed.
     ///
     /// # Errors
-    /// As [`trust::take`].
+    /// As [`trust::install_key_set`].
     pub fn take_keys(&self, _: &ChangePermit, file: &Path) -> Result<KeySet> {
-        update::remember(&self.machine());
+        update::store_requirements(&self.robot());
         // A full `data` must not prevent the revocation of a key.
-        let machine = self.machine();
-        let taken = reserve::with(machine.root, || trust::take(&machine, file));
+        let robot = self.robot();
+        let taken =
+            reserve::with_reserve_released(robot.root, || trust::install_key_set(&robot, file));
         let set = taken.map_err(|refusal| self.refused(refusal))?;
         self.events.add("key-set-taken", json!({ "serial": set.serial, "keys": set.keys }));
         Ok(set)
@@ -345,7 +346,7 @@ impl Agent {
     pub fn health(&self) -> Result<Vec<health::CheckOutcome>> {
         let root = self.device.root();
         let outcomes: Vec<health::CheckOutcome> =
-            health::load(root).iter().map(|check| check.run(root)).collect();
+            health::load_checks(root).iter().map(|check| check.run(root)).collect();
         let failing: Vec<String> = outcomes
             .iter()
             .filter(|outcome| !outcome.healthy)
@@ -365,9 +366,13 @@ impl Agent {
     pub fn watch(&self) -> Result<Option<TrialVerdict>> {
         let root = self.device.root();
         let Some(trial) = health::TrialRecord::read(root)? else { return Ok(None) };
-        let checks = health::load(root);
+        let checks = health::load_checks(root);
         let verdict = TrialWatch::new(root, &checks, trial).run(
-            || self.enter(AgentVerb::Commit).and_then(|admitted| self.commit(admitted)).map(drop),
+            || {
+                self.request_permit(AgentVerb::Commit)
+                    .and_then(|permit| self.commit(permit))
+                    .map(drop)
+            },
             |state| {
                 self.events.add("health", json!({ "why": state.why(), "checks": state.checks }))
             },

@@ -29,7 +29,7 @@ impl AlignedBuffer {
     }
 
     /// A copy of some bytes.
-    pub fn of(bytes: &[u8]) -> Self {
+    pub fn copy_of(bytes: &[u8]) -> Self {
         let mut buffer = Self::new(bytes.len());
         buffer.copy_from_slice(bytes);
         buffer

@@ -72,7 +72,7 @@ impl BuiltInApi {
     pub fn search_path(&self, root: &RootDir) -> Result<SearchPath> {
         let python = self.interpreter()?;
         let Interpreter { major, minor, .. } = python;
-        let first = variable(root, "PYTHONPATH")?.unwrap_or_default();
+        let first = read_variable(root, "PYTHONPATH")?.unwrap_or_default();
         let mut entries: Vec<PathEntryOrigin> = first
             .split(':')
             .filter(|entry| !entry.is_empty())
@@ -101,7 +101,7 @@ impl BuiltInApi {
 ///
 /// # Errors
 /// `io`.
-pub fn variable(root: &RootDir, name: &str) -> Result<Option<String>> {
+pub fn read_variable(root: &RootDir, name: &str) -> Result<Option<String>> {
     let text = read(&root.path("usr/lib/slipway/api.env"))?.unwrap_or_default();
     let value = |line: &str| line.strip_prefix(name)?.strip_prefix('=').map(str::to_owned);
     // As in systemd and the shell, the last one applies.

@@ -68,7 +68,7 @@ impl DataState {
     ///
     /// # Errors
     /// `no-data`; `io`.
-    pub fn writable(root: &RootDir) -> Result<()> {
+    pub fn require_writable(root: &RootDir) -> Result<()> {
         if !root.data().exists() {
             return Ok(());
         }
@@ -102,13 +102,13 @@ impl DataState {
 }
 
 /// Where a start says what it has done with `data`.
-pub(crate) fn report(root: &RootDir) -> PathBuf {
+pub(crate) fn report_path(root: &RootDir) -> PathBuf {
     root.path("run/slotd/data.json")
 }
 
 /// Why `data` is not fit for this system, as [`crate::startup::prepare`] has found; for the health check.
-pub(crate) fn unfit(root: &RootDir) -> Option<String> {
-    let note: Option<serde_json::Value> = durable::read_json(&report(root)).ok().flatten();
+pub(crate) fn unfit_reason(root: &RootDir) -> Option<String> {
+    let note: Option<serde_json::Value> = durable::read_json(&report_path(root)).ok().flatten();
     let message = note?.get("refused")?.get("message")?.as_str()?.to_owned();
     Some(message)
 }

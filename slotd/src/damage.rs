@@ -33,7 +33,7 @@ impl DamagedFile {
 }
 
 /// Every file that is damaged.
-pub fn found(root: &RootDir) -> Vec<DamagedFile> {
+pub fn find_damaged(root: &RootDir) -> Vec<DamagedFile> {
     let state = root.state();
     let mut found = Vec::new();
     let mut look = |path: PathBuf, read: fn(&std::path::Path) -> io::Result<()>| {
@@ -45,16 +45,16 @@ pub fn found(root: &RootDir) -> Vec<DamagedFile> {
             found.push(DamagedFile { path, what });
         }
     };
-    look(state.join("journal.json"), reads::<InstallJournal>);
+    look(state.join("journal.json"), check_readable::<InstallJournal>);
     for slot in [Slot::A, Slot::B] {
-        look(state.join(format!("slot-{slot}.json")), reads::<InstalledSlot>);
+        look(state.join(format!("slot-{slot}.json")), check_readable::<InstalledSlot>);
     }
-    look(state.join("tryboot.json"), reads::<boot::ArmedTrial>);
-    look(state.join("provisioned.json"), reads::<provision::ProvisionRecord>);
-    look(root.data().join("apps/api/.state.json"), reads::<components::ApiState>);
+    look(state.join("tryboot.json"), check_readable::<boot::ArmedTrial>);
+    look(state.join("provisioned.json"), check_readable::<provision::ProvisionRecord>);
+    look(root.data().join("apps/api/.state.json"), check_readable::<components::ApiState>);
     found
 }
 
-fn reads<T: DeserializeOwned>(path: &std::path::Path) -> io::Result<()> {
+fn check_readable<T: DeserializeOwned>(path: &std::path::Path) -> io::Result<()> {
     durable::read_json::<T>(path).map(drop)
 }

@@ -33,7 +33,7 @@ const NOT_OUR_DISK: &str =
 ///
 /// # Errors
 /// `bad-device`: the file is missing or malformed.
-pub fn description(root: &RootDir) -> Result<DeviceFile> {
+pub fn read_device_file(root: &RootDir) -> Result<DeviceFile> {
     let path = root.device_file();
     let bad = |why: String| {
         let message = format!("reading {}: {why}", path.display());
@@ -51,9 +51,10 @@ impl RobotDevice {
     /// partition that `device.toml` lists as a slot.
     pub fn read(root: &RootDir) -> Result<Self> {
         let path = root.device_file();
-        let mut about = description(root)?;
+        let mut about = read_device_file(root)?;
         let partition = root_partition(root)?;
-        let (number, start) = (value(&partition, "partition")?, value(&partition, "start")?);
+        let (number, start) =
+            (read_number(&partition, "partition")?, read_number(&partition, "start")?);
         let running_on = |partitions: &BTreeMap<String, PartitionExtent>| {
             let is = |slot: &Slot| {
                 partitions.get(&slot_role("root", *slot)).is_some_and(|known| {
@@ -89,7 +90,7 @@ impl RobotDevice {
 
     /// The slot that is not running: the only one that is ever written.
     pub fn idle(&self) -> Slot {
-        other(self.running)
+        other_slot(self.running)
     }
 
     /// The root of all paths.
@@ -139,10 +140,10 @@ impl RobotDevice {
             .map_err(|error| Refusal::io(format!("reading {}", self.disk.display()), &error))?;
         for entry in listing.flatten() {
             let folder = entry.path();
-            if value(&folder, "partition").ok() != Some(u64::from(known.number)) {
+            if read_number(&folder, "partition").ok() != Some(u64::from(known.number)) {
                 continue;
             }
-            let (start, sectors) = (value(&folder, "start")?, value(&folder, "size")?);
+            let (start, sectors) = (read_number(&folder, "start")?, read_number(&folder, "size")?);
             // `data` grows when a robot first starts.
             let fits = start == known.start_sector && (sectors == known.sectors || role == "data");
             return if fits {
@@ -170,7 +171,7 @@ impl RobotDevice {
 }
 
 /// The other slot.
-pub fn other(slot: Slot) -> Slot {
+pub fn other_slot(slot: Slot) -> Slot {
     match slot {
         Slot::A => Slot::B,
         Slot::B => Slot::A,
@@ -212,7 +213,7 @@ fn root_partition(root: &RootDir) -> Result<PathBuf> {
 }
 
 /// A number in sysfs.
-fn value(folder: &Path, name: &str) -> Result<u64> {
+fn read_number(folder: &Path, name: &str) -> Result<u64> {
     let path = folder.join(name);
     let failed = |error: io::Error| Refusal::io(format!("reading {}", path.display()), &error);
     let text = fs::read_to_string(&path).map_err(failed)?;

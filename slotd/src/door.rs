@@ -75,7 +75,7 @@ impl UpdateRequest {
     ///
     /// # Errors
     /// `not-offered`: anything other than these verbs and options.
-    pub fn typed(line: &str) -> Result<Self> {
+    pub fn parse(line: &str) -> Result<Self> {
         let mut words: Vec<&str> = line.split_ascii_whitespace().collect();
         if words.first() == Some(&"slotd") {
             words.remove(0);
@@ -103,7 +103,7 @@ impl UpdateRequest {
             _ => return Err(not_offered(line)),
         };
         let typed = Self { verb, json };
-        match policy::may(CallerRights::Update, &typed.asked()) {
+        match policy::is_allowed(CallerRights::Update, &typed.asked()) {
             true => Ok(typed),
             false => Err(not_offered(line)),
         }
@@ -157,8 +157,8 @@ impl UpdateRequest {
 ///
 /// # Errors
 /// `not-offered`; `busy`: the server closed the connection without an answer; `io`: no server, or an invalid answer.
-pub fn ask(root: &RootDir, line: &str) -> Result<u8> {
-    let request = UpdateRequest::typed(line)?;
+pub fn run_client(root: &RootDir, line: &str) -> Result<u8> {
+    let request = UpdateRequest::parse(line)?;
     let path = root.path(SOCKET);
     let failed = |error: io::Error| Refusal::io(format!("asking {}", path.display()), &error);
     let mut stream = UnixStream::connect(&path).map_err(failed)?;
@@ -177,7 +177,7 @@ pub fn ask(root: &RootDir, line: &str) -> Result<u8> {
         }
         drop(upload.shutdown(std::net::Shutdown::Write));
     });
-    answer(&mut stream).map_err(|error| match error.kind() {
+    print_answer(&mut stream).map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Refusal::new(
             "busy",
             format!("the agent has closed the session: {USER} has too many sessions, or the robot is restarting"),
@@ -188,7 +188,7 @@ pub fn ask(root: &RootDir, line: &str) -> Result<u8> {
 }
 
 /// Prints frames until the last one, which has the exit code.
-fn answer(stream: &mut impl Read) -> io::Result<u8> {
+fn print_answer(stream: &mut impl Read) -> io::Result<u8> {
     let strange = || io::Error::other("invalid answer from the agent");
     loop {
         let mut head = [0; 5];
@@ -263,7 +263,7 @@ impl Answers {
 }
 
 /// Sends a frame from any of the threads.
-fn frame(answers: &Mutex<Answers>, kind: Kind, bytes: &[u8]) {
+fn send_frame(answers: &Mutex<Answers>, kind: Kind, bytes: &[u8]) {
     answers.lock().unwrap_or_else(PoisonError::into_inner).frame(kind, bytes);
 }
 
@@ -272,30 +272,30 @@ fn frame(answers: &Mutex<Answers>, kind: Kind, bytes: &[u8]) {
 ///
 /// # Errors
 /// `io`: standard input is not a connection.
-pub fn serve(root: &RootDir, prefix: &Path) -> Result<()> {
+pub fn run_server(root: &RootDir, prefix: &Path) -> Result<()> {
     let failed = |error: io::Error| Refusal::io("serving the update user", &error);
     let fd = io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
     let stream = UnixStream::from(fd);
     let answers = stream.try_clone().map_err(failed)?;
     let answers = Mutex::new(Answers::new(answers, PaceLimits::default()));
-    let done = accepted(root, &stream)
+    let done = check_peer(root, &stream)
         .and_then(|uid| {
-            let request = request(&stream)?;
+            let request = read_request(&stream)?;
             let caller = Caller { uid, ..lobby::this_process(root, CallerRights::Update) };
             lobby::authorise(&caller, &request.asked()).map(|()| request)
         })
         .and_then(|request| run(&request, prefix, &stream, &answers).map_err(failed));
     let code = done.unwrap_or_else(|refusal| {
         let text = serde_json::json!({ "refused": refusal }).to_string() + "\n";
-        frame(&answers, Kind::Out, text.as_bytes());
+        send_frame(&answers, Kind::Out, text.as_bytes());
         refusal.matter() as u8
     });
-    frame(&answers, Kind::End, &[code]);
+    send_frame(&answers, Kind::End, &[code]);
     Ok(())
 }
 
 /// The user id of the peer, which must be root or [`USER`]. The socket's mode checks this too, but its directory is shared.
-fn accepted(root: &RootDir, stream: &UnixStream) -> Result<u32> {
+fn check_peer(root: &RootDir, stream: &UnixStream) -> Result<u32> {
     let peer = rustix::net::sockopt::socket_peercred(stream.as_fd())
         .map_err(|error| Refusal::io("reading the user of a connection", &error.into()))?;
     let own = rustix::process::geteuid();
@@ -311,7 +311,7 @@ fn accepted(root: &RootDir, stream: &UnixStream) -> Result<u32> {
 }
 
 /// Reads one line, byte by byte: the bytes after it belong to the agent.
-fn request(mut stream: &UnixStream) -> Result<UpdateRequest> {
+fn read_request(mut stream: &UnixStream) -> Result<UpdateRequest> {
     let failed = |error: io::Error| Refusal::io("reading a request", &error);
     let end = Instant::now() + PATIENCE;
     let mut text = Vec::new();
@@ -375,7 +375,7 @@ fn run(
 fn pass_on(mut pipe: impl Read, kind: Kind, answers: &Mutex<Answers>) {
     let mut buffer = vec![0; FRAME];
     while let Ok(count @ 1..) = pipe.read(&mut buffer) {
-        frame(answers, kind, buffer.get(..count).unwrap_or_default());
+        send_frame(answers, kind, buffer.get(..count).unwrap_or_default());
     }
 }
 
@@ -397,7 +397,7 @@ mod tests {
             ("slotd verify -", "verify - --format text"),
             ("slotd health", "health --format text"),
         ] {
-            let request = UpdateRequest::typed(line).unwrap();
+            let request = UpdateRequest::parse(line).unwrap();
             assert_eq!(request.words().join(" "), expected);
             let text = serde_json::to_vec(&request).unwrap();
             assert!(text.len() < LONGEST, "{}", text.len());
@@ -431,11 +431,11 @@ mod tests {
             "slotd status --format yaml",
             "slotd slotd status",
         ] {
-            let refusal = UpdateRequest::typed(line).unwrap_err();
+            let refusal = UpdateRequest::parse(line).unwrap_err();
             assert_eq!(refusal.code, "not-offered", "{line}");
         }
-        let shown = UpdateRequest::typed("a\u{1b}]0;x\u{7}").unwrap_err().message;
-        assert!(!shown.chars().any(char::is_control), "{shown:?}");
+        let message = UpdateRequest::parse("a\u{1b}]0;x\u{7}").unwrap_err().message;
+        assert!(!message.chars().any(char::is_control), "{message:?}");
     }
 
     #[test]
@@ -464,7 +464,7 @@ mod tests {
                 std::thread::sleep(Duration::from_secs(1));
             }
         });
-        assert_eq!(request(&stream).unwrap_err().code, "not-offered");
+        assert_eq!(read_request(&stream).unwrap_err().code, "not-offered");
         assert!(started.elapsed() < PATIENCE * 10, "{:?}", started.elapsed());
         drop(stream);
         writes.join().unwrap();

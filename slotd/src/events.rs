@@ -83,7 +83,7 @@ impl EventLog {
         let details = details.as_object().cloned().unwrap_or_default();
         let event =
             RobotEvent { number, time, boot: self.boot.clone(), event: event.to_owned(), details };
-        let mut line = line(event)?;
+        let mut line = encode_line(event)?;
         let mut file = OpenOptions::new().create(true).append(true).read(true).open(&path)?;
         // After a power cut, the rest of an incomplete line stays a separate line.
         let length = file.metadata()?.len();
@@ -127,7 +127,7 @@ impl EventLog {
 
 /// The event as a line of at most [`MAX_LINE`] bytes. Texts that are too long end with `…`, and `shortened` has the
 /// length of the whole line in bytes.
-fn line(mut event: RobotEvent) -> io::Result<Vec<u8>> {
+fn encode_line(mut event: RobotEvent) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(&event)?;
     let whole = line.len();
     let details = std::mem::take(&mut event.details);
@@ -149,7 +149,7 @@ fn line(mut event: RobotEvent) -> io::Result<Vec<u8>> {
 }
 
 /// A value whose texts have at most `longest` bytes, and whose lists have at most `longest / 16` entries.
-fn shortened(value: &Value, longest: usize) -> Value {
+fn shorten(value: &Value, longest: usize) -> Value {
     match value {
         Value::String(text) if text.len() > longest => {
             let cut = (0..=longest).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
@@ -158,7 +158,7 @@ fn shortened(value: &Value, longest: usize) -> Value {
         Value::Array(values) => {
             let most = longest / 16;
             let mut kept: Vec<Value> =
-                values.iter().take(most).map(|value| shortened(value, longest)).collect();
+                values.iter().take(most).map(|value| shorten(value, longest)).collect();
             if values.len() > most {
                 kept.push(CUT.into());
             }
@@ -171,7 +171,7 @@ fn shortened(value: &Value, longest: usize) -> Value {
 
 fn shortened_map(map: &Map<String, Value>, longest: usize) -> Map<String, Value> {
     let kept = map.iter().take(longest).filter(|(name, _)| name.len() <= longest);
-    kept.map(|(name, value)| (name.clone(), shortened(value, longest))).collect()
+    kept.map(|(name, value)| (name.clone(), shorten(value, longest))).collect()
 }
 
 fn read_file(path: &std::path::Path) -> io::Result<Vec<RobotEvent>> {

@@ -49,11 +49,11 @@ impl ProcessLock {
     ///
     /// # Errors
     /// `busy`: another process holds it. `io`: `/run` fails.
-    pub fn take(root: &RootDir, turn: LockScope, verb: &str) -> Result<Self> {
-        let path = root.run().join(turn.name());
+    pub fn acquire(root: &RootDir, scope: LockScope, verb: &str) -> Result<Self> {
+        let path = root.run().join(scope.name());
         let failed = |error: io::Error| Refusal::io(format!("locking {}", path.display()), &error);
-        let mut file = open(root, turn).map_err(failed)?;
-        if !held(&file).map_err(failed)? {
+        let mut file = open_lock_file(root, scope).map_err(failed)?;
+        if !try_lock(&file).map_err(failed)? {
             let mut holder = String::new();
             let known = file.take(100).read_to_string(&mut holder).is_ok();
             let holder = if known { holder.trim().escape_debug().to_string() } else { holder };
@@ -74,11 +74,11 @@ impl ProcessLock {
     ///
     /// # Errors
     /// `WouldBlock`: another process held it all that time. When `/run` fails.
-    pub fn wait(root: &RootDir, turn: LockScope, patience: &mut Duration) -> io::Result<Self> {
-        let file = open(root, turn)?;
+    pub fn wait(root: &RootDir, scope: LockScope, patience: &mut Duration) -> io::Result<Self> {
+        let file = open_lock_file(root, scope)?;
         let started = Instant::now();
         loop {
-            let had = held(&file)?;
+            let had = try_lock(&file)?;
             let waited = started.elapsed();
             if had || waited >= *patience {
                 *patience = patience.saturating_sub(waited);
@@ -91,16 +91,16 @@ impl ProcessLock {
     }
 }
 
-fn open(root: &RootDir, turn: LockScope) -> io::Result<File> {
+fn open_lock_file(root: &RootDir, scope: LockScope) -> io::Result<File> {
     let folder = root.run();
     private_dir(&folder)?;
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    options.open(folder.join(turn.name()))
+    options.open(folder.join(scope.name()))
 }
 
 /// Tries to take the lock; returns whether this process holds it now.
-fn held(file: &File) -> io::Result<bool> {
+fn try_lock(file: &File) -> io::Result<bool> {
     match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(true),
         Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),

@@ -64,9 +64,9 @@ impl SlotStorage for RobotDevice {
 ///
 /// # Errors
 /// `trial-pending`, `not-committed`; `boot-state` or `io` when the state cannot be read.
-pub fn undecided(machine: &RobotContext<'_>) -> Result<()> {
-    let status = machine.flow.status()?;
-    let running = machine.running;
+pub fn require_decided(robot: &RobotContext<'_>) -> Result<()> {
+    let status = robot.flow.status()?;
+    let running = robot.running;
     if let Some(trial) = status.pending(running) {
         let place = if trial.slot == running { "running" } else { "not started yet" };
         return Err(Refusal::new(

@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 /// A job, for the process that waits for it.
 fn work(root: &RootDir, caller: &str, request: &AgentRequest) -> ExitCode {
     match serde_json::from_str::<Caller>(caller) {
-        Ok(caller) => ExitCode::from(detached::work(root, &caller, request)),
+        Ok(caller) => ExitCode::from(detached::run_job(root, &caller, request)),
         // As for anything that is mistyped.
         Err(_) => ExitCode::from(2),
     }
@@ -61,8 +61,8 @@ fn door(cli: &AgentCli, serve: bool) -> ExitCode {
     let root = RootDir::new(&cli.root);
     let line = std::env::var("SSH_ORIGINAL_COMMAND").unwrap_or_default();
     let done = match serve {
-        true => door::serve(&root, &cli.root).map(|()| 0),
-        false => door::ask(&root, &line),
+        true => door::run_server(&root, &cli.root).map(|()| 0),
+        false => door::run_client(&root, &line),
     };
     done.map_or_else(
         |refusal| {
@@ -89,7 +89,7 @@ fn answer(cli: &AgentCli, root: &RootDir, caller: &Caller) -> Result<AgentRespon
         CliVerb::Install { foreground: false, .. } => {
             let request = cli.request()?;
             lobby::authorise(caller, &request)?;
-            detached::start(root, caller, &request, &mut |told| match told {
+            detached::start_job(root, caller, &request, &mut |told| match told {
                 JobMessage::Progress(at) => watcher(*at),
                 JobMessage::Done(_) | JobMessage::Refused(_) => {}
             })
@@ -106,7 +106,7 @@ fn show(cli: &AgentCli, answer: &AgentResponse) -> std::io::Result<()> {
         // The archive itself was the answer.
         _ if matches!(answer, AgentResponse::BackedUp(None)) => out.flush(),
         AnswerFormat::Json => writeln!(out, "{}", answer.json()),
-        AnswerFormat::Text => writeln!(out, "{}", text::of(&cli.verb, answer)),
+        AnswerFormat::Text => writeln!(out, "{}", text::format_answer(&cli.verb, answer)),
     }
 }
 
@@ -141,7 +141,7 @@ impl ProgressLines {
             AnswerFormat::Text => {
                 let percent = at.done * 100 / at.total.max(1);
                 let end = if ended { "\n" } else { "" };
-                write!(err, "\r{} {percent} %   {end}", at.step.doing())
+                write!(err, "\r{} {percent} %   {end}", at.step.describe())
             }
         };
         // Standard error is closed; the work continues.

@@ -14,18 +14,18 @@ pub const USER: &str = "update";
 
 /// The refusal of a command that [`USER`] may not run.
 pub fn not_offered(what: &str) -> Refusal {
-    let shown: String =
+    let escaped: String =
         what.chars().take(80).map(|c| if c.is_control() { '?' } else { c }).collect();
     Refusal::new(
         "not-offered",
-        format!("the user {USER} may not run `{shown}`"),
+        format!("the user {USER} may not run `{escaped}`"),
         "allowed: status, health, log [-n NUMBER], verify -, install - [--no-restart]; a bundle is read from standard input",
     )
 }
 
 /// Whether a caller with these rights may make this request. The user `update` may not start older software, replace data
 /// or keys, or name a file on the robot.
-pub fn may(rights: CallerRights, request: &AgentRequest) -> bool {
+pub fn is_allowed(rights: CallerRights, request: &AgentRequest) -> bool {
     match (rights, request) {
         (CallerRights::All, _) => true,
         (CallerRights::Update, AgentRequest::Status | AgentRequest::Health) => true,
@@ -83,7 +83,7 @@ const DECIDED: VerbRules =
     VerbRules { trial_waits: true, trial_runs: true, not_committed: true, unknown: true, ..TURN };
 
 /// The rules of each verb.
-pub fn rules(verb: AgentVerb) -> VerbRules {
+pub fn rules_for(verb: AgentVerb) -> VerbRules {
     match verb {
         AgentVerb::Status
         | AgentVerb::Report
@@ -156,8 +156,8 @@ pub enum SlotsState {
 /// # Errors
 /// The refusal of the first rule that excludes the verb: `trial-pending`, `not-committed`, `nothing-on-trial`,
 /// `wrong-board`, `no-data`, or the error of reading the boot state.
-pub fn admit(verb: AgentVerb, standing: &AdmissionState) -> Result<(), Refusal> {
-    let rules = rules(verb);
+pub fn check_state(verb: AgentVerb, standing: &AdmissionState) -> Result<(), Refusal> {
+    let rules = rules_for(verb);
     match &standing.slots {
         SlotsState::TrialWaits(why) if rules.trial_waits => return Err(why.clone()),
         SlotsState::TrialRuns(why) if rules.trial_runs => return Err(why.clone()),
@@ -257,7 +257,8 @@ mod tests {
                 let expected = expected(verb, slots)
                     .or(board.then_some("wrong-board"))
                     .or(data.then_some("no-data"));
-                let found = admit(verb, &standing).err().map(|refusal| refusal.code.into_owned());
+                let found =
+                    check_state(verb, &standing).err().map(|refusal| refusal.code.into_owned());
                 assert_eq!(found.as_deref(), expected, "{verb:?}, {slots}");
                 refused += usize::from(found.is_some());
             }
@@ -290,9 +291,9 @@ mod tests {
                     | AgentVerb::PrepareData
                     | AgentVerb::TakeSeed
             );
-            assert_eq!(rules(verb).busy, !looks && !of_a_start, "{verb:?}");
+            assert_eq!(rules_for(verb).busy, !looks && !of_a_start, "{verb:?}");
             if looks || of_a_start {
-                assert_eq!(rules(verb), NOTHING, "{verb:?}");
+                assert_eq!(rules_for(verb), NOTHING, "{verb:?}");
             }
         }
     }
@@ -313,7 +314,7 @@ mod tests {
             verify("-", None),
             install("-", None),
         ] {
-            assert!(may(CallerRights::Update, &good), "{good:?}");
+            assert!(is_allowed(CallerRights::Update, &good), "{good:?}");
         }
         let file = || "/data/x".to_owned();
         for bad in [
@@ -343,8 +344,8 @@ mod tests {
             AgentRequest::Job,
             AgentRequest::CancelJob,
         ] {
-            assert!(!may(CallerRights::Update, &bad), "{bad:?}");
-            assert!(may(CallerRights::All, &bad), "{bad:?}");
+            assert!(!is_allowed(CallerRights::Update, &bad), "{bad:?}");
+            assert!(is_allowed(CallerRights::All, &bad), "{bad:?}");
         }
     }
 }

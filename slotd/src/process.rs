@@ -21,7 +21,7 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// Runs a program, in its own directory if given, until it ends or `timeout` expires. All processes that it
 /// starts are ended too. Returns standard output and standard error combined.
-pub(crate) fn program(
+pub(crate) fn run_program(
     name: &str,
     arguments: &[&str],
     folder: Option<&Path>,
@@ -29,7 +29,7 @@ pub(crate) fn program(
 ) -> Result<(ExitStatus, String), String> {
     let failed = |error: io::Error| format!("{name}: {error}");
     // A file, not a pipe: a surviving grandchild could hold a pipe open for ever.
-    let mut output = nameless().map_err(failed)?;
+    let mut output = create_memory_file().map_err(failed)?;
     let (first, second) =
         (output.try_clone().map_err(failed)?, output.try_clone().map_err(failed)?);
     let mut command = Command::new(name);
@@ -59,23 +59,23 @@ pub(crate) fn program(
             }
         }
     };
-    let mut said = Vec::new();
+    let mut text = Vec::new();
     output.rewind().map_err(failed)?;
-    output.take(OUTPUT).read_to_end(&mut said).map_err(failed)?;
-    let said = String::from_utf8_lossy(&said).into_owned();
+    output.take(OUTPUT).read_to_end(&mut text).map_err(failed)?;
+    let text = String::from_utf8_lossy(&text).into_owned();
     match status.signal() {
-        Some(signal) => Err(format!("{name} was killed by signal {signal}: {}", last_line(&said))),
-        None => Ok((status, said)),
+        Some(signal) => Err(format!("{name} was killed by signal {signal}: {}", last_line(&text))),
+        None => Ok((status, text)),
     }
 }
 
 /// A file in memory, which disappears with its last user.
-fn nameless() -> io::Result<File> {
+fn create_memory_file() -> io::Result<File> {
     Ok(rustix::fs::memfd_create("slotd-probe", MemfdFlags::CLOEXEC)?.into())
 }
 
 /// The last line that says something, cut to [`LAST_LINE`] characters.
-pub(crate) fn last_line(said: &str) -> String {
-    let line = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+pub(crate) fn last_line(text: &str) -> String {
+    let line = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
     line.trim().chars().take(LAST_LINE).collect()
 }

@@ -46,7 +46,7 @@ impl Ratchet {
     pub fn raise_keys(&mut self, set: &KeySet) {
         if set.serial >= self.serial {
             self.serial = set.serial;
-            self.counted = counting(set);
+            self.counted = valid_key_ids(set);
         }
     }
 
@@ -83,7 +83,7 @@ impl Ratchet {
 }
 
 /// Ids of the keys of a set that are not revoked.
-pub fn counting(set: &KeySet) -> Vec<String> {
+pub fn valid_key_ids(set: &KeySet) -> Vec<String> {
     set.keys.iter().filter(|key| !key.revoked).map(|key| key.id.clone()).collect()
 }
 

@@ -102,16 +102,16 @@ pub struct BoardReport {
 pub fn collect(root: &RootDir) -> BoardReport {
     let mut files = BTreeMap::new();
     for pattern in FILES {
-        for path in matching(root, pattern) {
+        for path in find_matching(root, pattern) {
             let Some(bytes) = read(&root.path(&path)) else { continue };
-            files.insert(format!("/{}", path.display()), text(&path, &bytes));
+            files.insert(format!("/{}", path.display()), format_value(&path, &bytes));
         }
     }
     // The command line may have secrets that a user has added.
     if let Some(line) = files.get_mut("/proc/cmdline") {
         *line = without_secrets(line);
     }
-    BoardReport { files, log: log(&root.path("dev/kmsg")) }
+    BoardReport { files, log: read_kernel_log(&root.path("dev/kmsg")) }
 }
 
 impl BoardReport {
@@ -123,7 +123,7 @@ impl BoardReport {
 }
 
 /// The files that a pattern matches.
-fn matching(root: &RootDir, pattern: &str) -> Vec<PathBuf> {
+fn find_matching(root: &RootDir, pattern: &str) -> Vec<PathBuf> {
     let mut found = vec![PathBuf::new()];
     for part in pattern.split('/') {
         let mut next = Vec::new();
@@ -135,7 +135,7 @@ fn matching(root: &RootDir, pattern: &str) -> Vec<PathBuf> {
             let listing = fs::read_dir(root.path(folder)).into_iter().flatten().flatten();
             let mut names: Vec<String> = listing
                 .filter_map(|entry| entry.file_name().into_string().ok())
-                .filter(|name| fits(part, name))
+                .filter(|name| matches_pattern(part, name))
                 .collect();
             names.sort();
             next.extend(names.iter().map(|name| folder.join(name)));
@@ -147,7 +147,7 @@ fn matching(root: &RootDir, pattern: &str) -> Vec<PathBuf> {
 }
 
 /// Whether a name matches a pattern with `*`.
-fn fits(pattern: &str, name: &str) -> bool {
+fn matches_pattern(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
         return false;
@@ -173,7 +173,7 @@ fn read(path: &Path) -> Option<Vec<u8>> {
 }
 
 /// A value in human-readable form: text, a list of texts, a number of the device tree (big endian), or bytes.
-fn text(path: &Path, bytes: &[u8]) -> String {
+fn format_value(path: &Path, bytes: &[u8]) -> String {
     if !path.starts_with("proc/device-tree") {
         return printable(String::from_utf8_lossy(bytes).trim());
     }
@@ -248,10 +248,10 @@ fn without_secrets(line: &str) -> String {
 }
 
 /// A line of the kernel's log without the values of kernel arguments and without hardware addresses.
-fn told(said: &str) -> String {
-    let said = match said.split_once("command line: ") {
+fn redact_line(text: &str) -> String {
+    let text = match text.split_once("command line: ") {
         Some((before, line)) => format!("{before}command line: {}", without_secrets(line)),
-        None => said.to_owned(),
+        None => text.to_owned(),
     };
     let is_address = |word: &str| {
         let bare = word.trim_matches(|c: char| !c.is_ascii_hexdigit());
@@ -261,7 +261,7 @@ fn told(said: &str) -> String {
     };
     let serial = |word: &str| word.to_ascii_lowercase().contains("serialnumber");
     let mut hidden = false;
-    let words = said.split(' ').map(|word| {
+    let words = text.split(' ').map(|word| {
         let hide = hidden || is_address(word);
         hidden = serial(word) && word.ends_with([':', '=']);
         if hide { "(left out)" } else { word }
@@ -271,7 +271,7 @@ fn told(said: &str) -> String {
 
 /// The relevant lines of the kernel's log. Each read of `/dev/kmsg` is one record (Documentation/ABI/testing/dev-kmsg):
 /// `level,number,microseconds,flags;text`, followed by separate lines about the device.
-fn log(path: &Path) -> Vec<String> {
+fn read_kernel_log(path: &Path) -> Vec<String> {
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let Ok(mut file) = OpenOptions::new().read(true).custom_flags(flags).open(path) else {
         return Vec::new();
@@ -290,14 +290,14 @@ fn log(path: &Path) -> Vec<String> {
         };
         let text = String::from_utf8_lossy(record.get(..length).unwrap_or_default()).into_owned();
         for line in text.lines() {
-            let Some((head, said)) = line.split_once(';') else { continue };
+            let Some((head, text)) = line.split_once(';') else { continue };
             let micros = head.split(',').nth(2).and_then(|field| field.parse::<u64>().ok());
-            let Some(micros) = micros.filter(|_| WORDS.iter().any(|word| said.contains(word)))
+            let Some(micros) = micros.filter(|_| WORDS.iter().any(|word| text.contains(word)))
             else {
                 continue;
             };
             let (seconds, rest) = (micros / 1_000_000, micros % 1_000_000);
-            lines.push(format!("{seconds}.{rest:06} {}", printable(&told(said))));
+            lines.push(format!("{seconds}.{rest:06} {}", printable(&redact_line(text))));
         }
     }
     lines
@@ -390,7 +390,7 @@ mod tests {
 
     #[test]
     fn the_log_repeats_no_argument_and_no_address() {
-        for (said, expected) in [
+        for (text, expected) in [
             (
                 "Kernel command line: watchdog.open_timeout=120 wifi.psk=abc",
                 "Kernel command line: watchdog.open_timeout=120 wifi.psk=(left out)",
@@ -400,7 +400,7 @@ mod tests {
             ("mmc0: new card at address aaaa", "mmc0: new card at address aaaa"),
             ("brcmfmac: mmc1:0001:1: firmware a=b", "brcmfmac: mmc1:0001:1: firmware a=b"),
         ] {
-            assert_eq!(told(said), expected, "{said}");
+            assert_eq!(redact_line(text), expected, "{text}");
         }
     }
 
@@ -429,7 +429,7 @@ mod tests {
             ("a*b", "ab", true),
             ("a*b", "ac", false),
         ] {
-            assert_eq!(fits(pattern, name), expected, "{pattern} {name}");
+            assert_eq!(matches_pattern(pattern, name), expected, "{pattern} {name}");
         }
     }
 }

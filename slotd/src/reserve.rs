@@ -28,27 +28,27 @@ struct Before {
     free: u64,
 }
 
-fn folder(root: &RootDir) -> PathBuf {
+fn reserve_dir(root: &RootDir) -> PathBuf {
     root.state().join("reserve")
 }
 
-fn note(root: &RootDir) -> PathBuf {
+fn free_space_path(root: &RootDir) -> PathBuf {
     root.run().join("before.json")
 }
 
 /// Bytes that are free for ordinary users.
-fn free(about: &StatVfs) -> u64 {
+fn free_bytes(about: &StatVfs) -> u64 {
     about.f_bavail.saturating_mul(about.f_frsize)
 }
 
 /// Whether less than the reserve is free for ordinary users; some file systems do not count inodes.
 fn is_scarce(about: &StatVfs) -> bool {
-    free(about) < FILES * BYTES || (about.f_files > 0 && about.f_favail < FILES)
+    free_bytes(about) < FILES * BYTES || (about.f_files > 0 && about.f_favail < FILES)
 }
 
 /// Bytes that the reserve occupies.
-fn held(root: &RootDir) -> u64 {
-    let Ok(entries) = fs::read_dir(folder(root)) else { return 0 };
+fn reserved_bytes(root: &RootDir) -> u64 {
+    let Ok(entries) = fs::read_dir(reserve_dir(root)) else { return 0 };
     entries
         .flatten()
         .filter_map(|entry| entry.metadata().ok())
@@ -56,11 +56,11 @@ fn held(root: &RootDir) -> u64 {
         .sum()
 }
 
-/// Records the free space before this start writes to `data`; [`fair`] uses it.
-pub(crate) fn begin(root: &RootDir) {
+/// Records the free space before this start writes to `data`; [`check_free_space`] uses it.
+pub(crate) fn record_free_space(root: &RootDir) {
     let Ok(about) = statvfs(root.data()) else { return };
-    let before = Before { free: free(&about).saturating_add(held(root)) };
-    if let Err(error) = durable::write_json(&note(root), &before) {
+    let before = Before { free: free_bytes(&about).saturating_add(reserved_bytes(root)) };
+    if let Err(error) = durable::write_json(&free_space_path(root), &before) {
         crate::say!("slotd: cannot record the free space on data before this start: {error}");
     }
 }
@@ -68,44 +68,44 @@ pub(crate) fn begin(root: &RootDir) {
 /// Runs `work` with the reserve released, if nothing else is free, and fills it again afterwards as far as possible.
 /// During the start no other user's process can use the released space; later one may, so that `work` must then also
 /// be able to fail.
-pub(crate) fn with<T>(root: &RootDir, work: impl FnOnce() -> T) -> T {
+pub(crate) fn with_reserve_released<T>(root: &RootDir, work: impl FnOnce() -> T) -> T {
     let scarce = statvfs(root.data()).is_ok_and(|about| is_scarce(&about));
-    let given_up = if scarce { held(root) / BYTES } else { 0 };
+    let given_up = if scarce { reserved_bytes(root) / BYTES } else { 0 };
     if scarce
-        && let Err(error) = fs::remove_dir_all(folder(root))
+        && let Err(error) = fs::remove_dir_all(reserve_dir(root))
         && error.kind() != io::ErrorKind::NotFound
     {
         crate::say!("slotd: cannot release the reserve on data: {error}");
     }
     let done = work();
     if scarce {
-        take(root, given_up);
+        try_fill_reserve(root, given_up);
     }
     done
 }
 
 /// Fills the reserve, from at most half of the free space. Without free space there is no reserve.
-pub(crate) fn keep(root: &RootDir) {
-    take(root, 0);
+pub(crate) fn fill_reserve(root: &RootDir) {
+    try_fill_reserve(root, 0);
 }
 
-/// [`keep`], but the files that existed before are restored as long as there is any space.
-fn take(root: &RootDir, before: u64) {
-    if let Err(error) = fill(root, before)
+/// [`fill_reserve`], but the files that existed before are restored as long as there is any space.
+fn try_fill_reserve(root: &RootDir, before: u64) {
+    if let Err(error) = write_reserve(root, before)
         && error.kind() != io::ErrorKind::StorageFull
     {
         crate::say!("slotd: the reserve on data is incomplete: {error}");
     }
 }
 
-fn fill(root: &RootDir, before: u64) -> io::Result<()> {
+fn write_reserve(root: &RootDir, before: u64) -> io::Result<()> {
     // In memory a reserve does not last until the next start, and memory is scarce.
     if DataState::read(root).is_ok_and(|state| state.condition == DataCondition::Memory) {
         return Ok(());
     }
-    let folder = folder(root);
+    let folder = reserve_dir(root);
     let about = statvfs(root.data())?;
-    let mut room = free(&about) / 2 / BYTES;
+    let mut room = free_bytes(&about) / 2 / BYTES;
     if about.f_files > 0 {
         room = room.min(about.f_favail / 2);
     }
@@ -119,7 +119,7 @@ fn fill(root: &RootDir, before: u64) -> io::Result<()> {
         let path = folder.join(number.to_string());
         if room > 0 && !is_whole(&path) {
             room -= 1;
-            hold(&path)?;
+            reserve_file(&path)?;
         }
     }
     Ok(())
@@ -130,7 +130,7 @@ fn is_whole(path: &Path) -> bool {
 }
 
 /// Reserves one file's space, or nothing.
-fn hold(path: &Path) -> io::Result<()> {
+fn reserve_file(path: &Path) -> io::Result<()> {
     let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     fallocate(&file, FallocateFlags::empty(), 0, BYTES).map_err(|error| {
         // An incomplete file would waste an inode; the first failure is reported.
@@ -141,17 +141,17 @@ fn hold(path: &Path) -> io::Result<()> {
 
 /// Checks that the file system of `path` has `wanted` bytes free, including the reserve; or that it already had fewer
 /// when this start began, so that no update has used them. `Err` says what is missing, human-readable.
-pub(crate) fn fair(root: &RootDir, path: &Path, wanted: u64) -> Result<String, String> {
+pub(crate) fn check_free_space(root: &RootDir, path: &Path, wanted: u64) -> Result<String, String> {
     let at = root.path(path);
     let about = statvfs(&at).map_err(|error| format!("{}: {error}", path.display()))?;
     let of = |path: &Path| fs::metadata(path).ok().map(|about| about.dev());
     let is_data = of(&at).is_some() && of(&at) == of(&root.data());
-    let bytes = free(&about).saturating_add(if is_data { held(root) } else { 0 });
+    let bytes = free_bytes(&about).saturating_add(if is_data { reserved_bytes(root) } else { 0 });
     let text = format!("{} has {} MiB free", path.display(), bytes >> 20);
     if bytes >= wanted {
         return Ok(text);
     }
-    let before: Option<Before> = durable::read_json(&note(root)).ok().flatten();
+    let before: Option<Before> = durable::read_json(&free_space_path(root)).ok().flatten();
     match before.filter(|before| is_data && before.free < wanted) {
         Some(before) => Ok(format!(
             "{text}, expected {}; the file system had {} before this system's first write, so the update has not filled it",

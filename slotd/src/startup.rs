@@ -7,9 +7,9 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::components;
-use crate::condition::report;
+use crate::condition::report_path;
 use crate::data::{ChangeOutcome, MigrationOutcome, PendingChange, apply, migrate};
-use crate::device::description;
+use crate::device::read_device_file;
 use crate::durable;
 use crate::events::EventLog;
 use crate::files::DirectFileChanges;
@@ -41,9 +41,9 @@ pub fn prepare(root: &RootDir) -> Result<PreparedData> {
             crate::say!("slotd: restricting {} to root: {error}", folder.display());
         }
     }
-    reserve::begin(root);
-    let result = reserve::with(root, || prepare_all(root));
-    reserve::keep(root);
+    reserve::record_free_space(root);
+    let result = reserve::with_reserve_released(root, || prepare_all(root));
+    reserve::fill_reserve(root);
     match &result {
         Ok(done) if done.applied != ChangeOutcome::default() || !quiet(&done.migrated) => {
             EventLog::new(root).add("data-prepared", json!(done));
@@ -53,7 +53,7 @@ pub fn prepare(root: &RootDir) -> Result<PreparedData> {
     }
     let note =
         result.as_ref().map_or_else(|refusal| json!({ "refused": refusal }), |done| json!(done));
-    let path = report(root);
+    let path = report_path(root);
     durable::write_json(&path, &note)
         .map_err(|error| Refusal::io(format!("writing {}", path.display()), &error))?;
     result
@@ -66,7 +66,7 @@ fn quiet(migrated: &MigrationOutcome) -> bool {
 fn prepare_all(root: &RootDir) -> Result<PreparedData> {
     let applied = apply(root)?;
     if applied.carried_out == Some(PendingChange::Reset) && root.is_system() {
-        trim(root);
+        discard_free_blocks(root);
     }
     // The start does not depend on it: the built-in API can always serve.
     let events = EventLog::new(root);
@@ -74,13 +74,13 @@ fn prepare_all(root: &RootDir) -> Result<PreparedData> {
         events.add("api-not-settled", json!(refusal));
     }
     // Independent of the running slot, and of whether `/` is on a slot at all.
-    let about = description(root)?;
+    let about = read_device_file(root)?;
     Ok(PreparedData { applied, migrated: migrate(root, &about.version)? })
 }
 
 /// Tells the card which blocks are free, so that it drops their content: copies that were replaced or removed before
 /// a reset. Not every card supports this, and none guarantees it.
-fn trim(root: &RootDir) {
+fn discard_free_blocks(root: &RootDir) {
     let trimmed = Command::new("fstrim").arg(root.data()).output();
     let why = match trimmed {
         Ok(output) if output.status.success() => return,

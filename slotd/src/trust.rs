@@ -11,8 +11,10 @@ use bundle::{BuildKind, KeySet};
 use serde_json::json;
 
 use crate::durable;
-use crate::machine::{RobotContext, undecided};
-use crate::ratchet::{MOST_LINKS, Ratchet, RatchetContent, RatchetSectors, SignedKeySet, counting};
+use crate::machine::{RobotContext, require_decided};
+use crate::ratchet::{
+    MOST_LINKS, Ratchet, RatchetContent, RatchetSectors, SignedKeySet, valid_key_ids,
+};
 use crate::record::{self, Floor};
 use crate::refusal::{Refusal, Result};
 use crate::root::RootDir;
@@ -52,14 +54,14 @@ pub struct TrustStore {
 impl TrustStore {
     /// Reads everything. Damaged state on `data` or in the raw sectors is ignored with a warning: it never prevents
     /// updates.
-    pub fn read(machine: &RobotContext<'_>) -> Self {
-        let (root, about) = (machine.root, machine.about);
+    pub fn read(robot: &RobotContext<'_>) -> Self {
+        let (root, about) = (robot.root, robot.about);
         let mut alarms = Vec::new();
-        let (image, broken) = match image(root) {
+        let (image, broken) = match read_image_key_set(root) {
             Ok(set) => (of_kind(set, about.kind), None),
             Err(refusal) => (KeySet::default(), Some(refusal)),
         };
-        let held = area(machine, false, |area| area.read()).map(|held| {
+        let held = with_ratchet_sectors(robot, false, |area| area.read()).map(|held| {
             held.unwrap_or_else(|refusal| {
                 RatchetContent::unreadable(format!("the trust area: {}", refusal.message))
             })
@@ -71,14 +73,15 @@ impl TrustStore {
         let kept = read(&mut alarms, "floor.json", record::read_floor(root)).unwrap_or_default();
 
         // The raw sectors take precedence over `data`: only the agent writes them.
-        let signed = walk(image.clone(), &raw.chain, about.kind, |set| set);
+        let signed = follow_chain(image.clone(), &raw.chain, about.kind, |set| set);
         let mut chain = raw.chain.clone();
         let mut solid = raw.limit(signed.clone());
-        let beside = beside(root, &mut alarms);
+        let beside = read_data_key_set(root, &mut alarms);
         let of_data = data.chain.iter().chain(beside.signed.as_ref());
         for link in of_data {
-            let next =
-                walk(solid.clone(), std::slice::from_ref(link), about.kind, |set| raw.limit(set));
+            let next = follow_chain(solid.clone(), std::slice::from_ref(link), about.kind, |set| {
+                raw.limit(set)
+            });
             if next != solid {
                 solid = next;
                 if !chain.contains(link) {
@@ -99,21 +102,21 @@ impl TrustStore {
         unsigned.iter().for_each(|set| old.raise_keys(&of_kind(set.clone(), about.kind)));
         for claim in [&data, &old] {
             let limited = claim.limit(keys.clone());
-            if !counting(&limited).is_empty() {
+            if !valid_key_ids(&limited).is_empty() {
                 keys = limited;
-            } else if !counting(&keys).is_empty() {
+            } else if !valid_key_ids(&keys).is_empty() {
                 alarms.push(
                     "the revocations on data would leave no key: they are ignored".to_owned(),
                 );
             }
         }
 
-        let decided = undecided(machine).is_ok();
+        let decided = require_decided(robot).is_ok();
         // The new content of the raw sectors: a damaged or forged file on `data` must not reach them.
         let mut confirmed = Floor { version: raw.version.clone(), key_epoch: raw.key_epoch }
             .raised(about.minimum_version.as_ref(), about.key_epoch);
         // A trial that is not committed does not raise the floor.
-        if let Some(of) = record::read_slot(root, machine.running).filter(|_| decided) {
+        if let Some(of) = record::read_slot(root, robot.running).filter(|_| decided) {
             confirmed = confirmed.raised(Some(&of.minimum_version), of.key_epoch);
         }
         let mut floor = confirmed
@@ -159,7 +162,7 @@ impl TrustStore {
         if let Some(refusal) = &self.broken {
             return Err(refusal.clone());
         }
-        if counting(&self.keys).is_empty() {
+        if valid_key_ids(&self.keys).is_empty() {
             return Err(Refusal::new(
                 "no-keys",
                 format!(
@@ -175,7 +178,7 @@ impl TrustStore {
     /// Stores the requirements of the committed system: first in the raw sectors, then on `data`. Damaged files are
     /// written again. A failure does not stop the caller: it is returned, and the next change tries again.
     #[must_use]
-    pub fn keep(mut self, machine: &RobotContext<'_>) -> Vec<String> {
+    pub fn store_requirements(mut self, robot: &RobotContext<'_>) -> Vec<String> {
         if !self.decided || self.broken.is_some() {
             return Vec::new();
         }
@@ -185,26 +188,26 @@ impl TrustStore {
             ratchet.raise_keys(&self.solid);
         }
         let mut failed = Vec::new();
-        failed.extend(self.write_raw(machine).err().map(|refusal| refusal.message));
-        failed.extend(self.write_data(machine).err().map(|refusal| refusal.message));
+        failed.extend(self.write_raw(robot).err().map(|refusal| refusal.message));
+        failed.extend(self.write_data(robot).err().map(|refusal| refusal.message));
         failed
     }
 
-    fn write_raw(&self, machine: &RobotContext<'_>) -> Result<()> {
+    fn write_raw(&self, robot: &RobotContext<'_>) -> Result<()> {
         let Some(held) = &self.held else { return Ok(()) };
         if held.damage.is_empty() && held.ratchet.as_ref() == Some(&self.raw) {
             return Ok(());
         }
         let failed =
             |error: std::io::Error| Refusal::io("writing the trust area of the disk", &error);
-        match area(machine, true, |area| area.write(&self.raw)) {
+        match with_ratchet_sectors(robot, true, |area| area.write(&self.raw)) {
             Some(written) => written?.map_err(failed),
             None => Ok(()),
         }
     }
 
-    fn write_data(&self, machine: &RobotContext<'_>) -> Result<()> {
-        let root = machine.root;
+    fn write_data(&self, robot: &RobotContext<'_>) -> Result<()> {
+        let root = robot.root;
         let failed =
             |error: std::io::Error| Refusal::io("writing the trust state to /data/slotd", &error);
         if self.found.as_ref() != Some(&self.data) {
@@ -238,7 +241,7 @@ impl TrustStore {
 /// `key-set`: the set is malformed, would leave no key, or needs a longer chain than can be stored. `old-key-set`:
 /// its serial is not higher than that of the set it would replace. `not-trusted`, `bad-signature`, …: the
 /// signature is not valid. `io`: it cannot be stored.
-pub fn take(machine: &RobotContext<'_>, file: &Path) -> Result<KeySet> {
+pub fn install_key_set(robot: &RobotContext<'_>, file: &Path) -> Result<KeySet> {
     let read = |path: &Path| -> Result<Vec<u8>> {
         let help = "copy the key set and its signature, FILE and FILE.minisig, together";
         let bytes = durable::read(path).map_err(|error| unreadable(path, error, help))?;
@@ -246,13 +249,13 @@ pub fn take(machine: &RobotContext<'_>, file: &Path) -> Result<KeySet> {
     };
     let (json, name) = (read(file)?, signature_of(file));
     let signature = read(&name)?;
-    let mut trust = TrustStore::read(machine);
+    let mut trust = TrustStore::read(robot);
     if let Some(refusal) = trust.broken {
         return Err(refusal);
     }
     // A new set may repair unsigned revocations on `data`. And if an image that no longer runs has revoked all keys,
     // the owner's newer set is the way back.
-    let none_left = counting(&trust.solid).is_empty();
+    let none_left = valid_key_ids(&trust.solid).is_empty();
     let current = if none_left { &trust.signed } else { &trust.solid };
     // Verified before a byte of it is parsed.
     let by =
@@ -282,7 +285,7 @@ pub fn take(machine: &RobotContext<'_>, file: &Path) -> Result<KeySet> {
         ));
     }
     let counts = of_kind(set.clone(), trust.kind);
-    if counting(&counts).is_empty() {
+    if valid_key_ids(&counts).is_empty() {
         return Err(Refusal::new(
             "key-set",
             format!(
@@ -299,7 +302,7 @@ pub fn take(machine: &RobotContext<'_>, file: &Path) -> Result<KeySet> {
     let mut chain = trust.raw.chain.clone();
     chain.push(SignedKeySet { set: text(json, file)?, signature: text(signature, &name)? });
     let chain = chain.split_off(chain.len().saturating_sub(MOST_LINKS));
-    if walk(trust.image.clone(), &chain, trust.kind, |set| set).serial != set.serial {
+    if follow_chain(trust.image.clone(), &chain, trust.kind, |set| set).serial != set.serial {
         return Err(Refusal::new(
             "key-set",
             format!("{} is more than {MOST_LINKS} sets away from the image's", file.display()),
@@ -309,26 +312,26 @@ pub fn take(machine: &RobotContext<'_>, file: &Path) -> Result<KeySet> {
     for ratchet in [&mut trust.raw, &mut trust.data] {
         ratchet.chain.clone_from(&chain);
         ratchet.serial = counts.serial;
-        ratchet.counted = counting(&counts);
+        ratchet.counted = valid_key_ids(&counts);
     }
-    trust.write_raw(machine)?;
-    if let Err(refusal) = trust.write_data(machine) {
+    trust.write_raw(robot)?;
+    if let Err(refusal) = trust.write_data(robot) {
         if trust.held.is_none() {
             return Err(refusal);
         }
         // The set in the raw sectors applies.
-        machine.events.add("not-recorded", json!(refusal));
+        robot.events.add("not-recorded", json!(refusal));
     }
     Ok(counts)
 }
 
 /// Runs a function on the raw sectors; `None`: this image has none.
-fn area<T>(
-    machine: &RobotContext<'_>,
+fn with_ratchet_sectors<T>(
+    robot: &RobotContext<'_>,
     writable: bool,
     use_it: impl FnOnce(&RatchetSectors<&dyn crate::storage::Storage>) -> T,
 ) -> Option<Result<T>> {
-    let (disk, sectors) = match machine.slots.trust_area(writable)? {
+    let (disk, sectors) = match robot.slots.trust_area(writable)? {
         Ok(opened) => opened,
         Err(refusal) => return Some(Err(refusal)),
     };
@@ -336,7 +339,7 @@ fn area<T>(
 }
 
 /// Follows a chain of key sets as far as each is signed by a key that the previous set accepts.
-fn walk(
+fn follow_chain(
     start: KeySet,
     links: &[SignedKeySet],
     kind: BuildKind,
@@ -353,7 +356,7 @@ fn walk(
         let next = by.ok().and_then(|_| KeySet::parse(link.set.as_bytes()).ok());
         if let Some(next) = next.filter(|next| next.serial > current.serial) {
             let next = limit(of_kind(next, kind));
-            if !counting(&next).is_empty() {
+            if !valid_key_ids(&next).is_empty() {
                 current = next;
             }
         }
@@ -375,7 +378,7 @@ struct Beside {
     signed: Option<SignedKeySet>,
 }
 
-fn beside(root: &RootDir, alarms: &mut Vec<String>) -> Beside {
+fn read_data_key_set(root: &RootDir, alarms: &mut Vec<String>) -> Beside {
     let path = root.state().join("keyset.json");
     let parsed = durable::read(&path).and_then(|bytes| {
         let Some(bytes) = bytes else { return Ok(None) };
@@ -406,7 +409,7 @@ fn signature_of(path: &Path) -> std::path::PathBuf {
     name.into()
 }
 
-fn image(root: &RootDir) -> Result<KeySet> {
+fn read_image_key_set(root: &RootDir) -> Result<KeySet> {
     let path = root.key_set();
     let help = "flash the image again, or find out who changed the file";
     match durable::read(&path) {

@@ -11,7 +11,7 @@ use crate::components;
 use crate::damage;
 use crate::durable;
 use crate::install::{self, InstallOptions, Progress};
-use crate::machine::{RobotContext, undecided};
+use crate::machine::{RobotContext, require_decided};
 use crate::record;
 use crate::refusal::Result;
 use crate::trust::TrustStore;
@@ -23,16 +23,16 @@ use crate::trust::TrustStore;
 /// A refusal, which is also logged. Nothing was written, unless the device fails (`io`, `read-back`) or the
 /// source fails during the transfer (`source`).
 pub fn install<I: BundleInput>(
-    machine: &RobotContext<'_>,
+    robot: &RobotContext<'_>,
     input: I,
     options: &InstallOptions,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<InstallOutcome> {
-    let result = run(machine, input, options, progress);
+    let result = run(robot, input, options, progress);
     match &result {
-        Ok(InstallOutcome::System(outcome)) => machine.events.add("installed", json!(outcome)),
-        Ok(InstallOutcome::Api(outcome)) => machine.events.add("api-installed", json!(outcome)),
-        Err(refusal) => machine.events.add("install-refused", json!(refusal)),
+        Ok(InstallOutcome::System(outcome)) => robot.events.add("installed", json!(outcome)),
+        Ok(InstallOutcome::Api(outcome)) => robot.events.add("api-installed", json!(outcome)),
+        Err(refusal) => robot.events.add("install-refused", json!(refusal)),
     }
     result
 }
@@ -43,57 +43,58 @@ fn is_api<I: BundleInput>(reader: &BundleReader<I>) -> bool {
 }
 
 fn run<I: BundleInput>(
-    machine: &RobotContext<'_>,
+    robot: &RobotContext<'_>,
     input: I,
     options: &InstallOptions,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<InstallOutcome> {
-    let _admitted =
-        admission::enter(machine.root, AgentVerb::Install, || install::standing(machine))?;
+    let _admitted = admission::request_permit(robot.root, AgentVerb::Install, || {
+        install::admission_state(robot)
+    })?;
     // Before the previous system's slot is overwritten: its floor and keys are recorded now.
-    remember(machine);
-    let trust = TrustStore::read(machine);
+    store_requirements(robot);
+    let trust = TrustStore::read(robot);
     let mut reader = BundleReader::open(input, &trust.keys()?).map_err(install::from_source)?;
-    install::check_manifest(machine, &trust.floor, &reader, options)?;
+    install::check_manifest(robot, &trust.floor, &reader, options)?;
     if is_api(&reader) {
-        return components::install(machine, &mut reader, progress).map(InstallOutcome::Api);
+        return components::install(robot, &mut reader, progress).map(InstallOutcome::Api);
     }
-    install::system(machine, reader, options, progress).map(InstallOutcome::System)
+    install::install_system(robot, reader, options, progress).map(InstallOutcome::System)
 }
 
 /// Stores the floor and keys of the committed system, if it is running, and reports damage once per start. It
 /// never fails: errors are logged, and the next change of a slot tries again.
-pub(crate) fn remember(machine: &RobotContext<'_>) {
-    let trust = TrustStore::read(machine);
+pub(crate) fn store_requirements(robot: &RobotContext<'_>) {
+    let trust = TrustStore::read(robot);
     let mut alarms = trust.alarms.clone();
-    alarms.extend(damage::found(machine.root).into_iter().map(|damage| damage.what));
-    let told = machine.root.path("run/slotd/alarms.json");
+    alarms.extend(damage::find_damaged(robot.root).into_iter().map(|damage| damage.what));
+    let told = robot.root.path("run/slotd/alarms.json");
     let known: Option<Vec<String>> = durable::read_json(&told).ok().flatten();
     if known.unwrap_or_default() != alarms {
         let event = if alarms.is_empty() { "damage-healed" } else { "damage-found" };
-        machine.events.add(event, json!({ "alarms": alarms }));
+        robot.events.add(event, json!({ "alarms": alarms }));
         if let Err(error) = durable::write_json(&told, &alarms) {
-            machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+            robot.events.add("not-recorded", json!({ "error": error.to_string() }));
         }
     }
-    for error in trust.keep(machine) {
-        machine.events.add("not-recorded", json!({ "error": error }));
+    for error in trust.store_requirements(robot) {
+        robot.events.add("not-recorded", json!({ "error": error }));
     }
     // The running system was flashed: `boot-other` needs its version later, when it is not running.
-    let unknown = record::read_slot(machine.root, machine.running).is_none();
-    let flashed = record::flashed(machine.about).filter(|_| unknown);
-    if let Some(flashed) = flashed.filter(|_| undecided(machine).is_ok())
-        && let Err(error) = record::write_slot(machine.root, machine.running, &flashed)
+    let unknown = record::read_slot(robot.root, robot.running).is_none();
+    let flashed = record::flashed(robot.about).filter(|_| unknown);
+    if let Some(flashed) = flashed.filter(|_| require_decided(robot).is_ok())
+        && let Err(error) = record::write_slot(robot.root, robot.running, &flashed)
     {
-        machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+        robot.events.add("not-recorded", json!({ "error": error.to_string() }));
     }
 }
 
 /// Removes damaged files that can be created again.
-pub(crate) fn heal(machine: &RobotContext<'_>) {
-    for damage in damage::found(machine.root) {
+pub(crate) fn remove_damaged(robot: &RobotContext<'_>) {
+    for damage in damage::find_damaged(robot.root) {
         if let Err(error) = damage.heal() {
-            machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+            robot.events.add("not-recorded", json!({ "error": error.to_string() }));
         }
     }
 }

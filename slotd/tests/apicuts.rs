@@ -20,7 +20,7 @@ use common::wheels::{Draft, base, trees};
 use crash::{Recorder, Snapshot, State, snapshot};
 use serde_json::Value;
 use slotd::Refusal;
-use slotd::components::{back, settle};
+use slotd::components::{roll_back, settle};
 use slotd::device::RobotDevice;
 use slotd::events::EventLog;
 use slotd::files::{DirectFileChanges, FileChanges};
@@ -107,7 +107,7 @@ fn install(
 /// What a start does with `data`, in order.
 fn start(robot: &Robot) {
     slotd::startup::prepare(&robot.root()).unwrap();
-    provision::boot(&robot.root(), &EventLog::new(&robot.root())).unwrap();
+    provision::provision_at_start(&robot.root(), &EventLog::new(&robot.root())).unwrap();
 }
 
 /// The versions of a test.
@@ -390,7 +390,7 @@ fn back_by_hand() {
     };
     let robot = robot(&["10.0.0", "10.1.0"]);
     let events = EventLog::new(&robot.root());
-    scene.cut(&robot, |files| drop(back(&robot.root(), &events, files).unwrap()));
+    scene.cut(&robot, |files| drop(roll_back(&robot.root(), &events, files).unwrap()));
 }
 
 #[test]
@@ -405,7 +405,7 @@ fn back_to_the_systems_own() {
     // The built-in API would fail this check.
     fs::remove_file(robot.path("etc/slotd/health.d/30-api.toml")).unwrap();
     let events = EventLog::new(&robot.root());
-    scene.cut(&robot, |files| drop(back(&robot.root(), &events, files).unwrap()));
+    scene.cut(&robot, |files| drop(roll_back(&robot.root(), &events, files).unwrap()));
 }
 
 #[test]

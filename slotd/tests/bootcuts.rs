@@ -13,7 +13,7 @@ use bootmodel::script::{self, BootStateCopies, StartedKernel, WriteBehavior};
 use bundle::bootstate::{BootState, SECTOR, Slot, newest};
 use card::{Content, Op, Place};
 use slotd::boot::{BootControl, Uboot};
-use slotd::device::other;
+use slotd::device::other_slot;
 
 const SECTORS: [u64; 2] = [8, 16];
 
@@ -61,7 +61,7 @@ fn take(robot: &Robot, step: Step) -> (Vec<Event>, Robot) {
     let disk = disk(before);
     let flow = Uboot::new(disk.part(Place::Gap), SECTORS, running.slot);
     match step {
-        Step::Arm => flow.arm_trial(other(running.slot)),
+        Step::Arm => flow.arm_trial(other_slot(running.slot)),
         Step::Commit => flow.commit(),
         Step::RollBack => flow.roll_back(),
         Step::Restart => {
@@ -117,7 +117,7 @@ fn settle(copies: &BootStateCopies) -> Slot {
 fn wanted((copies, running): &Robot, step: Step) -> Option<(Slot, Option<Slot>, u32)> {
     let active = counts(copies).map_or(running.slot, |(_, state)| state.active);
     match step {
-        Step::Arm => Some((active, Some(other(running.slot)), 1)),
+        Step::Arm => Some((active, Some(other_slot(running.slot)), 1)),
         Step::Commit => Some((running.slot, None, 0)),
         Step::RollBack => Some((active, None, 0)),
         Step::Restart => None,

@@ -12,7 +12,7 @@ use common::card::{Card, Content, ERASE, Moment, Op, Part, Place, Sectors, after
 use common::{Plan, Robot, SECTORS, bundle_of, new_system, old_system, system};
 use slotd::Refusal;
 use slotd::boot::{BootControl, BootStatus, Uboot};
-use slotd::device::{RobotDevice, other};
+use slotd::device::{RobotDevice, other_slot};
 use slotd::events::EventLog;
 use slotd::install::{InstallOptions, InstalledSystem};
 use slotd::machine::RobotContext;
@@ -97,7 +97,7 @@ fn head(image: &[u8]) -> std::ops::Range<usize> {
 
 /// What must hold whenever the power fails while `old` runs and `new` is being installed.
 fn check(content: &Content, before: &Content, running: Slot, new: &[u8], what: &str) {
-    let idle = other(running);
+    let idle = other_slot(running);
     assert!(content[place(running)] == before[place(running)], "{what}: the running slot changed");
     let state = boot_state(content);
     assert_eq!(state.active, running, "{what}");
@@ -187,7 +187,7 @@ fn at_every_cut_a_complete_system_is_chosen() {
                 let what = format!("cut {cut} of {}, variant {variant}", ops.len());
                 check(&content, &before, running, new, &what);
                 if variant < VARIANTS {
-                    looks_whole(&content, &before, other(running), new, &what);
+                    looks_whole(&content, &before, other_slot(running), new, &what);
                 }
                 cuts += 1;
                 // Some of them resume, with the journal of that moment.
@@ -212,8 +212,11 @@ fn at_every_cut_a_complete_system_is_chosen() {
                 };
                 assert!(destroyed || outcome.resumed == last.is_some());
                 let ended = again.card.content();
-                assert!(ended[place(other(running))] == *new, "{what}: resumed to another slot");
-                assert_eq!(boot_state(&ended).trial, Some(other(running)), "{what}");
+                assert!(
+                    ended[place(other_slot(running))] == *new,
+                    "{what}: resumed to another slot"
+                );
+                assert_eq!(boot_state(&ended).trial, Some(other_slot(running)), "{what}");
                 resumed += 1;
             }
         }
@@ -224,7 +227,7 @@ fn at_every_cut_a_complete_system_is_chosen() {
 
 /// Everything that `install` reports as done survives a power cut at that moment.
 fn done_is_durable(bench: &Bench, new: &[u8]) {
-    let (content, idle) = (bench.card.content(), other(bench.running));
+    let (content, idle) = (bench.card.content(), other_slot(bench.running));
     assert_eq!(boot_state(&content).trial, Some(idle), "the trial is not durable");
     assert!(content[place(idle)][..new.len()] == *new, "the slot is not durable");
 }

@@ -15,7 +15,7 @@ use bundle::bootstate::{BootState, SECTOR, Slot};
 use common::{Plan, bundle_of, new_system, old_system, write};
 use slotd::boot::{BootControl, Uboot};
 use slotd::data::grow::grow;
-use slotd::device::other;
+use slotd::device::other_slot;
 use slotd::storage::Storage;
 
 const MIB: u64 = 1 << 20;
@@ -306,7 +306,7 @@ fn cuts(places: [u64; 2]) -> (usize, usize) {
                 (run.writes, run.copies, run.started.unwrap())
             } else {
                 match step {
-                    0 => flow.arm_trial(other(running.slot)),
+                    0 => flow.arm_trial(other_slot(running.slot)),
                     1 => flow.commit(),
                     _ => flow.roll_back(),
                 }

@@ -73,7 +73,7 @@ fn no_lock_is_within_the_reach_of_another_user() {
     assert!(prepared.status.success(), "{prepared:?}");
     robot.run(&["install", "--no-restart", &update(&robot)]);
     robot.run(&["roll-back"]);
-    drop(slotd::lock::ProcessLock::take(
+    drop(slotd::lock::ProcessLock::acquire(
         &robot.root(),
         slotd::lock::LockScope::Provision,
         "provision",
@@ -188,15 +188,15 @@ fn a_reason_of_any_length_stays_in_the_log() {
 fn two_agents_never_have_one_lock() {
     let robot = Plan::default().make();
     let root = robot.root();
-    let first = ProcessLock::take(&root, LockScope::Slots, "install").unwrap();
-    let refused = ProcessLock::take(&root, LockScope::Slots, "commit").unwrap_err();
+    let first = ProcessLock::acquire(&root, LockScope::Slots, "install").unwrap();
+    let refused = ProcessLock::acquire(&root, LockScope::Slots, "commit").unwrap_err();
     assert_eq!(refused.code, "busy");
     assert!(refused.message.contains("`slotd commit` cannot start"), "{refused}");
     assert!(refused.message.contains("(install, process "), "{refused}");
     let mut patience = Duration::from_millis(50);
     assert!(ProcessLock::wait(&root, LockScope::Slots, &mut patience).is_err());
     // A different lock is free.
-    ProcessLock::take(&root, LockScope::Provision, "provision").unwrap();
+    ProcessLock::acquire(&root, LockScope::Provision, "provision").unwrap();
     drop(first);
-    ProcessLock::take(&root, LockScope::Slots, "commit").unwrap();
+    ProcessLock::acquire(&root, LockScope::Slots, "commit").unwrap();
 }

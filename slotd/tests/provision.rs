@@ -370,7 +370,7 @@ fn a_disk_that_fails_at_any_change_leaves_one_whole_tree() {
 fn two_at_once_are_one_after_the_other() {
     let robot = Robot::new();
     robot.resources();
-    let _held = slotd::lock::ProcessLock::take(
+    let _held = slotd::lock::ProcessLock::acquire(
         &robot.root(),
         slotd::lock::LockScope::Provision,
         "provision",

@@ -434,7 +434,7 @@ impl Shown {
             last.step == at.step && last.total == at.total && last.done <= at.done
         };
         if !self.step.as_ref().is_some_and(same) {
-            let what = at.step.doing();
+            let what = at.step.describe();
             // Remove the previous bar first.
             self.step = None;
             let step = Step::new("push", format!("{}: {what}", self.host), at.total, Unit::Bytes);

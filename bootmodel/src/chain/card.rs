@@ -175,14 +175,14 @@ impl CardContent {
             // ext4's magic number: superblock at 1024, field at 56; a FAT's boot sector ends in 55 aa.
             if head.get(1080..1082) == Some(&[0x53, 0xef]) {
                 let number = partition.number;
-                let doing = |reason| format!("the ext4 of partition {number}: {reason}");
+                let in_context = |reason| format!("the ext4 of partition {number}: {reason}");
                 // A system's filesystem is never written to. One with a journal to replay cannot be judged.
-                if superblock(&head, partition.size).map_err(doing)? {
+                if superblock(&head, partition.size).map_err(in_context)? {
                     reasons
                         .push_str(&format!("; partition {number} was in use when it was copied"));
                     continue;
                 }
-                card.slots.extend(slot(&disk, &partition, &mut room).map_err(doing)?);
+                card.slots.extend(slot(&disk, &partition, &mut room).map_err(in_context)?);
             } else if head.get(510..512) == Some(&[0x55, 0xaa]) {
                 let kind = card.records.iter().find(|r| r.offset == partition.offset);
                 let kind = kind.map(|record| record.kind);
@@ -246,14 +246,14 @@ fn volume(
     room: &mut u64,
 ) -> Option<FatVolume> {
     // Boot sectors of other filesystems end in the same bytes, but the firmware does not read NTFS or exFAT either.
-    let shape = fat::shape(head);
+    let shape = fat::read_boot_sector(head);
     if shape.is_none() && !kind.is_some_and(super::table::is_fat) {
         return None;
     }
     let empty =
         fat::FatBootSector { says: String::new(), clusters: 0, cluster_sectors: 0, sector: 512 };
     let (fat::FatBootSector { says, clusters, cluster_sectors, sector }, read) = match shape {
-        Some(shape) => (shape, fat::files(disk, partition, LARGEST, room)),
+        Some(shape) => (shape, fat::read_files(disk, partition, LARGEST, room)),
         None => (empty, Err(std::io::Error::other("the boot sector is not that of a FAT volume"))),
     };
     let (files, left_out, unread) = match read {
@@ -330,11 +330,11 @@ fn told(error: &ext4_view::Ext4Error) -> String {
 
 impl Reader<'_> {
     fn take(&mut self, path: &str, largest: u64) -> Result<(), String> {
-        let doing = |error| format!("{path}: {}", told(&error));
-        if !self.files.exists(path).map_err(doing)? {
+        let in_context = |error| format!("{path}: {}", told(&error));
+        if !self.files.exists(path).map_err(in_context)? {
             return Ok(());
         }
-        let metadata = self.files.metadata(path).map_err(doing)?;
+        let metadata = self.files.metadata(path).map_err(in_context)?;
         if metadata.is_dir() {
             return Ok(());
         }
@@ -343,18 +343,18 @@ impl Reader<'_> {
             return Err(format!("{path} has {length} bytes, the maximum is {largest}"));
         }
         *self.room -= length;
-        let bytes = self.files.read(path).map_err(doing)?;
+        let bytes = self.files.read(path).map_err(in_context)?;
         self.slot.files.insert(path.trim_start_matches('/').to_owned(), bytes);
         Ok(())
     }
 
     /// The names in a directory, each with whether it is a directory and whether it is a file; empty without a directory.
     fn list(&mut self, folder: &str) -> Result<Vec<(String, bool, bool)>, String> {
-        let doing = |error| format!("{folder}: {}", told(&error));
-        if !self.files.exists(folder).map_err(doing)? {
+        let in_context = |error| format!("{folder}: {}", told(&error));
+        if !self.files.exists(folder).map_err(in_context)? {
             return Ok(Vec::new());
         }
-        let metadata = self.files.metadata(folder).map_err(doing)?;
+        let metadata = self.files.metadata(folder).map_err(in_context)?;
         if !metadata.is_dir() {
             return Ok(Vec::new());
         }
@@ -365,8 +365,8 @@ impl Reader<'_> {
             ));
         }
         let mut found = Vec::new();
-        for entry in self.files.read_dir(folder).map_err(doing)? {
-            let entry = entry.map_err(doing)?;
+        for entry in self.files.read_dir(folder).map_err(in_context)? {
+            let entry = entry.map_err(in_context)?;
             self.entries += 1;
             if self.entries > MOST_ENTRIES {
                 return Err(format!(
@@ -375,7 +375,7 @@ impl Reader<'_> {
             }
             let name = entry.file_name();
             let Ok(name) = name.as_str() else { continue };
-            let kind = entry.file_type().map_err(doing)?;
+            let kind = entry.file_type().map_err(in_context)?;
             found.push((name.to_owned(), kind.is_dir(), kind.is_regular_file()));
         }
         Ok(found)

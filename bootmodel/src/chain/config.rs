@@ -138,7 +138,7 @@ pub fn setting(line: usize, text: &str) -> Option<ConfigSetting> {
 }
 
 /// The last setting of that key, which is the one that applies.
-pub fn last<'a>(settings: &'a [ConfigSetting], key: &str) -> Option<&'a ConfigSetting> {
+pub fn last_value<'a>(settings: &'a [ConfigSetting], key: &str) -> Option<&'a ConfigSetting> {
     settings.iter().rev().find(|setting| setting.key == key)
 }
 
@@ -177,8 +177,8 @@ mod tests {
             _ => None,
         };
         let (found, refused) = included(b"kernel=b\ninclude a.txt\nkernel=c", filters, &read);
-        assert_eq!(last(&found, "kernel").map(|s| s.value.as_str()), Some("a"));
-        assert_eq!(last(&found, "kernel").and_then(|s| s.file.as_deref()), Some("a.txt"));
+        assert_eq!(last_value(&found, "kernel").map(|s| s.value.as_str()), Some("a"));
+        assert_eq!(last_value(&found, "kernel").and_then(|s| s.file.as_deref()), Some("a.txt"));
         assert!(refused.is_empty(), "{refused:?}");
         let (found, refused) = included(b"include circle.txt", filters, &read);
         assert!(found.len() < 100, "{} settings", found.len());
@@ -193,6 +193,6 @@ mod tests {
     fn a_reader_without_sections_takes_every_line() {
         let filters = ConfigFilters { models: None, tryboot: None, sections: false };
         let taken = settings(b"a=1\n[tryboot]\na=2", filters);
-        assert_eq!(last(&taken, "a").map(|s| (s.line, s.value.as_str())), Some((3, "2")));
+        assert_eq!(last_value(&taken, "a").map(|s| (s.line, s.value.as_str())), Some((3, "2")));
     }
 }

@@ -18,7 +18,7 @@ const RECOVERY: &str = "recovery.bin";
 fn named(text: &[u8], tryboot: bool, sections: bool) -> Option<u32> {
     let filters = ConfigFilters { models: None, tryboot: Some(tryboot), sections };
     let settings = config::settings(text, filters);
-    config::last(&settings, "boot_partition")?.value.parse().ok()
+    config::last_value(&settings, "boot_partition")?.value.parse().ok()
 }
 
 /// Each partition that the EEPROM starts: the one of a normal start and the one of a trial.
@@ -102,7 +102,7 @@ fn autoboot(run: &mut Run<'_>, first: &FatVolume, text: &[u8]) {
     for tryboot in [false, true] {
         let filters = ConfigFilters { models: None, tryboot: Some(tryboot), sections: true };
         let settings = config::settings(text, filters);
-        if config::last(&settings, "tryboot_a_b").is_none_or(|set| set.value != "1") {
+        if config::last_value(&settings, "tryboot_a_b").is_none_or(|set| set.value != "1") {
             run.stop(
                 "autoboot-a-b",
                 place(),
@@ -117,12 +117,12 @@ fn autoboot(run: &mut Run<'_>, first: &FatVolume, text: &[u8]) {
     if since.as_str() < eeprom.sections_since.as_str()
         && named(text, false, false) != named(text, false, true)
     {
-        let shown = if since.is_empty() { "any EEPROM" } else { &since };
+        let display = if since.is_empty() { "any EEPROM" } else { &since };
         run.stop(
             "eeprom-sections",
             place(),
             format!(
-                "`eeprom-since` allows {shown}, but an EEPROM before {} reads no sections and always starts partition {}",
+                "`eeprom-since` allows {display}, but an EEPROM before {} reads no sections and always starts partition {}",
                 eeprom.sections_since,
                 named(text, false, false).unwrap_or(0)
             ),
@@ -179,7 +179,7 @@ fn boot<'a>(run: &mut Run<'a>, volume: &'a FatVolume, tryboot: bool) -> Option<B
         (settings, refused.into_iter().next())
     };
     // boot.adoc, `boot_ramdisk`.
-    if let Some(ramdisk) = config::last(&own, "boot_ramdisk").filter(|set| set.value != "0") {
+    if let Some(ramdisk) = config::last_value(&own, "boot_ramdisk").filter(|set| set.value != "0") {
         run.stop(
             "boot-ramdisk",
             CardLocation::line(number, "config.txt", ramdisk.line),

@@ -320,11 +320,11 @@ impl BootFacts {
         struct Watchdogs {
             driver: Vec<WatchdogDriver>,
         }
-        let doing = |name: &'static str| move |error| format!("{name}: {error}");
-        let models: Models = toml::from_str(models).map_err(doing("models.toml"))?;
-        let socs: Socs = toml::from_str(socs).map_err(doing("socs.toml"))?;
-        let releases = toml::from_str(firmware).map_err(doing("firmware.toml"))?;
-        let watchdogs: Watchdogs = toml::from_str(watchdog).map_err(doing("watchdog.toml"))?;
+        let in_context = |name: &'static str| move |error| format!("{name}: {error}");
+        let models: Models = toml::from_str(models).map_err(in_context("models.toml"))?;
+        let socs: Socs = toml::from_str(socs).map_err(in_context("socs.toml"))?;
+        let releases = toml::from_str(firmware).map_err(in_context("firmware.toml"))?;
+        let watchdogs: Watchdogs = toml::from_str(watchdog).map_err(in_context("watchdog.toml"))?;
         Ok(Self { models: models.model, socs: socs.soc, releases, watchdogs: watchdogs.driver })
     }
 

@@ -35,7 +35,7 @@ fn number(head: &[u8], at: usize, bytes: usize) -> u64 {
 }
 
 /// The geometry of a volume; `None` when it is not a FAT volume.
-pub(super) fn shape(head: &[u8]) -> Option<FatBootSector> {
+pub(super) fn read_boot_sector(head: &[u8]) -> Option<FatBootSector> {
     let (sector, in_cluster) = (number(head, 11, 2), number(head, 13, 1));
     let (reserved, fats, root) = (number(head, 14, 2), number(head, 16, 1), number(head, 17, 2));
     let either = |at: usize, short: usize, other: usize| match number(head, at, short) {
@@ -71,7 +71,7 @@ pub(super) struct VolumeFiles {
 ///
 /// # Errors
 /// When the volume is damaged or malicious.
-pub(super) fn files(
+pub(super) fn read_files(
     disk: &dyn ReadOnlyDisk,
     partition: &TablePartition,
     largest: u64,
@@ -150,7 +150,7 @@ impl Reader<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::shape;
+    use super::read_boot_sector;
 
     #[test]
     fn a_boot_sector_says_what_it_is_or_is_none() {
@@ -160,7 +160,7 @@ mod tests {
         head[32..36].copy_from_slice(&131_072u32.to_le_bytes());
         head[36..40].copy_from_slice(&1008u32.to_le_bytes());
         head[82..90].copy_from_slice(b"FAT32   ");
-        let found = shape(&head).expect("a FAT");
+        let found = read_boot_sector(&head).expect("a FAT");
         assert_eq!((found.clusters, found.cluster_sectors, found.sector), (129_024, 1, 512));
         assert_eq!(found.says, "FAT32");
         for (at, byte) in [(11, 1), (13, 3), (13, 0), (14, 0), (16, 0), (36, 0xff)] {
@@ -169,10 +169,10 @@ mod tests {
             if at == 36 {
                 bad[36..40].fill(0xff);
             }
-            assert_eq!(shape(&bad), None, "byte {at}");
+            assert_eq!(read_boot_sector(&bad), None, "byte {at}");
         }
         // exFAT and NTFS are not FAT.
         head[11..90].fill(0);
-        assert_eq!(shape(&head), None);
+        assert_eq!(read_boot_sector(&head), None);
     }
 }

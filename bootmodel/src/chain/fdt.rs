@@ -40,12 +40,12 @@ const LONGEST: usize = 127;
 /// The most nodes. A Raspberry Pi 5's tree has some 800.
 const MOST_NODES: usize = 8192;
 
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
+fn read_word(bytes: &[u8], at: usize) -> Option<u32> {
     let four = bytes.get(at..at.checked_add(4)?)?;
     Some(u32::from_be_bytes(four.try_into().ok()?))
 }
 
-fn text(bytes: &[u8], at: usize) -> Option<String> {
+fn read_text(bytes: &[u8], at: usize) -> Option<String> {
     let rest = bytes.get(at..)?;
     let end = rest.iter().position(|byte| *byte == 0)?;
     Some(String::from_utf8_lossy(&rest[..end]).into_owned())
@@ -64,7 +64,7 @@ impl DeviceTree {
     /// # Errors
     /// When the tree is malformed.
     pub fn read(bytes: &[u8]) -> Result<Self, String> {
-        if word(bytes, 0) != Some(MAGIC) {
+        if read_word(bytes, 0) != Some(MAGIC) {
             return Err("not a device tree (wrong magic)".to_owned());
         }
         if bytes.len() > LARGEST {
@@ -86,12 +86,12 @@ impl DeviceTree {
     }
 
     fn nodes_of(bytes: &[u8]) -> Option<Vec<DeviceTreeNode>> {
-        let (structure, strings) = (word(bytes, 8)? as usize, word(bytes, 12)? as usize);
+        let (structure, strings) = (read_word(bytes, 8)? as usize, read_word(bytes, 12)? as usize);
         let mut nodes: Vec<DeviceTreeNode> = Vec::new();
         let mut open: Vec<usize> = Vec::new();
         let mut at = structure;
         loop {
-            let token = word(bytes, at)?;
+            let token = read_word(bytes, at)?;
             at += 4;
             match token {
                 BEGIN => {
@@ -112,8 +112,8 @@ impl DeviceTree {
                     open.pop()?;
                 }
                 PROPERTY => {
-                    let length = word(bytes, at)? as usize;
-                    let place = strings.checked_add(word(bytes, at + 4)? as usize)?;
+                    let length = read_word(bytes, at)? as usize;
+                    let place = strings.checked_add(read_word(bytes, at + 4)? as usize)?;
                     let (name, _) = name(bytes, place)?;
                     let value = bytes.get(at + 8..(at + 8).checked_add(length)?)?;
                     nodes.get_mut(*open.last()?)?.properties.push((name, value.to_vec()));
@@ -162,18 +162,18 @@ impl DeviceTreeNode {
 
     /// A property that is a string.
     pub fn text(&self, name: &str) -> Option<String> {
-        text(self.property(name)?, 0)
+        read_text(self.property(name)?, 0)
     }
 
     /// A property that is one number.
     pub fn number(&self, name: &str) -> Option<u32> {
-        word(self.property(name)?, 0)
+        read_word(self.property(name)?, 0)
     }
 
     /// A property that is a list of numbers.
     pub fn numbers(&self, name: &str) -> Vec<u32> {
         let bytes = self.property(name).unwrap_or_default();
-        bytes.chunks_exact(4).map(|four| word(four, 0).unwrap_or(0)).collect()
+        bytes.chunks_exact(4).map(|four| read_word(four, 0).unwrap_or(0)).collect()
     }
 
     /// Its `compatible` strings, the most exact first.

@@ -234,7 +234,7 @@ struct Boot<'a> {
 
 impl Boot<'_> {
     fn value(&self, key: &str) -> Option<&str> {
-        config::last(&self.settings, key).map(|setting| setting.value.as_str())
+        config::last_value(&self.settings, key).map(|setting| setting.value.as_str())
     }
 
     /// The path of a file of the operating system: the prefix plus the name, or the name alone if it is absolute.
@@ -246,7 +246,7 @@ impl Boot<'_> {
     }
 
     fn place(&self, key: &str) -> CardLocation {
-        match config::last(&self.settings, key) {
+        match config::last_value(&self.settings, key) {
             Some(setting) => self.at(setting),
             None => CardLocation::file(self.volume.number, self.config),
         }
@@ -269,13 +269,13 @@ pub fn check(card: &CardContent, facts: &BootFacts) -> ChainVerdict {
     let mut systems = Systems::default();
     for compatible in &card.device.compatible {
         let Some((model, soc)) = facts.model(compatible) else {
-            let (chain, finding) = unknown(compatible);
+            let (chain, finding) = unknown_model(compatible);
             verdict.chains.push(chain);
             verdict.findings.extend(finding);
             continue;
         };
         let mut run = Run { card, facts, model, soc, findings: Vec::new(), steps: Vec::new() };
-        start(&mut run, &mut systems);
+        check_model(&mut run, &mut systems);
         let starts = run.findings.iter().all(|finding| finding.level != Severity::Stops);
         let (steps, title) = (run.steps, model.title.clone());
         verdict.chains.push(BootChain { model: compatible.clone(), title, steps, starts });
@@ -295,7 +295,7 @@ pub fn check(card: &CardContent, facts: &BootFacts) -> ChainVerdict {
 }
 
 /// A model without facts. Boards of other makers are not modelled; a new Raspberry Pi must get its facts.
-fn unknown(compatible: &str) -> (BootChain, Option<BootFinding>) {
+fn unknown_model(compatible: &str) -> (BootChain, Option<BootFinding>) {
     let ours = compatible.starts_with("raspberrypi,");
     let what = "the firmware of this model is not modelled; nothing is checked".to_owned();
     let chain = BootChain {
@@ -337,7 +337,7 @@ impl Systems {
     }
 }
 
-fn start(run: &mut Run<'_>, systems: &mut Systems) {
+fn check_model(run: &mut Run<'_>, systems: &mut Systems) {
     layout::check(run);
     let boots = match run.soc.generation {
         3 => rom::boots(run),
@@ -371,10 +371,10 @@ fn start(run: &mut Run<'_>, systems: &mut Systems) {
                 format!("starts U-Boot, {kernel} of partition {}", boot.volume.number),
             );
             settings::check_mode(run, boot, &kernel, Some(program));
-            uboot(run, boot, program, tree, systems);
+            check_uboot_stages(run, boot, program, tree, systems);
         } else {
             settings::check_mode(run, boot, &kernel, None);
-            packed(run, boot, &kernel, program);
+            check_compression(run, boot, &kernel, program);
             let Some(slot) = run.card.slots.get(index.min(run.card.slots.len().saturating_sub(1)))
             else {
                 continue;
@@ -401,7 +401,7 @@ fn start(run: &mut Run<'_>, systems: &mut Systems) {
 
 /// The firmware decompresses only gzip (documentation of config.txt, `arm_64bit`: "uncompressed image files or a
 /// gzip archive of an image").
-fn packed(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, program: &[u8]) {
+fn check_compression(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, program: &[u8]) {
     if program.starts_with(&system::ZSTD) {
         run.stop(
             "kernel-packed",
@@ -414,7 +414,13 @@ fn packed(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, program: &[u8]) {
 }
 
 /// The stages of U-Boot, and of each slot that it starts.
-fn uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: String, systems: &mut Systems) {
+fn check_uboot_stages(
+    run: &mut Run<'_>,
+    boot: &Boot<'_>,
+    program: &[u8],
+    tree: String,
+    systems: &mut Systems,
+) {
     uboot::check(run, boot, program, &tree);
     let Some(script) = uboot::script(run, boot) else { return };
     // Without a tree from the slot, the kernel gets the one that the firmware has completed.
@@ -428,12 +434,12 @@ fn uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: String, syste
         let file = |name: &str| slot.files.get(name.trim_start_matches('/')).map(Vec::as_slice);
         let taken = if own_tree { file(&files.tree) } else { boot.volume.file(&tree) };
         let parts = systems.take(taken, file(&files.kernel), file(&files.initrd), slot);
-        let shown = if own_tree { &files.tree } else { "the firmware's tree" };
+        let display = if own_tree { &files.tree } else { "the firmware's tree" };
         run.step(
             "U-Boot",
             format!(
                 "slot in partition {}: {}, {}, {}",
-                slot.number, files.kernel, files.initrd, shown
+                slot.number, files.kernel, files.initrd, display
             ),
         );
         let number = slot.number;

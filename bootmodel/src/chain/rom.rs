@@ -43,7 +43,7 @@ fn firmware_files(run: &Run<'_>, settings: &[ConfigSetting]) -> ([String; 2], Op
         };
         [name(program), name(fixup)]
     };
-    let named = |key: &str| config::last(settings, key);
+    let named = |key: &str| config::last_value(settings, key);
     if let (Some(start), Some(fix)) = (named("start_file"), named("fixup_file")) {
         return ([start.value.clone(), fix.value.clone()], Some(start.line));
     }
@@ -105,8 +105,11 @@ pub(super) fn second_stage<'a>(
     }
     let bytes = volume.file(&program).unwrap_or_default();
     let day = build_day(bytes);
-    let shown = day.clone().unwrap_or_else(|| "of unknown date".to_owned());
-    run.step("firmware", format!("{program} ({shown}) and {fixup} of partition {}", volume.number));
+    let display = day.clone().unwrap_or_else(|| "of unknown date".to_owned());
+    run.step(
+        "firmware",
+        format!("{program} ({display}) and {fixup} of partition {}", volume.number),
+    );
     if day.is_none() {
         run.stop(
             "firmware-date",

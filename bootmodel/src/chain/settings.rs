@@ -65,9 +65,9 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
     }
     let mut last_section = None;
     for (line, bytes) in (1..).zip(text.split(|byte| *byte == b'\n')) {
-        let shown = String::from_utf8_lossy(bytes);
-        let shown = shown.trim();
-        let comment = shown.starts_with('#');
+        let text = String::from_utf8_lossy(bytes);
+        let text = text.trim();
+        let comment = text.starts_with('#');
         if bytes.contains(&b'\r') {
             run.stop(
                 "config-bytes",
@@ -97,9 +97,9 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
                 "shorten the line".to_owned(),
             );
         }
-        if let Some(name) = section(shown) {
+        if let Some(name) = section(text) {
             last_section = Some((line, name.to_owned()));
-        } else if let Some(found) = setting(line, shown)
+        } else if let Some(found) = setting(line, text)
             && found.key == "initramfs"
             && found.assigned
         {

@@ -220,11 +220,11 @@ fn version(image: &[u8]) -> String {
 }
 
 fn archive(bytes: &[u8]) -> Result<BTreeMap<String, Vec<u8>>, String> {
-    let doing = |error: std::io::Error| format!("the initrd's archive: {error}");
+    let in_context = |error: std::io::Error| format!("the initrd's archive: {error}");
     let mut files = BTreeMap::new();
     let mut rest = bytes;
     loop {
-        let mut reader = cpio::newc::Reader::new(rest).map_err(doing)?;
+        let mut reader = cpio::newc::Reader::new(rest).map_err(in_context)?;
         if reader.entry().is_trailer() {
             return Ok(files);
         }
@@ -233,8 +233,8 @@ fn archive(bytes: &[u8]) -> Result<BTreeMap<String, Vec<u8>>, String> {
         }
         let name = reader.entry().name().trim_start_matches('/').to_owned();
         let mut content = Vec::new();
-        reader.read_to_end(&mut content).map_err(doing)?;
+        reader.read_to_end(&mut content).map_err(in_context)?;
         files.insert(name, content);
-        rest = reader.finish().map_err(doing)?;
+        rest = reader.finish().map_err(in_context)?;
     }
 }

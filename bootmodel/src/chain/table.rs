@@ -188,13 +188,13 @@ fn check_volume(run: &mut Run<'_>, volume: &FatVolume, first: bool) {
             "use a FAT with sectors of 512 bytes".to_owned(),
         );
     }
-    let said: u32 = volume.says.trim_start_matches("FAT").parse().unwrap_or(0);
-    if said != 0 && said != width {
+    let stated: u32 = volume.says.trim_start_matches("FAT").parse().unwrap_or(0);
+    if stated != 0 && stated != width {
         run.stop(
             "fat-width",
             place(),
             format!(
-                "the volume was formatted as FAT{said}, but has {} clusters, so that the firmware reads it as FAT{width}",
+                "the volume was formatted as FAT{stated}, but has {} clusters, so that the firmware reads it as FAT{width}",
                 volume.clusters
             ),
             "choose a cluster size that gives a FAT16 4,085 to 65,524 clusters, or a FAT32 more".to_owned(),

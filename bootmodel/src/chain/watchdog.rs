@@ -59,7 +59,7 @@ pub fn reset_after(driver: &WatchdogDriver, seconds: u64, late: u64) -> u64 {
 }
 
 /// Whether a watchdog with this timeout does not expire between the kernel's feeds.
-pub fn counts(driver: &WatchdogDriver, seconds: u64) -> bool {
+pub fn can_count(driver: &WatchdogDriver, seconds: u64) -> bool {
     driver.modulo == 0
         || (1..driver.modulo).contains(&seconds)
         || seconds % driver.modulo >= driver.smallest_rest
@@ -376,7 +376,7 @@ pub(super) fn check(
     for (key, (value, path, line)) in manager(system.slot) {
         let watches = ["RuntimeWatchdogSec", "RebootWatchdogSec", "KExecWatchdogSec"];
         let seconds = timespan(&value).filter(|_| watches.contains(&key.as_str()));
-        if let Some(seconds) = seconds.filter(|seconds| !counts(&driver, *seconds)) {
+        if let Some(seconds) = seconds.filter(|seconds| !can_count(&driver, *seconds)) {
             let place = CardLocation::line(system.slot.number, &path, line);
             let message = format!("{key}={value}: {}", explain(seconds));
             run.stop("watchdog-seconds", place, message, help());
@@ -406,7 +406,7 @@ pub(super) fn check(
             let seconds =
                 u64::try_from(seconds).map_err(|_| format!("/init asks for {seconds} s"))?;
             let found = (reset(seconds), rule.line, deadline, start, seconds);
-            if !counts(&driver, seconds) && worst.is_none_or(|known| found < known) {
+            if !can_count(&driver, seconds) && worst.is_none_or(|known| found < known) {
                 worst = Some(found);
             }
         }
@@ -440,7 +440,7 @@ fn firmware(
     if let Some(value) = boot.value("kernel_watchdog_timeout") {
         let place = boot.place("kernel_watchdog_timeout");
         match value.parse() {
-            Ok(seconds) if counts(driver, seconds) => {}
+            Ok(seconds) if can_count(driver, seconds) => {}
             Ok(0) => run.stop(
                 "watchdog-seconds",
                 place,
@@ -527,9 +527,9 @@ mod tests {
         put("usr/lib/systemd/system.conf.d/90-c.conf", "[Manager]\nKExecWatchdogSec=9s\n");
         put("etc/systemd/system.conf.d/90-c.conf", "[Other]\nRebootWatchdogSec=8s\n");
         let found = manager(&slot);
-        let shown: Vec<_> =
+        let display: Vec<_> =
             found.iter().map(|(key, (value, ..))| format!("{key}={value}")).collect();
-        assert_eq!(shown, ["RebootWatchdogSec=1s", "RuntimeWatchdogSec=60s"]);
+        assert_eq!(display, ["RebootWatchdogSec=1s", "RuntimeWatchdogSec=60s"]);
     }
 
     #[test]

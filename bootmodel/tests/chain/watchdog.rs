@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use bootmodel::chain::facts::WatchdogDriver;
-use bootmodel::chain::watchdog::{DeadlineRule, LATEST_START, counts, reset_after};
+use bootmodel::chain::watchdog::{DeadlineRule, LATEST_START, can_count, reset_after};
 
 use super::facts;
 use super::stand_in::{INIT, INIT_GOOD, INIT_OLD};
@@ -33,7 +33,7 @@ fn wrong(rule: &DeadlineRule) -> Vec<String> {
             let seconds = rule.seconds(deadline, start).expect("the rule");
             let armed = u64::try_from(seconds).expect("a time ahead");
             let at = format!("deadline {deadline}, start {start}, armed with {seconds}");
-            if !counts(&driver, armed) {
+            if !can_count(&driver, armed) {
                 say("uncountable", at.clone());
             }
             // The fastest reset of a healthy board, and the slowest of one that hangs.

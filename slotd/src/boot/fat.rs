@@ -35,7 +35,7 @@ pub(super) struct FatFileSectors {
 ///
 /// # Errors
 /// When the volume cannot be read, is not a FAT12 or FAT16, or has no such file.
-pub(super) fn find(volume: &dyn Storage, name: &[u8; 11]) -> io::Result<FatFileSectors> {
+pub(super) fn find_file(volume: &dyn Storage, name: &[u8; 11]) -> io::Result<FatFileSectors> {
     let mut boot = [0; SECTOR as usize];
     volume.read_at(0, &mut boot)?;
     let u8_at = |at: usize| u64::from(boot.get(at).copied().unwrap_or(0));

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fat::{self, FatFileSectors};
 use super::{BootControl, BootStatus, SlotTrial};
-use crate::device::other;
+use crate::device::other_slot;
 use crate::durable;
 use crate::refusal::{Refusal, Result};
 use crate::root::RootDir;
@@ -120,8 +120,8 @@ impl<S: Storage> Tryboot<S> {
             let help = "build the image again with a current `cargo xtask`";
             Refusal::new("bad-device", format!("device.toml: {why}"), help)
         };
-        let seconds =
-            day(since).ok_or_else(|| bad(format!("invalid date `{since}` in `eeprom-since`")))?;
+        let seconds = parse_day(since)
+            .ok_or_else(|| bad(format!("invalid date `{since}` in `eeprom-since`")))?;
         if partitions.iter().any(|number| !(1..=9).contains(number)) {
             return Err(bad(format!(
                 "boot partitions {partitions:?}, expected numbers from 1 to 9"
@@ -141,7 +141,7 @@ impl<S: Storage> Tryboot<S> {
 
     fn read(&self) -> Result<(FatFileSectors, Autoboot)> {
         let failed = |error: io::Error| Refusal::io("reading autoboot.txt", &error);
-        let place = fat::find(&self.boot, AUTOBOOT).map_err(failed)?;
+        let place = fat::find_file(&self.boot, AUTOBOOT).map_err(failed)?;
         let mut text = vec![0; place.length];
         self.boot.read_at(place.offset, &mut text).map_err(failed)?;
         let known = Autoboot::parse(&text).filter(|autoboot| {
@@ -160,7 +160,7 @@ impl<S: Storage> Tryboot<S> {
     /// Makes `slot` the committed slot and the other one the slot to try.
     fn choose(&self, slot: Slot) -> Result<()> {
         let (place, autoboot) = self.read()?;
-        let wanted = [self.number(slot), self.number(other(slot))];
+        let wanted = [self.number(slot), self.number(other_slot(slot))];
         if autoboot.partitions() == wanted {
             return Ok(());
         }
@@ -187,7 +187,7 @@ impl<S: Storage> Tryboot<S> {
     }
 
     /// A number that the firmware reports; big-endian, like all numbers in a device tree.
-    fn told(&self, name: &str) -> Option<u32> {
+    fn firmware_number(&self, name: &str) -> Option<u32> {
         let bytes = fs::read(self.root.path(TOLD).join(name)).ok()?;
         Some(u32::from_be_bytes(bytes.try_into().ok()?))
     }
@@ -216,8 +216,8 @@ impl<S: Storage> Tryboot<S> {
     fn record(&self, armed: &ArmedTrial) -> Result<()> {
         let [memory, kept] = self.records();
         let failed = |path: &std::path::Path| {
-            let doing = format!("writing {}", path.display());
-            move |error: io::Error| Refusal::io(&doing, &error)
+            let action = format!("writing {}", path.display());
+            move |error: io::Error| Refusal::io(&action, &error)
         };
         match durable::write_json(&kept, armed) {
             Ok(()) => durable::remove(&memory).map_err(failed(&memory)),
@@ -249,7 +249,7 @@ impl<S: Storage> BootControl for Tryboot<S> {
                 "update the EEPROM with Raspberry Pi's rpi-eeprom-update, then install again",
             )
         };
-        match self.told("build-timestamp") {
+        match self.firmware_number("build-timestamp") {
             None => return Err(old("does not report its build time".to_owned())),
             Some(made) if u64::from(made) < self.since => {
                 let days = (self.since - u64::from(made)).div_ceil(86_400);
@@ -257,13 +257,13 @@ impl<S: Storage> BootControl for Tryboot<S> {
             }
             Some(_) => {}
         }
-        if self.told("partition") != Some(self.number(self.running)) {
+        if self.firmware_number("partition") != Some(self.number(self.running)) {
             return Err(Refusal::new(
                 "boot-state",
                 format!(
                     "slot {} runs, but the firmware reports that it has started boot partition {:?}",
                     self.running,
-                    self.told("partition")
+                    self.firmware_number("partition")
                 ),
                 "restart the robot; if this happens again, flash the card again",
             ));
@@ -288,7 +288,7 @@ impl<S: Storage> BootControl for Tryboot<S> {
                 "autoboot.txt names the same partition twice: a write was interrupted".to_owned(),
             );
         }
-        let on_trial = self.told("tryboot").is_some_and(|flag| flag != 0);
+        let on_trial = self.firmware_number("tryboot").is_some_and(|flag| flag != 0);
         let tries = |armed: &ArmedTrial, boot: &str| {
             let running = on_trial && armed.slot == self.running;
             u32::from(!running && armed.boot == boot)
@@ -311,7 +311,7 @@ impl<S: Storage> BootControl for Tryboot<S> {
     fn arm_trial(&self, slot: Slot) -> Result<()> {
         self.ready()?;
         // Writes the slot under [tryboot], which may be wrong after an interrupted write.
-        self.choose(other(slot))?;
+        self.choose(other_slot(slot))?;
         self.record(&ArmedTrial { slot, boot: self.boot_id()? })
     }
 
@@ -331,7 +331,7 @@ impl<S: Storage> BootControl for Tryboot<S> {
 }
 
 /// Midnight of `2024-05-13` in seconds since 1970.
-fn day(text: &str) -> Option<u64> {
+fn parse_day(text: &str) -> Option<u64> {
     let mut parts = text.split('-').map(|part| part.parse::<u64>().ok());
     let (year, month, day) = (parts.next()??, parts.next()??, parts.next()??);
     if parts.next().is_some() || !(1970..=2999).contains(&year) {
@@ -377,11 +377,11 @@ mod tests {
 
     #[test]
     fn days_become_seconds() {
-        assert_eq!(day("1970-01-01"), Some(0));
-        assert_eq!(day("2024-02-29"), Some(1_709_164_800));
-        assert_eq!(day("2024-05-13"), Some(1_715_558_400));
+        assert_eq!(parse_day("1970-01-01"), Some(0));
+        assert_eq!(parse_day("2024-02-29"), Some(1_709_164_800));
+        assert_eq!(parse_day("2024-05-13"), Some(1_715_558_400));
         for wrong in ["", "2024", "2024-13-01", "2024-05-13-1", "x-05-13"] {
-            assert_eq!(day(wrong), None, "{wrong}");
+            assert_eq!(parse_day(wrong), None, "{wrong}");
         }
     }
 }

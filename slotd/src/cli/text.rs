@@ -6,24 +6,25 @@ use contract::answer::{
 };
 use contract::job::{Job, JobState};
 use serde_json::{Value, json};
-use slotd::lobby::{AgentResponse, watched};
+use slotd::lobby::{AgentResponse, describe_verdict};
 use slotd::provision::{DifferenceKind, ProvisionOutcome, ProvisionReport};
 
 use super::CliVerb;
 
 /// An answer as text. The verb determines the wording for a changed slot.
-pub fn of(verb: &CliVerb, answer: &AgentResponse) -> String {
+pub fn format_answer(verb: &CliVerb, answer: &AgentResponse) -> String {
     match answer {
-        AgentResponse::Status(status) => self::status(status),
+        AgentResponse::Status(status) => self::format_status(status),
         AgentResponse::Report { board, status } => {
-            let text = status
-                .as_ref()
-                .map_or_else(|refusal| refusal.message.clone(), |status| self::status(status));
+            let text = status.as_ref().map_or_else(
+                |refusal| refusal.message.clone(),
+                |status| self::format_status(status),
+            );
             format!("{}\n{text}", board.lines())
         }
-        AgentResponse::Log(events) => lines(events.iter().map(event)),
-        AgentResponse::Health(outcomes) => lines(outcomes.iter().map(check)),
-        AgentResponse::Watched(verdict) => watched(verdict.as_ref()),
+        AgentResponse::Log(events) => join_lines(events.iter().map(format_event)),
+        AgentResponse::Health(outcomes) => join_lines(outcomes.iter().map(format_check)),
+        AgentResponse::Watched(verdict) => describe_verdict(verdict.as_ref()),
         AgentResponse::Verified(verified) => {
             let keys: Vec<&str> = verified.signed_by.iter().map(|by| by.id.as_str()).collect();
             let what = verified.slot.map_or(String::new(), |slot| format!("slot {slot} is "));
@@ -40,12 +41,14 @@ pub fn of(verb: &CliVerb, answer: &AgentResponse) -> String {
             InstallOutcome::System(system) => installed_system(system, done.restarts),
             InstallOutcome::Api(api) => installed_api(api),
         },
-        AgentResponse::Changed { changed, restarts } => self::changed(verb, changed, *restarts),
+        AgentResponse::Changed { changed, restarts } => {
+            self::format_change(verb, changed, *restarts)
+        }
         AgentResponse::WentBack(back) => match &back.version {
             Some(version) => format!("the API {version} serves again"),
             None => "the system's own API serves again".to_owned(),
         },
-        AgentResponse::Keys(set) => lines(set.keys.iter().map(|key| {
+        AgentResponse::Keys(set) => join_lines(set.keys.iter().map(|key| {
             let state = if key.revoked { ", revoked" } else { "" };
             format!("{}  {} epoch {}{state}", key.id, key.kind, key.epoch)
         })),
@@ -61,7 +64,7 @@ pub fn of(verb: &CliVerb, answer: &AgentResponse) -> String {
         AgentResponse::Restored { restarts, .. } => {
             with_restart("the backup takes the place of everything on data", *restarts)
         }
-        AgentResponse::Provisioned(done) => provisioned(done),
+        AgentResponse::Provisioned(done) => format_provisioning(done),
         AgentResponse::Grown(grown) => {
             format!("data has {} MiB, had {}", grown.to >> 11, grown.from >> 11)
         }
@@ -70,13 +73,14 @@ pub fn of(verb: &CliVerb, answer: &AgentResponse) -> String {
             [] => "the flasher left nothing to take over".to_owned(),
             names => format!("taken over from the flasher: {}", names.join(", ")),
         },
-        AgentResponse::Job(job) => job
-            .as_ref()
-            .map_or_else(|| "no job since the robot's start".to_owned(), |job| self::job(job)),
+        AgentResponse::Job(job) => job.as_ref().map_or_else(
+            || "no job since the robot's start".to_owned(),
+            |job| self::format_job(job),
+        ),
     }
 }
 
-fn lines(lines: impl Iterator<Item = String>) -> String {
+fn join_lines(lines: impl Iterator<Item = String>) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
@@ -85,7 +89,7 @@ fn with_restart(what: &str, restarts: bool) -> String {
     format!("{what}: {when}")
 }
 
-fn changed(verb: &CliVerb, changed: &SlotChange, restarts: bool) -> String {
+fn format_change(verb: &CliVerb, changed: &SlotChange, restarts: bool) -> String {
     let what = match verb {
         CliVerb::Commit => return format!("slot {} is committed", changed.slot),
         CliVerb::BootOther { .. } => "next is slot",
@@ -99,12 +103,12 @@ fn changed(verb: &CliVerb, changed: &SlotChange, restarts: bool) -> String {
     format!("{what} {}{then}", changed.slot)
 }
 
-fn check(outcome: &CheckOutcome) -> String {
+fn format_check(outcome: &CheckOutcome) -> String {
     let state = if outcome.healthy { "well " } else { "FAILS" };
     format!("{state} {}: {}", outcome.name, outcome.found)
 }
 
-fn status(status: &RobotStatus) -> String {
+fn format_status(status: &RobotStatus) -> String {
     let mut lines = vec![
         format!("{} {} on {}", status.product, status.version, status.board),
         format!("running    slot {}", status.running),
@@ -134,7 +138,7 @@ fn status(status: &RobotStatus) -> String {
         lines.push(format!("floor      {floor}, key epoch {}", status.floor.key_epoch));
     }
     lines.push(format!("keys       {}", status.keys));
-    lines.extend(status.api.as_ref().map(api));
+    lines.extend(status.api.as_ref().map(format_api));
     if let Some(data) = &status.data {
         lines.push(format!("data       {} MiB, {} free", data.size >> 20, data.free >> 20));
     }
@@ -144,7 +148,7 @@ fn status(status: &RobotStatus) -> String {
     lines.join("\n")
 }
 
-fn api(api: &ApiStatus) -> String {
+fn format_api(api: &ApiStatus) -> String {
     let copy = match api.serves {
         ServingApi::Installed => "installed",
         ServingApi::BuiltIn => "built in",
@@ -152,11 +156,11 @@ fn api(api: &ApiStatus) -> String {
     format!("api        {} {}, {copy}: {}", api.package, api.version, api.why)
 }
 
-fn mib(bytes: u64) -> f64 {
+fn to_mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-fn seconds(millis: u64) -> f64 {
+fn to_seconds(millis: u64) -> f64 {
     millis as f64 / 1000.0
 }
 
@@ -165,10 +169,10 @@ fn installed_system(done: &InstalledSystem, restarts: bool) -> String {
         "{} is in slot {}: {:.1} MiB written, {:.1} MiB were there; {:.1} s, and {:.1} s reading back\n{}",
         done.version,
         done.slot,
-        mib(done.written),
-        mib(done.held),
-        seconds(done.write_ms),
-        seconds(done.read_back_ms),
+        to_mib(done.written),
+        to_mib(done.held),
+        to_seconds(done.write_ms),
+        to_seconds(done.read_back_ms),
         if restarts {
             "restarting into its trial"
         } else {
@@ -182,15 +186,15 @@ fn installed_api(done: &InstalledApi) -> String {
         "the API {} serves, before it {}: {:.1} MiB written, {} of {} wheels were there; {:.1} s, and {:.1} s without an answer",
         done.version,
         done.before.as_deref().unwrap_or("the system's own"),
-        mib(done.written),
+        to_mib(done.written),
         done.reused,
         done.wheels,
-        seconds(done.write_ms),
-        seconds(done.down_ms)
+        to_seconds(done.write_ms),
+        to_seconds(done.down_ms)
     )
 }
 
-fn provisioned(done: &ProvisionReport) -> String {
+fn format_provisioning(done: &ProvisionReport) -> String {
     let package = done.package.clone().unwrap_or_default();
     let package = package.display();
     let mut text = match done.outcome {
@@ -224,15 +228,15 @@ fn provisioned(done: &ProvisionReport) -> String {
     text
 }
 
-fn event(event: &RobotEvent) -> String {
+fn format_event(event: &RobotEvent) -> String {
     let details = Value::Object(event.details.clone());
     format!("{} {} {} {} {details}", event.number, event.time, event.boot, event.event)
 }
 
-fn job(job: &Job) -> String {
+fn format_job(job: &Job) -> String {
     let state = match &job.state {
         JobState::Runs => match job.progress {
-            Some(at) => format!("{} {} %", at.step.doing(), at.done * 100 / at.total.max(1)),
+            Some(at) => format!("{} {} %", at.step.describe(), at.done * 100 / at.total.max(1)),
             None => "starting".to_owned(),
         },
         JobState::Done(_) => "done".to_owned(),

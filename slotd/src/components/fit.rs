@@ -14,7 +14,7 @@ impl BuiltInApi {
     /// Why an API does not fit this system; `None` when it does.
     pub(super) fn misfit(&self, root: &RootDir, lock: &ComponentLock) -> Option<String> {
         let (version, arch) = (&lock.version, std::env::consts::ARCH);
-        if (&lock.package, &lock.module) != (&normal(&self.package), &self.module) {
+        if (&lock.package, &lock.module) != (&normalize_name(&self.package), &self.module) {
             return Some(format!(
                 "the package is {} (module {}), but this system's API is {} (module {})",
                 lock.package, lock.module, self.package, self.module
@@ -71,11 +71,11 @@ fn is_of(entry: &str, need: &BaseRequirement) -> bool {
     let known = entry.strip_suffix(".dist-info").or_else(|| entry.strip_suffix(".egg-info"));
     let Some((name, rest)) = known.and_then(|known| known.split_once('-')) else { return false };
     let version = rest.split("-py").next().unwrap_or(rest);
-    normal(name) == need.name && compare(version, &need.version) == Some(Ordering::Equal)
+    normalize_name(name) == need.name && compare(version, &need.version) == Some(Ordering::Equal)
 }
 
 /// A distribution's name, normalised for comparison (PEP 503).
-fn normal(name: &str) -> String {
+fn normalize_name(name: &str) -> String {
     let parts: Vec<&str> = name.split(['-', '_', '.']).filter(|part| !part.is_empty()).collect();
     parts.join("-").to_ascii_lowercase()
 }

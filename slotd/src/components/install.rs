@@ -11,8 +11,8 @@ use serde_json::json;
 
 use super::service::HealthTimes;
 use super::state::KnownGoodApi;
-use super::switch::{change, millis};
-use super::whole::relink;
+use super::switch::{switch_to, whole_millis};
+use super::whole::repair_versions;
 use super::{ApiDir, NEW, failed, retention, settle, tree};
 use crate::builtin::BuiltInApi;
 use crate::condition::{DataCondition, DataState};
@@ -30,12 +30,12 @@ use crate::root::RootDir;
 /// A refusal. Before the change itself, the API that serves is not touched; after it, the API that served before
 /// serves again.
 pub(crate) fn install<I: BundleInput>(
-    machine: &RobotContext<'_>,
+    robot: &RobotContext<'_>,
     reader: &mut BundleReader<I>,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<InstalledApi> {
-    let (root, events) = (machine.root, machine.events);
-    let place = &ApiDir::new(root, machine.files);
+    let (root, events) = (robot.root, robot.events);
+    let place = &ApiDir::new(root, robot.files);
     let component = match reader.manifest().components.as_slice() {
         [one] => one.clone(),
         _ => {
@@ -53,7 +53,7 @@ pub(crate) fn install<I: BundleInput>(
             "use the bundle that was built for this product",
         ));
     };
-    writable(root)?;
+    require_card_data(root)?;
     let manifest = reader.manifest_sha256().to_owned();
     let signed_by: Vec<String> = reader.signed_by().iter().map(|by| by.id.clone()).collect();
     let lock = match reader.next_payload().map_err(from_source)? {
@@ -70,7 +70,7 @@ pub(crate) fn install<I: BundleInput>(
         ));
     }
     // An interrupted change is completed or rolled back before the next one.
-    settle(root, events, machine.files)?;
+    settle(root, events, robot.files)?;
     let whole = retention::make_room(root, place, &lock)?;
 
     let id = bundle::index::hex(&bundle::index::sha256(&json));
@@ -87,7 +87,7 @@ pub(crate) fn install<I: BundleInput>(
         folder: folder.clone(),
         manifest: manifest.clone(),
         before: before
-            .and_then(|folder| super::state::lock(place, &folder).ok())
+            .and_then(|folder| super::state::read_lock(place, &folder).ok())
             .map(|l| l.version),
         wheels: lock.wheels.len(),
         reused: 0,
@@ -97,32 +97,33 @@ pub(crate) fn install<I: BundleInput>(
         write_ms: 0,
         down_ms: 0,
     };
-    let beside = bring(reader, place, &lock, &whole, &mut outcome, progress)
-        .map(|()| relink(place, &lock, &folder, events))
-        .and_then(|()| assemble(root, place, &lock, &json, &folder));
+    let beside = unpack_missing_wheels(reader, place, &lock, &whole, &mut outcome, progress)
+        .map(|()| repair_versions(place, &lock, &folder, events))
+        .and_then(|()| link_version(root, place, &lock, &json, &folder));
     if let Err(refusal) = beside {
         // Wheels of an interrupted transfer are kept for the next one; a refused API is removed.
-        if let Err(error) = retention::sweep(place) {
+        if let Err(error) = retention::remove_unfinished(place) {
             events.add("api-not-tidied", json!(error));
         } else if refusal.matter() == RefusalKind::Bundle {
-            retention::tidy(root, place, events);
+            retention::remove_unneeded(root, place, events);
         }
         return Err(refusal);
     }
-    outcome.write_ms = millis(started.elapsed());
+    outcome.write_ms = whole_millis(started.elapsed());
 
     let good = KnownGoodApi { folder: folder.clone(), version: lock.version, manifest, signed_by };
-    let changed = change(root, events, place, Some(&folder), HealthTimes::of(root), |state| {
-        state.good.retain(|other| other.folder != good.folder);
-        state.good.insert(0, good);
-    });
-    retention::tidy(root, place, events);
-    outcome.down_ms = millis(changed?);
+    let changed =
+        switch_to(root, events, place, Some(&folder), HealthTimes::for_robot(root), |state| {
+            state.good.retain(|other| other.folder != good.folder);
+            state.good.insert(0, good);
+        });
+    retention::remove_unneeded(root, place, events);
+    outcome.down_ms = whole_millis(changed?);
     Ok(outcome)
 }
 
 /// `data` must be on the card and writable: content in memory is lost at the next restart.
-fn writable(root: &RootDir) -> Result<()> {
+fn require_card_data(root: &RootDir) -> Result<()> {
     let state = DataState::read(root)?;
     match state.condition {
         DataCondition::ReadOnly | DataCondition::Memory => Err(Refusal::new(
@@ -162,7 +163,7 @@ fn read_lock<I: BundleInput>(
 }
 
 /// Unpacks the missing wheels, and skips those that are `whole`.
-fn bring<I: BundleInput>(
+fn unpack_missing_wheels<I: BundleInput>(
     reader: &mut BundleReader<I>,
     place: &ApiDir<'_>,
     lock: &ComponentLock,
@@ -185,7 +186,7 @@ fn bring<I: BundleInput>(
             done += wheel.size;
             progress(Progress { step: InstallStep::Write, done, total });
         } else {
-            tree::receive(place, wheel, &mut payload, &mut |bytes| {
+            tree::unpack_wheel(place, wheel, &mut payload, &mut |bytes| {
                 done += bytes;
                 progress(Progress { step: InstallStep::Write, done: done.min(total), total });
             })?;
@@ -200,7 +201,7 @@ fn bring<I: BundleInput>(
 }
 
 /// Assembles a version from links to its wheels' files: it is complete under its name, or absent.
-fn assemble(
+fn link_version(
     root: &RootDir,
     place: &ApiDir<'_>,
     lock: &ComponentLock,
@@ -211,9 +212,9 @@ fn assemble(
     let new = place.version(&format!("{folder}{NEW}"));
     place.clear(&new)?;
     for wheel in &lock.wheels {
-        tree::link(place, wheel, &new)?;
+        tree::link_wheel(place, wheel, &new)?;
     }
-    imports(root, lock, &format!("{folder}{NEW}"))?;
+    check_modules_exist(root, lock, &format!("{folder}{NEW}"))?;
     let own = new.join(LOCK_ROLE);
     durable::write_with(place.files, &own, json).map_err(failed("writing", &own))?;
     if path.exists() {
@@ -227,8 +228,8 @@ fn assemble(
 
 /// Checks that every module that the package and its programs name exists where Python would find it, and that
 /// every program exists.
-fn imports(root: &RootDir, lock: &ComponentLock, folder: &str) -> Result<()> {
-    let place = ApiDir::of(&RootDir::new("/"));
+fn check_modules_exist(root: &RootDir, lock: &ComponentLock, folder: &str) -> Result<()> {
+    let place = ApiDir::for_reading(&RootDir::new("/"));
     let site = place.version(folder).join(SITE);
     let python = Interpreter::parse(&lock.python)
         .ok_or_else(|| bad_component(format!("invalid Python version `{}`", lock.python)))?;
@@ -250,7 +251,7 @@ fn imports(root: &RootDir, lock: &ComponentLock, folder: &str) -> Result<()> {
             return Err(bad_component(format!("no wheel has the module {module}")));
         }
     }
-    let bin = ApiDir::of(root).version(folder).join(bundle::component::BIN);
+    let bin = ApiDir::for_reading(root).version(folder).join(bundle::component::BIN);
     match scripts().find(|script| !bin.join(&script.name).is_file()) {
         Some(script) => Err(bad_component(format!("no wheel has the program {}", script.name))),
         None => Ok(()),

@@ -31,7 +31,7 @@ pub use service::HealthTimes;
 pub use settle::{SettledApi, settle};
 pub use state::{ApiState, KnownGoodApi};
 pub use status::{ApiStatus, ServingApi, status};
-pub use switch::{ApiRollback, back};
+pub use switch::{ApiRollback, roll_back};
 pub use whole::ApiVerifyOutcome;
 pub(crate) use whole::verify;
 
@@ -112,7 +112,7 @@ impl<'a> ApiDir<'a> {
 
 impl ApiDir<'static> {
     /// For reading only.
-    fn of(root: &RootDir) -> Self {
+    fn for_reading(root: &RootDir) -> Self {
         Self::new(root, &DirectFileChanges)
     }
 }
@@ -130,7 +130,7 @@ fn is_version(name: &str) -> bool {
 }
 
 /// An `io` refusal that names the operation and the path.
-fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal {
-    let doing = format!("{doing} {}", path.display());
-    move |error| Refusal::io(&doing, &error)
+fn failed(action: &str, path: &Path) -> impl Fn(io::Error) -> Refusal {
+    let action = format!("{action} {}", path.display());
+    move |error| Refusal::io(&action, &error)
 }

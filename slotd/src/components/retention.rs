@@ -29,9 +29,9 @@ const BLOCK: u64 = 4096;
 ///
 /// # Errors
 /// `io`.
-pub(super) fn sweep(place: &ApiDir<'_>) -> Result<()> {
+pub(super) fn remove_unfinished(place: &ApiDir<'_>) -> Result<()> {
     for folder in [place.folder().to_owned(), place.wheels()] {
-        for name in names(&folder)?.into_iter().filter(|name| name.ends_with(NEW)) {
+        for name in names_in(&folder)?.into_iter().filter(|name| name.ends_with(NEW)) {
             place.clear(&folder.join(name))?;
         }
     }
@@ -40,11 +40,11 @@ pub(super) fn sweep(place: &ApiDir<'_>) -> Result<()> {
 
 /// Removes good versions beyond the budget, versions that were never good, and wheels that no version uses.
 /// A failed removal is only logged: it costs space but breaks nothing.
-pub(super) fn tidy(root: &RootDir, place: &ApiDir<'_>, events: &EventLog) {
+pub(super) fn remove_unneeded(root: &RootDir, place: &ApiDir<'_>, events: &EventLog) {
     let mut state = ApiState::read(place);
     let mut kept = KEPT;
     loop {
-        match trim(place, &mut state, kept).and_then(|()| free(root)) {
+        match limit_versions(place, &mut state, kept).and_then(|()| free_and_total_bytes(root)) {
             Ok((free, size)) if free.saturating_mul(100) >= size.saturating_mul(FREE) => break,
             Ok(_) if kept == 0 => break,
             Ok(_) => kept -= 1,
@@ -57,7 +57,7 @@ pub(super) fn tidy(root: &RootDir, place: &ApiDir<'_>, events: &EventLog) {
 }
 
 /// Keeps the version that serves and `others` more.
-fn trim(place: &ApiDir<'_>, state: &mut ApiState, others: usize) -> Result<()> {
+fn limit_versions(place: &ApiDir<'_>, state: &mut ApiState, others: usize) -> Result<()> {
     let chosen = state.chosen.clone();
     let mut left = others;
     let before = state.good.len();
@@ -75,7 +75,7 @@ fn trim(place: &ApiDir<'_>, state: &mut ApiState, others: usize) -> Result<()> {
     known.extend(chosen.as_deref());
     let serving = place.serving();
     known.extend(serving.as_deref());
-    for name in versions(place)? {
+    for name in installed_versions(place)? {
         if !known.contains(name.as_str()) {
             // Renamed first, so that a half-removed version never has its final name.
             let (path, old) = (place.version(&name), place.version(&format!("{name}{NEW}")));
@@ -86,11 +86,11 @@ fn trim(place: &ApiDir<'_>, state: &mut ApiState, others: usize) -> Result<()> {
     }
     let mut used = BTreeSet::new();
     for name in known {
-        if let Ok(lock) = state::lock(place, name) {
+        if let Ok(lock) = state::read_lock(place, name) {
             used.extend(lock.wheels.into_iter().map(|wheel| wheel.tree));
         }
     }
-    for name in names(&place.wheels())? {
+    for name in names_in(&place.wheels())? {
         if !used.contains(&name) {
             place.clear(&place.wheels().join(name))?;
         }
@@ -109,11 +109,11 @@ pub(super) fn make_room(
     lock: &ComponentLock,
 ) -> Result<BTreeSet<String>> {
     let mut state = ApiState::read(place);
-    let whole = lock.wheels.iter().filter(|wheel| whole::present(place, wheel));
+    let whole = lock.wheels.iter().filter(|wheel| whole::is_unchanged(place, wheel));
     let mut whole: BTreeSet<String> = whole.map(|wheel| wheel.role.clone()).collect();
     for others in [usize::MAX, 1, 0] {
         if others != usize::MAX {
-            trim(place, &mut state, others)?;
+            limit_versions(place, &mut state, others)?;
             // Removing a version may also remove wheels that only the new API shares with it.
             let gone = |wheel: &&ComponentWheel| !place.wheels().join(&wheel.tree).is_dir();
             lock.wheels.iter().filter(gone).for_each(|wheel| drop(whole.take(&wheel.role)));
@@ -123,7 +123,7 @@ pub(super) fn make_room(
         // A version has its own directories; a wheel has fewer directories than files.
         let folders: u64 = lock.wheels.iter().map(|wheel| wheel.files * BLOCK / 4).sum();
         let need = sizes.sum::<u64>() + folders + RESERVE;
-        let (free, _) = free(root)?;
+        let (free, _) = free_and_total_bytes(root)?;
         if free >= need {
             return Ok(whole);
         }
@@ -147,12 +147,12 @@ pub(super) fn make_room(
 ///
 /// # Errors
 /// `io`.
-pub(super) fn versions(place: &ApiDir<'_>) -> Result<Vec<String>> {
-    Ok(names(place.folder())?.into_iter().filter(|name| is_version(name)).collect())
+pub(super) fn installed_versions(place: &ApiDir<'_>) -> Result<Vec<String>> {
+    Ok(names_in(place.folder())?.into_iter().filter(|name| is_version(name)).collect())
 }
 
 /// Free bytes (available to ordinary users) and total bytes.
-fn free(root: &RootDir) -> Result<(u64, u64)> {
+fn free_and_total_bytes(root: &RootDir) -> Result<(u64, u64)> {
     let about = rustix::fs::statvfs(root.data())
         .map_err(|error| Refusal::io("reading the size of data", &error.into()))?;
     Ok((
@@ -162,7 +162,7 @@ fn free(root: &RootDir) -> Result<(u64, u64)> {
 }
 
 /// Names in a directory; empty when it does not exist.
-fn names(folder: &std::path::Path) -> Result<Vec<String>> {
+fn names_in(folder: &std::path::Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::health::{self, CheckKind, HealthCheck};
-use crate::process::program;
+use crate::process::run_program;
 use crate::root::RootDir;
 
 /// The API's server.
@@ -32,7 +32,7 @@ pub struct HealthTimes {
 impl HealthTimes {
     /// On a robot: a Pi 3 usually imports a large API in less than a minute, and at worst in five. In a test's root
     /// nothing is restarted, so there is nothing to wait for.
-    pub fn of(root: &RootDir) -> Self {
+    pub fn for_robot(root: &RootDir) -> Self {
         let seconds =
             |robot, test| Duration::from_secs(if root.is_system() { robot } else { test });
         Self { start: seconds(300, 0), settle: seconds(6, 0), pause: Duration::from_millis(500) }
@@ -49,14 +49,14 @@ impl ApiChecks {
     /// The declared checks and the server's unit. A check that does not concern the API and already fails before a
     /// change is ignored: a robot without a network cable accepts an API.
     pub fn new(root: &RootDir) -> Self {
-        let mut checks: Vec<HealthCheck> = health::load(root)
+        let mut checks: Vec<HealthCheck> = health::load_checks(root)
             .into_iter()
             .filter(|check| check.kind != Ok(CheckKind::Startup))
             .filter(|check| is_of_api(check) || check.run(root).healthy)
             .collect();
         let server = CheckKind::Unit(SERVER.to_owned());
         let named = checks.iter().any(|check| check.kind.as_ref() == Ok(&server));
-        if root.is_system() && !named && exists(SERVER) {
+        if root.is_system() && !named && unit_exists(SERVER) {
             checks.push(HealthCheck {
                 name: "api".to_owned(),
                 kind: Ok(server),
@@ -112,39 +112,39 @@ fn is_of_api(check: &HealthCheck) -> bool {
 ///
 /// # Errors
 /// With systemd's message.
-pub(super) fn restart(root: &RootDir) -> Result<(), String> {
+pub(super) fn restart_services(root: &RootDir) -> Result<(), String> {
     if !root.is_system() {
         return Ok(());
     }
-    if exists(SERVER) {
+    if unit_exists(SERVER) {
         // An API that failed too often must not prevent the next one from starting.
         systemctl(&["reset-failed", SERVER])?;
         systemctl(&["restart", SERVER])?;
     }
-    if exists(PROXY) {
+    if unit_exists(PROXY) {
         systemctl(&["try-reload-or-restart", PROXY])?;
     }
     Ok(())
 }
 
-fn exists(unit: &str) -> bool {
-    property(unit, "LoadState").as_deref() == Some("loaded")
+fn unit_exists(unit: &str) -> bool {
+    unit_property(unit, "LoadState").as_deref() == Some("loaded")
 }
 
 fn given_up() -> bool {
-    property(SERVER, "ActiveState").as_deref() == Some("failed")
+    unit_property(SERVER, "ActiveState").as_deref() == Some("failed")
 }
 
-fn property(unit: &str, name: &str) -> Option<String> {
+fn unit_property(unit: &str, name: &str) -> Option<String> {
     let words = ["show", "--value", &format!("--property={name}"), unit];
-    let (status, said) = program("systemctl", &words, None, ANSWER).ok()?;
-    status.success().then(|| said.trim().to_owned())
+    let (status, output) = run_program("systemctl", &words, None, ANSWER).ok()?;
+    status.success().then(|| output.trim().to_owned())
 }
 
 fn systemctl(words: &[&str]) -> Result<(), String> {
-    let (status, said) = program("systemctl", words, None, RESTART)?;
+    let (status, output) = run_program("systemctl", words, None, RESTART)?;
     if status.success() {
         return Ok(());
     }
-    Err(format!("systemctl {}: {status}: {}", words.join(" "), said.trim()))
+    Err(format!("systemctl {}: {status}: {}", words.join(" "), output.trim()))
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::state::{self, ApiState};
-use super::switch::point;
+use super::switch::point_link_to;
 use super::{ApiDir, retention};
 use crate::builtin::BuiltInApi;
 use crate::durable;
@@ -32,9 +32,13 @@ pub struct SettledApi {
 ///
 /// # Errors
 /// `bad-device`, `io`.
-pub(super) fn decide(root: &RootDir, place: &ApiDir<'_>, state: &ApiState) -> Result<SettledApi> {
+pub(super) fn choose_api(
+    root: &RootDir,
+    place: &ApiDir<'_>,
+    state: &ApiState,
+) -> Result<SettledApi> {
     let Some(chosen) = state.chosen.clone() else { return Ok(SettledApi::default()) };
-    let misfit = match (BuiltInApi::read(root)?, state::lock(place, &chosen)) {
+    let misfit = match (BuiltInApi::read(root)?, state::read_lock(place, &chosen)) {
         (None, _) => Some("this system has no API".to_owned()),
         (_, Err(why)) => Some(format!("the installed API is damaged: {why}")),
         (Some(base), Ok(lock)) => base.misfit(root, &lock),
@@ -58,31 +62,31 @@ pub fn settle(root: &RootDir, events: &EventLog, files: &dyn FileChanges) -> Res
         // Before the link is removed, which is the only record of it.
         state.write(&place)?;
     }
-    let mut settled = decide(root, &place, &state)?;
+    let mut settled = choose_api(root, &place, &state)?;
     let trial = state.trial.take();
     settled.taken_back = trial.as_ref().map(|trial| trial.to.clone().unwrap_or_default());
     let before = place.serving();
     if before != settled.serves || settled.taken_back.is_some() {
         events.add("api-settled", json!({ "before": before, "settled": settled }));
     }
-    point(&place, settled.serves.as_deref())?;
+    point_link_to(&place, settled.serves.as_deref())?;
     if trial.is_some() {
         // Last: until then the next start rolls it back again.
         state.write(&place)?;
     }
-    retention::sweep(&place)?;
-    let path = file(root);
+    retention::remove_unfinished(&place)?;
+    let path = settled_path(root);
     if let Err(error) = durable::write_json(&path, &settled) {
         events.add("not-recorded", json!({ "error": error.to_string() }));
     }
     Ok(settled)
 }
 
-fn file(root: &RootDir) -> std::path::PathBuf {
+fn settled_path(root: &RootDir) -> std::path::PathBuf {
     root.run().join("api.json")
 }
 
 /// The result of the last start; `None` when it was not recorded.
-pub(super) fn last(root: &RootDir) -> Option<SettledApi> {
-    durable::read_json(&file(root)).ok().flatten()
+pub(super) fn last_settled(root: &RootDir) -> Option<SettledApi> {
+    durable::read_json(&settled_path(root)).ok().flatten()
 }

@@ -62,7 +62,7 @@ impl ApiState {
 }
 
 /// The lock of an installed API, or why it cannot be read.
-pub(super) fn lock(place: &ApiDir<'_>, folder: &str) -> Result<ComponentLock, String> {
+pub(super) fn read_lock(place: &ApiDir<'_>, folder: &str) -> Result<ComponentLock, String> {
     let path = place.version(folder).join(bundle::component::LOCK_ROLE);
     match durable::read(&path) {
         Ok(Some(json)) => ComponentLock::parse(&json).map_err(|error| error.to_string()),

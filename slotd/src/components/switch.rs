@@ -21,7 +21,7 @@ use crate::root::RootDir;
 ///
 /// # Errors
 /// `io`.
-pub(super) fn point(place: &ApiDir<'_>, folder: Option<&str>) -> Result<()> {
+pub(super) fn point_link_to(place: &ApiDir<'_>, folder: Option<&str>) -> Result<()> {
     let current = place.current();
     if place.serving().as_deref() == folder && current.is_symlink() == folder.is_some() {
         return Ok(());
@@ -47,7 +47,7 @@ pub(super) fn point(place: &ApiDir<'_>, folder: Option<&str>) -> Result<()> {
 ///
 /// # Errors
 /// `api-unhealthy`, and all refusals of provisioning: the previous API serves again. `io`.
-pub(super) fn change(
+pub(super) fn switch_to(
     root: &RootDir,
     events: &EventLog,
     place: &ApiDir<'_>,
@@ -83,7 +83,7 @@ fn try_it(
 ) -> Result<Duration> {
     // If the power fails now, the next start must not assume that `/data/system` still belongs to the old API.
     provision::forget(root, place.files)?;
-    point(place, to)?;
+    point_link_to(place, to)?;
     provision::run_with(root, events, place.files)?;
     let started = Instant::now();
     let unhealthy = |why: String| {
@@ -93,7 +93,7 @@ fn try_it(
             "see `journalctl -u slipway-api`; the previous API serves again",
         )
     };
-    service::restart(root).map_err(unhealthy)?;
+    service::restart_services(root).map_err(unhealthy)?;
     let restarted = started.elapsed();
     let well = watch.wait(root, patience).map_err(unhealthy)?;
     Ok(restarted + well)
@@ -109,15 +109,15 @@ fn take_back(
     why: &Refusal,
 ) {
     events.add("api-taken-back", json!({ "serves": before.chosen, "why": why }));
-    let done = settle::decide(root, place, before).and_then(|decided| {
-        point(place, decided.serves.as_deref())?;
+    let done = settle::choose_api(root, place, before).and_then(|decided| {
+        point_link_to(place, decided.serves.as_deref())?;
         provision::run_with(root, events, place.files)?;
         ApiState { trial: None, ..before.clone() }.write(place)
     });
     if let Err(refusal) = done {
         events.add("api-not-taken-back", json!(refusal));
     }
-    if let Err(why) = service::restart(root) {
+    if let Err(why) = service::restart_services(root) {
         events.add("api-not-restarted", json!({ "why": why }));
     }
 }
@@ -127,7 +127,11 @@ fn take_back(
 ///
 /// # Errors
 /// `no-other-api`, `api-unhealthy`, `io`.
-pub fn back(root: &RootDir, events: &EventLog, files: &dyn FileChanges) -> Result<ApiRollback> {
+pub fn roll_back(
+    root: &RootDir,
+    events: &EventLog,
+    files: &dyn FileChanges,
+) -> Result<ApiRollback> {
     settle(root, events, files)?;
     let place = ApiDir::new(root, files);
     let state = ApiState::read(&place);
@@ -141,24 +145,24 @@ pub fn back(root: &RootDir, events: &EventLog, files: &dyn FileChanges) -> Resul
     let base = BuiltInApi::read(root)?;
     let at = state.good.iter().position(|good| good.folder == *chosen);
     let fits = |folder: &str| {
-        let lock = state::lock(&place, folder).ok();
+        let lock = state::read_lock(&place, folder).ok();
         lock.zip(base.as_ref()).is_some_and(|(lock, base)| base.misfit(root, &lock).is_none())
     };
     let before = state.good.iter().skip(at.map_or(0, |at| at + 1));
     let to = before.clone().find(|good| good.folder != *chosen && fits(&good.folder));
     let folder = to.map(|good| good.folder.as_str());
-    let down = change(root, events, &place, folder, HealthTimes::of(root), |_| {})?;
-    retention::tidy(root, &place, events);
+    let down = switch_to(root, events, &place, folder, HealthTimes::for_robot(root), |_| {})?;
+    retention::remove_unneeded(root, &place, events);
     let back = ApiRollback {
         component: bundle::component::API.to_owned(),
         version: to.map(|good| good.version.clone()),
-        down_ms: millis(down),
+        down_ms: whole_millis(down),
     };
     events.add("api-went-back", json!(back));
     Ok(back)
 }
 
 /// Whole milliseconds.
-pub(super) fn millis(time: Duration) -> u64 {
+pub(super) fn whole_millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

@@ -12,7 +12,7 @@ use bundle::tree::{TreeEntryKind, TreeRules};
 use bundle::{BundleInput, PayloadReader};
 use sha2::{Digest, Sha256};
 
-use super::whole::{SUM, sum, sums};
+use super::whole::{SUM, hash_file, hash_tree};
 use super::{ApiDir, failed};
 use crate::files::{FileChanges, make_dirs};
 use crate::install::from_source;
@@ -33,7 +33,7 @@ fn place_of(place: &ApiDir<'_>, wheel: &ComponentWheel) -> PathBuf {
 ///
 /// # Errors
 /// `bad-tree`, `wrong-hash`: the tree does not match the lock. `io`, `source`, and the refusals of a bundle.
-pub(super) fn receive<I: BundleInput>(
+pub(super) fn unpack_wheel<I: BundleInput>(
     place: &ApiDir<'_>,
     wheel: &ComponentWheel,
     payload: &mut PayloadReader<'_, I>,
@@ -44,14 +44,14 @@ pub(super) fn receive<I: BundleInput>(
     name.push(super::NEW);
     let new = PathBuf::from(name);
     place.clear(&new)?;
-    make(place.files, &new)?;
+    create_dir_with_parents(place.files, &new)?;
     let (sender, receiver) = sync_channel(WAITING);
     std::thread::scope(|scope| -> Result<()> {
         let (into, files) = (&new, place.files);
         let unpacking = std::thread::Builder::new()
             .spawn_scoped(scope, move || unpack(files, Pipe::new(receiver), wheel, into))
             .map_err(|error| Refusal::io("starting a thread", &error))?;
-        let read = send(payload, sender, progress);
+        let read = send_payload(payload, sender, progress);
         let unpacked = unpacking
             .join()
             .map_err(|_| Refusal::new("internal", "unpacking a wheel failed", "report it"))?;
@@ -62,7 +62,7 @@ pub(super) fn receive<I: BundleInput>(
         }
     })?;
     let own = new.join(SUM);
-    sums(&new)
+    hash_tree(&new)
         .and_then(|sums| {
             place.files.create(&own)?;
             place.files.append(&own, &sums)?;
@@ -77,7 +77,7 @@ pub(super) fn receive<I: BundleInput>(
 }
 
 /// Reads a payload to its end, or until the receiver closes.
-fn send<I: BundleInput>(
+fn send_payload<I: BundleInput>(
     payload: &mut PayloadReader<'_, I>,
     sender: SyncSender<Vec<u8>>,
     progress: &mut dyn FnMut(u64),
@@ -142,19 +142,19 @@ fn unpack(files: &dyn FileChanges, pipe: Pipe, wheel: &ComponentWheel, into: &Pa
     for entry in archive.entries().map_err(damaged)? {
         let mut entry = entry.map_err(damaged)?;
         let name = entry.path().map_err(damaged)?.into_owned();
-        let Some(shown) = name.to_str() else {
-            let shown = name.to_string_lossy().escape_debug().to_string();
-            return Err(bad(wheel, &format!("`{shown}` is not UTF-8")));
+        let Some(text) = name.to_str() else {
+            let text = name.to_string_lossy().escape_debug().to_string();
+            return Err(bad(wheel, &format!("`{text}` is not UTF-8")));
         };
         let kind = match entry.header().entry_type() {
             tar::EntryType::Directory => TreeEntryKind::Folder,
             tar::EntryType::Regular => TreeEntryKind::File(entry.size()),
             _ => TreeEntryKind::Other,
         };
-        rules.entry(shown, kind)?;
+        rules.entry(text, kind)?;
         let path = into.join(&name);
         if kind == TreeEntryKind::Folder {
-            make(files, &path)?;
+            create_dir_with_parents(files, &path)?;
         } else {
             let executable = entry.header().mode().map_err(damaged)? & 0o100 != 0;
             write(files, &mut entry, &path, if executable { 0o755 } else { 0o644 })?;
@@ -170,7 +170,7 @@ fn unpack(files: &dyn FileChanges, pipe: Pipe, wheel: &ComponentWheel, into: &Pa
 /// Writes one file.
 fn write(files: &dyn FileChanges, entry: &mut impl Read, path: &Path, mode: u32) -> Result<()> {
     if let Some(folder) = path.parent() {
-        make(files, folder)?;
+        create_dir_with_parents(files, folder)?;
     }
     let mut written = || -> io::Result<()> {
         files.create(path)?;
@@ -180,17 +180,17 @@ fn write(files: &dyn FileChanges, entry: &mut impl Read, path: &Path, mode: u32)
             chunk.clear();
         }
         files.set_mode(path, mode)?;
-        files.set_modified(path, time())
+        files.set_modified(path, fixed_time())
     };
     written().map_err(failed("writing", path))
 }
 
-fn time() -> SystemTime {
+fn fixed_time() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(TREE_TIME)
 }
 
 /// Creates a directory with its parents, unless it exists.
-fn make(files: &dyn FileChanges, folder: &Path) -> Result<()> {
+fn create_dir_with_parents(files: &dyn FileChanges, folder: &Path) -> Result<()> {
     make_dirs(files, folder).map(drop).map_err(failed("creating", folder))
 }
 
@@ -199,12 +199,12 @@ fn make(files: &dyn FileChanges, folder: &Path) -> Result<()> {
 ///
 /// # Errors
 /// `bad-tree`: another wheel has a different file with the same name. `io`.
-pub(super) fn link(place: &ApiDir<'_>, wheel: &ComponentWheel, into: &Path) -> Result<()> {
+pub(super) fn link_wheel(place: &ApiDir<'_>, wheel: &ComponentWheel, into: &Path) -> Result<()> {
     let from = place_of(place, wheel);
     let mut waiting = vec![PathBuf::new()];
     while let Some(below) = waiting.pop() {
         let folder = from.join(&below);
-        make(place.files, &into.join(&below))?;
+        create_dir_with_parents(place.files, &into.join(&below))?;
         for entry in fs::read_dir(&folder).map_err(failed("reading", &folder))? {
             let entry = entry.map_err(failed("reading", &folder))?;
             let (name, path) = (below.join(entry.file_name()), entry.path());
@@ -218,7 +218,7 @@ pub(super) fn link(place: &ApiDir<'_>, wheel: &ComponentWheel, into: &Path) -> R
             let to = into.join(&name);
             match place.files.link(&path, &to) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    let (theirs, own) = (sum(&to), sum(&path));
+                    let (theirs, own) = (hash_file(&to), hash_file(&path));
                     if theirs.map_err(failed("reading", &to))?
                         != own.map_err(failed("reading", &path))?
                     {

@@ -52,7 +52,7 @@ pub struct ApiVerifyOutcome {
 }
 
 /// All names below a directory that are not directories, except [`SUM`] at its top.
-fn names(top: &Path) -> io::Result<BTreeSet<PathBuf>> {
+fn file_names_below(top: &Path) -> io::Result<BTreeSet<PathBuf>> {
     let (mut names, mut waiting) = (BTreeSet::new(), vec![PathBuf::new()]);
     while let Some(below) = waiting.pop() {
         for entry in fs::read_dir(top.join(&below))? {
@@ -69,7 +69,7 @@ fn names(top: &Path) -> io::Result<BTreeSet<PathBuf>> {
 }
 
 /// A file's SHA-256 and mode, as in [`SUM`].
-pub(super) fn sum(path: &Path) -> io::Result<String> {
+pub(super) fn hash_file(path: &Path) -> io::Result<String> {
     if !fs::symlink_metadata(path)?.is_file() {
         return Err(io::Error::other("not a regular file"));
     }
@@ -86,10 +86,10 @@ pub(super) fn sum(path: &Path) -> io::Result<String> {
 }
 
 /// The content of [`SUM`] for a tree: hash, mode and path of each file, terminated by a zero byte.
-pub(super) fn sums(top: &Path) -> io::Result<Vec<u8>> {
+pub(super) fn hash_tree(top: &Path) -> io::Result<Vec<u8>> {
     let mut all = Vec::new();
-    for name in names(top)? {
-        all.extend(sum(&top.join(&name))?.bytes());
+    for name in file_names_below(top)? {
+        all.extend(hash_file(&top.join(&name))?.bytes());
         all.push(b' ');
         all.extend(name.as_os_str().as_bytes());
         all.push(0);
@@ -98,7 +98,7 @@ pub(super) fn sums(top: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// The stored hashes of a wheel's tree; `None`: missing or damaged.
-fn kept(place: &ApiDir<'_>, wheel: &ComponentWheel) -> Option<Sums> {
+fn read_stored_sums(place: &ApiDir<'_>, wheel: &ComponentWheel) -> Option<Sums> {
     let most = wheel.files.saturating_mul(LINE);
     let mut bytes = Vec::new();
     let file = fs::File::open(place.wheels().join(&wheel.tree).join(SUM)).ok()?;
@@ -115,32 +115,37 @@ fn kept(place: &ApiDir<'_>, wheel: &ComponentWheel) -> Option<Sums> {
 
 /// Whether a wheel's tree is present and unchanged, by the hash of each file: bit rot on a card changes neither lengths
 /// nor times. A tree without stored hashes, from an older agent, counts as absent and is unpacked again.
-pub(super) fn present(place: &ApiDir<'_>, wheel: &ComponentWheel) -> bool {
+pub(super) fn is_unchanged(place: &ApiDir<'_>, wheel: &ComponentWheel) -> bool {
     let top = place.wheels().join(&wheel.tree);
-    let Some(kept) = kept(place, wheel) else { return false };
+    let Some(kept) = read_stored_sums(place, wheel) else { return false };
     let same = |(name, expected): (&PathBuf, &String)| {
         let path = top.join(name);
         // Python compares a cache with its source by the source's time.
         fs::metadata(&path).is_ok_and(|about| about.mtime() == TREE_TIME as i64)
-            && sum(&path).is_ok_and(|found| found == *expected)
+            && hash_file(&path).is_ok_and(|found| found == *expected)
     };
-    names(&top).is_ok_and(|names| names.len() == kept.len()) && kept.iter().all(same)
+    file_names_below(&top).is_ok_and(|names| names.len() == kept.len()) && kept.iter().all(same)
 }
 
 /// In versions other than `folder`, replaces damaged files and copies from a backup by links to the wheels of a lock,
 /// which are all present and intact. A version that cannot be rebuilt stays as it is and does not fail the install;
 /// the event `api-not-healed` says why.
-pub(super) fn relink(place: &ApiDir<'_>, lock: &ComponentLock, folder: &str, events: &EventLog) {
-    let versions = retention::versions(place).unwrap_or_default();
+pub(super) fn repair_versions(
+    place: &ApiDir<'_>,
+    lock: &ComponentLock,
+    folder: &str,
+    events: &EventLog,
+) {
+    let versions = retention::installed_versions(place).unwrap_or_default();
     for name in versions.into_iter().filter(|name| name != folder) {
-        let Ok(theirs) = state::lock(place, &name) else { continue };
+        let Ok(theirs) = state::read_lock(place, &name) else { continue };
         let here = |wheel: &&ComponentWheel| lock.wheels.iter().any(|ours| ours.tree == wheel.tree);
         let shared: Vec<&ComponentWheel> = theirs.wheels.iter().filter(here).collect();
         let trees: Vec<PathBuf> = shared.iter().map(|w| place.wheels().join(&w.tree)).collect();
-        if linked(&trees, &place.version(&name)) {
+        if is_linked_to(&trees, &place.version(&name)) {
             continue;
         }
-        if let Err(refusal) = rebuild(place, &shared, &name) {
+        if let Err(refusal) = rebuild_version(place, &shared, &name) {
             events.add("api-not-healed", json!({ "folder": name, "error": refusal }));
         }
     }
@@ -148,23 +153,23 @@ pub(super) fn relink(place: &ApiDir<'_>, lock: &ComponentLock, folder: &str, eve
 
 /// Whether a version's files are links to these trees, not other files with the same names. A file that several wheels
 /// have may be a link to any of them.
-fn linked(trees: &[PathBuf], version: &Path) -> bool {
+fn is_linked_to(trees: &[PathBuf], version: &Path) -> bool {
     let inode = |path: PathBuf| fs::symlink_metadata(path).ok().map(|about| about.ino());
     let theirs = |name: &PathBuf| {
         let own = inode(version.join(name));
         own.is_some() && trees.iter().any(|tree| inode(tree.join(name)) == own)
     };
-    trees.iter().all(|tree| names(tree).is_ok_and(|names| names.iter().all(theirs)))
+    trees.iter().all(|tree| file_names_below(tree).is_ok_and(|names| names.iter().all(theirs)))
 }
 
 /// Rebuilds a version next to itself, from these wheels and its other files, and exchanges the two.
-fn rebuild(place: &ApiDir<'_>, wheels: &[&ComponentWheel], name: &str) -> Result<()> {
+fn rebuild_version(place: &ApiDir<'_>, wheels: &[&ComponentWheel], name: &str) -> Result<()> {
     let (path, new) = (place.version(name), place.version(&format!("{name}{NEW}")));
     place.clear(&new)?;
     for wheel in wheels {
-        tree::link(place, wheel, &new)?;
+        tree::link_wheel(place, wheel, &new)?;
     }
-    for file in names(&path).map_err(failed("reading", &path))? {
+    for file in file_names_below(&path).map_err(failed("reading", &path))? {
         let (from, to) = (path.join(&file), new.join(&file));
         if to.exists() {
             continue;
@@ -183,12 +188,12 @@ fn rebuild(place: &ApiDir<'_>, wheels: &[&ComponentWheel], name: &str) -> Result
 /// # Errors
 /// `api-differs`, with the files. `io`: the directory of the versions cannot be read.
 pub(crate) fn verify(root: &RootDir) -> Result<ApiVerifyOutcome> {
-    let place = &ApiDir::of(root);
+    let place = &ApiDir::for_reading(root);
     let mut check = Check { known: BTreeMap::new(), size: 0, places: Vec::new() };
     let mut wheels: BTreeMap<String, (String, Option<Sums>)> = BTreeMap::new();
-    let versions = retention::versions(place)?;
+    let versions = retention::installed_versions(place)?;
     for version in &versions {
-        let lock = match state::lock(place, version) {
+        let lock = match state::read_lock(place, version) {
             Ok(lock) => lock,
             Err(why) => {
                 check.places.push(format!("{version}: {why}"));
@@ -200,15 +205,17 @@ pub(crate) fn verify(root: &RootDir) -> Result<ApiVerifyOutcome> {
         for wheel in &lock.wheels {
             let top = place.wheels().join(&wheel.tree);
             let (_, sums) = wheels.entry(wheel.tree.clone()).or_insert_with(|| {
-                let (shown, sums) =
-                    (format!("wheel {} {}", wheel.name, wheel.version), kept(place, wheel));
+                let (label, sums) = (
+                    format!("wheel {} {}", wheel.name, wheel.version),
+                    read_stored_sums(place, wheel),
+                );
                 match &sums {
-                    Some(sums) => check.folder(&shown, &top, sums, false),
+                    Some(sums) => check.folder(&label, &top, sums, false),
                     None => check.places.push(format!(
-                        "{shown}: the stored hashes of its files are missing or damaged"
+                        "{label}: the stored hashes of its files are missing or damaged"
                     )),
                 }
-                (shown, sums)
+                (label, sums)
             });
             all_known &= sums.is_some();
             expected.extend(sums.iter().flatten().map(|(name, sum)| (name.clone(), sum.clone())));
@@ -220,7 +227,7 @@ pub(crate) fn verify(root: &RootDir) -> Result<ApiVerifyOutcome> {
                 .places
                 .push(format!("{version}: {LOCK_ROLE} does not match the directory's name"));
         }
-        if let Ok(sum) = sum(&own) {
+        if let Ok(sum) = hash_file(&own) {
             expected.insert(LOCK_ROLE.into(), sum);
         }
         check.folder(version, &place.version(version), &expected, !all_known);
@@ -255,24 +262,24 @@ struct Check {
 
 impl Check {
     /// Compares a directory's files; `open`: it may have other files too.
-    fn folder(&mut self, shown: &str, top: &Path, expected: &Sums, open: bool) {
+    fn folder(&mut self, label: &str, top: &Path, expected: &Sums, open: bool) {
         for (name, expected) in expected {
             let why = match self.file(&top.join(name)) {
                 Ok(found) if found == *expected => continue,
                 Ok(_) => "the file has changed since it was unpacked".to_owned(),
                 Err(error) => error.to_string(),
             };
-            self.places.push(format!("{shown}: {}: {why}", name.display()));
+            self.places.push(format!("{label}: {}: {why}", name.display()));
         }
-        let found = match names(top) {
+        let found = match file_names_below(top) {
             Ok(found) => found,
-            Err(error) => return self.places.push(format!("{shown}: {error}")),
+            Err(error) => return self.places.push(format!("{label}: {error}")),
         };
         let more = |name: &&PathBuf| {
             !open && !expected.contains_key(*name) && !name.iter().any(|part| part == CACHE)
         };
         for name in found.iter().filter(more) {
-            self.places.push(format!("{shown}: {}: no wheel has this file", name.display()));
+            self.places.push(format!("{label}: {}: no wheel has this file", name.display()));
         }
     }
 
@@ -282,7 +289,7 @@ impl Check {
         if let Some(found) = self.known.get(&key) {
             return Ok(found.clone());
         }
-        let found = sum(path)?;
+        let found = hash_file(path)?;
         self.size += about.len();
         self.known.insert(key, found.clone());
         Ok(found)

@@ -108,15 +108,15 @@ impl ArchiveLimits {
 }
 
 /// An error of the file system as a refusal.
-fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
-    let doing = format!("{doing} {}", path.display());
+fn failed(action: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
+    let action = format!("{action} {}", path.display());
     move |error| match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Refusal::new(
             "no-space",
-            format!("{doing}: no space left on data"),
+            format!("{action}: no space left on data"),
             "free space on data; `slotd backup` can write a backup to another machine",
         ),
-        _ => Refusal::io(&doing, &error),
+        _ => Refusal::io(&action, &error),
     }
 }
 
@@ -140,9 +140,9 @@ pub fn pack(
     out: impl Write,
     room: ArchiveLimits,
 ) -> Result<ArchiveLimits> {
-    let doing = |path: &Path| failed("packing", path);
-    let mut encoder = zstd::Encoder::new(out, LEVEL).map_err(doing(data))?;
-    encoder.include_checksum(true).map_err(doing(data))?;
+    let to_refusal = |path: &Path| failed("packing", path);
+    let mut encoder = zstd::Encoder::new(out, LEVEL).map_err(to_refusal(data))?;
+    encoder.include_checksum(true).map_err(to_refusal(data))?;
     let mut packer = Packer { tar: tar::Builder::new(encoder), data, left: room };
     let mut parents: Vec<&Path> = Vec::new();
     let mut waiting: Vec<PathBuf> = names.to_vec();
@@ -164,15 +164,18 @@ pub fn pack(
         if packer.add(&name)? == Some(true) {
             let path = data.join(&name);
             // Data is in use: the file may have been removed.
-            let Some(listing) = there(fs::read_dir(&path)).map_err(doing(&path))? else { continue };
+            let Some(listing) = none_if_missing(fs::read_dir(&path)).map_err(to_refusal(&path))?
+            else {
+                continue;
+            };
             for entry in listing {
-                waiting.push(name.join(entry.map_err(doing(&path))?.file_name()));
+                waiting.push(name.join(entry.map_err(to_refusal(&path))?.file_name()));
             }
         }
     }
     let Packer { tar, left, .. } = packer;
-    let encoder = tar.into_inner().map_err(doing(data))?;
-    encoder.finish().and_then(|mut out| out.flush()).map_err(doing(data))?;
+    let encoder = tar.into_inner().map_err(to_refusal(data))?;
+    encoder.finish().and_then(|mut out| out.flush()).map_err(to_refusal(data))?;
     Ok(ArchiveLimits { bytes: room.bytes - left.bytes, entries: room.entries - left.entries })
 }
 
@@ -186,8 +189,8 @@ impl<W: Write> Packer<'_, W> {
     /// Adds the entry with this name. `None`: it does not belong into an archive; else whether it is a directory.
     fn add(&mut self, name: &Path) -> Result<Option<bool>> {
         let path = self.data.join(name);
-        let doing = failed("packing", &path);
-        let Some((about, found)) = look(&path)? else { return Ok(None) };
+        let to_refusal = failed("packing", &path);
+        let Some((about, found)) = examine_entry(&path)? else { return Ok(None) };
         if name.as_os_str().len() > LONGEST || name.components().count() > DEEPEST {
             return Err(more_than_an_archive(&path, "the path is too long or too deep"));
         }
@@ -207,7 +210,7 @@ impl<W: Write> Packer<'_, W> {
             Found::Folder => self.tar.append_data(&mut header, name, io::empty()),
             Found::Link(to) => self.tar.append_link(&mut header, name, to),
         };
-        added.map_err(&doing)?;
+        added.map_err(&to_refusal)?;
         Ok(Some(is_folder))
     }
 }
@@ -221,10 +224,10 @@ enum Found {
 
 /// Examines the entry with this name and opens the file itself, not what has the name later: data is in use, and a user
 /// may replace one kind by another at any time, to prevent a backup. An entry that changes all the time is left out.
-fn look(path: &Path) -> Result<Option<(Metadata, Found)>> {
-    let doing = failed("packing", path);
+fn examine_entry(path: &Path) -> Result<Option<(Metadata, Found)>> {
+    let to_refusal = failed("packing", path);
     for _ in 0..LOOKS {
-        let Some(about) = there(fs::symlink_metadata(path)).map_err(&doing)? else {
+        let Some(about) = none_if_missing(fs::symlink_metadata(path)).map_err(&to_refusal)? else {
             return Ok(None);
         };
         let kind = about.file_type();
@@ -237,7 +240,7 @@ fn look(path: &Path) -> Result<Option<(Metadata, Found)>> {
                 // Not a link any more.
                 Err(error) if error.kind() == io::ErrorKind::InvalidInput || is_missing(&error) => {
                 }
-                Err(error) => return Err(doing(error)),
+                Err(error) => return Err(to_refusal(error)),
             }
             continue;
         }
@@ -247,7 +250,7 @@ fn look(path: &Path) -> Result<Option<(Metadata, Found)>> {
         let careful = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
         match OpenOptions::new().read(true).custom_flags(careful).open(path) {
             Ok(file) => {
-                let about = file.metadata().map_err(&doing)?;
+                let about = file.metadata().map_err(&to_refusal)?;
                 if about.is_file() {
                     return Ok(Some((about, Found::File(file))));
                 }
@@ -258,14 +261,14 @@ fn look(path: &Path) -> Result<Option<(Metadata, Found)>> {
                     .iter()
                     .any(|errno| error.raw_os_error() == Some(errno.raw_os_error())) => {}
             Err(error) if is_missing(&error) => {}
-            Err(error) => return Err(doing(error)),
+            Err(error) => return Err(to_refusal(error)),
         }
     }
     Ok(None)
 }
 
 /// `None` for a missing file, also below a link that points to itself.
-pub(super) fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+pub(super) fn none_if_missing<T>(found: io::Result<T>) -> io::Result<Option<T>> {
     let loops = |error: &io::Error| error.raw_os_error() == Some(Errno::LOOP.raw_os_error());
     match found {
         Err(error) if is_missing(&error) || loops(&error) => Ok(None),
@@ -277,12 +280,12 @@ pub(super) fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
 ///
 /// # Errors
 /// `io`.
-pub fn contents(data: &Path) -> Result<Vec<PathBuf>> {
+pub fn backup_names(data: &Path) -> Result<Vec<PathBuf>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(data).map_err(failed("reading", data))? {
         let name = PathBuf::from(entry.map_err(failed("reading", data))?.file_name());
         // Names that begin with a dot belong to a change of slotd in progress.
-        if safe(&name).is_some() {
+        if safe_path(&name).is_some() {
             names.push(name);
         }
     }
@@ -328,10 +331,10 @@ pub fn unpack(
         let mut entry = entry.map_err(damaged)?;
         match entry.header().entry_type() {
             tar::EntryType::GNULongName if long_name.is_none() => {
-                long_name = Some(text(&mut entry, LONGEST)?);
+                long_name = Some(read_text(&mut entry, LONGEST)?);
             }
             tar::EntryType::GNULongLink if long_link.is_none() => {
-                long_link = Some(text(&mut entry, LONGEST_LINK)?);
+                long_link = Some(read_text(&mut entry, LONGEST_LINK)?);
             }
             _ => unpacker.add(&mut entry, long_name.take(), long_link.take())?,
         }
@@ -350,7 +353,7 @@ pub fn unpack(
 }
 
 /// The text of an entry that names the next one.
-fn text(entry: &mut impl Read, longest: usize) -> Result<PathBuf> {
+fn read_text(entry: &mut impl Read, longest: usize) -> Result<PathBuf> {
     let mut text = Vec::new();
     // One more byte for the zero at its end, and one to detect that it is too long.
     entry.take(longest as u64 + 2).read_to_end(&mut text).map_err(damaged)?;
@@ -395,9 +398,9 @@ impl Unpacker<'_> {
             Some(name) => name,
             None => entry.path().map_err(damaged)?.into_owned(),
         };
-        let shown = given.to_string_lossy().escape_debug().to_string();
-        let wrong = |why: &str| bad(&format!("`{shown}` {why}"));
-        let name = safe(&given).ok_or_else(|| wrong("is not a valid path"))?;
+        let escaped = given.to_string_lossy().escape_debug().to_string();
+        let wrong = |why: &str| bad(&format!("`{escaped}` {why}"));
+        let name = safe_path(&given).ok_or_else(|| wrong("is not a valid path"))?;
         let size = entry.size();
         let header = entry.header();
         let kind = header.entry_type();
@@ -424,7 +427,8 @@ impl Unpacker<'_> {
             _ => failed("writing", &path)(error),
         };
         if kind.is_dir() {
-            let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
+            let found =
+                none_if_missing(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
             if !found.is_some_and(|found| found.is_dir()) {
                 self.files.create_dir(&path).map_err(twice)?;
             }
@@ -471,11 +475,11 @@ impl Unpacker<'_> {
         let mut path = self.into.to_owned();
         for part in folder.components() {
             path.push(part);
-            match there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))? {
+            match none_if_missing(fs::symlink_metadata(&path)).map_err(failed("reading", &path))? {
                 Some(found) if found.is_dir() => {}
                 Some(_) => {
-                    let shown = folder.to_string_lossy().escape_debug().to_string();
-                    return Err(bad(&format!("`{shown}` is not a directory but has content")));
+                    let escaped = folder.to_string_lossy().escape_debug().to_string();
+                    return Err(bad(&format!("`{escaped}` is not a directory but has content")));
                 }
                 None => {
                     self.take(0)?;
@@ -531,7 +535,7 @@ impl Unpacker<'_> {
 }
 
 /// A path of plain names that does not begin with one of [`OURS`].
-pub(super) fn safe(name: &Path) -> Option<PathBuf> {
+pub(super) fn safe_path(name: &Path) -> Option<PathBuf> {
     let mut parts = Vec::new();
     for part in name.components() {
         match part {

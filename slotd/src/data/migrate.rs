@@ -10,11 +10,11 @@ use std::time::Duration;
 use bundle::Version;
 use serde::{Deserialize, Serialize};
 
-use super::archive::{self, ArchiveLimits, there};
+use super::archive::{self, ArchiveLimits, none_if_missing};
 use super::pending::private_folder;
 use crate::durable;
 use crate::files::{DirectFileChanges, FileAppender, FileChanges, make_dirs};
-use crate::process::program;
+use crate::process::run_program;
 use crate::refusal::{Refusal, Result};
 use crate::root::RootDir;
 
@@ -34,7 +34,7 @@ const MOST: ArchiveLimits = ArchiveLimits { bytes: 1 << 32, ..ArchiveLimits::BAC
 const RECORD: &str = "data-version.json";
 
 /// Default timeout of a step in seconds.
-fn usual() -> u64 {
+fn default_timeout() -> u64 {
     60
 }
 
@@ -52,7 +52,7 @@ pub struct MigrationStep {
     /// The program and its arguments. After a power cut it may be started again.
     pub run: Vec<String>,
     /// Its timeout.
-    #[serde(default = "usual")]
+    #[serde(default = "default_timeout")]
     pub timeout_seconds: u64,
 }
 
@@ -79,7 +79,7 @@ fn is_name(name: &str) -> bool {
 }
 
 fn are_paths(paths: &[PathBuf]) -> bool {
-    !paths.is_empty() && paths.iter().all(|path| archive::safe(path).is_some())
+    !paths.is_empty() && paths.iter().all(|path| archive::safe_path(path).is_some())
 }
 
 /// The version of the data. The record is part of the data, so that a backup has its own version. A restore keeps
@@ -153,7 +153,7 @@ pub(super) fn only_the_version(files: &dyn FileChanges, folder: &Path) -> Result
         let help = "use a file that `slotd backup` made";
         Refusal::new("bad-archive", format!("`{RECORD}` has no version"), help)
     };
-    let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
+    let found = none_if_missing(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
     match found {
         None => return Ok(()),
         Some(found) if !found.is_file() => return Err(bad()),
@@ -193,16 +193,16 @@ pub enum MigrationOutcome {
     },
 }
 
-fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
-    let doing = format!("{doing} {}", path.display());
-    move |error| Refusal::io(&doing, &error)
+fn failed(action: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
+    let action = format!("{action} {}", path.display());
+    move |error| Refusal::io(&action, &error)
 }
 
 /// The steps of this system, in the order in which they run.
 ///
 /// # Errors
 /// `bad-migration`: a file is invalid.
-pub fn migrations(root: &RootDir) -> Result<Vec<MigrationStep>> {
+pub fn read_steps(root: &RootDir) -> Result<Vec<MigrationStep>> {
     let folder = root.path(FOLDER);
     let listing = match fs::read_dir(&folder) {
         Ok(listing) => listing,
@@ -268,22 +268,22 @@ pub fn migrate_with(
     let Some(mut record) = bytes.as_deref().and_then(Record::parse) else {
         let new = Record::new(version);
         new.write(root, files)?;
-        sweep(root, files, &new)?;
+        remove_unneeded(root, files, &new)?;
         return Ok(if bytes.is_some() { MigrationOutcome::Damaged } else { MigrationOutcome::New });
     };
     if let Some(begun) = record.under_way.take() {
         put_back(root, files, &begun)?;
         record.write(root, files)?;
     }
-    sweep(root, files, &record)?;
+    remove_unneeded(root, files, &record)?;
     let from = record.version.clone();
     let steps = record.taken.iter().map(|step| &step.version);
     let newest = steps.chain(&record.needs).max();
     let behind = newest.is_some_and(|newest| newest > version);
     match record.version.cmp(version) {
-        _ if behind => back(root, files, record, version, from),
+        _ if behind => migrate_back(root, files, record, version, from),
         Ordering::Equal => Ok(MigrationOutcome::Unchanged),
-        Ordering::Less => forth(root, files, run, record, version, from),
+        Ordering::Less => migrate_forward(root, files, run, record, version, from),
         // No step changed anything.
         Ordering::Greater => {
             record.version = version.clone();
@@ -293,7 +293,7 @@ pub fn migrate_with(
     }
 }
 
-fn forth(
+fn migrate_forward(
     root: &RootDir,
     files: &dyn FileChanges,
     run: StepRunner<'_>,
@@ -302,7 +302,7 @@ fn forth(
     from: Version,
 ) -> Result<MigrationOutcome> {
     let known: Vec<String> = record.taken.iter().map(|step| step.name.clone()).collect();
-    let steps: Vec<MigrationStep> = migrations(root)?
+    let steps: Vec<MigrationStep> = read_steps(root)?
         .into_iter()
         .filter(|step| step.version > from && step.version <= *version)
         .filter(|step| !known.contains(&step.name))
@@ -316,7 +316,7 @@ fn forth(
         let taken = Taken {
             name: step.name.clone(),
             version: step.version.clone(),
-            paths: outermost(&step.paths),
+            paths: outermost_paths(&step.paths),
         };
         pack_away(root, files, &taken)?;
         record.under_way = Some(taken.clone());
@@ -342,7 +342,7 @@ fn forth(
     }
     record.version = version.clone();
     match record.write(root, files) {
-        Ok(()) => sweep(root, files, &record)?,
+        Ok(()) => remove_unneeded(root, files, &record)?,
         // Nothing was changed: a full `data` must not prevent the update that fixes it. The next start writes the record.
         Err(refusal) if steps.is_empty() => crate::say!("slotd: {refusal}"),
         Err(refusal) => return Err(refusal),
@@ -350,7 +350,7 @@ fn forth(
     Ok(MigrationOutcome::Forth { from, steps: steps.into_iter().map(|step| step.name).collect() })
 }
 
-fn back(
+fn migrate_back(
     root: &RootDir,
     files: &dyn FileChanges,
     mut record: Record,
@@ -371,8 +371,9 @@ fn back(
     }
     // All steps back, or none.
     for step in record.taken.iter().filter(|step| step.version > *version) {
-        let path = snapshot(root, &step.name);
-        let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
+        let path = snapshot_dir(root, &step.name);
+        let found =
+            none_if_missing(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
         found.ok_or_else(|| lost(&step.name))?;
     }
     let mut steps = Vec::new();
@@ -389,7 +390,7 @@ fn back(
     }
     record.version = version.clone();
     record.write(root, files)?;
-    sweep(root, files, &record)?;
+    remove_unneeded(root, files, &record)?;
     Ok(MigrationOutcome::Back { from, steps })
 }
 
@@ -398,14 +399,15 @@ fn run(root: &RootDir, step: &MigrationStep) -> std::result::Result<(), String> 
     let (name, arguments) = step.run.split_first().ok_or("no program")?;
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let timeout = Duration::from_secs(step.timeout_seconds);
-    let (status, said) = program(name, &arguments, Some(&root.data()), timeout)?;
-    let last = said.lines().last().unwrap_or_default().trim().to_owned();
+    let (status, output) = run_program(name, &arguments, Some(&root.data()), timeout)?;
+    let last = output.lines().last().unwrap_or_default().trim().to_owned();
     if status.success() { Ok(()) } else { Err(format!("{status}: {last}")) }
 }
 
 /// The paths that are not inside another one.
-fn outermost(paths: &[PathBuf]) -> Vec<PathBuf> {
-    let mut sorted: Vec<PathBuf> = paths.iter().filter_map(|path| archive::safe(path)).collect();
+fn outermost_paths(paths: &[PathBuf]) -> Vec<PathBuf> {
+    let mut sorted: Vec<PathBuf> =
+        paths.iter().filter_map(|path| archive::safe_path(path)).collect();
     sorted.sort();
     let mut outer: Vec<PathBuf> = Vec::new();
     for path in sorted {
@@ -416,12 +418,12 @@ fn outermost(paths: &[PathBuf]) -> Vec<PathBuf> {
     outer
 }
 
-fn snapshots(root: &RootDir) -> PathBuf {
+fn snapshots_dir(root: &RootDir) -> PathBuf {
     root.state().join("snapshots")
 }
 
-fn snapshot(root: &RootDir, name: &str) -> PathBuf {
-    snapshots(root).join(format!("{name}.tar.zst"))
+fn snapshot_dir(root: &RootDir, name: &str) -> PathBuf {
+    snapshots_dir(root).join(format!("{name}.tar.zst"))
 }
 
 fn flush(root: &RootDir, files: &dyn FileChanges) -> Result<()> {
@@ -431,23 +433,27 @@ fn flush(root: &RootDir, files: &dyn FileChanges) -> Result<()> {
 
 /// Removes what no step needs: snapshots that were dropped or never used, and undone files. The record says which
 /// steps there are, so that a power cut at any moment leaves nothing behind for ever.
-fn sweep(root: &RootDir, files: &dyn FileChanges, record: &Record) -> Result<()> {
+fn remove_unneeded(root: &RootDir, files: &dyn FileChanges, record: &Record) -> Result<()> {
     let remove = |path: &Path| files.remove(path).map_err(failed("removing", path));
     let unfinished = Path::new(RECORD).with_extension("partial");
     for name in [Path::new(STAGING), Path::new(UNDONE), &unfinished] {
         let path = root.data().join(name);
-        if there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?.is_some() {
+        if none_if_missing(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?.is_some()
+        {
             remove(&path)?;
         }
     }
-    let folder = snapshots(root);
-    let doing = failed("reading", &folder);
-    let Some(listing) = there(fs::read_dir(&folder)).map_err(&doing)? else { return Ok(()) };
+    let folder = snapshots_dir(root);
+    let to_refusal = failed("reading", &folder);
+    let Some(listing) = none_if_missing(fs::read_dir(&folder)).map_err(&to_refusal)? else {
+        return Ok(());
+    };
     // Older agents made it readable for all users.
     private_folder(files, &folder)?;
-    let kept: Vec<PathBuf> = record.taken.iter().map(|step| snapshot(root, &step.name)).collect();
+    let kept: Vec<PathBuf> =
+        record.taken.iter().map(|step| snapshot_dir(root, &step.name)).collect();
     for entry in listing {
-        let path = entry.map_err(&doing)?.path();
+        let path = entry.map_err(&to_refusal)?.path();
         if !kept.contains(&path) {
             remove(&path)?;
         }
@@ -456,16 +462,16 @@ fn sweep(root: &RootDir, files: &dyn FileChanges, record: &Record) -> Result<()>
 }
 
 fn pack_away(root: &RootDir, files: &dyn FileChanges, step: &Taken) -> Result<()> {
-    let path = snapshot(root, &step.name);
-    let (folder, partial) = (snapshots(root), path.with_extension("partial"));
-    let doing = failed("writing", &path);
+    let path = snapshot_dir(root, &step.name);
+    let (folder, partial) = (snapshots_dir(root), path.with_extension("partial"));
+    let to_refusal = failed("writing", &path);
     private_folder(files, &folder)?;
     let written = write_snapshot(root, files, step, &partial);
     if written.is_err() {
         files.remove(&partial).map_err(failed("removing", &partial))?;
     }
     written?;
-    files.replace(&partial, &path).and_then(|()| files.sync(&folder)).map_err(&doing)
+    files.replace(&partial, &path).and_then(|()| files.sync(&folder)).map_err(&to_refusal)
 }
 
 fn write_snapshot(
@@ -474,12 +480,12 @@ fn write_snapshot(
     step: &Taken,
     path: &Path,
 ) -> Result<()> {
-    let doing = failed("writing", path);
+    let to_refusal = failed("writing", path);
     let data = root.data();
-    files.remove(path).and_then(|()| files.create(path)).map_err(&doing)?;
+    files.remove(path).and_then(|()| files.create(path)).map_err(&to_refusal)?;
     let mut out = FileAppender::new(files, path, ArchiveLimits::free(&data)?.bytes);
     let used = archive::pack(&data, &step.paths, &mut out, MOST)?;
-    out.flush().and_then(|()| files.sync(path)).map_err(&doing)?;
+    out.flush().and_then(|()| files.sync(path)).map_err(&to_refusal)?;
     let free = ArchiveLimits::free(&data)?;
     if free.bytes < used.bytes || free.entries < used.entries {
         return Err(Refusal::new(
@@ -507,13 +513,14 @@ fn put_back(root: &RootDir, files: &dyn FileChanges, step: &Taken) -> Result<()>
             .and_then(|()| files.create_dir(folder))
             .map_err(failed("creating", folder))?;
     }
-    let path = snapshot(root, &step.name);
+    let path = snapshot_dir(root, &step.name);
     let file = durable::open(&path).map_err(failed("reading", &path))?;
     archive::unpack(files, file, &staging, MOST)?;
-    for (number, name) in outermost(&step.paths).iter().enumerate() {
+    for (number, name) in outermost_paths(&step.paths).iter().enumerate() {
         let (place, old) = (data.join(name), staging.join(name));
-        let found =
-            |path: &Path| there(fs::symlink_metadata(path)).map_err(failed("reading", path));
+        let found = |path: &Path| {
+            none_if_missing(fs::symlink_metadata(path)).map_err(failed("reading", path))
+        };
         for parent in name.ancestors().skip(1) {
             if found(&data.join(parent))?.is_some_and(|parent| !parent.is_dir()) {
                 let error = io::Error::from(io::ErrorKind::NotADirectory);

@@ -8,7 +8,7 @@ mod pending;
 pub mod seed;
 pub mod verbs;
 
-pub use migrate::{MigrationOutcome, MigrationStep, StepRunner, migrate, migrate_with, migrations};
+pub use migrate::{MigrationOutcome, MigrationStep, StepRunner, migrate, migrate_with, read_steps};
 pub use pending::{
     ChangeOutcome, PendingChange, apply, apply_with, backup, reset, reset_with, restore,
     restore_with,

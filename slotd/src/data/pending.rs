@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::archive::{self, ArchiveLimits, there};
+use super::archive::{self, ArchiveLimits, none_if_missing};
 use super::migrate;
 use crate::durable;
 use crate::files::{DirectFileChanges, FileAppender, FileChanges};
@@ -82,7 +82,7 @@ impl PendingChange {
     /// # Errors
     /// `io`.
     pub fn read(root: &RootDir) -> Result<Option<Self>> {
-        let path = note(root);
+        let path = record_path(root);
         durable::read_json(&path).map_err(failed("reading", &path))
     }
 }
@@ -99,12 +99,12 @@ pub struct ChangeOutcome {
     pub not_overwritten: u64,
 }
 
-fn note(root: &RootDir) -> PathBuf {
+fn record_path(root: &RootDir) -> PathBuf {
     root.state().join("pending.json")
 }
 
 /// The directory of the backup that a reset makes.
-fn kept(root: &RootDir) -> PathBuf {
+fn backup_dir(root: &RootDir) -> PathBuf {
     root.state().join("backup")
 }
 
@@ -112,24 +112,24 @@ fn kept(root: &RootDir) -> PathBuf {
 const BACKUP: &str = "before-reset.tar.zst";
 const OF_THIS_RESET: &str = "keep";
 
-fn failed(doing: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
-    let doing = format!("{doing} {}", path.display());
-    move |error| Refusal::io(&doing, &error)
+fn failed(action: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
+    let action = format!("{action} {}", path.display());
+    move |error| Refusal::io(&action, &error)
 }
 
 fn is_there(path: &Path) -> Result<bool> {
-    let found = there(fs::symlink_metadata(path)).map_err(failed("reading", path))?;
+    let found = none_if_missing(fs::symlink_metadata(path)).map_err(failed("reading", path))?;
     Ok(found.is_some())
 }
 
-fn names(folder: &Path) -> Result<Vec<PathBuf>> {
-    let doing = || failed("reading", folder);
-    let Some(listing) = there(fs::read_dir(folder)).map_err(doing())? else {
+fn entry_paths(folder: &Path) -> Result<Vec<PathBuf>> {
+    let to_refusal = || failed("reading", folder);
+    let Some(listing) = none_if_missing(fs::read_dir(folder)).map_err(to_refusal())? else {
         return Ok(Vec::new());
     };
     let mut names = Vec::new();
     for entry in listing {
-        names.push(PathBuf::from(entry.map_err(doing())?.file_name()));
+        names.push(PathBuf::from(entry.map_err(to_refusal())?.file_name()));
     }
     names.sort();
     Ok(names)
@@ -141,7 +141,8 @@ fn names(folder: &Path) -> Result<Vec<PathBuf>> {
 /// `no-archive`: the content exceeds what [`restore`] accepts. `no-space`, `io`.
 pub fn backup(root: &RootDir, out: impl Write) -> Result<()> {
     let data = root.data();
-    archive::pack(&data, &archive::contents(&data)?, out, ArchiveLimits::backup(&data)?).map(drop)
+    archive::pack(&data, &archive::backup_names(&data)?, out, ArchiveLimits::backup(&data)?)
+        .map(drop)
 }
 
 /// Prepares a factory reset for the next start. With `keep` it makes a backup first, which stays on `data`, and
@@ -158,8 +159,8 @@ pub fn reset(root: &RootDir, keep: bool) -> Result<Option<PathBuf>> {
 /// # Errors
 /// As [`reset`].
 pub fn reset_with(root: &RootDir, keep: bool, files: &dyn FileChanges) -> Result<Option<PathBuf>> {
-    let before = known(root)?;
-    let folder = kept(root);
+    let before = read_valid(root)?;
+    let folder = backup_dir(root);
     let (path, mark) = (folder.join(BACKUP), folder.join(OF_THIS_RESET));
     let written = |done: io::Result<()>| done.map_err(failed("writing", &folder));
     if keep {
@@ -177,29 +178,29 @@ pub fn reset_with(root: &RootDir, keep: bool, files: &dyn FileChanges) -> Result
     } else if is_there(&mark)? {
         written(files.remove(&mark).and_then(|()| files.sync(&folder)))?;
     }
-    request(root, files, PendingChange::Reset, before)?;
+    record_request(root, files, PendingChange::Reset, before)?;
     Ok(keep.then_some(path))
 }
 
 fn write_backup(root: &RootDir, files: &dyn FileChanges, path: &Path) -> Result<()> {
-    let doing = failed("writing", path);
-    files.remove(path).and_then(|()| files.create(path)).map_err(&doing)?;
+    let to_refusal = failed("writing", path);
+    files.remove(path).and_then(|()| files.create(path)).map_err(&to_refusal)?;
     // A reset must not fill the disk.
     let most = ArchiveLimits::free(&root.data())?.bytes.saturating_sub(RESERVE.bytes);
     let mut out = FileAppender::new(files, path, most);
     backup(root, &mut out)?;
-    out.flush().and_then(|()| files.sync(path)).map_err(&doing)
+    out.flush().and_then(|()| files.sync(path)).map_err(&to_refusal)
 }
 
 /// Durably creates a directory that only root may enter; an existing directory gets that mode.
 pub(super) fn private_folder(files: &dyn FileChanges, folder: &Path) -> Result<()> {
-    let doing = failed("creating", folder);
+    let to_refusal = failed("creating", folder);
     let parent = folder.parent().unwrap_or(folder);
-    let made = crate::files::make_dirs(files, parent).map_err(&doing)?;
+    let made = crate::files::make_dirs(files, parent).map_err(&to_refusal)?;
     for made in made {
-        files.sync(made.parent().unwrap_or(parent)).map_err(&doing)?;
+        files.sync(made.parent().unwrap_or(parent)).map_err(&to_refusal)?;
     }
-    let done = match there(fs::symlink_metadata(folder)).map_err(&doing)? {
+    let done = match none_if_missing(fs::symlink_metadata(folder)).map_err(&to_refusal)? {
         None => files.create_dir(folder).and_then(|()| files.sync(parent)),
         // Damage: this is not a directory, so it has nothing that belongs here.
         Some(about) if !about.is_dir() => files
@@ -209,17 +210,17 @@ pub(super) fn private_folder(files: &dyn FileChanges, folder: &Path) -> Result<(
         Some(about) if about.mode() & 0o777 == 0o700 => Ok(()),
         Some(_) => files.set_mode(folder, 0o700).and_then(|()| files.sync(folder)),
     };
-    done.map_err(&doing)
+    done.map_err(&to_refusal)
 }
 
 /// Records a request, or keeps the previous one: a request that was refused must not be carried out.
-fn request(
+fn record_request(
     root: &RootDir,
     files: &dyn FileChanges,
     new: PendingChange,
     before: Option<PendingChange>,
 ) -> Result<()> {
-    let path = note(root);
+    let path = record_path(root);
     let written = durable::write_json_with(files, &path, &new);
     if written.is_err() {
         // Report the original failure.
@@ -232,8 +233,8 @@ fn request(
 }
 
 /// The pending change. An invalid record is ignored: slotd did not write it, or the card has damaged it.
-fn known(root: &RootDir) -> Result<Option<PendingChange>> {
-    let path = note(root);
+fn read_valid(root: &RootDir) -> Result<Option<PendingChange>> {
+    let path = record_path(root);
     let bytes = durable::read_or_damaged(&path).map_err(failed("reading", &path))?;
     Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
 }
@@ -252,7 +253,7 @@ pub fn restore(root: &RootDir, input: impl Read) -> Result<()> {
 /// As [`restore`].
 pub fn restore_with(root: &RootDir, input: impl Read, files: &dyn FileChanges) -> Result<()> {
     let data = root.data();
-    let before = known(root)?;
+    let before = read_valid(root)?;
     if before == Some(PendingChange::Arriving) {
         return Err(Refusal::new(
             "half-done",
@@ -266,14 +267,14 @@ pub fn restore_with(root: &RootDir, input: impl Read, files: &dyn FileChanges) -
         files.remove(&unpacked).map_err(failed("removing", &unpacked))?;
         return Err(refusal);
     }
-    arrange(root, files, before)
+    replace_restore(root, files, before)
 }
 
 /// Everything of a restore except its record; at the end it is complete on the disk.
 fn unpack(root: &RootDir, files: &dyn FileChanges, input: impl Read, into: &Path) -> Result<()> {
-    let doing = failed("writing", into);
+    let to_refusal = failed("writing", into);
     let data = root.data();
-    files.create_dir(into).map_err(&doing)?;
+    files.create_dir(into).map_err(&to_refusal)?;
     let free = ArchiveLimits::free(&data)?;
     let room = ArchiveLimits {
         bytes: free.bytes.saturating_sub(RESERVE.bytes),
@@ -282,31 +283,36 @@ fn unpack(root: &RootDir, files: &dyn FileChanges, input: impl Read, into: &Path
     archive::unpack(files, input, into, room)?;
     for name in FOLDERS {
         let path = into.join(name);
-        let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
+        let found =
+            none_if_missing(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
         if found.is_some_and(|found| !found.is_dir()) {
             let help = "use a file that `slotd backup` made";
             return Err(Refusal::new("bad-archive", format!("`{name}` is not a directory"), help));
         }
     }
     migrate::only_the_version(files, into)?;
-    files.create(&into.join(COMPLETE)).and_then(|()| files.sync(into)).map_err(&doing)
+    files.create(&into.join(COMPLETE)).and_then(|()| files.sync(into)).map_err(&to_refusal)
 }
 
 /// Replaces a pending restore by the unpacked backup.
-fn arrange(root: &RootDir, files: &dyn FileChanges, before: Option<PendingChange>) -> Result<()> {
+fn replace_restore(
+    root: &RootDir,
+    files: &dyn FileChanges,
+    before: Option<PendingChange>,
+) -> Result<()> {
     let data = root.data();
     let (unpacked, incoming) = (data.join(UNPACKED), data.join(INCOMING));
-    let doing = failed("writing", &incoming);
+    let to_refusal = failed("writing", &incoming);
     let waits = is_there(&incoming)?;
     if waits {
-        files.exchange(&unpacked, &incoming).map_err(&doing)?;
+        files.exchange(&unpacked, &incoming).map_err(&to_refusal)?;
     } else {
-        files.rename(&unpacked, &incoming).map_err(&doing)?;
+        files.rename(&unpacked, &incoming).map_err(&to_refusal)?;
     }
     let noted = files
         .sync(&data)
-        .map_err(&doing)
-        .and_then(|()| request(root, files, PendingChange::Restore, before));
+        .map_err(&to_refusal)
+        .and_then(|()| record_request(root, files, PendingChange::Restore, before));
     if noted.is_err() && waits {
         // Report the original failure.
         drop(files.exchange(&unpacked, &incoming).and_then(|()| files.sync(&data)));
@@ -333,8 +339,8 @@ pub fn apply_with(root: &RootDir, files: &dyn FileChanges) -> Result<ChangeOutco
     let data = root.data();
     let (incoming, outgoing) = (data.join(INCOMING), data.join(OUTGOING));
     let mut applied = ChangeOutcome::default();
-    let noted = is_there(&note(root))?;
-    let pending = match known(root)? {
+    let noted = is_there(&record_path(root))?;
+    let pending = match read_valid(root)? {
         None if noted => by_what_is_there(&data)?,
         // Nothing is removed unless its replacement is complete.
         Some(PendingChange::Restore) if !is_there(&incoming.join(COMPLETE))? => None,
@@ -344,24 +350,24 @@ pub fn apply_with(root: &RootDir, files: &dyn FileChanges) -> Result<ChangeOutco
         // The API's resources are removed, or replaced by older ones.
         crate::provision::forget(root, files)?;
         match pending {
-            PendingChange::Reset => leave(root, files, &everything(root)?, true)?,
+            PendingChange::Reset => move_out(root, files, &removed_paths(root)?, true)?,
             PendingChange::Restore => {
-                let names = archive::contents(&data)?;
+                let names = archive::backup_names(&data)?;
                 let paths: Vec<PathBuf> = names.iter().map(|name| data.join(name)).collect();
-                leave(root, files, &paths, false)?;
+                move_out(root, files, &paths, false)?;
                 // From here on, no old files are left in place.
-                durable::write_json_with(files, &note(root), &PendingChange::Arriving)
-                    .map_err(failed("writing", &note(root)))?;
-                arrive(root, files)?;
+                durable::write_json_with(files, &record_path(root), &PendingChange::Arriving)
+                    .map_err(failed("writing", &record_path(root)))?;
+                move_in(root, files)?;
             }
-            PendingChange::Arriving => arrive(root, files)?,
+            PendingChange::Arriving => move_in(root, files)?,
         }
     }
     if noted {
         files
-            .remove(&note(root))
+            .remove(&record_path(root))
             .and_then(|()| files.sync(&root.state()))
-            .map_err(failed("removing", &note(root)))?;
+            .map_err(failed("removing", &record_path(root)))?;
     }
     applied.carried_out = pending;
     applied.dropped = noted && pending.is_none();
@@ -375,7 +381,7 @@ pub fn apply_with(root: &RootDir, files: &dyn FileChanges) -> Result<ChangeOutco
         applied.not_overwritten = overwrite(files, &outgoing)?;
         // A file system does not write the blocks of a removed file.
         flush()?;
-        empty(files, &outgoing)?;
+        empty_directory(files, &outgoing)?;
         flush()?;
     }
     if is_there(&outgoing)? {
@@ -397,11 +403,11 @@ fn by_what_is_there(data: &Path) -> Result<Option<PendingChange>> {
 }
 
 /// Everything that a reset removes: all of `data` except [`KEPT`].
-fn everything(root: &RootDir) -> Result<Vec<PathBuf>> {
-    let (data, state, backup) = (root.data(), root.state(), kept(root));
+fn removed_paths(root: &RootDir) -> Result<Vec<PathBuf>> {
+    let (data, state, backup) = (root.data(), root.state(), backup_dir(root));
     let mut paths = Vec::new();
     let mut add = |folder: &Path, but: &dyn Fn(&Path) -> bool| -> Result<()> {
-        let names = names(folder)?.into_iter().filter(|name| !but(name));
+        let names = entry_paths(folder)?.into_iter().filter(|name| !but(name));
         paths.extend(names.map(|name| folder.join(name)));
         Ok(())
     };
@@ -421,25 +427,26 @@ fn everything(root: &RootDir) -> Result<Vec<PathBuf>> {
 }
 
 /// Moves files out, and returns when this would survive a power cut.
-fn leave(
+fn move_out(
     root: &RootDir,
     files: &dyn FileChanges,
     paths: &[PathBuf],
     overwrite: bool,
 ) -> Result<()> {
     let outgoing = root.data().join(OUTGOING);
-    let doing = failed("creating", &outgoing);
-    let found = there(fs::symlink_metadata(&outgoing)).map_err(failed("reading", &outgoing))?;
+    let to_refusal = failed("creating", &outgoing);
+    let found =
+        none_if_missing(fs::symlink_metadata(&outgoing)).map_err(failed("reading", &outgoing))?;
     if !found.is_some_and(|found| found.is_dir()) {
-        files.remove(&outgoing).and_then(|()| files.create_dir(&outgoing)).map_err(&doing)?;
+        files.remove(&outgoing).and_then(|()| files.create_dir(&outgoing)).map_err(&to_refusal)?;
     }
     let mark = outgoing.join(OVERWRITE);
     if overwrite {
         if !is_there(&mark)? {
-            files.create(&mark).map_err(&doing)?;
+            files.create(&mark).map_err(&to_refusal)?;
         }
         // Before any file is there that could be removed without being overwritten.
-        files.sync(&outgoing).and_then(|()| files.sync(&root.data())).map_err(&doing)?;
+        files.sync(&outgoing).and_then(|()| files.sync(&root.data())).map_err(&to_refusal)?;
     }
     for path in paths {
         let Some(name) = path.file_name() else { continue };
@@ -465,16 +472,16 @@ fn leave(
 
 /// Moves the new files into place. Files that already exist there were created after the removal, by services of a
 /// start in which this failed.
-fn arrive(root: &RootDir, files: &dyn FileChanges) -> Result<()> {
+fn move_in(root: &RootDir, files: &dyn FileChanges) -> Result<()> {
     let data = root.data();
     let incoming = data.join(INCOMING);
     if !is_there(&incoming)? {
         return Ok(());
     }
-    for name in archive::contents(&incoming)? {
+    for name in archive::backup_names(&incoming)? {
         let (from, to) = (incoming.join(&name), data.join(&name));
         if is_there(&to)? {
-            leave(root, files, std::slice::from_ref(&to), false)?;
+            move_out(root, files, std::slice::from_ref(&to), false)?;
         }
         files.rename(&from, &to).map_err(failed("moving", &from))?;
     }
@@ -494,9 +501,10 @@ fn overwrite(files: &dyn FileChanges, folder: &Path) -> Result<u64> {
     let (mut folders, mut at) = (vec![(folder.to_owned(), 0)], 0);
     while let Some((inside, depth)) = folders.get(at).cloned() {
         at += 1;
-        for name in names(&inside)? {
+        for name in entry_paths(&inside)? {
             let mut path = inside.join(name);
-            let found = there(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
+            let found =
+                none_if_missing(fs::symlink_metadata(&path)).map_err(failed("reading", &path))?;
             let Some(found) = found else { continue };
             if found.is_dir() {
                 let mut below = depth + 1;
@@ -530,8 +538,8 @@ fn overwrite(files: &dyn FileChanges, folder: &Path) -> Result<u64> {
 }
 
 /// Removes everything in a directory except the mark [`OVERWRITE`].
-fn empty(files: &dyn FileChanges, folder: &Path) -> Result<()> {
-    for name in names(folder)?.into_iter().filter(|name| name != Path::new(OVERWRITE)) {
+fn empty_directory(files: &dyn FileChanges, folder: &Path) -> Result<()> {
+    for name in entry_paths(folder)?.into_iter().filter(|name| name != Path::new(OVERWRITE)) {
         let path = folder.join(name);
         files.remove(&path).map_err(failed("removing", &path))?;
     }

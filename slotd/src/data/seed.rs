@@ -87,7 +87,8 @@ pub fn seed_with<V: Read + Write + Seek>(
                 "repair or replace the card; the file stays for the next start",
             ));
         }
-        taken = take(root, files, &seed).map_err(|error| Refusal::io("writing to data", &error))?;
+        taken = apply_settings(root, files, &seed)
+            .map_err(|error| Refusal::io("writing to data", &error))?;
         EventLog::new(root).add("seeded", json!({ "taken": taken.taken }));
     }
     let wiped = || -> io::Result<()> {
@@ -112,7 +113,11 @@ fn is_half_wiped(text: &[u8]) -> bool {
     text.chunks(SECTOR).any(|sector| sector.iter().all(|byte| *byte == 0))
 }
 
-fn take(root: &RootDir, files: &dyn FileChanges, seed: &SeedFile) -> io::Result<AppliedSettings> {
+fn apply_settings(
+    root: &RootDir,
+    files: &dyn FileChanges,
+    seed: &SeedFile,
+) -> io::Result<AppliedSettings> {
     let mut taken = Vec::new();
     if let Some(name) = &seed.hostname {
         let path = root.path("data/identity/hostname");
@@ -129,7 +134,7 @@ fn take(root: &RootDir, files: &dyn FileChanges, seed: &SeedFile) -> io::Result<
         }
         taken.push("ssh-keys");
     }
-    if let Some(configuration) = wireless(seed) {
+    if let Some(configuration) = wifi_configuration(seed) {
         let path = root.path(format!("data/network/wpa_supplicant-{WIRELESS}.conf"));
         durable::write_secret_with(files, &path, configuration.as_bytes())?;
         taken.push("wifi");
@@ -160,12 +165,12 @@ fn add_keys(files: &dyn FileChanges, path: &Path, seed: &SeedFile) -> io::Result
 }
 
 /// The configuration of the wireless device, as in wpa_supplicant.conf(5); `None`: the seed has no network.
-pub fn wireless(seed: &SeedFile) -> Option<String> {
-    seed.wifi.as_ref().map(supplicant)
+pub fn wifi_configuration(seed: &SeedFile) -> Option<String> {
+    seed.wifi.as_ref().map(format_network)
 }
 
 /// The network name is written in hexadecimal, because it may contain any byte.
-fn supplicant(wifi: &WifiNetwork) -> String {
+fn format_network(wifi: &WifiNetwork) -> String {
     let ssid: String = wifi.ssid.bytes().map(|byte| format!("{byte:02x}")).collect();
     let key = match &wifi.password {
         // A key in hexadecimal is written without quotes (wpa_supplicant.conf(5)).

@@ -16,7 +16,7 @@ use crate::files::{DirectFileChanges, FileAppender, FileChanges};
 use crate::refusal::{Refusal, Result};
 use crate::root::RootDir;
 
-fn logged<T>(
+fn log_result<T>(
     root: &RootDir,
     event: &str,
     result: Result<T>,
@@ -34,7 +34,7 @@ fn logged<T>(
 /// # Errors
 /// `no-space`, `no-archive`, `io`.
 pub fn reset(root: &RootDir, _: &ChangePermit, keep: bool) -> Result<Option<PathBuf>> {
-    logged(root, "reset-prepared", pending::reset(root, keep), json!({ "backup": keep }))
+    log_result(root, "reset-prepared", pending::reset(root, keep), json!({ "backup": keep }))
 }
 
 /// Writes a backup.
@@ -42,7 +42,7 @@ pub fn reset(root: &RootDir, _: &ChangePermit, keep: bool) -> Result<Option<Path
 /// # Errors
 /// `io`.
 pub fn backup(root: &RootDir, out: impl Write) -> Result<()> {
-    logged(root, "backed-up", pending::backup(root, out), json!({}))
+    log_result(root, "backed-up", pending::backup(root, out), json!({}))
 }
 
 /// Writes a backup into a file: complete under its name, or not there; and for its owner only from its first byte.
@@ -76,7 +76,7 @@ pub fn backup_to(root: &RootDir, file: &str) -> Result<()> {
 /// # Errors
 /// `half-done`, `bad-archive`, `no-space`, `io`.
 pub fn restore(root: &RootDir, _: &ChangePermit, input: impl Read) -> Result<()> {
-    logged(root, "restore-prepared", pending::restore(root, input), json!({}))
+    log_result(root, "restore-prepared", pending::restore(root, input), json!({}))
 }
 
 /// Extends the partition `data` over the rest of the card: in every start, before it is mounted.

@@ -65,7 +65,7 @@ impl HealthCheck {
 
 /// All checks of this system: first that it has started, then the declared ones by name. An invalid file
 /// is a check that fails: a version with a broken check must not be kept.
-pub fn load(root: &RootDir) -> Vec<HealthCheck> {
+pub fn load_checks(root: &RootDir) -> Vec<HealthCheck> {
     let startup =
         HealthCheck { name: "startup".to_owned(), kind: Ok(CheckKind::Startup), timeout: TIMEOUT };
     let mut checks = vec![startup];
@@ -107,7 +107,7 @@ fn parse(text: &str) -> Result<(CheckKind, Duration), String> {
     let kind = match file.target {
         CheckTarget::Unit(name) => CheckKind::Unit(name),
         CheckTarget::Http(http) => {
-            local(&http.url)?;
+            require_local_address(&http.url)?;
             CheckKind::Http { url: http.url, status: http.status }
         }
         CheckTarget::Command(words) => CheckKind::Command(words),
@@ -118,7 +118,7 @@ fn parse(text: &str) -> Result<(CheckKind, Duration), String> {
 
 /// Refuses every address that is not this machine's: a robot has no internet, and a check that depends on
 /// another machine would roll back a good update when that machine is off.
-fn local(url: &str) -> Result<(), String> {
+fn require_local_address(url: &str) -> Result<(), String> {
     let uri: Uri = url.parse().map_err(|error| format!("`{url}` is not an address: {error}"))?;
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
     let here = host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
@@ -184,13 +184,13 @@ mod tests {
     fn checks_come_by_name_after_the_start_itself() {
         let dir = tempfile::tempdir().unwrap();
         let root = RootDir::new(dir.path());
-        assert_eq!(load(&root).len(), 1);
+        assert_eq!(load_checks(&root).len(), 1);
         let folder = root.path(FOLDER);
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join("20-b.toml"), "[unit]\nname = \"b.service\"").unwrap();
         fs::write(folder.join("10-a.toml"), "nonsense").unwrap();
         fs::write(folder.join("README"), "no check").unwrap();
-        let checks = load(&root);
+        let checks = load_checks(&root);
         let names: Vec<&str> = checks.iter().map(|check| check.name.as_str()).collect();
         assert_eq!(names, ["startup", "10-a", "20-b"]);
         assert!(!checks[1].run(&root).healthy);

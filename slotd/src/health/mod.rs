@@ -7,5 +7,5 @@ mod probe;
 mod trial;
 pub mod watchdog;
 
-pub use check::{CheckKind, CheckOutcome, HealthCheck, load};
-pub use trial::{TrialPhase, TrialRecord, TrialState, TrialVerdict, TrialWatch, state};
+pub use check::{CheckKind, CheckOutcome, HealthCheck, load_checks};
+pub use trial::{TrialPhase, TrialRecord, TrialState, TrialVerdict, TrialWatch, read_state};

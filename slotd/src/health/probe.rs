@@ -7,7 +7,7 @@ use ureq::Agent;
 
 use super::check::CheckKind;
 use crate::condition;
-use crate::process::{last_line, program};
+use crate::process::{last_line, run_program};
 use crate::reserve;
 use crate::root::RootDir;
 
@@ -16,36 +16,39 @@ pub(super) fn run(root: &RootDir, kind: &CheckKind, timeout: Duration) -> Result
     match kind {
         CheckKind::Unit(name) => {
             let words = ["show", "--property=LoadState,ActiveState,SubState,Result", name];
-            let (status, said) = program("systemctl", &words, None, timeout)?;
-            unit(name, status, &said)
+            let (status, output) = run_program("systemctl", &words, None, timeout)?;
+            evaluate_unit(name, status, &output)
         }
         CheckKind::Startup => {
-            if let Some(why) = condition::unfit(root) {
+            if let Some(why) = condition::unfit_reason(root) {
                 return Err(why);
             }
-            let (_, said) = program("systemctl", &["is-system-running"], None, timeout)?;
-            startup(said.trim())
+            let (_, output) = run_program("systemctl", &["is-system-running"], None, timeout)?;
+            evaluate_startup(output.trim())
         }
         CheckKind::Command(words) => {
             let (name, rest) = words.split_first().ok_or("the check names no program")?;
             let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
-            let (status, said) = program(name, &rest, None, timeout)?;
-            let last = last_line(&said);
+            let (status, output) = run_program(name, &rest, None, timeout)?;
+            let last = last_line(&output);
             if status.success() { Ok(last) } else { Err(format!("{name}: {status}: {last}")) }
         }
-        CheckKind::Http { url, status } => http(url, *status, timeout),
-        CheckKind::Space { path, free } => reserve::fair(root, path, *free),
+        CheckKind::Http { url, status } => probe_http(url, *status, timeout),
+        CheckKind::Space { path, free } => reserve::check_free_space(root, path, *free),
     }
 }
 
 /// Evaluates the output of `systemctl show` for a unit.
-fn unit(name: &str, status: ExitStatus, said: &str) -> Result<String, String> {
+fn evaluate_unit(name: &str, status: ExitStatus, output: &str) -> Result<String, String> {
     let value = |key: &str| {
-        said.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap_or("unknown")
+        output
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+            .unwrap_or("unknown")
     };
     let (load, active, sub) = (value("LoadState"), value("ActiveState"), value("SubState"));
     if !status.success() {
-        return Err(format!("systemctl: {status}: {}", last_line(said)));
+        return Err(format!("systemctl: {status}: {}", last_line(output)));
     }
     match (load, active) {
         ("loaded", "active") => Ok(format!("{name} is active ({sub})")),
@@ -57,7 +60,7 @@ fn unit(name: &str, status: ExitStatus, said: &str) -> Result<String, String> {
 
 /// Evaluates the output of `systemctl is-system-running`. `degraded` is a start with a failed unit: whether
 /// that unit matters is decided by the declared checks.
-fn startup(state: &str) -> Result<String, String> {
+fn evaluate_startup(state: &str) -> Result<String, String> {
     match state {
         "running" | "degraded" => Ok(format!("the system is {state}")),
         "" => Err("systemd does not answer".to_owned()),
@@ -65,7 +68,7 @@ fn startup(state: &str) -> Result<String, String> {
     }
 }
 
-fn http(url: &str, expected: u16, timeout: Duration) -> Result<String, String> {
+fn probe_http(url: &str, expected: u16, timeout: Duration) -> Result<String, String> {
     let config = Agent::config_builder()
         .timeout_global(Some(timeout))
         .http_status_as_error(false)
@@ -163,25 +166,29 @@ mod tests {
     #[test]
     fn what_systemctl_says_is_understood() {
         let good = ExitStatus::from_raw(0);
-        let said = |load: &str, active: &str| {
+        let output = |load: &str, active: &str| {
             format!("LoadState={load}\nActiveState={active}\nSubState=x\nResult=exit-code\n")
         };
-        assert!(unit("a", good, &said("loaded", "active")).is_ok());
+        assert!(evaluate_unit("a", good, &output("loaded", "active")).is_ok());
         for (load, active, expected) in [
             ("loaded", "failed", "has failed (exit-code)"),
             ("loaded", "activating", "is activating (x)"),
             ("not-found", "inactive", "does not exist (not-found)"),
         ] {
-            assert!(unit("a", good, &said(load, active)).unwrap_err().contains(expected));
+            assert!(
+                evaluate_unit("a", good, &output(load, active)).unwrap_err().contains(expected)
+            );
         }
         assert!(
-            unit("a", ExitStatus::from_raw(256), "bus error").unwrap_err().contains("bus error")
+            evaluate_unit("a", ExitStatus::from_raw(256), "bus error")
+                .unwrap_err()
+                .contains("bus error")
         );
         for state in ["running", "degraded"] {
-            assert!(startup(state).is_ok());
+            assert!(evaluate_startup(state).is_ok());
         }
         for state in ["starting", "maintenance", "stopping", ""] {
-            assert!(startup(state).is_err());
+            assert!(evaluate_startup(state).is_err());
         }
     }
 }

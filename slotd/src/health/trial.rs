@@ -73,7 +73,7 @@ fn state_file(root: &RootDir) -> PathBuf {
 ///
 /// # Errors
 /// `io`, when the file cannot be read.
-pub fn state(root: &RootDir) -> Result<Option<TrialState>> {
+pub fn read_state(root: &RootDir) -> Result<Option<TrialState>> {
     let path = state_file(root);
     durable::read_json(&path)
         .map_err(|error| Refusal::io(format!("reading {}", path.display()), &error))
@@ -234,7 +234,7 @@ mod tests {
         assert_eq!((verdict, commits), (TrialVerdict::Committed, 1));
         assert_eq!(phases, [TrialPhase::Settling, TrialPhase::Committed]);
         assert!(started.elapsed() >= Duration::from_millis(150));
-        let state = state(&root).unwrap().unwrap();
+        let state = read_state(&root).unwrap().unwrap();
         assert_eq!((state.phase, state.watchdog), (TrialPhase::Committed, true));
     }
 
@@ -273,7 +273,7 @@ mod tests {
         assert_eq!(state.phase, TrialPhase::OutOfTime);
         assert!(state.why().contains("api: sh: exit status: 1: no answer"), "{}", state.why());
         assert!(!state.why().contains("good"));
-        assert_eq!(super::state(&root).unwrap(), Some(state));
+        assert_eq!(super::read_state(&root).unwrap(), Some(state));
     }
 
     #[test]

@@ -5,20 +5,20 @@ use serde_json::json;
 
 use super::InstallOptions;
 use crate::condition::DataState;
-use crate::machine::{RobotContext, undecided};
+use crate::machine::{RobotContext, require_decided};
 use crate::policy::{AdmissionState, SlotsState};
 use crate::record::Floor;
 use crate::refusal::{Refusal, Result};
 use crate::root::RootDir;
 
 /// The state that the rules of [`crate::policy`] examine.
-pub fn standing(machine: &RobotContext<'_>) -> AdmissionState {
-    let status = machine.flow.status();
-    let slots = match (&status, undecided(machine)) {
+pub fn admission_state(robot: &RobotContext<'_>) -> AdmissionState {
+    let status = robot.flow.status();
+    let slots = match (&status, require_decided(robot)) {
         (Err(why), _) => SlotsState::Unknown(why.clone()),
         (Ok(_), Ok(())) => SlotsState::Decided,
-        (Ok(status), Err(why)) => match status.pending(machine.running) {
-            Some(trial) if trial.slot == machine.running => SlotsState::TrialRuns(why),
+        (Ok(status), Err(why)) => match status.pending(robot.running) {
+            Some(trial) if trial.slot == robot.running => SlotsState::TrialRuns(why),
             Some(_) => SlotsState::TrialWaits(why),
             None => SlotsState::NotCommitted(why),
         },
@@ -30,23 +30,23 @@ pub fn standing(machine: &RobotContext<'_>) -> AdmissionState {
             "to go to the other slot, use `slotd boot-other`",
         )
     });
-    let no_data = DataState::writable(machine.root).err();
-    AdmissionState { slots, no_trial, wrong_board: right_board(machine).err(), no_data }
+    let no_data = DataState::require_writable(robot.root).err();
+    AdmissionState { slots, no_trial, wrong_board: right_board(robot).err(), no_data }
 }
 
 /// Refuses if the running image is for another board than this machine.
 ///
 /// # Errors
 /// `wrong-board`.
-fn right_board(machine: &RobotContext<'_>) -> Result<()> {
-    let known = compatible(machine.root);
-    if !machine.about.compatible.iter().any(|one| known.contains(one)) {
+fn right_board(robot: &RobotContext<'_>) -> Result<()> {
+    let known = machine_names(robot.root);
+    if !robot.about.compatible.iter().any(|one| known.contains(one)) {
         return Err(Refusal::new(
             "wrong-board",
             format!(
                 "this machine is {}, but the running image is for {}",
                 if known.is_empty() { "of an unknown model".to_owned() } else { known.join(", ") },
-                machine.about.compatible.join(", ")
+                robot.about.compatible.join(", ")
             ),
             "flash the image that was built for this board",
         ));
@@ -55,7 +55,7 @@ fn right_board(machine: &RobotContext<'_>) -> Result<()> {
 }
 
 /// The machine's own names for itself, the most precise first (Devicetree Specification 0.4, 2.3.1).
-fn compatible(root: &RootDir) -> Vec<String> {
+fn machine_names(root: &RootDir) -> Vec<String> {
     let bytes = std::fs::read(root.path("proc/device-tree/compatible")).unwrap_or_default();
     bytes
         .split(|byte| *byte == 0)
@@ -65,13 +65,13 @@ fn compatible(root: &RootDir) -> Vec<String> {
 }
 
 /// Compares the manifest with this robot. The target checks the sizes.
-pub(crate) fn manifest<I: BundleInput>(
-    machine: &RobotContext<'_>,
+pub(crate) fn check_manifest<I: BundleInput>(
+    robot: &RobotContext<'_>,
     floor: &Floor,
     reader: &BundleReader<I>,
     options: &InstallOptions,
 ) -> Result<()> {
-    let (about, manifest) = (machine.about, reader.manifest());
+    let (about, manifest) = (robot.about, reader.manifest());
     let mut policy = BundlePolicy {
         product: Some(&about.product),
         board: Some(&about.board),
@@ -89,7 +89,7 @@ pub(crate) fn manifest<I: BundleInput>(
     if let (Some(reason), Some(floor)) = (&options.allow_downgrade, below) {
         policy.floor = None;
         reader.check(&policy)?;
-        allowed(machine, &manifest.version, floor, reason);
+        log_allowed_downgrade(robot, &manifest.version, floor, reason);
         return Ok(());
     }
     reader.check(&policy).map_err(|error| {
@@ -107,8 +107,13 @@ pub(crate) fn manifest<I: BundleInput>(
     })
 }
 
-fn allowed(machine: &RobotContext<'_>, version: &Version, floor: &Version, reason: &str) {
-    machine
+fn log_allowed_downgrade(
+    robot: &RobotContext<'_>,
+    version: &Version,
+    floor: &Version,
+    reason: &str,
+) {
+    robot
         .events
         .add("downgrade-allowed", json!({ "version": version, "floor": floor, "reason": reason }));
 }

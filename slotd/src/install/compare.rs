@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bundle::bootstate::Slot;
 use bundle::{BLOCK_SIZE, BlockIndex, BundleInput, BundleReader};
 
-use super::payload::lost;
+use super::payload::write_thread_lost;
 use super::target::IdleSlot;
 use super::{InstallStep, Progress, from_source, scan};
 use crate::device::{RobotDevice, slot_role};
@@ -38,12 +38,12 @@ impl SlotStorage for ReadOnlySlots<'_> {
 /// `slot-differs`, with the places; `unknown-payload`, `incomplete-bundle`, `too-large`: the bundle is not for slots
 /// of this robot. `io`, `source`, and the refusals of a bundle.
 pub(crate) fn compare<I: BundleInput>(
-    machine: &RobotContext<'_>,
+    robot: &RobotContext<'_>,
     reader: &mut BundleReader<I>,
     slot: Slot,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<u64> {
-    let target = IdleSlot::open(machine, slot, reader.manifest())?;
+    let target = IdleSlot::open(robot, slot, reader.manifest())?;
     let payloads = reader.manifest().components.iter().flat_map(|component| &component.payloads);
     let total = payloads.map(|payload| payload.size).sum();
     let done = AtomicU64::new(0);
@@ -51,13 +51,13 @@ pub(crate) fn compare<I: BundleInput>(
     for part in &target.parts {
         let role = slot_role(&part.role, slot);
         let payload = reader.next_payload().map_err(from_source)?;
-        let mut payload = payload.ok_or_else(lost)?;
+        let mut payload = payload.ok_or_else(write_thread_lost)?;
         let index = payload.shared_index();
         while payload.next_frame().is_some() {
             payload.skip_frame().map_err(from_source)?;
         }
         let wrong = Mutex::new(Vec::new());
-        scan::frames(
+        scan::compare_frames(
             part.device.as_ref(),
             &index,
             index.frames(),
@@ -84,7 +84,7 @@ pub(crate) fn compare<I: BundleInput>(
         wrong_blocks += wrong.len();
         blocks += index.blocks();
         places.extend(
-            ranges(&index, &wrong)
+            byte_ranges(&index, &wrong)
                 .map(|(from, length)| format!("\n  {role}: {length} bytes from byte {from}")),
         );
     }
@@ -94,11 +94,11 @@ pub(crate) fn compare<I: BundleInput>(
         return Ok(total);
     }
     let count = format!("{wrong_blocks} of {blocks} blocks of 4 KiB");
-    Err(differs(machine, reader, slot, &count, &places))
+    Err(slot_differs(robot, reader, slot, &count, &places))
 }
 
 /// Neighbouring blocks as one range each: its first byte and its length.
-fn ranges(index: &BlockIndex, blocks: &[u32]) -> impl Iterator<Item = (u64, u64)> {
+fn byte_ranges(index: &BlockIndex, blocks: &[u32]) -> impl Iterator<Item = (u64, u64)> {
     let size = index.size();
     let follows = |one: &u32, other: &u32| one + 1 == *other;
     blocks.chunk_by(follows).filter_map(move |run| {
@@ -108,8 +108,8 @@ fn ranges(index: &BlockIndex, blocks: &[u32]) -> impl Iterator<Item = (u64, u64)
     })
 }
 
-fn differs<I: BundleInput>(
-    machine: &RobotContext<'_>,
+fn slot_differs<I: BundleInput>(
+    robot: &RobotContext<'_>,
     reader: &BundleReader<I>,
     slot: Slot,
     count: &str,
@@ -121,13 +121,13 @@ fn differs<I: BundleInput>(
     if places.len() > LISTED {
         message.push_str(&format!("\n  and {} more places", places.len() - LISTED));
     }
-    let installed = record::read_slot(machine.root, slot);
+    let installed = record::read_slot(robot.root, slot);
     let help = match installed.filter(|known| known.manifest != reader.manifest_sha256()) {
         Some(known) => format!(
             "the installed bundle was {} (manifest {}): compare the slot with that one",
             known.version, known.manifest
         ),
-        None if slot == machine.running => {
+        None if slot == robot.running => {
             "if this bundle was installed here, the card is failing: run `slotd boot-other`, then install into this slot; \
              if it happens twice, replace the card"
                 .to_owned()

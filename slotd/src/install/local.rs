@@ -23,7 +23,7 @@ pub struct LocalBlocks<'a> {
 
 impl<'a> LocalBlocks<'a> {
     /// Reads the running slot, if a sample shows that it has much of the payload.
-    pub fn find(index: &'a BlockIndex, running: &dyn Storage) -> Self {
+    pub fn read_running(index: &'a BlockIndex, running: &dyn Storage) -> Self {
         let used = index.used_blocks();
         let mut local = Self {
             index,
@@ -82,7 +82,11 @@ impl<'a> LocalBlocks<'a> {
 
     /// The number in the index of a whole block.
     fn look_up(&self, block: &[u8]) -> Option<u32> {
-        if is_zero(block) { None } else { self.number(&bundle::index::short(&sha256(block))) }
+        if is_zero(block) {
+            None
+        } else {
+            self.number(&bundle::index::truncate_hash(&sha256(block)))
+        }
     }
 
     fn seems_similar(&self, running: &dyn Storage) -> bool {

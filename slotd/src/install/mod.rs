@@ -20,11 +20,11 @@ use bundle::{BundleInput, BundleReader};
 pub use contract::answer::{InstallStep, InstalledSystem, Progress};
 use serde_json::json;
 
-pub(crate) use check::manifest as check_manifest;
-pub use check::standing;
+pub use check::admission_state;
+pub(crate) use check::check_manifest;
 pub(crate) use compare::{ReadOnlySlots, compare};
 
-use crate::device::other;
+use crate::device::other_slot;
 use crate::machine::RobotContext;
 use crate::record::{self, InstallJournal};
 use crate::refusal::{Refusal, Result};
@@ -49,24 +49,24 @@ struct Counts {
 }
 
 /// Writes a system into the idle slot.
-pub(crate) fn system<I: BundleInput>(
-    machine: &RobotContext<'_>,
+pub(crate) fn install_system<I: BundleInput>(
+    robot: &RobotContext<'_>,
     mut reader: BundleReader<I>,
     options: &InstallOptions,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<InstalledSystem> {
-    machine.flow.ready()?;
-    let slot = other(machine.running);
-    let mut target = IdleSlot::open(machine, slot, reader.manifest())?;
+    robot.flow.ready()?;
+    let slot = other_slot(robot.running);
+    let mut target = IdleSlot::open(robot, slot, reader.manifest())?;
 
     let manifest = reader.manifest_sha256().to_owned();
     let version = reader.manifest().version.clone();
     let size = reader.manifest().components.iter().flat_map(|c| &c.payloads).map(|p| p.size).sum();
     let installed = record::installed_by(reader.manifest(), &manifest, reader.signed_by());
-    let journal = record::read_journal(machine.root)
+    let journal = record::read_journal(robot.root)
         .filter(|journal| journal.manifest == manifest && journal.slot == slot);
     let resumed = journal.is_some();
-    machine.events.add(
+    robot.events.add(
         "install-started",
         json!({ "slot": slot, "version": version, "manifest": manifest, "resumed": resumed, "signed-by": installed.signed_by }),
     );
@@ -76,7 +76,7 @@ pub(crate) fn system<I: BundleInput>(
     let mut number = 0;
     while let Some(payload) = reader.next_payload().map_err(from_source)? {
         let work = payload::InstallState {
-            machine,
+            robot,
             options,
             progress,
             journal: journal.as_ref(),
@@ -95,12 +95,12 @@ pub(crate) fn system<I: BundleInput>(
     let write = started.elapsed().saturating_sub(counts.read_back);
 
     // A robot whose `data` is full must still accept the update that fixes it.
-    if let Err(error) = record::write_slot(machine.root, slot, &installed) {
-        machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
+    if let Err(error) = record::write_slot(robot.root, slot, &installed) {
+        robot.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
     }
-    machine.flow.arm_trial(slot)?;
-    if let Err(error) = record::remove_journal(machine.root) {
-        machine.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
+    robot.flow.arm_trial(slot)?;
+    if let Err(error) = record::remove_journal(robot.root) {
+        robot.events.add("not-recorded", json!({ "slot": slot, "error": error.to_string() }));
     }
     Ok(InstalledSystem {
         slot,
@@ -120,11 +120,11 @@ pub(crate) fn system<I: BundleInput>(
 pub(crate) fn from_source(error: bundle::Error) -> Refusal {
     match error {
         bundle::Error::Io(error) => {
-            let doing = "reading the bundle";
-            crate::source::distrusted(doing, &error).unwrap_or_else(|| {
+            let action = "reading the bundle";
+            crate::source::distrusted(action, &error).unwrap_or_else(|| {
                 let help =
                     "check the medium or the network, then install again: the install will resume";
-                Refusal::new("source", format!("{doing}: {error}"), help)
+                Refusal::new("source", format!("{action}: {error}"), help)
             })
         }
         other => other.into(),

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::local::LocalBlocks;
 use super::queue::{self, BlockSet, WriteQueue};
-use super::target::{IdleSlot, differs};
+use super::target::{IdleSlot, read_back_differs};
 use super::{Counts, InstallOptions, InstallStep, Progress, from_source, scan};
 use crate::buffer::{AlignedBuffer, TRANSFER};
 use crate::device::slot_role;
@@ -31,7 +31,7 @@ const MOST_LOCAL: u32 = 350_000;
 
 /// State shared by all payloads of an install.
 pub(super) struct InstallState<'a> {
-    pub machine: &'a RobotContext<'a>,
+    pub robot: &'a RobotContext<'a>,
     pub options: &'a InstallOptions,
     pub progress: &'a (dyn Fn(Progress) + Sync),
     /// The journal of an interrupted install.
@@ -51,7 +51,7 @@ impl Survey {
     /// Number of leading frames that are in place, except for the first block, which is written last.
     fn leading(&self, index: &BlockIndex) -> u32 {
         let Some(first) = index.frames().first() else { return 0 };
-        let rest = (1..first.blocks).all(|block| self.held.has(block));
+        let rest = (1..first.blocks).all(|block| self.held.contains(block));
         let after = self.done.iter().skip(1).take_while(|done| **done);
         // At most MAX_FRAMES.
         if rest { 1 + after.count() as u32 } else { 0 }
@@ -68,7 +68,7 @@ impl InstallState<'_> {
     ) -> Result<()> {
         let number = self.fresh.payload;
         // The target was made from the same manifest.
-        let part = target.parts.get(number).ok_or_else(lost)?;
+        let part = target.parts.get(number).ok_or_else(write_thread_lost)?;
         let device = part.device.as_ref();
         let survey = self.survey(device, payload.index());
         let index = payload.shared_index();
@@ -76,8 +76,8 @@ impl InstallState<'_> {
         let running;
         let fits = index.used_blocks() <= MOST_LOCAL;
         let local = if self.options.use_running_slot && fits && survey.done.contains(&false) {
-            running = self.machine.slots.open(self.machine.running, &part.role)?;
-            Some((LocalBlocks::find(index, running.as_ref()), running.as_ref()))
+            running = self.robot.slots.open(self.robot.running, &part.role)?;
+            Some((LocalBlocks::read_running(index, running.as_ref()), running.as_ref()))
         } else {
             None
         };
@@ -86,15 +86,15 @@ impl InstallState<'_> {
             // be durable yet.
             let frames = survey.leading(index);
             if frames > 0 && device.flush().is_ok() {
-                self.note(&InstallJournal { frames, ..self.fresh.clone() });
+                self.write_journal(&InstallJournal { frames, ..self.fresh.clone() });
             } else {
-                self.note(&self.fresh);
+                self.write_journal(&self.fresh);
             }
             counts.written += target.invalidate(number, index)?;
         }
-        let part = target.parts.get_mut(number).ok_or_else(lost)?;
+        let part = target.parts.get_mut(number).ok_or_else(write_thread_lost)?;
         let device = part.device.as_ref();
-        let (queue, worker) = queue::queue();
+        let (queue, worker) = queue::new_queue();
         let mut writer = Writer {
             work: self,
             index,
@@ -109,14 +109,14 @@ impl InstallState<'_> {
         let written = std::thread::scope(|scope| -> Result<u64> {
             let noting = std::thread::Builder::new().spawn_scoped(scope, move || {
                 worker.run(device, &mut |frames| {
-                    self.note(&InstallJournal { frames, ..self.fresh.clone() });
+                    self.write_journal(&InstallJournal { frames, ..self.fresh.clone() });
                 })
             });
             let thread = noting.map_err(|error| Refusal::io("starting a thread", &error))?;
             let read = writer.frames(&mut payload, &survey.done);
             let first = writer.first.take();
             let finished = writer.queue.finish();
-            let written = thread.join().map_err(|_| lost())?;
+            let written = thread.join().map_err(|_| write_thread_lost())?;
             // The device's error is reported first: the other two may be consequences of it.
             let role = slot_role(&part.role, self.fresh.slot);
             let written =
@@ -130,7 +130,7 @@ impl InstallState<'_> {
         let started = Instant::now();
         let role = part.role.clone();
         let first = part.first.as_deref();
-        self.prove(device, index, first, &role)?;
+        self.read_back(device, index, first, &role)?;
         counts.read_back += started.elapsed();
         Ok(())
     }
@@ -138,7 +138,7 @@ impl InstallState<'_> {
     /// Finds the blocks that are already in place.
     fn survey(&self, device: &dyn Storage, index: &BlockIndex) -> Survey {
         let mut survey =
-            Survey { held: BlockSet::none(index), done: vec![false; index.frames().len()] };
+            Survey { held: BlockSet::empty(index), done: vec![false; index.frames().len()] };
         // Frames that were flushed according to the journal are only checked at the end, except the
         // first frame, whose first block is written last.
         let known =
@@ -187,14 +187,17 @@ impl InstallState<'_> {
             Ok(())
         };
         // The closure never fails.
-        if scan::frames(device, index, &look, None, each).is_err() {
-            return Survey { held: BlockSet::none(index), done: vec![false; index.frames().len()] };
+        if scan::compare_frames(device, index, &look, None, each).is_err() {
+            return Survey {
+                held: BlockSet::empty(index),
+                done: vec![false; index.frames().len()],
+            };
         }
         shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Reads the whole payload back from the device.
-    fn prove(
+    fn read_back(
         &self,
         device: &dyn Storage,
         index: &BlockIndex,
@@ -206,8 +209,8 @@ impl InstallState<'_> {
         let wrong: Mutex<(usize, u32)> = Mutex::new((0, u32::MAX));
         let each = |frame: &Frame, found: io::Result<scan::ScannedFrame>| -> Result<()> {
             let found = found.map_err(|error| {
-                let doing = format!("reading back {}", slot_role(role, slot));
-                Refusal { code: "read-back".into(), ..Refusal::io(doing, &error) }
+                let action = format!("reading back {}", slot_role(role, slot));
+                Refusal { code: "read-back".into(), ..Refusal::io(action, &error) }
             })?;
             if !found.proven {
                 let mut wrong = lock(&wrong);
@@ -219,23 +222,24 @@ impl InstallState<'_> {
             (self.progress)(Progress { step: InstallStep::ReadBack, done, total });
             Ok(())
         };
-        let result = scan::frames(device, index, index.frames(), first, each).and_then(|()| {
-            let (blocks, first) = *lock(&wrong);
-            if blocks == 0 { Ok(()) } else { Err(differs(role, slot, blocks, first)) }
-        });
+        let result =
+            scan::compare_frames(device, index, index.frames(), first, each).and_then(|()| {
+                let (blocks, first) = *lock(&wrong);
+                if blocks == 0 { Ok(()) } else { Err(read_back_differs(role, slot, blocks, first)) }
+            });
         if result.is_err() {
             // The journal is wrong: the next install must check everything.
-            if let Err(error) = record::remove_journal(self.machine.root) {
-                self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+            if let Err(error) = record::remove_journal(self.robot.root) {
+                self.robot.events.add("not-recorded", json!({ "error": error.to_string() }));
             }
         }
         result
     }
 
     /// Writes the journal. A failure only costs time after an interruption.
-    fn note(&self, journal: &InstallJournal) {
-        if let Err(error) = record::write_journal(self.machine.root, journal) {
-            self.machine.events.add("not-recorded", json!({ "error": error.to_string() }));
+    fn write_journal(&self, journal: &InstallJournal) {
+        if let Err(error) = record::write_journal(self.robot.root, journal) {
+            self.robot.events.add("not-recorded", json!({ "error": error.to_string() }));
         }
     }
 }
@@ -269,16 +273,16 @@ impl Writer<'_> {
                 payload.skip_frame().map_err(from_source)?;
             } else if self.is_zero(&frame) {
                 // Nothing to verify: the index says that these are zeros.
-                self.emit_zeros(&frame).map_err(device)?;
+                self.emit_zeros(&frame).map_err(write_error)?;
                 payload.skip_frame().map_err(from_source)?;
-            } else if self.is_local(&frame) && self.assemble_or_not(&frame).map_err(device)? {
+            } else if self.is_local(&frame) && self.assemble_or_not(&frame).map_err(write_error)? {
                 payload.skip_frame().map_err(from_source)?;
             } else {
                 let mut sink = |offset: u64, bytes: &[u8]| Ok(self.emit(offset, bytes)?);
                 payload.read_frame(&mut sink).map_err(from_source)?;
             }
-            self.end_zeros().map_err(device)?;
-            self.queue.checkpoint(frame.number + 1, CHECKPOINT).map_err(device)?;
+            self.end_zeros().map_err(write_error)?;
+            self.queue.checkpoint(frame.number + 1, CHECKPOINT).map_err(write_error)?;
             passed += size;
             (self.work.progress)(Progress { step: InstallStep::Write, done: passed, total });
         }
@@ -306,10 +310,10 @@ impl Writer<'_> {
         let first = (offset / BLOCK_SIZE as u64) as u32;
         for (number, block) in (first..).zip(bytes.chunks(BLOCK_SIZE)) {
             let offset = BlockIndex::offset(number);
-            if self.held.has(number) {
+            if self.held.contains(number) {
                 self.counts.held += block.len() as u64;
             } else if number == 0 {
-                self.first = Some(AlignedBuffer::of(block));
+                self.first = Some(AlignedBuffer::copy_of(block));
             } else if self.index.is_zero(number) {
                 let end = offset + block.len() as u64;
                 match &mut self.zeros {
@@ -336,7 +340,7 @@ impl Writer<'_> {
     fn is_local(&self, frame: &Frame) -> bool {
         let Some((local, _)) = &self.local else { return false };
         self.index.hashes(frame).all(|(block, hash)| {
-            let here = |hash| self.held.has(block) || local.place(hash).is_some();
+            let here = |hash| self.held.contains(block) || local.place(hash).is_some();
             hash.is_none_or(here)
         })
     }
@@ -412,7 +416,7 @@ impl Writer<'_> {
 
     /// Where a block is: at its position in the idle slot, or somewhere in the running slot.
     fn source(&self, block: u32, hash: &[u8]) -> Option<(bool, u32)> {
-        if self.held.has(block) {
+        if self.held.contains(block) {
             return Some((true, block));
         }
         let (local, _) = self.local.as_ref()?;
@@ -421,11 +425,11 @@ impl Writer<'_> {
 }
 
 /// The error when the queue's thread has ended; the thread's own error is reported instead.
-fn device(error: io::Error) -> Refusal {
+fn write_error(error: io::Error) -> Refusal {
     Refusal::io("writing the slot", &error)
 }
 
-pub(super) fn lost() -> Refusal {
+pub(super) fn write_thread_lost() -> Refusal {
     Refusal::new("internal", "a thread of the install ended unexpectedly", "report this bug")
 }
 

@@ -37,7 +37,7 @@ pub struct WriteWorker {
 }
 
 /// Both ends.
-pub fn queue() -> (WriteQueue, WriteWorker) {
+pub fn new_queue() -> (WriteQueue, WriteWorker) {
     let (messages, incoming) = sync_channel(BUFFERS);
     let (back, free) = channel();
     for _ in 0..BUFFERS {
@@ -51,7 +51,7 @@ pub fn queue() -> (WriteQueue, WriteWorker) {
 }
 
 /// The thread ended early: its own error says why, and is reported instead.
-fn stopped() -> io::Error {
+fn thread_stopped() -> io::Error {
     io::ErrorKind::BrokenPipe.into()
 }
 
@@ -63,10 +63,12 @@ impl WriteQueue {
                 |(start, _, filled): &(u64, AlignedBuffer, usize)| start + *filled as u64 == offset;
             if !self.current.as_ref().is_some_and(fits) {
                 self.send()?;
-                let buffer = self.free.recv().map_err(|_| stopped())?;
+                let buffer = self.free.recv().map_err(|_| thread_stopped())?;
                 self.current = Some((offset, buffer, 0));
             }
-            let Some((start, buffer, filled)) = &mut self.current else { return Err(stopped()) };
+            let Some((start, buffer, filled)) = &mut self.current else {
+                return Err(thread_stopped());
+            };
             // A write ends on a multiple of TRANSFER, so that the next one begins there.
             let room = TRANSFER - (*start % TRANSFER as u64) as usize - *filled;
             let length = room.min(bytes.len());
@@ -88,7 +90,7 @@ impl WriteQueue {
     pub fn zero(&mut self, start: u64, end: u64) -> io::Result<()> {
         self.send()?;
         self.pending += end - start;
-        self.messages.send(Message::Zero(start, end)).map_err(|_| stopped())
+        self.messages.send(Message::Zero(start, end)).map_err(|_| thread_stopped())
     }
 
     /// Requests a checkpoint when enough bytes were queued since the last one.
@@ -98,7 +100,7 @@ impl WriteQueue {
         }
         self.pending = 0;
         self.send()?;
-        self.messages.send(Message::Checkpoint(frames)).map_err(|_| stopped())
+        self.messages.send(Message::Checkpoint(frames)).map_err(|_| thread_stopped())
     }
 
     /// Queues the rest. The thread ends when it has written it.
@@ -109,7 +111,7 @@ impl WriteQueue {
     fn send(&mut self) -> io::Result<()> {
         let Some((offset, buffer, filled)) = self.current.take() else { return Ok(()) };
         self.pending += filled as u64;
-        self.messages.send(Message::Write(offset, buffer, filled)).map_err(|_| stopped())
+        self.messages.send(Message::Write(offset, buffer, filled)).map_err(|_| thread_stopped())
     }
 }
 
@@ -156,7 +158,7 @@ impl WriteWorker {
                     }
                 }
                 Message::Zero(start, end) => {
-                    zeros.ranges.send((start, end)).map_err(|_| stopped())?;
+                    zeros.ranges.send((start, end)).map_err(|_| thread_stopped())?;
                     zeros.open += 1;
                     written += zeros.write(device, false)?;
                 }
@@ -192,7 +194,7 @@ impl Zeros {
             let runs = match self.found.try_recv() {
                 Ok(runs) => runs,
                 Err(TryRecvError::Empty) if !wait => break,
-                Err(_) => self.found.recv().map_err(|_| stopped())?,
+                Err(_) => self.found.recv().map_err(|_| thread_stopped())?,
             };
             self.open -= 1;
             for (start, end) in runs {
@@ -242,12 +244,12 @@ pub struct BlockSet(Vec<u64>);
 
 impl BlockSet {
     /// An empty set for an index's blocks.
-    pub fn none(index: &BlockIndex) -> Self {
+    pub fn empty(index: &BlockIndex) -> Self {
         Self(vec![0; index.blocks().div_ceil(64) as usize])
     }
 
     /// Whether a block is in the set.
-    pub fn has(&self, block: u32) -> bool {
+    pub fn contains(&self, block: u32) -> bool {
         self.0.get(block as usize / 64).is_some_and(|word| word >> (block % 64) & 1 == 1)
     }
 

@@ -30,7 +30,7 @@ pub struct ScannedFrame {
 ///
 /// # Errors
 /// The error that `each` returns.
-pub fn frames<E: Send>(
+pub fn compare_frames<E: Send>(
     device: &dyn Storage,
     index: &BlockIndex,
     frames: &[Frame],
@@ -46,7 +46,7 @@ pub fn frames<E: Send>(
             if failed().is_some() {
                 return;
             }
-            let found = one(device, index, frame, first, &mut buffer);
+            let found = compare_frame(device, index, frame, first, &mut buffer);
             if let Err(error) = each(frame, found) {
                 *failed() = Some(error);
                 return;
@@ -63,7 +63,7 @@ pub fn frames<E: Send>(
     failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-fn one(
+fn compare_frame(
     device: &dyn Storage,
     index: &BlockIndex,
     frame: &Frame,

@@ -19,7 +19,7 @@ const SYSTEM: &str = "system";
 
 /// The idle slot, ready to be written.
 pub(super) struct IdleSlot<'a> {
-    machine: RobotContext<'a>,
+    robot: RobotContext<'a>,
     slot: Slot,
     /// One for each payload, in the manifest's order.
     pub parts: Vec<IdlePartition>,
@@ -41,9 +41,9 @@ pub(super) struct IdlePartition {
 
 impl<'a> IdleSlot<'a> {
     /// Opens the partition of each payload, if the bundle has exactly the payloads of a slot.
-    pub fn open(machine: &RobotContext<'a>, slot: Slot, manifest: &BundleManifest) -> Result<Self> {
+    pub fn open(robot: &RobotContext<'a>, slot: Slot, manifest: &BundleManifest) -> Result<Self> {
         let suffix = slot_role("", slot);
-        let roles = machine.about.partitions.keys();
+        let roles = robot.about.partitions.keys();
         let mut missing: Vec<&str> = roles.filter_map(|role| role.strip_suffix(&suffix)).collect();
         let mut parts = Vec::new();
         for component in &manifest.components {
@@ -61,7 +61,7 @@ impl<'a> IdleSlot<'a> {
                     ));
                 };
                 missing.swap_remove(at);
-                let device = machine.slots.open(slot, role)?;
+                let device = robot.slots.open(slot, role)?;
                 if payload.size > device.size() {
                     return Err(Refusal::new(
                         "too-large",
@@ -89,7 +89,7 @@ impl<'a> IdleSlot<'a> {
                 "use the bundle that was built for this board",
             ));
         }
-        Ok(Self { machine: *machine, slot, parts, invalid: false })
+        Ok(Self { robot: *robot, slot, parts, invalid: false })
     }
 
     /// Before the first write: durably makes the slot unusable, by one block in each partition. `current` is
@@ -111,15 +111,19 @@ impl<'a> IdleSlot<'a> {
                 part.first = Some(first);
             }
         }
-        if let Err(error) = record::remove_slot(self.machine.root, slot) {
+        if let Err(error) = record::remove_slot(self.robot.root, slot) {
             let error = error.to_string();
-            self.machine.events.add("not-recorded", json!({ "slot": slot, "error": error }));
+            self.robot.events.add("not-recorded", json!({ "slot": slot, "error": error }));
         }
         let mut written = 0;
         for part in &self.parts {
             let mut found = part.first_block();
             part.device.read_back(0, &mut found).map_err(failed)?;
-            let steps = [hidden(&found, &[0]), hidden(&found, &HEADS), part.first_block()];
+            let steps = [
+                without_sectors(&found, &[0]),
+                without_sectors(&found, &HEADS),
+                part.first_block(),
+            ];
             written += part.step_by_step(found, steps).map_err(failed)?;
         }
         self.invalid = true;
@@ -132,12 +136,16 @@ impl<'a> IdleSlot<'a> {
         for part in &mut self.parts {
             let Some(first) = part.first.take() else { continue };
             let failed = |error| Refusal::io(format!("completing slot {}", self.slot), &error);
-            let steps = [hidden(&first, &HEADS), hidden(&first, &[0]), AlignedBuffer::of(&first)];
+            let steps = [
+                without_sectors(&first, &HEADS),
+                without_sectors(&first, &[0]),
+                AlignedBuffer::copy_of(&first),
+            ];
             written += part.step_by_step(part.first_block(), steps).map_err(failed)?;
             let mut found = part.first_block();
             part.device.read_back(0, &mut found).map_err(failed)?;
             if *found != *first {
-                return Err(differs(&part.role, self.slot, 1, 0));
+                return Err(read_back_differs(&part.role, self.slot, 1, 0));
             }
         }
         Ok(written)
@@ -172,8 +180,8 @@ impl IdlePartition {
 const HEADS: [usize; 2] = [0, 2];
 
 /// The block without these sectors.
-fn hidden(block: &AlignedBuffer, sectors: &[usize]) -> AlignedBuffer {
-    let mut hidden = AlignedBuffer::of(block);
+fn without_sectors(block: &AlignedBuffer, sectors: &[usize]) -> AlignedBuffer {
+    let mut hidden = AlignedBuffer::copy_of(block);
     for sector in sectors {
         hidden.chunks_mut(512).skip(*sector).take(1).for_each(|bytes| bytes.fill(0));
     }
@@ -181,7 +189,7 @@ fn hidden(block: &AlignedBuffer, sectors: &[usize]) -> AlignedBuffer {
 }
 
 /// The device reads back other bytes than were written.
-pub(super) fn differs(role: &str, slot: Slot, blocks: usize, first: u32) -> Refusal {
+pub(super) fn read_back_differs(role: &str, slot: Slot, blocks: usize, first: u32) -> Refusal {
     Refusal::new(
         "read-back",
         format!(

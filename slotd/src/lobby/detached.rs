@@ -23,8 +23,8 @@ use crate::root::RootDir;
 /// How long the answer may wait for a client that does not read.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The arguments for the process that runs this job with [`work`].
-fn words(caller: &Caller, request: &AgentRequest) -> Result<Vec<String>> {
+/// The arguments for the process that runs this job with [`run_job`].
+fn job_arguments(caller: &Caller, request: &AgentRequest) -> Result<Vec<String>> {
     let failed = |error: serde_json::Error| Refusal::io("starting the job", &error.into());
     let AgentRequest::Install { source, no_restart, allow_downgrade } = request else {
         let what = request.verb();
@@ -41,7 +41,7 @@ fn words(caller: &Caller, request: &AgentRequest) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// The refusal of the job. `io`: it cannot be started, or was killed.
-pub fn start(
+pub fn start_job(
     root: &RootDir,
     caller: &Caller,
     request: &AgentRequest,
@@ -51,7 +51,7 @@ pub fn start(
     let mut child = Command::new(std::env::current_exe().map_err(failed)?)
         .arg("--root")
         .arg(root.path(""))
-        .args(words(caller, request)?)
+        .args(job_arguments(caller, request)?)
         .stdout(Stdio::piped())
         .spawn()
         .map_err(failed)?;
@@ -59,9 +59,9 @@ pub fn start(
     for line in child.stdout.take().into_iter().flat_map(|pipe| BufReader::new(pipe).lines()) {
         let Ok(line) = line else { break };
         // Only the job's own messages; anything else is from a library.
-        let Ok(said) = serde_json::from_str::<JobMessage>(&line) else { continue };
-        told(&said);
-        answer = match said {
+        let Ok(message) = serde_json::from_str::<JobMessage>(&line) else { continue };
+        told(&message);
+        answer = match message {
             JobMessage::Progress(_) => answer,
             JobMessage::Done(done) => Some(Ok(done)),
             JobMessage::Refused(refusal) => Some(Err(refusal)),
@@ -77,13 +77,13 @@ pub fn start(
     })
 }
 
-/// Runs a job in this process, which [`start`] has started. Returns the exit code.
-pub fn work(root: &RootDir, caller: &Caller, request: &AgentRequest) -> u8 {
+/// Runs a job in this process, which [`start_job`] has started. Returns the exit code.
+pub fn run_job(root: &RootDir, caller: &Caller, request: &AgentRequest) -> u8 {
     // It fails only for the leader of a process group, which receives no signal from the client's terminal either.
     rustix::process::setsid().ok();
     let told = Teller::new();
     let done = dispatch(root, caller, request, &|at| told.progress(at));
-    let (said, code) = match done {
+    let (message, code) = match done {
         Ok(AgentResponse::Installed(done)) => (JobMessage::Done(done), 0),
         Ok(_) => {
             let refusal = Refusal::new("internal", "the request is not a job", "report this bug");
@@ -94,7 +94,7 @@ pub fn work(root: &RootDir, caller: &Caller, request: &AgentRequest) -> u8 {
             (JobMessage::Refused(refusal), code)
         }
     };
-    told.answer(&said);
+    told.answer(&message);
     code
 }
 
@@ -126,9 +126,9 @@ impl Teller {
     }
 
     /// Sends the answer, and waits a moment for the client to read it.
-    fn answer(&self, said: &JobMessage) {
+    fn answer(&self, message: &JobMessage) {
         let Some(mut out) = self.out.as_ref() else { return };
-        let Ok(mut line) = serde_json::to_vec(said) else { return };
+        let Ok(mut line) = serde_json::to_vec(message) else { return };
         line.push(b'\n');
         let (started, mut rest) = (Instant::now(), line.as_slice());
         while !rest.is_empty() && started.elapsed() < PATIENCE {

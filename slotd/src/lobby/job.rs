@@ -31,7 +31,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// How long a cancelled job may take to end by itself: longer than writing any frame takes.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn record(root: &RootDir) -> PathBuf {
+fn record_path(root: &RootDir) -> PathBuf {
     root.run().join("job.json")
 }
 
@@ -42,7 +42,7 @@ fn lock_file(root: &RootDir) -> PathBuf {
 
 /// The note that cancels a job, with the job's number. Its name differs from the record's in more than the extension: both
 /// are replaced, by different processes, through temporary files that are named after them.
-fn wish(root: &RootDir) -> PathBuf {
+fn cancel_path(root: &RootDir) -> PathBuf {
     root.run().join("cancel.json")
 }
 
@@ -55,13 +55,16 @@ fn failed(error: &io::Error) -> Refusal {
 /// # Errors
 /// `io`: the record cannot be read.
 pub fn read(root: &RootDir) -> Result<Option<Job>> {
-    let job: Option<Job> = durable::read_json(&record(root)).map_err(|error| failed(&error))?;
+    let job: Option<Job> =
+        durable::read_json(&record_path(root)).map_err(|error| failed(&error))?;
     Ok(job.map(|job| match job.state {
         // The record is written before the lock is released: read it again.
-        JobState::Runs if !runs(root) => match durable::read_json::<Job>(&record(root)) {
-            Ok(Some(again)) if again.state != JobState::Runs => again,
-            _ => Job { state: JobState::Lost, cancellable: false, ..job },
-        },
+        JobState::Runs if !is_running(root) => {
+            match durable::read_json::<Job>(&record_path(root)) {
+                Ok(Some(again)) if again.state != JobState::Runs => again,
+                _ => Job { state: JobState::Lost, cancellable: false, ..job },
+            }
+        }
         _ => job,
     }))
 }
@@ -97,7 +100,7 @@ pub fn watch(root: &RootDir, watcher: &(dyn Fn(Progress) + Sync)) -> Result<Inst
 }
 
 /// Whether a process holds the lock of a job.
-fn runs(root: &RootDir) -> bool {
+fn is_running(root: &RootDir) -> bool {
     let Ok(file) = File::open(lock_file(root)) else { return false };
     rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err()
 }
@@ -119,7 +122,8 @@ pub fn cancel(root: &RootDir) -> Result<Job> {
     if !job.cancellable {
         return Err(late());
     }
-    durable::replace(&wish(root), job.id.to_string().as_bytes()).map_err(|error| failed(&error))?;
+    durable::replace(&cancel_path(root), job.id.to_string().as_bytes())
+        .map_err(|error| failed(&error))?;
     let started = Instant::now();
     let mut ended = false;
     loop {
@@ -160,7 +164,7 @@ fn cancelled() -> Refusal {
 
 fn write(root: &RootDir, job: &Job) -> io::Result<()> {
     private_dir(&root.run())?;
-    durable::replace(&record(root), &serde_json::to_vec(job)?)
+    durable::replace(&record_path(root), &serde_json::to_vec(job)?)
 }
 
 /// The lock of a job's process; `None`: another process has it.
@@ -232,7 +236,7 @@ impl<'a> Running<'a> {
         };
         let lock = take_lock(root)?.ok_or_else(busy)?;
         // A damaged record is treated as missing: it only gives the job its number.
-        let before: Option<Job> = durable::read_json(&record(root)).ok().flatten();
+        let before: Option<Job> = durable::read_json(&record_path(root)).ok().flatten();
         let job = Job {
             id: before.map_or(1, |job| job.id.saturating_add(1)),
             request: request.clone(),
@@ -242,7 +246,7 @@ impl<'a> Running<'a> {
             progress: None,
             state: JobState::Runs,
         };
-        durable::remove(&wish(root)).map_err(|error| failed(&error))?;
+        durable::remove(&cancel_path(root)).map_err(|error| failed(&error))?;
         let running = Self {
             root,
             job: Mutex::new(job),
@@ -279,7 +283,7 @@ impl<'a> Running<'a> {
     }
 
     /// Whether a client has cancelled it.
-    fn unwanted(&self) -> bool {
+    fn is_cancelled(&self) -> bool {
         if self.cancelled.load(Ordering::SeqCst) {
             return true;
         }
@@ -288,7 +292,7 @@ impl<'a> Running<'a> {
             return false;
         }
         *looked = Instant::now();
-        let Ok(text) = fs::read_to_string(wish(self.root)) else { return false };
+        let Ok(text) = fs::read_to_string(cancel_path(self.root)) else { return false };
         let own = self.job.lock().unwrap_or_else(PoisonError::into_inner).id.to_string();
         if text == own {
             self.cancelled.store(true, Ordering::SeqCst);
@@ -314,8 +318,8 @@ pub struct CancellableSource<'a, I> {
 }
 
 impl<I> CancellableSource<'_, I> {
-    fn wanted(&self) -> io::Result<()> {
-        match self.running.unwanted() {
+    fn fail_if_cancelled(&self) -> io::Result<()> {
+        match self.running.is_cancelled() {
             true => Err(io::Error::other("the job was cancelled")),
             false => Ok(()),
         }
@@ -324,7 +328,7 @@ impl<I> CancellableSource<'_, I> {
 
 impl<I: Read> Read for CancellableSource<'_, I> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.wanted()?;
+        self.fail_if_cancelled()?;
         let count = self.input.read(buffer)?;
         if count == 0 && !buffer.is_empty() {
             // The bundle's end: from now on the job cannot be cancelled.
@@ -336,7 +340,7 @@ impl<I: Read> Read for CancellableSource<'_, I> {
 
 impl<I: BundleInput> BundleInput for CancellableSource<'_, I> {
     fn skip(&mut self, n: u64) -> io::Result<()> {
-        self.wanted()?;
+        self.fail_if_cancelled()?;
         self.input.skip(n)
     }
 }

@@ -1,7 +1,7 @@
 //! The single entry point. Every client of this robot (the command line, the door of the user `update`, later a USB stick,
 //! the local network, a web page) makes an [`AgentRequest`] and passes it to [`dispatch`] with its [`Caller`]. This
-//! module checks whether the caller may make the request ([`policy::may`]) and whether the robot's state allows it
-//! ([`admission::enter`]), and reports the progress ([`job`]).
+//! module checks whether the caller may make the request ([`policy::is_allowed`]) and whether the robot's state allows
+//! it ([`admission::request_permit`]), and reports the progress ([`job`]).
 
 pub mod detached;
 pub mod job;
@@ -89,7 +89,7 @@ impl AgentResponse {
             }
             Self::Log(events) => json!(events),
             Self::Health(outcomes) => json!(outcomes),
-            Self::Watched(verdict) => json!({ "verdict": watched(verdict.as_ref()) }),
+            Self::Watched(verdict) => json!({ "verdict": describe_verdict(verdict.as_ref()) }),
             Self::Verified(verified) => json!(verified),
             Self::VerifiedApi(checked) => json!(checked),
             Self::Installed(done) => json!(done.answer),
@@ -109,7 +109,7 @@ impl AgentResponse {
 }
 
 /// The result of a watch, in a sentence.
-pub fn watched(verdict: Option<&TrialVerdict>) -> String {
+pub fn describe_verdict(verdict: Option<&TrialVerdict>) -> String {
     match verdict {
         None => "no trial runs".to_owned(),
         Some(TrialVerdict::Committed) => "the trial is committed".to_owned(),
@@ -120,7 +120,8 @@ pub fn watched(verdict: Option<&TrialVerdict>) -> String {
 /// Answers a request. `watcher` receives the progress of a long one.
 ///
 /// # Errors
-/// `not-offered`: the caller may not make this request. The refusals of [`Agent::enter`] and of the verb itself.
+/// `not-offered`: the caller may not make this request. The refusals of [`Agent::request_permit`] and of the verb
+/// itself.
 pub fn dispatch(
     root: &RootDir,
     caller: &Caller,
@@ -150,8 +151,8 @@ pub fn dispatch(
             })
         }
         AgentRequest::VerifyApi => {
-            let admitted = agent.enter(AgentVerb::VerifyApi)?;
-            AgentResponse::VerifiedApi(agent.verify_api(&admitted)?)
+            let permit = agent.request_permit(AgentVerb::VerifyApi)?;
+            AgentResponse::VerifiedApi(agent.verify_api(&permit)?)
         }
         AgentRequest::Install { source, no_restart, allow_downgrade } => {
             let source = BundleSource::open(source, root)?;
@@ -175,36 +176,36 @@ pub fn dispatch(
             )?)
         }
         AgentRequest::Commit => {
-            let admitted = agent.enter(AgentVerb::Commit)?;
-            AgentResponse::Changed { changed: agent.commit(admitted)?, restarts: false }
+            let permit = agent.request_permit(AgentVerb::Commit)?;
+            AgentResponse::Changed { changed: agent.commit(permit)?, restarts: false }
         }
         AgentRequest::RollBack { no_restart } => {
-            let admitted = agent.enter(AgentVerb::RollBack)?;
-            then_restart(&agent, agent.roll_back(&admitted)?, *no_restart)?
+            let permit = agent.request_permit(AgentVerb::RollBack)?;
+            then_restart(&agent, agent.roll_back(&permit)?, *no_restart)?
         }
         AgentRequest::RollBackApi => {
-            let admitted = agent.enter(AgentVerb::RollBackApi)?;
-            AgentResponse::WentBack(agent.api_back(&admitted)?)
+            let permit = agent.request_permit(AgentVerb::RollBackApi)?;
+            AgentResponse::WentBack(agent.api_back(&permit)?)
         }
         AgentRequest::BootOther { no_restart, allow_downgrade } => {
-            let admitted = agent.enter(AgentVerb::BootOther)?;
-            let changed = agent.boot_other(&admitted, allow_downgrade.as_deref())?;
+            let permit = agent.request_permit(AgentVerb::BootOther)?;
+            let changed = agent.boot_other(&permit, allow_downgrade.as_deref())?;
             then_restart(&agent, changed, *no_restart)?
         }
         AgentRequest::Keys => AgentResponse::Keys(agent.keys()?),
         AgentRequest::TakeKeys { file } => {
-            let admitted = agent.enter(AgentVerb::TakeKeys)?;
-            AgentResponse::Keys(agent.take_keys(&admitted, file)?)
+            let permit = agent.request_permit(AgentVerb::TakeKeys)?;
+            AgentResponse::Keys(agent.take_keys(&permit, file)?)
         }
         AgentRequest::Reset { backup, no_restart } => {
-            let admitted = agent.enter(AgentVerb::Reset)?;
-            let backup = verbs::reset(root, &admitted, *backup)?;
+            let permit = agent.request_permit(AgentVerb::Reset)?;
+            let backup = verbs::reset(root, &permit, *backup)?;
             let restarts = !no_restart && agent.restart(RestartKind::Committed)?;
             AgentResponse::Reset { backup, restarts }
         }
         AgentRequest::Restore { file, no_restart } => {
-            let admitted = agent.enter(AgentVerb::Restore)?;
-            verbs::restore(root, &admitted, verbs::open(file)?)?;
+            let permit = agent.request_permit(AgentVerb::Restore)?;
+            verbs::restore(root, &permit, verbs::open(file)?)?;
             let restarts = !no_restart && agent.restart(RestartKind::Committed)?;
             AgentResponse::Restored { file: file.clone(), restarts }
         }
@@ -241,11 +242,11 @@ fn without_agent(root: &RootDir, request: &AgentRequest) -> Option<Result<AgentR
         AgentRequest::Backup { file } => {
             verbs::backup_to(root, file).map(|()| AgentResponse::BackedUp(Some(file.clone())))
         }
-        AgentRequest::Provision => admission::take_turn(root, AgentVerb::Provision)
+        AgentRequest::Provision => admission::request_lock(root, AgentVerb::Provision)
             .and_then(|_admitted: ChangePermit| provision::run(root, &events()))
             .map(AgentResponse::Provisioned),
         AgentRequest::ProvisionAtStart => {
-            provision::boot(root, &events()).map(AgentResponse::Provisioned)
+            provision::provision_at_start(root, &events()).map(AgentResponse::Provisioned)
         }
         AgentRequest::CheckProvisioned => provision::check(root).map(AgentResponse::Provisioned),
         AgentRequest::GrowData => verbs::grow(root).map(AgentResponse::Grown),
@@ -272,7 +273,7 @@ fn then_restart(agent: &Agent, changed: SlotChange, stay: bool) -> Result<AgentR
 /// # Errors
 /// `not-offered`.
 pub fn authorise(caller: &Caller, request: &AgentRequest) -> Result<()> {
-    match policy::may(caller.rights, request) {
+    match policy::is_allowed(caller.rights, request) {
         true => Ok(()),
         false => Err(policy::not_offered(&request.verb().to_string())),
     }
@@ -288,14 +289,14 @@ pub fn this_process(root: &RootDir, rights: CallerRights) -> Caller {
         std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
     Caller {
         uid: rustix::process::getuid().as_raw(),
-        unit: unit(&groups),
+        unit: unit_of(&groups),
         command: words.join(" ").chars().take(LONGEST_COMMAND).collect(),
         rights,
     }
 }
 
 /// The unit of systemd in a list of control groups (cgroups(7)): the last part of a path that is a service or a scope.
-fn unit(groups: &str) -> Option<String> {
+fn unit_of(groups: &str) -> Option<String> {
     let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
     let is_unit = |name: &&str| {
         let kind = Path::new(name).extension().and_then(|kind| kind.to_str());
@@ -322,7 +323,7 @@ mod tests {
             ("0::/init\n", None),
             ("", None),
         ] {
-            assert_eq!(unit(text).as_deref(), expected, "{text}");
+            assert_eq!(unit_of(text).as_deref(), expected, "{text}");
         }
     }
 }

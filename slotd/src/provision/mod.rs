@@ -119,7 +119,7 @@ impl ProvisionRecord {
         durable::read_json(&Self::path(root)).ok().flatten()
     }
 
-    fn keep(&self, root: &RootDir, files: &dyn FileChanges) -> Result<()> {
+    fn store(&self, root: &RootDir, files: &dyn FileChanges) -> Result<()> {
         if Self::read(root).as_ref() == Some(self) {
             return Ok(());
         }
@@ -155,7 +155,7 @@ struct Found {
     notes: Vec<SearchNote>,
 }
 
-fn locate(root: &RootDir, api: &BuiltInApi) -> Result<Found> {
+fn locate_package(root: &RootDir, api: &BuiltInApi) -> Result<Found> {
     let path = api.search_path(root)?;
     let module = python::find(root, &api.interpreter()?, &path, &api.module)?;
     let Some(module) = module else {
@@ -249,40 +249,40 @@ fn provision(root: &RootDir, files: &dyn FileChanges) -> Result<ProvisionReport>
     let Some(api) = BuiltInApi::read(root)? else {
         return Ok(ProvisionReport::new(ProvisionOutcome::NoApi, None, None));
     };
-    let found = locate(root, &api)?;
+    let found = locate_package(root, &api)?;
     let record = |resources| -> Result<ProvisionRecord> {
         Ok(ProvisionRecord { base_id: base_id(root)?, package: found.real.clone(), resources })
     };
-    let Some(wanted) = wanted(root, &found)? else {
-        record(false)?.keep(root, files)?;
+    let Some(wanted) = read_wanted_tree(root, &found)? else {
+        record(false)?.store(root, files)?;
         return Ok(ProvisionReport::new(ProvisionOutcome::NoResources, Some(&found), None));
     };
     let (target, staging) = (root.system(), root.data().join(STAGING));
     let unchanged = |changes: &[ResourceDifference]| changes.is_empty() && target.is_dir();
     let leftover = fs::symlink_metadata(&staging).is_ok();
-    let changes = tree::differences(&wanted, tree::present(&target)?.as_ref())?;
+    let changes = tree::differences(&wanted, tree::read_present(&target)?.as_ref())?;
     if unchanged(&changes) && !leftover {
-        record(true)?.keep(root, files)?;
+        record(true)?.store(root, files)?;
         return Ok(ProvisionReport::new(ProvisionOutcome::Unchanged, Some(&found), Some(&wanted)));
     }
-    let _lock = ProcessLock::take(root, LockScope::Provision, "provision")?;
+    let _lock = ProcessLock::acquire(root, LockScope::Provision, "provision")?;
     // Another process may have provisioned until now.
-    let changes = tree::differences(&wanted, tree::present(&target)?.as_ref())?;
-    write::clear(files, &staging)?;
+    let changes = tree::differences(&wanted, tree::read_present(&target)?.as_ref())?;
+    write::remove_staging(files, &staging)?;
     let mut outcome = ProvisionOutcome::Unchanged;
     if !unchanged(&changes) {
         write::check_space(&wanted, &root.data())?;
         write::replace(files, &wanted, &staging, &target)?;
         outcome = ProvisionOutcome::Provisioned;
     }
-    record(true)?.keep(root, files)?;
+    record(true)?.store(root, files)?;
     Ok(ProvisionReport { changes, ..ProvisionReport::new(outcome, Some(&found), Some(&wanted)) })
 }
 
 /// The tree that the package requires; `None` when it has no resources, or only junk in them.
-fn wanted(root: &RootDir, found: &Found) -> Result<Option<ResourceTree>> {
+fn read_wanted_tree(root: &RootDir, found: &Found) -> Result<Option<ResourceTree>> {
     let Some(resources) = &found.resources else { return Ok(None) };
-    let wanted = tree::wanted(&root.path(resources))?;
+    let wanted = tree::read_resources(&root.path(resources))?;
     Ok(Some(wanted).filter(|tree| !tree.entries.is_empty()))
 }
 
@@ -291,18 +291,18 @@ fn wanted(root: &RootDir, found: &Found) -> Result<Option<ResourceTree>> {
 ///
 /// # Errors
 /// As [`run`]; the next start tries again.
-pub fn boot(root: &RootDir, events: &EventLog) -> Result<ProvisionReport> {
+pub fn provision_at_start(root: &RootDir, events: &EventLog) -> Result<ProvisionReport> {
     let known = ProvisionRecord::read(root);
     if let (Some(known), Ok(Some(api))) = (known, BuiltInApi::read(root))
         && known.base_id.is_some()
         && known.base_id == base_id(root)?
-        && let Ok(found) = locate(root, &api)
+        && let Ok(found) = locate_package(root, &api)
         && found.real == known.package
         && (root.system().is_dir() || !known.resources)
     {
         return Ok(ProvisionReport::new(ProvisionOutcome::Current, Some(&found), None));
     }
-    reserve::with(root, || run(root, events))
+    reserve::with_reserve_released(root, || run(root, events))
 }
 
 /// Compares `/data/system` with the package's resources. Nothing is changed.
@@ -313,11 +313,11 @@ pub fn check(root: &RootDir) -> Result<ProvisionReport> {
     let Some(api) = BuiltInApi::read(root)? else {
         return Ok(ProvisionReport::new(ProvisionOutcome::NoApi, None, None));
     };
-    let found = locate(root, &api)?;
-    let Some(wanted) = wanted(root, &found)? else {
+    let found = locate_package(root, &api)?;
+    let Some(wanted) = read_wanted_tree(root, &found)? else {
         return Ok(ProvisionReport::new(ProvisionOutcome::NoResources, Some(&found), None));
     };
-    let present = tree::present(&root.system())?;
+    let present = tree::read_present(&root.system())?;
     let differences = tree::differences(&wanted, present.as_ref())?;
     if present.is_some() && differences.is_empty() {
         return Ok(ProvisionReport::new(ProvisionOutcome::Unchanged, Some(&found), Some(&wanted)));
@@ -328,7 +328,7 @@ pub fn check(root: &RootDir) -> Result<ProvisionReport> {
         differences.len()
     );
     for difference in differences.iter().take(LISTED) {
-        let path = match tree::shown(&difference.path) {
+        let path = match tree::escape_path(&difference.path) {
             path if path.is_empty() => "/data/system itself".to_owned(),
             path => path,
         };

@@ -122,7 +122,7 @@ fn bad(folder: &Path, why: impl std::fmt::Display) -> Refusal {
 ///
 /// # Errors
 /// `bad-resources`: an entry that no package may have. `io`.
-pub(super) fn wanted(folder: &Path) -> Result<ResourceTree> {
+pub(super) fn read_resources(folder: &Path) -> Result<ResourceTree> {
     let mut tree =
         ResourceTree { folder: folder.to_owned(), entries: BTreeMap::new(), junk: Vec::new() };
     let whole = fs::canonicalize(folder).map_err(|error| reading(folder, &error))?;
@@ -157,7 +157,7 @@ pub(super) fn wanted(folder: &Path) -> Result<ResourceTree> {
                 ResourceKind::Link(link(folder, &whole, &path)?)
             } else {
                 let what = "is neither a file, a directory nor a link";
-                return Err(bad(folder, format_args!("`{}` {what}", shown(&path))));
+                return Err(bad(folder, format_args!("`{}` {what}", escape_path(&path))));
             };
             tree.entries.insert(path, item);
             if tree.entries.len() + folders.len() > MOST_ENTRIES || bytes > MOST_BYTES {
@@ -188,7 +188,7 @@ pub(super) fn wanted(folder: &Path) -> Result<ResourceTree> {
                     folder,
                     format_args!(
                         "the link `{}` points to a file that is left out as junk",
-                        shown(path)
+                        escape_path(path)
                     ),
                 ));
             }
@@ -202,7 +202,7 @@ fn link(folder: &Path, whole: &Path, path: &Path) -> Result<PathBuf> {
     let full = folder.join(path);
     let to = fs::read_link(&full).map_err(|error| reading(&full, &error))?;
     let refused = |why: &str| {
-        let (path, to) = (shown(path), shown(&to));
+        let (path, to) = (escape_path(path), escape_path(&to));
         bad(folder, format_args!("the link `{path}` -> `{to}` {why}"))
     };
     if to.is_absolute() {
@@ -230,10 +230,10 @@ fn is_program(path: &Path, about: &Metadata) -> Result<bool> {
 ///
 /// # Errors
 /// `io`.
-pub(super) fn present(folder: &Path) -> Result<Option<ResourceTree>> {
+pub(super) fn read_present(folder: &Path) -> Result<Option<ResourceTree>> {
     let mut entries = BTreeMap::new();
     match fs::symlink_metadata(folder) {
-        Ok(about) => drop(entries.insert(PathBuf::new(), item(folder, &about)?)),
+        Ok(about) => drop(entries.insert(PathBuf::new(), read_kind(folder, &about)?)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(reading(folder, &error)),
     }
@@ -251,13 +251,13 @@ pub(super) fn present(folder: &Path) -> Result<Option<ResourceTree>> {
             if about.is_dir() {
                 waiting.push(path.clone());
             }
-            entries.insert(path, item(&full, &about)?);
+            entries.insert(path, read_kind(&full, &about)?);
         }
     }
     Ok(Some(ResourceTree { folder: folder.to_owned(), entries, junk: Vec::new() }))
 }
 
-fn item(path: &Path, about: &Metadata) -> Result<ResourceKind> {
+fn read_kind(path: &Path, about: &Metadata) -> Result<ResourceKind> {
     let mode = about.permissions().mode() & 0o7777;
     let kind = about.file_type();
     Ok(if kind.is_dir() {
@@ -302,7 +302,9 @@ pub(super) fn differences(
             (ResourceKind::File { mode: a, size }, ResourceKind::File { mode: b, size: other }) => {
                 let same = size == other
                     && match present {
-                        Some(tree) => equal(&wanted.folder.join(path), &tree.folder.join(path))?,
+                        Some(tree) => {
+                            have_equal_content(&wanted.folder.join(path), &tree.folder.join(path))?
+                        }
                         None => false,
                     };
                 if !same {
@@ -329,7 +331,7 @@ pub(super) fn differences(
 }
 
 /// Whether two files of the same length have the same bytes.
-fn equal(one: &Path, other: &Path) -> Result<bool> {
+fn have_equal_content(one: &Path, other: &Path) -> Result<bool> {
     let open = |path: &Path| File::open(path).map_err(|error| reading(path, &error));
     let (mut a, mut b) = (open(one)?, open(other)?);
     let (mut left, mut right) = (Vec::new(), Vec::new());
@@ -355,6 +357,6 @@ pub(super) fn reading(path: &Path, error: &io::Error) -> Refusal {
 }
 
 /// An untrusted path, escaped for display.
-pub(super) fn shown(path: &Path) -> String {
+pub(super) fn escape_path(path: &Path) -> String {
     path.to_string_lossy().escape_debug().to_string()
 }

@@ -18,7 +18,7 @@ const RESERVE: u64 = 1 << 20;
 ///
 /// # Errors
 /// `io`.
-pub(super) fn clear(files: &dyn FileChanges, staging: &Path) -> Result<()> {
+pub(super) fn remove_staging(files: &dyn FileChanges, staging: &Path) -> Result<()> {
     files
         .remove(staging)
         .map_err(|error| Refusal::io(format!("removing {}", staging.display()), &error))
@@ -68,7 +68,7 @@ pub(super) fn replace(
 ) -> Result<()> {
     let data = target.parent().unwrap_or(target);
     let flush = || files.sync(data).map_err(|error| failed("flushing", data, &error));
-    let exchanged = stage(files, wanted, staging).and_then(|()| {
+    let exchanged = stage_tree(files, wanted, staging).and_then(|()| {
         // The exchange must not reach the disk before the new tree's name.
         flush()?;
         let exists = std::fs::symlink_metadata(target).is_ok();
@@ -87,21 +87,23 @@ pub(super) fn replace(
     Ok(())
 }
 
-pub(super) fn failed(doing: &str, path: &Path, error: &io::Error) -> Refusal {
+pub(super) fn failed(action: &str, path: &Path, error: &io::Error) -> Refusal {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => no_space(error),
-        _ => Refusal::io(format!("{doing} {}", path.display()), error),
+        _ => Refusal::io(format!("{action} {}", path.display()), error),
     }
 }
 
-fn stage(files: &dyn FileChanges, wanted: &ResourceTree, staging: &Path) -> Result<()> {
+fn stage_tree(files: &dyn FileChanges, wanted: &ResourceTree, staging: &Path) -> Result<()> {
     let folder = |path: &Path| files.create_dir(path).map_err(|e| failed("creating", path, &e));
     folder(staging)?;
     for (path, item) in &wanted.entries {
         let to = staging.join(path);
         match item {
             ResourceKind::Folder { .. } => folder(&to)?,
-            ResourceKind::File { mode, .. } => copy(files, &wanted.folder.join(path), &to, *mode)?,
+            ResourceKind::File { mode, .. } => {
+                copy_file(files, &wanted.folder.join(path), &to, *mode)?
+            }
             ResourceKind::Link(target) => {
                 files.symlink(target, &to).map_err(|e| failed("creating", &to, &e))?;
             }
@@ -122,18 +124,18 @@ fn stage(files: &dyn FileChanges, wanted: &ResourceTree, staging: &Path) -> Resu
             .map_err(|error| failed("flushing", path, &error))?;
     }
     // The package's files may have changed while they were read.
-    let changes = tree::differences(wanted, tree::present(staging)?.as_ref())?;
+    let changes = tree::differences(wanted, tree::read_present(staging)?.as_ref())?;
     match changes.first() {
         None => Ok(()),
         Some(first) => Err(Refusal::new(
             "io",
-            format!("{} reads back differently than written", tree::shown(&first.path)),
+            format!("{} reads back differently than written", tree::escape_path(&first.path)),
             "do not change the package meanwhile; otherwise the card is failing and must be replaced",
         )),
     }
 }
 
-fn copy(files: &dyn FileChanges, from: &Path, to: &Path, mode: u32) -> Result<()> {
+fn copy_file(files: &dyn FileChanges, from: &Path, to: &Path, mode: u32) -> Result<()> {
     let mut source = File::open(from).map_err(|error| tree::reading(from, &error))?;
     files.create(to).map_err(|error| failed("creating", to, &error))?;
     let mut chunk = Vec::new();

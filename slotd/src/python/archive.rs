@@ -50,10 +50,10 @@ impl ModuleArchive {
         let tail = size.min(END as u64 + MAX_COMMENT);
         let mut bytes = vec![0; usize::try_from(tail).unwrap_or(0)];
         file.read_exact_at(&mut bytes, size - tail).map_err(failed)?;
-        let Some((offset, length)) = directory(&bytes, size - tail) else { return Ok(None) };
+        let Some((offset, length)) = find_directory(&bytes, size - tail) else { return Ok(None) };
         let mut bytes = vec![0; length];
         file.read_exact_at(&mut bytes, offset).map_err(failed)?;
-        let names = names(&bytes);
+        let names = read_names(&bytes);
         let inside = entry.strip_prefix(path).unwrap_or(Path::new("")).to_owned();
         Ok(Some(Self { path: path.to_owned(), inside, names }))
     }
@@ -75,25 +75,26 @@ impl ModuleArchive {
     }
 }
 
-fn number(bytes: &[u8], at: usize, length: usize) -> Option<u64> {
+fn read_number(bytes: &[u8], at: usize, length: usize) -> Option<u64> {
     let bytes = bytes.get(at..at.checked_add(length)?)?;
     Some(bytes.iter().rev().fold(0, |all, byte| all << 8 | u64::from(*byte)))
 }
 
 /// The position and length of the central directory, from the file's tail, which begins at `start`.
-fn directory(tail: &[u8], start: u64) -> Option<(u64, usize)> {
+fn find_directory(tail: &[u8], start: u64) -> Option<(u64, usize)> {
     let at = tail.windows(END).rposition(|window| window.starts_with(&END_SIGNATURE))?;
-    let length = number(tail, at + 12, 4)?;
+    let length = read_number(tail, at + 12, 4)?;
     // Calculated backwards from the end record: bytes before the archive shift every offset in it.
     let offset = (start + at as u64).checked_sub(length)?;
     let length = usize::try_from(length).ok().filter(|length| *length <= MAX_DIRECTORY)?;
     Some((offset, length))
 }
 
-fn names(mut bytes: &[u8]) -> BTreeSet<String> {
+fn read_names(mut bytes: &[u8]) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     while bytes.starts_with(&HEADER_SIGNATURE) {
-        let field = |at| number(bytes, at, 2).and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
+        let field =
+            |at| read_number(bytes, at, 2).and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
         let (name, extra, comment) = (field(28), field(30), field(32));
         if let Some(Ok(name)) = bytes.get(HEADER..HEADER + name).map(str::from_utf8) {
             names.insert(name.to_owned());

@@ -15,7 +15,7 @@ const MAX_FINDER: u64 = 1 << 20;
 
 /// The modules and their paths that a finder declares, if a `.pth` line installs a finder. `None` for any other
 /// line.
-pub(super) fn mapping(
+pub(super) fn parse_mapping(
     root: &RootDir,
     site: &Path,
     line: &str,
@@ -49,19 +49,19 @@ fn read(finder: &Path) -> Option<Vec<(String, PathBuf)>> {
     if table("NAMESPACES").is_some_and(|value| value != "{}") {
         return None;
     }
-    dictionary(&table("MAPPING")?)
+    parse_dictionary(&table("MAPPING")?)
 }
 
 /// Parses a dictionary of strings, as `repr` writes it.
-fn dictionary(text: &str) -> Option<Vec<(String, PathBuf)>> {
+fn parse_dictionary(text: &str) -> Option<Vec<(String, PathBuf)>> {
     let mut rest = text.strip_prefix('{')?.trim_start();
     let mut found = Vec::new();
     loop {
         if let Some(end) = rest.strip_prefix('}') {
             return end.trim().is_empty().then_some(found);
         }
-        let (key, after) = string(rest)?;
-        let (value, after) = string(after.trim_start().strip_prefix(':')?.trim_start())?;
+        let (key, after) = parse_string(rest)?;
+        let (value, after) = parse_string(after.trim_start().strip_prefix(':')?.trim_start())?;
         found.push((key, PathBuf::from(value)));
         let after = after.trim_start();
         rest = match after.strip_prefix(',') {
@@ -74,7 +74,7 @@ fn dictionary(text: &str) -> Option<Vec<(String, PathBuf)>> {
 
 /// Parses a string literal, and returns it with the rest. Only escaped quotes and backslashes are accepted:
 /// `repr` writes other escapes only for names that no module has.
-fn string(text: &str) -> Option<(String, &str)> {
+fn parse_string(text: &str) -> Option<(String, &str)> {
     let quote = text.chars().next().filter(|c| matches!(c, '\'' | '"'))?;
     let mut value = String::new();
     let mut characters = text.char_indices().skip(1);
@@ -116,9 +116,9 @@ mod tests {
     #[test]
     fn only_a_plain_table_is_read() {
         let pair = |key: &str, value: &str| (key.to_owned(), PathBuf::from(value));
-        assert_eq!(dictionary("{}").unwrap(), []);
+        assert_eq!(parse_dictionary("{}").unwrap(), []);
         assert_eq!(
-            dictionary("{'a': '/x', \"b\": '/it\\'s',}").unwrap(),
+            parse_dictionary("{'a': '/x', \"b\": '/it\\'s',}").unwrap(),
             [pair("a", "/x"), pair("b", "/it's")]
         );
         for bad in [
@@ -130,7 +130,7 @@ mod tests {
             "[]",
             "{'a': '/x' 'b'}",
         ] {
-            assert_eq!(dictionary(bad), None, "{bad}");
+            assert_eq!(parse_dictionary(bad), None, "{bad}");
         }
     }
 }

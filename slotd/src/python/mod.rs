@@ -163,7 +163,7 @@ fn in_entry(
         return Ok(None);
     }
     // The listing decides, not opening the name: a file system may be case-insensitive.
-    let names = listing(&root.path(entry))?;
+    let names = list_names(&root.path(entry))?;
     let suffixes = python.suffixes();
     let base = entry.join(name);
     let mut namespace = false;
@@ -188,7 +188,7 @@ fn in_entry(
 
 /// The names in a directory; names that are not UTF-8 cannot be modules. A missing or inaccessible directory is
 /// treated as empty, as in Python.
-fn listing(folder: &Path) -> Result<BTreeSet<String>> {
+fn list_names(folder: &Path) -> Result<BTreeSet<String>> {
     let passed =
         [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied, io::ErrorKind::NotADirectory];
     let failed = |error| Refusal::io(format!("reading {}", folder.display()), &error);

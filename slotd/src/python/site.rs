@@ -30,14 +30,14 @@ impl SearchPath {
         let mut known = BTreeSet::new();
         for entry in entries {
             if let PathEntryOrigin::Plain(folder) = entry {
-                path.add(absolute(folder), &mut known);
+                path.add(absolute_path(folder), &mut known);
             }
         }
         for entry in entries {
             if let PathEntryOrigin::Site(folder) = entry
                 && root.path(folder).is_dir()
             {
-                path.site(root, python, &absolute(folder), &mut known);
+                path.site(root, python, &absolute_path(folder), &mut known);
             }
         }
         path
@@ -112,7 +112,7 @@ impl SearchPath {
             }
             // `rstrip` removes only trailing blanks: an `import` alone is a path.
             if line.starts_with("import ") || line.starts_with("import\t") {
-                match editable::mapping(root, folder, line) {
+                match editable::parse_mapping(root, folder, line) {
                     Some(Ok(modules)) => self.editable.extend(modules),
                     Some(Err(what)) => self.note(&file, number, what),
                     None => {
@@ -126,7 +126,7 @@ impl SearchPath {
                 continue;
             }
             // Python skips paths that do not exist; a name with a NUL never exists.
-            let entry = absolute(&folder.join(line));
+            let entry = absolute_path(&folder.join(line));
             if !line.contains('\0') && root.path(&entry).exists() {
                 self.add(entry, known);
             }
@@ -140,7 +140,7 @@ fn is_space(c: char) -> bool {
 }
 
 /// `os.path.abspath` for a process with the working directory `/`: lexical, without resolving links.
-fn absolute(path: &Path) -> PathBuf {
+fn absolute_path(path: &Path) -> PathBuf {
     let mut result = PathBuf::from("/");
     for part in path.components() {
         match part {

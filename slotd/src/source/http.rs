@@ -98,7 +98,7 @@ impl HttpStream {
     /// As [`HttpStream::open`].
     pub fn open_with(address: &str, root: &RootDir, limits: PaceLimits) -> Result<Self> {
         let config = Agent::config_builder()
-            .tls_config(tls::config(root)?)
+            .tls_config(tls::tls_config(root)?)
             .timeout_connect(Some(PATIENCE))
             .timeout_recv_response(Some(PATIENCE))
             .timeout_per_read(Some(PATIENCE))
@@ -126,10 +126,10 @@ impl HttpStream {
         match http.connect() {
             Ok(()) => Ok(http),
             Err(Failure::Passing(error) | Failure::Final(error)) => {
-                let doing = format!("reading {address}");
-                Err(tls::refusal(&doing, &error).unwrap_or_else(|| {
+                let action = format!("reading {address}");
+                Err(tls::refusal(&action, &error).unwrap_or_else(|| {
                     let help = "check the address and the network";
-                    Refusal::new("source", format!("{doing}: {error}"), help)
+                    Refusal::new("source", format!("{action}: {error}"), help)
                 }))
             }
         }
@@ -163,7 +163,7 @@ impl HttpStream {
                     to.escape_debug()
                 )));
             }
-            if let Some(distrust) = tls::distrust(&error) {
+            if let Some(distrust) = tls::distrust_error(&error) {
                 return Failure::Final(distrust);
             }
             let passing = matches!(

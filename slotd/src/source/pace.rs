@@ -158,8 +158,8 @@ mod tests {
         let limits = PaceLimits { slowest: 1000, grace: Duration::from_millis(300) };
         // No data, and the other end stays open.
         let (_silent, input) = UnixStream::pair().unwrap();
-        let mut said = Vec::new();
-        let error = PacedStream::new(input, limits).read_to_end(&mut said).unwrap_err();
+        let mut bytes = Vec::new();
+        let error = PacedStream::new(input, limits).read_to_end(&mut bytes).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
         // A byte now and then, at intervals shorter than the grace time.
         let (mut dribbling, input) = UnixStream::pair().unwrap();
@@ -168,7 +168,7 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(50));
             }
         });
-        let error = PacedStream::new(input, limits).read_to_end(&mut said).unwrap_err();
+        let error = PacedStream::new(input, limits).read_to_end(&mut bytes).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
         dribbles.join().unwrap();
         // The time of the robot's own work does not count as a delay.

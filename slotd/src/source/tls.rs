@@ -20,7 +20,7 @@ const AUTHORITIES: [&str; 2] = ["etc/slotd/ca.d", "data/identity/ca.d"];
 ///
 /// # Errors
 /// `bad-certificate`: a file is invalid. `io`.
-pub(super) fn config(root: &RootDir) -> Result<TlsConfig> {
+pub(super) fn tls_config(root: &RootDir) -> Result<TlsConfig> {
     let mut known = Vec::new();
     for folder in AUTHORITIES {
         let folder = root.path(folder);
@@ -75,7 +75,7 @@ impl fmt::Display for Distrust {
 impl std::error::Error for Distrust {}
 
 /// The error of a request, if the server's certificate is not trusted.
-pub(super) fn distrust(error: &ureq::Error) -> Option<io::Error> {
+pub(super) fn distrust_error(error: &ureq::Error) -> Option<io::Error> {
     let error = match error {
         ureq::Error::Rustls(error) => error,
         ureq::Error::Io(error) => error.get_ref()?.downcast_ref::<rustls::Error>()?,
@@ -112,7 +112,7 @@ pub(super) fn distrust(error: &ureq::Error) -> Option<io::Error> {
 }
 
 /// The refusal, if the error is that a server's certificate is not trusted.
-pub(crate) fn refusal(doing: &str, error: &io::Error) -> Option<Refusal> {
+pub(crate) fn refusal(action: &str, error: &io::Error) -> Option<Refusal> {
     let distrust = error.get_ref()?.downcast_ref::<Distrust>()?;
-    Some(Refusal::new("bad-certificate", format!("{doing}: {distrust}"), distrust.help))
+    Some(Refusal::new("bad-certificate", format!("{action}: {distrust}"), distrust.help))
 }

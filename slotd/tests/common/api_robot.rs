@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use slotd::RootDir;
 use slotd::events::EventLog;
-use slotd::provision::{ProvisionOutcome, ProvisionReport, boot, run};
+use slotd::provision::{ProvisionOutcome, ProvisionReport, provision_at_start, run};
 
 use crate::crash::{Snapshot, snapshot};
 
@@ -73,7 +73,7 @@ impl Robot {
     }
 
     pub fn boot(&self) -> slotd::Result<ProvisionOutcome> {
-        boot(&self.root(), &EventLog::new(&self.root())).map(|done| done.outcome)
+        provision_at_start(&self.root(), &EventLog::new(&self.root())).map(|done| done.outcome)
     }
 
     pub fn system(&self) -> Snapshot {

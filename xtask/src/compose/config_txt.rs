@@ -116,7 +116,7 @@ pub fn check(
 /// that apply when the firmware itself is selected.
 fn named(settings: &[ConfigSetting], first: &[ConfigSetting]) -> Vec<(&'static str, String)> {
     let last = |key: &str| {
-        let value = config::last(settings, key).map(|setting| setting.value.as_str());
+        let value = config::last_value(settings, key).map(|setting| setting.value.as_str());
         value.filter(|value| !value.is_empty())
     };
     let mut files = Vec::new();
@@ -128,7 +128,7 @@ fn named(settings: &[ConfigSetting], first: &[ConfigSetting]) -> Vec<(&'static s
     }
     files.extend(last("armstub").map(|name| ("armstub", name.to_owned())));
     for key in ["start_file", "fixup_file"] {
-        let value = config::last(first, key).map(|setting| setting.value.clone());
+        let value = config::last_value(first, key).map(|setting| setting.value.clone());
         files.extend(value.filter(|value| !value.is_empty()).map(|value| (key, value)));
     }
     for setting in settings {

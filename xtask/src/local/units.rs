@@ -491,7 +491,7 @@ fn addresses(root: &Utf8Path) -> Result<Vec<HttpCheck>> {
     for name in listing(&folder)?.into_iter().filter(|name| name.ends_with(".toml")) {
         let path = folder.join(name);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-        found.extend(HealthFile::address(&text).with_context(|| format!("reading {path}"))?);
+        found.extend(HealthFile::parse_address(&text).with_context(|| format!("reading {path}"))?);
     }
     Ok(found)
 }
