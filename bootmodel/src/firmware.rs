@@ -12,7 +12,7 @@ use std::cell::Cell;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use crate::chain;
-use crate::chain::config::{ConfigFilters, last_value, settings};
+use crate::chain::config::{ConfigFilters, last_value, read_settings};
 
 /// A disk that is only read.
 pub trait ReadOnlyDisk {
@@ -100,7 +100,7 @@ pub fn select<D: ReadOnlyDisk + ?Sized>(
     restart: RestartFlags,
 ) -> Result<FirmwareStart, String> {
     let disk: &dyn ReadOnlyDisk = &disk;
-    let partitions = partitions(disk, firmware.table)?;
+    let partitions = read_partitions(disk, firmware.table)?;
     let mut wanted = restart.partition;
     let mut a_b = false;
     // A: the file is in the first FAT partition, and has at most 512 bytes.
@@ -111,7 +111,7 @@ pub fn select<D: ReadOnlyDisk + ?Sized>(
         let text = text.get(..512).unwrap_or(&text);
         let filters =
             ConfigFilters { models: None, tryboot: Some(restart.tryboot), sections: true };
-        let settings = settings(text, filters);
+        let settings = read_settings(text, filters);
         let value = |key: &str| last_value(&settings, key).map(|setting| setting.value.clone());
         a_b = value("tryboot_a_b").as_deref() == Some("1") && firmware.knows_a_b;
         // A: unless the restart has already named a partition.
@@ -144,7 +144,7 @@ pub fn select<D: ReadOnlyDisk + ?Sized>(
     let models = [format!("pi{}", firmware.generation)];
     let filters =
         ConfigFilters { models: Some(&models), tryboot: Some(restart.tryboot), sections: true };
-    let settings = settings(&text, filters);
+    let settings = read_settings(&text, filters);
     let value = |key: &str| last_value(&settings, key).map(|setting| setting.value.clone());
     let kernel = value("kernel").unwrap_or_else(|| "kernel8.img".to_owned());
     let initramfs = value("initramfs");
@@ -174,11 +174,11 @@ pub(crate) struct TablePartition {
 }
 
 /// The partitions that this release sees.
-fn partitions(
+fn read_partitions(
     disk: &dyn ReadOnlyDisk,
     table: PreferredTable,
 ) -> Result<Vec<TablePartition>, String> {
-    let (records, gpt, partitions) = chain::table::partitions(disk)?;
+    let (records, gpt, partitions) = chain::table::read_partitions(disk)?;
     if gpt.is_some() && table == PreferredTable::Gpt {
         return Ok(partitions);
     }

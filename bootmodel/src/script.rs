@@ -1,6 +1,6 @@
 //! `board/common/boot.scr.j2` as a pure function: which slot it starts and what it writes before the start.
 
-use bundle::bootstate::{BootState, SECTOR, Slot, newest};
+use bundle::bootstate::{BootState, SECTOR, Slot, find_newest};
 
 /// The two copies of the boot state.
 pub type BootStateCopies = [[u8; SECTOR]; 2];
@@ -44,7 +44,7 @@ pub fn run(
     card: WriteBehavior,
 ) -> ScriptRun {
     let mut state = Writer { copies: *copies, writes: Vec::new(), card };
-    let Some((counts, known)) = newest(copies.iter().map(<[u8; SECTOR]>::as_slice)) else {
+    let Some((counts, known)) = find_newest(copies.iter().map(<[u8; SECTOR]>::as_slice)) else {
         return state.end(start_committed(Slot::A, None, loads));
     };
     let armed = known.trial.filter(|trial| *trial != known.active);

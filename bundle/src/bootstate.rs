@@ -143,7 +143,7 @@ impl BootState {
 
 /// The copy that is used, and its index: the valid one with the highest sequence number, or the first
 /// of two equal ones. `None` when no copy is valid.
-pub fn newest<'a>(copies: impl IntoIterator<Item = &'a [u8]>) -> Option<(usize, BootState)> {
+pub fn find_newest<'a>(copies: impl IntoIterator<Item = &'a [u8]>) -> Option<(usize, BootState)> {
     let mut best: Option<(usize, BootState)> = None;
     for (index, copy) in copies.into_iter().enumerate() {
         let Ok(state) = BootState::decode(copy) else { continue };
@@ -216,7 +216,7 @@ mod tests {
     fn the_newest_valid_copy_counts() {
         let (old, new) = (state(9, Slot::A).encode(), state(0x10, Slot::B).encode());
         let torn = [0xff; SECTOR];
-        let pick = |a: &[u8], b: &[u8]| newest([a, b]).map(|(i, s)| (i, s.active));
+        let pick = |a: &[u8], b: &[u8]| find_newest([a, b]).map(|(i, s)| (i, s.active));
         assert_eq!(pick(&old, &new), Some((1, Slot::B)));
         assert_eq!(pick(&new, &old), Some((0, Slot::B)));
         assert_eq!(pick(&old, &torn), Some((0, Slot::A)));

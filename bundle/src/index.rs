@@ -48,7 +48,7 @@ pub fn truncate_hash(hash: &Sha256Hash) -> BlockHash {
 }
 
 /// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
+pub fn to_hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 

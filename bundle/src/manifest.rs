@@ -68,7 +68,7 @@ impl Version {
             Some((core, pre)) => (core, Some(pre)),
             None => (text, None),
         };
-        let mut parts = core.split('.').map(number);
+        let mut parts = core.split('.').map(parse_number);
         let mut next = || parts.next().flatten().ok_or_else(bad);
         let numbers = [next()?, next()?, next()?];
         if parts.next().is_some() {
@@ -79,7 +79,7 @@ impl Version {
                 !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
             let digits = part.bytes().all(|b| b.is_ascii_digit());
             match (ok, digits) {
-                (true, true) => number(part).map(Pre::Number),
+                (true, true) => parse_number(part).map(Pre::Number),
                 (true, false) => Some(Pre::Word(part.to_owned())),
                 (false, _) => None,
             }
@@ -98,7 +98,7 @@ impl Version {
 }
 
 /// Digits without a leading zero.
-fn number(text: &str) -> Option<u64> {
+fn parse_number(text: &str) -> Option<u64> {
     let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     if !digits || (text.len() > 1 && text.starts_with('0')) {
         return None;

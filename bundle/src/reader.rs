@@ -147,7 +147,7 @@ impl<I: BundleInput> BundleReader<I> {
         seen.extend(files.into_iter().map(|(name, _)| name));
         Ok(Self {
             input,
-            manifest_sha256: index::hex(&index::sha256(&json)),
+            manifest_sha256: index::to_hex(&index::sha256(&json)),
             manifest,
             signed_by,
             pending: Some(pending),
@@ -237,7 +237,7 @@ impl<I: BundleInput> BundleReader<I> {
         self.expect(&member, payload.index.size)?;
         let bytes = read_exact(&mut self.input, payload.index.size, &member)?;
         read_padding(&mut self.input, payload.index.size)?;
-        if index::hex(&index::sha256(&bytes)) != payload.index.sha256 {
+        if index::to_hex(&index::sha256(&bytes)) != payload.index.sha256 {
             return Err(Error::WrongHash { what: member });
         }
         let index = Arc::new(BlockIndex::parse(&bytes, &payload)?);

@@ -15,7 +15,7 @@ pub const TRAILER: usize = 2 * RECORD;
 ///
 /// # Errors
 /// When the name or the size does not fit into the header.
-pub fn header(name: &str, size: u64) -> Result<[u8; RECORD]> {
+pub fn encode_header(name: &str, size: u64) -> Result<[u8; RECORD]> {
     if size > crate::MAX_DATA {
         return Err(Error::BadLength {
             what: format!("the member `{name}`"),
@@ -61,7 +61,7 @@ pub struct TarMember {
 /// Reads a header; `None` for a record of zeros, which ends the archive.
 ///
 /// # Errors
-/// When the header differs in any byte from the one that [`header`] makes.
+/// When the header differs in any byte from the one that [`encode_header`] makes.
 pub fn parse(bytes: &[u8; RECORD]) -> Result<Option<TarMember>> {
     if bytes.iter().all(|b| *b == 0) {
         return Ok(None);
@@ -84,7 +84,7 @@ pub fn parse(bytes: &[u8; RECORD]) -> Result<Option<TarMember>> {
             }
         }
     }
-    let canonical = header(&name, size)?;
+    let canonical = encode_header(&name, size)?;
     match canonical.iter().zip(bytes).position(|(a, b)| a != b) {
         None => Ok(Some(TarMember { name, size })),
         Some(at) => Err(Error::BadHeader {

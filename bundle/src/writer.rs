@@ -72,7 +72,7 @@ impl CompressedPayload {
             block_size: BLOCK_SIZE as u64,
             index: IndexRecord {
                 size: self.index.len() as u64,
-                sha256: index::hex(&index::sha256(&self.index)),
+                sha256: index::to_hex(&index::sha256(&self.index)),
             },
             data: DataRecord { size: self.data_size },
         }
@@ -384,7 +384,7 @@ pub fn write_archive(
                 reason: format!("{component}/{} has no data", payload.role),
             });
         };
-        if index::hex(&index::sha256(index)) != payload.index.sha256 {
+        if index::to_hex(&index::sha256(index)) != payload.index.sha256 {
             return Err(Error::Misuse {
                 reason: format!(
                     "the index of {component}/{} does not match its hash in the manifest",
@@ -394,7 +394,7 @@ pub fn write_archive(
         }
         write_member(out, &format!("{component}/{}.index", payload.role), index)?;
         let name = format!("{component}/{}.zst", payload.role);
-        out.write_all(&ustar::header(&name, payload.data.size)?)?;
+        out.write_all(&ustar::encode_header(&name, payload.data.size)?)?;
         copy_exactly(data, out, payload.data.size, &name)?;
         write_zeros(out, ustar::padding(payload.data.size))?;
     }
@@ -438,7 +438,7 @@ fn write_signature(out: &mut dyn Write, name: &str, signature: &SignatureFile) -
 }
 
 fn write_member(out: &mut dyn Write, name: &str, content: &[u8]) -> Result<()> {
-    out.write_all(&ustar::header(name, content.len() as u64)?)?;
+    out.write_all(&ustar::encode_header(name, content.len() as u64)?)?;
     out.write_all(content)?;
     write_zeros(out, ustar::padding(content.len() as u64))
 }

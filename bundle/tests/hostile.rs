@@ -339,7 +339,7 @@ fn a_member_above_four_gibibytes_is_passed_over_to_its_end() {
     let payload = &mut described.manifest.components[0].payloads[0];
     payload.size = size;
     payload.index.size = index.len() as u64;
-    payload.index.sha256 = bundle::index::hex(&bundle::index::sha256(&index));
+    payload.index.sha256 = bundle::index::to_hex(&bundle::index::sha256(&index));
     payload.data.size = u64::from(FRAMES) * u64::from(stored);
     assert!(payload.data.size > 1 << 32);
     let json = described.manifest.to_json().unwrap();

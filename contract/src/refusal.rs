@@ -195,7 +195,7 @@ impl Refusal {
     }
 
     /// What the refusal concerns; [`RefusalKind::Robot`] for an unknown code.
-    pub fn matter(&self) -> RefusalKind {
+    pub fn kind(&self) -> RefusalKind {
         let known = CODES.iter().find(|(code, _, _)| self.code == *code);
         known.map_or(RefusalKind::Robot, |(_, matter, _)| *matter)
     }

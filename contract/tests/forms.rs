@@ -145,7 +145,7 @@ fn an_answer_of_a_later_agent_is_understood() {
         json!({ "code": "held", "message": "m", "help": "h", "holder": "api" }),
     )
     .unwrap();
-    assert_eq!((refusal.code.as_ref(), refusal.matter() as u8), ("held", 1));
+    assert_eq!((refusal.code.as_ref(), refusal.kind() as u8), ("held", 1));
 }
 
 #[test]

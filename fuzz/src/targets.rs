@@ -59,7 +59,7 @@ pub fn boot_state(data: &[u8]) {
             assert_eq!(BootState::decode(&state.encode()), Ok(state));
         }
     }
-    let newest = bootstate::newest(copies.iter().copied());
+    let newest = bootstate::find_newest(copies.iter().copied());
     let valid = copies.iter().filter_map(|copy| BootState::decode(copy).ok());
     let highest = valid.map(|state| state.sequence).max();
     assert_eq!(newest.map(|(_, state)| state.sequence), highest);

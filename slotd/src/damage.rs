@@ -27,7 +27,7 @@ impl DamagedFile {
     ///
     /// # Errors
     /// When `data` fails.
-    pub fn heal(&self) -> io::Result<()> {
+    pub fn remove(&self) -> io::Result<()> {
         durable::remove(&self.path)
     }
 }

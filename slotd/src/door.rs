@@ -103,14 +103,14 @@ impl UpdateRequest {
             _ => return Err(not_offered(line)),
         };
         let typed = Self { verb, json };
-        match policy::is_allowed(CallerRights::Update, &typed.asked()) {
+        match policy::is_allowed(CallerRights::Update, &typed.to_agent_request()) {
             true => Ok(typed),
             false => Err(not_offered(line)),
         }
     }
 
     /// What the lobby is asked for.
-    fn asked(&self) -> lobby::AgentRequest {
+    fn to_agent_request(&self) -> lobby::AgentRequest {
         let source = || "-".to_owned();
         match &self.verb {
             UpdateVerb::Status => lobby::AgentRequest::Status,
@@ -128,12 +128,12 @@ impl UpdateRequest {
     }
 
     /// Whether a bundle follows.
-    fn streams(&self) -> bool {
+    fn expects_bundle(&self) -> bool {
         matches!(self.verb, UpdateVerb::Verify | UpdateVerb::Install { .. })
     }
 
     /// The arguments for the agent.
-    fn words(&self) -> Vec<String> {
+    fn arguments(&self) -> Vec<String> {
         let mut words: Vec<String> = match &self.verb {
             UpdateVerb::Status => vec!["status".into()],
             UpdateVerb::Health => vec!["health".into()],
@@ -167,11 +167,11 @@ pub fn run_client(root: &RootDir, line: &str) -> Result<u8> {
     // The server may have refused and closed already: its answer says why.
     drop(stream.write_all(&text));
     let upload = stream.try_clone().map_err(failed)?;
-    let streams = request.streams();
+    let expects_bundle = request.expects_bundle();
     // This thread ends with the process: a server that has answered reads no more.
     std::thread::spawn(move || {
         let mut upload = upload;
-        if streams {
+        if expects_bundle {
             // The server's answer says what is missing.
             drop(io::copy(&mut io::stdin().lock(), &mut upload));
         }
@@ -200,7 +200,7 @@ fn print_answer(stream: &mut impl Read) -> io::Result<u8> {
         }
         let mut bytes = vec![0; length];
         stream.read_exact(&mut bytes)?;
-        match (Kind::of(kind), bytes.as_slice()) {
+        match (Kind::from_byte(kind), bytes.as_slice()) {
             (Some(Kind::Out), bytes) => io::stdout().write_all(bytes)?,
             (Some(Kind::Err), bytes) => io::stderr().write_all(bytes)?,
             (Some(Kind::End), [code]) => return Ok(*code),
@@ -218,7 +218,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn of(byte: u8) -> Option<Self> {
+    fn from_byte(byte: u8) -> Option<Self> {
         [Self::Out, Self::Err, Self::End].into_iter().find(|kind| *kind as u8 == byte)
     }
 }
@@ -282,13 +282,13 @@ pub fn run_server(root: &RootDir, prefix: &Path) -> Result<()> {
         .and_then(|uid| {
             let request = read_request(&stream)?;
             let caller = Caller { uid, ..lobby::this_process(root, CallerRights::Update) };
-            lobby::authorise(&caller, &request.asked()).map(|()| request)
+            lobby::authorise(&caller, &request.to_agent_request()).map(|()| request)
         })
         .and_then(|request| run(&request, prefix, &stream, &answers).map_err(failed));
     let code = done.unwrap_or_else(|refusal| {
         let text = serde_json::json!({ "refused": refusal }).to_string() + "\n";
         send_frame(&answers, Kind::Out, text.as_bytes());
-        refusal.matter() as u8
+        refusal.kind() as u8
     });
     send_frame(&answers, Kind::End, &[code]);
     Ok(())
@@ -355,7 +355,7 @@ fn run(
         .arg(prefix)
         // What it runs as is root; what it may do is what the user may.
         .arg("--as-update")
-        .args(request.words())
+        .args(request.arguments())
         .stdin(Stdio::from(input))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -398,7 +398,7 @@ mod tests {
             ("slotd health", "health --format text"),
         ] {
             let request = UpdateRequest::parse(line).unwrap();
-            assert_eq!(request.words().join(" "), expected);
+            assert_eq!(request.arguments().join(" "), expected);
             let text = serde_json::to_vec(&request).unwrap();
             assert!(text.len() < LONGEST, "{}", text.len());
             assert_eq!(serde_json::from_slice::<UpdateRequest>(&text).unwrap(), request);

@@ -61,7 +61,7 @@ impl EventLog {
     fn append(&self, event: &str, details: &Value) -> io::Result<()> {
         let _lock = {
             let mut patience = self.patience.lock().unwrap_or_else(PoisonError::into_inner);
-            ProcessLock::wait(&self.root, LockScope::Log, &mut patience)?
+            ProcessLock::acquire_within(&self.root, LockScope::Log, &mut patience)?
         };
         private_dir(&self.root.state())?;
         fs::create_dir_all(&self.folder)?;

@@ -74,7 +74,11 @@ impl ProcessLock {
     ///
     /// # Errors
     /// `WouldBlock`: another process held it all that time. When `/run` fails.
-    pub fn wait(root: &RootDir, scope: LockScope, patience: &mut Duration) -> io::Result<Self> {
+    pub fn acquire_within(
+        root: &RootDir,
+        scope: LockScope,
+        patience: &mut Duration,
+    ) -> io::Result<Self> {
         let file = open_lock_file(root, scope)?;
         let started = Instant::now();
         loop {

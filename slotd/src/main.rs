@@ -23,12 +23,12 @@ fn main() -> ExitCode {
     let rights = if cli.as_update { CallerRights::Update } else { CallerRights::All };
     let caller = lobby::this_process(&root, rights);
     match &cli.verb {
-        CliVerb::Door { serve } => return door(&cli, *serve),
-        CliVerb::Work { caller, install } => return work(&root, caller, &install.request()),
+        CliVerb::Door { serve } => return run_door(&cli, *serve),
+        CliVerb::Work { caller, install } => return run_job(&root, caller, &install.request()),
         _ => {}
     }
-    match answer(&cli, &root, &caller) {
-        Ok(answer) => match show(&cli, &answer) {
+    match get_answer(&cli, &root, &caller) {
+        Ok(answer) => match print_answer(&cli, &answer) {
             Ok(()) => ExitCode::SUCCESS,
             // Standard output is closed; the work is done.
             Err(_) => ExitCode::from(1),
@@ -42,13 +42,13 @@ fn main() -> ExitCode {
             };
             // The exit code says it too.
             drop(printed);
-            ExitCode::from(refusal.matter() as u8)
+            ExitCode::from(refusal.kind() as u8)
         }
     }
 }
 
 /// A job, for the process that waits for it.
-fn work(root: &RootDir, caller: &str, request: &AgentRequest) -> ExitCode {
+fn run_job(root: &RootDir, caller: &str, request: &AgentRequest) -> ExitCode {
     match serde_json::from_str::<Caller>(caller) {
         Ok(caller) => ExitCode::from(detached::run_job(root, &caller, request)),
         // As for anything that is mistyped.
@@ -57,7 +57,7 @@ fn work(root: &RootDir, caller: &str, request: &AgentRequest) -> ExitCode {
 }
 
 /// The update user's door, whose answers are the agent's own bytes.
-fn door(cli: &AgentCli, serve: bool) -> ExitCode {
+fn run_door(cli: &AgentCli, serve: bool) -> ExitCode {
     let root = RootDir::new(&cli.root);
     let line = std::env::var("SSH_ORIGINAL_COMMAND").unwrap_or_default();
     let done = match serve {
@@ -71,14 +71,14 @@ fn door(cli: &AgentCli, serve: bool) -> ExitCode {
                 .and_then(|()| writeln!(std::io::stderr(), "slotd: {}", refusal.in_full()));
             // The exit code says it too.
             drop(printed);
-            ExitCode::from(refusal.matter() as u8)
+            ExitCode::from(refusal.kind() as u8)
         },
         ExitCode::from,
     )
 }
 
 /// Makes the request and gets its answer: in this process, or from a job that continues without it.
-fn answer(cli: &AgentCli, root: &RootDir, caller: &Caller) -> Result<AgentResponse> {
+fn get_answer(cli: &AgentCli, root: &RootDir, caller: &Caller) -> Result<AgentResponse> {
     let progress = ProgressLines::new(cli.format);
     let watcher = |at| progress.show(at);
     match &cli.verb {
@@ -100,7 +100,7 @@ fn answer(cli: &AgentCli, root: &RootDir, caller: &Caller) -> Result<AgentRespon
 }
 
 /// Prints an answer in the form that was asked for.
-fn show(cli: &AgentCli, answer: &AgentResponse) -> std::io::Result<()> {
+fn print_answer(cli: &AgentCli, answer: &AgentResponse) -> std::io::Result<()> {
     let mut out = std::io::stdout();
     match cli.format {
         // The archive itself was the answer.

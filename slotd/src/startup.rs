@@ -45,7 +45,9 @@ pub fn prepare(root: &RootDir) -> Result<PreparedData> {
     let result = reserve::with_reserve_released(root, || prepare_all(root));
     reserve::fill_reserve(root);
     match &result {
-        Ok(done) if done.applied != ChangeOutcome::default() || !quiet(&done.migrated) => {
+        Ok(done)
+            if done.applied != ChangeOutcome::default() || !is_unremarkable(&done.migrated) =>
+        {
             EventLog::new(root).add("data-prepared", json!(done));
         }
         Ok(_) => {}
@@ -59,7 +61,7 @@ pub fn prepare(root: &RootDir) -> Result<PreparedData> {
     result
 }
 
-fn quiet(migrated: &MigrationOutcome) -> bool {
+fn is_unremarkable(migrated: &MigrationOutcome) -> bool {
     matches!(migrated, MigrationOutcome::Unchanged | MigrationOutcome::New)
 }
 

@@ -93,7 +93,7 @@ pub(crate) fn store_requirements(robot: &RobotContext<'_>) {
 /// Removes damaged files that can be created again.
 pub(crate) fn remove_damaged(robot: &RobotContext<'_>) {
     for damage in damage::find_damaged(robot.root) {
-        if let Err(error) = damage.heal() {
+        if let Err(error) = damage.remove() {
             robot.events.add("not-recorded", json!({ "error": error.to_string() }));
         }
     }

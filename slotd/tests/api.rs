@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bundle::component::{BaseRequirement, ComponentLock, ComponentWheel, LOCK_ROLE};
-use bundle::index::{hex, sha256};
+use bundle::index::{sha256, to_hex};
 use common::wheels::{Draft, api, base, robot, trees};
 use common::{Robot, new_system, write};
 use serde_json::Value;
@@ -357,7 +357,7 @@ fn nothing_of_a_hostile_tree_is_taken() {
         let mut draft = Draft::new(&trees("10.1.0", "fine"));
         let (files, bytes) = (if what == "too many" { 1 } else { 2 }, 100.min(tar.len() as u64));
         let claim = ComponentWheel {
-            tree: hex(&sha256(&tar)),
+            tree: to_hex(&sha256(&tar)),
             size: tar.len() as u64,
             files,
             bytes,

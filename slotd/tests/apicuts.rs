@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use bundle::SeekableInput;
 use bundle::component::LOCK_ROLE;
-use bundle::index::{hex, sha256};
+use bundle::index::{sha256, to_hex};
 use common::Robot;
 use common::wheels::{Draft, base, trees};
 use crash::{Recorder, Snapshot, State, snapshot};
@@ -67,7 +67,7 @@ fn folder(version: &str) -> (String, Snapshot) {
     let parents: BTreeSet<PathBuf> =
         tree.keys().flat_map(|path| path.ancestors().skip(1)).map(Path::to_owned).collect();
     tree.extend(parents.into_iter().map(|path| (path, "755 folder".to_owned())));
-    (format!("{version}-{}", &hex(&sha256(&json))[..8]), tree)
+    (format!("{version}-{}", &to_hex(&sha256(&json))[..8]), tree)
 }
 
 /// A robot that has started once, and has these versions installed, the last one serving.

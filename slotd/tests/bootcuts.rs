@@ -10,7 +10,7 @@ mod card;
 use std::collections::{BTreeSet, VecDeque};
 
 use bootmodel::script::{self, BootStateCopies, StartedKernel, WriteBehavior};
-use bundle::bootstate::{BootState, SECTOR, Slot, newest};
+use bundle::bootstate::{BootState, SECTOR, Slot, find_newest};
 use card::{Content, Op, Place};
 use slotd::boot::{BootControl, Uboot};
 use slotd::device::other_slot;
@@ -96,7 +96,7 @@ fn torn(old: &[u8; SECTOR], new: &[u8; SECTOR]) -> BTreeSet<[u8; SECTOR]> {
 }
 
 fn counts(copies: &BootStateCopies) -> Option<(usize, BootState)> {
-    newest(copies.iter().map(<[u8; SECTOR]>::as_slice))
+    find_newest(copies.iter().map(<[u8; SECTOR]>::as_slice))
 }
 
 /// The slot that runs when no more trial is started.

@@ -5,7 +5,7 @@ mod common;
 
 use std::io::Cursor;
 
-use bundle::bootstate::{BootState, Slot, newest};
+use bundle::bootstate::{BootState, Slot, find_newest};
 use bundle::{SeekableInput, StreamInput};
 use common::bundles::{TestKey, mixed, noise, parts};
 use common::card::{Card, Content, ERASE, Moment, Op, Part, Place, Sectors, after_cut, starts};
@@ -86,7 +86,7 @@ fn place(slot: Slot) -> usize {
 
 fn boot_state(content: &Content) -> BootState {
     let copies = SECTORS.map(|sector| &content[0][sector as usize * 512..][..512]);
-    newest(copies).expect("one copy of the boot state is always whole").1
+    find_newest(copies).expect("one copy of the boot state is always whole").1
 }
 
 /// The sector with a file system's magic number: ext4's third, if the first is empty; else FAT's first.

@@ -194,7 +194,7 @@ fn two_agents_never_have_one_lock() {
     assert!(refused.message.contains("`slotd commit` cannot start"), "{refused}");
     assert!(refused.message.contains("(install, process "), "{refused}");
     let mut patience = Duration::from_millis(50);
-    assert!(ProcessLock::wait(&root, LockScope::Slots, &mut patience).is_err());
+    assert!(ProcessLock::acquire_within(&root, LockScope::Slots, &mut patience).is_err());
     // A different lock is free.
     ProcessLock::acquire(&root, LockScope::Provision, "provision").unwrap();
     drop(first);

@@ -156,7 +156,7 @@ impl CardContent {
     /// # Errors
     /// When a table or a slot cannot be read, or no slot has a system.
     pub fn read(disk: Rc<dyn ReadOnlyDisk>) -> Result<Self, String> {
-        let (records, gpt, partitions) = super::table::partitions(disk.as_ref())?;
+        let (records, gpt, partitions) = super::table::read_partitions(disk.as_ref())?;
         let mut card = Self {
             records,
             gpt,
@@ -177,16 +177,16 @@ impl CardContent {
                 let number = partition.number;
                 let in_context = |reason| format!("the ext4 of partition {number}: {reason}");
                 // A system's filesystem is never written to. One with a journal to replay cannot be judged.
-                if superblock(&head, partition.size).map_err(in_context)? {
+                if needs_replay(&head, partition.size).map_err(in_context)? {
                     reasons
                         .push_str(&format!("; partition {number} was in use when it was copied"));
                     continue;
                 }
-                card.slots.extend(slot(&disk, &partition, &mut room).map_err(in_context)?);
+                card.slots.extend(read_slot(&disk, &partition, &mut room).map_err(in_context)?);
             } else if head.get(510..512) == Some(&[0x55, 0xaa]) {
                 let kind = card.records.iter().find(|r| r.offset == partition.offset);
                 let kind = kind.map(|record| record.kind);
-                card.volumes.extend(volume(disk.as_ref(), &partition, kind, &head, &mut room));
+                card.volumes.extend(read_volume(disk.as_ref(), &partition, kind, &head, &mut room));
             }
         }
         let text = card.slots.first().and_then(|slot| slot.files.get(DEVICE));
@@ -212,7 +212,7 @@ impl CardContent {
     pub fn table_of(
         disk: &dyn ReadOnlyDisk,
     ) -> Result<(Vec<MbrEntry>, BTreeMap<u32, u64>), String> {
-        let (records, _, partitions) = super::table::partitions(disk)?;
+        let (records, _, partitions) = super::table::read_partitions(disk)?;
         Ok((records, partitions.iter().map(|p| (p.number, p.offset)).collect()))
     }
 
@@ -238,7 +238,7 @@ pub const DEVICE: &str = "usr/lib/slipway/device.toml";
 /// Where the kernel looks for Wi-Fi settings.
 const WIFI: &str = "/usr/lib/firmware/brcm";
 
-fn volume(
+fn read_volume(
     disk: &dyn ReadOnlyDisk,
     partition: &TablePartition,
     kind: Option<u8>,
@@ -277,7 +277,7 @@ fn volume(
 
 /// Whether a filesystem's journal has changes that must still be replayed. The sizes in the superblock are compared
 /// with the partition first, because the reader allocates memory by them (Linux, Documentation/filesystems/ext4/super.rst).
-fn superblock(head: &[u8], size: u64) -> Result<bool, String> {
+fn needs_replay(head: &[u8], size: u64) -> Result<bool, String> {
     let number = |at: usize| {
         let four = head.get(1024 + at..1028 + at).and_then(|four| four.try_into().ok());
         u64::from(u32::from_le_bytes(four.unwrap_or_default()))
@@ -324,13 +324,13 @@ struct Reader<'a> {
     room: &'a mut u64,
 }
 
-fn told(error: &ext4_view::Ext4Error) -> String {
+fn describe_error(error: &ext4_view::Ext4Error) -> String {
     error.to_string()
 }
 
 impl Reader<'_> {
     fn take(&mut self, path: &str, largest: u64) -> Result<(), String> {
-        let in_context = |error| format!("{path}: {}", told(&error));
+        let in_context = |error| format!("{path}: {}", describe_error(&error));
         if !self.files.exists(path).map_err(in_context)? {
             return Ok(());
         }
@@ -350,7 +350,7 @@ impl Reader<'_> {
 
     /// The names in a directory, each with whether it is a directory and whether it is a file; empty without a directory.
     fn list(&mut self, folder: &str) -> Result<Vec<(String, bool, bool)>, String> {
-        let in_context = |error| format!("{folder}: {}", told(&error));
+        let in_context = |error| format!("{folder}: {}", describe_error(&error));
         if !self.files.exists(folder).map_err(in_context)? {
             return Ok(Vec::new());
         }
@@ -389,16 +389,16 @@ const INDEXES: [&str; 3] = ["modules.alias", "modules.builtin", "modules.builtin
 pub(super) const MANAGER: [&str; 3] =
     ["etc/systemd/system.conf", "usr/lib/systemd/system.conf", "lib/systemd/system.conf"];
 
-fn slot(
+fn read_slot(
     disk: &Rc<dyn ReadOnlyDisk>,
     partition: &TablePartition,
     room: &mut u64,
 ) -> Result<Option<CardSlot>, String> {
     let number = partition.number;
     let part = Part { disk: Rc::clone(disk), offset: partition.offset };
-    let files = ext4_view::Ext4::load(Box::new(part)).map_err(|error| told(&error))?;
+    let files = ext4_view::Ext4::load(Box::new(part)).map_err(|error| describe_error(&error))?;
     let device = format!("/{DEVICE}");
-    if !files.exists(device.as_str()).map_err(|error| told(&error))? {
+    if !files.exists(device.as_str()).map_err(|error| describe_error(&error))? {
         return Ok(None);
     }
     let slot = CardSlot { number, files: BTreeMap::new() };
@@ -436,7 +436,7 @@ fn slot(
 
 #[cfg(test)]
 mod tests {
-    use super::superblock;
+    use super::needs_replay;
 
     #[test]
     fn a_superblock_is_compared_with_its_partition() {
@@ -448,12 +448,12 @@ mod tests {
         set(0x4, 262_144);
         set(0x18, 2);
         let good = set(0x20, 32_768);
-        assert_eq!(superblock(&good, 1 << 30), Ok(false));
-        assert_eq!(superblock(&set(0x60, 4), 1 << 30), Ok(true));
-        assert!(superblock(&good, (1 << 30) - 1).is_err(), "larger than its partition");
-        assert!(superblock(&set(0x18, 31), u64::MAX).is_err(), "blocks of 2 TiB");
+        assert_eq!(needs_replay(&good, 1 << 30), Ok(false));
+        assert_eq!(needs_replay(&set(0x60, 4), 1 << 30), Ok(true));
+        assert!(needs_replay(&good, (1 << 30) - 1).is_err(), "larger than its partition");
+        assert!(needs_replay(&set(0x18, 31), u64::MAX).is_err(), "blocks of 2 TiB");
         set(0x18, 0);
-        assert!(superblock(&set(0x20, 1), 1 << 30).is_err(), "a group for each block");
-        assert!(superblock(&set(0x20, 0), 1 << 30).is_err(), "no blocks in a group");
+        assert!(needs_replay(&set(0x20, 1), 1 << 30).is_err(), "a group for each block");
+        assert!(needs_replay(&set(0x20, 0), 1 << 30).is_err(), "no blocks in a group");
     }
 }

@@ -44,12 +44,12 @@ fn is_model(name: &str) -> bool {
 }
 
 /// The settings that pass.
-pub fn settings(text: &[u8], filters: ConfigFilters<'_>) -> Vec<ConfigSetting> {
-    included(text, filters, &|_| None).0
+pub fn read_settings(text: &[u8], filters: ConfigFilters<'_>) -> Vec<ConfigSetting> {
+    read_with_includes(text, filters, &|_| None).0
 }
 
 /// The settings that pass, including those of files that `read` returns; and the includes that are not followed.
-pub fn included<'a>(
+pub fn read_with_includes<'a>(
     text: &'a [u8],
     filters: ConfigFilters<'_>,
     read: &dyn Fn(&str) -> Option<&'a [u8]>,
@@ -78,12 +78,12 @@ impl<'a> Reader<'a, '_> {
             if text.is_empty() || text.starts_with('#') {
                 continue;
             }
-            if let Some(name) = section(text) {
+            if let Some(name) = parse_section(text) {
                 // The programs contain the names in lower case, including `[EDID=…]` and `[HDMI:0]`.
                 self.section(&name.to_ascii_lowercase());
                 continue;
             }
-            let setting = setting(line, text).filter(|_| self.pass == (true, true, true));
+            let setting = parse_setting(line, text).filter(|_| self.pass == (true, true, true));
             let Some(mut setting) = setting else { continue };
             setting.file = file.map(str::to_owned);
             if setting.key == "include" && !setting.assigned {
@@ -124,12 +124,12 @@ impl<'a> Reader<'a, '_> {
 }
 
 /// The name in `[name]`.
-pub fn section(line: &str) -> Option<&str> {
+pub fn parse_section(line: &str) -> Option<&str> {
     line.strip_prefix('[').map(|rest| rest.trim_end_matches(']'))
 }
 
 /// A line's key and value.
-pub fn setting(line: usize, text: &str) -> Option<ConfigSetting> {
+pub fn parse_setting(line: usize, text: &str) -> Option<ConfigSetting> {
     let assigned = text.contains('=');
     let (key, value) = text.split_once('=').or_else(|| text.split_once(' '))?;
     let value = if key == "initramfs" { value.split(' ').next().unwrap_or("") } else { value };
@@ -150,7 +150,7 @@ mod tests {
         let models = [model.to_owned()];
         let filters =
             ConfigFilters { models: Some(&models), tryboot: Some(tryboot), sections: true };
-        let taken = settings(text.as_bytes(), filters);
+        let taken = read_settings(text.as_bytes(), filters);
         taken.into_iter().map(|s| format!("{}={}", s.key, s.value)).collect()
     }
 
@@ -176,23 +176,24 @@ mod tests {
             "circle.txt" => Some(&b"x=1\ninclude circle.txt\ninclude circle.txt\n"[..]),
             _ => None,
         };
-        let (found, refused) = included(b"kernel=b\ninclude a.txt\nkernel=c", filters, &read);
+        let (found, refused) =
+            read_with_includes(b"kernel=b\ninclude a.txt\nkernel=c", filters, &read);
         assert_eq!(last_value(&found, "kernel").map(|s| s.value.as_str()), Some("a"));
         assert_eq!(last_value(&found, "kernel").and_then(|s| s.file.as_deref()), Some("a.txt"));
         assert!(refused.is_empty(), "{refused:?}");
-        let (found, refused) = included(b"include circle.txt", filters, &read);
+        let (found, refused) = read_with_includes(b"include circle.txt", filters, &read);
         assert!(found.len() < 100, "{} settings", found.len());
         assert_eq!(refused.len(), 1, "{refused:?}");
-        let (_, refused) = included(b"include none.txt", filters, &read);
+        let (_, refused) = read_with_includes(b"include none.txt", filters, &read);
         assert_eq!(refused[0].1, "the file does not exist");
         let long = [&b"a=1\n"[..]; 100_000].concat();
-        assert!(settings(&long, filters).len() <= MOST_BYTES / 4);
+        assert!(read_settings(&long, filters).len() <= MOST_BYTES / 4);
     }
 
     #[test]
     fn a_reader_without_sections_takes_every_line() {
         let filters = ConfigFilters { models: None, tryboot: None, sections: false };
-        let taken = settings(b"a=1\n[tryboot]\na=2", filters);
+        let taken = read_settings(b"a=1\n[tryboot]\na=2", filters);
         assert_eq!(last_value(&taken, "a").map(|s| (s.line, s.value.as_str())), Some((3, "2")));
     }
 }

@@ -15,14 +15,14 @@ const AUTOBOOT: &str = "autoboot.txt";
 const RECOVERY: &str = "recovery.bin";
 
 /// The partition that autoboot.txt names for this kind of start and this EEPROM release.
-fn named(text: &[u8], tryboot: bool, sections: bool) -> Option<u32> {
+fn named_partition(text: &[u8], tryboot: bool, sections: bool) -> Option<u32> {
     let filters = ConfigFilters { models: None, tryboot: Some(tryboot), sections };
-    let settings = config::settings(text, filters);
+    let settings = config::read_settings(text, filters);
     config::last_value(&settings, "boot_partition")?.value.parse().ok()
 }
 
 /// Each partition that the EEPROM starts: the one of a normal start and the one of a trial.
-pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
+pub(super) fn find_boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     let Some(first) = run.card.volumes.iter().min_by_key(|volume| volume.offset) else {
         run.stop(
             "no-fat",
@@ -43,13 +43,13 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     let Some(text) = first.file(AUTOBOOT) else {
         // One partition for all starts, as in the boot flow `uboot`.
         run.step("EEPROM", format!("partition {}, which has no {AUTOBOOT}", first.number));
-        return boot(run, first, false).into_iter().collect();
+        return check_partition(run, first, false).into_iter().collect();
     };
-    autoboot(run, first, text);
+    check_autoboot(run, first, text);
     let mut boots: Vec<Boot<'a>> = Vec::new();
     for tryboot in [false, true] {
         let kind = if tryboot { "a trial" } else { "a start" };
-        let Some(number) = named(text, tryboot, true) else {
+        let Some(number) = named_partition(text, tryboot, true) else {
             run.stop(
                 "autoboot-partition",
                 CardLocation::file(first.number, AUTOBOOT),
@@ -67,7 +67,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
             );
             continue;
         };
-        if tryboot && named(text, false, true) == Some(number) {
+        if tryboot && named_partition(text, false, true) == Some(number) {
             run.stop(
                 "autoboot-partition",
                 CardLocation::file(first.number, AUTOBOOT),
@@ -79,12 +79,12 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
             "EEPROM",
             format!("{AUTOBOOT} of partition {}: {kind} uses partition {number}", first.number),
         );
-        boots.extend(boot(run, volume, tryboot));
+        boots.extend(check_partition(run, volume, tryboot));
     }
     boots
 }
 
-fn autoboot(run: &mut Run<'_>, first: &FatVolume, text: &[u8]) {
+fn check_autoboot(run: &mut Run<'_>, first: &FatVolume, text: &[u8]) {
     let releases = &run.facts.releases;
     let place = || CardLocation::file(first.number, AUTOBOOT);
     if text.len() > releases.autoboot_limit {
@@ -101,7 +101,7 @@ fn autoboot(run: &mut Run<'_>, first: &FatVolume, text: &[u8]) {
     }
     for tryboot in [false, true] {
         let filters = ConfigFilters { models: None, tryboot: Some(tryboot), sections: true };
-        let settings = config::settings(text, filters);
+        let settings = config::read_settings(text, filters);
         if config::last_value(&settings, "tryboot_a_b").is_none_or(|set| set.value != "1") {
             run.stop(
                 "autoboot-a-b",
@@ -115,7 +115,7 @@ fn autoboot(run: &mut Run<'_>, first: &FatVolume, text: &[u8]) {
     let since = run.card.device.eeprom_since.clone().unwrap_or_default();
     let eeprom = &releases.eeprom;
     if since.as_str() < eeprom.sections_since.as_str()
-        && named(text, false, false) != named(text, false, true)
+        && named_partition(text, false, false) != named_partition(text, false, true)
     {
         let display = if since.is_empty() { "any EEPROM" } else { &since };
         run.stop(
@@ -124,7 +124,7 @@ fn autoboot(run: &mut Run<'_>, first: &FatVolume, text: &[u8]) {
             format!(
                 "`eeprom-since` allows {display}, but an EEPROM before {} reads no sections and always starts partition {}",
                 eeprom.sections_since,
-                named(text, false, false).unwrap_or(0)
+                named_partition(text, false, false).unwrap_or(0)
             ),
             format!("set `eeprom-since` in board.toml to {} or later", eeprom.sections_since),
         );
@@ -156,7 +156,11 @@ fn autoboot(run: &mut Run<'_>, first: &FatVolume, text: &[u8]) {
     }
 }
 
-fn boot<'a>(run: &mut Run<'a>, volume: &'a FatVolume, tryboot: bool) -> Option<Boot<'a>> {
+fn check_partition<'a>(
+    run: &mut Run<'a>,
+    volume: &'a FatVolume,
+    tryboot: bool,
+) -> Option<Boot<'a>> {
     let number = volume.number;
     let Some(text) = volume.file("config.txt") else {
         run.stop(
@@ -170,12 +174,13 @@ fn boot<'a>(run: &mut Run<'a>, volume: &'a FatVolume, tryboot: bool) -> Option<B
     let filters =
         ConfigFilters { models: Some(&run.model.filters), tryboot: Some(tryboot), sections: true };
     // The EEPROM reads no included files (what_is_config_txt.adoc); `start4.elf` on a Raspberry Pi 4 does.
-    let (own, unread) = config::included(text, filters, &|_| None);
+    let (own, unread) = config::read_with_includes(text, filters, &|_| None);
     let (settings, refused) = if run.soc.second_stage.is_empty() {
         let unread = unread.into_iter().next();
         (own.clone(), unread.map(|(include, _)| (include, "the EEPROM reads no included files")))
     } else {
-        let (settings, refused) = config::included(text, filters, &|name| volume.file(name));
+        let (settings, refused) =
+            config::read_with_includes(text, filters, &|name| volume.file(name));
         (settings, refused.into_iter().next())
     };
     // boot.adoc, `boot_ramdisk`.

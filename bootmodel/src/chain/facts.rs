@@ -33,14 +33,14 @@ impl TryFrom<String> for FactAddress {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        number(&text)
+        parse_number(&text)
             .map(Self)
             .ok_or_else(|| format!("{text:?} is not an address such as 0x00080000"))
     }
 }
 
 /// A hexadecimal number, with or without `0x`, as U-Boot reads it.
-pub(super) fn number(text: &str) -> Option<u64> {
+pub(super) fn parse_number(text: &str) -> Option<u64> {
     u64::from_str_radix(text.trim_start_matches("0x"), 16).ok()
 }
 
@@ -89,13 +89,13 @@ pub struct BoardRevision {
     /// The day of the first `start*.elf` that starts it.
     pub firmware_since: String,
     /// Whether the sources are clear.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub certain: bool,
     /// The source of these facts.
     pub source: String,
 }
 
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 

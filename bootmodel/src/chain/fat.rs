@@ -29,17 +29,18 @@ pub(super) struct FatBootSector {
     pub(super) sector: u64,
 }
 
-fn number(head: &[u8], at: usize, bytes: usize) -> u64 {
+fn read_number(head: &[u8], at: usize, bytes: usize) -> u64 {
     let part = head.get(at..at + bytes).unwrap_or_default();
     part.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 /// The geometry of a volume; `None` when it is not a FAT volume.
 pub(super) fn read_boot_sector(head: &[u8]) -> Option<FatBootSector> {
-    let (sector, in_cluster) = (number(head, 11, 2), number(head, 13, 1));
-    let (reserved, fats, root) = (number(head, 14, 2), number(head, 16, 1), number(head, 17, 2));
-    let either = |at: usize, short: usize, other: usize| match number(head, at, short) {
-        0 => number(head, other, 4),
+    let (sector, in_cluster) = (read_number(head, 11, 2), read_number(head, 13, 1));
+    let (reserved, fats, root) =
+        (read_number(head, 14, 2), read_number(head, 16, 1), read_number(head, 17, 2));
+    let either = |at: usize, short: usize, other: usize| match read_number(head, at, short) {
+        0 => read_number(head, other, 4),
         count => count,
     };
     let (sectors, table) = (either(19, 2, 32), either(22, 2, 36));
@@ -50,7 +51,8 @@ pub(super) fn read_boot_sector(head: &[u8]) -> Option<FatBootSector> {
     let data = reserved + fats * table + (root * 32).div_ceil(sector);
     let clusters = sectors.checked_sub(data)? / in_cluster;
     // In a FAT32 volume the 16-bit table size is zero.
-    let text = head.get(if number(head, 22, 2) == 0 { 82..90 } else { 54..62 }).unwrap_or_default();
+    let text =
+        head.get(if read_number(head, 22, 2) == 0 { 82..90 } else { 54..62 }).unwrap_or_default();
     Some(FatBootSector {
         says: String::from_utf8_lossy(text).trim().to_owned(),
         clusters,

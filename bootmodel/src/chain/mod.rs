@@ -220,7 +220,7 @@ struct Boot<'a> {
     tryboot: bool,
     config: &'static str,
     settings: Vec<ConfigSetting>,
-    /// The prefix of the names of the operating system's files ([`names::prefix`]).
+    /// The prefix of the names of the operating system's files ([`names::find_prefix`]).
     prefix: String,
     /// The first `include` that is not followed, and why.
     refused: Option<(ConfigSetting, &'static str)>,
@@ -340,8 +340,8 @@ impl Systems {
 fn check_model(run: &mut Run<'_>, systems: &mut Systems) {
     layout::check(run);
     let boots = match run.soc.generation {
-        3 => rom::boots(run),
-        _ => eeprom::boots(run),
+        3 => rom::find_boots(run),
+        _ => eeprom::find_boots(run),
     };
     let volumes: Vec<&FatVolume> = boots.iter().map(|boot| boot.volume).collect();
     let first = run.card.volumes.iter().min_by_key(|volume| volume.offset);
@@ -349,12 +349,12 @@ fn check_model(run: &mut Run<'_>, systems: &mut Systems) {
     let read: Vec<&FatVolume> = first.into_iter().chain(volumes).collect();
     table::check(run, &read);
     for (index, mut boot) in boots.into_iter().enumerate() {
-        boot.prefix = names::prefix(run, &boot);
+        boot.prefix = names::find_prefix(run, &boot);
         let boot = &boot;
         boot.steps.iter().for_each(|step| run.step(step.who, step.what.clone()));
         settings::check(run, boot);
         versions::check_boards(run, boot);
-        let kernel = names::kernel(run, boot);
+        let kernel = names::kernel_name(run, boot);
         let Some(program) = boot.volume.file(&kernel).filter(|bytes| !bytes.is_empty()) else {
             run.stop(
                 "kernel-missing",
@@ -422,7 +422,7 @@ fn check_uboot_stages(
     systems: &mut Systems,
 ) {
     uboot::check(run, boot, program, &tree);
-    let Some(script) = uboot::script(run, boot) else { return };
+    let Some(script) = uboot::read_script(run, boot) else { return };
     // Without a tree from the slot, the kernel gets the one that the firmware has completed.
     let own_tree = script.loads.iter().any(|load| load.path.contains("dtbs/"));
     versions::check_uboot(run, boot, program, own_tree);
@@ -477,12 +477,12 @@ fn kernel_stages(run: &mut Run<'_>, boot: Option<&Boot<'_>>, system: &BootSystem
     restart::check(run, boot, system, parts);
     watchdog::check(run, boot, system, parts);
     console::check(run, system, parts);
-    names::wifi(run, system.slot);
+    names::check_wifi(run, system.slot);
     run.step("kernel", format!("Linux {} runs /init", parts.version));
 }
 
 /// The offset of `needle` in `haystack`.
-fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+fn find_bytes(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     let (first, rest) = needle.split_first()?;
     let mut from = 0;
     loop {

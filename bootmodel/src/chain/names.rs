@@ -8,7 +8,7 @@ use super::uboot::BootScript;
 use super::{Boot, CardLocation, Run};
 
 /// The file that the firmware starts: `kernel=`, else the first of its default names that exists.
-pub(super) fn kernel(run: &Run<'_>, boot: &Boot<'_>) -> String {
+pub(super) fn kernel_name(run: &Run<'_>, boot: &Boot<'_>) -> String {
     if let Some(name) = boot.value("kernel") {
         return boot.os_file(name);
     }
@@ -18,7 +18,7 @@ pub(super) fn kernel(run: &Run<'_>, boot: &Boot<'_>) -> String {
 }
 
 /// Device trees that the firmware loads on this model, each with its fallback.
-fn trees(run: &Run<'_>, boot: &Boot<'_>) -> Vec<(String, Option<String>)> {
+fn tree_names(run: &Run<'_>, boot: &Boot<'_>) -> Vec<(String, Option<String>)> {
     if let Some(name) = boot.value("device_tree") {
         return vec![(name.to_owned(), None)];
     }
@@ -31,7 +31,7 @@ fn trees(run: &Run<'_>, boot: &Boot<'_>) -> Vec<(String, Option<String>)> {
 
 /// The prefix of the names of the operating system's files: `os_prefix`, which is ignored unless it has both the kernel
 /// and the tree (documentation of config.txt, `os_prefix`, `upstream_kernel`).
-pub(super) fn prefix(run: &Run<'_>, boot: &Boot<'_>) -> String {
+pub(super) fn find_prefix(run: &Run<'_>, boot: &Boot<'_>) -> String {
     let upstream = boot.is_on("upstream_kernel").then_some("upstream/");
     let prefix = boot.value("os_prefix").or(upstream).unwrap_or_default();
     let there = |name: &str| boot.volume.file(&format!("{prefix}{name}")).is_some();
@@ -39,7 +39,7 @@ pub(super) fn prefix(run: &Run<'_>, boot: &Boot<'_>) -> String {
         Some(name) => name.starts_with('/') || there(name),
         None => run.soc.kernel.iter().any(|name| there(name)),
     };
-    let trees = trees(run, boot);
+    let trees = tree_names(run, boot);
     let tree = trees.iter().any(|(name, other)| there(name) || other.as_deref().is_some_and(there));
     if kernel && tree { prefix.to_owned() } else { String::new() }
 }
@@ -48,7 +48,7 @@ pub(super) fn prefix(run: &Run<'_>, boot: &Boot<'_>) -> String {
 pub(super) fn firmware_tree(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<String> {
     let number = boot.volume.number;
     let mut found = None;
-    for (name, other) in trees(run, boot) {
+    for (name, other) in tree_names(run, boot) {
         let path = boot.os_file(&name);
         let there = |path: &String| boot.volume.file(path).is_some_and(|bytes| !bytes.is_empty());
         let taken = [Some(path.clone()), other.map(|other| boot.os_file(&other))];
@@ -82,7 +82,7 @@ pub(super) struct SlotFiles {
 }
 
 /// The values that U-Boot's table has for `${fdtfile}`.
-fn table(program: &[u8]) -> Vec<String> {
+fn fdtfile_values(program: &[u8]) -> Vec<String> {
     let texts = program.split(|byte| *byte == 0);
     let texts = texts.filter(|text| text.ends_with(b".dtb") && text.len() < 64 && text.is_ascii());
     texts.map(|text| String::from_utf8_lossy(text).into_owned()).collect()
@@ -117,7 +117,7 @@ pub(super) fn slot_files(
     program: &[u8],
     own_tree: bool,
 ) -> Option<SlotFiles> {
-    let table = table(program);
+    let table = fdtfile_values(program);
     let fdtfile = of_model(run, &table);
     if own_tree && fdtfile.is_none() {
         run.stop(
@@ -168,7 +168,7 @@ pub(super) fn slot_files(
 
 /// The Wi-Fi settings that the kernel loads on this model (brcmfmac's firmware.c: `<chip>-sdio.<compatible>.txt`, else
 /// `<chip>-sdio.txt`).
-pub(super) fn wifi(run: &mut Run<'_>, slot: &CardSlot) {
+pub(super) fn check_wifi(run: &mut Run<'_>, slot: &CardSlot) {
     let wanted = format!("-sdio.{}.txt", run.model.wifi);
     let of_chips: Vec<String> =
         run.model.wifi_chips.iter().map(|chip| format!("/brcmfmac{chip}-sdio.txt")).collect();

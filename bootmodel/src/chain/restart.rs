@@ -4,7 +4,7 @@
 //! module, "Rebooting in 10 seconds.." is followed by "Reboot failed -- System halted" (seen with Debian's 6.1.192 in
 //! QEMU's raspi3b and raspi4b). A watchdog that is already running resets the board.
 
-use super::settings::knows;
+use super::settings::reads_key;
 use super::system::{BootSystem, SystemParts};
 use super::{Boot, Run};
 
@@ -43,7 +43,7 @@ pub(super) fn check(
         (None, Some(boot)) if boot.tryboot => {
             // On a Raspberry Pi 5 the EEPROM reads this setting, on older models the firmware on the card.
             let key = "kernel_watchdog_timeout";
-            boot.is_on(key) && boot.program.is_none_or(|program| knows(program, key))
+            boot.is_on(key) && boot.program.is_none_or(|program| reads_key(program, key))
         }
         (None, Some(_)) => true,
         (None, None) => false,

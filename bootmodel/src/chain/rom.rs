@@ -7,14 +7,14 @@
 //! include `autoboot.txt` and `boot_partition`. It reads no included files (what_is_config_txt.adoc).
 
 use super::config::{self, ConfigFilters, ConfigSetting};
-use super::{Boot, CardLocation, Run, find};
+use super::{Boot, CardLocation, Run, find_bytes};
 
 /// The day in `VC_BUILD_ID_TIME: Aug 26 2022`, as 2022-08-26.
 pub(super) fn build_day(program: &[u8]) -> Option<String> {
     const MONTHS: &str = "JanFebMarAprMayJunJulAugSepOctNovDec";
     let mark = b"VC_BUILD_ID_TIME: ";
     let mut from = 0;
-    while let Some(at) = find(program.get(from..)?, mark) {
+    while let Some(at) = find_bytes(program.get(from..)?, mark) {
         from += at + mark.len();
         let text = program.get(from..from + 11)?;
         let text = std::str::from_utf8(text).unwrap_or_default();
@@ -137,7 +137,7 @@ fn is_fixup(bytes: &[u8]) -> bool {
 }
 
 /// What the ROM starts: the first partition, if it is a FAT with `bootcode.bin` in its root.
-pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
+pub(super) fn find_boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     let first = run.soc.first_stage.clone().unwrap_or_default();
     let Some(volume) = run.card.volumes.iter().min_by_key(|volume| volume.offset) else {
         run.stop(
@@ -172,7 +172,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     let text = volume.file("config.txt").unwrap_or_default();
     // Sections are ignored here.
     let all =
-        config::settings(text, ConfigFilters { models: None, tryboot: None, sections: false });
+        config::read_settings(text, ConfigFilters { models: None, tryboot: None, sections: false });
     // Continue, to report other findings too.
     let second = second_stage(run, volume, "config.txt", &all);
     let (program, date) = second.map_or((None, None), |(program, date)| (Some(program), date));
@@ -191,7 +191,7 @@ pub(super) fn boots<'a>(run: &mut Run<'a>) -> Vec<Boot<'a>> {
     }
     let filters =
         ConfigFilters { models: Some(&run.model.filters), tryboot: Some(false), sections: true };
-    let (settings, refused) = config::included(text, filters, &|name| volume.file(name));
+    let (settings, refused) = config::read_with_includes(text, filters, &|name| volume.file(name));
     let (steps, prefix) = (std::mem::take(&mut run.steps), String::new());
     let (refused, config) = (refused.into_iter().next(), "config.txt");
     vec![Boot { volume, tryboot: false, config, settings, prefix, refused, date, program, steps }]

@@ -6,19 +6,19 @@
 
 use std::collections::BTreeSet;
 
-use super::config::{MOST_BYTES, section, setting};
+use super::config::{MOST_BYTES, parse_section, parse_setting};
 use super::{Boot, CardLocation, Run, facts};
 
 /// A comment that says why a key may be unknown: `# may be unknown: KEY: reason`.
 const EXCUSE: &str = "# may be unknown:";
 
 /// Whether a program reads this key: the program contains it as a string, alone or followed by blanks.
-pub(super) fn knows(program: &[u8], key: &str) -> bool {
-    words(program).contains(key.as_bytes())
+pub(super) fn reads_key(program: &[u8], key: &str) -> bool {
+    possible_keys(program).contains(key.as_bytes())
 }
 
 /// All strings in a program that may be keys: lower-case letters, digits and similar, alone or followed by blanks.
-fn words(program: &[u8]) -> BTreeSet<&[u8]> {
+fn possible_keys(program: &[u8]) -> BTreeSet<&[u8]> {
     let part = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
     let mut found = BTreeSet::new();
     let mut start = 0;
@@ -97,9 +97,9 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
                 "shorten the line".to_owned(),
             );
         }
-        if let Some(name) = section(text) {
+        if let Some(name) = parse_section(text) {
             last_section = Some((line, name.to_owned()));
-        } else if let Some(found) = setting(line, text)
+        } else if let Some(found) = parse_setting(line, text)
             && found.key == "initramfs"
             && found.assigned
         {
@@ -122,8 +122,8 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>) {
             "end the file with [all]".to_owned(),
         );
     }
-    keys(run, boot, text);
-    overlays(run, boot);
+    check_keys(run, boot, text);
+    check_overlays(run, boot);
     for setting in boot.settings.iter().filter(|setting| setting.key == "initramfs") {
         let file = boot.os_file(&setting.value);
         if boot.volume.file(&file).is_none_or(<[u8]>::is_empty) {
@@ -163,7 +163,7 @@ pub(super) fn check_mode(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, uboot
         );
     }
     let number = |text: &str| match text.strip_prefix("0x") {
-        Some(digits) => facts::number(digits),
+        Some(digits) => facts::parse_number(digits),
         None => text.parse().ok(),
     };
     let address = boot.value("kernel_address").map(number);
@@ -188,12 +188,12 @@ pub(super) fn check_mode(run: &mut Run<'_>, boot: &Boot<'_>, kernel: &str, uboot
 }
 
 /// Keys and sections that the shipped program does not know.
-fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
+fn check_keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
     // A file without a date is not firmware, which is already reported.
     let (Some(program), Some(day)) = (boot.program, &boot.date) else { return };
     let loader = run.soc.first_stage.as_deref().and_then(|name| boot.volume.file(name));
-    let mut in_programs = words(program);
-    in_programs.extend(loader.map(words).into_iter().flatten());
+    let mut in_programs = possible_keys(program);
+    in_programs.extend(loader.map(possible_keys).into_iter().flatten());
     let text = String::from_utf8_lossy(text);
     let excused: Vec<&str> = text
         .lines()
@@ -215,8 +215,8 @@ fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
     let at = |line: usize| CardLocation::line(boot.volume.number, boot.config, line);
     for (line, text) in (1..).zip(text.lines()) {
         // [gpio4=1], [EDID=…] and serial numbers are filters of other kinds.
-        let name =
-            section(text.trim()).filter(|name| !name.contains('=') && !name.starts_with("0x"));
+        let name = parse_section(text.trim())
+            .filter(|name| !name.contains('=') && !name.starts_with("0x"));
         let Some(name) = name.filter(|name| !excused.contains(name) && !name.contains(':')) else {
             continue;
         };
@@ -225,7 +225,7 @@ fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
         if in_programs.contains(small.as_bytes()) || !seen.insert(small) {
             continue;
         }
-        if super::find(program, marked.as_bytes()).is_none() {
+        if super::find_bytes(program, marked.as_bytes()).is_none() {
             let so = "the lines below it apply always or never";
             unknown.push((at(line), "config-section", format!("[{name}]"), so));
         }
@@ -242,9 +242,9 @@ fn keys(run: &mut Run<'_>, boot: &Boot<'_>, text: &[u8]) {
 }
 
 /// Overlays that are named must exist, and must reach the kernel.
-fn overlays(run: &mut Run<'_>, boot: &Boot<'_>) {
+fn check_overlays(run: &mut Run<'_>, boot: &Boot<'_>) {
     let prefix = boot.value("overlay_prefix").unwrap_or("overlays/").to_owned();
-    let kernel = super::names::kernel(run, boot);
+    let kernel = super::names::kernel_name(run, boot);
     let uboot = boot.volume.file(&kernel).is_some_and(super::uboot::is_uboot);
     // The overlays of all systems, unless the prefix has its own directory with a README (documentation, `overlay_prefix`).
     let own = boot.volume.file(&boot.os_file(&format!("{prefix}README"))).is_some();
@@ -282,14 +282,16 @@ fn overlays(run: &mut Run<'_>, boot: &Boot<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use super::knows;
+    use super::reads_key;
 
     #[test]
     fn a_key_is_a_string_of_its_own() {
         let program = b"\0gpu_mem_256\0remote_gpu_mem\0initramfs %64s %i\0arm_64bit\0";
-        assert!(knows(program, "arm_64bit") && knows(program, "initramfs"));
+        assert!(reads_key(program, "arm_64bit") && reads_key(program, "initramfs"));
         assert!(
-            !knows(program, "gpu_mem") && !knows(program, "arm_64") && !knows(program, "64bit")
+            !reads_key(program, "gpu_mem")
+                && !reads_key(program, "arm_64")
+                && !reads_key(program, "64bit")
         );
     }
 }

@@ -10,7 +10,7 @@ use std::io::Read;
 use super::card::CardSlot;
 use super::fdt::DeviceTree;
 use super::uboot::BootScript;
-use super::{CardLocation, find};
+use super::{CardLocation, find_bytes};
 
 /// The largest kernel or initrd that is unpacked: three times Debian's kernel.
 const LARGEST: u64 = 128 << 20;
@@ -121,14 +121,15 @@ impl SystemParts {
         if image.get(56..60) != Some(b"ARM\x64") {
             return Err("the kernel is not an arm64 Image".to_owned());
         }
-        let files = archive(&unpack(initrd).map_err(|error| format!("the initrd: {error}"))?)?;
+        let files =
+            unpack_archive(&unpack(initrd).map_err(|error| format!("the initrd: {error}"))?)?;
         let text = |name: &str| {
             let found = slot.files.iter().filter(|(path, _)| path.ends_with(&format!("/{name}")));
             found.map(|(_, bytes)| String::from_utf8_lossy(bytes).into_owned()).collect::<String>()
         };
         let aliases: Vec<(String, String)> =
-            text("modules.alias").lines().filter_map(alias).collect();
-        let mut built_in = matches(&image);
+            text("modules.alias").lines().filter_map(parse_alias).collect();
+        let mut built_in = compatible_strings(&image);
         for part in text("modules.builtin.modinfo").split('\0') {
             let alias = part.split_once(".alias=").map(|(_, alias)| alias);
             built_in.extend(alias.and_then(of_alias));
@@ -180,7 +181,7 @@ impl SystemParts {
 }
 
 /// `alias of:N*T*Cbrcm,bcm2711-emmc2 sdhci_iproc`.
-fn alias(line: &str) -> Option<(String, String)> {
+fn parse_alias(line: &str) -> Option<(String, String)> {
     let mut words = line.strip_prefix("alias ")?.split(' ');
     Some((of_alias(words.next()?)?, words.next()?.to_owned()))
 }
@@ -192,7 +193,7 @@ fn of_alias(alias: &str) -> Option<String> {
 }
 
 /// Every `compatible` of a match table: preceded by zeros and padded with zeros.
-fn matches(image: &[u8]) -> BTreeSet<String> {
+fn compatible_strings(image: &[u8]) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let (mut at, mut zeros) = (0, 0);
     while let Some(byte) = image.get(at) {
@@ -213,13 +214,13 @@ fn matches(image: &[u8]) -> BTreeSet<String> {
 }
 
 fn version(image: &[u8]) -> String {
-    let from = find(image, b"Linux version ").map_or(image.len(), |at| at + 14);
+    let from = find_bytes(image, b"Linux version ").map_or(image.len(), |at| at + 14);
     let rest = image.get(from..).unwrap_or_default();
     let end = rest.iter().position(|byte| *byte <= b' ').unwrap_or(0);
     String::from_utf8_lossy(&rest[..end]).into_owned()
 }
 
-fn archive(bytes: &[u8]) -> Result<BTreeMap<String, Vec<u8>>, String> {
+fn unpack_archive(bytes: &[u8]) -> Result<BTreeMap<String, Vec<u8>>, String> {
     let in_context = |error: std::io::Error| format!("the initrd's archive: {error}");
     let mut files = BTreeMap::new();
     let mut rest = bytes;

@@ -26,7 +26,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u32_at(bytes, at) | u32_at(bytes, at + 4) << 32
 }
 
-fn sector(disk: &dyn ReadOnlyDisk, number: u64) -> Result<[u8; 512], String> {
+fn read_sector(disk: &dyn ReadOnlyDisk, number: u64) -> Result<[u8; 512], String> {
     let mut bytes = [0; 512];
     let read = disk.read_at(number.saturating_mul(SECTOR), &mut bytes);
     read.map_err(|error| format!("sector {number} cannot be read: {error}"))?;
@@ -47,8 +47,8 @@ pub(crate) type PartitionTables = (Vec<MbrEntry>, Option<GptLayout>, Vec<TablePa
 ///
 /// # Errors
 /// When the card has no MBR, or ends before its tables.
-pub(crate) fn partitions(disk: &dyn ReadOnlyDisk) -> Result<PartitionTables, String> {
-    let mbr = sector(disk, 0)?;
+pub(crate) fn read_partitions(disk: &dyn ReadOnlyDisk) -> Result<PartitionTables, String> {
+    let mbr = read_sector(disk, 0)?;
     if mbr[510..] != [0x55, 0xaa] {
         return Err("the disk has no MBR".to_owned());
     }
@@ -63,7 +63,7 @@ pub(crate) fn partitions(disk: &dyn ReadOnlyDisk) -> Result<PartitionTables, Str
         // table, relative to the extended partition.
         let mut at = first;
         for number in 5..5 + MOST_LOGICAL {
-            let table = sector(disk, at)?;
+            let table = read_sector(disk, at)?;
             let mut next = None;
             for (_, kind, start, count) in records_of(&table) {
                 if EXTENDED.contains(&kind) {
@@ -88,7 +88,7 @@ pub(crate) fn partitions(disk: &dyn ReadOnlyDisk) -> Result<PartitionTables, Str
         let partitions = data.map(partition).collect();
         return Ok((records, None, partitions));
     }
-    let header = sector(disk, 1)?;
+    let header = read_sector(disk, 1)?;
     if !header.starts_with(b"EFI PART") {
         return Err("the MBR announces a GPT, but there is none".to_owned());
     }

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use super::fdt::DeviceTree;
-use super::{Boot, CardLocation, Run, facts, find};
+use super::{Boot, CardLocation, Run, facts, find_bytes};
 
 /// The environment's file, and its bytes: CONFIG_ENV_FAT_FILE and CONFIG_ENV_SIZE of every Raspberry Pi's U-Boot.
 const ENV_FILE: &str = "uboot.env";
@@ -29,7 +29,7 @@ const LARGEST_SCRIPT: usize = 256 << 10;
 
 type Environment = BTreeMap<String, String>;
 
-fn variable(text: &[u8]) -> Option<(String, String)> {
+fn parse_variable(text: &[u8]) -> Option<(String, String)> {
     let text = std::str::from_utf8(text).ok()?;
     let (name, value) = text.split_once('=')?;
     let good =
@@ -39,19 +39,19 @@ fn variable(text: &[u8]) -> Option<(String, String)> {
 
 /// The compiled-in environment: the consecutive variables around `bootdelay=`.
 fn compiled_in(program: &[u8]) -> Option<Environment> {
-    let at = find(program, b"\0bootdelay=")? + 1;
+    let at = find_bytes(program, b"\0bootdelay=")? + 1;
     let from = at.saturating_sub(COMPILED_IN);
     let program = program.get(from..program.len().min(at + COMPILED_IN))?;
     let mut start = at - from;
     while let Some(before) = start.checked_sub(1) {
         let from = program[..before].iter().rposition(|byte| *byte == 0).map_or(0, |nul| nul + 1);
-        if variable(&program[from..before]).is_none() {
+        if parse_variable(&program[from..before]).is_none() {
             break;
         }
         start = from;
     }
     let texts = program[start..].split(|byte| *byte == 0);
-    Some(texts.map_while(variable).collect())
+    Some(texts.map_while(parse_variable).collect())
 }
 
 /// The variables of `uboot.env`.
@@ -63,11 +63,11 @@ fn from_file(bytes: &[u8]) -> Result<Environment, String> {
     if sum != crc32fast::hash(data).to_le_bytes() {
         return Err("checksum mismatch".to_owned());
     }
-    Ok(data.split(|byte| *byte == 0).map_while(variable).collect())
+    Ok(data.split(|byte| *byte == 0).map_while(parse_variable).collect())
 }
 
 /// Everything that a command may run: the command itself, what it runs and the content of its variables.
-fn reach(environment: &Environment, command: &str) -> String {
+fn reachable_text(environment: &Environment, command: &str) -> String {
     let mut all = command.to_owned();
     let mut seen = vec![command.to_owned()];
     let mut left = vec![command.to_owned()];
@@ -115,7 +115,7 @@ pub struct BootScript {
 }
 
 /// The script of a boot partition.
-pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<BootScript> {
+pub(super) fn read_script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<BootScript> {
     let number = boot.volume.number;
     let Some(bytes) = boot.volume.file(SCRIPT) else {
         run.stop(
@@ -159,7 +159,7 @@ pub(super) fn script(run: &mut Run<'_>, boot: &Boot<'_>) -> Option<BootScript> {
 pub(super) fn takes_a_tree(boot: &Boot<'_>) -> bool {
     let text = boot.volume.file(SCRIPT).unwrap_or_default();
     // Without a script nothing starts anyway.
-    text.is_empty() || find(text, b"dtbs/").is_some()
+    text.is_empty() || find_bytes(text, b"dtbs/").is_some()
 }
 
 fn parse(partition: u32, text: &str) -> BootScript {
@@ -169,7 +169,7 @@ fn parse(partition: u32, text: &str) -> BootScript {
         let words: Vec<&str> = plain.split_whitespace().collect();
         for (at, word) in words.iter().enumerate() {
             let rest = &words[at + 1..];
-            let number = |place: usize| rest.get(place).and_then(|word| facts::number(word));
+            let number = |place: usize| rest.get(place).and_then(|word| facts::parse_number(word));
             match *word {
                 "load" => {
                     // `load ${from} ADDRESS PATH` or `load DEVICE PART ADDRESS PATH`.
@@ -208,7 +208,7 @@ fn card_number(run: &Run<'_>, tree: &DeviceTree) -> Option<usize> {
 
 pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &str) {
     let number = boot.volume.number;
-    let reads_file = find(program, ENV_FILE.as_bytes()).is_some();
+    let reads_file = find_bytes(program, ENV_FILE.as_bytes()).is_some();
     let mut place = boot.place("kernel");
     let mut environment = compiled_in(program).unwrap_or_default();
     let mut is_file = false;
@@ -251,8 +251,8 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
             help(),
         );
     }
-    let preboot = reach(&environment, &value("preboot"));
-    let mut command = reach(&environment, &value("bootcmd"));
+    let preboot = reachable_text(&environment, &value("preboot"));
+    let mut command = reachable_text(&environment, &value("bootcmd"));
     // `bootflow scan` takes its devices from this variable, without naming it (boot/bootmeth-uclass.c, bootdev order).
     if command.contains("bootflow") {
         command = format!("{command} ; {}", value("boot_targets"));
@@ -283,7 +283,7 @@ pub(super) fn check(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], tree: &s
     let sources = all.iter().any(|word| word == "source") && command.contains(SCRIPT);
     // `load mmc 0:1 ADDRESS boot.scr`: the partition in hexadecimal, the disk's number before it.
     let elsewhere = all.windows(5).find(|part| {
-        let from = part[2].split_once(':').and_then(|(_, number)| facts::number(number));
+        let from = part[2].split_once(':').and_then(|(_, number)| facts::parse_number(number));
         part[0].ends_with("load")
             && part[4].ends_with(SCRIPT)
             && from.is_some_and(|from| from != u64::from(number))
@@ -346,7 +346,8 @@ mod tests {
     #[test]
     fn what_a_command_reaches_is_followed() {
         let text = "bootcmd=run d\0d=for t in ${targets}; do run b_${t}; done\0targets=mmc0 dhcp\0";
-        let all: Environment = text.as_bytes().split(|b| *b == 0).map_while(variable).collect();
-        assert!(reach(&all, "run d").contains("dhcp"));
+        let all: Environment =
+            text.as_bytes().split(|b| *b == 0).map_while(parse_variable).collect();
+        assert!(reachable_text(&all, "run d").contains("dhcp"));
     }
 }

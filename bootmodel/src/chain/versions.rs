@@ -2,12 +2,12 @@
 //! is data, in `models.toml` and `firmware.toml`.
 
 use super::system::{BootSystem, SystemParts};
-use super::{Boot, CardLocation, Run, Severity, find};
+use super::{Boot, CardLocation, Run, Severity, find_bytes};
 
 /// The version in `U-Boot 2023.01+dfsg-2`, as year and month.
 pub(super) fn uboot_version(program: &[u8]) -> Option<String> {
     let mut from = 0;
-    while let Some(at) = find(program.get(from..)?, b"U-Boot 20") {
+    while let Some(at) = find_bytes(program.get(from..)?, b"U-Boot 20") {
         from += at + 7;
         let text = program.get(from..from + 7).unwrap_or_default();
         let text = std::str::from_utf8(text).unwrap_or_default();
@@ -82,7 +82,7 @@ pub(super) fn check_uboot(run: &mut Run<'_>, boot: &Boot<'_>, program: &[u8], ow
 }
 
 /// Numbers of a version such as 6.6.28-v8.
-fn numbers(version: &str) -> Vec<u32> {
+fn version_numbers(version: &str) -> Vec<u32> {
     let parts = version.split(|c: char| !c.is_ascii_digit());
     parts.take(3).map(|part| part.parse().unwrap_or(0)).collect()
 }
@@ -90,7 +90,7 @@ fn numbers(version: &str) -> Vec<u32> {
 /// Checks that the kernel is new enough for the model.
 pub(super) fn check_kernel(run: &mut Run<'_>, system: &BootSystem<'_>, parts: &SystemParts) {
     let Some(since) = run.model.kernel_since.clone() else { return };
-    if numbers(&parts.version) < numbers(&since) {
+    if version_numbers(&parts.version) < version_numbers(&since) {
         run.stop(
             "kernel-old",
             system.places[0].clone(),

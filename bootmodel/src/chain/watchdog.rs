@@ -114,7 +114,7 @@ impl DeadlineRule {
             {
                 inside = false;
             } else if inside && text.contains("left") && !text.starts_with('#') {
-                let step = step(text);
+                let step = parse_assignment(text);
                 steps.push(step.ok_or_else(|| format!("/init:{line}: cannot parse `{text}`"))?);
             }
         }
@@ -126,7 +126,7 @@ impl DeadlineRule {
     }
 
     /// The deadline that results from `slipway.deadline=`. Values that are not a number, or may be octal, are ignored.
-    pub fn told(&self, value: &str) -> i64 {
+    pub fn deadline_for(&self, value: &str) -> i64 {
         let plain = !value.starts_with('0') && value.bytes().all(|byte| byte.is_ascii_digit());
         let number = Some(value).filter(|value| plain && !value.is_empty());
         let number = number.map(|value| value.parse().unwrap_or(i64::MAX));
@@ -165,7 +165,7 @@ impl DeadlineRule {
 }
 
 /// `left=EXPRESSION`, or `[ "$left" -lt 16 ] || left=EXPRESSION`.
-fn step(text: &str) -> Option<Assignment> {
+fn parse_assignment(text: &str) -> Option<Assignment> {
     let (condition, assignment) = match text.strip_prefix("[ \"$left\" ") {
         None => (None, text),
         Some(rest) => {
@@ -267,7 +267,7 @@ impl Arithmetic<'_> {
 
 /// Seconds of systemd's `63s`, `2min` or `1min 3s` (systemd.time(7)); none for `off`, `0`, `infinity` or `default`.
 /// Parts of a second are rounded up, as the manager does for a watchdog (usec_to_watchdog, DIV_ROUND_UP).
-fn timespan(text: &str) -> Option<u64> {
+fn parse_timespan(text: &str) -> Option<u64> {
     let mut micros = 0u64;
     let mut rest = text.trim();
     while !rest.is_empty() {
@@ -294,7 +294,7 @@ fn timespan(text: &str) -> Option<u64> {
 /// The effective settings of the manager, each with its file and line. Drop-in files override the main file. They are
 /// sorted by name across all directories, and a file in `/etc` replaces one with the same name
 /// (systemd-system.conf(5)).
-fn manager(slot: &CardSlot) -> BTreeMap<String, (String, String, usize)> {
+fn manager_settings(slot: &CardSlot) -> BTreeMap<String, (String, String, usize)> {
     let file = |path: &str| slot.files.contains_key(path).then(|| path.to_owned());
     let mut files: Vec<String> = MANAGER.iter().find_map(|path| file(path)).into_iter().collect();
     let mut extra: BTreeMap<&str, &str> = BTreeMap::new();
@@ -373,9 +373,9 @@ pub(super) fn check(
             "use the device tree of this model".to_owned(),
         );
     }
-    for (key, (value, path, line)) in manager(system.slot) {
+    for (key, (value, path, line)) in manager_settings(system.slot) {
         let watches = ["RuntimeWatchdogSec", "RebootWatchdogSec", "KExecWatchdogSec"];
-        let seconds = timespan(&value).filter(|_| watches.contains(&key.as_str()));
+        let seconds = parse_timespan(&value).filter(|_| watches.contains(&key.as_str()));
         if let Some(seconds) = seconds.filter(|seconds| !can_count(&driver, *seconds)) {
             let place = CardLocation::line(system.slot.number, &path, line);
             let message = format!("{key}={value}: {}", explain(seconds));
@@ -383,7 +383,7 @@ pub(super) fn check(
         }
     }
     if let Some(boot) = boot {
-        firmware(run, boot, &driver, &explain, &help);
+        check_firmware(run, boot, &driver, &explain, &help);
     }
     if !system.words.split(' ').any(|word| word.starts_with("watchdog.open_timeout=")) {
         run.stop(
@@ -399,7 +399,7 @@ pub(super) fn check(
     let place = || system.places[1].clone();
     let rule = DeadlineRule::read(&init.unwrap_or_default());
     let wrong = rule.and_then(|rule| {
-        let deadline = told.map_or(rule.deadline, |value| rule.told(value));
+        let deadline = told.map_or(rule.deadline, |value| rule.deadline_for(value));
         let mut worst = None;
         for start in 0..=LATEST_START {
             let seconds = rule.seconds(deadline, start)?;
@@ -430,7 +430,7 @@ pub(super) fn check(
 }
 
 /// Checks the firmware's settings for the watchdog that it starts before the kernel.
-fn firmware(
+fn check_firmware(
     run: &mut Run<'_>,
     boot: &Boot<'_>,
     driver: &WatchdogDriver,
@@ -510,9 +510,9 @@ mod tests {
             ("infinity", None),
             ("99999999999999999999s", None),
         ] {
-            assert_eq!(timespan(text), expected, "{text}");
+            assert_eq!(parse_timespan(text), expected, "{text}");
         }
-        assert!(timespan("99999999999999999w").is_some(), "more than can be counted");
+        assert!(parse_timespan("99999999999999999w").is_some(), "more than can be counted");
     }
 
     #[test]
@@ -526,7 +526,7 @@ mod tests {
         put("etc/systemd/system.conf.d/10-b.conf", "[Manager]\nRuntimeWatchdogSec=2s\n");
         put("usr/lib/systemd/system.conf.d/90-c.conf", "[Manager]\nKExecWatchdogSec=9s\n");
         put("etc/systemd/system.conf.d/90-c.conf", "[Other]\nRebootWatchdogSec=8s\n");
-        let found = manager(&slot);
+        let found = manager_settings(&slot);
         let display: Vec<_> =
             found.iter().map(|(key, (value, ..))| format!("{key}={value}")).collect();
         assert_eq!(display, ["RebootWatchdogSec=1s", "RuntimeWatchdogSec=60s"]);
@@ -553,7 +553,7 @@ mod tests {
         let init = "begin_trial() {\nleft=$((deadline - $(seconds)))\n}\ndeadline=300\n[ \"$deadline\" -le 1800 ] || deadline=1800\n";
         let rule = DeadlineRule::read(init).expect("a rule");
         let told: Vec<i64> = ["600", "9999999999999999999999", "010", "x", ""]
-            .map(|value| rule.told(value))
+            .map(|value| rule.deadline_for(value))
             .to_vec();
         assert_eq!(told, [600, 1800, 300, 300, 300]);
     }

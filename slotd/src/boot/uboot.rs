@@ -36,7 +36,7 @@ impl<S: Storage> Uboot<S> {
                 Refusal::io(format!("reading the boot state in sector {sector}"), &error)
             })?;
         }
-        let newest = bootstate::newest(copies.iter().map(<[u8; SECTOR]>::as_slice));
+        let newest = bootstate::find_newest(copies.iter().map(<[u8; SECTOR]>::as_slice));
         Ok((copies, newest))
     }
 

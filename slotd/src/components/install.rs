@@ -73,7 +73,7 @@ pub(crate) fn install<I: BundleInput>(
     settle(root, events, robot.files)?;
     let whole = retention::make_room(root, place, &lock)?;
 
-    let id = bundle::index::hex(&bundle::index::sha256(&json));
+    let id = bundle::index::to_hex(&bundle::index::sha256(&json));
     let folder = format!("{}-{}", lock.version, id.get(..8).unwrap_or_default());
     let before = super::ApiState::read(place).chosen;
     events.add(
@@ -104,7 +104,7 @@ pub(crate) fn install<I: BundleInput>(
         // Wheels of an interrupted transfer are kept for the next one; a refused API is removed.
         if let Err(error) = retention::remove_unfinished(place) {
             events.add("api-not-tidied", json!(error));
-        } else if refusal.matter() == RefusalKind::Bundle {
+        } else if refusal.kind() == RefusalKind::Bundle {
             retention::remove_unneeded(root, place, events);
         }
         return Err(refusal);

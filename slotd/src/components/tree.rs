@@ -163,7 +163,7 @@ fn unpack(files: &dyn FileChanges, pipe: Pipe, wheel: &ComponentWheel, into: &Pa
     // The bytes after the last entry are part of the hash.
     let mut pipe = archive.into_inner();
     io::copy(&mut pipe, &mut io::sink()).map_err(damaged)?;
-    rules.end(&bundle::index::hex(&pipe.hash.finalize()))?;
+    rules.end(&bundle::index::to_hex(&pipe.hash.finalize()))?;
     Ok(())
 }
 

@@ -82,7 +82,7 @@ pub(super) fn hash_file(path: &Path) -> io::Result<String> {
         }
     }
     let mode = file.metadata()?.mode() & 0o7777;
-    Ok(format!("{} {mode:o}", bundle::index::hex(&hash.finalize())))
+    Ok(format!("{} {mode:o}", bundle::index::to_hex(&hash.finalize())))
 }
 
 /// The content of [`SUM`] for a tree: hash, mode and path of each file, terminated by a zero byte.
@@ -221,7 +221,7 @@ pub(crate) fn verify(root: &RootDir) -> Result<ApiVerifyOutcome> {
             expected.extend(sums.iter().flatten().map(|(name, sum)| (name.clone(), sum.clone())));
         }
         let own = place.version(version).join(LOCK_ROLE);
-        let id = fs::read(&own).map(|json| bundle::index::hex(&bundle::index::sha256(&json)));
+        let id = fs::read(&own).map(|json| bundle::index::to_hex(&bundle::index::sha256(&json)));
         if !id.is_ok_and(|id| version.ends_with(&format!("-{}", id.get(..8).unwrap_or("?")))) {
             check
                 .places

@@ -82,7 +82,7 @@ impl ArchiveLimits {
     ///
     /// # Errors
     /// `io`.
-    pub fn free(folder: &Path) -> Result<Self> {
+    pub fn free_space(folder: &Path) -> Result<Self> {
         let about = rustix::fs::statvfs(folder).map_err(|error| {
             Refusal::io(format!("reading the size of {}", folder.display()), &error.into())
         })?;

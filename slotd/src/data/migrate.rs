@@ -483,10 +483,10 @@ fn write_snapshot(
     let to_refusal = failed("writing", path);
     let data = root.data();
     files.remove(path).and_then(|()| files.create(path)).map_err(&to_refusal)?;
-    let mut out = FileAppender::new(files, path, ArchiveLimits::free(&data)?.bytes);
+    let mut out = FileAppender::new(files, path, ArchiveLimits::free_space(&data)?.bytes);
     let used = archive::pack(&data, &step.paths, &mut out, MOST)?;
     out.flush().and_then(|()| files.sync(path)).map_err(&to_refusal)?;
-    let free = ArchiveLimits::free(&data)?;
+    let free = ArchiveLimits::free_space(&data)?;
     if free.bytes < used.bytes || free.entries < used.entries {
         return Err(Refusal::new(
             "no-space",

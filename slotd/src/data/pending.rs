@@ -186,7 +186,7 @@ fn write_backup(root: &RootDir, files: &dyn FileChanges, path: &Path) -> Result<
     let to_refusal = failed("writing", path);
     files.remove(path).and_then(|()| files.create(path)).map_err(&to_refusal)?;
     // A reset must not fill the disk.
-    let most = ArchiveLimits::free(&root.data())?.bytes.saturating_sub(RESERVE.bytes);
+    let most = ArchiveLimits::free_space(&root.data())?.bytes.saturating_sub(RESERVE.bytes);
     let mut out = FileAppender::new(files, path, most);
     backup(root, &mut out)?;
     out.flush().and_then(|()| files.sync(path)).map_err(&to_refusal)
@@ -275,7 +275,7 @@ fn unpack(root: &RootDir, files: &dyn FileChanges, input: impl Read, into: &Path
     let to_refusal = failed("writing", into);
     let data = root.data();
     files.create_dir(into).map_err(&to_refusal)?;
-    let free = ArchiveLimits::free(&data)?;
+    let free = ArchiveLimits::free_space(&data)?;
     let room = ArchiveLimits {
         bytes: free.bytes.saturating_sub(RESERVE.bytes),
         entries: free.entries.saturating_sub(RESERVE.entries),

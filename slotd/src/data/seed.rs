@@ -39,22 +39,22 @@ pub struct AppliedSettings {
 /// # Errors
 /// `bad-seed`: the file is malformed; the file stays. `no-data`: data is in memory; the file stays.
 /// `bad-device`, `wrong-layout`, `io`.
-pub fn seed(root: &RootDir) -> Result<AppliedSettings> {
+pub fn apply_seed(root: &RootDir) -> Result<AppliedSettings> {
     let path = RobotDevice::read(root)?.partition_path("boot")?;
     let open = OpenOptions::new().read(true).write(true).open(&path);
-    let volume = open.map_err(|error| Refusal::io(reading(&path), &error))?;
+    let volume = open.map_err(|error| Refusal::io(describe_reading(&path), &error))?;
     seed_with(root, &DirectFileChanges, &path, volume, &|| File::open(&path)?.sync_all())
 }
 
-fn reading(path: &Path) -> String {
+fn describe_reading(path: &Path) -> String {
     format!("reading {FILE} on {}", path.display())
 }
 
-/// [`seed`] with every change of `data` made through `files`, and of the boot partition through `volume`, whose name
-/// is `path`; `flush` returns when what was written to it would survive a power cut.
+/// [`apply_seed`] with every change of `data` made through `files`, and of the boot partition through `volume`, whose
+/// name is `path`; `flush` returns when what was written to it would survive a power cut.
 ///
 /// # Errors
-/// As [`seed`].
+/// As [`apply_seed`].
 pub fn seed_with<V: Read + Write + Seek>(
     root: &RootDir,
     files: &dyn FileChanges,
@@ -62,7 +62,7 @@ pub fn seed_with<V: Read + Write + Seek>(
     volume: V,
     flush: &dyn Fn() -> io::Result<()>,
 ) -> Result<AppliedSettings> {
-    let failed = |error: io::Error| Refusal::io(reading(path), &error);
+    let failed = |error: io::Error| Refusal::io(describe_reading(path), &error);
     let fat = FileSystem::new(volume, FsOptions::new()).map_err(failed)?;
     let text = match fat.root_dir().open_file(FILE) {
         Ok(file) => {
@@ -77,13 +77,16 @@ pub fn seed_with<V: Read + Write + Seek>(
     if !is_half_wiped(&text) {
         let bad = |why: &str| {
             let help = "flash the card again, or correct the file on another computer";
-            Refusal::new("bad-seed", format!("{}: {why}", reading(path)), help)
+            Refusal::new("bad-seed", format!("{}: {why}", describe_reading(path)), help)
         };
         let seed = SeedFile::parse(&text).map_err(bad)?;
         if DataState::read(root)?.condition == DataCondition::Memory {
             return Err(Refusal::new(
                 "no-data",
-                format!("{}: data is in memory, and the settings would be lost", reading(path)),
+                format!(
+                    "{}: data is in memory, and the settings would be lost",
+                    describe_reading(path)
+                ),
                 "repair or replace the card; the file stays for the next start",
             ));
         }

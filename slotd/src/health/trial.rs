@@ -149,7 +149,7 @@ impl<'a> TrialWatch<'a> {
             if state.phase != TrialPhase::Committed && left() <= ORDERLY {
                 state.phase = TrialPhase::OutOfTime;
             }
-            self.tell(&state);
+            self.write_state(&state);
             let summary: Vec<_> =
                 state.checks.iter().map(|o| (o.name.clone(), o.healthy)).collect();
             if told.as_ref() != Some(&(state.phase, summary.clone())) {
@@ -165,7 +165,7 @@ impl<'a> TrialWatch<'a> {
     }
 
     /// Writes the state, for `status` only: a failure must not prevent the commit of a trial.
-    fn tell(&self, state: &TrialState) {
+    fn write_state(&self, state: &TrialState) {
         if let Err(error) = durable::write_json(&state_file(self.root), state) {
             crate::say!("slotd: cannot write the state of the health checks: {error}");
         }

@@ -90,7 +90,7 @@ pub fn run_job(root: &RootDir, caller: &Caller, request: &AgentRequest) -> u8 {
             (JobMessage::Refused(refusal), 1)
         }
         Err(refusal) => {
-            let code = refusal.matter() as u8;
+            let code = refusal.kind() as u8;
             (JobMessage::Refused(refusal), code)
         }
     };

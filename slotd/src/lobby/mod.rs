@@ -251,7 +251,7 @@ fn without_agent(root: &RootDir, request: &AgentRequest) -> Option<Result<AgentR
         AgentRequest::CheckProvisioned => provision::check(root).map(AgentResponse::Provisioned),
         AgentRequest::GrowData => verbs::grow(root).map(AgentResponse::Grown),
         AgentRequest::PrepareData => startup::prepare(root).map(AgentResponse::Prepared),
-        AgentRequest::TakeSeed => seed::seed(root).map(AgentResponse::Seeded),
+        AgentRequest::TakeSeed => seed::apply_seed(root).map(AgentResponse::Seeded),
         AgentRequest::Job => job::read(root).map(|job| AgentResponse::Job(job.map(Box::new))),
         AgentRequest::CancelJob => {
             job::cancel(root).map(|job| AgentResponse::Job(Some(Box::new(job))))

@@ -189,14 +189,14 @@ fn locate_package(root: &RootDir, api: &BuiltInApi) -> Result<Found> {
             Err(error)
                 if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory]
                     .contains(&error.kind()) => {}
-            Err(error) => return Err(tree::reading(&resources, &error)),
+            Err(error) => return Err(tree::read_error(&resources, &error)),
         }
     }
     let (folder, resources) = match found {
         Some((folder, resources)) => (folder.clone(), Some(resources)),
         None => (folders.first().cloned().unwrap_or_default(), None),
     };
-    let resolve = |path: &Path| fs::canonicalize(path).map_err(|e| tree::reading(path, &e));
+    let resolve = |path: &Path| fs::canonicalize(path).map_err(|e| tree::read_error(path, &e));
     let (real, top) = (resolve(&root.path(&folder))?, resolve(&root.path("/"))?);
     let real = Path::new("/").join(real.strip_prefix(top).unwrap_or(&real));
     Ok(Found { folder, real, resources, notes: path.notes })
@@ -260,14 +260,14 @@ fn provision(root: &RootDir, files: &dyn FileChanges) -> Result<ProvisionReport>
     let (target, staging) = (root.system(), root.data().join(STAGING));
     let unchanged = |changes: &[ResourceDifference]| changes.is_empty() && target.is_dir();
     let leftover = fs::symlink_metadata(&staging).is_ok();
-    let changes = tree::differences(&wanted, tree::read_present(&target)?.as_ref())?;
+    let changes = tree::compare_trees(&wanted, tree::read_present(&target)?.as_ref())?;
     if unchanged(&changes) && !leftover {
         record(true)?.store(root, files)?;
         return Ok(ProvisionReport::new(ProvisionOutcome::Unchanged, Some(&found), Some(&wanted)));
     }
     let _lock = ProcessLock::acquire(root, LockScope::Provision, "provision")?;
     // Another process may have provisioned until now.
-    let changes = tree::differences(&wanted, tree::read_present(&target)?.as_ref())?;
+    let changes = tree::compare_trees(&wanted, tree::read_present(&target)?.as_ref())?;
     write::remove_staging(files, &staging)?;
     let mut outcome = ProvisionOutcome::Unchanged;
     if !unchanged(&changes) {
@@ -318,7 +318,7 @@ pub fn check(root: &RootDir) -> Result<ProvisionReport> {
         return Ok(ProvisionReport::new(ProvisionOutcome::NoResources, Some(&found), None));
     };
     let present = tree::read_present(&root.system())?;
-    let differences = tree::differences(&wanted, present.as_ref())?;
+    let differences = tree::compare_trees(&wanted, present.as_ref())?;
     if present.is_some() && differences.is_empty() {
         return Ok(ProvisionReport::new(ProvisionOutcome::Unchanged, Some(&found), Some(&wanted)));
     }

@@ -105,7 +105,7 @@ pub(super) fn is_junk(name: &OsStr) -> bool {
 }
 
 /// Names in a directory, in order.
-fn children(folder: &Path) -> io::Result<BTreeSet<std::ffi::OsString>> {
+fn names_in(folder: &Path) -> io::Result<BTreeSet<std::ffi::OsString>> {
     fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name())).collect()
 }
 
@@ -125,7 +125,7 @@ fn bad(folder: &Path, why: impl std::fmt::Display) -> Refusal {
 pub(super) fn read_resources(folder: &Path) -> Result<ResourceTree> {
     let mut tree =
         ResourceTree { folder: folder.to_owned(), entries: BTreeMap::new(), junk: Vec::new() };
-    let whole = fs::canonicalize(folder).map_err(|error| reading(folder, &error))?;
+    let whole = fs::canonicalize(folder).map_err(|error| read_error(folder, &error))?;
     let (mut bytes, mut folders) = (0, BTreeSet::new());
     let mut waiting = vec![PathBuf::new()];
     while let Some(inside) = waiting.pop() {
@@ -136,14 +136,14 @@ pub(super) fn read_resources(folder: &Path) -> Result<ResourceTree> {
                 format_args!("directories are nested more than {DEEPEST} deep"),
             ));
         }
-        for name in children(&here).map_err(|error| reading(&here, &error))? {
+        for name in names_in(&here).map_err(|error| read_error(&here, &error))? {
             let path = inside.join(&name);
             if is_junk(&name) {
                 tree.junk.push(path);
                 continue;
             }
             let full = folder.join(&path);
-            let about = fs::symlink_metadata(&full).map_err(|error| reading(&full, &error))?;
+            let about = fs::symlink_metadata(&full).map_err(|error| read_error(&full, &error))?;
             let kind = about.file_type();
             let item = if kind.is_dir() {
                 folders.insert(path.clone());
@@ -181,7 +181,7 @@ pub(super) fn read_resources(folder: &Path) -> Result<ResourceTree> {
     // A link to a file that is left out would be broken.
     for (path, item) in &tree.entries {
         if let ResourceKind::Link(_) = item {
-            let to = fs::canonicalize(folder.join(path)).map_err(|e| reading(folder, &e))?;
+            let to = fs::canonicalize(folder.join(path)).map_err(|e| read_error(folder, &e))?;
             let to = to.strip_prefix(&whole).unwrap_or(&to);
             if !to.as_os_str().is_empty() && !tree.entries.contains_key(to) {
                 return Err(bad(
@@ -200,7 +200,7 @@ pub(super) fn read_resources(folder: &Path) -> Result<ResourceTree> {
 /// Checks a link's target: it must be relative and exist in the tree.
 fn link(folder: &Path, whole: &Path, path: &Path) -> Result<PathBuf> {
     let full = folder.join(path);
-    let to = fs::read_link(&full).map_err(|error| reading(&full, &error))?;
+    let to = fs::read_link(&full).map_err(|error| read_error(&full, &error))?;
     let refused = |why: &str| {
         let (path, to) = (escape_path(path), escape_path(&to));
         bad(folder, format_args!("the link `{path}` -> `{to}` {why}"))
@@ -222,7 +222,7 @@ fn is_program(path: &Path, about: &Metadata) -> Result<bool> {
     }
     let mut head = Vec::new();
     let read = File::open(path).and_then(|file| file.take(4).read_to_end(&mut head));
-    read.map_err(|error| reading(path, &error))?;
+    read.map_err(|error| read_error(path, &error))?;
     Ok(head.starts_with(b"#!") || head == b"\x7fELF")
 }
 
@@ -235,7 +235,7 @@ pub(super) fn read_present(folder: &Path) -> Result<Option<ResourceTree>> {
     match fs::symlink_metadata(folder) {
         Ok(about) => drop(entries.insert(PathBuf::new(), read_kind(folder, &about)?)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(reading(folder, &error)),
+        Err(error) => return Err(read_error(folder, &error)),
     }
     let top = entries.first_entry().map(|entry| entry.get().clone());
     let mut waiting = Vec::new();
@@ -244,10 +244,10 @@ pub(super) fn read_present(folder: &Path) -> Result<Option<ResourceTree>> {
     }
     while let Some(inside) = waiting.pop() {
         let here = folder.join(&inside);
-        for name in children(&here).map_err(|error| reading(&here, &error))? {
+        for name in names_in(&here).map_err(|error| read_error(&here, &error))? {
             let path = inside.join(name);
             let full = folder.join(&path);
-            let about = fs::symlink_metadata(&full).map_err(|error| reading(&full, &error))?;
+            let about = fs::symlink_metadata(&full).map_err(|error| read_error(&full, &error))?;
             if about.is_dir() {
                 waiting.push(path.clone());
             }
@@ -265,7 +265,7 @@ fn read_kind(path: &Path, about: &Metadata) -> Result<ResourceKind> {
     } else if kind.is_file() {
         ResourceKind::File { mode, size: about.len() }
     } else if kind.is_symlink() {
-        ResourceKind::Link(fs::read_link(path).map_err(|error| reading(path, &error))?)
+        ResourceKind::Link(fs::read_link(path).map_err(|error| read_error(path, &error))?)
     } else {
         ResourceKind::Other
     })
@@ -275,7 +275,7 @@ fn read_kind(path: &Path, about: &Metadata) -> Result<ResourceKind> {
 ///
 /// # Errors
 /// `io`.
-pub(super) fn differences(
+pub(super) fn compare_trees(
     wanted: &ResourceTree,
     present: Option<&ResourceTree>,
 ) -> Result<Vec<ResourceDifference>> {
@@ -332,7 +332,7 @@ pub(super) fn differences(
 
 /// Whether two files of the same length have the same bytes.
 fn have_equal_content(one: &Path, other: &Path) -> Result<bool> {
-    let open = |path: &Path| File::open(path).map_err(|error| reading(path, &error));
+    let open = |path: &Path| File::open(path).map_err(|error| read_error(path, &error));
     let (mut a, mut b) = (open(one)?, open(other)?);
     let (mut left, mut right) = (Vec::new(), Vec::new());
     loop {
@@ -340,9 +340,9 @@ fn have_equal_content(one: &Path, other: &Path) -> Result<bool> {
         right.clear();
         let limit = CHUNK as u64;
         let read = (&mut a).take(limit).read_to_end(&mut left);
-        read.map_err(|error| reading(one, &error))?;
+        read.map_err(|error| read_error(one, &error))?;
         let read = (&mut b).take(limit).read_to_end(&mut right);
-        read.map_err(|error| reading(other, &error))?;
+        read.map_err(|error| read_error(other, &error))?;
         if left != right {
             return Ok(false);
         }
@@ -352,7 +352,7 @@ fn have_equal_content(one: &Path, other: &Path) -> Result<bool> {
     }
 }
 
-pub(super) fn reading(path: &Path, error: &io::Error) -> Refusal {
+pub(super) fn read_error(path: &Path, error: &io::Error) -> Refusal {
     Refusal::io(format!("reading {}", path.display()), error)
 }
 

@@ -124,7 +124,7 @@ fn stage_tree(files: &dyn FileChanges, wanted: &ResourceTree, staging: &Path) ->
             .map_err(|error| failed("flushing", path, &error))?;
     }
     // The package's files may have changed while they were read.
-    let changes = tree::differences(wanted, tree::read_present(staging)?.as_ref())?;
+    let changes = tree::compare_trees(wanted, tree::read_present(staging)?.as_ref())?;
     match changes.first() {
         None => Ok(()),
         Some(first) => Err(Refusal::new(
@@ -136,13 +136,13 @@ fn stage_tree(files: &dyn FileChanges, wanted: &ResourceTree, staging: &Path) ->
 }
 
 fn copy_file(files: &dyn FileChanges, from: &Path, to: &Path, mode: u32) -> Result<()> {
-    let mut source = File::open(from).map_err(|error| tree::reading(from, &error))?;
+    let mut source = File::open(from).map_err(|error| tree::read_error(from, &error))?;
     files.create(to).map_err(|error| failed("creating", to, &error))?;
     let mut chunk = Vec::new();
     loop {
         chunk.clear();
         let read = (&mut source).take(CHUNK as u64).read_to_end(&mut chunk);
-        if read.map_err(|error| tree::reading(from, &error))? == 0 {
+        if read.map_err(|error| tree::read_error(from, &error))? == 0 {
             break;
         }
         files.append(to, &chunk).map_err(|error| failed("writing", to, &error))?;

@@ -172,7 +172,7 @@ impl Robot {
     pub fn state(&self) -> BootState {
         let disk = fs::read(self.path(&format!("dev/{DISK}"))).unwrap();
         let copies = SECTORS.map(|sector| disk[sector as usize * 512..][..512].to_vec());
-        bundle::bootstate::newest(copies.iter().map(Vec::as_slice)).unwrap().1
+        bundle::bootstate::find_newest(copies.iter().map(Vec::as_slice)).unwrap().1
     }
 
     pub fn set_state(&self, state: BootState) {

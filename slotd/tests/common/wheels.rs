@@ -3,7 +3,7 @@
 use std::fs;
 
 use bundle::component::{ComponentLock, ComponentWheel, LOCK_ROLE, TREE_TIME, WheelScript};
-use bundle::index::{hex, sha256};
+use bundle::index::{sha256, to_hex};
 use bundle::{BundleComponent, Version};
 
 use super::bundles::{TestKey, parts};
@@ -53,7 +53,7 @@ impl Tree {
             name: self.name.to_owned(),
             version: self.version.clone(),
             sha256: "0".repeat(64),
-            tree: hex(&sha256(tar)),
+            tree: to_hex(&sha256(tar)),
             size: tar.len() as u64,
             files: self.files.len() as u64,
             bytes: self.files.iter().map(|(_, text)| text.len() as u64).sum(),

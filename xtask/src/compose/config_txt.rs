@@ -57,7 +57,7 @@ pub fn check(
         }
         let read = |name: &str| partitions.text(role, name);
         let settings = |filters: ConfigFilters<'_>| {
-            let (mut found, refused) = config::included(text, filters, &read);
+            let (mut found, refused) = config::read_with_includes(text, filters, &read);
             // Missing included files are reported as well.
             found.extend(refused.into_iter().map(|(setting, _)| setting));
             found
@@ -97,7 +97,7 @@ pub fn check(
                 // bootcode.bin of the Pi 3 selects the firmware before any section applies.
                 let all = ConfigFilters { models: None, tryboot: None, sections: false };
                 let first = match soc.generation {
-                    3 => config::settings(text, all),
+                    3 => config::read_settings(text, all),
                     _ => settings.clone(),
                 };
                 look(&settings, &first);

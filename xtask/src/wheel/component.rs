@@ -10,7 +10,7 @@ use bundle::component::{
     BaseRequirement, ComponentLock, ComponentWheel, LOCK_FORMAT, LOCK_ROLE, PLACE, TREE_TIME,
     WheelScript,
 };
-use bundle::index::hex;
+use bundle::index::to_hex;
 use bundle::tree::{TreeEntryKind, TreeRules};
 use camino::{Utf8Path, Utf8PathBuf};
 use pep508_rs::pep440_rs::{PrereleaseKind, Version};
@@ -191,7 +191,7 @@ impl Trees {
             let executable = entry.header().mode()? & 0o100 != 0;
             let mut content = Hashing { inner: &mut entry, hash: Sha256::new() };
             std::io::copy(&mut content, &mut std::io::sink())?;
-            let sum = format!("{} {executable}", hex(&content.hash.finalize()));
+            let sum = format!("{} {executable}", to_hex(&content.hash.finalize()));
             let (there, by) =
                 self.files.entry(path.clone()).or_insert_with(|| (sum.clone(), wheel.name.clone()));
             if *there != sum {
@@ -202,7 +202,7 @@ impl Trees {
         let mut rest = archive.into_inner();
         std::io::copy(&mut rest, &mut std::io::sink())?;
         self.count += 1;
-        rules.end(&hex(&rest.hash.finalize()))
+        rules.end(&to_hex(&rest.hash.finalize()))
     }
 }
 
