@@ -12,7 +12,7 @@ use crate::artifact::{hash_bytes, hash_file};
 use crate::config::product::Engine;
 use crate::config::{self, Config};
 use crate::git;
-use crate::plan::{self, Facts, Plan};
+use crate::plan::{self, CheckoutFacts, Plan};
 use crate::render::INIT;
 use crate::scratch::scratch;
 
@@ -37,7 +37,7 @@ const EXTERNAL: &str = "external";
 /// One build: a product for a board.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Build {
+pub struct AffectedBuild {
     /// The product.
     pub product: String,
     /// The board.
@@ -48,13 +48,13 @@ pub struct Build {
     pub version: String,
     /// With a commit to compare with: the changed components, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub components: Vec<Component>,
+    pub components: Vec<AffectedComponent>,
 }
 
 /// A component that must be rebuilt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Component {
+pub struct AffectedComponent {
     /// `base`, `api`, `agent`, `boot`, `system` or `card`; `all` if the component is unknown.
     pub name: String,
     /// The inputs that changed: files, settings, and components that it depends on.
@@ -72,13 +72,13 @@ const COMPONENTS: [(&str, &[&str]); 6] = [
 ];
 
 /// Inputs by component: name and SHA-256 of each.
-type Inputs = BTreeMap<&'static str, BTreeMap<String, String>>;
+type ComponentInputs = BTreeMap<&'static str, BTreeMap<String, String>>;
 
 /// All builds: every product for every one of its boards.
 ///
 /// # Errors
 /// When a product cannot be read.
-pub fn all(root: &Utf8Path, only: Option<&str>) -> Result<Vec<Build>> {
+pub fn all(root: &Utf8Path, only: Option<&str>) -> Result<Vec<AffectedBuild>> {
     let mut builds = Vec::new();
     for name in config::products(root)? {
         if only.is_some_and(|only| only != name) {
@@ -86,7 +86,7 @@ pub fn all(root: &Utf8Path, only: Option<&str>) -> Result<Vec<Build>> {
         }
         let product = config::read_product(root, &name)?;
         for board in &product.boards {
-            builds.push(Build {
+            builds.push(AffectedBuild {
                 product: name.clone(),
                 board: board.value.0.clone(),
                 engine: product.rootfs.engine.value,
@@ -103,14 +103,18 @@ pub fn all(root: &Utf8Path, only: Option<&str>) -> Result<Vec<Build>> {
 /// # Errors
 /// When there is no such commit, or today's configuration is invalid. An old configuration that
 /// cannot be read any more is a reason, not an error.
-pub fn changed_since(root: &Utf8Path, revision: &str, only: Option<&str>) -> Result<Vec<Build>> {
+pub fn changed_since(
+    root: &Utf8Path,
+    revision: &str,
+    only: Option<&str>,
+) -> Result<Vec<AffectedBuild>> {
     let (_keep, old_root) = unpack(root, revision)?;
     let old_builds = all(&old_root, only).unwrap_or_default();
     let builder = differing(&files(&old_root, &BUILDER)?, &files(root, &BUILDER)?);
     let mut changed = Vec::new();
     for mut build in all(root, only)? {
         let now = inputs(root, &build)?;
-        let same = |old: &&Build| old.product == build.product && old.board == build.board;
+        let same = |old: &&AffectedBuild| old.product == build.product && old.board == build.board;
         build.components = match old_builds.iter().find(same) {
             None => everything("is new"),
             Some(old) => match inputs(&old_root, old) {
@@ -125,15 +129,19 @@ pub fn changed_since(root: &Utf8Path, revision: &str, only: Option<&str>) -> Res
     Ok(changed)
 }
 
-fn everything(reason: &str) -> Vec<Component> {
-    vec![Component { name: "all".to_owned(), reasons: vec![reason.to_owned()] }]
+fn everything(reason: &str) -> Vec<AffectedComponent> {
+    vec![AffectedComponent { name: "all".to_owned(), reasons: vec![reason.to_owned()] }]
 }
 
-fn compare(then: &Inputs, now: &Inputs, builder: &BTreeSet<String>) -> Vec<Component> {
+fn compare(
+    then: &ComponentInputs,
+    now: &ComponentInputs,
+    builder: &BTreeSet<String>,
+) -> Vec<AffectedComponent> {
     let empty = BTreeMap::new();
-    let mut changed: Vec<Component> = Vec::new();
+    let mut changed: Vec<AffectedComponent> = Vec::new();
     for (name, parts) in COMPONENTS {
-        let of = |inputs: &Inputs| inputs.get(name).unwrap_or(&empty).clone();
+        let of = |inputs: &ComponentInputs| inputs.get(name).unwrap_or(&empty).clone();
         let mut reasons: Vec<String> = differing(&of(then), &of(now)).into_iter().collect();
         // Cargo compiles the agent from its own sources, independently of the tool.
         if name != "agent" {
@@ -144,7 +152,7 @@ fn compare(then: &Inputs, now: &Inputs, builder: &BTreeSet<String>) -> Vec<Compo
             parts.iter().filter(known).map(|p| format!("component {p}")).collect();
         reasons.extend(made_of);
         if !reasons.is_empty() {
-            changed.push(Component { name: name.to_owned(), reasons });
+            changed.push(AffectedComponent { name: name.to_owned(), reasons });
         }
     }
     changed
@@ -197,12 +205,12 @@ fn files(root: &Utf8Path, paths: &[&str]) -> Result<BTreeMap<String, String>> {
     Ok(found)
 }
 
-fn inputs(root: &Utf8Path, build: &Build) -> Result<Inputs> {
+fn inputs(root: &Utf8Path, build: &AffectedBuild) -> Result<ComponentInputs> {
     let config = config::load(root, Some(&build.product), Some(&build.board))?;
     // The commit's time is in every output, and is not a change by itself.
-    let facts = Facts { commit: None, modified: false, epoch: 0 };
+    let facts = CheckoutFacts { commit: None, modified: false, epoch: 0 };
     let plan = plan::resolve(&config, &facts)?;
-    let mut inputs = Inputs::new();
+    let mut inputs = ComponentInputs::new();
     let mut add = |component: &'static str, name: String, hash: String| {
         inputs.entry(component).or_default().insert(name, hash);
     };
@@ -291,7 +299,7 @@ fn settings(
 }
 
 /// The builds in human-readable form: one line each, then the components with their reasons.
-pub fn describe(builds: &[Build]) -> String {
+pub fn describe(builds: &[AffectedBuild]) -> String {
     let mut text = String::new();
     for build in builds {
         text.push_str(&format!("{} {}\n", build.product, build.board));

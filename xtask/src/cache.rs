@@ -30,9 +30,9 @@ pub(crate) const STAMP: &str = "stage.json";
 
 /// The inputs of a stage, hashed. Each part has a name, so that two parts cannot be confused.
 #[derive(Debug)]
-pub struct Key(Sha256);
+pub struct CacheKey(Sha256);
 
-impl Key {
+impl CacheKey {
     /// Starts a key. `version` is raised when a change of the stage's code changes its output.
     pub fn new(stage: &str, version: u32) -> Self {
         Self(Sha256::new()).with("stage", stage).with("version", version.to_string())
@@ -86,14 +86,14 @@ pub trait RemoteStages: Debug + Send + Sync {
     fn take(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)>;
 
     /// Stores a stage's result of the cache in this directory, if this machine writes and has not stored it before.
-    fn give(&self, cache: &Utf8Path, made: &Made<'_>);
+    fn give(&self, cache: &Utf8Path, made: &FinishedStage<'_>);
 
     /// The downloads.
     fn downloads(&self) -> Arc<dyn RemoteDownloads>;
 }
 
 /// A finished stage.
-pub struct Made<'a> {
+pub struct FinishedStage<'a> {
     /// The stage.
     pub stage: &'a str,
     /// The key of its inputs.
@@ -120,7 +120,7 @@ pub struct Cache {
 
 /// The origin of a stage's result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub enum StageOrigin {
     /// Built now.
     Made,
     /// Found in the local cache.
@@ -131,11 +131,11 @@ pub enum Origin {
 
 /// A stage's result.
 #[derive(Debug)]
-pub struct Staged<T> {
+pub struct StageResult<T> {
     /// The value that the stage returned.
     pub value: T,
     /// Its origin.
-    pub origin: Origin,
+    pub origin: StageOrigin,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -245,7 +245,7 @@ impl Cache {
         key: &str,
         outputs: impl Fn(&T) -> Vec<Utf8PathBuf>,
         build: impl FnOnce(&Utf8Path) -> Result<T>,
-    ) -> Result<Staged<T>> {
+    ) -> Result<StageResult<T>> {
         let dir = self.dir(stage, key);
         let lock = held(&dir)?;
         if let Some(stamp) = self.kept::<T>(&dir) {
@@ -258,11 +258,11 @@ impl Cache {
                 drop(lock);
                 self.give(stage, key, &dir, &stamp.value, &outputs);
             }
-            let origin = if taken { Origin::Shared } else { Origin::Kept };
-            return Ok(Staged { value: stamp.value, origin });
+            let origin = if taken { StageOrigin::Shared } else { StageOrigin::Kept };
+            return Ok(StageResult { value: stamp.value, origin });
         }
         if let Some(value) = self.take(stage, key, &dir, &outputs)? {
-            return Ok(Staged { value, origin: Origin::Shared });
+            return Ok(StageResult { value, origin: StageOrigin::Shared });
         }
         clear(&dir)?;
         let value = build(&dir)?;
@@ -270,7 +270,7 @@ impl Cache {
         self.forget_old(stage);
         drop(lock);
         self.give(stage, key, &dir, &stamp.value, &outputs);
-        Ok(Staged { value: stamp.value, origin: Origin::Made })
+        Ok(StageResult { value: stamp.value, origin: StageOrigin::Made })
     }
 
     /// The cached result in a directory, if its outputs are unchanged and its signer is still
@@ -330,7 +330,7 @@ impl Cache {
         let Some(shared) = &self.shared else { return };
         match serde_json::to_value(value) {
             Ok(json) => {
-                let made = Made { stage, key, dir, value: json, outputs: outputs(value) };
+                let made = FinishedStage { stage, key, dir, value: json, outputs: outputs(value) };
                 shared.give(&self.root, &made);
             }
             Err(error) => warn(format!("{stage} cannot be stored in the shared cache: {error}")),
@@ -407,7 +407,7 @@ mod tests {
         (dir, Cache::at(root))
     }
 
-    fn run(cache: &Cache, key: &str, text: &str) -> Result<Staged<Utf8PathBuf>> {
+    fn run(cache: &Cache, key: &str, text: &str) -> Result<StageResult<Utf8PathBuf>> {
         cache.stage(
             "test",
             key,
@@ -423,13 +423,13 @@ mod tests {
     #[test]
     fn a_result_is_made_once_and_again_when_somebody_changed_it() {
         let (_guard, cache) = cache();
-        let key = Key::new("test", 1).with("a", "b").finish();
-        assert_eq!(run(&cache, &key, "one").expect("made").origin, Origin::Made);
+        let key = CacheKey::new("test", 1).with("a", "b").finish();
+        assert_eq!(run(&cache, &key, "one").expect("made").origin, StageOrigin::Made);
         let again = run(&cache, &key, "two").expect("kept");
-        assert_eq!(again.origin, Origin::Kept);
+        assert_eq!(again.origin, StageOrigin::Kept);
         assert_eq!(fs::read_to_string(&again.value).expect("read"), "one");
         fs::write(&again.value, "spoilt by hand").expect("written");
-        assert_eq!(run(&cache, &key, "three").expect("made again").origin, Origin::Made);
+        assert_eq!(run(&cache, &key, "three").expect("made again").origin, StageOrigin::Made);
     }
 
     #[test]
@@ -459,8 +459,8 @@ mod tests {
 
     #[test]
     fn parts_of_a_key_cannot_run_together() {
-        let one = Key::new("s", 1).with("a", "bc").with("d", "").finish();
-        let two = Key::new("s", 1).with("a", "b").with("cd", "").finish();
+        let one = CacheKey::new("s", 1).with("a", "bc").with("d", "").finish();
+        let two = CacheKey::new("s", 1).with("a", "b").with("cd", "").finish();
         assert_ne!(one, two);
     }
 }

@@ -44,13 +44,13 @@ pub struct Inventory {
     /// Python distributions: name to version.
     pub wheels: BTreeMap<String, String>,
     /// Everything except directories, by absolute path.
-    pub files: BTreeMap<String, Entry>,
+    pub files: BTreeMap<String, InventoryEntry>,
 }
 
 /// One file. Bytes that are not UTF-8 in a path or target appear as replacement characters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Entry {
+pub struct InventoryEntry {
     /// Permission bits, with set-user-id, set-group-id and sticky.
     pub mode: u16,
     /// The owner's user id.
@@ -60,13 +60,13 @@ pub struct Entry {
     /// Length in bytes.
     pub size: u64,
     /// Its content.
-    pub content: Content,
+    pub content: EntryContent,
 }
 
 /// The content of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Content {
+pub enum EntryContent {
     /// A regular file: SHA-256 of its bytes, lower-case hexadecimal.
     Sha256(String),
     /// A symbolic link: its target.
@@ -78,19 +78,19 @@ pub enum Content {
 /// The added, removed and changed entries of one kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Changes<T> {
+pub struct ChangeSet<T> {
     /// Only in the new filesystem.
     pub added: BTreeMap<String, T>,
     /// Only in the old filesystem.
     pub removed: BTreeMap<String, T>,
     /// In both, but different.
-    pub changed: BTreeMap<String, Change<T>>,
+    pub changed: BTreeMap<String, EntryChange<T>>,
 }
 
 /// The old and the new state of an entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Change<T> {
+pub struct EntryChange<T> {
     /// The old state.
     pub old: T,
     /// The new state.
@@ -100,18 +100,18 @@ pub struct Change<T> {
 /// What changed from one inventory to another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Difference {
+pub struct InventoryDifference {
     /// Packages, by version.
-    pub packages: Changes<String>,
+    pub packages: ChangeSet<String>,
     /// Wheels, by version.
-    pub wheels: Changes<String>,
+    pub wheels: ChangeSet<String>,
     /// Files, by mode, owner and content.
-    pub files: Changes<Entry>,
+    pub files: ChangeSet<InventoryEntry>,
     /// The growth of all files together in bytes; negative when they shrank.
     pub bytes_delta: i64,
 }
 
-impl<T: Clone + PartialEq> Changes<T> {
+impl<T: Clone + PartialEq> ChangeSet<T> {
     /// Compares two lists by name.
     pub fn between(old: &BTreeMap<String, T>, new: &BTreeMap<String, T>) -> Self {
         let only = |these: &BTreeMap<String, T>, those: &BTreeMap<String, T>| {
@@ -125,7 +125,9 @@ impl<T: Clone + PartialEq> Changes<T> {
             .iter()
             .filter_map(|(name, old)| Some((name, old, new.get(name)?)))
             .filter(|(_, old, new)| old != new)
-            .map(|(name, old, new)| (name.clone(), Change { old: old.clone(), new: new.clone() }))
+            .map(|(name, old, new)| {
+                (name.clone(), EntryChange { old: old.clone(), new: new.clone() })
+            })
             .collect();
         Self { added: only(new, old), removed: only(old, new), changed }
     }
@@ -140,15 +142,15 @@ impl<T: Clone + PartialEq> Changes<T> {
     }
 }
 
-impl Difference {
+impl InventoryDifference {
     /// Compares two inventories.
     pub fn between(old: &Inventory, new: &Inventory) -> Self {
         let total = |of: &Inventory| of.files.values().map(|e| i128::from(e.size)).sum::<i128>();
         let delta = (total(new) - total(old)).clamp(i64::MIN.into(), i64::MAX.into());
         Self {
-            packages: Changes::between(&old.packages, &new.packages),
-            wheels: Changes::between(&old.wheels, &new.wheels),
-            files: Changes::between(&old.files, &new.files),
+            packages: ChangeSet::between(&old.packages, &new.packages),
+            wheels: ChangeSet::between(&old.wheels, &new.wheels),
+            files: ChangeSet::between(&old.files, &new.files),
             bytes_delta: i64::try_from(delta).unwrap_or_default(),
         }
     }
@@ -195,7 +197,7 @@ impl Difference {
 
 fn heading<T: Clone + PartialEq>(
     name: &str,
-    changes: &Changes<T>,
+    changes: &ChangeSet<T>,
     rest: &str,
     out: &mut dyn Write,
 ) -> io::Result<()> {
@@ -216,7 +218,7 @@ fn heading<T: Clone + PartialEq>(
 /// When `out` cannot be written.
 pub(crate) fn versions(
     name: &str,
-    changes: &Changes<String>,
+    changes: &ChangeSet<String>,
     out: &mut dyn Write,
 ) -> io::Result<()> {
     heading(name, changes, "", out)?;
@@ -226,7 +228,7 @@ pub(crate) fn versions(
             writeln!(out, "  + {shown} {}", printable(version))?;
         } else if let Some(version) = changes.removed.get(key) {
             writeln!(out, "  - {shown} {}", printable(version))?;
-        } else if let Some(Change { old, new }) = changes.changed.get(key) {
+        } else if let Some(EntryChange { old, new }) = changes.changed.get(key) {
             writeln!(out, "  ~ {shown} {} -> {}", printable(old), printable(new))?;
         }
     }
@@ -239,7 +241,7 @@ fn signed(delta: i128) -> String {
 }
 
 /// The differences of a file in human-readable form.
-pub(crate) fn what_changed(Change { old, new }: &Change<Entry>) -> String {
+pub(crate) fn what_changed(EntryChange { old, new }: &EntryChange<InventoryEntry>) -> String {
     let mut said = Vec::new();
     if old.mode != new.mode {
         said.push(format!("mode {:04o} -> {:04o}", old.mode, new.mode));
@@ -249,7 +251,7 @@ pub(crate) fn what_changed(Change { old, new }: &Change<Entry>) -> String {
     }
     match (&old.content, &new.content) {
         (a, b) if a == b => {}
-        (Content::Sha256(_), Content::Sha256(_)) => {
+        (EntryContent::Sha256(_), EntryContent::Sha256(_)) => {
             let delta = i128::from(new.size) - i128::from(old.size);
             said.push(format!("content, {}", signed(delta)));
         }
@@ -258,11 +260,11 @@ pub(crate) fn what_changed(Change { old, new }: &Change<Entry>) -> String {
     said.join("; ")
 }
 
-fn kind(content: &Content) -> String {
+fn kind(content: &EntryContent) -> String {
     match content {
-        Content::Sha256(_) => "file".to_owned(),
-        Content::Link(target) => format!("link to {}", printable(target)),
-        Content::Special(kind) => kind.clone(),
+        EntryContent::Sha256(_) => "file".to_owned(),
+        EntryContent::Link(target) => format!("link to {}", printable(target)),
+        EntryContent::Special(kind) => kind.clone(),
     }
 }
 
@@ -281,7 +283,7 @@ impl Inventory {
         let mut inventory = Self { files: found.files, ..Self::default() };
         for (path, hash) in hash_all(image, offset, &found.regular)? {
             if let Some(entry) = inventory.files.get_mut(&path) {
-                entry.content = Content::Sha256(hash);
+                entry.content = EntryContent::Sha256(hash);
             }
         }
         let doing = || format!("in the filesystem at byte {offset} of {image}");
@@ -347,7 +349,7 @@ fn field<'a>(header: &'a str, name: &str) -> Option<&'a str> {
 
 #[derive(Default)]
 struct Walk {
-    files: BTreeMap<String, Entry>,
+    files: BTreeMap<String, InventoryEntry>,
     /// The regular files: as shown, as stored.
     regular: Vec<(String, Vec<u8>)>,
     /// Bytes of the filesystem.
@@ -423,18 +425,20 @@ impl Walk {
                         );
                         self.names += usize::try_from(metadata.len()).unwrap_or(LONGEST_PATH);
                         let target = filesystem.read_link(&path)?;
-                        Content::Link(String::from_utf8_lossy(target.as_ref()).into_owned())
+                        EntryContent::Link(String::from_utf8_lossy(target.as_ref()).into_owned())
                     }
                     FileType::Regular => {
                         self.regular.push((shown.clone(), stored));
-                        Content::Sha256(String::new())
+                        EntryContent::Sha256(String::new())
                     }
-                    FileType::BlockDevice => Content::Special("block device".to_owned()),
-                    FileType::CharacterDevice => Content::Special("character device".to_owned()),
-                    FileType::Fifo => Content::Special("FIFO".to_owned()),
-                    FileType::Socket => Content::Special("socket".to_owned()),
+                    FileType::BlockDevice => EntryContent::Special("block device".to_owned()),
+                    FileType::CharacterDevice => {
+                        EntryContent::Special("character device".to_owned())
+                    }
+                    FileType::Fifo => EntryContent::Special("FIFO".to_owned()),
+                    FileType::Socket => EntryContent::Special("socket".to_owned()),
                 };
-                let found = Entry {
+                let found = InventoryEntry {
                     mode: metadata.mode() & 0o7777,
                     uid: metadata.uid(),
                     gid: metadata.gid(),

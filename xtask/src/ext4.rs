@@ -9,7 +9,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use uuid::Uuid;
 
 use crate::artifact;
-use crate::disk::{Usage, usage};
+use crate::disk::{Ext4Usage, usage};
 use crate::exec::Tool;
 use crate::progress;
 
@@ -121,7 +121,7 @@ pub struct Ext4Request<'a> {
 
 /// The content of a tar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Content {
+struct TarContent {
     /// Bytes of its files, each in whole blocks.
     bytes: u64,
     /// Files, directories, links, devices.
@@ -133,9 +133,9 @@ struct Content {
 /// # Errors
 /// When the tool is too old or fails, or the content does not fit; the message names both sizes. No
 /// file has the image's name then.
-pub fn make(tool: &Mke2fs, request: &Ext4Request<'_>, out: &Utf8Path) -> Result<Usage> {
+pub fn make(tool: &Mke2fs, request: &Ext4Request<'_>, out: &Utf8Path) -> Result<Ext4Usage> {
     let temporary = artifact::partial(out);
-    let attempt = || -> Result<Usage> {
+    let attempt = || -> Result<Ext4Usage> {
         check(request)?;
         tool.version()?;
         if let Some(parent) = out.parent() {
@@ -186,7 +186,7 @@ fn check(request: &Ext4Request<'_>) -> Result<()> {
 fn run(
     tool: &Mke2fs,
     request: &Ext4Request<'_>,
-    content: Option<Content>,
+    content: Option<TarContent>,
     out: &Utf8Path,
 ) -> Result<()> {
     let mut features = FEATURES.join(",");
@@ -224,7 +224,7 @@ fn run(
     call.arg(out).arg((request.size / BLOCK).to_string()).run()
 }
 
-fn too_large(request: &Ext4Request<'_>, content: Content) -> anyhow::Error {
+fn too_large(request: &Ext4Request<'_>, content: TarContent) -> anyhow::Error {
     anyhow::anyhow!(
         "the content ({} in {} entries) does not fit {}\nhelp: raise {}, or remove some content",
         progress::bytes(content.bytes),
@@ -240,10 +240,10 @@ fn disk_full(path: &Utf8Path) -> bool {
     rustix::fs::statvfs(folder.as_std_path()).is_ok_and(|s| s.f_bavail < 256)
 }
 
-fn content_of(path: &Utf8Path) -> Result<Content> {
+fn content_of(path: &Utf8Path) -> Result<TarContent> {
     let doing = || format!("reading {path}");
     let mut archive = tar::Archive::new(File::open(path).with_context(doing)?);
-    let mut content = Content { bytes: 0, entries: 0 };
+    let mut content = TarContent { bytes: 0, entries: 0 };
     for entry in archive.entries_with_seek().with_context(doing)? {
         let entry = entry.with_context(doing)?;
         // An additional name of a file needs neither an inode nor blocks.

@@ -4,13 +4,13 @@ use anyhow::{Context, Result, anyhow};
 use camino::Utf8Path;
 
 use crate::git;
-use crate::plan::Facts;
+use crate::plan::CheckoutFacts;
 
 /// Asks git and the environment. The epoch is `SOURCE_DATE_EPOCH`, else the commit's time.
 ///
 /// # Errors
 /// `SOURCE_DATE_EPOCH` that is not a number; neither it nor a commit; a checkout that git cannot compare.
-pub fn collect(root: &Utf8Path) -> Result<Facts> {
+pub fn collect(root: &Utf8Path) -> Result<CheckoutFacts> {
     let commit = git::at(root).args(["rev-parse", "HEAD"]).read();
     let commit = commit.map(|said| said.trim().to_owned()).ok();
     let modified = match &commit {
@@ -28,7 +28,7 @@ pub fn collect(root: &Utf8Path) -> Result<Facts> {
             anyhow!("reading the commit's time for reproducible outputs: {said}\nhelp: {help}")
         })?,
     };
-    Ok(Facts { commit, modified, epoch })
+    Ok(CheckoutFacts { commit, modified, epoch })
 }
 
 /// The help for an error of git.

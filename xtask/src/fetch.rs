@@ -15,7 +15,7 @@ use ureq::tls::TlsConfig;
 
 use crate::artifact::{Artifact, hash_file, partial};
 use crate::cache::{Cache, RemoteDownloads};
-use crate::progress::{Step, Unit};
+use crate::progress::{ProgressStep, ProgressUnit};
 use crate::tls::authorities;
 
 /// Parallel connections; more would burden mirrors and are not faster on a home connection.
@@ -47,7 +47,7 @@ pub struct Download {
 
 /// The result of a download.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum DownloadOutcome {
     /// The file is in the store.
     Ready(Artifact),
     /// The server does not have the file (404 or 410).
@@ -56,14 +56,14 @@ pub enum Outcome {
 
 /// The store and its downloader.
 #[derive(Debug, Clone)]
-pub struct Fetcher {
+pub struct Downloader {
     store: Utf8PathBuf,
     offline: bool,
     agent: ureq::Agent,
     shared: Option<Arc<dyn RemoteDownloads>>,
 }
 
-impl Fetcher {
+impl Downloader {
     /// A store below `cache`; `offline` never opens a connection.
     ///
     /// # Errors
@@ -85,7 +85,7 @@ impl Fetcher {
     /// The store of a cache, and the shared cache of a team.
     ///
     /// # Errors
-    /// As [`Fetcher::new`].
+    /// As [`Downloader::new`].
     pub fn of(cache: &Cache, offline: bool) -> Result<Self> {
         Ok(Self { shared: cache.remote(), ..Self::new(&cache.root, offline)? })
     }
@@ -105,10 +105,15 @@ impl Fetcher {
     /// # Errors
     /// When files are missing offline (all are listed), a server is unreachable, answers with an
     /// error, or sends other bytes than requested.
-    pub fn fetch(&self, stage: &str, what: &str, wanted: &[Download]) -> Result<Vec<Outcome>> {
-        let mut outcomes: Vec<Option<Outcome>> = Vec::with_capacity(wanted.len());
+    pub fn fetch(
+        &self,
+        stage: &str,
+        what: &str,
+        wanted: &[Download],
+    ) -> Result<Vec<DownloadOutcome>> {
+        let mut outcomes: Vec<Option<DownloadOutcome>> = Vec::with_capacity(wanted.len());
         for download in wanted {
-            outcomes.push(self.stored(download)?.map(Outcome::Ready));
+            outcomes.push(self.stored(download)?.map(DownloadOutcome::Ready));
         }
         let missing: Vec<usize> =
             outcomes.iter().enumerate().filter(|(_, o)| o.is_none()).map(|(i, _)| i).collect();
@@ -126,14 +131,14 @@ impl Fetcher {
         if !missing.is_empty() {
             self.fetch_missing(stage, what, wanted, &missing, &mut outcomes)?;
         }
-        let outcomes: Vec<Outcome> = outcomes
+        let outcomes: Vec<DownloadOutcome> = outcomes
             .into_iter()
             .map(|outcome| outcome.context("a download has no result"))
             .collect::<Result<_>>()?;
         if let (Some(shared), false) = (&self.shared, self.offline) {
-            let ready = |outcome: &Outcome| match outcome {
-                Outcome::Ready(artifact) => Some(artifact.clone()),
-                Outcome::Gone => None,
+            let ready = |outcome: &DownloadOutcome| match outcome {
+                DownloadOutcome::Ready(artifact) => Some(artifact.clone()),
+                DownloadOutcome::Gone => None,
             };
             shared.offer(what, &outcomes.iter().filter_map(ready).collect::<Vec<_>>());
         }
@@ -146,13 +151,13 @@ impl Fetcher {
         what: &str,
         wanted: &[Download],
         missing: &[usize],
-        outcomes: &mut [Option<Outcome>],
+        outcomes: &mut [Option<DownloadOutcome>],
     ) -> Result<()> {
         let total = missing.iter().map(|&i| wanted[i].size.unwrap_or(0)).sum();
-        let step = Step::new(stage, what, total, Unit::Bytes);
+        let step = ProgressStep::new(stage, what, total, ProgressUnit::Bytes);
         let next = AtomicUsize::new(0);
         let failed = AtomicBool::new(false);
-        let done: Mutex<Vec<(usize, Result<Outcome>)>> = Mutex::new(Vec::new());
+        let done: Mutex<Vec<(usize, Result<DownloadOutcome>)>> = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
             for _ in 0..CONNECTIONS.min(missing.len()) {
                 scope.spawn(|| {
@@ -192,7 +197,7 @@ impl Fetcher {
         Ok(None)
     }
 
-    fn one(&self, download: &Download, step: &Step) -> Result<Outcome> {
+    fn one(&self, download: &Download, step: &ProgressStep) -> Result<DownloadOutcome> {
         let path = self.path_of(&download.sha256);
         let temporary = partial(&path);
         let mut file = OpenOptions::new()
@@ -206,12 +211,12 @@ impl Fetcher {
         flock(&file, FlockOperation::LockExclusive)
             .with_context(|| format!("locking {temporary}"))?;
         if let Some(artifact) = self.stored(download)? {
-            return Ok(Outcome::Ready(artifact));
+            return Ok(DownloadOutcome::Ready(artifact));
         }
         if let Some(artifact) = self.take_shared(download, step)? {
             // A build that waited checks the store first.
             drop(fs::remove_file(&temporary));
-            return Ok(Outcome::Ready(artifact));
+            return Ok(DownloadOutcome::Ready(artifact));
         }
         let mut pause = FIRST_PAUSE;
         let mut attempt = 1;
@@ -221,10 +226,10 @@ impl Fetcher {
                 Ok(Attempt::Complete) => break,
                 Ok(Attempt::Gone) => {
                     drop(fs::remove_file(&temporary));
-                    return Ok(Outcome::Gone);
+                    return Ok(DownloadOutcome::Gone);
                 }
-                Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Again(error)) => {
+                Err(AttemptFailure::Final(error)) => return Err(error),
+                Err(AttemptFailure::Again(error)) => {
                     if length(&file)? > before {
                         attempt = 1;
                         pause = FIRST_PAUSE;
@@ -254,11 +259,11 @@ impl Fetcher {
         }
         file.sync_all().with_context(|| format!("writing {temporary}"))?;
         fs::rename(&temporary, &path).with_context(|| format!("renaming {temporary}"))?;
-        Ok(Outcome::Ready(Artifact { path, size, sha256 }))
+        Ok(DownloadOutcome::Ready(Artifact { path, size, sha256 }))
     }
 
     /// The file from the shared cache, if it exists there.
-    fn take_shared(&self, download: &Download, step: &Step) -> Result<Option<Artifact>> {
+    fn take_shared(&self, download: &Download, step: &ProgressStep) -> Result<Option<Artifact>> {
         let Some(shared) = &self.shared else { return Ok(None) };
         let path = self.path_of(&download.sha256);
         // A separate file: the partial download from a mirror is kept, and resumes if this fails.
@@ -281,9 +286,9 @@ impl Fetcher {
         &self,
         download: &Download,
         file: &mut File,
-        step: &Step,
-    ) -> Result<Attempt, Failure> {
-        let have = length(file).map_err(Failure::Final)?;
+        step: &ProgressStep,
+    ) -> Result<Attempt, AttemptFailure> {
+        let have = length(file).map_err(AttemptFailure::Final)?;
         let mut request = self.agent.get(&download.url).header("Accept-Encoding", "identity");
         if have > 0 {
             if download.size == Some(have) {
@@ -300,19 +305,25 @@ impl Fetcher {
             404 | 410 => return Ok(Attempt::Gone),
             // The partial file is longer than the real one: start again.
             416 => {
-                file.set_len(0).map_err(Failure::write)?;
-                return Err(Failure::again(format!("{}: nothing to resume", shown(&download.url))));
+                file.set_len(0).map_err(AttemptFailure::write)?;
+                return Err(AttemptFailure::again(format!(
+                    "{}: nothing to resume",
+                    shown(&download.url)
+                )));
             }
             408 | 429 | 500..=599 => {
-                return Err(Failure::again(format!("{} answered {status}", shown(&download.url))));
+                return Err(AttemptFailure::again(format!(
+                    "{} answered {status}",
+                    shown(&download.url)
+                )));
             }
             _ => {
                 let message = format!("{} answered {status}", shown(&download.url));
-                return Err(Failure::Final(anyhow::Error::msg(message)));
+                return Err(AttemptFailure::Final(anyhow::Error::msg(message)));
             }
         };
-        file.set_len(start).map_err(Failure::write)?;
-        file.seek(SeekFrom::Start(start)).map_err(Failure::write)?;
+        file.set_len(start).map_err(AttemptFailure::write)?;
+        file.seek(SeekFrom::Start(start)).map_err(AttemptFailure::write)?;
         let limit = download.size.unwrap_or(UNKNOWN_LIMIT);
         // One additional byte is enough to detect a wrong file.
         let body = response.body_mut().with_config().limit(u64::MAX).reader();
@@ -324,18 +335,18 @@ impl Fetcher {
                 Ok(0) => break,
                 Ok(n) => n,
                 Err(e) => {
-                    return Err(Failure::again(format!(
+                    return Err(AttemptFailure::again(format!(
                         "the connection to {} broke: {e}",
                         shown(&download.url)
                     )));
                 }
             };
-            file.write_all(&buffer[..n]).map_err(Failure::write)?;
+            file.write_all(&buffer[..n]).map_err(AttemptFailure::write)?;
             position += n as u64;
             step.advance(n as u64);
         }
         match download.size {
-            Some(size) if position < size => Err(Failure::again(format!(
+            Some(size) if position < size => Err(AttemptFailure::again(format!(
                 "the download of {} ended after {position} of {size} bytes",
                 shown(&download.url)
             ))),
@@ -349,12 +360,12 @@ enum Attempt {
     Gone,
 }
 
-enum Failure {
+enum AttemptFailure {
     Again(anyhow::Error),
     Final(anyhow::Error),
 }
 
-impl Failure {
+impl AttemptFailure {
     fn again(message: String) -> Self {
         Self::Again(anyhow::Error::msg(message))
     }
@@ -372,7 +383,7 @@ pub(crate) fn shown(url: &str) -> String {
     format!("{scheme}://{host}{path}")
 }
 
-fn classify(error: ureq::Error, url: &str) -> Failure {
+fn classify(error: ureq::Error, url: &str) -> AttemptFailure {
     let again = matches!(
         error,
         ureq::Error::Timeout(_)
@@ -384,7 +395,7 @@ fn classify(error: ureq::Error, url: &str) -> Failure {
     let error = anyhow::Error::msg(format!(
         "{url}: {error}\nhelp: check the network and the proxy; --offline uses only files in the cache"
     ));
-    if again { Failure::Again(error) } else { Failure::Final(error) }
+    if again { AttemptFailure::Again(error) } else { AttemptFailure::Final(error) }
 }
 
 fn length(file: &File) -> Result<u64> {

@@ -100,7 +100,7 @@ pub fn cache_signers(dir: &Utf8Path) -> Result<Vec<TrustedKey>> {
 /// One line of `keys list`.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Listed {
+pub struct ListedKey {
     /// The key in the key set.
     #[serde(flatten)]
     pub key: TrustedKey,
@@ -113,7 +113,7 @@ pub struct Listed {
 /// An opened key directory. It is locked until this value is dropped, so that two builds that both
 /// need the first development key create only one.
 #[derive(Debug)]
-pub struct Keys {
+pub struct KeyDirectory {
     dir: Utf8PathBuf,
     set: KeySet,
     /// The lock, released when it is closed. `None` where this user cannot write: there is nothing
@@ -121,7 +121,7 @@ pub struct Keys {
     _lock: Option<File>,
 }
 
-impl Keys {
+impl KeyDirectory {
     /// Opens a key directory; it is created (mode 0700) when it is missing.
     ///
     /// # Errors
@@ -218,10 +218,10 @@ impl Keys {
     }
 
     /// All keys with their files.
-    pub fn list(&self) -> Vec<Listed> {
+    pub fn list(&self) -> Vec<ListedKey> {
         let listed = |key: &TrustedKey| {
             let secret = self.file(key, "key");
-            Listed {
+            ListedKey {
                 key: key.clone(),
                 secret: secret.is_file().then_some(secret),
                 public_file: self.file(key, "pub"),
@@ -287,7 +287,7 @@ impl Keys {
     ///
     /// # Errors
     /// When there is none, its secret part is not here, or the password is wrong.
-    pub fn signer(&mut self, kind: Kind) -> Result<Signer> {
+    pub fn signer(&mut self, kind: Kind) -> Result<SigningKey> {
         let key = match (self.current(kind), kind) {
             (Some(key), _) => key,
             (None, Kind::Development) => {
@@ -319,7 +319,7 @@ impl Keys {
                 mode & 0o777
             ));
         }
-        Signer::open(&text, key).with_context(|| format!("opening the secret key {path}"))
+        SigningKey::open(&text, key).with_context(|| format!("opening the secret key {path}"))
     }
 
     /// Revokes a key.
@@ -358,7 +358,7 @@ impl Keys {
     ///
     /// # Errors
     /// As [`Self::signer`]. An older key that cannot be opened is skipped with a warning.
-    pub fn signers(&mut self, kind: Kind) -> Result<Vec<Signer>> {
+    pub fn signers(&mut self, kind: Kind) -> Result<Vec<SigningKey>> {
         let mut signers = vec![self.signer(kind)?];
         let newest = signers.iter().map(|signer| signer.key().id.clone()).collect::<Vec<_>>();
         let fits =
@@ -369,7 +369,7 @@ impl Keys {
             let (id, path) = (key.id.clone(), self.file(&key, "key"));
             let opened = std::fs::read_to_string(&path)
                 .with_context(|| format!("reading {path}"))
-                .and_then(|text| Signer::open(&text, key));
+                .and_then(|text| SigningKey::open(&text, key));
             match opened {
                 Ok(signer) => signers.push(signer),
                 Err(error) => progress::warn(format!(
@@ -486,19 +486,19 @@ fn left_key(dir: &Utf8Path) -> Result<Option<String>> {
 
 /// An opened signing key.
 #[derive(Clone)]
-pub struct Signer {
+pub struct SigningKey {
     key: TrustedKey,
     number: [u8; 8],
     secret: ed25519_compact::SecretKey,
 }
 
-impl std::fmt::Debug for Signer {
+impl std::fmt::Debug for SigningKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Signer").field("id", &self.key.id).finish_non_exhaustive()
+        f.debug_struct("SigningKey").field("id", &self.key.id).finish_non_exhaustive()
     }
 }
 
-impl Signer {
+impl SigningKey {
     /// Opens a minisign secret key file; `key` is its entry in the key set.
     ///
     /// # Errors

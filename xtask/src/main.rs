@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use xtask::cli::{Cli, Command};
+use xtask::cli::{Command, CommandLine};
 use xtask::{bench, cmd, local};
 
 fn main() -> ExitCode {
@@ -14,7 +14,7 @@ fn main() -> ExitCode {
         // Process 1 of a local system is this program, too.
         Some(local::CHILD) => local::init::run(),
         _ => {
-            let cli = Cli::parse();
+            let cli = CommandLine::parse();
             check_temporary_folder().and_then(|()| run(&cli))
         }
     };
@@ -41,7 +41,7 @@ fn check_temporary_folder() -> anyhow::Result<()> {
     )
 }
 
-fn run(cli: &Cli) -> anyhow::Result<()> {
+fn run(cli: &CommandLine) -> anyhow::Result<()> {
     match &cli.command {
         Command::Doctor(options) => cmd::doctor::doctor(options),
         Command::BuildImage(options) => cmd::build_image::build_image(options),
@@ -63,7 +63,12 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Plan(options) => cmd::plan::plan(options),
         Command::Render(options) => cmd::plan::render(options),
         Command::Completions { shell } => {
-            clap_complete::generate(*shell, &mut Cli::command(), "xtask", &mut std::io::stdout());
+            clap_complete::generate(
+                *shell,
+                &mut CommandLine::command(),
+                "xtask",
+                &mut std::io::stdout(),
+            );
             Ok(())
         }
     }

@@ -43,7 +43,7 @@ pub fn warn(message: impl AsRef<str>) {
 
 /// The unit of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
+pub enum ProgressUnit {
     /// Bytes; shown with binary units and a rate.
     Bytes,
     /// Items (packages, files, …).
@@ -52,25 +52,27 @@ pub enum Unit {
 
 /// One long step. Dropping it removes its bar.
 #[derive(Debug)]
-pub struct Step {
+pub struct ProgressStep {
     bar: ProgressBar,
     stage: String,
     what: String,
-    unit: Unit,
+    unit: ProgressUnit,
     last_line: std::sync::Mutex<Instant>,
 }
 
-impl Step {
+impl ProgressStep {
     /// Starts a step of `total` bytes or items; 0 when the total is not known.
-    pub fn new(stage: &str, what: impl Into<String>, total: u64, unit: Unit) -> Self {
+    pub fn new(stage: &str, what: impl Into<String>, total: u64, unit: ProgressUnit) -> Self {
         let what = printable(&what.into());
         let bar = bars().add(ProgressBar::new(total));
         let template = match (total, unit) {
             (0, _) => " {prefix} {spinner} {msg}  {elapsed}",
-            (_, Unit::Bytes) => {
+            (_, ProgressUnit::Bytes) => {
                 " {prefix} {msg:40!} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {eta} left"
             }
-            (_, Unit::Items) => " {prefix} {msg:40!} {percent:>3} %  {pos} of {len}  {eta} left",
+            (_, ProgressUnit::Items) => {
+                " {prefix} {msg:40!} {percent:>3} %  {pos} of {len}  {eta} left"
+            }
         };
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
@@ -119,18 +121,18 @@ impl Step {
         let what = &self.what;
         match (self.bar.length().unwrap_or(0), self.unit) {
             (0, _) => say(&self.stage, format!("{what}: {}", self.bar.message())),
-            (total, Unit::Bytes) => say(
+            (total, ProgressUnit::Bytes) => say(
                 &self.stage,
                 format!("{what}: {} of {}", bytes(self.bar.position()), bytes(total)),
             ),
-            (total, Unit::Items) => {
+            (total, ProgressUnit::Items) => {
                 say(&self.stage, format!("{what}: {} of {total}", self.bar.position()));
             }
         }
     }
 }
 
-impl Drop for Step {
+impl Drop for ProgressStep {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
         bars().remove(&self.bar);

@@ -10,10 +10,10 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value, context};
 
-use crate::config::content::{self, Place};
-use crate::config::overlay::{Attributes, EntryKind};
-use crate::disk::layout::{Layout, StateSector};
-use crate::plan::{BootSourcePlan, EarlierCard, Plan};
+use crate::config::content::{self, FileDestination};
+use crate::config::overlay::{FileAttributes, OverlayFileKind};
+use crate::disk::layout::{DiskLayout, StateSector};
+use crate::plan::{BootSourcePlan, EarlierCardPlan, Plan};
 use crate::ssh_keys;
 
 /// The robot's first program, in the initrd of every system.
@@ -27,7 +27,7 @@ pub struct OverlayEntry {
     /// Path on the robot, without the leading slash.
     pub target: String,
     /// Mode and owner.
-    pub attributes: Attributes,
+    pub attributes: FileAttributes,
     /// What it is.
     pub content: OverlayContent,
 }
@@ -43,7 +43,7 @@ pub enum OverlayContent {
 
 /// Every generated or copied text of a build.
 #[derive(Debug)]
-pub struct Rendered {
+pub struct RenderedFiles {
     /// The root filesystem overlay, sorted by target.
     pub overlay: Vec<OverlayEntry>,
     /// Rendered boot files, by partition role and path.
@@ -54,7 +54,7 @@ pub struct Rendered {
     pub authorized_keys: BTreeMap<String, String>,
 }
 
-impl Rendered {
+impl RenderedFiles {
     /// Writes every text below `dir`, for inspection; replaces the previous content.
     ///
     /// # Errors
@@ -87,7 +87,7 @@ impl Rendered {
 ///
 /// # Errors
 /// A template with a mistake: file, line and the error.
-pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
+pub fn render(root: &Utf8Path, plan: &Plan) -> Result<RenderedFiles> {
     let context = template_context(plan);
     let text = |path: &Utf8Path| {
         let bytes = std::fs::read(root.join(path)).with_context(|| format!("reading {path}"))?;
@@ -101,20 +101,20 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
     let mut overlay = Vec::new();
     for file in &plan.overlay {
         let content = match file.kind {
-            EntryKind::Literal => OverlayContent::File(
+            OverlayFileKind::Literal => OverlayContent::File(
                 std::fs::read(root.join(&file.source))
                     .with_context(|| format!("reading {}", file.source))?,
             ),
-            EntryKind::Template => {
+            OverlayFileKind::Template => {
                 let text = template(&file.source)?.into_bytes();
                 // Other files were checked when they were found.
-                sound(&file.source, Place::Root(&file.target), &text)?;
+                sound(&file.source, FileDestination::Root(&file.target), &text)?;
                 if file.target == device_file::PATH {
                     understood(&file.source, &text)?;
                 }
                 OverlayContent::File(text)
             }
-            EntryKind::Symlink => OverlayContent::Symlink(
+            OverlayFileKind::Symlink => OverlayContent::Symlink(
                 root.join(&file.source)
                     .read_link_utf8()
                     .with_context(|| format!("reading {}", file.source))?
@@ -137,14 +137,14 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
             } else {
                 text(source)?.into_bytes()
             };
-            sound(source, Place::Boot, &bytes)?;
+            sound(source, FileDestination::Boot, &bytes)?;
             boot.insert(name, bytes);
         }
     }
     let init = root.join(INIT);
     if init.is_file() {
         let bytes = std::fs::read(&init).with_context(|| format!("reading {INIT}"))?;
-        sound(Utf8Path::new(INIT), Place::Boot, &bytes)?;
+        sound(Utf8Path::new(INIT), FileDestination::Boot, &bytes)?;
     }
     let defconfig = plan.rootfs.buildroot.as_ref().map(|b| b.defconfig.render(&title(plan)));
     let mut authorized_keys = BTreeMap::new();
@@ -156,7 +156,7 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
         }
         authorized_keys.insert(user.name.clone(), keys);
     }
-    Ok(Rendered { overlay, boot, defconfig, authorized_keys })
+    Ok(RenderedFiles { overlay, boot, defconfig, authorized_keys })
 }
 
 /// The first line of the defconfig.
@@ -177,7 +177,7 @@ fn shell(value: String) -> String {
     quoted
 }
 
-fn sound(source: &Utf8Path, place: Place<'_>, bytes: &[u8]) -> Result<()> {
+fn sound(source: &Utf8Path, place: FileDestination<'_>, bytes: &[u8]) -> Result<()> {
     content::problem(place, bytes).map_or(Ok(()), |problem| Err(problem.about(source)))
 }
 
@@ -276,7 +276,7 @@ fn sectors(copies: &[StateSector]) -> Vec<u64> {
     copies.iter().map(|copy| copy.sector).collect()
 }
 
-fn earlier_card(card: &EarlierCard) -> Value {
+fn earlier_card(card: &EarlierCardPlan) -> Value {
     context! {
         until => card.until.clone(),
         boot_state => sectors(&card.disk.states),
@@ -285,7 +285,7 @@ fn earlier_card(card: &EarlierCard) -> Value {
     }
 }
 
-fn partitions(layout: &Layout) -> Value {
+fn partitions(layout: &DiskLayout) -> Value {
     Value::from_pairs(layout.partitions.iter().map(|p| {
         let facts = context! {
             number => p.number,

@@ -11,17 +11,17 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::artifact::write_atomically;
-use crate::plan::SourcePlan;
-use crate::rootfs::Package;
+use crate::plan::AptSourcePlan;
+use crate::rootfs::BasePackage;
 use crate::time::timestamp;
 use crate::wheel::lock::WheelLock;
 use crate::wheel::metadata::License;
-use crate::wheel::{Installed, target::normalise};
+use crate::wheel::{InstalledWheels, target::normalise};
 
 /// The origin of a component; determines its package URL.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Origin {
+pub enum SbomOrigin {
     /// A Debian package: its architecture (`arm64`, `all`) and the release (`bookworm`).
     Debian {
         /// `arm64` or `all`
@@ -56,13 +56,13 @@ pub enum Origin {
 /// One component of the system.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Component {
+pub struct SbomComponent {
     /// The package's or distribution's name.
     pub name: String,
     /// Its version.
     pub version: String,
     /// Its origin.
-    pub origin: Origin,
+    pub origin: SbomOrigin,
     /// SHA-256 of the file that was installed (the .deb, the wheel), lower-case hexadecimal.
     pub sha256: Option<String>,
     /// Its licence.
@@ -79,7 +79,7 @@ pub struct Component {
 /// The subject of the bill.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Meta {
+pub struct SbomSubject {
     /// The product's name.
     pub product: String,
     /// Its version.
@@ -90,12 +90,12 @@ pub struct Meta {
     pub epoch: u64,
 }
 
-impl Component {
+impl SbomComponent {
     /// The package URL, which is also the component's reference in the bill.
     pub fn purl(&self) -> String {
         let version = percent(&self.version);
         match &self.origin {
-            Origin::Debian { arch, release } => format!(
+            SbomOrigin::Debian { arch, release } => format!(
                 "pkg:deb/debian/{}@{version}?arch={}&distro={}",
                 percent(&self.name.to_ascii_lowercase()),
                 percent(arch),
@@ -104,7 +104,7 @@ impl Component {
             // The type `deb` of the package URL specification: the namespace is the vendor, and
             // `repository_url` the base address of an archive that is not implied by the vendor's
             // name. Qualifiers are sorted, slashes in them encoded.
-            Origin::Vendor { arch, vendor, suite, address } => format!(
+            SbomOrigin::Vendor { arch, vendor, suite, address } => format!(
                 "pkg:deb/{}/{}@{version}?arch={}&distro={}&repository_url={}",
                 percent(&vendor.to_ascii_lowercase()),
                 percent(&self.name.to_ascii_lowercase()),
@@ -112,11 +112,11 @@ impl Component {
                 percent(suite),
                 percent(address)
             ),
-            Origin::Wheel { file } => {
+            SbomOrigin::Wheel { file } => {
                 format!("{}?file_name={}", wheel_purl(&self.name, &self.version), percent(file))
             }
-            Origin::Crate => format!("pkg:cargo/{}@{version}", percent(&self.name)),
-            Origin::Generic => format!("pkg:generic/{}@{version}", percent(&self.name)),
+            SbomOrigin::Crate => format!("pkg:cargo/{}@{version}", percent(&self.name)),
+            SbomOrigin::Generic => format!("pkg:generic/{}@{version}", percent(&self.name)),
         }
     }
 }
@@ -126,10 +126,14 @@ impl Component {
 ///
 /// # Errors
 /// When it is from an archive that the product does not define.
-pub fn debian_origin(package: &Package, release: &str, sources: &[SourcePlan]) -> Result<Origin> {
+pub fn debian_origin(
+    package: &BasePackage,
+    release: &str,
+    sources: &[AptSourcePlan],
+) -> Result<SbomOrigin> {
     let arch = package.arch.clone();
     let Some(name) = &package.archive else {
-        return Ok(Origin::Debian { arch, release: release.to_owned() });
+        return Ok(SbomOrigin::Debian { arch, release: release.to_owned() });
     };
     let source = sources.iter().find(|source| source.name == *name).with_context(|| {
         format!(
@@ -137,8 +141,8 @@ pub fn debian_origin(package: &Package, release: &str, sources: &[SourcePlan]) -
             package.name, package.version
         )
     })?;
-    let SourcePlan { suite, address, .. } = source.clone();
-    Ok(Origin::Vendor { arch, vendor: name.clone(), suite, address })
+    let AptSourcePlan { suite, address, .. } = source.clone();
+    Ok(SbomOrigin::Vendor { arch, vendor: name.clone(), suite, address })
 }
 
 /// The package URL type `pypi` requires lower case and `-` for `_`; dots are kept.
@@ -161,14 +165,14 @@ fn percent(text: &str) -> String {
 }
 
 /// The installed wheels as components, with the dependencies from the lock.
-pub fn wheel_components(installed: &Installed, lock: &WheelLock) -> Vec<Component> {
-    let mut components: Vec<Component> = installed
+pub fn wheel_components(installed: &InstalledWheels, lock: &WheelLock) -> Vec<SbomComponent> {
+    let mut components: Vec<SbomComponent> = installed
         .distributions
         .iter()
-        .map(|d| Component {
+        .map(|d| SbomComponent {
             name: d.name.clone(),
             version: d.version.clone(),
-            origin: Origin::Wheel { file: d.wheel.clone() },
+            origin: SbomOrigin::Wheel { file: d.wheel.clone() },
             sha256: Some(d.sha256.clone()),
             license: d.license.clone(),
             summary: d.summary.clone(),
@@ -196,7 +200,7 @@ pub fn wheel_components(installed: &Installed, lock: &WheelLock) -> Vec<Componen
 ///
 /// # Errors
 /// When two components have one package URL, or one needs a component that is not in the list.
-pub fn cyclonedx(components: &[Component], meta: &Meta) -> Result<Value> {
+pub fn cyclonedx(components: &[SbomComponent], meta: &SbomSubject) -> Result<Value> {
     let mut sorted = BTreeMap::new();
     for component in components {
         let purl = component.purl();
@@ -261,7 +265,7 @@ pub fn cyclonedx(components: &[Component], meta: &Meta) -> Result<Value> {
 ///
 /// # Errors
 /// As `cyclonedx`, or when the file cannot be written.
-pub fn write(path: &Utf8Path, components: &[Component], meta: &Meta) -> Result<()> {
+pub fn write(path: &Utf8Path, components: &[SbomComponent], meta: &SbomSubject) -> Result<()> {
     let document = cyclonedx(components, meta)?;
     write_atomically(path, |out| {
         serde_json::to_writer_pretty(&mut *out, &document)
@@ -270,10 +274,12 @@ pub fn write(path: &Utf8Path, components: &[Component], meta: &Meta) -> Result<(
     })
 }
 
-fn describe(purl: &str, component: &Component) -> Value {
+fn describe(purl: &str, component: &SbomComponent) -> Value {
     let kind = match component.origin {
-        Origin::Wheel { .. } | Origin::Crate => "library",
-        Origin::Debian { .. } | Origin::Vendor { .. } | Origin::Generic => "application",
+        SbomOrigin::Wheel { .. } | SbomOrigin::Crate => "library",
+        SbomOrigin::Debian { .. } | SbomOrigin::Vendor { .. } | SbomOrigin::Generic => {
+            "application"
+        }
     };
     let mut value = json!({
         "type": kind,
@@ -311,11 +317,11 @@ mod tests {
     /// types/deb-definition.json.
     #[test]
     fn a_package_of_a_further_archive_is_not_debians() {
-        let mut package = Package {
+        let mut package = BasePackage {
             name: "linux-image-rpi-v8".into(),
             version: "1:6.12-1+rpt1~bookworm".into(),
             arch: "arm64".into(),
-            role: crate::rootfs::Role::Extra,
+            role: crate::rootfs::PackageRole::Extra,
             source: "linux".into(),
             source_version: "1".into(),
             archive: None,
@@ -329,7 +335,7 @@ mod tests {
             cpe: None,
             needs: vec![],
         };
-        let source = SourcePlan {
+        let source = AptSourcePlan {
             name: "acme-one".into(),
             address: "https://archive.acme.example/debian".into(),
             suite: "stable".into(),
@@ -337,9 +343,9 @@ mod tests {
             key: "acme.asc".into(),
             packages: vec!["linux-*".into()],
         };
-        let purl = |package: &Package| {
+        let purl = |package: &BasePackage| {
             let origin = debian_origin(package, "bookworm", std::slice::from_ref(&source))?;
-            let component = Component {
+            let component = SbomComponent {
                 name: package.name.clone(),
                 version: package.version.clone(),
                 origin,
@@ -365,10 +371,10 @@ mod tests {
 
     #[test]
     fn package_urls_encode_what_they_must() {
-        let component = Component {
+        let component = SbomComponent {
             name: "libstdc++6".into(),
             version: "2:12.2.0-14+deb12u1~x".into(),
-            origin: Origin::Debian { arch: "arm64".into(), release: "bookworm".into() },
+            origin: SbomOrigin::Debian { arch: "arm64".into(), release: "bookworm".into() },
             sha256: None,
             license: None,
             summary: None,
@@ -379,7 +385,8 @@ mod tests {
             component.purl(),
             "pkg:deb/debian/libstdc%2B%2B6@2:12.2.0-14%2Bdeb12u1~x?arch=arm64&distro=bookworm"
         );
-        let meta = Meta { product: "p".into(), version: "1".into(), board: "b".into(), epoch: 0 };
+        let meta =
+            SbomSubject { product: "p".into(), version: "1".into(), board: "b".into(), epoch: 0 };
         let twice = cyclonedx(&[component.clone(), component.clone()], &meta).unwrap_err();
         assert!(twice.to_string().ends_with("is in the list of components twice"), "{twice}");
         let mut lonely = component;

@@ -18,12 +18,12 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::artifact::{Artifact, hash_file, hex};
-use crate::cache::{self, Cache, Made, RemoteDownloads, RemoteStages};
-use crate::keys::{self, Keys, Signer};
-use crate::progress::{Step, Unit, bytes, say, warn};
-use crate::store::client::Patience;
-use crate::store::{BadObject, Files, Options, Secret, open_files};
-use record::{Compression, Packed, Portable, Record, StoredFile};
+use crate::cache::{self, Cache, FinishedStage, RemoteDownloads, RemoteStages};
+use crate::keys::{self, KeyDirectory, SigningKey};
+use crate::progress::{ProgressStep, ProgressUnit, bytes, say, warn};
+use crate::store::client::ServerTimeouts;
+use crate::store::{FileStore, ObjectError, SecretText, StoreOptions, open_files};
+use record::{ObjectCompression, PackedObject, PortableValue, StageFile, StageRecord};
 
 /// The address of the shared cache.
 const ADDRESS: &str = "SLIPWAY_SHARED_CACHE";
@@ -37,7 +37,7 @@ const AUTHORIZATION: &str = "SLIPWAY_SHARED_CACHE_AUTHORIZATION";
 pub const STAGES: [&str; 4] = ["root", "base", "api", "agent"];
 
 /// A cache must save time: one attempt, and no long waits.
-const PATIENCE: Patience = Patience {
+const PATIENCE: ServerTimeouts = ServerTimeouts {
     connect: Duration::from_secs(5),
     answer: Duration::from_secs(15),
     attempts: 1,
@@ -53,8 +53,8 @@ const PAYS: u64 = 95;
 const UNKNOWN_LIMIT: u64 = 4 << 30;
 
 /// A store as the cache of a team. It is not used any more after a failure.
-pub struct Remote {
-    files: Box<dyn Files + Send + Sync>,
+pub struct RemoteStore {
+    files: Box<dyn FileStore + Send + Sync>,
     /// Whether reading has failed.
     down: AtomicBool,
     /// Whether it may be written, and writing has not failed.
@@ -63,15 +63,15 @@ pub struct Remote {
     bad: Mutex<BTreeSet<String>>,
 }
 
-impl std::fmt::Debug for Remote {
+impl std::fmt::Debug for RemoteStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Remote").field("name", &self.files.name()).finish_non_exhaustive()
+        f.debug_struct("RemoteStore").field("name", &self.files.name()).finish_non_exhaustive()
     }
 }
 
-impl Remote {
+impl RemoteStore {
     /// Wraps a store; does not access it.
-    pub fn new(files: Box<dyn Files + Send + Sync>, writes: bool) -> Self {
+    pub fn new(files: Box<dyn FileStore + Send + Sync>, writes: bool) -> Self {
         let (down, writes) = (AtomicBool::new(false), AtomicBool::new(writes));
         Self { files, down, writes, bad: Mutex::default() }
     }
@@ -90,7 +90,7 @@ impl Remote {
                 bail!("{WRITE} is `{other}`, expected 1 or 0\nhelp: 1 allows this machine to write")
             }
         };
-        let authorization = variable(AUTHORIZATION).map(Secret::new);
+        let authorization = variable(AUTHORIZATION).map(SecretText::new);
         Self::open(&address, authorization, writes).map(Some)
     }
 
@@ -98,8 +98,8 @@ impl Remote {
     ///
     /// # Errors
     /// When the address is invalid, or there are no credentials.
-    pub fn open(address: &str, authorization: Option<Secret>, writes: bool) -> Result<Self> {
-        let options = Options { patience: PATIENCE, authorization, ..Options::default() };
+    pub fn open(address: &str, authorization: Option<SecretText>, writes: bool) -> Result<Self> {
+        let options = StoreOptions { patience: PATIENCE, authorization, ..StoreOptions::default() };
         let files =
             open_files(address, &options).with_context(|| format!("opening the {ADDRESS}"))?;
         Ok(Self::new(files, writes))
@@ -115,7 +115,7 @@ impl Remote {
     }
 
     /// Reads, unless it has failed before. The first failure is reported and disables it.
-    fn ask<T>(&self, with: impl FnOnce(&dyn Files) -> Result<T>) -> Option<T> {
+    fn ask<T>(&self, with: impl FnOnce(&dyn FileStore) -> Result<T>) -> Option<T> {
         if self.down.load(Ordering::Relaxed) {
             return None;
         }
@@ -123,10 +123,10 @@ impl Remote {
             Ok(answer) => return Some(answer),
             Err(error) => error,
         };
-        match error.downcast_ref::<BadObject>() {
+        match error.downcast_ref::<ObjectError>() {
             // Not an error: the object was never stored, or has expired.
-            Some(BadObject::Missing(_)) => {}
-            Some(BadObject::Damaged(_)) => {
+            Some(ObjectError::Missing(_)) => {}
+            Some(ObjectError::Damaged(_)) => {
                 warn(format!("ignoring an object of the shared cache: {error:#}"));
             }
             None if self.down.swap(true, Ordering::Relaxed) => {}
@@ -136,7 +136,7 @@ impl Remote {
     }
 
     /// Writes, unless it has failed before. The first failure is reported and disables writing.
-    fn tell<T>(&self, with: impl FnOnce(&dyn Files) -> Result<T>) -> Option<T> {
+    fn tell<T>(&self, with: impl FnOnce(&dyn FileStore) -> Result<T>) -> Option<T> {
         if !self.writes() {
             return None;
         }
@@ -159,7 +159,7 @@ impl Remote {
     }
 }
 
-impl RemoteDownloads for Remote {
+impl RemoteDownloads for RemoteStore {
     fn download(
         &self,
         sha256: &str,
@@ -182,7 +182,8 @@ impl RemoteDownloads for Remote {
             return;
         }
         let total = lacking.iter().map(|artifact| artifact.size).sum();
-        let step = Step::new("shared", format!("storing {what}"), total, Unit::Bytes);
+        let step =
+            ProgressStep::new("shared", format!("storing {what}"), total, ProgressUnit::Bytes);
         for artifact in &lacking {
             if self.tell(|files| files.put(&artifact.sha256, &artifact.path)).is_none() {
                 return;
@@ -197,10 +198,10 @@ impl RemoteDownloads for Remote {
 
 /// A shared cache, with the keys that may sign a stage's result.
 #[derive(Debug)]
-pub struct Shared {
-    remote: Arc<Remote>,
+pub struct SharedCache {
+    remote: Arc<RemoteStore>,
     keys: KeySet,
-    signer: Signer,
+    signer: SigningKey,
 }
 
 /// Opens the shared cache in the environment for a build, with the trusted keys for a product of
@@ -209,9 +210,9 @@ pub struct Shared {
 ///
 /// # Errors
 /// When the address in the environment is invalid, or a key cannot be read.
-pub fn attach(cache: Cache, kind: Kind, signer: &Signer, offline: bool) -> Result<Cache> {
+pub fn attach(cache: Cache, kind: Kind, signer: &SigningKey, offline: bool) -> Result<Cache> {
     let keys = trusted(&keys::directory()?, kind)?;
-    let remote = match Remote::from_environment()? {
+    let remote = match RemoteStore::from_environment()? {
         Some(remote) if offline => {
             say("shared", format!("{} is not used because of --offline", remote.files.name()));
             None
@@ -224,7 +225,7 @@ pub fn attach(cache: Cache, kind: Kind, signer: &Signer, offline: bool) -> Resul
         None => None,
     };
     let shared = remote.map(|remote| {
-        let shared = Shared::new(Arc::new(remote), keys.clone(), signer.clone());
+        let shared = SharedCache::new(Arc::new(remote), keys.clone(), signer.clone());
         Arc::new(shared) as Arc<dyn RemoteStages>
     });
     Ok(cache.sharing(shared, &keys))
@@ -236,7 +237,7 @@ pub fn attach(cache: Cache, kind: Kind, signer: &Signer, offline: bool) -> Resul
 /// # Errors
 /// When the key directory cannot be read.
 pub fn trusted(dir: &Utf8Path, kind: Kind) -> Result<KeySet> {
-    let mut set = Keys::open(dir)?.set_for(kind);
+    let mut set = KeyDirectory::open(dir)?.set_for(kind);
     if kind == Kind::Development {
         for key in keys::cache_signers(dir)? {
             // A key in the set keeps its state in the set: it may be revoked.
@@ -248,14 +249,14 @@ pub fn trusted(dir: &Utf8Path, kind: Kind) -> Result<KeySet> {
     Ok(set)
 }
 
-impl Shared {
+impl SharedCache {
     /// Wraps a store with the trusted keys.
-    pub fn new(remote: Arc<Remote>, keys: KeySet, signer: Signer) -> Self {
+    pub fn new(remote: Arc<RemoteStore>, keys: KeySet, signer: SigningKey) -> Self {
         Self { remote, keys, signer }
     }
 }
 
-impl RemoteStages for Shared {
+impl RemoteStages for SharedCache {
     fn downloads(&self) -> Arc<dyn RemoteDownloads> {
         Arc::clone(&self.remote) as Arc<dyn RemoteDownloads>
     }
@@ -269,7 +270,7 @@ impl RemoteStages for Shared {
         for signer in ids {
             let path = record::path(key, &signer.id);
             let Some(file) = self.remote.ask(|files| files.read(&path))? else { continue };
-            let opened = Record::open(&file, &self.keys, stage, key);
+            let opened = StageRecord::open(&file, &self.keys, stage, key);
             let fetched = opened.and_then(|(record, signed)| {
                 self.fetch(&record, dir)?;
                 Ok((record.value_in(dir)?, signed.id))
@@ -287,7 +288,7 @@ impl RemoteStages for Shared {
         None
     }
 
-    fn give(&self, cache: &Utf8Path, made: &Made<'_>) {
+    fn give(&self, cache: &Utf8Path, made: &FinishedStage<'_>) {
         if !STAGES.contains(&made.stage) || !self.remote.writes() {
             return;
         }
@@ -297,10 +298,11 @@ impl RemoteStages for Shared {
     }
 }
 
-impl Shared {
-    fn fetch(&self, record: &Record, dir: &Utf8Path) -> Result<()> {
+impl SharedCache {
+    fn fetch(&self, record: &StageRecord, dir: &Utf8Path) -> Result<()> {
         let total = record.files.iter().map(|file| file.object.size).sum();
-        let step = Step::new(&record.stage, "from the shared cache", total, Unit::Bytes);
+        let step =
+            ProgressStep::new(&record.stage, "from the shared cache", total, ProgressUnit::Bytes);
         let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
         let error = Mutex::new(None);
         std::thread::scope(|scope| {
@@ -326,21 +328,21 @@ impl Shared {
 
     fn fetch_file(
         &self,
-        file: &StoredFile,
+        file: &StageFile,
         index: usize,
         dir: &Utf8Path,
-        step: &Step,
+        step: &ProgressStep,
     ) -> Result<()> {
         // Paths in a record never begin with a dot.
         let packed = dir.join(format!(".{index}.object.partial"));
-        let Packed { sha256, size, compression } = &file.object;
+        let PackedObject { sha256, size, compression } = &file.object;
         ensure!(
             self.remote.get(sha256, *size, &packed, &|n| step.advance(n)),
             "the object {sha256} is not available"
         );
         let plain = match compression {
-            Compression::None => packed,
-            Compression::Zstd => {
+            ObjectCompression::None => packed,
+            ObjectCompression::Zstd => {
                 let plain = dir.join(format!(".{index}.partial"));
                 unpack(&packed, &plain, file)?;
                 fs::remove_file(&packed).with_context(|| format!("removing {packed}"))?;
@@ -357,12 +359,12 @@ impl Shared {
             .with_context(|| format!("writing {target}"))
     }
 
-    fn store(&self, cache: &Utf8Path, made: &Made<'_>) -> Result<()> {
-        let &Made { stage, key, dir, .. } = made;
+    fn store(&self, cache: &Utf8Path, made: &FinishedStage<'_>) -> Result<()> {
+        let &FinishedStage { stage, key, dir, .. } = made;
         let path = record::path(key, &self.signer.key().id);
         let Some(there) = self.remote.ask(|files| files.read(&path)) else { return Ok(()) };
         if let Some(file) = there
-            && let Ok((record, _)) = Record::open(&file, &self.keys, stage, key)
+            && let Ok((record, _)) = StageRecord::open(&file, &self.keys, stage, key)
         {
             let objects: BTreeSet<(String, u64)> =
                 record.files.into_iter().map(|f| (f.object.sha256, f.object.size)).collect();
@@ -375,13 +377,13 @@ impl Shared {
                 return Ok(());
             }
         }
-        let mut portable = Portable::of(made.value.clone(), dir, cache)?;
+        let mut portable = PortableValue::of(made.value.clone(), dir, cache)?;
         for output in &made.outputs {
             let inside = output.strip_prefix(dir);
             let inside = inside.with_context(|| format!("{output} is not in its own directory"))?;
             portable.files.insert(inside.to_owned());
         }
-        let step = Step::new("shared", format!("storing {stage}"), 0, Unit::Bytes);
+        let step = ProgressStep::new("shared", format!("storing {stage}"), 0, ProgressUnit::Bytes);
         let (mut files, mut sent, mut size) = (Vec::new(), 0, 0);
         for path in portable.files {
             step.note(path.as_str());
@@ -393,7 +395,7 @@ impl Shared {
             }
             files.push(file);
         }
-        let record = Record {
+        let record = StageRecord {
             format: record::FORMAT,
             stage: stage.to_owned(),
             key: key.to_owned(),
@@ -413,7 +415,7 @@ impl Shared {
 
     /// Packs a file and stores the result: returns how it was stored, and whether it was sent.
     /// `None` when the store does not accept it.
-    fn store_file(&self, dir: &Utf8Path, path: Utf8PathBuf) -> Result<Option<(StoredFile, bool)>> {
+    fn store_file(&self, dir: &Utf8Path, path: Utf8PathBuf) -> Result<Option<(StageFile, bool)>> {
         let from = dir.join(&path);
         let metadata = fs::symlink_metadata(&from)
             .with_context(|| format!("reading the metadata of {from}"))?;
@@ -429,10 +431,10 @@ impl Shared {
         let pays = packed_size.saturating_mul(100) <= size.saturating_mul(PAYS) && size > 0;
         let (object, source) = if pays {
             let (sha256, size) = (packed_sha256, packed_size);
-            (Packed { sha256, size, compression: Compression::Zstd }, packed)
+            (PackedObject { sha256, size, compression: ObjectCompression::Zstd }, packed)
         } else {
             let sha256 = sha256.clone();
-            (Packed { sha256, size, compression: Compression::None }, from.as_path())
+            (PackedObject { sha256, size, compression: ObjectCompression::None }, from.as_path())
         };
         let named = [(object.sha256.clone(), object.size)];
         let present = self.remote.tell(|files| files.present(&named));
@@ -442,7 +444,7 @@ impl Shared {
             return Ok(None);
         }
         self.remote.bad().remove(&object.sha256);
-        Ok(Some((StoredFile { path, size, sha256, executable, object }, new)))
+        Ok(Some((StageFile { path, size, sha256, executable, object }, new)))
     }
 }
 
@@ -458,7 +460,7 @@ fn pack(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
 }
 
 /// Unpacks an object, at most the size in the record, and verifies the result.
-fn unpack(packed: &Utf8Path, into: &Utf8Path, file: &StoredFile) -> Result<()> {
+fn unpack(packed: &Utf8Path, into: &Utf8Path, file: &StageFile) -> Result<()> {
     let doing = || format!("unpacking {}", file.path);
     let work = || {
         let decoder = zstd::Decoder::new(File::open(packed)?)?;

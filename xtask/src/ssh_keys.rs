@@ -14,7 +14,7 @@ use crate::secret;
 /// Why a file is not a list of public keys. Does not contain any of its content, which may be
 /// secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BadKeys {
+pub struct PublicKeysError {
     /// The line, from 1; `None` for the file as a whole.
     pub line: Option<usize>,
     /// What was expected and what was found.
@@ -23,7 +23,7 @@ pub struct BadKeys {
     pub help: String,
 }
 
-impl BadKeys {
+impl PublicKeysError {
     fn whole(message: impl Into<String>, help: impl Into<String>) -> Self {
         Self { line: None, message: message.into(), help: help.into() }
     }
@@ -37,7 +37,7 @@ impl BadKeys {
 
 /// A public key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PublicKey {
+pub struct SshPublicKey {
     /// The line for sshd, without its end.
     pub text: String,
     /// Whether options precede the key.
@@ -87,13 +87,16 @@ const VALUES: [&str; 8] = [
 ///
 /// # Errors
 /// When it contains a secret key, another format of keys, something else, or no key.
-pub fn parse(file: &[u8]) -> Result<Vec<PublicKey>, BadKeys> {
+pub fn parse(file: &[u8]) -> Result<Vec<SshPublicKey>, PublicKeysError> {
     if let Some(kind) = secret::found(file) {
-        return Err(BadKeys::whole(format!("the file is a secret key ({kind})"), SECRET_HELP));
+        return Err(PublicKeysError::whole(
+            format!("the file is a secret key ({kind})"),
+            SECRET_HELP,
+        ));
     }
     let Ok(text) = std::str::from_utf8(file) else {
         let help = "save the file as UTF-8 or ASCII; PowerShell's `>` writes UTF-16";
-        return Err(BadKeys::whole("the file is not a UTF-8 text", help));
+        return Err(PublicKeysError::whole("the file is not a UTF-8 text", help));
     };
     // Editors on Windows put a byte order mark before the first line, which would become part of
     // it.
@@ -106,15 +109,15 @@ pub fn parse(file: &[u8]) -> Result<Vec<PublicKey>, BadKeys> {
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
-        let has_options = check(line).map_err(|(message, help)| BadKeys {
+        let has_options = check(line).map_err(|(message, help)| PublicKeysError {
             line: Some(number),
             message,
             help: help.to_owned(),
         })?;
-        keys.push(PublicKey { text: line.to_owned(), has_options });
+        keys.push(SshPublicKey { text: line.to_owned(), has_options });
     }
     if keys.is_empty() {
-        Err(BadKeys::whole("the file contains no SSH key", HELP))
+        Err(PublicKeysError::whole("the file contains no SSH key", HELP))
     } else {
         Ok(keys)
     }
@@ -124,7 +127,7 @@ pub fn parse(file: &[u8]) -> Result<Vec<PublicKey>, BadKeys> {
 ///
 /// # Errors
 /// As [`parse`].
-pub fn lines(file: &[u8]) -> Result<String, BadKeys> {
+pub fn lines(file: &[u8]) -> Result<String, PublicKeysError> {
     Ok(parse(file)?.into_iter().map(|key| key.text + "\n").collect())
 }
 
@@ -138,7 +141,7 @@ pub fn is_list(target: &Utf8Path) -> bool {
 }
 
 /// Public keys in the formats of other programs, which sshd does not support here.
-fn other_form(text: &str) -> Option<BadKeys> {
+fn other_form(text: &str) -> Option<PublicKeysError> {
     let begins = |mark: &str| text.lines().any(|line| line.trim_start().starts_with(mark));
     // RFC 4716, section 3.2; what PuTTYgen's "Save public key" writes.
     let (form, flag) = if begins("---- BEGIN SSH2 PUBLIC KEY") {
@@ -148,12 +151,12 @@ fn other_form(text: &str) -> Option<BadKeys> {
     } else if begins("-----BEGIN PUBLIC KEY") {
         ("of PKCS #8", " -m PKCS8")
     } else if begins("-----BEGIN ") {
-        return Some(BadKeys::whole("the file is a PEM file, not an SSH key", HELP));
+        return Some(PublicKeysError::whole("the file is a PEM file, not an SSH key", HELP));
     } else {
         return None;
     };
     let help = format!("convert the key with `ssh-keygen -i{flag} -f FILE`");
-    Some(BadKeys::whole(format!("the file is a public key in the format {form}"), help))
+    Some(PublicKeysError::whole(format!("the file is a public key in the format {form}"), help))
 }
 
 /// Whether options precede the key in a line.

@@ -18,7 +18,7 @@ const MODEL_VERSION: u32 = 3;
 /// How one model boots.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Start {
+pub struct ModelBoot {
     /// The model: a string of the board's `compatible`.
     pub model: String,
     /// Human-readable name.
@@ -33,9 +33,9 @@ pub struct Start {
 /// The facts about a card.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Starts {
+pub struct BootCheck {
     /// The boot chain of each model.
-    pub models: Vec<Start>,
+    pub models: Vec<ModelBoot>,
     /// Problems that prevent a model from booting, trying an update or rolling back, with help.
     pub stops: Vec<String>,
     /// Problems of a model that boots nevertheless, with help.
@@ -48,13 +48,13 @@ pub fn version() -> (u32, [&'static str; 4]) {
 }
 
 /// The sources of a card: the workspace's root, and the plan.
-pub type Origin<'a> = (&'a Utf8Path, &'a Plan);
+pub type CardOrigin<'a> = (&'a Utf8Path, &'a Plan);
 
 /// Checks a card image. With its origin the findings name the workspace's files.
 ///
 /// # Errors
 /// An image that was not built by Slipway, or is damaged.
-pub fn look(image: &Utf8Path, origin: Option<Origin<'_>>) -> Result<Starts> {
+pub fn look(image: &Utf8Path, origin: Option<CardOrigin<'_>>) -> Result<BootCheck> {
     let facts = Facts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
     let card = Card::read(Rc::new(file)).map_err(|reason| anyhow!("reading {image}: {reason}"))?;
@@ -63,13 +63,13 @@ pub fn look(image: &Utf8Path, origin: Option<Origin<'_>>) -> Result<Starts> {
         let some = verdict.findings.iter().filter(move |finding| finding.level == level);
         some.map(|finding| tell(finding, &card, origin)).collect()
     };
-    Ok(Starts {
+    Ok(BootCheck {
         stops: told(Level::Stops),
         degrades: told(Level::Degrades),
         models: verdict
             .chains
             .into_iter()
-            .map(|chain| Start {
+            .map(|chain| ModelBoot {
                 model: chain.model,
                 title: chain.title,
                 starts: chain.starts,
@@ -83,7 +83,7 @@ pub fn look(image: &Utf8Path, origin: Option<Origin<'_>>) -> Result<Starts> {
 ///
 /// # Errors
 /// All problems that prevent any of them from booting.
-pub fn require(starts: &Starts, board: &str) -> Result<()> {
+pub fn require(starts: &BootCheck, board: &str) -> Result<()> {
     if starts.stops.is_empty() {
         return Ok(());
     }
@@ -97,7 +97,7 @@ pub fn require(starts: &Starts, board: &str) -> Result<()> {
 }
 
 /// A finding, with the source file in the workspace, and the line in it.
-fn tell(finding: &Finding, card: &Card, origin: Option<Origin<'_>>) -> String {
+fn tell(finding: &Finding, card: &Card, origin: Option<CardOrigin<'_>>) -> String {
     let source = origin.and_then(|(root, plan)| Some((root, source(&finding.place, plan)?)));
     let Some((root, source)) = source else { return finding.to_string() };
     let line = line(&finding.place, card, &root.join(&source));
@@ -135,7 +135,7 @@ fn line(place: &Place, card: &Card, source: &Utf8Path) -> Option<usize> {
 }
 
 /// The chains as text, one step a line.
-pub fn lines(starts: &Starts) -> Vec<String> {
+pub fn lines(starts: &BootCheck) -> Vec<String> {
     let mut lines = Vec::new();
     for model in &starts.models {
         let verdict = if model.starts { "starts" } else { "DOES NOT START" };

@@ -10,7 +10,7 @@ use crate::progress::{say, warn};
 /// The purpose of a tool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Purpose {
+pub enum ToolPurpose {
     /// `build-image` and `lock`.
     Build,
     /// The engine `debian`.
@@ -34,7 +34,7 @@ pub enum Purpose {
 /// One requirement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Requirement {
+pub struct ToolRequirement {
     /// The program, or a file if it is not a program.
     pub program: &'static str,
     /// The Debian package.
@@ -42,126 +42,126 @@ pub struct Requirement {
     /// What it is used for.
     pub why: &'static str,
     /// Its purpose.
-    pub purpose: Purpose,
+    pub purpose: ToolPurpose,
 }
 
 const fn tool(
-    purpose: Purpose,
+    purpose: ToolPurpose,
     program: &'static str,
     package: &'static str,
     why: &'static str,
-) -> Requirement {
-    Requirement { program, package, why, purpose }
+) -> ToolRequirement {
+    ToolRequirement { program, package, why, purpose }
 }
 
 /// Everything, in the order in which it is listed.
-const REQUIREMENTS: &[Requirement] = &[
-    tool(Purpose::Build, "git", "git", "names the commit that is built"),
-    tool(Purpose::Debian, "apt-get", "apt", "resolves the package lock"),
-    tool(Purpose::Debian, "dpkg-deb", "dpkg", "unpacks packages"),
-    tool(Purpose::Debian, "mmdebstrap", "mmdebstrap", "makes the Debian base system"),
-    tool(Purpose::Debian, "arch-test", "arch-test", "lets mmdebstrap check foreign binaries"),
+const REQUIREMENTS: &[ToolRequirement] = &[
+    tool(ToolPurpose::Build, "git", "git", "names the commit that is built"),
+    tool(ToolPurpose::Debian, "apt-get", "apt", "resolves the package lock"),
+    tool(ToolPurpose::Debian, "dpkg-deb", "dpkg", "unpacks packages"),
+    tool(ToolPurpose::Debian, "mmdebstrap", "mmdebstrap", "makes the Debian base system"),
+    tool(ToolPurpose::Debian, "arch-test", "arch-test", "lets mmdebstrap check foreign binaries"),
     tool(
-        Purpose::Build,
+        ToolPurpose::Build,
         "qemu-aarch64-static",
         "qemu-user-static",
         "runs the base system's maintainer scripts and its Python",
     ),
     tool(
-        Purpose::Debian,
+        ToolPurpose::Debian,
         "/usr/share/keyrings/debian-archive-keyring.gpg",
         "debian-archive-keyring",
         "checks the archive's signatures",
     ),
-    tool(Purpose::Debian, "gpgv", "gpgv", "checks the archive's signatures"),
-    tool(Purpose::Debian, "depmod", "kmod", "lists the kernel modules' dependencies"),
-    tool(Purpose::Build, "mkimage", "u-boot-tools", "wraps the boot script for U-Boot"),
+    tool(ToolPurpose::Debian, "gpgv", "gpgv", "checks the archive's signatures"),
+    tool(ToolPurpose::Debian, "depmod", "kmod", "lists the kernel modules' dependencies"),
+    tool(ToolPurpose::Build, "mkimage", "u-boot-tools", "wraps the boot script for U-Boot"),
     // Links the agent's static binary, and includes that architecture's C library.
-    tool(Purpose::Build, "@cross-gcc", "gcc-aarch64-linux-gnu", "links the robot's agent"),
+    tool(ToolPurpose::Build, "@cross-gcc", "gcc-aarch64-linux-gnu", "links the robot's agent"),
     tool(
-        Purpose::Build,
+        ToolPurpose::Build,
         "@cross-libc",
         "libc6-dev-arm64-cross",
         "is linked into the robot's agent",
     ),
-    tool(Purpose::Build, "python3", "python3", "runs pip"),
-    tool(Purpose::Build, "@pip", "python3-pip", "resolves and downloads the API wheels"),
-    tool(Purpose::Debian, "unshare", "util-linux", "makes the base system without root"),
-    tool(Purpose::Debian, "@newuidmap", "uidmap", "makes the base system without root"),
+    tool(ToolPurpose::Build, "python3", "python3", "runs pip"),
+    tool(ToolPurpose::Build, "@pip", "python3-pip", "resolves and downloads the API wheels"),
+    tool(ToolPurpose::Debian, "unshare", "util-linux", "makes the base system without root"),
+    tool(ToolPurpose::Debian, "@newuidmap", "uidmap", "makes the base system without root"),
     tool(
-        Purpose::Build,
+        ToolPurpose::Build,
         "/etc/ssl/certs/ca-certificates.crt",
         "ca-certificates",
         "lets pip check its index",
     ),
-    tool(Purpose::Buildroot, "make", "make", "runs Buildroot"),
-    tool(Purpose::Buildroot, "gcc", "gcc", "builds Buildroot's own tools"),
-    tool(Purpose::Buildroot, "g++", "g++", "builds Buildroot's own tools"),
-    tool(Purpose::Buildroot, "perl", "perl", "runs packages' configure scripts"),
-    tool(Purpose::Buildroot, "patch", "patch", "applies Buildroot's patches"),
-    tool(Purpose::Buildroot, "tar", "tar", "unpacks sources"),
-    tool(Purpose::Buildroot, "bzip2", "bzip2", "unpacks sources"),
-    tool(Purpose::Buildroot, "xz", "xz-utils", "unpacks sources"),
-    tool(Purpose::Buildroot, "unzip", "unzip", "unpacks sources"),
-    tool(Purpose::Buildroot, "cpio", "cpio", "packs archives"),
-    tool(Purpose::Buildroot, "rsync", "rsync", "joins the packages' directories"),
-    tool(Purpose::Buildroot, "bc", "bc", "builds the kernel"),
-    tool(Purpose::Buildroot, "file", "file", "inspects built programs"),
-    tool(Purpose::Buildroot, "wget", "wget", "downloads sources"),
-    tool(Purpose::Buildroot, "flock", "util-linux", "downloads each source once"),
-    tool(Purpose::Buildroot, "which", "debianutils", "lets Buildroot find its tools"),
-    tool(Purpose::Buildroot, "@curses", "libncurses-dev", "shows menuconfig"),
-    tool(Purpose::Buildroot, "@flake8", "python3-flake8", "serves Buildroot's check-package"),
-    tool(Purpose::Buildroot, "@magic", "python3-magic", "serves Buildroot's check-package"),
-    tool(Purpose::Run, "qemu-system-aarch64", "qemu-system-arm", "boots the image"),
-    tool(Purpose::Run, "qemu-img", "qemu-utils", "keeps the image unchanged while it runs"),
-    tool(Purpose::Run, "dtc", "device-tree-compiler", "changes a device tree for QEMU"),
-    tool(Purpose::Run, "setpriv", "util-linux", "ends a machine with what drives it"),
-    tool(Purpose::Local, "unshare", "util-linux", "makes namespaces for a local system"),
-    tool(Purpose::Local, "ip", "iproute2", "starts the network in them"),
-    tool(Purpose::Test, "sfdisk", "fdisk", "reads our partition tables"),
-    tool(Purpose::Test, "strace", "strace", "kills the agent at any of its changes"),
-    tool(Purpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
-    tool(Purpose::Test, "fsck.fat", "dosfstools", "reads our FAT"),
-    tool(Purpose::Test, "mdir", "mtools", "reads our FAT"),
-    tool(Purpose::Test, "e2fsck", "e2fsprogs", "reads our ext4"),
-    tool(Purpose::Test, "bmaptool", "bmap-tools", "reads our block map"),
-    tool(Purpose::Test, "zstd", "zstd", "reads our frames"),
-    tool(Purpose::Test, "minisign", "minisign", "checks our signatures"),
-    tool(Purpose::Run, "qemu-io", "qemu-utils", "writes a boot state into a card"),
+    tool(ToolPurpose::Buildroot, "make", "make", "runs Buildroot"),
+    tool(ToolPurpose::Buildroot, "gcc", "gcc", "builds Buildroot's own tools"),
+    tool(ToolPurpose::Buildroot, "g++", "g++", "builds Buildroot's own tools"),
+    tool(ToolPurpose::Buildroot, "perl", "perl", "runs packages' configure scripts"),
+    tool(ToolPurpose::Buildroot, "patch", "patch", "applies Buildroot's patches"),
+    tool(ToolPurpose::Buildroot, "tar", "tar", "unpacks sources"),
+    tool(ToolPurpose::Buildroot, "bzip2", "bzip2", "unpacks sources"),
+    tool(ToolPurpose::Buildroot, "xz", "xz-utils", "unpacks sources"),
+    tool(ToolPurpose::Buildroot, "unzip", "unzip", "unpacks sources"),
+    tool(ToolPurpose::Buildroot, "cpio", "cpio", "packs archives"),
+    tool(ToolPurpose::Buildroot, "rsync", "rsync", "joins the packages' directories"),
+    tool(ToolPurpose::Buildroot, "bc", "bc", "builds the kernel"),
+    tool(ToolPurpose::Buildroot, "file", "file", "inspects built programs"),
+    tool(ToolPurpose::Buildroot, "wget", "wget", "downloads sources"),
+    tool(ToolPurpose::Buildroot, "flock", "util-linux", "downloads each source once"),
+    tool(ToolPurpose::Buildroot, "which", "debianutils", "lets Buildroot find its tools"),
+    tool(ToolPurpose::Buildroot, "@curses", "libncurses-dev", "shows menuconfig"),
+    tool(ToolPurpose::Buildroot, "@flake8", "python3-flake8", "serves Buildroot's check-package"),
+    tool(ToolPurpose::Buildroot, "@magic", "python3-magic", "serves Buildroot's check-package"),
+    tool(ToolPurpose::Run, "qemu-system-aarch64", "qemu-system-arm", "boots the image"),
+    tool(ToolPurpose::Run, "qemu-img", "qemu-utils", "keeps the image unchanged while it runs"),
+    tool(ToolPurpose::Run, "dtc", "device-tree-compiler", "changes a device tree for QEMU"),
+    tool(ToolPurpose::Run, "setpriv", "util-linux", "ends a machine with what drives it"),
+    tool(ToolPurpose::Local, "unshare", "util-linux", "makes namespaces for a local system"),
+    tool(ToolPurpose::Local, "ip", "iproute2", "starts the network in them"),
+    tool(ToolPurpose::Test, "sfdisk", "fdisk", "reads our partition tables"),
+    tool(ToolPurpose::Test, "strace", "strace", "kills the agent at any of its changes"),
+    tool(ToolPurpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
+    tool(ToolPurpose::Test, "fsck.fat", "dosfstools", "reads our FAT"),
+    tool(ToolPurpose::Test, "mdir", "mtools", "reads our FAT"),
+    tool(ToolPurpose::Test, "e2fsck", "e2fsprogs", "reads our ext4"),
+    tool(ToolPurpose::Test, "bmaptool", "bmap-tools", "reads our block map"),
+    tool(ToolPurpose::Test, "zstd", "zstd", "reads our frames"),
+    tool(ToolPurpose::Test, "minisign", "minisign", "checks our signatures"),
+    tool(ToolPurpose::Run, "qemu-io", "qemu-utils", "writes a boot state into a card"),
     tool(
-        Purpose::Test,
+        ToolPurpose::Test,
         "aarch64-linux-gnu-gcc",
         "gcc-aarch64-linux-gnu",
         "makes the kernels that try the boot script",
     ),
-    tool(Purpose::Test, "cpio", "cpio", "reads our initrd"),
-    tool(Purpose::Test, "xz", "xz-utils", "packs the images that are flashed"),
-    tool(Purpose::Test, "losetup", "mount", "attaches the devices that are flashed"),
-    tool(Purpose::Test, "addpart", "util-linux", "gives them partitions"),
-    tool(Purpose::Test, "gpg", "gnupg", "signs the tests' own archive"),
-    tool(Purpose::Test, "sshd", "openssh-server", "replaces a robot's sshd"),
-    tool(Purpose::Test, "systemd-analyze", "systemd", "reads our units"),
-    tool(Purpose::Test, "shellcheck", "shellcheck", "checks our shell scripts"),
-    tool(Purpose::Test, "sftp", "openssh-client", "publishes releases to a store on a host"),
-    tool(Purpose::Test, "nginx", "nginx-light", "serves a store to readers, and as on a robot"),
-    tool(Purpose::Test, "busybox", "busybox-static", "runs the initrd's script"),
-    tool(Purpose::Test, "openssl", "openssl", "makes certificates of web servers"),
-    tool(Purpose::Test, "curl", "curl", "reads a store"),
-    tool(Purpose::Test, "jq", "jq", "reads a store's files"),
-    tool(Purpose::Push, "ssh", "openssh-client", "reaches robots"),
-    tool(Purpose::TestAll, "chromium", "chromium", "renders the report"),
+    tool(ToolPurpose::Test, "cpio", "cpio", "reads our initrd"),
+    tool(ToolPurpose::Test, "xz", "xz-utils", "packs the images that are flashed"),
+    tool(ToolPurpose::Test, "losetup", "mount", "attaches the devices that are flashed"),
+    tool(ToolPurpose::Test, "addpart", "util-linux", "gives them partitions"),
+    tool(ToolPurpose::Test, "gpg", "gnupg", "signs the tests' own archive"),
+    tool(ToolPurpose::Test, "sshd", "openssh-server", "replaces a robot's sshd"),
+    tool(ToolPurpose::Test, "systemd-analyze", "systemd", "reads our units"),
+    tool(ToolPurpose::Test, "shellcheck", "shellcheck", "checks our shell scripts"),
+    tool(ToolPurpose::Test, "sftp", "openssh-client", "publishes releases to a store on a host"),
+    tool(ToolPurpose::Test, "nginx", "nginx-light", "serves a store to readers, and as on a robot"),
+    tool(ToolPurpose::Test, "busybox", "busybox-static", "runs the initrd's script"),
+    tool(ToolPurpose::Test, "openssl", "openssl", "makes certificates of web servers"),
+    tool(ToolPurpose::Test, "curl", "curl", "reads a store"),
+    tool(ToolPurpose::Test, "jq", "jq", "reads a store's files"),
+    tool(ToolPurpose::Push, "ssh", "openssh-client", "reaches robots"),
+    tool(ToolPurpose::TestAll, "chromium", "chromium", "renders the report"),
     tool(
-        Purpose::TestAll,
+        ToolPurpose::TestAll,
         "@venv",
         "python3-venv",
         "contains the validator of our bill of materials",
     ),
-    tool(Purpose::Bench, "genimage", "genimage", "assembles images"),
-    tool(Purpose::Bench, "rauc", "rauc", "makes bundles"),
-    tool(Purpose::Bench, "mksquashfs", "squashfs-tools", "serves rauc"),
-    tool(Purpose::Bench, "zip", "zip", "packs"),
-    tool(Purpose::Bench, "swupdate", "swupdate", "installs bundles"),
+    tool(ToolPurpose::Bench, "genimage", "genimage", "assembles images"),
+    tool(ToolPurpose::Bench, "rauc", "rauc", "makes bundles"),
+    tool(ToolPurpose::Bench, "mksquashfs", "squashfs-tools", "serves rauc"),
+    tool(ToolPurpose::Bench, "zip", "zip", "packs"),
+    tool(ToolPurpose::Bench, "swupdate", "swupdate", "installs bundles"),
 ];
 
 /// Whether this machine has the robot's architecture.
@@ -169,7 +169,7 @@ const ARM64: bool = cfg!(target_arch = "aarch64");
 /// The static C library for the robot.
 const CROSS_LIBC: &str = "/usr/aarch64-linux-gnu/lib/libc.a";
 
-impl Requirement {
+impl ToolRequirement {
     fn is_met(&self) -> bool {
         match self.program {
             "@pip" => python_with_pip().is_some(),
@@ -205,12 +205,12 @@ fn python_has(module: &str) -> bool {
 }
 
 /// Everything that is needed for these purposes.
-pub fn requirements(purposes: &[Purpose]) -> impl Iterator<Item = &'static Requirement> {
+pub fn requirements(purposes: &[ToolPurpose]) -> impl Iterator<Item = &'static ToolRequirement> {
     REQUIREMENTS.iter().filter(|r| purposes.contains(&r.purpose))
 }
 
 /// What this machine lacks for these purposes.
-pub fn missing(purposes: &[Purpose]) -> Vec<Requirement> {
+pub fn missing(purposes: &[ToolPurpose]) -> Vec<ToolRequirement> {
     requirements(purposes).filter(|r| !r.is_met()).cloned().collect()
 }
 
@@ -218,7 +218,7 @@ pub fn missing(purposes: &[Purpose]) -> Vec<Requirement> {
 ///
 /// # Errors
 /// When a missing tool may not be or cannot be installed.
-pub fn require(purposes: &[Purpose], install: bool) -> Result<()> {
+pub fn require(purposes: &[ToolPurpose], install: bool) -> Result<()> {
     let lacking = missing(purposes);
     if lacking.is_empty() {
         return Ok(());
@@ -232,7 +232,7 @@ pub fn require(purposes: &[Purpose], install: bool) -> Result<()> {
 }
 
 /// The missing tools in human-readable form.
-pub fn describe(lacking: &[Requirement]) -> String {
+pub fn describe(lacking: &[ToolRequirement]) -> String {
     let mut text = String::from("this machine lacks:");
     for r in lacking {
         let name = r.program.trim_start_matches('@');
@@ -245,7 +245,7 @@ pub fn describe(lacking: &[Requirement]) -> String {
     text
 }
 
-fn packages(lacking: &[Requirement]) -> Vec<&'static str> {
+fn packages(lacking: &[ToolRequirement]) -> Vec<&'static str> {
     let mut packages: Vec<_> = lacking.iter().map(|r| r.package).collect();
     packages.sort_unstable();
     packages.dedup();
@@ -256,7 +256,7 @@ fn packages(lacking: &[Requirement]) -> Vec<&'static str> {
 ///
 /// # Errors
 /// When apt cannot install them.
-pub fn install(lacking: &[Requirement]) -> Result<()> {
+pub fn install(lacking: &[ToolRequirement]) -> Result<()> {
     let packages = packages(lacking);
     say("setup", format!("installing {}", packages.join(" ")));
     let update = || apt(&["update", "--quiet"]).run();
@@ -265,7 +265,12 @@ pub fn install(lacking: &[Requirement]) -> Result<()> {
     let simulated = apt(&["install", "--simulate"]).args(options).args(&packages).read();
     // A fresh machine has no package lists, and old lists contain packages that no longer exist.
     update().context("refreshing the package lists")?;
-    let step = crate::progress::Step::new("setup", "apt-get", 0, crate::progress::Unit::Items);
+    let step = crate::progress::ProgressStep::new(
+        "setup",
+        "apt-get",
+        0,
+        crate::progress::ProgressUnit::Items,
+    );
     if simulated.is_ok() {
         return apt(&["install"])
             .args(options)
@@ -346,8 +351,8 @@ mod tests {
     #[test]
     fn the_description_names_each_program_with_its_package() {
         let lacking = vec![
-            tool(Purpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
-            tool(Purpose::Test, "@pip", "python3-pip", "resolves wheels"),
+            tool(ToolPurpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
+            tool(ToolPurpose::Test, "@pip", "python3-pip", "resolves wheels"),
         ];
         let text = describe(&lacking);
         assert!(text.contains("sgdisk") && text.contains("gdisk"), "{text}");

@@ -20,9 +20,9 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::artifact::{self, Artifact};
-use crate::keys::Signer;
-use crate::progress::{Step, Unit};
-use crate::wheel::component::Trees;
+use crate::keys::SigningKey;
+use crate::progress::{ProgressStep, ProgressUnit};
+use crate::wheel::component::WheelTrees;
 
 /// The maximum number of bytes of a manifest that is read without verification: more than any has.
 const LARGEST_MANIFEST: u64 = 1 << 20;
@@ -73,7 +73,7 @@ pub struct PackRequest<'a> {
     /// depend on it.
     pub workers: Option<usize>,
     /// The keys that sign, at least one.
-    pub signers: &'a [Signer],
+    pub signers: &'a [SigningKey],
 }
 
 /// How one payload was packed.
@@ -283,7 +283,7 @@ fn check_signers(request: &PackRequest<'_>) -> Result<u32> {
             "no signing key: the bundle would be unsigned\nhelp: `cargo xtask keys new` makes a key"
         )
     };
-    for key in request.signers.iter().map(Signer::key) {
+    for key in request.signers.iter().map(SigningKey::key) {
         ensure!(
             request.kind == Kind::Development || key.kind == Kind::Release,
             "`{}` is a release, but the key {} is a development key\n\
@@ -309,7 +309,7 @@ fn compress(
         for payload in &component.payloads {
             let source = Sparse::open(&payload.path)?;
             let what = format!("compressing {}/{}", component.name, payload.role);
-            let step = Step::new("bundle", &what, source.size, Unit::Bytes);
+            let step = ProgressStep::new("bundle", &what, source.size, ProgressUnit::Bytes);
             let done =
                 bundle::compress(&source, request.level, workers, spool, &mut |n| step.advance(n))
                     .map_err(explain)
@@ -366,7 +366,7 @@ fn read_back(path: &Utf8Path, request: &PackRequest<'_>) -> Result<Vec<SignedBy>
 /// A bundle that was verified to its last block.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Verified {
+pub struct VerifiedBundle {
     /// The manifest.
     pub manifest: Manifest,
     /// SHA-256 of `manifest.json`.
@@ -400,13 +400,14 @@ pub fn unverified(path: &Utf8Path) -> Result<(Manifest, String)> {
 ///
 /// # Errors
 /// The first error. The chain holds a [`bundle::Error`] with its stable code.
-pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<Verified> {
+pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<VerifiedBundle> {
     let file = File::open(path).with_context(|| format!("opening {path}"))?;
-    let walk = || -> bundle::Result<Verified> {
+    let walk = || -> bundle::Result<VerifiedBundle> {
         let mut reader = Reader::open(Stream(BufReader::with_capacity(1 << 18, file)), keys)?;
         reader.check(policy)?;
         let sizes = reader.manifest().components.iter().flat_map(|c| &c.payloads).map(|p| p.size);
-        let step = Step::new("verify", "checking every block", sizes.sum(), Unit::Bytes);
+        let step =
+            ProgressStep::new("verify", "checking every block", sizes.sum(), ProgressUnit::Bytes);
         let components = reader.manifest().components.clone();
         let mut api = Api::default();
         while let Some(payload) = reader.next_payload()? {
@@ -424,7 +425,7 @@ pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<Ver
                 None => read.and(rest.map(drop).map_err(bundle::Error::from))?,
             }
         }
-        Ok(Verified {
+        Ok(VerifiedBundle {
             manifest: reader.manifest().clone(),
             manifest_sha256: reader.manifest_sha256().to_owned(),
             signed_by: reader.signed_by().to_vec(),
@@ -437,7 +438,7 @@ pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &Policy<'_>) -> Result<Ver
 #[derive(Default)]
 struct Api {
     lock: Option<Lock>,
-    trees: Trees,
+    trees: WheelTrees,
 }
 
 impl Api {
@@ -461,7 +462,7 @@ struct Content<'r, 's, I> {
     ready: Vec<u8>,
     at: usize,
     error: Option<bundle::Error>,
-    step: &'s Step,
+    step: &'s ProgressStep,
 }
 
 impl<I: bundle::Input> Read for Content<'_, '_, I> {

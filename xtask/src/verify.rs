@@ -7,7 +7,7 @@ use camino::Utf8Path;
 use serde_json::json;
 
 use crate::disk::{bmap, read};
-use crate::keys::{Keys, directory};
+use crate::keys::{KeyDirectory, directory};
 use crate::progress::bytes;
 use crate::update;
 
@@ -22,7 +22,7 @@ pub(crate) fn verify_bundle(
     // A public key file does not state the kind and the epoch of the key.
     let (keys, alone) = match keys {
         Some(path) => read_keys(path)?,
-        None => (Keys::open(&directory()?)?.set().clone(), false),
+        None => (KeyDirectory::open(&directory()?)?.set().clone(), false),
     };
     ensure!(
         !keys.keys.is_empty(),

@@ -10,13 +10,13 @@ use camino::{Utf8Path, Utf8PathBuf};
 use crate::artifact::write_atomically;
 use crate::config::{self, Config};
 use crate::facts;
-use crate::plan::{self, Facts, Plan};
+use crate::plan::{self, CheckoutFacts, Plan};
 use crate::progress::{names, say};
 use crate::time::timestamp;
 
 /// What is chosen among the products and boards of a workspace.
 #[derive(Debug, Clone, Default)]
-pub struct Selection {
+pub struct BuildSelection {
     /// The product; `None`: the one with `default = true`.
     pub product: Option<String>,
     /// The board; `None`: the product's default-board.
@@ -27,7 +27,7 @@ pub struct Selection {
 ///
 /// # Errors
 /// Everything that is wrong with the files.
-pub fn load(target: &Selection) -> Result<Config> {
+pub fn load(target: &BuildSelection) -> Result<Config> {
     let (product, board) = (target.product.as_deref(), target.board.as_deref());
     let config = config::load(&config::workspace_root()?, product, board)?;
     let junk: Vec<&Utf8PathBuf> = config.overlays.iter().flat_map(|o| &o.junk).collect();
@@ -41,7 +41,7 @@ pub fn load(target: &Selection) -> Result<Config> {
 ///
 /// # Errors
 /// Everything that is wrong with the configuration.
-pub fn resolve(target: &Selection) -> Result<(Config, Facts, Plan)> {
+pub fn resolve(target: &BuildSelection) -> Result<(Config, CheckoutFacts, Plan)> {
     let config = load(target)?;
     let facts = facts::collect(&config.root)?;
     let plan = plan::resolve(&config, &facts)?;
@@ -53,7 +53,7 @@ pub fn resolve(target: &Selection) -> Result<(Config, Facts, Plan)> {
 ///
 /// # Errors
 /// Everything that is wrong with the configuration.
-pub fn resolve_nightly(target: &Selection) -> Result<(Config, Facts, Plan)> {
+pub fn resolve_nightly(target: &BuildSelection) -> Result<(Config, CheckoutFacts, Plan)> {
     let mut config = load(target)?;
     let facts = facts::collect(&config.root)?;
     let version = &mut config.product.version.value;

@@ -10,13 +10,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use uuid::Uuid;
 use xtask::cache::Cache;
 use xtask::disk::{
-    Content, DiskImage, DiskRequest, DiskSpec, FatFile, Filesystem, PartitionRequest,
-    PartitionSpec, Source, TableKind, assemble, assemble_checked, bmap, compress, place, read, sum,
+    DiskImage, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
+    PartitionRequest, PartitionSpec, TableKind, assemble, assemble_checked, bmap, compress, place,
+    read, sum,
 };
 use xtask::exec::{self, Tool};
 use xtask::ext4::{self, Ext4Request, Mke2fs};
-use xtask::fetch::Fetcher;
-use xtask::rootfs::debian::{Mirrors, PackagesLock, host_e2fs};
+use xtask::fetch::Downloader;
+use xtask::rootfs::debian::{AptMirrors, PackagesLock, host_e2fs};
 
 const MIB: u64 = 1 << 20;
 const EPOCH: u64 = 1_700_000_000;
@@ -48,9 +49,9 @@ fn mke2fs() -> Mke2fs {
         let root = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
         let lock = PackagesLock::load(&root.join("configs/robot-dev.packages.lock"))?;
         let cache = Cache::locate()?.root;
-        let fetcher = Fetcher::new(&cache, false)?;
+        let fetcher = Downloader::new(&cache, false)?;
         // Files in the cache need no mirror.
-        let mirrors = Mirrors::from_host().ok();
+        let mirrors = AptMirrors::from_host().ok();
         host_e2fs(&lock, &fetcher, mirrors.as_ref(), &cache)
     };
     TOOL.get_or_init(|| find().expect("an mke2fs that reads tars")).clone()
@@ -128,7 +129,7 @@ fn disk_request(table: TableKind) -> DiskRequest {
 fn boot_files() -> Vec<FatFile> {
     let file = |path: &str, bytes: Vec<u8>| FatFile {
         path: path.to_owned(),
-        source: Source::Bytes(bytes),
+        source: FileSource::Bytes(bytes),
     };
     let mut files = vec![
         file("config.txt", b"arm_64bit=1\n".to_vec()),
@@ -143,12 +144,16 @@ fn boot_files() -> Vec<FatFile> {
 }
 
 /// The summed image at this path; nothing at an empty one.
-fn filesystem(path: &Utf8Path) -> Content {
-    if path == "" { Content::Empty } else { Content::Image(sum(path).expect("summing")) }
+fn filesystem(path: &Utf8Path) -> PartitionContent {
+    if path == "" {
+        PartitionContent::Empty
+    } else {
+        PartitionContent::Image(sum(path).expect("summing"))
+    }
 }
 
 fn spec(table: TableKind, root: &Utf8Path, data: &Utf8Path) -> DiskSpec {
-    let boot = Content::Fat {
+    let boot = PartitionContent::Fat {
         label: "boot".to_owned(),
         volume_id: 0xdead_beef,
         placed: true,
@@ -307,7 +312,7 @@ fn a_boot_partition_is_of_a_kind_that_every_reader_agrees_on() {
         request.partitions[0].size = size * MIB;
         let mut spec = spec(TableKind::Mbr, Utf8Path::new(""), Utf8Path::new(""));
         spec.layout = place(&request).expect("a good layout");
-        spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+        spec.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
         let image = assemble(&spec, &folder.at("card.img")).expect("assembling");
         check_fat(&folder, &image, &spec, kind);
         let found = read::tables(&image.path).expect("reading back");
@@ -432,7 +437,7 @@ fn two_runs_are_equal() {
 fn a_compressed_image_is_the_image() {
     let folder = Folder::new();
     let mut spec = spec(TableKind::Mbr, Utf8Path::new(""), Utf8Path::new(""));
-    spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+    spec.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
     let image = assemble(&spec, &folder.at("card.img")).expect("assembling");
     let packed = compress::compress(&image.path, 3).expect("compressing");
     tool("zstd").args(["-t", packed.path.as_str()]).run().expect("zstd -t");
@@ -443,7 +448,7 @@ fn a_compressed_image_is_the_image() {
 /// The message of a disk that `change` has made impossible; the older image stays as it was.
 fn failure(folder: &Folder, change: impl FnOnce(&mut DiskSpec)) -> String {
     let mut bad = spec(TableKind::Gpt, Utf8Path::new(""), Utf8Path::new(""));
-    bad.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+    bad.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
     change(&mut bad);
     let out = folder.at("bad.img");
     fs::write(&out, "an older image").expect("writing");
@@ -458,7 +463,7 @@ fn failure(folder: &Folder, change: impl FnOnce(&mut DiskSpec)) -> String {
 fn what_is_refused_when_it_is_finished_gets_no_name() {
     let folder = Folder::new();
     let mut spec = spec(TableKind::Gpt, Utf8Path::new(""), Utf8Path::new(""));
-    spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+    spec.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
     let out = folder.at("card.img");
     let (made, ()) = assemble_checked(&spec, &out, |_| Ok(())).expect("assembling");
     let (image, map) = (fs::read(&made.path).unwrap(), fs::read(&made.bmap.path).unwrap());
@@ -480,8 +485,10 @@ fn each_rule_has_its_message() {
     let large = folder.at("large.img");
     File::create(&large).and_then(|f| f.set_len(25 * MIB)).expect("a large file");
     let add = |spec: &mut DiskSpec, path: &str, bytes: usize| {
-        let Content::Fat { files, .. } = &mut spec.partitions[0].content else { panic!("no FAT") };
-        files.push(FatFile { path: path.to_owned(), source: Source::Bytes(vec![1; bytes]) });
+        let PartitionContent::Fat { files, .. } = &mut spec.partitions[0].content else {
+            panic!("no FAT")
+        };
+        files.push(FatFile { path: path.to_owned(), source: FileSource::Bytes(vec![1; bytes]) });
     };
     let fat = "assembling OUT: making the FAT volume of `boot`";
     assert_eq!(
@@ -503,7 +510,9 @@ fn each_rule_has_its_message() {
     );
     assert_eq!(
         failure(&folder, |s| {
-            let Content::Fat { label, .. } = &mut s.partitions[0].content else { panic!("no FAT") };
+            let PartitionContent::Fat { label, .. } = &mut s.partitions[0].content else {
+                panic!("no FAT")
+            };
             *label = "twelve chars".to_owned();
         }),
         format!(
@@ -585,7 +594,7 @@ fn each_ext4_rule_has_its_message() {
 fn damage_is_found() {
     let folder = Folder::new();
     let mut spec = spec(TableKind::Hybrid, Utf8Path::new(""), Utf8Path::new(""));
-    spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+    spec.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
     let image = assemble(&spec, &folder.at("card.img")).expect("assembling");
     let last = spec.layout.size - 512;
     let cases: [(u64, &[u8], &str); 6] = [
@@ -639,9 +648,11 @@ fn the_part_on_a_full_disk() {
     let Ok(disk) = std::env::var("SLIPWAY_FULL_DISK") else { return };
     let disk = Utf8PathBuf::from(disk);
     let mut spec = spec(TableKind::Gpt, Utf8Path::new(""), Utf8Path::new(""));
-    spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
-    let Content::Fat { files, .. } = &mut spec.partitions[0].content else { panic!("no FAT") };
-    files.push(FatFile { path: "big".to_owned(), source: Source::Bytes(vec![1; 10 << 20]) });
+    spec.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
+    let PartitionContent::Fat { files, .. } = &mut spec.partitions[0].content else {
+        panic!("no FAT")
+    };
+    files.push(FatFile { path: "big".to_owned(), source: FileSource::Bytes(vec![1; 10 << 20]) });
     let error = assemble(&spec, &disk.join("card.img")).expect_err("more than the disk holds");
     let message = format!("{error:#}");
     assert!(message.contains("the disk is full; the image needs up to "), "{message}");

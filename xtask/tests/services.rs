@@ -286,7 +286,7 @@ fn a_local_system_understands_every_unit() {
         // What serves a card, links or wireless devices has none to serve.
         let here = |name: &str| {
             let unit = at(name).and_then(|at| system.units.get(at)).expect("a unit");
-            !unit.conditions.iter().any(|c| c.test == units::Test::Container && c.negated)
+            !unit.conditions.iter().any(|c| c.test == units::ConditionTest::Container && c.negated)
         };
         assert!(["state", "identity", "provision", "links", "api", "proxy"].into_iter().all(here));
         assert!(!["seed", "network", "ssh-keys"].into_iter().any(here));

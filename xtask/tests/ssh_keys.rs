@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 
 use camino::Utf8PathBuf;
 use fixture_support::{Workspace, fixture};
-use xtask::render::Rendered;
+use xtask::render::RenderedFiles;
 use xtask::{flash, keys, ssh_keys};
 
 /// A workspace, and keys that `ssh-keygen` made.
@@ -40,7 +40,7 @@ impl Rig {
     }
 
     /// The workspace with these files as the keys of one account.
-    fn render(&self, files: &[&str]) -> anyhow::Result<Rendered> {
+    fn render(&self, files: &[&str]) -> anyhow::Result<RenderedFiles> {
         let list: Vec<String> = files.iter().map(|file| format!("\"{file}\"")).collect();
         let product = fs::read_to_string(fixture().join("configs/shop.toml"))?;
         let keys = format!("uid = 1000\nauthorized-keys = [{}]", list.join(", "));

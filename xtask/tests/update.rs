@@ -6,7 +6,7 @@ use std::process::Command;
 
 use bundle::{KeySet, Kind, Level, Policy, Version};
 use camino::{Utf8Path, Utf8PathBuf};
-use xtask::keys::{KEY_SET, Keys, PASSWORD_VARIABLE, Signer};
+use xtask::keys::{KEY_SET, KeyDirectory, PASSWORD_VARIABLE, SigningKey};
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack, verify};
 
 struct Dir(#[allow(dead_code)] tempfile::TempDir, Utf8PathBuf);
@@ -28,7 +28,7 @@ fn payload(dir: &Utf8Path) -> Utf8PathBuf {
     path
 }
 
-fn request<'a>(payload: &Utf8Path, kind: Kind, signers: &'a [Signer]) -> PackRequest<'a> {
+fn request<'a>(payload: &Utf8Path, kind: Kind, signers: &'a [SigningKey]) -> PackRequest<'a> {
     let version = Version::parse("0.1.0").unwrap();
     let payload = PayloadRequest { role: "root".to_owned(), path: payload.to_owned() };
     PackRequest {
@@ -61,7 +61,7 @@ fn run(program: &str, args: &[&str], dir: &Utf8Path) -> Vec<u8> {
 #[test]
 fn a_bundle_is_made_the_same_twice_and_foreign_tools_read_it() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(Kind::Development).unwrap()];
     let root = payload(&dir);
     let first = pack(&request(&root, Kind::Development, &signers), &dir.join("a.bundle")).unwrap();
@@ -84,7 +84,7 @@ fn a_bundle_is_made_the_same_twice_and_foreign_tools_read_it() {
 #[test]
 fn a_damaged_bundle_is_refused_with_its_code_and_help() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(Kind::Development).unwrap()];
     let path = dir.join("a.bundle");
     pack(&request(&payload(&dir), Kind::Development, &signers), &path).unwrap();
@@ -101,7 +101,7 @@ fn a_damaged_bundle_is_refused_with_its_code_and_help() {
 #[test]
 fn the_minisign_tool_signs_with_our_key_what_we_accept() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     keys.signer(Kind::Development).unwrap();
     let listed = keys.list().remove(0);
     std::fs::write(dir.join("text"), "something").unwrap();
@@ -119,7 +119,7 @@ fn the_minisign_tool_signs_with_our_key_what_we_accept() {
 fn keys_are_made_once_kept_private_and_rotated() {
     let Dir(_keep, dir) = dir();
     let at = dir.join("keys");
-    let mut keys = Keys::open(&at).unwrap();
+    let mut keys = KeyDirectory::open(&at).unwrap();
     assert!(keys.list().is_empty());
     let message = format!("{:#}", keys.signer(Kind::Release).unwrap_err());
     assert!(message.contains("finding the release key: no release key in"), "{message}");
@@ -139,7 +139,7 @@ fn keys_are_made_once_kept_private_and_rotated() {
     assert!(alone.contains("without another development key"), "{alone}");
     let second = keys.rotate(Kind::Development, false).unwrap();
     assert_eq!(second.epoch, 2);
-    let ids = |keys: &mut Keys| -> Vec<String> {
+    let ids = |keys: &mut KeyDirectory| -> Vec<String> {
         let signers = keys.signers(Kind::Development).unwrap();
         signers.iter().map(|signer| signer.key().id.clone()).collect()
     };
@@ -159,7 +159,7 @@ fn keys_are_made_once_kept_private_and_rotated() {
     assert!(keys.revoke(&first.id).is_err() && keys.revoke("0").is_err());
     assert_eq!(keys.signer(Kind::Development).unwrap().key(), &second);
     drop(keys);
-    let keys = Keys::open(&at).unwrap();
+    let keys = KeyDirectory::open(&at).unwrap();
     let states: Vec<(u32, bool)> = keys.set().keys.iter().map(|k| (k.epoch, k.revoked)).collect();
     assert_eq!(states, [(1, true), (2, false)]);
     assert!(keys.set_for(Kind::Release).keys.is_empty());
@@ -170,7 +170,7 @@ fn keys_are_made_once_kept_private_and_rotated() {
 #[test]
 fn a_release_refuses_the_development_key() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(Kind::Development).unwrap()];
     let out = dir.join("a.bundle");
     let error = pack(&request(&payload(&dir), Kind::Release, &signers), &out).unwrap_err();
@@ -185,7 +185,7 @@ fn a_release_refuses_the_development_key() {
 #[test]
 fn a_missing_payload_leaves_nothing_behind() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(Kind::Development).unwrap()];
     let out = dir.join("out/a.bundle");
     let error = pack(&request(&dir.join("none"), Kind::Development, &signers), &out).unwrap_err();
@@ -221,7 +221,7 @@ const SIGNS: &str = "TEST_UPDATE_SIGNS";
 fn a_read_only_key_directory_is_read_and_signs() {
     let Dir(_keep, dir) = dir();
     let folder = dir.join("keys");
-    let signers = [Keys::open(&folder).unwrap().signer(Kind::Development).unwrap()];
+    let signers = [KeyDirectory::open(&folder).unwrap().signer(Kind::Development).unwrap()];
     let out = dir.join("a.bundle");
     pack(&request(&payload(&dir), Kind::Development, &signers), &out).unwrap();
     std::fs::remove_file(folder.join(".lock")).unwrap();
@@ -257,7 +257,8 @@ fn a_read_only_key_directory_is_read_and_signs() {
 #[test]
 fn in_a_child_that_signs() {
     let Ok(dir) = std::env::var(SIGNS) else { return };
-    let signer = Keys::open(Utf8Path::new(&dir)).unwrap().signer(Kind::Development).unwrap();
+    let signer =
+        KeyDirectory::open(Utf8Path::new(&dir)).unwrap().signer(Kind::Development).unwrap();
     println!("signed by {}", signer.sign(b"x", "a comment").key);
 }
 
@@ -294,11 +295,11 @@ fn a_release_key_needs_its_password() {
     };
     let (ok, text) = rotate("wrong");
     assert!(!ok && text.contains("the new key must have the same password"), "{text}");
-    assert_eq!(Keys::open(&dir.join("keys")).unwrap().list().len(), 1);
+    assert_eq!(KeyDirectory::open(&dir.join("keys")).unwrap().list().len(), 1);
     let (ok, text) = rotate("correct horse");
     assert!(ok, "{text}");
     // A key that others may read is told.
-    for key in Keys::open(&dir.join("keys")).unwrap().list() {
+    for key in KeyDirectory::open(&dir.join("keys")).unwrap().list() {
         let secret = key.secret.unwrap();
         std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o644)).unwrap();
     }
@@ -312,7 +313,7 @@ fn in_a_child_with_a_password() {
     let Ok(dir) = std::env::var("SLIPWAY_TEST_DIR") else { return };
     let dir = Utf8PathBuf::from(dir);
     let work = || -> anyhow::Result<()> {
-        let mut keys = Keys::open(&dir.join("keys"))?;
+        let mut keys = KeyDirectory::open(&dir.join("keys"))?;
         if keys.list().is_empty() {
             keys.new_key(Kind::Release)?;
         }
@@ -375,7 +376,7 @@ fn component_of(files: &[(&str, &str)], dir: &Utf8Path) -> ComponentRequest {
 #[test]
 fn an_api_that_no_robot_takes_is_not_good() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(Kind::Development).unwrap()];
     let out = dir.join("api.bundle");
     let verdict = |files: &[(&str, &str)], lock: Option<&str>| {

@@ -12,15 +12,15 @@ use camino::{Utf8Path, Utf8PathBuf};
 use wheel_support::{Draft, arm64_root, install_into, locked, message, rename, target, unpack};
 use xtask::artifact::hash_bytes;
 use xtask::cache::Cache;
-use xtask::sbom;
+use xtask::sbom::{self, SbomComponent, SbomOrigin, SbomSubject};
 use xtask::wheel::archive::digest_text;
 use xtask::wheel::base::BaseSource;
-use xtask::wheel::component::{ComponentRequest, component};
+use xtask::wheel::component::{WheelComponentRequest, component};
 use xtask::wheel::resolve::describe_missing;
 use xtask::wheel::target::WheelName;
 use xtask::wheel::{
-    BaseDistribution, BasePython, Installed, LockRequest, Wheel, WheelLock, bytecode, check, fetch,
-    identity, lock, update,
+    BaseDistribution, BasePython, CheckedWheel, InstalledWheels, LockRequest, WheelLock, bytecode,
+    check, fetch, identity, lock, update,
 };
 
 #[test]
@@ -102,7 +102,7 @@ fn each_broken_wheel_is_refused_with_its_reason() {
         assert!(found.contains(&expected), "expected: {expected}\nfound: {found}");
     }
     let bytes = good().build();
-    let wrong = message(Wheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some("00")));
+    let wrong = message(CheckedWheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some("00")));
     let expected =
         format!("the sha256 of the wheel is {}, but the lock has 00", hash_bytes(&bytes));
     assert!(wrong.ends_with(&expected), "{wrong}");
@@ -112,7 +112,7 @@ fn each_broken_wheel_is_refused_with_its_reason() {
 fn wheels_are_checked_against_the_target_and_each_other() {
     let wheel = |name: &str, headers: &str| Draft::new(name, headers).read().unwrap();
     let base = [BaseDistribution { name: "Sys_Tools".into(), version: "3.1".into() }];
-    let verdict = |wheels: &[Wheel]| check("foo==1.0", wheels, &target(), &base);
+    let verdict = |wheels: &[CheckedWheel]| check("foo==1.0", wheels, &target(), &base);
     let needs = "Requires-Dist: bar>=1; platform_machine == 'aarch64'\n\
                  Requires-Dist: sys-tools>3\n\
                  Requires-Dist: other; python_version < '3.8'\n\
@@ -126,7 +126,7 @@ fn wheels_are_checked_against_the_target_and_each_other() {
     let mut compiled =
         Draft::new("foo", "").edit("/WHEEL", "py3-none-any", "cp312-cp312-linux_aarch64");
     compiled.file = "foo-1.0-cp312-cp312-linux_aarch64.whl".into();
-    let cases: Vec<(Vec<Wheel>, &str)> = vec![
+    let cases: Vec<(Vec<CheckedWheel>, &str)> = vec![
         (
             vec![compiled.read().unwrap()],
             "foo-1.0-cp312-cp312-linux_aarch64.whl: its tags (cp312-cp312-linux_aarch64) do not fit CPython 3.11 on aarch64 with glibc 2.36",
@@ -430,7 +430,8 @@ fn a_component_has_each_wheel_as_a_tree_of_its_own() {
         let (wheels, out) = (fetch(&lock, &Cache::at(cache.clone()), true).unwrap(), dir.join(out));
         std::fs::create_dir(&out).unwrap();
         let (lock, wheels, out) = (&lock, wheels.as_slice(), out.as_path());
-        let request = ComponentRequest { lock, wheels, base: &base, cache: &cache, out, log: None };
+        let request =
+            WheelComponentRequest { lock, wheels, base: &base, cache: &cache, out, log: None };
         component(&request).unwrap()
     };
     let bar = || Draft::new("bar", "");
@@ -590,19 +591,19 @@ fn the_real_api_is_locked_installed_and_imported() {
 }
 
 /// The published schema, which a Python package carries, judges the bill.
-fn validate_bill(installed: &Installed, lock: &WheelLock, dir: &Utf8Path) {
+fn validate_bill(installed: &InstalledWheels, lock: &WheelLock, dir: &Utf8Path) {
     let mut components = sbom::wheel_components(installed, lock);
-    components.push(sbom::Component {
+    components.push(SbomComponent {
         name: "libstdc++6".into(),
         version: "1:12.2.0-14+deb12u1".into(),
-        origin: sbom::Origin::Debian { arch: "arm64".into(), release: "bookworm".into() },
+        origin: SbomOrigin::Debian { arch: "arm64".into(), release: "bookworm".into() },
         sha256: Some("0".repeat(64)),
         license: None,
         summary: Some("GNU Standard C++ Library v3".into()),
         cpe: None,
         depends_on: vec![],
     });
-    let meta = sbom::Meta {
+    let meta = SbomSubject {
         product: "robot".into(),
         version: "0.1.0".into(),
         board: "pi".into(),
@@ -667,7 +668,7 @@ fn bytecode_is_the_same_on_every_processor() {
         }
     }
     assert!(files.len() > 250, "{} modules", files.len());
-    let sources: bytecode::Sources<'_> = files
+    let sources: bytecode::ModuleSources<'_> = files
         .iter()
         .map(|(path, bytes)| (path.trim_start_matches('/'), bytes.as_slice()))
         .collect();

@@ -14,9 +14,9 @@ use xtask::artifact::hash_bytes;
 use xtask::cache::Cache;
 use xtask::wheel::archive::digest_text;
 use xtask::wheel::base::BaseSource;
-use xtask::wheel::component::{ComponentRequest, component, unfit};
+use xtask::wheel::component::{WheelComponentRequest, component, unfit};
 use xtask::wheel::{
-    BasePython, InstallTarget, LockRequest, Wheel, WheelLock, fetch, lock, preview,
+    BasePython, CheckedWheel, InstallTarget, LockRequest, WheelLock, fetch, lock, preview,
 };
 
 /// Wheels of the index, `name==version` a line.
@@ -45,7 +45,7 @@ fn is_installers(path: &str) -> bool {
     })
 }
 
-fn ours(wheels: Vec<Wheel>) -> anyhow::Result<Files> {
+fn ours(wheels: Vec<CheckedWheel>) -> anyhow::Result<Files> {
     let programs: Vec<String> = wheels
         .iter()
         .flat_map(|wheel| &wheel.entry_points)
@@ -127,9 +127,9 @@ fn written(drafts: &[Draft], dir: &Utf8Path) -> Vec<Utf8PathBuf> {
 }
 
 /// Read as a build does: the lock vouches for the bytes.
-fn vouched(path: &Utf8Path) -> anyhow::Result<Wheel> {
+fn vouched(path: &Utf8Path) -> anyhow::Result<CheckedWheel> {
     let sha256 = hash_bytes(&std::fs::read(path)?);
-    Wheel::open(path, path.file_name().expect("a name"), Some(&sha256))
+    CheckedWheel::open(path, path.file_name().expect("a name"), Some(&sha256))
 }
 
 #[test]
@@ -216,7 +216,7 @@ fn a_wheel_that_contradicts_itself_is_installed_as_pip_does_and_told() {
 fn a_python_that_does_not_fit_is_refused_however_it_is_written() {
     let wheel = |headers: &str| {
         let bytes = Draft::new("foo", headers).build();
-        Wheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some(&hash_bytes(&bytes))).unwrap()
+        CheckedWheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some(&hash_bytes(&bytes))).unwrap()
     };
     let verdict = |headers: &str| wheel(headers).metadata.check_python(&target());
     verdict("Requires-Python: >=3.6.*\n").unwrap();
@@ -290,13 +290,13 @@ fn make_component(
     lock: &WheelLock,
     dir: &Utf8Path,
     out: &str,
-) -> anyhow::Result<xtask::wheel::Component> {
+) -> anyhow::Result<xtask::wheel::WheelComponent> {
     let cache = dir.join("cache");
     let wheels = fetch(lock, &Cache::at(cache.clone()), true)?;
     let base = BasePython::read(BaseSource::Root(arm64_root().to_owned()))?;
     let out = dir.join(out);
     std::fs::create_dir_all(&out)?;
-    component(&ComponentRequest {
+    component(&WheelComponentRequest {
         lock,
         wheels: &wheels,
         base: &base,

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::install::{SIZES, cut};
 use crate::exec;
-use crate::keys::Keys;
+use crate::keys::KeyDirectory;
 use crate::progress;
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
@@ -22,7 +22,7 @@ pub const CHILD: &str = "bench-bundle-child";
 /// The measurements of one contender.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Row {
+pub struct BundleRow {
     /// The command, shortened.
     pub name: String,
     /// The contender that it is compared with; itself for a reference.
@@ -46,7 +46,7 @@ struct Contender {
 
 /// The request.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct BundleBenchSettings {
     /// The payload, a plain (perhaps sparse) file.
     pub payload: Utf8PathBuf,
     /// A directory for results, which are removed afterwards.
@@ -61,7 +61,7 @@ pub struct Settings {
 ///
 /// # Errors
 /// When a contender fails. `rauc` and `zip` are skipped when they are not installed.
-pub fn run(settings: &Settings) -> Result<Vec<Row>> {
+pub fn run(settings: &BundleBenchSettings) -> Result<Vec<BundleRow>> {
     std::fs::create_dir_all(&settings.scratch)
         .with_context(|| format!("creating {}", settings.scratch))?;
     let mut rows = Vec::new();
@@ -90,7 +90,7 @@ pub fn run(settings: &Settings) -> Result<Vec<Row>> {
         }
         for (at, contender) in contenders.into_iter().enumerate() {
             times[at].sort();
-            rows.push(Row {
+            rows.push(BundleRow {
                 name: contender.name,
                 yardstick: contender.yardstick,
                 seconds: times[at][runs / 2].as_secs_f64(),
@@ -103,7 +103,7 @@ pub fn run(settings: &Settings) -> Result<Vec<Row>> {
 }
 
 /// The rows as a table, each with its ratios to its reference.
-pub fn table(rows: &[Row]) -> String {
+pub fn table(rows: &[BundleRow]) -> String {
     use std::fmt::Write as _;
     let mut out = format!(
         "{:<21} {:>9} {:>6}  {:>10} {:>7}  {:>9}\n",
@@ -126,13 +126,13 @@ pub fn table(rows: &[Row]) -> String {
     out
 }
 
-fn ours(settings: &Settings, level: &str, yardstick: &str) -> Result<Contender> {
+fn ours(settings: &BundleBenchSettings, level: &str, yardstick: &str) -> Result<Contender> {
     let name = format!("slipway {level}");
     bundle_of(&settings.payload, settings, level, name, yardstick)
 }
 
 /// Slipway with payloads of several sizes: the time grows with the size, the memory does not.
-fn sized(settings: &Settings) -> Result<Vec<Contender>> {
+fn sized(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
     let one = |mib: &u64| {
         let payload = settings.scratch.join(format!("payload-{mib}.img"));
         cut(&settings.payload, &payload, mib << 20)?;
@@ -144,7 +144,7 @@ fn sized(settings: &Settings) -> Result<Vec<Contender>> {
 
 fn bundle_of(
     payload: &Utf8Path,
-    settings: &Settings,
+    settings: &BundleBenchSettings,
     level: &str,
     name: String,
     yardstick: &str,
@@ -163,7 +163,7 @@ fn bundle_of(
 }
 
 fn other(
-    settings: &Settings,
+    settings: &BundleBenchSettings,
     name: &str,
     yardstick: &str,
     result: &str,
@@ -184,7 +184,7 @@ fn other(
     }
 }
 
-fn quick(settings: &Settings) -> Result<Vec<Contender>> {
+fn quick(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
     let zstd = |level: &str| {
         let name = format!("zstd -T0 -{level}");
         let level = format!("-{level}");
@@ -207,7 +207,7 @@ fn quick(settings: &Settings) -> Result<Vec<Contender>> {
     Ok(all)
 }
 
-fn slow(settings: &Settings) -> Result<Vec<Contender>> {
+fn slow(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
     if !settings.slow {
         return Ok(Vec::new());
     }
@@ -218,7 +218,7 @@ fn slow(settings: &Settings) -> Result<Vec<Contender>> {
 }
 
 /// A verity bundle of the one payload, compressed with zstd, signed with a temporary certificate.
-fn rauc(settings: &Settings) -> Result<Contender> {
+fn rauc(settings: &BundleBenchSettings) -> Result<Contender> {
     let input = settings.scratch.join("rauc");
     std::fs::create_dir_all(&input).with_context(|| format!("creating {input}"))?;
     let (key, certificate) = (settings.scratch.join("rauc.key"), settings.scratch.join("rauc.crt"));
@@ -343,7 +343,7 @@ pub(super) fn pack(
     keys: &Utf8Path,
     out: &Utf8Path,
 ) -> Result<()> {
-    let signer = Keys::open(keys)?.signer(Kind::Development)?;
+    let signer = KeyDirectory::open(keys)?.signer(Kind::Development)?;
     let version = Version::parse("1.0.0")?;
     let payloads = vec![PayloadRequest { role: "root".to_owned(), path: payload.to_owned() }];
     let request = PackRequest {

@@ -15,8 +15,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::disk::{
-    Content, DiskRequest, DiskSpec, FatFile, Filesystem, PartitionRequest, PartitionSpec, Source,
-    Summed, TableKind, assemble, place, sum,
+    ChecksummedImage, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
+    PartitionRequest, PartitionSpec, TableKind, assemble, place, sum,
 };
 use crate::exec::{self, Tool};
 use crate::progress;
@@ -31,7 +31,7 @@ const EXT4_MAGIC: u64 = 1024 + 56;
 
 /// The result for one size.
 #[derive(Debug, Clone, Serialize)]
-pub struct Row {
+pub struct DiskRow {
     /// Bytes of the rootfs image.
     pub rootfs: u64,
     /// The disk usage of the finished card image in bytes.
@@ -53,14 +53,14 @@ pub struct Row {
 ///
 /// # Errors
 /// When a contender fails or the directory has less than about 8 GiB of free space.
-pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<Row>> {
+pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<DiskRow>> {
     ensure!(repeats > 0, "a measurement needs at least one turn");
     std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     SIZES.iter().map(|&mib| measure(rootfs, folder, mib * MIB, repeats)).collect()
 }
 
 /// The rows as a readable table.
-pub fn table(rows: &[Row]) -> String {
+pub fn table(rows: &[DiskRow]) -> String {
     let mut text = String::from(
         "rootfs    on disk   extent copy   cp --sparse     genimage        ours            sums\n",
     );
@@ -80,7 +80,7 @@ pub fn table(rows: &[Row]) -> String {
     text
 }
 
-fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> Result<Row> {
+fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> Result<DiskRow> {
     let root = folder.join("root.img");
     cut(rootfs, &root, size)?;
     let ours = folder.join("ours.img");
@@ -121,7 +121,7 @@ fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> R
         }
     }
     let [extent_copy, cp, genimage, seconds, sum] = times.map(median);
-    Ok(Row {
+    Ok(DiskRow {
         rootfs: size,
         written: allocated(&ours)?,
         extent_copy: extent_copy.context("no turn")?,
@@ -199,7 +199,7 @@ fn extents(source: &File, target: &File, shift: u64, length: u64) -> Result<()> 
     Ok(())
 }
 
-pub(super) fn spec(root: Summed, size: u64) -> Result<DiskSpec> {
+pub(super) fn spec(root: ChecksummedImage, size: u64) -> Result<DiskSpec> {
     let partition = |name: &str, size: u64, filesystem: Filesystem| PartitionRequest {
         name: name.to_owned(),
         size,
@@ -225,14 +225,14 @@ pub(super) fn spec(root: Summed, size: u64) -> Result<DiskSpec> {
     .map_err(|findings| anyhow::anyhow!(findings.join("\n")))?;
     // Nonzero bytes, so that every contender writes all of them.
     let firmware = (0..FIRMWARE).map(|n| (n % 251) as u8 | 1).collect();
-    let fat = Content::Fat {
+    let fat = PartitionContent::Fat {
         label: "BOOT".to_owned(),
         volume_id: 1,
         placed: true,
-        files: vec![FatFile { path: "start.elf".to_owned(), source: Source::Bytes(firmware) }],
+        files: vec![FatFile { path: "start.elf".to_owned(), source: FileSource::Bytes(firmware) }],
     };
-    let image = Content::Image(root);
-    let partitions = [fat, image.clone(), image, Content::Empty]
+    let image = PartitionContent::Image(root);
+    let partitions = [fat, image.clone(), image, PartitionContent::Empty]
         .into_iter()
         .zip(1u128..)
         .map(|(content, n)| PartitionSpec {

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use super::bundle::{PeakWatcher, pack};
 use crate::exec::{self, Tool};
-use crate::keys::Keys;
+use crate::keys::KeyDirectory;
 use crate::progress;
 
 const MIB: u64 = 1 << 20;
@@ -27,7 +27,7 @@ pub(super) const SIZES: [u64; 4] = [256, 512, 1024, 2048];
 /// The measurements of one contender for a full install.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Row {
+pub struct InstallRow {
     /// The command, shortened.
     pub name: String,
     /// Median seconds until everything is on the disk.
@@ -41,7 +41,7 @@ pub struct Row {
 /// An install of a payload by Slipway.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Sized {
+pub struct PayloadInstall {
     /// The description of the install.
     pub name: String,
     /// Bytes of the payload.
@@ -58,25 +58,25 @@ pub struct Sized {
 
 /// All results.
 #[derive(Debug, Clone, Serialize)]
-pub struct Results {
+pub struct InstallResults {
     /// Full installs of all contenders; the first is the reference.
-    pub full: Vec<Row>,
+    pub full: Vec<InstallRow>,
     /// Installs by Slipway.
-    pub sized: Vec<Sized>,
+    pub sized: Vec<PayloadInstall>,
 }
 
 /// Measures with `turns` turns for each contender, in a directory on the disk to be measured.
 ///
 /// # Errors
 /// When a contender fails. `swupdate` and `fwup` are skipped when they are not installed.
-pub fn run(payload: &Utf8Path, folder: &Utf8Path, turns: usize) -> Result<Results> {
+pub fn run(payload: &Utf8Path, folder: &Utf8Path, turns: usize) -> Result<InstallResults> {
     std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
-    let bench = Bench::new(folder)?;
-    Ok(Results { full: bench.full(payload, turns.max(3))?, sized: bench.sized(payload)? })
+    let bench = InstallBench::new(folder)?;
+    Ok(InstallResults { full: bench.full(payload, turns.max(3))?, sized: bench.sized(payload)? })
 }
 
 /// The results as readable tables.
-pub fn table(results: &Results) -> String {
+pub fn table(results: &InstallResults) -> String {
     use std::fmt::Write as _;
     let mut out =
         format!("{:<20} {:>9} {:>6}  {:>9}  {:>9}\n", "", "time", "ratio", "read back", "memory");
@@ -127,12 +127,12 @@ impl Call {
     }
 }
 
-struct Bench {
+struct InstallBench {
     folder: Utf8PathBuf,
     slotd: Utf8PathBuf,
 }
 
-impl Bench {
+impl InstallBench {
     fn new(folder: &Utf8Path) -> Result<Self> {
         progress::say("bench", "building the agent as it ships");
         Tool::new("cargo").args(["build", "--quiet", "--release", "--package", "slotd"]).run()?;
@@ -188,7 +188,7 @@ impl Bench {
         write("dev/disk", "")?;
         File::options().write(true).open(root.join("dev/disk"))?.set_len(MIB)?;
         std::os::unix::fs::symlink(target.canonicalize_utf8()?, root.join("dev/disk2"))?;
-        let keys = Keys::open(&self.folder.join("keys-of-bundles"))?;
+        let keys = KeyDirectory::open(&self.folder.join("keys-of-bundles"))?;
         write("usr/lib/slipway/keyset.json", &serde_json::to_string(keys.set())?)?;
         Ok(root)
     }
@@ -200,7 +200,7 @@ impl Bench {
         Call::new(self.slotd.as_str(), &args)
     }
 
-    fn full(&self, payload: &Utf8Path, turns: usize) -> Result<Vec<Row>> {
+    fn full(&self, payload: &Utf8Path, turns: usize) -> Result<Vec<InstallRow>> {
         let size = std::fs::metadata(payload).with_context(|| format!("reading {payload}"))?.len();
         let bundle = self.pack(payload, "full.bundle")?;
         let (target, old) = (self.folder.join("target.img"), self.folder.join("old.img"));
@@ -249,7 +249,7 @@ impl Bench {
         }
         let named = contenders.iter().zip(rows);
         Ok(named
-            .map(|((name, _), (seconds, back, peak))| Row {
+            .map(|((name, _), (seconds, back, peak))| InstallRow {
                 name: (*name).to_owned(),
                 seconds: median(seconds).unwrap_or_default(),
                 read_back: median(back),
@@ -258,7 +258,7 @@ impl Bench {
             .collect())
     }
 
-    fn sized(&self, payload: &Utf8Path) -> Result<Vec<Sized>> {
+    fn sized(&self, payload: &Utf8Path) -> Result<Vec<PayloadInstall>> {
         let mut rows = Vec::new();
         let (part, target) = (self.folder.join("part.img"), self.folder.join("target.img"));
         for mib in SIZES {
@@ -276,7 +276,7 @@ impl Bench {
         Ok(rows)
     }
 
-    fn one(&self, name: String, payload: &Utf8Path, target: &Utf8Path) -> Result<Sized> {
+    fn one(&self, name: String, payload: &Utf8Path, target: &Utf8Path) -> Result<PayloadInstall> {
         progress::say("bench", name.clone());
         let size = std::fs::metadata(payload)?.len();
         let bundle = self.pack(payload, "sized.bundle")?;
@@ -287,7 +287,7 @@ impl Bench {
             serde_json::from_str(&output).with_context(|| format!("reading `{output}`"))?;
         let read_back = outcome.read_back_ms as f64 / 1000.0;
         ensure!(outcome.write_ms > 0, "the agent reported a time of zero");
-        Ok(Sized {
+        Ok(PayloadInstall {
             name,
             size,
             written: outcome.written,

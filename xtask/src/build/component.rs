@@ -5,16 +5,17 @@ use anyhow::{Context, Result};
 use camino::Utf8PathBuf;
 use serde::Serialize;
 
-use super::{Base, Build, BuildOptions, base, buildroot, image, signing};
+use super::{BuildContext, BuildOptions, BuiltBase, base, buildroot, image, signing};
 use crate::artifact::{Artifact, flush};
-use crate::cache::{Cache, Key};
+use crate::build::BuildKeys;
+use crate::cache::{Cache, CacheKey};
 use crate::config::product::Engine;
-use crate::keys::Signer;
+use crate::keys::SigningKey;
 use crate::progress::{bytes, say};
 use crate::shared;
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 use crate::wheel::base::BaseSource;
-use crate::wheel::{self, BasePython, Component};
+use crate::wheel::{self, BasePython, WheelComponent};
 use crate::workspace::{dist, resolve, turn};
 
 /// Raised when a change of the component's layout changes its output.
@@ -48,7 +49,7 @@ pub fn build_component(options: &BuildOptions) -> Result<ComponentBundle> {
     let dist = dist(&config.root, &plan);
     let _turn = turn(&dist)?;
     let packages = base::package_spec(&config);
-    let mut build = Build::new(&plan, &config.root, dist, &cache, options, packages);
+    let mut build = BuildContext::new(&plan, &config.root, dist, &cache, options, packages);
     let made = match plan.rootfs.engine {
         Engine::Debian => base::base(&mut build)?,
         Engine::Buildroot => buildroot::base(&mut build)?,
@@ -60,14 +61,14 @@ pub fn build_component(options: &BuildOptions) -> Result<ComponentBundle> {
 }
 
 /// The stage `component`: each wheel as a separate tree.
-fn component(build: &mut Build<'_>, base: &Base) -> Result<Component> {
+fn component(build: &mut BuildContext<'_>, base: &BuiltBase) -> Result<WheelComponent> {
     let (lock, package) = base::wheel_lock(build)?.with_context(|| {
         format!(
             "the product {} has no API\nhelp: add [api] to configs/{}.toml",
             build.plan.product.name, build.plan.product.name
         )
     })?;
-    let key = Key::new("component", COMPONENT_VERSION)
+    let key = CacheKey::new("component", COMPONENT_VERSION)
         .with("wheels", wheel::identity(&lock))
         .with("base", &base.system.rootfs.sha256);
     let root = base.system.rootfs.path.clone();
@@ -85,7 +86,7 @@ fn component(build: &mut Build<'_>, base: &Base) -> Result<Component> {
             let wheels = wheel::fetch(&lock, build.cache, build.options.offline)?;
             let python = BasePython::read(BaseSource::Tar(root))?;
             let log = build.log("component");
-            wheel::component::component(&wheel::ComponentRequest {
+            wheel::component::component(&wheel::WheelComponentRequest {
                 lock: &lock,
                 wheels: &wheels,
                 base: &python,
@@ -99,20 +100,20 @@ fn component(build: &mut Build<'_>, base: &Base) -> Result<Component> {
 
 /// The stage `bundle` for it.
 fn pack(
-    build: &mut Build<'_>,
-    component: &Component,
-    signing: &super::Signing,
+    build: &mut BuildContext<'_>,
+    component: &WheelComponent,
+    signing: &BuildKeys,
 ) -> Result<Artifact> {
     let plan = build.plan;
     let api = bundle::component::API;
     let (product, board) = (&plan.product, &plan.board.name);
     let name = format!("{}-{}-{board}.{api}.bundle", product.name, component.version);
     let (root, out) = (build.root, build.dist.join(name));
-    let signers = signing.signers.iter().map(Signer::key);
+    let signers = signing.signers.iter().map(SigningKey::key);
     let ids: Vec<&str> = signers.map(|key| key.id.as_str()).collect();
     let level = image::level(build.options.compression);
     let hashes: Vec<&str> = component.payloads.iter().map(|(_, a)| a.sha256.as_str()).collect();
-    let key = Key::new("component bundle", BUNDLE_VERSION)
+    let key = CacheKey::new("component bundle", BUNDLE_VERSION)
         .with("out", out.as_str())
         .with_json("payloads", &hashes)?
         .with("epoch", plan.epoch.to_string())

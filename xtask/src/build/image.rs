@@ -7,20 +7,22 @@ use bundle::bootstate::BootState;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::key::{BOOT_SLOTS, Inputs, size};
-use super::{Base, Build, Compression, Signing, alias, base, environment, key};
+use super::key::{BOOT_SLOTS, ComposeInputs, size};
+use super::{BuildContext, BuildKeys, BuiltBase, BundleCompression, alias, base, environment, key};
 use crate::artifact::{Artifact, flush, write_atomically, write_large};
-use crate::compose::{self, Parts, lint, programs, sizes};
-use crate::config::board::Compile;
-use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source, Summed};
+use crate::compose::{self, ComposeParts, lint, programs, sizes};
+use crate::config::board::BootFileFormat;
+use crate::disk::{
+    self, ChecksummedImage, DiskSpec, FatFile, FileSource, PartitionContent, PartitionSpec,
+};
 use crate::exec::Tool;
 use crate::ext4::{self, Ext4Request};
-use crate::keys::Signer;
+use crate::keys::SigningKey;
 use crate::plan::{BootSourcePlan, Plan};
 use crate::progress::{bytes, say, warn};
-use crate::render::{INIT, Rendered};
-use crate::rootfs::initrd::{self, InitrdRequest};
-use crate::start::{self, Starts};
+use crate::render::{INIT, RenderedFiles};
+use crate::rootfs::initrd::{self, InitrdCompression, InitrdRequest};
+use crate::start::{self, BootCheck};
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
 /// zstd's level for `.img.zst`: there are more downloads than builds, and it is still as fast as
@@ -29,11 +31,11 @@ const ZST_LEVEL: i32 = 9;
 
 /// The composed system.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct System {
+pub struct ComposedSystem {
     /// The root filesystem: the content of each slot.
-    pub root: Summed,
+    pub root: ChecksummedImage,
     /// The empty data filesystem.
-    pub data: Summed,
+    pub data: ChecksummedImage,
     /// The initrd.
     pub initrd: Artifact,
     /// Bytes that the root filesystem uses.
@@ -41,7 +43,7 @@ pub struct System {
     /// Its capacity in bytes.
     pub capacity: u64,
     /// How they are distributed.
-    pub sizes: sizes::Sizes,
+    pub sizes: sizes::SpaceUsage,
     /// The budget's warning.
     pub warning: Option<String>,
     /// The stage's key, which identifies the content.
@@ -50,7 +52,7 @@ pub struct System {
 
 /// The card image.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Card {
+pub struct BuiltCard {
     /// The image.
     pub image: Utf8PathBuf,
     /// Its length.
@@ -64,21 +66,21 @@ pub struct Card {
     /// The additional files for QEMU.
     pub qemu: Vec<Utf8PathBuf>,
     /// How each model starts from it.
-    pub starts: Starts,
+    pub starts: BootCheck,
 }
 
 /// The stage `compose`.
 ///
 /// # Errors
 /// Parts that contradict each other, a slot that is too full, an image that would not boot.
-pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
+pub fn compose(build: &mut BuildContext<'_>, inputs: &ComposeInputs<'_>) -> Result<ComposedSystem> {
     let init = std::fs::read(build.root.join(INIT)).with_context(|| format!("reading {INIT}"))?;
     let libc = base::wheel_lock(build)?.map(|(lock, _)| lock.target.libc.to_string());
     let (base_id, key) = key::compose(build.plan, inputs, &init, libc.as_deref())?;
-    let system: System = build.stage(
+    let system: ComposedSystem = build.stage(
         "compose",
         key,
-        |system: &System| {
+        |system: &ComposedSystem| {
             vec![system.root.path.clone(), system.data.path.clone(), system.initrd.path.clone()]
         },
         |system| {
@@ -95,14 +97,14 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
 
 /// Makes the composed system in the stage's directory.
 fn compose_into(
-    build: &Build<'_>,
-    inputs: &Inputs<'_>,
+    build: &BuildContext<'_>,
+    inputs: &ComposeInputs<'_>,
     init: &[u8],
     libc: Option<&str>,
     base_id: &str,
     dir: &Utf8Path,
-) -> Result<System> {
-    let &Inputs { rendered, base, wheels, agent, signing } = inputs;
+) -> Result<ComposedSystem> {
+    let &ComposeInputs { rendered, base, wheels, agent, signing } = inputs;
     let plan = build.plan;
     let (capacity, data_size) = (size(plan, "root-a")?, size(plan, "data")?);
     let config = std::fs::read_to_string(&base.system.kernel_config.path)
@@ -120,11 +122,11 @@ fn compose_into(
                 0o644,
                 format!("{}\n", plan.board.disk_bus.word()).into_bytes(),
             )],
-            compression: initrd::Compression::for_kernel(&config),
+            compression: InitrdCompression::for_kernel(&config),
         },
         &dir.join("initrd.img"),
     )?;
-    let parts = Parts {
+    let parts = ComposeParts {
         base: &base.system.rootfs.path,
         wheels: wheels.map(|w| w.tar.path.as_path()),
         distributions: wheels.map_or(&[], |w| &w.distributions),
@@ -186,11 +188,11 @@ fn compose_into(
     )?;
     let key = dir.file_name().unwrap_or_default().to_owned();
     let (root, data) = (disk::sum(&root)?, disk::sum(&data)?);
-    Ok(System { root, data, initrd, used, capacity, sizes, warning, key })
+    Ok(ComposedSystem { root, data, initrd, used, capacity, sizes, warning, key })
 }
 
 /// Every file of the boot partitions: partition role and name.
-fn boot_names(build: &Build<'_>, base: &Base) -> Vec<(String, String)> {
+fn boot_names(build: &BuildContext<'_>, base: &BuiltBase) -> Vec<(String, String)> {
     let mut names = Vec::new();
     for file in &build.plan.boot_files {
         let role = file.partition.clone();
@@ -213,34 +215,33 @@ fn flat(path: &str) -> String {
 }
 
 fn boot_partitions(
-    build: &Build<'_>,
-    rendered: &Rendered,
-    base: &Base,
-    system: &System,
+    build: &BuildContext<'_>,
+    rendered: &RenderedFiles,
+    base: &BuiltBase,
+    system: &ComposedSystem,
     dir: &Utf8Path,
 ) -> Result<BTreeMap<String, Vec<FatFile>>> {
     let mut partitions: BTreeMap<String, Vec<FatFile>> = BTreeMap::new();
     for file in &build.plan.boot_files {
-        let mut put = |path: String, source: Source| {
+        let mut put = |path: String, source: FileSource| {
             partitions.entry(file.partition.clone()).or_default().push(FatFile { path, source });
         };
-        let from = |artifact: &Artifact| Source::File(artifact.path.clone());
+        let from = |artifact: &Artifact| FileSource::File(artifact.path.clone());
         match &file.source {
             BootSourcePlan::Template { compile, .. } => {
                 let key = (file.partition.clone(), file.path.clone());
                 let text = rendered.boot.get(&key).context("every template was rendered")?;
                 let bytes = match compile {
-                    Some(Compile::BootScript) => {
+                    Some(BootFileFormat::BootScript) => {
                         wrap_script(text, build.plan.epoch, dir, &build.log("image"))?
                     }
-                    Some(Compile::UbootEnvironment) => {
-                        environment::pack(text).with_context(|| {
+                    Some(BootFileFormat::UbootEnvironment) => environment::pack(text)
+                        .with_context(|| {
                             format!("creating {} from {}", file.path, file.partition)
-                        })?
-                    }
+                        })?,
                     None => text.clone(),
                 };
-                put(file.path.clone(), Source::Bytes(bytes));
+                put(file.path.clone(), FileSource::Bytes(bytes));
             }
             BootSourcePlan::Firmware => {
                 for f in &base.system.firmware {
@@ -267,7 +268,7 @@ fn boot_partitions(
 }
 
 /// The device tree with that path in the base system.
-fn named_tree<'a>(base: &'a Base, wanted: &str) -> Result<&'a Artifact> {
+fn named_tree<'a>(base: &'a BuiltBase, wanted: &str) -> Result<&'a Artifact> {
     let named = base.system.dtbs.iter().find(|d| d.path == wanted);
     let named = named.with_context(|| {
         format!(
@@ -279,22 +280,22 @@ fn named_tree<'a>(base: &'a Base, wanted: &str) -> Result<&'a Artifact> {
 }
 
 /// A device tree, with the board's aliases for its nodes, if any.
-fn device_tree(file: &Artifact, aliases: &[String]) -> Result<Source> {
+fn device_tree(file: &Artifact, aliases: &[String]) -> Result<FileSource> {
     if aliases.is_empty() {
-        return Ok(Source::File(file.path.clone()));
+        return Ok(FileSource::File(file.path.clone()));
     }
     let doing = || format!("adding aliases to {}", file.path);
     let bytes = std::fs::read(&file.path).with_context(doing)?;
-    Ok(Source::Bytes(alias::add(&bytes, aliases).with_context(doing)?))
+    Ok(FileSource::Bytes(alias::add(&bytes, aliases).with_context(doing)?))
 }
 
 /// The name of the volume of both: `boot-a` and `boot-b` hold the same bytes, as all slot images do.
 const BOOT_SLOT: &str = "boot-slot";
 
-fn fat_content(plan: &Plan, role: &str, files: Vec<FatFile>) -> Content {
+fn fat_content(plan: &Plan, role: &str, files: Vec<FatFile>) -> PartitionContent {
     let shared = BOOT_SLOTS.contains(&role);
     let name = if shared { BOOT_SLOT } else { role };
-    Content::Fat {
+    PartitionContent::Fat {
         label: name.to_owned(),
         volume_id: plan.identifiers.volume_id(name),
         placed: !shared,
@@ -323,10 +324,10 @@ pub fn wrap_script(text: &[u8], epoch: u64, dir: &Utf8Path, log: &Utf8Path) -> R
 
 /// The files that QEMU needs besides the image: the boot loader, and a device tree where the
 /// machine's firmware would provide one. They are below `dist/<product>/<board>/qemu`.
-pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::Files> {
+pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::MachineFiles> {
     let qemu = plan.board.qemu.as_ref()?;
     let dir = dist.join("qemu");
-    Some(crate::qemu::Files {
+    Some(crate::qemu::MachineFiles {
         image: dist.join(format!("{}.img", plan.stem())),
         bootloader: dir.join("u-boot.bin"),
         device_tree: qemu.device_tree.as_ref().map(|path| dir.join(flat(path))),
@@ -335,7 +336,7 @@ pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::Files> {
 }
 
 /// The board's changes to the device tree for its machine in QEMU.
-fn tree_changes(build: &Build<'_>) -> Result<Option<Vec<u8>>> {
+fn tree_changes(build: &BuildContext<'_>) -> Result<Option<Vec<u8>>> {
     let path = build.plan.board.qemu.as_ref().and_then(|qemu| qemu.device_tree_changes.as_ref());
     let read = |path: &Utf8PathBuf| {
         std::fs::read(build.root.join(path))
@@ -344,7 +345,7 @@ fn tree_changes(build: &Build<'_>) -> Result<Option<Vec<u8>>> {
     path.map(read).transpose()
 }
 
-fn copy_for_qemu(build: &Build<'_>, base: &Base, changes: Option<&[u8]>) -> Result<()> {
+fn copy_for_qemu(build: &BuildContext<'_>, base: &BuiltBase, changes: Option<&[u8]>) -> Result<()> {
     let Some(files) = qemu_files(&build.dist, build.plan) else { return Ok(()) };
     let copy = |from: &Artifact, to: &Utf8Path| {
         let bytes = std::fs::read(&from.path).with_context(|| format!("reading {}", from.path))?;
@@ -366,19 +367,19 @@ fn copy_for_qemu(build: &Build<'_>, base: &Base, changes: Option<&[u8]>) -> Resu
 /// # Errors
 /// Boot files that do not fit their partition, a full disk, a model of the board that would not start from the card.
 pub fn card(
-    build: &mut Build<'_>,
-    rendered: &Rendered,
-    base: &Base,
-    system: &System,
-) -> Result<Card> {
+    build: &mut BuildContext<'_>,
+    rendered: &RenderedFiles,
+    base: &BuiltBase,
+    system: &ComposedSystem,
+) -> Result<BuiltCard> {
     let plan = build.plan;
     let (root, out) = (build.root, build.output("img"));
     let changes = tree_changes(build)?;
     let key = key::image(plan, rendered, base, &system.key, changes.as_deref(), &out)?;
-    let card: Card = build.stage(
+    let card: BuiltCard = build.stage(
         "image",
         key,
-        |card: &Card| {
+        |card: &BuiltCard| {
             let mut files = vec![card.image.clone(), card.bmap.path.clone()];
             files.extend(card.qemu.iter().cloned());
             files
@@ -400,8 +401,8 @@ pub fn card(
                         placed.name, plan.board.name
                     ),
                     content: match placed.name.as_str() {
-                        "root-a" | "root-b" => Content::Image(system.root.clone()),
-                        "data" => Content::Image(system.data.clone()),
+                        "root-a" | "root-b" => PartitionContent::Image(system.root.clone()),
+                        "data" => PartitionContent::Image(system.data.clone()),
                         role => fat_content(plan, role, boot.remove(role).unwrap_or_default()),
                     },
                 })
@@ -424,7 +425,7 @@ pub fn card(
             flush(&made.path)?;
             flush(&made.bmap.path)?;
             copy_for_qemu(build, base, changes.as_deref())?;
-            Ok(Card {
+            Ok(BuiltCard {
                 image: made.path,
                 size: made.size,
                 mapped: made.mapped,
@@ -448,11 +449,11 @@ pub fn card(
 }
 
 /// The compression level of a bundle.
-pub(super) fn level(compression: Compression) -> bundle::Level {
+pub(super) fn level(compression: BundleCompression) -> bundle::Level {
     match compression {
-        Compression::Fast => bundle::Level::Fast,
-        Compression::Release => bundle::Level::Release,
-        Compression::Slow => bundle::Level::Slow,
+        BundleCompression::Fast => bundle::Level::Fast,
+        BundleCompression::Release => bundle::Level::Release,
+        BundleCompression::Slow => bundle::Level::Slow,
     }
 }
 
@@ -461,15 +462,15 @@ pub(super) fn level(compression: Compression) -> bundle::Level {
 /// # Errors
 /// A key that may not sign this product, a full disk.
 pub fn bundle(
-    build: &mut Build<'_>,
-    rendered: &Rendered,
-    base: &Base,
-    system: &System,
-    signing: &Signing,
+    build: &mut BuildContext<'_>,
+    rendered: &RenderedFiles,
+    base: &BuiltBase,
+    system: &ComposedSystem,
+    signing: &BuildKeys,
 ) -> Result<Artifact> {
     let plan = build.plan;
     let (root, out) = (build.root, build.output("bundle"));
-    let signers = signing.signers.iter().map(Signer::key);
+    let signers = signing.signers.iter().map(SigningKey::key);
     let ids: Vec<&str> = signers.map(|key| key.id.as_str()).collect();
     let level = level(build.options.compression);
     let key = key::bundle(plan, rendered, base, &system.key, &ids, level, &out)?;

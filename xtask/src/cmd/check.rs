@@ -9,14 +9,14 @@ use serde::Deserialize;
 
 use crate::artifact::free_space;
 use crate::cache::Cache;
-use crate::cli::{Check, Format, Test};
+use crate::cli::{CheckArgs, OutputFormat, TestArgs};
 use crate::config::{self, workspace_root};
 use crate::exec::{Tool, find};
 use crate::fuzz;
-use crate::mutants::{self, Fate};
+use crate::mutants::{self, MutantOutcome};
 use crate::progress::{bytes, say, warn};
 use crate::rootfs::buildroot::tree::pinned_path;
-use crate::tools::{self, Purpose};
+use crate::tools::{self, ToolPurpose};
 use crate::{outln, text};
 
 /// Enables the system tests that are too slow for every run.
@@ -32,7 +32,7 @@ const FUZZ_SECONDS: u64 = 20;
 ///
 /// # Errors
 /// As [`check`]; when a mutant survives; when a fuzz target finds something.
-pub fn asked(options: &Check) -> Result<()> {
+pub fn asked(options: &CheckArgs) -> Result<()> {
     let root = workspace_root()?;
     match (&options.mutants, options.fuzz) {
         (Some(filter), _) => notice_faults(&root, filter, options.format),
@@ -42,16 +42,16 @@ pub fn asked(options: &Check) -> Result<()> {
 }
 
 /// Checks that a test detects every deliberate fault.
-fn notice_faults(root: &Utf8Path, filter: &str, format: Format) -> Result<()> {
+fn notice_faults(root: &Utf8Path, filter: &str, format: OutputFormat) -> Result<()> {
     let tried = mutants::run(root, filter)?;
-    if format == Format::Json {
+    if format == OutputFormat::Json {
         outln!("{}", text::json(&tried)?);
     } else {
         for one in &tried {
             outln!("{:<24} {:>5} s  {}: {}", one.name, one.seconds, one.fate.word(), one.means);
         }
     }
-    let missed = tried.iter().filter(|one| one.fate != Fate::Caught);
+    let missed = tried.iter().filter(|one| one.fate != MutantOutcome::Caught);
     let missed: Vec<&str> = missed.map(|one| one.name.as_str()).collect();
     ensure!(
         missed.is_empty(),
@@ -103,13 +103,13 @@ fn dependencies() -> Result<()> {
 ///
 /// # Errors
 /// When something is missing or a test fails.
-pub fn test(options: &Test) -> Result<()> {
+pub fn test(options: &TestArgs) -> Result<()> {
     let mut purposes = super::doctor::purposes(false);
     if options.all {
-        purposes.push(Purpose::TestAll);
+        purposes.push(ToolPurpose::TestAll);
     }
     if has_pinned_tree()? {
-        purposes.push(Purpose::Buildroot);
+        purposes.push(ToolPurpose::Buildroot);
     }
     tools::require(&purposes, !options.no_install)?;
     warn_of_space(if options.quick { QUICK_SPACE } else { SPACE })?;
@@ -124,7 +124,7 @@ pub fn test(options: &Test) -> Result<()> {
     if options.all {
         let root = workspace_root()?;
         fuzz::run(&root, FUZZ_SECONDS)?;
-        notice_faults(&root, "", Format::Text)?;
+        notice_faults(&root, "", OutputFormat::Text)?;
     }
     if options.quick { Ok(()) } else { system("system tests", &[], options.all) }
 }
@@ -158,7 +158,10 @@ fn warn_of_space(needed: u64) -> Result<()> {
 /// # Errors
 /// When something is missing or a test fails.
 pub fn e2e() -> Result<()> {
-    tools::require(&[Purpose::Build, Purpose::Debian, Purpose::Run, Purpose::Test], true)?;
+    tools::require(
+        &[ToolPurpose::Build, ToolPurpose::Debian, ToolPurpose::Run, ToolPurpose::Test],
+        true,
+    )?;
     system("updates from end to end", &["update::"], false)
 }
 

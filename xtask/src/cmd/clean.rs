@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::cache::Cache;
-use crate::cli::Clean;
+use crate::cli::CleanArgs;
 use crate::config::workspace_root;
 use crate::progress::{bytes, say};
 use crate::release::LOCAL;
@@ -16,7 +16,7 @@ use crate::release::LOCAL;
 ///
 /// # Errors
 /// When something cannot be removed.
-pub fn clean(options: &Clean) -> Result<()> {
+pub fn clean(options: &CleanArgs) -> Result<()> {
     let cache = Cache::locate()?;
     let root = workspace_root()?;
     let mut paths = results(&root.join("dist"), &root.join(LOCAL))?;

@@ -7,14 +7,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::Access;
 use serde_json::json;
 
-use crate::cli::{Flash, Format};
-use crate::flash::card::Disk;
-use crate::flash::device::{self, Device, Objection};
+use crate::cli::{FlashArgs, OutputFormat};
+use crate::flash::card::CardDevice;
+use crate::flash::device::{self, DeviceObjection, FlashDevice};
 use crate::flash::seed::{self, PASSWORD_VARIABLE, Seed};
-use crate::flash::source::Source;
-use crate::flash::{self, Outcome, Request};
+use crate::flash::source::ImageSource;
+use crate::flash::{self, FlashOutcome, FlashRequest};
 use crate::progress::{bytes, duration, say};
-use crate::workspace::{Selection, dist, resolve};
+use crate::workspace::{BuildSelection, dist, resolve};
 use crate::{err, errln, out, outln, text};
 
 /// `cargo xtask flash`.
@@ -22,17 +22,17 @@ use crate::{err, errln, out, outln, text};
 /// # Errors
 /// When the device may not be written, the write was not confirmed, or the card does not hold the
 /// image.
-pub fn flash(options: &Flash) -> Result<()> {
+pub fn flash(options: &FlashArgs) -> Result<()> {
     if options.list {
         // Without an image, no device is too small.
         let size = match &options.image {
-            Some(_) => Source::open(&image(options)?)?.size,
+            Some(_) => ImageSource::open(&image(options)?)?.size,
             None => 0,
         };
         return list(options.format, size);
     }
     let seed = seed(options)?;
-    let source = Source::open(&image(options)?)?;
+    let source = ImageSource::open(&image(options)?)?;
     let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
     let device = match &options.device {
         Some(device) => device::find(device)?,
@@ -57,8 +57,8 @@ pub fn flash(options: &Flash) -> Result<()> {
         );
     }
     agree(options, &source, &device, terminal)?;
-    let card = Disk::open(&device)?;
-    let request = Request {
+    let card = CardDevice::open(&device)?;
+    let request = FlashRequest {
         source: &source,
         read_back: !options.no_read_back,
         seed: (!seed.is_empty()).then_some(&seed),
@@ -66,8 +66,8 @@ pub fn flash(options: &Flash) -> Result<()> {
     let outcome = flash::flash(&request, &card)
         .with_context(|| format!("flashing {} to {}", source.path, device.path))?;
     match options.format {
-        Format::Text => outln!("{}", sentence(&outcome, &source, &device)),
-        Format::Json => {
+        OutputFormat::Text => outln!("{}", sentence(&outcome, &source, &device)),
+        OutputFormat::Json => {
             let mut value = serde_json::to_value(&outcome)?;
             value["image"] = json!(source.path);
             value["device"] = json!(device.path);
@@ -77,7 +77,7 @@ pub fn flash(options: &Flash) -> Result<()> {
     Ok(())
 }
 
-fn sentence(outcome: &Outcome, source: &Source, device: &Device) -> String {
+fn sentence(outcome: &FlashOutcome, source: &ImageSource, device: &FlashDevice) -> String {
     let proof = if outcome.read_back { "written and verified" } else { "written, not verified" };
     let rate = (outcome.bytes as f64 / outcome.seconds.max(0.001)) as u64;
     let seeded = match outcome.seeded.as_slice() {
@@ -95,14 +95,14 @@ fn sentence(outcome: &Outcome, source: &Source, device: &Device) -> String {
 }
 
 /// A path, or the image that was built for a product.
-fn image(options: &Flash) -> Result<Utf8PathBuf> {
+fn image(options: &FlashArgs) -> Result<Utf8PathBuf> {
     // No product has either in its name.
     let is_path = |name: &str| name.contains(['/', '.']);
     if let Some(name) = options.image.as_deref().filter(|name| is_path(name)) {
         ensure!(options.board.is_none(), "{name} is an image, but --board needs a product");
         return Ok(name.into());
     }
-    let selection = Selection { product: options.image.clone(), board: options.board.clone() };
+    let selection = BuildSelection { product: options.image.clone(), board: options.board.clone() };
     let (config, _, plan) = resolve(&selection)?;
     let image = dist(&config.root, &plan).join(format!("{}.img", plan.stem()));
     ensure!(
@@ -114,7 +114,7 @@ fn image(options: &Flash) -> Result<Utf8PathBuf> {
     Ok(image)
 }
 
-fn seed(options: &Flash) -> Result<Seed> {
+fn seed(options: &FlashArgs) -> Result<Seed> {
     if let Some(name) = &options.hostname {
         seed::check_hostname(name)?;
     }
@@ -131,7 +131,7 @@ fn seed(options: &Flash) -> Result<Seed> {
 
 /// The Wi-Fi password; `None` for an open network. Never from the command line, which every user of
 /// the machine can read.
-fn password(options: &Flash, ssid: &str) -> Result<Option<String>> {
+fn password(options: &FlashArgs, ssid: &str) -> Result<Option<String>> {
     let given = if let Some(path) = &options.wifi_password_file {
         let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
         // Editors on Windows put a byte order mark before the text.
@@ -149,11 +149,11 @@ fn password(options: &Flash, ssid: &str) -> Result<Option<String>> {
     Ok((!given.is_empty()).then_some(given))
 }
 
-fn list(format: Format, size: u64) -> Result<()> {
+fn list(format: OutputFormat, size: u64) -> Result<()> {
     let devices = device::candidates(device::all()?);
     match format {
-        Format::Text => out!("{}", table(&devices, size)),
-        Format::Json => {
+        OutputFormat::Text => out!("{}", table(&devices, size)),
+        OutputFormat::Json => {
             let rows = devices.iter().map(|device| {
                 let mut row = serde_json::to_value(device)?;
                 row["objections"] = serde_json::to_value(device.objections(size, None))?;
@@ -167,7 +167,7 @@ fn list(format: Format, size: u64) -> Result<()> {
 }
 
 /// The devices in human-readable form: those that can be written first.
-fn table(devices: &[Device], size: u64) -> String {
+fn table(devices: &[FlashDevice], size: u64) -> String {
     if devices.is_empty() {
         return "no disks found\n".to_owned();
     }
@@ -187,7 +187,7 @@ fn table(devices: &[Device], size: u64) -> String {
         for (place, at) in &device.mounted {
             row.push_str(&format!("           {place} is mounted at {at}\n"));
         }
-        for Objection { message, .. } in &objections {
+        for DeviceObjection { message, .. } in &objections {
             row.push_str(&format!("           no: {message}\n"));
         }
         rows.push((!objections.is_empty(), row));
@@ -197,7 +197,7 @@ fn table(devices: &[Device], size: u64) -> String {
 }
 
 /// Asks on the terminal which device to write. Typing its name is also the confirmation.
-fn choose(size: u64) -> Result<Device> {
+fn choose(size: u64) -> Result<FlashDevice> {
     let devices = device::candidates(device::all()?);
     err!("{}", table(&devices, size));
     let name = ask("Name of the device to write (empty: cancel): ")?;
@@ -207,7 +207,7 @@ fn choose(size: u64) -> Result<Device> {
     found.with_context(|| format!("`{name}` is not one of these devices; nothing was written"))
 }
 
-fn refuse(device: &Device, size: u64, allowed: Option<&str>) -> Result<()> {
+fn refuse(device: &FlashDevice, size: u64, allowed: Option<&str>) -> Result<()> {
     if let Some(name) = allowed {
         ensure!(
             name == device.name || name == device.path.as_str(),
@@ -218,7 +218,7 @@ fn refuse(device: &Device, size: u64, allowed: Option<&str>) -> Result<()> {
     let objections = device.objections(size, allowed);
     let Some(first) = objections.first() else { return Ok(()) };
     let mut message = format!("{} cannot be flashed: {}", device.path, first.message);
-    for Objection { message: more, .. } in &objections[1..] {
+    for DeviceObjection { message: more, .. } in &objections[1..] {
         message.push_str(&format!("; {more}"));
     }
     bail!("{message}\nhelp: {}", first.help)
@@ -226,7 +226,12 @@ fn refuse(device: &Device, size: u64, allowed: Option<&str>) -> Result<()> {
 
 /// Asks for confirmation on a terminal, unless the device was just chosen there; never asks in a
 /// script.
-fn agree(options: &Flash, source: &Source, device: &Device, terminal: bool) -> Result<()> {
+fn agree(
+    options: &FlashArgs,
+    source: &ImageSource,
+    device: &FlashDevice,
+    terminal: bool,
+) -> Result<()> {
     if options.yes || options.device.is_none() {
         return Ok(());
     }

@@ -3,9 +3,9 @@
 use anyhow::{Result, ensure};
 use camino::Utf8Path;
 
-use crate::cli::{Format, Inspect};
-use crate::diff::{Difference, Inventory};
-use crate::inspect::{self, ImageView, Subject, inventory, subject};
+use crate::cli::{InspectArgs, OutputFormat};
+use crate::diff::{Inventory, InventoryDifference};
+use crate::inspect::{self, ImageView, OutputFileKind, inventory, subject};
 use crate::progress::bytes;
 use crate::{out, outln, start, text};
 
@@ -13,20 +13,20 @@ use crate::{out, outln, start, text};
 ///
 /// # Errors
 /// When the kind of the file is unknown, or the file is damaged.
-pub fn inspect(options: &Inspect) -> Result<()> {
+pub fn inspect(options: &InspectArgs) -> Result<()> {
     if let (true, Some(new)) = (options.diff, &options.new) {
         return diff(&options.file, new, options.format);
     }
     match subject(&options.file)? {
-        Subject::Image => image(&options.file, options.format),
-        Subject::Bundle => bundle(&options.file, options.format),
-        Subject::SlotImage => slot(&options.file, options.format),
+        OutputFileKind::Image => image(&options.file, options.format),
+        OutputFileKind::Bundle => bundle(&options.file, options.format),
+        OutputFileKind::SlotImage => slot(&options.file, options.format),
     }
 }
 
-fn image(path: &Utf8Path, format: Format) -> Result<()> {
+fn image(path: &Utf8Path, format: OutputFormat) -> Result<()> {
     let view = inspect::image(path)?;
-    if format == Format::Json {
+    if format == OutputFormat::Json {
         outln!("{}", text::json(&view)?);
     } else {
         print_image(path, &view);
@@ -85,10 +85,10 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
     }
 }
 
-fn slot(path: &Utf8Path, format: Format) -> Result<()> {
+fn slot(path: &Utf8Path, format: OutputFormat) -> Result<()> {
     let view = inspect::slot(path)?;
     let inventory = Inventory::of_ext4(path, 0)?;
-    if format == Format::Json {
+    if format == OutputFormat::Json {
         outln!("{}", text::json(&inventory)?);
         return Ok(());
     }
@@ -102,9 +102,9 @@ fn slot(path: &Utf8Path, format: Format) -> Result<()> {
     Ok(())
 }
 
-fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
+fn bundle(path: &Utf8Path, format: OutputFormat) -> Result<()> {
     let view = inspect::bundle(path)?;
-    if format == Format::Json {
+    if format == OutputFormat::Json {
         outln!("{}", text::json(&view)?);
         return Ok(());
     }
@@ -133,11 +133,11 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
     Ok(())
 }
 
-fn diff(old: &Utf8Path, new: &Utf8Path, format: Format) -> Result<()> {
-    let difference = Difference::between(&inventory(old)?, &inventory(new)?);
+fn diff(old: &Utf8Path, new: &Utf8Path, format: OutputFormat) -> Result<()> {
+    let difference = InventoryDifference::between(&inventory(old)?, &inventory(new)?);
     match format {
-        Format::Json => out!("{}", text::printable_json(&difference.to_json()?)),
-        Format::Text => difference.render_terminal(&mut std::io::stdout().lock())?,
+        OutputFormat::Json => out!("{}", text::printable_json(&difference.to_json()?)),
+        OutputFormat::Text => difference.render_terminal(&mut std::io::stdout().lock())?,
     }
     Ok(())
 }

@@ -6,13 +6,13 @@ use anyhow::{Context, Result, ensure};
 
 use crate::affected;
 use crate::build::check_locks;
-use crate::cli::{Format, PlanOptions, Show, Target};
+use crate::cli::{OutputFormat, PlanArgs, RenderArgs, TargetArgs};
 use crate::config;
 use crate::disk::layout::exact;
 use crate::git;
-use crate::plan::{Plan, SourcePlan};
+use crate::plan::{AptSourcePlan, Plan};
 use crate::progress::{names, say};
-use crate::publish::pins::Pins;
+use crate::publish::pins::PinnedKinds;
 use crate::render;
 use crate::workspace::{dist, resolve, turn};
 use crate::{out, outln, text};
@@ -21,7 +21,7 @@ use crate::{out, outln, text};
 ///
 /// # Errors
 /// Everything that is wrong with the configuration; after the plan was printed, a lock that no build would obey.
-pub fn plan(options: &PlanOptions) -> Result<()> {
+pub fn plan(options: &PlanArgs) -> Result<()> {
     if options.all || options.changed_since.is_some() {
         return builds(options);
     }
@@ -31,8 +31,8 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
     );
     let (config, _, plan) = resolve(&options.target.selection())?;
     match options.format {
-        Format::Json => outln!("{}", text::json(&plan)?),
-        Format::Text => {
+        OutputFormat::Json => outln!("{}", text::json(&plan)?),
+        OutputFormat::Text => {
             out!("{}", describe(&plan));
             if let (true, Some(commit)) = (plan.modified, &plan.commit) {
                 let changes = git::changes(&config.root, commit)?;
@@ -45,16 +45,16 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
 }
 
 /// The builds for CI: all of them, or those that the changes since a commit affect.
-fn builds(options: &PlanOptions) -> Result<()> {
+fn builds(options: &PlanArgs) -> Result<()> {
     let root = config::workspace_root()?;
-    let Target { product, board } = &options.target;
+    let TargetArgs { product, board } = &options.target;
     let mut builds = match &options.changed_since {
         Some(revision) => affected::changed_since(&root, revision, product.as_deref())?,
         None => affected::all(&root, product.as_deref())?,
     };
     builds.retain(|build| board.as_ref().is_none_or(|only| build.board == *only));
     if let Some(channel) = options.channel {
-        let pins = Pins::read(Some(&root))?;
+        let pins = PinnedKinds::read(Some(&root))?;
         let mut told = BTreeSet::new();
         builds.retain(|build| match pins.takes(channel, &build.product) {
             Ok(()) => true,
@@ -67,8 +67,8 @@ fn builds(options: &PlanOptions) -> Result<()> {
         });
     }
     match options.format {
-        Format::Json => outln!("{}", text::json(&builds)?),
-        Format::Text => out!("{}", affected::describe(&builds)),
+        OutputFormat::Json => outln!("{}", text::json(&builds)?),
+        OutputFormat::Text => out!("{}", affected::describe(&builds)),
     }
     Ok(())
 }
@@ -77,7 +77,7 @@ fn builds(options: &PlanOptions) -> Result<()> {
 ///
 /// # Errors
 /// A mistake in the configuration or in a template.
-pub fn render(options: &Show) -> Result<()> {
+pub fn render(options: &RenderArgs) -> Result<()> {
     let (config, _, plan) = resolve(&options.target.selection())?;
     let rendered = render::render(&config.root, &plan)?;
     let dist = dist(&config.root, &plan);
@@ -85,8 +85,8 @@ pub fn render(options: &Show) -> Result<()> {
     let dir = dist.join("rendered");
     rendered.write(&dir)?;
     match options.format {
-        Format::Json => outln!("{}", serde_json::json!({ "rendered": dir })),
-        Format::Text => outln!("{dir}"),
+        OutputFormat::Json => outln!("{}", serde_json::json!({ "rendered": dir })),
+        OutputFormat::Text => outln!("{dir}"),
     }
     Ok(())
 }
@@ -107,7 +107,7 @@ pub fn describe(plan: &Plan) -> String {
     let engine = serde_json::to_value(plan.rootfs.engine).unwrap_or_default();
     line("engine", format!("{} {}", engine.as_str().unwrap_or(""), plan.rootfs.suite));
     for source in &plan.rootfs.sources {
-        let SourcePlan { name, address, suite, packages, .. } = source;
+        let AptSourcePlan { name, address, suite, packages, .. } = source;
         line("source", format!("{name}, {address} {suite}: {}", names(packages)));
     }
     if let Some(api) = &plan.api {

@@ -9,21 +9,23 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use crate::artifact::hash_file;
-use crate::cli::{Create, Format, Release as Verb, ReleaseCheck, StoreAddress, Which};
+use crate::cli::{
+    OutputFormat, ReleaseArgs, ReleaseCheckArgs, ReleaseCommand, ReleaseCreateArgs, StoreArgs,
+};
 use crate::cmd::publish::store_options;
 use crate::config::{self, workspace_root};
-use crate::diff::{Difference, versions};
+use crate::diff::{InventoryDifference, versions};
 use crate::inspect::inventory;
 use crate::progress::bytes;
-use crate::publish::{Authority, change, load, manifest};
+use crate::publish::{SigningAuthority, change, load, manifest};
 use crate::release::create::{self, local, put, version};
-use crate::release::notes::Past;
+use crate::release::notes::PastRelease;
 use crate::release::{check, gc, summary};
 use crate::scratch::scratch;
-use crate::store::directory::Directory;
-use crate::store::format::{Channel, Entry, Index, Manifest, Yanked};
+use crate::store::directory::DirectoryStore;
+use crate::store::format::{Channel, ChannelEntry, ChannelIndex, ReleaseManifest, YankNotice};
 use crate::store::index::Retention;
-use crate::store::{self, Store};
+use crate::store::{self, ReleaseStore};
 use crate::time::now;
 use crate::{out, outln, text};
 
@@ -31,27 +33,31 @@ use crate::{out, outln, text};
 ///
 /// # Errors
 /// As the functions of the subcommand.
-pub fn release(verb: &Verb) -> Result<()> {
+pub fn release(verb: &ReleaseCommand) -> Result<()> {
     match verb {
-        Verb::Create(options) => create(options),
-        Verb::List { channel, store, format } => list(*channel, store, *format),
-        Verb::Show { version, which, notes, format } => show(version, which, *notes, *format),
-        Verb::Diff { old, new, which, files, format } => diff([old, new], which, *files, *format),
-        Verb::Promote { version, to, which } => promote(version, *to, which),
-        Verb::Yank { version, reason, which } => yank(version, reason, which),
-        Verb::Check(options) => check(options),
-        Verb::Gc { store, dry_run, store_was_restored, format } => {
-            let authority = Authority::open(*store_was_restored)?;
+        ReleaseCommand::Create(options) => create(options),
+        ReleaseCommand::List { channel, store, format } => list(*channel, store, *format),
+        ReleaseCommand::Show { version, which, notes, format } => {
+            show(version, which, *notes, *format)
+        }
+        ReleaseCommand::Diff { old, new, which, files, format } => {
+            diff([old, new], which, *files, *format)
+        }
+        ReleaseCommand::Promote { version, to, which } => promote(version, *to, which),
+        ReleaseCommand::Yank { version, reason, which } => yank(version, reason, which),
+        ReleaseCommand::Check(options) => check(options),
+        ReleaseCommand::Gc { store, dry_run, store_was_restored, format } => {
+            let authority = SigningAuthority::open(*store_was_restored)?;
             collect(store.as_deref(), &authority, *dry_run, *format)
         }
-        Verb::Summary => {
+        ReleaseCommand::Summary => {
             out!("{}", summary::summary(&workspace_root()?)?);
             Ok(())
         }
     }
 }
 
-fn store(address: &StoreAddress) -> Result<Box<dyn Store>> {
+fn store(address: &StoreArgs) -> Result<Box<dyn ReleaseStore>> {
     match &address.store {
         Some(named) => store::open(named, &store_options(&address.access)),
         None => Ok(Box::new(local(&workspace_root()?))),
@@ -65,12 +71,12 @@ fn product(named: Option<&String>) -> Result<String> {
     }
 }
 
-fn create(options: &Create) -> Result<()> {
+fn create(options: &ReleaseCreateArgs) -> Result<()> {
     let root = workspace_root()?;
     let product = product(options.product.as_ref())?;
-    let mut authority = Authority::open(options.store_was_restored)?;
+    let mut authority = SigningAuthority::open(options.store_was_restored)?;
     let created = create::create(
-        &create::Request {
+        &create::ReleaseRequest {
             root: &root,
             product: &product,
             boards: &options.board,
@@ -81,8 +87,8 @@ fn create(options: &Create) -> Result<()> {
         &mut authority,
     )?;
     match options.format {
-        Format::Json => outln!("{}", text::json(&created)?),
-        Format::Text => {
+        OutputFormat::Json => outln!("{}", text::json(&created)?),
+        OutputFormat::Text => {
             let m = &created.manifest;
             let word = if created.existed { "is there already" } else { "made" };
             let boards: Vec<&str> = m.boards.iter().map(|b| b.board.as_str()).collect();
@@ -96,16 +102,16 @@ fn create(options: &Create) -> Result<()> {
     Ok(())
 }
 
-fn list(channel: Option<Channel>, address: &StoreAddress, format: Format) -> Result<()> {
+fn list(channel: Option<Channel>, address: &StoreArgs, format: OutputFormat) -> Result<()> {
     let store = store(address)?;
-    let authority = Authority::open(address.access.store_was_restored)?;
+    let authority = SigningAuthority::open(address.access.store_was_restored)?;
     let mut indices = Vec::new();
     for one in Channel::ALL.into_iter().filter(|c| channel.is_none_or(|only| only == *c)) {
         indices.push(load(store.as_ref(), one, &authority)?.0);
     }
     match format {
-        Format::Json => outln!("{}", text::json(&indices)?),
-        Format::Text => {
+        OutputFormat::Json => outln!("{}", text::json(&indices)?),
+        OutputFormat::Text => {
             for index in indices.iter().filter(|index| index.serial > 0) {
                 outln!("{} (serial {})", index.channel, index.serial);
                 for e in &index.releases {
@@ -125,11 +131,11 @@ fn list(channel: Option<Channel>, address: &StoreAddress, format: Format) -> Res
 
 /// Finds a release by the given version.
 fn find(
-    store: &dyn Store,
+    store: &dyn ReleaseStore,
     text: &str,
-    which: &Which,
-    authority: &Authority,
-) -> Result<(Channel, Entry)> {
+    which: &ReleaseArgs,
+    authority: &SigningAuthority,
+) -> Result<(Channel, ChannelEntry)> {
     let product = product(which.product.as_ref())?;
     let latest = text == "latest";
     let channels = match (which.channel, latest) {
@@ -162,12 +168,12 @@ fn find(
     bail!("there is no release {text} of {product} in {}\nhelp: known: {known}", store.name())
 }
 
-fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
+fn show(text: &str, which: &ReleaseArgs, notes: bool, format: OutputFormat) -> Result<()> {
     let store = store(&which.store)?;
-    let authority = Authority::open(which.store.access.store_was_restored)?;
+    let authority = SigningAuthority::open(which.store.access.store_was_restored)?;
     let (channel, entry) = find(store.as_ref(), text, which, &authority)?;
     let manifest = manifest(store.as_ref(), &entry, authority.keys())?;
-    if format == Format::Json && !notes {
+    if format == OutputFormat::Json && !notes {
         let value = json!({ "channel": channel, "entry": entry, "manifest": manifest });
         outln!("{}", text::json(&value)?);
         return Ok(());
@@ -199,12 +205,17 @@ fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
     Ok(())
 }
 
-fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Result<()> {
+fn diff(
+    [old, new]: [&str; 2],
+    which: &ReleaseArgs,
+    files: bool,
+    format: OutputFormat,
+) -> Result<()> {
     let store = store(&which.store)?;
-    let authority = Authority::open(which.store.access.store_was_restored)?;
-    let read = |text: &str| -> Result<Past> {
+    let authority = SigningAuthority::open(which.store.access.store_was_restored)?;
+    let read = |text: &str| -> Result<PastRelease> {
         let (_, entry) = find(store.as_ref(), text, which, &authority)?;
-        Past::read(store.as_ref(), &entry, authority.keys())
+        PastRelease::read(store.as_ref(), &entry, authority.keys())
     };
     let (old, new) = (read(old)?, read(new)?);
     let changes = old.changes_to(&new);
@@ -217,7 +228,7 @@ fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Re
             inside.push(difference);
         }
     }
-    if format == Format::Json {
+    if format == OutputFormat::Json {
         let value = json!({
             "old": old.manifest.version, "new": new.manifest.version, "boards": changes,
             "images": inside,
@@ -250,13 +261,13 @@ fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Re
 
 /// Unpacks the images of both releases for a board, and compares what is in them.
 fn file_changes(
-    store: &dyn Store,
+    store: &dyn ReleaseStore,
     board: &str,
-    old: &Manifest,
-    new: &Manifest,
-) -> Result<Difference> {
+    old: &ReleaseManifest,
+    new: &ReleaseManifest,
+) -> Result<InventoryDifference> {
     let (_keep, dir) = scratch()?;
-    let unpacked = |manifest: &Manifest, name: &str| -> Result<Utf8PathBuf> {
+    let unpacked = |manifest: &ReleaseManifest, name: &str| -> Result<Utf8PathBuf> {
         let part = manifest.boards.iter().find(|b| b.board == board).context("the board")?;
         let image =
             part.objects.iter().find(|o| o.role == "image").context("the release has no image")?;
@@ -271,7 +282,7 @@ fn file_changes(
         Ok(path)
     };
     let (old, new) = (unpacked(old, "old.img")?, unpacked(new, "new.img")?);
-    Ok(Difference::between(&inventory(&old)?, &inventory(&new)?))
+    Ok(InventoryDifference::between(&inventory(&old)?, &inventory(&new)?))
 }
 
 /// Decompresses into a sparse file, since an image is mostly zeros.
@@ -296,42 +307,43 @@ fn unpack(packed: &Utf8Path, into: &Utf8Path) -> Result<()> {
     }
 }
 
-fn promote(text: &str, to: Channel, which: &Which) -> Result<()> {
+fn promote(text: &str, to: Channel, which: &ReleaseArgs) -> Result<()> {
     let store = store(&which.store)?;
-    let mut authority = Authority::open(which.store.access.store_was_restored)?;
+    let mut authority = SigningAuthority::open(which.store.access.store_was_restored)?;
     let (from, entry) = find(store.as_ref(), text, which, &authority)?;
     if let Some(yanked) = &entry.yanked {
         bail!("{} {} was yanked: {}", entry.product, entry.version, yanked.reason);
     }
     // Its objects exist and remain: the release is in a channel.
     manifest(store.as_ref(), &entry, authority.keys())?;
-    let entry = Entry { added: now()?, ..entry };
+    let entry = ChannelEntry { added: now()?, ..entry };
     let new = put(store.as_ref(), to, &entry, Retention::default(), &mut authority)?;
     let word = if new { "is now also" } else { "was already" };
     outln!("{} {} of {from} {word} in {to} of {}", entry.product, entry.version, store.name());
     Ok(())
 }
 
-fn yank(text: &str, reason: &str, which: &Which) -> Result<()> {
+fn yank(text: &str, reason: &str, which: &ReleaseArgs) -> Result<()> {
     ensure!(
         !reason.trim().is_empty(),
         "the reason is empty\n\
      help: say what is wrong with the release"
     );
     let store = store(&which.store)?;
-    let mut authority = Authority::open(which.store.access.store_was_restored)?;
+    let mut authority = SigningAuthority::open(which.store.access.store_was_restored)?;
     let (_, entry) = find(store.as_ref(), text, which, &authority)?;
-    let mark = Yanked { reason: reason.trim().to_owned(), at: now()? };
+    let mark = YankNotice { reason: reason.trim().to_owned(), at: now()? };
     let (product, version): (&str, &Version) = (&entry.product, &entry.version);
     for channel in Channel::ALL {
-        let mark = |current: &Index, _: &mut Authority| -> Result<Option<Index>> {
-            if current.find(product, version).is_none_or(|e| e.yanked.is_some()) {
-                return Ok(None);
-            }
-            let mut next = current.clone();
-            next.yank(product, version, &mark)?;
-            Ok(Some(next))
-        };
+        let mark =
+            |current: &ChannelIndex, _: &mut SigningAuthority| -> Result<Option<ChannelIndex>> {
+                if current.find(product, version).is_none_or(|e| e.yanked.is_some()) {
+                    return Ok(None);
+                }
+                let mut next = current.clone();
+                next.yank(product, version, &mark)?;
+                Ok(Some(next))
+            };
         if change(store.as_ref(), channel, &mut authority, mark, |_, _| Ok(()))? {
             outln!("{product} {version} is yanked in {channel} of {}", store.name());
         }
@@ -339,7 +351,7 @@ fn yank(text: &str, reason: &str, which: &Which) -> Result<()> {
     Ok(())
 }
 
-fn check(options: &ReleaseCheck) -> Result<()> {
+fn check(options: &ReleaseCheckArgs) -> Result<()> {
     let root = workspace_root()?;
     let config = config::load(&root, options.product.as_deref(), options.board.as_deref())?;
     let (product, board) = (&config.product.name.value.0, &config.board.name.value.0);
@@ -347,7 +359,7 @@ fn check(options: &ReleaseCheck) -> Result<()> {
         Some(folder) => check::compare(&root.join("dist").join(product).join(board), folder)?,
         None => {
             let compression = options.compression.to_possible_value();
-            check::rebuild(&check::Request {
+            check::rebuild(&check::RebuildRequest {
                 root: &root,
                 product,
                 board,
@@ -357,8 +369,8 @@ fn check(options: &ReleaseCheck) -> Result<()> {
         }
     };
     match options.format {
-        Format::Json => outln!("{}", text::json(&comparison)?),
-        Format::Text => out!("{}", comparison.describe()),
+        OutputFormat::Json => outln!("{}", text::json(&comparison)?),
+        OutputFormat::Text => out!("{}", comparison.describe()),
     }
     let different = comparison.outputs.iter().filter(|output| !output.equal).count();
     ensure!(
@@ -372,18 +384,18 @@ fn check(options: &ReleaseCheck) -> Result<()> {
 
 fn collect(
     folder: Option<&Utf8Path>,
-    authority: &Authority,
+    authority: &SigningAuthority,
     dry_run: bool,
-    format: Format,
+    format: OutputFormat,
 ) -> Result<()> {
     let store = match folder {
-        Some(folder) => Directory::new(folder),
+        Some(folder) => DirectoryStore::new(folder),
         None => local(&workspace_root()?),
     };
     let removed = gc::collect(&store, authority, dry_run)?;
     match format {
-        Format::Json => outln!("{}", text::json(&removed)?),
-        Format::Text => {
+        OutputFormat::Json => outln!("{}", text::json(&removed)?),
+        OutputFormat::Text => {
             let word = if dry_run { "would remove" } else { "removed" };
             outln!("{word} {} files, {}", removed.files.len(), bytes(removed.bytes));
         }

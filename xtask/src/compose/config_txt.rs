@@ -18,14 +18,14 @@ const NAME: &str = "config.txt";
 const OVERLAY_MAP: &str = "overlay_map.dtb";
 
 /// Texts of the boot partitions and the names of all their files, by role.
-pub struct Partitions<'a> {
+pub struct BootPartitionFiles<'a> {
     /// Role and name, content.
     pub texts: &'a BTreeMap<(String, String), Vec<u8>>,
     /// Role and name.
     pub names: &'a [(String, String)],
 }
 
-impl Partitions<'_> {
+impl BootPartitionFiles<'_> {
     /// FAT ignores case.
     fn has(&self, role: &str, name: &str) -> bool {
         let name = name.trim_start_matches('/');
@@ -45,7 +45,7 @@ impl Partitions<'_> {
 /// When the facts about models cannot be read.
 pub fn check(
     compatible: &[String],
-    partitions: &Partitions<'_>,
+    partitions: &BootPartitionFiles<'_>,
     missing: &mut Vec<String>,
 ) -> Result<()> {
     let facts = Facts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
@@ -166,7 +166,7 @@ mod tests {
         names.extend(files.iter().map(|name| key(name)));
         let compatible: Vec<String> = compatible.iter().map(|name| (*name).to_owned()).collect();
         let mut missing = Vec::new();
-        check(&compatible, &Partitions { texts: &texts, names: &names }, &mut missing)
+        check(&compatible, &BootPartitionFiles { texts: &texts, names: &names }, &mut missing)
             .expect("facts");
         let file = |said: &String| {
             let rest = said.split_once(" names ").expect("a file").1;

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
-use super::config_txt::{self, Partitions};
-use crate::config::board::BootFlow;
+use super::config_txt::{self, BootPartitionFiles};
+use crate::config::board::BootFlowKind;
 use crate::plan::{Plan, cmdline};
-use crate::rootfs::tree::{Kind, Tree};
+use crate::rootfs::tree::{RootEntryKind, RootTree};
 
 /// Directories that something is mounted on.
 const MOUNT_POINTS: [&str; 7] = ["dev", "proc", "sys", "run", "tmp", "data", "var"];
@@ -19,7 +19,7 @@ const MOUNT_POINTS: [&str; 7] = ["dev", "proc", "sys", "run", "tmp", "data", "va
 /// Lists everything that is missing.
 pub fn check(
     plan: &Plan,
-    tree: &Tree,
+    tree: &RootTree,
     kernel_release: &str,
     boot: &BTreeMap<(String, String), Vec<u8>>,
     boot_names: &[(String, String)],
@@ -27,10 +27,10 @@ pub fn check(
     let mut missing = Vec::new();
     check_root(tree, kernel_release, &mut missing);
     match plan.board.boot_flow {
-        BootFlow::Uboot => check_uboot(plan, tree, boot, &mut missing),
-        BootFlow::Tryboot => check_tryboot(plan, boot, boot_names, &mut missing),
+        BootFlowKind::Uboot => check_uboot(plan, tree, boot, &mut missing),
+        BootFlowKind::Tryboot => check_tryboot(plan, boot, boot_names, &mut missing),
     }
-    let partitions = Partitions { texts: boot, names: boot_names };
+    let partitions = BootPartitionFiles { texts: boot, names: boot_names };
     config_txt::check(&plan.board.compatible, &partitions, &mut missing)?;
     if missing.is_empty() {
         return Ok(());
@@ -38,16 +38,19 @@ pub fn check(
     bail!("this image would not boot:\n  - {}", missing.join("\n  - "))
 }
 
-fn check_root(tree: &Tree, kernel_release: &str, missing: &mut Vec<String>) {
+fn check_root(tree: &RootTree, kernel_release: &str, missing: &mut Vec<String>) {
     match tree.resolve("sbin/init") {
         None => missing.push("/sbin/init is missing, or is a dangling link".to_owned()),
-        Some((path, entry)) if entry.mode & 0o111 == 0 || !matches!(entry.kind, Kind::File(_)) => {
+        Some((path, entry))
+            if entry.mode & 0o111 == 0 || !matches!(entry.kind, RootEntryKind::File(_)) =>
+        {
             missing.push(format!("/sbin/init leads to /{path}, which is not executable"));
         }
         Some(_) => {}
     }
     for dir in MOUNT_POINTS {
-        if !matches!(tree.resolve(dir), Some((_, entry)) if matches!(entry.kind, Kind::Folder)) {
+        if !matches!(tree.resolve(dir), Some((_, entry)) if matches!(entry.kind, RootEntryKind::Folder))
+        {
             missing.push(format!("the mount point /{dir} is missing"));
         }
     }
@@ -59,7 +62,7 @@ fn check_root(tree: &Tree, kernel_release: &str, missing: &mut Vec<String>) {
 
 fn check_uboot(
     plan: &Plan,
-    tree: &Tree,
+    tree: &RootTree,
     boot: &BTreeMap<(String, String), Vec<u8>>,
     missing: &mut Vec<String>,
 ) {
@@ -196,7 +199,7 @@ mod tests {
     #[test]
     fn an_empty_root_lacks_everything() {
         let mut missing = Vec::new();
-        check_root(&Tree::default(), "6.1", &mut missing);
+        check_root(&RootTree::default(), "6.1", &mut missing);
         assert_eq!(missing.len(), 2 + MOUNT_POINTS.len(), "{missing:?}");
     }
 }

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail};
 
-use crate::rootfs::tree::{Kind, Origin, Tree};
+use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
 
 /// The directories of units, and of the files that override them.
 const FOLDERS: [&str; 3] =
@@ -32,10 +32,11 @@ const LOGIN: &str = "bin/login";
 ///
 /// # Errors
 /// Lists everything that is missing, with the overlay's file and line.
-pub fn check(tree: &Tree) -> Result<()> {
+pub fn check(tree: &RootTree) -> Result<()> {
     let mut missing = Vec::new();
     for (path, entry) in tree.iter() {
-        let (Origin::Overlay(source), Kind::File(_)) = (&entry.origin, &entry.kind) else {
+        let (EntryOrigin::Overlay(source), RootEntryKind::File(_)) = (&entry.origin, &entry.kind)
+        else {
             continue;
         };
         if FOLDERS.iter().any(|folder| path.starts_with(folder)) {
@@ -88,7 +89,7 @@ fn settings(text: &str) -> Vec<Setting> {
 }
 
 /// The error in a command line of a unit that starts under these conditions, if any.
-fn fault(tree: &Tree, command: &str, conditions: &[&str]) -> Option<String> {
+fn fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<String> {
     // Prefixes of the program: systemd.service(5). With `-` it may fail, so it may be missing.
     let line = command.trim_start_matches(['-', '@', ':', '+', '!', '|']);
     let may_fail = command[..command.len() - line.len()].contains('-');
@@ -124,15 +125,16 @@ fn fault(tree: &Tree, command: &str, conditions: &[&str]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rootfs::tree::{Data, Entry};
+    use crate::rootfs::tree::{FileData, RootEntry};
 
-    fn tree(unit: &str, programs: &[&str]) -> Tree {
-        let mut tree = Tree::with_root(Origin::Base);
+    fn tree(unit: &str, programs: &[&str]) -> RootTree {
+        let mut tree = RootTree::with_root(EntryOrigin::Base);
         for program in programs {
             tree.file(program, 0o755, "").unwrap();
         }
-        let kind = Kind::File(Data::Bytes(unit.as_bytes().to_vec()));
-        let entry = Entry::new(0o644, kind, Origin::Overlay("overlays/x/a.service".into()));
+        let kind = RootEntryKind::File(FileData::Bytes(unit.as_bytes().to_vec()));
+        let entry =
+            RootEntry::new(0o644, kind, EntryOrigin::Overlay("overlays/x/a.service".into()));
         tree.insert("etc/systemd/system/a.service", entry).unwrap();
         tree
     }

@@ -6,8 +6,10 @@ use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::file::source;
-use super::{Config, Input, board, content, product, reader, tree};
+use super::{Config, InputFile, board, content, product, reader, tree};
 use crate::artifact::hash_file;
+use crate::config::board::BoardConfig;
+use crate::config::product::ProductConfig;
 
 /// The workspace's root: the nearest parent directory that contains both `configs` and `board`.
 ///
@@ -144,7 +146,8 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         let message =
             format!("`default-board` is {}, which is not among `boards`", default.value.0);
         let help = "add it to `boards`, or choose one of them";
-        reader::Findings(vec![reader::Finding::new(&default.place, message, help)]).check()?;
+        reader::ConfigFindings(vec![reader::ConfigFinding::new(&default.place, message, help)])
+            .check()?;
     }
     let all = boards(root)?;
     known("board", board_name, &all)?;
@@ -196,7 +199,7 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
 ///
 /// # Errors
 /// When it cannot be read; all findings in it.
-pub fn read_product(root: &Utf8Path, name: &str) -> Result<product::Product> {
+pub fn read_product(root: &Utf8Path, name: &str) -> Result<ProductConfig> {
     product::parse(source(root, &product_file(root, name))?, name)
 }
 
@@ -204,12 +207,12 @@ pub fn read_product(root: &Utf8Path, name: &str) -> Result<product::Product> {
 ///
 /// # Errors
 /// When one cannot be read; all findings in them.
-pub fn read_board(root: &Utf8Path, name: &str) -> Result<board::Board> {
+pub fn read_board(root: &Utf8Path, name: &str) -> Result<BoardConfig> {
     board::parse(name, &|path| source(root, path))
 }
 
 /// One package lock covers all boards of a product, so it contains every board's packages.
-fn extra_packages(root: &Utf8Path, product: &product::Product) -> Result<Vec<String>> {
+fn extra_packages(root: &Utf8Path, product: &ProductConfig) -> Result<Vec<String>> {
     let unpacked = product.rootfs.unpacked.iter().map(|p| p.value.clone());
     let mut packages: std::collections::BTreeSet<String> = unpacked.collect();
     let known = boards(root)?;
@@ -231,10 +234,10 @@ fn known(noun: &str, name: &str, names: &[String]) -> Result<()> {
 }
 
 /// The paths of the templates that a board's boot files name.
-fn templates(root: &Utf8Path, board: &board::Board) -> BTreeMap<Utf8PathBuf, Utf8PathBuf> {
+fn templates(root: &Utf8Path, board: &BoardConfig) -> BTreeMap<Utf8PathBuf, Utf8PathBuf> {
     let dir = Utf8Path::new("board").join(&board.name.value.0);
     let names = board.boot_files.iter().filter_map(|file| match &file.source {
-        board::BootSource::Template { name, .. } => Some(&name.value),
+        board::BootSourceConfig::Template { name, .. } => Some(&name.value),
         _ => None,
     });
     names.map(|name| (name.clone(), template(root, &dir, name))).collect()
@@ -270,7 +273,7 @@ fn contents<'a>(
     Ok(found)
 }
 
-fn inputs(config: &Config) -> Result<Vec<Input>> {
+fn inputs(config: &Config) -> Result<Vec<InputFile>> {
     let product = &config.product;
     let mut paths = vec![product.place.file.clone(), config.board.place.file.clone()];
     paths.extend(config.board.include.iter().map(|path| path.value.clone()));
@@ -285,11 +288,11 @@ fn inputs(config: &Config) -> Result<Vec<Input>> {
         let full = config.root.join(&path);
         // A missing file is reported by the plan, which knows the line that names it.
         if full.is_file() {
-            inputs.push(Input { sha256: hash_file(&full)?.1, path });
+            inputs.push(InputFile { sha256: hash_file(&full)?.1, path });
         }
     }
     for file in config.overlays.iter().flat_map(|o| &o.files) {
-        inputs.push(Input { path: file.source.clone(), sha256: file.sha256.clone() });
+        inputs.push(InputFile { path: file.source.clone(), sha256: file.sha256.clone() });
     }
     inputs.sort();
     inputs.dedup();

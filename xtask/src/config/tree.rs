@@ -9,9 +9,11 @@ use camino::{Utf8Component, Utf8Path, Utf8PathBuf};
 
 use super::content;
 use super::file::source;
-use super::overlay::{Attributes, EntryKind, Overlay, OverlayFile};
-use super::reader::{Fields, Finding, Findings, Located, Place, Whole};
-use super::units::Name;
+use super::overlay::{FileAttributes, Overlay, OverlayFile, OverlayFileKind};
+use super::reader::{
+    ConfigFinding, ConfigFindings, ConfigPlace, Located, TableFields, WholeNumber,
+};
+use super::units::SafeName;
 use crate::artifact::hash_bytes;
 
 /// The file of exceptions; it is not copied to the robot.
@@ -21,7 +23,7 @@ const EXCEPTIONS: &str = "overlay.toml";
 ///
 /// # Errors
 /// A missing directory, or all findings of its `overlay.toml`.
-pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
+pub fn read(root: &Utf8Path, name: &Located<SafeName>) -> Result<Overlay> {
     let base = Utf8Path::new("overlays").join(&name.value.0);
     let about = root.join(&base).symlink_metadata();
     if !about.as_ref().is_ok_and(|about| about.is_dir()) {
@@ -38,7 +40,7 @@ pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
                 "create the directory, or remove the name from `overlays`",
             ),
         };
-        return Err(Findings(vec![Finding::new(&name.place, message, help)]).into());
+        return Err(ConfigFindings(vec![ConfigFinding::new(&name.place, message, help)]).into());
     }
     let exceptions = read_exceptions(root, &base)?;
     let mut found = Found::default();
@@ -49,7 +51,7 @@ pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
     for (path, attributes, place) in exceptions.files {
         match files.iter_mut().find(|file| file.target == path) {
             Some(file) => file.attributes = attributes,
-            None => findings.push(Finding::new(
+            None => findings.push(ConfigFinding::new(
                 &place,
                 format!("the overlay has no file {path}"),
                 "name the file as on the robot, without `.j2`",
@@ -62,10 +64,10 @@ pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
         {
             let message =
                 format!("{} and {} are both /{}", first.source, second.source, first.target);
-            findings.push(Finding::new(&name.place, message, "remove one of the two"));
+            findings.push(ConfigFinding::new(&name.place, message, "remove one of the two"));
         }
     }
-    Findings(findings).check()?;
+    ConfigFindings(findings).check()?;
     let directories = exceptions.directories.into_iter().map(|(p, a, _)| (p, a)).collect();
     Ok(Overlay { name: name.value.0.clone(), files, directories, junk })
 }
@@ -75,13 +77,13 @@ pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
 struct Found {
     files: Vec<OverlayFile>,
     junk: Vec<Utf8PathBuf>,
-    findings: Vec<Finding>,
+    findings: Vec<ConfigFinding>,
 }
 
 impl Found {
     fn wrong(&mut self, source: &Utf8Path, message: impl Into<String>, help: impl Into<String>) {
-        let place = Place { file: source.to_owned(), line: 0, text: String::new() };
-        self.findings.push(Finding::new(&place, message, help));
+        let place = ConfigPlace { file: source.to_owned(), line: 0, text: String::new() };
+        self.findings.push(ConfigFinding::new(&place, message, help));
     }
 }
 
@@ -111,26 +113,27 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
                  copy the file";
                 found.wrong(&source, message, help);
             }
-            let attributes = Attributes { mode: 0o777, uid: 0, gid: 0 };
+            let attributes = FileAttributes { mode: 0o777, uid: 0, gid: 0 };
             let sha256 = hash_bytes(link.as_str().as_bytes());
-            let kind = EntryKind::Symlink;
+            let kind = OverlayFileKind::Symlink;
             found.files.push(OverlayFile { source, target, kind, attributes, sha256 });
         } else if metadata.is_file() {
             let executable = metadata.permissions().mode() & 0o100 != 0;
             let mode = if executable { 0o755 } else { 0o644 };
             let (kind, target) = match target.as_str().strip_suffix(".j2") {
-                Some(rendered) => (EntryKind::Template, Utf8PathBuf::from(rendered)),
-                None => (EntryKind::Literal, target),
+                Some(rendered) => (OverlayFileKind::Template, Utf8PathBuf::from(rendered)),
+                None => (OverlayFileKind::Literal, target),
             };
             let bytes = std::fs::read(full).with_context(|| format!("reading {source}"))?;
             // The content of a template is checked when it is rendered.
-            if kind == EntryKind::Literal
-                && let Some(problem) = content::problem(content::Place::Root(&target), &bytes)
+            if kind == OverlayFileKind::Literal
+                && let Some(problem) =
+                    content::problem(content::FileDestination::Root(&target), &bytes)
             {
                 found.wrong(&source, problem.message, problem.help);
             }
             let sha256 = hash_bytes(&bytes);
-            let attributes = Attributes { mode, uid: 0, gid: 0 };
+            let attributes = FileAttributes { mode, uid: 0, gid: 0 };
             found.files.push(OverlayFile { source, target, kind, attributes, sha256 });
         } else {
             let help = "remove it; create such a file on the robot (tmpfiles.d(5))";
@@ -161,8 +164,8 @@ fn leaves(root: &Utf8Path, target: &Utf8Path, link: &Utf8Path) -> bool {
 /// Modes and owners of files, and directories that the overlay requests.
 #[derive(Default)]
 struct Exceptions {
-    files: Vec<(Utf8PathBuf, Attributes, Place)>,
-    directories: Vec<(Utf8PathBuf, Attributes, Place)>,
+    files: Vec<(Utf8PathBuf, FileAttributes, ConfigPlace)>,
+    directories: Vec<(Utf8PathBuf, FileAttributes, ConfigPlace)>,
 }
 
 fn read_exceptions(root: &Utf8Path, base: &Utf8Path) -> Result<Exceptions> {
@@ -178,9 +181,9 @@ fn read_exceptions(root: &Utf8Path, base: &Utf8Path) -> Result<Exceptions> {
 }
 
 /// Ids of ext4 have 32 bits, and the highest one means "none" (chown(2)).
-const OWNER: Whole = Whole { of: "", from: 0, to: u32::MAX - 1 };
+const OWNER: WholeNumber = WholeNumber { of: "", from: 0, to: u32::MAX - 1 };
 
-fn exception(f: &mut Fields<'_>) -> Option<(Utf8PathBuf, Attributes, Place)> {
+fn exception(f: &mut TableFields<'_>) -> Option<(Utf8PathBuf, FileAttributes, ConfigPlace)> {
     let path = f.required::<Utf8PathBuf>("path");
     let mode = f.required::<String>("mode");
     let uid = f.number_or("uid", OWNER, 0);
@@ -194,5 +197,5 @@ fn exception(f: &mut Fields<'_>) -> Option<(Utf8PathBuf, Attributes, Place)> {
         f.reject(&mode.place, message, "");
         return None;
     };
-    Some((path?.value, Attributes { mode: bits, uid: uid?, gid: gid? }, f.place()))
+    Some((path?.value, FileAttributes { mode: bits, uid: uid?, gid: gid? }, f.place()))
 }

@@ -7,14 +7,15 @@ use camino::Utf8Path;
 use uuid::Uuid;
 
 use super::bmap::{self, BlockMap};
-use super::copy::{self, Payload, Region};
-use super::layout::{BLOCK, Placed, SECTOR};
-use super::pages::Pages;
-use super::spec::{Content, DiskImage, DiskSpec};
-use super::sums::{ALWAYS_MAPPED, Summed};
+use super::copy::{self, ImageRegion, RegionContent};
+use super::layout::{BLOCK, PlacedPartition, SECTOR};
+use super::pages::SparsePages;
+use super::spec::{DiskImage, DiskSpec, PartitionContent};
+use super::sums::{ALWAYS_MAPPED, ChecksummedImage};
 use super::{fat, table};
 use crate::artifact;
-use crate::progress::{self, Step, Unit};
+use crate::disk::copy::CopyResult;
+use crate::progress::{self, ProgressStep, ProgressUnit};
 
 /// Writes the image and, beside it, its block map. The image is the last to get its name and the
 /// first to lose it: whenever a build is killed, an image always has its matching map beside it.
@@ -83,37 +84,55 @@ fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)>
     let sources = sources(spec)?;
 
     let mut regions = vec![
-        Region { payload: Payload::Memory(&tables.head), places: vec![0] },
-        Region { payload: Payload::Memory(&tables.tail), places: vec![tables.tail_offset()] },
+        ImageRegion { payload: RegionContent::Memory(&tables.head), places: vec![0] },
+        ImageRegion {
+            payload: RegionContent::Memory(&tables.tail),
+            places: vec![tables.tail_offset()],
+        },
     ];
     for (state, pages) in layout.states.iter().zip(&states) {
-        regions.push(Region { payload: Payload::Memory(pages), places: vec![state.offset] });
+        regions.push(ImageRegion {
+            payload: RegionContent::Memory(pages),
+            places: vec![state.offset],
+        });
     }
     // Flashing a card resets its trust records: nothing is trusted because of its old contents.
     for copy in &layout.trust {
         let blocks = bundle::area::COPY as u64 / BLOCK;
-        regions.push(Region { payload: Payload::Zeros(blocks), places: vec![copy.offset] });
+        regions
+            .push(ImageRegion { payload: RegionContent::Zeros(blocks), places: vec![copy.offset] });
     }
     for (offset, pages) in &logical {
-        regions.push(Region { payload: Payload::Memory(pages), places: vec![*offset] });
+        regions.push(ImageRegion { payload: RegionContent::Memory(pages), places: vec![*offset] });
     }
     for (placed, pages) in &volumes {
-        regions.push(Region { payload: Payload::Memory(pages), places: vec![placed.offset] });
+        regions.push(ImageRegion {
+            payload: RegionContent::Memory(pages),
+            places: vec![placed.offset],
+        });
     }
     for (placed, wanted) in layout.partitions.iter().zip(&spec.partitions) {
-        if matches!(wanted.content, Content::Empty) {
+        if matches!(wanted.content, PartitionContent::Empty) {
             let blocks = placed.size.min(ALWAYS_MAPPED) / BLOCK;
-            regions.push(Region { payload: Payload::Zeros(blocks), places: vec![placed.offset] });
+            regions.push(ImageRegion {
+                payload: RegionContent::Zeros(blocks),
+                places: vec![placed.offset],
+            });
         }
     }
     for source in &sources {
-        let payload = Payload::Image(&source.file, source.summed);
-        regions.push(Region { payload, places: source.places.clone() });
+        let payload = RegionContent::Image(&source.file, source.summed);
+        regions.push(ImageRegion { payload, places: source.places.clone() });
     }
     let total = total_bytes(&regions);
-    let step = Step::new("image", temporary.file_stem().unwrap_or("image"), total, Unit::Bytes);
+    let step = ProgressStep::new(
+        "image",
+        temporary.file_stem().unwrap_or("image"),
+        total,
+        ProgressUnit::Bytes,
+    );
     let image = File::create(temporary).with_context(|| format!("creating {temporary}"))?;
-    let write = || -> Result<copy::Written> {
+    let write = || -> Result<CopyResult> {
         image.set_len(layout.size)?;
         let written = copy::write(&regions, &image, &step)?;
         Ok(written)
@@ -142,12 +161,12 @@ fn explain(error: anyhow::Error, path: &Utf8Path, total: u64) -> anyhow::Error {
     ))
 }
 
-fn total_bytes(regions: &[Region<'_>]) -> u64 {
+fn total_bytes(regions: &[ImageRegion<'_>]) -> u64 {
     let each = regions.iter().map(|region| {
         let bytes = match &region.payload {
-            Payload::Memory(pages) => pages.written() * BLOCK,
-            Payload::Image(file, summed) => allocated(file).min(summed.size),
-            Payload::Zeros(_) => 0,
+            RegionContent::Memory(pages) => pages.written() * BLOCK,
+            RegionContent::Image(file, summed) => allocated(file).min(summed.size),
+            RegionContent::Zeros(_) => 0,
         };
         bytes * region.places.len() as u64
     });
@@ -161,7 +180,7 @@ fn allocated(file: &File) -> u64 {
     file.metadata().map_or(0, |m| m.blocks() * STAT_BLOCK)
 }
 
-fn state_sectors(spec: &DiskSpec) -> Result<Vec<Pages>> {
+fn state_sectors(spec: &DiskSpec) -> Result<Vec<SparsePages>> {
     let states = &spec.layout.states;
     ensure!(
         spec.states.len() <= states.len(),
@@ -178,7 +197,7 @@ fn state_sectors(spec: &DiskSpec) -> Result<Vec<Pages>> {
             "the boot state at sector {} has {bytes} bytes, but a sector has {SECTOR}",
             state.sector
         );
-        let mut pages = Pages::new(BLOCK);
+        let mut pages = SparsePages::new(BLOCK);
         pages.write_at(0, &[0; BLOCK as usize])?;
         pages.write_at(0, content)?;
         Ok(pages)
@@ -186,10 +205,11 @@ fn state_sectors(spec: &DiskSpec) -> Result<Vec<Pages>> {
     pages.collect()
 }
 
-fn fat_volumes(spec: &DiskSpec) -> Result<Vec<(&Placed, Pages)>> {
+fn fat_volumes(spec: &DiskSpec) -> Result<Vec<(&PlacedPartition, SparsePages)>> {
     let mut volumes = Vec::new();
     for (placed, wanted) in spec.layout.partitions.iter().zip(&spec.partitions) {
-        let Content::Fat { label, volume_id, placed: says_where, files } = &wanted.content else {
+        let PartitionContent::Fat { label, volume_id, placed: says_where, files } = &wanted.content
+        else {
             continue;
         };
         let pages =
@@ -200,16 +220,16 @@ fn fat_volumes(spec: &DiskSpec) -> Result<Vec<(&Placed, Pages)>> {
 }
 
 /// A filesystem image and every place where it belongs.
-struct ImageSource<'a> {
-    summed: &'a Summed,
+struct PlacedFilesystem<'a> {
+    summed: &'a ChecksummedImage,
     file: File,
     places: Vec<u64>,
 }
 
-fn sources(spec: &DiskSpec) -> Result<Vec<ImageSource<'_>>> {
-    let mut sources: Vec<ImageSource<'_>> = Vec::new();
+fn sources(spec: &DiskSpec) -> Result<Vec<PlacedFilesystem<'_>>> {
+    let mut sources: Vec<PlacedFilesystem<'_>> = Vec::new();
     for (placed, wanted) in spec.layout.partitions.iter().zip(&spec.partitions) {
-        let Content::Image(summed) = &wanted.content else { continue };
+        let PartitionContent::Image(summed) = &wanted.content else { continue };
         let doing = || format!("placing {} in `{}`", summed.path, placed.name);
         if summed.size > placed.size {
             bail!(
@@ -231,7 +251,7 @@ fn sources(spec: &DiskSpec) -> Result<Vec<ImageSource<'_>>> {
                     doing(),
                     summed.size
                 );
-                sources.push(ImageSource { summed, file, places: vec![placed.offset] });
+                sources.push(PlacedFilesystem { summed, file, places: vec![placed.offset] });
             }
         }
     }

@@ -13,12 +13,12 @@ use sha2::{Digest, Sha256};
 
 use super::layout::BLOCK;
 use crate::artifact::{self, Artifact};
-use crate::progress::{Step, Unit};
+use crate::progress::{ProgressStep, ProgressUnit};
 
 /// A run of blocks with one checksum. Runs are at most [`LONGEST_RANGE`] long, so that a check can
 /// use every core.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Range {
+pub struct BlockRange {
     /// The first block.
     pub first: u64,
     /// The last block.
@@ -42,7 +42,7 @@ pub struct BlockMap {
     /// Bytes in a block.
     pub block_size: u64,
     /// The mapped ranges, in order.
-    pub ranges: Vec<Range>,
+    pub ranges: Vec<BlockRange>,
 }
 
 /// The path of an image's block map.
@@ -73,7 +73,7 @@ impl BlockMap {
             self.block_size,
             self.mapped_blocks(),
         );
-        for Range { first, last, sha256 } in &self.ranges {
+        for BlockRange { first, last, sha256 } in &self.ranges {
             let span = if first == last { first.to_string() } else { format!("{first}-{last}") };
             writeln!(text, "        <Range chksum=\"{sha256}\"> {span} </Range>")
                 .expect("writing to a String cannot fail");
@@ -136,13 +136,13 @@ impl BlockMap {
             let (first, last) = span.split_once('-').unwrap_or((span, span));
             let (first, last): (u64, u64) =
                 (first.parse().map_err(|_| bad())?, last.parse().map_err(|_| bad())?);
-            let after = ranges.last().map_or(0, |r: &Range| r.last + 1);
+            let after = ranges.last().map_or(0, |r: &BlockRange| r.last + 1);
             ensure!(
                 first >= after && last >= first && last < u64::MAX,
                 "range {} ({span}) is out of order",
                 ranges.len() + 1
             );
-            ranges.push(Range { first, last, sha256: sha256.to_owned() });
+            ranges.push(BlockRange { first, last, sha256: sha256.to_owned() });
         }
         let map = Self {
             image_size: number(text, "ImageSize")?,
@@ -195,10 +195,15 @@ pub fn check(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
         bail!("{}: the image has {size} bytes, but the map is for {}", doing(), map.image_size);
     }
     let total = map.mapped_blocks() * map.block_size;
-    let step = Step::new("verify", image.file_name().unwrap_or("image"), total, Unit::Bytes);
+    let step = ProgressStep::new(
+        "verify",
+        image.file_name().unwrap_or("image"),
+        total,
+        ProgressUnit::Bytes,
+    );
     let next = AtomicUsize::new(0);
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let work = || -> Result<Vec<&Range>> {
+    let work = || -> Result<Vec<&BlockRange>> {
         let mut damaged = Vec::new();
         let mut buffer = vec![0; READ];
         while let Some(range) = map.ranges.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -208,7 +213,7 @@ pub fn check(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
         }
         Ok(damaged)
     };
-    let mut damaged = std::thread::scope(|scope| -> Result<Vec<&Range>> {
+    let mut damaged = std::thread::scope(|scope| -> Result<Vec<&BlockRange>> {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         let mut all = Vec::new();
         for worker in workers {
@@ -233,9 +238,9 @@ pub fn check(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
 fn hash_range(
     file: &File,
     map: &BlockMap,
-    range: &Range,
+    range: &BlockRange,
     buffer: &mut [u8],
-    step: &Step,
+    step: &ProgressStep,
 ) -> Result<String> {
     let mut hasher = Sha256::new();
     let mut offset = range.first * map.block_size;
@@ -256,7 +261,7 @@ mod tests {
     use super::*;
 
     fn map() -> BlockMap {
-        let range = |first, last| Range { first, last, sha256: "ab".repeat(32) };
+        let range = |first, last| BlockRange { first, last, sha256: "ab".repeat(32) };
         BlockMap { image_size: 40960, block_size: 4096, ranges: vec![range(0, 3), range(5, 5)] }
     }
 

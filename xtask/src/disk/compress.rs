@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::{self, Artifact};
-use crate::progress::{Step, Unit};
+use crate::progress::{ProgressStep, ProgressUnit};
 
 /// Bytes of the image in each frame. Frames are independent and together are one valid file, so the
 /// result does not depend on the number of cores; at 32 MiB the loss is below 1 %.
@@ -36,7 +36,12 @@ pub fn compress_to(image: &Utf8Path, out: &Utf8Path, level: i32) -> Result<Artif
     let doing = || format!("compressing {image}");
     let file = File::open(image).with_context(doing)?;
     let size = file.metadata().with_context(doing)?.len();
-    let step = Step::new("image", out.file_name().unwrap_or("image.zst"), size, Unit::Bytes);
+    let step = ProgressStep::new(
+        "image",
+        out.file_name().unwrap_or("image.zst"),
+        size,
+        ProgressUnit::Bytes,
+    );
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
     artifact::write_atomically(out, |writer| {
         std::thread::scope(|scope| {

@@ -24,7 +24,7 @@ const BLOCK_UNINIT: u16 = 0x2;
 
 /// How full an ext4 volume is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Usage {
+pub struct Ext4Usage {
     /// Bytes in a block.
     pub block_size: u64,
     /// Bytes of the whole volume.
@@ -90,7 +90,7 @@ impl Super {
 ///
 /// # Errors
 /// When the file cannot be read or is not an ext4 volume.
-pub fn usage(image: &Utf8Path) -> Result<Usage> {
+pub fn usage(image: &Utf8Path) -> Result<Ext4Usage> {
     let doing = || format!("reading the ext4 volume {image}");
     let file = File::open(image).with_context(doing)?;
     let Some(volume) = Super::read(&file).with_context(doing)? else {
@@ -100,7 +100,7 @@ pub fn usage(image: &Utf8Path) -> Result<Usage> {
     let (size, free) = (volume.blocks() * block_size, volume.wide(12, 0x158) * block_size);
     let id = &volume.bytes[104..120];
     let label = &volume.bytes[120..136];
-    Ok(Usage {
+    Ok(Ext4Usage {
         block_size,
         size,
         used: size.saturating_sub(free),

@@ -108,7 +108,7 @@ pub struct DiskRequest {
 
 /// A partition with its offset.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Placed {
+pub struct PlacedPartition {
     /// The number in the table, from 1.
     pub number: u32,
     /// The role's name.
@@ -132,7 +132,7 @@ pub struct Placed {
     pub record: Option<u64>,
 }
 
-impl Placed {
+impl PlacedPartition {
     /// The first byte after the partition.
     pub fn end(&self) -> u64 {
         self.offset + self.size
@@ -155,7 +155,7 @@ pub struct StateSector {
 
 /// A disk with all offsets assigned; it has passed every check of [`place`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Layout {
+pub struct DiskLayout {
     /// The kind of the partition table.
     pub table: TableKind,
     /// Bytes of the whole disk.
@@ -167,12 +167,12 @@ pub struct Layout {
     /// The copies of the trust record.
     pub trust: Vec<StateSector>,
     /// The partitions, by offset and by number.
-    pub partitions: Vec<Placed>,
+    pub partitions: Vec<PlacedPartition>,
 }
 
-impl Layout {
+impl DiskLayout {
     /// The partition with this name.
-    pub fn partition(&self, name: &str) -> Option<&Placed> {
+    pub fn partition(&self, name: &str) -> Option<&PlacedPartition> {
         self.partitions.iter().find(|p| p.name == name)
     }
 
@@ -196,7 +196,7 @@ pub fn exact(bytes: u64) -> String {
 ///
 /// # Errors
 /// All errors, one sentence for each, in the order of the request.
-pub fn place(request: &DiskRequest) -> Result<Layout, Vec<String>> {
+pub fn place(request: &DiskRequest) -> Result<DiskLayout, Vec<String>> {
     let mut findings = Vec::new();
     if request.alignment == 0 || !request.alignment.is_multiple_of(BLOCK) {
         findings.push(format!(
@@ -223,7 +223,7 @@ pub fn place(request: &DiskRequest) -> Result<Layout, Vec<String>> {
     };
     let (states, trust) = (sectors(&request.states), sectors(&request.trust));
     let (table, size) = (request.table, request.size);
-    Ok(Layout { table, size, sector_size: SECTOR, states, trust, partitions })
+    Ok(DiskLayout { table, size, sector_size: SECTOR, states, trust, partitions })
 }
 
 /// Bytes at the start of the disk that the table needs.
@@ -236,8 +236,8 @@ fn table_tail(table: TableKind) -> u64 {
     if table.has_gpt() { GPT_TAIL_SECTORS * SECTOR } else { 0 }
 }
 
-fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Placed> {
-    let mut placed: Vec<Placed> = Vec::new();
+fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<PlacedPartition> {
+    let mut placed: Vec<PlacedPartition> = Vec::new();
     if request.partitions.is_empty() {
         findings.push("the disk has no partition".to_owned());
     }
@@ -259,7 +259,7 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
             ));
         }
         let before = placed.last();
-        let free = before.map_or(request.first_partition, Placed::end);
+        let free = before.map_or(request.first_partition, PlacedPartition::end);
         let logical = request.table == TableKind::Mbr
             && request.partitions.len() > MBR_SLOTS
             && index >= MBR_SLOTS - 1;
@@ -294,7 +294,7 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
         {
             findings.push(overlap(before, name, offset, wanted.size));
         }
-        placed.push(Placed {
+        placed.push(PlacedPartition {
             number: index as u32 + if logical { FIRST_LOGICAL - 3 } else { 1 },
             name: name.clone(),
             offset,
@@ -323,7 +323,7 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
     placed
 }
 
-fn overlap(before: &Placed, name: &str, offset: u64, size: u64) -> String {
+fn overlap(before: &PlacedPartition, name: &str, offset: u64, size: u64) -> String {
     let first = &before.name;
     if offset + size <= before.offset {
         return format!(
@@ -365,7 +365,7 @@ fn check_names(request: &DiskRequest, findings: &mut Vec<String>) {
     }
 }
 
-fn check_table(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
+fn check_table(request: &DiskRequest, placed: &[PlacedPartition], findings: &mut Vec<String>) {
     match request.table {
         TableKind::Mbr => {
             if placed.len() > MOST_MBR {
@@ -391,8 +391,8 @@ fn check_table(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Stri
     }
 }
 
-fn check_hybrid(placed: &[Placed], findings: &mut Vec<String>) {
-    let listed: Vec<&Placed> = placed.iter().filter(|p| p.in_mbr).collect();
+fn check_hybrid(placed: &[PlacedPartition], findings: &mut Vec<String>) {
+    let listed: Vec<&PlacedPartition> = placed.iter().filter(|p| p.in_mbr).collect();
     if listed.is_empty() {
         findings.push(
             "a hybrid table lists no partition in its MBR: set in-mbr = true for the boot \
@@ -424,7 +424,7 @@ fn check_hybrid(placed: &[Placed], findings: &mut Vec<String>) {
     }
 }
 
-fn check_ends(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
+fn check_ends(request: &DiskRequest, placed: &[PlacedPartition], findings: &mut Vec<String>) {
     let tail = table_tail(request.table);
     let usable = request.size.saturating_sub(tail);
     for partition in placed.iter().filter(|p| p.end() > usable) {
@@ -439,7 +439,7 @@ fn check_ends(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Strin
     }
 }
 
-fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
+fn check_states(request: &DiskRequest, placed: &[PlacedPartition], findings: &mut Vec<String>) {
     let head = table_head(request.table);
     // In whole blocks: a card erases and a block map records whole blocks.
     let states = request.states.iter().map(|&offset| ("boot-state", offset, BLOCK));

@@ -55,7 +55,7 @@ fn places_partitions_one_after_the_other() {
         let listed = layout.partitions.iter().filter(|p| p.in_mbr).count();
         assert_eq!(listed, [4, 0, 1][table as usize]);
         let json = serde_json::to_string(&layout).expect("serialising");
-        assert_eq!(serde_json::from_str::<Layout>(&json).expect("parsing"), layout);
+        assert_eq!(serde_json::from_str::<DiskLayout>(&json).expect("parsing"), layout);
     }
 }
 

@@ -16,7 +16,7 @@ use gpt::partition::{Partition, PartitionAttributes, file_read_partitions};
 use serde::{Deserialize, Serialize};
 
 use super::layout::FIRST_LOGICAL;
-use super::layout::{Layout, SECTOR, TableKind, exact};
+use super::layout::{DiskLayout, SECTOR, TableKind, exact};
 use super::table::{EXTENDED_KINDS, PROTECTIVE, mbr_type};
 
 /// The largest file that is read whole from a FAT.
@@ -368,7 +368,7 @@ fn check_partitions(found: &mut DiskTables) {
 }
 
 /// The differences between the tables of an image and the expected layout.
-pub fn differences(found: &DiskTables, layout: &Layout) -> Vec<String> {
+pub fn differences(found: &DiskTables, layout: &DiskLayout) -> Vec<String> {
     let mut findings = Vec::new();
     let mut compare = |what: &str, expected: String, found: String| {
         if expected != found {

@@ -18,7 +18,7 @@ pub(super) const WINDOW: usize = (WINDOW_BLOCKS * BLOCK) as usize;
 const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
 /// A window of a file.
-pub(super) struct Window<'a> {
+pub(super) struct FileWindow<'a> {
     /// Its first block.
     pub first: u64,
     /// The wanted blocks: bit 0 is the first.
@@ -30,7 +30,7 @@ pub(super) struct Window<'a> {
 }
 
 /// A part of a file, window by window.
-pub(super) struct Windows<'a> {
+pub(super) struct FileWindows<'a> {
     file: &'a File,
     size: u64,
     blocks: Range<u64>,
@@ -40,7 +40,7 @@ pub(super) struct Windows<'a> {
     extent: Range<u64>,
 }
 
-impl<'a> Windows<'a> {
+impl<'a> FileWindows<'a> {
     /// The windows of `blocks` of a file with `size` bytes; `blocks` starts at a multiple of
     /// [`WINDOW_BLOCKS`] and may reach beyond the end.
     pub(super) fn new(
@@ -54,7 +54,10 @@ impl<'a> Windows<'a> {
     }
 
     /// Calls back for every window in which something is wanted or not zero.
-    pub(super) fn each(mut self, mut visit: impl FnMut(Window<'_>) -> Result<()>) -> Result<()> {
+    pub(super) fn each(
+        mut self,
+        mut visit: impl FnMut(FileWindow<'_>) -> Result<()>,
+    ) -> Result<()> {
         let mut buffer = vec![0; WINDOW];
         let end = self.blocks.end.min(self.size.div_ceil(BLOCK));
         for first in (self.blocks.start..end).step_by(WINDOW_BLOCKS as usize) {
@@ -63,7 +66,7 @@ impl<'a> Windows<'a> {
             let mapped = self.wanted_in(first);
             if self.next_data(offset)? >= offset + length {
                 if mapped != 0 {
-                    visit(Window { first, mapped, filled: 0, bytes: None })?;
+                    visit(FileWindow { first, mapped, filled: 0, bytes: None })?;
                 }
                 continue;
             }
@@ -73,7 +76,7 @@ impl<'a> Windows<'a> {
             buffer[length as usize..].fill(0);
             let filled = non_zero(&buffer);
             if mapped | filled != 0 {
-                visit(Window { first, mapped, filled, bytes: Some(&buffer) })?;
+                visit(FileWindow { first, mapped, filled, bytes: Some(&buffer) })?;
             }
         }
         Ok(())

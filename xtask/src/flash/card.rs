@@ -11,15 +11,15 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, OFlags, fadvise, fallocate, flock};
 use rustix::io::Errno;
 
-use super::device::{self, Device};
-use super::identity::{Identity, KERNEL};
+use super::device::{self, FlashDevice};
+use super::identity::{CardIdentity, KERNEL};
 use crate::exec::Tool;
 
 /// Alignment in memory that is sufficient for direct access to any device.
 pub const ALIGNMENT: usize = 4096;
 
 /// Bytes at offsets. Calls come from several threads at once.
-pub trait Card: Sync {
+pub trait CardIo: Sync {
     /// The size of the card in bytes.
     fn size(&self) -> u64;
 
@@ -29,7 +29,7 @@ pub trait Card: Sync {
     /// When the medium fails.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
-    /// Writes all of an aligned buffer. The data is durable only after [`Card::flush`].
+    /// Writes all of an aligned buffer. The data is durable only after [`CardIo::flush`].
     ///
     /// # Errors
     /// When the medium fails.
@@ -51,13 +51,13 @@ pub trait Card: Sync {
 
 /// Memory for direct access.
 #[derive(Debug)]
-pub struct Buffer {
+pub struct AlignedMemory {
     bytes: Vec<u8>,
     start: usize,
     length: usize,
 }
 
-impl Buffer {
+impl AlignedMemory {
     /// A buffer of this many bytes, zeroed.
     pub fn new(length: usize) -> Self {
         let bytes = vec![0; length + ALIGNMENT];
@@ -79,7 +79,7 @@ impl Buffer {
 
 /// A block device or a plain file, opened so that no other process can write to it.
 #[derive(Debug)]
-pub struct Disk {
+pub struct CardDevice {
     file: File,
     path: Utf8PathBuf,
     size: u64,
@@ -89,13 +89,13 @@ pub struct Disk {
     can_discard: bool,
 }
 
-impl Disk {
+impl CardDevice {
     /// Opens the device that was examined: the kernel refuses a device that is mounted or in use
     /// (`O_EXCL`), and a plain file is locked.
     ///
     /// # Errors
     /// When it cannot be opened, is in use, or is no longer the device that was examined.
-    pub fn open(device: &Device) -> Result<Self> {
+    pub fn open(device: &FlashDevice) -> Result<Self> {
         let path = &device.path;
         let doing = || format!("opening {path}");
         let block = device.numbers.is_some();
@@ -135,8 +135,8 @@ impl Disk {
         );
         // Compare only now: the opened device can no longer change.
         let identity = match &numbers {
-            Some(numbers) => Identity::of_device(Utf8Path::new(KERNEL), numbers),
-            None => Identity::of_file(&metadata),
+            Some(numbers) => CardIdentity::of_device(Utf8Path::new(KERNEL), numbers),
+            None => CardIdentity::of_file(&metadata),
         };
         if let Some(difference) = device.identity.difference(&identity) {
             bail!(
@@ -180,7 +180,7 @@ fn lock_soon(file: &File) -> bool {
     })
 }
 
-impl Card for Disk {
+impl CardIo for CardDevice {
     fn size(&self) -> u64 {
         self.size
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::identity::{Identity, KERNEL};
+use super::identity::{CardIdentity, KERNEL};
 use crate::disk::layout::BLOCK;
 use crate::disk::{TableKind, read};
 use crate::exec::Tool;
@@ -27,7 +27,7 @@ const BELOW: [&str; 3] = ["/boot/", "/usr/", "/var/"];
 /// A block device as `lsblk` lists it.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct Listed {
+struct LsblkDevice {
     name: String,
     #[serde(default)]
     kname: Option<String>,
@@ -67,18 +67,18 @@ struct Listed {
     #[serde(default)]
     mountpoints: Vec<Option<String>>,
     #[serde(default)]
-    children: Vec<Listed>,
+    children: Vec<LsblkDevice>,
 }
 
 #[derive(Debug, Deserialize)]
-struct Answer {
-    blockdevices: Vec<Listed>,
+struct LsblkOutput {
+    blockdevices: Vec<LsblkDevice>,
 }
 
 /// A possible target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Device {
+pub struct FlashDevice {
     /// The name to type: the kernel's name, such as `sdb`; for a file, its file name.
     pub name: String,
     /// Its path.
@@ -91,7 +91,7 @@ pub struct Device {
     pub numbers: Option<String>,
     /// Which medium it is.
     #[serde(skip)]
-    pub identity: Identity,
+    pub identity: CardIdentity,
     /// Bytes.
     pub size: u64,
     /// Vendor and model, as far as the device reports them.
@@ -117,7 +117,7 @@ pub struct Device {
 /// Why a device may not be written, in order of importance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Reason {
+pub enum ObjectionKind {
     /// The running system is on it.
     System,
     /// A filesystem on it is mounted.
@@ -140,22 +140,22 @@ pub enum Reason {
 
 /// A reason, with what was found and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Objection {
+pub struct DeviceObjection {
     /// Which reason.
-    pub reason: Reason,
+    pub reason: ObjectionKind,
     /// What was found.
     pub message: String,
     /// What to do.
     pub help: String,
 }
 
-impl Device {
+impl FlashDevice {
     /// All reasons why an image of `size` bytes may not be written to it. `allowed` is the name of
     /// a fixed disk that the user has confirmed.
-    pub fn objections(&self, size: u64, allowed: Option<&str>) -> Vec<Objection> {
+    pub fn objections(&self, size: u64, allowed: Option<&str>) -> Vec<DeviceObjection> {
         let mut found = Vec::new();
         let mut object = |reason, message: String, help: String| {
-            found.push(Objection { reason, message, help });
+            found.push(DeviceObjection { reason, message, help });
         };
         let is_system = |place: &str| {
             place == "[SWAP]"
@@ -170,7 +170,7 @@ impl Device {
         let choose = "choose another device: cargo xtask flash --list";
         if !system.is_empty() {
             object(
-                Reason::System,
+                ObjectionKind::System,
                 format!("the running system is on it: {}", show(&system)),
                 choose.to_owned(),
             );
@@ -178,14 +178,14 @@ impl Device {
         if !other.is_empty() {
             let devices: Vec<&str> = other.iter().map(|(device, _)| device.as_str()).collect();
             object(
-                Reason::Mounted,
+                ObjectionKind::Mounted,
                 format!("the device is mounted: {}", show(&other)),
                 format!("umount {}", devices.join(" ")),
             );
         }
         if !self.held_by.is_empty() {
             object(
-                Reason::Held,
+                ObjectionKind::Held,
                 format!("the device is in use by {}", names(&self.held_by)),
                 "stop that first (lsblk shows what uses the device)".to_owned(),
             );
@@ -193,7 +193,7 @@ impl Device {
         match self.kind.as_str() {
             "disk" | "loop" | "file" => {}
             "part" => object(
-                Reason::Partition,
+                ObjectionKind::Partition,
                 "the device is a partition, but an image needs a whole disk".to_owned(),
                 format!(
                     "use its disk{}",
@@ -201,21 +201,21 @@ impl Device {
                 ),
             ),
             kind => object(
-                Reason::NotADisk,
+                ObjectionKind::NotADisk,
                 format!("expected a disk or a file, found a device of type `{kind}`"),
                 choose.to_owned(),
             ),
         }
         if self.read_only {
             object(
-                Reason::ReadOnly,
+                ObjectionKind::ReadOnly,
                 "the device is read-only".to_owned(),
                 "move the card's lock switch, or use another reader".to_owned(),
             );
         }
         if self.size < size {
             object(
-                Reason::TooSmall,
+                ObjectionKind::TooSmall,
                 format!(
                     "the device has {} ({} bytes), the image needs {} ({size} bytes)",
                     bytes(self.size),
@@ -227,7 +227,7 @@ impl Device {
         }
         if self.sector != 512 {
             object(
-                Reason::Sectors,
+                ObjectionKind::Sectors,
                 format!(
                     "the device has sectors of {} bytes, the image's partition table needs 512",
                     self.sector
@@ -238,7 +238,7 @@ impl Device {
         let spelt_out = allowed.is_some_and(|name| name == self.name || name == self.path.as_str());
         if self.kind == "disk" && !self.removable && !spelt_out {
             object(
-                Reason::NotRemovable,
+                ObjectionKind::NotRemovable,
                 format!("the device is not removable (bus {})", self.bus),
                 format!("if this is the right device: --non-removable {}", self.name),
             );
@@ -268,21 +268,21 @@ fn disk_of(partition: &str) -> Option<&str> {
 ///
 /// # Errors
 /// When the text is not the output of `lsblk --json --bytes`.
-pub fn parse(json: &str, soldered: impl Fn(&str) -> bool) -> Result<Vec<Device>> {
-    let answer: Answer = serde_json::from_str(json).context("parsing the output of lsblk")?;
+pub fn parse(json: &str, soldered: impl Fn(&str) -> bool) -> Result<Vec<FlashDevice>> {
+    let answer: LsblkOutput = serde_json::from_str(json).context("parsing the output of lsblk")?;
     let mut devices = Vec::new();
-    let mut left: Vec<&Listed> = answer.blockdevices.iter().rev().collect();
+    let mut left: Vec<&LsblkDevice> = answer.blockdevices.iter().rev().collect();
     while let Some(listed) = left.pop() {
         left.extend(listed.children.iter().rev());
         // An array is listed below each of its disks.
-        if devices.iter().all(|d: &Device| d.path != listed.path) {
+        if devices.iter().all(|d: &FlashDevice| d.path != listed.path) {
             devices.push(device(listed, &soldered));
         }
     }
     Ok(devices)
 }
 
-fn device(listed: &Listed, soldered: &impl Fn(&str) -> bool) -> Device {
+fn device(listed: &LsblkDevice, soldered: &impl Fn(&str) -> bool) -> FlashDevice {
     let trimmed = |text: &Option<String>| text.as_deref().unwrap_or("").trim().to_owned();
     let name = listed.kname.clone().unwrap_or_else(|| listed.name.clone());
     let mmc = listed.subsystems.as_deref().is_some_and(|s| s.split(':').any(|part| part == "mmc"));
@@ -305,12 +305,12 @@ fn device(listed: &Listed, soldered: &impl Fn(&str) -> bool) -> Device {
         }
     }
     let model = format!("{} {}", trimmed(&listed.vendor), trimmed(&listed.model));
-    Device {
+    FlashDevice {
         name,
         path: listed.path.clone(),
         kind: listed.kind.clone(),
         numbers: Some(listed.numbers.trim().to_owned()),
-        identity: Identity::default(),
+        identity: CardIdentity::default(),
         size: whole(listed.size.unwrap_or(0)),
         model: model.trim().to_owned(),
         bus,
@@ -324,8 +324,8 @@ fn device(listed: &Listed, soldered: &impl Fn(&str) -> bool) -> Device {
     }
 }
 
-fn content(listed: &Listed) -> String {
-    let describe = |one: &Listed| {
+fn content(listed: &LsblkDevice) -> String {
+    let describe = |one: &LsblkDevice| {
         let words = [&one.fstype, &one.partlabel, &one.label];
         let mut words: Vec<&str> =
             words.into_iter().flatten().map(|w| w.trim()).filter(|w| !w.is_empty()).collect();
@@ -354,7 +354,7 @@ fn content(listed: &Listed) -> String {
 ///
 /// # Errors
 /// When `lsblk` is missing, fails, or is too old.
-pub fn all() -> Result<Vec<Device>> {
+pub fn all() -> Result<Vec<FlashDevice>> {
     // The identities of the media are read before everything else, so that the data of a new medium
     // is never shown with the identity of the old one. A new card may only be detected when it is
     // first opened, hence the second attempt.
@@ -377,14 +377,14 @@ pub fn all() -> Result<Vec<Device>> {
 }
 
 /// The media that the kernel knows, by their devices' numbers.
-fn identities() -> BTreeMap<String, Identity> {
+fn identities() -> BTreeMap<String, CardIdentity> {
     let kernel = Utf8Path::new(KERNEL);
     let entries = kernel.read_dir_utf8().into_iter().flatten().flatten();
-    let of = |numbers: &str| (numbers.to_owned(), Identity::of_device(kernel, numbers));
+    let of = |numbers: &str| (numbers.to_owned(), CardIdentity::of_device(kernel, numbers));
     entries.map(|entry| of(entry.file_name())).collect()
 }
 
-fn listed() -> Result<Vec<Device>> {
+fn listed() -> Result<Vec<FlashDevice>> {
     let json = Tool::new("lsblk")
         .env("LC_ALL", "C")
         .args(["--json", "--bytes", "--all", "--output", COLUMNS])
@@ -422,8 +422,8 @@ fn tables(path: &Utf8Path) -> String {
 }
 
 /// Possible targets: disks, and loop devices that are attached to a file.
-pub fn candidates(devices: Vec<Device>) -> Vec<Device> {
-    let wanted = |d: &Device| d.size > 0 && matches!(d.kind.as_str(), "disk" | "loop");
+pub fn candidates(devices: Vec<FlashDevice>) -> Vec<FlashDevice> {
+    let wanted = |d: &FlashDevice| d.size > 0 && matches!(d.kind.as_str(), "disk" | "loop");
     devices.into_iter().filter(wanted).collect()
 }
 
@@ -431,7 +431,7 @@ pub fn candidates(devices: Vec<Device>) -> Vec<Device> {
 ///
 /// # Errors
 /// When there is none, or it is neither a device nor a plain file.
-pub fn find(typed: &Utf8Path) -> Result<Device> {
+pub fn find(typed: &Utf8Path) -> Result<FlashDevice> {
     let in_dev = Utf8Path::new("/dev").join(typed);
     let path = if !typed.as_str().contains('/') && !typed.exists() && in_dev.exists() {
         in_dev
@@ -459,11 +459,11 @@ pub fn find(typed: &Utf8Path) -> Result<Device> {
         );
     }
     let held_by = attached(&path)?;
-    Ok(Device {
+    Ok(FlashDevice {
         name: path.file_name().unwrap_or_default().to_owned(),
         kind: "file".to_owned(),
         numbers: None,
-        identity: Identity::of_file(&metadata),
+        identity: CardIdentity::of_file(&metadata),
         size: whole(metadata.len()),
         model: "plain file".to_owned(),
         bus: "file".to_owned(),

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use zstd::bulk::Decompressor;
 
-use super::source::Range;
+use super::source::ImageRange;
 
 /// The largest unpacked frame in bytes: twice the size of Slipway's frames.
 const LARGEST: u64 = 64 << 20;
@@ -29,7 +29,7 @@ const fn bound(size: u64) -> u64 {
 
 /// One frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Frame {
+pub struct ImageFrame {
     /// Where it begins in the file.
     stored: u64,
     /// Its bytes in the file.
@@ -45,7 +45,7 @@ pub struct Frame {
 ///
 /// # Errors
 /// When the file cannot be read.
-pub fn scan(file: &File) -> io::Result<Option<Vec<Frame>>> {
+pub fn scan(file: &File) -> io::Result<Option<Vec<ImageFrame>>> {
     let end = file.metadata()?.len();
     let (mut at, mut offset, mut frames) = (0, 0, Vec::new());
     while at < end {
@@ -53,7 +53,7 @@ pub fn scan(file: &File) -> io::Result<Option<Vec<Frame>>> {
         if size > LARGEST || length > bound(size) {
             return Ok(None);
         }
-        frames.push(Frame { stored: at, length, offset, size });
+        frames.push(ImageFrame { stored: at, length, offset, size });
         (at, offset) = (at + length, offset + size);
     }
     Ok(Some(frames))
@@ -112,8 +112,8 @@ fn frame(file: &File, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
 }
 
 /// The frames with data for the card, unpacked in order.
-pub struct Frames {
-    wanted: Vec<Frame>,
+pub struct FrameUnpacker {
+    wanted: Vec<ImageFrame>,
     /// One for each thread; they take turns.
     unpacked: Vec<Receiver<io::Result<Vec<u8>>>>,
     /// How many frames were taken from the threads, and the last of them.
@@ -126,14 +126,14 @@ pub struct Frames {
 
 type Spare = Arc<Mutex<Vec<Vec<u8>>>>;
 
-impl Frames {
+impl FrameUnpacker {
     /// Starts to unpack. The threads end when this value is dropped.
-    pub fn start(file: File, frames: &[Frame], ranges: &[Range]) -> Self {
-        let reaches = |frame: &&Frame| {
+    pub fn start(file: File, frames: &[ImageFrame], ranges: &[ImageRange]) -> Self {
+        let reaches = |frame: &&ImageFrame| {
             let next = ranges.partition_point(|r| r.offset + r.size <= frame.offset);
             ranges.get(next).is_some_and(|r| r.offset < frame.offset + frame.size)
         };
-        let wanted: Vec<Frame> = frames.iter().filter(reaches).cloned().collect();
+        let wanted: Vec<ImageFrame> = frames.iter().filter(reaches).cloned().collect();
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let threads = cores.min(THREADS).min(wanted.len().max(1));
         let (file, spare) = (Arc::new(file), Spare::default());
@@ -141,7 +141,7 @@ impl Frames {
             .map(|thread| {
                 // No buffering: a thread that has unpacked a frame waits until the frame is taken.
                 let (sender, receiver) = sync_channel(0);
-                let own: Vec<Frame> =
+                let own: Vec<ImageFrame> =
                     wanted.iter().skip(thread).step_by(threads).cloned().collect();
                 let (file, spare) = (Arc::clone(&file), Arc::clone(&spare));
                 std::thread::spawn(move || {
@@ -204,7 +204,7 @@ impl Frames {
 /// Unpacks a frame, whose content is as long as its header says.
 fn unpack(
     file: &File,
-    frame: &Frame,
+    frame: &ImageFrame,
     stored: &mut Vec<u8>,
     content: &mut Vec<u8>,
 ) -> io::Result<()> {

@@ -18,7 +18,7 @@ const MOST: usize = 4096;
 
 /// What distinguishes one medium from the next.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Identity {
+pub struct CardIdentity {
     /// The kernel's count of media: it increases with each medium that is attached or inserted
     /// (`diskseq`, Linux 5.15).
     pub sequence: Option<u64>,
@@ -26,7 +26,7 @@ pub struct Identity {
     pub serials: Vec<(String, String)>,
 }
 
-impl Identity {
+impl CardIdentity {
     /// The medium in the block device of these numbers, in a directory like [`KERNEL`].
     pub fn of_device(kernel: &Utf8Path, numbers: &str) -> Self {
         let folder = kernel.join(numbers);
@@ -87,9 +87,9 @@ mod tests {
             std::fs::create_dir_all(path.parent().expect("a directory")).expect("made");
             std::fs::write(path, text).expect("written");
         };
-        let look = || Identity::of_device(kernel, "179:0");
+        let look = || CardIdentity::of_device(kernel, "179:0");
         // An old kernel and a reader that reports nothing: nothing to compare.
-        assert_eq!(look(), Identity::default());
+        assert_eq!(look(), CardIdentity::default());
         write("diskseq", "9\n");
         write("device/cid", "035344534c3136478012345678015a00\n");
         let shown = look();

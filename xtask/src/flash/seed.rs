@@ -13,8 +13,8 @@ use contract::seed_file::LARGEST;
 pub use contract::seed_file::{FILE, Seed, Wifi};
 use fatfs::{FileSystem, FsOptions};
 
-use super::card::{Buffer, Card};
-use super::write::Piece;
+use super::card::{AlignedMemory, CardIo};
+use super::write::ImagePiece;
 use crate::disk::layout::BLOCK;
 use crate::disk::read::{self, FoundPartition};
 use crate::ssh_keys;
@@ -105,9 +105,9 @@ fn parts(seed: &Seed) -> Vec<&'static str> {
 /// When the image has no boot partition with a FAT, or the card fails.
 pub fn plant(
     seed: &Seed,
-    card: &dyn Card,
-    held: &[(usize, Buffer)],
-    pieces: &[Piece],
+    card: &dyn CardIo,
+    held: &[(usize, AlignedMemory)],
+    pieces: &[ImagePiece],
 ) -> Result<Vec<&'static str>> {
     let text = seed.to_text().context("encoding the settings for the first boot")?;
     ensure!(
@@ -133,9 +133,9 @@ pub fn plant(
 
 /// The place of the boot partition.
 fn boot_partition(
-    card: &dyn Card,
-    held: &[(usize, Buffer)],
-    pieces: &[Piece],
+    card: &dyn CardIo,
+    held: &[(usize, AlignedMemory)],
+    pieces: &[ImagePiece],
 ) -> Result<std::ops::Range<u64>> {
     let folder = tempfile::tempdir().context("creating a directory")?;
     let path = Utf8PathBuf::try_from(folder.path().join("table.img"))?;
@@ -168,11 +168,11 @@ fn boot_partition(
 
 /// A partition on the card: blocks are read when they are needed, and kept until they are stored.
 struct Volume<'a> {
-    card: &'a dyn Card,
+    card: &'a dyn CardIo,
     place: std::ops::Range<u64>,
     position: u64,
     /// By block number: the bytes, and whether they were changed.
-    blocks: BTreeMap<u64, (Buffer, bool)>,
+    blocks: BTreeMap<u64, (AlignedMemory, bool)>,
 }
 
 impl Volume<'_> {
@@ -182,7 +182,7 @@ impl Volume<'_> {
         let (buffer, changed) = match self.blocks.entry(number) {
             std::collections::btree_map::Entry::Occupied(known) => known.into_mut(),
             std::collections::btree_map::Entry::Vacant(new) => {
-                let mut buffer = Buffer::new(BLOCK as usize);
+                let mut buffer = AlignedMemory::new(BLOCK as usize);
                 let place = self.place.start + number * BLOCK;
                 self.card.read_at(place, buffer.part(BLOCK as usize))?;
                 new.insert((buffer, false))
@@ -206,7 +206,7 @@ impl Volume<'_> {
             written.push((place, buffer));
         }
         card.flush().context("flushing the card")?;
-        let mut found = Buffer::new(BLOCK as usize);
+        let mut found = AlignedMemory::new(BLOCK as usize);
         for (place, buffer) in written {
             card.read_at(place, found.part(BLOCK as usize))
                 .with_context(|| format!("reading back at {place}"))?;

@@ -19,8 +19,11 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::Mode;
 use rustix::process::{Pid, Signal, kill_process_group, umask};
 
-use super::units::{Address, Again, Condition, Exec, Mount, Start, Test, Unit};
-use super::{Event, Order, PORT, Rights, State, mounts};
+use super::units::{
+    Address, ConditionTest, FstabMount, RestartPolicy, ServiceProgram, ServiceUnit, StartCriterion,
+    UnitCondition,
+};
+use super::{Event, LocalPrivileges, Order, PORT, ServiceState, mounts};
 use crate::exec::Tool;
 
 /// The first user id for dynamic users of systemd (systemd.exec(5), DynamicUser=). Any id other
@@ -42,7 +45,7 @@ const INFO: u8 = 6;
 const ERROR: u8 = 3;
 
 /// The state of the local system, shared by its threads.
-struct System {
+struct SupervisedSystem {
     order: Order,
     /// The program `unshare` of the host: every service enters the root through it.
     unshare: Utf8PathBuf,
@@ -75,7 +78,7 @@ pub fn run() -> Result<()> {
     let listener = TcpListener::from(listener);
     let unshare = crate::exec::find("unshare").context("finding unshare")?;
     // Leaked: it is needed as long as the process and its threads run.
-    let system: &'static System = Box::leak(Box::new(System {
+    let system: &'static SupervisedSystem = Box::leak(Box::new(SupervisedSystem {
         order,
         unshare,
         host: Mutex::new(host),
@@ -104,7 +107,7 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-impl System {
+impl SupervisedSystem {
     /// Sends a message to the host's side. If the host's side is gone, this system ends anyway.
     fn tell(&self, event: &Event) {
         let Ok(mut line) = serde_json::to_vec(event) else { return };
@@ -118,7 +121,7 @@ impl System {
         self.tell(&Event::Said { unit: unit.to_owned(), level, line: line.to_owned() });
     }
 
-    fn state(&self, unit: &Unit, state: State, why: impl Into<String>) {
+    fn state(&self, unit: &ServiceUnit, state: ServiceState, why: impl Into<String>) {
         let seconds = self.began.elapsed().as_secs_f64();
         self.tell(&Event::Unit { unit: unit.name.clone(), state, why: why.into(), seconds });
     }
@@ -147,15 +150,15 @@ impl System {
     }
 
     /// Waits for the services that it depends on, then starts this one and keeps it running.
-    fn look_after(&'static self, unit: &'static Unit) {
+    fn look_after(&'static self, unit: &'static ServiceUnit) {
         let mut settled = lock(&self.settled);
         while !unit.after.iter().all(|other| settled.contains(other)) {
             settled = self.changed.wait(settled).unwrap_or_else(PoisonError::into_inner);
         }
         drop(settled);
-        let fails = |condition: &&Condition| !self.holds(condition);
+        let fails = |condition: &&UnitCondition| !self.holds(condition);
         if let Some(condition) = unit.conditions.iter().find(fails) {
-            self.state(unit, State::Skipped, condition.text.clone());
+            self.state(unit, ServiceState::Skipped, condition.text.clone());
             return self.settle(unit);
         }
         loop {
@@ -164,14 +167,14 @@ impl System {
                 Err(error) => (false, format!("{error:#}")),
             };
             let again = match unit.again {
-                Again::Always => true,
-                Again::Failed => !healthy,
-                Again::No => false,
+                RestartPolicy::Always => true,
+                RestartPolicy::Failed => !healthy,
+                RestartPolicy::No => false,
             };
             match (again, healthy) {
-                (true, _) => self.state(unit, State::Restarts, why),
-                (false, true) => self.state(unit, State::Done, ""),
-                (false, false) => self.state(unit, State::Failed, why),
+                (true, _) => self.state(unit, ServiceState::Restarts, why),
+                (false, true) => self.state(unit, ServiceState::Done, ""),
+                (false, false) => self.state(unit, ServiceState::Failed, why),
             }
             self.settle(unit);
             if !again {
@@ -182,11 +185,11 @@ impl System {
     }
 
     /// Services that wait for this one may start.
-    fn settle(&self, unit: &Unit) {
+    fn settle(&self, unit: &ServiceUnit) {
         if lock(&self.settled).contains(&unit.name) {
             return;
         }
-        let after = |mount: &&Mount| mount.after.as_ref() == Some(&unit.name);
+        let after = |mount: &&FstabMount| mount.after.as_ref() == Some(&unit.name);
         for mount in self.order.system.mounts.iter().filter(after) {
             // Like `nofail` in fstab: only reported.
             if let Err(error) = mounts::place(&self.order.root, mount) {
@@ -200,7 +203,7 @@ impl System {
         self.changed.notify_all();
     }
 
-    fn holds(&self, condition: &Condition) -> bool {
+    fn holds(&self, condition: &UnitCondition) -> bool {
         let look = |path: &Utf8Path| {
             let fd = mounts::within(&self.order.root, path).ok()?;
             let path = Utf8PathBuf::from(mounts::by_descriptor(&fd));
@@ -211,17 +214,17 @@ impl System {
         let runs =
             |about: &fs::Metadata| about.is_file() && about.permissions().mode() & 0o111 != 0;
         let holds = match &condition.test {
-            Test::Exists(path) => look(path).is_some(),
-            Test::Executable(path) => look(path).is_some_and(|(about, _)| runs(&about)),
-            Test::NotEmpty(path) => look(path).is_some_and(|(about, _)| about.len() > 0),
-            Test::Populated(path) => look(path).is_some_and(|(_, entries)| entries),
-            Test::Container => true,
+            ConditionTest::Exists(path) => look(path).is_some(),
+            ConditionTest::Executable(path) => look(path).is_some_and(|(about, _)| runs(&about)),
+            ConditionTest::NotEmpty(path) => look(path).is_some_and(|(about, _)| about.len() > 0),
+            ConditionTest::Populated(path) => look(path).is_some_and(|(_, entries)| entries),
+            ConditionTest::Container => true,
         };
         holds != condition.negated
     }
 
     /// Runs a service once, to its end.
-    fn once(&'static self, unit: &'static Unit) -> Result<ExitStatus> {
+    fn once(&'static self, unit: &'static ServiceUnit) -> Result<ExitStatus> {
         for name in &unit.runtime {
             let path = self.order.root.join("run").join(name);
             fs::create_dir_all(&path).with_context(|| format!("making {path}"))?;
@@ -236,7 +239,7 @@ impl System {
                 bail!("{}: {status}", exec.words.join(" "));
             }
         }
-        if unit.start == Start::Ended {
+        if unit.start == StartCriterion::Ended {
             let mut last = Err(anyhow::anyhow!("the service has no program"));
             for exec in &unit.programs {
                 let status = self.to_the_end(unit, exec, deadline)?;
@@ -249,7 +252,7 @@ impl System {
         }
         let exec = unit.programs.first().context("the service has no program")?;
         let notified = match unit.start {
-            Start::Notified => Some(Notified::new(&self.order.root, &unit.name)?),
+            StartCriterion::Notified => Some(Notified::new(&self.order.root, &unit.name)?),
             _ => None,
         };
         if let Some(notified) = &notified {
@@ -258,7 +261,7 @@ impl System {
         let mut child = self.start(unit, exec, notified.as_ref())?;
         let mut waits = notified.as_ref();
         if waits.is_none() {
-            self.state(unit, State::Started, "");
+            self.state(unit, ServiceState::Started, "");
             self.settle(unit);
         }
         loop {
@@ -269,7 +272,7 @@ impl System {
             }
             if let Some(said) = waits.and_then(Notified::ready) {
                 waits = None;
-                self.state(unit, State::Started, said);
+                self.state(unit, ServiceState::Started, said);
                 self.settle(unit);
             }
             if waits.is_some() && deadline.is_some_and(|deadline| Instant::now() > deadline) {
@@ -282,8 +285,8 @@ impl System {
     }
 
     /// Changes the owner of a file to a service's own user, if that differs.
-    fn give(&self, unit: &Unit, path: &Utf8Path) -> Result<()> {
-        if !unit.own_user || self.order.rights == Rights::User {
+    fn give(&self, unit: &ServiceUnit, path: &Utf8Path) -> Result<()> {
+        if !unit.own_user || self.order.rights == LocalPrivileges::User {
             return Ok(());
         }
         chown(path, Some(OWN_USER), Some(OWN_USER))
@@ -292,8 +295,8 @@ impl System {
 
     fn to_the_end(
         &'static self,
-        unit: &'static Unit,
-        exec: &Exec,
+        unit: &'static ServiceUnit,
+        exec: &ServiceProgram,
         by: Option<Instant>,
     ) -> Result<ExitStatus> {
         let mut child = self.start(unit, exec, None)?;
@@ -324,19 +327,19 @@ impl System {
     /// root there, but with the files of the host's user. For root it is simply another user.
     fn start(
         &'static self,
-        unit: &'static Unit,
-        exec: &Exec,
+        unit: &'static ServiceUnit,
+        exec: &ServiceProgram,
         notified: Option<&Notified>,
     ) -> Result<Child> {
         let (user, group) = match self.order.rights {
-            Rights::User => ("--map-user", "--map-group"),
-            Rights::Root => ("--setuid", "--setgid"),
+            LocalPrivileges::User => ("--map-user", "--map-group"),
+            LocalPrivileges::Root => ("--setuid", "--setgid"),
         };
         let (user, group) = (format!("{user}={OWN_USER}"), format!("{group}={OWN_USER}"));
         let own: &[&str] = match (unit.own_user, self.order.rights) {
             (false, _) => &[],
-            (true, Rights::User) => &["--user", &user, &group],
-            (true, Rights::Root) => &[&user, &group],
+            (true, LocalPrivileges::User) => &["--user", &user, &group],
+            (true, LocalPrivileges::Root) => &[&user, &group],
         };
         let mut tool = self.enter(own, &unit.folder).args(&exec.words);
         for (name, value) in &unit.environment {

@@ -12,7 +12,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, mkfifoat, o
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 
-use super::units::Mount;
+use super::units::FstabMount;
 
 /// Virtual devices, independent of the machine (null(4), random(4), tty(4)).
 const DEVICES: [&str; 6] = ["full", "null", "random", "tty", "urandom", "zero"];
@@ -44,7 +44,7 @@ pub(super) fn by_descriptor(fd: &impl AsRawFd) -> String {
 ///
 /// # Errors
 /// What the kernel does not permit.
-pub(super) fn before(root: &Utf8Path, data: &Utf8Path, mounts: &[Mount]) -> Result<()> {
+pub(super) fn before(root: &Utf8Path, data: &Utf8Path, mounts: &[FstabMount]) -> Result<()> {
     mount_bind(root.as_str(), root.as_str()).with_context(|| format!("mounting {root}"))?;
     restrict(root, MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID)?;
     let at = |path: &str| root.join(path);
@@ -82,7 +82,7 @@ pub(super) fn site(root: &Utf8Path, site: &Utf8Path) -> Result<()> {
 }
 
 /// Mounts an entry of fstab.
-pub(super) fn place(root: &Utf8Path, entry: &Mount) -> Result<()> {
+pub(super) fn place(root: &Utf8Path, entry: &FstabMount) -> Result<()> {
     let at = within(root, &entry.at)?;
     let place = Utf8PathBuf::from(by_descriptor(&at));
     match &entry.what {

@@ -55,7 +55,7 @@ const CONFINEMENT: [&str; 24] = [
 /// When a service is considered started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Start {
+pub enum StartCriterion {
     /// When its programs have ended.
     Ended,
     /// When its program runs.
@@ -67,7 +67,7 @@ pub enum Start {
 /// When a service that has ended is restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Again {
+pub enum RestartPolicy {
     /// Never.
     No,
     /// When it has failed.
@@ -79,7 +79,7 @@ pub enum Again {
 /// One program of a service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Exec {
+pub struct ServiceProgram {
     /// The program and its arguments.
     pub words: Vec<String>,
     /// Its failure is ignored.
@@ -89,11 +89,11 @@ pub struct Exec {
 /// A condition without which a service is skipped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Condition {
+pub struct UnitCondition {
     /// The condition as in the unit, for messages.
     pub text: String,
     /// What is checked.
-    pub test: Test,
+    pub test: ConditionTest,
     /// The condition is negated.
     pub negated: bool,
 }
@@ -101,7 +101,7 @@ pub struct Condition {
 /// The kinds of conditions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Test {
+pub enum ConditionTest {
     /// Whether a path exists.
     Exists(Utf8PathBuf),
     /// Whether an executable file exists.
@@ -117,22 +117,22 @@ pub enum Test {
 /// A service, as far as its settings are supported here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Unit {
+pub struct ServiceUnit {
     /// Its name, such as `proxy.service`.
     pub name: String,
     /// Its conditions; the service is skipped when one fails.
-    pub conditions: Vec<Condition>,
+    pub conditions: Vec<UnitCondition>,
     /// Services that start before it.
     pub after: Vec<String>,
     /// Services that start after it, from its own unit.
     #[serde(skip)]
     pub ahead_of: Vec<String>,
     /// When it is considered started.
-    pub start: Start,
+    pub start: StartCriterion,
     /// Programs that run first, one after the other.
-    pub before: Vec<Exec>,
+    pub before: Vec<ServiceProgram>,
     /// Its main programs.
-    pub programs: Vec<Exec>,
+    pub programs: Vec<ServiceProgram>,
     /// Variables.
     pub environment: Vec<(String, String)>,
     /// Files of variables, and whether each may be missing.
@@ -148,7 +148,7 @@ pub struct Unit {
     /// Whether it has its own user, who is not root.
     pub own_user: bool,
     /// When it is restarted.
-    pub again: Again,
+    pub again: RestartPolicy,
     /// The delay before a restart.
     pub pause: Duration,
     /// How long it may take to start.
@@ -158,7 +158,7 @@ pub struct Unit {
 /// A mount from the root's fstab.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Mount {
+pub struct FstabMount {
     /// The mount point.
     pub at: Utf8PathBuf,
     /// The source: a path of the same root, or memory.
@@ -172,15 +172,15 @@ pub struct Mount {
 /// The services and mounts of a root.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct System {
+pub struct LocalServices {
     /// Services of overlays.
-    pub units: Vec<Unit>,
+    pub units: Vec<ServiceUnit>,
     /// Enabled units that are not run here: the base system's own, and units that are not services.
     pub left_out: Vec<String>,
     /// Settings of services that are not supported here.
     pub notes: Vec<String>,
     /// The mounts of fstab.
-    pub mounts: Vec<Mount>,
+    pub mounts: Vec<FstabMount>,
     /// Addresses that must answer for the system to be healthy (`/etc/slotd/health.d`).
     pub addresses: Vec<Address>,
 }
@@ -189,8 +189,8 @@ pub struct System {
 ///
 /// # Errors
 /// A unit of an overlay that is malformed, has an unsupported setting, or depends on itself.
-pub fn read(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<System> {
-    let mut system = System { mounts: mounts(root)?, ..System::default() };
+pub fn read(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<LocalServices> {
+    let mut system = LocalServices { mounts: mounts(root)?, ..LocalServices::default() };
     for name in enabled(root)? {
         let there = |dir: &&&str| root.join(dir).join(&name).symlink_metadata().is_ok();
         let dir = FOLDERS.iter().find(there).copied();
@@ -285,13 +285,13 @@ fn settings(text: &str) -> Result<Vec<(String, String, String)>> {
 }
 
 /// Parses a service.
-fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
-    let mut unit = Unit {
+fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<ServiceUnit> {
+    let mut unit = ServiceUnit {
         name: name.to_owned(),
         conditions: Vec::new(),
         after: Vec::new(),
         ahead_of: Vec::new(),
-        start: Start::Running,
+        start: StartCriterion::Running,
         before: Vec::new(),
         programs: Vec::new(),
         environment: Vec::new(),
@@ -301,7 +301,7 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
         runtime_mode: 0o755,
         umask: 0o022,
         own_user: false,
-        again: Again::No,
+        again: RestartPolicy::No,
         pause: RESTART_PAUSE,
         timeout: START_TIMEOUT,
     };
@@ -317,9 +317,9 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
             ("Service", "Type") => {
                 oneshot = value == "oneshot";
                 unit.start = match value.as_str() {
-                    "oneshot" => Start::Ended,
-                    "simple" | "exec" => Start::Running,
-                    "notify" => Start::Notified,
+                    "oneshot" => StartCriterion::Ended,
+                    "simple" | "exec" => StartCriterion::Running,
+                    "notify" => StartCriterion::Notified,
                     _ => bail!("{}: expected oneshot, simple, exec or notify", doing()),
                 };
             }
@@ -348,9 +348,9 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
             ("Service", "DynamicUser") => unit.own_user = value == "yes" || value == "true",
             ("Service", "Restart") => {
                 unit.again = match value.as_str() {
-                    "no" => Again::No,
-                    "always" => Again::Always,
-                    "on-failure" | "on-abnormal" | "on-abort" => Again::Failed,
+                    "no" => RestartPolicy::No,
+                    "always" => RestartPolicy::Always,
+                    "on-failure" | "on-abnormal" | "on-abort" => RestartPolicy::Failed,
                     _ => bail!("{}: expected no, always or on-failure", doing()),
                 };
             }
@@ -373,34 +373,34 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
     Ok(unit)
 }
 
-fn condition(key: &str, value: &str) -> Result<Condition> {
+fn condition(key: &str, value: &str) -> Result<UnitCondition> {
     let (negated, bare) = match value.strip_prefix('!') {
         Some(rest) => (true, rest),
         None => (false, value),
     };
     let path = || Utf8PathBuf::from(bare);
     let test = match (key, bare) {
-        ("ConditionPathExists", _) => Test::Exists(path()),
-        ("ConditionFileIsExecutable", _) => Test::Executable(path()),
-        ("ConditionFileNotEmpty", _) => Test::NotEmpty(path()),
-        ("ConditionDirectoryNotEmpty", _) => Test::Populated(path()),
-        ("ConditionVirtualization", "container") => Test::Container,
+        ("ConditionPathExists", _) => ConditionTest::Exists(path()),
+        ("ConditionFileIsExecutable", _) => ConditionTest::Executable(path()),
+        ("ConditionFileNotEmpty", _) => ConditionTest::NotEmpty(path()),
+        ("ConditionDirectoryNotEmpty", _) => ConditionTest::Populated(path()),
+        ("ConditionVirtualization", "container") => ConditionTest::Container,
         _ => bail!(
             "`{key}={value}` is not supported here\n\
              help: supported are PathExists, FileIsExecutable, FileNotEmpty, DirectoryNotEmpty, \
              and ConditionVirtualization=!container for services that need hardware"
         ),
     };
-    Ok(Condition { text: format!("{key}={value}"), test, negated })
+    Ok(UnitCondition { text: format!("{key}={value}"), test, negated })
 }
 
-fn exec(value: &str) -> Result<Exec> {
+fn exec(value: &str) -> Result<ServiceProgram> {
     let bare = value.trim_start_matches(['-', '@', ':', '+', '!']);
     let prefix = &value[..value.len() - bare.len()];
     ensure!(!prefix.contains('@'), "the prefix @ is not supported here");
     let words = words(bare)?;
     ensure!(words.first().is_some_and(|w| w.starts_with('/')), "expected an absolute path");
-    Ok(Exec { words, may_fail: prefix.contains('-') })
+    Ok(ServiceProgram { words, may_fail: prefix.contains('-') })
 }
 
 /// Words without specifiers, quotes or variables.
@@ -434,7 +434,7 @@ fn time(text: &str) -> Result<Duration> {
 
 /// Sorts services so that each comes after its dependencies, and drops dependencies that are not
 /// among them.
-fn in_order(units: &mut Vec<Unit>) -> Result<()> {
+fn in_order(units: &mut Vec<ServiceUnit>) -> Result<()> {
     let names: BTreeSet<String> = units.iter().map(|unit| unit.name.clone()).collect();
     let said: Vec<(String, Vec<String>)> =
         units.iter_mut().map(|u| (u.name.clone(), std::mem::take(&mut u.ahead_of))).collect();
@@ -443,9 +443,10 @@ fn in_order(units: &mut Vec<Unit>) -> Result<()> {
         unit.after.extend(others.map(|(name, _)| name.clone()));
         unit.after.retain(|other| names.contains(other));
     }
-    let mut placed: Vec<Unit> = Vec::new();
+    let mut placed: Vec<ServiceUnit> = Vec::new();
     while !units.is_empty() {
-        let ready = |unit: &Unit| unit.after.iter().all(|o| placed.iter().any(|p| p.name == *o));
+        let ready =
+            |unit: &ServiceUnit| unit.after.iter().all(|o| placed.iter().any(|p| p.name == *o));
         let Some(next) = units.iter().position(ready) else {
             let names: Vec<&str> = units.iter().map(|unit| unit.name.as_str()).collect();
             bail!("these services depend on each other in a circle: {}", names.join(", "));
@@ -457,7 +458,7 @@ fn in_order(units: &mut Vec<Unit>) -> Result<()> {
 }
 
 /// The mounts of fstab, except the root: memory, and bind mounts of `data`.
-fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
+fn mounts(root: &Utf8Path) -> Result<Vec<FstabMount>> {
     let path = root.join("etc/fstab");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
     let mut found = Vec::new();
@@ -474,7 +475,7 @@ fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
         let own = |option: &&str| ["mode=", "size="].iter().any(|key| option.starts_with(key));
         let own: Vec<&str> = options.split(',').filter(own).collect();
         let after = options.split(',').find_map(|o| o.strip_prefix("x-systemd.requires="));
-        found.push(Mount {
+        found.push(FstabMount {
             at: at.into(),
             what,
             options: own.join(","),
@@ -509,7 +510,7 @@ mod tests {
         WorkingDirectory=/run/x\nUMask=0077\nProtectSystem=strict\nLimitNOFILE=5\n\
         [Install]\nWantedBy=multi-user.target\n";
 
-    fn one(text: &str) -> Result<Unit> {
+    fn one(text: &str) -> Result<ServiceUnit> {
         parse("x.service", text, &mut Vec::new())
     }
 
@@ -518,15 +519,15 @@ mod tests {
         let mut notes = Vec::new();
         let unit = parse("x.service", PROXY, &mut notes).unwrap();
         assert_eq!(unit.after, ["api.service", "network.target", "state.service"]);
-        assert_eq!(unit.conditions[0].test, Test::Executable("/usr/bin/x".into()));
+        assert_eq!(unit.conditions[0].test, ConditionTest::Executable("/usr/bin/x".into()));
         assert_eq!(unit.environment, [("A".into(), "1".into()), ("B".into(), "a=b".into())]);
         assert_eq!(unit.environment_files, [("/usr/lib/x.env".into(), true)]);
         assert_eq!(
             unit.before,
-            [Exec { words: vec!["/bin/prepare".into(), "all".into()], may_fail: true }]
+            [ServiceProgram { words: vec!["/bin/prepare".into(), "all".into()], may_fail: true }]
         );
         assert_eq!(unit.programs[0].words, ["/usr/bin/x", "--fast"]);
-        assert_eq!((unit.start, unit.again), (Start::Notified, Again::Always));
+        assert_eq!((unit.start, unit.again), (StartCriterion::Notified, RestartPolicy::Always));
         assert_eq!((unit.pause.as_secs(), unit.timeout.as_secs()), (2, 90));
         assert_eq!((unit.runtime_mode, unit.umask, unit.own_user), (0o700, 0o077, true));
         assert_eq!(unit.folder, "/run/x");
@@ -620,7 +621,7 @@ mod tests {
     #[test]
     fn before_is_after_seen_from_the_other_side() {
         let unit = |more: &str| one(&format!("[Unit]\n{more}\n[Service]\nExecStart=/x\n")).unwrap();
-        let named = |name: &str, unit: Unit| Unit { name: name.to_owned(), ..unit };
+        let named = |name: &str, unit: ServiceUnit| ServiceUnit { name: name.to_owned(), ..unit };
         let mut units =
             vec![named("b.service", unit("")), named("a.service", unit("Before=b.service never"))];
         in_order(&mut units).unwrap();

@@ -15,7 +15,7 @@ use ext4_view::{Ext4, FileType};
 
 use crate::artifact::{partial, write_large};
 use crate::diff;
-use crate::progress::{Step, Unit};
+use crate::progress::{ProgressStep, ProgressUnit};
 
 /// The permissions that are kept. A set-user-id program would get the privileges of the user who
 /// unpacked it.
@@ -43,7 +43,7 @@ pub(super) fn unpack(image: &Utf8Path, key: &str, used: u64, out: &Utf8Path) -> 
     for old in [&stamp, &fresh, &out.to_owned()] {
         remove(old)?;
     }
-    let step = Step::new("unpack", "the root filesystem", used, Unit::Bytes);
+    let step = ProgressStep::new("unpack", "the root filesystem", used, ProgressUnit::Bytes);
     let filesystem = diff::open(image, 0)?;
     tree(&filesystem, fresh.as_std_path(), &step).with_context(|| format!("unpacking {image}"))?;
     fs::rename(&fresh, out).with_context(|| format!("renaming {fresh}"))?;
@@ -64,7 +64,7 @@ pub(super) fn remove(path: &Utf8Path) -> Result<()> {
     removed.with_context(|| format!("removing {path}"))
 }
 
-fn tree(filesystem: &Ext4, out: &Path, step: &Step) -> Result<()> {
+fn tree(filesystem: &Ext4, out: &Path, step: &ProgressStep) -> Result<()> {
     fs::create_dir(out).with_context(|| format!("making {}", out.display()))?;
     let mut folders: Vec<(PathBuf, u16)> = Vec::new();
     let mut todo = vec![b"/".to_vec()];

@@ -2,22 +2,23 @@
 //! machine's memory, the boot state's place on the card, what only one engine or one kernel can
 //! boot.
 
-use super::{BoardPlan, EarlierCard, Origin, cmdline};
+use super::{BoardPlan, EarlierCardPlan, ListOrigin, cmdline};
 use crate::config::board::{
-    Address, Board, BootFlow, BootSource, Compile, Console, Disk, Earlier, Partition,
+    BoardConfig, BootFileFormat, BootFlowKind, BootSourceConfig, ConsoleConfig, DiskConfig,
+    EarlierDiskConfig, MemoryAddress, PartitionConfig,
 };
-use crate::config::product::{Engine, Product};
-use crate::config::reader::{Finding, FromToml, Located};
-use crate::disk::layout::{self, DiskRequest, Filesystem, Layout, PartitionRequest};
+use crate::config::product::{Engine, ProductConfig};
+use crate::config::reader::{ConfigFinding, FromToml, Located};
+use crate::disk::layout::{self, DiskLayout, DiskRequest, Filesystem, PartitionRequest};
 
 /// Alignment of partitions without a `start` of their own: erase blocks of cards are 4 MiB.
 const ALIGNMENT: u64 = 4 << 20;
 
 /// Checks the rules of a board, and of a product on it.
-pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
+pub(super) fn check(product: &ProductConfig, board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     if board.arch.value != "arm64" {
         let message = format!("`arch`: expected \"arm64\", found \"{}\"", board.arch.value);
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             &board.arch.place,
             message,
             "no engine supports another architecture yet",
@@ -25,13 +26,13 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
     }
     let flow = board.boot_flow.value;
     let needed: &[&str] = match flow {
-        BootFlow::Uboot => &["boot", "root-a", "root-b", "data"],
-        BootFlow::Tryboot => &["boot", "boot-a", "boot-b", "root-a", "root-b", "data"],
+        BootFlowKind::Uboot => &["boot", "root-a", "root-b", "data"],
+        BootFlowKind::Tryboot => &["boot", "boot-a", "boot-b", "root-a", "root-b", "data"],
     };
     let find = |role: &str| board.partitions.iter().find(|p| p.role.value.0 == role);
     for role in needed.iter().filter(|role| find(role).is_none()) {
         let message = format!("the partition `{role}` is missing");
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             &board.boot_flow.place,
             message,
             "add a [[partitions]] table for it",
@@ -41,7 +42,7 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         let role = partition.role.value.0.as_str();
         if !needed.contains(&role) {
             let message = format!("this boot flow has no role `{role}`");
-            out.push(Finding::new(
+            out.push(ConfigFinding::new(
                 &partition.role.place,
                 message,
                 format!("roles: {}", needed.join(", ")),
@@ -54,7 +55,7 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
                 "`{role}` must be {}",
                 if expected == Filesystem::Vfat { "vfat" } else { "ext4" }
             );
-            out.push(Finding::new(&partition.filesystem.place, message, ""));
+            out.push(ConfigFinding::new(&partition.filesystem.place, message, ""));
         }
     }
     for (a, b) in [("root-a", "root-b"), ("boot-a", "boot-b")] {
@@ -66,51 +67,54 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
                 layout::exact(first.size.value.0),
                 layout::exact(second.size.value.0)
             );
-            out.push(Finding::new(&second.size.place, message, "give both the same size"));
+            out.push(ConfigFinding::new(&second.size.place, message, "give both the same size"));
         }
     }
-    if (flow == BootFlow::Tryboot) != board.eeprom_since.is_some() {
+    if (flow == BootFlowKind::Tryboot) != board.eeprom_since.is_some() {
         let place = board.eeprom_since.as_ref().map_or(&board.boot_flow.place, |s| &s.place);
         let (message, help) = match flow {
-            BootFlow::Tryboot => (
+            BootFlowKind::Tryboot => (
                 "the flow \"tryboot\" needs `eeprom-since`",
                 "add the day of the oldest EEPROM release that can try a slot",
             ),
-            BootFlow::Uboot => (
+            BootFlowKind::Uboot => (
                 "`eeprom-since` has no meaning with the flow \"uboot\"",
                 "remove it: only the flow \"tryboot\" depends on the EEPROM's release",
             ),
         };
-        out.push(Finding::new(place, message, help));
+        out.push(ConfigFinding::new(place, message, help));
     }
     if let (Some(first), false) = (board.disk.trust.first(), board.disk.trust.len() == 2) {
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             &first.place,
             format!("`disk.trust.offsets`: expected 2 copies, found {}", board.disk.trust.len()),
             "two copies are written alternately, so that one of them is always intact",
         ));
     }
-    let expected = if flow == BootFlow::Uboot { 2 } else { 0 };
+    let expected = if flow == BootFlowKind::Uboot { 2 } else { 0 };
     let found = board.disk.boot_state.len();
     if found != expected {
         let place = board.disk.boot_state.first().map_or(&board.boot_flow.place, |s| &s.place);
         let message = format!(
             "`disk.boot-state.offsets`: expected {expected} sectors for this boot flow, found {found}"
         );
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             place,
             message,
             "only the flow \"uboot\" uses a boot state, in two copies",
         ));
     }
-    if flow == BootFlow::Uboot {
-        let script = |s: &BootSource| {
-            matches!(s, BootSource::Template { compile: Some(Compile::BootScript), .. })
+    if flow == BootFlowKind::Uboot {
+        let script = |s: &BootSourceConfig| {
+            matches!(
+                s,
+                BootSourceConfig::Template { compile: Some(BootFileFormat::BootScript), .. }
+            )
         };
         if !board.boot_files.iter().any(|file| script(&file.source)) {
             let message = "the flow \"uboot\" needs a boot script";
             let help = "add a [[boot-files]] table with `compile = \"boot-script\"`";
-            out.push(Finding::new(&board.boot_flow.place, message, help));
+            out.push(ConfigFinding::new(&board.boot_flow.place, message, help));
         }
     }
     check_kernel(product, board, out);
@@ -121,10 +125,10 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
 
 /// Assigns an offset to every partition.
 pub(super) fn place(
-    disk: &Disk,
-    partitions: &[Partition],
-    out: &mut Vec<Finding>,
-) -> Option<Layout> {
+    disk: &DiskConfig,
+    partitions: &[PartitionConfig],
+    out: &mut Vec<ConfigFinding>,
+) -> Option<DiskLayout> {
     let request = DiskRequest {
         table: disk.table.value,
         size: disk.size.value.0,
@@ -149,10 +153,11 @@ pub(super) fn place(
         Err(messages) => {
             for message in messages {
                 // The place of the finding is that of the first partition that it names.
-                let named = |p: &&Partition| message.contains(&format!("`{}`", p.role.value.0));
+                let named =
+                    |p: &&PartitionConfig| message.contains(&format!("`{}`", p.role.value.0));
                 let place =
                     partitions.iter().find(named).map_or(&disk.size.place, |p| &p.size.place);
-                out.push(Finding::new(place, message, ""));
+                out.push(ConfigFinding::new(place, message, ""));
             }
             None
         }
@@ -160,7 +165,11 @@ pub(super) fn place(
 }
 
 /// The board's part of the plan.
-pub(super) fn plan(product: &Product, board: &Board, earlier: Vec<EarlierCard>) -> BoardPlan {
+pub(super) fn plan(
+    product: &ProductConfig,
+    board: &BoardConfig,
+    earlier: Vec<EarlierCardPlan>,
+) -> BoardPlan {
     let debian = board.debian.as_ref();
     let buildroot = board.buildroot.as_ref();
     let (firmware, bootloader, machines) = match product.rootfs.engine.value {
@@ -222,28 +231,28 @@ fn plain(list: &[Located<String>]) -> Vec<String> {
 }
 
 /// The product decides about the device, the board about the speed.
-fn console(product: &Product, board: &Board) -> Option<Console> {
+fn console(product: &ProductConfig, board: &BoardConfig) -> Option<ConsoleConfig> {
     let baud = board.console.baud;
     match &product.console {
         None => Some(board.console.clone()),
-        Some(own) => own.value.0.clone().map(|device| Console { device, baud }),
+        Some(own) => own.value.0.clone().map(|device| ConsoleConfig { device, baud }),
     }
 }
 
 /// How many of a list's elements are from which file, in order.
-fn origins(list: &'static str, values: &[Located<String>]) -> Vec<Origin> {
-    let mut origins: Vec<Origin> = Vec::new();
+fn origins(list: &'static str, values: &[Located<String>]) -> Vec<ListOrigin> {
+    let mut origins: Vec<ListOrigin> = Vec::new();
     for value in values {
         match origins.iter_mut().find(|origin| origin.file == value.place.file) {
             Some(origin) => origin.count += 1,
-            None => origins.push(Origin { list, file: value.place.file.clone(), count: 1 }),
+            None => origins.push(ListOrigin { list, file: value.place.file.clone(), count: 1 }),
         }
     }
     origins
 }
 
 /// The layouts of cards that were flashed earlier. They had the same partitions.
-pub(super) fn earlier(board: &Board, out: &mut Vec<Finding>) -> Vec<EarlierCard> {
+pub(super) fn earlier(board: &BoardConfig, out: &mut Vec<ConfigFinding>) -> Vec<EarlierCardPlan> {
     let mut cards = Vec::new();
     for card in &board.earlier {
         for partition in &board.partitions {
@@ -251,22 +260,26 @@ pub(super) fn earlier(board: &Board, out: &mut Vec<Finding>) -> Vec<EarlierCard>
             if !card.partitions.iter().any(|p| p.role.value.0 == *role) {
                 let message = format!("`earlier-cards` until {} have no `{role}`", card.until);
                 let help = "every card has all roles: define the missing one";
-                out.push(Finding::new(&card.place, message, help));
+                out.push(ConfigFinding::new(&card.place, message, help));
             }
         }
         if card.disk.boot_state.len() != board.disk.boot_state.len() {
             let message = format!("`earlier-cards` until {} have no boot state", card.until);
-            out.push(Finding::new(&card.place, message, "add [earlier-cards.disk.boot-state]"));
+            out.push(ConfigFinding::new(
+                &card.place,
+                message,
+                "add [earlier-cards.disk.boot-state]",
+            ));
         }
         if card.disk.trust.len() != board.disk.trust.len() {
             let message = format!("`earlier-cards` until {} have no trust area", card.until);
-            out.push(Finding::new(&card.place, message, "add [earlier-cards.disk.trust]"));
+            out.push(ConfigFinding::new(&card.place, message, "add [earlier-cards.disk.trust]"));
         }
         if let Some(disk) = place(&card.disk, &card.partitions, out) {
             if let Some(now) = place(&board.disk, &board.partitions, &mut Vec::new()) {
                 check_told_apart(card, &disk, &now, out);
             }
-            cards.push(EarlierCard { until: card.until.clone(), disk });
+            cards.push(EarlierCardPlan { until: card.until.clone(), disk });
         }
     }
     cards
@@ -274,8 +287,13 @@ pub(super) fn earlier(board: &Board, out: &mut Vec<Finding>) -> Vec<EarlierCard>
 
 /// A robot recognises the layout of its card by the number and the offset of the slot that it runs
 /// from.
-fn check_told_apart(card: &Earlier, earlier: &Layout, now: &Layout, out: &mut Vec<Finding>) {
-    let slots = |layout: &'_ Layout| -> Vec<(u32, u64)> {
+fn check_told_apart(
+    card: &EarlierDiskConfig,
+    earlier: &DiskLayout,
+    now: &DiskLayout,
+    out: &mut Vec<ConfigFinding>,
+) {
+    let slots = |layout: &'_ DiskLayout| -> Vec<(u32, u64)> {
         let slots = layout.partitions.iter().filter(|p| p.name.starts_with("root-"));
         slots.map(|p| (p.number, p.offset)).collect()
     };
@@ -287,12 +305,12 @@ fn check_told_apart(card: &Earlier, earlier: &Layout, now: &Layout, out: &mut Ve
         );
         let help =
             "the robot could not distinguish the cards: move the slots, or remove this table";
-        out.push(Finding::new(&card.place, message, help));
+        out.push(ConfigFinding::new(&card.place, message, help));
     }
 }
 
 /// Some boards need a kernel of their own.
-fn check_kernel(product: &Product, board: &Board, out: &mut Vec<Finding>) {
+fn check_kernel(product: &ProductConfig, board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     let Some(debian) = board.debian.as_ref().filter(|d| !d.kernels.is_empty()) else { return };
     let rootfs = &product.rootfs;
     let has = |kernel: &Located<String>| {
@@ -303,7 +321,7 @@ fn check_kernel(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         let message = format!("the board {} needs the kernel {names}", board.name.value.0);
         let help = "name it in `rootfs.unpacked`, and its archive in [[rootfs.sources]]; the board's file says why";
         let place = rootfs.unpacked.first().map_or(&rootfs.engine.place, |p| &p.place);
-        out.push(Finding::new(place, message, help));
+        out.push(ConfigFinding::new(place, message, help));
     }
 }
 
@@ -314,7 +332,7 @@ const APART: u64 = 8 << 20;
 
 /// Each copy of the boot state and of the trust record must be alone in its erase unit: without
 /// another copy, the partition table or a partition.
-fn check_states(board: &Board, out: &mut Vec<Finding>) {
+fn check_states(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     let mut taken = vec![(0, "the partition table".to_owned())];
     let first = (board.disk.first_partition.value.0, "the first partition".to_owned());
     let states = board.disk.boot_state.iter().enumerate().map(|(n, s)| (s, "boot-state", n + 1));
@@ -332,7 +350,7 @@ fn check_states(board: &Board, out: &mut Vec<Finding>) {
             );
             let help = "a power cut while one of them is written may destroy the other: they share \
              an erase unit";
-            out.push(Finding::new(&state.place, message, help));
+            out.push(ConfigFinding::new(&state.place, message, help));
         }
         taken.push((here, this));
     }
@@ -350,7 +368,7 @@ const LOADED: [(&str, u64); 4] = [
 ];
 
 /// Everything that the boot script loads fits into the smallest machine and does not overlap.
-fn check_memory(board: &Board, out: &mut Vec<Finding>) {
+fn check_memory(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     let Some(memory) = &board.memory else { return };
     let place = &memory.smallest.place;
     let number = |key: &str| {
@@ -366,8 +384,8 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
             (None, found) => {
                 let found = found.map_or("none".to_owned(), |text| format!("\"{text}\""));
                 let message =
-                    format!("`u-boot.{key}`: expected {}, found {found}", Address::EXPECTED);
-                out.push(Finding::new(place, message, ""));
+                    format!("`u-boot.{key}`: expected {}, found {found}", MemoryAddress::EXPECTED);
+                out.push(ConfigFinding::new(place, message, ""));
             }
         }
     }
@@ -389,7 +407,7 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
                 "the smallest machine of `compatible` has {} of memory",
                 layout::exact(smallest)
             );
-            out.push(Finding::new(place, message, help));
+            out.push(ConfigFinding::new(place, message, help));
         }
     }
     for pair in regions.windows(2) {
@@ -399,7 +417,7 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
             let message = format!(
                 "`u-boot.{first}` needs {address:#010x} to {after:#010x}, but `u-boot.{second}` is {next:#010x}"
             );
-            out.push(Finding::new(place, message, "move them apart"));
+            out.push(ConfigFinding::new(place, message, "move them apart"));
         }
     }
 }

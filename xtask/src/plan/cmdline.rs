@@ -1,8 +1,8 @@
 //! The kernel's command line: which arguments reach the kernel unchanged through the boot flow, and
 //! how the kernel parses them.
 
-use crate::config::board::{Board, BootFlow};
-use crate::config::reader::Finding;
+use crate::config::board::{BoardConfig, BootFlowKind};
+use crate::config::reader::ConfigFinding;
 
 /// The maximum length on arm64 including the final zero (`COMMAND_LINE_SIZE`,
 /// arch/arm64/include/uapi/asm/setup.h).
@@ -20,11 +20,11 @@ const OURS: [&str; 5] =
 const SHELL: &str = "\"'`$\\;&|";
 
 /// The rules of `kernel.cmdline`.
-pub(super) fn check(board: &Board, out: &mut Vec<Finding>) {
+pub(super) fn check(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     for word in &board.kernel.cmdline {
         if let Some((why, help)) = wrong(&word.value, board.boot_flow.value) {
             let message = format!("`kernel.cmdline`: `{}` {why}", word.value.escape_debug());
-            out.push(Finding::new(&word.place, message, help));
+            out.push(ConfigFinding::new(&word.place, message, help));
         }
     }
     let length: usize = board.kernel.cmdline.iter().map(|word| word.value.len() + 1).sum();
@@ -36,12 +36,12 @@ pub(super) fn check(board: &Board, out: &mut Vec<Finding>) {
             KERNEL_TAKES - 1
         );
         let help = "move settings of modules to /etc/modprobe.d of an overlay";
-        out.push(Finding::new(&last.place, message, help));
+        out.push(ConfigFinding::new(&last.place, message, help));
     }
 }
 
 /// Why an argument would not reach the kernel as it is written, and what to do.
-fn wrong(word: &str, flow: BootFlow) -> Option<(String, &'static str)> {
+fn wrong(word: &str, flow: BootFlowKind) -> Option<(String, &'static str)> {
     const ONE: &str = "write one argument: `name` or `name=value`";
     let name = word.trim_start_matches('"').split(['=', ' ']).next().unwrap_or_default();
     // The kernel treats a dash as an underscore; `--` ends its arguments.
@@ -66,7 +66,7 @@ fn wrong(word: &str, flow: BootFlow) -> Option<(String, &'static str)> {
         ));
     }
     match flow {
-        BootFlow::Uboot => {
+        BootFlowKind::Uboot => {
             let c = word.chars().find(|c| SHELL.contains(*c))?;
             let why = format!("has the character {c:?}, which has a meaning in U-Boot's shell");
             let help = "remove the character: `module.dyndbg=+p` needs no quotes, and options of \
@@ -74,12 +74,12 @@ fn wrong(word: &str, flow: BootFlow) -> Option<(String, &'static str)> {
                         in /etc/modprobe.d of an overlay";
             Some((why, help))
         }
-        BootFlow::Tryboot if word.matches('"').count() % 2 == 1 => {
+        BootFlowKind::Tryboot if word.matches('"').count() % 2 == 1 => {
             let why = "has a quote that is not closed: the kernel would read the rest of the line \
              as its value";
             Some((why.to_owned(), "close the quote"))
         }
-        BootFlow::Tryboot => None,
+        BootFlowKind::Tryboot => None,
     }
 }
 
@@ -132,8 +132,8 @@ mod tests {
 
     #[test]
     fn what_would_not_arrive_is_refused() {
-        let uboot = |word: &str| wrong(word, BootFlow::Uboot).map(|(why, _)| why);
-        let tryboot = |word: &str| wrong(word, BootFlow::Tryboot).map(|(why, _)| why);
+        let uboot = |word: &str| wrong(word, BootFlowKind::Uboot).map(|(why, _)| why);
+        let tryboot = |word: &str| wrong(word, BootFlowKind::Tryboot).map(|(why, _)| why);
         for word in ["ro", "console=tty0", "rootwait", "rootfstype=ext4", "a=b,c:d/e@f#g", "x=1 y"]
         {
             assert_eq!((uboot(word), tryboot(word)), (None, None), "{word}");

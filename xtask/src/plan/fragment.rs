@@ -7,12 +7,12 @@ use std::fmt;
 use camino::Utf8Path;
 use serde::Serialize;
 
-use crate::config::reader::{Finding, Place};
+use crate::config::reader::{ConfigFinding, ConfigPlace};
 
 /// The value that a line requests for a symbol.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Value {
+pub enum SymbolValue {
     /// `SYMBOL=y`
     Yes,
     /// `# SYMBOL is not set`, or `SYMBOL=n`
@@ -23,7 +23,7 @@ pub enum Value {
     Number(String),
 }
 
-impl fmt::Display for Value {
+impl fmt::Display for SymbolValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Yes => f.write_str("y"),
@@ -40,19 +40,19 @@ impl fmt::Display for Value {
 /// One symbol with all its requests.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Request {
+pub struct SymbolRequest {
     /// The symbol's name, with its `BR2_`.
     pub symbol: String,
     /// The requested value.
-    pub value: Value,
+    pub value: SymbolValue,
     /// The lines with the request; several fragments may agree.
-    pub places: Vec<Place>,
+    pub places: Vec<ConfigPlace>,
 }
 
-impl Request {
+impl SymbolRequest {
     /// The place that messages name.
-    pub fn place(&self) -> Place {
-        self.places.first().cloned().unwrap_or(Place {
+    pub fn place(&self) -> ConfigPlace {
+        self.places.first().cloned().unwrap_or(ConfigPlace {
             file: "the defconfig".into(),
             line: 0,
             text: String::new(),
@@ -62,7 +62,7 @@ impl Request {
     /// The defconfig's line for it.
     pub fn line(&self) -> String {
         match &self.value {
-            Value::No => format!("# {} is not set", self.symbol),
+            SymbolValue::No => format!("# {} is not set", self.symbol),
             value => format!("{}={value}", self.symbol),
         }
     }
@@ -70,12 +70,12 @@ impl Request {
 
 /// The merged requests, in the order in which they were first written.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Defconfig(pub Vec<Request>);
+pub struct Defconfig(pub Vec<SymbolRequest>);
 
 /// The kind of a line.
 enum Line {
     Nothing,
-    Request(String, Value),
+    Request(String, SymbolValue),
     Malformed { message: String, help: String },
 }
 
@@ -83,16 +83,19 @@ enum Line {
 ///
 /// Kconfig accepts only four forms: `X=y`, `X=42`, `X="text"` and `# X is not set`. It ignores
 /// everything else, with a warning at best; here it is a finding.
-pub fn parse(file: &Utf8Path, text: &str) -> (Vec<Request>, Vec<Finding>) {
+pub fn parse(file: &Utf8Path, text: &str) -> (Vec<SymbolRequest>, Vec<ConfigFinding>) {
     let (mut requests, mut findings) = (Vec::new(), Vec::new());
     for (index, line) in text.lines().enumerate() {
-        let place = Place { file: file.to_owned(), line: index + 1, text: line.trim().to_owned() };
+        let place =
+            ConfigPlace { file: file.to_owned(), line: index + 1, text: line.trim().to_owned() };
         match classify(line) {
             Line::Nothing => {}
             Line::Request(symbol, value) => {
-                requests.push(Request { symbol, value, places: vec![place] });
+                requests.push(SymbolRequest { symbol, value, places: vec![place] });
             }
-            Line::Malformed { message, help } => findings.push(Finding::new(&place, message, help)),
+            Line::Malformed { message, help } => {
+                findings.push(ConfigFinding::new(&place, message, help))
+            }
         }
     }
     (requests, findings)
@@ -154,7 +157,7 @@ fn classify_comment(line: &str, comment: &str) -> Line {
         return Line::Nothing;
     }
     if line == format!("# {symbol} is not set") {
-        return Line::Request((*symbol).to_owned(), Value::No);
+        return Line::Request((*symbol).to_owned(), SymbolValue::No);
     }
     let nearly = matches!(
         rest,
@@ -170,7 +173,7 @@ fn classify_comment(line: &str, comment: &str) -> Line {
 }
 
 /// The value of a line, or the error and the help.
-fn parse_value(text: &str) -> Result<Value, (String, String)> {
+fn parse_value(text: &str) -> Result<SymbolValue, (String, String)> {
     if let Some(rest) = text.strip_prefix('"') {
         let Some((inner, after)) = unquote(rest) else {
             return Err(("the closing quote is missing".into(), "end the text with `\"`".into()));
@@ -181,13 +184,13 @@ fn parse_value(text: &str) -> Result<Value, (String, String)> {
                 "write a quote inside a text as `\\\"`, and a comment on a separate line".into(),
             ));
         }
-        return Ok(Value::Text(inner));
+        return Ok(SymbolValue::Text(inner));
     }
     let digits = text.strip_prefix('-').unwrap_or(text);
     let hex = digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X"));
     match text {
-        "y" => Ok(Value::Yes),
-        "n" => Ok(Value::No),
+        "y" => Ok(SymbolValue::Yes),
+        "n" => Ok(SymbolValue::No),
         "m" => Err((
             "invalid value `m`: Buildroot has no modules".into(),
             "write SYMBOL=y; kernel modules are chosen in the kernel's fragment".into(),
@@ -197,10 +200,10 @@ fn parse_value(text: &str) -> Result<Value, (String, String)> {
             "write SYMBOL=y, SYMBOL=\"\" or `# SYMBOL is not set`".into(),
         )),
         _ if !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()) => {
-            Ok(Value::Number(text.to_owned()))
+            Ok(SymbolValue::Number(text.to_owned()))
         }
         _ if hex.is_some_and(|h| !h.is_empty() && h.bytes().all(|b| b.is_ascii_hexdigit())) => {
-            Ok(Value::Number(text.to_owned()))
+            Ok(SymbolValue::Number(text.to_owned()))
         }
         _ => Err((
             "a text without quotes: Kconfig ignores the line".into(),
@@ -227,8 +230,8 @@ pub fn unquote(text: &str) -> Option<(String, &str)> {
 /// two that disagree are a finding that names both.
 pub fn merge<'a>(
     fragments: impl IntoIterator<Item = (&'a Utf8Path, &'a str)>,
-) -> (Defconfig, Vec<Finding>) {
-    let mut merged: Vec<Request> = Vec::new();
+) -> (Defconfig, Vec<ConfigFinding>) {
+    let mut merged: Vec<SymbolRequest> = Vec::new();
     let mut known: BTreeMap<String, usize> = BTreeMap::new();
     let mut findings = Vec::new();
     for (file, text) in fragments {
@@ -251,7 +254,7 @@ pub fn merge<'a>(
                 request.symbol, request.value, first.value, there.file, there.line
             );
             let help = "Kconfig would use the later line; keep one of the two lines";
-            findings.push(Finding::new(&here, message, help));
+            findings.push(ConfigFinding::new(&here, message, help));
         }
     }
     (Defconfig(merged), findings)
@@ -273,7 +276,7 @@ impl Defconfig {
     }
 
     /// The request for a symbol.
-    pub fn get(&self, symbol: &str) -> Option<&Request> {
+    pub fn get(&self, symbol: &str) -> Option<&SymbolRequest> {
         self.0.iter().find(|request| request.symbol == symbol)
     }
 }
@@ -282,7 +285,7 @@ impl Defconfig {
 mod tests {
     use super::*;
 
-    fn one(line: &str) -> Result<(String, Value), String> {
+    fn one(line: &str) -> Result<(String, SymbolValue), String> {
         let (requests, findings) = parse(Utf8Path::new("f"), line);
         match (requests.as_slice(), findings.as_slice()) {
             ([r], []) => Ok((r.symbol.clone(), r.value.clone())),
@@ -294,13 +297,13 @@ mod tests {
 
     #[test]
     fn the_four_forms_are_taken() {
-        assert_eq!(one("BR2_aarch64=y").expect("taken").1, Value::Yes);
-        assert_eq!(one("BR2_X=n").expect("taken").1, Value::No);
-        assert_eq!(one("# BR2_X is not set").expect("taken").1, Value::No);
-        assert_eq!(one("BR2_X=0x2A").expect("taken").1, Value::Number("0x2A".into()));
-        assert_eq!(one("BR2_X=-1").expect("taken").1, Value::Number("-1".into()));
+        assert_eq!(one("BR2_aarch64=y").expect("taken").1, SymbolValue::Yes);
+        assert_eq!(one("BR2_X=n").expect("taken").1, SymbolValue::No);
+        assert_eq!(one("# BR2_X is not set").expect("taken").1, SymbolValue::No);
+        assert_eq!(one("BR2_X=0x2A").expect("taken").1, SymbolValue::Number("0x2A".into()));
+        assert_eq!(one("BR2_X=-1").expect("taken").1, SymbolValue::Number("-1".into()));
         let (_, text) = one(r#"BR2_X="a \"b\" \\ $(C) # d""#).expect("taken");
-        assert_eq!(text, Value::Text(r#"a "b" \ $(C) # d"#.into()));
+        assert_eq!(text, SymbolValue::Text(r#"a "b" \ $(C) # d"#.into()));
         assert_eq!(text.to_string(), r#""a \"b\" \\ $(C) # d""#);
     }
 
@@ -356,7 +359,7 @@ mod tests {
         let rendered = merged.render("t");
         let (again, findings) = merge([(Utf8Path::new("g"), rendered.as_str())]);
         assert!(findings.is_empty(), "{findings:?}");
-        let plain = |d: &Defconfig| d.0.iter().map(Request::line).collect::<Vec<_>>();
+        let plain = |d: &Defconfig| d.0.iter().map(SymbolRequest::line).collect::<Vec<_>>();
         assert_eq!(plain(&again), plain(&merged));
     }
 }

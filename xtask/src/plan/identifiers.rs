@@ -7,7 +7,7 @@ use uuid::{Builder, Uuid};
 /// All identifiers on the disk that other tools choose at random.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Identifiers {
+pub struct DiskIdentifiers {
     /// GPT disk GUID.
     pub disk: Uuid,
     /// MBR disk signature; never 0, which means "none".
@@ -23,7 +23,7 @@ pub struct Identifiers {
     seed: String,
 }
 
-impl Identifiers {
+impl DiskIdentifiers {
     /// Derives all of them.
     pub fn derive(product: &str, version: &str, board: &str) -> Self {
         let seed = format!("{product}\n{version}\n{board}");
@@ -79,9 +79,9 @@ mod tests {
 
     #[test]
     fn same_names_same_identifiers() {
-        let one = Identifiers::derive("robot", "1.0.0", "x");
-        assert_eq!(one, Identifiers::derive("robot", "1.0.0", "x"));
-        assert_ne!(one.disk, Identifiers::derive("robot", "1.0.1", "x").disk);
+        let one = DiskIdentifiers::derive("robot", "1.0.0", "x");
+        assert_eq!(one, DiskIdentifiers::derive("robot", "1.0.0", "x"));
+        assert_ne!(one.disk, DiskIdentifiers::derive("robot", "1.0.1", "x").disk);
         assert_ne!(one.partition("root-a"), one.partition("root-b"));
         assert_eq!(one.disk.get_version_num(), 8);
     }

@@ -5,7 +5,7 @@ use bundle::keys::decode_base64;
 
 /// Why a file is not a keyring for apt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BadKey {
+pub enum KeyringError {
     /// The file contains a secret key.
     Secret,
     /// The file is something else, or damaged.
@@ -25,26 +25,26 @@ const END: &str = "-----END PGP ";
 ///
 /// # Errors
 /// When the file contains a secret key, or no public key.
-pub fn keyring(file: &[u8]) -> Result<Vec<u8>, BadKey> {
+pub fn keyring(file: &[u8]) -> Result<Vec<u8>, KeyringError> {
     let binary = match std::str::from_utf8(file) {
         Ok(text) if text.contains(BEGIN) => unarmoured(text)?,
-        Ok(_) => return Err(BadKey::NoKey("a text without \"BEGIN PGP PUBLIC KEY BLOCK\"")),
+        Ok(_) => return Err(KeyringError::NoKey("a text without \"BEGIN PGP PUBLIC KEY BLOCK\"")),
         Err(_) => file.to_vec(),
     };
     let mut rest = binary.as_slice();
     let mut first = true;
     while !rest.is_empty() {
         let (tag, length) =
-            packet(rest).ok_or(BadKey::NoKey("the data is damaged or truncated"))?;
+            packet(rest).ok_or(KeyringError::NoKey("the data is damaged or truncated"))?;
         if SECRET_KEYS.contains(&tag) {
-            return Err(BadKey::Secret);
+            return Err(KeyringError::Secret);
         }
         if tag != PUBLIC_KEY && (first || !BESIDES.contains(&tag)) {
-            return Err(BadKey::NoKey("OpenPGP data without a public key"));
+            return Err(KeyringError::NoKey("OpenPGP data without a public key"));
         }
         (first, rest) = (false, &rest[length..]);
     }
-    if first { Err(BadKey::NoKey("the file is empty")) } else { Ok(binary) }
+    if first { Err(KeyringError::NoKey("the file is empty")) } else { Ok(binary) }
 }
 
 /// Tag and total length of the first packet of `bytes`.
@@ -81,16 +81,16 @@ fn packet(bytes: &[u8]) -> Option<(u8, usize)> {
 }
 
 /// The content of all armoured blocks, without their checksums: apt checks the signatures.
-fn unarmoured(text: &str) -> Result<Vec<u8>, BadKey> {
+fn unarmoured(text: &str) -> Result<Vec<u8>, KeyringError> {
     let mut binary = Vec::new();
     let mut lines = text.lines().map(str::trim);
     while let Some(line) = lines.next() {
         let Some(kind) = line.strip_prefix(BEGIN) else { continue };
         if kind.starts_with("PRIVATE KEY") {
-            return Err(BadKey::Secret);
+            return Err(KeyringError::Secret);
         }
         if !kind.starts_with("PUBLIC KEY BLOCK") {
-            return Err(BadKey::NoKey("OpenPGP data without a public key"));
+            return Err(KeyringError::NoKey("OpenPGP data without a public key"));
         }
         let mut body = String::new();
         let mut ended = false;
@@ -105,7 +105,7 @@ fn unarmoured(text: &str) -> Result<Vec<u8>, BadKey> {
             }
         }
         let decoded = if ended { decode_base64(&body) } else { None };
-        binary.extend(decoded.ok_or(BadKey::NoKey("the data is damaged or truncated"))?);
+        binary.extend(decoded.ok_or(KeyringError::NoKey("the data is damaged or truncated"))?);
     }
     Ok(binary)
 }
@@ -124,28 +124,28 @@ mod tests {
         let public = made(6, &[4, 1, 2, 0xff]);
         assert_eq!(keyring(&public), Ok(public.clone()));
         let both = [public.clone(), made(13, b"me"), made(5, &[4, 0xff])].concat();
-        assert_eq!(keyring(&both), Err(BadKey::Secret));
+        assert_eq!(keyring(&both), Err(KeyringError::Secret));
         let subkey = [public.clone(), made(7, &[4, 0xff])].concat();
-        assert_eq!(keyring(&subkey), Err(BadKey::Secret));
+        assert_eq!(keyring(&subkey), Err(KeyringError::Secret));
         let text =
             "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nxgME\n-----END PGP PRIVATE KEY BLOCK-----\n";
-        assert_eq!(keyring(text.as_bytes()), Err(BadKey::Secret));
+        assert_eq!(keyring(text.as_bytes()), Err(KeyringError::Secret));
         // A secret key (tag 5) that is labelled as public.
         let text = "-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nxQME//8=\n-----END PGP PUBLIC KEY BLOCK-----\n";
-        assert_eq!(keyring(text.as_bytes()), Err(BadKey::Secret));
+        assert_eq!(keyring(text.as_bytes()), Err(KeyringError::Secret));
     }
 
     #[test]
     fn damage_is_no_key() {
         let public = made(6, &[4, 1, 2, 0xff]);
         for cut in 1..public.len() {
-            assert!(matches!(keyring(&public[..cut]), Err(BadKey::NoKey(_))), "{cut}");
+            assert!(matches!(keyring(&public[..cut]), Err(KeyringError::NoKey(_))), "{cut}");
         }
         for file in [&b""[..], b"hello", &made(2, &[0xff]), &[0xc6, 255, 255, 255, 255, 255]] {
-            assert!(matches!(keyring(file), Err(BadKey::NoKey(_))), "{file:?}");
+            assert!(matches!(keyring(file), Err(KeyringError::NoKey(_))), "{file:?}");
         }
         let text = "-----BEGIN PGP PUBLIC KEY BLOCK-----\nComment: x\n\nxgQE\nAQL/\n=abcd\n";
-        assert!(matches!(keyring(text.as_bytes()), Err(BadKey::NoKey(_))));
+        assert!(matches!(keyring(text.as_bytes()), Err(KeyringError::NoKey(_))));
         let whole = format!("{text}-----END PGP PUBLIC KEY BLOCK-----\n");
         assert_eq!(keyring(whole.as_bytes()), Ok(public));
     }

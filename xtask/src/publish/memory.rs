@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::artifact::{hash_bytes, write_atomically};
 use crate::progress::warn;
-use crate::store::Store;
+use crate::store::ReleaseStore;
 use crate::store::format::{Channel, pretty};
 
 /// The format version of the memory's files.
@@ -23,7 +23,7 @@ pub const RESTORED: &str = "--store-was-restored";
 
 /// The last index that was seen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Seen {
+pub struct SeenIndex {
     /// Its serial; 0: there was no index.
     pub serial: u64,
     /// SHA-256 of the channel's file, lower-case hexadecimal.
@@ -33,22 +33,22 @@ pub struct Seen {
 /// What is remembered about one store.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Record {
+struct StoreRecord {
     /// [`FORMAT`].
     format: u32,
     /// The store's address, informational; the name of the file is its hash.
     store: String,
-    channels: BTreeMap<String, Seen>,
+    channels: BTreeMap<String, SeenIndex>,
 }
 
 /// The memory: a directory with one small file for each store.
 #[derive(Debug, Clone)]
-pub struct Memory {
+pub struct IndexMemory {
     dir: Utf8PathBuf,
     restored: bool,
 }
 
-impl Memory {
+impl IndexMemory {
     /// `$SLIPWAY_STATE`, else `$XDG_STATE_HOME/slipway`, else `~/.local/state/slipway`. `restored`:
     /// accept the current state of stores, whatever was seen before.
     ///
@@ -86,17 +86,18 @@ impl Memory {
         self.dir.join(format!("{}.json", name.get(..16).unwrap_or(&name)))
     }
 
-    fn read(&self, store: &str) -> Result<Record> {
+    fn read(&self, store: &str) -> Result<StoreRecord> {
         let path = self.path(store);
         let empty =
-            || Record { format: FORMAT, store: store.to_owned(), channels: BTreeMap::new() };
-        let read = || -> Result<Record> {
+            || StoreRecord { format: FORMAT, store: store.to_owned(), channels: BTreeMap::new() };
+        let read = || -> Result<StoreRecord> {
             let text = match std::fs::read(&path) {
                 Ok(text) => text,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(empty()),
                 Err(error) => return Err(error).context("the file cannot be read"),
             };
-            let record: Record = serde_json::from_slice(&text).context("the file is damaged")?;
+            let record: StoreRecord =
+                serde_json::from_slice(&text).context("the file is damaged")?;
             ensure!(record.format == FORMAT, "the file has the format {}", record.format);
             ensure!(record.store == store, "the file belongs to another store, {}", record.store);
             Ok(record)
@@ -117,7 +118,7 @@ impl Memory {
     ///
     /// # Errors
     /// When the memory is damaged, so that it is unknown.
-    pub fn of(&self, store: &dyn Store, channel: Channel) -> Result<Option<Seen>> {
+    pub fn of(&self, store: &dyn ReleaseStore, channel: Channel) -> Result<Option<SeenIndex>> {
         Ok(self.read(&store.identity()?)?.channels.remove(channel.name()))
     }
 
@@ -127,10 +128,10 @@ impl Memory {
     /// When it is older, or is another index with the same serial.
     pub fn judge(
         &self,
-        store: &dyn Store,
+        store: &dyn ReleaseStore,
         channel: Channel,
-        seen: Option<&Seen>,
-        now: &Seen,
+        seen: Option<&SeenIndex>,
+        now: &SeenIndex,
     ) -> Result<()> {
         if let Some(seen) = seen.filter(|_| !self.restored) {
             let name = store.name();
@@ -178,7 +179,7 @@ impl Memory {
     ///
     /// # Errors
     /// When it cannot be remembered.
-    pub fn wrote(&self, store: &dyn Store, channel: Channel, now: &Seen) -> Result<()> {
+    pub fn wrote(&self, store: &dyn ReleaseStore, channel: Channel, now: &SeenIndex) -> Result<()> {
         self.change(store, |channels| {
             let known = channels.get(channel.name()).map_or(0, |seen| seen.serial);
             if now.serial > known {
@@ -191,7 +192,7 @@ impl Memory {
     ///
     /// # Errors
     /// When the memory cannot be written.
-    pub fn forget(&self, store: &dyn Store) -> Result<()> {
+    pub fn forget(&self, store: &dyn ReleaseStore) -> Result<()> {
         if self.path(&store.identity()?).exists() {
             self.change(store, BTreeMap::clear)
         } else {
@@ -201,8 +202,8 @@ impl Memory {
 
     fn change(
         &self,
-        store: &dyn Store,
-        change: impl FnOnce(&mut BTreeMap<String, Seen>),
+        store: &dyn ReleaseStore,
+        change: impl FnOnce(&mut BTreeMap<String, SeenIndex>),
     ) -> Result<()> {
         let _turn = self.lock()?;
         let identity = store.identity()?;

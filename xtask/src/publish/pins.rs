@@ -9,7 +9,7 @@ use camino::Utf8Path;
 use serde::Deserialize;
 
 use crate::config;
-use crate::store::format::{Channel, Entry, Index};
+use crate::store::format::{Channel, ChannelEntry, ChannelIndex};
 use crate::store::index;
 
 /// The file with the channels' kinds, in the workspace's root.
@@ -17,7 +17,7 @@ pub const FILE: &str = "releases.toml";
 
 /// The pinned kinds.
 #[derive(Debug, Clone, Default)]
-pub struct Pins {
+pub struct PinnedKinds {
     channels: BTreeMap<Channel, Kind>,
     products: BTreeMap<String, Kind>,
 }
@@ -35,8 +35,8 @@ struct Product {
     kind: Kind,
 }
 
-impl Pins {
-    /// The pins of the workspace; outside of a workspace, the defaults ([`Pins::channel`]).
+impl PinnedKinds {
+    /// The pins of the workspace; outside of a workspace, the defaults ([`PinnedKinds::channel`]).
     ///
     /// # Errors
     /// When a file cannot be read: then its pin is unknown.
@@ -68,13 +68,13 @@ impl Pins {
         Ok(Self { channels, products })
     }
 
-    /// Opens a channel's file as this workspace pins it: [`Index::open`] with the channel's kind, and each product
+    /// Opens a channel's file as this workspace pins it: [`ChannelIndex::open`] with the channel's kind, and each product
     /// in it of the kind that is pinned for it.
     ///
     /// # Errors
-    /// As [`Index::open`]; or a product is of another kind.
-    pub fn open(&self, channel: Channel, file: &[u8], keys: &KeySet) -> Result<Index> {
-        let index = Index::open(channel, file, keys, self.channel(channel))?;
+    /// As [`ChannelIndex::open`]; or a product is of another kind.
+    pub fn open(&self, channel: Channel, file: &[u8], keys: &KeySet) -> Result<ChannelIndex> {
+        let index = ChannelIndex::open(channel, file, keys, self.channel(channel))?;
         self.check(&index).with_context(|| format!("reading {}", channel.path()))?;
         Ok(index)
     }
@@ -114,16 +114,16 @@ impl Pins {
     /// Checks all releases of a channel.
     ///
     /// # Errors
-    /// As [`Pins::fits`].
-    pub fn check(&self, index: &Index) -> Result<()> {
-        let fits = |e: &Entry| self.fits(index.channel, &e.product, e.kind);
+    /// As [`PinnedKinds::fits`].
+    pub fn check(&self, index: &ChannelIndex) -> Result<()> {
+        let fits = |e: &ChannelEntry| self.fits(index.channel, &e.product, e.kind);
         index.releases.iter().try_for_each(fits)
     }
 
     /// Whether a release of this product may be made in this channel.
     ///
     /// # Errors
-    /// As [`Pins::may_speak_of`]; when it is a development product, and the channel is `stable`.
+    /// As [`PinnedKinds::may_speak_of`]; when it is a development product, and the channel is `stable`.
     pub fn takes(&self, channel: Channel, product: &str) -> Result<()> {
         self.may_speak_of(channel, product)?;
         let kind = self.products.get(product);

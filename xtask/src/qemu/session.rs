@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{Files, Machine, OnRestart, Overlay, PROGRAM, arguments};
+use super::{CardOverlay, MachineFiles, PROGRAM, QemuMachine, RestartEffect, arguments};
 use crate::exec::Tool;
 
 /// How many of the console's last lines an error shows.
@@ -21,7 +21,7 @@ const FATAL: [&str; 2] = ["Kernel panic - not syncing", "slipway-init: cannot st
 
 /// A running machine. Dropping it stops it (and only it).
 #[derive(Debug)]
-pub struct Session {
+pub struct QemuSession {
     child: Child,
     input: ChildStdin,
     output: Receiver<Vec<u8>>,
@@ -33,18 +33,18 @@ pub struct Session {
     commands: u32,
 }
 
-impl Session {
+impl QemuSession {
     /// Starts a machine on an overlay; the output of its console is also written to `log`. Its SSH
     /// server is at this port of the loopback address; without one it has no network.
     ///
     /// # Errors
     /// When QEMU is missing or older than the machine, or the log cannot be written.
     pub fn start(
-        machine: &Machine,
-        files: &Files,
-        overlay: &Overlay,
+        machine: &QemuMachine,
+        files: &MachineFiles,
+        overlay: &CardOverlay,
         log: &Utf8Path,
-        on_restart: OnRestart,
+        on_restart: RestartEffect,
         ssh_port: Option<u16>,
     ) -> Result<Self> {
         if let Some(parent) = log.parent() {
@@ -240,7 +240,7 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for QemuSession {
     fn drop(&mut self) {
         // It may have stopped by itself; errors cannot be handled here.
         drop(self.child.kill());
@@ -280,10 +280,10 @@ mod tests {
     const SOON: Duration = Duration::from_secs(10);
 
     /// A shell instead of a machine: a session works the same with both.
-    fn shell(folder: &Utf8Path, script: &str) -> Session {
+    fn shell(folder: &Utf8Path, script: &str) -> QemuSession {
         let log = folder.join("console.log");
         let file = File::create(&log).unwrap();
-        Session::spawn(Tool::new("sh").args(["-c", script]), file, &log).unwrap()
+        QemuSession::spawn(Tool::new("sh").args(["-c", script]), file, &log).unwrap()
     }
 
     #[test]

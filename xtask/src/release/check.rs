@@ -15,14 +15,14 @@ use super::collect::{packages, read_report};
 use crate::artifact::hash_bytes;
 use crate::cache::Cache;
 use crate::config;
-use crate::diff::{self, Changes, Content, Difference, Inventory, what_changed};
+use crate::diff::{self, ChangeSet, EntryContent, Inventory, InventoryDifference, what_changed};
 use crate::disk::read::{self, DiskTables};
 use crate::exec::Tool;
 use crate::facts;
 use crate::git;
-use crate::inspect::{Held, content};
+use crate::inspect::{DetectedFilesystem, content};
 use crate::progress::say;
-use crate::report::Report;
+use crate::report::BuildReport;
 use crate::update;
 
 /// How many bytes around the first difference are shown.
@@ -33,29 +33,29 @@ const PIECE: usize = 1 << 20;
 /// The result of a comparison.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Comparison {
+pub struct BuildComparison {
     /// All outputs are equal, byte for byte.
     pub equal: bool,
     /// The outputs.
-    pub outputs: Vec<Output>,
+    pub outputs: Vec<ComparedOutput>,
 }
 
 /// One output of two builds.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Output {
+pub struct ComparedOutput {
     /// The file's name.
     pub name: String,
     /// Equal, byte for byte.
     pub equal: bool,
     /// What differs.
-    pub differences: Vec<Located>,
+    pub differences: Vec<LocatedDifference>,
 }
 
 /// One difference.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Located {
+pub struct LocatedDifference {
     /// The place: a partition, a component, a part of the output.
     pub place: String,
     /// The file in this place.
@@ -64,13 +64,13 @@ pub struct Located {
     pub what: String,
 }
 
-fn located(place: &str, path: Option<&str>, what: String) -> Located {
-    Located { place: place.to_owned(), path: path.map(str::to_owned), what }
+fn located(place: &str, path: Option<&str>, what: String) -> LocatedDifference {
+    LocatedDifference { place: place.to_owned(), path: path.map(str::to_owned), what }
 }
 
 /// What to build again.
 #[derive(Debug)]
-pub struct Request<'a> {
+pub struct RebuildRequest<'a> {
     /// The workspace.
     pub root: &'a Utf8Path,
     /// The product.
@@ -89,8 +89,8 @@ pub struct Request<'a> {
 ///
 /// # Errors
 /// When there are no results of the commit that is checked out, or the second build fails.
-pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
-    let Request { root, product, board, .. } = *request;
+pub fn rebuild(request: &RebuildRequest<'_>) -> Result<BuildComparison> {
+    let RebuildRequest { root, product, board, .. } = *request;
     let dist = root.join("dist").join(product).join(board);
     let report = read_report(&dist, product, board)?;
     let facts = facts::collect(root)?;
@@ -158,7 +158,7 @@ fn share(cache: &Utf8Path, stages: &[String]) -> Result<()> {
 ///
 /// # Errors
 /// When one has files that the other lacks, or cannot be read.
-pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<Comparison> {
+pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<BuildComparison> {
     let mut names = outputs(one)?;
     names.extend(outputs(other)?);
     names.sort();
@@ -182,9 +182,9 @@ pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<Comparison> {
                 differences.push(located("file", None, shown(&a, &b, at)?));
             }
         }
-        found.push(Output { name, equal: differences.is_empty(), differences });
+        found.push(ComparedOutput { name, equal: differences.is_empty(), differences });
     }
-    Ok(Comparison { equal: found.iter().all(|output| output.equal), outputs: found })
+    Ok(BuildComparison { equal: found.iter().all(|output| output.equal), outputs: found })
 }
 
 /// The files of a build that are part of a release, by its report: files of earlier versions are
@@ -194,7 +194,7 @@ fn outputs(dir: &Utf8Path) -> Result<Vec<String>> {
     let text = fs::read_to_string(&path).with_context(|| {
         format!("reading {path}\nhelp: build first, or name a directory dist/<product>/<board>")
     })?;
-    let report = Report::from_json(&text).with_context(|| format!("reading {path}"))?;
+    let report = BuildReport::from_json(&text).with_context(|| format!("reading {path}"))?;
     let stem = format!("{}-{}-{}", report.product.name, report.product.version, report.board);
     let mut names = vec!["sbom.cdx.json".to_owned()];
     names.extend(["img", "img.bmap", "bundle"].map(|extension| format!("{stem}.{extension}")));
@@ -251,7 +251,7 @@ fn sentence(one: &[u8], other: &[u8], at: u64) -> String {
     format!("differs from byte {at}: {} and {}", text(one), text(other))
 }
 
-fn images(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
+fn images(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<LocatedDifference>> {
     let (tables, others) = (read::tables(one)?, read::tables(other)?);
     let mut found = Vec::new();
     if let Some(what) = table_difference(&tables, &others) {
@@ -270,8 +270,8 @@ fn images(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
         end = p.offset + p.size;
         let Some(at) = first_difference(&a, &b, p.offset..end)? else { continue };
         let mut inside = match content(one, p.offset)? {
-            Some(Held::Ext4) => ext4((one, other), p.offset, &name)?,
-            Some(Held::Fat) => fats((one, other), p.offset, p.size, &name)?,
+            Some(DetectedFilesystem::Ext4) => ext4((one, other), p.offset, &name)?,
+            Some(DetectedFilesystem::Fat) => fats((one, other), p.offset, p.size, &name)?,
             None => Vec::new(),
         };
         if inside.is_empty() {
@@ -310,10 +310,10 @@ fn table_difference(one: &DiskTables, other: &DiskTables) -> Option<String> {
     })
 }
 
-fn ext4(images: (&Utf8Path, &Utf8Path), offset: u64, name: &str) -> Result<Vec<Located>> {
+fn ext4(images: (&Utf8Path, &Utf8Path), offset: u64, name: &str) -> Result<Vec<LocatedDifference>> {
     let old = Inventory::of_ext4(images.0, offset)?;
     let new = Inventory::of_ext4(images.1, offset)?;
-    let difference = Difference::between(&old, &new);
+    let difference = InventoryDifference::between(&old, &new);
     let mut found = Vec::new();
     for path in difference.files.removed.keys() {
         found.push(located(name, Some(path), "only in the first".to_owned()));
@@ -324,7 +324,8 @@ fn ext4(images: (&Utf8Path, &Utf8Path), offset: u64, name: &str) -> Result<Vec<L
     for (path, change) in &difference.files.changed {
         let mut what = what_changed(change);
         let hashes = (&change.old.content, &change.new.content);
-        if let ((Content::Sha256(a), Content::Sha256(b)), true) = (hashes, path.starts_with('/'))
+        if let ((EntryContent::Sha256(a), EntryContent::Sha256(b)), true) =
+            (hashes, path.starts_with('/'))
             && a != b
         {
             let text = |image: &Utf8Path| -> Result<Vec<u8>> {
@@ -351,7 +352,7 @@ fn fats(
     offset: u64,
     size: u64,
     name: &str,
-) -> Result<Vec<Located>> {
+) -> Result<Vec<LocatedDifference>> {
     let files = |image: &Utf8Path| -> Result<BTreeMap<String, Vec<u8>>> {
         let listing = read::fat(image, offset, size)?;
         let files = listing.entries.into_iter().filter(|entry| !entry.folder);
@@ -362,7 +363,7 @@ fn fats(
             })
             .collect()
     };
-    let changes = Changes::between(&files(one)?, &files(other)?);
+    let changes = ChangeSet::between(&files(one)?, &files(other)?);
     let mut found = Vec::new();
     for path in changes.removed.keys() {
         found.push(located(name, Some(path), "only in the first".to_owned()));
@@ -376,7 +377,7 @@ fn fats(
     Ok(found)
 }
 
-fn bundles(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
+fn bundles(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<LocatedDifference>> {
     let (old, new) = (update::unverified(one)?.0, update::unverified(other)?.0);
     let mut found = Vec::new();
     let head = |m: &bundle::Manifest| {
@@ -392,7 +393,7 @@ fn bundles(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
             .flat_map(|c| c.payloads.iter().map(|p| (format!("{}/{}", c.name, p.role), p.clone())));
         all.collect()
     };
-    let changes = Changes::between(&payloads(&old), &payloads(&new));
+    let changes = ChangeSet::between(&payloads(&old), &payloads(&new));
     let only = changes.removed.keys().chain(changes.added.keys());
     found.extend(only.map(|name| located(name, None, "only in one of the two".to_owned())));
     for (name, change) in &changes.changed {
@@ -410,13 +411,13 @@ fn bundles(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
     Ok(found)
 }
 
-fn sboms(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
+fn sboms(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<LocatedDifference>> {
     let read = |path: &Utf8Path| -> Result<BTreeMap<String, String>> {
         let mut text = Vec::new();
         File::open(path)?.read_to_end(&mut text).with_context(|| format!("reading {path}"))?;
         packages(&text).with_context(|| format!("reading {path}"))
     };
-    let changes = Changes::between(&read(one)?, &read(other)?);
+    let changes = ChangeSet::between(&read(one)?, &read(other)?);
     let mut found = Vec::new();
     for (name, version) in changes.removed.iter().chain(&changes.added) {
         found.push(located("packages", Some(name), format!("{version}, in only one of the two")));
@@ -427,7 +428,7 @@ fn sboms(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
     Ok(found)
 }
 
-impl Comparison {
+impl BuildComparison {
     /// The comparison in human-readable form.
     pub fn describe(&self) -> String {
         let mut text = String::new();

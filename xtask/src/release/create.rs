@@ -8,20 +8,22 @@ use camino::Utf8Path;
 use serde::Serialize;
 
 use super::LOCAL;
-use super::collect::{self, Collected};
-use super::notes::{self, Past};
+use super::collect::{self, CollectedBuild};
+use super::notes::{self, PastRelease};
 use crate::artifact::Artifact;
-use crate::publish::{self, Authority, change, load};
+use crate::publish::{self, SigningAuthority, change, load};
 use crate::scratch::scratch;
-use crate::store::directory::Directory;
-use crate::store::format::{Channel, Entry, FORMAT, File, Index, Manifest, Object};
+use crate::store::directory::DirectoryStore;
+use crate::store::format::{
+    Channel, ChannelEntry, ChannelIndex, FORMAT, ReleaseManifest, ReleaseObject, StoreFile,
+};
 use crate::store::index::Retention;
-use crate::store::{Files, Store};
+use crate::store::{FileStore, ReleaseStore};
 use crate::time::now;
 
 /// What to release.
 #[derive(Debug)]
-pub struct Request<'a> {
+pub struct ReleaseRequest<'a> {
     /// The workspace.
     pub root: &'a Utf8Path,
     /// The product.
@@ -39,20 +41,20 @@ pub struct Request<'a> {
 /// A created release.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Created {
+pub struct CreatedRelease {
     /// The channel.
     pub channel: Channel,
     /// It existed already, with the same content.
     pub existed: bool,
     /// Its entry in the channel.
-    pub entry: Entry,
+    pub entry: ChannelEntry,
     /// The release.
-    pub manifest: Manifest,
+    pub manifest: ReleaseManifest,
 }
 
 /// The local store.
-pub fn local(root: &Utf8Path) -> Directory {
-    Directory::new(&root.join(LOCAL))
+pub fn local(root: &Utf8Path) -> DirectoryStore {
+    DirectoryStore::new(&root.join(LOCAL))
 }
 
 /// Makes a release from the build results, and adds it to a channel.
@@ -60,7 +62,10 @@ pub fn local(root: &Utf8Path) -> Directory {
 /// # Errors
 /// When a result is missing or damaged, the version does not increase, or there is no key for its
 /// kind.
-pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Created> {
+pub fn create(
+    request: &ReleaseRequest<'_>,
+    authority: &mut SigningAuthority,
+) -> Result<CreatedRelease> {
     let store = local(request.root);
     let collected = collect::collect(
         request.root,
@@ -88,14 +93,14 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
     let mut sources = collected.sources.clone();
     sources.insert(written.sha256.clone(), notes_file);
     let name = format!("{}-{}.md", collected.product, collected.version);
-    let notes = Object {
+    let notes = ReleaseObject {
         role: "notes".to_owned(),
         name,
         size: written.size,
         sha256: written.sha256,
         unpacked: None,
     };
-    let manifest = Manifest {
+    let manifest = ReleaseManifest {
         format: FORMAT,
         product: collected.product.clone(),
         title: collected.title.clone(),
@@ -116,10 +121,10 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
     }
     let text = manifest.to_text()?;
     let signature = manifest.sign(&text, authority.signer(manifest.kind)?);
-    let file = File::manifest(&manifest.product, &manifest.version, &text);
+    let file = StoreFile::manifest(&manifest.product, &manifest.version, &text);
     store.write(&file.signature(), &signature)?;
     store.write(&file.path, &text)?;
-    let entry = Entry {
+    let entry = ChannelEntry {
         product: manifest.product.clone(),
         version: manifest.version.clone(),
         kind: manifest.kind,
@@ -129,7 +134,7 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
         yanked: None,
     };
     put(&store, request.channel, &entry, request.retention, authority)?;
-    Ok(Created { channel: request.channel, existed: false, entry, manifest })
+    Ok(CreatedRelease { channel: request.channel, existed: false, entry, manifest })
 }
 
 /// Adds a release whose files exist to a channel. Returns whether it was not in the channel yet.
@@ -137,13 +142,13 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
 /// # Errors
 /// When the version does not increase.
 pub fn put(
-    store: &dyn Store,
+    store: &dyn ReleaseStore,
     channel: Channel,
-    entry: &Entry,
+    entry: &ChannelEntry,
     retention: Retention,
-    authority: &mut Authority,
+    authority: &mut SigningAuthority,
 ) -> Result<bool> {
-    let add = |current: &Index, _: &mut Authority| -> Result<Option<Index>> {
+    let add = |current: &ChannelIndex, _: &mut SigningAuthority| -> Result<Option<ChannelIndex>> {
         if current
             .find(&entry.product, &entry.version)
             .is_some_and(|e| e.manifest == entry.manifest)
@@ -161,12 +166,12 @@ pub fn put(
 
 /// The same release from an earlier call.
 fn existing(
-    store: &Directory,
-    channels: &BTreeMap<Channel, Index>,
-    collected: &Collected,
+    store: &DirectoryStore,
+    channels: &BTreeMap<Channel, ChannelIndex>,
+    collected: &CollectedBuild,
     channel: Channel,
-    authority: &Authority,
-) -> Result<Option<Created>> {
+    authority: &SigningAuthority,
+) -> Result<Option<CreatedRelease>> {
     for (found, index) in channels {
         let Some(entry) = index.find(&collected.product, &collected.version) else { continue };
         let manifest = publish::manifest(store, entry, authority.keys())?;
@@ -181,7 +186,7 @@ fn existing(
         );
         if *found == channel {
             let entry = entry.clone();
-            return Ok(Some(Created { channel, existed: true, entry, manifest }));
+            return Ok(Some(CreatedRelease { channel, existed: true, entry, manifest }));
         }
         bail!(
             "{} {} is already in the channel {found}\n\
@@ -197,13 +202,13 @@ fn existing(
 
 /// The release to compare with: the newest one below this version, preferably in this channel.
 fn past(
-    store: &Directory,
-    channels: &BTreeMap<Channel, Index>,
-    collected: &Collected,
+    store: &DirectoryStore,
+    channels: &BTreeMap<Channel, ChannelIndex>,
+    collected: &CollectedBuild,
     channel: Channel,
-    authority: &Authority,
-) -> Result<Option<Past>> {
-    let newest = |index: &Index| -> Option<Entry> {
+    authority: &SigningAuthority,
+) -> Result<Option<PastRelease>> {
+    let newest = |index: &ChannelIndex| -> Option<ChannelEntry> {
         let mut older = index
             .of(&collected.product)
             .filter(|e| e.version < collected.version && e.yanked.is_none());
@@ -212,7 +217,7 @@ fn past(
     let own = channels.get(&channel).and_then(newest);
     let any = || channels.values().filter_map(newest).max_by(|a, b| a.version.cmp(&b.version));
     let Some(entry) = own.or_else(any) else { return Ok(None) };
-    Ok(Some(Past::read(store, &entry, authority.keys())?))
+    Ok(Some(PastRelease::read(store, &entry, authority.keys())?))
 }
 
 /// Parses a version from the command line.

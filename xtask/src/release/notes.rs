@@ -7,14 +7,14 @@ use bundle::KeySet;
 use camino::Utf8Path;
 use serde::Serialize;
 
-use super::collect::{Collected, packages};
-use crate::diff::Changes;
+use super::collect::{CollectedBuild, packages};
+use crate::diff::ChangeSet;
 use crate::git;
 use crate::progress::bytes;
 use crate::publish;
 use crate::scratch::scratch;
-use crate::store::Store;
-use crate::store::format::{Board, Component, Entry, Manifest};
+use crate::store::ReleaseStore;
+use crate::store::format::{ChannelEntry, ReleaseBoard, ReleaseComponent, ReleaseManifest};
 
 /// The maximum number of listed commits.
 const MOST_COMMITS: usize = 200;
@@ -23,9 +23,9 @@ const MOST_PACKAGES: usize = 100;
 
 /// A release with its bills of materials.
 #[derive(Debug)]
-pub struct Past {
+pub struct PastRelease {
     /// The release.
-    pub manifest: Manifest,
+    pub manifest: ReleaseManifest,
     /// Names and versions by board.
     pub packages: BTreeMap<String, BTreeMap<String, String>>,
 }
@@ -37,17 +37,17 @@ pub struct BoardChanges {
     /// The board.
     pub board: String,
     /// Components, by version and digest; without equal ones.
-    pub components: Changes<Component>,
+    pub components: ChangeSet<ReleaseComponent>,
     /// Packages, wheels and crates, by version.
-    pub packages: Changes<String>,
+    pub packages: ChangeSet<String>,
 }
 
-impl Past {
+impl PastRelease {
     /// Reads a release and its bills of materials from a store.
     ///
     /// # Errors
     /// When a part is missing or damaged.
-    pub fn read(store: &dyn Store, entry: &Entry, keys: &KeySet) -> Result<Self> {
+    pub fn read(store: &dyn ReleaseStore, entry: &ChannelEntry, keys: &KeySet) -> Result<Self> {
         let manifest = publish::manifest(store, entry, keys)?;
         let (_keep, dir) = scratch()?;
         let mut found = BTreeMap::new();
@@ -69,9 +69,14 @@ impl Past {
 
 type Packages = BTreeMap<String, BTreeMap<String, String>>;
 
-fn changes(old: &[Board], old_p: &Packages, new: &[Board], new_p: &Packages) -> Vec<BoardChanges> {
+fn changes(
+    old: &[ReleaseBoard],
+    old_p: &Packages,
+    new: &[ReleaseBoard],
+    new_p: &Packages,
+) -> Vec<BoardChanges> {
     let empty = BTreeMap::new();
-    let components = |board: &Board| -> BTreeMap<String, Component> {
+    let components = |board: &ReleaseBoard| -> BTreeMap<String, ReleaseComponent> {
         board.components.iter().map(|c| (c.name.clone(), c.clone())).collect()
     };
     let mut found = Vec::new();
@@ -80,8 +85,8 @@ fn changes(old: &[Board], old_p: &Packages, new: &[Board], new_p: &Packages) -> 
         let packages = |of: &Packages| of.get(&board.board).unwrap_or(&empty).clone();
         found.push(BoardChanges {
             board: board.board.clone(),
-            components: Changes::between(&components(before), &components(board)),
-            packages: Changes::between(&packages(old_p), &packages(new_p)),
+            components: ChangeSet::between(&components(before), &components(board)),
+            packages: ChangeSet::between(&packages(old_p), &packages(new_p)),
         });
     }
     found
@@ -91,7 +96,7 @@ fn changes(old: &[Board], old_p: &Packages, new: &[Board], new_p: &Packages) -> 
 ///
 /// # Errors
 /// When a bill of materials cannot be read.
-pub fn notes(root: &Utf8Path, new: &Collected, past: Option<&Past>) -> Result<String> {
+pub fn notes(root: &Utf8Path, new: &CollectedBuild, past: Option<&PastRelease>) -> Result<String> {
     let mut text = format!("# {} {}\n", new.title, new.version);
     let commit = new.commit.as_deref();
     text.push_str(&format!("\nCommit {}.\n", commit.unwrap_or("unknown")));
@@ -155,7 +160,7 @@ fn components_table(changed: &[BoardChanges]) -> String {
     let mut rows = String::new();
     for board in changed {
         let name = &board.board;
-        let short = |c: &Component| {
+        let short = |c: &ReleaseComponent| {
             let digest = c.digest.get(..12).unwrap_or_default();
             format!("{} ({digest})", escape(&c.version))
         };

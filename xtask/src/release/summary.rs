@@ -8,12 +8,12 @@ use camino::Utf8Path;
 use super::create::local;
 use super::notes::escape;
 use crate::config;
-use crate::failure::Failure;
+use crate::failure::BuildFailure;
 use crate::progress::{bytes, duration};
-use crate::publish::{Authority, load, manifest};
-use crate::report::Report;
+use crate::publish::{SigningAuthority, load, manifest};
+use crate::report::BuildReport;
 use crate::scratch::scratch;
-use crate::store::Files;
+use crate::store::FileStore;
 use crate::store::format::Channel;
 
 /// Writes a table of builds, each failure with its stage and log, and the newest nightlies' notes.
@@ -27,14 +27,15 @@ pub fn summary(root: &Utf8Path) -> Result<String> {
     for product in config::products(root)? {
         for board in config::boards(root)? {
             let dir = root.join("dist").join(&product).join(&board);
-            if let Some(failure) = Failure::read(&dir)? {
+            if let Some(failure) = BuildFailure::read(&dir)? {
                 rows.push_str(&format!("| {product} | {board} | **failed** | | | | |\n"));
                 failures.push_str(&failed(&product, &board, &failure));
                 continue;
             }
             let path = dir.join("report.json");
             let Ok(text) = fs::read_to_string(&path) else { continue };
-            let report = Report::from_json(&text).with_context(|| format!("reading {path}"))?;
+            let report =
+                BuildReport::from_json(&text).with_context(|| format!("reading {path}"))?;
             rows.push_str(&row(&product, &board, &report));
             products.push(product.clone());
         }
@@ -55,7 +56,7 @@ pub fn summary(root: &Utf8Path) -> Result<String> {
     Ok(text)
 }
 
-fn row(product: &str, board: &str, report: &Report) -> String {
+fn row(product: &str, board: &str, report: &BuildReport) -> String {
     let size = |name: &str| {
         let output = report.outputs.iter().find(|output| output.name == name);
         output.map_or(String::new(), |output| bytes(output.on_disk_size))
@@ -81,7 +82,7 @@ fn row(product: &str, board: &str, report: &Report) -> String {
     )
 }
 
-fn failed(product: &str, board: &str, failure: &Failure) -> String {
+fn failed(product: &str, board: &str, failure: &BuildFailure) -> String {
     let log = failure.log.as_ref().map_or("no log".to_owned(), |log| format!("log `{log}`"));
     // Four backticks: an error may contain three.
     let error = failure.error.replace("````", "'''");
@@ -97,7 +98,7 @@ fn newest_notes(root: &Utf8Path, product: &str) -> Result<String> {
     if store.read(&Channel::Nightly.path())?.is_none() {
         return Ok(String::new());
     }
-    let authority = Authority::open(false)?;
+    let authority = SigningAuthority::open(false)?;
     let (index, _) = load(&store, Channel::Nightly, &authority)?;
     let Some(entry) = index.of(product).next_back() else { return Ok(String::new()) };
     let manifest = manifest(&store, entry, authority.keys())?;

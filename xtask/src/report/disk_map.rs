@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 
 use serde::Serialize;
 
-use super::{Disk, Region, RegionKind};
+use super::{ReportDisk, ReportRegion, ReportRegionKind};
 use crate::progress::bytes;
 
 /// The minimum width of a region, so that one sector of a whole card is still visible.
@@ -22,7 +22,7 @@ const LABEL_GAP: f64 = 14.0;
 
 /// One rectangle of the map.
 #[derive(Debug, Serialize)]
-pub(super) struct Block {
+pub(super) struct MapBlock {
     /// Where it begins, in the drawing's units.
     pub x: f64,
     /// Its width: to scale, but at least [`MIN_WIDTH`].
@@ -45,7 +45,7 @@ pub(super) struct Block {
 
 /// A label outside of the map, with a line to its region.
 #[derive(Debug, Serialize)]
-pub(super) struct Label {
+pub(super) struct MapLabel {
     /// The position of its leader line.
     pub anchor: f64,
     /// The position of its text.
@@ -58,28 +58,28 @@ pub(super) struct Label {
 
 /// A mark on the ruler.
 #[derive(Debug, Serialize)]
-pub(super) struct Tick {
+pub(super) struct MapTick {
     pub x: f64,
     pub text: String,
 }
 
 /// The whole map at one width.
 #[derive(Debug, Serialize)]
-pub(super) struct Map {
+pub(super) struct DiskMap {
     pub width: f64,
-    pub blocks: Vec<Block>,
-    pub labels: Vec<Label>,
+    pub blocks: Vec<MapBlock>,
+    pub labels: Vec<MapLabel>,
     pub rows: usize,
-    pub ticks: Vec<Tick>,
+    pub ticks: Vec<MapTick>,
 }
 
 /// The style of a region. Roles are fixed nouns: `boot`, `root-a`, `boot-b`, `data`, ….
-pub(super) fn class(region: &Region) -> &'static str {
+pub(super) fn class(region: &ReportRegion) -> &'static str {
     match region.kind {
-        RegionKind::Gap => "gap",
-        RegionKind::Table => "table",
-        RegionKind::BootState | RegionKind::Trust => "state",
-        RegionKind::Partition => match region.role.split('-').next() {
+        ReportRegionKind::Gap => "gap",
+        ReportRegionKind::Table => "table",
+        ReportRegionKind::BootState | ReportRegionKind::Trust => "state",
+        ReportRegionKind::Partition => match region.role.split('-').next() {
             Some("boot") => "boot",
             Some("root") => "root",
             Some("data") => "data",
@@ -89,13 +89,13 @@ pub(super) fn class(region: &Region) -> &'static str {
 }
 
 /// Draws the card over this width.
-pub(super) fn draw(disk: &Disk, width: f64) -> Map {
+pub(super) fn draw(disk: &ReportDisk, width: f64) -> DiskMap {
     let scale = width / disk.size.max(1) as f64;
     let mut blocks = Vec::with_capacity(disk.regions.len());
     let mut outside: Vec<(f64, String)> = Vec::new();
     for region in &disk.regions {
         let block = block(region, scale, width);
-        if block.label.is_empty() && region.kind != RegionKind::Gap {
+        if block.label.is_empty() && region.kind != ReportRegionKind::Gap {
             let anchor = block.x + block.width / 2.0;
             let name = outside_name(region);
             match outside.last_mut() {
@@ -112,19 +112,19 @@ pub(super) fn draw(disk: &Disk, width: f64) -> Map {
     blocks.sort_by_key(|block| (block.class != "gap", std::cmp::Reverse(block.size)));
     let labels = place(outside, width);
     let rows = labels.iter().map(|label| label.row + 1).max().unwrap_or(0);
-    Map { width, blocks, labels, rows, ticks: ticks(disk.size, width) }
+    DiskMap { width, blocks, labels, rows, ticks: ticks(disk.size, width) }
 }
 
-fn outside_name(region: &Region) -> String {
+fn outside_name(region: &ReportRegion) -> String {
     match region.kind {
-        RegionKind::Partition => format!("{} {}", region.role, bytes(region.size)),
+        ReportRegionKind::Partition => format!("{} {}", region.role, bytes(region.size)),
         _ => region.role.clone(),
     }
 }
 
-fn block(region: &Region, scale: f64, whole: f64) -> Block {
+fn block(region: &ReportRegion, scale: f64, whole: f64) -> MapBlock {
     let exact = region.size as f64 * scale;
-    let width = if region.kind == RegionKind::Gap { exact } else { exact.max(MIN_WIDTH) };
+    let width = if region.kind == ReportRegionKind::Gap { exact } else { exact.max(MIN_WIDTH) };
     let x = (region.start as f64 * scale).min(whole - width).max(0.0);
     let share = region.used.unwrap_or(0) as f64 / region.size.max(1) as f64;
     let size = bytes(region.size);
@@ -138,7 +138,7 @@ fn block(region: &Region, scale: f64, whole: f64) -> Block {
     if let Some(used) = region.used {
         title.push_str(&format!(", {} used", bytes(used)));
     }
-    Block {
+    MapBlock {
         x,
         width,
         used: exact * share.clamp(0.0, 1.0),
@@ -155,9 +155,9 @@ fn block(region: &Region, scale: f64, whole: f64) -> Block {
 /// first row in which it neither overlaps another label nor covers the leader of one in a deeper
 /// row. Only where many labels are at the right edge, and are pushed left over their leaders, a
 /// line may cross behind a label.
-fn place(outside: Vec<(f64, String)>, width: f64) -> Vec<Label> {
+fn place(outside: Vec<(f64, String)>, width: f64) -> Vec<MapLabel> {
     let mut rows = 0;
-    let mut labels: Vec<Label> = Vec::new();
+    let mut labels: Vec<MapLabel> = Vec::new();
     for (anchor, text) in outside.into_iter().rev() {
         let room = (width / CHAR_WIDTH) as usize;
         let text = shorten(&text, room.saturating_sub(2));
@@ -173,7 +173,7 @@ fn place(outside: Vec<(f64, String)>, width: f64) -> Vec<Label> {
         };
         let row = (0..rows).find(free).unwrap_or(rows);
         rows = rows.max(row + 1);
-        labels.push(Label { anchor, x, row, text });
+        labels.push(MapLabel { anchor, x, row, text });
     }
     labels.reverse();
     labels
@@ -190,25 +190,25 @@ pub(super) fn shorten(text: &str, room: usize) -> String {
 }
 
 /// Marks at round sizes, far enough apart for their texts.
-fn ticks(size: u64, width: f64) -> Vec<Tick> {
+fn ticks(size: u64, width: f64) -> Vec<MapTick> {
     const APART: f64 = 76.0;
     let most = (width / APART).max(1.0);
     let mut step = 512_u64;
     while size as f64 / step as f64 > most && step < 1 << 62 {
         step *= 2;
     }
-    let mark = |n: u64| Tick { x: n as f64 * width / size.max(1) as f64, text: bytes(n) };
+    let mark = |n: u64| MapTick { x: n as f64 * width / size.max(1) as f64, text: bytes(n) };
     (0..=size / step).map(|n| mark(n * step)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::TableKind;
+    use crate::report::ReportTableKind;
 
-    fn partition(role: &str, start: u64, size: u64) -> Region {
-        Region {
-            kind: RegionKind::Partition,
+    fn partition(role: &str, start: u64, size: u64) -> ReportRegion {
+        ReportRegion {
+            kind: ReportRegionKind::Partition,
             number: Some(1),
             role: role.to_owned(),
             start,
@@ -222,11 +222,11 @@ mod tests {
     fn labels_do_not_overlap_and_leaders_cross_no_text() {
         let regions =
             (0..12).map(|n| partition(&format!("partition-{n}"), n * 3000, 512)).collect();
-        let disk = Disk::new(TableKind::Gpt, 40_000, regions).unwrap();
+        let disk = ReportDisk::new(ReportTableKind::Gpt, 40_000, regions).unwrap();
         let map = draw(&disk, 400.0);
         assert!(map.labels.len() > 5, "{map:?}");
         for a in &map.labels {
-            let end = |l: &Label| l.x + l.text.chars().count() as f64 * CHAR_WIDTH;
+            let end = |l: &MapLabel| l.x + l.text.chars().count() as f64 * CHAR_WIDTH;
             assert!(end(a) <= map.width + 0.001, "{a:?} leaves the drawing");
             for b in &map.labels {
                 if std::ptr::eq(a, b) {

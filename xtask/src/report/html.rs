@@ -8,8 +8,12 @@ use serde::Serialize;
 
 use super::disk_map::{self, shorten};
 use super::treemap::{Rect, squarify};
-use super::{Disk, Output, Package, PathSize, Report, Wheel, count, time};
+use super::{
+    BuildReport, PathSize, ReportDisk, ReportOutput, ReportPackage, ReportWheel, count, time,
+};
 use crate::progress::bytes;
+use crate::report::disk_map::DiskMap;
+use crate::report::{ReportRegion, ReportStage};
 
 /// The name ends in `.html.j2`: this enables escaping.
 const TEMPLATE: &str = "report.html.j2";
@@ -31,7 +35,7 @@ const MOST_ROWS: usize = 25;
 ///
 /// # Errors
 /// Only when the built-in template has a mistake.
-pub fn render_html(report: &Report) -> Result<String> {
+pub fn render_html(report: &BuildReport) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.add_filter("bytes", bytes);
@@ -70,28 +74,28 @@ pub fn render_html(report: &Report) -> Result<String> {
 /// The variables of the template.
 #[derive(Serialize)]
 struct Page<'a> {
-    report: &'a Report,
+    report: &'a BuildReport,
     kind: &'static str,
     made: String,
-    image: Option<&'a Output>,
-    bundle: Option<&'a Output>,
+    image: Option<&'a ReportOutput>,
+    bundle: Option<&'a ReportOutput>,
     cached: usize,
     table: Option<&'static str>,
-    maps: Option<Vec<(&'static str, disk_map::Map)>>,
-    rows: Option<Vec<DiskRow<'a>>>,
+    maps: Option<Vec<(&'static str, DiskMap)>>,
+    rows: Option<Vec<RegionRow<'a>>>,
     stages: Vec<StageRow<'a>>,
     treemaps: Vec<Treemap>,
     files: Vec<Bar<'a>>,
     folders: Vec<Bar<'a>>,
-    packages: Vec<&'a Package>,
+    packages: Vec<&'a ReportPackage>,
     packages_total: u64,
     packages_count: String,
-    wheels: Vec<&'a Wheel>,
+    wheels: Vec<&'a ReportWheel>,
     wheels_total: u64,
     wheels_count: String,
     warnings: Vec<Warning<'a>>,
     /// Without the report itself: the page cannot contain its own size or hash.
-    outputs: Vec<&'a Output>,
+    outputs: Vec<&'a ReportOutput>,
 }
 
 #[derive(Serialize)]
@@ -101,7 +105,7 @@ struct Warning<'a> {
 }
 
 /// The warnings, each once; a line that starts with `help: ` is separate.
-fn warnings(report: &Report) -> Vec<Warning<'_>> {
+fn warnings(report: &BuildReport) -> Vec<Warning<'_>> {
     let root = report.root.as_ref().and_then(|root| root.warning.as_ref());
     let root = root.filter(|warning| !report.warnings.contains(warning));
     let all = report.warnings.iter().chain(root);
@@ -112,33 +116,33 @@ fn warnings(report: &Report) -> Vec<Warning<'_>> {
     .collect()
 }
 
-fn maps(disk: &Disk) -> Vec<(&'static str, disk_map::Map)> {
+fn maps(disk: &ReportDisk) -> Vec<(&'static str, DiskMap)> {
     WIDTHS.iter().map(|(name, width, _)| (*name, disk_map::draw(disk, *width))).collect()
 }
 
 #[derive(Serialize)]
-struct DiskRow<'a> {
-    region: &'a super::Region,
+struct RegionRow<'a> {
+    region: &'a ReportRegion,
     class: &'static str,
 }
 
-fn disk_rows(disk: &Disk) -> Vec<DiskRow<'_>> {
-    disk.regions.iter().map(|region| DiskRow { region, class: disk_map::class(region) }).collect()
+fn disk_rows(disk: &ReportDisk) -> Vec<RegionRow<'_>> {
+    disk.regions.iter().map(|region| RegionRow { region, class: disk_map::class(region) }).collect()
 }
 
 #[derive(Serialize)]
 struct StageRow<'a> {
-    stage: &'a super::Stage,
+    stage: &'a ReportStage,
     percent: String,
 }
 
-fn stages(report: &Report) -> Vec<StageRow<'_>> {
+fn stages(report: &BuildReport) -> Vec<StageRow<'_>> {
     let longest = report.stages.iter().map(|stage| stage.seconds).fold(0.0, f64::max);
     let row = |stage| StageRow { stage, percent: percent(stage_seconds(stage), longest) };
     report.stages.iter().map(row).collect()
 }
 
-fn stage_seconds(stage: &super::Stage) -> f64 {
+fn stage_seconds(stage: &ReportStage) -> f64 {
     if stage.seconds.is_finite() { stage.seconds.max(0.0) } else { 0.0 }
 }
 
@@ -201,7 +205,7 @@ struct Item {
     size: u64,
 }
 
-fn treemaps(report: &Report) -> Vec<Treemap> {
+fn treemaps(report: &BuildReport) -> Vec<Treemap> {
     let packages = report.packages.iter().map(|package| Item {
         name: package.name.clone(),
         title: format!("{} {}: {}", package.name, package.version, bytes(package.installed_bytes)),

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
-use super::{Output, Report, StartedIn, count, time};
+use super::{BuildReport, CacheUse, ReportOutput, count, time};
 use crate::progress::bytes;
 use crate::text::printable;
 
@@ -24,14 +24,14 @@ const MIN_WIDTH: usize = 40;
 
 /// The style of the lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Style {
+pub struct TerminalStyle {
     /// Whether to use colours (ANSI escapes).
     pub color: bool,
     /// The maximum width of a line in columns; longer lines continue on the next one, indented.
     pub width: usize,
 }
 
-impl Style {
+impl TerminalStyle {
     /// No colour, the width for a log.
     pub fn plain() -> Self {
         Self { color: false, width: DEFAULT_WIDTH }
@@ -60,15 +60,19 @@ enum Ink {
 
 struct Page<'a> {
     out: &'a mut dyn Write,
-    style: Style,
+    style: TerminalStyle,
 }
 
 /// Writes the summary of a finished build.
 ///
 /// # Errors
 /// When `out` cannot be written.
-pub fn render_terminal(report: &Report, out: &mut dyn Write, style: Style) -> io::Result<()> {
-    let style = Style { width: style.width.max(MIN_WIDTH), ..style };
+pub fn render_terminal(
+    report: &BuildReport,
+    out: &mut dyn Write,
+    style: TerminalStyle,
+) -> io::Result<()> {
+    let style = TerminalStyle { width: style.width.max(MIN_WIDTH), ..style };
     let mut page = Page { out, style };
     for warning in &report.warnings {
         page.warning(warning)?;
@@ -141,7 +145,7 @@ impl Page<'_> {
         Ok(())
     }
 
-    fn replaced(&mut self, report: &Report) -> io::Result<()> {
+    fn replaced(&mut self, report: &BuildReport) -> io::Result<()> {
         let n = report.replaced_packages.len();
         if n == 0 {
             return Ok(());
@@ -159,7 +163,7 @@ impl Page<'_> {
         Ok(())
     }
 
-    fn stages(&mut self, report: &Report) -> io::Result<()> {
+    fn stages(&mut self, report: &BuildReport) -> io::Result<()> {
         let worked: Vec<String> = report
             .stages
             .iter()
@@ -168,7 +172,7 @@ impl Page<'_> {
             .collect();
         self.row_in("time", &worked, " · ", Ink::Faint)?;
         let cached = report.stages.len() - worked.len();
-        if report.started_in == StartedIn::Cached && cached > 0 {
+        if report.started_in == CacheUse::Cached && cached > 0 {
             let text = format!("{} unchanged, not repeated", count(cached, "stage"));
             let name = if worked.is_empty() { "time" } else { "" };
             self.row_in(name, &[text], "", Ink::Faint)?;
@@ -177,8 +181,8 @@ impl Page<'_> {
     }
 
     /// The outputs, with their details in one column. Details that do not fit continue below.
-    fn outputs(&mut self, report: &Report) -> io::Result<()> {
-        let main: Vec<&Output> =
+    fn outputs(&mut self, report: &BuildReport) -> io::Result<()> {
+        let main: Vec<&ReportOutput> =
             report.outputs.iter().filter(|o| MAIN_OUTPUTS.contains(&o.name.as_str())).collect();
         // A build that stopped early may have created only less important outputs; show these then.
         let shown = if main.is_empty() { report.outputs.iter().collect() } else { main };
@@ -202,7 +206,7 @@ impl Page<'_> {
     }
 }
 
-fn detail(report: &Report, output: &Output) -> String {
+fn detail(report: &BuildReport, output: &ReportOutput) -> String {
     let mut text = bytes(output.size);
     if output.on_disk_size < output.size / 10 * 9 {
         write!(text, ", {} on disk", bytes(output.on_disk_size)).ok();

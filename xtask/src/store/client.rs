@@ -12,14 +12,14 @@ use ureq::http::Response;
 use ureq::tls::TlsConfig;
 use ureq::{Agent, RequestBuilder};
 
-use super::BadObject;
+use super::ObjectError;
 use super::format::LARGEST_TEXT;
 use crate::artifact::hex;
 use crate::tls::authorities;
 
 /// The timeouts of a server.
 #[derive(Debug, Clone, Copy)]
-pub struct Patience {
+pub struct ServerTimeouts {
     /// The connection must be established within this time.
     pub connect: Duration,
     /// The server must answer within this time after it has received the request.
@@ -30,7 +30,7 @@ pub struct Patience {
     pub rate: u64,
 }
 
-impl Default for Patience {
+impl Default for ServerTimeouts {
     /// Publishing has generous timeouts: it should succeed.
     fn default() -> Self {
         Self {
@@ -42,7 +42,7 @@ impl Default for Patience {
     }
 }
 
-impl Patience {
+impl ServerTimeouts {
     /// The timeout for this number of bytes.
     fn allowed(&self, bytes: u64) -> Option<Duration> {
         let seconds = bytes.checked_div(self.rate)?;
@@ -52,16 +52,16 @@ impl Patience {
 
 /// A server and its client.
 #[derive(Debug)]
-pub(super) struct Client {
+pub(super) struct HttpClient {
     /// Its name in messages.
     pub name: String,
     /// Sends the requests.
     pub agent: Agent,
-    patience: Patience,
+    patience: ServerTimeouts,
 }
 
 /// An answer's status, the relevant headers, and its body.
-pub(super) struct Answer {
+pub(super) struct HttpResponse {
     pub status: u16,
     pub etag: Option<String>,
     pub length: Option<u64>,
@@ -70,13 +70,13 @@ pub(super) struct Answer {
 }
 
 /// The body of a request.
-pub(super) enum Body {
+pub(super) enum RequestBody {
     Bytes(Vec<u8>),
     File(File),
 }
 
-impl Client {
-    pub fn new(name: String, patience: Patience) -> Result<Self> {
+impl HttpClient {
+    pub fn new(name: String, patience: ServerTimeouts) -> Result<Self> {
         // A server that sends nothing for this time, in the middle of an object, is unreachable.
         let silence = (patience.rate > 0).then_some(patience.answer);
         // For small files; objects have their own limit.
@@ -99,8 +99,8 @@ impl Client {
     pub fn ask(
         &self,
         what: &str,
-        mut once: impl FnMut() -> Result<Answer, ureq::Error>,
-    ) -> Result<Answer> {
+        mut once: impl FnMut() -> Result<HttpResponse, ureq::Error>,
+    ) -> Result<HttpResponse> {
         let mut pause = Duration::from_millis(300);
         let mut attempt = 1;
         loop {
@@ -128,15 +128,15 @@ impl Client {
     pub fn send(
         &self,
         request: RequestBuilder<ureq::typestate::WithBody>,
-        body: Body,
+        body: RequestBody,
         size: u64,
-    ) -> Result<Answer, ureq::Error> {
+    ) -> Result<HttpResponse, ureq::Error> {
         let request = request.config().timeout_send_body(self.patience.allowed(size)).build();
         let mut response = match body {
-            Body::Bytes(bytes) => request.send(&bytes[..])?,
-            Body::File(file) => request.send(file)?,
+            RequestBody::Bytes(bytes) => request.send(&bytes[..])?,
+            RequestBody::File(file) => request.send(file)?,
         };
-        Answer::read(&mut response)
+        HttpResponse::read(&mut response)
     }
 
     /// Starts to fetch an object of limited size.
@@ -180,7 +180,7 @@ impl Client {
         let found = hex(&hasher.finalize());
         if found != sha256 {
             drop(fs::remove_file(into));
-            return Err(BadObject::Damaged(format!(
+            return Err(ObjectError::Damaged(format!(
                 "{path} of {} is damaged: its SHA-256 is {found}",
                 self.name
             ))
@@ -190,7 +190,7 @@ impl Client {
     }
 }
 
-impl Answer {
+impl HttpResponse {
     pub fn head(response: &Response<ureq::Body>) -> Self {
         let header = |name: &str| {
             let value = response.headers().get(name)?;

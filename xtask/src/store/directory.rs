@@ -15,8 +15,8 @@ use rustix::fs::{Advice, CWD, FlockOperation, RenameFlags, fadvise, flock, renam
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
-use super::format::{Channel, Index, LARGEST_TEXT, object_path};
-use super::{BadObject, Files, Store, Token};
+use super::format::{Channel, ChannelIndex, LARGEST_TEXT, object_path};
+use super::{ChannelToken, FileStore, ObjectError, ReleaseStore};
 use crate::artifact::{hash_bytes, hash_file, hex};
 use crate::scratch::unique;
 
@@ -25,11 +25,11 @@ pub const UNFINISHED: &str = ".partial-";
 
 /// A directory with releases.
 #[derive(Debug, Clone)]
-pub struct Directory {
+pub struct DirectoryStore {
     root: Utf8PathBuf,
 }
 
-impl Directory {
+impl DirectoryStore {
     /// Creates nothing.
     pub fn new(root: &Utf8Path) -> Self {
         Self { root: root.to_owned() }
@@ -175,7 +175,7 @@ fn rename_new(from: &Utf8Path, to: &Utf8Path) -> Result<bool> {
     }
 }
 
-impl Files for Directory {
+impl FileStore for DirectoryStore {
     fn name(&self) -> String {
         self.root.to_string()
     }
@@ -240,11 +240,11 @@ impl Files for Directory {
 
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
         let from = self.object(sha256);
-        let bad = |what: String| Err(BadObject::Damaged(format!("{from} {what}")).into());
+        let bad = |what: String| Err(ObjectError::Damaged(format!("{from} {what}")).into());
         let size = match fs::metadata(&from) {
             Ok(metadata) => metadata.len(),
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Err(BadObject::Missing(format!("{from} is missing")).into());
+                return Err(ObjectError::Missing(format!("{from} is missing")).into());
             }
             Err(error) => {
                 return Err(error).with_context(|| format!("reading the metadata of {from}"));
@@ -271,7 +271,7 @@ impl Files for Directory {
     }
 }
 
-impl Store for Directory {
+impl ReleaseStore for DirectoryStore {
     fn identity(&self) -> Result<String> {
         let doing = || format!("looking up the full path of {}", self.root);
         if self.root.exists() {
@@ -289,12 +289,12 @@ impl Store for Directory {
         self.root.exists()
     }
 
-    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
+    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, ChannelToken)> {
         let visible = self.read(&channel.path())?;
-        let seen = visible.as_deref().map(Index::serial_of).transpose();
+        let seen = visible.as_deref().map(ChannelIndex::serial_of).transpose();
         let seen = seen.with_context(|| format!("reading {} of {}", channel.path(), self.root))?;
         let newest = self.newest(channel)?;
-        let token = |serial: u64| Token::Version(serial.to_string());
+        let token = |serial: u64| ChannelToken::Version(serial.to_string());
         match (newest, seen) {
             // A copy of a store may lack the directory of serials.
             (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
@@ -304,14 +304,20 @@ impl Store for Directory {
                 ensure!(content.is_some(), "{path} of {} no longer exists", self.root);
                 Ok((content, token(newest)))
             }
-            (None, _) => Ok((None, Token::Absent)),
+            (None, _) => Ok((None, ChannelToken::Absent)),
         }
     }
 
-    fn swap(&self, channel: Channel, token: &Token, serial: u64, content: &[u8]) -> Result<bool> {
+    fn swap(
+        &self,
+        channel: Channel,
+        token: &ChannelToken,
+        serial: u64,
+        content: &[u8],
+    ) -> Result<bool> {
         let expected = match token {
-            Token::Absent => 1,
-            Token::Version(seen) => seen.parse::<u64>().context("a serial is a number")? + 1,
+            ChannelToken::Absent => 1,
+            ChannelToken::Version(seen) => seen.parse::<u64>().context("a serial is a number")? + 1,
         };
         if serial != expected {
             bail!("the index has the serial {serial}, expected {expected}");

@@ -11,9 +11,9 @@ use camino::Utf8Path;
 use rusty_s3::actions::{GetObject, HeadObject, PutObject};
 use rusty_s3::{Credentials, S3Action, UrlStyle};
 
-use super::client::{Answer, Body, Client};
+use super::client::{HttpClient, HttpResponse, RequestBody};
 use super::format::{Channel, object_path};
-use super::{BadObject, Files, Options, Store, Token};
+use super::{ChannelToken, FileStore, ObjectError, ReleaseStore, StoreOptions};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::scratch::scratch;
 
@@ -26,12 +26,12 @@ const PROBE: &str = "channels/.conditional";
 
 /// A bucket, and the prefix of all keys.
 #[derive(Debug)]
-pub struct Bucket {
+pub struct S3Store {
     bucket: rusty_s3::Bucket,
     /// Never printed: contains the secret key.
     credentials: Secret,
     prefix: String,
-    client: Client,
+    client: HttpClient,
 }
 
 struct Secret(Credentials);
@@ -42,13 +42,13 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-impl Bucket {
+impl S3Store {
     /// Parses `BUCKET[/PREFIX]`. Endpoint, region and credentials come from the options, else from
     /// the usual variables of S3 tools. Does not connect.
     ///
     /// # Errors
     /// When the address is invalid, or there are no credentials.
-    pub fn new(address: &str, options: &Options) -> Result<Self> {
+    pub fn new(address: &str, options: &StoreOptions) -> Result<Self> {
         let variable = |names: &[&str]| {
             names.iter().find_map(|name| std::env::var(name).ok().filter(|v| !v.is_empty()))
         };
@@ -79,7 +79,7 @@ impl Bucket {
             )
         })?;
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
-        let client = Client::new(format!("s3://{name}/{prefix}"), options.patience)?;
+        let client = HttpClient::new(format!("s3://{name}/{prefix}"), options.patience)?;
         Ok(Self { bucket, credentials: Secret(credentials), prefix, client })
     }
 
@@ -87,7 +87,7 @@ impl Bucket {
         format!("{}{path}", self.prefix)
     }
 
-    fn refused<T>(&self, what: &str, answer: &Answer) -> Result<T> {
+    fn refused<T>(&self, what: &str, answer: &HttpResponse) -> Result<T> {
         let text = String::from_utf8_lossy(&answer.body);
         let part = |name: &str| {
             let (_, rest) = text.split_once(&format!("<{name}>"))?;
@@ -108,7 +108,7 @@ impl Bucket {
         let answer = self.client.ask(path, || {
             let url = GetObject::new(&self.bucket, Some(&self.credentials.0), &key).sign(VALID);
             let mut response = self.client.agent.get(url.as_str()).call()?;
-            Answer::read(&mut response)
+            HttpResponse::read(&mut response)
         })?;
         match answer.status {
             200 => Ok(Some((answer.body, answer.etag))),
@@ -126,7 +126,7 @@ impl Bucket {
             let url = action.sign(VALID);
             let request =
                 self.client.agent.head(url.as_str()).header("x-amz-checksum-mode", "ENABLED");
-            Ok(Answer::head(&request.call()?))
+            Ok(HttpResponse::head(&request.call()?))
         })?;
         match answer.status {
             200 => Ok(Some((answer.length, answer.checksum))),
@@ -141,8 +141,8 @@ impl Bucket {
         path: &str,
         (sha256, size): (&str, u64),
         condition: Option<(&'static str, &str)>,
-        send: impl Fn() -> Result<Body>,
-    ) -> Result<Answer> {
+        send: impl Fn() -> Result<RequestBody>,
+    ) -> Result<HttpResponse> {
         let key = self.key(path);
         let checksum = encode_base64(&unhex(sha256)?);
         self.client.ask(path, || {
@@ -173,7 +173,7 @@ impl Bucket {
         content: &[u8],
         condition: Option<(&'static str, &str)>,
     ) -> Result<bool> {
-        let send = || Ok(Body::Bytes(content.to_vec()));
+        let send = || Ok(RequestBody::Bytes(content.to_vec()));
         let sum = (&*hash_bytes(content), content.len() as u64);
         let answer = self.upload(path, sum, condition, send)?;
         match answer.status {
@@ -206,7 +206,7 @@ fn unhex(text: &str) -> Result<Vec<u8>> {
     bytes.with_context(|| format!("`{text}` is not a SHA-256"))
 }
 
-impl Files for Bucket {
+impl FileStore for S3Store {
     fn name(&self) -> String {
         self.client.name.clone()
     }
@@ -243,7 +243,8 @@ impl Files for Bucket {
             "{from} has {size} bytes; the maximum for one upload to S3 is {LARGEST}\n\
              help: publish the release to another kind of store"
         );
-        let send = || Ok(Body::File(File::open(from).with_context(|| format!("opening {from}"))?));
+        let send =
+            || Ok(RequestBody::File(File::open(from).with_context(|| format!("opening {from}"))?));
         let answer = self.upload(&path, (sha256, size), None, send)?;
         if answer.status != 200 {
             return self.refused(&format!("writing {path}"), &answer);
@@ -271,9 +272,9 @@ impl Files for Bucket {
         let mut response = self.client.get(self.client.agent.get(url.as_str()), limit)?;
         match response.status().as_u16() {
             200 => self.client.receive(&mut response, (&path, sha256), limit, into, received),
-            404 => Err(BadObject::Missing(format!("{} lacks {path}", self.name())).into()),
+            404 => Err(ObjectError::Missing(format!("{} lacks {path}", self.name())).into()),
             _ => {
-                let answer = Answer::read(&mut response).context("fetching")?;
+                let answer = HttpResponse::read(&mut response).context("fetching")?;
                 self.refused(&format!("fetching {path}"), &answer)
             }
         }
@@ -287,26 +288,26 @@ impl Files for Bucket {
     }
 }
 
-impl Store for Bucket {
+impl ReleaseStore for S3Store {
     fn identity(&self) -> Result<String> {
         // Services may have buckets of the same name.
         Ok(format!("{} at {}", self.client.name, self.bucket.base_url()))
     }
 
-    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
+    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, ChannelToken)> {
         let path = channel.path();
         match self.get_small(&path)? {
-            Some((content, Some(etag))) => Ok((Some(content), Token::Version(etag))),
+            Some((content, Some(etag))) => Ok((Some(content), ChannelToken::Version(etag))),
             Some((_, None)) => bail!("{} returns no ETag for {path}", self.name()),
-            None => Ok((None, Token::Absent)),
+            None => Ok((None, ChannelToken::Absent)),
         }
     }
 
-    fn swap(&self, channel: Channel, token: &Token, _: u64, content: &[u8]) -> Result<bool> {
+    fn swap(&self, channel: Channel, token: &ChannelToken, _: u64, content: &[u8]) -> Result<bool> {
         self.require_conditions()?;
         let condition = match token {
-            Token::Absent => ("if-none-match", "*"),
-            Token::Version(etag) => ("if-match", etag.as_str()),
+            ChannelToken::Absent => ("if-none-match", "*"),
+            ChannelToken::Version(etag) => ("if-match", etag.as_str()),
         };
         self.put_small(&channel.path(), content, Some(condition))
     }

@@ -7,8 +7,8 @@ use std::fs;
 use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
 
-use super::format::{Channel, Index, LARGEST_TEXT, object_path};
-use super::{BadObject, Files, Store, Token};
+use super::format::{Channel, ChannelIndex, LARGEST_TEXT, object_path};
+use super::{ChannelToken, FileStore, ObjectError, ReleaseStore};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::exec::Tool;
 use crate::scratch::{scratch, unique};
@@ -32,7 +32,7 @@ const OPTIONS: [&str; 11] = [
 
 /// A directory on a host.
 #[derive(Debug)]
-pub struct Host {
+pub struct SshStore {
     /// `USER@HOST`, or `HOST`.
     destination: String,
     port: Option<u16>,
@@ -72,7 +72,7 @@ impl Control {
     }
 }
 
-impl Drop for Host {
+impl Drop for SshStore {
     fn drop(&mut self) {
         if let Some(control) = &self.control {
             let end = Tool::new("ssh").args(["-O", "exit", "-o"]);
@@ -83,7 +83,7 @@ impl Drop for Host {
     }
 }
 
-impl Host {
+impl SshStore {
     /// Parses `[USER@]HOST[:PORT]/PATH`; `/~/PATH` is below the user's home. Does not connect.
     ///
     /// # Errors
@@ -253,7 +253,7 @@ impl Host {
     }
 }
 
-impl Files for Host {
+impl FileStore for SshStore {
     fn name(&self) -> String {
         format!("{}:{}", self.destination, self.path)
     }
@@ -304,16 +304,16 @@ impl Files for Host {
             Some((_, size)) if *size <= limit => {}
             Some((_, size)) => {
                 let what = named(format!("has {size} bytes, expected at most {limit}"));
-                return Err(BadObject::Damaged(what).into());
+                return Err(ObjectError::Damaged(what).into());
             }
-            None => return Err(BadObject::Missing(named("is missing".to_owned())).into()),
+            None => return Err(ObjectError::Missing(named("is missing".to_owned())).into()),
         }
         self.must(folder, &[format!("get {} {name}", self.at(&path))])?;
         let (size, found) = hash_file(into)?;
         received(size);
         if found != sha256 {
             let what = named(format!("is damaged: its SHA-256 is {found}"));
-            return Err(BadObject::Damaged(what).into());
+            return Err(ObjectError::Damaged(what).into());
         }
         Ok(())
     }
@@ -327,16 +327,16 @@ impl Files for Host {
     }
 }
 
-impl Store for Host {
+impl ReleaseStore for SshStore {
     fn identity(&self) -> Result<String> {
         let port = self.port.map_or(String::new(), |port| format!(" port {port}"));
         Ok(format!("ssh {}:{}{port}", self.destination, self.path))
     }
 
-    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
+    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, ChannelToken)> {
         let visible = self.read(&channel.path())?;
-        let seen = visible.as_deref().map(Index::serial_of).transpose()?;
-        let token = |serial: u64| Token::Version(serial.to_string());
+        let seen = visible.as_deref().map(ChannelIndex::serial_of).transpose()?;
+        let token = |serial: u64| ChannelToken::Version(serial.to_string());
         match (self.newest(channel)?, seen) {
             (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
             (Some(newest), _) => {
@@ -347,14 +347,20 @@ impl Store for Host {
                 );
                 Ok((content, token(newest)))
             }
-            (None, _) => Ok((None, Token::Absent)),
+            (None, _) => Ok((None, ChannelToken::Absent)),
         }
     }
 
-    fn swap(&self, channel: Channel, token: &Token, serial: u64, content: &[u8]) -> Result<bool> {
+    fn swap(
+        &self,
+        channel: Channel,
+        token: &ChannelToken,
+        serial: u64,
+        content: &[u8],
+    ) -> Result<bool> {
         let seen = match token {
-            Token::Absent => 0,
-            Token::Version(seen) => seen.parse::<u64>().context("a serial is a number")?,
+            ChannelToken::Absent => 0,
+            ChannelToken::Version(seen) => seen.parse::<u64>().context("a serial is a number")?,
         };
         ensure!(serial == seen + 1, "the index has the serial {serial}, but the store has {seen}");
         let path = format!("channels/{channel}.d/{serial}");

@@ -11,9 +11,9 @@ use camino::Utf8Path;
 use sha2::{Digest, Sha256, Sha384, Sha512};
 
 use super::metadata::{
-    EntryPoint, Headers, Metadata, RecordLine, parse_entry_points, parse_record,
+    EntryPoint, MailHeaders, RecordLine, WheelMetadata, parse_entry_points, parse_record,
 };
-use super::target::{Tag, WheelName, expand, normalise};
+use super::target::{WheelName, WheelTag, expand, normalise};
 use crate::artifact::hash_bytes;
 
 /// A wheel that unpacks to more is refused (1 GiB); the largest wheels in use stay below it.
@@ -32,7 +32,7 @@ pub struct WheelFile {
 
 /// A wheel that has passed every check that needs nothing but the wheel.
 #[derive(Debug, Clone)]
-pub struct Wheel {
+pub struct CheckedWheel {
     /// The file name.
     pub file: String,
     /// SHA-256 of the wheel file, lower-case hexadecimal.
@@ -40,7 +40,7 @@ pub struct Wheel {
     /// What the file name says.
     pub name: WheelName,
     /// What METADATA says.
-    pub metadata: Metadata,
+    pub metadata: WheelMetadata,
     /// Whether files at the top level go to `purelib` (else `platlib`).
     pub purelib: bool,
     /// The programs to make.
@@ -53,7 +53,7 @@ pub struct Wheel {
     pub files: BTreeMap<String, WheelFile>,
 }
 
-impl Wheel {
+impl CheckedWheel {
     /// Reads a wheel file. `file` is its name (in the cache its name is its hash), `sha256` is the
     /// hash in the lock, if any.
     ///
@@ -102,7 +102,7 @@ impl Wheel {
         let purelib = check_wheel_text(text("WHEEL")?, &name.tags, &mut about)
             .with_context(|| format!("checking {dist_info}/WHEEL"))?;
         doubts.extend(about.iter().map(|doubt| format!("checking {dist_info}/WHEEL: {doubt}")));
-        let metadata = Metadata::parse(text("METADATA")?)
+        let metadata = WheelMetadata::parse(text("METADATA")?)
             .and_then(|metadata| check_name(metadata, &name))
             .with_context(|| format!("checking {dist_info}/METADATA"))?;
         let about = metadata.doubts.iter();
@@ -286,8 +286,8 @@ fn check_hash(given: &str, file: &WheelFile) -> Result<()> {
 
 /// Checks WHEEL; true when the root is `purelib`. The tags of the file name decide which wheel is
 /// chosen.
-fn check_wheel_text(text: &str, tags: &[Tag], doubts: &mut Vec<String>) -> Result<bool> {
-    let headers = Headers::parse(text);
+fn check_wheel_text(text: &str, tags: &[WheelTag], doubts: &mut Vec<String>) -> Result<bool> {
+    let headers = MailHeaders::parse(text);
     let version = headers.get("wheel-version").context("Wheel-Version is missing")?;
     ensure!(
         matches!(version.split('.').next(), Some("0" | "1")),
@@ -306,7 +306,8 @@ fn check_wheel_text(text: &str, tags: &[Tag], doubts: &mut Vec<String>) -> Resul
     }
     inside.sort();
     inside.dedup();
-    let show = |tags: &[Tag]| tags.iter().map(Tag::to_string).collect::<Vec<_>>().join(", ");
+    let show =
+        |tags: &[WheelTag]| tags.iter().map(WheelTag::to_string).collect::<Vec<_>>().join(", ");
     if inside != tags {
         let (inside, named) = (show(&inside), show(tags));
         doubts.push(format!("the tags in the wheel are {inside}, but the file name has {named}"));
@@ -314,7 +315,7 @@ fn check_wheel_text(text: &str, tags: &[Tag], doubts: &mut Vec<String>) -> Resul
     Ok(root.as_deref() == Some("true"))
 }
 
-fn check_name(metadata: Metadata, name: &WheelName) -> Result<Metadata> {
+fn check_name(metadata: WheelMetadata, name: &WheelName) -> Result<WheelMetadata> {
     ensure!(
         normalise(&metadata.name) == name.name,
         "Name is {}, but the file name has {}",

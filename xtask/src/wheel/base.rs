@@ -10,7 +10,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::check::BaseDistribution;
-use super::metadata::Headers;
+use super::metadata::MailHeaders;
 use super::target::PythonVersion;
 use crate::artifact::{hash_bytes, hex};
 use crate::exec::Tool;
@@ -221,7 +221,7 @@ impl Findings {
         } else if path == "var/lib/dpkg/status" {
             self.dpkg = Some(String::from_utf8_lossy(&bytes).into_owned());
         } else {
-            let headers = Headers::parse(&String::from_utf8_lossy(&bytes));
+            let headers = MailHeaders::parse(&String::from_utf8_lossy(&bytes));
             if let (Some(name), Some(version)) = (headers.get("name"), headers.get("version")) {
                 self.distributions.insert(BaseDistribution {
                     name: name.to_owned(),

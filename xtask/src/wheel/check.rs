@@ -9,9 +9,9 @@ use pep508_rs::pep440_rs::Version;
 use pep508_rs::{ExtraName, MarkerEnvironment};
 use serde::{Deserialize, Serialize};
 
-use super::archive::Wheel;
-use super::metadata::{Dependency, Metadata, satisfies};
-use super::target::{Tag, Target, normalise};
+use super::archive::CheckedWheel;
+use super::metadata::{Dependency, WheelMetadata, satisfies};
+use super::target::{WheelTag, WheelTarget, normalise};
 
 /// A Python distribution in the base.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ pub struct BaseDistribution {
 
 /// A requirement that is not met.
 #[derive(Debug, Clone)]
-pub struct Unmet {
+pub struct UnmetRequirement {
     /// The distribution whose metadata asks for it; `None` for the lock's own requirement.
     pub needed_by: Option<String>,
     /// What it asks for, without its marker.
@@ -35,13 +35,13 @@ pub struct Unmet {
 
 /// What follows from a set of distributions' metadata on one target.
 #[derive(Debug, Default)]
-pub struct Closure {
+pub struct DependencyClosure {
     /// For each distribution that is needed, the distributions that need it (normalised names).
     pub needed_by: BTreeMap<String, BTreeSet<String>>,
     /// What the base provides, by normalised name.
     pub from_base: BTreeMap<String, String>,
     /// What is not met.
-    pub unmet: Vec<Unmet>,
+    pub unmet: Vec<UnmetRequirement>,
 }
 
 /// Follows requirements from `top` through `wheels`; what the base provides is not followed.
@@ -50,10 +50,10 @@ pub struct Closure {
 /// When a version of the base cannot be read.
 pub fn closure(
     top: &Dependency,
-    wheels: &BTreeMap<String, &Metadata>,
+    wheels: &BTreeMap<String, &WheelMetadata>,
     base: &[BaseDistribution],
     markers: &MarkerEnvironment,
-) -> Result<Closure> {
+) -> Result<DependencyClosure> {
     let mut provided = BTreeMap::new();
     for distribution in base {
         // A distribution whose version is invalid in PEP 440 cannot meet a requirement.
@@ -61,7 +61,7 @@ pub fn closure(
             provided.insert(normalise(&distribution.name), version);
         }
     }
-    let mut closure = Closure::default();
+    let mut closure = DependencyClosure::default();
     let mut visited = BTreeSet::new();
     let mut queue: Vec<(Option<String>, Dependency)> = vec![(None, top.clone())];
     while let Some((by, requirement)) = queue.pop() {
@@ -70,7 +70,7 @@ pub fn closure(
         if !found.is_some_and(|version| satisfies(&requirement, version)) {
             let mut plain = requirement.clone();
             plain.marker = pep508_rs::MarkerTree::TRUE;
-            closure.unmet.push(Unmet {
+            closure.unmet.push(UnmetRequirement {
                 needed_by: by.clone(),
                 requirement: plain.to_string(),
                 found: found.map(Version::to_string),
@@ -110,16 +110,17 @@ pub fn closure(
 /// one distribution.
 pub fn check(
     requirement: &str,
-    wheels: &[Wheel],
-    target: &Target,
+    wheels: &[CheckedWheel],
+    target: &WheelTarget,
     base: &[BaseDistribution],
-) -> Result<Closure> {
+) -> Result<DependencyClosure> {
     let accepted = target.tags();
     let mut wrong = Vec::new();
     let mut by_name = BTreeMap::new();
     for wheel in wheels {
         if !wheel.name.fits(&accepted) {
-            let tags = wheel.name.tags.iter().map(Tag::to_string).collect::<Vec<_>>().join(", ");
+            let tags =
+                wheel.name.tags.iter().map(WheelTag::to_string).collect::<Vec<_>>().join(", ");
             wrong.push(format!("{}: its tags ({tags}) do not fit {target}", wheel.file));
         }
         if let Err(error) = wheel.metadata.check_python(target) {

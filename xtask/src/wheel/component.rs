@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::base::BasePython;
-use super::fetch::FetchedWheel;
+use super::fetch::DownloadedWheel;
 use super::install::{
-    InstallRequest, InstallTarget, InstalledFile, Placed, inside, lay_out, write_tar,
+    InstallRequest, InstallTarget, InstalledFile, PlacedFile, inside, lay_out, write_tar,
 };
 use super::lock::WheelLock;
 use super::target::normalise;
@@ -25,11 +25,11 @@ use crate::artifact::{Artifact, hash_bytes, write_atomically};
 
 /// The inputs of a component.
 #[derive(Debug)]
-pub struct ComponentRequest<'a> {
+pub struct WheelComponentRequest<'a> {
     /// The lock.
     pub lock: &'a WheelLock,
     /// Its wheels, fetched.
-    pub wheels: &'a [FetchedWheel],
+    pub wheels: &'a [DownloadedWheel],
     /// The base's Python.
     pub base: &'a BasePython,
     /// The cache directory; bytecode is kept there by wheel and interpreter.
@@ -43,7 +43,7 @@ pub struct ComponentRequest<'a> {
 /// A component, ready to be packed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Component {
+pub struct WheelComponent {
     /// The API's version in the format of bundles. Informational only: robots use the version in
     /// the lock.
     pub version: String,
@@ -62,7 +62,7 @@ const NOT_FOR_ROBOTS: &str = "help: build an image, which may contain this \
 /// # Errors
 /// As [`super::install()`]; when a wheel has files outside of the allowed directories, or the
 /// package has no module of its name.
-pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
+pub fn component(request: &WheelComponentRequest<'_>) -> Result<WheelComponent> {
     let target = InstallTarget::on_data();
     let laid = lay_out(&InstallRequest {
         lock: request.lock,
@@ -75,7 +75,8 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
         log: request.log,
     })?;
     let place = format!("{}/", inside(Utf8Path::new(PLACE)));
-    let mut trees: Vec<Vec<(&str, &Placed)>> = laid.distributions.iter().map(|_| vec![]).collect();
+    let mut trees: Vec<Vec<(&str, &PlacedFile)>> =
+        laid.distributions.iter().map(|_| vec![]).collect();
     for (path, placed) in &laid.tree.files {
         // All directories of the target are below this one.
         let path = path
@@ -92,7 +93,7 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     let mut payloads = Vec::new();
     let mut wheels = Vec::new();
     let mut roles = BTreeSet::new();
-    let mut made = Trees::default();
+    let mut made = WheelTrees::default();
     for (index, files) in trees.iter().enumerate() {
         let (distribution, locked) = (&laid.distributions[index], &request.lock.wheels[index]);
         let role = role(&locked.name);
@@ -144,18 +145,18 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     write_atomically(&path, |out| Ok(out.write_all(&json)?))?;
     payloads.insert(0, (LOCK_ROLE.to_owned(), Artifact::of(&path)?));
     let parsed: Version = version.parse().map_err(|_| anyhow!("invalid version {version}"))?;
-    Ok(Component { version: semantic(&parsed), lock, payloads })
+    Ok(WheelComponent { version: semantic(&parsed), lock, payloads })
 }
 
 /// Reads wheels' trees as robots do, and rejects what they reject.
 #[derive(Debug, Default)]
-pub struct Trees {
+pub struct WheelTrees {
     /// SHA-256 and mode of each file, and the wheel that it is from.
     files: BTreeMap<String, (String, String)>,
     count: usize,
 }
 
-impl Trees {
+impl WheelTrees {
     /// How many were read.
     pub fn count(&self) -> usize {
         self.count
@@ -239,7 +240,7 @@ impl<R: Read> Read for Hashing<R> {
 }
 
 /// The module that the package installs under its own name.
-fn module(package: &str, lock: &WheelLock, trees: &[Vec<(&str, &Placed)>]) -> Result<String> {
+fn module(package: &str, lock: &WheelLock, trees: &[Vec<(&str, &PlacedFile)>]) -> Result<String> {
     let index = lock.wheels.iter().position(|wheel| wheel.name == package);
     let files = index.and_then(|index| trees.get(index)).context("the lock has no top level")?;
     let name = normalise(package).replace('-', "_");
@@ -294,7 +295,7 @@ fn semantic(version: &Version) -> String {
 }
 
 /// Every file that a component consists of.
-pub fn files(component: &Component) -> Vec<Utf8PathBuf> {
+pub fn files(component: &WheelComponent) -> Vec<Utf8PathBuf> {
     component.payloads.iter().map(|(_, artifact)| artifact.path.clone()).collect()
 }
 

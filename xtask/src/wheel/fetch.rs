@@ -10,14 +10,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::lock::{LockedWheel, WheelLock};
 use super::pip::Pip;
-use super::target::Target;
+use super::target::WheelTarget;
 use crate::artifact::{Artifact, hash_file};
 use crate::cache::{Cache, RemoteDownloads};
-use crate::progress::{self, Step, Unit};
+use crate::progress::{self, ProgressStep, ProgressUnit};
 
 /// A locked wheel in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FetchedWheel {
+pub struct DownloadedWheel {
     /// The entry in the lock.
     pub locked: LockedWheel,
     /// The path of the file; its SHA-256 has been checked.
@@ -35,7 +35,7 @@ fn place(cache: &Utf8Path, wheel: &LockedWheel) -> Utf8PathBuf {
 /// # Errors
 /// When `offline` and wheels are missing (the error names them); when pip cannot download a wheel,
 /// or the index no longer has it.
-pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<FetchedWheel>> {
+pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<DownloadedWheel>> {
     let shared = cache.remote().filter(|_| !offline);
     let cache = cache.root.as_path();
     let mut missing = missing(&lock.wheels, cache)?;
@@ -68,11 +68,11 @@ pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<Fetch
             wheel.file,
             wheel.size
         );
-        fetched.push(FetchedWheel { locked: wheel.clone(), path });
+        fetched.push(DownloadedWheel { locked: wheel.clone(), path });
     }
     if let Some(shared) = &shared {
-        let artifact = |wheel: &FetchedWheel| {
-            let FetchedWheel { locked, path } = wheel;
+        let artifact = |wheel: &DownloadedWheel| {
+            let DownloadedWheel { locked, path } = wheel;
             Artifact { path: path.clone(), size: locked.size, sha256: locked.sha256.clone() }
         };
         shared.offer("wheels", &fetched.iter().map(artifact).collect::<Vec<_>>());
@@ -87,7 +87,7 @@ fn from_shared<'a>(
     cache: &Utf8Path,
 ) -> Result<Vec<&'a LockedWheel>> {
     let total = wheels.iter().map(|wheel| wheel.size).sum();
-    let step = Step::new("wheels", "from the shared cache", total, Unit::Bytes);
+    let step = ProgressStep::new("wheels", "from the shared cache", total, ProgressUnit::Bytes);
     let folder = cache.join("downloads/sha256");
     std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
     let mut lacking = Vec::new();
@@ -115,7 +115,7 @@ fn from_shared<'a>(
 pub(super) fn obtain(
     pip: &Pip,
     wheels: &[LockedWheel],
-    target: &Target,
+    target: &WheelTarget,
     cache: &Utf8Path,
 ) -> Result<Vec<Utf8PathBuf>> {
     let missing = missing(wheels, cache)?;
@@ -141,7 +141,12 @@ fn missing<'a>(wheels: &'a [LockedWheel], cache: &Utf8Path) -> Result<Vec<&'a Lo
     Ok(missing)
 }
 
-fn download(pip: &Pip, wheels: &[&LockedWheel], target: &Target, cache: &Utf8Path) -> Result<()> {
+fn download(
+    pip: &Pip,
+    wheels: &[&LockedWheel],
+    target: &WheelTarget,
+    cache: &Utf8Path,
+) -> Result<()> {
     let folder = cache.join("downloads/sha256");
     std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
     // In the cache's own filesystem, so that a finished file can be renamed to its final path.
@@ -161,8 +166,13 @@ fn download(pip: &Pip, wheels: &[&LockedWheel], target: &Target, cache: &Utf8Pat
     let total: u64 = sizes.values().sum();
     let step = match total {
         // The sizes are not known while a lock is being made.
-        0 => Step::new("wheels", "downloading wheels", wheels.len() as u64, Unit::Items),
-        _ => Step::new("wheels", "downloading wheels", total, Unit::Bytes),
+        0 => ProgressStep::new(
+            "wheels",
+            "downloading wheels",
+            wheels.len() as u64,
+            ProgressUnit::Items,
+        ),
+        _ => ProgressStep::new("wheels", "downloading wheels", total, ProgressUnit::Bytes),
     };
     let mut current = 0;
     pip.tool("download", target)

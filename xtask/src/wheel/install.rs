@@ -8,11 +8,11 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::archive::{Wheel, digest_text};
+use super::archive::{CheckedWheel, digest_text};
 use super::base::BasePython;
 use super::bytecode;
-use super::check::{Closure, check};
-use super::fetch::FetchedWheel;
+use super::check::{DependencyClosure, check};
+use super::fetch::DownloadedWheel;
 use super::lock::WheelLock;
 use super::metadata::{EntryPoint, License, RecordLine, format_record};
 use crate::artifact::{Artifact, write_atomically};
@@ -69,7 +69,7 @@ pub struct InstallRequest<'a> {
     /// The lock.
     pub lock: &'a WheelLock,
     /// Its wheels, fetched.
-    pub wheels: &'a [FetchedWheel],
+    pub wheels: &'a [DownloadedWheel],
     /// The base's Python.
     pub base: &'a BasePython,
     /// The target directories.
@@ -87,7 +87,7 @@ pub struct InstallRequest<'a> {
 /// What was installed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Installed {
+pub struct InstalledWheels {
     /// The tar: sorted, owner 0:0, all directories from the top, uncompressed.
     pub tar: Artifact,
     /// One for each wheel, sorted by name.
@@ -124,7 +124,7 @@ pub struct InstalledDistribution {
 }
 
 /// A file on its way into the tar.
-pub(super) struct Placed {
+pub(super) struct PlacedFile {
     pub bytes: Vec<u8>,
     digest: String,
     mode: u32,
@@ -132,7 +132,7 @@ pub(super) struct Placed {
     pub wheels: Vec<usize>,
 }
 
-impl Placed {
+impl PlacedFile {
     /// Whether one file may replace the other: the same file, or bytecode of the same source.
     /// CPython's marshalled bytes depend on what was compiled before; a `.pyc` begins with its
     /// magic number, its flags and its source's hash (PEP 552), 16 bytes.
@@ -145,15 +145,15 @@ impl Placed {
 
 /// The tree under construction; paths without the leading slash.
 #[derive(Default)]
-pub(super) struct Tree {
-    pub files: BTreeMap<String, Placed>,
+pub(super) struct InstallTree {
+    pub files: BTreeMap<String, PlacedFile>,
 }
 
-impl Tree {
+impl InstallTree {
     /// Adds a file of one wheel. A file that exists already with the same content and mode belongs
     /// to both.
-    fn add(&mut self, path: String, placed: Placed, names: &[String]) -> Result<()> {
-        let name = |placed: &Placed| placed.wheels.first().and_then(|w| names.get(*w)).cloned();
+    fn add(&mut self, path: String, placed: PlacedFile, names: &[String]) -> Result<()> {
+        let name = |placed: &PlacedFile| placed.wheels.first().and_then(|w| names.get(*w)).cloned();
         let Some(there) = self.files.get_mut(&path) else {
             self.files.insert(path, placed);
             return Ok(());
@@ -178,14 +178,14 @@ impl Tree {
 }
 
 /// Wheels laid out, before anything is written.
-pub(super) struct Laid {
-    pub tree: Tree,
-    /// In the lock's order, which is that of [`Placed::wheels`].
+pub(super) struct WheelLayout {
+    pub tree: InstallTree,
+    /// In the lock's order, which is that of [`PlacedFile::wheels`].
     pub distributions: Vec<InstalledDistribution>,
     /// The programs that each wheel asks for, in the same order.
     pub entry_points: Vec<Vec<EntryPoint>>,
     /// Which distribution needs which.
-    pub closure: Closure,
+    pub closure: DependencyClosure,
 }
 
 /// Checks and installs wheels into a tar.
@@ -193,17 +193,17 @@ pub(super) struct Laid {
 /// # Errors
 /// When a wheel breaks a rule, wheels do not fit the base or each other, two of them install the
 /// same file, the base's Python cannot be run, or the tar cannot be written.
-pub fn install(request: &InstallRequest<'_>) -> Result<Installed> {
-    let Laid { tree, mut distributions, .. } = lay_out(request)?;
+pub fn install(request: &InstallRequest<'_>) -> Result<InstalledWheels> {
+    let WheelLayout { tree, mut distributions, .. } = lay_out(request)?;
     let files: Vec<_> = tree.files.iter().map(|(path, placed)| (path.as_str(), placed)).collect();
     write_atomically(request.out, |out| write_tar(&files, request.epoch, out))
         .with_context(|| format!("writing {}", request.out))?;
     distributions.sort_by(|a, b| a.wheel.cmp(&b.wheel));
-    Ok(Installed { tar: Artifact::of(request.out)?, distributions })
+    Ok(InstalledWheels { tar: Artifact::of(request.out)?, distributions })
 }
 
 /// Checks wheels and collects their files, compiled, as `request` says.
-pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<Laid> {
+pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<WheelLayout> {
     let InstallRequest { lock, wheels: fetched, base, target, .. } = request;
     let mut on = lock.target.clone();
     ensure!(
@@ -231,11 +231,11 @@ pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<Laid> {
         }
     }
     let distributions = facts.into_iter().map(|(fact, _)| fact).collect();
-    Ok(Laid { tree, distributions, entry_points, closure })
+    Ok(WheelLayout { tree, distributions, entry_points, closure })
 }
 
 /// Warns about contradictory metadata in wheels. Their bytes are those of the lock nevertheless.
-pub(super) fn tell_doubts(wheels: &[Wheel]) {
+pub(super) fn tell_doubts(wheels: &[CheckedWheel]) {
     for wheel in wheels.iter().filter(|wheel| !wheel.doubts.is_empty()) {
         warn(format!(
             "the metadata of {} contradict the wheel's content (the file is the one of the index): {}",
@@ -247,15 +247,15 @@ pub(super) fn tell_doubts(wheels: &[Wheel]) {
 
 /// Wheels with a path for each file, not compiled and without RECORDs.
 struct Arranged {
-    tree: Tree,
+    tree: InstallTree,
     facts: Vec<Fact>,
     /// The wheels' file names.
     names: Vec<String>,
 }
 
-fn arrange(wheels: Vec<Wheel>, target: &InstallTarget, top: &str) -> Result<Arranged> {
+fn arrange(wheels: Vec<CheckedWheel>, target: &InstallTarget, top: &str) -> Result<Arranged> {
     let names: Vec<String> = wheels.iter().map(|wheel| wheel.file.clone()).collect();
-    let (mut tree, mut facts) = (Tree::default(), Vec::new());
+    let (mut tree, mut facts) = (InstallTree::default(), Vec::new());
     for (index, wheel) in wheels.into_iter().enumerate() {
         facts.push(
             place(&mut tree, index, wheel, target, &names, top)
@@ -282,7 +282,7 @@ pub struct InstalledFile {
 /// # Errors
 /// Two wheels that install different files under one name; a wheel with an unknown feature.
 pub fn preview(
-    wheels: Vec<Wheel>,
+    wheels: Vec<CheckedWheel>,
     target: &InstallTarget,
     top: &str,
 ) -> Result<BTreeMap<String, InstalledFile>> {
@@ -296,7 +296,7 @@ pub fn preview(
 }
 
 /// Reads and checks all wheels, on all cores.
-fn open_all(fetched: &[FetchedWheel]) -> Result<Vec<Wheel>> {
+fn open_all(fetched: &[DownloadedWheel]) -> Result<Vec<CheckedWheel>> {
     let next = std::sync::atomic::AtomicUsize::new(0);
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     // The largest first, so that the cores finish at about the same time.
@@ -307,8 +307,8 @@ fn open_all(fetched: &[FetchedWheel]) -> Result<Vec<Wheel>> {
         while let Some(index) =
             order.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)).copied()
         {
-            let FetchedWheel { locked, path } = &fetched[index];
-            done.push((index, Wheel::open(path, &locked.file, Some(&locked.sha256))));
+            let DownloadedWheel { locked, path } = &fetched[index];
+            done.push((index, CheckedWheel::open(path, &locked.file, Some(&locked.sha256))));
         }
         done
     };
@@ -334,9 +334,9 @@ pub(super) fn inside(path: &Utf8Path) -> &str {
 }
 
 fn place(
-    tree: &mut Tree,
+    tree: &mut InstallTree,
     index: usize,
-    wheel: Wheel,
+    wheel: CheckedWheel,
     target: &InstallTarget,
     names: &[String],
     top: &str,
@@ -356,17 +356,18 @@ fn place(
         .then(|| target.site_packages.join(resources.trim_end_matches('/')));
 
     let source_record = format!("{}/RECORD", wheel.dist_info);
-    let put = |tree: &mut Tree, path: String, bytes: Vec<u8>, executable: bool| {
+    let put = |tree: &mut InstallTree, path: String, bytes: Vec<u8>, executable: bool| {
         let digest = digest_text(&bytes);
         let mode = if executable { 0o755 } else { 0o644 };
-        tree.add(path, Placed { bytes, digest, mode, wheels: vec![index] }, names)
+        tree.add(path, PlacedFile { bytes, digest, mode, wheels: vec![index] }, names)
     };
     for (path, file) in wheel.files {
         if path == source_record {
             continue;
         }
         let mode = if file.executable { 0o755 } else { 0o644 };
-        let placed = Placed { bytes: file.bytes, digest: file.digest, mode, wheels: vec![index] };
+        let placed =
+            PlacedFile { bytes: file.bytes, digest: file.digest, mode, wheels: vec![index] };
         // Like pip: any name before `.data` is accepted.
         let data = path.split_once('/').filter(|(folder, _)| folder.ends_with(".data"));
         let Some((_, rest)) = data else {
@@ -456,12 +457,12 @@ fn program(point: &EntryPoint, target: &InstallTarget) -> String {
 
 fn compile(
     request: &InstallRequest<'_>,
-    tree: &mut Tree,
+    tree: &mut InstallTree,
     facts: &mut [Fact],
     names: &[String],
 ) -> Result<()> {
     let site = format!("{}/", inside(&request.target.site_packages));
-    let mut wheels: Vec<(String, bytecode::Sources<'_>)> =
+    let mut wheels: Vec<(String, bytecode::ModuleSources<'_>)> =
         facts.iter().map(|(fact, _)| (fact.sha256.clone(), BTreeMap::new())).collect();
     for (path, placed) in &tree.files {
         if path.starts_with(&site) && path.ends_with(".py") {
@@ -482,7 +483,7 @@ fn compile(
     for (index, compiled) in made.into_iter().enumerate() {
         for (path, bytes) in compiled {
             let digest = digest_text(&bytes);
-            tree.add(path, Placed { bytes, digest, mode: 0o644, wheels: vec![index] }, names)?;
+            tree.add(path, PlacedFile { bytes, digest, mode: 0o644, wheels: vec![index] }, names)?;
         }
     }
     Ok(())
@@ -490,7 +491,7 @@ fn compile(
 
 /// Writes each distribution's RECORD: every installed file with hash and size, paths relative to
 /// the directory of the modules, sorted.
-fn write_records(tree: &mut Tree, facts: &mut [Fact], target: &InstallTarget) {
+fn write_records(tree: &mut InstallTree, facts: &mut [Fact], target: &InstallTarget) {
     let site = inside(&target.site_packages);
     let mut records: Vec<Vec<RecordLine>> = facts.iter().map(|_| Vec::new()).collect();
     for (path, placed) in &tree.files {
@@ -512,7 +513,7 @@ fn write_records(tree: &mut Tree, facts: &mut [Fact], target: &InstallTarget) {
         lines.sort_by(|a, b| a.path.cmp(&b.path));
         let bytes = format_record(&lines).into_bytes();
         let digest = digest_text(&bytes);
-        tree.files.insert(path, Placed { bytes, digest, mode: 0o644, wheels: vec![index] });
+        tree.files.insert(path, PlacedFile { bytes, digest, mode: 0o644, wheels: vec![index] });
     }
 }
 
@@ -527,7 +528,11 @@ fn relative(path: &str, from: &str) -> String {
 }
 
 /// Writes files, sorted by path, with all their directories.
-pub(super) fn write_tar(files: &[(&str, &Placed)], epoch: u64, out: &mut dyn Write) -> Result<()> {
+pub(super) fn write_tar(
+    files: &[(&str, &PlacedFile)],
+    epoch: u64,
+    out: &mut dyn Write,
+) -> Result<()> {
     let mut folders = BTreeSet::new();
     for (path, _) in files {
         let mut rest = *path;

@@ -16,15 +16,15 @@ pub mod pip;
 pub mod resolve;
 pub mod target;
 
-pub use archive::Wheel;
+pub use archive::CheckedWheel;
 pub use base::BasePython;
 pub use check::{BaseDistribution, check};
-pub use component::{Component, ComponentRequest};
-pub use fetch::{FetchedWheel, fetch};
+pub use component::{WheelComponent, WheelComponentRequest};
+pub use fetch::{DownloadedWheel, fetch};
 pub use install::{
-    InstallRequest, InstallTarget, Installed, InstalledDistribution, InstalledFile, install,
+    InstallRequest, InstallTarget, InstalledDistribution, InstalledFile, InstalledWheels, install,
     preview,
 };
 pub use lock::{LockedWheel, WheelLock, identity};
 pub use resolve::{LockRequest, lock, update};
-pub use target::{Libc, PythonVersion, Target};
+pub use target::{Libc, PythonVersion, WheelTarget};

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::target::{Target, WheelName};
+use super::target::{WheelName, WheelTarget};
 use crate::exec::Tool;
 
 /// `install --report` began with pip 22.2; Debian 12 has 23.0.
@@ -83,7 +83,7 @@ impl Pip {
 
     /// A pip command for wheels of the target; settings of the user that would change what is
     /// installed are switched off, those of the index and the connection are kept.
-    pub fn tool(&self, command: &str, target: &Target) -> Tool {
+    pub fn tool(&self, command: &str, target: &WheelTarget) -> Tool {
         let mut tool = Tool::new(self.python)
             .args(["-m", "pip", command, "--no-input", "--no-color", "--progress-bar", "off"])
             .args(["--disable-pip-version-check", "--only-binary=:all:"])
@@ -116,7 +116,7 @@ impl Pip {
     ///
     /// # Errors
     /// When pip cannot be run at all; that it finds no candidate is expected.
-    pub fn wheels_of(&self, requirement: &str, target: &Target) -> Result<Vec<WheelName>> {
+    pub fn wheels_of(&self, requirement: &str, target: &WheelTarget) -> Result<Vec<WheelName>> {
         let scratch = tempfile::tempdir().context("making a temporary directory")?;
         let Some(dir) = scratch.path().to_str() else {
             bail!("the temporary directory is not UTF-8")

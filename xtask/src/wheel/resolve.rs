@@ -10,17 +10,17 @@ use camino::{Utf8Path, Utf8PathBuf};
 use pep508_rs::pep440_rs::Version;
 use serde::Deserialize;
 
-use super::archive::Wheel;
-use super::check::{BaseDistribution, Closure, check, closure};
+use super::archive::CheckedWheel;
+use super::check::{BaseDistribution, DependencyClosure, check, closure};
 use super::component::unfit;
 use super::fetch::obtain;
 use super::install::{InstallTarget, preview, tell_doubts};
 use super::lock::{LockedWheel, WheelLock, difference};
-use super::metadata::{Metadata, parse_lenient, parse_requirement, satisfies};
+use super::metadata::{WheelMetadata, parse_lenient, parse_requirement, satisfies};
 use super::pip::{Pip, wheel_file};
-use super::target::{Target, WheelName, normalise};
+use super::target::{WheelName, WheelTarget, normalise};
 use crate::artifact::hash_file;
-use crate::progress::{self, warn};
+use crate::progress::{ProgressStep, ProgressUnit, warn};
 
 /// pip evaluates markers for the machine that it runs on; what only the target needs is added, and
 /// pip is run again. Each round adds at least one requirement; more rounds than this do not occur
@@ -33,7 +33,7 @@ pub struct LockRequest {
     /// The distribution with its version: `opentrons==10.1.0`.
     pub requirement: String,
     /// The base's Python.
-    pub target: Target,
+    pub target: WheelTarget,
     /// The distributions in the base; they need not be among the wheels, but may be.
     pub base: Vec<BaseDistribution>,
     /// The cache directory; the wheels are downloaded into it, for their sizes and their checks.
@@ -43,7 +43,7 @@ pub struct LockRequest {
 }
 
 #[derive(Debug, Deserialize)]
-struct Report {
+struct PipReport {
     install: Vec<ReportItem>,
 }
 
@@ -108,11 +108,11 @@ fn resolve(request: &LockRequest) -> Result<WheelLock> {
     let top = parse_requirement(&request.requirement)?;
     let markers = target.markers()?;
     let pip = Pip::find(request.log.as_deref())?;
-    let step = progress::Step::new(
+    let step = ProgressStep::new(
         "lock",
         format!("resolving {} with pip {}", request.requirement, pip.version),
         0,
-        progress::Unit::Items,
+        ProgressUnit::Items,
     );
     let mut asked = vec![request.requirement.clone()];
     for _ in 0..ROUNDS {
@@ -153,7 +153,7 @@ fn finish(
     request: &LockRequest,
     pip: &Pip,
     items: &[ReportItem],
-    closure: &Closure,
+    closure: &DependencyClosure,
 ) -> Result<WheelLock> {
     let target = &request.target;
     let mut chosen = Vec::new();
@@ -177,7 +177,7 @@ fn finish(
     let mut wheels = Vec::new();
     for (locked, path) in chosen.iter_mut().zip(&paths) {
         locked.size = hash_file(path)?.0;
-        wheels.push(Wheel::open(path, &locked.file, Some(&locked.sha256))?);
+        wheels.push(CheckedWheel::open(path, &locked.file, Some(&locked.sha256))?);
     }
     check(&request.requirement, &wheels, target, &request.base)?;
     tell_doubts(&wheels);
@@ -192,9 +192,9 @@ fn finish(
     Ok(WheelLock::new(&request.requirement, target.clone(), chosen))
 }
 
-fn reported(item: &ReportMetadata) -> Result<Metadata> {
-    let parse = || -> Result<Metadata> {
-        Ok(Metadata {
+fn reported(item: &ReportMetadata) -> Result<WheelMetadata> {
+    let parse = || -> Result<WheelMetadata> {
+        Ok(WheelMetadata {
             name: item.name.clone(),
             version: Version::from_str(&item.version).map_err(|error| anyhow!("{error}"))?,
             version_text: item.version.clone(),
@@ -232,7 +232,7 @@ fn reported_hash(info: &DownloadInfo) -> Result<String> {
     }
 }
 
-fn ask(pip: &Pip, requirements: &[String], target: &Target) -> Result<Vec<ReportItem>> {
+fn ask(pip: &Pip, requirements: &[String], target: &WheelTarget) -> Result<Vec<ReportItem>> {
     let scratch = tempfile::tempdir().context("making a temporary directory")?;
     let dir =
         Utf8Path::from_path(scratch.path()).context("the temporary directory is not UTF-8")?;
@@ -251,7 +251,7 @@ fn ask(pip: &Pip, requirements: &[String], target: &Target) -> Result<Vec<Report
         });
     }
     let text = std::fs::read_to_string(&report).with_context(|| format!("reading {report}"))?;
-    let report: Report = serde_json::from_str(&text).context("reading pip's report")?;
+    let report: PipReport = serde_json::from_str(&text).context("reading pip's report")?;
     ensure!(!report.install.is_empty(), "pip's report is empty");
     Ok(report.install)
 }
@@ -274,7 +274,7 @@ fn explain(
     pip: &Pip,
     requirement: &str,
     by: Option<&str>,
-    target: &Target,
+    target: &WheelTarget,
     error: anyhow::Error,
 ) -> anyhow::Error {
     match pip.wheels_of(requirement, target) {
@@ -294,7 +294,7 @@ fn explain(
 pub fn describe_missing(
     requirement: &str,
     by: Option<&str>,
-    target: &Target,
+    target: &WheelTarget,
     wheels: &[WheelName],
 ) -> Result<anyhow::Error> {
     let wanted = parse_requirement(requirement)?;

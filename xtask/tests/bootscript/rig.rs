@@ -15,18 +15,18 @@ use std::io::Write;
 use uuid::Uuid;
 use xtask::build::wrap_script;
 use xtask::cache::Cache;
-use xtask::config::machine::Machine;
+use xtask::config::machine::QemuMachine;
 use xtask::disk::{
-    Content, DiskRequest, DiskSpec, FatFile, Filesystem, Layout, PartitionRequest, PartitionSpec,
-    Source, TableKind, assemble, place, sum,
+    DiskLayout, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
+    PartitionRequest, PartitionSpec, TableKind, assemble, place, sum,
 };
 use xtask::exec::{self, Tool};
 use xtask::ext4::{self, Ext4Request};
-use xtask::fetch::Fetcher;
-use xtask::qemu::{Files, OnRestart, Overlay, Session};
+use xtask::fetch::Downloader;
+use xtask::qemu::{CardOverlay, MachineFiles, QemuSession, RestartEffect};
 use xtask::render::render;
-use xtask::rootfs::debian::{Mirrors, PackagesLock, host_e2fs, unpack_locked};
-use xtask::workspace::{Selection, resolve};
+use xtask::rootfs::debian::{AptMirrors, PackagesLock, host_e2fs, unpack_locked};
+use xtask::workspace::{BuildSelection, resolve};
 
 const MIB: u64 = 1 << 20;
 const EPOCH: u64 = 1_700_000_000;
@@ -65,9 +65,9 @@ pub struct Seen {
 
 /// The card and the machine.
 pub struct Rig {
-    machine: Machine,
-    files: Files,
-    layout: Layout,
+    machine: QemuMachine,
+    files: MachineFiles,
+    layout: DiskLayout,
     faulty: Vec<(Fault, Utf8PathBuf)>,
     /// What `root=` must be for slot a and b.
     guids: [Uuid; 2],
@@ -84,7 +84,7 @@ impl Rig {
         let dir = Utf8Path::new(env!("CARGO_TARGET_TMPDIR"));
         let folder = tempfile::Builder::new().prefix("bootscript-").tempdir_in(dir)?;
         let at = |name: &str| Utf8Path::from_path(folder.path()).expect("UTF-8").join(name);
-        let target = Selection { product: None, board: Some("qemu-arm64".to_owned()) };
+        let target = BuildSelection { product: None, board: Some("qemu-arm64".to_owned()) };
         let (config, _, mut plan) = resolve(&target)?;
         let offsets: Vec<u64> = plan.disk.states.iter().map(|s| s.offset).collect();
         plan.disk = place(&disk(offsets)).map_err(|f| anyhow::anyhow!(f.join("\n")))?;
@@ -99,9 +99,9 @@ impl Rig {
 
         let cache = Cache::locate()?.root;
         let lock = PackagesLock::load(&config.root.join("configs/robot-dev.packages.lock"))?;
-        let fetcher = Fetcher::new(&cache, false)?;
+        let fetcher = Downloader::new(&cache, false)?;
         // Files in the cache need no mirror.
-        let mirrors = Mirrors::from_host().ok();
+        let mirrors = AptMirrors::from_host().ok();
         let unpacked = at("u-boot");
         unpack_locked(&lock, "u-boot-qemu", &fetcher, mirrors.as_ref(), &unpacked)?;
         let mke2fs = host_e2fs(&lock, &fetcher, mirrors.as_ref(), &cache)?;
@@ -140,15 +140,18 @@ impl Rig {
         }
         let guids = [2u128, 3].map(Uuid::from_u128);
         let contents = [
-            Content::Fat {
+            PartitionContent::Fat {
                 label: "boot".to_owned(),
                 volume_id: 1,
                 placed: true,
-                files: vec![FatFile { path: "boot.scr".to_owned(), source: Source::Bytes(script) }],
+                files: vec![FatFile {
+                    path: "boot.scr".to_owned(),
+                    source: FileSource::Bytes(script),
+                }],
             },
-            Content::Image(sum(&whole_a)?),
-            Content::Image(sum(&whole_b)?),
-            Content::Empty,
+            PartitionContent::Image(sum(&whole_a)?),
+            PartitionContent::Image(sum(&whole_b)?),
+            PartitionContent::Empty,
         ];
         let spec = DiskSpec {
             layout: plan.disk.clone(),
@@ -170,7 +173,8 @@ impl Rig {
         let loader = plan.board.bootloader.as_ref().context("the board has a boot loader")?;
         let bootloader = unpacked.join(loader);
         ensure!(bootloader.is_file(), "{bootloader} is missing");
-        let files = Files { image, bootloader, device_tree: None, device_tree_changes: None };
+        let files =
+            MachineFiles { image, bootloader, device_tree: None, device_tree_changes: None };
         let mut machine = qemu.machine.clone();
         // Two processors and a gigabyte only cost time here.
         (machine.cpus, machine.memory) = (1, 512 * MIB);
@@ -182,8 +186,8 @@ impl Rig {
     }
 
     /// A card of its own, for tests that run at once, with these copies of the boot state and faults in slot a and b.
-    fn card(&self, name: &str, copies: &Copies, faults: [Fault; 2]) -> Result<Overlay> {
-        let overlay = Overlay::create(
+    fn card(&self, name: &str, copies: &Copies, faults: [Fault; 2]) -> Result<CardOverlay> {
+        let overlay = CardOverlay::create(
             &self.machine,
             &self.files.image,
             &self.at(&format!("{}.qcow2", name.replace(' ', "-"))),
@@ -221,7 +225,7 @@ impl Rig {
         cards.iter().map(run).collect()
     }
 
-    fn start(&self, name: &str, overlay: &Overlay, card: Card) -> Result<Option<Started>> {
+    fn start(&self, name: &str, overlay: &CardOverlay, card: Card) -> Result<Option<Started>> {
         let log = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bootscript/{name}.log"));
         let mut machine = self.machine.clone();
         if card == Card::Refuses {
@@ -229,7 +233,7 @@ impl Rig {
             machine.arguments.extend(["-set".to_owned(), "drive.card.readonly=on".to_owned()]);
         }
         let mut session =
-            Session::start(&machine, &self.files, overlay, &log, OnRestart::Exit, None)?;
+            QemuSession::start(&machine, &self.files, overlay, &log, RestartEffect::Exit, None)?;
         // Saves the two seconds that U-Boot waits for a person. `boot` is what it does then.
         session.expect("stop autoboot", START).context("no boot loader")?;
         session.send_line("")?;
@@ -260,7 +264,7 @@ impl Rig {
         Ok(Some(Started { slot, trial, unloadable }))
     }
 
-    fn copies(&self, overlay: &Overlay) -> Result<Copies> {
+    fn copies(&self, overlay: &CardOverlay) -> Result<Copies> {
         let raw = overlay.path().with_extension("raw");
         tool("qemu-img")
             .args(["convert", "-O", "raw", overlay.path().as_str(), raw.as_str()])

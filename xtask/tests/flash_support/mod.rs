@@ -10,8 +10,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use uuid::Uuid;
 use xtask::disk::bmap::{self, BlockMap};
 use xtask::disk::{
-    Content, DiskImage, DiskRequest, DiskSpec, FatFile, Filesystem, PartitionRequest,
-    PartitionSpec, Source, TableKind, assemble, place, sum,
+    DiskImage, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
+    PartitionRequest, PartitionSpec, TableKind, assemble, place, sum,
 };
 
 pub const MIB: u64 = 1 << 20;
@@ -69,15 +69,15 @@ pub fn image(folder: &Folder, table: TableKind, seed: u64) -> DiskImage {
             partition("data", 6 * MIB, Filesystem::Ext4),
         ],
     });
-    let firmware = Source::Bytes(noise(seed, 3_000_000));
-    let boot = Content::Fat {
+    let firmware = FileSource::Bytes(noise(seed, 3_000_000));
+    let boot = PartitionContent::Fat {
         label: "boot".to_owned(),
         volume_id: 0x5107,
         placed: true,
         files: vec![FatFile { path: "start.elf".to_owned(), source: firmware }],
     };
-    let slot = Content::Image(sum(&root).expect("summing"));
-    let contents = [boot, slot.clone(), slot, Content::Empty];
+    let slot = PartitionContent::Image(sum(&root).expect("summing"));
+    let contents = [boot, slot.clone(), slot, PartitionContent::Empty];
     let partitions = contents.into_iter().zip(1u128..).map(|(content, n)| PartitionSpec {
         guid: Uuid::from_u128(n),
         content,

@@ -11,9 +11,10 @@ use serde::Deserialize;
 use xtask::build::package_spec;
 use xtask::config;
 use xtask::exec::Tool;
-use xtask::fetch::Fetcher;
+use xtask::fetch::Downloader;
 use xtask::rootfs::debian::{
-    DebianSpec, Fetched, Mirrors, PackagesLock, Policy, SourceMirror, fetch_lock, lock,
+    AptMirrors, AptSourceMirror, DebianSpec, DownloadedPackages, LockPolicy, PackagesLock,
+    fetch_lock, lock,
 };
 
 use super::stand_in;
@@ -351,16 +352,16 @@ impl World {
     }
 
     /// What `cargo xtask lock --only packages` does, and what a build fetches by it.
-    pub fn lock(&self, config: &config::Config) -> Result<Fetched> {
+    pub fn lock(&self, config: &config::Config) -> Result<DownloadedPackages> {
         let _alone = self.apt.lock().unwrap_or_else(|error| error.into_inner());
         let spec: DebianSpec = package_spec(config);
         let address = &self.server.address;
-        let sources = spec.sources.iter().map(|source| SourceMirror {
+        let sources = spec.sources.iter().map(|source| AptSourceMirror {
             name: source.name.clone(),
             address: format!("{address}/{}", source.name),
             key: self.key(),
         });
-        let mirrors = Mirrors {
+        let mirrors = AptMirrors {
             archive: format!("{address}/debian"),
             security: format!("{address}/security"),
             keyring: self.root().join("debian.gpg"),
@@ -375,8 +376,8 @@ impl World {
         fs::create_dir_all(self.root().join(path.parent().context("a directory")?))?;
         lock.save(&self.root().join(&path))?;
         lock.save(&config.root.join(&path))?;
-        let fetcher = Fetcher::new(&cache, false)?;
-        fetch_lock(&lock, &fetcher, Some(&mirrors), Policy::Locked, &cache)
+        let fetcher = Downloader::new(&cache, false)?;
+        fetch_lock(&lock, &fetcher, Some(&mirrors), LockPolicy::Locked, &cache)
     }
 }
 

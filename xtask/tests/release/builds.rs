@@ -9,15 +9,15 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 use xtask::artifact::Artifact;
 use xtask::cache::Cache;
-use xtask::disk::{
-    Content, DiskSpec, FatFile, PartitionRequest, PartitionSpec, Source, TableKind, assemble,
-    place, sum,
-};
 use xtask::disk::{DiskRequest, Filesystem};
+use xtask::disk::{
+    DiskSpec, FatFile, FileSource, PartitionContent, PartitionRequest, PartitionSpec, TableKind,
+    assemble, place, sum,
+};
 use xtask::ext4::{self, Ext4Request, Mke2fs};
-use xtask::fetch::Fetcher;
+use xtask::fetch::Downloader;
 use xtask::release::check::compare;
-use xtask::rootfs::debian::{Mirrors, PackagesLock, host_e2fs};
+use xtask::rootfs::debian::{AptMirrors, PackagesLock, host_e2fs};
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
 
 use super::support::{Bench, good, root, tool};
@@ -27,9 +27,9 @@ const MIB: u64 = 1 << 20;
 fn mke2fs() -> Mke2fs {
     let lock = PackagesLock::load(&root().join("configs/robot-dev.packages.lock")).unwrap();
     let cache = Cache::locate().unwrap().root;
-    let fetcher = Fetcher::new(&cache, false).unwrap();
+    let fetcher = Downloader::new(&cache, false).unwrap();
     // Files in the cache need no mirror.
-    host_e2fs(&lock, &fetcher, Mirrors::from_host().ok().as_ref(), &cache).unwrap()
+    host_e2fs(&lock, &fetcher, AptMirrors::from_host().ok().as_ref(), &cache).unwrap()
 }
 
 /// A root filesystem with a file that says when it was made.
@@ -89,10 +89,14 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
         ],
     });
     let config =
-        FatFile { path: "config.txt".to_owned(), source: Source::Bytes(b"x=1\n".to_vec()) };
-    let boot =
-        Content::Fat { label: "boot".to_owned(), volume_id: 1, placed: true, files: vec![config] };
-    let slot = || Content::Image(sum(&root).unwrap());
+        FatFile { path: "config.txt".to_owned(), source: FileSource::Bytes(b"x=1\n".to_vec()) };
+    let boot = PartitionContent::Fat {
+        label: "boot".to_owned(),
+        volume_id: 1,
+        placed: true,
+        files: vec![config],
+    };
+    let slot = || PartitionContent::Image(sum(&root).unwrap());
     let contents = [boot, slot(), slot()].into_iter().zip(1u128..);
     let spec = DiskSpec {
         layout: layout.unwrap(),
@@ -110,7 +114,7 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
     };
     let stem = dir.join(format!("shop-{version}-sample"));
     assemble(&spec, &Utf8PathBuf::from(format!("{stem}.img"))).unwrap();
-    let signers = [xtask::keys::Keys::open(&bench.dir.join("keys"))
+    let signers = [xtask::keys::KeyDirectory::open(&bench.dir.join("keys"))
         .unwrap()
         .signer(Kind::Development)
         .unwrap()];

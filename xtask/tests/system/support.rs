@@ -19,7 +19,7 @@ use xtask::exec::{self, Tool};
 use xtask::facts;
 use xtask::plan::{self, Plan};
 use xtask::progress::duration;
-use xtask::qemu::{Files, Session};
+use xtask::qemu::{MachineFiles, QemuSession};
 use xtask::workspace::dist;
 
 /// An address that refuses every connection: nothing listens on the discard port.
@@ -212,7 +212,7 @@ impl Xtask {
 /// Waits for the shell of the console's login, and keeps from then on what the kernel and systemd say out of the
 /// midst of a command's output: the login does not wait for the last unit on a busy machine.
 pub fn logs_in(
-    session: &mut Session,
+    session: &mut QemuSession,
     hostname: &str,
     timeout: Duration,
     command: Duration,
@@ -231,7 +231,7 @@ pub struct Built {
     pub dist: Utf8PathBuf,
     pub image: Utf8PathBuf,
     pub bundle: Utf8PathBuf,
-    pub qemu: Option<Files>,
+    pub qemu: Option<MachineFiles>,
 }
 
 /// The build of a board in this workspace, made on the first request. Concurrent requests for the

@@ -12,13 +12,13 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::check;
 use super::failure::{self, offline_help, plain_uri};
-use super::info::Info;
-use super::make::{Setup, Site};
-use super::rebuild::{self, Rebuild, State};
-use super::tree::Tree;
+use super::info::BuildrootInfo;
+use super::make::{BuildrootSetup, BuildrootSite};
+use super::rebuild::{self, OutputState, RebuildAction};
+use super::tree::BuildrootTree;
 use crate::exec::Tool;
 use crate::plan::BuildrootPlan;
-use crate::progress::{Step, Unit, names, say, warn};
+use crate::progress::{ProgressStep, ProgressUnit, names, say, warn};
 
 /// The interval of progress updates; a package takes seconds to minutes.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -28,17 +28,17 @@ const DOWNLOADS: usize = 4;
 
 /// One build.
 #[derive(Debug)]
-pub struct Request<'a> {
+pub struct BuildrootRequest<'a> {
     /// Configuration.
     pub plan: &'a BuildrootPlan,
     /// The first line of the defconfig.
     pub title: &'a str,
     /// The tree.
-    pub tree: &'a Tree,
+    pub tree: &'a BuildrootTree,
     /// Directories.
-    pub setup: &'a Setup,
+    pub setup: &'a BuildrootSetup,
     /// Mirror and compiler cache.
-    pub site: &'a Site,
+    pub site: &'a BuildrootSite,
     /// The log of make's output; errors name it.
     pub log: &'a Utf8Path,
 }
@@ -48,11 +48,11 @@ pub struct Request<'a> {
 /// # Errors
 /// A request that Kconfig lost, a source that is not available, a package that fails; each with its
 /// cause and the log's path.
-pub fn build(request: &Request<'_>) -> Result<Info> {
+pub fn build(request: &BuildrootRequest<'_>) -> Result<BuildrootInfo> {
     let setup = request.setup;
     let _lock = setup.lock()?;
     let (info, config) = configure(request)?;
-    let state = State::of(setup, request.tree, &config, &info)?;
+    let state = OutputState::of(setup, request.tree, &config, &info)?;
     prepare(request, &state, &info)?;
     fetch(request, &info)?;
     let done = info.finished(&setup.output);
@@ -60,7 +60,7 @@ pub fn build(request: &Request<'_>) -> Result<Info> {
     if done > 0 && done < total {
         say("base", format!("{done} of {total} packages are already finished"));
     }
-    let step = Step::new("base", "building packages", total as u64, Unit::Items);
+    let step = ProgressStep::new("base", "building packages", total as u64, ProgressUnit::Items);
     let jobs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) + 1;
     let make = setup
         .fetching(request.site)
@@ -76,13 +76,13 @@ pub fn build(request: &Request<'_>) -> Result<Info> {
 ///
 /// # Errors
 /// A source that is not available; a licence text that does not match its hash.
-pub fn legal_info(request: &Request<'_>) -> Result<Utf8PathBuf> {
+pub fn legal_info(request: &BuildrootRequest<'_>) -> Result<Utf8PathBuf> {
     let setup = request.setup;
     let _lock = setup.lock()?;
     let (info, _) = configure(request)?;
     fetch(request, &info)?;
     let make = setup.fetching(request.site).arg("legal-info");
-    let step = Step::new("base", "collecting licences", 0, Unit::Items);
+    let step = ProgressStep::new("base", "collecting licences", 0, ProgressUnit::Items);
     run(request, make, &info, |line| step.note(failure::strip_colours(line)))?;
     Ok(setup.output.join("legal-info"))
 }
@@ -92,13 +92,13 @@ pub fn legal_info(request: &Request<'_>) -> Result<Utf8PathBuf> {
 /// # Errors
 /// A lost request; a dependency that is not selected; a source without a hash; a Python version
 /// other than the one that the wheels are locked for.
-pub fn configure(request: &Request<'_>) -> Result<(Info, String)> {
+pub fn configure(request: &BuildrootRequest<'_>) -> Result<(BuildrootInfo, String)> {
     let setup = request.setup;
     let verdict = check::check(setup, &request.plan.defconfig, request.title)?;
     verdict.require().context("Kconfig would drop requests of fragments")?;
     // Query the sources as if there were a network, also when offline, in order to show them.
-    let online = Site { offline: false, ..request.site.clone() };
-    let info = Info::ask(setup, &online)?;
+    let online = BuildrootSite { offline: false, ..request.site.clone() };
+    let info = BuildrootInfo::ask(setup, &online)?;
     require_hashes(&info, &setup.tree)?;
     let python = info.0.get("python3").map(|entry| entry.version.as_str());
     if let Some(version) = python
@@ -119,7 +119,7 @@ pub fn configure(request: &Request<'_>) -> Result<(Info, String)> {
 ///
 /// # Errors
 /// All downloads without one.
-pub fn require_hashes(info: &Info, tree: &Utf8Path) -> Result<()> {
+pub fn require_hashes(info: &BuildrootInfo, tree: &Utf8Path) -> Result<()> {
     let without = info.without_hash(tree)?;
     if without.is_empty() {
         return Ok(());
@@ -138,25 +138,29 @@ pub fn require_hashes(info: &Info, tree: &Utf8Path) -> Result<()> {
 }
 
 /// Prepares the output directory so that make can continue.
-fn prepare(request: &Request<'_>, state: &State, info: &Info) -> Result<()> {
+fn prepare(
+    request: &BuildrootRequest<'_>,
+    state: &OutputState,
+    info: &BuildrootInfo,
+) -> Result<()> {
     let setup = request.setup;
-    let old = State::load(&setup.output)?;
+    let old = OutputState::load(&setup.output)?;
     let rebuild = match &old {
         Some(old) => rebuild::compare(old, state, info),
-        None if info.finished(&setup.output) == 0 => Rebuild::Nothing,
-        None => {
-            Rebuild::Everything("the configuration of the output directory is unknown".to_owned())
-        }
+        None if info.finished(&setup.output) == 0 => RebuildAction::Nothing,
+        None => RebuildAction::Everything(
+            "the configuration of the output directory is unknown".to_owned(),
+        ),
     };
     match rebuild {
-        Rebuild::Nothing => {}
-        Rebuild::Everything(why) => {
+        RebuildAction::Nothing => {}
+        RebuildAction::Everything(why) => {
             warn(format!("a full rebuild is necessary: {why}"));
-            let step = Step::new("base", "make clean", 0, Unit::Items);
+            let step = ProgressStep::new("base", "make clean", 0, ProgressUnit::Items);
             run(request, setup.make().arg("clean"), info, |line| step.note(line))?;
             // `clean` removes everything except `.config`.
         }
-        Rebuild::Targets(targets) => {
+        RebuildAction::Targets(targets) => {
             for (target, why) in &targets {
                 let why: Vec<&str> = why.iter().map(String::as_str).collect();
                 say("base", format!("{target}: {}", names(&why)));
@@ -176,7 +180,7 @@ fn prepare(request: &Request<'_>, state: &State, info: &Info) -> Result<()> {
 
 /// Targets of make that remove what must be rebuilt, and build nothing, since sources may be
 /// missing. Packages that install files into `images`, which is emptied, install them again.
-fn goals(targets: &BTreeMap<String, BTreeSet<String>>, info: &Info) -> BTreeSet<String> {
+fn goals(targets: &BTreeMap<String, BTreeSet<String>>, info: &BuildrootInfo) -> BTreeSet<String> {
     let mut goals: BTreeSet<String> = targets
         .keys()
         .map(|target| target.replace("-reconfigure", "-clean-for-reconfigure"))
@@ -190,7 +194,7 @@ fn goals(targets: &BTreeMap<String, BTreeSet<String>>, info: &Info) -> BTreeSet<
 }
 
 /// Downloads all sources before building: a missing source is reported within seconds.
-fn fetch(request: &Request<'_>, info: &Info) -> Result<()> {
+fn fetch(request: &BuildrootRequest<'_>, info: &BuildrootInfo) -> Result<()> {
     let setup = request.setup;
     fs::create_dir_all(&setup.downloads)
         .with_context(|| format!("creating {}", setup.downloads))?;
@@ -213,7 +217,8 @@ fn fetch(request: &Request<'_>, info: &Info) -> Result<()> {
             offline_help("<package>")
         );
     }
-    let step = Step::new("base", "downloading sources", missing.len() as u64, Unit::Items);
+    let step =
+        ProgressStep::new("base", "downloading sources", missing.len() as u64, ProgressUnit::Items);
     let make = setup
         .fetching(request.site)
         .arg(format!("-j{DOWNLOADS}"))
@@ -230,7 +235,12 @@ fn fetch(request: &Request<'_>, info: &Info) -> Result<()> {
 }
 
 /// Runs make with the log; a failure is parsed from what this run wrote to it.
-fn run(request: &Request<'_>, make: Tool, info: &Info, each: impl FnMut(&str)) -> Result<()> {
+fn run(
+    request: &BuildrootRequest<'_>,
+    make: Tool,
+    info: &BuildrootInfo,
+    each: impl FnMut(&str),
+) -> Result<()> {
     let log = request.log;
     let start = fs::metadata(log).map_or(0, |m| m.len());
     let Err(error) = make.log(log).run_lines(each) else { return Ok(()) };
@@ -245,7 +255,12 @@ fn run(request: &Request<'_>, make: Tool, info: &Info, each: impl FnMut(&str)) -
 
 /// Shows progress while `work` runs: by Buildroot's own marks for finished packages, and by its log
 /// of steps (`build-time.log`) for the current steps.
-fn watch<T>(step: &Step, setup: &Setup, info: &Info, work: impl FnOnce() -> T) -> T {
+fn watch<T>(
+    step: &ProgressStep,
+    setup: &BuildrootSetup,
+    info: &BuildrootInfo,
+    work: impl FnOnce() -> T,
+) -> T {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {

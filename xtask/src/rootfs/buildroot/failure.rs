@@ -1,7 +1,7 @@
 //! Parses the output of a failed make into an error that names the package, the step, its own last
 //! lines, and what to do. Parses text only.
 
-use super::info::{Download, Info};
+use super::info::{BuildrootInfo, InfoDownload};
 use super::make::MIRROR;
 
 /// How many of the failing package's lines are shown.
@@ -12,13 +12,13 @@ const LAST_OF_DOWNLOAD: usize = 5;
 
 /// The failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Failure {
+pub enum BuildrootFailure {
     /// A source is not available.
     Download {
         /// The package.
         package: String,
         /// Its sources: the sites of each, and its directory on a site.
-        sources: Vec<Download>,
+        sources: Vec<InfoDownload>,
         /// Its directory below the download directory.
         folder: String,
         /// Its last lines.
@@ -48,12 +48,12 @@ pub enum Failure {
 }
 
 /// Finds the failure in a log; `info` returns what the package of a directory downloads.
-pub fn find(log: &str, info: &Info) -> Failure {
+pub fn find(log: &str, info: &BuildrootInfo) -> BuildrootFailure {
     let lines: Vec<&str> = log.lines().collect();
     let stop = lines.iter().position(|line| stamp(line).is_some());
     let Some(index) = stop else {
         let start = lines.len().saturating_sub(TAIL);
-        return Failure::Other { lines: owned(&lines[start..]) };
+        return BuildrootFailure::Other { lines: owned(&lines[start..]) };
     };
     let (folder, step) = stamp(lines[index]).unwrap_or_default();
     // With several packages in parallel, the lines of this one begin at its last headline.
@@ -66,14 +66,14 @@ pub fn find(log: &str, info: &Info) -> Failure {
         let wrong: Vec<&str> =
             own.iter().copied().filter(|line| line.starts_with("ERROR: ")).collect();
         if !wrong.is_empty() {
-            return Failure::Hash { package, lines: owned(&wrong) };
+            return BuildrootFailure::Hash { package, lines: owned(&wrong) };
         }
         let entry = info
             .packages()
             .map(|(_, entry)| entry)
             .find(|e| e.stamp_dir.rsplit('/').next() == Some(folder));
         let start = own.len().saturating_sub(LAST_OF_DOWNLOAD);
-        return Failure::Download {
+        return BuildrootFailure::Download {
             package,
             sources: entry.map_or(Vec::new(), |e| e.downloads.clone()),
             folder: entry.map_or(String::new(), |e| e.dl_dir.clone()),
@@ -81,7 +81,7 @@ pub fn find(log: &str, info: &Info) -> Failure {
         };
     }
     let start = own.len().saturating_sub(TAIL);
-    Failure::Step { package, step: step.to_owned(), lines: owned(&own[start..]) }
+    BuildrootFailure::Step { package, step: step.to_owned(), lines: owned(&own[start..]) }
 }
 
 fn owned(lines: &[&str]) -> Vec<String> {
@@ -126,7 +126,7 @@ pub fn strip_colours(line: &str) -> String {
     out
 }
 
-impl std::fmt::Display for Failure {
+impl std::fmt::Display for BuildrootFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let list =
             |lines: &[String]| lines.iter().map(|line| format!("\n  | {line}")).collect::<String>();

@@ -9,14 +9,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::check;
-use super::expr::Values;
-use super::make::Setup;
+use super::expr::KconfigValues;
+use super::make::BuildrootSetup;
 use crate::artifact::write_atomically;
-use crate::plan::fragment::{self, Defconfig, Value};
+use crate::plan::fragment::{self, Defconfig, SymbolValue};
 
 /// One change that is not in the fragments yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Change {
+pub struct MenuChange {
     /// The symbol.
     pub symbol: String,
     /// The line to write; `None` when the symbol has its default value again.
@@ -25,7 +25,7 @@ pub struct Change {
 
 /// What to do about a change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Advice {
+pub struct ChangeAdvice {
     /// The line to write or to remove.
     pub line: String,
     /// `add`, `replace` or `remove`.
@@ -35,30 +35,34 @@ pub struct Advice {
 }
 
 /// The changes from one minimal defconfig (`savedefconfig`) to another.
-pub fn changes(base: &str, edited: &str) -> Vec<Change> {
+pub fn changes(base: &str, edited: &str) -> Vec<MenuChange> {
     let read = |text: &str| -> BTreeMap<String, String> {
         let (requests, _) = fragment::parse(Utf8Path::new("defconfig"), text);
         requests.into_iter().map(|r| (r.symbol.clone(), r.line())).collect()
     };
     let (base, edited) = (read(base), read(edited));
-    let mut found: Vec<Change> = edited
+    let mut found: Vec<MenuChange> = edited
         .iter()
         .filter(|(symbol, line)| base.get(*symbol) != Some(line))
-        .map(|(symbol, line)| Change { symbol: symbol.clone(), line: Some(line.clone()) })
+        .map(|(symbol, line)| MenuChange { symbol: symbol.clone(), line: Some(line.clone()) })
         .collect();
     let gone = base.keys().filter(|symbol| !edited.contains_key(*symbol));
-    found.extend(gone.map(|symbol| Change { symbol: symbol.clone(), line: None }));
+    found.extend(gone.map(|symbol| MenuChange { symbol: symbol.clone(), line: None }));
     found
 }
 
 /// The lines that apply changes on top of the fragments, for a menu that is opened again.
-pub fn lines(changes: &[Change]) -> String {
+pub fn lines(changes: &[MenuChange]) -> String {
     changes.iter().filter_map(|c| c.line.clone()).map(|line| line + "\n").collect()
 }
 
 /// The place for each change: the line that already requests the symbol, else the fragment with the
 /// most similar symbols. Omits changes that are in the fragments already.
-pub fn advise(changes: &[Change], defconfig: &Defconfig, values: &Values) -> Vec<Advice> {
+pub fn advise(
+    changes: &[MenuChange],
+    defconfig: &Defconfig,
+    values: &KconfigValues,
+) -> Vec<ChangeAdvice> {
     let mut advice = Vec::new();
     for change in changes {
         let own = defconfig.get(&change.symbol);
@@ -66,17 +70,17 @@ pub fn advise(changes: &[Change], defconfig: &Defconfig, values: &Values) -> Vec
         match (&change.line, own, at) {
             (Some(line), Some(request), _) if request.line() == *line => {}
             (Some(line), _, Some(place)) => {
-                advice.push(Advice { line: line.clone(), action: "replace", place });
+                advice.push(ChangeAdvice { line: line.clone(), action: "replace", place });
             }
             // A fragment may set it through a symbol that selects it.
             (Some(line), None, _) if is_met(line, values) => {}
-            (Some(line), _, None) => advice.push(Advice {
+            (Some(line), _, None) => advice.push(ChangeAdvice {
                 line: line.clone(),
                 action: "add",
                 place: nearest_fragment(&change.symbol, defconfig),
             }),
             (None, Some(request), Some(place)) => {
-                advice.push(Advice { line: request.line(), action: "remove", place });
+                advice.push(ChangeAdvice { line: request.line(), action: "remove", place });
             }
             (None, ..) => {}
         }
@@ -84,12 +88,12 @@ pub fn advise(changes: &[Change], defconfig: &Defconfig, values: &Values) -> Vec
     advice
 }
 
-fn is_met(line: &str, values: &Values) -> bool {
+fn is_met(line: &str, values: &KconfigValues) -> bool {
     let (requests, _) = fragment::parse(Utf8Path::new("line"), line);
     requests.iter().all(|r| match &r.value {
-        Value::Yes => values.is_set(&r.symbol),
-        Value::No => !values.is_set(&r.symbol),
-        Value::Text(text) | Value::Number(text) => values.get(&r.symbol) == text,
+        SymbolValue::Yes => values.is_set(&r.symbol),
+        SymbolValue::No => !values.is_set(&r.symbol),
+        SymbolValue::Text(text) | SymbolValue::Number(text) => values.get(&r.symbol) == text,
     })
 }
 
@@ -121,7 +125,7 @@ pub fn from_diffconfig(text: &str) -> Vec<String> {
 }
 
 /// The file of pending changes.
-pub fn store(setup: &Setup, menu: &str) -> Utf8PathBuf {
+pub fn store(setup: &BuildrootSetup, menu: &str) -> Utf8PathBuf {
     setup.output.join(format!("slipway-{menu}.changes.json"))
 }
 
@@ -152,13 +156,13 @@ pub fn keep(path: &Utf8Path, changes: &impl Serialize) -> Result<()> {
 /// # Errors
 /// When the configuration is broken or the menu fails.
 pub fn edit(
-    setup: &Setup,
+    setup: &BuildrootSetup,
     defconfig: &Defconfig,
     title: &str,
-    edit: impl FnOnce(&Setup) -> Result<()>,
-) -> Result<Vec<Change>> {
+    edit: impl FnOnce(&BuildrootSetup) -> Result<()>,
+) -> Result<Vec<MenuChange>> {
     let path = store(setup, "buildroot");
-    let before: Vec<Change> = waiting(&path)?;
+    let before: Vec<MenuChange> = waiting(&path)?;
     check::check(setup, defconfig, title)?.require()?;
     let base = minimal(setup)?;
     if !before.is_empty() {
@@ -175,7 +179,7 @@ pub fn edit(
 }
 
 /// The minimal defconfig of the current `.config`: about ten seconds.
-fn minimal(setup: &Setup) -> Result<String> {
+fn minimal(setup: &BuildrootSetup) -> Result<String> {
     let path = setup.output.join("slipway_minimal_defconfig");
     let make = setup.make().arg("-s").arg(format!("BR2_DEFCONFIG={path}")).arg("savedefconfig");
     make.run().context("creating the minimal defconfig with Kconfig")?;
@@ -201,7 +205,7 @@ mod tests {
             "BR2_PACKAGE_PYTHON3=y\nBR2_JLEVEL=2\n",
             "BR2_JLEVEL=3\nBR2_PACKAGE_PYTHON3_SSL=y\nBR2_LINUX_KERNEL_DTB_KEEP_DIRNAME=y\n",
         );
-        let shown: Vec<String> = advise(&found, &defconfig(), &Values::default())
+        let shown: Vec<String> = advise(&found, &defconfig(), &KconfigValues::default())
             .into_iter()
             .map(|a| format!("{} {} {}", a.action, a.line, a.place))
             .collect();
@@ -218,7 +222,7 @@ mod tests {
 
     #[test]
     fn what_the_fragments_say_by_now_is_left_out() {
-        let change = |symbol: &str, line: Option<&str>| Change {
+        let change = |symbol: &str, line: Option<&str>| MenuChange {
             symbol: symbol.to_owned(),
             line: line.map(str::to_owned),
         };
@@ -227,7 +231,7 @@ mod tests {
             change("BR2_CCACHE", Some("BR2_CCACHE=y")),
             change("BR2_X", None),
         ];
-        let values = Values::parse("BR2_CCACHE=y\n");
+        let values = KconfigValues::parse("BR2_CCACHE=y\n");
         assert!(advise(&done, &defconfig(), &values).is_empty());
         assert_eq!(lines(&done), "BR2_JLEVEL=2\nBR2_CCACHE=y\n");
     }

@@ -12,7 +12,7 @@ use crate::progress::{say, warn};
 
 /// A tree that can be built.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tree {
+pub struct BuildrootTree {
     /// Its path.
     pub path: Utf8PathBuf,
     /// The commit that is checked out.
@@ -23,7 +23,7 @@ pub struct Tree {
 
 /// Which tree to use.
 #[derive(Debug, Clone, Default)]
-pub struct Choice {
+pub struct TreeChoice {
     /// A local checkout instead of the pinned one.
     pub own: Option<Utf8PathBuf>,
     /// Accept local changes.
@@ -41,7 +41,11 @@ pub fn pinned_path(cache: &Utf8Path, release: &str) -> Utf8PathBuf {
 ///
 /// # Errors
 /// No git, no network, a tag that is not the pinned commit, local changes.
-pub fn obtain(plan: &BuildrootPlan, cache: &Utf8Path, choice: &Choice) -> Result<Tree> {
+pub fn obtain(
+    plan: &BuildrootPlan,
+    cache: &Utf8Path,
+    choice: &TreeChoice,
+) -> Result<BuildrootTree> {
     if let Some(own) = &choice.own {
         let path = own
             .canonicalize_utf8()
@@ -120,7 +124,7 @@ fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
 }
 
 /// Reads commit and changes of a checkout.
-fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<Tree> {
+fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<BuildrootTree> {
     if !path.join("Makefile").is_file() || !path.join("package/Config.in").is_file() {
         bail!("{path} is not a Buildroot tree (no Makefile or no package/Config.in)");
     }
@@ -134,7 +138,7 @@ fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<Tree> {
     let commit = git::at(path).args(["rev-parse", "HEAD"]).read()?.trim().to_owned();
     let status = git::at(path).args(["status", "--porcelain"]).read()?;
     if status.trim().is_empty() {
-        return Ok(Tree { path: path.to_owned(), commit, changes: String::new() });
+        return Ok(BuildrootTree { path: path.to_owned(), commit, changes: String::new() });
     }
     let lines: Vec<&str> = status.lines().collect();
     if !allow_changes {
@@ -157,5 +161,5 @@ fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<Tree> {
         text.extend_from_slice(&content);
     }
     let changes = crate::artifact::hash_bytes(&text);
-    Ok(Tree { path: path.to_owned(), commit, changes })
+    Ok(BuildrootTree { path: path.to_owned(), commit, changes })
 }

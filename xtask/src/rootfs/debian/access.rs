@@ -36,7 +36,7 @@ fn preferred(list: &str) -> Option<String> {
 
 /// The logins of apt_auth.conf(5).
 #[derive(Clone, Default)]
-pub(super) struct Logins(Vec<Login>);
+pub(super) struct AptLogins(Vec<Login>);
 
 #[derive(Clone, Default)]
 struct Login {
@@ -50,7 +50,7 @@ struct Login {
     password: String,
 }
 
-impl Logins {
+impl AptLogins {
     /// The logins of the machine's apt that this user can read.
     pub fn of_the_machine() -> Self {
         let asked = ["shell", "FILE", "Dir::Etc::netrc/f", "FOLDER", "Dir::Etc::netrcparts/d"];
@@ -187,7 +187,7 @@ mod tests {
             machine http://127.0.0.1:8099/debian\n  login me password \"#1\"\n\
             machine b.example/private/ password two login one\n\
             machine c.example\n";
-        let logins = Logins(parse(text));
+        let logins = AptLogins(parse(text));
         for (uri, expected) in [
             ("https://a.example/debian", "https://robot:p%40ss%2Fword@a.example/debian"),
             ("https://a.example:8443/debian", "https://robot:p%40ss%2Fword@a.example:8443/debian"),

@@ -6,8 +6,8 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::access::{self, Logins};
-use super::sources::SourceMirror;
+use super::access::{self, AptLogins};
+use super::sources::AptSourceMirror;
 use crate::exec::Tool;
 
 /// Overrides the archive's address (`…/debian`).
@@ -22,7 +22,7 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// This machine's sources of packages. Never written into a lock or an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mirrors {
+pub struct AptMirrors {
     /// The archive; also for `-updates` and `-backports`. No trailing slash; may contain a login.
     pub archive: String,
     /// The security archive. No trailing slash.
@@ -30,10 +30,10 @@ pub struct Mirrors {
     /// The keys that must have signed both.
     pub keyring: Utf8PathBuf,
     /// Additional archives, each with its own key.
-    pub sources: Vec<SourceMirror>,
+    pub sources: Vec<AptSourceMirror>,
 }
 
-impl Mirrors {
+impl AptMirrors {
     /// The archives from the environment, else those of the machine's own apt.
     ///
     /// # Errors
@@ -70,16 +70,16 @@ impl Mirrors {
                  help: sudo apt-get install debian-archive-keyring"
             );
         }
-        let logins = Logins::of_the_machine();
+        let logins = AptLogins::of_the_machine();
         let way = |uri: String| logins.with_login(uri.trim_end_matches('/'));
         let (archive, security) = (way(archive), way(security));
         Ok(Self { archive, security, keyring, sources: Vec::new() })
     }
 
     /// The same with a product's additional archives.
-    pub fn with_sources(self, mut sources: Vec<SourceMirror>) -> Self {
+    pub fn with_sources(self, mut sources: Vec<AptSourceMirror>) -> Self {
         if !sources.is_empty() {
-            let logins = Logins::of_the_machine();
+            let logins = AptLogins::of_the_machine();
             for source in &mut sources {
                 source.address = logins.with_login(&source.address);
             }
@@ -88,7 +88,7 @@ impl Mirrors {
     }
 
     /// An additional archive by its name.
-    pub(super) fn source(&self, name: &str) -> Result<&SourceMirror> {
+    pub(super) fn source(&self, name: &str) -> Result<&AptSourceMirror> {
         self.sources.iter().find(|source| source.name == name).with_context(|| {
             format!(
                 "the package lock refers to the source {name}, but the product does not define it\n\
@@ -135,7 +135,7 @@ fn host_mirrors(listing: &str, os_release: &str) -> (Option<String>, Option<Stri
 
 /// One archive that a private apt may use.
 #[derive(Debug, Clone)]
-pub(super) struct Source {
+pub(super) struct AptArchive {
     /// Address without a trailing slash.
     pub uri: String,
     /// Suite, as in `bookworm-updates`.
@@ -154,7 +154,7 @@ impl PrivateApt {
     pub fn new(
         dir: &Utf8Path,
         arch: &str,
-        sources: &[Source],
+        sources: &[AptArchive],
         components: &[String],
         keyring: &Utf8Path,
     ) -> Result<Self> {
@@ -173,7 +173,7 @@ impl PrivateApt {
             access::write_private(&path, &text).with_context(|| format!("writing {path}"))
         };
         let mut lines = String::new();
-        for Source { uri, suite } in sources {
+        for AptArchive { uri, suite } in sources {
             let components = components.join(" ");
             lines.push_str(&format!("deb [signed-by={keyring}] {uri} {suite} {components}\n"));
         }

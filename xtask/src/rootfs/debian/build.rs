@@ -13,15 +13,15 @@ use serde::{Deserialize, Serialize};
 
 use super::download::LockedDeb;
 use super::prune::{self, PruneRules};
-use super::scratch::Scratch;
+use super::scratch::ScratchDirectory;
 use super::{DebianSpec, binfmt, inventory, repo, unpack};
 use crate::artifact::{Artifact, write_atomically};
 use crate::exec::Tool;
-use crate::progress::{Step, Unit};
+use crate::progress::{ProgressStep, ProgressUnit};
 use crate::rootfs::kernel::{self, ModuleRules};
 use crate::rootfs::parts::{collect, compress_kernel, files_below, take};
-use crate::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
-use crate::rootfs::{BaseSystem, InitrdParts, Role};
+use crate::rootfs::tree::{EntryOrigin, FileData, RootEntry, RootEntryKind, RootTree};
+use crate::rootfs::{BaseSystem, InitrdParts, PackageRole};
 
 /// Options of dpkg: many small files that the rules remove anyway are not unpacked at all.
 const DPKG_OPTIONS: [&str; 7] = [
@@ -58,7 +58,7 @@ chmod 755 "$root/usr/local/sbin/dpkg"
 /// The boot files of a board, as patterns over the unpacked packages.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct BoardWants {
+pub struct BoardFilePatterns {
     /// Patterns of device trees (`broadcom/bcm2837-*.dtb`); each must match.
     pub dtbs: Vec<String>,
     /// Patterns of firmware files in the unpacked packages; each must match. `lib` is `usr/lib`.
@@ -71,7 +71,7 @@ pub struct BoardWants {
 
 /// One build.
 #[derive(Debug)]
-pub struct BuildRequest<'a> {
+pub struct DebianRequest<'a> {
     /// The fetched packages, roles `root` and `extra`.
     pub debs: &'a [LockedDeb],
     /// The latest modification time of a file (seconds since 1970).
@@ -79,7 +79,7 @@ pub struct BuildRequest<'a> {
     /// What to remove.
     pub prune: &'a PruneRules,
     /// What to keep for the board.
-    pub board: &'a BoardWants,
+    pub board: &'a BoardFilePatterns,
     /// The installed root from [`install`]; boards share it.
     pub root: &'a Utf8Path,
 }
@@ -88,12 +88,12 @@ pub struct BuildRequest<'a> {
 ///
 /// # Errors
 /// When a package cannot be unpacked or a board's pattern matches nothing.
-pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSystem> {
+pub fn build(request: &DebianRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSystem> {
     fs::create_dir_all(out_dir).with_context(|| format!("creating {out_dir}"))?;
-    let scratch = Scratch::new()?;
+    let scratch = ScratchDirectory::new()?;
     let work = scratch.path();
     let extras = work.join("extras");
-    for deb in request.debs.iter().filter(|d| d.package.role == Role::Extra) {
+    for deb in request.debs.iter().filter(|d| d.package.role == PackageRole::Extra) {
         unpack::deb(&deb.file.path, &extras)
             .with_context(|| format!("unpacking {}", deb.package.shown()))?;
     }
@@ -102,7 +102,7 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     kernel::prune_modules(&extras, &kernel.release, &request.board.modules)
         .context("selecting kernel modules")?;
 
-    let mut tree = Tree::from_tar(request.root)?;
+    let mut tree = RootTree::from_tar(request.root)?;
     ensure!(
         tree.get(STAND_IN).is_none(),
         "mmdebstrap did not call dpkg through its PATH: /{STAND_IN} is still in the base\n\
@@ -170,10 +170,11 @@ pub fn install(
     log: &Utf8Path,
     out: &Utf8Path,
 ) -> Result<()> {
-    let scratch = Scratch::new()?;
+    let scratch = ScratchDirectory::new()?;
     let work = scratch.path();
     binfmt::ensure(&spec.arch, work)?;
-    let root: Vec<&LockedDeb> = debs.iter().filter(|d| d.package.role == Role::Root).collect();
+    let root: Vec<&LockedDeb> =
+        debs.iter().filter(|d| d.package.role == PackageRole::Root).collect();
     let archive = work.join("archive");
     plain_archive(&root, &archive)?;
     let names: Vec<&str> = root.iter().map(|d| d.package.name.as_str()).collect();
@@ -218,7 +219,12 @@ pub fn install(
         .current_dir(work)
         .log(log);
     // Each package is unpacked once and configured once.
-    let step = Step::new("base", "installing packages", 2 * names.len() as u64, Unit::Items);
+    let step = ProgressStep::new(
+        "base",
+        "installing packages",
+        2 * names.len() as u64,
+        ProgressUnit::Items,
+    );
     // `usr-is-merged` is listed twice: the hook for merged directories installs an empty one first.
     let mut done = BTreeSet::new();
     tool.run_lines(|line| {
@@ -242,7 +248,8 @@ fn can_mount() -> bool {
 fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     readable(folder, 0o755)?;
-    let step = Step::new("base", "reading packages", debs.len() as u64, Unit::Items);
+    let step =
+        ProgressStep::new("base", "reading packages", debs.len() as u64, ProgressUnit::Items);
     let next = AtomicUsize::new(0);
     let stanzas: Mutex<Vec<(usize, Result<String>)>> = Mutex::new(Vec::new());
     let workers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -303,15 +310,19 @@ fn plain_deb(deb: &LockedDeb, folder: &Utf8Path) -> Result<String> {
 }
 
 /// Adds the kept modules to the root, and returns them as a separate tree.
-fn folder_tree(root: &mut Tree, extras: &Utf8Path, modules: &Utf8Path) -> Result<Tree> {
+fn folder_tree(root: &mut RootTree, extras: &Utf8Path, modules: &Utf8Path) -> Result<RootTree> {
     let release = modules.file_name().unwrap_or_default().to_owned();
-    let mut alone = Tree::with_root(Origin::Base);
+    let mut alone = RootTree::with_root(EntryOrigin::Base);
     for path in files_below(modules)? {
         let relative = path.strip_prefix(modules).with_context(|| format!("placing {path}"))?;
         let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
         // `extras` is removed at the end; both trees are written before that.
         debug_assert!(path.starts_with(extras));
-        let entry = Entry::new(0o644, Kind::File(Data::Path(path.clone(), size)), Origin::Base);
+        let entry = RootEntry::new(
+            0o644,
+            RootEntryKind::File(FileData::Path(path.clone(), size)),
+            EntryOrigin::Base,
+        );
         alone.insert(relative.as_str(), entry.clone())?;
         root.insert(&format!("usr/lib/modules/{release}/{relative}"), entry)?;
     }
@@ -319,7 +330,7 @@ fn folder_tree(root: &mut Tree, extras: &Utf8Path, modules: &Utf8Path) -> Result
 }
 
 /// Device firmware of extra packages (Wi-Fi settings of the Pi) that the root does not contain.
-fn add_firmware(root: &mut Tree, extras: &Utf8Path) -> Result<()> {
+fn add_firmware(root: &mut RootTree, extras: &Utf8Path) -> Result<()> {
     let folder = extras.join("usr/lib/firmware");
     if !folder.is_dir() {
         return Ok(());
@@ -329,8 +340,8 @@ fn add_firmware(root: &mut Tree, extras: &Utf8Path) -> Result<()> {
         let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
         let target = format!("usr/lib/firmware/{relative}");
         if root.get(&target).is_none() {
-            let kind = Kind::File(Data::Path(path, size));
-            root.insert(&target, Entry::new(0o644, kind, Origin::Base))?;
+            let kind = RootEntryKind::File(FileData::Path(path, size));
+            root.insert(&target, RootEntry::new(0o644, kind, EntryOrigin::Base))?;
         }
     }
     Ok(())

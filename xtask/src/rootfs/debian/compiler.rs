@@ -6,15 +6,15 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::apt::{Mirrors, PrivateApt};
-use super::download::{self, Policy, Replaced};
+use super::apt::{AptMirrors, PrivateApt};
+use super::download::{self, LockPolicy, ReplacedPackage};
 use super::lock::{LockedPackage, PackagesLock, finish, lock_unpacked, stanzas, target_apt};
-use super::sources::Offers;
+use super::sources::AllowedPackages;
 use super::{DebianSpec, host, unpack};
 use crate::artifact::{hash_bytes, partial};
-use crate::fetch::Fetcher;
+use crate::fetch::Downloader;
 use crate::progress::say;
-use crate::rootfs::Role;
+use crate::rootfs::PackageRole;
 
 /// The compiler that Debian updates in a stable release, since its browsers need it.
 const COMPILER: &str = "rustc-web";
@@ -40,7 +40,7 @@ const TARGET: &str = "arm64";
 
 /// An unpacked compiler.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Compiler {
+pub struct UnpackedCompiler {
     /// Its `rustc`, a script that sets the library path.
     pub rustc: Utf8PathBuf,
     /// Version of the package.
@@ -63,7 +63,7 @@ fn request() -> DebianSpec {
 ///
 /// # Errors
 /// When a mirror is unreachable or has no such compiler.
-pub fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
+pub fn lock(mirrors: &AptMirrors, cache: &Utf8Path) -> Result<PackagesLock> {
     say("lock", format!("{}'s Rust compiler for {TARGET}: querying the mirrors", host::SUITE));
     let spec = request();
     let mut package = Vec::new();
@@ -79,7 +79,7 @@ pub fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
         names.push(dependency(&apt, &library, "libllvm")?);
         names.push(library);
         package.extend(
-            lock_unpacked(&apt, &names, mirrors, &Offers::default(), Role::Host)
+            lock_unpacked(&apt, &names, mirrors, &AllowedPackages::default(), PackageRole::Host)
                 .with_context(|| format!("resolving a Rust compiler for {arch} machines"))?,
         );
     }
@@ -100,7 +100,7 @@ fn dependency(apt: &PrivateApt, package: &str, start: &str) -> Result<String> {
 fn wanted(lock: &PackagesLock) -> Vec<LockedPackage> {
     let own = host::architecture();
     let here = |p: &&LockedPackage| p.arch == own || (p.arch == TARGET && p.name == LIBRARY);
-    lock.of_role(Role::Host).filter(here).cloned().collect()
+    lock.of_role(PackageRole::Host).filter(here).cloned().collect()
 }
 
 /// A hash of a machine's packages in the lock: the identity of the compiler.
@@ -116,20 +116,20 @@ pub fn identity(lock: &PackagesLock) -> String {
 /// When a file cannot be fetched, or has vanished and `policy` forbids a replacement.
 pub fn fetch(
     lock: &PackagesLock,
-    fetcher: &Fetcher,
-    mirrors: Option<&Mirrors>,
-    policy: Policy,
+    fetcher: &Downloader,
+    mirrors: Option<&AptMirrors>,
+    policy: LockPolicy,
     cache: &Utf8Path,
-) -> Result<Option<(PackagesLock, Vec<Replaced>)>> {
-    if download::fetch(&wanted(lock), fetcher, mirrors, Policy::Replace)?.gone.is_empty() {
+) -> Result<Option<(PackagesLock, Vec<ReplacedPackage>)>> {
+    if download::fetch(&wanted(lock), fetcher, mirrors, LockPolicy::Replace)?.gone.is_empty() {
         return Ok(None);
     }
     let mirrors = mirrors.context("no mirror to resolve vanished packages")?;
-    if policy == Policy::Locked {
+    if policy == LockPolicy::Locked {
         download::fetch(&wanted(lock), fetcher, Some(mirrors), policy)?;
     }
     let new = self::lock(mirrors, cache)?;
-    download::fetch(&wanted(&new), fetcher, Some(mirrors), Policy::Locked)?;
+    download::fetch(&wanted(&new), fetcher, Some(mirrors), LockPolicy::Locked)?;
     let replaced = download::differences(lock, &new);
     Ok(Some((new, replaced)))
 }
@@ -138,7 +138,11 @@ pub fn fetch(
 ///
 /// # Errors
 /// When the lock has none for this machine, or a package is damaged.
-pub fn unpacked(lock: &PackagesLock, fetcher: &Fetcher, cache: &Utf8Path) -> Result<Compiler> {
+pub fn unpacked(
+    lock: &PackagesLock,
+    fetcher: &Downloader,
+    cache: &Utf8Path,
+) -> Result<UnpackedCompiler> {
     let packages = wanted(lock);
     let Some(version) = packages.iter().find(|p| p.name == COMPILER).map(|p| p.version.clone())
     else {
@@ -175,5 +179,5 @@ pub fn unpacked(lock: &PackagesLock, fetcher: &Fetcher, cache: &Utf8Path) -> Res
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         fs::rename(&made, &dir).with_context(|| format!("renaming {made}"))?;
     }
-    Ok(Compiler { rustc, version })
+    Ok(UnpackedCompiler { rustc, version })
 }

@@ -9,18 +9,18 @@ use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
 
 use super::DebianSpec;
-use super::apt::Mirrors;
+use super::apt::AptMirrors;
 use super::host;
 use super::lock::{self, LockedPackage, PackagesLock};
 use crate::artifact::Artifact;
-use crate::fetch::{Download, Fetcher, Outcome};
+use crate::fetch::{Download, DownloadOutcome, Downloader};
 use crate::progress;
-use crate::rootfs::Role;
+use crate::rootfs::PackageRole;
 
 /// What to do about versions that the mirror no longer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Policy {
+pub enum LockPolicy {
     /// Replace only these.
     Replace,
     /// Refuse (`--locked`).
@@ -38,7 +38,7 @@ pub struct LockedDeb {
 
 /// A version that replaced another.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Replaced {
+pub struct ReplacedPackage {
     /// Binary package name.
     pub name: String,
     /// The locked version; `None` when the package is new.
@@ -49,48 +49,49 @@ pub struct Replaced {
 
 /// The packages for a build.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fetched {
+pub struct DownloadedPackages {
     /// The lock of these packages; differs from the given lock where versions were replaced.
     pub lock: PackagesLock,
     /// Files for roles `root` and `extra`, in the lock's order.
     pub debs: Vec<LockedDeb>,
     /// What was replaced, for the report; usually empty.
-    pub replaced: Vec<Replaced>,
+    pub replaced: Vec<ReplacedPackage>,
 }
 
 /// The result of a plain fetch.
-pub(super) struct Plain {
+pub(super) struct PlainDownload {
     pub debs: Vec<LockedDeb>,
     /// What the mirror no longer has.
     pub gone: Vec<LockedPackage>,
 }
 
-/// Fetches the packages of a lock. Replaced versions are in [`Fetched::lock`]: save it.
+/// Fetches the packages of a lock. Replaced versions are in [`DownloadedPackages::lock`]: save it.
 ///
 /// `mirrors` may be absent when everything is in the store or the fetcher is offline.
 ///
 /// # Errors
-/// When a file cannot be fetched, or has vanished and `policy` is [`Policy::Locked`].
+/// When a file cannot be fetched, or has vanished and `policy` is [`LockPolicy::Locked`].
 pub fn fetch_lock(
     lock: &PackagesLock,
-    fetcher: &Fetcher,
-    mirrors: Option<&Mirrors>,
-    policy: Policy,
+    fetcher: &Downloader,
+    mirrors: Option<&AptMirrors>,
+    policy: LockPolicy,
     cache: &Utf8Path,
-) -> Result<Fetched> {
+) -> Result<DownloadedPackages> {
     let host_arch = host::wanted();
     let wanted = |lock: &PackagesLock| -> Vec<LockedPackage> {
-        let here = |p: &&LockedPackage| p.role != Role::Host || Some(p.arch.as_str()) == host_arch;
+        let here =
+            |p: &&LockedPackage| p.role != PackageRole::Host || Some(p.arch.as_str()) == host_arch;
         lock.package.iter().filter(here).cloned().collect()
     };
     let for_image = |mut debs: Vec<LockedDeb>| {
-        debs.retain(|d| d.package.role != Role::Host);
+        debs.retain(|d| d.package.role != PackageRole::Host);
         debs
     };
     let first = plain(&wanted(lock), fetcher, mirrors)?;
     if first.gone.is_empty() {
         let debs = for_image(first.debs);
-        return Ok(Fetched { lock: lock.clone(), debs, replaced: Vec::new() });
+        return Ok(DownloadedPackages { lock: lock.clone(), debs, replaced: Vec::new() });
     }
     refuse_if_locked(&first.gone, policy)?;
     let mirrors = mirrors.context("no mirror to resolve vanished packages")?;
@@ -104,17 +105,21 @@ pub fn fetch_lock(
             package.shown()
         );
     }
-    Ok(Fetched { lock: lock.lock, debs: for_image(second.debs), replaced: lock.replaced })
+    Ok(DownloadedPackages {
+        lock: lock.lock,
+        debs: for_image(second.debs),
+        replaced: lock.replaced,
+    })
 }
 
-/// Fetches packages without replacing any: a vanished package is an error with [`Policy::Locked`],
+/// Fetches packages without replacing any: a vanished package is an error with [`LockPolicy::Locked`],
 /// else it is listed.
 pub(super) fn fetch(
     packages: &[LockedPackage],
-    fetcher: &Fetcher,
-    mirrors: Option<&Mirrors>,
-    policy: Policy,
-) -> Result<Plain> {
+    fetcher: &Downloader,
+    mirrors: Option<&AptMirrors>,
+    policy: LockPolicy,
+) -> Result<PlainDownload> {
     let found = plain(packages, fetcher, mirrors)?;
     if !found.gone.is_empty() {
         refuse_if_locked(&found.gone, policy)?;
@@ -124,9 +129,9 @@ pub(super) fn fetch(
 
 fn plain(
     packages: &[LockedPackage],
-    fetcher: &Fetcher,
-    mirrors: Option<&Mirrors>,
-) -> Result<Plain> {
+    fetcher: &Downloader,
+    mirrors: Option<&AptMirrors>,
+) -> Result<PlainDownload> {
     let downloads: Vec<Download> = packages
         .iter()
         .map(|p| {
@@ -142,15 +147,15 @@ fn plain(
     let outcomes = fetcher.fetch("fetch", "Debian packages", &downloads)?;
     for (package, outcome) in packages.iter().zip(outcomes) {
         match outcome {
-            Outcome::Ready(file) => debs.push(LockedDeb { package: package.clone(), file }),
-            Outcome::Gone => gone.push(package.clone()),
+            DownloadOutcome::Ready(file) => debs.push(LockedDeb { package: package.clone(), file }),
+            DownloadOutcome::Gone => gone.push(package.clone()),
         }
     }
-    Ok(Plain { debs, gone })
+    Ok(PlainDownload { debs, gone })
 }
 
-fn refuse_if_locked(gone: &[LockedPackage], policy: Policy) -> Result<()> {
-    if policy == Policy::Replace {
+fn refuse_if_locked(gone: &[LockedPackage], policy: LockPolicy) -> Result<()> {
+    if policy == LockPolicy::Replace {
         return Ok(());
     }
     let names: Vec<String> = gone.iter().map(LockedPackage::shown).collect();
@@ -164,7 +169,7 @@ fn refuse_if_locked(gone: &[LockedPackage], policy: Policy) -> Result<()> {
 
 struct Replacement {
     lock: PackagesLock,
-    replaced: Vec<Replaced>,
+    replaced: Vec<ReplacedPackage>,
 }
 
 /// Resolves the vanished packages again; all others keep their versions where apt can.
@@ -175,7 +180,7 @@ fn replace(
     old: &PackagesLock,
     gone: &[LockedPackage],
     debs: &[LockedDeb],
-    mirrors: &Mirrors,
+    mirrors: &AptMirrors,
     cache: &Utf8Path,
 ) -> Result<Replacement> {
     let spec: &DebianSpec = &old.request;
@@ -185,10 +190,10 @@ fn replace(
         progress::names(&gone.iter().map(LockedPackage::shown).collect::<Vec<_>>())
     ));
     let (host_gone, gone): (Vec<&LockedPackage>, Vec<&LockedPackage>) =
-        gone.iter().partition(|p| p.role == Role::Host);
+        gone.iter().partition(|p| p.role == PackageRole::Host);
     if gone.is_empty() {
         let mut package: Vec<_> =
-            old.package.iter().filter(|p| p.role != Role::Host).cloned().collect();
+            old.package.iter().filter(|p| p.role != PackageRole::Host).cloned().collect();
         package.extend(host::lock(mirrors, cache).context("replacing vanished host tools")?);
         let lock = lock::finish(spec, old.epoch, package)?;
         let replaced = differences(old, &lock);
@@ -199,7 +204,7 @@ fn replace(
     let moving: BTreeSet<_> = gone.iter().map(|p| p.pool()).collect();
     let kept: Vec<LockedDeb> = debs
         .iter()
-        .filter(|d| d.package.role != Role::Host && !moving.contains(&d.package.pool()))
+        .filter(|d| d.package.role != PackageRole::Host && !moving.contains(&d.package.pool()))
         .cloned()
         .collect();
     let mut solved = lock::solve_with_kept(spec, mirrors, cache, &kept);
@@ -211,13 +216,13 @@ fn replace(
     }
     let mut package = solved.context("replacing vanished packages")?;
     if host_gone.is_empty() {
-        package.extend(old.of_role(Role::Host).cloned());
+        package.extend(old.of_role(PackageRole::Host).cloned());
     } else {
         package.extend(host::lock(mirrors, cache).context("replacing vanished host tools")?);
     }
     let lock = lock::finish(spec, old.epoch, package)?;
     let replaced = differences(old, &lock);
-    for Replaced { name, old, new } in &replaced {
+    for ReplacedPackage { name, old, new } in &replaced {
         let text = |v: &Option<String>| v.clone().unwrap_or_else(|| "none".to_owned());
         progress::warn(format!("{name}: {} replaced by {}", text(old), text(new)));
     }
@@ -225,7 +230,7 @@ fn replace(
 }
 
 /// What changed between two locks, by role, name and architecture.
-pub fn differences(old: &PackagesLock, new: &PackagesLock) -> Vec<Replaced> {
+pub fn differences(old: &PackagesLock, new: &PackagesLock) -> Vec<ReplacedPackage> {
     let (old, new) = (old.by_key(), new.by_key());
     let keys: BTreeSet<_> = old.keys().chain(new.keys()).collect();
     keys.into_iter()
@@ -233,7 +238,7 @@ pub fn differences(old: &PackagesLock, new: &PackagesLock) -> Vec<Replaced> {
             let (old, new) = (old.get(*key), new.get(*key));
             old.map(|p| (&p.version, &p.sha256)) != new.map(|p| (&p.version, &p.sha256))
         })
-        .map(|key| Replaced {
+        .map(|key| ReplacedPackage {
             name: key.1.to_owned(),
             old: old.get(key).map(|package| package.version.clone()),
             new: new.get(key).map(|package| package.version.clone()),

@@ -6,16 +6,16 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 use camino::Utf8Path;
 
-use super::apt::{Mirrors, PrivateApt, Source};
-use super::download::{self, Policy};
+use super::apt::{AptArchive, AptMirrors, PrivateApt};
+use super::download::{self, LockPolicy};
 use super::lock::{LockedPackage, PackagesLock, lock_unpacked};
-use super::sources::Offers;
+use super::sources::AllowedPackages;
 use super::unpack;
 use crate::artifact::hash_bytes;
 use crate::exec;
 use crate::ext4::Mke2fs;
-use crate::fetch::Fetcher;
-use crate::rootfs::Role;
+use crate::fetch::Downloader;
+use crate::rootfs::PackageRole;
 
 /// Architectures (with Debian's names) that a build can run on.
 pub(super) const HOSTS: [&str; 2] = ["amd64", "arm64"];
@@ -32,10 +32,10 @@ const FROM_BACKPORTS: [&str; 4] = ["e2fsprogs", "libcom-err2", "libext2fs2", "li
 const FROM_SUITE: [&str; 4] = ["libarchive13", "libicu72", "libnettle8", "libxml2"];
 
 /// Locks the host tools for every architecture that may build.
-pub(super) fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<Vec<LockedPackage>> {
+pub(super) fn lock(mirrors: &AptMirrors, cache: &Utf8Path) -> Result<Vec<LockedPackage>> {
     let mut locked = Vec::new();
     for arch in HOSTS {
-        let source = |uri: &str, suite: String| Source { uri: uri.to_owned(), suite };
+        let source = |uri: &str, suite: String| AptArchive { uri: uri.to_owned(), suite };
         let sources = [
             source(&mirrors.archive, SUITE.to_owned()),
             source(&mirrors.archive, format!("{SUITE}-updates")),
@@ -51,7 +51,7 @@ pub(super) fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<Vec<LockedPack
             .chain(FROM_SUITE.map(str::to_owned))
             .collect();
         locked.extend(
-            lock_unpacked(&apt, &names, mirrors, &Offers::default(), Role::Host)
+            lock_unpacked(&apt, &names, mirrors, &AllowedPackages::default(), PackageRole::Host)
                 .with_context(|| format!("resolving e2fsprogs for {arch} machines"))?,
         );
     }
@@ -84,8 +84,8 @@ pub(super) fn architecture() -> &'static str {
 /// fetched.
 pub fn host_e2fs(
     lock: &PackagesLock,
-    fetcher: &Fetcher,
-    mirrors: Option<&Mirrors>,
+    fetcher: &Downloader,
+    mirrors: Option<&AptMirrors>,
     cache: &Utf8Path,
 ) -> Result<Mke2fs> {
     let Some(arch) = wanted() else {
@@ -93,7 +93,7 @@ pub fn host_e2fs(
         return Ok(Mke2fs { program, libraries: Vec::new() });
     };
     let packages: Vec<LockedPackage> =
-        lock.of_role(Role::Host).filter(|p| p.arch == arch).cloned().collect();
+        lock.of_role(PackageRole::Host).filter(|p| p.arch == arch).cloned().collect();
     if packages.is_empty() {
         bail!(
             "this machine's e2fsprogs is older than 1.47.1, and the package lock has none for {arch}\n\
@@ -108,7 +108,7 @@ pub fn host_e2fs(
     let waiting = fs::File::create(&lock_path).and_then(|file| file.lock().map(|()| file));
     let _held = waiting.with_context(|| format!("locking {lock_path}"))?;
     if !dir.is_dir() {
-        let debs = download::fetch(&packages, fetcher, mirrors, Policy::Locked)?;
+        let debs = download::fetch(&packages, fetcher, mirrors, LockPolicy::Locked)?;
         let partial = crate::artifact::partial(&dir);
         if partial.exists() {
             fs::remove_dir_all(&partial).with_context(|| format!("removing {partial}"))?;
@@ -146,12 +146,12 @@ pub fn host_e2fs(
 pub fn unpack_locked(
     lock: &PackagesLock,
     name: &str,
-    fetcher: &Fetcher,
-    mirrors: Option<&Mirrors>,
+    fetcher: &Downloader,
+    mirrors: Option<&AptMirrors>,
     dir: &Utf8Path,
 ) -> Result<()> {
-    let package = lock.of_role(Role::Extra).find(|p| p.name == name).cloned();
+    let package = lock.of_role(PackageRole::Extra).find(|p| p.name == name).cloned();
     let package = package.with_context(|| format!("the package lock has no {name}"))?;
-    let fetched = download::fetch(&[package], fetcher, mirrors, Policy::Locked)?;
+    let fetched = download::fetch(&[package], fetcher, mirrors, LockPolicy::Locked)?;
     fetched.debs.iter().try_for_each(|deb| unpack::deb(&deb.file.path, dir))
 }

@@ -5,16 +5,16 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use anyhow::{Context, Result};
 
 use super::download::LockedDeb;
-use super::lock::{Archive, stanzas};
+use super::lock::{ArchiveName, stanzas};
 use crate::exec::Tool;
-use crate::rootfs::tree::{Entry, Tree};
-use crate::rootfs::{Distribution, Package, Python, Role};
+use crate::rootfs::tree::{RootEntry, RootTree};
+use crate::rootfs::{BasePackage, PackageRole, PythonDistribution, RootPython};
 
 /// The directory in which Debian's `python3-*` packages install distributions.
 const DISTRIBUTIONS: &str = "usr/lib/python3/dist-packages/";
 
 /// All packages of the build, sorted by name.
-pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> {
+pub(super) fn packages(tree: &RootTree, debs: &[LockedDeb]) -> Result<Vec<BasePackage>> {
     let owned = owned_bytes(tree)?;
     let mut all = Vec::with_capacity(debs.len());
     for LockedDeb { package, file } in debs {
@@ -30,18 +30,18 @@ pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> 
             None => (source, package.version.clone()),
         };
         let copyright = match package.role {
-            Role::Root => tree.bytes(&format!("usr/share/doc/{name}/copyright"))?,
+            PackageRole::Root => tree.bytes(&format!("usr/share/doc/{name}/copyright"))?,
             _ => None,
         };
-        all.push(Package {
+        all.push(BasePackage {
             version: package.version.clone(),
             arch: package.arch.clone(),
             role: package.role,
             source,
             source_version,
             archive: match &package.archive {
-                Archive::Source(name) => Some(name.clone()),
-                Archive::Debian | Archive::Security => None,
+                ArchiveName::Source(name) => Some(name.clone()),
+                ArchiveName::Debian | ArchiveName::Security => None,
             },
             section: fields.remove("Section").unwrap_or_default(),
             installed_bytes: owned.get(&name).copied().unwrap_or(0),
@@ -60,7 +60,7 @@ pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> 
 }
 
 /// Bytes in the pruned root by package, according to dpkg's lists of files.
-fn owned_bytes(tree: &Tree) -> Result<HashMap<String, u64>> {
+fn owned_bytes(tree: &RootTree) -> Result<HashMap<String, u64>> {
     let lists = tree
         .iter()
         .map(|(path, _)| path)
@@ -75,7 +75,7 @@ fn owned_bytes(tree: &Tree) -> Result<HashMap<String, u64>> {
         for line in text.lines() {
             // dpkg lists `/lib/x`, the merged root contains `usr/lib/x`.
             let entry = tree.get(line).or_else(|| tree.get(&format!("usr{line}")));
-            sum += entry.map_or(0, Entry::size);
+            sum += entry.map_or(0, RootEntry::size);
         }
         owned.insert(name, sum);
     }
@@ -101,7 +101,7 @@ fn upstream<'a>(debs: &'a [LockedDeb], name: &str) -> Option<&'a str> {
 }
 
 /// The interpreter that `python3` in the root points to.
-pub(super) fn python(tree: &Tree, debs: &[LockedDeb]) -> Result<Python> {
+pub(super) fn python(tree: &RootTree, debs: &[LockedDeb]) -> Result<RootPython> {
     let help = "help: add python3 to the product's packages";
     let short = tree
         .iter()
@@ -127,11 +127,12 @@ pub(super) fn python(tree: &Tree, debs: &[LockedDeb]) -> Result<Python> {
         let head: BTreeMap<&str, &str> =
             text.lines().take_while(|l| !l.is_empty()).filter_map(|l| l.split_once(": ")).collect();
         if let (Some(name), Some(version)) = (head.get("Name"), head.get("Version")) {
-            distributions.push(Distribution { name: (*name).into(), version: (*version).into() });
+            distributions
+                .push(PythonDistribution { name: (*name).into(), version: (*version).into() });
         }
     }
     distributions.sort();
-    Ok(Python {
+    Ok(RootPython {
         site_packages: format!("/usr/local/lib/python{short}/dist-packages"),
         scripts: "/usr/local/bin".to_owned(),
         version,

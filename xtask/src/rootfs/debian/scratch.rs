@@ -18,14 +18,14 @@ const UNFINISHED: &str = ".slipway-base-";
 /// A directory under the system's temporary directory: inside a user namespace, a home directory
 /// that only its owner may enter is inaccessible. It is removed when the value is dropped.
 #[derive(Debug)]
-pub(super) struct Scratch {
+pub(super) struct ScratchDirectory {
     path: Utf8PathBuf,
     /// The lock of the directory. Every program that is started inherits it: an `mmdebstrap` that
     /// outlives us (when we are killed) still holds it.
     _lock: File,
 }
 
-impl Scratch {
+impl ScratchDirectory {
     /// Creates a directory, and removes those of killed processes.
     ///
     /// # Errors
@@ -59,7 +59,7 @@ impl Scratch {
     }
 }
 
-impl Drop for Scratch {
+impl Drop for ScratchDirectory {
     fn drop(&mut self) {
         remove(&self.path);
     }
@@ -119,11 +119,11 @@ mod tests {
         };
         let others = ["slipway-base-file", "slipway-base-link", "slipway-other", "target"];
 
-        let used = Scratch::below(folder).unwrap();
+        let used = ScratchDirectory::below(folder).unwrap();
         fs::write(used.path().join("file"), "").unwrap();
         assert_eq!(fs::metadata(used.path()).unwrap().permissions().mode() & 0o777, 0o755);
         assert!(!folder.join("slipway-base-left").exists(), "the lock is free");
-        let second = Scratch::below(folder).unwrap();
+        let second = ScratchDirectory::below(folder).unwrap();
         assert!(used.path().join("file").exists(), "it is in use");
         drop((used, second));
         assert_eq!(names(), others);

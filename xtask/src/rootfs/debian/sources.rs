@@ -11,10 +11,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::DebianSpec;
-use super::apt::{Mirrors, PrivateApt, Source};
-use super::lock::{Archive, LockedPackage, stanzas};
-use crate::plan::keyring::{BadKey, keyring};
-use crate::rootfs::{Role, glob};
+use super::apt::{AptArchive, AptMirrors, PrivateApt};
+use super::lock::{ArchiveName, LockedPackage, stanzas};
+use crate::plan::keyring::{KeyringError, keyring};
+use crate::rootfs::{PackageRole, glob};
 
 /// Prefix of the variable that overrides a source's address, followed by the source's name in
 /// capitals with `_` for `-`.
@@ -45,7 +45,7 @@ const FIELDS: [&str; 17] = [
 /// An additional archive in a product and a lock: without an address, which depends on the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct SourceSpec {
+pub struct AptSourceSpec {
     /// Its name in the lock.
     pub name: String,
     /// Its suite.
@@ -58,7 +58,7 @@ pub struct SourceSpec {
 
 /// The address of an additional archive for this machine, and the key that must have signed it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SourceMirror {
+pub struct AptSourceMirror {
     /// Its name, as in the lock.
     pub name: String,
     /// Its address. No trailing slash.
@@ -67,7 +67,7 @@ pub struct SourceMirror {
     pub key: Utf8PathBuf,
 }
 
-impl SourceMirror {
+impl AptSourceMirror {
     /// A source with the address from the environment, else from the product.
     pub fn new(name: &str, address: &str, key: Utf8PathBuf) -> Self {
         let set = std::env::var(variable(name)).ok().filter(|value| !value.is_empty());
@@ -83,18 +83,18 @@ fn variable(name: &str) -> String {
 
 /// The allowed packages of additional archives.
 #[derive(Debug, Default)]
-pub(super) struct Offers {
+pub(super) struct AllowedPackages {
     /// The local archive that lists them; `None` where a product has no sources.
     local: Option<Utf8PathBuf>,
     packages: Vec<LockedPackage>,
 }
 
-impl Offers {
+impl AllowedPackages {
     /// Reads all sources of a request. Only indexes are downloaded.
     ///
     /// # Errors
     /// When one is unreachable, is signed by another key, or lacks a listed package.
-    pub fn ask(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<Self> {
+    pub fn ask(spec: &DebianSpec, mirrors: &AptMirrors, cache: &Utf8Path) -> Result<Self> {
         let mut offers = Self::default();
         if spec.sources.is_empty() {
             return Ok(offers);
@@ -154,11 +154,11 @@ impl Offers {
 /// The verified index of a source.
 fn read_index(
     spec: &DebianSpec,
-    source: &SourceSpec,
-    mirror: &SourceMirror,
+    source: &AptSourceSpec,
+    mirror: &AptSourceMirror,
     cache: &Utf8Path,
 ) -> Result<String> {
-    let SourceMirror { name, address, key } = mirror;
+    let AptSourceMirror { name, address, key } = mirror;
     let file = fs::read(key).with_context(|| {
         format!(
             "reading {key}, the key of the source {name}\n\
@@ -167,8 +167,8 @@ fn read_index(
     })?;
     let keyring = match keyring(&file) {
         Ok(keyring) => keyring,
-        Err(BadKey::Secret) => bail!("{key}, the key of the source {name}, is a secret key"),
-        Err(BadKey::NoKey(why)) => {
+        Err(KeyringError::Secret) => bail!("{key}, the key of the source {name}, is a secret key"),
+        Err(KeyringError::NoKey(why)) => {
             bail!("{key}, the key of the source {name}, is not a public key: {why}")
         }
     };
@@ -179,7 +179,7 @@ fn read_index(
     // Always in binary form: apt detects the form by the file's name.
     let path = dir.join("key.gpg");
     fs::write(&path, keyring).with_context(|| format!("writing {path}"))?;
-    let archive = [Source { uri: address.clone(), suite: source.suite.clone() }];
+    let archive = [AptArchive { uri: address.clone(), suite: source.suite.clone() }];
     let apt = PrivateApt::new(&dir, &spec.arch, &archive, &source.components, &path)?;
     apt.update().with_context(|| {
         format!(
@@ -198,8 +198,8 @@ fn read_index(
 }
 
 /// The packages of an index that may come from the source, each with its stanza for the local archive.
-fn listed(source: &SourceSpec, index: &str) -> Result<Vec<(LockedPackage, String)>> {
-    let SourceSpec { name, packages: patterns, .. } = source;
+fn listed(source: &AptSourceSpec, index: &str) -> Result<Vec<(LockedPackage, String)>> {
+    let AptSourceSpec { name, packages: patterns, .. } = source;
     let wanted = glob::compile(patterns)?;
     let mut found = Vec::new();
     for mut stanza in stanzas(index) {
@@ -215,11 +215,11 @@ fn listed(source: &SourceSpec, index: &str) -> Result<Vec<(LockedPackage, String
         let filename = filename.strip_prefix("./").unwrap_or(&filename).to_owned();
         let get = |field: &str| stanza.get(field).cloned().unwrap_or_default();
         let package = LockedPackage {
-            role: Role::Extra,
+            role: PackageRole::Extra,
             name: package,
             arch: get("Architecture"),
             version: get("Version"),
-            archive: Archive::Source(name.clone()),
+            archive: ArchiveName::Source(name.clone()),
             filename,
             size: size.parse().with_context(|| format!("'{size}' is not a size"))?,
             sha256,
@@ -257,8 +257,8 @@ fn listed(source: &SourceSpec, index: &str) -> Result<Vec<(LockedPackage, String
 mod tests {
     use super::*;
 
-    fn source(packages: &[&str]) -> SourceSpec {
-        SourceSpec {
+    fn source(packages: &[&str]) -> AptSourceSpec {
+        AptSourceSpec {
             name: "acme-one".into(),
             suite: "stable".into(),
             components: vec!["main".into()],
