@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::artifact::hex;
-pub(crate) use crate::disk::ext4_read::open;
-use crate::disk::ext4_read::{length, read_small};
-use crate::progress::bytes;
+pub(crate) use crate::disk::ext4_read::open_ext4;
+use crate::disk::ext4_read::{read_small, remaining_length};
+use crate::progress::format_bytes;
 use crate::text::printable;
 
 /// Metadata files (dpkg's status, a wheel's METADATA) larger than this are rejected. A Debian
@@ -177,16 +177,16 @@ impl InventoryDifference {
         if self.is_empty() {
             return writeln!(out, "no difference");
         }
-        versions("packages", &self.packages, out)?;
-        versions("wheels", &self.wheels, out)?;
+        describe_versions("packages", &self.packages, out)?;
+        describe_versions("wheels", &self.wheels, out)?;
         let files = &self.files;
         heading("files", files, &format!(", {}", signed(i128::from(self.bytes_delta))), out)?;
         for path in files.names() {
             let name = printable(path);
             if let Some(entry) = files.added.get(path) {
-                writeln!(out, "  + {name}  {}", bytes(entry.size))?;
+                writeln!(out, "  + {name}  {}", format_bytes(entry.size))?;
             } else if let Some(entry) = files.removed.get(path) {
-                writeln!(out, "  - {name}  {}", bytes(entry.size))?;
+                writeln!(out, "  - {name}  {}", format_bytes(entry.size))?;
             } else if let Some(change) = files.changed.get(path) {
                 writeln!(out, "  ~ {name}  {}", what_changed(change))?;
             }
@@ -216,7 +216,7 @@ fn heading<T: Clone + PartialEq>(
 ///
 /// # Errors
 /// When `out` cannot be written.
-pub(crate) fn versions(
+pub(crate) fn describe_versions(
     name: &str,
     changes: &ChangeSet<String>,
     out: &mut dyn Write,
@@ -236,7 +236,7 @@ pub(crate) fn versions(
 }
 
 fn signed(delta: i128) -> String {
-    let size = bytes(u64::try_from(delta.unsigned_abs()).unwrap_or(u64::MAX));
+    let size = format_bytes(u64::try_from(delta.unsigned_abs()).unwrap_or(u64::MAX));
     format!("{}{size}", if delta < 0 { '-' } else { '+' })
 }
 
@@ -255,12 +255,12 @@ pub(crate) fn what_changed(EntryChange { old, new }: &EntryChange<InventoryEntry
             let delta = i128::from(new.size) - i128::from(old.size);
             said.push(format!("content, {}", signed(delta)));
         }
-        (a, b) => said.push(format!("{} -> {}", kind(a), kind(b))),
+        (a, b) => said.push(format!("{} -> {}", describe_kind(a), describe_kind(b))),
     }
     said.join("; ")
 }
 
-fn kind(content: &EntryContent) -> String {
+fn describe_kind(content: &EntryContent) -> String {
     match content {
         EntryContent::Sha256(_) => "file".to_owned(),
         EntryContent::Link(target) => format!("link to {}", printable(target)),
@@ -275,8 +275,8 @@ impl Inventory {
     /// # Errors
     /// When there is no readable ext4 filesystem, or its package database is malformed.
     pub fn of_ext4(image: &Utf8Path, offset: u64) -> Result<Self> {
-        let filesystem = open(image, offset)?;
-        let mut found = Walk { length: length(image, offset)?, ..Walk::default() };
+        let filesystem = open_ext4(image, offset)?;
+        let mut found = Walk { length: remaining_length(image, offset)?, ..Walk::default() };
         found
             .folder(&filesystem, b"/".to_vec())
             .with_context(|| format!("listing the filesystem at byte {offset} of {image}"))?;
@@ -297,17 +297,19 @@ impl Inventory {
         if !self.files.contains_key(STATUS) {
             return Ok(());
         }
-        let text = metadata(filesystem, STATUS)?;
+        let text = read_metadata(filesystem, STATUS)?;
         for paragraph in text.split("\n\n").filter(|paragraph| !paragraph.trim().is_empty()) {
-            let name = field(paragraph, "Package");
-            let (Some(name), Some(version)) = (name, field(paragraph, "Version")) else {
+            let name = header_field(paragraph, "Package");
+            let (Some(name), Some(version)) = (name, header_field(paragraph, "Version")) else {
                 // dpkg keeps a paragraph without a version for packages that were never installed.
                 if name.is_some() {
                     continue;
                 }
                 bail!("reading {STATUS}: a paragraph has no `Package` field");
             };
-            if field(paragraph, "Status").is_some_and(|status| status.ends_with(" installed")) {
+            if header_field(paragraph, "Status")
+                .is_some_and(|status| status.ends_with(" installed"))
+            {
                 self.packages.insert(name.to_owned(), version.to_owned());
             }
         }
@@ -322,10 +324,11 @@ impl Inventory {
                 && matches!(parts.next(), Some("site-packages" | "dist-packages"))
         };
         for path in self.files.keys().filter(is_metadata) {
-            let text = metadata(filesystem, path)?;
+            let text = read_metadata(filesystem, path)?;
             // The header ends at the first empty line; a description may follow.
             let header = text.split("\n\n").next().unwrap_or_default();
-            let (Some(name), Some(version)) = (field(header, "Name"), field(header, "Version"))
+            let (Some(name), Some(version)) =
+                (header_field(header, "Name"), header_field(header, "Version"))
             else {
                 bail!("reading {path}: expected the fields `Name` and `Version`");
             };
@@ -335,14 +338,14 @@ impl Inventory {
     }
 }
 
-fn metadata(filesystem: &Ext4, path: &str) -> Result<String> {
+fn read_metadata(filesystem: &Ext4, path: &str) -> Result<String> {
     let content = read_small(filesystem, path, MOST_METADATA)?;
     Ok(String::from_utf8_lossy(&content).replace("\r\n", "\n"))
 }
 
 /// A field of a header in the format of Debian's and Python's metadata; `None` if it is longer than
 /// any real one.
-fn field<'a>(header: &'a str, name: &str) -> Option<&'a str> {
+fn header_field<'a>(header: &'a str, name: &str) -> Option<&'a str> {
     let value = |line: &'a str| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim());
     header.lines().find_map(value).filter(|value| value.len() <= LONGEST_FIELD)
 }
@@ -461,11 +464,11 @@ fn hash_all(
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
     let next = AtomicUsize::new(0);
     let work = || -> Result<Vec<(String, String)>> {
-        let filesystem = open(image, offset)?;
+        let filesystem = open_ext4(image, offset)?;
         let mut done = Vec::new();
         let mut buffer = vec![0; 64 * 1024];
         while let Some((shown, stored)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let hash = hash(&filesystem, stored, &mut buffer)
+            let hash = hash_file(&filesystem, stored, &mut buffer)
                 .with_context(|| format!("reading {shown} in {image}"))?;
             done.push((shown.clone(), hash));
         }
@@ -484,7 +487,7 @@ fn hash_all(
     })
 }
 
-fn hash(filesystem: &Ext4, path: &[u8], buffer: &mut [u8]) -> Result<String> {
+fn hash_file(filesystem: &Ext4, path: &[u8], buffer: &mut [u8]) -> Result<String> {
     let mut file = filesystem.open(path)?;
     let mut hasher = Sha256::new();
     loop {

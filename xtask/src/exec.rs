@@ -70,7 +70,7 @@ impl Tool {
     pub fn new(program: impl AsRef<str>) -> Self {
         let program = program.as_ref();
         let mut command = Command::new(program);
-        command.env_clear().envs(environment::of(program));
+        command.env_clear().envs(environment::variables_for(program));
         Self { command, shown: vec![program.to_owned()], log: None }
     }
 
@@ -154,7 +154,7 @@ impl Tool {
     }
 
     /// The command as a person would type it (for messages only; it is never given to a shell).
-    pub fn shown(&self) -> String {
+    pub fn command_line(&self) -> String {
         let quote = |s: &String| {
             let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
             if !s.is_empty() && s.chars().all(plain) { s.clone() } else { format!("'{s}'") }
@@ -176,7 +176,7 @@ impl Tool {
     /// When the program is missing or exits with anything but zero.
     pub fn run_lines(mut self, mut each: impl FnMut(&str)) -> Result<()> {
         let mut log = self.open_log()?;
-        let shown = self.shown();
+        let shown = self.command_line();
         let (reader, writer) = std::io::pipe().context("making a pipe")?;
         let second = writer.try_clone().context("making a pipe")?;
         self.command.stdin(Stdio::null()).stdout(writer).stderr(second);
@@ -188,7 +188,7 @@ impl Tool {
         let mut line = Vec::new();
         // The log gets the whole of a line that is too long to be shown.
         let mut keep = |piece: &[u8]| log.as_mut().map_or(Ok(()), |log| log.write_all(piece));
-        while lines::next(&mut reader, &mut line, &mut keep)
+        while lines::read_line(&mut reader, &mut line, &mut keep)
             .with_context(|| format!("running {shown} and writing its log"))?
             .is_some()
         {
@@ -205,7 +205,7 @@ impl Tool {
     /// # Errors
     /// When the program is missing or exits with anything but zero.
     pub fn run_on_terminal(mut self) -> Result<()> {
-        let shown = self.shown();
+        let shown = self.command_line();
         let status = self.command.status().with_context(|| format!("running {shown}"))?;
         self.check(status, &[])
     }
@@ -215,7 +215,7 @@ impl Tool {
     /// # Errors
     /// When the program is missing, exits with a code other than zero, or its output is not UTF-8.
     pub fn read(self) -> Result<String> {
-        let shown = self.shown();
+        let shown = self.command_line();
         String::from_utf8(self.read_bytes()?)
             .with_context(|| format!("{shown} printed something that is not UTF-8"))
     }
@@ -226,7 +226,7 @@ impl Tool {
     /// When the program is missing or exits with anything but zero.
     pub fn read_bytes(mut self) -> Result<Vec<u8>> {
         let mut log = self.open_log()?;
-        let shown = self.shown();
+        let shown = self.command_line();
         let output = self
             .command
             .stdin(Stdio::null())
@@ -254,7 +254,7 @@ impl Tool {
             Some(log) => Stdio::from(log),
             None => Stdio::null(),
         };
-        let shown = self.shown();
+        let shown = self.command_line();
         let mut child = self
             .command
             .stdin(Stdio::null())
@@ -285,7 +285,7 @@ impl Tool {
         input: Option<File>,
         mut each: impl FnMut(&str),
     ) -> Result<(ExitStatus, Vec<u8>)> {
-        let shown = self.shown();
+        let shown = self.command_line();
         let mut child = self
             .command
             .stdin(input.map_or_else(Stdio::null, Stdio::from))
@@ -326,7 +326,7 @@ impl Tool {
                     }
                     Err(io::Error::other(format!("it wrote a line of more than {most} bytes")))
                 };
-                match lines::next(&mut errors, &mut line, bounded) {
+                match lines::read_line(&mut errors, &mut line, bounded) {
                     Ok(None) => break Ok(()),
                     Ok(Some(_)) => each(String::from_utf8_lossy(&line).trim_end()),
                     Err(error) => break Err(error.into()),
@@ -358,7 +358,7 @@ impl Tool {
             .append(true)
             .open(path)
             .with_context(|| format!("opening the log {path}"))?;
-        writeln!(file, "$ {}", self.shown()).with_context(|| format!("writing {path}"))?;
+        writeln!(file, "$ {}", self.command_line()).with_context(|| format!("writing {path}"))?;
         Ok(Some(file))
     }
 
@@ -366,7 +366,7 @@ impl Tool {
         if status.success() {
             return Ok(());
         }
-        let mut message = format!("{} failed: {status}", self.shown());
+        let mut message = format!("{} failed: {status}", self.command_line());
         for line in tail {
             message.push_str("\n  | ");
             message.push_str(line);
@@ -387,7 +387,7 @@ fn keep_tail(tail: &mut Vec<String>, line: &str) {
 
 /// The path of a program on `PATH`, in `/usr/sbin` or in `/sbin` (which `PATH` lacks for many
 /// users).
-pub fn find(program: &str) -> Option<Utf8PathBuf> {
+pub fn find_program(program: &str) -> Option<Utf8PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
     path.split(':')
         .chain(["/usr/sbin", "/sbin"])

@@ -11,10 +11,10 @@ use crate::plan::CheckoutFacts;
 /// # Errors
 /// `SOURCE_DATE_EPOCH` that is not a number; neither it nor a commit; a checkout that git cannot compare.
 pub fn collect(root: &Utf8Path) -> Result<CheckoutFacts> {
-    let commit = git::at(root).args(["rev-parse", "HEAD"]).read();
+    let commit = git::git_in(root).args(["rev-parse", "HEAD"]).read();
     let commit = commit.map(|said| said.trim().to_owned()).ok();
     let modified = match &commit {
-        Some(commit) => !git::changes(root, commit)?.is_empty(),
+        Some(commit) => !git::changed_files(root, commit)?.is_empty(),
         None => false,
     };
     // CI systems export what is not set as an empty text.
@@ -22,9 +22,9 @@ pub fn collect(root: &Utf8Path) -> Result<CheckoutFacts> {
         Ok(text) if !text.trim().is_empty() => text.trim().parse().with_context(|| {
             format!("SOURCE_DATE_EPOCH: expected seconds since 1970, found \"{text}\"")
         })?,
-        _ => git::time(root).map_err(|error| {
+        _ => git::commit_time(root).map_err(|error| {
             let said = format!("{error:#}");
-            let help = help(&said);
+            let help = help_for_git_error(&said);
             anyhow!("reading the commit's time for reproducible outputs: {said}\nhelp: {help}")
         })?,
     };
@@ -32,7 +32,7 @@ pub fn collect(root: &Utf8Path) -> Result<CheckoutFacts> {
 }
 
 /// The help for an error of git.
-fn help(said: &str) -> &'static str {
+fn help_for_git_error(said: &str) -> &'static str {
     const KNOWN: [(&str, &str); 3] = [
         (
             "dubious ownership",
@@ -56,9 +56,9 @@ mod tests {
     fn what_git_says_brings_its_remedy() {
         // As git 2.47 says it.
         let owner = "fatal: detected dubious ownership in repository at '/srv/robot'";
-        assert!(help(owner).contains("`safe.directory`"));
+        assert!(help_for_git_error(owner).contains("`safe.directory`"));
         let config = "fatal: bad config line 1 in file /home/me/.gitconfig";
-        assert!(help(config).contains("git config --list --show-origin"));
-        assert!(help("fatal: not a git repository").contains("SOURCE_DATE_EPOCH"));
+        assert!(help_for_git_error(config).contains("git config --list --show-origin"));
+        assert!(help_for_git_error("fatal: not a git repository").contains("SOURCE_DATE_EPOCH"));
     }
 }

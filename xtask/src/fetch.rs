@@ -13,10 +13,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use ureq::tls::TlsConfig;
 
-use crate::artifact::{Artifact, hash_file, partial};
+use crate::artifact::{Artifact, hash_file, partial_path};
 use crate::cache::{Cache, RemoteDownloads};
 use crate::progress::{ProgressStep, ProgressUnit};
-use crate::tls::authorities;
+use crate::tls::load_authorities;
 
 /// Parallel connections; more would burden mirrors and are not faster on a home connection.
 const CONNECTIONS: usize = 4;
@@ -77,7 +77,7 @@ impl Downloader {
             .timeout_connect(Some(CONNECT))
             .timeout_recv_response(Some(ANSWER))
             .timeout_recv_body(Some(BODY))
-            .tls_config(TlsConfig::builder().root_certs(authorities()?).build())
+            .tls_config(TlsConfig::builder().root_certs(load_authorities()?).build())
             .build();
         Ok(Self { store, offline, agent: config.into(), shared: None })
     }
@@ -86,7 +86,7 @@ impl Downloader {
     ///
     /// # Errors
     /// As [`Downloader::new`].
-    pub fn of(cache: &Cache, offline: bool) -> Result<Self> {
+    pub fn for_cache(cache: &Cache, offline: bool) -> Result<Self> {
         Ok(Self { shared: cache.remote(), ..Self::new(&cache.root, offline)? })
     }
 
@@ -125,7 +125,7 @@ impl Downloader {
                 names.len(),
                 wanted.len(),
                 self.store,
-                crate::progress::names(&names)
+                crate::progress::list_names(&names)
             );
         }
         if !missing.is_empty() {
@@ -166,7 +166,7 @@ impl Downloader {
                             break;
                         };
                         let result = self
-                            .one(&wanted[i], &step)
+                            .download_one(&wanted[i], &step)
                             .with_context(|| format!("fetching {}", wanted[i].name));
                         failed.fetch_or(result.is_err(), Ordering::Relaxed);
                         done.lock().unwrap_or_else(|e| e.into_inner()).push((i, result));
@@ -197,9 +197,9 @@ impl Downloader {
         Ok(None)
     }
 
-    fn one(&self, download: &Download, step: &ProgressStep) -> Result<DownloadOutcome> {
+    fn download_one(&self, download: &Download, step: &ProgressStep) -> Result<DownloadOutcome> {
         let path = self.path_of(&download.sha256);
-        let temporary = partial(&path);
+        let temporary = partial_path(&path);
         let mut file = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -221,7 +221,7 @@ impl Downloader {
         let mut pause = FIRST_PAUSE;
         let mut attempt = 1;
         loop {
-            let before = length(&file)?;
+            let before = file_length(&file)?;
             match self.attempt(download, &mut file, step) {
                 Ok(Attempt::Complete) => break,
                 Ok(Attempt::Gone) => {
@@ -230,7 +230,7 @@ impl Downloader {
                 }
                 Err(AttemptFailure::Final(error)) => return Err(error),
                 Err(AttemptFailure::Again(error)) => {
-                    if length(&file)? > before {
+                    if file_length(&file)? > before {
                         attempt = 1;
                         pause = FIRST_PAUSE;
                         continue;
@@ -253,7 +253,7 @@ impl Downloader {
                  SHA-256 \
                  {}, found {size} bytes with SHA-256 {sha256}\n\
                  help: the file was discarded; try again, or use another mirror",
-                shown(&download.url),
+                url_without_login(&download.url),
                 download.sha256
             );
         }
@@ -288,7 +288,7 @@ impl Downloader {
         file: &mut File,
         step: &ProgressStep,
     ) -> Result<Attempt, AttemptFailure> {
-        let have = length(file).map_err(AttemptFailure::Final)?;
+        let have = file_length(file).map_err(AttemptFailure::Final)?;
         let mut request = self.agent.get(&download.url).header("Accept-Encoding", "identity");
         if have > 0 {
             if download.size == Some(have) {
@@ -296,8 +296,9 @@ impl Downloader {
             }
             request = request.header("Range", format!("bytes={have}-"));
         }
-        let mut response =
-            request.call().map_err(|error| classify(error, &shown(&download.url)))?;
+        let mut response = request
+            .call()
+            .map_err(|error| classify_error(error, &url_without_login(&download.url)))?;
         let status = response.status().as_u16();
         let start = match status {
             200 => 0,
@@ -308,17 +309,17 @@ impl Downloader {
                 file.set_len(0).map_err(AttemptFailure::write)?;
                 return Err(AttemptFailure::again(format!(
                     "{}: nothing to resume",
-                    shown(&download.url)
+                    url_without_login(&download.url)
                 )));
             }
             408 | 429 | 500..=599 => {
                 return Err(AttemptFailure::again(format!(
                     "{} answered {status}",
-                    shown(&download.url)
+                    url_without_login(&download.url)
                 )));
             }
             _ => {
-                let message = format!("{} answered {status}", shown(&download.url));
+                let message = format!("{} answered {status}", url_without_login(&download.url));
                 return Err(AttemptFailure::Final(anyhow::Error::msg(message)));
             }
         };
@@ -337,7 +338,7 @@ impl Downloader {
                 Err(e) => {
                     return Err(AttemptFailure::again(format!(
                         "the connection to {} broke: {e}",
-                        shown(&download.url)
+                        url_without_login(&download.url)
                     )));
                 }
             };
@@ -348,7 +349,7 @@ impl Downloader {
         match download.size {
             Some(size) if position < size => Err(AttemptFailure::again(format!(
                 "the download of {} ended after {position} of {size} bytes",
-                shown(&download.url)
+                url_without_login(&download.url)
             ))),
             _ => Ok(Attempt::Complete),
         }
@@ -376,14 +377,14 @@ impl AttemptFailure {
 }
 
 /// An address for messages, without a login.
-pub(crate) fn shown(url: &str) -> String {
+pub(crate) fn url_without_login(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
     let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
     format!("{scheme}://{host}{path}")
 }
 
-fn classify(error: ureq::Error, url: &str) -> AttemptFailure {
+fn classify_error(error: ureq::Error, url: &str) -> AttemptFailure {
     let again = matches!(
         error,
         ureq::Error::Timeout(_)
@@ -398,18 +399,21 @@ fn classify(error: ureq::Error, url: &str) -> AttemptFailure {
     if again { AttemptFailure::Again(error) } else { AttemptFailure::Final(error) }
 }
 
-fn length(file: &File) -> Result<u64> {
+fn file_length(file: &File) -> Result<u64> {
     Ok(file.metadata().context("reading a partial download")?.len())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::shown;
+    use super::url_without_login;
 
     #[test]
     fn no_message_has_a_password() {
-        assert_eq!(shown("https://me:a%40b@h.example:1/x@y"), "https://h.example:1/x@y");
-        assert_eq!(shown("http://h.example"), "http://h.example");
-        assert_eq!(shown(""), "");
+        assert_eq!(
+            url_without_login("https://me:a%40b@h.example:1/x@y"),
+            "https://h.example:1/x@y"
+        );
+        assert_eq!(url_without_login("http://h.example"), "http://h.example");
+        assert_eq!(url_without_login(""), "");
     }
 }

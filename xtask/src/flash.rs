@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
 use crate::disk::layout::BLOCK;
-use crate::progress::{bytes, say, warn};
+use crate::progress::{format_bytes, say, warn};
 use card::{AlignedMemory, CardIo};
 use seed::Seed;
 use source::ImageSource;
@@ -80,7 +80,7 @@ pub fn flash(request: &FlashRequest<'_>, card: &dyn CardIo) -> Result<FlashOutco
         card.size(),
         source.size
     );
-    unmake(card).context("removing the old partition table")?;
+    erase_ends(card).context("removing the old partition table")?;
     // Not the edges: discarded blocks may return their old contents.
     let inner = card.size().saturating_sub(2 * EDGE) / BLOCK * BLOCK;
     let discarded = card.discard(EDGE, inner).context("discarding the card")?;
@@ -88,26 +88,26 @@ pub fn flash(request: &FlashRequest<'_>, card: &dyn CardIo) -> Result<FlashOutco
         say("flash", "the device does not support discard; unused blocks keep their old contents");
     }
     if !source.mapped {
-        say("flash", format!("no block map: writing all {}", bytes(source.size)));
+        say("flash", format!("no block map: writing all {}", format_bytes(source.size)));
     }
-    let pieces = write::pieces(source);
-    let result = body(request, card, &pieces).and_then(|(sent, mut weak)| {
+    let pieces = write::cut_into_pieces(source);
+    let result = write_body(request, card, &pieces).and_then(|(sent, mut weak)| {
         let seeded = match seed {
-            Some(seed) => seed::plant(seed, card, &sent.held, &pieces)?,
+            Some(seed) => seed::write_seed(seed, card, &sent.held, &pieces)?,
             None => Vec::new(),
         };
-        finish(card, &pieces, sent, read_back, &mut weak)?;
+        write_held_pieces(card, &pieces, sent, read_back, &mut weak)?;
         Ok((weak, seeded))
     });
     let (weak, seeded) = result.or_else(|error| {
         // Only the last step can have written a partition table.
-        unmake(card).context("removing the partition table after a failure")?;
+        erase_ends(card).context("removing the partition table after a failure")?;
         Err(error.context("the card is incomplete and will not boot (partition table not written)"))
     })?;
     if !weak.is_empty() {
         warn(format!(
             "the card is unreliable: some data had to be written again; use another card\n{}",
-            describe(&weak)
+            describe_unreliable_places(&weak)
         ));
     }
     Ok(FlashOutcome {
@@ -121,7 +121,7 @@ pub fn flash(request: &FlashRequest<'_>, card: &dyn CardIo) -> Result<FlashOutco
     })
 }
 
-fn describe(weak: &[UnreliablePlace]) -> String {
+fn describe_unreliable_places(weak: &[UnreliablePlace]) -> String {
     let line = |w: &UnreliablePlace| {
         format!("  {} bytes at {}: wrong {} times", w.size, w.offset, w.times)
     };
@@ -130,7 +130,7 @@ fn describe(weak: &[UnreliablePlace]) -> String {
 
 /// Overwrites both ends of the card with zeros: the partition table, what a boot ROM reads, and the
 /// backup of a GPT. This detects cards that silently ignore writes.
-fn unmake(card: &dyn CardIo) -> Result<()> {
+fn erase_ends(card: &dyn CardIo) -> Result<()> {
     let end = card.size().saturating_sub(EDGE) / BLOCK * BLOCK;
     for (from, to) in [(0, EDGE.min(card.size())), (end, card.size())] {
         let size = (to - from) as usize;
@@ -150,28 +150,28 @@ fn unmake(card: &dyn CardIo) -> Result<()> {
 
 /// Writes and verifies all pieces except the held ones, and writes again those that fail
 /// verification.
-fn body(
+fn write_body(
     request: &FlashRequest<'_>,
     card: &dyn CardIo,
     pieces: &[ImagePiece],
 ) -> Result<(PassResult, Vec<UnreliablePlace>)> {
-    let sent = write::send(request.source, pieces, card, request.read_back)?;
+    let sent = write::send_pieces(request.source, pieces, card, request.read_back)?;
     let mut weak: Vec<UnreliablePlace> = Vec::new();
     let mut wrong = sent.wrong.clone();
     let mut buffer = AlignedMemory::new(PIECE as usize);
     for _ in 0..RETRIES {
-        count(&mut weak, pieces, &wrong);
+        count_failures(&mut weak, pieces, &wrong);
         if wrong.is_empty() {
             break;
         }
         say("flash", format!("rewriting {} places that failed verification", wrong.len()));
         let mut pass = request.source.pass()?;
         for index in &wrong {
-            let (piece, sum) = (&pieces[*index], sum(&sent, *index)?);
+            let (piece, sum) = (&pieces[*index], piece_checksum(&sent, *index)?);
             let bytes = buffer.part(piece.size);
             pass.read_at(piece.offset, bytes)?;
             ensure!(
-                PieceChecksum::of(bytes) == *sum,
+                PieceChecksum::from_bytes(bytes) == *sum,
                 "{} changed while it was being written",
                 request.source.path
             );
@@ -186,18 +186,23 @@ fn body(
         card.flush().context("flushing the card")?;
         let mut still = Vec::new();
         for index in wrong {
-            if !write::holds(card, &pieces[index], sum(&sent, index)?, &mut buffer)? {
+            if !write::piece_matches(
+                card,
+                &pieces[index],
+                piece_checksum(&sent, index)?,
+                &mut buffer,
+            )? {
                 still.push(index);
             }
         }
         wrong = still;
     }
     if !wrong.is_empty() {
-        count(&mut weak, pieces, &wrong);
+        count_failures(&mut weak, pieces, &wrong);
         weak.retain(|w| wrong.iter().any(|index| pieces[*index].offset == w.offset));
         bail!(
             "the card does not return the data that was written:\n{}\nhelp: use another card",
-            describe(&weak)
+            describe_unreliable_places(&weak)
         );
     }
     if request.read_back {
@@ -206,11 +211,11 @@ fn body(
     Ok((sent, weak))
 }
 
-fn sum(sent: &PassResult, index: usize) -> Result<&PieceChecksum> {
+fn piece_checksum(sent: &PassResult, index: usize) -> Result<&PieceChecksum> {
     sent.sums.get(index).and_then(Option::as_ref).context("a piece was not summed")
 }
 
-fn count(weak: &mut Vec<UnreliablePlace>, pieces: &[ImagePiece], wrong: &[usize]) {
+fn count_failures(weak: &mut Vec<UnreliablePlace>, pieces: &[ImagePiece], wrong: &[usize]) {
     for index in wrong {
         let ImagePiece { offset, size, .. } = pieces[*index];
         match weak.iter_mut().find(|w| w.offset == offset) {
@@ -226,7 +231,7 @@ fn still_there(card: &dyn CardIo, pieces: &[ImagePiece], sent: &PassResult) -> R
     let mut buffer = AlignedMemory::new(BLOCK as usize);
     for (index, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.held) {
         ensure!(
-            write::begins(card, piece, sum(sent, index)?, &mut buffer)?,
+            write::first_block_matches(card, piece, piece_checksum(sent, index)?, &mut buffer)?,
             "the data at {} was verified, but has changed since\n\
              help: the card is counterfeit (smaller than advertised) or worn out: use another card",
             piece.offset
@@ -237,7 +242,7 @@ fn still_there(card: &dyn CardIo, pieces: &[ImagePiece], sent: &PassResult) -> R
 
 /// Writes the held pieces, from the last to the first block of the card, and flushes each before
 /// the next.
-fn finish(
+fn write_held_pieces(
     card: &dyn CardIo,
     pieces: &[ImagePiece],
     sent: PassResult,
@@ -254,10 +259,10 @@ fn finish(
             card.write_at(piece.offset, buffer.part(piece.size))
                 .with_context(|| format!("writing at {}", piece.offset))?;
             card.flush().context("flushing the card")?;
-            if !read_back || write::holds(card, piece, sum, &mut back)? {
+            if !read_back || write::piece_matches(card, piece, sum, &mut back)? {
                 break;
             }
-            count(weak, pieces, &[index]);
+            count_failures(weak, pieces, &[index]);
             tries += 1;
             ensure!(
                 tries <= RETRIES,

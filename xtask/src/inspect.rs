@@ -14,7 +14,7 @@ use crate::diff::Inventory;
 use crate::disk::ext4_read::{needs_replay, read_small};
 use crate::disk::layout::SECTOR;
 use crate::disk::read::{self, DiskTables, FatListing};
-use crate::keys::{KeyDirectory, directory};
+use crate::keys::{KeyDirectory, key_directory};
 use crate::start::{self, BootCheck};
 use crate::update;
 use bundle::bootstate::BootState;
@@ -44,7 +44,7 @@ pub enum OutputFileKind {
 ///
 /// # Errors
 /// When it is not one of the three.
-pub fn subject(path: &Utf8Path) -> Result<OutputFileKind> {
+pub fn detect_kind(path: &Utf8Path) -> Result<OutputFileKind> {
     let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
     let mut head = [0; 512];
     let n = file.read(&mut head).with_context(|| format!("reading {path}"))?;
@@ -94,7 +94,7 @@ pub(crate) struct StateView {
 }
 
 /// A boot state in words.
-fn words(state: &BootState) -> String {
+fn describe_boot_state(state: &BootState) -> String {
     let BootState { sequence, active, trial, tries } = state;
     let trial = match (trial, tries) {
         (None, _) => "no trial".to_owned(),
@@ -120,9 +120,9 @@ pub(crate) struct SlotView {
 ///
 /// # Errors
 /// When it is none of ours, or what is in it cannot be read.
-pub(crate) fn image(path: &Utf8Path) -> Result<ImageView> {
-    let tables = read::tables(path)?;
-    let (starts, unread) = match start::look(path, None) {
+pub(crate) fn inspect_image(path: &Utf8Path) -> Result<ImageView> {
+    let tables = read::read_tables(path)?;
+    let (starts, unread) = match start::check_card(path, None) {
         Ok(starts) => (Some(starts), None),
         Err(reason) => (None, Some(format!("{reason:#}"))),
     };
@@ -136,9 +136,9 @@ pub(crate) fn image(path: &Utf8Path) -> Result<ImageView> {
         unread,
     };
     for partition in &view.tables.partitions {
-        match content(path, partition.offset)? {
+        match detect_filesystem(path, partition.offset)? {
             Some(DetectedFilesystem::Fat) => {
-                view.volumes.push(read::fat(path, partition.offset, partition.size)?);
+                view.volumes.push(read::list_fat(path, partition.offset, partition.size)?);
             }
             // A root filesystem is never written to, so one that was in use has none.
             Some(DetectedFilesystem::Ext4) if needs_replay(path, partition.offset)? => {}
@@ -151,9 +151,9 @@ pub(crate) fn image(path: &Utf8Path) -> Result<ImageView> {
         }
     }
     let (offsets, trust) = raw_offsets(path, &view.tables)?;
-    for (offset, sector) in offsets.iter().zip(read::states(path, &offsets)?) {
+    for (offset, sector) in offsets.iter().zip(read::read_boot_states(path, &offsets)?) {
         let decoded = BootState::decode(&sector).ok();
-        let words = decoded.as_ref().map(words);
+        let words = decoded.as_ref().map(describe_boot_state);
         let state = decoded.map(|state| format!("{state:?}"));
         view.boot_states.push(StateView { offset: *offset, state, words });
     }
@@ -183,7 +183,10 @@ pub(crate) enum DetectedFilesystem {
 ///
 /// # Errors
 /// When the image cannot be read there.
-pub(crate) fn content(path: &Utf8Path, offset: u64) -> Result<Option<DetectedFilesystem>> {
+pub(crate) fn detect_filesystem(
+    path: &Utf8Path,
+    offset: u64,
+) -> Result<Option<DetectedFilesystem>> {
     let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
     let mut head = vec![0; 2048];
     file.seek(SeekFrom::Start(offset)).with_context(|| format!("reading {path}"))?;
@@ -225,7 +228,7 @@ fn raw_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<(Vec<u64>, Vec<u6
 }
 
 fn read_file(path: &Utf8Path, offset: u64, name: &str) -> Result<Option<String>> {
-    let filesystem = crate::diff::open(path, offset)?;
+    let filesystem = crate::diff::open_ext4(path, offset)?;
     if !filesystem.exists(name)? {
         return Ok(None);
     }
@@ -238,7 +241,7 @@ fn read_file(path: &Utf8Path, offset: u64, name: &str) -> Result<Option<String>>
 ///
 /// # Errors
 /// When it has none, or it cannot be read.
-pub(crate) fn slot(path: &Utf8Path) -> Result<SlotView> {
+pub(crate) fn inspect_slot(path: &Utf8Path) -> Result<SlotView> {
     let view = slot_view(path, 0, 0)?;
     view.with_context(|| format!("{path} has no system in it: no /etc/os-release"))
 }
@@ -270,9 +273,9 @@ pub(crate) struct BundleView {
 ///
 /// # Errors
 /// When the file is not a bundle.
-pub(crate) fn bundle(path: &Utf8Path) -> Result<BundleView> {
+pub(crate) fn inspect_bundle(path: &Utf8Path) -> Result<BundleView> {
     let open = || File::open(path).with_context(|| format!("opening {path}"));
-    let keys = KeyDirectory::open(&directory()?)?.set().clone();
+    let keys = KeyDirectory::open(&key_directory()?)?.set().clone();
     Ok(match bundle::Reader::open(bundle::Stream(open()?), &keys) {
         Ok(reader) => BundleView {
             signed_by: reader.signed_by().to_vec(),
@@ -282,7 +285,7 @@ pub(crate) fn bundle(path: &Utf8Path) -> Result<BundleView> {
         Err(error) => BundleView {
             signed_by: Vec::new(),
             refusal: Some(error.to_string()),
-            manifest: update::unverified(path)?.0,
+            manifest: update::read_unverified(path)?.0,
         },
     })
 }
@@ -291,11 +294,11 @@ pub(crate) fn bundle(path: &Utf8Path) -> Result<BundleView> {
 ///
 /// # Errors
 /// When there is none, or it cannot be read.
-pub(crate) fn inventory(path: &Utf8Path) -> Result<Inventory> {
-    match subject(path)? {
+pub(crate) fn read_inventory(path: &Utf8Path) -> Result<Inventory> {
+    match detect_kind(path)? {
         OutputFileKind::SlotImage => Inventory::of_ext4(path, 0),
         OutputFileKind::Image => {
-            let tables = read::tables(path)?;
+            let tables = read::read_tables(path)?;
             for partition in &tables.partitions {
                 if let Ok(Some(_)) = read_file(path, partition.offset, "/etc/os-release") {
                     return Inventory::of_ext4(path, partition.offset);

@@ -28,7 +28,7 @@ pub const KEY_SET: &str = "keyset.json";
 ///
 /// # Errors
 /// When none of the three variables is set.
-pub fn directory() -> Result<Utf8PathBuf> {
+pub fn key_directory() -> Result<Utf8PathBuf> {
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     if let Some(dir) = variable("SLIPWAY_KEYS") {
         return Ok(dir.into());
@@ -56,7 +56,7 @@ pub fn authorized_keys(dir: &Utf8Path) -> Result<String> {
     match std::fs::read(&path) {
         // A file without keys yet.
         Ok(file) if file.trim_ascii().is_empty() => Ok(String::new()),
-        Ok(file) => ssh_keys::lines(&file).map_err(|bad| bad.about(&path)),
+        Ok(file) => ssh_keys::keys_as_lines(&file).map_err(|bad| bad.into_error(&path)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
         Err(error) => Err(error).with_context(|| format!("reading {path}")),
     }
@@ -390,9 +390,9 @@ impl KeyDirectory {
     fn make(&mut self, kind: Kind) -> Result<TrustedKey> {
         let pair = match kind {
             Kind::Development => minisign::KeyPair::generate_unencrypted_keypair(),
-            Kind::Release => {
-                minisign::KeyPair::generate_encrypted_keypair(password("protecting the new key")?)
-            }
+            Kind::Release => minisign::KeyPair::generate_encrypted_keypair(
+                password_from_environment("protecting the new key")?,
+            ),
         }
         .with_context(|| format!("making a {kind} key"))?;
         let public = pair.pk.to_base64();
@@ -437,7 +437,7 @@ const PUBLIC: u32 = 0o644;
 /// Writes a file with this mode, whatever the umask is. A secret has its mode from the first byte, so no other user can have
 /// read it.
 fn write_with_mode(path: &Utf8Path, content: &[u8], mode: u32) -> Result<()> {
-    let temporary = artifact::partial(path);
+    let temporary = artifact::partial_path(path);
     if temporary.exists() {
         std::fs::remove_file(&temporary).with_context(|| format!("removing {temporary}"))?;
     }
@@ -456,7 +456,7 @@ fn write_with_mode(path: &Utf8Path, content: &[u8], mode: u32) -> Result<()> {
 }
 
 /// The password from the environment; `None` lets the `minisign` crate ask for it.
-fn password(what: &str) -> Result<Option<String>> {
+fn password_from_environment(what: &str) -> Result<Option<String>> {
     match std::env::var(PASSWORD_VARIABLE) {
         Ok(password) if password.is_empty() => {
             bail!("{what}: {PASSWORD_VARIABLE} is empty\nhelp: a release key needs a password")
@@ -507,7 +507,9 @@ impl SigningKey {
         let secret = minisign::SecretKeyBox::from_string(text)?;
         let secret = match key.kind {
             Kind::Development => secret.into_unencrypted_secret_key()?,
-            Kind::Release => secret.into_secret_key(password("opening the release key")?)?,
+            Kind::Release => {
+                secret.into_secret_key(password_from_environment("opening the release key")?)?
+            }
         };
         // minisign's layout: 54 bytes of algorithms and salt, key number, Ed25519 secret key.
         let bytes = secret.to_bytes();

@@ -27,8 +27,8 @@ use rustix::fs::{FlockOperation, StatVfsMountFlags, flock, statvfs};
 use serde::{Deserialize, Serialize};
 
 use crate::build::LocalBuild;
-use crate::exec::{Tool, find};
-use crate::progress::{duration, say, warn};
+use crate::exec::{Tool, find_program};
+use crate::progress::{format_duration, say, warn};
 use crate::rootfs::debian;
 
 /// The hidden command with which this program runs as process 1 of a local system.
@@ -175,7 +175,7 @@ pub struct HealthySystem {
 /// # Errors
 /// When the system is in use, a unit is not supported, or the system does not start. A failing
 /// command is not an error: its exit code is in the answer.
-pub fn run(
+pub fn run_system(
     composed: &LocalBuild,
     options: &LocalOptions,
     rights: LocalPrivileges,
@@ -197,9 +197,9 @@ pub fn run(
 
     let (root, data) = (place.join("root"), place.join("data"));
     let system = &composed.system;
-    let unpacked = unpack::unpack(&system.root.path, &system.key, system.used, &root)?;
+    let unpacked = unpack::unpack_image(&system.root.path, &system.key, system.used, &root)?;
     if options.fresh {
-        unpack::remove(&data)?;
+        unpack::remove_path(&data)?;
     }
     fs::create_dir_all(&data).with_context(|| format!("making {data}"))?;
     let site = options.site.as_deref().map(|site| own_site(site, &data)).transpose()?;
@@ -214,7 +214,7 @@ pub fn run(
         );
     }
     let overlay: BTreeSet<Utf8PathBuf> = plan.overlay.iter().map(|f| f.target.clone()).collect();
-    let found = units::read(&root, &overlay).context("reading the units of the root")?;
+    let found = units::read_services(&root, &overlay).context("reading the units of the root")?;
     found.notes.iter().for_each(warn);
     let mut ready = HealthySystem {
         address: format!("http://127.0.0.1:{port}"),
@@ -245,7 +245,7 @@ fn own_site(site: &Utf8Path, data: &Utf8Path) -> Result<Utf8PathBuf> {
     let site = site.canonicalize_utf8().with_context(|| format!("resolving {site}"))?;
     let place = data.join(SITE);
     fs::create_dir_all(&place).with_context(|| format!("making {place}"))?;
-    unpack::remove(&data.join(PROVISIONED))?;
+    unpack::remove_path(&data.join(PROVISIONED))?;
     Ok(site)
 }
 
@@ -253,7 +253,7 @@ fn own_site(site: &Utf8Path, data: &Utf8Path) -> Result<Utf8PathBuf> {
 ///
 /// # Errors
 /// When the user cannot; explains what forbids it.
-pub fn allowed() -> Result<LocalPrivileges> {
+pub fn available_privileges() -> Result<LocalPrivileges> {
     let tries =
         |rights: LocalPrivileges| Tool::new("unshare").args(rights.namespaces()).arg("true").run();
     let Err(error) = tries(LocalPrivileges::User) else { return Ok(LocalPrivileges::User) };
@@ -289,7 +289,7 @@ fn only_one(place: &Utf8Path) -> Result<File> {
 ///
 /// # Errors
 /// When it is in use.
-pub fn listen(port: u16) -> Result<TcpListener> {
+pub fn listen_on(port: u16) -> Result<TcpListener> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| {
         anyhow!(
             "listening on port {port} of 127.0.0.1: {error}\n\
@@ -312,7 +312,7 @@ impl RunningSystem {
         let (ours, theirs) = UnixStream::pair().context("making a socket")?;
         let own = std::env::current_exe().context("finding this program")?;
         let own = Utf8PathBuf::try_from(own).context("this program's path")?;
-        let mut command = Tool::new(find("unshare").context("finding unshare")?)
+        let mut command = Tool::new(find_program("unshare").context("finding unshare")?)
             .args(order.rights.namespaces())
             .args(["--kill-child", "--", own.as_str(), CHILD])
             .into_command();
@@ -371,9 +371,9 @@ impl RunningSystem {
                 Err(RecvTimeoutError::Disconnected) => bail!("the local system has ended"),
             };
             match event {
-                Event::Said { unit, level, line } => show(&unit, level, &line),
+                Event::Said { unit, level, line } => print_unit_line(&unit, level, &line),
                 Event::Unit { unit, state, why, seconds } => {
-                    tell(&unit, state, &why, seconds);
+                    log_unit_state(&unit, state, &why, seconds);
                     ready.services.retain(|service| service.unit != unit);
                     ready.services.push(ServiceStatus { unit, state, why, seconds });
                 }
@@ -390,7 +390,9 @@ impl RunningSystem {
                     }
                 }
                 Event::Ended { code, output, errors } => {
-                    errors.lines().for_each(|line| show(&options.command[0], WARNING + 1, line));
+                    errors
+                        .lines()
+                        .for_each(|line| print_unit_line(&options.command[0], WARNING + 1, line));
                     (ready.exit, ready.output) = (Some(code), Some(output));
                     return Ok(());
                 }
@@ -409,29 +411,31 @@ impl Drop for RunningSystem {
     }
 }
 
-fn short(unit: &str) -> &str {
+fn short_unit_name(unit: &str) -> &str {
     unit.strip_suffix(".service").unwrap_or(unit)
 }
 
-fn show(unit: &str, level: u8, line: &str) {
+fn print_unit_line(unit: &str, level: u8, line: &str) {
     if level <= WARNING {
-        warn(format!("{}: {line}", short(unit)));
+        warn(format!("{}: {line}", short_unit_name(unit)));
     } else {
-        say(short(unit), line);
+        say(short_unit_name(unit), line);
     }
 }
 
-fn tell(unit: &str, state: ServiceState, why: &str, seconds: f64) {
-    let after = duration(Duration::from_secs_f64(seconds));
+fn log_unit_state(unit: &str, state: ServiceState, why: &str, seconds: f64) {
+    let after = format_duration(Duration::from_secs_f64(seconds));
     match state {
         ServiceState::Started if why.is_empty() => {
-            say(short(unit), format!("has started  ({after})"))
+            say(short_unit_name(unit), format!("has started  ({after})"))
         }
-        ServiceState::Started => say(short(unit), format!("has started: {why}  ({after})")),
-        ServiceState::Done => say(short(unit), format!("has finished  ({after})")),
-        ServiceState::Failed => warn(format!("{} has failed: {why}", short(unit))),
+        ServiceState::Started => {
+            say(short_unit_name(unit), format!("has started: {why}  ({after})"))
+        }
+        ServiceState::Done => say(short_unit_name(unit), format!("has finished  ({after})")),
+        ServiceState::Failed => warn(format!("{} has failed: {why}", short_unit_name(unit))),
         ServiceState::Restarts => {
-            warn(format!("{} has ended ({why}) and is restarted", short(unit)))
+            warn(format!("{} has ended ({why}) and is restarted", short_unit_name(unit)))
         }
         // Reported in one line, when all have started.
         ServiceState::Skipped => {}
@@ -442,11 +446,11 @@ fn tell(unit: &str, state: ServiceState, why: &str, seconds: f64) {
 fn left_out(ready: &HealthySystem) -> String {
     let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for service in ready.services.iter().filter(|service| service.state == ServiceState::Skipped) {
-        reasons.entry(&service.why).or_default().push(short(&service.unit));
+        reasons.entry(&service.why).or_default().push(short_unit_name(&service.unit));
     }
     let mut parts: Vec<String> =
         reasons.iter().map(|(why, units)| format!("{} ({why})", units.join(", "))).collect();
-    let others: Vec<&str> = ready.left_out.iter().map(|unit| short(unit)).collect();
+    let others: Vec<&str> = ready.left_out.iter().map(|unit| short_unit_name(unit)).collect();
     if !others.is_empty() {
         parts.push(format!("the base system's own: {}", others.join(", ")));
     }

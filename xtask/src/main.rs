@@ -10,7 +10,9 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     // The benchmark runs itself as a child process, to measure its memory separately.
     let outcome = match arguments.get(1).map(String::as_str) {
-        Some(bench::bundle::CHILD) => bench::bundle::child(arguments.get(2..).unwrap_or_default()),
+        Some(bench::bundle::CHILD) => {
+            bench::bundle::run_child(arguments.get(2..).unwrap_or_default())
+        }
         // Process 1 of a local system is this program, too.
         Some(local::CHILD) => local::init::run(),
         _ => {
@@ -21,7 +23,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            xtask::errln!("error: {}", xtask::text::sentence(&error));
+            xtask::errln!("error: {}", xtask::text::describe_error(&error));
             ExitCode::FAILURE
         }
     }
@@ -56,7 +58,7 @@ fn run(cli: &CommandLine) -> anyhow::Result<()> {
         Command::Lock(options) => cmd::lock::lock(options),
         Command::Buildroot(verb) => cmd::buildroot::buildroot(verb),
         Command::Keys(verb) => cmd::keys::keys(verb),
-        Command::Check(options) => cmd::check::asked(options),
+        Command::Check(options) => cmd::check::check(options),
         Command::E2e => cmd::check::e2e(),
         Command::Test(options) => cmd::check::test(options),
         Command::Clean(options) => cmd::clean::clean(options),

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exec::Tool;
 use crate::git;
-use crate::progress::{duration, say};
+use crate::progress::{format_duration, say};
 
 /// The directory of the files that list the faults.
 pub const LIST: &str = "ci/mutants";
@@ -62,7 +62,7 @@ impl Mutant {
 ///
 /// # Errors
 /// When a list is malformed; else names every mutant that does not match the source.
-pub fn read(root: &Utf8Path) -> Result<Vec<Mutant>> {
+pub fn read_mutants(root: &Utf8Path) -> Result<Vec<Mutant>> {
     let folder = root.join(LIST);
     let listing = folder.read_dir_utf8().with_context(|| format!("reading {folder}"))?;
     let mut files = Vec::new();
@@ -122,15 +122,15 @@ pub struct TestedMutant {
 ///
 /// # Errors
 /// When the tests fail without any fault, or nothing can be built.
-pub fn run(root: &Utf8Path, filter: &str) -> Result<Vec<TestedMutant>> {
-    let mut mutants = read(root)?;
+pub fn run_mutants(root: &Utf8Path, filter: &str) -> Result<Vec<TestedMutant>> {
+    let mut mutants = read_mutants(root)?;
     mutants.retain(|mutant| mutant.name.contains(filter));
     ensure!(!mutants.is_empty(), "no mutant has a name that contains `{filter}`");
     let bench = MutantWorkspace {
         tree: root.join("target/mutants/tree"),
         built: root.join("target/mutants"),
     };
-    copy(root, &bench.tree)?;
+    copy_workspace(root, &bench.tree)?;
     // After an interrupted compilation, the compiler was observed to build a program from another
     // text than the file's.
     let state = bench.built.join("debug/incremental");
@@ -154,7 +154,7 @@ pub fn run(root: &Utf8Path, filter: &str) -> Result<Vec<TestedMutant>> {
                 mutants.len(),
                 mutant.name,
                 fate.word(),
-                duration(left)
+                format_duration(left)
             ),
         );
         let seconds = begun.elapsed().max(Duration::from_secs(1)).as_secs();
@@ -193,7 +193,7 @@ impl MutantWorkspace {
     fn without_fault(&self, tests: &[&str]) -> Result<()> {
         for (at, test) in tests.iter().enumerate() {
             say("mutants", format!("without a fault ({} of {}): {test}", at + 1, tests.len()));
-            if self.ask(test)? != TestAnswer::Passed {
+            if self.run_test(test)? != TestAnswer::Passed {
                 bail!("`cargo test -p {test}` fails without any fault: correct that first");
             }
         }
@@ -211,7 +211,7 @@ impl MutantWorkspace {
     }
 
     fn fate(&self, mutant: &Mutant) -> Result<MutantOutcome> {
-        Ok(match self.ask(&mutant.test)? {
+        Ok(match self.run_test(&mutant.test)? {
             TestAnswer::NotBuilt => MutantOutcome::DoesNotCompile,
             TestAnswer::Failed => MutantOutcome::Caught,
             TestAnswer::Passed => MutantOutcome::Survived,
@@ -219,7 +219,7 @@ impl MutantWorkspace {
     }
 
     /// Builds first, to distinguish a fault that does not compile from one that a test detects.
-    fn ask(&self, test: &str) -> Result<TestAnswer> {
+    fn run_test(&self, test: &str) -> Result<TestAnswer> {
         let cargo = |last: &str| {
             let words = ["test", "--quiet", "--package"].into_iter().chain(test.split(' '));
             Tool::cargo()
@@ -242,8 +242,8 @@ impl MutantWorkspace {
 
 /// Copies the files that git tracks below `root` to `tree`. Unchanged files are not written, so
 /// that they are not rebuilt.
-fn copy(root: &Utf8Path, tree: &Utf8Path) -> Result<()> {
-    let listed = git::at(root).args(["ls-files", "-z"]).read()?;
+fn copy_workspace(root: &Utf8Path, tree: &Utf8Path) -> Result<()> {
+    let listed = git::git_in(root).args(["ls-files", "-z"]).read()?;
     for name in listed.split('\0').filter(|name| !name.is_empty()) {
         let (from, to) = (root.join(name), tree.join(name));
         // A link in the repository is copied as a link; a removed file is removed.

@@ -123,7 +123,7 @@ impl ProgressStep {
             (0, _) => say(&self.stage, format!("{what}: {}", self.bar.message())),
             (total, ProgressUnit::Bytes) => say(
                 &self.stage,
-                format!("{what}: {} of {}", bytes(self.bar.position()), bytes(total)),
+                format!("{what}: {} of {}", format_bytes(self.bar.position()), format_bytes(total)),
             ),
             (total, ProgressUnit::Items) => {
                 say(&self.stage, format!("{what}: {} of {total}", self.bar.position()));
@@ -140,7 +140,7 @@ impl Drop for ProgressStep {
 }
 
 /// A size in human-readable form: `38 MiB`, `4.0 GiB`, `912 B`.
-pub fn bytes(n: u64) -> String {
+pub fn format_bytes(n: u64) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
     if n < 1024 {
         return format!("{n} B");
@@ -157,7 +157,7 @@ pub fn bytes(n: u64) -> String {
 }
 
 /// A time in human-readable form: `0.4 s`, `41 s`, `3 min 41 s`.
-pub fn duration(d: Duration) -> String {
+pub fn format_duration(d: Duration) -> String {
     let seconds = d.as_secs();
     match seconds {
         0..10 => format!("{:.1} s", d.as_secs_f64()),
@@ -167,7 +167,7 @@ pub fn duration(d: Duration) -> String {
 }
 
 /// Names for a sentence: the first ten, and the number of others.
-pub fn names(names: &[impl AsRef<str>]) -> String {
+pub fn list_names(names: &[impl AsRef<str>]) -> String {
     const SHOWN: usize = 10;
     let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();
     let more = names.len().saturating_sub(SHOWN);
@@ -181,14 +181,14 @@ mod tests {
 
     #[test]
     fn sizes_for_people() {
-        let shown = [0, 1023, 1024, 1_048_064, 1 << 20, 10 << 20, 4 << 30].map(bytes);
+        let shown = [0, 1023, 1024, 1_048_064, 1 << 20, 10 << 20, 4 << 30].map(format_bytes);
         assert_eq!(shown, ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "1.0 MiB", "10 MiB", "4.0 GiB"]);
     }
 
     #[test]
     fn long_lists_end_early() {
-        assert_eq!(names(&["a", "b"]), "a, b");
+        assert_eq!(list_names(&["a", "b"]), "a, b");
         let many: Vec<String> = (0..157).map(|n| n.to_string()).collect();
-        assert_eq!(names(&many), "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 147 more");
+        assert_eq!(list_names(&many), "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 147 more");
     }
 }

@@ -15,7 +15,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use crate::artifact::hash_bytes;
 use crate::config::workspace_root;
 use crate::keys::{self, KeyDirectory, SigningKey};
-use crate::progress::{ProgressStep, ProgressUnit, bytes};
+use crate::progress::{ProgressStep, ProgressUnit, format_bytes};
 use crate::store::directory::DirectoryStore;
 use crate::store::format::{
     Channel, ChannelEntry, ChannelIndex, ReleaseManifest, RetiredRelease, StoreFile,
@@ -51,14 +51,14 @@ impl SigningAuthority {
     pub fn open(restored: bool) -> Result<Self> {
         let root = workspace_root().ok();
         let pins = PinnedKinds::read(root.as_deref())?;
-        Self::at(&keys::directory()?, pins, IndexMemory::locate(restored)?)
+        Self::open_dir(&keys::key_directory()?, pins, IndexMemory::locate(restored)?)
     }
 
     /// Reads the key set of this key directory.
     ///
     /// # Errors
     /// When it cannot be used.
-    pub fn at(dir: &Utf8Path, pins: PinnedKinds, memory: IndexMemory) -> Result<Self> {
+    pub fn open_dir(dir: &Utf8Path, pins: PinnedKinds, memory: IndexMemory) -> Result<Self> {
         let set = KeyDirectory::open(dir)?.set().clone();
         Ok(Self { dir: dir.to_owned(), set, signers: BTreeMap::new(), pins, memory })
     }
@@ -111,14 +111,14 @@ impl SigningAuthority {
 ///
 /// # Errors
 /// When it cannot be read, is not signed by a trusted key, or is older.
-pub fn load(
+pub fn load_channel(
     store: &dyn ReleaseStore,
     channel: Channel,
     authority: &SigningAuthority,
 ) -> Result<(ChannelIndex, ChannelToken)> {
     // Read this before accessing the store: of two processes on this machine, the faster one must
     // not make the other's index appear old.
-    let seen = authority.memory.of(store, channel)?;
+    let seen = authority.memory.last_seen(store, channel)?;
     let there = store.exists();
     let (file, token) = store.index(channel)?;
     let index = match &file {
@@ -141,7 +141,7 @@ pub fn load(
 /// # Errors
 /// When it is missing, does not match the index, is not of the kind in its channel, or is not
 /// signed by a trusted key.
-pub fn manifest(
+pub fn load_manifest(
     store: &dyn ReleaseStore,
     entry: &ChannelEntry,
     keys: &KeySet,
@@ -178,7 +178,7 @@ fn manifest_files(store: &dyn ReleaseStore, file: &StoreFile) -> Result<[Vec<u8>
 ///
 /// # Errors
 /// The errors of both; a store that cannot be written.
-pub fn change(
+pub fn change_channel(
     store: &dyn ReleaseStore,
     channel: Channel,
     authority: &mut SigningAuthority,
@@ -188,9 +188,9 @@ pub fn change(
     let mut pause = Duration::from_millis(50);
     authority.begin(store)?;
     for _ in 0..ATTEMPTS {
-        let (current, token) = load(store, channel, authority)?;
+        let (current, token) = load_channel(store, channel, authority)?;
         let Some(mut next) = change(&current, authority)? else {
-            store.settle(channel)?;
+            store.make_visible(channel)?;
             return Ok(false);
         };
         authority.pins.check(&next)?;
@@ -200,8 +200,8 @@ pub fn change(
         let content = next.sign(authority.signer(kind)?)?;
         if store.swap(channel, &token, next.serial, &content)? {
             let now = SeenIndex { serial: next.serial, sha256: hash_bytes(&content) };
-            authority.memory.wrote(store, channel, &now)?;
-            store.settle(channel)?;
+            authority.memory.remember_written(store, channel, &now)?;
+            store.make_visible(channel)?;
             return Ok(true);
         }
         // Each process waits for a different time, so that one of them succeeds.
@@ -240,14 +240,14 @@ pub struct PublishedChannel {
 /// # Errors
 /// When the two stores contradict each other, a local object is damaged, or the target cannot be
 /// written.
-pub fn publish(
+pub fn publish_channel(
     from: &DirectoryStore,
     to: &dyn ReleaseStore,
     channel: Channel,
     authority: &mut SigningAuthority,
     retention: Retention,
 ) -> Result<PublishedChannel> {
-    let (ours, _) = load(from, channel, authority)?;
+    let (ours, _) = load_channel(from, channel, authority)?;
     let keys = authority.keys().clone();
     let now = now()?;
     let mut done = PublishedChannel {
@@ -278,7 +278,7 @@ pub fn publish(
                 continue;
             }
             done.releases.push(format!("{} {}", entry.product, entry.version));
-            let manifest = manifest(from, entry, &keys)?;
+            let manifest = load_manifest(from, entry, &keys)?;
             let wanted: Vec<(String, u64)> = manifest
                 .objects()
                 .map(|o| (o.sha256.clone(), o.size))
@@ -296,7 +296,7 @@ pub fn publish(
                 if !sent.insert(sha256.clone()) {
                     continue;
                 }
-                step.note(format!("{} {}", bytes(size), sha256));
+                step.note(format!("{} {}", format_bytes(size), sha256));
                 to.put(&sha256, &from.object(&sha256))
                     .with_context(|| format!("sending {sha256} to {}", to.name()))?;
                 step.advance(size);
@@ -309,7 +309,7 @@ pub fn publish(
         }
         Ok(())
     };
-    let changed = change(to, channel, authority, merge, prepare)
+    let changed = change_channel(to, channel, authority, merge, prepare)
         .with_context(|| format!("publishing the channel {channel} to {}", to.name()))?;
     done.changed = changed;
     Ok(done)

@@ -17,7 +17,7 @@ use contract::Refusal;
 use contract::answer::{self as agent, Event, Progress, Status};
 use serde::Serialize;
 
-use crate::progress::{ProgressStep, ProgressUnit, bytes, say, warn};
+use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say, warn};
 use crate::update;
 pub use answer::{PushedApi, PushedSystem};
 use ssh::{RobotConnection, RobotReply};
@@ -98,8 +98,8 @@ pub struct PushOutcome {
 /// # Errors
 /// When the request is invalid, or the bundle cannot be read. Errors of a single robot are
 /// outcomes.
-pub fn push(request: &PushRequest) -> Result<Vec<PushOutcome>> {
-    let (manifest, sha256) = update::unverified(&request.bundle)?;
+pub fn push_to_robots(request: &PushRequest) -> Result<Vec<PushOutcome>> {
+    let (manifest, sha256) = update::read_unverified(&request.bundle)?;
     ensure!(!request.hosts.is_empty(), "no robot was given");
     let mut known = BTreeSet::new();
     for host in &request.hosts {
@@ -116,7 +116,7 @@ pub fn push(request: &PushRequest) -> Result<Vec<PushOutcome>> {
         Some(api) => (format!("the API of {}", manifest.product), &api.version),
         None => (manifest.product.clone(), &manifest.version),
     };
-    say("push", format!("{what} {version}, {}", bytes(size)));
+    say("push", format!("{what} {version}, {}", format_bytes(size)));
     let api = api.is_some();
     Ok(std::thread::scope(|scope| {
         let threads: Vec<_> = connections
@@ -212,7 +212,7 @@ impl RobotPush<'_> {
             ..outcome
         };
         if self.request.hosts.len() > 1 {
-            say("push", format!("{host}: {}", sentence(&outcome)));
+            say("push", format!("{host}: {}", describe_outcome(&outcome)));
         }
         outcome
     }
@@ -227,7 +227,8 @@ impl RobotPush<'_> {
             let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
             let mut shown = InstallDisplay::new(&self.connection.host);
             let reply: RobotReply<agent::InstalledSystem> =
-                self.connection.ask(&["install", "-"], Some(file), |at| shown.at(at))?;
+                self.connection
+                    .request(&["install", "-"], Some(file), |at| shown.show_progress(at))?;
             let why = match reply {
                 RobotReply::Said(done) => {
                     return Ok(CompletedInstall { before, installed: Some(done.into()) });
@@ -301,7 +302,8 @@ impl RobotPush<'_> {
             let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
             let mut shown = InstallDisplay::new(&self.connection.host);
             let reply: RobotReply<agent::InstalledApi> =
-                self.connection.ask(&["install", "-"], Some(file), |at| shown.at(at))?;
+                self.connection
+                    .request(&["install", "-"], Some(file), |at| shown.show_progress(at))?;
             drop(shown);
             let why = match reply {
                 RobotReply::Said(api) => {
@@ -327,7 +329,7 @@ impl RobotPush<'_> {
 
     fn not_waited(&self, done: CompletedInstall) -> PushOutcome {
         PushOutcome {
-            slot: Some(other(done.before.running)),
+            slot: Some(other_slot(done.before.running)),
             version: Some(self.version.clone()),
             installed: done.installed,
             ..PushOutcome::new(self.connection.host.clone(), PushVerdict::Installed)
@@ -338,7 +340,7 @@ impl RobotPush<'_> {
     fn wait(&self, done: CompletedInstall, patience: Duration) -> Result<PushOutcome> {
         let started = Instant::now();
         let host = &self.connection.host;
-        let target = other(done.before.running);
+        let target = other_slot(done.before.running);
         let step = ProgressStep::new("push", format!("{host}: restarting"), 0, ProgressUnit::Items);
         step.note(format!("{host}: restarting"));
         let mut last: Option<Status> = None;
@@ -401,7 +403,8 @@ impl RobotPush<'_> {
 
     /// Why the robot rolled back, as far as its log tells.
     fn reason(&self, target: Slot) -> String {
-        let events = self.connection.ask::<Vec<Event>>(&["log", "--last", EVENTS], None, |_| {});
+        let events =
+            self.connection.request::<Vec<Event>>(&["log", "--last", EVENTS], None, |_| {});
         let said = match events {
             Ok(RobotReply::Said(events)) => {
                 let since = events.iter().rposition(|event| event.event == "installed");
@@ -417,7 +420,7 @@ impl RobotPush<'_> {
 }
 
 /// The idle slot is the one that is written.
-fn other(running: Slot) -> Slot {
+fn other_slot(running: Slot) -> Slot {
     if running == Slot::A { Slot::B } else { Slot::A }
 }
 
@@ -434,7 +437,7 @@ impl InstallDisplay {
         Self { host: host.to_owned(), step: None, written: 0 }
     }
 
-    fn at(&mut self, at: Progress) {
+    fn show_progress(&mut self, at: Progress) {
         let same = |(last, _): &(Progress, ProgressStep)| {
             last.step == at.step && last.total == at.total && last.done <= at.done
         };
@@ -461,7 +464,7 @@ impl InstallDisplay {
 }
 
 /// An outcome as a sentence.
-pub fn sentence(outcome: &PushOutcome) -> String {
+pub fn describe_outcome(outcome: &PushOutcome) -> String {
     let runs = match (&outcome.slot, &outcome.version) {
         (Some(slot), Some(version)) => format!("slot {slot} with {version}"),
         _ => "an unknown system".to_owned(),
@@ -477,9 +480,9 @@ pub fn sentence(outcome: &PushOutcome) -> String {
         PushVerdict::Failed => "failed".to_owned(),
     };
     if let Some(installed) = &outcome.installed {
-        text.push_str(&format!("; {} written", bytes(installed.written)));
+        text.push_str(&format!("; {} written", format_bytes(installed.written)));
         if installed.held > 0 {
-            text.push_str(&format!(", {} skipped (unchanged)", bytes(installed.held)));
+            text.push_str(&format!(", {} skipped (unchanged)", format_bytes(installed.held)));
         }
     }
     if let Some(api) = &outcome.api {
@@ -488,7 +491,7 @@ pub fn sentence(outcome: &PushOutcome) -> String {
              s without an answer",
             api.version,
             api.before.as_deref().unwrap_or("the system's own"),
-            bytes(api.written),
+            format_bytes(api.written),
             api.reused,
             api.wheels,
             api.down_ms as f64 / 1000.0

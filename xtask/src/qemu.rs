@@ -68,11 +68,12 @@ impl MachineFiles {
 ///
 /// # Errors
 /// When it does not, with the version that does; when QEMU is missing.
-pub fn require(machine: &QemuMachine) -> Result<()> {
+pub fn require_version(machine: &QemuMachine) -> Result<()> {
     let Some(since) = &machine.since else { return Ok(()) };
     let said = Tool::new(PROGRAM).arg("--version").read()?;
-    let found = version(&said).with_context(|| format!("parsing QEMU's version in {said:?}"))?;
-    let wanted = version(&format!("version {since}")).context("`since` is not a version")?;
+    let found =
+        parse_version(&said).with_context(|| format!("parsing QEMU's version in {said:?}"))?;
+    let wanted = parse_version(&format!("version {since}")).context("`since` is not a version")?;
     ensure!(
         found >= wanted,
         "QEMU {}.{} does not support the machine {}; QEMU {since} is the first version that does\n\
@@ -86,7 +87,7 @@ pub fn require(machine: &QemuMachine) -> Result<()> {
 }
 
 /// The numbers after the word `version`.
-fn version(said: &str) -> Option<(u32, u32)> {
+fn parse_version(said: &str) -> Option<(u32, u32)> {
     let (_, rest) = said.split_once("version ")?;
     let mut parts = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse);
     Some((parts.next()?.ok()?, parts.next()?.ok()?))
@@ -180,7 +181,7 @@ pub fn run_interactive(
     files: &MachineFiles,
     start: &InteractiveStart,
 ) -> Result<()> {
-    require(machine)?;
+    require_version(machine)?;
     let folder = tempfile::tempdir().context("creating a directory for the overlay")?;
     let folder = Utf8Path::from_path(folder.path()).context("the temporary directory's name")?;
     let overlay = CardOverlay::create(machine, &files.image, &folder.join("card.qcow2"))?;
@@ -195,10 +196,17 @@ pub fn run_interactive(
     progress::say("quit", "Ctrl-A, then X; the robot's writes are lost then");
     let tree = files.tree(folder)?;
     let (card, console) = (overlay.path(), "mon:stdio");
-    let arguments =
-        arguments(machine, files, tree.as_deref(), card, console, port, RestartEffect::Restart);
+    let arguments = qemu_arguments(
+        machine,
+        files,
+        tree.as_deref(),
+        card,
+        console,
+        port,
+        RestartEffect::Restart,
+    );
     let tool = Tool::new(PROGRAM).args(arguments);
-    let shown = tool.shown();
+    let shown = tool.command_line();
     let mut command = tool.into_command();
     command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
     let status = command.status().with_context(|| format!("running {shown}"))?;
@@ -209,7 +217,7 @@ pub fn run_interactive(
 }
 
 /// QEMU's arguments. `console` is the character device of the console's serial port.
-fn arguments(
+fn qemu_arguments(
     machine: &QemuMachine,
     files: &MachineFiles,
     tree: Option<&Utf8Path>,
@@ -319,7 +327,8 @@ mod tests {
         let tree = Some(Utf8Path::new("board.dtb"));
         let line = |machine: &QemuMachine, port| {
             let card = Utf8Path::new("a,b.qcow2");
-            arguments(machine, &files, tree, card, "stdio", port, RestartEffect::Exit).join(" ")
+            qemu_arguments(machine, &files, tree, card, "stdio", port, RestartEffect::Exit)
+                .join(" ")
         };
         assert_eq!(
             line(&machine(), Some(2222)),
@@ -342,15 +351,15 @@ mod tests {
 
     #[test]
     fn an_older_qemu_is_named() {
-        assert_eq!(version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)"), Some((7, 2)));
-        assert_eq!(version("version 9.0"), Some((9, 0)));
+        assert_eq!(parse_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)"), Some((7, 2)));
+        assert_eq!(parse_version("version 9.0"), Some((9, 0)));
         let newer = QemuMachine { since: Some("9000.0".into()), ..machine() };
-        let error = require(&newer).unwrap_err().to_string();
+        let error = require_version(&newer).unwrap_err().to_string();
         assert!(
             error.contains("does not support the machine virt; QEMU 9000.0 is the first"),
             "{error}"
         );
-        assert!(require(&QemuMachine { since: Some("1.0".into()), ..machine() }).is_ok());
+        assert!(require_version(&QemuMachine { since: Some("1.0".into()), ..machine() }).is_ok());
     }
 
     #[test]

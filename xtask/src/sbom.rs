@@ -13,10 +13,10 @@ use sha2::{Digest, Sha256};
 use crate::artifact::write_atomically;
 use crate::plan::AptSourcePlan;
 use crate::rootfs::BasePackage;
-use crate::time::timestamp;
+use crate::time::format_timestamp;
 use crate::wheel::lock::WheelLock;
 use crate::wheel::metadata::License;
-use crate::wheel::{InstalledWheels, target::normalise};
+use crate::wheel::{InstalledWheels, target::normalise_name};
 
 /// The origin of a component; determines its package URL.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -93,30 +93,34 @@ pub struct SbomSubject {
 impl SbomComponent {
     /// The package URL, which is also the component's reference in the bill.
     pub fn purl(&self) -> String {
-        let version = percent(&self.version);
+        let version = percent_encode(&self.version);
         match &self.origin {
             SbomOrigin::Debian { arch, release } => format!(
                 "pkg:deb/debian/{}@{version}?arch={}&distro={}",
-                percent(&self.name.to_ascii_lowercase()),
-                percent(arch),
-                percent(release)
+                percent_encode(&self.name.to_ascii_lowercase()),
+                percent_encode(arch),
+                percent_encode(release)
             ),
             // The type `deb` of the package URL specification: the namespace is the vendor, and
             // `repository_url` the base address of an archive that is not implied by the vendor's
             // name. Qualifiers are sorted, slashes in them encoded.
             SbomOrigin::Vendor { arch, vendor, suite, address } => format!(
                 "pkg:deb/{}/{}@{version}?arch={}&distro={}&repository_url={}",
-                percent(&vendor.to_ascii_lowercase()),
-                percent(&self.name.to_ascii_lowercase()),
-                percent(arch),
-                percent(suite),
-                percent(address)
+                percent_encode(&vendor.to_ascii_lowercase()),
+                percent_encode(&self.name.to_ascii_lowercase()),
+                percent_encode(arch),
+                percent_encode(suite),
+                percent_encode(address)
             ),
             SbomOrigin::Wheel { file } => {
-                format!("{}?file_name={}", wheel_purl(&self.name, &self.version), percent(file))
+                format!(
+                    "{}?file_name={}",
+                    wheel_purl(&self.name, &self.version),
+                    percent_encode(file)
+                )
             }
-            SbomOrigin::Crate => format!("pkg:cargo/{}@{version}", percent(&self.name)),
-            SbomOrigin::Generic => format!("pkg:generic/{}@{version}", percent(&self.name)),
+            SbomOrigin::Crate => format!("pkg:cargo/{}@{version}", percent_encode(&self.name)),
+            SbomOrigin::Generic => format!("pkg:generic/{}@{version}", percent_encode(&self.name)),
         }
     }
 }
@@ -148,11 +152,11 @@ pub fn debian_origin(
 /// The package URL type `pypi` requires lower case and `-` for `_`; dots are kept.
 fn wheel_purl(name: &str, version: &str) -> String {
     let name = name.to_ascii_lowercase().replace('_', "-");
-    format!("pkg:pypi/{}@{}", percent(&name), percent(version))
+    format!("pkg:pypi/{}@{}", percent_encode(&name), percent_encode(version))
 }
 
 /// Percent-encodes for package URLs: letters, digits, `.-_~` and `:` are kept.
-fn percent(text: &str) -> String {
+fn percent_encode(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || b".-_~:".contains(&byte) {
@@ -183,7 +187,7 @@ pub fn wheel_components(installed: &InstalledWheels, lock: &WheelLock) -> Vec<Sb
     let by_name: BTreeMap<String, (usize, String)> = components
         .iter()
         .enumerate()
-        .map(|(index, component)| (normalise(&component.name), (index, component.purl())))
+        .map(|(index, component)| (normalise_name(&component.name), (index, component.purl())))
         .collect();
     for wheel in &lock.wheels {
         let Some((_, purl)) = by_name.get(&wheel.name) else { continue };
@@ -200,7 +204,7 @@ pub fn wheel_components(installed: &InstalledWheels, lock: &WheelLock) -> Vec<Sb
 ///
 /// # Errors
 /// When two components have one package URL, or one needs a component that is not in the list.
-pub fn cyclonedx(components: &[SbomComponent], meta: &SbomSubject) -> Result<Value> {
+pub fn to_cyclonedx(components: &[SbomComponent], meta: &SbomSubject) -> Result<Value> {
     let mut sorted = BTreeMap::new();
     for component in components {
         let purl = component.purl();
@@ -218,7 +222,8 @@ pub fn cyclonedx(components: &[SbomComponent], meta: &SbomSubject) -> Result<Val
         needed.extend(on.iter().copied());
         edges.insert(purl.clone(), on);
     }
-    let root = format!("pkg:generic/{}@{}", percent(&meta.product), percent(&meta.version));
+    let root =
+        format!("pkg:generic/{}@{}", percent_encode(&meta.product), percent_encode(&meta.version));
     if sorted.contains_key(&root) {
         bail!("the component {root} has the name and version of the product itself");
     }
@@ -226,14 +231,14 @@ pub fn cyclonedx(components: &[SbomComponent], meta: &SbomSubject) -> Result<Val
     edges.insert(root.clone(), sorted.keys().filter(|purl| !needed.contains(purl)).collect());
     let dependencies: Vec<Value> =
         edges.iter().map(|(purl, on)| json!({ "ref": purl, "dependsOn": on })).collect();
-    let listed: Vec<Value> = sorted.iter().map(|(purl, c)| describe(purl, c)).collect();
+    let listed: Vec<Value> = sorted.iter().map(|(purl, c)| describe_component(purl, c)).collect();
     let mut document = json!({
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "version": 1,
         "metadata": {
-            "timestamp": timestamp(meta.epoch),
+            "timestamp": format_timestamp(meta.epoch),
             "tools": { "components": [{
                 "type": "application",
                 "name": "slipway",
@@ -265,8 +270,8 @@ pub fn cyclonedx(components: &[SbomComponent], meta: &SbomSubject) -> Result<Val
 ///
 /// # Errors
 /// As `cyclonedx`, or when the file cannot be written.
-pub fn write(path: &Utf8Path, components: &[SbomComponent], meta: &SbomSubject) -> Result<()> {
-    let document = cyclonedx(components, meta)?;
+pub fn write_sbom(path: &Utf8Path, components: &[SbomComponent], meta: &SbomSubject) -> Result<()> {
+    let document = to_cyclonedx(components, meta)?;
     write_atomically(path, |out| {
         serde_json::to_writer_pretty(&mut *out, &document)
             .with_context(|| format!("writing {path}"))?;
@@ -274,7 +279,7 @@ pub fn write(path: &Utf8Path, components: &[SbomComponent], meta: &SbomSubject) 
     })
 }
 
-fn describe(purl: &str, component: &SbomComponent) -> Value {
+fn describe_component(purl: &str, component: &SbomComponent) -> Value {
     let kind = match component.origin {
         SbomOrigin::Wheel { .. } | SbomOrigin::Crate => "library",
         SbomOrigin::Debian { .. } | SbomOrigin::Vendor { .. } | SbomOrigin::Generic => {
@@ -387,11 +392,11 @@ mod tests {
         );
         let meta =
             SbomSubject { product: "p".into(), version: "1".into(), board: "b".into(), epoch: 0 };
-        let twice = cyclonedx(&[component.clone(), component.clone()], &meta).unwrap_err();
+        let twice = to_cyclonedx(&[component.clone(), component.clone()], &meta).unwrap_err();
         assert!(twice.to_string().ends_with("is in the list of components twice"), "{twice}");
         let mut lonely = component;
         lonely.depends_on = vec!["pkg:pypi/x@1".into()];
-        let missing = cyclonedx(&[lonely], &meta).unwrap_err().to_string();
+        let missing = to_cyclonedx(&[lonely], &meta).unwrap_err().to_string();
         assert!(missing.contains("needs pkg:pypi/x@1, which is not among"), "{missing}");
     }
 }

@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 use crate::artifact::{Artifact, hash_file, hex};
 use crate::cache::{self, Cache, FinishedStage, RemoteDownloads, RemoteStages};
 use crate::keys::{self, KeyDirectory, SigningKey};
-use crate::progress::{ProgressStep, ProgressUnit, bytes, say, warn};
+use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say, warn};
 use crate::store::client::ServerTimeouts;
 use crate::store::{FileStore, ObjectError, SecretText, StoreOptions, open_files};
 use record::{ObjectCompression, PackedObject, PortableValue, StageFile, StageRecord};
@@ -115,7 +115,7 @@ impl RemoteStore {
     }
 
     /// Reads, unless it has failed before. The first failure is reported and disables it.
-    fn ask<T>(&self, with: impl FnOnce(&dyn FileStore) -> Result<T>) -> Option<T> {
+    fn try_read<T>(&self, with: impl FnOnce(&dyn FileStore) -> Result<T>) -> Option<T> {
         if self.down.load(Ordering::Relaxed) {
             return None;
         }
@@ -136,7 +136,7 @@ impl RemoteStore {
     }
 
     /// Writes, unless it has failed before. The first failure is reported and disables writing.
-    fn tell<T>(&self, with: impl FnOnce(&dyn FileStore) -> Result<T>) -> Option<T> {
+    fn try_write<T>(&self, with: impl FnOnce(&dyn FileStore) -> Result<T>) -> Option<T> {
         if !self.writes() {
             return None;
         }
@@ -150,7 +150,7 @@ impl RemoteStore {
     }
 
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> bool {
-        let got = self.ask(|files| files.get(sha256, limit, into, received)).is_some();
+        let got = self.try_read(|files| files.get(sha256, limit, into, received)).is_some();
         if !got {
             // A cache that is down is not written either, so only damaged objects are stored again.
             self.bad().insert(sha256.to_owned());
@@ -173,7 +173,7 @@ impl RemoteDownloads for RemoteStore {
     fn offer(&self, what: &str, downloads: &[Artifact]) {
         let named: Vec<(String, u64)> =
             downloads.iter().map(|artifact| (artifact.sha256.clone(), artifact.size)).collect();
-        let Some(present) = self.tell(|files| files.present(&named)) else { return };
+        let Some(present) = self.try_write(|files| files.present(&named)) else { return };
         let lacking: Vec<&Artifact> = downloads
             .iter()
             .filter(|a| !present.contains(&a.sha256) || self.bad().contains(&a.sha256))
@@ -185,14 +185,17 @@ impl RemoteDownloads for RemoteStore {
         let step =
             ProgressStep::new("shared", format!("storing {what}"), total, ProgressUnit::Bytes);
         for artifact in &lacking {
-            if self.tell(|files| files.put(&artifact.sha256, &artifact.path)).is_none() {
+            if self.try_write(|files| files.put(&artifact.sha256, &artifact.path)).is_none() {
                 return;
             }
             self.bad().remove(&artifact.sha256);
             step.advance(artifact.size);
         }
         drop(step);
-        say("shared", format!("{what} stored: {} in {} objects", bytes(total), lacking.len()));
+        say(
+            "shared",
+            format!("{what} stored: {} in {} objects", format_bytes(total), lacking.len()),
+        );
     }
 }
 
@@ -210,8 +213,13 @@ pub struct SharedCache {
 ///
 /// # Errors
 /// When the address in the environment is invalid, or a key cannot be read.
-pub fn attach(cache: Cache, kind: Kind, signer: &SigningKey, offline: bool) -> Result<Cache> {
-    let keys = trusted(&keys::directory()?, kind)?;
+pub fn attach_shared_cache(
+    cache: Cache,
+    kind: Kind,
+    signer: &SigningKey,
+    offline: bool,
+) -> Result<Cache> {
+    let keys = trusted_keys(&keys::key_directory()?, kind)?;
     let remote = match RemoteStore::from_environment()? {
         Some(remote) if offline => {
             say("shared", format!("{} is not used because of --offline", remote.files.name()));
@@ -228,7 +236,7 @@ pub fn attach(cache: Cache, kind: Kind, signer: &SigningKey, offline: bool) -> R
         let shared = SharedCache::new(Arc::new(remote), keys.clone(), signer.clone());
         Arc::new(shared) as Arc<dyn RemoteStages>
     });
-    Ok(cache.sharing(shared, &keys))
+    Ok(cache.with_shared(shared, &keys))
 }
 
 /// The keys whose records are trusted: for a release only release keys of the key set, else the
@@ -236,7 +244,7 @@ pub fn attach(cache: Cache, kind: Kind, signer: &SigningKey, offline: bool) -> R
 ///
 /// # Errors
 /// When the key directory cannot be read.
-pub fn trusted(dir: &Utf8Path, kind: Kind) -> Result<KeySet> {
+pub fn trusted_keys(dir: &Utf8Path, kind: Kind) -> Result<KeySet> {
     let mut set = KeyDirectory::open(dir)?.set_for(kind);
     if kind == Kind::Development {
         for key in keys::cache_signers(dir)? {
@@ -261,15 +269,15 @@ impl RemoteStages for SharedCache {
         Arc::clone(&self.remote) as Arc<dyn RemoteDownloads>
     }
 
-    fn take(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)> {
+    fn restore_stage(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)> {
         if !STAGES.contains(&stage) {
             return None;
         }
         let mut ids: Vec<_> = self.keys.keys.iter().filter(|key| !key.revoked).collect();
         ids.sort_by_key(|key| std::cmp::Reverse(key.epoch));
         for signer in ids {
-            let path = record::path(key, &signer.id);
-            let Some(file) = self.remote.ask(|files| files.read(&path))? else { continue };
+            let path = record::record_path(key, &signer.id);
+            let Some(file) = self.remote.try_read(|files| files.read(&path))? else { continue };
             let opened = StageRecord::open(&file, &self.keys, stage, key);
             let fetched = opened.and_then(|(record, signed)| {
                 self.fetch(&record, dir)?;
@@ -281,14 +289,14 @@ impl RemoteStages for SharedCache {
                     warn(format!(
                         "not using {stage} from the shared cache: reading {path}: {error:#}"
                     ));
-                    cache::clear(dir).ok()?;
+                    cache::clear_stage_dir(dir).ok()?;
                 }
             }
         }
         None
     }
 
-    fn give(&self, cache: &Utf8Path, made: &FinishedStage<'_>) {
+    fn upload_stage(&self, cache: &Utf8Path, made: &FinishedStage<'_>) {
         if !STAGES.contains(&made.stage) || !self.remote.writes() {
             return;
         }
@@ -344,7 +352,7 @@ impl SharedCache {
             ObjectCompression::None => packed,
             ObjectCompression::Zstd => {
                 let plain = dir.join(format!(".{index}.partial"));
-                unpack(&packed, &plain, file)?;
+                unpack_object(&packed, &plain, file)?;
                 fs::remove_file(&packed).with_context(|| format!("removing {packed}"))?;
                 plain
             }
@@ -361,15 +369,15 @@ impl SharedCache {
 
     fn store(&self, cache: &Utf8Path, made: &FinishedStage<'_>) -> Result<()> {
         let &FinishedStage { stage, key, dir, .. } = made;
-        let path = record::path(key, &self.signer.key().id);
-        let Some(there) = self.remote.ask(|files| files.read(&path)) else { return Ok(()) };
+        let path = record::record_path(key, &self.signer.key().id);
+        let Some(there) = self.remote.try_read(|files| files.read(&path)) else { return Ok(()) };
         if let Some(file) = there
             && let Ok((record, _)) = StageRecord::open(&file, &self.keys, stage, key)
         {
             let objects: BTreeSet<(String, u64)> =
                 record.files.into_iter().map(|f| (f.object.sha256, f.object.size)).collect();
             let objects: Vec<_> = objects.into_iter().collect();
-            let Some(present) = self.remote.tell(|files| files.present(&objects)) else {
+            let Some(present) = self.remote.try_write(|files| files.present(&objects)) else {
                 return Ok(());
             };
             let bad = self.remote.bad();
@@ -377,7 +385,7 @@ impl SharedCache {
                 return Ok(());
             }
         }
-        let mut portable = PortableValue::of(made.value.clone(), dir, cache)?;
+        let mut portable = PortableValue::from_value(made.value.clone(), dir, cache)?;
         for output in &made.outputs {
             let inside = output.strip_prefix(dir);
             let inside = inside.with_context(|| format!("{output} is not in its own directory"))?;
@@ -407,8 +415,8 @@ impl SharedCache {
         let signed = record.sign(&self.signer)?;
         drop(step);
         // Store the record last: its objects exist when it is found.
-        if self.remote.tell(|files| files.write(&path, &signed)).is_some() {
-            say("shared", format!("{stage} stored: {} in {sent} objects", bytes(size)));
+        if self.remote.try_write(|files| files.write(&path, &signed)).is_some() {
+            say("shared", format!("{stage} stored: {} in {sent} objects", format_bytes(size)));
         }
         Ok(())
     }
@@ -426,7 +434,7 @@ impl SharedCache {
             .tempfile_in(dir)
             .with_context(|| format!("making a file in {dir}"))?;
         let packed = Utf8Path::from_path(scratch.path()).context("the cache's path")?;
-        let (size, sha256) = pack(&from, scratch.as_file())?;
+        let (size, sha256) = pack_file(&from, scratch.as_file())?;
         let (packed_size, packed_sha256) = hash_file(packed)?;
         let pays = packed_size.saturating_mul(100) <= size.saturating_mul(PAYS) && size > 0;
         let (object, source) = if pays {
@@ -437,10 +445,10 @@ impl SharedCache {
             (PackedObject { sha256, size, compression: ObjectCompression::None }, from.as_path())
         };
         let named = [(object.sha256.clone(), object.size)];
-        let present = self.remote.tell(|files| files.present(&named));
+        let present = self.remote.try_write(|files| files.present(&named));
         let Some(present) = present else { return Ok(None) };
         let new = present.is_empty() || self.remote.bad().contains(&object.sha256);
-        if new && self.remote.tell(|files| files.put(&object.sha256, source)).is_none() {
+        if new && self.remote.try_write(|files| files.put(&object.sha256, source)).is_none() {
             return Ok(None);
         }
         self.remote.bad().remove(&object.sha256);
@@ -449,10 +457,10 @@ impl SharedCache {
 }
 
 /// Compresses a file: returns its own size and SHA-256.
-fn pack(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
+fn pack_file(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
     let work = || {
         let mut encoder = zstd::Encoder::new(into, LEVEL)?;
-        let plain = copy(&mut File::open(from)?, &mut encoder)?;
+        let plain = copy_and_hash(&mut File::open(from)?, &mut encoder)?;
         encoder.finish()?;
         Ok::<_, std::io::Error>(plain)
     };
@@ -460,12 +468,12 @@ fn pack(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
 }
 
 /// Unpacks an object, at most the size in the record, and verifies the result.
-fn unpack(packed: &Utf8Path, into: &Utf8Path, file: &StageFile) -> Result<()> {
+fn unpack_object(packed: &Utf8Path, into: &Utf8Path, file: &StageFile) -> Result<()> {
     let doing = || format!("unpacking {}", file.path);
     let work = || {
         let decoder = zstd::Decoder::new(File::open(packed)?)?;
         // One additional byte is enough to detect a wrong object.
-        copy(&mut decoder.take(file.size.saturating_add(1)), &mut File::create(into)?)
+        copy_and_hash(&mut decoder.take(file.size.saturating_add(1)), &mut File::create(into)?)
     };
     let (size, found) = work().with_context(doing)?;
     ensure!(
@@ -479,7 +487,7 @@ fn unpack(packed: &Utf8Path, into: &Utf8Path, file: &StageFile) -> Result<()> {
 }
 
 /// Copies to the end: returns the number of bytes and their SHA-256.
-fn copy(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<(u64, String)> {
+fn copy_and_hash(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<(u64, String)> {
     let (mut hasher, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 18], 0);
     loop {
         match from.read(&mut buffer)? {

@@ -24,12 +24,12 @@ pub struct PublicKeysError {
 }
 
 impl PublicKeysError {
-    fn whole(message: impl Into<String>, help: impl Into<String>) -> Self {
+    fn for_file(message: impl Into<String>, help: impl Into<String>) -> Self {
         Self { line: None, message: message.into(), help: help.into() }
     }
 
     /// The reason as an error about this file.
-    pub fn about(self, path: &Utf8Path) -> anyhow::Error {
+    pub fn into_error(self, path: &Utf8Path) -> anyhow::Error {
         let line = self.line.map_or(String::new(), |line| format!(":{line}"));
         anyhow::anyhow!("{path}{line}: {}\nhelp: {}", self.message, self.help)
     }
@@ -87,16 +87,16 @@ const VALUES: [&str; 8] = [
 ///
 /// # Errors
 /// When it contains a secret key, another format of keys, something else, or no key.
-pub fn parse(file: &[u8]) -> Result<Vec<SshPublicKey>, PublicKeysError> {
-    if let Some(kind) = secret::found(file) {
-        return Err(PublicKeysError::whole(
+pub fn parse_keys(file: &[u8]) -> Result<Vec<SshPublicKey>, PublicKeysError> {
+    if let Some(kind) = secret::find_secret(file) {
+        return Err(PublicKeysError::for_file(
             format!("the file is a secret key ({kind})"),
             SECRET_HELP,
         ));
     }
     let Ok(text) = std::str::from_utf8(file) else {
         let help = "save the file as UTF-8 or ASCII; PowerShell's `>` writes UTF-16";
-        return Err(PublicKeysError::whole("the file is not a UTF-8 text", help));
+        return Err(PublicKeysError::for_file("the file is not a UTF-8 text", help));
     };
     // Editors on Windows put a byte order mark before the first line, which would become part of
     // it.
@@ -109,7 +109,7 @@ pub fn parse(file: &[u8]) -> Result<Vec<SshPublicKey>, PublicKeysError> {
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
-        let has_options = check(line).map_err(|(message, help)| PublicKeysError {
+        let has_options = check_line(line).map_err(|(message, help)| PublicKeysError {
             line: Some(number),
             message,
             help: help.to_owned(),
@@ -117,7 +117,7 @@ pub fn parse(file: &[u8]) -> Result<Vec<SshPublicKey>, PublicKeysError> {
         keys.push(SshPublicKey { text: line.to_owned(), has_options });
     }
     if keys.is_empty() {
-        Err(PublicKeysError::whole("the file contains no SSH key", HELP))
+        Err(PublicKeysError::for_file("the file contains no SSH key", HELP))
     } else {
         Ok(keys)
     }
@@ -126,9 +126,9 @@ pub fn parse(file: &[u8]) -> Result<Vec<SshPublicKey>, PublicKeysError> {
 /// The keys as text for sshd: one line for each, all terminated.
 ///
 /// # Errors
-/// As [`parse`].
-pub fn lines(file: &[u8]) -> Result<String, PublicKeysError> {
-    Ok(parse(file)?.into_iter().map(|key| key.text + "\n").collect())
+/// As [`parse_keys`].
+pub fn keys_as_lines(file: &[u8]) -> Result<String, PublicKeysError> {
+    Ok(parse_keys(file)?.into_iter().map(|key| key.text + "\n").collect())
 }
 
 /// Whether a file with that path on a robot contains such keys for sshd.
@@ -151,16 +151,16 @@ fn other_form(text: &str) -> Option<PublicKeysError> {
     } else if begins("-----BEGIN PUBLIC KEY") {
         ("of PKCS #8", " -m PKCS8")
     } else if begins("-----BEGIN ") {
-        return Some(PublicKeysError::whole("the file is a PEM file, not an SSH key", HELP));
+        return Some(PublicKeysError::for_file("the file is a PEM file, not an SSH key", HELP));
     } else {
         return None;
     };
     let help = format!("convert the key with `ssh-keygen -i{flag} -f FILE`");
-    Some(PublicKeysError::whole(format!("the file is a public key in the format {form}"), help))
+    Some(PublicKeysError::for_file(format!("the file is a public key in the format {form}"), help))
 }
 
 /// Whether options precede the key in a line.
-fn check(line: &str) -> Result<bool, (String, &'static str)> {
+fn check_line(line: &str) -> Result<bool, (String, &'static str)> {
     let wrong = |message: &str, help: &'static str| Err((message.to_owned(), help));
     if line.len() > LONGEST_LINE {
         return wrong(
@@ -173,16 +173,16 @@ fn check(line: &str) -> Result<bool, (String, &'static str)> {
     }
     let blank = [' ', '\t'];
     let first = line.split(blank).next().unwrap_or_default();
-    let (key, has_options) = match Kind::of(first) {
+    let (key, has_options) = match Kind::from_name(first) {
         Some(_) => (line, false),
-        None => match options(line) {
+        None => match skip_options(line) {
             Ok(rest) => (rest, true),
             Err(message) => return Err((message, HELP)),
         },
     };
     let mut words = key.split(blank).filter(|word| !word.is_empty());
     let name = words.next().unwrap_or_default();
-    let Some(kind) = Kind::of(name) else {
+    let Some(kind) = Kind::from_name(name) else {
         return wrong("expected an SSH public key, found something else", HELP);
     };
     match kind {
@@ -203,7 +203,7 @@ fn check(line: &str) -> Result<bool, (String, &'static str)> {
     let Some(blob) = words.next().and_then(decode_base64) else {
         return wrong("the key is not valid base64: it is damaged or truncated", again);
     };
-    match kind.fits(name, &blob) {
+    match kind.matches_blob(name, &blob) {
         Some(true) => Ok(has_options),
         Some(false) => wrong(
             &format!(
@@ -218,7 +218,7 @@ fn check(line: &str) -> Result<bool, (String, &'static str)> {
 }
 
 /// The text after the options at the beginning of a line.
-fn options(line: &str) -> Result<&str, String> {
+fn skip_options(line: &str) -> Result<&str, String> {
     // Like sshd (auth2-pubkeyfile.c): up to the first blank outside of quotes.
     let (mut quoted, mut escaped) = (false, false);
     let mut end = None;
@@ -242,7 +242,7 @@ fn options(line: &str) -> Result<&str, String> {
     let nothing = || "expected an SSH public key, found something else".to_owned();
     let end = end.ok_or_else(nothing)?;
     let rest = line[end..].trim_start();
-    if Kind::of(rest.split([' ', '\t']).next().unwrap_or_default()).is_none() {
+    if Kind::from_name(rest.split([' ', '\t']).next().unwrap_or_default()).is_none() {
         return Err(nothing());
     }
     for (n, start) in starts.iter().enumerate() {
@@ -279,7 +279,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn of(name: &str) -> Option<Self> {
+    fn from_name(name: &str) -> Option<Self> {
         Some(match name {
             "ssh-rsa" => Self::Rsa,
             "ssh-ed25519" => Self::Ed25519,
@@ -295,7 +295,7 @@ impl Kind {
     }
 
     /// Whether the bytes are a complete key of this type; false for a key that is too weak.
-    fn fits(self, name: &str, blob: &[u8]) -> Option<bool> {
+    fn matches_blob(self, name: &str, blob: &[u8]) -> Option<bool> {
         let mut blob = Blob(blob);
         (blob.next()? == name.as_bytes()).then_some(())?;
         let mut strong = true;
@@ -303,7 +303,7 @@ impl Kind {
             Self::Rsa => {
                 let (exponent, modulus) = (blob.next()?, blob.next()?);
                 (!exponent.is_empty()).then_some(())?;
-                strong = bits(modulus) >= SMALLEST_RSA_BITS;
+                strong = bit_length(modulus) >= SMALLEST_RSA_BITS;
             }
             Self::Ed25519 => (blob.next()?.len() == 32).then_some(())?,
             Self::Ecdsa(curve, length) => blob.point(curve, length)?,
@@ -342,7 +342,7 @@ impl<'a> Blob<'a> {
 }
 
 /// The number of bits of a big-endian number.
-fn bits(number: &[u8]) -> usize {
+fn bit_length(number: &[u8]) -> usize {
     let zeros = number.iter().take_while(|byte| **byte == 0).count();
     let first = number.get(zeros).map_or(0, |byte| byte.leading_zeros() as usize);
     (number.len() - zeros) * 8 - first

@@ -43,7 +43,7 @@ pub struct BootCheck {
 }
 
 /// What the result depends on besides the card, for a stage's key.
-pub fn version() -> (u32, [&'static str; 4]) {
+pub fn model_version() -> (u32, [&'static str; 4]) {
     (MODEL_VERSION, chain::facts::TEXTS)
 }
 
@@ -54,14 +54,14 @@ pub type CardOrigin<'a> = (&'a Utf8Path, &'a Plan);
 ///
 /// # Errors
 /// An image that was not built by Slipway, or is damaged.
-pub fn look(image: &Utf8Path, origin: Option<CardOrigin<'_>>) -> Result<BootCheck> {
+pub fn check_card(image: &Utf8Path, origin: Option<CardOrigin<'_>>) -> Result<BootCheck> {
     let facts = Facts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
     let card = Card::read(Rc::new(file)).map_err(|reason| anyhow!("reading {image}: {reason}"))?;
     let verdict = chain::check(&card, &facts);
     let told = |level: Level| {
         let some = verdict.findings.iter().filter(move |finding| finding.level == level);
-        some.map(|finding| tell(finding, &card, origin)).collect()
+        some.map(|finding| describe_finding(finding, &card, origin)).collect()
     };
     Ok(BootCheck {
         stops: told(Level::Stops),
@@ -83,7 +83,7 @@ pub fn look(image: &Utf8Path, origin: Option<CardOrigin<'_>>) -> Result<BootChec
 ///
 /// # Errors
 /// All problems that prevent any of them from booting.
-pub fn require(starts: &BootCheck, board: &str) -> Result<()> {
+pub fn require_bootable(starts: &BootCheck, board: &str) -> Result<()> {
     if starts.stops.is_empty() {
         return Ok(());
     }
@@ -97,16 +97,17 @@ pub fn require(starts: &BootCheck, board: &str) -> Result<()> {
 }
 
 /// A finding, with the source file in the workspace, and the line in it.
-fn tell(finding: &Finding, card: &Card, origin: Option<CardOrigin<'_>>) -> String {
-    let source = origin.and_then(|(root, plan)| Some((root, source(&finding.place, plan)?)));
+fn describe_finding(finding: &Finding, card: &Card, origin: Option<CardOrigin<'_>>) -> String {
+    let source =
+        origin.and_then(|(root, plan)| Some((root, source_of_file(&finding.place, plan)?)));
     let Some((root, source)) = source else { return finding.to_string() };
-    let line = line(&finding.place, card, &root.join(&source));
+    let line = line_in_source(&finding.place, card, &root.join(&source));
     let line = line.map(|line| format!(":{line}")).unwrap_or_default();
     format!("{source}{line}: on the card {finding}")
 }
 
 /// The source file in the workspace of a file on the card.
-fn source(place: &Place, plan: &Plan) -> Option<Utf8PathBuf> {
+fn source_of_file(place: &Place, plan: &Plan) -> Option<Utf8PathBuf> {
     let (number, file) = (place.partition?, place.file.as_deref()?);
     let role = &plan.disk.partitions.iter().find(|placed| placed.number == number)?.name;
     let boot = plan.boot_files.iter().find(|boot| boot.partition == *role && boot.path == file);
@@ -119,7 +120,7 @@ fn source(place: &Place, plan: &Plan) -> Option<Utf8PathBuf> {
 
 /// The only line of the workspace's file with the text of the card's line, if any: the line numbers
 /// of a template and of its result differ.
-fn line(place: &Place, card: &Card, source: &Utf8Path) -> Option<usize> {
+fn line_in_source(place: &Place, card: &Card, source: &Utf8Path) -> Option<usize> {
     let (number, file, at) = (place.partition?, place.file.as_deref()?, place.line?);
     let volume = card.volumes.iter().find(|volume| volume.number == number);
     let slot = card.slots.iter().find(|slot| slot.number == number);
@@ -135,7 +136,7 @@ fn line(place: &Place, card: &Card, source: &Utf8Path) -> Option<usize> {
 }
 
 /// The chains as text, one step a line.
-pub fn lines(starts: &BootCheck) -> Vec<String> {
+pub fn describe_chains(starts: &BootCheck) -> Vec<String> {
     let mut lines = Vec::new();
     for model in &starts.models {
         let verdict = if model.starts { "starts" } else { "DOES NOT START" };

@@ -124,7 +124,7 @@ pub trait ReleaseStore: FileStore {
     ///
     /// # Errors
     /// When it cannot be written.
-    fn settle(&self, channel: Channel) -> Result<()>;
+    fn make_visible(&self, channel: Channel) -> Result<()>;
 }
 
 /// Options of a store's address.
@@ -191,7 +191,7 @@ pub fn open_files(
 ///
 /// # Errors
 /// When the address is not valid.
-pub fn open(address: &str, options: &StoreOptions) -> Result<Box<dyn ReleaseStore>> {
+pub fn open_store(address: &str, options: &StoreOptions) -> Result<Box<dyn ReleaseStore>> {
     if let Some(rest) = address.strip_prefix("s3://") {
         return Ok(Box::new(S3Store::new(rest, options)?));
     }

@@ -16,7 +16,7 @@ use xtask::plan::{BootSourcePlan, Plan};
 use xtask::render::{OverlayContent, RenderedFiles, render};
 use xtask::rootfs::PackageRole;
 use xtask::rootfs::debian::PackagesLock;
-use xtask::workspace::{BuildSelection, resolve};
+use xtask::workspace::{BuildSelection, resolve_plan};
 
 /// Seconds that the hardware of a Raspberry Pi counts when it is given `seconds`: 20 bits of 1/65,536 s
 /// (`bcm2835_wdt_start` in Linux, drivers/watchdog/bcm2835_wdt.c).
@@ -36,7 +36,7 @@ fn holds(seconds: u64) -> bool {
 fn builds() -> Result<Vec<(Plan, RenderedFiles)>> {
     let root = workspace();
     let mut builds = Vec::new();
-    for product in config::products(&root)? {
+    for product in config::list_products(&root)? {
         for board in &config::read_product(&root, &product)?.boards {
             builds.push(build(&product, &board.value.0)?);
         }
@@ -47,7 +47,7 @@ fn builds() -> Result<Vec<(Plan, RenderedFiles)>> {
 fn build(product: &str, board: &str) -> Result<(Plan, RenderedFiles)> {
     let target =
         BuildSelection { product: Some(product.to_owned()), board: Some(board.to_owned()) };
-    let (config, _, plan) = resolve(&target)?;
+    let (config, _, plan) = resolve_plan(&target)?;
     let rendered = render(&config.root, &plan)?;
     Ok((plan, rendered))
 }
@@ -248,7 +248,7 @@ fn u_boot_starts_our_script_and_nothing_else() -> Result<()> {
         let head = "setenv stdin nulldev; setenv devtype mmc; setenv devnum 0; mmc dev 0; ";
         let same = compiled.strip_prefix(head).context("another head")?;
         ensure!(boot.strip_prefix("mmc dev 0; ") == Some(same), "{name}: {boot}\n{compiled}");
-        let packed = environment::pack(text.as_bytes())?;
+        let packed = environment::pack_environment(text.as_bytes())?;
         ensure!(packed.len() == 0x4000, "{} bytes", packed.len());
     }
     ensure!(read == 2, "{read} boards of Debian's U-Boot");
@@ -382,11 +382,14 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let root = Utf8Path::from_path(folder.path()).context("UTF-8")?;
     copy_to(root)?;
-    let examples = config::examples(root)?;
+    let examples = config::list_examples(root)?;
     ensure!(!examples.is_empty(), "no examples");
     let facts = xtask::plan::CheckoutFacts { commit: None, modified: false, epoch: 1_700_000_000 };
     for name in &examples {
-        ensure!(!config::products(root)?.contains(name), "{name} would be built with all others");
+        ensure!(
+            !config::list_products(root)?.contains(name),
+            "{name} would be built with all others"
+        );
         let config = config::load(root, Some(name), None)?;
         let rootfs = &config.product.rootfs;
         let lock = rootfs.lock.as_ref().context("a lock")?.value.clone();
@@ -415,10 +418,10 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
         if keys.is_empty() {
             continue;
         }
-        let shown = xtask::cmd::plan::describe(&plan);
+        let shown = xtask::cmd::plan::describe_plan(&plan);
         for source in &plan.rootfs.sources {
             ensure!(shown.contains(&format!("{}, {}", source.name, source.address)), "{shown}");
-            let listed = xtask::rootfs::glob::compile(&source.packages)?;
+            let listed = xtask::rootfs::glob::compile_globs(&source.packages)?;
             let kernel = |name: &&String| name.starts_with("linux-image-");
             let asked = plan.rootfs.extra_packages.iter().find(kernel).context("a kernel")?;
             ensure!(listed.is_match(asked) && !listed.is_match("libc6"), "{:?}", source.packages);
@@ -435,7 +438,7 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
 fn an_example_without_further_archives_can_be_built_as_it_is() -> Result<()> {
     let root = workspace();
     let mut complete = 0;
-    for name in config::examples(&root)? {
+    for name in config::list_examples(&root)? {
         let config = config::load(&root, Some(&name), None)?;
         if !config.product.rootfs.sources.is_empty() {
             continue;

@@ -58,9 +58,9 @@ fn losses(setup: &BuildrootSetup, lines: &str) -> Vec<LostRequest> {
         (Utf8Path::new("arch.fragment"), "BR2_aarch64=y\n"),
         (Utf8Path::new("case.fragment"), lines),
     ];
-    let (defconfig, findings) = fragment::merge(fragments);
+    let (defconfig, findings) = fragment::merge_fragments(fragments);
     assert!(findings.is_empty(), "{lines}: {findings:?}");
-    check::check(setup, &defconfig, "a case").expect(lines).losses
+    check::check_defconfig(setup, &defconfig, "a case").expect(lines).losses
 }
 
 /// A request that Kconfig loses without failing: its line, class, words of cause and help; and
@@ -230,7 +230,7 @@ fn what_kconfig_drops_for_its_form_is_refused_before_it_runs() {
     let setup = setup(&tree, &output);
     for (lost, says, written) in FORMS {
         let file = Utf8Path::new("case.fragment");
-        let (_, findings) = fragment::merge([(file, *lost)]);
+        let (_, findings) = fragment::merge_fragments([(file, *lost)]);
         let [finding] = findings.as_slice() else { panic!("{lost}: {findings:?}") };
         assert_eq!(finding.place.line, lost.lines().count(), "{finding:?}");
         assert!(finding.help.contains(says), "{lost}: {finding:?}");
@@ -258,14 +258,14 @@ fn kconfig_takes_every_line_of_every_board_in_time() {
         let facts = CheckoutFacts { commit: None, modified: false, epoch: 0 };
         let plan = plan::resolve(&config, &facts).expect("a plan");
         let pinned = plan.rootfs.buildroot.expect("a pinned release");
-        let verdict = check::check(&setup, &pinned.defconfig, board).expect(board);
+        let verdict = check::check_defconfig(&setup, &pinned.defconfig, board).expect(board);
         verdict.require().expect(board);
         let seconds = started.elapsed().as_secs();
         println!("{board}: {} symbols, {seconds} s", verdict.compared);
         assert!(seconds < 30, "{board}: {seconds} s");
         assert!(verdict.compared > 40, "{board}: only {} symbols compared", verdict.compared);
         // Asks with Buildroot's check of dependencies that are used and not selected.
-        let info = BuildrootInfo::ask(&setup, &BuildrootSite::default()).expect(board);
+        let info = BuildrootInfo::read(&setup, &BuildrootSite::default()).expect(board);
         engine::require_hashes(&info, &tree).expect(board);
         assert!(info.packages().count() > 80, "{board}: few packages");
         assert_eq!(info.0["python3"].version.split('.').take(2).collect::<Vec<_>>(), ["3", "12"]);
@@ -286,7 +286,7 @@ fn a_source_without_a_hash_is_found_before_it_is_downloaded() {
          BR2_PACKAGE_HOST_LINUX_HEADERS_CUSTOM_6_6=y\nBR2_KERNEL_HEADERS_AS_KERNEL=y",
     );
     assert!(lost.is_empty(), "{lost:#?}");
-    let info = BuildrootInfo::ask(&setup, &BuildrootSite::default()).expect("packages");
+    let info = BuildrootInfo::read(&setup, &BuildrootSite::default()).expect("packages");
     let error = engine::require_hashes(&info, &tree).expect_err("no hash").to_string();
     assert!(error.contains("\n  linux: linux-6.6.1.tar.xz, looked in linux/linux.hash"), "{error}");
     assert!(error.contains("external/patches/<package>/<package>.hash"), "{error}");
@@ -321,7 +321,7 @@ fn what_was_changed_in_the_menus_waits_until_it_is_in_a_fragment() {
     };
     let output = tempfile::tempdir().expect("a directory");
     let setup = setup(&tree, &output);
-    let merge = |text: &str| fragment::merge([(Utf8Path::new("a.fragment"), text)]).0;
+    let merge = |text: &str| fragment::merge_fragments([(Utf8Path::new("a.fragment"), text)]).0;
     let defconfig = merge("BR2_aarch64=y\nBR2_JLEVEL=2\n");
     // Kconfig's own tool in the menu's stead: it changes two symbols of the copy.
     let edit = |setup: &BuildrootSetup| {
@@ -330,13 +330,13 @@ fn what_was_changed_in_the_menus_waits_until_it_is_in_a_fragment() {
         let make = setup.make().arg("-s").arg(format!("BR2_DEFCONFIG={file}"));
         make.arg("defconfig").run()
     };
-    let found = menus::edit(&setup, &defconfig, "a test", edit).expect("edited");
+    let found = menus::edit_menu(&setup, &defconfig, "a test", edit).expect("edited");
     let shown: Vec<_> = found.iter().map(|c| (c.symbol.as_str(), c.line.as_deref())).collect();
     assert_eq!(shown, [("BR2_CCACHE", Some("BR2_CCACHE=y")), ("BR2_JLEVEL", None)]);
     // The menu is opened again and closed: what waited is still there.
-    let again = menus::edit(&setup, &defconfig, "a test", |_| Ok(())).expect("opened again");
+    let again = menus::edit_menu(&setup, &defconfig, "a test", |_| Ok(())).expect("opened again");
     assert!(again.iter().any(|c| c.symbol == "BR2_CCACHE"), "{again:?}");
     let done = merge("BR2_aarch64=y\nBR2_CCACHE=y\n");
-    let config = check::check(&setup, &done, "a test").expect("resolved").config;
-    assert!(menus::advise(&found, &done, &KconfigValues::parse(&config)).is_empty());
+    let config = check::check_defconfig(&setup, &done, "a test").expect("resolved").config;
+    assert!(menus::advise_changes(&found, &done, &KconfigValues::parse(&config)).is_empty());
 }

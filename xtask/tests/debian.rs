@@ -15,7 +15,7 @@ use xtask::fetch::{Download, DownloadOutcome, Downloader};
 use xtask::rootfs::PackageRole;
 use xtask::rootfs::debian::{
     AptMirrors, AptSourceMirror, AptSourceSpec, ArchiveName, DebianSpec, DownloadedPackages,
-    LockPolicy, LockedPackage, PackagesLock, fetch_lock, lock,
+    LockPolicy, LockedPackage, PackagesLock, fetch_lock, lock_packages,
 };
 use xtask::rootfs::initrd::{self, InitrdCompression, InitrdRequest};
 use xtask::rootfs::tree::RootTree;
@@ -148,7 +148,7 @@ impl World {
     }
 
     fn lock_of(&self, spec: &DebianSpec) -> Result<PackagesLock> {
-        lock(spec, &self.mirrors, &self.root().join("cache"))
+        lock_packages(spec, &self.mirrors, &self.root().join("cache"))
     }
 
     fn fetch(&self, lock: &PackagesLock, policy: LockPolicy) -> Result<DownloadedPackages> {
@@ -500,7 +500,7 @@ fn cpio_reads_an_initrd_with_its_modules_in_load_order() -> Result<()> {
             extra: &[],
             compression,
         };
-        initrd::build(&request, &root.join("initrd"))
+        initrd::build_initrd(&request, &root.join("initrd"))
     };
     for (compression, tool) in
         [(InitrdCompression::Zstd, "zstd"), (InitrdCompression::Gzip, "gzip")]

@@ -12,7 +12,7 @@ use xtask::disk::{
 };
 use xtask::plan::{BootSourcePlan, Plan};
 use xtask::render::render;
-use xtask::workspace::{BuildSelection, resolve};
+use xtask::workspace::{BuildSelection, resolve_plan};
 
 /// The files of a boot partition, with a few bytes for what a build would bring.
 fn files(root: &Utf8Path, plan: &Plan, role: &str) -> Result<Vec<FatFile>> {
@@ -37,7 +37,7 @@ fn files(root: &Utf8Path, plan: &Plan, role: &str) -> Result<Vec<FatFile>> {
 fn check(product: &str, board: &str, generation: u32) -> Result<()> {
     let target =
         BuildSelection { product: Some(product.to_owned()), board: Some(board.to_owned()) };
-    let (config, _, plan) = resolve(&target)?;
+    let (config, _, plan) = resolve_plan(&target)?;
     let folder = tempfile::tempdir()?;
     let image = Utf8Path::from_path(folder.path()).context("UTF-8")?.join("card.img");
     let mut partitions = Vec::new();

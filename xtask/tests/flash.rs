@@ -20,14 +20,14 @@ use xtask::flash::source::ImageSource;
 use xtask::flash::{self as flasher, FlashRequest};
 
 fn tool(name: &str) -> Tool {
-    Tool::new(exec::find(name).unwrap_or_else(|| panic!("this test needs {name}")))
+    Tool::new(exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}")))
 }
 
 #[test]
 fn every_mapped_byte_reaches_a_file_from_every_form() {
     let folder = Folder::new();
     let image = image(&folder, TableKind::Hybrid, 1).path;
-    compress::compress(&image, 3).expect("compressing");
+    compress::compress_image(&image, 3).expect("compressing");
     tool("xz").args(["-0", "--keep", image.as_str()]).run().expect("xz");
     let card = folder.at("card");
     for form in ["", ".zst", ".xz"] {
@@ -62,7 +62,7 @@ fn zstd_files_of_every_make_become_the_same_card() {
     let image = image(&folder, TableKind::Gpt, 4).path;
     let (bytes, map) = (fs::read(&image).expect("reading"), bmap::path_for(&image));
     let packed = compress::path_for(&image);
-    compress::compress(&image, 3).expect("compressing");
+    compress::compress_image(&image, 3).expect("compressing");
     let ours = fs::read(&packed).expect("reading");
     let one = tool("zstd").args(["-q", "-c", image.as_str()]).read_bytes().expect("zstd");
     // The length of a pipe is unknown, so no header contains it.
@@ -96,7 +96,7 @@ fn zstd_files_of_every_make_become_the_same_card() {
 fn without_a_map_all_of_the_image_is_written() {
     let folder = Folder::new();
     let image = image(&folder, TableKind::Mbr, 2).path;
-    compress::compress(&image, 3).expect("compressing");
+    compress::compress_image(&image, 3).expect("compressing");
     fs::remove_file(bmap::path_for(&image)).expect("removing the map");
     let card = folder.at("card");
     for form in ["", ".zst"] {
@@ -113,7 +113,7 @@ fn a_damaged_image_never_becomes_a_card() {
     let folder = Folder::new();
     let image = image(&folder, TableKind::Gpt, 3).path;
     let card = folder.at("card");
-    compress::compress(&image, 3).expect("compressing");
+    compress::compress_image(&image, 3).expect("compressing");
     let packed = compress::path_for(&image);
     let whole = fs::read(&packed).expect("reading");
     let arguments = [packed.as_str(), card.as_str(), "--yes"];
@@ -355,7 +355,7 @@ fn wrong_targets_are_refused() {
     let message = refused(&[folder.at("robot.txt").as_str(), locked.as_str(), "--yes"]);
     assert!(message.contains("is not a card image"), "{message}");
     // The disk of this system, if it has one.
-    let devices = device::all().expect("lsblk");
+    let devices = device::list_all_devices().expect("lsblk");
     for root in devices.iter().filter(|d| d.mounted.iter().any(|(_, at)| at == "/")) {
         let message = refused(&[made.as_str(), root.path.as_str(), "--yes"]);
         assert!(message.contains("the running system is on it"), "{message}");
@@ -368,7 +368,7 @@ fn wrong_targets_are_refused() {
 #[test]
 fn each_kind_of_disk_is_refused_with_its_reason() {
     let json = include_str!("fixtures/flash/lsblk.json");
-    let devices = device::parse(json, |name| name == "mmcblk1").expect("the output of lsblk");
+    let devices = device::parse_lsblk(json, |name| name == "mmcblk1").expect("the output of lsblk");
     let reasons = |name: &str, allowed: Option<&str>| -> Vec<ObjectionKind> {
         let device = devices.iter().find(|d| d.name == name).expect(name);
         let objections = device.objections(4 << 30, allowed);
@@ -411,7 +411,7 @@ fn each_kind_of_disk_is_refused_with_its_reason() {
         (card.model.as_str(), card.bus.as_str(), card.content.as_str()),
         ("Generic- SD/MMC", "usb", "dos: 64 MiB vfat BOOT, 1.0 GiB ext4 root")
     );
-    assert!(device::parse("{}", |_| false).is_err());
+    assert!(device::parse_lsblk("{}", |_| false).is_err());
     let listed = good(&["--list", "--format", "json"]);
     assert!(serde_json::from_str::<Vec<serde_json::Value>>(&listed).is_ok(), "{listed}");
 }
@@ -476,7 +476,7 @@ fn another_file_of_the_same_size_under_the_same_name_is_refused() {
     let [card, other] = ["card", "other"].map(|name| folder.at(name));
     old_card(&card, SIZE);
     old_card(&other, SIZE);
-    let shown = device::find(&card).expect("it is shown");
+    let shown = device::find_device(&card).expect("it is shown");
     fs::rename(&other, &card).expect("replacing it");
     let message = format!("{:#}", CardDevice::open(&shown).expect_err("another file"));
     assert!(

@@ -13,10 +13,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 use xtask::artifact::hash_bytes;
 use xtask::cache::Cache;
-use xtask::compose::api::describe;
+use xtask::compose::api::describe_api;
 use xtask::rootfs::tree::{EntryOrigin, FileData, RootEntry, RootEntryKind, RootTree};
 use xtask::wheel::{
-    CheckedWheel, InstalledDistribution, LockedWheel, WheelLock, WheelTarget, fetch,
+    CheckedWheel, InstalledDistribution, LockedWheel, WheelLock, WheelTarget, fetch_wheels,
 };
 
 /// Version, tag, length and SHA-256 of each wheel.
@@ -104,7 +104,7 @@ fn wheel(version: &str) -> CheckedWheel {
         libc: "glibc 2.36".parse().unwrap(),
     };
     let lock = WheelLock::new(&format!("{API}=={version}"), target, vec![locked.clone()]);
-    let fetched = fetch(&lock, &Cache::locate().unwrap(), false).unwrap();
+    let fetched = fetch_wheels(&lock, &Cache::locate().unwrap(), false).unwrap();
     CheckedWheel::open(&fetched[0].path, &locked.file, Some(sha256)).unwrap()
 }
 
@@ -152,7 +152,7 @@ impl Robot {
 
     fn describe(&self, version: &str) {
         let tree = tree_of(SITE, &format!("{API}-{version}"), API);
-        let text = describe(&tree, &[distribution(API, version, true)], None, None).unwrap();
+        let text = describe_api(&tree, &[distribution(API, version, true)], None, None).unwrap();
         self.file("usr/lib/slipway/api.toml", text.as_bytes());
     }
 
@@ -361,7 +361,7 @@ fn compose_describes_what_was_installed() {
     let site = "usr/lib/python3.12/site-packages";
     let all = [distribution("other", "2.0", false), distribution("My-API", "1.5", true)];
     let tree = tree_of(site, "my_api-1.5", "my_api");
-    let text = describe(&tree, &all, Some("1.2"), Some("glibc 2.36")).unwrap();
+    let text = describe_api(&tree, &all, Some("1.2"), Some("glibc 2.36")).unwrap();
     let value: toml::Table = text.parse().unwrap();
     for (key, expected) in [
         ("package", "My-API"),
@@ -380,11 +380,12 @@ fn compose_describes_what_was_installed() {
     assert_eq!(wheels[1]["sha256"].as_str(), Some(all[0].sha256.as_str()));
 
     let elsewhere =
-        describe(&tree_of(site, "my_api-1.5", "another"), &all, None, None).unwrap_err();
+        describe_api(&tree_of(site, "my_api-1.5", "another"), &all, None, None).unwrap_err();
     assert!(elsewhere.to_string().starts_with("My-API installs no module my_api"), "{elsewhere}");
-    let none = describe(&RootTree::default(), &all, None, None).unwrap_err();
+    let none = describe_api(&RootTree::default(), &all, None, None).unwrap_err();
     assert_eq!(none.to_string(), "My-API is not in the tree");
-    let version = describe(&tree_of("usr/lib/modules", "my_api-1.5", "my_api"), &all, None, None);
+    let version =
+        describe_api(&tree_of("usr/lib/modules", "my_api-1.5", "my_api"), &all, None, None);
     assert_eq!(
         version.unwrap_err().to_string(),
         "/usr/lib/modules does not contain a version of Python"

@@ -19,8 +19,8 @@ use bundle::component::{LOCK_ROLE, Lock, Wheel};
 use bundle::{Kind, Level, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::keys::KeyDirectory;
-use xtask::push::{PushOutcome, PushRequest, PushVerdict, push};
-use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
+use xtask::push::{PushOutcome, PushRequest, PushVerdict, push_to_robots};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle};
 
 const MIB: usize = 1 << 20;
 /// A slot with several of the agent's checkpoints, one for each 32 MiB.
@@ -94,7 +94,7 @@ impl Bench {
             signers: &signers,
         };
         let out = self.dir.join("a.bundle");
-        pack(&request, &out).unwrap();
+        pack_bundle(&request, &out).unwrap();
         out
     }
 
@@ -109,7 +109,7 @@ impl Bench {
             "IdentitiesOnly=yes".to_owned(),
             format!("UserKnownHostsFile={}", self.dir.join("known_hosts")),
         ];
-        push(&PushRequest { hosts, bundle, ssh_options, wait }).unwrap()
+        push_to_robots(&PushRequest { hosts, bundle, ssh_options, wait }).unwrap()
     }
 }
 
@@ -254,7 +254,7 @@ fn serve(bench: &Bench, root: &Utf8Path) -> (u16, Child) {
     fs::write(&config, text).unwrap();
     let log = fs::File::create(root.join("sshd.log")).unwrap();
     // It insists on an absolute path of itself.
-    let program = xtask::exec::find("sshd").expect("sshd: cargo xtask doctor --install");
+    let program = xtask::exec::find_program("sshd").expect("sshd: cargo xtask doctor --install");
     let mut sshd = Command::new(program.as_str())
         .args(["-D", "-e", "-f", config.as_str()])
         .stdin(Stdio::null())
@@ -348,7 +348,7 @@ fn a_connection_that_is_cut_is_made_again_and_the_install_goes_on() {
     assert!(installed.held >= 32 * MIB as u64, "{installed:?}");
     assert!(installed.written <= (LARGE - 32 * MIB) as u64, "{installed:?}");
     assert!(robot.slot_b() == bench.content, "slot b has other bytes");
-    assert!(xtask::push::sentence(&outcome).contains("skipped"), "{outcome:?}");
+    assert!(xtask::push::describe_outcome(&outcome).contains("skipped"), "{outcome:?}");
 }
 
 #[test]
@@ -470,14 +470,14 @@ fn an_api_alone_is_pushed_to_a_robot_that_goes_on_running() {
     assert_eq!(outcome.verdict, PushVerdict::Committed, "{outcome:?}");
     let api = outcome.api.clone().unwrap();
     assert_eq!((api.version.as_str(), api.before, api.wheels), ("2.0.0", None, 1));
-    let text = xtask::push::sentence(&outcome);
+    let text = xtask::push::describe_outcome(&outcome);
     assert!(text.starts_with("the API 2.0.0 is running, previously the system's own;"), "{text}");
     assert_eq!(robot.slotd(&["status"])["api"]["version"], "2.0.0");
 
     // One that is not healthy: the robot itself rolls back to the previous version.
     let outcome = bench.push(hosts(), api_bundle(&bench, "3.0.0", "sick"), wait).remove(0);
     assert_eq!(outcome.verdict, PushVerdict::TakenBack, "{outcome:?}");
-    let text = xtask::push::sentence(&outcome);
+    let text = xtask::push::describe_outcome(&outcome);
     assert!(text.starts_with("rolled back") && text.contains("[api-unhealthy]"), "{text}");
     assert_eq!(robot.slotd(&["status"])["api"]["version"], "2.0.0");
 
@@ -630,7 +630,7 @@ fn the_user_update_installs_and_does_nothing_else() {
             "sh",
         ])
         .arg(root.join("etc/passwd"))
-        .arg(xtask::exec::find("sshd").unwrap())
+        .arg(xtask::exec::find_program("sshd").unwrap())
         .args(["-D", "-e", "-f", config.as_str()])
         .stdin(Stdio::null())
         .stderr(fs::File::create(root.join("door.log")).unwrap())
@@ -689,7 +689,7 @@ fn settings_for_people_do_not_stop_a_push() {
     fs::create_dir(&bin).unwrap();
     let config = bench.dir.join("ssh_config");
     fs::write(&config, FOR_PEOPLE).unwrap();
-    let real = xtask::exec::find("ssh").expect("ssh");
+    let real = xtask::exec::find_program("ssh").expect("ssh");
     fs::write(bin.join("ssh"), format!("#!/bin/sh\nexec {real} -F '{config}' \"$@\"\n")).unwrap();
     fs::set_permissions(bin.join("ssh"), fs::Permissions::from_mode(0o755)).unwrap();
     let path = format!("{bin}:{}", std::env::var("PATH").unwrap());

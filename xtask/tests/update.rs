@@ -7,7 +7,7 @@ use std::process::Command;
 use bundle::{KeySet, Kind, Level, Policy, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::keys::{KEY_SET, KeyDirectory, PASSWORD_VARIABLE, SigningKey};
-use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack, verify};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle, verify_bundle};
 
 struct Dir(#[allow(dead_code)] tempfile::TempDir, Utf8PathBuf);
 
@@ -64,16 +64,17 @@ fn a_bundle_is_made_the_same_twice_and_foreign_tools_read_it() {
     let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(Kind::Development).unwrap()];
     let root = payload(&dir);
-    let first = pack(&request(&root, Kind::Development, &signers), &dir.join("a.bundle")).unwrap();
+    let first =
+        pack_bundle(&request(&root, Kind::Development, &signers), &dir.join("a.bundle")).unwrap();
     let other = PackRequest { workers: Some(1), ..request(&root, Kind::Development, &signers) };
-    let second = pack(&other, &dir.join("deep/er/b.bundle")).unwrap();
+    let second = pack_bundle(&other, &dir.join("deep/er/b.bundle")).unwrap();
     assert_eq!(first.artifact.sha256, second.artifact.sha256);
-    assert_eq!(xtask::artifact::Artifact::of(dir.join("a.bundle")).unwrap(), first.artifact);
+    assert_eq!(xtask::artifact::Artifact::from_file(dir.join("a.bundle")).unwrap(), first.artifact);
     assert_eq!((first.payloads[0].size, first.payloads[0].used), (40 << 20, 3 * 4096));
     assert_eq!(first.signed_by[0].kind, Kind::Development);
     assert!(!dir.join("a.bundle.partial").exists());
 
-    let verified = verify(&dir.join("a.bundle"), keys.set(), &Policy::default()).unwrap();
+    let verified = verify_bundle(&dir.join("a.bundle"), keys.set(), &Policy::default()).unwrap();
     assert_eq!(verified.manifest, first.manifest);
     run("tar", &["-xf", "a.bundle"], &dir);
     let public = &keys.list()[0].public_file;
@@ -87,11 +88,11 @@ fn a_damaged_bundle_is_refused_with_its_code_and_help() {
     let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(Kind::Development).unwrap()];
     let path = dir.join("a.bundle");
-    pack(&request(&payload(&dir), Kind::Development, &signers), &path).unwrap();
+    pack_bundle(&request(&payload(&dir), Kind::Development, &signers), &path).unwrap();
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[700] ^= 1;
     std::fs::write(&path, bytes).unwrap();
-    let error = verify(&path, keys.set(), &Policy::default()).unwrap_err();
+    let error = verify_bundle(&path, keys.set(), &Policy::default()).unwrap_err();
     let shown = format!("{error:#}");
     assert!(shown.contains("(bad-signature)\nhelp: "), "{shown}");
     let typed = error.chain().find_map(|cause| cause.downcast_ref::<bundle::Error>());
@@ -146,11 +147,11 @@ fn keys_are_made_once_kept_private_and_rotated() {
     assert_eq!(ids(&mut keys), [second.id.clone(), first.id.clone()]);
     let out = dir.join("both.bundle");
     let signers = keys.signers(Kind::Development).unwrap();
-    pack(&request(&payload(&dir), Kind::Development, &signers), &out).unwrap();
+    pack_bundle(&request(&payload(&dir), Kind::Development, &signers), &out).unwrap();
     for known in [&first, &second] {
         let set = KeySet { keys: vec![known.clone()], ..KeySet::default() };
         let policy = Policy { product: None, board: None, floor: None, key_epoch: 0 };
-        let verified = xtask::update::verify(&out, &set, &policy).unwrap();
+        let verified = xtask::update::verify_bundle(&out, &set, &policy).unwrap();
         assert_eq!(verified.signed_by[0].id, known.id);
         assert_eq!(verified.manifest.key_epoch, 1, "the older key still counts");
     }
@@ -173,12 +174,12 @@ fn a_release_refuses_the_development_key() {
     let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(Kind::Development).unwrap()];
     let out = dir.join("a.bundle");
-    let error = pack(&request(&payload(&dir), Kind::Release, &signers), &out).unwrap_err();
+    let error = pack_bundle(&request(&payload(&dir), Kind::Release, &signers), &out).unwrap_err();
     let shown = format!("{error:#}");
     assert!(shown.contains("is a release, but the key"), "{shown}");
     assert!(shown.contains("help: sign it with a release key"), "{shown}");
     assert!(!out.exists());
-    let error = pack(&request(&payload(&dir), Kind::Release, &[]), &out).unwrap_err();
+    let error = pack_bundle(&request(&payload(&dir), Kind::Release, &[]), &out).unwrap_err();
     assert!(format!("{error:#}").contains("no signing key: the bundle would be unsigned"));
 }
 
@@ -188,7 +189,8 @@ fn a_missing_payload_leaves_nothing_behind() {
     let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(Kind::Development).unwrap()];
     let out = dir.join("out/a.bundle");
-    let error = pack(&request(&dir.join("none"), Kind::Development, &signers), &out).unwrap_err();
+    let error =
+        pack_bundle(&request(&dir.join("none"), Kind::Development, &signers), &out).unwrap_err();
     assert!(format!("{error:#}").contains("opening"), "{error:#}");
     assert_eq!(std::fs::read_dir(dir.join("out")).unwrap().count(), 0);
 }
@@ -223,7 +225,7 @@ fn a_read_only_key_directory_is_read_and_signs() {
     let folder = dir.join("keys");
     let signers = [KeyDirectory::open(&folder).unwrap().signer(Kind::Development).unwrap()];
     let out = dir.join("a.bundle");
-    pack(&request(&payload(&dir), Kind::Development, &signers), &out).unwrap();
+    pack_bundle(&request(&payload(&dir), Kind::Development, &signers), &out).unwrap();
     std::fs::remove_file(folder.join(".lock")).unwrap();
     let mount = "mount --bind \"$1\" \"$1\" && mount -o remount,ro,bind \"$1\" && ! touch \"$1/x\" 2>/dev/null && shift && exec \"$@\"";
     let in_mount = |program: &str, words: &[&str]| {
@@ -319,8 +321,8 @@ fn in_a_child_with_a_password() {
         }
         let signers = [keys.signer(Kind::Release)?];
         let out = dir.join("a.bundle");
-        pack(&request(&payload(&dir), Kind::Release, &signers), &out)?;
-        verify(&out, &keys.set_for(Kind::Release), &Policy::default())?;
+        pack_bundle(&request(&payload(&dir), Kind::Release, &signers), &out)?;
+        verify_bundle(&out, &keys.set_for(Kind::Release), &Policy::default())?;
         Ok(())
     };
     if let Err(error) = work() {
@@ -386,8 +388,8 @@ fn an_api_that_no_robot_takes_is_not_good() {
         }
         let mut request = request(&dir, Kind::Development, &signers);
         request.components = vec![component];
-        pack(&request, &out).unwrap();
-        verify(&out, keys.set(), &Policy::default())
+        pack_bundle(&request, &out).unwrap();
+        verify_bundle(&out, keys.set(), &Policy::default())
     };
     let deep = format!("site/{}x", "d/".repeat(40));
     verdict(&[("site/foo/__init__.py", "x = 1\n"), ("site/foo/a/b.py", "")], None).unwrap();

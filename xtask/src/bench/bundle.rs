@@ -10,13 +10,13 @@ use bundle::{Kind, Level, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
-use super::install::{SIZES, cut};
+use super::install::{SIZES, cut_payload};
 use crate::exec;
 use crate::keys::KeyDirectory;
 use crate::progress;
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
-/// The first argument of a child that packs one bundle; the command line passes it to [`child`].
+/// The first argument of a child that packs one bundle; the command line passes it to [`run_child`].
 pub const CHILD: &str = "bench-bundle-child";
 
 /// The measurements of one contender.
@@ -66,9 +66,11 @@ pub fn run(settings: &BundleBenchSettings) -> Result<Vec<BundleRow>> {
         .with_context(|| format!("creating {}", settings.scratch))?;
     let mut rows = Vec::new();
     let runs = settings.runs.max(3);
-    for (contenders, runs) in
-        [(quick(settings)?, runs), (sized(settings)?, runs), (slow(settings)?, 1)]
-    {
+    for (contenders, runs) in [
+        (quick_contenders(settings)?, runs),
+        (sized_contenders(settings)?, runs),
+        (slow_contenders(settings)?, 1),
+    ] {
         let mut times = vec![Vec::new(); contenders.len()];
         let mut peaks = vec![0; contenders.len()];
         let mut sizes = vec![0; contenders.len()];
@@ -78,7 +80,7 @@ pub fn run(settings: &BundleBenchSettings) -> Result<Vec<BundleRow>> {
                     "bench",
                     format!("round {} of {runs}: {}", round + 1, contender.name),
                 );
-                let (time, peak) = measure(contender)?;
+                let (time, peak) = measure_contender(contender)?;
                 times[at].push(time);
                 peaks[at] = peak.max(peaks[at]);
                 sizes[at] = std::fs::metadata(&contender.result)
@@ -126,16 +128,20 @@ pub fn table(rows: &[BundleRow]) -> String {
     out
 }
 
-fn ours(settings: &BundleBenchSettings, level: &str, yardstick: &str) -> Result<Contender> {
+fn slipway_contender(
+    settings: &BundleBenchSettings,
+    level: &str,
+    yardstick: &str,
+) -> Result<Contender> {
     let name = format!("slipway {level}");
     bundle_of(&settings.payload, settings, level, name, yardstick)
 }
 
 /// Slipway with payloads of several sizes: the time grows with the size, the memory does not.
-fn sized(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
+fn sized_contenders(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
     let one = |mib: &u64| {
         let payload = settings.scratch.join(format!("payload-{mib}.img"));
-        cut(&settings.payload, &payload, mib << 20)?;
+        cut_payload(&settings.payload, &payload, mib << 20)?;
         let name = format!("slipway fast {mib} MiB");
         bundle_of(&payload, settings, "fast", name.clone(), &name)
     };
@@ -162,7 +168,7 @@ fn bundle_of(
     })
 }
 
-fn other(
+fn other_contender(
     settings: &BundleBenchSettings,
     name: &str,
     yardstick: &str,
@@ -184,41 +190,41 @@ fn other(
     }
 }
 
-fn quick(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
+fn quick_contenders(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
     let zstd = |level: &str| {
         let name = format!("zstd -T0 -{level}");
         let level = format!("-{level}");
         let args = ["-q", "-f", "-T0", &level, "IN", "-o", "OUT"];
-        other(settings, &name, &name, "zstd.zst", &args)
+        other_contender(settings, &name, &name, "zstd.zst", &args)
     };
     let mut all = vec![
         zstd("3"),
-        ours(settings, "fast", "zstd -T0 -3")?,
+        slipway_contender(settings, "fast", "zstd -T0 -3")?,
         zstd("9"),
-        ours(settings, "release", "zstd -T0 -9")?,
+        slipway_contender(settings, "release", "zstd -T0 -9")?,
     ];
-    if exec::find("rauc").is_some() && exec::find("mksquashfs").is_some() {
-        all.push(rauc(settings)?);
+    if exec::find_program("rauc").is_some() && exec::find_program("mksquashfs").is_some() {
+        all.push(rauc_contender(settings)?);
     }
-    if exec::find("zip").is_some() {
+    if exec::find_program("zip").is_some() {
         let args = ["-q", "-j", "OUT", "IN"];
-        all.push(other(settings, "zip", "zstd -T0 -3", "payload.zip", &args));
+        all.push(other_contender(settings, "zip", "zstd -T0 -3", "payload.zip", &args));
     }
     Ok(all)
 }
 
-fn slow(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
+fn slow_contenders(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
     if !settings.slow {
         return Ok(Vec::new());
     }
     let name = "zstd -T0 -19";
     let args = ["-q", "-f", "-T0", "-19", "IN", "-o", "OUT"];
-    let zstd = other(settings, name, name, "zstd.zst", &args);
-    Ok(vec![zstd, ours(settings, "slow", "zstd -T0 -19")?])
+    let zstd = other_contender(settings, name, name, "zstd.zst", &args);
+    Ok(vec![zstd, slipway_contender(settings, "slow", "zstd -T0 -19")?])
 }
 
 /// A verity bundle of the one payload, compressed with zstd, signed with a temporary certificate.
-fn rauc(settings: &BundleBenchSettings) -> Result<Contender> {
+fn rauc_contender(settings: &BundleBenchSettings) -> Result<Contender> {
     let input = settings.scratch.join("rauc");
     std::fs::create_dir_all(&input).with_context(|| format!("creating {input}"))?;
     let (key, certificate) = (settings.scratch.join("rauc.key"), settings.scratch.join("rauc.crt"));
@@ -246,11 +252,11 @@ fn rauc(settings: &BundleBenchSettings) -> Result<Contender> {
         input.as_str(),
         "OUT",
     ];
-    Ok(other(settings, "rauc bundle", "zstd -T0 -3", "rauc.raucb", &args))
+    Ok(other_contender(settings, "rauc bundle", "zstd -T0 -3", "rauc.raucb", &args))
 }
 
 /// Runs a contender to its end. The data of earlier contenders is on the disk before it starts.
-fn measure(contender: &Contender) -> Result<(Duration, u64)> {
+fn measure_contender(contender: &Contender) -> Result<(Duration, u64)> {
     rustix::fs::sync();
     let started = Instant::now();
     let child = exec::Tool::new(&contender.program)
@@ -321,7 +327,7 @@ fn high_water(pid: u32) -> u64 {
 ///
 /// # Errors
 /// When the arguments are not those of [`run`], or packing fails.
-pub fn child(args: &[String]) -> Result<()> {
+pub fn run_child(args: &[String]) -> Result<()> {
     let [payload, level, out] = args else {
         bail!("expected a payload, a level and an output, found {} arguments", args.len())
     };
@@ -333,11 +339,11 @@ pub fn child(args: &[String]) -> Result<()> {
     };
     let dir = tempfile::tempdir().context("creating a temporary directory")?;
     let dir = Utf8Path::from_path(dir.path()).context("the temporary directory is not UTF-8")?;
-    pack(Utf8Path::new(payload), level, dir, Utf8Path::new(out))
+    pack_payload(Utf8Path::new(payload), level, dir, Utf8Path::new(out))
 }
 
 /// A bundle of one payload, signed with the development key of a directory.
-pub(super) fn pack(
+pub(super) fn pack_payload(
     payload: &Utf8Path,
     level: Level,
     keys: &Utf8Path,
@@ -359,5 +365,5 @@ pub(super) fn pack(
         workers: None,
         signers: &[signer],
     };
-    update::pack(&request, out).map(|_| ())
+    update::pack_bundle(&request, out).map(|_| ())
 }

@@ -89,28 +89,28 @@ pub fn run(workspace: &Utf8Path, folder: &Utf8Path) -> Result<Vec<ColdRow>> {
 /// Copies a clone of the commit, this machine's Rust and its settings for mirrors and registries.
 fn prepare(workspace: &Utf8Path, root: &Utf8Path) -> Result<()> {
     let sysroot = Tool::new("rustc").args(["--print", "sysroot"]).read()?;
-    copy(Utf8Path::new(sysroot.trim()), &root.join("opt/rust"))?;
+    copy_tree(Utf8Path::new(sysroot.trim()), &root.join("opt/rust"))?;
     for path in SETTINGS {
         let (from, to) = (Utf8Path::new("/").join(path), root.join(path));
         if from.exists() {
             if to.is_dir() {
                 fs::remove_dir_all(&to).with_context(|| format!("removing {to}"))?;
             }
-            copy(&from, &to)?;
+            copy_tree(&from, &to)?;
         }
     }
     let home = cargo_home()?;
     let settings = Utf8PathBuf::from(home).join("config.toml");
     if settings.is_file() {
-        copy(&settings, &root.join("root/.cargo/config.toml"))?;
+        copy_tree(&settings, &root.join("root/.cargo/config.toml"))?;
     }
     let clone = root.join("root/slipway");
-    git::anywhere()
+    git::git_without_repository()
         .args(["clone", "--quiet", "--no-local", workspace.as_str(), clone.as_str()])
         .run()
 }
 
-fn copy(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
+fn copy_tree(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
     let parent = to.parent().context("a path below the root")?;
     fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
     Tool::new("cp").args(["-a", "--no-target-directory"]).arg(from).arg(to).run()
@@ -135,7 +135,7 @@ fn measure(what: &str, folder: &Utf8Path, run: impl FnOnce() -> Result<()>) -> R
         (result, watcher.join().unwrap_or(before))
     });
     result.with_context(|| what.to_owned())?;
-    say("bench", format!("{what}: {}", progress::duration(started.elapsed())));
+    say("bench", format!("{what}: {}", progress::format_duration(started.elapsed())));
     Ok(ColdRow { what: what.to_owned(), took: started.elapsed(), disk: before - least })
 }
 
@@ -146,7 +146,7 @@ pub fn table(rows: &[ColdRow]) -> String {
         String::from("                                              seconds   ratio  disk\n");
     for row in rows {
         let seconds = row.took.as_secs_f64();
-        let (ratio, disk) = (seconds / floor, progress::bytes(row.disk));
+        let (ratio, disk) = (seconds / floor, progress::format_bytes(row.disk));
         text.push_str(&format!("{:<44} {seconds:>8.0} {ratio:>6.1}x  {disk}\n", row.what));
     }
     text

@@ -10,8 +10,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::OFlags;
 use serde::Serialize;
 
-use super::disk::{cut, median, spec};
-use crate::disk::{assemble, compress, sum};
+use super::disk::{cut_rootfs, disk_spec, median};
+use crate::disk::{assemble, compress, sum_image};
 use crate::exec::{self, Tool};
 use crate::flash::card::AlignedMemory;
 use crate::flash::source::ImageSource;
@@ -80,10 +80,10 @@ pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<F
     ensure!(repeats > 0, "a measurement needs at least one turn");
     std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     let root = folder.join("root.img");
-    cut(rootfs, &root, SLOT)?;
+    cut_rootfs(rootfs, &root, SLOT)?;
     let image = folder.join("card.img");
-    let size = assemble(&spec(sum(&root)?, SLOT)?, &image)?.size;
-    compress::compress(&image, 3)?;
+    let size = assemble(&disk_spec(sum_image(&root)?, SLOT)?, &image)?.size;
+    compress::compress_image(&image, 3)?;
     let mut rows = measure(&FlashBench { target: "file", image: &image, size, folder }, repeats)?;
     match device::can_loop() {
         Ok(()) => rows.extend(measure(
@@ -199,7 +199,8 @@ impl FlashBench<'_> {
             FlashContender::DdSparse => dd("sparse,notrunc"),
             FlashContender::Dd => dd("notrunc"),
             FlashContender::Bmaptool => {
-                let program = exec::find("bmaptool").context("bmaptool is not installed")?;
+                let program =
+                    exec::find_program("bmaptool").context("bmaptool is not installed")?;
                 Tool::new(program).args(["copy", image, target]).run()
             }
             FlashContender::Ours => ours(image, &["--no-read-back"]),
@@ -218,7 +219,7 @@ impl FlashBench<'_> {
         let direct = i32::try_from(OFlags::DIRECT.bits())?;
         let file = File::options().read(true).custom_flags(direct).open(target)?;
         let mut buffer = AlignedMemory::new(usize::try_from(write::PIECE)?);
-        for piece in write::pieces(&ImageSource::open(self.image)?) {
+        for piece in write::cut_into_pieces(&ImageSource::open(self.image)?) {
             file.read_exact_at(buffer.part(piece.size), piece.offset)?;
         }
         Ok(())

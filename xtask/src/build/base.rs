@@ -11,14 +11,14 @@ use crate::config::product::{Engine, ProductConfig};
 use crate::ext4::Mke2fs;
 use crate::fetch::Downloader;
 use crate::plan::{self, AptSourcePlan};
-use crate::progress::{bytes, warn};
+use crate::progress::{format_bytes, warn};
 use crate::rootfs::debian::{
     self, AptMirrors, AptSourceMirror, AptSourceSpec, BoardFilePatterns, DebianRequest, DebianSpec,
     DownloadedPackages, LockPolicy, PackagesLock, PruneRules, ReplacedPackage,
 };
 use crate::rootfs::kernel::ModuleRules;
 use crate::rootfs::{BaseSystem, PackageRole};
-use crate::text::sentence;
+use crate::text::describe_error;
 use crate::wheel::base::BaseSource;
 use crate::wheel::target::WheelTarget;
 use crate::wheel::{self, BasePython, InstallRequest, InstallTarget, InstalledWheels, WheelLock};
@@ -55,7 +55,7 @@ impl BuiltBase {
         format!(
             "{} packages, {} unpacked, kernel {kernel_release}",
             packages.len(),
-            bytes(*rootfs_bytes)
+            format_bytes(*rootfs_bytes)
         )
     }
 }
@@ -69,7 +69,7 @@ pub fn package_spec(config: &Config) -> DebianSpec {
         arch: config.board.arch.value.clone(),
         packages: rootfs.packages.iter().map(|l| l.value.clone()).collect(),
         extra: config.extra_packages.clone(),
-        sources: plan::sources(config).0.into_iter().map(source_spec).collect(),
+        sources: plan::plan_sources(config).0.into_iter().map(source_spec).collect(),
     }
 }
 
@@ -82,7 +82,7 @@ fn source_spec(source: AptSourcePlan) -> AptSourceSpec {
 ///
 /// # Errors
 /// As [`AptMirrors::from_host`].
-pub fn mirrors(root: &Utf8Path, sources: &[AptSourcePlan]) -> Result<AptMirrors> {
+pub fn load_mirrors(root: &Utf8Path, sources: &[AptSourcePlan]) -> Result<AptMirrors> {
     let mirror = |s: &AptSourcePlan| AptSourceMirror::new(&s.name, &s.address, root.join(&s.key));
     Ok(AptMirrors::from_host()?.with_sources(sources.iter().map(mirror).collect()))
 }
@@ -147,7 +147,7 @@ pub fn check_locks(config: &Config) -> Result<()> {
         (Err(packages), Ok(())) => Err(packages),
         (Err(packages), Err(wheels)) => {
             let said = |error| {
-                let sentence = sentence(&error);
+                let sentence = describe_error(&error);
                 sentence.split("\nhelp: ").next().unwrap_or_default().to_owned()
             };
             let (packages, wheels) = (said(packages), said(wheels));
@@ -201,7 +201,7 @@ pub(super) fn prune_rules(build: &BuildContext<'_>) -> Result<PruneRules> {
     Ok(rules)
 }
 
-fn key(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<CacheKey> {
+fn base_key(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<CacheKey> {
     let board = &build.plan.board;
     CacheKey::new("base", BASE_VERSION)
         // The installed packages are a part of the key.
@@ -219,36 +219,36 @@ fn key(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<CacheKey> {
 /// # Errors
 /// A lock that does not match the product; no network; a package that is not available; a failing
 /// engine.
-pub fn base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
+pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
     let path = build.plan.rootfs.lock.clone().context("the engine debian has a package lock")?;
     let full = build.root.join(&path);
     let mut lock = PackagesLock::load(&full)?;
     check_packages(&lock, &path, &build.packages, &build.plan.product.name)?;
     let mut replaced = Vec::new();
     let mut fetched = None;
-    if !build.cache.has("base", &key(build, &lock)?.finish(), BuiltBase::files)? {
+    if !build.cache.has("base", &base_key(build, &lock)?.finish(), BuiltBase::files)? {
         build.require_tools()?;
-        let found = fetch(build, &lock)?;
+        let found = fetch_packages(build, &lock)?;
         if !found.replaced.is_empty() {
-            announce(&found, &path);
+            announce_replaced(&found, &path);
             found.lock.save(&full)?;
             lock = found.lock.clone();
             replaced.clone_from(&found.replaced);
         }
         fetched = Some(found);
     }
-    let key = key(build, &lock)?;
+    let key = base_key(build, &lock)?;
     build.stage("base", key, BuiltBase::files, BuiltBase::describe, |build, dir| {
         let fetched = match fetched {
             Some(fetched) => fetched,
-            None => fetch(build, &lock)?,
+            None => fetch_packages(build, &lock)?,
         };
         // Fetched with the packages, so that the later stages need no network.
         host_tool(build, &lock)?;
         let board = &build.plan.board;
         let log = build.log("base");
-        let root = root(build, &lock, &fetched, &log)?;
-        let system = debian::build(
+        let root = build_root(build, &lock, &fetched, &log)?;
+        let system = debian::build_base_system(
             &DebianRequest {
                 debs: &fetched.debs,
                 epoch: lock.epoch,
@@ -270,7 +270,7 @@ pub fn base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
 
 /// The installed packages, without any files for a board: a separate stage, so that all boards of a
 /// product share the slowest step.
-fn root(
+fn build_root(
     build: &BuildContext<'_>,
     lock: &PackagesLock,
     fetched: &DownloadedPackages,
@@ -288,18 +288,18 @@ fn root(
         |tar: &Utf8PathBuf| vec![tar.clone()],
         |dir| {
             let tar = dir.join("root.tar");
-            debian::install(&lock.request, &fetched.debs, lock.epoch, log, &tar)?;
+            debian::install_packages(&lock.request, &fetched.debs, lock.epoch, log, &tar)?;
             Ok(tar)
         },
     )?;
     Ok(staged.value)
 }
 
-fn fetch(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<DownloadedPackages> {
+fn fetch_packages(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<DownloadedPackages> {
     let offline = build.options.offline;
-    let fetcher = Downloader::of(build.cache, offline)?;
+    let fetcher = Downloader::for_cache(build.cache, offline)?;
     let sources = &build.plan.rootfs.sources;
-    let mirrors = if offline { None } else { Some(mirrors(build.root, sources)?) };
+    let mirrors = if offline { None } else { Some(load_mirrors(build.root, sources)?) };
     let policy = if build.options.locked { LockPolicy::Locked } else { LockPolicy::Replace };
     debian::fetch_lock(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)
 }
@@ -308,7 +308,7 @@ fn fetch(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<DownloadedPack
 ///
 /// # Errors
 /// When there is none, and it cannot be fetched.
-pub(super) fn mke2fs(build: &BuildContext<'_>) -> Result<Mke2fs> {
+pub(super) fn find_mke2fs(build: &BuildContext<'_>) -> Result<Mke2fs> {
     let rootfs = &build.plan.rootfs;
     match rootfs.engine {
         Engine::Debian => {
@@ -321,12 +321,12 @@ pub(super) fn mke2fs(build: &BuildContext<'_>) -> Result<Mke2fs> {
 
 pub(super) fn host_tool(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<Mke2fs> {
     let offline = build.options.offline;
-    let fetcher = Downloader::of(build.cache, offline)?;
+    let fetcher = Downloader::for_cache(build.cache, offline)?;
     let mirrors = if offline { None } else { Some(AptMirrors::from_host()?) };
     debian::host_e2fs(lock, &fetcher, mirrors.as_ref(), &build.cache.root)
 }
 
-fn announce(fetched: &DownloadedPackages, path: &camino::Utf8Path) {
+fn announce_replaced(fetched: &DownloadedPackages, path: &camino::Utf8Path) {
     let none = "none".to_owned();
     let list: Vec<String> = fetched
         .replaced
@@ -359,10 +359,13 @@ pub(super) fn wheel_lock(build: &BuildContext<'_>) -> Result<Option<(WheelLock, 
 /// # Errors
 /// A wheel that does not match the base, is damaged, or has requirements that the base does not
 /// meet.
-pub fn wheels(build: &mut BuildContext<'_>, base: &BuiltBase) -> Result<Option<InstalledWheels>> {
+pub fn install_wheels(
+    build: &mut BuildContext<'_>,
+    base: &BuiltBase,
+) -> Result<Option<InstalledWheels>> {
     let Some((lock, package)) = wheel_lock(build)? else { return Ok(None) };
     let key = CacheKey::new("api", API_VERSION)
-        .with("wheels", wheel::identity(&lock))
+        .with("wheels", wheel::lock_identity(&lock))
         .with("base", &base.system.rootfs.sha256)
         .with("epoch", base.epoch.to_string());
     let base = base.clone();
@@ -373,14 +376,14 @@ pub fn wheels(build: &mut BuildContext<'_>, base: &BuiltBase) -> Result<Option<I
         |installed| {
             let size = installed.distributions.iter().map(|d| d.installed_bytes).sum();
             let count = installed.distributions.len();
-            format!("{package} and {count} wheels in all, {}", bytes(size))
+            format!("{package} and {count} wheels in all, {}", format_bytes(size))
         },
         |build, dir| {
             let cache: &Utf8PathBuf = &build.cache.root;
-            let wheels = wheel::fetch(&lock, build.cache, build.options.offline)?;
+            let wheels = wheel::fetch_wheels(&lock, build.cache, build.options.offline)?;
             let python = BasePython::read(BaseSource::Tar(base.system.rootfs.path.clone()))?;
             let log = build.log("api");
-            wheel::install(&InstallRequest {
+            wheel::install_wheels(&InstallRequest {
                 lock: &lock,
                 wheels: &wheels,
                 base: &python,

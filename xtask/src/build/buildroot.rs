@@ -13,11 +13,11 @@ use crate::ext4::Mke2fs;
 use crate::git;
 use crate::plan::fragment;
 use crate::progress::say;
-use crate::render::title;
+use crate::render::defconfig_title;
 use crate::rootfs::buildroot::collect::{CollectRequest, collect_base};
 use crate::rootfs::buildroot::engine::{self, BuildrootRequest};
 use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
-use crate::rootfs::buildroot::rebuild::below;
+use crate::rootfs::buildroot::rebuild::list_files;
 use crate::rootfs::buildroot::tree::{self, BuildrootTree, TreeChoice};
 use crate::rootfs::debian::PackagesLock;
 use crate::wheel::target::Libc;
@@ -33,14 +33,14 @@ pub fn output_name(root: &Utf8Path, product: &str, board: &str) -> String {
 }
 
 /// All inputs of Buildroot's output. Overlays, wheels and the agent are not part of it.
-fn key(build: &BuildContext<'_>, tree: &BuildrootTree, epoch: u64) -> Result<CacheKey> {
+fn base_key(build: &BuildContext<'_>, tree: &BuildrootTree, epoch: u64) -> Result<CacheKey> {
     let plan = build.plan;
     let pinned = plan.rootfs.buildroot.as_ref().context("the engine has a pinned release")?;
     let requests: Vec<String> =
         pinned.defconfig.0.iter().map(fragment::SymbolRequest::line).collect();
     let external = build.root.join("external");
     let mut files = Vec::new();
-    for path in below(&external)? {
+    for path in list_files(&external)? {
         let inside = path.strip_prefix(&external).unwrap_or(&path).to_owned();
         files.push((inside, hash_file(&path)?.1));
     }
@@ -62,7 +62,7 @@ fn key(build: &BuildContext<'_>, tree: &BuildrootTree, epoch: u64) -> Result<Cac
 /// # Errors
 /// A tree that is not the pinned one; a failing engine; a file that the board needs and that was
 /// not built.
-pub fn base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
+pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
     let plan = build.plan;
     let pinned = plan.rootfs.buildroot.clone().context("the engine has a pinned release")?;
     let choice = TreeChoice {
@@ -70,12 +70,12 @@ pub fn base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
         allow_changes: build.options.allow_changes,
         offline: build.options.offline,
     };
-    let tree = tree::obtain(&pinned, &build.cache.root, &choice)?;
-    let epoch = committed(&tree)?;
-    let key = key(build, &tree, epoch)?;
+    let tree = tree::obtain_tree(&pinned, &build.cache.root, &choice)?;
+    let epoch = commit_time(&tree)?;
+    let key = base_key(build, &tree, epoch)?;
     let name = output_name(build.root, &plan.product.name, &plan.board.name);
     let setup = BuildrootSetup::new(&build.cache.root, &tree.path, build.root, &name)?;
-    let (title, site) = (title(plan), BuildrootSite::of_machine(build.options.offline));
+    let (title, site) = (defconfig_title(plan), BuildrootSite::of_machine(build.options.offline));
     let log = build.log("base");
     let request = BuildrootRequest {
         plan: &pinned,
@@ -88,7 +88,7 @@ pub fn base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
     let made = build.stage("base", key, BuiltBase::files, BuiltBase::describe, |build, dir| {
         // Fetched first, so that what comes later needs no network.
         host_tool(build)?;
-        let info = engine::build(&request)?;
+        let info = engine::run_build(&request)?;
         let wants = CollectRequest {
             device_trees: &plan.board.device_trees,
             firmware: &plan.board.firmware,
@@ -125,8 +125,8 @@ fn legal_info(build: &BuildContext<'_>, request: &BuildrootRequest<'_>) -> Resul
 }
 
 /// The time of the tree's commit: the files of a release have it on every build machine.
-fn committed(tree: &BuildrootTree) -> Result<u64> {
-    git::time(&tree.path).context("reading the time of Buildroot's commit")
+fn commit_time(tree: &BuildrootTree) -> Result<u64> {
+    git::commit_time(&tree.path).context("reading the time of Buildroot's commit")
 }
 
 /// The wheels were locked for a C library: the built library must not be older.
@@ -147,13 +147,13 @@ fn require_libc(locked: &str, built: &str) -> Result<()> {
 /// An `mke2fs` that reads tars: the machine's own if it is new enough, else the one in the package
 /// lock of a product with the engine `debian`.
 pub(super) fn host_tool(build: &BuildContext<'_>) -> Result<Mke2fs> {
-    if let Some(program) = crate::exec::find("mke2fs") {
+    if let Some(program) = crate::exec::find_program("mke2fs") {
         let own = Mke2fs { program, libraries: Vec::new() };
         if own.version().is_ok() {
             return Ok(own);
         }
     }
-    for name in crate::config::products(build.root)? {
+    for name in crate::config::list_products(build.root)? {
         let Ok(product) = config::read_product(build.root, &name) else { continue };
         if product.rootfs.engine.value != Engine::Debian {
             continue;

@@ -7,9 +7,9 @@ use bundle::bootstate::BootState;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::key::{BOOT_SLOTS, ComposeInputs, size};
+use super::key::{BOOT_SLOTS, ComposeInputs, partition_size};
 use super::{BuildContext, BuildKeys, BuiltBase, BundleCompression, alias, base, environment, key};
-use crate::artifact::{Artifact, flush, write_atomically, write_large};
+use crate::artifact::{Artifact, flush_file, write_atomically, write_large};
 use crate::compose::{self, ComposeParts, lint, programs, sizes};
 use crate::config::board::BootFileFormat;
 use crate::disk::{
@@ -19,7 +19,7 @@ use crate::exec::Tool;
 use crate::ext4::{self, Ext4Request};
 use crate::keys::SigningKey;
 use crate::plan::{BootSourcePlan, Plan};
-use crate::progress::{bytes, say, warn};
+use crate::progress::{format_bytes, say, warn};
 use crate::render::{INIT, RenderedFiles};
 use crate::rootfs::initrd::{self, InitrdCompression, InitrdRequest};
 use crate::start::{self, BootCheck};
@@ -73,10 +73,13 @@ pub struct BuiltCard {
 ///
 /// # Errors
 /// Parts that contradict each other, a slot that is too full, an image that would not boot.
-pub fn compose(build: &mut BuildContext<'_>, inputs: &ComposeInputs<'_>) -> Result<ComposedSystem> {
+pub fn compose_system(
+    build: &mut BuildContext<'_>,
+    inputs: &ComposeInputs<'_>,
+) -> Result<ComposedSystem> {
     let init = std::fs::read(build.root.join(INIT)).with_context(|| format!("reading {INIT}"))?;
     let libc = base::wheel_lock(build)?.map(|(lock, _)| lock.target.libc.to_string());
-    let (base_id, key) = key::compose(build.plan, inputs, &init, libc.as_deref())?;
+    let (base_id, key) = key::compose_key(build.plan, inputs, &init, libc.as_deref())?;
     let system: ComposedSystem = build.stage(
         "compose",
         key,
@@ -85,7 +88,11 @@ pub fn compose(build: &mut BuildContext<'_>, inputs: &ComposeInputs<'_>) -> Resu
         },
         |system| {
             let percent = (system.used * 100).div_ceil(system.capacity.max(1));
-            format!("root {} of {} ({percent} %)", bytes(system.used), bytes(system.capacity))
+            format!(
+                "root {} of {} ({percent} %)",
+                format_bytes(system.used),
+                format_bytes(system.capacity)
+            )
         },
         |build, dir| compose_into(build, inputs, &init, libc.as_deref(), &base_id, dir),
     )?;
@@ -106,10 +113,10 @@ fn compose_into(
 ) -> Result<ComposedSystem> {
     let &ComposeInputs { rendered, base, wheels, agent, signing } = inputs;
     let plan = build.plan;
-    let (capacity, data_size) = (size(plan, "root-a")?, size(plan, "data")?);
+    let (capacity, data_size) = (partition_size(plan, "root-a")?, partition_size(plan, "data")?);
     let config = std::fs::read_to_string(&base.system.kernel_config.path)
         .context("reading the kernel's configuration")?;
-    let initrd = initrd::build(
+    let initrd = initrd::build_initrd(
         &InitrdRequest {
             busybox: &base.system.initrd_parts.busybox.path,
             init,
@@ -139,17 +146,17 @@ fn compose_into(
         key_set: &signing.key_set,
         base_id,
     };
-    let tree = compose::tree(plan, &parts)?;
+    let tree = compose::build_tree(plan, &parts)?;
     let names = boot_names(build, base);
-    lint::check(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
-    programs::check(&tree)?;
-    let sizes = sizes::measure(&tree)?;
+    lint::check_system(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
+    programs::check_programs(&tree)?;
+    let sizes = sizes::measure_tree(&tree)?;
     let tar = dir.join("root.tar");
     write_large(&tar, |out| tree.write(plan.epoch, out))?;
-    let tool = &base::mke2fs(build)?;
+    let tool = &base::find_mke2fs(build)?;
     let root = dir.join("root.ext4");
     let board = &plan.board.name;
-    let usage = ext4::make(
+    let usage = ext4::make_image(
         tool,
         &Ext4Request {
             tar: Some(&tar),
@@ -168,9 +175,9 @@ fn compose_into(
     let product = format!("configs/{}.toml", plan.product.name);
     let (limit, warning) = (plan.rootfs.fill_limit, plan.rootfs.fill_warning);
     let used = usage.used;
-    let warning = sizes::budget(used, capacity, limit, warning, &sizes, &product)?;
+    let warning = sizes::check_budget(used, capacity, limit, warning, &sizes, &product)?;
     let data = dir.join("data.ext4");
-    ext4::make(
+    ext4::make_image(
         tool,
         &Ext4Request {
             tar: None,
@@ -187,7 +194,7 @@ fn compose_into(
         &data,
     )?;
     let key = dir.file_name().unwrap_or_default().to_owned();
-    let (root, data) = (disk::sum(&root)?, disk::sum(&data)?);
+    let (root, data) = (disk::sum_image(&root)?, disk::sum_image(&data)?);
     Ok(ComposedSystem { root, data, initrd, used, capacity, sizes, warning, key })
 }
 
@@ -198,10 +205,14 @@ fn boot_names(build: &BuildContext<'_>, base: &BuiltBase) -> Vec<(String, String
         let role = file.partition.clone();
         match &file.source {
             BootSourcePlan::Firmware => {
-                names.extend(base.system.firmware.iter().map(|f| (role.clone(), flat(&f.path))));
+                names.extend(
+                    base.system.firmware.iter().map(|f| (role.clone(), file_name_only(&f.path))),
+                );
             }
             BootSourcePlan::DeviceTrees => {
-                names.extend(base.system.dtbs.iter().map(|f| (role.clone(), flat(&f.path))));
+                names.extend(
+                    base.system.dtbs.iter().map(|f| (role.clone(), file_name_only(&f.path))),
+                );
             }
             _ => names.push((role, file.path.clone())),
         }
@@ -210,7 +221,7 @@ fn boot_names(build: &BuildContext<'_>, base: &BuiltBase) -> Vec<(String, String
 }
 
 /// A file's name without its directories.
-fn flat(path: &str) -> String {
+fn file_name_only(path: &str) -> String {
     path.rsplit('/').next().unwrap_or(path).to_owned()
 }
 
@@ -235,22 +246,22 @@ fn boot_partitions(
                     Some(BootFileFormat::BootScript) => {
                         wrap_script(text, build.plan.epoch, dir, &build.log("image"))?
                     }
-                    Some(BootFileFormat::UbootEnvironment) => environment::pack(text)
+                    Some(BootFileFormat::UbootEnvironment) => environment::pack_environment(text)
                         .with_context(|| {
-                            format!("creating {} from {}", file.path, file.partition)
-                        })?,
+                        format!("creating {} from {}", file.path, file.partition)
+                    })?,
                     None => text.clone(),
                 };
                 put(file.path.clone(), FileSource::Bytes(bytes));
             }
             BootSourcePlan::Firmware => {
                 for f in &base.system.firmware {
-                    put(flat(&f.path), from(&f.file));
+                    put(file_name_only(&f.path), from(&f.file));
                 }
             }
             BootSourcePlan::DeviceTrees => {
                 for f in &base.system.dtbs {
-                    put(flat(&f.path), device_tree(&f.file, &file.aliases)?);
+                    put(file_name_only(&f.path), device_tree(&f.file, &file.aliases)?);
                 }
             }
             BootSourcePlan::DeviceTree(path) => {
@@ -286,7 +297,7 @@ fn device_tree(file: &Artifact, aliases: &[String]) -> Result<FileSource> {
     }
     let doing = || format!("adding aliases to {}", file.path);
     let bytes = std::fs::read(&file.path).with_context(doing)?;
-    Ok(FileSource::Bytes(alias::add(&bytes, aliases).with_context(doing)?))
+    Ok(FileSource::Bytes(alias::add_aliases(&bytes, aliases).with_context(doing)?))
 }
 
 /// The name of the volume of both: `boot-a` and `boot-b` hold the same bytes, as all slot images do.
@@ -330,7 +341,7 @@ pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::MachineFi
     Some(crate::qemu::MachineFiles {
         image: dist.join(format!("{}.img", plan.stem())),
         bootloader: dir.join("u-boot.bin"),
-        device_tree: qemu.device_tree.as_ref().map(|path| dir.join(flat(path))),
+        device_tree: qemu.device_tree.as_ref().map(|path| dir.join(file_name_only(path))),
         device_tree_changes: qemu.device_tree_changes.as_ref().map(|_| dir.join("changes.dtsi")),
     })
 }
@@ -366,7 +377,7 @@ fn copy_for_qemu(build: &BuildContext<'_>, base: &BuiltBase, changes: Option<&[u
 ///
 /// # Errors
 /// Boot files that do not fit their partition, a full disk, a model of the board that would not start from the card.
-pub fn card(
+pub fn build_card(
     build: &mut BuildContext<'_>,
     rendered: &RenderedFiles,
     base: &BuiltBase,
@@ -375,7 +386,7 @@ pub fn card(
     let plan = build.plan;
     let (root, out) = (build.root, build.output("img"));
     let changes = tree_changes(build)?;
-    let key = key::image(plan, rendered, base, &system.key, changes.as_deref(), &out)?;
+    let key = key::image_key(plan, rendered, base, &system.key, changes.as_deref(), &out)?;
     let card: BuiltCard = build.stage(
         "image",
         key,
@@ -386,7 +397,7 @@ pub fn card(
         },
         |card| {
             let shown = card.image.strip_prefix(root).unwrap_or(&card.image);
-            format!("{shown}  {}, {} on disk", bytes(card.size), bytes(card.written))
+            format!("{shown}  {}, {} on disk", format_bytes(card.size), format_bytes(card.written))
         },
         |build, dir| {
             let mut boot = boot_partitions(build, rendered, base, system, dir)?;
@@ -417,13 +428,13 @@ pub fn card(
                 partitions,
             };
             let (made, starts) = disk::assemble_checked(&spec, &out, |image| {
-                let starts = start::look(image, Some((root, plan)))?;
-                start::require(&starts, &plan.board.name)?;
+                let starts = start::check_card(image, Some((root, plan)))?;
+                start::require_bootable(&starts, &plan.board.name)?;
                 Ok(starts)
             })?;
             // The image must be on the disk before the stage is marked as finished.
-            flush(&made.path)?;
-            flush(&made.bmap.path)?;
+            flush_file(&made.path)?;
+            flush_file(&made.bmap.path)?;
             copy_for_qemu(build, base, changes.as_deref())?;
             Ok(BuiltCard {
                 image: made.path,
@@ -442,14 +453,14 @@ pub fn card(
         },
     )?;
     if build.options.zst {
-        let packed = disk::compress::compress(&card.image, ZST_LEVEL)?;
-        say("image", format!("{}  {}", packed.path, bytes(packed.size)));
+        let packed = disk::compress::compress_image(&card.image, ZST_LEVEL)?;
+        say("image", format!("{}  {}", packed.path, format_bytes(packed.size)));
     }
     Ok(card)
 }
 
 /// The compression level of a bundle.
-pub(super) fn level(compression: BundleCompression) -> bundle::Level {
+pub(super) fn compression_level(compression: BundleCompression) -> bundle::Level {
     match compression {
         BundleCompression::Fast => bundle::Level::Fast,
         BundleCompression::Release => bundle::Level::Release,
@@ -461,7 +472,7 @@ pub(super) fn level(compression: BundleCompression) -> bundle::Level {
 ///
 /// # Errors
 /// A key that may not sign this product, a full disk.
-pub fn bundle(
+pub fn build_bundle(
     build: &mut BuildContext<'_>,
     rendered: &RenderedFiles,
     base: &BuiltBase,
@@ -472,14 +483,14 @@ pub fn bundle(
     let (root, out) = (build.root, build.output("bundle"));
     let signers = signing.signers.iter().map(SigningKey::key);
     let ids: Vec<&str> = signers.map(|key| key.id.as_str()).collect();
-    let level = level(build.options.compression);
-    let key = key::bundle(plan, rendered, base, &system.key, &ids, level, &out)?;
+    let level = compression_level(build.options.compression);
+    let key = key::bundle_key(plan, rendered, base, &system.key, &ids, level, &out)?;
     build.stage(
         "bundle",
         key,
         |bundle: &Artifact| vec![bundle.path.clone()],
         |bundle| {
-            let size = bytes(bundle.size);
+            let size = format_bytes(bundle.size);
             let shown = bundle.path.strip_prefix(root).unwrap_or(&bundle.path);
             format!(
                 "{shown}  {size}, signed by the {} key {}",
@@ -520,8 +531,8 @@ pub fn bundle(
                 workers: None,
                 signers: &signing.signers,
             };
-            let packed = update::pack(&request, &out)?.artifact;
-            flush(&packed.path)?;
+            let packed = update::pack_bundle(&request, &out)?.artifact;
+            flush_file(&packed.path)?;
             if boot.exists() {
                 std::fs::remove_file(&boot).with_context(|| format!("removing {boot}"))?;
             }

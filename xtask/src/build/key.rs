@@ -39,7 +39,7 @@ pub struct ComposeInputs<'a> {
 }
 
 /// The size of a partition in bytes.
-pub(super) fn size(plan: &Plan, role: &str) -> Result<u64> {
+pub(super) fn partition_size(plan: &Plan, role: &str) -> Result<u64> {
     Ok(plan.disk.partition(role).with_context(|| format!("the board has no {role}"))?.size)
 }
 
@@ -52,14 +52,14 @@ fn boot_texts(rendered: &RenderedFiles) -> Vec<(&(String, String), String)> {
 ///
 /// # Errors
 /// When the board lacks a partition.
-pub(super) fn compose(
+pub(super) fn compose_key(
     plan: &Plan,
     inputs: &ComposeInputs<'_>,
     init: &[u8],
     libc: Option<&str>,
 ) -> Result<(String, CacheKey)> {
     let &ComposeInputs { rendered, base, wheels, agent, signing } = inputs;
-    let sizes = (size(plan, "root-a")?, size(plan, "data")?);
+    let sizes = (partition_size(plan, "root-a")?, partition_size(plan, "data")?);
     let Plan {
         schema: _,  // of plan.json
         product: _, // in the rendered texts
@@ -158,7 +158,7 @@ pub(super) fn compose(
 ///
 /// # Errors
 /// When an input has no JSON form.
-pub(super) fn image(
+pub(super) fn image_key(
     plan: &Plan,
     rendered: &RenderedFiles,
     base: &BuiltBase,
@@ -219,14 +219,14 @@ pub(super) fn image(
         .with_json("boot", &boot_texts(rendered))?
         .with_json("layout", disk)?
         .with_json("identifiers", identifiers)?
-        .with_json("boards", &(crate::start::version(), compatible))
+        .with_json("boards", &(crate::start::model_version(), compatible))
 }
 
 /// The key of the stage `bundle` of the system with this key, which writes to `out`; `signers`: the ids of the keys that sign.
 ///
 /// # Errors
 /// When an input has no JSON form.
-pub(super) fn bundle(
+pub(super) fn bundle_key(
     plan: &Plan,
     rendered: &RenderedFiles,
     base: &BuiltBase,

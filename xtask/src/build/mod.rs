@@ -24,17 +24,17 @@ use crate::config::product::{Engine, Kind, RootLogin};
 use crate::failure::BuildFailure;
 use crate::keys::{self, KeyDirectory, SigningKey};
 use crate::plan::Plan;
-use crate::progress::{duration, say, warn};
+use crate::progress::{format_duration, say, warn};
 use crate::render::{RenderedFiles, render};
 use crate::report::ReportStage;
 use crate::rootfs::debian::DebianSpec;
 use crate::shared;
 use crate::tools::{self, ToolPurpose};
 use crate::wheel::InstalledWheels;
-use crate::workspace::{dist, resolve, resolve_nightly, save, turn};
+use crate::workspace::{dist_dir, lock_dist_dir, resolve_nightly, resolve_plan, save_plan};
 
 pub use agent::{BuiltAgent, LOCK as COMPILER_LOCK, SOURCES as AGENT_SOURCES};
-pub use base::{BuiltBase, check_locks, mirrors, package_spec, python_target};
+pub use base::{BuiltBase, check_locks, load_mirrors, package_spec, python_target};
 pub use buildroot::output_name;
 pub use component::{ComponentBundle, build_component};
 pub use image::{BuiltCard, ComposedSystem, qemu_files, wrap_script};
@@ -71,14 +71,14 @@ pub fn build_image(options: &BuildOptions) -> Result<Option<BuildSummary>> {
     let started = Instant::now();
     let (config, _, plan) = match options.nightly {
         true => resolve_nightly(&options.selection)?,
-        false => resolve(&options.selection)?,
+        false => resolve_plan(&options.selection)?,
     };
     let cache = Cache::locate()?;
-    let dist = dist(&config.root, &plan);
-    let _turn = turn(&dist)?;
+    let dist = dist_dir(&config.root, &plan);
+    let _turn = lock_dist_dir(&dist)?;
     BuildFailure::forget(&dist)?;
-    say("plan", summary(&plan));
-    save(&plan, &dist)?;
+    say("plan", describe_plan(&plan));
+    save_plan(&plan, &dist)?;
     let until = options.until.unwrap_or(BuildStage::Bundle);
     if until == BuildStage::Plan {
         return Ok(None);
@@ -103,12 +103,13 @@ pub fn build_image(options: &BuildOptions) -> Result<Option<BuildSummary>> {
     if until >= BuildStage::Api {
         check_locks(&config)?;
     }
-    let signing = signing(&plan).context("choosing the signing key")?;
+    let signing = open_build_keys(&plan).context("choosing the signing key")?;
     developer_access(&plan, &mut rendered).context("finding who may log in")?;
-    let cache = shared::attach(cache, plan.product.kind, &signing.signer, options.offline)?;
+    let cache =
+        shared::attach_shared_cache(cache, plan.product.kind, &signing.signer, options.offline)?;
     let packages = package_spec(&config);
     let mut build = BuildContext::new(&plan, &config.root, dist, &cache, options, packages);
-    let made = match stages(&mut build, &rendered, &signing, until) {
+    let made = match run_stages(&mut build, &rendered, &signing, until) {
         Ok(made) => made,
         Err(error) => {
             // The first error is the one to report.
@@ -118,8 +119,8 @@ pub fn build_image(options: &BuildOptions) -> Result<Option<BuildSummary>> {
             return Err(error);
         }
     };
-    let report = outcome::report(&build, &made, &rendered, &signing, started.elapsed())?;
-    outcome::write(&build, report).map(Some)
+    let report = outcome::collect_report(&build, &made, &rendered, &signing, started.elapsed())?;
+    outcome::write_report(&build, report).map(Some)
 }
 
 /// A composed system, for `run --local` (no card image).
@@ -136,18 +137,18 @@ pub struct LocalBuild {
 ///
 /// # Errors
 /// Whatever a stage returns.
-pub fn compose(options: &BuildOptions) -> Result<LocalBuild> {
-    let (config, _, plan) = resolve(&options.selection)?;
+pub fn build_for_local(options: &BuildOptions) -> Result<LocalBuild> {
+    let (config, _, plan) = resolve_plan(&options.selection)?;
     let cache = Cache::locate()?;
-    let dist = dist(&config.root, &plan);
-    say("plan", summary(&plan));
+    let dist = dist_dir(&config.root, &plan);
+    say("plan", describe_plan(&plan));
     let mut rendered = render(&config.root, &plan)?;
     check_locks(&config)?;
-    let signing = signing(&plan).context("choosing the signing key")?;
+    let signing = open_build_keys(&plan).context("choosing the signing key")?;
     developer_access(&plan, &mut rendered).context("finding who may log in")?;
     let packages = package_spec(&config);
     let mut build = BuildContext::new(&plan, &config.root, dist.clone(), &cache, options, packages);
-    let made = stages(&mut build, &rendered, &signing, BuildStage::Compose)?;
+    let made = run_stages(&mut build, &rendered, &signing, BuildStage::Compose)?;
     drop(build);
     let system = made.system.context("the stage compose returns a system")?;
     Ok(LocalBuild { plan, dist, system })
@@ -179,9 +180,9 @@ pub struct BuildKeys {
     pub key_set: Vec<u8>,
 }
 
-fn signing(plan: &Plan) -> Result<BuildKeys> {
+fn open_build_keys(plan: &Plan) -> Result<BuildKeys> {
     let kind = plan.product.kind;
-    let mut keys = KeyDirectory::open(&keys::directory()?)?;
+    let mut keys = KeyDirectory::open(&keys::key_directory()?)?;
     let signers = keys.signers(kind)?;
     let signer = signers.first().context("no signing key")?.clone();
     let key_set =
@@ -196,7 +197,7 @@ fn developer_access(plan: &Plan, rendered: &mut RenderedFiles) -> Result<()> {
     let Some(root) = plan.users.iter().find(|user| user.uid == 0).filter(|_| !closed) else {
         return Ok(());
     };
-    let dir = keys::directory()?;
+    let dir = keys::key_directory()?;
     let own = keys::authorized_keys(&dir)?;
     if !own.is_empty() {
         let path = dir.join(keys::AUTHORIZED_KEYS);
@@ -206,13 +207,13 @@ fn developer_access(plan: &Plan, rendered: &mut RenderedFiles) -> Result<()> {
     Ok(())
 }
 
-fn stages(
+fn run_stages(
     build: &mut BuildContext<'_>,
     rendered: &RenderedFiles,
     signing: &BuildKeys,
     until: BuildStage,
 ) -> Result<BuildOutputs> {
-    let (base, wheels, agent) = foundations(build, until)?;
+    let (base, wheels, agent) = build_foundations(build, until)?;
     let mut made = BuildOutputs { base, wheels, agent, system: None, card: None, bundle: None };
     if let (true, Some(agent)) = (until >= BuildStage::Compose, &made.agent) {
         build.running = BuildStage::Compose;
@@ -223,14 +224,14 @@ fn stages(
             agent,
             signing,
         };
-        made.system = Some(image::compose(build, &parts)?);
+        made.system = Some(image::compose_system(build, &parts)?);
     }
     if let (true, Some(system)) = (until >= BuildStage::Image, &made.system) {
         build.running = BuildStage::Image;
-        made.card = Some(image::card(build, rendered, &made.base, system)?);
+        made.card = Some(image::build_card(build, rendered, &made.base, system)?);
         if until >= BuildStage::Bundle {
             build.running = BuildStage::Bundle;
-            made.bundle = Some(image::bundle(build, rendered, &made.base, system, signing)?);
+            made.bundle = Some(image::build_bundle(build, rendered, &made.base, system, signing)?);
         }
     }
     Ok(made)
@@ -238,14 +239,14 @@ fn stages(
 
 /// Builds the inputs of the root filesystem. The agent does not depend on the base, so it is
 /// compiled while packages are installed, which uses little more than one core.
-fn foundations(
+fn build_foundations(
     build: &mut BuildContext<'_>,
     until: BuildStage,
 ) -> Result<(BuiltBase, Option<InstalledWheels>, Option<BuiltAgent>)> {
     let mut beside = build.beside(BuildStage::Agent);
     let (first, agent) = std::thread::scope(|scope| {
         let compile = || {
-            agent::agent(&mut beside).inspect_err(|_| {
+            agent::build_agent(&mut beside).inspect_err(|_| {
                 warn(
                     "building the agent failed; waiting for the other stages so that their \
                  results are cached",
@@ -279,18 +280,18 @@ fn base_and_wheels(
     until: BuildStage,
 ) -> Result<(BuiltBase, Option<InstalledWheels>)> {
     let base = match build.plan.rootfs.engine {
-        Engine::Debian => base::base(build)?,
-        Engine::Buildroot => buildroot::base(build)?,
+        Engine::Debian => base::build_base(build)?,
+        Engine::Buildroot => buildroot::build_base(build)?,
     };
     if until < BuildStage::Api {
         return Ok((base, None));
     }
     build.running = BuildStage::Api;
-    let wheels = base::wheels(build, &base)?;
+    let wheels = base::install_wheels(build, &base)?;
     Ok((base, wheels))
 }
 
-fn summary(plan: &Plan) -> String {
+fn describe_plan(plan: &Plan) -> String {
     let mut text =
         format!("{} {} for {}", plan.product.name, plan.product.version, plan.board.name);
     match plan.rootfs.engine {
@@ -347,7 +348,7 @@ impl<'a> BuildContext<'a> {
         let seconds = started.elapsed();
         let note = describe(&value);
         let time = match origin {
-            StageOrigin::Made => duration(seconds),
+            StageOrigin::Made => format_duration(seconds),
             StageOrigin::Kept => "kept".to_owned(),
             StageOrigin::Shared => "from the shared cache".to_owned(),
         };
@@ -369,7 +370,7 @@ impl<'a> BuildContext<'a> {
                 Engine::Debian => ToolPurpose::Debian,
                 Engine::Buildroot => ToolPurpose::Buildroot,
             };
-            tools::require(&[ToolPurpose::Build, engine], !self.options.no_install)?;
+            tools::require_tools(&[ToolPurpose::Build, engine], !self.options.no_install)?;
             *there = true;
         }
         Ok(())

@@ -21,7 +21,7 @@ use crate::report::{
 };
 use crate::rootfs::BasePackage;
 use crate::sbom::{self, SbomComponent, SbomOrigin, SbomSubject};
-use crate::time::timestamp;
+use crate::time::format_timestamp;
 use crate::wheel::metadata::License;
 
 /// Records which stage failed, and the path of its log.
@@ -41,7 +41,7 @@ pub fn write_failure(build: &BuildContext<'_>, error: &anyhow::Error) -> Result<
 ///
 /// # Errors
 /// When an output cannot be read.
-pub fn report(
+pub fn collect_report(
     build: &BuildContext<'_>,
     made: &BuildOutputs,
     rendered: &RenderedFiles,
@@ -49,7 +49,7 @@ pub fn report(
     elapsed: Duration,
 ) -> Result<BuildReport> {
     let plan = build.plan;
-    let components = components(build, made)?;
+    let components = collect_components(build, made)?;
     let sbom = build.dist.join("sbom.cdx.json");
     let meta = SbomSubject {
         product: plan.product.name.clone(),
@@ -57,17 +57,17 @@ pub fn report(
         board: plan.board.name.clone(),
         epoch: plan.epoch,
     };
-    sbom::write(&sbom, &components, &meta)?;
+    sbom::write_sbom(&sbom, &components, &meta)?;
     let mut outputs = Vec::new();
     if let Some(card) = &made.card {
-        outputs.push(output(build, "image", &card.image, None)?);
+        outputs.push(report_output(build, "image", &card.image, None)?);
         let sha256 = Some(card.bmap.sha256.clone());
-        outputs.push(output(build, "block map", &card.bmap.path, sha256)?);
+        outputs.push(report_output(build, "block map", &card.bmap.path, sha256)?);
     }
     if let Some(bundle) = &made.bundle {
-        outputs.push(output(build, "bundle", &bundle.path, Some(bundle.sha256.clone()))?);
+        outputs.push(report_output(build, "bundle", &bundle.path, Some(bundle.sha256.clone()))?);
     }
-    outputs.push(output(build, "sbom", &sbom, None)?);
+    outputs.push(report_output(build, "sbom", &sbom, None)?);
     let sized = |list: &[(String, u64)]| {
         list.iter().map(|(path, bytes)| PathSize { path: path.clone(), bytes: *bytes }).collect()
     };
@@ -83,7 +83,7 @@ pub fn report(
             name: plan.product.name.clone(),
             title: plan.product.title.clone(),
             version: plan.product.version.to_string(),
-            kind: kind(plan.product.kind),
+            kind: report_kind(plan.product.kind),
         },
         board: plan.board.name.clone(),
         engine: made.base.system.engine.clone(),
@@ -93,15 +93,15 @@ pub fn report(
         }),
         commit: plan.commit.clone(),
         epoch: plan.epoch,
-        started_in: report::CacheUse::of(&build.stages),
+        started_in: report::CacheUse::from_stages(&build.stages),
         seconds: elapsed.as_secs_f64(),
         stages: build.stages.clone(),
         outputs,
         signed_by: made.bundle.is_some().then(|| ReportSigner {
             key_id: signing.signer.key().id.clone(),
-            kind: kind(signing.signer.key().kind),
+            kind: report_kind(signing.signer.key().kind),
         }),
-        disk: made.card.is_some().then(|| disk(build, made)).transpose()?,
+        disk: made.card.is_some().then(|| report_disk(build, made)).transpose()?,
         root: system.map(|s| {
             let limit = plan.rootfs.fill_limit;
             ReportRoot::new(s.used, s.capacity, limit, s.warning.clone())
@@ -115,10 +115,10 @@ pub fn report(
                 installed_bytes: *bytes,
             })
             .collect(),
-        wheels: made.wheels.iter().flat_map(|w| &w.distributions).map(wheel).collect(),
+        wheels: made.wheels.iter().flat_map(|w| &w.distributions).map(report_wheel).collect(),
         largest_files: sized(&sizes.files),
         directories: sized(&sizes.directories),
-        components: parts(build, made, rendered)?,
+        components: collect_parts(build, made, rendered)?,
         starts: made.card.as_ref().map_or(Vec::new(), |card| card.starts.models.clone()),
         warnings: {
             let starts = made.card.iter().map(|card| &card.starts);
@@ -135,12 +135,12 @@ pub fn report(
                 new: r.new.clone().unwrap_or_default(),
             })
             .collect(),
-        next: if made.card.is_some() { next(build) } else { Vec::new() },
+        next: if made.card.is_some() { next_commands(build) } else { Vec::new() },
     })
 }
 
 /// The parts of the system, each with the digest of its content, without times and paths.
-fn parts(
+fn collect_parts(
     build: &BuildContext<'_>,
     made: &BuildOutputs,
     rendered: &RenderedFiles,
@@ -164,7 +164,7 @@ fn parts(
         .finish();
     let version = match &plan.rootfs.buildroot {
         Some(pinned) => pinned.release.clone(),
-        None => format!("{} of {}", plan.rootfs.suite, timestamp(made.base.epoch)),
+        None => format!("{} of {}", plan.rootfs.suite, format_timestamp(made.base.epoch)),
     };
     add("base", version, digest);
     if let (Some(wheels), Some(api)) = (&made.wheels, &plan.api) {
@@ -191,14 +191,14 @@ fn parts(
     Ok(parts)
 }
 
-fn kind(kind: Kind) -> ReportKind {
+fn report_kind(kind: Kind) -> ReportKind {
     match kind {
         Kind::Development => ReportKind::Development,
         Kind::Release => ReportKind::Release,
     }
 }
 
-fn wheel(installed: &crate::wheel::InstalledDistribution) -> ReportWheel {
+fn report_wheel(installed: &crate::wheel::InstalledDistribution) -> ReportWheel {
     ReportWheel {
         name: installed.name.clone(),
         version: installed.version.clone(),
@@ -206,7 +206,7 @@ fn wheel(installed: &crate::wheel::InstalledDistribution) -> ReportWheel {
     }
 }
 
-fn next(build: &BuildContext<'_>) -> Vec<String> {
+fn next_commands(build: &BuildContext<'_>) -> Vec<String> {
     let plan = build.plan;
     let mut options = String::new();
     if let Some(product) = &build.options.selection.product {
@@ -233,7 +233,7 @@ fn next(build: &BuildContext<'_>) -> Vec<String> {
     next
 }
 
-fn output(
+fn report_output(
     build: &BuildContext<'_>,
     name: &str,
     path: &Utf8Path,
@@ -251,7 +251,7 @@ fn output(
     })
 }
 
-fn disk(build: &BuildContext<'_>, made: &BuildOutputs) -> Result<ReportDisk> {
+fn report_disk(build: &BuildContext<'_>, made: &BuildOutputs) -> Result<ReportDisk> {
     let layout = &build.plan.disk;
     let region = |kind, role: &str, start, size| ReportRegion {
         kind,
@@ -309,7 +309,7 @@ fn disk(build: &BuildContext<'_>, made: &BuildOutputs) -> Result<ReportDisk> {
     ReportDisk::new(table_kind, layout.size, regions)
 }
 
-fn components(build: &BuildContext<'_>, made: &BuildOutputs) -> Result<Vec<SbomComponent>> {
+fn collect_components(build: &BuildContext<'_>, made: &BuildOutputs) -> Result<Vec<SbomComponent>> {
     let rootfs = &build.plan.rootfs;
     let component = |package: &BasePackage| -> Result<SbomComponent> {
         Ok(SbomComponent {
@@ -320,7 +320,7 @@ fn components(build: &BuildContext<'_>, made: &BuildOutputs) -> Result<Vec<SbomC
                 Engine::Buildroot => SbomOrigin::Generic,
             },
             sha256: Some(package.sha256.clone()).filter(|sum| sum.len() == 64),
-            license: license(&package.licences),
+            license: license_from_names(&package.licences),
             summary: None,
             cpe: package.cpe.clone(),
             depends_on: Vec::new(),
@@ -350,7 +350,7 @@ fn components(build: &BuildContext<'_>, made: &BuildOutputs) -> Result<Vec<SbomC
 }
 
 /// Debian's licence names are not SPDX identifiers, so they stay text.
-fn license(names: &[String]) -> Option<License> {
+fn license_from_names(names: &[String]) -> Option<License> {
     (!names.is_empty()).then(|| License::Text(names.join(", ")))
 }
 
@@ -367,7 +367,7 @@ pub struct BuildSummary {
 ///
 /// # Errors
 /// When one cannot be written.
-pub fn write(build: &BuildContext<'_>, report: BuildReport) -> Result<BuildSummary> {
+pub fn write_report(build: &BuildContext<'_>, report: BuildReport) -> Result<BuildSummary> {
     let json = report.to_json()?;
     let html_path = build.dist.join("report.html");
     let html = report::render_html(&report)?;

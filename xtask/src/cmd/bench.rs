@@ -23,7 +23,7 @@ const TURNS: usize = 5;
 /// When there is no root filesystem to measure with, or a contender fails.
 pub fn bench(options: &BenchArgs) -> Result<()> {
     if options.only.as_deref() == Some("cold") {
-        tools::require(&[ToolPurpose::Debian], true)?;
+        tools::require_tools(&[ToolPurpose::Debian], true)?;
         // Not in the cache: another disk may be faster, and the root must not be below a home
         // directory that others cannot enter.
         let folder = tempfile::Builder::new().prefix("slipway-bench-").tempdir()?;
@@ -31,7 +31,7 @@ pub fn bench(options: &BenchArgs) -> Result<()> {
         out!("{}", cold::table(&cold::run(&workspace_root()?, folder)?));
         return Ok(());
     }
-    tools::require(&[ToolPurpose::Test, ToolPurpose::Bench], true)?;
+    tools::require_tools(&[ToolPurpose::Test, ToolPurpose::Bench], true)?;
     let cache = Cache::locate()?;
     let payload = match &options.payload {
         Some(path) => path.clone(),

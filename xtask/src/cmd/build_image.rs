@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 
 use crate::build::{self, BuildOptions, BuildSummary, ComponentBundle};
 use crate::cli::{BuildImageArgs, OutputFormat};
-use crate::progress::bytes;
+use crate::progress::format_bytes;
 use crate::{outln, report, text};
 
 /// `cargo xtask build-image`.
@@ -12,18 +12,18 @@ use crate::{outln, report, text};
 /// # Errors
 /// Whatever a stage returns; nothing partial is left under a final name.
 pub fn build_image(options: &BuildImageArgs) -> Result<()> {
-    let asked = asked(options);
+    let asked = build_options(options);
     if options.component.is_some() {
         return show_component(&build::build_component(&asked)?, options.format);
     }
     match build::build_image(&asked)? {
-        Some(finished) => show(finished, options.format),
+        Some(finished) => print_report(finished, options.format),
         None => Ok(()),
     }
 }
 
 /// What was typed, for the pipeline.
-fn asked(options: &BuildImageArgs) -> BuildOptions {
+fn build_options(options: &BuildImageArgs) -> BuildOptions {
     // Taken apart, so that an option that goes nowhere is an error of the compiler.
     let BuildImageArgs {
         target,
@@ -55,14 +55,14 @@ fn asked(options: &BuildImageArgs) -> BuildOptions {
 }
 
 /// Prints the report.
-fn show(finished: BuildSummary, format: OutputFormat) -> Result<()> {
+fn print_report(finished: BuildSummary, format: OutputFormat) -> Result<()> {
     let BuildSummary { mut report, page } = finished;
     let mut out = std::io::stdout().lock();
     match format {
         OutputFormat::Json => outln!("{}", text::printable_json(&report.to_json()?)),
         OutputFormat::Text => {
             report.outputs.push(page);
-            let style = report::TerminalStyle::of(&out);
+            let style = report::TerminalStyle::for_stream(&out);
             report::render_terminal(&report, &mut out, style).context("printing the report")?;
         }
     }
@@ -72,9 +72,9 @@ fn show(finished: BuildSummary, format: OutputFormat) -> Result<()> {
 /// Prints the result.
 fn show_component(made: &ComponentBundle, format: OutputFormat) -> Result<()> {
     match format {
-        OutputFormat::Json => outln!("{}", text::json(made)?),
+        OutputFormat::Json => outln!("{}", text::to_json(made)?),
         OutputFormat::Text => {
-            outln!(" bundle   {}  {}", made.bundle.path, bytes(made.bundle.size));
+            outln!(" bundle   {}  {}", made.bundle.path, format_bytes(made.bundle.size));
             outln!(" next     cargo xtask push HOST --component {}", made.component);
         }
     }

@@ -12,9 +12,9 @@ use crate::config::{self, workspace_root};
 use crate::facts;
 use crate::plan::fragment::SymbolValue;
 use crate::plan::{self, BuildrootPlan, Plan};
-use crate::progress::{duration, say};
-use crate::render::title;
-use crate::rootfs::buildroot::check::{LostRequest, check};
+use crate::progress::{format_duration, say};
+use crate::render::defconfig_title;
+use crate::rootfs::buildroot::check::{LostRequest, check_defconfig};
 use crate::rootfs::buildroot::engine::{self, BuildrootRequest};
 use crate::rootfs::buildroot::expr::KconfigValues;
 use crate::rootfs::buildroot::info::BuildrootInfo;
@@ -55,7 +55,7 @@ fn product_name(target: &BuildrootTargetArgs) -> Result<String> {
         return Ok(name.clone());
     }
     let root = workspace_root()?;
-    let mut names = config::products(&root)?;
+    let mut names = config::list_products(&root)?;
     names.retain(|name| {
         config::read_product(&root, name).is_ok_and(|p| p.rootfs.engine.value == Engine::Buildroot)
     });
@@ -67,7 +67,7 @@ fn product_name(target: &BuildrootTargetArgs) -> Result<String> {
 }
 
 /// Resolves one board, or the product's default.
-fn case(target: &BuildrootTargetArgs, product: &str, board: Option<&str>) -> Result<Case> {
+fn resolve_case(target: &BuildrootTargetArgs, product: &str, board: Option<&str>) -> Result<Case> {
     let config = config::load(&workspace_root()?, Some(product), board)?;
     let plan = plan::resolve(&config, &facts::collect(&config.root)?)?;
     let buildroot = plan.rootfs.buildroot.clone().with_context(|| {
@@ -82,7 +82,7 @@ fn case(target: &BuildrootTargetArgs, product: &str, board: Option<&str>) -> Res
         allow_changes: target.tree.allow_changes,
         offline: target.offline,
     };
-    let tree = tree::obtain(&buildroot, &cache.root, &choice)?;
+    let tree = tree::obtain_tree(&buildroot, &cache.root, &choice)?;
     Ok(Case { plan, buildroot, tree, cache })
 }
 
@@ -106,7 +106,7 @@ impl Case {
     fn configure(&self, setup: &BuildrootSetup, site: &BuildrootSite) -> Result<()> {
         let request = BuildrootRequest {
             plan: &self.buildroot,
-            title: &title(&self.plan),
+            title: &defconfig_title(&self.plan),
             tree: &self.tree,
             setup,
             site,
@@ -116,53 +116,59 @@ impl Case {
     }
 }
 
-fn one(target: &BuildrootTargetArgs) -> Result<Case> {
-    tools::require(&[ToolPurpose::Buildroot], true)?;
-    case(target, &product_name(target)?, target.board.as_deref())
+fn resolve_one_case(target: &BuildrootTargetArgs) -> Result<Case> {
+    tools::require_tools(&[ToolPurpose::Buildroot], true)?;
+    resolve_case(target, &product_name(target)?, target.board.as_deref())
 }
 
 fn menuconfig(target: &BuildrootTargetArgs) -> Result<()> {
-    let case = one(target)?;
+    let case = resolve_one_case(target)?;
     let setup = case.menu()?;
     let _lock = setup.lock()?;
-    let found = menus::edit(&setup, &case.buildroot.defconfig, &title(&case.plan), |setup| {
-        setup.make().arg("menuconfig").run_on_terminal()
-    })?;
+    let found = menus::edit_menu(
+        &setup,
+        &case.buildroot.defconfig,
+        &defconfig_title(&case.plan),
+        |setup| setup.make().arg("menuconfig").run_on_terminal(),
+    )?;
     say("menu", format!("{} symbols differ from the fragments", found.len()));
-    show(&case)
+    print_changes(&case)
 }
 
 fn package_menuconfig(target: &BuildrootTargetArgs, package: &str) -> Result<()> {
-    let case = one(target)?;
+    let case = resolve_one_case(target)?;
     let (setup, site) = (case.setup()?, BuildrootSite::of_machine(target.offline));
     let _lock = setup.lock()?;
     case.configure(&setup, &site)?;
     setup.fetching(&site).arg(format!("{package}-menuconfig")).run_on_terminal()?;
     let text = setup.make().args(["-s", &format!("{package}-diff-config")]).read()?;
     let found = menus::from_diffconfig(&text);
-    menus::keep(&menus::store(&setup, package), &found)?;
+    menus::save_pending(&menus::pending_changes_path(&setup, package), &found)?;
     // A build depends on the fragments only: the next one merges them again.
     setup.make().args(["-s", &format!("{package}-clean-for-reconfigure")]).run()?;
-    show(&case)
+    print_changes(&case)
 }
 
 fn diff(target: &BuildrootTargetArgs) -> Result<()> {
-    show(&case(target, &product_name(target)?, target.board.as_deref())?)
+    print_changes(&resolve_case(target, &product_name(target)?, target.board.as_deref())?)
 }
 
 /// Prints the pending changes, each line with its file.
-fn show(case: &Case) -> Result<()> {
+fn print_changes(case: &Case) -> Result<()> {
     let defconfig = &case.buildroot.defconfig;
-    let changes: Vec<MenuChange> = menus::waiting(&menus::store(&case.menu()?, "buildroot"))?;
+    let changes: Vec<MenuChange> =
+        menus::read_pending(&menus::pending_changes_path(&case.menu()?, "buildroot"))?;
     let root = workspace_root()?;
     let values = if changes.is_empty() {
         KconfigValues::default()
     } else {
         let (setup, _lock) = BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
-        KconfigValues::parse(&check(&setup, defconfig, &title(&case.plan))?.config)
+        KconfigValues::parse(
+            &check_defconfig(&setup, defconfig, &defconfig_title(&case.plan))?.config,
+        )
     };
     let mut empty = true;
-    for advice in menus::advise(&changes, defconfig, &values) {
+    for advice in menus::advise_changes(&changes, defconfig, &values) {
         outln!("{:<8} {}\n         {}", advice.action, advice.line, advice.place);
         empty = false;
     }
@@ -171,7 +177,8 @@ fn show(case: &Case) -> Result<()> {
         ("uboot", "BR2_TARGET_UBOOT_CONFIG_FRAGMENT_FILES"),
     ];
     for (package, symbol) in fragments {
-        let lines: Vec<String> = menus::waiting(&menus::store(&case.setup()?, package))?;
+        let lines: Vec<String> =
+            menus::read_pending(&menus::pending_changes_path(&case.setup()?, package))?;
         let files = match defconfig.get(symbol).map(|r| &r.value) {
             Some(SymbolValue::Text(text)) => {
                 text.replace("$(BR2_EXTERNAL_SLIPWAY_PATH)", "external")
@@ -197,7 +204,7 @@ fn show(case: &Case) -> Result<()> {
 }
 
 fn make(target: &BuildrootTargetArgs, arguments: &[String]) -> Result<()> {
-    let case = one(target)?;
+    let case = resolve_one_case(target)?;
     let (setup, site) = (case.setup()?, BuildrootSite::of_machine(target.offline));
     let _lock = setup.lock()?;
     case.configure(&setup, &site)?;
@@ -227,13 +234,14 @@ fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputForm
     let mut failure = None;
     for board in &boards {
         let started = Instant::now();
-        let case = case(target, &product, Some(board))?;
+        let case = resolve_case(target, &product, Some(board))?;
         let (setup, _lock) = BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
-        let verdict = check(&setup, &case.buildroot.defconfig, &title(&case.plan))
-            .with_context(|| format!("checking {product} for {board}"))?;
+        let verdict =
+            check_defconfig(&setup, &case.buildroot.defconfig, &defconfig_title(&case.plan))
+                .with_context(|| format!("checking {product} for {board}"))?;
         let mut note = String::new();
         if packages && verdict.losses.is_empty() {
-            let info = BuildrootInfo::ask(&setup, &BuildrootSite::default())?;
+            let info = BuildrootInfo::read(&setup, &BuildrootSite::default())?;
             engine::require_hashes(&info, &setup.tree)?;
             note = format!(", {} packages", info.packages().count());
         }
@@ -244,7 +252,7 @@ fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputForm
         let compared = verdict.compared;
         say(
             "check",
-            format!("{board}: {compared} symbols, {outcome}{note}  ({})", duration(seconds)),
+            format!("{board}: {compared} symbols, {outcome}{note}  ({})", format_duration(seconds)),
         );
         if let Err(error) = verdict.require() {
             let error =
@@ -260,7 +268,7 @@ fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputForm
         });
     }
     if format == OutputFormat::Json {
-        outln!("{}", text::json(&results)?);
+        outln!("{}", text::to_json(&results)?);
     }
     match failure {
         Some(messages) => bail!("{}", messages.join("\n")),

@@ -11,26 +11,26 @@ use crate::{outln, text};
 /// # Errors
 /// When something is missing and was not installed.
 pub fn doctor(options: &DoctorArgs) -> Result<()> {
-    let purposes = purposes(options.buildroot);
+    let purposes = required_purposes(options.buildroot);
     if options.install {
-        tools::require(&purposes, true)?;
+        tools::require_tools(&purposes, true)?;
     }
-    let lacking = tools::missing(&purposes);
+    let lacking = tools::missing_tools(&purposes);
     if options.format == OutputFormat::Json {
-        outln!("{}", text::json(&lacking)?);
+        outln!("{}", text::to_json(&lacking)?);
     }
     match (lacking.is_empty(), options.format) {
         (true, OutputFormat::Text) => {
             outln!("This machine has everything that building and testing need.")
         }
         (true, OutputFormat::Json) => {}
-        (false, _) => bail!("{}", tools::describe(&lacking)),
+        (false, _) => bail!("{}", tools::describe_missing(&lacking)),
     }
     Ok(())
 }
 
 /// What a machine must be able to do; with `buildroot` also to build production systems.
-pub fn purposes(buildroot: bool) -> Vec<ToolPurpose> {
+pub fn required_purposes(buildroot: bool) -> Vec<ToolPurpose> {
     let mut purposes = vec![
         ToolPurpose::Build,
         ToolPurpose::Debian,

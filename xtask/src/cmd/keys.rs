@@ -5,7 +5,7 @@ use bundle::Kind;
 use serde_json::json;
 
 use crate::cli::{KeysCommand, OutputFormat};
-use crate::keys::{KEY_SET, KeyDirectory, ListedKey, directory};
+use crate::keys::{KEY_SET, KeyDirectory, ListedKey, key_directory};
 use crate::progress::say;
 use crate::{outln, text};
 
@@ -15,16 +15,21 @@ use crate::{outln, text};
 /// When the key directory cannot be used, a key exists already (`new`), or no key exists
 /// (`rotate`).
 pub fn keys(verb: &KeysCommand) -> Result<()> {
-    let mut keys = KeyDirectory::open(&directory()?)?;
+    let mut keys = KeyDirectory::open(&key_directory()?)?;
     match verb {
         KeysCommand::New => {
             let key = keys.new_key(Kind::Release)?;
-            outln!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
+            outln!(
+                "made the release key {} of epoch {} in {}",
+                key.id,
+                key.epoch,
+                key_directory()?
+            );
         }
         KeysCommand::Rotate { revoke, development } => {
             let kind = if *development { Kind::Development } else { Kind::Release };
             let key = keys.rotate(kind, *revoke)?;
-            outln!("made the {kind} key {} of epoch {} in {}", key.id, key.epoch, directory()?);
+            outln!("made the {kind} key {} of epoch {} in {}", key.id, key.epoch, key_directory()?);
             let is_older = |listed: &ListedKey| {
                 let (older, known) = (listed.key.epoch < key.epoch, listed.key.kind == kind);
                 older && known && !listed.key.revoked && listed.secret.is_some()
@@ -49,7 +54,7 @@ pub fn keys(verb: &KeysCommand) -> Result<()> {
         }
         KeysCommand::Revoke { id } => {
             let key = keys.revoke(id)?;
-            outln!("revoked the {} key {} in {}", key.kind, key.id, directory()?);
+            outln!("revoked the {} key {} in {}", key.kind, key.id, key_directory()?);
             say(
                 "keys",
                 "robots learn of it with their next update, or by the key set itself (docs/reference/slotd.md, Keys)",
@@ -57,14 +62,17 @@ pub fn keys(verb: &KeysCommand) -> Result<()> {
         }
         KeysCommand::List { format: OutputFormat::Json } => {
             let value = json!({ "serial": keys.set().serial, "keys": keys.list() });
-            outln!("{}", text::json(&value)?);
+            outln!("{}", text::to_json(&value)?);
         }
         KeysCommand::List { format: OutputFormat::Text } => {
             let list = keys.list();
             if list.is_empty() {
-                outln!("no keys in {}; the first build makes the development key", directory()?);
+                outln!(
+                    "no keys in {}; the first build makes the development key",
+                    key_directory()?
+                );
             } else {
-                outln!("key set {}, serial {}", directory()?.join(KEY_SET), keys.set().serial);
+                outln!("key set {}, serial {}", key_directory()?.join(KEY_SET), keys.set().serial);
             }
             for listed in list {
                 let key = &listed.key;

@@ -4,9 +4,9 @@ use anyhow::Result;
 
 use crate::cli::{OutputFormat, PublishArgs};
 use crate::config::workspace_root;
-use crate::progress::bytes;
+use crate::progress::format_bytes;
 use crate::publish::{self, SigningAuthority};
-use crate::release::create::local;
+use crate::release::create::local_store;
 use crate::store::directory::DirectoryStore;
 use crate::store::format::Channel;
 use crate::store::index::Retention;
@@ -21,12 +21,12 @@ use crate::{outln, text};
 pub fn publish(options: &PublishArgs) -> Result<()> {
     let from = match &options.from {
         Some(folder) => DirectoryStore::new(folder),
-        None => local(&workspace_root()?),
+        None => local_store(&workspace_root()?),
     };
     if options.target.starts_with("ssh://") {
-        tools::require(&[ToolPurpose::Push], true)?;
+        tools::require_tools(&[ToolPurpose::Push], true)?;
     }
-    let to = store::open(&options.target, &store_options(&options.access))?;
+    let to = store::open_store(&options.target, &store_options(&options.access))?;
     let mut authority = SigningAuthority::open(options.access.store_was_restored)?;
     let mut channels = options.channel.clone();
     channels.sort();
@@ -46,10 +46,16 @@ pub fn publish(options: &PublishArgs) -> Result<()> {
     let mut done = Vec::new();
     for channel in channels {
         let retention = Retention { keep: options.keep };
-        done.push(publish::publish(&from, to.as_ref(), channel, &mut authority, retention)?);
+        done.push(publish::publish_channel(
+            &from,
+            to.as_ref(),
+            channel,
+            &mut authority,
+            retention,
+        )?);
     }
     match options.format {
-        OutputFormat::Json => outln!("{}", text::json(&done)?),
+        OutputFormat::Json => outln!("{}", text::to_json(&done)?),
         OutputFormat::Text => {
             for one in &done {
                 let what = if one.releases.is_empty() {
@@ -60,7 +66,7 @@ pub fn publish(options: &PublishArgs) -> Result<()> {
                 outln!(
                     " {:<8} {what}; {} sent in {} objects, {} were there already",
                     one.channel,
-                    bytes(one.bytes),
+                    format_bytes(one.bytes),
                     one.sent,
                     one.kept
                 );

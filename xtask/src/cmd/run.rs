@@ -8,7 +8,7 @@ use crate::local::{self, HealthySystem, LocalOptions};
 use crate::progress::say;
 use crate::qemu::{InteractiveStart, run_interactive};
 use crate::tools::{self, ToolPurpose};
-use crate::workspace::{dist, resolve};
+use crate::workspace::{dist_dir, resolve_plan};
 use crate::{out, outln, text};
 use bundle::bootstate::{BootState, Slot};
 
@@ -18,16 +18,16 @@ use bundle::bootstate::{BootState, Slot};
 /// When nothing was built, or the board has no machine in QEMU; with `--local` when the build fails, this
 /// machine allows no namespaces, the system does not come up, or the command in it fails.
 pub fn run(options: &RunArgs) -> Result<()> {
-    if options.local { here(options) } else { machine(options) }
+    if options.local { run_local(options) } else { run_in_qemu(options) }
 }
 
 /// On this machine, without QEMU.
-fn here(options: &RunArgs) -> Result<()> {
-    tools::require(&[ToolPurpose::Local], true)?;
+fn run_local(options: &RunArgs) -> Result<()> {
+    tools::require_tools(&[ToolPurpose::Local], true)?;
     // Checks that can fail early, before the build.
-    let rights = local::allowed()?;
-    let listener = local::listen(options.port)?;
-    let composed = build::compose(&BuildOptions {
+    let rights = local::available_privileges()?;
+    let listener = local::listen_on(options.port)?;
+    let composed = build::build_for_local(&BuildOptions {
         selection: options.target.selection(),
         offline: options.offline,
         ..BuildOptions::default()
@@ -37,10 +37,12 @@ fn here(options: &RunArgs) -> Result<()> {
         site: options.site.clone(),
         command: options.command.clone(),
     };
-    let ready = local::run(&composed, &how, rights, listener, |ready| show(ready, options.format))?;
+    let ready = local::run_system(&composed, &how, rights, listener, |ready| {
+        print_system(ready, options.format)
+    })?;
     let Some(code) = ready.exit else { return Ok(()) };
     match options.format {
-        OutputFormat::Json => outln!("{}", text::json(&ready)?),
+        OutputFormat::Json => outln!("{}", text::to_json(&ready)?),
         OutputFormat::Text => out!("{}", ready.output.as_deref().unwrap_or_default()),
     }
     if code != 0 {
@@ -50,9 +52,9 @@ fn here(options: &RunArgs) -> Result<()> {
 }
 
 /// A healthy system that keeps running.
-fn show(ready: &HealthySystem, format: OutputFormat) -> Result<()> {
+fn print_system(ready: &HealthySystem, format: OutputFormat) -> Result<()> {
     if format == OutputFormat::Json {
-        outln!("{}", text::json(ready)?);
+        outln!("{}", text::to_json(ready)?);
         return Ok(());
     }
     for answer in &ready.answers {
@@ -65,19 +67,20 @@ fn show(ready: &HealthySystem, format: OutputFormat) -> Result<()> {
 }
 
 /// In QEMU.
-fn machine(options: &RunArgs) -> Result<()> {
-    let (config, _, plan) = resolve(&options.target.selection())?;
+fn run_in_qemu(options: &RunArgs) -> Result<()> {
+    let (config, _, plan) = resolve_plan(&options.target.selection())?;
     let name = &plan.board.name;
     let qemu = plan.board.qemu.as_ref().with_context(|| {
         format!("QEMU has no machine for {name}\nhelp: use a board whose board.toml has [qemu]")
     })?;
-    let files = qemu_files(&dist(&config.root, &plan), &plan).context("the board has [qemu]")?;
+    let files =
+        qemu_files(&dist_dir(&config.root, &plan), &plan).context("the board has [qemu]")?;
     ensure!(
         files.image.is_file(),
         "there is no image for {name} yet\nhelp: cargo xtask build-image --product {} --board {name}",
         plan.product.name
     );
-    tools::require(&[ToolPurpose::Run], true)?;
+    tools::require_tools(&[ToolPurpose::Run], true)?;
     let boot_state = match (&options.slot, plan.disk.states.first()) {
         (None, _) => None,
         (Some(slot), Some(sector)) => {

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::cli::{OutputFormat, VerifyArgs};
-use crate::inspect::{OutputFileKind, subject};
+use crate::inspect::{OutputFileKind, detect_kind};
 use crate::verify::{verify_bundle, verify_image};
 use crate::{outln, text};
 
@@ -12,7 +12,7 @@ use crate::{outln, text};
 /// # Errors
 /// Whatever is wrong.
 pub fn verify(options: &VerifyArgs) -> Result<()> {
-    let result = match subject(&options.file)? {
+    let result = match detect_kind(&options.file)? {
         OutputFileKind::Bundle => verify_bundle(&options.file, options.keys.as_deref())?,
         OutputFileKind::Image => verify_image(&options.file)?,
         OutputFileKind::SlotImage => bail!(
@@ -22,7 +22,7 @@ pub fn verify(options: &VerifyArgs) -> Result<()> {
         ),
     };
     match options.format {
-        OutputFormat::Json => outln!("{}", text::json(&result.0)?),
+        OutputFormat::Json => outln!("{}", text::to_json(&result.0)?),
         OutputFormat::Text => outln!("{}", result.1),
     }
     Ok(())

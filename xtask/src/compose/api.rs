@@ -14,7 +14,7 @@ pub const API: &str = contract::api_file::PATH;
 ///
 /// # Errors
 /// When the package is not installed in the tree, or has no module of its name.
-pub fn describe(
+pub fn describe_api(
     tree: &RootTree,
     distributions: &[InstalledDistribution],
     minimum_version: Option<&str>,

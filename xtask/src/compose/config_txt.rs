@@ -43,7 +43,7 @@ impl BootPartitionFiles<'_> {
 ///
 /// # Errors
 /// When the facts about models cannot be read.
-pub fn check(
+pub fn check_named_files(
     compatible: &[String],
     partitions: &BootPartitionFiles<'_>,
     missing: &mut Vec<String>,
@@ -63,7 +63,7 @@ pub fn check(
             found
         };
         let mut look = |settings: &[Setting], first: &[Setting]| {
-            for (key, file) in named(settings, first) {
+            for (key, file) in named_files(settings, first) {
                 // The line with this value, or with its beginning: a prefix may come from another
                 // line.
                 let says = |setting: &&Setting| {
@@ -114,7 +114,7 @@ pub fn check(
 
 /// Keys and the files that they name. For most keys the last line applies; `first` are the lines
 /// that apply when the firmware itself is selected.
-fn named(settings: &[Setting], first: &[Setting]) -> Vec<(&'static str, String)> {
+fn named_files(settings: &[Setting], first: &[Setting]) -> Vec<(&'static str, String)> {
     let last = |key: &str| {
         let value = config::last(settings, key).map(|setting| setting.value.as_str());
         value.filter(|value| !value.is_empty())
@@ -166,8 +166,12 @@ mod tests {
         names.extend(files.iter().map(|name| key(name)));
         let compatible: Vec<String> = compatible.iter().map(|name| (*name).to_owned()).collect();
         let mut missing = Vec::new();
-        check(&compatible, &BootPartitionFiles { texts: &texts, names: &names }, &mut missing)
-            .expect("facts");
+        check_named_files(
+            &compatible,
+            &BootPartitionFiles { texts: &texts, names: &names },
+            &mut missing,
+        )
+        .expect("facts");
         let file = |said: &String| {
             let rest = said.split_once(" names ").expect("a file").1;
             rest.split_once(" (").expect("a key").0.to_owned()

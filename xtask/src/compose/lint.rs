@@ -17,7 +17,7 @@ const MOUNT_POINTS: [&str; 7] = ["dev", "proc", "sys", "run", "tmp", "data", "va
 ///
 /// # Errors
 /// Lists everything that is missing.
-pub fn check(
+pub fn check_system(
     plan: &Plan,
     tree: &RootTree,
     kernel_release: &str,
@@ -31,7 +31,7 @@ pub fn check(
         BootFlowKind::Tryboot => check_tryboot(plan, boot, boot_names, &mut missing),
     }
     let partitions = BootPartitionFiles { texts: boot, names: boot_names };
-    config_txt::check(&plan.board.compatible, &partitions, &mut missing)?;
+    config_txt::check_named_files(&plan.board.compatible, &partitions, &mut missing)?;
     if missing.is_empty() {
         return Ok(());
     }
@@ -124,12 +124,12 @@ fn script_lines(script: &str) -> Vec<String> {
 
 /// Checks that every argument of the board, and of `ours`, is a separate argument on the line.
 fn check_line(plan: &Plan, file: &str, line: &str, ours: &[&str], missing: &mut Vec<String>) {
-    let found = cmdline::arguments(line);
+    let found = cmdline::split_arguments(line);
     for name in ours.iter().filter(|name| !found.iter().any(|(found, _)| found == *name)) {
         missing.push(format!("{file} does not set `{name}=` on the kernel's command line"));
     }
     for word in &plan.board.cmdline {
-        if cmdline::arguments(word).iter().any(|argument| !found.contains(argument)) {
+        if cmdline::split_arguments(word).iter().any(|argument| !found.contains(argument)) {
             missing.push(format!(
                 "{file} does not pass the argument `{word}` to the kernel, which would get: {line}"
             ));

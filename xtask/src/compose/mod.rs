@@ -61,7 +61,7 @@ pub struct ComposeParts<'a> {
 ///
 /// # Errors
 /// Parts that contradict each other, each named with its origin.
-pub fn tree(plan: &Plan, parts: &ComposeParts<'_>) -> Result<RootTree> {
+pub fn build_tree(plan: &Plan, parts: &ComposeParts<'_>) -> Result<RootTree> {
     let mut tree = RootTree::default();
     tree.add_tar(parts.base, &EntryOrigin::Base, TarSelection::Contents)?;
     if let Some(wheels) = parts.wheels {
@@ -83,27 +83,27 @@ pub fn tree(plan: &Plan, parts: &ComposeParts<'_>) -> Result<RootTree> {
         (entry.uid, entry.gid) = (file.attributes.uid, file.attributes.gid);
         tree.insert(&file.target, entry)?;
     }
-    users::add(&mut tree, &plan.users, parts.rendered)?;
+    users::add_users(&mut tree, &plan.users, parts.rendered)?;
     units::apply_presets(&mut tree)?;
     // With U-Boot the kernel travels in the slot's root; with tryboot in the slot's boot partition.
     if plan.board.boot_flow == BootFlowKind::Uboot {
-        tree.file("boot/vmlinuz", 0o644, read(&parts.kernel.path)?)?;
-        tree.file("boot/initrd.img", 0o644, read(&parts.initrd.path)?)?;
+        tree.file("boot/vmlinuz", 0o644, read_file(&parts.kernel.path)?)?;
+        tree.file("boot/initrd.img", 0o644, read_file(&parts.initrd.path)?)?;
         for (path, file) in &parts.device_trees {
-            tree.file(&format!("boot/dtbs/{path}"), 0o644, read(&file.path)?)?;
+            tree.file(&format!("boot/dtbs/{path}"), 0o644, read_file(&file.path)?)?;
         }
     }
-    tree.file(AGENT, 0o755, read(&parts.agent.path)?)?;
+    tree.file(AGENT, 0o755, read_file(&parts.agent.path)?)?;
     tree.file(KEY_SET, 0o644, parts.key_set)?;
     tree.file(BASE_ID, 0o644, format!("{}\n", parts.base_id))?;
     if let Some(plan) = &plan.api {
         let floor = plan.minimum_version.as_deref();
-        let text = api::describe(&tree, parts.distributions, floor, parts.libc)?;
+        let text = api::describe_api(&tree, parts.distributions, floor, parts.libc)?;
         tree.file(api::API, 0o644, text)?;
     }
     Ok(tree)
 }
 
-fn read(path: &Utf8Path) -> Result<Vec<u8>> {
+fn read_file(path: &Utf8Path) -> Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("reading {path}"))
 }

@@ -32,7 +32,7 @@ const LOGIN: &str = "bin/login";
 ///
 /// # Errors
 /// Lists everything that is missing, with the overlay's file and line.
-pub fn check(tree: &RootTree) -> Result<()> {
+pub fn check_programs(tree: &RootTree) -> Result<()> {
     let mut missing = Vec::new();
     for (path, entry) in tree.iter() {
         let (EntryOrigin::Overlay(source), RootEntryKind::File(_)) = (&entry.origin, &entry.kind)
@@ -41,13 +41,13 @@ pub fn check(tree: &RootTree) -> Result<()> {
         };
         if FOLDERS.iter().any(|folder| path.starts_with(folder)) {
             let text = tree.read(path)?;
-            let settings = settings(&String::from_utf8_lossy(&text));
+            let settings = effective_settings(&String::from_utf8_lossy(&text));
             let of = |keys: &'static [&str]| {
                 settings.iter().filter(move |setting| keys.contains(&setting.key.as_str()))
             };
             let conditions: Vec<&str> = of(&CONDITIONS).map(|c| c.value.as_str()).collect();
             for Setting { line, value, .. } in of(&KEYS) {
-                let fault = fault(tree, value, &conditions);
+                let fault = find_fault(tree, value, &conditions);
                 missing.extend(fault.map(|fault| format!("{source}:{line}: {fault}")));
             }
         }
@@ -67,7 +67,7 @@ struct Setting {
 }
 
 /// The effective settings of a unit: an empty value resets earlier ones.
-fn settings(text: &str) -> Vec<Setting> {
+fn effective_settings(text: &str) -> Vec<Setting> {
     let mut found = Vec::new();
     let mut lines = text.lines().enumerate();
     while let Some((number, line)) = lines.next() {
@@ -89,7 +89,7 @@ fn settings(text: &str) -> Vec<Setting> {
 }
 
 /// The error in a command line of a unit that starts under these conditions, if any.
-fn fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<String> {
+fn find_fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<String> {
     // Prefixes of the program: systemd.service(5). With `-` it may fail, so it may be missing.
     let line = command.trim_start_matches(['-', '@', ':', '+', '!', '|']);
     let may_fail = command[..command.len() - line.len()].contains('-');
@@ -140,7 +140,7 @@ mod tests {
     }
 
     fn findings(unit: &str, programs: &[&str]) -> String {
-        check(&tree(unit, programs)).map_or_else(|e| e.to_string(), |()| String::new())
+        check_programs(&tree(unit, programs)).map_or_else(|e| e.to_string(), |()| String::new())
     }
 
     #[test]

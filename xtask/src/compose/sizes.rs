@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Result, bail};
 
-use crate::progress::bytes;
+use crate::progress::format_bytes;
 use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
 
 /// A name and its bytes.
@@ -29,7 +29,7 @@ const LARGEST: usize = 30;
 ///
 /// # Errors
 /// When a package's file list cannot be read.
-pub fn measure(tree: &RootTree) -> Result<SpaceUsage> {
+pub fn measure_tree(tree: &RootTree) -> Result<SpaceUsage> {
     let mut owner: HashMap<String, String> = HashMap::new();
     for (path, _) in tree.iter() {
         let Some(list) =
@@ -68,16 +68,16 @@ pub fn measure(tree: &RootTree) -> Result<SpaceUsage> {
         }
     }
     let mut largest = files;
-    sort(&mut largest);
+    sort_by_size(&mut largest);
     largest.truncate(LARGEST);
     let mut packages: Vec<_> = packages.into_iter().collect();
     let mut directories: Vec<_> = directories.into_iter().collect();
-    sort(&mut packages);
-    sort(&mut directories);
+    sort_by_size(&mut packages);
+    sort_by_size(&mut directories);
     Ok(SpaceUsage { packages, directories, files: largest })
 }
 
-fn sort(list: &mut [NamedSize]) {
+fn sort_by_size(list: &mut [NamedSize]) {
     list.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
 }
 
@@ -85,7 +85,7 @@ fn sort(list: &mut [NamedSize]) {
 ///
 /// # Errors
 /// When the limit is exceeded.
-pub fn budget(
+pub fn check_budget(
     used: u64,
     capacity: u64,
     limit: u32,
@@ -95,11 +95,11 @@ pub fn budget(
 ) -> Result<Option<String>> {
     let share = |percent: u32| capacity / 100 * u64::from(percent);
     let largest: Vec<String> =
-        sizes.packages.iter().take(5).map(|(n, s)| format!("{n} {}", bytes(*s))).collect();
+        sizes.packages.iter().take(5).map(|(n, s)| format!("{n} {}", format_bytes(*s))).collect();
     let facts = format!(
         "the root filesystem uses {} of {} ({} %)",
-        bytes(used),
-        bytes(capacity),
+        format_bytes(used),
+        format_bytes(capacity),
         used * 100 / capacity.max(1)
     );
     let largest = largest.join(", ");
@@ -123,7 +123,8 @@ mod tests {
     fn a_full_slot_fails_and_a_nearly_full_one_warns() {
         let sizes =
             SpaceUsage { packages: vec![("libc6".into(), 5 << 20)], ..SpaceUsage::default() };
-        let try_with = |used: u64| budget(used << 20, 100 << 20, 95, 85, &sizes, "configs/x.toml");
+        let try_with =
+            |used: u64| check_budget(used << 20, 100 << 20, 95, 85, &sizes, "configs/x.toml");
         assert!(try_with(80).expect("fits").is_none());
         assert!(try_with(90).expect("fits").is_some_and(|w| w.contains("libc6 5.0 MiB")));
         let error = try_with(96).expect_err("too full").to_string();

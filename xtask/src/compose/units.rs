@@ -31,9 +31,9 @@ const FOLDERS: [&str; 4] =
 /// An `enable` line of an overlay that names a unit (not by a pattern) that cannot be enabled; an
 /// invalid line.
 pub fn apply_presets(tree: &mut RootTree) -> Result<()> {
-    let rules = preset::rules(tree)?;
+    let rules = preset::read_rules(tree)?;
     let (mut wanted, mut unwanted) = (Vec::new(), Vec::new());
-    let units = Units::of(tree);
+    let units = Units::from_tree(tree);
     for unit in units.asked(&rules) {
         let Some(rule) = rules.iter().find(|rule| rule.matches(&unit)) else { continue };
         // A named unit must exist and be valid; a unit that matches a pattern may be anything.
@@ -129,7 +129,7 @@ impl Link {
 
     /// Whether a link to `target` is equivalent: the same file, or a unit of that name.
     fn is_already(&self, tree: &RootTree, target: &str) -> bool {
-        let there = absolute(&self.path, target);
+        let there = absolute_target(&self.path, target);
         let known = |path: &str| FOLDERS.iter().any(|folder| folder_of(path) == *folder);
         let to = self.to.trim_start_matches('/');
         let named = file_name(&there) == file_name(to) && known(&there) && known(to);
@@ -167,7 +167,7 @@ struct Units<'t> {
 }
 
 impl<'t> Units<'t> {
-    fn of(tree: &'t RootTree) -> Self {
+    fn from_tree(tree: &'t RootTree) -> Self {
         let below = |path: &str| {
             FOLDERS.iter().any(|f| path.strip_prefix(f).is_some_and(|p| p.starts_with('/')))
         };
@@ -288,7 +288,7 @@ impl<'t> Units<'t> {
                 unit.install.read(&unit.name, &text).with_context(|| format!("reading /{path}"))?;
                 return Ok(Found::File);
             }
-            RootEntryKind::Symlink(target) => absolute(&path, target),
+            RootEntryKind::Symlink(target) => absolute_target(&path, target),
             RootEntryKind::Folder | RootEntryKind::Special(..) => bail!("/{path} is not a file"),
         };
         let end = self.tree.resolve(&target).map(|(_, entry)| &entry.kind);
@@ -326,7 +326,7 @@ impl<'t> Units<'t> {
                     continue;
                 };
                 let Some(name) = UnitName::new(file_name(path)) else { continue };
-                let end = absolute(path, target);
+                let end = absolute_target(path, target);
                 let end = self.tree.resolve(&end).map_or(end.as_str(), |(path, _)| path);
                 let leads = gone.contains(name.as_str())
                     || name.template().is_some_and(|t| gone.contains(t.as_str()))
@@ -494,7 +494,7 @@ fn folder_of(path: &str) -> &str {
 }
 
 /// A link's target as a path of the tree, with `.` and `..` resolved textually.
-fn absolute(link: &str, target: &str) -> String {
+fn absolute_target(link: &str, target: &str) -> String {
     let base = if target.starts_with('/') { "" } else { folder_of(link) };
     let mut parts: Vec<&str> = Vec::new();
     for part in base.split('/').chain(target.split('/')) {

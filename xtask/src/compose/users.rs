@@ -11,7 +11,7 @@ use crate::rootfs::tree::{EntryOrigin, RootEntry, RootEntryKind, RootTree};
 ///
 /// # Errors
 /// An unknown group; an id that the base system already uses; a missing passwd.
-pub fn add(tree: &mut RootTree, users: &[UserPlan], rendered: &RenderedFiles) -> Result<()> {
+pub fn add_users(tree: &mut RootTree, users: &[UserPlan], rendered: &RenderedFiles) -> Result<()> {
     let mut passwd = Table::read(tree, "etc/passwd", 0o644)?;
     let mut group = Table::read(tree, "etc/group", 0o644)?;
     let mut shadow = Table::read(tree, "etc/shadow", 0o640)?;
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn accounts_get_their_lines_groups_home_and_keys() {
         let mut tree = tree();
-        add(&mut tree, &[user(1000, "video")], &rendered()).expect("added");
+        add_users(&mut tree, &[user(1000, "video")], &rendered()).expect("added");
         let text = |path: &str| String::from_utf8(tree.read(path).expect("there")).expect("UTF-8");
         assert!(text("etc/passwd").ends_with("robot:x:1000:1000::/home/robot:/bin/sh\n"));
         assert!(text("etc/group").contains("video:x:44:robot\n"));
@@ -179,25 +179,27 @@ mod tests {
         let mut tree = tree();
         let of_base = RootEntry::new(0o755, RootEntryKind::Folder, EntryOrigin::Base);
         tree.insert("home/robot", of_base).expect("placed");
-        let error = add(&mut tree, &[user(1000, "video")], &rendered()).expect_err("the base's");
+        let error =
+            add_users(&mut tree, &[user(1000, "video")], &rendered()).expect_err("the base's");
         assert!(format!("{error:#}").contains("its home /home/robot exists already"), "{error:#}");
         // A product's overlay may have put something into it.
         let mut tree = self::tree();
         let origin = EntryOrigin::Overlay("overlays/x/home/robot/.profile".into());
         let profile = RootEntry::new(0o644, RootEntryKind::File(FileData::Bytes(vec![])), origin);
         tree.insert("home/robot/.profile", profile).expect("placed");
-        add(&mut tree, &[user(1000, "video")], &rendered()).expect("added");
+        add_users(&mut tree, &[user(1000, "video")], &rendered()).expect("added");
         assert_eq!(tree.get("home/robot").map(|e| (e.uid, e.mode)), Some((1000, 0o750)));
     }
 
     #[test]
     fn a_taken_id_and_an_unknown_group_are_refused() {
-        let error = add(&mut tree(), &[user(1, "video")], &rendered()).expect_err("taken");
+        let error = add_users(&mut tree(), &[user(1, "video")], &rendered()).expect_err("taken");
         assert!(
             format!("{error:#}").contains("uid 1 is already used by the base system's daemon"),
             "{error:#}"
         );
-        let error = add(&mut tree(), &[user(1000, "vidoe")], &rendered()).expect_err("unknown");
+        let error =
+            add_users(&mut tree(), &[user(1000, "vidoe")], &rendered()).expect_err("unknown");
         assert!(format!("{error:#}").contains("there is no group vidoe"), "{error:#}");
     }
 }

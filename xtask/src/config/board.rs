@@ -267,7 +267,7 @@ const SERIAL_PORT: WholeNumber = WholeNumber { of: "", from: 0, to: 7 };
 /// A day; a machine that needs longer hangs.
 const BOOT_TIMEOUT: WholeNumber = WholeNumber { of: "seconds", from: 1, to: 86_400 };
 
-fn qemu(f: &mut TableFields<'_>) -> Option<QemuConfig> {
+fn read_qemu(f: &mut TableFields<'_>) -> Option<QemuConfig> {
     let machine = f.required("machine");
     let cpu = f.optional("cpu");
     let memory = f.required::<BinarySize>("memory");
@@ -294,7 +294,7 @@ fn qemu(f: &mut TableFields<'_>) -> Option<QemuConfig> {
             power_of_two_card: power_of_two_card?,
             serial_port: u8::try_from(serial_port?).ok()?,
             network: network?.map(|l| l.value),
-            arguments: values(arguments?),
+            arguments: into_values(arguments?),
             boot_timeout: u64::from(boot_timeout?),
         },
         device_tree: device_tree?.map(|l| l.value),
@@ -371,7 +371,7 @@ impl FromToml for BootSourceConfig {
     }
 }
 
-fn values<T>(list: Vec<Located<T>>) -> Vec<T> {
+fn into_values<T>(list: Vec<Located<T>>) -> Vec<T> {
     list.into_iter().map(|l| l.value).collect()
 }
 
@@ -379,7 +379,7 @@ fn values<T>(list: Vec<Located<T>>) -> Vec<T> {
 ///
 /// # Errors
 /// All findings of the file at once.
-pub fn parse(
+pub fn parse_board(
     name: &str,
     read: &dyn Fn(&Utf8Path) -> anyhow::Result<ConfigSource>,
 ) -> anyhow::Result<BoardConfig> {
@@ -398,7 +398,7 @@ pub fn parse(
         .map(|path| read(&path).with_context(|| format!("{shown} includes {path}")));
     let included = included.collect::<anyhow::Result<Vec<_>>>()?;
     own.parse_over(included, |fields| {
-        let board = build(fields)?;
+        let board = read_board(fields)?;
         if let Some(nested) = board.include.iter().find(|path| path.place.file != shown) {
             let message = format!(
                 "`include`: {} includes other files, which an included file may not do",
@@ -437,12 +437,15 @@ pub fn parse(
     })
 }
 
-fn machines(f: &mut TableFields<'_>) -> Option<EngineMachines> {
+fn read_machines(f: &mut TableFields<'_>) -> Option<EngineMachines> {
     let (compatible, left_out) = (f.list("compatible"), f.list("left-out-revisions"));
-    Some(EngineMachines { compatible: values(compatible?), left_out_revisions: values(left_out?) })
+    Some(EngineMachines {
+        compatible: into_values(compatible?),
+        left_out_revisions: into_values(left_out?),
+    })
 }
 
-fn build(f: &mut TableFields<'_>) -> Option<BoardConfig> {
+fn read_board(f: &mut TableFields<'_>) -> Option<BoardConfig> {
     let include = f.list("include");
     let name = f.required("name");
     let title = f.required::<String>("title");
@@ -469,11 +472,11 @@ fn build(f: &mut TableFields<'_>) -> Option<BoardConfig> {
     let earlier = f.tables("earlier-cards", |f| {
         let until = f.required::<String>("until");
         let disk = f.table("disk", disk_of);
-        let partitions = f.tables("partitions", partition);
+        let partitions = f.tables("partitions", read_partition);
         let place = f.place();
         Some(EarlierDiskConfig { until: until?.value, disk: disk?, partitions: partitions?, place })
     });
-    let partitions = f.tables("partitions", partition);
+    let partitions = f.tables("partitions", read_partition);
     let kernel = f.table("kernel", |f| {
         let cmdline = f.list("cmdline");
         let device_trees = f.list("device-trees");
@@ -491,7 +494,7 @@ fn build(f: &mut TableFields<'_>) -> Option<BoardConfig> {
         let firmware = f.list("firmware");
         let bootloader = f.optional("bootloader");
         let kernels = f.list("kernels");
-        let machines = machines(f);
+        let machines = read_machines(f);
         Some(BoardDebianConfig {
             packages: packages?,
             firmware: firmware?,
@@ -505,7 +508,7 @@ fn build(f: &mut TableFields<'_>) -> Option<BoardConfig> {
         let fragments = f.list("fragments");
         let firmware = f.list("firmware");
         let bootloader = f.optional("bootloader");
-        let machines = machines(f);
+        let machines = read_machines(f);
         Some(BoardBuildrootConfig {
             fragments: fragments?,
             firmware: firmware?,
@@ -514,7 +517,7 @@ fn build(f: &mut TableFields<'_>) -> Option<BoardConfig> {
         })
     });
     let boot_files = f.tables("boot-files", boot_file);
-    let qemu = f.optional_table("qemu", qemu);
+    let qemu = f.optional_table("qemu", read_qemu);
     let place = f.place();
     let (disk_bus, disk) = disk?;
     Some(BoardConfig {
@@ -524,9 +527,9 @@ fn build(f: &mut TableFields<'_>) -> Option<BoardConfig> {
         title: title?.value,
         arch: arch?,
         boot_flow: boot_flow?,
-        compatible: values(compatible?),
+        compatible: into_values(compatible?),
         eeprom_since: eeprom_since?,
-        left_out_revisions: values(left_out_revisions?),
+        left_out_revisions: into_values(left_out_revisions?),
         console: console?,
         memory: memory?,
         disk_bus,
@@ -565,7 +568,7 @@ fn boot_file(f: &mut TableFields<'_>) -> Option<BootFileConfig> {
         }
     };
     let engine = engine?.map(|located| located.value);
-    let aliases = values(aliases?);
+    let aliases = into_values(aliases?);
     Some(BootFileConfig { source, path: path?.value, partition, engine, aliases })
 }
 
@@ -584,7 +587,7 @@ fn disk_of(f: &mut TableFields<'_>) -> Option<DiskConfig> {
     })
 }
 
-fn partition(f: &mut TableFields<'_>) -> Option<PartitionConfig> {
+fn read_partition(f: &mut TableFields<'_>) -> Option<PartitionConfig> {
     let role = f.required("role");
     let filesystem = f.required("filesystem");
     let size = f.required("size");

@@ -22,7 +22,7 @@ impl ContentProblem {
     }
 
     /// The finding as an error that names the file in the workspace.
-    pub fn about(self, source: &Utf8Path) -> anyhow::Error {
+    pub fn into_error(self, source: &Utf8Path) -> anyhow::Error {
         anyhow::anyhow!("{source}: {}\nhelp: {}", self.message, self.help)
     }
 }
@@ -37,8 +37,8 @@ pub enum FileDestination<'a> {
 }
 
 /// What is wrong with a file for this destination.
-pub fn problem(place: FileDestination<'_>, bytes: &[u8]) -> Option<ContentProblem> {
-    if let Some(kind) = secret::found(bytes) {
+pub fn find_problem(place: FileDestination<'_>, bytes: &[u8]) -> Option<ContentProblem> {
+    if let Some(kind) = secret::find_secret(bytes) {
         return Some(ContentProblem::new(
             format!(
                 "the file contains a secret key ({kind}), which everyone with the image or its \
@@ -47,9 +47,9 @@ pub fn problem(place: FileDestination<'_>, bytes: &[u8]) -> Option<ContentProble
             "leave it out; a robot's own secrets are made on the robot, or put on its `data` (docs/reference/robot.md)",
         ));
     }
-    pointer(bytes).or_else(|| line_ends(place, bytes)).or_else(|| match place {
+    find_lfs_pointer(bytes).or_else(|| line_ends(place, bytes)).or_else(|| match place {
         FileDestination::Root(target) if ssh_keys::is_list(target) => {
-            let bad = ssh_keys::parse(bytes).err()?;
+            let bad = ssh_keys::parse_keys(bytes).err()?;
             let line = bad.line.map_or(String::new(), |line| format!("line {line}: "));
             Some(ContentProblem::new(
                 format!("sshd cannot read these keys: {line}{}", bad.message),
@@ -62,7 +62,7 @@ pub fn problem(place: FileDestination<'_>, bytes: &[u8]) -> Option<ContentProble
 
 /// The pointer file of a larger file that was not fetched. F: "Git LFS Specification", docs/spec.md
 /// of git-lfs; git-annex(1), "pointer file".
-fn pointer(bytes: &[u8]) -> Option<ContentProblem> {
+fn find_lfs_pointer(bytes: &[u8]) -> Option<ContentProblem> {
     let (program, help) = if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
         ("git-lfs", "fetch the file itself: `git lfs install && git lfs pull`")
     } else if bytes.starts_with(b"/annex/objects/") {
@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     fn root(path: &str, bytes: &[u8]) -> String {
-        problem(FileDestination::Root(Utf8Path::new(path)), bytes)
+        find_problem(FileDestination::Root(Utf8Path::new(path)), bytes)
             .map_or(String::new(), |p| p.message)
     }
 
@@ -190,13 +190,13 @@ mod tests {
             root("etc/systemd/system/a.service", b"[Unit]\nA=b\r\n").contains("line 2 of the conf")
         );
         assert!(root("etc/fstab", b"a b c\r\n").contains("configuration"));
-        assert!(problem(FileDestination::Boot, b"kernel=u-boot.bin\r\n").is_some());
+        assert!(find_problem(FileDestination::Boot, b"kernel=u-boot.bin\r\n").is_some());
         // Files with tolerant readers, and binary files.
         assert_eq!(root("srv/page.html", b"<p>\r\n</p>\r\n"), "");
         assert_eq!(root("etc/issue", b"Hello\r\n"), "");
         assert_eq!(root("usr/lib/slipway/picture", b"GIF\0\r\n"), "");
         assert_eq!(root("opt/x", b"#!/bin/sh\nprintf 'a\\r\\n'\n"), "");
-        assert_eq!(problem(FileDestination::Boot, b"kernel=u-boot.bin\n"), None);
+        assert_eq!(find_problem(FileDestination::Boot, b"kernel=u-boot.bin\n"), None);
     }
 
     #[test]
@@ -214,7 +214,7 @@ mod tests {
         let secret = b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAABG5vbmU\n";
         assert!(root("etc/any", secret).contains("secret key"));
         assert!(
-            problem(FileDestination::Boot, secret)
+            find_problem(FileDestination::Boot, secret)
                 .is_some_and(|p| p.message.contains("secret key"))
         );
         for path in ["etc/ssh/authorized_keys.d/robot", "root/.ssh/authorized_keys"] {

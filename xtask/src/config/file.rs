@@ -9,7 +9,7 @@ use super::reader::ConfigSource;
 ///
 /// # Errors
 /// When the file cannot be read, or is not text.
-pub(super) fn source(root: &Utf8Path, shown: &Utf8Path) -> Result<ConfigSource> {
+pub(super) fn read_source(root: &Utf8Path, shown: &Utf8Path) -> Result<ConfigSource> {
     let bytes = std::fs::read(root.join(shown)).with_context(|| format!("reading {shown}"))?;
     ConfigSource::new(shown, bytes)
 }

@@ -19,8 +19,8 @@ use crate::config::product::ProductConfig;
 use camino::Utf8PathBuf;
 
 pub use load::{
-    boards, default_product, examples, load, product_file, products, read_board, read_product,
-    workspace_root,
+    default_product, list_boards, list_examples, list_products, load, product_file, read_board,
+    read_product, workspace_root,
 };
 
 /// Everything that one build reads from the workspace.

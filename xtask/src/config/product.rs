@@ -305,9 +305,9 @@ pub struct UpdateConfig {
 ///
 /// # Errors
 /// All findings of the file at once.
-pub fn parse(source: ConfigSource, name: &str) -> anyhow::Result<ProductConfig> {
+pub fn parse_product(source: ConfigSource, name: &str) -> anyhow::Result<ProductConfig> {
     source.parse(|fields| {
-        let product = build(fields)?;
+        let product = read_product(fields)?;
         if product.name.value.0 != name {
             let message = format!(
                 "`name`: expected \"{name}\" as the file, found \"{}\"",
@@ -329,7 +329,7 @@ const KEY_EPOCH: WholeNumber = WholeNumber { of: "", from: 0, to: u32::MAX };
 /// Root's 0, and those of people: Debian Policy 9.2.2 gives 60000 and above to others.
 const UID: WholeNumber = WholeNumber { of: "", from: 0, to: 59_999 };
 
-fn build(f: &mut TableFields<'_>) -> Option<ProductConfig> {
+fn read_product(f: &mut TableFields<'_>) -> Option<ProductConfig> {
     let name = f.required("name");
     let title = f.required::<String>("title");
     let version = f.required("version");
@@ -339,14 +339,14 @@ fn build(f: &mut TableFields<'_>) -> Option<ProductConfig> {
     let default_board = f.required("default-board");
     let overlays = f.list("overlays");
     let console = f.optional("console");
-    let rootfs = f.table("rootfs", rootfs);
+    let rootfs = f.table("rootfs", read_rootfs);
     let api = f.optional_table("api", |f| {
         let package = f.required("package");
         let lock = f.required("lock");
         let minimum_version = f.optional("minimum-version");
         Some(ApiConfig { package: package?, lock: lock?, minimum_version: minimum_version? })
     });
-    let users = f.tables("users", user);
+    let users = f.tables("users", read_user);
     let ssh = f.table("ssh", |f| {
         let password_authentication = f.or("password-authentication", false);
         let permit_root_login = f.or("permit-root-login", RootLogin::No);
@@ -392,14 +392,14 @@ fn build(f: &mut TableFields<'_>) -> Option<ProductConfig> {
     })
 }
 
-fn rootfs(f: &mut TableFields<'_>) -> Option<RootfsConfig> {
+fn read_rootfs(f: &mut TableFields<'_>) -> Option<RootfsConfig> {
     let engine = f.required("engine");
     let suite = f.optional("suite");
     let components = f.list("components");
     let packages = f.list("packages");
     let unpacked = f.list("unpacked");
     let lock = f.optional("lock");
-    let sources = f.tables("sources", source);
+    let sources = f.tables("sources", read_apt_source);
     let buildroot = f.optional_table("buildroot", |f| {
         let url = f.required("url");
         let release = f.required("release");
@@ -436,7 +436,7 @@ fn rootfs(f: &mut TableFields<'_>) -> Option<RootfsConfig> {
     })
 }
 
-fn source(f: &mut TableFields<'_>) -> Option<AptSource> {
+fn read_apt_source(f: &mut TableFields<'_>) -> Option<AptSource> {
     let name = f.required("name");
     let address = f.required("address").and_then(|address| plain_address(f, address));
     let suite = f.required("suite");
@@ -481,7 +481,7 @@ fn plain_address(f: &TableFields<'_>, mut address: Located<String>) -> Option<Lo
     Some(address)
 }
 
-fn user(f: &mut TableFields<'_>) -> Option<UserConfig> {
+fn read_user(f: &mut TableFields<'_>) -> Option<UserConfig> {
     let name = f.required("name");
     let uid = f.number("uid", UID);
     let groups = f.list::<String>("groups");

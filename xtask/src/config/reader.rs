@@ -26,7 +26,7 @@ pub struct ConfigPlace {
 
 impl ConfigPlace {
     /// The place of a range of bytes in a file's text.
-    pub fn of(file: &Utf8Path, text: &str, at: &Range<usize>) -> Self {
+    pub fn from_range(file: &Utf8Path, text: &str, at: &Range<usize>) -> Self {
         let before = text.get(..at.start.min(text.len())).unwrap_or_default();
         let line = before.matches('\n').count() + 1;
         let shown = text.lines().nth(line - 1).unwrap_or_default().trim().to_owned();
@@ -109,7 +109,7 @@ pub fn written_lock<T: DeserializeOwned>(text: &str, path: &Utf8Path, help: &str
     ensure!(!text.trim().is_empty(), "{path} is empty: nothing was locked yet\nhelp: {help}");
     toml::from_str(text).map_err(|error| {
         let place = match error.span() {
-            Some(at) => ConfigPlace::of(path, text, &at),
+            Some(at) => ConfigPlace::from_range(path, text, &at),
             None => ConfigPlace { file: path.to_owned(), line: 0, text: String::new() },
         };
         ConfigFindings(vec![ConfigFinding::new(&place, error.message(), DAMAGED)]).into()
@@ -130,14 +130,18 @@ pub fn in_entry(
     for (n, line) in rest.split_inclusive('\n').enumerate() {
         let names = line.trim_start().strip_prefix(key);
         if names.is_some_and(|rest| rest.trim_start().starts_with('=')) {
-            return ConfigFinding::new(&ConfigPlace::of(path, text, &(at..at)), message, DAMAGED);
+            return ConfigFinding::new(
+                &ConfigPlace::from_range(path, text, &(at..at)),
+                message,
+                DAMAGED,
+            );
         }
         if n > 0 && line.starts_with('[') {
             break;
         }
         at += line.len();
     }
-    ConfigFinding::new(&ConfigPlace::of(path, text, entry), message, DAMAGED)
+    ConfigFinding::new(&ConfigPlace::from_range(path, text, entry), message, DAMAGED)
 }
 
 /// One configuration file being read.
@@ -224,7 +228,7 @@ impl ConfigSource {
     }
 
     fn place(&self, at: &Range<usize>) -> ConfigPlace {
-        ConfigPlace::of(&self.path, &self.text, at)
+        ConfigPlace::from_range(&self.path, &self.text, at)
     }
 
     fn finding(&self, at: &Range<usize>, message: impl Into<String>, help: impl Into<String>) {
@@ -582,7 +586,7 @@ impl<'a> TableFields<'a> {
                 if self.known.contains(name) {
                     continue;
                 }
-                let help = match nearest(name, self.known.iter().copied()) {
+                let help = match nearest_name(name, self.known.iter().copied()) {
                     Some(near) => format!("did you mean `{near}`?"),
                     None => {
                         let known: Vec<_> = self.known.iter().copied().collect();
@@ -598,17 +602,17 @@ impl<'a> TableFields<'a> {
 
 /// The known name nearest to a misspelt one, when one is near enough: two letters (a transposition
 /// is two), or a third of a long name.
-pub fn nearest<'n>(name: &str, known: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
+pub fn nearest_name<'n>(name: &str, known: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
     known
         .into_iter()
-        .map(|candidate| (distance(name, candidate), candidate))
+        .map(|candidate| (edit_distance(name, candidate), candidate))
         .filter(|(d, candidate)| *d <= (candidate.len().max(name.len()) / 3).max(2))
         .min()
         .map(|(_, candidate)| candidate)
 }
 
 /// Levenshtein distance.
-fn distance(a: &str, b: &str) -> usize {
+fn edit_distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.chars().enumerate() {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use camino::{Utf8Component, Utf8Path, Utf8PathBuf};
 
 use super::content;
-use super::file::source;
+use super::file::read_source;
 use super::overlay::{FileAttributes, Overlay, OverlayFile, OverlayFileKind};
 use super::reader::{
     ConfigFinding, ConfigFindings, ConfigPlace, Located, TableFields, WholeNumber,
@@ -23,7 +23,7 @@ const EXCEPTIONS: &str = "overlay.toml";
 ///
 /// # Errors
 /// A missing directory, or all findings of its `overlay.toml`.
-pub fn read(root: &Utf8Path, name: &Located<SafeName>) -> Result<Overlay> {
+pub fn read_overlay(root: &Utf8Path, name: &Located<SafeName>) -> Result<Overlay> {
     let base = Utf8Path::new("overlays").join(&name.value.0);
     let about = root.join(&base).symlink_metadata();
     if !about.as_ref().is_ok_and(|about| about.is_dir()) {
@@ -44,7 +44,7 @@ pub fn read(root: &Utf8Path, name: &Located<SafeName>) -> Result<Overlay> {
     }
     let exceptions = read_exceptions(root, &base)?;
     let mut found = Found::default();
-    walk(root, &base, Utf8Path::new(""), &mut found)?;
+    walk_overlay(root, &base, Utf8Path::new(""), &mut found)?;
     let Found { mut files, mut junk, mut findings } = found;
     files.sort_by(|a, b| a.target.cmp(&b.target));
     junk.sort();
@@ -81,13 +81,23 @@ struct Found {
 }
 
 impl Found {
-    fn wrong(&mut self, source: &Utf8Path, message: impl Into<String>, help: impl Into<String>) {
+    fn add_problem(
+        &mut self,
+        source: &Utf8Path,
+        message: impl Into<String>,
+        help: impl Into<String>,
+    ) {
         let place = ConfigPlace { file: source.to_owned(), line: 0, text: String::new() };
         self.findings.push(ConfigFinding::new(&place, message, help));
     }
 }
 
-fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -> Result<()> {
+fn walk_overlay(
+    root: &Utf8Path,
+    base: &Utf8Path,
+    inner: &Utf8Path,
+    found: &mut Found,
+) -> Result<()> {
     let dir = root.join(base).join(inner);
     for entry in dir.read_dir_utf8().with_context(|| format!("reading {dir}"))? {
         let entry = entry.with_context(|| format!("reading {dir}"))?;
@@ -104,14 +114,14 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
         }
         let metadata = full.symlink_metadata().with_context(|| format!("reading {source}"))?;
         if metadata.is_dir() {
-            walk(root, base, &target, found)?;
+            walk_overlay(root, base, &target, found)?;
         } else if metadata.is_symlink() {
             let link = full.read_link_utf8().with_context(|| format!("reading {source}"))?;
-            if leaves(root, &target, &link) {
+            if link_leaves_overlay(root, &target, &link) {
                 let message = format!("the link points to {link}, outside of the overlay");
                 let help = "a link is copied unchanged: let it point to a path on the robot, or \
                  copy the file";
-                found.wrong(&source, message, help);
+                found.add_problem(&source, message, help);
             }
             let attributes = FileAttributes { mode: 0o777, uid: 0, gid: 0 };
             let sha256 = hash_bytes(link.as_str().as_bytes());
@@ -128,9 +138,9 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
             // The content of a template is checked when it is rendered.
             if kind == OverlayFileKind::Literal
                 && let Some(problem) =
-                    content::problem(content::FileDestination::Root(&target), &bytes)
+                    content::find_problem(content::FileDestination::Root(&target), &bytes)
             {
-                found.wrong(&source, problem.message, problem.help);
+                found.add_problem(&source, problem.message, problem.help);
             }
             let sha256 = hash_bytes(&bytes);
             let attributes = FileAttributes { mode, uid: 0, gid: 0 };
@@ -138,7 +148,7 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
         } else {
             let help = "remove it; create such a file on the robot (tmpfiles.d(5))";
             let message = "a pipe, a socket or a device; expected a file, a directory or a link";
-            found.wrong(&source, message, help);
+            found.add_problem(&source, message, help);
         }
     }
     Ok(())
@@ -146,7 +156,7 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
 
 /// Whether a link at that path of an overlay points to something on this machine: above the root,
 /// or into the workspace.
-fn leaves(root: &Utf8Path, target: &Utf8Path, link: &Utf8Path) -> bool {
+fn link_leaves_overlay(root: &Utf8Path, target: &Utf8Path, link: &Utf8Path) -> bool {
     if link.is_absolute() {
         return root != "/" && link.starts_with(root);
     }
@@ -173,9 +183,9 @@ fn read_exceptions(root: &Utf8Path, base: &Utf8Path) -> Result<Exceptions> {
     if !root.join(&shown).is_file() {
         return Ok(Exceptions::default());
     }
-    source(root, &shown)?.parse(|f| {
-        let files = f.tables("files", exception);
-        let directories = f.tables("directories", exception);
+    read_source(root, &shown)?.parse(|f| {
+        let files = f.tables("files", read_exception);
+        let directories = f.tables("directories", read_exception);
         Some(Exceptions { files: files?, directories: directories? })
     })
 }
@@ -183,7 +193,7 @@ fn read_exceptions(root: &Utf8Path, base: &Utf8Path) -> Result<Exceptions> {
 /// Ids of ext4 have 32 bits, and the highest one means "none" (chown(2)).
 const OWNER: WholeNumber = WholeNumber { of: "", from: 0, to: u32::MAX - 1 };
 
-fn exception(f: &mut TableFields<'_>) -> Option<(Utf8PathBuf, FileAttributes, ConfigPlace)> {
+fn read_exception(f: &mut TableFields<'_>) -> Option<(Utf8PathBuf, FileAttributes, ConfigPlace)> {
     let path = f.required::<Utf8PathBuf>("path");
     let mode = f.required::<String>("mode");
     let uid = f.number_or("uid", OWNER, 0);

@@ -22,7 +22,7 @@ use crate::progress::{self, ProgressStep, ProgressUnit};
 ///
 /// It does not sync the files to the disk, which would take several times as long as everything
 /// else: after a power cut on the build machine the block map detects an incomplete image
-/// ([`bmap::check`]).
+/// ([`bmap::check_image`]).
 ///
 /// # Errors
 /// When an input is missing, something does not fit its partition, or the disk is full; the file
@@ -45,7 +45,7 @@ pub fn assemble_checked<T>(
     if let Some(parent) = out.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
     }
-    let temporary = artifact::partial(out);
+    let temporary = artifact::partial_path(out);
     let attempt = || -> Result<(DiskImage, T)> {
         let (map, written) = write_image(spec, &temporary)?;
         let found = check(&temporary)?;
@@ -77,11 +77,11 @@ fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)>
         spec.partitions.len()
     );
     let guids: Vec<Uuid> = spec.partitions.iter().map(|p| p.guid).collect();
-    let tables = table::make(layout, spec.disk_guid, spec.mbr_signature, &guids)?;
-    let logical = table::logical(layout)?;
+    let tables = table::make_tables(layout, spec.disk_guid, spec.mbr_signature, &guids)?;
+    let logical = table::logical_sectors(layout)?;
     let states = state_sectors(spec)?;
     let volumes = fat_volumes(spec)?;
-    let sources = sources(spec)?;
+    let sources = collect_filesystems(spec)?;
 
     let mut regions = vec![
         ImageRegion { payload: RegionContent::Memory(&tables.head), places: vec![0] },
@@ -134,16 +134,16 @@ fn write_image(spec: &DiskSpec, temporary: &Utf8Path) -> Result<(BlockMap, u64)>
     let image = File::create(temporary).with_context(|| format!("creating {temporary}"))?;
     let write = || -> Result<CopyResult> {
         image.set_len(layout.size)?;
-        let written = copy::write(&regions, &image, &step)?;
+        let written = copy::write_regions(&regions, &image, &step)?;
         Ok(written)
     };
-    let written = write().map_err(|error| explain(error, temporary, total))?;
+    let written = write().map_err(|error| explain_full_disk(error, temporary, total))?;
     let map = BlockMap { image_size: layout.size, block_size: BLOCK, ranges: written.ranges };
     Ok((map, written.bytes))
 }
 
 /// Adds help to the error of a full disk.
-fn explain(error: anyhow::Error, path: &Utf8Path, total: u64) -> anyhow::Error {
+fn explain_full_disk(error: anyhow::Error, path: &Utf8Path, total: u64) -> anyhow::Error {
     let full = error
         .chain()
         .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
@@ -156,8 +156,8 @@ fn explain(error: anyhow::Error, path: &Utf8Path, total: u64) -> anyhow::Error {
     error.context(format!(
         "writing {path}: the disk is full; the image needs up to {}, {} are free in {folder}\n\
          help: free some space there; `cargo xtask clean --dry-run` shows what it would remove",
-        progress::bytes(total),
-        progress::bytes(free),
+        progress::format_bytes(total),
+        progress::format_bytes(free),
     ))
 }
 
@@ -165,7 +165,7 @@ fn total_bytes(regions: &[ImageRegion<'_>]) -> u64 {
     let each = regions.iter().map(|region| {
         let bytes = match &region.payload {
             RegionContent::Memory(pages) => pages.written() * BLOCK,
-            RegionContent::Image(file, summed) => allocated(file).min(summed.size),
+            RegionContent::Image(file, summed) => allocated_bytes(file).min(summed.size),
             RegionContent::Zeros(_) => 0,
         };
         bytes * region.places.len() as u64
@@ -173,7 +173,7 @@ fn total_bytes(regions: &[ImageRegion<'_>]) -> u64 {
     each.sum()
 }
 
-fn allocated(file: &File) -> u64 {
+fn allocated_bytes(file: &File) -> u64 {
     use std::os::unix::fs::MetadataExt;
     /// The unit of `st_blocks`, whatever the filesystem's block size.
     const STAT_BLOCK: u64 = 512;
@@ -212,8 +212,15 @@ fn fat_volumes(spec: &DiskSpec) -> Result<Vec<(&PlacedPartition, SparsePages)>> 
         else {
             continue;
         };
-        let pages =
-            fat::make(placed, label, *volume_id, *says_where, files, spec.epoch, &wanted.size_key)?;
+        let pages = fat::make_fat(
+            placed,
+            label,
+            *volume_id,
+            *says_where,
+            files,
+            spec.epoch,
+            &wanted.size_key,
+        )?;
         volumes.push((placed, pages));
     }
     Ok(volumes)
@@ -226,7 +233,7 @@ struct PlacedFilesystem<'a> {
     places: Vec<u64>,
 }
 
-fn sources(spec: &DiskSpec) -> Result<Vec<PlacedFilesystem<'_>>> {
+fn collect_filesystems(spec: &DiskSpec) -> Result<Vec<PlacedFilesystem<'_>>> {
     let mut sources: Vec<PlacedFilesystem<'_>> = Vec::new();
     for (placed, wanted) in spec.layout.partitions.iter().zip(&spec.partitions) {
         let PartitionContent::Image(summed) = &wanted.content else { continue };
@@ -235,8 +242,8 @@ fn sources(spec: &DiskSpec) -> Result<Vec<PlacedFilesystem<'_>>> {
             bail!(
                 "{}: the image has {}, but the partition has {}\nhelp: raise {}",
                 doing(),
-                progress::bytes(summed.size),
-                progress::bytes(placed.size),
+                progress::format_bytes(summed.size),
+                progress::format_bytes(placed.size),
                 wanted.size_key
             );
         }

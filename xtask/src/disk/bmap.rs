@@ -91,7 +91,7 @@ impl BlockMap {
         let own = artifact::hash_bytes(self.text(&"0".repeat(64)).as_bytes());
         let text = self.text(&own);
         // Not synced, like the image: some filesystems would also sync the image.
-        let temporary = artifact::partial(path);
+        let temporary = artifact::partial_path(path);
         std::fs::write(&temporary, &text).with_context(|| format!("writing {temporary}"))?;
         std::fs::rename(&temporary, path).with_context(|| format!("renaming {temporary}"))?;
         Ok(Artifact {
@@ -115,9 +115,9 @@ impl BlockMap {
 
     fn parse(text: &str) -> Result<Self> {
         ensure!(text.contains("<bmap version=\"2.0\">"), "not a block map of version 2.0");
-        let kind = element(text, "ChecksumType")?;
+        let kind = find_element(text, "ChecksumType")?;
         ensure!(kind == "sha256", "its checksums are `{kind}`, expected `sha256`");
-        let own = element(text, "BmapFileChecksum")?;
+        let own = find_element(text, "BmapFileChecksum")?;
         ensure!(own.len() == 64, "its own checksum has {} characters, expected 64", own.len());
         let found = artifact::hash_bytes(text.replacen(own, &"0".repeat(64), 1).as_bytes());
         ensure!(found == own, "the map is damaged: its SHA-256 is {found}, but it contains {own}");
@@ -145,8 +145,8 @@ impl BlockMap {
             ranges.push(BlockRange { first, last, sha256: sha256.to_owned() });
         }
         let map = Self {
-            image_size: number(text, "ImageSize")?,
-            block_size: number(text, "BlockSize")?,
+            image_size: parse_number(text, "ImageSize")?,
+            block_size: parse_number(text, "BlockSize")?,
             ranges,
         };
         ensure!(
@@ -159,7 +159,7 @@ impl BlockMap {
             map.ranges.last().is_none_or(|r| r.last < blocks),
             "its last range ends beyond the image's {blocks} blocks"
         );
-        let counted = number(text, "MappedBlocksCount")?;
+        let counted = parse_number(text, "MappedBlocksCount")?;
         ensure!(
             counted == map.mapped_blocks(),
             "the map counts {counted} mapped blocks, but lists {}",
@@ -169,15 +169,15 @@ impl BlockMap {
     }
 }
 
-fn element<'a>(text: &'a str, name: &str) -> Result<&'a str> {
+fn find_element<'a>(text: &'a str, name: &str) -> Result<&'a str> {
     let missing = || anyhow!("the map has no {name}");
     let (_, rest) = text.split_once(&format!("<{name}>")).ok_or_else(missing)?;
     let (value, _) = rest.split_once(&format!("</{name}>")).ok_or_else(missing)?;
     Ok(value.trim())
 }
 
-fn number(text: &str, name: &str) -> Result<u64> {
-    let value = element(text, name)?;
+fn parse_number(text: &str, name: &str) -> Result<u64> {
+    let value = find_element(text, name)?;
     value.parse().with_context(|| format!("its {name} is `{value}`, expected a number"))
 }
 
@@ -186,7 +186,7 @@ fn number(text: &str, name: &str) -> Result<u64> {
 /// # Errors
 /// When either file cannot be read, the sizes differ, or a range has another checksum; the message
 /// names the first damaged ranges by their bytes.
-pub fn check(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
+pub fn check_image(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
     let map = BlockMap::read(map)?;
     let doing = || format!("checking {image} against its block map");
     let file = File::open(image).with_context(doing)?;

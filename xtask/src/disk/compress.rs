@@ -24,7 +24,7 @@ pub fn path_for(image: &Utf8Path) -> Utf8PathBuf {
 ///
 /// # Errors
 /// When reading or writing fails; nothing is left under the final name then.
-pub fn compress(image: &Utf8Path, level: i32) -> Result<Artifact> {
+pub fn compress_image(image: &Utf8Path, level: i32) -> Result<Artifact> {
     compress_to(image, &path_for(image), level)
 }
 
@@ -65,7 +65,7 @@ pub fn compress_to(image: &Utf8Path, out: &Utf8Path, level: i32) -> Result<Artif
         })
     })
     .with_context(doing)?;
-    Artifact::of(out)
+    Artifact::from_file(out)
 }
 
 fn work(

@@ -11,7 +11,7 @@ use super::bmap::BlockRange;
 use super::layout::BLOCK;
 use super::pages::SparsePages;
 use super::sums::{BlockChecksums, ChecksummedImage};
-use super::windows::{FileWindows, WINDOW, WINDOW_BLOCKS, bits, non_zero, runs};
+use super::windows::{FileWindows, WINDOW, WINDOW_BLOCKS, bit_mask, non_zero, set_bit_runs};
 use crate::progress::ProgressStep;
 
 /// The maximum size of a write in bytes. The page cache allocates one block of memory for each
@@ -55,7 +55,11 @@ pub struct CopyResult {
 ///
 /// # Errors
 /// When reading or writing fails.
-pub fn write(regions: &[ImageRegion<'_>], image: &File, step: &ProgressStep) -> Result<CopyResult> {
+pub fn write_regions(
+    regions: &[ImageRegion<'_>],
+    image: &File,
+    step: &ProgressStep,
+) -> Result<CopyResult> {
     let mut writer = Writer { image, step, bytes: 0 };
     let mut ranges = Vec::new();
     for region in regions {
@@ -66,7 +70,7 @@ pub fn write(regions: &[ImageRegion<'_>], image: &File, step: &ProgressStep) -> 
                 writer.image(file, summed, places)?;
                 &summed.ranges
             }
-            RegionContent::Zeros(blocks) => &zeros(*blocks),
+            RegionContent::Zeros(blocks) => &zero_ranges(*blocks),
         };
         for place in places {
             let shift = place / BLOCK;
@@ -82,10 +86,10 @@ pub fn write(regions: &[ImageRegion<'_>], image: &File, step: &ProgressStep) -> 
 }
 
 /// The ranges of blocks that are zero and mapped.
-fn zeros(blocks: u64) -> Vec<BlockRange> {
+fn zero_ranges(blocks: u64) -> Vec<BlockRange> {
     let mut sums = BlockChecksums::default();
     for first in (0..blocks).step_by(WINDOW_BLOCKS as usize) {
-        sums.add(first, bits(0, (blocks - first).min(WINDOW_BLOCKS)), None);
+        sums.add(first, bit_mask(0, (blocks - first).min(WINDOW_BLOCKS)), None);
     }
     sums.finish()
 }
@@ -127,7 +131,7 @@ impl Writer<'_> {
     /// Writes the blocks of a window that are set in `mask`.
     fn write(&mut self, first: u64, mask: u64, bytes: &[u8], places: &[u64]) -> Result<()> {
         for place in places {
-            for (start, end) in runs(mask) {
+            for (start, end) in set_bit_runs(mask) {
                 let run = &bytes[(start * BLOCK) as usize..(end * BLOCK) as usize];
                 let mut offset = place + (first + start) * BLOCK;
                 for piece in run.chunks(PIECE) {

@@ -90,7 +90,7 @@ impl Super {
 ///
 /// # Errors
 /// When the file cannot be read or is not an ext4 volume.
-pub fn usage(image: &Utf8Path) -> Result<Ext4Usage> {
+pub fn read_usage(image: &Utf8Path) -> Result<Ext4Usage> {
     let doing = || format!("reading the ext4 volume {image}");
     let file = File::open(image).with_context(doing)?;
     let Some(volume) = Super::read(&file).with_context(doing)? else {
@@ -167,7 +167,7 @@ pub fn used_bytes(file: &File) -> Result<Option<Vec<Range<u64>>>> {
             .with_context(|| format!("reading the block bitmap of group {group}"))?;
         add_bitmap(&bitmap, start..(start + per_group).min(blocks), &mut used);
     }
-    Ok(Some(merge(used, blocks, block)))
+    Ok(Some(merge_ranges(used, blocks, block)))
 }
 
 /// Whether a group contains a copy of the superblock.
@@ -201,7 +201,7 @@ fn add_bitmap(bitmap: &[u8], group: Range<u64>, used: &mut Vec<Range<u64>>) {
 }
 
 /// Sorts and joins ranges of blocks, cuts them at the volume's end, and converts them to bytes.
-fn merge(mut used: Vec<Range<u64>>, blocks: u64, block: u64) -> Vec<Range<u64>> {
+fn merge_ranges(mut used: Vec<Range<u64>>, blocks: u64, block: u64) -> Vec<Range<u64>> {
     used.sort_by_key(|range| range.start);
     let mut merged: Vec<Range<u64>> = Vec::new();
     for range in used {

@@ -63,7 +63,7 @@ impl Ext4Read for Slice {
 ///
 /// # Errors
 /// When the image cannot be read.
-pub(crate) fn length(image: &Utf8Path, offset: u64) -> Result<u64> {
+pub(crate) fn remaining_length(image: &Utf8Path, offset: u64) -> Result<u64> {
     let doing = || format!("reading {image}");
     let mut file = File::open(image).with_context(doing)?;
     // The metadata of a block device do not contain its size.
@@ -140,9 +140,9 @@ pub(crate) fn needs_replay(image: &Utf8Path, offset: u64) -> Result<bool> {
 ///
 /// # Errors
 /// When there is none, or its superblock is invalid.
-pub(crate) fn open(image: &Utf8Path, offset: u64) -> Result<Ext4> {
+pub(crate) fn open_ext4(image: &Utf8Path, offset: u64) -> Result<Ext4> {
     let doing = || format!("reading the ext4 filesystem at byte {offset} of {image}");
-    let length = length(image, offset)?;
+    let length = remaining_length(image, offset)?;
     Superblock::read(image, offset)
         .and_then(|superblock| superblock.check(length))
         .with_context(doing)?;

@@ -74,7 +74,7 @@ impl TimeProvider for Fixed {
 ///
 /// # Errors
 /// When a file cannot be read or does not fit, a name cannot be stored, or two names are the same.
-pub fn make(
+pub fn make_fat(
     placed: &PlacedPartition,
     label: &str,
     volume_id: u32,
@@ -116,7 +116,7 @@ pub fn make(
 /// Writes the volume that both slots share to a file, for an update bundle.
 ///
 /// # Errors
-/// As [`make`], or when the file cannot be written.
+/// As [`make_fat`], or when the file cannot be written.
 pub fn write_shared(
     placed: &PlacedPartition,
     content: &PartitionContent,
@@ -127,7 +127,7 @@ pub fn write_shared(
     let PartitionContent::Fat { label, volume_id, placed: says_where, files } = content else {
         bail!("`{}` contains no FAT volume", placed.name);
     };
-    let pages = make(placed, label, *volume_id, *says_where, files, epoch, size_key)?;
+    let pages = make_fat(placed, label, *volume_id, *says_where, files, epoch, size_key)?;
     let doing = || format!("writing {out}");
     let file = File::create(out).with_context(doing)?;
     file.set_len(placed.size).with_context(doing)?;
@@ -345,10 +345,10 @@ fn write_file(
     let too_large = || {
         anyhow!(
             "the file has {}, but `{}` ({}) has only {} free\nhelp: raise {size_key}",
-            progress::bytes(content.len() as u64),
+            progress::format_bytes(content.len() as u64),
             placed.name,
-            progress::bytes(placed.size),
-            progress::bytes(free),
+            progress::format_bytes(placed.size),
+            progress::format_bytes(free),
         )
     };
     if content.len() as u64 > free {

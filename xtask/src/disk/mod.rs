@@ -17,11 +17,11 @@ mod table;
 mod windows;
 
 pub use assemble::{assemble, assemble_checked};
-pub use ext4_blocks::{Ext4Usage, usage};
+pub use ext4_blocks::{Ext4Usage, read_usage};
 pub use fat::write_shared;
 pub use layout::{
     DiskLayout, DiskRequest, Filesystem, PartitionRequest, PlacedPartition, StateSector, TableKind,
-    place,
+    lay_out_disk,
 };
 pub use spec::{DiskImage, DiskSpec, FatFile, FileSource, PartitionContent, PartitionSpec};
-pub use sums::{ChecksummedImage, sum};
+pub use sums::{ChecksummedImage, sum_image};

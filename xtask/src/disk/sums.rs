@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::bmap::{BlockRange, LONGEST_RANGE};
 use super::ext4_blocks;
 use super::layout::BLOCK;
-use super::windows::{FileWindows, runs};
+use super::windows::{FileWindows, set_bit_runs};
 use crate::artifact;
 
 /// The first bytes of each partition are mapped even where they are zero: the superblocks of an old
@@ -36,11 +36,11 @@ pub struct ChecksummedImage {
 ///
 /// # Errors
 /// When the image cannot be read or its ext4 is inconsistent.
-pub fn sum(path: &Utf8Path) -> Result<ChecksummedImage> {
+pub fn sum_image(path: &Utf8Path) -> Result<ChecksummedImage> {
     let doing = || format!("computing the checksums of {path}");
     let file = File::open(path).with_context(doing)?;
     let size = file.metadata().with_context(doing)?.len();
-    let needed = needed(&file, size).with_context(doing)?;
+    let needed = always_mapped_blocks(&file, size).with_context(doing)?;
     // Ranges end at multiples of the longest one, so the pieces between them are independent.
     let next = AtomicU64::new(0);
     let work = || -> Result<Vec<BlockRange>> {
@@ -74,7 +74,7 @@ pub fn sum(path: &Utf8Path) -> Result<ChecksummedImage> {
 }
 
 /// Blocks that are mapped even where they are zero, in order and without overlap.
-fn needed(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
+fn always_mapped_blocks(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
     let used = ext4_blocks::used_bytes(file)?.unwrap_or_default();
     // In the map's blocks: a smaller block of the volume maps the whole block.
     let head = 0..size.min(ALWAYS_MAPPED).div_ceil(BLOCK);
@@ -101,7 +101,7 @@ impl BlockChecksums {
     /// Adds the blocks that are set in `mask` of a window that starts at block `first`; without
     /// bytes all are zero.
     pub(super) fn add(&mut self, first: u64, mask: u64, bytes: Option<&[u8]>) {
-        for (start, end) in runs(mask) {
+        for (start, end) in set_bit_runs(mask) {
             let (mut at, end) = (first + start, first + end);
             while at < end {
                 let stop = end.min((at / LONGEST_RANGE + 1) * LONGEST_RANGE);

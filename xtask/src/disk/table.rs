@@ -121,7 +121,7 @@ impl Seek for TableBlocks {
 ///
 /// # Errors
 /// When the disk is too small for its tables.
-pub fn make(
+pub fn make_tables(
     layout: &DiskLayout,
     disk_guid: Uuid,
     signature: u32,
@@ -130,7 +130,7 @@ pub fn make(
     let mut tables = TableBlocks::blank(layout.size).context("making the partition table")?;
     let mut mbr = ProtectiveMBR::with_lb_size(0);
     mbr.set_disk_signature(signature.to_le_bytes());
-    for (slot, record) in records(layout).into_iter().enumerate() {
+    for (slot, record) in mbr_records(layout).into_iter().enumerate() {
         mbr.set_partition(slot, record);
     }
     mbr.overwrite_lba0(&mut tables).context("making the MBR")?;
@@ -187,7 +187,7 @@ pub fn mbr_type(filesystem: Filesystem, size: u64) -> u8 {
 /// The four records of the MBR. In a hybrid table each partition keeps its number, and the
 /// protective record, which GPT readers look for in every slot, is in the last free slot. It covers
 /// the space before the first listed partition, so that no two records overlap.
-fn records(layout: &DiskLayout) -> [PartRecord; 4] {
+fn mbr_records(layout: &DiskLayout) -> [PartRecord; 4] {
     let mut records = [PartRecord::zero(); 4];
     let listed = || layout.partitions.iter().filter(|p| p.in_mbr);
     if let Some((first, size)) = layout.extended() {
@@ -220,7 +220,7 @@ fn records(layout: &DiskLayout) -> [PartRecord; 4] {
 ///
 /// # Errors
 /// None in practice: they are written in memory.
-pub fn logical(layout: &DiskLayout) -> Result<Vec<(u64, SparsePages)>> {
+pub fn logical_sectors(layout: &DiskLayout) -> Result<Vec<(u64, SparsePages)>> {
     let Some((first, _)) = layout.extended() else { return Ok(Vec::new()) };
     let all: Vec<&PlacedPartition> =
         layout.partitions.iter().filter(|p| p.record.is_some()).collect();
@@ -262,8 +262,8 @@ fn bytes_of(record: &PartRecord, first: u64) -> Vec<u8> {
 }
 
 fn record_for(kind: u8, first: u64, sectors: u64, active: bool) -> PartRecord {
-    let (start_head, start_sector, start_track) = chs(first);
-    let (end_head, end_sector, end_track) = chs(first + sectors - 1);
+    let (start_head, start_sector, start_track) = chs_address(first);
+    let (end_head, end_sector, end_track) = chs_address(first + sectors - 1);
     PartRecord {
         boot_indicator: if active { 0x80 } else { 0 },
         start_head,
@@ -280,7 +280,7 @@ fn record_for(kind: u8, first: u64, sectors: u64, active: bool) -> PartRecord {
 
 /// Head, sector with the cylinder's upper bits, cylinder; the largest values where it cannot be
 /// expressed.
-fn chs(sector: u64) -> (u8, u8, u8) {
+fn chs_address(sector: u64) -> (u8, u8, u8) {
     let track = u64::from(SECTORS_PER_TRACK);
     let cylinder = sector / (track * u64::from(HEADS));
     if cylinder > 1023 {

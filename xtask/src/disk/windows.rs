@@ -89,8 +89,10 @@ impl<'a> FileWindows<'a> {
             if range.start >= end {
                 break;
             }
-            mask |=
-                bits(range.start.saturating_sub(first), range.end.min(end).saturating_sub(first));
+            mask |= bit_mask(
+                range.start.saturating_sub(first),
+                range.end.min(end).saturating_sub(first),
+            );
             if range.end > end {
                 break;
             }
@@ -119,13 +121,13 @@ impl<'a> FileWindows<'a> {
 }
 
 /// A mask of the bits from `start` up to, not including, `end` (at most 64).
-pub(super) fn bits(start: u64, end: u64) -> u64 {
+pub(super) fn bit_mask(start: u64, end: u64) -> u64 {
     let below = |n: u64| if n >= 64 { u64::MAX } else { (1 << n) - 1 };
     below(end) & !below(start)
 }
 
 /// The runs of set bits: first bit, first bit after the run.
-pub(super) fn runs(mask: u64) -> impl Iterator<Item = (u64, u64)> {
+pub(super) fn set_bit_runs(mask: u64) -> impl Iterator<Item = (u64, u64)> {
     let mut left = mask;
     std::iter::from_fn(move || {
         if left == 0 {
@@ -133,7 +135,7 @@ pub(super) fn runs(mask: u64) -> impl Iterator<Item = (u64, u64)> {
         }
         let start = u64::from(left.trailing_zeros());
         let length = u64::from((left >> start).trailing_ones());
-        left &= !bits(start, start + length);
+        left &= !bit_mask(start, start + length);
         Some((start, start + length))
     })
 }

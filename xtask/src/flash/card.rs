@@ -152,7 +152,7 @@ impl CardDevice {
             );
         }
         let end = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).with_context(doing)?;
-        let size = device::whole(end);
+        let size = device::whole_blocks(end);
         ensure!(
             size == device.size,
             "{}: the size is now {size} bytes, it was {}",

@@ -23,7 +23,7 @@ const SKIPPABLE: u32 = 0x184d_2a50;
 /// The longest header of a frame (RFC 8878, 3.1.1.1): magic number, descriptor, window, dictionary, size.
 const HEADER: usize = 4 + 1 + 1 + 4 + 8;
 /// zstd's own bound for incompressible data (`ZSTD_COMPRESSBOUND`), and space for headers.
-const fn bound(size: u64) -> u64 {
+const fn compressed_bound(size: u64) -> u64 {
     size + (size >> 8) + (128 << 10)
 }
 
@@ -45,12 +45,12 @@ pub struct ImageFrame {
 ///
 /// # Errors
 /// When the file cannot be read.
-pub fn scan(file: &File) -> io::Result<Option<Vec<ImageFrame>>> {
+pub fn scan_frames(file: &File) -> io::Result<Option<Vec<ImageFrame>>> {
     let end = file.metadata()?.len();
     let (mut at, mut offset, mut frames) = (0, 0, Vec::new());
     while at < end {
-        let Some((length, size)) = frame(file, at, end)? else { return Ok(None) };
-        if size > LARGEST || length > bound(size) {
+        let Some((length, size)) = read_frame_header(file, at, end)? else { return Ok(None) };
+        if size > LARGEST || length > compressed_bound(size) {
             return Ok(None);
         }
         frames.push(ImageFrame { stored: at, length, offset, size });
@@ -60,7 +60,7 @@ pub fn scan(file: &File) -> io::Result<Option<Vec<ImageFrame>>> {
 }
 
 /// Bytes of the frame at an offset, stored and unpacked.
-fn frame(file: &File, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+fn read_frame_header(file: &File, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
     let mut header = [0; HEADER];
     let there = HEADER.min(usize::try_from(end - at).unwrap_or(HEADER));
     file.read_exact_at(&mut header[..there], at)?;
@@ -149,7 +149,7 @@ impl FrameUnpacker {
                     for frame in own {
                         let free = spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
                         let mut content = free.unwrap_or_default();
-                        let result = unpack(&file, &frame, &mut stored, &mut content);
+                        let result = unpack_frame(&file, &frame, &mut stored, &mut content);
                         // The receiver is gone when the pass has ended early.
                         if sender.send(result.map(|()| content)).is_err() {
                             return;
@@ -202,7 +202,7 @@ impl FrameUnpacker {
 }
 
 /// Unpacks a frame, whose content is as long as its header says.
-fn unpack(
+fn unpack_frame(
     file: &File,
     frame: &ImageFrame,
     stored: &mut Vec<u8>,

@@ -30,7 +30,7 @@ const BOOT: &str = "boot";
 ///
 /// # Errors
 /// When no such network can exist ([`names::is_ssid`], [`names::is_wifi_password`]), or its name has control characters.
-pub fn wifi(ssid: &str, password: Option<String>) -> Result<Wifi> {
+pub fn wifi_network(ssid: &str, password: Option<String>) -> Result<Wifi> {
     ensure!(
         names::is_ssid(ssid) && !ssid.chars().any(char::is_control),
         "the Wi-Fi name has {} bytes, expected 1 to 32 without control characters",
@@ -79,7 +79,7 @@ pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
         }
         false => format!("reading {path}"),
     })?;
-    let keys = ssh_keys::parse(&file).map_err(|bad| bad.about(path))?;
+    let keys = ssh_keys::parse_keys(&file).map_err(|bad| bad.into_error(path))?;
     ensure!(
         keys.iter().all(|key| !key.has_options),
         "{path}: a key has options, which the first boot does not support\n\
@@ -89,7 +89,7 @@ pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
 }
 
 /// The names of the seed's settings.
-fn parts(seed: &Seed) -> Vec<&'static str> {
+fn setting_names(seed: &Seed) -> Vec<&'static str> {
     let parts = [
         ("hostname", seed.hostname.is_some()),
         ("ssh-keys", !seed.ssh_keys.is_empty()),
@@ -103,7 +103,7 @@ fn parts(seed: &Seed) -> Vec<&'static str> {
 ///
 /// # Errors
 /// When the image has no boot partition with a FAT, or the card fails.
-pub fn plant(
+pub fn write_seed(
     seed: &Seed,
     card: &dyn CardIo,
     held: &[(usize, AlignedMemory)],
@@ -128,7 +128,7 @@ pub fn plant(
         fat.unmount().with_context(doing)?;
     }
     volume.store().with_context(doing)?;
-    Ok(parts(seed))
+    Ok(setting_names(seed))
 }
 
 /// The place of the boot partition.
@@ -147,7 +147,7 @@ fn boot_partition(
         file.write_all_at(buffer.bytes(), piece.offset)
             .context("writing down the partition table")?;
     }
-    let tables = read::tables(&path).context("looking for the image's boot partition")?;
+    let tables = read::read_tables(&path).context("looking for the image's boot partition")?;
     let named = tables.partitions.iter().find(|p| p.name.as_deref() == Some(BOOT));
     let fat = |p: &&FoundPartition| p.name.is_none() && FAT_TYPES.contains(&p.kind.as_str());
     let found = named.or_else(|| tables.partitions.iter().find(fat));

@@ -88,7 +88,7 @@ impl ImageSource {
         let map = [bmap::path_for(plain), bmap::path_for(path)].into_iter().find(|m| m.is_file());
         let map = map.map(|map| BlockMap::read(&map)).transpose()?;
         let frames = match form {
-            ImageFormat::Zstd => frames::scan(&file).with_context(doing)?,
+            ImageFormat::Zstd => frames::scan_frames(&file).with_context(doing)?,
             ImageFormat::Plain | ImageFormat::Xz => None,
         };
         let unpacked = frames.as_ref().map(|frames| frames.iter().map(|f| f.size).sum::<u64>());
@@ -96,7 +96,7 @@ impl ImageSource {
             (ImageFormat::Plain, ..) => stored.len(),
             (_, Some(map), _) => map.image_size,
             (_, None, Some(size)) => size,
-            (_, None, None) => measure(path, form)?,
+            (_, None, None) => measure_image(path, form)?,
         };
         // A size other than the map's is an error that reading the stream reports.
         let frames = frames.filter(|_| unpacked == Some(size));
@@ -149,13 +149,13 @@ impl ImageSource {
         let input = match (self.form, &self.frames) {
             (ImageFormat::Plain, _) => Input::File(file),
             (_, Some(frames)) => Input::Frames(FrameUnpacker::start(file, frames, &self.ranges)),
-            (form, None) => Input::Stream(decoder(file, form).with_context(doing)?),
+            (form, None) => Input::Stream(open_decoder(file, form).with_context(doing)?),
         };
         Ok(ImagePass { input, path: self.path.clone(), size: self.size, position: 0 })
     }
 }
 
-fn decoder(file: File, form: ImageFormat) -> io::Result<Box<dyn Read + Send>> {
+fn open_decoder(file: File, form: ImageFormat) -> io::Result<Box<dyn Read + Send>> {
     let file = BufReader::with_capacity(READ, file);
     Ok(match form {
         ImageFormat::Plain => Box::new(file),
@@ -186,9 +186,10 @@ impl<T: Read> Read for Unpacked<T> {
 }
 
 /// The unpacked size of a compressed image in bytes.
-fn measure(path: &Utf8Path, form: ImageFormat) -> Result<u64> {
+fn measure_image(path: &Utf8Path, form: ImageFormat) -> Result<u64> {
     let doing = || format!("unpacking {path}");
-    let mut decoder = decoder(File::open(path).with_context(doing)?, form).with_context(doing)?;
+    let mut decoder =
+        open_decoder(File::open(path).with_context(doing)?, form).with_context(doing)?;
     let step = ProgressStep::new(
         "flash",
         "finding the size of the image, since there is no block map",
@@ -203,7 +204,7 @@ fn measure(path: &Utf8Path, form: ImageFormat) -> Result<u64> {
             return Ok(size);
         }
         size += count as u64;
-        step.note(crate::progress::bytes(size));
+        step.note(crate::progress::format_bytes(size));
         ensure!(size <= LARGEST, "{}: the image is larger than 1 TiB", doing());
     }
 }
@@ -232,7 +233,7 @@ impl ImagePass {
         match &mut self.input {
             Input::File(file) => file.read_exact_at(buffer, offset),
             Input::Frames(frames) => frames.read_at(offset, buffer),
-            Input::Stream(stream) => skip(stream, &mut self.position, offset)
+            Input::Stream(stream) => skip_to(stream, &mut self.position, offset)
                 .and_then(|()| stream.read_exact(buffer))
                 .inspect(|()| self.position += buffer.len() as u64),
         }
@@ -247,7 +248,7 @@ impl ImagePass {
     pub fn finish(mut self) -> Result<()> {
         let Input::Stream(mut stream) = self.input else { return Ok(()) };
         let path = &self.path;
-        skip(&mut stream, &mut self.position, self.size).with_context(|| {
+        skip_to(&mut stream, &mut self.position, self.size).with_context(|| {
             format!("reading {path} to its end, at {} bytes\n{AGAIN}", self.position)
         })?;
         if stream.read(&mut [0]).with_context(|| format!("reading the end of {path}"))? != 0 {
@@ -261,7 +262,7 @@ impl ImagePass {
     }
 }
 
-fn skip(stream: &mut dyn Read, position: &mut u64, to: u64) -> io::Result<()> {
+fn skip_to(stream: &mut dyn Read, position: &mut u64, to: u64) -> io::Result<()> {
     let left = to.checked_sub(*position).ok_or(io::ErrorKind::InvalidInput)?;
     if left == 0 {
         return Ok(());

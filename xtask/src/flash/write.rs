@@ -55,7 +55,7 @@ pub struct ImagePiece {
 }
 
 /// Cuts what must reach the card into pieces.
-pub fn pieces(source: &ImageSource) -> Vec<ImagePiece> {
+pub fn cut_into_pieces(source: &ImageSource) -> Vec<ImagePiece> {
     let tail = source.size.saturating_sub(EDGE).max(EDGE);
     let mut pieces = Vec::new();
     for (index, range) in source.ranges.iter().enumerate() {
@@ -86,7 +86,7 @@ pub struct PieceChecksum {
 
 impl PieceChecksum {
     /// Of these bytes.
-    pub fn of(bytes: &[u8]) -> Self {
+    pub fn from_bytes(bytes: &[u8]) -> Self {
         let first = &bytes[..bytes.len().min(BLOCK as usize)];
         Self { whole: Sha256::digest(bytes).into(), first: Sha256::digest(first).into() }
     }
@@ -113,7 +113,7 @@ pub fn is_local(error: &io::Error) -> bool {
 ///
 /// # Errors
 /// When the device as a whole fails.
-pub fn holds(
+pub fn piece_matches(
     card: &dyn CardIo,
     piece: &ImagePiece,
     sum: &PieceChecksum,
@@ -121,7 +121,7 @@ pub fn holds(
 ) -> Result<bool> {
     let bytes = buffer.part(piece.size);
     match card.read_at(piece.offset, bytes) {
-        Ok(()) => Ok(PieceChecksum::of(bytes).whole == sum.whole),
+        Ok(()) => Ok(PieceChecksum::from_bytes(bytes).whole == sum.whole),
         Err(error) if is_local(&error) => Ok(false),
         Err(error) => Err(error).with_context(|| format!("reading back at {}", piece.offset)),
     }
@@ -130,8 +130,8 @@ pub fn holds(
 /// Whether the card still contains the first block of this piece.
 ///
 /// # Errors
-/// As [`holds`].
-pub fn begins(
+/// As [`piece_matches`].
+pub fn first_block_matches(
     card: &dyn CardIo,
     piece: &ImagePiece,
     sum: &PieceChecksum,
@@ -139,7 +139,7 @@ pub fn begins(
 ) -> Result<bool> {
     let bytes = buffer.part(piece.size.min(BLOCK as usize));
     match card.read_at(piece.offset, bytes) {
-        Ok(()) => Ok(PieceChecksum::of(bytes).first == sum.first),
+        Ok(()) => Ok(PieceChecksum::from_bytes(bytes).first == sum.first),
         Err(error) if is_local(&error) => Ok(false),
         Err(error) => Err(error).with_context(|| format!("reading back at {}", piece.offset)),
     }
@@ -151,7 +151,7 @@ struct Batch {
     left: AtomicUsize,
 }
 
-fn batches(pieces: &[ImagePiece]) -> Vec<Batch> {
+fn group_into_batches(pieces: &[ImagePiece]) -> Vec<Batch> {
     let mut batches = Vec::new();
     let (mut start, mut size, mut count) = (0, 0, 0);
     for (index, piece) in pieces.iter().enumerate() {
@@ -188,7 +188,7 @@ type Full = (usize, AlignedMemory);
 /// # Errors
 /// When the image cannot be read or is not what its block map says, the device as a whole fails, or
 /// too many pieces fail.
-pub fn send(
+pub fn send_pieces(
     source: &ImageSource,
     pieces: &[ImagePiece],
     card: &dyn CardIo,
@@ -201,7 +201,7 @@ pub fn send(
         pieces,
         card,
         read_back,
-        batches: batches(pieces),
+        batches: group_into_batches(pieces),
         sums: pieces.iter().map(|_| OnceLock::new()).collect(),
         wrong: Mutex::default(),
         stop: AtomicBool::new(false),
@@ -311,7 +311,7 @@ impl Sending<'_> {
             if piece.held {
                 let mut copy = AlignedMemory::new(piece.size);
                 copy.part(piece.size).copy_from_slice(bytes);
-                self.sums[index].get_or_init(|| PieceChecksum::of(bytes));
+                self.sums[index].get_or_init(|| PieceChecksum::from_bytes(bytes));
                 held.push((index, copy));
                 // The reader may have ended already.
                 drop(free.send(buffer));
@@ -337,7 +337,7 @@ impl Sending<'_> {
             let piece = &self.pieces[index];
             let bytes = buffer.part(piece.size);
             if self.read_back {
-                self.sums[index].get_or_init(|| PieceChecksum::of(bytes));
+                self.sums[index].get_or_init(|| PieceChecksum::from_bytes(bytes));
             }
             match self.card.write_at(piece.offset, bytes) {
                 Ok(()) => {}
@@ -371,7 +371,7 @@ impl Sending<'_> {
             }
             let piece = &self.pieces[index];
             let sum = self.sums[index].get().context("a piece has no checksum")?;
-            if !holds(self.card, piece, sum, &mut buffer)? {
+            if !piece_matches(self.card, piece, sum, &mut buffer)? {
                 self.went_wrong(index)?;
             }
             if let Some(step) = &self.checked {

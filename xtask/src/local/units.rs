@@ -189,9 +189,9 @@ pub struct LocalServices {
 ///
 /// # Errors
 /// A unit of an overlay that is malformed, has an unsupported setting, or depends on itself.
-pub fn read(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<LocalServices> {
-    let mut system = LocalServices { mounts: mounts(root)?, ..LocalServices::default() };
-    for name in enabled(root)? {
+pub fn read_services(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<LocalServices> {
+    let mut system = LocalServices { mounts: read_fstab(root)?, ..LocalServices::default() };
+    for name in enabled_units(root)? {
         let there = |dir: &&&str| root.join(dir).join(&name).symlink_metadata().is_ok();
         let dir = FOLDERS.iter().find(there).copied();
         let path = Utf8Path::new(dir.unwrap_or_default()).join(&name);
@@ -202,31 +202,31 @@ pub fn read(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<LocalSer
         match dir {
             Some(dir) if name.ends_with(".service") && overlay.contains(&path) => {
                 let text = with_drop_ins(root, dir, &name)?;
-                let parsed = parse(&name, &text, &mut system.notes);
+                let parsed = parse_service(&name, &text, &mut system.notes);
                 system.units.push(parsed.with_context(|| format!("reading /{dir}/{name}"))?);
             }
             _ => system.left_out.push(name),
         }
     }
     in_order(&mut system.units)?;
-    system.addresses = addresses(root)?;
+    system.addresses = read_addresses(root)?;
     Ok(system)
 }
 
 /// The units that a target wants or requires.
-fn enabled(root: &Utf8Path) -> Result<BTreeSet<String>> {
+fn enabled_units(root: &Utf8Path) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     let folder = root.join(FOLDERS[0]);
-    for entry in listing(&folder)? {
+    for entry in list_dir(&folder)? {
         if entry.ends_with(".wants") || entry.ends_with(".requires") {
-            names.extend(listing(&folder.join(entry))?);
+            names.extend(list_dir(&folder.join(entry))?);
         }
     }
     Ok(names)
 }
 
 /// The names in a directory, sorted; empty if it does not exist.
-fn listing(folder: &Utf8Path) -> Result<Vec<String>> {
+fn list_dir(folder: &Utf8Path) -> Result<Vec<String>> {
     if !folder.is_dir() {
         return Ok(Vec::new());
     }
@@ -248,7 +248,7 @@ fn with_drop_ins(root: &Utf8Path, dir: &str, name: &str) -> Result<String> {
     let mut drop_ins = BTreeMap::new();
     for dir in FOLDERS.iter().rev() {
         let folder = Utf8Path::new(dir).join(format!("{name}.d"));
-        let found = listing(&root.join(&folder))?.into_iter().filter(|n| n.ends_with(".conf"));
+        let found = list_dir(&root.join(&folder))?.into_iter().filter(|n| n.ends_with(".conf"));
         drop_ins.extend(found.map(|file| (file.clone(), folder.join(file))));
     }
     for path in drop_ins.values() {
@@ -259,7 +259,7 @@ fn with_drop_ins(root: &Utf8Path, dir: &str, name: &str) -> Result<String> {
 }
 
 /// Settings as `section`, `key`, `value`, in order; an empty value resets earlier ones.
-fn settings(text: &str) -> Result<Vec<(String, String, String)>> {
+fn parse_settings(text: &str) -> Result<Vec<(String, String, String)>> {
     let joined = text.replace("\\\n", " ");
     let mut section = String::new();
     let mut found: Vec<(String, String, String)> = Vec::new();
@@ -285,7 +285,7 @@ fn settings(text: &str) -> Result<Vec<(String, String, String)>> {
 }
 
 /// Parses a service.
-fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<ServiceUnit> {
+fn parse_service(name: &str, text: &str, notes: &mut Vec<String>) -> Result<ServiceUnit> {
     let mut unit = ServiceUnit {
         name: name.to_owned(),
         conditions: Vec::new(),
@@ -306,13 +306,13 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<ServiceUnit>
         timeout: START_TIMEOUT,
     };
     let mut oneshot = false;
-    for (section, key, value) in settings(text)? {
+    for (section, key, value) in parse_settings(text)? {
         let doing = || format!("`{key}={value}`");
         match (section.as_str(), key.as_str()) {
             ("Unit", "After") => unit.after.extend(value.split_whitespace().map(str::to_owned)),
             ("Unit", "Before") => unit.ahead_of.extend(value.split_whitespace().map(str::to_owned)),
             ("Unit", key) if key.starts_with("Condition") => {
-                unit.conditions.push(condition(key, &value)?);
+                unit.conditions.push(parse_condition(key, &value)?);
             }
             ("Service", "Type") => {
                 oneshot = value == "oneshot";
@@ -323,10 +323,14 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<ServiceUnit>
                     _ => bail!("{}: expected oneshot, simple, exec or notify", doing()),
                 };
             }
-            ("Service", "ExecStartPre") => unit.before.push(exec(&value).with_context(doing)?),
-            ("Service", "ExecStart") => unit.programs.push(exec(&value).with_context(doing)?),
+            ("Service", "ExecStartPre") => {
+                unit.before.push(parse_program(&value).with_context(doing)?)
+            }
+            ("Service", "ExecStart") => {
+                unit.programs.push(parse_program(&value).with_context(doing)?)
+            }
             ("Service", "Environment") => {
-                for word in words(&value).with_context(doing)? {
+                for word in split_words(&value).with_context(doing)? {
                     let (name, value) = word.split_once('=').with_context(doing)?;
                     unit.environment.push((name.to_owned(), value.to_owned()));
                 }
@@ -354,9 +358,11 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<ServiceUnit>
                     _ => bail!("{}: expected no, always or on-failure", doing()),
                 };
             }
-            ("Service", "RestartSec") => unit.pause = time(&value).with_context(doing)?,
+            ("Service", "RestartSec") => {
+                unit.pause = parse_time_span(&value).with_context(doing)?
+            }
             ("Service", "TimeoutStartSec" | "TimeoutSec") => {
-                unit.timeout = time(&value).with_context(doing)?;
+                unit.timeout = parse_time_span(&value).with_context(doing)?;
             }
             ("Service", key) if CONFINEMENT.iter().any(|start| key.starts_with(start)) => {}
             ("Service", _) => {
@@ -373,7 +379,7 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<ServiceUnit>
     Ok(unit)
 }
 
-fn condition(key: &str, value: &str) -> Result<UnitCondition> {
+fn parse_condition(key: &str, value: &str) -> Result<UnitCondition> {
     let (negated, bare) = match value.strip_prefix('!') {
         Some(rest) => (true, rest),
         None => (false, value),
@@ -394,17 +400,17 @@ fn condition(key: &str, value: &str) -> Result<UnitCondition> {
     Ok(UnitCondition { text: format!("{key}={value}"), test, negated })
 }
 
-fn exec(value: &str) -> Result<ServiceProgram> {
+fn parse_program(value: &str) -> Result<ServiceProgram> {
     let bare = value.trim_start_matches(['-', '@', ':', '+', '!']);
     let prefix = &value[..value.len() - bare.len()];
     ensure!(!prefix.contains('@'), "the prefix @ is not supported here");
-    let words = words(bare)?;
+    let words = split_words(bare)?;
     ensure!(words.first().is_some_and(|w| w.starts_with('/')), "expected an absolute path");
     Ok(ServiceProgram { words, may_fail: prefix.contains('-') })
 }
 
 /// Words without specifiers, quotes or variables.
-fn words(text: &str) -> Result<Vec<String>> {
+fn split_words(text: &str) -> Result<Vec<String>> {
     if let Some(c) = text.chars().find(|c| ['"', '\'', '\\', '$', '%'].contains(c)) {
         bail!("`{c}` is not supported here: only plain words are");
     }
@@ -412,7 +418,7 @@ fn words(text: &str) -> Result<Vec<String>> {
 }
 
 /// A span of time (systemd.time(7)), in whole units.
-fn time(text: &str) -> Result<Duration> {
+fn parse_time_span(text: &str) -> Result<Duration> {
     if text == "infinity" {
         return Ok(Duration::MAX);
     }
@@ -458,7 +464,7 @@ fn in_order(units: &mut Vec<ServiceUnit>) -> Result<()> {
 }
 
 /// The mounts of fstab, except the root: memory, and bind mounts of `data`.
-fn mounts(root: &Utf8Path) -> Result<Vec<FstabMount>> {
+fn read_fstab(root: &Utf8Path) -> Result<Vec<FstabMount>> {
     let path = root.join("etc/fstab");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
     let mut found = Vec::new();
@@ -486,10 +492,10 @@ fn mounts(root: &Utf8Path) -> Result<Vec<FstabMount>> {
 }
 
 /// The addresses of the agent's declared health checks.
-fn addresses(root: &Utf8Path) -> Result<Vec<Address>> {
+fn read_addresses(root: &Utf8Path) -> Result<Vec<Address>> {
     let folder = root.join(health_file::FOLDER);
     let mut found = Vec::new();
-    for name in listing(&folder)?.into_iter().filter(|name| name.ends_with(".toml")) {
+    for name in list_dir(&folder)?.into_iter().filter(|name| name.ends_with(".toml")) {
         let path = folder.join(name);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         found.extend(HealthFile::address(&text).with_context(|| format!("reading {path}"))?);
@@ -511,13 +517,13 @@ mod tests {
         [Install]\nWantedBy=multi-user.target\n";
 
     fn one(text: &str) -> Result<ServiceUnit> {
-        parse("x.service", text, &mut Vec::new())
+        parse_service("x.service", text, &mut Vec::new())
     }
 
     #[test]
     fn a_service_is_read_as_systemd_would() {
         let mut notes = Vec::new();
-        let unit = parse("x.service", PROXY, &mut notes).unwrap();
+        let unit = parse_service("x.service", PROXY, &mut notes).unwrap();
         assert_eq!(unit.after, ["api.service", "network.target", "state.service"]);
         assert_eq!(unit.conditions[0].test, ConditionTest::Executable("/usr/bin/x".into()));
         assert_eq!(unit.environment, [("A".into(), "1".into()), ("B".into(), "a=b".into())]);
@@ -602,7 +608,7 @@ mod tests {
         symlink("/dev/null", root.join("etc/systemd/system/masked.service")).unwrap();
         let overlay = ["a.service", "b.service", "never.service", "masked.service"];
         let overlay = overlay.map(|n| Utf8PathBuf::from(format!("usr/lib/systemd/system/{n}")));
-        let system = read(&root, &overlay.into_iter().collect()).unwrap();
+        let system = read_services(&root, &overlay.into_iter().collect()).unwrap();
         let names: Vec<&str> = system.units.iter().map(|unit| unit.name.as_str()).collect();
         assert_eq!(names, ["b.service", "a.service"]);
         assert_eq!(system.units[0].umask, 0o077);
@@ -641,7 +647,7 @@ mod tests {
         ];
         let (_guard, root) = root(&files, &["a.service", "b.service"]);
         let overlay = files.iter().map(|(path, _)| Utf8PathBuf::from(*path)).collect();
-        let error = read(&root, &overlay).unwrap_err().to_string();
+        let error = read_services(&root, &overlay).unwrap_err().to_string();
         assert_eq!(error, "these services depend on each other in a circle: a.service, b.service");
     }
 }

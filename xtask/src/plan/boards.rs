@@ -15,7 +15,11 @@ use crate::disk::layout::{self, DiskLayout, DiskRequest, Filesystem, PartitionRe
 const ALIGNMENT: u64 = 4 << 20;
 
 /// Checks the rules of a board, and of a product on it.
-pub(super) fn check(product: &ProductConfig, board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
+pub(super) fn check_board(
+    product: &ProductConfig,
+    board: &BoardConfig,
+    out: &mut Vec<ConfigFinding>,
+) {
     if board.arch.value != "arm64" {
         let message = format!("`arch`: expected \"arm64\", found \"{}\"", board.arch.value);
         out.push(ConfigFinding::new(
@@ -64,8 +68,8 @@ pub(super) fn check(product: &ProductConfig, board: &BoardConfig, out: &mut Vec<
         {
             let message = format!(
                 "`{a}` has {} and `{b}` {}: both slots must hold the same image",
-                layout::exact(first.size.value.0),
-                layout::exact(second.size.value.0)
+                layout::exact_size(first.size.value.0),
+                layout::exact_size(second.size.value.0)
             );
             out.push(ConfigFinding::new(&second.size.place, message, "give both the same size"));
         }
@@ -118,13 +122,13 @@ pub(super) fn check(product: &ProductConfig, board: &BoardConfig, out: &mut Vec<
         }
     }
     check_kernel(product, board, out);
-    cmdline::check(board, out);
+    cmdline::check_cmdline(board, out);
     check_states(board, out);
     check_memory(board, out);
 }
 
 /// Assigns an offset to every partition.
-pub(super) fn place(
+pub(super) fn place_board_partitions(
     disk: &DiskConfig,
     partitions: &[PartitionConfig],
     out: &mut Vec<ConfigFinding>,
@@ -148,7 +152,7 @@ pub(super) fn place(
             })
             .collect(),
     };
-    match layout::place(&request) {
+    match layout::lay_out_disk(&request) {
         Ok(layout) => Some(layout),
         Err(messages) => {
             for message in messages {
@@ -165,7 +169,7 @@ pub(super) fn place(
 }
 
 /// The board's part of the plan.
-pub(super) fn plan(
+pub(super) fn plan_board(
     product: &ProductConfig,
     board: &BoardConfig,
     earlier: Vec<EarlierCardPlan>,
@@ -188,9 +192,9 @@ pub(super) fn plan(
     let compatible = own.unwrap_or_else(|| board.compatible.clone());
     let mut left_out_revisions = board.left_out_revisions.clone();
     left_out_revisions.extend(machines.iter().flat_map(|m| m.left_out_revisions.clone()));
-    let console = console(product, board);
+    let console = choose_console(product, board);
     let kernel = &board.kernel;
-    let mut cmdline = plain(&kernel.cmdline);
+    let mut cmdline = plain_values(&kernel.cmdline);
     // The last one is /dev/console.
     cmdline.extend(console.iter().map(|c| format!("console={},{}", c.device, c.baud)));
     // A module's parameter: modprobe reads it from the command line (kernel-parameters.txt).
@@ -214,24 +218,24 @@ pub(super) fn plan(
         console_on_board: console.as_ref().is_some_and(|c| c.device == board.console.device),
         console,
         cmdline,
-        device_trees: plain(&kernel.device_trees),
-        initrd_modules: plain(&kernel.initrd_modules),
-        modules_keep: plain(&kernel.modules_keep),
-        firmware: firmware.map(|list| plain(list)).unwrap_or_default(),
+        device_trees: plain_values(&kernel.device_trees),
+        initrd_modules: plain_values(&kernel.initrd_modules),
+        modules_keep: plain_values(&kernel.modules_keep),
+        firmware: firmware.map(|list| plain_values(list)).unwrap_or_default(),
         bootloader: bootloader.map(|located| located.value.clone()),
         uboot: board.uboot.clone(),
         qemu: board.qemu.clone(),
         earlier_cards: earlier,
-        origins: lists.into_iter().flat_map(|(list, values)| origins(list, values)).collect(),
+        origins: lists.into_iter().flat_map(|(list, values)| list_origins(list, values)).collect(),
     }
 }
 
-fn plain(list: &[Located<String>]) -> Vec<String> {
+fn plain_values(list: &[Located<String>]) -> Vec<String> {
     list.iter().map(|located| located.value.clone()).collect()
 }
 
 /// The product decides about the device, the board about the speed.
-fn console(product: &ProductConfig, board: &BoardConfig) -> Option<ConsoleConfig> {
+fn choose_console(product: &ProductConfig, board: &BoardConfig) -> Option<ConsoleConfig> {
     let baud = board.console.baud;
     match &product.console {
         None => Some(board.console.clone()),
@@ -240,7 +244,7 @@ fn console(product: &ProductConfig, board: &BoardConfig) -> Option<ConsoleConfig
 }
 
 /// How many of a list's elements are from which file, in order.
-fn origins(list: &'static str, values: &[Located<String>]) -> Vec<ListOrigin> {
+fn list_origins(list: &'static str, values: &[Located<String>]) -> Vec<ListOrigin> {
     let mut origins: Vec<ListOrigin> = Vec::new();
     for value in values {
         match origins.iter_mut().find(|origin| origin.file == value.place.file) {
@@ -252,7 +256,10 @@ fn origins(list: &'static str, values: &[Located<String>]) -> Vec<ListOrigin> {
 }
 
 /// The layouts of cards that were flashed earlier. They had the same partitions.
-pub(super) fn earlier(board: &BoardConfig, out: &mut Vec<ConfigFinding>) -> Vec<EarlierCardPlan> {
+pub(super) fn plan_earlier_cards(
+    board: &BoardConfig,
+    out: &mut Vec<ConfigFinding>,
+) -> Vec<EarlierCardPlan> {
     let mut cards = Vec::new();
     for card in &board.earlier {
         for partition in &board.partitions {
@@ -275,8 +282,10 @@ pub(super) fn earlier(board: &BoardConfig, out: &mut Vec<ConfigFinding>) -> Vec<
             let message = format!("`earlier-cards` until {} have no trust area", card.until);
             out.push(ConfigFinding::new(&card.place, message, "add [earlier-cards.disk.trust]"));
         }
-        if let Some(disk) = place(&card.disk, &card.partitions, out) {
-            if let Some(now) = place(&board.disk, &board.partitions, &mut Vec::new()) {
+        if let Some(disk) = place_board_partitions(&card.disk, &card.partitions, out) {
+            if let Some(now) =
+                place_board_partitions(&board.disk, &board.partitions, &mut Vec::new())
+            {
                 check_told_apart(card, &disk, &now, out);
             }
             cards.push(EarlierCardPlan { until: card.until.clone(), disk });
@@ -317,7 +326,7 @@ fn check_kernel(product: &ProductConfig, board: &BoardConfig, out: &mut Vec<Conf
         rootfs.unpacked.iter().any(|package| package.value == kernel.value)
     };
     if rootfs.engine.value == Engine::Debian && !debian.kernels.iter().any(has) {
-        let names = plain(&debian.kernels).join(" or ");
+        let names = plain_values(&debian.kernels).join(" or ");
         let message = format!("the board {} needs the kernel {names}", board.name.value.0);
         let help = "name it in `rootfs.unpacked`, and its archive in [[rootfs.sources]]; the board's file says why";
         let place = rootfs.unpacked.first().map_or(&rootfs.engine.place, |p| &p.place);
@@ -344,9 +353,9 @@ fn check_states(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
         for (other, name) in near.filter(|(other, _)| here.abs_diff(*other) < APART) {
             let message = format!(
                 "{this} (at {}) is {} away from {name}, expected {} or more",
-                layout::exact(here),
-                layout::exact(here.abs_diff(*other)),
-                layout::exact(APART)
+                layout::exact_size(here),
+                layout::exact_size(here.abs_diff(*other)),
+                layout::exact_size(APART)
             );
             let help = "a power cut while one of them is written may destroy the other: they share \
              an erase unit";
@@ -405,7 +414,7 @@ fn check_memory(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
             );
             let help = format!(
                 "the smallest machine of `compatible` has {} of memory",
-                layout::exact(smallest)
+                layout::exact_size(smallest)
             );
             out.push(ConfigFinding::new(place, message, help));
         }

@@ -20,9 +20,9 @@ const OURS: [&str; 5] =
 const SHELL: &str = "\"'`$\\;&|";
 
 /// The rules of `kernel.cmdline`.
-pub(super) fn check(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
+pub(super) fn check_cmdline(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     for word in &board.kernel.cmdline {
-        if let Some((why, help)) = wrong(&word.value, board.boot_flow.value) {
+        if let Some((why, help)) = find_problem(&word.value, board.boot_flow.value) {
             let message = format!("`kernel.cmdline`: `{}` {why}", word.value.escape_debug());
             out.push(ConfigFinding::new(&word.place, message, help));
         }
@@ -41,7 +41,7 @@ pub(super) fn check(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
 }
 
 /// Why an argument would not reach the kernel as it is written, and what to do.
-fn wrong(word: &str, flow: BootFlowKind) -> Option<(String, &'static str)> {
+fn find_problem(word: &str, flow: BootFlowKind) -> Option<(String, &'static str)> {
     const ONE: &str = "write one argument: `name` or `name=value`";
     let name = word.trim_start_matches('"').split(['=', ' ']).next().unwrap_or_default();
     // The kernel treats a dash as an underscore; `--` ends its arguments.
@@ -86,7 +86,7 @@ fn wrong(word: &str, flow: BootFlowKind) -> Option<(String, &'static str)> {
 /// The arguments of a line as the kernel takes them apart (`next_arg`, lib/cmdline.c): name, and
 /// value without the quotes around it; a quote that is not closed takes the rest. Arguments after
 /// `--` are for init.
-pub fn arguments(line: &str) -> Vec<(String, Option<String>)> {
+pub fn split_arguments(line: &str) -> Vec<(String, Option<String>)> {
     let (mut words, mut word, mut quoted) = (Vec::new(), String::new(), false);
     for c in line.chars() {
         quoted ^= c == '"';
@@ -126,14 +126,14 @@ mod tests {
             ("e", value("f g")),
             ("h", value("i\"j k\"l")),
         ];
-        assert_eq!(arguments(line), expected.map(|(name, value)| (name.to_owned(), value)));
-        assert_eq!(arguments("a=\"b ro"), [("a".to_owned(), value("b ro"))]);
+        assert_eq!(split_arguments(line), expected.map(|(name, value)| (name.to_owned(), value)));
+        assert_eq!(split_arguments("a=\"b ro"), [("a".to_owned(), value("b ro"))]);
     }
 
     #[test]
     fn what_would_not_arrive_is_refused() {
-        let uboot = |word: &str| wrong(word, BootFlowKind::Uboot).map(|(why, _)| why);
-        let tryboot = |word: &str| wrong(word, BootFlowKind::Tryboot).map(|(why, _)| why);
+        let uboot = |word: &str| find_problem(word, BootFlowKind::Uboot).map(|(why, _)| why);
+        let tryboot = |word: &str| find_problem(word, BootFlowKind::Tryboot).map(|(why, _)| why);
         for word in ["ro", "console=tty0", "rootwait", "rootfstype=ext4", "a=b,c:d/e@f#g", "x=1 y"]
         {
             assert_eq!((uboot(word), tryboot(word)), (None, None), "{word}");

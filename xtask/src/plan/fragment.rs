@@ -83,12 +83,12 @@ enum Line {
 ///
 /// Kconfig accepts only four forms: `X=y`, `X=42`, `X="text"` and `# X is not set`. It ignores
 /// everything else, with a warning at best; here it is a finding.
-pub fn parse(file: &Utf8Path, text: &str) -> (Vec<SymbolRequest>, Vec<ConfigFinding>) {
+pub fn parse_fragment(file: &Utf8Path, text: &str) -> (Vec<SymbolRequest>, Vec<ConfigFinding>) {
     let (mut requests, mut findings) = (Vec::new(), Vec::new());
     for (index, line) in text.lines().enumerate() {
         let place =
             ConfigPlace { file: file.to_owned(), line: index + 1, text: line.trim().to_owned() };
-        match classify(line) {
+        match classify_line(line) {
             Line::Nothing => {}
             Line::Request(symbol, value) => {
                 requests.push(SymbolRequest { symbol, value, places: vec![place] });
@@ -101,7 +101,7 @@ pub fn parse(file: &Utf8Path, text: &str) -> (Vec<SymbolRequest>, Vec<ConfigFind
     (requests, findings)
 }
 
-fn malformed(message: impl Into<String>, help: impl Into<String>) -> Line {
+fn malformed_line(message: impl Into<String>, help: impl Into<String>) -> Line {
     Line::Malformed { message: message.into(), help: help.into() }
 }
 
@@ -109,7 +109,7 @@ fn is_name(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
 }
 
-fn classify(line: &str) -> Line {
+fn classify_line(line: &str) -> Line {
     let full = line;
     let line = line.trim_end();
     if line.is_empty() {
@@ -119,19 +119,19 @@ fn classify(line: &str) -> Line {
         return classify_comment(line, comment);
     }
     let Some((name, value)) = line.split_once('=') else {
-        return malformed(
+        return malformed_line(
             "neither `SYMBOL=value` nor `# SYMBOL is not set`: Kconfig ignores the line",
             "write the line in one of these forms, or begin it with `#`",
         );
     };
     if name != name.trim() || value != value.trim_start() || full.trim_end_matches('\r') != line {
-        return malformed(
+        return malformed_line(
             "blanks before, after or around `=`: Kconfig ignores such a line",
             format!("write {}={}", name.trim(), value.trim()),
         );
     }
     if !is_name(name) {
-        return malformed(format!("`{name}` is not the name of a symbol"), "");
+        return malformed_line(format!("`{name}` is not the name of a symbol"), "");
     }
     if !name.starts_with("BR2_") {
         let help = if name.starts_with("CONFIG_") {
@@ -139,12 +139,12 @@ fn classify(line: &str) -> Line {
         } else {
             "every symbol of Buildroot begins with BR2_"
         };
-        return malformed(format!("{name} is not a symbol of Buildroot"), help);
+        return malformed_line(format!("{name} is not a symbol of Buildroot"), help);
     }
     match parse_value(value) {
         Ok(value) => Line::Request(name.to_owned(), value),
         Err((message, help)) => {
-            malformed(format!("{name}: {message}"), help.replace("SYMBOL", name))
+            malformed_line(format!("{name}: {message}"), help.replace("SYMBOL", name))
         }
     }
 }
@@ -164,7 +164,7 @@ fn classify_comment(line: &str, comment: &str) -> Line {
         ["is", "not", "set"] | ["not", "set"] | ["is", "unset"] | ["is", "not", "set."]
     );
     if nearly {
-        return malformed(
+        return malformed_line(
             format!("for Kconfig this is a comment: {symbol} keeps its default"),
             format!("write exactly `# {symbol} is not set`"),
         );
@@ -228,14 +228,14 @@ pub fn unquote(text: &str) -> Option<(String, &str)> {
 
 /// Merges fragments, given as path and text. Two requests that agree are both named as the origin;
 /// two that disagree are a finding that names both.
-pub fn merge<'a>(
+pub fn merge_fragments<'a>(
     fragments: impl IntoIterator<Item = (&'a Utf8Path, &'a str)>,
 ) -> (Defconfig, Vec<ConfigFinding>) {
     let mut merged: Vec<SymbolRequest> = Vec::new();
     let mut known: BTreeMap<String, usize> = BTreeMap::new();
     let mut findings = Vec::new();
     for (file, text) in fragments {
-        let (requests, malformed) = parse(file, text);
+        let (requests, malformed) = parse_fragment(file, text);
         findings.extend(malformed);
         for request in requests {
             let Some(&index) = known.get(&request.symbol) else {
@@ -286,7 +286,7 @@ mod tests {
     use super::*;
 
     fn one(line: &str) -> Result<(String, SymbolValue), String> {
-        let (requests, findings) = parse(Utf8Path::new("f"), line);
+        let (requests, findings) = parse_fragment(Utf8Path::new("f"), line);
         match (requests.as_slice(), findings.as_slice()) {
             ([r], []) => Ok((r.symbol.clone(), r.value.clone())),
             ([], [f]) => Err(format!("{} [{}]", f.message, f.help)),
@@ -338,8 +338,10 @@ mod tests {
     #[test]
     fn agreement_has_two_origins_and_disagreement_names_both() {
         let (a, b) = (Utf8Path::new("a.fragment"), Utf8Path::new("b.fragment"));
-        let (merged, findings) =
-            merge([(a, "# why\nBR2_X=y\nBR2_T=\"one\"\n"), (b, "BR2_X=y\nBR2_T=\"two\"\n")]);
+        let (merged, findings) = merge_fragments([
+            (a, "# why\nBR2_X=y\nBR2_T=\"one\"\n"),
+            (b, "BR2_X=y\nBR2_T=\"two\"\n"),
+        ]);
         assert_eq!(merged.0.len(), 2);
         let text = merged.render("t");
         assert!(text.contains("\n# a.fragment:2, b.fragment:1\nBR2_X=y\n"), "{text}");
@@ -354,10 +356,10 @@ mod tests {
     #[test]
     fn what_is_rendered_reads_back_as_the_same() {
         let text = "BR2_A=y\n# BR2_B is not set\nBR2_C=\"x \\\" y\"\nBR2_D=7\n";
-        let (merged, findings) = merge([(Utf8Path::new("f"), text)]);
+        let (merged, findings) = merge_fragments([(Utf8Path::new("f"), text)]);
         assert!(findings.is_empty(), "{findings:?}");
         let rendered = merged.render("t");
-        let (again, findings) = merge([(Utf8Path::new("g"), rendered.as_str())]);
+        let (again, findings) = merge_fragments([(Utf8Path::new("g"), rendered.as_str())]);
         assert!(findings.is_empty(), "{findings:?}");
         let plain = |d: &Defconfig| d.0.iter().map(SymbolRequest::line).collect::<Vec<_>>();
         assert_eq!(plain(&again), plain(&merged));

@@ -22,8 +22,8 @@ use crate::config::{Config, InputFile};
 use crate::disk::layout::DiskLayout;
 use fragment::Defconfig;
 pub use identifiers::DiskIdentifiers;
-pub use resolve::{packages, resolve};
-pub use sources::{AptSourcePlan, sources};
+pub use resolve::{check_package_names, resolve};
+pub use sources::{AptSourcePlan, plan_sources};
 
 /// Facts about this checkout. Collected once, by `facts::collect`.
 #[derive(Debug, Clone, serde::Serialize)]
@@ -31,7 +31,7 @@ pub use sources::{AptSourcePlan, sources};
 pub struct CheckoutFacts {
     /// The commit that is checked out; `None` outside a git checkout.
     pub commit: Option<String>,
-    /// Files differ from that commit (`git::changes`).
+    /// Files differ from that commit (`git::changed_files`).
     pub modified: bool,
     /// Seconds since 1970 that every timestamp in the outputs is set to.
     pub epoch: u64,

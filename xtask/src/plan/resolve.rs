@@ -26,13 +26,13 @@ pub fn resolve(config: &Config, facts: &CheckoutFacts) -> anyhow::Result<Plan> {
     let (product, board) = (&config.product, &config.board);
     check_product(config, &mut findings);
     check_users(product, &mut findings);
-    boards::check(product, board, &mut findings);
+    boards::check_board(product, board, &mut findings);
     check_engine(product, board, &mut findings);
-    let buildroot = buildroot(config, &mut findings);
-    let (sources, wrong) = super::sources(config);
+    let buildroot = plan_buildroot(config, &mut findings);
+    let (sources, wrong) = super::plan_sources(config);
     findings.extend(wrong);
-    let disk = boards::place(&board.disk, &board.partitions, &mut findings);
-    let earlier = boards::earlier(board, &mut findings);
+    let disk = boards::place_board_partitions(&board.disk, &board.partitions, &mut findings);
+    let earlier = boards::plan_earlier_cards(board, &mut findings);
     let overlay = merge_overlays(config);
     let boot_files = boot_files(config, &mut findings);
     ConfigFindings(findings).check()?;
@@ -46,7 +46,7 @@ pub fn resolve(config: &Config, facts: &CheckoutFacts) -> anyhow::Result<Plan> {
             version: product.version.value.clone(),
             kind: product.kind.value,
         },
-        board: boards::plan(product, board, earlier),
+        board: boards::plan_board(product, board, earlier),
         commit: facts.commit.clone(),
         modified: facts.modified,
         epoch: facts.epoch,
@@ -148,7 +148,7 @@ fn check_product(config: &Config, out: &mut Vec<ConfigFinding>) {
     }
     for path in keys {
         let file = config.authorized_keys.iter().find(|(file, _)| *file == path.value);
-        if let Some(Err(bad)) = file.map(|(_, bytes)| ssh_keys::parse(bytes)) {
+        if let Some(Err(bad)) = file.map(|(_, bytes)| ssh_keys::parse_keys(bytes)) {
             let line = bad.line.map_or(String::new(), |line| format!(":{line}"));
             let message = format!("{}{line}: {}", path.value, bad.message);
             out.push(ConfigFinding::new(&path.place, message, bad.help));
@@ -343,7 +343,7 @@ fn is_package(text: &str) -> bool {
 }
 
 /// What is wrong with the names of packages, of a product and a board.
-pub fn packages(product: &ProductConfig, board: &BoardConfig) -> Vec<ConfigFinding> {
+pub fn check_package_names(product: &ProductConfig, board: &BoardConfig) -> Vec<ConfigFinding> {
     let boards = board.debian.iter().flat_map(|debian| &debian.packages);
     let all = product.rootfs.packages.iter().chain(&product.rootfs.unpacked).chain(boards);
     let finding = |package: &Located<String>| {
@@ -368,7 +368,7 @@ fn check_engine(product: &ProductConfig, board: &BoardConfig, out: &mut Vec<Conf
             needs(rootfs.lock.is_some(), "lock");
             needs(!rootfs.components.is_empty(), "components");
             needs(!rootfs.packages.is_empty(), "packages");
-            out.extend(packages(product, board));
+            out.extend(check_package_names(product, board));
             if board.debian.is_none() {
                 let message =
                     format!("the engine debian does not support the board {}", board.name.value.0);
@@ -402,7 +402,7 @@ fn check_engine(product: &ProductConfig, board: &BoardConfig, out: &mut Vec<Conf
 }
 
 /// The defconfig of the engine `buildroot`, merged from board and product.
-fn buildroot(config: &Config, out: &mut Vec<ConfigFinding>) -> Option<BuildrootPlan> {
+fn plan_buildroot(config: &Config, out: &mut Vec<ConfigFinding>) -> Option<BuildrootPlan> {
     let rootfs = &config.product.rootfs;
     let pinned = rootfs.buildroot.as_ref().filter(|_| rootfs.engine.value == Engine::Buildroot)?;
     let board = config.board.buildroot.iter().flat_map(|b| &b.fragments);
@@ -410,7 +410,7 @@ fn buildroot(config: &Config, out: &mut Vec<ConfigFinding>) -> Option<BuildrootP
         must_exist(config, &path.place, &path.value, "create the file, or correct the path", out);
     }
     let texts = config.fragments.iter().map(|(path, text)| (path.as_path(), text.as_str()));
-    let (defconfig, findings) = fragment::merge(texts);
+    let (defconfig, findings) = fragment::merge_fragments(texts);
     out.extend(findings);
     let release = pinned.release.value.as_str();
     let plain = |b: u8| b.is_ascii_alphanumeric() || b".-_".contains(&b);

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use camino::Utf8PathBuf;
 
-use super::keyring::{KeyringError, keyring};
+use super::keyring::{KeyringError, decode_keyring};
 use super::must_exist;
 use crate::config::Config;
 use crate::config::product::{AptSource, Engine};
@@ -33,7 +33,7 @@ pub struct AptSourcePlan {
 const OWN: [&str; 2] = ["debian", "security"];
 
 /// The archives, and all findings about them.
-pub fn sources(config: &Config) -> (Vec<AptSourcePlan>, Vec<ConfigFinding>) {
+pub fn plan_sources(config: &Config) -> (Vec<AptSourcePlan>, Vec<ConfigFinding>) {
     let mut out = Vec::new();
     let rootfs = &config.product.rootfs;
     for (n, source) in rootfs.sources.iter().enumerate() {
@@ -94,7 +94,7 @@ fn check_key(config: &Config, source: &AptSource, out: &mut Vec<ConfigFinding>) 
     let Some((_, bytes)) = config.source_keys.iter().find(|(path, _)| *path == key.value) else {
         return;
     };
-    let (message, help) = match keyring(bytes) {
+    let (message, help) = match decode_keyring(bytes) {
         Ok(_) => return,
         Err(KeyringError::Secret) => (
             format!("{}, the key of the source {name}, is a secret key", key.value),

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::artifact::{hash_bytes, write_atomically};
 use crate::progress::warn;
 use crate::store::ReleaseStore;
-use crate::store::format::{Channel, pretty};
+use crate::store::format::{Channel, to_pretty_json};
 
 /// The format version of the memory's files.
 const FORMAT: u32 = 1;
@@ -68,11 +68,11 @@ impl IndexMemory {
              help: set SLIPWAY_STATE to a directory"
             )
         };
-        Ok(Self::at(dir, restored))
+        Ok(Self::in_dir(dir, restored))
     }
 
     /// The memory in this state directory.
-    pub fn at(dir: Utf8PathBuf, restored: bool) -> Self {
+    pub fn in_dir(dir: Utf8PathBuf, restored: bool) -> Self {
         Self { dir: dir.join("stores"), restored }
     }
 
@@ -118,7 +118,11 @@ impl IndexMemory {
     ///
     /// # Errors
     /// When the memory is damaged, so that it is unknown.
-    pub fn of(&self, store: &dyn ReleaseStore, channel: Channel) -> Result<Option<SeenIndex>> {
+    pub fn last_seen(
+        &self,
+        store: &dyn ReleaseStore,
+        channel: Channel,
+    ) -> Result<Option<SeenIndex>> {
         Ok(self.read(&store.identity()?)?.channels.remove(channel.name()))
     }
 
@@ -179,7 +183,12 @@ impl IndexMemory {
     ///
     /// # Errors
     /// When it cannot be remembered.
-    pub fn wrote(&self, store: &dyn ReleaseStore, channel: Channel, now: &SeenIndex) -> Result<()> {
+    pub fn remember_written(
+        &self,
+        store: &dyn ReleaseStore,
+        channel: Channel,
+        now: &SeenIndex,
+    ) -> Result<()> {
         self.change(store, |channels| {
             let known = channels.get(channel.name()).map_or(0, |seen| seen.serial);
             if now.serial > known {
@@ -209,7 +218,7 @@ impl IndexMemory {
         let identity = store.identity()?;
         let mut record = self.read(&identity)?;
         change(&mut record.channels);
-        let text = pretty(&record)?;
+        let text = to_pretty_json(&record)?;
         write_atomically(&self.path(&identity), |out| Ok(out.write_all(text.as_bytes())?))
             .with_context(|| format!("remembering the serials of {identity}"))
     }

@@ -58,7 +58,7 @@ impl PinnedKinds {
              help: remove the line, or use beta"
         );
         let mut products = BTreeMap::new();
-        for name in config::products(root)? {
+        for name in config::list_products(root)? {
             let path = root.join("configs").join(format!("{name}.toml"));
             let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
             let product: Product = toml::from_str(&text)
@@ -92,7 +92,7 @@ impl PinnedKinds {
     ///
     /// # Errors
     /// When the product has another kind in the workspace, or the channel does not accept its kind.
-    pub fn fits(&self, channel: Channel, product: &str, kind: Kind) -> Result<()> {
+    pub fn check_product(&self, channel: Channel, product: &str, kind: Kind) -> Result<()> {
         if let Some(pinned) = self.products.get(product) {
             ensure!(
                 *pinned == kind,
@@ -114,9 +114,9 @@ impl PinnedKinds {
     /// Checks all releases of a channel.
     ///
     /// # Errors
-    /// As [`PinnedKinds::fits`].
+    /// As [`PinnedKinds::check_product`].
     pub fn check(&self, index: &ChannelIndex) -> Result<()> {
-        let fits = |e: &ChannelEntry| self.fits(index.channel, &e.product, e.kind);
+        let fits = |e: &ChannelEntry| self.check_product(index.channel, &e.product, e.kind);
         index.releases.iter().try_for_each(fits)
     }
 
@@ -124,10 +124,10 @@ impl PinnedKinds {
     ///
     /// # Errors
     /// As [`PinnedKinds::may_speak_of`]; when it is a development product, and the channel is `stable`.
-    pub fn takes(&self, channel: Channel, product: &str) -> Result<()> {
+    pub fn check_new_release(&self, channel: Channel, product: &str) -> Result<()> {
         self.may_speak_of(channel, product)?;
         let kind = self.products.get(product);
-        kind.map_or(Ok(()), |kind| index::takes(channel, product, *kind))
+        kind.map_or(Ok(()), |kind| index::check_channel_accepts(channel, product, *kind))
     }
 
     /// Whether a channel is authoritative for this product at all, even for the absence of
@@ -137,7 +137,7 @@ impl PinnedKinds {
     /// When it is a release product, but development keys sign the channel.
     pub fn may_speak_of(&self, channel: Channel, product: &str) -> Result<()> {
         match self.products.get(product) {
-            Some(kind) => self.fits(channel, product, *kind),
+            Some(kind) => self.check_product(channel, product, *kind),
             None => Ok(()),
         }
     }

@@ -138,7 +138,7 @@ impl RobotConnection {
         if !self.updater {
             let (code, out, tail) = self.run(&["id", "-u"], None, |_| false)?;
             if code != Some(0) {
-                return self.no_login(&last(&tail));
+                return self.no_login(&last_lines(&tail));
             }
             if String::from_utf8_lossy(&out).trim() != "0" {
                 self.agent = vec!["sudo", "-n", "slotd"];
@@ -182,9 +182,9 @@ impl RobotConnection {
     /// The robot's status.
     ///
     /// # Errors
-    /// As [`RobotConnection::ask`].
+    /// As [`RobotConnection::request`].
     pub fn status(&self) -> Result<RobotReply<Status>> {
-        let reply = self.ask::<Status>(&["status"], None, |_| {})?;
+        let reply = self.request::<Status>(&["status"], None, |_| {})?;
         if let RobotReply::Said(status) = &reply {
             // By it alone a restart is seen.
             ensure!(status.boot_id.is_some(), "the robot's kernel does not say its boot id");
@@ -197,7 +197,7 @@ impl RobotConnection {
     ///
     /// # Errors
     /// When there is no agent, or its answer is invalid.
-    pub fn ask<T: DeserializeOwned>(
+    pub fn request<T: DeserializeOwned>(
         &self,
         verb: &[&str],
         input: Option<File>,
@@ -220,11 +220,11 @@ impl RobotConnection {
                 });
                 Ok(RobotReply::Said(answer?))
             }
-            None | Some(SSH_FAILED) => Ok(RobotReply::Broken(last(&tail))),
+            None | Some(SSH_FAILED) => Ok(RobotReply::Broken(last_lines(&tail))),
             Some(NOT_FOUND) => bail!(
                 "a program is missing on the robot: {}\n\
                  help: log in as root, to an image that `cargo xtask build-image` built",
-                last(&tail)
+                last_lines(&tail)
             ),
             Some(code) => match serde_json::from_slice::<RefusedLine>(&out) {
                 Ok(line) => Ok(RobotReply::Refused(line.refused)),
@@ -256,7 +256,7 @@ impl RobotConnection {
     }
 }
 
-fn last(tail: &[String]) -> String {
+fn last_lines(tail: &[String]) -> String {
     tail.last().cloned().unwrap_or_else(|| "no message from ssh".to_owned())
 }
 

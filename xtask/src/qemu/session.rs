@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{CardOverlay, MachineFiles, PROGRAM, QemuMachine, RestartEffect, arguments};
+use super::{CardOverlay, MachineFiles, PROGRAM, QemuMachine, RestartEffect, qemu_arguments};
 use crate::exec::Tool;
 
 /// How many of the console's last lines an error shows.
@@ -51,19 +51,20 @@ impl QemuSession {
             std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
         }
         let mut log_file = File::create(log).with_context(|| format!("creating the log {log}"))?;
-        super::require(machine)?;
+        super::require_version(machine)?;
         let card = overlay.path();
         let tree = files.tree(card.parent().context("the overlay is in a directory")?)?;
         let arguments =
-            arguments(machine, files, tree.as_deref(), card, "stdio", ssh_port, on_restart);
+            qemu_arguments(machine, files, tree.as_deref(), card, "stdio", ssh_port, on_restart);
         // The machine ends with the process that drives it, also when that is killed.
         let tool = Tool::new("setpriv").args(["--pdeathsig", "KILL", PROGRAM]).args(arguments);
-        writeln!(log_file, "$ {}", tool.shown()).with_context(|| format!("writing {log}"))?;
+        writeln!(log_file, "$ {}", tool.command_line())
+            .with_context(|| format!("writing {log}"))?;
         Self::spawn(tool, log_file, log)
     }
 
     fn spawn(tool: Tool, mut log_file: File, log: &Utf8Path) -> Result<Self> {
-        let shown = tool.shown();
+        let shown = tool.command_line();
         let errors = log_file.try_clone().with_context(|| format!("opening the log {log}"))?;
         let mut child = tool
             .into_command()
@@ -117,16 +118,16 @@ impl QemuSession {
             let first = words
                 .iter()
                 .enumerate()
-                .filter_map(|(i, w)| Some((position(&self.unread, w, from)?, i, w.len())))
+                .filter_map(|(i, w)| Some((find_words(&self.unread, w, from)?, i, w.len())))
                 .min();
             if let Some((start, index, length)) = first {
                 let said: Vec<u8> = self.unread.drain(..start + length).collect();
-                return Ok((index, plain(&said)));
+                return Ok((index, strip_terminal_codes(&said)));
             }
             // Wait for the end of their line first: the reason follows them, and may be the
             // expected output.
             last_words = last_words.or_else(|| {
-                FATAL.into_iter().find_map(|w| Some((position(&self.unread, w, from)?, w)))
+                FATAL.into_iter().find_map(|w| Some((find_words(&self.unread, w, from)?, w)))
             });
             if let Some((at, fatal)) = last_words
                 && self.unread[at..].contains(&b'\n')
@@ -137,7 +138,7 @@ impl QemuSession {
             }
             let left = end.saturating_duration_since(Instant::now());
             match self.output.recv_timeout(left) {
-                Ok(bytes) => self.take(&bytes),
+                Ok(bytes) => self.handle_output(&bytes),
                 Err(RecvTimeoutError::Timeout) => {
                     let seconds = timeout.as_secs();
                     bail!(self.report(&format!("waiting for `{wanted}`: not within {seconds} s")));
@@ -193,7 +194,7 @@ impl QemuSession {
         let end = Instant::now() + timeout;
         loop {
             match self.output.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                Ok(bytes) => self.take(&bytes),
+                Ok(bytes) => self.handle_output(&bytes),
                 Err(RecvTimeoutError::Disconnected) => {
                     return self.child.wait().context("waiting for the machine to stop");
                 }
@@ -205,7 +206,7 @@ impl QemuSession {
         }
     }
 
-    fn take(&mut self, bytes: &[u8]) {
+    fn handle_output(&mut self, bytes: &[u8]) {
         self.unread.extend_from_slice(bytes);
         self.tail.extend_from_slice(bytes);
         // Far more than the lines that are shown.
@@ -214,7 +215,7 @@ impl QemuSession {
     }
 
     fn report(&self, problem: &str) -> String {
-        let text = plain(&self.tail).replace('\r', "");
+        let text = strip_terminal_codes(&self.tail).replace('\r', "");
         let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
         let mut message = problem.to_owned();
         for line in &lines[lines.len().saturating_sub(TAIL_LINES)..] {
@@ -249,13 +250,13 @@ impl Drop for QemuSession {
 }
 
 /// The position of these words, searched from here on.
-fn position(text: &[u8], words: &str, from: usize) -> Option<usize> {
+fn find_words(text: &[u8], words: &str, from: usize) -> Option<usize> {
     let found = text[from..].windows(words.len()).position(|window| window == words.as_bytes());
     found.map(|at| from + at)
 }
 
 /// Text without terminal codes (`ESC [ … letter`, `ESC ] … BEL`).
-fn plain(bytes: &[u8]) -> String {
+fn strip_terminal_codes(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let mut kept = String::with_capacity(text.len());
     let mut chars = text.chars();

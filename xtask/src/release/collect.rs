@@ -62,7 +62,7 @@ struct Planned {
 /// # Errors
 /// When a result is missing or damaged, the boards were built from different commits or as
 /// different versions, or from uncommitted changes.
-pub fn collect(
+pub fn collect_builds(
     root: &Utf8Path,
     product: &str,
     boards: &[String],
@@ -79,7 +79,7 @@ pub fn collect(
     let mut collected: Option<CollectedBuild> = None;
     for name in &names {
         let dir = root.join("dist").join(product).join(name);
-        let part = board(root, &dir, product, name, keys, allow_changes)
+        let part = collect_board(root, &dir, product, name, keys, allow_changes)
             .with_context(|| format!("verifying the results of {product} for {name}"))?;
         match &mut collected {
             None => collected = Some(part),
@@ -115,7 +115,7 @@ pub fn read_report(dir: &Utf8Path, product: &str, board: &str) -> Result<BuildRe
     BuildReport::from_json(&text).with_context(|| format!("reading {path}"))
 }
 
-fn board(
+fn collect_board(
     root: &Utf8Path,
     dir: &Utf8Path,
     product: &str,
@@ -158,7 +158,7 @@ fn board(
     let map = bmap::path_for(&image);
     verify_image(&image)?;
     let policy = Policy { product: Some(product), board: Some(board), floor: None, key_epoch: 0 };
-    let verified = update::verify(&bundle, keys, &policy)?;
+    let verified = update::verify_bundle(&bundle, keys, &policy)?;
     ensure!(
         verified.manifest.version == version,
         "{bundle} has the version {}, expected {version}",
@@ -166,7 +166,7 @@ fn board(
     );
     let mut sources = BTreeMap::new();
     let mut objects = Vec::new();
-    let compressed = compressed(&image, &Artifact::of(&map)?)?;
+    let compressed = compress_once(&image, &Artifact::from_file(&map)?)?;
     let mut add =
         |role: &str, name: String, artifact: Artifact, unpacked: Option<UnpackedObject>| {
             let Artifact { path, size, sha256 } = artifact;
@@ -179,12 +179,12 @@ fn board(
         sha256: compressed.image_sha256,
     };
     add("image", format!("{stem}.img.zst"), compressed.artifact, Some(unpacked));
-    add("block-map", format!("{stem}.img.bmap"), Artifact::of(map)?, None);
-    add("bundle", format!("{stem}.bundle"), Artifact::of(bundle)?, None);
+    add("block-map", format!("{stem}.img.bmap"), Artifact::from_file(map)?, None);
+    add("bundle", format!("{stem}.bundle"), Artifact::from_file(bundle)?, None);
     let sbom = dir.join("sbom.cdx.json");
-    packages(&fs::read(&sbom).with_context(|| format!("reading {sbom}"))?)
+    read_packages(&fs::read(&sbom).with_context(|| format!("reading {sbom}"))?)
         .with_context(|| format!("reading {sbom}"))?;
-    add("sbom", format!("{stem}.sbom.cdx.json"), Artifact::of(sbom)?, None);
+    add("sbom", format!("{stem}.sbom.cdx.json"), Artifact::from_file(sbom)?, None);
     for output in &report.outputs {
         let Some(expected) = &output.sha256 else { continue };
         let path = root.join(&output.path);
@@ -212,7 +212,7 @@ fn board(
 
 /// The image as one zstd file, created once for each image: its block map contains the hashes of
 /// all mapped bytes.
-fn compressed(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
+fn compress_once(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
     let key = CacheKey::new("compressed", COMPRESSED_VERSION)
         .with("block map", &map.sha256)
         .with("level", LEVEL.to_string())
@@ -228,7 +228,7 @@ fn compressed(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
         },
     )?;
     let how = if staged.origin == StageOrigin::Kept { "kept" } else { "compressed" };
-    let size = crate::progress::bytes(staged.value.artifact.size);
+    let size = crate::progress::format_bytes(staged.value.artifact.size);
     say("release", format!("{}  {size} ({how})", image.file_name().unwrap_or_default()));
     Ok(staged.value)
 }
@@ -237,7 +237,7 @@ fn compressed(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
 ///
 /// # Errors
 /// When it is invalid.
-pub fn packages(sbom: &[u8]) -> Result<BTreeMap<String, String>> {
+pub fn read_packages(sbom: &[u8]) -> Result<BTreeMap<String, String>> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Bom {

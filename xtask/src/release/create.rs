@@ -11,8 +11,8 @@ use super::LOCAL;
 use super::collect::{self, CollectedBuild};
 use super::notes::{self, PastRelease};
 use crate::artifact::Artifact;
-use crate::publish::{self, SigningAuthority, change, load};
-use crate::scratch::scratch;
+use crate::publish::{self, SigningAuthority, change_channel, load_channel};
+use crate::scratch::create_scratch_dir;
 use crate::store::directory::DirectoryStore;
 use crate::store::format::{
     Channel, ChannelEntry, ChannelIndex, FORMAT, ReleaseManifest, ReleaseObject, StoreFile,
@@ -53,7 +53,7 @@ pub struct CreatedRelease {
 }
 
 /// The local store.
-pub fn local(root: &Utf8Path) -> DirectoryStore {
+pub fn local_store(root: &Utf8Path) -> DirectoryStore {
     DirectoryStore::new(&root.join(LOCAL))
 }
 
@@ -62,12 +62,12 @@ pub fn local(root: &Utf8Path) -> DirectoryStore {
 /// # Errors
 /// When a result is missing or damaged, the version does not increase, or there is no key for its
 /// kind.
-pub fn create(
+pub fn create_release(
     request: &ReleaseRequest<'_>,
     authority: &mut SigningAuthority,
 ) -> Result<CreatedRelease> {
-    let store = local(request.root);
-    let collected = collect::collect(
+    let store = local_store(request.root);
+    let collected = collect::collect_builds(
         request.root,
         request.product,
         request.boards,
@@ -75,21 +75,22 @@ pub fn create(
         request.allow_changes,
     )?;
     // Check early: the channel would reject the release in the end anyway.
-    authority.pins().fits(request.channel, &collected.product, collected.kind)?;
+    authority.pins().check_product(request.channel, &collected.product, collected.kind)?;
     authority.begin(&store)?;
     let mut channels = BTreeMap::new();
     for channel in Channel::ALL {
-        channels.insert(channel, load(&store, channel, authority)?.0);
+        channels.insert(channel, load_channel(&store, channel, authority)?.0);
     }
-    if let Some(created) = existing(&store, &channels, &collected, request.channel, authority)? {
+    if let Some(created) = find_existing(&store, &channels, &collected, request.channel, authority)?
+    {
         return Ok(created);
     }
-    let past = past(&store, &channels, &collected, request.channel, authority)?;
-    let text = notes::notes(request.root, &collected, past.as_ref())?;
-    let (_keep, dir) = scratch()?;
+    let past = find_past_release(&store, &channels, &collected, request.channel, authority)?;
+    let text = notes::write_notes(request.root, &collected, past.as_ref())?;
+    let (_keep, dir) = create_scratch_dir()?;
     let notes_file = dir.join("notes.md");
     std::fs::write(&notes_file, &text).context("writing the notes")?;
-    let written = Artifact::of(&notes_file)?;
+    let written = Artifact::from_file(&notes_file)?;
     let mut sources = collected.sources.clone();
     sources.insert(written.sha256.clone(), notes_file);
     let name = format!("{}-{}.md", collected.product, collected.version);
@@ -133,7 +134,7 @@ pub fn create(
         manifest: file,
         yanked: None,
     };
-    put(&store, request.channel, &entry, request.retention, authority)?;
+    add_to_channel(&store, request.channel, &entry, request.retention, authority)?;
     Ok(CreatedRelease { channel: request.channel, existed: false, entry, manifest })
 }
 
@@ -141,7 +142,7 @@ pub fn create(
 ///
 /// # Errors
 /// When the version does not increase.
-pub fn put(
+pub fn add_to_channel(
     store: &dyn ReleaseStore,
     channel: Channel,
     entry: &ChannelEntry,
@@ -160,12 +161,12 @@ pub fn put(
         next.retain(retention, entry.added);
         Ok(Some(next))
     };
-    change(store, channel, authority, add, |_, _| Ok(()))
+    change_channel(store, channel, authority, add, |_, _| Ok(()))
         .with_context(|| format!("adding {} {} to {channel}", entry.product, entry.version))
 }
 
 /// The same release from an earlier call.
-fn existing(
+fn find_existing(
     store: &DirectoryStore,
     channels: &BTreeMap<Channel, ChannelIndex>,
     collected: &CollectedBuild,
@@ -174,7 +175,7 @@ fn existing(
 ) -> Result<Option<CreatedRelease>> {
     for (found, index) in channels {
         let Some(entry) = index.find(&collected.product, &collected.version) else { continue };
-        let manifest = publish::manifest(store, entry, authority.keys())?;
+        let manifest = publish::load_manifest(store, entry, authority.keys())?;
         ensure!(
             manifest.boards == collected.boards && manifest.commit == collected.commit,
             "{} {} is in the channel {found} with other content\n\
@@ -201,7 +202,7 @@ fn existing(
 }
 
 /// The release to compare with: the newest one below this version, preferably in this channel.
-fn past(
+fn find_past_release(
     store: &DirectoryStore,
     channels: &BTreeMap<Channel, ChannelIndex>,
     collected: &CollectedBuild,
@@ -210,7 +211,7 @@ fn past(
 ) -> Result<Option<PastRelease>> {
     let newest = |index: &ChannelIndex| -> Option<ChannelEntry> {
         let mut older = index
-            .of(&collected.product)
+            .releases_of(&collected.product)
             .filter(|e| e.version < collected.version && e.yanked.is_none());
         older.next_back().cloned()
     };
@@ -224,6 +225,6 @@ fn past(
 ///
 /// # Errors
 /// When it is invalid.
-pub fn version(text: &str) -> Result<Version> {
+pub fn parse_version(text: &str) -> Result<Version> {
     Version::parse(text).with_context(|| format!("reading the version `{text}`"))
 }

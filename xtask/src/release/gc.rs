@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8PathBuf;
 use serde::Serialize;
 
-use crate::publish::{SigningAuthority, load, manifest};
+use crate::publish::{SigningAuthority, load_channel, load_manifest};
 use crate::store::directory::{DirectoryStore, UNFINISHED};
 use crate::store::format::{
     Channel, ChannelIndex, ReleaseManifest, ReleaseObject, RetiredRelease, StoreFile,
@@ -36,7 +36,7 @@ pub struct RemovedFiles {
 /// # Errors
 /// When an index or a manifest cannot be read, an index is older, or this machine has never seen it: nothing
 /// is removed then.
-pub fn collect(
+pub fn collect_garbage(
     store: &DirectoryStore,
     authority: &SigningAuthority,
     dry_run: bool,
@@ -44,15 +44,20 @@ pub fn collect(
     let mut kept = BTreeSet::new();
     let (mut known, mut new) = (0, Vec::new());
     for channel in Channel::ALL {
-        let seen = authority.memory().of(store, channel)?;
-        let (ChannelIndex { serial, releases, retired, .. }, _) = load(store, channel, authority)?;
+        let seen = authority.memory().last_seen(store, channel)?;
+        let (ChannelIndex { serial, releases, retired, .. }, _) =
+            load_channel(store, channel, authority)?;
         match seen {
             Some(_) => known += 1,
             None if serial > 0 => new.push(format!("{channel} (serial {serial})")),
             None => {}
         }
         for entry in &releases {
-            references(&entry.manifest, &manifest(store, entry, authority.keys())?, &mut kept);
+            collect_references(
+                &entry.manifest,
+                &load_manifest(store, entry, authority.keys())?,
+                &mut kept,
+            );
         }
         for RetiredRelease { product, version, manifest: file, .. } in &retired {
             let read = |path: &str| -> Result<Vec<u8>> {
@@ -69,7 +74,7 @@ pub fn collect(
                 manifest.product,
                 manifest.version
             );
-            references(file, &manifest, &mut kept);
+            collect_references(file, &manifest, &mut kept);
         }
     }
     if !dry_run && store.exists() && !authority.memory().restored() {
@@ -127,7 +132,7 @@ pub fn collect(
     Ok(removed)
 }
 
-fn references(file: &StoreFile, manifest: &ReleaseManifest, kept: &mut BTreeSet<String>) {
+fn collect_references(file: &StoreFile, manifest: &ReleaseManifest, kept: &mut BTreeSet<String>) {
     kept.insert(file.path.clone());
     kept.insert(file.signature());
     kept.extend(manifest.objects().map(ReleaseObject::path));

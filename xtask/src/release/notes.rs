@@ -7,12 +7,12 @@ use bundle::KeySet;
 use camino::Utf8Path;
 use serde::Serialize;
 
-use super::collect::{CollectedBuild, packages};
+use super::collect::{CollectedBuild, read_packages};
 use crate::diff::ChangeSet;
 use crate::git;
-use crate::progress::bytes;
+use crate::progress::format_bytes;
 use crate::publish;
-use crate::scratch::scratch;
+use crate::scratch::create_scratch_dir;
 use crate::store::ReleaseStore;
 use crate::store::format::{ChannelEntry, ReleaseBoard, ReleaseComponent, ReleaseManifest};
 
@@ -48,28 +48,28 @@ impl PastRelease {
     /// # Errors
     /// When a part is missing or damaged.
     pub fn read(store: &dyn ReleaseStore, entry: &ChannelEntry, keys: &KeySet) -> Result<Self> {
-        let manifest = publish::manifest(store, entry, keys)?;
-        let (_keep, dir) = scratch()?;
+        let manifest = publish::load_manifest(store, entry, keys)?;
+        let (_keep, dir) = create_scratch_dir()?;
         let mut found = BTreeMap::new();
         for board in &manifest.boards {
             let Some(sbom) = board.objects.iter().find(|o| o.role == "sbom") else { continue };
             let path = dir.join(&sbom.sha256);
             store.get(&sbom.sha256, sbom.size, &path, &|_| ())?;
             let text = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
-            found.insert(board.board.clone(), packages(&text)?);
+            found.insert(board.board.clone(), read_packages(&text)?);
         }
         Ok(Self { manifest, packages: found })
     }
 
     /// The changes from this release to another one, for each board.
     pub fn changes_to(&self, new: &Self) -> Vec<BoardChanges> {
-        changes(&self.manifest.boards, &self.packages, &new.manifest.boards, &new.packages)
+        board_changes(&self.manifest.boards, &self.packages, &new.manifest.boards, &new.packages)
     }
 }
 
 type Packages = BTreeMap<String, BTreeMap<String, String>>;
 
-fn changes(
+fn board_changes(
     old: &[ReleaseBoard],
     old_p: &Packages,
     new: &[ReleaseBoard],
@@ -96,7 +96,11 @@ fn changes(
 ///
 /// # Errors
 /// When a bill of materials cannot be read.
-pub fn notes(root: &Utf8Path, new: &CollectedBuild, past: Option<&PastRelease>) -> Result<String> {
+pub fn write_notes(
+    root: &Utf8Path,
+    new: &CollectedBuild,
+    past: Option<&PastRelease>,
+) -> Result<String> {
     let mut text = format!("# {} {}\n", new.title, new.version);
     let commit = new.commit.as_deref();
     text.push_str(&format!("\nCommit {}.\n", commit.unwrap_or("unknown")));
@@ -106,7 +110,7 @@ pub fn notes(root: &Utf8Path, new: &CollectedBuild, past: Option<&PastRelease>) 
         let path = sbom.and_then(|o| new.sources.get(&o.sha256));
         let Some(path) = path else { continue };
         let sbom = std::fs::read(path).with_context(|| format!("reading {path}"))?;
-        new_packages.insert(board.board.clone(), packages(&sbom)?);
+        new_packages.insert(board.board.clone(), read_packages(&sbom)?);
     }
     match past {
         None => text.push_str("\nThe first release of this product in this store.\n"),
@@ -114,8 +118,8 @@ pub fn notes(root: &Utf8Path, new: &CollectedBuild, past: Option<&PastRelease>) 
             let old = &past.manifest;
             text.push_str(&format!("\nWhat changed since {}:\n", old.version));
             text.push_str("\n## Commits\n\n");
-            text.push_str(&commits(root, old.commit.as_deref(), commit));
-            let changed = changes(&old.boards, &past.packages, &new.boards, &new_packages);
+            text.push_str(&list_commits(root, old.commit.as_deref(), commit));
+            let changed = board_changes(&old.boards, &past.packages, &new.boards, &new_packages);
             text.push_str(&components_table(&changed));
             text.push_str(&package_list(&changed));
         }
@@ -123,19 +127,19 @@ pub fn notes(root: &Utf8Path, new: &CollectedBuild, past: Option<&PastRelease>) 
     text.push_str("\n## Files\n\n| file | size | SHA-256 |\n|---|---|---|\n");
     for object in new.boards.iter().flat_map(|board| &board.objects) {
         let short = object.sha256.get(..16).unwrap_or_default();
-        text.push_str(&format!("| {} | {} | {short}… |\n", object.name, bytes(object.size)));
+        text.push_str(&format!("| {} | {} | {short}… |\n", object.name, format_bytes(object.size)));
     }
     Ok(text)
 }
 
-fn commits(root: &Utf8Path, old: Option<&str>, new: Option<&str>) -> String {
+fn list_commits(root: &Utf8Path, old: Option<&str>, new: Option<&str>) -> String {
     let (Some(old), Some(new)) = (old, new) else {
         return "Not known: one of the two was built outside of a repository.\n".to_owned();
     };
     if old == new {
         return "None: both are of one commit.\n".to_owned();
     }
-    let git = git::at(root).args(["log", "--no-merges"]);
+    let git = git::git_in(root).args(["log", "--no-merges"]);
     let range = format!("{old}..{new}");
     let Ok(log) = git.args(["--format=%h %s", "--abbrev=12", &range]).read() else {
         return format!("Not known: this checkout lacks the history since {old}.\n");
@@ -144,7 +148,7 @@ fn commits(root: &Utf8Path, old: Option<&str>, new: Option<&str>) -> String {
     let mut text = String::new();
     for line in lines.iter().take(MOST_COMMITS) {
         let (hash, subject) = line.split_once(' ').unwrap_or((line, ""));
-        text.push_str(&format!("- {} ({hash})\n", escape(subject)));
+        text.push_str(&format!("- {} ({hash})\n", escape_markdown(subject)));
     }
     if let Some(more) = lines.len().checked_sub(MOST_COMMITS).filter(|n| *n > 0) {
         text.push_str(&format!("- and {more} more\n"));
@@ -162,7 +166,7 @@ fn components_table(changed: &[BoardChanges]) -> String {
         let name = &board.board;
         let short = |c: &ReleaseComponent| {
             let digest = c.digest.get(..12).unwrap_or_default();
-            format!("{} ({digest})", escape(&c.version))
+            format!("{} ({digest})", escape_markdown(&c.version))
         };
         for (component, change) in &board.components.changed {
             let (old, new) = (short(&change.old), short(&change.new));
@@ -189,11 +193,19 @@ fn package_list(changed: &[BoardChanges]) -> String {
     let mut lines = BTreeSet::new();
     for packages in changed.iter().map(|board| &board.packages) {
         lines.extend(
-            packages.added.iter().map(|(n, v)| format!("- {} {} is new", escape(n), escape(v))),
+            packages
+                .added
+                .iter()
+                .map(|(n, v)| format!("- {} {} is new", escape_markdown(n), escape_markdown(v))),
         );
-        lines.extend(packages.removed.keys().map(|n| format!("- {} is gone", escape(n))));
+        lines.extend(packages.removed.keys().map(|n| format!("- {} is gone", escape_markdown(n))));
         lines.extend(packages.changed.iter().map(|(name, change)| {
-            format!("- {} {} → {}", escape(name), escape(&change.old), escape(&change.new))
+            format!(
+                "- {} {} → {}",
+                escape_markdown(name),
+                escape_markdown(&change.old),
+                escape_markdown(&change.new)
+            )
         }));
     }
     let mut text = String::from("\n## Packages\n\n");
@@ -211,7 +223,7 @@ fn package_list(changed: &[BoardChanges]) -> String {
 }
 
 /// Escapes external text for Markdown: one line without any markup.
-pub(super) fn escape(text: &str) -> String {
+pub(super) fn escape_markdown(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -232,6 +244,6 @@ mod tests {
 
     #[test]
     fn a_subject_cannot_become_markup() {
-        assert_eq!(escape("a|b <img src=x>\n# c"), r"a\|b \<img src=x\> \# c");
+        assert_eq!(escape_markdown("a|b <img src=x>\n# c"), r"a\|b \<img src=x\> \# c");
     }
 }

@@ -6,7 +6,7 @@ use std::cmp::Ordering;
 use serde::Serialize;
 
 use super::{ReportDisk, ReportRegion, ReportRegionKind};
-use crate::progress::bytes;
+use crate::progress::format_bytes;
 
 /// The minimum width of a region, so that one sector of a whole card is still visible.
 const MIN_WIDTH: f64 = 3.0;
@@ -74,7 +74,7 @@ pub(super) struct DiskMap {
 }
 
 /// The style of a region. Roles are fixed nouns: `boot`, `root-a`, `boot-b`, `data`, ….
-pub(super) fn class(region: &ReportRegion) -> &'static str {
+pub(super) fn css_class(region: &ReportRegion) -> &'static str {
     match region.kind {
         ReportRegionKind::Gap => "gap",
         ReportRegionKind::Table => "table",
@@ -89,12 +89,12 @@ pub(super) fn class(region: &ReportRegion) -> &'static str {
 }
 
 /// Draws the card over this width.
-pub(super) fn draw(disk: &ReportDisk, width: f64) -> DiskMap {
+pub(super) fn draw_map(disk: &ReportDisk, width: f64) -> DiskMap {
     let scale = width / disk.size.max(1) as f64;
     let mut blocks = Vec::with_capacity(disk.regions.len());
     let mut outside: Vec<(f64, String)> = Vec::new();
     for region in &disk.regions {
-        let block = block(region, scale, width);
+        let block = draw_block(region, scale, width);
         if block.label.is_empty() && region.kind != ReportRegionKind::Gap {
             let anchor = block.x + block.width / 2.0;
             let name = outside_name(region);
@@ -110,39 +110,39 @@ pub(super) fn draw(disk: &ReportDisk, width: f64) -> DiskMap {
     }
     // The smallest go last, so that the minimum width of a tiny region is not painted over.
     blocks.sort_by_key(|block| (block.class != "gap", std::cmp::Reverse(block.size)));
-    let labels = place(outside, width);
+    let labels = place_labels(outside, width);
     let rows = labels.iter().map(|label| label.row + 1).max().unwrap_or(0);
-    DiskMap { width, blocks, labels, rows, ticks: ticks(disk.size, width) }
+    DiskMap { width, blocks, labels, rows, ticks: place_ticks(disk.size, width) }
 }
 
 fn outside_name(region: &ReportRegion) -> String {
     match region.kind {
-        ReportRegionKind::Partition => format!("{} {}", region.role, bytes(region.size)),
+        ReportRegionKind::Partition => format!("{} {}", region.role, format_bytes(region.size)),
         _ => region.role.clone(),
     }
 }
 
-fn block(region: &ReportRegion, scale: f64, whole: f64) -> MapBlock {
+fn draw_block(region: &ReportRegion, scale: f64, whole: f64) -> MapBlock {
     let exact = region.size as f64 * scale;
     let width = if region.kind == ReportRegionKind::Gap { exact } else { exact.max(MIN_WIDTH) };
     let x = (region.start as f64 * scale).min(whole - width).max(0.0);
     let share = region.used.unwrap_or(0) as f64 / region.size.max(1) as f64;
-    let size = bytes(region.size);
+    let size = format_bytes(region.size);
     let fits = |text: &str| text.chars().count() as f64 * CHAR_WIDTH + 16.0 <= width;
     let label = if fits(&region.role) { region.role.clone() } else { String::new() };
     let detail = if !label.is_empty() && fits(&size) { size.clone() } else { String::new() };
-    let mut title = format!("{}: {size} at {}", region.role, bytes(region.start));
+    let mut title = format!("{}: {size} at {}", region.role, format_bytes(region.start));
     if let Some(filesystem) = &region.filesystem {
         title.push_str(&format!(", {filesystem}"));
     }
     if let Some(used) = region.used {
-        title.push_str(&format!(", {} used", bytes(used)));
+        title.push_str(&format!(", {} used", format_bytes(used)));
     }
     MapBlock {
         x,
         width,
         used: exact * share.clamp(0.0, 1.0),
-        class: class(region),
+        class: css_class(region),
         label,
         detail,
         title,
@@ -155,12 +155,12 @@ fn block(region: &ReportRegion, scale: f64, whole: f64) -> MapBlock {
 /// first row in which it neither overlaps another label nor covers the leader of one in a deeper
 /// row. Only where many labels are at the right edge, and are pushed left over their leaders, a
 /// line may cross behind a label.
-fn place(outside: Vec<(f64, String)>, width: f64) -> Vec<MapLabel> {
+fn place_labels(outside: Vec<(f64, String)>, width: f64) -> Vec<MapLabel> {
     let mut rows = 0;
     let mut labels: Vec<MapLabel> = Vec::new();
     for (anchor, text) in outside.into_iter().rev() {
         let room = (width / CHAR_WIDTH) as usize;
-        let text = shorten(&text, room.saturating_sub(2));
+        let text = shorten_text(&text, room.saturating_sub(2));
         let length = text.chars().count() as f64 * CHAR_WIDTH;
         let x = (anchor + 6.0).min(width - length).max(0.0);
         let end = x + length + LABEL_GAP;
@@ -180,7 +180,7 @@ fn place(outside: Vec<(f64, String)>, width: f64) -> Vec<MapLabel> {
 }
 
 /// At most this many characters; the last is an ellipsis when the text is cut.
-pub(super) fn shorten(text: &str, room: usize) -> String {
+pub(super) fn shorten_text(text: &str, room: usize) -> String {
     if text.chars().count() <= room {
         return text.to_owned();
     }
@@ -190,14 +190,14 @@ pub(super) fn shorten(text: &str, room: usize) -> String {
 }
 
 /// Marks at round sizes, far enough apart for their texts.
-fn ticks(size: u64, width: f64) -> Vec<MapTick> {
+fn place_ticks(size: u64, width: f64) -> Vec<MapTick> {
     const APART: f64 = 76.0;
     let most = (width / APART).max(1.0);
     let mut step = 512_u64;
     while size as f64 / step as f64 > most && step < 1 << 62 {
         step *= 2;
     }
-    let mark = |n: u64| MapTick { x: n as f64 * width / size.max(1) as f64, text: bytes(n) };
+    let mark = |n: u64| MapTick { x: n as f64 * width / size.max(1) as f64, text: format_bytes(n) };
     (0..=size / step).map(|n| mark(n * step)).collect()
 }
 
@@ -223,7 +223,7 @@ mod tests {
         let regions =
             (0..12).map(|n| partition(&format!("partition-{n}"), n * 3000, 512)).collect();
         let disk = ReportDisk::new(ReportTableKind::Gpt, 40_000, regions).unwrap();
-        let map = draw(&disk, 400.0);
+        let map = draw_map(&disk, 400.0);
         assert!(map.labels.len() > 5, "{map:?}");
         for a in &map.labels {
             let end = |l: &MapLabel| l.x + l.text.chars().count() as f64 * CHAR_WIDTH;
@@ -243,7 +243,8 @@ mod tests {
 
     #[test]
     fn ticks_are_round_and_few() {
-        let texts: Vec<String> = ticks(4 << 30, 1120.0).into_iter().map(|tick| tick.text).collect();
+        let texts: Vec<String> =
+            place_ticks(4 << 30, 1120.0).into_iter().map(|tick| tick.text).collect();
         assert_eq!(texts.first().map(String::as_str), Some("0 B"));
         assert_eq!(texts.last().map(String::as_str), Some("4.0 GiB"));
         assert_eq!(texts.len(), 9, "{texts:?}");

@@ -113,7 +113,7 @@ pub enum CacheUse {
 
 impl CacheUse {
     /// Derives the value from the stages.
-    pub fn of(stages: &[ReportStage]) -> Self {
+    pub fn from_stages(stages: &[ReportStage]) -> Self {
         if stages.iter().any(|stage| stage.cached) { Self::Cached } else { Self::Clean }
     }
 }
@@ -409,13 +409,13 @@ impl ReportKind {
 }
 
 /// `1 package`, `2 packages`: a number with its noun.
-fn count(n: usize, noun: &str) -> String {
+fn count_noun(n: usize, noun: &str) -> String {
     format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
 }
 
 /// A time in seconds in human-readable form. An invalid time (negative, not a number) is shown as
 /// zero.
-fn time(seconds: f64) -> String {
+fn format_seconds(seconds: f64) -> String {
     let duration = std::time::Duration::try_from_secs_f64(seconds).unwrap_or_default();
-    crate::progress::duration(duration)
+    crate::progress::format_duration(duration)
 }

@@ -58,8 +58,8 @@ pub struct InitrdRequest<'a> {
 ///
 /// # Errors
 /// When a module does not exist for this kernel (with the nearest names), or files are unreadable.
-pub fn build(request: &InitrdRequest<'_>, out: &Utf8Path) -> Result<Artifact> {
-    let files = collect(request).context("building the initrd")?;
+pub fn build_initrd(request: &InitrdRequest<'_>, out: &Utf8Path) -> Result<Artifact> {
+    let files = collect_nodes(request).context("building the initrd")?;
     write_atomically(out, |writer| {
         let time = u32::try_from(request.epoch).context("the epoch is after 2106")?;
         match request.compression {
@@ -75,7 +75,7 @@ pub fn build(request: &InitrdRequest<'_>, out: &Utf8Path) -> Result<Artifact> {
         }
         Ok(())
     })?;
-    Artifact::of(out)
+    Artifact::from_file(out)
 }
 
 enum Node {
@@ -85,7 +85,7 @@ enum Node {
     Device(u32, u32, u32),
 }
 
-fn collect(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> {
+fn collect_nodes(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> {
     let tree = RootTree::from_tar(request.modules_archive)?;
     let text = |name: &str| -> Result<String> {
         let bytes = tree.bytes(name)?.with_context(|| format!("the modules lack {name}"))?;
@@ -99,7 +99,7 @@ fn collect(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> {
         let bytes = tree.bytes(&module)?.with_context(|| format!("the modules lack {module}"))?;
         // Plain: the archive is compressed as a whole, and neither busybox nor the kernel needs
         // support for compressed modules.
-        let (module, bytes) = kernel::unpacked(&module, bytes)?;
+        let (module, bytes) = kernel::unpack_module(&module, bytes)?;
         let path = format!("lib/modules/{}/{module}", request.kernel_release);
         list.push_str(&format!("/{path}\n"));
         nodes.insert(path, Node::File(0o644, bytes));

@@ -48,7 +48,7 @@ pub struct RootPath(String);
 impl RootPath {
     /// From a path with `/`; a leading `./` or `/` is ignored.
     pub fn new(path: &str) -> Self {
-        Self(parts(path).collect::<Vec<_>>().join("/"))
+        Self(path_parts(path).collect::<Vec<_>>().join("/"))
     }
 
     /// With `/`, relative; empty for the root itself.
@@ -241,7 +241,7 @@ impl RootTree {
     /// A path that leaves the root, runs through a file or a link, or replaces a directory by
     /// something else.
     pub fn insert(&mut self, path: &str, entry: RootEntry) -> Result<()> {
-        let name = checked(path)?;
+        let name = check_path(path)?;
         ensure!(!name.0.is_empty(), "an entry has no name");
         for parent in name.parents() {
             let key = RootPath(parent.to_owned());
@@ -310,7 +310,7 @@ impl RootTree {
 
     /// Follows symbolic links, as the kernel would, to the entry that a path names on the robot.
     pub fn resolve(&self, path: &str) -> Option<(&str, &RootEntry)> {
-        let mut rest: Vec<String> = parts(path).rev().map(str::to_owned).collect();
+        let mut rest: Vec<String> = path_parts(path).rev().map(str::to_owned).collect();
         let mut at = RootPath(String::new());
         // 40 links is Linux's own limit (path_resolution(7)).
         let mut links = 0;
@@ -329,7 +329,7 @@ impl RootTree {
                     if target.starts_with('/') {
                         at = RootPath(String::new());
                     }
-                    rest.extend(parts(target).rev().map(str::to_owned));
+                    rest.extend(path_parts(target).rev().map(str::to_owned));
                 }
                 _ => at = next,
             }
@@ -480,7 +480,7 @@ fn read_entry(
     origin: &EntryOrigin,
 ) -> Result<(RootPath, RootEntry)> {
     let path = String::from_utf8(entry.path_bytes().into_owned()).context("a name is not UTF-8")?;
-    let name = checked(&path)?;
+    let name = check_path(&path)?;
     let mut xattrs = Vec::new();
     if let Some(extensions) = entry.pax_extensions()? {
         for extension in extensions {
@@ -506,7 +506,7 @@ fn read_entry(
             len: entry.size(),
         }),
         EntryType::Symlink => RootEntryKind::Symlink(target()?),
-        EntryType::Link => RootEntryKind::Hardlink(checked(&target()?)?),
+        EntryType::Link => RootEntryKind::Hardlink(check_path(&target()?)?),
         special @ (EntryType::Char | EntryType::Block | EntryType::Fifo) => RootEntryKind::Special(
             special.as_byte(),
             header.device_major()?.unwrap_or(0),
@@ -543,13 +543,13 @@ impl Read for Span<'_> {
     }
 }
 
-fn parts(path: &str) -> impl DoubleEndedIterator<Item = &str> {
+fn path_parts(path: &str) -> impl DoubleEndedIterator<Item = &str> {
     path.split('/').filter(|part| !part.is_empty() && *part != ".")
 }
 
 /// A name that does not leave the root.
-fn checked(path: &str) -> Result<RootPath> {
-    ensure!(parts(path).all(|part| part != ".."), "the path {path} contains `..`");
+fn check_path(path: &str) -> Result<RootPath> {
+    ensure!(path_parts(path).all(|part| part != ".."), "the path {path} contains `..`");
     Ok(RootPath::new(path))
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::keys::SigningKey;
-use crate::store::format::{check_hash, pretty};
+use crate::store::format::{check_hash, to_pretty_json};
 
 /// The version of the records. It is raised when an old reader would misread a new one.
 pub const FORMAT: u32 = 1;
@@ -89,7 +89,7 @@ pub enum ObjectCompression {
 
 /// The path of a stage's record. Each signing key has a separate file: a record never replaces that
 /// of another key.
-pub fn path(key: &str, signer: &str) -> String {
+pub fn record_path(key: &str, signer: &str) -> String {
     format!("stages/{}/{key}-{signer}.json", key.get(..2).unwrap_or_default())
 }
 
@@ -110,9 +110,9 @@ impl PortableValue {
     ///
     /// # Errors
     /// When it contains a path of this machine outside of `dir`.
-    pub fn of(mut value: Value, dir: &Utf8Path, cache: &Utf8Path) -> Result<Self> {
+    pub fn from_value(mut value: Value, dir: &Utf8Path, cache: &Utf8Path) -> Result<Self> {
         let (mut paths, mut files) = (Vec::new(), BTreeSet::new());
-        relocate(&mut value, &mut String::new(), &mut |pointer, text| {
+        map_strings(&mut value, &mut String::new(), &mut |pointer, text| {
             let path = Utf8Path::new(&*text);
             match path.strip_prefix(dir) {
                 Ok(inside) => {
@@ -133,7 +133,7 @@ impl PortableValue {
 }
 
 /// Calls `on` with each string in a value and its JSON pointer.
-fn relocate(
+fn map_strings(
     value: &mut Value,
     pointer: &mut String,
     on: &mut dyn FnMut(&str, &mut String) -> Result<()>,
@@ -144,14 +144,14 @@ fn relocate(
         Value::Array(items) => {
             for (index, item) in items.iter_mut().enumerate() {
                 pointer.push_str(&format!("/{index}"));
-                relocate(item, pointer, on)?;
+                map_strings(item, pointer, on)?;
                 pointer.truncate(length);
             }
         }
         Value::Object(fields) => {
             for (name, field) in fields {
                 pointer.push_str(&format!("/{}", name.replace('~', "~0").replace('/', "~1")));
-                relocate(field, pointer, on)?;
+                map_strings(field, pointer, on)?;
                 pointer.truncate(length);
             }
         }
@@ -166,10 +166,10 @@ impl StageRecord {
     /// # Errors
     /// When it has no JSON form.
     pub fn sign(&self, signer: &SigningKey) -> Result<Vec<u8>> {
-        let record = pretty(self)?;
+        let record = to_pretty_json(self)?;
         let comment = format!("slipway stage {} {}", self.stage, self.key);
         let signature = signer.sign(record.as_bytes(), &comment).text;
-        Ok(pretty(&Envelope { record, signature })?.into_bytes())
+        Ok(to_pretty_json(&Envelope { record, signature })?.into_bytes())
     }
 
     /// Opens a record of a stage: verifies the signature first, then checks every rule.
@@ -290,7 +290,7 @@ mod tests {
         });
         let cache = Utf8Path::new("/cache");
         let portable =
-            PortableValue::of(value, Utf8Path::new("/cache/stages/base/1"), cache).unwrap();
+            PortableValue::from_value(value, Utf8Path::new("/cache/stages/base/1"), cache).unwrap();
         assert_eq!(portable.paths, ["/a~1b~0c/0"]);
         assert_eq!(portable.files, BTreeSet::from(["x.tar".into()]));
         let mut record = record("x.tar", 1);
@@ -303,7 +303,8 @@ mod tests {
         });
         assert_eq!(moved, expected);
         let outside = json!(["/cache/tools/mke2fs"]);
-        let error = PortableValue::of(outside, Utf8Path::new("/cache/stages/base/1"), cache);
+        let error =
+            PortableValue::from_value(outside, Utf8Path::new("/cache/stages/base/1"), cache);
         assert!(error.unwrap_err().to_string().contains("/cache/tools/mke2fs"));
     }
 

@@ -15,7 +15,7 @@ use ureq::{Agent, RequestBuilder};
 use super::ObjectError;
 use super::format::LARGEST_TEXT;
 use crate::artifact::hex;
-use crate::tls::authorities;
+use crate::tls::load_authorities;
 
 /// The timeouts of a server.
 #[derive(Debug, Clone, Copy)]
@@ -90,13 +90,13 @@ impl HttpClient {
             .timeout_recv_body(body)
             .timeout_per_read(silence)
             .timeout_per_write(silence)
-            .tls_config(TlsConfig::builder().root_certs(authorities()?).build())
+            .tls_config(TlsConfig::builder().root_certs(load_authorities()?).build())
             .build();
         Ok(Self { name, agent: config.into(), patience })
     }
 
     /// Retries while the service is overloaded or the connection breaks.
-    pub fn ask(
+    pub fn request(
         &self,
         what: &str,
         mut once: impl FnMut() -> Result<HttpResponse, ureq::Error>,

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use super::format::{Channel, ChannelIndex, LARGEST_TEXT, object_path};
 use super::{ChannelToken, FileStore, ObjectError, ReleaseStore};
 use crate::artifact::{hash_bytes, hash_file, hex};
-use crate::scratch::unique;
+use crate::scratch::unique_name;
 
 /// The suffix of unfinished files; `release gc` removes those of interrupted publishers.
 pub const UNFINISHED: &str = ".partial-";
@@ -47,7 +47,7 @@ impl DirectoryStore {
 
     /// Writes a temporary file beside the final name, flushes it, verifies it by reading the
     /// medium, and renames it.
-    fn place(
+    fn write_and_rename(
         &self,
         path: &Utf8Path,
         replace: bool,
@@ -55,7 +55,7 @@ impl DirectoryStore {
     ) -> Result<bool> {
         let dir = path.parent().context("a stored file has a directory")?;
         self.make_folders(dir)?;
-        let temporary = dir.join(format!("{UNFINISHED}{}", unique()));
+        let temporary = dir.join(format!("{UNFINISHED}{}", unique_name()));
         let attempt = || -> Result<bool> {
             let mut file =
                 File::create_new(&temporary).with_context(|| format!("creating {temporary}"))?;
@@ -122,8 +122,8 @@ impl DirectoryStore {
         }
     }
 
-    fn small(&self, path: &Utf8Path, replace: bool, content: &[u8]) -> Result<bool> {
-        self.place(path, replace, |file| {
+    fn write_small(&self, path: &Utf8Path, replace: bool, content: &[u8]) -> Result<bool> {
+        self.write_and_rename(path, replace, |file| {
             file.write_all(content).with_context(|| format!("writing {path}"))?;
             Ok(hash_bytes(content))
         })
@@ -215,7 +215,7 @@ impl FileStore for DirectoryStore {
 
     fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()> {
         let mut source = File::open(from).with_context(|| format!("opening {from}"))?;
-        self.place(&self.object(sha256), true, |file| {
+        self.write_and_rename(&self.object(sha256), true, |file| {
             let mut hasher = Sha256::new();
             let mut buffer = vec![0; 1 << 20];
             loop {
@@ -266,7 +266,7 @@ impl FileStore for DirectoryStore {
         if self.read(path)?.as_deref() == Some(content) {
             return Ok(());
         }
-        self.small(&self.root.join(path), true, content)?;
+        self.write_small(&self.root.join(path), true, content)?;
         Ok(())
     }
 }
@@ -323,10 +323,10 @@ impl ReleaseStore for DirectoryStore {
             bail!("the index has the serial {serial}, expected {expected}");
         }
         let path = self.generations(channel).join(serial.to_string());
-        self.small(&path, false, content)
+        self.write_small(&path, false, content)
     }
 
-    fn settle(&self, channel: Channel) -> Result<()> {
+    fn make_visible(&self, channel: Channel) -> Result<()> {
         if self.newest(channel)?.is_none() {
             return Ok(());
         }
@@ -339,7 +339,7 @@ impl ReleaseStore for DirectoryStore {
             let (newest, token) = self.index(channel)?;
             let Some(newest) = newest else { return Ok(()) };
             if self.read(&channel.path())?.as_ref() != Some(&newest) {
-                self.small(&self.root.join(channel.path()), true, &newest)?;
+                self.write_small(&self.root.join(channel.path()), true, &newest)?;
             }
             if self.index(channel)?.1 == token {
                 return Ok(());

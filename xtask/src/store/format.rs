@@ -257,7 +257,7 @@ impl ChannelIndex {
         let read = || -> Result<Self> {
             let envelope: Envelope = serde_json::from_slice(file).context("not a channel file")?;
             let text = envelope.index.as_bytes();
-            let signer = verify(
+            let signer = verify_signature(
                 keys,
                 Purpose::Channel,
                 "reading its signature",
@@ -317,14 +317,17 @@ impl ChannelIndex {
     /// # Errors
     /// When it has no JSON form.
     pub fn sign(&self, signer: &SigningKey) -> Result<Vec<u8>> {
-        let index = pretty(self)?;
+        let index = to_pretty_json(self)?;
         let comment = format!("slipway channel {} {}", self.channel, self.serial);
         let signature = signer.sign(index.as_bytes(), &comment).text;
-        Ok(pretty(&Envelope { index, signature })?.into_bytes())
+        Ok(to_pretty_json(&Envelope { index, signature })?.into_bytes())
     }
 
     /// The releases of a product, oldest first.
-    pub fn of<'a>(&'a self, product: &'a str) -> impl DoubleEndedIterator<Item = &'a ChannelEntry> {
+    pub fn releases_of<'a>(
+        &'a self,
+        product: &'a str,
+    ) -> impl DoubleEndedIterator<Item = &'a ChannelEntry> {
         self.releases.iter().filter(move |entry| entry.product == product)
     }
 
@@ -340,7 +343,7 @@ impl ReleaseManifest {
     /// # Errors
     /// When it has no JSON form.
     pub fn to_text(&self) -> Result<Vec<u8>> {
-        Ok(pretty(self)?.into_bytes())
+        Ok(to_pretty_json(self)?.into_bytes())
     }
 
     /// Opens a manifest: verifies hash and signature, then checks every rule.
@@ -357,7 +360,8 @@ impl ReleaseManifest {
                 file.size,
                 file.sha256
             );
-            let signer = verify(keys, Purpose::Release, &file.signature(), signature, text)?;
+            let signer =
+                verify_signature(keys, Purpose::Release, &file.signature(), signature, text)?;
             let manifest: Self = serde_json::from_slice(text).context("not a manifest")?;
             manifest.check()?;
             ensure!(
@@ -396,7 +400,7 @@ impl ReleaseManifest {
     }
 }
 
-fn verify(
+fn verify_signature(
     keys: &KeySet,
     purpose: Purpose,
     name: &str,
@@ -409,7 +413,7 @@ fn verify(
     })
 }
 
-pub(crate) fn pretty(value: &impl Serialize) -> Result<String> {
+pub(crate) fn to_pretty_json(value: &impl Serialize) -> Result<String> {
     Ok(serde_json::to_string_pretty(value).context("writing JSON")? + "\n")
 }
 

@@ -78,7 +78,7 @@ impl HttpStore {
     }
 
     fn length(&self, path: &str) -> Result<Option<u64>> {
-        let answer = self.client.ask(path, || {
+        let answer = self.client.request(path, || {
             let request = self.signed(self.client.agent.head(self.url(path)));
             Ok(HttpResponse::head(&request.header("Accept-Encoding", "identity").call()?))
         })?;
@@ -90,7 +90,7 @@ impl HttpStore {
     }
 
     fn upload(&self, path: &str, size: u64, body: impl Fn() -> Result<RequestBody>) -> Result<()> {
-        let answer = self.client.ask(path, || {
+        let answer = self.client.request(path, || {
             let request = self.signed(self.client.agent.put(self.url(path)));
             let body = body().map_err(|error| ureq::Error::Io(std::io::Error::other(error)))?;
             self.client.send(request.content_type("application/octet-stream"), body, size)
@@ -108,7 +108,7 @@ impl FileStore for HttpStore {
     }
 
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
-        let answer = self.client.ask(path, || {
+        let answer = self.client.request(path, || {
             let request = self.signed(self.client.agent.get(self.url(path)));
             HttpResponse::read(&mut request.call()?)
         })?;

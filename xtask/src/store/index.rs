@@ -22,7 +22,7 @@ pub struct Retention {
 }
 
 impl Retention {
-    fn of(self, channel: Channel) -> usize {
+    fn for_channel(self, channel: Channel) -> usize {
         match channel {
             Channel::Nightly => self.keep.unwrap_or(NIGHTLIES),
             Channel::Beta => self.keep.unwrap_or(BETAS),
@@ -35,7 +35,7 @@ impl Retention {
 ///
 /// # Errors
 /// When a development product would become stable.
-pub fn takes(channel: Channel, product: &str, kind: Kind) -> Result<()> {
+pub fn check_channel_accepts(channel: Channel, product: &str, kind: Kind) -> Result<()> {
     ensure!(
         channel != Channel::Stable || kind == Kind::Release,
         "{product} is a development product, but the channel stable is for all robots\n\
@@ -50,8 +50,8 @@ impl ChannelIndex {
     /// # Errors
     /// When the version does not increase, or a development product would become stable.
     pub fn add(&mut self, entry: ChannelEntry) -> Result<()> {
-        takes(self.channel, &entry.product, entry.kind)?;
-        let newest = self.of(&entry.product).next_back();
+        check_channel_accepts(self.channel, &entry.product, entry.kind)?;
+        let newest = self.releases_of(&entry.product).next_back();
         if let Some(newest) = newest {
             ensure!(
                 entry.version > newest.version,
@@ -120,11 +120,11 @@ impl ChannelIndex {
     /// Retires all but the newest releases of each product, and removes entries that were retired
     /// long ago.
     pub fn retain(&mut self, retention: Retention, now: u64) {
-        let keep = retention.of(self.channel);
+        let keep = retention.for_channel(self.channel);
         let mut products: Vec<String> = self.releases.iter().map(|e| e.product.clone()).collect();
         products.dedup();
         for product in products {
-            let surplus = self.of(&product).count().saturating_sub(keep.max(1));
+            let surplus = self.releases_of(&product).count().saturating_sub(keep.max(1));
             for _ in 0..surplus {
                 let Some(at) = self.releases.iter().position(|e| e.product == product) else {
                     break;

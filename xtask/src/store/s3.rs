@@ -15,7 +15,7 @@ use super::client::{HttpClient, HttpResponse, RequestBody};
 use super::format::{Channel, object_path};
 use super::{ChannelToken, FileStore, ObjectError, ReleaseStore, StoreOptions};
 use crate::artifact::{hash_bytes, hash_file};
-use crate::scratch::scratch;
+use crate::scratch::create_scratch_dir;
 
 /// How long a signed request is valid: as long as its upload may take.
 const VALID: Duration = Duration::from_secs(3600);
@@ -105,7 +105,7 @@ impl S3Store {
 
     fn get_small(&self, path: &str) -> Result<Option<(Vec<u8>, Option<String>)>> {
         let key = self.key(path);
-        let answer = self.client.ask(path, || {
+        let answer = self.client.request(path, || {
             let url = GetObject::new(&self.bucket, Some(&self.credentials.0), &key).sign(VALID);
             let mut response = self.client.agent.get(url.as_str()).call()?;
             HttpResponse::read(&mut response)
@@ -120,7 +120,7 @@ impl S3Store {
     /// Size and SHA-256 of an object, as far as the service reports them.
     fn head(&self, path: &str) -> Result<Option<(Option<u64>, Option<String>)>> {
         let key = self.key(path);
-        let answer = self.client.ask(path, || {
+        let answer = self.client.request(path, || {
             let mut action = HeadObject::new(&self.bucket, Some(&self.credentials.0), &key);
             action.headers_mut().insert("x-amz-checksum-mode", "ENABLED");
             let url = action.sign(VALID);
@@ -144,8 +144,8 @@ impl S3Store {
         send: impl Fn() -> Result<RequestBody>,
     ) -> Result<HttpResponse> {
         let key = self.key(path);
-        let checksum = encode_base64(&unhex(sha256)?);
-        self.client.ask(path, || {
+        let checksum = encode_base64(&decode_hex(sha256)?);
+        self.client.request(path, || {
             let mut action = PutObject::new(&self.bucket, Some(&self.credentials.0), &key);
             let mut headers = vec![("x-amz-checksum-sha256", checksum.as_str())];
             headers.extend(condition);
@@ -200,7 +200,7 @@ impl S3Store {
     }
 }
 
-fn unhex(text: &str) -> Result<Vec<u8>> {
+fn decode_hex(text: &str) -> Result<Vec<u8>> {
     let pair = |at: usize| text.get(at..at + 2).and_then(|p| u8::from_str_radix(p, 16).ok());
     let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(pair).collect();
     bytes.with_context(|| format!("`{text}` is not a SHA-256"))
@@ -219,7 +219,7 @@ impl FileStore for S3Store {
         let mut present = BTreeSet::new();
         for (sha256, size) in objects {
             // An interrupted upload leaves no object, so an object with the right size is complete.
-            let sum = encode_base64(&unhex(sha256)?);
+            let sum = encode_base64(&decode_hex(sha256)?);
             let fits = |(length, checksum): (Option<u64>, Option<String>)| {
                 length == Some(*size) && checksum.is_none_or(|found| found == sum)
             };
@@ -254,11 +254,11 @@ impl FileStore for S3Store {
         ensure!(length == Some(size), "{path} has {length:?} bytes on the server, expected {size}");
         match checksum {
             Some(sum) => ensure!(
-                sum == encode_base64(&unhex(sha256)?),
+                sum == encode_base64(&decode_hex(sha256)?),
                 "{path} was stored with the SHA-256 {sum}"
             ),
             None => {
-                let (_keep, dir) = scratch()?;
+                let (_keep, dir) = create_scratch_dir()?;
                 self.get(sha256, size, &dir.join("back"), &|_| ())?;
             }
         }
@@ -312,7 +312,7 @@ impl ReleaseStore for S3Store {
         self.put_small(&channel.path(), content, Some(condition))
     }
 
-    fn settle(&self, _: Channel) -> Result<()> {
+    fn make_visible(&self, _: Channel) -> Result<()> {
         // Readers use the swapped file itself.
         Ok(())
     }

@@ -11,7 +11,7 @@ use super::format::{Channel, ChannelIndex, LARGEST_TEXT, object_path};
 use super::{ChannelToken, FileStore, ObjectError, ReleaseStore};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::exec::Tool;
-use crate::scratch::{scratch, unique};
+use crate::scratch::{create_scratch_dir, unique_name};
 use crate::ssh::check_options;
 
 /// As for pushes: never ask questions, and detect an unreachable host after 30 seconds.
@@ -59,7 +59,7 @@ impl Control {
     /// `None` when the temporary directory's path is too long: then each command opens its own
     /// connection.
     fn new() -> Result<Option<Self>> {
-        let (folder, path) = scratch()?;
+        let (folder, path) = create_scratch_dir()?;
         let socket = path.join("ssh").into_string();
         Ok((socket.len() <= SOCKET).then_some(Self { socket, _folder: folder }))
     }
@@ -128,14 +128,14 @@ impl SshStore {
         Ok(Self { destination: destination.to_owned(), port, path, options, control })
     }
 
-    fn at(&self, path: &str) -> String {
+    fn path_in_store(&self, path: &str) -> String {
         format!("{}/{path}", self.path)
     }
 
     /// Runs commands of sftp(1) in a local directory. A command that begins with `-` may fail.
     /// Returns whether all others succeeded, the output, and the error messages.
     fn run(&self, folder: &Utf8Path, commands: &[String]) -> Result<(bool, String, String)> {
-        let (_keep, dir) = scratch()?;
+        let (_keep, dir) = create_scratch_dir()?;
         let batch = dir.join("batch");
         fs::write(&batch, commands.join("\n") + "\n")
             .with_context(|| format!("writing {batch}"))?;
@@ -164,7 +164,7 @@ impl SshStore {
         Ok((status.success(), String::from_utf8_lossy(&out).into_owned(), said))
     }
 
-    fn must(&self, folder: &Utf8Path, commands: &[String]) -> Result<()> {
+    fn run_checked(&self, folder: &Utf8Path, commands: &[String]) -> Result<()> {
         let (good, _, said) = self.run(folder, commands)?;
         ensure!(good, "sftp on {}: {}", self.destination, said.trim_end());
         Ok(())
@@ -178,7 +178,7 @@ impl SshStore {
         parts.pop();
         for part in parts {
             folder = if folder.is_empty() { part.to_owned() } else { format!("{folder}/{part}") };
-            made.push(format!("-mkdir {}", self.at(&folder)));
+            made.push(format!("-mkdir {}", self.path_in_store(&folder)));
         }
         made
     }
@@ -186,7 +186,7 @@ impl SshStore {
     /// The files with these paths or in these directories: name and size.
     fn list(&self, paths: &[String]) -> Result<Vec<(String, u64)>> {
         let commands: Vec<String> =
-            paths.iter().map(|path| format!("-ls -ln {}", self.at(path))).collect();
+            paths.iter().map(|path| format!("-ls -ln {}", self.path_in_store(path))).collect();
         let (_, out, _) = self.run(Utf8Path::new("."), &commands)?;
         let lines = out.lines().filter(|line| line.starts_with('-'));
         Ok(lines
@@ -219,18 +219,18 @@ impl SshStore {
                 return Ok(sum.to_owned());
             }
         }
-        let (_keep, dir) = scratch()?;
-        self.must(&dir, &[format!("get {path} back")])?;
+        let (_keep, dir) = create_scratch_dir()?;
+        self.run_checked(&dir, &[format!("get {path} back")])?;
         Ok(hash_file(&dir.join("back"))?.1)
     }
 
     /// Uploads a file under a unique name, flushed and verified; returns the name.
     fn upload(&self, path: &str, folder: &Utf8Path, name: &str, sha256: &str) -> Result<String> {
         let (parent, _) = path.rsplit_once('/').context("a stored file has a directory")?;
-        let temporary = self.at(&format!("{parent}/.partial-{}", unique()));
+        let temporary = self.path_in_store(&format!("{parent}/.partial-{}", unique_name()));
         let mut commands = self.folders(path);
         commands.push(format!("put -f {name} {temporary}"));
-        self.must(folder, &commands)?;
+        self.run_checked(folder, &commands)?;
         let found = self.arrived(&temporary)?;
         if found != sha256 {
             // Best effort: report the error below.
@@ -241,7 +241,7 @@ impl SshStore {
     }
 
     fn write_small(&self, path: &str, content: &[u8]) -> Result<String> {
-        let (_keep, dir) = scratch()?;
+        let (_keep, dir) = create_scratch_dir()?;
         fs::write(dir.join("content"), content)
             .with_context(|| format!("writing {dir}/content"))?;
         self.upload(path, &dir, "content", &hash_bytes(content))
@@ -259,8 +259,9 @@ impl FileStore for SshStore {
     }
 
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
-        let (_keep, dir) = scratch()?;
-        let (good, _, said) = self.run(&dir, &[format!("get {} content", self.at(path))])?;
+        let (_keep, dir) = create_scratch_dir()?;
+        let (good, _, said) =
+            self.run(&dir, &[format!("get {} content", self.path_in_store(path))])?;
         if !good {
             if said.contains("not found") || said.contains("No such file") {
                 return Ok(None);
@@ -291,7 +292,7 @@ impl FileStore for SshStore {
             bail!("{from} is not a file")
         };
         let temporary = self.upload(&path, folder, name, sha256)?;
-        self.must(folder, &[format!("rename {temporary} {}", self.at(&path))])
+        self.run_checked(folder, &[format!("rename {temporary} {}", self.path_in_store(&path))])
     }
 
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
@@ -308,7 +309,7 @@ impl FileStore for SshStore {
             }
             None => return Err(ObjectError::Missing(named("is missing".to_owned())).into()),
         }
-        self.must(folder, &[format!("get {} {name}", self.at(&path))])?;
+        self.run_checked(folder, &[format!("get {} {name}", self.path_in_store(&path))])?;
         let (size, found) = hash_file(into)?;
         received(size);
         if found != sha256 {
@@ -323,7 +324,10 @@ impl FileStore for SshStore {
             return Ok(());
         }
         let temporary = self.write_small(path, content)?;
-        self.must(Utf8Path::new("."), &[format!("rename {temporary} {}", self.at(path))])
+        self.run_checked(
+            Utf8Path::new("."),
+            &[format!("rename {temporary} {}", self.path_in_store(path))],
+        )
     }
 }
 
@@ -365,10 +369,10 @@ impl ReleaseStore for SshStore {
         ensure!(serial == seen + 1, "the index has the serial {serial}, but the store has {seen}");
         let path = format!("channels/{channel}.d/{serial}");
         let temporary = self.write_small(&path, content)?;
-        let link = format!("ln {temporary} {}", self.at(&path));
+        let link = format!("ln {temporary} {}", self.path_in_store(&path));
         let here = Utf8Path::new(".");
         let (made, _, said) = self.run(here, &[link])?;
-        self.must(here, &[format!("rm {temporary}")])?;
+        self.run_checked(here, &[format!("rm {temporary}")])?;
         if made {
             return Ok(true);
         }
@@ -377,14 +381,14 @@ impl ReleaseStore for SshStore {
         Ok(false)
     }
 
-    fn settle(&self, channel: Channel) -> Result<()> {
+    fn make_visible(&self, channel: Channel) -> Result<()> {
         loop {
             let (newest, token) = self.index(channel)?;
             let Some(newest) = newest else { return Ok(()) };
             if self.read(&channel.path())?.as_ref() != Some(&newest) {
                 let temporary = self.write_small(&channel.path(), &newest)?;
-                let rename = format!("rename {temporary} {}", self.at(&channel.path()));
-                self.must(Utf8Path::new("."), &[rename])?;
+                let rename = format!("rename {temporary} {}", self.path_in_store(&channel.path()));
+                self.run_checked(Utf8Path::new("."), &[rename])?;
             }
             // Another publisher's older file may have been written last: repair that.
             if self.index(channel)?.1 == token

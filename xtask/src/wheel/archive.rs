@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256, Sha384, Sha512};
 use super::metadata::{
     EntryPoint, MailHeaders, RecordLine, WheelMetadata, parse_entry_points, parse_record,
 };
-use super::target::{WheelName, WheelTag, expand, normalise};
+use super::target::{WheelName, WheelTag, expand_tags, normalise_name};
 use crate::artifact::hash_bytes;
 
 /// A wheel that unpacks to more is refused (1 GiB); the largest wheels in use stay below it.
@@ -82,7 +82,7 @@ impl CheckedWheel {
                 "the sha256 of the wheel is {found}, but the lock has {expected}"
             );
         }
-        let files = unpack(bytes)?;
+        let files = unpack_wheel(bytes)?;
         let dist_info = find_dist_info(&files, &name)?;
         let text = |file: &str| -> Result<&str> {
             let path = format!("{dist_info}/{file}");
@@ -94,9 +94,10 @@ impl CheckedWheel {
         let lines = parse_record(text("RECORD")?);
         let wrong = lines.map(|lines| check_record(&files, &lines, &record));
         doubts.extend(
-            wrong
-                .with_context(|| format!("reading {record}"))
-                .map_or_else(|error| Some(format!("{error:#}")), |places| summary(&places)),
+            wrong.with_context(|| format!("reading {record}")).map_or_else(
+                |error| Some(format!("{error:#}")),
+                |places| summarise_places(&places),
+            ),
         );
         let mut about = Vec::new();
         let purelib = check_wheel_text(text("WHEEL")?, &name.tags, &mut about)
@@ -130,7 +131,7 @@ impl CheckedWheel {
     }
 }
 
-fn unpack(bytes: &[u8]) -> Result<BTreeMap<String, WheelFile>> {
+fn unpack_wheel(bytes: &[u8]) -> Result<BTreeMap<String, WheelFile>> {
     let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).context("opening the archive")?;
     // The archive reader keeps only one of several members with the same name, so they are counted
     // here.
@@ -211,7 +212,7 @@ fn find_dist_info(files: &BTreeMap<String, WheelFile>, name: &WheelName) -> Resu
     };
     // Its version may be spelt differently from the file name's: METADATA decides.
     let stem = dist_info.trim_end_matches(".dist-info");
-    let agrees = stem.split('-').next().is_some_and(|found| normalise(found) == name.name);
+    let agrees = stem.split('-').next().is_some_and(|found| normalise_name(found) == name.name);
     ensure!(
         agrees,
         "the wheel has the directory {dist_info}, but its name needs {}-{}.dist-info",
@@ -260,7 +261,7 @@ fn check_record(
 }
 
 /// The first places, and how many more there are.
-fn summary(places: &[String]) -> Option<String> {
+fn summarise_places(places: &[String]) -> Option<String> {
     const SHOWN: usize = 2;
     let (shown, rest) = places.split_at(places.len().min(SHOWN));
     let more =
@@ -300,7 +301,7 @@ fn check_wheel_text(text: &str, tags: &[WheelTag], doubts: &mut Vec<String>) -> 
     let mut inside = Vec::new();
     for tag in headers.all("tag") {
         match tag.split('-').collect::<Vec<_>>()[..] {
-            [python, abi, platform] => inside.extend(expand(python, abi, platform)),
+            [python, abi, platform] => inside.extend(expand_tags(python, abi, platform)),
             _ => doubts.push(format!("'{tag}' is not a tag")),
         }
     }
@@ -317,7 +318,7 @@ fn check_wheel_text(text: &str, tags: &[WheelTag], doubts: &mut Vec<String>) -> 
 
 fn check_name(metadata: WheelMetadata, name: &WheelName) -> Result<WheelMetadata> {
     ensure!(
-        normalise(&metadata.name) == name.name,
+        normalise_name(&metadata.name) == name.name,
         "Name is {}, but the file name has {}",
         metadata.name,
         name.name

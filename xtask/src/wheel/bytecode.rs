@@ -15,7 +15,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::base::BasePython;
 use super::target::PythonVersion;
 use crate::artifact::{hash_bytes, write_atomically};
-use crate::exec::{Tool, find};
+use crate::exec::{Tool, find_program};
 use crate::progress::{ProgressStep, ProgressUnit, say};
 
 /// Changes when the way of compiling does, so that old results in a cache are not used.
@@ -85,18 +85,20 @@ pub fn cached_name(path: &str, python: PythonVersion) -> Option<String> {
 ///
 /// # Errors
 /// When the emulator is missing or the interpreter fails.
-pub fn compile(
+pub fn compile_wheels(
     wheels: &[(String, ModuleSources<'_>)],
     base: &BasePython,
     arch: &str,
     cache: &Utf8Path,
     log: Option<&Utf8Path>,
 ) -> Result<Vec<CompiledModules>> {
-    let places: Vec<Utf8PathBuf> =
-        wheels.iter().map(|(sha256, sources)| place(cache, sha256, sources, base)).collect();
+    let places: Vec<Utf8PathBuf> = wheels
+        .iter()
+        .map(|(sha256, sources)| bytecode_path(cache, sha256, sources, base))
+        .collect();
     let missing: Vec<usize> = (0..wheels.len()).filter(|i| !places[*i].exists()).collect();
     if !missing.is_empty() {
-        let mut made = run(wheels, &missing, base, arch, log)
+        let mut made = run_compiler(wheels, &missing, base, arch, log)
             .context("compiling the wheels' modules with the base's Python")?;
         for index in missing {
             let compiled = made.remove(&index).unwrap_or_default();
@@ -107,7 +109,7 @@ pub fn compile(
 }
 
 /// The cache's place for one wheel's bytecode.
-fn place(
+fn bytecode_path(
     cache: &Utf8Path,
     sha256: &str,
     sources: &ModuleSources<'_>,
@@ -120,10 +122,10 @@ fn place(
 }
 
 /// The base's interpreter as a program of this machine.
-fn emulated(base: &BasePython, arch: &str, scratch: &Utf8Path) -> Result<Tool> {
+fn emulated_interpreter(base: &BasePython, arch: &str, scratch: &Utf8Path) -> Result<Tool> {
     let emulator = format!("qemu-{arch}-static");
     ensure!(
-        find(&emulator).is_some(),
+        find_program(&emulator).is_some(),
         "{emulator} is missing\nhelp: install qemu-user-static (apt-get install qemu-user-static)"
     );
     let root = base.runnable(scratch)?;
@@ -131,7 +133,7 @@ fn emulated(base: &BasePython, arch: &str, scratch: &Utf8Path) -> Result<Tool> {
     Ok(Tool::new(&emulator).args(["-L", root.as_str()]).arg(interpreter))
 }
 
-fn run(
+fn run_compiler(
     wheels: &[(String, ModuleSources<'_>)],
     missing: &[usize],
     base: &BasePython,
@@ -143,7 +145,7 @@ fn run(
         Utf8Path::from_path(scratch.path()).context("the temporary directory is not UTF-8")?;
     let python = match base.own() {
         Some(python) => Tool::new(python),
-        None => emulated(base, arch, &dir.join("base"))?,
+        None => emulated_interpreter(base, arch, &dir.join("base"))?,
     };
 
     let mut groups = String::new();

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::archive::CheckedWheel;
 use super::metadata::{Dependency, WheelMetadata, satisfies};
-use super::target::{WheelTag, WheelTarget, normalise};
+use super::target::{WheelTag, WheelTarget, normalise_name};
 
 /// A Python distribution in the base.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -48,7 +48,7 @@ pub struct DependencyClosure {
 ///
 /// # Errors
 /// When a version of the base cannot be read.
-pub fn closure(
+pub fn follow_requirements(
     top: &Dependency,
     wheels: &BTreeMap<String, &WheelMetadata>,
     base: &[BaseDistribution],
@@ -58,14 +58,14 @@ pub fn closure(
     for distribution in base {
         // A distribution whose version is invalid in PEP 440 cannot meet a requirement.
         if let Ok(version) = Version::from_str(&distribution.version) {
-            provided.insert(normalise(&distribution.name), version);
+            provided.insert(normalise_name(&distribution.name), version);
         }
     }
     let mut closure = DependencyClosure::default();
     let mut visited = BTreeSet::new();
     let mut queue: Vec<(Option<String>, Dependency)> = vec![(None, top.clone())];
     while let Some((by, requirement)) = queue.pop() {
-        let name = normalise(requirement.name.as_ref());
+        let name = normalise_name(requirement.name.as_ref());
         let found = wheels.get(&name).map(|m| &m.version).or_else(|| provided.get(&name));
         if !found.is_some_and(|version| satisfies(&requirement, version)) {
             let mut plain = requirement.clone();
@@ -108,7 +108,7 @@ pub fn closure(
 /// Names every wheel and rule that is broken: a wrong tag, a Python that does not fit, a
 /// requirement that neither the wheels nor the base meet, a wheel that nothing needs, two wheels of
 /// one distribution.
-pub fn check(
+pub fn check_wheels(
     requirement: &str,
     wheels: &[CheckedWheel],
     target: &WheelTarget,
@@ -118,7 +118,7 @@ pub fn check(
     let mut wrong = Vec::new();
     let mut by_name = BTreeMap::new();
     for wheel in wheels {
-        if !wheel.name.fits(&accepted) {
+        if !wheel.name.matches_any(&accepted) {
             let tags =
                 wheel.name.tags.iter().map(WheelTag::to_string).collect::<Vec<_>>().join(", ");
             wrong.push(format!("{}: its tags ({tags}) do not fit {target}", wheel.file));
@@ -131,7 +131,7 @@ pub fn check(
         }
     }
     let top = super::metadata::parse_requirement(requirement)?;
-    let closure = closure(&top, &by_name, base, &target.markers()?)?;
+    let closure = follow_requirements(&top, &by_name, base, &target.markers()?)?;
     for unmet in &closure.unmet {
         let by = match &unmet.needed_by {
             None => "the lock".to_owned(),

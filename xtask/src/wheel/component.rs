@@ -17,10 +17,10 @@ use sha2::{Digest, Sha256};
 use super::base::BasePython;
 use super::fetch::DownloadedWheel;
 use super::install::{
-    InstallRequest, InstallTarget, InstalledFile, PlacedFile, inside, lay_out, write_tar,
+    InstallRequest, InstallTarget, InstalledFile, PlacedFile, lay_out, path_in_tree, write_tar,
 };
 use super::lock::WheelLock;
-use super::target::normalise;
+use super::target::normalise_name;
 use crate::artifact::{Artifact, hash_bytes, write_atomically};
 
 /// The inputs of a component.
@@ -60,9 +60,9 @@ const NOT_FOR_ROBOTS: &str = "help: build an image, which may contain this \
 /// Makes the payloads of a component.
 ///
 /// # Errors
-/// As [`super::install()`]; when a wheel has files outside of the allowed directories, or the
+/// As [`super::install_wheels()`]; when a wheel has files outside of the allowed directories, or the
 /// package has no module of its name.
-pub fn component(request: &WheelComponentRequest<'_>) -> Result<WheelComponent> {
+pub fn make_payloads(request: &WheelComponentRequest<'_>) -> Result<WheelComponent> {
     let target = InstallTarget::on_data();
     let laid = lay_out(&InstallRequest {
         lock: request.lock,
@@ -74,7 +74,7 @@ pub fn component(request: &WheelComponentRequest<'_>) -> Result<WheelComponent> 
         out: request.out,
         log: request.log,
     })?;
-    let place = format!("{}/", inside(Utf8Path::new(PLACE)));
+    let place = format!("{}/", path_in_tree(Utf8Path::new(PLACE)));
     let mut trees: Vec<Vec<(&str, &PlacedFile)>> =
         laid.distributions.iter().map(|_| vec![]).collect();
     for (path, placed) in &laid.tree.files {
@@ -85,7 +85,7 @@ pub fn component(request: &WheelComponentRequest<'_>) -> Result<WheelComponent> 
         placed.wheels.iter().for_each(|wheel| trees[*wheel].push((path, placed)));
     }
     let package = request.lock.top_level()?;
-    let module = module(&package, request.lock, &trees)?;
+    let module = find_module(&package, request.lock, &trees)?;
     let mut requires: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for (name, by) in &laid.closure.needed_by {
         by.iter().for_each(|by| requires.entry(by).or_default().push(name.clone()));
@@ -96,12 +96,12 @@ pub fn component(request: &WheelComponentRequest<'_>) -> Result<WheelComponent> 
     let mut made = WheelTrees::default();
     for (index, files) in trees.iter().enumerate() {
         let (distribution, locked) = (&laid.distributions[index], &request.lock.wheels[index]);
-        let role = role(&locked.name);
+        let role = payload_role(&locked.name);
         ensure!(roles.insert(role.clone()), "two wheels would be the payload `{role}`");
         let path = request.out.join(format!("{role}.tar"));
         write_atomically(&path, |out| write_tar(files, TREE_TIME, out))
             .with_context(|| format!("writing {path}"))?;
-        let tar = Artifact::of(&path)?;
+        let tar = Artifact::from_file(&path)?;
         let scripts = laid.entry_points[index]
             .iter()
             .map(|point| Script { name: point.name.clone(), module: point.module.clone() });
@@ -143,9 +143,9 @@ pub fn component(request: &WheelComponentRequest<'_>) -> Result<WheelComponent> 
     let json = lock.to_json().context("describing the component")?;
     let path = request.out.join(LOCK_ROLE);
     write_atomically(&path, |out| Ok(out.write_all(&json)?))?;
-    payloads.insert(0, (LOCK_ROLE.to_owned(), Artifact::of(&path)?));
+    payloads.insert(0, (LOCK_ROLE.to_owned(), Artifact::from_file(&path)?));
     let parsed: Version = version.parse().map_err(|_| anyhow!("invalid version {version}"))?;
-    Ok(WheelComponent { version: semantic(&parsed), lock, payloads })
+    Ok(WheelComponent { version: to_semantic_version(&parsed), lock, payloads })
 }
 
 /// Reads wheels' trees as robots do, and rejects what they reject.
@@ -206,8 +206,8 @@ impl WheelTrees {
 
 /// Which of these files robots reject in a component although an image may contain them: one
 /// sentence for each wheel.
-pub fn unfit(files: &BTreeMap<String, InstalledFile>) -> Vec<String> {
-    let place = format!("{}/", inside(Utf8Path::new(PLACE)));
+pub fn find_unfit_files(files: &BTreeMap<String, InstalledFile>) -> Vec<String> {
+    let place = format!("{}/", path_in_tree(Utf8Path::new(PLACE)));
     let mut known: BTreeMap<&str, BTreeMap<String, &str>> = BTreeMap::new();
     let mut wrong: BTreeMap<&str, String> = BTreeMap::new();
     for (path, file) in files {
@@ -240,10 +240,14 @@ impl<R: Read> Read for Hashing<R> {
 }
 
 /// The module that the package installs under its own name.
-fn module(package: &str, lock: &WheelLock, trees: &[Vec<(&str, &PlacedFile)>]) -> Result<String> {
+fn find_module(
+    package: &str,
+    lock: &WheelLock,
+    trees: &[Vec<(&str, &PlacedFile)>],
+) -> Result<String> {
     let index = lock.wheels.iter().position(|wheel| wheel.name == package);
     let files = index.and_then(|index| trees.get(index)).context("the lock has no top level")?;
-    let name = normalise(package).replace('-', "_");
+    let name = normalise_name(package).replace('-', "_");
     let (folder, file) = (format!("site/{name}/"), format!("site/{name}.py"));
     ensure!(
         files.iter().any(|(path, _)| path.starts_with(&folder) || *path == file),
@@ -254,7 +258,7 @@ fn module(package: &str, lock: &WheelLock, trees: &[Vec<(&str, &PlacedFile)>]) -
 }
 
 /// A payload's role: the distribution's name, which may be too long for one.
-fn role(name: &str) -> String {
+fn payload_role(name: &str) -> String {
     if name.len() <= bundle::MAX_NAME {
         return name.to_owned();
     }
@@ -264,7 +268,7 @@ fn role(name: &str) -> String {
 }
 
 /// A version of PEP 440 as Semantic Versioning writes it, as near as it can be: `8.3.0a2` is `8.3.0-a.2`.
-fn semantic(version: &Version) -> String {
+fn to_semantic_version(version: &Version) -> String {
     let release = version.release();
     let number = |at: usize| release.get(at).copied().unwrap_or(0);
     let mut rest: Vec<String> = release.iter().skip(3).map(u64::to_string).collect();
@@ -295,7 +299,7 @@ fn semantic(version: &Version) -> String {
 }
 
 /// Every file that a component consists of.
-pub fn files(component: &WheelComponent) -> Vec<Utf8PathBuf> {
+pub fn component_files(component: &WheelComponent) -> Vec<Utf8PathBuf> {
     component.payloads.iter().map(|(_, artifact)| artifact.path.clone()).collect()
 }
 
@@ -313,7 +317,7 @@ mod tests {
             ("1.2.3.4.post1", "1.2.3-4.post.1"),
             ("10.2.0a0+g1234abc.dirty", "10.2.0-a.0.local-g1234abc"),
         ] {
-            let text = semantic(&from.parse().unwrap());
+            let text = to_semantic_version(&from.parse().unwrap());
             assert_eq!(text, expected);
             bundle::Version::parse(&text).unwrap();
         }
@@ -321,10 +325,10 @@ mod tests {
 
     #[test]
     fn a_role_is_a_name_that_bundles_may_have() {
-        assert_eq!(role("numpy"), "numpy");
+        assert_eq!(payload_role("numpy"), "numpy");
         let (one, two) = (
-            role("opentelemetry-instrumentation-fastapi"),
-            role("opentelemetry-instrumentation-f"),
+            payload_role("opentelemetry-instrumentation-fastapi"),
+            payload_role("opentelemetry-instrumentation-f"),
         );
         assert_eq!(one.len(), 32);
         assert_ne!(one, two);

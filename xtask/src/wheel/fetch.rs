@@ -25,7 +25,7 @@ pub struct DownloadedWheel {
 }
 
 /// The path of a wheel in the cache: `downloads/sha256/<hash>`.
-fn place(cache: &Utf8Path, wheel: &LockedWheel) -> Utf8PathBuf {
+fn wheel_path(cache: &Utf8Path, wheel: &LockedWheel) -> Utf8PathBuf {
     cache.join("downloads/sha256").join(&wheel.sha256)
 }
 
@@ -35,10 +35,14 @@ fn place(cache: &Utf8Path, wheel: &LockedWheel) -> Utf8PathBuf {
 /// # Errors
 /// When `offline` and wheels are missing (the error names them); when pip cannot download a wheel,
 /// or the index no longer has it.
-pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<DownloadedWheel>> {
+pub fn fetch_wheels(
+    lock: &WheelLock,
+    cache: &Cache,
+    offline: bool,
+) -> Result<Vec<DownloadedWheel>> {
     let shared = cache.remote().filter(|_| !offline);
     let cache = cache.root.as_path();
-    let mut missing = missing(&lock.wheels, cache)?;
+    let mut missing = missing_wheels(&lock.wheels, cache)?;
     if let Some(shared) = &shared {
         missing = from_shared(shared.as_ref(), missing, cache)?;
     }
@@ -54,12 +58,12 @@ pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<Downl
     }
     if !missing.is_empty() {
         let pip = Pip::find(None)?;
-        download(&pip, &missing, &lock.target, cache)
+        download_wheels(&pip, &missing, &lock.target, cache)
             .context("downloading the wheels that the lock names")?;
     }
     let mut fetched = Vec::new();
     for wheel in &lock.wheels {
-        let path = place(cache, wheel);
+        let path = wheel_path(cache, wheel);
         let size = std::fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
         ensure!(
             size == wheel.size,
@@ -105,31 +109,31 @@ fn from_shared<'a>(
             lacking.push(wheel);
             continue;
         }
-        let to = place(cache, wheel);
+        let to = wheel_path(cache, wheel);
         temporary.persist(&to).with_context(|| format!("renaming to {to}"))?;
     }
     Ok(lacking)
 }
 
 /// Like `fetch`, for wheels whose size is not known yet; the paths are in the order of the wheels.
-pub(super) fn obtain(
+pub(super) fn fetch_unsized_wheels(
     pip: &Pip,
     wheels: &[LockedWheel],
     target: &WheelTarget,
     cache: &Utf8Path,
 ) -> Result<Vec<Utf8PathBuf>> {
-    let missing = missing(wheels, cache)?;
+    let missing = missing_wheels(wheels, cache)?;
     if !missing.is_empty() {
-        download(pip, &missing, target, cache)?;
+        download_wheels(pip, &missing, target, cache)?;
     }
-    Ok(wheels.iter().map(|wheel| place(cache, wheel)).collect())
+    Ok(wheels.iter().map(|wheel| wheel_path(cache, wheel)).collect())
 }
 
 /// The wheels that are not in the cache. A file there with the wrong content is removed.
-fn missing<'a>(wheels: &'a [LockedWheel], cache: &Utf8Path) -> Result<Vec<&'a LockedWheel>> {
+fn missing_wheels<'a>(wheels: &'a [LockedWheel], cache: &Utf8Path) -> Result<Vec<&'a LockedWheel>> {
     let mut missing = Vec::new();
     for wheel in wheels {
-        let path = place(cache, wheel);
+        let path = wheel_path(cache, wheel);
         if !path.exists() {
             missing.push(wheel);
         } else if hash_file(&path)?.1 != wheel.sha256 {
@@ -141,7 +145,7 @@ fn missing<'a>(wheels: &'a [LockedWheel], cache: &Utf8Path) -> Result<Vec<&'a Lo
     Ok(missing)
 }
 
-fn download(
+fn download_wheels(
     pip: &Pip,
     wheels: &[&LockedWheel],
     target: &WheelTarget,
@@ -208,7 +212,7 @@ fn download(
             wheel.file,
             wheel.sha256
         );
-        let to = place(cache, wheel);
+        let to = wheel_path(cache, wheel);
         std::fs::rename(&from, &to).with_context(|| format!("renaming {from} to {to}"))?;
     }
     Ok(())

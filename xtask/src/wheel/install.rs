@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::archive::{CheckedWheel, digest_text};
 use super::base::BasePython;
 use super::bytecode;
-use super::check::{DependencyClosure, check};
+use super::check::{DependencyClosure, check_wheels};
 use super::fetch::DownloadedWheel;
 use super::lock::WheelLock;
 use super::metadata::{EntryPoint, License, RecordLine, format_record};
@@ -193,13 +193,13 @@ pub(super) struct WheelLayout {
 /// # Errors
 /// When a wheel breaks a rule, wheels do not fit the base or each other, two of them install the
 /// same file, the base's Python cannot be run, or the tar cannot be written.
-pub fn install(request: &InstallRequest<'_>) -> Result<InstalledWheels> {
+pub fn install_wheels(request: &InstallRequest<'_>) -> Result<InstalledWheels> {
     let WheelLayout { tree, mut distributions, .. } = lay_out(request)?;
     let files: Vec<_> = tree.files.iter().map(|(path, placed)| (path.as_str(), placed)).collect();
     write_atomically(request.out, |out| write_tar(&files, request.epoch, out))
         .with_context(|| format!("writing {}", request.out))?;
     distributions.sort_by(|a, b| a.wheel.cmp(&b.wheel));
-    Ok(InstalledWheels { tar: Artifact::of(request.out)?, distributions })
+    Ok(InstalledWheels { tar: Artifact::from_file(request.out)?, distributions })
 }
 
 /// Checks wheels and collects their files, compiled, as `request` says.
@@ -216,12 +216,13 @@ pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<WheelLayout> {
     on.python = base.version;
     let wheels = open_all(fetched)?;
     tell_doubts(&wheels);
-    let closure = check(&lock.requirement, &wheels, &on, &base.distributions)
+    let closure = check_wheels(&lock.requirement, &wheels, &on, &base.distributions)
         .context("checking the wheels against the base")?;
 
     let entry_points = wheels.iter().map(|wheel| wheel.entry_points.clone()).collect();
-    let Arranged { mut tree, mut facts, names } = arrange(wheels, target, &lock.top_level()?)?;
-    compile(request, &mut tree, &mut facts, &names)?;
+    let Arranged { mut tree, mut facts, names } =
+        arrange_wheels(wheels, target, &lock.top_level()?)?;
+    compile_files(request, &mut tree, &mut facts, &names)?;
     write_records(&mut tree, &mut facts, target);
     for placed in tree.files.values() {
         for wheel in &placed.wheels {
@@ -253,12 +254,16 @@ struct Arranged {
     names: Vec<String>,
 }
 
-fn arrange(wheels: Vec<CheckedWheel>, target: &InstallTarget, top: &str) -> Result<Arranged> {
+fn arrange_wheels(
+    wheels: Vec<CheckedWheel>,
+    target: &InstallTarget,
+    top: &str,
+) -> Result<Arranged> {
     let names: Vec<String> = wheels.iter().map(|wheel| wheel.file.clone()).collect();
     let (mut tree, mut facts) = (InstallTree::default(), Vec::new());
     for (index, wheel) in wheels.into_iter().enumerate() {
         facts.push(
-            place(&mut tree, index, wheel, target, &names, top)
+            place_files(&mut tree, index, wheel, target, &names, top)
                 .with_context(|| format!("installing {}", names[index]))?,
         );
     }
@@ -281,12 +286,12 @@ pub struct InstalledFile {
 ///
 /// # Errors
 /// Two wheels that install different files under one name; a wheel with an unknown feature.
-pub fn preview(
+pub fn preview_files(
     wheels: Vec<CheckedWheel>,
     target: &InstallTarget,
     top: &str,
 ) -> Result<BTreeMap<String, InstalledFile>> {
-    let Arranged { tree, names, .. } = arrange(wheels, target, top)?;
+    let Arranged { tree, names, .. } = arrange_wheels(wheels, target, top)?;
     let files = tree.files.into_iter().map(|(path, placed)| {
         let wheels = placed.wheels.iter().map(|wheel| names[*wheel].clone()).collect();
         let executable = placed.mode & 0o111 != 0;
@@ -329,11 +334,11 @@ fn open_all(fetched: &[DownloadedWheel]) -> Result<Vec<CheckedWheel>> {
 type Fact = (InstalledDistribution, String);
 
 /// A robot's path in the form of the tree.
-pub(super) fn inside(path: &Utf8Path) -> &str {
+pub(super) fn path_in_tree(path: &Utf8Path) -> &str {
     path.as_str().trim_matches('/')
 }
 
-fn place(
+fn place_files(
     tree: &mut InstallTree,
     index: usize,
     wheel: CheckedWheel,
@@ -341,9 +346,9 @@ fn place(
     names: &[String],
     top: &str,
 ) -> Result<Fact> {
-    let site = inside(&target.site_packages);
-    let scripts = inside(&target.scripts);
-    let prefix = inside(&target.prefix);
+    let site = path_in_tree(&target.site_packages);
+    let scripts = path_in_tree(&target.scripts);
+    let prefix = path_in_tree(&target.prefix);
     let info = format!("{site}/{}", wheel.dist_info);
     let record = format!("{info}/RECORD");
     let top_level = wheel.name.name == top;
@@ -384,7 +389,9 @@ fn place(
             // project's.
             "headers" => format!("{prefix}/include/{}/{package}/{rest}", python_folder(site)),
             // Old tools also ship the program of an entry point; the generated program replaces it.
-            "scripts" if wheel.entry_points.iter().any(|point| point.name == wrapped(rest)) => {
+            "scripts"
+                if wheel.entry_points.iter().any(|point| point.name == entry_point_name(rest)) =>
+            {
                 continue;
             }
             "scripts" => {
@@ -397,7 +404,7 @@ fn place(
         tree.add(to, placed, names)?;
     }
     for point in &wheel.entry_points {
-        let text = program(point, target);
+        let text = script_text(point, target);
         put(tree, format!("{scripts}/{}", point.name), text.into_bytes(), true)?;
     }
     put(tree, format!("{info}/INSTALLER"), INSTALLER.into(), false)?;
@@ -422,7 +429,7 @@ fn place(
 }
 
 /// The entry point of a program of old tools, without the endings that it has on some systems.
-fn wrapped(file: &str) -> &str {
+fn entry_point_name(file: &str) -> &str {
     let ends = [".exe", "-script.py", ".pya"];
     ends.iter().find_map(|end| file.strip_suffix(end)).unwrap_or(file)
 }
@@ -445,7 +452,7 @@ fn rewrite_shebang(bytes: Vec<u8>, target: &InstallTarget) -> Vec<u8> {
 }
 
 /// The program for an entry point.
-fn program(point: &EntryPoint, target: &InstallTarget) -> String {
+fn script_text(point: &EntryPoint, target: &InstallTarget) -> String {
     let EntryPoint { module, function, .. } = point;
     let imported = function.split('.').next().unwrap_or(function);
     format!(
@@ -455,13 +462,13 @@ fn program(point: &EntryPoint, target: &InstallTarget) -> String {
     )
 }
 
-fn compile(
+fn compile_files(
     request: &InstallRequest<'_>,
     tree: &mut InstallTree,
     facts: &mut [Fact],
     names: &[String],
 ) -> Result<()> {
-    let site = format!("{}/", inside(&request.target.site_packages));
+    let site = format!("{}/", path_in_tree(&request.target.site_packages));
     let mut wheels: Vec<(String, bytecode::ModuleSources<'_>)> =
         facts.iter().map(|(fact, _)| (fact.sha256.clone(), BTreeMap::new())).collect();
     for (path, placed) in &tree.files {
@@ -472,7 +479,7 @@ fn compile(
         }
     }
     let arch = &request.lock.target.arch;
-    let made = bytecode::compile(&wheels, request.base, arch, request.cache, request.log)?;
+    let made = bytecode::compile_wheels(&wheels, request.base, arch, request.cache, request.log)?;
     for (index, compiled) in made.iter().enumerate() {
         facts[index].0.uncompiled = (wheels[index].1.len() - compiled.len()) as u64;
     }
@@ -492,12 +499,12 @@ fn compile(
 /// Writes each distribution's RECORD: every installed file with hash and size, paths relative to
 /// the directory of the modules, sorted.
 fn write_records(tree: &mut InstallTree, facts: &mut [Fact], target: &InstallTarget) {
-    let site = inside(&target.site_packages);
+    let site = path_in_tree(&target.site_packages);
     let mut records: Vec<Vec<RecordLine>> = facts.iter().map(|_| Vec::new()).collect();
     for (path, placed) in &tree.files {
         for wheel in &placed.wheels {
             records[*wheel].push(RecordLine {
-                path: relative(path, site),
+                path: relative_path(path, site),
                 hash: placed.digest.clone(),
                 size: placed.bytes.len().to_string(),
             });
@@ -506,7 +513,7 @@ fn write_records(tree: &mut InstallTree, facts: &mut [Fact], target: &InstallTar
     for (index, mut lines) in records.into_iter().enumerate() {
         let path = facts[index].1.clone();
         lines.push(RecordLine {
-            path: relative(&path, site),
+            path: relative_path(&path, site),
             hash: String::new(),
             size: String::new(),
         });
@@ -519,7 +526,7 @@ fn write_records(tree: &mut InstallTree, facts: &mut [Fact], target: &InstallTar
 
 /// The path of `usr/local/bin/x` relative to `usr/local/lib/python3.11/dist-packages` is
 /// `../../../bin/x`.
-fn relative(path: &str, from: &str) -> String {
+fn relative_path(path: &str, from: &str) -> String {
     let path: Vec<&str> = path.split('/').collect();
     let from: Vec<&str> = from.split('/').collect();
     let common = path.iter().zip(&from).take_while(|(a, b)| a == b).count();

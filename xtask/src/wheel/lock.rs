@@ -8,7 +8,7 @@ use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::target::{WheelName, WheelTarget, normalise};
+use super::target::{WheelName, WheelTarget, normalise_name};
 use crate::artifact::{hash_bytes, write_atomically};
 use crate::config::reader::{ConfigFindings, in_entry, written_lock};
 
@@ -193,7 +193,7 @@ impl LockedWheel {
     /// Refuses what contradicts itself: with the key.
     fn validate(&self) -> Result<(), (&'static str, anyhow::Error)> {
         let file = WheelName::parse(&self.file).map_err(|error| ("file", error))?;
-        if self.name != normalise(&self.name) || file.name != self.name {
+        if self.name != normalise_name(&self.name) || file.name != self.name {
             let error = anyhow!(
                 "the lock has '{}' for the file {}: expected the normalised name '{}'",
                 self.name,
@@ -217,7 +217,7 @@ impl LockedWheel {
 
 /// The changes of a new lock in human-readable form: `numpy 1.26.3 -> 1.26.4`, `+ idna 3.20`, `-
 /// six 1.16.0`; empty when the locks are equal.
-pub fn difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
+pub fn describe_difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
     let Some(old) = old else {
         return new.wheels.iter().map(|w| format!("+ {} {}", w.name, w.version)).collect();
     };
@@ -251,6 +251,6 @@ pub fn difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
 }
 
 /// A hash of the lock's whole content; it is the cache key of a stage that depends on the wheels.
-pub fn identity(lock: &WheelLock) -> String {
+pub fn lock_identity(lock: &WheelLock) -> String {
     hash_bytes(lock.to_toml().as_bytes())
 }

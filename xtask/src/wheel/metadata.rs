@@ -188,7 +188,7 @@ impl WheelMetadata {
             version,
             version_text,
             summary: headers.get("summary").filter(|s| !s.is_empty()).map(str::to_owned),
-            license: license(&headers),
+            license: read_license(&headers),
             requires_python,
             requires,
             doubts,
@@ -216,7 +216,7 @@ impl WheelMetadata {
     }
 }
 
-fn license(headers: &MailHeaders) -> Option<License> {
+fn read_license(headers: &MailHeaders) -> Option<License> {
     let given = |text: &&str| !text.is_empty() && !text.eq_ignore_ascii_case("unknown");
     if let Some(expression) = headers.get("license-expression").filter(given) {
         return Some(License::Expression(expression.to_owned()));

@@ -18,13 +18,13 @@ pub mod target;
 
 pub use archive::CheckedWheel;
 pub use base::BasePython;
-pub use check::{BaseDistribution, check};
+pub use check::{BaseDistribution, check_wheels};
 pub use component::{WheelComponent, WheelComponentRequest};
-pub use fetch::{DownloadedWheel, fetch};
+pub use fetch::{DownloadedWheel, fetch_wheels};
 pub use install::{
-    InstallRequest, InstallTarget, InstalledDistribution, InstalledFile, InstalledWheels, install,
-    preview,
+    InstallRequest, InstallTarget, InstalledDistribution, InstalledFile, InstalledWheels,
+    install_wheels, preview_files,
 };
-pub use lock::{LockedWheel, WheelLock, identity};
-pub use resolve::{LockRequest, lock, update};
+pub use lock::{LockedWheel, WheelLock, lock_identity};
+pub use resolve::{LockRequest, lock_wheels, update_lock};
 pub use target::{Libc, PythonVersion, WheelTarget};

@@ -77,7 +77,7 @@ impl Pip {
             .env("LC_ALL", "C.UTF-8")
             .read()
             .context("asking pip for its settings")?;
-        let settings = kept(&listed);
+        let settings = settings_to_keep(&listed);
         Ok(Self { version, python, settings, log: log.map(Utf8Path::to_owned) })
     }
 
@@ -147,7 +147,7 @@ impl Pip {
 /// The settings to keep from the output of `pip config list`, as variables: `global.index-url='…'`,
 /// of a command such as `download.no-index='1'`, of the environment `:env:.proxy='…'`. Later ones
 /// in this order override earlier ones.
-fn kept(listed: &str) -> Vec<(String, String)> {
+fn settings_to_keep(listed: &str) -> Vec<(String, String)> {
     let mut found: BTreeMap<&str, (u8, String)> = BTreeMap::new();
     for line in listed.lines() {
         let setting = line.split_once('=').and_then(|(name, value)| {
@@ -163,7 +163,8 @@ fn kept(listed: &str) -> Vec<(String, String)> {
             _ => continue,
         };
         let known = found.get(key).is_some_and(|(known, _)| *known > rank);
-        if let (true, false, Some(text)) = (KEPT.contains(&key), known, unquoted(value)) {
+        if let (true, false, Some(text)) = (KEPT.contains(&key), known, parse_python_string(value))
+        {
             found.insert(key, (rank, text));
         }
     }
@@ -172,7 +173,7 @@ fn kept(listed: &str) -> Vec<(String, String)> {
 }
 
 /// Parses a string in the form of Python's `repr`.
-fn unquoted(text: &str) -> Option<String> {
+fn parse_python_string(text: &str) -> Option<String> {
     let quote = text.chars().next().filter(|c| matches!(c, '\'' | '"'))?;
     let inner = text.strip_prefix(quote)?.strip_suffix(quote)?;
     let mut plain = String::with_capacity(inner.len());
@@ -235,7 +236,8 @@ mod tests {
                       global.require-hashes='true'\nglobal.constraint='/etc/c.txt'\n\
                       install.no-deps='yes'\ndownload.timeout='60'\nglobal.timeout='5'\n\
                       :env:.abi='cp39'\n:env:.proxy=\"http://o'h:1\"\nlist.format='json'\n";
-        let kept: Vec<String> = kept(listed).iter().map(|(n, v)| format!("{n}={v}")).collect();
+        let kept: Vec<String> =
+            settings_to_keep(listed).iter().map(|(n, v)| format!("{n}={v}")).collect();
         assert_eq!(
             kept,
             [
@@ -245,6 +247,6 @@ mod tests {
                 "PIP_TIMEOUT=60",
             ]
         );
-        assert_eq!(unquoted(r"'\x41\u00e4\\'"), Some("Aä\\".to_owned()));
+        assert_eq!(parse_python_string(r"'\x41\u00e4\\'"), Some("Aä\\".to_owned()));
     }
 }

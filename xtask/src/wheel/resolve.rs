@@ -11,14 +11,14 @@ use pep508_rs::pep440_rs::Version;
 use serde::Deserialize;
 
 use super::archive::CheckedWheel;
-use super::check::{BaseDistribution, DependencyClosure, check, closure};
-use super::component::unfit;
-use super::fetch::obtain;
-use super::install::{InstallTarget, preview, tell_doubts};
-use super::lock::{LockedWheel, WheelLock, difference};
+use super::check::{BaseDistribution, DependencyClosure, check_wheels, follow_requirements};
+use super::component::find_unfit_files;
+use super::fetch::fetch_unsized_wheels;
+use super::install::{InstallTarget, preview_files, tell_doubts};
+use super::lock::{LockedWheel, WheelLock, describe_difference};
 use super::metadata::{WheelMetadata, parse_lenient, parse_requirement, satisfies};
 use super::pip::{Pip, wheel_file};
-use super::target::{WheelName, WheelTarget, normalise};
+use super::target::{WheelName, WheelTarget, normalise_name};
 use crate::artifact::hash_file;
 use crate::progress::{ProgressStep, ProgressUnit, warn};
 
@@ -81,9 +81,9 @@ struct ReportMetadata {
 /// # Errors
 /// When there is no working pip or no index in reach; when a dependency has no wheel for the target (the
 /// error says which tags exist); when requirements contradict each other; when a wheel breaks a rule.
-pub fn lock(request: &LockRequest) -> Result<WheelLock> {
+pub fn lock_wheels(request: &LockRequest) -> Result<WheelLock> {
     let LockRequest { requirement, target, .. } = request;
-    resolve(request).with_context(|| format!("resolving {requirement} for {target}"))
+    resolve_requirement(request).with_context(|| format!("resolving {requirement} for {target}"))
 }
 
 /// Resolves and writes the lock file, what `cargo xtask lock` does; returns the lock and what it
@@ -92,17 +92,17 @@ pub fn lock(request: &LockRequest) -> Result<WheelLock> {
 /// # Errors
 /// As `lock`, or when the file cannot be written. An old file that cannot be read is ignored, since
 /// writing a new one repairs it.
-pub fn update(request: &LockRequest, path: &Utf8Path) -> Result<(WheelLock, Vec<String>)> {
-    let new = lock(request)?;
+pub fn update_lock(request: &LockRequest, path: &Utf8Path) -> Result<(WheelLock, Vec<String>)> {
+    let new = lock_wheels(request)?;
     let old = WheelLock::load(path).ok();
-    let changes = difference(old.as_ref(), &new);
+    let changes = describe_difference(old.as_ref(), &new);
     if old.as_ref() != Some(&new) {
         new.save(path)?;
     }
     Ok((new, changes))
 }
 
-fn resolve(request: &LockRequest) -> Result<WheelLock> {
+fn resolve_requirement(request: &LockRequest) -> Result<WheelLock> {
     let target = &request.target;
     target.validate()?;
     let top = parse_requirement(&request.requirement)?;
@@ -116,13 +116,14 @@ fn resolve(request: &LockRequest) -> Result<WheelLock> {
     );
     let mut asked = vec![request.requirement.clone()];
     for _ in 0..ROUNDS {
-        let items = ask(&pip, &asked, target)?;
+        let items = pip_report(&pip, &asked, target)?;
         let mut found = BTreeMap::new();
         for item in &items {
-            found.insert(normalise(&item.metadata.name), reported(&item.metadata)?);
+            found
+                .insert(normalise_name(&item.metadata.name), metadata_from_report(&item.metadata)?);
         }
         let wheels = found.iter().map(|(name, metadata)| (name.clone(), metadata)).collect();
-        let closure = closure(&top, &wheels, &request.base, &markers)?;
+        let closure = follow_requirements(&top, &wheels, &request.base, &markers)?;
         let missing: Vec<String> = closure
             .unmet
             .iter()
@@ -143,13 +144,13 @@ fn resolve(request: &LockRequest) -> Result<WheelLock> {
             );
         }
         drop(step);
-        return finish(request, &pip, &items, &closure);
+        return finish_lock(request, &pip, &items, &closure);
     }
     bail!("pip found no complete set after {ROUNDS} rounds; the last request was {asked:?}")
 }
 
 /// Downloads, measures and checks what was chosen.
-fn finish(
+fn finish_lock(
     request: &LockRequest,
     pip: &Pip,
     items: &[ReportItem],
@@ -158,7 +159,7 @@ fn finish(
     let target = &request.target;
     let mut chosen = Vec::new();
     for item in items {
-        let name = normalise(&item.metadata.name);
+        let name = normalise_name(&item.metadata.name);
         // Needed only by this machine, because of a marker that is false on the target.
         let Some(needed_by) = closure.needed_by.get(&name) else { continue };
         let url = &item.download_info.url;
@@ -173,17 +174,17 @@ fn finish(
             needed_by: needed_by.iter().cloned().collect(),
         });
     }
-    let paths = obtain(pip, &chosen, target, &request.cache)?;
+    let paths = fetch_unsized_wheels(pip, &chosen, target, &request.cache)?;
     let mut wheels = Vec::new();
     for (locked, path) in chosen.iter_mut().zip(&paths) {
         locked.size = hash_file(path)?.0;
         wheels.push(CheckedWheel::open(path, &locked.file, Some(&locked.sha256))?);
     }
-    check(&request.requirement, &wheels, target, &request.base)?;
+    check_wheels(&request.requirement, &wheels, target, &request.base)?;
     tell_doubts(&wheels);
-    let top = normalise(parse_requirement(&request.requirement)?.name.as_ref());
-    let files = preview(wheels, &InstallTarget::on_data(), &top)?;
-    for why in unfit(&files) {
+    let top = normalise_name(parse_requirement(&request.requirement)?.name.as_ref());
+    let files = preview_files(wheels, &InstallTarget::on_data(), &top)?;
+    for why in find_unfit_files(&files) {
         warn(format!(
             "an image may contain this wheel, but robots would reject it as part of the component \
              api: {why}"
@@ -192,7 +193,7 @@ fn finish(
     Ok(WheelLock::new(&request.requirement, target.clone(), chosen))
 }
 
-fn reported(item: &ReportMetadata) -> Result<WheelMetadata> {
+fn metadata_from_report(item: &ReportMetadata) -> Result<WheelMetadata> {
     let parse = || -> Result<WheelMetadata> {
         Ok(WheelMetadata {
             name: item.name.clone(),
@@ -232,7 +233,7 @@ fn reported_hash(info: &DownloadInfo) -> Result<String> {
     }
 }
 
-fn ask(pip: &Pip, requirements: &[String], target: &WheelTarget) -> Result<Vec<ReportItem>> {
+fn pip_report(pip: &Pip, requirements: &[String], target: &WheelTarget) -> Result<Vec<ReportItem>> {
     let scratch = tempfile::tempdir().context("making a temporary directory")?;
     let dir =
         Utf8Path::from_path(scratch.path()).context("the temporary directory is not UTF-8")?;
@@ -246,7 +247,9 @@ fn ask(pip: &Pip, requirements: &[String], target: &WheelTarget) -> Result<Vec<R
         .run_lines(|line| lines.push(line.to_owned()));
     if let Err(error) = result {
         return Err(match missing_wheel(&lines) {
-            Some((requirement, by)) => explain(pip, &requirement, by.as_deref(), target, error),
+            Some((requirement, by)) => {
+                explain_conflict(pip, &requirement, by.as_deref(), target, error)
+            }
             None => error,
         });
     }
@@ -270,7 +273,7 @@ fn missing_wheel(lines: &[String]) -> Option<(String, Option<String>)> {
     })
 }
 
-fn explain(
+fn explain_conflict(
     pip: &Pip,
     requirement: &str,
     by: Option<&str>,

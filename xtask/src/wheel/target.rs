@@ -303,20 +303,20 @@ impl WheelName {
             "{file} is not a wheel's name: it has an empty part or an unexpected character"
         );
         Ok(Self {
-            name: normalise(name),
+            name: normalise_name(name),
             version: version.to_owned(),
-            tags: expand(tags[0], tags[1], tags[2]),
+            tags: expand_tags(tags[0], tags[1], tags[2]),
         })
     }
 
     /// Whether one of the tags fits.
-    pub fn fits(&self, accepted: &[WheelTag]) -> bool {
+    pub fn matches_any(&self, accepted: &[WheelTag]) -> bool {
         self.tags.iter().any(|tag| accepted.contains(tag))
     }
 }
 
 /// A compressed tag set such as `py2.py3-none-any`, one tag for each combination, sorted.
-pub fn expand(pythons: &str, abis: &str, platforms: &str) -> Vec<WheelTag> {
+pub fn expand_tags(pythons: &str, abis: &str, platforms: &str) -> Vec<WheelTag> {
     let mut tags = Vec::new();
     for python in pythons.split('.') {
         for abi in abis.split('.') {
@@ -334,7 +334,7 @@ pub fn expand(pythons: &str, abis: &str, platforms: &str) -> Vec<WheelTag> {
 
 /// A distribution's name as comparisons need it (PEP 503): lower case, runs of `-`, `_` and `.` are
 /// one `-`.
-pub fn normalise(name: &str) -> String {
+pub fn normalise_name(name: &str) -> String {
     let mut normal = String::with_capacity(name.len());
     for c in name.chars() {
         if !matches!(c, '-' | '_' | '.') {

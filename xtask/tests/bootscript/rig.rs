@@ -18,7 +18,7 @@ use xtask::cache::Cache;
 use xtask::config::machine::QemuMachine;
 use xtask::disk::{
     DiskLayout, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
-    PartitionRequest, PartitionSpec, TableKind, assemble, place, sum,
+    PartitionRequest, PartitionSpec, TableKind, assemble, lay_out_disk, sum_image,
 };
 use xtask::exec::{self, Tool};
 use xtask::ext4::{self, Ext4Request};
@@ -26,7 +26,7 @@ use xtask::fetch::Downloader;
 use xtask::qemu::{CardOverlay, MachineFiles, QemuSession, RestartEffect};
 use xtask::render::render;
 use xtask::rootfs::debian::{AptMirrors, PackagesLock, host_e2fs, unpack_locked};
-use xtask::workspace::{BuildSelection, resolve};
+use xtask::workspace::{BuildSelection, resolve_plan};
 
 const MIB: u64 = 1 << 20;
 const EPOCH: u64 = 1_700_000_000;
@@ -75,7 +75,7 @@ pub struct Rig {
 }
 
 fn tool(name: &str) -> Tool {
-    let path = exec::find(name).unwrap_or_else(|| panic!("this test needs {name}"));
+    let path = exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}"));
     Tool::new(path).env("LC_ALL", "C")
 }
 
@@ -85,9 +85,9 @@ impl Rig {
         let folder = tempfile::Builder::new().prefix("bootscript-").tempdir_in(dir)?;
         let at = |name: &str| Utf8Path::from_path(folder.path()).expect("UTF-8").join(name);
         let target = BuildSelection { product: None, board: Some("qemu-arm64".to_owned()) };
-        let (config, _, mut plan) = resolve(&target)?;
+        let (config, _, mut plan) = resolve_plan(&target)?;
         let offsets: Vec<u64> = plan.disk.states.iter().map(|s| s.offset).collect();
-        plan.disk = place(&disk(offsets)).map_err(|f| anyhow::anyhow!(f.join("\n")))?;
+        plan.disk = lay_out_disk(&disk(offsets)).map_err(|f| anyhow::anyhow!(f.join("\n")))?;
         // This machine has no watchdog that U-Boot could start: the script says what it would do.
         for (key, command) in [("watchdog-start", GUARD_ON), ("watchdog-stop", GUARD_OFF)] {
             plan.board.uboot.insert(key.to_owned(), format!("echo {command}"));
@@ -119,7 +119,7 @@ impl Rig {
                 grows_to: None,
                 size_key: "this test",
             };
-            ext4::make(&mke2fs, &request, &out)?;
+            ext4::make_image(&mke2fs, &request, &out)?;
             Ok(out)
         };
         let kernels = [kernel(&at(""), "a")?, kernel(&at(""), "b")?];
@@ -149,8 +149,8 @@ impl Rig {
                     source: FileSource::Bytes(script),
                 }],
             },
-            PartitionContent::Image(sum(&whole_a)?),
-            PartitionContent::Image(sum(&whole_b)?),
+            PartitionContent::Image(sum_image(&whole_a)?),
+            PartitionContent::Image(sum_image(&whole_b)?),
             PartitionContent::Empty,
         ];
         let spec = DiskSpec {

@@ -67,9 +67,9 @@ pub fn attempt(world: &World, product: &str, change: Option<Change<'_>>) -> Resu
     let names: Vec<(String, String)> =
         files.iter().map(|(role, file)| (role.clone(), file.path.clone())).collect();
     let release = &system.kernel_release;
-    xtask::compose::lint::check(&plan, &slot, release, &rendered.boot, &names)?;
+    xtask::compose::lint::check_system(&plan, &slot, release, &rendered.boot, &names)?;
     let image = card(&plan, &slot, files, &out)?;
-    let starts = start::look(&image, Some((root, &plan)))?;
+    let starts = start::check_card(&image, Some((root, &plan)))?;
     Ok(Attempt { _folder: folder, plan, lock: fetched.lock, system, starts })
 }
 
@@ -108,7 +108,7 @@ fn base(plan: &Plan, fetched: &DownloadedPackages, out: &Utf8Path) -> Result<Bas
     let mut prune = PruneRules::standard()?;
     prune.drop.extend(plan.rootfs.prune.iter().cloned());
     prune.keep.extend(plan.rootfs.keep.iter().cloned());
-    debian::build(
+    debian::build_base_system(
         &DebianRequest {
             debs: &fetched.debs,
             epoch: fetched.lock.epoch,
@@ -138,7 +138,7 @@ fn initrd(plan: &Plan, system: &BaseSystem, out: &Utf8Path) -> Result<Utf8PathBu
         extra: &[],
         compression: InitrdCompression::for_kernel(&config),
     };
-    Ok(initrd::build(&request, &out.join("initrd.img"))?.path)
+    Ok(initrd::build_initrd(&request, &out.join("initrd.img"))?.path)
 }
 
 /// The files of the boot partitions, with the partition of each.
@@ -214,14 +214,14 @@ fn card(
     fs::create_dir_all(&folder)?;
     Tool::new("tar").arg("-C").arg(&folder).args(["--no-same-owner", "-xf"]).arg(&tar).run()?;
     // Whichever mke2fs there is: its bytes need not be the same each time.
-    let mke2fs = exec::find("mke2fs").context("mke2fs")?;
+    let mke2fs = exec::find_program("mke2fs").context("mke2fs")?;
     Tool::new(mke2fs)
         .args(["-q", "-F", "-t", "ext4", "-d"])
         .arg(&folder)
         .arg(&root)
         .arg("64m")
         .run()?;
-    let root = disk::sum(&root)?;
+    let root = disk::sum_image(&root)?;
     let mut partitions = Vec::new();
     for placed in &plan.disk.partitions {
         let role = placed.name.as_str();

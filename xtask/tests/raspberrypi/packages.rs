@@ -14,7 +14,7 @@ use xtask::exec::Tool;
 use xtask::fetch::Downloader;
 use xtask::rootfs::debian::{
     AptMirrors, AptSourceMirror, DebianSpec, DownloadedPackages, LockPolicy, PackagesLock,
-    fetch_lock, lock,
+    fetch_lock, lock_packages,
 };
 
 use super::stand_in;
@@ -256,7 +256,7 @@ impl World {
             .chain(HOST)
             .map(str::to_owned)
             .collect();
-        for product in config::examples(&workspace())? {
+        for product in config::list_examples(&workspace())? {
             let config = config::load(&workspace(), Some(&product), None)?;
             names.extend(config.product.rootfs.packages.iter().map(|p| p.value.clone()));
         }
@@ -371,7 +371,7 @@ impl World {
         let path = config.product.rootfs.lock.as_ref().context("a lock")?.value.clone();
         let lock = match PackagesLock::load(&self.root().join(&path)) {
             Ok(lock) if lock.check_request(&spec, "an example").is_ok() => lock,
-            _ => lock(&spec, &mirrors, &cache)?,
+            _ => lock_packages(&spec, &mirrors, &cache)?,
         };
         fs::create_dir_all(self.root().join(path.parent().context("a directory")?))?;
         lock.save(&self.root().join(&path))?;

@@ -19,9 +19,9 @@ use xtask::cache::{Cache, CacheKey};
 use xtask::fetch::{Download, DownloadOutcome, Downloader};
 use xtask::keys::{self, KeyDirectory};
 use xtask::shared::record::{
-    FORMAT, ObjectCompression, PackedObject, StageFile, StageRecord, path,
+    FORMAT, ObjectCompression, PackedObject, StageFile, StageRecord, record_path,
 };
-use xtask::shared::{attach, trusted};
+use xtask::shared::{attach_shared_cache, trusted_keys};
 use xtask::store::format::object_path;
 
 use super::support::{Server, free_port, noise, python, tool};
@@ -87,7 +87,7 @@ fn build(dir: &Utf8Path, seed: &str) -> Made {
     }
     let tool = dir.join("bin/tool");
     fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
-    let of = |path: &str| Artifact::of(dir.join(path)).unwrap();
+    let of = |path: &str| Artifact::from_file(dir.join(path)).unwrap();
     let more = ["dtbs/broadcom/one.dtb", "dtbs/two.dtb", "empty"];
     let more = more.map(|path| (path.to_owned(), of(path)));
     Made { tar: of("rootfs.tar"), tool, more: more.into() }
@@ -113,8 +113,8 @@ fn a_machine_that_is_told_of_no_shared_cache_has_its_own_only() {
 fn machine(task: &str) {
     let task: Task = serde_json::from_str(task).unwrap();
     let kind = if task.release { Kind::Release } else { Kind::Development };
-    let signer = KeyDirectory::open(&keys::directory().unwrap()).unwrap().signer(kind).unwrap();
-    let cache = match attach(Cache::locate().unwrap(), kind, &signer, task.offline) {
+    let signer = KeyDirectory::open(&keys::key_directory().unwrap()).unwrap().signer(kind).unwrap();
+    let cache = match attach_shared_cache(Cache::locate().unwrap(), kind, &signer, task.offline) {
         Ok(cache) => cache,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -122,7 +122,7 @@ fn machine(task: &str) {
         }
     };
     if let Some((url, sha256)) = task.download {
-        let fetcher = Downloader::of(&cache, task.offline).unwrap();
+        let fetcher = Downloader::for_cache(&cache, task.offline).unwrap();
         let wanted = Download { name: "x.deb".into(), url, size: None, sha256: sha256.clone() };
         let outcomes = fetcher.fetch("fetch", "packages", &[wanted]).unwrap();
         let DownloadOutcome::Ready(artifact) = &outcomes[0] else { panic!("it is gone") };
@@ -141,7 +141,7 @@ fn machine(task: &str) {
         let mode = fs::metadata(&output).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode & 0o111 != 0, name == "bin/tool", "{name}: {mode:o}");
     }
-    assert_eq!(Artifact::of(&made.tar.path).unwrap(), made.tar);
+    assert_eq!(Artifact::from_file(&made.tar.path).unwrap(), made.tar);
     println!("\norigin={:?}", staged.origin);
 }
 
@@ -229,13 +229,13 @@ impl Team {
 
     /// The record of a stage in the directory of the store, by the only key of the team.
     fn record(&self, seed: &str) -> Utf8PathBuf {
-        let set = trusted(&self.dir.join("keys"), Kind::Development).unwrap();
-        self.dir.join("store").join(path(&key(seed), &set.keys[0].id))
+        let set = trusted_keys(&self.dir.join("keys"), Kind::Development).unwrap();
+        self.dir.join("store").join(record_path(&key(seed), &set.keys[0].id))
     }
 
     /// The record in the store.
     fn read_record(&self, seed: &str) -> StageRecord {
-        let set = trusted(&self.dir.join("keys"), Kind::Development).unwrap();
+        let set = trusted_keys(&self.dir.join("keys"), Kind::Development).unwrap();
         let file = fs::read(self.record(seed)).unwrap();
         StageRecord::open(&file, &set, "base", &key(seed)).unwrap().0
     }
@@ -413,7 +413,7 @@ fn a_record_counts_only_with_the_signature_of_a_key_that_counts() {
 }
 
 fn trusted_id(dir: &Utf8Path) -> String {
-    trusted(dir, Kind::Development).unwrap().keys[0].id.clone()
+    trusted_keys(dir, Kind::Development).unwrap().keys[0].id.clone()
 }
 
 #[test]

@@ -15,7 +15,7 @@ use xtask::exec;
 use xtask::publish::SigningAuthority;
 use xtask::publish::memory::IndexMemory;
 use xtask::publish::pins::PinnedKinds;
-use xtask::release::create::put;
+use xtask::release::create::add_to_channel;
 use xtask::store::FileStore;
 use xtask::store::directory::DirectoryStore;
 use xtask::store::format::{
@@ -56,8 +56,8 @@ impl Bench {
     }
 
     pub fn authority(&self) -> SigningAuthority {
-        let memory = IndexMemory::at(self.dir.join("state"), false);
-        SigningAuthority::at(&self.dir.join("keys"), self.pins(), memory).unwrap()
+        let memory = IndexMemory::in_dir(self.dir.join("state"), false);
+        SigningAuthority::open_dir(&self.dir.join("keys"), self.pins(), memory).unwrap()
     }
 
     pub fn pins(&self) -> PinnedKinds {
@@ -121,7 +121,8 @@ impl Bench {
             manifest: file,
             yanked: None,
         };
-        put(store, Channel::Nightly, &entry, Retention::default(), &mut authority).unwrap();
+        add_to_channel(store, Channel::Nightly, &entry, Retention::default(), &mut authority)
+            .unwrap();
     }
 
     /// The tool, in this directory, with these keys.
@@ -254,8 +255,8 @@ impl Drop for Server {
 }
 
 pub fn tool(name: &str) -> Command {
-    let path =
-        exec::find(name).unwrap_or_else(|| panic!("no {name}: cargo xtask doctor --install"));
+    let path = exec::find_program(name)
+        .unwrap_or_else(|| panic!("no {name}: cargo xtask doctor --install"));
     Command::new(path.as_str())
 }
 

@@ -13,7 +13,7 @@ use xtask::artifact::hash_file;
 use xtask::keys::{self, KeyDirectory};
 use xtask::plan::Plan;
 use xtask::qemu::QemuSession;
-use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle};
 
 use crate::boot::{COMMAND, output};
 use crate::services::{api_is_up, get};
@@ -140,9 +140,9 @@ fn break_it(
         }],
         level: Level::Fast,
         workers: None,
-        signers: &[KeyDirectory::open(&keys::directory()?)?.signer(Kind::Development)?],
+        signers: &[KeyDirectory::open(&keys::key_directory()?)?.signer(Kind::Development)?],
     };
-    pack(&request, out)?;
+    pack_bundle(&request, out)?;
     Ok(())
 }
 

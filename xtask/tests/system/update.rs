@@ -15,9 +15,9 @@ use serde_json::Value;
 use xtask::cmd::check::ALL;
 use xtask::config::machine::QemuMachine;
 use xtask::keys::{self, KeyDirectory};
-use xtask::push::{self, PushRequest, PushVerdict, push};
+use xtask::push::{self, PushRequest, PushVerdict, push_to_robots};
 use xtask::qemu::{self, CardOverlay, QemuSession, RestartEffect};
-use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle};
 
 use crate::api::{self, Apis};
 use crate::support::{
@@ -311,7 +311,7 @@ fn bad_bundles(folder: &Folder, update: &Built) -> Result<Vec<(Utf8PathBuf, &'st
         .args([&format!("if={}", update.image), &format!("of={root}"), "bs=1M", "count=4"])
         .args([format!("skip={}", placed.offset >> 20)])
         .run()?;
-    let signer = KeyDirectory::open(&keys::directory()?)?.signer(Kind::Development)?;
+    let signer = KeyDirectory::open(&keys::key_directory()?)?.signer(Kind::Development)?;
     let make = |name: &str, board: &str, version: &str| -> Result<Utf8PathBuf> {
         let version = Version::parse(version).context("a version")?;
         let path = folder.at(name);
@@ -332,7 +332,7 @@ fn bad_bundles(folder: &Folder, update: &Built) -> Result<Vec<(Utf8PathBuf, &'st
             workers: None,
             signers: std::slice::from_ref(&signer),
         };
-        pack(&request, &path)?;
+        pack_bundle(&request, &path)?;
         Ok(path)
     };
     let mut bundles = vec![
@@ -440,9 +440,9 @@ fn pushed(folder: &Folder, update: &Built, robot: &mut Robot) -> Result<()> {
         ssh_options,
         wait: Some(INSTALL),
     };
-    let outcomes = push(&request)?;
+    let outcomes = push_to_robots(&request)?;
     for outcome in &outcomes {
-        say(push::sentence(outcome));
+        say(push::describe_outcome(outcome));
         let done =
             (outcome.verdict, outcome.slot, outcome.version.as_ref().map(ToString::to_string));
         let expected = (PushVerdict::Committed, Some(Slot::A), Some(UPDATE.to_owned()));
@@ -637,7 +637,7 @@ fn a_pi_4_takes_an_update() -> Result<()> {
         say("left out: takes an hour; `cargo xtask test --all` does it");
         return Ok(());
     }
-    if let Err(older) = qemu::require(&machine(built("pi4-uboot")?)?) {
+    if let Err(older) = qemu::require_version(&machine(built("pi4-uboot")?)?) {
         say(format!("left out: {older}"));
         return Ok(());
     }

@@ -13,7 +13,7 @@ use xtask::wheel::base::BaseSource;
 use xtask::wheel::target::WheelName;
 use xtask::wheel::{
     BasePython, CheckedWheel, InstallRequest, InstallTarget, InstalledWheels, LockedWheel,
-    WheelLock, WheelTarget, fetch, install,
+    WheelLock, WheelTarget, fetch_wheels, install_wheels,
 };
 
 pub fn target() -> WheelTarget {
@@ -186,7 +186,7 @@ pub fn install_into(
     cache: &Utf8Path,
     out: &Utf8Path,
 ) -> anyhow::Result<InstalledWheels> {
-    let wheels = fetch(lock, &Cache::at(cache.to_owned()), true)?;
+    let wheels = fetch_wheels(lock, &Cache::in_dir(cache.to_owned()), true)?;
     let base = BasePython::read(BaseSource::Root(arm64_root().to_owned()))?;
     let target = InstallTarget::for_base(&base, true);
     let request = InstallRequest {
@@ -199,5 +199,5 @@ pub fn install_into(
         out,
         log: None,
     };
-    install(&request)
+    install_wheels(&request)
 }

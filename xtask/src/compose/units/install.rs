@@ -58,7 +58,7 @@ impl InstallSection {
             "UpheldBy" => &mut self.upheld_by,
             "Alias" if unit.may_alias() => &mut self.aliases,
             "Also" => {
-                for word in words(value, Quotes::Literal)? {
+                for word in split_words(value, Quotes::Literal)? {
                     let name = self.print(unit, &word)?;
                     let Some(name) = UnitName::new(&name) else {
                         bail!("Also={name}: not a valid unit name");
@@ -82,7 +82,7 @@ impl InstallSection {
         if value.is_empty() {
             list.clear();
         }
-        list.extend(words(value, Quotes::Removed)?);
+        list.extend(split_words(value, Quotes::Removed)?);
         Ok(())
     }
 
@@ -166,7 +166,7 @@ enum Quotes {
 
 /// # Errors
 /// A backslash at the end, where it has a meaning.
-fn words(value: &str, quotes: Quotes) -> Result<Vec<String>> {
+fn split_words(value: &str, quotes: Quotes) -> Result<Vec<String>> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
     let mut open: Option<char> = None;

@@ -63,7 +63,7 @@ impl PresetRule {
 /// # Errors
 /// An invalid line in an overlay's preset; an invalid line of the base system is ignored, as by
 /// systemd.
-pub fn rules(tree: &RootTree) -> Result<Vec<PresetRule>> {
+pub fn read_rules(tree: &RootTree) -> Result<Vec<PresetRule>> {
     let mut files: BTreeMap<&str, (&str, bool)> = BTreeMap::new();
     for folder in FOLDERS {
         for (path, entry) in tree.iter() {
@@ -89,7 +89,7 @@ pub fn rules(tree: &RootTree) -> Result<Vec<PresetRule>> {
             if line.is_empty() || line.starts_with(['#', ';']) {
                 continue;
             }
-            match rule(line, ours) {
+            match parse_rule(line, ours) {
                 Ok(mut rule) => {
                     rule.line = format!("`{line}` of /{path}");
                     rules.push(rule);
@@ -102,7 +102,7 @@ pub fn rules(tree: &RootTree) -> Result<Vec<PresetRule>> {
     Ok(rules)
 }
 
-fn rule(line: &str, ours: bool) -> Result<PresetRule> {
+fn parse_rule(line: &str, ours: bool) -> Result<PresetRule> {
     let (word, rest) = line.split_once([' ', '\t']).unwrap_or((line, ""));
     let mut words = rest.split_ascii_whitespace();
     let pattern = words.next().context("the line names no unit")?.to_owned();
@@ -120,11 +120,17 @@ fn rule(line: &str, ours: bool) -> Result<PresetRule> {
         "more than one word after `{word}`\n\
          help: a line has one unit or pattern; only `enable` of a template lists instances after it"
     );
-    Ok(PresetRule { matcher: matcher(&pattern)?, pattern, action, line: String::new(), ours })
+    Ok(PresetRule {
+        matcher: compile_pattern(&pattern)?,
+        pattern,
+        action,
+        line: String::new(),
+        ours,
+    })
 }
 
 /// Like fnmatch(3) without escapes: braces are normal characters.
-fn matcher(pattern: &str) -> Result<GlobMatcher> {
+fn compile_pattern(pattern: &str) -> Result<GlobMatcher> {
     ensure!(!pattern.contains("[["), "classes such as [[:digit:]] are not supported");
     let plain: String = pattern
         .chars()

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::expr::{KconfigExpr, KconfigValues};
 use super::make::BuildrootSetup;
 use super::symbols::{KconfigCondition, KconfigEntry, KconfigPaths, KconfigSymbols};
-use crate::config::reader::{ConfigFinding, ConfigFindings, ConfigPlace, nearest};
+use crate::config::reader::{ConfigFinding, ConfigFindings, ConfigPlace, nearest_name};
 use crate::plan::fragment::{Defconfig, SymbolRequest, SymbolValue};
 
 /// Why a request was lost.
@@ -94,7 +94,7 @@ impl DefconfigVerdict {
 /// # Errors
 /// When Kconfig cannot run, prints a warning that no request explains, or gives another result when
 /// it runs again. Lost requests are not errors here: they are in the verdict.
-pub fn check(
+pub fn check_defconfig(
     setup: &BuildrootSetup,
     defconfig: &Defconfig,
     title: &str,
@@ -111,16 +111,16 @@ pub fn check(
         .arg("defconfig")
         .run_lines(|line| printed.push(line.to_owned()))
         .context("resolving the defconfig with Kconfig")?;
-    let config = read(&setup.output.join(".config"))?;
+    let config = read_file(&setup.output.join(".config"))?;
     let symbols = KconfigSymbols::read(&KconfigPaths {
         tree: &setup.tree,
         output: &setup.output,
         external: &setup.external,
     })?;
     let values = KconfigValues::parse(&config);
-    let losses = compare(defconfig, &symbols, &values);
+    let losses = compare_requests(defconfig, &symbols, &values);
     if losses.is_empty() {
-        if let Some(warning) = warnings(&printed).first() {
+        if let Some(warning) = kconfig_warnings(&printed).first() {
             bail!(
                 "Kconfig printed a warning that no request explains: {}",
                 explain_warning(warning, &path, &text)
@@ -133,8 +133,8 @@ pub fn check(
             );
         }
         setup.make().args(["-s", "olddefconfig"]).run().context("running Kconfig again")?;
-        let again = read(&setup.output.join(".config"))?;
-        let (before, after) = (settings(&config), settings(&again));
+        let again = read_file(&setup.output.join(".config"))?;
+        let (before, after) = (setting_lines(&config), setting_lines(&again));
         if let Some(at) =
             (0..before.len().max(after.len())).find(|&i| before.get(i) != after.get(i))
         {
@@ -151,17 +151,17 @@ pub fn check(
 
 /// The lines that set a symbol or unset it. Without the heading: it contains the tree's version
 /// from git, which is briefly "dirty" in a copied tree.
-fn settings(config: &str) -> Vec<&str> {
+fn setting_lines(config: &str) -> Vec<&str> {
     config.lines().filter(|line| line.contains("BR2_")).collect()
 }
 
-fn read(path: &Utf8Path) -> Result<String> {
+fn read_file(path: &Utf8Path) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("reading {path}"))
 }
 
 /// Kconfig's warnings: they name a file and a line, or begin with the word; indented lines after a
 /// warning belong to it.
-fn warnings(printed: &[String]) -> Vec<String> {
+fn kconfig_warnings(printed: &[String]) -> Vec<String> {
     let mut found: Vec<String> = Vec::new();
     for line in printed {
         let begins =
@@ -188,7 +188,7 @@ fn explain_warning(warning: &str, path: &Utf8Path, defconfig: &str) -> String {
 }
 
 /// All requests that the values do not meet.
-pub fn compare(
+pub fn compare_requests(
     defconfig: &Defconfig,
     symbols: &KconfigSymbols,
     values: &KconfigValues,
@@ -212,7 +212,7 @@ impl Judge<'_> {
             SymbolValue::No => matches!(got, None | Some("n")),
             SymbolValue::Text(text) | SymbolValue::Number(text) => got == Some(text.as_str()),
         };
-        let entries = self.symbols.of(symbol);
+        let entries = self.symbols.entries_of(symbol);
         let wants = !matches!(request.value, SymbolValue::No);
         let build = |class, cause: String, help: String| {
             Some(LostRequest {
@@ -226,7 +226,7 @@ impl Judge<'_> {
             })
         };
         if entries.is_empty() {
-            let near = nearest(symbol, self.symbols.entries.keys().map(String::as_str));
+            let near = nearest_name(symbol, self.symbols.entries.keys().map(String::as_str));
             let help = near.map_or("make menuconfig's `/` searches for symbols".to_owned(), |n| {
                 format!("did you mean {n}?")
             });
@@ -304,7 +304,7 @@ impl Judge<'_> {
     fn mistyped(&self, request: &SymbolRequest) -> Option<(String, String)> {
         let symbol = &request.symbol;
         let kind = self.symbols.kind(symbol)?;
-        let at = &self.symbols.of(symbol).first()?.at;
+        let at = &self.symbols.entries_of(symbol).first()?.at;
         let (fits, form) = match (kind, &request.value) {
             ("bool" | "tristate", SymbolValue::Yes | SymbolValue::No) => return None,
             ("bool" | "tristate", _) => (false, format!("{symbol}=y or `# {symbol} is not set`")),
@@ -361,7 +361,7 @@ impl Judge<'_> {
 
     /// How a symbol gets the other value.
     fn hint(&self, symbol: &str) -> Option<String> {
-        let entries = self.symbols.of(symbol);
+        let entries = self.symbols.entries_of(symbol);
         if self.values.is_set(symbol) {
             let place = self.defconfig.get(symbol).map(SymbolRequest::place);
             return place.map(|p| format!("{symbol} is requested in {}:{}", p.file, p.line));
@@ -375,7 +375,7 @@ impl Judge<'_> {
 
     /// Whether menuconfig would show a symbol.
     fn can_be_set(&self, symbol: &str) -> bool {
-        self.symbols.of(symbol).iter().any(|entry| {
+        self.symbols.entries_of(symbol).iter().any(|entry| {
             let mut conditions = entry.depends.iter().chain(&entry.visible);
             entry.prompt.is_some() && conditions.all(|c| c.expr.eval(self.values))
         })
@@ -461,7 +461,7 @@ mod tests {
             "/o/slipway_defconfig:5:warning: symbol value 'm' invalid for BR2_CCACHE",
             "# configuration written to /o/.config",
         ];
-        let found = warnings(&printed.map(str::to_owned));
+        let found = kconfig_warnings(&printed.map(str::to_owned));
         assert_eq!(found.len(), 2, "{found:?}");
         assert!(found[0].contains("FSCK\n  Depends on"), "{found:?}");
         let defconfig = "# t\n#\n\n# a.fragment:7\nBR2_CCACHE=m\n";

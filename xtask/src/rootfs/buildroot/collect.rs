@@ -12,7 +12,7 @@ use super::make::BuildrootSetup;
 use crate::artifact::{Artifact, write_atomically};
 use crate::plan::fragment;
 use crate::rootfs::debian::prune::{self, PruneRules};
-use crate::rootfs::parts::{collect, compress_kernel, take};
+use crate::rootfs::parts::{compress_kernel, copy_file, copy_matches};
 use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
 use crate::rootfs::{BasePackage, BaseSystem, InitrdParts, PythonDistribution, RootPython};
 
@@ -67,10 +67,10 @@ pub fn collect_base(
          help: CONFIG_STATIC=y must stay in external/busybox/busybox.fragment"
     );
     write_atomically(&busybox, |w| Ok(w.write_all(&bytes)?))?;
-    let python = python(&tree, info)?;
-    let glibc = glibc(&tree)?;
-    prune::apply(&mut tree, wants.prune)?;
-    prune::normalise(&mut tree, wants.epoch)?;
+    let python = find_python(&tree, info)?;
+    let glibc = read_glibc_version(&tree)?;
+    prune::prune_tree(&mut tree, wants.prune)?;
+    prune::normalise_dates(&mut tree, wants.epoch)?;
     let rootfs = out.join("rootfs.tar");
     write_atomically(&rootfs, |w| tree.write(wants.epoch, w))?;
 
@@ -81,22 +81,22 @@ pub fn collect_base(
     let trees = wants.device_trees;
     Ok(BaseSystem {
         engine: "buildroot".to_owned(),
-        rootfs: Artifact::of(rootfs)?,
+        rootfs: Artifact::from_file(rootfs)?,
         rootfs_bytes: tree.file_bytes(),
         kernel,
         kernel_unpacked_bytes: unpacked,
-        kernel_config: take(&linux.join(".config"), &out.join("kernel.config"))?,
-        packages: contents(setup, info, wants.arch, &release)?,
+        kernel_config: copy_file(&linux.join(".config"), &out.join("kernel.config"))?,
+        packages: list_packages(setup, info, wants.arch, &release)?,
         kernel_release: release,
-        dtbs: collect(&images, trees, &out.join("dtbs"), "device tree", help)?,
+        dtbs: copy_matches(&images, trees, &out.join("dtbs"), "device tree", help)?,
         initrd_parts: InitrdParts {
-            busybox: Artifact::of(busybox)?,
-            modules: Artifact::of(modules)?,
+            busybox: Artifact::from_file(busybox)?,
+            modules: Artifact::from_file(modules)?,
         },
-        firmware: collect(&images, wants.firmware, &out.join("firmware"), "firmware", help)?,
+        firmware: copy_matches(&images, wants.firmware, &out.join("firmware"), "firmware", help)?,
         bootloader: wants
             .bootloader
-            .map(|path| take(&images.join(path), &out.join("u-boot.bin")))
+            .map(|path| copy_file(&images.join(path), &out.join("u-boot.bin")))
             .transpose()
             .context("copying the boot loader")?,
         python,
@@ -105,7 +105,7 @@ pub fn collect_base(
 }
 
 /// The packages; a kernel from a tarball has the meaningless version `custom`.
-fn contents(
+fn list_packages(
     setup: &BuildrootSetup,
     info: &BuildrootInfo,
     arch: &str,
@@ -164,7 +164,7 @@ fn is_static(bytes: &[u8]) -> bool {
     })
 }
 
-fn python(tree: &RootTree, info: &BuildrootInfo) -> Result<RootPython> {
+fn find_python(tree: &RootTree, info: &BuildrootInfo) -> Result<RootPython> {
     let entry = info.0.get("python3").context("the configuration builds no Python 3")?;
     let version = entry.version.clone();
     let short = version.split('.').take(2).collect::<Vec<_>>().join(".");
@@ -195,7 +195,7 @@ fn python(tree: &RootTree, info: &BuildrootInfo) -> Result<RootPython> {
 
 /// The C library's version, from the text that it prints when it is executed: this works for a
 /// library that Buildroot built and for that of a prebuilt toolchain.
-fn glibc(tree: &RootTree) -> Result<String> {
+fn read_glibc_version(tree: &RootTree) -> Result<String> {
     let bytes = tree.read("usr/lib/libc.so.6").context("the root has no glibc")?;
     version_in(&bytes).context("/usr/lib/libc.so.6 does not contain its version")
 }

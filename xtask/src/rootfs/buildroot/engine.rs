@@ -18,7 +18,7 @@ use super::rebuild::{self, OutputState, RebuildAction};
 use super::tree::BuildrootTree;
 use crate::exec::Tool;
 use crate::plan::BuildrootPlan;
-use crate::progress::{ProgressStep, ProgressUnit, names, say, warn};
+use crate::progress::{ProgressStep, ProgressUnit, list_names, say, warn};
 
 /// The interval of progress updates; a package takes seconds to minutes.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -48,13 +48,13 @@ pub struct BuildrootRequest<'a> {
 /// # Errors
 /// A request that Kconfig lost, a source that is not available, a package that fails; each with its
 /// cause and the log's path.
-pub fn build(request: &BuildrootRequest<'_>) -> Result<BuildrootInfo> {
+pub fn run_build(request: &BuildrootRequest<'_>) -> Result<BuildrootInfo> {
     let setup = request.setup;
     let _lock = setup.lock()?;
     let (info, config) = configure(request)?;
-    let state = OutputState::of(setup, request.tree, &config, &info)?;
-    prepare(request, &state, &info)?;
-    fetch(request, &info)?;
+    let state = OutputState::describe(setup, request.tree, &config, &info)?;
+    prepare_output(request, &state, &info)?;
+    download_sources(request, &info)?;
     let done = info.finished(&setup.output);
     let total = info.packages().count();
     if done > 0 && done < total {
@@ -67,7 +67,7 @@ pub fn build(request: &BuildrootRequest<'_>) -> Result<BuildrootInfo> {
         .arg(format!("-j{jobs}"))
         // Print each step of a package as a whole, else the lines of several packages are mixed.
         .arg("--output-sync=recurse");
-    watch(&step, setup, &info, || run(request, make, &info, |_| {}))?;
+    watch_progress(&step, setup, &info, || run_make(request, make, &info, |_| {}))?;
     drop(step);
     Ok(info)
 }
@@ -80,10 +80,10 @@ pub fn legal_info(request: &BuildrootRequest<'_>) -> Result<Utf8PathBuf> {
     let setup = request.setup;
     let _lock = setup.lock()?;
     let (info, _) = configure(request)?;
-    fetch(request, &info)?;
+    download_sources(request, &info)?;
     let make = setup.fetching(request.site).arg("legal-info");
     let step = ProgressStep::new("base", "collecting licences", 0, ProgressUnit::Items);
-    run(request, make, &info, |line| step.note(failure::strip_colours(line)))?;
+    run_make(request, make, &info, |line| step.note(failure::strip_colours(line)))?;
     Ok(setup.output.join("legal-info"))
 }
 
@@ -94,11 +94,11 @@ pub fn legal_info(request: &BuildrootRequest<'_>) -> Result<Utf8PathBuf> {
 /// other than the one that the wheels are locked for.
 pub fn configure(request: &BuildrootRequest<'_>) -> Result<(BuildrootInfo, String)> {
     let setup = request.setup;
-    let verdict = check::check(setup, &request.plan.defconfig, request.title)?;
+    let verdict = check::check_defconfig(setup, &request.plan.defconfig, request.title)?;
     verdict.require().context("Kconfig would drop requests of fragments")?;
     // Query the sources as if there were a network, also when offline, in order to show them.
     let online = BuildrootSite { offline: false, ..request.site.clone() };
-    let info = BuildrootInfo::ask(setup, &online)?;
+    let info = BuildrootInfo::read(setup, &online)?;
     require_hashes(&info, &setup.tree)?;
     let python = info.0.get("python3").map(|entry| entry.version.as_str());
     if let Some(version) = python
@@ -138,7 +138,7 @@ pub fn require_hashes(info: &BuildrootInfo, tree: &Utf8Path) -> Result<()> {
 }
 
 /// Prepares the output directory so that make can continue.
-fn prepare(
+fn prepare_output(
     request: &BuildrootRequest<'_>,
     state: &OutputState,
     info: &BuildrootInfo,
@@ -146,7 +146,7 @@ fn prepare(
     let setup = request.setup;
     let old = OutputState::load(&setup.output)?;
     let rebuild = match &old {
-        Some(old) => rebuild::compare(old, state, info),
+        Some(old) => rebuild::compare_states(old, state, info),
         None if info.finished(&setup.output) == 0 => RebuildAction::Nothing,
         None => RebuildAction::Everything(
             "the configuration of the output directory is unknown".to_owned(),
@@ -157,15 +157,15 @@ fn prepare(
         RebuildAction::Everything(why) => {
             warn(format!("a full rebuild is necessary: {why}"));
             let step = ProgressStep::new("base", "make clean", 0, ProgressUnit::Items);
-            run(request, setup.make().arg("clean"), info, |line| step.note(line))?;
+            run_make(request, setup.make().arg("clean"), info, |line| step.note(line))?;
             // `clean` removes everything except `.config`.
         }
         RebuildAction::Targets(targets) => {
             for (target, why) in &targets {
                 let why: Vec<&str> = why.iter().map(String::as_str).collect();
-                say("base", format!("{target}: {}", names(&why)));
+                say("base", format!("{target}: {}", list_names(&why)));
             }
-            run(request, setup.make().args(goals(&targets, info)), info, |_| {})?;
+            run_make(request, setup.make().args(clean_goals(&targets, info)), info, |_| {})?;
             // Both are created again from the packages' own directories: files that a package no
             // longer installs must not remain.
             for folder in ["target", "images"].map(|name| setup.output.join(name)) {
@@ -180,7 +180,10 @@ fn prepare(
 
 /// Targets of make that remove what must be rebuilt, and build nothing, since sources may be
 /// missing. Packages that install files into `images`, which is emptied, install them again.
-fn goals(targets: &BTreeMap<String, BTreeSet<String>>, info: &BuildrootInfo) -> BTreeSet<String> {
+fn clean_goals(
+    targets: &BTreeMap<String, BTreeSet<String>>,
+    info: &BuildrootInfo,
+) -> BTreeSet<String> {
     let mut goals: BTreeSet<String> = targets
         .keys()
         .map(|target| target.replace("-reconfigure", "-clean-for-reconfigure"))
@@ -194,7 +197,7 @@ fn goals(targets: &BTreeMap<String, BTreeSet<String>>, info: &BuildrootInfo) -> 
 }
 
 /// Downloads all sources before building: a missing source is reported within seconds.
-fn fetch(request: &BuildrootRequest<'_>, info: &BuildrootInfo) -> Result<()> {
+fn download_sources(request: &BuildrootRequest<'_>, info: &BuildrootInfo) -> Result<()> {
     let setup = request.setup;
     fs::create_dir_all(&setup.downloads)
         .with_context(|| format!("creating {}", setup.downloads))?;
@@ -224,7 +227,7 @@ fn fetch(request: &BuildrootRequest<'_>, info: &BuildrootInfo) -> Result<()> {
         .arg(format!("-j{DOWNLOADS}"))
         .args(["--output-sync=target", "source"]);
     let all = missing.len();
-    run(request, make, info, |line| {
+    run_make(request, make, info, |line| {
         if line.contains(">>> ") {
             step.note(failure::strip_colours(line).trim_start_matches(">>> ").to_owned());
             let left = info.missing(&setup.downloads).len();
@@ -235,7 +238,7 @@ fn fetch(request: &BuildrootRequest<'_>, info: &BuildrootInfo) -> Result<()> {
 }
 
 /// Runs make with the log; a failure is parsed from what this run wrote to it.
-fn run(
+fn run_make(
     request: &BuildrootRequest<'_>,
     make: Tool,
     info: &BuildrootInfo,
@@ -249,13 +252,13 @@ fn run(
         fs::File::open(log).with_context(|| format!("opening {log} after: {error:#}"))?;
     file.seek(SeekFrom::Start(start)).with_context(|| format!("reading {log}"))?;
     file.read_to_end(&mut bytes).with_context(|| format!("reading {log}"))?;
-    let failure = failure::find(&String::from_utf8_lossy(&bytes), info);
+    let failure = failure::find_failure(&String::from_utf8_lossy(&bytes), info);
     bail!("{failure}\nfull log: {log}")
 }
 
 /// Shows progress while `work` runs: by Buildroot's own marks for finished packages, and by its log
 /// of steps (`build-time.log`) for the current steps.
-fn watch<T>(
+fn watch_progress<T>(
     step: &ProgressStep,
     setup: &BuildrootSetup,
     info: &BuildrootInfo,
@@ -281,13 +284,13 @@ fn watch<T>(
 /// The current steps, from the end of `build-time.log`.
 fn at_work(output: &Utf8Path) -> Option<String> {
     let text = fs::read_to_string(output.join("build/build-time.log")).ok()?;
-    let running = running(&text);
+    let running = running_steps(&text);
     (!running.is_empty()).then(|| running.join(", "))
 }
 
 /// Steps that began and did not end, from lines `time:start:step : package`, newest first. An
 /// interrupted build leaves such steps behind, so only the last step of a package is used.
-pub fn running(log: &str) -> Vec<String> {
+pub fn running_steps(log: &str) -> Vec<String> {
     let mut last: Vec<(&str, &str, bool)> = Vec::new();
     for line in log.lines() {
         let fields: Vec<&str> = line.splitn(4, ':').map(str::trim).collect();
@@ -301,13 +304,13 @@ pub fn running(log: &str) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::running;
+    use super::running_steps;
 
     #[test]
     fn what_is_at_work_is_read_from_the_log_of_steps() {
         let log = "1795.1:start:extract             : zlib\n1795.2:end  :extract             : zlib\n\
                    1795.3:start:build               : host-gcc\n1795.4:start:configure           : zlib\n";
-        assert_eq!(running(log), ["zlib (configure)", "host-gcc (build)"]);
-        assert!(running("").is_empty() && running("broken\n").is_empty());
+        assert_eq!(running_steps(log), ["zlib (configure)", "host-gcc (build)"]);
+        assert!(running_steps("").is_empty() && running_steps("broken\n").is_empty());
     }
 }

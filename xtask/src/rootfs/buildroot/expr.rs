@@ -50,7 +50,7 @@ pub enum KconfigExpr {
 impl KconfigExpr {
     /// Parses an expression; `None` when the text is not one.
     pub fn parse(text: &str) -> Option<Self> {
-        let tokens = tokens(text)?;
+        let tokens = tokenize(text)?;
         let mut parser = Parser { tokens: &tokens };
         let expr = parser.or()?;
         parser.tokens.is_empty().then_some(expr)
@@ -63,7 +63,9 @@ impl KconfigExpr {
             Self::Not(x) => !x.eval(values),
             Self::And(x, y) => x.eval(values) && y.eval(values),
             Self::Or(x, y) => x.eval(values) || y.eval(values),
-            Self::Equal(a, b, differ) => (operand(a, values) == operand(b, values)) != *differ,
+            Self::Equal(a, b, differ) => {
+                (operand_value(a, values) == operand_value(b, values)) != *differ
+            }
         }
     }
 
@@ -94,7 +96,7 @@ impl KconfigExpr {
     }
 }
 
-fn operand<'a>(text: &'a str, values: &'a KconfigValues) -> &'a str {
+fn operand_value<'a>(text: &'a str, values: &'a KconfigValues) -> &'a str {
     match text.strip_prefix('"') {
         Some(constant) => constant.trim_end_matches('"'),
         None if text.starts_with("BR2_") => values.get(text),
@@ -102,7 +104,7 @@ fn operand<'a>(text: &'a str, values: &'a KconfigValues) -> &'a str {
     }
 }
 
-fn tokens(text: &str) -> Option<Vec<String>> {
+fn tokenize(text: &str) -> Option<Vec<String>> {
     let mut tokens = Vec::new();
     let mut rest = text.trim();
     while !rest.is_empty() {

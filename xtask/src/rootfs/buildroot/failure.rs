@@ -48,25 +48,25 @@ pub enum BuildrootFailure {
 }
 
 /// Finds the failure in a log; `info` returns what the package of a directory downloads.
-pub fn find(log: &str, info: &BuildrootInfo) -> BuildrootFailure {
+pub fn find_failure(log: &str, info: &BuildrootInfo) -> BuildrootFailure {
     let lines: Vec<&str> = log.lines().collect();
-    let stop = lines.iter().position(|line| stamp(line).is_some());
+    let stop = lines.iter().position(|line| parse_stamp(line).is_some());
     let Some(index) = stop else {
         let start = lines.len().saturating_sub(TAIL);
-        return BuildrootFailure::Other { lines: owned(&lines[start..]) };
+        return BuildrootFailure::Other { lines: to_owned_lines(&lines[start..]) };
     };
-    let (folder, step) = stamp(lines[index]).unwrap_or_default();
+    let (folder, step) = parse_stamp(lines[index]).unwrap_or_default();
     // With several packages in parallel, the lines of this one begin at its last headline.
-    let name = |line: &str| headline(line).is_some_and(|(n, v)| belongs(folder, n, v));
+    let name = |line: &str| parse_headline(line).is_some_and(|(n, v)| is_package_dir(folder, n, v));
     let start = lines[..index].iter().rposition(|line| name(line)).unwrap_or(0);
     let own = &lines[start..index];
-    let package = headline(lines[start])
+    let package = parse_headline(lines[start])
         .map_or(folder.to_owned(), |(name, version)| format!("{name} {version}").trim().to_owned());
     if step.ends_with("downloaded") {
         let wrong: Vec<&str> =
             own.iter().copied().filter(|line| line.starts_with("ERROR: ")).collect();
         if !wrong.is_empty() {
-            return BuildrootFailure::Hash { package, lines: owned(&wrong) };
+            return BuildrootFailure::Hash { package, lines: to_owned_lines(&wrong) };
         }
         let entry = info
             .packages()
@@ -77,20 +77,20 @@ pub fn find(log: &str, info: &BuildrootInfo) -> BuildrootFailure {
             package,
             sources: entry.map_or(Vec::new(), |e| e.downloads.clone()),
             folder: entry.map_or(String::new(), |e| e.dl_dir.clone()),
-            lines: owned(&own[start..]),
+            lines: to_owned_lines(&own[start..]),
         };
     }
     let start = own.len().saturating_sub(TAIL);
-    BuildrootFailure::Step { package, step: step.to_owned(), lines: owned(&own[start..]) }
+    BuildrootFailure::Step { package, step: step.to_owned(), lines: to_owned_lines(&own[start..]) }
 }
 
-fn owned(lines: &[&str]) -> Vec<String> {
+fn to_owned_lines(lines: &[&str]) -> Vec<String> {
     lines.iter().map(|line| strip_colours(line)).collect()
 }
 
 /// `make: *** [package/pkg-generic.mk:273: /o/build/zlib-1.3.1/.stamp_built] Error 2`: the
 /// package's directory and the step.
-fn stamp(line: &str) -> Option<(&str, &str)> {
+fn parse_stamp(line: &str) -> Option<(&str, &str)> {
     if !line.contains("*** [") {
         return None;
     }
@@ -100,7 +100,7 @@ fn stamp(line: &str) -> Option<(&str, &str)> {
 }
 
 /// `>>> zlib 1.3.1 Building`: name and version.
-fn headline(line: &str) -> Option<(&str, &str)> {
+fn parse_headline(line: &str) -> Option<(&str, &str)> {
     let (_, rest) = line.split_once(">>> ")?;
     let mut words = rest.split_whitespace();
     let name = words.next()?;
@@ -110,7 +110,7 @@ fn headline(line: &str) -> Option<(&str, &str)> {
     Some((name, if has_version { version } else { "" }))
 }
 
-fn belongs(folder: &str, name: &str, version: &str) -> bool {
+fn is_package_dir(folder: &str, name: &str, version: &str) -> bool {
     folder == name || folder.strip_prefix(name) == Some(&format!("-{version}"))
 }
 
@@ -149,7 +149,12 @@ impl std::fmt::Display for BuildrootFailure {
                 list(lines)
             ),
             Self::Step { package, step, lines } => {
-                write!(f, "{package} could not be {}; its last lines:{}", said(step), list(lines))
+                write!(
+                    f,
+                    "{package} could not be {}; its last lines:{}",
+                    describe_step(step),
+                    list(lines)
+                )
             }
             Self::Other { lines } => write!(f, "make failed; its last lines:{}", list(lines)),
         }
@@ -172,7 +177,7 @@ pub fn offline_help(folder: &str) -> String {
     )
 }
 
-fn said(step: &str) -> String {
+fn describe_step(step: &str) -> String {
     match step.split_once('_') {
         Some((place @ ("target" | "staging" | "host" | "images"), "installed")) => {
             format!("installed ({place})")

@@ -77,7 +77,7 @@ impl BuildrootInfo {
     ///
     /// # Errors
     /// When the configuration or a package is broken.
-    pub fn ask(setup: &BuildrootSetup, site: &BuildrootSite) -> Result<Self> {
+    pub fn read(setup: &BuildrootSetup, site: &BuildrootSite) -> Result<Self> {
         let text = setup
             .fetching(site)
             .env("BR_FORCE_CHECK_DEPENDENCIES", "YES")
@@ -117,7 +117,7 @@ impl BuildrootInfo {
     pub fn without_hash(&self, tree: &Utf8Path) -> Result<Vec<(String, String, Vec<Utf8PathBuf>)>> {
         let mut found = Vec::new();
         for (name, entry) in self.packages() {
-            let sums = hashes(tree, entry)?;
+            let sums = read_hashes(tree, entry)?;
             for download in entry.downloads.iter().filter(|d| !sums.contains_key(&d.source)) {
                 found.push((name.to_owned(), download.source.clone(), entry.hashes.clone()));
             }
@@ -161,7 +161,7 @@ impl BuildrootInfo {
         let counts = |e: &InfoEntry| e.kind == "target" && !e.is_virtual && !e.downloads.is_empty();
         let mut list = Vec::new();
         for (name, entry) in self.packages().filter(|(_, e)| counts(e)) {
-            let sums = hashes(&setup.tree, entry)?;
+            let sums = read_hashes(&setup.tree, entry)?;
             let main = entry.downloads.first();
             let sha256 = main.and_then(|d| sums.get(&d.source)).cloned().unwrap_or_default();
             let size = |d: &InfoDownload| {
@@ -220,7 +220,7 @@ impl BuildrootInfo {
 }
 
 /// SHA-256 by file name, from an entry's hash files (`sha256  <hex>  <file>`).
-fn hashes(tree: &Utf8Path, entry: &InfoEntry) -> Result<HashMap<String, String>> {
+fn read_hashes(tree: &Utf8Path, entry: &InfoEntry) -> Result<HashMap<String, String>> {
     let mut sums = HashMap::new();
     for file in &entry.hashes {
         let path = tree.join(file);

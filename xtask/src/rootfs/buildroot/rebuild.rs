@@ -77,7 +77,7 @@ impl OutputState {
     ///
     /// # Errors
     /// When a file cannot be read.
-    pub fn of(
+    pub fn describe(
         setup: &BuildrootSetup,
         tree: &BuildrootTree,
         config: &str,
@@ -99,7 +99,7 @@ impl OutputState {
             }
         }
         let mut list = BTreeMap::new();
-        for path in below(&setup.external)?.into_iter().filter(|path| !named.contains(path)) {
+        for path in list_files(&setup.external)?.into_iter().filter(|path| !named.contains(path)) {
             let hash = hash_file(&path)?.1;
             let inside = path.strip_prefix(&setup.external).unwrap_or(&path).to_owned();
             list.insert(inside, hash);
@@ -153,12 +153,12 @@ impl OutputState {
 }
 
 /// All files and links below a directory, sorted.
-pub fn below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+pub fn list_files(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     let mut found = Vec::new();
     for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
         let entry = entry.with_context(|| format!("listing {folder}"))?;
         if entry.path().is_dir() {
-            found.extend(below(entry.path())?);
+            found.extend(list_files(entry.path())?);
         } else {
             found.push(entry.into_path());
         }
@@ -176,7 +176,7 @@ struct CleanPlan {
 }
 
 /// Compares what was built with what is requested.
-pub fn compare(old: &OutputState, new: &OutputState, info: &BuildrootInfo) -> RebuildAction {
+pub fn compare_states(old: &OutputState, new: &OutputState, info: &BuildrootInfo) -> RebuildAction {
     let mut plan = CleanPlan::default();
     if old.tree != new.tree {
         return RebuildAction::Everything("the Buildroot tree changed".to_owned());
@@ -227,7 +227,7 @@ impl CleanPlan {
         if HARMLESS.iter().any(|h| symbol.starts_with(h)) {
             return;
         }
-        match owner(symbol, info) {
+        match owning_package(symbol, info) {
             Some(package) if added(&package) => {}
             Some(package) => self.clean(&package, why.to_owned()),
             // A symbol of a package that is not built, or one that summarises others; its effect on
@@ -241,7 +241,7 @@ impl CleanPlan {
 
     fn file(&mut self, symbol: &str, path: &Utf8Path, info: &BuildrootInfo) {
         let why = format!("{path} changed");
-        match owner(symbol, info) {
+        match owning_package(symbol, info) {
             Some(package) if KCONFIG.contains(&package.as_str()) => {
                 self.reconfigure.entry(package).or_default().insert(why);
             }
@@ -294,7 +294,7 @@ impl CleanPlan {
         // packages that need a changed package are outdated.
         for (name, why) in self.clean.iter().chain(&self.reconfigure) {
             for dependent in info.dependents([name.as_str()]).into_iter().filter(|d| d != name) {
-                let why = format!("needs {name}, which is rebuilt ({})", first(why));
+                let why = format!("needs {name}, which is rebuilt ({})", first_reason(why));
                 targets.entry(format!("{dependent}-dirclean")).or_default().insert(why);
             }
         }
@@ -307,7 +307,7 @@ impl CleanPlan {
     }
 }
 
-fn first(why: &BTreeSet<String>) -> &str {
+fn first_reason(why: &BTreeSet<String>) -> &str {
     why.first().map_or("", String::as_str)
 }
 
@@ -320,7 +320,7 @@ fn is_toolchain(package: &str) -> bool {
 }
 
 /// The package of a symbol: the longest package name that the symbol begins with.
-fn owner(symbol: &str, info: &BuildrootInfo) -> Option<String> {
+fn owning_package(symbol: &str, info: &BuildrootInfo) -> Option<String> {
     let upper = |name: &str| name.to_uppercase().replace(['-', '.'], "_");
     let matches = |rest: &str, name: &str| {
         let own = upper(name);

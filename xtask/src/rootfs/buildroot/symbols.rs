@@ -144,18 +144,18 @@ impl KconfigSymbols {
     }
 
     /// A symbol's entries; empty when the tree does not define it.
-    pub fn of(&self, symbol: &str) -> &[KconfigEntry] {
+    pub fn entries_of(&self, symbol: &str) -> &[KconfigEntry] {
         self.entries.get(symbol).map_or(&[], Vec::as_slice)
     }
 
     /// `bool`, `string`, `int` or `hex`.
     pub fn kind(&self, symbol: &str) -> Option<&str> {
-        self.of(symbol).iter().map(|e| e.kind.as_str()).find(|kind| !kind.is_empty())
+        self.entries_of(symbol).iter().map(|e| e.kind.as_str()).find(|kind| !kind.is_empty())
     }
 
     /// The entry in the list of retired symbols, if any.
     pub fn retired(&self, symbol: &str) -> Option<&KconfigEntry> {
-        let entries = self.of(symbol);
+        let entries = self.entries_of(symbol);
         let all = entries.iter().all(|e| e.at.file.file_name() == Some(LEGACY));
         entries.first().filter(|_| all)
     }
@@ -261,7 +261,7 @@ impl Reader {
             }
             "source" => {
                 self.flush();
-                let path = Utf8PathBuf::from(expand(rest.trim_matches('"'), paths));
+                let path = Utf8PathBuf::from(expand_variables(rest.trim_matches('"'), paths));
                 let path = paths.tree.join(path);
                 if self.read.insert(path.clone()) {
                     self.file(paths, &path).with_context(|| format!("following {at}"))?;
@@ -296,7 +296,7 @@ impl Reader {
                 if let Some(around) = self.around.last_mut() {
                     around.extend(depends);
                 }
-                if let (Some((text, _)), "prompt" | "bool") = (quoted(rest), word)
+                if let (Some((text, _)), "prompt" | "bool") = (parse_quoted(rest), word)
                     && let Some(choice) = self.symbols.choices.get_mut(*index)
                 {
                     choice.prompt = text;
@@ -307,7 +307,7 @@ impl Reader {
                     if word != "prompt" {
                         entry.kind = word.to_owned();
                     }
-                    if let Some((text, after)) = quoted(rest) {
+                    if let Some((text, after)) = parse_quoted(rest) {
                         entry.prompt = Some(text);
                         let condition =
                             after.trim().strip_prefix("if ").and_then(KconfigExpr::parse);
@@ -344,7 +344,7 @@ fn indentation(line: &str) -> usize {
 }
 
 /// The text between the first quotes, and what follows.
-fn quoted(text: &str) -> Option<(String, &str)> {
+fn parse_quoted(text: &str) -> Option<(String, &str)> {
     let mark = text.chars().next().filter(|c| ['"', '\''].contains(c))?;
     let rest = text.get(1..)?;
     let end = rest.find(mark)?;
@@ -367,7 +367,7 @@ fn strip_comment(line: &str) -> &str {
 
 /// Variables in a `source` statement: Buildroot sets the output directory's and the external
 /// tree's.
-fn expand(path: &str, paths: &KconfigPaths<'_>) -> String {
+fn expand_variables(path: &str, paths: &KconfigPaths<'_>) -> String {
     let Some(rest) = path.strip_prefix('$') else { return path.to_owned() };
     let (variable, rest) = rest.split_once('/').unwrap_or((rest, ""));
     let variable = variable.trim_matches(['(', ')', '{', '}']);

@@ -120,7 +120,7 @@ fn host_mirrors(listing: &str, os_release: &str) -> (Option<String>, Option<Stri
         if created_by != "Packages" {
             continue;
         }
-        let Some(uri) = access::resolve(uri) else { continue };
+        let Some(uri) = access::resolve_mirror(uri) else { continue };
         let named = |suite: String| unknown && !codename.is_empty() && release == suite;
         if (origin, label) == ("Debian", "Debian") || named(codename.clone()) {
             archive.get_or_insert(uri);
@@ -179,7 +179,7 @@ impl PrivateApt {
         }
         write("etc/apt/sources.list", lines)?;
         write("status", String::new())?;
-        write("apt.conf", configuration(&dir, arch, &host_acquire_settings()))?;
+        write("apt.conf", apt_configuration(&dir, arch, &host_acquire_settings()))?;
         Ok(Self { config: dir.join("apt.conf"), log: dir.join("apt.log") })
     }
 
@@ -210,7 +210,7 @@ impl PrivateApt {
             .log(&self.log)
             .run_lines(|line| said.push(line.to_owned()));
         result.with_context(|| {
-            let reasons = reasons(&said);
+            let reasons = fetch_failures(&said);
             let more = if reasons.is_empty() { "" } else { ": " };
             format!("fetching the package indexes{more}{}", reasons.join("; "))
         })
@@ -230,7 +230,7 @@ impl PrivateApt {
         // apt is expected to fail here.
         match tool.run_lines(|line| said.push(line.to_owned())) {
             Ok(()) => Vec::new(),
-            Err(_) => against(&said),
+            Err(_) => conflict_paragraphs(&said),
         }
     }
 
@@ -246,7 +246,7 @@ impl PrivateApt {
 
 /// What apt could not fetch, each with the reason in the next line, which may be far from apt's
 /// last lines. A local archive has each index in one form only, which is not a failure.
-fn reasons(said: &[String]) -> Vec<String> {
+fn fetch_failures(said: &[String]) -> Vec<String> {
     let mut found = Vec::new();
     for (line, next) in said.iter().zip(said.iter().skip(1)) {
         let Some((_, what)) = line.strip_prefix("Err:").and_then(|rest| rest.split_once(' '))
@@ -262,7 +262,7 @@ fn reasons(said: &[String]) -> Vec<String> {
 }
 
 /// The paragraphs of apt's output that explain the conflict.
-fn against(said: &[String]) -> Vec<String> {
+fn conflict_paragraphs(said: &[String]) -> Vec<String> {
     const BEGIN: [&str; 2] =
         ["The following packages have unmet dependencies", "is a virtual package"];
     /// More lines would not help.
@@ -285,7 +285,7 @@ fn against(said: &[String]) -> Vec<String> {
     found
 }
 
-fn configuration(dir: &Utf8Path, arch: &str, acquire: &str) -> String {
+fn apt_configuration(dir: &Utf8Path, arch: &str, acquire: &str) -> String {
     format!(
         r#"// `Dir` is set before apt looks for its other files, so nothing in /etc/apt is read.
 Dir "{dir}/";
@@ -317,7 +317,7 @@ fn host_acquire_settings() -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{host_mirrors, reasons};
+    use super::{fetch_failures, host_mirrors};
 
     const OS: &str = "ID=debian\nVERSION_CODENAME=bookworm\n";
 
@@ -333,7 +333,7 @@ mod tests {
                     Package awk is a virtual package provided by:\n  mawk 1.3.4\n  gawk 1:5.2\nYou should pick one.\n";
         let said: Vec<String> = said.lines().map(str::to_owned).collect();
         assert_eq!(
-            super::against(&said),
+            super::conflict_paragraphs(&said),
             [
                 "chrony : Conflicts: time-daemon",
                 "systemd-timesyncd : Conflicts: time-daemon",
@@ -379,7 +379,7 @@ mod tests {
         let said: Vec<String> = said.lines().map(str::to_owned).collect();
         let expected =
             ["http://a.example/debian bookworm Release: 404  Not Found [IP: 127.0.0.1 80]"];
-        assert_eq!(reasons(&said), expected);
-        assert!(reasons(&["Reading package lists...".to_owned()]).is_empty());
+        assert_eq!(fetch_failures(&said), expected);
+        assert!(fetch_failures(&["Reading package lists...".to_owned()]).is_empty());
     }
 }

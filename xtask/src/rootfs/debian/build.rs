@@ -19,7 +19,7 @@ use crate::artifact::{Artifact, write_atomically};
 use crate::exec::Tool;
 use crate::progress::{ProgressStep, ProgressUnit};
 use crate::rootfs::kernel::{self, ModuleRules};
-use crate::rootfs::parts::{collect, compress_kernel, files_below, take};
+use crate::rootfs::parts::{compress_kernel, copy_file, copy_matches, files_below};
 use crate::rootfs::tree::{EntryOrigin, FileData, RootEntry, RootEntryKind, RootTree};
 use crate::rootfs::{BaseSystem, InitrdParts, PackageRole};
 
@@ -80,7 +80,7 @@ pub struct DebianRequest<'a> {
     pub prune: &'a PruneRules,
     /// What to keep for the board.
     pub board: &'a BoardFilePatterns,
-    /// The installed root from [`install`]; boards share it.
+    /// The installed root from [`install_packages`]; boards share it.
     pub root: &'a Utf8Path,
 }
 
@@ -88,17 +88,17 @@ pub struct DebianRequest<'a> {
 ///
 /// # Errors
 /// When a package cannot be unpacked or a board's pattern matches nothing.
-pub fn build(request: &DebianRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSystem> {
+pub fn build_base_system(request: &DebianRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSystem> {
     fs::create_dir_all(out_dir).with_context(|| format!("creating {out_dir}"))?;
     let scratch = ScratchDirectory::new()?;
     let work = scratch.path();
     let extras = work.join("extras");
     for deb in request.debs.iter().filter(|d| d.package.role == PackageRole::Extra) {
-        unpack::deb(&deb.file.path, &extras)
-            .with_context(|| format!("unpacking {}", deb.package.shown()))?;
+        unpack::unpack_deb(&deb.file.path, &extras)
+            .with_context(|| format!("unpacking {}", deb.package.name_and_version()))?;
     }
     unpack::merge_usr(&extras)?;
-    let kernel = kernel::find(&extras)?;
+    let kernel = kernel::find_kernel(&extras)?;
     kernel::prune_modules(&extras, &kernel.release, &request.board.modules)
         .context("selecting kernel modules")?;
 
@@ -115,8 +115,8 @@ pub fn build(request: &DebianRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyst
     write_atomically(&modules, |out| module_tree.write(request.epoch, out))?;
     add_firmware(&mut tree, &extras)?;
     // The file lists of packages are only pruned if a rule says so.
-    prune::apply(&mut tree, request.prune)?;
-    prune::normalise(&mut tree, request.epoch)?;
+    prune::prune_tree(&mut tree, request.prune)?;
+    prune::normalise_dates(&mut tree, request.epoch)?;
     let rootfs = out_dir.join("rootfs.tar");
     write_atomically(&rootfs, |out| tree.write(request.epoch, out))?;
 
@@ -124,34 +124,34 @@ pub fn build(request: &DebianRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyst
     let dtb_root = extras.join(format!("usr/lib/linux-image-{}", kernel.release));
     let board = request.board;
     let help = "add the package that contains them to the extra packages";
-    let dtbs = collect(&dtb_root, &board.dtbs, &out_dir.join("dtbs"), "device tree", help)?;
+    let dtbs = copy_matches(&dtb_root, &board.dtbs, &out_dir.join("dtbs"), "device tree", help)?;
     let firmware_dir = out_dir.join("firmware");
-    let firmware = collect(&extras, &board.firmware, &firmware_dir, "firmware", help)?;
+    let firmware = copy_matches(&extras, &board.firmware, &firmware_dir, "firmware", help)?;
     let bootloader = match &board.bootloader {
         Some(path) => Some(
-            take(&extras.join(path), &out_dir.join("u-boot.bin"))
+            copy_file(&extras.join(path), &out_dir.join("u-boot.bin"))
                 .context("help: is the package with this bootloader among the extra packages?")?,
         ),
         None => None,
     };
     Ok(BaseSystem {
         engine: "debian".to_owned(),
-        rootfs: Artifact::of(rootfs)?,
+        rootfs: Artifact::from_file(rootfs)?,
         rootfs_bytes: tree.file_bytes(),
         kernel: image,
         kernel_unpacked_bytes: unpacked,
-        kernel_config: take(&kernel.config, &out_dir.join("kernel.config"))?,
+        kernel_config: copy_file(&kernel.config, &out_dir.join("kernel.config"))?,
         kernel_release: kernel.release,
         dtbs,
         initrd_parts: InitrdParts {
-            busybox: take(&busybox(&extras)?, &out_dir.join("busybox"))?,
-            modules: Artifact::of(modules)?,
+            busybox: copy_file(&find_busybox(&extras)?, &out_dir.join("busybox"))?,
+            modules: Artifact::from_file(modules)?,
         },
         firmware,
         bootloader,
-        python: inventory::python(&tree, request.debs)?,
-        packages: inventory::packages(&tree, request.debs)?,
-        glibc: inventory::glibc(request.debs)?,
+        python: inventory::find_python(&tree, request.debs)?,
+        packages: inventory::list_packages(&tree, request.debs)?,
+        glibc: inventory::glibc_version(request.debs)?,
     })
 }
 
@@ -159,11 +159,11 @@ pub fn build(request: &DebianRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyst
 /// result depends only on the packages and the epoch, so all boards of a product share it.
 ///
 /// As root `mmdebstrap` works in mode `root`, for a user in mode `unshare` (user namespaces with
-/// subordinate ids); both give the same bytes after [`build`].
+/// subordinate ids); both give the same bytes after [`build_base_system`].
 ///
 /// # Errors
 /// When programs of the architecture cannot run on this machine, or a package's script fails.
-pub fn install(
+pub fn install_packages(
     spec: &DebianSpec,
     debs: &[LockedDeb],
     epoch: u64,
@@ -172,7 +172,7 @@ pub fn install(
 ) -> Result<()> {
     let scratch = ScratchDirectory::new()?;
     let work = scratch.path();
-    binfmt::ensure(&spec.arch, work)?;
+    binfmt::ensure_runs(&spec.arch, work)?;
     let root: Vec<&LockedDeb> =
         debs.iter().filter(|d| d.package.role == PackageRole::Root).collect();
     let archive = work.join("archive");
@@ -247,7 +247,7 @@ fn can_mount() -> bool {
 /// decompression takes ten times as long.
 fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
-    readable(folder, 0o755)?;
+    make_readable(folder, 0o755)?;
     let step =
         ProgressStep::new("base", "reading packages", debs.len() as u64, ProgressUnit::Items);
     let next = AtomicUsize::new(0);
@@ -273,12 +273,12 @@ fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
     }
     let path = folder.join("Packages");
     fs::write(&path, text).with_context(|| format!("writing {path}"))?;
-    readable(&path, 0o644)
+    make_readable(&path, 0o644)
 }
 
 /// Regardless of the umask: the root of a user namespace is another user, who must be able to read
 /// this.
-fn readable(path: &Utf8Path, mode: u32) -> Result<()> {
+fn make_readable(path: &Utf8Path, mode: u32) -> Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode))
         .with_context(|| format!("setting the mode of {path}"))
 }
@@ -303,10 +303,10 @@ fn plain_deb(deb: &LockedDeb, folder: &Utf8Path) -> Result<String> {
         }
         Ok(())
     })
-    .with_context(|| format!("rewriting {}", deb.package.shown()))?;
-    readable(&path, 0o644)?;
-    let made = Artifact::of(path)?;
-    repo::stanza(&made.path, &format!("./{name}"), made.size, &made.sha256)
+    .with_context(|| format!("rewriting {}", deb.package.name_and_version()))?;
+    make_readable(&path, 0o644)?;
+    let made = Artifact::from_file(path)?;
+    repo::index_stanza(&made.path, &format!("./{name}"), made.size, &made.sha256)
 }
 
 /// Adds the kept modules to the root, and returns them as a separate tree.
@@ -347,7 +347,7 @@ fn add_firmware(root: &mut RootTree, extras: &Utf8Path) -> Result<()> {
     Ok(())
 }
 
-fn busybox(extras: &Utf8Path) -> Result<Utf8PathBuf> {
+fn find_busybox(extras: &Utf8Path) -> Result<Utf8PathBuf> {
     let path = extras.join("usr/bin/busybox");
     ensure!(
         path.is_file(),

@@ -78,7 +78,7 @@ pub fn fetch_lock(
     policy: LockPolicy,
     cache: &Utf8Path,
 ) -> Result<DownloadedPackages> {
-    let host_arch = host::wanted();
+    let host_arch = host::needed_architecture();
     let wanted = |lock: &PackagesLock| -> Vec<LockedPackage> {
         let here =
             |p: &&LockedPackage| p.role != PackageRole::Host || Some(p.arch.as_str()) == host_arch;
@@ -88,21 +88,21 @@ pub fn fetch_lock(
         debs.retain(|d| d.package.role != PackageRole::Host);
         debs
     };
-    let first = plain(&wanted(lock), fetcher, mirrors)?;
+    let first = fetch_without_replacing(&wanted(lock), fetcher, mirrors)?;
     if first.gone.is_empty() {
         let debs = for_image(first.debs);
         return Ok(DownloadedPackages { lock: lock.clone(), debs, replaced: Vec::new() });
     }
     refuse_if_locked(&first.gone, policy)?;
     let mirrors = mirrors.context("no mirror to resolve vanished packages")?;
-    let lock = replace(lock, &first.gone, &first.debs, mirrors, cache)?;
-    let second = plain(&wanted(&lock.lock), fetcher, Some(mirrors))?;
+    let lock = replace_vanished(lock, &first.gone, &first.debs, mirrors, cache)?;
+    let second = fetch_without_replacing(&wanted(&lock.lock), fetcher, Some(mirrors))?;
     // The index was just fetched: a missing file is now the mirror's fault.
     if let Some(package) = second.gone.first() {
         bail!(
             "the mirror's index lists {}, but the mirror does not have the file\n\
              help: the mirror is being updated or is broken; try again later or use another mirror",
-            package.shown()
+            package.name_and_version()
         );
     }
     Ok(DownloadedPackages {
@@ -114,20 +114,20 @@ pub fn fetch_lock(
 
 /// Fetches packages without replacing any: a vanished package is an error with [`LockPolicy::Locked`],
 /// else it is listed.
-pub(super) fn fetch(
+pub(super) fn fetch_packages(
     packages: &[LockedPackage],
     fetcher: &Downloader,
     mirrors: Option<&AptMirrors>,
     policy: LockPolicy,
 ) -> Result<PlainDownload> {
-    let found = plain(packages, fetcher, mirrors)?;
+    let found = fetch_without_replacing(packages, fetcher, mirrors)?;
     if !found.gone.is_empty() {
         refuse_if_locked(&found.gone, policy)?;
     }
     Ok(found)
 }
 
-fn plain(
+fn fetch_without_replacing(
     packages: &[LockedPackage],
     fetcher: &Downloader,
     mirrors: Option<&AptMirrors>,
@@ -136,7 +136,7 @@ fn plain(
         .iter()
         .map(|p| {
             Ok(Download {
-                name: p.shown(),
+                name: p.name_and_version(),
                 url: mirrors.map(|m| p.url(m)).transpose()?.unwrap_or_default(),
                 size: Some(p.size),
                 sha256: p.sha256.clone(),
@@ -158,12 +158,12 @@ fn refuse_if_locked(gone: &[LockedPackage], policy: LockPolicy) -> Result<()> {
     if policy == LockPolicy::Replace {
         return Ok(());
     }
-    let names: Vec<String> = gone.iter().map(LockedPackage::shown).collect();
+    let names: Vec<String> = gone.iter().map(LockedPackage::name_and_version).collect();
     bail!(
         "the mirror no longer has {} of the locked packages: {}\n\
          help: build without --locked to replace only these, or run cargo xtask lock",
         gone.len(),
-        progress::names(&names)
+        progress::list_names(&names)
     )
 }
 
@@ -176,7 +176,7 @@ struct Replacement {
 ///
 /// The kept packages may also be missing in the index (only their files are available), so apt gets
 /// them as a local archive with the highest pins.
-fn replace(
+fn replace_vanished(
     old: &PackagesLock,
     gone: &[LockedPackage],
     debs: &[LockedDeb],
@@ -187,16 +187,18 @@ fn replace(
     progress::warn(format!(
         "the mirror no longer has {} of the locked packages; replacing them: {}",
         gone.len(),
-        progress::names(&gone.iter().map(LockedPackage::shown).collect::<Vec<_>>())
+        progress::list_names(&gone.iter().map(LockedPackage::name_and_version).collect::<Vec<_>>())
     ));
     let (host_gone, gone): (Vec<&LockedPackage>, Vec<&LockedPackage>) =
         gone.iter().partition(|p| p.role == PackageRole::Host);
     if gone.is_empty() {
         let mut package: Vec<_> =
             old.package.iter().filter(|p| p.role != PackageRole::Host).cloned().collect();
-        package.extend(host::lock(mirrors, cache).context("replacing vanished host tools")?);
-        let lock = lock::finish(spec, old.epoch, package)?;
-        let replaced = differences(old, &lock);
+        package.extend(
+            host::lock_host_tools(mirrors, cache).context("replacing vanished host tools")?,
+        );
+        let lock = lock::finish_lock(spec, old.epoch, package)?;
+        let replaced = lock_differences(old, &lock);
         return Ok(Replacement { lock, replaced });
     }
     // Binaries of one source depend on each other's exact version: they are replaced together, even
@@ -218,10 +220,12 @@ fn replace(
     if host_gone.is_empty() {
         package.extend(old.of_role(PackageRole::Host).cloned());
     } else {
-        package.extend(host::lock(mirrors, cache).context("replacing vanished host tools")?);
+        package.extend(
+            host::lock_host_tools(mirrors, cache).context("replacing vanished host tools")?,
+        );
     }
-    let lock = lock::finish(spec, old.epoch, package)?;
-    let replaced = differences(old, &lock);
+    let lock = lock::finish_lock(spec, old.epoch, package)?;
+    let replaced = lock_differences(old, &lock);
     for ReplacedPackage { name, old, new } in &replaced {
         let text = |v: &Option<String>| v.clone().unwrap_or_else(|| "none".to_owned());
         progress::warn(format!("{name}: {} replaced by {}", text(old), text(new)));
@@ -230,7 +234,7 @@ fn replace(
 }
 
 /// What changed between two locks, by role, name and architecture.
-pub fn differences(old: &PackagesLock, new: &PackagesLock) -> Vec<ReplacedPackage> {
+pub fn lock_differences(old: &PackagesLock, new: &PackagesLock) -> Vec<ReplacedPackage> {
     let (old, new) = (old.by_key(), new.by_key());
     let keys: BTreeSet<_> = old.keys().chain(new.keys()).collect();
     keys.into_iter()

@@ -88,11 +88,11 @@ impl LockedPackage {
 
     /// Rejects invalid package entries.
     pub(super) fn check(&self) -> Result<()> {
-        self.wrong().map_or(Ok(()), |(_, why)| Err(anyhow!(why)))
+        self.find_problem().map_or(Ok(()), |(_, why)| Err(anyhow!(why)))
     }
 
     /// What cannot be true of a package of an archive: the key, and a sentence.
-    fn wrong(&self) -> Option<(&'static str, String)> {
+    fn find_problem(&self) -> Option<(&'static str, String)> {
         let Self { name, filename, sha256, archive, .. } = self;
         if sha256.len() != 64 || !sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             let why = format!("'{sha256}' is not a SHA-256 in lower-case hexadecimal");
@@ -116,7 +116,7 @@ impl LockedPackage {
     }
 
     /// `name version` as messages show it.
-    pub fn shown(&self) -> String {
+    pub fn name_and_version(&self) -> String {
         format!("{} {}", self.name, self.version)
     }
 
@@ -159,13 +159,16 @@ impl PackagesLock {
             (Some(old), Some(new)) => {
                 let moved = match old.archive == new.archive {
                     true => String::new(),
-                    false => format!(", now from {}", new.archive.shown()),
+                    false => format!(", now from {}", new.archive.display_name()),
                 };
                 Some(format!("{} {} -> {}{moved}", key.1, old.version, new.version))
             }
-            (None, Some(new)) => {
-                Some(format!("{} {} added, from {}", key.1, new.version, new.archive.shown()))
-            }
+            (None, Some(new)) => Some(format!(
+                "{} {} added, from {}",
+                key.1,
+                new.version,
+                new.archive.display_name()
+            )),
             (Some(old), None) => Some(format!("{} {} removed", key.1, old.version)),
             (None, None) => None,
         };
@@ -175,7 +178,7 @@ impl PackagesLock {
 
 impl ArchiveName {
     /// Its name in messages.
-    fn shown(&self) -> &str {
+    fn display_name(&self) -> &str {
         match self {
             Self::Debian => "Debian",
             Self::Security => "Debian's security archive",
@@ -243,7 +246,7 @@ impl PackagesLock {
             let mut find = |key: &str, message: String| {
                 wrong.push(in_entry(text, path, &entry.span(), key, message));
             };
-            if let Some((key, message)) = package.wrong() {
+            if let Some((key, message)) = package.find_problem() {
                 find(key, message);
             }
             if let ArchiveName::Source(source) = archive
@@ -333,17 +336,21 @@ impl PackagesLock {
 /// # Errors
 /// When a mirror is unreachable, a signature is invalid, or apt finds no solution (with apt's
 /// message).
-pub fn lock(spec: &DebianSpec, mirrors: &AptMirrors, cache: &Utf8Path) -> Result<PackagesLock> {
+pub fn lock_packages(
+    spec: &DebianSpec,
+    mirrors: &AptMirrors,
+    cache: &Utf8Path,
+) -> Result<PackagesLock> {
     progress::say("lock", format!("{} {}: querying the mirrors", spec.suite, spec.arch));
-    let offers = AllowedPackages::ask(spec, mirrors, cache)?;
+    let offers = AllowedPackages::read(spec, mirrors, cache)?;
     let apt = target_apt(spec, mirrors, cache)?;
     offers.bring_in(&apt)?;
     apt.pin(offers.pins())?;
-    let solved = apt.update().and_then(|()| solve(&apt, spec, mirrors, &[], &offers));
+    let solved = apt.update().and_then(|()| solve_request(&apt, spec, mirrors, &[], &offers));
     // The next product to lock may have no sources.
     apt.pin("")?;
     let mut package = solved?;
-    package.extend(host::lock(mirrors, cache)?);
+    package.extend(host::lock_host_tools(mirrors, cache)?);
     let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(text) if !text.trim().is_empty() => {
@@ -351,11 +358,11 @@ pub fn lock(spec: &DebianSpec, mirrors: &AptMirrors, cache: &Utf8Path) -> Result
         }
         _ => now().context("the system clock is set before 1970")?.as_secs(),
     };
-    finish(spec, epoch, package)
+    finish_lock(spec, epoch, package)
 }
 
 /// Sorts and completes a lock.
-pub(super) fn finish(
+pub(super) fn finish_lock(
     spec: &DebianSpec,
     epoch: u64,
     mut package: Vec<LockedPackage>,
@@ -390,7 +397,7 @@ pub(super) fn target_apt(
 
 /// What apt would install and unpack, with roles. `kept` lists the packages in the local archive of
 /// an old lock.
-fn solve(
+fn solve_request(
     apt: &PrivateApt,
     spec: &DebianSpec,
     mirrors: &AptMirrors,
@@ -469,7 +476,7 @@ fn kernel_behind(apt: &PrivateApt, name: &str) -> Result<Option<String>> {
     let text = apt
         .cache(["show", "--no-all-versions", name])
         .with_context(|| format!("looking up {name}"))?;
-    let depends = stanzas(&text).into_iter().find_map(|s| s.get("Depends").cloned());
+    let depends = split_stanzas(&text).into_iter().find_map(|s| s.get("Depends").cloned());
     Ok(depends.and_then(|depends| {
         let names = depends.split(',').filter_map(|item| item.split_whitespace().next());
         names.into_iter().find(|item| item.starts_with(KERNEL)).map(str::to_owned)
@@ -507,7 +514,7 @@ fn locked_from_uris(
     let queries: Vec<String> = found.iter().map(|p| format!("{}={}", p.name, p.version)).collect();
     let shown = apt.cache(["show"].map(str::to_owned).into_iter().chain(queries))?;
     let mut hashes: HashMap<String, String> = HashMap::new();
-    for mut stanza in stanzas(&shown) {
+    for mut stanza in split_stanzas(&shown) {
         if let (Some(file), Some(hash)) = (stanza.remove("Filename"), stanza.remove("SHA256")) {
             hashes.insert(file, hash);
         }
@@ -527,14 +534,14 @@ fn parse_uri_line(line: &str, mirrors: &AptMirrors, role: PackageRole) -> Result
         bail!("expected an address, a file name and a size");
     };
     let uri = uri.trim_matches('\'');
-    let below = |mirror: &str| uri.strip_prefix(mirror)?.strip_prefix('/').map(unescape);
+    let below = |mirror: &str| uri.strip_prefix(mirror)?.strip_prefix('/').map(percent_decode);
     // The security archive first: its address often begins with the archive's address.
     let (archive, filename) = match (below(&mirrors.security), below(&mirrors.archive)) {
         (Some(path), _) => (ArchiveName::Security, path),
         (None, Some(path)) => (ArchiveName::Debian, path),
         (None, None) => bail!("the address does not belong to any of the mirrors"),
     };
-    let parts: Vec<String> = file.trim_end_matches(".deb").split('_').map(unescape).collect();
+    let parts: Vec<String> = file.trim_end_matches(".deb").split('_').map(percent_decode).collect();
     let [name, version, arch] = parts.as_slice() else {
         bail!("'{file}' is not NAME_VERSION_ARCH.deb")
     };
@@ -551,7 +558,7 @@ fn parse_uri_line(line: &str, mirrors: &AptMirrors, role: PackageRole) -> Result
 }
 
 /// Decodes `%xx`.
-fn unescape(text: &str) -> String {
+fn percent_decode(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('%') {
@@ -572,7 +579,7 @@ fn unescape(text: &str) -> String {
 }
 
 /// Splits deb822 text into its stanzas; continuation lines belong to the previous field.
-pub(super) fn stanzas(text: &str) -> Vec<BTreeMap<String, String>> {
+pub(super) fn split_stanzas(text: &str) -> Vec<BTreeMap<String, String>> {
     let mut all = Vec::new();
     for block in text.split("\n\n") {
         let mut fields: BTreeMap<String, String> = BTreeMap::new();
@@ -602,11 +609,11 @@ pub(super) fn solve_with_kept(
     cache: &Utf8Path,
     kept: &[LockedDeb],
 ) -> Result<Vec<LockedPackage>> {
-    let offers = AllowedPackages::ask(spec, mirrors, cache)?;
+    let offers = AllowedPackages::read(spec, mirrors, cache)?;
     let apt = target_apt(spec, mirrors, cache)?;
     offers.bring_in(&apt)?;
     let local = cache.join("apt/kept");
-    repo::write(&local, &kept.iter().collect::<Vec<_>>())?;
+    repo::write_archive(&local, &kept.iter().collect::<Vec<_>>())?;
     let local = local.canonicalize_utf8().context("resolving the local archive")?;
     apt.add_local(&local)?;
     // Above 1000: preferred even when the archive has a newer version.
@@ -615,7 +622,7 @@ pub(super) fn solve_with_kept(
         text + &format!("Package: {name}\nPin: version {version}\nPin-Priority: 1001\n\n")
     });
     apt.pin(&pins)?;
-    let solved = apt.update().and_then(|()| solve(&apt, spec, mirrors, kept, &offers));
+    let solved = apt.update().and_then(|()| solve_request(&apt, spec, mirrors, kept, &offers));
     apt.pin("")?;
     solved
 }

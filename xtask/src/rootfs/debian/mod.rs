@@ -21,11 +21,11 @@ mod unpack;
 use serde::{Deserialize, Serialize};
 
 pub use apt::AptMirrors;
-pub use binfmt::ensure as can_run;
-pub use build::{BoardFilePatterns, DebianRequest, build, install};
+pub use binfmt::ensure_runs as can_run;
+pub use build::{BoardFilePatterns, DebianRequest, build_base_system, install_packages};
 pub use download::{DownloadedPackages, LockPolicy, LockedDeb, ReplacedPackage, fetch_lock};
 pub use host::{host_e2fs, unpack_locked};
-pub use lock::{ArchiveName, LockedPackage, PackagesLock, lock};
+pub use lock::{ArchiveName, LockedPackage, PackagesLock, lock_packages};
 pub use prune::PruneRules;
 pub use sources::{AptSourceMirror, AptSourceSpec};
 

@@ -13,7 +13,7 @@ const DAY: u64 = 86_400;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct PruneRules {
-    /// Patterns of paths to remove (see [`glob::compile`]).
+    /// Patterns of paths to remove (see [`glob::compile_globs`]).
     pub drop: Vec<String>,
     /// Patterns of paths to keep although `drop` matches.
     pub keep: Vec<String>,
@@ -32,8 +32,8 @@ impl PruneRules {
 
 /// Applies the rules; a hard link to a removed file becomes the file, directories of kept files are
 /// kept.
-pub(in crate::rootfs) fn apply(tree: &mut RootTree, rules: &PruneRules) -> Result<()> {
-    let (drop, keep) = (glob::compile(&rules.drop)?, glob::compile(&rules.keep)?);
+pub(in crate::rootfs) fn prune_tree(tree: &mut RootTree, rules: &PruneRules) -> Result<()> {
+    let (drop, keep) = (glob::compile_globs(&rules.drop)?, glob::compile_globs(&rules.keep)?);
     let drops = |path: &str| drop.is_match(path) && !keep.is_match(path);
     let doomed: Vec<RootPath> =
         tree.entries.keys().filter(|name| drops(name.path())).cloned().collect();
@@ -70,7 +70,7 @@ pub(in crate::rootfs) fn apply(tree: &mut RootTree, rules: &PruneRules) -> Resul
 }
 
 /// Replaces the build's date in files by the epoch.
-pub(in crate::rootfs) fn normalise(tree: &mut RootTree, epoch: u64) -> Result<()> {
+pub(in crate::rootfs) fn normalise_dates(tree: &mut RootTree, epoch: u64) -> Result<()> {
     if let Some(shadow) = tree.bytes("etc/shadow")? {
         let text = String::from_utf8(shadow).context("/etc/shadow is not UTF-8")?;
         set_bytes(tree, "etc/shadow", shadow_of_day(&text, epoch / DAY).into_bytes());
@@ -161,8 +161,8 @@ mod tests {
     #[test]
     fn the_standard_rules_read_and_keep_copyright() {
         let rules = PruneRules::standard().expect("the table is well-formed");
-        let drop = crate::rootfs::glob::compile(&rules.drop).expect("well-formed");
-        let keep = crate::rootfs::glob::compile(&rules.keep).expect("well-formed");
+        let drop = crate::rootfs::glob::compile_globs(&rules.drop).expect("well-formed");
+        let keep = crate::rootfs::glob::compile_globs(&rules.keep).expect("well-formed");
         let drops = |path: &str| drop.is_match(path) && !keep.is_match(path);
         assert!(drops("usr/share/doc/bash/README") && drops("etc/ssh/ssh_host_rsa_key"));
         assert!(!drops("usr/share/doc/bash/copyright") && !drops("usr/bin/bash"));

@@ -37,7 +37,7 @@ impl ScratchDirectory {
     }
 
     fn below(temporary: &Utf8Path) -> Result<Self> {
-        sweep(temporary);
+        remove_stale_dirs(temporary);
         let doing = || format!("making a directory in {temporary}");
         let folder = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(temporary);
         let folder = folder.with_context(doing)?;
@@ -61,12 +61,12 @@ impl ScratchDirectory {
 
 impl Drop for ScratchDirectory {
     fn drop(&mut self) {
-        remove(&self.path);
+        remove_dir(&self.path);
     }
 }
 
 /// Removes the directories of killed builds of this user.
-fn sweep(temporary: &Utf8Path) {
+fn remove_stale_dirs(temporary: &Utf8Path) {
     let Ok(entries) = temporary.read_dir_utf8() else { return };
     for entry in entries.flatten().filter(|entry| entry.file_name().starts_with(PREFIX)) {
         let path = entry.path();
@@ -75,14 +75,14 @@ fn sweep(temporary: &Utf8Path) {
             about.is_dir() && about.uid() == rustix::process::geteuid().as_raw()
         });
         if ours && File::open(path).is_ok_and(|folder| folder.try_lock().is_ok()) {
-            remove(path);
+            remove_dir(path);
         }
     }
 }
 
 /// Removes a directory, and warns if it cannot, because it is large. Filesystems mounted below it
 /// are not touched.
-fn remove(path: &Utf8Path) {
+fn remove_dir(path: &Utf8Path) {
     let words = ["-rf", "--one-file-system", "--", path.as_str()];
     let whole = Tool::new("rm").args(words).run().or_else(|error| {
         if rustix::process::geteuid().is_root() {
