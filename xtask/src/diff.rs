@@ -242,22 +242,22 @@ fn signed(delta: i128) -> String {
 
 /// The differences of a file in human-readable form.
 pub(crate) fn what_changed(EntryChange { old, new }: &EntryChange<InventoryEntry>) -> String {
-    let mut said = Vec::new();
+    let mut changes = Vec::new();
     if old.mode != new.mode {
-        said.push(format!("mode {:04o} -> {:04o}", old.mode, new.mode));
+        changes.push(format!("mode {:04o} -> {:04o}", old.mode, new.mode));
     }
     if (old.uid, old.gid) != (new.uid, new.gid) {
-        said.push(format!("owner {}:{} -> {}:{}", old.uid, old.gid, new.uid, new.gid));
+        changes.push(format!("owner {}:{} -> {}:{}", old.uid, old.gid, new.uid, new.gid));
     }
     match (&old.content, &new.content) {
         (a, b) if a == b => {}
         (EntryContent::Sha256(_), EntryContent::Sha256(_)) => {
             let delta = i128::from(new.size) - i128::from(old.size);
-            said.push(format!("content, {}", signed(delta)));
+            changes.push(format!("content, {}", signed(delta)));
         }
-        (a, b) => said.push(format!("{} -> {}", describe_kind(a), describe_kind(b))),
+        (a, b) => changes.push(format!("{} -> {}", describe_kind(a), describe_kind(b))),
     }
-    said.join("; ")
+    changes.join("; ")
 }
 
 fn describe_kind(content: &EntryContent) -> String {
@@ -286,9 +286,9 @@ impl Inventory {
                 entry.content = EntryContent::Sha256(hash);
             }
         }
-        let doing = || format!("in the filesystem at byte {offset} of {image}");
-        inventory.read_packages(&filesystem).with_context(doing)?;
-        inventory.read_wheels(&filesystem).with_context(doing)?;
+        let context = || format!("in the filesystem at byte {offset} of {image}");
+        inventory.read_packages(&filesystem).with_context(context)?;
+        inventory.read_wheels(&filesystem).with_context(context)?;
         Ok(inventory)
     }
 

@@ -241,11 +241,11 @@ fn disk_full(path: &Utf8Path) -> bool {
 }
 
 fn content_of(path: &Utf8Path) -> Result<TarContent> {
-    let doing = || format!("reading {path}");
-    let mut archive = tar::Archive::new(File::open(path).with_context(doing)?);
+    let context = || format!("reading {path}");
+    let mut archive = tar::Archive::new(File::open(path).with_context(context)?);
     let mut content = TarContent { bytes: 0, entries: 0 };
-    for entry in archive.entries_with_seek().with_context(doing)? {
-        let entry = entry.with_context(doing)?;
+    for entry in archive.entries_with_seek().with_context(context)? {
+        let entry = entry.with_context(context)?;
         // An additional name of a file needs neither an inode nor blocks.
         if entry.header().entry_type() == tar::EntryType::Link {
             continue;

@@ -12,7 +12,7 @@ use crate::plan::CheckoutFacts;
 /// `SOURCE_DATE_EPOCH` that is not a number; neither it nor a commit; a checkout that git cannot compare.
 pub fn collect(root: &Utf8Path) -> Result<CheckoutFacts> {
     let commit = git::git_in(root).args(["rev-parse", "HEAD"]).read();
-    let commit = commit.map(|said| said.trim().to_owned()).ok();
+    let commit = commit.map(|message| message.trim().to_owned()).ok();
     let modified = match &commit {
         Some(commit) => !git::changed_files(root, commit)?.is_empty(),
         None => false,
@@ -23,16 +23,16 @@ pub fn collect(root: &Utf8Path) -> Result<CheckoutFacts> {
             format!("SOURCE_DATE_EPOCH: expected seconds since 1970, found \"{text}\"")
         })?,
         _ => git::commit_time(root).map_err(|error| {
-            let said = format!("{error:#}");
-            let help = help_for_git_error(&said);
-            anyhow!("reading the commit's time for reproducible outputs: {said}\nhelp: {help}")
+            let message = format!("{error:#}");
+            let help = help_for_git_error(&message);
+            anyhow!("reading the commit's time for reproducible outputs: {message}\nhelp: {help}")
         })?,
     };
     Ok(CheckoutFacts { commit, modified, epoch })
 }
 
 /// The help for an error of git.
-fn help_for_git_error(said: &str) -> &'static str {
+fn help_for_git_error(message: &str) -> &'static str {
     const KNOWN: [(&str, &str); 3] = [
         (
             "dubious ownership",
@@ -42,7 +42,7 @@ fn help_for_git_error(said: &str) -> &'static str {
         ("bad config", "correct git's settings: `git config --list --show-origin` shows the file"),
         ("bogus format in GIT_CONFIG", "correct or unset GIT_CONFIG_PARAMETERS"),
     ];
-    let known = KNOWN.iter().find(|(sign, _)| said.contains(sign)).map(|(_, help)| *help);
+    let known = KNOWN.iter().find(|(sign, _)| message.contains(sign)).map(|(_, help)| *help);
     known.unwrap_or(
         "build in a checkout with a commit (git must be installed), or set SOURCE_DATE_EPOCH",
     )

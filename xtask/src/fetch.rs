@@ -95,7 +95,7 @@ impl Downloader {
         self.store.join(sha256)
     }
 
-    /// Whether this fetcher never opens a connection.
+    /// Whether this downloader never opens a connection.
     pub fn is_offline(&self) -> bool {
         self.offline
     }

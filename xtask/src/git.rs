@@ -59,10 +59,11 @@ pub fn git_without_repository() -> Tool {
 /// # Errors
 /// When there is no commit.
 pub fn commit_time(dir: &Utf8Path) -> Result<u64> {
-    let said = git_in(dir).args(["log", "-1", "--format=%ct"]).read()?;
-    said.trim()
+    let output = git_in(dir).args(["log", "-1", "--format=%ct"]).read()?;
+    output
+        .trim()
         .parse()
-        .with_context(|| format!("git returned \"{}\" as the commit's time", said.trim()))
+        .with_context(|| format!("git returned \"{}\" as the commit's time", output.trim()))
 }
 
 /// Creates another checkout of a repository, which contains only that commit.
@@ -279,8 +280,8 @@ fn compare_files(
     }
     for some in hashed.chunks(AT_ONCE) {
         let names = some.iter().map(|(file, _, _)| file.as_str());
-        let said = git_in(root).args(["hash-object", "--no-filters", "--"]).args(names).read()?;
-        let ids: Vec<&str> = said.lines().collect();
+        let output = git_in(root).args(["hash-object", "--no-filters", "--"]).args(names).read()?;
+        let ids: Vec<&str> = output.lines().collect();
         ensure!(ids.len() == some.len(), "git hashed {} of {} files", ids.len(), some.len());
         for ((file, path, entry), id) in some.iter().zip(ids) {
             if id != entry.id && !is_fetched(root, entry, file)? {

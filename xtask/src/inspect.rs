@@ -232,9 +232,9 @@ fn read_file(path: &Utf8Path, offset: u64, name: &str) -> Result<Option<String>>
     if !filesystem.exists(name)? {
         return Ok(None);
     }
-    let doing = || format!("in the filesystem at byte {offset} of {path}");
-    let content = read_small(&filesystem, name, MOST_TEXT).with_context(doing)?;
-    Ok(Some(String::from_utf8(content).with_context(|| format!("{name} {}", doing()))?))
+    let context = || format!("in the filesystem at byte {offset} of {path}");
+    let content = read_small(&filesystem, name, MOST_TEXT).with_context(context)?;
+    Ok(Some(String::from_utf8(content).with_context(|| format!("{name} {}", context()))?))
 }
 
 /// A slot image's system.

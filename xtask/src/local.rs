@@ -46,7 +46,7 @@ const PROVISIONED: &str = "slotd/provisioned.json";
 
 /// How long a system may take to become healthy when a command waits for it; the same as the
 /// agent's timeout for an API.
-const PATIENCE: Duration = Duration::from_secs(300);
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The kernel's priority of a warning (syslog(3): LOG_WARNING).
 const WARNING: u8 = 4;
@@ -359,14 +359,15 @@ impl RunningSystem {
         loop {
             // With a command, wait for a limited time.
             let waits = well.is_some() && !options.command.is_empty();
-            let left = if waits { PATIENCE.saturating_sub(began.elapsed()) } else { Duration::MAX };
+            let left =
+                if waits { HEALTH_TIMEOUT.saturating_sub(began.elapsed()) } else { Duration::MAX };
             let event = match self.events.recv_timeout(left) {
                 Ok(event) => event,
                 Err(RecvTimeoutError::Timeout) => bail!(
                     "{} did not become healthy within {} s\n\
                      help: see the output of its services above",
                     ready.address,
-                    PATIENCE.as_secs()
+                    HEALTH_TIMEOUT.as_secs()
                 ),
                 Err(RecvTimeoutError::Disconnected) => bail!("the local system has ended"),
             };

@@ -188,7 +188,7 @@ impl RobotPush<'_> {
         } else {
             self.install().and_then(|done| match self.request.wait {
                 None => Ok(self.not_waited(done)),
-                Some(patience) => self.wait(done, patience),
+                Some(timeout) => self.wait(done, timeout),
             })
         };
         let outcome = outcome.unwrap_or_else(|error| match error.downcast::<Refusal>() {
@@ -337,7 +337,7 @@ impl RobotPush<'_> {
     }
 
     /// Polls until the robot has restarted and reports the result of the trial.
-    fn wait(&self, done: CompletedInstall, patience: Duration) -> Result<PushOutcome> {
+    fn wait(&self, done: CompletedInstall, timeout: Duration) -> Result<PushOutcome> {
         let started = Instant::now();
         let host = &self.connection.host;
         let target = other_slot(done.before.running);
@@ -345,7 +345,7 @@ impl RobotPush<'_> {
         step.note(format!("{host}: restarting"));
         let mut last: Option<Status> = None;
         let mut note = "the robot has not restarted yet".to_owned();
-        while started.elapsed() < patience {
+        while started.elapsed() < timeout {
             std::thread::sleep(POLL);
             let status = match self.connection.status()? {
                 RobotReply::Said(status) => status,
@@ -381,7 +381,7 @@ impl RobotPush<'_> {
             }
             last = Some(status);
         }
-        let why = format!("not decided after {} s: {note}", patience.as_secs());
+        let why = format!("not decided after {} s: {note}", timeout.as_secs());
         Ok(self.ended(PushVerdict::Undecided, last.as_ref(), done.installed, Some(why)))
     }
 
@@ -405,7 +405,7 @@ impl RobotPush<'_> {
     fn reason(&self, target: Slot) -> String {
         let events =
             self.connection.request::<Vec<Event>>(&["log", "--last", EVENTS], None, |_| {});
-        let said = match events {
+        let logged = match events {
             Ok(RobotReply::Said(events)) => {
                 let since = events.iter().rposition(|event| event.event == "installed");
                 let events = events.get(since.map_or(0, |at| at + 1)..).unwrap_or_default();
@@ -413,7 +413,7 @@ impl RobotPush<'_> {
             }
             _ => None,
         };
-        said.unwrap_or_else(|| {
+        logged.unwrap_or_else(|| {
             format!("slot {target} did not boot far enough to report a reason; see its console")
         })
     }

@@ -70,9 +70,9 @@ impl MachineFiles {
 /// When it does not, with the version that does; when QEMU is missing.
 pub fn require_version(machine: &QemuMachine) -> Result<()> {
     let Some(since) = &machine.since else { return Ok(()) };
-    let said = Tool::new(PROGRAM).arg("--version").read()?;
+    let output = Tool::new(PROGRAM).arg("--version").read()?;
     let found =
-        parse_version(&said).with_context(|| format!("parsing QEMU's version in {said:?}"))?;
+        parse_version(&output).with_context(|| format!("parsing QEMU's version in {output:?}"))?;
     let wanted = parse_version(&format!("version {since}")).context("`since` is not a version")?;
     ensure!(
         found >= wanted,
@@ -87,8 +87,8 @@ pub fn require_version(machine: &QemuMachine) -> Result<()> {
 }
 
 /// The numbers after the word `version`.
-fn parse_version(said: &str) -> Option<(u32, u32)> {
-    let (_, rest) = said.split_once("version ")?;
+fn parse_version(output: &str) -> Option<(u32, u32)> {
+    let (_, rest) = output.split_once("version ")?;
     let mut parts = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse);
     Some((parts.next()?.ok()?, parts.next()?.ok()?))
 }

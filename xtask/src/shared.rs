@@ -37,7 +37,7 @@ const AUTHORIZATION: &str = "SLIPWAY_SHARED_CACHE_AUTHORIZATION";
 pub const STAGES: [&str; 4] = ["root", "base", "api", "agent"];
 
 /// A cache must save time: one attempt, and no long waits.
-const PATIENCE: ServerTimeouts = ServerTimeouts {
+const TIMEOUTS: ServerTimeouts = ServerTimeouts {
     connect: Duration::from_secs(5),
     answer: Duration::from_secs(15),
     attempts: 1,
@@ -99,7 +99,7 @@ impl RemoteStore {
     /// # Errors
     /// When the address is invalid, or there are no credentials.
     pub fn open(address: &str, authorization: Option<SecretText>, writes: bool) -> Result<Self> {
-        let options = StoreOptions { patience: PATIENCE, authorization, ..StoreOptions::default() };
+        let options = StoreOptions { timeouts: TIMEOUTS, authorization, ..StoreOptions::default() };
         let files =
             open_files(address, &options).with_context(|| format!("opening the {ADDRESS}"))?;
         Ok(Self::new(files, writes))
@@ -469,17 +469,17 @@ fn pack_file(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
 
 /// Unpacks an object, at most the size in the record, and verifies the result.
 fn unpack_object(packed: &Utf8Path, into: &Utf8Path, file: &StageFile) -> Result<()> {
-    let doing = || format!("unpacking {}", file.path);
+    let context = || format!("unpacking {}", file.path);
     let work = || {
         let decoder = zstd::Decoder::new(File::open(packed)?)?;
         // One additional byte is enough to detect a wrong object.
         copy_and_hash(&mut decoder.take(file.size.saturating_add(1)), &mut File::create(into)?)
     };
-    let (size, found) = work().with_context(doing)?;
+    let (size, found) = work().with_context(context)?;
     ensure!(
         size == file.size && found == file.sha256,
         "{}: expected {} bytes with SHA-256 {}, found at least {size} with {found}",
-        doing(),
+        context(),
         file.size,
         file.sha256
     );

@@ -137,7 +137,7 @@ pub struct StoreOptions {
     /// Options of ssh_config(5), `KEY=VALUE`.
     pub ssh: Vec<String>,
     /// The timeouts for a server.
-    pub patience: client::ServerTimeouts,
+    pub timeouts: client::ServerTimeouts,
     /// The value of the header `Authorization`, for other HTTP servers.
     pub authorization: Option<SecretText>,
 }

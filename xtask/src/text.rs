@@ -113,9 +113,9 @@ pub fn describe_error(error: &anyhow::Error) -> String {
     for cause in error.chain() {
         let cause = cause.to_string();
         let at = cause.find("\nhelp: ").unwrap_or(cause.len());
-        let (said, rest) = cause.split_at(at);
-        if !causes.last().is_some_and(|last| last.starts_with(said)) {
-            causes.push(said.to_owned());
+        let (message, rest) = cause.split_at(at);
+        if !causes.last().is_some_and(|last| last.starts_with(message)) {
+            causes.push(message.to_owned());
         }
         help.push_str(rest);
     }

@@ -93,12 +93,12 @@ pub fn dist_dir(root: &Utf8Path, plan: &Plan) -> Utf8PathBuf {
 /// # Errors
 /// When the directory cannot be made or locked.
 pub fn lock_dist_dir(dist: &Utf8Path) -> Result<File> {
-    let doing = || format!("locking {dist}");
-    std::fs::create_dir_all(dist).with_context(doing)?;
-    let folder = File::open(dist).with_context(doing)?;
+    let context = || format!("locking {dist}");
+    std::fs::create_dir_all(dist).with_context(context)?;
+    let folder = File::open(dist).with_context(context)?;
     if folder.try_lock().is_err() {
         say("plan", format!("waiting for another build in {dist}"));
-        folder.lock().with_context(doing)?;
+        folder.lock().with_context(context)?;
     }
     Ok(folder)
 }

@@ -316,8 +316,8 @@ fn broken_downloads_are_resumed_and_wrong_ones_refused() -> Result<()> {
     let mut bytes = fs::read(&deb)?;
     bytes[100] ^= 1;
     fs::write(&deb, bytes)?;
-    let fetcher = Downloader::new(&other, false)?;
-    let result = fetch_lock(&lock, &fetcher, Some(&world.mirrors), LockPolicy::Replace, &other);
+    let downloader = Downloader::new(&other, false)?;
+    let result = fetch_lock(&lock, &downloader, Some(&world.mirrors), LockPolicy::Replace, &other);
     let error = format!("{:#}", result.unwrap_err());
     assert!(error.contains("fetching app 1") && error.contains("sent other bytes"), "{error}");
     let hash = &lock.package.iter().find(|p| p.name == "app").context("app")?.sha256;
@@ -458,11 +458,11 @@ fn a_damaged_file_in_the_store_is_fetched_again() -> Result<()> {
     let (size, sha256) = hash_file(&world.root().join("keys.gpg"))?;
     let url = format!("{}/keys.gpg", world.server.address);
     let wanted = Download { name: "keys".into(), url, size: Some(size), sha256 };
-    let fetcher = Downloader::new(&world.root().join("cache"), false)?;
-    fs::write(fetcher.path_of(&wanted.sha256), "damaged")?;
-    let outcomes = fetcher.fetch("test", "files", std::slice::from_ref(&wanted))?;
+    let downloader = Downloader::new(&world.root().join("cache"), false)?;
+    fs::write(downloader.path_of(&wanted.sha256), "damaged")?;
+    let outcomes = downloader.fetch("test", "files", std::slice::from_ref(&wanted))?;
     assert!(matches!(outcomes.as_slice(), [DownloadOutcome::Ready(a)] if a.size == size));
-    assert_eq!(hash_file(&fetcher.path_of(&wanted.sha256))?, (size, wanted.sha256));
+    assert_eq!(hash_file(&downloader.path_of(&wanted.sha256))?, (size, wanted.sha256));
     Ok(())
 }
 

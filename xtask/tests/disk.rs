@@ -49,10 +49,10 @@ fn mke2fs() -> Mke2fs {
         let root = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
         let lock = PackagesLock::load(&root.join("configs/robot-dev.packages.lock"))?;
         let cache = Cache::locate()?.root;
-        let fetcher = Downloader::new(&cache, false)?;
+        let downloader = Downloader::new(&cache, false)?;
         // Files in the cache need no mirror.
         let mirrors = AptMirrors::from_host().ok();
-        host_e2fs(&lock, &fetcher, mirrors.as_ref(), &cache)
+        host_e2fs(&lock, &downloader, mirrors.as_ref(), &cache)
     };
     TOOL.get_or_init(|| find().expect("an mke2fs that reads tars")).clone()
 }

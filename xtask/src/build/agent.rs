@@ -114,8 +114,8 @@ pub fn build_agent(build: &mut BuildContext<'_>) -> Result<BuiltAgent> {
             let compiler = match &lock {
                 None => compiler.clone(),
                 Some(lock) => {
-                    let fetcher = Downloader::for_cache(build.cache, build.options.offline)?;
-                    let unpacked = compiler::unpack_compiler(lock, &fetcher, &build.cache.root)?;
+                    let downloader = Downloader::for_cache(build.cache, build.options.offline)?;
+                    let unpacked = compiler::unpack_compiler(lock, &downloader, &build.cache.root)?;
                     cargo = cargo.env("RUSTC", unpacked.rustc.as_str());
                     format!("rustc {}", unpacked.version)
                 }
@@ -185,11 +185,11 @@ fn fetch_compiler(
     path: &Utf8Path,
 ) -> Result<Option<PackagesLock>> {
     build.require_tools()?;
-    let fetcher = Downloader::for_cache(build.cache, build.options.offline)?;
+    let downloader = Downloader::for_cache(build.cache, build.options.offline)?;
     let mirrors = if build.options.offline { None } else { Some(AptMirrors::from_host()?) };
     let policy = if build.options.locked { LockPolicy::Locked } else { LockPolicy::Replace };
     let fetched =
-        compiler::fetch_compiler(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)?;
+        compiler::fetch_compiler(lock, &downloader, mirrors.as_ref(), policy, &build.cache.root)?;
     let Some((new, replaced)) = fetched else { return Ok(None) };
     let names: Vec<_> = replaced.iter().map(|r| r.name.as_str()).collect();
     warn(format!(

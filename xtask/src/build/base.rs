@@ -146,11 +146,11 @@ pub fn check_locks(config: &Config) -> Result<()> {
         (Ok(_), wheels) => wheels,
         (Err(packages), Ok(())) => Err(packages),
         (Err(packages), Err(wheels)) => {
-            let said = |error| {
+            let message = |error| {
                 let sentence = describe_error(&error);
                 sentence.split("\nhelp: ").next().unwrap_or_default().to_owned()
             };
-            let (packages, wheels) = (said(packages), said(wheels));
+            let (packages, wheels) = (message(packages), message(wheels));
             bail!("{packages}\n{wheels}\nhelp: cargo xtask lock --product {product}")
         }
     }
@@ -297,11 +297,11 @@ fn build_root(
 
 fn fetch_packages(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<DownloadedPackages> {
     let offline = build.options.offline;
-    let fetcher = Downloader::for_cache(build.cache, offline)?;
+    let downloader = Downloader::for_cache(build.cache, offline)?;
     let sources = &build.plan.rootfs.sources;
     let mirrors = if offline { None } else { Some(load_mirrors(build.root, sources)?) };
     let policy = if build.options.locked { LockPolicy::Locked } else { LockPolicy::Replace };
-    debian::fetch_lock(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)
+    debian::fetch_lock(lock, &downloader, mirrors.as_ref(), policy, &build.cache.root)
 }
 
 /// The `mke2fs` for filesystems: the machine's own, or one that is unpacked into the cache.
@@ -321,9 +321,9 @@ pub(super) fn find_mke2fs(build: &BuildContext<'_>) -> Result<Mke2fs> {
 
 pub(super) fn host_tool(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<Mke2fs> {
     let offline = build.options.offline;
-    let fetcher = Downloader::for_cache(build.cache, offline)?;
+    let downloader = Downloader::for_cache(build.cache, offline)?;
     let mirrors = if offline { None } else { Some(AptMirrors::from_host()?) };
-    debian::host_e2fs(lock, &fetcher, mirrors.as_ref(), &build.cache.root)
+    debian::host_e2fs(lock, &downloader, mirrors.as_ref(), &build.cache.root)
 }
 
 fn announce_replaced(fetched: &DownloadedPackages, path: &camino::Utf8Path) {

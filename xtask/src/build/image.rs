@@ -295,9 +295,9 @@ fn device_tree(file: &Artifact, aliases: &[String]) -> Result<FileSource> {
     if aliases.is_empty() {
         return Ok(FileSource::File(file.path.clone()));
     }
-    let doing = || format!("adding aliases to {}", file.path);
-    let bytes = std::fs::read(&file.path).with_context(doing)?;
-    Ok(FileSource::Bytes(alias::add_aliases(&bytes, aliases).with_context(doing)?))
+    let context = || format!("adding aliases to {}", file.path);
+    let bytes = std::fs::read(&file.path).with_context(context)?;
+    Ok(FileSource::Bytes(alias::add_aliases(&bytes, aliases).with_context(context)?))
 }
 
 /// The name of the volume of both: `boot-a` and `boot-b` hold the same bytes, as all slot images do.

@@ -172,8 +172,8 @@ mod tests {
             &mut missing,
         )
         .expect("facts");
-        let file = |said: &String| {
-            let rest = said.split_once(" names ").expect("a file").1;
+        let file = |message: &String| {
+            let rest = message.split_once(" names ").expect("a file").1;
             rest.split_once(" (").expect("a key").0.to_owned()
         };
         let mut files: Vec<String> = missing.iter().map(file).collect();

@@ -146,9 +146,12 @@ mod tests {
     #[test]
     fn a_missing_program_is_named_with_its_line() {
         let unit = "[Service]\nExecStartPre=+/usr/bin/here \\\n  --long\n# ExecStart=/no\nExecStart=!/usr/bin/gone x\n";
-        let said = findings(unit, &["usr/bin/here"]);
-        assert!(said.contains("overlays/x/a.service:5: `/usr/bin/gone` is missing"), "{said}");
-        assert_eq!(said.matches("a.service").count(), 1, "{said}");
+        let message = findings(unit, &["usr/bin/here"]);
+        assert!(
+            message.contains("overlays/x/a.service:5: `/usr/bin/gone` is missing"),
+            "{message}"
+        );
+        assert_eq!(message.matches("a.service").count(), 1, "{message}");
     }
 
     #[test]
@@ -179,8 +182,11 @@ mod tests {
     #[test]
     fn a_getty_needs_the_program_that_logs_in() {
         let getty = "ExecStart=-/usr/sbin/agetty --autologin root - $TERM\n";
-        let said = findings(getty, &["usr/sbin/agetty"]);
-        assert!(said.contains("so logins would fail\nhelp: add the package `login`"), "{said}");
+        let message = findings(getty, &["usr/sbin/agetty"]);
+        assert!(
+            message.contains("so logins would fail\nhelp: add the package `login`"),
+            "{message}"
+        );
         assert_eq!(findings(getty, &["usr/sbin/agetty", "bin/login"]), "");
         assert_eq!(
             findings("ExecStart=-/usr/sbin/agetty -n -l /bin/sh -\n", &["usr/sbin/agetty"]),

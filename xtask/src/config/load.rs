@@ -106,8 +106,8 @@ pub fn default_product(root: &Utf8Path) -> Result<String> {
         // A product with mistakes may be the default: then report the mistakes, not a missing
         // default.
         [] if !broken.is_empty() => {
-            let said: Vec<String> = broken.iter().map(|error| format!("{error:#}")).collect();
-            bail!("looking for the default product\n{}", said.join("\n"))
+            let messages: Vec<String> = broken.iter().map(|error| format!("{error:#}")).collect();
+            bail!("looking for the default product\n{}", messages.join("\n"))
         }
         [] => bail!(
             "no product was given, and there is no default product\n\

@@ -237,11 +237,11 @@ fn collect_filesystems(spec: &DiskSpec) -> Result<Vec<PlacedFilesystem<'_>>> {
     let mut sources: Vec<PlacedFilesystem<'_>> = Vec::new();
     for (placed, wanted) in spec.layout.partitions.iter().zip(&spec.partitions) {
         let PartitionContent::Image(summed) = &wanted.content else { continue };
-        let doing = || format!("placing {} in `{}`", summed.path, placed.name);
+        let context = || format!("placing {} in `{}`", summed.path, placed.name);
         if summed.size > placed.size {
             bail!(
                 "{}: the image has {}, but the partition has {}\nhelp: raise {}",
-                doing(),
+                context(),
                 progress::format_bytes(summed.size),
                 progress::format_bytes(placed.size),
                 wanted.size_key
@@ -250,12 +250,12 @@ fn collect_filesystems(spec: &DiskSpec) -> Result<Vec<PlacedFilesystem<'_>>> {
         match sources.iter_mut().find(|source| source.summed.path == summed.path) {
             Some(source) => source.places.push(placed.offset),
             None => {
-                let file = File::open(&summed.path).with_context(doing)?;
-                let size = file.metadata().with_context(doing)?.len();
+                let file = File::open(&summed.path).with_context(context)?;
+                let size = file.metadata().with_context(context)?.len();
                 ensure!(
                     size == summed.size,
                     "{}: the image has {size} bytes, but had {} when its checksums were computed",
-                    doing(),
+                    context(),
                     summed.size
                 );
                 sources.push(PlacedFilesystem { summed, file, places: vec![placed.offset] });

@@ -106,11 +106,11 @@ impl BlockMap {
     /// # Errors
     /// When the file cannot be read or is not a valid map of version 2.0 with SHA-256.
     pub fn read(path: &Utf8Path) -> Result<Self> {
-        let doing = || format!("reading the block map {path}");
-        let size = std::fs::metadata(path).with_context(doing)?.len();
-        ensure!(size <= LARGEST_FILE, "{}: too large for a block map ({size} bytes)", doing());
-        let text = std::fs::read_to_string(path).with_context(doing)?;
-        Self::parse(&text).with_context(doing)
+        let context = || format!("reading the block map {path}");
+        let size = std::fs::metadata(path).with_context(context)?.len();
+        ensure!(size <= LARGEST_FILE, "{}: too large for a block map ({size} bytes)", context());
+        let text = std::fs::read_to_string(path).with_context(context)?;
+        Self::parse(&text).with_context(context)
     }
 
     fn parse(text: &str) -> Result<Self> {
@@ -188,11 +188,11 @@ fn parse_number(text: &str, name: &str) -> Result<u64> {
 /// names the first damaged ranges by their bytes.
 pub fn check_image(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
     let map = BlockMap::read(map)?;
-    let doing = || format!("checking {image} against its block map");
-    let file = File::open(image).with_context(doing)?;
-    let size = file.metadata().with_context(doing)?.len();
+    let context = || format!("checking {image} against its block map");
+    let file = File::open(image).with_context(context)?;
+    let size = file.metadata().with_context(context)?.len();
     if size != map.image_size {
-        bail!("{}: the image has {size} bytes, but the map is for {}", doing(), map.image_size);
+        bail!("{}: the image has {size} bytes, but the map is for {}", context(), map.image_size);
     }
     let total = map.mapped_blocks() * map.block_size;
     let step = ProgressStep::new(
@@ -221,13 +221,13 @@ pub fn check_image(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
         }
         Ok(all)
     })
-    .with_context(doing)?;
+    .with_context(context)?;
     if damaged.is_empty() {
         return Ok(map);
     }
     damaged.sort();
     let count = damaged.len();
-    let mut message = format!("{}: {count} of {} ranges are damaged", doing(), map.ranges.len());
+    let mut message = format!("{}: {count} of {} ranges are damaged", context(), map.ranges.len());
     for range in damaged.iter().take(8) {
         let (first, after) = (range.first * map.block_size, (range.last + 1) * map.block_size);
         message.push_str(&format!("\n  bytes {first} to {}", after - 1));

@@ -33,9 +33,9 @@ pub fn compress_image(image: &Utf8Path, level: i32) -> Result<Artifact> {
 /// # Errors
 /// When reading or writing fails; nothing is left under the final name then.
 pub fn compress_to(image: &Utf8Path, out: &Utf8Path, level: i32) -> Result<Artifact> {
-    let doing = || format!("compressing {image}");
-    let file = File::open(image).with_context(doing)?;
-    let size = file.metadata().with_context(doing)?.len();
+    let context = || format!("compressing {image}");
+    let file = File::open(image).with_context(context)?;
+    let size = file.metadata().with_context(context)?.len();
     let step = ProgressStep::new(
         "image",
         out.file_name().unwrap_or("image.zst"),
@@ -64,7 +64,7 @@ pub fn compress_to(image: &Utf8Path, out: &Utf8Path, level: i32) -> Result<Artif
             Ok(())
         })
     })
-    .with_context(doing)?;
+    .with_context(context)?;
     Artifact::from_file(out)
 }
 

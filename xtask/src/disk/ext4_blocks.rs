@@ -91,10 +91,10 @@ impl Super {
 /// # Errors
 /// When the file cannot be read or is not an ext4 volume.
 pub fn read_usage(image: &Utf8Path) -> Result<Ext4Usage> {
-    let doing = || format!("reading the ext4 volume {image}");
-    let file = File::open(image).with_context(doing)?;
-    let Some(volume) = Super::read(&file).with_context(doing)? else {
-        bail!("{}: no ext4 superblock", doing());
+    let context = || format!("reading the ext4 volume {image}");
+    let file = File::open(image).with_context(context)?;
+    let Some(volume) = Super::read(&file).with_context(context)? else {
+        bail!("{}: no ext4 superblock", context());
     };
     let block_size = volume.block_size();
     let (size, free) = (volume.blocks() * block_size, volume.wide(12, 0x158) * block_size);
@@ -107,7 +107,7 @@ pub fn read_usage(image: &Utf8Path) -> Result<Ext4Usage> {
         free,
         inodes: volume.u32(0).into(),
         free_inodes: volume.u32(16).into(),
-        uuid: uuid::Uuid::from_slice(id).with_context(doing)?.to_string(),
+        uuid: uuid::Uuid::from_slice(id).with_context(context)?.to_string(),
         label: String::from_utf8_lossy(label).trim_end_matches('\0').to_owned(),
     })
 }

@@ -84,32 +84,32 @@ pub fn make_fat(
     size_key: &str,
 ) -> Result<SparsePages> {
     let name = &placed.name;
-    let doing = || format!("making the FAT volume of `{name}`");
-    let label = stored_label(label).with_context(doing)?;
+    let context = || format!("making the FAT volume of `{name}`");
+    let label = stored_label(label).with_context(context)?;
     let now = dos_time(epoch);
     let mut pages = SparsePages::new(placed.size);
     let options = FormatVolumeOptions::new()
         .bytes_per_sector(SECTOR as u16)
         .bytes_per_cluster(cluster_size(placed.size))
-        .total_sectors(u32::try_from(placed.sectors).with_context(doing)?)
+        .total_sectors(u32::try_from(placed.sectors).with_context(context)?)
         .sectors_per_track(SECTORS_PER_TRACK as u16)
         .heads(HEADS as u16)
         .drive_num(FIXED_DISK)
         .volume_id(volume_id)
         .volume_label(label);
-    format_volume(&mut pages, options).with_context(doing)?;
+    format_volume(&mut pages, options).with_context(context)?;
     let hidden = if says_where { placed.first_sector } else { 0 };
-    finish_format(&mut pages, hidden, now).with_context(doing)?;
+    finish_format(&mut pages, hidden, now).with_context(context)?;
     // fatfs needs a `'static` clock; leaking it costs 16 bytes for each volume.
     let clock: &'static Fixed = Box::leak(Box::new(Fixed(now)));
     let volume =
-        FileSystem::new(&mut pages, FsOptions::new().time_provider(clock)).with_context(doing)?;
+        FileSystem::new(&mut pages, FsOptions::new().time_provider(clock)).with_context(context)?;
     for file in files {
         write_file(&volume, file, placed, size_key)
-            .with_context(|| format!("{}: writing {}", doing(), file.path))?;
+            .with_context(|| format!("{}: writing {}", context(), file.path))?;
     }
-    volume.unmount().with_context(doing)?;
-    finish_folders(&mut pages).with_context(doing)?;
+    volume.unmount().with_context(context)?;
+    finish_folders(&mut pages).with_context(context)?;
     Ok(pages)
 }
 
@@ -128,12 +128,12 @@ pub fn write_shared(
         bail!("`{}` contains no FAT volume", placed.name);
     };
     let pages = make_fat(placed, label, *volume_id, *says_where, files, epoch, size_key)?;
-    let doing = || format!("writing {out}");
-    let file = File::create(out).with_context(doing)?;
-    file.set_len(placed.size).with_context(doing)?;
+    let context = || format!("writing {out}");
+    let file = File::create(out).with_context(context)?;
+    file.set_len(placed.size).with_context(context)?;
     for index in 0..pages.blocks() {
         if let Some(block) = pages.block(index) {
-            file.write_all_at(block, index * BLOCK).with_context(doing)?;
+            file.write_all_at(block, index * BLOCK).with_context(context)?;
         }
     }
     Ok(())

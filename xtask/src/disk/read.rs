@@ -113,12 +113,12 @@ pub struct FatListing {
 /// # Errors
 /// When the image cannot be read or has no partition table at all.
 pub fn read_tables(image: &Utf8Path) -> Result<DiskTables> {
-    let doing = || format!("reading the partition table of {image}");
-    let mut file = File::open(image).with_context(doing)?;
+    let context = || format!("reading the partition table of {image}");
+    let mut file = File::open(image).with_context(context)?;
     // The metadata of a block device do not contain its size.
-    let size = file.seek(SeekFrom::End(0)).with_context(doing)?;
+    let size = file.seek(SeekFrom::End(0)).with_context(context)?;
     let mbr = ProtectiveMBR::from_disk(&mut file, LogicalBlockSize::Lb512)
-        .map_err(|error| anyhow!("{}: {error}", doing()))?;
+        .map_err(|error| anyhow!("{}: {error}", context()))?;
     let records: Vec<MbrRecord> = (1..=4u32)
         .filter_map(|slot| Some((slot, mbr.partition(slot as usize - 1)?)))
         .filter(|(_, record)| record.os_type != 0)
@@ -146,14 +146,14 @@ pub fn read_tables(image: &Utf8Path) -> Result<DiskTables> {
         findings: Vec::new(),
     };
     if table.has_gpt() {
-        read_gpt(&file, &mut found).with_context(doing)?;
+        read_gpt(&file, &mut found).with_context(context)?;
         check_mbr_against_gpt(&mut found);
     } else {
         let extended = |record: &&MbrRecord| EXTENDED_KINDS.contains(&record.kind);
         found.partitions =
             found.mbr.iter().filter(|record| !extended(record)).map(from_record).collect();
         if let Some(record) = found.mbr.iter().find(extended).cloned() {
-            read_logical(&file, &record, &mut found).with_context(doing)?;
+            read_logical(&file, &record, &mut found).with_context(context)?;
         }
     }
     check_partitions(&mut found);
@@ -539,10 +539,10 @@ fn list_directory(
 /// When there is no such file, or it is larger than 256 MiB.
 pub fn fat_file(image: &Utf8Path, offset: u64, size: u64, path: &str) -> Result<Vec<u8>> {
     let volume = open_fat(image, offset, size)?;
-    let doing = || format!("reading {path} from the FAT volume at {offset} of {image}");
-    let file = volume.root_dir().open_file(path).with_context(doing)?;
+    let context = || format!("reading {path} from the FAT volume at {offset} of {image}");
+    let file = volume.root_dir().open_file(path).with_context(context)?;
     let mut bytes = Vec::new();
-    file.take(LARGEST_FILE + 1).read_to_end(&mut bytes).with_context(doing)?;
-    ensure!(bytes.len() as u64 <= LARGEST_FILE, "{}: the file is larger than 256 MiB", doing());
+    file.take(LARGEST_FILE + 1).read_to_end(&mut bytes).with_context(context)?;
+    ensure!(bytes.len() as u64 <= LARGEST_FILE, "{}: the file is larger than 256 MiB", context());
     Ok(bytes)
 }

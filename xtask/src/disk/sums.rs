@@ -37,10 +37,10 @@ pub struct ChecksummedImage {
 /// # Errors
 /// When the image cannot be read or its ext4 is inconsistent.
 pub fn sum_image(path: &Utf8Path) -> Result<ChecksummedImage> {
-    let doing = || format!("computing the checksums of {path}");
-    let file = File::open(path).with_context(doing)?;
-    let size = file.metadata().with_context(doing)?.len();
-    let needed = always_mapped_blocks(&file, size).with_context(doing)?;
+    let context = || format!("computing the checksums of {path}");
+    let file = File::open(path).with_context(context)?;
+    let size = file.metadata().with_context(context)?.len();
+    let needed = always_mapped_blocks(&file, size).with_context(context)?;
     // Ranges end at multiples of the longest one, so the pieces between them are independent.
     let next = AtomicU64::new(0);
     let work = || -> Result<Vec<BlockRange>> {
@@ -68,7 +68,7 @@ pub fn sum_image(path: &Utf8Path) -> Result<ChecksummedImage> {
         }
         Ok(all)
     })
-    .with_context(doing)?;
+    .with_context(context)?;
     ranges.sort();
     Ok(ChecksummedImage { path: path.to_owned(), size, ranges })
 }

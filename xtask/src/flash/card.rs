@@ -97,7 +97,7 @@ impl CardDevice {
     /// When it cannot be opened, is in use, or is no longer the device that was examined.
     pub fn open(device: &FlashDevice) -> Result<Self> {
         let path = &device.path;
-        let doing = || format!("opening {path}");
+        let context = || format!("opening {path}");
         let block = device.numbers.is_some();
         let exclusive = if block { OFlags::EXCL } else { OFlags::empty() };
         let open = |direct: OFlags| {
@@ -109,21 +109,21 @@ impl CardDevice {
             Ok(file) => (file, true),
             // A filesystem without direct access, such as an older tmpfs.
             Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
-                (open(OFlags::empty()).with_context(doing)?, false)
+                (open(OFlags::empty()).with_context(context)?, false)
             }
             Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => bail!(
                 "{}: the device is in use\n\
                  help: unmount its filesystems, and stop the programs that use it (lsblk shows both)",
-                doing()
+                context()
             ),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => bail!(
                 "{}: {error}\nhelp: run it as root: sudo {} flash …",
-                doing(),
+                context(),
                 std::env::current_exe().unwrap_or_default().display()
             ),
-            Err(error) => return Err(error).with_context(doing),
+            Err(error) => return Err(error).with_context(context),
         };
-        let metadata = file.metadata().with_context(doing)?;
+        let metadata = file.metadata().with_context(context)?;
         let numbers = metadata.file_type().is_block_device().then(|| {
             let device = metadata.rdev();
             format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device))
@@ -131,7 +131,7 @@ impl CardDevice {
         ensure!(
             numbers == device.numbers,
             "{}: the device has changed since it was examined\nhelp: check it again with --list",
-            doing()
+            context()
         );
         // Compare only now: the opened device can no longer change.
         let identity = match &numbers {
@@ -142,21 +142,21 @@ impl CardDevice {
             bail!(
                 "{}: the medium has changed since it was examined: {difference}\n\
                  help: check it again with --list",
-                doing()
+                context()
             );
         }
         if !block && !lock_soon(&file) {
             bail!(
                 "{}: another program is writing to the file\nhelp: wait for that program",
-                doing()
+                context()
             );
         }
-        let end = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).with_context(doing)?;
+        let end = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).with_context(context)?;
         let size = device::whole_blocks(end);
         ensure!(
             size == device.size,
             "{}: the size is now {size} bytes, it was {}",
-            doing(),
+            context(),
             device.size
         );
         let can_discard = !block || device.discard > 0;

@@ -96,17 +96,17 @@ mod tests {
         assert_eq!((shown.sequence, shown.serials.len()), (Some(9), 1));
         assert_eq!(shown.difference(&look()), None);
         write("diskseq", "10\n");
-        let said = shown.difference(&look()).expect("the same card, inserted again");
-        assert!(said.contains("medium 10 (diskseq), but medium 9 was shown"), "{said}");
+        let message = shown.difference(&look()).expect("the same card, inserted again");
+        assert!(message.contains("medium 10 (diskseq), but medium 9 was shown"), "{message}");
         write("diskseq", "9\n");
         write("device/cid", "035344534c3136478099999999015a00\n");
-        let said = shown.difference(&look()).expect("another card");
-        assert!(said.contains("cid 035344534c3136478099999999015a00, but"), "{said}");
+        let message = shown.difference(&look()).expect("another card");
+        assert!(message.contains("cid 035344534c3136478099999999015a00, but"), "{message}");
         std::fs::remove_file(kernel.join("179:0/device/cid")).expect("removed");
         assert!(
             shown
                 .difference(&look())
-                .is_some_and(|said| said.contains("this medium has no serial number"))
+                .is_some_and(|message| message.contains("this medium has no serial number"))
         );
     }
 }

@@ -117,17 +117,17 @@ pub fn write_seed(
     );
     let boot = boot_partition(card, held, pieces)?;
     let mut volume = Volume { card, place: boot, position: 0, blocks: BTreeMap::new() };
-    let doing = || format!("writing {FILE} to the boot partition");
+    let context = || format!("writing {FILE} to the boot partition");
     {
-        let fat = FileSystem::new(&mut volume, FsOptions::new()).with_context(doing)?;
-        let mut file = fat.root_dir().create_file(FILE).with_context(doing)?;
-        file.truncate().with_context(doing)?;
-        file.write_all(text.as_bytes()).with_context(doing)?;
-        file.flush().with_context(doing)?;
+        let fat = FileSystem::new(&mut volume, FsOptions::new()).with_context(context)?;
+        let mut file = fat.root_dir().create_file(FILE).with_context(context)?;
+        file.truncate().with_context(context)?;
+        file.write_all(text.as_bytes()).with_context(context)?;
+        file.flush().with_context(context)?;
         drop(file);
-        fat.unmount().with_context(doing)?;
+        fat.unmount().with_context(context)?;
     }
-    volume.store().with_context(doing)?;
+    volume.store().with_context(context)?;
     Ok(setting_names(seed))
 }
 

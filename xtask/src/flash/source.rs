@@ -71,7 +71,7 @@ impl ImageSource {
     /// When it cannot be read, has another format, or its block map is damaged or belongs to
     /// another image.
     pub fn open(path: &Utf8Path) -> Result<Self> {
-        let doing = || format!("reading the image {path}");
+        let context = || format!("reading the image {path}");
         let stem = path.as_str();
         let (form, plain) = match (stem.strip_suffix(".zst"), stem.strip_suffix(".xz")) {
             (Some(plain), _) => (ImageFormat::Zstd, Utf8Path::new(plain)),
@@ -82,13 +82,13 @@ impl ImageSource {
             plain.extension() == Some("img"),
             "{path} is not a card image\nhelp: name a file that ends in .img, .img.zst or .img.xz"
         );
-        let file = File::open(path).with_context(doing)?;
-        let stored = file.metadata().with_context(doing)?;
-        ensure!(stored.is_file(), "{}: not a plain file", doing());
+        let file = File::open(path).with_context(context)?;
+        let stored = file.metadata().with_context(context)?;
+        ensure!(stored.is_file(), "{}: not a plain file", context());
         let map = [bmap::path_for(plain), bmap::path_for(path)].into_iter().find(|m| m.is_file());
         let map = map.map(|map| BlockMap::read(&map)).transpose()?;
         let frames = match form {
-            ImageFormat::Zstd => frames::scan_frames(&file).with_context(doing)?,
+            ImageFormat::Zstd => frames::scan_frames(&file).with_context(context)?,
             ImageFormat::Plain | ImageFormat::Xz => None,
         };
         let unpacked = frames.as_ref().map(|frames| frames.iter().map(|f| f.size).sum::<u64>());
@@ -103,7 +103,7 @@ impl ImageSource {
         ensure!(
             size > 0 && size.is_multiple_of(512),
             "{}: the image has {size} bytes, expected a multiple of 512",
-            doing()
+            context()
         );
         let mapped = map.is_some();
         let ranges = match map {
@@ -112,7 +112,7 @@ impl ImageSource {
                     map.image_size == size,
                     "{}: the image has {size} bytes, but its block map is for {}\n\
                      help: keep each image beside its own map, or build the image again",
-                    doing(),
+                    context(),
                     map.image_size
                 );
                 let range = |r: bmap::BlockRange| {
@@ -144,12 +144,12 @@ impl ImageSource {
     /// # Errors
     /// When the file cannot be opened.
     pub fn pass(&self) -> Result<ImagePass> {
-        let doing = || format!("reading the image {}", self.path);
-        let file = File::open(&self.path).with_context(doing)?;
+        let context = || format!("reading the image {}", self.path);
+        let file = File::open(&self.path).with_context(context)?;
         let input = match (self.form, &self.frames) {
             (ImageFormat::Plain, _) => Input::File(file),
             (_, Some(frames)) => Input::Frames(FrameUnpacker::start(file, frames, &self.ranges)),
-            (form, None) => Input::Stream(open_decoder(file, form).with_context(doing)?),
+            (form, None) => Input::Stream(open_decoder(file, form).with_context(context)?),
         };
         Ok(ImagePass { input, path: self.path.clone(), size: self.size, position: 0 })
     }
@@ -187,9 +187,9 @@ impl<T: Read> Read for Unpacked<T> {
 
 /// The unpacked size of a compressed image in bytes.
 fn measure_image(path: &Utf8Path, form: ImageFormat) -> Result<u64> {
-    let doing = || format!("unpacking {path}");
+    let context = || format!("unpacking {path}");
     let mut decoder =
-        open_decoder(File::open(path).with_context(doing)?, form).with_context(doing)?;
+        open_decoder(File::open(path).with_context(context)?, form).with_context(context)?;
     let step = ProgressStep::new(
         "flash",
         "finding the size of the image, since there is no block map",
@@ -199,13 +199,13 @@ fn measure_image(path: &Utf8Path, form: ImageFormat) -> Result<u64> {
     let mut buffer = vec![0; SKIP];
     let mut size = 0;
     loop {
-        let count = decoder.read(&mut buffer).with_context(doing)?;
+        let count = decoder.read(&mut buffer).with_context(context)?;
         if count == 0 {
             return Ok(size);
         }
         size += count as u64;
         step.note(crate::progress::format_bytes(size));
-        ensure!(size <= LARGEST, "{}: the image is larger than 1 TiB", doing());
+        ensure!(size <= LARGEST, "{}: the image is larger than 1 TiB", context());
     }
 }
 

@@ -35,7 +35,7 @@ const CHECKERS: usize = 3;
 /// Pieces in memory: 64 MiB.
 const BUFFERS: usize = 16;
 /// How long the reader waits for a buffer before it checks whether another thread has failed.
-const PATIENCE: Duration = Duration::from_millis(100);
+const BUFFER_TIMEOUT: Duration = Duration::from_millis(100);
 /// With this many failed pieces the card is considered broken.
 const MOST_WRONG: usize = 64;
 
@@ -266,7 +266,7 @@ impl Sending<'_> {
         for (index, piece) in self.pieces.iter().enumerate() {
             // Threads that have failed do not return a buffer; they report why.
             let mut buffer = loop {
-                match empty.recv_timeout(PATIENCE) {
+                match empty.recv_timeout(BUFFER_TIMEOUT) {
                     _ if self.stop.load(Ordering::Relaxed) => return Ok(()),
                     Ok(buffer) => break buffer,
                     Err(RecvTimeoutError::Timeout) => {}

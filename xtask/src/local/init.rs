@@ -273,9 +273,9 @@ impl SupervisedSystem {
                 kill_program(&child);
                 return Ok(status);
             }
-            if let Some(said) = waits.and_then(Notified::ready) {
+            if let Some(status_text) = waits.and_then(Notified::ready) {
                 waits = None;
-                self.report_state(unit, ServiceState::Started, said);
+                self.report_state(unit, ServiceState::Started, status_text);
                 self.mark_settled(unit);
             }
             if waits.is_some() && deadline.is_some_and(|deadline| Instant::now() > deadline) {
@@ -459,20 +459,20 @@ struct Notified {
 
 impl Notified {
     fn new(root: &Utf8Path, unit: &str) -> Result<Self> {
-        let doing = || format!("listening to {unit}");
-        let run = File::open(root.join("run")).with_context(doing)?;
+        let context = || format!("listening to {unit}");
+        let run = File::open(root.join("run")).with_context(context)?;
         let name = format!("{unit}.notify");
         let inside = format!("/run/{name}");
         match fs::remove_file(root.join("run").join(&name)) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
-                return Err(error).with_context(doing);
+                return Err(error).with_context(context);
             }
             _ => {}
         }
         // A socket's path has at most 107 bytes; the root's own may have more.
         let path = format!("{}/{name}", mounts::by_descriptor(&run));
-        let socket = UnixDatagram::bind(path).with_context(doing)?;
-        socket.set_nonblocking(true).with_context(doing)?;
+        let socket = UnixDatagram::bind(path).with_context(context)?;
+        socket.set_nonblocking(true).with_context(context)?;
         Ok(Self { socket, inside })
     }
 
@@ -561,9 +561,9 @@ mod tests {
         let passing = thread::spawn(move || copy_stream(from, to));
         client.write_all(b"question").unwrap();
         client.shutdown(Shutdown::Write).unwrap();
-        let mut said = String::new();
-        server.read_to_string(&mut said).unwrap();
-        assert_eq!(said, "question");
+        let mut status_text = String::new();
+        server.read_to_string(&mut status_text).unwrap();
+        assert_eq!(status_text, "question");
         passing.join().unwrap();
     }
 }

@@ -307,7 +307,7 @@ fn parse_service(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Serv
     };
     let mut oneshot = false;
     for (section, key, value) in parse_settings(text)? {
-        let doing = || format!("`{key}={value}`");
+        let context = || format!("`{key}={value}`");
         match (section.as_str(), key.as_str()) {
             ("Unit", "After") => unit.after.extend(value.split_whitespace().map(str::to_owned)),
             ("Unit", "Before") => unit.ahead_of.extend(value.split_whitespace().map(str::to_owned)),
@@ -320,18 +320,18 @@ fn parse_service(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Serv
                     "oneshot" => StartCriterion::Ended,
                     "simple" | "exec" => StartCriterion::Running,
                     "notify" => StartCriterion::Notified,
-                    _ => bail!("{}: expected oneshot, simple, exec or notify", doing()),
+                    _ => bail!("{}: expected oneshot, simple, exec or notify", context()),
                 };
             }
             ("Service", "ExecStartPre") => {
-                unit.before.push(parse_program(&value).with_context(doing)?)
+                unit.before.push(parse_program(&value).with_context(context)?)
             }
             ("Service", "ExecStart") => {
-                unit.programs.push(parse_program(&value).with_context(doing)?)
+                unit.programs.push(parse_program(&value).with_context(context)?)
             }
             ("Service", "Environment") => {
-                for word in split_words(&value).with_context(doing)? {
-                    let (name, value) = word.split_once('=').with_context(doing)?;
+                for word in split_words(&value).with_context(context)? {
+                    let (name, value) = word.split_once('=').with_context(context)?;
                     unit.environment.push((name.to_owned(), value.to_owned()));
                 }
             }
@@ -344,10 +344,10 @@ fn parse_service(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Serv
                 unit.runtime = value.split_whitespace().map(str::to_owned).collect();
             }
             ("Service", "RuntimeDirectoryMode") => {
-                unit.runtime_mode = u32::from_str_radix(&value, 8).with_context(doing)?;
+                unit.runtime_mode = u32::from_str_radix(&value, 8).with_context(context)?;
             }
             ("Service", "UMask") => {
-                unit.umask = u32::from_str_radix(&value, 8).with_context(doing)?;
+                unit.umask = u32::from_str_radix(&value, 8).with_context(context)?;
             }
             ("Service", "DynamicUser") => unit.own_user = value == "yes" || value == "true",
             ("Service", "Restart") => {
@@ -355,18 +355,18 @@ fn parse_service(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Serv
                     "no" => RestartPolicy::No,
                     "always" => RestartPolicy::Always,
                     "on-failure" | "on-abnormal" | "on-abort" => RestartPolicy::Failed,
-                    _ => bail!("{}: expected no, always or on-failure", doing()),
+                    _ => bail!("{}: expected no, always or on-failure", context()),
                 };
             }
             ("Service", "RestartSec") => {
-                unit.pause = parse_time_span(&value).with_context(doing)?
+                unit.pause = parse_time_span(&value).with_context(context)?
             }
             ("Service", "TimeoutStartSec" | "TimeoutSec") => {
-                unit.timeout = parse_time_span(&value).with_context(doing)?;
+                unit.timeout = parse_time_span(&value).with_context(context)?;
             }
             ("Service", key) if CONFINEMENT.iter().any(|start| key.starts_with(start)) => {}
             ("Service", _) => {
-                notes.push(format!("{name}: {} is not supported here and ignored", doing()))
+                notes.push(format!("{name}: {} is not supported here and ignored", context()))
             }
             _ => {}
         }
@@ -442,10 +442,10 @@ fn parse_time_span(text: &str) -> Result<Duration> {
 /// among them.
 fn in_order(units: &mut Vec<ServiceUnit>) -> Result<()> {
     let names: BTreeSet<String> = units.iter().map(|unit| unit.name.clone()).collect();
-    let said: Vec<(String, Vec<String>)> =
+    let declared: Vec<(String, Vec<String>)> =
         units.iter_mut().map(|u| (u.name.clone(), std::mem::take(&mut u.ahead_of))).collect();
     for unit in units.iter_mut() {
-        let others = said.iter().filter(|(_, later)| later.contains(&unit.name));
+        let others = declared.iter().filter(|(_, later)| later.contains(&unit.name));
         unit.after.extend(others.map(|(name, _)| name.clone()));
         unit.after.retain(|other| names.contains(other));
     }

@@ -80,34 +80,34 @@ fn unpack_tree(filesystem: &Ext4, out: &Path, step: &ProgressStep) -> Result<()>
             let about = entry.metadata()?;
             let relative = from.as_ref().strip_prefix(b"/").unwrap_or(from.as_ref());
             let to = out.join(OsStr::from_bytes(relative));
-            let doing = || format!("writing {}", to.display());
+            let context = || format!("writing {}", to.display());
             match about.file_type() {
                 FileType::Directory => {
-                    fs::create_dir(&to).with_context(doing)?;
+                    fs::create_dir(&to).with_context(context)?;
                     todo.push(from.as_ref().to_vec());
                     folders.push((to, about.mode()));
                 }
                 FileType::Symlink => {
                     let target = filesystem.read_link(&from)?;
-                    symlink(OsStr::from_bytes(target.as_ref()), &to).with_context(doing)?;
+                    symlink(OsStr::from_bytes(target.as_ref()), &to).with_context(context)?;
                 }
                 FileType::Regular => {
                     let mut source = filesystem.open(&from)?;
-                    let mut file = File::create_new(&to).with_context(doing)?;
+                    let mut file = File::create_new(&to).with_context(context)?;
                     loop {
                         let read = source.read_bytes(&mut buffer)?;
                         let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty())
                         else {
                             break;
                         };
-                        file.write_all(bytes).with_context(doing)?;
+                        file.write_all(bytes).with_context(context)?;
                         step.advance(read as u64);
                     }
                     let seconds = u64::try_from(about.modified().seconds()).unwrap_or_default();
                     let time = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-                    file.set_modified(time).with_context(doing)?;
+                    file.set_modified(time).with_context(context)?;
                     file.set_permissions(permissions_from_mode(about.mode()))
-                        .with_context(doing)?;
+                        .with_context(context)?;
                 }
                 // Devices and the like: a user may not create them, and images do not contain any.
                 _ => {}

@@ -227,17 +227,18 @@ impl IndexMemory {
     /// process ends.
     fn lock(&self) -> Result<File> {
         let dir = &self.dir;
-        let doing = || {
+        let context = || {
             format!(
                 "locking {dir}, the directory of remembered serials\n\
                  help: SLIPWAY_STATE selects another directory"
             )
         };
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(doing)?;
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(context)?;
         let mut options = OpenOptions::new();
         options.create(true).truncate(false).write(true).mode(0o600);
-        let file = options.open(dir.join(".lock")).with_context(doing)?;
-        rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).with_context(doing)?;
+        let file = options.open(dir.join(".lock")).with_context(context)?;
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)
+            .with_context(context)?;
         Ok(file)
     }
 }

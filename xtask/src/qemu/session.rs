@@ -98,7 +98,7 @@ impl QemuSession {
     /// # Errors
     /// When the time is over, the machine ends, or its system cannot start; with the last lines.
     pub fn expect(&mut self, words: &str, timeout: Duration) -> Result<String> {
-        self.expect_any(&[words], timeout).map(|(_, said)| said)
+        self.expect_any(&[words], timeout).map(|(_, output)| output)
     }
 
     /// Like [`Self::expect`], for the first of several; also returns which.
@@ -121,8 +121,8 @@ impl QemuSession {
                 .filter_map(|(i, w)| Some((find_words(&self.unread, w, from)?, i, w.len())))
                 .min();
             if let Some((start, index, length)) = first {
-                let said: Vec<u8> = self.unread.drain(..start + length).collect();
-                return Ok((index, strip_terminal_codes(&said)));
+                let output: Vec<u8> = self.unread.drain(..start + length).collect();
+                return Ok((index, strip_terminal_codes(&output)));
             }
             // Wait for the end of their line first: the reason follows them, and may be the
             // expected output.
@@ -175,14 +175,14 @@ impl QemuSession {
             "echo slipway'-begin-{n}'; {command}; echo slipway'-exit-{n}='$?"
         ))?;
         self.expect(&format!("slipway-begin-{n}"), timeout)?;
-        let mut said = self.expect(&format!("slipway-exit-{n}="), timeout)?;
+        let mut output = self.expect(&format!("slipway-exit-{n}="), timeout)?;
         let code = self.expect("\n", timeout)?;
-        said.truncate(said.len() - format!("slipway-exit-{n}=").len());
+        output.truncate(output.len() - format!("slipway-exit-{n}=").len());
         let code = code
             .trim()
             .parse()
             .with_context(|| format!("reading the exit code of `{command}` from `{code}`"))?;
-        Ok((code, said.replace('\r', "").trim().to_owned()))
+        Ok((code, output.replace('\r', "").trim().to_owned()))
     }
 
     /// Waits until the machine has stopped by itself (powered off, or restarted where that stops
@@ -331,8 +331,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let folder = Utf8Path::from_path(folder.path()).unwrap();
         let script = "printf 'slipway-init: cannot start'; sleep 1; echo ': no disk'; exec cat";
-        let said = shell(folder, script).expect("cannot start: no disk", SOON);
-        assert_eq!(said.unwrap(), "slipway-init: cannot start: no disk");
+        let output = shell(folder, script).expect("cannot start: no disk", SOON);
+        assert_eq!(output.unwrap(), "slipway-init: cannot start: no disk");
     }
 
     #[test]

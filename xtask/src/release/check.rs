@@ -280,8 +280,8 @@ fn compare_images(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<LocatedDiffere
             inside.push(difference_at(&name, None, what));
         }
         // Both slots contain the same bytes: the second one would repeat everything.
-        let said: Vec<_> = inside.iter().map(|l| (&l.path, &l.what)).collect();
-        let key = hash_bytes(format!("{said:?}").as_bytes());
+        let differences: Vec<_> = inside.iter().map(|l| (&l.path, &l.what)).collect();
+        let key = hash_bytes(format!("{differences:?}").as_bytes());
         match seen.get(&key) {
             Some(first) => {
                 found.push(difference_at(&name, None, format!("differs as {first} does")))

@@ -57,7 +57,7 @@ pub(super) struct HttpClient {
     pub name: String,
     /// Sends the requests.
     pub agent: Agent,
-    patience: ServerTimeouts,
+    timeouts: ServerTimeouts,
 }
 
 /// An answer's status, the relevant headers, and its body.
@@ -76,23 +76,23 @@ pub(super) enum RequestBody {
 }
 
 impl HttpClient {
-    pub fn new(name: String, patience: ServerTimeouts) -> Result<Self> {
+    pub fn new(name: String, timeouts: ServerTimeouts) -> Result<Self> {
         // A server that sends nothing for this time, in the middle of an object, is unreachable.
-        let silence = (patience.rate > 0).then_some(patience.answer);
+        let silence = (timeouts.rate > 0).then_some(timeouts.answer);
         // For small files; objects have their own limit.
-        let body = patience.allowed(LARGEST_TEXT);
+        let body = timeouts.allowed(LARGEST_TEXT);
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
             .timeout_resolve(silence)
-            .timeout_connect(Some(patience.connect))
-            .timeout_recv_response(Some(patience.answer))
+            .timeout_connect(Some(timeouts.connect))
+            .timeout_recv_response(Some(timeouts.answer))
             .timeout_recv_body(body)
             .timeout_per_read(silence)
             .timeout_per_write(silence)
             .tls_config(TlsConfig::builder().root_certs(load_authorities()?).build())
             .build();
-        Ok(Self { name, agent: config.into(), patience })
+        Ok(Self { name, agent: config.into(), timeouts })
     }
 
     /// Retries while the service is overloaded or the connection breaks.
@@ -110,7 +110,7 @@ impl HttpClient {
                 // The address may contain a signature, so it is not shown.
                 Err(error) => anyhow::Error::msg(error.to_string()),
             };
-            if attempt == self.patience.attempts {
+            if attempt == self.timeouts.attempts {
                 let attempts = match attempt {
                     1 => String::new(),
                     many => format!(" after {many} attempts"),
@@ -131,7 +131,7 @@ impl HttpClient {
         body: RequestBody,
         size: u64,
     ) -> Result<HttpResponse, ureq::Error> {
-        let request = request.config().timeout_send_body(self.patience.allowed(size)).build();
+        let request = request.config().timeout_send_body(self.timeouts.allowed(size)).build();
         let mut response = match body {
             RequestBody::Bytes(bytes) => request.send(&bytes[..])?,
             RequestBody::File(file) => request.send(file)?,
@@ -147,7 +147,7 @@ impl HttpClient {
     ) -> Result<Response<ureq::Body>> {
         // Fetch the stored bytes, never compressed for the transfer.
         let request = request.header("Accept-Encoding", "identity");
-        let request = request.config().timeout_recv_body(self.patience.allowed(limit)).build();
+        let request = request.config().timeout_recv_body(self.timeouts.allowed(limit)).build();
         let response = request.call().map_err(|error| anyhow::Error::msg(error.to_string()));
         response.with_context(|| format!("fetching from {}", self.name))
     }
@@ -161,14 +161,14 @@ impl HttpClient {
         into: &Utf8Path,
         received: &dyn Fn(u64),
     ) -> Result<()> {
-        let doing = || format!("fetching {path} from {}", self.name);
+        let context = || format!("fetching {path} from {}", self.name);
         let body = response.body_mut().with_config().limit(u64::MAX).reader();
         // One additional byte is enough to detect a wrong object.
         let mut body = body.take(limit.saturating_add(1));
         let mut out = File::create(into).with_context(|| format!("creating {into}"))?;
         let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 18]);
         loop {
-            match body.read(&mut buffer).with_context(doing)? {
+            match body.read(&mut buffer).with_context(context)? {
                 0 => break,
                 n => {
                     hasher.update(&buffer[..n]);

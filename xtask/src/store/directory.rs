@@ -157,21 +157,21 @@ const PASS: u32 = 0o111;
 
 /// Renames without replacing an existing file: returns `false` if one exists.
 fn rename_new(from: &Utf8Path, to: &Utf8Path) -> Result<bool> {
-    let doing = || format!("renaming to {to}");
+    let context = || format!("renaming to {to}");
     match renameat_with(CWD, from.as_str(), CWD, to.as_str(), RenameFlags::NOREPLACE) {
         Ok(()) => return Ok(true),
         Err(Errno::EXIST) => return Ok(false),
         // Not every filesystem supports this (NFS); those support links.
         Err(Errno::INVAL | Errno::NOSYS) => {}
-        Err(error) => return Err(error).with_context(doing),
+        Err(error) => return Err(error).with_context(context),
     }
     match fs::hard_link(from, to) {
         Ok(()) => {
-            fs::remove_file(from).with_context(doing)?;
+            fs::remove_file(from).with_context(context)?;
             Ok(true)
         }
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
-        Err(error) => Err(error).with_context(doing),
+        Err(error) => Err(error).with_context(context),
     }
 }
 
@@ -273,16 +273,16 @@ impl FileStore for DirectoryStore {
 
 impl ReleaseStore for DirectoryStore {
     fn identity(&self) -> Result<String> {
-        let doing = || format!("looking up the full path of {}", self.root);
+        let context = || format!("looking up the full path of {}", self.root);
         if self.root.exists() {
-            return Ok(self.root.canonicalize_utf8().with_context(doing)?.into_string());
+            return Ok(self.root.canonicalize_utf8().with_context(context)?.into_string());
         }
         // The path of a directory that may not exist yet: one of its parents exists.
-        let full = camino::absolute_utf8(&self.root).with_context(doing)?;
+        let full = camino::absolute_utf8(&self.root).with_context(context)?;
         let there =
             full.ancestors().find(|path| path.exists()).context("the root directory exists")?;
-        let rest = full.strip_prefix(there).with_context(doing)?;
-        Ok(there.canonicalize_utf8().with_context(doing)?.join(rest).into_string())
+        let rest = full.strip_prefix(there).with_context(context)?;
+        Ok(there.canonicalize_utf8().with_context(context)?.join(rest).into_string())
     }
 
     fn exists(&self) -> bool {

@@ -50,7 +50,7 @@ impl HttpStore {
             "{shown}: credentials would be sent unencrypted\nhelp: use https"
         );
         let base = address.trim_end_matches('/').to_owned();
-        let client = HttpClient::new(base.clone(), options.patience)?;
+        let client = HttpClient::new(base.clone(), options.timeouts)?;
         Ok(Self { base, authorization: options.authorization.clone(), client })
     }
 

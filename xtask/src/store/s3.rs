@@ -79,7 +79,7 @@ impl S3Store {
             )
         })?;
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
-        let client = HttpClient::new(format!("s3://{name}/{prefix}"), options.patience)?;
+        let client = HttpClient::new(format!("s3://{name}/{prefix}"), options.timeouts)?;
         Ok(Self { bucket, credentials: Secret(credentials), prefix, client })
     }
 

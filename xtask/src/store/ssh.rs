@@ -146,11 +146,11 @@ impl SshStore {
         if let Some(port) = self.port {
             tool = tool.args(["-P", &port.to_string()]);
         }
-        let mut said = String::new();
+        let mut output = String::new();
         let tool = tool.arg("--").arg(&self.destination).current_dir(folder);
         let (status, out) = tool.converse(None, |line| {
-            said.push_str(line);
-            said.push('\n');
+            output.push_str(line);
+            output.push('\n');
         })?;
         // sftp(1) exits with the status of ssh when there is no connection (ssh(1), "EXIT STATUS");
         // if ssh ended before sftp used it, sftp dies of SIGPIPE.
@@ -158,15 +158,15 @@ impl SshStore {
             status.code().is_some_and(|code| code != 255),
             "connecting to {}: {}\nhelp: try `sftp {}`; it must connect without asking anything",
             self.destination,
-            said.trim_end(),
+            output.trim_end(),
             self.destination
         );
-        Ok((status.success(), String::from_utf8_lossy(&out).into_owned(), said))
+        Ok((status.success(), String::from_utf8_lossy(&out).into_owned(), output))
     }
 
     fn run_checked(&self, folder: &Utf8Path, commands: &[String]) -> Result<()> {
-        let (good, _, said) = self.run(folder, commands)?;
-        ensure!(good, "sftp on {}: {}", self.destination, said.trim_end());
+        let (good, _, output) = self.run(folder, commands)?;
+        ensure!(good, "sftp on {}: {}", self.destination, output.trim_end());
         Ok(())
     }
 
@@ -260,13 +260,13 @@ impl FileStore for SshStore {
 
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
         let (_keep, dir) = create_scratch_dir()?;
-        let (good, _, said) =
+        let (good, _, output) =
             self.run(&dir, &[format!("get {} content", self.path_in_store(path))])?;
         if !good {
-            if said.contains("not found") || said.contains("No such file") {
+            if output.contains("not found") || output.contains("No such file") {
                 return Ok(None);
             }
-            bail!("reading {path} of {}: {}", self.name(), said.trim_end());
+            bail!("reading {path} of {}: {}", self.name(), output.trim_end());
         }
         let file = dir.join("content");
         let size =
@@ -371,13 +371,13 @@ impl ReleaseStore for SshStore {
         let temporary = self.write_small(&path, content)?;
         let link = format!("ln {temporary} {}", self.path_in_store(&path));
         let here = Utf8Path::new(".");
-        let (made, _, said) = self.run(here, &[link])?;
+        let (made, _, output) = self.run(here, &[link])?;
         self.run_checked(here, &[format!("rm {temporary}")])?;
         if made {
             return Ok(true);
         }
         let taken = self.newest(channel)?.is_some_and(|newest| newest >= serial);
-        ensure!(taken, "{} does not support hard links: {}", self.name(), said.trim_end());
+        ensure!(taken, "{} does not support hard links: {}", self.name(), output.trim_end());
         Ok(false)
     }
 

@@ -54,11 +54,11 @@ impl Pip {
         const HELP: &str = "help: install python3-pip (apt-get install python3-pip)";
         // Without any, report the error of the one on the path.
         let python = crate::tools::python_with_pip().unwrap_or("python3");
-        let said = Tool::new(python)
+        let output = Tool::new(python)
             .args(["-m", "pip", "--version"])
             .read()
             .with_context(|| format!("looking for pip, which resolves wheels\n{HELP}"))?;
-        let version = said.split_whitespace().nth(1).unwrap_or_default().to_owned();
+        let version = output.split_whitespace().nth(1).unwrap_or_default().to_owned();
         let mut numbers = version.split('.').map(|n| n.parse::<u32>().unwrap_or(0));
         let found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
         ensure!(

@@ -99,12 +99,12 @@ impl Rig {
 
         let cache = Cache::locate()?.root;
         let lock = PackagesLock::load(&config.root.join("configs/robot-dev.packages.lock"))?;
-        let fetcher = Downloader::new(&cache, false)?;
+        let downloader = Downloader::new(&cache, false)?;
         // Files in the cache need no mirror.
         let mirrors = AptMirrors::from_host().ok();
         let unpacked = at("u-boot");
-        unpack_locked(&lock, "u-boot-qemu", &fetcher, mirrors.as_ref(), &unpacked)?;
-        let mke2fs = host_e2fs(&lock, &fetcher, mirrors.as_ref(), &cache)?;
+        unpack_locked(&lock, "u-boot-qemu", &downloader, mirrors.as_ref(), &unpacked)?;
+        let mke2fs = host_e2fs(&lock, &downloader, mirrors.as_ref(), &cache)?;
         let slot = |name: &str, kernel: Option<Vec<u8>>, initrd: bool| -> Result<Utf8PathBuf> {
             let (tar, out) = (at(&format!("{name}.tar")), at(&format!("{name}.ext4")));
             slot_tar(&tar, kernel, initrd)?;

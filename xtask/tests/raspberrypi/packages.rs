@@ -376,8 +376,8 @@ impl World {
         fs::create_dir_all(self.root().join(path.parent().context("a directory")?))?;
         lock.save(&self.root().join(&path))?;
         lock.save(&config.root.join(&path))?;
-        let fetcher = Downloader::new(&cache, false)?;
-        fetch_lock(&lock, &fetcher, Some(&mirrors), LockPolicy::Locked, &cache)
+        let downloader = Downloader::new(&cache, false)?;
+        fetch_lock(&lock, &downloader, Some(&mirrors), LockPolicy::Locked, &cache)
     }
 }
 

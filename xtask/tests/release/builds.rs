@@ -27,9 +27,9 @@ const MIB: u64 = 1 << 20;
 fn mke2fs() -> Mke2fs {
     let lock = PackagesLock::load(&root().join("configs/robot-dev.packages.lock")).unwrap();
     let cache = Cache::locate().unwrap().root;
-    let fetcher = Downloader::new(&cache, false).unwrap();
+    let downloader = Downloader::new(&cache, false).unwrap();
     // Files in the cache need no mirror.
-    host_e2fs(&lock, &fetcher, AptMirrors::from_host().ok().as_ref(), &cache).unwrap()
+    host_e2fs(&lock, &downloader, AptMirrors::from_host().ok().as_ref(), &cache).unwrap()
 }
 
 /// A root filesystem with a file that says when it was made.

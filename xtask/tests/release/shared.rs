@@ -122,9 +122,9 @@ fn machine(task: &str) {
         }
     };
     if let Some((url, sha256)) = task.download {
-        let fetcher = Downloader::for_cache(&cache, task.offline).unwrap();
+        let downloader = Downloader::for_cache(&cache, task.offline).unwrap();
         let wanted = Download { name: "x.deb".into(), url, size: None, sha256: sha256.clone() };
-        let outcomes = fetcher.fetch("fetch", "packages", &[wanted]).unwrap();
+        let outcomes = downloader.fetch("fetch", "packages", &[wanted]).unwrap();
         let DownloadOutcome::Ready(artifact) = &outcomes[0] else { panic!("it is gone") };
         assert_eq!(hash_bytes(&fs::read(&artifact.path).unwrap()), sha256);
         return;

@@ -54,9 +54,9 @@ impl AptLogins {
     /// The logins of the machine's apt that this user can read.
     pub fn of_the_machine() -> Self {
         let asked = ["shell", "FILE", "Dir::Etc::netrc/f", "FOLDER", "Dir::Etc::netrcparts/d"];
-        let said = Tool::new("apt-config").args(asked).read().unwrap_or_default();
+        let output = Tool::new("apt-config").args(asked).read().unwrap_or_default();
         let value = |name: &str| {
-            let line = said.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            let line = output.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
             line.map(|value| Utf8PathBuf::from(value.trim_matches('\'')))
         };
         let mut files: Vec<Utf8PathBuf> = value("FILE").into_iter().collect();

@@ -202,15 +202,15 @@ impl PrivateApt {
     /// # Errors
     /// When a mirror is unreachable or a signature is invalid.
     pub fn update(&self) -> Result<()> {
-        let mut said = Vec::new();
+        let mut output = Vec::new();
         let result = self
             .tool("apt-get")
             // Without this apt exits with 0 and old or no indexes when a mirror is unreachable.
             .args(["-q", "-o", "APT::Update::Error-Mode=any", "update"])
             .log(&self.log)
-            .run_lines(|line| said.push(line.to_owned()));
+            .run_lines(|line| output.push(line.to_owned()));
         result.with_context(|| {
-            let reasons = fetch_failures(&said);
+            let reasons = fetch_failures(&output);
             let more = if reasons.is_empty() { "" } else { ": " };
             format!("fetching the package indexes{more}{}", reasons.join("; "))
         })
@@ -225,12 +225,12 @@ impl PrivateApt {
     /// output when it is not quiet: which packages conflict or lack a dependency, and what provides
     /// a virtual package.
     pub fn reasons_against(&self, packages: &[&str]) -> Vec<String> {
-        let mut said = Vec::new();
+        let mut output = Vec::new();
         let tool = self.tool("apt-get").args(["-q", "--simulate", "install", "--"]).args(packages);
         // apt is expected to fail here.
-        match tool.run_lines(|line| said.push(line.to_owned())) {
+        match tool.run_lines(|line| output.push(line.to_owned())) {
             Ok(()) => Vec::new(),
-            Err(_) => conflict_paragraphs(&said),
+            Err(_) => conflict_paragraphs(&output),
         }
     }
 
@@ -246,9 +246,9 @@ impl PrivateApt {
 
 /// What apt could not fetch, each with the reason in the next line, which may be far from apt's
 /// last lines. A local archive has each index in one form only, which is not a failure.
-fn fetch_failures(said: &[String]) -> Vec<String> {
+fn fetch_failures(output: &[String]) -> Vec<String> {
     let mut found = Vec::new();
-    for (line, next) in said.iter().zip(said.iter().skip(1)) {
+    for (line, next) in output.iter().zip(output.iter().skip(1)) {
         let Some((_, what)) = line.strip_prefix("Err:").and_then(|rest| rest.split_once(' '))
         else {
             continue;
@@ -262,14 +262,14 @@ fn fetch_failures(said: &[String]) -> Vec<String> {
 }
 
 /// The paragraphs of apt's output that explain the conflict.
-fn conflict_paragraphs(said: &[String]) -> Vec<String> {
+fn conflict_paragraphs(output: &[String]) -> Vec<String> {
     const BEGIN: [&str; 2] =
         ["The following packages have unmet dependencies", "is a virtual package"];
     /// More lines would not help.
     const MOST: usize = 12;
     let mut found = Vec::new();
     let mut inside = false;
-    for line in said {
+    for line in output {
         if BEGIN.iter().any(|begin| line.contains(begin)) {
             inside = true;
             if line.contains(BEGIN[1]) {
@@ -324,16 +324,16 @@ mod tests {
     /// The output of apt 2.6.
     #[test]
     fn what_is_in_the_way_is_found_in_what_apt_says() {
-        let said = "Reading package lists...\nThe following information may help to resolve the situation:\n\
+        let output = "Reading package lists...\nThe following information may help to resolve the situation:\n\
                     \n\
                     The following packages have unmet dependencies:\n\
                     \x20chrony : Conflicts: time-daemon\n\
                     \x20systemd-timesyncd : Conflicts: time-daemon\n\
                     E: Unable to correct problems\n\
                     Package awk is a virtual package provided by:\n  mawk 1.3.4\n  gawk 1:5.2\nYou should pick one.\n";
-        let said: Vec<String> = said.lines().map(str::to_owned).collect();
+        let output: Vec<String> = output.lines().map(str::to_owned).collect();
         assert_eq!(
-            super::conflict_paragraphs(&said),
+            super::conflict_paragraphs(&output),
             [
                 "chrony : Conflicts: time-daemon",
                 "systemd-timesyncd : Conflicts: time-daemon",
@@ -368,7 +368,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_fetched_is_told_with_its_reason() {
-        let said = "Ign:1 http://a.example/debian bookworm InRelease\n\
+        let output = "Ign:1 http://a.example/debian bookworm InRelease\n\
             Err:2 http://a.example/debian bookworm Release\n\
             \u{20} 404  Not Found [IP: 127.0.0.1 80]\n\
             Err:3 copy:/cache/kept ./ Packages\n\
@@ -376,10 +376,10 @@ mod tests {
             Err:2 http://a.example/debian bookworm Release\n\
             \u{20} 404  Not Found [IP: 127.0.0.1 80]\n\
             Reading package lists...";
-        let said: Vec<String> = said.lines().map(str::to_owned).collect();
+        let output: Vec<String> = output.lines().map(str::to_owned).collect();
         let expected =
             ["http://a.example/debian bookworm Release: 404  Not Found [IP: 127.0.0.1 80]"];
-        assert_eq!(fetch_failures(&said), expected);
+        assert_eq!(fetch_failures(&output), expected);
         assert!(fetch_failures(&["Reading package lists...".to_owned()]).is_empty());
     }
 }

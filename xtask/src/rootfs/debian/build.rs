@@ -228,8 +228,8 @@ pub fn install_packages(
     // `usr-is-merged` is listed twice: the hook for merged directories installs an empty one first.
     let mut done = BTreeSet::new();
     tool.run_lines(|line| {
-        let doing = ["Unpacking ", "Setting up "].into_iter().find(|p| line.starts_with(p));
-        if let Some(verb) = doing {
+        let context = ["Unpacking ", "Setting up "].into_iter().find(|p| line.starts_with(p));
+        if let Some(verb) = context {
             let package = line[verb.len()..].split([' ', ':']).next().unwrap_or_default();
             step.advance(u64::from(done.insert((verb, package.to_owned()))));
             step.note(format!("{}{package}", verb.to_lowercase()));

@@ -118,12 +118,12 @@ pub fn compiler_identity(lock: &PackagesLock) -> String {
 /// When a file cannot be fetched, or has vanished and `policy` forbids a replacement.
 pub fn fetch_compiler(
     lock: &PackagesLock,
-    fetcher: &Downloader,
+    downloader: &Downloader,
     mirrors: Option<&AptMirrors>,
     policy: LockPolicy,
     cache: &Utf8Path,
 ) -> Result<Option<(PackagesLock, Vec<ReplacedPackage>)>> {
-    if download::fetch_packages(&packages_for_host(lock), fetcher, mirrors, LockPolicy::Replace)?
+    if download::fetch_packages(&packages_for_host(lock), downloader, mirrors, LockPolicy::Replace)?
         .gone
         .is_empty()
     {
@@ -131,10 +131,15 @@ pub fn fetch_compiler(
     }
     let mirrors = mirrors.context("no mirror to resolve vanished packages")?;
     if policy == LockPolicy::Locked {
-        download::fetch_packages(&packages_for_host(lock), fetcher, Some(mirrors), policy)?;
+        download::fetch_packages(&packages_for_host(lock), downloader, Some(mirrors), policy)?;
     }
     let new = self::lock_compiler(mirrors, cache)?;
-    download::fetch_packages(&packages_for_host(&new), fetcher, Some(mirrors), LockPolicy::Locked)?;
+    download::fetch_packages(
+        &packages_for_host(&new),
+        downloader,
+        Some(mirrors),
+        LockPolicy::Locked,
+    )?;
     let replaced = download::lock_differences(lock, &new);
     Ok(Some((new, replaced)))
 }
@@ -145,7 +150,7 @@ pub fn fetch_compiler(
 /// When the lock has none for this machine, or a package is damaged.
 pub fn unpack_compiler(
     lock: &PackagesLock,
-    fetcher: &Downloader,
+    downloader: &Downloader,
     cache: &Utf8Path,
 ) -> Result<UnpackedCompiler> {
     let packages = packages_for_host(lock);
@@ -170,7 +175,7 @@ pub fn unpack_compiler(
             fs::remove_dir_all(&made).with_context(|| format!("removing {made}"))?;
         }
         for package in &packages {
-            unpack::unpack_deb(&fetcher.path_of(&package.sha256), &made)?;
+            unpack::unpack_deb(&downloader.path_of(&package.sha256), &made)?;
         }
         let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
         let script = format!(

@@ -67,13 +67,13 @@ pub(super) struct PlainDownload {
 
 /// Fetches the packages of a lock. Replaced versions are in [`DownloadedPackages::lock`]: save it.
 ///
-/// `mirrors` may be absent when everything is in the store or the fetcher is offline.
+/// `mirrors` may be absent when everything is in the store or the downloader is offline.
 ///
 /// # Errors
 /// When a file cannot be fetched, or has vanished and `policy` is [`LockPolicy::Locked`].
 pub fn fetch_lock(
     lock: &PackagesLock,
-    fetcher: &Downloader,
+    downloader: &Downloader,
     mirrors: Option<&AptMirrors>,
     policy: LockPolicy,
     cache: &Utf8Path,
@@ -88,7 +88,7 @@ pub fn fetch_lock(
         debs.retain(|d| d.package.role != PackageRole::Host);
         debs
     };
-    let first = fetch_without_replacing(&wanted(lock), fetcher, mirrors)?;
+    let first = fetch_without_replacing(&wanted(lock), downloader, mirrors)?;
     if first.gone.is_empty() {
         let debs = for_image(first.debs);
         return Ok(DownloadedPackages { lock: lock.clone(), debs, replaced: Vec::new() });
@@ -96,7 +96,7 @@ pub fn fetch_lock(
     refuse_if_locked(&first.gone, policy)?;
     let mirrors = mirrors.context("no mirror to resolve vanished packages")?;
     let lock = replace_vanished(lock, &first.gone, &first.debs, mirrors, cache)?;
-    let second = fetch_without_replacing(&wanted(&lock.lock), fetcher, Some(mirrors))?;
+    let second = fetch_without_replacing(&wanted(&lock.lock), downloader, Some(mirrors))?;
     // The index was just fetched: a missing file is now the mirror's fault.
     if let Some(package) = second.gone.first() {
         bail!(
@@ -116,11 +116,11 @@ pub fn fetch_lock(
 /// else it is listed.
 pub(super) fn fetch_packages(
     packages: &[LockedPackage],
-    fetcher: &Downloader,
+    downloader: &Downloader,
     mirrors: Option<&AptMirrors>,
     policy: LockPolicy,
 ) -> Result<PlainDownload> {
-    let found = fetch_without_replacing(packages, fetcher, mirrors)?;
+    let found = fetch_without_replacing(packages, downloader, mirrors)?;
     if !found.gone.is_empty() {
         refuse_if_locked(&found.gone, policy)?;
     }
@@ -129,7 +129,7 @@ pub(super) fn fetch_packages(
 
 fn fetch_without_replacing(
     packages: &[LockedPackage],
-    fetcher: &Downloader,
+    downloader: &Downloader,
     mirrors: Option<&AptMirrors>,
 ) -> Result<PlainDownload> {
     let downloads: Vec<Download> = packages
@@ -144,7 +144,7 @@ fn fetch_without_replacing(
         })
         .collect::<Result<_>>()?;
     let (mut debs, mut gone) = (Vec::new(), Vec::new());
-    let outcomes = fetcher.fetch("fetch", "Debian packages", &downloads)?;
+    let outcomes = downloader.fetch("fetch", "Debian packages", &downloads)?;
     for (package, outcome) in packages.iter().zip(outcomes) {
         match outcome {
             DownloadOutcome::Ready(file) => debs.push(LockedDeb { package: package.clone(), file }),

@@ -87,7 +87,7 @@ pub(super) fn host_architecture() -> &'static str {
 /// fetched.
 pub fn host_e2fs(
     lock: &PackagesLock,
-    fetcher: &Downloader,
+    downloader: &Downloader,
     mirrors: Option<&AptMirrors>,
     cache: &Utf8Path,
 ) -> Result<Mke2fs> {
@@ -112,7 +112,7 @@ pub fn host_e2fs(
     let waiting = fs::File::create(&lock_path).and_then(|file| file.lock().map(|()| file));
     let _held = waiting.with_context(|| format!("locking {lock_path}"))?;
     if !dir.is_dir() {
-        let debs = download::fetch_packages(&packages, fetcher, mirrors, LockPolicy::Locked)?;
+        let debs = download::fetch_packages(&packages, downloader, mirrors, LockPolicy::Locked)?;
         let partial = crate::artifact::partial_path(&dir);
         if partial.exists() {
             fs::remove_dir_all(&partial).with_context(|| format!("removing {partial}"))?;
@@ -150,12 +150,12 @@ pub fn host_e2fs(
 pub fn unpack_locked(
     lock: &PackagesLock,
     name: &str,
-    fetcher: &Downloader,
+    downloader: &Downloader,
     mirrors: Option<&AptMirrors>,
     dir: &Utf8Path,
 ) -> Result<()> {
     let package = lock.of_role(PackageRole::Extra).find(|p| p.name == name).cloned();
     let package = package.with_context(|| format!("the package lock has no {name}"))?;
-    let fetched = download::fetch_packages(&[package], fetcher, mirrors, LockPolicy::Locked)?;
+    let fetched = download::fetch_packages(&[package], downloader, mirrors, LockPolicy::Locked)?;
     fetched.debs.iter().try_for_each(|deb| unpack::unpack_deb(&deb.file.path, dir))
 }

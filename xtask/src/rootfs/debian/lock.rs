@@ -410,12 +410,12 @@ fn solve_request(
         ["-qq", "--print-uris", "install", "--"].into_iter().chain(wanted.iter().copied());
     let root = apt.get(install).map_err(|error| {
         let reasons = apt.reasons_against(&wanted);
-        let doing = format!("resolving the packages of {} for {}", spec.suite, spec.arch);
+        let context = format!("resolving the packages of {} for {}", spec.suite, spec.arch);
         if reasons.is_empty() {
-            return error.context(doing);
+            return error.context(context);
         }
         anyhow!(
-            "{doing}: apt cannot install them together\n  - {}\n\
+            "{context}: apt cannot install them together\n  - {}\n\
              help: change `packages` in the product's file or the board's: list only one of the \
              packages that \
              conflict, and instead of a virtual package one that provides it",
@@ -493,14 +493,14 @@ fn locked_from_uris(
 ) -> Result<Vec<LockedPackage>> {
     let (mut found, mut offered) = (Vec::new(), Vec::new());
     for line in text.lines().filter(|line| line.starts_with('\'')) {
-        let doing = || format!("parsing apt's output: {line}");
+        let context = || format!("parsing apt's output: {line}");
         if line.starts_with(repo::URI_PREFIX) {
-            let hash = repo::hash_in(line).with_context(doing)?;
+            let hash = repo::hash_in(line).with_context(context)?;
             let package = offers.with_hash(hash);
             offered.push(package.with_context(|| format!("apt selected an unknown file {hash}"))?);
             continue;
         }
-        let package = parse_uri_line(line, mirrors, role).with_context(doing)?;
+        let package = parse_uri_line(line, mirrors, role).with_context(context)?;
         match offers.instead_of(&package) {
             Some(package) => offered.push(package),
             None => found.push(package),

@@ -38,17 +38,17 @@ impl ScratchDirectory {
 
     fn below(temporary: &Utf8Path) -> Result<Self> {
         remove_stale_dirs(temporary);
-        let doing = || format!("making a directory in {temporary}");
+        let context = || format!("making a directory in {temporary}");
         let folder = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(temporary);
-        let folder = folder.with_context(doing)?;
+        let folder = folder.with_context(context)?;
         // Regardless of the umask: root in a user namespace must be able to read it.
-        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).with_context(doing)?;
-        let lock = File::open(folder.path()).with_context(doing)?;
-        lock.lock().with_context(doing)?;
-        rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).with_context(doing)?;
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).with_context(context)?;
+        let lock = File::open(folder.path()).with_context(context)?;
+        lock.lock().with_context(context)?;
+        rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).with_context(context)?;
         let name = folder.path().file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let path = temporary.join(name.trim_start_matches('.'));
-        fs::rename(folder.path(), &path).with_context(doing)?;
+        fs::rename(folder.path(), &path).with_context(context)?;
         // The directory has another name now.
         drop(folder.keep());
         Ok(Self { path, _lock: lock })
